@@ -1,0 +1,135 @@
+"""The parameters of LoLA attention, named once for JSON, Python, C++ and the docs.
+
+Two classes: `LolaConfig` (pydantic) is the `lola_config` object of a checkpoint's `config.json`;
+`LolaLlamaConfig` is the Hugging Face config around it. Neither imports vLLM.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import Field as PydanticField
+from transformers import LlamaConfig
+
+MODEL_TYPE = "lola_llama"
+ARCHITECTURE = "LolaLlamaForCausalLM"
+
+
+class LolaConfigError(ValueError):
+    """A `lola_config` that cannot be used; the message names field, value and remedy."""
+
+
+class LolaConfig(BaseModel):
+    """Parameters of LoLA attention (arXiv 2505.23666), the same for every layer.
+
+    Attributes:
+        window_size: eta, the pairs kept exactly after every update, in tokens (>= 1).
+        sparse_cache_size: lambda, exact pairs kept per sparse set by self-recall error (>= 0);
+            0 sends every evicted pair to the hidden state, which is LoLCATs.
+        update_interval: C, tokens between two updates, counted from position 0 (>= 1).
+            Default `window_size` (the authors' code); 1 is the paper's recurrence.
+        sink_size: first positions that never leave the softmax set (>= 0, 0 is the paper).
+        feature_dim: F, columns of a feature map; the map's output has 2F entries (>= 1).
+        feature_map: "softmax": `concat(softmax(xW), softmax(-xW))` (arXiv 2410.10254).
+        mixing: "lola" weighs exact pairs by `g exp(z)` and the hidden state by `1 - g`;
+            "lolcats" by `g exp(z - max z)` and 1.
+        state_dtype: storage of the hidden state H and s; sums are made in float32 either way.
+        sparse_sharing: "none": one sparse set per state head; "kv_head": one per KV head, scored
+            by the mean over its state heads of SRE / ||v|| (changes nothing where each KV head
+            has one state head).
+        num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of
+            KV heads (maps tied inside a group). None: as the checkpoint's tensors say.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    window_size: int = PydanticField(default=64, ge=1)
+    sparse_cache_size: int = PydanticField(default=128, ge=0)
+    update_interval: int = PydanticField(default=0, ge=1)
+    sink_size: int = PydanticField(default=0, ge=0)
+    feature_dim: int = PydanticField(default=64, ge=1)
+    feature_map: Literal["softmax"] = "softmax"
+    mixing: Literal["lola", "lolcats"] = "lola"
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    sparse_sharing: Literal["none", "kv_head"] = "none"
+    num_state_heads: int | None = PydanticField(default=None, ge=1)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise LolaConfigError(_explain(error)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _interval_follows_window(cls, data: Any) -> Any:
+        # `update_interval: null` must mean the same as leaving it out, so that a window changed by
+        # --hf-overrides carries the interval along.
+        if isinstance(data, dict) and data.get("update_interval") is None:
+            window = data.get("window_size", cls.model_fields["window_size"].default)
+            usable = isinstance(window, int) and window >= 1  # else the window's own error is enough
+            data = {**data, "update_interval": window if usable else 1}
+        return data
+
+    def num_sparse_heads(self, num_state_heads: int, num_kv_heads: int) -> int:
+        """Sparse sets per layer: one per state head, or one per KV head where they are shared."""
+        return num_kv_heads if self.sparse_sharing == "kv_head" else num_state_heads
+
+    def check_heads(self, num_heads: int, num_kv_heads: int, num_state_heads: int) -> None:
+        """Raise `LolaConfigError` unless Hkv divides Hs and Hs divides Hq."""
+        if num_heads % num_kv_heads:
+            raise LolaConfigError(
+                f"num_attention_heads = {num_heads} is not a multiple of "
+                f"num_key_value_heads = {num_kv_heads}"
+            )
+        if num_heads % num_state_heads or num_state_heads % num_kv_heads:
+            raise LolaConfigError(
+                f"lola_config.num_state_heads = {num_state_heads}: feature_map_k must have a head "
+                f"per query head ({num_heads}) or per KV head ({num_kv_heads})"
+            )
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per fault: field, value, and the nearest valid name or the allowed values."""
+    fields = LolaConfig.model_fields
+    lines = []
+    for fault in error.errors():
+        name = ".".join(str(part) for part in fault["loc"]) or "lola_config"
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
+            lines.append(
+                f"lola_config.{name}: unknown key; nearest valid name: {near[0]!r}; "
+                f"all: {', '.join(fields)}"
+            )
+        else:
+            lines.append(f"lola_config.{name} = {fault['input']!r}: {fault['msg']}")
+    return "\n".join(lines)
+
+
+class LolaLlamaConfig(LlamaConfig):
+    """`config.json` of a LoLA model: Llama's fields unchanged plus the `lola_config` object.
+
+    Assigning `lola_config` merges into what is there, so `--hf-overrides
+    '{"lola_config": {"window_size": 32}}'` changes one parameter and keeps the others.
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, lola_config: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.lola_config = dict(lola_config or {})
+        super().__init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "lola_config":
+            if not isinstance(value, dict):
+                raise LolaConfigError(f"lola_config = {value!r}: must be an object")
+            value = {**self.__dict__.get("lola_config", {}), **value}
+            LolaConfig(**value)  # refuse bad values here, where the user's input is at hand
+        super().__setattr__(name, value)
+
+    @property
+    def lola(self) -> LolaConfig:
+        """The validated parameters."""
+        return LolaConfig(**self.lola_config)

@@ -1,0 +1,185 @@
+"""The state page: every byte that one layer keeps of one sequence, and what is valid in it.
+
+A page is a pure function of the token prefix. It holds no counter: how many entries are valid
+follows from n, the number of tokens the page has seen (`StateLayout.counts`), so a page never needs
+clearing and its leftover bytes are never read. Shapes are written here once; kernels, the vLLM spec
+and `lola-vllm estimate` all read them from here. Imports nothing of vLLM.
+
+One page, in this order (each part starts at a multiple of 64 bytes):
+
+    H          [Hs, 2F, d]          state dtype    hidden state, sum of phi(k) v^T
+    s          [Hs, 2F]             state dtype    normalizer, sum of phi(k)
+    positions  [Hg, lam]            int32          position of each sparse pair (slots unordered)
+    sparse_k   [Hg, lam, d]         model dtype    sparse cache
+    sparse_v   [Hg, lam, d]         model dtype
+    exact_k    [Hkv, sink + ring, d]  model dtype  pinned sinks, then the window ring
+    exact_v    [Hkv, sink + ring, d]  model dtype
+
+The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
+ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lola_vllm.config import LolaConfig
+
+PART_ALIGNMENT = 64  # bytes; a cache line, and a multiple of every vector width used
+PAGE_ALIGNMENT = 256  # bytes
+
+
+class StateViews(NamedTuple):
+    """Typed views of a pool of pages; dim 0 is the page, its stride is the page stride."""
+
+    H: Tensor
+    s: Tensor
+    positions: Tensor
+    sparse_k: Tensor
+    sparse_v: Tensor
+    exact_k: Tensor
+    exact_v: Tensor
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Shapes, dtypes and byte offsets of one page.
+
+    Attributes:
+        window_size, sparse_cache_size, update_interval, sink_size: as in `LolaConfig`.
+        num_kv_heads, num_state_heads, num_sparse_heads: Hkv, Hs, Hg of this rank.
+        head_dim: d. feature_dim: F.
+        kv_dtype: dtype of keys and values. state_dtype: dtype of H and s.
+    """
+
+    window_size: int
+    sparse_cache_size: int
+    update_interval: int
+    sink_size: int
+    num_kv_heads: int
+    num_state_heads: int
+    num_sparse_heads: int
+    head_dim: int
+    feature_dim: int
+    kv_dtype: torch.dtype
+    state_dtype: torch.dtype
+
+    @classmethod
+    def from_config(
+        cls,
+        config: LolaConfig,
+        num_kv_heads: int,
+        num_state_heads: int,
+        head_dim: int,
+        kv_dtype: torch.dtype,
+        state_dtype: torch.dtype | None = None,
+    ) -> StateLayout:
+        """Layout for the head counts of one rank; `state_dtype` overrides the config's (tests)."""
+        return cls(
+            window_size=config.window_size,
+            sparse_cache_size=config.sparse_cache_size,
+            update_interval=config.update_interval,
+            sink_size=config.sink_size,
+            num_kv_heads=num_kv_heads,
+            num_state_heads=num_state_heads,
+            num_sparse_heads=config.num_sparse_heads(num_state_heads, num_kv_heads),
+            head_dim=head_dim,
+            feature_dim=config.feature_dim,
+            kv_dtype=kv_dtype,
+            state_dtype=state_dtype or getattr(torch, config.state_dtype),
+        )
+
+    @property
+    def ring_size(self) -> int:
+        """Rows of the window ring: eta + C."""
+        return self.window_size + self.update_interval
+
+    @property
+    def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> (shape, dtype) of each part, in page order (the fields of `StateViews`)."""
+        exact = (self.num_kv_heads, self.sink_size + self.ring_size, self.head_dim)
+        sparse = (self.num_sparse_heads, self.sparse_cache_size, self.head_dim)
+        features = 2 * self.feature_dim
+        return {
+            "H": ((self.num_state_heads, features, self.head_dim), self.state_dtype),
+            "s": ((self.num_state_heads, features), self.state_dtype),
+            "positions": (sparse[:2], torch.int32),
+            "sparse_k": (sparse, self.kv_dtype),
+            "sparse_v": (sparse, self.kv_dtype),
+            "exact_k": (exact, self.kv_dtype),
+            "exact_v": (exact, self.kv_dtype),
+        }
+
+    @property
+    def part_bytes(self) -> dict[str, int]:
+        """Name -> bytes of each part, without alignment."""
+        return {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in self.parts.items()}
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Name -> byte offset of each part in the page."""
+        offsets, end = {}, 0
+        for name, nbytes in self.part_bytes.items():
+            offsets[name] = end
+            end = _align(end + nbytes, PART_ALIGNMENT)
+        return offsets
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: one sequence, one layer."""
+        last = list(self.parts)[-1]
+        return _align(self.offsets[last] + self.part_bytes[last], PAGE_ALIGNMENT)
+
+    def views(self, pages: Tensor) -> StateViews:
+        """Typed views of raw pages.
+
+        Args:
+            pages: `[N, >= page_bytes]` of a one-byte dtype; the row stride must be a multiple of 8.
+
+        Raises:
+            ValueError: the rows are too short or not bytes.
+        """
+        if pages.dtype.itemsize != 1 or pages.shape[1] < self.page_bytes:
+            raise ValueError(
+                f"pages {tuple(pages.shape)} of {pages.dtype}: need rows of at least "
+                f"{self.page_bytes} bytes"
+            )
+        offsets, nbytes = self.offsets, self.part_bytes
+        views = {}
+        for name, (shape, dtype) in self.parts.items():
+            part = pages[:, offsets[name] : offsets[name] + nbytes[name]]
+            views[name] = part.view(dtype).unflatten(1, shape) if nbytes[name] else part.new_empty(
+                pages.shape[0], *shape, dtype=dtype
+            )
+        return StateViews(**views)
+
+    def row(self, position: Tensor) -> Tensor:
+        """Row of `exact_k` / `exact_v` that holds a position, any integer shape."""
+        ring = self.sink_size + position % self.ring_size
+        return torch.where(position < self.sink_size, position, ring)
+
+    def window_start(self, n: Tensor) -> Tensor:
+        """First position of the window after n tokens, pinned sinks aside."""
+        C = self.update_interval
+        return (n // C * C - self.window_size).clamp(min=self.sink_size)
+
+    def num_evicted(self, n: Tensor) -> Tensor:
+        """Pairs that have left the window for the sparse cache or the hidden state after n tokens."""
+        return self.window_start(n) - self.sink_size
+
+    def num_sparse(self, n: Tensor) -> Tensor:
+        """Valid sparse slots after n tokens (slots 0 .. this - 1)."""
+        return self.num_evicted(n).clamp(max=self.sparse_cache_size)
+
+    def num_folded(self, n: Tensor) -> Tensor:
+        """Pairs in the hidden state after n tokens; 0 means H and s hold leftovers."""
+        return (self.num_evicted(n) - self.sparse_cache_size).clamp(min=0)
+
+
+def _align(nbytes: int, alignment: int) -> int:
+    return -(-nbytes // alignment) * alignment
