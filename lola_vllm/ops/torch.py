@@ -1,0 +1,361 @@
+"""The portable back end: LoLA's ops in plain torch, vectorized over the rows of a batch.
+
+No loop runs over sequences or heads. Decode is the one-token case of the same step that prefill
+repeats for every piece of a prompt. Sums are made in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lola_vllm.ops.contract import LolaWeights, SreOp
+from lola_vllm.reference import RECALL_EPS, feature_map
+from lola_vllm.state import StateLayout, StateViews
+
+# Longest piece of a prompt that is attended at once: bounds the logits to
+# rows x Hq x 256 x (ring + lam) when the window, and so the update interval, is very long.
+MAX_PIECE = 256
+
+
+def sre_scores(
+    k: Tensor, v: Tensor, feature_map_k: Tensor, H: Tensor, s: Tensor, slots: Tensor, empty: Tensor
+) -> Tensor:
+    """Self-recall errors of candidates; see `contract.SreOp`. Paper section 3.2."""
+    dtype = compute_dtype(k)
+    B, Hg, E, d = k.shape
+    Hs = feature_map_k.shape[0]
+    v = v.to(dtype)
+    k_s = k.to(dtype).repeat_interleave(Hs // Hg, dim=1)  # [B, Hs, E, d]
+    v_s = v.repeat_interleave(Hs // Hg, dim=1)
+    phi = feature_map(k_s, feature_map_k.to(dtype))  # [B, Hs, E, 2F]
+    H_rows, s_rows = _gather_state(H, s, slots, empty, dtype)
+    predicted = (phi @ H_rows) / (phi @ s_rows.unsqueeze(-1) + RECALL_EPS)
+    errors = (v_s - predicted).norm(dim=-1).view(B, Hg, Hs // Hg, E)
+    if Hs == Hg:
+        return errors[:, :, 0]
+    return (errors / v.norm(dim=-1).clamp(min=RECALL_EPS).unsqueeze(2)).mean(2)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: LolaWeights,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    sre: SreOp = sre_scores,
+) -> None:
+    """One new token per row; see `contract.DecodeOp`."""
+    rows = (slots > 0).nonzero().squeeze(1)
+    if len(rows) < len(slots):  # padding: compute on the live rows only
+        live = torch.zeros_like(out[rows])
+        if len(rows):
+            _step(
+                q[rows, None], k[rows, None], v[rows, None], weights, layout, views, slots[rows],
+                positions[rows], torch.ones_like(positions[rows]), live[:, None], sre,
+            )  # fmt: skip
+        out.zero_()
+        out[rows] = live
+        return
+    _step(
+        q[:, None], k[:, None], v[:, None], weights, layout, views, slots,
+        positions, torch.ones_like(positions), out[:, None], sre,
+    )  # fmt: skip
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: LolaWeights,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    sre: SreOp = sre_scores,
+) -> None:
+    """A run of new tokens per row; see `contract.PrefillOp`.
+
+    Each row is cut at the update points of the absolute grid; piece i of all rows is one step.
+    """
+    slot_list = slots.tolist()
+    starts = query_start_loc.tolist()
+    pieces_of_row = [
+        _pieces(n, end - start, layout.update_interval) if slot > 0 else []
+        for slot, n, start, end in zip(
+            slot_list, context_lens.tolist(), starts[:-1], starts[1:], strict=True
+        )
+    ]
+    for row, slot in enumerate(slot_list):
+        if slot <= 0:
+            out[starts[row] : starts[row + 1]] = 0
+
+    for i in range(max(map(len, pieces_of_row), default=0)):
+        rows = [r for r, pieces in enumerate(pieces_of_row) if i < len(pieces)]
+        positions = torch.tensor([pieces_of_row[r][i][0] for r in rows], device=q.device)
+        lengths = torch.tensor([pieces_of_row[r][i][1] for r in rows], device=q.device)
+        first = torch.tensor(
+            [starts[r] - int(context_lens[r]) + pieces_of_row[r][i][0] for r in rows],
+            device=q.device,
+        )
+        columns = torch.arange(int(lengths.max()), device=q.device)
+        valid = columns < lengths[:, None]
+        tokens = torch.where(valid, first[:, None] + columns, first[:, None])  # [B, L]
+        piece_out = torch.empty_like(q[tokens])
+        _step(
+            q[tokens], k[tokens], v[tokens], weights, layout, views, slots[rows],
+            positions, lengths, piece_out, sre,
+        )  # fmt: skip
+        out[tokens[valid]] = piece_out[valid]
+
+
+def _pieces(context_len: int, num_tokens: int, interval: int) -> list[tuple[int, int]]:
+    """Cut a run at the update points: (position, length) of each piece."""
+    pieces, position, end = [], context_len, context_len + num_tokens
+    while position < end:
+        stop = min(end, (position // interval + 1) * interval, position + MAX_PIECE)
+        pieces.append((position, stop - position))
+        position = stop
+    return pieces
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Sums are made in float32, or float64 where the inputs are."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: LolaWeights,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    out: Tensor,
+    sre: SreOp,
+) -> None:
+    """One piece per row, all within one update interval: write, attend, update where it is due.
+
+    Args:
+        q: `[B, L, Hq, d]`; k, v: `[B, L, Hkv, d]`; columns past a row's length are padding.
+        slots, positions, lengths: `[B]`; `positions` is the piece's first, so the tokens before it.
+        out: `[B, L, Hq, d]`, written; padding columns get values without meaning.
+    """
+    slots, positions, lengths = slots.long(), positions.long(), lengths.long()
+    query_positions = positions[:, None] + torch.arange(q.shape[1], device=q.device)  # [B, L]
+    _write(k, v, layout, views, slots, query_positions, lengths)
+    out.copy_(_attend(q, weights, layout, views, slots, positions, query_positions, lengths))
+    n = positions + lengths
+    due = ((n % layout.update_interval == 0) & (layout.window_start(n) > layout.window_start(
+        n - layout.update_interval))).nonzero().squeeze(1)  # fmt: skip
+    if len(due):
+        _update(weights.feature_map_k, layout, views, slots[due], n[due], sre)
+
+
+def _write(
+    k: Tensor,
+    v: Tensor,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    query_positions: Tensor,
+    lengths: Tensor,
+) -> None:
+    """Put the new pairs in their rows of the exact store."""
+    columns = torch.arange(k.shape[1], device=k.device)
+    b, col = (columns < lengths[:, None]).nonzero(as_tuple=True)
+    page, row = slots[b], layout.row(query_positions[b, col])
+    views.exact_k[page, :, row] = k[b, col]
+    views.exact_v[page, :, row] = v[b, col]
+
+
+def _attend(
+    q: Tensor,
+    weights: LolaWeights,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """Answers `[B, L, Hq, d]` to the queries of one piece, its own pairs already written."""
+    dtype = compute_dtype(q)
+    B, L, Hq, d = q.shape
+    queries = q.to(dtype).transpose(1, 2)  # [B, Hq, L, d]
+    n = positions + lengths
+
+    def grouped(x: Tensor, heads: int) -> Tensor:
+        return x.reshape(B, heads, Hq // heads * L, x.shape[-1])
+
+    # Only the rows that some sequence of the batch has filled.
+    exact_rows = min(layout.sink_size + layout.ring_size, layout.sink_size + int(n.max()))
+    num_sparse = layout.num_sparse(positions)
+    sparse_rows = int(num_sparse.max())
+    exact_k = views.exact_k[slots, :, :exact_rows].to(dtype)
+    exact_v = views.exact_v[slots, :, :exact_rows].to(dtype)
+    sparse_k = views.sparse_k[slots, :, :sparse_rows].to(dtype)
+    sparse_v = views.sparse_v[slots, :, :sparse_rows].to(dtype)
+
+    held, held_ok = _held_positions(layout, positions, n, exact_rows)  # [B, R]
+    exact_ok = held_ok[:, None] & (held[:, None] <= query_positions[..., None])  # [B, L, R]
+    sparse_ok = torch.arange(sparse_rows, device=q.device) < num_sparse[:, None]  # [B, S]
+    # Leftovers of an earlier user may be NaN, and 0 * NaN is NaN: clear what is not valid.
+    exact_v = exact_v.masked_fill(~held_ok[:, None, :, None], 0)
+    sparse_v = sparse_v.masked_fill(~sparse_ok[:, None, :, None], 0)
+
+    scale = d**-0.5
+    exact = grouped(queries, exact_k.shape[1]) @ exact_k.mT * scale
+    sparse = grouped(queries, sparse_k.shape[1]) @ sparse_k.mT * scale
+    logits = torch.cat(
+        [
+            exact.view(B, Hq, L, -1).masked_fill(~exact_ok[:, None], -torch.inf),
+            sparse.view(B, Hq, L, -1).masked_fill(~sparse_ok[:, None, None], -torch.inf),
+        ],
+        dim=-1,
+    )
+    lse = logits.logsumexp(-1)  # [B, Hq, L]
+    p_exact, p_sparse = (logits - lse.unsqueeze(-1)).exp().split([exact_rows, sparse_rows], dim=-1)
+    y = (grouped(p_exact, exact_v.shape[1]) @ exact_v).view(B, Hq, L, d)
+    y = y + (grouped(p_sparse, sparse_v.shape[1]) @ sparse_v).view(B, Hq, L, d)
+
+    empty = layout.num_folded(positions) == 0
+    if not bool(empty.all()):
+        H, s = _gather_state(views.H, views.s, slots, empty, dtype)
+        phi_q = feature_map(queries, weights.feature_map_q.to(dtype))  # [B, Hq, L, 2F]
+        phi_q = grouped(phi_q, H.shape[1])
+        D = (phi_q @ s.unsqueeze(-1)).view(B, Hq, L)
+        y_lin = (phi_q @ H).view(B, Hq, L, d) / D.unsqueeze(-1)
+        if weights.subtract_max:
+            lse = lse - logits.amax(-1)
+        r = torch.sigmoid(lse + weights.log_gate.to(dtype)[:, None] - D.log()).unsqueeze(-1)
+        y = torch.where(empty[:, None, None, None], y, r * y + (1 - r) * y_lin)
+    return y.transpose(1, 2)
+
+
+def _held_positions(
+    layout: StateLayout, positions: Tensor, n: Tensor, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Position that each row of the exact store holds after n tokens, and whether it is live.
+
+    Both `[B, rows]`. Live: a pinned sink, or in the window of a query at `positions`, at which the
+    piece starts (the window's start does not move within an update interval).
+    """
+    row = torch.arange(rows, device=n.device)
+    is_sink = row < layout.sink_size
+    last = n[:, None] - 1
+    ring = last - (last - (row - layout.sink_size)) % layout.ring_size
+    held = torch.where(is_sink, row, ring)
+    first = torch.where(is_sink, 0, layout.window_start(positions)[:, None])
+    return held, (held >= first) & (held < n[:, None])
+
+
+def _gather_state(
+    H: Tensor, s: Tensor, slots: Tensor, empty: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """H `[B, Hs, 2F, d]` and s `[B, Hs, 2F]` of the rows, zero where nothing was folded in yet."""
+    H_rows = H[slots].to(dtype).masked_fill(empty[:, None, None, None], 0)
+    s_rows = s[slots].to(dtype).masked_fill(empty[:, None, None], 0)
+    return H_rows, s_rows
+
+
+def _update(
+    feature_map_k: Tensor,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    n: Tensor,
+    sre: SreOp,
+) -> None:
+    """Evict, rescore, select, fold (paper section 3.3) in pages that just reached n tokens.
+
+    Every page loses at least one pair from its window. All cached and evicted pairs are scored
+    against H and s as before this update; the lam largest stay exact, the rest are folded in.
+    """
+    C, lam, Hg = layout.update_interval, layout.sparse_cache_size, layout.num_sparse_heads
+    start, stop = layout.window_start(n - C), layout.window_start(n)
+    x_positions = start[:, None] + torch.arange(C, device=n.device)  # [B, C]
+    x_ok = x_positions < stop[:, None]
+    rows = layout.row(torch.where(x_ok, x_positions, start[:, None]))
+    share = Hg // layout.num_kv_heads
+    x_k = views.exact_k[slots[:, None], :, rows].transpose(1, 2).repeat_interleave(share, dim=1)
+    x_v = views.exact_v[slots[:, None], :, rows].transpose(1, 2).repeat_interleave(share, dim=1)
+
+    k = torch.cat([views.sparse_k[slots], x_k], dim=2)  # [B, Hg, E, d]
+    v = torch.cat([views.sparse_v[slots], x_v], dim=2)
+    g_ok = torch.arange(lam, device=n.device) < layout.num_sparse(n - C)[:, None]
+    ok = torch.cat([g_ok, x_ok], dim=1)[:, None].expand(-1, Hg, -1)  # [B, Hg, E]
+    at = torch.cat([views.positions[slots].long(), x_positions[:, None].expand(-1, Hg, -1)], dim=2)
+
+    empty = layout.num_folded(n - C) == 0
+    keep = ok
+    if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
+        scores = sre(k, v, feature_map_k, views.H, views.s, slots, empty)
+        keep = _largest(scores, at, ok, lam)
+        _fold(k, v, ok & ~keep, feature_map_k, layout, views, slots, empty)
+    _replace(k, v, at, keep, layout, views, slots)
+
+
+def _largest(scores: Tensor, positions: Tensor, ok: Tensor, lam: int) -> Tensor:
+    """Mask of the lam valid candidates of largest score, ties to the older pair."""
+    scores = torch.where(ok, scores, -torch.inf)
+    by_age = torch.where(ok, positions, torch.iinfo(torch.int64).max).argsort(-1)
+    order = scores.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True)
+    keep = torch.zeros_like(ok).scatter(-1, by_age.gather(-1, order[..., :lam]), True)
+    return keep & ok
+
+
+def _fold(
+    k: Tensor,
+    v: Tensor,
+    folded: Tensor,
+    feature_map_k: Tensor,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    empty: Tensor,
+) -> None:
+    """H += sum phi(k) v^T and s += sum phi(k) over the folded candidates, at most C per set."""
+    dtype = compute_dtype(k)
+    chosen = folded.int().argsort(dim=-1, descending=True, stable=True)[..., : layout.update_interval]
+    mask = folded.gather(-1, chosen).unsqueeze(-1)
+    index = chosen.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
+    share = layout.num_state_heads // layout.num_sparse_heads
+    k = k.gather(2, index).to(dtype).repeat_interleave(share, dim=1)
+    v = v.gather(2, index).to(dtype).masked_fill(~mask, 0).repeat_interleave(share, dim=1)
+    phi = feature_map(k, feature_map_k.to(dtype))
+    phi = phi.masked_fill(~mask.repeat_interleave(share, dim=1), 0)
+    H, s = _gather_state(views.H, views.s, slots, empty, dtype)
+    views.H[slots] = (H + phi.mT @ v).to(views.H.dtype)
+    views.s[slots] = (s + phi.sum(2)).to(views.s.dtype)
+
+
+def _replace(
+    k: Tensor,
+    v: Tensor,
+    at: Tensor,
+    keep: Tensor,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+) -> None:
+    """Write the kept newcomers into the free slots and those of the folded pairs, in order."""
+    lam = layout.sparse_cache_size
+    new = keep[..., lam:]
+    room = min(lam, new.shape[-1])
+    free = keep[..., :lam].int().argsort(dim=-1, stable=True)[..., :room]
+    winner = new.int().argsort(dim=-1, descending=True, stable=True)[..., :room]
+    b, g, i = new.gather(-1, winner).nonzero(as_tuple=True)
+    target, source = free[b, g, i], winner[b, g, i] + lam
+    views.sparse_k[slots[b], g, target] = k[b, g, source]
+    views.sparse_v[slots[b], g, target] = v[b, g, source]
+    views.positions[slots[b], g, target] = at[b, g, source].int()
