@@ -1,0 +1,68 @@
+// Compiles the kernel body named by LOLA_KERNEL_BODY once per instruction set, in the namespaces
+// lola::baseline, lola::avx2 and lola::avx512. No include guard: every kernel includes it once.
+//
+// The compiler is told the instruction set by pragma rather than by a flag, so one wheel holds all
+// of them and no build system needs per-file flags. Nothing from the standard library may be
+// included or instantiated inside the regions: the linker keeps one copy of an inline function and
+// could pick one that this machine cannot execute. For the same reason bodies use no lambdas,
+// which do not take the pragma's target on GCC.
+#include <cstdint>
+
+#include "cpu/types.h"
+
+#define LOLA_INLINE inline __attribute__((always_inline))
+
+#define LOLA_ISA baseline
+#define LOLA_VEC_BYTES 16
+#include "cpu/vec.h"
+#include LOLA_KERNEL_BODY
+#undef LOLA_ISA
+#undef LOLA_VEC_BYTES
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define LOLA_ISA avx2
+#define LOLA_VEC_BYTES 32
+#include "cpu/vec.h"
+#include LOLA_KERNEL_BODY
+#undef LOLA_ISA
+#undef LOLA_VEC_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+#define LOLA_ISA avx512
+#define LOLA_VEC_BYTES 64
+#include "cpu/vec.h"
+#include LOLA_KERNEL_BODY
+#undef LOLA_ISA
+#undef LOLA_VEC_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else  // one set only: let callers name all three
+namespace lola {
+namespace avx2 = baseline;
+namespace avx512 = baseline;
+}  // namespace lola
+#endif
+
+#undef LOLA_KERNEL_BODY

@@ -1,0 +1,343 @@
+// SIMD on the compiler's vector extensions, at the native width of LOLA_ISA: 4, 8 or 16 floats.
+// No include guard: included by for_each_isa.h once per instruction set and kernel.
+//
+// A vector wider than a register would live in memory on GCC, hence the native width and not one
+// fixed width. Every reduction is in a fixed order, so results do not depend on the position of a
+// row in a tile, on the batch or on threads.
+
+namespace lola {
+namespace LOLA_ISA {
+namespace {
+
+template <typename T>
+struct Lanes;  // the vector of T, and the integer vectors that go with it
+
+template <>
+struct Lanes<float> {
+  typedef float type __attribute__((vector_size(LOLA_VEC_BYTES)));
+  typedef int32_t ints __attribute__((vector_size(LOLA_VEC_BYTES)));
+};
+
+template <>
+struct Lanes<double> {
+  typedef double type __attribute__((vector_size(LOLA_VEC_BYTES)));
+  typedef int64_t ints __attribute__((vector_size(LOLA_VEC_BYTES)));
+};
+
+template <typename T>
+using Vec = typename Lanes<T>::type;
+template <typename T>
+using IntVec = typename Lanes<T>::ints;  // also what comparisons give: all ones where true
+
+template <typename T>
+constexpr int64_t kLanes = LOLA_VEC_BYTES / sizeof(T);
+
+template <typename T>
+constexpr int64_t round_up(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+template <typename To, typename From>
+LOLA_INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+template <typename T>
+LOLA_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};  // x - 0 is x, also for -0
+}
+
+template <typename T>
+LOLA_INLINE Vec<T> load(const T* p) {
+  Vec<T> x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <typename T>
+LOLA_INLINE void store(T* p, Vec<T> x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+
+// One instruction where the set has a fused multiply-add.
+template <typename V>
+LOLA_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+
+template <typename V>
+LOLA_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <typename V>
+LOLA_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
+
+// Lanes with index < n are all ones, the others zero.
+template <typename T>
+LOLA_INLINE IntVec<T> first_lanes(int64_t n) {
+  IntVec<T> lane;
+  for (int64_t i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < (static_cast<decltype(lane[0] + 0)>(n) - IntVec<T>{});
+}
+
+// --- bfloat16 ---
+
+typedef uint16_t HalfWords __attribute__((vector_size(LOLA_VEC_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(LOLA_VEC_BYTES)));
+
+LOLA_INLINE Vec<float> load_bf16(const uint16_t* p) {
+  HalfWords h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return bits<Vec<float>>(__builtin_convertvector(h, Words) << 16);
+}
+
+// Rounds to nearest even; a NaN stays a NaN.
+LOLA_INLINE void store_bf16(uint16_t* p, Vec<float> x) {
+  const Words u = bits<Words>(x);
+  const Words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const Words quiet = (u >> 16) | 0x40;
+  const HalfWords h = __builtin_convertvector(x == x ? rounded : quiet, HalfWords);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+LOLA_INLINE float bf16_to_float(uint16_t h) { return bits<float>(static_cast<uint32_t>(h) << 16); }
+
+LOLA_INLINE uint16_t float_to_bf16(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  return static_cast<uint16_t>(x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40);
+}
+
+// --- rows of any dtype ---
+
+// dst[0 .. padded) = src[0 .. n) converted, then zeros.
+template <typename T>
+LOLA_INLINE void load_row(T* dst, const char* src, DType dtype, int64_t n, int64_t padded) {
+  int64_t i = 0;
+  if (dtype == DType::bf16) {
+    const uint16_t* p = reinterpret_cast<const uint16_t*>(src);
+    if constexpr (sizeof(T) == 4) {
+      for (; i + kLanes<T> <= n; i += kLanes<T>) store<T>(dst + i, load_bf16(p + i));
+    }
+    for (; i < n; ++i) dst[i] = static_cast<T>(bf16_to_float(p[i]));
+  } else if (dtype == DType::f32) {
+    const float* p = reinterpret_cast<const float*>(src);
+    for (; i < n; ++i) dst[i] = static_cast<T>(p[i]);
+  } else {
+    const double* p = reinterpret_cast<const double*>(src);
+    for (; i < n; ++i) dst[i] = static_cast<T>(p[i]);
+  }
+  for (; i < padded; ++i) dst[i] = 0;
+}
+
+// dst[0 .. n) = src[0 .. n) rounded to dtype.
+template <typename T>
+LOLA_INLINE void store_row(char* dst, const T* src, DType dtype, int64_t n) {
+  int64_t i = 0;
+  if (dtype == DType::bf16) {
+    uint16_t* p = reinterpret_cast<uint16_t*>(dst);
+    if constexpr (sizeof(T) == 4) {
+      for (; i + kLanes<T> <= n; i += kLanes<T>) store_bf16(p + i, load<T>(src + i));
+    }
+    for (; i < n; ++i) p[i] = float_to_bf16(static_cast<float>(src[i]));
+  } else if (dtype == DType::f32) {
+    float* p = reinterpret_cast<float*>(dst);
+    for (; i < n; ++i) p[i] = static_cast<float>(src[i]);
+  } else {
+    double* p = reinterpret_cast<double*>(dst);
+    for (; i < n; ++i) p[i] = static_cast<double>(src[i]);
+  }
+}
+
+// --- reductions over lanes, by halves ---
+
+typedef float F4 __attribute__((vector_size(16)));
+typedef float F8 __attribute__((vector_size(32)));
+typedef double D2 __attribute__((vector_size(16)));
+typedef double D4 __attribute__((vector_size(32)));
+
+struct Sum {
+  template <typename V>
+  static LOLA_INLINE V of(V a, V b) {
+    return a + b;
+  }
+};
+struct Max {
+  template <typename V>
+  static LOLA_INLINE V of(V a, V b) {
+    return a > b ? a : b;
+  }
+};
+struct Min {
+  template <typename V>
+  static LOLA_INLINE V of(V a, V b) {
+    return a < b ? a : b;
+  }
+};
+
+template <typename Op>
+LOLA_INLINE float reduce(Vec<float> x) {
+  F4 q;
+#if LOLA_VEC_BYTES == 16
+  q = x;
+#else
+  F8 o;
+#if LOLA_VEC_BYTES == 32
+  o = x;
+#else
+  o = Op::of(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+             __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+#endif
+  q = Op::of(__builtin_shufflevector(o, o, 0, 1, 2, 3), __builtin_shufflevector(o, o, 4, 5, 6, 7));
+#endif
+  q = Op::of(q, __builtin_shufflevector(q, q, 2, 3, 2, 3));
+  return Op::of(q[0], q[1]);
+}
+
+template <typename Op>
+LOLA_INLINE double reduce(Vec<double> x) {
+  D2 q;
+#if LOLA_VEC_BYTES == 16
+  q = x;
+#else
+  D4 o;
+#if LOLA_VEC_BYTES == 32
+  o = x;
+#else
+  o = Op::of(__builtin_shufflevector(x, x, 0, 1, 2, 3), __builtin_shufflevector(x, x, 4, 5, 6, 7));
+#endif
+  q = Op::of(__builtin_shufflevector(o, o, 0, 1), __builtin_shufflevector(o, o, 2, 3));
+#endif
+  return Op::of(q[0], q[1]);
+}
+
+// --- exp ---
+
+// Relative error below 1.5e-7. exp(-inf) and anything under -87.3 is 0, anything over 88.3 is inf,
+// NaN is NaN. x = n ln 2 + r with |r| <= ln(2) / 2; adding 1.5 * 2^23 rounds to an integer and
+// leaves n in the low bits of the sum.
+LOLA_INLINE Vec<float> exp(Vec<float> x) {
+  const float magic = 12582912.0f;
+  const Vec<float> shifted = fma(x, splat(1.44269504f), splat(magic));
+  const Vec<float> n = shifted - magic;
+  const Vec<float> r = fma(n, splat(-1.42860682e-6f), fma(n, splat(-0.693145752f), x));
+  Vec<float> y = splat(1.0f / 5040);
+  y = fma(y, r, splat(1.0f / 720));
+  y = fma(y, r, splat(1.0f / 120));
+  y = fma(y, r, splat(1.0f / 24));
+  y = fma(y, r, splat(1.0f / 6));
+  y = fma(y, r, splat(0.5f));
+  y = fma(y, r, splat(1.0f));
+  y = fma(y, r, splat(1.0f));
+  y *= bits<Vec<float>>((bits<Words>(shifted) << 23) + (127u << 23));
+  y = x < -87.3f ? Vec<float>{} : y;
+  return x > 88.3f ? splat(__builtin_inff()) : y;
+}
+
+// Relative error below 5e-16; 0 under -708.3, inf over 709.0.
+LOLA_INLINE Vec<double> exp(Vec<double> x) {
+  typedef uint64_t Longs __attribute__((vector_size(LOLA_VEC_BYTES)));
+  const double magic = 6755399441055744.0;
+  const Vec<double> shifted = fma(x, splat(1.4426950408889634), splat(magic));
+  const Vec<double> n = shifted - magic;
+  const Vec<double> r =
+      fma(n, splat(-1.9082149292705877e-10), fma(n, splat(-0.6931471803691238), x));
+  double factorial = 6227020800.0;  // 13!, and down to 0!
+  Vec<double> y = splat(1.0 / factorial);
+#pragma GCC unroll 16
+  for (int i = 13; i > 0; --i) {
+    factorial /= i;
+    y = fma(y, r, splat(1.0 / factorial));
+  }
+  y *= bits<Vec<double>>((bits<Longs>(shifted) << 52) + (uint64_t{1023} << 52));
+  y = x < -708.3 ? Vec<double>{} : y;
+  return x > 709.0 ? splat(__builtin_inf()) : y;
+}
+
+// --- small matrix product ---
+
+// Accumulators of a tile: rows x vectors, as many as the registers hold beside their operands.
+#if LOLA_VEC_BYTES == 64
+constexpr int kTileRows = 6, kTileVecs = 4;
+#elif LOLA_VEC_BYTES == 32
+constexpr int kTileRows = 6, kTileVecs = 2;
+#else
+constexpr int kTileRows = 4, kTileVecs = 2;
+#endif
+
+template <typename T, int R, int V>
+LOLA_INLINE void gemm_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, T* c,
+                           int64_t ldc) {
+  Vec<T> acc[R][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) acc[i][j] = Vec<T>{};
+  }
+  for (int64_t p = 0; p < K; ++p, b += ldb) {
+    Vec<T> row[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) row[j] = load(b + j * kLanes<T>);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const Vec<T> x = splat(a[i * lda + p]);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[i][j] = fma(x, row[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) store<T>(c + i * ldc + j * kLanes<T>, acc[i][j]);
+  }
+}
+
+template <typename T, int V>
+LOLA_INLINE void gemm_columns(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+                              int64_t M, int64_t K) {
+  int64_t i = 0;
+  for (; i + kTileRows <= M; i += kTileRows) {
+    gemm_tile<T, kTileRows, V>(a + i * lda, lda, b, ldb, K, c + i * ldc, ldc);
+  }
+  for (; i < M; ++i) gemm_tile<T, 1, V>(a + i * lda, lda, b, ldb, K, c + i * ldc, ldc);
+}
+
+// c[M, N] = a[M, K] @ b[K, N], row-major; N a multiple of the lanes. Each element is one sum in the
+// order of K, whatever M and N. Columns are the outer loop, so that a panel of b stays in L1 while
+// all rows of a pass over it.
+template <typename T>
+void gemm(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t M, int64_t N,
+          int64_t K) {
+  int64_t j = 0;
+  for (; j + kTileVecs * kLanes<T> <= N; j += kTileVecs * kLanes<T>) {
+    gemm_columns<T, kTileVecs>(a, lda, b + j, ldb, c + j, ldc, M, K);
+  }
+  for (; j < N; j += kLanes<T>) gemm_columns<T, 1>(a, lda, b + j, ldb, c + j, ldc, M, K);
+}
+
+// A matrix [rows, cols] as T with rows padded to whole vectors: the source itself where it already
+// is that, else a converted copy in `scratch`, which must hold rows * round_up<T>(cols). Writes the
+// row stride to `ld`.
+template <typename T>
+const T* padded_matrix(const char* src, DType dtype, int64_t src_ld, int64_t rows, int64_t cols,
+                       T* scratch, int64_t* ld) {
+  constexpr DType own = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  if (dtype == own && cols % kLanes<T> == 0) {
+    *ld = src_ld;
+    return reinterpret_cast<const T*>(src);
+  }
+  *ld = round_up<T>(cols);
+  for (int64_t i = 0; i < rows; ++i) {
+    load_row(scratch + i * *ld, src + i * src_ld * size_of(dtype), dtype, cols, *ld);
+  }
+  return scratch;
+}
+
+}  // namespace
+}  // namespace LOLA_ISA
+}  // namespace lola

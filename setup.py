@@ -1,0 +1,98 @@
+"""Build of lola-vllm: the packages, and the CPU extension `lola_vllm/_C` from csrc/.
+
+The extension is optional. Without a C++ compiler, or without torch at build time, the install goes
+on without it and says so (the portable torch back end then does the work); set
+LOLA_VLLM_REQUIRE_EXT=1 to make that an error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+# Top-level folders that install as subpackages of lola_vllm.
+FOLDERS = {"lola_vllm.kernels": "kernels", "lola_vllm.serving": "serving"}
+ABI_TAG = "cp310"
+# The oldest torch whose stable ABI the extension uses (2.10: parallel_for).
+TORCH_TARGET = "0x020a000000000000"
+
+
+def packages() -> tuple[list[str], dict[str, str]]:
+    """Names of all packages, and where the ones outside lola_vllm/ live."""
+    names = find_namespace_packages(str(ROOT), include=["lola_vllm", "lola_vllm.*"])
+    folders = {}
+    for package, folder in FOLDERS.items():
+        if (ROOT / folder).is_dir():
+            folders[package] = folder
+            below = find_namespace_packages(str(ROOT / folder))
+            names += [package, *(f"{package}.{name}" for name in below)]
+    return [name for name in names if "__pycache__" not in name], folders
+
+
+def without_extension(reason: str, remedy: str) -> dict[str, Any]:
+    """Go on without the extension, or stop where it is required."""
+    message = f"lola-vllm: {reason}; the C++ kernels are not built. To get them: {remedy}."
+    if os.environ.get("LOLA_VLLM_REQUIRE_EXT") == "1":
+        sys.exit(f"{message} (LOLA_VLLM_REQUIRE_EXT=1)")
+    print(f"WARNING: {message}", file=sys.stderr)
+    return {}
+
+
+def extension() -> dict[str, Any]:
+    """setup() arguments that build the extension; empty where it cannot be built."""
+    compiler = os.environ.get("CXX", "").split()
+    found = any(shutil.which(name) for name in (compiler[:1] or ["c++", "g++", "clang++"]))
+    if not found:
+        return without_extension(
+            f"no C++ compiler found ({compiler[0] if compiler else 'c++, g++ or clang++'})",
+            "apt-get install g++ (or set CXX), then install again",
+        )
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        return without_extension(
+            f"torch cannot be imported ({error})",
+            "install torch first, then pip install --no-build-isolation",
+        )
+
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+    return {
+        "ext_modules": [
+            CppExtension(
+                "lola_vllm._C",
+                sources,
+                include_dirs=[str(ROOT / "csrc")],
+                depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],
+                py_limited_api=True,
+                define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
+                extra_compile_args={
+                    # No -march: kernels choose their instruction set at run time (csrc/cpu).
+                    # Contraction gives fused multiply-adds; vector arguments only pass between
+                    # functions that are inlined, so their calling convention (psabi) is moot.
+                    "cxx": ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno",
+                            "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi",
+                            "-Wno-unknown-pragmas"],
+                },
+            )
+        ],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": ABI_TAG}},
+    }  # fmt: skip
+
+
+names, folders = packages()
+readme = ROOT / "README.md"
+setup(
+    packages=names,
+    package_dir=folders,
+    package_data={"lola_vllm": ["py.typed"]},
+    long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
+    long_description_content_type="text/markdown",
+    **extension(),
+)
