@@ -69,7 +69,7 @@ class LolaConfig(BaseModel):
         # --hf-overrides carries the interval along.
         if isinstance(data, dict) and data.get("update_interval") is None:
             window = data.get("window_size", cls.model_fields["window_size"].default)
-            usable = isinstance(window, int) and window >= 1  # else the window's own error is enough
+            usable = type(window) is int and window >= 1  # else the window's own error is enough
             data = {**data, "update_interval": window if usable else 1}
         return data
 

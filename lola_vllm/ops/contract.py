@@ -2,7 +2,7 @@
 
 A back end provides two functions that work in place on the pages of `StateViews`:
 
-    decode(q, k, v, weights, layout, views, slots, positions, out)
+    decode(q, k, v, weights, layout, views, slots, seq_lens, out)
     prefill(q, k, v, weights, layout, views, slots, query_start_loc, context_lens, out)
 
 Both see each new token, write its pair, answer its query and, at an update point, evict, rescore,
@@ -60,12 +60,12 @@ class DecodeOp(Protocol):
         layout: StateLayout,
         views: StateViews,
         slots: Tensor,
-        positions: Tensor,
+        seq_lens: Tensor,
         out: Tensor,
     ) -> None:
-        """q `[B, Hq, d]`, k and v `[B, Hkv, d]`, slots and positions `[B]`, out `[B, Hq, d]`.
+        """q `[B, Hq, d]`, k and v `[B, Hkv, d]`, slots and seq_lens `[B]`, out `[B, Hq, d]`.
 
-        `positions` are those of the new tokens, so also the number of tokens in each page.
+        `seq_lens` count the new token, which so has position `seq_lens - 1`.
         """
 
 

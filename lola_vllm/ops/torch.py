@@ -45,11 +45,12 @@ def decode(
     layout: StateLayout,
     views: StateViews,
     slots: Tensor,
-    positions: Tensor,
+    seq_lens: Tensor,
     out: Tensor,
     sre: SreOp = sre_scores,
 ) -> None:
     """One new token per row; see `contract.DecodeOp`."""
+    positions = seq_lens - 1
     rows = (slots > 0).nonzero().squeeze(1)
     if len(rows) < len(slots):  # padding: compute on the live rows only
         live = torch.zeros_like(out[rows])

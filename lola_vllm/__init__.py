@@ -1,0 +1,49 @@
+"""lola-vllm: LoLA attention (arXiv 2505.23666) for vLLM, in fixed memory per sequence.
+
+vLLM calls `register()` in every process it starts. Importing this package loads neither vLLM nor
+torch and touches no device; `register()` hands vLLM names, not classes, wherever it can.
+"""
+
+from __future__ import annotations
+
+import logging
+
+__version__ = "0.1.0"
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Make vLLM know LoLA models. Safe to call more than once in a process.
+
+    Never raises: vLLM would then fail for every other model too. What went wrong is logged, and
+    a LoLA model is then refused by vLLM as unknown.
+    """
+    # vLLM configures handlers for its own loggers only; a child of `vllm` is shown with them.
+    logger = logging.getLogger("vllm.lola")
+    try:
+        _register()
+    except Exception as error:
+        logger.error("lola-vllm is not active: %s", error, exc_info=not _expected(error))
+
+
+def _expected(error: Exception) -> bool:
+    from lola_vllm.compat import UnsupportedVllmError
+
+    return isinstance(error, UnsupportedVllmError)
+
+
+def _register() -> None:
+    import vllm
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from lola_vllm import compat
+    from lola_vllm.config import ARCHITECTURE, MODEL_TYPE, LolaLlamaConfig
+    from lola_vllm.config_hook import LolaModelConfig
+
+    compat.check_vllm_version(vllm.__version__)
+    AutoConfig.register(MODEL_TYPE, LolaLlamaConfig, exist_ok=True)
+    MODELS_CONFIG_MAP[ARCHITECTURE] = LolaModelConfig
+    compat.register_mamba_backend("lola_vllm.backend.LolaAttentionBackend")
+    ModelRegistry.register_model(ARCHITECTURE, f"lola_vllm.model:{ARCHITECTURE}")

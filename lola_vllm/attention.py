@@ -1,0 +1,238 @@
+"""The attention layer of a LoLA model in vLLM: owns weights and page views, and calls the ops.
+
+One decode step, top to bottom: qkv projection and RoPE (compiled with the rest of the model) ->
+`torch.ops.lola.attention`, where vLLM splits its graph -> the back end's decode and prefill ops,
+which work in place on the pages -> output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
+
+from lola_vllm.backend import LolaMetadata
+from lola_vllm.cache import head_dim, state_layout, state_spec
+from lola_vllm.compat import BACKEND_NAME
+from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.ops import LolaWeights, choose_backend
+from lola_vllm.state import StateViews
+
+OP = "lola::attention"
+
+
+class LolaAttention(nn.Module, MambaBase):
+    """Multi-head LoLA attention with the interface of vLLM's `LlamaAttention`.
+
+    Parameters (this rank's heads): `qkv_proj`, `o_proj`, `feature_map_q [Hq, d, F]`,
+    `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (float32, before the sigmoid).
+    """
+
+    def __init__(
+        self,
+        config: LolaLlamaConfig,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        max_position_embeddings: int = 8192,
+        quant_config: QuantizationConfig | None = None,
+        bias: bool = False,
+        bias_o_proj: bool = False,
+        prefix: str = "",
+        **_: Any,  # cache_config and attn_type: vLLM's own caches, which this layer has none of
+    ) -> None:
+        super().__init__()
+        vllm_config = get_current_vllm_config()
+        self.prefix = prefix
+        self.lola = config.lola
+        self.layout = state_layout(vllm_config)
+        tp_size = get_tensor_model_parallel_world_size()
+        self.num_heads = num_heads // tp_size
+        self.num_kv_heads = self.layout.num_kv_heads
+        self.head_dim = head_dim(config)
+
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size=hidden_size,
+            head_size=self.head_dim,
+            total_num_heads=num_heads,
+            total_num_kv_heads=num_kv_heads,
+            bias=bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            input_size=num_heads * self.head_dim,
+            output_size=hidden_size,
+            bias=bias_o_proj,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.rotary_emb = get_rope(
+            self.head_dim,
+            max_position=max_position_embeddings,
+            rope_parameters=getattr(config, "rope_parameters", None),
+            is_neox_style=True,
+        )
+        map_shape = (self.head_dim, self.lola.feature_dim)
+        num_state_heads = self.lola.num_state_heads or num_heads
+        self.feature_map_q = _head_parameter(self.num_heads, map_shape, num_heads)
+        self.feature_map_k = _head_parameter(
+            self.layout.num_state_heads, map_shape, num_state_heads
+        )
+        self.window_factors = _head_parameter(self.num_heads, (), num_heads, torch.float32)
+
+        self.kv_cache = (torch.tensor([]),)
+        self.views: StateViews | None = None
+        self.weights: LolaWeights | None = None
+        self._join(vllm_config)
+
+    def _join(self, vllm_config: VllmConfig) -> None:
+        """Let vLLM find this layer: state pages for it, and a graph split at its op."""
+        compilation = vllm_config.compilation_config
+        if self.prefix in compilation.static_forward_context:
+            raise ValueError(f"Duplicate layer name: {self.prefix}")
+        compilation.static_forward_context[self.prefix] = self
+        if compilation.splitting_ops is not None and OP not in compilation.splitting_ops:
+            compilation.splitting_ops.append(OP)
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """positions `[T]`, hidden_states `[T, hidden_size]` -> `[T, hidden_size]`."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        attended = torch.empty_like(q)
+        torch.ops.lola.attention(q, k, v, attended, self.prefix)
+        output, _ = self.o_proj(attended)
+        return output
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, metadata: LolaMetadata) -> None:
+        """Run a step's decodes and prefills: q, out `[T, Hq * d]`, k, v `[T, Hkv * d]`."""
+        assert self.views is not None and self.weights is not None
+        q, out = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in (q, out))
+        k, v = (x.unflatten(-1, (self.num_kv_heads, self.head_dim)) for x in (k, v))
+        page = (self.weights, self.layout, self.views)
+        if metadata.num_decodes:
+            assert metadata.state_indices_tensor_d is not None
+            slots = metadata.state_indices_tensor_d[:, 0]
+            rows = len(slots)
+            self.ops.decode(
+                q[:rows], k[:rows], v[:rows], *page, slots, metadata.seq_lens[:rows], out[:rows]
+            )
+        if metadata.num_prefills:
+            assert metadata.state_indices_tensor_p is not None
+            assert metadata.query_start_loc_p_cpu is not None
+            assert metadata.context_lens_p_cpu is not None
+            start = metadata.num_decode_tokens
+            stop = start + metadata.num_prefill_tokens
+            self.ops.prefill(
+                q[start:stop],
+                k[start:stop],
+                v[start:stop],
+                *page,
+                metadata.state_indices_tensor_p,
+                metadata.query_start_loc_p_cpu,
+                metadata.context_lens_p_cpu,
+                out[start:stop],
+            )
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take this layer's pages: `[num_blocks, 1, 1, page_bytes]` int8, given by vLLM."""
+        pages = kv_cache.squeeze(dim=(1, 2))
+        self.kv_cache = (pages,)
+        self.views = self.layout.views(pages)
+        self.ops = choose_backend(pages.device.type)
+        self.prepare_weights()
+
+    def prepare_weights(self) -> None:
+        """Derive what the ops take from the loaded parameters."""
+        self.weights = LolaWeights.prepare(
+            self.feature_map_q.data,
+            self.feature_map_k.data,
+            self.window_factors.data,
+            self.lola.mixing,
+        )
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        """The backend's registered name."""
+        return MambaAttentionBackendEnum[BACKEND_NAME]
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        """One packed page, so that vLLM copies a state as one blob."""
+        return ((self.layout.page_bytes,),)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        """Bytes; `StateLayout.views` gives the typed parts."""
+        return (torch.uint8,)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """The page as vLLM's pool sees it."""
+        base = super().get_kv_cache_spec(vllm_config)
+        assert isinstance(base, MambaSpec)
+        return state_spec(
+            vllm_config,
+            self.layout,
+            block_size=base.block_size,
+            page_size_padded=base.page_size_padded,
+            mamba_type=base.mamba_type,
+            mamba_cache_mode=base.mamba_cache_mode,
+        )
+
+
+def _head_parameter(
+    num_heads: int, shape: tuple[int, ...], total_heads: int, dtype: torch.dtype | None = None
+) -> nn.Parameter:
+    """A parameter `[num_heads, *shape]` that loads this rank's heads of `total_heads`."""
+    parameter = nn.Parameter(torch.empty(num_heads, *shape, dtype=dtype), requires_grad=False)
+    set_weight_attrs(parameter, {"weight_loader": _head_loader(total_heads)})
+    return parameter
+
+
+def _head_loader(total_heads: int) -> Callable[[Tensor, Tensor], None]:
+    def load(parameter: Tensor, loaded: Tensor) -> None:
+        # With fewer heads than ranks, neighbours share a head, as vLLM does for KV heads.
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        parameter.data.copy_(loaded.narrow(0, rank * total_heads // ranks, len(parameter)))
+
+    return load
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, output: Tensor, layer_name: str) -> None:
+    context = get_forward_context()
+    if context.attn_metadata is None:  # profiling and warm-up runs have no sequences
+        output.zero_()
+        return
+    metadata = context.attn_metadata[layer_name]  # type: ignore[call-overload, index]
+    context.no_compile_layers[layer_name].attend(q, k, v, output, metadata)
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, output: Tensor, layer_name: str) -> None:
+    return None
+
+
+# A fragment: the C++ extension defines its ops in the same namespace.
+_library = torch.library.Library("lola", "FRAGMENT")
+direct_register_custom_op(
+    op_name="attention",
+    op_func=_attention,
+    mutates_args=["output"],
+    fake_impl=_attention_fake,
+    target_lib=_library,
+)

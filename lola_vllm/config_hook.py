@@ -1,0 +1,158 @@
+"""What vLLM asks of a model before anything is allocated: settle defaults, refuse what is wrong.
+
+Every refusal names the option, its value and the remedy, and comes at start-up.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import psutil
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from lola_vllm.cache import state_layout
+from lola_vllm.checkpoint.schema import find_num_state_heads
+from lola_vllm.config import LolaLlamaConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.lola")
+
+# Tokens between two cached states. A state is as large as hundreds of tokens of a full KV cache,
+# so a finer grain than this would cost more than it saves.
+PREFIX_CACHE_BLOCK_SIZE = 1024
+
+
+class UnsupportedOptionError(ValueError):
+    """A vLLM option that cannot work with LoLA's state."""
+
+
+class Refusal(NamedTuple):
+    """An option, the value it was given, and why it cannot be."""
+
+    option: str
+    value: object
+    reason: str
+
+
+class LolaModelConfig(VerifyAndUpdateConfig):
+    """vLLM's hook for the architecture `LolaLlamaForCausalLM`."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Check the options, then settle the number of state heads and the block size."""
+        for refusal in refusals(vllm_config):
+            raise UnsupportedOptionError(
+                f"{refusal.option} = {refusal.value!r} cannot be used with a LoLA model: "
+                f"{refusal.reason}"
+            )
+        hf_config = vllm_config.model_config.hf_config
+        num_state_heads = find_num_state_heads(hf_config, vllm_config.model_config.model)
+        hf_config.lola_config = {"num_state_heads": num_state_heads}
+        check_parallel_heads(hf_config, vllm_config.parallel_config.tensor_parallel_size)
+        settle_block_size(vllm_config)
+        settle_cpu_memory(vllm_config)
+
+
+def refusals(vllm_config: VllmConfig) -> list[Refusal]:
+    """The options in use that do not know LoLA's state."""
+    found = []
+    if vllm_config.speculative_config is not None:
+        found.append(
+            Refusal(
+                "--speculative-config",
+                vllm_config.speculative_config.method,
+                "rejected draft tokens would stay in the state; remove the option",
+            )
+        )
+    if vllm_config.kv_transfer_config is not None:
+        found.append(
+            Refusal(
+                "--kv-transfer-config",
+                vllm_config.kv_transfer_config.kv_connector,
+                "KV connectors move per-token blocks, and a LoLA page is none; remove the option",
+            )
+        )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", "bfloat16"):
+        found.append(
+            Refusal(
+                "--kv-cache-dtype",
+                cache_dtype,
+                "keys and values are kept in the model's dtype; use 'auto', and "
+                "lola_config.state_dtype for the hidden state",
+            )
+        )
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1:
+        found.append(
+            Refusal(
+                "--decode-context-parallel-size",
+                parallel.decode_context_parallel_size,
+                "a state is not a list of tokens that could be split; use 1",
+            )
+        )
+    return found
+
+
+def check_parallel_heads(config: LolaLlamaConfig, tp_size: int) -> None:
+    """Raise `UnsupportedOptionError` unless the heads divide among the tensor-parallel ranks."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
+        raise UnsupportedOptionError(
+            f"--tensor-parallel-size = {tp_size}: the model's {heads} query heads and {kv_heads} "
+            f"KV heads cannot be divided among {tp_size} ranks; use a divisor of {kv_heads}"
+        )
+
+
+def settle_block_size(vllm_config: VllmConfig) -> None:
+    """Choose how many tokens lie between two cached states, when prefix caching is on.
+
+    vLLM 0.32 on CPU would fix 16 tokens here and clip prompts at 128 elsewhere, and then never
+    find a cached state; naming the size as the user's own keeps both sides on one number.
+    """
+    cache = vllm_config.cache_config
+    if not cache.enable_prefix_caching:
+        return
+    if not cache.user_specified_block_size:
+        cache.block_size = cache.mamba_block_size or PREFIX_CACHE_BLOCK_SIZE
+        cache.user_specified_block_size = True
+    cache.mamba_block_size = cache.block_size
+    logger.info(
+        "LoLA prefix caching: a state is kept every %d tokens at most (--block-size), so a shared "
+        "prefix shorter than that is computed again; each running sequence holds two states",
+        cache.block_size,
+    )
+
+
+def settle_cpu_memory(vllm_config: VllmConfig) -> None:
+    """On a CPU, size the state pool for `max_num_seqs` sequences when the user has not sized it.
+
+    vLLM would take nearly all of the machine's memory, which a fixed state has no use for. At
+    most a quarter of the free memory is taken.
+    """
+    from vllm.platforms import current_platform
+
+    cache = vllm_config.cache_config
+    if (
+        not current_platform.is_cpu()
+        or cache.kv_cache_memory_bytes is not None
+        or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    ):
+        return
+    layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    state_bytes = state_layout(vllm_config).page_bytes * layers
+    max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+    # Two states per running sequence while prefix caching is on, and one to keep for later hits;
+    # one more is vLLM's null block.
+    states = (3 if cache.enable_prefix_caching else 1) * max_num_seqs + 1
+    free = psutil.virtual_memory().available // 4
+    cache.kv_cache_memory_bytes = min(states * state_bytes, free)
+    logger.info(
+        "LoLA state pool: %.2f GiB, for --max-num-seqs %d (set --kv-cache-memory-bytes to change)",
+        cache.kv_cache_memory_bytes / 2**30,
+        max_num_seqs,
+    )

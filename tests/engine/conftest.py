@@ -1,0 +1,9 @@
+"""Engines run inside the test process, with a cache of their own."""
+
+import os
+import tempfile
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# vLLM remembers a model's flags by the hash of one file; a stale memory must not decide a test.
+os.environ.setdefault("VLLM_CACHE_ROOT", tempfile.mkdtemp(prefix="lola-vllm-test-"))

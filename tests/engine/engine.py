@@ -1,0 +1,75 @@
+"""vLLM engines in this process, one after the other, and what tests look at inside them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams, TokensPrompt
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+
+
+@contextlib.contextmanager
+def engine(model: Any, **options: Any) -> Iterator[LLM]:
+    """An eager float32 engine in this process; freed on exit."""
+    defaults: dict[str, Any] = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 * 2**20,
+        "max_model_len": 2048,
+        "disable_log_stats": False,
+        "enable_prefix_caching": False,
+    }
+    llm = LLM(**{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def generate(
+    llm: LLM, prompts: list[list[int]], max_tokens: int = 24, **sampling: Any
+) -> list[list[int]]:
+    """Greedy tokens of each prompt, all submitted at once."""
+    params = SamplingParams(max_tokens=max_tokens, **{**GREEDY, **sampling})
+    requests = [TokensPrompt(prompt_token_ids=p) for p in prompts]
+    return [list(o.outputs[0].token_ids) for o in llm.generate(requests, params, use_tqdm=False)]
+
+
+def scheduler(llm: LLM) -> Any:
+    """The scheduler of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def block_pool(llm: LLM) -> Any:
+    """vLLM's pool of state slots."""
+    return scheduler(llm).kv_cache_manager.block_pool
+
+
+def state_manager(llm: LLM) -> Any:
+    """Our block manager."""
+    return scheduler(llm).kv_cache_manager.coordinator.single_type_managers[0]
+
+
+def pages(llm: LLM) -> list[torch.Tensor]:
+    """Every layer's raw pages `[num_blocks, page_bytes]`."""
+    from lola_vllm.attention import LolaAttention
+
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    return [m.kv_cache[0] for m in model.modules() if isinstance(m, LolaAttention)]
+
+
+def metric(llm: LLM, name: str) -> float:
+    """A counter or gauge of the engine."""
+    return sum(m.value for m in llm.get_metrics() if m.name == name)

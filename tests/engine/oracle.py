@@ -1,0 +1,51 @@
+"""The whole model recomputed in float64 by the reference: what every greedy token must obey.
+
+transformers' Llama with its attention function replaced by `lola_vllm.reference.lola_attention`,
+one forward over the whole sequence: no pages, no batches, no splits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.reference import lola_attention
+
+_MAPS = ("feature_map_q", "feature_map_k", "window_factors")
+
+
+class Oracle:
+    """log-probabilities `[T, vocab]` of a LoLA checkpoint directory, in float64."""
+
+    def __init__(self, directory: Path) -> None:
+        config = LolaLlamaConfig.from_pretrained(directory)
+        fields = {k: v for k, v in config.to_dict().items() if k not in ("lola_config", "model_type")}
+        tensors = load_file(directory / "model.safetensors")
+        maps = {k: tensors.pop(k).double() for k in list(tensors) if k.endswith(_MAPS)}
+        self.model = LlamaForCausalLM(LlamaConfig(**fields)).double()
+        self.model.load_state_dict({k: v.double() for k, v in tensors.items()}, strict=False)
+        self.model.eval()
+        self.model.config._attn_implementation = "lola_oracle"
+
+        def attention(
+            module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object
+        ) -> tuple[Tensor, None]:
+            prefix = f"model.layers.{module.layer_idx}.self_attn"
+            weights = [maps[f"{prefix}.{name}"] for name in _MAPS]
+            out, _state = lola_attention(
+                *(x[0].transpose(0, 1) for x in (q, k, v)), *weights, config.lola
+            )
+            return out[None], None
+
+        ALL_ATTENTION_FUNCTIONS["lola_oracle"] = attention
+
+    @torch.no_grad()
+    def logprobs(self, token_ids: list[int]) -> Tensor:
+        """One row per position: the distribution of the next token."""
+        return self.model(torch.tensor([token_ids])).logits[0].log_softmax(-1)

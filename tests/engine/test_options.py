@@ -1,0 +1,115 @@
+"""Options that do not know LoLA's state are refused at start-up; checkpoints load strictly."""
+
+import json
+
+import pytest
+import torch
+from engine import engine, generate, pages, state_manager
+from safetensors.torch import load_file, save_file
+from tiny import make_tiny, random_prompts
+
+from lola_vllm.cache import describe_pool
+
+LOLA = {"window_size": 8, "sparse_cache_size": 4}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return make_tiny(tmp_path / "tiny", LOLA)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
+                                    "prompt_lookup_max": 3}},
+            "--speculative-config = 'ngram'",
+        ),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype = 'fp8'"),
+        ({"hf_overrides": {"lola_config": {"windw_size": 4}}}, "nearest valid name: 'window_size'"),
+        ({"hf_overrides": {"lola_config": {"mixing": "half"}}}, "lola_config.mixing = 'half'"),
+        ({"hf_overrides": {"lola_config": {"num_state_heads": 3}}}, "num_state_heads = 3"),
+    ],
+    ids=["speculation", "fp8-cache", "unknown-key", "bad-value", "bad-heads"],
+)  # fmt: skip
+def test_refused_with_a_reason(tiny, options, words, capfd):
+    with pytest.raises(Exception) as error, engine(tiny, **options):
+        pass
+    assert words in str(error.value) + capfd.readouterr().err
+
+
+def edit(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+MAP = "model.layers.1.self_attn.feature_map_k"
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(MAP), [MAP, "missing"]),
+        (lambda t: t.pop(NORM), [NORM, "missing"]),
+        (lambda t: t.update(extra=torch.ones(1)), ["extra", "unexpected"]),
+        (lambda t: t.update({MAP: torch.ones(4, 16, 8)}), [MAP, "num_state_heads"]),
+        (lambda t: t.update({NORM: torch.ones(63)}), [NORM, "63", "64"]),
+        (lambda t: t[MAP].fill_(torch.nan), [MAP, "not finite"]),
+    ],
+    ids=["no-map", "no-norm", "extra", "map-heads", "norm-shape", "nan"],
+)
+def test_a_wrong_checkpoint_stops_start_up_and_names_the_tensor(tiny, change, words):
+    edit(tiny, change)
+    with pytest.raises(Exception) as error, engine(tiny):
+        pass
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_state_heads_are_read_from_the_checkpoint(tmp_path):
+    for heads in (2, 4):
+        model = make_tiny(tmp_path / str(heads), LOLA, state_heads=heads)
+        config = json.loads((model / "config.json").read_text())
+        del config["lola_config"]["num_state_heads"]
+        (model / "config.json").write_text(json.dumps(config))
+        with engine(model) as llm:
+            assert state_manager(llm).spec.layout.num_state_heads == heads
+
+
+def test_overrides_change_one_parameter_and_keep_the_others(tiny):
+    with engine(tiny, hf_overrides={"lola_config": {"sparse_cache_size": 9}}) as llm:
+        layout = state_manager(llm).spec.layout
+        assert (layout.window_size, layout.sparse_cache_size) == (8, 9)
+
+
+def test_the_printed_memory_is_true(tiny):
+    """Bytes by hand, against the page, the pool that vLLM allocated and the start-up line."""
+    with engine(tiny, kv_cache_memory_bytes=2**20) as llm:
+        spec, slots = state_manager(llm).spec, state_manager(llm).num_slots
+        Hs, Hkv, F2, d, f32 = 2, 2, 16, 16, 4
+        parts = [
+            Hs * F2 * d * f32, Hs * F2 * f32, Hs * 4 * 4,
+            Hs * 4 * d * f32, Hs * 4 * d * f32, Hkv * 16 * d * f32, Hkv * 16 * d * f32,
+        ]  # fmt: skip
+        by_hand = sum(-(-p // 64) * 64 for p in parts)
+        assert by_hand <= spec.page_size_bytes < by_hand + 256
+        layer_pages = pages(llm)
+        assert sum(p.numel() for p in layer_pages) <= 2**20
+        assert all(p.shape == (slots + 1, spec.page_size_bytes) for p in layer_pages)
+        line = describe_pool(spec, slots)
+        assert f"{2 * spec.page_size_bytes / 2**20:.2f} MiB per sequence" in line
+        assert f"{slots} sequences fit" in line
+        # A full cache of this model: 2 layers x (K + V) x 2 heads x 16 x 4 bytes = 512 per token.
+        assert f"beyond {-(-2 * spec.page_size_bytes // 512):,} tokens" in line
+
+
+def test_bfloat16_model_and_state_run(tiny):
+    prompts = random_prompts([5, 70])
+    with engine(
+        tiny, dtype="bfloat16", hf_overrides={"lola_config": {"state_dtype": "bfloat16"}}
+    ) as llm:
+        assert all(len(set(t)) > 1 for t in generate(llm, prompts, 30))

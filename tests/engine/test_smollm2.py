@@ -1,0 +1,64 @@
+"""A real model: with a window above the sequence length, LoLA is the stock Llama, token for token.
+
+The models come from `lola-vllm demo-model` (`make test` builds them): SmolLM2-135M-Instruct as a
+LoLA checkpoint and as the plain Llama it was made from.
+"""
+
+from pathlib import Path
+
+import pytest
+from engine import engine
+from vllm import SamplingParams, TokensPrompt
+
+MODELS = Path(__file__).parents[2] / "models"
+LENGTHS = [5, 8, 13, 21, 34, 50, 64, 65, 80, 100, 127, 128, 129, 160, 200, 256, 300, 411, 555, 700]
+NEW = 16
+# float32 rounding moves a log-probability by about 1e-5 here; a choice between two tokens closer
+# than this is a tie that either engine may break.
+TIE = 1e-3
+
+TEXT = (Path(__file__).parents[2] / "docs" / "algorithm.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(MODELS / "smollm2-base")(TEXT)["input_ids"]
+    assert len(ids) > 2000
+    return [ids[37 * i : 37 * i + n] for i, n in enumerate(LENGTHS)]
+
+
+def answers(model, prompts, **options):
+    params = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True, logprobs=2)
+    with engine(
+        model, skip_tokenizer_init=False, kv_cache_memory_bytes=2 * 2**30, max_num_seqs=8, **options
+    ) as llm:
+        requests = [TokensPrompt(prompt_token_ids=p) for p in prompts]
+        return [o.outputs[0] for o in llm.generate(requests, params, use_tqdm=False)]
+
+
+def test_large_window_reproduces_stock_vllm(prompts):
+    stock = answers(MODELS / "smollm2-base", prompts)
+    lola = answers(
+        MODELS / "smollm2-lola", prompts, hf_overrides={"lola_config": {"window_size": 1024}}
+    )
+    exact = 0
+    for a, b in zip(stock, lola, strict=True):
+        if a.token_ids == b.token_ids:
+            exact += 1
+            continue
+        at = next(i for i in range(NEW) if a.token_ids[i] != b.token_ids[i])
+        first, second = (entry.logprob for entry in list(a.logprobs[at].values())[:2])
+        assert abs(first - second) < TIE, f"token {at} differs and is no tie: {first} {second}"
+    assert exact >= len(LENGTHS) - 1
+
+
+def test_a_small_window_still_speaks_english(prompts):
+    """Identity maps are a starting point, not a trained model: short text must still be sound."""
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    with engine(
+        MODELS / "smollm2-lola", skip_tokenizer_init=False, kv_cache_memory_bytes=2**28
+    ) as llm:
+        answer = llm.generate(["Gravity is"], params, use_tqdm=False)[0].outputs[0].text
+    assert "fundamental" in answer and "physics" in answer

@@ -1,0 +1,78 @@
+"""`lola_config`: validated once, refused with the field, the value and the remedy."""
+
+import pytest
+from transformers import AutoConfig
+
+from lola_vllm.config import LolaConfig, LolaConfigError, LolaLlamaConfig
+
+
+def test_defaults_are_the_authors():
+    config = LolaConfig()
+    assert (config.window_size, config.update_interval, config.sink_size) == (64, 64, 0)
+    assert (config.mixing, config.state_dtype, config.sparse_sharing) == ("lola", "float32", "none")
+
+
+def test_the_interval_follows_the_window_unless_it_is_given():
+    assert LolaConfig(window_size=9).update_interval == 9
+    assert LolaConfig(window_size=9, update_interval=None).update_interval == 9
+    assert LolaConfig(window_size=9, update_interval=1).update_interval == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"windowsize": 3}, "lola_config.windowsize: unknown key; nearest valid name: 'window_siz"),
+        ({"sinks": 3}, "nearest valid name: 'sink_size'"),
+        ({"window_size": 0}, "lola_config.window_size = 0: .*greater than or equal to 1"),
+        ({"window_size": "64"}, "lola_config.window_size = '64': .*valid integer"),
+        ({"window_size": True}, "lola_config.window_size = True"),
+        ({"sparse_cache_size": -1}, "lola_config.sparse_cache_size = -1"),
+        ({"update_interval": 0}, "lola_config.update_interval = 0"),
+        ({"mixing": "half"}, "lola_config.mixing = 'half': .*'lola' or 'lolcats'"),
+        ({"state_dtype": "int8"}, "lola_config.state_dtype = 'int8': .*'float32' or 'bfloat16'"),
+    ],
+)
+def test_bad_values_are_named(fields, message):
+    with pytest.raises(LolaConfigError, match=message) as error:
+        LolaConfig(**fields)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_every_fault_is_reported():
+    with pytest.raises(LolaConfigError) as error:
+        LolaConfig(sink_size=-2, mixing="x", foo=1)
+    assert [line.split()[0] for line in str(error.value).splitlines()] == [
+        "lola_config.sink_size",
+        "lola_config.mixing",
+        "lola_config.foo:",
+    ]
+
+
+def test_round_trip_through_transformers_keeps_llama_fields_and_the_object(tmp_path):
+    config = LolaLlamaConfig(lola_config={"sink_size": 4}, hidden_size=96, num_hidden_layers=3)
+    config.save_pretrained(tmp_path)
+    AutoConfig.register("lola_llama", LolaLlamaConfig, exist_ok=True)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.lola_config == {"sink_size": 4}
+    assert (loaded.hidden_size, loaded.num_hidden_layers) == (96, 3)
+    assert loaded.lola == LolaConfig(sink_size=4)
+
+
+def test_assignment_merges_and_is_checked():
+    config = LolaLlamaConfig(lola_config={"sink_size": 4, "window_size": 32})
+    config.lola_config = {"window_size": 16}
+    assert config.lola == LolaConfig(sink_size=4, window_size=16)
+    with pytest.raises(LolaConfigError, match="must be an object"):
+        config.lola_config = 7
+    with pytest.raises(LolaConfigError, match="window_size = 0"):
+        config.lola_config = {"window_size": 0}
+    assert config.lola == LolaConfig(sink_size=4, window_size=16)
+
+
+@pytest.mark.parametrize(("heads", "ok"), [(9, True), (3, True), (1, False), (6, False)])
+def test_state_heads_lie_between_kv_and_query_heads(heads, ok):
+    if ok:
+        LolaConfig().check_heads(9, 3, heads)
+    else:
+        with pytest.raises(LolaConfigError, match=f"num_state_heads = {heads}"):
+            LolaConfig().check_heads(9, 3, heads)

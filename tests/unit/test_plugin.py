@@ -1,0 +1,101 @@
+"""Registration: cheap, repeatable, never in the way of other models; dependencies point inwards."""
+
+import ast
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lola_vllm.compat import SUPPORTED, UnsupportedVllmError, check_vllm_version
+
+PACKAGE = Path(__file__).parents[2] / "lola_vllm"
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    result = run(
+        "import sys, lola_vllm\n"
+        "print([m for m in ('torch', 'vllm', 'transformers', 'triton') if m in sys.modules])"
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_registering_twice_does_no_harm_and_keeps_vllms_own_specs():
+    result = run(
+        "import lola_vllm\n"
+        "lola_vllm.register(); lola_vllm.register()\n"
+        "from vllm import ModelRegistry\n"
+        "from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum as E\n"
+        "from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST as specs\n"
+        "import lola_vllm.cache\n"
+        "print('LolaLlamaForCausalLM' in ModelRegistry.get_supported_archs(), 'LOLA' in E.__members__)\n"
+        "print({'FullAttentionSpec', 'MambaSpec', 'LolaStateSpec'} <= {s.__name__ for s in specs})\n"
+    )
+    assert result.stdout.split() == ["True", "True", "True"], result.stderr
+
+
+def test_vllm_finds_the_entry_point():
+    from importlib.metadata import entry_points
+
+    found = [e for e in entry_points(group="vllm.general_plugins") if e.value.startswith("lola_vllm")]
+    assert [(e.name, e.value) for e in found] == [("lola", "lola_vllm:register")]
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1"])
+def test_supported_versions(version):
+    check_vllm_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "1.0"])
+def test_unsupported_versions_are_named_with_the_range(version):
+    with pytest.raises(UnsupportedVllmError) as error:
+        check_vllm_version(version)
+    assert version in str(error.value) and str(SUPPORTED) in str(error.value)
+
+
+def test_an_unsupported_version_is_logged_and_breaks_no_other_model(monkeypatch, caplog):
+    import vllm
+
+    import lola_vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    lola_vllm.register()
+    assert "lola-vllm is not active: lola-vllm supports vLLM" in caplog.text
+    assert "0.99.0" in caplog.text
+
+
+def imports(path):
+    """Modules imported anywhere in a file, type-checking blocks aside."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+INNER = ["config.py", "reference.py", "state.py", *(f"ops/{p.name}" for p in (PACKAGE / "ops").glob("*.py"))]
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_dependencies_point_inwards(name):
+    allowed = {"config", "reference", "state"} | ({"ops", "kernels"} if name.startswith("ops/") else set())
+    for module in imports(PACKAGE / name):
+        root, *rest = module.split(".")
+        assert root != "vllm", f"{name} imports vLLM"
+        if root == "lola_vllm":
+            assert rest and rest[0] in allowed, f"{name} imports {module}"

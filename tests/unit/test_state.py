@@ -1,0 +1,84 @@
+"""The page: parts that do not overlap, aligned, and what the token count says of them."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.state import PAGE_ALIGNMENT, PART_ALIGNMENT, StateLayout
+
+
+def layout(lam=5, sink=3, interval=4, kv_dtype=torch.bfloat16, **fields):
+    config = LolaConfig(
+        window_size=10, sparse_cache_size=lam, update_interval=interval, sink_size=sink,
+        feature_dim=6, **fields,
+    )  # fmt: skip
+    return StateLayout.from_config(config, 2, 6, 16, kv_dtype)
+
+
+@pytest.mark.parametrize("lam", [0, 1, 5])
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sharing", ["none", "kv_head"])
+def test_parts_do_not_overlap_and_are_aligned(lam, kv_dtype, sharing):
+    page = layout(lam, kv_dtype=kv_dtype, sparse_sharing=sharing)
+    pool = torch.zeros(3, page.page_bytes + 128, dtype=torch.uint8)
+    views = page.views(pool)
+    for i, view in enumerate(views):
+        assert view.shape[0] == 3
+        assert view.numel() == 0 or view.data_ptr() % PART_ALIGNMENT == pool.data_ptr() % 64
+        view[1] = i + 1
+    for i, view in enumerate(views):
+        assert (view[1] == i + 1).all()
+        assert (view[0] == 0).all() and (view[2] == 0).all()
+    assert page.page_bytes % PAGE_ALIGNMENT == 0
+    assert sum(page.part_bytes.values()) <= page.page_bytes
+    assert (pool[1, page.page_bytes :] == 0).all()
+
+
+def test_bytes_of_the_8b_layouts():
+    """MiB per sequence for Llama-3.1-8B at eta 64, lam 512 (32 layers, 32 and 8 heads, d 128)."""
+
+    def mib(state_heads, sharing):
+        config = LolaConfig(sparse_cache_size=512, sparse_sharing=sharing)
+        page = StateLayout.from_config(config, 8, state_heads, 128, torch.bfloat16)
+        positions = page.part_bytes["positions"]
+        return 32 * (sum(page.part_bytes.values()) - positions) / 2**20
+
+    assert mib(32, "none") == pytest.approx(330, abs=8.5)
+    assert mib(32, "kv_head") == pytest.approx(137, abs=8.5)
+    assert mib(8, "none") == pytest.approx(89, abs=8.5)
+
+
+@pytest.mark.parametrize("interval", [1, 4, 10, 13])
+@pytest.mark.parametrize("sink", [0, 3, 12])
+def test_counts_follow_a_simulation(interval, sink):
+    page = layout(sink=sink, interval=interval)
+    window, gone = [], 0
+    for n in range(1, 60):
+        if n > sink:
+            window.append(n - 1)
+        if n % interval == 0:
+            gone += len([p for p in window if p < n - 10])
+            window = [p for p in window if p >= n - 10]
+        at = torch.tensor(n)
+        assert int(page.num_evicted(at)) == gone
+        assert int(page.num_sparse(at)) == min(gone, 5)
+        assert int(page.num_folded(at)) == max(0, gone - 5)
+        if window:
+            assert int(page.window_start(at)) <= window[0]
+            assert len(window) <= page.ring_size
+            rows = page.row(torch.tensor(window)).tolist()
+            assert len(set(rows)) == len(window)
+            assert min(rows) >= sink and max(rows) < sink + page.ring_size
+
+
+def test_short_pages_are_refused():
+    page = layout()
+    with pytest.raises(ValueError, match=f"at least {page.page_bytes} bytes"):
+        page.views(torch.zeros(2, page.page_bytes - 1, dtype=torch.uint8))
+
+
+def test_layout_is_a_value():
+    assert layout() == layout() and hash(layout()) == hash(layout())
+    assert dataclasses.replace(layout(), head_dim=8).page_bytes < layout().page_bytes

