@@ -25,7 +25,7 @@ def prompts():
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(MODELS / "smollm2-base")(TEXT)["input_ids"]
-    assert len(ids) > 2000
+    assert len(ids) > 37 * len(LENGTHS) + max(LENGTHS)
     return [ids[37 * i : 37 * i + n] for i, n in enumerate(LENGTHS)]
 
 

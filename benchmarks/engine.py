@@ -1,0 +1,155 @@
+"""LoLA beside stock vLLM on the same model, in one run: start-up, prefill, decode.
+
+    python benchmarks/engine.py --out benchmarks/results/engine.json
+
+Each engine runs in a process of its own, with the same flags, one after the other; the order is
+repeated `--rounds` times and the best round of each cell is kept, since a shared machine only ever
+makes a run slower. Decode is timed step by step with every sequence in its steady state; the
+median step counts. Figures of different machines, or of different runs, do not compare: read the
+ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lola", type=Path, default=ROOT / "models/smollm2-lola")
+    parser.add_argument("--stock", type=Path, default=ROOT / "models/smollm2-base")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--steps", type=int, default=48, help="decode steps timed per cell")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile instead of eager")
+    parser.add_argument("--lola-config", type=json.loads, default={}, help="overrides, as JSON")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", choices=["lola", "stock"], help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def worker(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one engine in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    begin = time.perf_counter()
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    longest = max(args.contexts) + args.steps + 16
+    lola = args.worker == "lola"
+    llm = LLM(
+        str(args.lola if lola else args.stock),
+        dtype=args.dtype,
+        enforce_eager=not args.compile,
+        max_model_len=longest,
+        max_num_seqs=max(args.batches),
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=max(2 * 2**30, pool_bytes(args, longest)),
+        hf_overrides={"lola_config": args.lola_config} if lola and args.lola_config else {},
+    )
+    result: dict[str, Any] = {"start_s": time.perf_counter() - begin}
+    if lola:
+        core = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
+        result["mib_per_sequence"] = core.single_type_managers[0].spec.bytes_per_sequence / MIB
+
+    engine, counter = llm.llm_engine, iter(range(10**9))
+
+    def submit(length: int, tokens: int) -> None:
+        start = next(counter)
+        ids = [(start * 31 + 7 * i) % 40000 + 100 for i in range(length)]
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        engine.add_request(str(start), TokensPrompt(prompt_token_ids=ids), params)
+
+    def drain() -> None:
+        while engine.has_unfinished_requests():
+            engine.step()
+
+    submit(64, 4)  # first-use costs are not what is measured
+    drain()
+    for context in args.contexts:
+        submit(context, 1)
+        begin = time.perf_counter()
+        drain()
+        result[f"prefill_tokens_per_s/{context}"] = context / (time.perf_counter() - begin)
+        for batch in args.batches:
+            for _ in range(batch):
+                submit(context, args.steps + batch + 8)
+            ready: set[str] = set()
+            while len(ready) < batch:
+                ready |= {o.request_id for o in engine.step()}
+            times = []
+            for _ in range(args.steps):
+                begin = time.perf_counter()
+                engine.step()
+                times.append(time.perf_counter() - begin)
+            step = statistics.median(times)
+            result[f"decode_tokens_per_s/{context}/{batch}"] = batch / step
+            result[f"decode_mean_ms/{context}/{batch}"] = statistics.fmean(times) * 1e3
+            engine.abort_request([str(i) for i in ready])
+            drain()
+    return result
+
+
+def pool_bytes(args: argparse.Namespace, longest: int) -> int:
+    """Room for the largest batch in a full KV cache of the stock model, with a margin."""
+    config = json.loads((args.stock / "config.json").read_text())
+    d = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    per_token = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * d
+    return int(1.2 * per_token * (longest + 128) * max(args.batches))
+
+
+def main() -> None:
+    """Run both engines, print the table, write the JSON."""
+    args = parse()
+    if args.worker:
+        print("RESULT " + json.dumps(worker(args)))
+        return
+    best: dict[str, dict[str, float]] = {"stock": {}, "lola": {}}
+    for _ in range(args.rounds):
+        for name in best:
+            command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+            if not lines:
+                sys.exit(f"the {name} engine failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
+            for key, value in json.loads(lines[0].removeprefix("RESULT ")).items():
+                lower = key.startswith(("start", "decode_mean", "mib"))
+                pick = min if lower else max
+                best[name][key] = pick(value, best[name].get(key, value))
+    print(f"{'':36}{'stock':>12}{'LoLA':>12}{'LoLA/stock':>12}")
+    for key, value in best["lola"].items():
+        stock = best["stock"].get(key)
+        ratio = f"{value / stock:12.2f}" if stock else ""
+        print(f"{key:36}{stock if stock is not None else float('nan'):12.1f}{value:12.1f}{ratio}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "worker")}
+        machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+        report = {"settings": settings, "machine": machine, "results": best}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor's own name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
