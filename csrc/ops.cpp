@@ -23,10 +23,10 @@ Tensor sre_scores(const Tensor& k, const Tensor& v, const Tensor& feature_map_k,
   args.d = k.size(3);
   args.Hs = feature_map_k.size(0);
   args.F = feature_map_k.size(2);
-  STD_TORCH_CHECK(args.Hg > 0 && args.d > 0, "k: shape ", shape_string(k), ", needs Hg, d >= 1");
-  STD_TORCH_CHECK(args.F > 0 && args.Hs > 0 && args.Hs % args.Hg == 0, "feature_map_k: shape ",
-                  shape_string(feature_map_k),
-                  ", needs F >= 1 and state heads in multiples of the ", args.Hg, " sparse sets");
+  LOLA_CHECK(args.Hg > 0 && args.d > 0, "k: shape ", shape_string(k), ", needs Hg, d >= 1");
+  LOLA_CHECK(args.F > 0 && args.Hs > 0 && args.Hs % args.Hg == 0, "feature_map_k: shape ",
+             shape_string(feature_map_k), ", needs F >= 1 and state heads in multiples of the ",
+             args.Hg, " sparse sets");
   check_shape(v, "v", "[B, Hg, E, d]", {args.B, args.Hg, args.E, args.d});
   check_shape(H, "H", "[N, Hs, 2F, d]", {-1, args.Hs, 2 * args.F, args.d});
   check_shape(s, "s", "[N, Hs, 2F]", {H.size(0), args.Hs, 2 * args.F});
@@ -38,20 +38,20 @@ Tensor sre_scores(const Tensor& k, const Tensor& v, const Tensor& feature_map_k,
   args.feature_map_k = check_strided<3>(feature_map_k, "feature_map_k");
   args.H = check_strided<4>(H, "H");
   args.s = check_strided<3>(s, "s");
-  STD_TORCH_CHECK(args.v.dtype == args.k.dtype, "v: dtype must be that of k");
-  STD_TORCH_CHECK(args.s.dtype == args.H.dtype, "s: dtype must be that of H");
+  LOLA_CHECK(args.v.dtype == args.k.dtype, "v: dtype must be that of k");
+  LOLA_CHECK(args.s.dtype == args.H.dtype, "s: dtype must be that of H");
   args.wide_slots = slots.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(args.wide_slots || slots.scalar_type() == ScalarType::Int, "slots: dtype ",
-                  torch::headeronly::toString(slots.scalar_type()), ", expected int32 or int64");
-  STD_TORCH_CHECK(empty.scalar_type() == ScalarType::Bool, "empty: dtype ",
-                  torch::headeronly::toString(empty.scalar_type()), ", expected bool");
+  LOLA_CHECK(args.wide_slots || slots.scalar_type() == ScalarType::Int, "slots: dtype ",
+             torch::headeronly::toString(slots.scalar_type()), ", expected int32 or int64");
+  LOLA_CHECK(empty.scalar_type() == ScalarType::Bool, "empty: dtype ",
+             torch::headeronly::toString(empty.scalar_type()), ", expected bool");
   args.slots = static_cast<const char*>(slots.data_ptr());
   args.slots_stride = slots.stride(0);
   args.empty = static_cast<const unsigned char*>(empty.data_ptr());
   args.empty_stride = empty.stride(0);
   for (int64_t row = 0; row < args.B; ++row) {
-    STD_TORCH_CHECK(args.slot(row) < H.size(0), "slots: entry ", row, " is ", args.slot(row),
-                    ", but H has ", H.size(0), " pages");
+    LOLA_CHECK(args.slot(row) < H.size(0), "slots: entry ", row, " is ", args.slot(row),
+               ", but H has ", H.size(0), " pages");
   }
 
   const bool wide = args.k.dtype == DType::f64;

@@ -10,6 +10,10 @@
 
 #include "cpu/types.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define LOLA_INLINE inline __attribute__((always_inline))
 
 #define LOLA_ISA baseline

@@ -1,10 +1,10 @@
 #include "cpu/isa.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <string_view>
+
+#include "checks.h"
 
 namespace lola {
 namespace {
@@ -26,8 +26,8 @@ Isa choose() {
   const char* wish = std::getenv("LOLA_VLLM_CPU_ISA");
   if (wish == nullptr || *wish == '\0') return detect();
   const std::string_view name(wish);
-  STD_TORCH_CHECK(name == "baseline" || name == "avx2" || name == "avx512", "LOLA_VLLM_CPU_ISA = '",
-                  wish, "': must be baseline, avx2 or avx512");
+  LOLA_CHECK(name == "baseline" || name == "avx2" || name == "avx512", "LOLA_VLLM_CPU_ISA = '",
+             wish, "': must be baseline, avx2 or avx512");
   const Isa limit = name == "avx512" ? Isa::avx512 : name == "avx2" ? Isa::avx2 : Isa::baseline;
   return std::min(limit, detect());
 }

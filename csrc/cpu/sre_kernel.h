@@ -84,7 +84,7 @@ void head_errors(const SreArgs& a, const SreScratch<T>& x, int64_t page, int64_t
     const Vec<T> scale = splat(T(1) / (reduce<Sum>(z) + T(1e-6)));
     Vec<T> sum{};
     for (int64_t i = 0; i < dp; i += kLanes<T>) {
-      const Vec<T> diff = load(x.v + e * dp + i) - load(x.predicted + e * dp + i) * scale;
+      const Vec<T> diff = fma(-load(x.predicted + e * dp + i), scale, load(x.v + e * dp + i));
       sum = fma(diff, diff, sum);
     }
     errors[e] = __builtin_sqrt(reduce<Sum>(sum));

@@ -1,0 +1,326 @@
+// Kernel body of decode: one query per head over one page, in one pass over the state.
+//
+// A work item is one row and sparse set with the query heads it serves. Keys are read once for all
+// of these heads, then values once, then H once; logits of a set stay in L1. The new pair is taken
+// from the inputs, so no item waits for another one's write.
+// Included by for_each_isa.h through lola_kernel.h, once per instruction set.
+
+namespace lola {
+namespace LOLA_ISA {
+namespace {
+
+constexpr int kHeads = 4;  // query heads whose accumulators fit the registers
+
+// Element i of a row as T: whole vectors of it.
+template <typename T, DType D>
+LOLA_INLINE Vec<T> load_as(const char* row, int64_t i) {
+  if constexpr (D == DType::bf16) {
+    return load_bf16(reinterpret_cast<const uint16_t*>(row) + i);
+  } else {
+    return load(reinterpret_cast<const T*>(row) + i);
+  }
+}
+
+// z[h * ld + i] = q_h . k_i for G heads and `count` rows of d elements, d a whole number of vectors.
+template <typename T, DType D, int G>
+LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_bytes, int64_t count,
+                          T* z, int64_t ld) {
+  for (int64_t i = 0; i < count; ++i, k += row_bytes) {
+    Vec<T> acc[G];
+#pragma GCC unroll 8
+    for (int h = 0; h < G; ++h) acc[h] = Vec<T>{};
+    for (int64_t j = 0; j < dp; j += kLanes<T>) {
+      const Vec<T> x = load_as<T, D>(k, j);
+#pragma GCC unroll 8
+      for (int h = 0; h < G; ++h) acc[h] = fma(load(q + h * dp + j), x, acc[h]);
+    }
+#pragma GCC unroll 8
+    for (int h = 0; h < G; ++h) z[h * ld + i] = reduce<Sum>(acc[h]);
+  }
+}
+
+// y_h[0 .. V vectors) += sum_i p[h * ld + i] v_i for G heads: the sum runs over i in order.
+template <typename T, DType D, int G, int V>
+LOLA_INLINE void add_rows(const T* p, int64_t ld, const char* v, int64_t row_bytes, int64_t count,
+                          T* y, int64_t dp) {
+  Vec<T> acc[G][V];
+#pragma GCC unroll 8
+  for (int h = 0; h < G; ++h) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) acc[h][j] = load(y + h * dp + j * kLanes<T>);
+  }
+  for (int64_t i = 0; i < count; ++i, v += row_bytes) {
+    Vec<T> x[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) x[j] = load_as<T, D>(v, j * kLanes<T>);
+#pragma GCC unroll 8
+    for (int h = 0; h < G; ++h) {
+      const Vec<T> w = splat(p[h * ld + i]);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[h][j] = fma(w, x[j], acc[h][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int h = 0; h < G; ++h) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) store<T>(y + h * dp + j * kLanes<T>, acc[h][j]);
+  }
+}
+
+// Chunks of `count` rows through `scratch` where a row is not whole vectors of a direct dtype.
+constexpr int64_t kRowChunk = 16;
+
+template <typename T, DType D, int G>
+void dot_heads(const T* q, int64_t d, const char* k, int64_t row_bytes, int64_t count, T* z,
+               int64_t ld, T* scratch) {
+  constexpr DType own = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  const int64_t dp = round_up<T>(d);
+  if (d == dp) return dot_rows<T, D, G>(q, dp, k, row_bytes, count, z, ld);
+  for (int64_t first = 0; first < count; first += kRowChunk) {
+    const int64_t left = count - first, size = left < kRowChunk ? left : kRowChunk;
+    for (int64_t i = 0; i < size; ++i) {
+      load_row(scratch + i * dp, k + (first + i) * row_bytes, D, d, dp);
+    }
+    dot_rows<T, own, G>(q, dp, reinterpret_cast<const char*>(scratch), dp * sizeof(T), size,
+                        z + first, ld);
+  }
+}
+
+template <typename T, DType D, int G>
+void add_heads(const T* p, int64_t ld, const char* v, int64_t row_bytes, int64_t count, T* y,
+               int64_t d, T* scratch) {
+  constexpr DType own = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  const int64_t dp = round_up<T>(d);
+  if (d == dp) {
+    int64_t j = 0;
+    for (; j + 4 * kLanes<T> <= dp; j += 4 * kLanes<T>) {
+      add_rows<T, D, G, 4>(p, ld, v + j * size_of(D), row_bytes, count, y + j, dp);
+    }
+    for (; j < dp; j += kLanes<T>) {
+      add_rows<T, D, G, 1>(p, ld, v + j * size_of(D), row_bytes, count, y + j, dp);
+    }
+    return;
+  }
+  for (int64_t first = 0; first < count; first += kRowChunk) {
+    const int64_t left = count - first, size = left < kRowChunk ? left : kRowChunk;
+    for (int64_t i = 0; i < size; ++i) {
+      load_row(scratch + i * dp, v + (first + i) * row_bytes, D, d, dp);
+    }
+    for (int64_t j = 0; j < dp; j += kLanes<T>) {
+      add_rows<T, own, G, 1>(p + first, ld, reinterpret_cast<const char*>(scratch + j),
+                             dp * sizeof(T), size, y + j, dp);
+    }
+  }
+}
+
+// Rows of keys and values that lie one after the other.
+struct Run {
+  const char *k, *v;
+  int64_t k_bytes, v_bytes, count;
+};
+
+template <typename T>
+struct DecodeScratch {
+  T *q, *scaled, *z, *y, *phi, *feature, *linear, *W, *H, *s, *row;
+  UpdateScratch<T> update;
+};
+
+template <typename T>
+int64_t carve_decode(const LolaArgs& a, char* base, DecodeScratch<T>* x) {
+  const int64_t heads = a.Hq / a.Hg, dp = round_up<T>(a.d), F2 = 2 * a.F, Fp = round_up<T>(a.F);
+  const int64_t keys = round_up<T>(a.sink + a.ring() + a.lam + 1);
+  const int64_t sizes[] = {heads * dp,
+                           heads * dp,
+                           heads * keys,
+                           heads * dp,
+                           heads * (round_up<T>(F2) + kLanes<T>),
+                           Fp,
+                           heads * dp,
+                           a.d * Fp,
+                           F2 * dp,
+                           round_up<T>(F2),
+                           kRowChunk * dp};
+  T** const parts[] = {&x->q, &x->scaled, &x->z, &x->y, &x->phi, &x->feature,
+                       &x->linear, &x->W, &x->H, &x->s, &x->row};
+  int64_t used = 0;
+  for (int i = 0; i < 11; ++i) {
+    if (base != nullptr) *parts[i] = reinterpret_cast<T*>(base + used);
+    used += (sizes[i] * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  }
+  return used + carve_update<T>(a, base == nullptr ? nullptr : base + used, &x->update);
+}
+
+// Logits, then weighted values, of `heads` query heads over one run.
+template <typename T, DType D>
+void runs_dot(const T* q, int64_t heads, int64_t d, const Run& run, T* z, int64_t ld, T* scratch) {
+  const int64_t dp = round_up<T>(d);
+  int64_t h = 0;
+  for (; h + kHeads <= heads; h += kHeads) {
+    dot_heads<T, D, kHeads>(q + h * dp, d, run.k, run.k_bytes, run.count, z + h * ld, ld, scratch);
+  }
+  if (heads - h == 3) {
+    dot_heads<T, D, 3>(q + h * dp, d, run.k, run.k_bytes, run.count, z + h * ld, ld, scratch);
+  } else if (heads - h == 2) {
+    dot_heads<T, D, 2>(q + h * dp, d, run.k, run.k_bytes, run.count, z + h * ld, ld, scratch);
+  } else if (heads - h == 1) {
+    dot_heads<T, D, 1>(q + h * dp, d, run.k, run.k_bytes, run.count, z + h * ld, ld, scratch);
+  }
+}
+
+template <typename T, DType D>
+void runs_add(const T* p, int64_t ld, int64_t heads, int64_t d, const Run& run, T* y, T* scratch) {
+  const int64_t dp = round_up<T>(d);
+  int64_t h = 0;
+  for (; h + kHeads <= heads; h += kHeads) {
+    add_heads<T, D, kHeads>(p + h * ld, ld, run.v, run.v_bytes, run.count, y + h * dp, d, scratch);
+  }
+  if (heads - h == 3) {
+    add_heads<T, D, 3>(p + h * ld, ld, run.v, run.v_bytes, run.count, y + h * dp, d, scratch);
+  } else if (heads - h == 2) {
+    add_heads<T, D, 2>(p + h * ld, ld, run.v, run.v_bytes, run.count, y + h * dp, d, scratch);
+  } else if (heads - h == 1) {
+    add_heads<T, D, 1>(p + h * ld, ld, run.v, run.v_bytes, run.count, y + h * dp, d, scratch);
+  }
+}
+
+// z[0 .. count) becomes exp(z - max); returns the sum, and the max through `largest`. z is padded
+// to whole vectors.
+template <typename T>
+T softmax_weights(T* z, int64_t count, T* largest) {
+  const int64_t padded = round_up<T>(count), whole = count / kLanes<T> * kLanes<T>;
+  const IntVec<T> in_tail = first_lanes<T>(count - whole);
+  if (whole < padded) store<T>(z + whole, in_tail ? load(z + whole) : splat(z[0]));
+  Vec<T> high = load(z);
+  for (int64_t i = kLanes<T>; i < padded; i += kLanes<T>) high = max(load(z + i), high);
+  *largest = reduce<Max>(high);
+  Vec<T> sum{};
+  for (int64_t i = 0; i < padded; i += kLanes<T>) {
+    Vec<T> e = exp(load(z + i) - *largest);
+    if (i == whole) e = in_tail ? e : Vec<T>{};
+    store<T>(z + i, e);
+    sum += e;
+  }
+  return reduce<Sum>(sum);
+}
+
+// Share of the exact pairs in a head's output: sigmoid(log of their weight over the linear one).
+template <typename T>
+LOLA_INLINE T exact_share(const LolaArgs& a, int64_t head, T largest, T sum, T D) {
+  T log_gate;
+  load_row(&log_gate, a.log_gate.at(head), a.log_gate.dtype, 1, 1);
+  const T lse = __builtin_log(sum) + (a.subtract_max ? T(0) : largest);
+  return T(1) / (T(1) + __builtin_exp(-(lse + log_gate - __builtin_log(D))));
+}
+
+template <typename T, DType D>
+void decode_set(const LolaArgs& a, int64_t token, int64_t page, int64_t set, int64_t n,
+                DecodeScratch<T>& x) {
+  const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, Fp = round_up<T>(a.F);
+  const int64_t heads = a.Hq / a.Hg, first_head = set * heads, kv = set / (a.Hg / a.Hkv);
+  const int64_t position = n - 1, bytes = d * size_of(D);
+  const T scale = T(1) / __builtin_sqrt(static_cast<T>(d));
+  for (int64_t h = 0; h < heads; ++h) {
+    load_row(x.q + h * dp, a.q.at(token, first_head + h), a.q.dtype, d, dp);
+    for (int64_t j = 0; j < dp; j += kLanes<T>) {
+      store<T>(x.scaled + h * dp + j, load(x.q + h * dp + j) * scale);
+      store<T>(x.y + h * dp + j, Vec<T>{});
+    }
+  }
+
+  const int64_t start = a.window_start(position), sinks = position < a.sink ? position : a.sink;
+  const int64_t cached = a.num_sparse(position), in_ring = position > start ? position - start : 0;
+  const int64_t head_row = start % a.ring();
+  const int64_t to_end = a.ring() - head_row, before_wrap = in_ring < to_end ? in_ring : to_end;
+  const char* const new_k = a.k.at(token, kv);
+  const char* const new_v = a.v.at(token, kv);
+  const Run runs[] = {
+      {a.exact_k.at(page, kv, 0), a.exact_v.at(page, kv, 0), bytes, bytes, sinks},
+      {a.sparse_k.at(page, set, 0), a.sparse_v.at(page, set, 0), bytes, bytes, cached},
+      {a.exact_k.at(page, kv, a.sink + head_row), a.exact_v.at(page, kv, a.sink + head_row), bytes,
+       bytes, before_wrap},
+      {a.exact_k.at(page, kv, a.sink), a.exact_v.at(page, kv, a.sink), bytes, bytes,
+       in_ring - before_wrap},
+      {new_k, new_v, bytes, bytes, 1},
+  };
+  const int64_t keys = sinks + cached + in_ring + 1, ld = round_up<T>(keys);
+  int64_t at = 0;
+  for (const Run& run : runs) {
+    runs_dot<T, D>(x.scaled, heads, d, run, x.z + at, ld, x.row);
+    at += run.count;
+  }
+  T* const sums = x.linear;  // free until the linear part: two numbers per head
+  for (int64_t h = 0; h < heads; ++h) {
+    sums[2 * h] = softmax_weights(x.z + h * ld, keys, sums + 2 * h + 1);
+  }
+  at = 0;
+  for (const Run& run : runs) {
+    runs_add<T, D>(x.z + at, ld, heads, d, run, x.y, x.row);
+    at += run.count;
+  }
+  for (int64_t h = 0; h < heads; ++h) {
+    const T inverse = T(1) / sums[2 * h];
+    for (int64_t j = 0; j < dp; j += kLanes<T>) {
+      store<T>(x.y + h * dp + j, load(x.y + h * dp + j) * inverse);
+    }
+  }
+
+  if (a.num_folded(position) > 0) {
+    const int64_t phi_ld = round_up<T>(F2) + kLanes<T>, per_state = a.Hq / a.Hs;
+    T* const largest_and_sum = x.feature + Fp;
+    for (int64_t h = 0; h < 2 * heads; ++h) largest_and_sum[h] = sums[h];
+    for (int64_t h = 0; h < heads; ++h) {
+      int64_t W_ld;
+      const int64_t head = first_head + h;
+      const T* W = padded_matrix<T>(a.feature_map_q.at(head), a.feature_map_q.dtype,
+                                    a.feature_map_q.stride[1], d, a.F, x.W, &W_ld);
+      gemm<T>(x.q + h * dp, dp, W, W_ld, x.feature, Fp, 1, Fp, d);
+      feature_map(x.feature, a.F, x.phi + h * phi_ld);
+    }
+    for (int64_t first = 0; first < heads; first += per_state) {
+      const int64_t state = (first_head + first) / per_state;
+      const SreArgs& r = a.recall;
+      int64_t H_ld;
+      const T* H =
+          padded_matrix<T>(r.H.at(page, state), r.H.dtype, r.H.stride[2], F2, d, x.H, &H_ld);
+      load_row(x.s, r.s.at(page, state), r.s.dtype, F2, round_up<T>(F2));
+      gemm<T>(x.phi + first * phi_ld, phi_ld, H, H_ld, x.linear, dp, per_state, dp, F2);
+      for (int64_t i = 0; i < per_state; ++i) {
+        const int64_t h = first + i;
+        Vec<T> dot{};
+        for (int64_t f = 0; f < round_up<T>(F2); f += kLanes<T>) {
+          dot = fma(load(x.phi + h * phi_ld + f), load(x.s + f), dot);
+        }
+        const T D_h = reduce<Sum>(dot);
+        const T share = exact_share<T>(a, first_head + h, largest_and_sum[2 * h + 1],
+                                       largest_and_sum[2 * h], D_h);
+        const T rest = (T(1) - share) / D_h;
+        for (int64_t j = 0; j < dp; j += kLanes<T>) {
+          store<T>(x.y + h * dp + j,
+                   load(x.y + h * dp + j) * share + load(x.linear + i * dp + j) * rest);
+        }
+      }
+    }
+  }
+  for (int64_t h = 0; h < heads; ++h) {
+    store_row(a.out.at(token, first_head + h), x.y + h * dp, a.out.dtype, d);
+  }
+
+  if (set % (a.Hg / a.Hkv) == 0) {
+    copy_row(a.exact_k.at(page, kv, a.exact_row(position)), new_k, bytes);
+    copy_row(a.exact_v.at(page, kv, a.exact_row(position)), new_v, bytes);
+  }
+  if (a.update_due(n)) update_set<T>(a, page, set, n, x.update);
+}
+
+// Zeros for the query heads of a set: the answer of a row that is padding.
+inline void zero_set(const LolaArgs& a, int64_t token, int64_t set) {
+  const int64_t heads = a.Hq / a.Hg;
+  for (int64_t h = set * heads; h < (set + 1) * heads; ++h) {
+    char* const out = a.out.at(token, h);
+    for (int64_t i = 0; i < a.d * size_of(a.out.dtype); ++i) out[i] = 0;
+  }
+}
+
+}  // namespace
+}  // namespace LOLA_ISA
+}  // namespace lola

@@ -1,0 +1,80 @@
+// A layer's state pages on the CPU: where the parts are, and what a token count says of them.
+// The layout and the counts are those of lola_vllm/state.py; `csrc/lola_ops.h` states the contract.
+#pragma once
+
+#include "cpu/sre.h"
+#include "cpu/types.h"
+
+namespace lola {
+
+// A vector of slots or lengths, int32 or int64.
+struct Indices {
+  const char* data = nullptr;
+  bool wide = false;
+  int64_t stride = 1;  // elements
+
+  int64_t operator[](int64_t i) const {
+    const char* p = data + i * stride * (wide ? 8 : 4);
+    return wide ? *reinterpret_cast<const int64_t*>(p) : *reinterpret_cast<const int32_t*>(p);
+  }
+};
+
+struct LolaArgs {
+  SreArgs recall;                  // feature_map_k, H, s, d, F, Hs, Hg: what scoring needs
+  Strided<4> sparse_k, sparse_v;   // [N, Hg, lam, d]
+  Strided<4> exact_k, exact_v;     // [N, Hkv, sink + ring, d]
+  int32_t* positions;              // [N, Hg, lam]
+  int64_t positions_stride[2];     // of pages and sparse sets, elements
+  Strided<3> feature_map_q;        // [Hq, d, F]
+  Strided<1> log_gate;             // [Hq]
+  Strided<3> q, k, v, out;         // [tokens, heads, d]
+  Indices slots;                   // [rows]
+  bool subtract_max;               // "lolcats" mixing
+  int64_t window, lam, interval, sink;
+  int64_t Hq, Hkv, Hs, Hg, d, F;
+
+  int64_t ring() const { return window + interval; }
+  int64_t exact_row(int64_t position) const {
+    return position < sink ? position : sink + position % ring();
+  }
+  // First position of the window after n tokens, sinks aside.
+  int64_t window_start(int64_t n) const {
+    const int64_t start = n / interval * interval - window;
+    return start < sink ? sink : start;
+  }
+  int64_t num_sparse(int64_t n) const {
+    const int64_t evicted = window_start(n) - sink;
+    return evicted < lam ? evicted : lam;
+  }
+  int64_t num_folded(int64_t n) const {
+    const int64_t folded = window_start(n) - sink - lam;
+    return folded > 0 ? folded : 0;
+  }
+  // Whether the n-th token is followed by an update that evicts anything.
+  bool update_due(int64_t n) const {
+    return n % interval == 0 && window_start(n) > window_start(n - interval);
+  }
+  int32_t* position_row(int64_t page, int64_t set) const {
+    return positions + page * positions_stride[0] + set * positions_stride[1];
+  }
+};
+
+// Copies a row of d elements of the same dtype.
+inline void copy_row(char* to, const char* from, int64_t bytes) {
+  __builtin_memcpy(to, from, static_cast<unsigned long>(bytes));
+}
+
+// Marks the candidates to keep: the lam of largest score, ties to the older position.
+void select_largest(const float* scores, const int32_t* positions, int64_t count, int64_t lam,
+                    int32_t* order, unsigned char* keep);
+void select_largest(const double* scores, const int32_t* positions, int64_t count, int64_t lam,
+                    int32_t* order, unsigned char* keep);
+
+// Decode: one token per row, `seq_lens` counts it.
+void decode_cpu(const LolaArgs& args, int64_t rows, const Indices& seq_lens);
+
+// Prefill: row r holds the tokens query_start[r] .. query_start[r + 1], after context_lens[r].
+void prefill_cpu(const LolaArgs& args, int64_t rows, const Indices& query_start,
+                 const Indices& context_lens);
+
+}  // namespace lola

@@ -1,0 +1,188 @@
+// Kernel body of the update (LoLA, arXiv 2505.23666, section 3.3) of one page and sparse set:
+// evict, rescore all cached and evicted pairs, keep the lam largest, fold the rest into H and s.
+// Included by for_each_isa.h through lola_kernel.h, once per instruction set.
+
+namespace lola {
+namespace LOLA_ISA {
+namespace {
+
+constexpr int64_t kUpdateBlock = 48;  // candidates scored at once: whole tiles, phi stays in L2
+
+template <typename T>
+struct UpdateScratch {
+  SreScratch<T> recall;
+  T *scores, *phi_t, *delta;
+  int32_t *positions, *order, *losers;
+  unsigned char* keep;
+};
+
+// Divides one block of memory into the buffers; returns the bytes needed (with null: only that).
+template <typename T>
+int64_t carve_update(const LolaArgs& a, char* base, UpdateScratch<T>* x) {
+  const int64_t E = a.lam + a.interval, F2 = 2 * a.F, dp = round_up<T>(a.d);
+  const int64_t folds = a.interval < kUpdateBlock ? a.interval : kUpdateBlock;
+  int64_t used = 0;
+  const auto take = [&](int64_t bytes) {
+    char* p = base == nullptr ? nullptr : base + used;
+    used += (bytes + 63) / 64 * 64;
+    return p;
+  };
+  x->scores = reinterpret_cast<T*>(take(2 * E * sizeof(T)));
+  x->phi_t = reinterpret_cast<T*>(take(F2 * round_up<T>(folds) * sizeof(T)));
+  x->delta = reinterpret_cast<T*>(take(F2 * dp * sizeof(T)));
+  x->positions = reinterpret_cast<int32_t*>(take(E * 4));
+  x->order = reinterpret_cast<int32_t*>(take(E * 4));
+  x->losers = reinterpret_cast<int32_t*>(take(E * 4));
+  x->keep = reinterpret_cast<unsigned char*>(take(E));
+  T* recall = reinterpret_cast<T*>(
+      take(carve<T>(a.recall, kUpdateBlock, nullptr, &x->recall) * sizeof(T)));
+  if (base != nullptr) carve<T>(a.recall, kUpdateBlock, recall, &x->recall);
+  return used;
+}
+
+// The candidates of an update: cached pairs by slot, then evicted ones by position.
+struct Candidates {
+  const LolaArgs& a;
+  int64_t page, set, cached, start, count;
+
+  Candidates(const LolaArgs& args, int64_t page_, int64_t set_, int64_t n)
+      : a(args),
+        page(page_),
+        set(set_),
+        cached(args.num_sparse(n - args.interval)),
+        start(args.window_start(n - args.interval)),
+        count(cached + args.window_start(n) - start) {}
+
+  int64_t kv_head() const { return set / (a.Hg / a.Hkv); }
+  LOLA_INLINE const char* k(int64_t i) const {
+    return i < cached ? a.sparse_k.at(page, set, i)
+                      : a.exact_k.at(page, kv_head(), a.exact_row(start + i - cached));
+  }
+  LOLA_INLINE const char* v(int64_t i) const {
+    return i < cached ? a.sparse_v.at(page, set, i)
+                      : a.exact_v.at(page, kv_head(), a.exact_row(start + i - cached));
+  }
+};
+
+// Scores of all candidates into x.scores: SRE, or the norm-relative mean over a set's state heads.
+template <typename T>
+void score(const LolaArgs& a, const Candidates& c, bool empty, UpdateScratch<T>& x) {
+  const int64_t share = a.Hs / a.Hg, d = a.d, dp = round_up<T>(d);
+  T* const errors = x.scores + a.lam + a.interval;
+  for (int64_t first = 0; first < c.count; first += kUpdateBlock) {
+    const int64_t left = c.count - first, size = left < kUpdateBlock ? left : kUpdateBlock;
+    for (int64_t i = 0; i < size; ++i) {
+      load_row(x.recall.v + i * dp, c.v(first + i), a.exact_v.dtype, d, dp);
+      if (!empty) load_row(x.recall.k + i * d, c.k(first + i), a.exact_k.dtype, d, d);
+    }
+    T* const scores = x.scores + first;
+    for (int64_t j = 0; j < share; ++j) {
+      T* const out = share == 1 ? scores : errors;
+      if (empty) {
+        for (int64_t i = 0; i < size; ++i) out[i] = norm(x.recall.v + i * dp, dp);
+      } else {
+        head_errors<T>(a.recall, x.recall, c.page, c.set * share + j, size, out);
+      }
+      if (share > 1) {
+        for (int64_t i = 0; i < size; ++i) scores[i] = (j == 0 ? T(0) : scores[i]) + errors[i];
+      }
+    }
+    if (share > 1) {
+      for (int64_t i = 0; i < size; ++i) {
+        const T length = norm(x.recall.v + i * dp, dp);
+        scores[i] = scores[i] / static_cast<T>(share) / (length > T(1e-6) ? length : T(1e-6));
+      }
+    }
+  }
+}
+
+// H += sum phi(k) v^T and s += sum phi(k) over the losers, for one state head. `fresh`: H and s
+// hold leftovers and are written instead.
+template <typename T>
+void fold(const LolaArgs& a, const Candidates& c, int64_t head, int64_t losers, bool fresh,
+          UpdateScratch<T>& x) {
+  const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, Fp = round_up<T>(a.F);
+  const int64_t phi_ld = round_up<T>(F2) + kLanes<T>;
+  const SreArgs& r = a.recall;
+  int64_t W_ld;
+  const T* W = padded_matrix<T>(r.feature_map_k.at(head), r.feature_map_k.dtype,
+                                r.feature_map_k.stride[1], d, a.F, x.recall.W, &W_ld);
+  for (int64_t first = 0; first < losers; first += kUpdateBlock) {
+    const int64_t left = losers - first, size = left < kUpdateBlock ? left : kUpdateBlock;
+    for (int64_t i = 0; i < size; ++i) {
+      load_row(x.recall.k + i * d, c.k(x.losers[first + i]), a.exact_k.dtype, d, d);
+      load_row(x.recall.v + i * dp, c.v(x.losers[first + i]), a.exact_v.dtype, d, dp);
+    }
+    gemm<T>(x.recall.k, d, W, W_ld, x.recall.y, Fp, size, Fp, d);
+    const int64_t t_ld = round_up<T>(size);
+    for (int64_t i = 0; i < size; ++i) {
+      T* const phi = x.recall.phi + i * phi_ld;
+      feature_map(x.recall.y + i * Fp, a.F, phi);
+      for (int64_t f = 0; f < F2; ++f) x.phi_t[f * t_ld + i] = phi[f];
+    }
+    gemm<T>(x.phi_t, t_ld, x.recall.v, dp, x.delta, dp, F2, dp, size);
+    const bool write = fresh && first == 0;
+    for (int64_t f = 0; f < F2; ++f) {
+      char* const row = r.H.at(c.page, head, f);
+      T* const sum = x.recall.predicted;  // one row of scratch
+      if (write) {
+        store_row(row, x.delta + f * dp, r.H.dtype, d);
+      } else {
+        load_row(sum, row, r.H.dtype, d, dp);
+        for (int64_t j = 0; j < dp; j += kLanes<T>) {
+          store<T>(sum + j, load(sum + j) + load(x.delta + f * dp + j));
+        }
+        store_row(row, sum, r.H.dtype, d);
+      }
+    }
+    T* const s = x.recall.s;
+    load_row(s, r.s.at(c.page, head), r.s.dtype, F2, round_up<T>(F2));
+    for (int64_t f = 0; f < F2; ++f) {
+      T sum = write ? T(0) : s[f];
+      for (int64_t i = 0; i < size; ++i) sum += x.phi_t[f * t_ld + i];
+      s[f] = sum;
+    }
+    store_row(r.s.at(c.page, head), s, r.s.dtype, F2);
+  }
+}
+
+// The i-th kept newcomer goes to the i-th slot that is empty or whose pair was folded.
+template <typename T>
+void replace(const LolaArgs& a, const Candidates& c, UpdateScratch<T>& x) {
+  const int64_t row_bytes = a.d * size_of(a.exact_k.dtype);
+  int32_t* const positions = a.position_row(c.page, c.set);
+  int64_t slot = 0;
+  for (int64_t i = c.cached; i < c.count; ++i) {
+    if (!x.keep[i]) continue;
+    while (slot < c.cached && x.keep[slot]) ++slot;
+    copy_row(a.sparse_k.at(c.page, c.set, slot), c.k(i), row_bytes);
+    copy_row(a.sparse_v.at(c.page, c.set, slot), c.v(i), row_bytes);
+    positions[slot++] = x.positions[i];
+  }
+}
+
+// The update of one page, which just reached n tokens, and one sparse set.
+template <typename T>
+void update_set(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x) {
+  const Candidates c(a, page, set, n);
+  const int32_t* const known = a.position_row(page, set);
+  for (int64_t i = 0; i < c.count; ++i) {
+    x.positions[i] = i < c.cached ? known[i] : static_cast<int32_t>(c.start + i - c.cached);
+  }
+  const bool empty = a.num_folded(n - a.interval) == 0;
+  if (c.count > a.lam && a.lam > 0) score(a, c, empty, x);  // else there is nothing to choose
+  select_largest(x.scores, x.positions, c.count, a.lam, x.order, x.keep);
+  int64_t losers = 0;
+  for (int64_t i = 0; i < c.count; ++i) {
+    if (!x.keep[i]) x.losers[losers++] = static_cast<int32_t>(i);
+  }
+  if (losers > 0) {
+    const int64_t share = a.Hs / a.Hg;
+    for (int64_t j = 0; j < share; ++j) fold(a, c, set * share + j, losers, empty, x);
+  }
+  replace(a, c, x);
+}
+
+}  // namespace
+}  // namespace LOLA_ISA
+}  // namespace lola

@@ -1,0 +1,333 @@
+"""One fused decode step in Triton (LoLA, arXiv 2505.23666): write the pair, attend, mix.
+
+A program serves the query heads of one state head of one row. It reads the exact pairs by position
+(sinks, then the window), the sparse slots and the hidden state once, and holds nothing but running
+sums. The new pair comes from k and v and not from the ring, so no program waits for the one that
+writes it. When rows x heads are too few to fill the GPU, the pairs are cut into splits, with one
+more program for the hidden state, and a second kernel merges them.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lola_vllm.kernels.common import (
+    MIN_DOT,
+    absorb,
+    constants,
+    exact_row,
+    features,
+    mix,
+    num_processors,
+    page_strides,
+    precision,
+    product,
+    read_out,
+    window_start,
+)
+from lola_vllm.ops.contract import LolaWeights
+from lola_vllm.state import StateLayout, StateViews
+
+BLOCK_N = 64  # pairs per tile
+PROGRAMS_PER_PROCESSOR = 2  # splits are added until there are about this many
+MAX_SPLITS = 32
+NUM_WARPS = 4
+INDEX_ARGS = ("slots_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment
+
+
+@triton.jit(do_not_specialize_on_alignment=INDEX_ARGS)
+def decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    wq_ptr,
+    gate_ptr,
+    h_ptr,
+    s_ptr,
+    sparse_k_ptr,
+    sparse_v_ptr,
+    exact_k_ptr,
+    exact_v_ptr,
+    slots_ptr,
+    n_ptr,
+    partial_ptr,
+    stats_ptr,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    out_row,
+    out_head,
+    slots_stride,
+    n_stride,
+    state_page,
+    kv_page,
+    scale,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ETA: tl.constexpr,
+    LAM: tl.constexpr,
+    C: tl.constexpr,
+    SINK: tl.constexpr,
+    HKV: tl.constexpr,
+    HS: tl.constexpr,
+    HG: tl.constexpr,
+    HQ: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SUBTRACT_MAX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (B * Hs, 1), or (B * Hs, SPLITS + 1) with the last part for the hidden state.
+
+    With splits, writes softmax sums and y_lin to partial `[B, Hq, SPLITS + 1, d]` and (m, l), or
+    log D in place of m, to stats `[B, Hq, SPLITS + 1, 2]`, both float32.
+    """
+    ROWS: tl.constexpr = SINK + ETA + C
+    Q: tl.constexpr = HQ // HS
+    # State heads that share a KV head run side by side, so that L2 serves all but the first.
+    row = (tl.program_id(0) // HS).to(tl.int64)
+    head = tl.program_id(0) % HS
+    part = tl.program_id(1)
+    kv_head = head // (HS // HKV)
+    cols, lanes = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Q)
+    col_ok, lane_ok = cols < D, lanes < Q
+    q_ok = lane_ok[:, None] & col_ok[None, :]
+    q_heads = head * Q + lanes
+    out_at = out_ptr + row * out_row + q_heads[:, None] * out_head + cols[None, :]
+
+    page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
+    n = tl.load(n_ptr + row * n_stride).to(tl.int32)
+    if (page <= 0) | (n <= 0):
+        if SPLITS == 1:
+            zero = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+            tl.store(out_at, zero.to(out_ptr.dtype.element_ty), mask=q_ok)
+        return
+
+    kv_type = exact_k_ptr.dtype.element_ty
+    q_at = q_ptr + row * q_row + head * Q * q_head
+    q = tl.load(q_at + lanes[:, None] * q_head + cols[None, :], mask=q_ok, other=0.0)
+    k_at, v_at = k_ptr + row * k_row + kv_head * k_head, v_ptr + row * v_row + kv_head * v_head
+    k_new = tl.load(k_at + cols, mask=col_ok, other=0.0).to(kv_type)
+    v_new = tl.load(v_at + cols, mask=col_ok, other=0.0).to(kv_type)
+
+    position = n - 1
+    exact_k_at = exact_k_ptr + page * kv_page + kv_head * ROWS * D
+    exact_v_at = exact_v_ptr + page * kv_page + kv_head * ROWS * D
+    if (part == 0) & (head % (HS // HKV) == 0):
+        to = exact_row(position, C, ETA, SINK) * D + cols
+        tl.store(exact_k_at + to, k_new, mask=col_ok)
+        tl.store(exact_v_at + to, v_new, mask=col_ok)
+
+    # The older pairs in one order: sinks, window, sparse slots. A split is a range of it.
+    first = window_start(position, C, ETA, SINK)
+    num_sinks = tl.minimum(position, SINK)
+    num_exact = num_sinks + tl.maximum(position - first, 0)
+    total = num_exact + tl.minimum(first - SINK, LAM)
+    span = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N
+    start = tl.minimum(part * span, total)
+    stop = tl.minimum(start + span, total)
+
+    new = part == 0
+    z_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
+    m = tl.where(new, z_new, float("-inf"))
+    l = tl.where(new, 1.0, 0.0) + tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.where(new, v_new.to(tl.float32)[None, :], 0.0)
+    acc = acc + tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+
+    exact_stop = tl.minimum(stop, num_exact)
+    for j in range(start, exact_stop, BLOCK_N):
+        index = j + tl.arange(0, BLOCK_N)
+        ok = index < exact_stop
+        at = tl.where(index < num_sinks, index, first + index - num_sinks)
+        at = exact_row(at, C, ETA, SINK)[:, None] * D + cols[None, :]
+        tile_ok = ok[:, None] & col_ok[None, :]
+        k = tl.load(exact_k_at + at, mask=tile_ok, other=0.0)
+        v = tl.load(exact_v_at + at, mask=tile_ok, other=0.0)
+        m, l, acc = absorb(q, k, v, ok[None, :], scale, m, l, acc, PRECISION)
+
+    if LAM > 0:
+        group = head // (HS // HG)
+        sparse_k_at = sparse_k_ptr + page * kv_page + group * LAM * D
+        sparse_v_at = sparse_v_ptr + page * kv_page + group * LAM * D
+        for j in range(tl.maximum(start, num_exact) - num_exact, stop - num_exact, BLOCK_N):
+            index = j + tl.arange(0, BLOCK_N)
+            ok = index < stop - num_exact
+            at = index[:, None] * D + cols[None, :]
+            tile_ok = ok[:, None] & col_ok[None, :]
+            k = tl.load(sparse_k_at + at, mask=tile_ok, other=0.0)
+            v = tl.load(sparse_v_at + at, mask=tile_ok, other=0.0)
+            m, l, acc = absorb(q, k, v, ok[None, :], scale, m, l, acc, PRECISION)
+
+    y_lin = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    log_D = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    linear_here = (SPLITS == 1) | (part == SPLITS)
+    if linear_here & (first - SINK > LAM):  # something was folded in before this token
+        feats = tl.arange(0, BLOCK_F)
+        feat_ok = feats < F
+        w_ok = col_ok[:, None] & feat_ok[None, :]
+        y = tl.zeros([BLOCK_Q, BLOCK_F], tl.float32)
+        for i in range(Q):  # every query head has its own map, so no product of matrices
+            w_at = wq_ptr + (head * Q + i) * D * F + cols[:, None] * F + feats[None, :]
+            w = tl.load(w_at, mask=w_ok, other=0.0).to(tl.float32)
+            x = tl.load(q_at + i * q_head + cols, mask=col_ok, other=0.0).to(tl.float32)
+            y = tl.where(lanes[:, None] == i, tl.sum(x[:, None] * w, 0)[None, :], y)
+        h_at = h_ptr + page * state_page + head * 2 * F * D
+        h_at = h_at + feats[:, None] * D + cols[None, :]
+        s_at = s_ptr + page * state_page + head * 2 * F + feats
+        tile_ok = feat_ok[:, None] & col_ok[None, :]
+        up, down = features(y, feat_ok), features(-y, feat_ok)
+        y_lin, log_D = read_out(up, down, h_at, s_at, tile_ok, feat_ok, D, F, PRECISION)
+
+    if SPLITS == 1:
+        log_gate = tl.load(gate_ptr + q_heads, mask=lane_ok, other=0.0).to(tl.float32)
+        y = mix(m, l, acc / l[:, None], y_lin, log_D, log_gate, SUBTRACT_MAX)
+        tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=q_ok)
+    else:
+        at = (row * HQ + q_heads) * (SPLITS + 1) + part
+        acc = tl.where(part == SPLITS, y_lin, acc)
+        m = tl.where(part == SPLITS, log_D, m)
+        tl.store(partial_ptr + at[:, None] * D + cols[None, :], acc, mask=q_ok)
+        tl.store(stats_ptr + at * 2, m, mask=lane_ok)
+        tl.store(stats_ptr + at * 2 + 1, l, mask=lane_ok)
+
+
+@triton.jit(do_not_specialize_on_alignment=INDEX_ARGS)
+def merge_kernel(
+    out_ptr,
+    gate_ptr,
+    slots_ptr,
+    n_ptr,
+    partial_ptr,
+    stats_ptr,
+    out_row,
+    out_head,
+    slots_stride,
+    n_stride,
+    D: tl.constexpr,
+    HQ: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SUBTRACT_MAX: tl.constexpr,
+):
+    """Join the splits of `decode_kernel`, mix, and write the output. Grid (B * Hq,)."""
+    row, head = (tl.program_id(0) // HQ).to(tl.int64), tl.program_id(0) % HQ
+    cols = tl.arange(0, BLOCK_D)
+    col_ok = cols < D
+    out_at = out_ptr + row * out_row + head * out_head + cols
+    page = tl.load(slots_ptr + row * slots_stride)
+    if (page <= 0) | (tl.load(n_ptr + row * n_stride) <= 0):
+        zero = tl.zeros([BLOCK_D], tl.float32)
+        tl.store(out_at, zero.to(out_ptr.dtype.element_ty), mask=col_ok)
+        return
+    parts = tl.arange(0, BLOCK_S)
+    part_ok = parts < SPLITS
+    base = (row * HQ + head) * (SPLITS + 1)
+    m = tl.load(stats_ptr + (base + parts) * 2, mask=part_ok, other=float("-inf"))
+    l = tl.load(stats_ptr + (base + parts) * 2 + 1, mask=part_ok, other=0.0)
+    top = tl.max(m, 0)  # finite: the new token is in part 0
+    weight = tl.exp(m - top)
+    total = tl.sum(l * weight, 0)
+    sums = tl.load(
+        partial_ptr + (base + parts)[:, None] * D + cols[None, :],
+        mask=part_ok[:, None] & col_ok[None, :],
+        other=0.0,
+    )
+    y_soft = tl.sum(sums * weight[:, None], 0) / total
+    y_lin = tl.load(partial_ptr + (base + SPLITS) * D + cols, mask=col_ok, other=0.0)
+    log_D = tl.load(stats_ptr + (base + SPLITS) * 2 + tl.zeros([1], tl.int32))
+    log_gate = tl.load(gate_ptr + head).to(tl.float32)
+    y = mix(
+        top, total + tl.zeros([1], tl.float32), y_soft[None, :], y_lin[None, :], log_D, log_gate,
+        SUBTRACT_MAX,
+    )  # fmt: skip
+    tl.store(out_at[None, :], y.to(out_ptr.dtype.element_ty), mask=col_ok[None, :])
+
+
+def choose_splits(layout: StateLayout, num_rows: int, device: torch.device) -> int:
+    """Parts that a row's pairs are cut into: a power of two from shapes alone, 1 when B is large.
+
+    Bounded by the tiles that a full page has.
+    """
+    programs = max(1, num_rows * layout.num_state_heads)
+    wanted = PROGRAMS_PER_PROCESSOR * num_processors(device) // programs
+    pairs = layout.sink_size + layout.ring_size + layout.sparse_cache_size
+    limit = min(MAX_SPLITS, wanted, triton.cdiv(pairs, BLOCK_N))
+    return 1 << max(0, limit.bit_length() - 1)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: LolaWeights,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+    splits: int,
+) -> None:
+    """Write the new pairs and answer the queries; no update. Shapes as in `contract.DecodeOp`.
+
+    Args:
+        splits: parts that a row's pairs are cut into (`choose_splits`).
+    """
+    B, Hq, d = q.shape
+    state_page, kv_page, _ = page_strides(views)
+    if splits > 1:
+        partial = torch.empty(B, Hq, splits + 1, d, dtype=torch.float32, device=q.device)
+        stats = torch.empty(B, Hq, splits + 1, 2, dtype=torch.float32, device=q.device)
+    else:  # not used: any float32 pointer does
+        partial = stats = weights.log_gate
+    shape = constants(layout)
+    decode_kernel[(B * layout.num_state_heads, splits + 1 if splits > 1 else 1)](
+        q, k, v, out, weights.feature_map_q, weights.log_gate,
+        views.H, views.s, views.sparse_k, views.sparse_v, views.exact_k, views.exact_v,
+        slots, seq_lens, partial, stats,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        out.stride(0), out.stride(1), slots.stride(0), seq_lens.stride(0), state_page, kv_page,
+        d**-0.5, **shape, **decode_constants(layout, Hq, splits, weights.subtract_max),
+        PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
+    )  # fmt: skip
+    if splits > 1:
+        merge_kernel[(B * Hq,)](
+            out, weights.log_gate, slots, seq_lens, partial, stats,
+            out.stride(0), out.stride(1), slots.stride(0), seq_lens.stride(0),
+            **merge_constants(layout, Hq, splits, weights.subtract_max), num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def decode_constants(layout: StateLayout, Hq: int, splits: int, subtract_max: bool) -> dict[str, int]:
+    """`decode_kernel`'s own compile-time arguments, beside `common.constants`."""
+    return {
+        "HQ": Hq,
+        "BLOCK_Q": max(MIN_DOT, triton.next_power_of_2(Hq // layout.num_state_heads)),
+        "BLOCK_N": BLOCK_N,
+        "SPLITS": splits,
+        "SUBTRACT_MAX": subtract_max,
+    }
+
+
+def merge_constants(layout: StateLayout, Hq: int, splits: int, subtract_max: bool) -> dict[str, int]:
+    """`merge_kernel`'s compile-time arguments."""
+    return {
+        "D": layout.head_dim,
+        "HQ": Hq,
+        "BLOCK_D": constants(layout)["BLOCK_D"],
+        "BLOCK_S": triton.next_power_of_2(splits),
+        "SPLITS": splits,
+        "SUBTRACT_MAX": subtract_max,
+    }

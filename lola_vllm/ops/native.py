@@ -1,0 +1,68 @@
+"""The C++ CPU kernels: finds and loads `lola_vllm/_C*.so` once, and types its ops.
+
+The extension is optional (setup.py goes on without a compiler); ask `load()` before using an op.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("vllm.lola")
+
+ISA_NAMES = ("baseline", "avx2", "avx512")
+
+
+@functools.cache
+def load() -> bool:
+    """Load the extension if it is there; later calls only repeat the answer.
+
+    Returns:
+        True where the ops are usable. False where the extension was not built, or where it was
+        built but cannot be loaded (logged once, with the reason).
+    """
+    built = sorted(Path(__file__).parent.parent.glob("_C*.so"), key=lambda p: p.stat().st_mtime)
+    if not built:
+        return False
+    try:
+        torch.ops.load_library(str(built[-1]))
+    except OSError as error:  # built for a torch without the symbols it needs
+        logger.warning("LoLA C++ kernels at %s cannot be loaded: %s", built[-1], error)
+        return False
+    return True
+
+
+def cpu_isa() -> str:
+    """Instruction set of the CPU kernels: "baseline", "avx2" or "avx512".
+
+    The best this machine has, or the lower one that the environment variable LOLA_VLLM_CPU_ISA
+    named when the first kernel ran. Needs `load()`.
+    """
+    return ISA_NAMES[torch.ops.lola.cpu_isa_level()]
+
+
+def sre_scores(
+    k: Tensor, v: Tensor, feature_map_k: Tensor, H: Tensor, s: Tensor, slots: Tensor, empty: Tensor
+) -> Tensor:
+    """Self-recall errors of candidates (LoLA, arXiv 2505.23666, section 3.2) on the CPU.
+
+    Args:
+        k, v: `[B, Hg, E, d]`, float32, bfloat16 or float64, k after RoPE.
+        feature_map_k: `[Hs, d, F]`; state head h belongs to sparse set `h // (Hs // Hg)`.
+        H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`, of one dtype, any page stride.
+        slots: `[B]`, int32 or int64, page of each row; a negative one counts as an empty state.
+        empty: `[B]`, bool; the state counts as zero and its bytes are not read.
+
+    Returns:
+        `[B, Hg, E]`, float64 where k is, else float32: the SRE where Hg = Hs, else the mean over
+        the set's state heads of SRE / max(||v||, 1e-6).
+
+    Raises:
+        RuntimeError: a shape, dtype or slot that does not fit; the message names the argument.
+    """
+    scores: Tensor = torch.ops.lola.sre_scores(k, v, feature_map_k, H, s, slots, empty)
+    return scores

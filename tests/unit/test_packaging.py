@@ -1,0 +1,44 @@
+"""setup.py without a compiler: the install goes on and says what to do, or stops if told to."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def setup(**env: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py up to its metadata, with a compiler that does not exist."""
+    return subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT,
+        env={**os.environ, "CXX": "no-such-compiler", **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_goes_on_without_a_compiler():
+    run = setup(LOLA_VLLM_REQUIRE_EXT="0")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == "lola-vllm"
+    assert "WARNING" in run.stderr
+    assert "apt-get install g++" in run.stderr
+
+
+def test_stops_where_the_extension_is_required():
+    run = setup(LOLA_VLLM_REQUIRE_EXT="1")
+    assert run.returncode != 0
+    assert "no C++ compiler found (no-such-compiler)" in run.stderr
+
+
+@pytest.mark.parametrize("package", ["lola_vllm", "lola_vllm.ops", "lola_vllm.kernels"])
+def test_packages_are_installed(package):
+    check = f"import importlib; print(importlib.import_module({package!r}).__name__)"
+    run = subprocess.run(  # from elsewhere: the install must find it, not the working directory
+        [sys.executable, "-c", check], cwd="/", capture_output=True, text=True
+    )
+    assert run.stdout.strip() == package, run.stderr
