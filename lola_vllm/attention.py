@@ -157,7 +157,7 @@ class LolaAttention(nn.Module, MambaBase):
         pages = kv_cache.squeeze(dim=(1, 2))
         self.kv_cache = (pages,)
         self.views = self.layout.views(pages)
-        self.ops = choose_backend(pages.device.type)
+        self.ops = choose_backend(pages.device.type, self.layout.kv_dtype)
         self.prepare_weights()
 
     def prepare_weights(self) -> None:
@@ -219,7 +219,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, output: Tensor, layer_name: str)
     if context.attn_metadata is None:  # profiling and warm-up runs have no sequences
         output.zero_()
         return
-    metadata = context.attn_metadata[layer_name]  # type: ignore[call-overload, index]
+    assert isinstance(context.attn_metadata, dict)  # a list is for batches cut in two
+    metadata = context.attn_metadata[layer_name]
     context.no_compile_layers[layer_name].attend(q, k, v, output, metadata)
 
 

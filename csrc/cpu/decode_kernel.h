@@ -21,7 +21,8 @@ LOLA_INLINE Vec<T> load_as(const char* row, int64_t i) {
   }
 }
 
-// z[h * ld + i] = q_h . k_i for G heads and `count` rows of d elements, d a whole number of vectors.
+// z[h * ld + i] = q_h . k_i for G heads and `count` rows of d elements, d a whole number of
+// vectors.
 template <typename T, DType D, int G>
 LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_bytes, int64_t count,
                           T* z, int64_t ld) {
@@ -121,7 +122,7 @@ struct Run {
 
 template <typename T>
 struct DecodeScratch {
-  T *q, *scaled, *z, *y, *phi, *feature, *linear, *W, *H, *s, *row;
+  T *q, *scaled, *z, *y, *sums, *feature, *phi, *linear, *W, *H, *s, *row;
   UpdateScratch<T> update;
 };
 
@@ -129,24 +130,19 @@ template <typename T>
 int64_t carve_decode(const LolaArgs& a, char* base, DecodeScratch<T>* x) {
   const int64_t heads = a.Hq / a.Hg, dp = round_up<T>(a.d), F2 = 2 * a.F, Fp = round_up<T>(a.F);
   const int64_t keys = round_up<T>(a.sink + a.ring() + a.lam + 1);
-  const int64_t sizes[] = {heads * dp,
-                           heads * dp,
-                           heads * keys,
-                           heads * dp,
-                           heads * (round_up<T>(F2) + kLanes<T>),
-                           Fp,
-                           heads * dp,
-                           a.d * Fp,
-                           F2 * dp,
-                           round_up<T>(F2),
-                           kRowChunk * dp};
-  T** const parts[] = {&x->q, &x->scaled, &x->z, &x->y, &x->phi, &x->feature,
-                       &x->linear, &x->W, &x->H, &x->s, &x->row};
   int64_t used = 0;
-  for (int i = 0; i < 11; ++i) {
-    if (base != nullptr) *parts[i] = reinterpret_cast<T*>(base + used);
-    used += (sizes[i] * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  }
+  x->q = take_as<T>(base, heads * dp, &used);
+  x->scaled = take_as<T>(base, heads * dp, &used);
+  x->z = take_as<T>(base, heads * keys, &used);
+  x->y = take_as<T>(base, heads * dp, &used);
+  x->sums = take_as<T>(base, 2 * heads, &used);
+  x->feature = take_as<T>(base, Fp, &used);
+  x->phi = take_as<T>(base, heads * (round_up<T>(F2) + kLanes<T>), &used);
+  x->linear = take_as<T>(base, heads * dp, &used);
+  x->W = take_as<T>(base, a.d * Fp, &used);
+  x->H = take_as<T>(base, F2 * dp, &used);
+  x->s = take_as<T>(base, round_up<T>(F2), &used);
+  x->row = take_as<T>(base, kRowChunk * dp, &used);
   return used + carve_update<T>(a, base == nullptr ? nullptr : base + used, &x->update);
 }
 
@@ -248,9 +244,8 @@ void decode_set(const LolaArgs& a, int64_t token, int64_t page, int64_t set, int
     runs_dot<T, D>(x.scaled, heads, d, run, x.z + at, ld, x.row);
     at += run.count;
   }
-  T* const sums = x.linear;  // free until the linear part: two numbers per head
   for (int64_t h = 0; h < heads; ++h) {
-    sums[2 * h] = softmax_weights(x.z + h * ld, keys, sums + 2 * h + 1);
+    x.sums[2 * h] = softmax_weights(x.z + h * ld, keys, x.sums + 2 * h + 1);
   }
   at = 0;
   for (const Run& run : runs) {
@@ -258,7 +253,7 @@ void decode_set(const LolaArgs& a, int64_t token, int64_t page, int64_t set, int
     at += run.count;
   }
   for (int64_t h = 0; h < heads; ++h) {
-    const T inverse = T(1) / sums[2 * h];
+    const T inverse = T(1) / x.sums[2 * h];
     for (int64_t j = 0; j < dp; j += kLanes<T>) {
       store<T>(x.y + h * dp + j, load(x.y + h * dp + j) * inverse);
     }
@@ -266,8 +261,6 @@ void decode_set(const LolaArgs& a, int64_t token, int64_t page, int64_t set, int
 
   if (a.num_folded(position) > 0) {
     const int64_t phi_ld = round_up<T>(F2) + kLanes<T>, per_state = a.Hq / a.Hs;
-    T* const largest_and_sum = x.feature + Fp;
-    for (int64_t h = 0; h < 2 * heads; ++h) largest_and_sum[h] = sums[h];
     for (int64_t h = 0; h < heads; ++h) {
       int64_t W_ld;
       const int64_t head = first_head + h;
@@ -291,8 +284,7 @@ void decode_set(const LolaArgs& a, int64_t token, int64_t page, int64_t set, int
           dot = fma(load(x.phi + h * phi_ld + f), load(x.s + f), dot);
         }
         const T D_h = reduce<Sum>(dot);
-        const T share = exact_share<T>(a, first_head + h, largest_and_sum[2 * h + 1],
-                                       largest_and_sum[2 * h], D_h);
+        const T share = exact_share<T>(a, first_head + h, x.sums[2 * h + 1], x.sums[2 * h], D_h);
         const T rest = (T(1) - share) / D_h;
         for (int64_t j = 0; j < dp; j += kLanes<T>) {
           store<T>(x.y + h * dp + j,

@@ -20,16 +20,16 @@ struct Indices {
 };
 
 struct LolaArgs {
-  SreArgs recall;                  // feature_map_k, H, s, d, F, Hs, Hg: what scoring needs
-  Strided<4> sparse_k, sparse_v;   // [N, Hg, lam, d]
-  Strided<4> exact_k, exact_v;     // [N, Hkv, sink + ring, d]
-  int32_t* positions;              // [N, Hg, lam]
-  int64_t positions_stride[2];     // of pages and sparse sets, elements
-  Strided<3> feature_map_q;        // [Hq, d, F]
-  Strided<1> log_gate;             // [Hq]
-  Strided<3> q, k, v, out;         // [tokens, heads, d]
-  Indices slots;                   // [rows]
-  bool subtract_max;               // "lolcats" mixing
+  SreArgs recall;                 // feature_map_k, H, s, d, F, Hs, Hg: what scoring needs
+  Strided<4> sparse_k, sparse_v;  // [N, Hg, lam, d]
+  Strided<4> exact_k, exact_v;    // [N, Hkv, sink + ring, d]
+  int32_t* positions;             // [N, Hg, lam]
+  int64_t positions_stride[2];    // of pages and sparse sets, elements
+  Strided<3> feature_map_q;       // [Hq, d, F]
+  Strided<1> log_gate;            // [Hq]
+  Strided<3> q, k, v, out;        // [tokens, heads, d]
+  Indices slots;                  // [rows]
+  bool subtract_max;              // "lolcats" mixing
   int64_t window, lam, interval, sink;
   int64_t Hq, Hkv, Hs, Hg, d, F;
 
@@ -58,6 +58,25 @@ struct LolaArgs {
     return positions + page * positions_stride[0] + set * positions_stride[1];
   }
 };
+
+// A run of new tokens of one page: `token` is the first one's row in q, k, v and out.
+struct Sequence {
+  int64_t page, token, position, count;
+};
+
+// A block of queries of a run, and the sparse set whose heads ask: tokens first .. first + count of
+// a piece that starts at `position`; `token` is the row of the block's first query.
+struct AttendItem {
+  int64_t page, set, token, position, first, count;
+};
+
+enum class Phase { decode, attend, update };
+
+// Queries per block: about a hundred rows of logits, so that a block's stay in L2.
+inline int64_t query_block(const LolaArgs& a) {
+  const int64_t heads = a.Hq / a.Hg;
+  return heads < 96 ? 96 / heads : 1;
+}
 
 // Copies a row of d elements of the same dtype.
 inline void copy_row(char* to, const char* from, int64_t bytes) {

@@ -16,26 +16,32 @@ struct UpdateScratch {
   unsigned char* keep;
 };
 
+// The next `bytes` of a block of memory, from a cache line on; null stays null.
+inline char* take(char* base, int64_t bytes, int64_t* used) {
+  char* const p = base == nullptr ? nullptr : base + *used;
+  *used += (bytes + 63) / 64 * 64;
+  return p;
+}
+
+template <typename T>
+inline T* take_as(char* base, int64_t count, int64_t* used) {
+  return reinterpret_cast<T*>(take(base, count * static_cast<int64_t>(sizeof(T)), used));
+}
+
 // Divides one block of memory into the buffers; returns the bytes needed (with null: only that).
 template <typename T>
 int64_t carve_update(const LolaArgs& a, char* base, UpdateScratch<T>* x) {
   const int64_t E = a.lam + a.interval, F2 = 2 * a.F, dp = round_up<T>(a.d);
   const int64_t folds = a.interval < kUpdateBlock ? a.interval : kUpdateBlock;
   int64_t used = 0;
-  const auto take = [&](int64_t bytes) {
-    char* p = base == nullptr ? nullptr : base + used;
-    used += (bytes + 63) / 64 * 64;
-    return p;
-  };
-  x->scores = reinterpret_cast<T*>(take(2 * E * sizeof(T)));
-  x->phi_t = reinterpret_cast<T*>(take(F2 * round_up<T>(folds) * sizeof(T)));
-  x->delta = reinterpret_cast<T*>(take(F2 * dp * sizeof(T)));
-  x->positions = reinterpret_cast<int32_t*>(take(E * 4));
-  x->order = reinterpret_cast<int32_t*>(take(E * 4));
-  x->losers = reinterpret_cast<int32_t*>(take(E * 4));
-  x->keep = reinterpret_cast<unsigned char*>(take(E));
-  T* recall = reinterpret_cast<T*>(
-      take(carve<T>(a.recall, kUpdateBlock, nullptr, &x->recall) * sizeof(T)));
+  x->scores = take_as<T>(base, 2 * E, &used);
+  x->phi_t = take_as<T>(base, F2 * round_up<T>(folds), &used);
+  x->delta = take_as<T>(base, F2 * dp, &used);
+  x->positions = take_as<int32_t>(base, E, &used);
+  x->order = take_as<int32_t>(base, E, &used);
+  x->losers = take_as<int32_t>(base, E, &used);
+  x->keep = take_as<unsigned char>(base, E, &used);
+  T* const recall = take_as<T>(base, carve<T>(a.recall, kUpdateBlock, nullptr, &x->recall), &used);
   if (base != nullptr) carve<T>(a.recall, kUpdateBlock, recall, &x->recall);
   return used;
 }
@@ -83,16 +89,9 @@ void score(const LolaArgs& a, const Candidates& c, bool empty, UpdateScratch<T>&
       } else {
         head_errors<T>(a.recall, x.recall, c.page, c.set * share + j, size, out);
       }
-      if (share > 1) {
-        for (int64_t i = 0; i < size; ++i) scores[i] = (j == 0 ? T(0) : scores[i]) + errors[i];
-      }
+      if (share > 1) add_relative(x.recall.v, dp, errors, size, j == 0, scores);
     }
-    if (share > 1) {
-      for (int64_t i = 0; i < size; ++i) {
-        const T length = norm(x.recall.v + i * dp, dp);
-        scores[i] = scores[i] / static_cast<T>(share) / (length > T(1e-6) ? length : T(1e-6));
-      }
-    }
+    for (int64_t i = 0; share > 1 && i < size; ++i) scores[i] /= static_cast<T>(share);
   }
 }
 

@@ -288,9 +288,10 @@ constexpr int kTileRows = 6, kTileVecs = 2;
 constexpr int kTileRows = 4, kTileVecs = 2;
 #endif
 
+// a(i, p) lies at a[i * row + p * col].
 template <typename T, int R, int V>
-LOLA_INLINE void gemm_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, T* c,
-                           int64_t ldc) {
+LOLA_INLINE void gemm_tile(const T* a, int64_t row, int64_t col, const T* b, int64_t ldb, int64_t K,
+                           T* c, int64_t ldc) {
   Vec<T> acc[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -298,14 +299,14 @@ LOLA_INLINE void gemm_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int
     for (int j = 0; j < V; ++j) acc[i][j] = Vec<T>{};
   }
   for (int64_t p = 0; p < K; ++p, b += ldb) {
-    Vec<T> row[V];
+    Vec<T> x[V];
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) row[j] = load(b + j * kLanes<T>);
+    for (int j = 0; j < V; ++j) x[j] = load(b + j * kLanes<T>);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const Vec<T> x = splat(a[i * lda + p]);
+      const Vec<T> y = splat(a[i * row + p * col]);
 #pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) acc[i][j] = fma(x, row[j], acc[i][j]);
+      for (int j = 0; j < V; ++j) acc[i][j] = fma(y, x[j], acc[i][j]);
     }
   }
 #pragma GCC unroll 8
@@ -316,13 +317,32 @@ LOLA_INLINE void gemm_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int
 }
 
 template <typename T, int V>
-LOLA_INLINE void gemm_columns(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
-                              int64_t M, int64_t K) {
+LOLA_INLINE void gemm_columns(const T* a, int64_t row, int64_t col, const T* b, int64_t ldb, T* c,
+                              int64_t ldc, int64_t M, int64_t K) {
   int64_t i = 0;
   for (; i + kTileRows <= M; i += kTileRows) {
-    gemm_tile<T, kTileRows, V>(a + i * lda, lda, b, ldb, K, c + i * ldc, ldc);
+    gemm_tile<T, kTileRows, V>(a + i * row, row, col, b, ldb, K, c + i * ldc, ldc);
   }
-  for (; i < M; ++i) gemm_tile<T, 1, V>(a + i * lda, lda, b, ldb, K, c + i * ldc, ldc);
+  // What is left in at most two tiles: b streams from memory where M is the heads of a group.
+  if (M - i >= 3) {
+    gemm_tile<T, 3, V>(a + i * row, row, col, b, ldb, K, c + i * ldc, ldc);
+    i += 3;
+  }
+  if (M - i == 2) {
+    gemm_tile<T, 2, V>(a + i * row, row, col, b, ldb, K, c + i * ldc, ldc);
+  } else if (M - i == 1) {
+    gemm_tile<T, 1, V>(a + i * row, row, col, b, ldb, K, c + i * ldc, ldc);
+  }
+}
+
+template <typename T>
+void gemm_strided(const T* a, int64_t row, int64_t col, const T* b, int64_t ldb, T* c, int64_t ldc,
+                  int64_t M, int64_t N, int64_t K) {
+  int64_t j = 0;
+  for (; j + kTileVecs * kLanes<T> <= N; j += kTileVecs * kLanes<T>) {
+    gemm_columns<T, kTileVecs>(a, row, col, b + j, ldb, c + j, ldc, M, K);
+  }
+  for (; j < N; j += kLanes<T>) gemm_columns<T, 1>(a, row, col, b + j, ldb, c + j, ldc, M, K);
 }
 
 // c[M, N] = a[M, K] @ b[K, N], row-major; N a multiple of the lanes. Each element is one sum in the
@@ -331,11 +351,14 @@ LOLA_INLINE void gemm_columns(const T* a, int64_t lda, const T* b, int64_t ldb, 
 template <typename T>
 void gemm(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t M, int64_t N,
           int64_t K) {
-  int64_t j = 0;
-  for (; j + kTileVecs * kLanes<T> <= N; j += kTileVecs * kLanes<T>) {
-    gemm_columns<T, kTileVecs>(a, lda, b + j, ldb, c + j, ldc, M, K);
-  }
-  for (; j < N; j += kLanes<T>) gemm_columns<T, 1>(a, lda, b + j, ldb, c + j, ldc, M, K);
+  gemm_strided<T>(a, lda, 1, b, ldb, c, ldc, M, N, K);
+}
+
+// c[M, N] = a[K, M]^T @ b[K, N], likewise.
+template <typename T>
+void gemm_transposed(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t M,
+                     int64_t N, int64_t K) {
+  gemm_strided<T>(a, 1, lda, b, ldb, c, ldc, M, N, K);
 }
 
 // A matrix [rows, cols] as T with rows padded to whole vectors: the source itself where it already

@@ -41,11 +41,15 @@ class LolaWeights:
     def prepare(
         cls, feature_map_q: Tensor, feature_map_k: Tensor, window_factors: Tensor, mixing: str
     ) -> LolaWeights:
-        """From checkpoint tensors; `window_factors [Hq]` are logits of the gate g."""
+        """From checkpoint tensors; `window_factors [Hq]` are logits of the gate g.
+
+        The maps are kept in float32 (float64 where they are that), in which they are applied.
+        """
+        wide = torch.promote_types(feature_map_q.dtype, torch.float32)
         factors = window_factors.to(torch.promote_types(window_factors.dtype, torch.float32))
         lolcats = mixing == "lolcats"
         log_gate = torch.nn.functional.logsigmoid(factors) if lolcats else factors
-        return cls(feature_map_q, feature_map_k, log_gate, lolcats)
+        return cls(feature_map_q.to(wide), feature_map_k.to(wide), log_gate, lolcats)
 
 
 class DecodeOp(Protocol):

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lola_vllm.ops.contract import LolaWeights
+from lola_vllm.state import StateLayout, StateViews
+
 logger = logging.getLogger("vllm.lola")
 
 ISA_NAMES = ("baseline", "avx2", "avx512")
@@ -66,3 +69,50 @@ def sre_scores(
     """
     scores: Tensor = torch.ops.lola.sre_scores(k, v, feature_map_k, H, s, slots, empty)
     return scores
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: LolaWeights,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    seq_lens: Tensor,
+    out: Tensor,
+) -> None:
+    """One new token per row, in one pass over the pages; see `contract.DecodeOp`.
+
+    Raises:
+        RuntimeError: a wrong shape, dtype or slot; the message names the argument.
+    """
+    torch.ops.lola.decode(
+        q, k, v, weights.feature_map_q, weights.feature_map_k, weights.log_gate, *views, slots,
+        seq_lens, out, weights.subtract_max, layout.window_size, layout.update_interval,
+        layout.sink_size,
+    )  # fmt: skip
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: LolaWeights,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+) -> None:
+    """A run of new tokens per row, piece by piece; see `contract.PrefillOp`.
+
+    Raises:
+        RuntimeError: a wrong shape, dtype or slot; the message names the argument.
+    """
+    torch.ops.lola.prefill(
+        q, k, v, weights.feature_map_q, weights.feature_map_k, weights.log_gate, *views, slots,
+        query_start_loc, context_lens, out, weights.subtract_max, layout.window_size,
+        layout.update_interval, layout.sink_size,
+    )  # fmt: skip

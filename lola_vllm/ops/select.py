@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from functools import partial
+
+import torch
 
 from lola_vllm.ops import native
 from lola_vllm.ops import torch as portable
@@ -18,32 +19,32 @@ NAMES = ("auto", "torch", "native")
 
 
 @functools.cache
-def choose_backend(device_type: str) -> Backend:
-    """The back end for a device.
+def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
+    """The back end for a device and a dtype of keys and values.
 
     Args:
         device_type: "cpu" or "cuda".
+        dtype: the model's; the C++ ops know float32 and bfloat16.
 
     Raises:
-        ValueError: `LOLA_VLLM_OPS` names no back end, or one that is not built for this device.
+        ValueError: `LOLA_VLLM_OPS` names no back end, or one that cannot serve here.
     """
     wanted = os.environ.get(ENV, "auto")
     if wanted not in NAMES:
         raise ValueError(f"{ENV} = {wanted!r}: must be one of {', '.join(NAMES)}")
-    has_native = device_type == "cpu" and wanted != "torch" and native.load()
-    if wanted == "native" and not has_native:
+    fits = device_type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    built = wanted != "torch" and fits and native.load()
+    if wanted == "native" and not built:
         raise ValueError(
-            f"{ENV} = 'native': the C++ extension is not built for {device_type}; run "
+            f"{ENV} = 'native': the C++ ops run float32 and bfloat16 models on a CPU, not {dtype} "
+            f"on {device_type}; unset it"
+            if not fits
+            else f"{ENV} = 'native': the C++ extension is not built; run "
             "'pip install --no-build-isolation -e .' with g++ installed, or unset it"
         )
-    if has_native:
-        sre = native.sre_scores
-        backend = Backend(
-            "native (C++ rescoring, torch attention)",
-            decode=partial(portable.decode, sre=sre),
-            prefill=partial(portable.prefill, sre=sre),
-        )
+    if built:
+        backend = Backend(f"native ({native.cpu_isa()})", native.decode, native.prefill)
     else:
-        backend = Backend("torch", decode=portable.decode, prefill=portable.prefill)
+        backend = Backend("torch", portable.decode, portable.prefill)
     logger.info("LoLA ops on %s: %s", device_type, backend.name)
     return backend

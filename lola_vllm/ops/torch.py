@@ -23,7 +23,7 @@ def sre_scores(
 ) -> Tensor:
     """Self-recall errors of candidates; see `contract.SreOp`. Paper section 3.2."""
     dtype = compute_dtype(k)
-    B, Hg, E, d = k.shape
+    B, Hg, E, _ = k.shape
     Hs = feature_map_k.shape[0]
     v = v.to(dtype)
     k_s = k.to(dtype).repeat_interleave(Hs // Hg, dim=1)  # [B, Hs, E, d]
@@ -327,7 +327,8 @@ def _fold(
 ) -> None:
     """H += sum phi(k) v^T and s += sum phi(k) over the folded candidates, at most C per set."""
     dtype = compute_dtype(k)
-    chosen = folded.int().argsort(dim=-1, descending=True, stable=True)[..., : layout.update_interval]
+    room = layout.update_interval
+    chosen = folded.int().argsort(dim=-1, descending=True, stable=True)[..., :room]
     mask = folded.gather(-1, chosen).unsqueeze(-1)
     index = chosen.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
     share = layout.num_state_heads // layout.num_sparse_heads

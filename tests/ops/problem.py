@@ -124,5 +124,3 @@ def full_attention(problem: Problem) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=True
     ).transpose(0, 1)
-
-

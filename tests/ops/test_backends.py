@@ -1,4 +1,4 @@
-"""The vectorized torch back end against the reference, on odd sizes, splits and batches."""
+"""Every CPU back end against the reference, on odd sizes, splits and batches."""
 
 import random
 
@@ -7,7 +7,8 @@ import torch
 from problem import assert_state_matches, make_problem, poisoned_pool
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops import torch as ops
+from lola_vllm.ops import native
+from lola_vllm.ops import torch as portable
 
 ETA = 10
 LENGTHS = [1, ETA - 1, ETA, ETA + 1, 2 * ETA + 3, 61]
@@ -17,7 +18,16 @@ TOLERANCE = {
 }
 
 
-def run(problem, cuts, *, slot=2, decode_from=None, extra_stride=0):
+@pytest.fixture(params=["torch", "native"])
+def ops(request):
+    """A back end's module; the C++ extension is part of a development set-up."""
+    if request.param == "torch":
+        return portable
+    assert native.load()
+    return native
+
+
+def run(ops, problem, cuts, *, slot=2, decode_from=None, extra_stride=0):
     """Feed the sequence in pieces ending at `cuts`; tokens from `decode_from` on one by one."""
     layout = problem.layout()
     _, views = poisoned_pool(layout, 4, extra_stride)
@@ -45,14 +55,14 @@ def run(problem, cuts, *, slot=2, decode_from=None, extra_stride=0):
 @pytest.mark.parametrize("interval", [1, 7, ETA])
 @pytest.mark.parametrize("lam", [0, 1, 5, 100])
 @pytest.mark.parametrize("T", LENGTHS)
-def test_prefill_and_decode_equal_the_reference(T, lam, interval, dtype):
+def test_prefill_and_decode_equal_the_reference(ops, T, lam, interval, dtype):
     config = LolaConfig(
         window_size=ETA, sparse_cache_size=lam, update_interval=interval, feature_dim=8
     )
     problem = make_problem(T, config, dtype=dtype, seed=T + lam)
     expected, _ = problem.reference()
     for decode_from in (T, 0, T // 2):
-        out, layout, views = run(problem, [], decode_from=decode_from)
+        out, layout, views = run(ops, problem, [], decode_from=decode_from)
         torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
         assert_state_matches(problem, layout, views, 2, T, **TOLERANCE[dtype])
 
@@ -62,7 +72,7 @@ def test_prefill_and_decode_equal_the_reference(T, lam, interval, dtype):
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
 @pytest.mark.parametrize("mixing", ["lola", "lolcats"])
 @pytest.mark.parametrize("sink", [0, 4])
-def test_head_layouts_mixings_and_sinks(group, per_query_head, sharing, mixing, sink):
+def test_head_layouts_mixings_and_sinks(ops, group, per_query_head, sharing, mixing, sink):
     config = LolaConfig(
         window_size=ETA, sparse_cache_size=6, update_interval=4, feature_dim=8,
         sparse_sharing=sharing, mixing=mixing, sink_size=sink,
@@ -70,24 +80,24 @@ def test_head_layouts_mixings_and_sinks(group, per_query_head, sharing, mixing, 
     Hs = 2 * group if per_query_head else 2
     problem = make_problem(57, config, group=group, Hs=Hs, seed=group)
     expected, _ = problem.reference()
-    out, layout, views = run(problem, [5, 6, 31], decode_from=40, extra_stride=192)
+    out, layout, views = run(ops, problem, [5, 6, 31], decode_from=40, extra_stride=192)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     assert_state_matches(problem, layout, views, 2, 57, rtol=1e-9, atol=1e-9)
 
 
-def test_any_split_gives_the_same_state():
+def test_any_split_gives_the_same_state(ops):
     config = LolaConfig(window_size=ETA, sparse_cache_size=8, update_interval=7, feature_dim=8)
     problem = make_problem(90, config)
     expected, _ = problem.reference()
     for seed in range(8):
         rng = random.Random(seed)
         cuts = rng.sample(range(1, 90), rng.randrange(0, 20))
-        out, layout, views = run(problem, cuts, decode_from=rng.choice([90, 70]))
+        out, layout, views = run(ops, problem, cuts, decode_from=rng.choice([90, 70]))
         torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
         assert_state_matches(problem, layout, views, 2, 90, rtol=1e-9, atol=1e-9)
 
 
-def test_batch_rows_are_independent_and_padding_touches_nothing():
+def test_batch_rows_are_independent_and_padding_touches_nothing(ops):
     config = LolaConfig(
         window_size=ETA, sparse_cache_size=5, update_interval=7, feature_dim=8, sink_size=2
     )
@@ -115,7 +125,7 @@ def test_batch_rows_are_independent_and_padding_touches_nothing():
     for step in range(3):
         step_out = torch.full((6, *out.shape[1:]), torch.nan, dtype=out.dtype)
         ops.decode(
-            *(pack(x, lambda c: slice(c + step, c + step + 1)) for x in "qkv"), weights, layout,
+            *(pack(x, lambda c, at=step: slice(c + at, c + at + 1)) for x in "qkv"), weights, layout,
             views, slots, torch.tensor(counts) + step + 1, step_out,
         )  # fmt: skip
         assert (step_out[1] == 0).all()
@@ -124,52 +134,50 @@ def test_batch_rows_are_independent_and_padding_touches_nothing():
             torch.testing.assert_close(step_out[i], expected, rtol=1e-9, atol=1e-9)
     for i in (0, 2, 3, 4, 5):
         expected = rows[i].reference()[0][: counts[i]]
-        torch.testing.assert_close(
-            out[starts[i] : starts[i + 1]], expected, rtol=1e-9, atol=1e-9
-        )
+        torch.testing.assert_close(out[starts[i] : starts[i + 1]], expected, rtol=1e-9, atol=1e-9)
         n = counts[i] + 3
         assert_state_matches(rows[i], layout, views, int(slots[i]), n, rtol=1e-9, atol=1e-9)
     for page in (0, 2, 6):
         assert (pages[page] == 0xFF).all()
 
 
-def test_long_window_is_cut_into_bounded_pieces(monkeypatch):
-    monkeypatch.setattr(ops, "MAX_PIECE", 16)
+def test_long_window_is_cut_into_bounded_pieces(ops, monkeypatch):
+    monkeypatch.setattr(portable, "MAX_PIECE", 16)
     config = LolaConfig(window_size=50, sparse_cache_size=8, feature_dim=8)
     problem = make_problem(160, config)
-    out, layout, views = run(problem, [])
+    out, layout, views = run(ops, problem, [])
     torch.testing.assert_close(out, problem.reference()[0], rtol=1e-9, atol=1e-9)
     assert_state_matches(problem, layout, views, 2, 160, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("mixing", ["lola", "lolcats"])
-def test_extreme_logits_stay_finite(mixing):
+def test_extreme_logits_stay_finite(ops, mixing):
     config = LolaConfig(
         window_size=ETA, sparse_cache_size=5, update_interval=3, feature_dim=8, mixing=mixing
     )
     problem = make_problem(60, config, dtype=torch.float32, scale=6.0)
     logits = torch.einsum("qhd,khd->hqk", problem.q[:, ::3], problem.k) / 4
     assert logits.abs().max() > 100
-    out, *_ = run(problem, [], decode_from=30)
+    out, *_ = run(ops, problem, [], decode_from=30)
     assert out.isfinite().all()
     torch.testing.assert_close(out.double(), problem.reference()[0], rtol=1e-3, atol=1e-3)
 
 
-def test_ties_keep_the_older_pair():
+def test_ties_keep_the_older_pair(ops):
     """Equal tokens in layer 0 share v, so their errors against an empty state are exactly equal."""
     config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=12, feature_dim=8)
     problem = make_problem(13, config)
     problem.v[:] = problem.v[0]
     for decode_from in (13, 3):
-        _, layout, views = run(problem, [5], decode_from=decode_from)
+        _, layout, views = run(ops, problem, [5], decode_from=decode_from)
         assert views.positions[2].sort(-1).values.tolist() == [[0, 1, 2]] * 2
         assert_state_matches(problem, layout, views, 2, 13, rtol=1e-9, atol=1e-9)
 
 
-def test_bfloat16_state_is_close():
+def test_bfloat16_state_is_close(ops):
     config = LolaConfig(window_size=8, sparse_cache_size=4, feature_dim=8, state_dtype="bfloat16")
     problem = make_problem(100, config, dtype=torch.bfloat16)
-    out, layout, _ = run(problem, [], decode_from=60)
+    out, layout, _ = run(ops, problem, [], decode_from=60)
     assert layout.state_dtype == torch.bfloat16
     # The reference sees the same bf16 inputs; H rounds to 8 bits at every update.
     torch.testing.assert_close(out.double(), problem.reference()[0], rtol=0, atol=0.1)

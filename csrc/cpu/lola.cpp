@@ -1,0 +1,150 @@
+// Decode and prefill on the CPU: how the work is divided among threads.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/page.h"
+#include "cpu/scratch.h"
+
+#define LOLA_KERNEL_BODY "cpu/lola_kernel.h"
+#include "cpu/for_each_isa.h"
+
+namespace lola {
+namespace {
+
+// Longest piece of a prompt handled at once: bounds the scratch where the interval is very long.
+constexpr int64_t kMaxPiece = 256;
+
+// Intervals below this are walked token by token: blocks of so few queries gain nothing.
+constexpr int64_t kShortInterval = 8;
+
+// State bytes below which a second thread costs more to wake than it saves.
+constexpr int64_t kThreadBytes = 256 * 1024;
+
+struct Kernels {
+  decltype(&baseline::lola_scratch) scratch;
+  decltype(&baseline::decode_run) decode;
+  decltype(&baseline::sequence_run) sequence;
+  decltype(&baseline::attend_run) attend;
+  decltype(&baseline::update_run) update;
+};
+
+Kernels kernels() {
+  switch (cpu_isa()) {
+    case Isa::avx512:
+      return {avx512::lola_scratch, avx512::decode_run, avx512::sequence_run, avx512::attend_run,
+              avx512::update_run};
+    case Isa::avx2:
+      return {avx2::lola_scratch, avx2::decode_run, avx2::sequence_run, avx2::attend_run,
+              avx2::update_run};
+    default:
+      return {baseline::lola_scratch, baseline::decode_run, baseline::sequence_run,
+              baseline::attend_run, baseline::update_run};
+  }
+}
+
+// Runs `body(begin, end, scratch)` over the items, each thread with scratch of its own.
+template <typename Body>
+void parallel(int64_t items, int64_t grain, int64_t scratch_bytes, const Body& body) {
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    const Scratch memory(static_cast<std::size_t>(scratch_bytes));
+    body(begin, end, static_cast<char*>(memory.get()));
+  });
+}
+
+// The runs cut at the update points; piece i of every run is one step.
+std::vector<std::vector<Sequence>> steps_of(const LolaArgs& a, const std::vector<Sequence>& runs) {
+  std::vector<std::vector<Sequence>> steps;
+  for (const Sequence& run : runs) {
+    int64_t done = 0;
+    for (std::size_t step = 0; done < run.count; ++step) {
+      const int64_t position = run.position + done;
+      const int64_t count =
+          std::min({run.count - done, kMaxPiece, a.interval - position % a.interval});
+      if (steps.size() <= step) steps.emplace_back();
+      steps[step].push_back({run.page, run.token + done, position, count});
+      done += count;
+    }
+  }
+  return steps;
+}
+
+void write_pairs(const LolaArgs& a, const std::vector<Sequence>& pieces) {
+  const int64_t bytes = a.d * size_of(a.exact_k.dtype);
+  for (const Sequence& piece : pieces) {
+    for (int64_t t = 0; t < piece.count; ++t) {
+      const int64_t row = a.exact_row(piece.position + t);
+      for (int64_t h = 0; h < a.Hkv; ++h) {
+        copy_row(a.exact_k.at(piece.page, h, row), a.k.at(piece.token + t, h), bytes);
+        copy_row(a.exact_v.at(piece.page, h, row), a.v.at(piece.token + t, h), bytes);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void decode_cpu(const LolaArgs& a, int64_t rows, const Indices& seq_lens) {
+  const Kernels run = kernels();
+  const int64_t state = (2 * (a.window + a.sink + a.lam) * size_of(a.exact_k.dtype) +
+                         2 * a.F * size_of(a.recall.H.dtype) * (a.Hs / a.Hg)) *
+                        a.d;
+  const int64_t grain = std::max<int64_t>(1, kThreadBytes / state);
+  parallel(rows * a.Hg, grain, run.scratch(a, Phase::decode),
+           [&](int64_t begin, int64_t end, char* memory) {
+             run.decode(a, rows, seq_lens, begin, end, memory);
+           });
+}
+
+void prefill_cpu(const LolaArgs& a, int64_t rows, const Indices& query_start,
+                 const Indices& context_lens) {
+  const Kernels run = kernels();
+  std::vector<Sequence> runs;
+  const int64_t token_bytes = a.d * size_of(a.out.dtype);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t start = query_start[r], end = query_start[r + 1];
+    if (a.slots[r] > 0) {
+      if (end > start) runs.push_back({a.slots[r], start, context_lens[r], end - start});
+      continue;
+    }
+    for (int64_t t = start; t < end; ++t) {  // padding answers zero
+      for (int64_t h = 0; h < a.Hq; ++h) std::fill_n(a.out.at(t, h), token_bytes, 0);
+    }
+  }
+  if (a.interval < kShortInterval) {
+    parallel(static_cast<int64_t>(runs.size()) * a.Hkv, 1, run.scratch(a, Phase::decode),
+             [&](int64_t begin, int64_t end, char* memory) {
+               run.sequence(a, runs.data(), begin, end, memory);
+             });
+    return;
+  }
+  const int64_t attend_scratch = run.scratch(a, Phase::attend);
+  const int64_t update_scratch = run.scratch(a, Phase::update);
+  const int64_t block = query_block(a);
+  for (const std::vector<Sequence>& pieces : steps_of(a, runs)) {
+    write_pairs(a, pieces);
+    std::vector<AttendItem> items;
+    std::vector<Sequence> due;
+    for (const Sequence& piece : pieces) {
+      for (int64_t set = 0; set < a.Hg; ++set) {
+        for (int64_t first = 0; first < piece.count; first += block) {
+          items.push_back({piece.page, set, piece.token + first, piece.position, first,
+                           std::min(block, piece.count - first)});
+        }
+      }
+      if (a.update_due(piece.position + piece.count)) due.push_back(piece);
+    }
+    parallel(static_cast<int64_t>(items.size()), 1, attend_scratch,
+             [&](int64_t begin, int64_t end, char* memory) {
+               run.attend(a, items.data(), begin, end, memory);
+             });
+    parallel(static_cast<int64_t>(due.size()) * a.Hg, 1, update_scratch,
+             [&](int64_t begin, int64_t end, char* memory) {
+               run.update(a, due.data(), begin, end, memory);
+             });
+  }
+}
+
+}  // namespace lola

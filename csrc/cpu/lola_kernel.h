@@ -1,0 +1,125 @@
+// Kernel body of decode, update and prefill, and their entry points per instruction set.
+// Included by for_each_isa.h, once per instruction set.
+#include "cpu/recall_kernel.h"
+#include "cpu/update_kernel.h"
+// decode and prefill use the update's buffers
+#include "cpu/decode_kernel.h"
+#include "cpu/prefill_kernel.h"
+
+namespace lola {
+namespace LOLA_ISA {
+namespace {
+
+template <typename T>
+void decode_one(const LolaArgs& a, int64_t token, int64_t page, int64_t set, int64_t n,
+                DecodeScratch<T>& x) {
+  if (page <= 0) return zero_set(a, token, set);
+  if constexpr (sizeof(T) == 8) {
+    decode_set<T, DType::f64>(a, token, page, set, n, x);
+  } else if (a.exact_k.dtype == DType::bf16) {
+    decode_set<T, DType::bf16>(a, token, page, set, n, x);
+  } else {
+    decode_set<T, DType::f32>(a, token, page, set, n, x);
+  }
+}
+
+template <typename T>
+void decode_items(const LolaArgs& a, int64_t rows, const Indices& seq_lens, int64_t begin,
+                  int64_t end, char* memory) {
+  DecodeScratch<T> x;
+  carve_decode<T>(a, memory, &x);
+  // Rows are the inner loop: neighbours share the feature maps of their heads.
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = item % rows;
+    decode_one<T>(a, row, a.slots[row], item / rows, seq_lens[row], x);
+  }
+}
+
+template <typename T>
+void sequence_items(const LolaArgs& a, const Sequence* sequences, int64_t begin, int64_t end,
+                    char* memory) {
+  DecodeScratch<T> x;
+  carve_decode<T>(a, memory, &x);
+  const int64_t sets = a.Hg / a.Hkv;
+  for (int64_t item = begin; item < end; ++item) {
+    const Sequence& s = sequences[item / a.Hkv];
+    const int64_t kv = item % a.Hkv;
+    for (int64_t t = 0; t < s.count; ++t) {
+      for (int64_t set = kv * sets; set < (kv + 1) * sets; ++set) {
+        decode_one<T>(a, s.token + t, s.page, set, s.position + t + 1, x);
+      }
+    }
+  }
+}
+
+template <typename T>
+void attend_items(const LolaArgs& a, const AttendItem* items, int64_t begin, int64_t end,
+                  char* memory) {
+  PrefillScratch<T> x;
+  carve_prefill<T>(a, memory, &x);
+  for (int64_t i = begin; i < end; ++i) attend_block<T>(a, items[i], x);
+}
+
+template <typename T>
+void update_items(const LolaArgs& a, const Sequence* sequences, int64_t begin, int64_t end,
+                  char* memory) {
+  UpdateScratch<T> x;
+  carve_update<T>(a, memory, &x);
+  for (int64_t item = begin; item < end; ++item) {
+    const Sequence& s = sequences[item / a.Hg];
+    update_set<T>(a, s.page, item % a.Hg, s.position + s.count, x);
+  }
+}
+
+template <typename T>
+int64_t scratch_of(const LolaArgs& a, Phase phase) {
+  DecodeScratch<T> decode;
+  PrefillScratch<T> prefill;
+  UpdateScratch<T> update;
+  return phase == Phase::decode   ? carve_decode<T>(a, nullptr, &decode)
+         : phase == Phase::attend ? carve_prefill<T>(a, nullptr, &prefill)
+                                  : carve_update<T>(a, nullptr, &update);
+}
+
+}  // namespace
+
+int64_t lola_scratch(const LolaArgs& a, Phase phase) {
+  return a.exact_k.dtype == DType::f64 ? scratch_of<double>(a, phase) : scratch_of<float>(a, phase);
+}
+
+void decode_run(const LolaArgs& a, int64_t rows, const Indices& seq_lens, int64_t begin,
+                int64_t end, char* memory) {
+  if (a.exact_k.dtype == DType::f64) {
+    decode_items<double>(a, rows, seq_lens, begin, end, memory);
+  } else {
+    decode_items<float>(a, rows, seq_lens, begin, end, memory);
+  }
+}
+
+void sequence_run(const LolaArgs& a, const Sequence* s, int64_t begin, int64_t end, char* memory) {
+  if (a.exact_k.dtype == DType::f64) {
+    sequence_items<double>(a, s, begin, end, memory);
+  } else {
+    sequence_items<float>(a, s, begin, end, memory);
+  }
+}
+
+void attend_run(const LolaArgs& a, const AttendItem* items, int64_t begin, int64_t end,
+                char* memory) {
+  if (a.exact_k.dtype == DType::f64) {
+    attend_items<double>(a, items, begin, end, memory);
+  } else {
+    attend_items<float>(a, items, begin, end, memory);
+  }
+}
+
+void update_run(const LolaArgs& a, const Sequence* s, int64_t begin, int64_t end, char* memory) {
+  if (a.exact_k.dtype == DType::f64) {
+    update_items<double>(a, s, begin, end, memory);
+  } else {
+    update_items<float>(a, s, begin, end, memory);
+  }
+}
+
+}  // namespace LOLA_ISA
+}  // namespace lola

@@ -1,0 +1,172 @@
+#include "lola_ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "checks.h"
+#include "cpu/page.h"
+
+namespace lola {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Indices check_indices(const Tensor& t, const char* name, const char* meaning, int64_t count) {
+  check_shape(t, name, meaning, {count});
+  Indices view;
+  view.wide = t.scalar_type() == ScalarType::Long;
+  LOLA_CHECK(view.wide || t.scalar_type() == ScalarType::Int, name, ": dtype ",
+             torch::headeronly::toString(t.scalar_type()), ", expected int32 or int64");
+  view.data = static_cast<const char*>(t.data_ptr());
+  view.stride = t.stride(0);
+  return view;
+}
+
+LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
+                    const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H,
+                    const Tensor& s, const Tensor& positions, const Tensor& sparse_k,
+                    const Tensor& sparse_v, const Tensor& exact_k, const Tensor& exact_v,
+                    const Tensor& slots, const Tensor& out, bool subtract_max, int64_t window,
+                    int64_t interval, int64_t sink) {
+  LolaArgs a;
+  check_shape(q, "q", "[T, Hq, d]", {-1, -1, -1});
+  check_shape(exact_k, "exact_k", "[N, Hkv, sink + window + interval, d]", {-1, -1, -1, q.size(2)});
+  check_shape(sparse_k, "sparse_k", "[N, Hg, lam, d]", {exact_k.size(0), -1, -1, q.size(2)});
+  check_shape(feature_map_k, "feature_map_k", "[Hs, d, F]", {-1, q.size(2), -1});
+  const int64_t T = q.size(0), N = exact_k.size(0);
+  a.Hq = q.size(1);
+  a.d = q.size(2);
+  a.Hkv = exact_k.size(1);
+  a.Hg = sparse_k.size(1);
+  a.lam = sparse_k.size(2);
+  a.Hs = feature_map_k.size(0);
+  a.F = feature_map_k.size(2);
+  a.window = window;
+  a.interval = interval;
+  a.sink = sink;
+  a.subtract_max = subtract_max;
+  LOLA_CHECK(a.d > 0 && a.F > 0 && a.Hkv > 0 && a.Hg > 0, "q: shape ", shape_string(q),
+             ", needs a head size, feature size and heads of at least 1");
+  LOLA_CHECK(window >= 1 && interval >= 1 && sink >= 0, "window = ", window,
+             ", interval = ", interval, ", sink = ", sink,
+             ": need window, interval >= 1 and sink >= 0");
+  LOLA_CHECK(a.Hq % a.Hs == 0 && a.Hs % a.Hg == 0 && a.Hg % a.Hkv == 0, "feature_map_k: ", a.Hs,
+             " state heads do not lie between the ", a.Hq, " query heads, the ", a.Hg,
+             " sparse sets and the ", a.Hkv, " KV heads");
+  check_shape(exact_k, "exact_k", "[N, Hkv, sink + window + interval, d]",
+              {N, a.Hkv, sink + window + interval, a.d});
+  check_shape(exact_v, "exact_v", "[N, Hkv, sink + window + interval, d]",
+              {N, a.Hkv, sink + window + interval, a.d});
+  check_shape(sparse_v, "sparse_v", "[N, Hg, lam, d]", {N, a.Hg, a.lam, a.d});
+  check_shape(positions, "positions", "[N, Hg, lam]", {N, a.Hg, a.lam});
+  check_shape(H, "H", "[N, Hs, 2F, d]", {N, a.Hs, 2 * a.F, a.d});
+  check_shape(s, "s", "[N, Hs, 2F]", {N, a.Hs, 2 * a.F});
+  check_shape(feature_map_q, "feature_map_q", "[Hq, d, F]", {a.Hq, a.d, a.F});
+  check_shape(log_gate, "log_gate", "[Hq]", {a.Hq});
+  check_shape(k, "k", "[T, Hkv, d]", {T, a.Hkv, a.d});
+  check_shape(v, "v", "[T, Hkv, d]", {T, a.Hkv, a.d});
+  check_shape(out, "out", "[T, Hq, d]", {T, a.Hq, a.d});
+
+  a.q = check_strided<3>(q, "q");
+  a.k = check_strided<3>(k, "k");
+  a.v = check_strided<3>(v, "v");
+  a.out = check_strided<3>(out, "out");
+  a.feature_map_q = check_strided<3>(feature_map_q, "feature_map_q");
+  a.log_gate.dtype = check_float(log_gate, "log_gate");
+  a.log_gate.data = static_cast<char*>(log_gate.data_ptr());
+  a.log_gate.stride[0] = log_gate.stride(0);
+  a.sparse_k = check_strided<4>(sparse_k, "sparse_k");
+  a.sparse_v = check_strided<4>(sparse_v, "sparse_v");
+  a.exact_k = check_strided<4>(exact_k, "exact_k");
+  a.exact_v = check_strided<4>(exact_v, "exact_v");
+  a.recall = SreArgs{};
+  a.recall.feature_map_k = check_strided<3>(feature_map_k, "feature_map_k");
+  a.recall.H = check_strided<4>(H, "H");
+  a.recall.s = check_strided<3>(s, "s");
+  a.recall.d = a.d;
+  a.recall.F = a.F;
+  const DType pair = a.exact_k.dtype;
+  LOLA_CHECK(a.k.dtype == pair && a.v.dtype == pair && a.exact_v.dtype == pair &&
+                 a.sparse_k.dtype == pair && a.sparse_v.dtype == pair,
+             "k: keys and values, and the pages that hold them, must be of one dtype");
+  // Rows of keys and values are read as contiguous runs.
+  for (const auto* view : {&a.sparse_k, &a.sparse_v, &a.exact_k, &a.exact_v}) {
+    LOLA_CHECK(view->stride[2] == a.d, "exact_k, sparse_k: rows of a page must be contiguous");
+  }
+  LOLA_CHECK(positions.scalar_type() == ScalarType::Int, "positions: must be int32");
+  LOLA_CHECK(a.lam <= 1 || positions.stride(2) == 1,
+             "positions: the last dimension must be contiguous");
+  a.positions = static_cast<int32_t*>(positions.data_ptr());
+  a.positions_stride[0] = positions.stride(0);
+  a.positions_stride[1] = positions.stride(1);
+  a.slots = check_indices(slots, "slots", "[rows]", slots.size(0));
+  for (int64_t row = 0; row < slots.size(0); ++row) {
+    LOLA_CHECK(a.slots[row] < N, "slots: entry ", row, " is ", a.slots[row], ", but there are ", N,
+               " pages");
+  }
+  return a;
+}
+
+}  // namespace
+
+void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
+            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
+            const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
+            const Tensor& exact_k, const Tensor& exact_v, const Tensor& slots,
+            const Tensor& seq_lens, const Tensor& out, bool subtract_max, int64_t window,
+            int64_t interval, int64_t sink) {
+  const LolaArgs args =
+      check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions, sparse_k,
+                 sparse_v, exact_k, exact_v, slots, out, subtract_max, window, interval, sink);
+  const int64_t rows = slots.size(0);
+  LOLA_CHECK(rows == q.size(0), "slots: ", rows, " rows, but q has ", q.size(0), " tokens");
+  const Indices lengths = check_indices(seq_lens, "seq_lens", "[rows]", rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    LOLA_CHECK(args.slots[row] <= 0 || lengths[row] >= 1, "seq_lens: entry ", row, " is ",
+               lengths[row], ", it counts the new token");
+  }
+  if (rows > 0) decode_cpu(args, rows, lengths);
+}
+
+void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
+             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
+             const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
+             const Tensor& exact_k, const Tensor& exact_v, const Tensor& slots,
+             const Tensor& query_start, const Tensor& context_lens, const Tensor& out,
+             bool subtract_max, int64_t window, int64_t interval, int64_t sink) {
+  const LolaArgs args =
+      check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions, sparse_k,
+                 sparse_v, exact_k, exact_v, slots, out, subtract_max, window, interval, sink);
+  const int64_t rows = slots.size(0);
+  const Indices starts = check_indices(query_start, "query_start", "[rows + 1]", rows + 1);
+  const Indices context = check_indices(context_lens, "context_lens", "[rows]", rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    LOLA_CHECK(starts[row] >= 0 && starts[row] <= starts[row + 1] && starts[row + 1] <= q.size(0),
+               "query_start: entries ", row, " and ", row + 1, " are ", starts[row], " and ",
+               starts[row + 1], ", but q has ", q.size(0), " tokens");
+    LOLA_CHECK(context[row] >= 0, "context_lens: entry ", row, " is ", context[row]);
+  }
+  if (rows > 0) prefill_cpu(args, rows, starts, context);
+}
+
+}  // namespace lola
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lola, m) {
+  m.def(
+      "decode(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
+      "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
+      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor slots, "
+      "Tensor seq_lens, Tensor(h!) out, bool subtract_max, int window, int interval, int sink) "
+      "-> ()");
+  m.def(
+      "prefill(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
+      "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
+      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor slots, "
+      "Tensor query_start, Tensor context_lens, Tensor(h!) out, bool subtract_max, int window, "
+      "int interval, int sink) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lola, CPU, m) {
+  m.impl("decode", TORCH_BOX(&lola::decode));
+  m.impl("prefill", TORCH_BOX(&lola::prefill));
+}

@@ -1,0 +1,45 @@
+// Decode and prefill of LoLA attention in place on state pages, on torch's stable ABI. The contract
+// is `lola_vllm/ops/contract.py`; the page layout is `lola_vllm/state.py`.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+namespace lola {
+
+// What both ops share, in this order.
+//
+//   q, out          [T, Hq, d]     float32, bfloat16 or float64
+//   k, v            [T, Hkv, d]    dtype of the pages' keys and values
+//   feature_map_q   [Hq, d, F]; feature_map_k [Hs, d, F]; log_gate [Hq]
+//   H [N, Hs, 2F, d], s [N, Hs, 2F], positions int32 [N, Hg, lam], sparse_k, sparse_v
+//   [N, Hg, lam, d], exact_k, exact_v [N, Hkv, sink + window + interval, d]: views of the pages
+//   slots           [rows]         int32 or int64, page per row; <= 0 is padding: zeros are
+//                                  answered and no page is touched
+//
+// decode: row r is token r, seq_lens [rows] counts it. prefill: row r has the tokens
+// query_start[r] .. query_start[r + 1], after context_lens[r] that are in its page already.
+// Throws, naming the argument, on a wrong shape, dtype or slot.
+void decode(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
+            const torch::stable::Tensor& v, const torch::stable::Tensor& feature_map_q,
+            const torch::stable::Tensor& feature_map_k, const torch::stable::Tensor& log_gate,
+            const torch::stable::Tensor& H, const torch::stable::Tensor& s,
+            const torch::stable::Tensor& positions, const torch::stable::Tensor& sparse_k,
+            const torch::stable::Tensor& sparse_v, const torch::stable::Tensor& exact_k,
+            const torch::stable::Tensor& exact_v, const torch::stable::Tensor& slots,
+            const torch::stable::Tensor& seq_lens, const torch::stable::Tensor& out,
+            bool subtract_max, int64_t window, int64_t interval, int64_t sink);
+
+void prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
+             const torch::stable::Tensor& v, const torch::stable::Tensor& feature_map_q,
+             const torch::stable::Tensor& feature_map_k, const torch::stable::Tensor& log_gate,
+             const torch::stable::Tensor& H, const torch::stable::Tensor& s,
+             const torch::stable::Tensor& positions, const torch::stable::Tensor& sparse_k,
+             const torch::stable::Tensor& sparse_v, const torch::stable::Tensor& exact_k,
+             const torch::stable::Tensor& exact_v, const torch::stable::Tensor& slots,
+             const torch::stable::Tensor& query_start, const torch::stable::Tensor& context_lens,
+             const torch::stable::Tensor& out, bool subtract_max, int64_t window, int64_t interval,
+             int64_t sink);
+
+}  // namespace lola

@@ -1,0 +1,40 @@
+"""The choice of a back end: by device and dtype, or by the environment, or an error that says why."""
+
+import pytest
+import torch
+
+from lola_vllm.ops.select import choose_backend
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    choose_backend.cache_clear()
+    yield
+    choose_backend.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "name"),
+    [
+        (None, torch.bfloat16, "native"),
+        (None, torch.float32, "native"),
+        (None, torch.float16, "torch"),
+        ("torch", torch.float32, "torch"),
+        ("native", torch.float32, "native"),
+    ],
+)
+def test_choice(monkeypatch, wanted, dtype, name):
+    monkeypatch.delenv("LOLA_VLLM_OPS", raising=False)
+    if wanted:
+        monkeypatch.setenv("LOLA_VLLM_OPS", wanted)
+    assert choose_backend("cpu", dtype).name.startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "words"),
+    [("cuda", "cpu", "'cuda': must be one of"), ("native", "cuda", "on cuda")],
+)
+def test_impossible_wishes_are_refused(monkeypatch, wanted, device, words):
+    monkeypatch.setenv("LOLA_VLLM_OPS", wanted)
+    with pytest.raises(ValueError, match=words):
+        choose_backend(device, torch.float32)
