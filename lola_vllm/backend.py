@@ -58,6 +58,7 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
     ) -> LolaMetadata:
         """vLLM's metadata plus the host-side prefill plan."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+        assert isinstance(metadata, LolaMetadata)  # made from `metadata_cls`
         if metadata.num_prefills:
             context_lens, query_start_loc = self._prefill_cpu_metadata(
                 common_attn_metadata,

@@ -8,7 +8,7 @@ the end. Nobody clears a slot: what is valid in it follows from the token count.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm.logger import init_logger
@@ -91,18 +91,33 @@ def describe_pool(spec: LolaStateSpec, num_slots: int) -> str:
 
 def state_layout(vllm_config: VllmConfig) -> StateLayout:
     """Layout of this model's pages on one tensor-parallel rank."""
-    config: LolaLlamaConfig = vllm_config.model_config.hf_config
+    config = lola_hf_config(vllm_config)
+    kv_heads = num_kv_heads(config)
+    kv_dtype = vllm_config.model_config.dtype
+    assert isinstance(kv_dtype, torch.dtype)  # vLLM has resolved "auto" and other names
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     lola = config.lola
     num_state_heads = lola.num_state_heads or config.num_attention_heads
-    lola.check_heads(config.num_attention_heads, config.num_key_value_heads, num_state_heads)
+    lola.check_heads(config.num_attention_heads, kv_heads, num_state_heads)
     return StateLayout.from_config(
         lola,
-        num_kv_heads=max(1, config.num_key_value_heads // tp_size),
+        num_kv_heads=max(1, kv_heads // tp_size),
         num_state_heads=max(1, num_state_heads // tp_size),
         head_dim=head_dim(config),
-        kv_dtype=vllm_config.model_config.dtype,
+        kv_dtype=kv_dtype,
     )
+
+
+def lola_hf_config(vllm_config: VllmConfig) -> LolaLlamaConfig:
+    """The model's Hugging Face config, which is ours by its `model_type`."""
+    return cast(LolaLlamaConfig, vllm_config.model_config.hf_config)
+
+
+def num_kv_heads(config: LolaLlamaConfig) -> int:
+    """KV heads of the whole model."""
+    heads = config.num_key_value_heads
+    assert heads is not None  # LlamaConfig fills it in
+    return heads
 
 
 def head_dim(config: LolaLlamaConfig) -> int:

@@ -12,7 +12,7 @@ import psutil
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from lola_vllm.cache import state_layout
+from lola_vllm.cache import lola_hf_config, num_kv_heads, state_layout
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import LolaLlamaConfig
 
@@ -49,7 +49,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
                 f"{refusal.option} = {refusal.value!r} cannot be used with a LoLA model: "
                 f"{refusal.reason}"
             )
-        hf_config = vllm_config.model_config.hf_config
+        hf_config = lola_hf_config(vllm_config)
         num_state_heads = find_num_state_heads(hf_config, vllm_config.model_config.model)
         hf_config.lola_config = {"num_state_heads": num_state_heads}
         check_parallel_heads(hf_config, vllm_config.parallel_config.tensor_parallel_size)
@@ -100,7 +100,7 @@ def refusals(vllm_config: VllmConfig) -> list[Refusal]:
 
 def check_parallel_heads(config: LolaLlamaConfig, tp_size: int) -> None:
     """Raise `UnsupportedOptionError` unless the heads divide among the tensor-parallel ranks."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads, kv_heads = config.num_attention_heads, num_kv_heads(config)
     if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
         raise UnsupportedOptionError(
             f"--tensor-parallel-size = {tp_size}: the model's {heads} query heads and {kv_heads} "

@@ -8,10 +8,14 @@ the hash of the file that is named at registration.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateCopyFunc,
+    get_temporal_copy_spec,
+)
 from vllm.model_executor.models.interfaces import (
     HasInnerState,
     IsHybrid,
@@ -21,12 +25,8 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from lola_vllm.attention import LolaAttention
 from lola_vllm.cache import state_layout
-from lola_vllm.checkpoint.schema import (
-    LOLA_TENSORS,
-    CheckpointError,
-    check_tensors,
-    expected_tensors,
-)
+from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.checkpoint.schema import LOLA_TENSORS, check_tensors, expected_tensors
 from lola_vllm.config import LolaLlamaConfig
 
 
@@ -39,9 +39,7 @@ class LolaDecoderLayer(LlamaDecoderLayer):
         super().__init__(vllm_config, prefix, config, attn_layer_type=LolaAttention)
 
 
-class LolaLlamaForCausalLM(
-    LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMambaPrefixCaching
-):
+class LolaLlamaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
     """A LoLA model. `IsHybrid` although no layer has per-token blocks: vLLM then keeps the state
     right across prefix hits, and would under speculative decoding."""
 
@@ -49,8 +47,10 @@ class LolaLlamaForCausalLM(
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=LolaDecoderLayer)
         self.quantized = vllm_config.quant_config is not None
 
+    # vLLM types this by the states of its own models, which all have two or three dimensions; it
+    # only takes their product.
     @classmethod
-    def get_mamba_state_shape_from_config(
+    def get_mamba_state_shape_from_config(  # type: ignore[override]
         cls, vllm_config: VllmConfig
     ) -> tuple[tuple[int, ...], ...]:
         """Shape of a layer's state: one packed page."""
@@ -62,7 +62,7 @@ class LolaLlamaForCausalLM(
         return (torch.uint8,)
 
     @classmethod
-    def get_mamba_state_copy_func(cls) -> tuple[object, ...]:
+    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
         """How vLLM copies a state at a block boundary: the whole page."""
         return (get_temporal_copy_spec,)
 
@@ -72,10 +72,9 @@ class LolaLlamaForCausalLM(
         Raises:
             CheckpointError: tensors missing, unexpected, of the wrong shape, or not finite.
         """
-        lola = self.config.lola
-        expected = expected_tensors(
-            self.config, lola.num_state_heads or self.config.num_attention_heads
-        )
+        config = cast(LolaLlamaConfig, self.config)
+        num_state_heads = config.lola.num_state_heads or config.num_attention_heads
+        expected = expected_tensors(config, num_state_heads)
         found: dict[str, tuple[int, ...]] = {}
         if self.quantized:  # packed weights and scales have names and shapes of their own
             expected = {name: shape for name, shape in expected.items() if _is_lola(name)}

@@ -1,4 +1,4 @@
-"""LoLA attention for one sequence in plain torch: the one truth that every kernel is tested against.
+"""LoLA attention for one sequence in plain torch: the truth that every kernel is tested against.
 
 Follows arXiv 2505.23666 (LoLA) over arXiv 2410.10254 (LoLCATs); `docs/algorithm.md` says where the
 two disagree with their code and what is decided. Written for reading: Python lists hold the

@@ -1,9 +1,9 @@
 """The state page: every byte that one layer keeps of one sequence, and what is valid in it.
 
 A page is a pure function of the token prefix. It holds no counter: how many entries are valid
-follows from n, the number of tokens the page has seen (`StateLayout.counts`), so a page never needs
-clearing and its leftover bytes are never read. Shapes are written here once; kernels, the vLLM spec
-and `lola-vllm estimate` all read them from here. Imports nothing of vLLM.
+follows from n, the number of tokens the page has seen (`num_sparse`, `num_folded`), so a page never
+needs clearing and its leftover bytes are never read. Shapes are written here once; kernels and the
+vLLM spec read them from here. Imports nothing of vLLM.
 
 One page, in this order (each part starts at a multiple of 64 bytes):
 
@@ -153,9 +153,10 @@ class StateLayout:
         views = {}
         for name, (shape, dtype) in self.parts.items():
             part = pages[:, offsets[name] : offsets[name] + nbytes[name]]
-            views[name] = part.view(dtype).unflatten(1, shape) if nbytes[name] else part.new_empty(
-                pages.shape[0], *shape, dtype=dtype
-            )
+            if nbytes[name]:
+                views[name] = part.view(dtype).unflatten(1, shape)
+            else:
+                views[name] = part.new_empty(pages.shape[0], *shape, dtype=dtype)
         return StateViews(**views)
 
     def row(self, position: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ class StateLayout:
         return (n // C * C - self.window_size).clamp(min=self.sink_size)
 
     def num_evicted(self, n: Tensor) -> Tensor:
-        """Pairs that have left the window for the sparse cache or the hidden state after n tokens."""
+        """Pairs that left the window for the sparse cache or the hidden state after n tokens."""
         return self.window_start(n) - self.sink_size
 
     def num_sparse(self, n: Tensor) -> Tensor:

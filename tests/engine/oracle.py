@@ -25,7 +25,9 @@ class Oracle:
 
     def __init__(self, directory: Path) -> None:
         config = LolaLlamaConfig.from_pretrained(directory)
-        fields = {k: v for k, v in config.to_dict().items() if k not in ("lola_config", "model_type")}
+        fields = {
+            k: v for k, v in config.to_dict().items() if k not in ("lola_config", "model_type")
+        }
         tensors = load_file(directory / "model.safetensors")
         maps = {k: tensors.pop(k).double() for k in list(tensors) if k.endswith(_MAPS)}
         self.model = LlamaForCausalLM(LlamaConfig(**fields)).double()

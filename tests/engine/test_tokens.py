@@ -146,9 +146,7 @@ def test_a_poisoned_pool_changes_nothing(tiny, prompts, expected):
 
 def test_reused_slots_equal_fresh_ones(tiny, prompts, expected):
     """The same few slots serve everyone, twice over."""
-    with engine(
-        tiny, max_num_batched_tokens=64, max_num_seqs=8, num_gpu_blocks_override=3
-    ) as llm:
+    with engine(tiny, max_num_batched_tokens=64, max_num_seqs=8, num_gpu_blocks_override=3) as llm:
         for _ in range(2):
             assert generate(llm, prompts, NEW) == expected
         assert state_manager(llm).num_slots == 2
