@@ -21,23 +21,59 @@ LOLA_INLINE Vec<T> load_as(const char* row, int64_t i) {
   }
 }
 
-// z[h * ld + i] = q_h . k_i for G heads and `count` rows of d elements, d a whole number of
-// vectors.
-template <typename T, DType D, int G>
-LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_bytes, int64_t count,
-                          T* z, int64_t ld) {
-  for (int64_t i = 0; i < count; ++i, k += row_bytes) {
-    Vec<T> acc[G];
+// Bytes ahead of the loads that memory is asked for: runs are shorter than the hardware's own
+// prefetcher needs to get going, and it stops at every 4 KiB.
+constexpr int64_t kAhead = 1024;
+
+LOLA_INLINE void prefetch_row(const char* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
+// Logits of R neighbouring rows of keys for G heads.
+template <typename T, DType D, int G, int R>
+LOLA_INLINE void dot_tile(const T* q, int64_t dp, const char* k, int64_t row_bytes, T* z,
+                          int64_t ld) {
+  Vec<T> acc[G][R];
 #pragma GCC unroll 8
-    for (int h = 0; h < G; ++h) acc[h] = Vec<T>{};
-    for (int64_t j = 0; j < dp; j += kLanes<T>) {
-      const Vec<T> x = load_as<T, D>(k, j);
+  for (int h = 0; h < G; ++h) {
 #pragma GCC unroll 8
-      for (int h = 0; h < G; ++h) acc[h] = fma(load(q + h * dp + j), x, acc[h]);
-    }
-#pragma GCC unroll 8
-    for (int h = 0; h < G; ++h) z[h * ld + i] = reduce<Sum>(acc[h]);
+    for (int i = 0; i < R; ++i) acc[h][i] = Vec<T>{};
   }
+  for (int64_t j = 0; j < dp; j += kLanes<T>) {
+    Vec<T> x[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) x[i] = load_as<T, D>(k + i * row_bytes, j);
+#pragma GCC unroll 8
+    for (int h = 0; h < G; ++h) {
+      const Vec<T> y = load(q + h * dp + j);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) acc[h][i] = fma(y, x[i], acc[h][i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int h = 0; h < G; ++h) {
+    if constexpr (R == 4) {
+      sum_lanes(acc[h], z + h * ld, 1);
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) z[h * ld + i] = reduce<Sum>(acc[h][i]);
+    }
+  }
+}
+
+// z[h * ld + i] = q_h . k_i for G heads and `count` rows of d elements, d a whole number of
+// vectors. Asks for the rows of `next`, the values, on the way: they are wanted right after.
+template <typename T, DType D, int G>
+LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_bytes,
+                          const char* next, int64_t count, T* z, int64_t ld) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    prefetch_row(k + i * row_bytes + kAhead, 4 * row_bytes);
+    if (next != nullptr) prefetch_row(next + i * row_bytes, 4 * row_bytes);
+    dot_tile<T, D, G, 4>(q, dp, k + i * row_bytes, row_bytes, z + i, ld);
+  }
+  if (next != nullptr && i < count) prefetch_row(next + i * row_bytes, (count - i) * row_bytes);
+  for (; i < count; ++i) dot_tile<T, D, G, 1>(q, dp, k + i * row_bytes, row_bytes, z + i, ld);
 }
 
 // y_h[0 .. V vectors) += sum_i p[h * ld + i] v_i for G heads: the sum runs over i in order.
@@ -72,18 +108,18 @@ LOLA_INLINE void add_rows(const T* p, int64_t ld, const char* v, int64_t row_byt
 constexpr int64_t kRowChunk = 16;
 
 template <typename T, DType D, int G>
-void dot_heads(const T* q, int64_t d, const char* k, int64_t row_bytes, int64_t count, T* z,
-               int64_t ld, T* scratch) {
+void dot_heads(const T* q, int64_t d, const char* k, int64_t row_bytes, const char* next,
+               int64_t count, T* z, int64_t ld, T* scratch) {
   constexpr DType own = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const int64_t dp = round_up<T>(d);
-  if (d == dp) return dot_rows<T, D, G>(q, dp, k, row_bytes, count, z, ld);
+  if (d == dp) return dot_rows<T, D, G>(q, dp, k, row_bytes, next, count, z, ld);
   for (int64_t first = 0; first < count; first += kRowChunk) {
     const int64_t left = count - first, size = left < kRowChunk ? left : kRowChunk;
     for (int64_t i = 0; i < size; ++i) {
       load_row(scratch + i * dp, k + (first + i) * row_bytes, D, d, dp);
     }
-    dot_rows<T, own, G>(q, dp, reinterpret_cast<const char*>(scratch), dp * sizeof(T), size,
-                        z + first, ld);
+    dot_rows<T, own, G>(q, dp, reinterpret_cast<const char*>(scratch), dp * sizeof(T), nullptr,
+                        size, z + first, ld);
   }
 }
 
@@ -117,7 +153,7 @@ void add_heads(const T* p, int64_t ld, const char* v, int64_t row_bytes, int64_t
 // Rows of keys and values that lie one after the other.
 struct Run {
   const char *k, *v;
-  int64_t k_bytes, v_bytes, count;
+  int64_t row_bytes, count;
 };
 
 template <typename T>
@@ -152,14 +188,14 @@ void runs_dot(const T* q, int64_t heads, int64_t d, const Run& run, T* z, int64_
   const int64_t dp = round_up<T>(d);
   int64_t h = 0;
   for (; h + kHeads <= heads; h += kHeads) {
-    dot_heads<T, D, kHeads>(q + h * dp, d, run.k, run.k_bytes, run.count, z + h * ld, ld, scratch);
+    dot_heads<T, D, kHeads>(q + h * dp, d, run.k, run.row_bytes, run.v, run.count, z + h * ld, ld, scratch);
   }
   if (heads - h == 3) {
-    dot_heads<T, D, 3>(q + h * dp, d, run.k, run.k_bytes, run.count, z + h * ld, ld, scratch);
+    dot_heads<T, D, 3>(q + h * dp, d, run.k, run.row_bytes, run.v, run.count, z + h * ld, ld, scratch);
   } else if (heads - h == 2) {
-    dot_heads<T, D, 2>(q + h * dp, d, run.k, run.k_bytes, run.count, z + h * ld, ld, scratch);
+    dot_heads<T, D, 2>(q + h * dp, d, run.k, run.row_bytes, run.v, run.count, z + h * ld, ld, scratch);
   } else if (heads - h == 1) {
-    dot_heads<T, D, 1>(q + h * dp, d, run.k, run.k_bytes, run.count, z + h * ld, ld, scratch);
+    dot_heads<T, D, 1>(q + h * dp, d, run.k, run.row_bytes, run.v, run.count, z + h * ld, ld, scratch);
   }
 }
 
@@ -168,14 +204,14 @@ void runs_add(const T* p, int64_t ld, int64_t heads, int64_t d, const Run& run, 
   const int64_t dp = round_up<T>(d);
   int64_t h = 0;
   for (; h + kHeads <= heads; h += kHeads) {
-    add_heads<T, D, kHeads>(p + h * ld, ld, run.v, run.v_bytes, run.count, y + h * dp, d, scratch);
+    add_heads<T, D, kHeads>(p + h * ld, ld, run.v, run.row_bytes, run.count, y + h * dp, d, scratch);
   }
   if (heads - h == 3) {
-    add_heads<T, D, 3>(p + h * ld, ld, run.v, run.v_bytes, run.count, y + h * dp, d, scratch);
+    add_heads<T, D, 3>(p + h * ld, ld, run.v, run.row_bytes, run.count, y + h * dp, d, scratch);
   } else if (heads - h == 2) {
-    add_heads<T, D, 2>(p + h * ld, ld, run.v, run.v_bytes, run.count, y + h * dp, d, scratch);
+    add_heads<T, D, 2>(p + h * ld, ld, run.v, run.row_bytes, run.count, y + h * dp, d, scratch);
   } else if (heads - h == 1) {
-    add_heads<T, D, 1>(p + h * ld, ld, run.v, run.v_bytes, run.count, y + h * dp, d, scratch);
+    add_heads<T, D, 1>(p + h * ld, ld, run.v, run.row_bytes, run.count, y + h * dp, d, scratch);
   }
 }
 
@@ -230,13 +266,13 @@ void decode_set(const LolaArgs& a, int64_t token, int64_t page, int64_t set, int
   const char* const new_k = a.k.at(token, kv);
   const char* const new_v = a.v.at(token, kv);
   const Run runs[] = {
-      {a.exact_k.at(page, kv, 0), a.exact_v.at(page, kv, 0), bytes, bytes, sinks},
-      {a.sparse_k.at(page, set, 0), a.sparse_v.at(page, set, 0), bytes, bytes, cached},
+      {a.exact_k.at(page, kv, 0), a.exact_v.at(page, kv, 0), bytes, sinks},
+      {a.sparse_k.at(page, set, 0), a.sparse_v.at(page, set, 0), bytes, cached},
       {a.exact_k.at(page, kv, a.sink + head_row), a.exact_v.at(page, kv, a.sink + head_row), bytes,
-       bytes, before_wrap},
-      {a.exact_k.at(page, kv, a.sink), a.exact_v.at(page, kv, a.sink), bytes, bytes,
+       before_wrap},
+      {a.exact_k.at(page, kv, a.sink), a.exact_v.at(page, kv, a.sink), bytes,
        in_ring - before_wrap},
-      {new_k, new_v, bytes, bytes, 1},
+      {new_k, new_v, bytes, 1},
   };
   const int64_t keys = sinks + cached + in_ring + 1, ld = round_up<T>(keys);
   int64_t at = 0;

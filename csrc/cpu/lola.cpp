@@ -49,8 +49,8 @@ Kernels kernels() {
 template <typename Body>
 void parallel(int64_t items, int64_t grain, int64_t scratch_bytes, const Body& body) {
   torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    const Scratch memory(static_cast<std::size_t>(scratch_bytes));
-    body(begin, end, static_cast<char*>(memory.get()));
+    void* const memory = Scratch::of_thread(static_cast<std::size_t>(scratch_bytes));
+    body(begin, end, static_cast<char*>(memory));
   });
 }
 

@@ -1,4 +1,5 @@
-// Working memory of one thread for the length of one parallel region.
+// Working memory of a thread, kept from call to call: a decode step makes one call per layer, and
+// fresh memory would cost more page faults than the step computes.
 #pragma once
 
 #include <cstddef>
@@ -7,21 +8,36 @@
 
 namespace lola {
 
-// Zeroed, aligned to a cache line.
 class Scratch {
  public:
-  explicit Scratch(std::size_t bytes) : data_(::operator new(bytes, kAlign)) {
-    std::memset(data_, 0, bytes);
+  // At least `bytes`, aligned to a cache line. Holds whatever the last call left; zero when new, so
+  // that padding which no kernel writes is finite.
+  static void* of_thread(std::size_t bytes) {
+    thread_local Scratch scratch;
+    if (bytes > scratch.bytes_) scratch.grow(bytes);
+    return scratch.data_;
   }
-  ~Scratch() { ::operator delete(data_, kAlign); }
+
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  void* get() const { return data_; }
-
  private:
   static constexpr std::align_val_t kAlign{64};
-  void* data_;
+
+  Scratch() = default;
+  ~Scratch() { ::operator delete(data_, kAlign); }
+
+  void grow(std::size_t bytes) {
+    ::operator delete(data_, kAlign);
+    data_ = nullptr;
+    bytes_ = 0;
+    data_ = ::operator new(bytes, kAlign);
+    bytes_ = bytes;
+    std::memset(data_, 0, bytes);
+  }
+
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
 };
 
 }  // namespace lola

@@ -38,8 +38,8 @@ void sre_scores_cpu(const SreArgs& args) {
   const int64_t bytes = scratch(args, block) * element;
   torch::stable::parallel_for(0, items, std::max<int64_t>(1, kThreadWork / item_work),
                               [&](int64_t begin, int64_t end) {
-                                const Scratch memory(static_cast<std::size_t>(bytes));
-                                run(args, block, begin, end, memory.get());
+                                run(args, block, begin, end,
+                                    Scratch::of_thread(static_cast<std::size_t>(bytes)));
                               });
 }
 

@@ -110,9 +110,15 @@ typedef uint16_t HalfWords __attribute__((vector_size(LOLA_VEC_BYTES / 2)));
 typedef uint32_t Words __attribute__((vector_size(LOLA_VEC_BYTES)));
 
 LOLA_INLINE Vec<float> load_bf16(const uint16_t* p) {
+#if LOLA_VEC_BYTES == 64
+  // GCC widens by halves and joins them again.
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits<const __m256i*>(p)));
+  return bits<Vec<float>>(_mm512_slli_epi32(words, 16));
+#else
   HalfWords h;
   __builtin_memcpy(&h, p, sizeof h);
   return bits<Vec<float>>(__builtin_convertvector(h, Words) << 16);
+#endif
 }
 
 // Rounds to nearest even; a NaN stays a NaN.
@@ -232,6 +238,39 @@ LOLA_INLINE double reduce(Vec<double> x) {
   q = Op::of(__builtin_shufflevector(o, o, 0, 1), __builtin_shufflevector(o, o, 2, 3));
 #endif
   return Op::of(q[0], q[1]);
+}
+
+// The sums of four vectors, by the same halves as reduce<Sum>.
+LOLA_INLINE void sum_lanes(const Vec<float>* x, float* out, int64_t stride) {
+  F4 q[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#if LOLA_VEC_BYTES == 16
+    q[i] = x[i];
+#else
+    F8 o;
+#if LOLA_VEC_BYTES == 32
+    o = x[i];
+#else
+    o = __builtin_shufflevector(x[i], x[i], 0, 1, 2, 3, 4, 5, 6, 7) +
+        __builtin_shufflevector(x[i], x[i], 8, 9, 10, 11, 12, 13, 14, 15);
+#endif
+    q[i] = __builtin_shufflevector(o, o, 0, 1, 2, 3) + __builtin_shufflevector(o, o, 4, 5, 6, 7);
+#endif
+  }
+  const F4 ab = __builtin_shufflevector(q[0], q[1], 0, 1, 4, 5) +
+                __builtin_shufflevector(q[0], q[1], 2, 3, 6, 7);
+  const F4 cd = __builtin_shufflevector(q[2], q[3], 0, 1, 4, 5) +
+                __builtin_shufflevector(q[2], q[3], 2, 3, 6, 7);
+  const F4 sums = __builtin_shufflevector(ab, cd, 0, 2, 4, 6) +
+                  __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) out[i * stride] = sums[i];
+}
+
+LOLA_INLINE void sum_lanes(const Vec<double>* x, double* out, int64_t stride) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) out[i * stride] = reduce<Sum>(x[i]);
 }
 
 // --- exp ---

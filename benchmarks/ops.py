@@ -1,0 +1,178 @@
+"""The ops against the memory bus: bytes moved, bandwidth reached, ratio to a plain read.
+
+    python benchmarks/ops.py --out benchmarks/results/ops.json
+
+Each case cycles through more pages than the caches hold, as a model's layers do. The ceiling is
+the best of a multi-threaded read and copy, measured again beside every case: other work on the
+machine moves both. Shapes default to SmolLM2-135M's (Hq 9, Hkv 3, d 64), pages in bfloat16.
+
+`decode` counts what a step must read: the live window, sinks and sparse pairs, H and s. `frozen`
+is the same step on pages that never reach an update point; the ratio to it is what rescoring costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops import LolaWeights, choose_backend
+from lola_vllm.state import StateLayout
+
+POOL_BYTES = 192 * 2**20  # beyond the last-level cache of anything this is likely to run on
+
+
+class Case:
+    """A pool of live pages at n tokens each, and inputs for a step."""
+
+    def __init__(self, args: argparse.Namespace, batch: int, lam: int, interval: int) -> None:
+        self.config = LolaConfig(
+            window_size=args.window,
+            sparse_cache_size=lam,
+            update_interval=interval,
+            feature_dim=args.feature_dim,
+        )
+        Hq, Hkv, d, F = args.heads, args.kv_heads, args.head_dim, args.feature_dim
+        dtype = getattr(torch, args.dtype)
+        self.layout = StateLayout.from_config(self.config, Hkv, args.state_heads, d, dtype)
+        self.batch = batch
+        pages = max(batch, POOL_BYTES // self.layout.page_bytes // batch * batch) + 1
+        device = torch.device(args.device)
+        pool = torch.empty(pages, self.layout.page_bytes, dtype=torch.uint8, device=device)
+        self.views = self.layout.views(pool)
+        gen = torch.Generator().manual_seed(0)
+        for view in self.views:
+            if view.is_floating_point():
+                view.copy_(torch.rand(view.shape[1:], generator=gen) + 0.1)
+        order = torch.arange(lam, dtype=torch.int32) * 2
+        self.views.positions.copy_(order.expand_as(self.views.positions))
+        self.q, self.k, self.v = (
+            torch.randn(batch, h, d, generator=gen).to(device, dtype) for h in (Hq, Hkv, Hkv)
+        )
+        self.out = torch.empty_like(self.q)
+        maps = [torch.randn(h, d, F, generator=gen) * 0.3 for h in (Hq, args.state_heads)]
+        self.weights = LolaWeights.prepare(
+            *(m.to(device) for m in maps), torch.full((Hq,), -2.2, device=device), "lola"
+        )
+        self.ops = choose_backend(device.type, dtype)
+        groups = torch.arange(1, pages, dtype=torch.int32, device=device).split(batch)
+        self.slots: Iterator[Tensor] = itertools.cycle([g for g in groups if len(g) == batch])
+        # Far enough for a full cache and a hidden state in use, at the start of an interval.
+        base = 4 * (self.config.window_size + lam + interval)
+        self.start = -(-base // interval) * interval
+
+    def step(self, n: int) -> None:
+        """One decode step of the batch in which every page reaches n tokens."""
+        lengths = torch.full((self.batch,), n, dtype=torch.int32, device=self.q.device)
+        self.ops.decode(
+            self.q, self.k, self.v, self.weights, self.layout, self.views, next(self.slots),
+            lengths, self.out,
+        )  # fmt: skip
+
+    def bytes_read(self, n: int) -> int:
+        """Bytes that a step at n tokens must read from the pages of the batch."""
+        layout, at = self.layout, torch.tensor(n - 1)
+        pair = 2 * layout.head_dim * layout.kv_dtype.itemsize
+        window = n - 1 - int(layout.window_start(at)) + layout.sink_size
+        exact = layout.num_kv_heads * window * pair
+        sparse = layout.num_sparse_heads * int(layout.num_sparse(at)) * pair
+        state = layout.part_bytes["H"] + layout.part_bytes["s"]
+        return self.batch * (exact + sparse + state)
+
+
+def median_s(run: Callable[[], None], seconds: float, device: str) -> float:
+    """Median time of a call, over a bounded time."""
+    run()
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 8:
+        begin = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def ceiling(device: str) -> float:
+    """Bytes per second of the better of a read and a copy of a large buffer."""
+    x = torch.ones(64 * 2**20, device=device)
+    y = torch.empty_like(x)
+    read = x.nbytes / median_s(lambda: x.sum(), 0.15, device)
+    copy = 2 * x.nbytes / median_s(lambda: y.copy_(x), 0.15, device)
+    return max(read, copy)
+
+
+def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> dict[str, float]:
+    """One row of the table."""
+    case = Case(args, batch, lam, interval)
+    # Half-way through an interval: the average window, and no update.
+    quiet = case.start + max(1, interval // 2)
+    if interval == 1:  # every step updates: quiet is measured on the same pages with lam unfilled
+        frozen = Case(args, batch, lam, 10**6)
+        frozen_n = frozen.config.window_size + frozen.config.update_interval + lam + 1
+        frozen_s = median_s(lambda: frozen.step(frozen_n), args.seconds, args.device)
+        bytes_read = case.bytes_read(quiet)
+    else:
+        frozen_s = median_s(lambda: case.step(quiet), args.seconds, args.device)
+        bytes_read = case.bytes_read(quiet)
+    update_s = median_s(lambda: case.step(case.start + interval), args.seconds, args.device)
+    step_s = frozen_s + (update_s - frozen_s) / interval
+    top = ceiling(args.device)
+    return {
+        "batch": batch,
+        "lam": lam,
+        "interval": interval,
+        "mib_read": bytes_read / 2**20,
+        "frozen_us": frozen_s * 1e6,
+        "update_us": update_s * 1e6,
+        "step_us": step_s * 1e6,
+        "step_over_frozen": step_s / frozen_s,
+        "gb_per_s": bytes_read / frozen_s / 1e9,
+        "of_ceiling": bytes_read / frozen_s / top,
+        "ceiling_gb_per_s": top / 1e9,
+    }
+
+
+def main() -> None:
+    """Print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--lams", type=int, nargs="+", default=[0, 128, 512, 768])
+    parser.add_argument("--intervals", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--kv-heads", type=int, default=3)
+    parser.add_argument("--state-heads", type=int, default=3)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--feature-dim", type=int, default=64)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for batch, lam, interval in itertools.product(args.batches, args.lams, args.intervals):
+        row = measure(args, batch, lam, interval)
+        rows.append(row)
+        if len(rows) == 1:
+            print("".join(f"{key:>17}" for key in row))
+        print("".join(f"{value:17.2f}" for value in row.values()), flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        settings = {k: str(v) for k, v in vars(args).items() if k != "out"}
+        machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        report = {"settings": settings, "machine": machine, "results": rows}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
