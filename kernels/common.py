@@ -22,6 +22,8 @@ MIN_DOT = 16  # smallest side of a tensor-core product
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PAGE_BYTES = 2**31  # offsets within a page are 32-bit
 
+FEATURE_CHUNK = tl.constexpr(16)
+
 # The interpreter multiplies bfloat16 operands as the integers that store them. Products of
 # widened operands are what tensor cores compute, so there it widens first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -57,17 +59,32 @@ def features(y, feature_ok):
     Columns past F are zero.
     """
     y = tl.where(feature_ok[None, :], y, float("-inf"))
-    e = tl.exp(y - tl.max(y, 1)[:, None])
-    phi = e / tl.sum(e, 1)[:, None]
+    top = tl.max(y, 1)
+    return clamped_exp(y, top, tl.sum(tl.exp(y - top[:, None]), 1), feature_ok)
+
+
+@triton.jit
+def widen(y, ok, top, norm):
+    """Softmax limits `[M]` (maximum, sum of exponentials), with some more columns of y."""
+    y = tl.where(ok[None, :], y, float("-inf"))
+    new_top = tl.maximum(top, tl.max(y, 1))
+    new_norm = norm * tl.exp(top - new_top) + tl.sum(tl.exp(y - new_top[:, None]), 1)
+    return new_top, new_norm
+
+
+@triton.jit
+def clamped_exp(y, top, norm, feature_ok):
+    """Some columns of a feature map's half, from the softmax limits of all of them."""
+    phi = tl.exp(y - top[:, None]) / norm[:, None]
     # `where` and not `maximum`, which could drop a NaN.
     return tl.where(feature_ok[None, :], tl.where(phi < 1e-12, 1e-12, phi), 0.0)
 
 
 @triton.jit
-def absorb(q, k, v, ok, scale, m, l, acc, PRECISION: tl.constexpr):
+def absorb(q, k, v, ok, scale, m, norm, acc, PRECISION: tl.constexpr):
     """Online softmax: add a tile of pairs to the running maximum, sum and weighted values.
 
-    q `[M, BLOCK_D]`, k and v `[N, BLOCK_D]`, ok `[1 or M, N]`, m and l `[M]`, acc `[M, BLOCK_D]`.
+    q and acc `[M, BLOCK_D]`, k and v `[N, BLOCK_D]`, ok `[1 or M, N]`, m and norm `[M]`.
     Every query must see a pair of this tile or of an earlier one.
     """
     z = product(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32), PRECISION) * scale
@@ -76,34 +93,65 @@ def absorb(q, k, v, ok, scale, m, l, acc, PRECISION: tl.constexpr):
     p = tl.exp(z - top[:, None])
     decay = tl.exp(m - top)
     acc = product(p.to(v.dtype), v, acc * decay[:, None], PRECISION)
-    return top, l * decay + tl.sum(p, 1), acc
+    return top, norm * decay + tl.sum(p, 1), acc
 
 
 @triton.jit
-def read_out(phi_up, phi_down, h_at, s_at, tile_ok, feature_ok, F_STRIDE, F, PRECISION):
-    """Linear read-out: y_lin = phi H / (phi s) `[M, BLOCK_D]` and log(phi s) `[M]`.
+def read_state(
+    x, w_ptr, h_ptr, s_ptr, cols, num_features, D: tl.constexpr, F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """phi(x) H `[M, BLOCK_D]` and phi(x) s `[M]` of one head, x `[M, BLOCK_D]`.
 
-    h_at `[BLOCK_F, BLOCK_D]` and s_at `[BLOCK_F]` point at the first half of the features.
+    Pointers are the head's. num_features is F, or 0 to count the state as zero and not read it.
+    W and H go through in chunks of features, for whole ones would not fit the registers as
+    operands; so y = xW is formed twice, once for the limits of its softmax.
     """
-    acc = tl.zeros([phi_up.shape[0], tile_ok.shape[1]], tl.float32)
-    h = tl.load(h_at, mask=tile_ok, other=0.0).to(tl.float32)
-    acc = product(phi_up, h, acc, PRECISION)
-    h = tl.load(h_at + F * F_STRIDE, mask=tile_ok, other=0.0).to(tl.float32)
-    acc = product(phi_down, h, acc, PRECISION)
-    s = tl.load(s_at, mask=feature_ok, other=0.0).to(tl.float32)
-    D = tl.sum(phi_up * s[None, :], 1)
-    s = tl.load(s_at + F, mask=feature_ok, other=0.0).to(tl.float32)
-    D += tl.sum(phi_down * s[None, :], 1)
-    return acc / D[:, None], tl.log(D)
+    col_ok = cols < D
+    w_at = w_ptr + cols[:, None] * F
+    none = tl.zeros([x.shape[0], FEATURE_CHUNK], tl.float32)
+    # Softmax limits of both halves first: y's maximum and -y's, and sums of exponentials.
+    up_top = tl.full([x.shape[0]], float("-inf"), tl.float32)
+    down_top = up_top
+    up_norm = tl.zeros([x.shape[0]], tl.float32)
+    down_norm = up_norm
+    for f in tl.range(0, num_features, FEATURE_CHUNK, num_stages=1):
+        chunk = f + tl.arange(0, FEATURE_CHUNK)
+        ok = chunk < F
+        w = tl.load(w_at + chunk[None, :], mask=col_ok[:, None] & ok[None, :], other=0.0)
+        y = product(x, w, none, PRECISION)
+        up_top, up_norm = widen(y, ok, up_top, up_norm)
+        down_top, down_norm = widen(-y, ok, down_top, down_norm)
+
+    acc = tl.zeros([x.shape[0], cols.shape[0]], tl.float32)
+    z = tl.zeros([x.shape[0]], tl.float32)
+    for f in tl.range(0, num_features, FEATURE_CHUNK, num_stages=1):
+        chunk = f + tl.arange(0, FEATURE_CHUNK)
+        ok = chunk < F
+        w = tl.load(w_at + chunk[None, :], mask=col_ok[:, None] & ok[None, :], other=0.0)
+        y = product(x, w, none, PRECISION)
+        h_at = h_ptr + chunk[:, None] * D + cols[None, :]
+        h_ok = ok[:, None] & col_ok[None, :]
+        up = clamped_exp(y, up_top, up_norm, ok)
+        h = tl.load(h_at, mask=h_ok, other=0.0).to(tl.float32)
+        acc = product(up, h, acc, PRECISION)
+        s = tl.load(s_ptr + chunk, mask=ok, other=0.0).to(tl.float32)
+        z += tl.sum(up * s[None, :], 1)
+        down = clamped_exp(-y, down_top, down_norm, ok)
+        h = tl.load(h_at + F * D, mask=h_ok, other=0.0).to(tl.float32)
+        acc = product(down, h, acc, PRECISION)
+        s = tl.load(s_ptr + F + chunk, mask=ok, other=0.0).to(tl.float32)
+        z += tl.sum(down * s[None, :], 1)
+    return acc, z
 
 
 @triton.jit
-def mix(m, l, y_soft, y_lin, log_D, log_gate, SUBTRACT_MAX: tl.constexpr):
+def mix(m, norm, y_soft, y_lin, log_D, log_gate, SUBTRACT_MAX: tl.constexpr):
     """The common-denominator mixture (`docs/algorithm.md`, section 4), without raw exponentials.
 
     An empty hidden state is log_D = -inf and y_lin = 0, which leaves y_soft.
     """
-    lse = tl.log(l)
+    lse = tl.log(norm)
     if not SUBTRACT_MAX:
         lse += m
     r = 1.0 / (1.0 + tl.exp(log_D - lse - log_gate))

@@ -27,7 +27,6 @@ from lola_vllm.kernels.common import (
     page_strides,
     precision,
     product,
-    read_out,
     window_start,
 )
 from lola_vllm.ops.contract import LolaWeights
@@ -91,7 +90,7 @@ def decode_kernel(
 ):
     """Grid (B * Hs, 1), or (B * Hs, SPLITS + 1) with the last part for the hidden state.
 
-    With splits, writes softmax sums and y_lin to partial `[B, Hq, SPLITS + 1, d]` and (m, l), or
+    With splits, writes softmax sums and y_lin to partial `[B, Hq, SPLITS + 1, d]` and (m, norm), or
     log D in place of m, to stats `[B, Hq, SPLITS + 1, 2]`, both float32.
     """
     ROWS: tl.constexpr = SINK + ETA + C
@@ -142,7 +141,7 @@ def decode_kernel(
     new = part == 0
     z_new = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
     m = tl.where(new, z_new, float("-inf"))
-    l = tl.where(new, 1.0, 0.0) + tl.zeros([BLOCK_Q], tl.float32)
+    norm = tl.where(new, 1.0, 0.0) + tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.where(new, v_new.to(tl.float32)[None, :], 0.0)
     acc = acc + tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
@@ -155,7 +154,7 @@ def decode_kernel(
         tile_ok = ok[:, None] & col_ok[None, :]
         k = tl.load(exact_k_at + at, mask=tile_ok, other=0.0)
         v = tl.load(exact_v_at + at, mask=tile_ok, other=0.0)
-        m, l, acc = absorb(q, k, v, ok[None, :], scale, m, l, acc, PRECISION)
+        m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
 
     if LAM > 0:
         group = head // (HS // HG)
@@ -168,7 +167,7 @@ def decode_kernel(
             tile_ok = ok[:, None] & col_ok[None, :]
             k = tl.load(sparse_k_at + at, mask=tile_ok, other=0.0)
             v = tl.load(sparse_v_at + at, mask=tile_ok, other=0.0)
-            m, l, acc = absorb(q, k, v, ok[None, :], scale, m, l, acc, PRECISION)
+            m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
 
     y_lin = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     log_D = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -187,12 +186,19 @@ def decode_kernel(
         h_at = h_at + feats[:, None] * D + cols[None, :]
         s_at = s_ptr + page * state_page + head * 2 * F + feats
         tile_ok = feat_ok[:, None] & col_ok[None, :]
-        up, down = features(y, feat_ok), features(-y, feat_ok)
-        y_lin, log_D = read_out(up, down, h_at, s_at, tile_ok, feat_ok, D, F, PRECISION)
+        phi = features(y, feat_ok)
+        h = tl.load(h_at, mask=tile_ok, other=0.0).to(tl.float32)
+        y_lin = product(phi, h, y_lin, PRECISION)
+        z = tl.sum(phi * tl.load(s_at, mask=feat_ok, other=0.0).to(tl.float32)[None, :], 1)
+        phi = features(-y, feat_ok)
+        h = tl.load(h_at + F * D, mask=tile_ok, other=0.0).to(tl.float32)
+        y_lin = product(phi, h, y_lin, PRECISION)
+        z += tl.sum(phi * tl.load(s_at + F, mask=feat_ok, other=0.0).to(tl.float32)[None, :], 1)
+        y_lin, log_D = y_lin / z[:, None], tl.log(z)
 
     if SPLITS == 1:
         log_gate = tl.load(gate_ptr + q_heads, mask=lane_ok, other=0.0).to(tl.float32)
-        y = mix(m, l, acc / l[:, None], y_lin, log_D, log_gate, SUBTRACT_MAX)
+        y = mix(m, norm, acc / norm[:, None], y_lin, log_D, log_gate, SUBTRACT_MAX)
         tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=q_ok)
     else:
         at = (row * HQ + q_heads) * (SPLITS + 1) + part
@@ -200,7 +206,7 @@ def decode_kernel(
         m = tl.where(part == SPLITS, log_D, m)
         tl.store(partial_ptr + at[:, None] * D + cols[None, :], acc, mask=q_ok)
         tl.store(stats_ptr + at * 2, m, mask=lane_ok)
-        tl.store(stats_ptr + at * 2 + 1, l, mask=lane_ok)
+        tl.store(stats_ptr + at * 2 + 1, norm, mask=lane_ok)
 
 
 @triton.jit(do_not_specialize_on_alignment=INDEX_ARGS)
@@ -236,10 +242,10 @@ def merge_kernel(
     part_ok = parts < SPLITS
     base = (row * HQ + head) * (SPLITS + 1)
     m = tl.load(stats_ptr + (base + parts) * 2, mask=part_ok, other=float("-inf"))
-    l = tl.load(stats_ptr + (base + parts) * 2 + 1, mask=part_ok, other=0.0)
+    norm = tl.load(stats_ptr + (base + parts) * 2 + 1, mask=part_ok, other=0.0)
     top = tl.max(m, 0)  # finite: the new token is in part 0
     weight = tl.exp(m - top)
-    total = tl.sum(l * weight, 0)
+    total = tl.sum(norm * weight, 0)
     sums = tl.load(
         partial_ptr + (base + parts)[:, None] * D + cols[None, :],
         mask=part_ok[:, None] & col_ok[None, :],
@@ -310,7 +316,9 @@ def attend(
         )  # fmt: skip
 
 
-def decode_constants(layout: StateLayout, Hq: int, splits: int, subtract_max: bool) -> dict[str, int]:
+def decode_constants(
+    layout: StateLayout, Hq: int, splits: int, subtract_max: bool
+) -> dict[str, int]:
     """`decode_kernel`'s own compile-time arguments, beside `common.constants`."""
     return {
         "HQ": Hq,
@@ -321,7 +329,9 @@ def decode_constants(layout: StateLayout, Hq: int, splits: int, subtract_max: bo
     }
 
 
-def merge_constants(layout: StateLayout, Hq: int, splits: int, subtract_max: bool) -> dict[str, int]:
+def merge_constants(
+    layout: StateLayout, Hq: int, splits: int, subtract_max: bool
+) -> dict[str, int]:
     """`merge_kernel`'s compile-time arguments."""
     return {
         "D": layout.head_dim,

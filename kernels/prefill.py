@@ -1,0 +1,318 @@
+"""Prefill in Triton (LoLA, arXiv 2505.23666): runs of new tokens, an update interval at a time.
+
+The host cuts every row at its update points (the grid is absolute, so any split of a prompt cuts
+alike) from counts it holds, without waiting for the device. Piece i of all rows is one step: one
+attend launch, then the update kernels. Within a piece the window's start, the sparse cache and the
+hidden state stand still, so its queries differ only in how much of the piece itself they see.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lola_vllm.kernels.common import (
+    MIN_DOT,
+    absorb,
+    constants,
+    exact_row,
+    mix,
+    page_strides,
+    precision,
+    read_state,
+    window_start,
+)
+from lola_vllm.kernels.update import scratch_buffers, update
+from lola_vllm.ops.contract import LolaWeights
+from lola_vllm.state import StateLayout, StateViews
+
+MAX_BLOCK_M = 32  # queries per program; 64 spill registers on sm_80 at d = 128
+BLOCK_N = 64  # pairs per tile
+NUM_WARPS = 4
+
+Ints = npt.NDArray[np.int64]
+
+
+@triton.jit(do_not_specialize=("first_piece", "num_blocks", "num_pieces"))
+def prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    wq_ptr,
+    gate_ptr,
+    h_ptr,
+    s_ptr,
+    sparse_k_ptr,
+    sparse_v_ptr,
+    exact_k_ptr,
+    exact_v_ptr,
+    slots_ptr,
+    pieces_ptr,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    out_token,
+    out_head,
+    state_page,
+    kv_page,
+    first_piece,
+    num_blocks,
+    num_pieces,
+    scale,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ETA: tl.constexpr,
+    LAM: tl.constexpr,
+    C: tl.constexpr,
+    SINK: tl.constexpr,
+    HKV: tl.constexpr,
+    HS: tl.constexpr,
+    HG: tl.constexpr,
+    HQ: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUBTRACT_MAX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attend a block of queries of one piece and query head, and write the block's pairs.
+
+    Grid (pieces of the step * num_blocks, Hq). pieces `[3, num_pieces]` int32: first token in the
+    batch, its position, tokens.
+    """
+    ROWS: tl.constexpr = SINK + ETA + C
+    piece = first_piece + tl.program_id(0) // num_blocks
+    head = tl.program_id(1)
+    kv_head, state_head = head // (HQ // HKV), head // (HQ // HS)
+    token = tl.load(pieces_ptr + piece).to(tl.int64)
+    position = tl.load(pieces_ptr + num_pieces + piece)
+    length = tl.load(pieces_ptr + 2 * num_pieces + piece)
+    m0 = tl.program_id(0) % num_blocks * BLOCK_M
+    if m0 >= length:
+        return
+    queries = m0 + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    query_ok, col_ok = queries < length, cols < D
+    q_ok = query_ok[:, None] & col_ok[None, :]
+    tokens = token + queries
+    out_at = out_ptr + head * out_head + tokens[:, None] * out_token + cols[None, :]
+    page = tl.load(slots_ptr + piece).to(tl.int64)
+    if page <= 0:
+        zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        tl.store(out_at, zero.to(out_ptr.dtype.element_ty), mask=q_ok)
+        return
+
+    kv_type = exact_k_ptr.dtype.element_ty
+    q_at = q_ptr + head * q_head + tokens[:, None] * q_token + cols[None, :]
+    q = tl.load(q_at, mask=q_ok, other=0.0)
+    k_at, v_at = k_ptr + kv_head * k_head, v_ptr + kv_head * v_head
+    exact_k_at = exact_k_ptr + page * kv_page + kv_head * ROWS * D
+    exact_v_at = exact_v_ptr + page * kv_page + kv_head * ROWS * D
+    if head % (HQ // HKV) == 0:
+        # No program of this launch reads these rows: the ring has room for window and piece.
+        k = tl.load(k_at + tokens[:, None] * k_token + cols[None, :], mask=q_ok, other=0.0)
+        v = tl.load(v_at + tokens[:, None] * v_token + cols[None, :], mask=q_ok, other=0.0)
+        to = exact_row(position + queries, C, ETA, SINK)[:, None] * D + cols[None, :]
+        tl.store(exact_k_at + to, k.to(kv_type), mask=q_ok)
+        tl.store(exact_v_at + to, v.to(kv_type), mask=q_ok)
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    norm = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # The piece itself, causal. Its first tile holds its first pair, which every query sees.
+    for j in range(0, tl.minimum(length, m0 + BLOCK_M), BLOCK_N):
+        index = j + tl.arange(0, BLOCK_N)
+        ok = (index[None, :] <= queries[:, None]) & (index < length)[None, :]
+        tile_ok = (index < length)[:, None] & col_ok[None, :]
+        at = (token + index)[:, None]
+        k = tl.load(k_at + at * k_token + cols[None, :], mask=tile_ok, other=0.0).to(kv_type)
+        v = tl.load(v_at + at * v_token + cols[None, :], mask=tile_ok, other=0.0).to(kv_type)
+        m, norm, acc = absorb(q, k, v, ok, scale, m, norm, acc, PRECISION)
+
+    # Sinks and window from before the piece: every query sees them all.
+    first = window_start(position, C, ETA, SINK)
+    num_sinks = tl.minimum(position, SINK)
+    num_exact = num_sinks + tl.maximum(position - first, 0)
+    for j in range(0, num_exact, BLOCK_N):
+        index = j + tl.arange(0, BLOCK_N)
+        ok = index < num_exact
+        at = tl.where(index < num_sinks, index, first + index - num_sinks)
+        at = exact_row(at, C, ETA, SINK)[:, None] * D + cols[None, :]
+        tile_ok = ok[:, None] & col_ok[None, :]
+        k = tl.load(exact_k_at + at, mask=tile_ok, other=0.0)
+        v = tl.load(exact_v_at + at, mask=tile_ok, other=0.0)
+        m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
+
+    if LAM > 0:
+        group = head // (HQ // HG)
+        num_sparse = tl.minimum(first - SINK, LAM)
+        sparse_k_at = sparse_k_ptr + page * kv_page + group * LAM * D
+        sparse_v_at = sparse_v_ptr + page * kv_page + group * LAM * D
+        for j in range(0, num_sparse, BLOCK_N):
+            index = j + tl.arange(0, BLOCK_N)
+            ok = index < num_sparse
+            at = index[:, None] * D + cols[None, :]
+            tile_ok = ok[:, None] & col_ok[None, :]
+            k = tl.load(sparse_k_at + at, mask=tile_ok, other=0.0)
+            v = tl.load(sparse_v_at + at, mask=tile_ok, other=0.0)
+            m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
+
+    y = acc / norm[:, None]
+    if first - SINK > LAM:  # something was folded in before this piece
+        y_lin, z = read_state(
+            q, wq_ptr + head * D * F, h_ptr + page * state_page + state_head * 2 * F * D,
+            s_ptr + page * state_page + state_head * 2 * F, cols, F, D, F, PRECISION,
+        )  # fmt: skip
+        log_gate = tl.load(gate_ptr + head).to(tl.float32)
+        y = mix(m, norm, y, y_lin / z[:, None], tl.log(z), log_gate, SUBTRACT_MAX)
+    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=q_ok)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A range of the plan's pieces, one per row that still has some.
+
+    Attributes:
+        first, count: the range. longest: tokens of its longest piece.
+        update: some row reaches an update point. score: some row's cache overflows there.
+    """
+
+    first: int
+    count: int
+    longest: int
+    update: bool
+    score: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pieces of a ragged batch, ordered by step.
+
+    Attributes:
+        pieces: `[5, P]`: first token in the batch, its position, tokens, tokens seen after the
+            piece, row.
+        steps: launches, in order.
+    """
+
+    pieces: Ints
+    steps: list[Step]
+
+
+def plan_pieces(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) -> Plan:
+    """Cut a ragged batch at its update points.
+
+    Args:
+        query_start_loc: `[R + 1]`. context_lens: `[R]`.
+
+    A piece ends at the next update point that evicts something, so a prompt's first piece may span
+    several intervals; sinks, window and piece together always fit the exact store.
+    """
+    eta, C, sink = layout.window_size, layout.update_interval, layout.sink_size
+    lengths = np.diff(query_start_loc)
+    ends = context_lens + lengths
+    first_due = -(-(eta + sink + 1) // C) * C  # no earlier point evicts
+    due = np.maximum((context_lens // C + 1) * C, first_due)
+    counts = np.where(lengths > 0, 1 + np.maximum(-(-(ends - due) // C), 0), 0)
+
+    rows = np.repeat(np.arange(len(lengths)), counts)
+    step = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    order = np.argsort(step, kind="stable")
+    rows, step = rows[order], step[order]
+    starts = np.where(step == 0, context_lens[rows], due[rows] + (step - 1) * C)
+    stops = np.minimum(ends[rows], due[rows] + step * C)
+    tokens = query_start_loc[rows] + starts - context_lens[rows]
+    pieces = np.stack([tokens, starts, stops - starts, stops, rows])
+
+    sizes = np.bincount(step) if len(step) else np.zeros(0, np.int64)
+    firsts = np.cumsum(sizes) - sizes
+    update_here = (stops % C == 0) & (stops >= first_due)
+    overflow = update_here & (stops - eta - sink > layout.sparse_cache_size)
+    steps = [
+        Step(
+            int(first),
+            int(size),
+            int(pieces[2, first : first + size].max()),
+            bool(update_here[first : first + size].any()),
+            bool(overflow[first : first + size].any()),
+        )
+        for first, size in zip(firsts, sizes, strict=True)
+    ]
+    return Plan(pieces, steps)
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: LolaWeights,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+) -> None:
+    """A run of new tokens per row, its arguments checked; shapes as in `contract.PrefillOp`."""
+    plan = plan_pieces(
+        query_start_loc.numpy().astype(np.int64), context_lens.numpy().astype(np.int64), layout
+    )
+    if not plan.steps:
+        return
+    pieces = _to_device(torch.from_numpy(plan.pieces.astype(np.int32)), q.device)
+    n, page = pieces[3], slots.index_select(0, pieces[4])
+
+    d, Hq = q.shape[-1], q.shape[1]
+    state_page, kv_page, _ = page_strides(views)
+    own = prefill_constants(layout, Hq, weights.subtract_max)
+    shape = {**constants(layout), **own, "PRECISION": precision(q.dtype)}
+    scratch = scratch_buffers(layout, max(step.count for step in plan.steps), q.device)
+    for step in plan.steps:
+        num_blocks = triton.cdiv(step.longest, own["BLOCK_M"])
+        prefill_kernel[(step.count * num_blocks, Hq)](
+            q, k, v, out, weights.feature_map_q, weights.log_gate,
+            views.H, views.s, views.sparse_k, views.sparse_v, views.exact_k, views.exact_v,
+            page, pieces,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            out.stride(0), out.stride(1), state_page, kv_page,
+            step.first, num_blocks, pieces.shape[1], d**-0.5, **shape, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        if step.update:
+            update(
+                weights.feature_map_k, layout, views, page, n, step.first, step.count, scratch,
+                step.score,
+            )  # fmt: skip
+
+
+def prefill_constants(layout: StateLayout, Hq: int, subtract_max: bool) -> dict[str, int]:
+    """`prefill_kernel`'s own compile-time arguments, beside `common.constants`.
+
+    The block of queries follows the update interval, which is the length of all but first pieces.
+    """
+    interval = triton.next_power_of_2(layout.update_interval)
+    return {
+        "HQ": Hq,
+        "BLOCK_M": min(MAX_BLOCK_M, max(MIN_DOT, interval)),
+        "BLOCK_N": BLOCK_N,
+        "SUBTRACT_MAX": subtract_max,
+    }
+
+
+def _to_device(plan: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting: only pinned memory is read by the device in its own time."""
+    if device.type != "cuda":
+        return plan
+    return plan.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,388 @@
+"""The update rule in Triton (LoLA, arXiv 2505.23666, section 3.3): score, then select and fold.
+
+Two kernels of fixed grid, so a CUDA graph can replay them: every program reads the token counts of
+all rows, finds those at an update point, and takes its share of their work, or none. What a step
+has due is known on the device only; the grid does not depend on it.
+
+- `score_kernel`: self-recall errors of all candidates (cached and evicted pairs) of the due rows.
+- `fold_kernel`: picks the lam best of each sparse set, adds the others to H and s, and puts the
+  kept newcomers into the free slots. One program per row and set, because folding reads the slots
+  that replacing overwrites.
+
+Candidate e of a set is sparse slot e while e < lam, else the (e - lam)-th evicted pair.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lola_vllm.kernels.common import (
+    constants,
+    exact_row,
+    features,
+    num_processors,
+    page_strides,
+    product,
+    read_state,
+    window_start,
+)
+from lola_vllm.state import StateLayout, StateViews
+
+BLOCK_E = 32  # candidates scored, folded or replaced at a time
+BLOCK_R = 256  # rows whose token counts are looked at together
+PROGRAMS_PER_PROCESSOR = 4
+SCORE_WARPS, FOLD_WARPS = 8, 8  # four warps would spill registers at d = 128
+# The order of the scores decides which pairs stay exact, so plain TF32 will not do.
+PRECISION = "tf32x3"
+RECALL_EPS = tl.constexpr(1e-6)  # as in the reference
+INDEX_ARGS = ("slots_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment
+COUNT_ARGS = ("first_row", "num_rows")  # vary from call to call: no variant for each
+
+
+@triton.jit
+def due_rows(
+    slots_ptr, n_ptr, slots_stride, n_stride, rows, end, least, C: tl.constexpr,
+    ETA: tl.constexpr, SINK: tl.constexpr,
+):  # fmt: skip
+    """Which rows are at an update point that leaves more than `least` pairs evicted in all."""
+    ok = rows < end
+    page = tl.load(slots_ptr + rows.to(tl.int64) * slots_stride, mask=ok, other=0)
+    n = tl.load(n_ptr + rows.to(tl.int64) * n_stride, mask=ok, other=0).to(tl.int32)
+    start, stop = window_start(n - C, C, ETA, SINK), window_start(n, C, ETA, SINK)
+    return (page > 0) & (n % C == 0) & (stop > start) & (stop - SINK > least)
+
+
+@triton.jit
+def nth_row(due, rows, nth):
+    """The nth (from 0) of the due rows."""
+    rank = tl.cumsum(due.to(tl.int32), 0) - 1
+    return tl.sum(tl.where(due & (rank == nth), rows, 0), 0)
+
+
+@triton.jit
+def candidate_ok(e, start, stop, LAM: tl.constexpr, SINK: tl.constexpr):
+    """Which candidates exist: filled slots, and the pairs between the two window starts."""
+    return (e < tl.minimum(start - SINK, LAM)) | ((e >= LAM) & (start + e - LAM < stop))
+
+
+@triton.jit
+def gather(
+    sparse_ptr, exact_ptr, e, ok, start, group, kv_head, cols, D: tl.constexpr, ETA: tl.constexpr,
+    LAM: tl.constexpr, C: tl.constexpr, SINK: tl.constexpr,
+):  # fmt: skip
+    """Keys or values `[len(e), BLOCK_D]` of candidates, zero where not ok. Pointers: the page's."""
+    row = exact_row(start + e - LAM, C, ETA, SINK)
+    sparse_at = sparse_ptr + (group * LAM + e) * D
+    exact_at = exact_ptr + (kv_head * (SINK + ETA + C) + row) * D
+    at = tl.where(e < LAM, sparse_at, exact_at)[:, None] + cols[None, :]
+    return tl.load(at, mask=ok[:, None] & (cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def largest(values, count, rounds):
+    """The count-th largest of values >= 0 (negative ones do not count), built bit by bit.
+
+    0 where rounds is 0, or where there are fewer values than count.
+    """
+    found = 0
+    for i in range(rounds):
+        trial = found | (1 << (30 - i))
+        found = tl.where(tl.sum((values >= trial).to(tl.int32), 0) >= count, trial, found)
+    return found
+
+
+@triton.jit
+def select(score, position, ok, overflow, LAM: tl.constexpr):
+    """The lam candidates of largest score, ties to the older; all of them without overflow.
+
+    Scores are not negative, so their bits order as they do. A NaN ranks first, as when sorted.
+    """
+    score = tl.where(score != score, float("inf"), score)
+    bits = tl.where(ok, score.to(tl.int32, bitcast=True), -1)
+    least = largest(bits, LAM, tl.where(overflow, 31, 0))
+    tied = bits == least
+    room = LAM - tl.sum((bits > least).to(tl.int32), 0)
+    crowded = overflow & (tl.sum(tied.to(tl.int32), 0) > room)
+    age = tl.where(tied, 0x7FFFFFFF - position, -1)
+    youngest = largest(age, room, tl.where(crowded, 31, 0))
+    return ok & ((bits > least) | (tied & (age >= youngest)))
+
+
+@triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
+def score_kernel(
+    wk_ptr,
+    h_ptr,
+    s_ptr,
+    sparse_k_ptr,
+    sparse_v_ptr,
+    exact_k_ptr,
+    exact_v_ptr,
+    slots_ptr,
+    n_ptr,
+    scores_ptr,
+    slots_stride,
+    n_stride,
+    state_page,
+    kv_page,
+    first_row,
+    num_rows,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ETA: tl.constexpr,
+    LAM: tl.constexpr,
+    C: tl.constexpr,
+    SINK: tl.constexpr,
+    HKV: tl.constexpr,
+    HS: tl.constexpr,
+    HG: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores `[num_rows, Hg, lam + C]`, float32, of the rows whose cache overflows now. Any grid.
+
+    SRE where a set has one state head, else the mean over its state heads of SRE / ||v||.
+    """
+    E: tl.constexpr = LAM + C
+    BLOCKS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    SHARE: tl.constexpr = HS // HG
+    cols = tl.arange(0, BLOCK_D)
+    end = first_row + num_rows
+    for base in range(first_row, end, BLOCK_R):
+        rows = base + tl.arange(0, BLOCK_R)
+        due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, LAM, C, ETA, SINK)
+        items = tl.sum(due.to(tl.int32), 0) * (HG * BLOCKS)
+        for item in range(tl.program_id(0), items, tl.num_programs(0)):
+            row = nth_row(due, rows, item // (HG * BLOCKS)).to(tl.int64)
+            group = item // BLOCKS % HG
+            kv_head = group // (HG // HKV)
+            page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
+            n = tl.load(n_ptr + row * n_stride).to(tl.int32)
+            start, stop = window_start(n - C, C, ETA, SINK), window_start(n, C, ETA, SINK)
+
+            e = item % BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
+            ok = (e < E) & candidate_ok(e, start, stop, LAM, SINK)
+            pages = page * kv_page
+            k = gather(
+                sparse_k_ptr + pages, exact_k_ptr + pages, e, ok, start, group, kv_head, cols,
+                D, ETA, LAM, C, SINK,
+            )  # fmt: skip
+            v = gather(
+                sparse_v_ptr + pages, exact_v_ptr + pages, e, ok, start, group, kv_head, cols,
+                D, ETA, LAM, C, SINK,
+            ).to(tl.float32)  # fmt: skip
+            # Before the first fold H and s are leftovers, and count as zero.
+            num_features = tl.where(start - SINK > LAM, F, 0)
+            norm = tl.sqrt_rn(tl.sum(v * v, 1))
+            norm = tl.where(norm < RECALL_EPS, RECALL_EPS, norm)
+            total = tl.zeros([BLOCK_E], tl.float32)
+            for i in range(SHARE):
+                head = group * SHARE + i
+                predicted, z = read_state(
+                    k, wk_ptr + head * D * F, h_ptr + page * state_page + head * 2 * F * D,
+                    s_ptr + page * state_page + head * 2 * F, cols, num_features,
+                    D, F, PRECISION,
+                )  # fmt: skip
+                error = v - predicted / (z + RECALL_EPS)[:, None]
+                size = tl.sqrt_rn(tl.sum(error * error, 1))
+                if SHARE > 1:
+                    # Rounded right: against an empty state every ratio is 1, an exact tie.
+                    size = tl.div_rn(size, norm)
+                total += size
+            if SHARE > 1:
+                total = total / SHARE
+            at = scores_ptr + ((row - first_row) * HG + group) * E + e
+            tl.store(at, total, mask=ok)
+
+
+@triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
+def fold_kernel(
+    wk_ptr,
+    h_ptr,
+    s_ptr,
+    positions_ptr,
+    sparse_k_ptr,
+    sparse_v_ptr,
+    exact_k_ptr,
+    exact_v_ptr,
+    slots_ptr,
+    n_ptr,
+    scores_ptr,
+    lists_ptr,
+    slots_stride,
+    n_stride,
+    state_page,
+    kv_page,
+    positions_page,
+    first_row,
+    num_rows,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ETA: tl.constexpr,
+    LAM: tl.constexpr,
+    C: tl.constexpr,
+    SINK: tl.constexpr,
+    HKV: tl.constexpr,
+    HS: tl.constexpr,
+    HG: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_ALL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Select, fold and replace in the rows that are due; scratch lists `[num_rows, Hg, 3, C]`.
+
+    Any grid. The lists hold the candidates to fold, the newcomers to keep, and the free slots.
+    """
+    E: tl.constexpr = LAM + C
+    SHARE: tl.constexpr = HS // HG
+    ROWS: tl.constexpr = SINK + ETA + C
+    cols, feats = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
+    col_ok, feat_ok = cols < D, feats < F
+    tile_ok = feat_ok[:, None] & col_ok[None, :]
+    end = first_row + num_rows
+    for base in range(first_row, end, BLOCK_R):
+        rows = base + tl.arange(0, BLOCK_R)
+        due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, 0, C, ETA, SINK)
+        items = tl.sum(due.to(tl.int32), 0) * HG
+        for item in range(tl.program_id(0), items, tl.num_programs(0)):
+            row = nth_row(due, rows, item // HG).to(tl.int64)
+            group = item % HG
+            kv_head = group // (HG // HKV)
+            page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
+            n = tl.load(n_ptr + row * n_stride).to(tl.int32)
+            start, stop = window_start(n - C, C, ETA, SINK), window_start(n, C, ETA, SINK)
+            overflow = stop - SINK > LAM
+            # Before the first fold H and s are leftovers, and count as zero.
+            live = feats < tl.where(start - SINK > LAM, F, 0)
+            scratch = (row - first_row) * HG + group
+            positions_at = positions_ptr + page * positions_page + group * LAM
+            sparse_k_at, sparse_v_at = sparse_k_ptr + page * kv_page, sparse_v_ptr + page * kv_page
+            exact_k_at, exact_v_at = exact_k_ptr + page * kv_page, exact_v_ptr + page * kv_page
+
+            e = tl.arange(0, BLOCK_ALL)
+            ok = (e < E) & candidate_ok(e, start, stop, LAM, SINK)
+            position = start + e - LAM
+            if LAM > 0:
+                held = tl.load(positions_at + e, mask=ok & (e < LAM), other=0)
+                position = tl.where(e < LAM, held, position)
+            scored = ok & (e < tl.where(overflow, E, 0))
+            score = tl.load(scores_ptr + scratch * E + e, mask=scored, other=0.0)
+            keep = select(score, position, ok, overflow, LAM)
+
+            folded, free = ok & (keep == 0), (e < LAM) & (keep == 0)
+            new = keep & (e >= LAM)
+            folded_at, new_at = lists_ptr + scratch * 3 * C, lists_ptr + (scratch * 3 + 1) * C
+            free_at = lists_ptr + (scratch * 3 + 2) * C
+            tl.store(folded_at + tl.cumsum(folded.to(tl.int32), 0) - 1, e, mask=folded)
+            tl.store(new_at + tl.cumsum(new.to(tl.int32), 0) - 1, e, mask=new)
+            rank = tl.cumsum(free.to(tl.int32), 0) - 1
+            tl.store(free_at + rank, e, mask=free & (rank < C))
+            num_folded = tl.sum(folded.to(tl.int32), 0)
+            num_new = tl.sum(new.to(tl.int32), 0)
+            tl.debug_barrier()  # the lists are read by other threads than wrote them
+
+            # Two halves of the features for each state head, so that a half of H fits registers.
+            for half in tl.range(0, tl.where(num_folded > 0, 2 * SHARE, 0), num_stages=1):
+                head = group * SHARE + half // 2
+                sign = 1.0 - 2.0 * (half % 2)
+                w_at = wk_ptr + head * D * F + cols[:, None] * F + feats[None, :]
+                w = tl.load(w_at, mask=col_ok[:, None] & feat_ok[None, :], other=0.0)
+                h_at = h_ptr + page * state_page + (head * 2 + half % 2) * F * D
+                h_at = h_at + feats[:, None] * D + cols[None, :]
+                s_at = s_ptr + page * state_page + (head * 2 + half % 2) * F + feats
+                h = tl.load(h_at, mask=live[:, None] & col_ok[None, :], other=0.0).to(tl.float32)
+                s = tl.load(s_at, mask=live, other=0.0).to(tl.float32)
+                for c in tl.range(0, num_folded, BLOCK_E, num_stages=1):
+                    index = c + tl.arange(0, BLOCK_E)
+                    some = index < num_folded
+                    which = tl.load(folded_at + index, mask=some, other=0)
+                    k = gather(
+                        sparse_k_at, exact_k_at, which, some, start, group, kv_head, cols,
+                        D, ETA, LAM, C, SINK,
+                    )  # fmt: skip
+                    v = gather(
+                        sparse_v_at, exact_v_at, which, some, start, group, kv_head, cols,
+                        D, ETA, LAM, C, SINK,
+                    ).to(tl.float32)  # fmt: skip
+                    y = product(k, w, tl.zeros([BLOCK_E, BLOCK_F], tl.float32), PRECISION)
+                    phi = tl.where(some[:, None], features(y * sign, feat_ok), 0.0)
+                    h = product(tl.trans(phi), v, h, PRECISION)
+                    s += tl.sum(phi, 0)
+                tl.store(h_at, h.to(h_ptr.dtype.element_ty), mask=tile_ok)
+                tl.store(s_at, s.to(s_ptr.dtype.element_ty), mask=feat_ok)
+
+            if LAM > 0:
+                tl.debug_barrier()  # the folded pairs are read: their slots may go
+                for c in tl.range(0, num_new, BLOCK_E, num_stages=1):
+                    index = c + tl.arange(0, BLOCK_E)
+                    some = index < num_new
+                    which = tl.load(new_at + index, mask=some, other=LAM)
+                    slot = tl.load(free_at + index, mask=some, other=0)
+                    at = start + which - LAM
+                    tl.store(positions_at + slot, at, mask=some)
+                    source = (kv_head * ROWS + exact_row(at, C, ETA, SINK)) * D
+                    source = source[:, None] + cols[None, :]
+                    target = ((group * LAM + slot) * D)[:, None] + cols[None, :]
+                    pair_ok = some[:, None] & col_ok[None, :]
+                    k = tl.load(exact_k_at + source, mask=pair_ok, other=0.0)
+                    v = tl.load(exact_v_at + source, mask=pair_ok, other=0.0)
+                    tl.store(sparse_k_at + target, k, mask=pair_ok)
+                    tl.store(sparse_v_at + target, v, mask=pair_ok)
+
+
+def update(
+    feature_map_k: Tensor,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    n: Tensor,
+    first_row: int,
+    num_rows: int,
+    scratch: tuple[Tensor, Tensor],
+    score: bool = True,
+) -> None:
+    """Evict, rescore, select, fold and replace in the rows that are at an update point.
+
+    Args:
+        feature_map_k: `[Hs, d, F]`.
+        slots, n: `[>= first_row + num_rows]`, any integer dtypes: page and tokens seen of each row.
+        first_row, num_rows: the rows to look at.
+        scratch: from `scratch_buffers`.
+        score: False where the caller knows that no row's cache overflows.
+    """
+    state_page, kv_page, positions_page = page_strides(views)
+    scores, lists = scratch
+    shape = {**constants(layout), "BLOCK_E": BLOCK_E, "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
+    Hg, E = layout.num_sparse_heads, layout.sparse_cache_size + layout.update_interval
+    most = PROGRAMS_PER_PROCESSOR * num_processors(views.H.device)
+    if score and layout.sparse_cache_size > 0:  # with no cache everything is folded, unscored
+        score_kernel[(min(most, num_rows * Hg * triton.cdiv(E, BLOCK_E)),)](
+            feature_map_k, views.H, views.s, views.sparse_k, views.sparse_v, views.exact_k,
+            views.exact_v, slots, n, scores, slots.stride(0), n.stride(0), state_page, kv_page,
+            first_row, num_rows, **shape, num_warps=SCORE_WARPS,
+        )  # fmt: skip
+    fold_kernel[(min(most, num_rows * Hg),)](
+        feature_map_k, views.H, views.s, views.positions, views.sparse_k, views.sparse_v,
+        views.exact_k, views.exact_v, slots, n, scores, lists, slots.stride(0), n.stride(0),
+        state_page, kv_page, positions_page, first_row, num_rows, **shape,
+        BLOCK_ALL=triton.next_power_of_2(E), num_warps=FOLD_WARPS,
+    )  # fmt: skip
+
+
+def scratch_buffers(
+    layout: StateLayout, num_rows: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Scores `[num_rows, Hg, lam + C]` float32 and lists `[num_rows, Hg, 3, C]` int32."""
+    Hg, lam, C = layout.num_sparse_heads, layout.sparse_cache_size, layout.update_interval
+    scores = torch.empty(num_rows, Hg, lam + C, dtype=torch.float32, device=device)
+    return scores, torch.empty(num_rows, Hg, 3, C, dtype=torch.int32, device=device)
