@@ -31,10 +31,13 @@ inline std::string shape_string(const torch::stable::Tensor& t) {
   return text + "]";
 }
 
+enum class Device { cpu, cuda };
+
 // `expected` gives a size per dimension, -1 for any; `meaning` is the shape in symbols.
 inline void check_shape(const torch::stable::Tensor& t, const char* name, const char* meaning,
-                        std::initializer_list<int64_t> expected) {
-  LOLA_CHECK(t.is_cpu(), name, ": must be a CPU tensor");
+                        std::initializer_list<int64_t> expected, Device device = Device::cpu) {
+  LOLA_CHECK(device == Device::cpu ? t.is_cpu() : t.is_cuda(), name, ": must be a ",
+             device == Device::cpu ? "CPU" : "CUDA", " tensor");
   bool ok = t.dim() == static_cast<int64_t>(expected.size());
   std::string wanted = "[";
   int64_t i = 0;
@@ -43,6 +46,61 @@ inline void check_shape(const torch::stable::Tensor& t, const char* name, const 
     wanted += (i++ ? ", " : "") + (size < 0 ? std::string("*") : std::to_string(size));
   }
   LOLA_CHECK(ok, name, ": shape ", shape_string(t), ", expected ", meaning, " = ", wanted, "]");
+}
+
+// The tensors of a call as the ops take them, and the numbers their shapes agree on.
+struct LolaTensors {
+  const torch::stable::Tensor &q, &k, &v, &feature_map_q, &feature_map_k, &log_gate, &H, &s,
+      &positions, &sparse_k, &sparse_v, &exact_k, &exact_v, &slots, &out;
+};
+
+struct LolaSizes {
+  int64_t T, N, Hq, Hkv, Hs, Hg, lam, d, F;
+};
+
+// Checks every shape and on which device it is; throws, naming the argument. Shared by the CPU
+// and the CUDA ops.
+inline LolaSizes check_sizes(const LolaTensors& t, int64_t window, int64_t interval, int64_t sink,
+                             Device device) {
+  const auto check = [&](const torch::stable::Tensor& x, const char* name, const char* meaning,
+                         std::initializer_list<int64_t> expected) {
+    check_shape(x, name, meaning, expected, device);
+  };
+  LolaSizes a;
+  check(t.q, "q", "[T, Hq, d]", {-1, -1, -1});
+  a.T = t.q.size(0);
+  a.Hq = t.q.size(1);
+  a.d = t.q.size(2);
+  check(t.exact_k, "exact_k", "[N, Hkv, sink + window + interval, d]", {-1, -1, -1, a.d});
+  a.N = t.exact_k.size(0);
+  a.Hkv = t.exact_k.size(1);
+  check(t.sparse_k, "sparse_k", "[N, Hg, lam, d]", {a.N, -1, -1, a.d});
+  a.Hg = t.sparse_k.size(1);
+  a.lam = t.sparse_k.size(2);
+  check(t.feature_map_k, "feature_map_k", "[Hs, d, F]", {-1, a.d, -1});
+  a.Hs = t.feature_map_k.size(0);
+  a.F = t.feature_map_k.size(2);
+  LOLA_CHECK(a.d > 0 && a.F > 0 && a.Hkv > 0 && a.Hg > 0 && a.Hs > 0, "q: shape ",
+             shape_string(t.q), ", needs a head size, feature size and heads of at least 1");
+  LOLA_CHECK(window >= 1 && interval >= 1 && sink >= 0, "window = ", window,
+             ", interval = ", interval, ", sink = ", sink,
+             ": need window, interval >= 1 and sink >= 0");
+  LOLA_CHECK(a.Hq % a.Hs == 0 && a.Hs % a.Hg == 0 && a.Hg % a.Hkv == 0, "feature_map_k: ", a.Hs,
+             " state heads do not lie between the ", a.Hq, " query heads, the ", a.Hg,
+             " sparse sets and the ", a.Hkv, " KV heads");
+  const int64_t rows = sink + window + interval;
+  check(t.exact_k, "exact_k", "[N, Hkv, sink + window + interval, d]", {a.N, a.Hkv, rows, a.d});
+  check(t.exact_v, "exact_v", "[N, Hkv, sink + window + interval, d]", {a.N, a.Hkv, rows, a.d});
+  check(t.sparse_v, "sparse_v", "[N, Hg, lam, d]", {a.N, a.Hg, a.lam, a.d});
+  check(t.positions, "positions", "[N, Hg, lam]", {a.N, a.Hg, a.lam});
+  check(t.H, "H", "[N, Hs, 2F, d]", {a.N, a.Hs, 2 * a.F, a.d});
+  check(t.s, "s", "[N, Hs, 2F]", {a.N, a.Hs, 2 * a.F});
+  check(t.feature_map_q, "feature_map_q", "[Hq, d, F]", {a.Hq, a.d, a.F});
+  check(t.log_gate, "log_gate", "[Hq]", {a.Hq});
+  check(t.k, "k", "[T, Hkv, d]", {a.T, a.Hkv, a.d});
+  check(t.v, "v", "[T, Hkv, d]", {a.T, a.Hkv, a.d});
+  check(t.out, "out", "[T, Hq, d]", {a.T, a.Hq, a.d});
+  return a;
 }
 
 inline DType check_float(const torch::stable::Tensor& t, const char* name) {

@@ -26,46 +26,24 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
                     const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H,
                     const Tensor& s, const Tensor& positions, const Tensor& sparse_k,
                     const Tensor& sparse_v, const Tensor& exact_k, const Tensor& exact_v,
-                    const Tensor& slots, const Tensor& out, bool subtract_max, int64_t window,
-                    int64_t interval, int64_t sink) {
+                    const Tensor& phi, const Tensor& moments, const Tensor& slots,
+                    const Tensor& out, bool subtract_max, int64_t window, int64_t interval,
+                    int64_t sink) {
+  const LolaSizes sizes = check_sizes({q, k, v, feature_map_q, feature_map_k, log_gate, H, s,
+                                       positions, sparse_k, sparse_v, exact_k, exact_v, slots, out},
+                                      window, interval, sink, Device::cpu);
   LolaArgs a;
-  check_shape(q, "q", "[T, Hq, d]", {-1, -1, -1});
-  check_shape(exact_k, "exact_k", "[N, Hkv, sink + window + interval, d]", {-1, -1, -1, q.size(2)});
-  check_shape(sparse_k, "sparse_k", "[N, Hg, lam, d]", {exact_k.size(0), -1, -1, q.size(2)});
-  check_shape(feature_map_k, "feature_map_k", "[Hs, d, F]", {-1, q.size(2), -1});
-  const int64_t T = q.size(0), N = exact_k.size(0);
-  a.Hq = q.size(1);
-  a.d = q.size(2);
-  a.Hkv = exact_k.size(1);
-  a.Hg = sparse_k.size(1);
-  a.lam = sparse_k.size(2);
-  a.Hs = feature_map_k.size(0);
-  a.F = feature_map_k.size(2);
+  a.Hq = sizes.Hq;
+  a.d = sizes.d;
+  a.Hkv = sizes.Hkv;
+  a.Hg = sizes.Hg;
+  a.lam = sizes.lam;
+  a.Hs = sizes.Hs;
+  a.F = sizes.F;
   a.window = window;
   a.interval = interval;
   a.sink = sink;
   a.subtract_max = subtract_max;
-  LOLA_CHECK(a.d > 0 && a.F > 0 && a.Hkv > 0 && a.Hg > 0, "q: shape ", shape_string(q),
-             ", needs a head size, feature size and heads of at least 1");
-  LOLA_CHECK(window >= 1 && interval >= 1 && sink >= 0, "window = ", window,
-             ", interval = ", interval, ", sink = ", sink,
-             ": need window, interval >= 1 and sink >= 0");
-  LOLA_CHECK(a.Hq % a.Hs == 0 && a.Hs % a.Hg == 0 && a.Hg % a.Hkv == 0, "feature_map_k: ", a.Hs,
-             " state heads do not lie between the ", a.Hq, " query heads, the ", a.Hg,
-             " sparse sets and the ", a.Hkv, " KV heads");
-  check_shape(exact_k, "exact_k", "[N, Hkv, sink + window + interval, d]",
-              {N, a.Hkv, sink + window + interval, a.d});
-  check_shape(exact_v, "exact_v", "[N, Hkv, sink + window + interval, d]",
-              {N, a.Hkv, sink + window + interval, a.d});
-  check_shape(sparse_v, "sparse_v", "[N, Hg, lam, d]", {N, a.Hg, a.lam, a.d});
-  check_shape(positions, "positions", "[N, Hg, lam]", {N, a.Hg, a.lam});
-  check_shape(H, "H", "[N, Hs, 2F, d]", {N, a.Hs, 2 * a.F, a.d});
-  check_shape(s, "s", "[N, Hs, 2F]", {N, a.Hs, 2 * a.F});
-  check_shape(feature_map_q, "feature_map_q", "[Hq, d, F]", {a.Hq, a.d, a.F});
-  check_shape(log_gate, "log_gate", "[Hq]", {a.Hq});
-  check_shape(k, "k", "[T, Hkv, d]", {T, a.Hkv, a.d});
-  check_shape(v, "v", "[T, Hkv, d]", {T, a.Hkv, a.d});
-  check_shape(out, "out", "[T, Hq, d]", {T, a.Hq, a.d});
 
   a.q = check_strided<3>(q, "q");
   a.k = check_strided<3>(k, "k");
@@ -85,7 +63,17 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   a.recall.s = check_strided<3>(s, "s");
   a.recall.d = a.d;
   a.recall.F = a.F;
+  // A page of interval 1 has room for features and moments; of others the two parts are empty.
+  const int64_t remembered = interval == 1 ? a.lam : 0;
+  check_shape(phi, "phi", "[N, Hs, lam if interval = 1, 2F]", {sizes.N, a.Hs, remembered, 2 * a.F});
+  check_shape(moments, "moments", "[N, Hs, 4, lam if interval = 1]", {sizes.N, a.Hs, 4, remembered});
+  a.incremental = remembered > 0;
+  a.phi = check_strided<4>(phi, "phi");
+  a.moments = check_strided<4>(moments, "moments");
   const DType pair = a.exact_k.dtype;
+  const DType wide = pair == DType::f64 ? DType::f64 : DType::f32;
+  LOLA_CHECK(a.phi.dtype == wide && a.moments.dtype == wide,
+             "phi, moments: must be float32, or float64 where keys and values are");
   LOLA_CHECK(a.k.dtype == pair && a.v.dtype == pair && a.exact_v.dtype == pair &&
                  a.sparse_k.dtype == pair && a.sparse_v.dtype == pair,
              "k: keys and values, and the pages that hold them, must be of one dtype");
@@ -101,8 +89,8 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   a.positions_stride[1] = positions.stride(1);
   a.slots = check_indices(slots, "slots", "[rows]", slots.size(0));
   for (int64_t row = 0; row < slots.size(0); ++row) {
-    LOLA_CHECK(a.slots[row] < N, "slots: entry ", row, " is ", a.slots[row], ", but there are ", N,
-               " pages");
+    LOLA_CHECK(a.slots[row] < sizes.N, "slots: entry ", row, " is ", a.slots[row],
+               ", but there are ", sizes.N, " pages");
   }
   return a;
 }
@@ -112,12 +100,12 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
             const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
-            const Tensor& exact_k, const Tensor& exact_v, const Tensor& slots,
-            const Tensor& seq_lens, const Tensor& out, bool subtract_max, int64_t window,
-            int64_t interval, int64_t sink) {
-  const LolaArgs args =
-      check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions, sparse_k,
-                 sparse_v, exact_k, exact_v, slots, out, subtract_max, window, interval, sink);
+            const Tensor& exact_k, const Tensor& exact_v, const Tensor& phi, const Tensor& moments,
+            const Tensor& slots, const Tensor& seq_lens, const Tensor& out, bool subtract_max,
+            int64_t window, int64_t interval, int64_t sink) {
+  const LolaArgs args = check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions,
+                                   sparse_k, sparse_v, exact_k, exact_v, phi, moments, slots, out,
+                                   subtract_max, window, interval, sink);
   const int64_t rows = slots.size(0);
   LOLA_CHECK(rows == q.size(0), "slots: ", rows, " rows, but q has ", q.size(0), " tokens");
   const Indices lengths = check_indices(seq_lens, "seq_lens", "[rows]", rows);
@@ -131,12 +119,12 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fea
 void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
              const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
              const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
-             const Tensor& exact_k, const Tensor& exact_v, const Tensor& slots,
-             const Tensor& query_start, const Tensor& context_lens, const Tensor& out,
-             bool subtract_max, int64_t window, int64_t interval, int64_t sink) {
-  const LolaArgs args =
-      check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions, sparse_k,
-                 sparse_v, exact_k, exact_v, slots, out, subtract_max, window, interval, sink);
+             const Tensor& exact_k, const Tensor& exact_v, const Tensor& phi, const Tensor& moments,
+             const Tensor& slots, const Tensor& query_start, const Tensor& context_lens,
+             const Tensor& out, bool subtract_max, int64_t window, int64_t interval, int64_t sink) {
+  const LolaArgs args = check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions,
+                                   sparse_k, sparse_v, exact_k, exact_v, phi, moments, slots, out,
+                                   subtract_max, window, interval, sink);
   const int64_t rows = slots.size(0);
   const Indices starts = check_indices(query_start, "query_start", "[rows + 1]", rows + 1);
   const Indices context = check_indices(context_lens, "context_lens", "[rows]", rows);
@@ -155,13 +143,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lola, m) {
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
       "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
-      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor slots, "
+      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) phi, "
+      "Tensor(j!) moments, Tensor slots, "
       "Tensor seq_lens, Tensor(h!) out, bool subtract_max, int window, int interval, int sink) "
       "-> ()");
   m.def(
       "prefill(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
       "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
-      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor slots, "
+      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) phi, "
+      "Tensor(j!) moments, Tensor slots, "
       "Tensor query_start, Tensor context_lens, Tensor(h!) out, bool subtract_max, int window, "
       "int interval, int sink) -> ()");
 }

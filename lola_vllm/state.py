@@ -14,8 +14,12 @@ One page, in this order (each part starts at a multiple of 64 bytes):
     sparse_v   [Hg, lam, d]         model dtype
     exact_k    [Hkv, sink + ring, d]  model dtype  pinned sinks, then the window ring
     exact_v    [Hkv, sink + ring, d]  model dtype
+    phi        [Hs, lam, 2F]        float32        only for C = 1: features of the sparse pairs
+    moments    [Hs, 4, lam]         float32        only for C = 1: ||n||^2, n.v, phi.s, ||v||^2
+                                                   of each, with n = phi(k)^T H
 
-The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
+The last two let a back end rescore at every token without touching H (section 3 of
+`docs/algorithm.md`); one that scores directly leaves them alone. The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
 ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).
 """
 
@@ -44,6 +48,8 @@ class StateViews(NamedTuple):
     sparse_v: Tensor
     exact_k: Tensor
     exact_v: Tensor
+    phi: Tensor
+    moments: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ class StateLayout:
         exact = (self.num_kv_heads, self.sink_size + self.ring_size, self.head_dim)
         sparse = (self.num_sparse_heads, self.sparse_cache_size, self.head_dim)
         features = 2 * self.feature_dim
+        remembered = self.sparse_cache_size if self.update_interval == 1 else 0
+        wide = torch.promote_types(self.kv_dtype, torch.float32)
         return {
             "H": ((self.num_state_heads, features, self.head_dim), self.state_dtype),
             "s": ((self.num_state_heads, features), self.state_dtype),
@@ -113,6 +121,8 @@ class StateLayout:
             "sparse_v": (sparse, self.kv_dtype),
             "exact_k": (exact, self.kv_dtype),
             "exact_v": (exact, self.kv_dtype),
+            "phi": ((self.num_state_heads, remembered, features), wide),
+            "moments": ((self.num_state_heads, 4, remembered), wide),
         }
 
     @property

@@ -1,9 +1,15 @@
 // Kernel body of decode, update and prefill, and their entry points per instruction set.
 // Included by for_each_isa.h, once per instruction set.
 #include "cpu/recall_kernel.h"
+// Each of these uses the ones before it.
+#include "cpu/rows_kernel.h"
+//
 #include "cpu/update_kernel.h"
-// decode and prefill use the update's buffers
+//
+#include "cpu/incremental_kernel.h"
+//
 #include "cpu/decode_kernel.h"
+//
 #include "cpu/prefill_kernel.h"
 
 namespace lola {

@@ -11,7 +11,7 @@ constexpr int64_t kUpdateBlock = 48;  // candidates scored at once: whole tiles,
 template <typename T>
 struct UpdateScratch {
   SreScratch<T> recall;
-  T *scores, *phi_t, *delta;
+  T *scores, *phi_t, *delta, *newcomer, *new_phi, *folded, *products;
   int32_t *positions, *order, *losers;
   unsigned char* keep;
 };
@@ -37,6 +37,11 @@ int64_t carve_update(const LolaArgs& a, char* base, UpdateScratch<T>* x) {
   x->scores = take_as<T>(base, 2 * E, &used);
   x->phi_t = take_as<T>(base, F2 * round_up<T>(folds), &used);
   x->delta = take_as<T>(base, F2 * dp, &used);
+  const int64_t share = a.Hs / a.Hg, phi_ld = round_up<T>(F2) + kLanes<T>;
+  x->newcomer = take_as<T>(base, 4 * share, &used);
+  x->new_phi = take_as<T>(base, share * phi_ld, &used);
+  x->folded = take_as<T>(base, 2 * phi_ld, &used);
+  x->products = take_as<T>(base, 3 * round_up<T>(a.lam), &used);
   x->positions = take_as<int32_t>(base, E, &used);
   x->order = take_as<int32_t>(base, E, &used);
   x->losers = take_as<int32_t>(base, E, &used);
@@ -160,9 +165,9 @@ void replace(const LolaArgs& a, const Candidates& c, UpdateScratch<T>& x) {
   }
 }
 
-// The update of one page, which just reached n tokens, and one sparse set.
+// The update of one page, which just reached n tokens, and one sparse set, scoring directly.
 template <typename T>
-void update_set(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x) {
+void update_direct(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x) {
   const Candidates c(a, page, set, n);
   const int32_t* const known = a.position_row(page, set);
   for (int64_t i = 0; i < c.count; ++i) {

@@ -262,8 +262,8 @@ LOLA_INLINE void sum_lanes(const Vec<float>* x, float* out, int64_t stride) {
                 __builtin_shufflevector(q[0], q[1], 2, 3, 6, 7);
   const F4 cd = __builtin_shufflevector(q[2], q[3], 0, 1, 4, 5) +
                 __builtin_shufflevector(q[2], q[3], 2, 3, 6, 7);
-  const F4 sums = __builtin_shufflevector(ab, cd, 0, 2, 4, 6) +
-                  __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+  const F4 sums =
+      __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) out[i * stride] = sums[i];
 }

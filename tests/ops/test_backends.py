@@ -181,3 +181,23 @@ def test_bfloat16_state_is_close(ops):
     assert layout.state_dtype == torch.bfloat16
     # The reference sees the same bf16 inputs; H rounds to 8 bits at every update.
     torch.testing.assert_close(out.double(), problem.reference()[0], rtol=0, atol=0.1)
+
+
+def test_incremental_scores_make_the_same_choices_for_thousands_of_tokens():
+    """Interval 1: moments kept up to date against scores computed anew, in float32."""
+    assert native.load()
+    config = LolaConfig(window_size=8, sparse_cache_size=32, update_interval=1, feature_dim=16)
+    problem = make_problem(3000, config, dtype=torch.float32, group=1)
+    pages = [run(ops, problem, [], decode_from=0)[1:] for ops in (portable, native)]
+    (_, direct), (layout, incremental) = pages
+    for name in ("positions", "sparse_k", "sparse_v", "exact_k", "exact_v"):
+        assert torch.equal(getattr(direct, name)[2], getattr(incremental, name)[2]), name
+    torch.testing.assert_close(direct.H[2], incremental.H[2], rtol=1e-4, atol=1e-4)
+
+    # The numbers themselves, against their definition.
+    v = incremental.sparse_v[2].double()
+    n = incremental.phi[2].double() @ incremental.H[2].double()
+    z = (incremental.phi[2].double() @ incremental.s[2].double().unsqueeze(-1)).squeeze(-1)
+    expected = torch.stack([(n * n).sum(-1), (n * v).sum(-1), z, (v * v).sum(-1)], dim=1)
+    torch.testing.assert_close(incremental.moments[2].double(), expected, rtol=1e-3, atol=1e-2)
+    assert layout.parts["phi"][0] == (2, 32, 32)
