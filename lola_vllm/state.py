@@ -19,7 +19,9 @@ One page, in this order (each part starts at a multiple of 64 bytes):
                                                    of each, with n = phi(k)^T H
 
 The last two let a back end rescore at every token without touching H (section 3 of
-`docs/algorithm.md`); one that scores directly leaves them alone. The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
+`docs/algorithm.md`); one that scores directly leaves them alone.
+
+The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
 ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).
 """
 

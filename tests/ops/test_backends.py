@@ -125,8 +125,8 @@ def test_batch_rows_are_independent_and_padding_touches_nothing(ops):
     for step in range(3):
         step_out = torch.full((6, *out.shape[1:]), torch.nan, dtype=out.dtype)
         ops.decode(
-            *(pack(x, lambda c, at=step: slice(c + at, c + at + 1)) for x in "qkv"), weights, layout,
-            views, slots, torch.tensor(counts) + step + 1, step_out,
+            *(pack(x, lambda c, at=step: slice(c + at, c + at + 1)) for x in "qkv"),
+            weights, layout, views, slots, torch.tensor(counts) + step + 1, step_out,
         )  # fmt: skip
         assert (step_out[1] == 0).all()
         for i in (0, 2, 3, 4, 5):

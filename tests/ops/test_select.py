@@ -1,4 +1,4 @@
-"""The choice of a back end: by device and dtype, or by the environment, or an error that says why."""
+"""The choice of a back end: by device and dtype, by the environment, or an error that says why."""
 
 import pytest
 import torch
