@@ -36,11 +36,10 @@ void sre_scores_cpu(const SreArgs& args) {
   const int64_t item_work = block * (args.Hs / args.Hg) * args.d * args.F * 3;
   const int64_t element = args.k.dtype == DType::f64 ? sizeof(double) : sizeof(float);
   const int64_t bytes = scratch(args, block) * element;
-  torch::stable::parallel_for(0, items, std::max<int64_t>(1, kThreadWork / item_work),
-                              [&](int64_t begin, int64_t end) {
-                                run(args, block, begin, end,
-                                    Scratch::of_thread(static_cast<std::size_t>(bytes)));
-                              });
+  torch::stable::parallel_for(
+      0, items, std::max<int64_t>(1, kThreadWork / item_work), [&](int64_t begin, int64_t end) {
+        run(args, block, begin, end, Scratch::of_thread(static_cast<std::size_t>(bytes)));
+      });
 }
 
 }  // namespace lola
