@@ -1,0 +1,326 @@
+// Decode: one query per head over one page, in one pass over the state.
+//
+// A block is one row, one sparse set with the query heads it serves, and one split of the keys and
+// of the rows of H. Lanes that share a key keep a softmax of their own (largest logit, sum,
+// weighted values), so the loop over keys has no barrier; the sums are joined once at the end. The
+// new pair comes from the inputs, so no block waits for another one's write.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/answer.cuh"
+#include "cuda/launch.cuh"
+
+namespace lola {
+namespace cuda {
+
+constexpr int kDecodeThreads = 128;
+constexpr int kDecodeWarps = kDecodeThreads / kWarp;
+
+// The pairs a query sees, in one numbering: sparse cache, sinks, window, the new one.
+template <typename T>
+struct Pairs {
+  int cached, sinks, in_ring, count;
+  int64_t first_row, ring, sink;
+  const T *sparse_k, *sparse_v, *exact_k, *exact_v, *new_k, *new_v;
+
+  LOLA_DEVICE Pairs(const Params& p, int64_t row, int64_t page, int set, int64_t position) {
+    const int kv = set / (p.Hg / p.Hkv);
+    const int64_t start = p.window_start(position);
+    cached = p.num_sparse(position);
+    sinks = static_cast<int>(position < p.sink ? position : p.sink);
+    in_ring = static_cast<int>(position > start ? position - start : 0);
+    count = cached + sinks + in_ring + 1;
+    ring = p.ring();
+    sink = p.sink;
+    first_row = start % ring;
+    sparse_k = p.sparse_k.at<const T>(page, set);
+    sparse_v = p.sparse_v.at<const T>(page, set);
+    exact_k = p.exact_k.at<const T>(page, kv);
+    exact_v = p.exact_v.at<const T>(page, kv);
+    new_k = p.k.at<const T>(row, kv);
+    new_v = p.v.at<const T>(row, kv);
+  }
+
+  // Rows of pair i.
+  LOLA_DEVICE void find(int i, int64_t k_stride, int64_t v_stride, int64_t exact_k_stride,
+                        int64_t exact_v_stride, const T** k, const T** v) const {
+    if (i < cached) {
+      *k = sparse_k + i * k_stride;
+      *v = sparse_v + i * v_stride;
+    } else if (i < count - 1) {
+      int64_t at = i - cached;
+      if (at >= sinks) {
+        at = first_row + (at - sinks);
+        at = sink + (at < ring ? at : at - ring);
+      }
+      *k = exact_k + at * exact_k_stride;
+      *v = exact_v + at * exact_v_stride;
+    } else {
+      *k = new_k;
+      *v = new_v;
+    }
+  }
+};
+
+// The heads of a block that are worked on together: first .. first + count of the set.
+struct HeadRange {
+  int first, count;
+};
+
+// Softmax over the pairs of a split. Each warp leaves, per head, its largest logit (of base 2) and
+// sum in stats[warp][h][0 .. 2) and its weighted values in soft[warp][h][0 .. d).
+template <typename T, int D, int HEADS>
+LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
+                        const Pairs<T>& pairs, int begin, int end, float* soft, float* stats) {
+  using R = Row<T, D>;
+  constexpr int kGroups = kDecodeThreads / R::kLanes;
+  constexpr int kUnroll = HEADS > 4 ? (R::kUnroll + 1) / 2 : R::kUnroll;
+  const int lane = static_cast<int>(threadIdx.x) % R::kLanes;
+  const int group = static_cast<int>(threadIdx.x) / R::kLanes, d = D > 0 ? D : p.d;
+  float q[HEADS][R::kElements], sum[HEADS][R::kElements], largest[HEADS], total[HEADS];
+  const float scale = kLog2e / sqrtf(static_cast<float>(d));  // logits of base 2
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) {
+    const int64_t head = static_cast<int64_t>(set) * p.heads() + heads.first + h;
+    const int64_t offset = row * p.q.stride[0] + head * p.q.stride[1];
+    largest[h] = kMinusInf;
+    total[h] = 0;
+#pragma unroll
+    for (int i = 0; i < R::kElements; ++i) {
+      const int at = R::index(lane, i);
+      const bool ok = h < heads.count && at < d;
+      q[h][i] = ok ? load_any(p.q.data, p.q_type, offset + at) * scale : 0.0f;
+      sum[h][i] = 0;
+    }
+  }
+
+  for (int base = begin; base < end; base += kGroups * kUnroll) {
+    typename R::Raw k[kUnroll], v[kUnroll];
+    float z[kUnroll][HEADS];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = base + u * kGroups + group;
+      const bool ok = i < end;
+      const T *k_row, *v_row;
+      pairs.find(ok ? i : begin, p.sparse_k.stride[2], p.sparse_v.stride[2], p.exact_k.stride[2],
+                 p.exact_v.stride[2], &k_row, &v_row);
+      k[u] = R::load(k_row, lane, d, ok);
+      v[u] = R::load(v_row, lane, d, ok);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const bool ok = base + u * kGroups + group < end;
+#pragma unroll
+      for (int h = 0; h < HEADS; ++h) {
+        float dot = 0;
+#pragma unroll
+        for (int i = 0; i < R::kElements; ++i) dot += q[h][i] * R::get(k[u], i);
+        dot = reduce<Sum, 1, R::kLanes>(dot);
+        z[u][h] = ok ? dot : kMinusInf;
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+      float high = largest[h];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) high = fmaxf(high, z[u][h]);
+      const float shift = high == kMinusInf ? 0.0f : high, rescale = exp2f(largest[h] - shift);
+      largest[h] = high;
+      total[h] *= rescale;
+#pragma unroll
+      for (int i = 0; i < R::kElements; ++i) sum[h][i] *= rescale;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const float weight = exp2f(z[u][h] - shift);
+        total[h] += weight;
+#pragma unroll
+        for (int i = 0; i < R::kElements; ++i) sum[h][i] += weight * R::get(v[u], i);
+      }
+    }
+  }
+
+  // Join the groups of a warp.
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) {
+    const float high = reduce<Max, R::kLanes>(largest[h]);
+    const float weight = weight_of(largest[h], high);
+    total[h] = reduce<Sum, R::kLanes>(total[h] * weight);
+#pragma unroll
+    for (int i = 0; i < R::kElements; ++i) {
+      const float x = reduce<Sum, R::kLanes>(sum[h][i] * weight);
+      const int at = R::index(lane, i);
+      if (threadIdx.x % kWarp < R::kLanes && at < d) soft[(warp * HEADS + h) * d + at] = x;
+    }
+    if (threadIdx.x % kWarp == 0) {
+      stats[(warp * HEADS + h) * 4] = high;
+      stats[(warp * HEADS + h) * 4 + 1] = total[h];
+    }
+  }
+}
+
+// phi^T H and phi^T s over the rows of H of a split, whose features stand in phi[f - begin][h].
+// Each warp leaves its sums in linear[warp][h][0 .. d) and stats[warp][h][2].
+template <typename S, int D, int HEADS>
+LOLA_DEVICE void read_out(const Params& p, int64_t page, int set, HeadRange heads, int begin,
+                          int end, const float* phi, float* linear, float* stats) {
+  using R = Row<S, D>;
+  constexpr int kGroups = kDecodeThreads / R::kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % R::kLanes;
+  const int group = static_cast<int>(threadIdx.x) / R::kLanes, d = D > 0 ? D : p.d;
+  float sum[HEADS][R::kElements], total[HEADS];
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) {
+    total[h] = 0;
+#pragma unroll
+    for (int i = 0; i < R::kElements; ++i) sum[h][i] = 0;
+  }
+  const int per_state = p.Hq / p.Hs, head0 = set * p.heads() + heads.first;
+  for (int state = head0 / per_state; state * per_state < head0 + heads.count; ++state) {
+    const int low = state * per_state - head0, high = low + per_state;  // heads of this state
+    const S* const H = p.H.at<const S>(page, state);
+    const S* const s = p.s.at<const S>(page, state);
+    for (int base = begin; base < end; base += kGroups * R::kUnroll) {
+      typename R::Raw rows[R::kUnroll];
+      float normal[R::kUnroll];
+#pragma unroll
+      for (int u = 0; u < R::kUnroll; ++u) {
+        const int f = base + u * kGroups + group;
+        rows[u] = R::load(H + (f < end ? f : begin) * p.H.stride[2], lane, d, f < end);
+        normal[u] = f < end ? to_float(s[f]) : 0.0f;
+      }
+#pragma unroll
+      for (int u = 0; u < R::kUnroll; ++u) {
+        const int f = base + u * kGroups + group;
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h) {
+          const bool ok = f < end && h >= low && h < high;
+          const float weight = ok ? phi[(f - begin) * HEADS + h] : 0.0f;
+          total[h] += weight * normal[u];
+#pragma unroll
+          for (int i = 0; i < R::kElements; ++i) sum[h][i] += weight * R::get(rows[u], i);
+        }
+      }
+    }
+  }
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+#pragma unroll
+  for (int h = 0; h < HEADS; ++h) {
+    total[h] = reduce<Sum, R::kLanes>(total[h]);
+#pragma unroll
+    for (int i = 0; i < R::kElements; ++i) {
+      const float x = reduce<Sum, R::kLanes>(sum[h][i]);
+      const int at = R::index(lane, i);
+      if (threadIdx.x % kWarp < R::kLanes && at < d) linear[(warp * HEADS + h) * d + at] = x;
+    }
+    if (threadIdx.x % kWarp == 0) stats[(warp * HEADS + h) * 4 + 2] = total[h];
+  }
+}
+
+inline std::size_t decode_shared(const Params& p, int heads) {
+  const std::size_t features = (2 * p.F + p.splits - 1) / p.splits;
+  return heads * (kDecodeWarps * (2 * p.d + 4) + features) * sizeof(float);
+}
+
+// Grid: (rows x sets, splits).
+template <typename T, int D, int HEADS>
+__global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const Params p) {
+  LOLA_SHARED(memory);
+  const int thread = threadIdx.x, split = blockIdx.y, d = D > 0 ? D : p.d;
+  const int set = static_cast<int>(blockIdx.x % p.Hg), num_heads = p.heads();
+  const int64_t row = blockIdx.x / p.Hg;
+  const int64_t head0 = static_cast<int64_t>(set) * num_heads;
+  if (!p.live(row)) {
+    if (p.splits > 1) return;  // the merge answers
+    for (int i = thread; i < num_heads * d; i += kDecodeThreads) {
+      answer(p, row, head0 + i / d, i % d, p.answer_of_padding(row));
+    }
+    return;
+  }
+  const int64_t page = p.slots[row], position = p.seq_lens[row] - 1;
+  const Pairs<T> pairs(p, row, page, set, position);
+  const bool folded = p.any_folded(position);
+  const int keys = (pairs.count + p.splits - 1) / p.splits, key0 = keys * split;
+  const int key1 = key0 + keys < pairs.count ? key0 + keys : pairs.count;
+  const int features = (2 * p.F + p.splits - 1) / p.splits, f0 = features * split;
+  const int f1 = f0 + features < 2 * p.F ? f0 + features : 2 * p.F;
+
+  float* const soft = reinterpret_cast<float*>(memory);    // [warps, HEADS, d]
+  float* const linear = soft + kDecodeWarps * HEADS * d;   // [warps, HEADS, d]
+  float* const stats = linear + kDecodeWarps * HEADS * d;  // [warps, HEADS, 4]
+  float* const phi = stats + kDecodeWarps * HEADS * 4;     // [f1 - f0, HEADS]
+  for (int first = 0; first < num_heads; first += HEADS) {
+    const int left = num_heads - first;
+    const HeadRange heads = {first, left < HEADS ? left : HEADS};
+    for (int i = thread; folded && i < (f1 - f0) * heads.count; i += kDecodeThreads) {
+      const int h = i / (f1 - f0), f = i % (f1 - f0);
+      phi[f * HEADS + h] = p.phi[(row * p.Hq + head0 + first + h) * 2 * p.F + f0 + f];
+    }
+    attend<T, D, HEADS>(p, row, set, heads, pairs, key0, key1, soft, stats);
+    __syncthreads();
+    if (folded) {
+      if (p.bf16_state) {
+        read_out<Bf16, D, HEADS>(p, page, set, heads, f0, f1, phi, linear, stats);
+      } else {
+        read_out<float, D, HEADS>(p, page, set, heads, f0, f1, phi, linear, stats);
+      }
+      __syncthreads();
+    }
+    for (int i = thread; i < heads.count * d; i += kDecodeThreads) {
+      const int h = i / d, at = i % d;
+      Answer sum;
+      for (int warp = 0; warp < kDecodeWarps; ++warp) {
+        const int part = warp * HEADS + h;
+        sum.add(stats + part * 4, soft[part * d + at], folded,
+                folded ? linear[part * d + at] : 0.0f);
+      }
+      const int64_t head = head0 + first + h;
+      if (p.splits == 1) {
+        answer(p, row, head, at, sum.value(p, head, folded));
+      } else {
+        float* const out = partial_row(p, row, head, split);
+        out[4 + at] = sum.soft;
+        if (folded) out[4 + d + at] = sum.linear;
+        if (at == 0) sum.store_stats(out, folded);
+      }
+    }
+    __syncthreads();  // before the next heads take the memory
+  }
+
+  const int sets = p.Hg / p.Hkv;
+  if (split == 0 && set % sets == 0) {
+    const int64_t at = p.exact_row(position);
+    T* const k = p.exact_k.at<T>(page, set / sets, at);
+    T* const v = p.exact_v.at<T>(page, set / sets, at);
+    for (int i = thread; i < d; i += kDecodeThreads) {
+      k[i] = pairs.new_k[i];
+      v[i] = pairs.new_v[i];
+    }
+  }
+}
+
+template <typename T>
+void launch_decode(const Params& p, bool vectors, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(p.rows * p.Hg), static_cast<unsigned>(p.splits));
+  const auto run = [&](auto kernel, int heads) {
+    launch("decode", kernel, grid, kDecodeThreads, decode_shared(p, heads), stream, p);
+  };
+  const auto run_size = [&](auto size) {
+    constexpr int D = decltype(size)::value;
+    if (p.heads() == 1) {
+      run(decode_kernel<T, D, 1>, 1);
+    } else if (p.heads() <= 4) {
+      run(decode_kernel<T, D, 4>, 4);
+    } else {
+      run(decode_kernel<T, D, 8>, 8);
+    }
+  };
+  if (vectors && p.d == 64) return run_size(std::integral_constant<int, 64>());
+  if (vectors && p.d == 96) return run_size(std::integral_constant<int, 96>());
+  if (vectors && p.d == 128) return run_size(std::integral_constant<int, 128>());
+  run(decode_kernel<T, 0, 1>, 1);
+}
+
+}  // namespace cuda
+}  // namespace lola

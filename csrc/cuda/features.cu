@@ -1,0 +1,84 @@
+// Feature maps of the queries, before decode: a block maps a few rows with one head's matrix, so
+// that the matrices are not read once per row.
+#include "cuda/launch.cuh"
+
+namespace lola {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kRows = kThreads / kWarp;  // a warp per row takes the softmaxes
+
+// Threads that stand side by side on the columns of the matrix; the others take more rows of it.
+__host__ __device__ int columns(int F) { return F <= 32 ? 32 : F <= 64 ? 64 : kThreads; }
+
+std::size_t shared_bytes(const Params& p) {
+  const std::size_t parts = kThreads / columns(p.F);
+  return kRows * (p.d + parts * p.F) * sizeof(float);
+}
+
+// Grid: heads x tiles of rows.
+__global__ void __launch_bounds__(kThreads) features_kernel(const Params p) {
+  LOLA_SHARED(memory);
+  const int thread = threadIdx.x, head = static_cast<int>(blockIdx.x % p.Hq);
+  const int64_t first = static_cast<int64_t>(blockIdx.x / p.Hq) * kRows;
+  bool active[kRows], any = false;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = first + r;
+    active[r] = row < p.rows && p.live(row) && p.any_folded(p.seq_lens[row] - 1);
+    any = any || active[r];
+  }
+  if (!any) return;
+
+  float* const q = reinterpret_cast<float*>(memory);  // [kRows, d]
+  float* const y = q + kRows * p.d;                   // [parts, kRows, F]
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t offset = (first + r) * p.q.stride[0] + head * p.q.stride[1];
+    for (int i = thread; i < p.d; i += kThreads) {
+      q[r * p.d + i] = active[r] ? load_any(p.q.data, p.q_type, offset + i) : 0.0f;
+    }
+  }
+  __syncthreads();
+
+  const int width = columns(p.F), parts = kThreads / width, part = thread / width;
+  const int share = (p.d + parts - 1) / parts, begin = part * share;
+  const int end = begin + share < p.d ? begin + share : p.d;
+  const float* const W = p.feature_map_q + static_cast<int64_t>(head) * p.d * p.F;
+  for (int f = thread % width; f < p.F; f += width) {
+    float sum[kRows] = {};
+#pragma unroll 8
+    for (int i = begin; i < end; ++i) {
+      const float w = W[static_cast<int64_t>(i) * p.F + f];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) sum[r] += q[r * p.d + i] * w;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) y[(part * kRows + r) * p.F + f] = sum[r];
+  }
+  __syncthreads();
+
+  const int warp = thread / kWarp, lane = thread % kWarp;
+  const int64_t row = first + warp;
+  if (row >= p.rows || !p.live(row) || !p.any_folded(p.seq_lens[row] - 1)) return;
+  float* const mine = y + warp * p.F;
+  for (int f = lane; f < p.F; f += kWarp) {
+    float sum = mine[f];
+    for (int other = 1; other < parts; ++other) sum += mine[other * kRows * p.F + f];
+    mine[f] = sum;
+  }
+  __syncwarp();
+  feature_map(mine, p.F, p.phi + (row * p.Hq + head) * 2 * p.F, lane);
+}
+
+}  // namespace
+
+void launch_features(const Params& p, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>((p.rows + kRows - 1) / kRows * p.Hq);
+  launch("decode: feature maps", features_kernel, dim3(blocks), kThreads, shared_bytes(p), stream,
+         p);
+}
+
+}  // namespace cuda
+}  // namespace lola

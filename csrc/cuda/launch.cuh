@@ -1,0 +1,25 @@
+// The host side of the kernels: one function per launch, instantiated in the .cu files.
+#pragma once
+
+#include "cuda/page.cuh"
+
+namespace lola {
+namespace cuda {
+
+// Writes phi(q) of every row whose page has folded pairs to `phi`.
+void launch_features(const Params& p, cudaStream_t stream);
+
+// Writes the new pairs and the answers, or partial answers where `splits` > 1. T: the type of keys
+// and values. `vectors`: rows of the pages, k and v start at multiples of 16 bytes.
+template <typename T>
+void launch_decode(const Params& p, bool vectors, cudaStream_t stream);
+
+// Joins the partial answers.
+void launch_merge(const Params& p, cudaStream_t stream);
+
+// The update of every row whose token count is due for one. T as above.
+template <typename T>
+void launch_update(const Params& p, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace lola

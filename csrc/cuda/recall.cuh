@@ -1,0 +1,149 @@
+// What an update does with candidates, a warp at a time: map keys, and their self-recall errors
+//   SRE = || v - phi(k)^T H / (phi(k)^T s + 1e-6) ||    (LoLA, arXiv 2505.23666, section 3.2).
+#pragma once
+
+#include "cuda/page.cuh"
+
+namespace lola {
+namespace cuda {
+
+constexpr int kTile = 4;  // candidates a warp works on: each element of W or H it reads serves four
+constexpr float kRecallEps = 1e-6f;
+
+__host__ __device__ constexpr int whole_vectors(int n) { return (n + 3) / 4 * 4; }
+
+// Candidates of an update: cached pairs by slot, then evicted ones by position.
+template <typename T>
+struct Candidates {
+  const Params& p;
+  int64_t page, start;
+  int set, kv, cached, count;
+
+  LOLA_DEVICE Candidates(const Params& params, int64_t page_, int set_, int64_t n)
+      : p(params), page(page_), set(set_), kv(set_ / (params.Hg / params.Hkv)) {
+    start = p.window_start(n - p.interval);
+    cached = p.num_sparse(n - p.interval);
+    count = cached + static_cast<int>(p.window_start(n) - start);
+  }
+  LOLA_DEVICE int position(int i) const {
+    return i < cached ? p.positions.template at<const int32_t>(page, set)[i]
+                      : static_cast<int>(start) + i - cached;
+  }
+  LOLA_DEVICE const T* k(int i) const {
+    return i < cached ? p.sparse_k.template at<const T>(page, set, i)
+                      : p.exact_k.template at<const T>(page, kv, p.exact_row(start + i - cached));
+  }
+  LOLA_DEVICE const T* v(int i) const {
+    return i < cached ? p.sparse_v.template at<const T>(page, set, i)
+                      : p.exact_v.template at<const T>(page, kv, p.exact_row(start + i - cached));
+  }
+};
+
+// A row of d elements as floats with zeros up to whole vectors; zeros alone where it is not valid.
+template <typename T>
+LOLA_DEVICE void load_row(float* to, const T* from, int d, bool valid, int lane) {
+  for (int i = lane; i < whole_vectors(d); i += kWarp) {
+    to[i] = valid && i < d ? to_float(from[i]) : 0.0f;
+  }
+}
+
+LOLA_DEVICE float element(const float4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+
+// acc[r][c] += sum_i a[r][i] b[i][column + 32 c] over i < rows, columns < width; a in shared memory
+// with rows of `lda`, zero from `rows` up to whole vectors.
+template <int C, typename B>
+LOLA_DEVICE void multiply(const float* a, int lda, const B* b, int64_t ldb, int rows, int column,
+                          int width, float (&acc)[kTile][C]) {
+  for (int i0 = 0; i0 < rows; i0 += 4) {
+    float4 x[kTile];
+#pragma unroll
+    for (int r = 0; r < kTile; ++r) x[r] = *reinterpret_cast<const float4*>(a + r * lda + i0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float y[C];
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const bool ok = i0 + i < rows && column + kWarp * c < width;
+        y[c] = ok ? to_float(b[(i0 + i) * ldb + column + kWarp * c]) : 0.0f;
+      }
+#pragma unroll
+      for (int r = 0; r < kTile; ++r) {
+#pragma unroll
+        for (int c = 0; c < C; ++c) acc[r][c] += element(x[r], i) * y[c];
+      }
+    }
+  }
+}
+
+// phi [kTile][whole_vectors(2F)] of the kTile keys in k [kTile][whole_vectors(d)], zero-padded.
+LOLA_DEVICE void map_keys(const Params& p, int state, const float* k, float* phi, int lane) {
+  const int ld = whole_vectors(2 * p.F);
+  const float* const W = p.feature_map_k + static_cast<int64_t>(state) * p.d * p.F;
+  for (int f0 = 0; f0 < p.F; f0 += 2 * kWarp) {
+    float y[kTile][2] = {};
+    multiply(k, whole_vectors(p.d), W, p.F, p.d, f0 + lane, p.F, y);
+#pragma unroll
+    for (int r = 0; r < kTile; ++r) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int f = f0 + lane + kWarp * c;
+        if (f < p.F) phi[r * ld + f] = y[r][c];
+      }
+    }
+  }
+  __syncwarp();
+  for (int r = 0; r < kTile; ++r) {
+    feature_map(phi + r * ld, p.F, phi + r * ld, lane);
+    if (lane < ld - 2 * p.F) phi[r * ld + 2 * p.F + lane] = 0;
+  }
+  __syncwarp();
+}
+
+// Norms of kTile values.
+template <typename T>
+LOLA_DEVICE void norms(const T* const (&v)[kTile], int d, int lane, float (&out)[kTile]) {
+#pragma unroll
+  for (int r = 0; r < kTile; ++r) {
+    float sum = 0;
+    for (int i = lane; i < d; i += kWarp) sum += to_float(v[r][i]) * to_float(v[r][i]);
+    out[r] = sqrtf(reduce<Sum>(sum));
+  }
+}
+
+// Errors of kTile candidates against one state head, of type S.
+template <typename T, typename S>
+LOLA_DEVICE void recall_errors(const Params& p, int64_t page, int state, const float* phi,
+                               const T* const (&v)[kTile], int lane, float (&errors)[kTile]) {
+  constexpr int kColumns = 4;
+  const int F2 = 2 * p.F, ld = whole_vectors(F2);
+  const S* const H = p.H.at<const S>(page, state);
+  const S* const s = p.s.at<const S>(page, state);
+  float scale[kTile] = {}, sum[kTile] = {};
+  for (int f = lane; f < F2; f += kWarp) {
+    const float x = to_float(s[f]);
+#pragma unroll
+    for (int r = 0; r < kTile; ++r) scale[r] += phi[r * ld + f] * x;
+  }
+#pragma unroll
+  for (int r = 0; r < kTile; ++r) scale[r] = 1.0f / (reduce<Sum>(scale[r]) + kRecallEps);
+  for (int first = 0; first < p.d; first += kColumns * kWarp) {
+    float recalled[kTile][kColumns] = {};
+    multiply(phi, ld, H, p.H.stride[2], F2, first + lane, p.d, recalled);
+#pragma unroll
+    for (int r = 0; r < kTile; ++r) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int at = first + lane + kWarp * c;
+        const float diff = at < p.d ? to_float(v[r][at]) - recalled[r][c] * scale[r] : 0.0f;
+        sum[r] += diff * diff;
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kTile; ++r) errors[r] = sqrtf(reduce<Sum>(sum[r]));
+}
+
+}  // namespace cuda
+}  // namespace lola

@@ -1,0 +1,251 @@
+// The update (LoLA, arXiv 2505.23666, section 3.3): evict, rescore all cached and evicted pairs,
+// keep the lam largest, fold the rest into H and s. A block is one row and sparse set; it leaves at
+// once unless its row is due, so that the launch is the same at every step.
+#include "cuda/launch.cuh"
+#include "cuda/recall.cuh"
+
+namespace lola {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kBatch = kWarps * kTile;  // candidates of a block at once
+
+struct Shared {
+  float *k, *v, *phi;  // [kBatch] rows of whole vectors
+  float* scores;       // [lam + interval], as are the next two
+  int* positions;
+  int* keep;
+  int* folded;   // [interval], candidates to fold, in order
+  int* arrived;  // [interval], evicted candidates to keep, in order
+  int* counts;   // numbers of folded, of these in the cache, of arrived
+
+  // Divides the block's memory; returns the bytes needed (with null: only that).
+  __host__ __device__ std::size_t carve(const Params& p, char* base) {
+    const std::size_t d = whole_vectors(p.d), F2 = whole_vectors(2 * p.F);
+    const std::size_t C = whole_vectors(static_cast<int>(p.interval));
+    const std::size_t E = whole_vectors(p.lam + static_cast<int>(p.interval));
+    float* next = reinterpret_cast<float*>(base);
+    std::size_t used = 0;
+    const auto take = [&](std::size_t count) {
+      float* const part = base == nullptr ? nullptr : next + used;
+      used += count;
+      return part;
+    };
+    k = take(kBatch * d);
+    v = take(kBatch * d);
+    phi = take(kBatch * F2);
+    scores = take(E);
+    positions = reinterpret_cast<int*>(take(E));
+    keep = reinterpret_cast<int*>(take(E));
+    folded = reinterpret_cast<int*>(take(C));
+    arrived = reinterpret_cast<int*>(take(C));
+    counts = reinterpret_cast<int*>(take(4));
+    return used * sizeof(float);
+  }
+};
+
+// Scores of all candidates: SRE, or its norm-relative mean over the state heads of a set. `fresh`:
+// nothing was folded yet, and H and s hold leftovers.
+template <typename T, typename S>
+LOLA_DEVICE void score(const Params& p, const Candidates<T>& c, bool fresh, const Shared& x) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, share = p.Hs / p.Hg;
+  const int ld = whole_vectors(p.d), last = c.count - 1;
+  float* const k = x.k + warp * kTile * ld;
+  float* const phi = x.phi + warp * kTile * whole_vectors(2 * p.F);
+  for (int first = warp * kTile; first < c.count; first += kBatch) {
+    const T* v[kTile];
+    for (int r = 0; r < kTile; ++r) {
+      const int i = first + r < c.count ? first + r : last;  // the rest of a tile repeats the last
+      v[r] = c.v(i);
+      if (!fresh) load_row(k + r * ld, c.k(i), p.d, true, lane);
+    }
+    __syncwarp();
+    float lengths[kTile], total[kTile] = {};
+    if (fresh || share > 1) norms(v, p.d, lane, lengths);
+    for (int j = 0; j < share; ++j) {
+      float errors[kTile];
+      if (fresh) {
+        for (int r = 0; r < kTile; ++r) errors[r] = lengths[r];
+      } else {
+        const int state = c.set * share + j;
+        map_keys(p, state, k, phi, lane);
+        recall_errors<T, S>(p, c.page, state, phi, v, lane, errors);
+      }
+      // Divided before they are summed: against an empty state each ratio is exactly 1, a tie.
+      for (int r = 0; r < kTile; ++r) {
+        total[r] += share == 1 ? errors[r] : errors[r] / fmaxf(lengths[r], kRecallEps);
+      }
+    }
+    for (int r = 0; r < kTile; ++r) {
+      // NaN counts as the largest: ranks need a total order.
+      const float mean = total[r] / static_cast<float>(share);
+      if (lane == 0 && first + r < c.count) {
+        x.scores[first + r] = mean == mean ? mean : -kMinusInf;
+      }
+    }
+    __syncwarp();  // before the next tile takes k and phi
+  }
+}
+
+// Marks the candidates to keep: those of rank below lam, ties to the older position.
+LOLA_DEVICE void select(int count, int lam, const Shared& x) {
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    bool keep = count <= lam;
+    if (!keep && lam > 0) {
+      const float score = x.scores[i];
+      const int position = x.positions[i];
+      int rank = 0;
+      for (int j = 0; j < count; ++j) {
+        const float other = x.scores[j];
+        rank += other > score || (other == score && x.positions[j] < position);
+      }
+      keep = rank < lam;
+    }
+    x.keep[i] = keep;
+  }
+}
+
+// Lists what is folded and what enters the cache, by the first warp.
+LOLA_DEVICE void list(int count, int cached, const Shared& x) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const unsigned before = (1u << lane) - 1;
+  int folded = 0, from_cache = 0, arrived = 0;
+  for (int first = 0; first < count; first += kWarp) {
+    const int i = first + lane;
+    const bool folds = i < count && !x.keep[i];
+    const bool arrives = i < count && x.keep[i] && i >= cached;
+    const unsigned folds_of = __ballot_sync(kAllLanes, folds);
+    const unsigned leaves_of = __ballot_sync(kAllLanes, folds && i < cached);
+    const unsigned arrives_of = __ballot_sync(kAllLanes, arrives);
+    if (folds) x.folded[folded + __popc(folds_of & before)] = i;
+    if (arrives) x.arrived[arrived + __popc(arrives_of & before)] = i;
+    folded += __popc(folds_of);
+    from_cache += __popc(leaves_of);
+    arrived += __popc(arrives_of);
+  }
+  if (lane == 0) {
+    x.counts[0] = folded;
+    x.counts[1] = from_cache;
+    x.counts[2] = arrived;
+  }
+}
+
+// H += sum phi(k) v^T and s += sum phi(k) over the folded candidates, for one state head. `fresh`:
+// H and s hold leftovers and are written instead.
+template <typename T, typename S>
+LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int count, bool fresh,
+                      const Shared& x) {
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  const int d = p.d, ld = whole_vectors(d), F2 = 2 * p.F, phi_ld = whole_vectors(F2);
+  const int blocks = phi_ld / 4, columns = ld / 4;  // a thread owns 4 x 4 elements of H
+  S* const s = p.s.at<S>(c.page, state);
+  for (int first = 0; first < count; first += kBatch) {
+    const int size = count - first < kBatch ? count - first : kBatch;
+    for (int r = 0; r < kTile; ++r) {
+      const int i = warp * kTile + r;
+      const int candidate = x.folded[i < size ? first + i : first];
+      load_row(x.k + i * ld, c.k(candidate), d, i < size, lane);
+      load_row(x.v + i * ld, c.v(candidate), d, i < size, lane);
+    }
+    __syncwarp();
+    if (warp * kTile < size) {
+      map_keys(p, state, x.k + warp * kTile * ld, x.phi + warp * kTile * phi_ld, lane);
+    }
+    __syncthreads();
+    const bool write = fresh && first == 0;
+    for (int item = thread; item < blocks * columns; item += kThreads) {
+      const int f = item / columns * 4, column = item % columns;
+      float sum[4][4] = {};
+      for (int i = 0; i < size; ++i) {
+        const float4 phi = *reinterpret_cast<const float4*>(x.phi + i * phi_ld + f);
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          const float v = x.v[i * ld + column + b * columns];
+#pragma unroll
+          for (int a = 0; a < 4; ++a) sum[a][b] += element(phi, a) * v;
+        }
+      }
+#pragma unroll
+      for (int a = 0; a < 4; ++a) {
+        S* const row = p.H.at<S>(c.page, state, f + a < F2 ? f + a : 0);
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          const int at = column + b * columns;
+          if (f + a < F2 && at < d) {
+            row[at] = Rounded<S>::of(write ? sum[a][b] : to_float(row[at]) + sum[a][b]);
+          }
+        }
+      }
+    }
+    for (int f = thread; f < F2; f += kThreads) {
+      float sum = write ? 0.0f : to_float(s[f]);
+      for (int i = 0; i < size; ++i) sum += x.phi[i * phi_ld + f];
+      s[f] = Rounded<S>::of(sum);
+    }
+    __syncthreads();  // before the next batch takes the memory
+  }
+}
+
+// The i-th pair that arrives takes the i-th slot that is empty or whose pair was folded.
+template <typename T>
+LOLA_DEVICE void replace(const Params& p, const Candidates<T>& c, const Shared& x) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int i = warp; i < x.counts[2]; i += kWarps) {
+    const int source = x.arrived[i];
+    const int slot = i < x.counts[1] ? x.folded[i] : c.cached + (i - x.counts[1]);
+    T* const k = p.sparse_k.at<T>(c.page, c.set, slot);
+    T* const v = p.sparse_v.at<T>(c.page, c.set, slot);
+    const T* const from_k = c.k(source);
+    const T* const from_v = c.v(source);
+    for (int j = lane; j < p.d; j += kWarp) {
+      k[j] = from_k[j];
+      v[j] = from_v[j];
+    }
+    if (lane == 0) p.positions.at<int32_t>(c.page, c.set)[slot] = x.positions[source];
+  }
+}
+
+// Grid: rows x sets.
+template <typename T, typename S>
+__global__ void __launch_bounds__(kThreads) update_kernel(const Params p) {
+  LOLA_SHARED(memory);
+  const int64_t row = blockIdx.x / p.Hg;
+  if (!p.live(row) || !p.update_due(p.seq_lens[row])) return;
+  const int64_t n = p.seq_lens[row];
+  const Candidates<T> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.Hg), n);
+  Shared x;
+  x.carve(p, memory);
+  for (int i = threadIdx.x; i < c.count; i += kThreads) x.positions[i] = c.position(i);
+  const bool fresh = !p.any_folded(n - p.interval);
+  if (c.count > p.lam && p.lam > 0) score<T, S>(p, c, fresh, x);  // else nothing is to be chosen
+  __syncthreads();
+  select(c.count, p.lam, x);
+  __syncthreads();
+  if (threadIdx.x < kWarp) list(c.count, c.cached, x);
+  __syncthreads();
+  for (int j = 0; j < p.Hs / p.Hg; ++j) {
+    fold<T, S>(p, c, c.set * (p.Hs / p.Hg) + j, x.counts[0], fresh, x);
+  }
+  replace(p, c, x);  // only now: what was folded is overwritten
+}
+
+}  // namespace
+
+template <typename T>
+void launch_update(const Params& p, cudaStream_t stream) {
+  const std::size_t shared = Shared().carve(p, nullptr);
+  const auto kernel = p.bf16_state ? update_kernel<T, Bf16> : update_kernel<T, float>;
+  launch("decode: update", kernel, dim3(static_cast<unsigned>(p.rows * p.Hg)), kThreads, shared,
+         stream, p);
+}
+
+template void launch_update<Bf16>(const Params&, cudaStream_t);
+template void launch_update<F16>(const Params&, cudaStream_t);
+template void launch_update<float>(const Params&, cudaStream_t);
+
+}  // namespace cuda
+}  // namespace lola
