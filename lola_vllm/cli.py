@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,29 +29,36 @@ _LOLA_OPTIONS: dict[str, tuple[type, str]] = {
 }
 
 
-def _add_lola_options(parser: argparse.ArgumentParser) -> None:
+def _add_lola_options(
+    parser: argparse.ArgumentParser, without: Collection[str] = ()
+) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("LoLA options", "keys of lola_config in config.json")
     for key, (kind, text) in _LOLA_OPTIONS.items():
-        metavar = "N" if kind is int else "NAME"
-        group.add_argument(f"--{key.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+        if key not in without:
+            metavar = "N" if kind is int else "NAME"
+            group.add_argument(f"--{key.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    return group
+
+
+def _add_state_heads(group: argparse._ArgumentGroup, default: str | None, named: str) -> None:
     group.add_argument(
         "--state-heads",
         choices=("kv", "query"),
-        default="kv",
-        help="key feature maps: one per KV head or one per query head (default: kv)",
+        default=default,
+        help=f"key feature maps: one per KV head or one per query head (default: {named})",
     )
 
 
 def _lola_config(args: argparse.Namespace) -> dict[str, Any]:
     """The keys of `lola_config` that the user gave."""
-    given = {key: getattr(args, key) for key in _LOLA_OPTIONS}
+    given = {key: getattr(args, key, None) for key in _LOLA_OPTIONS}
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _summarize(out: Path, config: LolaLlamaConfig, also: str = "") -> None:
+def _summarize(out: Path, config: LolaLlamaConfig, maps: str, also: str = "") -> None:
     lola = config.lola
     print(
-        f"LoLA checkpoint with untrained feature maps: {out} (window {lola.window_size}, "
+        f"LoLA checkpoint with {maps} feature maps: {out} (window {lola.window_size}, "
         f"sparse cache {lola.sparse_cache_size}, sinks {lola.sink_size}){also}"
     )
     print(f"next: vllm serve {shlex.quote(str(out))}")
@@ -61,7 +68,7 @@ def _init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="a local Llama")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
-    _add_lola_options(parser)
+    _add_state_heads(_add_lola_options(parser), "kv", "kv")
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.checkpoint.init import init_checkpoint
@@ -69,7 +76,44 @@ def _init(parser: argparse.ArgumentParser) -> None:
         config = init_checkpoint(
             args.base, args.out, _lola_config(args), args.state_heads, force=args.force
         )
-        _summarize(args.out, config)
+        _summarize(args.out, config, "untrained")
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="a local Llama")
+    parser.add_argument(
+        "--distill",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="LoLCATs' first stage: feature maps (.safetensors, else a torch.save file)",
+    )
+    parser.add_argument(
+        "--lora", type=Path, metavar="FILE", help="LoLCATs' second stage: adapters to merge"
+    )
+    parser.add_argument(
+        "--lora-alpha", type=float, metavar="X", help="scale of the adapters (default: 16)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
+    parser.add_argument("--force", action="store_true", help="replace a model at --out")
+    _add_lola_options(parser, without=("feature_dim",))
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.checkpoint.convert import convert_checkpoint
+
+        config = convert_checkpoint(
+            args.base,
+            args.distill,
+            args.out,
+            _lola_config(args),
+            args.lora,
+            lora_alpha=args.lora_alpha,
+            force=args.force,
+        )
+        _summarize(args.out, config, "LoLCATs", "; LoRA merged" if args.lora else "")
         return 0
 
     parser.set_defaults(run=run)
@@ -86,7 +130,7 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
         "$LOLA_VLLM_CACHE or ~/.cache/lola-vllm)",
     )
     parser.add_argument("--force", action="store_true", help="replace models that are there")
-    _add_lola_options(parser)
+    _add_state_heads(_add_lola_options(parser), "kv", "kv")
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.checkpoint.demo import build_demo_model
@@ -99,7 +143,8 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
             state_heads=args.state_heads,
             force=args.force,
         )
-        _summarize(args.out, config, f"; plain Llama: {args.base_out}" if args.base_out else "")
+        also = f"; plain Llama: {args.base_out}" if args.base_out else ""
+        _summarize(args.out, config, "untrained", also)
         return 0
 
     parser.set_defaults(run=run)
@@ -107,6 +152,7 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "init": (_init, "make a LoLA checkpoint from a Llama, with untrained identity feature maps"),
+    "convert": (_convert, "make a LoLA checkpoint from a Llama and what LoLCATs trained for it"),
     "demo-model": (
         _demo_model,
         "make a small LoLA checkpoint to try (SmolLM2-135M-Instruct; window 64, sparse cache 128 "

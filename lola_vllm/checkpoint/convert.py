@@ -1,0 +1,257 @@
+"""A LoLA checkpoint from a Llama and what LoLCATs training made for it (arXiv 2410.10254)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lola_vllm.checkpoint.files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    CheckpointError,
+    open_weights,
+    read_json,
+    read_shapes,
+    weight_files,
+    write_json,
+)
+from lola_vllm.checkpoint.init import _config_json, _copy_companions, _parse_config
+from lola_vllm.checkpoint.lolcats import Lora, read_distill, read_lora
+from lola_vllm.checkpoint.schema import (
+    LOLA_TENSORS,
+    WINDOW_FACTOR_INIT,
+    Shape,
+    check_tensors,
+    expected_tensors,
+)
+from lola_vllm.checkpoint.staging import check_output, staged_directory
+from lola_vllm.config import LolaConfig, LolaLlamaConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LORA_ALPHA = 16.0  # LoLCATs' own, with rank 8; LoRA files do not say
+
+_FROM_FILE = ("feature_dim", "num_state_heads")
+
+
+def convert_checkpoint(
+    base: Path,
+    distill: Path,
+    out: Path,
+    config_overrides: Mapping[str, Any],
+    lora: Path | None = None,
+    *,
+    lora_alpha: float | None = None,
+    force: bool = False,
+) -> LolaLlamaConfig:
+    """Write a LoLA checkpoint: the base's weights, LoRA merged in, and LoLCATs' feature maps.
+
+    `W' = W + (alpha / r) B A` is computed in float32 and cast to the dtype of W. Maps are cast to
+    the dtype of the layer's `q_proj`, window factors to float32; missing window factors become
+    -2.197 (g = 0.1). At most one safetensors file of the base is held in memory.
+
+    Args:
+        base: a Hugging Face Llama directory, sharded or not, embeddings tied or not.
+        distill: LoLCATs' first stage, feature maps and window factors.
+        out: where the checkpoint goes; it appears whole or not at all.
+        config_overrides: keys of `lola_config` to set, but not `feature_dim` and
+            `num_state_heads`, which follow from the file. `mixing` defaults to "lola".
+        lora: LoLCATs' second stage; feature maps in it replace those of `distill`.
+        lora_alpha: default 16. r follows from the file.
+        force: replace a model that is already at `out`.
+
+    Returns:
+        The config that was written.
+
+    Raises:
+        CheckpointError: an input that is missing, damaged or of another model, or an `out` in the
+            way.
+        LolaConfigError: overrides that are not valid.
+    """
+    for key in _FROM_FILE:
+        if key in config_overrides:
+            raise CheckpointError(f"{key} follows from {distill.name}; leave it out")
+    if lora_alpha is not None and lora is None:
+        raise CheckpointError(f"lora_alpha = {lora_alpha}: there is no LoRA file to scale")
+    alpha = LORA_ALPHA if lora_alpha is None else lora_alpha
+    if not math.isfinite(alpha):
+        raise CheckpointError(f"lora_alpha = {alpha}: must be a finite number")
+    lola_config = {"mixing": "lola", **config_overrides}
+    LolaConfig(**lola_config)
+    inputs = [base, distill, *([lora] if lora else [])]
+    check_output(out, force=force, inputs=inputs)  # before files are read
+
+    raw = _config_json(base, {}, "query")
+    llama = _parse_config(base, raw)
+    maps = read_distill(distill, llama)
+    adapters = read_lora(lora, llama, maps) if lora else Lora({}, {}, 0)
+    lola_config |= {"feature_dim": maps.feature_dim, "num_state_heads": maps.num_state_heads}
+    raw["lola_config"] = lola_config
+    config = _parse_config(base, raw)
+
+    expected = expected_tensors(config, maps.num_state_heads)
+    if not weight_files(base):
+        raise CheckpointError(
+            f"{base}: no safetensors files; convert other formats with save_pretrained first"
+        )
+    learned = {name: shape for name, shape in expected.items() if name.endswith(LOLA_TENSORS)}
+    check_tensors(expected, {**read_shapes(base), **learned})
+
+    with staged_directory(out, force=force, inputs=inputs) as staging:
+        write_json(staging / "config.json", raw)
+        _copy_companions(base, staging)
+        trained = {**maps.tensors, **adapters.maps}
+        _write_weights(base, staging, expected, trained, adapters, alpha)
+        check_tensors(expected, read_shapes(staging))
+        options = dict(config_overrides)
+        files = {"distill": distill}
+        if lora:
+            files["lora"] = lora
+            options["lora_alpha"] = f"{alpha:g}"
+        card = _model_card(base, files, lola_config, options)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+    return config
+
+
+def merge(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`W + scale * B A`, computed in float32 and cast to W's dtype.
+
+    Args:
+        weight: `[out, in]`. A: `[r, in]`. B: `[out, r]`. scale: alpha / r.
+    """
+    return (weight.float() + scale * (B.float() @ A.float())).to(weight.dtype)
+
+
+def _write_weights(
+    base: Path,
+    out: Path,
+    expected: Mapping[str, Shape],
+    trained: Mapping[str, Tensor],
+    lora: Lora,
+    alpha: float,
+) -> None:
+    """Write the base's files one by one; a layer's maps go into the file with its `q_proj`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for path in weight_files(base):
+        with open_weights(path) as source:
+            tensors: dict[str, Tensor] = {}
+            for name in source.keys():  # noqa: SIM118 (safe_open has no __iter__)
+                if name not in expected:
+                    continue  # buffers and a tied lm_head, see check_tensors
+                tensor = source.get_tensor(name)
+                if pair := lora.pairs.get(name):
+                    tensor = merge(tensor, *pair, alpha / pair[0].shape[0])
+                    if not bool(tensor.isfinite().all()):
+                        raise CheckpointError(
+                            f"{name}: not finite in {tensor.dtype} after merging the LoRA"
+                        )
+                tensors[name] = tensor
+                if name.endswith("self_attn.q_proj.weight"):
+                    prefix = name.removesuffix("q_proj.weight")
+                    tensors |= _layer_maps(prefix, trained, expected, tensor)
+            try:
+                save_file(tensors, str(out / path.name), metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk arrives as one of these
+                raise CheckpointError(f"cannot write {path.name}: {error}") from error
+        weight_map |= dict.fromkeys(tensors, path.name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    if set(weight_map.values()) != {SINGLE_NAME}:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(out / INDEX_NAME, index)
+
+
+def _layer_maps(
+    prefix: str, trained: Mapping[str, Tensor], expected: Mapping[str, Shape], like: Tensor
+) -> dict[str, Tensor]:
+    """The three LoLA tensors of the layer at `prefix`, maps in the dtype of `like`."""
+    import torch
+
+    tensors = {}
+    for kind in LOLA_TENSORS:
+        name = prefix + kind
+        # Copies: safetensors refuses strides, and tensors that share memory (tied maps do).
+        if name in trained:
+            dtype = torch.float32 if kind == "window_factors" else like.dtype
+            tensors[name] = trained[name].to(dtype, copy=True).contiguous()
+        else:
+            tensors[name] = torch.full(expected[name], WINDOW_FACTOR_INIT)
+    return tensors
+
+
+def _model_card(
+    base: Path,
+    files: Mapping[str, Path],
+    lola_config: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> str:
+    """`README.md`: what the checkpoint was made of and how. Names of files, never their paths.
+
+    `files` are the other inputs by option name, `options` the options without paths.
+    """
+    import yaml
+
+    name, licence = base.resolve().name, _licence(base)
+    metadata = {**licence, "pipeline_tag": "text-generation", "tags": ["lola", "linear-attention"]}
+    terms = licence.get("license_name") or licence.get("license")
+    command = ["lola-vllm", "convert", "--base", name]
+    for option, value in [*((role, path.name) for role, path in files.items()), *options.items()]:
+        command += [f"--{option.replace('_', '-')}", str(value)]
+    rows = [*(("base", path) for path in weight_files(base)), *files.items()]
+    inputs = "\n".join(f"| {role} | `{path.name}` | `{_sha256(path)}` |" for role, path in rows)
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---
+
+# {name} with LoLA attention
+
+`{name}` with its softmax attention replaced by LoLA (arXiv 2505.23666), using feature maps trained
+with LoLCATs (arXiv 2410.10254). vLLM needs the plugin `lola-vllm` to serve it.
+
+Licence of the base: {terms or "not stated in its card or config; look it up before publishing"}.
+
+## Made from
+
+| input | file | sha256 |
+|---|---|---|
+{inputs}
+
+    {shlex.join([*command, "--out", "DIR"])}
+
+## lola_config
+
+```json
+{json.dumps(lola_config, indent=2)}
+```
+"""
+
+
+def _licence(base: Path) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` as the base's card or config states them."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    found: dict[str, Any] = read_json(base / "config.json")
+    card = base / "README.md"
+    if card.is_file():
+        with suppress(ValueError, yaml.YAMLError):  # a bad card must not stop a conversion
+            found = {**found, **(metadata_load(card) or {})}
+    keys = ("license", "license_name", "license_link")
+    return {key: found[key] for key in keys if isinstance(found.get(key), str)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
