@@ -22,7 +22,7 @@ _LOLA_OPTIONS: dict[str, tuple[type, str]] = {
     "sparse_cache_size": (int, "exact pairs kept by self-recall error; 0 is LoLCATs"),
     "update_interval": (int, "tokens between two updates (default: the window size)"),
     "sink_size": (int, "first positions that stay exact for ever"),
-    "feature_dim": (int, "columns of a feature map (default, and only choice here: head size)"),
+    "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
     "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),
     "state_dtype": (str, "storage of the hidden state: float32 or bfloat16"),
     "sparse_sharing": (str, "sparse sets shared inside a KV group: none or kv_head"),
@@ -150,6 +150,44 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _estimate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="CONFIG|DIR",
+        help="config.json of a LoLA model or a plain Llama, or its directory; no weights needed",
+    )
+    parser.add_argument(
+        "--memory-gib", type=float, metavar="N", help="room for states: how many sequences fit"
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", metavar="NAME", help="of keys and values (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="numbers of one such rank"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    _add_state_heads(_add_lola_options(parser), None, "as the model says, else query")
+
+    def run(args: argparse.Namespace) -> int:
+        import json
+
+        from lola_vllm.estimate import estimate, format_table
+
+        result = estimate(
+            args.model,
+            _lola_config(args),
+            state_heads=args.state_heads,
+            dtype=args.dtype,
+            tensor_parallel_size=args.tensor_parallel_size,
+            memory_gib=args.memory_gib,
+        )
+        print(json.dumps(result.to_json(), indent=2) if args.json else format_table(result))
+        return 0
+
+    parser.set_defaults(run=run)
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "init": (_init, "make a LoLA checkpoint from a Llama, with untrained identity feature maps"),
     "convert": (_convert, "make a LoLA checkpoint from a Llama and what LoLCATs trained for it"),
@@ -158,6 +196,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
         "make a small LoLA checkpoint to try (SmolLM2-135M-Instruct; window 64, sparse cache 128 "
         "and 4 sinks unless told otherwise)",
     ),
+    "estimate": (_estimate, "memory per sequence, from config.json alone"),
 }
 
 

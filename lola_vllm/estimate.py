@@ -1,0 +1,300 @@
+"""What a LoLA model's sequences cost in memory, from its `config.json` alone.
+
+Needs no GPU, no weights and no vLLM. Bytes come from `StateLayout`, which the server allocates by.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lola_vllm.checkpoint.files import CheckpointError, read_json
+from lola_vllm.checkpoint.init import BASE_MODEL_TYPES
+from lola_vllm.checkpoint.schema import find_num_state_heads
+from lola_vllm.config import MODEL_TYPE, LolaConfig, LolaConfigError, LolaLlamaConfig
+from lola_vllm.state import StateLayout
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CONTEXTS = (4096, 32768, 131072)
+MIB, GIB = 2**20, 2**30
+
+# What StateLayout has in two parts, or in one for two purposes. Others are shown by their names.
+_SPARSE = ("sparse_k", "sparse_v")
+_EXACT = ("exact_k", "exact_v")
+# Llama's own defaults would silently stand in for these.
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout of the state, on one rank.
+
+    Attributes:
+        name: how the layout is chosen. chosen: whether it is the one the config asks for.
+        layout: one page. num_layers: pages per sequence.
+        memory_bytes: room for the states, None if it was not given.
+    """
+
+    name: str
+    chosen: bool
+    layout: StateLayout
+    num_layers: int
+    memory_bytes: int | None
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes per sequence of each part, all layers; they sum to `bytes_per_sequence`."""
+        layout, sizes = self.layout, self.layout.part_bytes
+        exact = sum(sizes[name] for name in _EXACT)
+        sinks = exact * layout.sink_size // (layout.sink_size + layout.ring_size)
+        parts = {
+            "window": exact - sinks,
+            "sinks": sinks,
+            "sparse K/V": sum(sizes[name] for name in _SPARSE),
+        }
+        parts |= {name: size for name, size in sizes.items() if name not in _SPARSE + _EXACT}
+        parts["alignment"] = layout.page_bytes - sum(sizes.values())
+        return {name: self.num_layers * size for name, size in parts.items()}
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        """One state: a page in every layer."""
+        return self.num_layers * self.layout.page_bytes
+
+    @property
+    def full_kv_bytes_per_token(self) -> int:
+        """What a token takes in a full KV cache of the same layers."""
+        layout = self.layout
+        pair = 2 * layout.num_kv_heads * layout.head_dim * layout.kv_dtype.itemsize
+        return self.num_layers * pair
+
+    def break_even_tokens(self, states: int = 1) -> int:
+        """Context beyond which a full KV cache is larger than `states` states."""
+        return -(-states * self.bytes_per_sequence // self.full_kv_bytes_per_token)
+
+    def sequences(self, states: int = 1) -> int | None:
+        """Sequences of `states` states that fit; vLLM keeps one more state as its null block."""
+        if self.memory_bytes is None:
+            return None
+        return max(0, self.memory_bytes // self.bytes_per_sequence - 1) // states
+
+    def to_json(self) -> dict[str, Any]:
+        """The row's numbers, bytes and tokens, ready for `json.dumps`."""
+        return {
+            "name": self.name,
+            "chosen": self.chosen,
+            "num_state_heads": self.layout.num_state_heads,
+            "num_sparse_heads": self.layout.num_sparse_heads,
+            "parts_bytes": self.parts,
+            "page_bytes": self.layout.page_bytes,
+            "bytes_per_sequence": self.bytes_per_sequence,
+            "mib_per_sequence": self.bytes_per_sequence / MIB,
+            "break_even_tokens": self.break_even_tokens(),
+            "break_even_tokens_with_prefix_caching": self.break_even_tokens(2),
+            "sequences": self.sequences(),
+            "sequences_with_prefix_caching": self.sequences(2),
+        }
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything that `lola-vllm estimate` prints.
+
+    Attributes:
+        model: the path it is of. lola: the parameters. config: the model's.
+        dtype: of keys and values. tensor_parallel_size: all numbers are of one such rank.
+        memory_gib: room for the states on a rank, if given.
+        rows: the layout that the config asks for, and the others that are possible.
+    """
+
+    model: Path
+    config: LolaLlamaConfig
+    lola: LolaConfig
+    dtype: str
+    tensor_parallel_size: int
+    memory_gib: float | None
+    rows: list[Row]
+
+    @property
+    def full_kv_bytes(self) -> dict[int, int]:
+        """Bytes of a full KV cache of one sequence on one rank, per context length."""
+        return {tokens: tokens * self.rows[0].full_kv_bytes_per_token for tokens in CONTEXTS}
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers, ready for `json.dumps`; those of rows are per tensor-parallel rank."""
+        return {
+            "model": str(self.model),
+            "num_layers": self.config.num_hidden_layers,
+            "num_attention_heads": self.config.num_attention_heads,
+            "num_key_value_heads": self.config.num_key_value_heads,
+            "head_dim": self.config.head_dim,
+            "dtype": self.dtype,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "memory_gib": self.memory_gib,
+            "lola_config": self.lola.model_dump(),
+            "full_kv_bytes": {str(tokens): size for tokens, size in self.full_kv_bytes.items()},
+            "layouts": [row.to_json() for row in self.rows],
+        }
+
+
+def estimate(
+    model: Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    state_heads: Literal["kv", "query"] | None = None,
+    dtype: str = "bfloat16",
+    tensor_parallel_size: int = 1,
+    memory_gib: float | None = None,
+) -> Estimate:
+    """Work out what a sequence costs.
+
+    Args:
+        model: a `config.json` or the directory it is in, of a LoLA model or a plain Llama.
+        overrides: keys of `lola_config` that replace the config's.
+        state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq); default: as config or tensors say, and
+            per query head, as LoLCATs trains them, where neither does.
+        dtype: of keys and values: "bfloat16", "float16" or "float32".
+        tensor_parallel_size: ranks that share the heads.
+        memory_gib: room for the states on a rank, in GiB.
+
+    Raises:
+        CheckpointError: a config that is missing, not a Llama's, or lacks its sizes, or an
+            argument that is not valid.
+        LolaConfigError: a `lola_config` or overrides that are not valid.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if memory_gib is not None and not 0 < memory_gib < float("inf"):
+        raise CheckpointError(f"memory_gib = {memory_gib}: must be a positive number")
+    config, is_lola = _read_config(model / "config.json" if model.is_dir() else model)
+    config.lola_config = dict(overrides or {})  # merges
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    assert isinstance(kv_heads, int)  # LlamaConfig fills it in
+    if state_heads is not None:
+        num_state_heads = {"kv": kv_heads, "query": heads}[state_heads]
+    elif is_lola:
+        num_state_heads = find_num_state_heads(config, model)
+    else:  # a Llama has no maps to look at, and its directory may lack the weights
+        num_state_heads = config.lola.num_state_heads or heads
+    config.lola.check_heads(heads, kv_heads, num_state_heads)
+    _check_ranks(tensor_parallel_size, heads, kv_heads, num_state_heads)
+    config.lola_config = {"num_state_heads": num_state_heads}
+    lola = config.lola
+
+    names = {heads: ", per query head", kv_heads: ", per KV head"}
+    chosen = (num_state_heads, lola.num_sparse_heads(num_state_heads, kv_heads))
+    rows = []
+    # Dicts keep the order and drop what is the same: where Hs = Hkv there is nothing to share.
+    for Hs, Hg in dict.fromkeys([(heads, heads), (heads, kv_heads), (kv_heads, kv_heads), chosen]):
+        shared = Hg != Hs
+        name = f"Hs = {Hs}{names.get(Hs, '')}"
+        rows.append(
+            Row(
+                name=f"{name}, shared sparse sets" if shared else name,
+                chosen=(Hs, Hg) == chosen,
+                layout=StateLayout.from_config(
+                    lola.model_copy(update={"sparse_sharing": "kv_head" if shared else "none"}),
+                    num_kv_heads=max(1, kv_heads // tensor_parallel_size),
+                    num_state_heads=max(1, Hs // tensor_parallel_size),
+                    head_dim=int(config.head_dim or 0),
+                    kv_dtype=DTYPES[dtype],
+                ),
+                num_layers=config.num_hidden_layers,
+                memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
+            )
+        )
+    return Estimate(model, config, lola, dtype, tensor_parallel_size, memory_gib, rows)
+
+
+def format_table(result: Estimate) -> str:
+    """The text that `lola-vllm estimate` prints: parts by layout, one column each."""
+    config, lola, rows = result.config, result.lola, result.rows
+    rank = (
+        "" if result.tensor_parallel_size == 1 else f", each of {result.tensor_parallel_size} ranks"
+    )
+    lines = [
+        f"{result.model}: {config.num_hidden_layers} layers, {config.num_attention_heads} query "
+        f"and {config.num_key_value_heads} KV heads of size {config.head_dim}, F "
+        f"{lola.feature_dim}, K/V {result.dtype}, hidden state {lola.state_dtype}",
+        f"window {lola.window_size}, sparse cache {lola.sparse_cache_size}, update interval "
+        f"{lola.update_interval}, sinks {lola.sink_size}",
+        "",
+        *(f"{_letter(i)} {row.name}{' (this config)' * row.chosen}" for i, row in enumerate(rows)),
+        "",
+    ]
+    table = [[f"MiB per sequence{rank}", *(_letter(i) for i in range(len(rows)))]]
+    for part in rows[0].parts:
+        if any(row.parts[part] for row in rows):
+            table.append([f"  {part}", *(f"{row.parts[part] / MIB:.2f}" for row in rows)])
+    table.append(["total", *(f"{row.bytes_per_sequence / MIB:.2f}" for row in rows)])
+    table.append(["break-even, tokens", *(f"{row.break_even_tokens():,}" for row in rows)])
+    table.append(["  with prefix caching", *(f"{row.break_even_tokens(2):,}" for row in rows)])
+    if result.memory_gib is not None:
+        room = f"sequences in {result.memory_gib:g} GiB"
+        table.append([room, *(f"{row.sequences():,}" for row in rows)])
+        table.append(["  with prefix caching", *(f"{row.sequences(2):,}" for row in rows)])
+    widths = [max(len(line[i]) for line in table) for i in range(len(rows) + 1)]
+    for line in table:
+        cells = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        lines.append("  ".join([line[0].ljust(widths[0]), *cells]))
+    full = ", ".join(
+        f"{size / MIB:,.0f} at {tokens // 1024}K" for tokens, size in result.full_kv_bytes.items()
+    )
+    lines += ["", f"A full KV cache, MiB per sequence{rank}: {full}."]
+    lines.append(
+        "With prefix caching, vLLM's default, a running sequence holds two states "
+        "(--no-enable-prefix-caching)."
+    )
+    return "\n".join(lines)
+
+
+def _letter(i: int) -> str:
+    return "ABCD"[i]
+
+
+def _read_config(path: Path) -> tuple[LolaLlamaConfig, bool]:
+    """The config, and whether it is a LoLA model's rather than a plain Llama's."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    raw = read_json(path)
+    supported = (MODEL_TYPE, *BASE_MODEL_TYPES)
+    if raw.get("model_type") not in supported:
+        raise CheckpointError(
+            f"{path}: model_type {raw.get('model_type')!r} is not supported; "
+            f"supported: {', '.join(supported)}"
+        )
+    for key in (*_REQUIRED, "num_key_value_heads", "head_dim"):
+        value = raw.get(key)
+        if value is None and key not in _REQUIRED:
+            continue  # derived from the others, as Llama does
+        if type(value) is not int or value < 1:
+            raise CheckpointError(
+                f"{path}: {key} = {json.dumps(value)}: must be a positive integer"
+            )
+    if not isinstance(raw.get("lola_config", {}), dict):
+        raise CheckpointError(f"{path}: lola_config = {raw['lola_config']!r}: must be an object")
+    try:
+        config = LolaLlamaConfig.from_dict({**raw, "model_type": MODEL_TYPE})
+    except LolaConfigError:
+        raise
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    assert isinstance(config, LolaLlamaConfig)
+    return config, raw["model_type"] == MODEL_TYPE
+
+
+def _check_ranks(ranks: int, heads: int, kv_heads: int, num_state_heads: int) -> None:
+    """As vLLM divides heads: KV heads may be fewer than ranks, then they are repeated."""
+    fits = ranks >= 1 and heads % ranks == 0
+    for count in (kv_heads, num_state_heads):
+        fits = fits and (count % ranks == 0 or ranks % count == 0)
+    if not fits:
+        raise CheckpointError(
+            f"tensor_parallel_size = {ranks}: {heads} query, {kv_heads} KV and {num_state_heads} "
+            f"state heads cannot be divided among so many ranks; use a divisor of {kv_heads}"
+        )

@@ -1,0 +1,298 @@
+"""`lola-vllm estimate`: numbers of the page layout, by hand for Llama-3.1-8B, and bad configs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lola_vllm import cli
+from lola_vllm.checkpoint import CheckpointError
+from lola_vllm.config import LolaConfig, LolaConfigError
+from lola_vllm.estimate import Estimate, Row, estimate, format_table
+from lola_vllm.state import StateLayout
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+MIB = 2**20
+
+
+def write(path: Path, **changes: object) -> Path:
+    """A `config.json` and nothing else; None takes a key away."""
+    config = {k: v for k, v in {**LLAMA_8B, **changes}.items() if v is not None}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return path / "config.json"
+
+
+def chosen(result: Estimate) -> Row:
+    (row,) = [row for row in result.rows if row.chosen]
+    return row
+
+
+def test_llama_8b_by_hand(tmp_path: Path) -> None:
+    """eta 64, lam 512, F 64: K and V rows of 128 x 2 bytes, H of 128 x 128 x 4 bytes a head."""
+    result = estimate(write(tmp_path), {"sparse_cache_size": 512})
+    window = 32 * 8 * 128 * 2 * 256 / MIB  # 64 pairs stay, and up to 64 more arrive
+    assert window == 16
+    by_hand = {
+        "Hs = 32, per query head": {
+            "sparse K/V": 32 * 32 * 512 * 2 * 256 / MIB,
+            "H": 32 * 32 * 128 * 128 * 4 / MIB,
+            "s": 32 * 32 * 128 * 4 / MIB,
+            "positions": 32 * 32 * 512 * 4 / MIB,
+        },
+        "Hs = 32, per query head, shared sparse sets": {
+            "sparse K/V": 32 * 8 * 512 * 2 * 256 / MIB,
+            "H": 32 * 32 * 128 * 128 * 4 / MIB,
+            "s": 32 * 32 * 128 * 4 / MIB,
+            "positions": 32 * 8 * 512 * 4 / MIB,
+        },
+        "Hs = 8, per KV head": {
+            "sparse K/V": 32 * 8 * 512 * 2 * 256 / MIB,
+            "H": 32 * 8 * 128 * 128 * 4 / MIB,
+            "s": 32 * 8 * 128 * 4 / MIB,
+            "positions": 32 * 8 * 512 * 4 / MIB,
+        },
+    }
+    assert [row.name for row in result.rows] == list(by_hand)
+    published = [330, 137, 89]  # these count the 64 pairs that stay, and no positions
+    for row, mib in zip(result.rows, published, strict=True):
+        expected = {"window": window, **by_hand[row.name]}
+        assert {n: size / MIB for n, size in row.parts.items() if size} == expected
+        assert row.bytes_per_sequence / MIB == sum(expected.values())
+        counted = row.bytes_per_sequence / MIB - window / 2 - expected["positions"]
+        assert counted == pytest.approx(mib, abs=1.6)
+    totals = [row.bytes_per_sequence / MIB for row in result.rows]
+    assert totals == [338.5, 145, 96.625]
+    assert result.full_kv_bytes == {4096: 512 * MIB, 32768: 4096 * MIB, 131072: 16384 * MIB}
+    # a token takes 128 KiB: 338.5 MiB / 128 KiB = 2708
+    assert [row.break_even_tokens() for row in result.rows] == [2708, 1160, 773]
+    assert chosen(result).name == "Hs = 32, per query head"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("ranks", [1, 2, 8, 16])
+@pytest.mark.parametrize("interval", [1, 5])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sink", [0, 3])
+def test_bytes_are_those_of_the_layout(
+    tmp_path: Path, dtype: str, ranks: int, interval: int, state_dtype: str, sink: int
+) -> None:
+    lola = {
+        "window_size": 7,
+        "sparse_cache_size": 9,
+        "update_interval": interval,
+        "sink_size": sink,
+        "feature_dim": 5,
+        "state_dtype": state_dtype,
+    }
+    result = estimate(write(tmp_path), lola, dtype=dtype, tensor_parallel_size=ranks)
+    kv, torch_dtype = max(1, 8 // ranks), getattr(torch, dtype)
+    for row, heads, sharing in zip(
+        result.rows, (32, 32, 8), ("none", "kv_head", "none"), strict=True
+    ):
+        config = LolaConfig(**lola, sparse_sharing=sharing)
+        Hs = max(1, heads // ranks)
+        layout = StateLayout.from_config(config, kv, Hs, 128, torch_dtype)
+        assert row.layout == layout
+        assert row.bytes_per_sequence == 32 * layout.page_bytes == sum(row.parts.values())
+        row_bytes = 32 * kv * 128 * 2 * torch_dtype.itemsize
+        assert row.parts["sinks"] == sink * row_bytes
+        assert row.parts["window"] == (7 + interval) * row_bytes
+        assert all(size >= 0 for size in row.parts.values())
+        rest = {name: 32 * size for name, size in layout.part_bytes.items()}
+        assert row.parts["sparse K/V"] == rest["sparse_k"] + rest["sparse_v"]
+        assert row.parts["H"] == rest["H"] and row.parts["s"] == rest["s"]
+    assert result.full_kv_bytes[4096] == 4096 * 32 * kv * 256 * torch_dtype.itemsize
+
+
+@pytest.mark.parametrize("memory", [0.1, 1, 24.5])
+def test_sequences_that_fit(tmp_path: Path, memory: float) -> None:
+    """As the server has it: one state is vLLM's null block, prefix caching needs two each."""
+    for row in estimate(write(tmp_path), memory_gib=memory).rows:
+        one, room = row.bytes_per_sequence, int(memory * 2**30)
+        states = row.sequences()
+        assert states is not None
+        if room >= one:
+            assert (states + 1) * one <= room < (states + 2) * one
+        else:
+            assert states == 0
+        assert row.sequences(2) == states // 2
+    assert chosen(estimate(write(tmp_path))).sequences() is None
+
+
+def test_break_even_is_where_a_full_cache_becomes_larger(tmp_path: Path) -> None:
+    result = estimate(write(tmp_path), {"sparse_cache_size": 77, "sink_size": 3})
+    for row in result.rows:
+        for states in (1, 2):
+            n, token = row.break_even_tokens(states), row.full_kv_bytes_per_token
+            assert (n - 1) * token < states * row.bytes_per_sequence <= n * token
+
+
+@pytest.mark.parametrize(
+    ("lola", "state_heads", "name"),
+    [
+        ({}, None, "Hs = 32, per query head"),
+        ({}, "kv", "Hs = 8, per KV head"),
+        ({"num_state_heads": 8}, None, "Hs = 8, per KV head"),
+        ({"num_state_heads": 8}, "query", "Hs = 32, per query head"),
+        ({"num_state_heads": 16}, None, "Hs = 16"),
+        ({"sparse_sharing": "kv_head"}, None, "Hs = 32, per query head, shared sparse sets"),
+        ({"sparse_sharing": "kv_head"}, "kv", "Hs = 8, per KV head"),
+    ],
+)
+def test_the_layout_of_the_config_is_marked(
+    tmp_path: Path, lola: dict[str, object], state_heads: str | None, name: str
+) -> None:
+    path = write(tmp_path, model_type="lola_llama", lola_config=lola)
+    result = estimate(path, state_heads=state_heads)  # type: ignore[arg-type]
+    assert chosen(result).name == name
+    assert len(result.rows) == (4 if name == "Hs = 16" else 3)
+    assert f"{name} (this config)" in format_table(result)
+
+
+def test_without_groups_there_is_one_layout(tmp_path: Path) -> None:
+    result = estimate(write(tmp_path, num_key_value_heads=None))
+    assert [row.layout.num_kv_heads for row in result.rows] == [32]
+
+
+def test_state_heads_come_from_the_tensors_of_a_lola_model(tmp_path: Path) -> None:
+    write(tmp_path, model_type="lola_llama", lola_config={})
+    maps = {"model.layers.0.self_attn.feature_map_k": torch.zeros(8, 128, 64)}
+    save_file(maps, tmp_path / "model.safetensors")
+    assert chosen(estimate(tmp_path)).layout.num_state_heads == 8
+
+
+def test_the_weights_of_a_plain_llama_are_not_looked_at(tmp_path: Path) -> None:
+    write(tmp_path)
+    index = {"weight_map": {"model.norm.weight": "missing.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert chosen(estimate(tmp_path)).layout.num_state_heads == 32
+
+
+def test_options_replace_the_keys_of_the_config(tmp_path: Path) -> None:
+    lola = {"window_size": 10, "sink_size": 4}
+    path = write(tmp_path, model_type="lola_llama", lola_config=lola, head_dim=64)
+    result = estimate(path, {"window_size": 20})
+    assert (result.lola.window_size, result.lola.sink_size) == (20, 4)
+    assert result.rows[0].layout.head_dim == 64
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": None}, "model_type None is not supported; supported: lola_llama, llama"),
+        ({"model_type": "bert"}, "model_type 'bert'"),
+        ({"hidden_size": None}, "hidden_size = null: must be a positive integer"),
+        ({"num_hidden_layers": None}, "num_hidden_layers = null"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ({"num_attention_heads": "32"}, 'num_attention_heads = "32"'),
+        ({"num_key_value_heads": -8}, "num_key_value_heads = -8"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads = 5"),
+        ({"head_dim": 1.5}, "head_dim = 1.5"),
+        ({"hidden_act": 7}, "config.json: .*hidden_act"),
+        ({"lola_config": {"window_siz": 3}}, "window_siz.*'window_size'"),
+        ({"lola_config": {"num_state_heads": 3}}, "num_state_heads = 3"),
+        ({"lola_config": 3}, "lola_config = 3"),
+    ],
+)
+def test_bad_configs(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = write(tmp_path, **changes)
+    with pytest.raises((CheckpointError, LolaConfigError), match=rf"(?s){message}"):
+        estimate(path)
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json there"):
+        estimate(tmp_path)
+    with pytest.raises(CheckpointError, match="no nowhere there"):
+        estimate(tmp_path / "nowhere")
+    for content in (b"{", b"[1]", b"\xff\x00"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"config\.json: (not valid|must hold)"):
+            estimate(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype = 'int8': must be one of bfloat16, float16, float32"),
+        ({"memory_gib": 0.0}, "memory_gib = 0"),
+        ({"memory_gib": float("nan")}, "memory_gib = nan"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size = 0"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size = 3.*use a divisor of 8"),
+        ({"tensor_parallel_size": 64}, "tensor_parallel_size = 64"),
+        ({"overrides": {"window_size": 0}}, "window_size = 0"),
+    ],
+)
+def test_bad_options(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises((CheckpointError, LolaConfigError), match=message):
+        estimate(write(tmp_path), **options)  # type: ignore[arg-type]
+
+
+# ---- the command
+
+
+def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["estimate", str(write(tmp_path)), "--sparse-cache-size", "512", "--memory-gib", "24"]
+    assert cli.main(argv) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for expected in (
+        "total 338.50 145.00 96.62",
+        "break-even, tokens 2,708 1,160 773",
+        "sequences in 24 GiB 71 168 253",
+        "with prefix caching 35 84 126",
+        "A full KV cache, MiB per sequence: 512 at 4K, 4,096 at 32K, 16,384 at 128K.",
+    ):
+        assert expected.split() in lines
+    assert not any(line[:1] == ["sinks"] for line in lines[3:])  # parts of no bytes are left out
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path)
+    options = "--json --window-size 32 --sink-size 4 --tensor-parallel-size 4 --dtype float16"
+    assert cli.main(["estimate", str(path), *options.split(), "--state-heads", "kv"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lola = {"window_size": 32, "sink_size": 4}
+    result = estimate(
+        path, lola, state_heads="kv", tensor_parallel_size=4, dtype="float16", memory_gib=None
+    )
+    assert found == result.to_json()
+    (row,) = [row for row in found["layouts"] if row["chosen"]]
+    assert row["num_state_heads"] == 2 and row["sequences"] is None
+    assert row["bytes_per_sequence"] == 32 * row["page_bytes"] == sum(row["parts_bytes"].values())
+    assert row["mib_per_sequence"] == row["bytes_per_sequence"] / MIB
+
+
+def test_errors_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["estimate", str(write(tmp_path, model_type="bert"))]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lola-vllm: error: ") and captured.out == ""
+
+
+def test_vllm_is_not_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from lola_vllm.cli import main; "
+        "assert main(['estimate', sys.argv[1]]) == 0; print('vllm' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(write(tmp_path))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.splitlines()[-1] == "False"
