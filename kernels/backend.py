@@ -36,7 +36,7 @@ def decode(
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
-    check(q, k, v, weights, layout, views, out)
+    strides = check(q, k, v, weights, layout, views, out)
     B = len(q)
     if slots.shape != (B,) or seq_lens.shape != (B,):
         raise ValueError(
@@ -46,9 +46,9 @@ def decode(
     if B == 0:
         return
     splits = splits or decode_kernels.choose_splits(layout, B, q.device)
-    decode_kernels.attend(q, k, v, weights, layout, views, slots, seq_lens, out, splits)
+    decode_kernels.attend(q, k, v, weights, layout, views, slots, seq_lens, out, strides, splits)
     scratch = scratch_buffers(layout, B, q.device)
-    update(weights.feature_map_k, layout, views, slots, seq_lens, 0, B, scratch)
+    update(weights.feature_map_k, layout, views, slots, seq_lens, 0, B, scratch, strides)
 
 
 def prefill(
@@ -68,7 +68,7 @@ def prefill(
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
-    check(q, k, v, weights, layout, views, out)
+    strides = check(q, k, v, weights, layout, views, out)
     R = len(slots)
     if query_start_loc.shape != (R + 1,) or context_lens.shape != (R,):
         raise ValueError(
@@ -79,5 +79,5 @@ def prefill(
         if tensor.device.type != "cpu":
             raise ValueError(f"{name}: on {tensor.device}, must be in host memory")
     prefill_kernels.prefill(
-        q, k, v, weights, layout, views, slots, query_start_loc, context_lens, out
+        q, k, v, weights, layout, views, slots, query_start_loc, context_lens, out, strides
     )

@@ -20,6 +20,7 @@ from lola_vllm.state import StateLayout, StateViews
 
 MIN_DOT = 16  # smallest side of a tensor-core product
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILE_BYTES = 16 * 1024  # of keys, and as much of values; two of each are in flight
 MAX_PAGE_BYTES = 2**31  # offsets within a page are 32-bit
 
 FEATURE_CHUNK = tl.constexpr(16)
@@ -158,6 +159,7 @@ def mix(m, norm, y_soft, y_lin, log_D, log_gate, SUBTRACT_MAX: tl.constexpr):
     return r[:, None] * y_soft + (1.0 - r)[:, None] * y_lin
 
 
+@functools.cache
 def constants(layout: StateLayout) -> dict[str, int]:
     """Compile-time arguments of every kernel: the page's shape and the padded tile sides."""
     return {
@@ -173,6 +175,12 @@ def constants(layout: StateLayout) -> dict[str, int]:
         "BLOCK_D": max(MIN_DOT, triton.next_power_of_2(layout.head_dim)),
         "BLOCK_F": max(MIN_DOT, triton.next_power_of_2(layout.feature_dim)),
     }
+
+
+def pairs_per_tile(layout: StateLayout) -> int:
+    """Keys and values that an attending program takes at a time, BLOCK_N."""
+    row = constants(layout)["BLOCK_D"] * layout.kv_dtype.itemsize
+    return min(64, max(MIN_DOT, TILE_BYTES // row))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -209,8 +217,12 @@ def check(
     layout: StateLayout,
     views: StateViews,
     out: Tensor,
-) -> None:
-    """Raise ValueError, naming the argument, unless the kernels can take the tensors."""
+) -> tuple[int, int, int]:
+    """The pages' strides (`page_strides`), if the kernels can take the tensors.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device that does not fit; names the argument.
+    """
     Hq, d, F = q.shape[1], layout.head_dim, layout.feature_dim
     Hkv, Hs = layout.num_kv_heads, layout.num_state_heads
     for name, tensor, shape in (
@@ -240,6 +252,7 @@ def check(
         raise ValueError(f"q: {Hq} heads, not a multiple of {Hs} state heads")
     if layout.page_bytes >= MAX_PAGE_BYTES:
         raise ValueError(f"layout: pages of {layout.page_bytes} bytes, 2 GiB or more")
+    return page_strides(views)
 
 
 @functools.cache

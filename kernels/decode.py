@@ -24,7 +24,7 @@ from lola_vllm.kernels.common import (
     features,
     mix,
     num_processors,
-    page_strides,
+    pairs_per_tile,
     precision,
     product,
     window_start,
@@ -32,7 +32,6 @@ from lola_vllm.kernels.common import (
 from lola_vllm.ops.contract import LolaWeights
 from lola_vllm.state import StateLayout, StateViews
 
-BLOCK_N = 64  # pairs per tile
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until there are about this many
 MAX_SPLITS = 32
 NUM_WARPS = 4
@@ -270,7 +269,7 @@ def choose_splits(layout: StateLayout, num_rows: int, device: torch.device) -> i
     programs = max(1, num_rows * layout.num_state_heads)
     wanted = PROGRAMS_PER_PROCESSOR * num_processors(device) // programs
     pairs = layout.sink_size + layout.ring_size + layout.sparse_cache_size
-    limit = min(MAX_SPLITS, wanted, triton.cdiv(pairs, BLOCK_N))
+    limit = min(MAX_SPLITS, wanted, triton.cdiv(pairs, pairs_per_tile(layout)))
     return 1 << max(0, limit.bit_length() - 1)
 
 
@@ -284,15 +283,17 @@ def attend(
     slots: Tensor,
     seq_lens: Tensor,
     out: Tensor,
+    strides: tuple[int, int, int],
     splits: int,
 ) -> None:
     """Write the new pairs and answer the queries; no update. Shapes as in `contract.DecodeOp`.
 
     Args:
+        strides: from `page_strides`.
         splits: parts that a row's pairs are cut into (`choose_splits`).
     """
     B, Hq, d = q.shape
-    state_page, kv_page, _ = page_strides(views)
+    state_page, kv_page, _ = strides
     if splits > 1:
         partial = torch.empty(B, Hq, splits + 1, d, dtype=torch.float32, device=q.device)
         stats = torch.empty(B, Hq, splits + 1, 2, dtype=torch.float32, device=q.device)
@@ -323,7 +324,7 @@ def decode_constants(
     return {
         "HQ": Hq,
         "BLOCK_Q": max(MIN_DOT, triton.next_power_of_2(Hq // layout.num_state_heads)),
-        "BLOCK_N": BLOCK_N,
+        "BLOCK_N": pairs_per_tile(layout),
         "SPLITS": splits,
         "SUBTRACT_MAX": subtract_max,
     }

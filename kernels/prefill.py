@@ -10,6 +10,7 @@ hidden state stand still, so its queries differ only in how much of the piece it
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ from lola_vllm.kernels.common import (
     constants,
     exact_row,
     mix,
-    page_strides,
+    pairs_per_tile,
     precision,
     read_state,
     window_start,
@@ -35,7 +36,6 @@ from lola_vllm.ops.contract import LolaWeights
 from lola_vllm.state import StateLayout, StateViews
 
 MAX_BLOCK_M = 32  # queries per program; 64 spill registers on sm_80 at d = 128
-BLOCK_N = 64  # pairs per tile
 NUM_WARPS = 4
 
 Ints = npt.NDArray[np.int64]
@@ -265,22 +265,28 @@ def prefill(
     query_start_loc: Tensor,
     context_lens: Tensor,
     out: Tensor,
+    strides: tuple[int, int, int],
 ) -> None:
-    """A run of new tokens per row, its arguments checked; shapes as in `contract.PrefillOp`."""
-    plan = plan_pieces(
-        query_start_loc.numpy().astype(np.int64), context_lens.numpy().astype(np.int64), layout
+    """A run of new tokens per row, its arguments checked; shapes as in `contract.PrefillOp`.
+
+    strides: from `page_strides`.
+    """
+    steps, pieces = _plan_on(
+        q.device,
+        layout,
+        query_start_loc.numpy().astype(np.int64).tobytes(),
+        context_lens.numpy().astype(np.int64).tobytes(),
     )
-    if not plan.steps:
+    if not steps:
         return
-    pieces = _to_device(torch.from_numpy(plan.pieces.astype(np.int32)), q.device)
     n, page = pieces[3], slots.index_select(0, pieces[4])
 
     d, Hq = q.shape[-1], q.shape[1]
-    state_page, kv_page, _ = page_strides(views)
+    state_page, kv_page, _ = strides
     own = prefill_constants(layout, Hq, weights.subtract_max)
     shape = {**constants(layout), **own, "PRECISION": precision(q.dtype)}
-    scratch = scratch_buffers(layout, max(step.count for step in plan.steps), q.device)
-    for step in plan.steps:
+    scratch = scratch_buffers(layout, max(step.count for step in steps), q.device)
+    for step in steps:
         num_blocks = triton.cdiv(step.longest, own["BLOCK_M"])
         prefill_kernel[(step.count * num_blocks, Hq)](
             q, k, v, out, weights.feature_map_q, weights.log_gate,
@@ -293,7 +299,7 @@ def prefill(
         if step.update:
             update(
                 weights.feature_map_k, layout, views, page, n, step.first, step.count, scratch,
-                step.score,
+                strides, step.score,
             )  # fmt: skip
 
 
@@ -306,13 +312,20 @@ def prefill_constants(layout: StateLayout, Hq: int, subtract_max: bool) -> dict[
     return {
         "HQ": Hq,
         "BLOCK_M": min(MAX_BLOCK_M, max(MIN_DOT, interval)),
-        "BLOCK_N": BLOCK_N,
+        "BLOCK_N": pairs_per_tile(layout),
         "SUBTRACT_MAX": subtract_max,
     }
 
 
-def _to_device(plan: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting: only pinned memory is read by the device in its own time."""
-    if device.type != "cuda":
-        return plan
-    return plan.pin_memory().to(device, non_blocking=True)
+@functools.lru_cache(maxsize=4)
+def _plan_on(
+    device: torch.device, layout: StateLayout, query_start_loc: bytes, context_lens: bytes
+) -> tuple[list[Step], Tensor]:
+    """The plan's steps and its pieces on a device, made once for all layers of a model's step."""
+    plan = plan_pieces(
+        np.frombuffer(query_start_loc, np.int64), np.frombuffer(context_lens, np.int64), layout
+    )
+    pieces = torch.from_numpy(plan.pieces.astype(np.int32))
+    if device.type == "cuda":  # only pinned memory is copied without waiting for the device
+        pieces = pieces.pin_memory().to(device, non_blocking=True)
+    return plan.steps, pieces

@@ -26,7 +26,6 @@ from lola_vllm.kernels.common import (
     exact_row,
     features,
     num_processors,
-    page_strides,
     product,
     read_state,
     window_start,
@@ -35,7 +34,7 @@ from lola_vllm.state import StateLayout, StateViews
 
 BLOCK_E = 32  # candidates scored, folded or replaced at a time
 BLOCK_R = 256  # rows whose token counts are looked at together
-PROGRAMS_PER_PROCESSOR = 4
+PROGRAMS_PER_PROCESSOR = 1  # the registers of one fill it, and idle ones should be one wave
 SCORE_WARPS, FOLD_WARPS = 8, 8  # four warps would spill registers at d = 128
 # The order of the scores decides which pairs stay exact, so plain TF32 will not do.
 PRECISION = "tf32x3"
@@ -58,10 +57,9 @@ def due_rows(
 
 
 @triton.jit
-def nth_row(due, rows, nth):
-    """The nth (from 0) of the due rows."""
-    rank = tl.cumsum(due.to(tl.int32), 0) - 1
-    return tl.sum(tl.where(due & (rank == nth), rows, 0), 0)
+def nth_row(due, rank, rows, nth):
+    """The nth (from 0) of the due rows; rank counts the due rows up to and with each row."""
+    return tl.sum(tl.where(due & (rank == nth + 1), rows, 0), 0)
 
 
 @triton.jit
@@ -158,9 +156,10 @@ def score_kernel(
     for base in range(first_row, end, BLOCK_R):
         rows = base + tl.arange(0, BLOCK_R)
         due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, LAM, C, ETA, SINK)
+        rank = tl.cumsum(due.to(tl.int32), 0)
         items = tl.sum(due.to(tl.int32), 0) * (HG * BLOCKS)
         for item in range(tl.program_id(0), items, tl.num_programs(0)):
-            row = nth_row(due, rows, item // (HG * BLOCKS)).to(tl.int64)
+            row = nth_row(due, rank, rows, item // (HG * BLOCKS)).to(tl.int64)
             group = item // BLOCKS % HG
             kv_head = group // (HG // HKV)
             page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
@@ -181,7 +180,7 @@ def score_kernel(
             # Before the first fold H and s are leftovers, and count as zero.
             num_features = tl.where(start - SINK > LAM, F, 0)
             norm = tl.sqrt_rn(tl.sum(v * v, 1))
-            norm = tl.where(norm < RECALL_EPS, RECALL_EPS, norm)
+            least = tl.where(norm < RECALL_EPS, RECALL_EPS, norm)
             total = tl.zeros([BLOCK_E], tl.float32)
             for i in range(SHARE):
                 head = group * SHARE + i
@@ -191,11 +190,10 @@ def score_kernel(
                     D, F, PRECISION,
                 )  # fmt: skip
                 error = v - predicted / (z + RECALL_EPS)[:, None]
-                size = tl.sqrt_rn(tl.sum(error * error, 1))
-                if SHARE > 1:
-                    # Rounded right: against an empty state every ratio is 1, an exact tie.
-                    size = tl.div_rn(size, norm)
-                total += size
+                # Against an empty state the error is the norm, and the ratios must tie exactly:
+                # so one sum serves both, and the division rounds as it should.
+                size = tl.where(num_features > 0, tl.sqrt_rn(tl.sum(error * error, 1)), norm)
+                total += size if SHARE == 1 else tl.div_rn(size, least)
             if SHARE > 1:
                 total = total / SHARE
             at = scores_ptr + ((row - first_row) * HG + group) * E + e
@@ -253,9 +251,10 @@ def fold_kernel(
     for base in range(first_row, end, BLOCK_R):
         rows = base + tl.arange(0, BLOCK_R)
         due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, 0, C, ETA, SINK)
+        rank = tl.cumsum(due.to(tl.int32), 0)
         items = tl.sum(due.to(tl.int32), 0) * HG
         for item in range(tl.program_id(0), items, tl.num_programs(0)):
-            row = nth_row(due, rows, item // HG).to(tl.int64)
+            row = nth_row(due, rank, rows, item // HG).to(tl.int64)
             group = item % HG
             kv_head = group // (HG // HKV)
             page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
@@ -285,8 +284,8 @@ def fold_kernel(
             free_at = lists_ptr + (scratch * 3 + 2) * C
             tl.store(folded_at + tl.cumsum(folded.to(tl.int32), 0) - 1, e, mask=folded)
             tl.store(new_at + tl.cumsum(new.to(tl.int32), 0) - 1, e, mask=new)
-            rank = tl.cumsum(free.to(tl.int32), 0) - 1
-            tl.store(free_at + rank, e, mask=free & (rank < C))
+            nth_free = tl.cumsum(free.to(tl.int32), 0) - 1
+            tl.store(free_at + nth_free, e, mask=free & (nth_free < C))
             num_folded = tl.sum(folded.to(tl.int32), 0)
             num_new = tl.sum(new.to(tl.int32), 0)
             tl.debug_barrier()  # the lists are read by other threads than wrote them
@@ -349,6 +348,7 @@ def update(
     first_row: int,
     num_rows: int,
     scratch: tuple[Tensor, Tensor],
+    strides: tuple[int, int, int],
     score: bool = True,
 ) -> None:
     """Evict, rescore, select, fold and replace in the rows that are at an update point.
@@ -357,10 +357,10 @@ def update(
         feature_map_k: `[Hs, d, F]`.
         slots, n: `[>= first_row + num_rows]`, any integer dtypes: page and tokens seen of each row.
         first_row, num_rows: the rows to look at.
-        scratch: from `scratch_buffers`.
+        scratch: from `scratch_buffers`. strides: from `page_strides`.
         score: False where the caller knows that no row's cache overflows.
     """
-    state_page, kv_page, positions_page = page_strides(views)
+    state_page, kv_page, positions_page = strides
     scores, lists = scratch
     shape = {**constants(layout), "BLOCK_E": BLOCK_E, "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
     Hg, E = layout.num_sparse_heads, layout.sparse_cache_size + layout.update_interval

@@ -20,8 +20,8 @@ CHECKS = {
     "splits": 11,
     "sizes": 5,
     "batch": 3,
-    "hard": 7,
-    "arguments": 2,
+    "hard": 8,
+    "arguments": 3,
 }
 
 

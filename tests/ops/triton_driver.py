@@ -17,8 +17,8 @@ from problem import (
 )
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.kernels import backend, prefill
-from lola_vllm.kernels.decode import BLOCK_N
+from lola_vllm.kernels import aot, backend, decode, prefill
+from lola_vllm.kernels.common import pairs_per_tile
 from lola_vllm.ops import torch as portable
 
 ETA = 10
@@ -111,7 +111,8 @@ def splits():
     ):  # fmt: skip
         check(problem, cuts, decode_from=decode_from)
         yield f"cuts {list(cuts)}, decode from {decode_from}"
-    config = config_of(sparse_cache_size=2 * BLOCK_N + 5, window_size=30, update_interval=12)
+    tile = pairs_per_tile(problem.layout())
+    config = config_of(sparse_cache_size=2 * tile + 5, window_size=30, update_interval=12)
     problem = make_problem(190, config, group=2, Hkv=1, dtype=torch.float32)
     for mixing, parts in itertools.product(("lola", "lolcats"), (1, 2, 4)):
         problem.config = config.model_copy(update={"mixing": mixing})
@@ -140,7 +141,7 @@ def sizes():
 def batch():
     """Rows of different lengths are independent; padding touches nothing and answers zero."""
     config = config_of(sparse_cache_size=5, update_interval=7, sink_size=2)
-    counts = [1, 4, 9, 10, 23, 57]
+    counts = [1, 14, 9, 10, 23, 57]  # row 1 is padding, and at an update point
     rows = [make_problem(T + 3, config, dtype=torch.float32, seed=T) for T in counts]
     for row in rows[1:]:  # one layer: the rows share the weights
         row.feature_map_q, row.feature_map_k = rows[0].feature_map_q, rows[0].feature_map_k
@@ -166,12 +167,12 @@ def batch():
         out = torch.full_like(q.contiguous(), torch.nan)
         context = torch.zeros(6, dtype=torch.int32)
         backend.prefill(q, k, v, weights, layout, views, slots, starts, context, out)
-        assert (out[1:5] == 0).all()
+        assert (out[1:15] == 0).all()
         for step in range(3):
             q, k, v = pack(lambda c, at=step: slice(c + at, c + at + 1))
             answer = torch.full_like(q.contiguous(), torch.nan)
             seq_lens = torch.tensor(counts, dtype=torch.int32) + step + 1
-            seq_lens[1] = 0  # as in a padded CUDA graph
+            seq_lens[1] = 0 if parts == 1 else 21  # vLLM's padding says 0, the contract nothing
             backend.decode(q, k, v, weights, layout, views, slots, seq_lens, answer, splits=parts)
             assert (answer[1] == 0).all()
             for i in live:
@@ -220,6 +221,15 @@ def hard():
             torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
         yield f"large logits, {mixing}"
 
+    # Features far below the floor: s holds the floor's sum, to the last bits.
+    config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=3, feature_dim=8)
+    problem = make_problem(9, config, dtype=torch.float32, scale=40.0)
+    _, _, views = run(problem)
+    expected = problem.reference()[1].s
+    assert expected.min() < 3e-12
+    torch.testing.assert_close(views.s[SLOT].double(), expected, rtol=1e-4, atol=0)
+    yield "the features' floor"
+
     # Equal tokens share v, so their errors against an empty state are exactly equal.
     config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=12, feature_dim=8)
     problem = make_problem(13, config, dtype=torch.float32)
@@ -236,13 +246,14 @@ def hard():
 
     # A NaN in the data must not cost a neighbour its slot: as many stay as there are slots.
     config = config_of(sparse_cache_size=4, update_interval=5)
-    problem = make_problem(40, config, dtype=torch.float32)
-    problem.v[3, 0] = torch.nan
-    _, layout, views = run(problem)
-    positions = views.positions[SLOT]
-    assert (positions[0] == 3).any() and all(len(set(p.tolist())) == 4 for p in positions)
-    _, _, expected = run(problem, ops=portable)
-    assert torch.equal(positions[1], expected.positions[SLOT, 1])
+    for sign in (1.0, -1.0):
+        problem = make_problem(40, config, dtype=torch.float32)
+        problem.v[3, 0] = torch.tensor(torch.nan).copysign(torch.tensor(sign))
+        _, layout, views = run(problem)
+        positions = views.positions[SLOT]
+        assert (positions[0] == 3).any() and all(len(set(p.tolist())) == 4 for p in positions)
+        _, _, torch_views = run(problem, ops=portable)
+        assert torch.equal(positions, torch_views.positions[SLOT])
     yield "a NaN value"
 
     # The reference sees the same inputs. Bounds are wide because the interpreter cuts float32 off
@@ -288,6 +299,13 @@ def arguments():
         else:
             raise AssertionError(f"a bad {name} was taken")
     yield "bad arguments are named"
+
+    page = aot.llama_8b()
+    decode.num_processors = lambda device: 132
+    device = torch.device("cpu")
+    counts = [decode.choose_splits(page, rows, device) for rows in (1, 4, 16, 17, 512)]
+    assert counts == [8, 8, 2, 1, 1]  # 640 pairs are 10 tiles; two programs per processor
+    yield "splits follow the shapes"
 
     layout = make_problem(1, config_of(update_interval=7, sink_size=2)).layout()
     start, context = torch.tensor([0, 30, 30, 31, 60]).numpy(), torch.tensor([0, 5, 27, 8]).numpy()
