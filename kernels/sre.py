@@ -76,6 +76,7 @@ def sre_kernel(  # type: ignore[no-untyped-def]
     k = tl.load(k_at, mask=k_ok[:, None] & col_ok[None, :], other=0.0).to(tl.float32)
     v = tl.load(v_at, mask=e_ok[:, None] & col_ok[None, :], other=0.0).to(tl.float32)
 
+    norm = tl.sqrt(tl.sum(v * v, 1))
     total = tl.zeros([BLOCK], tl.float32)
     # One stage: prefetching the next head's W and H would not fit shared memory at d = 128.
     for i in tl.range(0, SHARE, num_stages=1):
@@ -110,11 +111,15 @@ def sre_kernel(  # type: ignore[no-untyped-def]
         predicted = tl.dot(down, h_down, predicted, input_precision=PRECISION)
         z = tl.sum(up * s_up[None, :], 1) + tl.sum(down * s_down[None, :], 1) + 1e-6
         diff = v - predicted / z[:, None]
-        total += tl.sqrt(tl.sum(diff * diff, 1))
+        error = tl.sqrt(tl.sum(diff * diff, 1))
+        if SHARE > 1:
+            # Divided before it is summed: against an empty state every ratio is exactly 1, and
+            # the tie is the older pair's.
+            error = tl.div_rn(error, tl.where(norm < 1e-6, 1e-6, norm))
+        total += error
 
     if SHARE > 1:
-        norm = tl.sqrt(tl.sum(v * v, 1))
-        total = total / SHARE / tl.where(norm < 1e-6, 1e-6, norm)
+        total = tl.div_rn(total, SHARE * 1.0)
     tl.store(out_ptr + (row * num_sets + group) * E + e64, total, mask=e_ok)
 
 

@@ -15,7 +15,7 @@ from lola_vllm.ops.contract import Backend
 logger = logging.getLogger("vllm.lola")
 
 ENV = "LOLA_VLLM_OPS"
-NAMES = ("auto", "torch", "native")
+NAMES = ("auto", "torch", "native", "triton")
 
 
 @functools.cache
@@ -32,19 +32,40 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
     wanted = os.environ.get(ENV, "auto")
     if wanted not in NAMES:
         raise ValueError(f"{ENV} = {wanted!r}: must be one of {', '.join(NAMES)}")
-    fits = device_type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    built = wanted != "torch" and fits and native.load()
-    if wanted == "native" and not built:
-        raise ValueError(
-            f"{ENV} = 'native': the C++ ops run float32 and bfloat16 models on a CPU, not {dtype} "
-            f"on {device_type}; unset it"
-            if not fits
-            else f"{ENV} = 'native': the C++ extension is not built; run "
-            "'pip install --no-build-isolation -e .' with g++ installed, or unset it"
-        )
-    if built:
-        backend = Backend(f"native ({native.cpu_isa()})", native.decode, native.prefill)
+    serving = {
+        "native": _native(device_type, dtype),
+        "triton": _triton(device_type, dtype),
+        "torch": Backend("torch", portable.decode, portable.prefill),
+    }
+    if wanted == "auto":
+        backend = next(b for b in serving.values() if isinstance(b, Backend))
     else:
-        backend = Backend("torch", portable.decode, portable.prefill)
+        chosen = serving[wanted]
+        if isinstance(chosen, str):
+            raise ValueError(f"{ENV} = {wanted!r}: {chosen}; or unset it")
+        backend = chosen
     logger.info("LoLA ops on %s: %s", device_type, backend.name)
     return backend
+
+
+def _native(device_type: str, dtype: torch.dtype) -> Backend | str:
+    """The C++ back end, or why it cannot serve."""
+    if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return f"the C++ ops run float32 and bfloat16 on a CPU, not {dtype} on {device_type}"
+    if not native.load():
+        return (
+            "the C++ extension is not built; run 'pip install --no-build-isolation -e .' with "
+            "g++ installed"
+        )
+    return Backend(f"native ({native.cpu_isa()})", native.decode, native.prefill)
+
+
+def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
+    """The Triton back end, or why it cannot serve."""
+    if device_type != "cuda" or dtype == torch.float64:
+        return f"the Triton kernels run on CUDA devices, not {dtype} on {device_type}"
+    try:
+        from lola_vllm.kernels import backend as kernels
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install triton"
+    return Backend("triton", kernels.decode, kernels.prefill)

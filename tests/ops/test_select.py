@@ -30,9 +30,19 @@ def test_choice(monkeypatch, wanted, dtype, name):
     assert choose_backend("cpu", dtype).name.startswith(name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_gpu_gets_triton(monkeypatch, dtype):
+    monkeypatch.delenv("LOLA_VLLM_OPS", raising=False)
+    assert choose_backend("cuda", dtype).name == "triton"
+
+
 @pytest.mark.parametrize(
     ("wanted", "device", "words"),
-    [("cuda", "cpu", "'cuda': must be one of"), ("native", "cuda", "on cuda")],
+    [
+        ("cuda", "cpu", "'cuda': must be one of"),
+        ("native", "cuda", "on cuda"),
+        ("triton", "cpu", "on cpu"),
+    ],
 )
 def test_impossible_wishes_are_refused(monkeypatch, wanted, device, words):
     monkeypatch.setenv("LOLA_VLLM_OPS", wanted)
