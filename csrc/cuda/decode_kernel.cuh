@@ -17,6 +17,12 @@ namespace cuda {
 constexpr int kDecodeThreads = 128;
 constexpr int kDecodeWarps = kDecodeThreads / kWarp;
 
+// Blocks a processor holds at once: bounds the registers, so that nothing is spilled.
+template <int D, int HEADS>
+constexpr int kDecodeBlocks = HEADS > 4             ? 2
+                              : D == 0 || HEADS > 1 ? 3
+                                                    : 4;
+
 // The pairs a query sees, in one numbering: sparse cache, sinks, window, the new one.
 template <typename T>
 struct Pairs {
@@ -225,7 +231,8 @@ inline std::size_t decode_shared(const Params& p, int heads) {
 
 // Grid: (rows x sets, splits).
 template <typename T, int D, int HEADS>
-__global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const Params p) {
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
+    decode_kernel(const Params p) {
   LOLA_SHARED(memory);
   const int thread = threadIdx.x, split = blockIdx.y, d = D > 0 ? D : p.d;
   const int set = static_cast<int>(blockIdx.x % p.Hg), num_heads = p.heads();

@@ -1,9 +1,10 @@
 // CUDA without a GPU: the kernels as plain C++, for tests of their arithmetic and their barriers.
 //
 // A block runs on one OS thread; its CUDA threads are fibers that switch only at barriers and warp
-// exchanges, in a new random order each time, so that a missing barrier shows as a wrong result in
-// some run. Blocks run in random order. Shared memory starts as NaN and ends in a guard that is
-// checked. What this cannot show: hardware limits, alignment faults and races between instructions.
+// exchanges. Warps and lanes take turns in random order and a warp runs as far as it can, so that a
+// missing barrier shows as a wrong result. Blocks run in random order. Shared memory starts as NaN
+// and ends in a guard that is checked. What this cannot show: hardware limits, alignment faults and
+// races between instructions.
 #pragma once
 
 #include <setjmp.h>
@@ -70,7 +71,7 @@ inline std::vector<Warp> warps;
 inline Barrier block_barrier;
 inline jmp_buf scheduler;
 inline Fiber* current = nullptr;
-inline uint64_t progress = 0;  // barrier arrivals and exits: a round without any is a deadlock
+inline uint64_t progress = 0;  // barrier arrivals and exits: a pass without any changed nothing
 inline void (*run_body)(void*) = nullptr;
 inline void* body = nullptr;
 inline std::mt19937 random{20240601};
@@ -106,11 +107,24 @@ __attribute__((noinline)) inline void resume(unsigned thread) {
   }
 }
 
+// Runs every lane of a warp once, from a random one on, up or down; whether any of them moved on.
+inline bool run_warp(unsigned warp, unsigned threads) {
+  const uint64_t before = progress;
+  const unsigned first = warp * 32, lanes = std::min(32u, threads - first);
+  const auto choice = static_cast<unsigned>(random());
+  for (unsigned i = 0; i < lanes; ++i) {
+    const unsigned step = choice % 2 ? i : lanes - 1 - i;
+    const unsigned thread = first + (choice / 2 + step) % lanes;
+    if (!fibers[thread].done) resume(thread);
+  }
+  return progress != before;
+}
+
+// A warp runs until it waits for others, so that the warps are as far apart as barriers allow.
 inline void run_block(unsigned threads) {
   block_barrier = {};
   warps.assign((threads + 31) / 32, Warp{});
   if (fibers.size() < threads) fibers.resize(threads);
-  std::vector<unsigned> order(threads);
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
@@ -121,20 +135,19 @@ inline void run_block(unsigned threads) {
     makecontext(&fiber.entry, fiber_main, 0);
     fiber.started = fiber.done = false;
     fiber.parity = 0;
-    order[i] = i;
   }
-  for (bool running = true; running;) {
-    const uint64_t before = progress;
-    std::swap(order[random() % threads], order[random() % threads]);
-    if (random() % 8 == 0) std::shuffle(order.begin(), order.end(), random);
-    running = false;
-    for (const unsigned i : order) {
-      if (fibers[i].done) continue;
-      resume(i);
-      running = running || !fibers[i].done;
+  std::vector<unsigned> order(warps.size());
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+  for (bool moved = true; moved;) {
+    moved = false;
+    std::shuffle(order.begin(), order.end(), random);
+    for (const unsigned warp : order) {
+      while (run_warp(warp, threads)) moved = true;
     }
-    LOLA_CHECK(!running || progress != before, "emulation: some threads wait at a barrier that ",
-               "others do not reach");
+  }
+  for (unsigned i = 0; i < threads; ++i) {
+    LOLA_CHECK(fibers[i].done, "emulation: thread ", i, " waits at a barrier that others do not ",
+               "reach");
   }
 }
 

@@ -95,11 +95,12 @@ void run(const Params& p, bool vectors, cudaStream_t stream) {
   launch_update<T>(p, stream);
 }
 
+// phi and moments are left alone: scores are computed anew at every update.
 void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
             const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
-            const Tensor& exact_k, const Tensor& exact_v, const Tensor& /* phi: scores are */,
-            const Tensor& /* moments: computed anew */, const Tensor& slots, const Tensor& seq_lens,
+            const Tensor& exact_k, const Tensor& exact_v, const Tensor& /* phi */,
+            const Tensor& /* moments */, const Tensor& slots, const Tensor& seq_lens,
             const Tensor& out, bool subtract_max, int64_t window, int64_t interval, int64_t sink) {
   const LolaSizes sizes = check_sizes({q, k, v, feature_map_q, feature_map_k, log_gate, H, s,
                                        positions, sparse_k, sparse_v, exact_k, exact_v, slots, out},

@@ -56,17 +56,19 @@ LOLA_DEVICE float element(const float4& x, int i) {
 template <int C, typename B>
 LOLA_DEVICE void multiply(const float* a, int lda, const B* b, int64_t ldb, int rows, int column,
                           int width, float (&acc)[kTile][C]) {
+  b += column;
+#pragma unroll 1
   for (int i0 = 0; i0 < rows; i0 += 4) {
     float4 x[kTile];
 #pragma unroll
     for (int r = 0; r < kTile; ++r) x[r] = *reinterpret_cast<const float4*>(a + r * lda + i0);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i, b += ldb) {
       float y[C];
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         const bool ok = i0 + i < rows && column + kWarp * c < width;
-        y[c] = ok ? to_float(b[(i0 + i) * ldb + column + kWarp * c]) : 0.0f;
+        y[c] = ok ? to_float(b[kWarp * c]) : 0.0f;
       }
 #pragma unroll
       for (int r = 0; r < kTile; ++r) {

@@ -211,7 +211,7 @@ LOLA_DEVICE void replace(const Params& p, const Candidates<T>& c, const Shared& 
 
 // Grid: rows x sets.
 template <typename T, typename S>
-__global__ void __launch_bounds__(kThreads) update_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
   LOLA_SHARED(memory);
   const int64_t row = blockIdx.x / p.Hg;
   if (!p.live(row) || !p.update_due(p.seq_lens[row])) return;
