@@ -256,7 +256,7 @@ def test_the_model_card_says_what_went_in(base: Path, tmp_path: Path) -> None:
         (None, {}, "Licence of the base: not stated"),
         ("---\nlicense: [\n---\n", {}, "Licence of the base: not stated"),
         (None, {"license": "apache-2.0"}, "Licence of the base: apache-2.0."),
-        ("---\nlicense: mit\n---\n", {}, "Licence of the base: mit."),
+        ("---\nlicense: mit\n---\n", {"license": "other"}, "Licence of the base: mit."),
     ],
 )
 def test_the_licence_comes_from_card_or_config(

@@ -278,6 +278,9 @@ def test_force_never_deletes_an_input(base: Path, tmp_path: Path) -> None:
     distill = save(work / "d.pt", distill_tensors())
     with pytest.raises(CheckpointError, match="would replace"):
         convert_checkpoint(base, distill, work, {}, force=True)
+    lora, safe = save(work / "l.pt", lora_tensors()), save(tmp_path / "d.pt", distill_tensors())
+    with pytest.raises(CheckpointError, match="would replace"):
+        convert_checkpoint(base, safe, work, {}, lora, force=True)
     with pytest.raises(CheckpointError, match="--force"):
-        convert_checkpoint(base, save(tmp_path / "d.pt", distill_tensors()), work, {})
-    assert distill.exists()
+        convert_checkpoint(base, safe, work, {})
+    assert distill.exists() and lora.exists()

@@ -244,6 +244,14 @@ def test_bad_options(tmp_path: Path, options: dict[str, object], message: str) -
         estimate(write(tmp_path), **options)  # type: ignore[arg-type]
 
 
+def test_state_heads_that_ranks_cannot_share(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 2}
+    path = write(tmp_path, **sizes)
+    assert estimate(path, tensor_parallel_size=4).rows[0].layout.num_state_heads == 3
+    with pytest.raises(CheckpointError, match="12 query, 2 KV and 6 state heads"):
+        estimate(path, {"num_state_heads": 6}, tensor_parallel_size=4)
+
+
 # ---- the command
 
 
