@@ -14,9 +14,6 @@
 namespace lola {
 namespace {
 
-// Longest piece of a prompt handled at once: bounds the scratch where the interval is very long.
-constexpr int64_t kMaxPiece = 256;
-
 // Intervals below this are walked token by token: blocks of so few queries gain nothing.
 constexpr int64_t kShortInterval = 8;
 
@@ -27,6 +24,7 @@ struct Kernels {
   decltype(&baseline::lola_scratch) scratch;
   decltype(&baseline::decode_run) decode;
   decltype(&baseline::sequence_run) sequence;
+  decltype(&baseline::stream_run) stream;
   decltype(&baseline::attend_run) attend;
   decltype(&baseline::update_run) update;
 };
@@ -34,14 +32,14 @@ struct Kernels {
 Kernels kernels() {
   switch (cpu_isa()) {
     case Isa::avx512:
-      return {avx512::lola_scratch, avx512::decode_run, avx512::sequence_run, avx512::attend_run,
-              avx512::update_run};
+      return {avx512::lola_scratch, avx512::decode_run, avx512::sequence_run,
+              avx512::stream_run,   avx512::attend_run, avx512::update_run};
     case Isa::avx2:
-      return {avx2::lola_scratch, avx2::decode_run, avx2::sequence_run, avx2::attend_run,
-              avx2::update_run};
+      return {avx2::lola_scratch, avx2::decode_run, avx2::sequence_run,
+              avx2::stream_run,   avx2::attend_run, avx2::update_run};
     default:
       return {baseline::lola_scratch, baseline::decode_run, baseline::sequence_run,
-              baseline::attend_run, baseline::update_run};
+              baseline::stream_run,   baseline::attend_run, baseline::update_run};
   }
 }
 
@@ -54,34 +52,25 @@ void parallel(int64_t items, int64_t grain, int64_t scratch_bytes, const Body& b
   });
 }
 
+// Whether that many equal items keep the threads busy without anything finer.
+bool fills_threads(int64_t items) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t rounds = (items + threads - 1) / threads;
+  return 10 * items >= 7 * rounds * threads;
+}
+
 // The runs cut at the update points; piece i of every run is one step.
 std::vector<std::vector<Sequence>> steps_of(const LolaArgs& a, const std::vector<Sequence>& runs) {
   std::vector<std::vector<Sequence>> steps;
   for (const Sequence& run : runs) {
     int64_t done = 0;
     for (std::size_t step = 0; done < run.count; ++step) {
-      const int64_t position = run.position + done;
-      const int64_t count =
-          std::min({run.count - done, kMaxPiece, a.interval - position % a.interval});
       if (steps.size() <= step) steps.emplace_back();
-      steps[step].push_back({run.page, run.token + done, position, count});
-      done += count;
+      steps[step].push_back(next_piece(a, run, done));
+      done += steps[step].back().count;
     }
   }
   return steps;
-}
-
-void write_pairs(const LolaArgs& a, const std::vector<Sequence>& pieces) {
-  const int64_t bytes = a.d * size_of(a.exact_k.dtype);
-  for (const Sequence& piece : pieces) {
-    for (int64_t t = 0; t < piece.count; ++t) {
-      const int64_t row = a.exact_row(piece.position + t);
-      for (int64_t h = 0; h < a.Hkv; ++h) {
-        copy_row(a.exact_k.at(piece.page, h, row), a.k.at(piece.token + t, h), bytes);
-        copy_row(a.exact_v.at(piece.page, h, row), a.v.at(piece.token + t, h), bytes);
-      }
-    }
-  }
 }
 
 }  // namespace
@@ -113,25 +102,34 @@ void prefill_cpu(const LolaArgs& a, int64_t rows, const Indices& query_start,
       for (int64_t h = 0; h < a.Hq; ++h) std::fill_n(a.out.at(t, h), token_bytes, 0);
     }
   }
+  const int64_t streams = static_cast<int64_t>(runs.size()) * a.Hkv;
   if (a.interval < kShortInterval) {
-    parallel(static_cast<int64_t>(runs.size()) * a.Hkv, 1, run.scratch(a, Phase::decode),
+    parallel(streams, 1, run.scratch(a, Phase::decode),
              [&](int64_t begin, int64_t end, char* memory) {
                run.sequence(a, runs.data(), begin, end, memory);
              });
     return;
   }
+  if (fills_threads(streams)) {
+    parallel(streams, 1, run.scratch(a, Phase::stream),
+             [&](int64_t begin, int64_t end, char* memory) {
+               run.stream(a, runs.data(), begin, end, memory);
+             });
+    return;
+  }
+  // Fewer heads than threads: their blocks of queries are shared out, at the price of waiting for
+  // each other at every piece.
   const int64_t attend_scratch = run.scratch(a, Phase::attend);
   const int64_t update_scratch = run.scratch(a, Phase::update);
   const int64_t block = query_block(a);
   for (const std::vector<Sequence>& pieces : steps_of(a, runs)) {
-    write_pairs(a, pieces);
     std::vector<AttendItem> items;
     std::vector<Sequence> due;
     for (const Sequence& piece : pieces) {
+      for (int64_t kv = 0; kv < a.Hkv; ++kv) write_pairs(a, piece, kv);
       for (int64_t set = 0; set < a.Hg; ++set) {
         for (int64_t first = 0; first < piece.count; first += block) {
-          items.push_back({piece.page, set, piece.token + first, piece.position, first,
-                           std::min(block, piece.count - first)});
+          items.push_back(attend_item(piece, set, first, block));
         }
       }
       if (a.update_due(piece.position + piece.count)) due.push_back(piece);

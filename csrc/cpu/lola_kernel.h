@@ -58,6 +58,33 @@ void sequence_items(const LolaArgs& a, const Sequence* sequences, int64_t begin,
   }
 }
 
+// A run of one KV head from its first piece to its last, with no other thread to wait for.
+template <typename T>
+void stream_items(const LolaArgs& a, const Sequence* runs, int64_t begin, int64_t end,
+                  char* memory) {
+  PrefillScratch<T> x;
+  UpdateScratch<T> update;
+  const int64_t used = carve_prefill<T>(a, memory, &x), sets = a.Hg / a.Hkv;
+  carve_update<T>(a, memory + used, &update);
+  const int64_t block = query_block(a);
+  for (int64_t item = begin; item < end; ++item) {
+    const Sequence& run = runs[item / a.Hkv];
+    const int64_t kv = item % a.Hkv;
+    for (int64_t done = 0; done < run.count;) {
+      const Sequence piece = next_piece(a, run, done);
+      write_pairs(a, piece, kv);
+      for (int64_t set = kv * sets; set < (kv + 1) * sets; ++set) {
+        for (int64_t first = 0; first < piece.count; first += block) {
+          attend_block<T>(a, attend_item(piece, set, first, block), x);
+        }
+        const int64_t n = piece.position + piece.count;
+        if (a.update_due(n)) update_set<T>(a, piece.page, set, n, update);
+      }
+      done += piece.count;
+    }
+  }
+}
+
 template <typename T>
 void attend_items(const LolaArgs& a, const AttendItem* items, int64_t begin, int64_t end,
                   char* memory) {
@@ -82,9 +109,9 @@ int64_t scratch_of(const LolaArgs& a, Phase phase) {
   DecodeScratch<T> decode;
   PrefillScratch<T> prefill;
   UpdateScratch<T> update;
-  return phase == Phase::decode   ? carve_decode<T>(a, nullptr, &decode)
-         : phase == Phase::attend ? carve_prefill<T>(a, nullptr, &prefill)
-                                  : carve_update<T>(a, nullptr, &update);
+  if (phase == Phase::decode) return carve_decode<T>(a, nullptr, &decode);
+  const int64_t attend = phase == Phase::update ? 0 : carve_prefill<T>(a, nullptr, &prefill);
+  return attend + (phase == Phase::attend ? 0 : carve_update<T>(a, nullptr, &update));
 }
 
 }  // namespace
@@ -107,6 +134,14 @@ void sequence_run(const LolaArgs& a, const Sequence* s, int64_t begin, int64_t e
     sequence_items<double>(a, s, begin, end, memory);
   } else {
     sequence_items<float>(a, s, begin, end, memory);
+  }
+}
+
+void stream_run(const LolaArgs& a, const Sequence* s, int64_t begin, int64_t end, char* memory) {
+  if (a.exact_k.dtype == DType::f64) {
+    stream_items<double>(a, s, begin, end, memory);
+  } else {
+    stream_items<float>(a, s, begin, end, memory);
   }
 }
 

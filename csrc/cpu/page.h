@@ -73,7 +73,7 @@ struct AttendItem {
   int64_t page, set, token, position, first, count;
 };
 
-enum class Phase { decode, attend, update };
+enum class Phase { decode, stream, attend, update };
 
 // Queries per block: about a hundred rows of logits, so that a block's stay in L2.
 inline int64_t query_block(const LolaArgs& a) {
@@ -84,6 +84,34 @@ inline int64_t query_block(const LolaArgs& a) {
 // Copies a row of d elements of the same dtype.
 inline void copy_row(char* to, const char* from, int64_t bytes) {
   __builtin_memcpy(to, from, static_cast<unsigned long>(bytes));
+}
+
+// Longest piece of a prompt handled at once: bounds the scratch where the interval is very long.
+constexpr int64_t kMaxPiece = 256;
+
+// The piece of a run that follows its first `done` tokens: up to the next update point.
+inline Sequence next_piece(const LolaArgs& a, const Sequence& run, int64_t done) {
+  const int64_t position = run.position + done;
+  int64_t count = run.count - done;
+  if (count > a.interval - position % a.interval) count = a.interval - position % a.interval;
+  if (count > kMaxPiece) count = kMaxPiece;
+  return {run.page, run.token + done, position, count};
+}
+
+// Queries first .. first + block of a piece, or what there is of them.
+inline AttendItem attend_item(const Sequence& piece, int64_t set, int64_t first, int64_t block) {
+  const int64_t left = piece.count - first;
+  return {piece.page, set, piece.token + first, piece.position, first, left < block ? left : block};
+}
+
+// Puts a piece's new pairs of one KV head in their rows of the exact store.
+inline void write_pairs(const LolaArgs& a, const Sequence& piece, int64_t kv) {
+  const int64_t bytes = a.d * size_of(a.exact_k.dtype);
+  for (int64_t t = 0; t < piece.count; ++t) {
+    const int64_t row = a.exact_row(piece.position + t);
+    copy_row(a.exact_k.at(piece.page, kv, row), a.k.at(piece.token + t, kv), bytes);
+    copy_row(a.exact_v.at(piece.page, kv, row), a.v.at(piece.token + t, kv), bytes);
+  }
 }
 
 // Marks the candidates to keep: the lam of largest score, ties to the older position.

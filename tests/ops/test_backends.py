@@ -18,13 +18,20 @@ TOLERANCE = {
 }
 
 
-@pytest.fixture(params=["torch", "native"])
+@pytest.fixture(params=["torch", "native", "native-many-threads"])
 def ops(request):
-    """A back end's module; the C++ extension is part of a development set-up."""
+    """A back end's module; the C++ extension is part of a development set-up.
+
+    With more threads than heads the C++ prefill divides its work in another way.
+    """
     if request.param == "torch":
-        return portable
+        yield portable
+        return
     assert native.load()
-    return native
+    threads = torch.get_num_threads()
+    torch.set_num_threads(16 if request.param == "native-many-threads" else 1)
+    yield native
+    torch.set_num_threads(threads)
 
 
 def run(ops, problem, cuts, *, slot=2, decode_from=None, extra_stride=0):
