@@ -207,8 +207,7 @@ void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, s
     const auto limit =
         static_cast<std::size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
     LOLA_CHECK(shared <= limit, name, ": needs ", shared, " bytes of shared memory, a block of ",
-               "this device has ", limit,
-               "; use a smaller sparse_cache_size, update_interval or feature_dim");
+               "this device has ", limit, "; it grows with the head size and feature_dim");
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared)),
           name);

@@ -34,6 +34,7 @@ cudaStream_t current_stream(int device) {
 constexpr int64_t kBlocksPerProcessor = 2;  // fewer leave processors idle: split the state
 constexpr int64_t kSplitRows = 64;          // keys and rows of H that are worth a block
 constexpr int64_t kMaxSplits = 32;
+constexpr int64_t kSharedList = 8192;  // longer lists of an update lie in memory
 
 Type check_type(const Tensor& t, const char* name) {
   const ScalarType type = t.scalar_type();
@@ -172,6 +173,9 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fea
       q, {p.splits > 1 ? p.rows * p.Hq : 0, p.splits, p.partial_size()}, ScalarType::Float);
   p.phi = static_cast<float*>(phi.data_ptr());
   p.partial = static_cast<float*>(partial.data_ptr());
+  const int64_t list = p.list_size() <= kSharedList ? 0 : p.list_size();
+  const Tensor lists = torch::stable::new_empty(q, {p.rows, p.Hg, list}, ScalarType::Int);
+  p.lists = list == 0 ? nullptr : static_cast<int*>(lists.data_ptr());
   const cudaStream_t stream = current_stream(device);
   if (type == Type::bf16) {
     run<Bf16>(p, vectors, stream);

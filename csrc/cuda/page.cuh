@@ -50,6 +50,7 @@ struct Params {
   Indices slots, seq_lens;     // [rows]
   float* phi;                  // [rows, Hq, 2F], scratch
   float* partial;              // [rows, Hg, splits, Hq / Hg, partial_size()], scratch
+  int* lists;  // [rows, Hg, list_size()], scratch of updates that shared memory is too small for
   int64_t pages, rows;
   int64_t window, interval, sink;
   int Hq, Hkv, Hs, Hg, d, F, lam, splits;
@@ -57,6 +58,8 @@ struct Params {
 
   __host__ __device__ int heads() const { return Hq / Hg; }
   __host__ __device__ int partial_size() const { return 4 + 2 * d; }
+  // Score, position and mark of each candidate of an update; those to fold and those that arrive.
+  __host__ __device__ int64_t list_size() const { return 3 * (lam + interval) + 2 * interval; }
 
   LOLA_DEVICE int64_t ring() const { return window + interval; }
   LOLA_DEVICE int64_t exact_row(int64_t position) const {

@@ -14,37 +14,30 @@ constexpr int kBatch = kWarps * kTile;  // candidates of a block at once
 
 struct Shared {
   float *k, *v, *phi;  // [kBatch] rows of whole vectors
+  int* counts;         // numbers of folded, of these in the cache, of arrived
   float* scores;       // [lam + interval], as are the next two
-  int* positions;
-  int* keep;
-  int* folded;   // [interval], candidates to fold, in order
-  int* arrived;  // [interval], evicted candidates to keep, in order
-  int* counts;   // numbers of folded, of these in the cache, of arrived
+  int *positions, *keep;
+  int *folded, *arrived;  // [interval], candidates to fold, and evicted ones to keep, in order
 
-  // Divides the block's memory; returns the bytes needed (with null: only that).
-  __host__ __device__ std::size_t carve(const Params& p, char* base) {
-    const std::size_t d = whole_vectors(p.d), F2 = whole_vectors(2 * p.F);
-    const std::size_t C = whole_vectors(static_cast<int>(p.interval));
-    const std::size_t E = whole_vectors(p.lam + static_cast<int>(p.interval));
-    float* next = reinterpret_cast<float*>(base);
-    std::size_t used = 0;
-    const auto take = [&](std::size_t count) {
-      float* const part = base == nullptr ? nullptr : next + used;
-      used += count;
-      return part;
-    };
-    k = take(kBatch * d);
-    v = take(kBatch * d);
-    phi = take(kBatch * F2);
-    scores = take(E);
-    positions = reinterpret_cast<int*>(take(E));
-    keep = reinterpret_cast<int*>(take(E));
-    folded = reinterpret_cast<int*>(take(C));
-    arrived = reinterpret_cast<int*>(take(C));
-    counts = reinterpret_cast<int*>(take(4));
-    return used * sizeof(float);
+  LOLA_DEVICE Shared(const Params& p, char* memory) {
+    k = reinterpret_cast<float*>(memory);
+    v = k + kBatch * whole_vectors(p.d);
+    phi = v + kBatch * whole_vectors(p.d);
+    counts = reinterpret_cast<int*>(phi + kBatch * whole_vectors(2 * p.F));
+    int* const lists = p.lists == nullptr ? counts + 4 : p.lists + blockIdx.x * p.list_size();
+    const int64_t candidates = p.lam + p.interval;
+    scores = reinterpret_cast<float*>(lists);
+    positions = lists + candidates;
+    keep = positions + candidates;
+    folded = keep + candidates;
+    arrived = folded + p.interval;
   }
 };
+
+std::size_t shared_bytes(const Params& p) {
+  const std::size_t rows = kBatch * (2 * whole_vectors(p.d) + whole_vectors(2 * p.F));
+  return (rows + 4 + (p.lists == nullptr ? p.list_size() : 0)) * sizeof(float);
+}
 
 // Scores of all candidates: SRE, or its norm-relative mean over the state heads of a set. `fresh`:
 // nothing was folded yet, and H and s hold leftovers.
@@ -217,8 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
   if (!p.live(row) || !p.update_due(p.seq_lens[row])) return;
   const int64_t n = p.seq_lens[row];
   const Candidates<T> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.Hg), n);
-  Shared x;
-  x.carve(p, memory);
+  const Shared x(p, memory);
   for (int i = threadIdx.x; i < c.count; i += kThreads) x.positions[i] = c.position(i);
   const bool fresh = !p.any_folded(n - p.interval);
   if (c.count > p.lam && p.lam > 0) score<T, S>(p, c, fresh, x);  // else nothing is to be chosen
@@ -237,10 +229,9 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
 
 template <typename T>
 void launch_update(const Params& p, cudaStream_t stream) {
-  const std::size_t shared = Shared().carve(p, nullptr);
   const auto kernel = p.bf16_state ? update_kernel<T, Bf16> : update_kernel<T, float>;
-  launch("decode: update", kernel, dim3(static_cast<unsigned>(p.rows * p.Hg)), kThreads, shared,
-         stream, p);
+  launch("decode: update", kernel, dim3(static_cast<unsigned>(p.rows * p.Hg)), kThreads,
+         shared_bytes(p), stream, p);
 }
 
 template void launch_update<Bf16>(const Params&, cudaStream_t);

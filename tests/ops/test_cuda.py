@@ -272,6 +272,15 @@ def test_a_slot_beyond_the_pool_touches_nothing(device, processors, monkeypatch)
     assert (pages == 0xFF).all()
 
 
+@pytest.mark.parametrize("processors", [1, 64])
+def test_more_candidates_than_shared_memory_holds(device, processors, monkeypatch):
+    """The lists of an update that long lie in memory, one per row and set."""
+    monkeypatch.setenv("LOLA_EMULATED_PROCESSORS", str(processors))
+    config = LolaConfig(window_size=5, sparse_cache_size=20, update_interval=1700, feature_dim=4)
+    problem = make_problem(1701, config, group=2, d=4, dtype=torch.float32)
+    check(problem, device, decode_from=1698)
+
+
 @pytest.mark.parametrize("lam", [0, 100])
 def test_a_window_or_cache_that_holds_everything_is_full_attention(device, lam):
     config = LolaConfig(window_size=5 if lam else 50, sparse_cache_size=lam, feature_dim=8)
