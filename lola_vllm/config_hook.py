@@ -101,10 +101,17 @@ def refusals(vllm_config: VllmConfig) -> list[Refusal]:
 def check_parallel_heads(config: LolaLlamaConfig, tp_size: int) -> None:
     """Raise `UnsupportedOptionError` unless the heads divide among the tensor-parallel ranks."""
     heads, kv_heads = config.num_attention_heads, num_kv_heads(config)
-    if heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
+    state_heads = config.lola.num_state_heads or heads
+    shared = tp_size % kv_heads == 0  # ranks that share a KV head, as vLLM lets them
+    if (
+        heads % tp_size
+        or (kv_heads % tp_size and not shared)
+        or (state_heads % tp_size and not (shared and state_heads == kv_heads))
+    ):
         raise UnsupportedOptionError(
-            f"--tensor-parallel-size = {tp_size}: the model's {heads} query heads and {kv_heads} "
-            f"KV heads cannot be divided among {tp_size} ranks; use a divisor of {kv_heads}"
+            f"--tensor-parallel-size = {tp_size}: the model's {heads} query heads, {state_heads} "
+            f"state heads and {kv_heads} KV heads cannot be divided among {tp_size} ranks; use a "
+            f"divisor of {kv_heads}"
         )
 
 

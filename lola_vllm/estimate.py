@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from lola_vllm.checkpoint.base import BASE_MODEL_TYPES
 from lola_vllm.checkpoint.files import CheckpointError, read_json
-from lola_vllm.checkpoint.init import BASE_MODEL_TYPES
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import MODEL_TYPE, LolaConfig, LolaConfigError, LolaLlamaConfig
 from lola_vllm.state import StateLayout

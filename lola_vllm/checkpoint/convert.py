@@ -11,17 +11,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lola_vllm.checkpoint.base import (
+    check_base_weights,
+    copy_companions,
+    parse_config,
+    read_base_config,
+    write_weights,
+)
 from lola_vllm.checkpoint.files import (
-    INDEX_NAME,
-    SINGLE_NAME,
     CheckpointError,
-    open_weights,
     read_json,
     read_shapes,
     weight_files,
     write_json,
 )
-from lola_vllm.checkpoint.init import _config_json, _copy_companions, _parse_config
 from lola_vllm.checkpoint.lolcats import Lora, read_distill, read_lora
 from lola_vllm.checkpoint.schema import (
     LOLA_TENSORS,
@@ -88,27 +91,27 @@ def convert_checkpoint(
     inputs = [base, distill, *([lora] if lora else [])]
     check_output(out, force=force, inputs=inputs)  # before files are read
 
-    raw = _config_json(base, {}, "query")
-    llama = _parse_config(base, raw)
+    raw = read_base_config(base)
+    llama = parse_config(base, raw)
     maps = read_distill(distill, llama)
     adapters = read_lora(lora, llama, maps) if lora else Lora({}, {}, 0)
     lola_config |= {"feature_dim": maps.feature_dim, "num_state_heads": maps.num_state_heads}
     raw["lola_config"] = lola_config
-    config = _parse_config(base, raw)
-
+    config = parse_config(base, raw)
     expected = expected_tensors(config, maps.num_state_heads)
-    if not weight_files(base):
-        raise CheckpointError(
-            f"{base}: no safetensors files; convert other formats with save_pretrained first"
-        )
-    learned = {name: shape for name, shape in expected.items() if name.endswith(LOLA_TENSORS)}
-    check_tensors(expected, {**read_shapes(base), **learned})
+    check_base_weights(base, expected)
+    trained = {**maps.tensors, **adapters.maps}
+
+    def layer_maps(prefix: str, q_proj: Tensor) -> dict[str, Tensor]:
+        return _layer_maps(prefix, trained, expected, q_proj)
+
+    def merged(name: str, weight: Tensor) -> Tensor:
+        return _merged(name, weight, adapters, alpha)
 
     with staged_directory(out, force=force, inputs=inputs) as staging:
         write_json(staging / "config.json", raw)
-        _copy_companions(base, staging)
-        trained = {**maps.tensors, **adapters.maps}
-        _write_weights(base, staging, expected, trained, adapters, alpha)
+        copy_companions(base, staging)
+        write_weights(base, staging, expected, layer_maps, merged)
         check_tensors(expected, read_shapes(staging))
         options = dict(config_overrides)
         files = {"distill": distill}
@@ -129,46 +132,15 @@ def merge(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return (weight.float() + scale * (B.float() @ A.float())).to(weight.dtype)
 
 
-def _write_weights(
-    base: Path,
-    out: Path,
-    expected: Mapping[str, Shape],
-    trained: Mapping[str, Tensor],
-    lora: Lora,
-    alpha: float,
-) -> None:
-    """Write the base's files one by one; a layer's maps go into the file with its `q_proj`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    weight_map: dict[str, str] = {}
-    total_size = 0
-    for path in weight_files(base):
-        with open_weights(path) as source:
-            tensors: dict[str, Tensor] = {}
-            for name in source.keys():  # noqa: SIM118 (safe_open has no __iter__)
-                if name not in expected:
-                    continue  # buffers and a tied lm_head, see check_tensors
-                tensor = source.get_tensor(name)
-                if pair := lora.pairs.get(name):
-                    tensor = merge(tensor, *pair, alpha / pair[0].shape[0])
-                    if not bool(tensor.isfinite().all()):
-                        raise CheckpointError(
-                            f"{name}: not finite in {tensor.dtype} after merging the LoRA"
-                        )
-                tensors[name] = tensor
-                if name.endswith("self_attn.q_proj.weight"):
-                    prefix = name.removesuffix("q_proj.weight")
-                    tensors |= _layer_maps(prefix, trained, expected, tensor)
-            try:
-                save_file(tensors, str(out / path.name), metadata={"format": "pt"})
-            except SafetensorError as error:  # a full disk arrives as one of these
-                raise CheckpointError(f"cannot write {path.name}: {error}") from error
-        weight_map |= dict.fromkeys(tensors, path.name)
-        total_size += sum(tensor.nbytes for tensor in tensors.values())
-    if set(weight_map.values()) != {SINGLE_NAME}:
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        write_json(out / INDEX_NAME, index)
+def _merged(name: str, weight: Tensor, lora: Lora, alpha: float) -> Tensor:
+    """A tensor of the base with its LoRA pair, if it has one."""
+    pair = lora.pairs.get(name)
+    if pair is None:
+        return weight
+    weight = merge(weight, *pair, alpha / pair[0].shape[0])
+    if not bool(weight.isfinite().all()):
+        raise CheckpointError(f"{name}: not finite in {weight.dtype} after merging the LoRA")
+    return weight
 
 
 def _layer_maps(

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny, random_prompts
 
 from lola_vllm.cache import describe_pool
+from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.config_hook import UnsupportedOptionError, check_parallel_heads
 
 LOLA = {"window_size": 8, "sparse_cache_size": 4}
 
@@ -113,3 +115,28 @@ def test_bfloat16_model_and_state_run(tiny):
         tiny, dtype="bfloat16", hf_overrides={"lola_config": {"state_dtype": "bfloat16"}}
     ) as llm:
         assert all(len(set(t)) > 1 for t in generate(llm, prompts, 30))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "state_heads", "tp_size", "ok"),
+    [
+        (9, 3, 3, 1, True),
+        (9, 3, 3, 3, True),
+        (9, 3, 9, 3, True),
+        (9, 3, 3, 2, False),
+        (32, 8, 8, 16, True),
+        (32, 8, 32, 16, True),
+        (12, 2, 6, 4, False),
+        (8, 2, 2, 16, False),
+    ],
+)
+def test_heads_must_divide_among_the_ranks(heads, kv_heads, state_heads, tp_size, ok):
+    config = LolaLlamaConfig(
+        hidden_size=16 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        lola_config={"num_state_heads": state_heads},
+    )  # fmt: skip
+    if ok:
+        check_parallel_heads(config, tp_size)
+    else:
+        with pytest.raises(UnsupportedOptionError, match=f"{state_heads} state heads"):
+            check_parallel_heads(config, tp_size)
