@@ -1,4 +1,7 @@
-"""Build of lola-vllm: the packages, and the CPU extension `lola_vllm/_C` from csrc/.
+"""Build of lola-vllm: the packages, and the extension `lola_vllm/_C` from csrc/.
+
+CPU kernels are always part of it; CUDA kernels are where torch is a CUDA build and its toolkit's
+nvcc is found, for the architectures of TORCH_CUDA_ARCH_LIST.
 
 The extension is optional. Without a C++ compiler, or without torch at build time, the install goes
 on without it and says so (the portable torch back end then does the work); set
@@ -8,7 +11,9 @@ LOLA_VLLM_REQUIRE_EXT=1 to make that an error.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,8 @@ ROOT = Path(__file__).parent
 # Top-level folders that install as subpackages of lola_vllm.
 FOLDERS = {"lola_vllm.kernels": "kernels", "lola_vllm.serving": "serving"}
 ABI_TAG = "cp310"
+# Compiled for by default; newer GPUs compile the last one's PTX when they first load it.
+CUDA_ARCHS = "8.0;9.0;10.0+PTX"
 # The oldest torch whose stable ABI the extension uses (2.10: parallel_for).
 TORCH_TARGET = "0x020a000000000000"
 
@@ -44,6 +51,29 @@ def without_extension(reason: str, remedy: str) -> dict[str, Any]:
     return {}
 
 
+def cuda_toolkit() -> bool:
+    """Whether CUDA kernels can be built; says why not where torch could use them."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return False
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME is None or not nvcc.is_file():
+        reason = "nvcc is not found (set CUDA_HOME)"
+    else:
+        report = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", report)
+        if release and release.group(1) == torch.version.cuda.split(".")[0]:
+            major, minor = map(int, release.groups())
+            known = CUDA_ARCHS if (major, minor) >= (12, 8) else "8.0;9.0+PTX"
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", known)
+            return True
+        reason = f"{nvcc} is not of torch's CUDA {torch.version.cuda}"
+    print(f"WARNING: lola-vllm: {reason}; the CUDA kernels are not built.", file=sys.stderr)
+    return False
+
+
 def extension() -> dict[str, Any]:
     """setup() arguments that build the extension; empty where it cannot be built."""
     compiler = os.environ.get("CXX", "").split()
@@ -54,23 +84,32 @@ def extension() -> dict[str, Any]:
             "apt-get install g++ (or set CXX), then install again",
         )
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         return without_extension(
             f"torch cannot be imported ({error})",
             "install torch first, then pip install --no-build-isolation",
         )
 
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+    cuda = cuda_toolkit()
+    patterns = ("*.cpp", "*.cu") if cuda else ("*.cpp",)
+    sources, headers = (
+        sorted(str(p.relative_to(ROOT)) for name in names for p in (ROOT / "csrc").rglob(name))
+        for names in (patterns, ("*.h", "*.cuh"))
+    )
     return {
         "ext_modules": [
-            CppExtension(
+            (CUDAExtension if cuda else CppExtension)(
                 "lola_vllm._C",
                 sources,
                 include_dirs=[str(ROOT / "csrc")],
-                depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],
+                depends=headers,
                 py_limited_api=True,
-                define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
+                # USE_CUDA: the stable ABI's headers declare torch's CUDA stream with it only.
+                define_macros=[
+                    ("TORCH_TARGET_VERSION", TORCH_TARGET),
+                    *([("USE_CUDA", None)] if cuda else []),
+                ],
                 extra_compile_args={
                     # No -march: kernels choose their instruction set at run time (csrc/cpu).
                     # No contraction: csrc/cpu/vec.h says where products are fused. Vectors pass
@@ -79,6 +118,7 @@ def extension() -> dict[str, Any]:
                     "cxx": ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno",
                             "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi",
                             "-Wno-unused-parameter"],
+                    "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"],
                 },
             )
         ],

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one run: tests of the kernels, compute-sanitizer on them, and the
+# benchmarks. Results go to benchmarks/results/gpu/.
+#
+#     benchmarks/gpu.sh            all of it
+#     benchmarks/gpu.sh tests      one part: tests, sanitize or bench
+#
+# PYTHON names the interpreter of an environment with a CUDA build of torch, in which lola-vllm was
+# installed with nvcc in reach (pip install --no-build-isolation -e .).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python}
+OUT=benchmarks/results/gpu
+PART=${1:-all}
+mkdir -p "$OUT"
+
+die() {
+    echo "gpu.sh: $*" >&2
+    exit 1
+}
+
+case $PART in
+    all | tests | sanitize | bench) ;;
+    *) die "unknown part '$PART': tests, sanitize, bench or nothing" ;;
+esac
+"$PYTHON" - <<'PY' || die "no usable GPU or no CUDA kernels, see above"
+import sys
+
+import torch
+
+from lola_vllm.ops import native
+
+if not torch.cuda.is_available():
+    sys.exit("torch sees no CUDA device")
+if not native.load():
+    sys.exit("the extension is not built")
+if not torch._C._dispatch_has_kernel_for_dispatch_key("lola::decode", "CUDA"):
+    sys.exit("the extension was built without its CUDA kernels")
+PY
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT/machine.csv"
+
+if [[ $PART == all || $PART == tests ]]; then
+    "$PYTHON" -m pytest tests/ops/test_cuda.py -k "not emulated" -p no:cacheprovider \
+        2>&1 | tee "$OUT/cuda_tests.txt"
+    for file in tests/ops/test_triton_ops.py tests/ops/test_sre_triton.py; do
+        if [[ -f $file ]]; then
+            "$PYTHON" -m pytest "$file" -p no:cacheprovider \
+                2>&1 | tee "$OUT/$(basename "$file" .py).txt"
+        fi
+    done
+fi
+
+if [[ $PART == all || $PART == sanitize ]]; then
+    command -v compute-sanitizer >/dev/null || die "compute-sanitizer is not in PATH"
+    # Without torch's caching allocator each tensor is an allocation whose bounds are checked.
+    # Capturing a graph needs that allocator, so the graph test is not among these.
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            "$PYTHON" -m pytest tests/ops/test_cuda.py -p no:cacheprovider -x \
+            -k "not emulated and (head_sizes or splits or rows_are or head_layouts or candidates)" \
+            2>&1 | tee "$OUT/$tool.txt"
+    done
+fi
+
+if [[ $PART == all || $PART == bench ]]; then
+    "$PYTHON" benchmarks/ops.py --device cuda --out "$OUT/ops.json"
+    "$PYTHON" benchmarks/engine.py --out "$OUT/engine.json"
+fi

@@ -1,0 +1,78 @@
+"""The CUDA sources compile and link for every architecture, on machines without a GPU."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools" / "compile_cuda.py"
+ARCHS = {"80", "90", "100"}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Folder with the linked kernels, and the rows of the table."""
+    folder = tmp_path_factory.mktemp("cuda")
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--out", str(folder), "--json", str(folder / "table.json")],
+        capture_output=True,
+        text=True,
+    )
+    print(result.stdout)
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads((folder / "table.json").read_text())
+
+
+def test_every_kernel_is_there_and_spills_nothing(compiled):
+    _, rows = compiled
+    names = {row["name"] for row in rows}
+    types = {"float", "Bf16", "F16"}
+    sizes = {(0, 1), *((d, heads) for d in (64, 96, 128) for heads in (1, 4, 8))}
+    assert names == {
+        "features_kernel",
+        "merge_kernel",
+        *(f"decode_kernel<{t}, {d}, {heads}>" for t in types for d, heads in sizes),
+        *(f"update_kernel<{t}, {state}>" for t in types for state in ("float", "Bf16")),
+    }
+    assert {(row["name"], row["arch"]) for row in rows} == {(n, a) for n in names for a in ARCHS}
+    spilling = [row for row in rows if row["spill_stores"] or row["spill_loads"] or row["stack"]]
+    assert spilling == []
+    assert all(0 < row["registers"] <= 255 for row in rows)
+
+
+def test_the_library_registers_the_op(compiled):
+    """Loaded beside the CPU ops, with a stand-in for what only a CUDA torch defines."""
+    folder, _ = compiled
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    stand_in = folder / "stand_in.cpp"
+    stand_in.write_text(
+        'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+    )
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", "-o", str(folder / "stand_in.so"), str(stand_in)], check=True
+    )
+    check = f"""
+import ctypes, torch
+from lola_vllm.ops import native
+assert native.load()
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+assert not has("lola::decode", "CUDA"), "built in already"
+ctypes.CDLL({str(folder / "stand_in.so")!r}, mode=ctypes.RTLD_GLOBAL)
+torch.ops.load_library({str(folder / "lola_cuda.so")!r})
+assert has("lola::decode", "CUDA") and has("lola::decode", "CPU")
+print("registered")
+"""
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    if "built in already" in result.stderr:
+        pytest.skip("the extension has its CUDA kernels already")
+    assert result.stdout.strip() == "registered", result.stderr

@@ -1,0 +1,145 @@
+"""Compile and link the CUDA kernels where there is no GPU, and print what each takes of one.
+
+    python tools/compile_cuda.py --out build/cuda
+
+Needs nvcc and any torch, a CPU build too: of torch only the stable ABI's headers are used. Every
+.cu of csrc/cuda is compiled for each architecture and all are linked into one shared object. The
+table gives registers and spilled bytes per thread and static shared memory per block, as ptxas
+reports them (shared memory of these kernels is dynamic, its size follows from the shapes).
+
+Fails where a source does not compile, or where a symbol is neither in torch's libraries nor one
+that only a CUDA build of torch has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+ARCHS = ("80", "90", "100")
+# What only a CUDA build of torch defines.
+CUDA_ONLY = {"aoti_torch_get_current_cuda_stream"}
+TORCH = Path(torch.__file__).parent
+
+
+@dataclass
+class Kernel:
+    """What one kernel takes on one architecture."""
+
+    name: str
+    arch: str
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    stack: int
+    shared: int
+
+
+def flags(archs: list[str]) -> list[str]:
+    """nvcc's options, those of setup.py where they change code."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [
+        "-std=c++20", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", *codes, f"-I{ROOT / 'csrc'}",
+        f"-I{TORCH / 'include'}",
+    ]  # fmt: skip
+
+
+def run(command: list[str]) -> str:
+    """Output of a command, both streams; exits with it where the command fails."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode != 0:
+        sys.exit(f"{' '.join(command)}\n{result.stdout}")
+    return result.stdout
+
+
+def demangle(name: str) -> str:
+    """A kernel's name without namespaces and parameters."""
+    full = run(["c++filt", name]).strip() if shutil.which("c++filt") else name
+    full = full.replace("(anonymous namespace)::", "").replace("lola::cuda::", "")
+    return full.removeprefix("void ").removesuffix("(Params)")
+
+
+def parse(report: str) -> list[Kernel]:
+    """Kernels of a ptxas report."""
+    found = []
+    for block in report.split("Compiling entry function ")[1:]:
+        name, arch = re.match(r"'(\w+)' for 'sm_(\w+)'", block).groups()
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
+        ).groups()
+        registers = re.search(r"Used (\d+) registers", block).group(1)
+        shared = re.search(r"Used .*?(\d+) bytes smem", block)
+        found.append(
+            Kernel(
+                demangle(name), arch, int(registers), int(stores), int(loads), int(stack),
+                int(shared.group(1)) if shared else 0,
+            )
+        )  # fmt: skip
+    return found
+
+
+def link(nvcc: str, objects: list[Path], out: Path) -> set[str]:
+    """Link against torch's libraries; returns the symbols nobody defines."""
+    report = run(
+        [nvcc, "-shared", "-o", str(out / "lola_cuda.so"), *map(str, objects),
+         f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10",
+         "-Xlinker=-z,defs,--warn-unresolved-symbols"]
+    )  # fmt: skip
+    return set(re.findall(r"undefined reference to [`'](\w+)'", report))
+
+
+def main() -> int:
+    """Compile, link, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "cuda")
+    parser.add_argument("--archs", nargs="+", default=list(ARCHS))
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    args = parser.parse_args()
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        sys.exit("nvcc is not installed, or not in PATH")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> tuple[Path, list[Kernel]]:
+        target = args.out / f"{source.stem}.o"
+        report = run([nvcc, *flags(args.archs), "-c", str(source), "-o", str(target)])
+        return target, parse(report)
+
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(compile_one, sources))
+    kernels = sorted(
+        (kernel for _, found in results for kernel in found), key=lambda k: (k.name, int(k.arch))
+    )
+    unresolved = link(nvcc, [target for target, _ in results], args.out)
+
+    width = max(len(kernel.name) for kernel in kernels)
+    print(f"{'kernel':{width}}  arch  registers  spilled (store, load)  static shared")
+    for k in kernels:
+        spilled = f"{k.spill_stores}, {k.spill_loads}"
+        print(f"{k.name:{width}}  {k.arch:>4}  {k.registers:>9}  {spilled:>21}  {k.shared:>13}")
+    print(
+        f"{len(kernels)} kernels of {len(sources)} sources, linked to {args.out / 'lola_cuda.so'}"
+    )
+    if args.json:
+        args.json.write_text(json.dumps([asdict(kernel) for kernel in kernels], indent=1))
+    unknown = unresolved - CUDA_ONLY
+    if unknown:
+        sys.exit(f"undefined symbols: {', '.join(sorted(unknown))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
