@@ -3,8 +3,7 @@
 // A block runs on one OS thread; its CUDA threads are fibers that switch only at barriers and warp
 // exchanges. Warps and lanes take turns in random order and a warp runs as far as it can, so that a
 // missing barrier shows as a wrong result. Blocks run in random order. Shared memory starts as NaN
-// and ends in a guard that is checked. What this cannot show: hardware limits, alignment faults and
-// races between instructions.
+// and ends in a guard that is checked. What this cannot show: hardware limits, races of blocks.
 #pragma once
 
 #include <setjmp.h>

@@ -32,10 +32,11 @@ ON_GPU = pytest.mark.gpu
 
 
 def build_emulation(folder: Path) -> Path:
-    """The CUDA sources as a CPU library."""
+    """The CUDA sources as a CPU library, which traps where a vector is not aligned."""
     torch_include = Path(torch.__file__).parent / "include"
     flags = [
         "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w", "-DLOLA_EMULATE",
+        "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error",
         "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", f"-I{torch_include}",
     ]  # fmt: skip
 
