@@ -177,6 +177,19 @@ def test_head_sizes_and_dtypes(device, d, group, dtype):
     check(problem, device, decode_from=51)
 
 
+@pytest.mark.parametrize("Hs", [2, 3, 6, 12])
+def test_a_shared_set_of_several_states(device, Hs):
+    """Heads that a block takes at once ask different hidden states."""
+    config = LolaConfig(
+        window_size=ETA, sparse_cache_size=6, update_interval=4, feature_dim=8,
+        sparse_sharing="kv_head",
+    )  # fmt: skip
+    for group in (6, 12):
+        if group % Hs == 0:
+            problem = make_problem(33, config, Hkv=1, group=group, Hs=Hs, d=64, dtype=torch.float32)
+            check(problem, device, decode_from=20)
+
+
 @pytest.mark.parametrize("F", [1, 40, 70, 130])
 @pytest.mark.parametrize("processors", [1, 4, 64])
 def test_feature_sizes_and_splits(device, F, processors, monkeypatch):
@@ -242,7 +255,7 @@ def test_rows_are_independent_and_padding_touches_nothing(device, wide, processo
             for x in "qkv"
         )
         seq_lens = torch.tensor(counts, device=device, dtype=wide) + step + 1
-        seq_lens[1] = 0
+        seq_lens[1] = 14 * step  # a count means nothing without a page, due for an update or not
         out = torch.full_like(q, torch.nan)
         decode(q, k, v, weights, layout, views, slots, seq_lens, out)
         assert (out[1] == 0).all()
@@ -322,8 +335,10 @@ def test_nan_scores_never_fill_more_than_the_cache(device):
     config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=8, feature_dim=8)
     problem = make_problem(25, config, dtype=torch.float32)
     problem.v[2:20] = torch.nan
-    _, _, views = run(problem, device)
+    _, layout, views = run(problem, device)
     assert all(len(set(row)) == 3 for row in views.positions[2].tolist())
+    folded = float(layout.num_folded(torch.tensor(25)))
+    torch.testing.assert_close(views.s[2].sum(-1), torch.full((2,), 2 * folded))
 
 
 def test_inputs_may_be_strided_and_unaligned(device):
