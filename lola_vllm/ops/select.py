@@ -15,7 +15,7 @@ from lola_vllm.ops.contract import Backend
 logger = logging.getLogger("vllm.lola")
 
 ENV = "LOLA_VLLM_OPS"
-NAMES = ("auto", "torch", "native", "triton")
+NAMES = ("auto", "torch", "native", "triton", "cuda")
 
 
 @functools.cache
@@ -36,6 +36,8 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
         "native": _native(device_type, dtype),
         "triton": _triton(device_type, dtype),
         "torch": Backend("torch", portable.decode, portable.prefill),
+        # Last, so that it is never chosen unasked: no GPU has run it yet (benchmarks/gpu.sh).
+        "cuda": _cuda(device_type, dtype),
     }
     if wanted == "auto":
         backend = next(b for b in serving.values() if isinstance(b, Backend))
@@ -69,3 +71,17 @@ def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install triton"
     return Backend("triton", kernels.decode, kernels.prefill)
+
+
+def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
+    """CUDA C++ decode with Triton's prefill, or why they cannot serve."""
+    kernels = _triton(device_type, dtype)
+    if isinstance(kernels, str):
+        return kernels
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not (native.load() and has_kernel("lola::decode", "CUDA")):
+        return (
+            "the CUDA ops are not built; install with nvcc and a CUDA build of torch at hand, "
+            "without build isolation"
+        )
+    return Backend("cuda", native.decode, kernels.prefill)

@@ -39,7 +39,8 @@ def test_a_gpu_gets_triton(monkeypatch, dtype):
 @pytest.mark.parametrize(
     ("wanted", "device", "words"),
     [
-        ("cuda", "cpu", "'cuda': must be one of"),
+        ("gpu", "cpu", "'gpu': must be one of"),
+        ("cuda", "cpu", "on cpu"),
         ("native", "cuda", "on cuda"),
         ("triton", "cpu", "on cpu"),
     ],
