@@ -49,7 +49,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    longest = max(args.contexts) + args.steps + 16
+    longest = max(args.contexts) + args.steps + max(args.batches) + 16
     lola = args.worker == "lola"
     llm = LLM(
         str(args.lola if lola else args.stock),

@@ -114,16 +114,12 @@ def ceiling(device: str) -> float:
 def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> dict[str, float]:
     """One row of the table."""
     case = Case(args, batch, lam, interval)
-    # Half-way through an interval: the average window, and no update.
-    quiet = case.start + max(1, interval // 2)
-    if interval == 1:  # every step updates: quiet is measured on the same pages with lam unfilled
-        frozen = Case(args, batch, lam, 10**6)
-        frozen_n = frozen.config.window_size + frozen.config.update_interval + lam + 1
-        frozen_s = median_s(lambda: frozen.step(frozen_n), args.seconds, args.device)
-        bytes_read = case.bytes_read(quiet)
-    else:
-        frozen_s = median_s(lambda: case.step(quiet), args.seconds, args.device)
-        bytes_read = case.bytes_read(quiet)
+    # Half-way through an interval: the average window, and no update. With an update at every
+    # token there is no such step; interval 2 has one with the same keys.
+    idle = Case(args, batch, lam, 2) if interval == 1 else case
+    quiet = idle.start + max(1, interval // 2)
+    frozen_s = median_s(lambda: idle.step(quiet), args.seconds, args.device)
+    bytes_read = idle.bytes_read(quiet)
     update_s = median_s(lambda: case.step(case.start + interval), args.seconds, args.device)
     step_s = frozen_s + (update_s - frozen_s) / interval
     top = ceiling(args.device)
