@@ -137,7 +137,11 @@ def main() -> None:
         print(f"{key:36}{stock if stock is not None else float('nan'):12.1f}{value:12.1f}{ratio}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {k: str(v) for k, v in vars(args).items() if k not in ("out", "worker")}
+        settings = {
+            k: v.name if isinstance(v, Path) else str(v)  # names, not where they lie here
+            for k, v in vars(args).items()
+            if k not in ("out", "worker")
+        }
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
         report = {"settings": settings, "machine": machine, "results": best}
         args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lola_vllm.ops.contract import LolaWeights, SreOp
+from lola_vllm.ops.contract import LolaWeights
 from lola_vllm.reference import RECALL_EPS, feature_map
 from lola_vllm.state import StateLayout, StateViews
 
@@ -47,7 +47,6 @@ def decode(
     slots: Tensor,
     seq_lens: Tensor,
     out: Tensor,
-    sre: SreOp = sre_scores,
 ) -> None:
     """One new token per row; see `contract.DecodeOp`."""
     positions = seq_lens - 1
@@ -57,14 +56,14 @@ def decode(
         if len(rows):
             _step(
                 q[rows, None], k[rows, None], v[rows, None], weights, layout, views, slots[rows],
-                positions[rows], torch.ones_like(positions[rows]), live[:, None], sre,
+                positions[rows], torch.ones_like(positions[rows]), live[:, None],
             )  # fmt: skip
         out.zero_()
         out[rows] = live
         return
     _step(
         q[:, None], k[:, None], v[:, None], weights, layout, views, slots,
-        positions, torch.ones_like(positions), out[:, None], sre,
+        positions, torch.ones_like(positions), out[:, None],
     )  # fmt: skip
 
 
@@ -79,7 +78,6 @@ def prefill(
     query_start_loc: Tensor,
     context_lens: Tensor,
     out: Tensor,
-    sre: SreOp = sre_scores,
 ) -> None:
     """A run of new tokens per row; see `contract.PrefillOp`.
 
@@ -111,7 +109,7 @@ def prefill(
         piece_out = torch.empty_like(q[tokens])
         _step(
             q[tokens], k[tokens], v[tokens], weights, layout, views, slots[rows],
-            positions, lengths, piece_out, sre,
+            positions, lengths, piece_out,
         )  # fmt: skip
         out[tokens[valid]] = piece_out[valid]
 
@@ -142,7 +140,6 @@ def _step(
     positions: Tensor,
     lengths: Tensor,
     out: Tensor,
-    sre: SreOp,
 ) -> None:
     """One piece per row, all within one update interval: write, attend, update where it is due.
 
@@ -159,7 +156,7 @@ def _step(
     due = ((n % layout.update_interval == 0) & (layout.window_start(n) > layout.window_start(
         n - layout.update_interval))).nonzero().squeeze(1)  # fmt: skip
     if len(due):
-        _update(weights.feature_map_k, layout, views, slots[due], n[due], sre)
+        _update(weights.feature_map_k, layout, views, slots[due], n[due])
 
 
 def _write(
@@ -275,7 +272,6 @@ def _update(
     views: StateViews,
     slots: Tensor,
     n: Tensor,
-    sre: SreOp,
 ) -> None:
     """Evict, rescore, select, fold (paper section 3.3) in pages that just reached n tokens.
 
@@ -300,7 +296,7 @@ def _update(
     empty = layout.num_folded(n - C) == 0
     keep = ok
     if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
-        scores = sre(k, v, feature_map_k, views.H, views.s, slots, empty)
+        scores = sre_scores(k, v, feature_map_k, views.H, views.s, slots, empty)
         keep = _largest(scores, at, ok, lam)
         _fold(k, v, ok & ~keep, feature_map_k, layout, views, slots, empty)
     _replace(k, v, at, keep, layout, views, slots)
