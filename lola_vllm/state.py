@@ -181,6 +181,11 @@ class StateLayout:
         C = self.update_interval
         return (n // C * C - self.window_size).clamp(min=self.sink_size)
 
+    def update_due(self, n: Tensor) -> Tensor:
+        """Whether the n-th token is followed by an update that evicts anything."""
+        C = self.update_interval
+        return (n % C == 0) & (self.window_start(n) > self.window_start(n - C))
+
     def num_evicted(self, n: Tensor) -> Tensor:
         """Pairs that left the window for the sparse cache or the hidden state after n tokens."""
         return self.window_start(n) - self.sink_size

@@ -153,8 +153,7 @@ def _step(
     _write(k, v, layout, views, slots, query_positions, lengths)
     out.copy_(_attend(q, weights, layout, views, slots, positions, query_positions, lengths))
     n = positions + lengths
-    due = ((n % layout.update_interval == 0) & (layout.window_start(n) > layout.window_start(
-        n - layout.update_interval))).nonzero().squeeze(1)  # fmt: skip
+    due = layout.update_due(n).nonzero().squeeze(1)
     if len(due):
         _update(weights.feature_map_k, layout, views, slots[due], n[due])
 

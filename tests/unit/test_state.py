@@ -58,8 +58,10 @@ def test_counts_follow_a_simulation(interval, sink):
     for n in range(1, 60):
         if n > sink:
             window.append(n - 1)
-        if n % interval == 0:
-            gone += len([p for p in window if p < n - 10])
+        evicted = len([p for p in window if p < n - 10]) if n % interval == 0 else 0
+        assert bool(page.update_due(torch.tensor(n))) == (evicted > 0)
+        if evicted:
+            gone += evicted
             window = [p for p in window if p >= n - 10]
         at = torch.tensor(n)
         assert int(page.num_evicted(at)) == gone
