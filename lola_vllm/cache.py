@@ -50,13 +50,6 @@ class LolaStateSpec(MambaSpec):
         """All layers' pages of a running sequence on this rank."""
         return self.states_per_sequence * self.num_layers * self.page_size_bytes
 
-    @property
-    def full_kv_bytes_per_token(self) -> int:
-        """What one token takes in a full KV cache of the same layers."""
-        layout = self.layout
-        pair = 2 * layout.num_kv_heads * layout.head_dim * layout.kv_dtype.itemsize
-        return self.num_layers * pair
-
 
 class LolaStateManager(MambaManager):
     """The block manager of LoLA's state slots; allocation itself is vLLM's for Mamba states."""
@@ -79,7 +72,7 @@ class LolaStateManager(MambaManager):
 
 def describe_pool(spec: LolaStateSpec, num_slots: int) -> str:
     """The start-up line: MiB per sequence, sequences that fit, break-even against a full cache."""
-    break_even = -(-spec.bytes_per_sequence // spec.full_kv_bytes_per_token)
+    break_even = spec.layout.break_even_tokens(spec.states_per_sequence)
     states = f"{spec.states_per_sequence} states of " if spec.states_per_sequence > 1 else ""
     return (
         f"LoLA: {spec.bytes_per_sequence / MIB:.2f} MiB per sequence whatever its length "

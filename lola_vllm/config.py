@@ -91,6 +91,19 @@ class LolaConfig(BaseModel):
             )
 
 
+def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:
+    """Whether tensor-parallel ranks can divide the heads, as vLLM divides them.
+
+    KV heads may be fewer than ranks; ranks then share one, and with it a state head of its own.
+    """
+    shared = ranks % num_kv_heads == 0
+    return (
+        num_heads % ranks == 0
+        and (num_kv_heads % ranks == 0 or shared)
+        and (num_state_heads % ranks == 0 or (shared and num_state_heads == num_kv_heads))
+    )
+
+
 def _explain(error: ValidationError) -> str:
     """One line per fault: field, value, and the nearest valid name or the allowed values."""
     fields = LolaConfig.model_fields

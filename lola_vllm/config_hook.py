@@ -14,7 +14,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from lola_vllm.cache import lola_hf_config, num_kv_heads, state_layout
 from lola_vllm.checkpoint.schema import find_num_state_heads
-from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.config import LolaLlamaConfig, heads_divide
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -102,12 +102,7 @@ def check_parallel_heads(config: LolaLlamaConfig, tp_size: int) -> None:
     """Raise `UnsupportedOptionError` unless the heads divide among the tensor-parallel ranks."""
     heads, kv_heads = config.num_attention_heads, num_kv_heads(config)
     state_heads = config.lola.num_state_heads or heads
-    shared = tp_size % kv_heads == 0  # ranks that share a KV head, as vLLM lets them
-    if (
-        heads % tp_size
-        or (kv_heads % tp_size and not shared)
-        or (state_heads % tp_size and not (shared and state_heads == kv_heads))
-    ):
+    if not heads_divide(tp_size, heads, kv_heads, state_heads):
         raise UnsupportedOptionError(
             f"--tensor-parallel-size = {tp_size}: the model's {heads} query heads, {state_heads} "
             f"state heads and {kv_heads} KV heads cannot be divided among {tp_size} ranks; use a "

@@ -16,7 +16,13 @@ import torch
 from lola_vllm.checkpoint.base import BASE_MODEL_TYPES
 from lola_vllm.checkpoint.files import CheckpointError, read_json
 from lola_vllm.checkpoint.schema import find_num_state_heads
-from lola_vllm.config import MODEL_TYPE, LolaConfig, LolaConfigError, LolaLlamaConfig
+from lola_vllm.config import (
+    MODEL_TYPE,
+    LolaConfig,
+    LolaConfigError,
+    LolaLlamaConfig,
+    heads_divide,
+)
 from lola_vllm.state import StateLayout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -69,13 +75,7 @@ class Row:
     @property
     def full_kv_bytes_per_token(self) -> int:
         """What a token takes in a full KV cache of the same layers."""
-        layout = self.layout
-        pair = 2 * layout.num_kv_heads * layout.head_dim * layout.kv_dtype.itemsize
-        return self.num_layers * pair
-
-    def break_even_tokens(self, states: int = 1) -> int:
-        """Context beyond which a full KV cache is larger than `states` states."""
-        return -(-states * self.bytes_per_sequence // self.full_kv_bytes_per_token)
+        return self.num_layers * self.layout.full_kv_bytes_per_token
 
     def sequences(self, states: int = 1) -> int | None:
         """Sequences of `states` states that fit; vLLM keeps one more state as its null block."""
@@ -94,8 +94,8 @@ class Row:
             "page_bytes": self.layout.page_bytes,
             "bytes_per_sequence": self.bytes_per_sequence,
             "mib_per_sequence": self.bytes_per_sequence / MIB,
-            "break_even_tokens": self.break_even_tokens(),
-            "break_even_tokens_with_prefix_caching": self.break_even_tokens(2),
+            "break_even_tokens": self.layout.break_even_tokens(),
+            "break_even_tokens_with_prefix_caching": self.layout.break_even_tokens(2),
             "sequences": self.sequences(),
             "sequences_with_prefix_caching": self.sequences(2),
         }
@@ -232,8 +232,10 @@ def format_table(result: Estimate) -> str:
         if any(row.parts[part] for row in rows):
             table.append([f"  {part}", *(f"{row.parts[part] / MIB:.2f}" for row in rows)])
     table.append(["total", *(f"{row.bytes_per_sequence / MIB:.2f}" for row in rows)])
-    table.append(["break-even, tokens", *(f"{row.break_even_tokens():,}" for row in rows)])
-    table.append(["  with prefix caching", *(f"{row.break_even_tokens(2):,}" for row in rows)])
+    table.append(["break-even, tokens", *(f"{row.layout.break_even_tokens():,}" for row in rows)])
+    table.append(
+        ["  with prefix caching", *(f"{row.layout.break_even_tokens(2):,}" for row in rows)]
+    )
     if result.memory_gib is not None:
         room = f"sequences in {result.memory_gib:g} GiB"
         table.append([room, *(f"{row.sequences():,}" for row in rows)])
@@ -289,11 +291,8 @@ def _read_config(path: Path) -> tuple[LolaLlamaConfig, bool]:
 
 
 def _check_ranks(ranks: int, heads: int, kv_heads: int, num_state_heads: int) -> None:
-    """As vLLM divides heads: KV heads may be fewer than ranks, then they are repeated."""
-    fits = ranks >= 1 and heads % ranks == 0
-    for count in (kv_heads, num_state_heads):
-        fits = fits and (count % ranks == 0 or ranks % count == 0)
-    if not fits:
+    """The server's own rule, on ranks that may not be valid at all."""
+    if ranks < 1 or not heads_divide(ranks, heads, kv_heads, num_state_heads):
         raise CheckpointError(
             f"tensor_parallel_size = {ranks}: {heads} query, {kv_heads} KV and {num_state_heads} "
             f"state heads cannot be divided among so many ranks; use a divisor of {kv_heads}"

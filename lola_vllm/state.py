@@ -147,6 +147,15 @@ class StateLayout:
         last = list(self.parts)[-1]
         return _align(self.offsets[last] + self.part_bytes[last], PAGE_ALIGNMENT)
 
+    @property
+    def full_kv_bytes_per_token(self) -> int:
+        """What one token takes in a full KV cache of the same layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
+
+    def break_even_tokens(self, states: int = 1) -> int:
+        """Context beyond which a full KV cache is larger than `states` pages."""
+        return -(-states * self.page_bytes // self.full_kv_bytes_per_token)
+
     def views(self, pages: Tensor) -> StateViews:
         """Typed views of raw pages.
 
