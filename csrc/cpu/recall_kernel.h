@@ -10,7 +10,7 @@ namespace {
 
 template <typename T>
 struct SreScratch {
-  T *k, *v, *y, *phi, *predicted, *W, *H, *s, *sum;
+  T *k, *v, *y, *phi, *predicted, *W, *H, *s, *errors;
 };
 
 template <typename T>
@@ -107,8 +107,9 @@ int64_t carve(const SreArgs& a, int64_t block, T* base, SreScratch<T>* x) {
   const int64_t sizes[] = {
       block * a.d, block * dp, block * Fp, block * (round_up<T>(F2) + kLanes<T>),
       block * dp,  a.d * Fp,   F2 * dp,    round_up<T>(F2),
-      2 * block};
-  T** const parts[] = {&x->k, &x->v, &x->y, &x->phi, &x->predicted, &x->W, &x->H, &x->s, &x->sum};
+      block};
+  T** const parts[] = {&x->k, &x->v, &x->y, &x->phi,   &x->predicted,
+                       &x->W, &x->H, &x->s, &x->errors};
   int64_t used = 0;
   for (int i = 0; i < 9; ++i) {
     if (base != nullptr) *parts[i] = base + used;

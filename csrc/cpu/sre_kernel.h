@@ -28,7 +28,7 @@ void sre_items(const SreArgs& a, int64_t block, int64_t begin, int64_t end, T* m
       head_errors<T>(a, x, page, set, count, scores);
       continue;
     }
-    T* const errors = x.sum;
+    T* const errors = x.errors;
     // The prediction of an empty state is zero.
     for (int64_t e = 0; e < count; ++e) errors[e] = norm(x.v + e * dp, dp);
     if (share == 1) {

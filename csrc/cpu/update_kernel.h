@@ -34,7 +34,7 @@ int64_t carve_update(const LolaArgs& a, char* base, UpdateScratch<T>* x) {
   const int64_t E = a.lam + a.interval, F2 = 2 * a.F, dp = round_up<T>(a.d);
   const int64_t folds = a.interval < kUpdateBlock ? a.interval : kUpdateBlock;
   int64_t used = 0;
-  x->scores = take_as<T>(base, 2 * E, &used);
+  x->scores = take_as<T>(base, E, &used);
   x->phi_t = take_as<T>(base, F2 * round_up<T>(folds), &used);
   x->delta = take_as<T>(base, F2 * dp, &used);
   const int64_t share = a.Hs / a.Hg, phi_ld = round_up<T>(F2) + kLanes<T>;
@@ -79,7 +79,7 @@ struct Candidates {
 template <typename T>
 void score(const LolaArgs& a, const Candidates& c, bool empty, UpdateScratch<T>& x) {
   const int64_t share = a.Hs / a.Hg, d = a.d, dp = round_up<T>(d);
-  T* const errors = x.scores + a.lam + a.interval;
+  T* const errors = x.recall.errors;
   for (int64_t first = 0; first < c.count; first += kUpdateBlock) {
     const int64_t left = c.count - first, size = left < kUpdateBlock ? left : kUpdateBlock;
     for (int64_t i = 0; i < size; ++i) {
