@@ -1,0 +1,97 @@
+"""The form with gradients against the reference, and its gradients against finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.differentiable import lola_attention_parallel, plan_memory
+from lola_vllm.reference import feature_map, lola_attention
+
+D, F = 6, 5
+CASES = [
+    # T, Hq, Hkv, Hs, config
+    (37, 4, 2, 2, dict(window_size=8, sparse_cache_size=5, sink_size=2)),
+    (40, 4, 2, 4, dict(window_size=8, sparse_cache_size=7, update_interval=3)),
+    (41, 6, 2, 6, dict(window_size=4, sparse_cache_size=3, sparse_sharing="kv_head")),
+    (29, 3, 1, 1, dict(window_size=5, sparse_cache_size=0, update_interval=1, mixing="lolcats")),
+    (33, 2, 1, 2, dict(window_size=3, sparse_cache_size=4, update_interval=7, sink_size=5)),
+    (7, 2, 2, 2, dict(window_size=64, sparse_cache_size=16, sink_size=4)),
+    (3, 2, 1, 1, dict(window_size=2, sparse_cache_size=2, sink_size=9)),
+    (26, 4, 2, 2, dict(window_size=4, sparse_cache_size=6, mixing="lolcats", sink_size=1)),
+]
+
+
+def problem(T: int, Hq: int, Hkv: int, Hs: int, B: int = 2) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(T)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return (
+        normal(B, T, Hq, D) * 2,
+        normal(B, T, Hkv, D) * 2,
+        normal(B, T, Hkv, D),
+        normal(Hq, D, F),
+        normal(Hs, D, F),
+        normal(Hq),
+    )
+
+
+@pytest.mark.parametrize(("T", "Hq", "Hkv", "Hs", "keys"), CASES)
+def test_equals_the_reference(T: int, Hq: int, Hkv: int, Hs: int, keys: dict) -> None:
+    config = LolaConfig(**keys)
+    q, k, v, *weights = problem(T, Hq, Hkv, Hs)
+    out = lola_attention_parallel(q, k, v, *weights, config)
+    for row in range(2):
+        expected, _ = lola_attention(q[row], k[row], v[row], *weights, config)
+        torch.testing.assert_close(out[row], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("T", "Hq", "Hkv", "Hs", "keys"), CASES)
+def test_plan_leaves_the_state_of_the_reference(
+    T: int, Hq: int, Hkv: int, Hs: int, keys: dict
+) -> None:
+    config = LolaConfig(**keys)
+    q, k, v, fq, fk, factors = problem(T, Hq, Hkv, Hs)
+    keys_s = k.transpose(1, 2).repeat_interleave(Hs // Hkv, dim=1)
+    v_s = v.transpose(1, 2).repeat_interleave(Hs // Hkv, dim=1)
+    Hg = config.num_sparse_heads(Hs, Hkv)
+    plan = plan_memory(feature_map(keys_s, fk), v_s, config, Hg)
+    # What the last chunk sees is the state of the tokens before it.
+    n = (T - 1) // config.update_interval * config.update_interval
+    for row in range(2):
+        _, state = lola_attention(q[row, :n], k[row, :n], v[row, :n], fq, fk, factors, config)
+        for head in range(Hs):
+            cached = plan.sparse[row, head // (Hs // Hg), -1]
+            assert cached[cached >= 0].tolist() == state.sparse_positions[head]
+        folded = plan.folded[row]
+        assert int((folded >= 0).sum()) * (Hs // Hg) == round(float(state.s.sum()) / 2)
+
+
+def test_chosen_chunks_are_those_of_the_whole() -> None:
+    config = LolaConfig(window_size=8, sparse_cache_size=5, sink_size=2, update_interval=4)
+    args = problem(38, 4, 2, 2)
+    whole = lola_attention_parallel(*args, config)
+    chunks = torch.tensor([7, 0, 9])
+    part = lola_attention_parallel(*args, config, chunks=chunks)
+    torch.testing.assert_close(part[:, :4], whole[:, 28:32])
+    torch.testing.assert_close(part[:, 4:8], whole[:, :4])
+    torch.testing.assert_close(part[:, 8:10], whole[:, 36:])
+
+
+@pytest.mark.parametrize("mixing", ["lola", "lolcats"])
+def test_gradients(mixing: str) -> None:
+    config = LolaConfig(window_size=4, sparse_cache_size=3, sink_size=1, mixing=mixing)
+    args = tuple(x.requires_grad_() for x in problem(19, 2, 1, 1, B=1))
+    assert torch.autograd.gradcheck(lambda *x: lola_attention_parallel(*x, config), args)
+
+
+def test_half_precision_in_and_out_and_large_logits() -> None:
+    config = LolaConfig(window_size=4, sparse_cache_size=3)
+    q, k, v, *weights = (x.float() for x in problem(25, 2, 1, 1))
+    out = lola_attention_parallel(q.bfloat16(), k.bfloat16(), v.bfloat16(), *weights, config)
+    assert out.dtype == torch.bfloat16 and bool(out.isfinite().all())
+    out = lola_attention_parallel(q * 40, k * 40, v, *(w * 100 for w in weights), config)
+    assert bool(out.isfinite().all())
