@@ -188,6 +188,19 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="one file a text")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of them (default: all)")
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.texts import fetch_texts
+
+        fetch_texts(args.out, args.only, report=lambda line: print(line, flush=True))
+        return 0
+
+    parser.set_defaults(run=run)
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "init": (_init, "make a LoLA checkpoint from a Llama, with untrained identity feature maps"),
     "convert": (_convert, "make a LoLA checkpoint from a Llama and what LoLCATs trained for it"),
@@ -197,6 +210,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
         "and 4 sinks unless told otherwise)",
     ),
     "estimate": (_estimate, "memory per sequence, from config.json alone"),
+    "texts": (_texts, "get English texts to train and measure on, from Debian packages and PyPI"),
 }
 
 

