@@ -18,6 +18,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.quantization import QuantizationConfig
@@ -41,7 +42,8 @@ class LolaAttention(nn.Module, MambaBase):
     """Multi-head LoLA attention with the interface of vLLM's `LlamaAttention`.
 
     Parameters (this rank's heads): `qkv_proj`, `o_proj`, `feature_map_q [Hq, d, F]`,
-    `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (float32, before the sigmoid).
+    `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (float32, before the sigmoid); `q_norm` and
+    `k_norm` where the config has `qk_norm`.
     """
 
     def __init__(
@@ -83,6 +85,10 @@ class LolaAttention(nn.Module, MambaBase):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
             self.head_dim,
             max_position=max_position_embeddings,
@@ -116,6 +122,9 @@ class LolaAttention(nn.Module, MambaBase):
         qkv, _ = self.qkv_proj(hidden_states)
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
+        if self.qk_norm:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         q, k = self.rotary_emb(positions, q, k)
         attended = torch.empty_like(q)
         torch.ops.lola.attention(q, k, v, attended, self.prefix)

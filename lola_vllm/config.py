@@ -122,7 +122,11 @@ def _explain(error: ValidationError) -> str:
 
 
 class LolaLlamaConfig(LlamaConfig):
-    """`config.json` of a LoLA model: Llama's fields unchanged plus the `lola_config` object.
+    """`config.json` of a LoLA model: Llama's fields unchanged plus three.
+
+    `lola_config`: the parameters of the attention. `qkv_bias`: whether the q, k and v projections
+    have biases (Qwen2); None: as `attention_bias` says, which is of all four. `qk_norm`: whether
+    each head's q and k are RMS-normalized before RoPE (Qwen3).
 
     Assigning `lola_config` merges into what is there, so `--hf-overrides
     '{"lola_config": {"window_size": 32}}'` changes one parameter and keeps the others.
@@ -130,9 +134,18 @@ class LolaLlamaConfig(LlamaConfig):
 
     model_type = MODEL_TYPE
 
-    def __init__(self, lola_config: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        lola_config: dict[str, Any] | None = None,
+        qkv_bias: bool | None = None,
+        qk_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self.lola_config = dict(lola_config or {})
         super().__init__(**kwargs)
+        # vLLM's Llama reads this name; where it is there, it goes before attention_bias.
+        self.qkv_bias = self.attention_bias if qkv_bias is None else qkv_bias
+        self.qk_norm = qk_norm
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "lola_config":
@@ -140,6 +153,8 @@ class LolaLlamaConfig(LlamaConfig):
                 raise LolaConfigError(f"lola_config = {value!r}: must be an object")
             value = {**self.__dict__.get("lola_config", {}), **value}
             LolaConfig(**value)  # refuse bad values here, where the user's input is at hand
+        elif name in ("qkv_bias", "qk_norm") and not isinstance(value, bool):
+            raise LolaConfigError(f"{name} = {value!r}: must be true or false")
         super().__setattr__(name, value)
 
     @property

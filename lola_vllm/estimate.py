@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from lola_vllm.checkpoint.base import BASE_MODEL_TYPES
+from lola_vllm.checkpoint.families import BASE_MODEL_TYPES, llama_fields
 from lola_vllm.checkpoint.files import CheckpointError, read_json
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import (
@@ -260,7 +260,7 @@ def _letter(i: int) -> str:
 
 
 def _read_config(path: Path) -> tuple[LolaLlamaConfig, bool]:
-    """The config, and whether it is a LoLA model's rather than a plain Llama's."""
+    """The config, and whether it is a LoLA model's rather than a base's."""
     from huggingface_hub.errors import StrictDataclassError
 
     raw = read_json(path)
@@ -280,8 +280,9 @@ def _read_config(path: Path) -> tuple[LolaLlamaConfig, bool]:
             )
     if not isinstance(raw.get("lola_config", {}), dict):
         raise CheckpointError(f"{path}: lola_config = {raw['lola_config']!r}: must be an object")
+    fields = raw if raw["model_type"] == MODEL_TYPE else llama_fields(path, raw)
     try:
-        config = LolaLlamaConfig.from_dict({**raw, "model_type": MODEL_TYPE})
+        config = LolaLlamaConfig.from_dict({**fields, "model_type": MODEL_TYPE})
     except LolaConfigError:
         raise
     except (StrictDataclassError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The base of a checkpoint: a plain Llama directory, read, checked and copied shard by shard."""
+"""The base of a checkpoint: a Hugging Face directory, read, checked and copied shard by shard."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lola_vllm.checkpoint.families import BASE_NAMES, llama_fields
 from lola_vllm.checkpoint.files import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -23,8 +24,6 @@ from lola_vllm.config import ARCHITECTURE, MODEL_TYPE, LolaConfigError, LolaLlam
 if TYPE_CHECKING:
     from torch import Tensor
 
-BASE_MODEL_TYPES = ("llama",)
-
 # What a server needs besides config and weights, and what the licences of the base want kept.
 _COMPANIONS = (
     "tokenizer*",
@@ -32,6 +31,7 @@ _COMPANIONS = (
     "added_tokens.json",
     "vocab*",
     "merges.txt",
+    "tekken.json",
     "chat_template*",
     "additional_chat_templates",
     "generation_config.json",
@@ -42,19 +42,15 @@ _COMPANIONS = (
 
 
 def read_base_config(base: Path) -> dict[str, Any]:
-    """The base's `config.json` as it is, with LoLA's model type and architecture.
+    """The base's `config.json` in Llama's terms, with LoLA's model type and architecture.
 
     Raises:
-        CheckpointError: no such directory, another kind of model, or quantized weights.
+        CheckpointError: no such directory, a model that is not supported, or quantized weights.
     """
     if not base.is_dir():
-        raise CheckpointError(f"{base}: no such directory; give a local Llama model directory")
-    raw = read_json(base / "config.json")
-    if raw.get("model_type") not in BASE_MODEL_TYPES:
-        raise CheckpointError(
-            f"{base}: model_type {raw.get('model_type')!r} is not supported; "
-            f"supported: {', '.join(BASE_MODEL_TYPES)}"
-        )
+        raise CheckpointError(f"{base}: no such directory; give a local {BASE_NAMES} directory")
+    path = base / "config.json"
+    raw = llama_fields(path, read_json(path))
     if raw.get("quantization_config"):
         raise CheckpointError(
             f"{base}: quantized weights are not supported; use the model's full-precision weights"

@@ -1,4 +1,4 @@
-"""A LoLA checkpoint from a Llama and what LoLCATs training made for it (arXiv 2410.10254)."""
+"""A LoLA checkpoint from a base and what LoLCATs training made for it (arXiv 2410.10254)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def convert_checkpoint(
     -2.197 (g = 0.1). At most one safetensors file of the base is held in memory.
 
     Args:
-        base: a Hugging Face Llama directory, sharded or not, embeddings tied or not.
+        base: a Llama, Mistral, Qwen2 or Qwen3 directory, sharded or not, embeddings tied or not.
         distill: LoLCATs' first stage, feature maps and window factors.
         out: where the checkpoint goes; it appears whole or not at all.
         config_overrides: keys of `lola_config` to set, but not `feature_dim` and

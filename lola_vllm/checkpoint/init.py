@@ -1,4 +1,4 @@
-"""A LoLA checkpoint from a plain Llama: the same weights plus untrained feature maps."""
+"""A LoLA checkpoint from a base: the same weights plus untrained feature maps."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def init_checkpoint(
     *,
     force: bool = False,
 ) -> LolaLlamaConfig:
-    """Write a LoLA checkpoint with the weights of a Llama and identity feature maps.
+    """Write a LoLA checkpoint with the weights of a base and identity feature maps.
 
     The maps are LoLCATs' starting point: `W = eye(d, F)` for every head, in the dtype of the
     layer's `q_proj`, and window factors of -2.197 (g = 0.1) in float32. At most one safetensors
     file of the base is held in memory.
 
     Args:
-        base: a Hugging Face Llama directory, sharded or not, embeddings tied or not.
+        base: a Llama, Mistral, Qwen2 or Qwen3 directory, sharded or not, embeddings tied or not.
         out: where the checkpoint goes; it appears whole or not at all.
         config_overrides: keys of `lola_config` to set; others keep LoLA's defaults.
             `feature_dim` defaults to the head size, the only size an identity map can have.
@@ -55,7 +55,7 @@ def init_checkpoint(
         The config that was written.
 
     Raises:
-        CheckpointError: a base that is missing, damaged or no Llama, or an `out` in the way.
+        CheckpointError: a base that is missing, damaged or not supported, or an `out` in the way.
         LolaConfigError: overrides that are not valid.
     """
     config_json = _config_json(base, config_overrides, state_heads)

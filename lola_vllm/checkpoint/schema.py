@@ -1,8 +1,9 @@
 """Names and shapes of a LoLA checkpoint's tensors: the one truth for writing and for loading.
 
-A LoLA checkpoint is a Hugging Face Llama plus three tensors per layer under
-`model.layers.{i}.self_attn.`: `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and
-`window_factors [Hq]` (before the sigmoid).
+A LoLA checkpoint is a Hugging Face Llama (or a decoder that differs from it by biases of q, k, v or
+by norms of q and k) plus three tensors per layer under `model.layers.{i}.self_attn.`:
+`feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (before the
+sigmoid).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ WINDOW_FACTOR_INIT = -2.1972245773362196  # sigmoid of it is 0.1, where LoLCATs 
 _SHOWN = 10  # faults of a kind that a message spells out
 _BUFFER = ".rotary_emb.inv_freq"  # old Llama checkpoints store this; it follows from the config
 _LM_HEAD = "lm_head.weight"
+_QK_NORMS = (".self_attn.q_norm.weight", ".self_attn.k_norm.weight")
 
 Shape = tuple[int, ...]
 
@@ -47,9 +49,9 @@ def expected_tensors(config: LolaLlamaConfig, num_state_heads: int) -> dict[str,
     lola.check_heads(Hq, Hkv, num_state_heads)
 
     linears = {
-        "self_attn.q_proj": ((Hq * d, hidden), config.attention_bias),
-        "self_attn.k_proj": ((Hkv * d, hidden), config.attention_bias),
-        "self_attn.v_proj": ((Hkv * d, hidden), config.attention_bias),
+        "self_attn.q_proj": ((Hq * d, hidden), config.qkv_bias),
+        "self_attn.k_proj": ((Hkv * d, hidden), config.qkv_bias),
+        "self_attn.v_proj": ((Hkv * d, hidden), config.qkv_bias),
         "self_attn.o_proj": ((hidden, Hq * d), config.attention_bias),
         "mlp.gate_proj": ((inner, hidden), config.mlp_bias),
         "mlp.up_proj": ((inner, hidden), config.mlp_bias),
@@ -60,6 +62,8 @@ def expected_tensors(config: LolaLlamaConfig, num_state_heads: int) -> dict[str,
         layer[f"{name}.weight"] = shape
         if has_bias:
             layer[f"{name}.bias"] = shape[:1]
+    if config.qk_norm:
+        layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
     layer |= {
         "self_attn.feature_map_q": (Hq, d, F),
         "self_attn.feature_map_k": (num_state_heads, d, F),
@@ -162,18 +166,24 @@ def _explain_missing(name: str, shape: Shape) -> str:
         return f"{text}; set tie_word_embeddings to true if the model has no output matrix"
     if name.endswith(".bias"):
         return f"{text}; set {_bias_field(name)} to false if the model has no biases"
+    if name.endswith(_QK_NORMS):
+        return f"{text}; set qk_norm to false if the model has no norms of q and k"
     return f"{text}; a file is missing, or config.json is of another model"
 
 
 def _explain_unexpected(name: str, expected: Mapping[str, Shape]) -> str:
     if name.endswith(".bias") and name.removesuffix("bias") + "weight" in expected:
         return f"{name}; set {_bias_field(name)} to true if the model has biases"
+    if name.endswith(_QK_NORMS):
+        return f"{name}; set qk_norm to true if the model normalizes q and k"
     near = difflib.get_close_matches(name, expected, n=1, cutoff=0.0)
     return f"{name}; nearest valid name: {near[0]!r}" if near else name
 
 
 def _bias_field(name: str) -> str:
-    return "mlp_bias" if ".mlp." in name else "attention_bias"
+    if ".mlp." in name:
+        return "mlp_bias"
+    return "attention_bias" if ".o_proj." in name else "qkv_bias"
 
 
 def _explain_shape(name: str, found: Shape, expected: Shape) -> str:

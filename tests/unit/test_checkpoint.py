@@ -154,7 +154,7 @@ def test_missing_and_unexpected_tensors_are_named() -> None:
     assert "feature_map_q [4, 8, 8]; a plain Llama gets these from `lola-vllm init`" in message
     assert "tie_word_embeddings" in message
     assert "nearest valid name: 'model.layers.0.self_attn.window_factors'" in message
-    assert "q_proj.bias; set attention_bias to true" in message
+    assert "q_proj.bias; set qkv_bias to true" in message
 
 
 def test_long_lists_are_cut() -> None:
@@ -284,7 +284,10 @@ def _no_shard(base: Path) -> None:
         (lambda base: (base / "config.json").unlink(), "no config.json"),
         (lambda base: (base / "config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda base: (base / "model.safetensors").unlink(), "no safetensors files"),
-        (lambda base: edit_config(base, model_type="mistral"), "'mistral'.*supported: llama"),
+        (
+            lambda base: edit_config(base, model_type="gpt2"),
+            "config.json: model_type 'gpt2'.*supported: llama, mistral, qwen2, qwen3",
+        ),
         (lambda base: edit_config(base, quantization_config={"bits": 4}), "quantized"),
         (lambda base: edit_config(base, hidden_size="wide"), "config.json: .*hidden_size"),
         (lambda base: edit_config(base, num_hidden_layers=3), r"layers\.2\..*a file is missing"),
