@@ -97,7 +97,10 @@ def read_sword(root: Path) -> list[str]:
 
 
 def _osis_text(markup: str) -> str:
-    markup = re.sub(r"<(note|title)\b[^>]*(?<!/)>.*?</\1>", "", markup, flags=re.DOTALL)
+    markup = re.sub(r"<title\b[^>]*(?<!/)>.*?</title>", "", markup, flags=re.DOTALL)
+    markup = re.sub(r"<note\b[^>]*(?<!/)>.*?</note>", "\0", markup, flags=re.DOTALL)
+    # A note may be all that parts two words, or stand before a comma.
+    markup = re.sub(r"\0+(?=(?:<[^>]*>)*[\w\u201c\u2018(])", " ", markup).replace("\0", "")
     # A book is one line; its paragraphs, stanzas and verse lines are empty elements.
     markup = re.sub(r'<div [^>]*type="x-p"[^>]*/>|<(lg|chapter) [^>]*/>', "\n\n", markup)
     markup = re.sub(r"<l [^>]*eID=[^>]*/>", "\n", markup)

@@ -67,14 +67,15 @@ def write_sword(root: Path, testament: str, books: list[str]) -> Path:
 def test_sword_books_without_markup_titles_and_notes(tmp_path: Path) -> None:
     genesis = (
         '<title level="1">Genesis</title> <div sID="g1" type="x-p"/><chapter osisID="Gen.1"/>'
-        '<w lemma="strong:H1">In</w> the beginning<note type="n">Or <i>first</i></note>, God '
+        '<w lemma="strong:H1">In</w> the beginning<note type="n">Or <i>first</i></note>, God'
+        '<note>x</note><note n="2">y</note><w>made</w> all<note>z</note><q>things</q> '
         '<div eID="g1" type="x-p"/><lg sID="a"/> <l level="1" sID="b"/>“Light &amp; dark,'
         '<l eID="b" level="1"/> <l level="2" sID="c"/>dayé<l eID="c" level="2"/> <lg eID="a"/>end.'
     )
     write_sword(tmp_path / "m", "nt", ['<div sID="x" type="x-p"/>Good News'])
     write_sword(tmp_path / "m", "ot", ["<milestone/>", genesis])
     assert read_sword(tmp_path) == [
-        "In the beginning, God\n\n“Light & dark,\ndayé\n\nend.",
+        "In the beginning, God made all things\n\n“Light & dark,\ndayé\n\nend.",
         "Good News",
     ]
 
