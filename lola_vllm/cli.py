@@ -7,76 +7,28 @@ A subcommand is one function that adds its options to a parser and sets `run`, a
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lola_vllm.config import LolaLlamaConfig
-
-# Options that set a key of lola_config. Their values are checked there, not here.
-_LOLA_OPTIONS: dict[str, tuple[type, str]] = {
-    "window_size": (int, "pairs kept exactly after every update, in tokens"),
-    "sparse_cache_size": (int, "exact pairs kept by self-recall error; 0 is LoLCATs"),
-    "update_interval": (int, "tokens between two updates (default: the window size)"),
-    "sink_size": (int, "first positions that stay exact for ever"),
-    "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
-    "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),
-    "state_dtype": (str, "storage of the hidden state: float32 or bfloat16"),
-    "sparse_sharing": (str, "sparse sets shared inside a KV group: none or kv_head"),
-}
-
-
-def _add_lola_options(
-    parser: argparse.ArgumentParser, without: Collection[str] = ()
-) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("LoLA options", "keys of lola_config in config.json")
-    for key, (kind, text) in _LOLA_OPTIONS.items():
-        if key not in without:
-            metavar = "N" if kind is int else "NAME"
-            group.add_argument(f"--{key.replace('_', '-')}", type=kind, metavar=metavar, help=text)
-    return group
-
-
-def _add_state_heads(group: argparse._ArgumentGroup, default: str | None, named: str) -> None:
-    group.add_argument(
-        "--state-heads",
-        choices=("kv", "query"),
-        default=default,
-        help=f"key feature maps: one per KV head or one per query head (default: {named})",
-    )
-
-
-def _lola_config(args: argparse.Namespace) -> dict[str, Any]:
-    """The keys of `lola_config` that the user gave."""
-    given = {key: getattr(args, key, None) for key in _LOLA_OPTIONS}
-    return {key: value for key, value in given.items() if value is not None}
-
-
-def _summarize(out: Path, config: LolaLlamaConfig, maps: str, also: str = "") -> None:
-    lola = config.lola
-    print(
-        f"LoLA checkpoint with {maps} feature maps: {out} (window {lola.window_size}, "
-        f"sparse cache {lola.sparse_cache_size}, sinks {lola.sink_size}){also}"
-    )
-    print(f"next: vllm serve {shlex.quote(str(out))}")
+from lola_vllm.cli_options import add_lola_options, add_state_heads, lola_config_of, summarize
+from lola_vllm.distill.command import add_options as _distill
+from lola_vllm.eval.command import add_options as _eval
 
 
 def _init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="a local Llama")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
-    _add_state_heads(_add_lola_options(parser), "kv", "kv")
+    add_state_heads(add_lola_options(parser), "kv", "kv")
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.checkpoint.init import init_checkpoint
 
         config = init_checkpoint(
-            args.base, args.out, _lola_config(args), args.state_heads, force=args.force
+            args.base, args.out, lola_config_of(args), args.state_heads, force=args.force
         )
-        _summarize(args.out, config, "untrained")
+        summarize(args.out, config, "untrained")
         return 0
 
     parser.set_defaults(run=run)
@@ -99,7 +51,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
-    _add_lola_options(parser, without=("feature_dim",))
+    add_lola_options(parser, without=("feature_dim",))
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.checkpoint.convert import convert_checkpoint
@@ -108,12 +60,12 @@ def _convert(parser: argparse.ArgumentParser) -> None:
             args.base,
             args.distill,
             args.out,
-            _lola_config(args),
+            lola_config_of(args),
             args.lora,
             lora_alpha=args.lora_alpha,
             force=args.force,
         )
-        _summarize(args.out, config, "LoLCATs", "; LoRA merged" if args.lora else "")
+        summarize(args.out, config, "LoLCATs", "; LoRA merged" if args.lora else "")
         return 0
 
     parser.set_defaults(run=run)
@@ -130,7 +82,7 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
         "$LOLA_VLLM_CACHE or ~/.cache/lola-vllm)",
     )
     parser.add_argument("--force", action="store_true", help="replace models that are there")
-    _add_state_heads(_add_lola_options(parser), "kv", "kv")
+    add_state_heads(add_lola_options(parser), "kv", "kv")
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.checkpoint.demo import build_demo_model
@@ -139,12 +91,12 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
             args.out,
             args.wheel,
             base_out=args.base_out,
-            config_overrides=_lola_config(args),
+            config_overrides=lola_config_of(args),
             state_heads=args.state_heads,
             force=args.force,
         )
         also = f"; plain Llama: {args.base_out}" if args.base_out else ""
-        _summarize(args.out, config, "untrained", also)
+        summarize(args.out, config, "untrained", also)
         return 0
 
     parser.set_defaults(run=run)
@@ -167,7 +119,7 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="numbers of one such rank"
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    _add_state_heads(_add_lola_options(parser), None, "as the model says, else query")
+    add_state_heads(add_lola_options(parser), None, "as the model says, else query")
 
     def run(args: argparse.Namespace) -> int:
         import json
@@ -176,7 +128,7 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
 
         result = estimate(
             args.model,
-            _lola_config(args),
+            lola_config_of(args),
             state_heads=args.state_heads,
             dtype=args.dtype,
             tensor_parallel_size=args.tensor_parallel_size,
@@ -204,12 +156,14 @@ def _texts(parser: argparse.ArgumentParser) -> None:
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "init": (_init, "make a LoLA checkpoint from a Llama, with untrained identity feature maps"),
     "convert": (_convert, "make a LoLA checkpoint from a Llama and what LoLCATs trained for it"),
+    "distill": (_distill, "train feature maps and adapters for a Llama: a LoLA checkpoint"),
     "demo-model": (
         _demo_model,
         "make a small LoLA checkpoint to try (SmolLM2-135M-Instruct; window 64, sparse cache 128 "
         "and 4 sinks unless told otherwise)",
     ),
     "estimate": (_estimate, "memory per sequence, from config.json alone"),
+    "eval": (_eval, "measure recall in long prompts, or perplexity on held-out text"),
     "texts": (_texts, "get English texts to train and measure on, from Debian packages and PyPI"),
 }
 

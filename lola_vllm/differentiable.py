@@ -198,7 +198,8 @@ def _exact(
         queries: `[B, Hq, N, C, d]` at `positions` `[N, C]`. keys, values: `[B, Hkv, T, d]`.
 
     Returns:
-        logits `[B, Hq, N, C, S]`, -inf where a query does not see a pair; values `[B, Hg, N, S, d]`.
+        logits `[B, Hq, N, C, S]`, -inf where a query does not see a pair, and values
+        `[B, Hg, N, S, d]`.
     """
     B, Hq, N, C, d = queries.shape
     Hkv, T = keys.shape[1:3]

@@ -30,7 +30,8 @@ FACTORS = "self_attn.window_factors"
 _SHOWN = 10  # faults of a sort that a message spells out
 # Plain, inside LlamaForCausalLM, inside one more wrapper, inside a PEFT model.
 _NAME = re.compile(r"(?:|model\.|model\.model\.|base_model\.model\.model\.)layers\.(\d{1,4})\.(.+)")
-_MAP = re.compile(r"(self_attn\.feature_map_[qk])\.mlp\.layer")
+# LoLCATs' own name, and the one of a LoLA checkpoint, which `lola-vllm distill` writes.
+_MAP = re.compile(r"(self_attn\.feature_map_[qk])(?:\.mlp\.layer)?")
 _FACTORS = re.compile(r"self_attn\.window_factors?")
 _LORA = re.compile(
     r"((?:self_attn\.[qkvo]|mlp\.(?:gate|up|down))_proj\.lora_[AB])(?:\.default)?\.weight"

@@ -1,0 +1,62 @@
+"""Options that several subcommands of `lola-vllm` share, and what they make of them."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lola_vllm.config import LolaLlamaConfig
+
+# Options that set a key of lola_config. Their values are checked there, not here.
+LOLA_OPTIONS: dict[str, tuple[type, str]] = {
+    "window_size": (int, "pairs kept exactly after every update, in tokens"),
+    "sparse_cache_size": (int, "exact pairs kept by self-recall error; 0 is LoLCATs"),
+    "update_interval": (int, "tokens between two updates (default: the window size)"),
+    "sink_size": (int, "first positions that stay exact for ever"),
+    "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
+    "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),
+    "state_dtype": (str, "storage of the hidden state: float32 or bfloat16"),
+    "sparse_sharing": (str, "sparse sets shared inside a KV group: none or kv_head"),
+}
+
+
+def add_lola_options(
+    parser: argparse.ArgumentParser, without: Collection[str] = ()
+) -> argparse._ArgumentGroup:
+    """One option per key of `lola_config`, those in `without` left out."""
+    group = parser.add_argument_group("LoLA options", "keys of lola_config in config.json")
+    for key, (kind, text) in LOLA_OPTIONS.items():
+        if key not in without:
+            metavar = "N" if kind is int else "NAME"
+            group.add_argument(f"--{key.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    return group
+
+
+def add_state_heads(group: argparse._ArgumentGroup, default: str | None, named: str) -> None:
+    """`--state-heads`; `named` says in the help what the default is."""
+    group.add_argument(
+        "--state-heads",
+        choices=("kv", "query"),
+        default=default,
+        help=f"key feature maps: one per KV head or one per query head (default: {named})",
+    )
+
+
+def lola_config_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of `lola_config` that the user gave."""
+    given = {key: getattr(args, key, None) for key in LOLA_OPTIONS}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def summarize(out: Path, config: LolaLlamaConfig, maps: str, also: str = "") -> None:
+    """Say what was written and what to do next."""
+    lola = config.lola
+    print(
+        f"LoLA checkpoint with {maps} feature maps: {out} (window {lola.window_size}, "
+        f"sparse cache {lola.sparse_cache_size}, sinks {lola.sink_size}){also}"
+    )
+    print(f"next: vllm serve {shlex.quote(str(out))}")

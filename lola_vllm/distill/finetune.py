@@ -1,0 +1,268 @@
+"""Stage 2: LoRA adapters, and the maps once more, so that the whole model answers as its teacher.
+
+LoLCATs (arXiv 2410.10254, section 3.2) fine-tunes with the next-token loss. The default here is the
+divergence from the teacher's distribution, which says far more per token; the next-token loss is
+an option. The teacher is the same model with adapters and LoLA switched off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.config import LolaConfig
+from lola_vllm.distill.state import read_state, write_state
+from lola_vllm.distill.student import (
+    all_maps,
+    decoder_layers,
+    layer_maps,
+    load_maps,
+    lola_attention,
+)
+
+STATE = "finetune"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+LOSS_BLOCK = 256  # tokens whose logits exist at once
+Loss = Literal["teacher", "next-token"]
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How stage 2 trains.
+
+    Attributes:
+        configs: LoLA settings to train for; each row draws one.
+        rank: of the adapters on q, k, v and o. alpha: their scale is alpha / rank.
+        learning_rate: AdamW's for the adapters, after a short warm-up falling to a tenth.
+        map_learning_rate: for feature maps and window factors; 0 leaves them as they are.
+        loss: "teacher" (KL divergence from the teacher) or "next-token".
+        answer_weight: how much more the tokens of synthetic answers count.
+        rows_per_step: rows whose gradients are summed before a step.
+        save_every: steps between two training states.
+        checkpointing: recompute activations in the backward pass, for less memory.
+        seed: of the adapters' start and of the order of rows.
+    """
+
+    configs: Sequence[LolaConfig]
+    rank: int = 8
+    alpha: int = 16
+    learning_rate: float = 1e-3
+    map_learning_rate: float = 1e-3
+    loss: Loss = "teacher"
+    answer_weight: float = 1.0
+    rows_per_step: int = 4
+    save_every: int = 10
+    checkpointing: bool = False
+    seed: int = 0
+
+
+class Finetuned(NamedTuple):
+    """What stage 2 made.
+
+    Attributes:
+        adapters: LoRA matrices under PEFT's names, float32.
+        maps: feature maps and window factors under the names of a LoLA checkpoint.
+        losses: of each step.
+    """
+
+    adapters: dict[str, Tensor]
+    maps: dict[str, Tensor]
+    losses: list[float]
+
+
+def finetune(
+    model: Any,
+    rows: Tensor,
+    answers: Tensor,
+    work: Path,
+    options: FinetuneOptions,
+    *,
+    fingerprint: str,
+    progress: Callable[[int, float], None] | None = None,
+) -> Finetuned:
+    """Train adapters on a model whose maps are trained.
+
+    Args:
+        model: from `load_base`, with maps; it is wrapped by PEFT and changed in place.
+        rows: `[N, T]` token ids. answers: `[N, T]` bool, the tokens that `answer_weight` is for.
+        work: directory of the training state; a run that was cut off goes on from there.
+        fingerprint: of everything that the result depends on.
+        progress: called after each row with the number of rows done and the row's loss.
+
+    Raises:
+        CheckpointError: a training state of another run, one that cannot be written, or a loss
+            that is not finite.
+    """
+    from accelerate import Accelerator
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    set_seed(options.seed)
+    accelerator = Accelerator(mixed_precision="bf16" if model.dtype == torch.bfloat16 else "no")
+    lora = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=0.0,
+        target_modules=list(TARGETS),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
+    if options.checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # the base has no dropout that this could switch on, see _no_dropout
+        _no_dropout(model)
+    adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    maps = [value for layer in decoder_layers(model) for value in layer_maps(layer).values()]
+    groups = [{"params": list(adapters.values()), "lr": options.learning_rate}]
+    if options.map_learning_rate > 0:
+        for value in maps:
+            value.requires_grad_(True)
+        groups.append({"params": maps, "lr": options.map_learning_rate})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    steps = max(1, len(rows) // options.rows_per_step)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    losses: list[float] = []
+    state = read_state(work, STATE, fingerprint)
+    if state:
+        losses = list(state.meta["losses"])
+        _restore(model, adapters, optimizer, state.tensors)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(len(losses), steps):
+        # A generator per step, so that a resumed run draws what an uninterrupted one would.
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
+        optimizer.zero_grad()
+        total = 0.0
+        for at, row in enumerate(_rows_of_step(step, len(rows), options), start=1):
+            config = options.configs[
+                int(torch.randint(len(options.configs), (), generator=generator))
+            ]
+            loss = _loss(
+                model, accelerator, rows[row].to(model.device), answers[row], config, options
+            )
+            accelerator.backward(loss / options.rows_per_step)
+            total += loss.item() / options.rows_per_step
+            if progress:
+                progress(step * options.rows_per_step + at, loss.item())
+        if not math.isfinite(total):
+            raise CheckpointError(
+                f"step {step}: the loss is {total}; try a smaller learning rate, and go on from "
+                "the last training state"
+            )
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        for group, rate in zip(
+            optimizer.param_groups, (options.learning_rate, options.map_learning_rate), strict=False
+        ):
+            group["lr"] = rate * _share(step, steps)
+        optimizer.step()
+        losses.append(total)
+        if (step + 1) % options.save_every == 0 or step + 1 == steps:
+            _save(work, fingerprint, model, adapters, optimizer, losses)
+    result = {name: value.detach().float().cpu() for name, value in adapters.items()}
+    return Finetuned(result, all_maps(model), losses)
+
+
+def _share(step: int, steps: int) -> float:
+    """Share of the learning rate: a warm-up of a twentieth, then half a cosine down to a tenth."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _rows_of_step(step: int, num_rows: int, options: FinetuneOptions) -> list[int]:
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(options.seed))
+    first = step * options.rows_per_step
+    return order[first : first + options.rows_per_step].tolist()
+
+
+def _loss(
+    model: Any,
+    accelerator: Any,
+    row: Tensor,
+    answers: Tensor,
+    config: LolaConfig,
+    options: FinetuneOptions,
+) -> Tensor:
+    """Weighted mean over a row's predictions."""
+    ids = row.long()[None]
+    base = model.get_base_model()
+    with torch.no_grad(), model.disable_adapter(), accelerator.autocast():
+        wanted = base.model(ids).last_hidden_state[0] if options.loss == "teacher" else None
+    with accelerator.autocast(), lola_attention(model, config):
+        hidden = base.model(ids).last_hidden_state[0]
+        weights = 1 + (options.answer_weight - 1) * answers[1:].to(hidden.device).float()
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(row) - 1, LOSS_BLOCK):
+            at = slice(start, min(start + LOSS_BLOCK, len(row) - 1))
+            args = (base.lm_head, hidden[at], None if wanted is None else wanted[at])
+            each = torch.utils.checkpoint.checkpoint(
+                _token_losses, *args, ids[0, at.start + 1 : at.stop + 1], use_reentrant=False
+            )
+            total = total + (each * weights[at]).sum()
+    return total / weights.sum()
+
+
+def _token_losses(
+    head: nn.Linear, hidden: Tensor, teacher: Tensor | None, targets: Tensor
+) -> Tensor:
+    """Per token `[n]`: KL(teacher || student), or the next token's negative log-likelihood."""
+    logits = head(hidden).float()
+    if teacher is None:
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+    with torch.no_grad():
+        wanted = head(teacher).float().log_softmax(-1)
+    return nn.functional.kl_div(
+        logits.log_softmax(-1), wanted, log_target=True, reduction="none"
+    ).sum(-1)
+
+
+def _no_dropout(model: Any) -> None:
+    """Gradient checkpointing works in training mode only, which must not switch dropout on."""
+    for layer in decoder_layers(model):
+        layer.self_attn.attention_dropout = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _save(
+    work: Path,
+    fingerprint: str,
+    model: Any,
+    adapters: dict[str, nn.Parameter],
+    optimizer: Any,
+    losses: list[float],
+) -> None:
+    tensors: dict[str, Tensor] = {n: value.detach().cpu() for n, value in adapters.items()}
+    tensors |= all_maps(model)
+    for key, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{key}.{name}": value for name, value in values.items()}
+    write_state(work, STATE, fingerprint, tensors, {"losses": losses})
+
+
+def _restore(
+    model: Any,
+    adapters: dict[str, nn.Parameter],
+    optimizer: Any,
+    tensors: dict[str, Tensor],
+) -> None:
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            adapter.copy_(tensors[name])
+    load_maps(model, tensors)
+    state = optimizer.state_dict()
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, key, field = name.split(".")
+            state["state"].setdefault(int(key), {})[field] = value
+    optimizer.load_state_dict(state)

@@ -1,0 +1,35 @@
+"""The loss curves of a distillation as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_losses(losses: Mapping[str, Any], path: Path) -> None:
+    """Draw what there is of `transfer` (per layer a list) and `finetune` (a list) into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    layers: list[list[float]] = losses.get("transfer", [])
+    colours = matplotlib.colormaps["viridis"]
+    for i, curve in enumerate(layers):
+        left.plot(_smooth(curve), color=colours(i / max(1, len(layers) - 1)), lw=0.8)
+    left.set(title="attention transfer, one line per layer (dark: first)", xlabel="step")
+    left.set(ylabel="relative error of the output", yscale="log")
+    right.plot(_smooth(losses.get("finetune", [])))
+    right.set(title="LoRA", xlabel="step", ylabel="loss")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _smooth(values: Sequence[float], width: int = 15) -> list[float]:
+    """Running means, as the loss jumps with the row."""
+    return [
+        sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))
+    ]

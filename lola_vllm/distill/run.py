@@ -1,0 +1,318 @@
+"""`lola-vllm distill`: from a base model and texts to a LoLA checkpoint, resumable at any point."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.config import LolaConfig, LolaLlamaConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lola_vllm.distill.finetune import Loss
+
+MAPS_NAME = "maps.safetensors"
+LORA_NAME = "lora.safetensors"
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Everything but paths. Lengths in tokens.
+
+    Attributes:
+        lola_config: what the checkpoint will say, and what is trained for.
+        train_windows, train_sparse_caches: train for every pairing of these instead; each must be
+            servable later, so they only widen what the maps have seen.
+        state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq).
+        rows, row_length: of stage 1. lora_rows, lora_row_length: of stage 2; 0 rows leave it out.
+        retrieval_fraction: share of rows that are synthetic retrieval prompts.
+        dtype: of the base's weights while training.
+        The others: see `TransferOptions` and `FinetuneOptions`.
+    """
+
+    lola_config: Mapping[str, Any] = field(default_factory=dict)
+    train_windows: Sequence[int] = ()
+    train_sparse_caches: Sequence[int] = ()
+    state_heads: str = "kv"
+    rows: int = 256
+    row_length: int = 2048
+    learning_rate: float = 1e-2
+    steps_per_row: int = 2
+    queries_per_step: int = 512
+    lora_rows: int = 512
+    lora_row_length: int = 1024
+    lora_rank: int = 8
+    lora_learning_rate: float = 1e-3
+    map_learning_rate: float = 1e-3
+    lora_loss: Loss = "teacher"
+    answer_weight: float = 1.0
+    rows_per_step: int = 4
+    gradient_checkpointing: bool = False
+    retrieval_fraction: float = 0.2
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    def configs(self) -> list[LolaConfig]:
+        """The settings to train for."""
+        own = LolaConfig(**self.lola_config)
+        return [
+            LolaConfig(**{**self.lola_config, "window_size": window, "sparse_cache_size": lam})
+            for window in self.train_windows or [own.window_size]
+            for lam in self.train_sparse_caches or [own.sparse_cache_size]
+        ]
+
+
+def distill(
+    base: Path,
+    data: Sequence[str],
+    out: Path,
+    options: DistillOptions,
+    *,
+    work: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> LolaLlamaConfig:
+    """Train feature maps and adapters for a base model and write the LoLA checkpoint.
+
+    Args:
+        base: a local Hugging Face directory (Llama, Mistral, Qwen2 or Qwen3).
+        data: files, directories or dataset names; see `training_rows`.
+        out: where the checkpoint goes; it appears whole or not at all.
+        work: keeps training states, `maps.safetensors`, `lora.safetensors`, loss curves and
+            `distill.json`; default: `out` with ".training" added.
+        resume: go on with the run in `work`; without it a `work` that holds a run is refused.
+        force: replace a model that is already at `out`.
+
+    Raises:
+        CheckpointError: a base, data or directory that cannot be used; `out` stays untouched.
+        LolaConfigError: a `lola_config` that is not valid.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from lola_vllm.checkpoint.convert import convert_checkpoint
+    from lola_vllm.checkpoint.staging import check_output
+    from lola_vllm.distill.data import RowOptions, training_rows
+    from lola_vllm.distill.student import all_maps, attach_maps, load_base, load_maps
+
+    configs = options.configs()  # refuses bad values before anything else happens
+    check_output(out, inputs=[base], force=force)
+    work = _work_directory(work or out.with_name(out.name + ".training"), resume)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_base(base, _dtype(options.dtype)).to(device)
+    heads = {
+        "kv": model.config.num_key_value_heads,
+        "query": model.config.num_attention_heads,
+    }.get(options.state_heads)
+    if heads is None:
+        raise CheckpointError(f"state_heads = {options.state_heads!r}: must be 'kv' or 'query'")
+    attach_maps(model, heads)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+
+    def rows(length: int, number: int, seed: int) -> Any:
+        return training_rows(
+            data,
+            tokenizer,
+            RowOptions(
+                row_length=length,
+                num_rows=number,
+                seed=seed,
+                retrieval_fraction=options.retrieval_fraction,
+            ),
+        )
+
+    losses: dict[str, Any] = {}
+    first = rows(options.row_length, options.rows, options.seed)
+    print_ = fingerprint(base, options, first.tokens)
+    maps = _saved(work / MAPS_NAME, print_)
+    if maps is None:
+        losses["transfer"] = _transfer(model, first.tokens, work, options, configs, print_)
+        maps = all_maps(model)
+        _save(work / MAPS_NAME, maps, print_)
+    load_maps(model, maps)
+    lora = None
+    if options.lora_rows:
+        second = rows(options.lora_row_length, options.lora_rows, options.seed + 1)
+        print_ = fingerprint(base, options, second.tokens, print_)
+        lora = work / LORA_NAME
+        if _saved(lora, print_) is None:
+            tuned = _finetune(model, second, work, options, configs, print_)
+            losses["finetune"] = tuned.losses
+            _save(lora, {**tuned.adapters, **tuned.maps}, print_)
+    _report(work, base, data, options, losses)
+    return convert_checkpoint(
+        base,
+        work / MAPS_NAME,
+        out,
+        options.lola_config,
+        lora,
+        lora_alpha=2.0 * options.lora_rank if lora else None,
+        force=force,
+    )
+
+
+def fingerprint(base: Path, options: DistillOptions, rows: Tensor, before: str = "") -> str:
+    """Hash of all that a stage's result depends on: model, options, tokens, the stage before."""
+    digest = hashlib.sha256(before.encode())
+    digest.update((base / "config.json").read_bytes())
+    for path in sorted(base.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+    chosen = asdict(options)
+    if not before:  # the second stage's options do not change the first
+        chosen = {k: v for k, v in chosen.items() if k not in _SECOND_STAGE}
+    digest.update(json.dumps(chosen, sort_keys=True).encode())
+    digest.update(rows.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+_SECOND_STAGE = {
+    "lora_rows",
+    "lora_row_length",
+    "lora_rank",
+    "lora_learning_rate",
+    "map_learning_rate",
+    "lora_loss",
+    "answer_weight",
+    "rows_per_step",
+    "gradient_checkpointing",
+}
+
+
+def _transfer(
+    model: Any,
+    rows: Tensor,
+    work: Path,
+    options: DistillOptions,
+    configs: list[LolaConfig],
+    print_: str,
+) -> list[list[float]]:
+    from tqdm import tqdm
+
+    from lola_vllm.distill.transfer import TransferOptions, transfer
+
+    layers = model.config.num_hidden_layers
+    with tqdm(total=layers * len(rows), unit="row", desc="attention transfer") as bar:
+
+        def progress(layer: int, loss: float) -> None:
+            bar.n = max(bar.n, layer * len(rows))  # layers that an earlier run finished
+            bar.set_postfix(layer=layer, loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+
+        return transfer(
+            model,
+            rows,
+            work,
+            TransferOptions(
+                configs,
+                options.learning_rate,
+                options.steps_per_row,
+                options.queries_per_step,
+                options.seed,
+            ),
+            fingerprint=print_,
+            progress=progress,
+        )
+
+
+def _finetune(
+    model: Any,
+    rows: Any,
+    work: Path,
+    options: DistillOptions,
+    configs: list[LolaConfig],
+    print_: str,
+) -> Any:
+    from tqdm import tqdm
+
+    from lola_vllm.distill.finetune import FinetuneOptions, finetune
+
+    with tqdm(total=len(rows.tokens), unit="row", desc="LoRA") as bar:
+
+        def progress(done: int, loss: float) -> None:
+            bar.n = done
+            bar.set_postfix(loss=f"{loss:.4f}")
+
+        return finetune(
+            model,
+            rows.tokens,
+            rows.answers,
+            work,
+            FinetuneOptions(
+                configs,
+                rank=options.lora_rank,
+                alpha=2 * options.lora_rank,
+                learning_rate=options.lora_learning_rate,
+                map_learning_rate=options.map_learning_rate,
+                loss=options.lora_loss,
+                answer_weight=options.answer_weight,
+                rows_per_step=options.rows_per_step,
+                checkpointing=options.gradient_checkpointing,
+                seed=options.seed,
+            ),
+            fingerprint=print_,
+            progress=progress,
+        )
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name not in ("float32", "bfloat16"):
+        raise CheckpointError(f"dtype = {name!r}: must be float32 or bfloat16")
+    return getattr(torch, name)
+
+
+def _work_directory(work: Path, resume: bool) -> Path:
+    if not resume and work.is_dir() and any(work.iterdir()):
+        raise CheckpointError(
+            f"{work}: holds an earlier run; go on with it by --resume, or name another --work-dir"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def _saved(path: Path, print_: str) -> dict[str, Tensor] | None:
+    from lola_vllm.distill.state import read_state
+
+    state = read_state(path.parent, path.stem, print_)
+    return state.tensors if state else None
+
+
+def _save(path: Path, tensors: dict[str, Tensor], print_: str) -> None:
+    import torch
+
+    from lola_vllm.distill.state import write_state
+
+    narrow = {
+        name: value.to(torch.float32 if name.endswith("window_factors") else torch.bfloat16)
+        for name, value in tensors.items()
+    }
+    write_state(path.parent, path.stem, print_, narrow, {})
+
+
+def _report(
+    work: Path,
+    base: Path,
+    data: Sequence[str],
+    options: DistillOptions,
+    losses: Mapping[str, Any],
+) -> None:
+    """`distill.json` and the loss curves; a resumed run adds to what is there."""
+    from lola_vllm.distill.plot import plot_losses
+
+    path = work / "distill.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    report: dict[str, Any] = {
+        "base": base.resolve().name,
+        "data": [Path(name).name for name in data],
+        "options": asdict(options),
+        "losses": {**found.get("losses", {}), **losses},
+    }
+    path.write_text(json.dumps(report, indent=1))
+    plot_losses(report["losses"], work / "loss.png")

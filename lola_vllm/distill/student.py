@@ -1,0 +1,155 @@
+"""A Hugging Face decoder with LoLA attention for training: its own weights plus feature maps.
+
+The attention is swapped through transformers' registry of attention functions. So projections,
+RoPE, biases and q/k norms stay those of the model, and nothing here knows one family from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.checkpoint.schema import WINDOW_FACTOR_INIT
+from lola_vllm.config import LolaConfig
+from lola_vllm.differentiable import lola_attention_parallel
+
+ATTENTION = "lola_training"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MAP_NAMES = ("feature_map_q", "feature_map_k", "window_factors")
+
+
+def load_base(path: Path, dtype: torch.dtype) -> Any:
+    """Load a base model for distillation, its weights frozen.
+
+    Args:
+        path: a local Hugging Face directory of a Llama, Mistral, Qwen2 or Qwen3 decoder.
+        dtype: of the weights.
+
+    Raises:
+        CheckpointError: no such directory, or a family that is not supported.
+    """
+    import transformers
+
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: no config.json; give a local Hugging Face model directory")
+    config = transformers.AutoConfig.from_pretrained(path)
+    if config.model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{path}: model_type {config.model_type!r} is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise CheckpointError(
+            f"{path}: sliding_window = {config.sliding_window}: the teacher must attend to "
+            "everything; set it to null in config.json if the model was trained that way"
+        )
+    transformers.AttentionInterface.register(ATTENTION, _attention)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=ATTENTION
+    )
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The decoder layers of a model, also inside a PEFT wrapper."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return list(base.model.layers)
+
+
+def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None) -> None:
+    """Give every layer LoLCATs' starting point: identity maps, window factors of -2.197.
+
+    They become float32 parameters of `self_attn`: `feature_map_q [Hq, d, F]`,
+    `feature_map_k [Hs, d, F]` and `window_factors [Hq]`.
+    """
+    config = model.config
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    F = feature_dim or d
+    for layer in decoder_layers(model):
+        attention = layer.self_attn
+        device = attention.q_proj.weight.device
+        for name, heads in (
+            ("feature_map_q", config.num_attention_heads),
+            ("feature_map_k", num_state_heads),
+        ):
+            eye = torch.eye(d, F, device=device).repeat(heads, 1, 1)
+            attention.register_parameter(name, nn.Parameter(eye, requires_grad=False))
+        factors = torch.full((config.num_attention_heads,), WINDOW_FACTOR_INIT, device=device)
+        attention.register_parameter("window_factors", nn.Parameter(factors, requires_grad=False))
+        attention.lola_config = None
+
+
+def layer_maps(layer: Any) -> dict[str, nn.Parameter]:
+    """The three trainable tensors of a layer, by name."""
+    return {name: getattr(layer.self_attn, name) for name in MAP_NAMES}
+
+
+def all_maps(model: Any) -> dict[str, Tensor]:
+    """Copies of every layer's maps under the names of a LoLA checkpoint."""
+    return {
+        f"model.layers.{i}.self_attn.{name}": value.detach().cpu().clone()
+        for i, layer in enumerate(decoder_layers(model))
+        for name, value in layer_maps(layer).items()
+    }
+
+
+@torch.no_grad()
+def load_maps(model: Any, tensors: dict[str, Tensor]) -> None:
+    """Copy maps that `all_maps` saved back into a model; layers that are not there stay."""
+    for i, layer in enumerate(decoder_layers(model)):
+        for name, value in layer_maps(layer).items():
+            saved = tensors.get(f"model.layers.{i}.self_attn.{name}")
+            if saved is not None:
+                value.copy_(saved)
+
+
+@contextmanager
+def lola_attention(model: Any, config: LolaConfig) -> Iterator[None]:
+    """Within this context the model attends as LoLA does; outside as it was trained."""
+    layers = decoder_layers(model)
+    for layer in layers:
+        layer.self_attn.lola_config = config
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.self_attn.lola_config = None
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal softmax attention, `[B, H, T, d]` each, grouped KV heads: `[B, Hq, T, d]`."""
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True
+    )
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """The registered attention function: `[B, H, T, d]` in, `[B, T, Hq, d]` out.
+
+    Rows are whole sequences without padding, so there is no mask to look at.
+    """
+    if module.lola_config is None:
+        out = softmax_attention(query, key, value).transpose(1, 2)
+        if getattr(module, "capture", None) is not None:
+            module.capture[:] = [x.transpose(1, 2) for x in (query, key, value)] + [out]
+        return out, None
+    out = lola_attention_parallel(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        module.feature_map_q,
+        module.feature_map_k,
+        module.window_factors,
+        module.lola_config,
+    )
+    return out, None

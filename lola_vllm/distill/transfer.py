@@ -1,0 +1,212 @@
+"""Stage 1, attention transfer: feature maps that make LoLA answer as softmax attention did.
+
+LoLCATs (arXiv 2410.10254, section 3.1), layer by layer: every layer gets the teacher's hidden
+states, so layers do not depend on each other's maps, and only one layer's activations exist at a
+time. Hidden states between layers lie in a file. Training sees what serving computes, with the
+sinks, the window and the sparse cache that self-recall error chooses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.config import LolaConfig
+from lola_vllm.differentiable import lola_attention_parallel
+from lola_vllm.distill.state import read_state, write_state
+from lola_vllm.distill.student import all_maps, decoder_layers, layer_maps, load_maps
+
+STATE = "transfer"
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """How stage 1 trains.
+
+    Attributes:
+        configs: LoLA settings to train for; each step draws one.
+        learning_rate: AdamW's, falling to zero along half a cosine within each layer.
+        steps_per_row: optimizer steps that each row of tokens is used for.
+        queries_per_step: query tokens per step, in whole chunks.
+        seed: of the order of rows and of the chunks.
+    """
+
+    configs: Sequence[LolaConfig]
+    learning_rate: float = 1e-2
+    steps_per_row: int = 2
+    queries_per_step: int = 512
+    seed: int = 0
+
+
+def transfer(
+    model: Any,
+    rows: Tensor,
+    work: Path,
+    options: TransferOptions,
+    *,
+    fingerprint: str,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[list[float]]:
+    """Train the maps of every layer in place.
+
+    Args:
+        model: from `load_base`, with maps attached.
+        rows: `[N, T]` token ids, whole sequences.
+        work: directory for hidden states (2 x N x T x hidden size in the model's dtype) and for
+            the training state; a run that was cut off goes on from the last finished layer.
+        fingerprint: of everything that the result depends on; a state of another run is refused.
+        progress: called after each row with the layer's index and the step's loss.
+
+    Returns:
+        Per layer, the relative error of each step: ||(y - y*) W_o||^2 / ||y* W_o||^2.
+
+    Raises:
+        CheckpointError: a training state that is of another run, or `work` cannot be written.
+    """
+    layers = decoder_layers(model)
+    state = read_state(work, STATE, fingerprint)
+    losses: list[list[float]] = state.meta["losses"] if state else []
+    if state:
+        load_maps(model, state.tensors)
+    done = len(losses)
+    for i in range(done, len(layers)):
+        source = _hidden_path(work, i)
+        if i == 0:
+            _embed(model, rows, source)
+        hidden = _hidden_file(model, rows, source, "r")
+        target = _hidden_file(model, rows, _hidden_path(work, i + 1), "w+")
+        losses.append(_train_layer(model, i, hidden, target, options, progress))
+        target.flush()
+        finished = {
+            name: value for name, value in all_maps(model).items() if int(name.split(".")[2]) <= i
+        }
+        write_state(work, STATE, fingerprint, finished, {"losses": losses})
+        source.unlink()  # only now: a resumed run starts from here
+    _hidden_path(work, len(layers)).unlink(missing_ok=True)
+    return losses
+
+
+def _train_layer(
+    model: Any,
+    index: int,
+    hidden: np.ndarray[Any, Any],
+    target: np.ndarray[Any, Any],
+    options: TransferOptions,
+    progress: Callable[[int, float], None] | None,
+) -> list[float]:
+    """Train one layer's maps and write the teacher's output, the next layer's input."""
+    layer = decoder_layers(model)[index]
+    maps = layer_maps(layer)
+    device = layer.self_attn.q_proj.weight.device
+    dtype = layer.self_attn.q_proj.weight.dtype
+    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + index)
+    total = len(hidden) * options.steps_per_row
+    optimizer = torch.optim.AdamW(maps.values(), lr=options.learning_rate, weight_decay=0.0)
+    for value in maps.values():
+        value.requires_grad_(True)
+    layer.self_attn.capture = []
+    losses: list[float] = []
+    for row in torch.randperm(len(hidden), generator=generator).tolist():
+        x = _from_file(hidden[row], dtype).to(device)[None]
+        with torch.no_grad():
+            position_ids = torch.arange(x.shape[1], device=device)[None]
+            embeddings = model.model.rotary_emb(x, position_ids=position_ids)
+            y = layer(x, position_embeddings=embeddings, position_ids=position_ids)
+            y = y[0] if isinstance(y, tuple) else y
+        target[row] = _to_file(y[0])
+        for _ in range(options.steps_per_row):
+            config = _draw(options.configs, generator)
+            chunks = _draw_chunks(x.shape[1], config, options.queries_per_step, generator)
+            loss = _error(layer.self_attn, config, chunks.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(maps.values(), 1.0)
+            share = 0.5 * (1 + math.cos(math.pi * len(losses) / total))
+            optimizer.param_groups[0]["lr"] = options.learning_rate * share
+            optimizer.step()
+            losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise CheckpointError(
+                f"layer {index}: the loss is {losses[-1]} after {len(losses)} steps; "
+                "try a smaller learning rate"
+            )
+        if progress:
+            progress(index, losses[-1])
+    layer.self_attn.capture = None
+    for value in maps.values():
+        value.requires_grad_(False)
+    return losses
+
+
+def _error(attention: Any, config: LolaConfig, chunks: Tensor) -> Tensor:
+    """Relative squared error of the layer's attention output on some chunks of the captured row.
+
+    Measured behind the output projection, as that is what the rest of the model sees.
+    """
+    q, k, v, teacher = attention.capture
+    maps = (attention.feature_map_q, attention.feature_map_k, attention.window_factors)
+    y = lola_attention_parallel(q.float(), k.float(), v.float(), *maps, config, chunks)
+    C = config.update_interval
+    positions = (chunks[:, None] * C + torch.arange(C, device=chunks.device)).flatten()
+    real = positions < q.shape[1]
+    positions = positions[real]
+    wanted = teacher[:, positions].float()
+    difference = (y[:, real] - wanted).flatten(2)
+    weight = attention.o_proj.weight.float()
+    return (difference @ weight.T).square().mean() / (wanted.flatten(2) @ weight.T).square().mean()
+
+
+def _draw(configs: Sequence[LolaConfig], generator: torch.Generator) -> LolaConfig:
+    return configs[int(torch.randint(len(configs), (), generator=generator))]
+
+
+def _draw_chunks(T: int, config: LolaConfig, queries: int, generator: torch.Generator) -> Tensor:
+    """Chunks to train on. The first are left out: with nothing folded, maps have no say."""
+    C, U = config.update_interval, -(-T // config.update_interval)
+    full = config.window_size + config.sparse_cache_size + config.sink_size
+    first = min(full // C + 1, U - 1)
+    count = max(1, min(queries // C, U - first))
+    return first + torch.randperm(U - first, generator=generator)[:count]
+
+
+def _hidden_path(work: Path, layer: int) -> Path:
+    return work / f"hidden-{layer}.bin"
+
+
+def _hidden_file(model: Any, rows: Tensor, path: Path, mode: Any) -> np.memmap[Any, Any]:
+    """`[N, T, hidden size]`, bfloat16 as the bits of uint16."""
+    dtype = np.uint16 if model.dtype == torch.bfloat16 else np.float32
+    shape = (*rows.shape, model.config.hidden_size)
+    try:
+        return np.memmap(path, dtype=dtype, mode=mode, shape=shape)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot hold the hidden states: {error}") from error
+
+
+@torch.no_grad()
+def _embed(model: Any, rows: Tensor, path: Path) -> None:
+    out = _hidden_file(model, rows, path, "w+")
+    for i, row in enumerate(rows):
+        out[i] = _to_file(model.model.embed_tokens(row.long().to(model.device)))
+    out.flush()
+
+
+def _to_file(x: Tensor) -> np.ndarray[Any, Any]:
+    x = x.cpu()
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).numpy().view(np.uint16)
+    return x.float().numpy()
+
+
+def _from_file(x: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
+    if x.dtype == np.uint16:
+        return torch.from_numpy(np.array(x).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(x)).to(dtype)
