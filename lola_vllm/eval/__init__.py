@@ -1,0 +1,5 @@
+"""`lola-vllm eval`: what a model recalls, and how well it predicts text, with and without LoLA.
+
+Nothing here serves requests. Prompts are built from a seed alone, so every setting of a comparison
+answers the same questions.
+"""

@@ -1,0 +1,276 @@
+"""`lola-vllm eval recall` and `lola-vllm eval perplexity`: options, and what runs when."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lola_vllm.eval.errors import EvalError
+
+if TYPE_CHECKING:
+    from lola_vllm.eval.perplexity import PerplexityPlan
+    from lola_vllm.eval.recall import RecallPlan
+
+# What a small machine reads in a second; only for the estimate before the first measured batch.
+GUESSED_TOKENS_PER_S = 1000
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the two subcommands."""
+    subparsers = parser.add_subparsers(title="evaluations", required=True, metavar="EVALUATION")
+    for name, add, text in (
+        ("recall", _recall, "what a model finds again in long prompts, in RULER's form"),
+        ("perplexity", _perplexity, "how well a model predicts real text it was not trained on"),
+    ):
+        add(subparsers.add_parser(name, help=text, description=text))
+
+
+def _recall(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks",
+        default="niah-1,niah-2,niah-3,passkey,multikey,vt",
+        metavar="LIST",
+        help="of niah-1, niah-2, niah-3, passkey, multikey, multikey-2, vt (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lengths",
+        default="512,1024,2048,4096,8192",
+        metavar="LIST",
+        help="tokens of prompt and answer together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=50, metavar="N", help="per task and length (default: 50)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("completion", "chat"),
+        default="completion",
+        help="plain text, or the model's chat template with the answer begun (default: completion)",
+    )
+    parser.add_argument(
+        "--texts", type=Path, metavar="PATH", help="prose to hide needles in, for niah-2, niah-3 "
+        "and multikey: a directory that 'lola-vllm texts' wrote, or a file"
+    )  # fmt: skip
+    _common_options(parser)
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.eval.recall import RecallPlan
+        from lola_vllm.eval.tasks import find_tasks
+
+        plan = RecallPlan(
+            tasks=[task.name for task in find_tasks(_words(args.tasks))],
+            lengths=_lengths(args.lengths),
+            samples=_positive("--samples", args.samples),
+            seed=args.seed,
+            format=args.format,
+            texts=None if args.texts is None else str(args.texts),
+        )
+        for task in find_tasks(plan.tasks):
+            if task.needs_prose and args.texts is None:
+                raise EvalError(
+                    f"--tasks {task.name}: needs real text; give --texts, or other tasks"
+                )
+        return _evaluate(args, plan)
+
+    parser.set_defaults(run=run)
+
+
+def _perplexity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--texts", type=Path, required=True, metavar="PATH", help="a directory of texts, each a "
+        "kind, as 'lola-vllm texts' writes it, or one file; held-out documents are read"
+    )  # fmt: skip
+    parser.add_argument(
+        "--windows", type=int, default=16, metavar="N", help="per kind of text (default: 16)"
+    )
+    parser.add_argument(
+        "--window-length", type=int, default=1024, metavar="N", help="in tokens (default: 1024)"
+    )
+    _common_options(parser)
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.eval.perplexity import PerplexityPlan
+
+        plan = PerplexityPlan(
+            texts=str(args.texts),
+            windows=_positive("--windows", args.windows),
+            window_length=_positive("--window-length", args.window_length, least=8),
+            seed=args.seed,
+        )
+        return _evaluate(args, plan)
+
+    parser.set_defaults(run=run)
+
+
+def _common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="DIR|URL", help="a model directory, LoLA or not, or the "
+        "address of an OpenAI-compatible server"
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all choices")
+    parser.add_argument(
+        "--out", type=Path, default=Path("eval-results"), metavar="DIR", help="for JSON, Markdown "
+        "and pictures (default: %(default)s)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="sequences at once (default: 8)"
+    )
+    group = parser.add_argument_group("settings to compare (model directories)")
+    group.add_argument(
+        "--lola-config", action="append", default=[], metavar="[NAME=]JSON", help="keys of "
+        "lola_config that replace the checkpoint's; several times: a row each"
+    )  # fmt: skip
+    group.add_argument(
+        "--sweep", type=Path, metavar="FILE", help="JSON list of rows: name, and optionally model, "
+        "lola_config, score"
+    )  # fmt: skip
+    group.add_argument(
+        "--reference", type=Path, metavar="DIR", help="a model to compare with, such as the plain "
+        "base"
+    )  # fmt: skip
+    group.add_argument(
+        "--score", default="sre", metavar="NAME", help="ablation: keep pairs by sre (LoLA, the "
+        "default), random, newest or norm of the value; all but sre run on the torch back end"
+    )  # fmt: skip
+    group.add_argument(
+        "--engine-args", default="{}", metavar="JSON", help="more arguments of vllm.LLM, such as "
+        "'{\"dtype\": \"float32\"}'"
+    )  # fmt: skip
+    group = parser.add_argument_group("a running server")
+    group.add_argument("--served-model", metavar="NAME", help="needed if it serves several")
+    group.add_argument("--api-key", metavar="KEY", help="default: OPENAI_API_KEY")
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="of the model; default: the server's own, "
+        "which vLLM offers over HTTP"
+    )  # fmt: skip
+
+
+def _evaluate(args: argparse.Namespace, plan: RecallPlan | PerplexityPlan) -> int:
+    """Run all settings, report after each, print the table."""
+    from lola_vllm.eval.runner import Progress, run_directory, run_server
+    from lola_vllm.eval.settings import check, parse_settings
+
+    _positive("--batch", args.batch)
+    engine_args = _json_object("--engine-args", args.engine_args)
+    served = args.model.startswith(("http://", "https://"))
+    if served:
+        for option in ("lola_config", "sweep", "reference"):
+            if getattr(args, option):
+                raise EvalError(
+                    f"--{option.replace('_', '-')}: a running server cannot be changed; start it "
+                    "with --hf-overrides, or give --model a directory"
+                )
+        if args.score != "sre" or engine_args:
+            raise EvalError("--score and --engine-args: for model directories, not for a server")
+        settings = []
+    else:
+        settings = parse_settings(
+            Path(args.model), args.lola_config, args.sweep, args.score, args.reference
+        )
+        for setting in settings:
+            check(setting, plan.max_length)
+    _make_directory(args.out)
+    report = _reporter(args, plan)
+    rows = max(1, len(settings))
+    minutes = rows * plan.tokens / GUESSED_TOKENS_PER_S / 60
+    print(
+        f"{rows} settings x {plan.tokens:,} tokens, at most; at {GUESSED_TOKENS_PER_S:,} tokens/s "
+        f"{minutes:,.0f} minutes",
+        file=sys.stderr,
+    )
+    with Progress(rows * plan.tokens) as progress:
+        if served:
+            key = args.api_key or os.environ.get("OPENAI_API_KEY")
+            record = run_server(
+                plan, args.model, args.served_model, key, args.tokenizer, args.batch, progress
+            )
+            table = report([record], None)
+        else:
+            records = []
+            for setting in settings:
+                records.append(run_directory(plan, setting, args.batch, engine_args, progress))
+                table = report(records, records[0] if args.reference else None)
+    print(table)
+    print(f"\nwritten to {args.out}", file=sys.stderr)
+    return 0
+
+
+def _reporter(
+    args: argparse.Namespace, plan: RecallPlan | PerplexityPlan
+) -> Callable[[list[Any], Any], str]:
+    """A function that writes all results so far and returns the table."""
+    from lola_vllm.eval import results
+    from lola_vllm.eval.machine import describe_machine
+    from lola_vllm.eval.recall import RecallPlan
+
+    recall = isinstance(plan, RecallPlan)
+    name = "recall" if recall else "perplexity"
+    # Names, not where things lie on this machine.
+    options = {**vars(plan), "texts": Path(plan.texts).name if plan.texts else None}
+    head = {"evaluation": name, "plan": options, "batch": args.batch, "machine": describe_machine()}
+
+    def report(records: list[results.Record], reference: results.Record | None) -> str:
+        if recall:
+            table, rows = results.recall_table(records), results.recall_json(records)
+        else:
+            table = results.perplexity_table(records, reference)
+            rows = results.perplexity_json(records, reference)
+        results.write(args.out / f"{name}.json", {**head, "settings": rows})
+        (args.out / f"{name}.md").write_text(table + "\n", encoding="utf-8")
+        if recall:
+            try:
+                from lola_vllm.eval.plots import plot_recall
+
+                plot_recall(records, args.out)
+            except ImportError as error:
+                print(
+                    f"no pictures: {error}; pip install 'lola-vllm[eval]' brings matplotlib",
+                    file=sys.stderr,
+                )
+        return table
+
+    return report
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvalError(f"--out {path}: cannot be made ({error.strerror})") from None
+    if not os.access(path, os.W_OK):
+        raise EvalError(f"--out {path}: cannot be written")
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.replace(",", " ").split() if word]
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = [int(word) for word in _words(text)]
+    except ValueError:
+        raise EvalError(f"--lengths {text}: must be whole numbers with commas between") from None
+    if not lengths or min(lengths) < 1:
+        raise EvalError(f"--lengths {text}: must be one or more positive numbers")
+    return sorted(set(lengths))
+
+
+def _positive(option: str, value: int, least: int = 1) -> int:
+    if value < least:
+        raise EvalError(f"{option} {value}: must be at least {least}")
+    return value
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise EvalError(f"{option} {text!r}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise EvalError(f"{option} {text!r}: must be a JSON object")
+    return value

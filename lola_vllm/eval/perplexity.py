@@ -1,0 +1,106 @@
+"""How well one model predicts real text that no training has seen."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from lola_vllm.eval.errors import EvalError
+from lola_vllm.eval.held_out import read_held_out
+from lola_vllm.eval.models import Model
+from lola_vllm.eval.recall import Emit
+from lola_vllm.eval.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PerplexityPlan:
+    """What is read, by every setting alike; JSON values only.
+
+    Attributes:
+        texts: file or directory of texts; a file is a kind of text.
+        windows: per kind, at most. window_length: tokens of a window.
+        seed: chooses among the windows of a kind.
+    """
+
+    texts: str
+    windows: int
+    window_length: int
+    seed: int = 0
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in tokens: engines insist on generating one after the window."""
+        return self.window_length + 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a setting costs, at most."""
+        return len(read_held_out(Path(self.texts))) * self.windows * self.window_length
+
+    def run(self, model: Model, emit: Emit) -> None:
+        """Let `model` read everything.
+
+        Args:
+            model: gives log-probabilities. emit: is given
+                `{"event": "samples", "samples": [...], "tokens": n}` after every few windows.
+
+        Raises:
+            EvalError: no kind of text fills a window.
+        """
+        opening = _opening(model.tokenizer)
+        found = 0
+        for kind, documents in read_held_out(Path(self.texts)).items():
+            windows = self._windows(kind, documents, model.tokenizer, len(opening))
+            found += len(windows)
+            for at in range(0, len(windows), model.batch):
+                batch = windows[at : at + model.batch]
+                logprobs = model.logprobs([opening + ids for _, ids in batch])
+                rows = []
+                for (index, ids), values in zip(batch, logprobs, strict=True):
+                    # Of what opens the text nothing is counted; without it the first token is
+                    # given, not predicted.
+                    scored = ids if opening else ids[1:]
+                    rows.append(
+                        {
+                            "kind": kind,
+                            "index": index,
+                            "tokens": len(scored),
+                            "bytes": len(model.tokenizer.decode(scored).encode("utf-8")),
+                            "nats": -sum(values[-len(scored) :]),
+                            # Settings are compared window by window: they must be the same.
+                            "checksum": zlib.crc32(repr(ids).encode()),
+                        }
+                    )
+                read = self.window_length * len(batch)
+                emit({"event": "samples", "samples": rows, "tokens": read})
+        if not found:
+            raise EvalError(
+                f"--window-length {self.window_length}: no kind of text at --texts {self.texts} "
+                "has so many held-out tokens; ask for shorter windows or give more text"
+            )
+
+    def _windows(
+        self, kind: str, documents: list[str], tokenizer: Tokenizer, reserved: int
+    ) -> list[tuple[int, list[int]]]:
+        """Up to `windows` runs of tokens with their numbers in the kind's text, in order.
+
+        The documents stand one after the other, an empty line between them, and windows do not
+        overlap. `reserved` tokens of each are for what opens it.
+        """
+        ids: list[int] = []
+        for document in documents:
+            ids += tokenizer.encode(document + "\n\n", special=False)
+        size = self.window_length - reserved
+        numbers = list(range(len(ids) // size))
+        if len(numbers) > self.windows:
+            chosen = random.Random(f"{self.seed}/{kind}").sample(numbers, self.windows)
+            numbers = sorted(chosen)
+        return [(number, ids[number * size : (number + 1) * size]) for number in numbers]
+
+
+def _opening(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts before a text, such as a beginning-of-sequence token."""
+    plain, special = tokenizer.encode("A", special=False), tokenizer.encode("A", special=True)
+    return special[: special.index(plain[0])] if plain[0] in special else []

@@ -1,0 +1,160 @@
+"""Results of an evaluation: one record per setting, JSON for machines, Markdown for people."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lola_vllm.eval.settings import Memory, Setting
+from lola_vllm.eval.summary import Cell, Reading, readings, recall_cells
+
+MIB = 2**20
+
+
+@dataclass
+class Record:
+    """What one setting gave.
+
+    Attributes:
+        setting: whose. memory: what a sequence costs, None if unknown.
+        samples: rows of the plan that was run. dtype: the model's, None if unknown.
+        seconds: it took, start of the engine included.
+        selections: made by another score than the self-recall error, over all layers.
+    """
+
+    setting: Setting
+    memory: Memory | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    dtype: str | None = None
+    seconds: float = 0.0
+    selections: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The record without its samples; models by name, not by where they lie here."""
+        memory = self.memory
+        return {
+            "name": self.setting.name,
+            "model": self.setting.model.name,
+            "overrides": self.setting.lola_config,
+            "lola_config": memory.lola_config if memory else None,
+            "score": self.setting.score,
+            "selections_by_other_score": self.selections,
+            "dtype": self.dtype,
+            "state_bytes": memory.state_bytes if memory else None,
+            "full_kv_bytes_per_token": memory.full_kv_bytes_per_token if memory else None,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def recall_json(records: list[Record]) -> list[dict[str, Any]]:
+    """Per setting: its record, its cells, its samples."""
+    rows = []
+    for record in records:
+        cells = [
+            {
+                "task": task,
+                "length": length,
+                **cell.to_json(),
+                "bytes_per_sequence": record.memory.bytes_at(length) if record.memory else None,
+                "full_kv_over_bytes": record.memory.saving_at(length) if record.memory else None,
+            }
+            for (task, length), cell in recall_cells(record.samples).items()
+        ]
+        rows.append({**record.to_json(), "cells": cells, "samples": record.samples})
+    return rows
+
+
+def perplexity_json(records: list[Record], reference: Record | None) -> list[dict[str, Any]]:
+    """Per setting: its record, perplexities by kind, its windows."""
+    return [
+        {
+            **record.to_json(),
+            "kinds": {kind: r.to_json() for kind, r in _readings(record, reference).items()},
+            "samples": record.samples,
+        }
+        for record in records
+    ]
+
+
+def recall_table(records: list[Record]) -> str:
+    """A Markdown table per task: settings by lengths."""
+    cells = [recall_cells(record.samples) for record in records]
+    keys = list(dict.fromkeys(key for found in cells for key in found))
+    lengths = sorted({length for _, length in keys})
+    longest = max(lengths, default=0)
+    blocks = []
+    for task in dict.fromkeys(task for task, _ in keys):
+        header = ["setting", f"MiB at {longest:,}", f"full KV at {longest:,}"]
+        rows = [header + [f"{length:,}" for length in lengths]]
+        for record, found in zip(records, cells, strict=True):
+            memory = record.memory
+            size = f"{memory.bytes_at(longest) / MIB:.1f}" if memory else "?"
+            saving = f"{memory.saving_at(longest):.1f}x" if memory else "?"
+            row = [_show(found.get((task, length))) for length in lengths]
+            rows.append([record.setting.name, size, saving, *row])
+        blocks.append(f"### {task}\n\n{markdown(rows)}")
+    note = (
+        "Exact answers, Wilson's 95 % interval in brackets; parts: share of characters (vt: "
+        "names) right. "
+        "Full KV: how many times larger a full KV cache is."
+    )
+    return "\n\n".join([*blocks, note])
+
+
+def perplexity_table(records: list[Record], reference: Record | None) -> str:
+    """A Markdown table: kinds of text by settings."""
+    found = [_readings(record, reference) for record in records]
+    kinds = list(dict.fromkeys(kind for by_kind in found for kind in by_kind))
+    rows = [["text", *(record.setting.name for record in records)]]
+    for kind in kinds:
+        rows.append([kind, *(_show_reading(by_kind.get(kind)) for by_kind in found)])
+    note = (
+        "Perplexity per token, bits per byte (b/B)"
+        + ("" if reference is None else ", and times the reference's with a 95 % interval")
+        + "."
+    )
+    return f"{markdown(rows)}\n\n{note}"
+
+
+def _readings(record: Record, reference: Record | None) -> dict[str, Reading]:
+    compared = reference is not None and reference is not record
+    return readings(record.samples, reference.samples if reference and compared else None)
+
+
+def _show(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    text = f"{cell.rate:.0%} [{cell.low:.0%}, {cell.high:.0%}]"
+    return text if cell.exact == cell.samples else f"{text} parts {cell.share:.0%}"
+
+
+def _show_reading(reading: Reading | None) -> str:
+    if reading is None:
+        return ""
+    text = f"{reading.perplexity[0]:.2f}, {reading.bits_per_byte:.3f} b/B"
+    if reading.ratio is not None:
+        value, low, high = reading.ratio
+        text += f", {value:.3f}x [{low:.3f}, {high:.3f}]"
+    return text
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose columns also line up as plain text; the first row is the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(cells: list[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [f"{'-' * widths[0]}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    return "\n".join([line(rows[0]), f"| {' | '.join(rule)} |", *map(line, rows[1:])])
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON in one step, so that an interrupted run leaves the last whole file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
