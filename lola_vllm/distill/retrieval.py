@@ -1,0 +1,345 @@
+"""Synthetic retrieval prompts: facts hidden in a long text, then questions with their answers.
+
+Ordinary text seldom asks for a detail from a thousand tokens ago. These prompts do so at every
+depth and in many wordings. The sentences that long-context benchmarks hide (RULER's among them) are
+not used, so that measuring on those still says something.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+import uuid
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from lola_vllm.distill.retrieval_words import (
+    ADJECTIVES,
+    FIRST_NAMES,
+    LAST_NAMES,
+    NOUNS,
+    SENTENCES,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MIN_LENGTH = 128  # tokens in which one fact and one question always find room
+_TRIES = 50
+_MAX_FACTS = 8
+_MAX_QUESTIONS = 4
+
+# What a value is called, by its kind. Digits come up most: they cannot be guessed from context.
+_LABELS = {
+    "digits": (
+        *("access code", "number", "PIN", "ticket number", "extension", "secret number"),
+        *("order number", "locker combination", "account number", "code"),
+    ),
+    "word": ("password", "secret word", "code name", "keyword", "favorite thing"),
+    "phrase": ("passphrase", "motto", "secret phrase", "nickname"),
+    "uuid": ("identifier", "serial number", "token", "uuid"),
+}
+_KIND_WEIGHTS = {"digits": 12, "word": 3, "phrase": 3, "uuid": 2}
+
+_STATEMENTS = (
+    "The {label} for {key} is {value}.",
+    "The {label} of {key} is {value}.",
+    "{key}: the {label} is {value}.",
+    "Remember that the {label} for {key} is {value}.",
+    "Please note: {value} is the {label} for {key}.",
+    "The {label} that belongs to {key} is {value}.",
+    "If somebody asks for the {label} of {key}, the answer is {value}.",
+    "For {key}, the {label} has been set to {value}.",
+    "Here is the {label} for {key}: {value}.",
+    "[{key}] {label} = {value}",
+)
+_INTRODUCTIONS = (
+    "",
+    "",
+    "Read the text below. Some details in it matter later.\n\n",
+    "A few facts are hidden in this text. Keep them in mind; there will be questions.\n\n",
+    "Below is a long text. Answer the questions at its end from what it says.\n\n",
+    "Memorize every {label} in the following text.\n\n",
+    "Text:\n",
+)
+# A question, and what stands between it and the value.
+_COMPLETIONS = (
+    ("What is the {label} for {key}?", " The {label} for {key} is "),
+    ("What is the {label} for {key}, as given in the text?", " The {label} for {key} is "),
+    ("Question: What is the {label} of {key}?\n", "Answer: "),
+    ("Q: Which {label} belongs to {key}?\n", "A: "),
+    ("According to the text above,", " the {label} of {key} is "),
+    ("As mentioned before,", " the {label} for {key} is "),
+    ("Recall the {label} for {key}:", " "),
+    ("[{key}]", " {label} = "),
+)
+_CHAT_QUESTIONS = (
+    "What is the {label} for {key}?",
+    "Which {label} does the text give for {key}?",
+    "Tell me the {label} of {key}.",
+    "What is the {label} that belongs to {key}? Answer with the {label} only.",
+    "According to the text, what is the {label} of {key}?",
+    "I need the {label} for {key}.",
+)
+_CHAT_ANSWERS = (
+    "{value}",
+    "The {label} for {key} is {value}.",
+    "The {label} of {key} is {value}.",
+    "It is {value}.",
+)
+
+
+class RetrievalError(ValueError):
+    """The tokenizer or its chat template cannot make retrieval prompts."""
+
+
+class RetrievalRow(NamedTuple):
+    """Token ids of a prompt with its answers, and which tokens spell the answered values."""
+
+    tokens: list[int]
+    answers: list[bool]
+
+
+@dataclass(frozen=True)
+class _Fact:
+    key: str
+    label: str
+    value: str
+
+    def fill(self, template: str, with_value: bool = True) -> str:
+        value = self.value if with_value else "{value}"
+        return template.format(key=self.key, label=self.label, value=value)
+
+
+class _Text(NamedTuple):
+    """A prompt, and where in it the answered values are, as (start, end) in characters."""
+
+    text: str
+    answers: list[tuple[int, int]]
+    is_chat: bool
+
+
+def retrieval_row(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    rng: random.Random,
+    real_text: Callable[[int], str] | None = None,
+) -> RetrievalRow:
+    """Make one prompt that nearly fills a row.
+
+    Args:
+        tokenizer: a fast one, for the positions of its tokens; half of the prompts are chats if it
+            has a chat template.
+        length: at most so many tokens, at least `MIN_LENGTH`.
+        rng: decides everything; equal states give equal rows.
+        real_text: gives about so many characters of ordinary text, to hide facts in; without it
+            all haystacks are of simple sentences.
+
+    Returns:
+        Between one and `length` tokens, seldom many fewer. The last answer is near the end.
+
+    Raises:
+        RetrievalError: no fast tokenizer, a chat template that fails, or a tokenizer that spends
+            so many tokens on a short text that no prompt fits.
+    """
+    if not tokenizer.is_fast:
+        raise RetrievalError(
+            f"{type(tokenizer).__name__} does not tell where its tokens are; retrieval prompts "
+            "need a fast tokenizer (tokenizer.json), or set retrieval_fraction to 0"
+        )
+    for attempt in range(_TRIES):
+        facts = _draw_facts(rng, few=length < 2 * MIN_LENGTH or attempt > 0)
+        frame = _draw_frame(tokenizer, facts, rng)
+        row = _fit(tokenizer, length, facts, frame, _haystack(rng, length, real_text), rng)
+        if row is not None:
+            return row
+    raise RetrievalError(f"no retrieval prompt fits into {length} tokens; use longer rows")
+
+
+# --- facts
+
+
+def _draw_facts(rng: random.Random, few: bool) -> list[_Fact]:
+    count = 1 if few else rng.choice((1, 1, 2, 3, 4, rng.randint(1, _MAX_FACTS)))
+    kind = rng.choices(tuple(_KIND_WEIGHTS), tuple(_KIND_WEIGHTS.values()))[0]
+    label = rng.choice(_LABELS[kind])
+    key_of = rng.choice((_pair_of_words, _name, _code, lambda rng: "the " + _pair_of_words(rng)))
+    digits = rng.randint(4, 10)
+    facts: dict[str, _Fact] = {}
+    while len(facts) < count:
+        if rng.random() < 0.3:  # mostly alike, so that the key decides and not the label
+            kind = rng.choices(tuple(_KIND_WEIGHTS), tuple(_KIND_WEIGHTS.values()))[0]
+            label = rng.choice(_LABELS[kind])
+        key = key_of(rng)
+        facts.setdefault(key, _Fact(key, label, _value(kind, digits, rng)))
+    return list(facts.values())
+
+
+def _pair_of_words(rng: random.Random) -> str:
+    return f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+
+
+def _name(rng: random.Random) -> str:
+    return f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
+
+
+def _code(rng: random.Random) -> str:
+    letters = "".join(rng.choices(string.ascii_uppercase, k=rng.randint(2, 4)))
+    return f"{letters}-{rng.randint(10, 9999)}"
+
+
+def _value(kind: str, digits: int, rng: random.Random) -> str:
+    if kind == "digits":
+        return str(rng.randint(10 ** (digits - 1), 10**digits - 1))
+    if kind == "word":
+        return rng.choice(NOUNS)
+    if kind == "phrase":
+        return f"{_pair_of_words(rng)} {rng.choice(('and', 'under', 'near'))} {_pair_of_words(rng)}"
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+# --- haystacks
+
+
+def _haystack(rng: random.Random, length: int, real_text: Callable[[int], str] | None) -> list[str]:
+    """Sentences with the white space behind them, more than `length` tokens of them."""
+    kind = rng.choice(("real", "real", "loop", "shuffled") if real_text else ("loop", "shuffled"))
+    if kind == "real" and real_text is not None:
+        text = real_text(8 * length)
+        return re.findall(r"\S.*?(?:[.!?][\"'\u201d\u2019)]*\s+|\n\s*\n|$)", text, flags=re.DOTALL)
+    space = rng.choice((" ", " ", "\n"))
+    # A sentence has at least four tokens, whatever the tokenizer.
+    if kind == "loop":
+        loop = rng.sample(SENTENCES, rng.randint(3, 6))
+        return [sentence + space for sentence in loop * (length // 4 // len(loop) + 1)]
+    return [rng.choice(SENTENCES) + space for _ in range(length // 4 + 1)]
+
+
+# --- prompts
+
+
+class _Frame(NamedTuple):
+    """A prompt without its haystack: how it begins, facts as sentences, and what comes after."""
+
+    finish: Callable[[str], _Text]
+    statements: list[str]
+
+
+def _draw_frame(
+    tokenizer: PreTrainedTokenizerBase, facts: list[_Fact], rng: random.Random
+) -> _Frame:
+    introduction = rng.choice(_INTRODUCTIONS).format(label=facts[0].label)
+    statement = rng.choice(_STATEMENTS)
+    asked = rng.sample(facts, min(len(facts), rng.randint(1, _MAX_QUESTIONS)))
+    statements = [fact.fill(statement) for fact in facts]
+    if tokenizer.chat_template is not None and rng.random() < 0.5:
+        questions = [fact.fill(rng.choice(_CHAT_QUESTIONS)) for fact in asked]
+        answer = rng.choice(_CHAT_ANSWERS)
+        answers = [fact.fill(answer, with_value=False) for fact in asked]
+        values = [fact.value for fact in asked]
+        return _Frame(
+            lambda text: _chat(tokenizer, introduction + text, questions, answers, values),
+            statements,
+        )
+    question, lead = rng.choice(_COMPLETIONS)
+    pairs = [(fact.fill(question) + fact.fill(lead), fact.value) for fact in asked]
+    gap = rng.choice(("\n", "\n\n"))
+    return _Frame(lambda text: _plain(introduction + text, pairs, gap), statements)
+
+
+def _plain(text: str, pairs: list[tuple[str, str]], gap: str) -> _Text:
+    text, spans = text.rstrip() + "\n\n", []
+    for question, value in pairs:
+        text += question
+        spans.append((len(text), len(text) + len(value)))
+        text += value + gap
+    return _Text(text.rstrip(), spans, False)
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    questions: list[str],
+    answers: list[str],
+    values: list[str],
+) -> _Text:
+    messages = []
+    for at, (question, answer, value) in enumerate(zip(questions, answers, values, strict=True)):
+        asked = question if at else f"{text.strip()}\n\n{question}"
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answer.format(value=value)})
+    try:
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        spans, at = [], 0
+        for question, answer, value in zip(questions, answers, values, strict=True):
+            at = rendered.index(answer.format(value=value), rendered.index(question, at))
+            at += answer.index("{value}")
+            spans.append((at, at + len(value)))
+    except Exception as error:  # of Jinja's or the template's own making
+        raise RetrievalError(
+            f"the chat template does not render a plain conversation ({error}); "
+            "set retrieval_fraction to 0"
+        ) from error
+    return _Text(rendered, spans, True)
+
+
+def _fit(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    facts: list[_Fact],
+    frame: _Frame,
+    haystack: list[str],
+    rng: random.Random,
+) -> RetrievalRow | None:
+    """As much of the haystack as fits, the facts at random depths; None if nothing does."""
+    depths = [rng.random() for _ in facts]
+    ends = _sentence_ends(tokenizer, haystack)
+    room = length - len(_encode(tokenizer, frame.finish(" ".join(frame.statements)))[0])
+    while room >= 0:
+        count = bisect_right(ends, room)
+        sentences = haystack[:count]
+        # From the back, so that an insertion does not move the next one's place.
+        for depth, statement in sorted(zip(depths, frame.statements, strict=True), reverse=True):
+            at = round(depth * count)
+            space = "\n" if at and sentences[at - 1].endswith("\n") else " "
+            sentences.insert(at, statement + space)
+        prompt = frame.finish("".join(sentences))
+        tokens, offsets = _encode(tokenizer, prompt)
+        if len(tokens) <= length:
+            marks = [
+                any(start < last and end > first for first, last in prompt.answers)
+                for start, end in offsets
+            ]
+            return RetrievalRow(tokens, marks)
+        if count == 0:
+            return None
+        # Tokens differ a little where sentences meet facts.
+        room = min(room - (len(tokens) - length), ends[count - 1] - 1)
+    return None
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: _Text
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids and their places; a chat template writes its special tokens itself."""
+    encoding = tokenizer(
+        prompt.text,
+        add_special_tokens=not prompt.is_chat,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    return list(encoding["input_ids"]), list(encoding["offset_mapping"])
+
+
+def _sentence_ends(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[int]:
+    """How many tokens the first one, two, three ... sentences have together."""
+    text = _Text("".join(sentences), [], True)
+    starts = [start for start, _ in _encode(tokenizer, text)[1]]
+    ends, characters = [], 0
+    for sentence in sentences:
+        characters += len(sentence)
+        ends.append(bisect_right(starts, characters - 1))
+    return ends
