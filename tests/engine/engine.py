@@ -47,6 +47,20 @@ def generate(
     return [list(o.outputs[0].token_ids) for o in llm.generate(requests, params, use_tqdm=False)]
 
 
+def prompt_logprobs(
+    llm: LLM, prompts: list[list[int]], max_tokens: int = 1
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy tokens of each prompt, and the log-probability of each of its tokens but the first."""
+    params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=0, **GREEDY)
+    requests = [TokensPrompt(prompt_token_ids=p) for p in prompts]
+    outputs = llm.generate(requests, params, use_tqdm=False)
+    logprobs = [
+        [row[token].logprob for row, token in zip(o.prompt_logprobs[1:], p[1:], strict=True)]
+        for o, p in zip(outputs, prompts, strict=True)
+    ]
+    return [list(o.outputs[0].token_ids) for o in outputs], logprobs
+
+
 def scheduler(llm: LLM) -> Any:
     """The scheduler of an in-process engine."""
     return llm.llm_engine.engine_core.engine_core.scheduler

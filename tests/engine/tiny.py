@@ -20,19 +20,21 @@ def make_tiny(
     state_heads: int = 2,
     heads: int = 4,
     kv_heads: int = 2,
+    layers: int = 2,
+    max_position_embeddings: int = 4096,
     seed: int = 0,
 ) -> Path:
-    """Two layers, hidden 64, head_dim 16, F 8; random feature maps that are not the identity."""
+    """Hidden 64, head_dim 16, F 8; random feature maps that are not the identity."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=16,
-        max_position_embeddings=4096,
+        max_position_embeddings=max_position_embeddings,
         initializer_range=0.15,  # distinct logits: greedy choices with a margin above rounding
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -40,7 +42,7 @@ def make_tiny(
         architectures=["LolaLlamaForCausalLM"],
     )
     tensors = LlamaForCausalLM(config).state_dict()
-    for i in range(2):
+    for i in range(layers):
         attn = f"model.layers.{i}.self_attn"
         tensors[f"{attn}.feature_map_q"] = torch.randn(heads, 16, 8) * 0.4
         tensors[f"{attn}.feature_map_k"] = torch.randn(state_heads, 16, 8) * 0.4

@@ -1,0 +1,103 @@
+"""Ranks share the heads or the layers of a model, and answer as one rank does.
+
+A machine with one NUMA node needs `VLLM_CPU_OMP_THREADS_BIND` (tests/conftest.py sets it): vLLM
+binds each CPU worker to a node of its own otherwise, and refuses to start.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine import engine, prompt_logprobs, state_manager
+from tiny import make_tiny, random_prompts
+
+LOLA = {"window_size": 16, "sparse_cache_size": 8}
+NEW = 16
+PROMPTS = random_prompts([3, 33, 90, 170], seed=3)
+
+
+def answers(model, **options):
+    """Greedy tokens and prompt log-probabilities, and what the block manager says of a page."""
+    with engine(model, max_num_batched_tokens=64, max_num_seqs=8, **options) as llm:
+        tokens, logprobs = prompt_logprobs(llm, PROMPTS, NEW)
+        return tokens, logprobs, state_manager(llm).spec
+
+
+def assert_same(one, several):
+    tokens, logprobs, _ = one
+    assert several[0] == tokens
+    for a, b in zip(logprobs, several[1], strict=True):
+        assert b == pytest.approx(a, abs=1e-4)  # sums over ranks round in another order
+
+
+def assert_half_a_page(one, two):
+    """Each of two ranks has half the bytes of every part of a page."""
+    whole, rank = one[2].layout.part_bytes, two[2].layout.part_bytes
+    assert {name: 2 * size for name, size in rank.items()} == whole
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "state_heads"),
+    [(2, 4), (1, 1)],
+    ids=["a-state-per-query-head", "ranks-share-the-kv-head"],
+)
+def test_tensor_parallel_ranks_answer_as_one(tmp_path, kv_heads, state_heads):
+    model = make_tiny(tmp_path, LOLA, kv_heads=kv_heads, state_heads=state_heads)
+    one, two = answers(model), answers(model, tensor_parallel_size=2)
+    assert_same(one, two)
+    if kv_heads == 2:
+        assert_half_a_page(one, two)
+    else:  # one head cannot be split: each rank has the whole page
+        assert two[2].layout == one[2].layout
+
+
+def test_pipeline_parallel_stages_answer_as_one(tmp_path):
+    """Three layers on two stages: the pages per sequence differ from rank to rank."""
+    model = make_tiny(tmp_path, LOLA, layers=3)
+    one = answers(model)
+    assert_same(one, answers(model, pipeline_parallel_size=2, enforce_eager=False))
+
+
+def test_two_nodes_answer_as_one(tmp_path):
+    """vLLM's multiprocessing executor on two nodes, here two processes on the loopback device.
+
+    Also the layout with a state per KV head.
+    """
+    model = make_tiny(tmp_path / "model", LOLA)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    log = tmp_path / "second.log"
+    with log.open("wb") as out:
+        second = subprocess.Popen(
+            [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--headless",
+             "--tensor-parallel-size", "2", "--nnodes", "2", "--node-rank", "1",
+             "--master-addr", "127.0.0.1", "--master-port", str(port),
+             "--distributed-executor-backend", "mp", "--skip-tokenizer-init",
+             "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
+             "--kv-cache-memory-bytes", str(64 * 2**20), "--no-enable-prefix-caching",
+             "--max-num-batched-tokens", "64", "--max-num-seqs", "8"],
+            stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
+        )  # fmt: skip
+    try:
+        two = answers(
+            model, tensor_parallel_size=2, nnodes=2, node_rank=0, master_addr="127.0.0.1",
+            master_port=port, distributed_executor_backend="mp",
+        )  # fmt: skip
+        assert "rank 1 in world size 2" in log.read_text()
+    except Exception as error:
+        raise AssertionError(f"the second node said:\n{log.read_text()[-3000:]}") from error
+    finally:
+        os.killpg(second.pid, 15)
+        try:
+            second.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(second.pid, 9)
+            second.wait()
+    one = answers(model)
+    assert_same(one, two)
+    assert_half_a_page(one, two)
