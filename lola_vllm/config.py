@@ -157,6 +157,11 @@ class LolaLlamaConfig(LlamaConfig):
             raise LolaConfigError(f"{name} = {value!r}: must be true or false")
         super().__setattr__(name, value)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: transformers would then copy this module into every saved directory,
+        where a file that imports it (`checkpoint/remote_code.py`) stands already."""
+
     @property
     def lola(self) -> LolaConfig:
         """The validated parameters."""

@@ -18,6 +18,7 @@ from lola_vllm.checkpoint.files import (
     weight_files,
     write_json,
 )
+from lola_vllm.checkpoint.remote_code import AUTO_MAP, write_remote_code
 from lola_vllm.checkpoint.schema import LOLA_TENSORS, Shape, check_tensors
 from lola_vllm.config import ARCHITECTURE, MODEL_TYPE, LolaConfigError, LolaLlamaConfig
 
@@ -84,6 +85,12 @@ def check_base_weights(base: Path, expected: Mapping[str, Shape]) -> None:
         )
     ours = {name: shape for name, shape in expected.items() if name.endswith(LOLA_TENSORS)}
     check_tensors(expected, {**read_shapes(base), **ours})
+
+
+def write_config(out: Path, config_json: dict[str, Any]) -> None:
+    """Write `config.json`, and the file by which plain transformers finds LoLA's code."""
+    write_json(out / "config.json", {**config_json, "auto_map": AUTO_MAP})
+    write_remote_code(out)
 
 
 def copy_companions(base: Path, out: Path) -> None:

@@ -16,6 +16,7 @@ from lola_vllm.checkpoint.base import (
     copy_companions,
     parse_config,
     read_base_config,
+    write_config,
     write_weights,
 )
 from lola_vllm.checkpoint.files import (
@@ -23,7 +24,6 @@ from lola_vllm.checkpoint.files import (
     read_json,
     read_shapes,
     weight_files,
-    write_json,
 )
 from lola_vllm.checkpoint.lolcats import Lora, read_distill, read_lora
 from lola_vllm.checkpoint.schema import (
@@ -52,6 +52,7 @@ def convert_checkpoint(
     lora: Path | None = None,
     *,
     lora_alpha: float | None = None,
+    notes: str = "",
     force: bool = False,
 ) -> LolaLlamaConfig:
     """Write a LoLA checkpoint: the base's weights, LoRA merged in, and LoLCATs' feature maps.
@@ -68,6 +69,7 @@ def convert_checkpoint(
             `num_state_heads`, which follow from the file. `mixing` defaults to "lola".
         lora: LoLCATs' second stage; feature maps in it replace those of `distill`.
         lora_alpha: default 16. r follows from the file.
+        notes: Markdown for the end of the model card, for example how the maps were trained.
         force: replace a model that is already at `out`.
 
     Returns:
@@ -109,7 +111,7 @@ def convert_checkpoint(
         return _merged(name, weight, adapters, alpha)
 
     with staged_directory(out, force=force, inputs=inputs) as staging:
-        write_json(staging / "config.json", raw)
+        write_config(staging, raw)
         copy_companions(base, staging)
         write_weights(base, staging, expected, layer_maps, merged)
         check_tensors(expected, read_shapes(staging))
@@ -119,6 +121,7 @@ def convert_checkpoint(
             files["lora"] = lora
             options["lora_alpha"] = f"{alpha:g}"
         card = _model_card(base, files, lola_config, options)
+        card += f"\n{notes}" if notes else ""
         (staging / "README.md").write_text(card, encoding="utf-8")
     return config
 

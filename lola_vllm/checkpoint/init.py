@@ -11,9 +11,10 @@ from lola_vllm.checkpoint.base import (
     copy_companions,
     parse_config,
     read_base_config,
+    write_config,
     write_weights,
 )
-from lola_vllm.checkpoint.files import CheckpointError, read_shapes, write_json
+from lola_vllm.checkpoint.files import CheckpointError, read_shapes
 from lola_vllm.checkpoint.schema import (
     WINDOW_FACTOR_INIT,
     Shape,
@@ -68,7 +69,7 @@ def init_checkpoint(
         return _identity_maps(prefix, expected, q_proj.dtype)
 
     with staged_directory(out, force=force, inputs=[base]) as staging:
-        write_json(staging / "config.json", config_json)
+        write_config(staging, config_json)
         copy_companions(base, staging)
         write_weights(base, staging, expected, identity)
         check_tensors(expected, read_shapes(staging))

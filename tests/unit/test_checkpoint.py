@@ -24,6 +24,7 @@ from lola_vllm.checkpoint import (
 )
 from lola_vllm.checkpoint.files import read_shapes, weight_files
 from lola_vllm.checkpoint.init import init_checkpoint
+from lola_vllm.checkpoint.remote_code import AUTO_MAP
 from lola_vllm.checkpoint.staging import staged_directory
 from lola_vllm.config import LolaConfigError, LolaLlamaConfig
 
@@ -203,6 +204,7 @@ def test_init_keeps_the_base_and_adds_identity_maps(
             "feature_dim": 8,
             "num_state_heads": 2,
         },
+        "auto_map": AUTO_MAP,
     }
     assert new == {**old, **changed}
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):

@@ -30,6 +30,7 @@ from lola_vllm import cli
 from lola_vllm.checkpoint import expected_tensors
 from lola_vllm.checkpoint.convert import convert_checkpoint
 from lola_vllm.checkpoint.files import read_shapes, weight_files
+from lola_vllm.checkpoint.remote_code import AUTO_MAP
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.reference import lola_attention
 
@@ -70,7 +71,8 @@ def test_maps_are_added_to_the_base(tmp_path: Path, sharded: bool, tied: bool) -
     old, new = (json.loads((path / "config.json").read_text()) for path in (base, out))
     lola_config = {"mixing": "lola", "window_size": 16, "feature_dim": F, "num_state_heads": 4}
     changed = {"model_type": "lola_llama", "architectures": ["LolaLlamaForCausalLM"]}
-    assert new == {**old, **changed, "lola_config": lola_config}
+    assert new == {**old, **changed, "lola_config": lola_config, "auto_map": AUTO_MAP}
+    assert (out / "modeling_lola.py").is_file()
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
     if sharded:

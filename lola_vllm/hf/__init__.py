@@ -1,0 +1,24 @@
+"""LoLA models in plain transformers: training, generation and comparison without vLLM.
+
+Importing this package makes `AutoModelForCausalLM.from_pretrained` know LoLA checkpoints. The maths
+is the server's: a forward with a cache runs the serving ops on state pages, one without runs
+`lola_vllm.differentiable`, which has gradients.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
+from lola_vllm.hf.cache import LolaCache
+from lola_vllm.hf.modeling import LolaLlamaForCausalLM, LolaLlamaModel
+from lola_vllm.hf.tokens import LolaModelError
+
+AutoConfig.register(MODEL_TYPE, LolaLlamaConfig, exist_ok=True)
+AutoModelForCausalLM.register(LolaLlamaConfig, LolaLlamaForCausalLM, exist_ok=True)
+
+__all__ = [
+    "LolaCache",
+    "LolaLlamaConfig",
+    "LolaLlamaForCausalLM",
+    "LolaLlamaModel",
+    "LolaModelError",
+]

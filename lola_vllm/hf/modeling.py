@@ -1,0 +1,258 @@
+"""The LoLA model for transformers: its Llama with the attention swapped."""
+
+# No `from __future__ import annotations`: transformers takes the class of `config` from its own.
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+)
+
+from lola_vllm.checkpoint.remote_code import AUTO_MAP, write_remote_code
+from lola_vllm.checkpoint.schema import WINDOW_FACTOR_INIT, find_num_state_heads
+from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.differentiable import lola_attention_parallel
+from lola_vllm.hf.cache import LolaCache
+from lola_vllm.hf.tokens import LolaModelError, NewTokens
+from lola_vllm.ops import LolaWeights
+
+
+class LolaLlamaAttention(LlamaAttention):
+    """Llama's projections and RoPE around LoLA's attention.
+
+    Parameters beside Llama's: `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and
+    `window_factors [Hq]` (before the sigmoid); `q_norm` and `k_norm` where the config has
+    `qk_norm`.
+    """
+
+    def __init__(self, config: LolaLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.lola = config.lola
+        hidden, d, heads = config.hidden_size, self.head_dim, config.num_attention_heads
+        if config.qkv_bias != config.attention_bias:
+            for projection in ("q_proj", "k_proj", "v_proj"):
+                size = getattr(self, projection).out_features
+                setattr(self, projection, nn.Linear(hidden, size, bias=config.qkv_bias))
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(d, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(d, eps=config.rms_norm_eps)
+        state_heads = self.lola.num_state_heads or heads
+        self.feature_map_q = nn.Parameter(torch.empty(heads, d, self.lola.feature_dim))
+        self.feature_map_k = nn.Parameter(torch.empty(state_heads, d, self.lola.feature_dim))
+        self.window_factors = nn.Parameter(torch.empty(heads))
+
+    def forward(  # type: ignore[override]  # called by LolaLlamaModel's layers only
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: LolaCache | None = None,
+        *,
+        new_tokens: NewTokens,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states `[B, Q, hidden]` -> the same, and no attention weights.
+
+        `new_tokens` says what is padding; `attention_mask` is not looked at.
+        """
+        q, k, v = self.qkv(hidden_states, position_embeddings)
+        if past_key_values is None:
+            attended = self._attend_whole(q, k, v, new_tokens)
+        else:
+            weights = LolaWeights.prepare(
+                self.feature_map_q.detach(),
+                self.feature_map_k.detach(),
+                self.window_factors.detach(),
+                self.lola.mixing,
+            )
+            layer = past_key_values.layers[self.layer_idx]
+            attended = layer.attend(q, k, v, weights, new_tokens)
+            if torch.is_grad_enabled() and q.requires_grad:
+                attended = _NoGradient.apply(attended, q)
+        return self.o_proj(attended.flatten(-2)), None
+
+    def qkv(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[B, Q, Hq, d]`, k and v `[B, Q, Hkv, d]`; q and k after their norms and RoPE."""
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        return q, k, v
+
+    def _attend_whole(self, q: Tensor, k: Tensor, v: Tensor, tokens: NewTokens) -> Tensor:
+        """Attention over whole sequences, with gradients; padding goes where no token sees it."""
+        if self.training and self.attention_dropout:
+            raise LolaModelError(
+                f"attention_dropout = {self.attention_dropout}: LoLA has none; set it to 0"
+            )
+        weights = (self.feature_map_q, self.feature_map_k, self.window_factors)
+        order = tokens.tokens_first(q.device)
+        if order is None:
+            return lola_attention_parallel(q, k, v, *weights, self.lola)
+        q, k, v = (_columns(x, order) for x in (q, k, v))
+        return _columns(lola_attention_parallel(q, k, v, *weights, self.lola), order.argsort(1))
+
+
+def _columns(x: Tensor, order: Tensor) -> Tensor:
+    """x `[B, Q, H, d]` with its columns in the order `[B, Q]`."""
+    return x.gather(1, order[:, :, None, None].expand(-1, -1, *x.shape[2:]))
+
+
+class _NoGradient(torch.autograd.Function):
+    """Passes attention over a cache on, and refuses to be differentiated: gradients that silently
+    lack the attention's part would train the model to something else."""
+
+    @staticmethod
+    def forward(ctx: Any, attended: Tensor, q: Tensor) -> Tensor:
+        return attended.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise LolaModelError("no gradients flow through a LolaCache; train with use_cache=False")
+
+
+class LolaLlamaPreTrainedModel(LlamaPreTrainedModel):
+    """What transformers must know of both classes below."""
+
+    config: LolaLlamaConfig
+    # There is one way to attend, so nothing to choose by attn_implementation.
+    _supports_flash_attn = False
+    _supports_sdpa = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_compile_fullgraph = False
+    _is_stateful = True  # tokens cannot be taken back, so no assisted decoding
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer}  # noqa: RUF012 (transformers' form)
+    # As the server has them; bfloat16 would move the gates.
+    _keep_in_fp32_modules_strict = ["window_factors"]  # noqa: RUF012
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing to do; see `LolaLlamaConfig.register_for_auto_class`."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """LoLCATs' starting point, identity maps and g = 0.1, where a checkpoint has none."""
+        super()._init_weights(module)
+        if isinstance(module, LolaLlamaAttention):
+            for weight in (module.feature_map_q, module.feature_map_k):
+                init.copy_(weight, torch.eye(*weight.shape[1:]).expand_as(weight))
+            init.constant_(module.window_factors, WINDOW_FACTOR_INIT)
+
+
+class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
+    """Llama's decoder with LoLA attention in every layer."""
+
+    def __init__(self, config: LolaLlamaConfig) -> None:
+        if config.lola.num_state_heads is None and config.name_or_path:
+            found = find_num_state_heads(config, config.name_or_path)
+            config.lola_config = {"num_state_heads": found}
+        super().__init__(config)
+        for i, layer in enumerate(self.layers):
+            layer.self_attn = LolaLlamaAttention(config, i)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LolaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As `LlamaModel.forward`, with three differences.
+
+        Padding (zeros in `attention_mask [B, seen + Q]`, on any side) is left out of the state, and
+        positions count tokens only unless `position_ids` says otherwise. The cache is a
+        `LolaCache`. `use_cache` defaults to the config's under `torch.no_grad()`, and to False
+        where gradients are recorded, as none flow through a cache.
+
+        Raises:
+            LolaModelError: another kind of cache or one of another batch size, a mask that is no
+                padding mask, packed rows.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled()
+        if past_key_values is not None and not isinstance(past_key_values, LolaCache):
+            raise LolaModelError(
+                f"past_key_values is a {type(past_key_values).__name__}: a LoLA state is no list "
+                "of keys and values; use a lola_vllm.hf.LolaCache, or leave it out"
+            )
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None:
+            raise LolaModelError("neither input_ids nor inputs_embeds: give one of them")
+        if use_cache and past_key_values is None:
+            past_key_values = LolaCache(self.config)
+        batch, columns = inputs.shape[:2]
+        tokens = NewTokens.of(attention_mask, batch, columns)
+        seen = torch.zeros(batch, dtype=torch.int64)
+        if past_key_values is not None:
+            seen = past_key_values.num_tokens(batch)
+        if position_ids is None:
+            position_ids = tokens.positions(seen, inputs.device)
+        else:
+            tokens.check_positions(position_ids)
+        return super().forward(
+            input_ids=input_ids,
+            # Llama hands a mask with four dimensions on as it is; from anything else it would make
+            # one of Q x (seen + Q), which nobody here looks at.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            new_tokens=tokens,
+            **kwargs,
+        )
+
+
+class LolaLlamaForCausalLM(LolaLlamaPreTrainedModel, LlamaForCausalLM):
+    """A LoLA model with its output matrix; the class that checkpoints name."""
+
+    def __init__(self, config: LolaLlamaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)  # not Llama's: it would build a whole Llama
+        self.model = LolaLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def save_pretrained(  # type: ignore[override]  # options pass through
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
+        """Write a LoLA checkpoint as `lola-vllm` does: vLLM serves it as it is."""
+        self.config.auto_map = dict(AUTO_MAP)
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_remote_code(directory)  # first: the next call may upload what is there
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _prepare_cache_for_generation(  # type: ignore[override]  # as between its versions
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """transformers' hook of `generate`, which would make a `DynamicCache`."""
+        if (wanted := generation_config.cache_implementation) is not None:
+            raise LolaModelError(
+                f"cache_implementation = {wanted!r}: a LoLA model has one cache; leave it out"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = LolaCache(self.config)
