@@ -23,6 +23,8 @@ from setuptools import find_namespace_packages, setup
 ROOT = Path(__file__).parent
 # Top-level folders that install as subpackages of lola_vllm.
 FOLDERS = {"lola_vllm.kernels": "kernels", "lola_vllm.serving": "serving"}
+# The inspector's page and the deployment files of lola_vllm.serving.
+DATA = [f"**/*.{suffix}" for suffix in ("html", "css", "js", "json", "yaml", "yml")]
 ABI_TAG = "cp310"
 # Compiled for by default; newer GPUs compile the last one's PTX when they first load it.
 CUDA_ARCHS = "8.0;9.0;10.0+PTX"
@@ -132,7 +134,7 @@ readme = ROOT / "README.md"
 setup(
     packages=names,
     package_dir=folders,
-    package_data={"lola_vllm": ["py.typed"]},
+    package_data={"lola_vllm": ["py.typed"], "lola_vllm.serving": DATA},
     long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
     long_description_content_type="text/markdown",
     **extension(),

@@ -7,11 +7,13 @@
   one process, while vLLM may run a plugin twice.
 * `register_kv_cache_spec`: vLLM registers its own specs only while the table is empty, so they
   must be there before ours. Can go when registration order no longer matters upstream.
+* `request_blocks`: the two model runners of vLLM keep a request's blocks in different places, and
+  both under a longer id than the one it was sent with. Can go when a worker can be asked.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -53,3 +55,25 @@ def register_kv_cache_spec(
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager)
+
+
+def request_blocks(model_runner: Any, request_id: str) -> list[int] | None:
+    """Blocks of a request in its order, those it has left behind included.
+
+    Args:
+        request_id: as given to `EngineClient.generate`, which appends to it.
+
+    Returns:
+        None where the runner does not know the request.
+    """
+    requests = getattr(model_runner, "requests", None)  # of the first runner
+    known = model_runner.req_states.req_id_to_index if requests is None else requests
+    internal = next((r for r in known if r == request_id or r.startswith(f"{request_id}-")), None)
+    if internal is None:
+        return None
+    if requests is not None:
+        return list(requests[internal].block_ids[0])
+    index, tables = known[internal], model_runner.block_tables
+    count = int(tables.num_blocks.np[0, index])
+    blocks: list[int] = tables.block_tables[0].gpu[index, :count].tolist()
+    return blocks

@@ -1,0 +1,122 @@
+"""Copies of running sequences' pages, taken in a worker at the end of a step.
+
+A state moves on with every token and its slot is given away when the sequence ends, so what is to
+be read must be copied in the step that made it. A watch does that: it is a forward hook on the
+model, there only while something waits to be copied. It sees the step's own metadata, so it knows
+without doubt which slot holds how many tokens, and it works in place of nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+
+from lola_vllm.attention import LolaAttention
+from lola_vllm.backend import LolaMetadata
+
+logger = logging.getLogger("vllm.lola")
+
+# Copies that may wait at once: each is a whole state, on the device.
+MAX_WATCHES = 4
+
+
+class Row(NamedTuple):
+    """A sequence of a step: its slot, and the tokens its state has seen after the step."""
+
+    slot: int
+    num_tokens: int
+
+
+class Copy(NamedTuple):
+    """One sequence's state: a page `[page_bytes]` per layer, after `num_tokens` tokens.
+
+    Attributes:
+        rows: all sequences of that step.
+    """
+
+    num_tokens: int
+    pages: list[Tensor]
+    rows: list[Row]
+
+
+class Unreadable(NamedTuple):
+    """Why a copy could not be taken."""
+
+    reason: str
+
+
+Choose = Callable[[list[Row]], Row | None]
+
+
+class PageWatch:
+    """Takes one copy for each waiting key, in the first step in which its sequence is there."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[LolaAttention]) -> None:
+        self._model = model
+        self._layers = layers
+        self._waiting: dict[str, Choose] = {}
+        self._taken: dict[str, Copy | Unreadable] = {}
+        self._hook: Any = None
+
+    def add(self, key: str, choose: Choose) -> bool:
+        """Wait for the step in which `choose` picks a row; False if too many copies wait."""
+        if key not in self._waiting and len(self._waiting) + len(self._taken) >= MAX_WATCHES:
+            return False
+        self._waiting[key] = choose
+        if self._hook is None:
+            self._hook = self._model.register_forward_hook(self._after_step)
+        return True
+
+    def take(self, key: str) -> Copy | Unreadable | None:
+        """Hand out the copy for a key and stop waiting for it; None if there was no such step."""
+        self._waiting.pop(key, None)
+        self._remove_idle_hook()
+        return self._taken.pop(key, None)
+
+    def _after_step(self, *_: Any) -> None:
+        # An exception in here would end the engine, and nobody's request should fail over a copy.
+        try:
+            self._copy()
+        except Exception as error:
+            logger.warning("LoLA: a state could not be copied: %s", error)
+            for key in self._waiting:
+                self._taken[key] = Unreadable(f"{type(error).__name__}: {error}")
+            self._waiting.clear()
+        self._remove_idle_hook()
+
+    def _copy(self) -> None:
+        metadata = get_forward_context().attn_metadata
+        if not isinstance(metadata, dict):  # profiling, or a batch cut in two
+            return
+        rows = step_rows(cast(LolaMetadata, metadata[self._layers[0].prefix]))
+        for key, choose in list(self._waiting.items()):
+            row = choose(rows)
+            if row is not None:
+                pages = [layer.kv_cache[0][row.slot].clone() for layer in self._layers]
+                del self._waiting[key]
+                self._taken[key] = Copy(row.num_tokens, pages, rows)
+
+    def _remove_idle_hook(self) -> None:
+        if self._hook is not None and not self._waiting:
+            self._hook.remove()
+            self._hook = None
+
+
+def step_rows(metadata: LolaMetadata) -> list[Row]:
+    """The sequences of a step, decodes first; padding left out. Waits for the device."""
+    rows: list[Row] = []
+    if metadata.num_decodes:
+        assert metadata.state_indices_tensor_d is not None
+        slots = metadata.state_indices_tensor_d[: metadata.num_decodes, 0].tolist()
+        rows += map(Row, slots, metadata.seq_lens[: metadata.num_decodes].tolist())
+    if metadata.num_prefills:
+        assert metadata.state_indices_tensor_p is not None
+        assert metadata.query_start_loc_p_cpu is not None
+        assert metadata.context_lens_p_cpu is not None
+        tokens = metadata.context_lens_p_cpu + metadata.query_start_loc_p_cpu.diff()
+        rows += map(Row, metadata.state_indices_tensor_p.tolist(), tokens.tolist())
+    return [row for row in rows if row.slot > 0]

@@ -1,0 +1,109 @@
+"""What a page remembers and how well: read from its bytes alone, on any device.
+
+Scores come from the portable `sre_scores`, the same numbers by which the ops select.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lola_vllm.ops import torch as portable
+from lola_vllm.reference import RECALL_EPS
+from lola_vllm.state import StateLayout, StateViews
+
+
+class Remembered(NamedTuple):
+    """The sparse cache of one page, by position.
+
+    Attributes:
+        positions: `[Hg, S]` int, ascending. errors: `[Hg, S]`, the self-recall errors against the
+            page's hidden state (section 3 of `docs/algorithm.md`), relative to the value's norm
+            where state heads share a sparse set.
+    """
+
+    positions: Tensor
+    errors: Tensor
+
+
+class Forecast(NamedTuple):
+    """What the next update will do to a page, averaged over its sparse sets.
+
+    An update scores against the hidden state as it was before, and the pairs that will leave the
+    window are there already: so the page decides its next update, and it can be known without
+    waiting for it.
+
+    Attributes:
+        swapped: share of the sparse cache that newcomers will replace, 0 to 1.
+        kept_error, folded_error: mean SRE / ||v|| of the pairs that will be in the sparse cache and
+            of those that will be folded into the hidden state; None where there are none.
+    """
+
+    swapped: float
+    kept_error: float | None
+    folded_error: float | None
+
+
+def remembered(page: Tensor, layout: StateLayout, feature_map_k: Tensor, n: int) -> Remembered:
+    """The sparse cache of a page that has seen n tokens.
+
+    Args:
+        page: `[>= page_bytes]`, raw bytes. feature_map_k: `[Hs, d, F]`.
+    """
+    views = layout.views(page[None])
+    size = int(layout.num_sparse(torch.tensor(n)))
+    positions = views.positions[0, :, :size].long()
+    errors = _scores(
+        views.sparse_k[:, :, :size], views.sparse_v[:, :, :size], feature_map_k, layout, views, n
+    )
+    order = positions.argsort(dim=-1)
+    return Remembered(positions.gather(-1, order), errors.gather(-1, order))
+
+
+def forecast(page: Tensor, layout: StateLayout, feature_map_k: Tensor, n: int) -> Forecast:
+    """What the first update after n tokens will do to a page; arguments as for `remembered`."""
+    views = layout.views(page[None])
+    lam, C = layout.sparse_cache_size, layout.update_interval
+    due = torch.tensor((n // C + 1) * C)
+    # With an interval above the window, some of the pairs that will leave are not there yet.
+    start = int(layout.window_start(torch.tensor(n)))
+    stop = min(int(layout.window_start(due)), n)
+    rows = layout.row(torch.arange(start, max(start, stop), device=page.device))
+    size = int(layout.num_sparse(torch.tensor(n)))
+    share = layout.num_sparse_heads // layout.num_kv_heads
+
+    def candidates(sparse: Tensor, exact: Tensor) -> Tensor:
+        newcomers = exact[:, :, rows].repeat_interleave(share, dim=1)
+        return torch.cat([sparse[:, :, :size], newcomers], dim=2)
+
+    k = candidates(views.sparse_k, views.exact_k)
+    v = candidates(views.sparse_v, views.exact_v)
+    scores = _scores(k, v, feature_map_k, layout, views, n)  # [Hg, E]
+    num_kept = min(lam, scores.shape[-1])
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept.scatter_(-1, scores.topk(num_kept, dim=-1).indices, True)
+    free = lam - size
+    entering = kept[:, size:].sum(-1).float()
+    relative = scores
+    if layout.num_state_heads == layout.num_sparse_heads:  # else they are relative already
+        relative = scores / v[0].to(scores.dtype).norm(dim=-1).clamp(min=RECALL_EPS)
+    return Forecast(
+        swapped=float((entering - free).clamp(min=0).mean()) / lam if lam else 0.0,
+        kept_error=_mean(relative[kept]),
+        folded_error=_mean(relative[~kept]),
+    )
+
+
+def _scores(
+    k: Tensor, v: Tensor, feature_map_k: Tensor, layout: StateLayout, views: StateViews, n: int
+) -> Tensor:
+    """Selection scores `[Hg, E]` of candidates k, v `[1, Hg, E, d]` of the only page in `views`."""
+    first = torch.zeros(1, dtype=torch.long, device=k.device)
+    empty = (layout.num_folded(torch.tensor([n])) == 0).to(k.device)
+    return portable.sre_scores(k, v, feature_map_k, views.H, views.s, first, empty)[0]
+
+
+def _mean(x: Tensor) -> float | None:
+    return float(x.mean()) if x.numel() else None

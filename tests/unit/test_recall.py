@@ -1,0 +1,98 @@
+"""What is read from a page: its sparse cache with errors, and what its next update will do."""
+
+import pytest
+import torch
+from problem import make_problem, poisoned_pool
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops import torch as portable
+from lola_vllm.reference import feature_map, self_recall_error
+from lola_vllm.serving.recall import forecast, remembered
+
+CONFIGS = {
+    "interval-is-window": {},
+    "paper": {"update_interval": 1},
+    "short-interval": {"update_interval": 3, "sink_size": 2},
+    "no-cache": {"sparse_cache_size": 0},
+}
+
+
+def problem_of(T, fields, **heads):
+    config = LolaConfig(**{"window_size": 8, "sparse_cache_size": 12, "feature_dim": 6, **fields})
+    return make_problem(T, config, **heads)
+
+
+def page_after(problem, n):
+    """The page `[page_bytes]` after the first n tokens, NaN where nothing was written."""
+    layout = problem.layout()
+    pages, views = poisoned_pool(layout, 2)
+    portable.prefill(
+        problem.q[:n], problem.k[:n], problem.v[:n], problem.weights(), layout, views,
+        torch.tensor([1]), torch.tensor([0, n]), torch.tensor([0]), torch.empty_like(problem.q[:n]),
+    )  # fmt: skip
+    return pages[1], layout
+
+
+def first(problem, n):
+    """The same problem cut to n tokens."""
+    fields = vars(problem) | {name: getattr(problem, name)[:n] for name in "qkv"}
+    return type(problem)(**fields)
+
+
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("n", [1, 8, 9, 20, 21, 40, 77])
+@pytest.mark.parametrize("Hs", [2, 6])
+def test_remembered_is_the_references_cache_with_its_errors(fields, n, Hs):
+    problem = problem_of(n, fields, Hs=Hs)
+    page, layout = page_after(problem, n)
+    positions, errors = remembered(page, layout, problem.feature_map_k, n)
+    _, state = problem.reference()
+    assert positions.tolist() == state.sparse_positions
+    for head, held in enumerate(state.sparse_positions):
+        kv = head // (Hs // 2)
+        phi = feature_map(problem.k[held, kv], problem.feature_map_k[head])
+        expected = self_recall_error(phi, problem.v[held, kv], state.H[head], state.s[head])
+        torch.testing.assert_close(errors[head], expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("n", [1, 15, 31, 32, 40, 64])
+@pytest.mark.parametrize("sharing", ["none", "kv_head"])
+def test_forecast_is_what_the_next_update_does(fields, n, sharing):
+    fields = {**fields, "sparse_sharing": sharing}
+    C = fields.get("update_interval", 8)
+    due = (n // C + 1) * C
+    problem = problem_of(due, fields, Hs=6)
+    page, layout = page_after(problem, n)
+    told = forecast(page, layout, problem.feature_map_k, n)
+
+    before = first(problem, n).reference()[1]
+    after = problem.reference()[1]
+    lam = layout.sparse_cache_size
+    replaced = [
+        len(set(old) - set(new))
+        for old, new in zip(before.sparse_positions, after.sparse_positions, strict=True)
+    ]
+    if lam:
+        assert told.swapped == pytest.approx(sum(replaced) / len(replaced) / lam)
+    else:
+        assert told.swapped == 0 and told.kept_error is None
+
+    kept, folded = [], []
+    for head in range(6):
+        evicted = set(before.window_positions) - set(after.window_positions)
+        candidates = sorted(evicted | set(before.sparse_positions[head]))
+        if not candidates:
+            continue
+        kv = head // 3
+        v = problem.v[candidates, kv]
+        phi = feature_map(problem.k[candidates, kv], problem.feature_map_k[head])
+        errors = self_recall_error(phi, v, before.H[head], before.s[head]) / v.norm(dim=-1)
+        for position, error in zip(candidates, errors.tolist(), strict=True):
+            (kept if position in after.sparse_positions[head] else folded).append(error)
+    for mean, values in ((told.kept_error, kept), (told.folded_error, folded)):
+        if values:
+            assert mean == pytest.approx(sum(values) / len(values), rel=1e-6)
+        else:
+            assert mean is None
+
