@@ -140,6 +140,55 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", type=Path, metavar="DIR", help="a LoLA model to look at too"
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.doctor import doctor
+
+        return doctor(args.model)
+
+    parser.set_defaults(run=run)
+
+
+def _inspector(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8001, help="to open the page at (default: %(default)s)"
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.serving.inspector.local import inspect
+
+        return inspect(args.url, args.port)
+
+    parser.set_defaults(run=run)
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be run, and stop there"
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory of a LoLA model")
+    parser.add_argument(
+        "options",
+        nargs=argparse.REMAINDER,
+        metavar="OPTIONS",
+        help="any of 'vllm serve --help=all'; what is given here is not chosen",
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.serving.launch import serve
+
+        return serve(args.model, args.options, dry_run=args.dry_run)
+
+    parser.set_defaults(run=run)
+
+
 def _texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="one file a text")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of them (default: all)")
@@ -162,8 +211,15 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
         "make a small LoLA checkpoint to try (SmolLM2-135M-Instruct; window 64, sparse cache 128 "
         "and 4 sinks unless told otherwise)",
     ),
+    "doctor": (_doctor, "look for what is wrong with an installation; exit status 1 if there is"),
     "estimate": (_estimate, "memory per sequence, from config.json alone"),
     "eval": (_eval, "measure recall in long prompts, or perplexity on held-out text"),
+    "inspector": (_inspector, "the memory inspector, for a server that wants an API key"),
+    "serve": (
+        _serve,
+        "vllm serve with the routes under /v1/lola, and with sequences, block size and memory "
+        "chosen for this machine",
+    ),
     "texts": (_texts, "get English texts to train and measure on, from Debian packages and PyPI"),
 }
 

@@ -1,66 +1,28 @@
-"""One `vllm serve` of the demo model for all HTTP tests."""
+"""Two servers of the demo model for all HTTP tests: plain `vllm serve`, and LoLA's own front."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
-import httpx
 import pytest
+from servers import BIN, MODEL, Server, serving
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models" / "smollm2-lola"
-START_LIMIT_S = 300
-
-
-class Server:
-    """A running server: its base URL and log."""
-
-    def __init__(self, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        self.process = process
-        self.client = httpx.Client(base_url=self.url, timeout=120)
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            try:
-                if self.client.get("/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(1)
-        raise AssertionError("the server did not start:\n" + self.log.read_text()[-4000:])
+KEY = "a-secret-key"
+OPTIONS = ["--enforce-eager", "--max-model-len", "2048", "--served-model-name", "smollm2"]
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    environment["VLLM_LOGGING_LEVEL"] = "INFO"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "vllm"), "serve", str(MODEL), "--port", str(port),
-             "--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "2048",
-             "--served-model-name", "smollm2"],
-            stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-        )  # fmt: skip
-        running = Server(port, log, process)
-        try:
-            running.wait()
-            yield running
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
+    with serving(log, [str(BIN / "vllm"), "serve", str(MODEL), *OPTIONS]) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def lola_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Routes under /v1/lola, an API key, and prefix caching in steps of 256 tokens."""
+    log = tmp_path_factory.mktemp("lola-server") / "log.txt"
+    command = [str(BIN / "lola-vllm"), "serve", str(MODEL), *OPTIONS, "--block-size", "256"]
+    with serving(log, [*command, "--api-key", KEY]) as running:
+        running.client.headers["Authorization"] = f"Bearer {KEY}"
+        yield running

@@ -35,10 +35,27 @@ def test_stops_where_the_extension_is_required():
     assert "no C++ compiler found (no-such-compiler)" in run.stderr
 
 
-@pytest.mark.parametrize("package", ["lola_vllm", "lola_vllm.ops", "lola_vllm.kernels"])
+@pytest.mark.parametrize(
+    "package", ["lola_vllm", "lola_vllm.ops", "lola_vllm.kernels", "lola_vllm.serving"]
+)
 def test_packages_are_installed(package):
     check = f"import importlib; print(importlib.import_module({package!r}).__name__)"
     run = subprocess.run(  # from elsewhere: the install must find it, not the working directory
         [sys.executable, "-c", check], cwd="/", capture_output=True, text=True
     )
     assert run.stdout.strip() == package, run.stderr
+
+
+def test_every_data_file_of_serving_is_part_of_a_build(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(
+        [*command, "build_py", "--build-lib", str(tmp_path / "lib")], cwd=ROOT, check=True
+    )
+    data = [
+        path.relative_to(ROOT)
+        for path in (ROOT / "serving").rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    ]
+    assert len(data) >= 3
+    for path in data:
+        assert (tmp_path / "lib" / "lola_vllm" / path).is_file(), path

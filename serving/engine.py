@@ -1,0 +1,232 @@
+"""The engine as the routes and the metrics see it: what its config says and its workers answer."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import uuid
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import torch
+from prometheus_client import REGISTRY, CollectorRegistry
+from vllm import SamplingParams
+from vllm import __version__ as vllm_version
+from vllm.inputs import tokens_input
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from lola_vllm import __version__
+from lola_vllm.cache import lola_hf_config, state_layout
+from lola_vllm.config import MODEL_TYPE
+from lola_vllm.config_hook import WORKER_EXTENSION
+from lola_vllm.estimate import Row
+from lola_vllm.serving.protocol import (
+    Head,
+    InfoResponse,
+    Layer,
+    Memory,
+    Slots,
+)
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+# A worker answers between two steps, and a step may be a long prefill.
+ANSWER_LIMIT_S = 60
+
+
+class Unavailable(Exception):
+    """Something that this server cannot answer, with the HTTP status that says so."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class LolaEngine:
+    """Asks the engine about LoLA's states.
+
+    Raises:
+        Unavailable: (every method) where this engine cannot tell.
+    """
+
+    def __init__(self, client: EngineClient, model: str) -> None:
+        self.client = client
+        self.model = model
+        self.config = client.vllm_config
+        self._backend: str | None = None
+        # One state at a time: each is copied beside vLLM's pool.
+        self._reading = asyncio.Lock()
+        self._cleanups: set[asyncio.Task[Any]] = set()
+        self.is_lola = getattr(self.config.model_config.hf_config, "model_type", "") == MODEL_TYPE
+        if self.is_lola:
+            self.lola = lola_hf_config(self.config).lola
+            self.layout = state_layout(self.config)
+            self.num_layers = int(self.config.model_config.hf_config.num_hidden_layers)
+            self.states_per_sequence = (
+                2 if self.config.cache_config.mamba_cache_mode == "align" else 1
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """State slots of one engine; vLLM keeps a block as its null block."""
+        blocks = self.config.cache_config.num_gpu_blocks or 0  # the sum over all engines
+        return max(0, blocks // self.config.parallel_config.data_parallel_size - 1)
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """One state on the first rank: a page in each of its layers."""
+        return self.layout.page_bytes * self._layers_of_rank
+
+    @property
+    def _layers_of_rank(self) -> int:
+        return self.config.model_config.get_num_layers(self.config.parallel_config)
+
+    def num_slots_used(self) -> int | None:
+        """Slots that running sequences hold, of vLLM's own gauge; None without statistics."""
+        # Of several API servers only one is told by the engine, so look at all of them.
+        usage = own_metric("vllm:kv_cache_usage_perc", self.model, get_prometheus_registry())
+        return None if usage is None else round(usage * self.num_slots)
+
+    async def info(self) -> InfoResponse:
+        """What `GET /v1/lola/info` answers."""
+        self.check()
+        row = Row("", True, self.layout, self._layers_of_rank, None)
+        per_sequence = self.states_per_sequence
+        if self._backend is None and self.readable() is None:
+            self._backend = (await self._ask("lola_describe"))[0]["backend"]
+        cache = self.config.cache_config
+        return InfoResponse(
+            model=self.model,
+            lola_config=self.lola.model_dump(),
+            num_layers=self.num_layers,
+            memory=Memory(
+                parts=row.parts,
+                bytes_per_slot=self.bytes_per_slot,
+                bytes_per_sequence=per_sequence * self.bytes_per_slot,
+                break_even_tokens=self.layout.break_even_tokens(per_sequence),
+            ),
+            slots=Slots(
+                total=self.num_slots,
+                per_sequence=per_sequence,
+                used=self.num_slots_used(),
+                sequences=self.num_slots // per_sequence,
+            ),
+            block_size=cache.block_size if cache.enable_prefix_caching else None,
+            max_model_len=self.config.model_config.max_model_len,
+            tensor_parallel_size=self.config.parallel_config.tensor_parallel_size,
+            backend=self._backend,
+            versions={
+                "lola_vllm": __version__,
+                "vllm": vllm_version,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        )
+
+    async def memory(self, tokens: list[int], layers: list[int] | None) -> list[Layer]:
+        """The sparse caches after a prompt, which runs as an ordinary request of one token.
+
+        Args:
+            tokens: ids, fewer than the model's length. layers: indices, None for all.
+        """
+        self.check()
+        reason = self.readable()
+        if reason:
+            raise Unavailable(HTTPStatus.NOT_IMPLEMENTED, reason)
+        async with self._reading:
+            request_id = f"lola-memory-{uuid.uuid4().hex}"
+            try:
+                await self._ask("lola_watch", request_id, len(tokens))
+                async for _ in self.client.generate(
+                    tokens_input(tokens),
+                    SamplingParams(
+                        max_tokens=1,
+                        temperature=0.0,
+                        detokenize=False,
+                        output_kind=RequestOutputKind.FINAL_ONLY,
+                    ),
+                    request_id,
+                ):
+                    pass
+                answers = await self._ask("lola_memory", request_id, layers)
+            except BaseException:  # a client that left cancels this: the copy must not stay
+                self._later(self._ask("lola_drop", request_id))
+                raise
+        return _joined([answer["layers"] for answer in answers])
+
+    async def sample(self) -> dict[str, float]:
+        """What the workers saw of a running sequence since the last call, averaged over them."""
+        answers = await self._ask("lola_sample")
+        fields = {field for answer in answers for field in answer}
+        return {
+            field: sum(values) / len(values)
+            for field in fields
+            if (values := [answer[field] for answer in answers if field in answer])
+        }
+
+    def check(self) -> None:
+        """Raise `Unavailable` unless the served model is a LoLA model."""
+        if not self.is_lola:
+            raise Unavailable(
+                HTTPStatus.NOT_IMPLEMENTED,
+                f"{self.model} is not a LoLA model; serve one to use /v1/lola "
+                "(lola-vllm init makes one from a Llama)",
+            )
+
+    def readable(self) -> str | None:
+        """Why states cannot be looked at in the workers, or None."""
+        parallel = self.config.parallel_config
+        if parallel.worker_extension_cls != WORKER_EXTENSION:
+            return (
+                f"--worker-extension-cls = {parallel.worker_extension_cls!r} takes the place of "
+                "LoLA's own; start the server without the option"
+            )
+        if parallel.data_parallel_size > 1:
+            return (
+                f"--data-parallel-size = {parallel.data_parallel_size}: states are read from one "
+                "engine only; ask a server with one"
+            )
+        return None
+
+    async def _ask(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """Every worker's answer to a method of `LolaWorkerExtension`."""
+        answers = await asyncio.wait_for(
+            self.client.collective_rpc(method, args=args), ANSWER_LIMIT_S
+        )
+        for answer in answers:
+            if "error" in answer:
+                raise Unavailable(HTTPStatus.SERVICE_UNAVAILABLE, answer["error"])
+        return answers
+
+    def _later(self, work: Any) -> None:
+        """Run a coroutine whose end nobody waits for."""
+        task = asyncio.ensure_future(work)
+        self._cleanups.add(task)
+        task.add_done_callback(self._cleaned)
+
+    def _cleaned(self, task: asyncio.Task[Any]) -> None:
+        self._cleanups.discard(task)
+        if not task.cancelled():
+            task.exception()  # the request's own error has been told; this one may go
+
+
+def _joined(answers: list[dict[Any, Any]]) -> list[Layer]:
+    """One list of layers from the layers and heads of several workers."""
+    heads: dict[int, dict[int, Head]] = {}
+    for answer in answers:
+        for layer, found in answer.items():
+            heads.setdefault(int(layer), {}).update(
+                {int(head): Head(**memory) for head, memory in found.items()}
+            )
+    return [
+        Layer(layer=layer, heads=[heads[layer][head] for head in sorted(heads[layer])])
+        for layer in sorted(heads)
+    ]
+
+
+def own_metric(name: str, model: str, registry: CollectorRegistry = REGISTRY) -> float | None:
+    """A metric of vLLM's, as this API server counts it; None where it is not kept."""
+    value: float | None = registry.get_sample_value(name, {"model_name": model, "engine": "0"})
+    return value

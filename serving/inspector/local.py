@@ -1,0 +1,118 @@
+"""`lola-vllm inspector`: the page on this machine, for a server that wants an API key.
+
+A browser cannot send a key when it opens an address, and vLLM lets no page of elsewhere ask it. So
+the page comes from here, and what it asks is passed on, with the key that was typed into it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+from lola_vllm.serving.inspector import inspector_page
+
+PAGE = "/v1/lola/inspector"
+MEMORY = "/v1/lola/memory"
+MAX_BODY = 8 * 2**20
+ANSWER_LIMIT_S = 300
+
+
+class InspectorError(ValueError):
+    """An address that cannot be a server's."""
+
+
+class Inspector(ThreadingHTTPServer):
+    """Serves the page on 127.0.0.1 and passes its questions on to `server`.
+
+    Args:
+        server: base URL of a vLLM server. port: to listen on; 0 takes a free one.
+
+    Raises:
+        InspectorError: `server` is no http or https URL.
+        OSError: the port is taken.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, server: str, port: int) -> None:
+        self.target = urlsplit(server.rstrip("/"))
+        if self.target.scheme not in ("http", "https") or not self.target.hostname:
+            raise InspectorError(
+                f"--url = {server!r}: must be a server's address, as http://127.0.0.1:8000"
+            )
+        super().__init__(("127.0.0.1", port), _Handler)
+
+    @property
+    def url(self) -> str:
+        """Where to open the page."""
+        return f"http://127.0.0.1:{self.server_port}{PAGE}"
+
+    def ask(self, body: bytes, authorization: str | None) -> tuple[int, bytes]:
+        """Status and JSON of the server's answer, 502 if there is none."""
+        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        assert self.target.hostname is not None
+        connection = kinds[self.target.scheme](
+            self.target.hostname, self.target.port, timeout=ANSWER_LIMIT_S
+        )
+        headers = {"Content-Type": "application/json"}
+        if authorization:
+            headers["Authorization"] = authorization
+        try:
+            connection.request("POST", self.target.path + MEMORY, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            message = f"no answer from {self.target.geturl()}: {error}"
+            return HTTPStatus.BAD_GATEWAY, json.dumps({"error": {"message": message}}).encode()
+        finally:
+            connection.close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Inspector
+
+    def do_GET(self) -> None:
+        if self.path == PAGE:
+            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", inspector_page().encode())
+        else:
+            self.send_response(HTTPStatus.FOUND)
+            self.send_header("Location", PAGE)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        # The content type is what a page of elsewhere cannot send without being asked about.
+        known = self.path == MEMORY and self.headers.get_content_type() == "application/json"
+        if not known or not length.isdigit() or int(length) > MAX_BODY:
+            self.close_connection = True
+            self._answer(HTTPStatus.BAD_REQUEST, "application/json", b"{}")
+            return
+        status, answer = self.server.ask(
+            self.rfile.read(int(length)), self.headers.get("Authorization")
+        )
+        self._answer(status, "application/json", answer)
+
+    def _answer(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing of single requests."""
+
+
+def inspect(server: str, port: int) -> int:
+    """What the command `lola-vllm inspector` does; returns when it is interrupted."""
+    with Inspector(server, port) as inspector:
+        print(f"open {inspector.url} (asks {server}; Ctrl-C ends it)", flush=True)
+        try:
+            inspector.serve_forever()
+        except KeyboardInterrupt:
+            print()
+    return 0

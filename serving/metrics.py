@@ -1,0 +1,134 @@
+"""The Prometheus metrics lola:*, next to vLLM's own at /metrics.
+
+Nothing is counted while tokens are made. A scrape reads vLLM's gauges and asks the workers for one
+sample, at most every few seconds; the copy that a sample is made from is taken in the first step
+after it was asked for, so a scrape reports of the time since the one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+
+from lola_vllm.serving.engine import LolaEngine, own_metric
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+logger = logging.getLogger("vllm.lola")
+
+REFRESH_S = 5.0  # a sample is not taken more often
+PATIENCE_S = 2.0  # a scrape does not wait longer; it then reports what was known before
+
+LABELS = ("model_name", "engine")
+
+# Name without "lola:" -> help. Those of `_SAMPLED` appear with the first running sequence.
+GAUGES = {
+    "slots_total": "State slots in the pool",
+    "slots_used": "State slots held by running sequences",
+    "slots_per_sequence": "State slots that a running sequence holds; 2 with prefix caching",
+    "slot_bytes": "Bytes of a state slot on one rank, all layers",
+    "sparse_fill_ratio": "Filled share of the sparse caches, mean over running sequences",
+    "swap_ratio": "Share of the sparse cache that the next update replaces, of a sampled sequence",
+}
+_SAMPLED = {"sparse_fill": "sparse_fill_ratio", "swapped": "swap_ratio"}
+_ERRORS = {"kept_error": "kept", "folded_error": "folded"}
+
+
+class LolaMetrics:
+    """The metrics of one API server."""
+
+    def __init__(self, engine: LolaEngine, registry: CollectorRegistry = REGISTRY) -> None:
+        self.engine = engine
+        self._labels = {"model_name": engine.model, "engine": "0"}
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(
+                f"lola:{name}",
+                text,
+                (*LABELS, *labels),
+                registry=registry,
+                multiprocess_mode="mostrecent",  # with several API servers: the one just scraped
+            )
+
+        self._gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
+        self._recall_error = gauge(
+            "recall_error",
+            "Mean self-recall error over the value's norm, of a sampled sequence: of the pairs "
+            "that the next update keeps and of those that it folds",
+            "pairs",
+        )
+        self._samples = Counter(
+            "lola:samples", "Sequences sampled", LABELS, registry=registry
+        ).labels(**self._labels)
+        self._hits = Counter(
+            "lola:prefix_hit_tokens",
+            "Prompt tokens not computed because a cached state was there",
+            LABELS,
+            registry=registry,
+        ).labels(**self._labels)
+        self._hits_seen = 0.0
+        self._due = 0.0
+        self._refreshing: asyncio.Task[None] | None = None
+        for name, value in (
+            ("slots_total", engine.num_slots),
+            ("slots_per_sequence", engine.states_per_sequence),
+            ("slot_bytes", engine.bytes_per_slot),
+        ):
+            self._set(name, value)
+
+    async def refresh(self) -> None:
+        """Bring the metrics up to date, unless they were a moment ago. Never raises."""
+        if self._refreshing is None or self._refreshing.done():
+            if time.monotonic() < self._due:
+                return
+            self._due = time.monotonic() + REFRESH_S
+            self._refreshing = asyncio.ensure_future(self._refresh())
+        # Not `wait_for`: a scrape that gives up must not break off what the next one will report.
+        await asyncio.wait([self._refreshing], timeout=PATIENCE_S)
+
+    async def _refresh(self) -> None:
+        used = self.engine.num_slots_used()
+        if used is not None:
+            self._set("slots_used", used)
+        hits = own_metric("vllm:prefix_cache_hits_total", self.engine.model)
+        if hits is not None:
+            self._hits.inc(max(0.0, hits - self._hits_seen))
+            self._hits_seen = hits
+        if self.engine.readable() is not None:
+            return
+        try:
+            sample = await self.engine.sample()
+        except Exception as error:  # the engine's; a scrape must answer without it
+            logger.debug("LoLA metrics: no sample: %s", error)
+            return
+        if "sequences" in sample:
+            self._samples.inc()
+        for field, name in _SAMPLED.items():
+            if field in sample:
+                self._set(name, sample[field])
+        for field, pairs in _ERRORS.items():
+            if field in sample:
+                self._recall_error.labels(**self._labels, pairs=pairs).set(sample[field])
+
+    def _set(self, name: str, value: float) -> None:
+        self._gauges[name].labels(**self._labels).set(value)
+
+
+class RefreshMetrics:
+    """ASGI middleware that brings the metrics up to date before /metrics reads them."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass every request on, one for /metrics a moment later."""
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/metrics"):
+            metrics: LolaMetrics | None = getattr(scope["app"].state, "lola_metrics", None)
+            if metrics is not None:
+                await metrics.refresh()
+        await self.app(scope, receive, send)

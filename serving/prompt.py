@@ -1,0 +1,112 @@
+"""Prompts: to token ids as the server itself would, and back to what each token shows."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.tokenize.protocol import (
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+)
+
+from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.protocol import MAX_PROMPT_TOKENS, MemoryRequest
+
+if TYPE_CHECKING:
+    from fastapi import Request
+
+# What a decoder writes for bytes that are no whole character yet.
+INCOMPLETE = "�"
+# A character is at most four bytes, so more tokens than this never wait for one.
+MAX_PENDING = 8
+
+
+async def prompt_tokens(body: MemoryRequest, raw_request: Request, engine: LolaEngine) -> list[int]:
+    """Token ids of a request's prompt.
+
+    Raises:
+        Unavailable: an unknown model, no tokenizer, a chat that the template refuses, token ids
+            that are no ids, or a prompt that is empty or too long.
+    """
+    if body.model is not None and not raw_request.app.state.openai_serving_models.is_base_model(
+        body.model
+    ):
+        raise Unavailable(
+            HTTPStatus.NOT_FOUND,
+            f"model = {body.model!r} is not served; leave it out or use {engine.model!r}",
+        )
+    if isinstance(body.prompt, list):
+        tokens = body.prompt
+        vocabulary = engine.config.model_config.get_vocab_size()
+        for token in tokens:  # an id that is none would be an index out of range in the engine
+            if not 0 <= token < vocabulary:
+                raise Unavailable(
+                    HTTPStatus.BAD_REQUEST,
+                    f"prompt: token id {token} is none of 0 to {vocabulary - 1}",
+                )
+    else:
+        tokens = await _tokenized(body, raw_request, engine)
+    limit = min(MAX_PROMPT_TOKENS, engine.config.model_config.max_model_len - 1)
+    if not 1 <= len(tokens) <= limit:
+        raise Unavailable(
+            HTTPStatus.BAD_REQUEST,
+            f"prompt has {len(tokens)} tokens; from 1 to {limit} can be read",
+        )
+    return tokens
+
+
+async def _tokenized(body: MemoryRequest, raw_request: Request, engine: LolaEngine) -> list[int]:
+    if engine.client.renderer.tokenizer is None:
+        raise Unavailable(
+            HTTPStatus.BAD_REQUEST,
+            "the server has no tokenizer (--skip-tokenizer-init); give token ids as prompt",
+        )
+    serving = raw_request.app.state.serving_tokenization
+    request: TokenizeChatRequest | TokenizeCompletionRequest
+    try:
+        if body.messages is None:
+            assert isinstance(body.prompt, str)
+            request = TokenizeCompletionRequest(model=body.model, prompt=body.prompt)
+        else:
+            request = TokenizeChatRequest(
+                model=body.model,
+                messages=body.messages,
+                add_generation_prompt=body.add_generation_prompt,
+            )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise Unavailable(HTTPStatus.BAD_REQUEST, f"{where}: {first['msg']}") from None
+    answer = await serving.create_tokenize(request, raw_request)
+    if isinstance(answer, ErrorResponse):
+        raise Unavailable(HTTPStatus(answer.error.code), answer.error.message)
+    tokens: list[int] = answer.tokens
+    return tokens
+
+
+def token_texts(tokenizer: Any, tokens: list[int]) -> list[str]:
+    """What each token adds to the text; together they are the text.
+
+    A token that only starts a character adds nothing, and the one that ends it adds the character.
+    """
+
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    texts: list[str] = []
+    before: list[int] = []  # some tokenizers drop the space of a first word, so never start anew
+    pending: list[int] = []
+    for index, token in enumerate(tokens, start=1):
+        pending.append(token)
+        text = decode(before + pending)[len(decode(before)) :] if before else decode(pending)
+        waits = len(pending) < MAX_PENDING and index < len(tokens)
+        if waits and text.endswith(INCOMPLETE):
+            texts.append("")
+        else:
+            texts.append(text)
+            before, pending = pending, []
+    return texts

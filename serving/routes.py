@@ -1,0 +1,98 @@
+"""The routes under /v1/lola."""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import Any
+
+import torch
+from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi.responses import HTMLResponse, JSONResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+
+from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.inspector import inspector_page
+from lola_vllm.serving.prompt import prompt_tokens, token_texts
+from lola_vllm.serving.protocol import InfoResponse, MemoryRequest, MemoryResponse
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status.value: {"model": ErrorResponse}
+    for status in (
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.NOT_FOUND,
+        HTTPStatus.NOT_IMPLEMENTED,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    )
+}
+
+router = APIRouter(prefix="/v1/lola", tags=["lola"])
+
+
+@router.get("/info", response_model=InfoResponse, responses=_REFUSALS)
+async def info(raw_request: Request) -> InfoResponse:
+    """The model's LoLA parameters, what its states cost, and the slots there are."""
+    try:
+        return await _engine(raw_request).info()
+    except Unavailable as error:
+        raise HTTPException(error.status, str(error)) from None
+
+
+@router.post(
+    "/memory",
+    response_model=MemoryResponse,
+    responses=_REFUSALS,
+    dependencies=[Depends(validate_json_request)],
+)
+@with_cancellation
+async def memory(body: MemoryRequest, raw_request: Request) -> JSONResponse:
+    """Which tokens of a prompt each head's sparse cache holds, and their recall errors.
+
+    The prompt runs as an ordinary request for one token.
+    """
+    try:
+        return JSONResponse((await _memory(body, raw_request)).model_dump())
+    except Unavailable as error:
+        raise HTTPException(error.status, str(error)) from None
+
+
+@router.get("/inspector", response_class=HTMLResponse)
+async def inspector() -> HTMLResponse:
+    """The memory inspector: a page that shows what /v1/lola/memory answers."""
+    return HTMLResponse(inspector_page())
+
+
+async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
+    engine = _engine(raw_request)
+    engine.check()
+    for layer in body.layers or ():
+        if layer not in range(engine.num_layers):
+            raise Unavailable(
+                HTTPStatus.BAD_REQUEST, f"layers: {layer} is none of 0 to {engine.num_layers - 1}"
+            )
+    tokens = await prompt_tokens(body, raw_request, engine)
+    layers = await engine.memory(tokens, body.layers)
+    tokenizer = engine.client.renderer.tokenizer
+    texts = None
+    if tokenizer is not None:  # in a thread: a long prompt's takes a while
+        texts = await asyncio.to_thread(token_texts, tokenizer, tokens)
+    layout = engine.layout
+    n = torch.tensor(len(tokens))
+    return MemoryResponse(
+        model=body.model or engine.model,
+        num_tokens=len(tokens),
+        tokens=tokens,
+        texts=texts,
+        sinks=min(len(tokens), layout.sink_size),
+        window_start=int(layout.window_start(n)),
+        folded=int(layout.num_folded(n)),
+        sparse_cache_size=layout.sparse_cache_size,
+        error="sre" if layout.num_state_heads == layout.num_sparse_heads else "relative",
+        layers=layers,
+    )
+
+
+def _engine(raw_request: Request) -> LolaEngine:
+    engine: LolaEngine = raw_request.app.state.lola_engine
+    return engine

@@ -1,0 +1,247 @@
+"""The routes under /v1/lola and the metrics lola:*, through `lola-vllm serve`."""
+
+import asyncio
+import re
+import time
+
+import httpx
+import pytest
+
+from lola_vllm.serving.metrics import GAUGES, REFRESH_S
+
+NEEDLE = "The code of the vault is 73192."
+STORY = "The miller went to the river and the river went to the sea. " * 30
+PROMPT = f"{STORY}{NEEDLE} {STORY}"
+ROUTES = [("GET", "/v1/lola/info"), ("POST", "/v1/lola/memory"), ("GET", "/v1/lola/inspector")]
+
+
+def read(server, **body):
+    response = server.client.post("/v1/lola/memory", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def complete(server, prompt, **fields):
+    body = {"model": "smollm2", "prompt": prompt, "max_tokens": 8, "temperature": 0, **fields}
+    response = server.client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def metrics(server, wait=True):
+    """Every lola:* sample of a scrape: name and its own labels -> value."""
+    if wait:
+        time.sleep(REFRESH_S + 0.2)
+    found = {}
+    for line in server.client.get("/metrics").text.splitlines():
+        if line.startswith("lola:"):
+            name, labels, value = re.fullmatch(r"(lola:\w+)\{(.*)\} (\S+)", line).groups()
+            assert 'model_name="smollm2"' in labels and 'engine="0"' in labels
+            pairs = re.search(r'pairs="(\w+)"', labels)
+            found[name + (f".{pairs[1]}" if pairs else "")] = float(value)
+    return found
+
+
+def test_the_routes_of_this_test_are_all_there_are(lola_server):
+    paths = lola_server.client.get("/openapi.json").json()["paths"]
+    found = [(m.upper(), path) for path, ms in paths.items() if "/lola" in path for m in ms]
+    assert sorted(found) == sorted(ROUTES)
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+@pytest.mark.parametrize("key", [None, "wrong"])
+def test_every_route_wants_the_key(lola_server, method, path, key):
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    response = httpx.request(method, lola_server.url + path, headers=headers, json={"prompt": "x"})
+    assert response.status_code == 401
+    assert "lola_config" not in response.text and "<html" not in response.text
+
+
+def test_plain_vllm_serve_has_no_such_routes(server):
+    assert server.client.get("/v1/lola/info").status_code == 404
+    assert "lola:" not in server.client.get("/metrics").text
+
+
+def test_serve_says_what_it_chose(lola_server):
+    log = lola_server.log.read_text()
+    assert re.search(r"--max-num-seqs \d+\n +\d+ per core", log)
+    assert "--kv-cache-memory-bytes" in log
+    chosen, running = log.split("running: ", 1)
+    assert "--block-size" not in chosen and "--block-size 256" in running.splitlines()[0]
+
+
+def test_info(lola_server):
+    info = lola_server.client.get("/v1/lola/info").json()
+    assert info["model"] == "smollm2"
+    assert info["lola_config"]["sparse_cache_size"] == 128
+    memory = info["memory"]
+    assert sum(memory["parts"].values()) == memory["bytes_per_slot"]
+    assert memory["bytes_per_sequence"] == 2 * memory["bytes_per_slot"]
+    assert info["slots"]["per_sequence"] == 2  # prefix caching is on
+    assert info["slots"]["sequences"] == info["slots"]["total"] // 2 > 0
+    assert info["slots"]["used"] == 0
+    assert info["block_size"] == 256
+    assert info["backend"].split()[0] in ("native", "torch")
+    assert set(info["versions"]) == {"lola_vllm", "vllm", "torch", "python"}
+
+
+def test_memory_of_a_text(lola_server):
+    answer = read(lola_server, prompt=PROMPT)
+    n = answer["num_tokens"]
+    assert "".join(answer["texts"]) == PROMPT
+    assert len(answer["tokens"]) == len(answer["texts"]) == n
+    assert [layer["layer"] for layer in answer["layers"]] == list(range(30))
+    sinks, start, lam = answer["sinks"], answer["window_start"], answer["sparse_cache_size"]
+    assert sinks == 4 and n - 128 < start <= n - 64 and lam == 128
+    assert answer["folded"] == start - sinks - lam
+    for layer in answer["layers"]:
+        assert len(layer["heads"]) == 3
+        for head in layer["heads"]:
+            positions = head["positions"]
+            assert positions == sorted(set(positions))
+            assert len(positions) == len(head["errors"]) == lam
+            assert sinks <= positions[0] and positions[-1] < start
+            assert all(error >= 0 for error in head["errors"])
+    held = [head["positions"] for layer in answer["layers"] for head in layer["heads"]]
+    assert len({tuple(positions) for positions in held}) > 80  # each head chooses for itself
+
+
+def test_memory_is_the_same_from_a_cached_prefix_and_beside_others(lola_server):
+    before = metrics(lola_server)["lola:prefix_hit_tokens_total"]
+    first = read(lola_server, prompt=PROMPT)
+
+    async def together():
+        key = {"Authorization": lola_server.client.headers["Authorization"]}
+        async with httpx.AsyncClient(base_url=lola_server.url, headers=key, timeout=120) as client:
+            body = {"model": "smollm2", "prompt": STORY, "max_tokens": 30, "temperature": 0.9}
+            noise = [client.post("/v1/completions", json=body) for _ in range(3)]
+            asked = [client.post("/v1/lola/memory", json={"prompt": PROMPT}) for _ in range(2)]
+            return (await asyncio.gather(*noise, *asked))[3:]
+
+    for response in asyncio.run(together()):
+        again = response.json()
+        assert again["tokens"] == first["tokens"]
+        same = [
+            len(set(a["positions"]) & set(b["positions"])) / len(a["positions"])
+            for one, other in zip(first["layers"], again["layers"], strict=True)
+            for a, b in zip(one["heads"], other["heads"], strict=True)
+        ]
+        # bfloat16 rounds with the size of a batch, and then a near tie may turn.
+        assert sum(same) / len(same) > 0.95
+    assert metrics(lola_server)["lola:prefix_hit_tokens_total"] >= before + 2 * 256
+
+
+def test_memory_of_token_ids_and_of_single_layers(lola_server):
+    text = read(lola_server, prompt=PROMPT, layers=[3, 29])
+    ids = read(lola_server, prompt=text["tokens"], layers=[29, 3])
+    assert [layer["layer"] for layer in ids["layers"]] == [3, 29]
+    assert ids["layers"] == text["layers"]
+
+
+def test_memory_of_a_chat(lola_server):
+    messages = [{"role": "user", "content": f"Where does this go? {STORY}"}]
+    answer = read(lola_server, messages=messages, model="smollm2", layers=[0])
+    text = "".join(answer["texts"])
+    assert text.endswith("<|im_start|>assistant\n") and STORY.strip() in text
+    open_ = read(lola_server, messages=messages, add_generation_prompt=False, layers=[0])
+    assert "".join(open_["texts"]) == text.removesuffix("<|im_start|>assistant\n")
+
+
+def test_memory_of_a_short_prompt_is_all_window(lola_server):
+    answer = read(lola_server, prompt="Hi")
+    assert answer["folded"] == 0 and answer["window_start"] <= 4
+    assert all(not head["positions"] for layer in answer["layers"] for head in layer["heads"])
+
+
+def test_texts_of_characters_that_take_several_tokens(lola_server):
+    text = "Grüße, 你好, 🦙🦙 и привет"
+    answer = read(lola_server, prompt=text, layers=[0])
+    assert "".join(answer["texts"]) == text
+    assert "" in answer["texts"]  # some tokens only start a character
+
+
+BAD = {
+    "nothing": ({}, 400, "'prompt'"),
+    "both": ({"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, 400, "'prompt'"),
+    "empty": ({"prompt": ""}, 400, "empty"),
+    "no-ids": ({"prompt": []}, 400, "empty"),
+    "no-messages": ({"messages": []}, 400, "messages"),
+    "not-a-message": ({"messages": [{"content": "x"}]}, 400, "role"),
+    "too-long": ({"prompt": STORY * 8}, 400, "from 1 to 2047"),
+    "huge": ({"prompt": "a" * 1_000_001}, 400, "1000000"),
+    "just-too-long": ({"prompt": [5] * 2048}, 400, "from 1 to 2047"),
+    "id-too-large": ({"prompt": [1, 49152]}, 400, "token id 49152 is none of 0 to 49151"),
+    "id-negative": ({"prompt": [-1]}, 400, "token id -1"),
+    "id-no-number": ({"prompt": [1.5]}, 400, "prompt"),
+    "layer": ({"prompt": "x", "layers": [30]}, 400, "30 is none of 0 to 29"),
+    "no-layers": ({"prompt": "x", "layers": []}, 400, "layers"),
+    "model": ({"prompt": "x", "model": "other"}, 404, "'other' is not served"),
+    "model-of-ids": ({"prompt": [1], "model": "other"}, 404, "'other' is not served"),
+    "unknown-field": ({"prompt": "x", "layer": 3}, 400, "layer"),
+}
+
+
+@pytest.mark.parametrize(("body", "status", "words"), BAD.values(), ids=BAD)
+def test_bad_requests_are_refused(lola_server, body, status, words):
+    response = lola_server.client.post("/v1/lola/memory", json=body)
+    assert response.status_code == status, response.text
+    assert words in response.json()["error"]["message"]
+
+
+def test_what_is_no_json_is_refused(lola_server):
+    for content, kind in ((b"{", "application/json"), (b'{"prompt": "x"}', "text/plain")):
+        response = lola_server.client.post(
+            "/v1/lola/memory", content=content, headers={"Content-Type": kind}
+        )
+        assert 400 <= response.status_code < 500
+
+
+def test_a_client_that_leaves_holds_no_copy(lola_server):
+    """Abandoned readings would use up the copies that may wait, and then nobody could read."""
+    for i in range(6):
+        with pytest.raises(httpx.ReadTimeout):
+            body = {"prompt": f"{i} {PROMPT}"}
+            lola_server.client.post("/v1/lola/memory", json=body, timeout=0.05)
+    assert read(lola_server, prompt="Still there?")["num_tokens"] > 2
+    time.sleep(1)
+    assert lola_server.client.get("/v1/lola/info").json()["slots"]["used"] == 0
+
+
+def test_metrics(lola_server):
+    metrics(lola_server)
+    complete(lola_server, PROMPT, max_tokens=40, ignore_eos=True)
+    found = metrics(lola_server)
+    assert set(found) >= {
+        *(f"lola:{name}" for name in GAUGES),
+        "lola:recall_error.kept", "lola:recall_error.folded",
+        "lola:samples_total", "lola:prefix_hit_tokens_total",
+    }  # fmt: skip
+    info = lola_server.client.get("/v1/lola/info").json()
+    assert found["lola:slots_total"] == info["slots"]["total"]
+    assert found["lola:slot_bytes"] == info["memory"]["bytes_per_slot"]
+    assert found["lola:slots_per_sequence"] == 2
+    assert found["lola:slots_used"] == 0
+    assert found["lola:sparse_fill_ratio"] == 1
+    assert 0 <= found["lola:swap_ratio"] <= 1
+    assert 0 < found["lola:recall_error.folded"] < found["lola:recall_error.kept"] * 2
+    assert found["lola:samples_total"] >= 1
+    # A scrape at once repeats what is known: no second sample was asked for.
+    assert metrics(lola_server, wait=False) == found
+
+
+def test_slots_used_while_sequences_run(lola_server):
+    async def busy():
+        key = {"Authorization": lola_server.client.headers["Authorization"]}
+        async with httpx.AsyncClient(base_url=lola_server.url, headers=key, timeout=120) as client:
+            body = {"model": "smollm2", "prompt": STORY, "max_tokens": 600, "ignore_eos": True}
+            tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in "123"]
+            await asyncio.sleep(REFRESH_S)
+            scrape = (await client.get("/metrics")).text
+            info = (await client.get("/v1/lola/info")).json()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            return float(re.search(r"lola:slots_used\{.*\} (\S+)", scrape)[1]), info
+
+    used, info = asyncio.run(busy())
+    assert 3 <= used <= 6 and 3 <= info["slots"]["used"] <= 6
