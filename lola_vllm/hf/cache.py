@@ -63,6 +63,7 @@ class LolaCacheLayer(CacheLayerMixin):
         self.pages = pages
         self.views: StateViews = self.layout.views(pages)
 
+    @torch.compiler.disable  # the parts of a page are views of several types of the same bytes
     @torch.no_grad()
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, weights: LolaWeights, tokens: NewTokens

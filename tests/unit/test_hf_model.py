@@ -136,6 +136,15 @@ def test_gradients_reach_every_weight(model: Any) -> None:
     model.zero_grad()
 
 
+@torch.no_grad()
+def test_torch_compile_changes_nothing(tiny: Path) -> None:
+    model, ids = load(tiny), torch.tensor(random_prompts([60]))
+    compiled = torch.compile(model, backend="aot_eager")
+    first = compiled(ids[:, :50])
+    rest = compiled(ids[:, 50:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(rest.logits, model(ids).logits[:, 50:], **CLOSE)
+
+
 # ---- batches and padding
 
 
