@@ -25,9 +25,6 @@ logger = init_logger("vllm.lola")
 # so a finer grain than this would cost more than it saves.
 PREFIX_CACHE_BLOCK_SIZE = 1024
 
-# What the routes under /v1/lola ask of the workers. A name, for vLLM imports it in each of them.
-WORKER_EXTENSION = "lola_vllm.serving.worker.LolaWorkerExtension"
-
 
 class UnsupportedOptionError(ValueError):
     """A vLLM option that cannot work with LoLA's state."""
@@ -58,7 +55,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         check_parallel_heads(hf_config, vllm_config.parallel_config.tensor_parallel_size)
         settle_block_size(vllm_config)
         settle_cpu_memory(vllm_config)
-        settle_worker_extension(vllm_config)
+        warn_of_cpu_adapters(vllm_config)
 
 
 def refusals(vllm_config: VllmConfig) -> list[Refusal]:
@@ -80,6 +77,14 @@ def refusals(vllm_config: VllmConfig) -> list[Refusal]:
                 "KV connectors move per-token blocks, and a LoLA page is none; remove the option",
             )
         )
+    if vllm_config.cache_config.kv_offloading_size is not None:
+        found.append(
+            Refusal(
+                "--kv-offloading-size",
+                vllm_config.cache_config.kv_offloading_size,
+                "vLLM offloads per-token blocks, and a LoLA page is none; remove the option",
+            )
+        )
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", "bfloat16"):
         found.append(
@@ -97,6 +102,40 @@ def refusals(vllm_config: VllmConfig) -> list[Refusal]:
                 "--decode-context-parallel-size",
                 parallel.decode_context_parallel_size,
                 "a state is not a list of tokens that could be split; use 1",
+            )
+        )
+    if parallel.enable_dbo:
+        found.append(
+            Refusal("--enable-dbo", True, "a step's rows are not cut in two; remove the option")
+        )
+    return found + cpu_refusals(vllm_config)
+
+
+def cpu_refusals(vllm_config: VllmConfig) -> list[Refusal]:
+    """Options with which vLLM 0.32 itself, on a CPU, fails later or answers wrongly."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return []
+    found = []
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1 and vllm_config.model_config.enforce_eager:
+        found.append(
+            Refusal(
+                "--pipeline-parallel-size",
+                stages,
+                "on a CPU, vLLM makes the tensors that stages hand over while it compiles, and "
+                "would fail at the first request; drop --enforce-eager",
+            )
+        )
+    lora = vllm_config.lora_config
+    if lora is not None and lora.max_loras == 1:
+        found.append(
+            Refusal(
+                "--max-loras",
+                lora.max_loras,
+                "on a CPU, vLLM applies the adapter in its last slot to requests for the base "
+                "model that share a batch with adapters; use one more than there are adapters",
             )
         )
     return found
@@ -164,14 +203,14 @@ def settle_cpu_memory(vllm_config: VllmConfig) -> None:
     )
 
 
-def settle_worker_extension(vllm_config: VllmConfig) -> None:
-    """Give the workers the methods that read states, unless the user extends them otherwise."""
-    parallel = vllm_config.parallel_config
-    if parallel.worker_extension_cls in ("", WORKER_EXTENSION):
-        parallel.worker_extension_cls = WORKER_EXTENSION
-    else:
+def warn_of_cpu_adapters(vllm_config: VllmConfig) -> None:
+    """Say what vLLM 0.32 on a CPU needs to keep adapters off requests for the base model."""
+    from vllm.platforms import current_platform
+
+    if vllm_config.lora_config is not None and current_platform.is_cpu():
         logger.warning(
-            "--worker-extension-cls = %s: the routes under /v1/lola and the metrics lola:* cannot "
-            "look at states; remove the option to have them",
-            parallel.worker_extension_cls,
+            "--max-loras = %d: on a CPU, vLLM applies the adapter in its last slot to requests "
+            "for the base model that share a batch with adapters; serve at most %d adapters",
+            vllm_config.lora_config.max_loras,
+            vllm_config.lora_config.max_loras - 1,
         )

@@ -29,11 +29,23 @@ def tiny(tmp_path):
             "--speculative-config = 'ngram'",
         ),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype = 'fp8'"),
+        (
+            {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config = 'OffloadingConnector'",
+        ),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size = 1.0"),
+        ({"enable_dbo": True}, "--enable-dbo = True"),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+         "--decode-context-parallel-size = 2"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size = 2"),
+        ({"tensor_parallel_size": 3}, "--tensor-parallel-size = 3"),
+        ({"enable_sleep_mode": True}, "Sleep mode is not supported on current platform"),
         ({"hf_overrides": {"lola_config": {"windw_size": 4}}}, "nearest valid name: 'window_size'"),
         ({"hf_overrides": {"lola_config": {"mixing": "half"}}}, "lola_config.mixing = 'half'"),
         ({"hf_overrides": {"lola_config": {"num_state_heads": 3}}}, "num_state_heads = 3"),
     ],
-    ids=["speculation", "fp8-cache", "unknown-key", "bad-value", "bad-heads"],
+    ids=["speculation", "fp8-cache", "connector", "offloading", "two-batches", "context-parallel",
+         "eager-stages", "heads", "sleep", "unknown-key", "bad-value", "bad-heads"],
 )  # fmt: skip
 def test_refused_with_a_reason(tiny, options, words, capfd):
     with pytest.raises(Exception) as error, engine(tiny, **options):
