@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateCopyFunc,
     get_temporal_copy_spec,
@@ -26,8 +27,10 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from lola_vllm.attention import LolaAttention
 from lola_vllm.cache import state_layout
 from lola_vllm.checkpoint.files import CheckpointError
-from lola_vllm.checkpoint.schema import LOLA_TENSORS, check_tensors, expected_tensors
+from lola_vllm.checkpoint.schema import check_tensors, expected_tensors
 from lola_vllm.config import LolaLlamaConfig
+
+logger = init_logger("vllm.lola")
 
 
 class LolaDecoderLayer(LlamaDecoderLayer):
@@ -76,33 +79,47 @@ class LolaLlamaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMa
         num_state_heads = config.lola.num_state_heads or config.num_attention_heads
         expected = expected_tensors(config, num_state_heads)
         found: dict[str, tuple[int, ...]] = {}
-        if self.quantized:  # packed weights and scales have names and shapes of their own
-            expected = {name: shape for name, shape in expected.items() if _is_lola(name)}
-        loaded = super().load_weights(_good_tensors(weights, expected, found, self.quantized))
-        if self.quantized:
-            found = {name: shape for name, shape in found.items() if _is_lola(name)}
-        check_tensors(expected, found)
+        packed: set[str] = set()
+        loaded = super().load_weights(
+            _good_tensors(weights, expected, found, packed if self.quantized else None)
+        )
+        check_tensors(
+            {n: s for n, s in expected.items() if not _is_packed(n, found, packed)}, found
+        )
+        if self.quantized and (unset := dict(self.named_parameters()).keys() - loaded):
+            # Some formats leave parameters at their defaults, so this alone is no fault.
+            logger.warning("The quantized checkpoint does not set: %s", ", ".join(sorted(unset)))
         for module in self.modules():
             if isinstance(module, LolaAttention):
                 module.prepare_weights()
         return loaded
 
 
-def _is_lola(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in LOLA_TENSORS
+def _is_packed(name: str, found: dict[str, tuple[int, ...]], packed: set[str]) -> bool:
+    """Whether a quantized checkpoint has this weight in another form."""
+    return name not in found and name.endswith(".weight") and name.rpartition(".")[0] in packed
 
 
 def _good_tensors(
     weights: Iterable[tuple[str, torch.Tensor]],
     expected: dict[str, tuple[int, ...]],
     found: dict[str, tuple[int, ...]],
-    quantized: bool,
+    packed: set[str] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass on what can be loaded and note every shape in `found`, so that all faults of a
-    checkpoint are reported together; refuse what is not finite at once."""
+    """Pass on what can be loaded; refuse what is not finite at once.
+
+    Notes in `found` every shape, so that all faults of a checkpoint are reported together. A
+    quantized checkpoint has tensors of names and shapes of its own, which vLLM checks: `packed`
+    takes the names of their modules.
+    """
     for name, tensor in weights:
-        found[name] = tuple(tensor.shape)
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 cannot be asked
+        if tensor.is_floating_point() and not bool(values.isfinite().all()):
             raise CheckpointError(f"{name}: holds values that are not finite (NaN or infinity)")
-        if expected.get(name) == found[name] or (quantized and not _is_lola(name)):
+        if packed is not None and (name not in expected or not tensor.is_floating_point()):
+            packed.add(name.rpartition(".")[0])
+            yield name, tensor
+            continue
+        found[name] = tuple(tensor.shape)
+        if expected.get(name) == found[name]:
             yield name, tensor

@@ -20,11 +20,12 @@ def make_tiny(
     state_heads: int = 2,
     heads: int = 4,
     kv_heads: int = 2,
+    head_dim: int = 16,
     layers: int = 2,
     max_position_embeddings: int = 4096,
     seed: int = 0,
 ) -> Path:
-    """Hidden 64, head_dim 16, F 8; random feature maps that are not the identity."""
+    """Hidden 64, F 8; random feature maps that are not the identity."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -33,7 +34,7 @@ def make_tiny(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=max_position_embeddings,
         initializer_range=0.15,  # distinct logits: greedy choices with a margin above rounding
         tie_word_embeddings=False,
@@ -44,8 +45,8 @@ def make_tiny(
     tensors = LlamaForCausalLM(config).state_dict()
     for i in range(layers):
         attn = f"model.layers.{i}.self_attn"
-        tensors[f"{attn}.feature_map_q"] = torch.randn(heads, 16, 8) * 0.4
-        tensors[f"{attn}.feature_map_k"] = torch.randn(state_heads, 16, 8) * 0.4
+        tensors[f"{attn}.feature_map_q"] = torch.randn(heads, head_dim, 8) * 0.4
+        tensors[f"{attn}.feature_map_k"] = torch.randn(state_heads, head_dim, 8) * 0.4
         tensors[f"{attn}.window_factors"] = torch.randn(heads)
     out.mkdir(parents=True, exist_ok=True)
     fields = config.to_dict() | {
