@@ -11,13 +11,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lola_vllm.checkpoint.families import BASE_NAMES
 from lola_vllm.cli_options import add_lola_options, add_state_heads, lola_config_of, summarize
 from lola_vllm.distill.command import add_options as _distill
 from lola_vllm.eval.command import add_options as _eval
 
+_BASE = f"a local {BASE_NAMES}, not quantized"
+
 
 def _init(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="a local Llama")
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help=_BASE)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
     add_state_heads(add_lola_options(parser), "kv", "kv")
@@ -35,7 +38,7 @@ def _init(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="a local Llama")
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help=_BASE)
     parser.add_argument(
         "--distill",
         type=Path,
@@ -107,7 +110,7 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
         "model",
         type=Path,
         metavar="CONFIG|DIR",
-        help="config.json of a LoLA model or a plain Llama, or its directory; no weights needed",
+        help="config.json of a LoLA model or a base, or its directory; no weights needed",
     )
     parser.add_argument(
         "--memory-gib", type=float, metavar="N", help="room for states: how many sequences fit"
@@ -203,9 +206,9 @@ def _texts(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
-    "init": (_init, "make a LoLA checkpoint from a Llama, with untrained identity feature maps"),
-    "convert": (_convert, "make a LoLA checkpoint from a Llama and what LoLCATs trained for it"),
-    "distill": (_distill, "train feature maps and adapters for a Llama: a LoLA checkpoint"),
+    "init": (_init, "make a LoLA checkpoint from a base, with untrained identity feature maps"),
+    "convert": (_convert, "make a LoLA checkpoint from a base and what LoLCATs trained for it"),
+    "distill": (_distill, "train feature maps and adapters for a base: a LoLA checkpoint"),
     "demo-model": (
         _demo_model,
         "make a small LoLA checkpoint to try (SmolLM2-135M-Instruct; window 64, sparse cache 128 "
