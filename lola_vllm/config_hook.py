@@ -25,6 +25,9 @@ logger = init_logger("vllm.lola")
 # so a finer grain than this would cost more than it saves.
 PREFIX_CACHE_BLOCK_SIZE = 1024
 
+# What the routes under /v1/lola ask of the workers. A name, for vLLM imports it in each of them.
+WORKER_EXTENSION = "lola_vllm.serving.worker.LolaWorkerExtension"
+
 
 class UnsupportedOptionError(ValueError):
     """A vLLM option that cannot work with LoLA's state."""
@@ -56,6 +59,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         settle_block_size(vllm_config)
         settle_cpu_memory(vllm_config)
         warn_of_cpu_adapters(vllm_config)
+        settle_worker_extension(vllm_config)
 
 
 def refusals(vllm_config: VllmConfig) -> list[Refusal]:
@@ -213,4 +217,17 @@ def warn_of_cpu_adapters(vllm_config: VllmConfig) -> None:
             "for the base model that share a batch with adapters; serve at most %d adapters",
             vllm_config.lora_config.max_loras,
             vllm_config.lora_config.max_loras - 1,
+        )
+
+
+def settle_worker_extension(vllm_config: VllmConfig) -> None:
+    """Give the workers the methods that read states, unless the user extends them otherwise."""
+    parallel = vllm_config.parallel_config
+    if parallel.worker_extension_cls in ("", WORKER_EXTENSION):
+        parallel.worker_extension_cls = WORKER_EXTENSION
+    else:
+        logger.warning(
+            "--worker-extension-cls = %s: the routes under /v1/lola and the metrics lola:* cannot "
+            "look at states; remove the option to have them",
+            parallel.worker_extension_cls,
         )
