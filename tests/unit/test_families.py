@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).parents[1] / "engine"))
 from families import FAMILIES, make_base
+from lolcats_files import distill_tensors, lora_tensors, save
 
 from lola_vllm.checkpoint import CheckpointError, check_tensors, expected_tensors
+from lola_vllm.checkpoint.convert import convert_checkpoint
 from lola_vllm.checkpoint.families import BASE_MODEL_TYPES, llama_fields
 from lola_vllm.checkpoint.files import read_shapes
 from lola_vllm.checkpoint.init import init_checkpoint
@@ -55,6 +57,30 @@ def test_no_field_of_the_base_is_lost_but_those_of_sliding_windows(
     assert not gone & set(after)
     same = set(before) - gone - {"model_type", "architectures"}
     assert {key: after[key] for key in same} == {key: before[key] for key in same}
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_convert_merges_into_every_family(tmp_path: Path, family: str) -> None:
+    """Biases and norms stay, and the linears get what a LoRA file says."""
+    stock = make_base(tmp_path / "base", family).state_dict()
+    rows = {"q_proj": (64, 64), "v_proj": (32, 64)}
+    adapters = lora_tensors(rows=rows, r=4)
+    config = convert_checkpoint(
+        tmp_path / "base",
+        save(tmp_path / "distill.pt", distill_tensors(d=16, Hs=2)),
+        tmp_path / "lola",
+        {},
+        save(tmp_path / "lora.pt", adapters),
+    )
+    written = load_file(tmp_path / "lola" / "model.safetensors")
+    assert {name: tuple(t.shape) for name, t in written.items()} == expected_tensors(config, 2)
+    for name, tensor in stock.items():
+        linear = name.split(".")[-2]
+        if linear in rows and name.endswith("weight"):
+            prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            A, B = (adapters[f"{prefix}{x}.default.weight"].float() for x in "AB")
+            tensor = tensor + 16 / 4 * (B @ A)
+        torch.testing.assert_close(written[name], tensor)
 
 
 @pytest.mark.parametrize(
