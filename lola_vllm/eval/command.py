@@ -6,15 +6,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.eval.errors import EvalError
 
 if TYPE_CHECKING:
-    from lola_vllm.eval.perplexity import PerplexityPlan
-    from lola_vllm.eval.recall import RecallPlan
+    from lola_vllm.eval.plans import Plan
 
 # What a small machine reads in a second; only for the estimate before the first measured batch.
 GUESSED_TOKENS_PER_S = 1000
@@ -118,6 +116,10 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
         "and pictures (default: %(default)s)"
     )  # fmt: skip
     parser.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run at --out"
+    )
+    parser.add_argument("--force", action="store_true", help="replace results at --out")
+    parser.add_argument(
         "--batch", type=int, default=8, metavar="N", help="sequences at once (default: 8)"
     )
     group = parser.add_argument_group("settings to compare (model directories)")
@@ -150,100 +152,68 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _evaluate(args: argparse.Namespace, plan: RecallPlan | PerplexityPlan) -> int:
+def _evaluate(args: argparse.Namespace, plan: Plan) -> int:
     """Run all settings, report after each, print the table."""
-    from lola_vllm.eval.runner import Progress, run_directory, run_server
-    from lola_vllm.eval.settings import check, parse_settings
-
     _positive("--batch", args.batch)
-    engine_args = _json_object("--engine-args", args.engine_args)
     served = args.model.startswith(("http://", "https://"))
-    if served:
-        for option in ("lola_config", "sweep", "reference"):
-            if getattr(args, option):
-                raise EvalError(
-                    f"--{option.replace('_', '-')}: a running server cannot be changed; start it "
-                    "with --hf-overrides, or give --model a directory"
-                )
-        if args.score != "sre" or engine_args:
-            raise EvalError("--score and --engine-args: for model directories, not for a server")
-        settings = []
-    else:
-        settings = parse_settings(
-            Path(args.model), args.lola_config, args.sweep, args.score, args.reference
-        )
-        for setting in settings:
-            check(setting, plan.max_length)
-    _make_directory(args.out)
-    report = _reporter(args, plan)
-    rows = max(1, len(settings))
-    minutes = rows * plan.tokens / GUESSED_TOKENS_PER_S / 60
-    print(
-        f"{rows} settings x {plan.tokens:,} tokens, at most; at {GUESSED_TOKENS_PER_S:,} tokens/s "
-        f"{minutes:,.0f} minutes",
-        file=sys.stderr,
-    )
-    with Progress(rows * plan.tokens) as progress:
-        if served:
-            key = args.api_key or os.environ.get("OPENAI_API_KEY")
-            record = run_server(
-                plan, args.model, args.served_model, key, args.tokenizer, args.batch, progress
-            )
-            table = report([record], None)
-        else:
-            records = []
-            for setting in settings:
-                records.append(run_directory(plan, setting, args.batch, engine_args, progress))
-                table = report(records, records[0] if args.reference else None)
+    table = _evaluate_server(args, plan) if served else _evaluate_directories(args, plan)
     print(table)
     print(f"\nwritten to {args.out}", file=sys.stderr)
     return 0
 
 
-def _reporter(
-    args: argparse.Namespace, plan: RecallPlan | PerplexityPlan
-) -> Callable[[list[Any], Any], str]:
-    """A function that writes all results so far and returns the table."""
-    from lola_vllm.eval import results
-    from lola_vllm.eval.machine import describe_machine
-    from lola_vllm.eval.recall import RecallPlan
+def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
+    from lola_vllm.eval.record import Record, fingerprint
+    from lola_vllm.eval.runner import run_directories
+    from lola_vllm.eval.session import Session
+    from lola_vllm.eval.settings import check, parse_settings
 
-    recall = isinstance(plan, RecallPlan)
-    name = "recall" if recall else "perplexity"
-    # Names, not where things lie on this machine.
-    options = {**vars(plan), "texts": Path(plan.texts).name if plan.texts else None}
-    head = {"evaluation": name, "plan": options, "batch": args.batch, "machine": describe_machine()}
-
-    def report(records: list[results.Record], reference: results.Record | None) -> str:
-        if recall:
-            table, rows = results.recall_table(records), results.recall_json(records)
-        else:
-            table = results.perplexity_table(records, reference)
-            rows = results.perplexity_json(records, reference)
-        results.write(args.out / f"{name}.json", {**head, "settings": rows})
-        (args.out / f"{name}.md").write_text(table + "\n", encoding="utf-8")
-        if recall:
-            try:
-                from lola_vllm.eval.plots import plot_recall
-
-                plot_recall(records, args.out)
-            except ImportError as error:
-                print(
-                    f"no pictures: {error}; pip install 'lola-vllm[eval]' brings matplotlib",
-                    file=sys.stderr,
-                )
-        return table
-
-    return report
+    engine_args = _json_object("--engine-args", args.engine_args)
+    settings = parse_settings(
+        Path(args.model), args.lola_config, args.sweep, args.score, args.reference
+    )
+    for setting in settings:
+        check(setting, plan.max_length)
+    prints = {model: fingerprint(model) for model in {setting.model for setting in settings}}
+    records = [Record(setting, prints[setting.model]) for setting in settings]
+    reference = records[0] if args.reference else None
+    session = Session(args.out, plan, records, reference, args.batch)
+    session.begin(resume=args.resume, force=args.force)
+    _say_cost(len(records), plan.tokens)
+    return run_directories(session, args.batch, engine_args)
 
 
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvalError(f"--out {path}: cannot be made ({error.strerror})") from None
-    if not os.access(path, os.W_OK):
-        raise EvalError(f"--out {path}: cannot be written")
+def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
+    from lola_vllm.eval.record import Record
+    from lola_vllm.eval.runner import run_server
+    from lola_vllm.eval.server import ServerModel
+    from lola_vllm.eval.session import Session
+    from lola_vllm.eval.settings import Setting
+
+    for option in ("lola_config", "sweep", "reference"):
+        if getattr(args, option):
+            raise EvalError(
+                f"--{option.replace('_', '-')}: a running server cannot be changed; start it "
+                "with --hf-overrides, or give --model a directory"
+            )
+    if args.score != "sre" or args.engine_args != "{}":
+        raise EvalError("--score and --engine-args: for model directories, not for a server")
+    key = args.api_key or os.environ.get("OPENAI_API_KEY")
+    model = ServerModel(args.model, args.served_model, key, args.tokenizer, args.batch)
+    record = Record(Setting(model.name, Path(model.name)))
+    session = Session(args.out, plan, [record], None, args.batch)
+    session.begin(resume=args.resume, force=args.force)
+    _say_cost(1, plan.tokens)
+    return run_server(session, model)
+
+
+def _say_cost(settings: int, tokens: int) -> None:
+    minutes = settings * tokens / GUESSED_TOKENS_PER_S / 60
+    print(
+        f"{settings} settings x {tokens:,} tokens, at most: about {minutes:,.0f} minutes if the "
+        f"machine reads {GUESSED_TOKENS_PER_S:,} tokens/s; the bar will tell",
+        file=sys.stderr,
+    )
 
 
 def _words(text: str) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lola_vllm.eval.errors import EvalError
 from lola_vllm.eval.held_out import read_held_out
@@ -39,12 +41,21 @@ class PerplexityPlan:
         """Tokens that a setting costs, at most."""
         return len(read_held_out(Path(self.texts))) * self.windows * self.window_length
 
-    def run(self, model: Model, emit: Emit) -> None:
+    def cost(self, sample: dict[str, Any]) -> int:
+        """Tokens that a sample of `run` counts for in `tokens`."""
+        return self.window_length
+
+    def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
+        """What `run` need not read again, given samples of an earlier call."""
+        return {(row["kind"], row["index"]) for row in samples}
+
+    def run(self, model: Model, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
         """Let `model` read everything.
 
         Args:
             model: gives log-probabilities. emit: is given
-                `{"event": "samples", "samples": [...], "tokens": n}` after every few windows.
+                `{"event": "samples", "samples": [...]}` after every `model.batch` windows.
+            done: see the method of that name.
 
         Raises:
             EvalError: no kind of text fills a window.
@@ -54,6 +65,7 @@ class PerplexityPlan:
         for kind, documents in read_held_out(Path(self.texts)).items():
             windows = self._windows(kind, documents, model.tokenizer, len(opening))
             found += len(windows)
+            windows = [(index, ids) for index, ids in windows if (kind, index) not in done]
             for at in range(0, len(windows), model.batch):
                 batch = windows[at : at + model.batch]
                 logprobs = model.logprobs([opening + ids for _, ids in batch])
@@ -73,8 +85,7 @@ class PerplexityPlan:
                             "checksum": zlib.crc32(repr(ids).encode()),
                         }
                     )
-                read = self.window_length * len(batch)
-                emit({"event": "samples", "samples": rows, "tokens": read})
+                emit({"event": "samples", "samples": rows})
         if not found:
             raise EvalError(
                 f"--window-length {self.window_length}: no kind of text at --texts {self.texts} "

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lola_vllm.eval.results import MIB, Record
+from lola_vllm.eval.record import Record
+from lola_vllm.eval.results import MIB
 from lola_vllm.eval.summary import DEPTH_BINS, depth_bin, recall_cell, recall_cells
 
 DOTS_PER_INCH = 150
+PANELS_IN_A_ROW = 3
 
 
 def plot_recall(records: list[Record], out: Path) -> list[Path]:
@@ -22,36 +23,42 @@ def plot_recall(records: list[Record], out: Path) -> list[Path]:
         records: of a recall evaluation, with samples. out: an existing directory.
 
     Returns:
-        The files written: per task one over length, one over bytes if the sizes of at least two
-        settings are known, and one per setting over depth and length.
+        The files written: per task recall over length, over depth and length, and over bytes if
+        the sizes of at least two settings are known.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")  # there may be no screen
-    tasks = list(dict.fromkeys(row["task"] for record in records for row in record.samples))
     written = []
-    for task in tasks:
-        written.append(_save(out / f"recall-length-{task}.png", _over_length, records, task))
+
+    def save(figure: Any, name: str) -> None:
+        written.append(out / f"recall-{name}.png")
+        figure.savefig(written[-1], dpi=DOTS_PER_INCH)
+
+    for task in dict.fromkeys(row["task"] for record in records for row in record.samples):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        _over_length(figure.subplots(), records, task)
+        save(figure, f"length-{task}")
+        columns = min(PANELS_IN_A_ROW, len(records))
+        rows = -(-len(records) // columns)
+        figure = Figure(figsize=(1.0 + 3.4 * columns, 0.6 + 2.6 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        image: Any = None
+        for axes, record in itertools.zip_longest(panels, records):
+            if record is None:
+                axes.set_axis_off()
+            else:
+                image = _over_depth(axes, record, task)
+        figure.suptitle(f"{task}: exact answers by depth of the needle", fontsize=10)
+        figure.colorbar(image, ax=figure.axes, format=lambda value, _: f"{value:.0%}")
+        save(figure, f"depth-{task}")
         if sum(record.memory is not None for record in records) > 1:
-            written.append(_save(out / f"recall-bytes-{task}.png", _over_bytes, records, task))
-        for record in records:
-            name = re.sub(r"[^\w.-]+", "-", record.setting.name)
-            path = out / f"recall-depth-{task}-{name}.png"
-            written.append(_save(path, _over_depth, [record], task))
+            figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+            _over_bytes(figure.subplots(), records, task)
+            save(figure, f"bytes-{task}")
     return written
-
-
-def _save(path: Path, draw: Callable[[Any, list[Record], str], None], *what: Any) -> Path:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
-    draw(axes, *what)
-    figure.savefig(path, dpi=DOTS_PER_INCH)
-    pyplot.close(figure)
-    return path
 
 
 def _over_length(axes: Any, records: list[Record], task: str) -> None:
@@ -105,31 +112,24 @@ def _over_bytes(axes: Any, records: list[Record], task: str) -> None:
     _finish(axes, f"{task}: exact answers over memory")
 
 
-def _over_depth(axes: Any, records: list[Record], task: str) -> None:
-    (record,) = records
+def _over_depth(axes: Any, record: Record, task: str) -> Any:
     samples = [row for row in record.samples if row["task"] == task]
     lengths = sorted({row["length"] for row in samples})
-    grid = np.full((DEPTH_BINS, len(lengths)), np.nan)
-    for column, length in enumerate(lengths):
-        for line in range(DEPTH_BINS):
-            found = [
-                row
-                for row in samples
-                if row["length"] == length and depth_bin(row["depth"]) == line
-            ]
-            if found:
-                cell = recall_cell(found)
-                grid[line, column] = cell.rate
-                axes.text(column, line, f"{cell.exact}/{cell.samples}", ha="center", va="center",
-                          color="white" if cell.rate < 0.5 else "black", fontsize=8)  # fmt: skip
-    image = axes.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-    axes.figure.colorbar(image, label="exact answers")
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    grid = np.full((DEPTH_BINS, max(1, len(lengths))), np.nan)
+    for column, line in itertools.product(range(len(lengths)), range(DEPTH_BINS)):
+        length = lengths[column]
+        found = [r for r in samples if r["length"] == length and depth_bin(r["depth"]) == line]
+        if found:
+            cell = recall_cell(found)
+            grid[line, column] = cell.rate
+            text = {"ha": "center", "va": "center", "fontsize": 7}
+            text["color"] = "white" if cell.rate < 0.5 else "black"
+            axes.text(column, line, f"{cell.exact}/{cell.samples}", **text)
     edges = [f"{100 * i // DEPTH_BINS}-{100 * (i + 1) // DEPTH_BINS} %" for i in range(DEPTH_BINS)]
-    axes.set_yticks(range(DEPTH_BINS), edges)
-    axes.set_xlabel("prompt and answer, tokens")
-    axes.set_ylabel("depth of the needle")
-    axes.set_title(f"{task}, {record.setting.name}", fontsize=10)
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
+    axes.set_yticks(range(DEPTH_BINS), edges, fontsize=7)
+    axes.set_title(record.setting.name, fontsize=9)
+    return axes.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
 
 
 def _finish(axes: Any, title: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,22 +44,31 @@ class RecallPlan:
         """Tokens that a setting costs, at most."""
         return sum(self.lengths) * self.samples * len(self.tasks)
 
-    def run(self, model: Model, emit: Emit) -> None:
+    def cost(self, sample: dict[str, Any]) -> int:
+        """Tokens that a sample of `run` counts for in `tokens`."""
+        return int(sample["length"])
+
+    def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
+        """What `run` need not ask again, given samples of an earlier call."""
+        return {(row["task"], row["length"], row["index"]) for row in samples}
+
+    def run(self, model: Model, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
         """Ask `model` everything, short prompts first.
 
         Args:
-            model: answers. emit: is given `{"event": "samples", "samples": [...], "tokens": n}`
-                as often as `model.batch` questions are answered.
+            model: answers. emit: is given `{"event": "samples", "samples": [...]}` as often as
+                `model.batch` questions are answered. done: see the method of that name.
 
         Raises:
             EvalError: a length without room for a question, or no prose where it is needed.
         """
         for prompts, room in self._cells(model):
-            for at in range(0, len(prompts), model.batch):
-                batch = prompts[at : at + model.batch]
+            todo = [p for p in prompts if (p.task, p.length, p.index) not in done]
+            for at in range(0, len(todo), model.batch):
+                batch = todo[at : at + model.batch]
                 answers = model.complete([prompt.ids for prompt in batch], room)
                 rows = [_row(p, a) for p, a in zip(batch, answers, strict=True)]
-                emit({"event": "samples", "samples": rows, "tokens": batch[0].length * len(batch)})
+                emit({"event": "samples", "samples": rows})
 
     def _cells(self, model: Model) -> Iterator[tuple[list[Prompt], int]]:
         tasks = find_tasks(self.tasks)

@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.eval.settings import Memory, Setting
+from lola_vllm.eval.record import Record
+from lola_vllm.eval.settings import Memory
 from lola_vllm.eval.summary import Cell, Reading, readings, recall_cells
 
 MIB = 2**20
-
-
-@dataclass
-class Record:
-    """What one setting gave.
-
-    Attributes:
-        setting: whose. memory: what a sequence costs, None if unknown.
-        samples: rows of the plan that was run. dtype: the model's, None if unknown.
-        seconds: it took, start of the engine included.
-        selections: made by another score than the self-recall error, over all layers.
-    """
-
-    setting: Setting
-    memory: Memory | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    dtype: str | None = None
-    seconds: float = 0.0
-    selections: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The record without its samples; models by name, not by where they lie here."""
-        memory = self.memory
-        return {
-            "name": self.setting.name,
-            "model": self.setting.model.name,
-            "overrides": self.setting.lola_config,
-            "lola_config": memory.lola_config if memory else None,
-            "score": self.setting.score,
-            "selections_by_other_score": self.selections,
-            "dtype": self.dtype,
-            "state_bytes": memory.state_bytes if memory else None,
-            "full_kv_bytes_per_token": memory.full_kv_bytes_per_token if memory else None,
-            "seconds": round(self.seconds, 1),
-        }
 
 
 def recall_json(records: list[Record]) -> list[dict[str, Any]]:
@@ -79,37 +44,41 @@ def perplexity_json(records: list[Record], reference: Record | None) -> list[dic
 
 
 def recall_table(records: list[Record]) -> str:
-    """A Markdown table per task: settings by lengths."""
+    """A Markdown table per task, settings by lengths, and one of the memory they take."""
     cells = [recall_cells(record.samples) for record in records]
     keys = list(dict.fromkeys(key for found in cells for key in found))
     lengths = sorted({length for _, length in keys})
-    longest = max(lengths, default=0)
+    header = ["setting", *(f"{length:,}" for length in lengths)]
     blocks = []
     for task in dict.fromkeys(task for task, _ in keys):
-        header = ["setting", f"MiB at {longest:,}", f"full KV at {longest:,}"]
-        rows = [header + [f"{length:,}" for length in lengths]]
-        for record, found in zip(records, cells, strict=True):
-            memory = record.memory
-            size = f"{memory.bytes_at(longest) / MIB:.1f}" if memory else "?"
-            saving = f"{memory.saving_at(longest):.1f}x" if memory else "?"
-            row = [_show(found.get((task, length))) for length in lengths]
-            rows.append([record.setting.name, size, saving, *row])
-        blocks.append(f"### {task}\n\n{markdown(rows)}")
-    note = (
-        "Exact answers, Wilson's 95 % interval in brackets; parts: share of characters (vt: "
-        "names) right. "
-        "Full KV: how many times larger a full KV cache is."
+        rows = [
+            [record.setting.name, *(_show(found.get((task, length))) for length in lengths)]
+            for record, found in zip(records, cells, strict=True)
+        ]
+        blocks.append(f"### {task}\n\n{markdown([header, *rows])}")
+    blocks.append(
+        "Exact answers by tokens of prompt and answer, Wilson's 95 % interval in brackets; parts: "
+        "share of characters right (vt: of names)."
     )
-    return "\n\n".join([*blocks, note])
+    if any(record.memory for record in records):
+        rows = [
+            [record.setting.name, *(_show_memory(record.memory, length) for length in lengths)]
+            for record in records
+        ]
+        blocks.append(f"### Memory per sequence\n\n{markdown([header, *rows])}")
+        blocks.append("MiB, and how many times larger a full KV cache is.")
+    return "\n\n".join(blocks)
 
 
 def perplexity_table(records: list[Record], reference: Record | None) -> str:
     """A Markdown table: kinds of text by settings."""
     found = [_readings(record, reference) for record in records]
     kinds = list(dict.fromkeys(kind for by_kind in found for kind in by_kind))
-    rows = [["text", *(record.setting.name for record in records)]]
+    rows = [["text", "windows", *(record.setting.name for record in records)]]
     for kind in kinds:
-        rows.append([kind, *(_show_reading(by_kind.get(kind)) for by_kind in found)])
+        of_kind = [by_kind.get(kind) for by_kind in found]
+        windows = max(reading.windows for reading in of_kind if reading)
+        rows.append([kind, f"{windows}", *map(_show_reading, of_kind)])
     note = (
         "Perplexity per token, bits per byte (b/B)"
         + ("" if reference is None else ", and times the reference's with a 95 % interval")
@@ -119,8 +88,9 @@ def perplexity_table(records: list[Record], reference: Record | None) -> str:
 
 
 def _readings(record: Record, reference: Record | None) -> dict[str, Reading]:
-    compared = reference is not None and reference is not record
-    return readings(record.samples, reference.samples if reference and compared else None)
+    if reference is None or reference is record or not reference.finished:
+        return readings(record.samples, None)
+    return readings(record.samples, reference.samples)
 
 
 def _show(cell: Cell | None) -> str:
@@ -128,6 +98,12 @@ def _show(cell: Cell | None) -> str:
         return ""
     text = f"{cell.rate:.0%} [{cell.low:.0%}, {cell.high:.0%}]"
     return text if cell.exact == cell.samples else f"{text} parts {cell.share:.0%}"
+
+
+def _show_memory(memory: Memory | None, length: int) -> str:
+    if memory is None:
+        return "?"
+    return f"{memory.bytes_at(length) / MIB:.1f}, {memory.saving_at(length):.1f}x"
 
 
 def _show_reading(reading: Reading | None) -> str:

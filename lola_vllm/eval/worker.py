@@ -17,19 +17,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from lola_vllm.eval.errors import EvalError
-from lola_vllm.eval.perplexity import PerplexityPlan
-from lola_vllm.eval.recall import Emit, RecallPlan
+from lola_vllm.eval.plans import PLANS, Plan, plan_name
+from lola_vllm.eval.recall import Emit
+from lola_vllm.eval.record import Record
 from lola_vllm.eval.settings import Setting
 
 LAST_LINES = 30
-USER_ERROR = 2  # exit status after an EvalError, whose message says all
-PLANS = {"recall": RecallPlan, "perplexity": PerplexityPlan}
+USER_ERROR = 2  # exit status where the message says all
 
 
 def run_setting(
-    plan: RecallPlan | PerplexityPlan,
-    setting: Setting,
+    plan: Plan,
+    record: Record,
     batch: int,
     engine_args: Mapping[str, Any],
     emit: Emit,
@@ -37,17 +39,20 @@ def run_setting(
     """Evaluate one setting in a child process.
 
     Args:
-        plan: what to ask. setting: whom. batch: sequences at once.
-        engine_args: more arguments of `vllm.LLM`.
-        emit: is given the plan's events, and `{"event": "ready", "dtype": name}` before them.
+        plan: what to ask. record: whom; its samples are not asked again.
+        batch: sequences at once. engine_args: more arguments of `vllm.LLM`.
+        emit: is given the plan's events, `{"event": "ready", "dtype": name}` before them and
+            `{"event": "done", "selections_by_other_score": n}` after.
 
     Raises:
         EvalError: the setting failed; the child's own message, or how it died.
     """
+    setting = record.setting
     job = {
-        "plan": "recall" if isinstance(plan, RecallPlan) else "perplexity",
+        "plan": plan_name(plan),
         "fields": vars(plan),
         "setting": {**vars(setting), "model": str(setting.model)},
+        "done": sorted(plan.done(record.samples)),
         "batch": batch,
         "engine_args": dict(engine_args),
     }
@@ -106,6 +111,9 @@ def main() -> int:
         except EvalError as error:
             emit({"event": "error", "message": str(error)})
             return USER_ERROR
+        except ValidationError as error:  # vLLM's refusal of an option
+            emit({"event": "error", "message": "; ".join(e["msg"] for e in error.errors())})
+            return USER_ERROR
         except Exception as error:
             emit({"event": "error", "message": f"{type(error).__name__}: {error}"})
             raise
@@ -121,7 +129,7 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     with score_by(setting.score) as selections:
         model = EngineModel(setting, plan.max_length, job["batch"], job["engine_args"])
         emit({"event": "ready", "dtype": model.dtype})
-        plan.run(model, emit)
+        plan.run(model, emit, {tuple(key) for key in job["done"]})
         emit({"event": "done", "selections_by_other_score": len(selections)})
 
 
