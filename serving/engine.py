@@ -154,7 +154,7 @@ class LolaEngine:
             except BaseException:  # a client that left cancels this: the copy must not stay
                 self._later(self._ask("lola_drop", request_id))
                 raise
-        return _joined([answer["layers"] for answer in answers])
+        return joined([answer["layers"] for answer in answers])
 
     async def sample(self) -> dict[str, float]:
         """What the workers saw of a running sequence since the last call, averaged over them."""
@@ -212,7 +212,7 @@ class LolaEngine:
             task.exception()  # the request's own error has been told; this one may go
 
 
-def _joined(answers: list[dict[Any, Any]]) -> list[Layer]:
+def joined(answers: list[dict[Any, Any]]) -> list[Layer]:
     """One list of layers from the layers and heads of several workers."""
     heads: dict[int, dict[int, Head]] = {}
     for answer in answers:

@@ -7,6 +7,8 @@ from oracle import Oracle
 from tiny import make_tiny, random_prompts
 from vllm import SamplingParams, TokensPrompt
 
+from lola_vllm.serving.engine import joined
+
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 
 
@@ -131,3 +133,26 @@ def test_what_is_wrong_is_answered_not_raised(tiny):
         assert "too many states" in answer["error"]
         (answer,) = llm.collective_rpc("lola_watch", args=())
         assert "TypeError" in answer["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2, "enforce_eager": False}],
+    ids=["heads-on-two-ranks", "layers-on-two-stages-compiled"],
+)
+def test_answers_of_several_workers_make_one(tiny, truth, options):
+    (prompt,) = random_prompts([90], seed=7)
+    with engine(tiny, max_num_seqs=4, **options) as llm:
+        assert llm.collective_rpc("lola_watch", args=("m", len(prompt))) == [{}, {}]
+        send(llm, "m", prompt)
+        run(llm)
+        layers = joined([a["layers"] for a in llm.collective_rpc("lola_memory", args=("m", None))])
+    assert [layer.layer for layer in layers] == [0, 1]
+    assert [[head.positions for head in layer.heads] for layer in layers] == truth(prompt)
+
+
+def test_ranks_that_share_a_head_tell_of_it_once():
+    head = {"positions": [3], "errors": [0.5]}
+    (layer,) = joined([{7: {0: head}}, {7: {0: head, 1: head}}])
+    assert layer.layer == 7 and len(layer.heads) == 2
