@@ -25,6 +25,9 @@ logger = init_logger("vllm.lola")
 # so a finer grain than this would cost more than it saves.
 PREFIX_CACHE_BLOCK_SIZE = 1024
 
+# vLLM's CPU worker, with seeds that survive prompts in pieces. A name, as below.
+CPU_WORKER = "lola_vllm.cpu_worker.LolaCPUWorker"
+
 # What the routes under /v1/lola ask of the workers. A name, for vLLM imports it in each of them.
 WORKER_EXTENSION = "lola_vllm.serving.worker.LolaWorkerExtension"
 
@@ -59,6 +62,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         settle_block_size(vllm_config)
         settle_cpu_memory(vllm_config)
         warn_of_cpu_adapters(vllm_config)
+        settle_cpu_worker(vllm_config)
         settle_worker_extension(vllm_config)
 
 
@@ -218,6 +222,15 @@ def warn_of_cpu_adapters(vllm_config: VllmConfig) -> None:
             vllm_config.lora_config.max_loras,
             vllm_config.lora_config.max_loras - 1,
         )
+
+
+def settle_cpu_worker(vllm_config: VllmConfig) -> None:
+    """On a CPU take our worker, unless the user chose one."""
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    if current_platform.is_cpu() and parallel.worker_cls == "auto":
+        parallel.worker_cls = CPU_WORKER
 
 
 def settle_worker_extension(vllm_config: VllmConfig) -> None:

@@ -1,0 +1,48 @@
+"""vLLM's CPU worker, with seeded sampling of prompts that are prefilled in pieces.
+
+A row whose prompt is not at its end is sampled all the same, and vLLM 0.32 then takes the random
+numbers back by the generator's offset. Generators of a CPU have none: the engine dies of `CPU
+Generator does not use offset`. Any client could bring that about with a seed and a long prompt,
+with prefix caching one longer than a block. Here the generator's state is put back instead. Can go
+when vLLM does the same. `config_hook` chooses this class, as `--worker-cls` would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+class LolaCPUModelRunner(CPUModelRunner):
+    """Rewinds CPU generators by their state."""
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample; rows whose prompt goes on get their random numbers back."""
+        discarded = self.discard_request_mask.np
+        generators = [g for row, g in self.input_batch.generators.items() if discarded[row]]
+        states = [generator.get_state() for generator in generators]
+        output = super()._sample(*args, **kwargs)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own, which finds no generator to rewind by offset."""
+        generators, discarded = self.input_batch.generators, self.discard_request_mask.np
+        self.input_batch.generators = {r: g for r, g in generators.items() if not discarded[r]}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators = generators
+
+
+class LolaCPUWorker(CPUWorker):
+    """A CPU worker with that runner."""
+
+    def init_device(self) -> None:
+        """As vLLM does, which names the runner's class in here."""
+        super().init_device()
+        if not self.use_v2_model_runner:  # the second runner draws without generators
+            self.model_runner.__class__ = LolaCPUModelRunner

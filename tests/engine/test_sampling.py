@@ -1,0 +1,122 @@
+"""What a request may ask for beside greedy tokens: n, seeds, logprobs, stops, structured output."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from engine import GREEDY, engine, prompt_logprobs, state_manager
+from oracle import Oracle
+from tiny import make_tiny, random_prompts
+from vllm import SamplingParams, TokensPrompt
+from vllm.sampling_params import StructuredOutputsParams
+
+LOLA = {"window_size": 16, "sparse_cache_size": 24}
+PROMPTS = random_prompts([1, 16, 45, 130, 222], seed=8)
+SEEDED = {"temperature": 1.0, "seed": 5}
+SMOLLM2 = Path(__file__).parents[2] / "models" / "smollm2-lola"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"), LOLA)
+
+
+@pytest.fixture(scope="module")
+def drawn_uncut(tiny):
+    """Seeded answers to prompts that are prefilled at once."""
+    with engine(tiny, max_num_batched_tokens=2048, max_num_seqs=8) as llm:
+        return copies(llm, **SEEDED)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["no-prefix-cache", "prefix-cache"])
+def llm(request, tiny, drawn_uncut):  # one engine at a time in a process
+    with engine(
+        tiny, max_num_batched_tokens=64, max_num_seqs=8, block_size=32,
+        enable_prefix_caching=request.param,
+    ) as llm:  # fmt: skip
+        yield llm
+        assert state_manager(llm).num_slots_in_use == 0
+
+
+def copies(llm, **sampling):
+    """Tokens `[prompt][copy]`."""
+    params = SamplingParams(**{**GREEDY, "max_tokens": 20, **sampling})
+    requests = [TokensPrompt(prompt_token_ids=p) for p in PROMPTS]
+    outputs = llm.generate(requests, params, use_tqdm=False)
+    return [[tuple(c.token_ids) for c in o.outputs] for o in outputs]
+
+
+def test_copies_that_have_no_choice_are_equal(llm):
+    single = copies(llm)
+    assert copies(llm, n=3, temperature=0.5, top_k=1) == [[answer] * 3 for (answer,) in single]
+
+
+def test_a_seed_repeats_the_same_different_copies(llm):
+    first = copies(llm, n=3, temperature=1.0, seed=11)
+    assert copies(llm, n=3, temperature=1.0, seed=11) == first
+    assert all(len(set(answers)) == 3 for answers in first)
+    assert copies(llm, n=3, temperature=1.0, seed=12) != first
+
+
+def test_a_seed_draws_the_same_whether_or_not_the_prompt_is_cut(llm, drawn_uncut):
+    """vLLM's own CPU worker dies of the first piece of a seeded prompt."""
+    assert copies(llm, **SEEDED) == drawn_uncut
+
+
+def test_prompt_logprobs_are_close_to_the_recompute(llm, tiny):
+    oracle = Oracle(tiny)
+    for prompt, row in zip(PROMPTS, prompt_logprobs(llm, PROMPTS)[1], strict=True):
+        truth = oracle.logprobs(prompt)[range(len(prompt) - 1), prompt[1:]]
+        torch.testing.assert_close(torch.tensor(row).double(), truth, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    with engine(
+        SMOLLM2, skip_tokenizer_init=False, kv_cache_memory_bytes=2**28, max_num_seqs=4
+    ) as llm:
+        yield llm
+
+
+def ask(llm, text, **sampling):
+    messages = [{"role": "user", "content": text}]
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 80, **sampling})
+    return llm.chat(messages, params, use_tqdm=False)[0].outputs[0]
+
+
+def test_stop_strings_end_the_answer_where_they_begin(smollm2):
+    question = "Count from one to ten in words."
+    whole = ask(smollm2, question).text
+    stop = whole[20:26]  # across tokens, wherever they are cut
+    answer = ask(smollm2, question, stop=[stop, "never said"])
+    assert answer.text == whole[: whole.index(stop)]
+    assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
+
+
+def test_structured_output_obeys_its_schema(smollm2):
+    schema = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 20},
+            "millions": {"type": "integer", "minimum": 0, "maximum": 99},
+            "capital": {"type": "boolean"},
+        },
+        "required": ["city", "millions", "capital"],
+        "additionalProperties": False,
+    }
+    question = "Describe Paris as JSON."
+    answer = ask(smollm2, question, structured_outputs=StructuredOutputsParams(json=schema))
+    found = json.loads(answer.text)
+    assert set(found) == {"city", "millions", "capital"}
+    assert isinstance(found["millions"], int) and isinstance(found["capital"], bool)
+    with pytest.raises(ValueError):  # so it was the schema that made it JSON
+        json.loads(ask(smollm2, question).text)
+
+
+def test_choices_and_patterns_are_obeyed(smollm2):
+    only = StructuredOutputsParams(choice=["north", "south"])
+    assert ask(smollm2, "Left or right?", structured_outputs=only).text in ("north", "south")
+    date = StructuredOutputsParams(regex=r"\d{4}-\d{2}-\d{2}")
+    text = ask(smollm2, "When did it begin?", structured_outputs=date).text
+    assert [len(part) for part in text.split("-")] == [4, 2, 2] and text.replace("-", "").isdigit()
