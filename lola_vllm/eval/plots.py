@@ -52,6 +52,7 @@ def plot_recall(records: list[Record], out: Path) -> list[Path]:
             else:
                 image = _over_depth(axes, record, task)
         figure.suptitle(f"{task}: exact answers by depth of the needle", fontsize=10)
+        figure.supxlabel("prompt and answer, tokens", fontsize=8)
         figure.colorbar(image, ax=figure.axes, format=lambda value, _: f"{value:.0%}")
         save(figure, f"depth-{task}")
         if sum(record.memory is not None for record in records) > 1:
@@ -97,6 +98,8 @@ def _over_bytes(axes: Any, records: list[Record], task: str) -> None:
             size, name = record.memory.bytes_at(length) / MIB, record.setting.name
             if record.memory.state_bytes is None:
                 axes.plot(size, cell.rate, marker="s", color=f"C{i}", fillstyle="none")
+            elif record.setting.score != "sre":  # as large as LoLA, and no step on its line
+                axes.plot(size, cell.rate, marker="x", color=f"C{i}")
             else:
                 points.append((size, cell.rate))
             if name not in named:  # LoLA's size is the same at every length
@@ -108,7 +111,7 @@ def _over_bytes(axes: Any, records: list[Record], task: str) -> None:
         axes.plot(sizes, rates, marker="o", color=f"C{i}", label=f"{length:,} tokens")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("MiB per sequence (squares: softmax attention)")
+    axes.set_xlabel("MiB per sequence (squares: softmax attention, crosses: ablations)")
     _finish(axes, f"{task}: exact answers over memory")
 
 

@@ -68,6 +68,7 @@ def run_setting(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            encoding="utf-8",
             env=environment,
         )
         assert child.stdin and child.stdout
@@ -76,6 +77,8 @@ def run_setting(
                 child.stdin.write(json.dumps(job))
                 child.stdin.close()
             for line in child.stdout:
+                if not line.endswith("\n"):
+                    break  # it died while writing
                 event = json.loads(line)
                 if event["event"] == "error":
                     failure = event["message"]

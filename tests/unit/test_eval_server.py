@@ -38,7 +38,6 @@ class FakeServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.now = self.most = 0
         self.lock = threading.Lock()
-        self.together = threading.Barrier(2)
 
 
 class Handler(BaseHTTPRequestHandler):
