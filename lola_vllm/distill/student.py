@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.checkpoint.base import read_base_config
 from lola_vllm.checkpoint.schema import WINDOW_FACTOR_INIT
 from lola_vllm.config import LolaConfig
 from lola_vllm.differentiable import lola_attention_parallel
 
 ATTENTION = "lola_training"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MAP_NAMES = ("feature_map_q", "feature_map_k", "window_factors")
 
 
@@ -32,23 +31,12 @@ def load_base(path: Path, dtype: torch.dtype) -> Any:
         dtype: of the weights.
 
     Raises:
-        CheckpointError: no such directory, or a family that is not supported.
+        CheckpointError: no such directory, a family that is not supported, or layers that attend
+            to a window only.
     """
     import transformers
 
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json; give a local Hugging Face model directory")
-    config = transformers.AutoConfig.from_pretrained(path)
-    if config.model_type not in FAMILIES:
-        raise CheckpointError(
-            f"{path}: model_type {config.model_type!r} is not supported; "
-            f"supported: {', '.join(FAMILIES)}"
-        )
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise CheckpointError(
-            f"{path}: sliding_window = {config.sliding_window}: the teacher must attend to "
-            "everything; set it to null in config.json if the model was trained that way"
-        )
+    read_base_config(path)  # refuses what could not be served afterwards
     transformers.AttentionInterface.register(ATTENTION, _attention)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=ATTENTION

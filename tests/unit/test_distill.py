@@ -203,11 +203,11 @@ def test_refusals(base: Path, text: Path, trained: Path, tmp_path: Path) -> None
             distill(**arguments)
         assert not out.exists()
 
-    refused("no config.json", base=tmp_path / "nowhere")
+    refused("no such directory", base=tmp_path / "nowhere")
     refused("windw", LolaConfigError, options=DistillOptions(lola_config={"windw": 3}))
     refused("state_heads = 'both'", options=DistillOptions(state_heads="both"))
     other = write_base(tmp_path / "gpt", "gpt2", n_positions=64)
-    refused("model_type 'gpt2'", base=other)
+    refused("model_type 'gpt2' is not supported", base=other)
     sliding = write_base(tmp_path / "mistral", "mistral", sliding_window=16)
     refused("sliding_window = 16", base=sliding)
     work = trained.with_name("lola.training")
