@@ -95,4 +95,3 @@ def test_forecast_is_what_the_next_update_does(fields, n, sharing):
             assert mean == pytest.approx(sum(values) / len(values), rel=1e-6)
         else:
             assert mean is None
-
