@@ -23,5 +23,6 @@ ENV HF_HOME=/home/lola/.cache/huggingface
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=300s --retries=3 \
     CMD python3 -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"
-ENTRYPOINT ["vllm", "serve"]
+# `vllm serve` with the routes under /v1/lola, and numbers that fit the GPU; takes the same options.
+ENTRYPOINT ["lola-vllm", "serve"]
 CMD ["--help"]

@@ -6,6 +6,7 @@ import time
 
 import httpx
 import pytest
+from dashboard import queried
 
 from lola_vllm.serving.metrics import GAUGES, REFRESH_S
 
@@ -245,3 +246,17 @@ def test_slots_used_while_sequences_run(lola_server):
 
     used, info = asyncio.run(busy())
     assert 3 <= used <= 6 and 3 <= info["slots"]["used"] <= 6
+
+
+def test_every_metric_of_the_dashboard_is_in_a_scrape(lola_server):
+    metrics(lola_server)
+    complete(lola_server, PROMPT, max_tokens=20, ignore_eos=True)
+    time.sleep(REFRESH_S + 0.2)
+    scrape = lola_server.client.get("/metrics").text
+    names = set(re.findall(r"^((?:lola|vllm):\w+)", scrape, re.MULTILINE))
+    wanted = queried()
+    assert len(wanted) > 15 and {f"lola:{name}" for name in GAUGES} <= wanted
+    assert wanted <= names
+    for line in scrape.splitlines():  # every query selects by this label
+        if line.startswith(tuple(wanted)):
+            assert 'model_name="smollm2"' in line

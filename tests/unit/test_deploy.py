@@ -1,0 +1,140 @@
+"""The deployment files fit each other and the repository. Their metrics: tests/serving."""
+
+import json
+import re
+import shutil
+import subprocess
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "serving" / "deploy"
+# Of the Compose specification, as far as the files use it.
+SERVICE_KEYS = {
+    "image", "build", "command", "environment", "volumes", "ports", "shm_size", "restart",
+    "depends_on", "ipc", "deploy",
+}  # fmt: skip
+
+
+def load(name):
+    return yaml.safe_load((DEPLOY / name).read_text())
+
+
+def merged(base, over):
+    """As Compose merges two files: mappings by key, anything else replaced."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        return {k: merged(base.get(k), over.get(k)) for k in {**base, **over}}
+    return base if over is None else over
+
+
+COMPOSE = {
+    "cpu": load("compose.yaml"),
+    "gpu": merged(load("compose.yaml"), load("compose.gpu.yaml")),
+}
+
+
+@pytest.fixture(params=COMPOSE, name="compose")
+def _compose(request):
+    return COMPOSE[request.param]
+
+
+@pytest.fixture(scope="module")
+def dashboard():
+    return json.loads((DEPLOY / "grafana" / "dashboards" / "lola.json").read_text())
+
+
+def host_path(volume):
+    """The path on the host of a volume that is bound, variables at their defaults."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume).split(":")[0]
+
+
+def test_services_are_well_formed(compose):
+    assert set(compose["services"]) == {"server", "prometheus", "grafana"}
+    for service in compose["services"].values():
+        assert set(service) <= SERVICE_KEYS
+        assert set(service.get("depends_on", [])) <= set(compose["services"])
+        assert re.fullmatch(r"[a-z./-]+(:v?\d+\.\d+\.\d+)?", service["image"])
+
+
+def test_what_is_pulled_has_a_version(compose):
+    for service in compose["services"].values():
+        assert "build" in service or ":" in service["image"]
+
+
+def test_nothing_is_open_to_the_network(compose):
+    ports = [port for service in compose["services"].values() for port in service["ports"]]
+    assert len(ports) == 3
+    assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in ports)
+
+
+def test_what_is_built_and_mounted_is_there(compose):
+    build = compose["services"]["server"]["build"]
+    assert (DEPLOY / build["context"]).resolve() == ROOT
+    assert (ROOT / build["dockerfile"]).is_file()
+    for service in compose["services"].values():
+        for volume in service["volumes"]:
+            host = host_path(volume)
+            if host.startswith("."):
+                assert (DEPLOY / host).exists(), volume
+            elif not host.startswith("/"):
+                assert host in compose["volumes"], volume
+
+
+def test_the_images_listen_where_the_files_say(compose):
+    server = compose["services"]["server"]
+    dockerfile = (ROOT / server["build"]["dockerfile"]).read_text()
+    (job,) = load("prometheus.yml")["scrape_configs"]
+    assert job["static_configs"] == [{"targets": ["server:8000"]}]
+    assert job["metrics_path"] == "/metrics"
+    assert "EXPOSE 8000" in dockerfile
+    # The front that switches the routes and metrics on; vLLM's own would leave them off.
+    assert 'ENTRYPOINT ["lola-vllm", "serve"]' in dockerfile
+    assert server["command"][1:] == ["--served-model-name", "lola"]
+
+
+def test_grafana_finds_prometheus_and_the_dashboard(compose, dashboard):
+    grafana = compose["services"]["grafana"]
+    (source,) = load("grafana/provisioning/datasources/prometheus.yaml")["datasources"]
+    assert source["url"] == "http://prometheus:9090" and source["type"] == "prometheus"
+    (provider,) = load("grafana/provisioning/dashboards/lola.yaml")["providers"]
+    mounted = dict(reversed(v.split(":")[:2]) for v in grafana["volumes"])
+    assert mounted[provider["options"]["path"]] == "./grafana/dashboards"
+    home = Path(grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert str(home.parent) == provider["options"]["path"]
+    assert (DEPLOY / "grafana" / "dashboards" / home.name).is_file()
+    assert dashboard["title"] == "LoLA"
+
+
+def test_panels_have_queries_names_and_places_of_their_own(dashboard):
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) >= 10
+    assert len({panel["title"] for panel in panels}) == len(panels)
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    for panel in panels:
+        assert panel["datasource"]["uid"] == "${datasource}"
+        refs = [target["refId"] for target in panel["targets"]]
+        assert len(set(refs)) == len(refs) > 0
+        for target in panel["targets"]:
+            used = set(re.findall(r"\$\{?(\w+)", target["expr"])) - {"__rate_interval"}
+            assert used <= variables
+            assert target["expr"].count("(") == target["expr"].count(")")
+    for one, other in combinations((panel["gridPos"] for panel in panels), 2):
+        apart = (
+            one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+            or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        )  # fmt: skip
+        assert apart and one["x"] + one["w"] <= 24
+
+
+@pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]])
+def test_compose_itself_accepts_the_files(files):
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+    ):
+        pytest.skip("docker with its compose plugin is not installed")
+    options = [part for name in files for part in ("-f", str(DEPLOY / name))]
+    subprocess.run(["docker", "compose", *options, "config", "--quiet"], check=True)
