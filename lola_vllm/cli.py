@@ -7,6 +7,7 @@ A subcommand is one function that adds its options to a parser and sets `run`, a
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -185,9 +186,10 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     )
 
     def run(args: argparse.Namespace) -> int:
+        cpus = os.sched_getaffinity(0)  # before torch is imported
         from lola_vllm.serving.launch import serve
 
-        return serve(args.model, args.options, dry_run=args.dry_run)
+        return serve(args.model, args.options, cpus, dry_run=args.dry_run)
 
     parser.set_defaults(run=run)
 

@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -77,9 +77,8 @@ class Launch:
         return "\n".join([*self.notes, *lines, f"running: {shlex.join(self.command)}"])
 
 
-def this_machine() -> Machine:
-    """The machine as it is now."""
-    cores = len(os.sched_getaffinity(0))
+def this_machine(cores: int) -> Machine:
+    """The machine as it is now, of which vLLM may use `cores`."""
     if torch.cuda.is_available():
         _, total = torch.cuda.mem_get_info()
         return Machine("cuda", cores, total)
@@ -114,8 +113,9 @@ def plan(
     return Launch([*command, *flags, *options], chosen, chosen_env, notes)
 
 
-def run(launch: Launch) -> None:
-    """Give this process over to vLLM; does not return."""
+def run(launch: Launch, cpus: Set[int]) -> None:
+    """Give this process over to vLLM, on these CPUs; does not return."""
+    os.sched_setaffinity(0, cpus)
     environment = {**os.environ, **{choice.name: choice.value for choice in launch.env}}
     sys.stdout.flush()
     os.execve(launch.command[0], launch.command, environment)
@@ -302,10 +302,15 @@ def _number(text: str | None) -> int | None:
         return None
 
 
-def serve(model: str, options: Sequence[str], dry_run: bool = False) -> int:
-    """What the command `lola-vllm serve` does."""
-    launch = plan(model, options, this_machine())
+def serve(model: str, options: Sequence[str], cpus: Set[int], dry_run: bool = False) -> int:
+    """What the command `lola-vllm serve` does.
+
+    Args:
+        cpus: those this process was started on. With OMP_NUM_THREADS set, importing torch leaves
+            it fewer, and vLLM would inherit them.
+    """
+    launch = plan(model, options, this_machine(len(cpus)))
     print(launch)
     if not dry_run:
-        run(launch)
+        run(launch, cpus)
     return 0

@@ -1,6 +1,9 @@
 """What `lola-vllm serve` chooses, that the user's options win, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -164,7 +167,7 @@ def test_a_plain_llama_is_refused(model):
 
 
 def test_dry_run_prints_every_choice_with_its_reason(model, capsys, monkeypatch):
-    monkeypatch.setattr(launch, "this_machine", lambda: CPU)
+    monkeypatch.setattr(launch, "this_machine", lambda cores: CPU)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert cli.main(["serve", "--dry-run", str(model), "--port", "80"]) == 0
     out = capsys.readouterr().out
@@ -176,8 +179,26 @@ def test_dry_run_prints_every_choice_with_its_reason(model, capsys, monkeypatch)
 def test_it_gives_the_process_to_vllm(model, monkeypatch):
     called = []
     monkeypatch.setattr(launch.os, "execve", lambda *args: called.append(args))
-    monkeypatch.setattr(launch, "this_machine", lambda: CPU)
+    monkeypatch.setattr(launch, "this_machine", lambda cores: CPU)
     cli.main(["serve", str(model)])
     ((program, command, environment),) = called
     assert program == command[0] and command[2] == str(model)
     assert "lola" in environment["VLLM_PLUGINS"]
+
+
+def test_vllm_gets_every_core_though_torch_leaves_this_process_fewer(model):
+    """With OMP_NUM_THREADS = 1, importing torch binds the process to one core."""
+    code = (
+        "import os, sys\n"
+        "os.execve = lambda *args: print('cpus', os.sched_getaffinity(0))\n"
+        "from lola_vllm.cli import main\n"
+        "print('cpus', os.sched_getaffinity(0))\n"
+        f"main(['serve', {str(model)!r}])\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    before, after = (line for line in run.stdout.splitlines() if line.startswith("cpus"))
+    assert before == after
+    assert f"{len(os.sched_getaffinity(0))} cores" in run.stdout
