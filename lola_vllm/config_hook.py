@@ -166,6 +166,11 @@ def settle_block_size(vllm_config: VllmConfig) -> None:
 
     vLLM 0.32 on CPU would fix 16 tokens here and clip prompts at 128 elsewhere, and then never
     find a cached state; naming the size as the user's own keeps both sides on one number.
+
+    By default vLLM keeps the state at a prompt's end and where it saw two prompts part. It sees
+    that by the blocks of full attention, which no LoLA layer has: prompts that begin alike and end
+    in more than a block of their own would never hit. So every state at a boundary is kept here; it
+    costs no copy and no reserved memory, for it was there anyway and is the first to go.
     """
     cache = vllm_config.cache_config
     if not cache.enable_prefix_caching:
@@ -174,11 +179,32 @@ def settle_block_size(vllm_config: VllmConfig) -> None:
         cache.block_size = cache.mamba_block_size or PREFIX_CACHE_BLOCK_SIZE
         cache.user_specified_block_size = True
     cache.mamba_block_size = cache.block_size
+    if cache.prefix_cache_retention_interval == 0:  # vLLM's default
+        cache.prefix_cache_retention_interval = cache.block_size
     logger.info(
         "LoLA prefix caching: a state is kept every %d tokens at most (--block-size), so a shared "
         "prefix shorter than that is computed again; each running sequence holds two states",
-        cache.block_size,
+        cache.prefix_cache_retention_interval or cache.block_size,
     )
+    check_prefill_room(vllm_config)
+
+
+def check_prefill_room(vllm_config: VllmConfig) -> None:
+    """Raise unless a step that is full of decodes has room for a block of a new prompt.
+
+    With prefix caching vLLM ends the pieces of a prompt at block boundaries. Where the decodes of
+    others leave less than a block of a step's budget, the prompt waits for as long as they run.
+    """
+    block_size = vllm_config.cache_config.block_size
+    scheduler = vllm_config.scheduler_config
+    budget, enough = scheduler.max_num_batched_tokens, block_size + scheduler.max_num_seqs - 1
+    if block_size <= budget < enough:
+        raise UnsupportedOptionError(
+            f"--max-num-batched-tokens = {budget}: with prefix caching in blocks of {block_size} "
+            f"tokens a prompt would wait while {scheduler.max_num_seqs - 1} others decode; "
+            f"use at least {enough}, or fewer than {block_size}, or a smaller --block-size or "
+            "--max-num-seqs"
+        )
 
 
 def settle_cpu_memory(vllm_config: VllmConfig) -> None:

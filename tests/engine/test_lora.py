@@ -81,7 +81,13 @@ def ask(llm, adapters, which, prompts=PROMPTS, **fields):
 
 
 # One slot more than adapters: see config_hook.cpu_refusals.
-LORA = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8, "max_num_batched_tokens": 64}
+LORA = {
+    "enable_lora": True,
+    "max_loras": 3,
+    "max_lora_rank": 8,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 8,
+}
 
 
 def test_adapters_answer_as_merged_models_alone_and_mixed(tiny, adapters, expected):

@@ -1,0 +1,158 @@
+"""Prefix caching: what is hit, what is missed, and that a hit never changes a token."""
+
+import pytest
+from engine import GREEDY, block_pool, engine, generate, metric, state_manager
+from tiny import make_tiny, random_prompts
+from vllm import SamplingParams, TokensPrompt
+
+LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
+BLOCK, NEW = 32, 20
+CACHED = {
+    "enable_prefix_caching": True,
+    "block_size": BLOCK,
+    "max_num_batched_tokens": 128,
+    "max_num_seqs": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"), LOLA)
+
+
+def conversation(llm):
+    """Prompts and answers of a chat whose every turn repeats all turns before it."""
+    text, turns = [], []
+    for said in random_prompts([70, 41, 5, 90, 33, 12], seed=2):
+        text = text + said
+        answer = generate(llm, [text], NEW)[0]
+        turns.append((text, answer))
+        text = text + answer
+    return turns
+
+
+def hits(llm):
+    return metric(llm, "vllm:prefix_cache_hits")
+
+
+def boundary(num_tokens):
+    """The last block boundary whose state a prompt can start from: its last token is computed."""
+    return (num_tokens - 1) // BLOCK * BLOCK
+
+
+def test_a_growing_chat_reuses_its_earlier_turns(tiny):
+    with engine(tiny, max_num_seqs=8) as llm:
+        expected = conversation(llm)
+    with engine(tiny, **CACHED) as llm:
+        turns = conversation(llm)
+        assert turns == expected
+        prompts = [prompt for prompt, _ in turns]
+        # States are kept in answers too; the last token of an answer has not been computed.
+        assert hits(llm) == sum(boundary(len(p) + NEW) for p in prompts[:-1])
+        assert metric(llm, "vllm:prefix_cache_queries") == sum(map(len, prompts))
+
+
+def test_prompts_that_begin_alike_share_what_was_kept(tiny):
+    """Each goes on for blocks of its own, where vLLM's default policy would find nothing.
+
+    A state exists where a step ended: of a prompt alone, at each multiple of the step's budget and
+    at its last boundary, which no interval forgets.
+    """
+    (shared,) = random_prompts([100], seed=3)
+    prompts = [shared + tail for tail in random_prompts([120, 130, 7, 140], seed=4)]
+    with engine(tiny, max_num_seqs=8) as llm:
+        expected = generate(llm, prompts, NEW)
+    for budget, interval, kept in (
+        (64, 0, [0, 64, 64, 96]),
+        (32, 0, [0, 96, 96, 96]),
+        (32, 64, [0, 64, 64, 96]),
+    ):
+        options = CACHED | {"max_num_batched_tokens": budget, "max_num_seqs": 1}
+        with engine(tiny, prefix_cache_retention_interval=interval, **options) as llm:
+            found, answers = [], []
+            for prompt in prompts:
+                before = hits(llm)
+                answers += generate(llm, [prompt], NEW)
+                found.append(hits(llm) - before)
+            assert (found, answers) == (kept, expected)
+
+
+@pytest.mark.parametrize("budget", [31, 39])
+def test_a_prompt_gets_in_while_others_decode(tiny, budget):
+    """Seven others, the most there can be; a budget under a block goes forward in less."""
+    others = random_prompts([5] * 7, seed=8)
+    (late,) = random_prompts([100], seed=9)
+    with engine(tiny, **CACHED | {"max_num_batched_tokens": budget}) as llm:
+        core = llm.llm_engine
+        for i, prompt in enumerate(others):
+            params = SamplingParams(max_tokens=60, **GREEDY)
+            core.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), params)
+        for _ in range(4):
+            core.step()
+        params = SamplingParams(max_tokens=1, **GREEDY)
+        core.add_request("late", TokensPrompt(prompt_token_ids=late), params)
+        finished = []
+        while core.has_unfinished_requests():
+            finished += [o.request_id for o in core.step() if o.finished]
+        assert finished[0] == "late"
+
+
+def test_a_budget_with_which_prompts_would_wait_for_ever_is_refused(tiny):
+    for budget in (32, 38):
+        with (
+            pytest.raises(Exception, match=f"--max-num-batched-tokens = {budget}.*at least 39"),
+            engine(tiny, **CACHED | {"max_num_batched_tokens": budget}),
+        ):
+            pass
+
+
+def test_eviction_forgets_prefixes_and_changes_nothing(tiny):
+    prompts = random_prompts([65 + 16 * i for i in range(12)], seed=5)
+    with engine(tiny, max_num_seqs=8) as llm:
+        expected = generate(llm, prompts, NEW)
+    with engine(tiny, num_gpu_blocks_override=7, **CACHED) as llm:
+        for _ in range(2):  # twice in the same order: the pool never holds what comes next
+            assert [generate(llm, [p], NEW)[0] for p in prompts] == expected
+        assert hits(llm) == 0
+        assert generate(llm, prompts[-1:], NEW) == expected[-1:]
+        assert hits(llm) == boundary(len(prompts[-1]))
+        assert generate(llm, prompts, NEW) == expected
+        assert state_manager(llm).num_slots_in_use == 0
+        assert block_pool(llm).get_num_free_blocks() == 6
+
+
+def test_salts_part_users_and_a_reset_forgets_all(tiny):
+    (prompt,) = random_prompts([150], seed=6)
+    params = SamplingParams(max_tokens=NEW, **GREEDY)
+    found, answers = [], []
+    with engine(tiny, **CACHED) as llm:
+
+        def ask(salt):
+            before = hits(llm)
+            request = TokensPrompt(prompt_token_ids=prompt)
+            if salt:
+                request["cache_salt"] = salt
+            output = llm.generate([request], params, use_tqdm=False)[0]
+            answers.append(list(output.outputs[0].token_ids))
+            found.append(hits(llm) - before)
+
+        for salt in ("alice", "bob", None, "alice", "bob", None):
+            ask(salt)
+        assert found == [0, 0, 0, 128, 128, 128]
+        assert llm.reset_prefix_cache()
+        ask(None)
+        assert found[-1] == 0
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_the_default_block_is_1024_tokens_and_the_log_says_so(tiny, caplog):
+    (prompt,) = random_prompts([1500], seed=7)
+    with (
+        caplog.at_level("INFO", logger="vllm.lola"),
+        engine(tiny, enable_prefix_caching=True) as llm,
+    ):
+        generate(llm, [prompt], 4)
+        generate(llm, [prompt], 4)
+        assert hits(llm) == 1024
+        assert state_manager(llm).spec.states_per_sequence == 2
+    assert "a state is kept every 1024 tokens at most" in caplog.text
