@@ -37,7 +37,9 @@ class LocalTokenizer:
         if not path.is_dir():
             raise EvalError(f"{path}: no such directory; give one that holds a tokenizer")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # transformers raises whatever its parts raise
             raise EvalError(f"{path}: its tokenizer cannot be loaded ({error})") from error
         if not self._tokenizer.encode("The quick brown fox"):
