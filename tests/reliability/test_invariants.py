@@ -1,0 +1,368 @@
+"""What must hold of every page, for random parameters, heads, lengths, splits and batches.
+
+Nothing here asks the reference what a page should hold: each property is checked on the page's own
+bytes and the pairs that went in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import pytest
+import torch
+from effort import cases
+from hypothesis import given
+from hypothesis import strategies as st
+from problem import Problem, make_problem, poisoned_pool
+from torch import Tensor
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops import native
+from lola_vllm.ops import torch as portable
+from lola_vllm.state import StateLayout, StateViews
+
+OPS = [pytest.param(portable, id="torch"), pytest.param(native, id="native")]
+# Of sums of a few dozen products: the ops add in another order than the tests do.
+CLOSE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 2e-4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def extension():
+    assert native.load()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Case:
+    """A layer, and sequences that it is to see, which share its weights."""
+
+    problems: list[Problem]
+
+    @property
+    def layout(self) -> StateLayout:
+        return self.problems[0].layout()
+
+
+@st.composite
+def layers(draw: st.DrawFn, sequences: int = 1, longest: int = 70) -> Case:
+    """Random parameters and heads; random pairs of `sequences` sequences."""
+    group = draw(st.integers(1, 3), label="query heads per KV head")
+    kv_heads = draw(st.integers(1, 2), label="KV heads")
+    config = LolaConfig(
+        window_size=draw(st.integers(1, 12), label="window_size"),
+        sparse_cache_size=draw(st.integers(0, 9), label="sparse_cache_size"),
+        update_interval=draw(st.sampled_from([1, 1, 2, 5, 8, 13]), label="update_interval"),
+        sink_size=draw(st.integers(0, 5), label="sink_size"),
+        mixing=draw(st.sampled_from(["lola", "lolcats"]), label="mixing"),
+        sparse_sharing=draw(st.sampled_from(["none", "kv_head"]), label="sparse_sharing"),
+        feature_dim=8,
+    )
+    per_query = draw(st.booleans(), label="maps per query head")
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), label="dtype")
+    seed = draw(st.integers(0, 2**16), label="seed")
+    problems = [
+        make_problem(
+            draw(st.integers(1, longest), label="tokens"),
+            config,
+            Hkv=kv_heads,
+            group=group,
+            Hs=kv_heads * group if per_query else None,
+            dtype=dtype,
+            seed=seed + i,
+        )
+        for i in range(sequences)
+    ]
+    first = problems[0]
+    shared = {
+        name: getattr(first, name) for name in ("feature_map_q", "feature_map_k", "window_factors")
+    }
+    return Case([first, *(replace(p, **shared) for p in problems[1:])])
+
+
+@st.composite
+def schedules(draw: st.DrawFn, length: int) -> list[int]:
+    """Ends of the pieces in which a sequence is fed; pieces of one token are decodes."""
+    ends = draw(st.sets(st.integers(1, length), max_size=12)) | {length}
+    decode_from = draw(st.integers(0, length))
+    return sorted(ends | set(range(decode_from + 1, length + 1)))
+
+
+def feed(
+    ops: ModuleType, problem: Problem, views: StateViews, slot: int, start: int, stop: int
+) -> Tensor:
+    """Tokens `start` to `stop - 1`; a single one as a decode."""
+    layout, slots = problem.layout(), torch.tensor([slot], dtype=torch.int32)
+    q, k, v = (x[start:stop] for x in (problem.q, problem.k, problem.v))
+    out = torch.full_like(q, torch.nan)
+    common = (q, k, v, problem.weights(), layout, views, slots)
+    if stop - start == 1 and start:
+        ops.decode(*common, torch.tensor([stop]), out)
+    else:
+        ops.prefill(*common, torch.tensor([0, stop - start]), torch.tensor([start]), out)
+    return out
+
+
+def feed_all(
+    ops: ModuleType, problem: Problem, views: StateViews, slot: int, ends: list[int]
+) -> Tensor:
+    """A whole sequence in pieces."""
+    starts = [0, *ends[:-1]]
+    pieces = [feed(ops, problem, views, slot, a, b) for a, b in zip(starts, ends, strict=True)]
+    return torch.cat(pieces)
+
+
+def features(problem: Problem, head: int, positions: list[int]) -> tuple[Tensor, Tensor]:
+    """phi(k) `[P, 2F]` and v `[P, d]` of a state head, in float64, from the formula."""
+    share = problem.feature_map_k.shape[0] // problem.k.shape[1]
+    k = problem.k[positions, head // share].double()
+    y = k @ problem.feature_map_k[head].double()
+    phi = torch.cat([y.softmax(-1), (-y).softmax(-1)], -1).clamp(min=1e-12)
+    return phi, problem.v[positions, head // share].double()
+
+
+def read_sparse(problem: Problem, views: StateViews, slot: int, n: int) -> list[list[int]]:
+    """Positions in each sparse set; their pairs must be those that went in."""
+    layout = problem.layout()
+    size = int(layout.num_sparse(torch.tensor(n)))
+    share = layout.num_sparse_heads // layout.num_kv_heads
+    found = []
+    for group in range(layout.num_sparse_heads):
+        at = views.positions[slot, group, :size].long()
+        assert torch.equal(views.sparse_k[slot, group, :size], problem.k[at, group // share])
+        assert torch.equal(views.sparse_v[slot, group, :size], problem.v[at, group // share])
+        found.append(at.tolist())
+    return found
+
+
+def assert_partition(problem: Problem, views: StateViews, slot: int, n: int) -> None:
+    """Each of n positions is in exactly one of sinks, window, sparse cache and hidden state."""
+    layout, config = problem.layout(), problem.config
+    last_update = n // config.update_interval * config.update_interval
+    start = max(config.sink_size, last_update - config.window_size)
+    exact = [*range(min(n, config.sink_size)), *range(start, n)]
+    rows = layout.row(torch.tensor(exact))
+    assert len(set(rows.tolist())) == len(exact)
+    assert torch.equal(views.exact_k[slot, :, rows].transpose(0, 1), problem.k[exact])
+    assert torch.equal(views.exact_v[slot, :, rows].transpose(0, 1), problem.v[exact])
+    sparse = read_sparse(problem, views, slot, n)
+    evicted = set(range(config.sink_size, start))
+    for head in range(layout.num_state_heads):
+        cached = sparse[head // (layout.num_state_heads // layout.num_sparse_heads)]
+        assert len(set(cached)) == len(cached) == min(config.sparse_cache_size, len(evicted))
+        assert set(cached) <= evicted
+        folded = sorted(evicted - set(cached))
+        if folded:
+            phi, v = features(problem, head, folded)
+            close = CLOSE[problem.q.dtype]
+            torch.testing.assert_close(
+                views.s[slot, head].double(), phi.sum(0), rtol=close, atol=close
+            )
+            torch.testing.assert_close(
+                views.H[slot, head].double(), phi.T @ v, rtol=close, atol=close
+            )
+
+
+@pytest.mark.parametrize("ops", OPS)
+@cases(short=40, long=2000)
+@given(data=st.data())
+def test_every_position_is_in_exactly_one_memory(ops, data):
+    case = data.draw(layers())
+    (problem,) = case.problems
+    _, views = poisoned_pool(case.layout, 3)
+    start = 0
+    for stop in data.draw(schedules(len(problem.q))):
+        out = feed(ops, problem, views, 2, start, stop)
+        assert out.isfinite().all()
+        assert_partition(problem, views, 2, stop)
+        start = stop
+
+
+def recall_errors(
+    problem: Problem, H: Tensor, s: Tensor, group: int, positions: list[int], empty: bool
+) -> Tensor:
+    """Scores `[P]` of a sparse set's candidates, in float64, from docs/algorithm.md section 3."""
+    layout = problem.layout()
+    share = layout.num_state_heads // layout.num_sparse_heads
+    errors = []
+    for head in range(group * share, (group + 1) * share):
+        phi, v = features(problem, head, positions)
+        found = torch.zeros_like(v)
+        if not empty:
+            found = phi @ H[head].double() / ((phi @ s[head].double()) + 1e-6).unsqueeze(-1)
+        errors.append((v - found).norm(dim=-1))
+    if share == 1:
+        return errors[0]
+    norm = v.norm(dim=-1).clamp(min=1e-6)  # the state heads of a set share their values
+    return torch.stack([error / norm for error in errors]).mean(0)
+
+
+@pytest.mark.parametrize("ops", OPS)
+@cases(short=40, long=2000)
+@given(data=st.data())
+def test_what_is_kept_is_recalled_no_better_than_what_is_folded(ops, data):
+    """At every update, against the hidden state as it was before it."""
+    case = data.draw(layers())
+    (problem,), layout = case.problems, case.layout
+    interval, lam = problem.config.update_interval, problem.config.sparse_cache_size
+    pages, views = poisoned_pool(layout, 3)
+    close = CLOSE[problem.q.dtype]
+    piece = data.draw(st.integers(1, interval), label="last piece")
+    for n in range(interval, len(problem.q) + 1, interval):
+        if interval > piece:
+            feed(ops, problem, views, 2, n - interval, n - piece)
+        before = layout.views(pages.clone())
+        feed(ops, problem, views, 2, n - piece, n)
+        start, stop = (int(layout.window_start(torch.tensor(m))) for m in (n - interval, n))
+        old = read_sparse(problem, before, 2, n - interval)
+        new = read_sparse(problem, views, 2, n)
+        empty = int(layout.num_folded(torch.tensor(n - interval))) == 0
+        for group in range(layout.num_sparse_heads):
+            candidates = old[group] + list(range(start, stop))
+            kept, folded = new[group], sorted(set(candidates) - set(new[group]))
+            assert set(kept) <= set(candidates)
+            assert len(kept) == min(lam, len(candidates))
+            if kept and folded:
+                H, s = before.H[2], before.s[2]
+                worst = recall_errors(problem, H, s, group, kept, empty).min()
+                best = recall_errors(problem, H, s, group, folded, empty).max()
+                assert worst >= best * (1 - close) - close
+
+
+def valid_parts(problem: Problem, views: StateViews, slot: int, n: int) -> dict[str, Tensor]:
+    """Everything in a page that a count of n tokens vouches for, sparse pairs by position."""
+    layout, at = problem.layout(), torch.tensor(n)
+    sparse = int(layout.num_sparse(at))
+    order = views.positions[slot, :, :sparse].long().argsort(-1)
+
+    def by_position(x: Tensor) -> Tensor:
+        index = order.unsqueeze(-1).expand(*order.shape, x.shape[-1])
+        return x[slot, :, :sparse].gather(1, index)
+
+    exact = [*range(min(n, layout.sink_size)), *range(int(layout.window_start(at)), n)]
+    rows = layout.row(torch.tensor(exact))
+    parts = {
+        "positions": views.positions[slot, :, :sparse].gather(1, order),
+        "sparse_k": by_position(views.sparse_k),
+        "sparse_v": by_position(views.sparse_v),
+        "exact_k": views.exact_k[slot, :, rows],
+        "exact_v": views.exact_v[slot, :, rows],
+    }
+    if int(layout.num_folded(at)):
+        parts |= {"H": views.H[slot], "s": views.s[slot]}
+    return {name: part.clone() for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("ops", OPS)
+@cases(short=40, long=2000)
+@given(data=st.data())
+def test_any_split_gives_the_same_state_and_answers(ops, data):
+    case = data.draw(layers())
+    (problem,), n = case.problems, len(case.problems[0].q)
+    close = CLOSE[problem.q.dtype] if problem.q.dtype != torch.bfloat16 else 2e-2
+    found = []
+    for _ in range(2):
+        _, views = poisoned_pool(case.layout, 3)
+        ends = data.draw(schedules(n), label="ends of the pieces")
+        out = feed_all(ops, problem, views, 1, ends)
+        found.append({"out": out} | valid_parts(problem, views, 1, n))
+    first, second = found
+    assert first.keys() == second.keys()
+    for name in ("positions", "sparse_k", "sparse_v", "exact_k", "exact_v"):
+        assert torch.equal(first[name], second[name]), name
+    for name in first.keys() & {"out", "H", "s"}:
+        torch.testing.assert_close(first[name], second[name], rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("ops", OPS)
+@cases(short=40, long=2000)
+@given(data=st.data())
+def test_any_batch_gives_the_same_state_and_answers(ops, data):
+    """Rows in any order and any slots, with padding between; the others' pages stay as they are."""
+    case = data.draw(layers(sequences=3, longest=40))
+    layout, problems = case.layout, case.problems
+    pages, views = poisoned_pool(layout, 7)
+    slots = data.draw(st.permutations(range(1, 7)), label="slots")[:3]
+    idle = sorted(set(range(7)) - set(slots))
+    rows = data.draw(st.permutations([0, 1, 2, None]), label="rows; none is padding")
+    context = [data.draw(st.integers(0, len(p.q)), label="prefilled") for p in problems]
+    lengths = [0 if row is None else context[row] for row in rows]
+
+    def pack(name: str, spans: list[tuple[int, int, int]]) -> Tensor:
+        return torch.cat([getattr(problems[r], name)[a:b] for r, a, b in spans])
+
+    def slots_of(rows: list[int | None]) -> Tensor:
+        found = [0 if row is None else slots[row] for row in rows]
+        return torch.tensor(found, dtype=torch.int32)
+
+    outs: list[list[Tensor]] = [[], [], []]
+    live = [row for row in rows if row is None or context[row]]
+    spans = [(0, 0, 1) if row is None else (row, 0, context[row]) for row in live]
+    lengths = [stop - start for _, start, stop in spans]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v = (pack(name, spans) for name in "qkv")
+    out = torch.full_like(q, torch.nan)
+    ops.prefill(
+        q, k, v, problems[0].weights(), layout, views, slots_of(live), starts,
+        torch.zeros(len(live), dtype=torch.long), out,
+    )  # fmt: skip
+    for row, at, length in zip(live, starts.tolist(), lengths, strict=False):
+        if row is not None:
+            outs[row].append(out[at : at + length])
+    for step in range(max(len(p.q) - c for p, c in zip(problems, context, strict=True))):
+        live = [r for r in rows if r is None or context[r] + step < len(problems[r].q)]
+        counts = [0 if r is None else context[r] + step for r in live]
+        spans = [(r or 0, at, at + 1) for r, at in zip(live, counts, strict=True)]
+        q, k, v = (pack(name, spans) for name in "qkv")
+        out = torch.full_like(q, torch.nan)
+        ops.decode(
+            q, k, v, problems[0].weights(), layout, views, slots_of(live),
+            torch.tensor(counts) + 1, out,
+        )  # fmt: skip
+        for i, row in enumerate(live):
+            if row is None:
+                assert (out[i] == 0).all()
+            else:
+                outs[row].append(out[i : i + 1])
+    assert (pages[idle] == 0xFF).all()
+    close = CLOSE[problems[0].q.dtype] if problems[0].q.dtype != torch.bfloat16 else 2e-2
+    for row, problem in enumerate(problems):
+        n = len(problem.q)
+        _, alone = poisoned_pool(layout, 2)
+        ends = [e for e in range(1, n + 1) if e >= context[row] and e > 0]
+        expected = feed_all(ops, problem, alone, 1, ends)
+        torch.testing.assert_close(torch.cat(outs[row]), expected, rtol=close, atol=close)
+        in_batch, by_itself = (
+            valid_parts(problem, views, slots[row], n),
+            valid_parts(problem, alone, 1, n),
+        )
+        for name, part in by_itself.items():
+            if name in ("H", "s"):
+                torch.testing.assert_close(in_batch[name], part, rtol=close, atol=close)
+            else:
+                assert torch.equal(in_batch[name], part), name
+
+
+@pytest.mark.parametrize("ops", OPS)
+@cases(short=40, long=2000)
+@given(data=st.data())
+def test_old_bytes_change_no_bit(ops, data):
+    """A page full of NaN, and one that another sequence has used, against a page of zeros."""
+    case = data.draw(layers(sequences=2))
+    problem, other = case.problems
+    n = len(problem.q)
+    ends = data.draw(schedules(n), label="ends of the pieces")
+    pages, views = poisoned_pool(case.layout, 4)
+    pages[1] = 0
+    feed_all(ops, other, views, 3, data.draw(schedules(len(other.q)), label="the other's"))
+    found = [
+        {"out": feed_all(ops, problem, views, slot, ends)} | valid_parts(problem, views, slot, n)
+        for slot in (1, 2, 3)
+    ]
+    for name, fresh in found[0].items():
+        assert fresh.isfinite().all()
+        assert torch.equal(fresh, found[1][name]), name
+        assert torch.equal(fresh, found[2][name]), name
