@@ -38,6 +38,7 @@ class FakeServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.now = self.most = 0
         self.lock = threading.Lock()
+        self.two = threading.Event()  # two requests were here at once
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -68,6 +69,10 @@ class Handler(BaseHTTPRequestHandler):
             server.now += 1
             server.most = max(server.most, server.now)
             failure = server.failures.pop() if server.failures else None
+            if server.most > 1:
+                server.two.set()
+        if self.path == "/v1/completions":
+            server.two.wait(0.2)  # for a second one, or nothing would show that there can be two
         try:
             if failure:
                 return self.answer(failure, {"error": {"message": "try later"}})
