@@ -1,0 +1,147 @@
+"""One sequence of hundreds of thousands of tokens: memory and time per token stay what they were.
+
+    python tests/reliability/long_sequence.py --tokens 200000 --out long.json
+
+Runs in this process on a tiny random model, or on `--model` with its positions raised (what it then
+says means nothing; what it costs does). Memory is RssAnon + VmSwap. Times are of the processor,
+which a busy neighbour changes little; those of the clock are told too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# oneDNN keeps something for every number of tokens that a step has had; see docs/reliability.md.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+
+from engine import GREEDY, engine, state_manager
+from tiny import make_tiny
+from vllm import LLM, SamplingParams, TokensPrompt
+
+LOLA = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
+DECODES = 64
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="default: a tiny random one, made here")
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--every", type=int, default=10_000, help="tokens between two samples")
+    parser.add_argument("--short", type=int, default=1000, help="context to compare decode with")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args(argv)
+
+
+def memory_mib() -> float:
+    """RssAnon + VmSwap of this process."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "VmSwap")) / 1024
+
+
+def run(llm: LLM, tokens: int, every: int) -> dict[str, Any]:
+    """Prefill a prompt and decode after it."""
+    rng, core = random.Random(tokens), llm.llm_engine
+    prompt = [rng.randrange(1, 490) for _ in range(tokens)]
+    params = SamplingParams(max_tokens=DECODES, **GREEDY)
+    core.add_request(str(tokens), TokensPrompt(prompt_token_ids=prompt), params)
+    request = next(
+        iter(core.engine_core.engine_core.scheduler.requests.values())
+    )  # the only one there is
+    samples: list[dict[str, float]] = []
+    decodes: list[float] = []
+    begin, clock, done = time.process_time(), time.perf_counter(), 0
+    while core.has_unfinished_requests():
+        start = time.process_time()
+        core.step()
+        now = time.process_time()
+        if request.num_output_tokens > 1:
+            decodes.append(now - start)
+        elif request.num_computed_tokens >= min(done + every, tokens):
+            computed = min(request.num_computed_tokens, tokens)
+            sample = {
+                "tokens": computed,
+                "us_per_token": (now - begin) / (computed - done) * 1e6,
+                "clock_us_per_token": (time.perf_counter() - clock) / (computed - done) * 1e6,
+                "memory_mib": memory_mib(),
+            }
+            samples.append({key: round(value, 2) for key, value in sample.items()})
+            begin, clock, done = now, time.perf_counter(), computed
+    return {
+        "prefill": samples,
+        "decode_ms_per_token": round(statistics.median(decodes) * 1e3, 3),
+        "memory_mib": round(memory_mib(), 2),
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """A short sequence for warmth, a short one to compare with, and the long one."""
+    longest = args.tokens + DECODES + 8
+    with tempfile.TemporaryDirectory() as directory:
+        overrides: dict[str, Any] = {"max_position_embeddings": longest}
+        model = args.model or make_tiny(Path(directory) / "tiny", LOLA)
+        with engine(
+            model, max_model_len=longest, hf_overrides=overrides, max_num_seqs=1,
+            num_gpu_blocks_override=3, max_num_batched_tokens=2048,
+            dtype="bfloat16" if args.model else "float32",
+        ) as llm:  # fmt: skip
+            run(llm, 3 * args.short, args.every)
+            short = run(llm, args.short, args.every)
+            long = run(llm, args.tokens, args.every)
+            state_bytes = state_manager(llm).spec.bytes_per_sequence
+            assert state_manager(llm).num_slots_in_use == 0
+    settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
+    report = {"settings": settings, "state_bytes": state_bytes, "short": short, "long": long}
+    return {**report, "faults": judge(report)}
+
+
+def judge(report: dict[str, Any]) -> list[str]:
+    """Memory may not grow with the sequence beyond the prompt's own ids, nor time per token."""
+    long, faults = report["long"], []
+    samples = long["prefill"]
+    half = len(samples) // 2
+    # vLLM keeps the ids in Python lists and arrays: some dozens of bytes per token, from the start.
+    grown = max(s["memory_mib"] for s in samples[1:]) - samples[0]["memory_mib"]
+    if grown > 8:
+        faults.append(f"memory grew by {grown:.1f} MiB while the prompt was computed")
+    first, second = (
+        statistics.median(s["us_per_token"] for s in part)
+        for part in (samples[:half], samples[half:])
+    )
+    if second > 1.5 * first:
+        faults.append(f"time per token went from {first:.0f} to {second:.0f} us")
+    decode, short = long["decode_ms_per_token"], report["short"]["decode_ms_per_token"]
+    if decode > 1.5 * short:
+        faults.append(f"a decode takes {decode} ms, {short} ms in a short context")
+    return faults
+
+
+def main() -> int:
+    """Measure, print, write the JSON."""
+    args = parse()
+    report = measure(args)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    for sample in report["long"]["prefill"]:
+        print(json.dumps(sample))
+    print({key: report["long"][key] for key in ("decode_ms_per_token", "memory_mib")})
+    print("in a short context:", report["short"]["decode_ms_per_token"], "ms")
+    print("\n".join(report["faults"]) or "no fault")
+    return 1 if report["faults"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
