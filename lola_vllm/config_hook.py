@@ -6,6 +6,7 @@ Every refusal names the option, its value and the remedy, and comes at start-up.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
@@ -13,6 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from lola_vllm.cache import lola_hf_config, num_kv_heads, state_layout
+from lola_vllm.checkpoint.files import open_weights, weight_files
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import LolaLlamaConfig, heads_divide
 
@@ -55,6 +57,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
                 f"{refusal.option} = {refusal.value!r} cannot be used with a LoLA model: "
                 f"{refusal.reason}"
             )
+        check_weight_files(vllm_config)
         hf_config = lola_hf_config(vllm_config)
         num_state_heads = find_num_state_heads(hf_config, vllm_config.model_config.model)
         hf_config.lola_config = {"num_state_heads": num_state_heads}
@@ -147,6 +150,18 @@ def cpu_refusals(vllm_config: VllmConfig) -> list[Refusal]:
             )
         )
     return found
+
+
+def check_weight_files(vllm_config: VllmConfig) -> None:
+    """Raise `CheckpointError` for a damaged safetensors file of a local model.
+
+    vLLM would find it too, but not say which file it is.
+    """
+    model = Path(vllm_config.model_config.model)
+    if vllm_config.load_config.load_format in ("auto", "hf", "safetensors") and model.is_dir():
+        for path in weight_files(model):
+            with open_weights(path):
+                pass
 
 
 def check_parallel_heads(config: LolaLlamaConfig, tp_size: int) -> None:

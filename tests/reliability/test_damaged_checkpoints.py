@@ -1,0 +1,107 @@
+"""Damaged files stop the start and are named; tests/engine/test_options.py has the other cases."""
+
+import json
+import os
+
+import pytest
+import torch
+from engine import engine
+from safetensors.torch import load_file, save_file
+from tiny import make_tiny
+
+LOLA = {"window_size": 8, "sparse_cache_size": 4}
+LAYER = "model.layers.1."
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    directory = make_tiny(tmp_path / "tiny", LOLA)
+    path = directory / "config.json"
+    # As real ones say it. Without, vLLM looks into the weights before it knows that they are ours.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}))
+    return directory
+
+
+def edit(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def cut(share):
+    def damage(directory):
+        path = directory / "model.safetensors"
+        os.truncate(path, int(path.stat().st_size * share))
+
+    return damage
+
+
+def shard(directory):
+    """Two shards in the index, one on the disk."""
+    path = directory / "model.safetensors"
+    names = list(load_file(path))
+    path.rename(directory / "model-00001-of-00002.safetensors")
+    index = {name: "model-00001-of-00002.safetensors" for name in names}
+    index[f"{LAYER}self_attn.feature_map_q"] = "model-00002-of-00002.safetensors"
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def tensors(change):
+    return lambda directory: edit(directory, change)
+
+
+def put(name, value):
+    return tensors(lambda found: found[LAYER + name].view(-1)[-1:].fill_(value))
+
+
+def resize(name, *shape):
+    return tensors(lambda found: found.update({LAYER + name: torch.zeros(shape)}))
+
+
+def drop(name):
+    return tensors(lambda found: found.pop(LAYER + name))
+
+
+DAMAGES = {
+    "truncated-end": (cut(0.999), ["model.safetensors"]),
+    "truncated-header": (cut(0.0001), ["model.safetensors"]),
+    "a-shard-is-missing": (shard, ["model-00002-of-00002.safetensors"]),
+    "infinite-query-weights": (
+        put("self_attn.q_proj.weight", torch.inf),
+        [LAYER + "self_attn.q_proj.weight", "not finite"],
+    ),
+    "nan-in-a-gate": (
+        put("self_attn.window_factors", torch.nan),
+        [LAYER + "self_attn.window_factors", "not finite"],
+    ),
+    "nan-in-the-mlp": (
+        put("mlp.up_proj.weight", torch.nan),
+        [LAYER + "mlp.up_proj.weight", "not finite"],
+    ),
+    "key-weights-of-another-size": (
+        resize("self_attn.k_proj.weight", 48, 64),
+        [LAYER + "self_attn.k_proj.weight", "[48, 64]", "[32, 64]"],
+    ),
+    "gates-of-another-model": (
+        resize("self_attn.window_factors", 8),
+        [LAYER + "self_attn.window_factors", "[8]", "[4]"],
+    ),
+    "no-gates": (
+        drop("self_attn.window_factors"),
+        ["missing", LAYER + "self_attn.window_factors"],
+    ),
+    "no-value-weights": (
+        drop("self_attn.v_proj.weight"),
+        ["missing", LAYER + "self_attn.v_proj.weight"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_damage_stops_the_start_and_is_named(tiny, damage, words):
+    damage(tiny)
+    with pytest.raises(Exception) as error, engine(tiny):
+        pass
+    for word in words:
+        assert word in str(error.value)
