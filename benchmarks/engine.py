@@ -14,16 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-MIB = 2**20
+from common import ENGINES, MIB, ROOT, print_result, print_table, run_worker, write_report
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile instead of eager")
     parser.add_argument("--lola-config", type=json.loads, default={}, help="overrides, as JSON")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", choices=["lola", "stock"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -116,43 +112,17 @@ def main() -> None:
     """Run both engines, print the table, write the JSON."""
     args = parse()
     if args.worker:
-        print("RESULT " + json.dumps(worker(args)))
+        print_result(worker(args))
         return
-    best: dict[str, dict[str, float]] = {"stock": {}, "lola": {}}
+    best: dict[str, dict[str, float]] = {name: {} for name in ENGINES}
     for _ in range(args.rounds):
-        for name in best:
-            command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-            lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                sys.exit(f"the {name} engine failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
-            for key, value in json.loads(lines[0].removeprefix("RESULT ")).items():
+        for name in ENGINES:
+            for key, value in run_worker(name).items():
                 lower = key.startswith(("start", "decode_mean", "mib"))
                 pick = min if lower else max
                 best[name][key] = pick(value, best[name].get(key, value))
-    print(f"{'':36}{'stock':>12}{'LoLA':>12}{'LoLA/stock':>12}")
-    for key, value in best["lola"].items():
-        stock = best["stock"].get(key)
-        ratio = f"{value / stock:12.2f}" if stock else ""
-        print(f"{key:36}{stock if stock is not None else float('nan'):12.1f}{value:12.1f}{ratio}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {
-            k: v.name if isinstance(v, Path) else str(v)  # names, not where they lie here
-            for k, v in vars(args).items()
-            if k not in ("out", "worker")
-        }
-        machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-        report = {"settings": settings, "machine": machine, "results": best}
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    """The processor's own name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    print_table(best)
+    write_report(args, best)
 
 
 if __name__ == "__main__":

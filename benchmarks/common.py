@@ -1,0 +1,64 @@
+"""What the benchmarks of engines share: a process per engine, and the machine's name."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+ENGINES = ("stock", "lola")
+
+
+def run_worker(name: str) -> dict[str, float]:
+    """Run this script again as `--worker NAME`; what it printed with `print_result`."""
+    command = [sys.executable, *sys.argv, "--worker", name]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        sys.exit(f"the {name} engine failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
+    found: dict[str, float] = json.loads(lines[-1].removeprefix("RESULT "))
+    return found
+
+
+def print_result(result: dict[str, float]) -> None:
+    """For `run_worker`."""
+    print("RESULT " + json.dumps(result))
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    """Both engines beside each other."""
+    print(f"{'':36}{'stock':>12}{'LoLA':>12}{'LoLA/stock':>12}")
+    for key, value in results["lola"].items():
+        stock = results["stock"].get(key)
+        ratio = f"{value / stock:12.2f}" if stock else ""
+        print(f"{key:36}{stock if stock is not None else float('nan'):12.1f}{value:12.1f}{ratio}")
+
+
+def write_report(args: Namespace, results: dict[str, Any]) -> None:
+    """Settings, machine and results as JSON, at `args.out` if that is given."""
+    if not args.out:
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        k: v.name if isinstance(v, Path) else str(v)  # names, not where they lie here
+        for k, v in vars(args).items()
+        if k not in ("out", "worker")
+    }
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    report = {"settings": settings, "machine": machine, "results": results}
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor's own name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
