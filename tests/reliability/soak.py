@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +182,8 @@ class Soak:
         body = self._body(prompt, tokens)
         async with self.http.stream("POST", "/v1/completions", json=body, timeout=timeout) as lines:
             assert lines.status_code == 200, f"status {lines.status_code}"
-            async for line in lines.aiter_lines():
-                if not line.startswith("data: {"):
+            async for line in events(lines):
+                if not line.startswith(b"data: {"):
                     continue
                 now = time.monotonic()
                 (self.next_token if pieces else self.first_token).append(now - last)
@@ -223,6 +224,15 @@ class Soak:
         text = (await self.http.get("/metrics")).text
         names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
         return sum(float(x.rsplit(" ", 1)[1]) for x in text.splitlines() if x.startswith(names))
+
+
+async def events(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Lines of an event stream; httpx ends some at U+0085 and others too, which a text may hold."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line
 
 
 def memory_mib(pid: int) -> dict[str, float]:
