@@ -134,7 +134,11 @@ readme = ROOT / "README.md"
 setup(
     packages=names,
     package_dir=folders,
-    package_data={"lola_vllm": ["py.typed"], "lola_vllm.serving": DATA},
+    package_data={
+        "lola_vllm": ["py.typed"],
+        "lola_vllm.checkpoint": ["smollm2/*"],  # the demo model's maps and adapters
+        "lola_vllm.serving": DATA,
+    },
     long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
     long_description_content_type="text/markdown",
     **extension(),

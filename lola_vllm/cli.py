@@ -86,6 +86,9 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
         "$LOLA_VLLM_CACHE or ~/.cache/lola-vllm)",
     )
     parser.add_argument("--force", action="store_true", help="replace models that are there")
+    parser.add_argument(
+        "--untrained", action="store_true", help="identity maps, not the distilled ones"
+    )
     add_state_heads(add_lola_options(parser), "kv", "kv")
 
     def run(args: argparse.Namespace) -> int:
@@ -97,10 +100,11 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
             base_out=args.base_out,
             config_overrides=lola_config_of(args),
             state_heads=args.state_heads,
+            untrained=args.untrained,
             force=args.force,
         )
         also = f"; plain Llama: {args.base_out}" if args.base_out else ""
-        summarize(args.out, config, "untrained", also)
+        summarize(args.out, config, "untrained" if args.untrained else "distilled", also)
         return 0
 
     parser.set_defaults(run=run)

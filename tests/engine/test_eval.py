@@ -14,15 +14,17 @@ ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "models"
 
 
-def evaluate(kind: str, out: Path, *options: str) -> list[dict]:
-    argv = ["eval", kind, "--model", str(MODELS / "smollm2-lola"), "--out", str(out)]
+def evaluate(kind: str, model: Path, out: Path, *options: str) -> list[dict]:
+    argv = ["eval", kind, "--model", str(model), "--out", str(out)]
     argv += ["--reference", str(MODELS / "smollm2-base"), *options]
     assert cli.main([*argv, "--engine-args", '{"dtype": "float32"}']) == 0
     return json.loads((out / f"{kind}.json").read_text())["settings"]
 
 
 @pytest.mark.slow
-def test_recall_of_a_softmax_model_of_its_equal_and_of_an_ablation(tmp_path: Path) -> None:
+def test_recall_of_a_softmax_model_of_its_equal_and_of_an_ablation(
+    tmp_path: Path, untrained: Path
+) -> None:
     rows = [
         {"name": "window", "lola_config": {"window_size": 1024}},
         {"name": "newest", "score": "newest"},
@@ -30,7 +32,7 @@ def test_recall_of_a_softmax_model_of_its_equal_and_of_an_ablation(tmp_path: Pat
     (tmp_path / "sweep.json").write_text(json.dumps(rows))
     options = ["--tasks", "niah-1", "--lengths", "512", "--samples", "4"]
     options += ["--sweep", str(tmp_path / "sweep.json")]
-    stock, window, newest = evaluate("recall", tmp_path, *options)
+    stock, window, newest = evaluate("recall", untrained, tmp_path, *options)
     for row in (stock, window):
         assert row["dtype"] == "float32" and row["selections_by_other_score"] == 0
         assert [sample["exact"] for sample in row["samples"]] == [True] * 4
@@ -50,13 +52,13 @@ def test_recall_of_a_softmax_model_of_its_equal_and_of_an_ablation(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_perplexity_of_equal_models_is_equal(tmp_path: Path) -> None:
+def test_perplexity_of_equal_models_is_equal(tmp_path: Path, untrained: Path) -> None:
     pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
     paragraphs = [p for page in sorted(pages) for p in page.read_text().split("\n\n")]
     (tmp_path / "docs.txt").write_text(SEPARATOR.join(paragraphs))
     options = ["--texts", str(tmp_path), "--windows", "2", "--window-length", "384"]
     options += ["--lola-config", '{"window_size": 1024}']
-    stock, window = evaluate("perplexity", tmp_path / "out", *options)
+    stock, window = evaluate("perplexity", untrained, tmp_path / "out", *options)
     value, low, high = stock["kinds"]["docs"]["perplexity"]
     assert 5 < low <= value <= high < 200  # neither random nor knowing the future
     assert window["kinds"]["docs"]["ratio"] == pytest.approx([1, 1, 1], abs=1e-2)

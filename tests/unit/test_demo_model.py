@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.checkpoint import CheckpointError, expected_tensors
-from lola_vllm.checkpoint.demo import build_demo_model
+from lola_vllm.checkpoint.demo import DISTILLED, build_demo_model
 from lola_vllm.checkpoint.files import read_shapes
 from lola_vllm.config import LolaLlamaConfig
 
@@ -33,10 +34,44 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
         "window_size": 64,
         "sparse_cache_size": 128,
         "sink_size": 4,
+        "mixing": "lola",
         "feature_dim": 64,
         "num_state_heads": 3,
     }
     assert {path.name for path in demo.iterdir()} == {"base", "lola"}
+    card = (demo / "lola" / "README.md").read_text()
+    assert (DISTILLED / "CARD.md").read_text() in card
+    assert "license: apache-2.0" in card
+
+
+def test_what_ships_is_small() -> None:
+    assert sum(path.stat().st_size for path in DISTILLED.iterdir()) <= 8 * 2**20
+
+
+def test_the_distilled_model_is_neither_the_base_nor_untrained(demo: Path) -> None:
+    trained, base = (load_file(demo / name / "model.safetensors") for name in ("lola", "base"))
+    for i in range(30):
+        attention = f"model.layers.{i}.self_attn."
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            weight = f"{attention}{name}.weight"
+            change = (trained[weight] - base[weight]).float().norm() / base[weight].float().norm()
+            assert 0.001 < change < 0.5, weight
+        for name in ("feature_map_q", "feature_map_k"):
+            change = (trained[attention + name].float() - torch.eye(64)).norm(dim=(1, 2))
+            assert change.min() > 0.1, attention + name
+    assert trained["model.norm.weight"].equal(base["model.norm.weight"])
+
+
+def test_untrained_on_request(tmp_path: Path) -> None:
+    build_demo_model(tmp_path / "lola", untrained=True, state_heads="query")
+    tensors = load_file(tmp_path / "lola" / "model.safetensors")
+    maps = tensors["model.layers.7.self_attn.feature_map_k"]
+    assert maps.float().equal(torch.eye(64).expand(9, 64, 64))
+
+
+def test_state_heads_of_the_distilled_maps_are_fixed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"'query'.*--untrained"):
+        build_demo_model(tmp_path / "lola", state_heads="query")
 
 
 @pytest.mark.parametrize("name", ["lola", "base"])
