@@ -14,15 +14,21 @@ def plot_losses(losses: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    layers: list[list[float]] = losses.get("transfer", [])
-    colours = matplotlib.colormaps["viridis"]
-    for i, curve in enumerate(layers):
-        left.plot(_smooth(curve), color=colours(i / max(1, len(layers) - 1)), lw=0.8)
-    left.set(title="attention transfer, one line per layer (dark: first)", xlabel="step")
-    left.set(ylabel="relative error of the output", yscale="log")
-    right.plot(_smooth(losses.get("finetune", [])))
-    right.set(title="LoRA", xlabel="step", ylabel="loss")
+    stages = [stage for stage in ("transfer", "finetune") if losses.get(stage)]
+    if not stages:
+        return
+    figure, axes = pyplot.subplots(1, len(stages), figsize=(5.5 * len(stages), 4), squeeze=False)
+    for stage, panel in zip(stages, axes[0], strict=True):
+        if stage == "transfer":
+            layers: list[list[float]] = losses[stage]
+            colours = matplotlib.colormaps["viridis"]
+            for i, curve in enumerate(layers):
+                panel.plot(_smooth(curve), color=colours(i / max(1, len(layers) - 1)), lw=0.8)
+            panel.set(title="attention transfer, one line per layer (dark: first)", xlabel="step")
+            panel.set(ylabel="relative error of the output", yscale="log")
+        else:
+            panel.plot(_smooth(losses[stage]))
+            panel.set(title="LoRA", xlabel="step", ylabel="loss")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
