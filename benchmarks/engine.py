@@ -47,6 +47,9 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
 
     longest = max(args.contexts) + args.steps + max(args.batches) + 16
     lola = args.worker == "lola"
+    overrides: dict[str, Any] = {"lola_config": args.lola_config} if lola else {}
+    if longest > stock_config(args)["max_position_embeddings"]:
+        overrides["max_position_embeddings"] = longest  # speed is asked, not sense
     llm = LLM(
         str(args.lola if lola else args.stock),
         dtype=args.dtype,
@@ -55,12 +58,17 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
         max_num_seqs=max(args.batches),
         enable_prefix_caching=False,
         kv_cache_memory_bytes=max(2 * 2**30, pool_bytes(args, longest)),
-        hf_overrides={"lola_config": args.lola_config} if lola and args.lola_config else {},
+        hf_overrides=overrides,
     )
     result: dict[str, Any] = {"start_s": time.perf_counter() - begin}
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
     if lola:
-        core = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.coordinator
-        result["mib_per_sequence"] = core.single_type_managers[0].spec.bytes_per_sequence / MIB
+        result["mib_per_sequence"] = manager.spec.bytes_per_sequence / MIB
+    for context in args.contexts:  # in the same pool
+        tokens = scheduler.kv_cache_manager.block_pool.num_gpu_blocks * manager.block_size
+        fit = manager.num_slots if lola else tokens // context
+        result[f"sequences_that_fit/{context}"] = fit
 
     engine, counter = llm.llm_engine, iter(range(10**9))
 
@@ -100,9 +108,15 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def stock_config(args: argparse.Namespace) -> dict[str, Any]:
+    """`config.json` of the stock model."""
+    found: dict[str, Any] = json.loads((args.stock / "config.json").read_text())
+    return found
+
+
 def pool_bytes(args: argparse.Namespace, longest: int) -> int:
     """Room for the largest batch in a full KV cache of the stock model, with a margin."""
-    config = json.loads((args.stock / "config.json").read_text())
+    config = stock_config(args)
     d = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     per_token = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * d
     return int(1.2 * per_token * (longest + 128) * max(args.batches))
