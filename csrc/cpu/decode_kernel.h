@@ -38,7 +38,7 @@ int64_t carve_decode(const LolaArgs& a, char* base, DecodeScratch<T>* x) {
   x->H = take_as<T>(base, F2 * dp, &used);
   x->s = take_as<T>(base, round_up<T>(F2), &used);
   x->row = take_as<T>(base, kRowChunk * dp, &used);
-  return used + carve_update<T>(a, base == nullptr ? nullptr : base + used, &x->update);
+  return used + carve_update<T>(a, false, base == nullptr ? nullptr : base + used, &x->update);
 }
 
 // Logits, then weighted values, of `heads` query heads over one run.
@@ -201,7 +201,7 @@ void decode_set(const LolaArgs& a, int64_t token, int64_t page, int64_t set, int
     copy_row(a.exact_k.at(page, kv, a.exact_row(position)), new_k, bytes);
     copy_row(a.exact_v.at(page, kv, a.exact_row(position)), new_v, bytes);
   }
-  if (a.update_due(n)) update_set<T>(a, page, set, n, x.update);
+  if (a.update_due(n)) update_alone<T>(a, page, set, n, x.update);
 }
 
 // Zeros for the query heads of a set: the answer of a row that is padding.

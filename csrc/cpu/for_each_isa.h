@@ -1,5 +1,6 @@
 // Compiles the kernel body named by LOLA_KERNEL_BODY once per instruction set, in the namespaces
-// lola::baseline, lola::avx2 and lola::avx512. No include guard: every kernel includes it once.
+// lola::baseline, lola::avx2, lola::avx512 and lola::avx512_bf16 (which also defines
+// LOLA_BF16_DOTS). No include guard: every kernel includes it once.
 //
 // The compiler is told the instruction set by pragma rather than by a flag, so one wheel holds all
 // of them and no build system needs per-file flags. Nothing from the standard library may be
@@ -62,10 +63,33 @@
 #pragma GCC pop_options
 #endif
 
-#else  // one set only: let callers name all three
+#if defined(__clang__)
+#pragma clang attribute push(                                                          \
+    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+#define LOLA_ISA avx512_bf16
+#define LOLA_BF16_DOTS 1
+#define LOLA_VEC_BYTES 64
+#include "cpu/vec.h"
+#include LOLA_KERNEL_BODY
+#undef LOLA_ISA
+#undef LOLA_VEC_BYTES
+#undef LOLA_BF16_DOTS
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else  // one set only: let callers name all
 namespace lola {
 namespace avx2 = baseline;
 namespace avx512 = baseline;
+namespace avx512_bf16 = baseline;
 }  // namespace lola
 #endif
 

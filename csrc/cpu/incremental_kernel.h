@@ -185,13 +185,22 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
   }
 }
 
+// `f` belongs to this page and set, or knows nothing.
 template <typename T>
-void update_set(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x) {
+void update_set(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Features<T>& f,
+                UpdateScratch<T>& x) {
   if (a.incremental) {
     update_incremental(a, page, set, n, x);
   } else {
-    update_direct(a, page, set, n, x);
+    update_direct(a, page, set, n, f, x);
   }
+}
+
+// An update that knows nothing of the ones before.
+template <typename T>
+void update_alone(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x) {
+  Features<T> f{x.features, 0};
+  update_set(a, page, set, n, f, x);
 }
 
 }  // namespace

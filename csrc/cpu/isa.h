@@ -3,10 +3,11 @@
 
 namespace lola {
 
-enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // The best set that this machine has, or the lower one that the environment variable
-// LOLA_VLLM_CPU_ISA ("baseline", "avx2", "avx512") asks for. Throws on any other value.
+// LOLA_VLLM_CPU_ISA ("baseline", "avx2", "avx512", "avx512_bf16") asks for. Throws on any other
+// value.
 Isa cpu_isa();
 
 }  // namespace lola

@@ -31,6 +31,9 @@ struct Kernels {
 
 Kernels kernels() {
   switch (cpu_isa()) {
+    case Isa::avx512_bf16:
+      return {avx512_bf16::lola_scratch, avx512_bf16::decode_run, avx512_bf16::sequence_run,
+              avx512_bf16::stream_run,   avx512_bf16::attend_run, avx512_bf16::update_run};
     case Isa::avx512:
       return {avx512::lola_scratch, avx512::decode_run, avx512::sequence_run,
               avx512::stream_run,   avx512::attend_run, avx512::update_run};
@@ -111,9 +114,11 @@ void prefill_cpu(const LolaArgs& a, int64_t rows, const Indices& query_start,
     return;
   }
   if (fills_threads(streams)) {
-    parallel(streams, 1, run.scratch(a, Phase::stream),
+    LolaArgs wide = a;
+    if (cpu_isa() == Isa::avx512_bf16 && a.exact_k.dtype == DType::bf16) wide.columns = 192;
+    parallel(streams, 1, run.scratch(wide, Phase::stream),
              [&](int64_t begin, int64_t end, char* memory) {
-               run.stream(a, runs.data(), begin, end, memory);
+               run.stream(wide, runs.data(), begin, end, memory);
              });
     return;
   }

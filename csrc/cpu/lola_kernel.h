@@ -4,11 +4,17 @@
 // Each of these uses the ones before it.
 #include "cpu/rows_kernel.h"
 //
+#include "cpu/candidates_kernel.h"
+//
 #include "cpu/update_kernel.h"
 //
 #include "cpu/incremental_kernel.h"
 //
 #include "cpu/decode_kernel.h"
+//
+#if LOLA_BF16_DOTS
+#include "cpu/prefill_dots_kernel.h"
+#endif
 //
 #include "cpu/prefill_kernel.h"
 
@@ -58,27 +64,48 @@ void sequence_items(const LolaArgs& a, const Sequence* sequences, int64_t begin,
   }
 }
 
+template <typename T>
+struct StreamScratch {
+  PrefillScratch<T> prefill;
+  UpdateScratch<T> update;
+  Features<T>* features;  // of each sparse set of a KV head
+};
+
+template <typename T>
+int64_t carve_stream(const LolaArgs& a, char* base, StreamScratch<T>* x) {
+  int64_t used = carve_prefill<T>(a, base, &x->prefill);
+  used += carve_update<T>(a, true, base == nullptr ? nullptr : base + used, &x->update);
+  x->features = take_as<Features<T>>(base, a.Hg / a.Hkv, &used);
+  for (int64_t i = 0; i < a.Hg / a.Hkv; ++i) {
+    T* const rows = take_as<T>(base, a.incremental ? 0 : Features<T>::size(a), &used);
+    if (base != nullptr) x->features[i] = {rows, 0};
+  }
+  return used;
+}
+
 // A run of one KV head from its first piece to its last, with no other thread to wait for.
 template <typename T>
 void stream_items(const LolaArgs& a, const Sequence* runs, int64_t begin, int64_t end,
                   char* memory) {
-  PrefillScratch<T> x;
-  UpdateScratch<T> update;
-  const int64_t used = carve_prefill<T>(a, memory, &x), sets = a.Hg / a.Hkv;
-  carve_update<T>(a, memory + used, &update);
+  StreamScratch<T> x;
+  carve_stream<T>(a, memory, &x);
+  const int64_t sets = a.Hg / a.Hkv;
   const int64_t block = query_block(a);
   for (int64_t item = begin; item < end; ++item) {
     const Sequence& run = runs[item / a.Hkv];
     const int64_t kv = item % a.Hkv;
+    for (int64_t i = 0; i < sets; ++i) x.features[i].known = 0;
     for (int64_t done = 0; done < run.count;) {
       const Sequence piece = next_piece(a, run, done);
       write_pairs(a, piece, kv);
       for (int64_t set = kv * sets; set < (kv + 1) * sets; ++set) {
         for (int64_t first = 0; first < piece.count; first += block) {
-          attend_block<T>(a, attend_item(piece, set, first, block), x);
+          attend_block<T>(a, attend_item(piece, set, first, block), x.prefill);
         }
         const int64_t n = piece.position + piece.count;
-        if (a.update_due(n)) update_set<T>(a, piece.page, set, n, update);
+        if (a.update_due(n)) {
+          update_set<T>(a, piece.page, set, n, x.features[set - kv * sets], x.update);
+        }
       }
       done += piece.count;
     }
@@ -97,21 +124,29 @@ template <typename T>
 void update_items(const LolaArgs& a, const Sequence* sequences, int64_t begin, int64_t end,
                   char* memory) {
   UpdateScratch<T> x;
-  carve_update<T>(a, memory, &x);
+  carve_update<T>(a, false, memory, &x);
   for (int64_t item = begin; item < end; ++item) {
     const Sequence& s = sequences[item / a.Hg];
-    update_set<T>(a, s.page, item % a.Hg, s.position + s.count, x);
+    update_alone<T>(a, s.page, item % a.Hg, s.position + s.count, x);
   }
 }
 
 template <typename T>
 int64_t scratch_of(const LolaArgs& a, Phase phase) {
   DecodeScratch<T> decode;
+  StreamScratch<T> stream;
   PrefillScratch<T> prefill;
   UpdateScratch<T> update;
-  if (phase == Phase::decode) return carve_decode<T>(a, nullptr, &decode);
-  const int64_t attend = phase == Phase::update ? 0 : carve_prefill<T>(a, nullptr, &prefill);
-  return attend + (phase == Phase::attend ? 0 : carve_update<T>(a, nullptr, &update));
+  switch (phase) {
+    case Phase::decode:
+      return carve_decode<T>(a, nullptr, &decode);
+    case Phase::stream:
+      return carve_stream<T>(a, nullptr, &stream);
+    case Phase::attend:
+      return carve_prefill<T>(a, nullptr, &prefill);
+    default:
+      return carve_update<T>(a, false, nullptr, &update);
+  }
 }
 
 }  // namespace

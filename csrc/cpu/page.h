@@ -35,6 +35,7 @@ struct LolaArgs {
   bool subtract_max;            // "lolcats" mixing
   int64_t window, lam, interval, sink;
   int64_t Hq, Hkv, Hs, Hg, d, F;
+  int64_t columns = 96;  // queries times heads of a block of prefill, so that logits stay in L2
 
   int64_t ring() const { return window + interval; }
   int64_t exact_row(int64_t position) const {
@@ -75,10 +76,10 @@ struct AttendItem {
 
 enum class Phase { decode, stream, attend, update };
 
-// Queries per block: about a hundred rows of logits, so that a block's stay in L2.
+// Queries per block.
 inline int64_t query_block(const LolaArgs& a) {
   const int64_t heads = a.Hq / a.Hg;
-  return heads < 96 ? 96 / heads : 1;
+  return heads < a.columns ? a.columns / heads : 1;
 }
 
 // Copies a row of d elements of the same dtype.

@@ -12,6 +12,9 @@ namespace {
 template <typename T>
 struct PrefillScratch {
   T *k, *v, *q, *q_t, *z, *y, *limit, *sum, *largest, *feature, *phi, *linear, *W, *H, *s;
+#if LOLA_BF16_DOTS
+  DotScratch dots;
+#endif
 };
 
 template <typename T>
@@ -20,11 +23,7 @@ int64_t carve_prefill(const LolaArgs& a, char* base, PrefillScratch<T>* x) {
   const int64_t keys = a.lam + a.sink + a.ring();
   const int64_t block = query_block(a), columns = round_up<T>(a.Hq / a.Hg * block);
   int64_t used = 0;
-  x->k = take_as<T>(base, keys * dp, &used);
-  x->v = take_as<T>(base, keys * dp, &used);
   x->q = take_as<T>(base, columns * dp, &used);
-  x->q_t = take_as<T>(base, a.d * columns, &used);
-  x->z = take_as<T>(base, keys * columns, &used);
   x->y = take_as<T>(base, columns * dp, &used);
   x->limit = take_as<T>(base, columns, &used);
   x->sum = take_as<T>(base, columns, &used);
@@ -35,11 +34,31 @@ int64_t carve_prefill(const LolaArgs& a, char* base, PrefillScratch<T>* x) {
   x->W = take_as<T>(base, a.d * Fp, &used);
   x->H = take_as<T>(base, F2 * dp, &used);
   x->s = take_as<T>(base, round_up<T>(F2), &used);
+#if LOLA_BF16_DOTS
+  if (sizeof(T) == 4 && takes_dots(a)) {
+    return used + carve_dots(a, base == nullptr ? nullptr : base + used, &x->dots);
+  }
+#endif
+  x->k = take_as<T>(base, keys * dp, &used);
+  x->v = take_as<T>(base, keys * dp, &used);
+  x->q_t = take_as<T>(base, a.d * columns, &used);
+  x->z = take_as<T>(base, keys * columns, &used);
   return used;
 }
 
-// Keys and values as T, in the order sparse cache, sinks, window: `keys` of them, of which query
-// column m sees the first limit[m]. Returns their number.
+// Query column m sees the first limit[m] of the keys, which are in the order sparse cache, sinks,
+// window. Columns of padding see what the first ones see.
+template <typename T>
+void set_limits(const LolaArgs& a, const AttendItem& item, int64_t columns, T* limit) {
+  const int64_t cached = a.num_sparse(item.position), start = a.window_start(item.position);
+  for (int64_t m = 0; m < columns; ++m) {
+    const int64_t p = item.position + item.first + m % item.count;
+    const int64_t exact = p < a.sink ? p + 1 : a.sink + p - start + 1;
+    limit[m] = static_cast<T>(cached + exact);
+  }
+}
+
+// Keys and values as T. Returns their number.
 template <typename T>
 int64_t gather_keys(const LolaArgs& a, const AttendItem& item, PrefillScratch<T>& x) {
   const int64_t d = a.d, dp = round_up<T>(d), kv = item.set / (a.Hg / a.Hkv), page = item.page;
@@ -59,14 +78,6 @@ int64_t gather_keys(const LolaArgs& a, const AttendItem& item, PrefillScratch<T>
     const int64_t row = a.exact_row(p);
     load_row(x.k + n * dp, a.exact_k.at(page, kv, row), a.exact_k.dtype, d, dp);
     load_row(x.v + n * dp, a.exact_v.at(page, kv, row), a.exact_v.dtype, d, dp);
-  }
-  const int64_t heads = a.Hq / a.Hg;
-  for (int64_t t = 0; t < item.count; ++t) {
-    const int64_t p = item.position + item.first + t;
-    const int64_t exact = p < a.sink ? p + 1 : a.sink + p - start + 1;
-    for (int64_t h = 0; h < heads; ++h) {
-      x.limit[h * item.count + t] = static_cast<T>(cached + exact);
-    }
   }
   return n;
 }
@@ -94,22 +105,28 @@ void softmax_columns(T* z, int64_t keys, int64_t columns, const T* limit, T* sum
   }
 }
 
+// Softmax attention of a block's queries with the exact pairs: fills x.y, not divided by the sums
+// yet, x.sum and x.largest.
 template <typename T>
-void attend_block(const LolaArgs& a, const AttendItem& item, PrefillScratch<T>& x) {
-  const int64_t d = a.d, dp = round_up<T>(d), heads = a.Hq / a.Hg, first_head = item.set * heads;
-  const int64_t L = item.count, M = heads * L, columns = round_up<T>(M);
+void attend_exact(const LolaArgs& a, const AttendItem& item, PrefillScratch<T>& x) {
+  const int64_t d = a.d, dp = round_up<T>(d), M = a.Hq / a.Hg * item.count;
+  const int64_t columns = round_up<T>(M);
   const T scale = T(1) / __builtin_sqrt(static_cast<T>(d));
   for (int64_t m = 0; m < columns; ++m) {
-    T* const q = x.q + m * dp;
-    if (m < M) load_row(q, a.q.at(item.token + m % L, first_head + m / L), a.q.dtype, d, dp);
+    const T* const q = x.q + m * dp;
     for (int64_t j = 0; j < d; ++j) x.q_t[j * columns + m] = m < M ? q[j] * scale : T(0);
   }
   const int64_t keys = gather_keys(a, item, x);
-  for (int64_t m = M; m < columns; ++m) x.limit[m] = static_cast<T>(keys);
   gemm<T>(x.k, dp, x.q_t, columns, x.z, columns, keys, columns, d);
   softmax_columns(x.z, keys, columns, x.limit, x.sum, x.largest);
   gemm_transposed<T>(x.z, columns, x.v, dp, x.y, dp, M, dp, keys);
+}
 
+// The answers of a block: what attend_exact() found, mixed with the hidden state.
+template <typename T>
+void mix_block(const LolaArgs& a, const AttendItem& item, PrefillScratch<T>& x) {
+  const int64_t d = a.d, dp = round_up<T>(d), heads = a.Hq / a.Hg, first_head = item.set * heads;
+  const int64_t L = item.count;
   const bool linear = a.num_folded(item.position) > 0;
   const int64_t F2 = 2 * a.F, Fp = round_up<T>(a.F), phi_ld = round_up<T>(F2) + kLanes<T>;
   const SreArgs& r = a.recall;
@@ -153,6 +170,26 @@ void attend_block(const LolaArgs& a, const AttendItem& item, PrefillScratch<T>& 
       store_row(a.out.at(item.token + t, head), y, a.out.dtype, d);
     }
   }
+}
+
+template <typename T>
+void attend_block(const LolaArgs& a, const AttendItem& item, PrefillScratch<T>& x) {
+  const int64_t dp = round_up<T>(a.d), L = item.count, M = a.Hq / a.Hg * L;
+  for (int64_t m = 0; m < M; ++m) {
+    const char* const q = a.q.at(item.token + m % L, item.set * (a.Hq / a.Hg) + m / L);
+    load_row(x.q + m * dp, q, a.q.dtype, a.d, dp);
+  }
+  set_limits(a, item, round_up<T>(M), x.limit);
+#if LOLA_BF16_DOTS
+  if constexpr (sizeof(T) == 4) {
+    if (takes_dots(a)) {
+      attend_dots(a, item, x.dots, {x.y, x.limit, x.sum, x.largest});
+      return mix_block(a, item, x);
+    }
+  }
+#endif
+  attend_exact(a, item, x);
+  mix_block(a, item, x);
 }
 
 }  // namespace

@@ -57,25 +57,18 @@ LOLA_INLINE void feature_map(T* y, int64_t F, T* phi) {
   }
 }
 
-// SRE of `count` candidates in scratch (k rows of d, v rows of whole vectors) for one state head;
-// writes squares' roots to `errors`, strided by 1.
+// SRE of `count` candidates of one state head from their features and, in scratch, their values as
+// rows of whole vectors. `phi` has the stride of x.phi.
 template <typename T>
-void head_errors(const SreArgs& a, const SreScratch<T>& x, int64_t page, int64_t head,
-                 int64_t count, T* errors) {
-  const int64_t F2 = 2 * a.F, Fp = round_up<T>(a.F), dp = round_up<T>(a.d);
-  const int64_t phi_ld = round_up<T>(F2) + kLanes<T>;
-  int64_t W_ld, H_ld;
-  const T* W = padded_matrix<T>(a.feature_map_k.at(head), a.feature_map_k.dtype,
-                                a.feature_map_k.stride[1], a.d, a.F, x.W, &W_ld);
+void recall_errors(const SreArgs& a, const SreScratch<T>& x, const T* phi, int64_t page,
+                   int64_t head, int64_t count, T* errors) {
+  const int64_t F2 = 2 * a.F, dp = round_up<T>(a.d), phi_ld = round_up<T>(F2) + kLanes<T>;
+  int64_t H_ld;
   const T* H = padded_matrix<T>(a.H.at(page, head), a.H.dtype, a.H.stride[2], F2, a.d, x.H, &H_ld);
   load_row(x.s, a.s.at(page, head), a.s.dtype, F2, round_up<T>(F2));
+  gemm<T>(phi, phi_ld, H, H_ld, x.predicted, dp, count, dp, F2);
 
-  gemm<T>(x.k, a.d, W, W_ld, x.y, Fp, count, Fp, a.d);
-  for (int64_t e = 0; e < count; ++e) feature_map(x.y + e * Fp, a.F, x.phi + e * phi_ld);
-  gemm<T>(x.phi, phi_ld, H, H_ld, x.predicted, dp, count, dp, F2);
-
-  for (int64_t e = 0; e < count; ++e) {
-    const T* phi = x.phi + e * phi_ld;
+  for (int64_t e = 0; e < count; ++e, phi += phi_ld) {
     Vec<T> z{};
     for (int64_t i = 0; i < round_up<T>(F2); i += kLanes<T>)
       z = fma(load(phi + i), load(x.s + i), z);
@@ -87,6 +80,19 @@ void head_errors(const SreArgs& a, const SreScratch<T>& x, int64_t page, int64_t
     }
     errors[e] = __builtin_sqrt(reduce<Sum>(sum));
   }
+}
+
+// The same from keys in scratch, rows of d.
+template <typename T>
+void head_errors(const SreArgs& a, const SreScratch<T>& x, int64_t page, int64_t head,
+                 int64_t count, T* errors) {
+  const int64_t Fp = round_up<T>(a.F), phi_ld = round_up<T>(2 * a.F) + kLanes<T>;
+  int64_t W_ld;
+  const T* W = padded_matrix<T>(a.feature_map_k.at(head), a.feature_map_k.dtype,
+                                a.feature_map_k.stride[1], a.d, a.F, x.W, &W_ld);
+  gemm<T>(x.k, a.d, W, W_ld, x.y, Fp, count, Fp, a.d);
+  for (int64_t e = 0; e < count; ++e) feature_map(x.y + e * Fp, a.F, x.phi + e * phi_ld);
+  recall_errors(a, x, x.phi, page, head, count, errors);
 }
 
 // sums[i] (+)= errors[i] / ||v_i||. Each error is divided before it is summed: against an empty

@@ -24,10 +24,10 @@ constexpr int64_t kThreadWork = 2'000'000;
 
 void sre_scores_cpu(const SreArgs& args) {
   const Isa isa = cpu_isa();
-  const auto scratch = isa == Isa::avx512 ? avx512::sre_scratch
+  const auto scratch = isa >= Isa::avx512 ? avx512::sre_scratch
                        : isa == Isa::avx2 ? avx2::sre_scratch
                                           : baseline::sre_scratch;
-  const auto run = isa == Isa::avx512 ? avx512::sre_run
+  const auto run = isa >= Isa::avx512 ? avx512::sre_run
                    : isa == Isa::avx2 ? avx2::sre_run
                                       : baseline::sre_run;
 

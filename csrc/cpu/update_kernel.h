@@ -11,37 +11,25 @@ constexpr int64_t kUpdateBlock = 48;  // candidates scored at once: whole tiles,
 template <typename T>
 struct UpdateScratch {
   SreScratch<T> recall;
-  T *scores, *phi_t, *delta, *newcomer, *new_phi, *folded, *products;
+  T *scores, *delta, *newcomer, *new_phi, *folded, *products, *features;
   int32_t *positions, *order, *losers;
   unsigned char* keep;
 };
 
-// The next `bytes` of a block of memory, from a cache line on; null stays null.
-inline char* take(char* base, int64_t bytes, int64_t* used) {
-  char* const p = base == nullptr ? nullptr : base + *used;
-  *used += (bytes + 63) / 64 * 64;
-  return p;
-}
-
-template <typename T>
-inline T* take_as(char* base, int64_t count, int64_t* used) {
-  return reinterpret_cast<T*>(take(base, count * static_cast<int64_t>(sizeof(T)), used));
-}
-
 // Divides one block of memory into the buffers; returns the bytes needed (with null: only that).
 template <typename T>
-int64_t carve_update(const LolaArgs& a, char* base, UpdateScratch<T>* x) {
+int64_t carve_update(const LolaArgs& a, bool stream, char* base, UpdateScratch<T>* x) {
   const int64_t E = a.lam + a.interval, F2 = 2 * a.F, dp = round_up<T>(a.d);
-  const int64_t folds = a.interval < kUpdateBlock ? a.interval : kUpdateBlock;
   int64_t used = 0;
   x->scores = take_as<T>(base, E, &used);
-  x->phi_t = take_as<T>(base, F2 * round_up<T>(folds), &used);
   x->delta = take_as<T>(base, F2 * dp, &used);
   const int64_t share = a.Hs / a.Hg, phi_ld = round_up<T>(F2) + kLanes<T>;
   x->newcomer = take_as<T>(base, 4 * share, &used);
   x->new_phi = take_as<T>(base, share * phi_ld, &used);
   x->folded = take_as<T>(base, 2 * phi_ld, &used);
   x->products = take_as<T>(base, 3 * round_up<T>(a.lam), &used);
+  // A run of a stream has features of its own.
+  x->features = take_as<T>(base, a.incremental || stream ? 0 : Features<T>::size(a), &used);
   x->positions = take_as<int32_t>(base, E, &used);
   x->order = take_as<int32_t>(base, E, &used);
   x->losers = take_as<int32_t>(base, E, &used);
@@ -51,40 +39,16 @@ int64_t carve_update(const LolaArgs& a, char* base, UpdateScratch<T>* x) {
   return used;
 }
 
-// The candidates of an update: cached pairs by slot, then evicted ones by position.
-struct Candidates {
-  const LolaArgs& a;
-  int64_t page, set, cached, start, count;
-
-  Candidates(const LolaArgs& args, int64_t page_, int64_t set_, int64_t n)
-      : a(args),
-        page(page_),
-        set(set_),
-        cached(args.num_sparse(n - args.interval)),
-        start(args.window_start(n - args.interval)),
-        count(cached + args.window_start(n) - start) {}
-
-  int64_t kv_head() const { return set / (a.Hg / a.Hkv); }
-  LOLA_INLINE const char* k(int64_t i) const {
-    return i < cached ? a.sparse_k.at(page, set, i)
-                      : a.exact_k.at(page, kv_head(), a.exact_row(start + i - cached));
-  }
-  LOLA_INLINE const char* v(int64_t i) const {
-    return i < cached ? a.sparse_v.at(page, set, i)
-                      : a.exact_v.at(page, kv_head(), a.exact_row(start + i - cached));
-  }
-};
-
 // Scores of all candidates into x.scores: SRE, or the norm-relative mean over a set's state heads.
 template <typename T>
-void score(const LolaArgs& a, const Candidates& c, bool empty, UpdateScratch<T>& x) {
+void score(const LolaArgs& a, const Candidates& c, bool empty, const Features<T>& f,
+           UpdateScratch<T>& x) {
   const int64_t share = a.Hs / a.Hg, d = a.d, dp = round_up<T>(d);
   T* const errors = x.recall.errors;
   for (int64_t first = 0; first < c.count; first += kUpdateBlock) {
     const int64_t left = c.count - first, size = left < kUpdateBlock ? left : kUpdateBlock;
     for (int64_t i = 0; i < size; ++i) {
       load_row(x.recall.v + i * dp, c.v(first + i), a.exact_v.dtype, d, dp);
-      if (!empty) load_row(x.recall.k + i * d, c.k(first + i), a.exact_k.dtype, d, d);
     }
     T* const scores = x.scores + first;
     for (int64_t j = 0; j < share; ++j) {
@@ -92,7 +56,8 @@ void score(const LolaArgs& a, const Candidates& c, bool empty, UpdateScratch<T>&
       if (empty) {
         for (int64_t i = 0; i < size; ++i) out[i] = norm(x.recall.v + i * dp, dp);
       } else {
-        head_errors<T>(a.recall, x.recall, c.page, c.set * share + j, size, out);
+        recall_errors<T>(a.recall, x.recall, f.row(a, j, first), c.page, c.set * share + j, size,
+                         out);
       }
       if (share > 1) add_relative(x.recall.v, dp, errors, size, j == 0, scores);
     }
@@ -100,32 +65,35 @@ void score(const LolaArgs& a, const Candidates& c, bool empty, UpdateScratch<T>&
   }
 }
 
-// H += sum phi(k) v^T and s += sum phi(k) over the losers, for one state head. `fresh`: H and s
-// hold leftovers and are written instead.
+// H += sum phi(k) v^T and s += sum phi(k) over the losers, for state head j of the set. `fresh`: H
+// and s hold leftovers and are written instead.
 template <typename T>
-void fold(const LolaArgs& a, const Candidates& c, int64_t head, int64_t losers, bool fresh,
-          UpdateScratch<T>& x) {
-  const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, Fp = round_up<T>(a.F);
-  const int64_t phi_ld = round_up<T>(F2) + kLanes<T>;
+void fold(const LolaArgs& a, const Candidates& c, int64_t j, int64_t losers, bool fresh,
+          const Features<T>& features, UpdateScratch<T>& x) {
+  const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, phi_ld = Features<T>::stride(a);
+  const int64_t head = c.set * (a.Hs / a.Hg) + j;
   const SreArgs& r = a.recall;
-  int64_t W_ld;
-  const T* W = padded_matrix<T>(r.feature_map_k.at(head), r.feature_map_k.dtype,
-                                r.feature_map_k.stride[1], d, a.F, x.recall.W, &W_ld);
   for (int64_t first = 0; first < losers; first += kUpdateBlock) {
     const int64_t left = losers - first, size = left < kUpdateBlock ? left : kUpdateBlock;
+    const bool write = fresh && first == 0;
+    T* const s = x.recall.s;
+    if (write) {
+      for (int64_t f = 0; f < round_up<T>(F2); ++f) s[f] = 0;
+    } else {
+      load_row(s, r.s.at(c.page, head), r.s.dtype, F2, round_up<T>(F2));
+    }
     for (int64_t i = 0; i < size; ++i) {
-      load_row(x.recall.k + i * d, c.k(x.losers[first + i]), a.exact_k.dtype, d, d);
+      const T* const from = features.row(a, j, x.losers[first + i]);
+      T* const phi = x.recall.phi + i * phi_ld;
+      for (int64_t f = 0; f < round_up<T>(F2); f += kLanes<T>) {
+        const Vec<T> y = load(from + f);
+        store<T>(phi + f, y);
+        store<T>(s + f, load(s + f) + y);
+      }
       load_row(x.recall.v + i * dp, c.v(x.losers[first + i]), a.exact_v.dtype, d, dp);
     }
-    gemm<T>(x.recall.k, d, W, W_ld, x.recall.y, Fp, size, Fp, d);
-    const int64_t t_ld = round_up<T>(size);
-    for (int64_t i = 0; i < size; ++i) {
-      T* const phi = x.recall.phi + i * phi_ld;
-      feature_map(x.recall.y + i * Fp, a.F, phi);
-      for (int64_t f = 0; f < F2; ++f) x.phi_t[f * t_ld + i] = phi[f];
-    }
-    gemm<T>(x.phi_t, t_ld, x.recall.v, dp, x.delta, dp, F2, dp, size);
-    const bool write = fresh && first == 0;
+    store_row(r.s.at(c.page, head), s, r.s.dtype, F2);
+    gemm_transposed<T>(x.recall.phi, phi_ld, x.recall.v, dp, x.delta, dp, F2, dp, size);
     for (int64_t f = 0; f < F2; ++f) {
       char* const row = r.H.at(c.page, head, f);
       T* const sum = x.recall.predicted;  // one row of scratch
@@ -133,26 +101,18 @@ void fold(const LolaArgs& a, const Candidates& c, int64_t head, int64_t losers, 
         store_row(row, x.delta + f * dp, r.H.dtype, d);
       } else {
         load_row(sum, row, r.H.dtype, d, dp);
-        for (int64_t j = 0; j < dp; j += kLanes<T>) {
-          store<T>(sum + j, load(sum + j) + load(x.delta + f * dp + j));
+        for (int64_t i = 0; i < dp; i += kLanes<T>) {
+          store<T>(sum + i, load(sum + i) + load(x.delta + f * dp + i));
         }
         store_row(row, sum, r.H.dtype, d);
       }
     }
-    T* const s = x.recall.s;
-    load_row(s, r.s.at(c.page, head), r.s.dtype, F2, round_up<T>(F2));
-    for (int64_t f = 0; f < F2; ++f) {
-      T sum = write ? T(0) : s[f];
-      for (int64_t i = 0; i < size; ++i) sum += x.phi_t[f * t_ld + i];
-      s[f] = sum;
-    }
-    store_row(r.s.at(c.page, head), s, r.s.dtype, F2);
   }
 }
 
 // The i-th kept newcomer goes to the i-th slot that is empty or whose pair was folded.
 template <typename T>
-void replace(const LolaArgs& a, const Candidates& c, UpdateScratch<T>& x) {
+void replace(const LolaArgs& a, const Candidates& c, Features<T>& f, UpdateScratch<T>& x) {
   const int64_t row_bytes = a.d * size_of(a.exact_k.dtype);
   int32_t* const positions = a.position_row(c.page, c.set);
   int64_t slot = 0;
@@ -161,30 +121,37 @@ void replace(const LolaArgs& a, const Candidates& c, UpdateScratch<T>& x) {
     while (slot < c.cached && x.keep[slot]) ++slot;
     copy_row(a.sparse_k.at(c.page, c.set, slot), c.k(i), row_bytes);
     copy_row(a.sparse_v.at(c.page, c.set, slot), c.v(i), row_bytes);
+    for (int64_t j = 0; i < f.known && i != slot && j < a.Hs / a.Hg; ++j) {
+      const int64_t bytes = Features<T>::stride(a) * static_cast<int64_t>(sizeof(T));
+      copy_row(reinterpret_cast<char*>(f.row(a, j, slot)),
+               reinterpret_cast<const char*>(f.row(a, j, i)), bytes);
+    }
     positions[slot++] = x.positions[i];
   }
+  if (f.known > a.lam) f.known = a.lam;
 }
 
 // The update of one page, which just reached n tokens, and one sparse set, scoring directly.
 template <typename T>
-void update_direct(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x) {
+void update_direct(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Features<T>& f,
+                   UpdateScratch<T>& x) {
   const Candidates c(a, page, set, n);
   const int32_t* const known = a.position_row(page, set);
   for (int64_t i = 0; i < c.count; ++i) {
     x.positions[i] = i < c.cached ? known[i] : static_cast<int32_t>(c.start + i - c.cached);
   }
   const bool empty = a.num_folded(n - a.interval) == 0;
-  if (c.count > a.lam && a.lam > 0) score(a, c, empty, x);  // else there is nothing to choose
+  if (c.count > a.lam) map_candidates(a, c, x.recall, kUpdateBlock, f);
+  if (c.count > a.lam && a.lam > 0) score(a, c, empty, f, x);  // else there is nothing to choose
   select_largest(x.scores, x.positions, c.count, a.lam, x.order, x.keep);
   int64_t losers = 0;
   for (int64_t i = 0; i < c.count; ++i) {
     if (!x.keep[i]) x.losers[losers++] = static_cast<int32_t>(i);
   }
   if (losers > 0) {
-    const int64_t share = a.Hs / a.Hg;
-    for (int64_t j = 0; j < share; ++j) fold(a, c, set * share + j, losers, empty, x);
+    for (int64_t j = 0; j < a.Hs / a.Hg; ++j) fold(a, c, j, losers, empty, f, x);
   }
-  replace(a, c, x);
+  replace(a, c, f, x);
 }
 
 }  // namespace

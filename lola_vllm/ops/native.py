@@ -17,7 +17,7 @@ from lola_vllm.state import StateLayout, StateViews
 
 logger = logging.getLogger("vllm.lola")
 
-ISA_NAMES = ("baseline", "avx2", "avx512")
+ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def load() -> bool:
 
 
 def cpu_isa() -> str:
-    """Instruction set of the CPU kernels: "baseline", "avx2" or "avx512".
+    """Instruction set of the CPU kernels: "baseline", "avx2", "avx512" or "avx512_bf16".
 
     The best this machine has, or the lower one that the environment variable LOLA_VLLM_CPU_ISA
     named when the first kernel ran. Needs `load()`.

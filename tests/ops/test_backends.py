@@ -190,6 +190,19 @@ def test_bfloat16_state_is_close(ops):
     torch.testing.assert_close(out.double(), problem.reference()[0], rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("d", [8, 16, 24, 64, 80])
+@pytest.mark.parametrize("group", [1, 3, 5])
+def test_bfloat16_prefill_equals_the_reference(ops, d, group):
+    """Heads of whole vectors are multiplied as bfloat16 where the machine can."""
+    config = LolaConfig(window_size=37, sparse_cache_size=53, feature_dim=8, sink_size=3)
+    problem = make_problem(260, config, group=group, d=d, dtype=torch.bfloat16, scale=2.0)
+    expected, _ = problem.reference()
+    for cuts in ([], [1, 38, 39, 150]):
+        out, layout, views = run(ops, problem, cuts)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+        assert_state_matches(problem, layout, views, 2, 260, rtol=1e-4, atol=1e-4)
+
+
 def test_incremental_scores_make_the_same_choices_for_thousands_of_tokens():
     """Interval 1: moments kept up to date against scores computed anew, in float32."""
     assert native.load()

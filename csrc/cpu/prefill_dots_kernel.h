@@ -1,0 +1,296 @@
+// Kernel body of prefill where the machine multiplies bfloat16: softmax attention of a block of
+// queries with bfloat16 keys and values, by dot products of pairs of elements.
+//
+// Logits are keys by columns of queries, as in prefill_kernel.h. A pair of a key's elements is
+// broadcast from where it lies, so keys are never copied; of values two rows are interleaved.
+// Products of bfloat16 are exact in float32, where all sums run. The softmax weights are rounded to
+// bfloat16, as the answer is; their sum is that of the unrounded ones.
+// Included by for_each_isa.h through lola_kernel.h, for sets that have the instruction.
+
+namespace lola {
+namespace LOLA_ISA {
+namespace {
+
+constexpr int64_t kPanelVecs = 4;   // vectors of query columns that share a pass over the keys
+constexpr int64_t kDotKeys = 6;     // keys, or columns, of a tile: with 4 vectors 24 accumulators
+constexpr int64_t kPairBlock = 64;  // pairs of keys whose weights and values lie in L1
+
+struct DotScratch {
+  const char **k, **v;              // rows of the keys and values
+  uint32_t *q_pairs, *v_pairs, *p;  // pairs along d; pairs of rows; pairs of weights
+  float* z;
+  int64_t keys, columns;
+};
+
+// What is read and written per column: as in PrefillScratch.
+struct DotColumns {
+  float *y, *limit, *sum, *largest;
+};
+
+// c + the products of the pairs in a and b.
+LOLA_INLINE Vec<float> dot_pairs(Words a, Words b, Vec<float> c) {
+  return _mm512_dpbf16_ps(c, bits<__m512bh>(a), bits<__m512bh>(b));
+}
+
+LOLA_INLINE Words load_words(const void* p) {
+  Words x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+// In a register of its own: folded into its uses it would be loaded once for each.
+LOLA_INLINE Words broadcast_pair(const void* p) {
+  uint32_t x;
+  __builtin_memcpy(&x, p, sizeof x);
+  Words y = bits<Words>(_mm512_set1_epi32(static_cast<int>(x)));
+  __asm__("" : "+v"(y));
+  return y;
+}
+
+// 2^x with a relative error below 4e-6, which is ample for weights of 8 bits; 0 far below.
+LOLA_INLINE Vec<float> exp2_short(Vec<float> x) {
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<float> r = x - n;
+  Vec<float> y = splat(0.009570101f);
+  y = fma(y, r, splat(0.055917863f));
+  y = fma(y, r, splat(0.24024744f));
+  y = fma(y, r, splat(0.69312179f));
+  y = fma(y, r, splat(0.99999928f));
+  return _mm512_scalef_ps(y, n);
+}
+
+// Logits in units of ln 2 of a tile of keys from `first` on, for V vectors of columns at `m`.
+template <int V>
+LOLA_INLINE void logit_tile(const DotScratch& x, const float* limit, int64_t m, int64_t first,
+                            int64_t d, float scale, int64_t all, Vec<float>* high) {
+  Vec<float> acc[kDotKeys][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < kDotKeys; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) acc[i][j] = Vec<float>{};
+  }
+  const char* const* k = x.k + first;
+  const char *k0 = k[0], *k1 = k[1], *k2 = k[2], *k3 = k[3], *k4 = k[4], *k5 = k[5];
+  const uint32_t* q = x.q_pairs + m;
+  for (int64_t p = 0; p < d * 2; p += 4, q += x.columns) {
+    Words b[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) b[j] = load_words(q + j * kLanes<float>);
+    const char* const rows[kDotKeys] = {k0, k1, k2, k3, k4, k5};
+#pragma GCC unroll 8
+    for (int i = 0; i < kDotKeys; ++i) {
+      const Words y = broadcast_pair(rows[i] + p);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[i][j] = dot_pairs(y, b[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kDotKeys; ++i) {
+    float* const z = x.z + (first + i) * kPanelVecs * kLanes<float>;
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) {
+      const Vec<float> logit = acc[i][j] * scale;
+      store<float>(z + j * kLanes<float>, logit);
+      const Vec<float> more = max(logit, high[j]);
+      if (first + i < all) {
+        high[j] = more;
+      } else {
+        const Vec<float> visible = load(limit + m + j * kLanes<float>);
+        high[j] = splat(static_cast<float>(first + i)) < visible ? more : high[j];
+      }
+    }
+  }
+}
+
+// The weights of a pair of keys from their logits, rounded, for one vector of columns.
+LOLA_INLINE Words weigh(const float* z, int64_t ld, Vec<float> high, int64_t key, int64_t all,
+                        Vec<float> visible, Vec<float>* total) {
+  Vec<float> even = exp2_short(load(z) - high), odd = exp2_short(load(z + ld) - high);
+  if (key + 1 >= all) {
+    even = splat(static_cast<float>(key)) < visible ? even : Vec<float>{};
+    odd = splat(static_cast<float>(key + 1)) < visible ? odd : Vec<float>{};
+  }
+  *total += even;
+  *total += odd;
+  const __m512i halves = bits<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
+  const __m512i top = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
+  return bits<Words>(_mm512_or_si512(low, _mm512_slli_epi32(top, 16)));
+}
+
+// y[R rows of columns][V vectors] += weights of `pairs` pairs of keys times their values.
+template <int R, int V>
+LOLA_INLINE void value_tile(const uint32_t* p, const uint32_t* v, int64_t d, int64_t pairs,
+                            float* y) {
+  Vec<float> acc[R][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) acc[i][j] = load(y + i * d + j * kLanes<float>);
+  }
+  for (int64_t k = 0; k < pairs; ++k, v += d, p += kPanelVecs * kLanes<float>) {
+    Words b[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) b[j] = load_words(v + j * kLanes<float>);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const Words w = broadcast_pair(p + i);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[i][j] = dot_pairs(w, b[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) store<float>(y + i * d + j * kLanes<float>, acc[i][j]);
+  }
+}
+
+template <int V>
+LOLA_INLINE void value_columns(const uint32_t* p, const uint32_t* v, int64_t d, int64_t pairs,
+                               int64_t columns, float* y) {
+  int64_t m = 0;
+  for (; m + kDotKeys <= columns; m += kDotKeys) {
+    value_tile<kDotKeys, V>(p + m, v, d, pairs, y + m * d);
+  }
+  // Columns are whole vectors: what is left is a multiple of two.
+  if (columns - m == 4) {
+    value_tile<4, V>(p + m, v, d, pairs, y + m * d);
+  } else if (columns - m == 2) {
+    value_tile<2, V>(p + m, v, d, pairs, y + m * d);
+  }
+}
+
+// Attention of V vectors of columns from m on: unnormalized sums of values into y.
+template <int V>
+void attend_panel(const DotScratch& x, const DotColumns& c, int64_t m, int64_t d, float scale) {
+  constexpr int64_t ld = kPanelVecs * kLanes<float>;
+  Vec<float> high[V], total[V], fewest = load(c.limit + m);
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) {
+    high[j] = splat(-__builtin_inff());
+    total[j] = Vec<float>{};
+    fewest = min(load(c.limit + m + j * kLanes<float>), fewest);
+  }
+  const int64_t all = static_cast<int64_t>(reduce<Min>(fewest));
+  for (int64_t first = 0; first < x.keys; first += kDotKeys) {
+    logit_tile<V>(x, c.limit, m, first, d, scale, all, high);
+  }
+  float* const y = c.y + m * d;
+  for (int64_t i = 0; i < V * kLanes<float> * d; i += kLanes<float>) {
+    store<float>(y + i, Vec<float>{});
+  }
+  const int64_t pairs = (x.keys + 1) / 2;
+  for (int64_t block = 0; block < pairs; block += kPairBlock) {
+    const int64_t left = pairs - block, count = left < kPairBlock ? left : kPairBlock;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t key = 2 * (block + i);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) {
+        const int64_t at = j * kLanes<float>;
+        const Words w =
+            weigh(x.z + key * ld + at, ld, high[j], key, all, load(c.limit + m + at), &total[j]);
+        __builtin_memcpy(x.p + i * ld + at, &w, sizeof w);
+      }
+    }
+    const uint32_t* const v = x.v_pairs + block * d;
+    int64_t e = 0;
+    for (; e + 4 * kLanes<float> <= d; e += 4 * kLanes<float>) {
+      value_columns<4>(x.p, v + e, d, count, V * kLanes<float>, y + e);
+    }
+    for (; e < d; e += kLanes<float>) {
+      value_columns<1>(x.p, v + e, d, count, V * kLanes<float>, y + e);
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) {
+    store<float>(c.sum + m + j * kLanes<float>, total[j]);
+    store<float>(c.largest + m + j * kLanes<float>, high[j] * 0.69314718056f);
+  }
+}
+
+// Whether rows of this call can be taken in pairs of elements as they lie.
+inline bool takes_dots(const LolaArgs& a) {
+  return a.exact_k.dtype == DType::bf16 && a.q.dtype == DType::bf16 && a.d % kLanes<float> == 0;
+}
+
+inline int64_t carve_dots(const LolaArgs& a, char* base, DotScratch* x) {
+  const int64_t keys = a.lam + a.sink + a.ring() + kDotKeys, d = a.d;
+  const int64_t columns = round_up<float>(a.Hq / a.Hg * query_block(a));
+  int64_t used = 0;
+  x->k = take_as<const char*>(base, keys, &used);
+  x->v = take_as<const char*>(base, keys, &used);
+  x->q_pairs = take_as<uint32_t>(base, d / 2 * columns, &used);
+  x->v_pairs = take_as<uint32_t>(base, (keys + 1) / 2 * d, &used);
+  x->p = take_as<uint32_t>(base, kPairBlock * kPanelVecs * kLanes<float>, &used);
+  x->z = take_as<float>(base, keys * kPanelVecs * kLanes<float>, &used);
+  return used;
+}
+
+// Rows of keys and values in the order sparse cache, sinks, window. Returns their number; the rows
+// up to a whole tile repeat the last one, which no query sees.
+inline int64_t list_keys(const LolaArgs& a, const AttendItem& item, DotScratch& x) {
+  const int64_t kv = item.set / (a.Hg / a.Hkv), page = item.page;
+  const int64_t end = item.position + item.first + item.count;
+  const int64_t cached = a.num_sparse(item.position), start = a.window_start(item.position);
+  const int64_t sinks = end < a.sink ? end : a.sink;
+  int64_t n = 0;
+  for (; n < cached; ++n) {
+    x.k[n] = a.sparse_k.at(page, item.set, n);
+    x.v[n] = a.sparse_v.at(page, item.set, n);
+  }
+  for (int64_t i = 0; i < sinks + (end > start ? end - start : 0); ++i, ++n) {
+    const int64_t row = i < sinks ? i : a.exact_row(start + i - sinks);
+    x.k[n] = a.exact_k.at(page, kv, row);
+    x.v[n] = a.exact_v.at(page, kv, row);
+  }
+  for (int64_t i = n; i % kDotKeys != 0; ++i) x.k[i] = x.k[n - 1];
+  return n;
+}
+
+// Two rows of values, element by element; zeros for a second row that is not there.
+inline void interleave_rows(const char* even, const char* odd, int64_t d, uint32_t* out) {
+  for (int64_t i = 0; i < d; i += kLanes<float>) {
+    const __m512i low =
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + 2 * i)));
+    __m512i top = _mm512_setzero_si512();
+    if (odd != nullptr) {
+      top =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + 2 * i)));
+    }
+    _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_slli_epi32(top, 16)));
+  }
+}
+
+// Fills y, sum and largest of a block's columns; y is not divided by the sums yet.
+inline void attend_dots(const LolaArgs& a, const AttendItem& item, DotScratch& x,
+                        const DotColumns& c) {
+  const int64_t d = a.d, heads = a.Hq / a.Hg, L = item.count, M = heads * L;
+  x.columns = round_up<float>(M);
+  for (int64_t m = 0; m < x.columns; ++m) {
+    const char* const q = m < M ? a.q.at(item.token + m % L, item.set * heads + m / L) : nullptr;
+    for (int64_t p = 0; p < d / 2; ++p) {
+      uint32_t pair = 0;
+      if (q != nullptr) __builtin_memcpy(&pair, q + 4 * p, sizeof pair);
+      x.q_pairs[p * x.columns + m] = pair;
+    }
+  }
+  const int64_t keys = list_keys(a, item, x);
+  x.keys = keys;
+  for (int64_t i = 0; i < keys; i += 2) {
+    interleave_rows(x.v[i], i + 1 < keys ? x.v[i + 1] : nullptr, d, x.v_pairs + i / 2 * d);
+  }
+  const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(d));
+  int64_t m = 0;
+  for (; m + kPanelVecs * kLanes<float> <= x.columns; m += kPanelVecs * kLanes<float>) {
+    attend_panel<kPanelVecs>(x, c, m, d, scale);
+  }
+  const int64_t left = (x.columns - m) / kLanes<float>;
+  if (left == 3) attend_panel<3>(x, c, m, d, scale);
+  if (left == 2) attend_panel<2>(x, c, m, d, scale);
+  if (left == 1) attend_panel<1>(x, c, m, d, scale);
+}
+
+}  // namespace
+}  // namespace LOLA_ISA
+}  // namespace lola
