@@ -185,14 +185,14 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
   }
 }
 
-// `f` belongs to this page and set, or knows nothing.
+// `f` and `b` belong to this page and set, or know nothing; `b` may be null.
 template <typename T>
 void update_set(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Features<T>& f,
-                UpdateScratch<T>& x) {
+                Bounds<T>* b, UpdateScratch<T>& x) {
   if (a.incremental) {
     update_incremental(a, page, set, n, x);
   } else {
-    update_direct(a, page, set, n, f, x);
+    update_direct(a, page, set, n, f, b, x);
   }
 }
 
@@ -200,7 +200,7 @@ void update_set(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Feature
 template <typename T>
 void update_alone(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x) {
   Features<T> f{x.features, 0};
-  update_set(a, page, set, n, f, x);
+  update_set<T>(a, page, set, n, f, nullptr, x);
 }
 
 }  // namespace

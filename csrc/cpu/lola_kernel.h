@@ -6,6 +6,8 @@
 //
 #include "cpu/candidates_kernel.h"
 //
+#include "cpu/bounds_kernel.h"
+//
 #include "cpu/update_kernel.h"
 //
 #include "cpu/incremental_kernel.h"
@@ -69,6 +71,7 @@ struct StreamScratch {
   PrefillScratch<T> prefill;
   UpdateScratch<T> update;
   Features<T>* features;  // of each sparse set of a KV head
+  Bounds<T>* bounds;      // likewise
 };
 
 template <typename T>
@@ -76,7 +79,11 @@ int64_t carve_stream(const LolaArgs& a, char* base, StreamScratch<T>* x) {
   int64_t used = carve_prefill<T>(a, base, &x->prefill);
   used += carve_update<T>(a, true, base == nullptr ? nullptr : base + used, &x->update);
   x->features = take_as<Features<T>>(base, a.Hg / a.Hkv, &used);
+  x->bounds = take_as<Bounds<T>>(base, a.Hg / a.Hkv, &used);
   for (int64_t i = 0; i < a.Hg / a.Hkv; ++i) {
+    Bounds<T> b;
+    used += carve_bounds<T>(a, base == nullptr ? nullptr : base + used, &b);
+    if (base != nullptr) x->bounds[i] = b;
     T* const rows = take_as<T>(base, a.incremental ? 0 : Features<T>::size(a), &used);
     if (base != nullptr) x->features[i] = {rows, 0};
   }
@@ -94,7 +101,7 @@ void stream_items(const LolaArgs& a, const Sequence* runs, int64_t begin, int64_
   for (int64_t item = begin; item < end; ++item) {
     const Sequence& run = runs[item / a.Hkv];
     const int64_t kv = item % a.Hkv;
-    for (int64_t i = 0; i < sets; ++i) x.features[i].known = 0;
+    for (int64_t i = 0; i < sets; ++i) x.features[i].known = x.bounds[i].known = 0;
     for (int64_t done = 0; done < run.count;) {
       const Sequence piece = next_piece(a, run, done);
       write_pairs(a, piece, kv);
@@ -104,7 +111,9 @@ void stream_items(const LolaArgs& a, const Sequence* runs, int64_t begin, int64_
         }
         const int64_t n = piece.position + piece.count;
         if (a.update_due(n)) {
-          update_set<T>(a, piece.page, set, n, x.features[set - kv * sets], x.update);
+          const int64_t i = set - kv * sets;
+          Bounds<T>* const bounds = bounds_hold<T>(a) ? x.bounds + i : nullptr;
+          update_set<T>(a, piece.page, set, n, x.features[i], bounds, x.update);
         }
       }
       done += piece.count;

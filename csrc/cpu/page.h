@@ -121,6 +121,11 @@ void select_largest(const float* scores, const int32_t* positions, int64_t count
 void select_largest(const double* scores, const int32_t* positions, int64_t count, int64_t lam,
                     int32_t* order, unsigned char* keep);
 
+// The k-th smallest of the values (k = 1: the smallest), a NaN counting as the largest; reorders
+// them.
+float kth_smallest(float* values, int64_t count, int64_t k);
+double kth_smallest(double* values, int64_t count, int64_t k);
+
 // Decode: one token per row, `seq_lens` counts it.
 void decode_cpu(const LolaArgs& args, int64_t rows, const Indices& seq_lens);
 

@@ -58,10 +58,11 @@ LOLA_INLINE void feature_map(T* y, int64_t F, T* phi) {
 }
 
 // SRE of `count` candidates of one state head from their features and, in scratch, their values as
-// rows of whole vectors. `phi` has the stride of x.phi.
+// rows of whole vectors. `phi` has the stride of x.phi. Leaves
+// phi^T H in x.predicted, and phi^T s + 1e-6 in `sums` unless that is null.
 template <typename T>
 void recall_errors(const SreArgs& a, const SreScratch<T>& x, const T* phi, int64_t page,
-                   int64_t head, int64_t count, T* errors) {
+                   int64_t head, int64_t count, T* errors, T* sums) {
   const int64_t F2 = 2 * a.F, dp = round_up<T>(a.d), phi_ld = round_up<T>(F2) + kLanes<T>;
   int64_t H_ld;
   const T* H = padded_matrix<T>(a.H.at(page, head), a.H.dtype, a.H.stride[2], F2, a.d, x.H, &H_ld);
@@ -72,13 +73,15 @@ void recall_errors(const SreArgs& a, const SreScratch<T>& x, const T* phi, int64
     Vec<T> z{};
     for (int64_t i = 0; i < round_up<T>(F2); i += kLanes<T>)
       z = fma(load(phi + i), load(x.s + i), z);
-    const Vec<T> scale = splat(T(1) / (reduce<Sum>(z) + T(1e-6)));
+    const T denominator = reduce<Sum>(z) + T(1e-6);
+    const Vec<T> scale = splat(T(1) / denominator);
     Vec<T> sum{};
     for (int64_t i = 0; i < dp; i += kLanes<T>) {
       const Vec<T> diff = fma(-load(x.predicted + e * dp + i), scale, load(x.v + e * dp + i));
       sum = fma(diff, diff, sum);
     }
     errors[e] = __builtin_sqrt(reduce<Sum>(sum));
+    if (sums != nullptr) sums[e] = denominator;
   }
 }
 
@@ -92,7 +95,7 @@ void head_errors(const SreArgs& a, const SreScratch<T>& x, int64_t page, int64_t
                                 a.feature_map_k.stride[1], a.d, a.F, x.W, &W_ld);
   gemm<T>(x.k, a.d, W, W_ld, x.y, Fp, count, Fp, a.d);
   for (int64_t e = 0; e < count; ++e) feature_map(x.y + e * Fp, a.F, x.phi + e * phi_ld);
-  recall_errors(a, x, x.phi, page, head, count, errors);
+  recall_errors<T>(a, x, x.phi, page, head, count, errors, nullptr);
 }
 
 // sums[i] (+)= errors[i] / ||v_i||. Each error is divided before it is summed: against an empty

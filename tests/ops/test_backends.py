@@ -203,6 +203,21 @@ def test_bfloat16_prefill_equals_the_reference(ops, d, group):
         assert_state_matches(problem, layout, views, 2, 260, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [32, 20])
+def test_bounded_scores_make_the_same_choices(dtype, d):
+    """A long prompt, where most scores are only bounded, against steps that compute them all."""
+    assert native.load()
+    config = LolaConfig(window_size=16, sparse_cache_size=96, feature_dim=16)
+    problem = make_problem(2000, config, dtype=dtype, d=d, group=1)
+    problem.v *= torch.linspace(1, 3, 2000).unsqueeze(-1).unsqueeze(-1).to(dtype)  # a trend
+    (_, bounded), (_, stepwise) = (
+        run(native, problem, [700], decode_from=from_)[1:] for from_ in (2000, 0)
+    )
+    for name in ("positions", "sparse_k", "sparse_v", "H", "s"):
+        assert torch.equal(getattr(bounded, name)[2], getattr(stepwise, name)[2]), name
+
+
 def test_incremental_scores_make_the_same_choices_for_thousands_of_tokens():
     """Interval 1: moments kept up to date against scores computed anew, in float32."""
     assert native.load()
