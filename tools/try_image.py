@@ -150,8 +150,12 @@ def main() -> None:
     debootstrap = ["debootstrap", "--variant=minbase", args.suite, str(root)]
     subprocess.run([*debootstrap, *([args.mirror] if args.mirror else [])], check=True)
     image = Image(root)
-    mounts = [str(root / "proc"), *(str(root / name.lstrip("/")) for name in args.bind)]
+    mounts = [str(root / name) for name in ("proc", "dev/shm", "sys")]
+    mounts += [str(root / name.lstrip("/")) for name in args.bind]
     subprocess.run(["mount", "-t", "proc", "proc", mounts[0]], check=True)
+    # As Docker mounts it; vLLM's processes pass messages in it.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "shm", mounts[1]], check=True)
+    subprocess.run(["mount", "-t", "sysfs", "-o", "ro", "sysfs", mounts[2]], check=True)
     server = None
     try:
         for name in args.bind:
