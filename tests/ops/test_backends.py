@@ -1,6 +1,9 @@
 """Every CPU back end against the reference, on odd sizes, splits and batches."""
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -193,7 +196,7 @@ def test_bfloat16_state_is_close(ops):
 @pytest.mark.parametrize("d", [8, 16, 24, 64, 80])
 @pytest.mark.parametrize("group", [1, 3, 5])
 def test_bfloat16_prefill_equals_the_reference(ops, d, group):
-    """Heads of whole vectors are multiplied as bfloat16 where the machine can."""
+    """With avx512_bf16, heads of whole vectors are multiplied as bfloat16."""
     config = LolaConfig(window_size=37, sparse_cache_size=53, feature_dim=8, sink_size=3)
     problem = make_problem(260, config, group=group, d=d, dtype=torch.bfloat16, scale=2.0)
     expected, _ = problem.reference()
@@ -201,6 +204,19 @@ def test_bfloat16_prefill_equals_the_reference(ops, d, group):
         out, layout, views = run(ops, problem, cuts)
         torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
         assert_state_matches(problem, layout, views, 2, 260, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("LOLA_VLLM_CPU_ISA" in os.environ, reason="is the inner run")
+def test_bfloat16_products():
+    """All of this file again with the instruction set that has them, which is not the default."""
+    env = {**os.environ, "LOLA_VLLM_CPU_ISA": "avx512_bf16"}
+    check = "from lola_vllm.ops import native; native.load(); print(native.cpu_isa())"
+    chosen = subprocess.run([sys.executable, "-c", check], env=env, capture_output=True, text=True)
+    if chosen.stdout.strip() != "avx512_bf16":
+        pytest.skip("this machine has no avx512_bf16")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    again = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout[-3000:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
