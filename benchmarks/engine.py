@@ -65,9 +65,9 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
     if lola:
         result["mib_per_sequence"] = manager.spec.bytes_per_sequence / MIB
+    pool_tokens = scheduler.kv_cache_manager.block_pool.num_gpu_blocks * manager.block_size
     for context in args.contexts:  # in the same pool
-        tokens = scheduler.kv_cache_manager.block_pool.num_gpu_blocks * manager.block_size
-        fit = manager.num_slots if lola else tokens // context
+        fit = manager.num_slots if lola else pool_tokens // context
         result[f"sequences_that_fit/{context}"] = fit
 
     engine, counter = llm.llm_engine, iter(range(10**9))

@@ -27,6 +27,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
 from engine import GREEDY, engine, state_manager
+from memory import memory_mib
 from tiny import make_tiny
 from vllm import LLM, SamplingParams, TokensPrompt
 
@@ -43,12 +44,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--short", type=int, default=1000, help="context to compare decode with")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)
-
-
-def memory_mib() -> float:
-    """RssAnon + VmSwap of this process."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "VmSwap")) / 1024
 
 
 def run(llm: LLM, tokens: int, every: int) -> dict[str, Any]:

@@ -33,17 +33,13 @@ import psutil
 for directory in ("engine", "serving"):
     sys.path.insert(0, str(Path(__file__).parents[1] / directory))
 
-from servers import BIN, Server, serving  # noqa: E402
-from speaking import make_speaking  # noqa: E402
+from memory import memory_mib  # noqa: E402
+from servers import Server, serving  # noqa: E402
+from speaking import make_speaking, serve_speaking  # noqa: E402
 
-MIB = 2**20
 NAME = "soaked"
 IDLE_LIMIT_S = 60
 MARGIN = 0.02  # of log-probabilities: below it, another batch may turn a greedy choice
-OPTIONS = [
-    "--served-model-name", NAME, "--enforce-eager", "--dtype", "float32", "--block-size", "64",
-    "--max-model-len", "2048", "--max-num-seqs", "16", "--max-num-batched-tokens", "256",
-]  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -215,7 +211,7 @@ class Soak:
             "requests": self.seen.total() - before,
             "first_token_ms": percentiles(self.first_token),
             "next_token_ms": percentiles(self.next_token),
-            "memory_mib": memory_mib(self.server.process.pid),
+            "memory_mib": family_mib(self.server.process.pid),
             "slots_used_in_load": loaded,
             "slots_used_idle": used,
         }
@@ -235,17 +231,14 @@ async def events(response: httpx.Response) -> AsyncIterator[bytes]:
             yield line
 
 
-def memory_mib(pid: int) -> dict[str, float]:
-    """RssAnon + VmSwap of a process and all below it, by the order in which they started."""
+def family_mib(pid: int) -> dict[str, float]:
+    """Memory of a process and all below it, by the order in which they started."""
     root = psutil.Process(pid)
     found = {}
     family = sorted([root, *root.children(recursive=True)], key=lambda p: (p.create_time(), p.pid))
     for i, process in enumerate(family):
         with contextlib.suppress(OSError, psutil.Error):
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-            kib = sum(int(fields[name].split()[0]) for name in ("RssAnon", "VmSwap"))
-            found[f"{i} {fields['Name'].strip()}"] = round(kib / 1024, 1)
+            found[f"{i} {process.name()}"] = round(memory_mib(process.pid), 1)
     return found
 
 
@@ -292,7 +285,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     """Start a server, soak it, and tell."""
     with tempfile.TemporaryDirectory() as directory:
         model = args.model or make_speaking(Path(directory) / "tiny")
-        command = [str(BIN / "lola-vllm"), "serve", str(model), *OPTIONS]
+        command = serve_speaking(model, NAME)
         env = {
             "VLLM_LOGGING_LEVEL": "WARNING",
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(args.primitive_cache),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from servers import BIN
 from tiny import VOCAB, make_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -37,3 +38,12 @@ def make_speaking(out: Path, **fields: Any) -> Path:
         tokenizer_object=tokenizer, eos_token=END, chat_template=TEMPLATE
     ).save_pretrained(out)
     return out
+
+
+def serve_speaking(model: Path, name: str) -> list[str]:
+    """The command that serves it under this name; `serving` adds host and port."""
+    return [
+        str(BIN / "lola-vllm"), "serve", str(model), "--served-model-name", name,
+        "--enforce-eager", "--dtype", "float32", "--block-size", "64", "--max-model-len", "2048",
+        "--max-num-seqs", "16", "--max-num-batched-tokens", "256",
+    ]  # fmt: skip

@@ -18,8 +18,8 @@ from effort import cases
 from hypothesis import given
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
-from servers import BIN, Server, serving
-from speaking import make_speaking
+from servers import Server, serving
+from speaking import make_speaking, serve_speaking
 
 NAME = "tiny"
 KNOWN = {
@@ -51,12 +51,7 @@ ROUTES = [
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("fuzz")
     model = make_speaking(directory / "tiny")
-    command = [
-        str(BIN / "lola-vllm"), "serve", str(model), "--served-model-name", NAME,
-        "--enforce-eager", "--dtype", "float32", "--block-size", "64", "--max-model-len", "2048",
-        "--max-num-seqs", "16", "--max-num-batched-tokens", "256",
-    ]  # fmt: skip
-    with serving(directory / "log.txt", command) as running:
+    with serving(directory / "log.txt", serve_speaking(model, NAME)) as running:
         yield running
 
 
