@@ -25,8 +25,7 @@ Isa detect() {
 
 Isa choose() {
   const char* wish = std::getenv("LOLA_VLLM_CPU_ISA");
-  // avx512_bf16 rounds softmax weights, which quantized activations enlarge: only on request.
-  if (wish == nullptr || *wish == '\0') return std::min(detect(), Isa::avx512);
+  if (wish == nullptr || *wish == '\0') return detect();
   const std::string_view name(wish);
   constexpr std::string_view names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
   const auto* const found = std::find(std::begin(names), std::end(names), name);

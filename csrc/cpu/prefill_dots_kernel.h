@@ -3,8 +3,10 @@
 //
 // Logits are keys by columns of queries, as in prefill_kernel.h. A pair of a key's elements is
 // broadcast from where it lies, so keys are never copied; of values two rows are interleaved.
-// Products of bfloat16 are exact in float32, where all sums run. The softmax weights are rounded to
-// bfloat16, as the answer is; their sum is that of the unrounded ones.
+// Products of bfloat16 are exact in float32, where all sums run. A softmax weight is taken as the
+// sum of two bfloat16 numbers, its rounded value and the rounded rest, which keeps 16 bits of it:
+// with 8 the answers of quantized models, whose activations enlarge every error, moved away from
+// those of a full cache.
 // Included by for_each_isa.h through lola_kernel.h, for sets that have the instruction.
 
 namespace lola {
@@ -17,7 +19,7 @@ constexpr int64_t kPairBlock = 64;  // pairs of keys whose weights and values li
 
 struct DotScratch {
   const char **k, **v;              // rows of the keys and values
-  uint32_t *q_pairs, *v_pairs, *p;  // pairs along d; pairs of rows; pairs of weights
+  uint32_t *q_pairs, *v_pairs, *p;  // pairs along d; pairs of rows; pairs of weights and of rests
   float* z;
   int64_t keys, columns;
 };
@@ -47,7 +49,8 @@ LOLA_INLINE Words broadcast_pair(const void* p) {
   return y;
 }
 
-// 2^x with a relative error below 4e-6, which is ample for weights of 8 bits; 0 far below.
+// 2^x with a relative error below 4e-6, as little as weights of 16 bits are rounded by; 0 far
+// below.
 LOLA_INLINE Vec<float> exp2_short(Vec<float> x) {
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec<float> r = x - n;
@@ -102,9 +105,25 @@ LOLA_INLINE void logit_tile(const DotScratch& x, const float* limit, int64_t m, 
   }
 }
 
-// The weights of a pair of keys from their logits, rounded, for one vector of columns.
-LOLA_INLINE Words weigh(const float* z, int64_t ld, Vec<float> high, int64_t key, int64_t all,
-                        Vec<float> visible, Vec<float>* total) {
+// Stores the pairs of `even` and `odd` rounded to bfloat16, and turns both into what is left of
+// them.
+LOLA_INLINE void store_rounded(uint32_t* p, Vec<float>* even, Vec<float>* odd) {
+  const __m512i halves = bits<__m512i>(_mm512_cvtne2ps_pbh(*odd, *even));
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
+  const __m512i wide_low = _mm512_slli_epi32(low, 16), wide_high = _mm512_slli_epi32(high, 16);
+  _mm512_storeu_si512(p, _mm512_or_si512(low, wide_high));
+  *even = *even - bits<Vec<float>>(wide_low);
+  *odd = *odd - bits<Vec<float>>(wide_high);
+}
+
+// Of the weights of a block of pairs of keys, where those of all its columns' rests begin.
+constexpr int64_t kRests = kPairBlock * kPanelVecs * kLanes<float>;
+
+// The weights of a pair of keys from their logits for one vector of columns: rounded at p, their
+// rests at p + kRests.
+LOLA_INLINE void weigh(const float* z, int64_t ld, Vec<float> high, int64_t key, int64_t all,
+                       Vec<float> visible, Vec<float>* total, uint32_t* p) {
   Vec<float> even = exp2_short(load(z) - high), odd = exp2_short(load(z + ld) - high);
   if (key + 1 >= all) {
     even = splat(static_cast<float>(key)) < visible ? even : Vec<float>{};
@@ -112,10 +131,8 @@ LOLA_INLINE Words weigh(const float* z, int64_t ld, Vec<float> high, int64_t key
   }
   *total += even;
   *total += odd;
-  const __m512i halves = bits<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
-  const __m512i top = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
-  return bits<Words>(_mm512_or_si512(low, _mm512_slli_epi32(top, 16)));
+  store_rounded(p, &even, &odd);
+  store_rounded(p + kRests, &even, &odd);
 }
 
 // y[R rows of columns][V vectors] += weights of `pairs` pairs of keys times their values.
@@ -134,9 +151,11 @@ LOLA_INLINE void value_tile(const uint32_t* p, const uint32_t* v, int64_t d, int
     for (int j = 0; j < V; ++j) b[j] = load_words(v + j * kLanes<float>);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const Words w = broadcast_pair(p + i);
+      const Words w = broadcast_pair(p + i), rest = broadcast_pair(p + kRests + i);
 #pragma GCC unroll 8
       for (int j = 0; j < V; ++j) acc[i][j] = dot_pairs(w, b[j], acc[i][j]);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[i][j] = dot_pairs(rest, b[j], acc[i][j]);
     }
   }
 #pragma GCC unroll 8
@@ -188,9 +207,8 @@ void attend_panel(const DotScratch& x, const DotColumns& c, int64_t m, int64_t d
 #pragma GCC unroll 8
       for (int j = 0; j < V; ++j) {
         const int64_t at = j * kLanes<float>;
-        const Words w =
-            weigh(x.z + key * ld + at, ld, high[j], key, all, load(c.limit + m + at), &total[j]);
-        __builtin_memcpy(x.p + i * ld + at, &w, sizeof w);
+        weigh(x.z + key * ld + at, ld, high[j], key, all, load(c.limit + m + at), &total[j],
+              x.p + i * ld + at);
       }
     }
     const uint32_t* const v = x.v_pairs + block * d;
@@ -222,7 +240,7 @@ inline int64_t carve_dots(const LolaArgs& a, char* base, DotScratch* x) {
   x->v = take_as<const char*>(base, keys, &used);
   x->q_pairs = take_as<uint32_t>(base, d / 2 * columns, &used);
   x->v_pairs = take_as<uint32_t>(base, (keys + 1) / 2 * d, &used);
-  x->p = take_as<uint32_t>(base, kPairBlock * kPanelVecs * kLanes<float>, &used);
+  x->p = take_as<uint32_t>(base, 2 * kRests, &used);
   x->z = take_as<float>(base, keys * kPanelVecs * kLanes<float>, &used);
   return used;
 }

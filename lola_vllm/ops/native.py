@@ -42,8 +42,8 @@ def load() -> bool:
 def cpu_isa() -> str:
     """Instruction set of the CPU kernels: "baseline", "avx2", "avx512" or "avx512_bf16".
 
-    The best this machine has up to "avx512", or what the environment variable LOLA_VLLM_CPU_ISA
-    named when the first kernel ran, if the machine has it. Needs `load()`.
+    The best this machine has, or what the environment variable LOLA_VLLM_CPU_ISA named when the
+    first kernel ran, if the machine has it. Needs `load()`.
     """
     return ISA_NAMES[torch.ops.lola.cpu_isa_level()]
 
