@@ -185,22 +185,13 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
   }
 }
 
-// `f` and `b` belong to this page and set, or know nothing; `b` may be null.
-template <typename T>
-void update_set(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Features<T>& f,
-                Bounds<T>* b, UpdateScratch<T>& x) {
-  if (a.incremental) {
-    update_incremental(a, page, set, n, x);
-  } else {
-    update_direct(a, page, set, n, f, b, x);
-  }
-}
-
 // An update that knows nothing of the ones before.
 template <typename T>
 void update_alone(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x) {
+  if (a.incremental) return update_incremental(a, page, set, n, x);
   Features<T> f{x.features, 0};
-  update_set<T>(a, page, set, n, f, nullptr, x);
+  decide_update<T>(a, page, set, n, f, nullptr, x);
+  commit_update<T>(a, page, set, n, f, nullptr, x);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/page.h"
 #include "cpu/scratch.h"
+#include "cpu/streams.h"
 
 #define LOLA_KERNEL_BODY "cpu/lola_kernel.h"
 #include "cpu/for_each_isa.h"
@@ -24,27 +25,30 @@ struct Kernels {
   decltype(&baseline::lola_scratch) scratch;
   decltype(&baseline::decode_run) decode;
   decltype(&baseline::sequence_run) sequence;
-  decltype(&baseline::stream_run) stream;
-  decltype(&baseline::attend_run) attend;
-  decltype(&baseline::update_run) update;
+  StreamKernels streams;
 };
+
+#define LOLA_KERNELS(isa)                                              \
+  Kernels {                                                            \
+    isa::lola_scratch, isa::decode_run, isa::sequence_run, {           \
+      isa::open_run, isa::attend_run, isa::decide_run, isa::commit_run \
+    }                                                                  \
+  }
 
 Kernels kernels() {
   switch (cpu_isa()) {
     case Isa::avx512_bf16:
-      return {avx512_bf16::lola_scratch, avx512_bf16::decode_run, avx512_bf16::sequence_run,
-              avx512_bf16::stream_run,   avx512_bf16::attend_run, avx512_bf16::update_run};
+      return LOLA_KERNELS(avx512_bf16);
     case Isa::avx512:
-      return {avx512::lola_scratch, avx512::decode_run, avx512::sequence_run,
-              avx512::stream_run,   avx512::attend_run, avx512::update_run};
+      return LOLA_KERNELS(avx512);
     case Isa::avx2:
-      return {avx2::lola_scratch, avx2::decode_run, avx2::sequence_run,
-              avx2::stream_run,   avx2::attend_run, avx2::update_run};
+      return LOLA_KERNELS(avx2);
     default:
-      return {baseline::lola_scratch, baseline::decode_run, baseline::sequence_run,
-              baseline::stream_run,   baseline::attend_run, baseline::update_run};
+      return LOLA_KERNELS(baseline);
   }
 }
+
+#undef LOLA_KERNELS
 
 // Runs `body(begin, end, scratch)` over the items, each thread with scratch of its own.
 template <typename Body>
@@ -53,27 +57,6 @@ void parallel(int64_t items, int64_t grain, int64_t scratch_bytes, const Body& b
     void* const memory = Scratch::of_thread(static_cast<std::size_t>(scratch_bytes));
     body(begin, end, static_cast<char*>(memory));
   });
-}
-
-// Whether that many equal items keep the threads busy without anything finer.
-bool fills_threads(int64_t items) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t rounds = (items + threads - 1) / threads;
-  return 10 * items >= 7 * rounds * threads;
-}
-
-// The runs cut at the update points; piece i of every run is one step.
-std::vector<std::vector<Sequence>> steps_of(const LolaArgs& a, const std::vector<Sequence>& runs) {
-  std::vector<std::vector<Sequence>> steps;
-  for (const Sequence& run : runs) {
-    int64_t done = 0;
-    for (std::size_t step = 0; done < run.count; ++step) {
-      if (steps.size() <= step) steps.emplace_back();
-      steps[step].push_back(next_piece(a, run, done));
-      done += steps[step].back().count;
-    }
-  }
-  return steps;
 }
 
 }  // namespace
@@ -105,49 +88,26 @@ void prefill_cpu(const LolaArgs& a, int64_t rows, const Indices& query_start,
       for (int64_t h = 0; h < a.Hq; ++h) std::fill_n(a.out.at(t, h), token_bytes, 0);
     }
   }
-  const int64_t streams = static_cast<int64_t>(runs.size()) * a.Hkv;
+  if (runs.empty()) return;
   if (a.interval < kShortInterval) {
-    parallel(streams, 1, run.scratch(a, Phase::decode),
+    parallel(static_cast<int64_t>(runs.size()) * a.Hkv, 1, run.scratch(a, Phase::decode),
              [&](int64_t begin, int64_t end, char* memory) {
                run.sequence(a, runs.data(), begin, end, memory);
              });
     return;
   }
-  if (fills_threads(streams)) {
-    LolaArgs wide = a;
-    if (cpu_isa() == Isa::avx512_bf16 && a.exact_k.dtype == DType::bf16) wide.columns = 192;
-    parallel(streams, 1, run.scratch(wide, Phase::stream),
-             [&](int64_t begin, int64_t end, char* memory) {
-               run.stream(wide, runs.data(), begin, end, memory);
-             });
-    return;
-  }
-  // Fewer heads than threads: their blocks of queries are shared out, at the price of waiting for
-  // each other at every piece.
-  const int64_t attend_scratch = run.scratch(a, Phase::attend);
-  const int64_t update_scratch = run.scratch(a, Phase::update);
-  const int64_t block = query_block(a);
-  for (const std::vector<Sequence>& pieces : steps_of(a, runs)) {
-    std::vector<AttendItem> items;
-    std::vector<Sequence> due;
-    for (const Sequence& piece : pieces) {
-      for (int64_t kv = 0; kv < a.Hkv; ++kv) write_pairs(a, piece, kv);
-      for (int64_t set = 0; set < a.Hg; ++set) {
-        for (int64_t first = 0; first < piece.count; first += block) {
-          items.push_back(attend_item(piece, set, first, block));
-        }
-      }
-      if (a.update_due(piece.position + piece.count)) due.push_back(piece);
-    }
-    parallel(static_cast<int64_t>(items.size()), 1, attend_scratch,
-             [&](int64_t begin, int64_t end, char* memory) {
-               run.attend(a, items.data(), begin, end, memory);
-             });
-    parallel(static_cast<int64_t>(due.size()) * a.Hg, 1, update_scratch,
-             [&](int64_t begin, int64_t end, char* memory) {
-               run.update(a, due.data(), begin, end, memory);
-             });
-  }
+  LolaArgs wide = a;  // keys and values are laid out once per block, whatever its width
+  if (cpu_isa() == Isa::avx512_bf16 && a.exact_k.dtype == DType::bf16) wide.columns = 192;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t lane_bytes = (run.scratch(wide, Phase::lane) + 63) / 64 * 64;
+  const std::size_t bytes = static_cast<std::size_t>(Streams::lanes(wide, runs, threads)) *
+                            static_cast<std::size_t>(lane_bytes);
+  Streams streams(wide, runs, run.streams, threads, static_cast<char*>(Scratch::of_call(bytes)),
+                  lane_bytes);
+  parallel(threads, 1, run.scratch(wide, Phase::attend),
+           [&](int64_t begin, int64_t end, char* memory) {
+             for (int64_t thread = begin; thread < end; ++thread) streams.work(thread, memory);
+           });
 }
 
 }  // namespace lola

@@ -66,95 +66,67 @@ void sequence_items(const LolaArgs& a, const Sequence* sequences, int64_t begin,
   }
 }
 
+// What a lane of prefill (cpu/streams.h) keeps of each sparse set of its KV head.
 template <typename T>
-struct StreamScratch {
-  PrefillScratch<T> prefill;
+struct LaneSet {
   UpdateScratch<T> update;
-  Features<T>* features;  // of each sparse set of a KV head
-  Bounds<T>* bounds;      // likewise
+  Features<T> features;
+  Bounds<T> bounds;
+
+  Bounds<T>* bounds_or_null(const LolaArgs& a) { return bounds_hold<T>(a) ? &bounds : nullptr; }
 };
 
+// Divides a lane's memory, which begins with a LaneSet for each set; returns the bytes needed (with
+// null: only that).
 template <typename T>
-int64_t carve_stream(const LolaArgs& a, char* base, StreamScratch<T>* x) {
-  int64_t used = carve_prefill<T>(a, base, &x->prefill);
-  used += carve_update<T>(a, true, base == nullptr ? nullptr : base + used, &x->update);
-  x->features = take_as<Features<T>>(base, a.Hg / a.Hkv, &used);
-  x->bounds = take_as<Bounds<T>>(base, a.Hg / a.Hkv, &used);
+int64_t open_lane(const LolaArgs& a, char* base) {
+  int64_t used = 0;
+  LaneSet<T>* const sets = take_as<LaneSet<T>>(base, a.Hg / a.Hkv, &used);
   for (int64_t i = 0; i < a.Hg / a.Hkv; ++i) {
-    Bounds<T> b;
-    used += carve_bounds<T>(a, base == nullptr ? nullptr : base + used, &b);
-    if (base != nullptr) x->bounds[i] = b;
-    T* const rows = take_as<T>(base, a.incremental ? 0 : Features<T>::size(a), &used);
-    if (base != nullptr) x->features[i] = {rows, 0};
+    LaneSet<T> x;
+    used += carve_update<T>(a, true, base == nullptr ? nullptr : base + used, &x.update);
+    used += carve_bounds<T>(a, base == nullptr ? nullptr : base + used, &x.bounds);
+    x.features = {take_as<T>(base, Features<T>::size(a), &used), 0};
+    if (base != nullptr) sets[i] = x;
   }
   return used;
 }
 
-// A run of one KV head from its first piece to its last, with no other thread to wait for.
 template <typename T>
-void stream_items(const LolaArgs& a, const Sequence* runs, int64_t begin, int64_t end,
-                  char* memory) {
-  StreamScratch<T> x;
-  carve_stream<T>(a, memory, &x);
+void decide_piece(const LolaArgs& a, const Sequence& piece, int64_t set, char* lane) {
+  LaneSet<T>& x = reinterpret_cast<LaneSet<T>*>(lane)[set % (a.Hg / a.Hkv)];
+  decide_update<T>(a, piece.page, set, piece.position + piece.count, x.features,
+                   x.bounds_or_null(a), x.update);
+}
+
+template <typename T>
+void commit_piece(const LolaArgs& a, const Sequence& piece, int64_t kv, char* lane) {
   const int64_t sets = a.Hg / a.Hkv;
-  const int64_t block = query_block(a);
-  for (int64_t item = begin; item < end; ++item) {
-    const Sequence& run = runs[item / a.Hkv];
-    const int64_t kv = item % a.Hkv;
-    for (int64_t i = 0; i < sets; ++i) x.features[i].known = x.bounds[i].known = 0;
-    for (int64_t done = 0; done < run.count;) {
-      const Sequence piece = next_piece(a, run, done);
-      write_pairs(a, piece, kv);
-      for (int64_t set = kv * sets; set < (kv + 1) * sets; ++set) {
-        for (int64_t first = 0; first < piece.count; first += block) {
-          attend_block<T>(a, attend_item(piece, set, first, block), x.prefill);
-        }
-        const int64_t n = piece.position + piece.count;
-        if (a.update_due(n)) {
-          const int64_t i = set - kv * sets;
-          Bounds<T>* const bounds = bounds_hold<T>(a) ? x.bounds + i : nullptr;
-          update_set<T>(a, piece.page, set, n, x.features[i], bounds, x.update);
-        }
-      }
-      done += piece.count;
-    }
+  for (int64_t i = 0; i < sets; ++i) {
+    LaneSet<T>& x = reinterpret_cast<LaneSet<T>*>(lane)[i];
+    commit_update<T>(a, piece.page, kv * sets + i, piece.position + piece.count, x.features,
+                     x.bounds_or_null(a), x.update);
   }
 }
 
 template <typename T>
-void attend_items(const LolaArgs& a, const AttendItem* items, int64_t begin, int64_t end,
-                  char* memory) {
+void attend_item_in(const LolaArgs& a, const AttendItem& item, char* memory) {
   PrefillScratch<T> x;
   carve_prefill<T>(a, memory, &x);
-  for (int64_t i = begin; i < end; ++i) attend_block<T>(a, items[i], x);
-}
-
-template <typename T>
-void update_items(const LolaArgs& a, const Sequence* sequences, int64_t begin, int64_t end,
-                  char* memory) {
-  UpdateScratch<T> x;
-  carve_update<T>(a, false, memory, &x);
-  for (int64_t item = begin; item < end; ++item) {
-    const Sequence& s = sequences[item / a.Hg];
-    update_alone<T>(a, s.page, item % a.Hg, s.position + s.count, x);
-  }
+  attend_block<T>(a, item, x);
 }
 
 template <typename T>
 int64_t scratch_of(const LolaArgs& a, Phase phase) {
   DecodeScratch<T> decode;
-  StreamScratch<T> stream;
   PrefillScratch<T> prefill;
-  UpdateScratch<T> update;
   switch (phase) {
     case Phase::decode:
       return carve_decode<T>(a, nullptr, &decode);
-    case Phase::stream:
-      return carve_stream<T>(a, nullptr, &stream);
     case Phase::attend:
       return carve_prefill<T>(a, nullptr, &prefill);
     default:
-      return carve_update<T>(a, false, nullptr, &update);
+      return open_lane<T>(a, nullptr);
   }
 }
 
@@ -181,28 +153,35 @@ void sequence_run(const LolaArgs& a, const Sequence* s, int64_t begin, int64_t e
   }
 }
 
-void stream_run(const LolaArgs& a, const Sequence* s, int64_t begin, int64_t end, char* memory) {
+void open_run(const LolaArgs& a, char* lane) {
   if (a.exact_k.dtype == DType::f64) {
-    stream_items<double>(a, s, begin, end, memory);
+    open_lane<double>(a, lane);
   } else {
-    stream_items<float>(a, s, begin, end, memory);
+    open_lane<float>(a, lane);
   }
 }
 
-void attend_run(const LolaArgs& a, const AttendItem* items, int64_t begin, int64_t end,
-                char* memory) {
+void attend_run(const LolaArgs& a, const AttendItem& item, char* memory) {
   if (a.exact_k.dtype == DType::f64) {
-    attend_items<double>(a, items, begin, end, memory);
+    attend_item_in<double>(a, item, memory);
   } else {
-    attend_items<float>(a, items, begin, end, memory);
+    attend_item_in<float>(a, item, memory);
   }
 }
 
-void update_run(const LolaArgs& a, const Sequence* s, int64_t begin, int64_t end, char* memory) {
+void decide_run(const LolaArgs& a, const Sequence& piece, int64_t set, char* lane) {
   if (a.exact_k.dtype == DType::f64) {
-    update_items<double>(a, s, begin, end, memory);
+    decide_piece<double>(a, piece, set, lane);
   } else {
-    update_items<float>(a, s, begin, end, memory);
+    decide_piece<float>(a, piece, set, lane);
+  }
+}
+
+void commit_run(const LolaArgs& a, const Sequence& piece, int64_t kv, char* lane) {
+  if (a.exact_k.dtype == DType::f64) {
+    commit_piece<double>(a, piece, kv, lane);
+  } else {
+    commit_piece<float>(a, piece, kv, lane);
   }
 }
 

@@ -74,7 +74,7 @@ struct AttendItem {
   int64_t page, set, token, position, first, count;
 };
 
-enum class Phase { decode, stream, attend, update };
+enum class Phase { decode, attend, lane };
 
 // Queries per block.
 inline int64_t query_block(const LolaArgs& a) {

@@ -14,8 +14,13 @@ class Scratch {
   // that padding which no kernel writes is finite.
   static void* of_thread(std::size_t bytes) {
     thread_local Scratch scratch;
-    if (bytes > scratch.bytes_) scratch.grow(bytes);
-    return scratch.data_;
+    return scratch.at_least(bytes);
+  }
+
+  // The same for what the threads of a call share: memory of the thread that makes the call.
+  static void* of_call(std::size_t bytes) {
+    thread_local Scratch scratch;
+    return scratch.at_least(bytes);
   }
 
   Scratch(const Scratch&) = delete;
@@ -26,6 +31,11 @@ class Scratch {
 
   Scratch() = default;
   ~Scratch() { ::operator delete(data_, kAlign); }
+
+  void* at_least(std::size_t bytes) {
+    if (bytes > bytes_) grow(bytes);
+    return data_;
+  }
 
   void grow(std::size_t bytes) {
     ::operator delete(data_, kAlign);

@@ -14,12 +14,13 @@ struct UpdateScratch {
   T *scores, *block_scores, *highest, *sums, *mean, *lean, *delta, *newcomer, *new_phi, *folded,
       *products, *features;
   int32_t *positions, *order, *losers;
+  int64_t* num_losers;  // of the update that was decided last
   unsigned char* keep;
 };
 
 // Divides one block of memory into the buffers; returns the bytes needed (with null: only that).
 template <typename T>
-int64_t carve_update(const LolaArgs& a, bool stream, char* base, UpdateScratch<T>* x) {
+int64_t carve_update(const LolaArgs& a, bool lane, char* base, UpdateScratch<T>* x) {
   const int64_t E = a.lam + a.interval, F2 = 2 * a.F, dp = round_up<T>(a.d);
   int64_t used = 0;
   x->scores = take_as<T>(base, E, &used);
@@ -34,11 +35,12 @@ int64_t carve_update(const LolaArgs& a, bool stream, char* base, UpdateScratch<T
   x->new_phi = take_as<T>(base, share * phi_ld, &used);
   x->folded = take_as<T>(base, 2 * phi_ld, &used);
   x->products = take_as<T>(base, 3 * round_up<T>(a.lam), &used);
-  // A run of a stream has features of its own.
-  x->features = take_as<T>(base, a.incremental || stream ? 0 : Features<T>::size(a), &used);
+  // A lane keeps features from update to update.
+  x->features = take_as<T>(base, a.incremental || lane ? 0 : Features<T>::size(a), &used);
   x->positions = take_as<int32_t>(base, E, &used);
   x->order = take_as<int32_t>(base, E, &used);
   x->losers = take_as<int32_t>(base, E, &used);
+  x->num_losers = take_as<int64_t>(base, 1, &used);
   x->keep = take_as<unsigned char>(base, E, &used);
   T* const recall = take_as<T>(base, carve<T>(a.recall, kUpdateBlock, nullptr, &x->recall), &used);
   if (base != nullptr) carve<T>(a.recall, kUpdateBlock, recall, &x->recall);
@@ -195,10 +197,10 @@ void replace(const LolaArgs& a, const Candidates& c, Features<T>& f, Bounds<T>* 
   if (b != nullptr && b->known > a.lam) b->known = a.lam;
 }
 
-// The update of one page, which just reached n tokens, and one sparse set, scoring directly. `b`
-// may be null.
+// Decides the update of one page, which just reached n tokens, and one sparse set, scoring
+// directly: who loses, in `x`. Reads the page and changes nothing of it. `b` may be null.
 template <typename T>
-void update_direct(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Features<T>& f,
+void decide_update(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Features<T>& f,
                    Bounds<T>* b, UpdateScratch<T>& x) {
   const Candidates c(a, page, set, n);
   const int32_t* const known = a.position_row(page, set);
@@ -213,6 +215,16 @@ void update_direct(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Feat
   for (int64_t i = 0; i < c.count; ++i) {
     if (!x.keep[i]) x.losers[losers++] = static_cast<int32_t>(i);
   }
+  *x.num_losers = losers;
+}
+
+// Carries out what decide_update() found, with the same arguments.
+template <typename T>
+void commit_update(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Features<T>& f,
+                   Bounds<T>* b, UpdateScratch<T>& x) {
+  const Candidates c(a, page, set, n);
+  const bool empty = a.num_folded(n - a.interval) == 0;
+  const int64_t losers = *x.num_losers;
   if (losers > 0) {
     for (int64_t j = 0; j < a.Hs / a.Hg; ++j) fold(a, c, j, losers, empty, f, b, x);
   }

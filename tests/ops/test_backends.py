@@ -206,14 +206,51 @@ def test_bfloat16_prefill_equals_the_reference(ops, d, group):
         assert_state_matches(problem, layout, views, 2, 260, rtol=1e-4, atol=1e-4)
 
 
+def test_bfloat16_prefill_rounds_once(ops):
+    """Answers are the reference's rounded to bfloat16, but for those that lie between two values.
+
+    Softmax weights of 8 bits would make one in seven another.
+    """
+    config = LolaConfig(window_size=64, sparse_cache_size=64, feature_dim=16)
+    problem = make_problem(300, config, group=3, d=64, dtype=torch.bfloat16)
+    out, _, _ = run(ops, problem, [])
+    expected, _ = problem.reference()
+    assert (out != expected.to(torch.bfloat16)).float().mean() < 0.03
+
+
+def test_threads_change_no_bit():
+    """However prompts are shared out: fewer streams than threads, as many, more."""
+    assert native.load()
+    config = LolaConfig(window_size=16, sparse_cache_size=24, feature_dim=8, sink_size=2)
+    problem = make_problem(230, config, group=3, d=32, dtype=torch.bfloat16)
+    layout, before = problem.layout(), torch.get_num_threads()
+    starts = torch.tensor([0, 101, 102, 230])
+    slots = torch.tensor([3, 1, 2], dtype=torch.int32)
+    found = []
+    for threads in (1, 2, 3, 7, 16):
+        torch.set_num_threads(threads)
+        pool, views = poisoned_pool(layout, 4)
+        pool.fill_(0)
+        out = torch.empty_like(problem.q)
+        native.prefill(
+            problem.q, problem.k, problem.v, problem.weights(), layout, views, slots, starts,
+            torch.zeros(3, dtype=torch.int64), out,
+        )  # fmt: skip
+        found.append((out, pool.clone()))
+    torch.set_num_threads(before)
+    for out, pool in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert torch.equal(pool, found[0][1])
+
+
 @pytest.mark.skipif("LOLA_VLLM_CPU_ISA" in os.environ, reason="is the inner run")
-def test_bfloat16_products():
-    """All of this file again with the instruction set that has them, which is not the default."""
-    env = {**os.environ, "LOLA_VLLM_CPU_ISA": "avx512_bf16"}
+def test_without_bfloat16_products():
+    """All of this file again with an instruction set that widens keys and values first."""
+    env = {**os.environ, "LOLA_VLLM_CPU_ISA": "avx512"}
     check = "from lola_vllm.ops import native; native.load(); print(native.cpu_isa())"
     chosen = subprocess.run([sys.executable, "-c", check], env=env, capture_output=True, text=True)
-    if chosen.stdout.strip() != "avx512_bf16":
-        pytest.skip("this machine has no avx512_bf16")
+    if chosen.stdout.strip() != "avx512":
+        pytest.skip("this machine has no avx512")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     again = subprocess.run(command, env=env, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout[-3000:]
