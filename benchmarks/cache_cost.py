@@ -1,0 +1,160 @@
+"""What the sparse cache and its rescoring cost a whole model: time to first token, decode steps.
+
+    python benchmarks/cache_cost.py --out benchmarks/results/cache_cost.json
+
+Prefill: the time to the first token of one prompt, with and without a sparse cache. Decode: steps
+of a batch whose sequences all reach their update points at once, so that a step either rescores
+every sequence or none. An interval's average step, over a step that rescores nothing, is the cost
+of rescoring; with an update after every token (interval 1) there is no such step, and those of
+interval 2 stand in, whose keys are the same.
+
+Every case runs in a process of its own, one after the other; the order is repeated `--rounds`
+times, and the best time of each case counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, print_result, run_worker, write_report
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "models/smollm2-lola")
+    parser.add_argument("--sparse-cache-size", type=int, default=512)
+    parser.add_argument("--prompt", type=int, default=4096, help="tokens")
+    parser.add_argument("--repeats", type=int, default=4, help="prompts per process")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--intervals", type=int, nargs="+", default=[64, 1])
+    parser.add_argument("--steps", type=int, default=192, help="decode steps per case")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def engine(args: argparse.Namespace, lola_config: dict[str, int], tokens: int, seqs: int) -> Any:
+    """An engine in this process that takes all of `tokens` prompt tokens in one step."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    llm = LLM(
+        str(args.model),
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=8192,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=max(8192, tokens),
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=2**30,
+        hf_overrides={"lola_config": lola_config},
+    )
+    return llm.llm_engine
+
+
+def submit(engine: Any, name: str, length: int, tokens: int) -> None:
+    """Queue a prompt of so many tokens, none of which another prompt begins with."""
+    from vllm import SamplingParams, TokensPrompt
+
+    ids = [(31 * int(name) + 7 * i) % 40000 + 100 for i in range(length)]
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    engine.add_request(name, TokensPrompt(prompt_token_ids=ids), params)
+
+
+def prefill(args: argparse.Namespace, lam: int) -> dict[str, float]:
+    """Seconds to the first token."""
+    llm = engine(args, {"sparse_cache_size": lam}, args.prompt, 1)
+    times = []
+    for repeat in range(args.repeats + 1):
+        submit(llm, f"{repeat}", args.prompt, 1)
+        begin = time.perf_counter()
+        while llm.has_unfinished_requests():
+            llm.step()
+        times.append(time.perf_counter() - begin)
+    return {f"first_token_s/lam {lam}": min(times[1:])}
+
+
+def decode(args: argparse.Namespace, interval: int, batch: int) -> dict[str, float]:
+    """Milliseconds of a step at an update point and of one between two of them."""
+    window = 64
+    length = args.sparse_cache_size + 2 * window + 64
+    config = {
+        "sparse_cache_size": args.sparse_cache_size,
+        "window_size": window,
+        "update_interval": interval,
+    }
+    llm = engine(args, config, batch * length, batch)
+    for i in range(batch):
+        submit(llm, f"{i}", length, args.steps + 2)
+    llm.step()  # all prompts at once: every sequence is as long as the others from here on
+    due: list[float] = []
+    quiet: list[float] = []
+    for step in range(1, args.steps + 1):
+        begin = time.perf_counter()
+        outputs = llm.step()
+        took = (time.perf_counter() - begin) * 1e3
+        if {len(o.outputs[0].token_ids) for o in outputs} != {step + 1} or len(outputs) != batch:
+            raise SystemExit(f"sequences of different length in step {step}")
+        # The step brings the token that the one before chose into the state.
+        (due if (length + step) % interval == 0 else quiet).append(took)
+    case = f"interval {interval}/batch {batch}"
+    found = {f"update_ms/{case}": statistics.median(due)}
+    if quiet:
+        found[f"quiet_ms/{case}"] = statistics.median(quiet)
+    return found
+
+
+def worker(args: argparse.Namespace) -> dict[str, float]:
+    """Measure one case in this process."""
+    kind, *numbers = args.worker.split("/")
+    if kind == "prefill":
+        return prefill(args, int(numbers[0]))
+    return decode(args, int(numbers[0]), int(numbers[1]))
+
+
+def ratios(args: argparse.Namespace, best: dict[str, float]) -> dict[str, float]:
+    """What is asked of the measured times."""
+    lam = args.sparse_cache_size
+    found = {
+        "first_token, with the cache / without": best[f"first_token_s/lam {lam}"]
+        / best["first_token_s/lam 0"]
+    }
+    for interval in args.intervals:
+        for batch in args.batches:
+            update = best[f"update_ms/interval {interval}/batch {batch}"]
+            quiet = best[f"quiet_ms/interval {max(2, interval)}/batch {batch}"]
+            step = (update + (interval - 1) * quiet) / interval
+            found[f"step, rescoring / none, interval {interval}, batch {batch}"] = step / quiet
+    return found
+
+
+def main() -> None:
+    """Run all cases, print them, write the JSON."""
+    args = parse()
+    if args.worker:
+        print_result(worker(args))
+        return
+    intervals = sorted({*args.intervals, *(2 for i in args.intervals if i == 1)})
+    cases = [f"prefill/{lam}" for lam in (0, args.sparse_cache_size)]
+    cases += [f"decode/{i}/{b}" for b in args.batches for i in intervals]
+    best: dict[str, float] = {}
+    for _ in range(args.rounds):
+        for case in cases:
+            for key, value in run_worker(case).items():
+                best[key] = min(value, best.get(key, value))
+    results = {"best": best, "ratios": ratios(args, best)}
+    for part in results.values():
+        for key, value in part.items():
+            print(f"{key:60}{value:10.3f}")
+    write_report(args, results)
+
+
+if __name__ == "__main__":
+    main()
