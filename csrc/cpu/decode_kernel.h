@@ -208,12 +208,25 @@ void map_queries(const LolaArgs& a, const DecodeItem* items, int64_t count, Deco
   }
 }
 
-// Logits of an item into x.z, rows of `ld`.
+// Logits of an item into x.z, rows of `ld`, from x.scaled or the queries themselves.
 template <typename T, DType D>
 void logits(const LolaArgs& a, const DecodeItem& item, const Run* runs, int64_t ld,
             DecodeScratch<T>& x) {
   const int64_t heads = a.Hq / a.Hg;
   T* z = x.z;
+#if LOLA_BF16_DOTS
+  if constexpr (D == DType::bf16) {
+    if (pairs_fit(a)) {
+      const char* const q = a.q.at(item.token, item.set * heads);
+      const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.d));
+      for (int i = 0; i < kRuns; z += runs[i++].count) {
+        pairs_dot(q, a.q.stride[1] * size_of(a.q.dtype), heads, runs[i].k, runs[i].row_bytes,
+                  runs[i].count, scale, z, ld, &x.ahead);
+      }
+      return;
+    }
+  }
+#endif
   for (int i = 0; i < kRuns; z += runs[i++].count) {
     runs_dot<T, D>(x.scaled, heads, a.d, runs[i], z, ld, x.row, &x.ahead);
   }

@@ -12,6 +12,10 @@
 //
 #include "cpu/incremental_kernel.h"
 //
+#if LOLA_BF16_DOTS
+#include "cpu/decode_dots_kernel.h"
+#endif
+//
 #include "cpu/decode_kernel.h"
 //
 #if LOLA_BF16_DOTS
