@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -18,8 +19,20 @@ namespace {
 // Intervals below this are walked token by token: blocks of so few queries gain nothing.
 constexpr int64_t kShortInterval = 8;
 
-// State bytes below which a second thread costs more to wake than it saves.
-constexpr int64_t kThreadBytes = 256 * 1024;
+// State bytes below which a further thread costs more to wake than it saves.
+constexpr int64_t kThreadBytes = 512 * 1024;
+
+// How long a thread with nothing left to do stays awake for the others.
+constexpr std::chrono::microseconds kPatience{50};
+
+// Tells the processor that this is a waiting loop.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
 
 struct Kernels {
   decltype(&baseline::lola_scratch) scratch;
@@ -59,6 +72,19 @@ void parallel(int64_t items, int64_t grain, int64_t scratch_bytes, const Body& b
   });
 }
 
+// Waits for the turns that others have begun, without falling asleep for what takes a few
+// microseconds: where idle threads sleep (OMP_WAIT_POLICY=PASSIVE) waking this one would take
+// longer than that. Gives up soon, in case the others do not run; the barrier that follows waits.
+void await(const Turns& turns) {
+  const auto begin = std::chrono::steady_clock::now();
+  while (!turns.finished()) {
+    for (int i = 0; i < 16; ++i) relax();
+    if (std::chrono::steady_clock::now() - begin > kPatience) return;
+  }
+  // And until they are at the barrier, so that this thread passes it.
+  for (int i = 0; i < 16; ++i) relax();
+}
+
 }  // namespace
 
 void decode_cpu(const LolaArgs& a, int64_t rows, const Indices& seq_lens) {
@@ -66,11 +92,21 @@ void decode_cpu(const LolaArgs& a, int64_t rows, const Indices& seq_lens) {
   const int64_t state = (2 * (a.window + a.sink + a.lam) * size_of(a.exact_k.dtype) +
                          2 * a.F * size_of(a.recall.H.dtype) * (a.Hs / a.Hg)) *
                         a.d;
-  const int64_t grain = std::max<int64_t>(1, kThreadBytes / state);
-  parallel(rows * a.Hg, grain, run.scratch(a, Phase::decode),
-           [&](int64_t begin, int64_t end, char* memory) {
-             run.decode(a, rows, seq_lens, begin, end, memory);
-           });
+  const int64_t items = rows * a.Hg, scratch = run.scratch(a, Phase::decode);
+  const int64_t threads =
+      std::min<int64_t>(torch::stable::get_num_threads(), 1 + items * state / kThreadBytes / 2);
+  // Several turns for each thread, of the sets of a row or more: these lie side by side in its
+  // page.
+  const int64_t per_turn = std::clamp<int64_t>(items / (4 * threads), 1, kTurnItems);
+  Turns turns{(items + per_turn - 1) / per_turn, per_turn};
+  if (threads == 1) {
+    run.decode(a, rows, seq_lens, turns, static_cast<char*>(Scratch::of_thread(scratch)));
+    return;
+  }
+  parallel(threads, 1, scratch, [&](int64_t begin, int64_t end, char* memory) {
+    run.decode(a, rows, seq_lens, turns, memory);
+    if (begin == 0) await(turns);
+  });
 }
 
 void prefill_cpu(const LolaArgs& a, int64_t rows, const Indices& query_start,

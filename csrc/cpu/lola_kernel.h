@@ -12,6 +12,10 @@
 //
 #include "cpu/incremental_kernel.h"
 //
+#if LOLA_BF16_DOTS
+#include "cpu/decode_dots_kernel.h"
+#endif
+//
 #include "cpu/decode_kernel.h"
 //
 #if LOLA_BF16_DOTS
@@ -25,27 +29,55 @@ namespace LOLA_ISA {
 namespace {
 
 template <typename T>
-void decode_one(const LolaArgs& a, int64_t token, int64_t page, int64_t set, int64_t n,
-                DecodeScratch<T>& x) {
-  if (page <= 0) return zero_set(a, token, set);
+void decode_one(const LolaArgs& a, const DecodeItem& item, const T* phi, DecodeScratch<T>& x) {
+  if (item.page <= 0) return zero_set(a, item.token, item.set);
   if constexpr (sizeof(T) == 8) {
-    decode_set<T, DType::f64>(a, token, page, set, n, x);
+    decode_set<T, DType::f64>(a, item, phi, x);
   } else if (a.exact_k.dtype == DType::bf16) {
-    decode_set<T, DType::bf16>(a, token, page, set, n, x);
+    decode_set<T, DType::bf16>(a, item, phi, x);
   } else {
-    decode_set<T, DType::f32>(a, token, page, set, n, x);
+    decode_set<T, DType::f32>(a, item, phi, x);
   }
 }
 
+// Item i of a step: rows in order, of each one its sets. What a page holds of these lies side by
+// side, so memory is read in long runs.
+inline DecodeItem decode_item(const LolaArgs& a, int64_t i, const Indices& seq_lens) {
+  const int64_t row = i / a.Hg;
+  return {row, a.slots[row], i % a.Hg, seq_lens[row]};
+}
+
+// Works until no turn is left. The next turn is taken before the last item of one, so that memory
+// can be asked for its pages in time.
 template <typename T>
-void decode_items(const LolaArgs& a, int64_t rows, const Indices& seq_lens, int64_t begin,
-                  int64_t end, char* memory) {
+void decode_items(const LolaArgs& a, int64_t rows, const Indices& seq_lens, Turns& turns,
+                  char* memory) {
   DecodeScratch<T> x;
   carve_decode<T>(a, memory, &x);
-  // Rows are the inner loop: neighbours share the feature maps of their heads.
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item % rows;
-    decode_one<T>(a, row, a.slots[row], item / rows, seq_lens[row], x);
+  const int64_t items = rows * a.Hg;
+  for (int64_t turn = turns.take(); turn < turns.count;) {
+    const int64_t first = turn * turns.items, left = items - first;
+    const int64_t count = left < turns.items ? left : turns.items;
+    DecodeItem own[kTurnItems];
+    for (int64_t i = 0; i < count; ++i) own[i] = decode_item(a, first + i, seq_lens);
+    int64_t next_turn = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!x.ahead.asked && own[i].page > 0) announce(a, own[i], true, x.ahead);
+      int64_t next = first + i + 1;
+      if (i + 1 == count) {
+        next_turn = turns.take();
+        next = next_turn * turns.items;
+      }
+      if (next < items) {
+        const DecodeItem coming = decode_item(a, next, seq_lens);
+        if (coming.page > 0) announce(a, coming, false, x.ahead);
+      }
+      if (i == 0) map_queries(a, own, count, x);
+      decode_one<T>(a, own[i], phi_of(a, i, x), x);
+      x.ahead.asked = x.ahead.asked || own[i].page > 0;
+    }
+    turns.finish();
+    turn = next_turn;
   }
 }
 
@@ -60,7 +92,9 @@ void sequence_items(const LolaArgs& a, const Sequence* sequences, int64_t begin,
     const int64_t kv = item % a.Hkv;
     for (int64_t t = 0; t < s.count; ++t) {
       for (int64_t set = kv * sets; set < (kv + 1) * sets; ++set) {
-        decode_one<T>(a, s.token + t, s.page, set, s.position + t + 1, x);
+        const DecodeItem item = {s.token + t, s.page, set, s.position + t + 1};
+        map_queries(a, &item, 1, x);
+        decode_one<T>(a, item, phi_of(a, 0, x), x);
       }
     }
   }
@@ -136,12 +170,12 @@ int64_t lola_scratch(const LolaArgs& a, Phase phase) {
   return a.exact_k.dtype == DType::f64 ? scratch_of<double>(a, phase) : scratch_of<float>(a, phase);
 }
 
-void decode_run(const LolaArgs& a, int64_t rows, const Indices& seq_lens, int64_t begin,
-                int64_t end, char* memory) {
+void decode_run(const LolaArgs& a, int64_t rows, const Indices& seq_lens, Turns& turns,
+                char* memory) {
   if (a.exact_k.dtype == DType::f64) {
-    decode_items<double>(a, rows, seq_lens, begin, end, memory);
+    decode_items<double>(a, rows, seq_lens, turns, memory);
   } else {
-    decode_items<float>(a, rows, seq_lens, begin, end, memory);
+    decode_items<float>(a, rows, seq_lens, turns, memory);
   }
 }
 

@@ -74,6 +74,21 @@ struct AttendItem {
   int64_t page, set, token, position, first, count;
 };
 
+// Work that threads take turn by turn, so that one which wakes late or is interrupted holds nobody
+// up. A turn is up to `items` items in a row.
+struct Turns {
+  int64_t count, items;
+  int64_t next = 0, done = 0;
+
+  // The next turn; none is left where that is `count` or more.
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+  void finish() { __atomic_fetch_add(&done, 1, __ATOMIC_RELEASE); }
+  bool finished() const { return __atomic_load_n(&done, __ATOMIC_ACQUIRE) >= count; }
+};
+
+// Longest turn of decode: the last one keeps the other threads waiting.
+constexpr int64_t kTurnItems = 6;
+
 enum class Phase { decode, attend, lane };
 
 // Queries per block.

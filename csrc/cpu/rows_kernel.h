@@ -18,13 +18,57 @@ LOLA_INLINE Vec<T> load_as(const char* row, int64_t i) {
   }
 }
 
-// Bytes ahead of the loads that memory is asked for: runs are shorter than the hardware's own
-// prefetcher needs to get going, and it stops at every 4 KiB.
+// Bytes ahead of the loads that memory is asked for where nobody has asked before: runs are shorter
+// than the hardware's own prefetcher needs to get going, and it stops at every 4 KiB.
 constexpr int64_t kAhead = 1024;
 
 LOLA_INLINE void prefetch_row(const char* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
+
+// What will be read after what is being read now, in that order, across the borders of runs and
+// pages: the rest of an item and the next one. Loops that read four lines ask for five of these, so
+// that at the end of an item all of the next one is on its way, and memory works while the
+// arithmetic does.
+struct Ahead {
+  static constexpr uint32_t kRanges = 32;
+  const char *at, *end;  // the rest of the current range
+  const char *from[kRanges], *to[kRanges];
+  uint32_t first, last;  // ranges to come, modulo their number
+  bool asked;            // what is read now has been asked for
+
+  void clear() {
+    at = end = nullptr;
+    first = last = 0;
+    asked = false;
+  }
+
+  void push(const char* p, int64_t bytes) {
+    if (bytes <= 0) return;
+    if (last - first == kRanges) ++first;
+    from[last % kRanges] = p;
+    to[last++ % kRanges] = p + bytes;
+  }
+
+  __attribute__((noinline)) void ask_slowly(int64_t lines) {
+    for (; lines > 0; --lines, at += 64) {
+      if (at >= end) {
+        if (first == last) return;
+        at = from[first % kRanges];
+        end = to[first++ % kRanges];
+      }
+      __builtin_prefetch(at);
+    }
+  }
+
+  template <int N>
+  LOLA_INLINE void ask() {
+    if (end - at < N * 64) return ask_slowly(N);
+#pragma GCC unroll 32
+    for (int i = 0; i < N; ++i) __builtin_prefetch(at + i * 64);
+    at += N * 64;
+  }
+};
 
 // Logits of R neighbouring rows of keys for G heads.
 template <typename T, DType D, int G, int R>
@@ -59,24 +103,27 @@ LOLA_INLINE void dot_tile(const T* q, int64_t dp, const char* k, int64_t row_byt
 }
 
 // z[h * ld + i] = q_h . k_i for G heads and `count` rows of d elements, d a whole number of
-// vectors. Asks for the rows of `next`, the values, on the way: they are wanted right after.
+// vectors.
 template <typename T, DType D, int G>
-LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_bytes,
-                          const char* next, int64_t count, T* z, int64_t ld) {
+LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_bytes, Ahead* ahead,
+                          int64_t count, T* z, int64_t ld) {
+  const bool asked = ahead != nullptr && ahead->asked;
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
-    prefetch_row(k + i * row_bytes + kAhead, 4 * row_bytes);
-    if (next != nullptr) prefetch_row(next + i * row_bytes, 4 * row_bytes);
+    if (!asked) prefetch_row(k + i * row_bytes + kAhead, 4 * row_bytes);
+    if (ahead != nullptr) {
+      for (int64_t j = 0; j < row_bytes; j += 128) ahead->template ask<10>();
+    }
     dot_tile<T, D, G, 4>(q, dp, k + i * row_bytes, row_bytes, z + i, ld);
   }
-  if (next != nullptr && i < count) prefetch_row(next + i * row_bytes, (count - i) * row_bytes);
   for (; i < count; ++i) dot_tile<T, D, G, 1>(q, dp, k + i * row_bytes, row_bytes, z + i, ld);
 }
 
 // y_h[0 .. V vectors) += sum_i p[h * ld + i] v_i for G heads: the sum runs over i in order.
 template <typename T, DType D, int G, int V>
 LOLA_INLINE void add_rows(const T* p, int64_t ld, const char* v, int64_t row_bytes, int64_t count,
-                          T* y, int64_t dp) {
+                          T* y, int64_t dp, Ahead* ahead) {
+  constexpr int kLines = (5 * V * kLanes<T> * size_of(D) + 63) / 64;  // of four rows
   Vec<T> acc[G][V];
 #pragma GCC unroll 8
   for (int h = 0; h < G; ++h) {
@@ -84,6 +131,7 @@ LOLA_INLINE void add_rows(const T* p, int64_t ld, const char* v, int64_t row_byt
     for (int j = 0; j < V; ++j) acc[h][j] = load(y + h * dp + j * kLanes<T>);
   }
   for (int64_t i = 0; i < count; ++i, v += row_bytes) {
+    if (ahead != nullptr && i % 4 == 3) ahead->template ask<kLines>();
     Vec<T> x[V];
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) x[j] = load_as<T, D>(v, j * kLanes<T>);
@@ -101,15 +149,58 @@ LOLA_INLINE void add_rows(const T* p, int64_t ld, const char* v, int64_t row_byt
   }
 }
 
+// y_r[0 .. V vectors) = sum_f phi[r * ld + f] H_f for R heads: a product like any other, in the
+// same order, that asks for memory on its way.
+template <typename T, int R, int V>
+LOLA_INLINE void recall_tile(const T* phi, int64_t ld, const T* H, int64_t H_ld, int64_t F2, T* y,
+                             int64_t dp, Ahead* ahead) {
+  constexpr int kLines = (5 * V * LOLA_VEC_BYTES / 2 + 63) / 64;  // of two rows
+  Vec<T> acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) acc[r][j] = Vec<T>{};
+  }
+  for (int64_t f = 0; f < F2; ++f, H += H_ld) {
+    if (f % 2 == 1) ahead->template ask<kLines>();
+    Vec<T> x[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) x[j] = load(H + j * kLanes<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> w = splat(phi[r * ld + f]);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[r][j] = fma(w, x[j], acc[r][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) store<T>(y + r * dp + j * kLanes<T>, acc[r][j]);
+  }
+}
+
+template <typename T, int R>
+void recall_heads(const T* phi, int64_t ld, const T* H, int64_t H_ld, int64_t F2, T* y, int64_t dp,
+                  Ahead* ahead) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes<T> <= dp; j += 4 * kLanes<T>) {
+    recall_tile<T, R, 4>(phi, ld, H + j, H_ld, F2, y + j, dp, ahead);
+  }
+  for (; j < dp; j += kLanes<T>) {
+    recall_tile<T, R, 1>(phi, ld, H + j, H_ld, F2, y + j, dp, ahead);
+  }
+}
+
 // Chunks of `count` rows through `scratch` where a row is not whole vectors of a direct dtype.
 constexpr int64_t kRowChunk = 16;
 
 template <typename T, DType D, int G>
-void dot_heads(const T* q, int64_t d, const char* k, int64_t row_bytes, const char* next,
-               int64_t count, T* z, int64_t ld, T* scratch) {
+void dot_heads(const T* q, int64_t d, const char* k, int64_t row_bytes, Ahead* ahead, int64_t count,
+               T* z, int64_t ld, T* scratch) {
   constexpr DType own = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const int64_t dp = round_up<T>(d);
-  if (d == dp) return dot_rows<T, D, G>(q, dp, k, row_bytes, next, count, z, ld);
+  if (d == dp) return dot_rows<T, D, G>(q, dp, k, row_bytes, ahead, count, z, ld);
   for (int64_t first = 0; first < count; first += kRowChunk) {
     const int64_t left = count - first, size = left < kRowChunk ? left : kRowChunk;
     for (int64_t i = 0; i < size; ++i) {
@@ -122,16 +213,16 @@ void dot_heads(const T* q, int64_t d, const char* k, int64_t row_bytes, const ch
 
 template <typename T, DType D, int G>
 void add_heads(const T* p, int64_t ld, const char* v, int64_t row_bytes, int64_t count, T* y,
-               int64_t d, T* scratch) {
+               int64_t d, T* scratch, Ahead* ahead) {
   constexpr DType own = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const int64_t dp = round_up<T>(d);
   if (d == dp) {
     int64_t j = 0;
     for (; j + 4 * kLanes<T> <= dp; j += 4 * kLanes<T>) {
-      add_rows<T, D, G, 4>(p, ld, v + j * size_of(D), row_bytes, count, y + j, dp);
+      add_rows<T, D, G, 4>(p, ld, v + j * size_of(D), row_bytes, count, y + j, dp, ahead);
     }
     for (; j < dp; j += kLanes<T>) {
-      add_rows<T, D, G, 1>(p, ld, v + j * size_of(D), row_bytes, count, y + j, dp);
+      add_rows<T, D, G, 1>(p, ld, v + j * size_of(D), row_bytes, count, y + j, dp, ahead);
     }
     return;
   }
@@ -142,7 +233,7 @@ void add_heads(const T* p, int64_t ld, const char* v, int64_t row_bytes, int64_t
     }
     for (int64_t j = 0; j < dp; j += kLanes<T>) {
       add_rows<T, own, G, 1>(p + first, ld, reinterpret_cast<const char*>(scratch + j),
-                             dp * sizeof(T), size, y + j, dp);
+                             dp * sizeof(T), size, y + j, dp, nullptr);
     }
   }
 }

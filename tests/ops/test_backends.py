@@ -243,6 +243,57 @@ def test_threads_change_no_bit():
         assert torch.equal(pool, found[0][1])
 
 
+@pytest.mark.parametrize("d", [16, 20, 32, 64, 96])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5])
+def test_bfloat16_decode_equals_the_reference(ops, d, group):
+    """With avx512_bf16, logits of heads of whole vectors are products of bfloat16."""
+    config = LolaConfig(
+        window_size=13, sparse_cache_size=11, update_interval=5, feature_dim=8, sink_size=3
+    )
+    problem = make_problem(70, config, group=group, d=d, dtype=torch.bfloat16, scale=2.0)
+    expected, _ = problem.reference()
+    out, layout, views = run(ops, problem, [], decode_from=9)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+    assert_state_matches(problem, layout, views, 2, 70, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [20, 64])
+def test_a_decoded_row_does_not_depend_on_batch_or_threads(dtype, d):
+    """Bit by bit: threads take turns, and the rows of a turn share their feature maps."""
+    assert native.load()
+    config = LolaConfig(window_size=ETA, sparse_cache_size=21, update_interval=5, feature_dim=24)
+    rows, T = 41, 60
+    problem = make_problem(T, config, dtype=dtype, d=d, group=3)
+    q, k, v = (torch.randn(rows, *x.shape[1:]).to(dtype) for x in (problem.q, problem.k, problem.v))
+    lengths = torch.tensor([T + 1 - row % 7 * 9 for row in range(rows)])
+    threads, answers = torch.get_num_threads(), []
+    for batch, count in ((1, 1), (rows, 1), (rows, 2), (rows, 5), (7, 3)):
+        torch.set_num_threads(count)
+        layout = problem.layout()
+        _, views = poisoned_pool(layout, rows + 1, 0)
+        slots = torch.arange(1, rows + 1, dtype=torch.int32)
+        for row in range(rows):
+            n = int(lengths[row]) - 1
+            native.prefill(
+                problem.q[:n], problem.k[:n], problem.v[:n], problem.weights(), layout, views,
+                slots[row : row + 1], torch.tensor([0, n]), torch.tensor([0]),
+                torch.empty_like(problem.q[:n]),
+            )  # fmt: skip
+        out = torch.full_like(q, torch.nan)
+        for at in range(0, rows, batch):
+            part = slice(at, at + batch)
+            native.decode(
+                q[part], k[part], v[part], problem.weights(), layout, views, slots[part],
+                lengths[part], out[part],
+            )  # fmt: skip
+        answers.append((out, views.H[1:].clone()))
+    torch.set_num_threads(threads)
+    for out, H in answers[1:]:
+        assert torch.equal(out, answers[0][0])
+        assert torch.equal(H.view(torch.int32), answers[0][1].view(torch.int32))
+
+
 @pytest.mark.skipif("LOLA_VLLM_CPU_ISA" in os.environ, reason="is the inner run")
 def test_without_bfloat16_products():
     """All of this file again with an instruction set that widens keys and values first."""
