@@ -17,7 +17,6 @@ recall() { # NAME LENGTHS: questions of benchmarks/recall/NAME.json
         --tasks niah-1 --lengths "$2" --samples "$SAMPLES" --out "$OUT/$1" --resume
 }
 recall main 1024,2048,4096
-recall largest 4096
 recall long 8192
 recall ablations 1024
 lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# What sinks, the mixing and the state heads are worth: a small training for each, all alike but for
+# the one choice, and their recall. About half an hour on two CPU cores.
+#
+#   benchmarks/choices.sh      models in models/small-*, results in eval-results/choices
+set -euo pipefail
+cd "$(dirname "$0")/.."
+lola() { .venv/bin/lola-vllm "$@"; }
+SAMPLES=${SAMPLES:-50}
+OUT=${OUT:-eval-results}
+
+[ -d models/texts ] || lola texts --out models/texts
+[ -d models/smollm2-base ] || lola demo-model --out models/smollm2-lola --base-out models/smollm2-base
+
+train() { # NAME OPTIONS: stage 1 only, 49,152 tokens
+    [ -d "models/small-$1" ] || lola distill --base models/smollm2-base --data models/texts \
+        --out "models/small-$1" --work-dir "models/small-$1.training" --resume \
+        --window-size 64 --sparse-cache-size 128 --train-sparse-caches 0,128 \
+        --rows 24 --row-length 2048 --steps-per-row 6 --queries-per-step 512 --learning-rate 3e-2 \
+        --retrieval-fraction 0.25 --lora-rows 0 "${@:2}"
+}
+train kv --sink-size 4
+train query --sink-size 4 --state-heads query
+train nosinks --sink-size 0
+train lolcats --sink-size 4 --mixing lolcats
+lola eval recall --model models/small-kv --sweep benchmarks/recall/choices.json \
+    --tasks niah-1 --lengths 1024 --samples "$SAMPLES" --out "$OUT/choices" --resume
