@@ -12,11 +12,11 @@ OUT=${OUT:-eval-results}
 [ -d models/texts ] || lola texts --out models/texts
 [ -d models/smollm2-base ] || lola demo-model --out models/smollm2-lola --base-out models/smollm2-base
 
-train() { # NAME OPTIONS: stage 1 only, 49,152 tokens
+train() { # NAME OPTIONS: stage 1 only, 32,768 tokens
     [ -d "models/small-$1" ] || lola distill --base models/smollm2-base --data models/texts \
         --out "models/small-$1" --work-dir "models/small-$1.training" --resume \
         --window-size 64 --sparse-cache-size 128 --train-sparse-caches 0,128 \
-        --rows 24 --row-length 2048 --steps-per-row 6 --queries-per-step 512 --learning-rate 3e-2 \
+        --rows 16 --row-length 2048 --steps-per-row 6 --queries-per-step 512 --learning-rate 3e-2 \
         --retrieval-fraction 0.25 --lora-rows 0 "${@:2}"
 }
 train kv --sink-size 4
