@@ -15,6 +15,7 @@ times, and the best time of each case counts.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import time
@@ -59,11 +60,26 @@ def engine(args: argparse.Namespace, lola_config: dict[str, int], tokens: int, s
     return llm.llm_engine
 
 
-def submit(engine: Any, name: str, length: int, tokens: int) -> None:
-    """Queue a prompt of so many tokens, none of which another prompt begins with."""
+@functools.cache
+def text_ids(model: Path) -> list[int]:
+    """Tokens of real text, the project's own documents: on noise more pairs need rescoring."""
+    from transformers import AutoTokenizer
+
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    ids: list[int] = AutoTokenizer.from_pretrained(model)(text, verbose=False)["input_ids"]
+    return ids
+
+
+def submit(args: argparse.Namespace, engine: Any, name: str, length: int, tokens: int) -> None:
+    """Queue a prompt of so many tokens from another place of the text for each name."""
     from vllm import SamplingParams, TokensPrompt
 
-    ids = [(31 * int(name) + 7 * i) % 40000 + 100 for i in range(length)]
+    found = text_ids(args.model)
+    start = 97 * int(name)
+    if start + length > len(found):
+        raise SystemExit(f"--prompt {length}: the documents have {len(found)} tokens only")
+    ids = found[start : start + length]
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     engine.add_request(name, TokensPrompt(prompt_token_ids=ids), params)
 
@@ -73,7 +89,7 @@ def prefill(args: argparse.Namespace, lam: int) -> dict[str, float]:
     llm = engine(args, {"sparse_cache_size": lam}, args.prompt, 1)
     times = []
     for repeat in range(args.repeats + 1):
-        submit(llm, f"{repeat}", args.prompt, 1)
+        submit(args, llm, f"{repeat}", args.prompt, 1)
         begin = time.perf_counter()
         while llm.has_unfinished_requests():
             llm.step()
@@ -92,7 +108,7 @@ def decode(args: argparse.Namespace, interval: int, batch: int) -> dict[str, flo
     }
     llm = engine(args, config, batch * length, batch)
     for i in range(batch):
-        submit(llm, f"{i}", length, args.steps + 2)
+        submit(args, llm, f"{i}", length, args.steps + 2)
     llm.step()  # all prompts at once: every sequence is as long as the others from here on
     due: list[float] = []
     quiet: list[float] = []
