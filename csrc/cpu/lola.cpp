@@ -134,7 +134,7 @@ void prefill_cpu(const LolaArgs& a, int64_t rows, const Indices& query_start,
   }
   LolaArgs wide = a;  // keys and values are laid out once per block, whatever its width
   if (cpu_isa() == Isa::avx512_bf16 && a.exact_k.dtype == DType::bf16) wide.columns = 192;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = Streams::useful_threads(wide, runs, torch::stable::get_num_threads());
   const int64_t lane_bytes = (run.scratch(wide, Phase::lane) + 63) / 64 * 64;
   const std::size_t bytes = static_cast<std::size_t>(Streams::lanes(wide, runs, threads)) *
                             static_cast<std::size_t>(lane_bytes);

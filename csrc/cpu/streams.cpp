@@ -16,6 +16,16 @@ int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 }  // namespace
 
+int64_t Streams::useful_threads(const LolaArgs& a, const std::vector<Sequence>& runs,
+                                int64_t threads) {
+  int64_t tasks = 0;
+  for (const Sequence& run : runs) {
+    const int64_t columns = std::min(run.count, a.interval) * (a.Hq / a.Hg);
+    tasks += a.Hg * (divide_up(columns, kLeastColumns) + 1);  // blocks of a piece, and its update
+  }
+  return std::min(threads, tasks);
+}
+
 int64_t Streams::lanes(const LolaArgs& a, const std::vector<Sequence>& runs, int64_t threads) {
   return std::min(threads, static_cast<int64_t>(runs.size()) * a.Hkv);
 }

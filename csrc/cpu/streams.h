@@ -32,6 +32,10 @@ class Streams {
   Streams(const LolaArgs& a, const std::vector<Sequence>& runs, const StreamKernels& run,
           int64_t threads, char* memory, int64_t lane_bytes);
 
+  // Of `threads`, as many as can ever have something to do at once.
+  static int64_t useful_threads(const LolaArgs& a, const std::vector<Sequence>& runs,
+                                int64_t threads);
+
   static int64_t lanes(const LolaArgs& a, const std::vector<Sequence>& runs, int64_t threads);
 
   // Returns when all streams have ended. Any number of threads may call this at once, or one after
