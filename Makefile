@@ -1,6 +1,7 @@
 # make serve   set up, build, make the demo model on first use, serve it on 127.0.0.1:8000
 # make test    set up, build, run every test
 # make recall  measure recall and perplexity of the demo model, as README.md shows them
+# make choices train small models that differ in one choice each, and measure their recall
 # make lint    formatting, lint and type checks
 
 PYTHON ?= python3.11
@@ -15,7 +16,7 @@ PORT ?= 8000
 export OMP_WAIT_POLICY ?= PASSIVE
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup serve test recall lint format clean
+.PHONY: setup serve test recall choices lint format clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +41,9 @@ test: $(VENV)/.ready | models/smollm2-lola
 
 recall: $(VENV)/.ready | models/smollm2-lola
 	benchmarks/recall.sh
+
+choices: $(VENV)/.ready | models/smollm2-lola
+	benchmarks/choices.sh
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

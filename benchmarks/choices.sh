@@ -2,15 +2,8 @@
 # What sinks, the mixing and the state heads are worth: a small training for each, all alike but for
 # the one choice, and their recall. About half an hour on two CPU cores.
 #
-#   benchmarks/choices.sh      models in models/small-*, results in eval-results/choices
-set -euo pipefail
-cd "$(dirname "$0")/.."
-lola() { .venv/bin/lola-vllm "$@"; }
-SAMPLES=${SAMPLES:-50}
-OUT=${OUT:-eval-results}
-
-[ -d models/texts ] || lola texts --out models/texts
-[ -d models/smollm2-base ] || lola demo-model --out models/smollm2-lola --base-out models/smollm2-base
+#   make choices      models in models/small-*, results in eval-results/choices
+. "$(dirname "$0")/eval_common.sh"
 
 train() { # NAME OPTIONS: stage 1 only, 32,768 tokens
     [ -d "models/small-$1" ] || lola distill --base models/smollm2-base --data models/texts \

@@ -3,13 +3,8 @@
 #
 #   make recall                results in eval-results/; run it again to go on with an interrupted run
 #   SAMPLES=10 make recall     a quicker look
-set -euo pipefail
-cd "$(dirname "$0")/.."
-lola() { .venv/bin/lola-vllm "$@"; }
-SAMPLES=${SAMPLES:-50}
-OUT=${OUT:-eval-results}
+. "$(dirname "$0")/eval_common.sh"
 
-[ -d models/texts ] || lola texts --out models/texts
 [ -d models/smollm2-untrained ] || lola demo-model --untrained --out models/smollm2-untrained
 
 recall() { # NAME LENGTHS: questions of benchmarks/recall/NAME.json

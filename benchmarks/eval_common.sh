@@ -1,0 +1,8 @@
+# Sourced by the scripts that measure recall and perplexity: names, texts, and how much to ask.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+lola() { .venv/bin/lola-vllm "$@"; }
+SAMPLES=${SAMPLES:-50}
+OUT=${OUT:-eval-results}
+
+[ -d models/texts ] || lola texts --out models/texts
