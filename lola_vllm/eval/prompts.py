@@ -21,6 +21,8 @@ class Prompt:
     Attributes:
         task: its name. length: tokens of prompt and answer room together, at most.
         index: of the sample in its cell. ids: the prompt. question: what it asks.
+        distance: tokens from what the answer needs first to the prompt's end, but for what a chat
+            template puts there.
     """
 
     task: str
@@ -28,6 +30,7 @@ class Prompt:
     index: int
     ids: list[int]
     question: Question
+    distance: int
 
 
 def build_prompts(
@@ -65,8 +68,15 @@ def build_prompts(
         depth = (slices[index] + rng.random()) / samples
         draft = task.draw(rng, depth, length, prose)
         question, ids = _longest(task, draft, length, tokenizer, format)
-        prompts.append(Prompt(task.name, length, index, ids, question))
+        distance = _distance(question, tokenizer)
+        prompts.append(Prompt(task.name, length, index, ids, question, distance))
     return prompts
+
+
+def _distance(question: Question, tokenizer: Tokenizer) -> int:
+    # Where the last mention of the part that was mentioned last the longest ago begins.
+    start = min(question.text.rindex(part) for part in question.expected)
+    return len(tokenizer.encode(f"{question.text[start:]} {question.answer_prefix}", special=False))
 
 
 def _longest(

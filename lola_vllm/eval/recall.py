@@ -92,6 +92,7 @@ def _row(prompt: Prompt, answer: str) -> dict[str, Any]:
         "length": prompt.length,
         "index": prompt.index,
         "depth": round(prompt.question.depth, 4),
+        "distance": prompt.distance,
         "prompt_tokens": len(prompt.ids),
         "expected": list(prompt.question.expected),
         "answer": answer,

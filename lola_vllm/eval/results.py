@@ -8,7 +8,7 @@ from typing import Any
 
 from lola_vllm.eval.record import Record
 from lola_vllm.eval.settings import Memory
-from lola_vllm.eval.summary import Cell, Reading, readings, recall_cells
+from lola_vllm.eval.summary import Cell, Reading, beyond_window, readings, recall_cells
 
 MIB = 2**20
 
@@ -17,11 +17,15 @@ def recall_json(records: list[Record]) -> list[dict[str, Any]]:
     """Per setting: its record, its cells, its samples."""
     rows = []
     for record in records:
+        beyond = _beyond_window(record)
         cells = [
             {
                 "task": task,
                 "length": length,
                 **cell.to_json(),
+                "beyond_window": beyond[task, length].to_json()
+                if (task, length) in beyond
+                else None,
                 "bytes_per_sequence": record.memory.bytes_at(length) if record.memory else None,
                 "full_kv_over_bytes": record.memory.saving_at(length) if record.memory else None,
             }
@@ -49,16 +53,19 @@ def recall_table(records: list[Record]) -> str:
     keys = list(dict.fromkeys(key for found in cells for key in found))
     lengths = sorted({length for _, length in keys})
     header = ["setting", *(f"{length:,}" for length in lengths)]
+    beyond = [_beyond_window(record) for record in records]
     blocks = []
     for task in dict.fromkeys(task for task, _ in keys):
-        rows = [
-            [record.setting.name, *(_show(found.get((task, length))) for length in lengths)]
-            for record, found in zip(records, cells, strict=True)
-        ]
+        rows = []
+        for record, whole, part in zip(records, cells, beyond, strict=True):
+            for name, found in ((record.setting.name, whole), ("- beyond the window", part)):
+                if found:
+                    rows.append([name, *(_show(found.get((task, length))) for length in lengths)])
         blocks.append(f"### {task}\n\n{markdown([header, *rows])}")
     blocks.append(
         "Exact answers by tokens of prompt and answer, Wilson's 95 % interval in brackets; parts: "
-        "share of characters right (vt: of names)."
+        "share of characters right (vt: of names). Beyond the window: the samples whose needle "
+        "is farther from the prompt's end than the window reaches."
     )
     if any(record.memory for record in records):
         rows = [
@@ -68,6 +75,12 @@ def recall_table(records: list[Record]) -> str:
         blocks.append(f"### Memory per sequence\n\n{markdown([header, *rows])}")
         blocks.append("MiB, and how many times larger a full KV cache is.")
     return "\n\n".join(blocks)
+
+
+def _beyond_window(record: Record) -> dict[tuple[str, int], Cell]:
+    if record.memory is None or record.memory.lola_config is None:
+        return {}
+    return recall_cells(beyond_window(record.samples, record.memory.lola_config))
 
 
 def perplexity_table(records: list[Record], reference: Record | None) -> str:

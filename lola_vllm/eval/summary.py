@@ -60,6 +60,21 @@ def recall_cells(samples: Iterable[dict[str, Any]]) -> dict[tuple[str, int], Cel
     return {key: recall_cell(group) for key, group in groups.items()}
 
 
+def beyond_window(
+    samples: Iterable[dict[str, Any]], lola_config: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The samples whose needle no sliding window can hold when the answer begins.
+
+    A needle among the last lines is read by softmax attention, sparse cache or not: these samples
+    alone tell what the rest of the state remembers.
+
+    Args:
+        samples: of `recall.RecallPlan`. lola_config: the setting's parameters, all of them.
+    """
+    span = lola_config["window_size"] + lola_config["update_interval"]  # the most it ever holds
+    return [sample for sample in samples if sample.get("distance", 0) >= span]
+
+
 def depth_bin(depth: float) -> int:
     """The bin of a depth, 0 to `DEPTH_BINS` - 1."""
     return min(DEPTH_BINS - 1, int(depth * DEPTH_BINS))

@@ -146,10 +146,10 @@ def test_another_tokenizers_windows_do_not_compare() -> None:
 def records() -> list[Record]:
     plain = Record(Setting("base", Path("/somewhere/base")), memory=Memory(1024, None, None))
     lola = Record(Setting("small", Path("/somewhere/lola"), {"window_size": 8}, "random"))
-    lola.memory = Memory(1024, 2**18, {"window_size": 8})
+    lola.memory = Memory(1024, 2**18, {"window_size": 8, "update_interval": 2})
     plain.finished = True
     plain.samples = [sample(True, length=n) for n in (512, 1024) for _ in range(4)]
-    lola.samples = [sample(i > 0) for i in range(4)]
+    lola.samples = [sample(i > 0, distance=10 - i % 2) for i in range(4)]
     return [plain, lola]
 
 
@@ -165,6 +165,9 @@ def test_recall_table_and_json() -> None:
     assert "somewhere" not in text  # results may be published
     assert rows[1]["model"] == "lola" and rows[1]["score"] == "random"
     (cell,) = rows[1]["cells"]
+    assert (cell["beyond_window"]["samples"], cell["beyond_window"]["exact"]) == (2, 1)
+    assert "| - beyond the window |  50% [9%, 91%] parts 75% |" in table
+    assert all(c["beyond_window"] is None for c in rows[0]["cells"])
     assert cell["bytes_per_sequence"] == 2**18 and cell["full_kv_over_bytes"] == 2.0
     assert [c["bytes_per_sequence"] for c in rows[0]["cells"]] == [2**19, 2**20]
 

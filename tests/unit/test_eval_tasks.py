@@ -125,6 +125,16 @@ def test_depth_is_where_the_needle_is() -> None:
         assert prompt.question.depth == at / (len(lines) - 1)
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_distance_is_how_far_back_the_whole_answer_lies(name: str, prose: Prose) -> None:
+    tokenizer = Words()
+    for prompt in build_prompts(TASKS[name], 768, SAMPLES, 0, tokenizer, prose=prose):
+        ids, distance = prompt.ids, prompt.distance
+        near, far = tokenizer.decode(ids[-distance + 1 :]), tokenizer.decode(ids[-distance:])
+        assert all(expected in far for expected in prompt.question.expected)
+        assert not all(expected in near for expected in prompt.question.expected)
+
+
 def test_multikey_hides_four_different_keys_and_asks_for_one(prose: Prose) -> None:
     asked = Counter()
     for prompt in prompts("multikey", 1024, prose):
