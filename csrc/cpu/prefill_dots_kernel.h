@@ -6,7 +6,8 @@
 // Products of bfloat16 are exact in float32, where all sums run. A softmax weight is taken as the
 // sum of two bfloat16 numbers, its rounded value and the rounded rest, which keeps 16 bits of it:
 // with 8 the answers of quantized models, whose activations enlarge every error, moved away from
-// those of a full cache.
+// those of a full cache. Weights below 2^-10 of their column's sum do without the rest: it would be
+// smaller than that of the sum.
 // Included by for_each_isa.h through lola_kernel.h, for sets that have the instruction.
 
 namespace lola {
@@ -16,6 +17,7 @@ namespace {
 constexpr int64_t kPanelVecs = 4;   // vectors of query columns that share a pass over the keys
 constexpr int64_t kDotKeys = 6;     // keys, or columns, of a tile: with 4 vectors 24 accumulators
 constexpr int64_t kPairBlock = 64;  // pairs of keys whose weights and values lie in L1
+constexpr float kSmallShare = 1.0f / 1024;
 
 struct DotScratch {
   const char **k, **v;              // rows of the keys and values
@@ -120,10 +122,10 @@ LOLA_INLINE void store_rounded(uint32_t* p, Vec<float>* even, Vec<float>* odd) {
 // Of the weights of a block of pairs of keys, where those of all its columns' rests begin.
 constexpr int64_t kRests = kPairBlock * kPanelVecs * kLanes<float>;
 
-// The weights of a pair of keys from their logits for one vector of columns: rounded at p, their
-// rests at p + kRests.
-LOLA_INLINE void weigh(const float* z, int64_t ld, Vec<float> high, int64_t key, int64_t all,
-                       Vec<float> visible, Vec<float>* total, uint32_t* p) {
+// The weights of a pair of keys from their logits for one vector of columns: rounded at p, and the
+// rests of those above `least` at p + kRests. Returns a bit for each column that has a rest.
+LOLA_INLINE uint64_t weigh(const float* z, int64_t ld, Vec<float> high, int64_t key, int64_t all,
+                           Vec<float> visible, Vec<float> least, Vec<float>* total, uint32_t* p) {
   Vec<float> even = exp2_short(load(z) - high), odd = exp2_short(load(z + ld) - high);
   if (key + 1 >= all) {
     even = splat(static_cast<float>(key)) < visible ? even : Vec<float>{};
@@ -131,32 +133,57 @@ LOLA_INLINE void weigh(const float* z, int64_t ld, Vec<float> high, int64_t key,
   }
   *total += even;
   *total += odd;
+  const __mmask16 evens = _mm512_cmp_ps_mask(even, least, _CMP_GT_OQ);
+  const __mmask16 odds = _mm512_cmp_ps_mask(odd, least, _CMP_GT_OQ);
   store_rounded(p, &even, &odd);
+  even = _mm512_maskz_mov_ps(evens, even);
+  odd = _mm512_maskz_mov_ps(odds, odd);
   store_rounded(p + kRests, &even, &odd);
+  return static_cast<uint64_t>(evens | odds);
 }
 
-// y[R rows of columns][V vectors] += weights of `pairs` pairs of keys times their values.
+// Of a block's pairs, a bit for each that has a rest in one of the columns in `tile`.
+LOLA_INLINE uint64_t pairs_with_rests(const uint64_t* rests, uint64_t tile) {
+  const __m512i columns = _mm512_set1_epi64(static_cast<int64_t>(tile));
+  uint64_t pairs = 0;
+#pragma GCC unroll 8
+  for (int i = 0; i < kPairBlock; i += 8) {
+    const uint64_t some = _mm512_test_epi64_mask(_mm512_loadu_si512(rests + i), columns);
+    pairs |= some << i;
+  }
+  return pairs;
+}
+
+// acc += the weights of R columns for one pair of keys times V vectors of the values.
+template <int R, int V>
+LOLA_INLINE void add_values(const uint32_t* p, const uint32_t* v, Vec<float> (&acc)[R][V]) {
+  Words b[V];
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) b[j] = load_words(v + j * kLanes<float>);
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    const Words w = broadcast_pair(p + i);
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) acc[i][j] = dot_pairs(w, b[j], acc[i][j]);
+  }
+}
+
+// y[R rows of columns][V vectors] += weights of `pairs` pairs of keys times their values; `rests`
+// has a bit for each pair that has rests.
 template <int R, int V>
 LOLA_INLINE void value_tile(const uint32_t* p, const uint32_t* v, int64_t d, int64_t pairs,
-                            float* y) {
+                            uint64_t rests, float* y) {
   Vec<float> acc[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) acc[i][j] = load(y + i * d + j * kLanes<float>);
   }
-  for (int64_t k = 0; k < pairs; ++k, v += d, p += kPanelVecs * kLanes<float>) {
-    Words b[V];
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) b[j] = load_words(v + j * kLanes<float>);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const Words w = broadcast_pair(p + i), rest = broadcast_pair(p + kRests + i);
-#pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) acc[i][j] = dot_pairs(w, b[j], acc[i][j]);
-#pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) acc[i][j] = dot_pairs(rest, b[j], acc[i][j]);
-    }
+  constexpr int64_t ld = kPanelVecs * kLanes<float>;
+  for (int64_t k = 0; k < pairs; ++k) add_values(p + k * ld, v + k * d, acc);
+  for (; rests != 0; rests &= rests - 1) {
+    const int64_t k = __builtin_ctzll(rests);
+    add_values(p + kRests + k * ld, v + k * d, acc);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -165,18 +192,23 @@ LOLA_INLINE void value_tile(const uint32_t* p, const uint32_t* v, int64_t d, int
   }
 }
 
+// `rests` has per pair a bit for each column with a rest. Columns without one find zeros there, so
+// no column's answer depends on those beside it.
 template <int V>
 LOLA_INLINE void value_columns(const uint32_t* p, const uint32_t* v, int64_t d, int64_t pairs,
-                               int64_t columns, float* y) {
+                               int64_t columns, const uint64_t* rests, float* y) {
   int64_t m = 0;
+  const auto of_tile = [&](int width) {
+    return pairs_with_rests(rests, ((uint64_t(1) << width) - 1) << m);
+  };
   for (; m + kDotKeys <= columns; m += kDotKeys) {
-    value_tile<kDotKeys, V>(p + m, v, d, pairs, y + m * d);
+    value_tile<kDotKeys, V>(p + m, v, d, pairs, of_tile(kDotKeys), y + m * d);
   }
   // Columns are whole vectors: what is left is a multiple of two.
   if (columns - m == 4) {
-    value_tile<4, V>(p + m, v, d, pairs, y + m * d);
+    value_tile<4, V>(p + m, v, d, pairs, of_tile(4), y + m * d);
   } else if (columns - m == 2) {
-    value_tile<2, V>(p + m, v, d, pairs, y + m * d);
+    value_tile<2, V>(p + m, v, d, pairs, of_tile(2), y + m * d);
   }
 }
 
@@ -200,24 +232,32 @@ void attend_panel(const DotScratch& x, const DotColumns& c, int64_t m, int64_t d
     store<float>(y + i, Vec<float>{});
   }
   const int64_t pairs = (x.keys + 1) / 2;
-  for (int64_t block = 0; block < pairs; block += kPairBlock) {
+  uint64_t rests[kPairBlock] = {};
+  // The window comes last and weighs most: beginning there, small weights are soon known as such.
+  // Blocks lie alike however a prompt was split, so that no answer depends on that.
+  for (int64_t block = (pairs - 1) / kPairBlock * kPairBlock; block >= 0; block -= kPairBlock) {
     const int64_t left = pairs - block, count = left < kPairBlock ? left : kPairBlock;
+    Vec<float> least[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) least[j] = total[j] * kSmallShare;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t key = 2 * (block + i);
+      rests[i] = 0;
 #pragma GCC unroll 8
       for (int j = 0; j < V; ++j) {
         const int64_t at = j * kLanes<float>;
-        weigh(x.z + key * ld + at, ld, high[j], key, all, load(c.limit + m + at), &total[j],
-              x.p + i * ld + at);
+        rests[i] |= weigh(x.z + key * ld + at, ld, high[j], key, all, load(c.limit + m + at),
+                          least[j], &total[j], x.p + i * ld + at)
+                    << at;
       }
     }
     const uint32_t* const v = x.v_pairs + block * d;
     int64_t e = 0;
     for (; e + 4 * kLanes<float> <= d; e += 4 * kLanes<float>) {
-      value_columns<4>(x.p, v + e, d, count, V * kLanes<float>, y + e);
+      value_columns<4>(x.p, v + e, d, count, V * kLanes<float>, rests, y + e);
     }
     for (; e < d; e += kLanes<float>) {
-      value_columns<1>(x.p, v + e, d, count, V * kLanes<float>, y + e);
+      value_columns<1>(x.p, v + e, d, count, V * kLanes<float>, rests, y + e);
     }
   }
 #pragma GCC unroll 8
