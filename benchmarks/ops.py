@@ -2,9 +2,10 @@
 
     python benchmarks/ops.py --out benchmarks/results/ops.json
 
-Each case cycles through more pages than the caches hold, as a model's layers do. The ceiling is
-the best of a multi-threaded read and copy, measured again beside every case: other work on the
-machine moves both. Shapes default to SmolLM2-135M's (Hq 9, Hkv 3, d 64), pages in bfloat16.
+Each case cycles through more pages than the caches hold, as a model's layers do. The ceilings are
+a multi-threaded read and a copy (bytes read and written) of a large buffer. All that a row compares
+is measured in short turns, as other work on the machine moves it. Shapes default to SmolLM2-135M's
+(Hq 9, Hkv 3, d 64), pages in bfloat16.
 
 `decode` counts what a step must read: the live window, sinks and sparse pairs, H and s. `frozen`
 is the same step on pages that never reach an update point; the ratio to it is what rescoring costs.
@@ -29,6 +30,7 @@ from lola_vllm.ops import LolaWeights, choose_backend
 from lola_vllm.state import StateLayout
 
 POOL_BYTES = 192 * 2**20  # beyond the last-level cache of anything this is likely to run on
+TURNS = 5
 
 
 class Case:
@@ -89,26 +91,22 @@ class Case:
         return self.batch * (exact + sparse + state)
 
 
-def median_s(run: Callable[[], None], seconds: float, device: str) -> float:
-    """Median time of a call, over a bounded time."""
-    run()
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < 8:
-        begin = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def ceiling(device: str) -> float:
-    """Bytes per second of the better of a read and a copy of a large buffer."""
-    x = torch.ones(64 * 2**20, device=device)
-    y = torch.empty_like(x)
-    read = x.nbytes / median_s(lambda: x.sum(), 0.15, device)
-    copy = 2 * x.nbytes / median_s(lambda: y.copy_(x), 0.15, device)
-    return max(read, copy)
+def medians_s(
+    runs: dict[str, Callable[[], object]], seconds: float, device: str
+) -> dict[str, float]:
+    """Median time of a call of each, over so many seconds of it, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(TURNS):
+        for name, run in runs.items():
+            run()
+            until = time.perf_counter() + seconds / TURNS
+            while time.perf_counter() < until:
+                begin = time.perf_counter()
+                run()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> dict[str, float]:
@@ -118,11 +116,20 @@ def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> di
     # token there is no such step; interval 2 has one with the same keys.
     idle = Case(args, batch, lam, 2) if interval == 1 else case
     quiet = idle.start + max(1, interval // 2)
-    frozen_s = median_s(lambda: idle.step(quiet), args.seconds, args.device)
     bytes_read = idle.bytes_read(quiet)
-    update_s = median_s(lambda: case.step(case.start + interval), args.seconds, args.device)
+    large = torch.ones(64 * 2**20, device=args.device)
+    other = torch.empty_like(large)
+    runs = {
+        "frozen": lambda: idle.step(quiet),
+        "update": lambda: case.step(case.start + interval),
+        "read": large.sum,
+        "copy": lambda: other.copy_(large),
+    }
+    found = medians_s(runs, args.seconds, args.device)
+    frozen_s, update_s = found["frozen"], found["update"]
     step_s = frozen_s + (update_s - frozen_s) / interval
-    top = ceiling(args.device)
+    speed = bytes_read / frozen_s
+    read, copy = large.nbytes / found["read"], 2 * large.nbytes / found["copy"]
     return {
         "batch": batch,
         "lam": lam,
@@ -132,9 +139,11 @@ def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> di
         "update_us": update_s * 1e6,
         "step_us": step_s * 1e6,
         "step_over_frozen": step_s / frozen_s,
-        "gb_per_s": bytes_read / frozen_s / 1e9,
-        "of_ceiling": bytes_read / frozen_s / top,
-        "ceiling_gb_per_s": top / 1e9,
+        "gb_per_s": speed / 1e9,
+        "of_read": speed / read,
+        "of_copy": speed / copy,
+        "read_gb_per_s": read / 1e9,
+        "copy_gb_per_s": copy / 1e9,
     }
 
 
