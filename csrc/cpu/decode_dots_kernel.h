@@ -70,12 +70,10 @@ LOLA_INLINE void pairs_tile(const char* q, int64_t q_bytes, const char* k, int64
 template <int G>
 void pairs_rows(const char* q, int64_t q_bytes, const char* k, int64_t row_bytes, int64_t count,
                 float scale, float* z, int64_t ld, Ahead* ahead) {
-  const bool asked = ahead == nullptr || ahead->asked;
   int64_t i = 0;
   for (; i + kDotRows <= count; i += kDotRows, k += kDotRows * row_bytes) {
-    if (!asked) prefetch_row(k + kAhead, kDotRows * row_bytes);
     if (ahead != nullptr) {
-      for (int64_t j = 0; j < row_bytes; j += 64) ahead->ask<10>();
+      for (int64_t j = 0; j < row_bytes; j += 64) ahead->ask<5>();
     }
     pairs_tile<G>(q, q_bytes, k, row_bytes, kDotRows, scale, z + i, ld);
   }

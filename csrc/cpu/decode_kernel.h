@@ -159,20 +159,23 @@ LOLA_INLINE int64_t runs_of(const LolaArgs& a, const DecodeItem& item, Run* runs
   return sinks + cached + in_ring + 1;
 }
 
-// Appends what an item reads to what memory is asked for; `values` on: without the keys.
-inline void announce(const LolaArgs& a, const DecodeItem& item, bool values, Ahead& ahead) {
+// Appends what an item reads to what memory is asked for. Returns the number of bytes.
+inline int64_t announce(const LolaArgs& a, const DecodeItem& item, Ahead& ahead) {
+  if (item.page <= 0) return 0;
   Run runs[kRuns];
-  runs_of(a, item, runs);
-  for (int i = 0; i < kRuns - 1 && !values; ++i) {
-    ahead.push(runs[i].k, runs[i].count * runs[i].row_bytes);
-  }
+  int64_t bytes = runs_of(a, item, runs) - 1;  // keys
+  bytes *= 2 * runs[0].row_bytes;
+  for (int i = 0; i < kRuns - 1; ++i) ahead.push(runs[i].k, runs[i].count * runs[i].row_bytes);
   for (int i = 0; i < kRuns - 1; ++i) ahead.push(runs[i].v, runs[i].count * runs[i].row_bytes);
-  if (a.num_folded(item.n - 1) <= 0) return;
+  if (a.num_folded(item.n - 1) <= 0) return bytes;
   const int64_t share = a.Hs / a.Hg;
   const Strided<4>& H = a.recall.H;
   const Strided<3>& s = a.recall.s;
-  ahead.push(H.at(item.page, item.set * share), share * H.stride[1] * size_of(H.dtype));
-  ahead.push(s.at(item.page, item.set * share), share * s.stride[1] * size_of(s.dtype));
+  const int64_t H_bytes = share * H.stride[1] * size_of(H.dtype);
+  const int64_t s_bytes = share * s.stride[1] * size_of(s.dtype);
+  ahead.push(H.at(item.page, item.set * share), H_bytes);
+  ahead.push(s.at(item.page, item.set * share), s_bytes);
+  return bytes + H_bytes + s_bytes;
 }
 
 // Where map_queries leaves the features of an item's queries, one row per head.
@@ -251,6 +254,7 @@ void decode_set(const LolaArgs& a, const DecodeItem& item, const T* phi, DecodeS
   const int64_t keys = runs_of(a, item, runs), ld = round_up<T>(keys);
   logits<T, D>(a, item, runs, ld, x);
   for (int64_t h = 0; h < heads; ++h) {
+    x.ahead.template ask<48>();
     x.sums[2 * h] = softmax_weights(x.z + h * ld, keys, x.sums + 2 * h + 1);
   }
   int64_t at = 0;

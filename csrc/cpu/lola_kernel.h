@@ -55,6 +55,7 @@ void decode_items(const LolaArgs& a, int64_t rows, const Indices& seq_lens, Turn
   DecodeScratch<T> x;
   carve_decode<T>(a, memory, &x);
   const int64_t items = rows * a.Hg;
+  int64_t reading = 0;  // bytes of the item at hand, once it was announced
   for (int64_t turn = turns.take(); turn < turns.count;) {
     const int64_t first = turn * turns.items, left = items - first;
     const int64_t count = left < turns.items ? left : turns.items;
@@ -62,19 +63,18 @@ void decode_items(const LolaArgs& a, int64_t rows, const Indices& seq_lens, Turn
     for (int64_t i = 0; i < count; ++i) own[i] = decode_item(a, first + i, seq_lens);
     int64_t next_turn = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (!x.ahead.asked && own[i].page > 0) announce(a, own[i], true, x.ahead);
       int64_t next = first + i + 1;
       if (i + 1 == count) {
         next_turn = turns.take();
         next = next_turn * turns.items;
       }
-      if (next < items) {
-        const DecodeItem coming = decode_item(a, next, seq_lens);
-        if (coming.page > 0) announce(a, coming, false, x.ahead);
-      }
+      if (reading == 0) reading = announce(a, own[i], x.ahead);
+      const int64_t coming =
+          next < items ? announce(a, decode_item(a, next, seq_lens), x.ahead) : 0;
+      x.ahead.keep_lead(reading + coming);
+      reading = coming;
       if (i == 0) map_queries(a, own, count, x);
       decode_one<T>(a, own[i], phi_of(a, i, x), x);
-      x.ahead.asked = x.ahead.asked || own[i].page > 0;
     }
     turns.finish();
     turn = next_turn;

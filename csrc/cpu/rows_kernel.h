@@ -18,29 +18,31 @@ LOLA_INLINE Vec<T> load_as(const char* row, int64_t i) {
   }
 }
 
-// Bytes ahead of the loads that memory is asked for where nobody has asked before: runs are shorter
-// than the hardware's own prefetcher needs to get going, and it stops at every 4 KiB.
-constexpr int64_t kAhead = 1024;
-
-LOLA_INLINE void prefetch_row(const char* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
-}
-
 // What will be read after what is being read now, in that order, across the borders of runs and
-// pages: the rest of an item and the next one. Loops that read four lines ask for five of these, so
-// that at the end of an item all of the next one is on its way, and memory works while the
-// arithmetic does.
+// pages: the rest of an item and the next one. Memory is to work while the arithmetic does, without
+// a pause, so every loop asks for about as much as comes in the time that it takes: those over keys
+// for less than they read, those over values, which compute more, and those that read nothing of a
+// page for more.
 struct Ahead {
   static constexpr uint32_t kRanges = 32;
+  // Bytes to be ahead of the loads at the beginning of an item: within the L1 cache, from where
+  // they are read again soon.
+  static constexpr int64_t kLead = 49152;
   const char *at, *end;  // the rest of the current range
   const char *from[kRanges], *to[kRanges];
   uint32_t first, last;  // ranges to come, modulo their number
-  bool asked;            // what is read now has been asked for
 
   void clear() {
     at = end = nullptr;
     first = last = 0;
-    asked = false;
+  }
+
+  // Asks for what is missing to the lead, where `bytes` have been announced that are not read yet.
+  void keep_lead(int64_t bytes) {
+    int64_t waiting = end - at;
+    for (uint32_t i = first; i != last; ++i) waiting += to[i % kRanges] - from[i % kRanges];
+    const int64_t missing = kLead - (bytes - waiting);
+    if (missing > 0) ask_slowly(missing / 64);
   }
 
   void push(const char* p, int64_t bytes) {
@@ -107,12 +109,10 @@ LOLA_INLINE void dot_tile(const T* q, int64_t dp, const char* k, int64_t row_byt
 template <typename T, DType D, int G>
 LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_bytes, Ahead* ahead,
                           int64_t count, T* z, int64_t ld) {
-  const bool asked = ahead != nullptr && ahead->asked;
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
-    if (!asked) prefetch_row(k + i * row_bytes + kAhead, 4 * row_bytes);
     if (ahead != nullptr) {
-      for (int64_t j = 0; j < row_bytes; j += 128) ahead->template ask<10>();
+      for (int64_t j = 0; j < row_bytes; j += 128) ahead->template ask<5>();
     }
     dot_tile<T, D, G, 4>(q, dp, k + i * row_bytes, row_bytes, z + i, ld);
   }
@@ -154,7 +154,7 @@ LOLA_INLINE void add_rows(const T* p, int64_t ld, const char* v, int64_t row_byt
 template <typename T, int R, int V>
 LOLA_INLINE void recall_tile(const T* phi, int64_t ld, const T* H, int64_t H_ld, int64_t F2, T* y,
                              int64_t dp, Ahead* ahead) {
-  constexpr int kLines = (5 * V * LOLA_VEC_BYTES / 2 + 63) / 64;  // of two rows
+  constexpr int kLines = (4 * V * LOLA_VEC_BYTES / 2 + 63) / 64;  // of two rows
   Vec<T> acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
