@@ -168,6 +168,9 @@ class LolaAttention(nn.Module, MambaBase):
         self.views = self.layout.views(pages)
         self.ops = choose_backend(pages.device.type, self.layout.kv_dtype)
         self.prepare_weights()
+        if self.ops.warm_up is not None:
+            assert self.weights is not None
+            self.ops.warm_up(self.weights, self.layout, self.views, self.num_heads)
 
     def prepare_weights(self) -> None:
         """Derive what the ops take from the loaded parameters."""

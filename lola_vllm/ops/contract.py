@@ -96,6 +96,15 @@ class PrefillOp(Protocol):
         """
 
 
+class WarmUp(Protocol):
+    """Compiles what a layer's steps can ask for, before the first of them."""
+
+    def __call__(
+        self, weights: LolaWeights, layout: StateLayout, views: StateViews, num_heads: int
+    ) -> None:
+        """Touches no page; `num_heads` is Hq."""
+
+
 class SreOp(Protocol):
     """Batched self-recall errors of candidates against the pages' hidden states."""
 
@@ -123,3 +132,4 @@ class Backend:
     name: str
     decode: DecodeOp
     prefill: PrefillOp
+    warm_up: WarmUp | None = None

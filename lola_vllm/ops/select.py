@@ -68,9 +68,10 @@ def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
         return f"the Triton kernels run on CUDA devices, not {dtype} on {device_type}"
     try:
         from lola_vllm.kernels import backend as kernels
+        from lola_vllm.kernels.warmup import warm_up
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install triton"
-    return Backend("triton", kernels.decode, kernels.prefill)
+    return Backend("triton", kernels.decode, kernels.prefill, warm_up)
 
 
 def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
@@ -84,4 +85,4 @@ def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
             "the CUDA ops are not built; install with nvcc and a CUDA build of torch at hand, "
             "without build isolation"
         )
-    return Backend("cuda", native.decode, kernels.prefill)
+    return Backend("cuda", native.decode, kernels.prefill, kernels.warm_up)

@@ -22,6 +22,7 @@ CHECKS = {
     "batch": 3,
     "hard": 8,
     "arguments": 3,
+    "warm": 2,
 }
 
 

@@ -4,6 +4,7 @@ Run in a process of its own with TRITON_INTERPRET=1, which must be set before Tr
 Each group prints a line per check and ends with the number of checks.
 """
 
+import dataclasses
 import itertools
 import sys
 
@@ -18,7 +19,7 @@ from problem import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.kernels import aot, backend, decode, prefill
+from lola_vllm.kernels import aot, backend, decode, prefill, warmup
 from lola_vllm.kernels.common import pairs_per_tile
 from lola_vllm.ops import torch as portable
 
@@ -341,7 +342,38 @@ def arguments():
     yield "pieces end at the update points"
 
 
-GROUPS = {g.__name__: g for g in (lengths, heads, splits, sizes, batch, hard, arguments)}
+def warm():
+    """Start-up launches all variants, once for layers that are alike, and touches no page."""
+    config = config_of(sparse_cache_size=200, update_interval=5)
+    problem = make_problem(1, config, group=3, dtype=torch.float32)
+    layout, weights = problem.layout(), problem.weights()
+    pages, views = poisoned_pool(layout, 3)
+    decode.num_processors = lambda device: 132
+    launched = []
+    plain = {"attend": decode.attend, "prefill": prefill.prefill}
+    for module, name in ((decode, "attend"), (prefill, "prefill")):
+
+        def counted(*args, name=name):
+            launched.append((name, args[-1]))
+            plain[name](*args)
+
+        setattr(module, name, counted)
+    most = decode.choose_splits(layout, 1, pages.device)
+    assert most > 2
+    for _ in range(2):
+        warmup.warm_up(weights, layout, views, problem.q.shape[1])
+    found = [last for name, last in launched if name == "attend"]
+    rows = range(1, 300)
+    assert set(found) == {decode.choose_splits(layout, n, pages.device) for n in rows}
+    assert len(found) == most.bit_length() and len(launched) == len(found) + 1
+    assert (pages == 0xFF).all()
+    yield f"{len(launched)} launches, no page touched"
+    warmup.warm_up(dataclasses.replace(weights, subtract_max=True), layout, views, 6)
+    assert len(launched) == 2 * len(found) + 2 and (pages == 0xFF).all()
+    yield "the other mixing is compiled as well"
+
+
+GROUPS = {g.__name__: g for g in (lengths, heads, splits, sizes, batch, hard, arguments, warm)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

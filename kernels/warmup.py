@@ -1,0 +1,64 @@
+"""Compiling at start-up what the first requests would otherwise wait for."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+
+import torch
+
+from lola_vllm.kernels import backend
+from lola_vllm.kernels.decode import choose_splits
+from lola_vllm.ops.contract import LolaWeights
+from lola_vllm.state import StateLayout, StateViews
+
+logger = logging.getLogger("vllm.lola")
+
+
+def warm_up(weights: LolaWeights, layout: StateLayout, views: StateViews, num_heads: int) -> None:
+    """Launch every kernel variant that a layer's steps can ask for, on rows of padding alone.
+
+    Such rows read and write no page. Layers that are alike share their variants, so only the first
+    of them takes time.
+
+    Args:
+        weights, layout, views: the layer's, as the ops take them. num_heads: Hq of this rank.
+    """
+    device = views.H.device
+    _warm_up_once(weights.subtract_max, layout, num_heads, device, _Layer(weights, views))
+
+
+class _Layer:
+    """What a cached call needs beside its key: equal to every other one."""
+
+    def __init__(self, weights: LolaWeights, views: StateViews) -> None:
+        self.weights, self.views = weights, views
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Layer)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.cache
+def _warm_up_once(
+    subtract_max: bool, layout: StateLayout, num_heads: int, device: torch.device, layer: _Layer
+) -> None:
+    begin = time.perf_counter()
+    d, Hkv = layout.head_dim, layout.num_kv_heads
+    # As in the model, queries, keys and values are parts of one product's rows.
+    row = torch.zeros(1, num_heads + 2 * Hkv, d, dtype=layout.kv_dtype, device=device)
+    q, k, v = row.split([num_heads, Hkv, Hkv], dim=1)
+    page = (layer.weights, layout, layer.views)
+    out = torch.empty(1, num_heads, d, dtype=layout.kv_dtype, device=device)
+    nobody = torch.zeros(1, dtype=torch.int32, device=device)
+    splits = choose_splits(layout, 1, device)
+    while splits >= 1:  # powers of two: all that larger batches choose
+        backend.decode(q, k, v, *page, nobody, nobody + 1, out, splits)
+        splits //= 2
+    backend.prefill(q, k, v, *page, nobody, torch.tensor([0, 1]), torch.tensor([0]), out)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    logger.info("LoLA kernels are compiled, which took %.1f s", time.perf_counter() - begin)
