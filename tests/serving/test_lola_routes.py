@@ -212,8 +212,10 @@ def test_a_client_that_leaves_holds_no_copy(lola_server):
         time.sleep(0.05)
         leaver.close()
     assert read(lola_server, prompt="Still there?")["num_tokens"] > 2
-    time.sleep(1)
-    assert lola_server.client.get("/v1/lola/info").json()["slots"]["used"] == 0
+    deadline = time.monotonic() + 20
+    while lola_server.client.get("/v1/lola/info").json()["slots"]["used"] > 0:
+        assert time.monotonic() < deadline, "a reading that nobody waits for keeps its slot"
+        time.sleep(0.2)
 
 
 def test_metrics(lola_server):
@@ -242,7 +244,7 @@ def test_slots_used_while_sequences_run(lola_server):
     async def busy():
         key = {"Authorization": lola_server.client.headers["Authorization"]}
         async with httpx.AsyncClient(base_url=lola_server.url, headers=key, timeout=120) as client:
-            body = {"model": "smollm2", "prompt": STORY, "max_tokens": 600, "ignore_eos": True}
+            body = {"model": "smollm2", "prompt": STORY, "max_tokens": 1500, "ignore_eos": True}
             tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in "123"]
             await asyncio.sleep(REFRESH_S)
             scrape = (await client.get("/metrics")).text
