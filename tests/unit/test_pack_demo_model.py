@@ -1,0 +1,73 @@
+"""How the demo model's package data is made of several training runs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SCRIPT = Path(__file__).parents[2] / "tools/pack_demo_model.py"
+NAMES = ("q_proj.lora_A.default.weight", "q_proj.lora_B.default.weight")
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pack_demo_model", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def adapters(seed: int, rank: int = 3) -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn(rank, 12, generator=gen), torch.randn(9, rank, generator=gen)
+
+
+def test_one_run_stays_as_it_is(script: ModuleType) -> None:
+    A, B = adapters(0)
+    found = script.mean_adapters([(A, B)])
+    assert torch.equal(found[0], A) and torch.equal(found[1], B) and found[2] == 0
+
+
+def test_a_mean_of_the_same_rank_is_exact(script: ModuleType) -> None:
+    A, B = adapters(0)
+    _, other = adapters(1)
+    new_A, new_B, lost = script.mean_adapters([(A, B), (A, other)])
+    torch.testing.assert_close(new_B @ new_A, (B + other) / 2 @ A, rtol=1e-5, atol=1e-5)
+    assert new_A.shape == A.shape and new_B.shape == B.shape and lost < 1e-12
+
+
+def test_a_mean_of_more_ranks_loses_the_smallest(script: ModuleType) -> None:
+    runs = [adapters(seed) for seed in range(3)]
+    A, B, lost = script.mean_adapters(runs)
+    mean = sum(b @ a for a, b in runs) / 3
+    missing = (B @ A - mean).square().sum() / mean.square().sum()
+    assert float(missing) == pytest.approx(lost, rel=1e-3) and 0.01 < lost < 0.6
+    singular = torch.linalg.svdvals(mean.double())
+    assert lost == pytest.approx(float((singular[3:] ** 2).sum() / (singular**2).sum()))
+
+
+def test_files(script: ModuleType, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        A, B = adapters(seed)
+        tensors = {NAMES[0]: A, NAMES[1]: B}
+        tensors["feature_map_q"] = torch.full((2, 2), float(seed))
+        tensors["window_factors"] = torch.full((2,), 0.1 + seed)
+        (tmp_path / f"{seed}").mkdir()
+        save_file(tensors, tmp_path / f"{seed}/lora.safetensors")
+    script.pack([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    maps, lora = (load_file(tmp_path / f"out/{name}.safetensors") for name in ("maps", "lora"))
+    assert set(maps) == {"feature_map_q", "window_factors"} and set(lora) == set(NAMES)
+    assert maps["feature_map_q"].dtype == torch.bfloat16 and (maps["feature_map_q"] == 0.5).all()
+    assert torch.equal(maps["window_factors"], torch.full((2,), 0.6))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in lora.values())
+    save_file({"other": torch.zeros(1)}, tmp_path / "1/lora.safetensors")
+    with pytest.raises(SystemExit, match="other tensors"):
+        script.pack([tmp_path / "0", tmp_path / "1"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
