@@ -175,7 +175,13 @@ inline int64_t announce(const LolaArgs& a, const DecodeItem& item, Ahead& ahead)
   const int64_t s_bytes = share * s.stride[1] * size_of(s.dtype);
   ahead.push(H.at(item.page, item.set * share), H_bytes);
   ahead.push(s.at(item.page, item.set * share), s_bytes);
-  return bytes + H_bytes + s_bytes;
+  bytes += H_bytes + s_bytes;
+  if (!a.incremental) return bytes;
+  const int64_t moments = share * a.moments.stride[1] * size_of(a.moments.dtype);
+  const int64_t phi = share * a.phi.stride[1] * size_of(a.phi.dtype);
+  ahead.push(a.moments.at(item.page, item.set * share, 0), moments);
+  ahead.push(a.phi.at(item.page, item.set * share, 0), phi);
+  return bytes + moments + phi;
 }
 
 // Where map_queries leaves the features of an item's queries, one row per head.
@@ -304,7 +310,7 @@ void decode_set(const LolaArgs& a, const DecodeItem& item, const T* phi, DecodeS
     copy_row(a.exact_k.at(page, kv, a.exact_row(position)), fresh.k, fresh.row_bytes);
     copy_row(a.exact_v.at(page, kv, a.exact_row(position)), fresh.v, fresh.row_bytes);
   }
-  if (a.update_due(n)) update_alone<T>(a, page, set, n, x.update);
+  if (a.update_due(n)) update_alone<T>(a, page, set, n, x.update, &x.ahead);
 }
 
 // Zeros for the query heads of a set: the answer of a row that is padding.

@@ -96,12 +96,12 @@ void fold_one(const LolaArgs& a, int64_t page, int64_t head, bool empty, const T
 // and, after them, w = H v; v_l its value.
 template <typename T>
 void refresh_moments(const LolaArgs& a, int64_t page, int64_t set, int64_t head, const T* v_l,
-                     UpdateScratch<T>& x) {
+                     UpdateScratch<T>& x, Ahead* ahead) {
   constexpr DType own = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const int64_t dp = round_up<T>(a.d), F2 = 2 * a.F, lam = a.lam, ld = round_up<T>(lam);
   T *const c = x.products, *const u = c + ld, *const t = c + 2 * ld;  // phi.phi_l, phi.w, v.v_l
   dot_heads<T, own, 2>(x.folded, F2, a.phi.at(page, head, 0), F2 * static_cast<int64_t>(sizeof(T)),
-                       nullptr, lam, c, ld, x.delta);
+                       ahead, lam, c, ld, x.delta);
   const char* const values = a.sparse_v.at(page, set, 0);
   const int64_t bytes = a.d * size_of(a.sparse_v.dtype);
   if (sizeof(T) == 4 && a.sparse_v.dtype == DType::bf16) {
@@ -122,10 +122,10 @@ void refresh_moments(const LolaArgs& a, int64_t page, int64_t set, int64_t head,
 }
 
 // The update of interval 1: one pair is evicted, and at most one folded. Exact, in O(2F + d) per
-// cached pair and head instead of O(2F d).
+// cached pair and head instead of O(2F d). Asks for memory on its way.
 template <typename T>
 void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
-                        UpdateScratch<T>& x) {
+                        UpdateScratch<T>& x, Ahead* ahead) {
   const Candidates c(a, page, set, n);
   const int64_t share = a.Hs / a.Hg, d = a.d, dp = round_up<T>(d), F2 = 2 * a.F;
   const int64_t phi_ld = round_up<T>(F2) + kLanes<T>, size = size_of(a.phi.dtype);
@@ -180,15 +180,16 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
     }
     if (folds) {
       fold_one(a, page, head, empty, x.folded, v_l, x, x.folded + round_up<T>(F2));
-      refresh_moments(a, page, set, head, v_l, x);
+      refresh_moments(a, page, set, head, v_l, x, ahead);
     }
   }
 }
 
 // An update that knows nothing of the ones before.
 template <typename T>
-void update_alone(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x) {
-  if (a.incremental) return update_incremental(a, page, set, n, x);
+void update_alone(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x,
+                  Ahead* ahead) {
+  if (a.incremental) return update_incremental(a, page, set, n, x, ahead);
   Features<T> f{x.features, 0};
   decide_update<T>(a, page, set, n, f, nullptr, x);
   commit_update<T>(a, page, set, n, f, nullptr, x);
