@@ -31,12 +31,20 @@ def browser():
 def local(lola_server):
     """The page's address from `lola-vllm inspector`: no browser could open it with a key."""
     command = [str(BIN / "lola-vllm"), "inspector", "--url", lola_server.url, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+
+    def interruptible():  # which it is not where tests run in the background of a script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, text=True, preexec_fn=interruptible) as process:
         try:
             yield re.search(r"http://127\.0\.0\.1:\d+\S*", process.stdout.readline())[0]
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
+            try:
+                assert process.wait(20) == 0
+            finally:
+                process.kill()
 
 
 @pytest.fixture(scope="module")
