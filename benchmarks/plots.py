@@ -1,0 +1,89 @@
+"""The pictures of docs/performance.md, from the JSON in benchmarks/results/.
+
+python benchmarks/plots.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from common import ROOT
+from matplotlib import pyplot
+
+RESULTS = ROOT / "benchmarks/results"
+IMAGES = ROOT / "docs/images"
+STYLES = {"stock": "--", "lola": "-"}
+NAMES = {"stock": "stock vLLM", "lola": "LoLA"}
+
+
+def read(name: str) -> Any:
+    """The results of one file."""
+    return json.loads((RESULTS / name).read_text())["results"]
+
+
+def decode_picture(files: list[str]) -> None:
+    """Tokens per second over the context, a line per engine and batch."""
+    lines: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+    for name in files:
+        for engine, cells in read(name).items():
+            for key, value in cells.items():
+                if key.startswith("decode_tokens_per_s/"):
+                    _, context, batch = key.split("/")
+                    lines[engine, int(batch)][int(context)] = value
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    colors = {b: f"C{i}" for i, b in enumerate(sorted({batch for _, batch in lines}))}
+    for (engine, batch), points in sorted(lines.items()):
+        contexts = sorted(points)
+        axes.plot(
+            contexts,
+            [points[n] for n in contexts],
+            STYLES[engine],
+            color=colors[batch],
+            marker="o",
+            markersize=3,
+            label=f"{NAMES[engine]}, batch {batch}",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="tokens per second")
+    axes.set_title("Decode, SmolLM2-135M, 2 CPU cores", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(IMAGES / "decode.png", dpi=130)
+
+
+def bandwidth_picture(file: str) -> None:
+    """Bandwidth of the op over the batch, a line per sparse cache size, beside a plain read."""
+    lines: dict[int, dict[int, float]] = defaultdict(dict)
+    ceiling: dict[int, list[float]] = defaultdict(list)
+    for row in read(file):
+        if row["interval"] == 64:
+            lines[row["lam"]][row["batch"]] = row["gb_per_s"]
+            ceiling[row["batch"]].append(row["read_gb_per_s"])
+    figure, axes = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
+    for lam, points in sorted(lines.items()):
+        batches = sorted(points)
+        axes.plot(batches, [points[b] for b in batches], marker="o", label=f"decode, lam {lam}")
+    batches = sorted(ceiling)
+    means = [sum(ceiling[b]) / len(ceiling[b]) for b in batches]
+    axes.plot(batches, means, "k:", label="reading a large buffer")
+    axes.set(xscale="log", xlabel="batch", ylabel="GB/s", ylim=(0, None))
+    axes.set_xticks(batches, [str(b) for b in batches])
+    axes.set_title("One layer's decode op beside the memory bus, 2 CPU cores", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(IMAGES / "bandwidth.png", dpi=130)
+
+
+def main() -> None:
+    """Draw both."""
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    decode_picture(["engine.json", "engine-8k.json"])
+    bandwidth_picture("ops.json")
+
+
+if __name__ == "__main__":
+    main()
