@@ -49,6 +49,9 @@ def decode_picture(files: list[str]) -> None:
             label=f"{NAMES[engine]}, batch {batch}",
         )
     axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="tokens per second")
+    contexts = sorted({n for points in lines.values() for n in points})
+    axes.set_xticks(contexts, [f"{n:,}" for n in contexts])
+    axes.minorticks_off()
     axes.set_title("Decode, SmolLM2-135M, 2 CPU cores", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2)
@@ -72,6 +75,7 @@ def bandwidth_picture(file: str) -> None:
     axes.plot(batches, means, "k:", label="reading a large buffer")
     axes.set(xscale="log", xlabel="batch", ylabel="GB/s", ylim=(0, None))
     axes.set_xticks(batches, [str(b) for b in batches])
+    axes.minorticks_off()
     axes.set_title("One layer's decode op beside the memory bus, 2 CPU cores", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
