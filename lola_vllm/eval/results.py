@@ -58,9 +58,9 @@ def recall_table(records: list[Record]) -> str:
     for task in dict.fromkeys(task for task, _ in keys):
         rows = []
         for record, whole, part in zip(records, cells, beyond, strict=True):
-            for name, found in ((record.setting.name, whole), ("- beyond the window", part)):
-                if found:
-                    rows.append([name, *(_show(found.get((task, length))) for length in lengths)])
+            rows.append([record.setting.name, *(_show(whole.get((task, n))) for n in lengths)])
+            if part:
+                rows.append(["- beyond the window", *(_show(part.get((task, n))) for n in lengths)])
         blocks.append(f"### {task}\n\n{markdown([header, *rows])}")
     blocks.append(
         "Exact answers by tokens of prompt and answer, Wilson's 95 % interval in brackets; parts: "
