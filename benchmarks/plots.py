@@ -1,6 +1,8 @@
 """The pictures of docs/performance.md, from the JSON in benchmarks/results/.
 
-python benchmarks/plots.py
+    python benchmarks/plots.py
+
+Needs matplotlib, which the extra `distill` brings.
 """
 
 from __future__ import annotations
@@ -9,11 +11,9 @@ import json
 from collections import defaultdict
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from common import ROOT
-from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 RESULTS = ROOT / "benchmarks/results"
 IMAGES = ROOT / "docs/images"
@@ -26,6 +26,14 @@ def read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())["results"]
 
 
+def finish(axes: Axes, ticks: list[int], title: str) -> None:
+    """What both pictures look like: a tick per measured value, a grid, a title."""
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axes.minorticks_off()
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+
+
 def decode_picture(files: list[str]) -> None:
     """Tokens per second over the context, a line per engine and batch."""
     lines: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
@@ -35,7 +43,8 @@ def decode_picture(files: list[str]) -> None:
                 if key.startswith("decode_tokens_per_s/"):
                     _, context, batch = key.split("/")
                     lines[engine, int(batch)][int(context)] = value
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     colors = {b: f"C{i}" for i, b in enumerate(sorted({batch for _, batch in lines}))}
     for (engine, batch), points in sorted(lines.items()):
         contexts = sorted(points)
@@ -50,10 +59,7 @@ def decode_picture(files: list[str]) -> None:
         )
     axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="tokens per second")
     contexts = sorted({n for points in lines.values() for n in points})
-    axes.set_xticks(contexts, [f"{n:,}" for n in contexts])
-    axes.minorticks_off()
-    axes.set_title("Decode, SmolLM2-135M, 2 CPU cores", fontsize=10)
-    axes.grid(alpha=0.3)
+    finish(axes, contexts, "Decode, SmolLM2-135M, 2 CPU cores")
     axes.legend(fontsize=7, ncols=2)
     figure.savefig(IMAGES / "decode.png", dpi=130)
 
@@ -66,7 +72,8 @@ def bandwidth_picture(file: str) -> None:
         if row["interval"] == 64:
             lines[row["lam"]][row["batch"]] = row["gb_per_s"]
             ceiling[row["batch"]].append(row["read_gb_per_s"])
-    figure, axes = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
     for lam, points in sorted(lines.items()):
         batches = sorted(points)
         axes.plot(batches, [points[b] for b in batches], marker="o", label=f"decode, lam {lam}")
@@ -74,10 +81,7 @@ def bandwidth_picture(file: str) -> None:
     means = [sum(ceiling[b]) / len(ceiling[b]) for b in batches]
     axes.plot(batches, means, "k:", label="reading a large buffer")
     axes.set(xscale="log", xlabel="batch", ylabel="GB/s", ylim=(0, None))
-    axes.set_xticks(batches, [str(b) for b in batches])
-    axes.minorticks_off()
-    axes.set_title("One layer's decode op beside the memory bus, 2 CPU cores", fontsize=10)
-    axes.grid(alpha=0.3)
+    finish(axes, batches, "One layer's decode op beside the memory bus, 2 CPU cores")
     axes.legend(fontsize=8)
     figure.savefig(IMAGES / "bandwidth.png", dpi=130)
 

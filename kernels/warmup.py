@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 
@@ -15,6 +14,8 @@ from lola_vllm.state import StateLayout, StateViews
 
 logger = logging.getLogger("vllm.lola")
 
+_compiled: set[tuple[bool, StateLayout, int, torch.device]] = set()
+
 
 def warm_up(weights: LolaWeights, layout: StateLayout, views: StateViews, num_heads: int) -> None:
     """Launch every kernel variant that a layer's steps can ask for, on rows of padding alone.
@@ -26,32 +27,16 @@ def warm_up(weights: LolaWeights, layout: StateLayout, views: StateViews, num_he
         weights, layout, views: the layer's, as the ops take them. num_heads: Hq of this rank.
     """
     device = views.H.device
-    _warm_up_once(weights.subtract_max, layout, num_heads, device, _Layer(weights, views))
-
-
-class _Layer:
-    """What a cached call needs beside its key: equal to every other one."""
-
-    def __init__(self, weights: LolaWeights, views: StateViews) -> None:
-        self.weights, self.views = weights, views
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Layer)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@functools.cache
-def _warm_up_once(
-    subtract_max: bool, layout: StateLayout, num_heads: int, device: torch.device, layer: _Layer
-) -> None:
+    variants = (weights.subtract_max, layout, num_heads, device)
+    if variants in _compiled:
+        return
+    _compiled.add(variants)
     begin = time.perf_counter()
     d, Hkv = layout.head_dim, layout.num_kv_heads
     # As in the model, queries, keys and values are parts of one product's rows.
     row = torch.zeros(1, num_heads + 2 * Hkv, d, dtype=layout.kv_dtype, device=device)
     q, k, v = row.split([num_heads, Hkv, Hkv], dim=1)
-    page = (layer.weights, layout, layer.views)
+    page = (weights, layout, views)
     out = torch.empty(1, num_heads, d, dtype=layout.kv_dtype, device=device)
     nobody = torch.zeros(1, dtype=torch.int32, device=device)
     splits = choose_splits(layout, 1, device)

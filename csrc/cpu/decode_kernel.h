@@ -163,25 +163,23 @@ LOLA_INLINE int64_t runs_of(const LolaArgs& a, const DecodeItem& item, Run* runs
 inline int64_t announce(const LolaArgs& a, const DecodeItem& item, Ahead& ahead) {
   if (item.page <= 0) return 0;
   Run runs[kRuns];
-  int64_t bytes = runs_of(a, item, runs) - 1;  // keys
-  bytes *= 2 * runs[0].row_bytes;
-  for (int i = 0; i < kRuns - 1; ++i) ahead.push(runs[i].k, runs[i].count * runs[i].row_bytes);
-  for (int i = 0; i < kRuns - 1; ++i) ahead.push(runs[i].v, runs[i].count * runs[i].row_bytes);
+  runs_of(a, item, runs);
+  int64_t bytes = 0;
+  for (int i = 0; i < kRuns - 1; ++i) {
+    bytes += ahead.push(runs[i].k, runs[i].count * runs[i].row_bytes);
+  }
+  for (int i = 0; i < kRuns - 1; ++i) {
+    bytes += ahead.push(runs[i].v, runs[i].count * runs[i].row_bytes);
+  }
   if (a.num_folded(item.n - 1) <= 0) return bytes;
-  const int64_t share = a.Hs / a.Hg;
-  const Strided<4>& H = a.recall.H;
+  const int64_t page = item.page, share = a.Hs / a.Hg, head = item.set * share;
+  const Strided<4>&H = a.recall.H, &moments = a.moments, &phi = a.phi;
   const Strided<3>& s = a.recall.s;
-  const int64_t H_bytes = share * H.stride[1] * size_of(H.dtype);
-  const int64_t s_bytes = share * s.stride[1] * size_of(s.dtype);
-  ahead.push(H.at(item.page, item.set * share), H_bytes);
-  ahead.push(s.at(item.page, item.set * share), s_bytes);
-  bytes += H_bytes + s_bytes;
+  bytes += ahead.push(H.at(page, head), share * H.stride[1] * size_of(H.dtype));
+  bytes += ahead.push(s.at(page, head), share * s.stride[1] * size_of(s.dtype));
   if (!a.incremental) return bytes;
-  const int64_t moments = share * a.moments.stride[1] * size_of(a.moments.dtype);
-  const int64_t phi = share * a.phi.stride[1] * size_of(a.phi.dtype);
-  ahead.push(a.moments.at(item.page, item.set * share, 0), moments);
-  ahead.push(a.phi.at(item.page, item.set * share, 0), phi);
-  return bytes + moments + phi;
+  bytes += ahead.push(moments.at(page, head), share * moments.stride[1] * size_of(moments.dtype));
+  return bytes + ahead.push(phi.at(page, head), share * phi.stride[1] * size_of(phi.dtype));
 }
 
 // Where map_queries leaves the features of an item's queries, one row per head.

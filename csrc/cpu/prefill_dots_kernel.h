@@ -242,14 +242,15 @@ void attend_panel(const DotScratch& x, const DotColumns& c, int64_t m, int64_t d
     for (int j = 0; j < V; ++j) least[j] = total[j] * kSmallShare;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t key = 2 * (block + i);
-      rests[i] = 0;
+      uint64_t some = 0;
 #pragma GCC unroll 8
       for (int j = 0; j < V; ++j) {
         const int64_t at = j * kLanes<float>;
-        rests[i] |= weigh(x.z + key * ld + at, ld, high[j], key, all, load(c.limit + m + at),
-                          least[j], &total[j], x.p + i * ld + at)
-                    << at;
+        some |= weigh(x.z + key * ld + at, ld, high[j], key, all, load(c.limit + m + at), least[j],
+                      &total[j], x.p + i * ld + at)
+                << at;
       }
+      rests[i] = some;
     }
     const uint32_t* const v = x.v_pairs + block * d;
     int64_t e = 0;

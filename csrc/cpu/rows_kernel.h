@@ -45,11 +45,13 @@ struct Ahead {
     if (missing > 0) ask_slowly(missing / 64);
   }
 
-  void push(const char* p, int64_t bytes) {
-    if (bytes <= 0) return;
+  // Appends a range. Returns its bytes.
+  int64_t push(const char* p, int64_t bytes) {
+    if (bytes <= 0) return 0;
     if (last - first == kRanges) ++first;
     from[last % kRanges] = p;
     to[last++ % kRanges] = p + bytes;
+    return bytes;
   }
 
   __attribute__((noinline)) void ask_slowly(int64_t lines) {

@@ -15,19 +15,19 @@ void select(const T* scores, const int32_t* positions, int64_t count, int64_t la
   if (count <= lam || lam == 0) return;
   // Infinity stands for pairs that are known to stay, most of them in a long run of updates: the
   // rest is sorted alone while they have room.
-  int64_t finite = 0;
+  int64_t undecided = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (scores[i] <= std::numeric_limits<T>::max()) order[finite++] = static_cast<int32_t>(i);
+    if (scores[i] <= std::numeric_limits<T>::max()) order[undecided++] = static_cast<int32_t>(i);
   }
-  if (finite < count - lam) {
-    finite = count;
+  if (undecided < count - lam) {
+    undecided = count;
     for (int64_t i = 0; i < count; ++i) order[i] = static_cast<int32_t>(i);
   }
-  const int64_t kept = lam - (count - finite);
-  std::nth_element(order, order + kept, order + finite, [&](int32_t a, int32_t b) {
+  const int64_t kept = lam - (count - undecided);
+  std::nth_element(order, order + kept, order + undecided, [&](int32_t a, int32_t b) {
     return scores[a] != scores[b] ? scores[a] > scores[b] : positions[a] < positions[b];
   });
-  for (int64_t i = kept; i < finite; ++i) keep[order[i]] = 0;
+  for (int64_t i = kept; i < undecided; ++i) keep[order[i]] = 0;
 }
 
 template <typename T>
