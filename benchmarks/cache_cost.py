@@ -6,7 +6,8 @@ Prefill: the time to the first token of one prompt, with and without a sparse ca
 of a batch whose sequences all reach their update points at once, so that a step either rescores
 every sequence or none. An interval's average step, over a step that rescores nothing, is the cost
 of rescoring; with an update after every token (interval 1) there is no such step, and those of
-interval 2 stand in, whose keys are the same.
+interval 2 stand in, whose keys are the same. Interval 1 is measured at several lengths: the more
+pairs are folded, the fewer scores can change their order in a step.
 
 Every case runs in a process of its own, one after the other; the order is repeated `--rounds`
 times, and the best time of each case counts.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import statistics
 import time
@@ -34,6 +36,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=4, help="prompts per process")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--intervals", type=int, nargs="+", default=[64, 1])
+    parser.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[1024, 4096],
+        help="tokens before the decode steps",
+    )
     parser.add_argument("--steps", type=int, default=192, help="decode steps per case")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path)
@@ -97,10 +106,9 @@ def prefill(args: argparse.Namespace, lam: int) -> dict[str, float]:
     return {f"first_token_s/lam {lam}": min(times[1:])}
 
 
-def decode(args: argparse.Namespace, interval: int, batch: int) -> dict[str, float]:
+def decode(args: argparse.Namespace, interval: int, batch: int, length: int) -> dict[str, float]:
     """Milliseconds of a step at an update point and of one between two of them."""
     window = 64
-    length = args.sparse_cache_size + 2 * window + 64
     config = {
         "sparse_cache_size": args.sparse_cache_size,
         "window_size": window,
@@ -120,7 +128,7 @@ def decode(args: argparse.Namespace, interval: int, batch: int) -> dict[str, flo
             raise SystemExit(f"sequences of different length in step {step}")
         # The step brings the token that the one before chose into the state.
         (due if (length + step) % interval == 0 else quiet).append(took)
-    case = f"interval {interval}/batch {batch}"
+    case = f"interval {interval}/batch {batch}/context {length}"
     found = {f"update_ms/{case}": statistics.median(due)}
     if quiet:
         found[f"quiet_ms/{case}"] = statistics.median(quiet)
@@ -132,7 +140,7 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
     kind, *numbers = args.worker.split("/")
     if kind == "prefill":
         return prefill(args, int(numbers[0]))
-    return decode(args, int(numbers[0]), int(numbers[1]))
+    return decode(args, *map(int, numbers))
 
 
 def ratios(args: argparse.Namespace, best: dict[str, float]) -> dict[str, float]:
@@ -142,24 +150,28 @@ def ratios(args: argparse.Namespace, best: dict[str, float]) -> dict[str, float]
         "first_token, with the cache / without": best[f"first_token_s/lam {lam}"]
         / best["first_token_s/lam 0"]
     }
-    for interval in args.intervals:
-        for batch in args.batches:
-            update = best[f"update_ms/interval {interval}/batch {batch}"]
-            quiet = best[f"quiet_ms/interval {max(2, interval)}/batch {batch}"]
-            step = (update + (interval - 1) * quiet) / interval
-            found[f"step, rescoring / none, interval {interval}, batch {batch}"] = step / quiet
+    for interval, batch, context in itertools.product(args.intervals, args.batches, args.contexts):
+        case = f"batch {batch}/context {context}"
+        update = best[f"update_ms/interval {interval}/{case}"]
+        quiet = best[f"quiet_ms/interval {max(2, interval)}/{case}"]
+        step = (update + (interval - 1) * quiet) / interval
+        found[f"step, rescoring / none, interval {interval}/{case}"] = step / quiet
     return found
 
 
 def main() -> None:
     """Run all cases, print them, write the JSON."""
     args = parse()
+    shortest = args.sparse_cache_size + 128  # the window and one interval of updates
+    if min(args.contexts) <= shortest:
+        raise SystemExit(f"--contexts {min(args.contexts)}: nothing is rescored up to {shortest}")
     if args.worker:
         print_result(worker(args))
         return
     intervals = sorted({*args.intervals, *(2 for i in args.intervals if i == 1)})
     cases = [f"prefill/{lam}" for lam in (0, args.sparse_cache_size)]
-    cases += [f"decode/{i}/{b}" for b in args.batches for i in intervals]
+    decodes = itertools.product(intervals, args.batches, args.contexts)
+    cases += [f"decode/{i}/{b}/{c}" for i, b, c in decodes]
     best: dict[str, float] = {}
     for _ in range(args.rounds):
         for case in cases:

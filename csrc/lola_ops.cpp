@@ -66,8 +66,8 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   // A page of interval 1 has room for features and moments; of others the two parts are empty.
   const int64_t remembered = interval == 1 ? a.lam : 0;
   check_shape(phi, "phi", "[N, Hs, lam if interval = 1, 2F]", {sizes.N, a.Hs, remembered, 2 * a.F});
-  check_shape(moments, "moments", "[N, Hs, 4, lam if interval = 1]",
-              {sizes.N, a.Hs, 4, remembered});
+  check_shape(moments, "moments", "[N, Hs, 6, lam if interval = 1]",
+              {sizes.N, a.Hs, kMoments, remembered});
   a.incremental = remembered > 0;
   a.phi = check_strided<4>(phi, "phi");
   a.moments = check_strided<4>(moments, "moments");

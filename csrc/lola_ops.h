@@ -15,7 +15,7 @@ namespace lola {
 //   feature_map_q   [Hq, d, F]; feature_map_k [Hs, d, F]; log_gate [Hq]
 //   H [N, Hs, 2F, d], s [N, Hs, 2F], positions int32 [N, Hg, lam], sparse_k, sparse_v
 //   [N, Hg, lam, d], exact_k, exact_v [N, Hkv, sink + window + interval, d], and for interval 1
-//   phi [N, Hs, lam, 2F], moments [N, Hs, 4, lam] (else lam is 0 there): views of the pages
+//   phi [N, Hs, lam, 2F], moments [N, Hs, 6, lam] (else lam is 0 there): views of the pages
 //   slots           [rows]         int32 or int64, page per row; <= 0 is padding: zeros are
 //                                  answered and no page is touched
 //

@@ -15,8 +15,9 @@ One page, in this order (each part starts at a multiple of 64 bytes):
     exact_k    [Hkv, sink + ring, d]  model dtype  pinned sinks, then the window ring
     exact_v    [Hkv, sink + ring, d]  model dtype
     phi        [Hs, lam, 2F]        float32        only for C = 1: features of the sparse pairs
-    moments    [Hs, 4, lam]         float32        only for C = 1: ||n||^2, n.v, phi.s, ||v||^2
-                                                   of each, with n = phi(k)^T H
+    moments    [Hs, 6, lam]         float32        only for C = 1: ||n||^2, n.v, phi.s, ||v||^2
+                                                   of each, with n = phi(k)^T H, ||phi(k)||, and
+                                                   how far the recall error may be from these
 
 The last two let a back end rescore at every token without touching H (section 3 of
 `docs/algorithm.md`); one that scores directly leaves them alone.
@@ -124,7 +125,7 @@ class StateLayout:
             "exact_k": (exact, self.kv_dtype),
             "exact_v": (exact, self.kv_dtype),
             "phi": ((self.num_state_heads, remembered, features), wide),
-            "moments": ((self.num_state_heads, 4, remembered), wide),
+            "moments": ((self.num_state_heads, 6, remembered), wide),
         }
 
     @property

@@ -179,6 +179,7 @@ inline int64_t announce(const LolaArgs& a, const DecodeItem& item, Ahead& ahead)
   bytes += ahead.push(s.at(page, head), share * s.stride[1] * size_of(s.dtype));
   if (!a.incremental) return bytes;
   bytes += ahead.push(moments.at(page, head), share * moments.stride[1] * size_of(moments.dtype));
+  if (scores_bounded(a, a.num_folded(item.n - 1))) return bytes;
   return bytes + ahead.push(phi.at(page, head), share * phi.stride[1] * size_of(phi.dtype));
 }
 

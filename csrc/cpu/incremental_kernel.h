@@ -1,32 +1,52 @@
 // Kernel body of the update of interval 1 (docs/algorithm.md, section 3): one pair is evicted and
-// at most one folded, so all scores can be kept up to date instead of being computed anew. Included
-// by for_each_isa.h through lola_kernel.h, once per instruction set.
+// at most one folded, so scores can be kept up to date instead of being computed anew. Included by
+// for_each_isa.h through lola_kernel.h, once per instruction set.
+//
+// While few pairs are folded, each fold moves every prediction far, and the numbers of all pairs
+// are brought up to date (refresh_moments). Later a fold moves p = n / z by little:
+//   p' - p = c / (z + c) (v_l - p),  c = phi . phi_l <= ||phi|| ||phi_l||,
+// so it is enough to add up how far a pair's score can have moved at most since it was computed
+// (drift_apart), and to compute anew those that might be the least (rescore_doubtful). The choice
+// is the one that all scores would give.
 
 namespace lola {
 namespace LOLA_ISA {
 namespace {
 
-// A sparse pair's numbers are ||n||^2, n.v, phi.s and ||v||^2 with n = phi^T H. From them
-// SRE^2 = ||v - n / z||^2 with z = phi.s + 1e-6, and folding another pair changes n by a multiple
-// of that pair's v, so they can be kept up to date without H.
+// A sparse pair's numbers, the rows of `moments`, are ||n||^2, n.v, phi.s and ||v||^2 with
+// n = phi^T H, as they were when they were last computed, ||phi||, and how far its recall error may
+// have moved since. From the first four SRE^2 = ||v - n / z||^2 with z = phi.s + 1e-6, and folding
+// another pair changes n by a multiple of that pair's v, so they can be kept up to date without H.
 
-// scores[i] (+)= the self-recall errors of `count` pairs of one state head, or their ratios to
-// ||v||. The four numbers of pair i lie at m[i], m[i + ld], m[i + 2 ld], m[i + 3 ld].
-template <typename T>
-void moment_errors(const T* m, int64_t ld, int64_t count, bool relative, bool first, T* scores) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T vv = m[i + 3 * ld], inverse = T(1) / (m[i + 2 * ld] + T(1e-6));
-    const T square = (m[i] * inverse - 2 * m[i + ld]) * inverse + vv;
-    T error = __builtin_sqrt(square > 0 ? square : T(0));
-    if (relative) {
-      const T length = __builtin_sqrt(vv);
-      error /= length > T(1e-6) ? length : T(1e-6);
-    }
-    scores[i] = first ? error : scores[i] + error;
-  }
+// Folded pairs from which on bounds cost less than bringing all scores up to date.
+constexpr int64_t kBoundedFrom = 256;
+
+// Whether scores are bounded after so many folds. A hidden state that is rounded to fewer bits than
+// it is computed in moves by more than the bound knows of.
+inline bool scores_bounded(const LolaArgs& a, int64_t folded) {
+  return folded >= kBoundedFrom &&
+         a.recall.H.dtype == (a.exact_k.dtype == DType::f64 ? DType::f64 : DType::f32);
 }
 
-// Features of the newcomer under one head's map into `phi`, and its moments into m[4].
+// A lower bound on the recall error of a pair with these numbers, or on its ratio to ||v||; the
+// error itself where nothing moved. V is T, or a vector of it.
+template <typename T, typename V>
+LOLA_INLINE V least_error(V nn, V nv, V z, V vv, V moved, bool relative) {
+  const V inverse = T(1) / (z + T(1e-6)), square = (nn * inverse - T(2) * nv) * inverse + vv;
+  const V error = root(square > 0 ? square : V{}), length = root(vv);
+  // The slack is far beyond rounding errors.
+  const V slack = moved * T(1.0001) + (error + length) * T(2e-5);
+  const V low = error - (moved > 0 ? slack : V{});
+  return relative ? low / max(length, V{} + T(1e-6)) : low;
+}
+
+// The same of pair i of a head, whose number r is m[r * ld + i].
+template <typename T>
+LOLA_INLINE T least_error_of(const T* m, int64_t ld, int64_t i, bool relative) {
+  return least_error<T, T>(m[i], m[i + ld], m[i + 2 * ld], m[i + 3 * ld], m[i + 5 * ld], relative);
+}
+
+// Features of the newcomer under one head's map into `phi`, and its numbers into m.
 template <typename T>
 void measure_newcomer(const LolaArgs& a, int64_t page, int64_t head, bool empty,
                       UpdateScratch<T>& x, T* phi, T* m) {
@@ -43,6 +63,8 @@ void measure_newcomer(const LolaArgs& a, int64_t page, int64_t head, bool empty,
     vv = fma(load(x.recall.v + j), load(x.recall.v + j), vv);
   }
   m[3] = reduce<Sum>(vv);
+  m[4] = norm(phi, round_up<T>(F2));
+  m[5] = 0;
   if (empty) return;
   int64_t H_ld;
   const T* H =
@@ -63,7 +85,7 @@ void measure_newcomer(const LolaArgs& a, int64_t page, int64_t head, bool empty,
   m[2] = reduce<Sum>(z);
 }
 
-// H += phi v^T, s += phi for one pair, and w = H v with H as before.
+// H += phi v^T, s += phi for one pair, and w = H v with H as before unless w is null.
 template <typename T>
 void fold_one(const LolaArgs& a, int64_t page, int64_t head, bool empty, const T* phi, const T* v,
               UpdateScratch<T>& x, T* w) {
@@ -83,7 +105,7 @@ void fold_one(const LolaArgs& a, int64_t page, int64_t head, bool empty, const T
         store<T>(row + j, fma(splat(phi[f]), value, old));
       }
     }
-    w[f] = reduce<Sum>(dot);
+    if (w != nullptr) w[f] = reduce<Sum>(dot);
     store_row(stored, row, r.H.dtype, d);
   }
   T* const s = x.recall.s;
@@ -121,21 +143,160 @@ void refresh_moments(const LolaArgs& a, int64_t page, int64_t set, int64_t head,
   }
 }
 
+// The numbers of the listed pairs of one head, computed anew.
+template <typename T>
+void rescore_pairs(const LolaArgs& a, int64_t page, int64_t set, int64_t head, const int32_t* list,
+                   int64_t listed, UpdateScratch<T>& x) {
+  const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, Fp = round_up<T>(F2);
+  const int64_t phi_ld = Fp + kLanes<T>, lam = a.lam;
+  const SreArgs& r = a.recall;
+  const SreScratch<T>& y = x.recall;
+  int64_t H_ld;
+  const T* H = padded_matrix<T>(r.H.at(page, head), r.H.dtype, r.H.stride[2], F2, d, y.H, &H_ld);
+  load_row(y.s, r.s.at(page, head), r.s.dtype, F2, Fp);
+  T* const v = y.v + 2 * dp;  // after the newcomer's and the loser's
+  T* const m = reinterpret_cast<T*>(a.moments.at(page, head, 0));
+  for (int64_t first = 0; first < listed; first += kUpdateBlock) {
+    const int64_t left = listed - first, size = left < kUpdateBlock ? left : kUpdateBlock;
+    for (int64_t i = 0; i < size; ++i) {
+      load_row(y.phi + i * phi_ld, a.phi.at(page, head, list[first + i]), a.phi.dtype, F2, Fp);
+    }
+    gemm<T>(y.phi, phi_ld, H, H_ld, y.predicted, dp, size, dp, F2);
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t slot = list[first + i];
+      load_row(v, a.sparse_v.at(page, set, slot), a.sparse_v.dtype, d, dp);
+      Vec<T> nn{}, nv{}, z{};
+      for (int64_t j = 0; j < dp; j += kLanes<T>) {
+        const Vec<T> n = load(y.predicted + i * dp + j);
+        nn = fma(n, n, nn);
+        nv = fma(n, load(v + j), nv);
+      }
+      for (int64_t f = 0; f < Fp; f += kLanes<T>) {
+        z = fma(load(y.phi + i * phi_ld + f), load(y.s + f), z);
+      }
+      m[slot] = reduce<Sum>(nn);
+      m[slot + lam] = reduce<Sum>(nv);
+      m[slot + 2 * lam] = reduce<Sum>(z);
+      m[slot + 5 * lam] = 0;
+    }
+  }
+}
+
+// Lower bounds on the scores of a set's cached pairs, into x.scores.
+template <typename T>
+void bound_scores(const LolaArgs& a, int64_t page, int64_t set, UpdateScratch<T>& x) {
+  const int64_t share = a.Hs / a.Hg, lam = a.lam;
+  for (int64_t j = 0; j < share; ++j) {
+    const T* const m = reinterpret_cast<const T*>(a.moments.at(page, set * share + j, 0));
+    int64_t i = 0;
+    for (; i + kLanes<T> <= lam; i += kLanes<T>) {
+      const Vec<T> low =
+          least_error<T, Vec<T>>(load(m + i), load(m + i + lam), load(m + i + 2 * lam),
+                                 load(m + i + 3 * lam), load(m + i + 5 * lam), share > 1);
+      store<T>(x.scores + i, j == 0 ? low : load(x.scores + i) + low);
+    }
+    for (; i < lam; ++i) {
+      const T low = least_error_of(m, lam, i, share > 1);
+      x.scores[i] = j == 0 ? low : x.scores[i] + low;
+    }
+  }
+}
+
+// The least of x.scores; a NaN counts as the largest.
+template <typename T>
+T least_score(int64_t count, const UpdateScratch<T>& x) {
+  Vec<T> low = splat(static_cast<T>(__builtin_inff()));
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) low = min(load(x.scores + i), low);
+  T least = reduce<Min>(low);
+  for (; i < count; ++i) least = x.scores[i] < least ? x.scores[i] : least;
+  return least;
+}
+
+// Computes the scores of the listed pairs of a set anew.
+template <typename T>
+void rescore(const LolaArgs& a, int64_t page, int64_t set, const int32_t* list, int64_t listed,
+             UpdateScratch<T>& x) {
+  const int64_t share = a.Hs / a.Hg;
+  for (int64_t j = 0; j < share; ++j) {
+    rescore_pairs(a, page, set, set * share + j, list, listed, x);
+    const T* const m = reinterpret_cast<const T*>(a.moments.at(page, set * share + j, 0));
+    for (int64_t e = 0; e < listed; ++e) {
+      const T score = least_error_of(m, a.lam, list[e], share > 1);
+      x.scores[list[e]] = j == 0 ? score : x.scores[list[e]] + score;
+    }
+  }
+}
+
+// Makes x.scores, bounds so far, exact wherever they may be the least and at most `limit`.
+template <typename T>
+void rescore_doubtful(const LolaArgs& a, int64_t page, int64_t set, T limit, UpdateScratch<T>& x) {
+  const int64_t share = a.Hs / a.Hg, lam = a.lam;
+  // The numbers of all heads of a set are computed at the same time.
+  const T* const moved = reinterpret_cast<const T*>(a.moments.at(page, set * share, 5));
+  const T low = least_score(lam, x);
+  if (!(low < limit)) return;
+  int32_t likely = 0;
+  while (likely < lam && x.scores[likely] != low) ++likely;
+  if (likely == lam) return;
+  // The likely least one first: its score rules out most others.
+  if (moved[likely] > 0) rescore(a, page, set, &likely, 1, x);
+  if (x.scores[likely] < limit) limit = x.scores[likely];
+  int64_t listed = 0;
+  for (int64_t i = 0; i < lam; ++i) {
+    if (x.scores[i] > limit || moved[i] == 0) continue;
+    x.order[listed++] = static_cast<int32_t>(i);
+    for (int64_t j = 0; j < share; ++j) {
+      const char* const row = a.phi.at(page, set * share + j, i);
+      for (int64_t b = 0; b < 2 * a.F * size_of(a.phi.dtype); b += 64) __builtin_prefetch(row + b);
+    }
+  }
+  rescore(a, page, set, x.order, listed, x);
+}
+
+// How far the recall error of a pair may have moved after another was folded, with features of
+// this length and a value of length `reach`: by at most c / (z + c) ||v_l - p|| more.
+template <typename T, typename V>
+LOLA_INLINE V moved_by(T length, T reach, V nn, V z, V own_length, V moved) {
+  const V sum = z + T(1e-6), c = length * own_length;
+  const V p = root(nn > 0 ? nn : V{}) / sum + moved;
+  return moved + c / (sum + c) * (reach + p);
+}
+
+// Takes note of a folded pair, phi_l and v_l, in the numbers of a head's pairs.
+template <typename T>
+void drift_apart(const LolaArgs& a, int64_t page, int64_t head, const T* phi_l, const T* v_l) {
+  const T length = norm(phi_l, round_up<T>(2 * a.F)), reach = norm(v_l, round_up<T>(a.d));
+  const int64_t lam = a.lam;
+  T* const m = reinterpret_cast<T*>(a.moments.at(page, head, 0));
+  T* const moved = m + 5 * lam;
+  int64_t i = 0;
+  for (; i + kLanes<T> <= lam; i += kLanes<T>) {
+    store<T>(moved + i, moved_by<T, Vec<T>>(length, reach, load(m + i), load(m + i + 2 * lam),
+                                            load(m + i + 4 * lam), load(moved + i)));
+  }
+  for (; i < lam; ++i) {
+    moved[i] = moved_by<T, T>(length, reach, m[i], m[i + 2 * lam], m[i + 4 * lam], moved[i]);
+  }
+}
+
 // The update of interval 1: one pair is evicted, and at most one folded. Exact, in O(2F + d) per
-// cached pair and head instead of O(2F d). Asks for memory on its way.
+// cached pair and head instead of O(2F d), or less where scores are bounded. Asks for memory on its
+// way.
 template <typename T>
 void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
                         UpdateScratch<T>& x, Ahead* ahead) {
   const Candidates c(a, page, set, n);
   const int64_t share = a.Hs / a.Hg, d = a.d, dp = round_up<T>(d), F2 = 2 * a.F;
   const int64_t phi_ld = round_up<T>(F2) + kLanes<T>, size = size_of(a.phi.dtype);
-  const bool empty = a.num_folded(n - 1) == 0;
+  const bool empty = a.num_folded(n - 1) == 0, bounded = scores_bounded(a, a.num_folded(n - 1));
   const char *const new_k = c.k(c.cached), *const new_v = c.v(c.cached);
   load_row(x.recall.k, new_k, a.exact_k.dtype, d, d);
   load_row(x.recall.v, new_v, a.exact_v.dtype, d, dp);
-  T* const newcomer = x.newcomer;  // its four numbers, per state head
+  T* const newcomer = x.newcomer;  // its numbers, per state head
   for (int64_t j = 0; j < share; ++j) {
-    measure_newcomer(a, page, set * share + j, empty, x, x.new_phi + j * phi_ld, newcomer + 4 * j);
+    measure_newcomer(a, page, set * share + j, empty, x, x.new_phi + j * phi_ld,
+                     newcomer + kMoments * j);
   }
 
   int32_t* const positions = a.position_row(page, set);
@@ -143,16 +304,14 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
   if (c.cached == a.lam) {
     T least = 0;
     for (int64_t j = 0; j < share; ++j) {
-      const T* const m = reinterpret_cast<const T*>(a.moments.at(page, set * share + j, 0));
-      moment_errors(m, a.lam, a.lam, share > 1, j == 0, x.scores);
-      moment_errors(newcomer + 4 * j, 1, 1, share > 1, j == 0, &least);
+      const T score = least_error_of(newcomer + kMoments * j, 1, 0, share > 1);
+      least = j == 0 ? score : least + score;
     }
-    for (int64_t i = 0; i < a.lam; ++i) {
-      if (x.scores[i] > least) continue;
-      if (x.scores[i] < least || (loser >= 0 && positions[i] > positions[loser])) {
-        least = x.scores[i];
-        loser = i;
-      }
+    bound_scores(a, page, set, x);
+    if (bounded) rescore_doubtful(a, page, set, least, x);
+    const T low = least_score(a.lam, x);
+    for (int64_t i = 0; low < least && i < a.lam; ++i) {
+      if (x.scores[i] == low && (loser < 0 || positions[i] > positions[loser])) loser = i;
     }
   }
   const bool folds = c.cached == a.lam;
@@ -176,10 +335,14 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
     if (slot >= 0) {
       copy_row(a.phi.at(page, head, slot), phi_new, F2 * size);
       T* const m = reinterpret_cast<T*>(a.moments.at(page, head, 0));
-      for (int64_t i = 0; i < 4; ++i) m[slot + i * a.lam] = newcomer[4 * j + i];
+      for (int64_t i = 0; i < kMoments; ++i) m[slot + i * a.lam] = newcomer[kMoments * j + i];
     }
-    if (folds) {
-      fold_one(a, page, head, empty, x.folded, v_l, x, x.folded + round_up<T>(F2));
+    if (!folds) continue;
+    T* const w = bounded ? nullptr : x.folded + round_up<T>(F2);
+    fold_one(a, page, head, empty, x.folded, v_l, x, w);
+    if (bounded) {
+      drift_apart(a, page, head, x.folded, v_l);
+    } else {
       refresh_moments(a, page, set, head, v_l, x, ahead);
     }
   }

@@ -19,20 +19,23 @@ struct Indices {
   }
 };
 
+// Numbers kept of each sparse pair and head for interval 1 (cpu/incremental_kernel.h).
+constexpr int64_t kMoments = 6;
+
 struct LolaArgs {
   SreArgs recall;                 // feature_map_k, H, s, d, F, Hs, Hg: what scoring needs
   Strided<4> sparse_k, sparse_v;  // [N, Hg, lam, d]
   Strided<4> exact_k, exact_v;    // [N, Hkv, sink + ring, d]
   Strided<4> phi;                 // [N, Hs, lam, 2F], T; only if incremental
-  Strided<4> moments;           // [N, Hs, 4, lam], T: ||n||^2, n.v, phi.s, ||v||^2 with n = phi^T H
-  bool incremental;             // interval 1: scores are kept up to date, not computed anew
-  int32_t* positions;           // [N, Hg, lam]
-  int64_t positions_stride[2];  // of pages and sparse sets, elements
-  Strided<3> feature_map_q;     // [Hq, d, F]
-  Strided<1> log_gate;          // [Hq]
-  Strided<3> q, k, v, out;      // [tokens, heads, d]
-  Indices slots;                // [rows]
-  bool subtract_max;            // "lolcats" mixing
+  Strided<4> moments;             // [N, Hs, 6, lam], T; likewise
+  bool incremental;               // interval 1: scores are kept up to date, not computed anew
+  int32_t* positions;             // [N, Hg, lam]
+  int64_t positions_stride[2];    // of pages and sparse sets, elements
+  Strided<3> feature_map_q;       // [Hq, d, F]
+  Strided<1> log_gate;            // [Hq]
+  Strided<3> q, k, v, out;        // [tokens, heads, d]
+  Indices slots;                  // [rows]
+  bool subtract_max;              // "lolcats" mixing
   int64_t window, lam, interval, sink;
   int64_t Hq, Hkv, Hs, Hg, d, F;
   int64_t columns = 96;  // queries times heads of a block of prefill, so that logits stay in L2

@@ -31,7 +31,7 @@ int64_t carve_update(const LolaArgs& a, bool lane, char* base, UpdateScratch<T>*
   x->lean = take_as<T>(base, dp, &used);
   x->delta = take_as<T>(base, F2 * dp, &used);
   const int64_t share = a.Hs / a.Hg, phi_ld = round_up<T>(F2) + kLanes<T>;
-  x->newcomer = take_as<T>(base, 4 * share, &used);
+  x->newcomer = take_as<T>(base, kMoments * share, &used);
   x->new_phi = take_as<T>(base, share * phi_ld, &used);
   x->folded = take_as<T>(base, 2 * phi_ld, &used);
   x->products = take_as<T>(base, 3 * round_up<T>(a.lam), &used);

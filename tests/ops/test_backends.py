@@ -322,21 +322,67 @@ def test_bounded_scores_make_the_same_choices(dtype, d):
         assert torch.equal(getattr(bounded, name)[2], getattr(stepwise, name)[2]), name
 
 
-def test_incremental_scores_make_the_same_choices_for_thousands_of_tokens():
-    """Interval 1: moments kept up to date against scores computed anew, in float32."""
+@pytest.mark.parametrize(
+    "dtype, d, lam, sharing",
+    [
+        (torch.float32, 16, 32, "none"),
+        (torch.float64, 20, 33, "none"),
+        (torch.bfloat16, 20, 70, "none"),
+        (torch.float64, 16, 33, "kv_head"),
+    ],
+)
+def test_interval_1_makes_the_same_choices_for_thousands_of_tokens(dtype, d, lam, sharing):
+    """Numbers kept up to date, then bounded, against scores computed anew at each token."""
     assert native.load()
-    config = LolaConfig(window_size=8, sparse_cache_size=32, update_interval=1, feature_dim=16)
-    problem = make_problem(3000, config, dtype=torch.float32, group=1)
+    config = LolaConfig(
+        window_size=8, sparse_cache_size=lam, update_interval=1, feature_dim=16,
+        sparse_sharing=sharing,
+    )  # fmt: skip
+    group = 2 if sharing == "kv_head" else 1
+    problem = make_problem(2500, config, dtype=dtype, d=d, group=group, Hs=2 * group)
+    problem.v *= torch.linspace(1, 3, 2500).unsqueeze(-1).unsqueeze(-1).to(dtype)  # a trend
     pages = [run(ops, problem, [], decode_from=0)[1:] for ops in (portable, native)]
-    (_, direct), (layout, incremental) = pages
+    (_, direct), (layout, kept) = pages
     for name in ("positions", "sparse_k", "sparse_v", "exact_k", "exact_v"):
-        assert torch.equal(getattr(direct, name)[2], getattr(incremental, name)[2]), name
-    torch.testing.assert_close(direct.H[2], incremental.H[2], rtol=1e-4, atol=1e-4)
+        assert torch.equal(getattr(direct, name)[2], getattr(kept, name)[2]), name
+    torch.testing.assert_close(direct.H[2], kept.H[2], rtol=1e-4, atol=1e-4)
 
-    # The numbers themselves, against their definition.
-    v = incremental.sparse_v[2].double()
-    n = incremental.phi[2].double() @ incremental.H[2].double()
-    z = (incremental.phi[2].double() @ incremental.s[2].double().unsqueeze(-1)).squeeze(-1)
-    expected = torch.stack([(n * n).sum(-1), (n * v).sum(-1), z, (v * v).sum(-1)], dim=1)
-    torch.testing.assert_close(incremental.moments[2].double(), expected, rtol=1e-3, atol=1e-2)
-    assert layout.parts["phi"][0] == (2, 32, 32)
+    # The numbers of each pair bound its recall error.
+    share = group if sharing == "kv_head" else 1
+    assert layout.parts["phi"][0] == (2 * share, lam, 32)
+    right, error = numbers_and_error(kept, share)
+    numbers = kept.moments[2].double()
+    torch.testing.assert_close(numbers[:, 3:5], right[:, 3:], rtol=1e-5, atol=1e-5)
+    nn, nv, z, vv, _, moved = numbers.unbind(1)
+    then = (nn / z**2 - 2 * nv / z + vv).clamp(min=0).sqrt()
+    assert (moved > 0).all() and (then != error).all()  # none was computed in the last step
+    assert ((error - then).abs() <= moved + 1e-4).all()
+
+    # Before that they were kept up to date.
+    problem.q, problem.k, problem.v = (x[: lam + 200] for x in (problem.q, problem.k, problem.v))
+    early = run(native, problem, [], decode_from=0)[2]
+    assert (early.moments[2, :, 5] == 0).all()
+    right, _ = numbers_and_error(early, share)
+    torch.testing.assert_close(early.moments[2, :, :5].double(), right, rtol=1e-3, atol=1e-2)
+
+
+def numbers_and_error(views, share):
+    """||n||^2, n.v, phi.s, ||v||^2, ||phi|| of each sparse pair, and its recall error."""
+    phi, H, s, v = (x[2].double() for x in (views.phi, views.H, views.s, views.sparse_v))
+    v = v.repeat_interleave(share, dim=0)
+    n, z = phi @ H, (phi @ s.unsqueeze(-1)).squeeze(-1)
+    parts = [(n * n).sum(-1), (n * v).sum(-1), z, (v * v).sum(-1), phi.norm(dim=-1)]
+    return torch.stack(parts, dim=1), (v - n / z.unsqueeze(-1)).norm(dim=-1)
+
+
+def test_interval_1_with_a_rounded_state_bounds_nothing():
+    """Each fold rounds all of a bfloat16 H, which no bound knows of."""
+    assert native.load()
+    config = LolaConfig(
+        window_size=8, sparse_cache_size=20, update_interval=1, feature_dim=16,
+        state_dtype="bfloat16",
+    )  # fmt: skip
+    problem = make_problem(500, config, dtype=torch.float32, group=1)
+    _, _, kept = run(native, problem, [], decode_from=0)
+    assert (kept.moments[2, :, 5] == 0).all()
+    assert torch.isfinite(kept.moments[2]).all()
