@@ -7,8 +7,11 @@ a multi-threaded read and a copy (bytes read and written) of a large buffer. All
 is measured in short turns, as other work on the machine moves it. Shapes default to SmolLM2-135M's
 (Hq 9, Hkv 3, d 64), pages in bfloat16.
 
-`decode` counts what a step must read: the live window, sinks and sparse pairs, H and s. `frozen`
-is the same step on pages that never reach an update point; the ratio to it is what rescoring costs.
+A step must read the live window, sinks and sparse pairs, H and s: `mib_read`. `frozen` is the same
+step on pages that never reach an update point; the ratio to it is what rescoring costs. Pages are
+those of a sequence of random keys and values. With an update at every token every step brings other
+ones; `update_of_direct` compares the update with one that computes all scores anew, that of
+interval 2.
 """
 
 from __future__ import annotations
@@ -19,11 +22,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import LolaWeights, choose_backend
@@ -31,10 +33,11 @@ from lola_vllm.state import StateLayout
 
 POOL_BYTES = 192 * 2**20  # beyond the last-level cache of anything this is likely to run on
 TURNS = 5
+FRESH = 64  # tokens per sequence until the same ones come again
 
 
 class Case:
-    """A pool of live pages at n tokens each, and inputs for a step."""
+    """A pool of pages that have seen the same tokens, and inputs for a step."""
 
     def __init__(self, args: argparse.Namespace, batch: int, lam: int, interval: int) -> None:
         self.config = LolaConfig(
@@ -52,33 +55,48 @@ class Case:
         pool = torch.empty(pages, self.layout.page_bytes, dtype=torch.uint8, device=device)
         self.views = self.layout.views(pool)
         gen = torch.Generator().manual_seed(0)
-        for view in self.views:
-            if view.is_floating_point():
-                view.copy_(torch.rand(view.shape[1:], generator=gen) + 0.1)
-        order = torch.arange(lam, dtype=torch.int32) * 2
-        self.views.positions.copy_(order.expand_as(self.views.positions))
-        self.q, self.k, self.v = (
-            torch.randn(batch, h, d, generator=gen).to(device, dtype) for h in (Hq, Hkv, Hkv)
-        )
-        self.out = torch.empty_like(self.q)
         maps = [torch.randn(h, d, F, generator=gen) * 0.3 for h in (Hq, args.state_heads)]
         self.weights = LolaWeights.prepare(
             *(m.to(device) for m in maps), torch.full((Hq,), -2.2, device=device), "lola"
         )
         self.ops = choose_backend(device.type, dtype)
+
+        # A full cache and a hidden state in use, at the start of an interval.
+        least = 4 * (self.config.window_size + lam + interval)
+        self.start = -(-max(least, args.context) // interval) * interval
+        tokens = max(self.start, batch * FRESH)
+        self.q, self.k, self.v = (
+            torch.randn(tokens, h, d, generator=gen).to(device, dtype) for h in (Hq, Hkv, Hkv)
+        )
+        self.out = torch.empty_like(self.q)
+        seen = [x[: self.start] for x in (self.q, self.k, self.v)]
+        first, begin = (torch.tensor([x], dtype=torch.int32, device=device) for x in (1, 0))
+        bounds = torch.tensor([0, self.start], dtype=torch.int32, device=device)
+        self.ops.prefill(
+            *seen, self.weights, self.layout, self.views, first, bounds, begin,
+            self.out[: self.start],
+        )  # fmt: skip
+        pool[2:] = pool[1]
+
         groups = torch.arange(1, pages, dtype=torch.int32, device=device).split(batch)
-        self.slots: Iterator[Tensor] = itertools.cycle([g for g in groups if len(g) == batch])
-        # Far enough for a full cache and a hidden state in use, at the start of an interval.
-        base = 4 * (self.config.window_size + lam + interval)
-        self.start = -(-base // interval) * interval
+        self.groups = [g for g in groups if len(g) == batch]
+        self.calls = 0
 
     def step(self, n: int) -> None:
-        """One decode step of the batch in which every page reaches n tokens."""
-        lengths = torch.full((self.batch,), n, dtype=torch.int32, device=self.q.device)
-        self.ops.decode(
-            self.q, self.k, self.v, self.weights, self.layout, self.views, next(self.slots),
-            lengths, self.out,
-        )  # fmt: skip
+        """One decode step of the next batch of pages, in which each reaches n tokens."""
+        self._decode(n, 0)
+
+    def advance(self) -> None:
+        """One decode step of the next batch of pages; each turn of the pool brings one token."""
+        turn = self.calls // len(self.groups)
+        self._decode(self.start + 1 + turn, turn % FRESH * self.batch)
+
+    def _decode(self, n: int, row: int) -> None:
+        q, k, v, out = (x[row : row + self.batch] for x in (self.q, self.k, self.v, self.out))
+        slots = self.groups[self.calls % len(self.groups)]
+        lengths = torch.full((self.batch,), n, dtype=torch.int32, device=q.device)
+        self.ops.decode(q, k, v, self.weights, self.layout, self.views, slots, lengths, out)
+        self.calls += 1
 
     def bytes_read(self, n: int) -> int:
         """Bytes that a step at n tokens must read from the pages of the batch."""
@@ -116,19 +134,23 @@ def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> di
     # token there is no such step; interval 2 has one with the same keys.
     idle = Case(args, batch, lam, 2) if interval == 1 else case
     quiet = idle.start + max(1, interval // 2)
+    update = case.advance if interval == 1 else lambda: case.step(case.start + interval)
     bytes_read = idle.bytes_read(quiet)
     large = torch.ones(64 * 2**20, device=args.device)
     other = torch.empty_like(large)
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "frozen": lambda: idle.step(quiet),
-        "update": lambda: case.step(case.start + interval),
+        "update": update,
         "read": large.sum,
         "copy": lambda: other.copy_(large),
     }
+    if idle is not case:
+        runs["direct"] = lambda: idle.step(idle.start + 2)
     found = medians_s(runs, args.seconds, args.device)
     frozen_s, update_s = found["frozen"], found["update"]
     step_s = frozen_s + (update_s - frozen_s) / interval
     speed = bytes_read / frozen_s
+    direct_s = found.get("direct", update_s)
     read, copy = large.nbytes / found["read"], 2 * large.nbytes / found["copy"]
     return {
         "batch": batch,
@@ -139,6 +161,7 @@ def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> di
         "update_us": update_s * 1e6,
         "step_us": step_s * 1e6,
         "step_over_frozen": step_s / frozen_s,
+        "update_of_direct": (update_s - frozen_s) / (direct_s - frozen_s),
         "gb_per_s": speed / 1e9,
         "of_read": speed / read,
         "of_copy": speed / copy,
@@ -153,6 +176,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--lams", type=int, nargs="+", default=[0, 128, 512, 768])
     parser.add_argument("--intervals", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--context", type=int, default=4096, help="tokens that pages have seen")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--kv-heads", type=int, default=3)

@@ -26,9 +26,8 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
                     const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H,
                     const Tensor& s, const Tensor& positions, const Tensor& sparse_k,
                     const Tensor& sparse_v, const Tensor& exact_k, const Tensor& exact_v,
-                    const Tensor& phi, const Tensor& moments, const Tensor& slots,
-                    const Tensor& out, bool subtract_max, int64_t window, int64_t interval,
-                    int64_t sink) {
+                    const Tensor& bounds, const Tensor& slots, const Tensor& out, bool subtract_max,
+                    int64_t window, int64_t interval, int64_t sink) {
   const LolaSizes sizes = check_sizes({q, k, v, feature_map_q, feature_map_k, log_gate, H, s,
                                        positions, sparse_k, sparse_v, exact_k, exact_v, slots, out},
                                       window, interval, sink, Device::cpu);
@@ -63,18 +62,16 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   a.recall.s = check_strided<3>(s, "s");
   a.recall.d = a.d;
   a.recall.F = a.F;
-  // A page of interval 1 has room for features and moments; of others the two parts are empty.
+  // A page of interval 1 has room for bounds on scores; of others this part is empty.
   const int64_t remembered = interval == 1 ? a.lam : 0;
-  check_shape(phi, "phi", "[N, Hs, lam if interval = 1, 2F]", {sizes.N, a.Hs, remembered, 2 * a.F});
-  check_shape(moments, "moments", "[N, Hs, 6, lam if interval = 1]",
-              {sizes.N, a.Hs, kMoments, remembered});
+  check_shape(bounds, "bounds", "[N, Hs, 6, lam if interval = 1]",
+              {sizes.N, a.Hs, kBounds, remembered});
   a.incremental = remembered > 0;
-  a.phi = check_strided<4>(phi, "phi");
-  a.moments = check_strided<4>(moments, "moments");
+  a.bounds = check_strided<4>(bounds, "bounds");
   const DType pair = a.exact_k.dtype;
   const DType wide = pair == DType::f64 ? DType::f64 : DType::f32;
-  LOLA_CHECK(a.phi.dtype == wide && a.moments.dtype == wide,
-             "phi, moments: must be float32, or float64 where keys and values are");
+  LOLA_CHECK(a.bounds.dtype == wide,
+             "bounds: must be float32, or float64 where keys and values are");
   LOLA_CHECK(a.k.dtype == pair && a.v.dtype == pair && a.exact_v.dtype == pair &&
                  a.sparse_k.dtype == pair && a.sparse_v.dtype == pair,
              "k: keys and values, and the pages that hold them, must be of one dtype");
@@ -101,11 +98,11 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
             const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
-            const Tensor& exact_k, const Tensor& exact_v, const Tensor& phi, const Tensor& moments,
-            const Tensor& slots, const Tensor& seq_lens, const Tensor& out, bool subtract_max,
-            int64_t window, int64_t interval, int64_t sink) {
+            const Tensor& exact_k, const Tensor& exact_v, const Tensor& bounds, const Tensor& slots,
+            const Tensor& seq_lens, const Tensor& out, bool subtract_max, int64_t window,
+            int64_t interval, int64_t sink) {
   const LolaArgs args = check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions,
-                                   sparse_k, sparse_v, exact_k, exact_v, phi, moments, slots, out,
+                                   sparse_k, sparse_v, exact_k, exact_v, bounds, slots, out,
                                    subtract_max, window, interval, sink);
   const int64_t rows = slots.size(0);
   LOLA_CHECK(rows == q.size(0), "slots: ", rows, " rows, but q has ", q.size(0), " tokens");
@@ -120,11 +117,11 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fea
 void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
              const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
              const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
-             const Tensor& exact_k, const Tensor& exact_v, const Tensor& phi, const Tensor& moments,
+             const Tensor& exact_k, const Tensor& exact_v, const Tensor& bounds,
              const Tensor& slots, const Tensor& query_start, const Tensor& context_lens,
              const Tensor& out, bool subtract_max, int64_t window, int64_t interval, int64_t sink) {
   const LolaArgs args = check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions,
-                                   sparse_k, sparse_v, exact_k, exact_v, phi, moments, slots, out,
+                                   sparse_k, sparse_v, exact_k, exact_v, bounds, slots, out,
                                    subtract_max, window, interval, sink);
   const int64_t rows = slots.size(0);
   const Indices starts = check_indices(query_start, "query_start", "[rows + 1]", rows + 1);
@@ -144,15 +141,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lola, m) {
   m.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
       "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
-      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) phi, "
-      "Tensor(j!) moments, Tensor slots, "
+      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) bounds, "
+      "Tensor slots, "
       "Tensor seq_lens, Tensor(h!) out, bool subtract_max, int window, int interval, int sink) "
       "-> ()");
   m.def(
       "prefill(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
       "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
-      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) phi, "
-      "Tensor(j!) moments, Tensor slots, "
+      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) bounds, "
+      "Tensor slots, "
       "Tensor query_start, Tensor context_lens, Tensor(h!) out, bool subtract_max, int window, "
       "int interval, int sink) -> ()");
 }

@@ -14,13 +14,12 @@ One page, in this order (each part starts at a multiple of 64 bytes):
     sparse_v   [Hg, lam, d]         model dtype
     exact_k    [Hkv, sink + ring, d]  model dtype  pinned sinks, then the window ring
     exact_v    [Hkv, sink + ring, d]  model dtype
-    phi        [Hs, lam, 2F]        float32        only for C = 1: features of the sparse pairs
-    moments    [Hs, 6, lam]         float32        only for C = 1: ||n||^2, n.v, phi.s, ||v||^2
-                                                   of each, with n = phi(k)^T H, ||phi(k)||, and
-                                                   how far the recall error may be from these
+    bounds     [Hs, 6, lam]         float32        only for C = 1: the recall error of each sparse
+                                                   pair when it was computed last, and what bounds
+                                                   how far it has moved since
 
-The last two let a back end rescore at every token without touching H (section 3 of
-`docs/algorithm.md`); one that scores directly leaves them alone.
+The last lets a back end choose without computing all scores at every token; one that does compute
+them leaves it alone.
 
 The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
 ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).
@@ -51,8 +50,7 @@ class StateViews(NamedTuple):
     sparse_v: Tensor
     exact_k: Tensor
     exact_v: Tensor
-    phi: Tensor
-    moments: Tensor
+    bounds: Tensor
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,7 @@ class StateLayout:
             "sparse_v": (sparse, self.kv_dtype),
             "exact_k": (exact, self.kv_dtype),
             "exact_v": (exact, self.kv_dtype),
-            "phi": ((self.num_state_heads, remembered, features), wide),
-            "moments": ((self.num_state_heads, 6, remembered), wide),
+            "bounds": ((self.num_state_heads, 6, remembered), wide),
         }
 
     @property

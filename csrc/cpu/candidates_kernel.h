@@ -60,22 +60,14 @@ struct Features {
 template <typename T>
 void map_candidates(const LolaArgs& a, const Candidates& c, const SreScratch<T>& x, int64_t block,
                     Features<T>& f) {
-  const int64_t d = a.d, Fp = round_up<T>(a.F), share = a.Hs / a.Hg;
-  const SreArgs& r = a.recall;
+  const int64_t d = a.d, share = a.Hs / a.Hg;
   for (int64_t first = f.known; first < c.count; first += block) {
     const int64_t left = c.count - first, size = left < block ? left : block;
     for (int64_t i = 0; i < size; ++i) {
       load_row(x.k + i * d, c.k(first + i), a.exact_k.dtype, d, d);
     }
     for (int64_t j = 0; j < share; ++j) {
-      int64_t W_ld;
-      const int64_t head = c.set * share + j;
-      const T* W = padded_matrix<T>(r.feature_map_k.at(head), r.feature_map_k.dtype,
-                                    r.feature_map_k.stride[1], d, a.F, x.W, &W_ld);
-      gemm<T>(x.k, d, W, W_ld, x.y, Fp, size, Fp, d);
-      for (int64_t i = 0; i < size; ++i) {
-        feature_map(x.y + i * Fp, a.F, f.row(a, j, first + i));
-      }
+      map_keys(a.recall, x, c.set * share + j, size, f.row(a, j, first));
     }
   }
   f.known = c.count;

@@ -173,14 +173,13 @@ inline int64_t announce(const LolaArgs& a, const DecodeItem& item, Ahead& ahead)
   }
   if (a.num_folded(item.n - 1) <= 0) return bytes;
   const int64_t page = item.page, share = a.Hs / a.Hg, head = item.set * share;
-  const Strided<4>&H = a.recall.H, &moments = a.moments, &phi = a.phi;
+  const Strided<4>&H = a.recall.H, &bounds = a.bounds;
   const Strided<3>& s = a.recall.s;
   bytes += ahead.push(H.at(page, head), share * H.stride[1] * size_of(H.dtype));
   bytes += ahead.push(s.at(page, head), share * s.stride[1] * size_of(s.dtype));
   if (!a.incremental) return bytes;
-  bytes += ahead.push(moments.at(page, head), share * moments.stride[1] * size_of(moments.dtype));
-  if (scores_bounded(a, a.num_folded(item.n - 1))) return bytes;
-  return bytes + ahead.push(phi.at(page, head), share * phi.stride[1] * size_of(phi.dtype));
+  return bytes +
+         ahead.push(bounds.at(page, head), share * bounds.stride[1] * size_of(bounds.dtype));
 }
 
 // Where map_queries leaves the features of an item's queries, one row per head.
@@ -309,7 +308,7 @@ void decode_set(const LolaArgs& a, const DecodeItem& item, const T* phi, DecodeS
     copy_row(a.exact_k.at(page, kv, a.exact_row(position)), fresh.k, fresh.row_bytes);
     copy_row(a.exact_v.at(page, kv, a.exact_row(position)), fresh.v, fresh.row_bytes);
   }
-  if (a.update_due(n)) update_alone<T>(a, page, set, n, x.update, &x.ahead);
+  if (a.update_due(n)) update_alone<T>(a, page, set, n, x.update);
 }
 
 // Zeros for the query heads of a set: the answer of a row that is padding.

@@ -20,15 +20,14 @@ struct Indices {
 };
 
 // Numbers kept of each sparse pair and head for interval 1 (cpu/incremental_kernel.h).
-constexpr int64_t kMoments = 6;
+constexpr int64_t kBounds = 6;
 
 struct LolaArgs {
   SreArgs recall;                 // feature_map_k, H, s, d, F, Hs, Hg: what scoring needs
   Strided<4> sparse_k, sparse_v;  // [N, Hg, lam, d]
   Strided<4> exact_k, exact_v;    // [N, Hkv, sink + ring, d]
-  Strided<4> phi;                 // [N, Hs, lam, 2F], T; only if incremental
-  Strided<4> moments;             // [N, Hs, 6, lam], T; likewise
-  bool incremental;               // interval 1: scores are kept up to date, not computed anew
+  Strided<4> bounds;              // [N, Hs, 6, lam], T; only if incremental
+  bool incremental;               // interval 1: scores are bounded, few computed anew
   int32_t* positions;             // [N, Hg, lam]
   int64_t positions_stride[2];    // of pages and sparse sets, elements
   Strided<3> feature_map_q;       // [Hq, d, F]

@@ -57,6 +57,17 @@ LOLA_INLINE void feature_map(T* y, int64_t F, T* phi) {
   }
 }
 
+// Features of `count` keys in x.k, rows of d, under one head's map, into rows of `phi`.
+template <typename T>
+void map_keys(const SreArgs& a, const SreScratch<T>& x, int64_t head, int64_t count, T* phi) {
+  const int64_t Fp = round_up<T>(a.F), phi_ld = round_up<T>(2 * a.F) + kLanes<T>;
+  int64_t W_ld;
+  const T* W = padded_matrix<T>(a.feature_map_k.at(head), a.feature_map_k.dtype,
+                                a.feature_map_k.stride[1], a.d, a.F, x.W, &W_ld);
+  gemm<T>(x.k, a.d, W, W_ld, x.y, Fp, count, Fp, a.d);
+  for (int64_t e = 0; e < count; ++e) feature_map(x.y + e * Fp, a.F, phi + e * phi_ld);
+}
+
 // SRE of `count` candidates of one state head from their features and, in scratch, their values as
 // rows of whole vectors. `phi` has the stride of x.phi. Leaves
 // phi^T H in x.predicted, and phi^T s + 1e-6 in `sums` unless that is null.
@@ -89,12 +100,7 @@ void recall_errors(const SreArgs& a, const SreScratch<T>& x, const T* phi, int64
 template <typename T>
 void head_errors(const SreArgs& a, const SreScratch<T>& x, int64_t page, int64_t head,
                  int64_t count, T* errors) {
-  const int64_t Fp = round_up<T>(a.F), phi_ld = round_up<T>(2 * a.F) + kLanes<T>;
-  int64_t W_ld;
-  const T* W = padded_matrix<T>(a.feature_map_k.at(head), a.feature_map_k.dtype,
-                                a.feature_map_k.stride[1], a.d, a.F, x.W, &W_ld);
-  gemm<T>(x.k, a.d, W, W_ld, x.y, Fp, count, Fp, a.d);
-  for (int64_t e = 0; e < count; ++e) feature_map(x.y + e * Fp, a.F, x.phi + e * phi_ld);
+  map_keys(a, x, head, count, x.phi);
   recall_errors<T>(a, x, x.phi, page, head, count, errors, nullptr);
 }
 

@@ -11,8 +11,7 @@ constexpr int64_t kUpdateBlock = 96;  // candidates scored at once: whole tiles,
 template <typename T>
 struct UpdateScratch {
   SreScratch<T> recall;
-  T *scores, *block_scores, *highest, *sums, *mean, *lean, *delta, *newcomer, *new_phi, *folded,
-      *products, *features;
+  T *scores, *block_scores, *highest, *sums, *mean, *lean, *delta, *newcomer, *folded, *features;
   int32_t *positions, *order, *losers;
   int64_t* num_losers;  // of the update that was decided last
   unsigned char* keep;
@@ -31,10 +30,8 @@ int64_t carve_update(const LolaArgs& a, bool lane, char* base, UpdateScratch<T>*
   x->lean = take_as<T>(base, dp, &used);
   x->delta = take_as<T>(base, F2 * dp, &used);
   const int64_t share = a.Hs / a.Hg, phi_ld = round_up<T>(F2) + kLanes<T>;
-  x->newcomer = take_as<T>(base, kMoments * share, &used);
-  x->new_phi = take_as<T>(base, share * phi_ld, &used);
-  x->folded = take_as<T>(base, 2 * phi_ld, &used);
-  x->products = take_as<T>(base, 3 * round_up<T>(a.lam), &used);
+  x->newcomer = take_as<T>(base, kBounds * share, &used);
+  x->folded = take_as<T>(base, phi_ld, &used);
   // A lane keeps features from update to update.
   x->features = take_as<T>(base, a.incremental || lane ? 0 : Features<T>::size(a), &used);
   x->positions = take_as<int32_t>(base, E, &used);

@@ -86,22 +86,6 @@ LOLA_INLINE V fma(V a, V b, V c) {
 }
 #endif
 
-LOLA_INLINE float root(float x) { return __builtin_sqrtf(x); }
-LOLA_INLINE double root(double x) { return __builtin_sqrt(x); }
-#if LOLA_VEC_BYTES == 64
-LOLA_INLINE Vec<float> root(Vec<float> x) { return _mm512_sqrt_ps(x); }
-LOLA_INLINE Vec<double> root(Vec<double> x) { return _mm512_sqrt_pd(x); }
-#elif LOLA_VEC_BYTES == 32
-LOLA_INLINE Vec<float> root(Vec<float> x) { return _mm256_sqrt_ps(x); }
-LOLA_INLINE Vec<double> root(Vec<double> x) { return _mm256_sqrt_pd(x); }
-#else
-template <typename V>
-LOLA_INLINE V root(V x) {
-  for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = root(x[i]);
-  return x;
-}
-#endif
-
 template <typename V>
 LOLA_INLINE V max(V a, V b) {
   return a > b ? a : b;
