@@ -26,6 +26,8 @@ from typing import Any
 
 from common import ROOT, print_result, run_worker, write_report
 
+WINDOW = 64  # tokens
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -108,10 +110,9 @@ def prefill(args: argparse.Namespace, lam: int) -> dict[str, float]:
 
 def decode(args: argparse.Namespace, interval: int, batch: int, length: int) -> dict[str, float]:
     """Milliseconds of a step at an update point and of one between two of them."""
-    window = 64
     config = {
         "sparse_cache_size": args.sparse_cache_size,
-        "window_size": window,
+        "window_size": WINDOW,
         "update_interval": interval,
     }
     llm = engine(args, config, batch * length, batch)
@@ -162,7 +163,7 @@ def ratios(args: argparse.Namespace, best: dict[str, float]) -> dict[str, float]
 def main() -> None:
     """Run all cases, print them, write the JSON."""
     args = parse()
-    shortest = args.sparse_cache_size + 128  # the window and one interval of updates
+    shortest = args.sparse_cache_size + 2 * WINDOW  # evictions lag by an interval, at most a window
     if min(args.contexts) <= shortest:
         raise SystemExit(f"--contexts {min(args.contexts)}: nothing is rescored up to {shortest}")
     if args.worker:

@@ -70,10 +70,11 @@ class Case:
         )
         self.out = torch.empty_like(self.q)
         seen = [x[: self.start] for x in (self.q, self.k, self.v)]
-        first, begin = (torch.tensor([x], dtype=torch.int32, device=device) for x in (1, 0))
-        bounds = torch.tensor([0, self.start], dtype=torch.int32, device=device)
+        slots, query_start_loc, context_lens = (
+            torch.tensor(x, dtype=torch.int32, device=device) for x in ([1], [0, self.start], [0])
+        )
         self.ops.prefill(
-            *seen, self.weights, self.layout, self.views, first, bounds, begin,
+            *seen, self.weights, self.layout, self.views, slots, query_start_loc, context_lens,
             self.out[: self.start],
         )  # fmt: skip
         pool[2:] = pool[1]

@@ -23,12 +23,17 @@ struct Bounds {
   int64_t known;
 };
 
-// Whether scores of this call can be bounded: one state head per set, and a hidden state whose sums
-// are not rounded to fewer bits than they are computed in.
+// Whether each fold rounds the hidden state to fewer bits than it is computed in: no bound knows of
+// that.
+template <typename T>
+bool fold_rounds(const LolaArgs& a) {
+  return a.recall.H.dtype != (sizeof(T) == 8 ? DType::f64 : DType::f32);
+}
+
+// Whether scores of this call can be bounded by what follows: one state head per set.
 template <typename T>
 bool bounds_hold(const LolaArgs& a) {
-  return !a.incremental && a.Hs == a.Hg &&
-         a.recall.H.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32);
+  return !a.incremental && a.Hs == a.Hg && !fold_rounds<T>(a);
 }
 
 template <typename T>

@@ -181,10 +181,8 @@ LOLA_INLINE V moved_by(T length, T reach, V prediction, V sum, V features, V mov
 // Takes note of a folded pair in the numbers of a head's pairs.
 template <typename T>
 void drift_apart(const LolaArgs& a, int64_t page, int64_t head, const T* phi_l, const T* v_l) {
-  // Each fold rounds all of a state of fewer bits, so nothing bounds how far an error moves.
-  const bool rounded = a.recall.H.dtype != (sizeof(T) == 8 ? DType::f64 : DType::f32);
   const T length = norm(phi_l, round_up<T>(2 * a.F)), reach = norm(v_l, round_up<T>(a.d));
-  const T far = rounded ? static_cast<T>(__builtin_inff()) : T(0);
+  const T far = fold_rounds<T>(a) ? static_cast<T>(__builtin_inff()) : T(0);
   const int64_t lam = a.lam;
   T* const b = bounds_of<T>(a, page, head);
   T* const moved = b + kMoved * lam;
@@ -222,8 +220,10 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
   }
 
   const int64_t loser = folds ? loser_slot(a, page, set, empty, newcomer, x) : -1;
-  load_row(y.k, loser < 0 ? new_k : a.sparse_k.at(page, set, loser), a.exact_k.dtype, d, d);
-  load_row(y.v, loser < 0 ? new_v : a.sparse_v.at(page, set, loser), a.exact_v.dtype, d, dp);
+  if (folds) {  // what will be folded, before the newcomer takes its place
+    load_row(y.k, loser < 0 ? new_k : a.sparse_k.at(page, set, loser), a.exact_k.dtype, d, d);
+    load_row(y.v, loser < 0 ? new_v : a.sparse_v.at(page, set, loser), a.exact_v.dtype, d, dp);
+  }
   const int64_t slot = folds ? loser : c.cached;  // where the newcomer goes, if anywhere
   if (slot >= 0) {
     const int64_t bytes = d * size_of(a.exact_k.dtype);
