@@ -45,5 +45,6 @@ def _register() -> None:
     compat.check_vllm_version(vllm.__version__)
     AutoConfig.register(MODEL_TYPE, LolaLlamaConfig, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = LolaModelConfig
+    compat.look_at_wake_ups()
     compat.register_mamba_backend("lola_vllm.backend.LolaAttentionBackend")
     ModelRegistry.register_model(ARCHITECTURE, f"lola_vllm.model:{ARCHITECTURE}")

@@ -2,12 +2,15 @@
 
 import ast
 import logging
+import select
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import zmq
 
+from lola_vllm import compat
 from lola_vllm.compat import SUPPORTED, UnsupportedVllmError, check_vllm_version
 
 PACKAGE = Path(__file__).parents[2] / "lola_vllm"
@@ -39,6 +42,36 @@ def test_registering_twice_does_no_harm_and_keeps_vllms_own_specs():
         "print({'FullAttentionSpec', 'MambaSpec', 'LolaStateSpec'} <= names)\n"
     )
     assert result.stdout.split() == ["True", "True", "True"], result.stderr
+
+
+def test_a_busy_reader_of_vllms_queue_looks_at_its_wake_ups():
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+    from vllm.utils.network_utils import get_open_zmq_ipc_path
+
+    compat.look_at_wake_ups()
+    compat.look_at_wake_ups()  # as a second `register()` does
+    path = get_open_zmq_ipc_path()
+    with zmq.Context() as mine, zmq.Context() as theirs:
+        writer = SpinCondition(False, theirs, path)
+        reader = SpinCondition(True, mine, path)
+        socket = reader.local_notify_socket
+        while not socket.poll(10):  # a wake-up sent before they are connected is lost
+            writer.notify()
+        while socket.poll(500):
+            socket.recv()
+        writer.notify()
+        # Its descriptor is readable while libzmq holds what the socket has not looked at.
+        assert select.select([socket.FD], [], [], 30)[0]
+        for _ in range(compat.READS_PER_LOOK - 1):
+            reader.record_read()
+        assert select.select([socket.FD], [], [], 0)[0]
+        reader.record_read()
+        assert not select.select([socket.FD], [], [], 0)[0]
+        reader.last_read -= 10  # idle: now the wake-up that it kept ends the wait
+        reader.wait(timeout_ms=None)
+        assert not socket.poll(0)
+        mine.destroy(linger=0)
+        theirs.destroy(linger=0)
 
 
 def test_vllm_finds_the_entry_point():
