@@ -49,6 +49,8 @@ if [[ $PART == all || $PART == tests ]]; then
                 2>&1 | tee "$OUT/$(basename "$file" .py).txt"
         fi
     done
+    "$PYTHON" -m pytest tests/engine/test_cuda_graphs.py -p no:cacheprovider \
+        2>&1 | tee "$OUT/cuda_graphs.txt"
 fi
 
 if [[ $PART == all || $PART == sanitize ]]; then
@@ -66,4 +68,8 @@ fi
 if [[ $PART == all || $PART == bench ]]; then
     "$PYTHON" benchmarks/ops.py --device cuda --out "$OUT/ops.json"
     "$PYTHON" benchmarks/engine.py --out "$OUT/engine.json"
+    for graphs in piecewise full; do
+        LOLA_VLLM_CUDA_GRAPHS=$graphs "$PYTHON" benchmarks/engine.py --compile \
+            --out "$OUT/engine_$graphs.json"
+    done
 fi

@@ -7,10 +7,12 @@ prefill is planned without waiting for the device.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -20,8 +22,12 @@ from vllm.v1.attention.backends.short_conv_attn import (
     ShortConvAttentionMetadata,
     ShortConvAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from lola_vllm.compat import BACKEND_NAME
+from lola_vllm.ops import choose_backend
+
+GRAPHS_ENV = "LOLA_VLLM_CUDA_GRAPHS"
 
 
 @dataclass
@@ -46,8 +52,30 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
 
     metadata_cls = LolaMetadata
     needs_causal_conv1d_metadata = False
-    # The torch and C++ paths cannot be captured; back ends that can raise this.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """What vLLM may capture: nothing of this layer, or whole steps that only decode.
+
+        Raises:
+            ValueError: `LOLA_VLLM_CUDA_GRAPHS` is no known choice, or the back end cannot do it.
+        """
+        wanted = os.environ.get(GRAPHS_ENV, "piecewise")
+        if wanted not in ("piecewise", "full"):
+            raise ValueError(f"{GRAPHS_ENV} = {wanted!r}: must be 'piecewise' or 'full'")
+        # Not unasked: no GPU has replayed one yet (benchmarks/gpu.sh).
+        if wanted == "piecewise":
+            return AttentionCGSupport.NEVER
+        device = vllm_config.device_config.device_type
+        backend = choose_backend(device, vllm_config.model_config.dtype)
+        if not backend.capturable:
+            raise ValueError(
+                f"{GRAPHS_ENV} = 'full': the back end {backend.name} on {device} cannot be "
+                "captured, only triton and cuda on a GPU can; unset it"
+            )
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(
         self,
@@ -57,6 +85,16 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
         **kwargs: Any,
     ) -> LolaMetadata:
         """vLLM's metadata plus the host-side prefill plan."""
+        if (
+            self.compilation_config.cudagraph_mode.has_full_cudagraphs()
+            and common_attn_metadata.max_query_len == 1
+            and common_attn_metadata.is_prefilling is not None
+        ):
+            # Such a step may replay a graph, which holds decodes only. A new prompt of one token
+            # can be one of them: to the op its page is empty, whatever a former owner left there.
+            common_attn_metadata = common_attn_metadata.replace(
+                is_prefilling=torch.zeros_like(common_attn_metadata.is_prefilling)
+            )
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         assert isinstance(metadata, LolaMetadata)  # made from `metadata_cls`
         if metadata.num_prefills:

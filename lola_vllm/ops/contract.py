@@ -127,9 +127,15 @@ class SreOp(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """The ops chosen for a device."""
+    """The ops chosen for a device.
+
+    Attributes:
+        capturable: `decode` launches the same kernels whatever the token counts and waits for
+            nothing, so that a CUDA graph can hold it.
+    """
 
     name: str
     decode: DecodeOp
     prefill: PrefillOp
     warm_up: WarmUp | None = None
+    capturable: bool = False

@@ -71,7 +71,7 @@ def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
         from lola_vllm.kernels.warmup import warm_up
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install triton"
-    return Backend("triton", kernels.decode, kernels.prefill, warm_up)
+    return Backend("triton", kernels.decode, kernels.prefill, warm_up, capturable=True)
 
 
 def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
@@ -85,4 +85,4 @@ def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
             "the CUDA ops are not built; install with nvcc and a CUDA build of torch at hand, "
             "without build isolation"
         )
-    return Backend("cuda", native.decode, kernels.prefill, kernels.warm_up)
+    return Backend("cuda", native.decode, kernels.prefill, kernels.warm_up, capturable=True)
