@@ -81,6 +81,12 @@ class Case:
 
         groups = torch.arange(1, pages, dtype=torch.int32, device=device).split(batch)
         self.groups = [g for g in groups if len(g) == batch]
+        # Made before the clock runs: a model has them anyway.
+        self.inputs = [
+            [x[row * batch : (row + 1) * batch] for x in (self.q, self.k, self.v, self.out)]
+            for row in range(FRESH)
+        ]
+        self.lengths: dict[int, torch.Tensor] = {}
         self.calls = 0
 
     def step(self, n: int) -> None:
@@ -90,12 +96,15 @@ class Case:
     def advance(self) -> None:
         """One decode step of the next batch of pages; each turn of the pool brings one token."""
         turn = self.calls // len(self.groups)
-        self._decode(self.start + 1 + turn, turn % FRESH * self.batch)
+        self._decode(self.start + 1 + turn, turn % FRESH)
 
     def _decode(self, n: int, row: int) -> None:
-        q, k, v, out = (x[row : row + self.batch] for x in (self.q, self.k, self.v, self.out))
+        q, k, v, out = self.inputs[row]
+        lengths = self.lengths.get(n)
+        if lengths is None:
+            lengths = torch.full((self.batch,), n, dtype=torch.int32, device=q.device)
+            self.lengths[n] = lengths
         slots = self.groups[self.calls % len(self.groups)]
-        lengths = torch.full((self.batch,), n, dtype=torch.int32, device=q.device)
         self.ops.decode(q, k, v, self.weights, self.layout, self.views, slots, lengths, out)
         self.calls += 1
 

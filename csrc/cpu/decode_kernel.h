@@ -205,7 +205,7 @@ void map_queries(const LolaArgs& a, const DecodeItem* items, int64_t count, Deco
     int64_t W_ld;
     const T* W = padded_matrix<T>(a.feature_map_q.at(h), a.feature_map_q.dtype,
                                   a.feature_map_q.stride[1], d, a.F, x.W, &W_ld);
-    x.ahead.template ask<16>();
+    x.ahead.template ask<48>();
     gemm<T>(x.asking, dp, W, W_ld, x.feature, Fp, rows, Fp, d);
     rows = 0;
     for (int64_t i = first; i < count; i += a.Hg) {
