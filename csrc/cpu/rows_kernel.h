@@ -30,7 +30,7 @@ struct Ahead {
   // for more than half of what the bus could bring.
   static constexpr int64_t kLead = 32768;
   static constexpr int kL2 = 2;  // as __builtin_prefetch names it
-  const char *at, *end;  // the rest of the current range
+  const char *at, *end;          // the rest of the current range
   const char *from[kRanges], *to[kRanges];
   uint32_t first, last;  // ranges to come, modulo their number
 
