@@ -68,20 +68,21 @@ def look_at_wake_ups() -> None:
     import zmq
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
-    record_read = SpinCondition.record_read
-    if hasattr(record_read, "reads_per_look"):
+    if hasattr(SpinCondition, "lola_reads"):
         return
+    record_read = SpinCondition.record_read
 
     @functools.wraps(record_read)
     def record_read_and_look(self: Any) -> None:
         record_read(self)
-        self.reads = getattr(self, "reads", 0) + 1
-        if self.reads % READS_PER_LOOK == 0:
+        self.lola_reads += 1
+        if self.lola_reads % READS_PER_LOOK == 0:
             # Takes in what has come and keeps the newest wake-up, which a sleeping reader needs.
             self.local_notify_socket.getsockopt(zmq.EVENTS)
 
-    vars(record_read_and_look)["reads_per_look"] = READS_PER_LOOK
-    setattr(SpinCondition, "record_read", record_read_and_look)  # noqa: B010  (mypy: a method)
+    patched: Any = SpinCondition
+    patched.lola_reads = 0
+    patched.record_read = record_read_and_look
 
 
 def request_blocks(model_runner: Any, request_id: str) -> list[int] | None:

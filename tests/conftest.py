@@ -7,4 +7,17 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent / "ops"))  # tests share ops/problem.py
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch):
+    """The back end is chosen anew, by nothing in the environment, and again after the test."""
+    from lola_vllm.ops import choose_backend
+
+    monkeypatch.delenv("LOLA_VLLM_OPS", raising=False)
+    choose_backend.cache_clear()
+    yield
+    choose_backend.cache_clear()

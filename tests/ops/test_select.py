@@ -5,12 +5,7 @@ import torch
 
 from lola_vllm.ops.select import choose_backend
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    choose_backend.cache_clear()
-    yield
-    choose_backend.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_choice")
 
 
 @pytest.mark.parametrize(
@@ -24,15 +19,13 @@ def fresh():
     ],
 )
 def test_choice(monkeypatch, wanted, dtype, name):
-    monkeypatch.delenv("LOLA_VLLM_OPS", raising=False)
     if wanted:
         monkeypatch.setenv("LOLA_VLLM_OPS", wanted)
     assert choose_backend("cpu", dtype).name.startswith(name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_gpu_gets_triton(monkeypatch, dtype):
-    monkeypatch.delenv("LOLA_VLLM_OPS", raising=False)
+def test_a_gpu_gets_triton(dtype):
     assert choose_backend("cuda", dtype).name == "triton"
 
 

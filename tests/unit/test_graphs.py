@@ -9,18 +9,12 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from lola_vllm.backend import GRAPHS_ENV, LolaMetadataBuilder
-from lola_vllm.ops import choose_backend
 
 NULL = 0
 STALE = 77  # what an earlier step left in a buffer
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    monkeypatch.delenv("LOLA_VLLM_OPS", raising=False)
-    choose_backend.cache_clear()
-    yield
-    choose_backend.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_choice")
 
 
 def support(device_type):
