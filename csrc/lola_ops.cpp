@@ -26,8 +26,9 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
                     const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H,
                     const Tensor& s, const Tensor& positions, const Tensor& sparse_k,
                     const Tensor& sparse_v, const Tensor& exact_k, const Tensor& exact_v,
-                    const Tensor& bounds, const Tensor& slots, const Tensor& out, bool subtract_max,
-                    int64_t window, int64_t interval, int64_t sink) {
+                    const Tensor& bounds, const Tensor& directions, const Tensor& slots,
+                    const Tensor& out, bool subtract_max, int64_t window, int64_t interval,
+                    int64_t sink) {
   const LolaSizes sizes = check_sizes({q, k, v, feature_map_q, feature_map_k, log_gate, H, s,
                                        positions, sparse_k, sparse_v, exact_k, exact_v, slots, out},
                                       window, interval, sink, Device::cpu);
@@ -68,6 +69,14 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
               {sizes.N, a.Hs, kBounds, remembered});
   a.incremental = remembered > 0;
   a.bounds = check_strided<4>(bounds, "bounds");
+  check_shape(directions, "directions", "[N, Hs, lam if interval = 1, d]",
+              {sizes.N, a.Hs, remembered, a.d});
+  LOLA_CHECK(directions.scalar_type() == ScalarType::Char, "directions: must be int8");
+  LOLA_CHECK(remembered * a.d <= 1 || (directions.stride(2) == a.d && directions.stride(3) == 1),
+             "directions: rows of a page must be contiguous");
+  a.directions = static_cast<int8_t*>(directions.data_ptr());
+  a.directions_stride[0] = directions.stride(0);
+  a.directions_stride[1] = directions.stride(1);
   const DType pair = a.exact_k.dtype;
   const DType wide = pair == DType::f64 ? DType::f64 : DType::f32;
   LOLA_CHECK(a.bounds.dtype == wide,
@@ -98,12 +107,12 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
 void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
             const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
-            const Tensor& exact_k, const Tensor& exact_v, const Tensor& bounds, const Tensor& slots,
-            const Tensor& seq_lens, const Tensor& out, bool subtract_max, int64_t window,
-            int64_t interval, int64_t sink) {
+            const Tensor& exact_k, const Tensor& exact_v, const Tensor& bounds,
+            const Tensor& directions, const Tensor& slots, const Tensor& seq_lens,
+            const Tensor& out, bool subtract_max, int64_t window, int64_t interval, int64_t sink) {
   const LolaArgs args = check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions,
-                                   sparse_k, sparse_v, exact_k, exact_v, bounds, slots, out,
-                                   subtract_max, window, interval, sink);
+                                   sparse_k, sparse_v, exact_k, exact_v, bounds, directions, slots,
+                                   out, subtract_max, window, interval, sink);
   const int64_t rows = slots.size(0);
   LOLA_CHECK(rows == q.size(0), "slots: ", rows, " rows, but q has ", q.size(0), " tokens");
   const Indices lengths = check_indices(seq_lens, "seq_lens", "[rows]", rows);
@@ -118,11 +127,12 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fe
              const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
              const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
              const Tensor& exact_k, const Tensor& exact_v, const Tensor& bounds,
-             const Tensor& slots, const Tensor& query_start, const Tensor& context_lens,
-             const Tensor& out, bool subtract_max, int64_t window, int64_t interval, int64_t sink) {
+             const Tensor& directions, const Tensor& slots, const Tensor& query_start,
+             const Tensor& context_lens, const Tensor& out, bool subtract_max, int64_t window,
+             int64_t interval, int64_t sink) {
   const LolaArgs args = check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions,
-                                   sparse_k, sparse_v, exact_k, exact_v, bounds, slots, out,
-                                   subtract_max, window, interval, sink);
+                                   sparse_k, sparse_v, exact_k, exact_v, bounds, directions, slots,
+                                   out, subtract_max, window, interval, sink);
   const int64_t rows = slots.size(0);
   const Indices starts = check_indices(query_start, "query_start", "[rows + 1]", rows + 1);
   const Indices context = check_indices(context_lens, "context_lens", "[rows]", rows);
@@ -142,6 +152,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lola, m) {
       "decode(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
       "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
       "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) bounds, "
+      "Tensor(j!) directions, "
       "Tensor slots, "
       "Tensor seq_lens, Tensor(h!) out, bool subtract_max, int window, int interval, int sink) "
       "-> ()");
@@ -149,6 +160,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lola, m) {
       "prefill(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
       "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
       "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) bounds, "
+      "Tensor(j!) directions, "
       "Tensor slots, "
       "Tensor query_start, Tensor context_lens, Tensor(h!) out, bool subtract_max, int window, "
       "int interval, int sink) -> ()");

@@ -15,7 +15,8 @@ namespace lola {
 //   feature_map_q   [Hq, d, F]; feature_map_k [Hs, d, F]; log_gate [Hq]
 //   H [N, Hs, 2F, d], s [N, Hs, 2F], positions int32 [N, Hg, lam], sparse_k, sparse_v
 //   [N, Hg, lam, d], exact_k, exact_v [N, Hkv, sink + window + interval, d], and for interval 1
-//   bounds [N, Hs, 6, lam] (else lam is 0 there): views of the pages
+//   bounds [N, Hs, 6, lam] and int8 directions [N, Hs, lam, d] (else lam is 0 there): views of the
+//   pages
 //   slots           [rows]         int32 or int64, page per row; <= 0 is padding: zeros are
 //                                  answered and no page is touched
 //
@@ -29,9 +30,9 @@ void decode(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
             const torch::stable::Tensor& positions, const torch::stable::Tensor& sparse_k,
             const torch::stable::Tensor& sparse_v, const torch::stable::Tensor& exact_k,
             const torch::stable::Tensor& exact_v, const torch::stable::Tensor& bounds,
-            const torch::stable::Tensor& slots, const torch::stable::Tensor& seq_lens,
-            const torch::stable::Tensor& out, bool subtract_max, int64_t window, int64_t interval,
-            int64_t sink);
+            const torch::stable::Tensor& directions, const torch::stable::Tensor& slots,
+            const torch::stable::Tensor& seq_lens, const torch::stable::Tensor& out,
+            bool subtract_max, int64_t window, int64_t interval, int64_t sink);
 
 void prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
              const torch::stable::Tensor& v, const torch::stable::Tensor& feature_map_q,
@@ -40,8 +41,9 @@ void prefill(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
              const torch::stable::Tensor& positions, const torch::stable::Tensor& sparse_k,
              const torch::stable::Tensor& sparse_v, const torch::stable::Tensor& exact_k,
              const torch::stable::Tensor& exact_v, const torch::stable::Tensor& bounds,
-             const torch::stable::Tensor& slots, const torch::stable::Tensor& query_start,
-             const torch::stable::Tensor& context_lens, const torch::stable::Tensor& out,
-             bool subtract_max, int64_t window, int64_t interval, int64_t sink);
+             const torch::stable::Tensor& directions, const torch::stable::Tensor& slots,
+             const torch::stable::Tensor& query_start, const torch::stable::Tensor& context_lens,
+             const torch::stable::Tensor& out, bool subtract_max, int64_t window, int64_t interval,
+             int64_t sink);
 
 }  // namespace lola

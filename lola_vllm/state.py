@@ -14,12 +14,13 @@ One page, in this order (each part starts at a multiple of 64 bytes):
     sparse_v   [Hg, lam, d]         model dtype
     exact_k    [Hkv, sink + ring, d]  model dtype  pinned sinks, then the window ring
     exact_v    [Hkv, sink + ring, d]  model dtype
-    bounds     [Hs, 6, lam]         float32        only for C = 1: the recall error of each sparse
-                                                   pair when it was computed last, and what bounds
-                                                   how far it has moved since
+    bounds     [Hs, 6, lam]         float32        only for C = 1: a lower bound on the recall error
+                                                   of each sparse pair, and what moves it
+    directions [Hs, lam, d]         int8           only for C = 1: that of v - p when the error was
+                                                   computed last, p being what H recalls
 
-The last lets a back end choose without computing all scores at every token; one that does compute
-them leaves it alone.
+The last two let a back end choose without computing all scores at every token; one that does
+compute them leaves them alone.
 
 The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
 ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).
@@ -51,6 +52,7 @@ class StateViews(NamedTuple):
     exact_k: Tensor
     exact_v: Tensor
     bounds: Tensor
+    directions: Tensor
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class StateLayout:
             "exact_k": (exact, self.kv_dtype),
             "exact_v": (exact, self.kv_dtype),
             "bounds": ((self.num_state_heads, 6, remembered), wide),
+            "directions": ((self.num_state_heads, remembered, self.head_dim), torch.int8),
         }
 
     @property

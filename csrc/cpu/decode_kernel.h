@@ -178,8 +178,9 @@ inline int64_t announce(const LolaArgs& a, const DecodeItem& item, Ahead& ahead)
   bytes += ahead.push(H.at(page, head), share * H.stride[1] * size_of(H.dtype));
   bytes += ahead.push(s.at(page, head), share * s.stride[1] * size_of(s.dtype));
   if (!a.incremental) return bytes;
-  return bytes +
-         ahead.push(bounds.at(page, head), share * bounds.stride[1] * size_of(bounds.dtype));
+  bytes += ahead.push(bounds.at(page, head), share * bounds.stride[1] * size_of(bounds.dtype));
+  return bytes + ahead.push(reinterpret_cast<char*>(a.direction_rows(page, head)),
+                            share * a.directions_stride[1]);
 }
 
 // Where map_queries leaves the features of an item's queries, one row per head.

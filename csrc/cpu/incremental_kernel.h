@@ -2,61 +2,47 @@
 // at most one folded, so most scores need not be computed anew. Included by for_each_isa.h through
 // lola_kernel.h, once per instruction set.
 //
-// A fold of phi_l and v_l moves a pair's prediction p = n / z by
-//   p' - p = c / (z + c) (v_l - p),  c = phi . phi_l <= ||phi|| ||phi_l||,
-// and its recall error by no more. That is added up for each pair (drift_apart), and an error is
-// computed anew only when it may be the least (rescore_doubtful). The choice is the one that all
-// scores would give. In a long sequence z is large, and few pairs are in doubt.
+// Bounds on recall errors follow each fold (drift_apart), and an error is computed anew only when
+// it may be the least (rescore_doubtful). The choice is the one that all scores would give.
 
 namespace lola {
 namespace LOLA_ISA {
 namespace {
 
-// The numbers of a sparse pair and state head, the rows of `bounds`: ||v - p||, ||p|| and z + 1e-6
-// when they were last computed, ||v||, ||phi||, and how far the error may have moved since.
-enum Number { kError, kPrediction, kSum, kValue, kFeatures, kMoved };
-static_assert(kMoved + 1 == kBounds, "rows of a page");
-
-// A lower bound on a pair's recall error, or on its ratio to ||v||; the error itself where nothing
-// moved. V is T, or a vector of it.
-template <typename T, typename V>
-LOLA_INLINE V least_error(V error, V value, V moved, bool relative) {
-  // The slack is far beyond rounding errors.
-  const V slack = moved * T(1.0001) + (error + value) * T(2e-5);
-  const V low = error - (moved > 0 ? slack : V{});
-  return relative ? low / max(value, V{} + T(1e-6)) : low;
-}
-
-// The same of pair i of a head, whose number r is b[r * ld + i].
+// Where what is known of a head's pairs goes: number r of pair i to numbers[r * ld + i], its
+// direction to directions + i * d.
 template <typename T>
-LOLA_INLINE T least_error_of(const T* b, int64_t ld, int64_t i, bool relative) {
-  return least_error<T, T>(b[kError * ld + i], b[kValue * ld + i], b[kMoved * ld + i], relative);
-}
+struct Known {
+  T* numbers;
+  int64_t ld;
+  int8_t* directions;
+};
 
-// Number 0 of the first pair of a head.
+// Computes the recall errors of `count` pairs of one head, whose keys and values are in x.recall,
+// into x.recall.errors. What bounds that of the i-th from here on is kept at place at[i].
 template <typename T>
-LOLA_INLINE T* bounds_of(const LolaArgs& a, int64_t page, int64_t head) {
-  return reinterpret_cast<T*>(a.bounds.at(page, head, 0));
-}
-
-// The numbers, number r of the i-th at to[r * ld + at[i]], of `count` pairs of one head whose keys
-// and values are in x.recall.
-template <typename T>
-void measure(const LolaArgs& a, int64_t page, int64_t head, bool empty, int64_t count, T* to,
-             int64_t ld, const int32_t* at, UpdateScratch<T>& x) {
-  const int64_t dp = round_up<T>(a.d), phi_ld = Features<T>::stride(a);
+void measure(const LolaArgs& a, int64_t page, int64_t head, bool empty, int64_t count,
+             const Known<T>& to, const int32_t* at, UpdateScratch<T>& x) {
+  const int64_t d = a.d, dp = round_up<T>(d), phi_ld = Features<T>::stride(a), ld = to.ld;
   const SreScratch<T>& y = x.recall;
   map_keys(a.recall, y, head, count, y.phi);
   if (!empty) recall_errors<T>(a.recall, y, y.phi, page, head, count, y.errors, x.sums);
   for (int64_t i = 0; i < count; ++i) {
-    T* const numbers = to + at[i];
-    const T value = norm(y.v + i * dp, dp);
-    numbers[kError * ld] = empty ? value : y.errors[i];
-    numbers[kPrediction * ld] = empty ? T(0) : norm(y.predicted + i * dp, dp) / x.sums[i];
-    numbers[kSum * ld] = empty ? T(1e-6) : x.sums[i];
-    numbers[kValue * ld] = value;
-    numbers[kFeatures * ld] = norm(y.phi + i * phi_ld, round_up<T>(2 * a.F));
-    numbers[kMoved * ld] = 0;
+    T *const b = to.numbers + at[i], *const n = y.predicted + i * dp;
+    const T* const v = y.v + i * dp;
+    const T value = norm(v, dp);
+    if (empty) {
+      for (int64_t j = 0; j < dp; ++j) n[j] = 0;
+      y.errors[i] = value;
+      x.sums[i] = T(1e-6);
+    }
+    b[kSum * ld] = x.sums[i];
+    b[kValue * ld] = value;
+    b[kFeatures * ld] = norm(y.phi + i * phi_ld, round_up<T>(2 * a.F));
+    const T low = keep_direction(v, n, T(1) / x.sums[i], d, n, to.directions + at[i] * d,
+                                 b + kAlong * ld, b + kScale * ld);
+    // The slack is far beyond rounding errors.
+    b[kLow * ld] = low - (y.errors[i] + value) * T(2e-5);
   }
 }
 
@@ -72,10 +58,11 @@ void rescore(const LolaArgs& a, int64_t page, int64_t set, bool empty, const int
       load_row(x.recall.v + i * dp, a.sparse_v.at(page, set, list[i]), a.sparse_v.dtype, d, dp);
     }
     for (int64_t j = 0; j < share; ++j) {
-      T* const b = bounds_of<T>(a, page, set * share + j);
-      measure(a, page, set * share + j, empty, size, b, lam, list, x);
+      const int64_t head = set * share + j;
+      T* const b = bounds_of<T>(a, page, head);
+      measure<T>(a, page, head, empty, size, {b, lam, a.direction_rows(page, head)}, list, x);
       for (int64_t i = 0; i < size; ++i) {
-        const T score = least_error_of(b, lam, list[i], share > 1);
+        const T score = score_of<T, T>(x.recall.errors[i], b[kValue * lam + list[i]], share > 1);
         x.scores[list[i]] = j == 0 ? score : x.scores[list[i]] + score;
       }
     }
@@ -91,12 +78,11 @@ void bound_scores(const LolaArgs& a, int64_t page, int64_t set, UpdateScratch<T>
     int64_t i = 0;
     for (; i + kLanes<T> <= lam; i += kLanes<T>) {
       const Vec<T> low =
-          least_error<T, Vec<T>>(load(b + kError * lam + i), load(b + kValue * lam + i),
-                                 load(b + kMoved * lam + i), share > 1);
+          score_of<T, Vec<T>>(load(b + kLow * lam + i), load(b + kValue * lam + i), share > 1);
       store<T>(x.scores + i, j == 0 ? low : load(x.scores + i) + low);
     }
     for (; i < lam; ++i) {
-      const T low = least_error_of(b, lam, i, share > 1);
+      const T low = score_of<T, T>(b[kLow * lam + i], b[kValue * lam + i], share > 1);
       x.scores[i] = j == 0 ? low : x.scores[i] + low;
     }
   }
@@ -117,18 +103,16 @@ T least_score(int64_t count, const UpdateScratch<T>& x) {
 template <typename T>
 void rescore_doubtful(const LolaArgs& a, int64_t page, int64_t set, bool empty, T limit,
                       UpdateScratch<T>& x) {
-  // The numbers of all heads of a set are computed at the same time.
-  const T* const moved = bounds_of<T>(a, page, set * (a.Hs / a.Hg)) + kMoved * a.lam;
   const T low = least_score(a.lam, x);
   if (!(low < limit)) return;
   int32_t likely = 0;
   while (x.scores[likely] != low) ++likely;
   // The likely least one first: its score rules out most others.
-  if (moved[likely] > 0) rescore(a, page, set, empty, &likely, 1, x);
+  rescore(a, page, set, empty, &likely, 1, x);
   if (x.scores[likely] < limit) limit = x.scores[likely];
   int64_t listed = 0;
   for (int64_t i = 0; i < a.lam; ++i) {
-    if (x.scores[i] <= limit && moved[i] > 0) x.order[listed++] = static_cast<int32_t>(i);
+    if (x.scores[i] <= limit && i != likely) x.order[listed++] = static_cast<int32_t>(i);
   }
   rescore(a, page, set, empty, x.order, listed, x);
 }
@@ -170,35 +154,6 @@ void fold_one(const LolaArgs& a, int64_t page, int64_t head, bool empty, const T
   store_row(r.s.at(page, head), s, r.s.dtype, F2);
 }
 
-// How far an error may have moved after a pair with features of this length and a value of length
-// `reach` was folded: by at most c / (z + c) ||v_l - p|| more.
-template <typename T, typename V>
-LOLA_INLINE V moved_by(T length, T reach, V prediction, V sum, V features, V moved) {
-  const V c = features * length;
-  return moved + c / (sum + c) * (prediction + moved + reach);
-}
-
-// Takes note of a folded pair in the numbers of a head's pairs.
-template <typename T>
-void drift_apart(const LolaArgs& a, int64_t page, int64_t head, const T* phi_l, const T* v_l) {
-  const T length = norm(phi_l, round_up<T>(2 * a.F)), reach = norm(v_l, round_up<T>(a.d));
-  const T far = fold_rounds<T>(a) ? static_cast<T>(__builtin_inff()) : T(0);
-  const int64_t lam = a.lam;
-  T* const b = bounds_of<T>(a, page, head);
-  T* const moved = b + kMoved * lam;
-  int64_t i = 0;
-  for (; i + kLanes<T> <= lam; i += kLanes<T>) {
-    const Vec<T> by = moved_by<T, Vec<T>>(length, reach, load(b + kPrediction * lam + i),
-                                          load(b + kSum * lam + i), load(b + kFeatures * lam + i),
-                                          load(moved + i));
-    store<T>(moved + i, by + far);
-  }
-  for (; i < lam; ++i) {
-    moved[i] = far + moved_by<T, T>(length, reach, b[kPrediction * lam + i], b[kSum * lam + i],
-                                    b[kFeatures * lam + i], moved[i]);
-  }
-}
-
 // The update of interval 1: one pair is evicted, and at most one folded.
 template <typename T>
 void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
@@ -214,8 +169,8 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
   const int32_t only = 0;
   for (int64_t j = 0; j < share; ++j) {
     T* const numbers = x.newcomer + kBounds * j;
-    measure(a, page, set * share + j, empty, 1, numbers, 1, &only, x);
-    const T score = least_error_of(numbers, 1, 0, share > 1);
+    measure<T>(a, page, set * share + j, empty, 1, {numbers, 1, x.direction + d * j}, &only, x);
+    const T score = score_of<T, T>(y.errors[0], numbers[kValue], share > 1);
     newcomer = j == 0 ? score : newcomer + score;
   }
 
@@ -233,13 +188,15 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
     for (int64_t j = 0; j < share; ++j) {
       T* const b = bounds_of<T>(a, page, set * share + j) + slot;
       for (int64_t i = 0; i < kBounds; ++i) b[i * lam] = x.newcomer[kBounds * j + i];
+      copy_row(reinterpret_cast<char*>(a.direction_rows(page, set * share + j) + slot * d),
+               reinterpret_cast<const char*>(x.direction + d * j), d);
     }
   }
   for (int64_t j = 0; folds && j < share; ++j) {
     const int64_t head = set * share + j;
     map_keys(a.recall, y, head, 1, y.phi);
     fold_one(a, page, head, empty, y.phi, y.v, y);
-    drift_apart(a, page, head, y.phi, y.v);
+    drift_apart(a, page, head, y.phi, y.v, x);
   }
 }
 

@@ -10,6 +10,8 @@
 //
 #include "cpu/update_kernel.h"
 //
+#include "cpu/drift_kernel.h"
+//
 #include "cpu/incremental_kernel.h"
 //
 #if LOLA_BF16_DOTS

@@ -27,6 +27,8 @@ struct LolaArgs {
   Strided<4> sparse_k, sparse_v;  // [N, Hg, lam, d]
   Strided<4> exact_k, exact_v;    // [N, Hkv, sink + ring, d]
   Strided<4> bounds;              // [N, Hs, 6, lam], T; only if incremental
+  int8_t* directions;             // [N, Hs, lam, d]; only if incremental
+  int64_t directions_stride[2];   // of pages and state heads, elements
   bool incremental;               // interval 1: scores are bounded, few computed anew
   int32_t* positions;             // [N, Hg, lam]
   int64_t positions_stride[2];    // of pages and sparse sets, elements
@@ -59,6 +61,9 @@ struct LolaArgs {
   // Whether the n-th token is followed by an update that evicts anything.
   bool update_due(int64_t n) const {
     return n % interval == 0 && window_start(n) > window_start(n - interval);
+  }
+  int8_t* direction_rows(int64_t page, int64_t head) const {
+    return directions + page * directions_stride[0] + head * directions_stride[1];
   }
   int32_t* position_row(int64_t page, int64_t set) const {
     return positions + page * positions_stride[0] + set * positions_stride[1];

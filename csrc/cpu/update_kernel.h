@@ -14,6 +14,7 @@ struct UpdateScratch {
   T *scores, *block_scores, *highest, *sums, *mean, *lean, *delta, *newcomer, *folded, *features;
   int32_t *positions, *order, *losers;
   int64_t* num_losers;  // of the update that was decided last
+  int8_t* direction;    // of the newcomer, one per state head
   unsigned char* keep;
 };
 
@@ -39,6 +40,7 @@ int64_t carve_update(const LolaArgs& a, bool lane, char* base, UpdateScratch<T>*
   x->losers = take_as<int32_t>(base, E, &used);
   x->num_losers = take_as<int64_t>(base, 1, &used);
   x->keep = take_as<unsigned char>(base, E, &used);
+  x->direction = take_as<int8_t>(base, a.d * share, &used);
   T* const recall = take_as<T>(base, carve<T>(a.recall, kUpdateBlock, nullptr, &x->recall), &used);
   if (base != nullptr) carve<T>(a.recall, kUpdateBlock, recall, &x->recall);
   return used;

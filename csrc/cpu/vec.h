@@ -137,6 +137,26 @@ LOLA_INLINE uint16_t float_to_bf16(float x) {
   return static_cast<uint16_t>(x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40);
 }
 
+// --- 8-bit integers ---
+
+template <typename T>
+LOLA_INLINE Vec<T> load_bytes(const int8_t* p) {
+#if LOLA_VEC_BYTES > 16
+  if constexpr (sizeof(T) == 4) {  // GCC widens in more steps than one
+#if LOLA_VEC_BYTES == 64
+    const __m128i bytes = _mm_loadu_si128(bits<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#else
+    const __m128i bytes = _mm_loadl_epi64(bits<const __m128i*>(p));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#endif
+  }
+#endif
+  Vec<T> x;
+  for (int64_t i = 0; i < kLanes<T>; ++i) x[i] = static_cast<T>(p[i]);
+  return x;
+}
+
 // --- rows of any dtype ---
 
 // dst[0 .. padded) = src[0 .. n) converted, then zeros.

@@ -96,13 +96,13 @@ void run(const Params& p, bool vectors, cudaStream_t stream) {
   launch_update<T>(p, stream);
 }
 
-// The bounds are left alone: scores are computed anew at every update.
+// Bounds and directions are left alone: scores are computed anew at every update.
 void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
             const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
             const Tensor& exact_k, const Tensor& exact_v, const Tensor& /* bounds */,
-            const Tensor& slots, const Tensor& seq_lens, const Tensor& out, bool subtract_max,
-            int64_t window, int64_t interval, int64_t sink) {
+            const Tensor& /* directions */, const Tensor& slots, const Tensor& seq_lens,
+            const Tensor& out, bool subtract_max, int64_t window, int64_t interval, int64_t sink) {
   const LolaSizes sizes = check_sizes({q, k, v, feature_map_q, feature_map_k, log_gate, H, s,
                                        positions, sparse_k, sparse_v, exact_k, exact_v, slots, out},
                                       window, interval, sink, kDevice);
@@ -197,6 +197,7 @@ STABLE_TORCH_LIBRARY(lola_emulated, m) {
       "decode(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
       "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
       "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) bounds, "
+      "Tensor(j!) directions, "
       "Tensor slots, Tensor seq_lens, Tensor(h!) out, bool subtract_max, int "
       "window, int interval, int sink) "
       "-> ()");
