@@ -119,6 +119,9 @@ def test_what_xformers_cannot_do_is_left_to_triton_and_logged(caplog, monkeypatc
     assert given == [xformers_prefill.attend if words is None else None] * 2
     assert len(caplog.records) == (words is not None)  # once, not at every call
     assert words is None or re.search(words, caplog.text)
+    mixed = (problem.q.bfloat16(), problem.k, problem.v)
+    xformers_prefill.prefill(*mixed, problem.weights(), problem.layout(), *[None] * 5)
+    assert given[2:] == [None]
 
 
 def test_a_refusal_of_xformers_itself_says_what_to_do():
