@@ -43,7 +43,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT
 if [[ $PART == all || $PART == tests ]]; then
     "$PYTHON" -m pytest tests/ops/test_cuda.py -k "not emulated" -p no:cacheprovider \
         2>&1 | tee "$OUT/cuda_tests.txt"
-    for file in tests/ops/test_triton_ops.py tests/ops/test_sre_triton.py; do
+    for file in tests/ops/test_{triton_ops,sre_triton,xformers}.py; do
         if [[ -f $file ]]; then
             "$PYTHON" -m pytest "$file" -p no:cacheprovider \
                 2>&1 | tee "$OUT/$(basename "$file" .py).txt"
@@ -72,4 +72,13 @@ if [[ $PART == all || $PART == bench ]]; then
         LOLA_VLLM_CUDA_GRAPHS=$graphs "$PYTHON" benchmarks/engine.py --compile \
             --out "$OUT/engine_$graphs.json"
     done
+    prefill_of=(triton)
+    choose='import torch; from lola_vllm.ops import choose_backend as c; c("cuda", torch.bfloat16)'
+    if LOLA_VLLM_OPS=xformers "$PYTHON" -c "$choose"; then
+        prefill_of+=(xformers)
+    else
+        echo "gpu.sh: xformers cannot serve, see above: Triton's prefill alone is measured" >&2
+    fi
+    "$PYTHON" benchmarks/prefill.py --device cuda --backends "${prefill_of[@]}" \
+        --out "$OUT/prefill.json"
 fi

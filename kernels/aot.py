@@ -36,6 +36,7 @@ POINTER_TYPES = {
     "partial_ptr": "*fp32",
     "stats_ptr": "*fp32",
     "scores_ptr": "*fp32",
+    "lse_ptr": "*fp32",
     "slots_ptr": "*i32",
     "n_ptr": "*i32",
     "lists_ptr": "*i32",
@@ -88,12 +89,18 @@ def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
     whole = decode.decode_constants(layout, Hq, 1, False)
     split = decode.decode_constants(layout, Hq, splits, False)
     merge = decode.merge_constants(layout, Hq, splits, False)
-    pieces = prefill.prefill_constants(layout, Hq, False)
+    pieces, partial = (prefill.prefill_constants(layout, Hq, False, p) for p in (False, True))
     return [
         Kernel("decode", decode.decode_kernel, {**shape, **whole, **read}, decode.NUM_WARPS),
         Kernel("decode, split", decode.decode_kernel, {**shape, **split, **read}, decode.NUM_WARPS),
         Kernel("merge", decode.merge_kernel, merge, decode.NUM_WARPS),
         Kernel("prefill", prefill.prefill_kernel, {**shape, **pieces, **read}, prefill.NUM_WARPS),
+        Kernel(
+            "prefill, partial",
+            prefill.prefill_kernel,
+            {**shape, **partial, **read},
+            prefill.NUM_WARPS,
+        ),
         Kernel("score", update.score_kernel, {**shape, **blocks}, update.SCORE_WARPS),
         Kernel(
             "fold", update.fold_kernel, {**shape, **blocks, "BLOCK_ALL": every}, update.FOLD_WARPS

@@ -11,6 +11,7 @@ from torch import Tensor
 from lola_vllm.kernels import decode as decode_kernels
 from lola_vllm.kernels import prefill as prefill_kernels
 from lola_vllm.kernels.common import check
+from lola_vllm.kernels.prefill import SoftmaxPart
 from lola_vllm.kernels.update import scratch_buffers, update
 from lola_vllm.ops.contract import LolaWeights
 from lola_vllm.state import StateLayout, StateViews
@@ -62,8 +63,12 @@ def prefill(
     query_start_loc: Tensor,
     context_lens: Tensor,
     out: Tensor,
+    softmax: SoftmaxPart | None = None,
 ) -> None:
     """A run of new tokens per row, from an empty or a live page; see `contract.PrefillOp`.
+
+    Args:
+        softmax: what attends piece, window and sinks (`prefill.prefill`); None: Triton too.
 
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
@@ -79,5 +84,6 @@ def prefill(
         if tensor.device.type != "cpu":
             raise ValueError(f"{name}: on {tensor.device}, must be in host memory")
     prefill_kernels.prefill(
-        q, k, v, weights, layout, views, slots, query_start_loc, context_lens, out, strides
-    )
+        q, k, v, weights, layout, views, slots, query_start_loc, context_lens, out, strides,
+        softmax,
+    )  # fmt: skip

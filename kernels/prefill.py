@@ -11,6 +11,7 @@ hidden state stand still, so its queries differ only in how much of the piece it
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +41,15 @@ NUM_WARPS = 4
 
 Ints = npt.NDArray[np.int64]
 
+# Attends every token to its piece, window and sinks: (q, k, v, layout, views, slots,
+# query_start_loc, context_lens) -> output `[T, Hq, d]`, contiguous, and its log-sum-exp `[Hq, T]`
+# float32, whose rows are contiguous.
+SoftmaxPart = Callable[
+    [Tensor, Tensor, Tensor, StateLayout, StateViews, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
+]
 
-@triton.jit(do_not_specialize=("first_piece", "num_blocks", "num_pieces"))
+
+@triton.jit(do_not_specialize=("lse_head", "first_piece", "num_blocks", "num_pieces"))
 def prefill_kernel(
     q_ptr,
     k_ptr,
@@ -57,6 +65,8 @@ def prefill_kernel(
     exact_v_ptr,
     slots_ptr,
     pieces_ptr,
+    soft_ptr,
+    lse_ptr,
     q_token,
     q_head,
     k_token,
@@ -67,6 +77,7 @@ def prefill_kernel(
     out_head,
     state_page,
     kv_page,
+    lse_head,
     first_piece,
     num_blocks,
     num_pieces,
@@ -86,13 +97,16 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUBTRACT_MAX: tl.constexpr,
+    PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attend a block of queries of one piece and query head, and write the block's pairs.
 
     Grid (pieces of the step * num_blocks, Hq). pieces `[3, num_pieces]` int32: first token in the
-    batch, its position, tokens.
+    batch, its position, tokens. PARTIAL: soft and lse hold a `SoftmaxPart`'s results, and only the
+    sparse cache and the hidden state are left to add; else neither is read.
     """
+    tl.static_assert(not (PARTIAL and SUBTRACT_MAX))  # a log-sum-exp does not tell the maximum
     ROWS: tl.constexpr = SINK + ETA + C
     piece = first_piece + tl.program_id(0) // num_blocks
     head = tl.program_id(1)
@@ -129,33 +143,39 @@ def prefill_kernel(
         tl.store(exact_k_at + to, k.to(kv_type), mask=q_ok)
         tl.store(exact_v_at + to, v.to(kv_type), mask=q_ok)
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    norm = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    # The piece itself, causal. Its first tile holds its first pair, which every query sees.
-    for j in range(0, tl.minimum(length, m0 + BLOCK_M), BLOCK_N):
-        index = j + tl.arange(0, BLOCK_N)
-        ok = (index[None, :] <= queries[:, None]) & (index < length)[None, :]
-        tile_ok = (index < length)[:, None] & col_ok[None, :]
-        at = (token + index)[:, None]
-        k = tl.load(k_at + at * k_token + cols[None, :], mask=tile_ok, other=0.0).to(kv_type)
-        v = tl.load(v_at + at * v_token + cols[None, :], mask=tile_ok, other=0.0).to(kv_type)
-        m, norm, acc = absorb(q, k, v, ok, scale, m, norm, acc, PRECISION)
-
-    # Sinks and window from before the piece: every query sees them all.
     first = window_start(position, C, ETA, SINK)
-    num_sinks = tl.minimum(position, SINK)
-    num_exact = num_sinks + tl.maximum(position - first, 0)
-    for j in range(0, num_exact, BLOCK_N):
-        index = j + tl.arange(0, BLOCK_N)
-        ok = index < num_exact
-        at = tl.where(index < num_sinks, index, first + index - num_sinks)
-        at = exact_row(at, C, ETA, SINK)[:, None] * D + cols[None, :]
-        tile_ok = ok[:, None] & col_ok[None, :]
-        k = tl.load(exact_k_at + at, mask=tile_ok, other=0.0)
-        v = tl.load(exact_v_at + at, mask=tile_ok, other=0.0)
-        m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
+    if PARTIAL:
+        m = tl.load(lse_ptr + head * lse_head + tokens, mask=query_ok, other=0.0)
+        norm = tl.full([BLOCK_M], 1.0, tl.float32)
+        soft_at = soft_ptr + (tokens[:, None] * HQ + head) * D + cols[None, :]
+        acc = tl.load(soft_at, mask=q_ok, other=0.0).to(tl.float32)
+    else:
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        norm = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+        # The piece itself, causal. Its first tile holds its first pair, which every query sees.
+        for j in range(0, tl.minimum(length, m0 + BLOCK_M), BLOCK_N):
+            index = j + tl.arange(0, BLOCK_N)
+            ok = (index[None, :] <= queries[:, None]) & (index < length)[None, :]
+            tile_ok = (index < length)[:, None] & col_ok[None, :]
+            at = (token + index)[:, None]
+            k = tl.load(k_at + at * k_token + cols[None, :], mask=tile_ok, other=0.0).to(kv_type)
+            v = tl.load(v_at + at * v_token + cols[None, :], mask=tile_ok, other=0.0).to(kv_type)
+            m, norm, acc = absorb(q, k, v, ok, scale, m, norm, acc, PRECISION)
+
+        # Sinks and window from before the piece: every query sees them all.
+        num_sinks = tl.minimum(position, SINK)
+        num_exact = num_sinks + tl.maximum(position - first, 0)
+        for j in range(0, num_exact, BLOCK_N):
+            index = j + tl.arange(0, BLOCK_N)
+            ok = index < num_exact
+            at = tl.where(index < num_sinks, index, first + index - num_sinks)
+            at = exact_row(at, C, ETA, SINK)[:, None] * D + cols[None, :]
+            tile_ok = ok[:, None] & col_ok[None, :]
+            k = tl.load(exact_k_at + at, mask=tile_ok, other=0.0)
+            v = tl.load(exact_v_at + at, mask=tile_ok, other=0.0)
+            m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
 
     if LAM > 0:
         group = head // (HQ // HG)
@@ -266,10 +286,14 @@ def prefill(
     context_lens: Tensor,
     out: Tensor,
     strides: tuple[int, int, int],
+    softmax: SoftmaxPart | None = None,
 ) -> None:
     """A run of new tokens per row, its arguments checked; shapes as in `contract.PrefillOp`.
 
-    strides: from `page_strides`.
+    Args:
+        strides: from `page_strides`.
+        softmax: what attends piece, window and sinks, for weights without `subtract_max`; None:
+            the steps' own kernel.
     """
     steps, pieces = _plan_on(
         q.device,
@@ -283,17 +307,22 @@ def prefill(
 
     d, Hq = q.shape[-1], q.shape[1]
     state_page, kv_page, _ = strides
-    own = prefill_constants(layout, Hq, weights.subtract_max)
+    own = prefill_constants(layout, Hq, weights.subtract_max, softmax is not None)
     shape = {**constants(layout), **own, "PRECISION": precision(q.dtype)}
+    if softmax is None:
+        soft, lse, lse_head = out, weights.log_gate, 0  # not read
+    else:  # before the first step: it writes into the ring
+        soft, lse = softmax(q, k, v, layout, views, slots, query_start_loc, context_lens)
+        lse_head = lse.stride(0)
     scratch = scratch_buffers(layout, max(step.count for step in steps), q.device)
     for step in steps:
         num_blocks = triton.cdiv(step.longest, own["BLOCK_M"])
         prefill_kernel[(step.count * num_blocks, Hq)](
             q, k, v, out, weights.feature_map_q, weights.log_gate,
             views.H, views.s, views.sparse_k, views.sparse_v, views.exact_k, views.exact_v,
-            page, pieces,
+            page, pieces, soft, lse,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            out.stride(0), out.stride(1), state_page, kv_page,
+            out.stride(0), out.stride(1), state_page, kv_page, lse_head,
             step.first, num_blocks, pieces.shape[1], d**-0.5, **shape, num_warps=NUM_WARPS,
         )  # fmt: skip
         if step.update:
@@ -303,7 +332,9 @@ def prefill(
             )  # fmt: skip
 
 
-def prefill_constants(layout: StateLayout, Hq: int, subtract_max: bool) -> dict[str, int]:
+def prefill_constants(
+    layout: StateLayout, Hq: int, subtract_max: bool, partial: bool
+) -> dict[str, int]:
     """`prefill_kernel`'s own compile-time arguments, beside `common.constants`.
 
     The block of queries follows the update interval, which is the length of all but first pieces.
@@ -314,6 +345,7 @@ def prefill_constants(layout: StateLayout, Hq: int, subtract_max: bool) -> dict[
         "BLOCK_M": min(MAX_BLOCK_M, max(MIN_DOT, interval)),
         "BLOCK_N": pairs_per_tile(layout),
         "SUBTRACT_MAX": subtract_max,
+        "PARTIAL": partial,
     }
 
 
@@ -325,7 +357,12 @@ def _plan_on(
     plan = plan_pieces(
         np.frombuffer(query_start_loc, np.int64), np.frombuffer(context_lens, np.int64), layout
     )
-    pieces = torch.from_numpy(plan.pieces.astype(np.int32))
-    if device.type == "cuda":  # only pinned memory is copied without waiting for the device
-        pieces = pieces.pin_memory().to(device, non_blocking=True)
-    return plan.steps, pieces
+    return plan.steps, on_device(plan.pieces.astype(np.int32), device)
+
+
+def on_device(array: npt.NDArray[np.integer], device: torch.device) -> Tensor:
+    """A copy of an array, made without waiting for the device."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":  # only pinned memory is copied without waiting
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

@@ -9,15 +9,21 @@ import torch
 
 from lola_vllm.kernels import backend
 from lola_vllm.kernels.decode import choose_splits
-from lola_vllm.ops.contract import LolaWeights
+from lola_vllm.ops.contract import LolaWeights, PrefillOp
 from lola_vllm.state import StateLayout, StateViews
 
 logger = logging.getLogger("vllm.lola")
 
-_compiled: set[tuple[bool, StateLayout, int, torch.device]] = set()
+_compiled: set[tuple[PrefillOp, bool, StateLayout, int, torch.device]] = set()
 
 
-def warm_up(weights: LolaWeights, layout: StateLayout, views: StateViews, num_heads: int) -> None:
+def warm_up(
+    weights: LolaWeights,
+    layout: StateLayout,
+    views: StateViews,
+    num_heads: int,
+    prefill: PrefillOp = backend.prefill,
+) -> None:
     """Launch every kernel variant that a layer's steps can ask for, on rows of padding alone.
 
     Such rows read and write no page. Layers that are alike share their variants, so only the first
@@ -25,9 +31,10 @@ def warm_up(weights: LolaWeights, layout: StateLayout, views: StateViews, num_he
 
     Args:
         weights, layout, views: the layer's, as the ops take them. num_heads: Hq of this rank.
+        prefill: the back end's.
     """
     device = views.H.device
-    variants = (weights.subtract_max, layout, num_heads, device)
+    variants = (prefill, weights.subtract_max, layout, num_heads, device)
     if variants in _compiled:
         return
     _compiled.add(variants)
@@ -43,7 +50,7 @@ def warm_up(weights: LolaWeights, layout: StateLayout, views: StateViews, num_he
     while splits >= 1:  # powers of two: all that larger batches choose
         backend.decode(q, k, v, *page, nobody, nobody + 1, out, splits)
         splits //= 2
-    backend.prefill(q, k, v, *page, nobody, torch.tensor([0, 1]), torch.tensor([0]), out)
+    prefill(q, k, v, *page, nobody, torch.tensor([0, 1]), torch.tensor([0]), out)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     logger.info("LoLA kernels are compiled, which took %.1f s", time.perf_counter() - begin)

@@ -15,7 +15,7 @@ from lola_vllm.ops.contract import Backend
 logger = logging.getLogger("vllm.lola")
 
 ENV = "LOLA_VLLM_OPS"
-NAMES = ("auto", "torch", "native", "triton", "cuda")
+NAMES = ("auto", "torch", "native", "triton", "cuda", "xformers")
 
 
 @functools.cache
@@ -32,17 +32,20 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
     wanted = os.environ.get(ENV, "auto")
     if wanted not in NAMES:
         raise ValueError(f"{ENV} = {wanted!r}: must be one of {', '.join(NAMES)}")
-    serving = {
-        "native": _native(device_type, dtype),
-        "triton": _triton(device_type, dtype),
-        "torch": Backend("torch", portable.decode, portable.prefill),
-        # Last, so that it is never chosen unasked: no GPU has run it yet (benchmarks/gpu.sh).
-        "cuda": _cuda(device_type, dtype),
+    makers = {
+        "native": _native,
+        "triton": _triton,
+        "torch": _torch,
+        # After what always serves, so never chosen or imported unasked: no GPU has measured them
+        # yet (benchmarks/gpu.sh).
+        "cuda": _cuda,
+        "xformers": _xformers,
     }
     if wanted == "auto":
-        backend = next(b for b in serving.values() if isinstance(b, Backend))
+        made = (make(device_type, dtype) for make in makers.values())
+        backend = next(b for b in made if isinstance(b, Backend))
     else:
-        chosen = serving[wanted]
+        chosen = makers[wanted](device_type, dtype)
         if isinstance(chosen, str):
             raise ValueError(f"{ENV} = {wanted!r}: {chosen}; or unset it")
         backend = chosen
@@ -60,6 +63,11 @@ def _native(device_type: str, dtype: torch.dtype) -> Backend | str:
             "g++ installed"
         )
     return Backend(f"native ({native.cpu_isa()})", native.decode, native.prefill)
+
+
+def _torch(device_type: str, dtype: torch.dtype) -> Backend | str:
+    """The portable back end."""
+    return Backend("torch", portable.decode, portable.prefill)
 
 
 def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
@@ -86,3 +94,23 @@ def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
             "without build isolation"
         )
     return Backend("cuda", native.decode, kernels.prefill, kernels.warm_up, capturable=True)
+
+
+def _xformers(device_type: str, dtype: torch.dtype) -> Backend | str:
+    """Triton with the softmax part of prefill by xformers, or why they cannot serve."""
+    kernels = _triton(device_type, dtype)
+    if isinstance(kernels, str):
+        return kernels
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"xformers' kernels take float16 and bfloat16, not {dtype}"
+    try:
+        from lola_vllm.kernels import xformers_prefill
+    except ImportError as error:
+        return f"xformers cannot be imported ({error}); pip install 'lola-vllm[xformers]'"
+    reason = xformers_prefill.missing()
+    if reason is not None:
+        return reason
+    return Backend(
+        "xformers", kernels.decode, xformers_prefill.prefill, xformers_prefill.warm_up,
+        capturable=True,
+    )  # fmt: skip

@@ -1,5 +1,9 @@
 """The choice of a back end: by device and dtype, by the environment, or an error that says why."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -36,9 +40,54 @@ def test_a_gpu_gets_triton(dtype):
         ("cuda", "cpu", "on cpu"),
         ("native", "cuda", "on cuda"),
         ("triton", "cpu", "on cpu"),
+        ("xformers", "cpu", "on cpu"),
+        ("xformers", "cuda", r"float16 and bfloat16, not torch\.float32"),
     ],
 )
 def test_impossible_wishes_are_refused(monkeypatch, wanted, device, words):
     monkeypatch.setenv("LOLA_VLLM_OPS", wanted)
     with pytest.raises(ValueError, match=words):
         choose_backend(device, torch.float32)
+
+
+def test_with_xformers_all_but_prefill_is_triton(monkeypatch):
+    pytest.importorskip("xformers")
+    from lola_vllm.kernels import backend, xformers_prefill
+
+    monkeypatch.setenv("LOLA_VLLM_OPS", "xformers")
+    monkeypatch.setattr(xformers_prefill, "missing", lambda: None)
+    chosen = choose_backend("cuda", torch.bfloat16)
+    assert chosen.name == "xformers" and chosen.capturable
+    assert chosen.decode is backend.decode and chosen.prefill is xformers_prefill.prefill
+    assert chosen.warm_up is xformers_prefill.warm_up
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a CUDA build")
+def test_xformers_without_its_kernels_is_refused(monkeypatch):
+    pytest.importorskip("xformers")
+    monkeypatch.setenv("LOLA_VLLM_OPS", "xformers")
+    with pytest.raises(ValueError, match="no CUDA kernels here; install a CUDA build of torch"):
+        choose_backend("cuda", torch.bfloat16)
+
+
+def test_xformers_that_is_not_installed_is_refused(monkeypatch):
+    from lola_vllm import kernels
+
+    monkeypatch.setenv("LOLA_VLLM_OPS", "xformers")
+    monkeypatch.delattr(kernels, "xformers_prefill", raising=False)
+    monkeypatch.delitem(sys.modules, "lola_vllm.kernels.xformers_prefill", raising=False)
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    with pytest.raises(ValueError, match=r"pip install 'lola-vllm\[xformers\]'"):
+        choose_backend("cuda", torch.bfloat16)
+
+
+def test_xformers_is_not_even_imported_unasked():
+    script = (
+        "import sys, torch\n"
+        "from lola_vllm.ops import choose_backend\n"
+        "assert choose_backend('cuda', torch.bfloat16).name == 'triton'\n"
+        "assert not any(name.startswith('xformers') for name in sys.modules)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "LOLA_VLLM_OPS"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)

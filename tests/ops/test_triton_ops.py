@@ -20,6 +20,7 @@ CHECKS = {
     "splits": 11,
     "sizes": 5,
     "batch": 3,
+    "live": 4,
     "hard": 8,
     "arguments": 3,
     "warm": 2,

@@ -1,7 +1,8 @@
-"""Checks of the Triton back end in Triton's interpreter: `python triton_driver.py GROUP`.
+"""Checks of the Triton back end in its interpreter: `python triton_driver.py GROUP [xformers]`.
 
 Run in a process of its own with TRITON_INTERPRET=1, which must be set before Triton is imported.
-Each group prints a line per check and ends with the number of checks.
+Each group prints a line per check and ends with the number of checks. With `xformers` a stand-in
+for it does the softmax part of prefill (`xformers_standin.py`), and a last line counts its calls.
 """
 
 import dataclasses
@@ -26,6 +27,11 @@ from lola_vllm.ops import torch as portable
 ETA = 10
 SLOT = 2
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+XFORMERS = sys.argv[2:] == ["xformers"]
+if XFORMERS:
+    import xformers_standin
+
+    backend = xformers_standin.install()
 
 
 def run(problem, cuts=(), *, decode_from=None, extra_stride=0, ops=backend, **options):
@@ -82,7 +88,8 @@ def config_of(**kwargs) -> LolaConfig:
 
 def lengths():
     """T around the window, lam from none to more than enough, C from 1 to the window."""
-    for interval, lam in itertools.product((1, 7, ETA), (0, 1, 5, 100)):
+    intervals = (7, ETA) if XFORMERS else (1, 7, ETA)  # too short a one is Triton's alone
+    for interval, lam in itertools.product(intervals, (0, 1, 5, 100)):
         for T in (1, ETA - 1, ETA, ETA + 1, 2 * ETA + 3):
             config = config_of(sparse_cache_size=lam, update_interval=interval)
             problem = make_problem(T, config, group=1, dtype=torch.float32, seed=T + lam)
@@ -223,6 +230,60 @@ def batch():
     for slot in (100, 200, 300):
         assert_state_matches(one, layout, views, slot, 9, **TOLERANCE)
     yield "300 rows"
+
+
+def live():
+    """Ragged rows go on with pages in use, beside padding that claims tokens of a NaN page."""
+    for lam, sink, Hs in ((0, 0, 2), (5, 2, 2), (5, 2, 6), (100, 3, 2)):
+        config = config_of(sparse_cache_size=lam, update_interval=7, sink_size=sink)
+        # Tokens in the page, new ones, slot.
+        batch = [
+            (13, 20, 3),
+            (25, 9, 0),
+            (0, 16, 1),
+            (8, 30, -1),
+            (41, 1, 4),
+            (1, 30, 6),
+            (7, 0, 5),
+        ]
+        first, *_ = rows = [
+            make_problem(old + new, config, Hs=Hs, dtype=torch.float32, seed=old)
+            for old, new, _ in batch
+        ]
+        for row in rows:
+            row.feature_map_q, row.feature_map_k = first.feature_map_q, first.feature_map_k
+            row.window_factors = first.window_factors
+        layout, weights = first.layout(), first.weights()
+        pages, views = poisoned_pool(layout, 8, extra_stride=64)
+
+        def feed(some, layout=layout, weights=weights, views=views):
+            """One call on (row, start, stop, slot) each; its output per row."""
+            q, k, v = (
+                torch.cat([getattr(row, x)[start:stop] for row, start, stop, _ in some])
+                for x in "qkv"
+            )
+            counts = [stop - start for _, start, stop, _ in some]
+            out = torch.full_like(q, torch.nan)
+            backend.prefill(
+                q, k, v, weights, layout, views, torch.tensor([s for *_, s in some]),
+                torch.tensor([0, *counts]).cumsum(0), torch.tensor([r[1] for r in some]), out,
+            )  # fmt: skip
+            return out.split(counts)
+
+        for row, (old, _, slot) in zip(rows, batch, strict=True):
+            if slot > 0 and old:
+                feed([(row, 0, old, slot)])
+        answers = feed(
+            [(row, old, old + new, s) for row, (old, new, s) in zip(rows, batch, strict=True)]
+        )
+        for row, answer, (old, new, slot) in zip(rows, answers, batch, strict=True):
+            if slot <= 0:
+                assert (answer == 0).all()
+                continue
+            torch.testing.assert_close(answer.double(), row.reference()[0][old:], **TOLERANCE)
+            assert_state_matches(row, layout, views, slot, old + new, **TOLERANCE)
+        assert all((pages[page] == 0xFF).all() for page in (0, 2, 7))
+        yield f"lam {lam}, {sink} sinks, Hs {Hs}"
 
 
 def hard():
@@ -373,7 +434,9 @@ def warm():
     yield "the other mixing is compiled as well"
 
 
-GROUPS = {g.__name__: g for g in (lengths, heads, splits, sizes, batch, hard, arguments, warm)}
+GROUPS = {
+    g.__name__: g for g in (lengths, heads, splits, sizes, batch, live, hard, arguments, warm)
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -382,3 +445,5 @@ if __name__ == "__main__":
         print(line, flush=True)
         count += 1
     print(f"{count} checks")
+    if XFORMERS:
+        print(f"{len(xformers_standin.calls)} calls")

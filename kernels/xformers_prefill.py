@@ -1,0 +1,204 @@
+"""Prefill whose softmax part is attended by xformers (`LOLA_VLLM_OPS=xformers`).
+
+What a query sees of its own piece, the window and the sinks hangs on no update. So all pieces of a
+batch are attended to those pairs in one call, before the first step, on copies that lie in a row;
+the steps' kernel goes on from the output and its log-sum-exp with the sparse cache and the hidden
+state, as partial attentions are merged (arXiv 2402.05099). Importing this module imports xformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from xformers.ops import fmha
+
+from lola_vllm.kernels import backend
+from lola_vllm.kernels.prefill import Ints, on_device, plan_pieces
+from lola_vllm.kernels.warmup import warm_up as warm_up_with
+from lola_vllm.ops.contract import LolaWeights
+from lola_vllm.state import StateLayout, StateViews
+
+logger = logging.getLogger("vllm.lola")
+
+# What xformers' kernels with a log-sum-exp, Flash-Attention's, take.
+DTYPES = (torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+HEAD_DIM_MULTIPLE = 8
+# Copies made of a pair beside the one in its own piece, about (eta + sinks) / C. With C = 1 each
+# token would bring its whole window.
+MAX_COPIES = 4
+
+
+@dataclass(frozen=True)
+class Gather:
+    """The pairs that the pieces of a ragged batch see, piece by piece in the order of the tokens.
+
+    Attributes:
+        tokens, pairs: `[P]`: of each piece, new tokens and pairs it sees (sinks, window, itself).
+        source: `[N]`: each pair's token in the batch, 0 where it comes from a page.
+        stored: `[3, M]`: of those from pages, which of the N, batch row, row of the exact store.
+    """
+
+    tokens: Ints
+    pairs: Ints
+    source: Ints
+    stored: Ints
+
+
+def plan_gather(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) -> Gather:
+    """From counts alone; query_start_loc `[R + 1]`, context_lens `[R]`."""
+    C, eta, sink = layout.update_interval, layout.window_size, layout.sink_size
+    pieces = plan_pieces(query_start_loc, context_lens, layout).pieces
+    token, position, length, _, row = pieces[:, np.argsort(pieces[0])]
+    window = np.minimum(np.maximum(position // C * C - eta, sink), position)  # where it starts
+    sinks = np.minimum(position, sink)
+    pairs = sinks + position - window + length
+
+    piece = np.repeat(np.arange(len(token)), pairs)
+    nth = np.arange(len(piece)) - np.repeat(np.cumsum(pairs) - pairs, pairs)
+    at = np.where(nth < sinks[piece], nth, (window - sinks)[piece] + nth)  # its position
+    source = (token - position)[piece] + at
+    old = np.flatnonzero(at < context_lens[row[piece]])
+    source[old] = 0
+    exact = np.where(at < sink, at, sink + at % (eta + C))
+    return Gather(length, pairs, source, np.stack([old, row[piece][old], exact[old]]))
+
+
+@functools.lru_cache(maxsize=4)
+def _gather_on(
+    device: torch.device, layout: StateLayout, query_start_loc: bytes, context_lens: bytes
+) -> tuple[Any, Tensor, Tensor]:
+    """xformers' mask, `source` and `stored` on a device, made once for all layers of a step."""
+    plan = plan_gather(
+        np.frombuffer(query_start_loc, np.int64), np.frombuffer(context_lens, np.int64), layout
+    )
+    mask = fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
+        plan.tokens.tolist(), plan.pairs.tolist(), device=device
+    )
+    return mask, on_device(plan.source, device), on_device(plan.stored, device)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    context_lens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every token to its piece, window and sinks: a `prefill.SoftmaxPart`.
+
+    Args:
+        q, k, v, slots, query_start_loc, context_lens: as in `contract.PrefillOp`.
+
+    Returns:
+        `[T, Hq, d]` in the model's dtype, and its log-sum-exp `[Hq, T]` in float32.
+
+    Raises:
+        RuntimeError: xformers has no kernel for this GPU.
+    """
+    mask, source, (at, row, exact) = _gather_on(
+        q.device,
+        layout,
+        query_start_loc.numpy().astype(np.int64).tobytes(),
+        context_lens.numpy().astype(np.int64).tobytes(),
+    )
+    T, Hq, d = q.shape
+    Hkv = layout.num_kv_heads
+    page = slots.index_select(0, row).long()
+    padding = (page <= 0)[:, None, None]
+
+    def gather(new: Tensor, store: Tensor) -> Tensor:
+        """`[1, N, Hkv, Hq / Hkv, d]`, one copy for all query heads of a KV head."""
+        pairs = new.index_select(0, source)
+        if len(at):
+            # A page that is nobody's may hold NaN, which must not depend on masks to stay there.
+            old = store[page.clamp(min=0), :, exact].masked_fill(padding, 0)
+            pairs.index_copy_(0, at, old)
+        return pairs[None, :, :, None].expand(1, -1, -1, Hq // Hkv, -1)
+
+    try:
+        out, lse = fmha.memory_efficient_attention_partial(
+            q.unflatten(1, (Hkv, Hq // Hkv))[None],
+            gather(k, views.exact_k),
+            gather(v, views.exact_v),
+            attn_bias=mask,
+        )
+    except NotImplementedError as error:
+        raise RuntimeError(
+            f"LOLA_VLLM_OPS = 'xformers': xformers cannot attend here; install one that was built "
+            f"for torch {torch.__version__} and this GPU, or unset the variable:\n{error}"
+        ) from error
+    return out.reshape(T, Hq, d).contiguous(), lse.reshape(Hq, T)
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: LolaWeights,
+    layout: StateLayout,
+    views: StateViews,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+) -> None:
+    """A run of new tokens per row; see `contract.PrefillOp`. By Triton alone where `unsuited`.
+
+    Raises:
+        ValueError: as `backend.prefill`. RuntimeError: as `attend`.
+    """
+    same = q.dtype == k.dtype == v.dtype == layout.kv_dtype
+    softmax = attend if same and unsuited(layout, weights.subtract_max) is None else None
+    backend.prefill(
+        q, k, v, weights, layout, views, slots, query_start_loc, context_lens, out, softmax
+    )
+
+
+# Compiles the variants that `prefill` and Triton's decode ask for; see `contract.WarmUp`.
+warm_up = functools.partial(warm_up_with, prefill=prefill)
+
+
+@functools.cache
+def unsuited(layout: StateLayout, subtract_max: bool) -> str | None:
+    """Why such layers are left to Triton, logged at the first question; None: they are not."""
+    d, C = layout.head_dim, layout.update_interval
+    seen = layout.window_size + layout.sink_size
+    reason = None
+    if subtract_max:
+        reason = "mixing 'lolcats' needs the largest logit, which xformers does not give"
+    elif layout.kv_dtype not in DTYPES:
+        reason = f"xformers takes float16 and bfloat16, not {layout.kv_dtype}"
+    elif d > MAX_HEAD_DIM or d % HEAD_DIM_MULTIPLE:
+        reason = f"head size {d} is not a multiple of {HEAD_DIM_MULTIPLE} up to {MAX_HEAD_DIM}"
+    elif seen > MAX_COPIES * C:
+        reason = (
+            f"window and sinks of {seen} would be copied at every {C} tokens; the interval must be "
+            f"at least a {MAX_COPIES}th of them"
+        )
+    if reason:
+        logger.warning("LoLA prefill is Triton's alone, without xformers: %s", reason)
+    return reason
+
+
+def missing() -> str | None:
+    """Why xformers can attend nothing in this environment, from what it says of itself, or None.
+
+    Whether it can on a GPU is found when `warm_up` calls it there.
+    """
+    ops = (fmha.flash.FwOp, fmha.flash3.FwOp)
+    if any(op.SUPPORTS_PARTIAL and op.is_available() for op in ops):
+        return None
+    return (
+        f"xformers has no CUDA kernels here; install a CUDA build of torch (this is "
+        f"{torch.__version__}) and an xformers that was built for it"
+    )
