@@ -99,20 +99,34 @@ T least_score(int64_t count, const UpdateScratch<T>& x) {
   return least;
 }
 
+// Lists the indices of x.scores that are at most `limit`, in order. Returns their number.
+template <typename T>
+int64_t list_up_to(T limit, int64_t count, UpdateScratch<T>& x) {
+  int64_t listed = 0;
+  for (int64_t first = 0; first < count; first += kLanes<T>) {
+    const int64_t left = count - first, lanes = left < kLanes<T> ? left : kLanes<T>;
+    if (lanes == kLanes<T> && !any(load(x.scores + first) <= limit)) continue;
+    for (int64_t i = first; i < first + lanes; ++i) {
+      if (x.scores[i] <= limit) x.order[listed++] = static_cast<int32_t>(i);
+    }
+  }
+  return listed;
+}
+
 // Makes x.scores, bounds so far, exact wherever they may be the least and below `limit`.
 template <typename T>
 void rescore_doubtful(const LolaArgs& a, int64_t page, int64_t set, bool empty, T limit,
                       UpdateScratch<T>& x) {
   const T low = least_score(a.lam, x);
   if (!(low < limit)) return;
-  int32_t likely = 0;
-  while (x.scores[likely] != low) ++likely;
+  list_up_to(low, a.lam, x);
   // The likely least one first: its score rules out most others.
+  const int32_t likely = x.order[0];
   rescore(a, page, set, empty, &likely, 1, x);
   if (x.scores[likely] < limit) limit = x.scores[likely];
-  int64_t listed = 0;
-  for (int64_t i = 0; i < a.lam; ++i) {
-    if (x.scores[i] <= limit && i != likely) x.order[listed++] = static_cast<int32_t>(i);
+  int64_t listed = 0, found = list_up_to(limit, a.lam, x);
+  for (int64_t i = 0; i < found; ++i) {
+    if (x.order[i] != likely) x.order[listed++] = x.order[i];
   }
   rescore(a, page, set, empty, x.order, listed, x);
 }
@@ -126,9 +140,11 @@ int64_t loser_slot(const LolaArgs& a, int64_t page, int64_t set, bool empty, T n
   rescore_doubtful(a, page, set, empty, newcomer, x);
   const T low = least_score(a.lam, x);
   const int32_t* const positions = a.position_row(page, set);
-  int64_t loser = -1;
-  for (int64_t i = 0; low < newcomer && i < a.lam; ++i) {
-    if (x.scores[i] == low && (loser < 0 || positions[i] > positions[loser])) loser = i;
+  if (!(low < newcomer)) return -1;
+  const int64_t least = list_up_to(low, a.lam, x);
+  int64_t loser = x.order[0];
+  for (int64_t i = 1; i < least; ++i) {
+    if (positions[x.order[i]] > positions[loser]) loser = x.order[i];
   }
   return loser;
 }
@@ -139,9 +155,18 @@ void fold_one(const LolaArgs& a, int64_t page, int64_t head, bool empty, const T
               const SreScratch<T>& x) {
   const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, Fp = round_up<T>(F2);
   const SreArgs& r = a.recall;
-  T *const row = x.predicted, *const s = x.s;
+  const bool in_place = !fold_rounds<T>(a) && d == dp && !empty;
+  T* const s = x.s;
   for (int64_t f = 0; f < F2; ++f) {
     char* const stored = r.H.at(page, head, f);
+    if (in_place) {
+      T* const row = reinterpret_cast<T*>(stored);
+      for (int64_t j = 0; j < dp; j += kLanes<T>) {
+        store<T>(row + j, fma(splat(phi[f]), load(v + j), load(row + j)));
+      }
+      continue;
+    }
+    T* const row = x.predicted;
     if (!empty) load_row(row, stored, r.H.dtype, d, dp);
     for (int64_t j = 0; j < dp; j += kLanes<T>) {
       const Vec<T> old = empty ? Vec<T>{} : load(row + j);

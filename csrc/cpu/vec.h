@@ -96,6 +96,22 @@ LOLA_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 
+// Whether any lane of a comparison is true.
+template <typename M>
+LOLA_INLINE bool any(M m) {
+#if LOLA_VEC_BYTES == 64
+  const __m512i x = bits<__m512i>(m);
+  return _mm512_test_epi32_mask(x, x) != 0;
+#elif LOLA_VEC_BYTES == 32
+  const __m256i x = bits<__m256i>(m);
+  return !_mm256_testz_si256(x, x);
+#else
+  bool found = false;
+  for (uint64_t i = 0; i < sizeof(m) / sizeof(m[0]); ++i) found = found || m[i] != 0;
+  return found;
+#endif
+}
+
 // Lanes with index < n are all ones, the others zero.
 template <typename T>
 LOLA_INLINE IntVec<T> first_lanes(int64_t n) {
