@@ -6,8 +6,9 @@ Prefill: the time to the first token of one prompt, with and without a sparse ca
 of a batch whose sequences all reach their update points at once, so that a step either rescores
 every sequence or none. An interval's average step, over a step that rescores nothing, is the cost
 of rescoring; with an update after every token (interval 1) there is no such step, and those of
-interval 2 stand in, whose keys are the same. Interval 1 is measured at several lengths: the more
-pairs are folded, the fewer scores can change their order in a step.
+interval 2 stand in, whose keys are the same: another engine makes them, in the same process and in
+turns. Interval 1 is measured at several lengths: the more pairs are folded, the fewer scores can
+change their order in a step.
 
 Every case runs in a process of its own, one after the other; the order is repeated `--rounds`
 times, and the best time of each case counts.
@@ -110,30 +111,36 @@ def prefill(args: argparse.Namespace, lam: int) -> dict[str, float]:
 
 def decode(args: argparse.Namespace, interval: int, batch: int, length: int) -> dict[str, float]:
     """Milliseconds of a step at an update point and of one between two of them."""
-    config = {
-        "sparse_cache_size": args.sparse_cache_size,
-        "window_size": WINDOW,
-        "update_interval": interval,
-    }
-    llm = engine(args, config, batch * length, batch)
-    for i in range(batch):
-        submit(args, llm, f"{i}", length, args.steps + 2)
-    llm.step()  # all prompts at once: every sequence is as long as the others from here on
-    due: list[float] = []
-    quiet: list[float] = []
+    intervals = (interval,) if interval > 1 else (1, 2)
+    engines = []
+    for each in intervals:
+        config = {
+            "sparse_cache_size": args.sparse_cache_size,
+            "window_size": WINDOW,
+            "update_interval": each,
+        }
+        llm = engine(args, config, batch * length, batch)
+        for i in range(batch):
+            submit(args, llm, f"{i}", length, args.steps + 2)
+        llm.step()  # all prompts at once: every sequence is as long as the others from here on
+        engines.append(llm)
+    times: dict[tuple[str, int], list[float]] = {}
     for step in range(1, args.steps + 1):
-        begin = time.perf_counter()
-        outputs = llm.step()
-        took = (time.perf_counter() - begin) * 1e3
-        if {len(o.outputs[0].token_ids) for o in outputs} != {step + 1} or len(outputs) != batch:
-            raise SystemExit(f"sequences of different length in step {step}")
-        # The step brings the token that the one before chose into the state.
-        (due if (length + step) % interval == 0 else quiet).append(took)
-    case = f"interval {interval}/batch {batch}/context {length}"
-    found = {f"update_ms/{case}": statistics.median(due)}
-    if quiet:
-        found[f"quiet_ms/{case}"] = statistics.median(quiet)
-    return found
+        for each, llm in zip(intervals, engines, strict=True):
+            begin = time.perf_counter()
+            outputs = llm.step()
+            took = (time.perf_counter() - begin) * 1e3
+            if {len(o.outputs[0].token_ids) for o in outputs} != {step + 1} or len(
+                outputs
+            ) != batch:
+                raise SystemExit(f"sequences of different length in step {step}")
+            # The step brings the token that the one before chose into the state.
+            kind = "update" if (length + step) % each == 0 else "quiet"
+            times.setdefault((kind, each), []).append(took)
+    return {
+        f"{kind}_ms/interval {each}/batch {batch}/context {length}": statistics.median(took)
+        for (kind, each), took in times.items()
+    }
 
 
 def worker(args: argparse.Namespace) -> dict[str, float]:
@@ -169,9 +176,8 @@ def main() -> None:
     if args.worker:
         print_result(worker(args))
         return
-    intervals = sorted({*args.intervals, *(2 for i in args.intervals if i == 1)})
     cases = [f"prefill/{lam}" for lam in (0, args.sparse_cache_size)]
-    decodes = itertools.product(intervals, args.batches, args.contexts)
+    decodes = itertools.product(args.intervals, args.batches, args.contexts)
     cases += [f"decode/{i}/{b}/{c}" for i, b, c in decodes]
     best: dict[str, float] = {}
     for _ in range(args.rounds):
