@@ -148,22 +148,8 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fe
 }  // namespace lola
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lola, m) {
-  m.def(
-      "decode(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
-      "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
-      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) bounds, "
-      "Tensor(j!) directions, "
-      "Tensor slots, "
-      "Tensor seq_lens, Tensor(h!) out, bool subtract_max, int window, int interval, int sink) "
-      "-> ()");
-  m.def(
-      "prefill(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
-      "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
-      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) bounds, "
-      "Tensor(j!) directions, "
-      "Tensor slots, "
-      "Tensor query_start, Tensor context_lens, Tensor(h!) out, bool subtract_max, int window, "
-      "int interval, int sink) -> ()");
+  m.def(LOLA_DECODE_SCHEMA);
+  m.def(LOLA_PREFILL_SCHEMA);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lola, CPU, m) {

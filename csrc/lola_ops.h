@@ -6,6 +6,17 @@
 
 #include <cstdint>
 
+// The ops' arguments as torch is told them: those of both, then each one's schema.
+#define LOLA_SHARED_ARGUMENTS                                                                    \
+  "Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, Tensor log_gate, "  \
+  "Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, Tensor(e!) sparse_v, " \
+  "Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) bounds, Tensor(j!) directions, "           \
+  "Tensor slots, "
+#define LOLA_OPTIONS "Tensor(h!) out, bool subtract_max, int window, int interval, int sink) -> ()"
+#define LOLA_DECODE_SCHEMA "decode(" LOLA_SHARED_ARGUMENTS "Tensor seq_lens, " LOLA_OPTIONS
+#define LOLA_PREFILL_SCHEMA \
+  "prefill(" LOLA_SHARED_ARGUMENTS "Tensor query_start, Tensor context_lens, " LOLA_OPTIONS
+
 namespace lola {
 
 // What both ops share, in this order.

@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "cuda/launch.cuh"
+#include "lola_ops.h"
 
 namespace lola {
 namespace cuda {
@@ -191,17 +192,8 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fea
 }  // namespace lola
 
 #ifdef LOLA_EMULATE
-// The schema of lola::decode (csrc/lola_ops.cpp) under a name of its own.
-STABLE_TORCH_LIBRARY(lola_emulated, m) {
-  m.def(
-      "decode(Tensor q, Tensor k, Tensor v, Tensor feature_map_q, Tensor feature_map_k, "
-      "Tensor log_gate, Tensor(a!) H, Tensor(b!) s, Tensor(c!) positions, Tensor(d!) sparse_k, "
-      "Tensor(e!) sparse_v, Tensor(f!) exact_k, Tensor(g!) exact_v, Tensor(i!) bounds, "
-      "Tensor(j!) directions, "
-      "Tensor slots, Tensor seq_lens, Tensor(h!) out, bool subtract_max, int "
-      "window, int interval, int sink) "
-      "-> ()");
-}
+// lola::decode under a name of its own.
+STABLE_TORCH_LIBRARY(lola_emulated, m) { m.def(LOLA_DECODE_SCHEMA); }
 STABLE_TORCH_LIBRARY_IMPL(lola_emulated, CPU, m) {
   m.impl("decode", TORCH_BOX(&lola::cuda::decode));
 }
