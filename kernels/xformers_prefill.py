@@ -53,11 +53,11 @@ class Gather:
 
 def plan_gather(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) -> Gather:
     """From counts alone; query_start_loc `[R + 1]`, context_lens `[R]`."""
-    C, eta, sink = layout.update_interval, layout.window_size, layout.sink_size
     pieces = plan_pieces(query_start_loc, context_lens, layout).pieces
     token, position, length, _, row = pieces[:, np.argsort(pieces[0])]
-    window = np.minimum(np.maximum(position // C * C - eta, sink), position)  # where it starts
-    sinks = np.minimum(position, sink)
+    start = layout.window_start(torch.from_numpy(position)).numpy()
+    window = np.minimum(start, position)  # where it starts
+    sinks = np.minimum(position, layout.sink_size)
     pairs = sinks + position - window + length
 
     piece = np.repeat(np.arange(len(token)), pairs)
@@ -66,8 +66,8 @@ def plan_gather(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) 
     source = (token - position)[piece] + at
     old = np.flatnonzero(at < context_lens[row[piece]])
     source[old] = 0
-    exact = np.where(at < sink, at, sink + at % (eta + C))
-    return Gather(length, pairs, source, np.stack([old, row[piece][old], exact[old]]))
+    exact = layout.row(torch.from_numpy(at[old])).numpy()
+    return Gather(length, pairs, source, np.stack([old, row[piece][old], exact]))
 
 
 @functools.lru_cache(maxsize=4)
