@@ -130,9 +130,7 @@ def decode(args: argparse.Namespace, interval: int, batch: int, length: int) -> 
             begin = time.perf_counter()
             outputs = llm.step()
             took = (time.perf_counter() - begin) * 1e3
-            if {len(o.outputs[0].token_ids) for o in outputs} != {step + 1} or len(
-                outputs
-            ) != batch:
+            if [len(o.outputs[0].token_ids) for o in outputs] != [step + 1] * batch:
                 raise SystemExit(f"sequences of different length in step {step}")
             # The step brings the token that the one before chose into the state.
             kind = "update" if (length + step) % each == 0 else "quiet"

@@ -20,19 +20,15 @@ import argparse
 import itertools
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from op_common import add_layer_options, make_layer, medians_s
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import LolaWeights, choose_backend
-from lola_vllm.state import StateLayout
+from lola_vllm.ops import choose_backend
 
 POOL_BYTES = 192 * 2**20  # beyond the last-level cache of anything this is likely to run on
-TURNS = 5
 FRESH = 64  # tokens per sequence until the same ones come again
 
 
@@ -40,29 +36,19 @@ class Case:
     """A pool of pages that have seen the same tokens, and inputs for a step."""
 
     def __init__(self, args: argparse.Namespace, batch: int, lam: int, interval: int) -> None:
-        self.config = LolaConfig(
-            window_size=args.window,
-            sparse_cache_size=lam,
-            update_interval=interval,
-            feature_dim=args.feature_dim,
-        )
-        Hq, Hkv, d, F = args.heads, args.kv_heads, args.head_dim, args.feature_dim
-        dtype = getattr(torch, args.dtype)
-        self.layout = StateLayout.from_config(self.config, Hkv, args.state_heads, d, dtype)
+        gen = torch.Generator().manual_seed(0)
+        self.layout, self.weights = make_layer(args, lam, interval, gen)
+        Hq, Hkv, d = args.heads, args.kv_heads, args.head_dim
+        dtype = self.layout.kv_dtype
         self.batch = batch
         pages = max(batch, POOL_BYTES // self.layout.page_bytes // batch * batch) + 1
         device = torch.device(args.device)
         pool = torch.empty(pages, self.layout.page_bytes, dtype=torch.uint8, device=device)
         self.views = self.layout.views(pool)
-        gen = torch.Generator().manual_seed(0)
-        maps = [torch.randn(h, d, F, generator=gen) * 0.3 for h in (Hq, args.state_heads)]
-        self.weights = LolaWeights.prepare(
-            *(m.to(device) for m in maps), torch.full((Hq,), -2.2, device=device), "lola"
-        )
         self.ops = choose_backend(device.type, dtype)
 
         # A full cache and a hidden state in use, at the start of an interval.
-        least = 4 * (self.config.window_size + lam + interval)
+        least = 4 * (self.layout.window_size + lam + interval)
         self.start = -(-max(least, args.context) // interval) * interval
         tokens = max(self.start, batch * FRESH)
         self.q, self.k, self.v = (
@@ -119,24 +105,6 @@ class Case:
         return self.batch * (exact + sparse + state)
 
 
-def medians_s(
-    runs: dict[str, Callable[[], object]], seconds: float, device: str
-) -> dict[str, float]:
-    """Median time of a call of each, over so many seconds of it, in turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(TURNS):
-        for name, run in runs.items():
-            run()
-            until = time.perf_counter() + seconds / TURNS
-            while time.perf_counter() < until:
-                begin = time.perf_counter()
-                run()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(found) for name, found in times.items()}
-
-
 def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> dict[str, float]:
     """One row of the table."""
     case = Case(args, batch, lam, interval)
@@ -187,13 +155,7 @@ def main() -> None:
     parser.add_argument("--lams", type=int, nargs="+", default=[0, 128, 512, 768])
     parser.add_argument("--intervals", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=4096, help="tokens that pages have seen")
-    parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=9)
-    parser.add_argument("--kv-heads", type=int, default=3)
-    parser.add_argument("--state-heads", type=int, default=3)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--feature-dim", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16")
+    add_layer_options(parser, heads=9, kv_heads=3, state_heads=3, head_dim=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
     parser.add_argument("--out", type=Path)

@@ -10,20 +10,18 @@ update interval 64), pages in bfloat16.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from common import write_report
+from op_common import add_layer_options, make_layer, medians_s
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import Backend, LolaWeights, choose_backend
+from lola_vllm.ops import Backend, choose_backend
 from lola_vllm.ops.select import ENV
-from lola_vllm.state import StateLayout
 
 BACKENDS = {"cpu": ["native", "torch"], "cuda": ["triton", "xformers"]}
 
@@ -37,22 +35,12 @@ def forced(name: str, device: str, dtype: torch.dtype) -> Backend:
 
 def prompts(args: argparse.Namespace, tokens: int, rows: int) -> Callable[[Backend], None]:
     """A call of prefill on `rows` prompts of `tokens` tokens, the same at every call."""
-    config = LolaConfig(
-        window_size=args.window,
-        sparse_cache_size=args.lam,
-        update_interval=args.interval,
-        feature_dim=args.feature_dim,
-    )
-    Hq, Hkv, Hs = args.heads, args.kv_heads, args.state_heads
-    d, dtype, device = args.head_dim, getattr(torch, args.dtype), torch.device(args.device)
-    layout = StateLayout.from_config(config, Hkv, Hs, d, dtype)
+    gen = torch.Generator().manual_seed(0)
+    layout, weights = make_layer(args, args.lam, args.interval, gen)
+    Hq, Hkv, d = args.heads, args.kv_heads, args.head_dim
+    dtype, device = layout.kv_dtype, torch.device(args.device)
     pool = torch.zeros(rows + 1, layout.page_bytes, dtype=torch.uint8, device=device)
     views = layout.views(pool)
-    gen = torch.Generator().manual_seed(0)
-    maps = [torch.randn(h, d, args.feature_dim, generator=gen) * 0.3 for h in (Hq, Hs)]
-    weights = LolaWeights.prepare(
-        *(m.to(device) for m in maps), torch.full((Hq,), -2.2, device=device), "lola"
-    )
     # As in the model, queries, keys and values are parts of one product's rows.
     product = torch.randn(rows * tokens, Hq + 2 * Hkv, d, generator=gen).to(device, dtype)
     q, k, v = product.split([Hq, Hkv, Hkv], dim=1)
@@ -63,8 +51,6 @@ def prompts(args: argparse.Namespace, tokens: int, rows: int) -> Callable[[Backe
 
     def call(backend: Backend) -> None:
         backend.prefill(q, k, v, weights, layout, views, slots, starts, context, out)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
     return call
 
@@ -74,15 +60,9 @@ def measure(
 ) -> dict[str, float]:
     """Tokens per second of each back end, the median of its turns, and its part of the first's."""
     call = prompts(args, tokens, rows)
-    for backend in backends.values():
-        call(backend)  # compiles
-    times: dict[str, list[float]] = {name: [] for name in backends}
-    for _ in range(args.turns):
-        for name, backend in backends.items():
-            begin = time.perf_counter()
-            call(backend)
-            times[name].append(time.perf_counter() - begin)
-    speed = {name: rows * tokens / statistics.median(found) for name, found in times.items()}
+    runs = {name: functools.partial(call, backend) for name, backend in backends.items()}
+    found = medians_s(runs, args.seconds, args.device)
+    speed = {name: rows * tokens / took for name, took in found.items()}
     first, *others = speed
     return {
         "tokens": tokens,
@@ -99,16 +79,10 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", help=f"default: {BACKENDS}")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192], help="per prompt")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="prompts in a batch")
-    parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--lam", type=int, default=512)
     parser.add_argument("--interval", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--state-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--feature-dim", type=int, default=64)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--turns", type=int, default=9)
+    add_layer_options(parser, heads=32, kv_heads=8, state_heads=8, head_dim=128)
+    parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.backends = args.backends or BACKENDS[args.device]
