@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bounds.h"
 #include "cpu/types.h"
 
 // Like STD_TORCH_CHECK, but the message is only what the user needs: no function, file and line.
@@ -128,6 +129,23 @@ Strided<R> check_strided(const torch::stable::Tensor& t, const char* name) {
   LOLA_CHECK(t.size(R - 1) <= 1 || view.stride[R - 1] == 1, name,
              ": the last dimension must be contiguous, its stride is ", view.stride[R - 1]);
   return view;
+}
+
+// Checks what pages of interval 1 keep of sparse pairs, and that others keep nothing of it. Returns
+// the number of pairs.
+inline int64_t check_remembered(const torch::stable::Tensor& bounds,
+                                const torch::stable::Tensor& directions, const LolaSizes& a,
+                                int64_t interval, Device device) {
+  const int64_t pairs = interval == 1 ? a.lam : 0;
+  check_shape(bounds, "bounds", "[N, Hs, 6, lam if interval = 1]", {a.N, a.Hs, kBounds, pairs},
+              device);
+  check_shape(directions, "directions", "[N, Hs, lam if interval = 1, d]", {a.N, a.Hs, pairs, a.d},
+              device);
+  LOLA_CHECK(directions.scalar_type() == torch::headeronly::ScalarType::Char,
+             "directions: must be int8");
+  LOLA_CHECK(pairs * a.d <= 1 || (directions.stride(2) == a.d && directions.stride(3) == 1),
+             "directions: rows of a page must be contiguous");
+  return pairs;
 }
 
 }  // namespace lola

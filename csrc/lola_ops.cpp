@@ -63,17 +63,8 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   a.recall.s = check_strided<3>(s, "s");
   a.recall.d = a.d;
   a.recall.F = a.F;
-  // A page of interval 1 has room for bounds on scores; of others this part is empty.
-  const int64_t remembered = interval == 1 ? a.lam : 0;
-  check_shape(bounds, "bounds", "[N, Hs, 6, lam if interval = 1]",
-              {sizes.N, a.Hs, kBounds, remembered});
-  a.incremental = remembered > 0;
+  a.incremental = check_remembered(bounds, directions, sizes, interval, Device::cpu) > 0;
   a.bounds = check_strided<4>(bounds, "bounds");
-  check_shape(directions, "directions", "[N, Hs, lam if interval = 1, d]",
-              {sizes.N, a.Hs, remembered, a.d});
-  LOLA_CHECK(directions.scalar_type() == ScalarType::Char, "directions: must be int8");
-  LOLA_CHECK(remembered * a.d <= 1 || (directions.stride(2) == a.d && directions.stride(3) == 1),
-             "directions: rows of a page must be contiguous");
   a.directions = static_cast<int8_t*>(directions.data_ptr());
   a.directions_stride[0] = directions.stride(0);
   a.directions_stride[1] = directions.stride(1);

@@ -13,12 +13,6 @@ namespace lola {
 namespace LOLA_ISA {
 namespace {
 
-// The numbers of a sparse pair and state head, the rows of `bounds`. kLow bounds its recall error
-// from below. The others are of when the error was computed last: phi . s + 1e-6, which only
-// grows; ||v||; ||phi||; u . v; and 1 / length of the stored u.
-enum Number { kLow, kSum, kValue, kFeatures, kAlong, kScale };
-static_assert(kScale + 1 == kBounds, "rows of a page");
-
 // A pair's share of its set's score: its recall error, or that over ||v||. Of a bound: a bound.
 template <typename T, typename V>
 LOLA_INLINE V score_of(V error, V value, bool relative) {

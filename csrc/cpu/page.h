@@ -2,6 +2,7 @@
 // The layout and the counts are those of lola_vllm/state.py; `csrc/lola_ops.h` states the contract.
 #pragma once
 
+#include "bounds.h"
 #include "cpu/sre.h"
 #include "cpu/types.h"
 
@@ -18,9 +19,6 @@ struct Indices {
     return wide ? *reinterpret_cast<const int64_t*>(p) : *reinterpret_cast<const int32_t*>(p);
   }
 };
-
-// Numbers kept of each sparse pair and head for interval 1 (cpu/incremental_kernel.h).
-constexpr int64_t kBounds = 6;
 
 struct LolaArgs {
   SreArgs recall;                 // feature_map_k, H, s, d, F, Hs, Hg: what scoring needs
