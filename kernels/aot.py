@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lola_vllm.kernels import decode, prefill, update
+from lola_vllm.kernels import decode, incremental, prefill, update
 from lola_vllm.kernels.common import constants, precision
 from lola_vllm.state import StateLayout
 
@@ -36,6 +36,10 @@ POINTER_TYPES = {
     "partial_ptr": "*fp32",
     "stats_ptr": "*fp32",
     "scores_ptr": "*fp32",
+    "bounds_ptr": "*fp32",
+    "directions_ptr": "*i8",
+    "doubtful_ptr": "*i32",
+    "fresh_ptr": "*fp32",
     "lse_ptr": "*fp32",
     "slots_ptr": "*i32",
     "n_ptr": "*i32",
@@ -82,10 +86,9 @@ def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
     """Every kernel of the Triton back end as it is launched for a layout."""
     shape = constants(layout)
     read = {"PRECISION": precision(layout.kv_dtype)}
-    blocks = {
-        "BLOCK_E": update.BLOCK_E, "BLOCK_R": update.BLOCK_R, "PRECISION": update.PRECISION,
-    }  # fmt: skip
-    every = triton.next_power_of_2(layout.sparse_cache_size + layout.update_interval)
+    blocks = {"BLOCK_R": update.BLOCK_R, "PRECISION": update.PRECISION}
+    each = replace(layout, update_interval=1)  # an update after every token
+    each_shape = {**constants(each), **blocks}
     whole = decode.decode_constants(layout, Hq, 1, False)
     split = decode.decode_constants(layout, Hq, splits, False)
     merge = decode.merge_constants(layout, Hq, splits, False)
@@ -101,9 +104,29 @@ def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
             {**shape, **partial, **read},
             prefill.NUM_WARPS,
         ),
-        Kernel("score", update.score_kernel, {**shape, **blocks}, update.SCORE_WARPS),
         Kernel(
-            "fold", update.fold_kernel, {**shape, **blocks, "BLOCK_ALL": every}, update.FOLD_WARPS
+            "score",
+            update.score_kernel,
+            {**shape, **blocks, "BLOCK_E": update.BLOCK_E},
+            update.SCORE_WARPS,
+        ),
+        Kernel(
+            "fold",
+            update.fold_kernel,
+            {**shape, **blocks, **update.fold_constants(layout)},
+            update.FOLD_WARPS,
+        ),
+        Kernel(
+            "score, bounded",
+            incremental.bounded_score_kernel,
+            {**each_shape, **update.bounded_constants(each)},
+            incremental.SCORE_WARPS,
+        ),
+        Kernel(
+            "fold, bounded",
+            update.fold_kernel,
+            {**each_shape, **update.fold_constants(each)},
+            update.FOLD_WARPS,
         ),
     ]
 

@@ -102,7 +102,7 @@ def read_state(
     x, w_ptr, h_ptr, s_ptr, cols, num_features, D: tl.constexpr, F: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """phi(x) H `[M, BLOCK_D]` and phi(x) s `[M]` of one head, x `[M, BLOCK_D]`.
+    """phi(x) H `[M, BLOCK_D]`, phi(x) s and ||phi(x)||^2 `[M]` of one head, x `[M, BLOCK_D]`.
 
     Pointers are the head's. num_features is F, or 0 to count the state as zero and not read it.
     W and H go through in chunks of features, for whole ones would not fit the registers as
@@ -126,6 +126,7 @@ def read_state(
 
     acc = tl.zeros([x.shape[0], cols.shape[0]], tl.float32)
     z = tl.zeros([x.shape[0]], tl.float32)
+    square = z
     for f in tl.range(0, num_features, FEATURE_CHUNK, num_stages=1):
         chunk = f + tl.arange(0, FEATURE_CHUNK)
         ok = chunk < F
@@ -143,7 +144,8 @@ def read_state(
         acc = product(down, h, acc, PRECISION)
         s = tl.load(s_ptr + F + chunk, mask=ok, other=0.0).to(tl.float32)
         z += tl.sum(down * s[None, :], 1)
-    return acc, z
+        square += tl.sum(up * up + down * down, 1)
+    return acc, z, square
 
 
 @triton.jit

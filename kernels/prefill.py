@@ -193,7 +193,7 @@ def prefill_kernel(
 
     y = acc / norm[:, None]
     if first - SINK > LAM:  # something was folded in before this piece
-        y_lin, z = read_state(
+        y_lin, z, _ = read_state(
             q, wq_ptr + head * D * F, h_ptr + page * state_page + state_head * 2 * F * D,
             s_ptr + page * state_page + state_head * 2 * F, cols, F, D, F, PRECISION,
         )  # fmt: skip

@@ -9,19 +9,32 @@ has due is known on the device only; the grid does not depend on it.
   kept newcomers into the free slots. One program per row and set, because folding reads the slots
   that replacing overwrites.
 
-Candidate e of a set is sparse slot e while e < lam, else the (e - lam)-th evicted pair.
+With interval 1 the scores come from incremental.py, which computes few of them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lola_vllm.kernels.candidates import (
+    BLOCK_R,
+    COUNT_ARGS,
+    INDEX_ARGS,
+    RECALL_EPS,
+    candidate_ok,
+    due_rows,
+    gather,
+    nth_row,
+)
 from lola_vllm.kernels.common import (
+    MIN_DOT,
     constants,
     exact_row,
     features,
@@ -30,55 +43,21 @@ from lola_vllm.kernels.common import (
     read_state,
     window_start,
 )
+from lola_vllm.kernels.incremental import (
+    BLOCK_P,
+    BLOCK_T,
+    NUMBERS,
+    bounded_score_kernel,
+    track_fold,
+)
+from lola_vllm.kernels.incremental import SCORE_WARPS as BOUNDED_SCORE_WARPS
 from lola_vllm.state import StateLayout, StateViews
 
 BLOCK_E = 32  # candidates scored, folded or replaced at a time
-BLOCK_R = 256  # rows whose token counts are looked at together
 PROGRAMS_PER_PROCESSOR = 1  # the registers of one fill it, and idle ones should be one wave
 SCORE_WARPS, FOLD_WARPS = 8, 8  # four warps would spill registers at d = 128
 # The order of the scores decides which pairs stay exact, so plain TF32 will not do.
 PRECISION = "tf32x3"
-RECALL_EPS = tl.constexpr(1e-6)  # as in the reference
-INDEX_ARGS = ("slots_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment
-COUNT_ARGS = ("first_row", "num_rows")  # vary from call to call: no variant for each
-
-
-@triton.jit
-def due_rows(
-    slots_ptr, n_ptr, slots_stride, n_stride, rows, end, least, C: tl.constexpr,
-    ETA: tl.constexpr, SINK: tl.constexpr,
-):  # fmt: skip
-    """Which rows are at an update point that leaves more than `least` pairs evicted in all."""
-    ok = rows < end
-    page = tl.load(slots_ptr + rows.to(tl.int64) * slots_stride, mask=ok, other=0)
-    n = tl.load(n_ptr + rows.to(tl.int64) * n_stride, mask=ok, other=0).to(tl.int32)
-    start, stop = window_start(n - C, C, ETA, SINK), window_start(n, C, ETA, SINK)
-    return (page > 0) & (n % C == 0) & (stop > start) & (stop - SINK > least)
-
-
-@triton.jit
-def nth_row(due, rank, rows, nth):
-    """The nth (from 0) of the due rows; rank counts the due rows up to and with each row."""
-    return tl.sum(tl.where(due & (rank == nth + 1), rows, 0), 0)
-
-
-@triton.jit
-def candidate_ok(e, start, stop, LAM: tl.constexpr, SINK: tl.constexpr):
-    """Which candidates exist: filled slots, and the pairs between the two window starts."""
-    return (e < tl.minimum(start - SINK, LAM)) | ((e >= LAM) & (start + e - LAM < stop))
-
-
-@triton.jit
-def gather(
-    sparse_ptr, exact_ptr, e, ok, start, group, kv_head, cols, D: tl.constexpr, ETA: tl.constexpr,
-    LAM: tl.constexpr, C: tl.constexpr, SINK: tl.constexpr,
-):  # fmt: skip
-    """Keys or values `[len(e), BLOCK_D]` of candidates, zero where not ok. Pointers: the page's."""
-    row = exact_row(start + e - LAM, C, ETA, SINK)
-    sparse_at = sparse_ptr + (group * LAM + e) * D
-    exact_at = exact_ptr + (kv_head * (SINK + ETA + C) + row) * D
-    at = tl.where(e < LAM, sparse_at, exact_at)[:, None] + cols[None, :]
-    return tl.load(at, mask=ok[:, None] & (cols < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -184,7 +163,7 @@ def score_kernel(
             total = tl.zeros([BLOCK_E], tl.float32)
             for i in range(SHARE):
                 head = group * SHARE + i
-                predicted, z = read_state(
+                predicted, z, _ = read_state(
                     k, wk_ptr + head * D * F, h_ptr + page * state_page + head * 2 * F * D,
                     s_ptr + page * state_page + head * 2 * F, cols, num_features,
                     D, F, PRECISION,
@@ -210,15 +189,19 @@ def fold_kernel(
     sparse_v_ptr,
     exact_k_ptr,
     exact_v_ptr,
+    bounds_ptr,
+    directions_ptr,
     slots_ptr,
     n_ptr,
     scores_ptr,
     lists_ptr,
+    fresh_ptr,
     slots_stride,
     n_stride,
     state_page,
     kv_page,
     positions_page,
+    directions_page,
     first_row,
     num_rows,
     D: tl.constexpr,
@@ -235,11 +218,14 @@ def fold_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BOUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Select, fold and replace in the rows that are due; scratch lists `[num_rows, Hg, 3, C]`.
 
     Any grid. The lists hold the candidates to fold, the newcomers to keep, and the free slots.
+    BOUNDED: the scores are of `bounded_score_kernel`, which left `fresh`.
     """
     E: tl.constexpr = LAM + C
     SHARE: tl.constexpr = HS // HG
@@ -320,6 +306,13 @@ def fold_kernel(
                 tl.store(h_at, h.to(h_ptr.dtype.element_ty), mask=tile_ok)
                 tl.store(s_at, s.to(s_ptr.dtype.element_ty), mask=feat_ok)
 
+            if BOUNDED:
+                track_fold(
+                    bounds_ptr + page * positions_page, directions_ptr + page * directions_page,
+                    fresh_ptr + scratch * SHARE * (NUMBERS + D), sparse_v_at, exact_v_at,
+                    folded_at, free_at, num_folded, num_new, start, group, kv_head, cols,
+                    D, ETA, LAM, C, SINK, SHARE, BLOCK_P,
+                )  # fmt: skip
             if LAM > 0:
                 tl.debug_barrier()  # the folded pairs are read: their slots may go
                 for c in tl.range(0, num_new, BLOCK_E, num_stages=1):
@@ -339,6 +332,29 @@ def fold_kernel(
                     tl.store(sparse_v_at + target, v, mask=pair_ok)
 
 
+class Scratch(NamedTuple):
+    """What kernels of an update leave for the next one, for `num_rows` rows.
+
+    scores `[num_rows, Hg, lam + C]`, float32. lists `[num_rows, Hg, 3, C]`, int32. Where scores are
+    bounded also doubtful `[num_rows, Hg, lam]`, int32, and fresh `[num_rows, Hs, NUMBERS + d]`,
+    float32; else both are empty.
+    """
+
+    scores: Tensor
+    lists: Tensor
+    doubtful: Tensor
+    fresh: Tensor
+
+
+def bounded(layout: StateLayout) -> bool:
+    """Whether few scores are computed. Each fold rounds all of a 16-bit H: no bound knows of it."""
+    return (
+        layout.update_interval == 1
+        and layout.sparse_cache_size > 0
+        and layout.state_dtype == torch.float32
+    )
+
+
 def update(
     feature_map_k: Tensor,
     layout: StateLayout,
@@ -347,7 +363,7 @@ def update(
     n: Tensor,
     first_row: int,
     num_rows: int,
-    scratch: tuple[Tensor, Tensor],
+    scratch: Scratch,
     strides: tuple[int, int, int],
     score: bool = True,
 ) -> None:
@@ -360,29 +376,62 @@ def update(
         scratch: from `scratch_buffers`. strides: from `page_strides`.
         score: False where the caller knows that no row's cache overflows.
     """
-    state_page, kv_page, positions_page = strides
-    scores, lists = scratch
-    shape = {**constants(layout), "BLOCK_E": BLOCK_E, "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
-    Hg, E = layout.num_sparse_heads, layout.sparse_cache_size + layout.update_interval
+    state_page, kv_page, words_page = strides
+    bytes_page = 4 * words_page
+    shape = {**constants(layout), "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
+    Hg, lam = layout.num_sparse_heads, layout.sparse_cache_size
+    E = lam + layout.update_interval
     most = PROGRAMS_PER_PROCESSOR * num_processors(views.H.device)
-    if score and layout.sparse_cache_size > 0:  # with no cache everything is folded, unscored
-        score_kernel[(min(most, num_rows * Hg * triton.cdiv(E, BLOCK_E)),)](
-            feature_map_k, views.H, views.s, views.sparse_k, views.sparse_v, views.exact_k,
-            views.exact_v, slots, n, scores, slots.stride(0), n.stride(0), state_page, kv_page,
-            first_row, num_rows, **shape, num_warps=SCORE_WARPS,
+    sets = min(most, num_rows * Hg)
+    pairs = (views.sparse_k, views.sparse_v, views.exact_k, views.exact_v)
+    if not score or lam == 0:
+        pass  # all that leaves the window enters the cache, or all is folded
+    elif bounded(layout):
+        bounded_score_kernel[(sets,)](
+            feature_map_k, views.H, views.s, *pairs, views.bounds, views.directions, slots, n,
+            scratch.scores, scratch.doubtful, scratch.fresh, slots.stride(0), n.stride(0),
+            state_page, kv_page, words_page, bytes_page, first_row, num_rows, **shape,
+            **bounded_constants(layout), num_warps=BOUNDED_SCORE_WARPS,
         )  # fmt: skip
-    fold_kernel[(min(most, num_rows * Hg),)](
-        feature_map_k, views.H, views.s, views.positions, views.sparse_k, views.sparse_v,
-        views.exact_k, views.exact_v, slots, n, scores, lists, slots.stride(0), n.stride(0),
-        state_page, kv_page, positions_page, first_row, num_rows, **shape,
-        BLOCK_ALL=triton.next_power_of_2(E), num_warps=FOLD_WARPS,
+    else:
+        score_kernel[(min(most, num_rows * Hg * triton.cdiv(E, BLOCK_E)),)](
+            feature_map_k, views.H, views.s, *pairs, slots, n, scratch.scores, slots.stride(0),
+            n.stride(0), state_page, kv_page, first_row, num_rows, **shape, BLOCK_E=BLOCK_E,
+            num_warps=SCORE_WARPS,
+        )  # fmt: skip
+    fold_kernel[(sets,)](
+        feature_map_k, views.H, views.s, views.positions, *pairs, views.bounds, views.directions,
+        slots, n, scratch.scores, scratch.lists, scratch.fresh, slots.stride(0), n.stride(0),
+        state_page, kv_page, words_page, bytes_page, first_row, num_rows, **shape,
+        **fold_constants(layout), num_warps=FOLD_WARPS,
     )  # fmt: skip
 
 
-def scratch_buffers(
-    layout: StateLayout, num_rows: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Scores `[num_rows, Hg, lam + C]` float32 and lists `[num_rows, Hg, 3, C]` int32."""
+def fold_constants(layout: StateLayout) -> dict[str, int]:
+    """`fold_kernel`'s own compile-time arguments, beside `common.constants`."""
+    interval = layout.update_interval  # pairs folded at an update
+    return {
+        "BLOCK_E": min(BLOCK_E, max(MIN_DOT, triton.next_power_of_2(interval))),
+        "BLOCK_ALL": triton.next_power_of_2(layout.sparse_cache_size + interval),
+        "BLOCK_P": BLOCK_P,
+        "BOUNDED": bounded(layout),
+    }
+
+
+def bounded_constants(layout: StateLayout) -> dict[str, int]:
+    """`bounded_score_kernel`'s own compile-time arguments, beside `common.constants`."""
+    slots = max(BLOCK_T, triton.next_power_of_2(layout.sparse_cache_size))
+    return {"BLOCK_T": BLOCK_T, "BLOCK_LAM": slots}
+
+
+def scratch_buffers(layout: StateLayout, num_rows: int, device: torch.device) -> Scratch:
+    """Scratch of updates of up to `num_rows` rows."""
     Hg, lam, C = layout.num_sparse_heads, layout.sparse_cache_size, layout.update_interval
-    scores = torch.empty(num_rows, Hg, lam + C, dtype=torch.float32, device=device)
-    return scores, torch.empty(num_rows, Hg, 3, C, dtype=torch.int32, device=device)
+    rows = num_rows if bounded(layout) else 0
+    known = NUMBERS.value + layout.head_dim
+    return Scratch(
+        torch.empty(num_rows, Hg, lam + C, dtype=torch.float32, device=device),
+        torch.empty(num_rows, Hg, 3, C, dtype=torch.int32, device=device),
+        torch.empty(rows, Hg, lam, dtype=torch.int32, device=device),
+        torch.empty(rows, layout.num_state_heads, known, dtype=torch.float32, device=device),
+    )

@@ -19,8 +19,8 @@ One page, in this order (each part starts at a multiple of 64 bytes):
     directions [Hs, lam, d]         int8           only for C = 1: that of v - p when the error was
                                                    computed last, p being what H recalls
 
-The last two let a back end choose without computing all scores at every token; one that does
-compute them leaves them alone.
+The last two let the kernels choose without computing all scores at every token; the torch back end
+computes them, and leaves these parts alone.
 
 The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
 ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops.contract import LolaWeights
-from lola_vllm.reference import LolaState, lola_attention
+from lola_vllm.reference import LolaState, feature_map, lola_attention
 from lola_vllm.state import StateLayout, StateViews
 
 
@@ -116,6 +116,35 @@ def assert_state_matches(
     if num_folded:
         torch.testing.assert_close(views.H[slot].double(), state.H, **tolerance)
         torch.testing.assert_close(views.s[slot].double(), state.s, **tolerance)
+
+
+def assert_bounds_hold(problem: Problem, layout: StateLayout, views: StateViews, slot: int) -> None:
+    """What a page of interval 1 keeps of each sparse pair bounds its recall error, and closely.
+
+    After a few hundred folded pairs: most errors must not have been computed at the last update.
+    """
+    Hs, lam = layout.num_state_heads, layout.sparse_cache_size
+    share = Hs // layout.num_sparse_heads
+    assert layout.parts["bounds"][0] == (Hs, 6, lam)
+    k, v = (
+        x[slot].double().repeat_interleave(share, dim=0) for x in (views.sparse_k, views.sparse_v)
+    )
+    phi = feature_map(k, problem.feature_map_k.double())
+    H, s = views.H[slot].double(), views.s[slot].double().unsqueeze(-1)
+    p = phi @ H / (phi @ s)
+    now = (v - p).norm(dim=-1)
+    low, z, value, length, along, scale = views.bounds[slot].double().unbind(1)
+    u = views.directions[slot].double() * scale.unsqueeze(-1)
+    torch.testing.assert_close(u.norm(dim=-1), torch.ones_like(scale), rtol=1e-5, atol=0)
+    torch.testing.assert_close((u * v).sum(-1), along, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(value, v.norm(dim=-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(length, phi.norm(dim=-1), rtol=1e-4, atol=1e-4)
+    total = (phi @ s).squeeze(-1)
+    assert (z <= total * 1.0001).all()
+    assert (z < total * 0.99999).float().mean() > 0.5  # most are not of the last update
+    assert (low < now).all()
+    assert (low <= (u * (v - p)).sum(-1)).all()  # what it bounds, which is less than the error
+    assert (low > 0.5 * now).float().mean() > 0.9  # and closely
 
 
 def full_attention(problem: Problem) -> Tensor:

@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import torch
-from problem import assert_state_matches, make_problem, poisoned_pool
+from problem import assert_bounds_hold, assert_state_matches, make_problem, poisoned_pool
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import native
 from lola_vllm.ops import torch as portable
-from lola_vllm.reference import feature_map
 
 ETA = 10
 LENGTHS = [1, ETA - 1, ETA, ETA + 1, 2 * ETA + 3, 61]
@@ -347,31 +346,7 @@ def test_interval_1_makes_the_same_choices_for_thousands_of_tokens(dtype, d, lam
     for name in ("positions", "sparse_k", "sparse_v", "exact_k", "exact_v"):
         assert torch.equal(getattr(direct, name)[2], getattr(kept, name)[2]), name
     torch.testing.assert_close(direct.H[2], kept.H[2], rtol=1e-4, atol=1e-4)
-
-    # The numbers of each pair bound its recall error.
-    share = group if sharing == "kv_head" else 1
-    assert layout.parts["bounds"][0] == (2 * share, 6, lam)
-    phi = features_of_sparse_pairs(problem, kept, share)
-    v = kept.sparse_v[2].double().repeat_interleave(share, dim=0)
-    H, s = kept.H[2].double(), kept.s[2].double().unsqueeze(-1)
-    p = phi @ H / (phi @ s)
-    now = (v - p).norm(dim=-1)
-    low, z, value, length, along, scale = kept.bounds[2].double().unbind(1)
-    u = kept.directions[2].double() * scale.unsqueeze(-1)
-    torch.testing.assert_close(u.norm(dim=-1), torch.ones_like(scale), rtol=1e-5, atol=0)
-    torch.testing.assert_close((u * v).sum(-1), along, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(value, v.norm(dim=-1), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(length, phi.norm(dim=-1), rtol=1e-4, atol=1e-4)
-    assert (z <= (phi @ s).squeeze(-1) * 1.0001).all()
-    assert (low < now).all()
-    assert (low <= (u * (v - p)).sum(-1)).all()  # what it bounds, which is less than the error
-    assert (low > 0.5 * now).float().mean() > 0.9  # and closely
-
-
-def features_of_sparse_pairs(problem, views, share):
-    """phi(k) of the sparse pairs of page 2, `[Hs, lam, 2F]`."""
-    k = views.sparse_k[2].double().repeat_interleave(share, dim=0)
-    return feature_map(k, problem.feature_map_k.double())
+    assert_bounds_hold(problem, layout, kept, 2)
 
 
 def test_interval_1_with_a_rounded_state():

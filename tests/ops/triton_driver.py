@@ -12,6 +12,7 @@ import sys
 import torch
 from problem import (
     Problem,
+    assert_bounds_hold,
     assert_state_matches,
     full_attention,
     make_problem,
@@ -96,6 +97,34 @@ def lengths():
             for decode_from in {T, T // 2}:
                 check(problem, decode_from=decode_from)
             yield f"C {interval}, lam {lam}, T {T}"
+
+
+def each_token():
+    """Interval 1, where most scores are only bounded: the torch back end computes them all."""
+    for T, lam, share, d, F in ((130, 24, 1, 16, 16), (100, 17, 2, 20, 9)):
+        config = config_of(
+            window_size=4, sparse_cache_size=lam, update_interval=1, feature_dim=F,
+            sparse_sharing="none" if share == 1 else "kv_head",
+        )  # fmt: skip
+        problem = make_problem(T, config, group=share, Hkv=1, Hs=share, d=d, dtype=torch.float32)
+        problem.v *= torch.linspace(1, 3, T).unsqueeze(-1).unsqueeze(-1)  # a trend
+        _, layout, views = run(problem, [30, 31], decode_from=T // 2)
+        _, _, direct = run(problem, ops=portable)
+        for name in ("positions", "sparse_k", "sparse_v", "exact_k", "exact_v"):
+            assert torch.equal(getattr(views, name)[SLOT], getattr(direct, name)[SLOT]), name
+        torch.testing.assert_close(views.H[SLOT], direct.H[SLOT], **TOLERANCE)
+        assert_bounds_hold(problem, layout, views, SLOT)
+        yield f"{share} state heads per set"
+
+    # A bfloat16 H is rounded at each fold, which no bound knows of.
+    config = config_of(window_size=4, sparse_cache_size=9, update_interval=1)
+    problem = make_problem(40, config, dtype=torch.bfloat16, group=1, Hkv=1)
+    problem.config = config.model_copy(update={"state_dtype": "bfloat16"})
+    _, layout, views = run(problem, decode_from=20)
+    _, _, direct = run(problem, ops=portable)
+    assert layout.state_dtype == torch.bfloat16 and views.bounds[SLOT].isnan().all()
+    assert torch.equal(views.positions[SLOT], direct.positions[SLOT])
+    yield "a rounded state"
 
 
 def heads():
@@ -435,7 +464,8 @@ def warm():
 
 
 GROUPS = {
-    g.__name__: g for g in (lengths, heads, splits, sizes, batch, live, hard, arguments, warm)
+    g.__name__: g
+    for g in (lengths, each_token, heads, splits, sizes, batch, live, hard, arguments, warm)
 }
 
 if __name__ == "__main__":
