@@ -157,6 +157,15 @@ LOLA_DEVICE float reduce(float x) {
   return x;
 }
 
+LOLA_DEVICE int reduce_max(int x) {
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int other = __shfl_xor_sync(kAllLanes, x, offset);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
 // phi[0 .. 2F) = max(concat(softmax(y), softmax(-y)), 1e-12) by one warp; phi may start at y.
 LOLA_DEVICE void feature_map(const float* y, int F, float* phi, int lane) {
   float high = kMinusInf, low = -kMinusInf, up = 0, down = 0;

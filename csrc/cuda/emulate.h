@@ -179,6 +179,10 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
   using namespace lola::emulate;
   return bits_of<float>(exchange(bits_of<uint32_t>(x), threadIdx.x % 32 ^ mask));
 }
+inline int __shfl_xor_sync(unsigned, int x, int mask) {
+  using namespace lola::emulate;
+  return bits_of<int>(exchange(bits_of<uint32_t>(x), threadIdx.x % 32 ^ mask));
+}
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   lola::emulate::Warp& warp = lola::emulate::warps[threadIdx.x / 32];
   const unsigned parity = lola::emulate::current->parity % 2;

@@ -21,5 +21,9 @@ void launch_merge(const Params& p, cudaStream_t stream);
 template <typename T>
 void launch_update(const Params& p, cudaStream_t stream);
 
+// The same where `incremental`.
+template <typename T>
+void launch_incremental(const Params& p, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace lola

@@ -94,15 +94,18 @@ void run(const Params& p, bool vectors, cudaStream_t stream) {
   launch_features(p, stream);
   launch_decode<T>(p, vectors, stream);
   if (p.splits > 1) launch_merge(p, stream);
-  launch_update<T>(p, stream);
+  if (p.incremental) {
+    launch_incremental<T>(p, stream);
+  } else {
+    launch_update<T>(p, stream);
+  }
 }
 
-// Bounds and directions are left alone: scores are computed anew at every update.
 void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
             const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
-            const Tensor& exact_k, const Tensor& exact_v, const Tensor& /* bounds */,
-            const Tensor& /* directions */, const Tensor& slots, const Tensor& seq_lens,
+            const Tensor& exact_k, const Tensor& exact_v, const Tensor& bounds,
+            const Tensor& directions, const Tensor& slots, const Tensor& seq_lens,
             const Tensor& out, bool subtract_max, int64_t window, int64_t interval, int64_t sink) {
   const LolaSizes sizes = check_sizes({q, k, v, feature_map_q, feature_map_k, log_gate, H, s,
                                        positions, sparse_k, sparse_v, exact_k, exact_v, slots, out},
@@ -130,6 +133,12 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fea
   p.sparse_v = view<3>(sparse_v, "sparse_v");
   p.exact_k = view<3>(exact_k, "exact_k");
   p.exact_v = view<3>(exact_v, "exact_v");
+  // Each fold rounds all of a bfloat16 H, which no bound knows of.
+  p.incremental =
+      check_remembered(bounds, directions, sizes, interval, kDevice) > 0 && !p.bf16_state;
+  p.bounds = view<3>(bounds, "bounds");
+  LOLA_CHECK(bounds.scalar_type() == ScalarType::Float, "bounds: must be float32");
+  p.directions = view<3>(directions, "directions");
   const Type type = check_type(k, "k");
   for (const Tensor* t : {&v, &sparse_k, &sparse_v, &exact_k, &exact_v}) {
     LOLA_CHECK(t->scalar_type() == k.scalar_type(),
@@ -163,6 +172,8 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fea
   for (const auto* x : {&p.sparse_k, &p.sparse_v, &p.exact_k, &p.exact_v}) {
     vectors = vectors && aligned(*x, pair_bytes);
   }
+
+  p.direction_words = aligned(p.directions, 1);
 
   const int device = q.get_device_index();
 #ifndef LOLA_EMULATE

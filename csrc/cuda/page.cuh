@@ -47,6 +47,8 @@ struct Params {
   View<2> positions;           // int32 [N, Hg, lam]
   View<3> sparse_k, sparse_v;  // [N, Hg, lam, d]
   View<3> exact_k, exact_v;    // [N, Hkv, sink + ring, d]
+  View<3> bounds;              // float32 [N, Hs, kBounds, lam], only if incremental
+  View<3> directions;          // int8 [N, Hs, lam, d], only if incremental
   Indices slots, seq_lens;     // [rows]
   float* phi;                  // [rows, Hq, 2F], scratch
   float* partial;              // [rows, Hg, splits, Hq / Hg, partial_size()], scratch
@@ -54,7 +56,9 @@ struct Params {
   int64_t pages, rows;
   int64_t window, interval, sink;
   int Hq, Hkv, Hs, Hg, d, F, lam, splits;
-  bool subtract_max;  // "lolcats" mixing
+  bool subtract_max;     // "lolcats" mixing
+  bool incremental;      // interval 1: scores are bounded, few computed anew
+  bool direction_words;  // directions start at multiples of 4 bytes
 
   __host__ __device__ int heads() const { return Hq / Hg; }
   __host__ __device__ int partial_size() const { return 4 + 2 * d; }

@@ -5,140 +5,24 @@ plain C++ (csrc/cuda/emulate.h) and runs blocks, warps and barriers on the CPU: 
 arithmetic, the indexing, the launch geometry and missing barriers, but no hardware.
 """
 
-import os
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from problem import assert_state_matches, full_attention, make_problem, poisoned_pool
+from cuda_problem import TOLERANCE, check, decode, pool, run, to_device
+from problem import (
+    assert_state_matches,
+    full_attention,
+    make_problem,
+)
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import native
 from lola_vllm.ops import torch as portable
 
-ROOT = Path(__file__).parents[2]
 ETA = 10
-TOLERANCE = {
-    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
-    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
-    torch.float16: {"rtol": 3e-3, "atol": 3e-3},
-}
 DTYPES = list(TOLERANCE)
 ON_GPU = pytest.mark.gpu
-
-
-def build_emulation(folder: Path) -> Path:
-    """The CUDA sources as a CPU library, which traps where a vector is not aligned."""
-    torch_include = Path(torch.__file__).parent / "include"
-    flags = [
-        "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w", "-DLOLA_EMULATE",
-        "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", f"-I{torch_include}",
-    ]  # fmt: skip
-
-    def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        subprocess.run(
-            ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)], check=True
-        )
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sorted((ROOT / "csrc/cuda").glob("*.cu"))))
-    library = folder / "emulated.so"
-    libraries = [f"-L{torch_include.parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    subprocess.run(
-        ["g++", "-shared", "-o", str(library), *map(str, objects), *libraries], check=True
-    )
-    return library
-
-
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    torch.ops.load_library(str(build_emulation(tmp_path_factory.mktemp("emulation"))))
-    return torch.ops.lola_emulated.decode
-
-
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=ON_GPU)])
-def device(request, monkeypatch):
-    """Where tensors live; `decode` picks its op by it."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulation")
-        monkeypatch.setenv("LOLA_EMULATED_PROCESSORS", "1")
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-    if not (
-        native.load() and torch._C._dispatch_has_kernel_for_dispatch_key("lola::decode", "CUDA")
-    ):
-        pytest.skip("the extension was built without its CUDA kernels")
-    return torch.device("cuda")
-
-
-def decode(q, k, v, weights, layout, views, slots, seq_lens, out):
-    """`contract.DecodeOp` on the CUDA sources."""
-    op = torch.ops.lola.decode if q.is_cuda else torch.ops.lola_emulated.decode
-    op(
-        q, k, v, weights.feature_map_q, weights.feature_map_k, weights.log_gate, *views, slots,
-        seq_lens, out, weights.subtract_max, layout.window_size, layout.update_interval,
-        layout.sink_size,
-    )  # fmt: skip
-
-
-def to_device(problem, device):
-    names = ("q", "k", "v", "feature_map_q", "feature_map_k", "window_factors")
-    return replace(problem, **{name: getattr(problem, name).to(device) for name in names})
-
-
-def pool(layout, num_pages, device, extra_stride=0):
-    """A pool of NaN pages on the device, and its views."""
-    pages, _ = poisoned_pool(layout, num_pages, extra_stride)
-    pages = pages.to(device)
-    return pages, layout.views(pages)
-
-
-def run(problem, device, *, slot=2, decode_from=0, extra_stride=0, state_dtype=None):
-    """Decode a sequence token by token, after a prefill by the portable ops.
-
-    Returns out, layout and views on the CPU.
-    """
-    problem = to_device(problem, device)
-    layout, weights = problem.layout(state_dtype), problem.weights()
-    pages, views = pool(layout, 4, device, extra_stride)
-    out = torch.full_like(problem.q, torch.nan)
-    slots = torch.tensor([slot], dtype=torch.int32, device=device)
-    if decode_from:
-        portable.prefill(
-            problem.q[:decode_from], problem.k[:decode_from], problem.v[:decode_from], weights,
-            layout, views, slots, torch.tensor([0, decode_from]), torch.tensor([0]),
-            out[:decode_from],
-        )  # fmt: skip
-    for t in range(decode_from, len(problem.q)):
-        decode(
-            problem.q[t : t + 1], problem.k[t : t + 1], problem.v[t : t + 1], weights, layout,
-            views, slots, torch.tensor([t + 1], dtype=torch.int32, device=device), out[t : t + 1],
-        )  # fmt: skip
-    pages = pages.cpu()
-    for page in {0, 1, 2, 3} - {slot}:
-        assert (pages[page] == 0xFF).all()
-    assert (pages[slot, layout.page_bytes :] == 0xFF).all()
-    return out.cpu(), layout, layout.views(pages)
-
-
-def check(problem, device, **options):
-    """Outputs and state are the reference's."""
-    out, layout, views = run(problem, device, **options)
-    tolerance = TOLERANCE[problem.q.dtype]
-    torch.testing.assert_close(out.double(), problem.reference()[0], **tolerance)
-    # Sums are made in float32 from the same rounded inputs, whatever the dtype of the model.
-    state = {"rtol": 1e-2, "atol": 1e-2} if options.get("state_dtype") else TOLERANCE[torch.float32]
-    assert_state_matches(problem, layout, views, options.get("slot", 2), len(problem.q), **state)
 
 
 @pytest.mark.parametrize("interval", [1, 7, ETA])
@@ -317,22 +201,31 @@ def test_extreme_logits_stay_finite(device, mixing):
 
 
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
-def test_ties_keep_the_older_pair(device, sharing):
+@pytest.mark.parametrize(
+    "interval, T, newest, kept",
+    [(40, 41, 1, [0, 1, 2]), (1, 8, 1, [0, 1, 2]), (1, 8, 2, [0, 1, 3])],
+)
+def test_ties_keep_the_older_pair(device, sharing, interval, T, newest, kept):
     """Equal values have exactly equal errors against an empty state."""
     config = LolaConfig(
-        window_size=4, sparse_cache_size=3, update_interval=40, feature_dim=8,
+        window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8,
         sparse_sharing=sharing,
     )  # fmt: skip
-    problem = make_problem(41, config, dtype=torch.float32, Hs=6)
+    problem = make_problem(T, config, dtype=torch.float32, Hs=6)
     problem.v[:] = problem.v[0]
+    if sharing == "none":  # else errors are relative, and tie whatever the values
+        problem.v[3] *= newest
+    elif newest > 1:
+        pytest.skip("shared sets weigh errors by their values")
     _, layout, views = run(problem, device)
-    kept = views.positions[2].sort(-1).values.tolist()
-    assert kept == [[0, 1, 2]] * layout.num_sparse_heads
-    assert_state_matches(problem, layout, views, 2, 41, rtol=1e-4, atol=1e-4)
+    positions = views.positions[2].sort(-1).values.tolist()
+    assert positions == [kept] * layout.num_sparse_heads
+    assert_state_matches(problem, layout, views, 2, T, rtol=1e-4, atol=1e-4)
 
 
-def test_nan_scores_never_fill_more_than_the_cache(device):
-    config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=8, feature_dim=8)
+@pytest.mark.parametrize("interval", [1, 8])
+def test_nan_scores_never_fill_more_than_the_cache(device, interval):
+    config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8)
     problem = make_problem(25, config, dtype=torch.float32)
     problem.v[2:20] = torch.nan
     _, layout, views = run(problem, device)
@@ -369,6 +262,8 @@ BAD = {
     "s: dtype": lambda a: {"s": a["s"].bfloat16()},
     "feature_map_k: must be": lambda a: {"feature_map_k": a["feature_map_k"].bfloat16()},
     "positions: must be": lambda a: {"positions": a["positions"].long()},
+    "bounds: shape": lambda a: {"bounds": a["bounds"].new_empty(3, 2, 6, 6)},
+    "directions: must be": lambda a: {"directions": a["directions"].short()},
     "slots: dtype": lambda a: {"slots": a["slots"].float()},
     "slots: shape": lambda a: {"slots": a["slots"][:1]},
     "seq_lens: shape": lambda a: {"seq_lens": a["seq_lens"][:1]},

@@ -41,6 +41,7 @@ def test_every_kernel_is_there_and_spills_nothing(compiled):
         "features_kernel",
         "merge_kernel",
         *(f"decode_kernel<{t}, {d}, {heads}>" for t in types for d, heads in sizes),
+        *(f"incremental_kernel<{t}>" for t in types),
         *(f"update_kernel<{t}, {state}>" for t in types for state in ("float", "Bf16")),
     }
     assert {(row["name"], row["arch"]) for row in rows} == {(n, a) for n in names for a in ARCHS}
