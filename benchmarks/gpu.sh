@@ -69,7 +69,10 @@ if [[ $PART == all || $PART == sanitize ]]; then
 fi
 
 if [[ $PART == all || $PART == bench ]]; then
-    "$PYTHON" benchmarks/ops.py --device cuda --out "$OUT/ops.json"
+    for ops in triton cuda; do # Llama-3.1-8B's layer, both back ends
+        LOLA_VLLM_OPS=$ops "$PYTHON" benchmarks/ops.py --device cuda --batches 1 8 64 256 \
+            --heads 32 --kv-heads 8 --state-heads 8 --head-dim 128 --out "$OUT/ops_$ops.json"
+    done
     "$PYTHON" benchmarks/engine.py --out "$OUT/engine.json"
     for graphs in piecewise full; do
         LOLA_VLLM_CUDA_GRAPHS=$graphs "$PYTHON" benchmarks/engine.py --compile \
