@@ -134,16 +134,16 @@ class LolaAttention(nn.Module, MambaBase):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, metadata: LolaMetadata) -> None:
         """Run a step's decodes and prefills: q, out `[T, Hq * d]`, k, v `[T, Hkv * d]`."""
         assert self.views is not None and self.weights is not None
-        q, out = (x.unflatten(-1, (self.num_heads, self.head_dim)) for x in (q, out))
-        k, v = (x.unflatten(-1, (self.num_kv_heads, self.head_dim)) for x in (k, v))
+        # Thirty layers of views and slices are a percent of a small model's step: none for nothing.
+        q, out = (x.view(-1, self.num_heads, self.head_dim) for x in (q, out))
+        k, v = (x.view(-1, self.num_kv_heads, self.head_dim) for x in (k, v))
         page = (self.weights, self.layout, self.views)
         if metadata.num_decodes:
-            assert metadata.state_indices_tensor_d is not None
-            slots = metadata.state_indices_tensor_d[:, 0]
-            rows = len(slots)
-            self.ops.decode(
-                q[:rows], k[:rows], v[:rows], *page, slots, metadata.seq_lens[:rows], out[:rows]
-            )
+            slots, seq_lens = metadata.decode_rows
+            rows = (q, k, v, out)
+            if len(slots) < len(q):  # prefills follow
+                rows = (q[: len(slots)], k[: len(slots)], v[: len(slots)], out[: len(slots)])
+            self.ops.decode(rows[0], rows[1], rows[2], *page, slots, seq_lens, rows[3])
         if metadata.num_prefills:
             assert metadata.state_indices_tensor_p is not None
             assert metadata.query_start_loc_p_cpu is not None

@@ -7,6 +7,7 @@ prefill is planned without waiting for the device.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,16 @@ class LolaMetadata(ShortConvAttentionMetadata):
 
     query_start_loc_p_cpu: torch.Tensor | None = None
     context_lens_p_cpu: torch.Tensor | None = None
+
+    @functools.cached_property
+    def decode_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots and token counts of the rows that decode, cut out once for all layers.
+
+        Not a field: vLLM copies metadata with other block tables in it.
+        """
+        assert self.state_indices_tensor_d is not None
+        slots = self.state_indices_tensor_d[:, 0]
+        return slots, self.seq_lens[: len(slots)]
 
 
 class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
