@@ -46,3 +46,14 @@ def test_interval_1_with_a_rounded_state(device):
     assert views.bounds[2].isnan().all()  # left as they were
     direct = portable_page(problem, layout)
     assert torch.equal(direct.positions[2].sort().values, views.positions[2].sort().values)
+
+
+def test_more_pairs_than_shared_memory_holds(device):
+    """Scores and lists of a cache that large lie in memory; after a prefill all are computed."""
+    config = LolaConfig(window_size=5, sparse_cache_size=2800, update_interval=1, feature_dim=4)
+    problem = make_problem(2809, config, Hkv=1, group=1, d=4, dtype=torch.float32)
+    _, layout, views = run(problem, device, decode_from=2807)
+    assert int(layout.num_folded(torch.tensor(2809))) == 4
+    direct = portable_page(problem, layout)
+    assert torch.equal(direct.positions[2], views.positions[2])
+    torch.testing.assert_close(direct.H[2], views.H[2], rtol=1e-4, atol=1e-4)
