@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from servers import BIN, MODEL, Server, serving
+from servers import BIN, KEY, MODEL, Server, serving
 
-KEY = "a-secret-key"
 OPTIONS = ["--enforce-eager", "--max-model-len", "2048", "--served-model-name", "smollm2"]
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "smollm2-lola"
 BIN = Path(sys.executable).parent
 START_LIMIT_S = 300
+KEY = "a-secret-key"  # of the server that wants one
 
 
 class Server:

@@ -9,8 +9,7 @@ import threading
 import httpx
 import pytest
 from browser import chromium
-from conftest import KEY
-from servers import BIN
+from servers import BIN, KEY
 
 from lola_vllm.serving.inspector import inspector_page
 from lola_vllm.serving.inspector.local import Inspector, InspectorError
