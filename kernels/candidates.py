@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lola_vllm.kernels.common import exact_row, window_start
+from lola_vllm.kernels.common import exact_row, read_state, window_start
 
 BLOCK_R = 256  # rows whose token counts are looked at together
 RECALL_EPS = tl.constexpr(1e-6)  # as in the reference
@@ -54,3 +54,21 @@ def gather(
     exact_at = exact_ptr + (kv_head * (SINK + ETA + C) + row) * D
     at = tl.where(e < LAM, sparse_at, exact_at)[:, None] + cols[None, :]
     return tl.load(at, mask=ok[:, None] & (cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def recall_error(
+    k, v, value, w_ptr, h_ptr, s_ptr, cols, num_features, D: tl.constexpr, F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """v - p `[M, BLOCK_D]`, its length, phi(k) s + 1e-6 and ||phi(k)||^2 `[M]` of one head.
+
+    value: ||v||. Pointers and num_features: as in `read_state`.
+    """
+    predicted, z, square = read_state(k, w_ptr, h_ptr, s_ptr, cols, num_features, D, F, PRECISION)
+    z += RECALL_EPS
+    error = v - predicted / z[:, None]
+    # Against an empty state the error is the norm, and ratios of the two must tie exactly: so one
+    # sum serves both, and they are divided as divisions should round.
+    size = tl.where(num_features > 0, tl.sqrt_rn(tl.sum(error * error, 1)), value)
+    return error, size, z, square

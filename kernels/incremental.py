@@ -24,8 +24,9 @@ from lola_vllm.kernels.candidates import (
     due_rows,
     gather,
     nth_row,
+    recall_error,
 )
-from lola_vllm.kernels.common import read_state, window_start
+from lola_vllm.kernels.common import window_start
 
 # Numbers of a pair and state head: the rows of `bounds`.
 LOW, SUM, VALUE, FEATURES, ALONG, SCALE, NUMBERS = (tl.constexpr(i) for i in range(7))
@@ -35,6 +36,17 @@ MOST_FEATURES = tl.constexpr(1.4143)  # ||phi|| of two softmaxes is at most sqrt
 BLOCK_T = 16  # pairs scored at a time: the smallest side of a tensor-core product
 BLOCK_P = 64  # pairs whose bounds are lowered at a time
 SCORE_WARPS = 8
+
+
+@triton.jit
+def store_numbers(at, ld: tl.constexpr, low, total, value, features, along, scale, ok):
+    """Number r of each pair to at + r ld."""
+    tl.store(at + LOW * ld, low, mask=ok)
+    tl.store(at + SUM * ld, total, mask=ok)
+    tl.store(at + VALUE * ld, value, mask=ok)
+    tl.store(at + FEATURES * ld, features, mask=ok)
+    tl.store(at + ALONG * ld, along, mask=ok)
+    tl.store(at + SCALE * ld, scale, mask=ok)
 
 
 @triton.jit
@@ -61,13 +73,10 @@ def score_pairs(
     total = tl.zeros([which.shape[0]], tl.float32)
     for i in range(SHARE):
         head = group * SHARE + i
-        predicted, z, square = read_state(
-            k, wk_ptr + head * D * F, h_at + head * 2 * F * D, s_at + head * 2 * F, cols,
+        error, size, z, square = recall_error(
+            k, v, value, wk_ptr + head * D * F, h_at + head * 2 * F * D, s_at + head * 2 * F, cols,
             num_features, D, F, PRECISION,
         )  # fmt: skip
-        error = v - predicted / (z + RECALL_EPS)[:, None]
-        # Against an empty state the two are equal, and ratios must tie exactly.
-        size = tl.where(num_features > 0, tl.sqrt_rn(tl.sum(error * error, 1)), value)
         features = tl.where(num_features > 0, tl.sqrt_rn(square), MOST_FEATURES)
 
         largest = tl.max(tl.abs(error), 1)
@@ -81,21 +90,11 @@ def score_pairs(
         along = tl.sum(u * v, 1) * scale
 
         at = bounds_at + head * NUMBERS * LAM + which
-        tl.store(at + LOW * LAM, low, mask=cached)
-        tl.store(at + SUM * LAM, z + RECALL_EPS, mask=cached)
-        tl.store(at + VALUE * LAM, value, mask=cached)
-        tl.store(at + FEATURES * LAM, features, mask=cached)
-        tl.store(at + ALONG * LAM, along, mask=cached)
-        tl.store(at + SCALE * LAM, scale, mask=cached)
+        store_numbers(at, LAM, low, z, value, features, along, scale, cached)
         at = directions_at + (head * LAM + which)[:, None] * D + cols[None, :]
         tl.store(at, u.to(tl.int8), mask=cached[:, None] & pairs)
         at = fresh_at + i * (NUMBERS + D) + tl.zeros_like(which)
-        tl.store(at + LOW, low, mask=new)
-        tl.store(at + SUM, z + RECALL_EPS, mask=new)
-        tl.store(at + VALUE, value, mask=new)
-        tl.store(at + FEATURES, features, mask=new)
-        tl.store(at + ALONG, along, mask=new)
-        tl.store(at + SCALE, scale, mask=new)
+        store_numbers(at, 1, low, z, value, features, along, scale, new)
         tl.store(at[:, None] + NUMBERS + cols[None, :], u, mask=new[:, None] & pairs)
 
         least = tl.where(value < RECALL_EPS, RECALL_EPS, value)

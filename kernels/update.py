@@ -32,6 +32,7 @@ from lola_vllm.kernels.candidates import (
     due_rows,
     gather,
     nth_row,
+    recall_error,
 )
 from lola_vllm.kernels.common import (
     MIN_DOT,
@@ -40,7 +41,6 @@ from lola_vllm.kernels.common import (
     features,
     num_processors,
     product,
-    read_state,
     window_start,
 )
 from lola_vllm.kernels.incremental import (
@@ -163,15 +163,11 @@ def score_kernel(
             total = tl.zeros([BLOCK_E], tl.float32)
             for i in range(SHARE):
                 head = group * SHARE + i
-                predicted, z, _ = read_state(
-                    k, wk_ptr + head * D * F, h_ptr + page * state_page + head * 2 * F * D,
+                _, size, _, _ = recall_error(
+                    k, v, norm, wk_ptr + head * D * F, h_ptr + page * state_page + head * 2 * F * D,
                     s_ptr + page * state_page + head * 2 * F, cols, num_features,
                     D, F, PRECISION,
                 )  # fmt: skip
-                error = v - predicted / (z + RECALL_EPS)[:, None]
-                # Against an empty state the error is the norm, and the ratios must tie exactly:
-                # so one sum serves both, and the division rounds as it should.
-                size = tl.where(num_features > 0, tl.sqrt_rn(tl.sum(error * error, 1)), norm)
                 total += size if SHARE == 1 else tl.div_rn(size, least)
             if SHARE > 1:
                 total = total / SHARE

@@ -135,6 +135,14 @@ struct Row<T, 0> {
   static LOLA_DEVICE float get(const Raw& raw, int i) { return to_float(raw.x[i]); }
 };
 
+// Threads of a block that stand side by side on the columns of a matrix; the others take more rows
+// of it.
+__host__ __device__ constexpr int columns(int width, int threads) {
+  int side = kWarp;
+  while (side < width && side < threads) side *= 2;
+  return side;
+}
+
 // --- warp reductions: every lane gets the result, in a fixed order ---
 
 struct Sum {

@@ -9,11 +9,8 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kRows = kThreads / kWarp;  // a warp per row takes the softmaxes
 
-// Threads that stand side by side on the columns of the matrix; the others take more rows of it.
-__host__ __device__ int columns(int F) { return F <= 32 ? 32 : F <= 64 ? 64 : kThreads; }
-
 std::size_t shared_bytes(const Params& p) {
-  const std::size_t parts = kThreads / columns(p.F);
+  const std::size_t parts = kThreads / columns(p.F, kThreads);
   return kRows * (p.d + parts * p.F) * sizeof(float);
 }
 
@@ -42,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const Params p) {
   }
   __syncthreads();
 
-  const int width = columns(p.F), parts = kThreads / width, part = thread / width;
+  const int width = columns(p.F, kThreads), parts = kThreads / width, part = thread / width;
   const int share = (p.d + parts - 1) / parts, begin = part * share;
   const int end = begin + share < p.d ? begin + share : p.d;
   const float* const W = p.feature_map_q + static_cast<int64_t>(head) * p.d * p.F;

@@ -19,11 +19,6 @@ constexpr int kNewcomer = -1;  // in the place of a slot: the pair that is evict
 constexpr int kLikely = kTile - 1;
 static_assert(kTile <= kWarps, "a warp for each pair of a tile");
 
-// Threads that stand side by side on the columns of a matrix; the others take more rows of it.
-__host__ __device__ constexpr int columns(int n) {
-  return n <= 32 ? 32 : n <= 64 ? 64 : n <= 128 ? 128 : kThreads;
-}
-
 struct Shared {
   float *k, *v, *phi, *recalled;  // [kTile] rows of whole vectors
   float* parts;                   // sums of products of a tile, in parts of the matrix
@@ -84,7 +79,7 @@ LOLA_DEVICE Place place_of(const Params& p, int64_t page, int set, int j, int sl
 // memory, `lda` and `ldo` apart. By the whole block, which may read `out` afterwards.
 LOLA_DEVICE void product(const float* a, int lda, const float* b, int64_t ldb, int rows, int width,
                          float* parts, float* out, int ldo) {
-  const int thread = threadIdx.x, side = columns(width), num_parts = kThreads / side;
+  const int thread = threadIdx.x, side = columns(width, kThreads), num_parts = kThreads / side;
   const int part = thread / side, share = (rows + num_parts - 1) / num_parts;
   const int begin = part * share, end = begin + share < rows ? begin + share : rows;
   for (int n = thread % side; n < width; n += side) {
@@ -268,22 +263,13 @@ LOLA_DEVICE void find_loser(const Params& p, const int32_t* positions, int lane,
 // Puts the newcomer into a slot.
 template <typename T>
 LOLA_DEVICE void enter(const Params& p, const Candidates<T>& c, int slot, const Shared& x) {
-  T* const k = p.sparse_k.at<T>(c.page, c.set, slot);
-  T* const v = p.sparse_v.at<T>(c.page, c.set, slot);
-  const T *const from_k = c.k(c.cached), *const from_v = c.v(c.cached);
-  for (int i = threadIdx.x; i < p.d; i += kThreads) {
-    k[i] = from_k[i];
-    v[i] = from_v[i];
-    for (int j = 0; j < p.Hs / p.Hg; ++j) {
-      place_of(p, c.page, c.set, j, slot, x).direction[i] = x.directions[j * p.d + i];
-    }
+  c.put(c.cached, slot, threadIdx.x, kThreads);
+  for (int i = threadIdx.x; i < p.Hs / p.Hg * p.d; i += kThreads) {
+    place_of(p, c.page, c.set, i / p.d, slot, x).direction[i % p.d] = x.directions[i];
   }
   for (int i = threadIdx.x; i < p.Hs / p.Hg * kBounds; i += kThreads) {
     const Place to = place_of(p, c.page, c.set, i / kBounds, slot, x);
     to.numbers[i % kBounds * to.ld] = x.numbers[i];
-  }
-  if (threadIdx.x == 0) {
-    p.positions.at<int32_t>(c.page, c.set)[slot] = static_cast<int32_t>(c.start);
   }
 }
 

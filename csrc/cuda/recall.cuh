@@ -37,6 +37,17 @@ struct Candidates {
     return i < cached ? p.sparse_v.template at<const T>(page, set, i)
                       : p.exact_v.template at<const T>(page, kv, p.exact_row(start + i - cached));
   }
+  // Puts an evicted pair i into a slot, by `count` threads of which this is number `thread`.
+  LOLA_DEVICE void put(int i, int slot, int thread, int count) const {
+    T* const to_k = p.sparse_k.template at<T>(page, set, slot);
+    T* const to_v = p.sparse_v.template at<T>(page, set, slot);
+    const T *const from_k = k(i), *const from_v = v(i);
+    for (int j = thread; j < p.d; j += count) {
+      to_k[j] = from_k[j];
+      to_v[j] = from_v[j];
+    }
+    if (thread == 0) p.positions.template at<int32_t>(page, set)[slot] = position(i);
+  }
 };
 
 // A row of d elements as floats with zeros up to whole vectors; zeros alone where it is not valid.

@@ -184,21 +184,13 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int co
 
 // The i-th pair that arrives takes the i-th slot that is empty or whose pair was folded.
 template <typename T>
-LOLA_DEVICE void replace(const Params& p, const Candidates<T>& c, const Shared& x) {
+LOLA_DEVICE void replace(const Candidates<T>& c, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int i = warp; i < x.counts[2]; i += kWarps) {
     const int source = x.arrived[i];
     const int slot = i < x.counts[1] ? x.folded[i] : c.cached + (i - x.counts[1]);
-    T* const k = p.sparse_k.at<T>(c.page, c.set, slot);
-    T* const v = p.sparse_v.at<T>(c.page, c.set, slot);
-    const T* const from_k = c.k(source);
-    const T* const from_v = c.v(source);
-    for (int j = lane; j < p.d; j += kWarp) {
-      k[j] = from_k[j];
-      v[j] = from_v[j];
-    }
-    if (lane == 0) p.positions.at<int32_t>(c.page, c.set)[slot] = x.positions[source];
+    c.put(source, slot, lane, kWarp);
   }
 }
 
@@ -222,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
   for (int j = 0; j < p.Hs / p.Hg; ++j) {
     fold<T, S>(p, c, c.set * (p.Hs / p.Hg) + j, x.counts[0], fresh, x);
   }
-  replace(p, c, x);  // only now: what was folded is overwritten
+  replace(c, x);  // only now: what was folded is overwritten
 }
 
 }  // namespace

@@ -213,10 +213,9 @@ def test_ties_keep_the_older_pair(device, sharing, interval, T, newest, kept):
     )  # fmt: skip
     problem = make_problem(T, config, dtype=torch.float32, Hs=6)
     problem.v[:] = problem.v[0]
-    if sharing == "none":  # else errors are relative, and tie whatever the values
-        problem.v[3] *= newest
-    elif newest > 1:
-        pytest.skip("shared sets weigh errors by their values")
+    problem.v[3] *= newest
+    if sharing == "kv_head":  # errors are relative, and tie whatever the values
+        kept = [0, 1, 2]
     _, layout, views = run(problem, device)
     positions = views.positions[2].sort(-1).values.tolist()
     assert positions == [kept] * layout.num_sparse_heads
