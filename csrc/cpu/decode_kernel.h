@@ -309,7 +309,7 @@ void decode_set(const LolaArgs& a, const DecodeItem& item, const T* phi, DecodeS
     copy_row(a.exact_k.at(page, kv, a.exact_row(position)), fresh.k, fresh.row_bytes);
     copy_row(a.exact_v.at(page, kv, a.exact_row(position)), fresh.v, fresh.row_bytes);
   }
-  if (a.update_due(n)) update_alone<T>(a, page, set, n, x.update);
+  if (a.update_due(n)) update_alone<T>(a, page, set, n, x.update, &x.ahead);
 }
 
 // Zeros for the query heads of a set: the answer of a row that is padding.

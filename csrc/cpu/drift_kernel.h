@@ -86,13 +86,14 @@ LOLA_INLINE V lower(V low, V sum, V c, V along, V there) {
 // per pair.
 template <typename T>
 void drift_apart(const LolaArgs& a, int64_t page, int64_t head, const T* phi_l, const T* v_l,
-                 UpdateScratch<T>& x) {
+                 UpdateScratch<T>& x, Ahead* ahead) {
   const int64_t lam = a.lam, d = a.d;
   const int8_t* const u = a.direction_rows(page, head);
   T* const along = x.scores;
   Vec<T> lanes[4];
   int64_t i = 0;
   for (; i + 4 <= lam; i += 4) {
+    ahead->template ask<3>();
     along_directions<T, 4>(u + i * d, d, v_l, lanes);
     sum_lanes(lanes, along + i, 1);
   }

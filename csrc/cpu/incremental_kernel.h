@@ -152,12 +152,13 @@ int64_t loser_slot(const LolaArgs& a, int64_t page, int64_t set, bool empty, T n
 // H += phi v^T, s += phi for one pair. `empty`: H and s hold leftovers and are written instead.
 template <typename T>
 void fold_one(const LolaArgs& a, int64_t page, int64_t head, bool empty, const T* phi, const T* v,
-              const SreScratch<T>& x) {
+              const SreScratch<T>& x, Ahead* ahead) {
   const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, Fp = round_up<T>(F2);
   const SreArgs& r = a.recall;
   const bool in_place = !fold_rounds<T>(a) && d == dp && !empty;
   T* const s = x.s;
   for (int64_t f = 0; f < F2; ++f) {
+    ahead->template ask<2>();
     char* const stored = r.H.at(page, head, f);
     if (in_place) {
       T* const row = reinterpret_cast<T*>(stored);
@@ -182,7 +183,7 @@ void fold_one(const LolaArgs& a, int64_t page, int64_t head, bool empty, const T
 // The update of interval 1: one pair is evicted, and at most one folded.
 template <typename T>
 void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
-                        UpdateScratch<T>& x) {
+                        UpdateScratch<T>& x, Ahead* ahead) {
   const Candidates c(a, page, set, n);
   const int64_t share = a.Hs / a.Hg, d = a.d, dp = round_up<T>(d), lam = a.lam;
   const bool empty = a.num_folded(n - 1) == 0, folds = c.cached == lam;
@@ -220,15 +221,16 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
   for (int64_t j = 0; folds && j < share; ++j) {
     const int64_t head = set * share + j;
     map_keys(a.recall, y, head, 1, y.phi);
-    fold_one(a, page, head, empty, y.phi, y.v, y);
-    drift_apart(a, page, head, y.phi, y.v, x);
+    fold_one(a, page, head, empty, y.phi, y.v, y, ahead);
+    drift_apart(a, page, head, y.phi, y.v, x, ahead);
   }
 }
 
 // An update that knows nothing of the ones before.
 template <typename T>
-void update_alone(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x) {
-  if (a.incremental) return update_incremental(a, page, set, n, x);
+void update_alone(const LolaArgs& a, int64_t page, int64_t set, int64_t n, UpdateScratch<T>& x,
+                  Ahead* ahead) {
+  if (a.incremental) return update_incremental(a, page, set, n, x, ahead);
   Features<T> f{x.features, 0};
   decide_update<T>(a, page, set, n, f, nullptr, x);
   commit_update<T>(a, page, set, n, f, nullptr, x);

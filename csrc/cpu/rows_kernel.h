@@ -21,8 +21,8 @@ LOLA_INLINE Vec<T> load_as(const char* row, int64_t i) {
 // What will be read after what is being read now, in that order, across the borders of runs and
 // pages: the rest of an item and the next one. Memory is to work while the arithmetic does, without
 // a pause, so every loop asks for about as much as comes in the time that it takes: those over keys
-// for less than they read, those over values, which compute more, and those that read nothing of a
-// page for more.
+// and values for what they read, that over H, whose rows are wider, for half of it, and for the
+// rest those that read nothing of a page, or what has been read before, as an update does.
 struct Ahead {
   static constexpr uint32_t kRanges = 32;
   // Bytes to be ahead of the loads at the beginning of an item: a small part of the L2 cache, for
@@ -116,7 +116,7 @@ LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_byt
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
     if (ahead != nullptr) {
-      for (int64_t j = 0; j < row_bytes; j += 128) ahead->template ask<5>();
+      for (int64_t j = 0; j < row_bytes; j += 128) ahead->template ask<8>();
     }
     dot_tile<T, D, G, 4>(q, dp, k + i * row_bytes, row_bytes, z + i, ld);
   }
@@ -127,7 +127,7 @@ LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_byt
 template <typename T, DType D, int G, int V>
 LOLA_INLINE void add_rows(const T* p, int64_t ld, const char* v, int64_t row_bytes, int64_t count,
                           T* y, int64_t dp, Ahead* ahead) {
-  constexpr int kLines = (5 * V * kLanes<T> * size_of(D) + 63) / 64;  // of four rows
+  constexpr int kLines = (4 * V * kLanes<T> * size_of(D) + 63) / 64;  // of four rows
   Vec<T> acc[G][V];
 #pragma GCC unroll 8
   for (int h = 0; h < G; ++h) {
@@ -158,7 +158,7 @@ LOLA_INLINE void add_rows(const T* p, int64_t ld, const char* v, int64_t row_byt
 template <typename T, int R, int V>
 LOLA_INLINE void recall_tile(const T* phi, int64_t ld, const T* H, int64_t H_ld, int64_t F2, T* y,
                              int64_t dp, Ahead* ahead) {
-  constexpr int kLines = (4 * V * LOLA_VEC_BYTES / 2 + 63) / 64;  // of two rows
+  constexpr int kLines = (V * LOLA_VEC_BYTES + 63) / 64;  // of two rows, half of them
   Vec<T> acc[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
