@@ -142,10 +142,12 @@ def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> di
     bytes_read = idle.bytes_read(quiet)
     large = torch.ones(64 * 2**20, device=args.device)
     other = torch.empty_like(large)
+    pieces = itertools.cycle(large.split(bytes_read // large.itemsize)[:-1])
     runs: dict[str, Callable[[], object]] = {
         "frozen": lambda: idle.step(quiet),
         "update": update,
         "read": large.sum,
+        "short": lambda: next(pieces).sum(),
         "copy": lambda: other.copy_(large),
     }
     if idle is not case:
@@ -174,6 +176,7 @@ def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> di
         "update_of_direct": (update_s - frozen_s) / (direct_s - frozen_s),
         "gb_per_s": speed / 1e9,
         "of_read": speed / read,
+        "of_short_read": found["short"] / frozen_s,
         "of_copy": speed / copy,
         "read_gb_per_s": read / 1e9,
         "copy_gb_per_s": copy / 1e9,
