@@ -73,7 +73,7 @@ void pairs_rows(const char* q, int64_t q_bytes, const char* k, int64_t row_bytes
   int64_t i = 0;
   for (; i + kDotRows <= count; i += kDotRows, k += kDotRows * row_bytes) {
     if (ahead != nullptr) {
-      for (int64_t j = 0; j < row_bytes; j += 64) ahead->ask<8>();
+      for (int64_t j = 0; j < row_bytes; j += 64) ahead->ask<kDotRows>();
     }
     pairs_tile<G>(q, q_bytes, k, row_bytes, kDotRows, scale, z + i, ld);
   }

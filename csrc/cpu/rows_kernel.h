@@ -69,7 +69,10 @@ struct Ahead {
 
   template <int N>
   LOLA_INLINE void ask() {
-    if (end - at < N * 64) return ask_slowly(N);
+    if (end - at < N * 64) {
+      if (at < end || first != last) ask_slowly(N);  // a run of new tokens announces nothing
+      return;
+    }
 #pragma GCC unroll 32
     for (int i = 0; i < N; ++i) __builtin_prefetch(at + i * 64, 0, kL2);
     at += N * 64;
@@ -116,7 +119,7 @@ LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_byt
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
     if (ahead != nullptr) {
-      for (int64_t j = 0; j < row_bytes; j += 128) ahead->template ask<8>();
+      for (int64_t j = 0; j < row_bytes; j += 64) ahead->template ask<4>();
     }
     dot_tile<T, D, G, 4>(q, dp, k + i * row_bytes, row_bytes, z + i, ld);
   }
