@@ -1,5 +1,5 @@
 # make serve   set up, build, make the demo model on first use, serve it on 127.0.0.1:8000
-# make test    set up, build, run every test
+# make test    set up, build, run every test (WORKERS at once, 2 GB of memory for each)
 # make recall  measure recall and perplexity of the demo model, as README.md shows them
 # make choices train small models that differ in one choice each, and measure their recall
 # make lint    formatting, lint and type checks
@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 MODEL ?= models/smollm2-lola
 HOST ?= 127.0.0.1
 PORT ?= 8000
+WORKERS ?= 2
 
 # Threads that spin while they wait slow each other down when the machine has other work, and
 # pinning would put two engines on the same core.
@@ -37,7 +38,8 @@ serve: $(VENV)/.ready | $(MODEL)
 	$(BIN)/vllm serve $(MODEL) --host $(HOST) --port $(PORT)
 
 test: $(VENV)/.ready | models/smollm2-lola
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=10 \
+		$(PYTEST_ARGS)
 
 recall: $(VENV)/.ready | models/smollm2-lola
 	benchmarks/recall.sh

@@ -12,6 +12,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "ops"))  # tests share ops/problem.py
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several workers share the tests, a module stays on one of them, for what its tests
+    share; the HTTP tests stay together, as they share two servers."""
+    for item in items:
+        together = item.path.parent if item.path.parent.name == "serving" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(together)))
+
+
 @pytest.fixture
 def fresh_choice(monkeypatch):
     """The back end is chosen anew, by nothing in the environment, and again after the test."""

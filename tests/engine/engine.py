@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.platforms import current_platform
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+
+
+@functools.cache
+def _replace_kernels_once() -> None:
+    """vLLM's platform replaces Triton's kernels at each start of an engine, by a search through all
+    modules that takes longer than the rest of the start. Once per process is enough."""
+    register = getattr(current_platform, "register_triton_kernel_overrides", None)
+    if register is not None:
+        once = functools.cache(register)
+        type(current_platform).register_triton_kernel_overrides = staticmethod(once)
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """vLLM collects garbage nine times in an engine's life, each time over all its modules."""
+    with mock.patch.object(gc, "collect", lambda *_: 0):
+        yield
 
 
 @contextlib.contextmanager
@@ -26,16 +46,20 @@ def engine(model: Any, **options: Any) -> Iterator[LLM]:
         "disable_log_stats": False,
         "enable_prefix_caching": False,
     }
-    llm = LLM(**{**defaults, **options})
+    _replace_kernels_once()
+    with _no_collections():
+        llm = LLM(**{**defaults, **options})
     try:
         yield llm
     finally:
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
+        with _no_collections():
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
         gc.collect()
+        gc.freeze()  # the next start does not look through what stays
 
 
 def generate(
