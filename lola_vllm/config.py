@@ -90,6 +90,21 @@ class LolaConfig(BaseModel):
                 f"per query head ({num_heads}) or per KV head ({num_kv_heads})"
             )
 
+    def check_ranks(self, ranks: int, num_kv_heads: int, num_state_heads: int) -> None:
+        """Raise `LolaConfigError` if ranks would part the state heads that share a sparse set.
+
+        Each rank would choose pairs by the mean over its own heads alone, so that answers would
+        depend on the number of ranks.
+        """
+        shared = self.sparse_sharing == "kv_head" and num_state_heads != num_kv_heads
+        if shared and num_kv_heads % ranks:
+            raise LolaConfigError(
+                "lola_config.sparse_sharing = 'kv_head': the state heads of a KV head choose "
+                f"their sparse set together, and {ranks} tensor-parallel ranks would part them "
+                f"({num_state_heads} state heads, {num_kv_heads} KV heads); use a "
+                f"tensor-parallel size that divides {num_kv_heads}, or sparse_sharing = 'none'"
+            )
+
 
 def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:
     """Whether tensor-parallel ranks can divide the heads, as vLLM divides them.

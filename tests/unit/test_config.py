@@ -76,3 +76,23 @@ def test_state_heads_lie_between_kv_and_query_heads(heads, ok):
     else:
         with pytest.raises(LolaConfigError, match=f"num_state_heads = {heads}"):
             LolaConfig().check_heads(9, 3, heads)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "state_heads", "sharing", "ok"),
+    [
+        (4, 32, "kv_head", True),
+        (8, 32, "kv_head", True),
+        (16, 32, "kv_head", False),
+        (16, 16, "kv_head", False),
+        (16, 8, "kv_head", True),  # a state head per KV head: nothing is shared
+        (16, 32, "none", True),
+    ],
+)
+def test_ranks_do_not_part_the_heads_that_share_a_sparse_set(ranks, state_heads, sharing, ok):
+    config = LolaConfig(sparse_sharing=sharing)
+    if ok:
+        config.check_ranks(ranks, 8, state_heads)
+    else:
+        with pytest.raises(LolaConfigError, match=rf"'kv_head'.*{ranks} tensor-parallel.*'none'"):
+            config.check_ranks(ranks, 8, state_heads)
