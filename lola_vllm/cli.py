@@ -45,13 +45,17 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="LoLCATs' first stage: feature maps (.safetensors, else a torch.save file)",
+        help="LoLCATs' first stage: feature maps (.safetensors, else a torch.save file); adapters "
+        "in the same file are merged",
     )
     parser.add_argument(
         "--lora", type=Path, metavar="FILE", help="LoLCATs' second stage: adapters to merge"
     )
     parser.add_argument(
-        "--lora-alpha", type=float, metavar="X", help="scale of the adapters (default: 16)"
+        "--lora-alpha",
+        type=float,
+        metavar="X",
+        help="scale of the adapters (default: twice their rank, as LoLCATs trains)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
@@ -59,6 +63,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.checkpoint.convert import convert_checkpoint
+        from lola_vllm.checkpoint.lolcats import holds_lora
 
         config = convert_checkpoint(
             args.base,
@@ -69,7 +74,8 @@ def _convert(parser: argparse.ArgumentParser) -> None:
             lora_alpha=args.lora_alpha,
             force=args.force,
         )
-        summarize(args.out, config, "LoLCATs", "; LoRA merged" if args.lora else "")
+        merged = args.lora or holds_lora(args.distill)
+        summarize(args.out, config, "LoLCATs", "; LoRA merged" if merged else "")
         return 0
 
     parser.set_defaults(run=run)
