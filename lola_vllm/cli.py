@@ -124,7 +124,13 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
         help="config.json of a LoLA model or a base, or its directory; no weights needed",
     )
     parser.add_argument(
-        "--memory-gib", type=float, metavar="N", help="room for states: how many sequences fit"
+        "--memory-gib",
+        type=float,
+        metavar="N",
+        help="room for states: how many sequences fit, and how many of stock vLLM",
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="length in tokens to compare with stock vLLM at"
     )
     parser.add_argument(
         "--dtype", default="bfloat16", metavar="NAME", help="of keys and values (default: bfloat16)"
@@ -133,7 +139,7 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="numbers of one such rank"
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    add_state_heads(add_lola_options(parser), None, "as the model says, else query")
+    add_state_heads(add_lola_options(parser), None, "as the model says; of a base: kv")
 
     def run(args: argparse.Namespace) -> int:
         import json
@@ -147,6 +153,7 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
             dtype=args.dtype,
             tensor_parallel_size=args.tensor_parallel_size,
             memory_gib=args.memory_gib,
+            context=args.context,
         )
         print(json.dumps(result.to_json(), indent=2) if args.json else format_table(result))
         return 0
