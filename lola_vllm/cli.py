@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lola_vllm.checkpoint.families import BASE_NAMES
-from lola_vllm.cli_options import add_lola_options, add_state_heads, lola_config_of, summarize
+from lola_vllm.cli_options import (
+    Parser,
+    add_lola_options,
+    add_state_heads,
+    lola_config_of,
+    summarize,
+)
 from lola_vllm.distill.command import add_options as _distill
 from lola_vllm.eval.command import add_options as _eval
+
+# Exit statuses that a shell gives to what a signal ended: 128 and the signal's number.
+INTERRUPTED, PIPE_CLOSED = 130, 141
 
 _BASE = f"a local {BASE_NAMES}, not quantized"
 
@@ -247,11 +257,21 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lola-vllm", description="LoLA attention for vLLM")
+    parser = Parser(prog="lola-vllm", description="LoLA attention for vLLM")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (add_options, text) in COMMANDS.items():
         add_options(subparsers.add_parser(name, help=text, description=text))
     return parser
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe without a reader; what is left for it is then dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -261,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default `sys.argv[1:]`.
 
     Returns:
-        0, or 2 after an error of the user's, which is told in one message on stderr.
+        0; 2 after an error of the user's, which is told in one message on stderr; 130 after
+        Ctrl-C; 141 where the reader of a pipe, such as `head`, has enough.
 
     Raises:
         SystemExit: argparse's, for `--help` and for a malformed command line.
@@ -269,7 +290,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         status: int = args.run(args)
+        sys.stdout.flush()  # a broken pipe shows here, or else when Python ends, with a traceback
+    except KeyboardInterrupt:
+        goes_on = "; go on with the same command and --resume" if hasattr(args, "resume") else ""
+        print(f"\nlola-vllm: interrupted{goes_on}", file=sys.stderr)
+        return INTERRUPTED
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return PIPE_CLOSED
         # A ValueError from elsewhere is a fault of ours and keeps its traceback.
         ours = type(error).__module__.partition(".")[0] == "lola_vllm"
         if not ours and not isinstance(error, OSError):
