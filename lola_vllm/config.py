@@ -7,6 +7,7 @@ Two classes: `LolaConfig` (pydantic) is the `lola_config` object of a checkpoint
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -132,8 +133,15 @@ def _explain(error: ValidationError) -> str:
                 f"all: {', '.join(fields)}"
             )
         else:
-            lines.append(f"lola_config.{name} = {fault['input']!r}: {fault['msg']}")
+            allowed = fault["msg"].replace("Input should be", "must be")
+            lines.append(f"lola_config.{name} = {fault['input']!r}: {allowed}")
     return "\n".join(lines)
+
+
+def explain_field(error: Exception) -> str:
+    """What transformers says of a field of `config.json`: its name, its value, and its type."""
+    found = re.search(r"Field '(\w+)' expected (.+), got \w+ \(value: (.+)\)", str(error))
+    return f"{found[1]} = {found[3]}: must be of type {found[2]}" if found else str(error)
 
 
 class LolaLlamaConfig(LlamaConfig):

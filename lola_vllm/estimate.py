@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import torch
 
+from lola_vllm.checkpoint.base import config_of
 from lola_vllm.checkpoint.families import BASE_MODEL_TYPES, llama_fields
 from lola_vllm.checkpoint.files import CheckpointError, read_json
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import (
     MODEL_TYPE,
     LolaConfig,
-    LolaConfigError,
     LolaLlamaConfig,
     heads_divide,
 )
@@ -324,8 +324,6 @@ def _letter(i: int) -> str:
 
 def _read_config(path: Path) -> tuple[LolaLlamaConfig, bool]:
     """The config, and whether it is a LoLA model's rather than a base's."""
-    from huggingface_hub.errors import StrictDataclassError
-
     raw = read_json(path)
     supported = (MODEL_TYPE, *BASE_MODEL_TYPES)
     if raw.get("model_type") not in supported:
@@ -344,14 +342,7 @@ def _read_config(path: Path) -> tuple[LolaLlamaConfig, bool]:
     if not isinstance(raw.get("lola_config", {}), dict):
         raise CheckpointError(f"{path}: lola_config = {raw['lola_config']!r}: must be an object")
     fields = raw if raw["model_type"] == MODEL_TYPE else llama_fields(path, raw)
-    try:
-        config = LolaLlamaConfig.from_dict({**fields, "model_type": MODEL_TYPE})
-    except LolaConfigError:
-        raise
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    assert isinstance(config, LolaLlamaConfig)
-    return config, raw["model_type"] == MODEL_TYPE
+    return config_of(path, fields), raw["model_type"] == MODEL_TYPE
 
 
 def _check_ranks(ranks: int, heads: int, kv_heads: int, num_state_heads: int) -> None:

@@ -57,7 +57,7 @@ def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture
     [
         (["--base", "nowhere"], "nowhere: no such directory"),
         (["--window-size", "0"], "lola_config.window_size = 0"),
-        (["--mixing", "both"], "lola_config.mixing = 'both': Input should be 'lola' or 'lolcats'"),
+        (["--mixing", "both"], "lola_config.mixing = 'both': must be 'lola' or 'lolcats'"),
         (["--feature-dim", "16"], "feature_dim = 16"),
     ],
 )

@@ -239,7 +239,7 @@ def test_options_replace_the_keys_of_the_config(tmp_path: Path) -> None:
         ({"num_key_value_heads": -8}, "num_key_value_heads = -8"),
         ({"num_key_value_heads": 5}, "num_key_value_heads = 5"),
         ({"head_dim": 1.5}, "head_dim = 1.5"),
-        ({"hidden_act": 7}, "config.json: .*hidden_act"),
+        ({"hidden_act": 7}, "config.json: hidden_act = 7: must be of type str$"),
         ({"lola_config": {"window_siz": 3}}, "window_siz.*'window_size'"),
         ({"lola_config": {"num_state_heads": 3}}, "num_state_heads = 3"),
         ({"lola_config": 3}, "lola_config = 3"),
