@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lola_vllm.checkpoint.families import BASE_NAMES
-from lola_vllm.cli_options import add_lola_options, add_state_heads, lola_config_of, summarize
+from lola_vllm.cli_options import (
+    Parser,
+    add_lola_options,
+    add_state_heads,
+    lola_config_of,
+    summarize,
+)
 from lola_vllm.distill.command import add_options as _distill
 from lola_vllm.eval.command import add_options as _eval
+
+# Exit statuses that a shell gives to what a signal ended: 128 and the signal's number.
+INTERRUPTED, PIPE_CLOSED = 130, 141
 
 _BASE = f"a local {BASE_NAMES}, not quantized"
 
@@ -45,13 +55,17 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="LoLCATs' first stage: feature maps (.safetensors, else a torch.save file)",
+        help="LoLCATs' first stage: feature maps (.safetensors, else a torch.save file); adapters "
+        "in the same file are merged",
     )
     parser.add_argument(
         "--lora", type=Path, metavar="FILE", help="LoLCATs' second stage: adapters to merge"
     )
     parser.add_argument(
-        "--lora-alpha", type=float, metavar="X", help="scale of the adapters (default: 16)"
+        "--lora-alpha",
+        type=float,
+        metavar="X",
+        help="scale of the adapters (default: twice their rank, as LoLCATs trains)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
@@ -59,6 +73,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.checkpoint.convert import convert_checkpoint
+        from lola_vllm.checkpoint.lolcats import holds_lora
 
         config = convert_checkpoint(
             args.base,
@@ -69,7 +84,8 @@ def _convert(parser: argparse.ArgumentParser) -> None:
             lora_alpha=args.lora_alpha,
             force=args.force,
         )
-        summarize(args.out, config, "LoLCATs", "; LoRA merged" if args.lora else "")
+        merged = args.lora or holds_lora(args.distill)
+        summarize(args.out, config, "LoLCATs", "; LoRA merged" if merged else "")
         return 0
 
     parser.set_defaults(run=run)
@@ -118,7 +134,13 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
         help="config.json of a LoLA model or a base, or its directory; no weights needed",
     )
     parser.add_argument(
-        "--memory-gib", type=float, metavar="N", help="room for states: how many sequences fit"
+        "--memory-gib",
+        type=float,
+        metavar="N",
+        help="room for states: how many sequences fit, and how many of stock vLLM",
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="length in tokens to compare with stock vLLM at"
     )
     parser.add_argument(
         "--dtype", default="bfloat16", metavar="NAME", help="of keys and values (default: bfloat16)"
@@ -127,7 +149,7 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="numbers of one such rank"
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    add_state_heads(add_lola_options(parser), None, "as the model says, else query")
+    add_state_heads(add_lola_options(parser), None, "as the model says; of a base: kv")
 
     def run(args: argparse.Namespace) -> int:
         import json
@@ -141,6 +163,7 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
             dtype=args.dtype,
             tensor_parallel_size=args.tensor_parallel_size,
             memory_gib=args.memory_gib,
+            context=args.context,
         )
         print(json.dumps(result.to_json(), indent=2) if args.json else format_table(result))
         return 0
@@ -234,11 +257,21 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lola-vllm", description="LoLA attention for vLLM")
+    parser = Parser(prog="lola-vllm", description="LoLA attention for vLLM")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (add_options, text) in COMMANDS.items():
         add_options(subparsers.add_parser(name, help=text, description=text))
     return parser
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe without a reader; what is left for it is then dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default `sys.argv[1:]`.
 
     Returns:
-        0, or 2 after an error of the user's, which is told in one message on stderr.
+        0; 2 after an error of the user's, which is told in one message on stderr; 130 after
+        Ctrl-C; 141 where the reader of a pipe, such as `head`, has enough.
 
     Raises:
         SystemExit: argparse's, for `--help` and for a malformed command line.
@@ -256,7 +290,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         status: int = args.run(args)
+        sys.stdout.flush()  # a broken pipe shows here, or else when Python ends, with a traceback
+    except KeyboardInterrupt:
+        goes_on = "; go on with the same command and --resume" if hasattr(args, "resume") else ""
+        print(f"\nlola-vllm: interrupted{goes_on}", file=sys.stderr)
+        return INTERRUPTED
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return PIPE_CLOSED
         # A ValueError from elsewhere is a fault of ours and keeps its traceback.
         ours = type(error).__module__.partition(".")[0] == "lola_vllm"
         if not ours and not isinstance(error, OSError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,32 @@ LOLA_OPTIONS: dict[str, tuple[type, str]] = {
     "state_dtype": (str, "storage of the hidden state: float32 or bfloat16"),
     "sparse_sharing": (str, "sparse sets shared inside a KV group: none or kv_head"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, and parser of subcommands, that names the nearest option to one it does not know.
+
+    It looks before argparse does, which would first miss the option that was meant.
+    """
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        rest = (argparse.PARSER, argparse.REMAINDER)  # what follows is for somebody else to judge
+        if args is not None and not any(action.nargs in rest for action in self._actions):
+            self._check_names(args)
+        return super().parse_known_args(args, namespace)
+
+    def _check_names(self, args: Sequence[str]) -> None:
+        for arg in args:
+            if arg == "--":
+                return
+            name = arg.partition("=")[0]
+            options = [option for option in self._option_string_actions if option[:2] == "--"]
+            if name[:2] == "--" and not any(option.startswith(name) for option in options):
+                near = difflib.get_close_matches(name, options, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
+                self.error(f"unrecognized option: {name}{hint}")
 
 
 def add_lola_options(

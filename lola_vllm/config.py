@@ -7,6 +7,7 @@ Two classes: `LolaConfig` (pydantic) is the `lola_config` object of a checkpoint
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -90,6 +91,21 @@ class LolaConfig(BaseModel):
                 f"per query head ({num_heads}) or per KV head ({num_kv_heads})"
             )
 
+    def check_ranks(self, ranks: int, num_kv_heads: int, num_state_heads: int) -> None:
+        """Raise `LolaConfigError` if ranks would part the state heads that share a sparse set.
+
+        Each rank would choose pairs by the mean over its own heads alone, so that answers would
+        depend on the number of ranks.
+        """
+        shared = self.sparse_sharing == "kv_head" and num_state_heads != num_kv_heads
+        if shared and num_kv_heads % ranks:
+            raise LolaConfigError(
+                "lola_config.sparse_sharing = 'kv_head': the state heads of a KV head choose "
+                f"their sparse set together, and {ranks} tensor-parallel ranks would part them "
+                f"({num_state_heads} state heads, {num_kv_heads} KV heads); use a "
+                f"tensor-parallel size that divides {num_kv_heads}, or sparse_sharing = 'none'"
+            )
+
 
 def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:
     """Whether tensor-parallel ranks can divide the heads, as vLLM divides them.
@@ -117,8 +133,15 @@ def _explain(error: ValidationError) -> str:
                 f"all: {', '.join(fields)}"
             )
         else:
-            lines.append(f"lola_config.{name} = {fault['input']!r}: {fault['msg']}")
+            allowed = fault["msg"].replace("Input should be", "must be")
+            lines.append(f"lola_config.{name} = {fault['input']!r}: {allowed}")
     return "\n".join(lines)
+
+
+def explain_field(error: Exception) -> str:
+    """What transformers says of a field of `config.json`: its name, its value, and its type."""
+    found = re.search(r"Field '(\w+)' expected (.+), got \w+ \(value: (.+)\)", str(error))
+    return f"{found[1]} = {found[3]}: must be of type {found[2]}" if found else str(error)
 
 
 class LolaLlamaConfig(LlamaConfig):

@@ -165,7 +165,7 @@ def check_weight_files(vllm_config: VllmConfig) -> None:
 
 
 def check_parallel_heads(config: LolaLlamaConfig, tp_size: int) -> None:
-    """Raise `UnsupportedOptionError` unless the heads divide among the tensor-parallel ranks."""
+    """Raise unless the heads divide among the tensor-parallel ranks, with the same answers."""
     heads, kv_heads = config.num_attention_heads, num_kv_heads(config)
     state_heads = config.lola.num_state_heads or heads
     if not heads_divide(tp_size, heads, kv_heads, state_heads):
@@ -174,6 +174,7 @@ def check_parallel_heads(config: LolaLlamaConfig, tp_size: int) -> None:
             f"state heads and {kv_heads} KV heads cannot be divided among {tp_size} ranks; use a "
             f"divisor of {kv_heads}"
         )
+    config.lola.check_ranks(tp_size, kv_heads, state_heads)
 
 
 def settle_block_size(vllm_config: VllmConfig) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -302,33 +303,12 @@ def check_memory() -> Iterator[Finding]:
 
 def check_model(model: Path) -> Iterator[Finding]:
     """A LoLA model's directory: its config, and names and shapes of its tensors."""
-    from lola_vllm.checkpoint.files import read_json, read_shapes
-    from lola_vllm.checkpoint.schema import (
-        LOLA_TENSORS,
-        check_tensors,
-        expected_tensors,
-        find_num_state_heads,
-    )
-    from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
-
     try:
-        raw = read_json(model / "config.json")
-        if raw.get("model_type") != MODEL_TYPE:
-            remedy = "make a LoLA model of it: lola-vllm init, convert or distill"
-            text = f"{model}: model_type is {raw.get('model_type')!r}, not {MODEL_TYPE!r}"
-            yield Finding("fault", "model", text, remedy)
-            return
-        config = LolaLlamaConfig(**raw)
-        expected = expected_tensors(config, find_num_state_heads(config, model))
-        found = read_shapes(model)
-        if "quantization_config" in raw:  # packed weights have names and shapes of their own
-            expected = {k: v for k, v in expected.items() if k.endswith(LOLA_TENSORS)}
-            found = {k: v for k, v in found.items() if k.endswith(LOLA_TENSORS)}
-        check_tensors(expected, found)
-    except (ValueError, OSError) as error:
-        yield Finding("fault", "model", f"{model}: {error}", "see the message")
+        tensors = _look_at_model(model)
+    except _ModelFault as fault:
+        yield Finding("fault", "model", *fault.args)
         return
-    yield Finding("ok", "model", f"{model}: config and {len(found)} tensors fit each other")
+    yield Finding("ok", "model", f"{model}: config and {tensors} tensors fit each other")
     if not (model / "tokenizer_config.json").is_file():
         yield Finding(
             "note",
@@ -336,6 +316,70 @@ def check_model(model: Path) -> Iterator[Finding]:
             f"{model} has no tokenizer_config.json; only token ids can be sent",
             "copy the base model's tokenizer files there",
         )
+
+
+class _ModelFault(Exception):
+    """What is wrong with a model, and the remedy."""
+
+
+def _look_at_model(model: Path) -> int:
+    """The number of tensors of a model that is whole.
+
+    Raises:
+        _ModelFault: it is not.
+    """
+    from lola_vllm.checkpoint.base import parse_config
+    from lola_vllm.checkpoint.families import BASE_MODEL_TYPES, BASE_NAMES
+    from lola_vllm.checkpoint.files import read_json, read_shapes, weight_files
+    from lola_vllm.checkpoint.schema import (
+        LOLA_TENSORS,
+        check_tensors,
+        expected_tensors,
+        find_num_state_heads,
+    )
+    from lola_vllm.config import MODEL_TYPE
+
+    if not model.is_dir():
+        if model.exists():
+            raise _ModelFault(f"{model}: a file, not a directory", f"give {model.parent}")
+        raise _ModelFault(f"{model}: no such directory", "give the directory of a LoLA model")
+    if not (model / "config.json").is_file():
+        remedy = "give the directory of a model; lola-vllm demo-model --out DIR makes one to try"
+        raise _ModelFault(f"{model}: no config.json there", remedy)
+    try:
+        raw = read_json(model / "config.json")
+        model_type = raw.get("model_type")
+        if model_type != MODEL_TYPE:
+            remedy = f"give a LoLA model, made of a {BASE_NAMES}"
+            if model_type in BASE_MODEL_TYPES:
+                remedy = (
+                    f"make a LoLA model of it: lola-vllm init --base {shlex.quote(str(model))} "
+                    "--out DIR (untrained maps), or lola-vllm convert or distill"
+                )
+            text = f"{model}: model_type is {model_type!r}, not {MODEL_TYPE!r}"
+            raise _ModelFault(text, remedy)
+        config = parse_config(model, raw)
+    except (ValueError, OSError) as error:
+        remedy = f"correct {model / 'config.json'}, or copy it from where the model came from"
+        raise _ModelFault(_of_model(model, error), remedy) from error
+    again = "copy the model again, or make it anew: lola-vllm init, convert or distill"
+    try:
+        if not weight_files(model):
+            raise _ModelFault(f"{model}: no safetensors files there", again)
+        expected = expected_tensors(config, find_num_state_heads(config, model))
+        found = read_shapes(model)
+        if "quantization_config" in raw:  # packed weights have names and shapes of their own
+            expected = {k: v for k, v in expected.items() if k.endswith(LOLA_TENSORS)}
+            found = {k: v for k, v in found.items() if k.endswith(LOLA_TENSORS)}
+        check_tensors(expected, found)
+    except (ValueError, OSError) as error:
+        raise _ModelFault(_of_model(model, error), again) from error
+    return len(found)
+
+
+def _of_model(model: Path, error: Exception) -> str:
+    text = str(error)
+    return text if text.startswith(str(model)) else f"{model}: {text}"
 
 
 def _installed(distribution: str) -> bool:

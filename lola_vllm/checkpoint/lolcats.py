@@ -77,11 +77,13 @@ class Maps:
         tensors: per full name, `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]`, and, if the
             file has them, `window_factors [Hq]`, all in the file's dtypes.
         feature_dim: F. num_state_heads: Hs.
+        has_lora: whether the file holds adapters too, for `read_lora`.
     """
 
     tensors: dict[str, Tensor]
     feature_dim: int
     num_state_heads: int
+    has_lora: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,9 @@ class Lora:
 def read_distill(path: Path, config: LolaLlamaConfig) -> Maps:
     """Read a LoLCATs distill file and check it against a base model.
 
+    The file may hold adapters as well, as LoLCATs publishes its 70B and 405B. They are left to
+    `read_lora`.
+
     Args:
         path: `.safetensors`, else a `torch.save` file.
         config: the base's; its `lola_config` is not looked at.
@@ -110,7 +115,8 @@ def read_distill(path: Path, config: LolaLlamaConfig) -> Maps:
         CheckpointError: a file that cannot be read, or that is not of this base; it names what is
             missing, unexpected and of the wrong shape, and the model that the file would fit.
     """
-    file = _layer_tensors(path)
+    whole = _layer_tensors(path)
+    file = _without_lora(whole) if {MAP_Q, MAP_K} & {*whole.kinds} else whole
     shape_q, shape_k = file.shape(MAP_Q), file.shape(MAP_K)
     Hq, d = config.num_attention_heads, config.head_dim
     assert isinstance(d, int)  # LlamaConfig fills it in
@@ -121,7 +127,7 @@ def read_distill(path: Path, config: LolaLlamaConfig) -> Maps:
     kinds = [*required, *(kind for kind in file.kinds if kind == FACTORS)]
     hint = "it looks like a LoRA file; give it with --lora" if _has_lora(file) else ""
     _check(file, {kind: shapes[kind] for kind in kinds}, config, hint)
-    return Maps(_canonical(file, kinds), F, Hs)
+    return Maps(_canonical(file, kinds), F, Hs, has_lora=_has_lora(whole))
 
 
 def read_lora(path: Path, config: LolaLlamaConfig, maps: Maps) -> Lora:
@@ -164,25 +170,36 @@ def read_lora(path: Path, config: LolaLlamaConfig, maps: Maps) -> Lora:
     return Lora(pairs, _canonical(file, map_kinds), rank=shapes[f"{modules[0]}.lora_A"][0])
 
 
+def holds_lora(path: Path) -> bool:
+    """Whether a file has adapters in it."""
+    return _has_lora(_layer_tensors(path))
+
+
 def load_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file or of a `torch.save` file, memory-mapped where possible.
 
     Pickled code is never run: anything but tensors and plain containers is refused.
 
     Returns:
-        Tensor per name, unwrapped from `{"model_state_dict": ...}`.
+        Tensor per name, unwrapped from `{"model_state_dict": ...}` or `{"model": ...}`.
 
     Raises:
         CheckpointError: the file is missing, damaged, holds code, or is no state dict.
     """
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path}: a directory; shards of torch.distributed become a file by `python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE`"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         with open_weights(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     value = _torch_load(path)
-    if isinstance(value, dict) and "model_state_dict" in value:
-        value = value["model_state_dict"]
+    for wrapper in ("model_state_dict", "model"):  # of one GPU, and of sharded training
+        if isinstance(value, dict) and wrapper in value:
+            value = value[wrapper]
     import torch
 
     if not isinstance(value, dict) or not value:
@@ -262,6 +279,11 @@ def _rank(file: LayerTensors, module: str) -> int:
 
 def _has_lora(file: LayerTensors) -> bool:
     return any(".lora_" in kind for kind in file.kinds)
+
+
+def _without_lora(file: LayerTensors) -> LayerTensors:
+    tensors = {key: tensor for key, tensor in file.tensors.items() if ".lora_" not in key[1]}
+    return LayerTensors(file.path, tensors, file.names, file.unknown)
 
 
 def _canonical(file: LayerTensors, kinds: Iterable[str]) -> dict[str, Tensor]:

@@ -23,15 +23,21 @@ def plot_losses(losses: Mapping[str, Any], path: Path) -> None:
             layers: list[list[float]] = losses[stage]
             colours = matplotlib.colormaps["viridis"]
             for i, curve in enumerate(layers):
-                panel.plot(_smooth(curve), color=colours(i / max(1, len(layers) - 1)), lw=0.8)
+                colour = colours(i / max(1, len(layers) - 1))
+                panel.plot(_smooth(curve), color=colour, lw=0.8, marker=_marker(curve))
             panel.set(title="attention transfer, one line per layer (dark: first)", xlabel="step")
             panel.set(ylabel="relative error of the output", yscale="log")
         else:
-            panel.plot(_smooth(losses[stage]))
+            panel.plot(_smooth(losses[stage]), marker=_marker(losses[stage]))
             panel.set(title="LoRA", xlabel="step", ylabel="loss")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _marker(curve: Sequence[float]) -> str:
+    """A dot where a line of one step would not be seen."""
+    return "o" if len(curve) == 1 else ""
 
 
 def _smooth(values: Sequence[float], width: int = 15) -> list[float]:

@@ -31,6 +31,7 @@ class DistillOptions:
             servable later, so they only widen what the maps have seen.
         state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq).
         rows, row_length: of stage 1. lora_rows, lora_row_length: of stage 2; 0 rows leave it out.
+            A row must be so long that pairs are folded in it, for every setting trained for.
         retrieval_fraction: share of rows that are synthetic retrieval prompts.
         dtype: of the base's weights while training.
         The others: see `TransferOptions` and `FinetuneOptions`.
@@ -100,8 +101,12 @@ def distill(
     from lola_vllm.checkpoint.staging import check_output
     from lola_vllm.distill.data import RowOptions, training_rows
     from lola_vllm.distill.student import all_maps, attach_maps, load_base, load_maps
+    from lola_vllm.distill.transfer import check_row_length
 
     configs = options.configs()  # refuses bad values before anything else happens
+    check_row_length("row_length", options.row_length, configs)
+    if options.lora_rows:
+        check_row_length("lora_row_length", options.lora_row_length, configs)
     check_output(out, inputs=[base], force=force)
     work = _work_directory(work or out.with_name(out.name + ".training"), resume)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -168,11 +168,37 @@ def _draw(configs: Sequence[LolaConfig], generator: torch.Generator) -> LolaConf
     return configs[int(torch.randint(len(configs), (), generator=generator))]
 
 
+def first_chunk_with_state(config: LolaConfig) -> int:
+    """The first chunk of `update_interval` queries that sees a hidden state, counted from 0."""
+    full = config.window_size + config.sparse_cache_size + config.sink_size
+    return full // config.update_interval + 1
+
+
+def check_row_length(option: str, length: int, configs: Sequence[LolaConfig]) -> None:
+    """Refuse rows in which nothing is folded, so that no map has a say in any output.
+
+    Args:
+        option: whose value `length` is, for the message.
+        length: tokens of a row. configs: the settings to train for.
+
+    Raises:
+        CheckpointError: one of the settings folds nothing; names the least length that does.
+    """
+    for config in configs:
+        least = first_chunk_with_state(config) * config.update_interval + 1
+        if length < least:
+            raise CheckpointError(
+                f"{option} = {length}: with window {config.window_size}, sparse cache "
+                f"{config.sparse_cache_size} and {config.sink_size} sinks no pair of such a row "
+                "is folded into the hidden state, and there is nothing to train; use rows of at "
+                f"least {least} tokens, and several times as many to train well"
+            )
+
+
 def _draw_chunks(T: int, config: LolaConfig, queries: int, generator: torch.Generator) -> Tensor:
     """Chunks to train on. The first are left out: with nothing folded, maps have no say."""
     C, U = config.update_interval, -(-T // config.update_interval)
-    full = config.window_size + config.sparse_cache_size + config.sink_size
-    first = min(full // C + 1, U - 1)
+    first = min(first_chunk_with_state(config), U - 1)
     count = max(1, min(queries // C, U - first))
     return first + torch.randperm(U - first, generator=generator)[:count]
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny, random_prompts
 
 from lola_vllm.cache import describe_pool
-from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.config import LolaConfigError, LolaLlamaConfig
 from lola_vllm.config_hook import UnsupportedOptionError, check_parallel_heads
 
 LOLA = {"window_size": 8, "sparse_cache_size": 4}
@@ -152,3 +152,13 @@ def test_heads_must_divide_among_the_ranks(heads, kv_heads, state_heads, tp_size
     else:
         with pytest.raises(UnsupportedOptionError, match=f"{state_heads} state heads"):
             check_parallel_heads(config, tp_size)
+
+
+def test_ranks_must_not_part_a_shared_sparse_set():
+    lola = {"num_state_heads": 32, "sparse_sharing": "kv_head"}
+    config = LolaLlamaConfig(
+        hidden_size=512, num_attention_heads=32, num_key_value_heads=8, lola_config=lola
+    )
+    check_parallel_heads(config, 8)
+    with pytest.raises(LolaConfigError, match=r"sparse_sharing = 'kv_head'.*16 tensor-parallel"):
+        check_parallel_heads(config, 16)

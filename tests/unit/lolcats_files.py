@@ -58,6 +58,12 @@ def lora_tensors(layers: int = 2, rows: dict[str, tuple[int, int]] = ROWS, r: in
     return tensors
 
 
+def one_file_tensors(r: int = RANK, **sizes: int) -> State:
+    """Maps and adapters in one file, named inside a PEFT model: LoLCATs' 70B and 405B."""
+    maps = renamed(distill_tensors(**sizes), "model.layers", "base_model.model.model.layers")
+    return {**maps, **lora_tensors(r=r)}
+
+
 def renamed(tensors: State, old: str, new: str) -> State:
     return {name.replace(old, new): tensor for name, tensor in tensors.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture
     [
         (["--base", "nowhere"], "nowhere: no such directory"),
         (["--window-size", "0"], "lola_config.window_size = 0"),
-        (["--mixing", "both"], "lola_config.mixing = 'both': Input should be 'lola' or 'lolcats'"),
+        (["--mixing", "both"], "lola_config.mixing = 'both': must be 'lola' or 'lolcats'"),
         (["--feature-dim", "16"], "feature_dim = 16"),
     ],
 )
@@ -87,6 +88,66 @@ def test_malformed_command_lines(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("init --base b --out o --windw-size 3", "--windw-size; did you mean --window-size?"),
+        ("convert --distil=f --basse b --out o", "--basse; did you mean --base?"),
+        ("distill --dta x --base b --out o", "--dta; did you mean --data?"),
+        ("demo-model --out o --sinksize 4", "--sinksize; did you mean --sink-size?"),
+        ("estimate m --memory-gb 3", "--memory-gb; did you mean --memory-gib?"),
+        ("eval recall --model m --lenghts 512", "--lenghts; did you mean --lengths?"),
+        ("texts --out o --zzz", "--zzz; see lola-vllm texts --help"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(
+    argv: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv.split())
+    assert stop.value.code == 2
+    assert f"unrecognized option: {message}" in capsys.readouterr().err
+
+
+def test_options_of_vllm_are_left_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    args = cli._parser().parse_args(["serve", "model", "--max-num-seqs", "3"])
+    assert args.options == ["--max-num-seqs", "3"]
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_ctrl_c_says_how_to_go_on(
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    resumable: bool,
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lola_vllm.checkpoint.init.init_checkpoint", interrupted)
+    monkeypatch.setattr("lola_vllm.distill.run.distill", interrupted)
+    argv = ["--base", str(base), "--out", str(base.parent / "lola")]
+    command = ["distill", "--data", "x"] if resumable else ["init"]
+    assert cli.main([*command, *argv]) == 130
+    error = capsys.readouterr().err
+    assert error.strip().startswith("lola-vllm: interrupted")
+    assert ("go on with the same command and --resume" in error) == resumable
+
+
+@pytest.mark.parametrize("lines", [1, 5000])  # fewer and more than a buffer holds
+def test_a_closed_pipe_ends_it_quietly(base: Path, lines: int) -> None:
+    code = (
+        "import sys, lola_vllm.doctor as doctor\n"
+        f"doctor.examine = lambda model: [doctor.Finding('ok', 'x', 'y')] * {lines}\n"
+        "from lola_vllm.cli import main; sys.exit(main(['doctor']))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, b"")
 
 
 def test_faults_of_ours_keep_their_traceback(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,12 @@ def test_the_interval_follows_the_window_unless_it_is_given():
     [
         ({"windowsize": 3}, "lola_config.windowsize: unknown key; nearest valid name: 'window_siz"),
         ({"sinks": 3}, "nearest valid name: 'sink_size'"),
-        ({"window_size": 0}, "lola_config.window_size = 0: .*greater than or equal to 1"),
-        ({"window_size": "64"}, "lola_config.window_size = '64': .*valid integer"),
+        ({"window_size": 0}, "lola_config.window_size = 0: must be greater than or equal to 1"),
+        ({"window_size": "64"}, "lola_config.window_size = '64': must be a valid integer"),
         ({"window_size": True}, "lola_config.window_size = True"),
         ({"sparse_cache_size": -1}, "lola_config.sparse_cache_size = -1"),
         ({"update_interval": 0}, "lola_config.update_interval = 0"),
-        ({"mixing": "half"}, "lola_config.mixing = 'half': .*'lola' or 'lolcats'"),
+        ({"mixing": "half"}, "lola_config.mixing = 'half': must be 'lola' or 'lolcats'"),
         ({"state_dtype": "int8"}, "lola_config.state_dtype = 'int8': .*'float32' or 'bfloat16'"),
     ],
 )
@@ -76,3 +76,23 @@ def test_state_heads_lie_between_kv_and_query_heads(heads, ok):
     else:
         with pytest.raises(LolaConfigError, match=f"num_state_heads = {heads}"):
             LolaConfig().check_heads(9, 3, heads)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "state_heads", "sharing", "ok"),
+    [
+        (4, 32, "kv_head", True),
+        (8, 32, "kv_head", True),
+        (16, 32, "kv_head", False),
+        (16, 16, "kv_head", False),
+        (16, 8, "kv_head", True),  # a state head per KV head: nothing is shared
+        (16, 32, "none", True),
+    ],
+)
+def test_ranks_do_not_part_the_heads_that_share_a_sparse_set(ranks, state_heads, sharing, ok):
+    config = LolaConfig(sparse_sharing=sharing)
+    if ok:
+        config.check_ranks(ranks, 8, state_heads)
+    else:
+        with pytest.raises(LolaConfigError, match=rf"'kv_head'.*{ranks} tensor-parallel.*'none'"):
+            config.check_ranks(ranks, 8, state_heads)

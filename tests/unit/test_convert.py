@@ -20,6 +20,7 @@ from lolcats_files import (
     distill_tensors,
     lora_tensors,
     make_base,
+    one_file_tensors,
     read_tensors,
     renamed,
     save,
@@ -158,6 +159,30 @@ def test_alpha_rank_and_a_subset_of_the_linears(base: Path, tmp_path: Path) -> N
         assert torch.equal(after[f"{name}weight"], weight)
 
 
+@pytest.mark.parametrize("wrapper", [None, "model"])  # as LoLCATs' sharded training saves it
+@pytest.mark.parametrize("rank", [8, 4])  # of LoLCATs' 70B and of its 405B
+@pytest.mark.parametrize("lora_option", [False, True])
+def test_one_file_may_hold_maps_and_adapters(
+    base: Path, tmp_path: Path, lora_option: bool, rank: int, wrapper: str | None
+) -> None:
+    tensors = one_file_tensors(r=rank)
+    both = save(tmp_path / "maps_and_lora.bin", {wrapper: tensors} if wrapper else tensors)
+    convert_checkpoint(base, both, tmp_path / "lola", {}, both if lora_option else None)
+    apart = (
+        save(tmp_path / "d.pt", distill_tensors()),
+        save(tmp_path / "l.pt", lora_tensors(r=rank)),
+    )
+    # LoLCATs' 70B was trained with alpha 16, its 405B with alpha 8: twice the rank.
+    convert_checkpoint(base, apart[0], tmp_path / "two", {}, apart[1], lora_alpha=2 * rank)
+    expected, found = (read_tensors(tmp_path / name) for name in ("two", "lola"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert not torch.equal(found[name], read_tensors(base)[name])
+    card = (tmp_path / "lola" / "README.md").read_text()
+    assert f"--distill maps_and_lora.bin --lora-alpha {2 * rank} --out DIR" in card
+
+
 def test_missing_window_factors_mean_a_tenth(base: Path, tmp_path: Path) -> None:
     tensors = {n: t for n, t in distill_tensors().items() if "window" not in n}
     convert_checkpoint(base, save(tmp_path / "d.pt", tensors), tmp_path / "lola", {})
@@ -245,7 +270,7 @@ def test_the_model_card_says_what_went_in(base: Path, tmp_path: Path) -> None:
         assert f"`{path.name}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}`" in card
     assert (
         "lola-vllm convert --base base --distill 'my distill.pt' --lora lora.safetensors "
-        "--sink-size 4 --lora-alpha 16 --out DIR" in card
+        "--sink-size 4 --lora-alpha 6 --out DIR" in card
     )
     assert '"sink_size": 4' in card and '"mixing": "lola"' in card
     metadata = yaml.safe_load(card.split("---")[1])
@@ -300,6 +325,9 @@ def test_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "--force" in capsys.readouterr().err
     assert cli.main([*argv, "--force"]) == 0
     assert "LoRA" not in capsys.readouterr().out
+    argv[4] = str(save(tmp_path / "both.bin", one_file_tensors()))
+    assert cli.main([*argv, "--force"]) == 0
+    assert "LoRA merged" in capsys.readouterr().out
 
 
 # ---- memory

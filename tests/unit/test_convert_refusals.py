@@ -15,6 +15,7 @@ from lolcats_files import (
     listing,
     lora_tensors,
     make_base,
+    one_file_tensors,
     read_tensors,
     save,
 )
@@ -160,6 +161,25 @@ def test_swapped_files(base: Path) -> None:
 def test_swapped_lora(base: Path) -> None:
     message = refused(base, distill_tensors(), distill_tensors())
     assert "lora.pt: no LoRA tensors; it looks like a distill file" in message
+
+
+def test_adapters_in_two_files(base: Path) -> None:
+    message = refused(base, one_file_tensors(), lora_tensors())
+    assert "distill.pt: holds LoRA adapters itself, and " in message
+    assert "leave out --lora" in message
+
+
+def test_a_file_of_both_whose_adapters_do_not_fit(base: Path) -> None:
+    tensors = {n: t for n, t in one_file_tensors().items() if "layers.1.self_attn.v_proj" not in n}
+    assert "missing (2):\n  model.layers.1.self_attn.v_proj.lora_A [3, 24]" in refused(
+        base, tensors
+    )
+
+
+def test_a_directory_of_shards(base: Path) -> None:
+    shards = base.parent / "shards"
+    shards.mkdir()
+    assert f"format_utils dcp_to_torch {shards} FILE" in refused(base, shards)
 
 
 def test_a_merge_that_overflows(tmp_path: Path) -> None:

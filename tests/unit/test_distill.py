@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lola_vllm import cli
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig, LolaConfigError
+from lola_vllm.distill.plot import plot_losses
 from lola_vllm.distill.run import DistillOptions, distill
 from lola_vllm.distill.student import attach_maps, load_base, load_maps, lola_attention
+from lola_vllm.distill.transfer import check_row_length
+from lola_vllm.state import StateLayout
 
 LOLA = {"window_size": 8, "sparse_cache_size": 4, "sink_size": 2}
 OPTIONS = DistillOptions(
@@ -180,6 +184,69 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(
         assert torch.equal(whole[name], resumed[name]), name
 
 
+def test_ctrl_c_and_going_on_by_the_command(
+    base: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from lola_vllm.distill import transfer
+
+    options = "--rows 2 --row-length 32 --lora-rows 0 --retrieval-fraction 0 --dtype float32 "
+    options += "--window-size 8 --sparse-cache-size 4"
+    argv = ["distill", "--base", str(base), "--data", str(text), "--out", str(tmp_path / "lola")]
+    argv += options.split()
+    train_layer = transfer._train_layer
+
+    def interrupted(model: object, index: int, *args: object) -> object:
+        if index == 1:
+            raise KeyboardInterrupt
+        return train_layer(model, index, *args)
+
+    monkeypatch.setattr(transfer, "_train_layer", interrupted)
+    assert cli.main(argv) == 130
+    assert "interrupted; go on with the same command and --resume" in capsys.readouterr().err
+    assert not (tmp_path / "lola").exists()
+    monkeypatch.undo()
+    assert cli.main([*argv, "--resume"]) == 0
+    losses = json.loads((tmp_path / "lola.training" / "distill.json").read_text())["losses"]
+    assert [len(curve) for curve in losses["transfer"]] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("lola", "least"),
+    [
+        ({"window_size": 64, "sparse_cache_size": 128}, 257),
+        ({"window_size": 8, "sparse_cache_size": 4, "sink_size": 2}, 17),
+        ({"window_size": 8, "sparse_cache_size": 4, "sink_size": 2, "update_interval": 1}, 16),
+        ({"window_size": 8, "sparse_cache_size": 0, "update_interval": 3}, 10),
+    ],
+)
+def test_the_least_row_that_folds(lola: dict[str, int], least: int) -> None:
+    """By the layout's own count of folded pairs, as the row's last query sees it."""
+    config = LolaConfig(**lola)
+    layout = StateLayout.from_config(config, 1, 1, 6, torch.float32)
+    C = config.update_interval
+    seen = torch.arange(least + 1) // C * C  # tokens at the last update before a position
+    folded = layout.num_folded(seen)
+    assert folded[least - 1] > 0 and folded[least - 2] == 0
+    check_row_length("row_length", least, [config])
+    easy = LolaConfig(window_size=1, sparse_cache_size=0)
+    with pytest.raises(CheckpointError, match=rf"row_length = {least - 1}: .*at least {least} "):
+        check_row_length("row_length", least - 1, [easy, config])
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_curve_of_one_step_is_a_point(steps: int, tmp_path: Path) -> None:
+    from matplotlib import image
+
+    plot_losses({"transfer": [[0.5] * steps], "finetune": [2.0] * steps}, tmp_path / "loss.png")
+    picture = image.imread(tmp_path / "loss.png")[..., :3]
+    blue = (picture[..., 2] - picture[..., 0] > 0.2).nonzero()  # of the second panel's curve
+    assert len(blue[0]) > 20
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_with_a_long_window_every_family_answers_as_before(family: str, tmp_path: Path) -> None:
     changes = {"sliding_window": None} if family == "mistral" else {}
@@ -206,6 +273,11 @@ def test_refusals(base: Path, text: Path, trained: Path, tmp_path: Path) -> None
     refused("no such directory", base=tmp_path / "nowhere")
     refused("windw", LolaConfigError, options=DistillOptions(lola_config={"windw": 3}))
     refused("state_heads = 'both'", options=DistillOptions(state_heads="both"))
+    refused("^row_length = 256: .*at least 257 tokens", options=DistillOptions(row_length=256))
+    refused(
+        "^lora_row_length = 512: .*sparse cache 512 .*at least 641 ",
+        options=DistillOptions(lora_row_length=512, train_sparse_caches=(0, 512)),
+    )
     other = write_base(tmp_path / "gpt", "gpt2", n_positions=64)
     refused("model_type 'gpt2' is not supported", base=other)
     sliding = write_base(tmp_path / "mistral", "mistral", sliding_window=16)

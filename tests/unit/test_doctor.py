@@ -1,6 +1,9 @@
 """The doctor: each fault found, named with its remedy, and told by the exit status."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -72,7 +75,7 @@ def test_command_exit_status_and_lines(monkeypatch, capsys, model):
     (model / "config.json").unlink()
     assert cli.main(["doctor", str(model)]) == 1
     out = capsys.readouterr().out
-    assert f"FAULT  model: {model}: {model}: no config.json there" in out
+    assert f"FAULT  model: {model}: no config.json there" in out
     assert out.splitlines()[-1] == "1 fault found"
 
 
@@ -193,12 +196,58 @@ def test_a_model_with_a_wrong_tensor(model):
 
 def test_a_model_that_is_none_and_a_config_that_is_wrong(model, tmp_path):
     (finding,) = doctor.check_model(tmp_path / "base")
-    assert "model_type is 'llama'" in finding.text and "lola-vllm init" in finding.remedy
+    assert "model_type is 'llama'" in finding.text
+    assert f"lola-vllm init --base {tmp_path / 'base'} --out DIR" in finding.remedy
     config = json.loads((model / "config.json").read_text())
     config["lola_config"]["windw_size"] = 3
     (model / "config.json").write_text(json.dumps(config))
     (finding,) = doctor.check_model(model)
     assert "nearest valid name: 'window_size'" in finding.text
+    assert f"correct {model / 'config.json'}" in finding.remedy
+
+
+def spoil(model, **changes):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "text", "remedy"),
+    [
+        (lambda m: shutil.rmtree(m), "{m}: no such directory", "give the directory of a LoLA"),
+        (lambda m: (m / "config.json").unlink(), "{m}: no config.json there", "demo-model"),
+        (
+            lambda m: (m / "config.json").write_text("{"),
+            "not valid JSON",
+            "correct {m}/config.json",
+        ),
+        (lambda m: spoil(m, model_type="bert"), "model_type is 'bert'", "made of a Llama, Mistral"),
+        (
+            lambda m: spoil(m, vocab_size="x"),
+            "vocab_size = 'x': must be of type int",
+            "correct {m}",
+        ),
+        (lambda m: (m / "model.safetensors").unlink(), "no safetensors files", "copy the model ag"),
+        (
+            lambda m: os.truncate(m / "model.safetensors", 900),
+            "not a complete",
+            "copy the model ag",
+        ),
+    ],
+    ids=["nowhere", "no-config", "json", "other-type", "field", "no-weights", "damaged"],
+)
+def test_a_remedy_for_every_model_that_cannot_be_served(model, harm, text, remedy):
+    harm(model)
+    (finding,) = doctor.check_model(model)
+    assert finding.level == "fault"
+    assert text.format(m=model) in finding.text
+    assert finding.text.count(str(model)) == 1
+    assert re.search(remedy.format(m=re.escape(str(model))), finding.remedy)
+
+
+def test_a_file_instead_of_a_model(model):
+    (finding,) = doctor.check_model(model / "config.json")
+    assert "a file" in finding.text and finding.remedy == f"give {model}"
 
 
 def test_a_healthy_model_without_a_tokenizer(model):

@@ -42,7 +42,8 @@ def chosen(result: Estimate) -> Row:
 
 def test_llama_8b_by_hand(tmp_path: Path) -> None:
     """eta 64, lam 512, F 64: K and V rows of 128 x 2 bytes, H of 128 x 128 x 4 bytes a head."""
-    result = estimate(write(tmp_path), {"sparse_cache_size": 512})
+    lola = {"sparse_cache_size": 512, "feature_dim": 64}
+    result = estimate(write(tmp_path), lola, state_heads="query")
     window = 32 * 8 * 128 * 2 * 256 / MIB  # 64 pairs stay, and up to 64 more arrive
     assert window == 16
     by_hand = {
@@ -99,9 +100,10 @@ def test_bytes_are_those_of_the_layout(
     }
     result = estimate(write(tmp_path), lola, dtype=dtype, tensor_parallel_size=ranks)
     kv, torch_dtype = max(1, 8 // ranks), getattr(torch, dtype)
-    for row, heads, sharing in zip(
-        result.rows, (32, 32, 8), ("none", "kv_head", "none"), strict=True
-    ):
+    layouts = [(32, "none"), (32, "kv_head"), (8, "none")]
+    if ranks > 8:  # the heads that share a set would be parted
+        layouts.pop(1)
+    for row, (heads, sharing) in zip(result.rows, layouts, strict=True):
         config = LolaConfig(**lola, sparse_sharing=sharing)
         Hs = max(1, heads // ranks)
         layout = StateLayout.from_config(config, kv, Hs, 128, torch_dtype)
@@ -178,7 +180,40 @@ def test_the_weights_of_a_plain_llama_are_not_looked_at(tmp_path: Path) -> None:
     write(tmp_path)
     index = {"weight_map": {"model.norm.weight": "missing.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert chosen(estimate(tmp_path)).layout.num_state_heads == 32
+    assert chosen(estimate(tmp_path)).layout.num_state_heads == 8
+
+
+def test_a_base_is_shown_as_init_would_make_it(tmp_path: Path) -> None:
+    result = estimate(write(tmp_path))
+    assert chosen(result).name == "Hs = 8, per KV head"
+    assert result.lola.feature_dim == 128  # the head size
+    # window 16, cache 64/4, H 8 x 256 x 128 x 4, s 8 x 256 x 4, positions 8 x 128 x 4, 32 layers
+    by_hand = 16 + 16 + 32 + 0.25 + 0.125
+    assert chosen(result).bytes_per_sequence / MIB == by_hand
+    table = format_table(result)
+    assert "C Hs = 8, per KV head (as init makes it)" in table
+    assert "--state-heads query --feature-dim 64" in table
+    lolcats = format_table(estimate(tmp_path, {"feature_dim": 64}, state_heads="query"))
+    assert "A Hs = 32, per query head (these options)" in lolcats
+
+
+@pytest.mark.parametrize(
+    ("context", "fit"), [(None, {}), (100_000, {100_000: 1}), (8192, {8192: 23})]
+)
+def test_stock_sequences_in_the_same_memory(
+    tmp_path: Path, context: int | None, fit: dict[int, int]
+) -> None:
+    """24 GiB hold 12,288 blocks of 16 tokens, one of them vLLM's null block."""
+    result = estimate(write(tmp_path), memory_gib=24, context=context)
+    assert result.stock_sequences == {4096: 47, 32768: 5, 131072: 1, **fit}
+    assert list(result.full_kv_bytes) == sorted(result.stock_sequences)
+    assert result.to_json()["stock_sequences"]["4096"] == 47
+    assert "Sequences of stock vLLM in 24 GiB: 47 at 4K, " in format_table(result)
+    if context == 100_000:
+        assert ", 1 at 100,000, 1 at 128K." in format_table(result)
+        assert "12,500 at 100,000" in format_table(result)
+    without = estimate(write(tmp_path))
+    assert without.stock_sequences is None and without.to_json()["stock_sequences"] is None
 
 
 def test_options_replace_the_keys_of_the_config(tmp_path: Path) -> None:
@@ -204,7 +239,7 @@ def test_options_replace_the_keys_of_the_config(tmp_path: Path) -> None:
         ({"num_key_value_heads": -8}, "num_key_value_heads = -8"),
         ({"num_key_value_heads": 5}, "num_key_value_heads = 5"),
         ({"head_dim": 1.5}, "head_dim = 1.5"),
-        ({"hidden_act": 7}, "config.json: .*hidden_act"),
+        ({"hidden_act": 7}, "config.json: hidden_act = 7: must be of type str$"),
         ({"lola_config": {"window_siz": 3}}, "window_siz.*'window_size'"),
         ({"lola_config": {"num_state_heads": 3}}, "num_state_heads = 3"),
         ({"lola_config": 3}, "lola_config = 3"),
@@ -233,6 +268,7 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "dtype = 'int8': must be one of bfloat16, float16, float32"),
         ({"memory_gib": 0.0}, "memory_gib = 0"),
         ({"memory_gib": float("nan")}, "memory_gib = nan"),
+        ({"context": 0}, "context = 0: must be at least 1 token"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size = 0"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size = 3.*use a divisor of 8"),
         ({"tensor_parallel_size": 64}, "tensor_parallel_size = 64"),
@@ -248,6 +284,9 @@ def test_state_heads_that_ranks_cannot_share(tmp_path: Path) -> None:
     sizes = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 2}
     path = write(tmp_path, **sizes)
     assert estimate(path, tensor_parallel_size=4).rows[0].layout.num_state_heads == 3
+    shared = {"sparse_sharing": "kv_head"}
+    with pytest.raises(LolaConfigError, match=r"'kv_head': .*4 tensor-parallel ranks"):
+        estimate(path, shared, state_heads="query", tensor_parallel_size=4)
     with pytest.raises(CheckpointError, match="12 query, 2 KV and 6 state heads"):
         estimate(path, {"num_state_heads": 6}, tensor_parallel_size=4)
 
@@ -257,6 +296,7 @@ def test_state_heads_that_ranks_cannot_share(tmp_path: Path) -> None:
 
 def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["estimate", str(write(tmp_path)), "--sparse-cache-size", "512", "--memory-gib", "24"]
+    argv += ["--feature-dim", "64"]
     assert cli.main(argv) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     for expected in (
@@ -265,6 +305,7 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "sequences in 24 GiB 71 168 253",
         "with prefix caching 35 84 126",
         "A full KV cache, MiB per sequence: 512 at 4K, 4,096 at 32K, 16,384 at 128K.",
+        "Sequences of stock vLLM in 24 GiB: 47 at 4K, 5 at 32K, 1 at 128K.",
     ):
         assert expected.split() in lines
     assert not any(line[:1] == ["sinks"] for line in lines[3:])  # parts of no bytes are left out

