@@ -13,10 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from lola_vllm.serving.inspector import inspector_page
+from lola_vllm.serving.protocol import MAX_BODY_BYTES
 
 PAGE = "/v1/lola/inspector"
 MEMORY = "/v1/lola/memory"
-MAX_BODY = 8 * 2**20
 ANSWER_LIMIT_S = 300
 
 
@@ -87,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         # The content type is what a page of elsewhere cannot send without being asked about.
         known = self.path == MEMORY and self.headers.get_content_type() == "application/json"
-        if not known or not length.isdigit() or int(length) > MAX_BODY:
+        if not known or not length.isdigit() or int(length) > MAX_BODY_BYTES:
             self.close_connection = True
             self._answer(HTTPStatus.BAD_REQUEST, "application/json", b"{}")
             return
