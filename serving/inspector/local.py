@@ -2,12 +2,16 @@
 
 A browser cannot send a key when it opens an address, and vLLM lets no page of elsewhere ask it. So
 the page comes from here, and what it asks is passed on, with the key that was typed into it.
+
+Only questions that name this machine are answered. Another page could have its own name point here
+(DNS rebinding), and a browser would then take this for a part of that page.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import reprlib
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -46,6 +50,13 @@ class Inspector(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
 
     @property
+    def hosts(self) -> set[str]:
+        """What the `Host` of a request may be; browsers leave out the port 80."""
+        names = ("localhost", "127.0.0.1", "[::1]")
+        port = self.server_port
+        return {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
+
+    @property
     def url(self) -> str:
         """Where to open the page."""
         return f"http://127.0.0.1:{self.server_port}{PAGE}"
@@ -75,6 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: Inspector
 
     def do_GET(self) -> None:
+        if not self._meant():
+            return
         if self.path == PAGE:
             self._answer(HTTPStatus.OK, "text/html; charset=utf-8", inspector_page().encode())
         else:
@@ -84,6 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
 
     def do_POST(self) -> None:
+        if not self._meant():
+            return
         length = self.headers.get("Content-Length", "")
         # The content type is what a page of elsewhere cannot send without being asked about.
         known = self.path == MEMORY and self.headers.get_content_type() == "application/json"
@@ -95,6 +110,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(int(length)), self.headers.get("Authorization")
         )
         self._answer(status, "application/json", answer)
+
+    def _meant(self) -> bool:
+        """Whether the request names this server; refuses it if not."""
+        host = self.headers.get("Host", "")
+        if host.lower() in self.server.hosts:
+            return True
+        self.close_connection = True  # a body may follow, which is not read
+        message = f"Host = {reprlib.repr(host)}: not this server; open {self.server.url}"
+        body = json.dumps({"error": {"message": message}}).encode()
+        self._answer(HTTPStatus.MISDIRECTED_REQUEST, "application/json", body)
+        return False
 
     def _answer(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
