@@ -282,6 +282,7 @@ def test_metrics(lola_server):
         "lola:recall_error.kept", "lola:recall_error.folded",
         "lola:samples_total", "lola:prefix_hit_tokens_total",
     }  # fmt: skip
+    assert not [name for name in found if name.endswith("_created")]
     info = lola_server.client.get("/v1/lola/info").json()
     assert found["lola:slots_total"] == info["slots"]["total"]
     assert found["lola:slot_bytes"] == info["memory"]["bytes_per_slot"]
@@ -313,7 +314,7 @@ def test_slots_used_while_sequences_run(lola_server):
     assert 3 <= used <= 6 and 3 <= info["slots"]["used"] <= 6
 
 
-def test_every_metric_of_the_dashboard_is_in_a_scrape(lola_server):
+def test_every_metric_of_the_dashboard_and_the_alerts_is_in_a_scrape(lola_server):
     metrics(lola_server)
     complete(lola_server, PROMPT, max_tokens=20, ignore_eos=True)
     time.sleep(REFRESH_S + 0.2)
