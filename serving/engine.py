@@ -125,11 +125,14 @@ class LolaEngine:
             },
         )
 
-    async def memory(self, tokens: list[int], layers: list[int] | None) -> list[Layer]:
+    async def memory(
+        self, tokens: list[int], layers: list[int] | None, cache_salt: str | None = None
+    ) -> list[Layer]:
         """The sparse caches after a prompt, which runs as an ordinary request of one token.
 
         Args:
             tokens: ids, fewer than the model's length. layers: indices, None for all.
+            cache_salt: of the cached prefixes to start from and to leave behind.
         """
         self.check()
         reason = self.readable()
@@ -140,7 +143,7 @@ class LolaEngine:
             try:
                 await self._ask("lola_watch", request_id, len(tokens))
                 async for _ in self.client.generate(
-                    tokens_input(tokens),
+                    tokens_input(tokens, cache_salt=cache_salt),
                     SamplingParams(
                         max_tokens=1,
                         temperature=0.0,
@@ -192,9 +195,16 @@ class LolaEngine:
 
     async def _ask(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Every worker's answer to a method of `LolaWorkerExtension`."""
-        answers = await asyncio.wait_for(
-            self.client.collective_rpc(method, args=args), ANSWER_LIMIT_S
-        )
+        try:
+            answers = await asyncio.wait_for(
+                self.client.collective_rpc(method, args=args), ANSWER_LIMIT_S
+            )
+        except TimeoutError:
+            raise Unavailable(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"the engine did not answer {method} within {ANSWER_LIMIT_S} s; try again when it "
+                "has less to do",
+            ) from None
         for answer in answers:
             if "error" in answer:
                 raise Unavailable(HTTPStatus.SERVICE_UNAVAILABLE, answer["error"])

@@ -6,12 +6,16 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
+from vllm.config import ModelConfig
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers import TokenizeParams
 
+from lola_vllm.serving.bodies import refusal
 from lola_vllm.serving.engine import LolaEngine, Unavailable
 from lola_vllm.serving.protocol import MAX_PROMPT_TOKENS, MemoryRequest
 
@@ -22,6 +26,30 @@ if TYPE_CHECKING:
 INCOMPLETE = "�"
 # A character is at most four bytes, so more tokens than this never wait for one.
 MAX_PENDING = 8
+
+
+class _Bounded:
+    """A request to vLLM's tokenizer that is refused where a completion of it would be.
+
+    vLLM counts characters before it tokenizes: no prompt has fewer tokens than its characters
+    divided by those of the longest token.
+    """
+
+    add_special_tokens: bool
+
+    def build_tok_params(self, model_config: ModelConfig) -> TokenizeParams:
+        return TokenizeParams(
+            max_total_tokens=min(MAX_PROMPT_TOKENS, model_config.max_model_len),
+            add_special_tokens=self.add_special_tokens,
+        )
+
+
+class _Text(_Bounded, TokenizeCompletionRequest):
+    pass
+
+
+class _Chat(_Bounded, TokenizeChatRequest):
+    pass
 
 
 async def prompt_tokens(body: MemoryRequest, raw_request: Request, engine: LolaEngine) -> list[int]:
@@ -38,24 +66,32 @@ async def prompt_tokens(body: MemoryRequest, raw_request: Request, engine: LolaE
             HTTPStatus.NOT_FOUND,
             f"model = {body.model!r} is not served; leave it out or use {engine.model!r}",
         )
-    if isinstance(body.prompt, list):
-        tokens = body.prompt
-        vocabulary = engine.config.model_config.get_vocab_size()
-        for token in tokens:  # an id that is none would be an index out of range in the engine
-            if not 0 <= token < vocabulary:
-                raise Unavailable(
-                    HTTPStatus.BAD_REQUEST,
-                    f"prompt: token id {token} is none of 0 to {vocabulary - 1}",
-                )
-    else:
-        tokens = await _tokenized(body, raw_request, engine)
     limit = min(MAX_PROMPT_TOKENS, engine.config.model_config.max_model_len - 1)
+    ids = body.prompt if isinstance(body.prompt, list) else None
+    try:
+        tokens = await _tokenized(body, raw_request, engine) if ids is None else ids
+    except VLLMValidationError as error:
+        units = {"input_text": "characters", "input_tokens": "tokens or more"}
+        if error.parameter not in units:
+            raise
+        raise _wrong_length(body, f"{error.value} {units[error.parameter]}", limit) from None
     if not 1 <= len(tokens) <= limit:
-        raise Unavailable(
-            HTTPStatus.BAD_REQUEST,
-            f"prompt has {len(tokens)} tokens; from 1 to {limit} can be read",
-        )
+        raise _wrong_length(body, f"{len(tokens)} tokens", limit)
+    vocabulary = engine.config.model_config.get_vocab_size()
+    for token in ids or ():  # an id that is none would be an index out of range in the engine
+        if not 0 <= token < vocabulary:
+            raise Unavailable(
+                HTTPStatus.BAD_REQUEST,
+                f"prompt: token id {token} is none of 0 to {vocabulary - 1}",
+            )
     return tokens
+
+
+def _wrong_length(body: MemoryRequest, length: str, limit: int) -> Unavailable:
+    return Unavailable(
+        HTTPStatus.BAD_REQUEST,
+        f"{body.source}: {length}; from 1 to {limit} tokens can be read",
+    )
 
 
 async def _tokenized(body: MemoryRequest, raw_request: Request, engine: LolaEngine) -> list[int]:
@@ -65,21 +101,19 @@ async def _tokenized(body: MemoryRequest, raw_request: Request, engine: LolaEngi
             "the server has no tokenizer (--skip-tokenizer-init); give token ids as prompt",
         )
     serving = raw_request.app.state.serving_tokenization
-    request: TokenizeChatRequest | TokenizeCompletionRequest
+    request: _Text | _Chat
     try:
         if body.messages is None:
             assert isinstance(body.prompt, str)
-            request = TokenizeCompletionRequest(model=body.model, prompt=body.prompt)
+            request = _Text(model=body.model, prompt=body.prompt)
         else:
-            request = TokenizeChatRequest(
+            request = _Chat(
                 model=body.model,
                 messages=body.messages,
                 add_generation_prompt=body.add_generation_prompt,
             )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise Unavailable(HTTPStatus.BAD_REQUEST, f"{where}: {first['msg']}") from None
+        raise Unavailable(HTTPStatus.BAD_REQUEST, refusal(error.errors())[0]) from None
     answer = await serving.create_tokenize(request, raw_request)
     if isinstance(answer, ErrorResponse):
         raise Unavailable(HTTPStatus(answer.error.code), answer.error.message)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+import reprlib
+from collections.abc import Iterator
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+    with_config,
+)
+from typing_extensions import NotRequired, TypedDict
 
 # A page is of fixed size however long its prompt, so these bound only the answer and the wait.
 MAX_PROMPT_TOKENS = 65_536
 MAX_PROMPT_CHARS = 1_000_000
-MAX_MESSAGES = 1_000
+MAX_MESSAGES = 1_000  # and parts of messages, all together
+MAX_BODY_BYTES = 4 * 2**20  # the characters as UTF-8, and the JSON around them
 
 
 class Slots(BaseModel):
@@ -63,6 +76,38 @@ class InfoResponse(BaseModel):
     versions: dict[str, str]
 
 
+def _kind(value: Any) -> str | None:
+    return "text" if isinstance(value, str) else "list" if isinstance(value, list) else None
+
+
+def _text_or_list(of: str) -> Discriminator:
+    """Tells the two apart before either is checked, so that faults are of one of them only."""
+    return Discriminator(
+        _kind,
+        custom_error_type="text_or_list",
+        custom_error_message=f"Input should be text or a list of {of}",
+    )
+
+
+# A list is given up at its first fault or at its bound: one of millions would be slow to walk.
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[int], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True), Tag("list")],
+    _text_or_list("token ids"),
+]
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[Any], Tag("list")], _text_or_list("parts")
+]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Message(TypedDict):
+    """A chat's message as far as it is looked at here; vLLM looks at the rest."""
+
+    role: str
+    content: NotRequired[Content | None]
+
+
 class MemoryRequest(BaseModel):
     """Body of `POST /v1/lola/memory`: one of `prompt` and `messages`.
 
@@ -71,17 +116,33 @@ class MemoryRequest(BaseModel):
         prompt: text or token ids. messages: a chat, rendered by the model's template.
         add_generation_prompt: end a chat with the start of the assistant's turn.
         layers: which to answer for; default: all.
+        cache_salt: cached prefixes are shared only with requests of the same salt, as for vLLM's
+            own routes.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str | None = None
-    prompt: str | list[int] | None = None
-    messages: list[dict[str, Any]] | None = Field(
-        default=None, min_length=1, max_length=MAX_MESSAGES
+    model: str | None = Field(default=None, max_length=1_000)
+    prompt: Prompt | None = None
+    messages: list[Message] | None = Field(
+        default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True
     )
     add_generation_prompt: bool = True
-    layers: list[int] | None = Field(default=None, min_length=1, max_length=1_000)
+    layers: list[int] | None = Field(default=None, min_length=1, max_length=1_000, fail_fast=True)
+    cache_salt: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        for name in data if isinstance(data, dict) else ():
+            if name not in cls.model_fields:
+                shown = reprlib.repr(name)[1:-1]
+                near = difflib.get_close_matches(shown, cls.model_fields, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"{shown}: unknown field; nearest valid name: {near!r}; "
+                    f"all: {', '.join(cls.model_fields)}"
+                )
+        return data
 
     @model_validator(mode="after")
     def _one_prompt(self) -> MemoryRequest:
@@ -89,11 +150,33 @@ class MemoryRequest(BaseModel):
             raise ValueError("give one of 'prompt' (text or token ids) and 'messages'")
         if self.prompt is not None and not self.prompt:
             raise ValueError("prompt is empty; give text or token ids")
-        if isinstance(self.prompt, str) and len(self.prompt) > MAX_PROMPT_CHARS:
+        # Each part goes through vLLM's own models of all that a part can be, which is slow.
+        lists = [v for m in self.messages or () for v in m.values() if isinstance(v, list)]
+        parts = sum(map(len, lists))
+        if parts > MAX_MESSAGES:
+            raise ValueError(f"messages: {parts} parts; at most {MAX_MESSAGES} are read")
+        characters = sum(map(len, self._texts()))
+        if characters > MAX_PROMPT_CHARS:
             raise ValueError(
-                f"prompt has {len(self.prompt)} characters; at most {MAX_PROMPT_CHARS} are read"
+                f"{self.source}: {characters} characters; at most {MAX_PROMPT_CHARS} are read"
             )
         return self
+
+    @property
+    def source(self) -> str:
+        """The field that holds the prompt."""
+        return "prompt" if self.messages is None else "messages"
+
+    def _texts(self) -> Iterator[str]:
+        """A text prompt, or what the messages say."""
+        if isinstance(self.prompt, str):
+            yield self.prompt
+        for message in self.messages or ():
+            content = message.get("content")
+            for part in content if isinstance(content, list) else [content]:
+                text = part.get("text") if isinstance(part, dict) else part
+                if isinstance(text, str):
+                    yield text
 
 
 class Head(BaseModel):

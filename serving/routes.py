@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
+from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine, Unavailable
 from lola_vllm.serving.inspector import inspector_page
 from lola_vllm.serving.prompt import prompt_tokens, token_texts
@@ -22,12 +24,13 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     for status in (
         HTTPStatus.BAD_REQUEST,
         HTTPStatus.NOT_FOUND,
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         HTTPStatus.NOT_IMPLEMENTED,
         HTTPStatus.SERVICE_UNAVAILABLE,
     )
 }
 
-router = APIRouter(prefix="/v1/lola", tags=["lola"])
+router = APIRouter(prefix="/v1/lola", tags=["lola"], route_class=LolaRoute)
 
 
 @router.get("/info", response_model=InfoResponse, responses=_REFUSALS)
@@ -71,8 +74,9 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
             raise Unavailable(
                 HTTPStatus.BAD_REQUEST, f"layers: {layer} is none of 0 to {engine.num_layers - 1}"
             )
+    validate_cache_salt(body.cache_salt)
     tokens = await prompt_tokens(body, raw_request, engine)
-    layers = await engine.memory(tokens, body.layers)
+    layers = await engine.memory(tokens, body.layers, body.cache_salt)
     tokenizer = engine.client.renderer.tokenizer
     texts = None
     if tokenizer is not None:  # in a thread: a long prompt's takes a while

@@ -2,21 +2,25 @@
 
 A browser cannot send a key when it opens an address, and vLLM lets no page of elsewhere ask it. So
 the page comes from here, and what it asks is passed on, with the key that was typed into it.
+
+Only questions that name this machine are answered. Another page could have its own name point here
+(DNS rebinding), and a browser would then take this for a part of that page.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import reprlib
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from lola_vllm.serving.inspector import inspector_page
+from lola_vllm.serving.protocol import MAX_BODY_BYTES
 
 PAGE = "/v1/lola/inspector"
 MEMORY = "/v1/lola/memory"
-MAX_BODY = 8 * 2**20
 ANSWER_LIMIT_S = 300
 
 
@@ -44,6 +48,13 @@ class Inspector(ThreadingHTTPServer):
                 f"--url = {server!r}: must be a server's address, as http://127.0.0.1:8000"
             )
         super().__init__(("127.0.0.1", port), _Handler)
+
+    @property
+    def hosts(self) -> set[str]:
+        """What the `Host` of a request may be; browsers leave out the port 80."""
+        names = ("localhost", "127.0.0.1", "[::1]")
+        port = self.server_port
+        return {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
 
     @property
     def url(self) -> str:
@@ -75,6 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: Inspector
 
     def do_GET(self) -> None:
+        if not self._meant():
+            return
         if self.path == PAGE:
             self._answer(HTTPStatus.OK, "text/html; charset=utf-8", inspector_page().encode())
         else:
@@ -84,10 +97,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
 
     def do_POST(self) -> None:
+        if not self._meant():
+            return
         length = self.headers.get("Content-Length", "")
         # The content type is what a page of elsewhere cannot send without being asked about.
         known = self.path == MEMORY and self.headers.get_content_type() == "application/json"
-        if not known or not length.isdigit() or int(length) > MAX_BODY:
+        if not known or not length.isdigit() or int(length) > MAX_BODY_BYTES:
             self.close_connection = True
             self._answer(HTTPStatus.BAD_REQUEST, "application/json", b"{}")
             return
@@ -95,6 +110,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(int(length)), self.headers.get("Authorization")
         )
         self._answer(status, "application/json", answer)
+
+    def _meant(self) -> bool:
+        """Whether the request names this server; refuses it if not."""
+        host = self.headers.get("Host", "")
+        if host.lower() in self.server.hosts:
+            return True
+        self.close_connection = True  # a body may follow, which is not read
+        message = f"Host = {reprlib.repr(host)}: not this server; open {self.server.url}"
+        body = json.dumps({"error": {"message": message}}).encode()
+        self._answer(HTTPStatus.MISDIRECTED_REQUEST, "application/json", body)
+        return False
 
     def _answer(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)

@@ -12,7 +12,7 @@ from browser import chromium
 from servers import BIN, KEY
 
 from lola_vllm.serving.inspector import inspector_page
-from lola_vllm.serving.inspector.local import Inspector, InspectorError
+from lola_vllm.serving.inspector.local import MEMORY, PAGE, Inspector, InspectorError
 
 END = "\ue010"
 RIGHT = "\ue014"
@@ -209,6 +209,38 @@ def test_a_server_that_is_not_there_and_an_address_that_is_none():
     assert status == 502 and b"no answer from http://127.0.0.1:9" in answer
     with pytest.raises(InspectorError, match="--url = 'localhost:8000'"):
         Inspector("localhost:8000", 0)
+
+
+@pytest.fixture
+def inspector():
+    with Inspector("http://127.0.0.1:9", 0) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LocalHost", "[::1]"])
+def test_the_inspector_answers_to_its_own_names(inspector, name):
+    base = f"http://127.0.0.1:{inspector.server_port}"
+    host = {"Host": f"{name}:{inspector.server_port}"}
+    assert "<html" in httpx.get(base + PAGE, headers=host).text
+    assert httpx.post(base + MEMORY, json={}, headers=host).status_code == 502  # it asked
+
+
+@pytest.mark.parametrize("name", ["evil.example:{}", "127.0.0.1.evil.example:{}", "localhost",
+                                  "localhost:1", "10.0.0.1:{}", ""])  # fmt: skip
+def test_the_inspector_answers_to_no_other(inspector, name):
+    """A name of somebody's page that was made to point here (DNS rebinding)."""
+    base = f"http://127.0.0.1:{inspector.server_port}"
+    host = {"Host": name.format(inspector.server_port)}
+    for answer in (
+        httpx.get(base + PAGE, headers=host),
+        httpx.get(base, headers=host),
+        httpx.post(base + MEMORY, json={}, headers=host),
+    ):
+        assert answer.status_code == 421
+        assert f"open http://127.0.0.1:{inspector.server_port}{PAGE}" in answer.text
+        assert "<html" not in answer.text
 
 
 def test_the_page_asks_where_it_came_from(browser):

@@ -10,6 +10,8 @@ import httpx
 import pytest
 from dashboard import queried
 
+from lola_vllm.serving import engine as engine_module
+from lola_vllm.serving.engine import LolaEngine, Unavailable
 from lola_vllm.serving.metrics import GAUGES, REFRESH_S
 
 NEEDLE = "The code of the vault is 73192."
@@ -172,6 +174,15 @@ BAD = {
     "not-a-message": ({"messages": [{"content": "x"}]}, 400, "role"),
     "too-long": ({"prompt": STORY * 8}, 400, "from 1 to 2047"),
     "huge": ({"prompt": "a" * 1_000_001}, 400, "1000000"),
+    "huge-chat": ({"messages": [{"role": "user", "content": "a" * 900_000}]}, 400, "characters"),
+    "long-chat": (
+        {"messages": [{"role": "user", "content": STORY}] * 8},
+        400,
+        "from 1 to 2047 tokens can be read",
+    ),
+    "parts": ({"messages": [{"role": "user", "content": ["x"] * 1_001}]}, 400, "1001 parts"),
+    "no-salt": ({"prompt": "x", "cache_salt": ""}, 400, "cache_salt"),
+    "salt": ({"prompt": "x", "cache_salt": "a" * 129}, 400, "cache_salt"),
     "just-too-long": ({"prompt": [5] * 2048}, 400, "from 1 to 2047"),
     "id-too-large": ({"prompt": [1, 49152]}, 400, "token id 49152 is none of 0 to 49151"),
     "id-negative": ({"prompt": [-1]}, 400, "token id -1"),
@@ -191,12 +202,56 @@ def test_bad_requests_are_refused(lola_server, body, status, words):
     assert words in response.json()["error"]["message"]
 
 
+def test_a_chat_of_20_megabytes_is_refused_at_once(lola_server):
+    """To tokenize it would take most of a minute and a gigabyte."""
+    begin = time.monotonic()
+    response = lola_server.client.post(
+        "/v1/lola/memory", json={"messages": [{"role": "user", "content": "word " * 4_000_000}]}
+    )
+    assert response.status_code == 413
+    assert "more than 4194304 bytes" in response.json()["error"]["message"]
+    assert time.monotonic() - begin < 10
+
+
+def test_cached_prefixes_are_shared_within_a_salt_only(lola_server):
+    def hits():
+        scrape = lola_server.client.get("/metrics").text
+        return float(re.search(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", scrape, re.M)[1])
+
+    prompt = f"Of salt. {PROMPT}"
+    found = []
+    for salt in ("sea", "rock", "sea", None, None, "rock"):
+        before = hits()
+        fields = {} if salt is None else {"cache_salt": salt}
+        read(lola_server, prompt=prompt, layers=[0], **fields)
+        found.append(hits() - before >= 256)
+    assert found == [False, False, True, False, True, True]
+
+
 def test_what_is_no_json_is_refused(lola_server):
     for content, kind in ((b"{", "application/json"), (b'{"prompt": "x"}', "text/plain")):
         response = lola_server.client.post(
             "/v1/lola/memory", content=content, headers={"Content-Type": kind}
         )
         assert 400 <= response.status_code < 500
+
+
+class Silent:
+    """An engine that answers nothing, of a model that is none of ours."""
+
+    class vllm_config:
+        class model_config:
+            hf_config = None
+
+    async def collective_rpc(self, method, args):
+        await asyncio.sleep(60)
+
+
+def test_an_engine_that_does_not_answer_is_unavailable(monkeypatch):
+    monkeypatch.setattr(engine_module, "ANSWER_LIMIT_S", 0.01)
+    with pytest.raises(Unavailable, match=r"did not answer lola_describe within 0\.01 s") as error:
+        asyncio.run(LolaEngine(Silent(), "model")._ask("lola_describe"))
+    assert error.value.status == 503
 
 
 def test_a_client_that_leaves_holds_no_copy(lola_server):
@@ -227,6 +282,7 @@ def test_metrics(lola_server):
         "lola:recall_error.kept", "lola:recall_error.folded",
         "lola:samples_total", "lola:prefix_hit_tokens_total",
     }  # fmt: skip
+    assert not [name for name in found if name.endswith("_created")]
     info = lola_server.client.get("/v1/lola/info").json()
     assert found["lola:slots_total"] == info["slots"]["total"]
     assert found["lola:slot_bytes"] == info["memory"]["bytes_per_slot"]
@@ -258,7 +314,7 @@ def test_slots_used_while_sequences_run(lola_server):
     assert 3 <= used <= 6 and 3 <= info["slots"]["used"] <= 6
 
 
-def test_every_metric_of_the_dashboard_is_in_a_scrape(lola_server):
+def test_every_metric_of_the_dashboard_and_the_alerts_is_in_a_scrape(lola_server):
     metrics(lola_server)
     complete(lola_server, PROMPT, max_tokens=20, ignore_eos=True)
     time.sleep(REFRESH_S + 0.2)

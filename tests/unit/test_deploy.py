@@ -129,6 +129,90 @@ def test_panels_have_queries_names_and_places_of_their_own(dashboard):
         assert apart and one["x"] + one["w"] <= 24
 
 
+# Series of a healthy server, by minutes for 26 hours, and of servers of which one alert tells.
+MINUTES = 26 * 60
+SERVER = 'instance="server:8000", model_name="lola"'
+HEALTHY = {
+    'up{job="lola", instance="server:8000"}': f"1x{MINUTES}",
+    f"lola:slots_total{{{SERVER}}}": f"192x{MINUTES}",
+    f"lola:slots_used{{{SERVER}}}": f"20x{MINUTES}",
+    f"vllm:num_requests_waiting{{{SERVER}}}": f"0x{MINUTES}",
+    f"vllm:num_preemptions_total{{{SERVER}}}": f"0x{MINUTES}",
+    f'vllm:time_to_first_token_seconds_bucket{{{SERVER}, le="1"}}': f"0+9x{MINUTES}",
+    f'vllm:time_to_first_token_seconds_bucket{{{SERVER}, le="40"}}': f"0+10x{MINUTES}",
+    f'vllm:time_to_first_token_seconds_bucket{{{SERVER}, le="+Inf"}}': f"0+10x{MINUTES}",
+    f'lola:recall_error{{{SERVER}, pairs="kept"}}': f"1.2x{MINUTES}",
+    f'lola:recall_error{{{SERVER}, pairs="folded"}}': f"0.4x{MINUTES}",
+    f"lola:swap_ratio{{{SERVER}}}": f"0.2x{MINUTES}",
+    f"lola:samples_total{{{SERVER}}}": f"0+4x{MINUTES}",
+}
+LATE = MINUTES - 60
+TROUBLES = {
+    "none": ({}, []),
+    "down": ({"up": f"1x{LATE} 0x59"}, ["LolaServerDown"]),
+    "without the plugin": ({"lola:slots_total": "_"}, ["LolaMetricsMissing"]),
+    "full": (
+        {"lola:slots_used": f"190x{MINUTES}", "vllm:num_requests_waiting": f"3x{MINUTES}"},
+        ["LolaSlotsFull"],
+    ),
+    "full, but nobody waits": ({"lola:slots_used": f"190x{MINUTES}"}, []),
+    "preempting": ({"vllm:num_preemptions_total": f"0+2x{MINUTES}"}, ["LolaPreemptions"]),
+    "slow": ({'_bucket{instance="server:8000", model_name="lola", le="1"': f"0+5x{MINUTES}"},
+             ["LolaFirstTokenSlow"]),
+    "not finite": ({'pairs="folded"': f"0.4x{LATE}" + " NaN" * 59}, ["LolaStateNotFinite"]),
+    "untrained": ({'pairs="folded"': f"1.3x{MINUTES}"}, ["LolaRecallErrorHigh"]),
+    "other texts": ({"lola:swap_ratio": f"0.2x{LATE - 60} 0.9x119"}, ["LolaSwapsUnusual"]),
+}  # fmt: skip
+
+
+def promtool(*arguments):
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed: apt-get install prometheus")
+    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_prometheus_accepts_its_configuration_and_finds_the_alerts(compose):
+    (mounted,) = (
+        {host_path(v): v.split(":")[1] for v in service["volumes"]}
+        for name, service in compose["services"].items()
+        if name == "prometheus"
+    )
+    assert load("prometheus.yml")["rule_files"] == ["alerts.yml"]  # beside the configuration
+    assert mounted["./prometheus.yml"] == "/etc/prometheus/prometheus.yml"
+    assert mounted["./alerts.yml"] == "/etc/prometheus/alerts.yml"
+    checked = promtool("check", "config", DEPLOY / "prometheus.yml")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_every_alert_has_its_trouble():
+    (group,) = load("alerts.yml")["groups"]
+    names = [rule["alert"] for rule in group["rules"]]
+    assert sorted(names) == sorted(name for _, fired in TROUBLES.values() for name in fired)
+    for rule in group["rules"]:
+        assert rule["labels"]["severity"] in ("critical", "warning", "info")
+        assert rule["annotations"]["summary"] and rule["annotations"]["description"]
+
+
+@pytest.mark.parametrize(("trouble", "fired"), TROUBLES.values(), ids=TROUBLES)
+def test_alerts_tell_of_their_trouble_and_of_nothing_else(tmp_path, trouble, fired):
+    assert all(any(part in series for series in HEALTHY) for part in trouble)
+    series = [
+        {"series": name, "values": next((v for part, v in trouble.items() if part in name), usual)}
+        for name, usual in HEALTHY.items()
+    ]
+    asked = {
+        "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+        "eval_time": f"{MINUTES - 5}m",
+        "exp_samples": [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in fired],
+    }
+    test = {"interval": "1m", "input_series": series, "promql_expr_test": [asked]}
+    file = tmp_path / "test.yml"
+    rules = [str(DEPLOY / "alerts.yml")]
+    file.write_text(json.dumps({"rule_files": rules, "tests": [test]}))
+    ran = promtool("test", "rules", file)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
 @pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]])
 def test_compose_itself_accepts_the_files(files):
     if (
