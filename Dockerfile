@@ -1,7 +1,8 @@
 # lola-vllm for CUDA: vLLM's own image with the plugin installed.
 #
 #   docker build -t lola-vllm .
-#   docker run --gpus all --ipc=host -p 8000:8000 -v /path/to/model:/model:ro lola-vllm /model
+#   docker run --gpus all --ipc=host -p 127.0.0.1:8000:8000 -v /path/to/model:/model:ro \
+#     lola-vllm /model
 FROM vllm/vllm-openai:v0.32.0
 
 LABEL org.opencontainers.image.title="lola-vllm" \
@@ -18,7 +19,9 @@ RUN python3 -m pip install --no-cache-dir "setuptools>=77,<81" wheel ninja \
 RUN useradd --create-home --uid 10001 lola
 USER lola
 WORKDIR /home/lola
-ENV HF_HOME=/home/lola/.cache/huggingface
+# In a container 127.0.0.1 is the container alone; -p above says who reaches the server.
+ENV HF_HOME=/home/lola/.cache/huggingface \
+    LOLA_VLLM_HOST=0.0.0.0
 
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=300s --retries=3 \

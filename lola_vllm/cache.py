@@ -78,7 +78,8 @@ def describe_pool(spec: LolaStateSpec, num_slots: int) -> str:
         f"LoLA: {spec.bytes_per_sequence / MIB:.2f} MiB per sequence whatever its length "
         f"({states}{spec.num_layers} layers x {spec.page_size_bytes / 1024:.1f} KiB, this rank), "
         f"{num_slots // spec.states_per_sequence} sequences fit; a full KV cache would be larger "
-        f"beyond {break_even:,} tokens of context"
+        f"beyond {break_even:,} tokens of context (vLLM's line 'KV cache size' counts "
+        "--max-model-len tokens for each of these sequences, which is no limit of theirs)"
     )
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
+import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from lola_vllm import cpu
 from lola_vllm.cache import lola_hf_config, num_kv_heads, state_layout
 from lola_vllm.checkpoint.files import open_weights, weight_files
 from lola_vllm.checkpoint.schema import find_num_state_heads
@@ -64,9 +66,11 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         check_parallel_heads(hf_config, vllm_config.parallel_config.tensor_parallel_size)
         settle_block_size(vllm_config)
         settle_cpu_memory(vllm_config)
+        warn_of_slow_dtype(vllm_config)
         warn_of_cpu_adapters(vllm_config)
         settle_cpu_worker(vllm_config)
         settle_worker_extension(vllm_config)
+        announce_compiling(vllm_config)
 
 
 def refusals(vllm_config: VllmConfig) -> list[Refusal]:
@@ -213,10 +217,16 @@ def check_prefill_room(vllm_config: VllmConfig) -> None:
     """
     block_size = vllm_config.cache_config.block_size
     scheduler = vllm_config.scheduler_config
-    budget, enough = scheduler.max_num_batched_tokens, block_size + scheduler.max_num_seqs - 1
-    if block_size <= budget < enough:
+    option, budget = "--max-num-batched-tokens", scheduler.max_num_batched_tokens
+    scheduled = scheduler.max_num_scheduled_tokens  # what the scheduler goes by, where it is given
+    if scheduled is not None and scheduled <= budget:
+        option, budget = "--max-num-scheduled-tokens", scheduled
+    # Where no piece could be as long as a block, vLLM lets them end anywhere.
+    piece = min(budget, scheduler.long_prefill_token_threshold or budget)
+    enough = block_size + scheduler.max_num_seqs - 1
+    if block_size <= piece and budget < enough:
         raise UnsupportedOptionError(
-            f"--max-num-batched-tokens = {budget}: with prefix caching in blocks of {block_size} "
+            f"{option} = {budget}: with prefix caching in blocks of {block_size} "
             f"tokens a prompt would wait while {scheduler.max_num_seqs - 1} others decode; "
             f"use at least {enough}, or fewer than {block_size}, or a smaller --block-size or "
             "--max-num-seqs"
@@ -227,7 +237,7 @@ def settle_cpu_memory(vllm_config: VllmConfig) -> None:
     """On a CPU, size the state pool for `max_num_seqs` sequences when the user has not sized it.
 
     vLLM would take nearly all of the machine's memory, which a fixed state has no use for. At
-    most a quarter of the free memory is taken.
+    most what `cpu.room_for_states` leaves is taken, but enough for one sequence.
     """
     from vllm.platforms import current_platform
 
@@ -243,14 +253,58 @@ def settle_cpu_memory(vllm_config: VllmConfig) -> None:
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     # Two states per running sequence while prefix caching is on, and one to keep for later hits;
     # one more is vLLM's null block.
-    states = (3 if cache.enable_prefix_caching else 1) * max_num_seqs + 1
-    free = psutil.virtual_memory().available // 4
-    cache.kv_cache_memory_bytes = min(states * state_bytes, free)
+    states = 3 if cache.enable_prefix_caching else 1
+    room = max(_cpu_room(vllm_config), (states + 1) * state_bytes)
+    cache.kv_cache_memory_bytes = min((states * max_num_seqs + 1) * state_bytes, room)
     logger.info(
         "LoLA state pool: %.2f GiB, for --max-num-seqs %d (set --kv-cache-memory-bytes to change)",
         cache.kv_cache_memory_bytes / 2**30,
         max_num_seqs,
     )
+
+
+def _cpu_room(vllm_config: VllmConfig) -> int:
+    """Bytes that a rank's states may take, by the weights and the ranks on this machine."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    replicas = max(1, parallel.data_parallel_size_local)
+    path = Path(model.model)
+    files = sum(f.stat().st_size for f in weight_files(path)) if path.is_dir() else 0
+    dtype = str(model.dtype).removeprefix("torch.")
+    weights = cpu.weight_bytes(files, model.hf_config.to_dict(), dtype)
+    return cpu.room_for_states(
+        psutil.virtual_memory().available,
+        replicas * weights,
+        replicas * parallel.local_world_size,
+    )
+
+
+def warn_of_slow_dtype(vllm_config: VllmConfig) -> None:
+    """Say that a CPU without instructions for bfloat16 is faster in float32."""
+    from vllm.platforms import current_platform
+
+    model = vllm_config.model_config
+    if (
+        not current_platform.is_cpu()
+        or model.dtype == torch.float32
+        or model.quantization is not None
+    ):
+        return
+    if cpu.preferred_dtype(model.hf_config.to_dict()) == "float32":
+        logger.warning(
+            "--dtype = %s: this CPU has no bfloat16 instructions (%s), so every product is made of "
+            "conversions; --dtype float32 is several times faster ('lola-vllm serve' chooses it)",
+            str(model.dtype).removeprefix("torch."),
+            ", ".join(cpu.BFLOAT16_FLAGS),
+        )
+
+
+def announce_compiling(vllm_config: VllmConfig) -> None:
+    """A word before the longest part of a start, during which nothing is printed."""
+    if not vllm_config.model_config.enforce_eager:
+        logger.info(
+            "torch.compile runs before the server answers: a minute or more without output, less "
+            "when its cache is there; --enforce-eager starts without it, and decodes more slowly"
+        )
 
 
 def warn_of_cpu_adapters(vllm_config: VllmConfig) -> None:

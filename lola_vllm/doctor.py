@@ -20,6 +20,8 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lola_vllm import cpu
+
 GIB = 2**30
 PROBE_LIMIT_S = 180
 # vLLM, torch and Python in three processes, before any weight.
@@ -261,7 +263,7 @@ def check_ops(probe: Probe) -> Iterator[Finding]:
 
 
 def check_environment(probe: Probe, env: Mapping[str, str]) -> Iterator[Finding]:
-    """Variables that make a server on a CPU slow."""
+    """What makes a server on a CPU slow: variables, and a dtype that it cannot multiply."""
     if probe.facts.get("device") != "cpu":
         return
     if env.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
@@ -277,6 +279,14 @@ def check_environment(probe: Probe, env: Mapping[str, str]) -> Iterator[Finding]
             "VLLM_CPU_OMP_THREADS_BIND",
             "vLLM keeps one core for itself and binds every server to the same others",
             "export VLLM_CPU_OMP_THREADS_BIND=nobind ('lola-vllm serve' and make do)",
+        )
+    if cpu.preferred_dtype({}, env) == "float32":
+        yield Finding(
+            "note",
+            "bfloat16",
+            f"this CPU has no instructions for it ({', '.join(cpu.BFLOAT16_FLAGS)}), and runs "
+            "models several times faster in float32",
+            "serve with --dtype float32 ('lola-vllm serve' and 'lola-vllm eval' do)",
         )
     threads, cores = env.get("OMP_NUM_THREADS", ""), len(os.sched_getaffinity(0))
     if threads.isdigit() and int(threads) > cores:

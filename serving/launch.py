@@ -15,19 +15,21 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
-import yaml
 
+from lola_vllm import cpu
 from lola_vllm.checkpoint.files import CheckpointError, read_json, weight_files
 from lola_vllm.config import MODEL_TYPE
 from lola_vllm.estimate import DTYPES, GIB, MIB, Row, estimate
+from lola_vllm.serving.options import given_options, masked, number
 
 PLUGIN = "lola"
-# Python, torch and vLLM in three processes on a CPU; activations and CUDA graphs on a GPU.
-CPU_OVERHEAD = 3 * GIB
+# Where to listen unless the command line says so; the images set it.
+HOST_ENV = "LOLA_VLLM_HOST"
+# Python, torch, vLLM, activations and CUDA graphs on a GPU.
 GPU_OVERHEAD = 3 * GIB
 GPU_UTILIZATION = 0.9
 # More sequences at once than this per core, or than this on any machine, only wait for each other.
@@ -36,8 +38,6 @@ MAX_SEQUENCES = 256
 # Tokens between two cached states: what a state costs, within these bounds.
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 256, 4096
 
-# Short spellings that vLLM takes of options that matter here.
-_SHORT = {"-tp": "tensor-parallel-size", "-pp": "pipeline-parallel-size"}
 _PLUGIN_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 
 
@@ -62,7 +62,8 @@ class Launch:
     """What `lola-vllm serve` is going to run.
 
     Attributes:
-        command: the program and its arguments. options, env: what was chosen. notes: what to know.
+        command: the program and its arguments. options, env: what was chosen; a flag has the
+            value "". notes: what to know.
     """
 
     command: list[str]
@@ -71,10 +72,11 @@ class Launch:
     notes: list[str]
 
     def __str__(self) -> str:
-        chosen = [(f"{c.name} {c.value}", c.reason) for c in self.options]
+        chosen = [(f"{c.name} {c.value}".rstrip(), c.reason) for c in self.options]
         chosen += [(f"{c.name}={c.value}", c.reason) for c in self.env]
         lines = (f"  {setting}\n      {reason}" for setting, reason in chosen)
-        return "\n".join([*self.notes, *lines, f"running: {shlex.join(self.command)}"])
+        running = f"running: {shlex.join(masked(self.command))}"
+        return "\n".join([*self.notes, *lines, running])
 
 
 def this_machine(cores: int) -> Machine:
@@ -99,18 +101,30 @@ def plan(
     """
     given = given_options(options)
     command = [_vllm(), "serve", model]
+    chosen = _front(given, env)
     chosen_env = _environment(machine, env)
-    if not Path(model).is_dir():
+    directory = Path(model)
+    if directory.is_dir():
+        config = _config(directory)
+        dtype, quick = _quick(config, given, machine, env)
+        row = _state(directory, given, dtype)
+        bytes_per_state = _ranks(given).layers(row.num_layers) * row.layout.page_bytes
+        note = (
+            f"{model}: {bytes_per_state / MIB:.2f} MiB per state in {dtype}, on {machine.device} "
+            f"with {machine.cores} cores and {machine.memory / GIB:.1f} GiB of memory"
+        )
+        name = directory.resolve().name
+        if "served-model-name" not in given and name:
+            reason = "the directory's name, for requests and metrics"
+            chosen.insert(0, Choice("--served-model-name", name, reason))
+        weights = cpu.weight_bytes(
+            sum(file.stat().st_size for file in weight_files(directory)), config, dtype
+        )
+        chosen += quick + _numbers(config, row, weights, given, machine, env)
+    else:
         note = f"{model} is no directory here: the numbers are left to vLLM"
-        return Launch([*command, *options], [], chosen_env, [note])
-    row = _state(Path(model), given)
-    notes = [
-        f"{model}: {row.bytes_per_sequence / MIB:.2f} MiB per state, on {machine.device} with "
-        f"{machine.cores} cores and {machine.memory / GIB:.1f} GiB of memory"
-    ]
-    chosen = _numbers(Path(model), row, given, machine, env)
-    flags = [part for choice in chosen for part in (choice.name, choice.value)]
-    return Launch([*command, *flags, *options], chosen, chosen_env, notes)
+    flags = [part for choice in chosen for part in (choice.name, choice.value) if part]
+    return Launch([*command, *flags, *options], chosen, chosen_env, [note])
 
 
 def run(launch: Launch, cpus: Set[int]) -> None:
@@ -121,83 +135,132 @@ def run(launch: Launch, cpus: Set[int]) -> None:
     os.execve(launch.command[0], launch.command, environment)
 
 
-def given_options(options: Sequence[str]) -> dict[str, str]:
-    """What a command line of `vllm serve` sets: long name without dashes -> value, "" for flags.
+class _Ranks(NamedTuple):
+    """vLLM's workers: how a model is divided, and how often it is on this machine."""
 
-    A `--config` file counts; the command line goes before it, as in vLLM.
-    """
-    given: dict[str, str] = {}
-    name = None
-    for part in options:
-        if part.startswith("--") or part in _SHORT:
-            option, equals, value = part.partition("=")
-            name = _SHORT.get(option, option[2:].replace("_", "-"))
-            given[name] = value
-            if equals:
-                name = None
-        elif name is not None:
-            given[name] = part
-            name = None
-    if "config" in given:
-        given = {**_config_file(Path(given["config"])), **given}
-    return given
+    tensor: int
+    pipeline: int
+    replicas: int
+
+    @property
+    def per_model(self) -> int:
+        return self.tensor * self.pipeline
+
+    def layers(self, layers: int) -> int:
+        """Layers of the rank that has most of them."""
+        return -(-layers // self.pipeline)
 
 
-def _config_file(path: Path) -> dict[str, str]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise CheckpointError(f"--config {path}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"--config {path}: must hold option names and their values")
-    return {
-        str(name).replace("_", "-"): value if isinstance(value, str) else json.dumps(value)
-        for name, value in content.items()
-    }
+def _ranks(given: Mapping[str, str]) -> _Ranks:
+    def size(*names: str) -> int:
+        return next((n for name in names if (n := number(given.get(name)))), 1)
+
+    return _Ranks(
+        size("tensor-parallel-size"),
+        size("pipeline-parallel-size"),
+        size("data-parallel-size-local", "data-parallel-size"),
+    )
 
 
-def _state(model: Path, given: Mapping[str, str]) -> Row:
-    """What a state of the model costs on one rank, with the user's options."""
-    if read_json(model / "config.json").get("model_type") != MODEL_TYPE:
+def _front(given: Mapping[str, str], env: Mapping[str, str]) -> list[Choice]:
+    """What clients see of the server."""
+    chosen = []
+    if not {"host", "uds"} & set(given):
+        if HOST_ENV in env:
+            chosen.append(Choice("--host", env[HOST_ENV], HOST_ENV))
+        else:
+            reason = "this machine only; --host 0.0.0.0 is for all that can reach it"
+            chosen.append(Choice("--host", "127.0.0.1", reason))
+    if not _is_set(given, "enable-prompt-tokens-details"):
+        reason = "answers tell how many tokens of a prompt came from cached states"
+        chosen.append(Choice("--enable-prompt-tokens-details", "", reason))
+    return chosen
+
+
+def _is_set(given: Mapping[str, str], flag: str) -> bool:
+    """Whether a flag was given, either way."""
+    return flag in given or f"no-{flag}" in given
+
+
+def _config(model: Path) -> dict[str, Any]:
+    """The `config.json` of a LoLA model."""
+    config = read_json(model / "config.json")
+    if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"{model}: not a LoLA model (model_type is not {MODEL_TYPE!r}); make one with "
             "lola-vllm init, convert or distill, or use 'vllm serve' for this one"
         )
+    return config
+
+
+def _quick(
+    config: Mapping[str, Any], given: Mapping[str, str], machine: Machine, env: Mapping[str, str]
+) -> tuple[str, list[Choice]]:
+    """The dtype that the model will have, and what is chosen for a CPU's speed."""
+    # Left to itself, vLLM takes one of two bytes, for a float32 model too.
+    stored = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    dtype = stored if stored in ("float16", "bfloat16") else "bfloat16"
+    chosen = []
+    asked = given.get("dtype", "auto")
+    asked = {"half": "float16", "float": "float32"}.get(asked, asked)
+    if asked in DTYPES:
+        dtype = asked
+    elif machine.device == "cpu" and "quantization" not in given:
+        preferred = cpu.preferred_dtype(config, env)
+        if preferred:
+            dtype = preferred
+            flag = cpu.bfloat16_flag(env)
+            reason = f"this CPU multiplies it fast ({flag})"
+            if flag is None:
+                reason = "this CPU has no bfloat16 instructions, and is several times faster so"
+            chosen.append(Choice("--dtype", dtype, reason))
+    compiling = {"compilation-config", "optimization-level"} & set(given)
+    # vLLM's stages on a CPU need torch.compile, see config_hook.
+    staged = _ranks(given).pipeline > 1
+    if machine.device == "cpu" and not (compiling or staged or _is_set(given, "enforce-eager")):
+        reason = (
+            "torch.compile costs a minute at the start and then decodes up to a fifth faster;\n"
+            "      --no-enforce-eager has it"
+        )
+        chosen.append(Choice("--enforce-eager", "", reason))
+    return dtype, chosen
+
+
+def _state(model: Path, given: Mapping[str, str], dtype: str) -> Row:
+    """What a state of the model costs on one tensor-parallel rank, with the user's options."""
     try:
         overrides = json.loads(given.get("hf-overrides", "{}"))
     except ValueError as error:
         raise CheckpointError(f"--hf-overrides: not valid JSON ({error})") from None
     lola = overrides.get("lola_config", {}) if isinstance(overrides, dict) else {}
-    dtype = {"half": "float16", "float": "float32"}.get(given.get("dtype", ""), given.get("dtype"))
-    result = estimate(
-        model,
-        lola,
-        # Left to itself, vLLM takes one of two bytes, for a float32 model too.
-        dtype=dtype if dtype in DTYPES else "bfloat16",
-        tensor_parallel_size=_number(given.get("tensor-parallel-size")) or 1,
-    )
+    result = estimate(model, lola, dtype=dtype, tensor_parallel_size=_ranks(given).tensor)
     return next(row for row in result.rows if row.chosen)
 
 
 def _numbers(
-    model: Path, row: Row, given: Mapping[str, str], machine: Machine, env: Mapping[str, str]
+    config: Mapping[str, Any],
+    row: Row,
+    weights: int,
+    given: Mapping[str, str],
+    machine: Machine,
+    env: Mapping[str, str],
 ) -> list[Choice]:
     caching = "no-enable-prefix-caching" not in given and given.get(
         "enable-prefix-caching", ""
     ).lower() not in ("false", "0")
-    state = row.bytes_per_sequence
+    state = _ranks(given).layers(row.num_layers) * row.layout.page_bytes
     # A running sequence holds its own state and the last one at a block boundary; one more on a
     # CPU, where nothing else fills the pool, is for prefixes that may come again.
     states = (3 if machine.device == "cpu" else 2) if caching else 1
     sized = "kv-cache-memory-bytes" in given or "VLLM_CPU_KVCACHE_SPACE" in env
-    room, where = _room(model, given, machine)
-    pool = _number(given.get("kv-cache-memory-bytes"))
+    room, where = _room(weights, given, machine)
+    pool = number(given.get("kv-cache-memory-bytes"))
     if pool:
         room, where = pool, "your --kv-cache-memory-bytes"
     unknown = sized and not pool
     chosen = []
 
-    wanted = _number(given.get("max-num-seqs"))
+    wanted = number(given.get("max-num-seqs"))
     fits = (room // state - 1) // states  # one more is vLLM's null block
     if fits < 1 and not unknown:
         raise CheckpointError(
@@ -216,7 +279,7 @@ def _numbers(
             reason = f"{per_core}more would only wait for each other"
         chosen.append(Choice("--max-num-seqs", str(wanted), reason))
     if caching and "block-size" not in given:
-        chosen.append(_block_size(model, row, given))
+        chosen.append(_block_size(config, row, given))
     if machine.device == "cpu" and not sized and wanted:
         of = f"{states} states" if states > 1 else "one state"
         chosen.append(
@@ -229,24 +292,26 @@ def _numbers(
     return chosen
 
 
-def _room(model: Path, given: Mapping[str, str], machine: Machine) -> tuple[int, str]:
+def _room(weights: int, given: Mapping[str, str], machine: Machine) -> tuple[int, str]:
     """Bytes for states on a rank, and what to call them."""
-    ranks = _number(given.get("tensor-parallel-size")) or 1
-    weights = sum(file.stat().st_size for file in weight_files(model)) // ranks
-    if machine.device == "cpu":  # half, so that the machine stays usable
-        return (machine.memory - weights - CPU_OVERHEAD) // 2, "half of the free memory"
+    ranks = _ranks(given)
+    if machine.device == "cpu":
+        workers = ranks.replicas * ranks.per_model
+        room = cpu.room_for_states(machine.memory, ranks.replicas * weights, workers)
+        each = f", shared by {workers} ranks," if workers > 1 else ""
+        return room, f"half of what weights and processes leave of the memory{each}"
     try:
         utilization = float(given["gpu-memory-utilization"])
     except (KeyError, ValueError):
         utilization = GPU_UTILIZATION
-    room = int(machine.memory * utilization) - weights - GPU_OVERHEAD
+    room = int(machine.memory * utilization) - weights // ranks.per_model - GPU_OVERHEAD
     return room, f"{utilization:.0%} of the GPU"
 
 
-def _block_size(model: Path, row: Row, given: Mapping[str, str]) -> Choice:
+def _block_size(config: Mapping[str, Any], row: Row, given: Mapping[str, str]) -> Choice:
     even = row.layout.break_even_tokens()
-    length = _number(given.get("max-model-len")) or int(
-        read_json(model / "config.json").get("max_position_embeddings", MAX_BLOCK_SIZE)
+    length = number(given.get("max-model-len")) or int(
+        config.get("max_position_embeddings", MAX_BLOCK_SIZE)
     )
     size = MIN_BLOCK_SIZE
     while size < even and size < MAX_BLOCK_SIZE:
@@ -289,17 +354,6 @@ def _vllm() -> str:
             "the command 'vllm' is not installed; run 'lola-vllm doctor' to see what is missing"
         )
     return found
-
-
-def _number(text: str | None) -> int | None:
-    """An integer as vLLM reads it (k, m, g for thousands, K, M, G for 1024), None if it is none."""
-    units = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
-    try:
-        if text and text[-1] in units:
-            return int(float(text[:-1]) * units[text[-1]])
-        return int(text) if text else None
-    except ValueError:
-        return None
 
 
 def serve(model: str, options: Sequence[str], cpus: Set[int], dry_run: bool = False) -> int:

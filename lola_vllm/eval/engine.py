@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from lola_vllm import cpu
+from lola_vllm.checkpoint.files import read_json
 from lola_vllm.eval.errors import EvalError
 from lola_vllm.eval.settings import Setting, measure
 from lola_vllm.eval.tokenizer import LocalTokenizer, Tokenizer
@@ -41,13 +43,15 @@ class EngineModel:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
+        dtype = engine_args.get("dtype", _dtype(setting))
         self.batch = batch
         self.tokenizer: Tokenizer = LocalTokenizer(setting.model)
         overrides = {"lola_config": setting.lola_config} if setting.lola_config else {}
         args: dict[str, Any] = {
             "enforce_eager": True,  # compiling takes longer than it saves here
             "max_num_batched_tokens": max(STEP_TOKENS, batch),
-            **_cache_args(setting, max_length, batch, engine_args.get("dtype", "bfloat16")),
+            **_cache_args(setting, max_length, batch, dtype),
+            "dtype": dtype,
             **engine_args,
         }
         self._llm = LLM(
@@ -86,6 +90,15 @@ class EngineModel:
     def _generate(self, prompts: list[list[int]], params: Any) -> list[Any]:
         requests: Any = [{"prompt_token_ids": ids} for ids in prompts]
         return list(self._llm.generate(requests, params, use_tqdm=False))
+
+
+def _dtype(setting: Setting) -> str:
+    """As `lola-vllm serve` chooses it: the one that a CPU is fast in, elsewhere vLLM's choice."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "auto"
+    return cpu.preferred_dtype(read_json(setting.model / "config.json")) or "auto"
 
 
 def _cache_args(setting: Setting, max_length: int, batch: int, dtype: str) -> dict[str, int]:

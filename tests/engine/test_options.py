@@ -1,18 +1,24 @@
 """Options that do not know LoLA's state are refused at start-up; checkpoints load strictly."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from engine import engine, generate, pages, state_manager
+from engine import GREEDY, engine, generate, pages, state_manager
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny, random_prompts
+from vllm import SamplingParams, TokensPrompt
+from vllm.engine.arg_utils import EngineArgs
 
+from lola_vllm import config_hook, cpu
 from lola_vllm.cache import describe_pool
 from lola_vllm.config import LolaConfigError, LolaLlamaConfig
 from lola_vllm.config_hook import UnsupportedOptionError, check_parallel_heads
 
 LOLA = {"window_size": 8, "sparse_cache_size": 4}
+# A step of eight sequences has room for a block of a late prompt from 32 + 7 tokens on.
+CACHED = {"enable_prefix_caching": True, "block_size": 32, "max_num_seqs": 8}
 
 
 @pytest.fixture
@@ -43,14 +49,81 @@ def tiny(tmp_path):
         ({"hf_overrides": {"lola_config": {"windw_size": 4}}}, "nearest valid name: 'window_size'"),
         ({"hf_overrides": {"lola_config": {"mixing": "half"}}}, "lola_config.mixing = 'half'"),
         ({"hf_overrides": {"lola_config": {"num_state_heads": 3}}}, "num_state_heads = 3"),
+        (CACHED | {"max_num_batched_tokens": 36}, "--max-num-batched-tokens = 36"),
+        (CACHED | {"max_num_scheduled_tokens": 36}, "--max-num-scheduled-tokens = 36"),
+        (CACHED | {"max_num_scheduled_tokens": 64, "max_num_batched_tokens": 38},
+         "--max-num-batched-tokens = 38"),
     ],
     ids=["speculation", "fp8-cache", "connector", "offloading", "two-batches", "context-parallel",
-         "eager-stages", "heads", "sleep", "unknown-key", "bad-value", "bad-heads"],
+         "eager-stages", "heads", "sleep", "unknown-key", "bad-value", "bad-heads",
+         "batched-tokens", "scheduled-tokens", "fewer-batched-tokens"],
 )  # fmt: skip
 def test_refused_with_a_reason(tiny, options, words, capfd):
     with pytest.raises(Exception) as error, engine(tiny, **options):
         pass
     assert words in str(error.value) + capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_scheduled_tokens": 39},
+        {"max_num_batched_tokens": 39},
+        # No piece is as long as a block, so pieces may end anywhere.
+        {"max_num_scheduled_tokens": 36, "long_prefill_token_threshold": 16},
+        {"max_num_scheduled_tokens": 24},
+    ],
+    ids=["scheduled", "batched", "short-pieces", "below-a-block"],
+)
+def test_a_late_prompt_does_not_wait_for_the_others_to_end(tiny, options):
+    *early, late = random_prompts([5] * 7 + [100])
+    with engine(tiny, **CACHED, **options) as llm:
+        for i, prompt in enumerate(early):
+            params = SamplingParams(max_tokens=60, **GREEDY)
+            llm.llm_engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), params)
+        for _ in range(6):
+            llm.llm_engine.step()
+        params = SamplingParams(max_tokens=1, **GREEDY)
+        llm.llm_engine.add_request("late", TokensPrompt(prompt_token_ids=late), params)
+        finished = []
+        while "late" not in finished:
+            finished += [o.request_id for o in llm.llm_engine.step() if o.finished]
+        assert finished == ["late"]
+
+
+def config_of(model, **options):
+    """What vLLM would start with, without starting it."""
+    return EngineArgs(str(model), skip_tokenizer_init=True, **options).create_engine_config()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_on_a_cpu_the_ranks_share_half_of_the_free_memory(tiny, monkeypatch, ranks):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    options = {"tensor_parallel_size": ranks, "dtype": "float32", "max_num_seqs": 64}
+
+    def pool(free):
+        memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=free))
+        monkeypatch.setattr(config_hook, "psutil", memory)
+        return config_of(tiny, **options).cache_config.kv_cache_memory_bytes
+
+    plenty = pool(100 * cpu.GIB)
+    state = plenty // (3 * 64 + 1)
+    assert plenty == (3 * 64 + 1) * state
+    weights = (tiny / "model.safetensors").stat().st_size
+    needed = weights + cpu.SERVER_BYTES + (ranks - 1) * cpu.RANK_BYTES
+    assert pool(needed + 200 * state * ranks) == 100 * state
+    assert pool(0) == 4 * state  # one sequence; vLLM says what is missing
+
+
+def test_a_cpu_without_bfloat16_is_warned_of(tiny, monkeypatch):
+    monkeypatch.setenv("LOLA_VLLM_CPU_ISA", "avx2")
+    said = []
+    monkeypatch.setattr(config_hook.logger, "warning", lambda text, *args: said.append(text % args))
+    config_of(tiny, dtype="float32")
+    assert said == []
+    config_of(tiny, dtype="bfloat16")
+    (message,) = said
+    assert "--dtype = bfloat16" in message and "--dtype float32" in message
 
 
 def edit(directory, change):

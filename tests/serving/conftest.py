@@ -7,7 +7,11 @@ from collections.abc import Iterator
 import pytest
 from servers import BIN, KEY, MODEL, Server, serving
 
+from lola_vllm import cpu
+
 OPTIONS = ["--enforce-eager", "--max-model-len", "2048", "--served-model-name", "smollm2"]
+# In the dtype of this machine: plain `vllm serve` would take bfloat16 where it is slow too.
+OPTIONS += ["--dtype", cpu.preferred_dtype({}) or "auto"]
 
 
 @pytest.fixture(scope="session")

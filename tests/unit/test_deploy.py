@@ -1,6 +1,7 @@
 """The deployment files fit each other and the repository. Their metrics: tests/serving."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -70,6 +71,35 @@ def test_nothing_is_open_to_the_network(compose):
     assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in ports)
 
 
+@pytest.mark.parametrize(
+    "name", ["README.md", "Dockerfile", "Dockerfile.cpu", "docs/serving.md", "serving/deploy"]
+)
+def test_no_command_publishes_a_server_to_the_network(name):
+    path = ROOT / name
+    files = path.glob("*.yaml") if path.is_dir() else [path]
+    runs = [line for f in files for line in f.read_text().splitlines() if "docker run" in line]
+    assert runs or name not in ("README.md", "Dockerfile", "Dockerfile.cpu")
+    for line in runs:
+        assert re.search(r"-p 127\.0\.0\.1:\d+:\d+ ", line), line
+        assert "--shm-size" in line or "--ipc=host" in line, line
+
+
+def test_there_is_no_default_password(compose):
+    password = compose["services"]["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD"]
+    assert password.startswith("${GRAFANA_PASSWORD:?")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [".env", "serving/deploy/.env", ".env.local", "compose.override.yaml",
+     "serving/deploy/compose.override.yaml", "docker-compose.override.yml", ".git", "models"],
+)  # fmt: skip
+def test_secrets_and_bulk_stay_out_of_images(path):
+    patterns = (ROOT / ".dockerignore").read_text().split()
+    regexes = [re.escape(p).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*") for p in patterns]
+    assert any(re.fullmatch(regex, path) for regex in regexes)
+
+
 def test_what_is_built_and_mounted_is_there(compose):
     build = compose["services"]["server"]["build"]
     assert (DEPLOY / build["context"]).resolve() == ROOT
@@ -92,6 +122,8 @@ def test_the_images_listen_where_the_files_say(compose):
     assert "EXPOSE 8000" in dockerfile
     # The front that switches the routes and metrics on; vLLM's own would leave them off.
     assert 'ENTRYPOINT ["lola-vllm", "serve"]' in dockerfile
+    # Its own default is the container alone, where no published port leads.
+    assert "LOLA_VLLM_HOST=0.0.0.0" in dockerfile
     assert server["command"][1:] == ["--served-model-name", "lola"]
 
 
@@ -221,4 +253,5 @@ def test_compose_itself_accepts_the_files(files):
     ):
         pytest.skip("docker with its compose plugin is not installed")
     options = [part for name in files for part in ("-f", str(DEPLOY / name))]
-    subprocess.run(["docker", "compose", *options, "config", "--quiet"], check=True)
+    env = {**os.environ, "GRAFANA_PASSWORD": "x"}
+    subprocess.run(["docker", "compose", *options, "config", "--quiet"], check=True, env=env)

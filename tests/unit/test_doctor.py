@@ -151,7 +151,9 @@ def test_a_back_end_that_cannot_serve():
     assert subject == "back end" and "'x'" in text and remedy == "unset LOLA_VLLM_OPS"
 
 
-def test_environment_of_a_cpu():
+def test_environment_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(doctor.cpu, "_flags", lambda: frozenset({"avx512_bf16"}))
+
     def subjects(**env):
         return [f.subject for f in doctor.check_environment(Probe(HEALTHY, ""), env)]
 
@@ -161,6 +163,8 @@ def test_environment_of_a_cpu():
     assert subjects(**good, OMP_NUM_THREADS="4096") == ["OMP_NUM_THREADS"]
     cuda = Probe(HEALTHY | {"device": "cuda"}, "")
     assert not list(doctor.check_environment(cuda, {}))
+    (finding,) = doctor.check_environment(Probe(HEALTHY, ""), good | {"LOLA_VLLM_CPU_ISA": "avx2"})
+    assert finding.subject == "bfloat16" and "--dtype float32" in finding.remedy
 
 
 def test_system_without_libraries(monkeypatch):

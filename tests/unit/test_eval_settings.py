@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lola_vllm import cli
 from lola_vllm.config import LolaConfigError
+from lola_vllm.eval import engine
 from lola_vllm.eval.errors import EvalError
 from lola_vllm.eval.held_out import read_held_out
 from lola_vllm.eval.record import Record, fingerprint
@@ -206,3 +208,14 @@ def test_a_childs_error_is_the_callers(models: Path) -> None:
         error.value
     )
     assert events == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's dtype is left to vLLM")
+def test_on_a_cpu_the_dtype_is_the_fast_one(tmp_path, monkeypatch):
+    """Base and LoLA model alike; quantized weights are left to vLLM."""
+    config = tmp_path / "config.json"
+    config.write_text('{"dtype": "bfloat16"}')
+    monkeypatch.setenv("LOLA_VLLM_CPU_ISA", "avx2")
+    assert engine._dtype(Setting("a", tmp_path)) == "float32"
+    config.write_text('{"dtype": "bfloat16", "quantization_config": {}}')
+    assert engine._dtype(Setting("a", tmp_path)) == "auto"

@@ -1,6 +1,5 @@
 """What `lola-vllm serve` chooses, that the user's options win, and what it refuses."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lola_vllm import cli
 from lola_vllm.estimate import GIB, estimate
 from lola_vllm.serving import launch
-from lola_vllm.serving.launch import Machine, given_options, plan
+from lola_vllm.serving.launch import Machine, plan
 
 CPU = Machine("cpu", 2, 16 * GIB)
+AVX2 = {"LOLA_VLLM_CPU_ISA": "avx2"}  # a CPU without bfloat16 instructions
 GPU = Machine("cuda", 16, 80 * GIB)
 
 
@@ -30,13 +30,19 @@ def model(tmp_path_factory):
     return folder / "lola"
 
 
+@pytest.fixture(autouse=True)
+def cpu_with_bfloat16(monkeypatch):
+    """The machine of these tests has bfloat16 instructions, whatever this one has."""
+    monkeypatch.setattr(launch.cpu, "_flags", lambda: frozenset({"avx2", "avx512_bf16"}))
+
+
 def chosen(model, *options, machine=CPU, env=None):
     launched = plan(str(model), options, machine, env or {})
     return {choice.name: choice.value for choice in (*launched.options, *launched.env)}
 
 
-def state_bytes(model, **lola):
-    row = next(row for row in estimate(model, lola).rows if row.chosen)
+def state_bytes(model, dtype="bfloat16", **lola):
+    row = next(row for row in estimate(model, lola, dtype=dtype).rows if row.chosen)
     return row.bytes_per_sequence
 
 
@@ -60,9 +66,9 @@ def test_on_a_gpu_vllm_sizes_the_pool(model):
 
 def test_memory_bounds_the_sequences(model):
     state = state_bytes(model)
-    weights = (model / "model.safetensors").stat().st_size
+    weights = (model / "model.safetensors").stat().st_size // 2  # float32, served as bfloat16
     # Half of what is left holds ten sequences of three states, the null block, and a bit.
-    memory = launch.CPU_OVERHEAD + weights + 2 * (31 * state + state // 2)
+    memory = launch.cpu.SERVER_BYTES + weights + 2 * (31 * state + state // 2)
     found = chosen(model, machine=Machine("cpu", 8, memory))
     assert found["--max-num-seqs"] == "10"
     assert int(found["--kv-cache-memory-bytes"]) == 31 * state
@@ -111,35 +117,86 @@ def test_parameters_and_ranks_count(model):
     assert int(found["--kv-cache-memory-bytes"]) < (3 * 64 + 1) * state_bytes(model)
 
 
+def test_ranks_of_a_machine_share_the_room(model):
+    """Two ranks get half each of what one would get, and replicas load the weights again."""
+    state, weights = state_bytes(model), (model / "model.safetensors").stat().st_size // 2
+
+    def pool(*options, ranks=1, copies=1):
+        """Bytes that all ranks take, with just too little memory for 64 sequences."""
+        processes = launch.cpu.SERVER_BYTES + (ranks - 1) * launch.cpu.RANK_BYTES
+        memory = processes + copies * weights + 200 * state
+        found = chosen(model, *options, machine=Machine("cpu", 8, memory))
+        return ranks * int(found["--kv-cache-memory-bytes"])
+
+    assert 90 * state < pool() <= 100 * state
+    assert 90 * state < pool("-tp", "2", ranks=2) <= 100 * state
+    assert 90 * state < pool("-pp", "2", ranks=2) <= 100 * state
+    assert 90 * state < pool("-dp", "2", ranks=2, copies=2) <= 100 * state
+    assert chosen(model, "-pp", "2")["--kv-cache-memory-bytes"] == str(193 * state // 2)
+
+
+def test_the_dtype_is_the_fast_one_of_this_cpu(model):
+    assert chosen(model)["--dtype"] == "bfloat16"
+    found = chosen(model, env=AVX2)
+    assert found["--dtype"] == "float32"
+    assert int(found["--kv-cache-memory-bytes"]) == 193 * state_bytes(model, "float32")
+    assert state_bytes(model, "float32") > state_bytes(model)
+    (reason,) = (c.reason for c in plan(str(model), [], CPU, AVX2).options if c.name == "--dtype")
+    assert "no bfloat16 instructions" in reason
+
+
+def test_a_dtype_that_is_given_or_of_a_gpu_is_left_alone(model):
+    found = chosen(model, "--dtype", "half", env=AVX2)
+    assert "--dtype" not in found
+    assert int(found["--kv-cache-memory-bytes"]) == 193 * state_bytes(model, "float16")
+    assert chosen(model, "--dtype", "auto", env=AVX2)["--dtype"] == "float32"
+    assert "--dtype" not in chosen(model, "--quantization", "awq", env=AVX2)
+    assert "--dtype" not in chosen(model, machine=GPU, env=AVX2)
+
+
+def test_eager_on_a_cpu_unless_told_or_needed_otherwise(model):
+    assert "--enforce-eager" in chosen(model)
+    for options in (["--no-enforce-eager"], ["--enforce-eager"], ["-pp", "2"], ["-O1"],
+                    ["--compilation-config", "{}"], ["-cc.mode=3"]):  # fmt: skip
+        assert "--enforce-eager" not in chosen(model, *options), options
+    assert "--enforce-eager" not in chosen(model, machine=GPU)
+    assert "" not in plan(str(model), [], CPU, {}).command  # a flag has no value
+
+
+def test_it_listens_on_this_machine_alone_unless_told(model):
+    assert chosen(model)["--host"] == "127.0.0.1"
+    assert "--host" not in chosen(model, "--host", "0.0.0.0")
+    assert "--host" not in chosen(model, "--uds=/tmp/socket")
+    assert chosen(model, env={"LOLA_VLLM_HOST": "0.0.0.0"})["--host"] == "0.0.0.0"
+    assert chosen("someone/model")["--host"] == "127.0.0.1"
+
+
+def test_the_name_is_the_directorys(model, monkeypatch):
+    assert chosen(model)["--served-model-name"] == "lola"
+    assert "--served-model-name" not in chosen(model, "--served_model_name", "x")
+    monkeypatch.chdir(model)
+    assert chosen(".")["--served-model-name"] == "lola"
+
+
+def test_answers_tell_of_cached_tokens(model):
+    assert "--enable-prompt-tokens-details" in chosen(model)
+    assert "--enable-prompt-tokens-details" not in chosen(
+        model, "--no-enable-prompt-tokens-details"
+    )
+
+
 def test_blocks_fit_the_context(model):
     assert int(chosen(model, "--max-model-len", "128")["--block-size"]) == 64
     assert int(chosen(model, "--max-model-len", "1k")["--block-size"]) <= 512
 
 
-def test_a_config_file_counts_and_the_command_line_goes_before_it(tmp_path):
-    path = tmp_path / "options.yaml"
-    path.write_text("max-num-seqs: 9\nblock_size: 64\nhf-overrides: {a: 1}\n")
-    given = given_options(["--config", str(path), "--block-size", "128"])
-    assert given["max-num-seqs"] == "9" and given["block-size"] == "128"
-    assert json.loads(given["hf-overrides"]) == {"a": 1}
-
-
-def test_options_as_vllm_spells_them():
-    given = given_options(["--enforce-eager", "--api-key", "a", "b", "-tp", "2", "--x=1", "y"])
-    assert given == {"enforce-eager": "", "api-key": "a", "tensor-parallel-size": "2", "x": "1"}
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("12", 12), ("2k", 2000), ("2K", 2048), ("1.5M", 3 * 2**19), ("auto", None), ("", None)],
-)
-def test_numbers_as_vllm_reads_them(text, value):
-    assert launch._number(text) == value
-
-
 def test_what_is_no_directory_is_left_to_vllm():
     launched = plan("someone/model", ["--port", "80"], CPU, {})
-    assert launched.command[1:] == ["serve", "someone/model", "--port", "80"]
+    assert launched.command[1:3] == ["serve", "someone/model"]
+    assert [choice.name for choice in launched.options] == [
+        "--host", "--enable-prompt-tokens-details",
+    ]  # fmt: skip
+    assert launched.command[-2:] == ["--port", "80"]
     assert "left to vLLM" in launched.notes[0]
     assert launched.env
 
@@ -174,6 +231,16 @@ def test_dry_run_prints_every_choice_with_its_reason(model, capsys, monkeypatch)
     assert "  --max-num-seqs 64\n      32 per core" in out
     assert "VLLM_PLUGINS=lola" in out
     assert out.splitlines()[-1].startswith("running: ") and out.splitlines()[-1].endswith("80")
+
+
+def test_keys_are_not_printed_but_passed_on(model, capsys, monkeypatch):
+    called = []
+    monkeypatch.setattr(launch.os, "execve", lambda *args: called.append(args))
+    monkeypatch.setattr(launch, "this_machine", lambda cores: CPU)
+    cli.main(["serve", str(model), "--api-key", "secret-1", "secret-2", "--hf_token=secret-3"])
+    printed = capsys.readouterr()
+    assert "secret" not in printed.out + printed.err
+    assert called[0][1][-4:] == ["--api-key", "secret-1", "secret-2", "--hf_token=secret-3"]
 
 
 def test_it_gives_the_process_to_vllm(model, monkeypatch):
