@@ -1,26 +1,45 @@
-"""The file in a checkpoint by which plain transformers finds LoLA's code: an import, no more.
+"""The files in a checkpoint by which plain transformers finds LoLA's code: imports, no more.
 
-With `trust_remote_code=True`, transformers runs the file that `auto_map` in config.json names. The
-code stays in the installed package, so a checkpoint never carries an old copy of it.
+With `trust_remote_code=True`, transformers runs the files that `auto_map` in config.json names. The
+code stays in the installed package, so a checkpoint never carries an old copy of it. The config
+alone can be read without the package, because transformers reads it before any tokenizer.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_MODULE = "modeling_lola"
+_CONFIG, _MODEL = "configuration_lola", "modeling_lola"
 AUTO_MAP = {
-    "AutoConfig": f"{_MODULE}.LolaLlamaConfig",
-    "AutoModelForCausalLM": f"{_MODULE}.LolaLlamaForCausalLM",
+    "AutoConfig": f"{_CONFIG}.LolaLlamaConfig",
+    "AutoModelForCausalLM": f"{_MODEL}.LolaLlamaForCausalLM",
 }
-_SOURCE = '''"""LoLA attention for transformers: the code is in the package lola-vllm."""
+_SOURCES = {
+    _CONFIG: '''"""LoLA's config for transformers: that of the package lola-vllm, if it is there."""
 
-from lola_vllm.hf import LolaLlamaConfig, LolaLlamaForCausalLM
+try:
+    from lola_vllm.config import LolaLlamaConfig
+except ImportError:  # enough for a tokenizer; the model needs the package
+    from transformers import LlamaConfig
 
-__all__ = ["LolaLlamaConfig", "LolaLlamaForCausalLM"]
-'''
+    class LolaLlamaConfig(LlamaConfig):
+        """A Llama's config with `lola_config` as it stands in the file."""
+
+        model_type = "lola_llama"
+
+
+__all__ = ["LolaLlamaConfig"]
+''',
+    _MODEL: '''"""LoLA attention for transformers: the code is in the package lola-vllm."""
+
+from lola_vllm.hf import LolaLlamaForCausalLM
+
+__all__ = ["LolaLlamaForCausalLM"]
+''',
+}
 
 
 def write_remote_code(model_dir: Path) -> None:
-    """Write the file that `AUTO_MAP` names."""
-    (model_dir / f"{_MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+    """Write the files that `AUTO_MAP` names."""
+    for module, source in _SOURCES.items():
+        (model_dir / f"{module}.py").write_text(source, encoding="utf-8")

@@ -333,10 +333,10 @@ def test_saving_writes_a_checkpoint_like_ours(tmp_path: Path, tied: bool) -> Non
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys() and ("lm_head.weight" in ours) != tied
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    names = ("config.json", "modeling_lola.py")
+    names = ("config.json", "configuration_lola.py", "modeling_lola.py")
     configs = [LolaLlamaConfig.from_pretrained(tmp_path / d) for d in ("ours", "theirs")]
     assert configs[0].to_diff_dict() == configs[1].to_diff_dict()
-    assert configs[0].auto_map["AutoConfig"] == "modeling_lola.LolaLlamaConfig"
+    assert configs[0].auto_map["AutoConfig"] == "configuration_lola.LolaLlamaConfig"
     assert all((tmp_path / d / n).is_file() for d in ("ours", "theirs") for n in names)
 
 
@@ -411,10 +411,11 @@ def test_trust_remote_code_in_a_process_that_knows_nothing(
         tmp_path / "again",
     )
     assert result.stdout.splitlines() == ["torch.Size([3, 8])", "False"], result.stderr
-    # What is saved is the same thin import, not a copy of the package's files.
+    # What is saved are the same thin imports, not copies of the package's files.
     first, again = tmp_path / "lola", tmp_path / "again"
-    assert {p.name for p in again.glob("*.py")} == {"modeling_lola.py"}
-    assert (again / "modeling_lola.py").read_text() == (first / "modeling_lola.py").read_text()
+    assert {p.name for p in again.glob("*.py")} == {"configuration_lola.py", "modeling_lola.py"}
+    for path in again.glob("*.py"):
+        assert path.read_text() == (first / path.name).read_text()
     assert LolaLlamaConfig.from_pretrained(again).auto_map == (
         LolaLlamaConfig.from_pretrained(first).auto_map
     )
@@ -425,6 +426,60 @@ def test_without_trust_transformers_says_what_to_do(tmp_path: Path) -> None:
     init_checkpoint(tmp_path / "base", tmp_path / "lola", LOLA)
     result = run(LOAD.format("local_files_only=True"), tmp_path / "lola")
     assert result.returncode and "trust_remote_code=True" in result.stderr
+
+
+NOT_INSTALLED = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lola_vllm":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+TOKENIZE = NOT_INSTALLED + (
+    "from transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
+    "tokenizer = LOAD\n"
+    "print()\n"
+    "print(isinstance(tokenizer, PreTrainedTokenizerFast), tokenizer('one two').input_ids)\n"
+)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        "AutoTokenizer.from_pretrained(sys.argv[1])",  # asks, gets no answer, and goes on
+        "AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)",
+        "AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)",  # as lm-eval does
+        "PreTrainedTokenizerFast.from_pretrained(sys.argv[1])",
+    ],
+)
+def test_the_tokenizer_needs_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: str
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    make_base(tmp_path / "base", "llama")
+    words = Tokenizer(models.WordLevel({"one": 0, "two": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "base")
+    init_checkpoint(tmp_path / "base", tmp_path / "lola", LOLA)
+    result = run(TOKENIZE.replace("LOAD", load), tmp_path / "lola")
+    assert result.stdout.splitlines()[-1:] == ["True [0, 1]"], result.stderr
+
+
+def test_the_model_without_the_package_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    make_base(tmp_path / "base", "llama")
+    init_checkpoint(tmp_path / "base", tmp_path / "lola", LOLA)
+    code = "from transformers import AutoModelForCausalLM\n"
+    code += "AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+    result = run(NOT_INSTALLED + code, tmp_path / "lola")
+    assert result.returncode and "requires the following packages" in result.stderr
+    assert "lola_vllm" in result.stderr.splitlines()[-1]
 
 
 def test_importing_it_needs_no_vllm() -> None:

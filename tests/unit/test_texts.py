@@ -356,6 +356,39 @@ def test_fetch_without_network_or_with_a_damaged_package(archive: Path, tmp_path
     assert list((tmp_path / "texts").iterdir()) == []
 
 
+def test_unsigned_packages_are_refused_whatever_apt_is_set_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine's own apt, with a repository that nobody signed and settings that allow it."""
+    if shutil.which("apt-get") is None:
+        pytest.skip("apt-get is not installed")
+    (tmp_path / "repository").mkdir()
+    add_package(tmp_path / "repository", "poems", {"usr/c.txt": prose(200, 2)})
+    package = tmp_path / "repository" / "poems.deb"
+    control = (tmp_path / "repository" / "poems" / "DEBIAN" / "control").read_text()
+    control += f"Filename: ./poems.deb\nSize: {package.stat().st_size}\n"
+    control += f"SHA256: {hashlib.sha256(package.read_bytes()).hexdigest()}\n"
+    (tmp_path / "repository" / "Packages").write_text(control)
+    for name in ("state/lists/partial", "cache/archives/partial", "etc"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "etc" / "sources.list").write_text(f"deb file:{tmp_path}/repository ./\n")
+    settings = {
+        "Dir::Etc": tmp_path / "etc",
+        "Dir::State": tmp_path / "state",
+        "Dir::State::status": "/dev/null",
+        "Dir::Cache": tmp_path / "cache",
+        "APT::Sandbox::User": "",
+        "Acquire::AllowInsecureRepositories": "true",
+        "APT::Get::AllowUnauthenticated": "true",
+    }
+    lines = [f'{key} "{value}";\n' for key, value in settings.items()]
+    (tmp_path / "apt.conf").write_text("".join(lines))
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    subprocess.run(["apt-get", "update"], check=True, capture_output=True)
+    with pytest.raises(TextsError, match=r"poems \(E: Some packages could not be authenticated"):
+        fetch_texts(tmp_path / "out", sources=[plain_source("poems", "poems")])
+
+
 def test_command_without_apt_get_names_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
