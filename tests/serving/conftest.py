@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,10 @@ from servers import BIN, KEY, MODEL, Server, serving
 
 from lola_vllm import cpu
 
+# Switches of other routes, so that these are tested on the same servers. The parser of reasoning
+# knows its parts by words, for which no tokenizer needs tokens of its own.
+REASONING = ["--reasoning-parser", "granite"]
+TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 OPTIONS = ["--enforce-eager", "--max-model-len", "2048", "--served-model-name", "smollm2"]
 # In the dtype of this machine: plain `vllm serve` would take bfloat16 where it is slow too.
 OPTIONS += ["--dtype", cpu.preferred_dtype({}) or "auto"]
@@ -17,15 +22,24 @@ OPTIONS += ["--dtype", cpu.preferred_dtype({}) or "auto"]
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with serving(log, [str(BIN / "vllm"), "serve", str(MODEL), *OPTIONS]) as running:
+    with serving(log, [str(BIN / "vllm"), "serve", str(MODEL), *OPTIONS, *REASONING]) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def lola_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Routes under /v1/lola, an API key, and prefix caching in steps of 256 tokens."""
+    """Routes under /v1/lola, an API key, and prefix caching in steps of 256 tokens.
+
+    With tools, stored responses, and events of the prefix cache at `events`.
+    """
     log = tmp_path_factory.mktemp("lola-server") / "log.txt"
     command = [str(BIN / "lola-vllm"), "serve", str(MODEL), *OPTIONS, "--block-size", "256"]
-    with serving(log, [*command, "--api-key", KEY]) as running:
+    events = f"ipc://{log.parent}/events"
+    command += ["--kv-events-config", json.dumps(
+        {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": events}
+    )]  # fmt: skip
+    stored = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    with serving(log, [*command, *TOOLS, "--api-key", KEY], **stored) as running:
+        running.events = events
         running.client.headers["Authorization"] = f"Bearer {KEY}"
         yield running

@@ -28,6 +28,7 @@ class Server:
         self.log = log
         self.process = process
         self.client = httpx.Client(base_url=self.url, timeout=120)
+        self.events = ""  # where events of the prefix cache are published, if they are
 
     def wait(self) -> None:
         deadline = time.monotonic() + START_LIMIT_S

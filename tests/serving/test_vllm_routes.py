@@ -1,0 +1,218 @@
+"""vLLM's other routes and switches: each works with a LoLA model, or is refused with words."""
+
+import json
+import random
+import time
+
+import httpx
+import msgspec
+import pytest
+import zmq
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+def post(server, path, status=200, **fields):
+    response = server.client.post(path, json={"model": "smollm2", **fields})
+    assert response.status_code == status, response.text
+    return response.json()
+
+
+def chat(server, messages, **fields):
+    sampling = {"max_tokens": 60, "temperature": 0}
+    answer = post(server, "/v1/chat/completions", messages=messages, **sampling, **fields)
+    (choice,) = answer["choices"]
+    return choice, answer["usage"]["prompt_tokens"]
+
+
+def streamed(server, path, **fields):
+    """What each event of a stream holds."""
+    body = {"model": "smollm2", "stream": True, **fields}
+    with server.client.stream("POST", path, json=body) as response:
+        assert response.status_code == 200
+        lines = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
+    return [json.loads(line) for line in lines]
+
+
+def test_a_call_of_a_tool_is_found_in_what_the_model_says(lola_server):
+    """Its words are given, as a small model does not find them."""
+    forced = {"tools": [TOOL], "structured_outputs": {"choice": [CALL]}}
+    choice, _ = chat(lola_server, WEATHER, **forced)
+    assert choice["finish_reason"] == "tool_calls"
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Paris"}
+    events = streamed(
+        lola_server, "/v1/chat/completions", messages=WEATHER, max_tokens=60, **forced
+    )
+    deltas = [event["choices"][0]["delta"].get("tool_calls") for event in events]
+    pieces = [piece["function"] for delta in deltas for piece in delta or ()]
+    assert "".join(piece.get("name") or "" for piece in pieces) == "get_weather"
+    arguments = "".join(piece.get("arguments") or "" for piece in pieces)
+    assert json.loads(arguments) == {"city": "Paris"}
+
+
+def test_a_call_of_a_tool_can_be_required(lola_server):
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for wanted in ("required", named):
+        choice, _ = chat(lola_server, WEATHER, tools=[TOOL], tool_choice=wanted)
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"]["name"] == "get_weather"
+
+
+@pytest.mark.parametrize("weather", ["sunny", "rainy"])
+def test_what_a_tool_answered_is_read(lola_server, weather):
+    function = {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+    call = {"id": "1", "type": "function", "function": function}
+    messages = [
+        *WEATHER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": weather},
+    ]
+    choice, _ = chat(lola_server, messages, tools=[TOOL])
+    assert weather in choice["message"]["content"]
+
+
+def test_the_template_of_the_demo_model_shows_no_tools(lola_server):
+    """As docs/features.md says: the model never reads what tools there are."""
+    assert chat(lola_server, WEATHER, tools=[TOOL])[1] == chat(lola_server, WEATHER)[1]
+
+
+def test_tools_that_were_not_switched_on_are_refused(server):
+    answer = post(
+        server, "/v1/chat/completions", 400, messages=WEATHER, tools=[TOOL], tool_choice="auto"
+    )
+    assert "--enable-auto-tool-choice" in answer["error"]["message"]
+
+
+def test_reasoning_is_parted_from_the_answer(server):
+    """A model that does not reason is shown how; the parser knows the words of Granite models."""
+
+    def said(thought, answer):
+        words = f"Here is my thought process: {thought} Here is my response: {answer}"
+        return {"role": "assistant", "content": words}
+
+    numbers = ["One and one are two.", "Two and two are four.", "Three and three are six."]
+    messages = []
+    for i, thought in enumerate(numbers, start=1):
+        messages += [{"role": "user", "content": f"What is {i} + {i}?"}, said(thought, 2 * i)]
+    messages.append({"role": "user", "content": "What is 4 + 4?"})
+    message = chat(server, messages)[0]["message"]
+    assert message["content"].strip() == "8"
+    assert message["reasoning"].strip() == "Four and four are eight."
+    plain = chat(server, QUESTION)[0]["message"]
+    assert "Paris" in plain["content"] and not plain["reasoning"]
+
+
+def test_responses_follow_one_another(lola_server):
+    limits = {"max_output_tokens": 16, "temperature": 0}
+    first = post(lola_server, "/v1/responses", input=QUESTION[0]["content"], **limits)
+    second = post(
+        lola_server,
+        "/v1/responses",
+        input="And of Italy?",
+        previous_response_id=first["id"],
+        **limits,
+    )
+    assert "Paris" in first["output"][0]["content"][0]["text"]
+    assert "Rome" in second["output"][0]["content"][0]["text"]
+    assert second["usage"]["input_tokens"] > first["usage"]["total_tokens"]
+    stored = lola_server.client.get(f"/v1/responses/{first['id']}").json()
+    assert stored["output"] == first["output"]
+    kinds = [e["type"] for e in streamed(lola_server, "/v1/responses", input="Hi", **limits)]
+    assert "response.output_text.delta" in kinds and kinds[-1] == "response.completed"
+
+
+def test_a_response_that_was_not_stored_is_not_found(server):
+    first = post(server, "/v1/responses", input="Hi", max_output_tokens=4)
+    answer = post(server, "/v1/responses", 404, input="And?", previous_response_id=first["id"])
+    assert f"'{first['id']}' not found" in answer["error"]["message"]
+
+
+def test_messages_of_anthropics_api(lola_server):
+    body = {"messages": QUESTION, "max_tokens": 16, "temperature": 0}
+    answer = post(lola_server, "/v1/messages", **body)
+    assert "Paris" in answer["content"][0]["text"] and answer["stop_reason"] == "end_turn"
+    counted = post(lola_server, "/v1/messages/count_tokens", messages=QUESTION)
+    assert counted["input_tokens"] == answer["usage"]["input_tokens"]
+    events = streamed(lola_server, "/v1/messages", **body)
+    text = "".join(e["delta"].get("text", "") for e in events if e["type"] == "content_block_delta")
+    assert text == answer["content"][0]["text"]
+
+
+def test_messages_want_the_key_as_the_other_routes_do(lola_server):
+    """Anthropic's clients send it as x-api-key, unless they are given an authorization token."""
+    key = lola_server.client.headers["Authorization"].removeprefix("Bearer ")
+    body = {"model": "smollm2", "messages": QUESTION, "max_tokens": 4}
+    for headers, status in (({"x-api-key": key}, 401), ({"Authorization": f"Bearer {key}"}, 200)):
+        response = httpx.post(
+            f"{lola_server.url}/v1/messages", json=body, headers=headers, timeout=60
+        )
+        assert response.status_code == status
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/embeddings", "/v1/score", "/v1/rerank", "/pooling", "/classify",
+     "/v1/audio/transcriptions"],
+)  # fmt: skip
+def test_routes_of_other_tasks_are_not_there(lola_server, path):
+    assert post(lola_server, path, 404, input="x") == {"detail": "Not Found"}
+
+
+def test_beams_and_batches_and_scores(lola_server):
+    beams = post(
+        lola_server, "/v1/completions", prompt="The capital of France is", max_tokens=4,
+        use_beam_search=True, n=2, temperature=0,
+    )  # fmt: skip
+    assert "Paris" in beams["choices"][0]["text"] and len(beams["choices"]) == 2
+    batch = post(
+        lola_server, "/v1/chat/completions/batch", messages=[QUESTION, QUESTION], max_tokens=16,
+        temperature=0,
+    )  # fmt: skip
+    assert ["Paris" in c["message"]["content"] for c in batch["choices"]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "words"),
+    [
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix is only supported for"),
+        ("/v1/completions", {"prompt_embeds": "AAAA"}, "--enable-prompt-embeds"),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}],
+                    }
+                ]
+            },
+            "not a multimodal model",
+        ),
+    ],
+    ids=["suffix", "embeds", "image"],
+)
+def test_what_the_model_cannot_take_is_refused_with_words(lola_server, path, fields, words):
+    assert words in post(lola_server, path, 400, **fields)["error"]["message"]
+
+
+def test_events_of_the_prefix_cache_tell_of_kept_states(lola_server):
+    """Of a state there is one block, which stands for all tokens before it."""
+    with zmq.Context() as context, context.socket(zmq.SUB) as subscriber:
+        subscriber.connect(lola_server.events)
+        subscriber.subscribe(b"")
+        time.sleep(1)  # what is published before the subscription has arrived is lost
+        prompt = random.Random(4).choices(range(100, 40_000), k=700)
+        post(lola_server, "/v1/completions", prompt=prompt, max_tokens=1)
+        events = []
+        while subscriber.poll(2_000):
+            events += msgspec.msgpack.decode(subscriber.recv_multipart()[-1])[1]
+    (stored,) = (event for event in events if event["type"] == "BlockStored")
+    assert stored["token_ids"] == prompt[:512]
+    assert (stored["block_size"], len(stored["block_hashes"])) == (256, 1)
+    assert stored["kv_cache_spec_kind"] == "mamba"
