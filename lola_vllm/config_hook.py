@@ -266,16 +266,13 @@ def settle_cpu_memory(vllm_config: VllmConfig) -> None:
 def _cpu_room(vllm_config: VllmConfig) -> int:
     """Bytes that a rank's states may take, by the weights and the ranks on this machine."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    replicas = max(1, parallel.data_parallel_size_local)
+    workers = max(1, parallel.data_parallel_size_local) * parallel.local_world_size
     path = Path(model.model)
     files = sum(f.stat().st_size for f in weight_files(path)) if path.is_dir() else 0
     dtype = str(model.dtype).removeprefix("torch.")
     weights = cpu.weight_bytes(files, model.hf_config.to_dict(), dtype)
-    return cpu.room_for_states(
-        psutil.virtual_memory().available,
-        replicas * weights,
-        replicas * parallel.local_world_size,
-    )
+    free = psutil.virtual_memory().available
+    return cpu.room_for_states(free, workers * weights // parallel.world_size, workers)
 
 
 def warn_of_slow_dtype(vllm_config: VllmConfig) -> None:

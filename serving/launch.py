@@ -136,10 +136,11 @@ def run(launch: Launch, cpus: Set[int]) -> None:
 
 
 class _Ranks(NamedTuple):
-    """vLLM's workers: how a model is divided, and how often it is on this machine."""
+    """vLLM's workers: how a model is divided, over how many machines, how often it is on one."""
 
     tensor: int
     pipeline: int
+    nodes: int
     replicas: int
 
     @property
@@ -158,6 +159,7 @@ def _ranks(given: Mapping[str, str]) -> _Ranks:
     return _Ranks(
         size("tensor-parallel-size"),
         size("pipeline-parallel-size"),
+        size("nnodes"),
         size("data-parallel-size-local", "data-parallel-size"),
     )
 
@@ -296,8 +298,8 @@ def _room(weights: int, given: Mapping[str, str], machine: Machine) -> tuple[int
     """Bytes for states on a rank, and what to call them."""
     ranks = _ranks(given)
     if machine.device == "cpu":
-        workers = ranks.replicas * ranks.per_model
-        room = cpu.room_for_states(machine.memory, ranks.replicas * weights, workers)
+        workers = max(1, ranks.replicas * ranks.per_model // ranks.nodes)
+        room = cpu.room_for_states(machine.memory, workers * weights // ranks.per_model, workers)
         each = f", shared by {workers} ranks," if workers > 1 else ""
         return room, f"half of what weights and processes leave of the memory{each}"
     try:

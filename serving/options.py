@@ -17,6 +17,7 @@ _SHORT = {
     "-pp": "pipeline-parallel-size",
     "-dp": "data-parallel-size",
     "-dpl": "data-parallel-size-local",
+    "-n": "nnodes",
     "-q": "quantization",
     "-cc": "compilation-config",
     "-O": "optimization-level",

@@ -6,7 +6,12 @@ Under /v1 because that is what `--api-key` covers. vLLM loads endpoint plugins o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from vllm import envs
 
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.metrics import LolaMetrics, RefreshMetrics
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.tasks import SupportedTask
 
+logger = logging.getLogger("vllm.lola")
+
 
 class LolaEndpoints:
     """vLLM's `EndpointPlugin` for LoLA. Stays quiet where another model is served."""
@@ -28,9 +35,20 @@ class LolaEndpoints:
     required_tasks: tuple[SupportedTask, ...] | None = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, and the refreshing of metrics before they are read."""
+        """Add the routes, the refreshing of metrics before they are read, and a last word."""
         app.include_router(router)
         app.add_middleware(RefreshMetrics)
+        start_up = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def with_address(app: FastAPI) -> AsyncIterator[Any]:
+            """The inspector's address, after vLLM's list of routes."""
+            async with start_up(app) as state:
+                if app.state.lola_engine.is_lola:
+                    logger.info("%s", app.state.lola_inspector)
+                yield state
+
+        app.router.lifespan_context = with_address
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -40,3 +58,16 @@ class LolaEndpoints:
         engine = LolaEngine(engine_client, str(engine_client.model_config.served_model_name))
         state.lola_engine = engine
         state.lola_metrics = LolaMetrics(engine) if engine.is_lola else None
+        state.lola_inspector = describe_inspector(args)
+
+
+def describe_inspector(args: Namespace) -> str:
+    """Where the memory inspector is, for the arguments of a server."""
+    if args.uds:
+        return f"LoLA: the memory inspector is /v1/lola/inspector of the socket {args.uds}"
+    everywhere = args.host in (None, "", "0.0.0.0", "::")
+    host = "127.0.0.1" if everywhere else f"[{args.host}]" if ":" in args.host else args.host
+    url = f"{'https' if args.ssl_certfile else 'http'}://{host}:{args.port}"
+    if args.api_key or envs.VLLM_API_KEY:
+        return f"LoLA: the memory inspector: lola-vllm inspector --url {url} (asks for the API key)"
+    return f"LoLA: the memory inspector: {url}{args.root_path or ''}/v1/lola/inspector"

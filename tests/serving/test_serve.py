@@ -1,0 +1,87 @@
+"""What `lola-vllm serve` chooses, in a server that runs: with and without torch.compile."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from servers import BIN, MODEL, Server, serving
+from tiny import make_tiny, random_prompts
+
+# One piece, several, and more than a window and an update.
+PROMPTS = random_prompts([3, 40, 150])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, so that compiling is short; any tokenizer will do for its ids."""
+    lola = {"window_size": 16, "sparse_cache_size": 8}
+    out = make_tiny(tmp_path_factory.mktemp("serve") / "tiny", lola)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, out)
+    return out
+
+
+def start(tiny: Path, log: Path, *options: str) -> AbstractContextManager[Server]:
+    command = [str(BIN / "lola-vllm"), "serve", str(tiny), "--dtype", "float32",
+               "--max-num-seqs", "8", "--max-model-len", "512", *options]  # fmt: skip
+    return serving(log, command, VLLM_CACHE_ROOT=str(log.with_suffix(".cache")))
+
+
+@pytest.fixture(scope="module")
+def eager(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with start(tiny, tmp_path_factory.mktemp("eager") / "log.txt") as server:
+        yield server
+
+
+def complete(server: Server, prompt: object) -> dict[str, object]:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 40, "temperature": 0,
+            "ignore_eos": True, "return_token_ids": True}  # fmt: skip
+    response = server.client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def tokens(server: Server) -> list[list[int]]:
+    """Greedy tokens of each prompt, all asked at once."""
+    return [choice["token_ids"] for choice in complete(server, PROMPTS)["choices"]]
+
+
+def test_the_name_is_the_directorys_alone(eager: Server, tiny: Path) -> None:
+    names = [model["id"] for model in eager.client.get("/v1/models").json()["data"]]
+    assert names == [tiny.name]
+
+
+def test_answers_tell_of_cached_tokens(eager: Server) -> None:
+    (prompt,) = random_prompts([300], seed=1)
+    cached = [
+        complete(eager, prompt)["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)
+    ]
+    assert cached == [0, 256]
+
+
+def test_the_last_word_is_the_inspectors_address(eager: Server) -> None:
+    address = f"{eager.url}/v1/lola/inspector"
+    lines = eager.log.read_text().splitlines()
+    (said,) = (i for i, line in enumerate(lines) if line.endswith(address))
+    (ready,) = (i for i, line in enumerate(lines) if "Application startup complete" in line)
+    assert ready == said + 1
+    assert eager.client.get("/v1/lola/inspector").status_code == 200
+
+
+@pytest.mark.slow
+def test_compiled_answers_are_those_of_eager_ones(
+    eager: Server, tiny: Path, tmp_path: Path
+) -> None:
+    """torch.compile is the default of `vllm serve`, and of servers on a GPU."""
+    log = tmp_path / "compiled.log"
+    with start(tiny, log, "--no-enforce-eager") as server:
+        compiled = tokens(server)
+    assert [len(answer) for answer in compiled] == [40] * len(PROMPTS)
+    assert len({tuple(answer) for answer in compiled}) == len(PROMPTS)
+    assert compiled == tokens(eager)
+    for words in ("torch.compile runs before", "Warming up model for the compilation"):
+        assert [words in text for text in (log.read_text(), eager.log.read_text())] == [True, False]

@@ -1,0 +1,37 @@
+"""The address that a server gives for its inspector can be opened on its own machine."""
+
+from argparse import Namespace
+
+import pytest
+
+from lola_vllm.serving.plugin import describe_inspector
+
+PAGE = "/v1/lola/inspector"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, f"http://127.0.0.1:8000{PAGE}"),
+        ({"host": "0.0.0.0", "port": 80}, f"http://127.0.0.1:80{PAGE}"),
+        ({"host": "10.0.0.7"}, f"http://10.0.0.7:8000{PAGE}"),
+        ({"host": "fd00::1"}, f"http://[fd00::1]:8000{PAGE}"),
+        ({"ssl_certfile": "cert.pem"}, f"https://127.0.0.1:8000{PAGE}"),
+        ({"root_path": "/lola"}, f"http://127.0.0.1:8000/lola{PAGE}"),
+        ({"uds": "/tmp/socket"}, "/tmp/socket"),
+        ({"api_key": ["SECRET"]}, "lola-vllm inspector --url http://127.0.0.1:8000 "),
+    ],
+)
+def test_address(given, words, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    args = {"host": None, "port": 8000, "uds": None, "ssl_certfile": None, "api_key": None,
+            "root_path": None} | given  # fmt: skip
+    line = describe_inspector(Namespace(**args))
+    assert words in line and "SECRET" not in line
+
+
+def test_a_key_in_the_environment_counts(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "SECRET")
+    args = Namespace(host=None, port=8000, uds=None, ssl_certfile=None, api_key=None, root_path="")
+    line = describe_inspector(args)
+    assert "lola-vllm inspector --url" in line and "SECRET" not in line
