@@ -65,7 +65,7 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
     if "quantization_config" in config:
         raise CheckpointError(f"{source}: quantized already; take the model it was made from")
     pack = _int8 if weights == "int8" else _int4
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     with staged_directory(out, force=force, inputs=[source]) as staging:
         copy_companions(source, staging)
         for path in weight_files(source):
