@@ -33,12 +33,16 @@ def print_result(result: dict[str, float]) -> None:
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
-    """Both engines beside each other."""
-    print(f"{'':36}{'stock':>12}{'LoLA':>12}{'LoLA/stock':>12}")
-    for key, value in results["lola"].items():
-        stock = results["stock"].get(key)
-        ratio = f"{value / stock:12.2f}" if stock else ""
-        print(f"{key:36}{stock if stock is not None else float('nan'):12.1f}{value:12.1f}{ratio}")
+    """The engines beside each other, and LoLA over each of the others."""
+    others = [name for name in results if name != "lola"]
+    print(f"{'':36}" + "".join(f"{name:>12}" for name in results), end="")
+    print("".join(f"{f'LoLA/{name}':>16}" for name in others if "lola" in results))
+    for key in dict.fromkeys(key for found in results.values() for key in found):
+        values = (found.get(key, float("nan")) for found in results.values())
+        print(f"{key:36}" + "".join(f"{value:12.1f}" for value in values), end="")
+        lola = results.get("lola", {}).get(key)
+        ratios = (lola / results[n][key] if lola and results[n].get(key) else None for n in others)
+        print("".join(f"{ratio:16.2f}" if ratio else f"{'':16}" for ratio in ratios))
 
 
 def write_report(args: Namespace, results: dict[str, Any]) -> None:

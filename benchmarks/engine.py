@@ -2,6 +2,10 @@
 
     python benchmarks/engine.py --out benchmarks/results/engine.json
 
+and, where asked for, beside llama.cpp, with weights of fewer bits in all of them:
+
+    python benchmarks/engine.py --engines stock lola llama.cpp --weights int4
+
 Each engine runs in a process of its own, with the same flags, one after the other; the order is
 repeated `--rounds` times and the best round of each cell is kept, since a shared machine only ever
 makes a run slower. Decode is timed step by step with every sequence in its steady state; the
@@ -15,11 +19,15 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import llamacpp
 from common import ENGINES, MIB, ROOT, print_result, print_table, run_worker, write_report
+
+LLAMA = "llama.cpp"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,13 +43,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile instead of eager")
     parser.add_argument("--lola-config", type=json.loads, default={}, help="overrides, as JSON")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--engines", nargs="+", choices=(*ENGINES, LLAMA), default=list(ENGINES), help="which"
+    )
+    parser.add_argument("--weights", choices=("int8", "int4"), help="of stock vLLM and LoLA")
+    parser.add_argument(
+        "--llama-format", choices=llamacpp.FORMATS, default="Q4_1", help="of llama.cpp's weights"
+    )
+    parser.add_argument("--isa", choices=("avx2",), help="leave out what a CPU has beyond this")
+    parser.add_argument("--worker", choices=(*ENGINES, LLAMA), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def worker(args: argparse.Namespace) -> dict[str, Any]:
     """Measure one engine in this process."""
+    if args.worker == LLAMA:
+        return llamacpp.measure(args)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if args.isa:
+        leave_out_avx512()
     begin = time.perf_counter()
     from vllm import LLM, SamplingParams, TokensPrompt
 
@@ -51,7 +71,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     if longest > stock_config(args)["max_position_embeddings"]:
         overrides["max_position_embeddings"] = longest  # speed is asked, not sense
     llm = LLM(
-        str(args.lola if lola else args.stock),
+        str(checkpoint(args.lola if lola else args.stock, args.weights)),
         dtype=args.dtype,
         enforce_eager=not args.compile,
         max_model_len=longest,
@@ -108,6 +128,31 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def checkpoint(model: Path, weights: str | None) -> Path:
+    """The model, or it in fewer bits: made beside it on first use."""
+    if weights is None:
+        return model
+    from lola_vllm.checkpoint.quantize import quantize_checkpoint
+
+    quantized = model.with_name(f"{model.name}-{weights}")
+    made_of = model / "model.safetensors"
+    made = quantized / "model.safetensors"
+    if not made.exists() or made.stat().st_mtime < made_of.stat().st_mtime:
+        quantize_checkpoint(model, quantized, weights, force=True)  # type: ignore[arg-type]
+    return quantized
+
+
+def leave_out_avx512() -> None:
+    """Have vLLM, oneDNN, torch and LoLA's ops do as on a CPU that ends at AVX2."""
+    os.environ |= {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    os.environ["LOLA_VLLM_CPU_ISA"] = "avx2"
+    import torch
+
+    # vLLM chooses its kernels by these, and has no setting for it.
+    for name in ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        setattr(torch.cpu, name, lambda: False)
+
+
 def stock_config(args: argparse.Namespace) -> dict[str, Any]:
     """`config.json` of the stock model."""
     found: dict[str, Any] = json.loads((args.stock / "config.json").read_text())
@@ -128,9 +173,11 @@ def main() -> None:
     if args.worker:
         print_result(worker(args))
         return
-    best: dict[str, dict[str, float]] = {name: {} for name in ENGINES}
+    if LLAMA in args.engines and args.isa:
+        sys.exit(f"--isa: {LLAMA} is built for this machine; leave it out of --engines")
+    best: dict[str, dict[str, float]] = {name: {} for name in args.engines}
     for _ in range(args.rounds):
-        for name in ENGINES:
+        for name in args.engines:
             for key, value in run_worker(name).items():
                 lower = key.startswith(("start", "decode_mean", "mib"))
                 pick = min if lower else max

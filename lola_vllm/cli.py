@@ -105,6 +105,9 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--untrained", action="store_true", help="identity maps, not the distilled ones"
     )
+    parser.add_argument(
+        "--weights", choices=("int8", "int4"), help="of the linear layers (default: bfloat16)"
+    )
     add_state_heads(add_lola_options(parser), "kv", "kv")
 
     def run(args: argparse.Namespace) -> int:
@@ -117,6 +120,7 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
             config_overrides=lola_config_of(args),
             state_heads=args.state_heads,
             untrained=args.untrained,
+            weights=args.weights,
             force=args.force,
         )
         also = f"; plain Llama: {args.base_out}" if args.base_out else ""

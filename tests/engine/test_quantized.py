@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors import unpack_from_int32
 from engine import engine, prompt_logprobs
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny, random_prompts
 from torch import Tensor
+
+from lola_vllm.checkpoint.quantize import quantize_checkpoint
 
 LOLA = {"window_size": 16, "sparse_cache_size": 8}
 WIDE = {"hf_overrides": {"lola_config": {"window_size": 256}}}
@@ -123,6 +126,34 @@ def test_four_bits_with_a_small_window_are_the_weights_they_stand_for(tmp_path, 
     packed = logprobs(quantize(tiny, tmp_path / "packed", "pack-quantized"))
     dense = logprobs(quantize(tiny, tmp_path / "dense", None))
     assert (packed - dense).abs().mean() < 0.05
+
+
+def stands_for(quantized: Path, plain: Path, out: Path) -> Path:
+    """The plain checkpoint with the weights that a quantized one stands for."""
+    stored = load_file(quantized / "model.safetensors")
+    tensors = load_file(plain / "model.safetensors")
+    for name in tensors:
+        if f"{name}_packed" in stored:
+            shape = torch.Size(stored[f"{name}_shape"].tolist())
+            values = unpack_from_int32(stored[f"{name}_packed"], 4, shape)
+            scale = stored[f"{name}_scale"].repeat_interleave(GROUP, 1)
+            tensors[name] = values.float() * scale.float()
+        elif f"{name}_scale" in stored:
+            tensors[name] = stored[name].float() * stored[f"{name}_scale"]
+    out.mkdir()
+    (out / "config.json").write_text((plain / "config.json").read_text())
+    save_file(tensors, out / "model.safetensors")
+    return out
+
+
+@pytest.mark.parametrize(("weights", "tolerance"), [("int8", 0.15), ("int4", 0.05)])
+def test_quantize_checkpoint_writes_what_vllm_reads(tmp_path, tiny, weights, tolerance):
+    quantize_checkpoint(tiny, tmp_path / weights, weights)
+    packed = logprobs(tmp_path / weights)
+    dense = logprobs(stands_for(tmp_path / weights, tiny, tmp_path / "dense"))
+    # What is left is activations in 8 bits, of all layers or of the output matrix alone.
+    assert (packed - dense).abs().mean() < tolerance
+    assert (packed - dense.roll(1)).abs().mean() > 1  # so that the bound says something
 
 
 LAYER = "model.layers.1.mlp.down_proj"

@@ -45,6 +45,16 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     assert "license: apache-2.0" in card
 
 
+def test_weights_in_fewer_bits_on_request(demo: Path, tmp_path: Path) -> None:
+    build_demo_model(tmp_path / "lola", weights="int8")
+    size = sum(path.stat().st_size for path in (tmp_path / "lola").glob("*.safetensors"))
+    assert size < 0.75 * (demo / "lola" / "model.safetensors").stat().st_size
+    tensors = load_file(tmp_path / "lola" / "model.safetensors")
+    assert tensors["model.layers.3.mlp.up_proj.weight"].dtype == torch.int8
+    card = (tmp_path / "lola" / "README.md").read_text()
+    assert (DISTILLED / "CARD.md").read_text() in card
+
+
 def test_what_ships_is_small() -> None:
     assert sum(path.stat().st_size for path in DISTILLED.iterdir()) <= 8 * 2**20
 

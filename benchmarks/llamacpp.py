@@ -1,0 +1,130 @@
+"""llama.cpp on the demo model's base: the cells of engine.py, through its C interface.
+
+Needs `pip install -e '.[bench]'`, which builds llama.cpp for this machine's CPU. The model is the
+file that `lola-vllm demo-model` unpacks, or that file in another of llama.cpp's formats.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FORMATS = ("Q4_1", "Q4_0", "Q4_K_M", "Q8_0", "F16", "BF16")
+BATCH = 2048  # tokens of a call, llama.cpp's own default
+
+
+def measure(args: Namespace) -> dict[str, Any]:
+    """Prefill and decode at every context and batch of `args`.
+
+    A prompt is read once per context and its cache copied for the other sequences. Each sequence
+    has a cache of its own: with one for all (`kv_unified`) every token looks at those of the
+    others too, only to mask them.
+    """
+    begin = time.perf_counter()
+    import llama_cpp
+    import numpy as np
+
+    cores = len(os.sched_getaffinity(0))
+    most = max(args.batches)
+    llama_cpp.llama_log_set(_silence(llama_cpp), None)
+    llama_cpp.llama_backend_init()
+    with gguf_file(args.llama_format) as path:
+        model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = (max(args.contexts) + args.steps + 264) // 256 * 256 * most  # of all sequences
+    params.n_seq_max = most
+    params.n_batch = BATCH
+    params.n_threads = params.n_threads_batch = cores
+    params.kv_unified = False
+    context = llama_cpp.llama_init_from_model(model, params)
+    memory = llama_cpp.llama_get_memory(context)
+    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+
+    def decode(rows: list[tuple[int, int, int]], wanted: int) -> list[int]:
+        """Run (token, position, sequence) rows; the likeliest tokens after the last `wanted`."""
+        for i, (token, position, sequence) in enumerate(rows):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = i >= len(rows) - wanted
+        batch.n_tokens = len(rows)
+        if status := llama_cpp.llama_decode(context, batch):
+            sys.exit(f"llama_decode failed with {status}")
+        last = range(len(rows) - wanted, len(rows))
+        logits = (llama_cpp.llama_get_logits_ith(context, i) for i in last)
+        return [int(np.ctypeslib.as_array(x, (vocabulary,)).argmax()) for x in logits]
+
+    decode([(i + 100, i, 0) for i in range(64)], 1)  # first-use costs are not what is measured
+    result: dict[str, Any] = {"start_s": time.perf_counter() - begin}
+    result["model_mib"] = llama_cpp.llama_model_size(model) / 2**20
+    for length in args.contexts:
+        llama_cpp.llama_memory_clear(memory, False)
+        ids = [(7 * i) % 40000 + 100 for i in range(length)]
+        begin = time.perf_counter()
+        for start in range(0, length, BATCH):
+            piece = ids[start : start + BATCH]
+            rows = [(token, start + i, 0) for i, token in enumerate(piece)]
+            first = decode(rows, 1)
+        result[f"prefill_tokens_per_s/{length}"] = length / (time.perf_counter() - begin)
+        for sequences in args.batches:
+            for i in range(most):  # back to the prompt, in as many copies
+                if i == 0:
+                    llama_cpp.llama_memory_seq_rm(memory, 0, length, -1)
+                else:
+                    llama_cpp.llama_memory_seq_rm(memory, i, -1, -1)
+                if 0 < i < sequences:
+                    llama_cpp.llama_memory_seq_cp(memory, 0, i, -1, -1)
+            tokens, times = first * sequences, []
+            for step in range(args.steps + 2):
+                begin = time.perf_counter()
+                rows = [(token, length + step, i) for i, token in enumerate(tokens)]
+                tokens = decode(rows, sequences)
+                times.append(time.perf_counter() - begin)
+            times = times[2:]  # the first one copies
+            median = statistics.median(times)
+            result[f"decode_tokens_per_s/{length}/{sequences}"] = sequences / median
+            result[f"decode_mean_ms/{length}/{sequences}"] = statistics.fmean(times) * 1e3
+    return result
+
+
+@contextmanager
+def gguf_file(name: str) -> Iterator[Path]:
+    """The demo model's base in one of llama.cpp's formats."""
+    from lola_vllm.checkpoint.demo import GGUF_NAME, extract_gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / GGUF_NAME
+        extract_gguf(Path(folder))
+        if f".{name}." not in GGUF_NAME:
+            path = _requantize(path, path.with_name(f"{name}.gguf"), name)
+        yield path  # which stays mapped after it is deleted
+
+
+def _requantize(source: Path, out: Path, name: str) -> Path:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
+    params.allow_requantize = True
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params):
+        sys.exit(f"llama.cpp could not write {name}")
+    return out
+
+
+def _silence(llama_cpp: Any) -> Any:
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    _KEPT.append(silent)  # llama.cpp keeps a pointer to it
+    return silent
+
+
+_KEPT: list[Any] = []
