@@ -199,6 +199,7 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
     const T score = score_of<T, T>(y.errors[0], numbers[kValue], share > 1);
     newcomer = j == 0 ? score : newcomer + score;
   }
+  if (newcomer != newcomer) newcomer = static_cast<T>(__builtin_inff());  // NaN counts as infinite
 
   const int64_t loser = folds ? loser_slot(a, page, set, empty, newcomer, x) : -1;
   if (folds) {  // what will be folded, before the newcomer takes its place

@@ -79,6 +79,21 @@ def make_problem(
     return Problem(*(t.to(dtype) for t in tensors), factors, config)
 
 
+def unrecallable(interval: int, sharing: str, dtype: torch.dtype) -> Problem:
+    """Four pairs of KV head 0 whose scores are NaN or infinite, for a cache of three.
+
+    Whatever the interval, the oldest three are what stays of that head: 7, 9 and 14.
+    """
+    config = LolaConfig(
+        window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8,
+        sparse_sharing=sharing,
+    )  # fmt: skip
+    problem = make_problem(40, config, Hs=6, dtype=dtype)
+    problem.v[[7, 14, 16], 0] = torch.nan
+    problem.v[9, 0] = torch.inf
+    return problem
+
+
 def poisoned_pool(
     layout: StateLayout, num_pages: int, extra_stride: int = 0
 ) -> tuple[Tensor, StateViews]:
@@ -116,6 +131,17 @@ def assert_state_matches(
     if num_folded:
         torch.testing.assert_close(views.H[slot].double(), state.H, **tolerance)
         torch.testing.assert_close(views.s[slot].double(), state.s, **tolerance)
+
+
+def assert_unrecallable_stay(
+    problem: Problem, layout: StateLayout, views: StateViews, slot: int
+) -> None:
+    """The page of an `unrecallable` problem holds the same sparse pairs as the reference."""
+    _, state = problem.reference()
+    share = layout.num_state_heads // layout.num_sparse_heads
+    positions = [sorted(row) for row in views.positions[slot].tolist()]
+    assert positions == state.sparse_positions[::share]
+    assert positions[0] == [7, 9, 14]
 
 
 def assert_bounds_hold(problem: Problem, layout: StateLayout, views: StateViews, slot: int) -> None:

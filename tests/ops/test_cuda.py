@@ -12,8 +12,10 @@ import torch
 from cuda_problem import TOLERANCE, check, decode, pool, run, to_device
 from problem import (
     assert_state_matches,
+    assert_unrecallable_stay,
     full_attention,
     make_problem,
+    unrecallable,
 )
 
 from lola_vllm.config import LolaConfig
@@ -231,6 +233,14 @@ def test_nan_scores_never_fill_more_than_the_cache(device, interval):
     assert all(len(set(row)) == 3 for row in views.positions[2].tolist())
     folded = float(layout.num_folded(torch.tensor(25)))
     torch.testing.assert_close(views.s[2].sum(-1), torch.full((2,), 2 * folded))
+
+
+@pytest.mark.parametrize("interval", [1, 5, 9])
+@pytest.mark.parametrize("sharing", ["none", "kv_head"])
+def test_scores_that_are_no_numbers_count_as_the_largest(device, interval, sharing):
+    problem = unrecallable(interval, sharing, torch.float32)
+    _, layout, views = run(problem, device)
+    assert_unrecallable_stay(problem, layout, views, 2)
 
 
 def test_inputs_may_be_strided_and_unaligned(device):
