@@ -155,7 +155,7 @@ void fold_one(const LolaArgs& a, int64_t page, int64_t head, bool empty, const T
               const SreScratch<T>& x, Ahead* ahead) {
   const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, Fp = round_up<T>(F2);
   const SreArgs& r = a.recall;
-  const bool in_place = !fold_rounds<T>(a) && d == dp && !empty;
+  const bool in_place = d == dp && !empty;
   T* const s = x.s;
   for (int64_t f = 0; f < F2; ++f) {
     ahead->template ask<2>();

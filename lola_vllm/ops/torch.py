@@ -335,8 +335,8 @@ def _fold(
     phi = feature_map(k, feature_map_k.to(dtype))
     phi = phi.masked_fill(~mask.repeat_interleave(share, dim=1), 0)
     H, s = _gather_state(views.H, views.s, slots, empty, dtype)
-    views.H[slots] = (H + phi.mT @ v).to(views.H.dtype)
-    views.s[slots] = (s + phi.sum(2)).to(views.s.dtype)
+    views.H[slots] = H + phi.mT @ v
+    views.s[slots] = s + phi.sum(2)
 
 
 def _replace(

@@ -36,16 +36,14 @@ class Problem:
             self.feature_map_q, self.feature_map_k, self.window_factors, self.config.mixing
         )
 
-    def layout(self, state_dtype: torch.dtype | None = None) -> StateLayout:
-        if state_dtype is None and self.q.dtype == torch.float64:
-            state_dtype = torch.float64
+    def layout(self) -> StateLayout:
         return StateLayout.from_config(
             self.config,
             num_kv_heads=self.k.shape[1],
             num_state_heads=self.feature_map_k.shape[0],
             head_dim=self.q.shape[-1],
             kv_dtype=self.k.dtype,
-            state_dtype=state_dtype,
+            state_dtype=torch.float64 if self.q.dtype == torch.float64 else None,
         )
 
 

@@ -355,16 +355,3 @@ def test_interval_1_makes_the_same_choices_for_thousands_of_tokens(dtype, d, lam
         assert torch.equal(getattr(direct, name)[2], getattr(kept, name)[2]), name
     torch.testing.assert_close(direct.H[2], kept.H[2], rtol=1e-4, atol=1e-4)
     assert_bounds_hold(problem, layout, kept, 2)
-
-
-def test_interval_1_with_a_rounded_state():
-    """Each fold rounds all of a bfloat16 H, which no bound knows of: all scores are computed."""
-    assert native.load()
-    config = LolaConfig(
-        window_size=8, sparse_cache_size=20, update_interval=1, feature_dim=16,
-        state_dtype="bfloat16",
-    )  # fmt: skip
-    problem = make_problem(300, config, dtype=torch.float32, group=1)
-    direct, kept = (run(ops, problem, [], decode_from=0)[2] for ops in (portable, native))
-    assert torch.equal(direct.positions[2], kept.positions[2])
-    assert (kept.bounds[2, :, 0] == -torch.inf).all()
