@@ -70,6 +70,8 @@ LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   a.directions_stride[1] = directions.stride(1);
   const DType pair = a.exact_k.dtype;
   const DType wide = pair == DType::f64 ? DType::f64 : DType::f32;
+  LOLA_CHECK(a.recall.H.dtype == wide && a.recall.s.dtype == wide,
+             "H: H and s must be float32, or float64 where keys and values are");
   LOLA_CHECK(a.bounds.dtype == wide,
              "bounds: must be float32, or float64 where keys and values are");
   LOLA_CHECK(a.k.dtype == pair && a.v.dtype == pair && a.exact_v.dtype == pair &&

@@ -24,11 +24,11 @@ namespace lola {
 //   q, out          [T, Hq, d]     float32, bfloat16 or float64
 //   k, v            [T, Hkv, d]    dtype of the pages' keys and values
 //   feature_map_q   [Hq, d, F]; feature_map_k [Hs, d, F]; log_gate [Hq]
-//   H [N, Hs, 2F, d], s [N, Hs, 2F], positions int32 [N, Hg, lam], sparse_k, sparse_v
-//   [N, Hg, lam, d], exact_k, exact_v [N, Hkv, sink + window + interval, d], and for interval 1
-//   bounds [N, Hs, 6, lam] and int8 directions [N, Hs, lam, d] (else lam is 0 there): views of the
-//   pages
-//   slots           [rows]         int32 or int64, page per row; <= 0 is padding: zeros are
+//   H [N, Hs, 2F, d], s [N, Hs, 2F] (float32, or float64 where k is), positions int32 [N, Hg, lam],
+//   sparse_k, sparse_v [N, Hg, lam, d], exact_k, exact_v [N, Hkv, sink + window + interval, d], and
+//   for interval 1 bounds [N, Hs, 6, lam] and int8 directions [N, Hs, lam, d] (else lam is 0
+//   there): views of the pages slots           [rows]         int32 or int64, page per row; <= 0 is
+//   padding: zeros are
 //                                  answered and no page is touched
 //
 // decode: row r is token r, seq_lens [rows] counts it. prefill: row r has the tokens

@@ -40,6 +40,8 @@ Tensor sre_scores(const Tensor& k, const Tensor& v, const Tensor& feature_map_k,
   args.s = check_strided<3>(s, "s");
   LOLA_CHECK(args.v.dtype == args.k.dtype, "v: dtype must be that of k");
   LOLA_CHECK(args.s.dtype == args.H.dtype, "s: dtype must be that of H");
+  LOLA_CHECK(args.H.dtype == (args.k.dtype == DType::f64 ? DType::f64 : DType::f32),
+             "H: must be float32, or float64 where k is");
   args.wide_slots = slots.scalar_type() == ScalarType::Long;
   LOLA_CHECK(args.wide_slots || slots.scalar_type() == ScalarType::Int, "slots: dtype ",
              torch::headeronly::toString(slots.scalar_type()), ", expected int32 or int64");

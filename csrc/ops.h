@@ -11,7 +11,7 @@ namespace lola {
 //
 //   k, v            [B, Hg, E, d]  float32, bfloat16 or float64, k after RoPE
 //   feature_map_k   [Hs, d, F]     Hg divides Hs; state head h belongs to set h / (Hs / Hg)
-//   H               [N, Hs, 2F, d]
+//   H               [N, Hs, 2F, d] float32, or float64 where k is
 //   s               [N, Hs, 2F]    dtype of H
 //   slots           [B]            int32 or int64, the row's page; a negative one counts as empty
 //   empty           [B]            bool: the state counts as zero and its bytes are not read

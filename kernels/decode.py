@@ -186,13 +186,13 @@ def decode_kernel(
         s_at = s_ptr + page * state_page + head * 2 * F + feats
         tile_ok = feat_ok[:, None] & col_ok[None, :]
         phi = features(y, feat_ok)
-        h = tl.load(h_at, mask=tile_ok, other=0.0).to(tl.float32)
+        h = tl.load(h_at, mask=tile_ok, other=0.0)
         y_lin = product(phi, h, y_lin, PRECISION)
-        z = tl.sum(phi * tl.load(s_at, mask=feat_ok, other=0.0).to(tl.float32)[None, :], 1)
+        z = tl.sum(phi * tl.load(s_at, mask=feat_ok, other=0.0)[None, :], 1)
         phi = features(-y, feat_ok)
-        h = tl.load(h_at + F * D, mask=tile_ok, other=0.0).to(tl.float32)
+        h = tl.load(h_at + F * D, mask=tile_ok, other=0.0)
         y_lin = product(phi, h, y_lin, PRECISION)
-        z += tl.sum(phi * tl.load(s_at + F, mask=feat_ok, other=0.0).to(tl.float32)[None, :], 1)
+        z += tl.sum(phi * tl.load(s_at + F, mask=feat_ok, other=0.0)[None, :], 1)
         y_lin, log_D = y_lin / z[:, None], tl.log(z)
 
     if SPLITS == 1:

@@ -101,11 +101,11 @@ def sre_kernel(  # type: ignore[no-untyped-def]
         h_at = h_ptr + page * h_page + head * h_head
         h_at = h_at + feats[:, None].to(tl.int64) * h_f + cols[None, :]
         h_ok = state_ok[:, None] & col_ok[None, :]
-        h_up = tl.load(h_at, mask=h_ok, other=0.0).to(tl.float32)
-        h_down = tl.load(h_at + F * h_f, mask=h_ok, other=0.0).to(tl.float32)
+        h_up = tl.load(h_at, mask=h_ok, other=0.0)
+        h_down = tl.load(h_at + F * h_f, mask=h_ok, other=0.0)
         s_at = s_ptr + page * s_page + head * s_head + feats
-        s_up = tl.load(s_at, mask=state_ok, other=0.0).to(tl.float32)
-        s_down = tl.load(s_at + F, mask=state_ok, other=0.0).to(tl.float32)
+        s_up = tl.load(s_at, mask=state_ok, other=0.0)
+        s_down = tl.load(s_at + F, mask=state_ok, other=0.0)
 
         predicted = tl.dot(up, h_up, input_precision=PRECISION)
         predicted = tl.dot(down, h_down, predicted, input_precision=PRECISION)
@@ -131,7 +131,7 @@ def sre_scores(
     Args:
         k, v: `[B, Hg, E, d]`, float32 or bfloat16, k after RoPE.
         feature_map_k: `[Hs, d, F]`; state head h belongs to sparse set `h // (Hs // Hg)`.
-        H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`, of one dtype, any page stride.
+        H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`, float32, any page stride.
         slots: `[B]`, int32 or int64, page of each row (< N); a negative one counts as an empty
             state.
         empty: `[B]`, bool; the state counts as zero and its bytes are not read.
@@ -190,8 +190,8 @@ def _check(
     expected = {
         "v": (v, (B, Hg, E, d), k.dtype),
         "feature_map_k": (feature_map_k, (Hs, d, F), None),
-        "H": (H, (H.shape[0], Hs, 2 * F, d), None),
-        "s": (s, (H.shape[0], Hs, 2 * F), H.dtype),
+        "H": (H, (H.shape[0], Hs, 2 * F, d), torch.float32),
+        "s": (s, (H.shape[0], Hs, 2 * F), torch.float32),
     }
     for name, (tensor, shape, dtype) in expected.items():
         if tuple(tensor.shape) != shape:

@@ -281,8 +281,8 @@ def fold_kernel(
                 h_at = h_ptr + page * state_page + (head * 2 + half % 2) * F * D
                 h_at = h_at + feats[:, None] * D + cols[None, :]
                 s_at = s_ptr + page * state_page + (head * 2 + half % 2) * F + feats
-                h = tl.load(h_at, mask=live[:, None] & col_ok[None, :], other=0.0).to(tl.float32)
-                s = tl.load(s_at, mask=live, other=0.0).to(tl.float32)
+                h = tl.load(h_at, mask=live[:, None] & col_ok[None, :], other=0.0)
+                s = tl.load(s_at, mask=live, other=0.0)
                 for c in tl.range(0, num_folded, BLOCK_E, num_stages=1):
                     index = c + tl.arange(0, BLOCK_E)
                     some = index < num_folded
@@ -299,8 +299,8 @@ def fold_kernel(
                     phi = tl.where(some[:, None], features(y * sign, feat_ok), 0.0)
                     h = product(tl.trans(phi), v, h, PRECISION)
                     s += tl.sum(phi, 0)
-                tl.store(h_at, h.to(h_ptr.dtype.element_ty), mask=tile_ok)
-                tl.store(s_at, s.to(s_ptr.dtype.element_ty), mask=feat_ok)
+                tl.store(h_at, h, mask=tile_ok)
+                tl.store(s_at, s, mask=feat_ok)
 
             if BOUNDED:
                 track_fold(
@@ -343,12 +343,8 @@ class Scratch(NamedTuple):
 
 
 def bounded(layout: StateLayout) -> bool:
-    """Whether few scores are computed. Each fold rounds all of a 16-bit H: no bound knows of it."""
-    return (
-        layout.update_interval == 1
-        and layout.sparse_cache_size > 0
-        and layout.state_dtype == torch.float32
-    )
+    """Whether few scores are computed."""
+    return layout.update_interval == 1 and layout.sparse_cache_size > 0
 
 
 def update(

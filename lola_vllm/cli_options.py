@@ -20,7 +20,7 @@ LOLA_OPTIONS: dict[str, tuple[type, str]] = {
     "sink_size": (int, "first positions that stay exact for ever"),
     "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
     "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),
-    "state_dtype": (str, "storage of the hidden state: float32 or bfloat16"),
+    "state_dtype": (str, "storage of the hidden state: float32, no other"),
     "sparse_sharing": (str, "sparse sets shared inside a KV group: none or kv_head"),
 }
 

@@ -18,6 +18,14 @@ MODEL_TYPE = "lola_llama"
 ARCHITECTURE = "LolaLlamaForCausalLM"
 
 
+# Why `state_dtype` has one value, and what to do.
+NARROW_STATE = (
+    ". With fewer bits folds are lost: bfloat16 rounds the hidden state to 8 bits at each of them, "
+    "and after some hundreds a new pair changes nothing. Remove the key or set it to 'float32'; "
+    "the state takes more memory then, `lola-vllm estimate` says how much"
+)
+
+
 class LolaConfigError(ValueError):
     """A `lola_config` that cannot be used; the message names field, value and remedy."""
 
@@ -36,7 +44,8 @@ class LolaConfig(BaseModel):
         feature_map: "softmax": `concat(softmax(xW), softmax(-xW))` (arXiv 2410.10254).
         mixing: "lola" weighs exact pairs by `g exp(z)` and the hidden state by `1 - g`;
             "lolcats" by `g exp(z - max z)` and 1.
-        state_dtype: storage of the hidden state H and s; sums are made in float32 either way.
+        state_dtype: storage of the hidden state H and s. "float32" is the only one: with fewer
+            bits a sum soon no longer moves when a pair is folded in.
         sparse_sharing: "none": one sparse set per state head; "kv_head": one per KV head, scored
             by the mean over its state heads of SRE / ||v|| (changes nothing where each KV head
             has one state head).
@@ -53,7 +62,7 @@ class LolaConfig(BaseModel):
     feature_dim: int = PydanticField(default=64, ge=1)
     feature_map: Literal["softmax"] = "softmax"
     mixing: Literal["lola", "lolcats"] = "lola"
-    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    state_dtype: Literal["float32"] = "float32"
     sparse_sharing: Literal["none", "kv_head"] = "none"
     num_state_heads: int | None = PydanticField(default=None, ge=1)
 
@@ -134,7 +143,8 @@ def _explain(error: ValidationError) -> str:
             )
         else:
             allowed = fault["msg"].replace("Input should be", "must be")
-            lines.append(f"lola_config.{name} = {fault['input']!r}: {allowed}")
+            more = NARROW_STATE if name == "state_dtype" else ""
+            lines.append(f"lola_config.{name} = {fault['input']!r}: {allowed}{more}")
     return "\n".join(lines)
 
 

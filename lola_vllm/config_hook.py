@@ -107,8 +107,8 @@ def refusals(vllm_config: VllmConfig) -> list[Refusal]:
             Refusal(
                 "--kv-cache-dtype",
                 cache_dtype,
-                "keys and values are kept in the model's dtype; use 'auto', and "
-                "lola_config.state_dtype for the hidden state",
+                "keys and values are kept in the model's dtype, and the hidden state in float32; "
+                "use 'auto'",
             )
         )
     parallel = vllm_config.parallel_config

@@ -193,7 +193,11 @@ def _scores(
 
 
 def _select(candidates: list[int], scores: Tensor, lam: int) -> tuple[list[int], list[int]]:
-    """The lam candidates of largest score and the rest, both sorted; ties keep the older pair."""
+    """The lam candidates of largest score and the rest, both sorted; ties keep the older pair.
+
+    A score that is NaN counts as infinite.
+    """
+    scores = scores.masked_fill(scores.isnan(), torch.inf)
     order = scores.argsort(descending=True, stable=True).tolist()
     kept = sorted(candidates[i] for i in order[:lam])
     folded = sorted(candidates[i] for i in order[lam:])

@@ -23,22 +23,12 @@ struct Bounds {
   int64_t known;
 };
 
-// Whether each fold rounds the hidden state to fewer bits than it is computed in: no bound knows of
-// that.
-template <typename T>
-bool fold_rounds(const LolaArgs& a) {
-  return a.recall.H.dtype != (sizeof(T) == 8 ? DType::f64 : DType::f32);
-}
-
 // Whether scores of this call can be bounded by what follows: one state head per set.
-template <typename T>
-bool bounds_hold(const LolaArgs& a) {
-  return !a.incremental && a.Hs == a.Hg && !fold_rounds<T>(a);
-}
+inline bool bounds_hold(const LolaArgs& a) { return !a.incremental && a.Hs == a.Hg; }
 
 template <typename T>
 int64_t carve_bounds(const LolaArgs& a, char* base, Bounds<T>* x) {
-  const int64_t count = bounds_hold<T>(a) ? a.lam + a.interval : 0;
+  const int64_t count = bounds_hold(a) ? a.lam + a.interval : 0;
   int64_t used = 0;
   x->p = take_as<T>(base, count * round_up<T>(a.d), &used);
   x->error = take_as<T>(base, count, &used);

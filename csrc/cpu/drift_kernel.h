@@ -102,20 +102,18 @@ void drift_apart(const LolaArgs& a, int64_t page, int64_t head, const T* phi_l, 
     along[i] = reduce<Sum>(lanes[0]);
   }
   const T length = norm(phi_l, round_up<T>(2 * a.F));
-  const T far = fold_rounds<T>(a) ? static_cast<T>(__builtin_inff()) : T(0);
   T* const b = bounds_of<T>(a, page, head);
   i = 0;
   for (; i + kLanes<T> <= lam; i += kLanes<T>) {
     const Vec<T> low = lower<T, Vec<T>>(
         load(b + kLow * lam + i), load(b + kSum * lam + i), load(b + kFeatures * lam + i) * length,
         load(b + kAlong * lam + i), load(b + kScale * lam + i) * load(along + i));
-    store<T>(b + kLow * lam + i, low - far);
+    store<T>(b + kLow * lam + i, low);
   }
   for (; i < lam; ++i) {
     b[kLow * lam + i] =
         lower<T, T>(b[kLow * lam + i], b[kSum * lam + i], b[kFeatures * lam + i] * length,
-                    b[kAlong * lam + i], b[kScale * lam + i] * along[i]) -
-        far;
+                    b[kAlong * lam + i], b[kScale * lam + i] * along[i]);
   }
 }
 

@@ -155,7 +155,7 @@ void fold_one(const LolaArgs& a, int64_t page, int64_t head, bool empty, const T
               const SreScratch<T>& x, Ahead* ahead) {
   const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, Fp = round_up<T>(F2);
   const SreArgs& r = a.recall;
-  const bool in_place = !fold_rounds<T>(a) && d == dp && !empty;
+  const bool in_place = d == dp && !empty;
   T* const s = x.s;
   for (int64_t f = 0; f < F2; ++f) {
     ahead->template ask<2>();
@@ -199,6 +199,7 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
     const T score = score_of<T, T>(y.errors[0], numbers[kValue], share > 1);
     newcomer = j == 0 ? score : newcomer + score;
   }
+  if (newcomer != newcomer) newcomer = static_cast<T>(__builtin_inff());  // NaN counts as infinite
 
   const int64_t loser = folds ? loser_slot(a, page, set, empty, newcomer, x) : -1;
   if (folds) {  // what will be folded, before the newcomer takes its place

@@ -109,7 +109,7 @@ struct LaneSet {
   Features<T> features;
   Bounds<T> bounds;
 
-  Bounds<T>* bounds_or_null(const LolaArgs& a) { return bounds_hold<T>(a) ? &bounds : nullptr; }
+  Bounds<T>* bounds_or_null(const LolaArgs& a) { return bounds_hold(a) ? &bounds : nullptr; }
 };
 
 // Divides a lane's memory, which begins with a LaneSet for each set; returns the bytes needed (with

@@ -135,7 +135,8 @@ inline void write_pairs(const LolaArgs& a, const Sequence& piece, int64_t kv) {
   }
 }
 
-// Marks the candidates to keep: the lam of largest score, ties to the older position.
+// Marks the candidates to keep: the lam of largest score, ties to the older position. A NaN counts
+// as infinite.
 void select_largest(const float* scores, const int32_t* positions, int64_t count, int64_t lam,
                     int32_t* order, unsigned char* keep);
 void select_largest(const double* scores, const int32_t* positions, int64_t count, int64_t lam,

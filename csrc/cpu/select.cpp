@@ -8,6 +8,12 @@
 namespace lola {
 namespace {
 
+// A score as it is compared: a NaN counts as infinite.
+template <typename T>
+T comparable(T score) {
+  return score == score ? score : std::numeric_limits<T>::infinity();
+}
+
 template <typename T>
 void select(const T* scores, const int32_t* positions, int64_t count, int64_t lam, int32_t* order,
             unsigned char* keep) {
@@ -25,17 +31,15 @@ void select(const T* scores, const int32_t* positions, int64_t count, int64_t la
   }
   const int64_t kept = lam - (count - undecided);
   std::nth_element(order, order + kept, order + undecided, [&](int32_t a, int32_t b) {
-    return scores[a] != scores[b] ? scores[a] > scores[b] : positions[a] < positions[b];
+    const T x = comparable(scores[a]), y = comparable(scores[b]);
+    return x != y ? x > y : positions[a] < positions[b];
   });
   for (int64_t i = kept; i < undecided; ++i) keep[order[i]] = 0;
 }
 
 template <typename T>
 T kth(T* values, int64_t count, int64_t k) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (!(values[i] <= std::numeric_limits<T>::max()))
-      values[i] = std::numeric_limits<T>::infinity();
-  }
+  for (int64_t i = 0; i < count; ++i) values[i] = comparable(values[i]);
   std::nth_element(values, values + (k - 1), values + count);
   return values[k - 1];
 }

@@ -168,10 +168,10 @@ LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
 
 // phi^T H and phi^T s over the rows of H of a split, whose features stand in phi[f - begin][h].
 // Each warp leaves its sums in linear[warp][h][0 .. d) and stats[warp][h][2].
-template <typename S, int D, int HEADS>
+template <int D, int HEADS>
 LOLA_DEVICE void read_out(const Params& p, int64_t page, int set, HeadRange heads, int begin,
                           int end, const float* phi, float* linear, float* stats) {
-  using R = Row<S, D>;
+  using R = Row<float, D>;
   constexpr int kGroups = kDecodeThreads / R::kLanes;
   const int lane = static_cast<int>(threadIdx.x) % R::kLanes;
   const int group = static_cast<int>(threadIdx.x) / R::kLanes, d = D > 0 ? D : p.d;
@@ -185,8 +185,8 @@ LOLA_DEVICE void read_out(const Params& p, int64_t page, int set, HeadRange head
   const int per_state = p.Hq / p.Hs, head0 = set * p.heads() + heads.first;
   for (int state = head0 / per_state; state * per_state < head0 + heads.count; ++state) {
     const int low = state * per_state - head0, high = low + per_state;  // heads of this state
-    const S* const H = p.H.at<const S>(page, state);
-    const S* const s = p.s.at<const S>(page, state);
+    const float* const H = p.H.at<const float>(page, state);
+    const float* const s = p.s.at<const float>(page, state);
     for (int base = begin; base < end; base += kGroups * R::kUnroll) {
       typename R::Raw rows[R::kUnroll];
       float normal[R::kUnroll];
@@ -194,7 +194,7 @@ LOLA_DEVICE void read_out(const Params& p, int64_t page, int set, HeadRange head
       for (int u = 0; u < R::kUnroll; ++u) {
         const int f = base + u * kGroups + group;
         rows[u] = R::load(H + (f < end ? f : begin) * p.H.stride[2], lane, d, f < end);
-        normal[u] = f < end ? to_float(s[f]) : 0.0f;
+        normal[u] = f < end ? s[f] : 0.0f;
       }
 #pragma unroll
       for (int u = 0; u < R::kUnroll; ++u) {
@@ -267,11 +267,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
     attend<T, D, HEADS>(p, row, set, heads, pairs, key0, key1, soft, stats);
     __syncthreads();
     if (folded) {
-      if (p.bf16_state) {
-        read_out<Bf16, D, HEADS>(p, page, set, heads, f0, f1, phi, linear, stats);
-      } else {
-        read_out<float, D, HEADS>(p, page, set, heads, f0, f1, phi, linear, stats);
-      }
+      read_out<D, HEADS>(p, page, set, heads, f0, f1, phi, linear, stats);
       __syncthreads();
     }
     for (int i = thread; i < heads.count * d; i += kDecodeThreads) {

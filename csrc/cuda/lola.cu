@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "checks.h"
 #include "cuda/launch.cuh"
@@ -123,19 +124,17 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fea
   p.log_gate = weights(log_gate, "log_gate");
   p.H = view<3>(H, "H");
   p.s = view<2>(s, "s");
-  p.bf16_state = H.scalar_type() == ScalarType::BFloat16;
-  LOLA_CHECK(p.bf16_state || H.scalar_type() == ScalarType::Float, "H: dtype ",
-             torch::headeronly::toString(H.scalar_type()), ", expected float32 or bfloat16");
-  LOLA_CHECK(s.scalar_type() == H.scalar_type(), "s: dtype must be that of H");
+  for (const auto& [tensor, name] : {std::pair(&H, "H"), std::pair(&s, "s")}) {
+    LOLA_CHECK(tensor->scalar_type() == ScalarType::Float, name, ": dtype ",
+               torch::headeronly::toString(tensor->scalar_type()), ", expected float32");
+  }
   LOLA_CHECK(positions.scalar_type() == ScalarType::Int, "positions: must be int32");
   p.positions = view<2>(positions, "positions");
   p.sparse_k = view<3>(sparse_k, "sparse_k");
   p.sparse_v = view<3>(sparse_v, "sparse_v");
   p.exact_k = view<3>(exact_k, "exact_k");
   p.exact_v = view<3>(exact_v, "exact_v");
-  // Each fold rounds all of a bfloat16 H, which no bound knows of.
-  p.incremental =
-      check_remembered(bounds, directions, sizes, interval, kDevice) > 0 && !p.bf16_state;
+  p.incremental = check_remembered(bounds, directions, sizes, interval, kDevice) > 0;
   p.bounds = view<3>(bounds, "bounds");
   LOLA_CHECK(bounds.scalar_type() == ScalarType::Float, "bounds: must be float32");
   p.directions = view<3>(directions, "directions");
@@ -167,8 +166,9 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fea
   p.lam = static_cast<int>(sizes.lam);
   if (p.rows == 0) return;
 
-  const int64_t pair_bytes = type == Type::f32 ? 4 : 2, state_bytes = p.bf16_state ? 2 : 4;
-  bool vectors = aligned(p.H, state_bytes) && aligned(p.k, pair_bytes) && aligned(p.v, pair_bytes);
+  const int64_t pair_bytes = type == Type::f32 ? 4 : 2;
+  bool vectors =
+      aligned(p.H, sizeof(float)) && aligned(p.k, pair_bytes) && aligned(p.v, pair_bytes);
   for (const auto* x : {&p.sparse_k, &p.sparse_v, &p.exact_k, &p.exact_v}) {
     vectors = vectors && aligned(*x, pair_bytes);
   }

@@ -41,9 +41,8 @@ struct Params {
   const float* feature_map_q;  // [Hq, d, F], contiguous
   const float* feature_map_k;  // [Hs, d, F], contiguous
   const float* log_gate;       // [Hq]
-  View<3> H;                   // [N, Hs, 2F, d]
-  View<2> s;                   // [N, Hs, 2F]
-  bool bf16_state;             // H and s are bfloat16, else float32
+  View<3> H;                   // float32 [N, Hs, 2F, d]
+  View<2> s;                   // float32 [N, Hs, 2F]
   View<2> positions;           // int32 [N, Hg, lam]
   View<3> sparse_k, sparse_v;  // [N, Hg, lam, d]
   View<3> exact_k, exact_v;    // [N, Hkv, sink + ring, d]

@@ -64,9 +64,9 @@ LOLA_DEVICE float element(const float4& x, int i) {
 
 // acc[r][c] += sum_i a[r][i] b[i][column + 32 c] over i < rows, columns < width; a in shared memory
 // with rows of `lda`, zero from `rows` up to whole vectors.
-template <int C, typename B>
-LOLA_DEVICE void multiply(const float* a, int lda, const B* b, int64_t ldb, int rows, int column,
-                          int width, float (&acc)[kTile][C]) {
+template <int C>
+LOLA_DEVICE void multiply(const float* a, int lda, const float* b, int64_t ldb, int rows,
+                          int column, int width, float (&acc)[kTile][C]) {
   b += column;
 #pragma unroll 1
   for (int i0 = 0; i0 < rows; i0 += 4) {
@@ -79,7 +79,7 @@ LOLA_DEVICE void multiply(const float* a, int lda, const B* b, int64_t ldb, int 
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         const bool ok = i0 + i < rows && column + kWarp * c < width;
-        y[c] = ok ? to_float(b[kWarp * c]) : 0.0f;
+        y[c] = ok ? b[kWarp * c] : 0.0f;
       }
 #pragma unroll
       for (int r = 0; r < kTile; ++r) {
@@ -125,17 +125,17 @@ LOLA_DEVICE void norms(const T* const (&v)[kTile], int d, int lane, float (&out)
   }
 }
 
-// Errors of kTile candidates against one state head, of type S.
-template <typename T, typename S>
+// Errors of kTile candidates against one state head.
+template <typename T>
 LOLA_DEVICE void recall_errors(const Params& p, int64_t page, int state, const float* phi,
                                const T* const (&v)[kTile], int lane, float (&errors)[kTile]) {
   constexpr int kColumns = 4;
   const int F2 = 2 * p.F, ld = whole_vectors(F2);
-  const S* const H = p.H.at<const S>(page, state);
-  const S* const s = p.s.at<const S>(page, state);
+  const float* const H = p.H.at<const float>(page, state);
+  const float* const s = p.s.at<const float>(page, state);
   float scale[kTile] = {}, sum[kTile] = {};
   for (int f = lane; f < F2; f += kWarp) {
-    const float x = to_float(s[f]);
+    const float x = s[f];
 #pragma unroll
     for (int r = 0; r < kTile; ++r) scale[r] += phi[r * ld + f] * x;
   }

@@ -41,7 +41,7 @@ std::size_t shared_bytes(const Params& p) {
 
 // Scores of all candidates: SRE, or its norm-relative mean over the state heads of a set. `fresh`:
 // nothing was folded yet, and H and s hold leftovers.
-template <typename T, typename S>
+template <typename T>
 LOLA_DEVICE void score(const Params& p, const Candidates<T>& c, bool fresh, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, share = p.Hs / p.Hg;
@@ -65,7 +65,7 @@ LOLA_DEVICE void score(const Params& p, const Candidates<T>& c, bool fresh, cons
       } else {
         const int state = c.set * share + j;
         map_keys(p, state, k, phi, lane);
-        recall_errors<T, S>(p, c.page, state, phi, v, lane, errors);
+        recall_errors<T>(p, c.page, state, phi, v, lane, errors);
       }
       // Divided before they are summed: against an empty state each ratio is exactly 1, a tie.
       for (int r = 0; r < kTile; ++r) {
@@ -128,13 +128,13 @@ LOLA_DEVICE void list(int count, int cached, const Shared& x) {
 
 // H += sum phi(k) v^T and s += sum phi(k) over the folded candidates, for one state head. `fresh`:
 // H and s hold leftovers and are written instead.
-template <typename T, typename S>
+template <typename T>
 LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int count, bool fresh,
                       const Shared& x) {
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const int d = p.d, ld = whole_vectors(d), F2 = 2 * p.F, phi_ld = whole_vectors(F2);
   const int blocks = phi_ld / 4, columns = ld / 4;  // a thread owns 4 x 4 elements of H
-  S* const s = p.s.at<S>(c.page, state);
+  float* const s = p.s.at<float>(c.page, state);
   for (int first = 0; first < count; first += kBatch) {
     const int size = count - first < kBatch ? count - first : kBatch;
     for (int r = 0; r < kTile; ++r) {
@@ -163,20 +163,20 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int co
       }
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
-        S* const row = p.H.at<S>(c.page, state, f + a < F2 ? f + a : 0);
+        float* const row = p.H.at<float>(c.page, state, f + a < F2 ? f + a : 0);
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
           const int at = column + b * columns;
           if (f + a < F2 && at < d) {
-            row[at] = Rounded<S>::of(write ? sum[a][b] : to_float(row[at]) + sum[a][b]);
+            row[at] = write ? sum[a][b] : row[at] + sum[a][b];
           }
         }
       }
     }
     for (int f = thread; f < F2; f += kThreads) {
-      float sum = write ? 0.0f : to_float(s[f]);
+      float sum = write ? 0.0f : s[f];
       for (int i = 0; i < size; ++i) sum += x.phi[i * phi_ld + f];
-      s[f] = Rounded<S>::of(sum);
+      s[f] = sum;
     }
     __syncthreads();  // before the next batch takes the memory
   }
@@ -195,7 +195,7 @@ LOLA_DEVICE void replace(const Candidates<T>& c, const Shared& x) {
 }
 
 // Grid: rows x sets.
-template <typename T, typename S>
+template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
   LOLA_SHARED(memory);
   const int64_t row = blockIdx.x / p.Hg;
@@ -205,14 +205,14 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
   const Shared x(p, memory);
   for (int i = threadIdx.x; i < c.count; i += kThreads) x.positions[i] = c.position(i);
   const bool fresh = !p.any_folded(n - p.interval);
-  if (c.count > p.lam && p.lam > 0) score<T, S>(p, c, fresh, x);  // else nothing is to be chosen
+  if (c.count > p.lam && p.lam > 0) score<T>(p, c, fresh, x);  // else nothing is to be chosen
   __syncthreads();
   select(c.count, p.lam, x);
   __syncthreads();
   if (threadIdx.x < kWarp) list(c.count, c.cached, x);
   __syncthreads();
   for (int j = 0; j < p.Hs / p.Hg; ++j) {
-    fold<T, S>(p, c, c.set * (p.Hs / p.Hg) + j, x.counts[0], fresh, x);
+    fold<T>(p, c, c.set * (p.Hs / p.Hg) + j, x.counts[0], fresh, x);
   }
   replace(c, x);  // only now: what was folded is overwritten
 }
@@ -221,8 +221,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
 
 template <typename T>
 void launch_update(const Params& p, cudaStream_t stream) {
-  const auto kernel = p.bf16_state ? update_kernel<T, Bf16> : update_kernel<T, float>;
-  launch("decode: update", kernel, dim3(static_cast<unsigned>(p.rows * p.Hg)), kThreads,
+  launch("decode: update", update_kernel<T>, dim3(static_cast<unsigned>(p.rows * p.Hg)), kThreads,
          shared_bytes(p), stream, p);
 }
 

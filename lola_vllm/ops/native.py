@@ -56,7 +56,7 @@ def sre_scores(
     Args:
         k, v: `[B, Hg, E, d]`, float32, bfloat16 or float64, k after RoPE.
         feature_map_k: `[Hs, d, F]`; state head h belongs to sparse set `h // (Hs // Hg)`.
-        H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`, of one dtype, any page stride.
+        H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`, float32 (float64 where k is), any page stride.
         slots: `[B]`, int32 or int64, page of each row; a negative one counts as an empty state.
         empty: `[B]`, bool; the state counts as zero and its bytes are not read.
 

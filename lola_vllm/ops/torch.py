@@ -302,8 +302,11 @@ def _update(
 
 
 def _largest(scores: Tensor, positions: Tensor, ok: Tensor, lam: int) -> Tensor:
-    """Mask of the lam valid candidates of largest score, ties to the older pair."""
-    scores = torch.where(ok, scores, -torch.inf)
+    """Mask of the lam valid candidates of largest score, ties to the older pair.
+
+    A score that is NaN counts as infinite.
+    """
+    scores = torch.where(ok, scores.masked_fill(scores.isnan(), torch.inf), -torch.inf)
     by_age = torch.where(ok, positions, torch.iinfo(torch.int64).max).argsort(-1)
     order = scores.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True)
     keep = torch.zeros_like(ok).scatter(-1, by_age.gather(-1, order[..., :lam]), True)
@@ -332,8 +335,8 @@ def _fold(
     phi = feature_map(k, feature_map_k.to(dtype))
     phi = phi.masked_fill(~mask.repeat_interleave(share, dim=1), 0)
     H, s = _gather_state(views.H, views.s, slots, empty, dtype)
-    views.H[slots] = (H + phi.mT @ v).to(views.H.dtype)
-    views.s[slots] = (s + phi.sum(2)).to(views.s.dtype)
+    views.H[slots] = H + phi.mT @ v
+    views.s[slots] = s + phi.sum(2)
 
 
 def _replace(

@@ -194,11 +194,9 @@ def test_the_printed_memory_is_true(tiny):
         assert f"beyond {-(-2 * spec.page_size_bytes // 512):,} tokens" in line
 
 
-def test_bfloat16_model_and_state_run(tiny):
+def test_a_bfloat16_model_runs(tiny):
     prompts = random_prompts([5, 70])
-    with engine(
-        tiny, dtype="bfloat16", hf_overrides={"lola_config": {"state_dtype": "bfloat16"}}
-    ) as llm:
+    with engine(tiny, dtype="bfloat16") as llm:
         assert all(len(set(t)) > 1 for t in generate(llm, prompts, 30))
 
 

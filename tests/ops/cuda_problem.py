@@ -36,13 +36,13 @@ def pool(layout, num_pages, device, extra_stride=0):
     return pages, layout.views(pages)
 
 
-def run(problem, device, *, slot=2, decode_from=0, extra_stride=0, state_dtype=None):
+def run(problem, device, *, slot=2, decode_from=0, extra_stride=0):
     """Decode a sequence token by token, after a prefill by the portable ops.
 
     Returns out, layout and views on the CPU.
     """
     problem = to_device(problem, device)
-    layout, weights = problem.layout(state_dtype), problem.weights()
+    layout, weights = problem.layout(), problem.weights()
     pages, views = pool(layout, 4, device, extra_stride)
     out = torch.full_like(problem.q, torch.nan)
     slots = torch.tensor([slot], dtype=torch.int32, device=device)
@@ -80,5 +80,5 @@ def check(problem, device, **options):
     tolerance = TOLERANCE[problem.q.dtype]
     torch.testing.assert_close(out.double(), problem.reference()[0], **tolerance)
     # Sums are made in float32 from the same rounded inputs, whatever the dtype of the model.
-    state = {"rtol": 1e-2, "atol": 1e-2} if options.get("state_dtype") else TOLERANCE[torch.float32]
-    assert_state_matches(problem, layout, views, options.get("slot", 2), len(problem.q), **state)
+    slot, state = options.get("slot", 2), TOLERANCE[torch.float32]
+    assert_state_matches(problem, layout, views, slot, len(problem.q), **state)

@@ -36,16 +36,14 @@ class Problem:
             self.feature_map_q, self.feature_map_k, self.window_factors, self.config.mixing
         )
 
-    def layout(self, state_dtype: torch.dtype | None = None) -> StateLayout:
-        if state_dtype is None and self.q.dtype == torch.float64:
-            state_dtype = torch.float64
+    def layout(self) -> StateLayout:
         return StateLayout.from_config(
             self.config,
             num_kv_heads=self.k.shape[1],
             num_state_heads=self.feature_map_k.shape[0],
             head_dim=self.q.shape[-1],
             kv_dtype=self.k.dtype,
-            state_dtype=state_dtype,
+            state_dtype=torch.float64 if self.q.dtype == torch.float64 else None,
         )
 
 
@@ -77,6 +75,21 @@ def make_problem(
     ]
     factors = (randn(Hq) - 1).to(torch.promote_types(dtype, torch.float32))
     return Problem(*(t.to(dtype) for t in tensors), factors, config)
+
+
+def unrecallable(interval: int, sharing: str, dtype: torch.dtype) -> Problem:
+    """Four pairs of KV head 0 whose scores are NaN or infinite, for a cache of three.
+
+    Whatever the interval, the oldest three are what stays of that head: 7, 9 and 14.
+    """
+    config = LolaConfig(
+        window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8,
+        sparse_sharing=sharing,
+    )  # fmt: skip
+    problem = make_problem(40, config, Hs=6, dtype=dtype)
+    problem.v[[7, 14, 16], 0] = torch.nan
+    problem.v[9, 0] = torch.inf
+    return problem
 
 
 def poisoned_pool(
@@ -116,6 +129,17 @@ def assert_state_matches(
     if num_folded:
         torch.testing.assert_close(views.H[slot].double(), state.H, **tolerance)
         torch.testing.assert_close(views.s[slot].double(), state.s, **tolerance)
+
+
+def assert_unrecallable_stay(
+    problem: Problem, layout: StateLayout, views: StateViews, slot: int
+) -> None:
+    """The page of an `unrecallable` problem holds the same sparse pairs as the reference."""
+    _, state = problem.reference()
+    share = layout.num_state_heads // layout.num_sparse_heads
+    positions = [sorted(row) for row in views.positions[slot].tolist()]
+    assert positions == state.sparse_positions[::share]
+    assert positions[0] == [7, 9, 14]
 
 
 def assert_bounds_hold(problem: Problem, layout: StateLayout, views: StateViews, slot: int) -> None:

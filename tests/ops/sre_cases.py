@@ -73,7 +73,6 @@ def make_case(
     d: int = 16,
     F: int = 40,
     dtype: torch.dtype = torch.float32,
-    state_dtype: torch.dtype | None = None,
     slot_dtype: torch.dtype = torch.int64,
     scale: float = 1.0,
     with_empty: bool = True,
@@ -86,8 +85,7 @@ def make_case(
     """
     gen = torch.Generator().manual_seed(seed)
     Hs, pages = Hg * share, B + 2
-    if state_dtype is None:
-        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=gen, dtype=torch.float64)

@@ -7,7 +7,14 @@ import sys
 
 import pytest
 import torch
-from problem import assert_bounds_hold, assert_state_matches, make_problem, poisoned_pool
+from problem import (
+    assert_bounds_hold,
+    assert_state_matches,
+    assert_unrecallable_stay,
+    make_problem,
+    poisoned_pool,
+    unrecallable,
+)
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import native
@@ -184,13 +191,14 @@ def test_ties_keep_the_older_pair(ops):
         assert_state_matches(problem, layout, views, 2, 13, rtol=1e-9, atol=1e-9)
 
 
-def test_bfloat16_state_is_close(ops):
-    config = LolaConfig(window_size=8, sparse_cache_size=4, feature_dim=8, state_dtype="bfloat16")
-    problem = make_problem(100, config, dtype=torch.bfloat16)
-    out, layout, _ = run(ops, problem, [], decode_from=60)
-    assert layout.state_dtype == torch.bfloat16
-    # The reference sees the same bf16 inputs; H rounds to 8 bits at every update.
-    torch.testing.assert_close(out.double(), problem.reference()[0], rtol=0, atol=0.1)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("interval", [1, 5, 9])
+@pytest.mark.parametrize("sharing", ["none", "kv_head"])
+def test_scores_that_are_no_numbers_count_as_the_largest(ops, interval, sharing, dtype):
+    problem = unrecallable(interval, sharing, dtype)
+    for decode_from in (40, 0):
+        _, layout, views = run(ops, problem, [], decode_from=decode_from)
+        assert_unrecallable_stay(problem, layout, views, 2)
 
 
 @pytest.mark.parametrize("d", [8, 16, 24, 64, 80])
@@ -347,16 +355,3 @@ def test_interval_1_makes_the_same_choices_for_thousands_of_tokens(dtype, d, lam
         assert torch.equal(getattr(direct, name)[2], getattr(kept, name)[2]), name
     torch.testing.assert_close(direct.H[2], kept.H[2], rtol=1e-4, atol=1e-4)
     assert_bounds_hold(problem, layout, kept, 2)
-
-
-def test_interval_1_with_a_rounded_state():
-    """Each fold rounds all of a bfloat16 H, which no bound knows of: all scores are computed."""
-    assert native.load()
-    config = LolaConfig(
-        window_size=8, sparse_cache_size=20, update_interval=1, feature_dim=16,
-        state_dtype="bfloat16",
-    )  # fmt: skip
-    problem = make_problem(300, config, dtype=torch.float32, group=1)
-    direct, kept = (run(ops, problem, [], decode_from=0)[2] for ops in (portable, native))
-    assert torch.equal(direct.positions[2], kept.positions[2])
-    assert (kept.bounds[2, :, 0] == -torch.inf).all()

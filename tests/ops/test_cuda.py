@@ -12,8 +12,10 @@ import torch
 from cuda_problem import TOLERANCE, check, decode, pool, run, to_device
 from problem import (
     assert_state_matches,
+    assert_unrecallable_stay,
     full_attention,
     make_problem,
+    unrecallable,
 )
 
 from lola_vllm.config import LolaConfig
@@ -92,15 +94,6 @@ def test_an_almost_empty_page_is_split(device, processors, monkeypatch):
     config = LolaConfig(window_size=300, sparse_cache_size=70, update_interval=5, feature_dim=16)
     problem = make_problem(3, config, d=64, dtype=torch.bfloat16)
     check(problem, device)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bfloat16_state(device, dtype):
-    config = LolaConfig(window_size=8, sparse_cache_size=4, feature_dim=8)
-    problem = make_problem(60, config, d=64, dtype=dtype)
-    out, layout, _ = run(problem, device, decode_from=20, state_dtype=torch.bfloat16)
-    assert layout.state_dtype == torch.bfloat16
-    torch.testing.assert_close(out.double(), problem.reference()[0], rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("processors", [1, 8])
@@ -233,6 +226,14 @@ def test_nan_scores_never_fill_more_than_the_cache(device, interval):
     torch.testing.assert_close(views.s[2].sum(-1), torch.full((2,), 2 * folded))
 
 
+@pytest.mark.parametrize("interval", [1, 5, 9])
+@pytest.mark.parametrize("sharing", ["none", "kv_head"])
+def test_scores_that_are_no_numbers_count_as_the_largest(device, interval, sharing):
+    problem = unrecallable(interval, sharing, torch.float32)
+    _, layout, views = run(problem, device)
+    assert_unrecallable_stay(problem, layout, views, 2)
+
+
 def test_inputs_may_be_strided_and_unaligned(device):
     """q, k and v of vLLM are slices of one projection; the output is a slice too."""
     config = LolaConfig(window_size=ETA, sparse_cache_size=6, update_interval=4, feature_dim=8)
@@ -257,7 +258,7 @@ BAD = {
     "k: dtype": lambda a: {"k": a["k"].double()},
     "k: keys and values": lambda a: {"v": a["v"].half()},
     "H: shape": lambda a: {"H": a["H"][:, :, 1:]},
-    "H: dtype": lambda a: {"H": a["H"].half(), "s": a["s"].half()},
+    "H: dtype": lambda a: {"H": a["H"].bfloat16(), "s": a["s"].bfloat16()},
     "s: dtype": lambda a: {"s": a["s"].bfloat16()},
     "feature_map_k: must be": lambda a: {"feature_map_k": a["feature_map_k"].bfloat16()},
     "positions: must be": lambda a: {"positions": a["positions"].long()},

@@ -41,8 +41,7 @@ def test_every_kernel_is_there_and_spills_nothing(compiled):
         "features_kernel",
         "merge_kernel",
         *(f"decode_kernel<{t}, {d}, {heads}>" for t in types for d, heads in sizes),
-        *(f"incremental_kernel<{t}>" for t in types),
-        *(f"update_kernel<{t}, {state}>" for t in types for state in ("float", "Bf16")),
+        *(f"{name}<{t}>" for name in ("incremental_kernel", "update_kernel") for t in types),
     }
     assert {(row["name"], row["arch"]) for row in rows} == {(n, a) for n in names for a in ARCHS}
     spilling = [row for row in rows if row["spill_stores"] or row["spill_loads"] or row["stack"]]

@@ -38,16 +38,6 @@ def test_interval_1_makes_the_same_choices_for_hundreds_of_tokens(
     assert_bounds_hold(problem, layout, kept, 2)
 
 
-def test_interval_1_with_a_rounded_state(device):
-    """Each fold rounds all of a bfloat16 H, which no bound knows of: all scores are computed."""
-    config = LolaConfig(window_size=8, sparse_cache_size=20, update_interval=1, feature_dim=16)
-    problem = make_problem(120, config, dtype=torch.float32, group=1)
-    _, layout, views = run(problem, device, state_dtype=torch.bfloat16)
-    assert views.bounds[2].isnan().all()  # left as they were
-    direct = portable_page(problem, layout)
-    assert torch.equal(direct.positions[2].sort().values, views.positions[2].sort().values)
-
-
 def test_more_pairs_than_shared_memory_holds(device):
     """Scores and lists of a cache that large lie in memory; after a prefill all are computed."""
     config = LolaConfig(window_size=5, sparse_cache_size=2800, update_interval=1, feature_dim=4)

@@ -37,7 +37,7 @@ def check_values() -> int:
                     assert_scores(result, case)
                     compared += 1
     for case in (
-        make_case(state_dtype=torch.bfloat16, slot_dtype=torch.int32, dtype=torch.bfloat16),
+        make_case(slot_dtype=torch.int32, dtype=torch.bfloat16),
         replace(make_case(dtype=torch.bfloat16), feature_map_k=make_case().feature_map_k),
     ):
         assert_scores(sre_scores(*case.args()), case)

@@ -14,9 +14,11 @@ from problem import (
     Problem,
     assert_bounds_hold,
     assert_state_matches,
+    assert_unrecallable_stay,
     full_attention,
     make_problem,
     poisoned_pool,
+    unrecallable,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -115,16 +117,6 @@ def each_token():
         torch.testing.assert_close(views.H[SLOT], direct.H[SLOT], **TOLERANCE)
         assert_bounds_hold(problem, layout, views, SLOT)
         yield f"{share} state heads per set"
-
-    # A bfloat16 H is rounded at each fold, which no bound knows of.
-    config = config_of(window_size=4, sparse_cache_size=9, update_interval=1)
-    problem = make_problem(40, config, dtype=torch.bfloat16, group=1, Hkv=1)
-    problem.config = config.model_copy(update={"state_dtype": "bfloat16"})
-    _, layout, views = run(problem, decode_from=20)
-    _, _, direct = run(problem, ops=portable)
-    assert layout.state_dtype == torch.bfloat16 and views.bounds[SLOT].isnan().all()
-    assert torch.equal(views.positions[SLOT], direct.positions[SLOT])
-    yield "a rounded state"
 
 
 def heads():
@@ -363,23 +355,21 @@ def hard():
         _, _, torch_views = run(problem, ops=portable)
         assert torch.equal(positions, torch_views.positions[SLOT])
     yield "a NaN value"
+    for interval, sharing in itertools.product((5,) if XFORMERS else (1, 5), ("none", "kv_head")):
+        problem = unrecallable(interval, sharing, torch.float32)
+        _, layout, views = run(problem, decode_from=20)
+        assert_unrecallable_stay(problem, layout, views, SLOT)
+    yield "scores that are no numbers"
 
     # The reference sees the same inputs. Bounds are wide because the interpreter cuts float32 off
     # to bfloat16, where a GPU rounds; what must hold exactly is which pairs stay.
-    for dtype, state_dtype, atol in (
-        (torch.float16, "float32", 2e-3),
-        (torch.bfloat16, "float32", 2e-2),
-        (torch.bfloat16, "bfloat16", 2e-2),
-    ):
-        config = LolaConfig(
-            window_size=8, sparse_cache_size=4, feature_dim=8, state_dtype=state_dtype
-        )
+    for dtype, atol in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+        config = LolaConfig(window_size=8, sparse_cache_size=4, feature_dim=8)
         problem = make_problem(50, config, dtype=dtype, seed=1)
         out, layout, views = run(problem, decode_from=30)
         torch.testing.assert_close(out.double(), problem.reference()[0], rtol=0, atol=atol)
-        near = {"rtol": 2e-2, "atol": 2e-2} if state_dtype == "bfloat16" else TOLERANCE
-        assert_state_matches(problem, layout, views, SLOT, 50, **near)
-        yield f"{dtype}, state {state_dtype}"
+        assert_state_matches(problem, layout, views, SLOT, 50, **TOLERANCE)
+        yield f"{dtype}"
 
 
 def arguments():

@@ -42,7 +42,7 @@ def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture
         "sink_size": 2,
         "feature_dim": 8,
         "mixing": "lolcats",
-        "state_dtype": "bfloat16",
+        "state_dtype": "float32",
         "sparse_sharing": "kv_head",
         "num_state_heads": 4,
     }

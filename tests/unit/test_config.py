@@ -29,13 +29,22 @@ def test_the_interval_follows_the_window_unless_it_is_given():
         ({"sparse_cache_size": -1}, "lola_config.sparse_cache_size = -1"),
         ({"update_interval": 0}, "lola_config.update_interval = 0"),
         ({"mixing": "half"}, "lola_config.mixing = 'half': must be 'lola' or 'lolcats'"),
-        ({"state_dtype": "int8"}, "lola_config.state_dtype = 'int8': .*'float32' or 'bfloat16'"),
+        ({"state_dtype": "int8"}, "lola_config.state_dtype = 'int8': must be 'float32'"),
+        (
+            {"state_dtype": "bfloat16"},
+            "lola_config.state_dtype = 'bfloat16': .*folds are lost.*8 bits.*Remove the key or set "
+            "it to 'float32'.*lola-vllm estimate",
+        ),
     ],
 )
 def test_bad_values_are_named(fields, message):
     with pytest.raises(LolaConfigError, match=message) as error:
         LolaConfig(**fields)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_state_of_float32_may_be_named():
+    assert LolaConfig(state_dtype="float32") == LolaConfig()
 
 
 def test_every_fault_is_reported():

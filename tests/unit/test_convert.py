@@ -314,7 +314,7 @@ def test_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "update_interval": 4,
         "sink_size": 2,
         "mixing": "lolcats",
-        "state_dtype": "bfloat16",
+        "state_dtype": "float32",
         "sparse_sharing": "kv_head",
         "feature_dim": F,
         "num_state_heads": 4,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problem import full_attention, make_problem
+from problem import full_attention, make_problem, unrecallable
 
 from lola_vllm.config import LolaConfig, LolaConfigError
 from lola_vllm.reference import feature_map, lola_attention, self_recall_error
@@ -116,6 +116,59 @@ def test_the_cache_holds_what_the_state_cannot_recall():
     problem.v[17] = -9.0
     _, state = problem.reference()
     assert state.sparse_positions == [[17]]
+
+
+def shared_cache(problem, relative):
+    """The sparse cache of one KV head that all state heads share, from what was folded so far."""
+    cfg, T = problem.config, len(problem.q)
+    cache, folded, start = [], [], 0
+    for n in range(cfg.update_interval, T + 1, cfg.update_interval):
+        stop = max(n - cfg.window_size, 0)
+        pairs, start = [*cache, *range(start, stop)], stop
+        scores = {}
+        for j in pairs:
+            v, total = problem.v[j, 0], 0.0
+            for W in problem.feature_map_k:
+                phi_j = feature_map(problem.k[j, 0], W)
+                weights = [float(phi_j @ feature_map(problem.k[i, 0], W)) for i in folded]
+                recalled = sum(w * problem.v[i, 0] for w, i in zip(weights, folded, strict=True))
+                error = (v - recalled / (sum(weights) + 1e-6)).norm()
+                total += float(error / v.norm() if relative else error)
+            scores[j] = total / len(problem.feature_map_k)
+        pairs.sort(key=lambda j: (-scores[j], j))
+        cache = sorted(pairs[: cfg.sparse_cache_size])
+        folded += pairs[cfg.sparse_cache_size :]
+    return cache
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+def test_a_shared_set_keeps_the_largest_mean_of_relative_errors(interval):
+    """Section 6: SRE / ||v||, averaged over the state heads of a set. Lengths of values vary."""
+    cfg = config(update_interval=interval, sparse_sharing="kv_head", sparse_cache_size=6)
+    problem = make_problem(50, cfg, Hkv=1, group=3, Hs=3)
+    problem.v *= torch.rand(50, 1, 1, generator=torch.Generator().manual_seed(1)) * 9 + 1
+    _, state = problem.reference()
+    expected = shared_cache(problem, relative=True)
+    assert state.sparse_positions == [expected] * 3
+    assert expected != shared_cache(problem, relative=False)  # the lengths decide some of them
+
+
+def test_relative_errors_of_an_empty_state_are_equal():
+    """Each is ||v|| / ||v||, so the oldest pair stays however short its value is."""
+    cfg = config(window_size=2, sparse_cache_size=1, update_interval=4, sparse_sharing="kv_head")
+    problem = make_problem(4, cfg, Hkv=1, group=2, Hs=2)
+    problem.v[1] = problem.v[0] * 9
+    assert problem.reference()[1].sparse_positions == [[0], [0]]
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+@pytest.mark.parametrize("sharing", ["none", "kv_head"])
+def test_scores_that_are_no_numbers_count_as_the_largest(interval, sharing):
+    """Infinite ones, too; of equal ones the older pair stays."""
+    problem = unrecallable(interval, sharing, dtype=torch.float64)
+    _, state = problem.reference()
+    assert state.sparse_positions[:3] == [[7, 9, 14]] * 3
+    assert len(set(state.sparse_positions[3])) == 3
 
 
 def test_recall_error_of_an_empty_state_is_the_norm():
