@@ -78,6 +78,10 @@ def refusal(errors: Sequence[Any]) -> tuple[str, str | None]:
     Args:
         errors: of FastAPI or pydantic: `{"type", "loc", "msg", "input"}`, or a text.
     """
+    # vLLM's messages are a union over roles: that one is not of another role need not be said.
+    errors = [
+        e for e in errors if not isinstance(e, dict) or e["type"] != "literal_error"
+    ] or errors
     reasons = list(dict.fromkeys(map(_reason, errors[:MAX_FAULTS])))  # unions repeat themselves
     if len(errors) > MAX_FAULTS:
         reasons.append(f"and {len(errors) - MAX_FAULTS} more")
@@ -93,18 +97,19 @@ def _reason(error: Any) -> str:
         return f"the body is no JSON: {why} at character {error['loc'][-1]}"
     if kind == "value_error":  # ours, which name what they are about
         return str(error["msg"]).removeprefix("Value error, ")
-    if kind == "missing" or error.get("input") is None:
-        return f"{field or 'the body'}: {error['msg']}"
-    return f"{field or 'the body'} = {reprlib.repr(error['input'])}: {error['msg']}"
+    where = field or "the body"
+    if kind == "missing":
+        return f"{where}: {error['msg']}"
+    value = "null" if error["input"] is None else reprlib.repr(error["input"])
+    return f"{where} = {value}: {error['msg']}"
 
 
 def _field(error: Any) -> str:
     """Dotted, as the sender wrote it: FastAPI adds `body`, and pydantic the kinds of a union."""
     if not isinstance(error, dict) or error["type"] == "json_invalid":
         return ""
-    kinds = ("body", "text", "list")
     return ".".join(
         str(part)
         for part in error["loc"]
-        if part not in kinds and re.fullmatch(r"\d+|[a-z]\w*", str(part))
+        if part not in ("body", "str") and re.fullmatch(r"\d+|[a-z]\w*", str(part))
     )

@@ -112,9 +112,13 @@ async def _tokenized(body: MemoryRequest, raw_request: Request, engine: LolaEngi
                 messages=body.messages,
                 add_generation_prompt=body.add_generation_prompt,
             )
+        # Parts of messages are looked at only here.
+        answer = await serving.create_tokenize(request, raw_request)
     except ValidationError as error:
-        raise Unavailable(HTTPStatus.BAD_REQUEST, refusal(error.errors())[0]) from None
-    answer = await serving.create_tokenize(request, raw_request)
+        message = refusal(error.errors())[0]
+        if not message.startswith(body.source):
+            message = f"{body.source}: {message}"
+        raise Unavailable(HTTPStatus.BAD_REQUEST, message) from None
     if isinstance(answer, ErrorResponse):
         raise Unavailable(HTTPStatus(answer.error.code), answer.error.message)
     tokens: list[int] = answer.tokens

@@ -77,7 +77,7 @@ class InfoResponse(BaseModel):
 
 
 def _kind(value: Any) -> str | None:
-    return "text" if isinstance(value, str) else "list" if isinstance(value, list) else None
+    return "(text)" if isinstance(value, str) else "(list)" if isinstance(value, list) else None
 
 
 def _text_or_list(of: str) -> Discriminator:
@@ -91,12 +91,24 @@ def _text_or_list(of: str) -> Discriminator:
 
 # A list is given up at its first fault or at its bound: one of millions would be slow to walk.
 Prompt = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[list[int], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True), Tag("list")],
+    Annotated[str, Tag("(text)")]
+    | Annotated[list[int], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True), Tag("(list)")],
     _text_or_list("token ids"),
 ]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Part(TypedDict):
+    """A part of a message, as far as it is looked at here."""
+
+    type: str
+    text: NotRequired[str]
+
+
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[Any], Tag("list")], _text_or_list("parts")
+    Annotated[str, Tag("(text)")]
+    | Annotated[list[Part], Field(max_length=MAX_MESSAGES, fail_fast=True), Tag("(list)")],
+    _text_or_list("parts"),
 ]
 
 
@@ -106,6 +118,16 @@ class Message(TypedDict):
 
     role: str
     content: NotRequired[Content | None]
+
+
+def _check_utf8(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{field}: character {error.start} is half of a surrogate pair; send text that can be "
+            "written as UTF-8"
+        ) from None
 
 
 class MemoryRequest(BaseModel):
@@ -155,6 +177,9 @@ class MemoryRequest(BaseModel):
         parts = sum(map(len, lists))
         if parts > MAX_MESSAGES:
             raise ValueError(f"messages: {parts} parts; at most {MAX_MESSAGES} are read")
+        for text in self._texts():
+            _check_utf8(self.source, text)
+        _check_utf8("cache_salt", self.cache_salt or "")
         characters = sum(map(len, self._texts()))
         if characters > MAX_PROMPT_CHARS:
             raise ValueError(
@@ -173,10 +198,10 @@ class MemoryRequest(BaseModel):
             yield self.prompt
         for message in self.messages or ():
             content = message.get("content")
-            for part in content if isinstance(content, list) else [content]:
-                text = part.get("text") if isinstance(part, dict) else part
-                if isinstance(text, str):
-                    yield text
+            if isinstance(content, str):
+                yield content
+            else:
+                yield from (part.get("text", "") for part in content or ())
 
 
 class Head(BaseModel):

@@ -77,9 +77,13 @@ class Inspector(ThreadingHTTPServer):
             return answer.status, answer.read()
         except (OSError, http.client.HTTPException) as error:
             message = f"no answer from {self.target.geturl()}: {error}"
-            return HTTPStatus.BAD_GATEWAY, json.dumps({"error": {"message": message}}).encode()
+            return HTTPStatus.BAD_GATEWAY, _error(message)
         finally:
             connection.close()
+
+
+def _error(message: str) -> bytes:
+    return json.dumps({"error": {"message": message}}).encode()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -102,9 +106,12 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         # The content type is what a page of elsewhere cannot send without being asked about.
         known = self.path == MEMORY and self.headers.get_content_type() == "application/json"
-        if not known or not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            self.close_connection = True
-            self._answer(HTTPStatus.BAD_REQUEST, "application/json", b"{}")
+        if not known or not length.isdigit():
+            self._refuse(HTTPStatus.BAD_REQUEST, f"only JSON for {MEMORY} is passed on")
+            return
+        if int(length) > MAX_BODY_BYTES:
+            message = f"the question has {length} bytes; at most {MAX_BODY_BYTES} are read"
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
             return
         status, answer = self.server.ask(
             self.rfile.read(int(length)), self.headers.get("Authorization")
@@ -116,11 +123,13 @@ class _Handler(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         if host.lower() in self.server.hosts:
             return True
-        self.close_connection = True  # a body may follow, which is not read
         message = f"Host = {reprlib.repr(host)}: not this server; open {self.server.url}"
-        body = json.dumps({"error": {"message": message}}).encode()
-        self._answer(HTTPStatus.MISDIRECTED_REQUEST, "application/json", body)
+        self._refuse(HTTPStatus.MISDIRECTED_REQUEST, message)
         return False
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        self.close_connection = True  # a body may follow, which is not read
+        self._answer(status, "application/json", _error(message))
 
     def _answer(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)

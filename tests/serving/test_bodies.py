@@ -76,7 +76,32 @@ BAD = {
         "messages: 1200000 characters; at most 1000000 are read",
         None,
     ),
-    "parts": ({"messages": words(3, ["x"] * 400)}, "messages: 1200 parts; at most 1000", None),
+    "parts": (
+        {"messages": words(3, [{"type": "text", "text": "x"}] * 400)},
+        "messages: 1200 parts; at most 1000",
+        None,
+    ),
+    "parts-of-one": (
+        {"messages": words(1, [{"type": "text", "text": "x"}] * 1_001)},
+        "messages.0.content = [{'text': 'x', 'type': 'text'}, ",
+        "messages.0.content",
+    ),
+    "part": (
+        {"messages": words(1, ["x"])},
+        "messages.0.content.0 = 'x': Input should be a valid dictionary",
+        "messages.0.content.0",
+    ),
+    "part-without-text": (
+        {"messages": words(1, [{"type": "text", "text": 5}])},
+        "messages.0.content.0.text = 5: Input should be a valid string",
+        "messages.0.content.0.text",
+    ),
+    "half-a-character": (
+        {"prompt": "ab\ud800"},
+        "prompt: character 2 is half of a surrogate pair",
+        None,
+    ),
+    "half-a-character-of-salt": ({"prompt": "x", "cache_salt": "\ud800"}, "cache_salt: char", None),
     "calls": (
         {"messages": [{"role": "assistant", "tool_calls": [{}] * 1_001}]},
         "messages: 1001 parts; at most 1000",
@@ -94,7 +119,7 @@ def test_refusals_name_field_value_and_remedy(client, body, said, field):
     assert error["message"].startswith(said)
     assert error["param"] == field
     assert len(error["message"]) < 300
-    assert "{'" not in error["message"]  # as pydantic's records have
+    assert "'loc'" not in error["message"] and "[type=" not in error["message"]  # of pydantic
 
 
 def test_a_body_of_too_many_bytes_is_not_read(client):

@@ -13,6 +13,7 @@ from servers import BIN, KEY
 
 from lola_vllm.serving.inspector import inspector_page
 from lola_vllm.serving.inspector.local import MEMORY, PAGE, Inspector, InspectorError
+from lola_vllm.serving.protocol import MAX_BODY_BYTES
 
 END = "\ue010"
 RIGHT = "\ue014"
@@ -225,6 +226,14 @@ def test_the_inspector_answers_to_its_own_names(inspector, name):
     host = {"Host": f"{name}:{inspector.server_port}"}
     assert "<html" in httpx.get(base + PAGE, headers=host).text
     assert httpx.post(base + MEMORY, json={}, headers=host).status_code == 502  # it asked
+
+
+def test_the_inspector_says_why_it_passes_something_not_on(inspector):
+    memory = f"http://127.0.0.1:{inspector.server_port}{MEMORY}"
+    assert "only JSON" in httpx.post(memory, content="{}").json()["error"]["message"]
+    answer = httpx.post(memory, json={"prompt": "a" * MAX_BODY_BYTES})
+    assert answer.status_code == 413
+    assert f"at most {MAX_BODY_BYTES} are read" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", ["evil.example:{}", "127.0.0.1.evil.example:{}", "localhost",
