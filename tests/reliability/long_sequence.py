@@ -31,6 +31,8 @@ from memory import memory_mib
 from tiny import make_tiny
 from vllm import LLM, SamplingParams, TokensPrompt
 
+from lola_vllm import cpu
+
 LOLA = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
 DECODES = 64
 
@@ -90,7 +92,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         with engine(
             model, max_model_len=longest, hf_overrides=overrides, max_num_seqs=1,
             num_gpu_blocks_override=3, max_num_batched_tokens=2048,
-            dtype="bfloat16" if args.model else "float32",
+            dtype=(cpu.preferred_dtype({}) or "auto") if args.model else "float32",
         ) as llm:  # fmt: skip
             run(llm, 3 * args.short, args.every)
             short = run(llm, args.short, args.every)
