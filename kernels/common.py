@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lola_vllm.ops import dither as dithers
 from lola_vllm.ops.contract import LolaWeights
 from lola_vllm.state import StateLayout, StateViews
 
@@ -24,6 +25,9 @@ TILE_BYTES = 16 * 1024  # of keys, and as much of values; two of each are in fli
 MAX_PAGE_BYTES = 2**31  # offsets within a page are 32-bit
 
 FEATURE_CHUNK = tl.constexpr(16)
+
+DITHER_UPDATE, DITHER_ROW = tl.constexpr(dithers.UPDATE), tl.constexpr(dithers.ROW)
+DITHER_UNIT, EXPONENT_BITS = tl.constexpr(dithers.UNIT), tl.constexpr(dithers.EXPONENT_BITS)
 
 # The interpreter multiplies bfloat16 operands as the integers that store them. Products of
 # widened operands are what tensor cores compute, so there it widens first.
@@ -79,6 +83,20 @@ def clamped_exp(y, top, norm, feature_ok):
     phi = tl.exp(y - top[:, None]) / norm[:, None]
     # `where` and not `maximum`, which could drop a NaN.
     return tl.where(feature_ok[None, :], tl.where(phi < 1e-12, 1e-12, phi), 0.0)
+
+
+@triton.jit
+def dither(update, f):
+    """Dither of rows f of H and s in an update, for sums from 1 to below 2 (`ops/dither.py`)."""
+    place = update.to(tl.uint32) * DITHER_UPDATE + f.to(tl.uint32) * DITHER_ROW
+    return place.to(tl.int32, bitcast=True).to(tl.float32) * DITHER_UNIT
+
+
+@triton.jit
+def add_dithered(total, added, dither):
+    """total + added, rounded with a dither (`docs/algorithm.md`, section 3)."""
+    power = (total.to(tl.int32, bitcast=True) & EXPONENT_BITS).to(tl.float32, bitcast=True)
+    return total + (added + power * dither)
 
 
 @triton.jit

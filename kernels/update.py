@@ -36,7 +36,9 @@ from lola_vllm.kernels.candidates import (
 )
 from lola_vllm.kernels.common import (
     MIN_DOT,
+    add_dithered,
     constants,
+    dither,
     exact_row,
     features,
     num_processors,
@@ -281,8 +283,8 @@ def fold_kernel(
                 h_at = h_ptr + page * state_page + (head * 2 + half % 2) * F * D
                 h_at = h_at + feats[:, None] * D + cols[None, :]
                 s_at = s_ptr + page * state_page + (head * 2 + half % 2) * F + feats
-                h = tl.load(h_at, mask=live[:, None] & col_ok[None, :], other=0.0)
-                s = tl.load(s_at, mask=live, other=0.0)
+                more_h = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
+                more_s = tl.zeros([BLOCK_F], tl.float32)
                 for c in tl.range(0, num_folded, BLOCK_E, num_stages=1):
                     index = c + tl.arange(0, BLOCK_E)
                     some = index < num_folded
@@ -297,10 +299,13 @@ def fold_kernel(
                     ).to(tl.float32)  # fmt: skip
                     y = product(k, w, tl.zeros([BLOCK_E, BLOCK_F], tl.float32), PRECISION)
                     phi = tl.where(some[:, None], features(y * sign, feat_ok), 0.0)
-                    h = product(tl.trans(phi), v, h, PRECISION)
-                    s += tl.sum(phi, 0)
-                tl.store(h_at, h, mask=tile_ok)
-                tl.store(s_at, s, mask=feat_ok)
+                    more_h = product(tl.trans(phi), v, more_h, PRECISION)
+                    more_s += tl.sum(phi, 0)
+                place = dither(n // C, half % 2 * F + feats)
+                h = tl.load(h_at, mask=live[:, None] & col_ok[None, :], other=0.0)
+                tl.store(h_at, add_dithered(h, more_h, place[:, None]), mask=tile_ok)
+                s = tl.load(s_at, mask=live, other=0.0)
+                tl.store(s_at, add_dithered(s, more_s, place), mask=feat_ok)
 
             if BOUNDED:
                 track_fold(

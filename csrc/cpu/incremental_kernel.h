@@ -149,34 +149,43 @@ int64_t loser_slot(const LolaArgs& a, int64_t page, int64_t set, bool empty, T n
   return loser;
 }
 
-// H += phi v^T, s += phi for one pair. `empty`: H and s hold leftovers and are written instead.
+// H += phi v^T, s += phi for one pair, in update number `update`. `empty`: H and s hold leftovers
+// and are written instead.
 template <typename T>
-void fold_one(const LolaArgs& a, int64_t page, int64_t head, bool empty, const T* phi, const T* v,
-              const SreScratch<T>& x, Ahead* ahead) {
+void fold_one(const LolaArgs& a, int64_t page, int64_t head, int64_t update, bool empty,
+              const T* phi, const T* v, UpdateScratch<T>& scratch, Ahead* ahead) {
   const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, Fp = round_up<T>(F2);
   const SreArgs& r = a.recall;
   const bool in_place = d == dp && !empty;
-  T* const s = x.s;
+  T *const s = scratch.recall.s, *const places = scratch.dither;
+  for (int64_t f = 0; f < Fp; ++f) places[f] = dither<T>(update, f);
   for (int64_t f = 0; f < F2; ++f) {
     ahead->template ask<2>();
     char* const stored = r.H.at(page, head, f);
+    const Vec<T> weight = splat(phi[f]), place = splat(places[f]);
     if (in_place) {
       T* const row = reinterpret_cast<T*>(stored);
       for (int64_t j = 0; j < dp; j += kLanes<T>) {
-        store<T>(row + j, fma(splat(phi[f]), load(v + j), load(row + j)));
+        store<T>(row + j, add_dithered<T>(load(row + j), weight * load(v + j), place));
       }
       continue;
     }
-    T* const row = x.predicted;
+    T* const row = scratch.recall.predicted;
     if (!empty) load_row(row, stored, r.H.dtype, d, dp);
     for (int64_t j = 0; j < dp; j += kLanes<T>) {
       const Vec<T> old = empty ? Vec<T>{} : load(row + j);
-      store<T>(row + j, fma(splat(phi[f]), load(v + j), old));
+      store<T>(row + j, add_dithered<T>(old, weight * load(v + j), place));
     }
     store_row(stored, row, r.H.dtype, d);
   }
-  if (!empty) load_row(s, r.s.at(page, head), r.s.dtype, F2, Fp);
-  for (int64_t f = 0; f < F2; ++f) s[f] = (empty ? T(0) : s[f]) + phi[f];
+  if (empty) {
+    for (int64_t f = 0; f < Fp; ++f) s[f] = 0;
+  } else {
+    load_row(s, r.s.at(page, head), r.s.dtype, F2, Fp);
+  }
+  for (int64_t f = 0; f < Fp; f += kLanes<T>) {
+    store<T>(s + f, add_dithered<T>(load(s + f), load(phi + f), load(places + f)));
+  }
   store_row(r.s.at(page, head), s, r.s.dtype, F2);
 }
 
@@ -222,7 +231,7 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
   for (int64_t j = 0; folds && j < share; ++j) {
     const int64_t head = set * share + j;
     map_keys(a.recall, y, head, 1, y.phi);
-    fold_one(a, page, head, empty, y.phi, y.v, y, ahead);
+    fold_one(a, page, head, n, empty, y.phi, y.v, x, ahead);
     drift_apart(a, page, head, y.phi, y.v, x, ahead);
   }
 }

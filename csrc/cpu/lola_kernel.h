@@ -6,6 +6,8 @@
 //
 #include "cpu/candidates_kernel.h"
 //
+#include "cpu/dither_kernel.h"
+//
 #include "cpu/bounds_kernel.h"
 //
 #include "cpu/update_kernel.h"

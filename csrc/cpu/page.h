@@ -5,6 +5,7 @@
 #include "bounds.h"
 #include "cpu/sre.h"
 #include "cpu/types.h"
+#include "dither.h"
 
 namespace lola {
 

@@ -12,6 +12,7 @@ template <typename T>
 struct UpdateScratch {
   SreScratch<T> recall;
   T *scores, *block_scores, *highest, *sums, *mean, *lean, *delta, *newcomer, *folded, *features;
+  T* dither;  // of the rows of H
   int32_t *positions, *order, *losers;
   int64_t* num_losers;  // of the update that was decided last
   int8_t* direction;    // of the newcomer, one per state head
@@ -33,6 +34,7 @@ int64_t carve_update(const LolaArgs& a, bool lane, char* base, UpdateScratch<T>*
   const int64_t share = a.Hs / a.Hg, phi_ld = round_up<T>(F2) + kLanes<T>;
   x->newcomer = take_as<T>(base, kBounds * share, &used);
   x->folded = take_as<T>(base, phi_ld, &used);
+  x->dither = take_as<T>(base, round_up<T>(F2), &used);
   // A lane keeps features from update to update.
   x->features = take_as<T>(base, a.incremental || lane ? 0 : Features<T>::size(a), &used);
   x->positions = take_as<int32_t>(base, E, &used);
@@ -114,11 +116,12 @@ void score_needed(const LolaArgs& a, const Candidates& c, bool empty, const Feat
   b->known = c.count;
 }
 
-// H += sum phi(k) v^T and s += sum phi(k) over the losers, for state head j of the set. `fresh`: H
-// and s hold leftovers and are written instead. Carries the bounds in `b` along unless it is null.
+// H += sum phi(k) v^T and s += sum phi(k) over the losers of update number `update`, for state head
+// j of the set. `fresh`: H and s hold leftovers and are written instead. Carries the bounds in `b`
+// along unless it is null.
 template <typename T>
-void fold(const LolaArgs& a, const Candidates& c, int64_t j, int64_t losers, bool fresh,
-          const Features<T>& features, Bounds<T>* b, UpdateScratch<T>& x) {
+void fold(const LolaArgs& a, const Candidates& c, int64_t j, int64_t update, int64_t losers,
+          bool fresh, const Features<T>& features, Bounds<T>* b, UpdateScratch<T>& x) {
   const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, phi_ld = Features<T>::stride(a);
   const int64_t head = c.set * (a.Hs / a.Hg) + j;
   const SreArgs& r = a.recall;
@@ -126,7 +129,10 @@ void fold(const LolaArgs& a, const Candidates& c, int64_t j, int64_t losers, boo
     const int64_t left = losers - first, size = left < kUpdateBlock ? left : kUpdateBlock;
     const bool write = fresh && first == 0;
     T *const s = x.recall.s, *const added = x.folded;
-    for (int64_t f = 0; f < round_up<T>(F2); ++f) added[f] = 0;
+    for (int64_t f = 0; f < round_up<T>(F2); ++f) {
+      added[f] = 0;
+      x.dither[f] = dither<T>(update, first / kUpdateBlock * F2 + f);
+    }
     if (write) {
       for (int64_t f = 0; f < round_up<T>(F2); ++f) s[f] = 0;
     } else {
@@ -153,7 +159,7 @@ void fold(const LolaArgs& a, const Candidates& c, int64_t j, int64_t losers, boo
                       x.recall.v, *b);
     }
     for (int64_t f = 0; f < round_up<T>(F2); f += kLanes<T>) {
-      store<T>(s + f, load(s + f) + load(added + f));
+      store<T>(s + f, add_dithered<T>(load(s + f), load(added + f), load(x.dither + f)));
     }
     store_row(r.s.at(c.page, head), s, r.s.dtype, F2);
     for (int64_t f = 0; f < F2; ++f) {
@@ -164,7 +170,8 @@ void fold(const LolaArgs& a, const Candidates& c, int64_t j, int64_t losers, boo
       } else {
         load_row(sum, row, r.H.dtype, d, dp);
         for (int64_t i = 0; i < dp; i += kLanes<T>) {
-          store<T>(sum + i, load(sum + i) + load(x.delta + f * dp + i));
+          const Vec<T> more = load(x.delta + f * dp + i);
+          store<T>(sum + i, add_dithered<T>(load(sum + i), more, splat(x.dither[f])));
         }
         store_row(row, sum, r.H.dtype, d);
       }
@@ -225,7 +232,9 @@ void commit_update(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Feat
   const bool empty = a.num_folded(n - a.interval) == 0;
   const int64_t losers = *x.num_losers;
   if (losers > 0) {
-    for (int64_t j = 0; j < a.Hs / a.Hg; ++j) fold(a, c, j, losers, empty, f, b, x);
+    for (int64_t j = 0; j < a.Hs / a.Hg; ++j) {
+      fold(a, c, j, n / a.interval, losers, empty, f, b, x);
+    }
   }
   replace(a, c, f, b, x);
 }

@@ -193,6 +193,7 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __uint_as_float(unsigned x) { return lola::emulate::bits_of<float>(x); }
+inline unsigned __float_as_uint(float x) { return lola::emulate::bits_of<unsigned>(x); }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 struct __nv_bfloat16 {

@@ -273,17 +273,20 @@ LOLA_DEVICE void enter(const Params& p, const Candidates<T>& c, int slot, const 
   }
 }
 
-// H += phi v^T and s += phi for the first pair of the tile.
-LOLA_DEVICE void fold_one(const Params& p, int64_t page, int state, bool empty, const Shared& x) {
+// H += phi v^T and s += phi for the first pair of the tile, in update number `update`.
+LOLA_DEVICE void fold_one(const Params& p, int64_t page, int state, int64_t update, bool empty,
+                          const Shared& x) {
   const int thread = threadIdx.x;
   for (int f = thread / kWarp; f < 2 * p.F; f += kWarps) {
     float* const row = p.H.at<float>(page, state, f);
     for (int i = thread % kWarp; i < p.d; i += kWarp) {
-      row[i] = (empty ? 0.0f : row[i]) + x.phi[f] * x.v[i];
+      row[i] = add_dithered(empty ? 0.0f : row[i], x.phi[f] * x.v[i], update, f);
     }
   }
   float* const s = p.s.at<float>(page, state);
-  for (int f = thread; f < 2 * p.F; f += kThreads) s[f] = (empty ? 0.0f : s[f]) + x.phi[f];
+  for (int f = thread; f < 2 * p.F; f += kThreads) {
+    s[f] = add_dithered(empty ? 0.0f : s[f], x.phi[f], update, f);
+  }
 }
 
 // u . v of a stored direction, by the kAcross lanes that share it.
@@ -370,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p
   for (int j = 0; folds && j < p.Hs / p.Hg; ++j) {
     const int state = c.set * (p.Hs / p.Hg) + j;
     map_tile(p, state, 1, x);
-    fold_one(p, c.page, state, empty, x);
+    fold_one(p, c.page, state, n, empty, x);
     drift_apart(p, c.page, state, x);
     __syncthreads();
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
+#include "dither.h"
 
 namespace lola {
 namespace cuda {
@@ -92,6 +93,16 @@ struct Params {
     return slots[row] < pages ? 0.0f : __uint_as_float(0x7fc00000u);
   }
 };
+
+// sum + added, rounded with the dither of row f of H, or of s[f], in update number `update`
+// (docs/algorithm.md, section 3). An update that is added in several parts gives each part rows of
+// its own.
+LOLA_DEVICE float add_dithered(float sum, float added, int64_t update, int f) {
+  const unsigned place =
+      static_cast<unsigned>(update) * kDitherUpdate + static_cast<unsigned>(f) * kDitherRow;
+  const float dither = static_cast<float>(static_cast<int>(place)) * kDitherUnit;
+  return sum + (added + __uint_as_float(__float_as_uint(sum) & kExponentBits) * dither);
+}
 
 }  // namespace cuda
 }  // namespace lola

@@ -126,11 +126,11 @@ LOLA_DEVICE void list(int count, int cached, const Shared& x) {
   }
 }
 
-// H += sum phi(k) v^T and s += sum phi(k) over the folded candidates, for one state head. `fresh`:
-// H and s hold leftovers and are written instead.
+// H += sum phi(k) v^T and s += sum phi(k) over the folded candidates of update number `update`, for
+// one state head. `fresh`: H and s hold leftovers and are written instead.
 template <typename T>
-LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int count, bool fresh,
-                      const Shared& x) {
+LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int64_t update, int count,
+                      bool fresh, const Shared& x) {
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const int d = p.d, ld = whole_vectors(d), F2 = 2 * p.F, phi_ld = whole_vectors(F2);
   const int blocks = phi_ld / 4, columns = ld / 4;  // a thread owns 4 x 4 elements of H
@@ -149,6 +149,7 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int co
     }
     __syncthreads();
     const bool write = fresh && first == 0;
+    const int part = first / kBatch * F2;
     for (int item = thread; item < blocks * columns; item += kThreads) {
       const int f = item / columns * 4, column = item % columns;
       float sum[4][4] = {};
@@ -168,15 +169,15 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int co
         for (int b = 0; b < 4; ++b) {
           const int at = column + b * columns;
           if (f + a < F2 && at < d) {
-            row[at] = write ? sum[a][b] : row[at] + sum[a][b];
+            row[at] = write ? sum[a][b] : add_dithered(row[at], sum[a][b], update, part + f + a);
           }
         }
       }
     }
     for (int f = thread; f < F2; f += kThreads) {
-      float sum = write ? 0.0f : s[f];
+      float sum = 0;
       for (int i = 0; i < size; ++i) sum += x.phi[i * phi_ld + f];
-      s[f] = sum;
+      s[f] = write ? sum : add_dithered(s[f], sum, update, part + f);
     }
     __syncthreads();  // before the next batch takes the memory
   }
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
   if (threadIdx.x < kWarp) list(c.count, c.cached, x);
   __syncthreads();
   for (int j = 0; j < p.Hs / p.Hg; ++j) {
-    fold<T>(p, c, c.set * (p.Hs / p.Hg) + j, x.counts[0], fresh, x);
+    fold<T>(p, c, c.set * (p.Hs / p.Hg) + j, n / p.interval, x.counts[0], fresh, x);
   }
   replace(c, x);  // only now: what was folded is overwritten
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.ops.contract import LolaWeights
+from lola_vllm.ops.dither import add_dithered, dither
 from lola_vllm.reference import RECALL_EPS, feature_map
 from lola_vllm.state import StateLayout, StateViews
 
@@ -297,7 +298,7 @@ def _update(
     if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
         scores = sre_scores(k, v, feature_map_k, views.H, views.s, slots, empty)
         keep = _largest(scores, at, ok, lam)
-        _fold(k, v, ok & ~keep, feature_map_k, layout, views, slots, empty)
+        _fold(k, v, ok & ~keep, feature_map_k, layout, views, slots, n, empty)
     _replace(k, v, at, keep, layout, views, slots)
 
 
@@ -321,6 +322,7 @@ def _fold(
     layout: StateLayout,
     views: StateViews,
     slots: Tensor,
+    n: Tensor,
     empty: Tensor,
 ) -> None:
     """H += sum phi(k) v^T and s += sum phi(k) over the folded candidates, at most C per set."""
@@ -335,8 +337,9 @@ def _fold(
     phi = feature_map(k, feature_map_k.to(dtype))
     phi = phi.masked_fill(~mask.repeat_interleave(share, dim=1), 0)
     H, s = _gather_state(views.H, views.s, slots, empty, dtype)
-    views.H[slots] = H + phi.mT @ v
-    views.s[slots] = s + phi.sum(2)
+    place = dither(n // layout.update_interval, H.shape[2])[:, None]  # [B, 1, 2F]
+    views.H[slots] = add_dithered(H, phi.mT @ v, place.unsqueeze(-1))
+    views.s[slots] = add_dithered(s, phi.sum(2), place)
 
 
 def _replace(

@@ -23,6 +23,7 @@ CHECKS = {
     "batch": 3,
     "live": 4,
     "hard": 8,
+    "long": 4,
     "arguments": 3,
     "warm": 2,
 }

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import sys
 
+import long_run
 import torch
 from problem import (
     Problem,
@@ -372,6 +373,28 @@ def hard():
         yield f"{dtype}"
 
 
+def long():
+    """What is folded into the state of a long sequence arrives, and errors stay small."""
+
+    def feed(problem, layout, views, start, stop, skipped):
+        ops = portable if start == 0 else backend
+        ops.prefill(
+            *(x[start:stop] for x in (problem.q, problem.k, problem.v)), problem.weights(),
+            layout, views, torch.tensor([long_run.SLOT]), torch.tensor([0, stop - start]),
+            torch.tensor([start + skipped]), torch.empty_like(problem.q[start:stop]),
+        )  # fmt: skip
+
+    for interval, folded, tokens, part in (
+        (1, 200_000, 100, 1e-3), (64, 200_000, 320, 1e-3),
+        (1, 10_000_000, 200, 1e-2), (64, 10_000_000, 320, 1e-2),
+    ):  # fmt: skip
+        problem = long_run.long_problem(interval, tokens, Hkv=1)
+        arrived = long_run.gain(feed, problem, folded)
+        assert arrived.s.abs().max() < part and arrived.H.abs().max() < part
+        assert arrived.error_at(10_000_000) < 1e-4
+        yield f"C {interval}, {folded} folded"
+
+
 def arguments():
     """Wrong arguments raise and are named; a plan does not depend on how it is asked for."""
     problem = make_problem(4, config_of(), dtype=torch.float32)
@@ -455,7 +478,7 @@ def warm():
 
 GROUPS = {
     g.__name__: g
-    for g in (lengths, each_token, heads, splits, sizes, batch, live, hard, arguments, warm)
+    for g in (lengths, each_token, heads, splits, sizes, batch, live, hard, long, arguments, warm)
 }
 
 if __name__ == "__main__":
