@@ -31,7 +31,7 @@ def base(tmp_path: Path) -> Path:
 def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = base.parent / "my lola"
     options = "--window-size 8 --sparse-cache-size 0 --update-interval 4 --sink-size 2"
-    options += " --mixing lolcats --state-dtype bfloat16 --sparse-sharing kv_head"
+    options += " --mixing lolcats --state-dtype float32 --sparse-sharing kv_head"
     options += " --state-heads query --feature-dim 8"
     status = cli.main(["init", "--base", str(base), "--out", str(out), *options.split()])
     assert status == 0
