@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from lola_vllm.checkpoint.files import CheckpointError, read_json, weight_files
+from lola_vllm.checkpoint.quantize import faster_weights
 from lola_vllm.config import MODEL_TYPE
 from lola_vllm.estimate import DTYPES, GIB, MIB, Row, estimate
 
@@ -108,6 +109,9 @@ def plan(
         f"{model}: {row.bytes_per_sequence / MIB:.2f} MiB per state, on {machine.device} with "
         f"{machine.cores} cores and {machine.memory / GIB:.1f} GiB of memory"
     ]
+    if machine.device == "cpu" and (weights := faster_weights(Path(model))):
+        how = f"lola-vllm quantize --model {model} --weights {weights} --out {model}-{weights}"
+        notes.append(f"{weights} weights would decode faster on this CPU: {how}")
     chosen = _numbers(Path(model), row, given, machine, env)
     flags = [part for choice in chosen for part in (choice.name, choice.value)]
     return Launch([*command, *flags, *options], chosen, chosen_env, notes)
