@@ -204,6 +204,22 @@ def _inspector(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="LoLA or Llama")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the copy")
+    parser.add_argument("--weights", choices=("int8", "int4"), default="int8", help="default: int8")
+    parser.add_argument("--force", action="store_true", help="replace a model at --out")
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.checkpoint.quantize import quantize_checkpoint
+
+        quantize_checkpoint(args.model, args.out, args.weights, force=args.force)
+        print(f"{args.out}: {args.model} with {args.weights} weights")
+        return 0
+
+    parser.set_defaults(run=run)
+
+
 def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be run, and stop there"
@@ -251,6 +267,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "estimate": (_estimate, "memory per sequence, from config.json alone"),
     "eval": (_eval, "measure recall in long prompts, or perplexity on held-out text"),
     "inspector": (_inspector, "the memory inspector, for a server that wants an API key"),
+    "quantize": (_quantize, "copy a model with the weights of its linear layers in 8 or 4 bits"),
     "serve": (
         _serve,
         "vllm serve with the routes under /v1/lola, and with sequences, block size and memory "

@@ -22,6 +22,7 @@ import torch
 
 from lola_vllm import cpu
 from lola_vllm.checkpoint.files import CheckpointError, read_json, weight_files
+from lola_vllm.checkpoint.quantize import faster_weights
 from lola_vllm.config import MODEL_TYPE
 from lola_vllm.estimate import DTYPES, GIB, MIB, Row, estimate
 from lola_vllm.serving.options import given_options, masked, number
@@ -109,10 +110,13 @@ def plan(
         dtype, quick = _quick(config, given, machine, env)
         row = _state(directory, given, dtype)
         bytes_per_state = _ranks(given).layers(row.num_layers) * row.layout.page_bytes
-        note = (
+        notes = [
             f"{model}: {bytes_per_state / MIB:.2f} MiB per state in {dtype}, on {machine.device} "
             f"with {machine.cores} cores and {machine.memory / GIB:.1f} GiB of memory"
-        )
+        ]
+        if machine.device == "cpu" and (faster := faster_weights(directory)):
+            how = f"lola-vllm quantize --model {model} --weights {faster} --out {model}-{faster}"
+            notes.append(f"{faster} weights would decode faster on this CPU: {how}")
         name = directory.resolve().name
         if "served-model-name" not in given and name:
             reason = "the directory's name, for requests and metrics"
@@ -122,9 +126,9 @@ def plan(
         )
         chosen += quick + _numbers(config, row, weights, given, machine, env)
     else:
-        note = f"{model} is no directory here: the numbers are left to vLLM"
+        notes = [f"{model} is no directory here: the numbers are left to vLLM"]
     flags = [part for choice in chosen for part in (choice.name, choice.value) if part]
-    return Launch([*command, *flags, *options], chosen, chosen_env, [note])
+    return Launch([*command, *flags, *options], chosen, chosen_env, notes)
 
 
 def run(launch: Launch, cpus: Set[int]) -> None:

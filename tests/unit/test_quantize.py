@@ -8,7 +8,8 @@ from compressed_tensors.compressors import unpack_from_int32
 from safetensors.torch import load_file, save_file
 
 from lola_vllm.checkpoint import CheckpointError
-from lola_vllm.checkpoint.quantize import GROUP_SIZE, quantize_checkpoint
+from lola_vllm.checkpoint.quantize import GROUP_SIZE, faster_weights, quantize_checkpoint
+from lola_vllm.cli import main
 
 LAYER = "model.layers.0.mlp.down_proj.weight"
 MAP = "model.layers.0.self_attn.feature_map_q"
@@ -101,6 +102,16 @@ def test_files_and_config(tmp_path):
     assert config["tie_word_embeddings"] is False
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(("has_vnni", "advised"), [(True, "int8"), (False, None)])
+def test_int8_is_advised_where_the_cpu_is_made_for_it(tmp_path, monkeypatch, has_vnni, advised):
+    make(tmp_path / "in")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": has_vnni})
+    assert faster_weights(tmp_path / "in") == advised
+    command = ["quantize", "--model", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert faster_weights(tmp_path / "out") is None
 
 
 def test_what_cannot_be_quantized_is_refused(tmp_path):
