@@ -324,13 +324,17 @@ def test_slots_used_while_sequences_run(lola_server):
         async with httpx.AsyncClient(base_url=lola_server.url, headers=key, timeout=120) as client:
             body = {"model": "smollm2", "prompt": STORY, "max_tokens": 1500, "ignore_eos": True}
             tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in "123"]
-            await asyncio.sleep(REFRESH_S)
-            scrape = (await client.get("/metrics")).text
-            info = (await client.get("/v1/lola/info")).json()
+            for _ in range(12):  # until all have begun, which a slow machine takes its time for
+                await asyncio.sleep(REFRESH_S)
+                scrape = (await client.get("/metrics")).text
+                info = (await client.get("/v1/lola/info")).json()
+                used = float(re.search(r"lola:slots_used\{.*\} (\S+)", scrape)[1])
+                if used >= 3:
+                    break
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            return float(re.search(r"lola:slots_used\{.*\} (\S+)", scrape)[1]), info
+            return used, info
 
     used, info = asyncio.run(busy())
     assert 3 <= used <= 6 and 3 <= info["slots"]["used"] <= 6

@@ -59,3 +59,12 @@ def test_every_data_file_of_serving_is_part_of_a_build(tmp_path):
     assert len(data) >= 3
     for path in data:
         assert (tmp_path / "lib" / "lola_vllm" / path).is_file(), path
+
+
+def test_make_serve_starts_our_front_and_its_example_names_the_model():
+    command = ["make", "-n", "serve", "MODEL=tests/serving", "PORT=8123"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "bin/lola-vllm serve tests/serving --host 127.0.0.1 --port 8123" in lines
+    assert '\\"model\\": \\"serving\\"' in lines and "127.0.0.1:8123/v1/chat" in lines
+    readme = (ROOT / "README.md").read_text()
+    assert '-d \'{"model": "smollm2-lola", ' in readme
