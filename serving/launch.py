@@ -111,7 +111,7 @@ def plan(
     ]
     if machine.device == "cpu" and (weights := faster_weights(Path(model))):
         how = f"lola-vllm quantize --model {model} --weights {weights} --out {model}-{weights}"
-        notes.append(f"{weights} weights would decode faster on this CPU: {how}")
+        notes.append(f"{weights} weights decode faster on this CPU, but may recall less: {how}")
     chosen = _numbers(Path(model), row, given, machine, env)
     flags = [part for choice in chosen for part in (choice.name, choice.value)]
     return Launch([*command, *flags, *options], chosen, chosen_env, notes)
