@@ -116,7 +116,7 @@ def plan(
         ]
         if machine.device == "cpu" and (faster := faster_weights(directory)):
             how = f"lola-vllm quantize --model {model} --weights {faster} --out {model}-{faster}"
-            notes.append(f"{faster} weights would decode faster on this CPU: {how}")
+            notes.append(f"{faster} weights decode faster on this CPU, but may recall less: {how}")
         name = directory.resolve().name
         if "served-model-name" not in given and name:
             reason = "the directory's name, for requests and metrics"

@@ -7,6 +7,7 @@ what a small model reads for a token. Where it was the embeddings it is stored a
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Weights = Literal["int8", "int4"]
 GROUP_SIZE = 32  # weights of a row that share a scale, for 4 bits
+_OF_LOLA = ("README.md", "modeling_lola.py")  # which `copy_companions` leaves to other writers
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 _WEIGHTS = {"type": "int", "symmetric": True, "dynamic": False}
@@ -68,6 +70,9 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
     weight_map: dict[str, str] = {}
     with staged_directory(out, force=force, inputs=[source]) as staging:
         copy_companions(source, staging)
+        for name in _OF_LOLA:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
         for path in weight_files(source):
             tensors: dict[str, Tensor] = {}
             with open_weights(path) as file:

@@ -29,7 +29,8 @@ def make(path, tied=True, columns=96, sharded=False):
     path.mkdir()
     config = {"model_type": "lola_llama", "tie_word_embeddings": tied}
     (path / "config.json").write_text(json.dumps(config))
-    (path / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "README.md", "modeling_lola.py"):
+        (path / name).write_text("{}")
     if sharded:
         names = {name: f"part-{i}.safetensors" for i, name in enumerate(tensors)}
         for name, file in names.items():
@@ -101,7 +102,8 @@ def test_files_and_config(tmp_path):
     assert config["model_type"] == "lola_llama"
     assert config["tie_word_embeddings"] is False
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    for name in ("tokenizer.json", "README.md", "modeling_lola.py"):
+        assert (tmp_path / "out" / name).read_text() == "{}"
 
 
 @pytest.mark.parametrize(("has_vnni", "advised"), [(True, "int8"), (False, None)])
