@@ -260,11 +260,12 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
   for (int first = 0; first < num_heads; first += HEADS) {
     const int left = num_heads - first;
     const HeadRange heads = {first, left < HEADS ? left : HEADS};
+    attend<T, D, HEADS>(p, row, set, heads, pairs, key0, key1, soft, stats);
+    // After the softmax: registers that this needs would be spilled during it on sm_80.
     for (int i = thread; folded && i < (f1 - f0) * heads.count; i += kDecodeThreads) {
       const int h = i / (f1 - f0), f = i % (f1 - f0);
       phi[f * HEADS + h] = p.phi[(row * p.Hq + head0 + first + h) * 2 * p.F + f0 + f];
     }
-    attend<T, D, HEADS>(p, row, set, heads, pairs, key0, key1, soft, stats);
     __syncthreads();
     if (folded) {
       read_out<D, HEADS>(p, page, set, heads, f0, f1, phi, linear, stats);
