@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lola_vllm.eval.errors import EvalError
+from lola_vllm.eval import EvalError
 from lola_vllm.ops import torch as portable
 
 # From values [B, Hg, E, d], positions [B, Hg, E] and heads Hg to scores [B, Hg, E].

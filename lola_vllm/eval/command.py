@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lola_vllm.eval.errors import EvalError
+from lola_vllm.eval import EvalError
 
 if TYPE_CHECKING:
-    from lola_vllm.eval.plans import Plan
+    from lola_vllm.eval.session import Plan
 
 # What a small machine reads in a second; only for the estimate before the first measured batch.
 GUESSED_TOKENS_PER_S = 1000
@@ -163,8 +163,8 @@ def _evaluate(args: argparse.Namespace, plan: Plan) -> int:
 
 
 def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
-    from lola_vllm.eval.record import Record, fingerprint
-    from lola_vllm.eval.runner import run_directories
+    from lola_vllm.eval.engine import run_directories
+    from lola_vllm.eval.results import Record, fingerprint
     from lola_vllm.eval.session import Session
     from lola_vllm.eval.settings import check, parse_settings
 
@@ -184,9 +184,8 @@ def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
 
 
 def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
-    from lola_vllm.eval.record import Record
-    from lola_vllm.eval.runner import run_server
-    from lola_vllm.eval.server import ServerModel
+    from lola_vllm.eval.results import Record
+    from lola_vllm.eval.server import ServerModel, run_server
     from lola_vllm.eval.session import Session
     from lola_vllm.eval.settings import Setting
 

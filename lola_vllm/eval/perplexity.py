@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.eval.errors import EvalError
-from lola_vllm.eval.held_out import read_held_out
-from lola_vllm.eval.models import Model
-from lola_vllm.eval.recall import Emit
-from lola_vllm.eval.tokenizer import Tokenizer
+from lola_vllm.eval import EvalError
+from lola_vllm.eval.models import Emit, Model, Tokenizer
+from lola_vllm.eval.settings import read_held_out
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from lola_vllm.eval import results
-from lola_vllm.eval.errors import EvalError
-from lola_vllm.eval.machine import describe_machine
-from lola_vllm.eval.plans import Plan, plan_name
+from lola_vllm.eval import EvalError, results
+from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan
-from lola_vllm.eval.record import Record
+from lola_vllm.eval.results import Record
 
 SAVE_EVERY_S = 30.0
+# Of the progress bar, in a terminal and in a file.
+REFRESH_S, REFRESH_FILE_S = 0.5, 60.0
+
+# Told of a record and of samples that were added to it.
+Advance = Callable[[Record, list[dict[str, Any]]], None]
+# What every setting is asked, by name.
+Plan: TypeAlias = RecallPlan | PerplexityPlan
+PLANS: dict[str, type[RecallPlan] | type[PerplexityPlan]] = {
+    "recall": RecallPlan,
+    "perplexity": PerplexityPlan,
+}
+
+
+def plan_name(plan: Plan) -> str:
+    """The name of a plan's kind."""
+    return next(name for name, kind in PLANS.items() if isinstance(plan, kind))
 
 
 class Session:
@@ -133,3 +151,63 @@ class Session:
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, and versions of what computes; nothing that names a user or a place."""
+    versions: dict[str, str | None] = {}
+    for package in ("lola-vllm", "vllm", "torch"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # a served model needs no vLLM here
+            versions[package] = None
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": _gpu_name(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+@contextmanager
+def progress(session: Session) -> Iterator[Advance]:
+    """A bar that counts tokens of all settings; without tqdm there is none."""
+
+    def cost(samples: list[dict[str, Any]]) -> int:
+        return sum(session.plan.cost(sample) for sample in samples)
+
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda record, samples: None
+        return
+    with tqdm(
+        total=len(session.records) * session.plan.tokens,
+        initial=sum(cost(record.samples) for record in session.records),
+        unit="tok",
+        unit_scale=True,
+        mininterval=REFRESH_S if sys.stderr.isatty() else REFRESH_FILE_S,
+    ) as bar:
+
+        def advance(record: Record, samples: list[dict[str, Any]]) -> None:
+            bar.set_description(record.setting.name, refresh=False)
+            bar.update(cost(samples))
+
+        yield advance

@@ -9,9 +9,8 @@ import torch
 from problem import make_problem, poisoned_pool
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.eval import ablation
+from lola_vllm.eval import EvalError, ablation
 from lola_vllm.eval.ablation import score_by
-from lola_vllm.eval.errors import EvalError
 from lola_vllm.ops import torch as portable
 
 T, ETA, LAM, SINK = 96, 8, 12, 4
