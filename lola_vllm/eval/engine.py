@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,18 @@ class EngineModel:
             enable_prefix_caching=False,
             **args,
         )
+        self._score = None
+        if setting.score != "sre":
+            from lola_vllm.eval.ablation import SCORES, CountedScore, use_score
+
+            self._score = CountedScore(SCORES[setting.score])
+            self._llm.apply_model(partial(use_score, score=self._score))
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
+
+    @property
+    def selections_by_other_score(self) -> int:
+        """How often another score than the self-recall error chose, over all layers."""
+        return self._score.selections if self._score else 0
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         """See `models.Model.complete`."""
@@ -172,15 +184,12 @@ def main() -> int:
 
 
 def _run(job: dict[str, Any], emit: Emit) -> None:
-    from lola_vllm.eval.ablation import score_by
-
     plan = PLANS[job["plan"]](**job["fields"])
     setting = Setting(**{**job["setting"], "model": Path(job["setting"]["model"])})
-    with score_by(setting.score) as selections:
-        model = EngineModel(setting, plan.max_length, job["batch"], job["engine_args"])
-        emit({"event": "ready", "dtype": model.dtype})
-        plan.run(model, emit, {tuple(key) for key in job["done"]})
-        emit({"event": "done", "selections_by_other_score": len(selections)})
+    model = EngineModel(setting, plan.max_length, job["batch"], job["engine_args"])
+    emit({"event": "ready", "dtype": model.dtype})
+    plan.run(model, emit, {tuple(key) for key in job["done"]})
+    emit({"event": "done", "selections_by_other_score": model.selections_by_other_score})
 
 
 # --- in the parent

@@ -10,7 +10,6 @@ from typing import Any
 
 from lola_vllm.eval import EvalError
 
-SCORES = ("sre", "random", "newest", "norm")
 _KEYS = ("name", "model", "lola_config", "score")
 
 
@@ -108,8 +107,10 @@ def check(setting: Setting, max_length: int) -> None:
         EvalError: LoLA parameters for a model without LoLA, an unknown score, or a length beyond
             the model's context. LolaConfigError: parameters that are not valid.
     """
-    if setting.score not in SCORES:
-        raise EvalError(f"score = {setting.score!r}: must be one of {', '.join(SCORES)}")
+    from lola_vllm.eval.ablation import SCORES
+
+    if setting.score not in ("sre", *SCORES):
+        raise EvalError(f"score = {setting.score!r}: must be one of sre, {', '.join(SCORES)}")
     config = read_model_config(setting.model)
     if not setting.is_lola and (setting.lola_config or setting.score != "sre"):
         raise EvalError(
