@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +20,18 @@ from torch import Tensor
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig
 from lola_vllm.differentiable import lola_attention_parallel
+from lola_vllm.distill.options import DistillOptions
 from lola_vllm.distill.state import read_state, write_state
 from lola_vllm.distill.student import all_maps, decoder_layers, layer_maps, load_maps
 
 STATE = "transfer"
 
 
-@dataclass(frozen=True)
-class TransferOptions:
-    """How stage 1 trains.
-
-    Attributes:
-        configs: LoLA settings to train for; each step draws one.
-        learning_rate: AdamW's, falling to zero along half a cosine within each layer.
-        steps_per_row: optimizer steps that each row of tokens is used for.
-        queries_per_step: query tokens per step, in whole chunks.
-        seed: of the order of rows and of the chunks.
-    """
-
-    configs: Sequence[LolaConfig]
-    learning_rate: float = 1e-2
-    steps_per_row: int = 2
-    queries_per_step: int = 512
-    seed: int = 0
-
-
 def transfer(
     model: Any,
     rows: Tensor,
     work: Path,
-    options: TransferOptions,
+    options: DistillOptions,
     *,
     fingerprint: str,
     progress: Callable[[int, float], None] | None = None,
@@ -62,6 +43,7 @@ def transfer(
         rows: `[N, T]` token ids, whole sequences.
         work: directory for hidden states (2 x N x T x hidden size in the model's dtype) and for
             the training state; a run that was cut off goes on from the last finished layer.
+        options: of stage 1; each step draws one of their `configs`.
         fingerprint: of everything that the result depends on; a state of another run is refused.
         progress: called after each row with the layer's index and the step's loss.
 
@@ -99,12 +81,12 @@ def _train_layer(
     index: int,
     hidden: np.ndarray[Any, Any],
     target: np.ndarray[Any, Any],
-    options: TransferOptions,
+    options: DistillOptions,
     progress: Callable[[int, float], None] | None,
 ) -> list[float]:
     """Train one layer's maps and write the teacher's output, the next layer's input."""
     layer = decoder_layers(model)[index]
-    maps = layer_maps(layer)
+    maps, configs = layer_maps(layer), options.configs()
     device = layer.self_attn.q_proj.weight.device
     dtype = layer.self_attn.q_proj.weight.dtype
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + index)
@@ -123,7 +105,7 @@ def _train_layer(
             y = y[0] if isinstance(y, tuple) else y
         target[row] = _to_file(y[0])
         for _ in range(options.steps_per_row):
-            config = _draw(options.configs, generator)
+            config = _draw(configs, generator)
             chunks = _draw_chunks(x.shape[1], config, options.queries_per_step, generator)
             loss = _error(layer.self_attn, config, chunks.to(device))
             optimizer.zero_grad()

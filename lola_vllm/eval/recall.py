@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.models import Emit, Model, Tokenizer
 from lola_vllm.eval.settings import read_held_out
-from lola_vllm.eval.tasks import Draft, Prose, Question, Task, find_tasks
+from lola_vllm.eval.tasks import TASKS, Draft, Prose, Question, Task, find_tasks
 
 # --- prompts: questions as tokens, as long as the length allows
 
@@ -176,20 +177,26 @@ def _best_share(text: str, answer: str) -> float:
 
 @dataclass(frozen=True)
 class RecallPlan:
-    """What is asked, of every setting alike; JSON values only.
+    """What is asked, of every setting alike; JSON values only. A cell is a task at one length."""
 
-    Attributes:
-        tasks: names, see `tasks.TASKS`. lengths: tokens of prompt and answer together.
-        samples: per cell, which is one task at one length. seed: of all prompts.
-        format: "completion" or "chat". texts: file or directory of prose, for tasks that need it.
-    """
-
-    tasks: list[str]
-    lengths: list[int]
-    samples: int
-    seed: int = 0
-    format: Format = "completion"
-    texts: str | None = None
+    tasks: list[str] = option(
+        f"of {', '.join(TASKS)}", ["niah-1", "niah-2", "niah-3", "passkey", "multikey", "vt"]
+    )
+    lengths: list[int] = option(
+        "tokens of prompt and answer together", [512, 1024, 2048, 4096, 8192]
+    )
+    samples: int = option("per task and length", 50)
+    seed: int = option("of all choices", 0)
+    format: Format = option(
+        "plain text, or the model's chat template with the answer begun", "completion"
+    )
+    texts: str | None = option(
+        "prose to hide needles in, for niah-2, niah-3 and multikey: a directory that 'lola-vllm "
+        "texts' wrote, or a file",
+        None,
+        type=Path,
+        metavar="PATH",
+    )
 
     @property
     def max_length(self) -> int:

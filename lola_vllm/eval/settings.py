@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
 
 _KEYS = ("name", "model", "lola_config", "score")
@@ -19,14 +20,17 @@ class Setting:
 
     Attributes:
         name: of the row. model: its directory. lola_config: keys that replace the checkpoint's.
-        score: which evicted pairs stay exact. "sre" is LoLA; the others are ablations, see
-            `lola_vllm.eval.ablation`.
+        score: which evicted pairs stay exact; see `lola_vllm.eval.ablation` for all but "sre".
     """
 
     name: str
     model: Path
     lola_config: dict[str, Any] = field(default_factory=dict)
-    score: str = "sre"
+    score: str = option(
+        "ablation: keep pairs by sre (LoLA, the default), random, newest or norm of the value; all "
+        "but sre run on the torch back end",
+        "sre",
+    )
 
     @property
     def is_lola(self) -> bool:

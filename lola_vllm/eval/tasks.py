@@ -444,7 +444,6 @@ TASKS = {
         Task("vt", "RULER variable tracking: a chain of five variables", draw_chain, _CHAIN_ROOM),
     )
 }
-DEFAULT_TASKS = ("niah-1", "niah-2", "niah-3", "passkey", "multikey", "vt")
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:
