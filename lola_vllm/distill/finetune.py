@@ -8,13 +8,13 @@ an option. The teacher is the same model with adapters and LoLA switched off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig
@@ -56,7 +56,6 @@ def finetune(
     options: DistillOptions,
     *,
     fingerprint: str,
-    progress: Callable[[int, float], None] | None = None,
 ) -> Finetuned:
     """Train adapters on a model whose maps are trained.
 
@@ -66,7 +65,6 @@ def finetune(
         work: directory of the training state; a run that was cut off goes on from there.
         options: of stage 2; each row draws one of their `configs`.
         fingerprint: of everything that the result depends on.
-        progress: called after each row with the number of rows done and the row's loss.
 
     Raises:
         CheckpointError: a training state of another run, one that cannot be written, or a loss
@@ -109,36 +107,35 @@ def finetune(
         losses = list(state.meta["losses"])
         _restore(model, adapters, optimizer, state.tensors)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    for step in range(len(losses), steps):
-        # A generator per step, so that a resumed run draws what an uninterrupted one would.
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-        optimizer.zero_grad()
-        total = 0.0
-        for at, row in enumerate(_rows_of_step(step, len(rows), options), start=1):
-            config = configs[int(torch.randint(len(configs), (), generator=generator))]
-            loss = _loss(
-                model, accelerator, rows[row].to(model.device), answers[row], config, options
-            )
-            accelerator.backward(loss / options.rows_per_step)
-            total += loss.item() / options.rows_per_step
-            if progress:
-                progress(step * options.rows_per_step + at, loss.item())
-        if not math.isfinite(total):
-            raise CheckpointError(
-                f"step {step}: the loss is {total}; try a smaller learning rate, and go on from "
-                "the last training state"
-            )
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        for group, rate in zip(
-            optimizer.param_groups,
-            (options.lora_learning_rate, options.map_learning_rate),
-            strict=False,
-        ):
-            group["lr"] = rate * _share(step, steps)
-        optimizer.step()
-        losses.append(total)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            _save(work, fingerprint, model, adapters, optimizer, losses)
+    done = len(losses) * options.rows_per_step
+    with tqdm(total=len(rows), initial=done, unit="row", desc="LoRA") as bar:
+        for step in range(len(losses), steps):
+            # A generator per step, so that a resumed run draws what an uninterrupted one would.
+            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
+            optimizer.zero_grad()
+            total = 0.0
+            for row in _rows_of_step(step, len(rows), options):
+                config = configs[int(torch.randint(len(configs), (), generator=generator))]
+                loss = _loss(
+                    model, accelerator, rows[row].to(model.device), answers[row], config, options
+                )
+                accelerator.backward(loss / options.rows_per_step)
+                total += loss.item() / options.rows_per_step
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                bar.update()
+            if not math.isfinite(total):
+                raise CheckpointError(
+                    f"step {step}: the loss is {total}; try a smaller learning rate, and go on "
+                    "from the last training state"
+                )
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            rates = (options.lora_learning_rate, options.map_learning_rate)
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate * _share(step, steps)
+            optimizer.step()
+            losses.append(total)
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+                _save(work, fingerprint, model, adapters, optimizer, losses)
     result = {name: value.detach().float().cpu() for name, value in adapters.items()}
     return Finetuned(result, all_maps(model), losses)
 

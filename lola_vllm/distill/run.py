@@ -52,7 +52,7 @@ def distill(
     from lola_vllm.checkpoint.staging import check_output
     from lola_vllm.distill.data import RowOptions, training_rows
     from lola_vllm.distill.student import all_maps, attach_maps, load_base, load_maps
-    from lola_vllm.distill.transfer import check_row_length
+    from lola_vllm.distill.transfer import check_row_length, transfer
 
     configs = options.configs()  # refuses bad values before anything else happens
     check_row_length("row_length", options.row_length, configs)
@@ -88,7 +88,7 @@ def distill(
     print_ = fingerprint(base, options, first.tokens)
     maps = _saved(work / MAPS_NAME, print_)
     if maps is None:
-        losses["transfer"] = _transfer(model, first.tokens, work, options, print_)
+        losses["transfer"] = transfer(model, first.tokens, work, options, fingerprint=print_)
         maps = all_maps(model)
         _save(work / MAPS_NAME, maps, print_)
     load_maps(model, maps)
@@ -98,7 +98,11 @@ def distill(
         print_ = fingerprint(base, options, second.tokens, print_)
         lora = work / LORA_NAME
         if _saved(lora, print_) is None:
-            tuned = _finetune(model, second, work, options, print_)
+            from lola_vllm.distill.finetune import finetune
+
+            tuned = finetune(
+                model, second.tokens, second.answers, work, options, fingerprint=print_
+            )
             losses["finetune"] = tuned.losses
             _save(lora, {**tuned.adapters, **tuned.maps}, print_)
     _report(work, base, data, options, losses)
@@ -127,63 +131,6 @@ def fingerprint(base: Path, options: DistillOptions, rows: Tensor, before: str =
     digest.update(json.dumps(chosen, sort_keys=True).encode())
     digest.update(rows.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _transfer(
-    model: Any,
-    rows: Tensor,
-    work: Path,
-    options: DistillOptions,
-    print_: str,
-) -> list[list[float]]:
-    from tqdm import tqdm
-
-    from lola_vllm.distill.transfer import transfer
-
-    layers = model.config.num_hidden_layers
-    with tqdm(total=layers * len(rows), unit="row", desc="attention transfer") as bar:
-
-        def progress(layer: int, loss: float) -> None:
-            bar.n = max(bar.n, layer * len(rows))  # layers that an earlier run finished
-            bar.set_postfix(layer=layer, loss=f"{loss:.4f}", refresh=False)
-            bar.update()
-
-        return transfer(
-            model,
-            rows,
-            work,
-            options,
-            fingerprint=print_,
-            progress=progress,
-        )
-
-
-def _finetune(
-    model: Any,
-    rows: Any,
-    work: Path,
-    options: DistillOptions,
-    print_: str,
-) -> Any:
-    from tqdm import tqdm
-
-    from lola_vllm.distill.finetune import finetune
-
-    with tqdm(total=len(rows.tokens), unit="row", desc="LoRA") as bar:
-
-        def progress(done: int, loss: float) -> None:
-            bar.n = done
-            bar.set_postfix(loss=f"{loss:.4f}")
-
-        return finetune(
-            model,
-            rows.tokens,
-            rows.answers,
-            work,
-            options,
-            fingerprint=print_,
-            progress=progress,
-        )
 
 
 def _dtype(name: str) -> Any:

@@ -9,13 +9,14 @@ sinks, the window and the sparse cache that self-recall error chooses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig
@@ -34,7 +35,6 @@ def transfer(
     options: DistillOptions,
     *,
     fingerprint: str,
-    progress: Callable[[int, float], None] | None = None,
 ) -> list[list[float]]:
     """Train the maps of every layer in place.
 
@@ -45,7 +45,6 @@ def transfer(
             the training state; a run that was cut off goes on from the last finished layer.
         options: of stage 1; each step draws one of their `configs`.
         fingerprint: of everything that the result depends on; a state of another run is refused.
-        progress: called after each row with the layer's index and the step's loss.
 
     Returns:
         Per layer, the relative error of each step: ||(y - y*) W_o||^2 / ||y* W_o||^2.
@@ -59,19 +58,20 @@ def transfer(
     if state:
         load_maps(model, state.tensors)
     done = len(losses)
-    for i in range(done, len(layers)):
-        source = _hidden_path(work, i)
-        if i == 0:
-            _embed(model, rows, source)
-        hidden = _hidden_file(model, rows, source, "r")
-        target = _hidden_file(model, rows, _hidden_path(work, i + 1), "w+")
-        losses.append(_train_layer(model, i, hidden, target, options, progress))
-        target.flush()
-        finished = {
-            name: value for name, value in all_maps(model).items() if int(name.split(".")[2]) <= i
-        }
-        write_state(work, STATE, fingerprint, finished, {"losses": losses})
-        source.unlink()  # only now: a resumed run starts from here
+    total, initial = (n * len(rows) for n in (len(layers), done))
+    with tqdm(total=total, initial=initial, unit="row", desc="attention transfer") as bar:
+        for i in range(done, len(layers)):
+            source = _hidden_path(work, i)
+            if i == 0:
+                _embed(model, rows, source)
+            hidden = _hidden_file(model, rows, source, "r")
+            target = _hidden_file(model, rows, _hidden_path(work, i + 1), "w+")
+            losses.append(_train_layer(model, i, hidden, target, options, bar))
+            target.flush()
+            maps = all_maps(model)
+            finished = {name: maps[name] for name in maps if int(name.split(".")[2]) <= i}
+            write_state(work, STATE, fingerprint, finished, {"losses": losses})
+            source.unlink()  # only now: a resumed run starts from here
     _hidden_path(work, len(layers)).unlink(missing_ok=True)
     return losses
 
@@ -82,7 +82,7 @@ def _train_layer(
     hidden: np.ndarray[Any, Any],
     target: np.ndarray[Any, Any],
     options: DistillOptions,
-    progress: Callable[[int, float], None] | None,
+    bar: tqdm[Any],
 ) -> list[float]:
     """Train one layer's maps and write the teacher's output, the next layer's input."""
     layer = decoder_layers(model)[index]
@@ -120,8 +120,8 @@ def _train_layer(
                 f"layer {index}: the loss is {losses[-1]} after {len(losses)} steps; "
                 "try a smaller learning rate"
             )
-        if progress:
-            progress(index, losses[-1])
+        bar.set_postfix(layer=index, loss=f"{losses[-1]:.4f}", refresh=False)
+        bar.update()
     layer.self_attn.capture = None
     for value in maps.values():
         value.requires_grad_(False)

@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from lola_vllm.checkpoint.files import read_json
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.models import Emit, LocalTokenizer, Tokenizer
 from lola_vllm.eval.results import Record
-from lola_vllm.eval.session import PLANS, Plan, Session, plan_name, progress
+from lola_vllm.eval.session import PLANS, Plan, Session
 from lola_vllm.eval.settings import Setting, measure
 
 # Tokens of one step. Log-probabilities of a prompt take a row of the vocabulary per token.
@@ -215,7 +214,7 @@ def run_setting(
     """
     setting = record.setting
     job = {
-        "plan": plan_name(plan),
+        "plan": plan.name,
         "fields": vars(plan),
         "setting": {**vars(setting), "model": str(setting.model)},
         "done": sorted(plan.done(record.samples)),
@@ -278,32 +277,11 @@ def run_directories(session: Session, batch: int, engine_args: Mapping[str, Any]
     Raises:
         EvalError: a setting failed; what was measured before is in the session's files.
     """
-    table = ""
-    with progress(session) as advance:
-        for record in session.records:
-            start, before = time.monotonic(), record.seconds
-
-            def note(event: dict[str, Any], record: Record = record) -> None:
-                if event["event"] == "ready":
-                    record.dtype = event["dtype"]
-                elif event["event"] == "done":
-                    record.selections += event["selections_by_other_score"]
-                else:
-                    record.samples += event["samples"]
-                    advance(record, event["samples"])
-                    session.save(soon=True)
-
-            record.memory = measure(record.setting, record.dtype or "bfloat16")
-            try:
-                if not record.finished:
-                    run_setting(session.plan, record, batch, engine_args, note)
-                record.finished = True
-            finally:
-                record.seconds = before + time.monotonic() - start
-                record.memory = measure(record.setting, record.dtype or "bfloat16")
-                session.save()
-            table = session.report()
-    return table
+    for record in session.records:
+        record.memory = measure(record.setting, record.dtype or "bfloat16")
+    return session.run(
+        lambda record, note: run_setting(session.plan, record, batch, engine_args, note)
+    )
 
 
 if __name__ == "__main__":

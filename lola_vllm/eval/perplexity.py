@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
@@ -18,6 +18,8 @@ from lola_vllm.eval.settings import read_held_out
 @dataclass(frozen=True)
 class PerplexityPlan:
     """What is read, by every setting alike; JSON values only."""
+
+    name: ClassVar[str] = "perplexity"
 
     texts: str = option(
         "a directory of texts, each a kind, as 'lola-vllm texts' writes it, or one file; held-out "

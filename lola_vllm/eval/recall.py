@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
@@ -178,6 +178,8 @@ def _best_share(text: str, answer: str) -> float:
 @dataclass(frozen=True)
 class RecallPlan:
     """What is asked, of every setting alike; JSON values only. A cell is a task at one length."""
+
+    name: ClassVar[str] = "recall"
 
     tasks: list[str] = option(
         f"of {', '.join(TASKS)}", ["niah-1", "niah-2", "niah-3", "passkey", "multikey", "vt"]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.models import LocalTokenizer, Tokenizer
-from lola_vllm.eval.session import Session, progress
+from lola_vllm.eval.session import Session
 
 CONNECT_TIMEOUT_S = 10.0
 # A long prompt on a small machine, behind others.
@@ -222,25 +222,12 @@ def run_server(session: Session, model: ServerModel) -> str:
     Raises:
         EvalError: lengths that the server does not take, or a request that failed.
     """
-    (record,) = session.records
     plan = session.plan
     if model.max_length is not None and plan.max_length > model.max_length:
         raise EvalError(
             f"a length of {plan.max_length} tokens: the server takes {model.max_length} "
             "(--max-model-len); ask for shorter ones"
         )
-    start, before = time.monotonic(), record.seconds
-    with progress(session) as advance:
-
-        def note(event: dict[str, Any]) -> None:
-            record.samples += event["samples"]
-            advance(record, event["samples"])
-            session.save(soon=True)
-
-        try:
-            plan.run(model, note, plan.done(record.samples))
-            record.finished = True
-        finally:
-            record.seconds = before + time.monotonic() - start
-            session.save()
-    return session.report()
+    return session.run(
+        lambda record, note: plan.run(model, note, plan.done(record.samples)),
+    )

@@ -7,34 +7,28 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from lola_vllm.eval import EvalError, results
+from lola_vllm.eval.models import Emit
 from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan
 from lola_vllm.eval.results import Record
+from lola_vllm.eval.settings import measure
 
 SAVE_EVERY_S = 30.0
 # Of the progress bar, in a terminal and in a file.
 REFRESH_S, REFRESH_FILE_S = 0.5, 60.0
-
-# Told of a record and of samples that were added to it.
-Advance = Callable[[Record, list[dict[str, Any]]], None]
 # What every setting is asked, by name.
 Plan: TypeAlias = RecallPlan | PerplexityPlan
 PLANS: dict[str, type[RecallPlan] | type[PerplexityPlan]] = {
-    "recall": RecallPlan,
-    "perplexity": PerplexityPlan,
+    RecallPlan.name: RecallPlan,
+    PerplexityPlan.name: PerplexityPlan,
 }
-
-
-def plan_name(plan: Plan) -> str:
-    """The name of a plan's kind."""
-    return next(name for name, kind in PLANS.items() if isinstance(plan, kind))
 
 
 class Session:
@@ -53,11 +47,10 @@ class Session:
         self, out: Path, plan: Plan, records: list[Record], reference: Record | None, batch: int
     ) -> None:
         self.out, self.plan, self.records, self.reference = out, plan, records, reference
-        self.name = plan_name(plan)
         # Names, not where things lie on this machine.
         texts = Path(plan.texts).name if plan.texts else None
         self._head: dict[str, Any] = {
-            "evaluation": self.name,
+            "evaluation": plan.name,
             "plan": {**vars(plan), "texts": texts},
             "batch": batch,
             "machine": describe_machine(),
@@ -73,7 +66,7 @@ class Session:
     @property
     def path(self) -> Path:
         """The JSON file."""
-        return self.out / f"{self.name}.json"
+        return self.out / f"{self.plan.name}.json"
 
     def begin(self, *, resume: bool, force: bool) -> None:
         """Take up the results that `out` holds, replace them, or refuse to.
@@ -110,6 +103,61 @@ class Session:
                 )
             record.take_up(row)
 
+    def run(self, ask: Callable[[Record, Emit], None]) -> str:
+        """Let every record that is not finished be asked, and write a report after each.
+
+        Args:
+            ask: is given a record and what to tell: the plan's events, and perhaps a "ready" and
+                a "done" around them (see `engine.run_setting`).
+
+        Returns:
+            The table.
+        """
+        table = ""
+        with self._progress() as bar:
+            for record in self.records:
+                start, before = time.monotonic(), record.seconds
+
+                def note(event: dict[str, Any], record: Record = record) -> None:
+                    if event["event"] == "ready":
+                        record.dtype = event["dtype"]
+                        record.memory = measure(record.setting, event["dtype"])
+                    elif event["event"] == "done":
+                        record.selections += event["selections_by_other_score"]
+                    else:
+                        record.samples += event["samples"]
+                        if bar is not None:
+                            bar.set_description(record.setting.name, refresh=False)
+                            bar.update(self._cost(event["samples"]))
+                        self.save(soon=True)
+
+                try:
+                    if not record.finished:
+                        ask(record, note)
+                    record.finished = True
+                finally:
+                    record.seconds = before + time.monotonic() - start
+                    self.save()
+                table = self.report()
+        return table
+
+    def _progress(self) -> Any:
+        """A bar that counts tokens of all settings; without tqdm there is none."""
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return nullcontext()
+        return tqdm(
+            total=len(self.records) * self.plan.tokens,
+            initial=sum(self._cost(record.samples) for record in self.records),
+            unit="tok",
+            unit_scale=True,
+            mininterval=REFRESH_S if sys.stderr.isatty() else REFRESH_FILE_S,
+        )
+
+    def _cost(self, samples: list[dict[str, Any]]) -> int:
+        return sum(self.plan.cost(sample) for sample in samples)
+
     def save(self, *, soon: bool = False) -> None:
         """Write the JSON; with `soon`, unless that was done a moment ago."""
         if soon and time.monotonic() - self._saved < SAVE_EVERY_S:
@@ -129,7 +177,7 @@ class Session:
             self._draw()
         else:
             table = results.perplexity_table(self._begun, self.reference)
-        (self.out / f"{self.name}.md").write_text(table + "\n", encoding="utf-8")
+        (self.out / f"{self.plan.name}.md").write_text(table + "\n", encoding="utf-8")
         return table
 
     @property
@@ -184,30 +232,3 @@ def _gpu_name() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-@contextmanager
-def progress(session: Session) -> Iterator[Advance]:
-    """A bar that counts tokens of all settings; without tqdm there is none."""
-
-    def cost(samples: list[dict[str, Any]]) -> int:
-        return sum(session.plan.cost(sample) for sample in samples)
-
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda record, samples: None
-        return
-    with tqdm(
-        total=len(session.records) * session.plan.tokens,
-        initial=sum(cost(record.samples) for record in session.records),
-        unit="tok",
-        unit_scale=True,
-        mininterval=REFRESH_S if sys.stderr.isatty() else REFRESH_FILE_S,
-    ) as bar:
-
-        def advance(record: Record, samples: list[dict[str, Any]]) -> None:
-            bar.set_description(record.setting.name, refresh=False)
-            bar.update(cost(samples))
-
-        yield advance
