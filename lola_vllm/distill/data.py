@@ -45,7 +45,7 @@ class RowOptions:
         DataError: a value out of range.
     """
 
-    row_length: int = 1024
+    row_length: int
     num_rows: int
     seed: int = 0
     retrieval_fraction: float = 0.0

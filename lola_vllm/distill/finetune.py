@@ -8,17 +8,17 @@ an option. The teacher is the same model with adapters and LoLA switched off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig
+from lola_vllm.distill.options import DistillOptions
 from lola_vllm.distill.state import read_state, write_state
 from lola_vllm.distill.student import (
     all_maps,
@@ -31,37 +31,7 @@ from lola_vllm.distill.student import (
 STATE = "finetune"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 LOSS_BLOCK = 256  # tokens whose logits exist at once
-Loss = Literal["teacher", "next-token"]
-
-
-@dataclass(frozen=True)
-class FinetuneOptions:
-    """How stage 2 trains.
-
-    Attributes:
-        configs: LoLA settings to train for; each row draws one.
-        rank: of the adapters on q, k, v and o. alpha: their scale is alpha / rank.
-        learning_rate: AdamW's for the adapters, after a short warm-up falling to a tenth.
-        map_learning_rate: for feature maps and window factors; 0 leaves them as they are.
-        loss: "teacher" (KL divergence from the teacher) or "next-token".
-        answer_weight: how much more the tokens of synthetic answers count.
-        rows_per_step: rows whose gradients are summed before a step.
-        save_every: steps between two training states.
-        checkpointing: recompute activations in the backward pass, for less memory.
-        seed: of the adapters' start and of the order of rows.
-    """
-
-    configs: Sequence[LolaConfig]
-    rank: int = 8
-    alpha: int = 16
-    learning_rate: float = 1e-3
-    map_learning_rate: float = 1e-3
-    loss: Loss = "teacher"
-    answer_weight: float = 1.0
-    rows_per_step: int = 4
-    save_every: int = 10
-    checkpointing: bool = False
-    seed: int = 0
+SAVE_EVERY = 10  # steps between two training states
 
 
 class Finetuned(NamedTuple):
@@ -83,10 +53,9 @@ def finetune(
     rows: Tensor,
     answers: Tensor,
     work: Path,
-    options: FinetuneOptions,
+    options: DistillOptions,
     *,
     fingerprint: str,
-    progress: Callable[[int, float], None] | None = None,
 ) -> Finetuned:
     """Train adapters on a model whose maps are trained.
 
@@ -94,8 +63,8 @@ def finetune(
         model: from `load_base`, with maps; it is wrapped by PEFT and changed in place.
         rows: `[N, T]` token ids. answers: `[N, T]` bool, the tokens that `answer_weight` is for.
         work: directory of the training state; a run that was cut off goes on from there.
+        options: of stage 2; each row draws one of their `configs`.
         fingerprint: of everything that the result depends on.
-        progress: called after each row with the number of rows done and the row's loss.
 
     Raises:
         CheckpointError: a training state of another run, one that cannot be written, or a loss
@@ -108,21 +77,21 @@ def finetune(
     set_seed(options.seed)
     accelerator = Accelerator(mixed_precision="bf16" if model.dtype == torch.bfloat16 else "no")
     lora = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
         lora_dropout=0.0,
         target_modules=list(TARGETS),
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
-    if options.checkpointing:
+    if options.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # the base has no dropout that this could switch on, see _no_dropout
         _no_dropout(model)
     adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
     maps = [value for layer in decoder_layers(model) for value in layer_maps(layer).values()]
-    groups = [{"params": list(adapters.values()), "lr": options.learning_rate}]
+    groups = [{"params": list(adapters.values()), "lr": options.lora_learning_rate}]
     if options.map_learning_rate > 0:
         for value in maps:
             value.requires_grad_(True)
@@ -131,42 +100,42 @@ def finetune(
     steps = max(1, len(rows) // options.rows_per_step)
     model, optimizer = accelerator.prepare(model, optimizer)
 
+    configs = options.configs()
     losses: list[float] = []
     state = read_state(work, STATE, fingerprint)
     if state:
         losses = list(state.meta["losses"])
         _restore(model, adapters, optimizer, state.tensors)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    for step in range(len(losses), steps):
-        # A generator per step, so that a resumed run draws what an uninterrupted one would.
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-        optimizer.zero_grad()
-        total = 0.0
-        for at, row in enumerate(_rows_of_step(step, len(rows), options), start=1):
-            config = options.configs[
-                int(torch.randint(len(options.configs), (), generator=generator))
-            ]
-            loss = _loss(
-                model, accelerator, rows[row].to(model.device), answers[row], config, options
-            )
-            accelerator.backward(loss / options.rows_per_step)
-            total += loss.item() / options.rows_per_step
-            if progress:
-                progress(step * options.rows_per_step + at, loss.item())
-        if not math.isfinite(total):
-            raise CheckpointError(
-                f"step {step}: the loss is {total}; try a smaller learning rate, and go on from "
-                "the last training state"
-            )
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        for group, rate in zip(
-            optimizer.param_groups, (options.learning_rate, options.map_learning_rate), strict=False
-        ):
-            group["lr"] = rate * _share(step, steps)
-        optimizer.step()
-        losses.append(total)
-        if (step + 1) % options.save_every == 0 or step + 1 == steps:
-            _save(work, fingerprint, model, adapters, optimizer, losses)
+    done = len(losses) * options.rows_per_step
+    with tqdm(total=len(rows), initial=done, unit="row", desc="LoRA") as bar:
+        for step in range(len(losses), steps):
+            # A generator per step, so that a resumed run draws what an uninterrupted one would.
+            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
+            optimizer.zero_grad()
+            total = 0.0
+            for row in _rows_of_step(step, len(rows), options):
+                config = configs[int(torch.randint(len(configs), (), generator=generator))]
+                loss = _loss(
+                    model, accelerator, rows[row].to(model.device), answers[row], config, options
+                )
+                accelerator.backward(loss / options.rows_per_step)
+                total += loss.item() / options.rows_per_step
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                bar.update()
+            if not math.isfinite(total):
+                raise CheckpointError(
+                    f"step {step}: the loss is {total}; try a smaller learning rate, and go on "
+                    "from the last training state"
+                )
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            rates = (options.lora_learning_rate, options.map_learning_rate)
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate * _share(step, steps)
+            optimizer.step()
+            losses.append(total)
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+                _save(work, fingerprint, model, adapters, optimizer, losses)
     result = {name: value.detach().float().cpu() for name, value in adapters.items()}
     return Finetuned(result, all_maps(model), losses)
 
@@ -179,7 +148,7 @@ def _share(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _rows_of_step(step: int, num_rows: int, options: FinetuneOptions) -> list[int]:
+def _rows_of_step(step: int, num_rows: int, options: DistillOptions) -> list[int]:
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(options.seed))
     first = step * options.rows_per_step
     return order[first : first + options.rows_per_step].tolist()
@@ -191,13 +160,13 @@ def _loss(
     row: Tensor,
     answers: Tensor,
     config: LolaConfig,
-    options: FinetuneOptions,
+    options: DistillOptions,
 ) -> Tensor:
     """Weighted mean over a row's predictions."""
     ids = row.long()[None]
     base = model.get_base_model()
     with torch.no_grad(), model.disable_adapter(), accelerator.autocast():
-        wanted = base.model(ids).last_hidden_state[0] if options.loss == "teacher" else None
+        wanted = base.model(ids).last_hidden_state[0] if options.lora_loss == "teacher" else None
     with accelerator.autocast(), lola_attention(model, config):
         hidden = base.model(ids).last_hidden_state[0]
         weights = 1 + (options.answer_weight - 1) * answers[1:].to(hidden.device).float()

@@ -5,68 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.checkpoint.files import CheckpointError
-from lola_vllm.config import LolaConfig, LolaLlamaConfig
+from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.distill.options import FINETUNE, DistillOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lola_vllm.distill.finetune import Loss
-
 MAPS_NAME = "maps.safetensors"
 LORA_NAME = "lora.safetensors"
-
-
-@dataclass(frozen=True)
-class DistillOptions:
-    """Everything but paths. Lengths in tokens.
-
-    Attributes:
-        lola_config: what the checkpoint will say, and what is trained for.
-        train_windows, train_sparse_caches: train for every pairing of these instead; each must be
-            servable later, so they only widen what the maps have seen.
-        state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq).
-        rows, row_length: of stage 1. lora_rows, lora_row_length: of stage 2; 0 rows leave it out.
-            A row must be so long that pairs are folded in it, for every setting trained for.
-        retrieval_fraction: share of rows that are synthetic retrieval prompts.
-        dtype: of the base's weights while training.
-        The others: see `TransferOptions` and `FinetuneOptions`.
-    """
-
-    lola_config: Mapping[str, Any] = field(default_factory=dict)
-    train_windows: Sequence[int] = ()
-    train_sparse_caches: Sequence[int] = ()
-    state_heads: str = "kv"
-    rows: int = 256
-    row_length: int = 2048
-    learning_rate: float = 1e-2
-    steps_per_row: int = 2
-    queries_per_step: int = 512
-    lora_rows: int = 512
-    lora_row_length: int = 1024
-    lora_rank: int = 8
-    lora_learning_rate: float = 1e-3
-    map_learning_rate: float = 1e-3
-    lora_loss: Loss = "teacher"
-    answer_weight: float = 1.0
-    rows_per_step: int = 4
-    gradient_checkpointing: bool = False
-    retrieval_fraction: float = 0.2
-    dtype: str = "bfloat16"
-    seed: int = 0
-
-    def configs(self) -> list[LolaConfig]:
-        """The settings to train for."""
-        own = LolaConfig(**self.lola_config)
-        return [
-            LolaConfig(**{**self.lola_config, "window_size": window, "sparse_cache_size": lam})
-            for window in self.train_windows or [own.window_size]
-            for lam in self.train_sparse_caches or [own.sparse_cache_size]
-        ]
 
 
 def distill(
@@ -101,7 +52,7 @@ def distill(
     from lola_vllm.checkpoint.staging import check_output
     from lola_vllm.distill.data import RowOptions, training_rows
     from lola_vllm.distill.student import all_maps, attach_maps, load_base, load_maps
-    from lola_vllm.distill.transfer import check_row_length
+    from lola_vllm.distill.transfer import check_row_length, transfer
 
     configs = options.configs()  # refuses bad values before anything else happens
     check_row_length("row_length", options.row_length, configs)
@@ -137,7 +88,7 @@ def distill(
     print_ = fingerprint(base, options, first.tokens)
     maps = _saved(work / MAPS_NAME, print_)
     if maps is None:
-        losses["transfer"] = _transfer(model, first.tokens, work, options, configs, print_)
+        losses["transfer"] = transfer(model, first.tokens, work, options, fingerprint=print_)
         maps = all_maps(model)
         _save(work / MAPS_NAME, maps, print_)
     load_maps(model, maps)
@@ -147,7 +98,11 @@ def distill(
         print_ = fingerprint(base, options, second.tokens, print_)
         lora = work / LORA_NAME
         if _saved(lora, print_) is None:
-            tuned = _finetune(model, second, work, options, configs, print_)
+            from lola_vllm.distill.finetune import finetune
+
+            tuned = finetune(
+                model, second.tokens, second.answers, work, options, fingerprint=print_
+            )
             losses["finetune"] = tuned.losses
             _save(lora, {**tuned.adapters, **tuned.maps}, print_)
     _report(work, base, data, options, losses)
@@ -157,7 +112,7 @@ def distill(
         out,
         options.lola_config,
         lora,
-        lora_alpha=2.0 * options.lora_rank if lora else None,
+        lora_alpha=options.lora_alpha if lora else None,
         force=force,
     )
 
@@ -170,99 +125,12 @@ def fingerprint(base: Path, options: DistillOptions, rows: Tensor, before: str =
         digest.update(f"{path.name} {path.stat().st_size}".encode())
     chosen = asdict(options)
     if not before:  # the second stage's options do not change the first
-        chosen = {k: v for k, v in chosen.items() if k not in _SECOND_STAGE}
+        for item in fields(options):
+            if item.metadata.get("part") == FINETUNE:
+                del chosen[item.name]
     digest.update(json.dumps(chosen, sort_keys=True).encode())
     digest.update(rows.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-_SECOND_STAGE = {
-    "lora_rows",
-    "lora_row_length",
-    "lora_rank",
-    "lora_learning_rate",
-    "map_learning_rate",
-    "lora_loss",
-    "answer_weight",
-    "rows_per_step",
-    "gradient_checkpointing",
-}
-
-
-def _transfer(
-    model: Any,
-    rows: Tensor,
-    work: Path,
-    options: DistillOptions,
-    configs: list[LolaConfig],
-    print_: str,
-) -> list[list[float]]:
-    from tqdm import tqdm
-
-    from lola_vllm.distill.transfer import TransferOptions, transfer
-
-    layers = model.config.num_hidden_layers
-    with tqdm(total=layers * len(rows), unit="row", desc="attention transfer") as bar:
-
-        def progress(layer: int, loss: float) -> None:
-            bar.n = max(bar.n, layer * len(rows))  # layers that an earlier run finished
-            bar.set_postfix(layer=layer, loss=f"{loss:.4f}", refresh=False)
-            bar.update()
-
-        return transfer(
-            model,
-            rows,
-            work,
-            TransferOptions(
-                configs,
-                options.learning_rate,
-                options.steps_per_row,
-                options.queries_per_step,
-                options.seed,
-            ),
-            fingerprint=print_,
-            progress=progress,
-        )
-
-
-def _finetune(
-    model: Any,
-    rows: Any,
-    work: Path,
-    options: DistillOptions,
-    configs: list[LolaConfig],
-    print_: str,
-) -> Any:
-    from tqdm import tqdm
-
-    from lola_vllm.distill.finetune import FinetuneOptions, finetune
-
-    with tqdm(total=len(rows.tokens), unit="row", desc="LoRA") as bar:
-
-        def progress(done: int, loss: float) -> None:
-            bar.n = done
-            bar.set_postfix(loss=f"{loss:.4f}")
-
-        return finetune(
-            model,
-            rows.tokens,
-            rows.answers,
-            work,
-            FinetuneOptions(
-                configs,
-                rank=options.lora_rank,
-                alpha=2 * options.lora_rank,
-                learning_rate=options.lora_learning_rate,
-                map_learning_rate=options.map_learning_rate,
-                loss=options.lora_loss,
-                answer_weight=options.answer_weight,
-                rows_per_step=options.rows_per_step,
-                checkpointing=options.gradient_checkpointing,
-                seed=options.seed,
-            ),
-            fingerprint=print_,
-            progress=progress,
-        )
 
 
 def _dtype(name: str) -> Any:

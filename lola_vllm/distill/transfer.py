@@ -9,51 +9,32 @@ sinks, the window and the sparse cache that self-recall error chooses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig
 from lola_vllm.differentiable import lola_attention_parallel
+from lola_vllm.distill.options import DistillOptions
 from lola_vllm.distill.state import read_state, write_state
 from lola_vllm.distill.student import all_maps, decoder_layers, layer_maps, load_maps
 
 STATE = "transfer"
 
 
-@dataclass(frozen=True)
-class TransferOptions:
-    """How stage 1 trains.
-
-    Attributes:
-        configs: LoLA settings to train for; each step draws one.
-        learning_rate: AdamW's, falling to zero along half a cosine within each layer.
-        steps_per_row: optimizer steps that each row of tokens is used for.
-        queries_per_step: query tokens per step, in whole chunks.
-        seed: of the order of rows and of the chunks.
-    """
-
-    configs: Sequence[LolaConfig]
-    learning_rate: float = 1e-2
-    steps_per_row: int = 2
-    queries_per_step: int = 512
-    seed: int = 0
-
-
 def transfer(
     model: Any,
     rows: Tensor,
     work: Path,
-    options: TransferOptions,
+    options: DistillOptions,
     *,
     fingerprint: str,
-    progress: Callable[[int, float], None] | None = None,
 ) -> list[list[float]]:
     """Train the maps of every layer in place.
 
@@ -62,8 +43,8 @@ def transfer(
         rows: `[N, T]` token ids, whole sequences.
         work: directory for hidden states (2 x N x T x hidden size in the model's dtype) and for
             the training state; a run that was cut off goes on from the last finished layer.
+        options: of stage 1; each step draws one of their `configs`.
         fingerprint: of everything that the result depends on; a state of another run is refused.
-        progress: called after each row with the layer's index and the step's loss.
 
     Returns:
         Per layer, the relative error of each step: ||(y - y*) W_o||^2 / ||y* W_o||^2.
@@ -77,19 +58,20 @@ def transfer(
     if state:
         load_maps(model, state.tensors)
     done = len(losses)
-    for i in range(done, len(layers)):
-        source = _hidden_path(work, i)
-        if i == 0:
-            _embed(model, rows, source)
-        hidden = _hidden_file(model, rows, source, "r")
-        target = _hidden_file(model, rows, _hidden_path(work, i + 1), "w+")
-        losses.append(_train_layer(model, i, hidden, target, options, progress))
-        target.flush()
-        finished = {
-            name: value for name, value in all_maps(model).items() if int(name.split(".")[2]) <= i
-        }
-        write_state(work, STATE, fingerprint, finished, {"losses": losses})
-        source.unlink()  # only now: a resumed run starts from here
+    total, initial = (n * len(rows) for n in (len(layers), done))
+    with tqdm(total=total, initial=initial, unit="row", desc="attention transfer") as bar:
+        for i in range(done, len(layers)):
+            source = _hidden_path(work, i)
+            if i == 0:
+                _embed(model, rows, source)
+            hidden = _hidden_file(model, rows, source, "r")
+            target = _hidden_file(model, rows, _hidden_path(work, i + 1), "w+")
+            losses.append(_train_layer(model, i, hidden, target, options, bar))
+            target.flush()
+            maps = all_maps(model)
+            finished = {name: maps[name] for name in maps if int(name.split(".")[2]) <= i}
+            write_state(work, STATE, fingerprint, finished, {"losses": losses})
+            source.unlink()  # only now: a resumed run starts from here
     _hidden_path(work, len(layers)).unlink(missing_ok=True)
     return losses
 
@@ -99,12 +81,12 @@ def _train_layer(
     index: int,
     hidden: np.ndarray[Any, Any],
     target: np.ndarray[Any, Any],
-    options: TransferOptions,
-    progress: Callable[[int, float], None] | None,
+    options: DistillOptions,
+    bar: tqdm[Any],
 ) -> list[float]:
     """Train one layer's maps and write the teacher's output, the next layer's input."""
     layer = decoder_layers(model)[index]
-    maps = layer_maps(layer)
+    maps, configs = layer_maps(layer), options.configs()
     device = layer.self_attn.q_proj.weight.device
     dtype = layer.self_attn.q_proj.weight.dtype
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + index)
@@ -123,7 +105,7 @@ def _train_layer(
             y = y[0] if isinstance(y, tuple) else y
         target[row] = _to_file(y[0])
         for _ in range(options.steps_per_row):
-            config = _draw(options.configs, generator)
+            config = _draw(configs, generator)
             chunks = _draw_chunks(x.shape[1], config, options.queries_per_step, generator)
             loss = _error(layer.self_attn, config, chunks.to(device))
             optimizer.zero_grad()
@@ -138,8 +120,8 @@ def _train_layer(
                 f"layer {index}: the loss is {losses[-1]} after {len(losses)} steps; "
                 "try a smaller learning rate"
             )
-        if progress:
-            progress(index, losses[-1])
+        bar.set_postfix(layer=index, loss=f"{losses[-1]:.4f}", refresh=False)
+        bar.update()
     layer.self_attn.capture = None
     for value in maps.values():
         value.requires_grad_(False)

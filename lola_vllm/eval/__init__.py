@@ -3,3 +3,7 @@
 Nothing here serves requests. Prompts are built from a seed alone, so every setting of a comparison
 answers the same questions.
 """
+
+
+class EvalError(ValueError):
+    """An evaluation that cannot run; the message names what is wrong, its value and the remedy."""

@@ -1,24 +1,19 @@
 """What LoLA would be with another score than the self-recall error: for evaluation only.
 
-Serving knows one score. Here, in a process that serves nobody, the score of the torch back end is
-exchanged, so that the sparse cache holds as many pairs, chosen otherwise. All else stays as it is.
+Serving knows one score. Here, in a process that serves nobody, the torch back end is given another,
+so that the sparse cache holds as many pairs, chosen otherwise. All else stays as it is.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
-from unittest import mock
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lola_vllm.eval.errors import EvalError
+from lola_vllm.eval import EvalError
 from lola_vllm.ops import torch as portable
-
-# From values [B, Hg, E, d], positions [B, Hg, E] and heads Hg to scores [B, Hg, E].
-Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def newest(v: Tensor, positions: Tensor) -> Tensor:
@@ -43,43 +38,44 @@ def norm(v: Tensor, positions: Tensor) -> Tensor:
     return v.float().norm(dim=-1)
 
 
-SCORES: dict[str, Score] = {"newest": newest, "random": random, "norm": norm}
+SCORES: dict[str, portable.Score] = {"random": random, "newest": newest, "norm": norm}
 
 
-@contextlib.contextmanager
-def score_by(name: str) -> Iterator[list[int]]:
-    """Within, the torch back end of this process keeps pairs by another score.
+@dataclass
+class CountedScore:
+    """A score for the torch back end that counts the selections made by it.
 
-    Args:
-        name: "sre" changes nothing; else a key of `SCORES`.
+    Attributes:
+        score: of `SCORES`. selections: over all layers.
+    """
 
-    Yields:
-        A list that grows by the candidates of every selection made by the exchanged score.
+    score: portable.Score
+    selections: int = 0
+
+    def __call__(self, v: Tensor, positions: Tensor) -> Tensor:
+        """See `lola_vllm.ops.torch.Score`."""
+        self.selections += 1
+        return self.score(v, positions)
+
+
+def use_score(model: nn.Module, score: portable.Score) -> None:
+    """Let every LoLA layer of a loaded model keep the pairs of largest `score`.
 
     Raises:
-        EvalError: an unknown name, or another back end than torch would serve.
+        EvalError: a layer runs on another back end than torch.
     """
-    calls: list[int] = []
-    if name == "sre":
-        yield calls
-        return
-    if name not in SCORES:
-        raise EvalError(f"score = {name!r}: must be sre, {', '.join(SCORES)}")
-    if os.environ.get("LOLA_VLLM_OPS") != "torch":
-        raise EvalError(f"score = {name!r}: only the torch back end can; set LOLA_VLLM_OPS=torch")
-    score, largest = SCORES[name], portable._largest
-    values: list[Tensor] = []
+    from lola_vllm.attention import LolaAttention
 
-    def keep_values(k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
-        values[:] = [v]  # selection follows at once, with the positions
-        return torch.zeros(v.shape[:-1], device=v.device)
-
-    def select(scores: Tensor, positions: Tensor, ok: Tensor, lam: int) -> Tensor:
-        calls.append(positions.shape[-1])
-        return largest(score(values.pop(), positions), positions, ok, lam)
-
-    with (
-        mock.patch.object(portable, "sre_scores", keep_values),
-        mock.patch.object(portable, "_largest", select),
-    ):
-        yield calls
+    for layer in model.modules():
+        if not isinstance(layer, LolaAttention):
+            continue
+        if layer.ops.name != "torch":
+            raise EvalError(
+                f"--score: the back end {layer.ops.name} knows no other score than sre; set "
+                "LOLA_VLLM_OPS=torch"
+            )
+        layer.ops = replace(
+            layer.ops,
+            decode=partial(portable.decode, score=score),
+            prefill=partial(portable.prefill, score=score),
+        )

@@ -9,10 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lola_vllm.eval.errors import EvalError
+from lola_vllm.cli_options import add_fields, from_options
+from lola_vllm.eval import EvalError
+from lola_vllm.eval.perplexity import PerplexityPlan
+from lola_vllm.eval.recall import RecallPlan
+from lola_vllm.eval.settings import Setting, check, parse_settings
+from lola_vllm.eval.tasks import find_tasks
 
 if TYPE_CHECKING:
-    from lola_vllm.eval.plans import Plan
+    from lola_vllm.eval.session import Plan
 
 # What a small machine reads in a second; only for the estimate before the first measured batch.
 GUESSED_TOKENS_PER_S = 1000
@@ -29,46 +34,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _recall(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tasks",
-        default="niah-1,niah-2,niah-3,passkey,multikey,vt",
-        metavar="LIST",
-        help="of niah-1, niah-2, niah-3, passkey, multikey, multikey-2, vt (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--lengths",
-        default="512,1024,2048,4096,8192",
-        metavar="LIST",
-        help="tokens of prompt and answer together (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--samples", type=int, default=50, metavar="N", help="per task and length (default: 50)"
-    )
-    parser.add_argument(
-        "--format",
-        choices=("completion", "chat"),
-        default="completion",
-        help="plain text, or the model's chat template with the answer begun (default: completion)",
-    )
-    parser.add_argument(
-        "--texts", type=Path, metavar="PATH", help="prose to hide needles in, for niah-2, niah-3 "
-        "and multikey: a directory that 'lola-vllm texts' wrote, or a file"
-    )  # fmt: skip
-    _common_options(parser)
+    _options(parser, RecallPlan)
 
     def run(args: argparse.Namespace) -> int:
-        from lola_vllm.eval.recall import RecallPlan
-        from lola_vllm.eval.tasks import find_tasks
-
-        plan = RecallPlan(
-            tasks=[task.name for task in find_tasks(_words(args.tasks))],
+        tasks = find_tasks(_words(args.tasks))
+        plan = from_options(
+            RecallPlan,
+            args,
+            tasks=[task.name for task in tasks],
             lengths=_lengths(args.lengths),
             samples=_positive("--samples", args.samples),
-            seed=args.seed,
-            format=args.format,
             texts=None if args.texts is None else str(args.texts),
         )
-        for task in find_tasks(plan.tasks):
+        for task in tasks:
             if task.needs_prose and args.texts is None:
                 raise EvalError(
                     f"--tasks {task.name}: needs real text; give --texts, or other tasks"
@@ -79,38 +57,28 @@ def _recall(parser: argparse.ArgumentParser) -> None:
 
 
 def _perplexity(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--texts", type=Path, required=True, metavar="PATH", help="a directory of texts, each a "
-        "kind, as 'lola-vllm texts' writes it, or one file; held-out documents are read"
-    )  # fmt: skip
-    parser.add_argument(
-        "--windows", type=int, default=16, metavar="N", help="per kind of text (default: 16)"
-    )
-    parser.add_argument(
-        "--window-length", type=int, default=1024, metavar="N", help="in tokens (default: 1024)"
-    )
-    _common_options(parser)
+    _options(parser, PerplexityPlan)
 
     def run(args: argparse.Namespace) -> int:
-        from lola_vllm.eval.perplexity import PerplexityPlan
-
-        plan = PerplexityPlan(
+        plan = from_options(
+            PerplexityPlan,
+            args,
             texts=str(args.texts),
             windows=_positive("--windows", args.windows),
             window_length=_positive("--window-length", args.window_length, least=8),
-            seed=args.seed,
         )
         return _evaluate(args, plan)
 
     parser.set_defaults(run=run)
 
 
-def _common_options(parser: argparse.ArgumentParser) -> None:
+def _options(parser: argparse.ArgumentParser, plan: type[Plan]) -> None:
+    """Those of a plan, and those that every plan has beside them."""
     parser.add_argument(
         "--model", required=True, metavar="DIR|URL", help="a model directory, LoLA or not, or the "
         "address of an OpenAI-compatible server"
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all choices")
+    add_fields(parser, plan)
     parser.add_argument(
         "--out", type=Path, default=Path("eval-results"), metavar="DIR", help="for JSON, Markdown "
         "and pictures (default: %(default)s)"
@@ -120,7 +88,7 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace results at --out")
     parser.add_argument(
-        "--batch", type=int, default=8, metavar="N", help="sequences at once (default: 8)"
+        "--batch", type=int, default=8, metavar="N", help="sequences at once (default: %(default)s)"
     )
     group = parser.add_argument_group("settings to compare (model directories)")
     group.add_argument(
@@ -135,10 +103,7 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
         "--reference", type=Path, metavar="DIR", help="a model to compare with, such as the plain "
         "base"
     )  # fmt: skip
-    group.add_argument(
-        "--score", default="sre", metavar="NAME", help="ablation: keep pairs by sre (LoLA, the "
-        "default), random, newest or norm of the value; all but sre run on the torch back end"
-    )  # fmt: skip
+    add_fields(group, Setting)
     group.add_argument(
         "--engine-args", default="{}", metavar="JSON", help="more arguments of vllm.LLM, such as "
         "'{\"dtype\": \"float32\"}'"
@@ -163,10 +128,9 @@ def _evaluate(args: argparse.Namespace, plan: Plan) -> int:
 
 
 def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
-    from lola_vllm.eval.record import Record, fingerprint
-    from lola_vllm.eval.runner import run_directories
+    from lola_vllm.eval.engine import run_directories
+    from lola_vllm.eval.results import Record, fingerprint
     from lola_vllm.eval.session import Session
-    from lola_vllm.eval.settings import check, parse_settings
 
     engine_args = _json_object("--engine-args", args.engine_args)
     settings = parse_settings(
@@ -184,11 +148,9 @@ def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
 
 
 def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
-    from lola_vllm.eval.record import Record
-    from lola_vllm.eval.runner import run_server
-    from lola_vllm.eval.server import ServerModel
+    from lola_vllm.eval.results import Record
+    from lola_vllm.eval.server import ServerModel, run_server
     from lola_vllm.eval.session import Session
-    from lola_vllm.eval.settings import Setting
 
     for option in ("lola_config", "sweep", "reference"):
         if getattr(args, option):
@@ -196,7 +158,7 @@ def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
                 f"--{option.replace('_', '-')}: a running server cannot be changed; start it "
                 "with --hf-overrides, or give --model a directory"
             )
-    if args.score != "sre" or args.engine_args != "{}":
+    if args.score != Setting.score or args.engine_args != "{}":
         raise EvalError("--score and --engine-args: for model directories, not for a server")
     key = args.api_key or os.environ.get("OPENAI_API_KEY")
     model = ServerModel(args.model, args.served_model, key, args.tokenizer, args.batch)

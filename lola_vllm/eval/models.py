@@ -1,10 +1,81 @@
-"""What an evaluation asks of a model, wherever it runs."""
+"""What an evaluation asks of a model and its tokenizer, wherever they run."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
 
-from lola_vllm.eval.tokenizer import Tokenizer
+from lola_vllm.eval import EvalError
+
+# Is told what happened, {"event": ..., ...} of JSON values.
+Emit = Callable[[dict[str, Any]], None]
+
+
+class Tokenizer(Protocol):
+    """What evaluations ask of a tokenizer, wherever it runs."""
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Tokens of `text`; with `special`, those the model expects around a prompt as well."""
+
+    def chat(self, message: str) -> list[int]:
+        """Tokens of a chat in which the user said `message`, up to where the answer begins."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of some tokens."""
+
+
+class LocalTokenizer:
+    """The tokenizer of a model directory.
+
+    Raises:
+        EvalError: there is none that transformers can load.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # It warns once in every child process, and nothing here tokenizes in parallel.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from transformers import AutoTokenizer
+
+        if not path.is_dir():
+            raise EvalError(f"{path}: no such directory; give one that holds a tokenizer")
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # transformers raises whatever its parts raise
+            raise EvalError(f"{path}: its tokenizer cannot be loaded ({error})") from error
+        if not self._tokenizer.encode("The quick brown fox"):
+            raise EvalError(f"{path}: its tokenizer gives no tokens; copy tokenizer.json there")
+        self._name = path
+        # A prompt longer than the tokenizer's own idea of the context is measured on purpose.
+        self._tokenizer.model_max_length = 2**62
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """See `Tokenizer.encode`."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
+        return ids
+
+    def chat(self, message: str) -> list[int]:
+        """See `Tokenizer.chat`.
+
+        Raises:
+            EvalError: the model has no chat template.
+        """
+        if not self._tokenizer.chat_template:
+            raise EvalError(
+                f"--format chat: {self._name} has no chat template; use --format completion"
+            )
+        messages = [{"role": "user", "content": message}]
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return self.encode(str(text), special=False)  # the template has written them
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return str(self._tokenizer.decode(ids))
 
 
 class Model(Protocol):

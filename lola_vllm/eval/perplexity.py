@@ -7,29 +7,29 @@ import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from lola_vllm.eval.errors import EvalError
-from lola_vllm.eval.held_out import read_held_out
-from lola_vllm.eval.models import Model
-from lola_vllm.eval.recall import Emit
-from lola_vllm.eval.tokenizer import Tokenizer
+from lola_vllm.cli_options import option
+from lola_vllm.eval import EvalError
+from lola_vllm.eval.models import Emit, Model, Tokenizer
+from lola_vllm.eval.settings import read_held_out
 
 
 @dataclass(frozen=True)
 class PerplexityPlan:
-    """What is read, by every setting alike; JSON values only.
+    """What is read, by every setting alike; JSON values only."""
 
-    Attributes:
-        texts: file or directory of texts; a file is a kind of text.
-        windows: per kind, at most. window_length: tokens of a window.
-        seed: chooses among the windows of a kind.
-    """
+    name: ClassVar[str] = "perplexity"
 
-    texts: str
-    windows: int
-    window_length: int
-    seed: int = 0
+    texts: str = option(
+        "a directory of texts, each a kind, as 'lola-vllm texts' writes it, or one file; held-out "
+        "documents are read",
+        type=Path,
+        metavar="PATH",
+    )
+    windows: int = option("per kind of text, at most", 16)
+    window_length: int = option("in tokens", 1024)
+    seed: int = option("of all choices", 0)
 
     @property
     def max_length(self) -> int:

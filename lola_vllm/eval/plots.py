@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lola_vllm.eval.record import Record
-from lola_vllm.eval.results import MIB
-from lola_vllm.eval.summary import DEPTH_BINS, depth_bin, recall_cell, recall_cells
+from lola_vllm.eval.results import DEPTH_BINS, MIB, Record, depth_bin, recall_cell, recall_cells
 
 DOTS_PER_INCH = 150
 PANELS_IN_A_ROW = 3

@@ -2,13 +2,286 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.eval.record import Record
-from lola_vllm.eval.settings import Memory
-from lola_vllm.eval.summary import Cell, Reading, beyond_window, readings, recall_cells
+import numpy as np
+from numpy.typing import NDArray
+
+from lola_vllm.eval import EvalError
+from lola_vllm.eval.settings import Memory, Setting
+
+# --- records: what one setting gave, as it is kept in a file and taken up again
+
+
+@dataclass
+class Record:
+    """Samples of one setting, and how they came about.
+
+    Attributes:
+        setting: whose. fingerprint: of the model's files; None for a server.
+        memory: what a sequence costs, None if unknown.
+        samples: rows of the plan that was run. dtype: the model's, None if unknown.
+        seconds: they took, starts of engines included.
+        selections: made by another score than the self-recall error, over all layers.
+        finished: whether the plan has no more samples.
+    """
+
+    setting: Setting
+    fingerprint: str | None = None
+    memory: Memory | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    dtype: str | None = None
+    seconds: float = 0.0
+    selections: int = 0
+    finished: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes samples of two runs comparable; models by name, not by where they lie."""
+        return {
+            "name": self.setting.name,
+            "model": self.setting.model.name,
+            "fingerprint": self.fingerprint,
+            "overrides": self.setting.lola_config,
+            "score": self.setting.score,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the samples."""
+        memory = self.memory
+        return {
+            **self.identity,
+            "lola_config": memory.lola_config if memory else None,
+            "selections_by_other_score": self.selections,
+            "dtype": self.dtype,
+            "state_bytes": memory.state_bytes if memory else None,
+            "full_kv_bytes_per_token": memory.full_kv_bytes_per_token if memory else None,
+            "seconds": round(self.seconds, 1),
+            "finished": self.finished,
+        }
+
+    def take_up(self, row: dict[str, Any]) -> None:
+        """Go on from what `to_json` and the samples beside it once were."""
+        self.samples = list(row["samples"])
+        self.dtype, self.seconds = row["dtype"], row["seconds"]
+        self.selections, self.finished = row["selections_by_other_score"], row["finished"]
+
+
+def fingerprint(model: Path) -> str:
+    """A hash of a model directory's config, tokenizer and weights, 16 hexadecimal digits.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    files = [model / "config.json", model / "tokenizer.json", *sorted(model.glob("*.safetensors"))]
+    for path in files:
+        if not path.is_file():
+            continue
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+# --- confidence intervals: of a share of successes, and of perplexities and their ratio
+
+Z_95 = 1.959963984540054
+RESAMPLES = 2000
+
+
+def wilson(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927), 95 % by default.
+
+    Unlike the normal approximation it stays within [0, 1] and has a width at 0 and at all.
+
+    Raises:
+        ValueError: no trial, or successes outside 0..trials.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes of {trials} trials")
+    p = successes / trials
+    scale = 1 + z * z / trials
+    centre = (p + z * z / (2 * trials)) / scale
+    half = z / scale * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    # At the ends the exact bound is 0 or 1; rounding must not leave it a hair away.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == trials else min(1.0, centre + half)
+    return low, high
+
+
+def exp_mean(
+    nats: NDArray[np.float64], tokens: NDArray[np.float64], seed: int = 0
+) -> tuple[float, float, float]:
+    """exp(sum of nats / sum of tokens) over windows, with a bootstrap interval.
+
+    With negative log-likelihoods this is perplexity. With differences of them, taken window by
+    window, it is a ratio of perplexities, and the pairing takes the text's own variation out.
+
+    Args:
+        nats: `[W]`, one sum per window. tokens: `[W]`, tokens that were summed.
+        seed: of the resampling over windows.
+
+    Returns:
+        Value, and the 2.5 and 97.5 percentiles of resampled values.
+
+    Raises:
+        ValueError: no window, or arrays of different lengths.
+    """
+    if len(nats) == 0 or nats.shape != tokens.shape:
+        raise ValueError(f"{nats.shape} sums for {tokens.shape} counts of tokens")
+    value = math.exp(nats.sum() / tokens.sum())
+    picks = np.random.default_rng(seed).integers(0, len(nats), size=(RESAMPLES, len(nats)))
+    means = nats[picks].sum(axis=1) / tokens[picks].sum(axis=1)
+    low, high = np.exp(np.percentile(means, [2.5, 97.5]))
+    return value, float(low), float(high)
+
+
+# --- summaries: from samples to the numbers of a table
+
+DEPTH_BINS = 5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Recall of one task at one length, or of a part of its samples.
+
+    Attributes:
+        samples: their number. exact: how many were answered exactly.
+        low, high: Wilson's 95 % interval of the share of exact answers.
+        match: mean share of expected strings that were found (RULER's score).
+        share: mean share of characters that were right.
+    """
+
+    samples: int
+    exact: int
+    low: float
+    high: float
+    match: float
+    share: float
+
+    @property
+    def rate(self) -> float:
+        """Share of exact answers."""
+        return self.exact / self.samples
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields and the rate."""
+        return {**vars(self), "rate": self.rate}
+
+
+def recall_cell(samples: Sequence[dict[str, Any]]) -> Cell:
+    """Summarize at least one sample of `recall.RecallPlan`."""
+    n = len(samples)
+    exact = sum(sample["exact"] for sample in samples)
+    low, high = wilson(exact, n)
+    match, share = (sum(sample[key] for sample in samples) / n for key in ("match", "share"))
+    return Cell(n, exact, low, high, match, share)
+
+
+def recall_cells(samples: Iterable[dict[str, Any]]) -> dict[tuple[str, int], Cell]:
+    """Cells by task and length, in the order of their first samples."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for sample in samples:
+        groups.setdefault((sample["task"], sample["length"]), []).append(sample)
+    return {key: recall_cell(group) for key, group in groups.items()}
+
+
+def beyond_window(
+    samples: Iterable[dict[str, Any]], lola_config: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The samples whose needle no sliding window can hold when the answer begins.
+
+    A needle among the last lines is read by softmax attention, sparse cache or not: these samples
+    alone tell what the rest of the state remembers.
+
+    Args:
+        samples: of `recall.RecallPlan`. lola_config: the setting's parameters, all of them.
+    """
+    span = lola_config["window_size"] + lola_config["update_interval"]  # the most it ever holds
+    return [sample for sample in samples if sample.get("distance", 0) >= span]
+
+
+def depth_bin(depth: float) -> int:
+    """The bin of a depth, 0 to `DEPTH_BINS` - 1."""
+    return min(DEPTH_BINS - 1, int(depth * DEPTH_BINS))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Perplexity on one kind of text; triples are a value and its 95 % bootstrap interval.
+
+    Attributes:
+        windows, tokens: read and predicted. perplexity: per token.
+        bits_per_byte: of the text in UTF-8; comparable between tokenizers.
+        ratio: perplexity over the reference's on the same windows, paired; None without one.
+    """
+
+    windows: int
+    tokens: int
+    perplexity: tuple[float, float, float]
+    bits_per_byte: float
+    ratio: tuple[float, float, float] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return dict(vars(self))
+
+
+def readings(
+    samples: Sequence[dict[str, Any]],
+    reference: Sequence[dict[str, Any]] | None,
+    seed: int = 0,
+) -> dict[str, Reading]:
+    """Perplexities by kind of text, and of all kinds together as "all".
+
+    Args:
+        samples: of `perplexity.PerplexityPlan`. reference: of the reference model, same windows.
+        seed: of the bootstrap.
+
+    Raises:
+        EvalError: the reference read other tokens: its tokenizer is another one.
+    """
+    by_window = {(row["kind"], row["index"]): row for row in reference or ()}
+    kinds = list(dict.fromkeys(sample["kind"] for sample in samples))
+    result = {}
+    for kind in [*kinds, *(["all"] if len(kinds) > 1 else [])]:
+        rows = [sample for sample in samples if kind in ("all", sample["kind"])]
+        nats, tokens, size = (_column(rows, key) for key in ("nats", "tokens", "bytes"))
+        ratio = None
+        if reference is not None:
+            others = [by_window.get((row["kind"], row["index"])) for row in rows]
+            if any(
+                o is None or o["checksum"] != r["checksum"]
+                for o, r in zip(others, rows, strict=True)
+            ):
+                raise EvalError(
+                    "--reference: its windows hold other tokens; perplexities compare only "
+                    "between models of one tokenizer (bits per byte compare always)"
+                )
+            ratio = exp_mean(nats - _column([o for o in others if o], "nats"), tokens, seed)
+        result[kind] = Reading(
+            windows=len(rows),
+            tokens=int(tokens.sum()),
+            perplexity=exp_mean(nats, tokens, seed),
+            bits_per_byte=float(nats.sum() / math.log(2) / size.sum()),
+            ratio=ratio,
+        )
+    return result
+
+
+def _column(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([row[key] for row in rows], dtype=np.float64)
+
+
+# --- JSON and tables
 
 MIB = 2**20
 

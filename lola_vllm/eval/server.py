@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lola_vllm.eval.errors import EvalError
-from lola_vllm.eval.tokenizer import LocalTokenizer, Tokenizer
+from lola_vllm.eval import EvalError
+from lola_vllm.eval.models import LocalTokenizer, Tokenizer
+from lola_vllm.eval.session import Session
 
 CONNECT_TIMEOUT_S = 10.0
 # A long prompt on a small machine, behind others.
@@ -207,3 +208,26 @@ class ServerModel:
     def _each(self, ask: Callable[[list[int]], T], prompts: list[list[int]]) -> list[T]:
         with ThreadPoolExecutor(self.batch) as pool:
             return list(pool.map(ask, prompts))
+
+
+def run_server(session: Session, model: ServerModel) -> str:
+    """Evaluate a served model; what a sequence costs there is not known.
+
+    Args:
+        session: of one record. model: the server's.
+
+    Returns:
+        The table.
+
+    Raises:
+        EvalError: lengths that the server does not take, or a request that failed.
+    """
+    plan = session.plan
+    if model.max_length is not None and plan.max_length > model.max_length:
+        raise EvalError(
+            f"a length of {plan.max_length} tokens: the server takes {model.max_length} "
+            "(--max-model-len); ask for shorter ones"
+        )
+    return session.run(
+        lambda record, note: plan.run(model, note, plan.done(record.samples)),
+    )

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from lola_vllm.eval import results
-from lola_vllm.eval.errors import EvalError
-from lola_vllm.eval.machine import describe_machine
-from lola_vllm.eval.plans import Plan, plan_name
+from lola_vllm.eval import EvalError, results
+from lola_vllm.eval.models import Emit
+from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan
-from lola_vllm.eval.record import Record
+from lola_vllm.eval.results import Record
+from lola_vllm.eval.settings import measure
 
 SAVE_EVERY_S = 30.0
+# Of the progress bar, in a terminal and in a file.
+REFRESH_S, REFRESH_FILE_S = 0.5, 60.0
+# What every setting is asked, by name.
+Plan: TypeAlias = RecallPlan | PerplexityPlan
+PLANS: dict[str, type[RecallPlan] | type[PerplexityPlan]] = {
+    RecallPlan.name: RecallPlan,
+    PerplexityPlan.name: PerplexityPlan,
+}
 
 
 class Session:
@@ -35,11 +47,10 @@ class Session:
         self, out: Path, plan: Plan, records: list[Record], reference: Record | None, batch: int
     ) -> None:
         self.out, self.plan, self.records, self.reference = out, plan, records, reference
-        self.name = plan_name(plan)
         # Names, not where things lie on this machine.
         texts = Path(plan.texts).name if plan.texts else None
         self._head: dict[str, Any] = {
-            "evaluation": self.name,
+            "evaluation": plan.name,
             "plan": {**vars(plan), "texts": texts},
             "batch": batch,
             "machine": describe_machine(),
@@ -55,7 +66,7 @@ class Session:
     @property
     def path(self) -> Path:
         """The JSON file."""
-        return self.out / f"{self.name}.json"
+        return self.out / f"{self.plan.name}.json"
 
     def begin(self, *, resume: bool, force: bool) -> None:
         """Take up the results that `out` holds, replace them, or refuse to.
@@ -92,6 +103,61 @@ class Session:
                 )
             record.take_up(row)
 
+    def run(self, ask: Callable[[Record, Emit], None]) -> str:
+        """Let every record that is not finished be asked, and write a report after each.
+
+        Args:
+            ask: is given a record and what to tell: the plan's events, and perhaps a "ready" and
+                a "done" around them (see `engine.run_setting`).
+
+        Returns:
+            The table.
+        """
+        table = ""
+        with self._progress() as bar:
+            for record in self.records:
+                start, before = time.monotonic(), record.seconds
+
+                def note(event: dict[str, Any], record: Record = record) -> None:
+                    if event["event"] == "ready":
+                        record.dtype = event["dtype"]
+                        record.memory = measure(record.setting, event["dtype"])
+                    elif event["event"] == "done":
+                        record.selections += event["selections_by_other_score"]
+                    else:
+                        record.samples += event["samples"]
+                        if bar is not None:
+                            bar.set_description(record.setting.name, refresh=False)
+                            bar.update(self._cost(event["samples"]))
+                        self.save(soon=True)
+
+                try:
+                    if not record.finished:
+                        ask(record, note)
+                    record.finished = True
+                finally:
+                    record.seconds = before + time.monotonic() - start
+                    self.save()
+                table = self.report()
+        return table
+
+    def _progress(self) -> Any:
+        """A bar that counts tokens of all settings; without tqdm there is none."""
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return nullcontext()
+        return tqdm(
+            total=len(self.records) * self.plan.tokens,
+            initial=sum(self._cost(record.samples) for record in self.records),
+            unit="tok",
+            unit_scale=True,
+            mininterval=REFRESH_S if sys.stderr.isatty() else REFRESH_FILE_S,
+        )
+
+    def _cost(self, samples: list[dict[str, Any]]) -> int:
+        return sum(self.plan.cost(sample) for sample in samples)
+
     def save(self, *, soon: bool = False) -> None:
         """Write the JSON; with `soon`, unless that was done a moment ago."""
         if soon and time.monotonic() - self._saved < SAVE_EVERY_S:
@@ -111,7 +177,7 @@ class Session:
             self._draw()
         else:
             table = results.perplexity_table(self._begun, self.reference)
-        (self.out / f"{self.name}.md").write_text(table + "\n", encoding="utf-8")
+        (self.out / f"{self.plan.name}.md").write_text(table + "\n", encoding="utf-8")
         return table
 
     @property
@@ -133,3 +199,36 @@ class Session:
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, and versions of what computes; nothing that names a user or a place."""
+    versions: dict[str, str | None] = {}
+    for package in ("lola-vllm", "vllm", "torch"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # a served model needs no vLLM here
+            versions[package] = None
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": _gpu_name(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""What is compared: models with their LoLA parameters, and what a sequence of each costs."""
+"""What is compared, and on what: models with their LoLA parameters and memory, held-out texts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.eval.errors import EvalError
+from lola_vllm.cli_options import option
+from lola_vllm.eval import EvalError
 
-SCORES = ("sre", "random", "newest", "norm")
 _KEYS = ("name", "model", "lola_config", "score")
 
 
@@ -20,14 +20,17 @@ class Setting:
 
     Attributes:
         name: of the row. model: its directory. lola_config: keys that replace the checkpoint's.
-        score: which evicted pairs stay exact. "sre" is LoLA; the others are ablations, see
-            `lola_vllm.eval.ablation`.
+        score: which evicted pairs stay exact; see `lola_vllm.eval.ablation` for all but "sre".
     """
 
     name: str
     model: Path
     lola_config: dict[str, Any] = field(default_factory=dict)
-    score: str = "sre"
+    score: str = option(
+        "ablation: keep pairs by sre (LoLA, the default), random, newest or norm of the value; all "
+        "but sre run on the torch back end",
+        "sre",
+    )
 
     @property
     def is_lola(self) -> bool:
@@ -108,8 +111,10 @@ def check(setting: Setting, max_length: int) -> None:
         EvalError: LoLA parameters for a model without LoLA, an unknown score, or a length beyond
             the model's context. LolaConfigError: parameters that are not valid.
     """
-    if setting.score not in SCORES:
-        raise EvalError(f"score = {setting.score!r}: must be one of {', '.join(SCORES)}")
+    from lola_vllm.eval.ablation import SCORES
+
+    if setting.score not in ("sre", *SCORES):
+        raise EvalError(f"score = {setting.score!r}: must be one of sre, {', '.join(SCORES)}")
     config = read_model_config(setting.model)
     if not setting.is_lola and (setting.lola_config or setting.score != "sre"):
         raise EvalError(
@@ -194,3 +199,37 @@ def _read_sweep(path: Path, model: Path, score: str) -> list[Setting]:
             Setting(name, Path(row.get("model", model)), config, row.get("score", score))
         )
     return settings
+
+
+def read_held_out(path: Path) -> dict[str, list[str]]:
+    """Held-out documents at `path`.
+
+    Args:
+        path: a text file, or a directory of them, as `lola-vllm texts` writes it.
+
+    Returns:
+        Per file, by its name without ending, its held-out documents in order; files without any
+        are left out.
+
+    Raises:
+        EvalError: no such path, no text file, or nothing held out.
+        TextsError: a file that is not UTF-8 or has no text.
+    """
+    from lola_vllm.texts import is_held_out, read_documents
+
+    if not path.exists():
+        raise EvalError(
+            f"--texts {path}: no such file or directory; 'lola-vllm texts --help' says how to get "
+            "some"
+        )
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise EvalError(f"--texts {path}: no .txt file there")
+    kinds = {file.stem: list(filter(is_held_out, read_documents(file))) for file in files}
+    found = {kind: documents for kind, documents in kinds.items() if documents}
+    if not found:
+        raise EvalError(
+            f"--texts {path}: no document is held out from training, which about one in twenty "
+            "is; give more text"
+        )
+    return found

@@ -1,13 +1,404 @@
-"""The recall tasks by name."""
+"""The recall tasks: what is hidden in how much text, and which question asks for it.
+
+The sentences are word for word as published, so that results compare. Needle tasks and variable
+tracking: RULER (arXiv 2404.06654), its odd spelling included. Pass key: landmark attention (arXiv
+2305.16300). The keys' words are our own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import random
+import re
+import string
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from lola_vllm.eval.chains import draw_chain
-from lola_vllm.eval.errors import EvalError
-from lola_vllm.eval.needles import NeedleDraw, draw_pass_key
-from lola_vllm.eval.questions import Task
+from lola_vllm.eval import EvalError
+
+# --- wording
+
+NOISE = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+NOISE_LINE = " ".join(NOISE)
+
+# {kind}: number or uuid. Needles name the plural even where there is one, as RULER's do.
+NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
+NEEDLE_PROMPT = (
+    "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {kind} afterwards.\n{context}\n"
+    "What is the special magic {kind} for {key} mentioned in the provided text?"
+)
+NEEDLE_ANSWER = "The special magic {kind} for {key} mentioned in the provided text is"
+
+PASS_KEY = "The pass key is {key}. Remember it. {key} is the pass key."
+PASS_KEY_PROMPT = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
+    "them. I will quiz you about the important information there.\n{context}\n"
+    "What is the pass key?"
+)
+PASS_KEY_ANSWER = "The pass key is"
+
+CHAIN_PROMPT = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+    "{context}\n"
+    "Question: Find all variables that are assigned the value {value} in the text above."
+)
+CHAIN_ANSWER = (
+    "Answer: According to the chain(s) of variable assignment in the text above, "
+    "{count} variables are assgined the value {value}, they are:"
+)
+
+_ADJECTIVES = (
+    "amber ancient bitter blunt brave brisk calm clever coarse cosmic crisp curious daring "
+    "deep distant dusty eager early fierce foggy frozen gentle giant golden grand hasty "
+    "hidden hollow humble icy idle jolly keen lively lonely loud lucky mellow mighty modest "
+    "narrow noble odd pale patient polite proud quick quiet rapid restless rough royal rustic "
+    "salty sharp shiny silent silver simple sleepy slender smooth solid sour steady stormy "
+    "strange subtle sunny swift tender tidy tiny vague vast velvet vivid warm weary wild "
+    "windy wise witty young"
+)
+_NOUNS = (
+    "anchor apple arrow autumn badge basket beacon bell bottle branch bridge button cabin "
+    "candle canyon castle cedar chapter circle cliff clock cloud coast comet copper corner "
+    "cradle desert dragon drum eagle echo engine falcon feather fiddle forest fountain garden "
+    "glacier hammer harbor hazel hill island ivory jacket jungle kettle ladder lantern lemon "
+    "lever lizard magnet maple marble meadow mirror mountain needle ocean orchard otter "
+    "paddle palace pearl pebble pepper piano pillow planet pocket prairie quarry rabbit raven "
+    "ribbon river rocket saddle sailor shadow shelter signal spoon spring stable summit "
+    "temple thunder tiger timber tower tunnel turtle valley velcro violin wagon walnut "
+    "whistle willow window winter zebra"
+)
+ADJECTIVES = tuple(_ADJECTIVES.split())
+NOUNS = tuple(_NOUNS.split())
+
+
+# --- real text to hide needles in: sentences of held-out documents
+
+# Lists and tables have no full stops; pieces of this size keep prompts close to their length.
+MAX_WORDS = 40
+# A sentence ends in punctuation, perhaps quoted, before a space. Coarse, but a needle only has to
+# stand between two sentences most of the time.
+_QUOTES = "\"'\u2018\u2019\u201c\u201d"
+_SENTENCE_END = re.compile(rf"(?<=[.!?])[{_QUOTES})\]]*\s+(?=[{_QUOTES}(\[]?[A-Z0-9])")
+
+
+def split_sentences(document: str) -> list[str]:
+    """Sentences of a document, at most `MAX_WORDS` long, white space made single spaces."""
+    flat = " ".join(document.split())
+    ends = [end.end() for end in _SENTENCE_END.finditer(flat)]
+    pieces = []
+    for start, end in zip([0, *ends], [*ends, len(flat)], strict=True):
+        words = flat[start:end].split()
+        pieces += [" ".join(words[i : i + MAX_WORDS]) for i in range(0, len(words), MAX_WORDS)]
+    return pieces
+
+
+class Prose:
+    """Sentences of several documents, read on from a random place.
+
+    Args:
+        documents: texts; one after the other, and from the start again after the last.
+
+    Raises:
+        EvalError: there is no sentence in them.
+    """
+
+    def __init__(self, documents: list[str]) -> None:
+        self._documents = [split_sentences(document) for document in documents]
+        self._documents = [sentences for sentences in self._documents if sentences]
+        if not self._documents:
+            raise EvalError("--texts: the documents hold no sentence; give plain English prose")
+        self._weights = [len(sentences) for sentences in self._documents]
+
+    def start(self, rng: random.Random) -> tuple[int, int]:
+        """A random document, longer ones more often, and a random sentence of it."""
+        (document,) = rng.choices(range(len(self._documents)), weights=self._weights)
+        return document, rng.randrange(len(self._documents[document]))
+
+    def read(self, start: tuple[int, int], count: int) -> list[str]:
+        """`count` sentences from `start` on."""
+        document, sentence = start
+        found = self._documents[document][sentence : sentence + count]
+        while len(found) < count:
+            document = (document + 1) % len(self._documents)
+            found += self._documents[document][: count - len(found)]
+        return found
+
+
+# --- what all tasks share
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, before any tokenizer or chat template.
+
+    Attributes:
+        text: haystack and question. answer_prefix: how the answer is begun for the model.
+        expected: strings that the answer must hold.
+        depth: share of the haystack before what is asked for, 0 <= depth < 1.
+    """
+
+    text: str
+    answer_prefix: str
+    expected: tuple[str, ...]
+    depth: float
+
+
+# From a number of haystack units (lines or sentences) to the question. What is random was drawn
+# before, so the same needle lies at the same depth whatever the number.
+Draft = Callable[[int], Question]
+
+
+class Draw(Protocol):
+    """Draws everything random about one question.
+
+    Args:
+        rng: its only source of randomness.
+        depth: where the needle that is asked for should lie, 0 <= depth < 1.
+        length: tokens of the whole prompt, for tasks that scale more than the haystack.
+        prose: real text, for the tasks that say they need it.
+    """
+
+    def __call__(
+        self, rng: random.Random, depth: float, length: int, prose: Prose | None
+    ) -> Draft: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question.
+
+    Attributes:
+        name: on the command line. about: one line for people.
+        draw: see `Draw`. minimum_units: smallest haystack.
+        answer_room: tokens left free for the answer within the prompt's length.
+        needs_prose: whether `draw` must be given prose.
+    """
+
+    name: str
+    about: str
+    draw: Draw
+    answer_room: int
+    minimum_units: int = 1
+    needs_prose: bool = False
+
+
+def hide(haystack: list[str], needles: list[tuple[float, str]]) -> tuple[list[str], list[float]]:
+    """Put each needle before the haystack's unit at its depth.
+
+    Args:
+        haystack: lines or sentences. needles: (depth, sentence).
+
+    Returns:
+        The new list, and the depth of each needle as a share of the haystack's units.
+    """
+    n = len(haystack)
+    indices = [int(depth * n) for depth, _ in needles]
+    mixed = list(haystack)
+    # From the back, so that earlier indices stay what they were.
+    for at in sorted(range(len(needles)), key=lambda i: needles[i][0], reverse=True):
+        mixed.insert(indices[at], needles[at][1])
+    return mixed, [index / n for index in indices]
+
+
+# --- needles in a haystack, and the older pass key
+
+
+@dataclass(frozen=True)
+class NeedleDraw:
+    """Draws one of RULER's `niah` questions; see `Draw`.
+
+    Attributes:
+        haystack: "noise": one line of five sentences, repeated; "prose": real text; "needles":
+            nothing but lines like the needle, with other keys.
+        value: a number of 7 digits, or a uuid.
+        keys: needles hidden, of which the first is asked for.
+    """
+
+    haystack: Literal["noise", "prose", "needles"]
+    value: Literal["number", "uuid"] = "number"
+    keys: int = 1
+
+    def __call__(self, rng: random.Random, depth: float, length: int, prose: Prose | None) -> Draft:
+        keys: list[str] = []
+        while len(keys) < self.keys:
+            key = draw_key(rng)
+            if key not in keys:
+                keys.append(key)
+        values = [self._draw_value(rng) for _ in keys]
+        depths = [depth, *(rng.random() for _ in keys[1:])]
+        needles = [
+            (where, self._needle(key, value))
+            for where, key, value in zip(depths, keys, values, strict=True)
+        ]
+        start = prose.start(rng) if prose and self.haystack == "prose" else (0, 0)
+        others = random.Random(rng.random())
+
+        def lines(units: int) -> list[str]:
+            if self.haystack == "noise":
+                return [NOISE_LINE] * units
+            if self.haystack == "prose":
+                assert prose is not None
+                return prose.read(start, units)
+            while len(distractors) < units:
+                key = draw_key(others)
+                if key not in keys:
+                    distractors.append(self._needle(key, self._draw_value(others)))
+            return distractors[:units]
+
+        distractors: list[str] = []
+
+        def draft(units: int) -> Question:
+            mixed, found = hide(lines(units), needles)
+            separator = " " if self.haystack == "prose" else "\n"
+            return needle_question(
+                separator.join(mixed), self.value, keys[0], values[0], depth=found[0]
+            )
+
+        return draft
+
+    def _draw_value(self, rng: random.Random) -> str:
+        if self.value == "number":
+            return str(rng.randint(10**6, 10**7 - 1))
+        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+    def _needle(self, key: str, value: str) -> str:
+        return NEEDLE.format(kind=self.value, key=key, value=value)
+
+
+def draw_key(rng: random.Random) -> str:
+    """An adjective and a noun, one of about 10,000 pairs."""
+    return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+
+
+def needle_question(context: str, kind: str, key: str, value: str, *, depth: float) -> Question:
+    """The question for the value of `key`, given the text that hides it."""
+    return Question(
+        text=NEEDLE_PROMPT.format(kind=kind, context=context, key=key),
+        answer_prefix=NEEDLE_ANSWER.format(kind=kind, key=key),
+        expected=(value,),
+        depth=depth,
+    )
+
+
+def draw_pass_key(rng: random.Random, depth: float, length: int, prose: Prose | None) -> Draft:
+    """The pass key of 5 digits in repeated noise (arXiv 2305.16300); see `Draw`."""
+    key = str(rng.randint(10**4, 10**5 - 1))
+
+    def draft(units: int) -> Question:
+        before = int(depth * units)
+        parts = [
+            " ".join([NOISE_LINE] * before),
+            PASS_KEY.format(key=key),
+            " ".join([NOISE_LINE] * (units - before)),
+        ]
+        return Question(
+            text=PASS_KEY_PROMPT.format(context="\n".join(filter(None, parts))),
+            answer_prefix=PASS_KEY_ANSWER,
+            expected=(key,),
+            depth=before / units,
+        )
+
+    return draft
+
+
+# --- variable tracking: follow assignments through noise
+# One chain of five variables, `VAR B = VAR A`, scattered in order; asked for are all variables that
+# got the first one's value. A solved example of the same form stands before it, as in RULER, but
+# scales with the prompt, so that the task also fits into 512 tokens.
+
+VARIABLES = 5
+# Lines of noise in the solved example: RULER's fills 500 tokens with about 10 of them.
+MAX_EXAMPLE_LINES = 10
+TOKENS_PER_EXAMPLE_LINE = 150
+
+
+def draw_names(rng: random.Random, letters: int) -> list[str]:
+    """Different names of so many capital letters, one per variable."""
+    names: list[str] = []
+    while len(names) < VARIABLES:
+        name = "".join(rng.choices(string.ascii_uppercase, k=letters))
+        if name not in names:
+            names.append(name)
+    return names
+
+
+def chain_text(names: list[str], value: int, lines: int, places: list[int]) -> str:
+    """The assignments among noise.
+
+    Args:
+        names: of the variables. value: of the first. lines: of noise.
+        places: rising, one per name: units of noise before its assignment (see `num_units`).
+    """
+    assignments = [f"VAR {names[0]} = {value}"]
+    assignments += [f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(names)]
+    units = _units(lines)
+    for j, (place, assignment) in enumerate(zip(places, assignments, strict=True)):
+        units.insert(place + j, assignment)
+    return " ".join(units).replace(". \n", ".\n")
+
+
+def _units(lines: int) -> list[str]:
+    # So few lines would not keep the assignments apart: their sentences are the units then.
+    if lines <= VARIABLES:
+        return list(NOISE) * lines
+    return [NOISE_LINE + "\n"] * lines
+
+
+def num_units(lines: int) -> int:
+    """Units of noise, between which assignments may stand."""
+    return len(_units(lines))
+
+
+def chain_question(
+    context: str, names: list[str], value: int, *, example: str = "", depth: float = 0.0
+) -> Question:
+    """The question for all of `names`, after a solved `example` if there is one."""
+    return Question(
+        text=example + CHAIN_PROMPT.format(context=context, value=value),
+        answer_prefix=CHAIN_ANSWER.format(count=len(names), value=value),
+        expected=tuple(names),
+        depth=depth,
+    )
+
+
+def solved_example(rng: random.Random, lines: int) -> str:
+    """A question with its answer and the empty lines after it."""
+    names, value = draw_names(rng, letters=3), rng.randint(10000, 99999)
+    places = sorted(rng.sample(range(num_units(lines)), VARIABLES))
+    question = chain_question(chain_text(names, value, lines, places), names, value)
+    return f"{question.text} {question.answer_prefix} {' '.join(names)}\n\n\n\n"
+
+
+def draw_chain(rng: random.Random, depth: float, length: int, prose: Prose | None) -> Draft:
+    """Draw a chain; see `Draw`. `depth` is where its first assignment stands.
+
+    The others follow at random places after it.
+    """
+    names, value = draw_names(rng, letters=5), rng.randint(10000, 99999)
+    lines = min(MAX_EXAMPLE_LINES, max(2, length // TOKENS_PER_EXAMPLE_LINE))
+    example = solved_example(rng, lines)
+    rest = sorted(rng.random() for _ in names[1:])
+
+    def draft(units: int) -> Question:
+        n = num_units(units)
+        first = int(depth * n)
+        places = [first, *(first + int(share * (n - first)) for share in rest)]
+        context = chain_text(names, value, units, places)
+        return chain_question(context, names, value, example=example, depth=first / n)
+
+    return draft
+
+
+# --- the tasks by name
 
 # Room for an answer: 7 digits, a uuid's 36 characters or five names, in tokenizers that take a
 # token per digit, and some words before them. RULER leaves 128 tokens (30 for chains).
@@ -53,7 +444,6 @@ TASKS = {
         Task("vt", "RULER variable tracking: a chain of five variables", draw_chain, _CHAIN_ROOM),
     )
 }
-DEFAULT_TASKS = ("niah-1", "niah-2", "niah-3", "passkey", "multikey", "vt")
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:

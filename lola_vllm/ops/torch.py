@@ -6,6 +6,8 @@ repeats for every piece of a prompt. Sums are made in float32 (float64 for float
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,10 @@ from lola_vllm.state import StateLayout, StateViews
 # Longest piece of a prompt that is attended at once: bounds the logits to
 # rows x Hq x 256 x (ring + lam) when the window, and so the update interval, is very long.
 MAX_PIECE = 256
+
+# What `score` may be in place of the self-recall error, for ablations: from values `[B, Hg, E, d]`
+# and positions `[B, Hg, E]` of candidates to `[B, Hg, E]`, of which the largest stay exact.
+Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def sre_scores(
@@ -48,6 +54,7 @@ def decode(
     slots: Tensor,
     seq_lens: Tensor,
     out: Tensor,
+    score: Score | None = None,
 ) -> None:
     """One new token per row; see `contract.DecodeOp`."""
     positions = seq_lens - 1
@@ -57,14 +64,14 @@ def decode(
         if len(rows):
             _step(
                 q[rows, None], k[rows, None], v[rows, None], weights, layout, views, slots[rows],
-                positions[rows], torch.ones_like(positions[rows]), live[:, None],
+                positions[rows], torch.ones_like(positions[rows]), live[:, None], score,
             )  # fmt: skip
         out.zero_()
         out[rows] = live
         return
     _step(
         q[:, None], k[:, None], v[:, None], weights, layout, views, slots,
-        positions, torch.ones_like(positions), out[:, None],
+        positions, torch.ones_like(positions), out[:, None], score,
     )  # fmt: skip
 
 
@@ -79,6 +86,7 @@ def prefill(
     query_start_loc: Tensor,
     context_lens: Tensor,
     out: Tensor,
+    score: Score | None = None,
 ) -> None:
     """A run of new tokens per row; see `contract.PrefillOp`.
 
@@ -110,7 +118,7 @@ def prefill(
         piece_out = torch.empty_like(q[tokens])
         _step(
             q[tokens], k[tokens], v[tokens], weights, layout, views, slots[rows],
-            positions, lengths, piece_out,
+            positions, lengths, piece_out, score,
         )  # fmt: skip
         out[tokens[valid]] = piece_out[valid]
 
@@ -141,6 +149,7 @@ def _step(
     positions: Tensor,
     lengths: Tensor,
     out: Tensor,
+    score: Score | None,
 ) -> None:
     """One piece per row, all within one update interval: write, attend, update where it is due.
 
@@ -156,7 +165,7 @@ def _step(
     n = positions + lengths
     due = layout.update_due(n).nonzero().squeeze(1)
     if len(due):
-        _update(weights.feature_map_k, layout, views, slots[due], n[due])
+        _update(weights.feature_map_k, layout, views, slots[due], n[due], score)
 
 
 def _write(
@@ -272,6 +281,7 @@ def _update(
     views: StateViews,
     slots: Tensor,
     n: Tensor,
+    score: Score | None,
 ) -> None:
     """Evict, rescore, select, fold (paper section 3.3) in pages that just reached n tokens.
 
@@ -296,7 +306,10 @@ def _update(
     empty = layout.num_folded(n - C) == 0
     keep = ok
     if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
-        scores = sre_scores(k, v, feature_map_k, views.H, views.s, slots, empty)
+        if score is None:
+            scores = sre_scores(k, v, feature_map_k, views.H, views.s, slots, empty)
+        else:
+            scores = score(v, at)
         keep = _largest(scores, at, ok, lam)
         _fold(k, v, ok & ~keep, feature_map_k, layout, views, slots, n, empty)
     _replace(k, v, at, keep, layout, views, slots)

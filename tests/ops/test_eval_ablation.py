@@ -7,11 +7,13 @@ import itertools
 import pytest
 import torch
 from problem import make_problem, poisoned_pool
+from torch import nn
 
+from lola_vllm.attention import LolaAttention
 from lola_vllm.config import LolaConfig
-from lola_vllm.eval import ablation
-from lola_vllm.eval.ablation import score_by
-from lola_vllm.eval.errors import EvalError
+from lola_vllm.eval import EvalError, ablation
+from lola_vllm.eval.ablation import SCORES, CountedScore, use_score
+from lola_vllm.ops import Backend
 from lola_vllm.ops import torch as portable
 
 T, ETA, LAM, SINK = 96, 8, 12, 4
@@ -25,21 +27,19 @@ def kept(score: str, cuts: tuple[int, ...] = (0, T)) -> list[list[int]]:
     layout = problem.layout()
     _, views = poisoned_pool(layout, 3)
     slots = torch.tensor([1])
-    with score_by(score) as selections:
-        for start, stop in itertools.pairwise(cuts):
-            q, k, v = (t[start:stop] for t in (problem.q, problem.k, problem.v))
-            loc = torch.tensor([0, stop - start])
-            context = torch.tensor([start])
-            out = torch.empty_like(q)
-            portable.prefill(q, k, v, problem.weights(), layout, views, slots, loc, context, out)
-            assert out.isfinite().all()
-    assert bool(selections) == (score != "sre")
+    other = None if score == "sre" else CountedScore(SCORES[score])
+    for start, stop in itertools.pairwise(cuts):
+        q, k, v = (t[start:stop] for t in (problem.q, problem.k, problem.v))
+        out = torch.empty_like(q)
+        args = (q, k, v, problem.weights(), layout, views, slots)
+        if stop - start == 1:
+            portable.decode(*args, torch.tensor([stop]), out, score=other)
+        else:
+            loc, context = torch.tensor([0, stop - start]), torch.tensor([start])
+            portable.prefill(*args, loc, context, out, score=other)
+        assert out.isfinite().all()
+    assert other is None or other.selections > 0
     return [sorted(row) for row in views.positions[1].tolist()]
-
-
-@pytest.fixture(autouse=True)
-def torch_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOLA_VLLM_OPS", "torch")
 
 
 def test_newest_keeps_the_last_to_leave_the_window() -> None:
@@ -73,18 +73,31 @@ def test_the_choice_does_not_depend_on_how_a_prompt_is_split(score: str) -> None
     assert kept(score) == kept(score, (0, 1, 30, 31, 77, T))
 
 
-def test_scores_differ_and_serving_keeps_its_own() -> None:
-    scored, largest = portable.sre_scores, portable._largest
-    before = kept("sre")
-    found = [kept(score) for score in ("random", "newest", "norm")]
-    assert kept("sre") == before
-    assert portable.sre_scores is scored and portable._largest is largest
-    assert all(a != b for i, a in enumerate([before, *found]) for b in [before, *found][:i])
+def test_every_score_keeps_other_pairs() -> None:
+    found = [kept(score) for score in ("sre", *SCORES)]
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
 
 
-def test_a_score_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EvalError, match="must be sre, newest, random, norm"), score_by("best"):
-        pass
-    monkeypatch.setenv("LOLA_VLLM_OPS", "native")
-    with pytest.raises(EvalError, match="set LOLA_VLLM_OPS=torch"), score_by("newest"):
-        pass
+def layer(ops: Backend) -> LolaAttention:
+    """A LoLA layer with nothing but its ops."""
+    made = LolaAttention.__new__(LolaAttention)
+    nn.Module.__init__(made)
+    made.ops = ops
+    return made
+
+
+def test_the_layers_of_a_model_are_given_the_score_and_no_other_layer_is() -> None:
+    ops = Backend("torch", portable.decode, portable.prefill)
+    model, serving = nn.Sequential(nn.Linear(2, 2), layer(ops)), layer(ops)
+    score = CountedScore(ablation.newest)
+    use_score(model, score)
+    for name in ("decode", "prefill"):
+        given = getattr(model[1].ops, name)
+        assert given.func is getattr(portable, name) and given.keywords == {"score": score}
+    assert serving.ops == ops
+
+
+def test_another_back_end_than_torch_is_refused() -> None:
+    model = nn.Sequential(layer(Backend("native (avx2)", portable.decode, portable.prefill)))
+    with pytest.raises(EvalError, match=r"native \(avx2\) knows no other .* LOLA_VLLM_OPS=torch"):
+        use_score(model, ablation.newest)

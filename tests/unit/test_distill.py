@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from lola_vllm import cli
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig, LolaConfigError
+from lola_vllm.distill.options import DistillOptions
 from lola_vllm.distill.plot import plot_losses
-from lola_vllm.distill.run import DistillOptions, distill
+from lola_vllm.distill.run import distill
 from lola_vllm.distill.student import attach_maps, load_base, load_maps, lola_attention
 from lola_vllm.distill.transfer import check_row_length
 from lola_vllm.state import StateLayout
@@ -170,10 +171,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(
         raise CutError
 
     monkeypatch.setattr(finetune, "_save", save_and_stop)
-    monkeypatch.setattr(
-        finetune.FinetuneOptions, "__post_init__",
-        lambda self: object.__setattr__(self, "save_every", 2), raising=False,
-    )  # fmt: skip
+    monkeypatch.setattr(finetune, "SAVE_EVERY", 2)
     with pytest.raises(CutError):
         distill(base, [str(text)], out, OPTIONS, resume=True)
     monkeypatch.undo()

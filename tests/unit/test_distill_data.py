@@ -320,7 +320,7 @@ def test_sources_without_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        RowOptions(**options)
+        RowOptions(**{"row_length": 1024, **options})
 
 
 # --- retrieval prompts

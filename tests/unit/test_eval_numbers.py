@@ -10,19 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lola_vllm.eval.errors import EvalError
-from lola_vllm.eval.intervals import exp_mean, wilson
-from lola_vllm.eval.record import Record
+from lola_vllm.eval import EvalError
+from lola_vllm.eval.recall import judge
 from lola_vllm.eval.results import (
+    Record,
+    depth_bin,
+    exp_mean,
     markdown,
     perplexity_table,
+    readings,
+    recall_cell,
+    recall_cells,
     recall_json,
     recall_table,
+    wilson,
     write,
 )
-from lola_vllm.eval.scoring import judge
 from lola_vllm.eval.settings import Memory, Setting
-from lola_vllm.eval.summary import depth_bin, readings, recall_cell, recall_cells
 
 UUID = "438584a2-6a23-48b8-a21e-b6c15e265f5a"
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lola_vllm.eval.errors import EvalError
+from lola_vllm.eval import EvalError
 from lola_vllm.eval.perplexity import PerplexityPlan
-from lola_vllm.eval.record import Record
+from lola_vllm.eval.results import Record
 from lola_vllm.eval.settings import Memory, Setting
 from lola_vllm.texts import SEPARATOR, is_held_out
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lola_vllm import cli
+from lola_vllm.eval import EvalError
 from lola_vllm.eval import server as server_module
-from lola_vllm.eval.errors import EvalError
 from lola_vllm.eval.server import Connection, ServerModel
 
 KEY = "secret-key"

@@ -11,12 +11,10 @@ import torch
 
 from lola_vllm import cli
 from lola_vllm.config import LolaConfigError
-from lola_vllm.eval import engine
-from lola_vllm.eval.errors import EvalError
-from lola_vllm.eval.held_out import read_held_out
-from lola_vllm.eval.record import Record, fingerprint
-from lola_vllm.eval.settings import Setting, check, measure, parse_settings
-from lola_vllm.eval.worker import run_setting
+from lola_vllm.eval import EvalError, engine
+from lola_vllm.eval.engine import run_setting
+from lola_vllm.eval.results import Record, fingerprint
+from lola_vllm.eval.settings import Setting, check, measure, parse_settings, read_held_out
 from lola_vllm.texts import SEPARATOR, is_held_out
 
 LLAMA = {

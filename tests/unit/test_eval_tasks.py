@@ -8,14 +8,21 @@ from collections import Counter
 
 import pytest
 
-from lola_vllm.eval import wording
-from lola_vllm.eval.chains import VARIABLES, chain_question, chain_text, num_units
-from lola_vllm.eval.errors import EvalError
-from lola_vllm.eval.needles import needle_question
-from lola_vllm.eval.prompts import Prompt, build_prompts
-from lola_vllm.eval.prose import MAX_WORDS, Prose, split_sentences
-from lola_vllm.eval.questions import hide
-from lola_vllm.eval.tasks import TASKS, find_tasks
+from lola_vllm.eval import EvalError, tasks
+from lola_vllm.eval.recall import Prompt, build_prompts
+from lola_vllm.eval.tasks import (
+    MAX_WORDS,
+    TASKS,
+    VARIABLES,
+    Prose,
+    chain_question,
+    chain_text,
+    find_tasks,
+    hide,
+    needle_question,
+    num_units,
+    split_sentences,
+)
 
 SAMPLES = 20
 
@@ -121,7 +128,7 @@ def test_depth_is_where_the_needle_is() -> None:
     tokenizer = Words()
     for prompt in build_prompts(TASKS["niah-1"], 2048, SAMPLES, 0, tokenizer):
         lines = prompt.question.text.split("\n")[1:-1]
-        (at,) = (i for i, line in enumerate(lines) if line != wording.NOISE_LINE)
+        (at,) = (i for i, line in enumerate(lines) if line != tasks.NOISE_LINE)
         assert prompt.question.depth == at / (len(lines) - 1)
 
 
@@ -244,16 +251,16 @@ class TestAgainstLmEval:
         for sample in samples:
             (value,) = sample["outputs"]
             (key,) = re.findall(rf"magic numbers for (.+) is: {value}", sample["input"])
-            needle = wording.NEEDLE.format(kind="number", key=key, value=value)
+            needle = tasks.NEEDLE.format(kind="number", key=key, value=value)
             lines = sample["input"].split("\n")[1:-1]
             at = lines.index(needle)
             others = lines[:at] + lines[at + 1 :]
             mixed, _ = hide(others, [(at / len(others), needle)])
             if haystack == "repeat":
-                assert others == [wording.NOISE_LINE] * len(others)
+                assert others == [tasks.NOISE_LINE] * len(others)
             else:
                 # Some of its words are two.
-                form = wording.NEEDLE.format(kind="number", key=r"[a-z' -]+", value=r"\d{7}")
+                form = tasks.NEEDLE.format(kind="number", key=r"[a-z' -]+", value=r"\d{7}")
                 assert all(re.fullmatch(form, line) for line in others)
             ours = needle_question("\n".join(mixed), "number", key, value, depth=0)
             assert ours.text == sample["input"]
@@ -269,13 +276,13 @@ class TestAgainstLmEval:
         ):
             names = sample["outputs"]
             assert len(names) == VARIABLES
-            start = wording.CHAIN_PROMPT.split("{")[0]
+            start = tasks.CHAIN_PROMPT.split("{")[0]
             solved, main = sample["input"].split(start)[1:]
             (value,) = re.findall(r"assigned the value (\d+)", main)
             context = main.split("\nQuestion:")[0]
-            lines = context.count(wording.NOISE[0])
+            lines = context.count(tasks.NOISE[0])
             # Units of noise before each assignment, to hide ours in the same places.
-            places = [context[: context.index(f"VAR {n} =")].count(wording.NOISE[0]) for n in names]
+            places = [context[: context.index(f"VAR {n} =")].count(tasks.NOISE[0]) for n in names]
             assert num_units(lines) == lines
             ours = chain_question(chain_text(names, int(value), lines, places), names, int(value))
             assert ours.text == start + main
@@ -283,12 +290,12 @@ class TestAgainstLmEval:
             # The solved example has the form of the question with its answer.
             solved_names = solved.split(":")[-1].split()
             (value,) = re.findall(r"assigned the value (\d+)", solved)
-            end = wording.CHAIN_ANSWER.format(count=VARIABLES, value=value)
+            end = tasks.CHAIN_ANSWER.format(count=VARIABLES, value=value)
             assert solved.split(" Answer:")[1].split() == [*end.split()[1:], *solved_names]
 
     def test_scores(self) -> None:
         common = self._import("common_utils")
-        from lola_vllm.eval.scoring import judge
+        from lola_vllm.eval.recall import judge
 
         for expected, answer in (
             (["123"], " 123."),

@@ -1,0 +1,102 @@
+"""What a distillation can be told: every field, its default and its option in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from lola_vllm.cli_options import option
+
+if TYPE_CHECKING:
+    from lola_vllm.config import LolaConfig
+
+# Parts of the options. Those of the second stage do not change what the first makes.
+TRANSFER, FINETUNE, LOLA = "transfer", "finetune", "lola"
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Everything but paths; lengths in tokens.
+
+    Attributes:
+        lola_config: what the checkpoint will say, and what is trained for.
+        state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq).
+        train_windows, train_sparse_caches: train for every pairing of these instead; each must be
+            servable later, so they only widen what the maps have seen.
+        The others: see their help. A row, of either stage, must be so long that pairs are folded
+            in it, for every setting trained for.
+    """
+
+    retrieval_fraction: float = option("share of rows that are synthetic retrieval prompts", 0.2)
+    seed: int = option("of the order of rows and all else that is drawn", 0)
+    dtype: Literal["bfloat16", "float32"] = option(
+        "of the base's weights while training", "bfloat16"
+    )
+
+    rows: int = option(
+        "rows of tokens; one pass is made over them in every layer", 256, part=TRANSFER
+    )
+    row_length: int = option("tokens of a row", 2048, part=TRANSFER)
+    learning_rate: float = option(
+        "AdamW's, falling to zero along half a cosine within each layer", 1e-2, part=TRANSFER
+    )
+    steps_per_row: int = option("optimizer steps on each row", 2, part=TRANSFER)
+    queries_per_step: int = option("query tokens that a step compares", 512, part=TRANSFER)
+
+    lora_rows: int = option("rows of tokens; 0 leaves the stage out", 512, part=FINETUNE)
+    lora_row_length: int = option("tokens of a row", 1024, part=FINETUNE)
+    lora_rank: int = option("rank of the adapters on q, k, v and o", 8, part=FINETUNE)
+    lora_learning_rate: float = option(
+        "AdamW's for the adapters, after a warm-up falling to a tenth", 1e-3, part=FINETUNE
+    )
+    map_learning_rate: float = option(
+        "for the maps, which are trained on; 0 freezes them", 1e-3, part=FINETUNE
+    )
+    answer_weight: float = option("weight of the tokens of synthetic answers", 1.0, part=FINETUNE)
+    rows_per_step: int = option("rows whose gradients make a step", 4, part=FINETUNE)
+    lora_loss: Literal["teacher", "next-token"] = option(
+        "divergence from the base model's distribution (default), or LoLCATs' own loss",
+        "teacher",
+        part=FINETUNE,
+    )
+    gradient_checkpointing: bool = option(
+        "compute activations twice, for less memory", False, part=FINETUNE
+    )
+
+    lola_config: Mapping[str, Any] = field(default_factory=dict)
+    state_heads: str = "kv"
+    train_windows: Sequence[int] = option(
+        "train for each of these, so that the window size can be chosen later",
+        (),
+        part=LOLA,
+        type=_numbers,
+        metavar="N,N",
+    )
+    train_sparse_caches: Sequence[int] = option(
+        "train for each of these, so that the sparse cache size can be chosen later",
+        (),
+        part=LOLA,
+        type=_numbers,
+        metavar="N,N",
+    )
+
+    @property
+    def lora_alpha(self) -> int:
+        """The adapters' scale is this over their rank: 2, as LoLCATs trains."""
+        return 2 * self.lora_rank
+
+    def configs(self) -> list[LolaConfig]:
+        """The settings to train for."""
+        from lola_vllm.config import LolaConfig
+
+        own = LolaConfig(**self.lola_config)
+        return [
+            LolaConfig(**{**self.lola_config, "window_size": window, "sparse_cache_size": lam})
+            for window in self.train_windows or [own.window_size]
+            for lam in self.train_sparse_caches or [own.sparse_cache_size]
+        ]
