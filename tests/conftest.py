@@ -13,11 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent / "ops"))  # tests share ops/proble
 sys.path.append(str(Path(__file__).parent / "engine"))  # and engine/tiny.py
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several workers share the tests, a module stays on one of them, for what its tests
     share; the HTTP tests stay together, as they share two servers."""
+    root = Path(__file__).parent
     for item in items:
-        together = item.path.parent if item.path.parent.name == "serving" else item.path
+        module = item.path.relative_to(root).with_suffix("")
+        together = module.parent if module.parent.name == "serving" else module
         item.add_marker(pytest.mark.xdist_group(str(together)))
 
 

@@ -6,12 +6,8 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/page.h"
+#include "cpu/lola_kernels.h"
 #include "cpu/scratch.h"
-#include "cpu/streams.h"
-
-#define LOLA_KERNEL_BODY "cpu/lola_kernel.h"
-#include "cpu/for_each_isa.h"
 
 namespace lola {
 namespace {
@@ -34,34 +30,18 @@ inline void relax() {
 #endif
 }
 
-struct Kernels {
-  decltype(&baseline::lola_scratch) scratch;
-  decltype(&baseline::decode_run) decode;
-  decltype(&baseline::sequence_run) sequence;
-  StreamKernels streams;
-};
-
-#define LOLA_KERNELS(isa)                                              \
-  Kernels {                                                            \
-    isa::lola_scratch, isa::decode_run, isa::sequence_run, {           \
-      isa::open_run, isa::attend_run, isa::decide_run, isa::commit_run \
-    }                                                                  \
-  }
-
 Kernels kernels() {
   switch (cpu_isa()) {
     case Isa::avx512_bf16:
-      return LOLA_KERNELS(avx512_bf16);
+      return avx512_bf16::lola_kernels();
     case Isa::avx512:
-      return LOLA_KERNELS(avx512);
+      return avx512::lola_kernels();
     case Isa::avx2:
-      return LOLA_KERNELS(avx2);
+      return avx2::lola_kernels();
     default:
-      return LOLA_KERNELS(baseline);
+      return baseline::lola_kernels();
   }
 }
-
-#undef LOLA_KERNELS
 
 // Runs `body(begin, end, scratch)` over the items, each thread with scratch of its own.
 template <typename Body>

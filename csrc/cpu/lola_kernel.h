@@ -1,5 +1,5 @@
 // Kernel body of decode, update and prefill, and their entry points per instruction set.
-// Included by for_each_isa.h, once per instruction set.
+// Included by for_each_isa.h, once per instruction set; cpu/lola_kernels.h declares the last one.
 #include "cpu/recall_kernel.h"
 // Each of these uses the ones before it.
 #include "cpu/rows_kernel.h"
@@ -221,6 +221,10 @@ void commit_run(const LolaArgs& a, const Sequence& piece, int64_t kv, char* lane
   } else {
     commit_piece<float>(a, piece, kv, lane);
   }
+}
+
+Kernels lola_kernels() {
+  return {lola_scratch, decode_run, sequence_run, {open_run, attend_run, decide_run, commit_run}};
 }
 
 }  // namespace LOLA_ISA
