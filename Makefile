@@ -45,7 +45,7 @@ serve: $(VENV)/.serves | $(MODEL)
 	$(BIN)/lola-vllm serve $(MODEL) --host $(HOST) --port $(PORT)
 
 test: $(VENV)/.ready | models/smollm2-lola
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=10 \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=10 \
 		$(PYTEST_ARGS)
 
 recall: $(VENV)/.ready | models/smollm2-lola

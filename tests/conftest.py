@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,15 +14,19 @@ sys.path.insert(0, str(Path(__file__).parent / "ops"))  # tests share ops/proble
 sys.path.append(str(Path(__file__).parent / "engine"))  # and engine/tiny.py
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where several workers share the tests, a module stays on one of them, for what its tests
     share; the HTTP tests stay together, as they share two servers."""
-    root = Path(__file__).parent
-    for item in items:
-        module = item.path.relative_to(root).with_suffix("")
-        together = module.parent if module.parent.name == "serving" else module
-        item.add_marker(pytest.mark.xdist_group(str(together)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.split("::", 1)[0]
+            folder = module.rpartition("/")[0]
+            return folder if folder.endswith("serving") else module
+
+    return ByModule(config, log)
 
 
 @pytest.fixture
