@@ -22,7 +22,9 @@ OPTIONS += ["--dtype", cpu.preferred_dtype({}) or "auto"]
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with serving(log, [str(BIN / "vllm"), "serve", str(MODEL), *OPTIONS, *REASONING]) as running:
+    # Few sequences, so that its pool leaves memory to the other servers of these tests.
+    command = [str(BIN / "vllm"), "serve", str(MODEL), *OPTIONS, *REASONING, "--max-num-seqs", "32"]
+    with serving(log, command) as running:
         yield running
 
 
