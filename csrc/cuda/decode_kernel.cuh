@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
   const int thread = threadIdx.x, split = blockIdx.y, d = D > 0 ? D : p.d;
   const int set = static_cast<int>(blockIdx.x % p.Hg), num_heads = p.heads();
   const int64_t row = blockIdx.x / p.Hg;
-  const int64_t head0 = static_cast<int64_t>(set) * num_heads;
+  const int head0 = set * num_heads;
   if (!p.live(row)) {
     if (p.splits > 1) return;  // the merge answers
     for (int i = thread; i < num_heads * d; i += kDecodeThreads) {
@@ -250,8 +250,6 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
   const bool folded = p.any_folded(position);
   const int keys = (pairs.count + p.splits - 1) / p.splits, key0 = keys * split;
   const int key1 = key0 + keys < pairs.count ? key0 + keys : pairs.count;
-  const int features = (2 * p.F + p.splits - 1) / p.splits, f0 = features * split;
-  const int f1 = f0 + features < 2 * p.F ? f0 + features : 2 * p.F;
 
   float* const soft = reinterpret_cast<float*>(memory);    // [warps, HEADS, d]
   float* const linear = soft + kDecodeWarps * HEADS * d;   // [warps, HEADS, d]
@@ -261,7 +259,9 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
     const int left = num_heads - first;
     const HeadRange heads = {first, left < HEADS ? left : HEADS};
     attend<T, D, HEADS>(p, row, set, heads, pairs, key0, key1, soft, stats);
-    // After the softmax: registers that this needs would be spilled during it on sm_80.
+    // Not before the softmax, which needs the registers.
+    const int features = (2 * p.F + p.splits - 1) / p.splits, f0 = features * split;
+    const int f1 = f0 + features < 2 * p.F ? f0 + features : 2 * p.F;
     for (int i = thread; folded && i < (f1 - f0) * heads.count; i += kDecodeThreads) {
       const int h = i / (f1 - f0), f = i % (f1 - f0);
       phi[f * HEADS + h] = p.phi[(row * p.Hq + head0 + first + h) * 2 * p.F + f0 + f];
