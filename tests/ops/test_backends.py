@@ -305,7 +305,7 @@ def test_a_decoded_row_does_not_depend_on_batch_or_threads(dtype, d):
 @pytest.mark.parametrize("isa", native.ISA_NAMES[:-1])
 @pytest.mark.skipif("LOLA_VLLM_CPU_ISA" in os.environ, reason="is the inner run")
 def test_lower_instruction_sets(isa):
-    """The native part of this file again on what an older machine would run."""
+    """The native part of this file again, on one thread, on what an older machine would run."""
     env = {**os.environ, "LOLA_VLLM_CPU_ISA": isa}
     check = "from lola_vllm.ops import native; native.load(); print(native.cpu_isa())"
     chosen = subprocess.run([sys.executable, "-c", check], env=env, capture_output=True, text=True)
@@ -313,7 +313,10 @@ def test_lower_instruction_sets(isa):
         pytest.skip(f"this machine has no {isa}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     again = subprocess.run(
-        [*command, "-k", "not torch] and not [torch"], env=env, capture_output=True, text=True
+        [*command, "-k", "not torch] and not [torch and not many"],
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert again.returncode == 0, again.stdout[-3000:]
     assert " passed" in again.stdout
