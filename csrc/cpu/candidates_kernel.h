@@ -58,8 +58,8 @@ struct Features {
 
 // Fills the rows of candidates from f.known on.
 template <typename T>
-void map_candidates(const LolaArgs& a, const Candidates& c, const SreScratch<T>& x, int64_t block,
-                    Features<T>& f) {
+void map_candidates(const LolaArgs& a, const Candidates& c, const RecallScratch<T>& x,
+                    int64_t block, Features<T>& f) {
   const int64_t d = a.d, share = a.Hs / a.Hg;
   for (int64_t first = f.known; first < c.count; first += block) {
     const int64_t left = c.count - first, size = left < block ? left : block;

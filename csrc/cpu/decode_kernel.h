@@ -278,7 +278,7 @@ void decode_set(const LolaArgs& a, const DecodeItem& item, const T* phi, DecodeS
     const int64_t phi_ld = round_up<T>(F2) + kLanes<T>, per_state = a.Hq / a.Hs;
     for (int64_t first = 0; first < heads; first += per_state) {
       const int64_t state = (first_head + first) / per_state;
-      const SreArgs& r = a.recall;
+      const RecallArgs& r = a.recall;
       int64_t H_ld;
       const T* H =
           padded_matrix<T>(r.H.at(page, state), r.H.dtype, r.H.stride[2], F2, d, x.H, &H_ld);

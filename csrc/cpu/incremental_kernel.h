@@ -24,7 +24,7 @@ template <typename T>
 void measure(const LolaArgs& a, int64_t page, int64_t head, bool empty, int64_t count,
              const Known<T>& to, const int32_t* at, UpdateScratch<T>& x) {
   const int64_t d = a.d, dp = round_up<T>(d), phi_ld = Features<T>::stride(a), ld = to.ld;
-  const SreScratch<T>& y = x.recall;
+  const RecallScratch<T>& y = x.recall;
   map_keys(a.recall, y, head, count, y.phi);
   if (!empty) recall_errors<T>(a.recall, y, y.phi, page, head, count, y.errors, x.sums);
   for (int64_t i = 0; i < count; ++i) {
@@ -155,7 +155,7 @@ template <typename T>
 void fold_one(const LolaArgs& a, int64_t page, int64_t head, int64_t update, bool empty,
               const T* phi, const T* v, UpdateScratch<T>& scratch, Ahead* ahead) {
   const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, Fp = round_up<T>(F2);
-  const SreArgs& r = a.recall;
+  const RecallArgs& r = a.recall;
   const bool in_place = d == dp && !empty;
   T *const s = scratch.recall.s, *const places = scratch.dither;
   for (int64_t f = 0; f < Fp; ++f) places[f] = dither<T>(update, f);
@@ -197,7 +197,7 @@ void update_incremental(const LolaArgs& a, int64_t page, int64_t set, int64_t n,
   const int64_t share = a.Hs / a.Hg, d = a.d, dp = round_up<T>(d), lam = a.lam;
   const bool empty = a.num_folded(n - 1) == 0, folds = c.cached == lam;
   const char *const new_k = c.k(c.cached), *const new_v = c.v(c.cached);
-  const SreScratch<T>& y = x.recall;
+  const RecallScratch<T>& y = x.recall;
   load_row(y.k, new_k, a.exact_k.dtype, d, d);
   load_row(y.v, new_v, a.exact_v.dtype, d, dp);
   T newcomer = 0;

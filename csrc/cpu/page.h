@@ -1,9 +1,8 @@
 // A layer's state pages on the CPU: where the parts are, and what a token count says of them.
-// The layout and the counts are those of lola_vllm/state.py; `csrc/lola_ops.h` states the contract.
+// The layout and the counts are those of lola_vllm/state.py; `csrc/ops.h` states the contract.
 #pragma once
 
 #include "bounds.h"
-#include "cpu/sre.h"
 #include "cpu/types.h"
 #include "dither.h"
 
@@ -21,8 +20,16 @@ struct Indices {
   }
 };
 
+// What scoring needs of a layer.
+struct RecallArgs {
+  Strided<3> feature_map_k;  // [Hs, d, F]
+  Strided<4> H;              // [N, Hs, 2F, d]
+  Strided<3> s;              // [N, Hs, 2F]
+  int64_t d, F;
+};
+
 struct LolaArgs {
-  SreArgs recall;                 // feature_map_k, H, s, d, F, Hs, Hg: what scoring needs
+  RecallArgs recall;
   Strided<4> sparse_k, sparse_v;  // [N, Hg, lam, d]
   Strided<4> exact_k, exact_v;    // [N, Hkv, sink + ring, d]
   Strided<4> bounds;              // [N, Hs, 6, lam], T; only if incremental

@@ -129,7 +129,7 @@ void mix_block(const LolaArgs& a, const AttendItem& item, PrefillScratch<T>& x) 
   const int64_t L = item.count;
   const bool linear = a.num_folded(item.position) > 0;
   const int64_t F2 = 2 * a.F, Fp = round_up<T>(a.F), phi_ld = round_up<T>(F2) + kLanes<T>;
-  const SreArgs& r = a.recall;
+  const RecallArgs& r = a.recall;
   const T* H = nullptr;
   int64_t H_ld = 0, loaded = -1;
   for (int64_t h = 0; h < heads; ++h) {

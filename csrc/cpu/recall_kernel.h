@@ -9,7 +9,7 @@ namespace LOLA_ISA {
 namespace {
 
 template <typename T>
-struct SreScratch {
+struct RecallScratch {
   T *k, *v, *y, *phi, *predicted, *W, *H, *s, *errors;
 };
 
@@ -59,7 +59,7 @@ LOLA_INLINE void feature_map(T* y, int64_t F, T* phi) {
 
 // Features of `count` keys in x.k, rows of d, under one head's map, into rows of `phi`.
 template <typename T>
-void map_keys(const SreArgs& a, const SreScratch<T>& x, int64_t head, int64_t count, T* phi) {
+void map_keys(const RecallArgs& a, const RecallScratch<T>& x, int64_t head, int64_t count, T* phi) {
   const int64_t Fp = round_up<T>(a.F), phi_ld = round_up<T>(2 * a.F) + kLanes<T>;
   int64_t W_ld;
   const T* W = padded_matrix<T>(a.feature_map_k.at(head), a.feature_map_k.dtype,
@@ -72,7 +72,7 @@ void map_keys(const SreArgs& a, const SreScratch<T>& x, int64_t head, int64_t co
 // rows of whole vectors. `phi` has the stride of x.phi. Leaves
 // phi^T H in x.predicted, and phi^T s + 1e-6 in `sums` unless that is null.
 template <typename T>
-void recall_errors(const SreArgs& a, const SreScratch<T>& x, const T* phi, int64_t page,
+void recall_errors(const RecallArgs& a, const RecallScratch<T>& x, const T* phi, int64_t page,
                    int64_t head, int64_t count, T* errors, T* sums) {
   const int64_t F2 = 2 * a.F, dp = round_up<T>(a.d), phi_ld = round_up<T>(F2) + kLanes<T>;
   int64_t H_ld;
@@ -96,14 +96,6 @@ void recall_errors(const SreArgs& a, const SreScratch<T>& x, const T* phi, int64
   }
 }
 
-// The same from keys in scratch, rows of d.
-template <typename T>
-void head_errors(const SreArgs& a, const SreScratch<T>& x, int64_t page, int64_t head,
-                 int64_t count, T* errors) {
-  map_keys(a, x, head, count, x.phi);
-  recall_errors<T>(a, x, x.phi, page, head, count, errors, nullptr);
-}
-
 // sums[i] (+)= errors[i] / ||v_i||. Each error is divided before it is summed: against an empty
 // state every ratio is then exactly 1, and the tie is the older pair's.
 template <typename T>
@@ -117,7 +109,7 @@ void add_relative(const T* v, int64_t dp, const T* errors, int64_t count, bool f
 
 // Divides one block of memory into the buffers; returns the elements needed (with null: only that).
 template <typename T>
-int64_t carve(const SreArgs& a, int64_t block, T* base, SreScratch<T>* x) {
+int64_t carve(const RecallArgs& a, int64_t block, T* base, RecallScratch<T>* x) {
   const int64_t F2 = 2 * a.F, Fp = round_up<T>(a.F), dp = round_up<T>(a.d);
   const int64_t sizes[] = {
       block * a.d, block * dp, block * Fp, block * (round_up<T>(F2) + kLanes<T>),

@@ -10,7 +10,7 @@ constexpr int64_t kUpdateBlock = 96;  // candidates scored at once: whole tiles,
 
 template <typename T>
 struct UpdateScratch {
-  SreScratch<T> recall;
+  RecallScratch<T> recall;
   T *scores, *block_scores, *highest, *sums, *mean, *lean, *delta, *newcomer, *folded, *features;
   T* dither;  // of the rows of H
   int32_t *positions, *order, *losers;
@@ -124,7 +124,7 @@ void fold(const LolaArgs& a, const Candidates& c, int64_t j, int64_t update, int
           bool fresh, const Features<T>& features, Bounds<T>* b, UpdateScratch<T>& x) {
   const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F, phi_ld = Features<T>::stride(a);
   const int64_t head = c.set * (a.Hs / a.Hg) + j;
-  const SreArgs& r = a.recall;
+  const RecallArgs& r = a.recall;
   for (int64_t first = 0; first < losers; first += kUpdateBlock) {
     const int64_t left = losers - first, size = left < kUpdateBlock ? left : kUpdateBlock;
     const bool write = fresh && first == 0;

@@ -1,4 +1,4 @@
-// lola::decode on CUDA: checks, scratch and launches. The contract is csrc/lola_ops.h, with float16
+// lola::decode on CUDA: checks, scratch and launches. The contract is csrc/ops.h, with float16
 // besides bfloat16 and float32, and without float64.
 //
 // Every launch depends on shapes alone, nothing waits for the device, and scratch comes from
@@ -12,7 +12,7 @@
 
 #include "checks.h"
 #include "cuda/launch.cuh"
-#include "lola_ops.h"
+#include "ops.h"
 
 namespace lola {
 namespace cuda {

@@ -1,5 +1,5 @@
 // A layer's state pages on the GPU: where the parts are, and what a token count says of them.
-// The layout and the counts are those of lola_vllm/state.py; csrc/lola_ops.h states the contract.
+// The layout and the counts are those of lola_vllm/state.py; csrc/ops.h states the contract.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -105,26 +105,6 @@ class WarmUp(Protocol):
         """Touches no page; `num_heads` is Hq."""
 
 
-class SreOp(Protocol):
-    """Batched self-recall errors of candidates against the pages' hidden states."""
-
-    def __call__(
-        self,
-        k: Tensor,
-        v: Tensor,
-        feature_map_k: Tensor,
-        H: Tensor,
-        s: Tensor,
-        slots: Tensor,
-        empty: Tensor,
-    ) -> Tensor:
-        """k, v `[B, Hg, E, d]`, H `[N, Hs, 2F, d]`, s `[N, Hs, 2F]`, slots and empty `[B]`.
-
-        Returns `[B, Hg, E]`: the SRE where Hg = Hs, else the mean over the state heads of a
-        sparse set of SRE / ||v||. Rows marked empty count their state as zero and do not read it.
-        """
-
-
 @dataclass(frozen=True)
 class Backend:
     """The ops chosen for a device.

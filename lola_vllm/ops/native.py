@@ -48,29 +48,6 @@ def cpu_isa() -> str:
     return ISA_NAMES[torch.ops.lola.cpu_isa_level()]
 
 
-def sre_scores(
-    k: Tensor, v: Tensor, feature_map_k: Tensor, H: Tensor, s: Tensor, slots: Tensor, empty: Tensor
-) -> Tensor:
-    """Self-recall errors of candidates (LoLA, arXiv 2505.23666, section 3.2) on the CPU.
-
-    Args:
-        k, v: `[B, Hg, E, d]`, float32, bfloat16 or float64, k after RoPE.
-        feature_map_k: `[Hs, d, F]`; state head h belongs to sparse set `h // (Hs // Hg)`.
-        H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`, float32 (float64 where k is), any page stride.
-        slots: `[B]`, int32 or int64, page of each row; a negative one counts as an empty state.
-        empty: `[B]`, bool; the state counts as zero and its bytes are not read.
-
-    Returns:
-        `[B, Hg, E]`, float64 where k is, else float32: the SRE where Hg = Hs, else the mean over
-        the set's state heads of SRE / max(||v||, 1e-6).
-
-    Raises:
-        RuntimeError: a shape, dtype or slot that does not fit; the message names the argument.
-    """
-    scores: Tensor = torch.ops.lola.sre_scores(k, v, feature_map_k, H, s, slots, empty)
-    return scores
-
-
 def decode(
     q: Tensor,
     k: Tensor,

@@ -28,7 +28,17 @@ Score = Callable[[Tensor, Tensor], Tensor]
 def sre_scores(
     k: Tensor, v: Tensor, feature_map_k: Tensor, H: Tensor, s: Tensor, slots: Tensor, empty: Tensor
 ) -> Tensor:
-    """Self-recall errors of candidates; see `contract.SreOp`. Paper section 3.2."""
+    """Self-recall errors of candidates against their pages' hidden states (paper, section 3.2).
+
+    Args:
+        k, v: `[B, Hg, E, d]`, k after RoPE. feature_map_k: `[Hs, d, F]`.
+        H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`. slots: `[B]`, the page of each row.
+        empty: `[B]`, bool; the state counts as zero and is not read.
+
+    Returns:
+        `[B, Hg, E]`: the SRE where Hg = Hs, else the mean over the state heads of a sparse set of
+        SRE / ||v||.
+    """
     dtype = compute_dtype(k)
     B, Hg, E, _ = k.shape
     Hs = feature_map_k.shape[0]

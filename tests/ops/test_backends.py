@@ -302,17 +302,49 @@ def test_a_decoded_row_does_not_depend_on_batch_or_threads(dtype, d):
         assert torch.equal(H.view(torch.int32), answers[0][1].view(torch.int32))
 
 
+@pytest.mark.parametrize("isa", native.ISA_NAMES[:-1])
 @pytest.mark.skipif("LOLA_VLLM_CPU_ISA" in os.environ, reason="is the inner run")
-def test_without_bfloat16_products():
-    """All of this file again with an instruction set that widens keys and values first."""
-    env = {**os.environ, "LOLA_VLLM_CPU_ISA": "avx512"}
+def test_lower_instruction_sets(isa):
+    """The native part of this file again, on one thread, on what an older machine would run."""
+    env = {**os.environ, "LOLA_VLLM_CPU_ISA": isa}
     check = "from lola_vllm.ops import native; native.load(); print(native.cpu_isa())"
     chosen = subprocess.run([sys.executable, "-c", check], env=env, capture_output=True, text=True)
-    if chosen.stdout.strip() != "avx512":
-        pytest.skip("this machine has no avx512")
+    if chosen.stdout.strip() != isa:
+        pytest.skip(f"this machine has no {isa}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    again = subprocess.run(command, env=env, capture_output=True, text=True)
+    again = subprocess.run(
+        [*command, "-k", "not torch] and not [torch and not many"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert again.returncode == 0, again.stdout[-3000:]
+    assert " passed" in again.stdout
+
+
+def test_page_offsets_are_64_bit():
+    """A page that begins 2^31 elements behind the first gives what it gives beside it."""
+    assert native.load()
+    problem = make_problem(
+        61, LolaConfig(window_size=ETA, sparse_cache_size=5, feature_dim=8), dtype=torch.float32
+    )
+    layout = problem.layout()
+    out, _, near = run(native, problem, [17], slot=1)
+    try:
+        room = torch.empty(2**33 + layout.page_bytes, dtype=torch.uint8)
+    except RuntimeError:
+        pytest.skip("8 GiB of address space are not to be had")
+    pages = room.as_strided((2, layout.page_bytes), (2**33, 1))
+    pages[1] = 0xFF
+    far_out = torch.full_like(out, torch.nan)
+    for start, stop in ((0, 17), (17, 61)):
+        native.prefill(
+            problem.q[start:stop], problem.k[start:stop], problem.v[start:stop],
+            problem.weights(), layout, layout.views(pages), torch.tensor([1]),
+            torch.tensor([0, stop - start]), torch.tensor([start]), far_out[start:stop],
+        )  # fmt: skip
+    assert torch.equal(far_out, out)
+    assert torch.equal(layout.views(pages).H[1], near.H[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
