@@ -2,11 +2,10 @@
 
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
+from instruction_sets import LOWER, run_again
 from problem import (
     assert_bounds_hold,
     assert_state_matches,
@@ -302,24 +301,11 @@ def test_a_decoded_row_does_not_depend_on_batch_or_threads(dtype, d):
         assert torch.equal(H.view(torch.int32), answers[0][1].view(torch.int32))
 
 
-@pytest.mark.parametrize("isa", native.ISA_NAMES[:-1])
+@pytest.mark.parametrize("isa", LOWER)
 @pytest.mark.skipif("LOLA_VLLM_CPU_ISA" in os.environ, reason="is the inner run")
 def test_lower_instruction_sets(isa):
     """The native part of this file again, on one thread, on what an older machine would run."""
-    env = {**os.environ, "LOLA_VLLM_CPU_ISA": isa}
-    check = "from lola_vllm.ops import native; native.load(); print(native.cpu_isa())"
-    chosen = subprocess.run([sys.executable, "-c", check], env=env, capture_output=True, text=True)
-    if chosen.stdout.strip() != isa:
-        pytest.skip(f"this machine has no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    again = subprocess.run(
-        [*command, "-k", "not torch] and not [torch and not many"],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert again.returncode == 0, again.stdout[-3000:]
-    assert " passed" in again.stdout
+    run_again(isa, __file__, "not torch] and not [torch and not many")
 
 
 def test_page_offsets_are_64_bit():

@@ -4,12 +4,11 @@ The Triton back end's part is the group "long" of triton_driver.py.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from cuda_problem import decode as cuda_decode
+from instruction_sets import LOWER, run_again
 from long_run import SLOT, gain, long_problem
 from problem import assert_bounds_hold
 
@@ -104,17 +103,7 @@ def test_cuda_kernels(device, interval):
     assert arrived.error_at(LONGEST) < 1e-4
 
 
-@pytest.mark.parametrize("isa", native.ISA_NAMES[:3])
+@pytest.mark.parametrize("isa", LOWER)
 @pytest.mark.skipif("LOLA_VLLM_CPU_ISA" in os.environ, reason="is the inner run")
 def test_every_instruction_set(isa):
-    env = {**os.environ, "LOLA_VLLM_CPU_ISA": isa}
-    check = "from lola_vllm.ops import native; native.load(); print(native.cpu_isa())"
-    chosen = subprocess.run([sys.executable, "-c", check], env=env, capture_output=True, text=True)
-    if chosen.stdout.strip() != isa:
-        pytest.skip(f"this machine has no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    again = subprocess.run(
-        [*command, "-k", "native or root"], env=env, capture_output=True, text=True
-    )
-    assert again.returncode == 0, again.stdout[-3000:]
-    assert " passed" in again.stdout
+    run_again(isa, __file__, "native or root")
