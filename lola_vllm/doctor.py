@@ -189,7 +189,7 @@ def check_packages(probe: Probe) -> Iterator[Finding]:
             f"pip uninstall {' '.join(trap)}",
         )
     else:
-        from lola_vllm.compat import SUPPORTED
+        from lola_vllm.plugin.compat import SUPPORTED
 
         yield Finding(
             "fault",

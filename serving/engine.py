@@ -17,10 +17,10 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from lola_vllm import __version__
-from lola_vllm.cache import lola_hf_config, state_layout
 from lola_vllm.config import MODEL_TYPE
-from lola_vllm.config_hook import WORKER_EXTENSION
 from lola_vllm.estimate import Row
+from lola_vllm.plugin.cache import lola_hf_config, state_layout
+from lola_vllm.plugin.config_hook import WORKER_EXTENSION
 from lola_vllm.serving.protocol import (
     Head,
     InfoResponse,

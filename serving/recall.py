@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.ops import torch as portable
-from lola_vllm.reference import RECALL_EPS
+from lola_vllm.ops import portable
+from lola_vllm.ops.reference import RECALL_EPS
 from lola_vllm.state import StateLayout, StateViews
 
 

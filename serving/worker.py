@@ -19,9 +19,9 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
-from lola_vllm import compat
-from lola_vllm.attention import LolaAttention
-from lola_vllm.cache import lola_hf_config, num_kv_heads
+from lola_vllm.plugin import compat
+from lola_vllm.plugin.attention import LolaAttention
+from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads
 from lola_vllm.serving.pages import Copy, PageWatch, Row, Unreadable
 from lola_vllm.serving.recall import Forecast, forecast, remembered
 

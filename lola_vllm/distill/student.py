@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lola_vllm.checkpoint.base import read_base_config
 from lola_vllm.checkpoint.schema import WINDOW_FACTOR_INIT
 from lola_vllm.config import LolaConfig
-from lola_vllm.differentiable import lola_attention_parallel
+from lola_vllm.ops.differentiable import lola_attention_parallel
 
 ATTENTION = "lola_training"
 MAP_NAMES = ("feature_map_q", "feature_map_k", "window_factors")

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig
-from lola_vllm.differentiable import lola_attention_parallel
 from lola_vllm.distill.options import DistillOptions
 from lola_vllm.distill.state import read_state, write_state
 from lola_vllm.distill.student import all_maps, decoder_layers, layer_maps, load_maps
+from lola_vllm.ops.differentiable import lola_attention_parallel
 
 STATE = "transfer"
 

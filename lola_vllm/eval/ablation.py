@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_vllm.eval import EvalError
-from lola_vllm.ops import torch as portable
+from lola_vllm.ops import portable
 
 
 def newest(v: Tensor, positions: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class CountedScore:
     selections: int = 0
 
     def __call__(self, v: Tensor, positions: Tensor) -> Tensor:
-        """See `lola_vllm.ops.torch.Score`."""
+        """See `lola_vllm.ops.portable.Score`."""
         self.selections += 1
         return self.score(v, positions)
 
@@ -64,7 +64,7 @@ def use_score(model: nn.Module, score: portable.Score) -> None:
     Raises:
         EvalError: a layer runs on another back end than torch.
     """
-    from lola_vllm.attention import LolaAttention
+    from lola_vllm.plugin.attention import LolaAttention
 
     for layer in model.modules():
         if not isinstance(layer, LolaAttention):

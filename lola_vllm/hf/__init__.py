@@ -2,7 +2,7 @@
 
 Importing this package makes `AutoModelForCausalLM.from_pretrained` know LoLA checkpoints. The maths
 is the server's: a forward with a cache runs the serving ops on state pages, one without runs
-`lola_vllm.differentiable`, which has gradients.
+`lola_vllm.ops.differentiable`, which has gradients.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -23,10 +23,10 @@ from transformers.models.llama.modeling_llama import (
 from lola_vllm.checkpoint.remote_code import AUTO_MAP, write_remote_code
 from lola_vllm.checkpoint.schema import WINDOW_FACTOR_INIT, find_num_state_heads
 from lola_vllm.config import LolaLlamaConfig
-from lola_vllm.differentiable import lola_attention_parallel
 from lola_vllm.hf.cache import LolaCache
 from lola_vllm.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.ops import LolaWeights
+from lola_vllm.ops.differentiable import lola_attention_parallel
 
 
 class LolaLlamaAttention(LlamaAttention):

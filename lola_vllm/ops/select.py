@@ -8,8 +8,7 @@ import os
 
 import torch
 
-from lola_vllm.ops import native
-from lola_vllm.ops import torch as portable
+from lola_vllm.ops import native, portable
 from lola_vllm.ops.contract import Backend
 
 logger = logging.getLogger("vllm.lola")

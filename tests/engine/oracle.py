@@ -1,6 +1,6 @@
 """The whole model recomputed in float64 by the reference: what every greedy token must obey.
 
-transformers' Llama with its attention function replaced by `lola_vllm.reference.lola_attention`,
+transformers' Llama with its attention function replaced by `ops.reference.lola_attention`,
 one forward over the whole sequence: no pages, no batches, no splits.
 """
 
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lola_vllm.config import LolaLlamaConfig
-from lola_vllm.reference import lola_attention
+from lola_vllm.ops.reference import lola_attention
 
 _MAPS = ("feature_map_q", "feature_map_k", "window_factors")
 

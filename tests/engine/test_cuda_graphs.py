@@ -7,7 +7,7 @@ from oracle import Oracle
 from test_tokens import LENGTHS, LOLA, NEW, assert_obeys
 from tiny import make_tiny, random_prompts
 
-from lola_vllm.backend import GRAPHS_ENV
+from lola_vllm.plugin.backend import GRAPHS_ENV
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")

@@ -11,10 +11,11 @@ from tiny import make_tiny, random_prompts
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import EngineArgs
 
-from lola_vllm import config_hook, cpu
-from lola_vllm.cache import describe_pool
+from lola_vllm import cpu
 from lola_vllm.config import LolaConfigError, LolaLlamaConfig
-from lola_vllm.config_hook import UnsupportedOptionError, check_parallel_heads
+from lola_vllm.plugin import config_hook
+from lola_vllm.plugin.cache import describe_pool
+from lola_vllm.plugin.config_hook import UnsupportedOptionError, check_parallel_heads
 
 LOLA = {"window_size": 8, "sparse_cache_size": 4}
 # A step of eight sequences has room for a block of a late prompt from 32 + 7 tokens on.

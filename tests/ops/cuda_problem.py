@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from problem import assert_state_matches, poisoned_pool
 
-from lola_vllm.ops import torch as portable
+from lola_vllm.ops import portable
 
 TOLERANCE = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-4},

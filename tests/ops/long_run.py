@@ -11,7 +11,7 @@ from problem import Problem, make_problem, poisoned_pool
 from torch import Tensor
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.reference import feature_map
+from lola_vllm.ops.reference import feature_map
 from lola_vllm.state import StateLayout, StateViews
 
 WARM = 400  # tokens that make the state which is scaled up

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops.contract import LolaWeights
-from lola_vllm.reference import LolaState, feature_map, lola_attention
+from lola_vllm.ops.reference import LolaState, feature_map, lola_attention
 from lola_vllm.state import StateLayout, StateViews
 
 

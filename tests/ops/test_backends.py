@@ -16,8 +16,7 @@ from problem import (
 )
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops import native
-from lola_vllm.ops import torch as portable
+from lola_vllm.ops import native, portable
 
 ETA = 10
 LENGTHS = [1, ETA - 1, ETA, ETA + 1, 2 * ETA + 3, 61]

@@ -19,8 +19,7 @@ from problem import (
 )
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops import native
-from lola_vllm.ops import torch as portable
+from lola_vllm.ops import native, portable
 
 ETA = 10
 DTYPES = list(TOLERANCE)

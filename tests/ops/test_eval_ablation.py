@@ -9,12 +9,11 @@ import torch
 from problem import make_problem, poisoned_pool
 from torch import nn
 
-from lola_vllm.attention import LolaAttention
 from lola_vllm.config import LolaConfig
 from lola_vllm.eval import EvalError, ablation
 from lola_vllm.eval.ablation import SCORES, CountedScore, use_score
-from lola_vllm.ops import Backend
-from lola_vllm.ops import torch as portable
+from lola_vllm.ops import Backend, portable
+from lola_vllm.plugin.attention import LolaAttention
 
 T, ETA, LAM, SINK = 96, 8, 12, 4
 CONFIG = LolaConfig(window_size=ETA, sparse_cache_size=LAM, sink_size=SINK, feature_dim=8)

@@ -12,8 +12,7 @@ from instruction_sets import LOWER, run_again
 from long_run import SLOT, gain, long_problem
 from problem import assert_bounds_hold
 
-from lola_vllm.ops import native
-from lola_vllm.ops import torch as portable
+from lola_vllm.ops import native, portable
 from lola_vllm.state import StateViews
 
 LONG, LONGEST = 200_000, 10_000_000

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lola_vllm.config import LolaConfig
 from lola_vllm.kernels import aot, backend, decode, prefill, warmup
 from lola_vllm.kernels.common import pairs_per_tile
-from lola_vllm.ops import torch as portable
+from lola_vllm.ops import portable
 
 ETA = 10
 SLOT = 2

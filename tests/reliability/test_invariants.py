@@ -18,8 +18,7 @@ from problem import Problem, make_problem, poisoned_pool
 from torch import Tensor
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops import native
-from lola_vllm.ops import torch as portable
+from lola_vllm.ops import native, portable
 from lola_vllm.state import StateLayout, StateViews
 
 OPS = [pytest.param(portable, id="torch"), pytest.param(native, id="native")]

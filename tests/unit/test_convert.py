@@ -33,7 +33,7 @@ from lola_vllm.checkpoint.convert import convert_checkpoint
 from lola_vllm.checkpoint.files import read_shapes, weight_files
 from lola_vllm.checkpoint.remote_code import AUTO_MAP
 from lola_vllm.config import LolaLlamaConfig
-from lola_vllm.reference import lola_attention
+from lola_vllm.ops.reference import lola_attention
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.differentiable import lola_attention_parallel, plan_memory
-from lola_vllm.reference import feature_map, lola_attention
+from lola_vllm.ops.differentiable import lola_attention_parallel, plan_memory
+from lola_vllm.ops.reference import feature_map, lola_attention
 
 D, F = 6, 5
 CASES = [

@@ -8,7 +8,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from lola_vllm.backend import GRAPHS_ENV, LolaMetadataBuilder
+from lola_vllm.plugin.backend import GRAPHS_ENV, LolaMetadataBuilder
 
 NULL = 0
 STALE = 77  # what an earlier step left in a buffer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lola_vllm import compat
+from lola_vllm.plugin import compat
 from lola_vllm.serving import pages
 from lola_vllm.serving.pages import MAX_WATCHES, Copy, PageWatch, Row, Unreadable
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from lola_vllm import compat
-from lola_vllm.compat import SUPPORTED, UnsupportedVllmError, check_vllm_version
+from lola_vllm.plugin import compat
+from lola_vllm.plugin.compat import SUPPORTED, UnsupportedVllmError, check_vllm_version
 
 PACKAGE = Path(__file__).parents[2] / "lola_vllm"
 
@@ -35,7 +35,7 @@ def test_registering_twice_does_no_harm_and_keeps_vllms_own_specs():
         "from vllm import ModelRegistry\n"
         "from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum as E\n"
         "from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST as specs\n"
-        "import lola_vllm.cache\n"
+        "import lola_vllm.plugin.cache\n"
         "print('LolaLlamaForCausalLM' in ModelRegistry.get_supported_archs())\n"
         "print('LOLA' in E.__members__)\n"
         "names = {s.__name__ for s in specs}\n"
@@ -152,12 +152,12 @@ def imports(path):
 
 
 OPS = [f"ops/{p.name}" for p in (PACKAGE / "ops").glob("*.py")]
-INNER = ["config.py", "reference.py", "state.py", *OPS]
+INNER = ["config.py", "state.py", *OPS]
 
 
 @pytest.mark.parametrize("name", INNER)
 def test_dependencies_point_inwards(name):
-    allowed = {"config", "reference", "state"}
+    allowed = {"config", "state"}
     if name.startswith("ops/"):
         allowed |= {"ops", "kernels"}
     for module in imports(PACKAGE / name):

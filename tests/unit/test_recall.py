@@ -5,8 +5,8 @@ import torch
 from problem import make_problem, poisoned_pool
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops import torch as portable
-from lola_vllm.reference import feature_map, self_recall_error
+from lola_vllm.ops import portable
+from lola_vllm.ops.reference import feature_map, self_recall_error
 from lola_vllm.serving.recall import forecast, remembered
 
 CONFIGS = {

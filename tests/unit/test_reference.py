@@ -5,7 +5,7 @@ import torch
 from problem import full_attention, make_problem, unrecallable
 
 from lola_vllm.config import LolaConfig, LolaConfigError
-from lola_vllm.reference import feature_map, lola_attention, self_recall_error
+from lola_vllm.ops.reference import feature_map, lola_attention, self_recall_error
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -21,16 +21,6 @@ from pathlib import Path
 import pytest
 
 from lola_vllm import cli
-from lola_vllm.package_index import PinnedFile
-from lola_vllm.text_formats import (
-    TextFormatError,
-    decode,
-    read_html,
-    read_plain,
-    read_pod,
-    read_r_strings,
-    read_sword,
-)
 from lola_vllm.texts import (
     MANIFEST,
     SEPARATOR,
@@ -43,6 +33,16 @@ from lola_vllm.texts import (
     make_documents,
     read_documents,
 )
+from lola_vllm.texts.formats import (
+    TextFormatError,
+    decode,
+    read_html,
+    read_plain,
+    read_pod,
+    read_r_strings,
+    read_sword,
+)
+from lola_vllm.texts.package_index import PinnedFile
 
 
 def prose(words: int, seed: int, paragraph: int = 40) -> str:

@@ -28,11 +28,11 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
-from lola_vllm.backend import LolaMetadata
-from lola_vllm.cache import head_dim, state_layout, state_spec
-from lola_vllm.compat import BACKEND_NAME
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.ops import LolaWeights, choose_backend
+from lola_vllm.plugin.backend import LolaMetadata
+from lola_vllm.plugin.cache import head_dim, state_layout, state_spec
+from lola_vllm.plugin.compat import BACKEND_NAME
 from lola_vllm.state import StateViews
 
 OP = "lola::attention"

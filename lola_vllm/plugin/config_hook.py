@@ -14,11 +14,12 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from lola_vllm import compat, cpu
-from lola_vllm.cache import lola_hf_config, num_kv_heads, state_layout
+from lola_vllm import cpu
 from lola_vllm.checkpoint.files import open_weights, weight_files
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import LolaLlamaConfig, heads_divide
+from lola_vllm.plugin import compat
+from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, state_layout
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,7 +31,7 @@ logger = init_logger("vllm.lola")
 PREFIX_CACHE_BLOCK_SIZE = 1024
 
 # vLLM's CPU worker, with seeds that survive prompts in pieces. A name, as below.
-CPU_WORKER = "lola_vllm.cpu_worker.LolaCPUWorker"
+CPU_WORKER = "lola_vllm.plugin.cpu_worker.LolaCPUWorker"
 
 # What the routes under /v1/lola ask of the workers. A name, for vLLM imports it in each of them.
 WORKER_EXTENSION = "lola_vllm.serving.worker.LolaWorkerExtension"

@@ -15,8 +15,8 @@ from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from lola_vllm import compat
 from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.plugin import compat
 from lola_vllm.state import StateLayout
 
 if TYPE_CHECKING:

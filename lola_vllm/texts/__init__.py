@@ -25,8 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lola_vllm.package_index import DownloadError, PinnedFile, fetch_file
-from lola_vllm.text_formats import (
+from lola_vllm.texts.formats import (
     TextFormatError,
     read_html,
     read_plain,
@@ -34,6 +33,7 @@ from lola_vllm.text_formats import (
     read_r_strings,
     read_sword,
 )
+from lola_vllm.texts.package_index import DownloadError, PinnedFile, fetch_file
 
 SEPARATOR = "\n\n\0\n\n"
 MANIFEST = "SOURCES.json"

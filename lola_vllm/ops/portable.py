@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lola_vllm.ops.contract import LolaWeights
 from lola_vllm.ops.dither import add_dithered, dither
-from lola_vllm.reference import RECALL_EPS, feature_map
+from lola_vllm.ops.reference import RECALL_EPS, feature_map
 from lola_vllm.state import StateLayout, StateViews
 
 # Longest piece of a prompt that is attended at once: bounds the logits to

@@ -24,11 +24,11 @@ from vllm.model_executor.models.interfaces import (
 )
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from lola_vllm.attention import LolaAttention
-from lola_vllm.cache import state_layout
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.schema import check_tensors, expected_tensors
 from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.plugin.attention import LolaAttention
+from lola_vllm.plugin.cache import state_layout
 
 logger = init_logger("vllm.lola")
 

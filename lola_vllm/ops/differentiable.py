@@ -1,0 +1,236 @@
+"""LoLA attention over whole sequences with gradients: what training and plain Hugging Face use.
+
+The same function as `reference.py` and the serving ops, in a form without a loop over queries.
+Which pairs are cached and which are folded is decided first, update by update, without gradients
+(a choice has none); everything after that is one batch of matrix products over all chunks.
+
+Symbols: B rows; T tokens; Hq query heads, Hkv KV heads, Hs state heads, Hg sparse sets; d head
+size; F feature size; eta window; lam sparse cache; C update interval; U = ceil(T / C) chunks.
+Chunk u holds the queries of positions uC to uC + C - 1, which see the memory after u updates.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops.reference import RECALL_EPS, feature_map
+
+
+class MemoryPlan(NamedTuple):
+    """Where every pair is, chunk by chunk; positions, -1 where there is none.
+
+    Attributes:
+        sparse: `[B, Hg, U, lam]` int64, the sparse cache that chunk u sees.
+        folded: `[B, Hg, U, C]` int64, what entered the hidden state in the update before chunk u.
+    """
+
+    sparse: Tensor
+    folded: Tensor
+
+
+@torch.no_grad()
+def plan_memory(phi_k: Tensor, v: Tensor, config: LolaConfig, num_sparse_heads: int) -> MemoryPlan:
+    """Decide by self-recall error what is cached and what is folded (paper section 3.3).
+
+    Args:
+        phi_k: `[B, Hs, T, 2F]`, features of the keys; float32 or float64.
+        v: `[B, Hs, T, d]`, the same dtype.
+        config: window, sparse cache, interval and sinks are read.
+        num_sparse_heads: Hg, which divides Hs.
+
+    Returns:
+        The plan for all chunks. The update after the last chunk is left out: nobody sees it.
+    """
+    B, Hs, T, _ = phi_k.shape
+    eta, lam, C = config.window_size, config.sparse_cache_size, config.update_interval
+    Hg = num_sparse_heads
+    U = -(-T // C)
+    device = phi_k.device
+    sparse = torch.full((B, Hg, U, lam), -1, dtype=torch.int64, device=device)
+    folded = torch.full((B, Hg, U, C), -1, dtype=torch.int64, device=device)
+    H = phi_k.new_zeros(B, Hs, phi_k.shape[-1], v.shape[-1])
+    s = phi_k.new_zeros(B, Hs, phi_k.shape[-1])
+    cache = torch.empty(B, Hg, 0, dtype=torch.int64, device=device)
+    start = config.sink_size  # of the window: everything before it has been evicted
+    for u in range(1, U):
+        stop = max(start, u * C - eta)
+        evicted = torch.arange(start, stop, device=device).expand(B, Hg, -1)
+        candidates = torch.cat([cache, evicted], dim=-1)  # by position, as the cache is sorted
+        start = stop
+        if candidates.shape[-1] <= lam:
+            cache = candidates
+        else:
+            out = candidates
+            if lam:
+                scores = _scores(phi_k, v, H, s, candidates)
+                order = scores.argsort(dim=-1, descending=True, stable=True)
+                cache = candidates.gather(-1, order[..., :lam].sort(-1).values)
+                out = candidates.gather(-1, order[..., lam:].sort(-1).values)
+            folded[:, :, u, : out.shape[-1]] = out
+            per_head = out.repeat_interleave(Hs // Hg, dim=1)
+            phi_out = _take(phi_k, per_head)
+            H += phi_out.mT @ _take(v, per_head)
+            s += phi_out.sum(2)
+        sparse[:, :, u, : cache.shape[-1]] = cache
+    return MemoryPlan(sparse, folded)
+
+
+def _scores(phi_k: Tensor, v: Tensor, H: Tensor, s: Tensor, candidates: Tensor) -> Tensor:
+    """Selection scores `[B, Hg, E]`: SRE, or its norm-relative mean where state heads share."""
+    B, Hs = phi_k.shape[:2]
+    Hg = candidates.shape[1]
+    per_head = candidates.repeat_interleave(Hs // Hg, dim=1)
+    phi, values = _take(phi_k, per_head), _take(v, per_head)
+    predicted = (phi @ H) / ((phi @ s.unsqueeze(-1)) + RECALL_EPS)
+    errors = (values - predicted).norm(dim=-1)
+    if Hs == Hg:
+        return errors
+    relative = errors / values.norm(dim=-1).clamp(min=RECALL_EPS)
+    return relative.view(B, Hg, Hs // Hg, -1).mean(2)
+
+
+def _take(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows of x `[B, H, T, n]` at `positions` `[B, H, E]`: `[B, H, E, n]`."""
+    return x.gather(2, positions.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+
+
+def lola_attention_parallel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map_q: Tensor,
+    feature_map_k: Tensor,
+    window_factors: Tensor,
+    config: LolaConfig,
+    chunks: Tensor | None = None,
+) -> Tensor:
+    """LoLA attention over whole sequences from empty states, with gradients to every tensor.
+
+    Args:
+        q: `[B, T, Hq, d]`, after RoPE. k, v: `[B, T, Hkv, d]`, k after RoPE. Sums are made in
+            float32, or in float64 for float64 inputs.
+        feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`. window_factors: `[Hq]`, before
+            the sigmoid.
+        config: the algorithm's parameters.
+        chunks: `[N]` int64, the chunks whose queries to answer; default: all.
+
+    Returns:
+        `[B, T, Hq, d]` in q's dtype; with `chunks`, `[B, N * C, Hq, d]` for the queries of those
+        chunks one after another, of which those past T mean nothing.
+
+    Raises:
+        LolaConfigError: head counts that do not divide each other.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out_dtype = q.dtype
+    B, T, Hq, d = q.shape
+    Hkv, Hs = k.shape[2], feature_map_k.shape[0]
+    config.check_heads(Hq, Hkv, Hs)
+    Hg = config.num_sparse_heads(Hs, Hkv)
+    C = config.update_interval
+    U = -(-T // C)
+
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, T, d]
+        map_q, map_k = feature_map_q.to(dtype), feature_map_k.to(dtype)
+        factors = window_factors.to(dtype)
+        phi_k = feature_map(keys.repeat_interleave(Hs // Hkv, dim=1), map_k)  # [B, Hs, T, 2F]
+        v_s = values.repeat_interleave(Hs // Hkv, dim=1)
+        plan = plan_memory(phi_k.detach(), v_s.detach(), config, Hg)
+        H, s = _hidden_states(phi_k, v_s, plan.folded)  # [B, Hs, U, 2F, d], [B, Hs, U, 2F]
+        wanted = torch.arange(U, device=q.device) if chunks is None else chunks
+        N = len(wanted)
+        positions = wanted[:, None] * C + torch.arange(C, device=q.device)  # [N, C]
+        rows = queries[:, :, positions.clamp(max=T - 1)]  # [B, Hq, N, C, d]
+
+        logits, v_exact = _exact(rows, keys, values, positions, plan.sparse, wanted, config, Hg)
+        lse = logits.logsumexp(-1)  # [B, Hq, N, C]
+        p = (logits - lse.unsqueeze(-1)).exp()
+        y = _by_head(_by_group(p, Hg) @ v_exact, Hq)
+
+        phi_q = feature_map(rows, map_q[:, None])  # [B, Hq, N, C, 2F]
+        grouped = _by_group(phi_q, Hs)
+        D = _by_head(grouped @ s[:, :, wanted].unsqueeze(-1), Hq).squeeze(-1)  # [B, Hq, N, C]
+        empty = D == 0  # exactly so before the first fold, as a feature is never 0
+        safe = D.masked_fill(empty, 1)
+        y_lin = _by_head(grouped @ H[:, :, wanted], Hq) / safe.unsqueeze(-1)
+        log_gate = torch.nn.functional.logsigmoid(factors)
+        if config.mixing == "lolcats":
+            lse = lse - logits.amax(-1)
+        else:
+            log_gate = log_gate - torch.nn.functional.logsigmoid(-factors)
+        r = torch.sigmoid(lse + log_gate[:, None, None] - safe.log()).masked_fill(empty, 1)
+        y = r.unsqueeze(-1) * y + (1 - r).unsqueeze(-1) * y_lin
+        y = y.reshape(B, Hq, N * C, d).transpose(1, 2)
+    if chunks is None:
+        y = y[:, :T]
+    return y.to(out_dtype)
+
+
+def _hidden_states(phi_k: Tensor, v: Tensor, folded: Tensor) -> tuple[Tensor, Tensor]:
+    """H and s as every chunk sees them: running sums over the updates' folds."""
+    B, Hs, _, F2 = phi_k.shape
+    Hg, U, C = folded.shape[1:]
+    index = folded.repeat_interleave(Hs // Hg, dim=1).view(B, Hs, U * C)
+    phi = _take(phi_k, index.clamp(min=0)).masked_fill((index < 0).unsqueeze(-1), 0)
+    phi = phi.view(B, Hs, U, C, F2)
+    values = _take(v, index.clamp(min=0)).view(B, Hs, U, C, -1)
+    return (phi.mT @ values).cumsum(2), phi.sum(3).cumsum(2)
+
+
+def _exact(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    sparse: Tensor,
+    wanted: Tensor,
+    config: LolaConfig,
+    Hg: int,
+) -> tuple[Tensor, Tensor]:
+    """Logits over sinks, sparse cache and window, and the values beside them.
+
+    Args:
+        queries: `[B, Hq, N, C, d]` at `positions` `[N, C]`. keys, values: `[B, Hkv, T, d]`.
+
+    Returns:
+        logits `[B, Hq, N, C, S]`, -inf where a query does not see a pair, and values
+        `[B, Hg, N, S, d]`.
+    """
+    B, Hq, N, C, d = queries.shape
+    Hkv, T = keys.shape[1:3]
+    device = queries.device
+    eta, sinks = config.window_size, min(config.sink_size, T)
+    sink = torch.arange(sinks, device=device).expand(B, Hg, N, -1)
+    first = wanted[:, None] * C - eta
+    window = first + torch.arange(eta + C, device=device)  # [N, eta + C]
+    window = window.masked_fill((window < config.sink_size) | (window >= T), -1)
+    window = window.expand(B, Hg, -1, -1)
+    index = torch.cat([sink, sparse[:, :, wanted], window], dim=-1)  # [B, Hg, N, S]
+    S = index.shape[-1]
+    seen = (index >= 0).unsqueeze(3) & (index.unsqueeze(3) <= positions[:, :, None])
+    flat = index.clamp(min=0).view(B, Hg, N * S)
+    k_exact = _take(keys.repeat_interleave(Hg // Hkv, dim=1), flat).view(B, Hg, N, S, d)
+    v_exact = _take(values.repeat_interleave(Hg // Hkv, dim=1), flat).view(B, Hg, N, S, d)
+    logits = _by_head(_by_group(queries, Hg) @ k_exact.mT, Hq) * d**-0.5
+    seen = seen.repeat_interleave(Hq // Hg, dim=1)
+    # A query past the end of the sequence sees whatever the last one sees, so no row is all -inf.
+    return logits.masked_fill(~seen, -torch.inf), v_exact
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """`[B, Hq, N, C, n]` as `[B, groups, N, Hq / groups * C, n]`."""
+    B, Hq, N, C, n = x.shape
+    x = x.view(B, groups, Hq // groups, N, C, n).transpose(2, 3)
+    return x.reshape(B, groups, N, -1, n)
+
+
+def _by_head(x: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `_by_group`: `[B, G, N, Hq / G * C, n]` as `[B, Hq, N, C, n]`."""
+    B, G, N, rows, n = x.shape
+    x = x.view(B, G, N, num_heads // G, rows * G // num_heads, n).transpose(2, 3)
+    return x.reshape(B, num_heads, N, -1, n)

@@ -1,0 +1,139 @@
+"""The attention backend that vLLM asks for by name, and the metadata of a step.
+
+vLLM's metadata for short-convolution layers already says what LoLA needs: which rows decode and
+which prefill, their slots, lengths and query offsets. This adds the host-side copies from which a
+prefill is planned without waiting for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.short_conv_attn import (
+    ShortConvAttentionMetadata,
+    ShortConvAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from lola_vllm.ops import choose_backend
+from lola_vllm.plugin.compat import BACKEND_NAME
+
+GRAPHS_ENV = "LOLA_VLLM_CUDA_GRAPHS"
+
+
+@dataclass
+class LolaMetadata(ShortConvAttentionMetadata):
+    """A step's rows: decodes first, then prefills.
+
+    Attributes:
+        query_start_loc_p_cpu: `[num_prefills + 1]`, offsets into the prefill tokens.
+        context_lens_p_cpu: `[num_prefills]`, tokens already in each row's state.
+    """
+
+    query_start_loc_p_cpu: torch.Tensor | None = None
+    context_lens_p_cpu: torch.Tensor | None = None
+
+    @functools.cached_property
+    def decode_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots and token counts of the rows that decode, cut out once for all layers.
+
+        Not a field: vLLM copies metadata with other block tables in it.
+        """
+        assert self.state_indices_tensor_d is not None
+        slots = self.state_indices_tensor_d[:, 0]
+        return slots, self.seq_lens[: len(slots)]
+
+
+class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
+    """Builds `LolaMetadata`.
+
+    A subclass of the short-convolution builder because the model runners look for it by type when
+    they hand over what a hybrid model needs.
+    """
+
+    metadata_cls = LolaMetadata
+    needs_causal_conv1d_metadata = False
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """What vLLM may capture: nothing of this layer, or whole steps that only decode.
+
+        Raises:
+            ValueError: `LOLA_VLLM_CUDA_GRAPHS` is no known choice, or the back end cannot do it.
+        """
+        wanted = os.environ.get(GRAPHS_ENV, "piecewise")
+        if wanted not in ("piecewise", "full"):
+            raise ValueError(f"{GRAPHS_ENV} = {wanted!r}: must be 'piecewise' or 'full'")
+        # Not unasked: no GPU has replayed one yet (benchmarks/gpu.sh).
+        if wanted == "piecewise":
+            return AttentionCGSupport.NEVER
+        device = vllm_config.device_config.device_type
+        backend = choose_backend(device, vllm_config.model_config.dtype)
+        if not backend.capturable:
+            raise ValueError(
+                f"{GRAPHS_ENV} = 'full': the back end {backend.name} on {device} cannot be "
+                "captured, only triton and cuda on a GPU can; unset it"
+            )
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        **kwargs: Any,
+    ) -> LolaMetadata:
+        """vLLM's metadata plus the host-side prefill plan."""
+        if (
+            self.compilation_config.cudagraph_mode.has_full_cudagraphs()
+            and common_attn_metadata.max_query_len == 1
+            and common_attn_metadata.is_prefilling is not None
+        ):
+            # Such a step may replay a graph, which holds decodes only. A new prompt of one token
+            # can be one of them: to the op its page is empty, whatever a former owner left there.
+            common_attn_metadata = common_attn_metadata.replace(
+                is_prefilling=torch.zeros_like(common_attn_metadata.is_prefilling)
+            )
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+        assert isinstance(metadata, LolaMetadata)  # made from `metadata_cls`
+        if metadata.num_prefills:
+            context_lens, query_start_loc = self._prefill_cpu_metadata(
+                common_attn_metadata,
+                metadata.num_reqs,
+                metadata.num_prefills,
+                metadata.num_decode_tokens,
+            )
+            metadata.context_lens_p_cpu = context_lens
+            metadata.query_start_loc_p_cpu = query_start_loc
+        return metadata
+
+
+class LolaAttentionBackend(AttentionBackend):
+    """Names the builder; the layer itself (`attention.py`) runs the ops."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The name under which `compat.register_mamba_backend` registers this class."""
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_builder_cls() -> type[LolaMetadataBuilder]:
+        """The metadata builder."""
+        return LolaMetadataBuilder
+
+    @classmethod
+    def is_ssm(cls) -> bool:
+        """A state-space-like backend: one state per sequence, no per-token blocks."""
+        return True
