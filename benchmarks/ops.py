@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from op_common import add_layer_options, make_layer, medians_s
 
-from lola_vllm.ops import choose_backend
+from lola_vllm.ops import DecodeBatch, LayerState, PrefillBatch, choose_backend
 
 POOL_BYTES = 192 * 2**20  # beyond the last-level cache of anything this is likely to run on
 FRESH = 64  # tokens per sequence until the same ones come again
@@ -39,14 +39,14 @@ class Case:
 
     def __init__(self, args: argparse.Namespace, batch: int, lam: int, interval: int) -> None:
         gen = torch.Generator().manual_seed(0)
-        self.layout, self.weights = make_layer(args, lam, interval, gen)
+        self.layout, weights = make_layer(args, lam, interval, gen)
         Hq, Hkv, d = args.heads, args.kv_heads, args.head_dim
         dtype = self.layout.kv_dtype
         self.batch = batch
         pages = max(batch, POOL_BYTES // self.layout.page_bytes // batch * batch) + 1
         device = torch.device(args.device)
         pool = torch.empty(pages, self.layout.page_bytes, dtype=torch.uint8, device=device)
-        self.views = self.layout.views(pool)
+        self.state = LayerState.bind(weights, self.layout, pool)
         self.ops = choose_backend(device.type, dtype)
 
         # A full cache and a hidden state in use, at the start of an interval.
@@ -58,13 +58,12 @@ class Case:
         )
         self.out = torch.empty_like(self.q)
         seen = [x[: self.start] for x in (self.q, self.k, self.v)]
-        slots, query_start_loc, context_lens = (
-            torch.tensor(x, dtype=torch.int32, device=device) for x in ([1], [0, self.start], [0])
+        prompt = PrefillBatch(
+            torch.tensor([1], dtype=torch.int32, device=device),
+            torch.tensor([0, self.start], dtype=torch.int32),
+            torch.tensor([0], dtype=torch.int32),
         )
-        self.ops.prefill(
-            *seen, self.weights, self.layout, self.views, slots, query_start_loc, context_lens,
-            self.out[: self.start],
-        )  # fmt: skip
+        self.ops.prefill(self.state, *seen, prompt, self.out[: self.start])
         self.pool, self.fresh_page = pool, pool[1].clone()
         self.reset()
 
@@ -98,7 +97,7 @@ class Case:
             lengths = torch.full((self.batch,), n, dtype=torch.int32, device=q.device)
             self.lengths[n] = lengths
         slots = self.groups[self.calls % len(self.groups)]
-        self.ops.decode(q, k, v, self.weights, self.layout, self.views, slots, lengths, out)
+        self.ops.decode(self.state, q, k, v, DecodeBatch(slots, lengths), out)
         self.calls += 1
 
     def bytes_read(self, n: int) -> int:

@@ -20,7 +20,7 @@ import torch
 from common import write_report
 from op_common import add_layer_options, make_layer, medians_s
 
-from lola_vllm.ops import Backend, choose_backend
+from lola_vllm.ops import Backend, LayerState, PrefillBatch, choose_backend
 from lola_vllm.ops.select import ENV
 
 BACKENDS = {"cpu": ["native", "torch"], "cuda": ["triton", "xformers"]}
@@ -40,17 +40,19 @@ def prompts(args: argparse.Namespace, tokens: int, rows: int) -> Callable[[Backe
     Hq, Hkv, d = args.heads, args.kv_heads, args.head_dim
     dtype, device = layout.kv_dtype, torch.device(args.device)
     pool = torch.zeros(rows + 1, layout.page_bytes, dtype=torch.uint8, device=device)
-    views = layout.views(pool)
+    state = LayerState.bind(weights, layout, pool)
     # As in the model, queries, keys and values are parts of one product's rows.
     product = torch.randn(rows * tokens, Hq + 2 * Hkv, d, generator=gen).to(device, dtype)
     q, k, v = product.split([Hq, Hkv, Hkv], dim=1)
     out = torch.empty(rows * tokens, Hq, d, dtype=dtype, device=device)
-    slots = torch.arange(1, rows + 1, dtype=torch.int32, device=device)
-    starts = torch.arange(rows + 1, dtype=torch.int32) * tokens
-    context = torch.zeros(rows, dtype=torch.int32)
+    batch = PrefillBatch(
+        torch.arange(1, rows + 1, dtype=torch.int32, device=device),
+        torch.arange(rows + 1, dtype=torch.int32) * tokens,
+        torch.zeros(rows, dtype=torch.int32),
+    )
 
     def call(backend: Backend) -> None:
-        backend.prefill(q, k, v, weights, layout, views, slots, starts, context, out)
+        backend.prefill(state, q, k, v, batch, out)
 
     return call
 

@@ -23,90 +23,85 @@ Indices check_indices(const Tensor& t, const char* name, const char* meaning, in
   return view;
 }
 
-LolaArgs check_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
-                    const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H,
-                    const Tensor& s, const Tensor& positions, const Tensor& sparse_k,
-                    const Tensor& sparse_v, const Tensor& exact_k, const Tensor& exact_v,
-                    const Tensor& bounds, const Tensor& directions, const Tensor& slots,
-                    const Tensor& out, bool subtract_max, int64_t window, int64_t interval,
-                    int64_t sink) {
-  const LolaSizes sizes = check_sizes({q, k, v, feature_map_q, feature_map_k, log_gate, H, s,
-                                       positions, sparse_k, sparse_v, exact_k, exact_v, slots, out},
-                                      window, interval, sink, Device::cpu);
-  LolaArgs a;
-  a.Hq = sizes.Hq;
-  a.d = sizes.d;
-  a.Hkv = sizes.Hkv;
-  a.Hg = sizes.Hg;
-  a.lam = sizes.lam;
-  a.Hs = sizes.Hs;
-  a.F = sizes.F;
-  a.window = window;
-  a.interval = interval;
-  a.sink = sink;
-  a.subtract_max = subtract_max;
+// Tokens by heads: [T, heads, d].
+Strided<3> check_tokens(const Tensor& t, const char* name, std::initializer_list<DType> known) {
+  Strided<3> view;
+  view.dtype = check_float(t, name, known);
+  view.data = static_cast<char*>(t.data_ptr());
+  for (int i = 0; i < 3; ++i) view.stride[i] = t.stride(i);
+  LOLA_CHECK(t.size(2) <= 1 || view.stride[2] == 1, name,
+             ": the last dimension must be contiguous, its stride is ", view.stride[2]);
+  return view;
+}
 
-  a.q = check_strided<3>(q, "q");
-  a.k = check_strided<3>(k, "k");
-  a.v = check_strided<3>(v, "v");
-  a.out = check_strided<3>(out, "out");
-  a.feature_map_q = check_strided<3>(feature_map_q, "feature_map_q");
-  a.log_gate.dtype = check_float(log_gate, "log_gate");
-  a.log_gate.data = static_cast<char*>(log_gate.data_ptr());
-  a.log_gate.stride[0] = log_gate.stride(0);
-  a.sparse_k = check_strided<4>(sparse_k, "sparse_k");
-  a.sparse_v = check_strided<4>(sparse_v, "sparse_v");
-  a.exact_k = check_strided<4>(exact_k, "exact_k");
-  a.exact_v = check_strided<4>(exact_v, "exact_v");
+// A part of every page, [N, heads, rows, columns].
+Strided<4> part(const Tensor& pages, int64_t offset, DType dtype, int64_t rows, int64_t columns) {
+  return {static_cast<char*>(pages.data_ptr()) + offset,
+          dtype,
+          {pages.stride(0) / size_of(dtype), rows * columns, columns, 1}};
+}
+
+LolaArgs check_args(const LayerTensors& t, const Tensor& slots) {
+  const PageLayout& x = check_call(t, Device::cpu);
+  const DType pair = x.kv_dtype, wide = pair == DType::f64 ? DType::f64 : DType::f32;
+  LOLA_CHECK(pair != DType::f16 && x.state_dtype == wide,
+             "layout: keys and values must be float32, bfloat16 or float64, and H and s float32, "
+             "or float64 where keys and values are");
+  LolaArgs a;
+  a.Hq = x.num_heads;
+  a.d = x.head_dim;
+  a.Hkv = x.num_kv_heads;
+  a.Hg = x.num_sparse_heads;
+  a.lam = x.sparse_cache_size;
+  a.Hs = x.num_state_heads;
+  a.F = x.feature_dim;
+  a.window = x.window_size;
+  a.interval = x.update_interval;
+  a.sink = x.sink_size;
+  a.subtract_max = x.subtract_max != 0;
+
+  a.q = check_tokens(t.q, "q", {DType::f32, DType::bf16, DType::f64});
+  a.out = check_tokens(t.out, "out", {DType::f32, DType::bf16, DType::f64});
+  a.k = check_tokens(t.k, "k", {pair});
+  a.v = check_tokens(t.v, "v", {pair});
+  a.feature_map_q = {static_cast<char*>(t.feature_map_q.data_ptr()), wide, {a.d * a.F, a.F, 1}};
+  a.log_gate = {static_cast<char*>(t.log_gate.data_ptr()), wide, {1}};
+  const Tensor& pages = t.pages;
+  a.sparse_k = part(pages, x.sparse_k, pair, a.lam, a.d);
+  a.sparse_v = part(pages, x.sparse_v, pair, a.lam, a.d);
+  a.exact_k = part(pages, x.exact_k, pair, a.sink + x.ring_size(), a.d);
+  a.exact_v = part(pages, x.exact_v, pair, a.sink + x.ring_size(), a.d);
   a.recall = RecallArgs{};
-  a.recall.feature_map_k = check_strided<3>(feature_map_k, "feature_map_k");
-  a.recall.H = check_strided<4>(H, "H");
-  a.recall.s = check_strided<3>(s, "s");
+  a.recall.feature_map_k = {
+      static_cast<char*>(t.feature_map_k.data_ptr()), wide, {a.d * a.F, a.F, 1}};
+  a.recall.H = part(pages, x.H, wide, 2 * a.F, a.d);
+  const Strided<4> s = part(pages, x.s, wide, 1, 2 * a.F);
+  a.recall.s = {s.data, wide, {s.stride[0], s.stride[1], 1}};
   a.recall.d = a.d;
   a.recall.F = a.F;
-  a.incremental = check_remembered(bounds, directions, sizes, interval, Device::cpu) > 0;
-  a.bounds = check_strided<4>(bounds, "bounds");
-  a.directions = static_cast<int8_t*>(directions.data_ptr());
-  a.directions_stride[0] = directions.stride(0);
-  a.directions_stride[1] = directions.stride(1);
-  const DType pair = a.exact_k.dtype;
-  const DType wide = pair == DType::f64 ? DType::f64 : DType::f32;
-  LOLA_CHECK(a.recall.H.dtype == wide && a.recall.s.dtype == wide,
-             "H: H and s must be float32, or float64 where keys and values are");
-  LOLA_CHECK(a.bounds.dtype == wide,
-             "bounds: must be float32, or float64 where keys and values are");
-  LOLA_CHECK(a.k.dtype == pair && a.v.dtype == pair && a.exact_v.dtype == pair &&
-                 a.sparse_k.dtype == pair && a.sparse_v.dtype == pair,
-             "k: keys and values, and the pages that hold them, must be of one dtype");
-  // Rows of keys and values are read as contiguous runs.
-  for (const auto* view : {&a.sparse_k, &a.sparse_v, &a.exact_k, &a.exact_v}) {
-    LOLA_CHECK(view->stride[2] == a.d, "exact_k, sparse_k: rows of a page must be contiguous");
-  }
-  LOLA_CHECK(positions.scalar_type() == ScalarType::Int, "positions: must be int32");
-  LOLA_CHECK(a.lam <= 1 || positions.stride(2) == 1,
-             "positions: the last dimension must be contiguous");
-  a.positions = static_cast<int32_t*>(positions.data_ptr());
-  a.positions_stride[0] = positions.stride(0);
-  a.positions_stride[1] = positions.stride(1);
+  a.incremental = x.bounded();
+  a.bounds = part(pages, x.bounds, wide, kBounds, a.lam);
+  a.directions = static_cast<int8_t*>(pages.data_ptr()) + x.directions;
+  a.directions_stride[0] = pages.stride(0);
+  a.directions_stride[1] = a.lam * a.d;
+  a.positions = reinterpret_cast<int32_t*>(static_cast<char*>(pages.data_ptr()) + x.positions);
+  a.positions_stride[0] = pages.stride(0) / 4;
+  a.positions_stride[1] = a.lam;
   a.slots = check_indices(slots, "slots", "[rows]", slots.size(0));
   for (int64_t row = 0; row < slots.size(0); ++row) {
-    LOLA_CHECK(a.slots[row] < sizes.N, "slots: entry ", row, " is ", a.slots[row],
-               ", but there are ", sizes.N, " pages");
+    LOLA_CHECK(a.slots[row] < pages.size(0), "slots: entry ", row, " is ", a.slots[row],
+               ", but there are ", pages.size(0), " pages");
   }
   return a;
 }
 
 }  // namespace
 
-void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
-            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
-            const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
-            const Tensor& exact_k, const Tensor& exact_v, const Tensor& bounds,
-            const Tensor& directions, const Tensor& slots, const Tensor& seq_lens,
-            const Tensor& out, bool subtract_max, int64_t window, int64_t interval, int64_t sink) {
-  const LolaArgs args = check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions,
-                                   sparse_k, sparse_v, exact_k, exact_v, bounds, directions, slots,
-                                   out, subtract_max, window, interval, sink);
+void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
+            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& q, const Tensor& k,
+            const Tensor& v, const Tensor& slots, const Tensor& seq_lens, const Tensor& out) {
+  const LolaArgs args =
+      check_args({pages, layout, feature_map_q, feature_map_k, log_gate, q, k, v, out}, slots);
   const int64_t rows = slots.size(0);
   LOLA_CHECK(rows == q.size(0), "slots: ", rows, " rows, but q has ", q.size(0), " tokens");
   const Indices lengths = check_indices(seq_lens, "seq_lens", "[rows]", rows);
@@ -117,22 +112,18 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fea
   if (rows > 0) decode_cpu(args, rows, lengths);
 }
 
-void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
-             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
-             const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
-             const Tensor& exact_k, const Tensor& exact_v, const Tensor& bounds,
-             const Tensor& directions, const Tensor& slots, const Tensor& query_start,
-             const Tensor& context_lens, const Tensor& out, bool subtract_max, int64_t window,
-             int64_t interval, int64_t sink) {
-  const LolaArgs args = check_args(q, k, v, feature_map_q, feature_map_k, log_gate, H, s, positions,
-                                   sparse_k, sparse_v, exact_k, exact_v, bounds, directions, slots,
-                                   out, subtract_max, window, interval, sink);
+void prefill(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
+             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& q, const Tensor& k,
+             const Tensor& v, const Tensor& slots, const Tensor& query_start_loc,
+             const Tensor& context_lens, const Tensor& out) {
+  const LolaArgs args =
+      check_args({pages, layout, feature_map_q, feature_map_k, log_gate, q, k, v, out}, slots);
   const int64_t rows = slots.size(0);
-  const Indices starts = check_indices(query_start, "query_start", "[rows + 1]", rows + 1);
+  const Indices starts = check_indices(query_start_loc, "query_start_loc", "[rows + 1]", rows + 1);
   const Indices context = check_indices(context_lens, "context_lens", "[rows]", rows);
   for (int64_t row = 0; row < rows; ++row) {
     LOLA_CHECK(starts[row] >= 0 && starts[row] <= starts[row + 1] && starts[row + 1] <= q.size(0),
-               "query_start: entries ", row, " and ", row + 1, " are ", starts[row], " and ",
+               "query_start_loc: entries ", row, " and ", row + 1, " are ", starts[row], " and ",
                starts[row + 1], ", but q has ", q.size(0), " tokens");
     LOLA_CHECK(context[row] >= 0, "context_lens: entry ", row, " is ", context[row]);
   }

@@ -12,20 +12,16 @@ from lola_vllm.kernels import decode as decode_kernels
 from lola_vllm.kernels import prefill as prefill_kernels
 from lola_vllm.kernels.common import check
 from lola_vllm.kernels.prefill import SoftmaxPart
-from lola_vllm.kernels.update import scratch_buffers, update
-from lola_vllm.ops.contract import LolaWeights
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.kernels.update import Rows, scratch_buffers, update
+from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 
 
 def decode(
+    state: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    seq_lens: Tensor,
+    batch: DecodeBatch,
     out: Tensor,
     splits: int | None = None,
 ) -> None:
@@ -37,31 +33,24 @@ def decode(
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
-    strides = check(q, k, v, weights, layout, views, out)
+    check(state, q, k, v, out)
     B = len(q)
-    if slots.shape != (B,) or seq_lens.shape != (B,):
-        raise ValueError(
-            f"slots, seq_lens: shapes {list(slots.shape)} and {list(seq_lens.shape)}, "
-            f"expected [{B}]"
-        )
+    for name, tensor in batch._asdict().items():
+        if tensor.shape != (B,):
+            raise ValueError(f"{name}: shape {list(tensor.shape)}, expected [{B}]")
     if B == 0:
         return
-    splits = splits or decode_kernels.choose_splits(layout, B, q.device)
-    decode_kernels.attend(q, k, v, weights, layout, views, slots, seq_lens, out, strides, splits)
-    scratch = scratch_buffers(layout, B, q.device)
-    update(weights.feature_map_k, layout, views, slots, seq_lens, 0, B, scratch, strides)
+    splits = splits or decode_kernels.choose_splits(state.layout, B, q.device)
+    decode_kernels.attend(state, q, k, v, batch, out, splits)
+    update(state, Rows(*batch, 0, B), scratch_buffers(state.layout, B, q.device))
 
 
 def prefill(
+    state: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    batch: PrefillBatch,
     out: Tensor,
     softmax: SoftmaxPart | None = None,
 ) -> None:
@@ -73,17 +62,12 @@ def prefill(
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
-    strides = check(q, k, v, weights, layout, views, out)
-    R = len(slots)
-    if query_start_loc.shape != (R + 1,) or context_lens.shape != (R,):
-        raise ValueError(
-            f"query_start_loc, context_lens: shapes {list(query_start_loc.shape)} and "
-            f"{list(context_lens.shape)}, expected [{R + 1}] and [{R}]"
-        )
-    for name, tensor in (("query_start_loc", query_start_loc), ("context_lens", context_lens)):
+    check(state, q, k, v, out)
+    R = len(batch.slots)
+    for name, size in (("query_start_loc", R + 1), ("context_lens", R)):
+        tensor: Tensor = getattr(batch, name)
+        if tensor.shape != (size,):
+            raise ValueError(f"{name}: shape {list(tensor.shape)}, expected [{size}]")
         if tensor.device.type != "cpu":
             raise ValueError(f"{name}: on {tensor.device}, must be in host memory")
-    prefill_kernels.prefill(
-        q, k, v, weights, layout, views, slots, query_start_loc, context_lens, out, strides,
-        softmax,
-    )  # fmt: skip
+    prefill_kernels.prefill(state, q, k, v, batch, out, softmax)

@@ -9,6 +9,7 @@ whose parts are contiguous as `StateLayout.views` cuts them. Sums are made in fl
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lola_vllm.ops import dither as dithers
-from lola_vllm.ops.contract import LolaWeights
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.ops.contract import LayerState
+from lola_vllm.state import StateLayout
 
 MIN_DOT = 16  # smallest side of a tensor-core product
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -212,47 +213,42 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def page_strides(views: StateViews) -> tuple[int, int, int]:
-    """Page strides in elements of H and s, of all keys and values, and of the positions.
+class PageStrides(NamedTuple):
+    """Strides of a pool's pages, in elements.
 
-    Raises:
-        ValueError: parts that do not share a pool's page stride, or that are not contiguous.
+    Attributes:
+        state: of H and s. kv: of keys and values. words: of positions and bounds. bytes: of
+            directions.
     """
-    # A part without entries (lam = 0) is never addressed, and has a stride of its own.
-    parts = {name: part for name, part in views._asdict().items() if part[0].numel()}
-    pool = views.H.stride(0) * views.H.itemsize
-    for name, part in parts.items():
-        if part.stride(0) * part.itemsize != pool:
-            raise ValueError(f"{name}: page stride {part.stride(0)}, expected {pool} bytes")
-        if not part[0].is_contiguous():
-            raise ValueError(f"{name}: must be contiguous within a page")
-    return views.H.stride(0), views.exact_k.stride(0), pool // views.positions.itemsize
+
+    state: int
+    kv: int
+    words: int
+    bytes: int
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    out: Tensor,
-) -> tuple[int, int, int]:
-    """The pages' strides (`page_strides`), if the kernels can take the tensors.
+def page_strides(state: LayerState) -> PageStrides:
+    """The page stride of a layer's pool, in elements of each part."""
+    stride, layout = state.pages.stride(0), state.layout
+    return PageStrides(
+        stride // layout.state_dtype.itemsize, stride // layout.kv_dtype.itemsize, stride // 4,
+        stride,
+    )  # fmt: skip
+
+
+def check(state: LayerState, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """Whether the kernels can take the tensors.
 
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
-    Hq, d, F = q.shape[1], layout.head_dim, layout.feature_dim
-    Hkv, Hs = layout.num_kv_heads, layout.num_state_heads
+    layout = state.layout
+    Hq, Hkv, d = state.num_heads, layout.num_kv_heads, layout.head_dim
     for name, tensor, shape in (
         ("q", q, (len(q), Hq, d)),
         ("k", k, (len(q), Hkv, d)),
         ("v", v, (len(q), Hkv, d)),
         ("out", out, (len(q), Hq, d)),
-        ("feature_map_q", weights.feature_map_q, (Hq, d, F)),
-        ("feature_map_k", weights.feature_map_k, (Hs, d, F)),
-        ("log_gate", weights.log_gate, (Hq,)),
     ):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: shape {list(tensor.shape)}, expected {list(shape)}")
@@ -260,20 +256,14 @@ def check(
             raise ValueError(f"{name}: dtype {tensor.dtype}, expected one of {DTYPES}")
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name}: the last dimension must be contiguous")
-        if tensor.device != views.H.device:
-            raise ValueError(f"{name}: on {tensor.device}, the pages on {views.H.device}")
-    if views.exact_k.dtype not in DTYPES:
-        raise ValueError(f"exact_k: dtype {views.exact_k.dtype}, expected one of {DTYPES}")
-    if views.H.dtype != torch.float32:
-        raise ValueError(f"H: dtype {views.H.dtype}, expected torch.float32")
-    for name in ("feature_map_q", "feature_map_k", "log_gate"):
-        if not getattr(weights, name).is_contiguous():
-            raise ValueError(f"{name}: must be contiguous")
-    if Hq % Hs:
-        raise ValueError(f"q: {Hq} heads, not a multiple of {Hs} state heads")
+        if tensor.device != state.pages.device:
+            raise ValueError(f"{name}: on {tensor.device}, the pages on {state.pages.device}")
+    if layout.kv_dtype not in DTYPES:
+        raise ValueError(f"kv_dtype: {layout.kv_dtype}, expected one of {DTYPES}")
+    if layout.state_dtype != torch.float32:
+        raise ValueError(f"state_dtype: {layout.state_dtype}, expected torch.float32")
     if layout.page_bytes >= MAX_PAGE_BYTES:
         raise ValueError(f"layout: pages of {layout.page_bytes} bytes, 2 GiB or more")
-    return page_strides(views)
 
 
 @functools.cache

@@ -24,13 +24,14 @@ from lola_vllm.kernels.common import (
     features,
     mix,
     num_processors,
+    page_strides,
     pairs_per_tile,
     precision,
     product,
     window_start,
 )
-from lola_vllm.ops.contract import LolaWeights
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.ops.contract import DecodeBatch, LayerState
+from lola_vllm.state import StateLayout
 
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until there are about this many
 MAX_SPLITS = 32
@@ -274,26 +275,23 @@ def choose_splits(layout: StateLayout, num_rows: int, device: torch.device) -> i
 
 
 def attend(
+    state: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    seq_lens: Tensor,
+    batch: DecodeBatch,
     out: Tensor,
-    strides: tuple[int, int, int],
     splits: int,
 ) -> None:
     """Write the new pairs and answer the queries; no update. Shapes as in `contract.DecodeOp`.
 
     Args:
-        strides: from `page_strides`.
         splits: parts that a row's pairs are cut into (`choose_splits`).
     """
     B, Hq, d = q.shape
-    state_page, kv_page, _ = strides
+    layout, views, weights = state.layout, state.views, state.weights
+    slots, seq_lens = batch
+    pages = page_strides(state)
     if splits > 1:
         partial = torch.empty(B, Hq, splits + 1, d, dtype=torch.float32, device=q.device)
         stats = torch.empty(B, Hq, splits + 1, 2, dtype=torch.float32, device=q.device)
@@ -305,7 +303,7 @@ def attend(
         views.H, views.s, views.sparse_k, views.sparse_v, views.exact_k, views.exact_v,
         slots, seq_lens, partial, stats,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        out.stride(0), out.stride(1), slots.stride(0), seq_lens.stride(0), state_page, kv_page,
+        out.stride(0), out.stride(1), slots.stride(0), seq_lens.stride(0), pages.state, pages.kv,
         d**-0.5, **shape, **decode_constants(layout, Hq, splits, weights.subtract_max),
         PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -27,26 +27,24 @@ from lola_vllm.kernels.common import (
     constants,
     exact_row,
     mix,
+    page_strides,
     pairs_per_tile,
     precision,
     read_state,
     window_start,
 )
-from lola_vllm.kernels.update import scratch_buffers, update
-from lola_vllm.ops.contract import LolaWeights
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.kernels.update import Rows, scratch_buffers, update
+from lola_vllm.ops.contract import LayerState, PrefillBatch
+from lola_vllm.state import StateLayout
 
 MAX_BLOCK_M = 32  # queries per program; 64 spill registers on sm_80 at d = 128
 NUM_WARPS = 4
 
 Ints = npt.NDArray[np.int64]
 
-# Attends every token to its piece, window and sinks: (q, k, v, layout, views, slots,
-# query_start_loc, context_lens) -> output `[T, Hq, d]`, contiguous, and its log-sum-exp `[Hq, T]`
-# float32, whose rows are contiguous.
-SoftmaxPart = Callable[
-    [Tensor, Tensor, Tensor, StateLayout, StateViews, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
-]
+# Attends every token to its piece, window and sinks: (state, q, k, v, batch) -> output
+# `[T, Hq, d]`, contiguous, and its log-sum-exp `[Hq, T]` float32, whose rows are contiguous.
+SoftmaxPart = Callable[[LayerState, Tensor, Tensor, Tensor, PrefillBatch], tuple[Tensor, Tensor]]
 
 
 @triton.jit(do_not_specialize=("lse_head", "first_piece", "num_blocks", "num_pieces"))
@@ -275,44 +273,39 @@ def plan_pieces(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) 
 
 
 def prefill(
+    state: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    batch: PrefillBatch,
     out: Tensor,
-    strides: tuple[int, int, int],
     softmax: SoftmaxPart | None = None,
 ) -> None:
     """A run of new tokens per row, its arguments checked; shapes as in `contract.PrefillOp`.
 
     Args:
-        strides: from `page_strides`.
         softmax: what attends piece, window and sinks, for weights without `subtract_max`; None:
             the steps' own kernel.
     """
+    layout, views, weights = state.layout, state.views, state.weights
     steps, pieces = _plan_on(
         q.device,
         layout,
-        query_start_loc.numpy().astype(np.int64).tobytes(),
-        context_lens.numpy().astype(np.int64).tobytes(),
+        batch.query_start_loc.numpy().astype(np.int64).tobytes(),
+        batch.context_lens.numpy().astype(np.int64).tobytes(),
     )
     if not steps:
         return
-    n, page = pieces[3], slots.index_select(0, pieces[4])
+    n, page = pieces[3], batch.slots.index_select(0, pieces[4])
 
     d, Hq = q.shape[-1], q.shape[1]
-    state_page, kv_page, _ = strides
+    strides = page_strides(state)
     own = prefill_constants(layout, Hq, weights.subtract_max, softmax is not None)
     shape = {**constants(layout), **own, "PRECISION": precision(q.dtype)}
     if softmax is None:
         soft, lse, lse_head = out, weights.log_gate, 0  # not read
     else:  # before the first step: it writes into the ring
-        soft, lse = softmax(q, k, v, layout, views, slots, query_start_loc, context_lens)
+        soft, lse = softmax(state, q, k, v, batch)
         lse_head = lse.stride(0)
     scratch = scratch_buffers(layout, max(step.count for step in steps), q.device)
     for step in steps:
@@ -322,14 +315,11 @@ def prefill(
             views.H, views.s, views.sparse_k, views.sparse_v, views.exact_k, views.exact_v,
             page, pieces, soft, lse,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            out.stride(0), out.stride(1), state_page, kv_page, lse_head,
+            out.stride(0), out.stride(1), strides.state, strides.kv, lse_head,
             step.first, num_blocks, pieces.shape[1], d**-0.5, **shape, num_warps=NUM_WARPS,
         )  # fmt: skip
         if step.update:
-            update(
-                weights.feature_map_k, layout, views, page, n, step.first, step.count, scratch,
-                strides, step.score,
-            )  # fmt: skip
+            update(state, Rows(page, n, step.first, step.count), scratch, step.score)
 
 
 def prefill_constants(

@@ -42,6 +42,7 @@ from lola_vllm.kernels.common import (
     exact_row,
     features,
     num_processors,
+    page_strides,
     product,
     window_start,
 )
@@ -53,7 +54,8 @@ from lola_vllm.kernels.incremental import (
     track_fold,
 )
 from lola_vllm.kernels.incremental import SCORE_WARPS as BOUNDED_SCORE_WARPS
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.ops.contract import LayerState
+from lola_vllm.state import StateLayout
 
 BLOCK_E = 32  # candidates scored, folded or replaced at a time
 PROGRAMS_PER_PROCESSOR = 1  # the registers of one fill it, and idle ones should be one wave
@@ -352,29 +354,30 @@ def bounded(layout: StateLayout) -> bool:
     return layout.update_interval == 1 and layout.sparse_cache_size > 0
 
 
-def update(
-    feature_map_k: Tensor,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    n: Tensor,
-    first_row: int,
-    num_rows: int,
-    scratch: Scratch,
-    strides: tuple[int, int, int],
-    score: bool = True,
-) -> None:
+class Rows(NamedTuple):
+    """The rows that an update looks at.
+
+    Attributes:
+        slots, seq_lens: `[>= first + num_rows]`, any integer dtypes: each row's page and tokens.
+        first, num_rows: the range of rows.
+    """
+
+    slots: Tensor
+    seq_lens: Tensor
+    first: int
+    num_rows: int
+
+
+def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) -> None:
     """Evict, rescore, select, fold and replace in the rows that are at an update point.
 
     Args:
-        feature_map_k: `[Hs, d, F]`.
-        slots, n: `[>= first_row + num_rows]`, any integer dtypes: page and tokens seen of each row.
-        first_row, num_rows: the rows to look at.
-        scratch: from `scratch_buffers`. strides: from `page_strides`.
+        scratch: from `scratch_buffers`.
         score: False where the caller knows that no row's cache overflows.
     """
-    state_page, kv_page, words_page = strides
-    bytes_page = 4 * words_page
+    layout, views, feature_map_k = state.layout, state.views, state.weights.feature_map_k
+    state_page, kv_page, words_page, bytes_page = page_strides(state)
+    slots, n, first_row, num_rows = rows
     shape = {**constants(layout), "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
     Hg, lam = layout.num_sparse_heads, layout.sparse_cache_size
     E = lam + layout.update_interval

@@ -9,32 +9,25 @@ import torch
 
 from lola_vllm.kernels import backend
 from lola_vllm.kernels.decode import choose_splits
-from lola_vllm.ops.contract import LolaWeights, PrefillOp
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch, PrefillOp
+from lola_vllm.state import StateLayout
 
 logger = logging.getLogger("vllm.lola")
 
 _compiled: set[tuple[PrefillOp, bool, StateLayout, int, torch.device]] = set()
 
 
-def warm_up(
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    num_heads: int,
-    prefill: PrefillOp = backend.prefill,
-) -> None:
+def warm_up(state: LayerState, prefill: PrefillOp = backend.prefill) -> None:
     """Launch every kernel variant that a layer's steps can ask for, on rows of padding alone.
 
     Such rows read and write no page. Layers that are alike share their variants, so only the first
     of them takes time.
 
     Args:
-        weights, layout, views: the layer's, as the ops take them. num_heads: Hq of this rank.
         prefill: the back end's.
     """
-    device = views.H.device
-    variants = (prefill, weights.subtract_max, layout, num_heads, device)
+    device, layout, num_heads = state.pages.device, state.layout, state.num_heads
+    variants = (prefill, state.weights.subtract_max, layout, num_heads, device)
     if variants in _compiled:
         return
     _compiled.add(variants)
@@ -43,14 +36,14 @@ def warm_up(
     # As in the model, queries, keys and values are parts of one product's rows.
     row = torch.zeros(1, num_heads + 2 * Hkv, d, dtype=layout.kv_dtype, device=device)
     q, k, v = row.split([num_heads, Hkv, Hkv], dim=1)
-    page = (weights, layout, views)
     out = torch.empty(1, num_heads, d, dtype=layout.kv_dtype, device=device)
     nobody = torch.zeros(1, dtype=torch.int32, device=device)
     splits = choose_splits(layout, 1, device)
     while splits >= 1:  # powers of two: all that larger batches choose
-        backend.decode(q, k, v, *page, nobody, nobody + 1, out, splits)
+        backend.decode(state, q, k, v, DecodeBatch(nobody, nobody + 1), out, splits)
         splits //= 2
-    prefill(q, k, v, *page, nobody, torch.tensor([0, 1]), torch.tensor([0]), out)
+    batch = PrefillBatch(nobody, torch.tensor([0, 1]), torch.tensor([0]))
+    prefill(state, q, k, v, batch, out)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     logger.info("LoLA kernels are compiled, which took %.1f s", time.perf_counter() - begin)

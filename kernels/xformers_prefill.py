@@ -21,8 +21,8 @@ from xformers.ops import fmha
 from lola_vllm.kernels import backend
 from lola_vllm.kernels.prefill import Ints, on_device, plan_pieces
 from lola_vllm.kernels.warmup import warm_up as warm_up_with
-from lola_vllm.ops.contract import LolaWeights
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.ops.contract import LayerState, PrefillBatch
+from lola_vllm.state import StateLayout
 
 logger = logging.getLogger("vllm.lola")
 
@@ -85,19 +85,12 @@ def _gather_on(
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every token to its piece, window and sinks: a `prefill.SoftmaxPart`.
 
     Args:
-        q, k, v, slots, query_start_loc, context_lens: as in `contract.PrefillOp`.
+        state, q, k, v, batch: as in `contract.PrefillOp`.
 
     Returns:
         `[T, Hq, d]` in the model's dtype, and its log-sum-exp `[Hq, T]` in float32.
@@ -105,15 +98,16 @@ def attend(
     Raises:
         RuntimeError: xformers has no kernel for this GPU.
     """
+    layout, views = state.layout, state.views
     mask, source, (at, row, exact) = _gather_on(
         q.device,
         layout,
-        query_start_loc.numpy().astype(np.int64).tobytes(),
-        context_lens.numpy().astype(np.int64).tobytes(),
+        batch.query_start_loc.numpy().astype(np.int64).tobytes(),
+        batch.context_lens.numpy().astype(np.int64).tobytes(),
     )
     T, Hq, d = q.shape
     Hkv = layout.num_kv_heads
-    page = slots.index_select(0, row).long()
+    page = batch.slots.index_select(0, row).long()
     padding = (page <= 0)[:, None, None]
 
     def gather(new: Tensor, store: Tensor) -> Tensor:
@@ -141,27 +135,16 @@ def attend(
 
 
 def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
-    out: Tensor,
+    state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
 ) -> None:
     """A run of new tokens per row; see `contract.PrefillOp`. By Triton alone where `unsuited`.
 
     Raises:
         ValueError: as `backend.prefill`. RuntimeError: as `attend`.
     """
-    same = q.dtype == k.dtype == v.dtype == layout.kv_dtype
-    softmax = attend if same and unsuited(layout, weights.subtract_max) is None else None
-    backend.prefill(
-        q, k, v, weights, layout, views, slots, query_start_loc, context_lens, out, softmax
-    )
+    same = q.dtype == k.dtype == v.dtype == state.layout.kv_dtype
+    suited = same and unsuited(state.layout, state.weights.subtract_max) is None
+    backend.prefill(state, q, k, v, batch, out, attend if suited else None)
 
 
 # Compiles the variants that `prefill` and Triton's decode ask for; see `contract.WarmUp`.

@@ -40,6 +40,22 @@ from lola_vllm.config import LolaConfig
 PART_ALIGNMENT = 64  # bytes; a cache line, and a multiple of every vector width used
 PAGE_ALIGNMENT = 256  # bytes
 
+# The parts of a page, in its order.
+PARTS = (
+    "H", "s", "positions", "sparse_k", "sparse_v", "exact_k", "exact_v", "bounds", "directions",
+)  # fmt: skip
+
+# What `StateLayout.table` holds: the fields of `PageLayout` in csrc/layout.h, in its order. A name
+# of `PARTS` stands for the byte offset of that part in the page.
+TABLE_FIELDS = (
+    "num_heads", "num_kv_heads", "num_state_heads", "num_sparse_heads", "head_dim", "feature_dim",
+    "window_size", "sparse_cache_size", "update_interval", "sink_size", "subtract_max", "kv_dtype",
+    "state_dtype", "page_bytes", *PARTS,
+)  # fmt: skip
+
+# Dtypes as the table names them: `DType` in csrc/layout.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
 
 class StateViews(NamedTuple):
     """Typed views of a pool of pages; dim 0 is the page, its stride is the page stride."""
@@ -180,6 +196,26 @@ class StateLayout:
             else:
                 views[name] = part.new_empty(pages.shape[0], *shape, dtype=dtype)
         return StateViews(**views)
+
+    def table(self, num_heads: int, subtract_max: bool) -> Tensor:
+        """The layout as C++ and CUDA read it: int64 `[len(TABLE_FIELDS)]`.
+
+        Args:
+            num_heads: Hq. subtract_max: as in `LolaWeights`.
+
+        Raises:
+            KeyError: keys and values, or H and s, have a dtype that is not in `DTYPE_CODES`.
+        """
+        numbers = {
+            **self.__dict__,
+            **self.offsets,
+            "num_heads": num_heads,
+            "subtract_max": subtract_max,
+            "kv_dtype": DTYPE_CODES[self.kv_dtype],
+            "state_dtype": DTYPE_CODES[self.state_dtype],
+            "page_bytes": self.page_bytes,
+        }
+        return torch.tensor([int(numbers[name]) for name in TABLE_FIELDS])
 
     def row(self, position: Tensor) -> Tensor:
         """Row of `exact_k` / `exact_v` that holds a position, any integer shape."""

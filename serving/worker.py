@@ -96,9 +96,9 @@ class LolaWorkerExtension:
         for module, page in zip(modules, copy.pages, strict=True):
             index = extract_layer_index(module.prefix)
             if layers is None or index in layers:
-                assert module.weights is not None
+                assert module.state is not None
                 memory = remembered(
-                    page, module.layout, module.weights.feature_map_k, copy.num_tokens
+                    page, module.layout, module.state.weights.feature_map_k, copy.num_tokens
                 )
                 # Rounded in float64, so that their decimals are few.
                 errors = memory.errors.double().round(decimals=5).tolist()
@@ -134,9 +134,9 @@ class LolaWorkerExtension:
             answer["sparse_fill"] = float(filled.float().mean()) / layout.sparse_cache_size
         forecasts = []
         for module, page in zip(modules, copy.pages, strict=True):
-            assert module.weights is not None
+            assert module.state is not None
             forecasts.append(
-                forecast(page, module.layout, module.weights.feature_map_k, copy.num_tokens)
+                forecast(page, module.layout, module.state.weights.feature_map_k, copy.num_tokens)
             )
         for field in Forecast._fields:
             values = [value for f in forecasts if (value := getattr(f, field)) is not None]

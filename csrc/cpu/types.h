@@ -4,11 +4,9 @@
 
 #include <cstdint>
 
+#include "layout.h"
+
 namespace lola {
-
-enum class DType : int { f32, bf16, f64 };
-
-constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 // A strided tensor of R dimensions whose last one is contiguous. Strides are in elements; offsets
 // are 64-bit because a pool of pages exceeds 2^31 bytes soon.

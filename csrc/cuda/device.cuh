@@ -30,8 +30,6 @@ constexpr float kMinusInf = -__builtin_huge_valf();
 
 // --- element types ---
 
-enum class Type : int { f32, bf16, f16 };
-
 struct Bf16 {
   uint16_t bits;
 };
@@ -59,16 +57,16 @@ struct Rounded<F16> {
 };
 
 // Inputs and outputs of a few elements per thread: their type is looked up at run time.
-LOLA_DEVICE float load_any(const char* p, Type type, int64_t i) {
-  return type == Type::f32    ? reinterpret_cast<const float*>(p)[i]
-         : type == Type::bf16 ? to_float(reinterpret_cast<const Bf16*>(p)[i])
-                              : to_float(reinterpret_cast<const F16*>(p)[i]);
+LOLA_DEVICE float load_any(const char* p, DType type, int64_t i) {
+  return type == DType::f32    ? reinterpret_cast<const float*>(p)[i]
+         : type == DType::bf16 ? to_float(reinterpret_cast<const Bf16*>(p)[i])
+                               : to_float(reinterpret_cast<const F16*>(p)[i]);
 }
 
-LOLA_DEVICE void store_any(char* p, Type type, int64_t i, float x) {
-  if (type == Type::f32) {
+LOLA_DEVICE void store_any(char* p, DType type, int64_t i, float x) {
+  if (type == DType::f32) {
     reinterpret_cast<float*>(p)[i] = x;
-  } else if (type == Type::bf16) {
+  } else if (type == DType::bf16) {
     reinterpret_cast<Bf16*>(p)[i] = Rounded<Bf16>::of(x);
   } else {
     reinterpret_cast<F16*>(p)[i] = Rounded<F16>::of(x);

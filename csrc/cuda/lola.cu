@@ -8,8 +8,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <utility>
 
+#include "bounds.h"
 #include "checks.h"
 #include "cuda/launch.cuh"
 #include "ops.h"
@@ -38,31 +38,22 @@ constexpr int64_t kSplitRows = 64;          // keys and rows of H that are worth
 constexpr int64_t kMaxSplits = 32;
 constexpr int64_t kSharedList = 8192;  // longer lists of an update lie in memory
 
-Type check_type(const Tensor& t, const char* name) {
-  const ScalarType type = t.scalar_type();
-  LOLA_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-             name, ": dtype ", torch::headeronly::toString(type),
-             ", expected float32, bfloat16 or float16");
-  return type == ScalarType::Float      ? Type::f32
-         : type == ScalarType::BFloat16 ? Type::bf16
-                                        : Type::f16;
+// Tokens by heads, [T, heads, d]; the last dimension is contiguous.
+View<2> tokens(const Tensor& t, const char* name) {
+  LOLA_CHECK(t.size(2) <= 1 || t.stride(2) == 1, name,
+             ": the last dimension must be contiguous, its stride is ", t.stride(2));
+  return {static_cast<char*>(t.data_ptr()), {t.stride(0), t.stride(1)}};
 }
 
-// The strides of all dimensions but the last, which is contiguous.
-template <int R>
-View<R> view(const Tensor& t, const char* name) {
-  View<R> x;
-  x.data = static_cast<char*>(t.data_ptr());
-  for (int i = 0; i < R; ++i) x.stride[i] = t.stride(i);
-  LOLA_CHECK(t.size(R) <= 1 || t.stride(R) == 1, name,
-             ": the last dimension must be contiguous, its stride is ", t.stride(R));
-  return x;
+// A part of every page, [N, heads, rows, columns], of elements of so many bytes.
+View<3> part(const Tensor& pages, int64_t offset, int64_t bytes, int64_t rows, int64_t columns) {
+  return {static_cast<char*>(pages.data_ptr()) + offset,
+          {pages.stride(0) / bytes, rows * columns, columns}};
 }
 
-const float* weights(const Tensor& t, const char* name) {
-  LOLA_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), name,
-             ": must be float32 and contiguous");
-  return static_cast<const float*>(t.data_ptr());
+// The same without rows, [N, heads, columns].
+View<2> row_part(const Tensor& pages, int64_t offset, int64_t columns) {
+  return {static_cast<char*>(pages.data_ptr()) + offset, {pages.stride(0) / 4, columns}};
 }
 
 Indices indices(const Tensor& t, const char* name, int64_t count) {
@@ -102,77 +93,65 @@ void run(const Params& p, bool vectors, cudaStream_t stream) {
   }
 }
 
-void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& feature_map_q,
-            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& H, const Tensor& s,
-            const Tensor& positions, const Tensor& sparse_k, const Tensor& sparse_v,
-            const Tensor& exact_k, const Tensor& exact_v, const Tensor& bounds,
-            const Tensor& directions, const Tensor& slots, const Tensor& seq_lens,
-            const Tensor& out, bool subtract_max, int64_t window, int64_t interval, int64_t sink) {
-  const LolaSizes sizes = check_sizes({q, k, v, feature_map_q, feature_map_k, log_gate, H, s,
-                                       positions, sparse_k, sparse_v, exact_k, exact_v, slots, out},
-                                      window, interval, sink, kDevice);
-  LOLA_CHECK(sizes.d <= kMaxHeadDim, "q: head size ", sizes.d, ", at most ", kMaxHeadDim);
+void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
+            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& q, const Tensor& k,
+            const Tensor& v, const Tensor& slots, const Tensor& seq_lens, const Tensor& out) {
+  const PageLayout& x =
+      check_call({pages, layout, feature_map_q, feature_map_k, log_gate, q, k, v, out}, kDevice);
+  LOLA_CHECK(x.head_dim <= kMaxHeadDim, "q: head size ", x.head_dim, ", at most ", kMaxHeadDim);
+  LOLA_CHECK(x.kv_dtype != DType::f64 && x.state_dtype == DType::f32,
+             "layout: keys and values must be float32, bfloat16 or float16, and H and s float32");
   Params p;
-  p.q = view<2>(q, "q");
-  p.k = view<2>(k, "k");
-  p.v = view<2>(v, "v");
-  p.out = view<2>(out, "out");
-  p.q_type = check_type(q, "q");
-  p.out_type = check_type(out, "out");
-  p.feature_map_q = weights(feature_map_q, "feature_map_q");
-  p.feature_map_k = weights(feature_map_k, "feature_map_k");
-  p.log_gate = weights(log_gate, "log_gate");
-  p.H = view<3>(H, "H");
-  p.s = view<2>(s, "s");
-  for (const auto& [tensor, name] : {std::pair(&H, "H"), std::pair(&s, "s")}) {
-    LOLA_CHECK(tensor->scalar_type() == ScalarType::Float, name, ": dtype ",
-               torch::headeronly::toString(tensor->scalar_type()), ", expected float32");
-  }
-  LOLA_CHECK(positions.scalar_type() == ScalarType::Int, "positions: must be int32");
-  p.positions = view<2>(positions, "positions");
-  p.sparse_k = view<3>(sparse_k, "sparse_k");
-  p.sparse_v = view<3>(sparse_v, "sparse_v");
-  p.exact_k = view<3>(exact_k, "exact_k");
-  p.exact_v = view<3>(exact_v, "exact_v");
-  p.incremental = check_remembered(bounds, directions, sizes, interval, kDevice) > 0;
-  p.bounds = view<3>(bounds, "bounds");
-  LOLA_CHECK(bounds.scalar_type() == ScalarType::Float, "bounds: must be float32");
-  p.directions = view<3>(directions, "directions");
-  const Type type = check_type(k, "k");
-  for (const Tensor* t : {&v, &sparse_k, &sparse_v, &exact_k, &exact_v}) {
-    LOLA_CHECK(t->scalar_type() == k.scalar_type(),
-               "k: keys and values, and the pages that hold them, must be of one dtype");
-  }
-  p.slots = indices(slots, "slots", sizes.T);
-  p.seq_lens = indices(seq_lens, "seq_lens", sizes.T);
-  p.pages = sizes.N;
-  p.rows = sizes.T;
-  p.window = window;
-  p.interval = interval;
-  p.sink = sink;
-  p.subtract_max = subtract_max;
+  p.q = tokens(q, "q");
+  p.k = tokens(k, "k");
+  p.v = tokens(v, "v");
+  p.out = tokens(out, "out");
+  p.q_type = check_float(q, "q", {DType::f32, DType::bf16, DType::f16});
+  p.out_type = check_float(out, "out", {DType::f32, DType::bf16, DType::f16});
+  check_float(k, "k", {x.kv_dtype});
+  check_float(v, "v", {x.kv_dtype});
+  p.feature_map_q = static_cast<const float*>(feature_map_q.data_ptr());
+  p.feature_map_k = static_cast<const float*>(feature_map_k.data_ptr());
+  p.log_gate = static_cast<const float*>(log_gate.data_ptr());
+  const int64_t d = x.head_dim, F2 = 2 * x.feature_dim, lam = x.sparse_cache_size;
+  const int64_t exact_rows = x.sink_size + x.ring_size(), pair_bytes = size_of(x.kv_dtype);
+  p.H = part(pages, x.H, 4, F2, d);
+  p.s = row_part(pages, x.s, F2);
+  p.positions = row_part(pages, x.positions, lam);
+  p.sparse_k = part(pages, x.sparse_k, pair_bytes, lam, d);
+  p.sparse_v = part(pages, x.sparse_v, pair_bytes, lam, d);
+  p.exact_k = part(pages, x.exact_k, pair_bytes, exact_rows, d);
+  p.exact_v = part(pages, x.exact_v, pair_bytes, exact_rows, d);
+  p.incremental = x.bounded();
+  p.bounds = part(pages, x.bounds, 4, kBounds, lam);
+  p.directions = part(pages, x.directions, 1, lam, d);
+  p.pages = pages.size(0);
+  p.rows = q.size(0);
+  p.slots = indices(slots, "slots", p.rows);
+  p.seq_lens = indices(seq_lens, "seq_lens", p.rows);
+  p.window = x.window_size;
+  p.interval = x.update_interval;
+  p.sink = x.sink_size;
+  p.subtract_max = x.subtract_max != 0;
   // Blocks, keys and scratch per block are counted in 32 bits; page offsets are not.
   constexpr int64_t kMost = int64_t{1} << 30;
-  LOLA_CHECK(sink + window + interval + sizes.lam < kMost && sizes.Hq * sizes.T < kMost &&
-                 sizes.F < kMost / 2,
-             "q: ", sizes.T, " rows of ", sizes.Hq, " heads over ",
-             sink + window + interval + sizes.lam, " pairs are too many for one launch");
-  p.Hq = static_cast<int>(sizes.Hq);
-  p.Hkv = static_cast<int>(sizes.Hkv);
-  p.Hs = static_cast<int>(sizes.Hs);
-  p.Hg = static_cast<int>(sizes.Hg);
-  p.d = static_cast<int>(sizes.d);
-  p.F = static_cast<int>(sizes.F);
-  p.lam = static_cast<int>(sizes.lam);
+  LOLA_CHECK(exact_rows + lam < kMost && x.num_heads * p.rows < kMost && F2 < kMost, "q: ", p.rows,
+             " rows of ", x.num_heads, " heads over ", exact_rows + lam,
+             " pairs are too many for one launch");
+  p.Hq = static_cast<int>(x.num_heads);
+  p.Hkv = static_cast<int>(x.num_kv_heads);
+  p.Hs = static_cast<int>(x.num_state_heads);
+  p.Hg = static_cast<int>(x.num_sparse_heads);
+  p.d = static_cast<int>(d);
+  p.F = static_cast<int>(x.feature_dim);
+  p.lam = static_cast<int>(lam);
   if (p.rows == 0) return;
 
-  const int64_t pair_bytes = type == Type::f32 ? 4 : 2;
   bool vectors =
       aligned(p.H, sizeof(float)) && aligned(p.k, pair_bytes) && aligned(p.v, pair_bytes);
-  for (const auto* x : {&p.sparse_k, &p.sparse_v, &p.exact_k, &p.exact_v}) {
-    vectors = vectors && aligned(*x, pair_bytes);
+  for (const auto* view : {&p.sparse_k, &p.sparse_v, &p.exact_k, &p.exact_v}) {
+    vectors = vectors && aligned(*view, pair_bytes);
   }
-
   p.direction_words = aligned(p.directions, 1);
 
   const int device = q.get_device_index();
@@ -189,9 +168,9 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& fea
   const Tensor lists = torch::stable::new_empty(q, {p.rows, p.Hg, list}, ScalarType::Int);
   p.lists = list == 0 ? nullptr : static_cast<int*>(lists.data_ptr());
   const cudaStream_t stream = current_stream(device);
-  if (type == Type::bf16) {
+  if (x.kv_dtype == DType::bf16) {
     run<Bf16>(p, vectors, stream);
-  } else if (type == Type::f16) {
+  } else if (x.kv_dtype == DType::f16) {
     run<F16>(p, vectors, stream);
   } else {
     run<float>(p, vectors, stream);

@@ -4,6 +4,7 @@
 
 #include "cuda/device.cuh"
 #include "dither.h"
+#include "layout.h"
 
 namespace lola {
 namespace cuda {
@@ -38,7 +39,7 @@ struct Indices {
 // The argument of every kernel, passed by value: a captured graph holds all of it.
 struct Params {
   View<2> q, k, v, out;        // [rows, heads, d]
-  Type q_type, out_type;       // k and v are of the pages' type
+  DType q_type, out_type;      // k and v are of the pages' type
   const float* feature_map_q;  // [Hq, d, F], contiguous
   const float* feature_map_k;  // [Hs, d, F], contiguous
   const float* log_gate;       // [Hq]

@@ -10,8 +10,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.hf.tokens import LolaModelError, NewTokens
-from lola_vllm.ops import LolaWeights, choose_backend
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.ops import (
+    DecodeBatch,
+    LayerState,
+    LolaWeights,
+    PrefillBatch,
+    choose_backend,
+)
+from lola_vllm.state import StateLayout
 
 
 class LolaCacheLayer(CacheLayerMixin):
@@ -52,16 +58,10 @@ class LolaCacheLayer(CacheLayerMixin):
         self.ops = choose_backend(key_states.device.type, dtype)
         batch = len(key_states)
         self.num_tokens = torch.zeros(batch, dtype=torch.int64)
-        self._hold(
-            torch.empty(
-                batch + 1, self.layout.page_bytes, dtype=torch.uint8, device=key_states.device
-            )
+        self.pages = torch.empty(
+            batch + 1, self.layout.page_bytes, dtype=torch.uint8, device=key_states.device
         )
         self.is_initialized = True
-
-    def _hold(self, pages: Tensor) -> None:
-        self.pages = pages
-        self.views: StateViews = self.layout.views(pages)
 
     @torch.compiler.disable  # the parts of a page are views of several types of the same bytes
     @torch.no_grad()
@@ -79,7 +79,8 @@ class LolaCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        page = (weights, self.layout, self.views)
+        assert self.pages is not None
+        state = LayerState.bind(weights, self.layout, self.pages)
         slots = torch.arange(1, len(q) + 1, device=q.device, dtype=torch.int32)
         seen, self.num_tokens = self.num_tokens, self.num_tokens + tokens.lengths
         self.num_columns += q.shape[1]
@@ -88,10 +89,11 @@ class LolaCacheLayer(CacheLayerMixin):
         out = torch.empty_like(rows_q)
         if q.shape[1] == 1 and tokens.mask is None:
             seq_lens = self.num_tokens.to(q.device, torch.int32)
-            self.ops.decode(rows_q, rows_k, rows_v, *page, slots, seq_lens, out)
+            self.ops.decode(state, rows_q, rows_k, rows_v, DecodeBatch(slots, seq_lens), out)
         else:
             starts = torch.nn.functional.pad(tokens.lengths.cumsum(0), (1, 0)).int()
-            self.ops.prefill(rows_q, rows_k, rows_v, *page, slots, starts, seen.int(), out)
+            batch = PrefillBatch(slots, starts, seen.int())
+            self.ops.prefill(state, rows_q, rows_k, rows_v, batch, out)
         return tokens.unpack(out.to(q.dtype), q)
 
     def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -136,7 +138,7 @@ class LolaCacheLayer(CacheLayerMixin):
         if self.pages is None:
             return
         rows = beam_idx.to(self.pages.device)
-        self._hold(self.pages[torch.nn.functional.pad(rows + 1, (1, 0))])
+        self.pages = self.pages[torch.nn.functional.pad(rows + 1, (1, 0))]
         self.num_tokens = self.num_tokens[beam_idx.cpu()]
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -1,6 +1,13 @@
 """LoLA's ops: one contract (`contract.py`), several back ends, chosen once at start-up."""
 
-from lola_vllm.ops.contract import Backend, LolaWeights
+from lola_vllm.ops.contract import Backend, DecodeBatch, LayerState, LolaWeights, PrefillBatch
 from lola_vllm.ops.select import choose_backend
 
-__all__ = ["Backend", "LolaWeights", "choose_backend"]
+__all__ = [
+    "Backend",
+    "DecodeBatch",
+    "LayerState",
+    "LolaWeights",
+    "PrefillBatch",
+    "choose_backend",
+]

@@ -1,19 +1,19 @@
-"""What every back end's ops take: the layer's weights, and the shapes of a call.
+"""What every back end's ops take: a layer's state, and the rows of a call.
 
-A back end provides two functions that work in place on the pages of `StateViews`:
+A back end provides two functions that work in place on the pages of a `LayerState`:
 
-    decode(q, k, v, weights, layout, views, slots, seq_lens, out)
-    prefill(q, k, v, weights, layout, views, slots, query_start_loc, context_lens, out)
+    decode(state, q, k, v, batch, out)
+    prefill(state, q, k, v, batch, out)
 
 Both see each new token, write its pair, answer its query and, at an update point, evict, rescore,
 select and fold. Slot 0 is vLLM's null block: a row with slot <= 0 is padding, reads and writes no
-page, and its output is zero. Nothing of a page is read that its token count does not vouch for.
+page, and its output is zero. An op reads of a page only what the row's token count says is valid.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,57 +52,116 @@ class LolaWeights:
         return cls(feature_map_q.to(wide), feature_map_k.to(wide), log_gate, lolcats)
 
 
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """One layer's weights and pages on one rank, checked when they are bound.
+
+    Attributes:
+        weights: the layer's. layout: of every page.
+        pages: `[N, >= layout.page_bytes]`, bytes; the pool's rows for this layer.
+        views: typed views of the same memory.
+        table: `[len(TABLE_FIELDS)]` int64 in host memory: `layout` as the C++ and CUDA ops read it
+            (`PageLayout` in `csrc/layout.h`).
+    """
+
+    weights: LolaWeights
+    layout: StateLayout
+    pages: Tensor
+    views: StateViews
+    table: Tensor
+
+    @classmethod
+    def bind(cls, weights: LolaWeights, layout: StateLayout, pages: Tensor) -> LayerState:
+        """Check that weights, layout and pages fit each other.
+
+        Args:
+            pages: `[N, >= layout.page_bytes]` of a one-byte dtype; the row stride must be a
+                multiple of 8.
+
+        Raises:
+            ValueError: the rows of `pages` are too short, or a weight has another shape, dtype or
+                device than layout and pages ask for; names the argument.
+        """
+        views = layout.views(pages)
+        Hq, d, F = len(weights.log_gate), layout.head_dim, layout.feature_dim
+        Hs = layout.num_state_heads
+        if Hq % Hs or Hs % layout.num_sparse_heads or layout.num_sparse_heads % layout.num_kv_heads:
+            raise ValueError(
+                f"feature_map_k: {Hs} state heads do not lie between the {Hq} query heads, the "
+                f"{layout.num_sparse_heads} sparse sets and the {layout.num_kv_heads} KV heads"
+            )
+        wide = torch.promote_types(layout.kv_dtype, torch.float32)
+        for name, shape in (
+            ("feature_map_q", (Hq, d, F)),
+            ("feature_map_k", (Hs, d, F)),
+            ("log_gate", (Hq,)),
+        ):
+            weight: Tensor = getattr(weights, name)
+            if tuple(weight.shape) != shape:
+                raise ValueError(f"{name}: shape {list(weight.shape)}, expected {list(shape)}")
+            if weight.dtype not in (torch.float32, wide) or not weight.is_contiguous():
+                raise ValueError(f"{name}: must be {wide} and contiguous, is {weight.dtype}")
+            if weight.device != pages.device:
+                raise ValueError(f"{name}: on {weight.device}, the pages on {pages.device}")
+        return cls(weights, layout, pages, views, layout.table(Hq, weights.subtract_max))
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of this rank, Hq."""
+        return len(self.weights.log_gate)
+
+
+class DecodeBatch(NamedTuple):
+    """The rows of a decode step: one new token each.
+
+    Attributes:
+        slots: `[B]` integer, each row's page.
+        seq_lens: `[B]` integer; they count the new token, whose position is `seq_lens - 1`.
+    """
+
+    slots: Tensor
+    seq_lens: Tensor
+
+
+class PrefillBatch(NamedTuple):
+    """The rows of a prefill step: a run of new tokens each.
+
+    Attributes:
+        slots: `[R]` integer, each row's page.
+        query_start_loc: `[R + 1]` integer in host memory; row r has the tokens from entry r to
+            entry r + 1.
+        context_lens: `[R]` integer in host memory: tokens that are in each page already. Back ends
+            plan from host memory without waiting for the device.
+    """
+
+    slots: Tensor
+    query_start_loc: Tensor
+    context_lens: Tensor
+
+
 class DecodeOp(Protocol):
     """One new token per row."""
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        weights: LolaWeights,
-        layout: StateLayout,
-        views: StateViews,
-        slots: Tensor,
-        seq_lens: Tensor,
-        out: Tensor,
+        self, state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor
     ) -> None:
-        """q `[B, Hq, d]`, k and v `[B, Hkv, d]`, slots and seq_lens `[B]`, out `[B, Hq, d]`.
-
-        `seq_lens` count the new token, which so has position `seq_lens - 1`.
-        """
+        """q and out `[B, Hq, d]`, k and v `[B, Hkv, d]` in the pages' dtype."""
 
 
 class PrefillOp(Protocol):
     """A run of new tokens per row, from an empty or a live page."""
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        weights: LolaWeights,
-        layout: StateLayout,
-        views: StateViews,
-        slots: Tensor,
-        query_start_loc: Tensor,
-        context_lens: Tensor,
-        out: Tensor,
+        self, state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
     ) -> None:
-        """q `[T, Hq, d]`, k and v `[T, Hkv, d]`, slots `[R]`, out `[T, Hq, d]`.
-
-        `query_start_loc [R + 1]` and `context_lens [R]` (tokens already in each page) are integer
-        tensors in host memory: back ends plan from them without waiting for the device.
-        """
+        """q and out `[T, Hq, d]`, k and v `[T, Hkv, d]` in the pages' dtype."""
 
 
 class WarmUp(Protocol):
     """Compiles what a layer's steps can ask for, before the first of them."""
 
-    def __call__(
-        self, weights: LolaWeights, layout: StateLayout, views: StateViews, num_heads: int
-    ) -> None:
-        """Touches no page; `num_heads` is Hq."""
+    def __call__(self, state: LayerState) -> None:
+        """Touches no page."""
 
 
 @dataclass(frozen=True)

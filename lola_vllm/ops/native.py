@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lola_vllm.ops.contract import LolaWeights
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 
 logger = logging.getLogger("vllm.lola")
 
@@ -49,47 +48,35 @@ def cpu_isa() -> str:
 
 
 def decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    seq_lens: Tensor,
-    out: Tensor,
+    state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor
 ) -> None:
     """One new token per row, in one pass over the pages; see `contract.DecodeOp`.
 
     Raises:
         RuntimeError: a wrong shape, dtype or slot; the message names the argument.
     """
-    torch.ops.lola.decode(
-        q, k, v, weights.feature_map_q, weights.feature_map_k, weights.log_gate, *views, slots,
-        seq_lens, out, weights.subtract_max, layout.window_size, layout.update_interval,
-        layout.sink_size,
-    )  # fmt: skip
+    torch.ops.lola.decode(*arguments(state, q, k, v, batch, out))
 
 
 def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
-    out: Tensor,
+    state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
 ) -> None:
-    """A run of new tokens per row, piece by piece; see `contract.PrefillOp`.
+    """A run of new tokens per row, chunk by chunk; see `contract.PrefillOp`.
 
     Raises:
         RuntimeError: a wrong shape, dtype or slot; the message names the argument.
     """
-    torch.ops.lola.prefill(
-        q, k, v, weights.feature_map_q, weights.feature_map_k, weights.log_gate, *views, slots,
-        query_start_loc, context_lens, out, weights.subtract_max, layout.window_size,
-        layout.update_interval, layout.sink_size,
-    )  # fmt: skip
+    torch.ops.lola.prefill(*arguments(state, q, k, v, batch, out))
+
+
+def arguments(
+    state: LayerState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: DecodeBatch | PrefillBatch,
+    out: Tensor,
+) -> tuple[Tensor, ...]:
+    """The arguments of the ops in `csrc/ops.h`, in their order."""
+    maps = (state.weights.feature_map_q, state.weights.feature_map_k, state.weights.log_gate)
+    return (state.pages, state.table, *maps, q, k, v, *batch, out)

@@ -1,24 +1,25 @@
 """The portable back end: LoLA's ops in plain torch, vectorized over the rows of a batch.
 
 No loop runs over sequences or heads. Decode is the one-token case of the same step that prefill
-repeats for every piece of a prompt. Sums are made in float32 (float64 for float64 inputs).
+repeats for every chunk of a prompt. Sums are made in float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lola_vllm.ops.contract import LolaWeights
+from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 from lola_vllm.ops.dither import add_dithered, dither
 from lola_vllm.ops.reference import RECALL_EPS, feature_map
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.state import StateLayout
 
-# Longest piece of a prompt that is attended at once: bounds the logits to
+# Longest chunk of a prompt that is attended at once: bounds the logits to
 # rows x Hq x 256 x (ring + lam) when the window, and so the update interval, is very long.
-MAX_PIECE = 256
+MAX_CHUNK = 256
 
 # What `score` may be in place of the self-recall error, for ablations: from values `[B, Hg, E, d]`
 # and positions `[B, Hg, E]` of candidates to `[B, Hg, E]`, of which the largest stay exact.
@@ -55,92 +56,75 @@ def sre_scores(
 
 
 def decode(
+    state: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    seq_lens: Tensor,
+    batch: DecodeBatch,
     out: Tensor,
     score: Score | None = None,
 ) -> None:
     """One new token per row; see `contract.DecodeOp`."""
-    positions = seq_lens - 1
-    rows = (slots > 0).nonzero().squeeze(1)
-    if len(rows) < len(slots):  # padding: compute on the live rows only
-        live = torch.zeros_like(out[rows])
-        if len(rows):
-            _step(
-                q[rows, None], k[rows, None], v[rows, None], weights, layout, views, slots[rows],
-                positions[rows], torch.ones_like(positions[rows]), live[:, None], score,
-            )  # fmt: skip
-        out.zero_()
-        out[rows] = live
+    positions, ones = batch.seq_lens - 1, torch.ones_like(batch.seq_lens)
+    rows = (batch.slots > 0).nonzero().squeeze(1)
+    if len(rows) == len(batch.slots):
+        chunk = Chunk(batch.slots, positions, ones)
+        _step(state, q[:, None], k[:, None], v[:, None], chunk, out[:, None], score)
         return
-    _step(
-        q[:, None], k[:, None], v[:, None], weights, layout, views, slots,
-        positions, torch.ones_like(positions), out[:, None], score,
-    )  # fmt: skip
+    live = torch.zeros_like(out[rows])  # padding: compute on the live rows only
+    if len(rows):
+        chunk = Chunk(batch.slots[rows], positions[rows], ones[rows])
+        _step(state, q[rows, None], k[rows, None], v[rows, None], chunk, live[:, None], score)
+    out.zero_()
+    out[rows] = live
 
 
 def prefill(
+    state: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    query_start_loc: Tensor,
-    context_lens: Tensor,
+    batch: PrefillBatch,
     out: Tensor,
     score: Score | None = None,
 ) -> None:
     """A run of new tokens per row; see `contract.PrefillOp`.
 
-    Each row is cut at the update points of the absolute grid; piece i of all rows is one step.
+    Each row is cut at the update points of the absolute grid; chunk i of all rows is one step.
     """
-    slot_list = slots.tolist()
-    starts = query_start_loc.tolist()
-    pieces_of_row = [
-        _pieces(n, end - start, layout.update_interval) if slot > 0 else []
-        for slot, n, start, end in zip(
-            slot_list, context_lens.tolist(), starts[:-1], starts[1:], strict=True
-        )
+    slots, starts, context_lens = (x.tolist() for x in batch)
+    chunks_of_row = [
+        _chunks(n, end - start, state.layout.update_interval) if slot > 0 else []
+        for slot, n, start, end in zip(slots, context_lens, starts[:-1], starts[1:], strict=True)
     ]
-    for row, slot in enumerate(slot_list):
+    for row, slot in enumerate(slots):
         if slot <= 0:
             out[starts[row] : starts[row + 1]] = 0
 
-    for i in range(max(map(len, pieces_of_row), default=0)):
-        rows = [r for r, pieces in enumerate(pieces_of_row) if i < len(pieces)]
-        positions = torch.tensor([pieces_of_row[r][i][0] for r in rows], device=q.device)
-        lengths = torch.tensor([pieces_of_row[r][i][1] for r in rows], device=q.device)
+    for i in range(max(map(len, chunks_of_row), default=0)):
+        rows = [r for r, chunks in enumerate(chunks_of_row) if i < len(chunks)]
+        positions = torch.tensor([chunks_of_row[r][i][0] for r in rows], device=q.device)
+        lengths = torch.tensor([chunks_of_row[r][i][1] for r in rows], device=q.device)
         first = torch.tensor(
-            [starts[r] - int(context_lens[r]) + pieces_of_row[r][i][0] for r in rows],
-            device=q.device,
+            [starts[r] - context_lens[r] + chunks_of_row[r][i][0] for r in rows], device=q.device
         )
         columns = torch.arange(int(lengths.max()), device=q.device)
         valid = columns < lengths[:, None]
         tokens = torch.where(valid, first[:, None] + columns, first[:, None])  # [B, L]
-        piece_out = torch.empty_like(q[tokens])
-        _step(
-            q[tokens], k[tokens], v[tokens], weights, layout, views, slots[rows],
-            positions, lengths, piece_out, score,
-        )  # fmt: skip
-        out[tokens[valid]] = piece_out[valid]
+        answers = torch.empty_like(q[tokens])
+        chunk = Chunk(batch.slots[rows], positions, lengths)
+        _step(state, q[tokens], k[tokens], v[tokens], chunk, answers, score)
+        out[tokens[valid]] = answers[valid]
 
 
-def _pieces(context_len: int, num_tokens: int, interval: int) -> list[tuple[int, int]]:
-    """Cut a run at the update points: (position, length) of each piece."""
-    pieces, position, end = [], context_len, context_len + num_tokens
+def _chunks(context_len: int, num_tokens: int, interval: int) -> list[tuple[int, int]]:
+    """Cut a run at the update points: (position, length) of each chunk."""
+    chunks, position, end = [], context_len, context_len + num_tokens
     while position < end:
-        stop = min(end, (position // interval + 1) * interval, position + MAX_PIECE)
-        pieces.append((position, stop - position))
+        stop = min(end, (position // interval + 1) * interval, position + MAX_CHUNK)
+        chunks.append((position, stop - position))
         position = stop
-    return pieces
+    return chunks
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -148,68 +132,70 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of each row, all of a row within one update interval.
+
+    Attributes:
+        slots: `[B]`, pages. positions: `[B]`, of each row's first new token, so the tokens before
+        it. lengths: `[B]`, new tokens. All int64 on the pages' device.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    lengths: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "positions", "lengths"):
+            object.__setattr__(self, name, getattr(self, name).long())
+
+    @property
+    def seq_lens(self) -> Tensor:
+        """`[B]`, tokens of each row with the new ones."""
+        return self.positions + self.lengths
+
+
 def _step(
+    state: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    positions: Tensor,
-    lengths: Tensor,
+    chunk: Chunk,
     out: Tensor,
     score: Score | None,
 ) -> None:
-    """One piece per row, all within one update interval: write, attend, update where it is due.
+    """One chunk per row: write, attend, update where it is due.
 
     Args:
         q: `[B, L, Hq, d]`; k, v: `[B, L, Hkv, d]`; columns past a row's length are padding.
-        slots, positions, lengths: `[B]`; `positions` is the piece's first, so the tokens before it.
         out: `[B, L, Hq, d]`, written; padding columns get values without meaning.
     """
-    slots, positions, lengths = slots.long(), positions.long(), lengths.long()
-    query_positions = positions[:, None] + torch.arange(q.shape[1], device=q.device)  # [B, L]
-    _write(k, v, layout, views, slots, query_positions, lengths)
-    out.copy_(_attend(q, weights, layout, views, slots, positions, query_positions, lengths))
-    n = positions + lengths
-    due = layout.update_due(n).nonzero().squeeze(1)
+    columns = torch.arange(q.shape[1], device=q.device)
+    query_positions = chunk.positions[:, None] + columns  # [B, L]
+    _write(state, k, v, chunk, query_positions)
+    out.copy_(_attend(state, q, chunk, query_positions))
+    n = chunk.seq_lens
+    due = state.layout.update_due(n).nonzero().squeeze(1)
     if len(due):
-        _update(weights.feature_map_k, layout, views, slots[due], n[due], score)
+        _update(state, chunk.slots[due], n[due], score)
 
 
-def _write(
-    k: Tensor,
-    v: Tensor,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    query_positions: Tensor,
-    lengths: Tensor,
-) -> None:
+def _write(state: LayerState, k: Tensor, v: Tensor, chunk: Chunk, query_positions: Tensor) -> None:
     """Put the new pairs in their rows of the exact store."""
     columns = torch.arange(k.shape[1], device=k.device)
-    b, col = (columns < lengths[:, None]).nonzero(as_tuple=True)
-    page, row = slots[b], layout.row(query_positions[b, col])
-    views.exact_k[page, :, row] = k[b, col]
-    views.exact_v[page, :, row] = v[b, col]
+    b, col = (columns < chunk.lengths[:, None]).nonzero(as_tuple=True)
+    page, row = chunk.slots[b], state.layout.row(query_positions[b, col])
+    state.views.exact_k[page, :, row] = k[b, col]
+    state.views.exact_v[page, :, row] = v[b, col]
 
 
-def _attend(
-    q: Tensor,
-    weights: LolaWeights,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    lengths: Tensor,
-) -> Tensor:
-    """Answers `[B, L, Hq, d]` to the queries of one piece, its own pairs already written."""
+def _attend(state: LayerState, q: Tensor, chunk: Chunk, query_positions: Tensor) -> Tensor:
+    """Answers `[B, L, Hq, d]` to the queries of a chunk, its own pairs already written."""
     dtype = compute_dtype(q)
     B, L, Hq, d = q.shape
     queries = q.to(dtype).transpose(1, 2)  # [B, Hq, L, d]
-    n = positions + lengths
+    layout, views, weights = state.layout, state.views, state.weights
+    slots, positions, n = chunk.slots, chunk.positions, chunk.seq_lens
 
     def grouped(x: Tensor, heads: int) -> Tensor:
         return x.reshape(B, heads, Hq // heads * L, x.shape[-1])
@@ -285,19 +271,13 @@ def _gather_state(
     return H_rows, s_rows
 
 
-def _update(
-    feature_map_k: Tensor,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
-    n: Tensor,
-    score: Score | None,
-) -> None:
+def _update(state: LayerState, slots: Tensor, n: Tensor, score: Score | None) -> None:
     """Evict, rescore, select, fold (paper section 3.3) in pages that just reached n tokens.
 
     Every page loses at least one pair from its window. All cached and evicted pairs are scored
     against H and s as before this update; the lam largest stay exact, the rest are folded in.
     """
+    layout, views = state.layout, state.views
     C, lam, Hg = layout.update_interval, layout.sparse_cache_size, layout.num_sparse_heads
     start, stop = layout.window_start(n - C), layout.window_start(n)
     x_positions = start[:, None] + torch.arange(C, device=n.device)  # [B, C]
@@ -317,12 +297,12 @@ def _update(
     keep = ok
     if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
         if score is None:
-            scores = sre_scores(k, v, feature_map_k, views.H, views.s, slots, empty)
+            scores = sre_scores(k, v, state.weights.feature_map_k, views.H, views.s, slots, empty)
         else:
             scores = score(v, at)
         keep = _largest(scores, at, ok, lam)
-        _fold(k, v, ok & ~keep, feature_map_k, layout, views, slots, n, empty)
-    _replace(k, v, at, keep, layout, views, slots)
+        _fold(state, k, v, ok & ~keep, slots, n, empty)
+    _replace(state, k, v, at, keep, slots)
 
 
 def _largest(scores: Tensor, positions: Tensor, ok: Tensor, lam: int) -> Tensor:
@@ -338,17 +318,16 @@ def _largest(scores: Tensor, positions: Tensor, ok: Tensor, lam: int) -> Tensor:
 
 
 def _fold(
+    state: LayerState,
     k: Tensor,
     v: Tensor,
     folded: Tensor,
-    feature_map_k: Tensor,
-    layout: StateLayout,
-    views: StateViews,
     slots: Tensor,
     n: Tensor,
     empty: Tensor,
 ) -> None:
     """H += sum phi(k) v^T and s += sum phi(k) over the folded candidates, at most C per set."""
+    layout, views, feature_map_k = state.layout, state.views, state.weights.feature_map_k
     dtype = compute_dtype(k)
     room = layout.update_interval
     chosen = folded.int().argsort(dim=-1, descending=True, stable=True)[..., :room]
@@ -366,16 +345,10 @@ def _fold(
 
 
 def _replace(
-    k: Tensor,
-    v: Tensor,
-    at: Tensor,
-    keep: Tensor,
-    layout: StateLayout,
-    views: StateViews,
-    slots: Tensor,
+    state: LayerState, k: Tensor, v: Tensor, at: Tensor, keep: Tensor, slots: Tensor
 ) -> None:
     """Write the kept newcomers into the free slots and those of the folded pairs, in order."""
-    lam = layout.sparse_cache_size
+    views, lam = state.views, state.layout.sparse_cache_size
     new = keep[..., lam:]
     room = min(lam, new.shape[-1])
     free = keep[..., :lam].int().argsort(dim=-1, stable=True)[..., :room]

@@ -29,11 +29,10 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from lola_vllm.config import LolaLlamaConfig
-from lola_vllm.ops import LolaWeights, choose_backend
+from lola_vllm.ops import LayerState, LolaWeights, choose_backend
 from lola_vllm.plugin.backend import LolaMetadata
 from lola_vllm.plugin.cache import head_dim, state_layout, state_spec
 from lola_vllm.plugin.compat import BACKEND_NAME
-from lola_vllm.state import StateViews
 
 OP = "lola::attention"
 
@@ -104,8 +103,7 @@ class LolaAttention(nn.Module, MambaBase):
         self.window_factors = _head_parameter(self.num_heads, (), num_heads, torch.float32)
 
         self.kv_cache = (torch.tensor([]),)
-        self.views: StateViews | None = None
-        self.weights: LolaWeights | None = None
+        self.state: LayerState | None = None
         self._join(vllm_config)
 
     def _join(self, vllm_config: VllmConfig) -> None:
@@ -133,53 +131,45 @@ class LolaAttention(nn.Module, MambaBase):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, metadata: LolaMetadata) -> None:
         """Run a step's decodes and prefills: q, out `[T, Hq * d]`, k, v `[T, Hkv * d]`."""
-        assert self.views is not None and self.weights is not None
+        assert self.state is not None
         # Thirty layers of views and slices are a percent of a small model's step: none for nothing.
         q, out = (x.view(-1, self.num_heads, self.head_dim) for x in (q, out))
         k, v = (x.view(-1, self.num_kv_heads, self.head_dim) for x in (k, v))
-        page = (self.weights, self.layout, self.views)
         if metadata.num_decodes:
-            slots, seq_lens = metadata.decode_rows
+            batch = metadata.decode_batch
             rows = (q, k, v, out)
-            if len(slots) < len(q):  # prefills follow
-                rows = (q[: len(slots)], k[: len(slots)], v[: len(slots)], out[: len(slots)])
-            self.ops.decode(rows[0], rows[1], rows[2], *page, slots, seq_lens, rows[3])
+            if len(batch.slots) < len(q):  # prefills follow
+                stop = len(batch.slots)
+                rows = (q[:stop], k[:stop], v[:stop], out[:stop])
+            self.ops.decode(self.state, rows[0], rows[1], rows[2], batch, rows[3])
         if metadata.num_prefills:
-            assert metadata.state_indices_tensor_p is not None
-            assert metadata.query_start_loc_p_cpu is not None
-            assert metadata.context_lens_p_cpu is not None
             start = metadata.num_decode_tokens
             stop = start + metadata.num_prefill_tokens
-            self.ops.prefill(
-                q[start:stop],
-                k[start:stop],
-                v[start:stop],
-                *page,
-                metadata.state_indices_tensor_p,
-                metadata.query_start_loc_p_cpu,
-                metadata.context_lens_p_cpu,
-                out[start:stop],
-            )
+            rows = (q[start:stop], k[start:stop], v[start:stop], out[start:stop])
+            self.ops.prefill(self.state, *rows[:3], metadata.prefill_batch, rows[3])
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Take this layer's pages: `[num_blocks, 1, 1, page_bytes]` int8, given by vLLM."""
         pages = kv_cache.squeeze(dim=(1, 2))
         self.kv_cache = (pages,)
-        self.views = self.layout.views(pages)
         self.ops = choose_backend(pages.device.type, self.layout.kv_dtype)
-        self.prepare_weights()
+        self.state = self._bind(pages)
         if self.ops.warm_up is not None:
-            assert self.weights is not None
-            self.ops.warm_up(self.weights, self.layout, self.views, self.num_heads)
+            self.ops.warm_up(self.state)
 
-    def prepare_weights(self) -> None:
-        """Derive what the ops take from the loaded parameters."""
-        self.weights = LolaWeights.prepare(
+    def weights_changed(self) -> None:
+        """Take new parameters into use; before the pages are there, nothing is to be done."""
+        if self.state is not None:
+            self.state = self._bind(self.state.pages)
+
+    def _bind(self, pages: Tensor) -> LayerState:
+        weights = LolaWeights.prepare(
             self.feature_map_q.data,
             self.feature_map_k.data,
             self.window_factors.data,
             self.lola.mixing,
         )
+        return LayerState.bind(weights, self.layout, pages)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:

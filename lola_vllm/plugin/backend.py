@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.short_conv_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from lola_vllm.ops import choose_backend
+from lola_vllm.ops import DecodeBatch, PrefillBatch, choose_backend
 from lola_vllm.plugin.compat import BACKEND_NAME
 
 GRAPHS_ENV = "LOLA_VLLM_CUDA_GRAPHS"
@@ -44,14 +44,24 @@ class LolaMetadata(ShortConvAttentionMetadata):
     context_lens_p_cpu: torch.Tensor | None = None
 
     @functools.cached_property
-    def decode_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots and token counts of the rows that decode, cut out once for all layers.
+    def decode_batch(self) -> DecodeBatch:
+        """The rows that decode, cut out once for all layers.
 
         Not a field: vLLM copies metadata with other block tables in it.
         """
         assert self.state_indices_tensor_d is not None
         slots = self.state_indices_tensor_d[:, 0]
-        return slots, self.seq_lens[: len(slots)]
+        return DecodeBatch(slots, self.seq_lens[: len(slots)])
+
+    @property
+    def prefill_batch(self) -> PrefillBatch:
+        """The rows that prefill."""
+        assert self.state_indices_tensor_p is not None
+        assert self.query_start_loc_p_cpu is not None
+        assert self.context_lens_p_cpu is not None
+        return PrefillBatch(
+            self.state_indices_tensor_p, self.query_start_loc_p_cpu, self.context_lens_p_cpu
+        )
 
 
 class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):

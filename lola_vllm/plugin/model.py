@@ -91,7 +91,7 @@ class LolaLlamaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMa
             logger.warning("The quantized checkpoint does not set: %s", ", ".join(sorted(unset)))
         for module in self.modules():
             if isinstance(module, LolaAttention):
-                module.prepare_weights()
+                module.weights_changed()
         return loaded
 
 

@@ -1,0 +1,68 @@
+// The layout of a state page, and what a token count says is valid in it: the C++ form of
+// `StateLayout` (lola_vllm/state.py). Free of torch; CPU and CUDA kernels include it.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LOLA_HOST_DEVICE __host__ __device__
+#else
+#define LOLA_HOST_DEVICE
+#endif
+
+namespace lola {
+
+enum class DType : int64_t { f32, bf16, f16, f64 };
+
+constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+// The table that `StateLayout.table` makes, field by field (`TABLE_FIELDS`). The last nine fields
+// are byte offsets of the parts in a page; every part is contiguous.
+struct PageLayout {
+  int64_t num_heads, num_kv_heads, num_state_heads, num_sparse_heads, head_dim, feature_dim;
+  int64_t window_size, sparse_cache_size, update_interval, sink_size;
+  int64_t subtract_max;  // 1: mixing "lolcats"
+  DType kv_dtype;        // of keys and values
+  DType state_dtype;     // of H and s
+  int64_t page_bytes;
+  int64_t H, s, positions, sparse_k, sparse_v, exact_k, exact_v, bounds, directions;
+
+  // Rows of the window ring.
+  LOLA_HOST_DEVICE int64_t ring_size() const { return window_size + update_interval; }
+
+  // Row of exact_k and exact_v that holds a position.
+  LOLA_HOST_DEVICE int64_t exact_row(int64_t position) const {
+    return position < sink_size ? position : sink_size + position % ring_size();
+  }
+
+  // First position of the window after n tokens, sinks aside.
+  LOLA_HOST_DEVICE int64_t window_start(int64_t n) const {
+    const int64_t start = n / update_interval * update_interval - window_size;
+    return start < sink_size ? sink_size : start;
+  }
+
+  // Valid pairs of a sparse set after n tokens.
+  LOLA_HOST_DEVICE int64_t num_sparse(int64_t n) const {
+    const int64_t evicted = window_start(n) - sink_size;
+    return evicted < sparse_cache_size ? evicted : sparse_cache_size;
+  }
+
+  // Pairs of a sparse set that are in H and s after n tokens.
+  LOLA_HOST_DEVICE int64_t num_folded(int64_t n) const {
+    const int64_t folded = window_start(n) - sink_size - sparse_cache_size;
+    return folded > 0 ? folded : 0;
+  }
+
+  // Whether the n-th token is followed by an update that evicts anything.
+  LOLA_HOST_DEVICE bool update_due(int64_t n) const {
+    return n % update_interval == 0 && window_start(n) > window_start(n - update_interval);
+  }
+
+  // Whether a page keeps bounds on recall errors (docs/algorithm.md, section 3).
+  LOLA_HOST_DEVICE bool bounded() const { return update_interval == 1 && sparse_cache_size > 0; }
+};
+
+constexpr int64_t kTableFields = 23;
+static_assert(sizeof(PageLayout) == kTableFields * sizeof(int64_t));
+
+}  // namespace lola
