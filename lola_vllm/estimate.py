@@ -6,6 +6,7 @@ Needs no GPU, no weights and no vLLM. Bytes come from `StateLayout`, which the s
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from lola_vllm.config import (
     LolaLlamaConfig,
     heads_divide,
 )
-from lola_vllm.state import StateLayout
+from lola_vllm.state import SequenceLayout, StateLayout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CONTEXTS = (4096, 32768, 131072)
@@ -43,20 +44,21 @@ class Row:
 
     Attributes:
         name: how the layout is chosen. chosen: whether it is the one the config asks for.
-        layout: one page. num_layers: pages per sequence.
+        sequence: the pages of a rank that has all layers.
         memory_bytes: room for the states, None if it was not given.
     """
 
     name: str
     chosen: bool
-    layout: StateLayout
-    num_layers: int
+    sequence: SequenceLayout
     memory_bytes: int | None
 
     @property
     def parts(self) -> dict[str, int]:
         """Bytes per sequence of each part, all layers; they sum to `bytes_per_sequence`."""
-        layout, sizes = self.layout, self.layout.part_bytes
+        layout, sizes = self.layout, Counter[str]()
+        for layer in self.sequence.layers:
+            sizes.update(layer.part_bytes)
         exact = sum(sizes[name] for name in _EXACT)
         sinks = exact * layout.sink_size // (layout.sink_size + layout.ring_size)
         parts = {
@@ -65,18 +67,23 @@ class Row:
             "sparse K/V": sum(sizes[name] for name in _SPARSE),
         }
         parts |= {name: size for name, size in sizes.items() if name not in _SPARSE + _EXACT}
-        parts["alignment"] = layout.page_bytes - sum(sizes.values())
-        return {name: self.num_layers * size for name, size in parts.items()}
+        parts["alignment"] = self.bytes_per_sequence - sizes.total()
+        return parts
+
+    @property
+    def layout(self) -> StateLayout:
+        """The first layer's page; others differ in their sparse sets alone."""
+        return self.sequence.layers[0]
 
     @property
     def bytes_per_sequence(self) -> int:
         """One state: a page in every layer."""
-        return self.num_layers * self.layout.page_bytes
+        return self.sequence.row_bytes
 
     @property
     def full_kv_bytes_per_token(self) -> int:
         """What a token takes in a full KV cache of the same layers."""
-        return self.num_layers * self.layout.full_kv_bytes_per_token
+        return self.sequence.full_kv_bytes_per_token
 
     def sequences(self, states: int = 1) -> int | None:
         """Sequences of `states` states that fit; vLLM keeps one more state as its null block."""
@@ -92,11 +99,11 @@ class Row:
             "num_state_heads": self.layout.num_state_heads,
             "num_sparse_heads": self.layout.num_sparse_heads,
             "parts_bytes": self.parts,
-            "page_bytes": self.layout.page_bytes,
+            "page_bytes": max(layer.page_bytes for layer in self.sequence.layers),
             "bytes_per_sequence": self.bytes_per_sequence,
             "mib_per_sequence": self.bytes_per_sequence / MIB,
-            "break_even_tokens": self.layout.break_even_tokens(),
-            "break_even_tokens_with_prefix_caching": self.layout.break_even_tokens(2),
+            "break_even_tokens": self.sequence.break_even_tokens(),
+            "break_even_tokens_with_prefix_caching": self.sequence.break_even_tokens(2),
             "sequences": self.sequences(),
             "sequences_with_prefix_caching": self.sequences(2),
         }
@@ -222,18 +229,18 @@ def estimate(
         if shared and kv_heads % tensor_parallel_size:  # see LolaConfig.check_ranks
             continue
         name = f"Hs = {Hs}{names.get(Hs, '')}"
+        page = StateLayout.from_config(
+            lola.model_copy(update={"sparse_sharing": "kv_head" if shared else "none"}),
+            num_kv_heads=max(1, kv_heads // tensor_parallel_size),
+            num_state_heads=max(1, Hs // tensor_parallel_size),
+            head_dim=int(config.head_dim or 0),
+            kv_dtype=DTYPES[dtype],
+        )
         rows.append(
             Row(
                 name=f"{name}, shared sparse sets" if shared else name,
                 chosen=(Hs, Hg) == chosen,
-                layout=StateLayout.from_config(
-                    lola.model_copy(update={"sparse_sharing": "kv_head" if shared else "none"}),
-                    num_kv_heads=max(1, kv_heads // tensor_parallel_size),
-                    num_state_heads=max(1, Hs // tensor_parallel_size),
-                    head_dim=int(config.head_dim or 0),
-                    kv_dtype=DTYPES[dtype],
-                ),
-                num_layers=config.num_hidden_layers,
+                sequence=SequenceLayout((page,) * config.num_hidden_layers),
                 memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
             )
         )
@@ -272,9 +279,9 @@ def format_table(result: Estimate) -> str:
         if any(row.parts[part] for row in rows):
             table.append([f"  {part}", *(f"{row.parts[part] / MIB:.2f}" for row in rows)])
     table.append(["total", *(f"{row.bytes_per_sequence / MIB:.2f}" for row in rows)])
-    table.append(["break-even, tokens", *(f"{row.layout.break_even_tokens():,}" for row in rows)])
+    table.append(["break-even, tokens", *(f"{row.sequence.break_even_tokens():,}" for row in rows)])
     table.append(
-        ["  with prefix caching", *(f"{row.layout.break_even_tokens(2):,}" for row in rows)]
+        ["  with prefix caching", *(f"{row.sequence.break_even_tokens(2):,}" for row in rows)]
     )
     if result.memory_gib is not None:
         room = f"sequences in {result.memory_gib:g} GiB"

@@ -29,6 +29,7 @@ ever in the window. Position p lies in row p while p < sink, else in row sink + 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
@@ -169,10 +170,6 @@ class StateLayout:
         """What one token takes in a full KV cache of the same layer."""
         return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
 
-    def break_even_tokens(self, states: int = 1) -> int:
-        """Context beyond which a full KV cache is larger than `states` pages."""
-        return -(-states * self.page_bytes // self.full_kv_bytes_per_token)
-
     def views(self, pages: Tensor) -> StateViews:
         """Typed views of raw pages.
 
@@ -243,6 +240,44 @@ class StateLayout:
     def num_folded(self, n: Tensor) -> Tensor:
         """Pairs in the hidden state after n tokens; 0 means H and s hold leftovers."""
         return (self.num_evicted(n) - self.sparse_cache_size).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The state of one sequence on one rank: its layers' pages one after the other, in one row.
+
+    Attributes:
+        layers: the page of each of the rank's layers, in the model's order.
+    """
+
+    layers: tuple[StateLayout, ...]
+
+    @property
+    def offsets(self) -> list[int]:
+        """Byte offset of each layer's page in the row; multiples of `PAGE_ALIGNMENT`."""
+        ends = accumulate(layer.page_bytes for layer in self.layers)
+        return [0, *ends][:-1]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one state."""
+        return sum(layer.page_bytes for layer in self.layers)
+
+    @property
+    def full_kv_bytes_per_token(self) -> int:
+        """What one token takes in a full KV cache of the same layers."""
+        return sum(layer.full_kv_bytes_per_token for layer in self.layers)
+
+    def break_even_tokens(self, states: int = 1) -> int:
+        """Context beyond which a full KV cache is larger than `states` states."""
+        return -(-states * self.row_bytes // self.full_kv_bytes_per_token)
+
+    def pages(self, rows: Tensor) -> list[Tensor]:
+        """Each layer's pages `[N, page_bytes]`, views of `rows [N, >= row_bytes]` of bytes."""
+        return [
+            rows[:, offset : offset + layer.page_bytes]
+            for offset, layer in zip(self.offsets, self.layers, strict=True)
+        ]
 
 
 def _align(nbytes: int, alignment: int) -> int:

@@ -19,7 +19,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from lola_vllm import __version__
 from lola_vllm.config import MODEL_TYPE
 from lola_vllm.estimate import Row
-from lola_vllm.plugin.cache import lola_hf_config, state_layout
+from lola_vllm.plugin.cache import lola_hf_config, row_bytes, sequence_layout
 from lola_vllm.plugin.config_hook import WORKER_EXTENSION
 from lola_vllm.serving.protocol import (
     Head,
@@ -62,7 +62,7 @@ class LolaEngine:
         self.is_lola = getattr(self.config.model_config.hf_config, "model_type", "") == MODEL_TYPE
         if self.is_lola:
             self.lola = lola_hf_config(self.config).lola
-            self.layout = state_layout(self.config)
+            self.sequence = sequence_layout(self.config)
             self.num_layers = int(self.config.model_config.hf_config.num_hidden_layers)
             self.states_per_sequence = (
                 2 if self.config.cache_config.mamba_cache_mode == "align" else 1
@@ -76,12 +76,8 @@ class LolaEngine:
 
     @property
     def bytes_per_slot(self) -> int:
-        """One state on the first rank: a page in each of its layers."""
-        return self.layout.page_bytes * self._layers_of_rank
-
-    @property
-    def _layers_of_rank(self) -> int:
-        return self.config.model_config.get_num_layers(self.config.parallel_config)
+        """One state on the first rank."""
+        return row_bytes(self.config)
 
     def num_slots_used(self) -> int | None:
         """Slots that running sequences hold, of vLLM's own gauge; None without statistics."""
@@ -92,7 +88,7 @@ class LolaEngine:
     async def info(self) -> InfoResponse:
         """What `GET /v1/lola/info` answers."""
         self.check()
-        row = Row("", True, self.layout, self._layers_of_rank, None)
+        row = Row("", True, self.sequence, None)
         per_sequence = self.states_per_sequence
         if self._backend is None and self.readable() is None:
             self._backend = (await self._ask("lola_describe"))[0]["backend"]
@@ -105,7 +101,7 @@ class LolaEngine:
                 parts=row.parts,
                 bytes_per_slot=self.bytes_per_slot,
                 bytes_per_sequence=per_sequence * self.bytes_per_slot,
-                break_even_tokens=self.layout.break_even_tokens(per_sequence),
+                break_even_tokens=self.sequence.break_even_tokens(per_sequence),
             ),
             slots=Slots(
                 total=self.num_slots,

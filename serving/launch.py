@@ -26,6 +26,7 @@ from lola_vllm.checkpoint.quantize import faster_weights
 from lola_vllm.config import MODEL_TYPE
 from lola_vllm.estimate import DTYPES, GIB, MIB, Row, estimate
 from lola_vllm.serving.options import given_options, masked, number
+from lola_vllm.state import SequenceLayout
 
 PLUGIN = "lola"
 # Where to listen unless the command line says so; the images set it.
@@ -109,7 +110,7 @@ def plan(
         config = _config(directory)
         dtype, quick = _quick(config, given, machine, env)
         row = _state(directory, given, dtype)
-        bytes_per_state = _ranks(given).layers(row.num_layers) * row.layout.page_bytes
+        bytes_per_state = _ranks(given).state_bytes(row.sequence)
         notes = [
             f"{model}: {bytes_per_state / MIB:.2f} MiB per state in {dtype}, on {machine.device} "
             f"with {machine.cores} cores and {machine.memory / GIB:.1f} GiB of memory"
@@ -151,9 +152,11 @@ class _Ranks(NamedTuple):
     def per_model(self) -> int:
         return self.tensor * self.pipeline
 
-    def layers(self, layers: int) -> int:
-        """Layers of the rank that has most of them."""
-        return -(-layers // self.pipeline)
+    def state_bytes(self, sequence: SequenceLayout) -> int:
+        """Bytes of a state on the rank where it takes most, whichever layers vLLM gives it."""
+        pages = [layer.page_bytes for layer in sequence.layers]
+        size = -(-len(pages) // self.pipeline)
+        return max(sum(pages[i : i + size]) for i in range(len(pages) - size + 1))
 
 
 def _ranks(given: Mapping[str, str]) -> _Ranks:
@@ -254,7 +257,7 @@ def _numbers(
     caching = "no-enable-prefix-caching" not in given and given.get(
         "enable-prefix-caching", ""
     ).lower() not in ("false", "0")
-    state = _ranks(given).layers(row.num_layers) * row.layout.page_bytes
+    state = _ranks(given).state_bytes(row.sequence)
     # A running sequence holds its own state and the last one at a block boundary; one more on a
     # CPU, where nothing else fills the pool, is for prefixes that may come again.
     states = (3 if machine.device == "cpu" else 2) if caching else 1
@@ -315,7 +318,7 @@ def _room(weights: int, given: Mapping[str, str], machine: Machine) -> tuple[int
 
 
 def _block_size(config: Mapping[str, Any], row: Row, given: Mapping[str, str]) -> Choice:
-    even = row.layout.break_even_tokens()
+    even = row.sequence.break_even_tokens()
     length = number(given.get("max-model-len")) or int(
         config.get("max_position_embeddings", MAX_BLOCK_SIZE)
     )

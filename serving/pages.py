@@ -96,7 +96,9 @@ class PageWatch:
         for key, choose in list(self._waiting.items()):
             row = choose(rows)
             if row is not None:
-                pages = [layer.kv_cache[0][row.slot].clone() for layer in self._layers]
+                first = self._layers[0]
+                state = first.kv_cache[0][row.slot][None].clone()
+                pages = [pages[0] for pages in first.sequence.pages(state)]
                 del self._waiting[key]
                 self._taken[key] = Copy(row.num_tokens, pages, rows)
 

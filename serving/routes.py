@@ -81,7 +81,7 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
     texts = None
     if tokenizer is not None:  # in a thread: a long prompt's takes a while
         texts = await asyncio.to_thread(token_texts, tokenizer, tokens)
-    layout = engine.layout
+    layout = engine.sequence.layers[0]
     n = torch.tensor(len(tokens))
     return MemoryResponse(
         model=body.model or engine.model,

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
@@ -31,7 +32,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.ops import LayerState, LolaWeights, choose_backend
 from lola_vllm.plugin.backend import LolaMetadata
-from lola_vllm.plugin.cache import head_dim, state_layout, state_spec
+from lola_vllm.plugin.cache import first_layer, head_dim, sequence_layout, state_spec
 from lola_vllm.plugin.compat import BACKEND_NAME
 
 OP = "lola::attention"
@@ -62,7 +63,8 @@ class LolaAttention(nn.Module, MambaBase):
         vllm_config = get_current_vllm_config()
         self.prefix = prefix
         self.lola = config.lola
-        self.layout = state_layout(vllm_config)
+        self.sequence = sequence_layout(vllm_config)
+        self.layout = self.sequence.layers[extract_layer_index(prefix) - first_layer(vllm_config)]
         tp_size = get_tensor_model_parallel_world_size()
         self.num_heads = num_heads // tp_size
         self.num_kv_heads = self.layout.num_kv_heads
@@ -104,6 +106,7 @@ class LolaAttention(nn.Module, MambaBase):
 
         self.kv_cache = (torch.tensor([]),)
         self.state: LayerState | None = None
+        self.sharing: list[LolaAttention] = []  # of the rank's first layer: all of its layers
         self._join(vllm_config)
 
     def _join(self, vllm_config: VllmConfig) -> None:
@@ -111,7 +114,12 @@ class LolaAttention(nn.Module, MambaBase):
         compilation = vllm_config.compilation_config
         if self.prefix in compilation.static_forward_context:
             raise ValueError(f"Duplicate layer name: {self.prefix}")
+        layers = compilation.static_forward_context.values()
+        first = next((layer for layer in layers if isinstance(layer, LolaAttention)), self)
         compilation.static_forward_context[self.prefix] = self
+        # The rank's first layer has the slots in vLLM's eyes, and binds the others.
+        self.slots_of = first.prefix
+        first.sharing.append(self)
         if compilation.splitting_ops is not None and OP not in compilation.splitting_ops:
             compilation.splitting_ops.append(OP)
 
@@ -149,9 +157,20 @@ class LolaAttention(nn.Module, MambaBase):
             self.ops.prefill(self.state, *rows[:3], metadata.prefill_batch, rows[3])
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Take this layer's pages: `[num_blocks, 1, 1, page_bytes]` int8, given by vLLM."""
-        pages = kv_cache.squeeze(dim=(1, 2))
-        self.kv_cache = (pages,)
+        """Take the rank's slots and give each layer its pages.
+
+        Args:
+            kv_cache: `[num_blocks, 1, 1, row_bytes]` int8.
+
+        vLLM calls this of the rank's first layer alone, as no other has a spec.
+        """
+        rows = kv_cache.squeeze(dim=(1, 2))
+        self.kv_cache = (rows,)
+        for layer, pages in zip(self.sharing, self.sequence.pages(rows), strict=True):
+            layer.take_pages(pages)
+
+    def take_pages(self, pages: Tensor) -> None:
+        """Take this layer's pages, `[num_blocks, page_bytes]`, and compile what they need."""
         self.ops = choose_backend(pages.device.type, self.layout.kv_dtype)
         self.state = self._bind(pages)
         if self.ops.warm_up is not None:
@@ -177,20 +196,21 @@ class LolaAttention(nn.Module, MambaBase):
         return MambaAttentionBackendEnum[BACKEND_NAME]
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        """One packed page, so that vLLM copies a state as one blob."""
-        return ((self.layout.page_bytes,),)
+        """One packed row, so that vLLM copies a state as one blob."""
+        return ((self.sequence.row_bytes,),)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         """Bytes; `StateLayout.views` gives the typed parts."""
         return (torch.uint8,)
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """The page as vLLM's pool sees it."""
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """A slot as vLLM's pool sees it; None for all but the rank's first layer."""
+        if self.slots_of != self.prefix:
+            return None
         base = super().get_kv_cache_spec(vllm_config)
         assert isinstance(base, MambaSpec)
         return state_spec(
             vllm_config,
-            self.layout,
             block_size=base.block_size,
             page_size_padded=base.page_size_padded,
             mamba_type=base.mamba_type,
@@ -222,8 +242,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, output: Tensor, layer_name: str)
         output.zero_()
         return
     assert isinstance(context.attn_metadata, dict)  # a list is for batches cut in two
-    metadata = context.attn_metadata[layer_name]
-    context.no_compile_layers[layer_name].attend(q, k, v, output, metadata)
+    layer = context.no_compile_layers[layer_name]
+    layer.attend(q, k, v, output, context.attn_metadata[layer.slots_of])
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, output: Tensor, layer_name: str) -> None:

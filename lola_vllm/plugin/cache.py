@@ -1,23 +1,28 @@
-"""vLLM's side of the state page: the spec of one page, and the custom block manager.
+"""vLLM's side of the state: the spec of one sequence's state, and the custom block manager.
 
 One block of vLLM's pool is one state slot: a sequence takes one when it is admitted (two while
 prefix caching keeps the state at the last block boundary), keeps it for life, and gives it back at
 the end. Nobody clears a slot: what is valid in it follows from the token count.
+
+A slot is one row of bytes with the pages of all layers. To vLLM it is the page of the first layer
+alone; the others have no spec, as layers that share another's cache. So layers may have pages of
+different sizes, and vLLM copies a state at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.plugin import compat
-from lola_vllm.state import StateLayout
+from lola_vllm.state import SequenceLayout, StateLayout
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,15 +35,13 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class LolaStateSpec(MambaSpec):
-    """One page: one sequence, one layer, on one rank.
+    """One state: one sequence, all layers of one rank.
 
     Attributes:
-        layout: shapes, dtypes and offsets of the page.
-        num_layers: layers of this rank, each with a page per sequence.
+        sequence: the rank's pages. Ranks of a pipeline may differ in it, and are of one size.
     """
 
-    layout: StateLayout
-    num_layers: int
+    sequence: SequenceLayout = field(compare=False)
 
     @property
     def states_per_sequence(self) -> int:
@@ -47,8 +50,8 @@ class LolaStateSpec(MambaSpec):
 
     @property
     def bytes_per_sequence(self) -> int:
-        """All layers' pages of a running sequence on this rank."""
-        return self.states_per_sequence * self.num_layers * self.page_size_bytes
+        """What a running sequence takes on this rank."""
+        return self.states_per_sequence * self.page_size_bytes
 
 
 class LolaStateManager(MambaManager):
@@ -72,19 +75,42 @@ class LolaStateManager(MambaManager):
 
 def describe_pool(spec: LolaStateSpec, num_slots: int) -> str:
     """The start-up line: MiB per sequence, sequences that fit, break-even against a full cache."""
-    break_even = spec.layout.break_even_tokens(spec.states_per_sequence)
+    break_even = spec.sequence.break_even_tokens(spec.states_per_sequence)
     states = f"{spec.states_per_sequence} states of " if spec.states_per_sequence > 1 else ""
+    sizes = sorted({layer.page_bytes / 1024 for layer in spec.sequence.layers})
+    each = " to ".join(f"{size:.1f}" for size in dict.fromkeys((sizes[0], sizes[-1])))
     return (
         f"LoLA: {spec.bytes_per_sequence / MIB:.2f} MiB per sequence whatever its length "
-        f"({states}{spec.num_layers} layers x {spec.page_size_bytes / 1024:.1f} KiB, this rank), "
+        f"({states}{len(spec.sequence.layers)} layers x {each} KiB, this rank), "
         f"{num_slots // spec.states_per_sequence} sequences fit; a full KV cache would be larger "
         f"beyond {break_even:,} tokens of context (vLLM's line 'KV cache size' counts "
         "--max-model-len tokens for each of these sequences, which is no limit of theirs)"
     )
 
 
-def state_layout(vllm_config: VllmConfig) -> StateLayout:
-    """Layout of this model's pages on one tensor-parallel rank."""
+def sequence_layout(vllm_config: VllmConfig) -> SequenceLayout:
+    """The pages of this rank's layers."""
+    start = first_layer(vllm_config)
+    end = start + vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    return SequenceLayout(_pages(vllm_config)[start:end])
+
+
+def first_layer(vllm_config: VllmConfig) -> int:
+    """Index in the model of this rank's first layer."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return int(model.get_layers_start_end_indices(parallel)[0])
+
+
+def row_bytes(vllm_config: VllmConfig) -> int:
+    """Bytes of a slot: the largest state of the ranks of a pipeline."""
+    pages = _pages(vllm_config)
+    size = vllm_config.parallel_config.pipeline_parallel_size
+    parts = (pages[slice(*get_pp_indices(len(pages), rank, size))] for rank in range(size))
+    return max(SequenceLayout(part).row_bytes for part in parts)
+
+
+def _pages(vllm_config: VllmConfig) -> tuple[StateLayout, ...]:
+    """The page of every layer of the model on one tensor-parallel rank."""
     config = lola_hf_config(vllm_config)
     kv_heads = num_kv_heads(config)
     kv_dtype = vllm_config.model_config.dtype
@@ -93,13 +119,14 @@ def state_layout(vllm_config: VllmConfig) -> StateLayout:
     lola = config.lola
     num_state_heads = lola.num_state_heads or config.num_attention_heads
     lola.check_heads(config.num_attention_heads, kv_heads, num_state_heads)
-    return StateLayout.from_config(
+    page = StateLayout.from_config(
         lola,
         num_kv_heads=max(1, kv_heads // tp_size),
         num_state_heads=max(1, num_state_heads // tp_size),
         head_dim=head_dim(config),
         kv_dtype=kv_dtype,
     )
+    return (page,) * config.num_hidden_layers
 
 
 def lola_hf_config(vllm_config: VllmConfig) -> LolaLlamaConfig:
@@ -119,14 +146,12 @@ def head_dim(config: LolaLlamaConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def state_spec(vllm_config: VllmConfig, layout: StateLayout, **mamba_fields: Any) -> LolaStateSpec:
-    """The spec of a layer's page; `mamba_fields` are those vLLM gives every Mamba layer."""
-    num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+def state_spec(vllm_config: VllmConfig, **mamba_fields: Any) -> LolaStateSpec:
+    """The spec of a slot; `mamba_fields` are those vLLM gives every Mamba layer."""
     return LolaStateSpec(
-        shapes=((layout.page_bytes,),),
+        shapes=((row_bytes(vllm_config),),),
         dtypes=(torch.uint8,),
-        layout=layout,
-        num_layers=num_layers,
+        sequence=sequence_layout(vllm_config),
         **mamba_fields,
     )
 

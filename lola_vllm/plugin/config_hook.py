@@ -19,7 +19,7 @@ from lola_vllm.checkpoint.files import open_weights, weight_files
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import LolaLlamaConfig, heads_divide
 from lola_vllm.plugin import compat
-from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, state_layout
+from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -250,8 +250,7 @@ def settle_cpu_memory(vllm_config: VllmConfig) -> None:
         or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     ):
         return
-    layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    state_bytes = state_layout(vllm_config).page_bytes * layers
+    state_bytes = row_bytes(vllm_config)
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     # Two states per running sequence while prefix caching is on, and one to keep for later hits;
     # one more is vLLM's null block.

@@ -28,7 +28,7 @@ from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.schema import check_tensors, expected_tensors
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.plugin.attention import LolaAttention
-from lola_vllm.plugin.cache import state_layout
+from lola_vllm.plugin.cache import row_bytes
 
 logger = init_logger("vllm.lola")
 
@@ -56,8 +56,8 @@ class LolaLlamaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMa
     def get_mamba_state_shape_from_config(  # type: ignore[override]
         cls, vllm_config: VllmConfig
     ) -> tuple[tuple[int, ...], ...]:
-        """Shape of a layer's state: one packed page."""
-        return ((state_layout(vllm_config).page_bytes,),)
+        """Shape of a state: one packed row with the pages of all layers."""
+        return ((row_bytes(vllm_config),),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
@@ -66,7 +66,7 @@ class LolaLlamaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMa
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
-        """How vLLM copies a state at a block boundary: the whole page."""
+        """How vLLM copies a state at a block boundary: the whole row."""
         return (get_temporal_copy_spec,)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

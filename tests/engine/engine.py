@@ -105,7 +105,7 @@ def pages(llm: LLM) -> list[torch.Tensor]:
     from lola_vllm.plugin.attention import LolaAttention
 
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-    return [m.kv_cache[0] for m in model.modules() if isinstance(m, LolaAttention)]
+    return [m.state.pages for m in model.modules() if isinstance(m, LolaAttention)]
 
 
 def metric(llm: LLM, name: str) -> float:

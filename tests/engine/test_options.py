@@ -165,12 +165,12 @@ def test_state_heads_are_read_from_the_checkpoint(tmp_path):
         del config["lola_config"]["num_state_heads"]
         (model / "config.json").write_text(json.dumps(config))
         with engine(model) as llm:
-            assert state_manager(llm).spec.layout.num_state_heads == heads
+            assert state_manager(llm).spec.sequence.layers[0].num_state_heads == heads
 
 
 def test_overrides_change_one_parameter_and_keep_the_others(tiny):
     with engine(tiny, hf_overrides={"lola_config": {"sparse_cache_size": 9}}) as llm:
-        layout = state_manager(llm).spec.layout
+        layout = state_manager(llm).spec.sequence.layers[0]
         assert (layout.window_size, layout.sparse_cache_size) == (8, 9)
 
 

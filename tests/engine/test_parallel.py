@@ -35,7 +35,7 @@ def assert_same(one, several):
 
 def assert_half_a_page(one, two):
     """Each of two ranks has half the bytes of every part of a page."""
-    whole, rank = one[2].layout.part_bytes, two[2].layout.part_bytes
+    whole, rank = one[2].sequence.layers[0].part_bytes, two[2].sequence.layers[0].part_bytes
     assert {name: 2 * size for name, size in rank.items()} == whole
 
 
@@ -51,7 +51,7 @@ def test_tensor_parallel_ranks_answer_as_one(tmp_path, kv_heads, state_heads):
     if kv_heads == 2:
         assert_half_a_page(one, two)
     else:  # one head cannot be split: each rank has the whole page
-        assert two[2].layout == one[2].layout
+        assert two[2].sequence == one[2].sequence
 
 
 def test_pipeline_parallel_stages_answer_as_one(tmp_path):

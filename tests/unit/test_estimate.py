@@ -78,7 +78,7 @@ def test_llama_8b_by_hand(tmp_path: Path) -> None:
     assert totals == [338.5, 145, 96.625]
     assert result.full_kv_bytes == {4096: 512 * MIB, 32768: 4096 * MIB, 131072: 16384 * MIB}
     # a token takes 128 KiB: 338.5 MiB / 128 KiB = 2708
-    assert [row.layout.break_even_tokens() for row in result.rows] == [2708, 1160, 773]
+    assert [row.sequence.break_even_tokens() for row in result.rows] == [2708, 1160, 773]
     assert chosen(result).name == "Hs = 32, per query head"
 
 
@@ -136,7 +136,7 @@ def test_break_even_is_where_a_full_cache_becomes_larger(tmp_path: Path) -> None
     result = estimate(write(tmp_path), {"sparse_cache_size": 77, "sink_size": 3})
     for row in result.rows:
         for states in (1, 2):
-            n, token = row.layout.break_even_tokens(states), row.full_kv_bytes_per_token
+            n, token = row.sequence.break_even_tokens(states), row.full_kv_bytes_per_token
             assert (n - 1) * token < states * row.bytes_per_sequence <= n * token
 
 

@@ -50,7 +50,7 @@ def test_on_a_cpu(model):
     found = chosen(model)
     assert found["--max-num-seqs"] == "64"  # 32 per core
     assert int(found["--kv-cache-memory-bytes"]) == (3 * 64 + 1) * state_bytes(model)
-    even = estimate(model).rows[0].layout.break_even_tokens()
+    even = estimate(model).rows[0].sequence.break_even_tokens()
     assert int(found["--block-size"]) >= even > int(found["--block-size"]) // 2
     assert found["OMP_WAIT_POLICY"] == "PASSIVE"
     assert found["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"

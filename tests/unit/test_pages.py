@@ -8,13 +8,24 @@ from lola_vllm.serving import pages
 from lola_vllm.serving.pages import MAX_WATCHES, Copy, PageWatch, Row, Unreadable
 
 
+class Halves:
+    """A state of two layers of four bytes."""
+
+    @staticmethod
+    def pages(rows):
+        return list(rows.split(4, dim=1))
+
+
 class Layer:
-    """As much of a LoLA layer as a watch looks at."""
+    """As much of a LoLA layer as a watch looks at; the first one has the slots of both."""
 
     def __init__(self, index):
         self.prefix = f"model.layers.{index}.self_attn"
-        self.kv_cache = (torch.full((4, 8), index, dtype=torch.uint8),)
-        self.kv_cache[0][2] = 100 + index
+        self.sequence = Halves
+        self.kv_cache = (torch.tensor([]),)
+        if index == 0:
+            self.kv_cache = (torch.zeros(4, 8, dtype=torch.uint8),)
+            self.kv_cache[0][2] = torch.tensor([100] * 4 + [101] * 4)
 
 
 class Context:
