@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recall and perplexity tables of README.md, from nothing: about an hour on two CPU cores.
+# The recall and perplexity tables of docs/recall.md, from nothing: about an hour on two CPU cores.
 #
 #   make recall                results in eval-results/; run it again to go on with an interrupted run
 #   SAMPLES=10 make recall     a quicker look

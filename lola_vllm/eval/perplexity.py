@@ -17,7 +17,7 @@ from lola_vllm.eval.settings import read_held_out
 
 @dataclass(frozen=True)
 class PerplexityPlan:
-    """What is read, by every setting alike; JSON values only."""
+    """The text that every setting reads; JSON values only."""
 
     name: ClassVar[str] = "perplexity"
 
@@ -46,11 +46,11 @@ class PerplexityPlan:
         return self.window_length
 
     def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-        """What `run` need not read again, given samples of an earlier call."""
+        """Windows that `run` need not read again, given samples of an earlier call."""
         return {(row["kind"], row["index"]) for row in samples}
 
     def run(self, model: Model, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
-        """Let `model` read everything.
+        """Let `model` read all windows.
 
         Args:
             model: gives log-probabilities. emit: is given
@@ -71,7 +71,7 @@ class PerplexityPlan:
                 logprobs = model.logprobs([opening + ids for _, ids in batch])
                 rows = []
                 for (index, ids), values in zip(batch, logprobs, strict=True):
-                    # Of what opens the text nothing is counted; without it the first token is
+                    # Tokens that open the text are not counted. Without them the first token is
                     # given, not predicted.
                     scored = ids if opening else ids[1:]
                     rows.append(
@@ -98,7 +98,7 @@ class PerplexityPlan:
         """Up to `windows` runs of tokens with their numbers in the kind's text, in order.
 
         The documents stand one after the other, an empty line between them, and windows do not
-        overlap. `reserved` tokens of each are for what opens it.
+        overlap. `reserved` tokens of each are for the tokens that open it.
         """
         ids: list[int] = []
         for document in documents:
@@ -112,6 +112,6 @@ class PerplexityPlan:
 
 
 def _opening(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before a text, such as a beginning-of-sequence token."""
+    """Tokens that the tokenizer puts before a text, such as a beginning-of-sequence token."""
     plain, special = tokenizer.encode("A", special=False), tokenizer.encode("A", special=True)
     return special[: special.index(plain[0])] if plain[0] in special else []

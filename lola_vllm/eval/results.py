@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.settings import Memory, Setting
 
-# --- records: what one setting gave, as it is kept in a file and taken up again
+# --- records: the results of one setting, as a file keeps them
 
 
 @dataclass
 class Record:
-    """Samples of one setting, and how they came about.
+    """Samples of one setting, and the conditions of their measurement.
 
     Attributes:
-        setting: whose. fingerprint: of the model's files; None for a server.
+        setting: that was measured. fingerprint: of the model's files; None for a server.
         memory: what a sequence costs, None if unknown.
         samples: rows of the plan that was run. dtype: the model's, None if unknown.
-        seconds: they took, starts of engines included.
+        seconds: time that the samples took, with starts of engines.
         selections: made by another score than the self-recall error, over all layers.
         finished: whether the plan has no more samples.
     """
@@ -43,7 +43,7 @@ class Record:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes samples of two runs comparable; models by name, not by where they lie."""
+        """The values that must agree for samples of two runs to be comparable. Models by name."""
         return {
             "name": self.setting.name,
             "model": self.setting.model.name,
@@ -67,7 +67,7 @@ class Record:
         }
 
     def take_up(self, row: dict[str, Any]) -> None:
-        """Go on from what `to_json` and the samples beside it once were."""
+        """A record from the values of `to_json` and its samples."""
         self.samples = list(row["samples"])
         self.dtype, self.seconds = row["dtype"], row["seconds"]
         self.selections, self.finished = row["selections_by_other_score"], row["finished"]
@@ -111,7 +111,7 @@ def wilson(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
     scale = 1 + z * z / trials
     centre = (p + z * z / (2 * trials)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    # At the ends the exact bound is 0 or 1; rounding must not leave it a hair away.
+    # At the ends the exact bound is 0 or 1; rounding must not change it.
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == trials else min(1.0, centre + half)
     return low, high
@@ -123,7 +123,7 @@ def exp_mean(
     """exp(sum of nats / sum of tokens) over windows, with a bootstrap interval.
 
     With negative log-likelihoods this is perplexity. With differences of them, taken window by
-    window, it is a ratio of perplexities, and the pairing takes the text's own variation out.
+    window, it is a ratio of perplexities, and the pairing removes the variation between texts.
 
     Args:
         nats: `[W]`, one sum per window. tokens: `[W]`, tokens that were summed.
@@ -199,8 +199,8 @@ def beyond_window(
 ) -> list[dict[str, Any]]:
     """The samples whose needle no sliding window can hold when the answer begins.
 
-    A needle among the last lines is read by softmax attention, sparse cache or not: these samples
-    alone tell what the rest of the state remembers.
+    Softmax attention over the window reads a needle among the last lines, also without a sparse
+    cache. So only these samples show what the rest of the state recalls.
 
     Args:
         samples: of `recall.RecallPlan`. lola_config: the setting's parameters, all of them.
@@ -416,7 +416,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def write(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON in one step, so that an interrupted run leaves the last whole file."""
+    """Write JSON in one step, so that an interrupted run leaves the last complete file."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)

@@ -13,7 +13,7 @@ from lola_vllm.eval.models import LocalTokenizer, Tokenizer
 from lola_vllm.eval.session import Session
 
 CONNECT_TIMEOUT_S = 10.0
-# A long prompt on a small machine, behind others.
+# Enough for a long prompt on a small machine, after other requests.
 ANSWER_TIMEOUT_S = 1800.0
 BUSY = (429, 502, 503)
 RETRIES, RETRY_WAIT_S = 4, 2.0
@@ -26,7 +26,7 @@ class Connection:
 
     Args:
         url: of the server, with or without the path `/v1`.
-        api_key: sent as a bearer token if given. It is kept nowhere else.
+        api_key: sent as a bearer token if given. It is not stored elsewhere.
     """
 
     def __init__(self, url: str, api_key: str | None) -> None:
@@ -211,7 +211,7 @@ class ServerModel:
 
 
 def run_server(session: Session, model: ServerModel) -> str:
-    """Evaluate a served model; what a sequence costs there is not known.
+    """Evaluate a served model. The memory of a sequence on the server is not known.
 
     Args:
         session: of one record. model: the server's.
