@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from lola_vllm import cpu
 from lola_vllm.checkpoint.files import read_json
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import Emit, LocalTokenizer, Tokenizer
+from lola_vllm.eval.models import Emit, LocalTokenizer, Prediction, Tokenizer
 from lola_vllm.eval.results import Record
 from lola_vllm.eval.session import PLANS, Plan, Session
 from lola_vllm.eval.settings import Setting, measure
@@ -107,15 +107,15 @@ class EngineModel:
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         return [output.outputs[0].text for output in self._generate(prompts, params)]
 
-    def logprobs(self, windows: list[list[int]]) -> list[list[float]]:
-        """See `models.Model.logprobs`."""
+    def predictions(self, windows: list[list[int]]) -> list[list[Prediction]]:
+        """See `models.Model.predictions`."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         outputs = self._generate(windows, params)
         return [
             [
-                entry[token].logprob
+                Prediction(entry[token].logprob, entry[token].rank == 1)
                 for token, entry in zip(ids[1:], o.prompt_logprobs[1:], strict=True)
             ]
             for ids, o in zip(windows, outputs, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lola_vllm.eval import EvalError
 
@@ -78,6 +78,18 @@ class LocalTokenizer:
         return str(self._tokenizer.decode(ids))
 
 
+class Prediction(NamedTuple):
+    """What a model expected at a place of a text.
+
+    Attributes:
+        logprob: natural log-probability of the token that stands there.
+        first: whether that token is the most likely one.
+    """
+
+    logprob: float
+    first: bool
+
+
 class Model(Protocol):
     """A model that answers several prompts at once.
 
@@ -91,9 +103,9 @@ class Model(Protocol):
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         """Greedy continuations, at most `max_tokens` tokens each, without special tokens."""
 
-    def logprobs(self, windows: list[list[int]]) -> list[list[float]]:
-        """Natural log-probability of every token of each window given those before it.
+    def predictions(self, windows: list[list[int]]) -> list[list[Prediction]]:
+        """How well every token of each window is predicted from those before it.
 
         Returns:
-            Per window of n tokens n - 1 numbers: the first token has none.
+            Per window of n tokens n - 1 predictions: the first token has none.
         """

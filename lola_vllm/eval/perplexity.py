@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import Emit, Model, Tokenizer
+from lola_vllm.eval.models import Emit, Model, Prediction, Tokenizer
+from lola_vllm.eval.repeats import Repeats, find_repeats
 from lola_vllm.eval.settings import read_held_out
 
 
@@ -61,6 +62,7 @@ class PerplexityPlan:
             EvalError: no kind of text fills a window.
         """
         opening = _opening(model.tokenizer)
+        pieces = _Pieces(model.tokenizer)
         found = 0
         for kind, documents in read_held_out(Path(self.texts)).items():
             windows = self._windows(kind, documents, model.tokenizer, len(opening))
@@ -68,23 +70,24 @@ class PerplexityPlan:
             windows = [(index, ids) for index, ids in windows if (kind, index) not in done]
             for at in range(0, len(windows), model.batch):
                 batch = windows[at : at + model.batch]
-                logprobs = model.logprobs([opening + ids for _, ids in batch])
+                predictions = model.predictions([opening + ids for _, ids in batch])
                 rows = []
-                for (index, ids), values in zip(batch, logprobs, strict=True):
+                for (index, ids), values in zip(batch, predictions, strict=True):
                     # Tokens that open the text are not counted. Without them the first token is
                     # given, not predicted.
                     scored = ids if opening else ids[1:]
-                    rows.append(
-                        {
-                            "kind": kind,
-                            "index": index,
-                            "tokens": len(scored),
-                            "bytes": len(model.tokenizer.decode(scored).encode("utf-8")),
-                            "nats": -sum(values[-len(scored) :]),
-                            # Settings are compared window by window: they must be the same.
-                            "checksum": zlib.crc32(repr(ids).encode()),
-                        }
-                    )
+                    row = {
+                        "kind": kind,
+                        "index": index,
+                        "tokens": len(scored),
+                        "bytes": len(model.tokenizer.decode(scored).encode("utf-8")),
+                        "nats": -sum(value.logprob for value in values[-len(scored) :]),
+                        # Settings are compared window by window: they must be the same.
+                        "checksum": zlib.crc32(repr(ids).encode()),
+                    }
+                    at_token = dict(enumerate(reversed(values), 1))  # from the end of the window
+                    repeats = find_repeats(ids, [pieces[token] for token in ids])
+                    rows.append(row | _recalled(repeats, len(ids), at_token))
                 emit({"event": "samples", "samples": rows})
         if not found:
             raise EvalError(
@@ -109,6 +112,38 @@ class PerplexityPlan:
             chosen = random.Random(f"{self.seed}/{kind}").sample(numbers, self.windows)
             numbers = sorted(chosen)
         return [(number, ids[number * size : (number + 1) * size]) for number in numbers]
+
+
+class _Pieces(dict[int, str]):
+    """The text of single tokens, each asked of the tokenizer once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        self[token] = self._tokenizer.decode([token])
+        return self[token]
+
+
+def _recalled(repeats: Repeats, length: int, from_end: dict[int, Prediction]) -> dict[str, float]:
+    """What a window's row says of its repeats.
+
+    Args:
+        length: tokens of the window. from_end: predictions, 1 for the last token's.
+    """
+    again = [from_end[length - at] for at in repeats.ngrams]
+    words = [
+        all(from_end[length - at].first for at in range(first, stop))
+        for first, stop in repeats.words
+    ]
+    return {
+        "repeated": len(again),
+        "repeated_nats": -sum(value.logprob for value in again),
+        "repeated_first": sum(value.first for value in again),
+        "cloze": len(words),
+        "cloze_exact": sum(words),
+    }
 
 
 def _opening(tokenizer: Tokenizer) -> list[int]:

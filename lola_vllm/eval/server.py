@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import LocalTokenizer, Tokenizer
+from lola_vllm.eval.models import LocalTokenizer, Prediction, Tokenizer
 from lola_vllm.eval.session import Session
 
 CONNECT_TIMEOUT_S = 10.0
@@ -181,18 +181,23 @@ class ServerModel:
 
         return self._each(ask, prompts)
 
-    def logprobs(self, windows: list[list[int]]) -> list[list[float]]:
-        """See `models.Model.logprobs`."""
+    def predictions(self, windows: list[list[int]]) -> list[list[Prediction]]:
+        """See `models.Model.predictions`."""
 
-        def ask(ids: list[int]) -> list[float]:
-            body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
-            found = (self._choice(body).get("logprobs") or {}).get("token_logprobs") or []
-            if len(found) < len(ids) or any(value is None for value in found[1 : len(ids)]):
+        def ask(ids: list[int]) -> list[Prediction]:
+            body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+            answer = self._choice(body).get("logprobs") or {}
+            found = (answer.get("token_logprobs") or [])[1 : len(ids)]
+            likely = (answer.get("top_logprobs") or [])[1 : len(ids)]
+            if not len(found) == len(likely) == len(ids) - 1 or None in found or None in likely:
                 raise EvalError(
                     f"{self._connection.url}: no log-probabilities of the prompt; the server must "
                     "support 'echo' with 'logprobs' on /v1/completions, as vLLM does"
                 )
-            return [float(value) for value in found[1 : len(ids)]]
+            return [
+                Prediction(float(value), value >= max(top.values()))
+                for value, top in zip(found, likely, strict=True)
+            ]
 
         return self._each(ask, windows)
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lola_vllm.eval import EvalError, results
+from lola_vllm.eval import EvalError, results, tables
 from lola_vllm.eval.models import Emit
 from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan
@@ -173,10 +173,10 @@ class Session:
         """Write JSON, Markdown and pictures of the results so far; returns the Markdown."""
         self.save()
         if isinstance(self.plan, RecallPlan):
-            table = results.recall_table(self._begun)
+            table = tables.recall_table(self._begun)
             self._draw()
         else:
-            table = results.perplexity_table(self._begun, self.reference)
+            table = tables.perplexity_table(self._begun, self.reference)
         (self.out / f"{self.plan.name}.md").write_text(table + "\n", encoding="utf-8")
         return table
 
