@@ -1,6 +1,6 @@
 # make serve   set up, build, make the demo model on first use, serve it on 127.0.0.1:8000
 # make test    set up, build, run every test (WORKERS at once, 2 GB of memory for each)
-# make recall  measure recall and perplexity of the demo model, as README.md shows them
+# make recall  measure recall and perplexity of the demo model, as docs/recall.md shows them
 # make choices train small models that differ in one choice each, and measure their recall
 # make lint    formatting, lint and type checks
 

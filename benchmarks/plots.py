@@ -14,6 +14,7 @@ from typing import Any
 from common import ROOT
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 RESULTS = ROOT / "benchmarks/results"
 IMAGES = ROOT / "docs/images"
@@ -60,7 +61,10 @@ def decode_picture(files: list[str]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="tokens per second")
     contexts = sorted({n for points in lines.values() for n in points})
     finish(axes, contexts, "Decode, SmolLM2-135M, 2 CPU cores")
-    axes.legend(fontsize=7, ncols=2)
+    speeds = [30, 50, 100, 200, 400, 800]
+    axes.set_yticks(speeds, [str(n) for n in speeds])
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(IMAGES / "decode.png", dpi=130)
 
 

@@ -15,8 +15,8 @@ __all__ = ["register"]
 def register() -> None:
     """Make vLLM know LoLA models. Safe to call more than once in a process.
 
-    Never raises: vLLM would then fail for every other model too. What went wrong is logged, and
-    a LoLA model is then refused by vLLM as unknown.
+    Never raises, because vLLM would then fail for every other model too. An error is logged, and
+    vLLM then refuses a LoLA model as unknown.
     """
     # vLLM configures handlers for its own loggers only; a child of `vllm` is shown with them.
     logger = logging.getLogger("vllm.lola")

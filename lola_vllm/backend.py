@@ -1,4 +1,4 @@
-"""The first name of `lola_vllm.plugin.backend`; imports of it go on working."""
+"""The earlier name of `lola_vllm.plugin.backend`, kept for code that imports it."""
 
 from lola_vllm.plugin.backend import LolaAttentionBackend, LolaMetadata, LolaMetadataBuilder
 

@@ -24,7 +24,7 @@ from lola_vllm.cli_options import (
 from lola_vllm.distill.command import add_options as _distill
 from lola_vllm.eval.command import add_options as _eval
 
-# Exit statuses that a shell gives to what a signal ended: 128 and the signal's number.
+# Exit statuses as a shell gives them to a process that a signal ended: 128 + the signal's number.
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
 _BASE = f"a local {BASE_NAMES}, not quantized"
@@ -286,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is a pipe without a reader; what is left for it is then dropped."""
+    """Whether standard output is a pipe without a reader. If so, buffered output is discarded."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))
@@ -302,15 +302,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default `sys.argv[1:]`.
 
     Returns:
-        0; 2 after an error of the user's, which is told in one message on stderr; 130 after
-        Ctrl-C; 141 where the reader of a pipe, such as `head`, has enough.
+        0 on success; 2 after a user's error, reported in one message on stderr; 130 after Ctrl-C;
+        141 if the reader of a pipe, such as `head`, has closed it.
 
     Raises:
         SystemExit: argparse's, for `--help` and for a malformed command line.
     """
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
-    if unknown:  # names alone, for a value may be a key
+    if unknown:  # names without values, because a value may be a secret key
         names = " ".join(part.partition("=")[0] for part in unknown)
         hint = "; options of 'vllm serve' go after the model" if "options" in args else ""
         parser.error(f"unrecognized arguments: {names}{hint}")
@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return PIPE_CLOSED
-        # A ValueError from elsewhere is a fault of ours and keeps its traceback.
+        # A ValueError of another package is a bug in this one, so it keeps its traceback.
         ours = type(error).__module__.partition(".")[0] == "lola_vllm"
         if not ours and not isinstance(error, OSError):
             raise

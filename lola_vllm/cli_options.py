@@ -1,4 +1,4 @@
-"""Options that several subcommands of `lola-vllm` share, and what they make of them."""
+"""Options that several subcommands of `lola-vllm` share, and how their values are read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOLA_OPTIONS: dict[str, tuple[type, str]] = {
 
 
 T = TypeVar("T")
-# By a field's type: what `add_argument` is told of it.
+# Arguments of `add_argument` by a field's type.
 _BY_TYPE: dict[Any, dict[str, Any]] = {
     int: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
@@ -40,10 +40,11 @@ def option(help: str, default: Any = MISSING, *, part: str = "", **how: Any) -> 
     """A field of a dataclass that is an option of the command line as well.
 
     Args:
-        help: of the option, without its default. default: of both; without one both are required.
-            A list's is a text with commas on the command line, for the command to take apart.
+        help: text of the option, without its default.
+        default: of field and option; without one both are required. On the command line a list is
+            a text with commas, which the command splits.
         part: of the dataclass, see `add_fields`.
-        how: arguments of `add_argument`, where those that follow from the field's type are wrong.
+        how: arguments of `add_argument` that replace those that follow from the field's type.
     """
     metadata = {"help": help, "part": part, "how": how}
     if isinstance(default, list):
@@ -52,7 +53,7 @@ def option(help: str, default: Any = MISSING, *, part: str = "", **how: Any) -> 
 
 
 def add_fields(parser: argparse._ActionsContainer, kind: Any, part: str = "") -> None:
-    """One option per field of the dataclass `kind` that `option` made, of that part alone."""
+    """Add an option for each field of the dataclass `kind` that `option` made and is of `part`."""
     types = get_type_hints(kind)
     for item in fields(kind):
         if item.metadata.get("part") != part:
@@ -83,15 +84,15 @@ def from_options(kind: type[T], args: argparse.Namespace, **others: Any) -> T:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser, and parser of subcommands, that names the nearest option to one it does not know.
+    """A parser, also of subcommands, that names the nearest option to one that it does not know.
 
-    It looks before argparse does, which would first miss the option that was meant.
+    It checks before argparse does, which would first report the intended option as missing.
     """
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        rest = (argparse.PARSER, argparse.REMAINDER)  # what follows is for somebody else to judge
+        rest = (argparse.PARSER, argparse.REMAINDER)  # another parser checks what follows
         if args is not None and not any(action.nargs in rest for action in self._actions):
             self._check_names(args)
         return super().parse_known_args(args, namespace)

@@ -44,8 +44,8 @@ class LolaConfig(BaseModel):
         feature_map: "softmax": `concat(softmax(xW), softmax(-xW))` (arXiv 2410.10254).
         mixing: "lola" weighs exact pairs by `g exp(z)` and the hidden state by `1 - g`;
             "lolcats" by `g exp(z - max z)` and 1.
-        state_dtype: storage of the hidden state H and s. "float32" is the only one: with fewer
-            bits a sum soon no longer moves when a pair is folded in.
+        state_dtype: dtype of the hidden state H and s. Only "float32": in a narrower sum, folded
+            pairs are soon lost to rounding.
         sparse_sharing: "none": one sparse set per state head; "kv_head": one per KV head, scored
             by the mean over its state heads of SRE / ||v|| (changes nothing where each KV head
             has one state head).
@@ -101,9 +101,9 @@ class LolaConfig(BaseModel):
             )
 
     def check_ranks(self, ranks: int, num_kv_heads: int, num_state_heads: int) -> None:
-        """Raise `LolaConfigError` if ranks would part the state heads that share a sparse set.
+        """Raise `LolaConfigError` if ranks would split the state heads that share a sparse set.
 
-        Each rank would choose pairs by the mean over its own heads alone, so that answers would
+        Each rank would choose pairs by the mean over its own heads alone. Answers would then
         depend on the number of ranks.
         """
         shared = self.sparse_sharing == "kv_head" and num_state_heads != num_kv_heads
@@ -119,7 +119,8 @@ class LolaConfig(BaseModel):
 def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:
     """Whether tensor-parallel ranks can divide the heads, as vLLM divides them.
 
-    KV heads may be fewer than ranks; ranks then share one, and with it a state head of its own.
+    There may be more ranks than KV heads. Several ranks then hold the same KV head and its state
+    head.
     """
     shared = ranks % num_kv_heads == 0
     return (
@@ -176,7 +177,7 @@ class LolaLlamaConfig(LlamaConfig):
     ) -> None:
         self.lola_config = dict(lola_config or {})
         super().__init__(**kwargs)
-        # vLLM's Llama reads this name; where it is there, it goes before attention_bias.
+        # vLLM's Llama reads this name, and prefers it to attention_bias.
         self.qkv_bias = self.attention_bias if qkv_bias is None else qkv_bias
         self.qk_norm = qk_norm
 
@@ -185,7 +186,7 @@ class LolaLlamaConfig(LlamaConfig):
             if not isinstance(value, dict):
                 raise LolaConfigError(f"lola_config = {value!r}: must be an object")
             value = {**self.__dict__.get("lola_config", {}), **value}
-            LolaConfig(**value)  # refuse bad values here, where the user's input is at hand
+            LolaConfig(**value)  # refuse bad values here, where the user's input is known
         elif name in ("qkv_bias", "qk_norm") and not isinstance(value, bool):
             raise LolaConfigError(f"{name} = {value!r}: must be true or false")
         super().__setattr__(name, value)

@@ -1,7 +1,7 @@
-"""What a CPU multiplies fast, and how much of its memory states may take.
+"""The dtype in which a CPU multiplies fast, and how much of its memory states may take.
 
-One answer for `lola-vllm serve`, plain `vllm serve`, evaluations and the doctor. Imports neither
-torch nor vLLM.
+`lola-vllm serve`, plain `vllm serve`, evaluations and the doctor all use these functions. Imports
+neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 CPUINFO = Path("/proc/cpuinfo")
 ISA_ENV = "LOLA_VLLM_CPU_ISA"
-# As the kernel names them, of x86 and of Arm. Without one of them, products in bfloat16 are made
-# of conversions and cost several times those in float32.
+# CPU flags of x86 and Arm, as the Linux kernel names them. Without one of them, products in
+# bfloat16 need conversions and take several times as long as in float32.
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
-# Values of LOLA_VLLM_CPU_ISA that stand for a CPU without.
+# Values of LOLA_VLLM_CPU_ISA for a CPU without these flags.
 _WITHOUT = ("baseline", "avx2", "avx512")
 
 GIB = 2**30
-# Python, torch and vLLM: of the API server, the engine and the first rank, and of each more.
+# Memory of Python, torch and vLLM: API server, engine and first rank; each further rank.
 SERVER_BYTES = 3 * GIB
 RANK_BYTES = GIB
 
@@ -29,7 +29,7 @@ def bfloat16_flag(env: Mapping[str, str] = os.environ) -> str | None:
     """The instructions with which this CPU multiplies bfloat16, None if it has none.
 
     Args:
-        env: LOLA_VLLM_CPU_ISA in it may name a lesser CPU.
+        env: environment variables; LOLA_VLLM_CPU_ISA may name a CPU with fewer instructions.
     """
     if env.get(ISA_ENV) in _WITHOUT:
         return None
@@ -44,8 +44,8 @@ def preferred_dtype(config: Mapping[str, Any], env: Mapping[str, str] = os.envir
         config: the model's `config.json`.
 
     Returns:
-        None where vLLM had better choose: weights are quantized, which often goes with one dtype,
-        or the CPU is of a kind whose instructions are not known here.
+        None if vLLM should choose: weights are quantized, which often requires one dtype, or the
+        CPU is of a kind whose instructions are not known here.
     """
     if "quantization_config" in config:
         return None

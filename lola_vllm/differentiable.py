@@ -1,3 +1,3 @@
-"""The first name of `lola_vllm.ops.differentiable`; imports of it go on working."""
+"""The earlier name of `lola_vllm.ops.differentiable`, kept for code that imports it."""
 
 from lola_vllm.ops.differentiable import *  # noqa: F403

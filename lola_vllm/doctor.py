@@ -1,7 +1,7 @@
 """`lola-vllm doctor`: what an installation lacks, what that breaks, and the remedy.
 
-A check is a function that returns findings. It never raises: an installation that is broken is what
-it is for. Whatever might not import is tried in a process of its own.
+A check is a function that returns findings. It never raises, because it must work in a broken
+installation. Packages that may fail to import are imported in a separate process.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lola_vllm import cpu
 
 GIB = 2**30
 PROBE_LIMIT_S = 180
-# vLLM, torch and Python in three processes, before any weight.
+# Memory of vLLM, torch and Python in three processes, without any weight.
 MIN_MEMORY = 3 * GIB
 
-# What a process of its own finds out of the heavy packages: printed as JSON, line by line, so that
-# what was learned before one of them fails is kept.
+# Runs in a separate process and reports on the heavy packages. It prints JSON line by line, so that
+# the lines before a failed import are kept.
 _PROBE = """
 import json
 def tell(**facts): print("\\n" + json.dumps(facts), flush=True)
@@ -68,14 +68,14 @@ class Finding(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What the heavy packages said of themselves, and the error that ended it, if any."""
+    """What the separate process reported of the heavy packages, and the error that ended it."""
 
     facts: dict[str, Any]
     error: str
 
 
 def examine(model: Path | None = None) -> list[Finding]:
-    """All findings, in the order in which faults should be mended.
+    """All findings, in the order in which faults should be fixed.
 
     Args:
         model: a LoLA model's directory to look at too.
@@ -109,7 +109,7 @@ def doctor(model: Path | None = None) -> int:
 
 
 def run_probe(code: str = _PROBE) -> Probe:
-    """Try the heavy packages in a process of its own."""
+    """Import the heavy packages in a separate process."""
     try:
         process = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=PROBE_LIMIT_S
@@ -258,12 +258,12 @@ def check_ops(probe: Probe) -> Iterator[Finding]:
         )
     if "backend" in facts:
         yield Finding("ok", "back end", f"{facts['backend']} on {facts['device']}")
-    elif "device" in facts:  # the only thing left to fail is LOLA_VLLM_OPS
+    elif "device" in facts:  # only a bad LOLA_VLLM_OPS can have failed
         yield Finding("fault", "back end", _last_line(probe.error), "unset LOLA_VLLM_OPS")
 
 
 def check_environment(probe: Probe, env: Mapping[str, str]) -> Iterator[Finding]:
-    """What makes a server on a CPU slow: variables, and a dtype that it cannot multiply."""
+    """What makes a server on a CPU slow: variables, and a dtype without fast instructions."""
     if probe.facts.get("device") != "cpu":
         return
     if env.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
@@ -333,7 +333,7 @@ class _ModelFault(Exception):
 
 
 def _look_at_model(model: Path) -> int:
-    """The number of tensors of a model that is whole.
+    """The number of tensors of a complete model.
 
     Raises:
         _ModelFault: it is not.

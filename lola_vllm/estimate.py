@@ -31,10 +31,11 @@ CONTEXTS = (4096, 32768, 131072)
 STOCK_BLOCK_TOKENS = 16  # vLLM's own default for a full KV cache
 MIB, GIB = 2**20, 2**30
 
-# What StateLayout has in two parts, or in one for two purposes. Others are shown by their names.
+# Parts that the table shows in another way: keys and values as one sum, sinks and window, which
+# share a part of the page, as two. Other parts keep their names.
 _SPARSE = ("sparse_k", "sparse_v")
 _EXACT = ("exact_k", "exact_v")
-# Llama's own defaults would silently stand in for these.
+# Fields that a config must state, because Llama's defaults would silently replace them.
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -183,9 +184,9 @@ def estimate(
     Args:
         model: a `config.json` or the directory it is in, of a LoLA model or a plain Llama.
         overrides: keys of `lola_config` that replace the config's.
-        state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq); default: as config or tensors say, and
-            per query head, as LoLCATs trains them, where neither does. For a base: "kv", and F is
-            the head size, as `init` makes them.
+        state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq). Default: as config or tensors say; if
+            neither does, "query", as LoLCATs trains them. For a base: "kv" with F equal to the head
+            size, as `init` makes them.
         dtype: of keys and values: "bfloat16", "float16" or "float32".
         tensor_parallel_size: ranks that share the heads.
         memory_gib: room for the states on a rank, in GiB.
@@ -223,7 +224,7 @@ def estimate(
     names = {heads: ", per query head", kv_heads: ", per KV head"}
     chosen = (num_state_heads, lola.num_sparse_heads(num_state_heads, kv_heads))
     rows = []
-    # Dicts keep the order and drop what is the same: where Hs = Hkv there is nothing to share.
+    # Dicts keep the order and drop duplicates. With Hs = Hkv there is nothing to share.
     for Hs, Hg in dict.fromkeys([(heads, heads), (heads, kv_heads), (kv_heads, kv_heads), chosen]):
         shared = Hg != Hs
         if shared and kv_heads % tensor_parallel_size:  # see LolaConfig.check_ranks
@@ -312,7 +313,7 @@ def format_table(result: Estimate) -> str:
 
 
 def _mark(result: Estimate, row: Row) -> str:
-    """What stands behind the name of the layout that was asked for."""
+    """The remark after the name of the chosen layout."""
     if not row.chosen:
         return ""
     if not result.is_base:

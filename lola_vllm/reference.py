@@ -1,3 +1,3 @@
-"""The first name of `lola_vllm.ops.reference`; imports of it go on working."""
+"""The earlier name of `lola_vllm.ops.reference`, kept for code that imports it."""
 
 from lola_vllm.ops.reference import *  # noqa: F403

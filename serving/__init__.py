@@ -1,5 +1,6 @@
-"""What a LoLA server has beside vLLM's own API: routes, metrics, an inspector, launch and deploy.
+"""Additions to vLLM's server for LoLA models: routes, metrics, an inspector, launch and deployment.
 
-Installs as `lola_vllm.serving`. vLLM loads `plugin.py` in the API server and `worker.py` in the
-workers; they meet in `engine.py`, which calls the one from the other by name.
+The package installs as `lola_vllm.serving`. vLLM loads `plugin.py` in the API server and
+`worker.py` in the workers. `engine.py` runs in the API server and calls methods of `worker.py` by
+name.
 """

@@ -1,8 +1,8 @@
-"""Bodies of requests: bounded before anything walks them, and refused in words.
+"""Bodies of requests: their size is bounded, and refusals are readable.
 
-vLLM answers a body that does not fit with pydantic's own records of it. Routes of `LolaRoute` name
-field, value and remedy instead, and read no more bytes than any prompt can need: a list of millions
-is slow to check, and while the API server checks it nobody's tokens are sent.
+vLLM answers an invalid body with pydantic's records of the faults. Routes of `LolaRoute` name
+field, value and remedy instead. They read no more bytes than any prompt can need, because a list of
+millions is slow to check, and the API server sends no tokens to other requests meanwhile.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MAX_FAULTS = 3
 
 
 class LolaRoute(APIRoute):
-    """A route whose body is bounded, and whose refusals people can read."""
+    """A route with a bounded body and readable refusals."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler between the two."""
+        """FastAPI's handler, with a bounded body before it and readable refusals after it."""
         handler = super().get_route_handler()
 
         async def bounded_handler(request: Request) -> Response:
@@ -50,7 +50,7 @@ class LolaRoute(APIRoute):
 
 
 def _bounded(receive: Receive) -> Receive:
-    """A body's messages, up to the limit; for bodies that do not say how long they are."""
+    """A body's messages, up to the limit; for requests without a content length."""
     size = 0
 
     async def receive_bounded() -> Message:
@@ -78,11 +78,11 @@ def refusal(errors: Sequence[Any]) -> tuple[str, str | None]:
     Args:
         errors: of FastAPI or pydantic: `{"type", "loc", "msg", "input"}`, or a text.
     """
-    # vLLM's messages are a union over roles: that one is not of another role need not be said.
+    # vLLM's messages are a union over roles. Faults about the other roles are left out.
     errors = [
         e for e in errors if not isinstance(e, dict) or e["type"] != "literal_error"
     ] or errors
-    reasons = list(dict.fromkeys(map(_reason, errors[:MAX_FAULTS])))  # unions repeat themselves
+    reasons = list(dict.fromkeys(map(_reason, errors[:MAX_FAULTS])))  # unions repeat faults
     if len(errors) > MAX_FAULTS:
         reasons.append(f"and {len(errors) - MAX_FAULTS} more")
     return "\n".join(reasons), next(map(_field, errors), None) or None
@@ -95,7 +95,7 @@ def _reason(error: Any) -> str:
     if kind == "json_invalid":
         why = error.get("ctx", {}).get("error", error["msg"])
         return f"the body is no JSON: {why} at character {error['loc'][-1]}"
-    if kind == "value_error":  # ours, which name what they are about
+    if kind == "value_error":  # raised by this package; the message names the field
         return str(error["msg"]).removeprefix("Value error, ")
     where = field or "the body"
     if kind == "missing":

@@ -1,4 +1,4 @@
-"""The engine as the routes and the metrics see it: what its config says and its workers answer."""
+"""The engine for routes and metrics: facts from its config and answers of its workers."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Unavailable(Exception):
 
 
 class LolaEngine:
-    """Asks the engine about LoLA's states.
+    """Questions to the engine about LoLA's states.
 
     Raises:
-        Unavailable: (every method) where this engine cannot tell.
+        Unavailable: (every method) if this engine cannot answer.
     """
 
     def __init__(self, client: EngineClient, model: str) -> None:
@@ -56,7 +56,7 @@ class LolaEngine:
         self.model = model
         self.config = client.vllm_config
         self._backend: str | None = None
-        # One state at a time: each is copied beside vLLM's pool.
+        # One state at a time, because each copy takes memory outside of vLLM's pool.
         self._reading = asyncio.Lock()
         self._cleanups: set[asyncio.Task[Any]] = set()
         self.is_lola = getattr(self.config.model_config.hf_config, "model_type", "") == MODEL_TYPE
@@ -80,8 +80,8 @@ class LolaEngine:
         return row_bytes(self.config)
 
     def num_slots_used(self) -> int | None:
-        """Slots that running sequences hold, of vLLM's own gauge; None without statistics."""
-        # Of several API servers only one is told by the engine, so look at all of them.
+        """Slots that running sequences hold, from vLLM's gauge; None without statistics."""
+        # With several API servers the engine reports to one only, so all gauges are read.
         usage = own_metric("vllm:kv_cache_usage_perc", self.model, get_prometheus_registry())
         return None if usage is None else round(usage * self.num_slots)
 
@@ -150,13 +150,13 @@ class LolaEngine:
                 ):
                     pass
                 answers = await self._ask("lola_memory", request_id, layers)
-            except BaseException:  # a client that left cancels this: the copy must not stay
+            except BaseException:  # a disconnected client cancels this; the copy must not stay
                 self._later(self._ask("lola_drop", request_id))
                 raise
         return joined([answer["layers"] for answer in answers])
 
     async def sample(self) -> dict[str, float]:
-        """What the workers saw of a running sequence since the last call, averaged over them."""
+        """The workers' samples of a running sequence since the last call, averaged over workers."""
         answers = await self._ask("lola_sample")
         fields = {field for answer in answers for field in answer}
         return {
@@ -207,7 +207,7 @@ class LolaEngine:
         return answers
 
     def _later(self, work: Any) -> None:
-        """Run a coroutine whose end nobody waits for."""
+        """Run a coroutine in the background."""
         task = asyncio.ensure_future(work)
         self._cleanups.add(task)
         task.add_done_callback(self._cleaned)
@@ -215,7 +215,7 @@ class LolaEngine:
     def _cleaned(self, task: asyncio.Task[Any]) -> None:
         self._cleanups.discard(task)
         if not task.cancelled():
-            task.exception()  # the request's own error has been told; this one may go
+            task.exception()  # the request has reported its error; this one is dropped
 
 
 def joined(answers: list[dict[Any, Any]]) -> list[Layer]:
@@ -233,6 +233,6 @@ def joined(answers: list[dict[Any, Any]]) -> list[Layer]:
 
 
 def own_metric(name: str, model: str, registry: CollectorRegistry = REGISTRY) -> float | None:
-    """A metric of vLLM's, as this API server counts it; None where it is not kept."""
+    """A metric of vLLM as this API server counts it; None if it is not kept."""
     value: float | None = registry.get_sample_value(name, {"model_name": model, "engine": "0"})
     return value

@@ -1,7 +1,7 @@
 """`lola-vllm serve`: `vllm serve` with numbers that fit the machine, each with its reason.
 
-Decides nothing that vLLM could not be told by hand: options and environment variables, printed
-before vLLM takes this process over. What the user gives is left alone.
+All choices are options and environment variables that a user could also give to vLLM. They are
+printed before vLLM replaces this process. Values that the user gives are not changed.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from lola_vllm.serving.options import given_options, masked, number
 from lola_vllm.state import SequenceLayout
 
 PLUGIN = "lola"
-# Where to listen unless the command line says so; the images set it.
+# Address to listen on without --host; the images set it.
 HOST_ENV = "LOLA_VLLM_HOST"
-# Python, torch, vLLM, activations and CUDA graphs on a GPU.
+# Memory of Python, torch, vLLM, activations and CUDA graphs on a GPU.
 GPU_OVERHEAD = 3 * GIB
 GPU_UTILIZATION = 0.9
-# More sequences at once than this per core, or than this on any machine, only wait for each other.
+# Limits of sequences per core and per machine. More sequences would only wait for each other.
 SEQUENCES_PER_CORE = 32
 MAX_SEQUENCES = 256
-# Tokens between two cached states: what a state costs, within these bounds.
+# Bounds on the tokens between two cached states, which otherwise follow from a state's cost.
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 256, 4096
 
 _PLUGIN_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 
 
 class Machine(NamedTuple):
-    """What the choices depend on: "cpu" or "cuda", its cores, and memory free for vLLM in bytes."""
+    """Facts for the choices: "cpu" or "cuda", cores, and memory free for vLLM in bytes."""
 
     device: str
     cores: int
@@ -61,11 +61,11 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """What `lola-vllm serve` is going to run.
+    """The command that `lola-vllm serve` runs.
 
     Attributes:
-        command: the program and its arguments. options, env: what was chosen; a flag has the
-            value "". notes: what to know.
+        command: the program and its arguments. options, env: the choices; a flag has the value
+            "". notes: remarks to print.
     """
 
     command: list[str]
@@ -82,7 +82,7 @@ class Launch:
 
 
 def this_machine(cores: int) -> Machine:
-    """The machine as it is now, of which vLLM may use `cores`."""
+    """The machine in its present state. vLLM may use `cores`."""
     if torch.cuda.is_available():
         _, total = torch.cuda.mem_get_info()
         return Machine("cuda", cores, total)
@@ -92,7 +92,7 @@ def this_machine(cores: int) -> Machine:
 def plan(
     model: str, options: Sequence[str], machine: Machine, env: Mapping[str, str] = os.environ
 ) -> Launch:
-    """Choose what the user has not.
+    """Choose the options that the user has not given.
 
     Args:
         model: as for `vllm serve`. options: the rest of its command line.
@@ -133,7 +133,7 @@ def plan(
 
 
 def run(launch: Launch, cpus: Set[int]) -> None:
-    """Give this process over to vLLM, on these CPUs; does not return."""
+    """Replace this process by vLLM, on these CPUs; does not return."""
     os.sched_setaffinity(0, cpus)
     environment = {**os.environ, **{choice.name: choice.value for choice in launch.env}}
     sys.stdout.flush()
@@ -141,7 +141,7 @@ def run(launch: Launch, cpus: Set[int]) -> None:
 
 
 class _Ranks(NamedTuple):
-    """vLLM's workers: how a model is divided, over how many machines, how often it is on one."""
+    """vLLM's workers: ranks per model, machines, and replicas per machine."""
 
     tensor: int
     pipeline: int
@@ -172,7 +172,7 @@ def _ranks(given: Mapping[str, str]) -> _Ranks:
 
 
 def _front(given: Mapping[str, str], env: Mapping[str, str]) -> list[Choice]:
-    """What clients see of the server."""
+    """The options that clients notice: name, address and details of answers."""
     chosen = []
     if not {"host", "uds"} & set(given):
         if HOST_ENV in env:
@@ -205,8 +205,8 @@ def _config(model: Path) -> dict[str, Any]:
 def _quick(
     config: Mapping[str, Any], given: Mapping[str, str], machine: Machine, env: Mapping[str, str]
 ) -> tuple[str, list[Choice]]:
-    """The dtype that the model will have, and what is chosen for a CPU's speed."""
-    # Left to itself, vLLM takes one of two bytes, for a float32 model too.
+    """The dtype that the model will have, and the options for speed on a CPU."""
+    # Without an option, vLLM takes a dtype of two bytes, also for a float32 model.
     stored = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     dtype = stored if stored in ("float16", "bfloat16") else "bfloat16"
     chosen = []
@@ -236,7 +236,7 @@ def _quick(
 
 
 def _state(model: Path, given: Mapping[str, str], dtype: str) -> Row:
-    """What a state of the model costs on one tensor-parallel rank, with the user's options."""
+    """Bytes of a state on one tensor-parallel rank, with the user's options."""
     try:
         overrides = json.loads(given.get("hf-overrides", "{}"))
     except ValueError as error:
@@ -258,8 +258,8 @@ def _numbers(
         "enable-prefix-caching", ""
     ).lower() not in ("false", "0")
     state = _ranks(given).state_bytes(row.sequence)
-    # A running sequence holds its own state and the last one at a block boundary; one more on a
-    # CPU, where nothing else fills the pool, is for prefixes that may come again.
+    # A running sequence holds its own state and the last one at a block boundary. On a CPU the pool
+    # has one more per sequence, for prefixes that may be requested again.
     states = (3 if machine.device == "cpu" else 2) if caching else 1
     sized = "kv-cache-memory-bytes" in given or "VLLM_CPU_KVCACHE_SPACE" in env
     room, where = _room(weights, given, machine)
@@ -302,7 +302,7 @@ def _numbers(
 
 
 def _room(weights: int, given: Mapping[str, str], machine: Machine) -> tuple[int, str]:
-    """Bytes for states on a rank, and what to call them."""
+    """Bytes for states on a rank, and a description of them."""
     ranks = _ranks(given)
     if machine.device == "cpu":
         workers = max(1, ranks.replicas * ranks.per_model // ranks.nodes)
@@ -337,7 +337,8 @@ def _block_size(config: Mapping[str, Any], row: Row, given: Mapping[str, str]) -
 def _environment(machine: Machine, env: Mapping[str, str]) -> list[Choice]:
     chosen = []
     if "VLLM_PLUGINS" not in env:
-        # vLLM loads every plugin but those that add routes while this is unset, so name them all.
+        # Without this variable, vLLM loads all plugins except those that add routes. With it, vLLM
+        # loads only the named ones, so all are named.
         names = {e.name for g in _PLUGIN_GROUPS for e in entry_points(group=f"vllm.{g}_plugins")}
         plugins = ",".join([PLUGIN, *sorted(names - {PLUGIN})])
         chosen.append(Choice("VLLM_PLUGINS", plugins, "routes /v1/lola and metrics lola:*"))
@@ -369,8 +370,8 @@ def serve(model: str, options: Sequence[str], cpus: Set[int], dry_run: bool = Fa
     """What the command `lola-vllm serve` does.
 
     Args:
-        cpus: those this process was started on. With OMP_NUM_THREADS set, importing torch leaves
-            it fewer, and vLLM would inherit them.
+        cpus: those on which this process was started. With OMP_NUM_THREADS set, importing torch
+            reduces them, and vLLM would inherit the reduced set.
     """
     launch = plan(model, options, this_machine(len(cpus)))
     print(launch)

@@ -1,8 +1,8 @@
 """The Prometheus metrics lola:*, next to vLLM's own at /metrics.
 
-Nothing is counted while tokens are made. A scrape reads vLLM's gauges and asks the workers for one
-sample, at most every few seconds; the copy that a sample is made from is taken in the first step
-after it was asked for, so a scrape reports of the time since the one before.
+No metric is counted while tokens are made. A scrape reads vLLM's gauges and asks the workers for
+one sample, at most every few seconds. A worker copies a state in the first step after this request.
+So a scrape reports on the time since the one before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.lola")
 
 REFRESH_S = 5.0  # a sample is not taken more often
-PATIENCE_S = 2.0  # a scrape does not wait longer; it then reports what was known before
+PATIENCE_S = 2.0  # a scrape does not wait longer; it then reports the earlier values
 
 LABELS = ("model_name", "engine")
 
@@ -42,9 +42,9 @@ _ERRORS = {"kept_error": "kept", "folded_error": "folded"}
 
 
 class _Counter(Counter):
-    """A counter without a second series of when it was made, which nobody asks for.
+    """A counter without the series of its creation time.
 
-    Prometheus' client can leave that out for all metrics of a process only, vLLM's among them.
+    Prometheus' client can omit that series only for all metrics of a process, including vLLM's.
     """
 
     def _child_samples(self) -> Iterable[Sample]:
@@ -94,13 +94,13 @@ class LolaMetrics:
             self._set(name, value)
 
     async def refresh(self) -> None:
-        """Bring the metrics up to date, unless they were a moment ago. Never raises."""
+        """Update the metrics, unless that was done a moment ago. Never raises."""
         if self._refreshing is None or self._refreshing.done():
             if time.monotonic() < self._due:
                 return
             self._due = time.monotonic() + REFRESH_S
             self._refreshing = asyncio.ensure_future(self._refresh())
-        # Not `wait_for`: a scrape that gives up must not break off what the next one will report.
+        # Not `wait_for`: it would cancel the sample, which the next scrape can still report.
         await asyncio.wait([self._refreshing], timeout=PATIENCE_S)
 
     async def _refresh(self) -> None:
@@ -115,7 +115,7 @@ class LolaMetrics:
             return
         try:
             sample = await self.engine.sample()
-        except Exception as error:  # the engine's; a scrape must answer without it
+        except Exception as error:  # of the engine; a scrape must be answered all the same
             logger.debug("LoLA metrics: no sample: %s", error)
             return
         if "sequences" in sample:
@@ -132,13 +132,13 @@ class LolaMetrics:
 
 
 class RefreshMetrics:
-    """ASGI middleware that brings the metrics up to date before /metrics reads them."""
+    """ASGI middleware that updates the metrics before /metrics reads them."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass every request on, one for /metrics a moment later."""
+        """Pass every request on, one for /metrics after an update."""
         if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/metrics"):
             metrics: LolaMetrics | None = getattr(scope["app"].state, "lola_metrics", None)
             if metrics is not None:

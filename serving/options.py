@@ -1,4 +1,4 @@
-"""Command lines of `vllm serve`: what they set, and how to show them without their secrets."""
+"""Command lines of `vllm serve`: the options that they set, and printing them without secrets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from lola_vllm.checkpoint.files import CheckpointError
 
-# Short spellings that vLLM takes of options that matter here.
+# Short forms of the options that matter here.
 _SHORT = {
     "-tp": "tensor-parallel-size",
     "-pp": "pipeline-parallel-size",
@@ -22,7 +22,7 @@ _SHORT = {
     "-cc": "compilation-config",
     "-O": "optimization-level",
 }
-# Those that vLLM's own log hides.
+# Options whose values vLLM's own log hides.
 SECRETS = ("api-key", "hf-token", "watermark-config")
 MASK = "***"
 _LONG = re.compile(r"--[A-Za-z][\w.+-]*")
@@ -31,8 +31,8 @@ _LONG = re.compile(r"--[A-Za-z][\w.+-]*")
 def given_options(options: Sequence[str]) -> dict[str, str]:
     """What a command line of `vllm serve` sets: long name without dashes -> value, "" for flags.
 
-    A `--config` file counts; the command line goes before it, as in vLLM. Of a dotted option such
-    as `-cc.mode` the part before the dot is the name.
+    Options of a `--config` file are included. The command line takes precedence over it, as in
+    vLLM. The name of a dotted option such as `-cc.mode` is the part before the dot.
 
     Raises:
         CheckpointError: a `--config` file that cannot be read.
@@ -55,9 +55,9 @@ def given_options(options: Sequence[str]) -> dict[str, str]:
 def masked(options: Sequence[str]) -> list[str]:
     """The command line with the values of secret options hidden, to be printed.
 
-    vLLM takes options abbreviated, with underscores, with `=`, and several keys after one option.
-    Whatever follows a secret option and does not begin with two dashes is hidden: rather too much
-    than a key that begins with one.
+    vLLM accepts abbreviated options, underscores, `=`, and several keys after one option. All
+    arguments after a secret option are hidden up to one with two dashes. One dash is not enough,
+    because a key may begin with it.
     """
     shown = []
     secret = False
@@ -94,7 +94,7 @@ def _name(part: str) -> str | None:
 
 
 def _is_secret(head: str) -> bool:
-    """Whether an option is a secret one, or could be one that is abbreviated."""
+    """Whether an option is secret, or may be the abbreviation of a secret one."""
     name = _name(head)
     return name is not None and any(secret.startswith(name) for secret in SECRETS)
 
@@ -104,7 +104,7 @@ def _config_file(path: Path) -> dict[str, str]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"--config {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:  # its text would show the lines around, and keys in them
+    except yaml.YAMLError as error:  # its text would show nearby lines, which may have keys
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise CheckpointError(f"--config {path}: not valid YAML{where}") from None

@@ -1,9 +1,9 @@
 """Copies of running sequences' pages, taken in a worker at the end of a step.
 
-A state moves on with every token and its slot is given away when the sequence ends, so what is to
-be read must be copied in the step that made it. A watch does that: it is a forward hook on the
-model, there only while something waits to be copied. It sees the step's own metadata, so it knows
-without doubt which slot holds how many tokens, and it works in place of nothing.
+A state changes with every token, and its slot is reused when the sequence ends. So a state must be
+copied in the step that made it. A watch makes this copy. It is a forward hook on the model, which
+is registered only while a copy is requested. It reads the step's own metadata, which says exactly
+which slot holds how many tokens. It replaces nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lola_vllm.plugin.backend import LolaMetadata
 
 logger = logging.getLogger("vllm.lola")
 
-# Copies that may wait at once: each is a whole state, on the device.
+# Largest number of copies at a time, because each is a whole state on the device.
 MAX_WATCHES = 4
 
 
@@ -53,7 +53,7 @@ Choose = Callable[[list[Row]], Row | None]
 
 
 class PageWatch:
-    """Takes one copy for each waiting key, in the first step in which its sequence is there."""
+    """Takes one copy for each waiting key, in the first step that has its sequence."""
 
     def __init__(self, model: nn.Module, layers: Sequence[LolaAttention]) -> None:
         self._model = model
@@ -72,13 +72,13 @@ class PageWatch:
         return True
 
     def take(self, key: str) -> Copy | Unreadable | None:
-        """Hand out the copy for a key and stop waiting for it; None if there was no such step."""
+        """Return the copy for a key and stop waiting for it; None if there was no such step."""
         self._waiting.pop(key, None)
         self._remove_idle_hook()
         return self._taken.pop(key, None)
 
     def _after_step(self, *_: Any) -> None:
-        # An exception in here would end the engine, and nobody's request should fail over a copy.
+        # An exception here would end the engine, and a failed copy must not fail any request.
         try:
             self._copy()
         except Exception as error:

@@ -1,7 +1,7 @@
 """The endpoint plugin: the routes under /v1/lola and the metrics lola:*, in vLLM's API server.
 
-Under /v1 because that is what `--api-key` covers. vLLM loads endpoint plugins only where
-`VLLM_PLUGINS` names them; `lola-vllm serve` sees to that.
+The routes are under /v1 because `--api-key` covers it. vLLM loads endpoint plugins only if
+`VLLM_PLUGINS` names them; `lola-vllm serve` sets this variable.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ logger = logging.getLogger("vllm.lola")
 
 
 class LolaEndpoints:
-    """vLLM's `EndpointPlugin` for LoLA. Stays quiet where another model is served."""
+    """vLLM's `EndpointPlugin` for LoLA. It logs nothing if another model is served."""
 
     name = "lola"
     required_tasks: tuple[SupportedTask, ...] | None = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, the refreshing of metrics before they are read, and a last word."""
+        """Add the routes, the update of metrics before they are read, and the inspector line."""
         app.include_router(router)
         app.add_middleware(RefreshMetrics)
         start_up = app.router.lifespan_context
@@ -54,7 +54,7 @@ class LolaEndpoints:
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
         """Keep the engine, for the routes, and make the metrics if it serves a LoLA model."""
-        assert engine_client is not None  # only the server for the task "render" has none
+        assert engine_client is not None  # None only in the server for the task "render"
         engine = LolaEngine(engine_client, str(engine_client.model_config.served_model_name))
         state.lola_engine = engine
         state.lola_metrics = LolaMetrics(engine) if engine.is_lola else None

@@ -1,4 +1,4 @@
-"""Prompts: to token ids as the server itself would, and back to what each token shows."""
+"""Prompts to token ids, as the server makes them, and token ids to the text of each token."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lola_vllm.serving.protocol import MAX_PROMPT_TOKENS, MemoryRequest
 if TYPE_CHECKING:
     from fastapi import Request
 
-# What a decoder writes for bytes that are no whole character yet.
+# A decoder writes this for bytes that are not yet a whole character.
 INCOMPLETE = "�"
-# A character is at most four bytes, so more tokens than this never wait for one.
+# A character has at most four bytes, so never more tokens than this wait for its end.
 MAX_PENDING = 8
 
 
 class _Bounded:
-    """A request to vLLM's tokenizer that is refused where a completion of it would be.
+    """A request to vLLM's tokenizer that is refused if a completion of it would be refused.
 
     vLLM counts characters before it tokenizes: no prompt has fewer tokens than its characters
     divided by those of the longest token.
@@ -78,7 +78,7 @@ async def prompt_tokens(body: MemoryRequest, raw_request: Request, engine: LolaE
     if not 1 <= len(tokens) <= limit:
         raise _wrong_length(body, f"{len(tokens)} tokens", limit)
     vocabulary = engine.config.model_config.get_vocab_size()
-    for token in ids or ():  # an id that is none would be an index out of range in the engine
+    for token in ids or ():  # an invalid id would be an index out of range in the engine
         if not 0 <= token < vocabulary:
             raise Unavailable(
                 HTTPStatus.BAD_REQUEST,
@@ -112,7 +112,7 @@ async def _tokenized(body: MemoryRequest, raw_request: Request, engine: LolaEngi
                 messages=body.messages,
                 add_generation_prompt=body.add_generation_prompt,
             )
-        # Parts of messages are looked at only here.
+        # Parts of messages are checked only here.
         answer = await serving.create_tokenize(request, raw_request)
     except ValidationError as error:
         message = refusal(error.errors())[0]
@@ -136,7 +136,7 @@ def token_texts(tokenizer: Any, tokens: list[int]) -> list[str]:
         return text
 
     texts: list[str] = []
-    before: list[int] = []  # some tokenizers drop the space of a first word, so never start anew
+    before: list[int] = []  # kept, because some tokenizers drop the space of a first word
     pending: list[int] = []
     for index, token in enumerate(tokens, start=1):
         pending.append(token)

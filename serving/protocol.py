@@ -1,4 +1,4 @@
-"""What the routes under /v1/lola take and give."""
+"""Bodies and answers of the routes under /v1/lola."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pydantic import (
 )
 from typing_extensions import NotRequired, TypedDict
 
-# A page is of fixed size however long its prompt, so these bound only the answer and the wait.
+# A page has a fixed size for prompts of any length. These bound the answer and the waiting time.
 MAX_PROMPT_TOKENS = 65_536
 MAX_PROMPT_CHARS = 1_000_000
 MAX_MESSAGES = 1_000  # and parts of messages, all together
@@ -41,7 +41,7 @@ class Slots(BaseModel):
 
 
 class Memory(BaseModel):
-    """What a state costs on one rank, in bytes.
+    """Memory of a state on one rank, in bytes.
 
     Attributes:
         parts: of one state, by part; they sum to `bytes_per_slot`.
@@ -81,7 +81,7 @@ def _kind(value: Any) -> str | None:
 
 
 def _text_or_list(of: str) -> Discriminator:
-    """Tells the two apart before either is checked, so that faults are of one of them only."""
+    """Choose between the two types before the check, so that faults are of one type only."""
     return Discriminator(
         _kind,
         custom_error_type="text_or_list",
@@ -89,7 +89,7 @@ def _text_or_list(of: str) -> Discriminator:
     )
 
 
-# A list is given up at its first fault or at its bound: one of millions would be slow to walk.
+# The check of a list stops at its first fault or at its bound, because millions would be slow.
 Prompt = Annotated[
     Annotated[str, Tag("(text)")]
     | Annotated[list[int], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True), Tag("(list)")],
@@ -99,7 +99,7 @@ Prompt = Annotated[
 
 @with_config(ConfigDict(extra="allow"))
 class Part(TypedDict):
-    """A part of a message, as far as it is looked at here."""
+    """A part of a message, with the fields that are checked here."""
 
     type: str
     text: NotRequired[str]
@@ -114,7 +114,7 @@ Content = Annotated[
 
 @with_config(ConfigDict(extra="allow"))
 class Message(TypedDict):
-    """A chat's message as far as it is looked at here; vLLM looks at the rest."""
+    """A chat's message, with the fields that are checked here; vLLM checks the rest."""
 
     role: str
     content: NotRequired[Content | None]
@@ -172,7 +172,7 @@ class MemoryRequest(BaseModel):
             raise ValueError("give one of 'prompt' (text or token ids) and 'messages'")
         if self.prompt is not None and not self.prompt:
             raise ValueError("prompt is empty; give text or token ids")
-        # Each part goes through vLLM's own models of all that a part can be, which is slow.
+        # vLLM validates each part against its models of all kinds of parts, which is slow.
         lists = [v for m in self.messages or () for v in m.values() if isinstance(v, list)]
         parts = sum(map(len, lists))
         if parts > MAX_MESSAGES:

@@ -1,6 +1,6 @@
-"""What a page remembers and how well: read from its bytes alone, on any device.
+"""The contents of a page's sparse cache and their recall errors, from its bytes, on any device.
 
-Scores come from the portable `sre_scores`, the same numbers by which the ops select.
+Scores come from the portable `sre_scores`. The ops select by the same numbers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ class Remembered(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """What the next update will do to a page, averaged over its sparse sets.
+    """The effect of the next update on a page, averaged over its sparse sets.
 
-    An update scores against the hidden state as it was before, and the pairs that will leave the
-    window are there already: so the page decides its next update, and it can be known without
-    waiting for it.
+    It can be computed before the update. An update scores against the hidden state before it, and
+    the page already holds the pairs that will leave the window.
 
     Attributes:
         swapped: share of the sparse cache that newcomers will replace, 0 to 1.
@@ -63,11 +62,11 @@ def remembered(page: Tensor, layout: StateLayout, feature_map_k: Tensor, n: int)
 
 
 def forecast(page: Tensor, layout: StateLayout, feature_map_k: Tensor, n: int) -> Forecast:
-    """What the first update after n tokens will do to a page; arguments as for `remembered`."""
+    """The effect of the first update after n tokens; arguments as for `remembered`."""
     views = layout.views(page[None])
     lam, C = layout.sparse_cache_size, layout.update_interval
     due = torch.tensor((n // C + 1) * C)
-    # With an interval above the window, some of the pairs that will leave are not there yet.
+    # With an interval above the window, the page lacks some of the pairs that will leave.
     start = int(layout.window_start(torch.tensor(n)))
     stop = min(int(layout.window_start(due)), n)
     rows = layout.row(torch.arange(start, max(start, stop), device=page.device))

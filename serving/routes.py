@@ -79,7 +79,7 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
     layers = await engine.memory(tokens, body.layers, body.cache_salt)
     tokenizer = engine.client.renderer.tokenizer
     texts = None
-    if tokenizer is not None:  # in a thread: a long prompt's takes a while
+    if tokenizer is not None:  # in a thread, because a long prompt takes a while
         texts = await asyncio.to_thread(token_texts, tokenizer, tokens)
     layout = engine.sequence.layers[0]
     n = torch.tensor(len(tokens))

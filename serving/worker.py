@@ -1,9 +1,9 @@
 """Methods that vLLM's workers get for LoLA models, called through `collective_rpc`.
 
-`config_hook.py` names the class as vLLM's worker extension. None of its methods raises: where
-several workers answer, vLLM would be left with unread answers. What is wrong comes back as
-`{"error": text}`. Arguments and results are plain lists, dicts and numbers, which is all that
-vLLM's messages carry without pickling.
+`config_hook.py` names the class as vLLM's worker extension. Its methods never raise, because with
+several workers vLLM would leave answers unread. They return an error as `{"error": text}`.
+Arguments and results are plain lists, dicts and numbers, which vLLM's messages carry without
+pickling.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Answer = dict[str, Any]
 
 
 def _answering(method: Callable[..., Answer]) -> Callable[..., Answer]:
-    """Turn whatever a method raises into an answer."""
+    """Turn an exception of a method into an answer."""
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Answer:
@@ -100,7 +100,7 @@ class LolaWorkerExtension:
                 memory = remembered(
                     page, module.layout, module.state.weights.feature_map_k, copy.num_tokens
                 )
-                # Rounded in float64, so that their decimals are few.
+                # Rounded in float64, so that they are printed with few decimals.
                 errors = memory.errors.double().round(decimals=5).tolist()
                 answer[index] = {
                     first_head + i: {"positions": head, "errors": errors[i]}
@@ -116,7 +116,7 @@ class LolaWorkerExtension:
 
     @_answering
     def lola_sample(self) -> Answer:
-        """What one running sequence looks like, in the first step after the previous call.
+        """A sample of one running sequence, from the first step after the previous call.
 
         Returns:
             `{}` if there was no step, else `sequences`, their mean `sparse_fill` (0 to 1), and of

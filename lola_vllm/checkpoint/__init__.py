@@ -1,7 +1,8 @@
 """LoLA checkpoints: a strict safetensors directory in the Hugging Face layout.
 
-`schema` says which tensors there are, `files` reads their headers, `staging` makes writing all or
-nothing, `init` and `demo` write checkpoints. Importing this package loads neither torch nor vLLM.
+`schema` has the names and shapes of tensors, and `files` reads their headers. `staging` writes a
+directory completely or not at all. `init`, `convert`, `demo` and `quantize` write checkpoints.
+Importing this package loads neither torch nor vLLM.
 """
 
 from lola_vllm.checkpoint.files import CheckpointError

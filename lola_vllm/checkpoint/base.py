@@ -31,7 +31,7 @@ from lola_vllm.config import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What a server needs besides config and weights, and what the licences of the base want kept.
+# Files that a server needs besides config and weights, and files that the base's licence requires.
 _COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -131,7 +131,7 @@ def write_weights(
     Args:
         expected: the tensors to take; others (buffers, a tied lm_head) are left out.
         layer_maps: LoLA's tensors of a layer, from the prefix of their names and the `q_proj`.
-        change: what becomes of a tensor of the base, by name; default: nothing.
+        change: from a name and a tensor of the base to the tensor to write; default: no change.
 
     Raises:
         CheckpointError: a file cannot be written.

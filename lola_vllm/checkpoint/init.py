@@ -46,7 +46,7 @@ def init_checkpoint(
 
     Args:
         base: a Llama, Mistral, Qwen2 or Qwen3 directory, sharded or not, embeddings tied or not.
-        out: where the checkpoint goes; it appears whole or not at all.
+        out: where the checkpoint goes; it is written completely or not at all.
         config_overrides: keys of `lola_config` to set; others keep LoLA's defaults.
             `feature_dim` defaults to the head size, the only size an identity map can have.
         state_heads: "kv": one key map per KV head (Hs = Hkv); "query": one per query head.
@@ -56,13 +56,14 @@ def init_checkpoint(
         The config that was written.
 
     Raises:
-        CheckpointError: a base that is missing, damaged or not supported, or an `out` in the way.
+        CheckpointError: a base that is missing, damaged or not supported, or an `out` that may not
+            be replaced.
         LolaConfigError: overrides that are not valid.
     """
     config_json = _config_json(base, config_overrides, state_heads)
     config = parse_config(base, config_json)
     expected = expected_tensors(config, config_json["lola_config"]["num_state_heads"])
-    # The base is checked before gigabytes are copied, the result before it takes its place.
+    # The base is checked before gigabytes are copied, and the result before it is moved to `out`.
     check_base_weights(base, expected)
 
     def identity(prefix: str, q_proj: torch.Tensor) -> dict[str, torch.Tensor]:

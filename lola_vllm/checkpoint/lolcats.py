@@ -1,9 +1,9 @@
 """The files that LoLCATs training leaves behind: feature maps ("distill") and LoRA adapters.
 
-Both are state dicts whose names depend on how the model was wrapped when they were saved. Here
-they get one name, `model.layers.{i}.` + kind, and every layer and shape is checked against the
-base before anything is done with them. A kind is what a layer has one of, for example
-`self_attn.feature_map_q` or `self_attn.q_proj.lora_A`.
+Both are state dicts whose names depend on how the model was wrapped when they were saved. This
+module renames the tensors to `model.layers.{i}.` + kind and checks every layer and shape against
+the base. A kind is a tensor that each layer has once, for example `self_attn.feature_map_q` or
+`self_attn.q_proj.lora_A`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAP_Q = "self_attn.feature_map_q"
 MAP_K = "self_attn.feature_map_k"
 FACTORS = "self_attn.window_factors"
 
-_SHOWN = 10  # faults of a sort that a message spells out
+_SHOWN = 10  # faults of a kind that a message lists
 # Plain, inside LlamaForCausalLM, inside one more wrapper, inside a PEFT model.
 _NAME = re.compile(r"(?:|model\.|model\.model\.|base_model\.model\.model\.)layers\.(\d{1,4})\.(.+)")
 # LoLCATs' own name, and the one of a LoLA checkpoint, which `lola-vllm distill` writes.
@@ -228,7 +228,7 @@ def _torch_load(path: Path) -> Any:
                 f"{found[1]}; save the state dict alone"
             ) from None
         reason = text.strip().splitlines()[0][:200] if text.strip() else type(error).__name__
-        if "weights_only" in reason:  # torch's advice to switch the protection off
+        if "weights_only" in reason:  # torch advises to switch this protection off
             reason = "not a torch.save file"
         raise CheckpointError(
             f"{path}: not a complete torch.save file ({reason}); copy or download it again"

@@ -1,8 +1,9 @@
 """A checkpoint with the weights of its linear layers in 8 or 4 bits, as vLLM reads it.
 
-Written in the format of compressed-tensors, rounded to the nearest value; no data is looked at.
-Feature maps, norms and embeddings stay as they are. The output matrix gets 8 bits: it is a fifth of
-what a small model reads for a token. Where it was the embeddings it is stored a second time.
+The format is compressed-tensors. Weights are rounded to the nearest value, without calibration
+data. Feature maps, norms and embeddings are not changed. The output matrix gets 8 bits, because it
+is a fifth of what a small model reads for a token. If it was tied to the embeddings, it is stored
+separately.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 Weights = Literal["int8", "int4"]
 GROUP_SIZE = 32  # weights of a row that share a scale, for 4 bits
-_OF_LOLA = ("README.md", "modeling_lola.py")  # which `copy_companions` leaves to other writers
+_OF_LOLA = ("README.md", "modeling_lola.py")  # `copy_companions` does not copy these
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 _WEIGHTS = {"type": "int", "symmetric": True, "dynamic": False}
@@ -50,14 +51,14 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
 
     Args:
         source: a LoLA or plain Llama directory, not quantized.
-        out: where the copy goes; it appears whole or not at all.
+        out: where the copy goes; it is written completely or not at all.
         weights: "int8": one scale per row, and activations in 8 bits per token; "int4": one scale
             per 32 weights of a row, activations as they are.
         force: replace a model that is already at `out`.
 
     Raises:
         CheckpointError: a source that is missing, damaged or quantized already, a weight whose rows
-            cannot be cut into groups, or an `out` in the way.
+            cannot be cut into groups, or an `out` that may not be replaced.
     """
     from safetensors.torch import save_file
 
@@ -86,7 +87,7 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
 
 
 def faster_weights(model: Path) -> Weights | None:
-    """Which fewer bits would decode faster on this machine's CPU; None where none would.
+    """The `weights` that would decode faster on this machine's CPU; None if none would.
 
     vLLM's int8 products need VNNI with 512 bits: without it they took four times as long as those
     of float32. Its int4 kernel took longer than bfloat16 wherever it was tried.
@@ -122,7 +123,7 @@ def _convert(
     pack: Callable[[str, Tensor], dict[str, Tensor]],
     config: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """What becomes of a tensor of the source."""
+    """The tensors that the copy has in the place of a tensor of the source."""
     if name.endswith("_proj.weight"):
         return pack(name, tensor)
     tied = config.get("tie_word_embeddings", False)

@@ -1,4 +1,4 @@
-"""The files in a checkpoint by which plain transformers finds LoLA's code: imports, no more.
+"""The files in a checkpoint that import LoLA's code for plain transformers.
 
 With `trust_remote_code=True`, transformers runs the files that `auto_map` in config.json names. The
 code stays in the installed package, so a checkpoint never carries an old copy of it. The config

@@ -1,4 +1,4 @@
-"""Names and shapes of a LoLA checkpoint's tensors: the one truth for writing and for loading.
+"""Names and shapes of a LoLA checkpoint's tensors, for writing and for loading.
 
 A LoLA checkpoint is a Hugging Face Llama (or a decoder that differs from it by biases of q, k, v or
 by norms of q and k) plus three tensors per layer under `model.layers.{i}.self_attn.`:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LOLA_TENSORS = ("feature_map_q", "feature_map_k", "window_factors")
 WINDOW_FACTOR_INIT = -2.1972245773362196  # sigmoid of it is 0.1, where LoLCATs starts training
 
-_SHOWN = 10  # faults of a kind that a message spells out
+_SHOWN = 10  # faults of a kind that a message lists
 _BUFFER = ".rotary_emb.inv_freq"  # old Llama checkpoints store this; it follows from the config
 _LM_HEAD = "lm_head.weight"
 _QK_NORMS = (".self_attn.q_norm.weight", ".self_attn.k_norm.weight")
@@ -86,11 +86,11 @@ def find_num_state_heads(config: LolaLlamaConfig, model_dir: str | Path) -> int:
 
     Args:
         config: the whole `config.json`.
-        model_dir: a local model directory, of which only safetensors headers are read; anything
-            else (a hub id) is not looked at.
+        model_dir: a local model directory, of which only safetensors headers are read. Anything
+            else, such as a hub id, is ignored.
 
     Returns:
-        Hs; the number of query heads where neither source says (LoLCATs' own layout).
+        Hs; the number of query heads if neither source says (LoLCATs' own layout).
 
     Raises:
         CheckpointError: a damaged file or index.
@@ -131,7 +131,7 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[in
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != tuple(shape)
     ]
-    # Only names that are shown are explained: looking for near names is slow on thousands.
+    # Only the shown names are explained, because a search for near names is slow on thousands.
     lines = [
         *_report("missing", missing, [_explain_missing(n, expected[n]) for n in missing[:_SHOWN]]),
         *_report(

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def check_output(out: Path, *, force: bool = False, inputs: Iterable[Path] = ())
     """Raise unless a model directory may be written to `out`.
 
     Args:
-        out: need not exist; an empty directory is as good as none.
-        force: a model directory (one with a `config.json`) that is already there may go.
+        out: need not exist, and may be an empty directory.
+        force: whether a model directory (one with a `config.json`) at `out` may be replaced.
         inputs: directories that are read from, which replacing `out` must not delete.
 
     Raises:
@@ -36,7 +36,7 @@ def check_output(out: Path, *, force: bool = False, inputs: Iterable[Path] = ())
     if not force:
         raise CheckpointError(f"{out}: not empty; choose another path or give --force")
     if not (out / "config.json").is_file():
-        # A mistyped path must not cost anybody a home directory.
+        # A mistyped path must not delete a home directory.
         raise CheckpointError(f"{out}: --force replaces a model only, and there is no config.json")
 
 
@@ -44,9 +44,9 @@ def check_output(out: Path, *, force: bool = False, inputs: Iterable[Path] = ())
 def staged_directory(
     out: Path, *, force: bool = False, inputs: Iterable[Path] = ()
 ) -> Iterator[Path]:
-    """A temporary directory beside `out` that takes its place when the block ends well.
+    """A temporary directory beside `out` that replaces it when the block succeeds.
 
-    If the block raises, nothing is left behind and an `out` that was there is untouched.
+    If the block raises, the temporary directory is deleted and `out` is unchanged.
 
     Args:
         out, force, inputs: as in `check_output`, which is called first.
@@ -66,12 +66,12 @@ def staged_directory(
         staging.mkdir()
         yield staging
         _follow_umask(staging)
-        check_output(out, force=force)  # it may have been filled meanwhile
+        check_output(out, force=force)  # `out` may have been filled meanwhile
         _swap(staging, out, private / "old")
     except BaseException:
         shutil.rmtree(private, ignore_errors=True)
         for path in new_parents:
-            with suppress(OSError):  # somebody else may have put files there
+            with suppress(OSError):  # another process may have put files there
                 path.rmdir()
         raise
     shutil.rmtree(private)

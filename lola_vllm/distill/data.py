@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
-    """A source of training data cannot be used, or the options make no sense."""
+    """A source of training data cannot be used, or an option is out of range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +89,11 @@ def training_rows(
 ) -> Rows:
     """Turn sources into rows of token ids.
 
-    Documents of a source are shuffled, joined with the end-of-sequence token and cut into rows;
-    the sources take turns until one is used up. Documents that `lola_vllm.texts.is_held_out` keeps
-    for measuring are left out. If all sources together are too small, they are repeated in another
-    order, with a warning. Retrieval prompts are spread evenly among the rows.
+    Documents of a source are shuffled, joined with the end-of-sequence token and cut into rows.
+    Rows are taken from the sources in turn until one is used up. Documents that
+    `lola_vllm.texts.is_held_out` keeps for measuring are left out. If all sources together are too
+    small, they are repeated in another order, with a warning. Retrieval prompts are spread evenly
+    among the rows.
 
     Args:
         sources: each a text file (`.txt` or no suffix), a `.jsonl` file whose lines have "messages"
@@ -120,7 +121,7 @@ def training_rows(
     answers = torch.zeros(options.num_rows, options.row_length, dtype=torch.bool)
     fraction = options.retrieval_fraction
     for at in range(options.num_rows):
-        # A little more, or the product would fall short of a whole number by a rounding error.
+        # A small addition, because the product may be below a whole number by a rounding error.
         if int((at + 1) * fraction + 1e-6) > int(at * fraction + 1e-6):
             rng = random.Random(f"{options.seed} retrieval {at}")
             ids, marks = _retrieval(opened, tokenizer, options.row_length, rng)
@@ -147,14 +148,14 @@ class _Stream:
         self._source = source
         self._tokenizer = tokenizer
         self._length = options.row_length
-        # By number, not by name: a path must not change what is drawn.
+        # By number, not by name, so that the rows do not depend on the path.
         self._rng = random.Random(f"{options.seed} source {number}")
-        # Where the model expects a first token, every row has it: it is where attention rests.
+        # If the model expects a first token, every row has it, because attention is drawn to it.
         self._start = _start_tokens(tokenizer)
-        self._rest: list[int] = []  # what the last row left over
+        self._rest: list[int] = []  # tokens left over from the last row
 
     def epoch(self) -> Iterator[list[int]]:
-        """The rows of every document once; what is left over begins the next epoch.
+        """The rows of every document once; the tokens left over begin the next epoch.
 
         Raises:
             DataError: no document has any text.
@@ -259,7 +260,7 @@ def _text_drawer(sources: Sequence[_Source], rng: random.Random) -> Callable[[in
             document = draw()
             if document is None:
                 continue
-            # From somewhere within, or every haystack would start with a title.
+            # From a random place, because every haystack would otherwise start with a title.
             skip = rng.randrange(max(1, len(document) - characters + 1))
             begin = document.find(" ", skip) + 1 if skip else 0
             text += document[begin : begin + characters] + "\n\n"
@@ -347,7 +348,7 @@ def _open_dataset(name: str, tokenizer: PreTrainedTokenizerBase) -> _Source:
     dataset_name, _, config = name.partition(":")
     try:
         dataset = datasets.load_dataset(dataset_name, config or None, split="train")
-    except Exception as error:  # of many libraries: the hub's, the file formats', the network's
+    except Exception as error:  # many libraries may raise: hub, file formats, network
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"{name}: neither a file here nor a data set that could be loaded ({reason}); give a "
@@ -389,7 +390,7 @@ def _entry_text(
             return (
                 str(tokenizer.apply_chat_template(messages, tokenize=False)) if messages else None
             )
-        except Exception as error:  # of Jinja's or the template's own making
+        except Exception as error:  # raised by Jinja or by the template itself
             raise DataError(f"{where}: the chat template refuses it ({error})") from error
     text = entry.get("text")
     if not isinstance(text, str):

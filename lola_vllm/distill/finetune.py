@@ -1,8 +1,8 @@
-"""Stage 2: LoRA adapters, and the maps once more, so that the whole model answers as its teacher.
+"""Stage 2: train LoRA adapters and the maps, so that the whole model answers as its teacher.
 
 LoLCATs (arXiv 2410.10254, section 3.2) fine-tunes with the next-token loss. The default here is the
-divergence from the teacher's distribution, which says far more per token; the next-token loss is
-an option. The teacher is the same model with adapters and LoLA switched off.
+divergence from the teacher's distribution, which has far more information per token. The
+next-token loss is an option. The teacher is the same model with adapters and LoLA switched off.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAVE_EVERY = 10  # steps between two training states
 
 
 class Finetuned(NamedTuple):
-    """What stage 2 made.
+    """The results of stage 2.
 
     Attributes:
         adapters: LoRA matrices under PEFT's names, float32.
@@ -62,7 +62,7 @@ def finetune(
     Args:
         model: from `load_base`, with maps; it is wrapped by PEFT and changed in place.
         rows: `[N, T]` token ids. answers: `[N, T]` bool, the tokens that `answer_weight` is for.
-        work: directory of the training state; a run that was cut off goes on from there.
+        work: directory of the training state, from which an interrupted run continues.
         options: of stage 2; each row draws one of their `configs`.
         fingerprint: of everything that the result depends on.
 
@@ -196,7 +196,7 @@ def _token_losses(
 
 
 def _no_dropout(model: Any) -> None:
-    """Gradient checkpointing works in training mode only, which must not switch dropout on."""
+    """Set all dropout to 0: gradient checkpointing needs training mode, which enables dropout."""
     for layer in decoder_layers(model):
         layer.self_attn.attention_dropout = 0.0
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""What a distillation can be told: every field, its default and its option in one place."""
+"""The options of a distillation: every field with its default and its help text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lola_vllm.cli_options import option
 if TYPE_CHECKING:
     from lola_vllm.config import LolaConfig
 
-# Parts of the options. Those of the second stage do not change what the first makes.
+# Parts of the options. Options of the second stage do not change the result of the first.
 TRANSFER, FINETUNE, LOLA = "transfer", "finetune", "lola"
 
 
@@ -21,15 +21,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Everything but paths; lengths in tokens.
+    """All options except paths. Lengths are in tokens.
 
     Attributes:
-        lola_config: what the checkpoint will say, and what is trained for.
+        lola_config: the parameters of the checkpoint, and those trained for.
         state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq).
-        train_windows, train_sparse_caches: train for every pairing of these instead; each must be
-            servable later, so they only widen what the maps have seen.
-        The others: see their help. A row, of either stage, must be so long that pairs are folded
-            in it, for every setting trained for.
+        train_windows, train_sparse_caches: train for every combination of these sizes instead.
+        The others: see their help. In both stages a row must be so long that pairs are folded in
+            it, for every setting trained for.
     """
 
     retrieval_fraction: float = option("share of rows that are synthetic retrieval prompts", 0.2)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def plot_losses(losses: Mapping[str, Any], path: Path) -> None:
-    """Draw what there is of `transfer` (per layer a list) and `finetune` (a list) into a PNG."""
+    """Draw the losses of `transfer` (a list per layer) and `finetune` (a list) into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,12 +36,12 @@ def plot_losses(losses: Mapping[str, Any], path: Path) -> None:
 
 
 def _marker(curve: Sequence[float]) -> str:
-    """A dot where a line of one step would not be seen."""
+    """A dot if there is one step only, because a line of one point is not visible."""
     return "o" if len(curve) == 1 else ""
 
 
 def _smooth(values: Sequence[float], width: int = 15) -> list[float]:
-    """Running means, as the loss jumps with the row."""
+    """Running means, because the loss varies from row to row."""
     return [
         sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))
     ]

@@ -1,8 +1,8 @@
 """Synthetic retrieval prompts: facts hidden in a long text, then questions with their answers.
 
 Ordinary text seldom asks for a detail from a thousand tokens ago. These prompts do so at every
-depth and in many wordings. The sentences that long-context benchmarks hide (RULER's among them) are
-not used, so that measuring on those still says something.
+depth and in many wordings. They do not use the sentences that long-context benchmarks such as RULER
+hide, so that these benchmarks still measure recall and not training.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lola_vllm.distill.retrieval_words import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MIN_LENGTH = 128  # tokens in which one fact and one question always find room
+MIN_LENGTH = 128  # tokens that always have room for one fact and one question
 _TRIES = 50
 _MAX_FACTS = 8
 _MAX_QUESTIONS = 4
 
-# What a value is called, by its kind. Digits come up most: they cannot be guessed from context.
+# Names of values, by kind. Digits are most frequent, because context does not help to guess them.
 _LABELS = {
     "digits": (
         *("access code", "number", "PIN", "ticket number", "extension", "secret number"),
@@ -65,7 +65,7 @@ _INTRODUCTIONS = (
     "Memorize every {label} in the following text.\n\n",
     "Text:\n",
 )
-# A question, and what stands between it and the value.
+# A question, and the text between it and the value.
 _COMPLETIONS = (
     ("What is the {label} for {key}?", " The {label} for {key} is "),
     ("What is the {label} for {key}, as given in the text?", " The {label} for {key} is "),
@@ -134,9 +134,9 @@ def retrieval_row(
         tokenizer: a fast one, for the positions of its tokens; half of the prompts are chats if it
             has a chat template.
         length: at most so many tokens, at least `MIN_LENGTH`.
-        rng: decides everything; equal states give equal rows.
-        real_text: gives about so many characters of ordinary text, to hide facts in; without it
-            all haystacks are of simple sentences.
+        rng: the only source of randomness; equal states give equal rows.
+        real_text: returns about the given number of characters of ordinary text, to hide facts in.
+            Without it all haystacks are simple sentences.
 
     Returns:
         Between one and `length` tokens, seldom many fewer. The last answer is near the end.
@@ -170,7 +170,7 @@ def _draw_facts(rng: random.Random, few: bool) -> list[_Fact]:
     digits = rng.randint(4, 10)
     facts: dict[str, _Fact] = {}
     while len(facts) < count:
-        if rng.random() < 0.3:  # mostly alike, so that the key decides and not the label
+        if rng.random() < 0.3:  # seldom: with equal labels the key decides and not the label
             kind = rng.choices(tuple(_KIND_WEIGHTS), tuple(_KIND_WEIGHTS.values()))[0]
             label = rng.choice(_LABELS[kind])
         key = key_of(rng)
@@ -278,7 +278,7 @@ def _chat(
             at = rendered.index(answer.format(value=value), rendered.index(question, at))
             at += answer.index("{value}")
             spans.append((at, at + len(value)))
-    except Exception as error:  # of Jinja's or the template's own making
+    except Exception as error:  # raised by Jinja or by the template itself
         raise RetrievalError(
             f"the chat template does not render a plain conversation ({error}); "
             "set retrieval_fraction to 0"
@@ -294,7 +294,7 @@ def _fit(
     haystack: list[str],
     rng: random.Random,
 ) -> RetrievalRow | None:
-    """As much of the haystack as fits, the facts at random depths; None if nothing does."""
+    """As much of the haystack as fits, with facts at random depths; None if nothing fits."""
     depths = [rng.random() for _ in facts]
     ends = _sentence_ends(tokenizer, haystack)
     room = length - len(_encode(tokenizer, frame.finish(" ".join(frame.statements)))[0])

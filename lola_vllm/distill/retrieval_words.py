@@ -43,7 +43,7 @@ LAST_NAMES = _words(
     "Sato Schmidt Silva Singh Stone Tanaka Torres Vargas Walsh Weber Young Zhang"
 )
 
-# Sentences of a few words each, for haystacks in which only the hidden facts are news.
+# Sentences of a few words each, for haystacks in which only the hidden facts have information.
 SENTENCES = (
     "The wind moves the leaves.",
     "Water runs down the hill.",

@@ -35,10 +35,10 @@ def distill(
     Args:
         base: a local Hugging Face directory (Llama, Mistral, Qwen2 or Qwen3).
         data: files, directories or dataset names; see `training_rows`.
-        out: where the checkpoint goes; it appears whole or not at all.
+        out: where the checkpoint goes; it is written completely or not at all.
         work: keeps training states, `maps.safetensors`, `lora.safetensors`, loss curves and
             `distill.json`; default: `out` with ".training" added.
-        resume: go on with the run in `work`; without it a `work` that holds a run is refused.
+        resume: continue the run in `work`; without it a `work` that holds a run is refused.
         force: replace a model that is already at `out`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a training run keeps on disk so that it can go on where it was cut off."""
+"""Training states on disk, from which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lola_vllm.checkpoint.files import CheckpointError
 
 
 class TrainingState(NamedTuple):
-    """Tensors by name, and whatever else JSON can hold."""
+    """Tensors by name, and other values that JSON can hold."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
@@ -21,7 +21,7 @@ class TrainingState(NamedTuple):
 def write_state(
     work: Path, name: str, fingerprint: str, tensors: dict[str, Tensor], meta: dict[str, Any]
 ) -> None:
-    """Replace the state `name` in `work`, whole or not at all.
+    """Replace the state `name` in `work`, completely or not at all.
 
     Raises:
         CheckpointError: it cannot be written, for example on a full disk.

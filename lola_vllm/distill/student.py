@@ -1,7 +1,7 @@
 """A Hugging Face decoder with LoLA attention for training: its own weights plus feature maps.
 
 The attention is swapped through transformers' registry of attention functions. So projections,
-RoPE, biases and q/k norms stay those of the model, and nothing here knows one family from another.
+RoPE, biases and q/k norms stay those of the model, and this code is the same for all families.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def load_base(path: Path, dtype: torch.dtype) -> Any:
     """
     import transformers
 
-    read_base_config(path)  # refuses what could not be served afterwards
+    read_base_config(path)  # refuses models that could not be served afterwards
     transformers.AttentionInterface.register(ATTENTION, _attention)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=ATTENTION
@@ -101,7 +101,7 @@ def load_maps(model: Any, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def lola_attention(model: Any, config: LolaConfig) -> Iterator[None]:
-    """Within this context the model attends as LoLA does; outside as it was trained."""
+    """Within this context the model uses LoLA attention, outside softmax attention."""
     layers = decoder_layers(model)
     for layer in layers:
         layer.self_attn.lola_config = config

@@ -1,9 +1,9 @@
-"""Stage 1, attention transfer: feature maps that make LoLA answer as softmax attention did.
+"""Stage 1, attention transfer: train feature maps towards the output of softmax attention.
 
-LoLCATs (arXiv 2410.10254, section 3.1), layer by layer: every layer gets the teacher's hidden
-states, so layers do not depend on each other's maps, and only one layer's activations exist at a
-time. Hidden states between layers lie in a file. Training sees what serving computes, with the
-sinks, the window and the sparse cache that self-recall error chooses.
+This is section 3.1 of LoLCATs (arXiv 2410.10254). It trains layer by layer. Every layer gets the
+teacher's hidden states, so layers do not depend on each other's maps, and only one layer's
+activations exist at a time. A file holds the hidden states between layers. Training computes what
+serving computes, with sinks, window and the sparse cache that self-recall error chooses.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def transfer(
         model: from `load_base`, with maps attached.
         rows: `[N, T]` token ids, whole sequences.
         work: directory for hidden states (2 x N x T x hidden size in the model's dtype) and for
-            the training state; a run that was cut off goes on from the last finished layer.
+            the training state; an interrupted run continues after the last finished layer.
         options: of stage 1; each step draws one of their `configs`.
         fingerprint: of everything that the result depends on; a state of another run is refused.
 
@@ -131,7 +131,7 @@ def _train_layer(
 def _error(attention: Any, config: LolaConfig, chunks: Tensor) -> Tensor:
     """Relative squared error of the layer's attention output on some chunks of the captured row.
 
-    Measured behind the output projection, as that is what the rest of the model sees.
+    It is measured after the output projection, whose result the rest of the model gets.
     """
     q, k, v, teacher = attention.capture
     maps = (attention.feature_map_q, attention.feature_map_k, attention.window_factors)
@@ -157,7 +157,7 @@ def first_chunk_with_state(config: LolaConfig) -> int:
 
 
 def check_row_length(option: str, length: int, configs: Sequence[LolaConfig]) -> None:
-    """Refuse rows in which nothing is folded, so that no map has a say in any output.
+    """Refuse rows in which nothing is folded, because no output depends on the maps then.
 
     Args:
         option: whose value `length` is, for the message.
@@ -178,7 +178,7 @@ def check_row_length(option: str, length: int, configs: Sequence[LolaConfig]) ->
 
 
 def _draw_chunks(T: int, config: LolaConfig, queries: int, generator: torch.Generator) -> Tensor:
-    """Chunks to train on. The first are left out: with nothing folded, maps have no say."""
+    """Chunks to train on, without the first ones, where nothing is folded yet."""
     C, U = config.update_interval, -(-T // config.update_interval)
     first = min(first_chunk_with_state(config), U - 1)
     count = max(1, min(queries // C, U - first))

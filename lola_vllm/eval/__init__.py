@@ -1,6 +1,6 @@
 """`lola-vllm eval`: what a model recalls, and how well it predicts text, with and without LoLA.
 
-Nothing here serves requests. Prompts are built from a seed alone, so every setting of a comparison
+This package serves no requests. Prompts depend only on a seed, so every setting of a comparison
 answers the same questions.
 """
 

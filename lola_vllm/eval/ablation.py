@@ -1,7 +1,7 @@
-"""What LoLA would be with another score than the self-recall error: for evaluation only.
+"""LoLA with another score than the self-recall error, for evaluation only.
 
-Serving knows one score. Here, in a process that serves nobody, the torch back end is given another,
-so that the sparse cache holds as many pairs, chosen otherwise. All else stays as it is.
+Servers use one score. This module gives the torch back end another one, in a process that is not a
+server. The sparse cache then holds as many pairs, chosen by this score. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ def newest(v: Tensor, positions: Tensor) -> Tensor:
 def random(v: Tensor, positions: Tensor) -> Tensor:
     """A number in [0, 1) that position and head alone decide: a uniform sample of all pairs.
 
-    Nothing is drawn anew, or each update would lose old pairs that an earlier one had kept.
+    A pair has the same number at every update. With new numbers, each update would lose old pairs
+    that an earlier one had kept.
     """
     head = torch.arange(positions.shape[1], device=positions.device)[None, :, None]
     mixed = (positions.long() + 1) * 2654435761 + (head + 1) * 40503 * 65537
-    for shift in (16, 13, 15):  # an avalanche of shifts and products: neighbours look unrelated
+    for shift in (16, 13, 15):  # shifts and products, so that neighbours get unrelated numbers
         mixed = ((mixed ^ (mixed >> shift)) * 73244475) & 0xFFFFFFFF
     return mixed.float() / 2**32
 

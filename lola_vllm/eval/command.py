@@ -19,7 +19,7 @@ from lola_vllm.eval.tasks import find_tasks
 if TYPE_CHECKING:
     from lola_vllm.eval.session import Plan
 
-# What a small machine reads in a second; only for the estimate before the first measured batch.
+# Tokens that a small machine reads in a second, for the estimate before the first measured batch.
 GUESSED_TOKENS_PER_S = 1000
 
 
@@ -73,7 +73,7 @@ def _perplexity(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(parser: argparse.ArgumentParser, plan: type[Plan]) -> None:
-    """Those of a plan, and those that every plan has beside them."""
+    """Add the options of a plan, and those that all plans have."""
     parser.add_argument(
         "--model", required=True, metavar="DIR|URL", help="a model directory, LoLA or not, or the "
         "address of an OpenAI-compatible server"

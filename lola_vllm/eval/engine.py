@@ -1,9 +1,9 @@
 """A model directory in a vLLM engine: one child process per setting of a comparison.
 
-A process of its own gives all memory back when it ends, and takes environment variables that only
-count at start-up. `python -m lola_vllm.eval.engine` reads a job on its standard input and answers
-with lines on its standard output, each a JSON object. What vLLM prints goes elsewhere, and is shown
-if the child fails without a message of ours.
+A separate process returns all memory when it ends, and can have environment variables that are
+read only at start-up. `python -m lola_vllm.eval.engine` reads a job on its standard input and
+answers with lines on its standard output, each a JSON object. vLLM's output is kept apart. It is
+shown if the child fails without a message of this package.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pydantic import ValidationError
 from lola_vllm import cpu
 from lola_vllm.checkpoint.files import read_json
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import Emit, LocalTokenizer, Tokenizer
+from lola_vllm.eval.models import Emit, LocalTokenizer, Prediction, Tokenizer
 from lola_vllm.eval.results import Record
 from lola_vllm.eval.session import PLANS, Plan, Session
 from lola_vllm.eval.settings import Setting, measure
 
 # Tokens of one step. Log-probabilities of a prompt take a row of the vocabulary per token.
 STEP_TOKENS = 2048
-# Set by the evaluation itself, which would be wrong or meaningless with other values.
+# Arguments that the evaluation sets itself. With other values its results would be wrong.
 FIXED_ARGS = ("model", "hf_overrides", "max_model_len", "max_num_seqs", "enable_prefix_caching")
 LAST_LINES = 30  # of a child's output, shown if it fails
-USER_ERROR = 2  # exit status where the message says all
+USER_ERROR = 2  # exit status if the message explains the failure
 
 
 # --- in the child
@@ -59,7 +59,8 @@ class EngineModel:
         for name in FIXED_ARGS:
             if name in engine_args:
                 raise EvalError(f"--engine-args: {name} is set by the evaluation; leave it out")
-        # Read when vLLM is imported. The engine has this process to itself, so it needs no other.
+        # vLLM reads these when it is imported. The engine can run in this process, which has no
+        # other work.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -81,8 +82,8 @@ class EngineModel:
             hf_overrides=overrides,
             max_model_len=max_length,
             max_num_seqs=batch,
-            # A hit would skip the very prompt whose recall or likelihood is measured, and a
-            # sequence would hold two states.
+            # A hit would skip the prompt whose recall or likelihood is measured, and a sequence
+            # would hold two states.
             enable_prefix_caching=False,
             **args,
         )
@@ -106,15 +107,15 @@ class EngineModel:
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         return [output.outputs[0].text for output in self._generate(prompts, params)]
 
-    def logprobs(self, windows: list[list[int]]) -> list[list[float]]:
-        """See `models.Model.logprobs`."""
+    def predictions(self, windows: list[list[int]]) -> list[list[Prediction]]:
+        """See `models.Model.predictions`."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         outputs = self._generate(windows, params)
         return [
             [
-                entry[token].logprob
+                Prediction(entry[token].logprob, entry[token].rank == 1)
                 for token, entry in zip(ids[1:], o.prompt_logprobs[1:], strict=True)
             ]
             for ids, o in zip(windows, outputs, strict=True)
@@ -126,7 +127,7 @@ class EngineModel:
 
 
 def _dtype(setting: Setting) -> str:
-    """As `lola-vllm serve` chooses it: the one that a CPU is fast in, elsewhere vLLM's choice."""
+    """The choice of `lola-vllm serve`: the fast dtype of a CPU, on other devices vLLM's choice."""
     import torch
 
     if torch.cuda.is_available():
@@ -137,8 +138,8 @@ def _dtype(setting: Setting) -> str:
 def _cache_args(setting: Setting, max_length: int, batch: int, dtype: str) -> dict[str, int]:
     """A KV cache of the right size for softmax attention on a CPU.
 
-    Elsewhere vLLM's own default is right: LoLA's pool follows `max_num_seqs`, and a GPU's memory
-    is there to be used, while on a CPU it would take nearly all that the machine has.
+    In other cases vLLM's default is right. LoLA's pool follows `max_num_seqs`, and vLLM may use all
+    memory of a GPU. On a CPU it would take nearly all memory of the machine.
     """
     import psutil
     import torch
@@ -149,7 +150,7 @@ def _cache_args(setting: Setting, max_length: int, batch: int, dtype: str) -> di
     room = psutil.virtual_memory().available // 2
     if memory is None:
         return {"kv_cache_memory_bytes": min(room, 4 * 2**30)}
-    one = memory.bytes_at(max_length + 256)  # blocks are filled by halves, and one is null
+    one = memory.bytes_at(max_length + 256)  # more, for a partly filled block and the null block
     if one > room:
         raise EvalError(
             f"a KV cache of {max_length} tokens takes {one / 2**30:.1f} GiB, and half of the free "
@@ -160,7 +161,7 @@ def _cache_args(setting: Setting, max_length: int, batch: int, dtype: str) -> di
 
 def main() -> int:
     """Run the job on standard input."""
-    # Libraries print to file descriptor 1 as they like; our lines need one of their own.
+    # Libraries print to file descriptor 1, so this protocol's lines need a descriptor of their own.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
 
@@ -204,13 +205,13 @@ def run_setting(
     """Evaluate one setting in a child process.
 
     Args:
-        plan: what to ask. record: whom; its samples are not asked again.
+        plan: what to ask. record: of the setting to ask; its samples are not asked again.
         batch: sequences at once. engine_args: more arguments of `vllm.LLM`.
         emit: is given the plan's events, `{"event": "ready", "dtype": name}` before them and
             `{"event": "done", "selections_by_other_score": n}` after.
 
     Raises:
-        EvalError: the setting failed; the child's own message, or how it died.
+        EvalError: the setting failed; has the child's message or its exit status.
     """
     setting = record.setting
     job = {
@@ -238,12 +239,12 @@ def run_setting(
         )
         assert child.stdin and child.stdout
         try:
-            with contextlib.suppress(BrokenPipeError):  # its exit status says more
+            with contextlib.suppress(BrokenPipeError):  # the exit status of the child says more
                 child.stdin.write(json.dumps(job))
                 child.stdin.close()
             for line in child.stdout:
                 if not line.endswith("\n"):
-                    break  # it died while writing
+                    break  # the child died while writing
                 event = json.loads(line)
                 if event["event"] == "error":
                     failure = event["message"]
@@ -268,7 +269,7 @@ def run_directories(session: Session, batch: int, engine_args: Mapping[str, Any]
     """Evaluate every setting of a session, each in a process of its own.
 
     Args:
-        session: says what, of whom, and keeps the results; what it holds is not asked again.
+        session: has the plan and the settings, and keeps results. Its results are not asked again.
         batch: sequences at once. engine_args: more arguments of `vllm.LLM`.
 
     Returns:

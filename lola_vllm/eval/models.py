@@ -1,20 +1,20 @@
-"""What an evaluation asks of a model and its tokenizer, wherever they run."""
+"""The interfaces of models and tokenizers that evaluations use, in process or on a server."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lola_vllm.eval import EvalError
 
-# Is told what happened, {"event": ..., ...} of JSON values.
+# A function that gets an event, {"event": ..., ...} of JSON values.
 Emit = Callable[[dict[str, Any]], None]
 
 
 class Tokenizer(Protocol):
-    """What evaluations ask of a tokenizer, wherever it runs."""
+    """A tokenizer as evaluations use it, in process or on a server."""
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Tokens of `text`; with `special`, those the model expects around a prompt as well."""
@@ -34,7 +34,7 @@ class LocalTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        # It warns once in every child process, and nothing here tokenizes in parallel.
+        # Otherwise it warns in every child process. This code does not tokenize in parallel.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from transformers import AutoTokenizer
 
@@ -44,12 +44,12 @@ class LocalTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # transformers raises whatever its parts raise
+        except Exception as error:  # transformers raises exceptions of many kinds
             raise EvalError(f"{path}: its tokenizer cannot be loaded ({error})") from error
         if not self._tokenizer.encode("The quick brown fox"):
             raise EvalError(f"{path}: its tokenizer gives no tokens; copy tokenizer.json there")
         self._name = path
-        # A prompt longer than the tokenizer's own idea of the context is measured on purpose.
+        # Prompts beyond the context length that the tokenizer states are measured on purpose.
         self._tokenizer.model_max_length = 2**62
 
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -71,18 +71,30 @@ class LocalTokenizer:
         text = self._tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-        return self.encode(str(text), special=False)  # the template has written them
+        return self.encode(str(text), special=False)  # the template writes the special tokens
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer.decode`."""
         return str(self._tokenizer.decode(ids))
 
 
+class Prediction(NamedTuple):
+    """What a model expected at a place of a text.
+
+    Attributes:
+        logprob: natural log-probability of the token that stands there.
+        first: whether that token is the most likely one.
+    """
+
+    logprob: float
+    first: bool
+
+
 class Model(Protocol):
     """A model that answers several prompts at once.
 
     Attributes:
-        tokenizer: the model's. batch: prompts worth giving in one call.
+        tokenizer: the model's. batch: number of prompts to give in one call.
     """
 
     tokenizer: Tokenizer
@@ -91,9 +103,9 @@ class Model(Protocol):
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         """Greedy continuations, at most `max_tokens` tokens each, without special tokens."""
 
-    def logprobs(self, windows: list[list[int]]) -> list[list[float]]:
-        """Natural log-probability of every token of each window given those before it.
+    def predictions(self, windows: list[list[int]]) -> list[list[Prediction]]:
+        """How well every token of each window is predicted from those before it.
 
         Returns:
-            Per window of n tokens n - 1 numbers: the first token has none.
+            Per window of n tokens n - 1 predictions: the first token has none.
         """

@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 
 from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import Emit, Model, Tokenizer
+from lola_vllm.eval.models import Emit, Model, Prediction, Tokenizer
+from lola_vllm.eval.repeats import Repeats, find_repeats
 from lola_vllm.eval.settings import read_held_out
 
 
 @dataclass(frozen=True)
 class PerplexityPlan:
-    """What is read, by every setting alike; JSON values only."""
+    """The text that every setting reads; JSON values only."""
 
     name: ClassVar[str] = "perplexity"
 
@@ -46,11 +47,11 @@ class PerplexityPlan:
         return self.window_length
 
     def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-        """What `run` need not read again, given samples of an earlier call."""
+        """Windows that `run` need not read again, given samples of an earlier call."""
         return {(row["kind"], row["index"]) for row in samples}
 
     def run(self, model: Model, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
-        """Let `model` read everything.
+        """Let `model` read all windows.
 
         Args:
             model: gives log-probabilities. emit: is given
@@ -61,6 +62,7 @@ class PerplexityPlan:
             EvalError: no kind of text fills a window.
         """
         opening = _opening(model.tokenizer)
+        pieces = _Pieces(model.tokenizer)
         found = 0
         for kind, documents in read_held_out(Path(self.texts)).items():
             windows = self._windows(kind, documents, model.tokenizer, len(opening))
@@ -68,23 +70,24 @@ class PerplexityPlan:
             windows = [(index, ids) for index, ids in windows if (kind, index) not in done]
             for at in range(0, len(windows), model.batch):
                 batch = windows[at : at + model.batch]
-                logprobs = model.logprobs([opening + ids for _, ids in batch])
+                predictions = model.predictions([opening + ids for _, ids in batch])
                 rows = []
-                for (index, ids), values in zip(batch, logprobs, strict=True):
-                    # Of what opens the text nothing is counted; without it the first token is
+                for (index, ids), values in zip(batch, predictions, strict=True):
+                    # Tokens that open the text are not counted. Without them the first token is
                     # given, not predicted.
                     scored = ids if opening else ids[1:]
-                    rows.append(
-                        {
-                            "kind": kind,
-                            "index": index,
-                            "tokens": len(scored),
-                            "bytes": len(model.tokenizer.decode(scored).encode("utf-8")),
-                            "nats": -sum(values[-len(scored) :]),
-                            # Settings are compared window by window: they must be the same.
-                            "checksum": zlib.crc32(repr(ids).encode()),
-                        }
-                    )
+                    row = {
+                        "kind": kind,
+                        "index": index,
+                        "tokens": len(scored),
+                        "bytes": len(model.tokenizer.decode(scored).encode("utf-8")),
+                        "nats": -sum(value.logprob for value in values[-len(scored) :]),
+                        # Settings are compared window by window: they must be the same.
+                        "checksum": zlib.crc32(repr(ids).encode()),
+                    }
+                    at_token = dict(enumerate(reversed(values), 1))  # from the end of the window
+                    repeats = find_repeats(ids, [pieces[token] for token in ids])
+                    rows.append(row | _recalled(repeats, len(ids), at_token))
                 emit({"event": "samples", "samples": rows})
         if not found:
             raise EvalError(
@@ -98,7 +101,7 @@ class PerplexityPlan:
         """Up to `windows` runs of tokens with their numbers in the kind's text, in order.
 
         The documents stand one after the other, an empty line between them, and windows do not
-        overlap. `reserved` tokens of each are for what opens it.
+        overlap. `reserved` tokens of each are for the tokens that open it.
         """
         ids: list[int] = []
         for document in documents:
@@ -111,7 +114,39 @@ class PerplexityPlan:
         return [(number, ids[number * size : (number + 1) * size]) for number in numbers]
 
 
+class _Pieces(dict[int, str]):
+    """The text of single tokens, each asked of the tokenizer once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        self[token] = self._tokenizer.decode([token])
+        return self[token]
+
+
+def _recalled(repeats: Repeats, length: int, from_end: dict[int, Prediction]) -> dict[str, float]:
+    """What a window's row says of its repeats.
+
+    Args:
+        length: tokens of the window. from_end: predictions, 1 for the last token's.
+    """
+    again = [from_end[length - at] for at in repeats.ngrams]
+    words = [
+        all(from_end[length - at].first for at in range(first, stop))
+        for first, stop in repeats.words
+    ]
+    return {
+        "repeated": len(again),
+        "repeated_nats": -sum(value.logprob for value in again),
+        "repeated_first": sum(value.first for value in again),
+        "cloze": len(words),
+        "cloze_exact": sum(words),
+    }
+
+
 def _opening(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before a text, such as a beginning-of-sequence token."""
+    """Tokens that the tokenizer puts before a text, such as a beginning-of-sequence token."""
     plain, special = tokenizer.encode("A", special=False), tokenizer.encode("A", special=True)
     return special[: special.index(plain[0])] if plain[0] in special else []

@@ -74,7 +74,7 @@ def _over_length(axes: Any, records: list[Record], task: str) -> None:
         ]
         # Rounding may leave an error bar of -1e-17, which matplotlib refuses.
         bars = np.clip(errors, 0, None)
-        # Side by side, or equal settings would hide each other.
+        # Side by side, because bars of equal settings would hide each other.
         places = np.array(list(cells)) * 2 ** (0.04 * (i - (len(records) - 1) / 2))
         name = record.setting.name
         axes.errorbar(places, rates, yerr=bars, marker="osD^v<>"[i % 7], capsize=3, label=name)
@@ -96,7 +96,7 @@ def _over_bytes(axes: Any, records: list[Record], task: str) -> None:
             size, name = record.memory.bytes_at(length) / MIB, record.setting.name
             if record.memory.state_bytes is None:
                 axes.plot(size, cell.rate, marker="s", color=f"C{i}", fillstyle="none")
-            elif record.setting.score != "sre":  # as large as LoLA, and no step on its line
+            elif record.setting.score != "sre":  # as large as LoLA, so a point beside its line
                 axes.plot(size, cell.rate, marker="x", color=f"C{i}")
             else:
                 points.append((size, cell.rate))

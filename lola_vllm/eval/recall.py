@@ -1,4 +1,4 @@
-"""What a model recalls: prompts that hide something, and how right the answers are."""
+"""Recall of a model: prompts that hide something, and the scores of the answers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Prompt:
     Attributes:
         task: its name. length: tokens of prompt and answer room together, at most.
         index: of the sample in its cell. ids: the prompt. question: what it asks.
-        distance: tokens from what the answer needs first to the prompt's end, but for what a chat
-            template puts there.
+        distance: tokens from the earliest needed mention to the prompt's end, without the tokens
+            that a chat template puts there.
     """
 
     task: str
@@ -80,7 +80,7 @@ def build_prompts(
 
 
 def _distance(question: Question, tokenizer: Tokenizer) -> int:
-    # Where the last mention of the part that was mentioned last the longest ago begins.
+    # Each part counts from its last mention. The earliest of these is the start.
     start = min(question.text.rindex(part) for part in question.expected)
     return len(tokenizer.encode(f"{question.text[start:]} {question.answer_prefix}", special=False))
 
@@ -97,8 +97,8 @@ def _longest(
         raise EvalError(
             f"--lengths {length}: {task.name} needs at least {len(ids) + task.answer_room} tokens"
         )
-    # Secant search. A unit is a line or a sentence of some 20 tokens; the first guess is mended
-    # by what the prompts really measure.
+    # Secant search. A unit is a line or a sentence of some 20 tokens. The first guess is corrected
+    # by the measured lengths of prompts.
     per_unit = 20.0
     too_many: int | None = None
     while too_many is None or too_many - fits > 1:
@@ -126,7 +126,7 @@ def encode(question: Question, tokenizer: Tokenizer, format: Format) -> list[int
     return tokenizer.encode(f"{question.text} {question.answer_prefix}", special=True)
 
 
-# --- scores: RULER's string match, and how much of an answer is right where not all is
+# --- scores: RULER's string match, and the right share of an answer that is partly right
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _best_share(text: str, answer: str) -> float:
         runs = re.findall(r"\d+", answer)
     elif re.fullmatch(r"[0-9a-f-]+", text):  # a uuid
         runs = re.findall(r"[0-9a-f-]+", answer)
-    else:  # a name is right or wrong: its letters are drawn at random, so a part is no answer
+    else:  # a name is right or wrong: its letters are random, so a part of it has no meaning
         return 0.0
     best = 0
     for run in runs:
@@ -177,7 +177,7 @@ def _best_share(text: str, answer: str) -> float:
 
 @dataclass(frozen=True)
 class RecallPlan:
-    """What is asked, of every setting alike; JSON values only. A cell is a task at one length."""
+    """The questions to every setting; JSON values only. A cell is a task at one length."""
 
     name: ClassVar[str] = "recall"
 
@@ -215,11 +215,11 @@ class RecallPlan:
         return int(sample["length"])
 
     def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-        """What `run` need not ask again, given samples of an earlier call."""
+        """Questions that `run` need not ask again, given samples of an earlier call."""
         return {(row["task"], row["length"], row["index"]) for row in samples}
 
     def run(self, model: Model, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
-        """Ask `model` everything, short prompts first.
+        """Ask `model` all questions, short prompts first.
 
         Args:
             model: answers. emit: is given `{"event": "samples", "samples": [...]}` as often as

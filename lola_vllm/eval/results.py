@@ -1,4 +1,4 @@
-"""Results of an evaluation: one record per setting, JSON for machines, Markdown for people."""
+"""Results of an evaluation: one record per setting, its numbers, and JSON for machines."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.settings import Memory, Setting
 
-# --- records: what one setting gave, as it is kept in a file and taken up again
+# --- records: the results of one setting, as a file keeps them
 
 
 @dataclass
 class Record:
-    """Samples of one setting, and how they came about.
+    """Samples of one setting, and the conditions of their measurement.
 
     Attributes:
-        setting: whose. fingerprint: of the model's files; None for a server.
+        setting: that was measured. fingerprint: of the model's files; None for a server.
         memory: what a sequence costs, None if unknown.
         samples: rows of the plan that was run. dtype: the model's, None if unknown.
-        seconds: they took, starts of engines included.
+        seconds: time that the samples took, with starts of engines.
         selections: made by another score than the self-recall error, over all layers.
         finished: whether the plan has no more samples.
     """
@@ -43,7 +43,7 @@ class Record:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes samples of two runs comparable; models by name, not by where they lie."""
+        """The values that must agree for samples of two runs to be comparable. Models by name."""
         return {
             "name": self.setting.name,
             "model": self.setting.model.name,
@@ -67,7 +67,7 @@ class Record:
         }
 
     def take_up(self, row: dict[str, Any]) -> None:
-        """Go on from what `to_json` and the samples beside it once were."""
+        """A record from the values of `to_json` and its samples."""
         self.samples = list(row["samples"])
         self.dtype, self.seconds = row["dtype"], row["seconds"]
         self.selections, self.finished = row["selections_by_other_score"], row["finished"]
@@ -111,7 +111,7 @@ def wilson(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
     scale = 1 + z * z / trials
     centre = (p + z * z / (2 * trials)) / scale
     half = z / scale * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    # At the ends the exact bound is 0 or 1; rounding must not leave it a hair away.
+    # At the ends the exact bound is 0 or 1; rounding must not change it.
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == trials else min(1.0, centre + half)
     return low, high
@@ -123,7 +123,7 @@ def exp_mean(
     """exp(sum of nats / sum of tokens) over windows, with a bootstrap interval.
 
     With negative log-likelihoods this is perplexity. With differences of them, taken window by
-    window, it is a ratio of perplexities, and the pairing takes the text's own variation out.
+    window, it is a ratio of perplexities, and the pairing removes the variation between texts.
 
     Args:
         nats: `[W]`, one sum per window. tokens: `[W]`, tokens that were summed.
@@ -142,6 +142,26 @@ def exp_mean(
     means = nats[picks].sum(axis=1) / tokens[picks].sum(axis=1)
     low, high = np.exp(np.percentile(means, [2.5, 97.5]))
     return value, float(low), float(high)
+
+
+def share(
+    part: NDArray[np.float64], whole: NDArray[np.float64], seed: int = 0
+) -> tuple[float, float, float]:
+    """sum of part / sum of whole over windows, with a bootstrap interval as `exp_mean` has it.
+
+    Args:
+        part, whole: `[W]`, one number per window. seed: of the resampling over windows.
+
+    Returns:
+        Value, and the 2.5 and 97.5 percentiles; NaN where the sum of `whole` is 0.
+    """
+    if not whole.sum():
+        return math.nan, math.nan, math.nan
+    picks = np.random.default_rng(seed).integers(0, len(part), size=(RESAMPLES, len(part)))
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may ask for nothing
+        shares = part[picks].sum(axis=1) / whole[picks].sum(axis=1)
+    low, high = np.nanpercentile(shares, [2.5, 97.5])
+    return float(part.sum() / whole.sum()), float(low), float(high)
 
 
 # --- summaries: from samples to the numbers of a table
@@ -199,8 +219,8 @@ def beyond_window(
 ) -> list[dict[str, Any]]:
     """The samples whose needle no sliding window can hold when the answer begins.
 
-    A needle among the last lines is read by softmax attention, sparse cache or not: these samples
-    alone tell what the rest of the state remembers.
+    Softmax attention over the window reads a needle among the last lines, also without a sparse
+    cache. So only these samples show what the rest of the state recalls.
 
     Args:
         samples: of `recall.RecallPlan`. lola_config: the setting's parameters, all of them.
@@ -222,6 +242,7 @@ class Reading:
         windows, tokens: read and predicted. perplexity: per token.
         bits_per_byte: of the text in UTF-8; comparable between tokenizers.
         ratio: perplexity over the reference's on the same windows, paired; None without one.
+        repeats: what the text says again (`repeats.py`); None where it says nothing again.
     """
 
     windows: int
@@ -229,10 +250,32 @@ class Reading:
     perplexity: tuple[float, float, float]
     bits_per_byte: float
     ratio: tuple[float, float, float] | None
+    repeats: Recurrence | None
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
-        return dict(vars(self))
+        return {**vars(self), "repeats": vars(self.repeats) if self.repeats else None}
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """How well repeats are predicted; triples as in `Reading`, ratios over the reference's.
+
+    Attributes:
+        words: last words of sentences that were asked for. cloze: share that was predicted whole.
+        cloze_ratio: that share over the reference's.
+        tokens: that complete a repeated n-gram. perplexity: of these.
+        first: share of these that are the first choice.
+        ratio: perplexity over the reference's.
+    """
+
+    words: int
+    cloze: tuple[float, float, float]
+    cloze_ratio: tuple[float, float, float] | None
+    tokens: int
+    perplexity: tuple[float, float, float]
+    first: float
+    ratio: tuple[float, float, float] | None
 
 
 def readings(
@@ -255,7 +298,7 @@ def readings(
     for kind in [*kinds, *(["all"] if len(kinds) > 1 else [])]:
         rows = [sample for sample in samples if kind in ("all", sample["kind"])]
         nats, tokens, size = (_column(rows, key) for key in ("nats", "tokens", "bytes"))
-        ratio = None
+        ratio, paired = None, None
         if reference is not None:
             others = [by_window.get((row["kind"], row["index"])) for row in rows]
             if any(
@@ -266,22 +309,56 @@ def readings(
                     "--reference: its windows hold other tokens; perplexities compare only "
                     "between models of one tokenizer (bits per byte compare always)"
                 )
-            ratio = exp_mean(nats - _column([o for o in others if o], "nats"), tokens, seed)
+            paired = [other for other in others if other]
+            ratio = exp_mean(nats - _column(paired, "nats"), tokens, seed)
         result[kind] = Reading(
             windows=len(rows),
             tokens=int(tokens.sum()),
             perplexity=exp_mean(nats, tokens, seed),
             bits_per_byte=float(nats.sum() / math.log(2) / size.sum()),
             ratio=ratio,
+            repeats=recurrence(rows, paired, seed),
         )
     return result
+
+
+def recurrence(
+    rows: Sequence[dict[str, Any]], paired: Sequence[dict[str, Any]] | None, seed: int
+) -> Recurrence | None:
+    """What windows say again; `paired` are the reference's, window by window.
+
+    None where the windows say nothing again, or were read before this was measured.
+    """
+    if not all("cloze" in row for row in [*rows, *(paired or ())]):
+        return None
+    columns = {
+        key: _column(rows, key)
+        for key in ("cloze", "cloze_exact", "repeated", "repeated_nats", "repeated_first")
+    }
+    tokens = columns["repeated"]
+    if not tokens.sum() or not columns["cloze"].sum():
+        return None
+    ratios: dict[str, tuple[float, float, float] | None] = {"cloze": None, "nats": None}
+    if paired is not None:
+        ratios["cloze"] = share(columns["cloze_exact"], _column(paired, "cloze_exact"), seed)
+        nats = columns["repeated_nats"] - _column(paired, "repeated_nats")
+        ratios["nats"] = exp_mean(nats, tokens, seed)
+    return Recurrence(
+        words=int(columns["cloze"].sum()),
+        cloze=share(columns["cloze_exact"], columns["cloze"], seed),
+        cloze_ratio=ratios["cloze"],
+        tokens=int(tokens.sum()),
+        perplexity=exp_mean(columns["repeated_nats"], tokens, seed),
+        first=float(columns["repeated_first"].sum() / tokens.sum()),
+        ratio=ratios["nats"],
+    )
 
 
 def _column(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.array([row[key] for row in rows], dtype=np.float64)
 
 
-# --- JSON and tables
+# --- JSON
 
 MIB = 2**20
 
@@ -290,7 +367,7 @@ def recall_json(records: list[Record]) -> list[dict[str, Any]]:
     """Per setting: its record, its cells, its samples."""
     rows = []
     for record in records:
-        beyond = _beyond_window(record)
+        beyond = cells_beyond_window(record)
         cells = [
             {
                 "task": task,
@@ -313,110 +390,29 @@ def perplexity_json(records: list[Record], reference: Record | None) -> list[dic
     return [
         {
             **record.to_json(),
-            "kinds": {kind: r.to_json() for kind, r in _readings(record, reference).items()},
+            "kinds": {kind: r.to_json() for kind, r in readings_of(record, reference).items()},
             "samples": record.samples,
         }
         for record in records
     ]
 
 
-def recall_table(records: list[Record]) -> str:
-    """A Markdown table per task, settings by lengths, and one of the memory they take."""
-    cells = [recall_cells(record.samples) for record in records]
-    keys = list(dict.fromkeys(key for found in cells for key in found))
-    lengths = sorted({length for _, length in keys})
-    header = ["setting", *(f"{length:,}" for length in lengths)]
-    beyond = [_beyond_window(record) for record in records]
-    blocks = []
-    for task in dict.fromkeys(task for task, _ in keys):
-        rows = []
-        for record, whole, part in zip(records, cells, beyond, strict=True):
-            rows.append([record.setting.name, *(_show(whole.get((task, n))) for n in lengths)])
-            if part:
-                rows.append(["- beyond the window", *(_show(part.get((task, n))) for n in lengths)])
-        blocks.append(f"### {task}\n\n{markdown([header, *rows])}")
-    blocks.append(
-        "Exact answers by tokens of prompt and answer, Wilson's 95 % interval in brackets; parts: "
-        "share of characters right (vt: of names). Beyond the window: the samples whose needle "
-        "is farther from the prompt's end than the window reaches."
-    )
-    if any(record.memory for record in records):
-        rows = [
-            [record.setting.name, *(_show_memory(record.memory, length) for length in lengths)]
-            for record in records
-        ]
-        blocks.append(f"### Memory per sequence\n\n{markdown([header, *rows])}")
-        blocks.append("MiB, and how many times larger a full KV cache is.")
-    return "\n\n".join(blocks)
-
-
-def _beyond_window(record: Record) -> dict[tuple[str, int], Cell]:
+def cells_beyond_window(record: Record) -> dict[tuple[str, int], Cell]:
+    """Cells of `beyond_window`; none where the setting is no LoLA model."""
     if record.memory is None or record.memory.lola_config is None:
         return {}
     return recall_cells(beyond_window(record.samples, record.memory.lola_config))
 
 
-def perplexity_table(records: list[Record], reference: Record | None) -> str:
-    """A Markdown table: kinds of text by settings."""
-    found = [_readings(record, reference) for record in records]
-    kinds = list(dict.fromkeys(kind for by_kind in found for kind in by_kind))
-    rows = [["text", "windows", *(record.setting.name for record in records)]]
-    for kind in kinds:
-        of_kind = [by_kind.get(kind) for by_kind in found]
-        windows = max(reading.windows for reading in of_kind if reading)
-        rows.append([kind, f"{windows}", *map(_show_reading, of_kind)])
-    note = (
-        "Perplexity per token, bits per byte (b/B)"
-        + ("" if reference is None else ", and times the reference's with a 95 % interval")
-        + "."
-    )
-    return f"{markdown(rows)}\n\n{note}"
-
-
-def _readings(record: Record, reference: Record | None) -> dict[str, Reading]:
+def readings_of(record: Record, reference: Record | None) -> dict[str, Reading]:
+    """A record's `readings`, beside the reference's once that has read everything."""
     if reference is None or reference is record or not reference.finished:
         return readings(record.samples, None)
     return readings(record.samples, reference.samples)
 
 
-def _show(cell: Cell | None) -> str:
-    if cell is None:
-        return ""
-    text = f"{cell.rate:.0%} [{cell.low:.0%}, {cell.high:.0%}]"
-    return text if cell.exact == cell.samples else f"{text} parts {cell.share:.0%}"
-
-
-def _show_memory(memory: Memory | None, length: int) -> str:
-    if memory is None:
-        return "?"
-    return f"{memory.bytes_at(length) / MIB:.1f}, {memory.saving_at(length):.1f}x"
-
-
-def _show_reading(reading: Reading | None) -> str:
-    if reading is None:
-        return ""
-    text = f"{reading.perplexity[0]:.2f}, {reading.bits_per_byte:.3f} b/B"
-    if reading.ratio is not None:
-        value, low, high = reading.ratio
-        text += f", {value:.3f}x [{low:.3f}, {high:.3f}]"
-    return text
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table whose columns also line up as plain text; the first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(cells: list[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [f"{'-' * widths[0]}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
-    return "\n".join([line(rows[0]), f"| {' | '.join(rule)} |", *map(line, rows[1:])])
-
-
 def write(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON in one step, so that an interrupted run leaves the last whole file."""
+    """Write JSON in one step, so that an interrupted run leaves the last complete file."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import LocalTokenizer, Tokenizer
+from lola_vllm.eval.models import LocalTokenizer, Prediction, Tokenizer
 from lola_vllm.eval.session import Session
 
 CONNECT_TIMEOUT_S = 10.0
-# A long prompt on a small machine, behind others.
+# Enough for a long prompt on a small machine, after other requests.
 ANSWER_TIMEOUT_S = 1800.0
 BUSY = (429, 502, 503)
 RETRIES, RETRY_WAIT_S = 4, 2.0
@@ -26,7 +26,7 @@ class Connection:
 
     Args:
         url: of the server, with or without the path `/v1`.
-        api_key: sent as a bearer token if given. It is kept nowhere else.
+        api_key: sent as a bearer token if given. It is not stored elsewhere.
     """
 
     def __init__(self, url: str, api_key: str | None) -> None:
@@ -181,18 +181,23 @@ class ServerModel:
 
         return self._each(ask, prompts)
 
-    def logprobs(self, windows: list[list[int]]) -> list[list[float]]:
-        """See `models.Model.logprobs`."""
+    def predictions(self, windows: list[list[int]]) -> list[list[Prediction]]:
+        """See `models.Model.predictions`."""
 
-        def ask(ids: list[int]) -> list[float]:
-            body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
-            found = (self._choice(body).get("logprobs") or {}).get("token_logprobs") or []
-            if len(found) < len(ids) or any(value is None for value in found[1 : len(ids)]):
+        def ask(ids: list[int]) -> list[Prediction]:
+            body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+            answer = self._choice(body).get("logprobs") or {}
+            found = (answer.get("token_logprobs") or [])[1 : len(ids)]
+            likely = (answer.get("top_logprobs") or [])[1 : len(ids)]
+            if not len(found) == len(likely) == len(ids) - 1 or None in found or None in likely:
                 raise EvalError(
                     f"{self._connection.url}: no log-probabilities of the prompt; the server must "
                     "support 'echo' with 'logprobs' on /v1/completions, as vLLM does"
                 )
-            return [float(value) for value in found[1 : len(ids)]]
+            return [
+                Prediction(float(value), value >= max(top.values()))
+                for value, top in zip(found, likely, strict=True)
+            ]
 
         return self._each(ask, windows)
 
@@ -211,7 +216,7 @@ class ServerModel:
 
 
 def run_server(session: Session, model: ServerModel) -> str:
-    """Evaluate a served model; what a sequence costs there is not known.
+    """Evaluate a served model. The memory of a sequence on the server is not known.
 
     Args:
         session: of one record. model: the server's.

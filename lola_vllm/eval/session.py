@@ -1,4 +1,4 @@
-"""One call of `lola-vllm eval`: its records, its files, and going on with an interrupted one."""
+"""One call of `lola-vllm eval`: its records, its files, and how an interrupted one is resumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lola_vllm.eval import EvalError, results
+from lola_vllm.eval import EvalError, results, tables
 from lola_vllm.eval.models import Emit
 from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan
@@ -47,7 +47,7 @@ class Session:
         self, out: Path, plan: Plan, records: list[Record], reference: Record | None, batch: int
     ) -> None:
         self.out, self.plan, self.records, self.reference = out, plan, records, reference
-        # Names, not where things lie on this machine.
+        # Names, without paths of this machine.
         texts = Path(plan.texts).name if plan.texts else None
         self._head: dict[str, Any] = {
             "evaluation": plan.name,
@@ -69,7 +69,7 @@ class Session:
         return self.out / f"{self.plan.name}.json"
 
     def begin(self, *, resume: bool, force: bool) -> None:
-        """Take up the results that `out` holds, replace them, or refuse to.
+        """Resume or replace the results in `out`, or refuse to.
 
         Raises:
             EvalError: results and neither option, or results of another plan or setting.
@@ -104,11 +104,11 @@ class Session:
             record.take_up(row)
 
     def run(self, ask: Callable[[Record, Emit], None]) -> str:
-        """Let every record that is not finished be asked, and write a report after each.
+        """Measure every record that is not finished, and write a report after each.
 
         Args:
-            ask: is given a record and what to tell: the plan's events, and perhaps a "ready" and
-                a "done" around them (see `engine.run_setting`).
+            ask: gets a record and a function for events: those of the plan, and optionally "ready"
+                before and "done" after them (see `engine.run_setting`).
 
         Returns:
             The table.
@@ -170,13 +170,13 @@ class Session:
         self._saved = time.monotonic()
 
     def report(self) -> str:
-        """Write JSON, Markdown and pictures of what there is; returns the Markdown."""
+        """Write JSON, Markdown and pictures of the results so far; returns the Markdown."""
         self.save()
         if isinstance(self.plan, RecallPlan):
-            table = results.recall_table(self._begun)
+            table = tables.recall_table(self._begun)
             self._draw()
         else:
-            table = results.perplexity_table(self._begun, self.reference)
+            table = tables.perplexity_table(self._begun, self.reference)
         (self.out / f"{self.plan.name}.md").write_text(table + "\n", encoding="utf-8")
         return table
 
@@ -202,7 +202,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, and versions of what computes; nothing that names a user or a place."""
+    """Processor, cores, and versions of packages, without names of users or paths."""
     versions: dict[str, str | None] = {}
     for package in ("lola-vllm", "vllm", "torch"):
         try:

@@ -105,7 +105,7 @@ def measure(setting: Setting, dtype: str) -> Memory | None:
 
 
 def check(setting: Setting, max_length: int) -> None:
-    """Refuse what an engine would only refuse after it has started.
+    """Refuse settings that an engine would refuse only after its start.
 
     Raises:
         EvalError: LoLA parameters for a model without LoLA, an unknown score, or a length beyond

@@ -1,8 +1,8 @@
 """LoLA models in plain transformers: training, generation and comparison without vLLM.
 
-Importing this package makes `AutoModelForCausalLM.from_pretrained` know LoLA checkpoints. The maths
-is the server's: a forward with a cache runs the serving ops on state pages, one without runs
-`lola_vllm.ops.differentiable`, which has gradients.
+Importing this package makes `AutoModelForCausalLM.from_pretrained` load LoLA checkpoints. A forward
+with a cache runs the serving ops on state pages. A forward without a cache runs
+`lola_vllm.ops.differentiable`, which has gradients and computes the same.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -97,7 +97,7 @@ class LolaCacheLayer(CacheLayerMixin):
         return tokens.unpack(out.to(q.dtype), q)
 
     def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Not for LoLA: a page is no list of keys and values.
+        """Not supported, because a page is not a list of keys and values.
 
         Raises:
             LolaModelError: always.
@@ -122,7 +122,7 @@ class LolaCacheLayer(CacheLayerMixin):
         return len(self.num_tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to take tokens out of a state that has already folded others.
+        """Refuse to remove tokens, because a state cannot undo a fold.
 
         Raises:
             LolaModelError: unless 0 are to be removed.
@@ -134,7 +134,7 @@ class LolaCacheLayer(CacheLayerMixin):
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes a copy of row `beam_idx[i]`. A page is all there is of a sequence."""
+        """Row i becomes a copy of row `beam_idx[i]`. A page is the whole state of a sequence."""
         if self.pages is None:
             return
         rows = beam_idx.to(self.pages.device)
@@ -151,7 +151,7 @@ class LolaCacheLayer(CacheLayerMixin):
 
 
 class LolaCache(Cache):
-    """The state of a batch of sequences in every layer, of fixed size whatever their lengths."""
+    """The state of a batch of sequences in every layer. Its size does not depend on lengths."""
 
     layers: list[LolaCacheLayer]  # type: ignore[assignment]  # narrower than transformers'
 

@@ -1,6 +1,7 @@
 """The LoLA model for transformers: its Llama with the attention swapped."""
 
-# No `from __future__ import annotations`: transformers takes the class of `config` from its own.
+# No `from __future__ import annotations`: transformers reads the class of `config` from its
+# annotation.
 
 import os
 from pathlib import Path
@@ -65,7 +66,7 @@ class LolaLlamaAttention(LlamaAttention):
     ) -> tuple[Tensor, None]:
         """hidden_states `[B, Q, hidden]` -> the same, and no attention weights.
 
-        `new_tokens` says what is padding; `attention_mask` is not looked at.
+        `new_tokens` says which columns are padding; `attention_mask` is ignored.
         """
         q, k, v = self.qkv(hidden_states, position_embeddings)
         if past_key_values is None:
@@ -97,7 +98,7 @@ class LolaLlamaAttention(LlamaAttention):
         return q, k, v
 
     def _attend_whole(self, q: Tensor, k: Tensor, v: Tensor, tokens: NewTokens) -> Tensor:
-        """Attention over whole sequences, with gradients; padding goes where no token sees it."""
+        """Attention over whole sequences, with gradients. Padding is moved behind the tokens."""
         if self.training and self.attention_dropout:
             raise LolaModelError(
                 f"attention_dropout = {self.attention_dropout}: LoLA has none; set it to 0"
@@ -116,8 +117,8 @@ def _columns(x: Tensor, order: Tensor) -> Tensor:
 
 
 class _NoGradient(torch.autograd.Function):
-    """Passes attention over a cache on, and refuses to be differentiated: gradients that silently
-    lack the attention's part would train the model to something else."""
+    """Passes on the output of attention over a cache, and refuses a backward pass: gradients
+    without the attention's part would silently be wrong."""
 
     @staticmethod
     def forward(ctx: Any, attended: Tensor, q: Tensor) -> Tensor:
@@ -129,18 +130,18 @@ class _NoGradient(torch.autograd.Function):
 
 
 class LolaLlamaPreTrainedModel(LlamaPreTrainedModel):
-    """What transformers must know of both classes below."""
+    """Attributes that transformers needs of both classes below."""
 
     config: LolaLlamaConfig
-    # There is one way to attend, so nothing to choose by attn_implementation.
+    # There is one implementation of attention, so attn_implementation has no choice.
     _supports_flash_attn = False
     _supports_sdpa = False
     _supports_flex_attn = False
     _supports_attention_backend = False
     _can_compile_fullgraph = False
-    _is_stateful = True  # tokens cannot be taken back, so no assisted decoding
+    _is_stateful = True  # tokens cannot be removed from a state, so no assisted decoding
     _can_record_outputs = {"hidden_states": LlamaDecoderLayer}  # noqa: RUF012 (transformers' form)
-    # As the server has them; bfloat16 would move the gates.
+    # The server has them in float32; bfloat16 would change the gates.
     _keep_in_fp32_modules_strict = ["window_factors"]  # noqa: RUF012
 
     @classmethod
@@ -213,8 +214,8 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
             tokens.check_positions(position_ids)
         return super().forward(
             input_ids=input_ids,
-            # Llama hands a mask with four dimensions on as it is; from anything else it would make
-            # one of Q x (seen + Q), which nobody here looks at.
+            # Llama passes a mask with four dimensions on as it is. From others it would make one of
+            # Q x (seen + Q), which is not used here.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device),
             position_ids=position_ids,
             past_key_values=past_key_values,

@@ -1,4 +1,4 @@
-"""Which columns of a batch hold tokens: the others are padding, which no state may see."""
+"""Which columns of a batch hold tokens. The others are padding, which must not enter a state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LolaModelError(ValueError):
-    """A use of a LoLA model that cannot be; the message names what and the remedy."""
+    """An unsupported use of a LoLA model; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class NewTokens:
     def positions(self, context: Tensor, device: torch.device) -> Tensor:
         """Positions `[B, Q]` that count tokens only, after `context [B]` earlier ones.
 
-        Unlike softmax attention, LoLA's feature maps see absolute positions, so a row's must not
-        depend on its padding.
+        LoLA's feature maps depend on absolute positions, unlike softmax attention. So the positions
+        of a row must not depend on its padding.
         """
         context = context.to(device)[:, None]
         if self.mask is None:

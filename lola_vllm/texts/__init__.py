@@ -2,12 +2,12 @@
 
 `fetch_texts` writes one file per source. A file is UTF-8, its documents separated by `SEPARATOR`;
 `SOURCES.json` beside it says where each came from and under which licence. `is_held_out` decides,
-from a document's text alone, whether it is kept for measuring: training leaves it out, whatever
-file it comes in.
+from a document's text alone, whether it is kept for measuring. Training leaves such a document out,
+whatever its file.
 
-Nothing of a package is run. A file of PyPI is pinned: one version, with its hash. A Debian package
-is the release's own, as mirrors keep no others; apt checks its hash against lists that Debian's
-archive key signs.
+No code of a package is run. A file of PyPI is pinned to one version and its hash. A Debian package
+is that of the installed release, because mirrors keep no others. apt checks its hash against lists
+that Debian's archive key signs.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ SEPARATOR = "\n\n\0\n\n"
 MANIFEST = "SOURCES.json"
 HELD_OUT_ONE_IN = 20
 PIECE_WORDS = 3000
-# Raise it when the same package would give other documents than before: files are then remade.
+# Increase it when the same package gives other documents than before. Files are then made again.
 _FORMAT = 1
 _MIN_WORDS = 50
-_MIN_PARAGRAPH_WORDS = 20  # shorter ones repeat by right: "Enter HAMLET.", "Changed in version 3"
+_MIN_PARAGRAPH_WORDS = 20  # shorter ones may repeat: "Enter HAMLET.", "Changed in version 3"
 _SHINGLE_WORDS = 8
 
 
 class TextsError(ValueError):
-    """A text could not be got, or a file of texts is not what it should be."""
+    """A text could not be fetched, or a file of texts is damaged or of another kind."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ SOURCES: tuple[Source, ...] = (
 
 
 def is_held_out(document: str) -> bool:
-    """Whether a document is for measuring and must not be trained on: about one in twenty.
+    """Whether a document is for measuring and must not be trained on. About one in twenty is.
 
     Args:
         document: its text; white space around it does not count.
@@ -212,8 +212,9 @@ def cut_document(document: str, piece_words: int = PIECE_WORDS) -> list[str]:
 def make_documents(texts: Iterable[str]) -> list[str]:
     """Cut whole works into documents, and drop what was already there.
 
-    A paragraph most of whose phrases came before is left out: old versions of a page, a poem in
-    two collections. Else a text would be trained on in one place and measured in another.
+    A paragraph is left out if most of its phrases came before, as in old versions of a page, or in
+    a poem of two collections. Otherwise a text could be trained on in one place and measured in
+    another.
 
     Args:
         texts: works or pages, paragraphs separated by empty lines.
@@ -244,7 +245,7 @@ def _phrases(paragraph: str) -> set[int]:
         return set()
     runs = (words[at : at + _SHINGLE_WORDS] for at in range(len(words) - _SHINGLE_WORDS + 1))
     sums = {zlib.crc32(" ".join(run).encode()) for run in runs}
-    # A fixed quarter of all phrases says as much and takes a quarter of the memory.
+    # A fixed quarter of all phrases suffices to find repetitions, in a quarter of the memory.
     return {value for value in sums if value % 4 == 0}
 
 
@@ -256,8 +257,8 @@ def fetch_texts(
 ) -> list[SourceRecord]:
     """Download the packages of some sources and write their texts.
 
-    What is already there and whole is left alone, so an interrupted call can be repeated. A source
-    that fails does not keep the others from being written.
+    Complete files that are already there are kept, so an interrupted call can be repeated. If a
+    source fails, the others are still written.
 
     Args:
         out: the directory for `<name>.txt` and `SOURCES.json`, made if need be.
@@ -269,8 +270,8 @@ def fetch_texts(
         The records of the chosen sources, in the table's order.
 
     Raises:
-        TextsError: an unknown name, or sources that could not be got, with the reason of each and
-            the remedy. The other sources have been written all the same.
+        TextsError: an unknown name, or sources that could not be fetched, with the reason of each
+            and the remedy. The other sources have been written.
         OSError: `out` cannot be written.
     """
     names = [source.name for source in sources]
@@ -332,7 +333,7 @@ def _is_whole(out: Path, record: SourceRecord, source: Source) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that nobody sees half of it."""
+    """Replace a file in one step, so that a reader never sees half of it."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8", newline="\n")
     part.replace(path)
@@ -396,7 +397,7 @@ _DEBIAN_REMEDY = (
     "texts come from Debian packages: run it on Debian or Ubuntu, or copy a directory of "
     "texts from such a machine"
 )
-# apt's defaults, said again because a machine's own settings may have turned them off.
+# apt's defaults, set explicitly because a machine's own settings may have turned them off.
 _SIGNED_ONLY = (
     *("-o", "APT::Get::AllowUnauthenticated=false"),
     *("-o", "Acquire::AllowInsecureRepositories=false"),

@@ -1,8 +1,8 @@
 """Readers of the formats that `lola_vllm.texts` finds English prose in; standard library alone.
 
 Each reader takes the root of an unpacked package and returns whole documents as plain text:
-paragraphs separated by an empty line, lines broken only where the text is verse. A package that
-does not look as expected gives a `TextFormatError`, or no documents, never half of them.
+paragraphs separated by an empty line, with line breaks only in verse. A package that does not have
+the expected form gives a `TextFormatError` or no documents. It never gives a part of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HIDDEN_CLASSES = frozenset(
     | {"headerlink", "id_link", "footer"}
 )
 _VOID_TAGS = frozenset({"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "wbr"})
-# Two characters that no text has stand for < and > until all POD codes are gone.
+# Two characters that occur in no text replace < and > until all POD codes are removed.
 _POD_LT, _POD_GT = "\x01", "\x02"
 _POD_ESCAPES = {"lt": _POD_LT, "gt": _POD_GT, "sol": "/", "verbar": "|"}
 
@@ -99,7 +99,7 @@ def read_sword(root: Path) -> list[str]:
 def _osis_text(markup: str) -> str:
     markup = re.sub(r"<title\b[^>]*(?<!/)>.*?</title>", "", markup, flags=re.DOTALL)
     markup = re.sub(r"<note\b[^>]*(?<!/)>.*?</note>", "\0", markup, flags=re.DOTALL)
-    # A note may be all that parts two words, or stand before a comma.
+    # A note may be the only separator of two words, or precede a comma.
     markup = re.sub(r"\0+(?=(?:<[^>]*>)*[\w\u201c\u2018(])", " ", markup).replace("\0", "")
     # A book is one line; its paragraphs, stanzas and verse lines are empty elements.
     markup = re.sub(r'<div [^>]*type="x-p"[^>]*/>|<(lg|chapter) [^>]*/>', "\n\n", markup)
@@ -250,7 +250,7 @@ def _pod_paragraphs(file: Path) -> Iterator[str]:
 
 
 def _pod_text(text: str) -> str:
-    """Replace formatting codes, C<< like >> I<these>, by what a reader would see."""
+    """Replace formatting codes, C<< like >> I<these>, by the text that a reader sees."""
     for brackets in (4, 3, 2):  # their content may have single brackets that mean themselves
         pattern = rf"([A-Z])<{{{brackets}}}\s+(.*?)\s+>{{{brackets}}}"
         text = re.sub(pattern, lambda code: _pod_code(code[1], _pod_text(code[2])), text)

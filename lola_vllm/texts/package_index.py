@@ -1,7 +1,7 @@
-"""A known file from the package index that pip is set up for. Nothing in it is run.
+"""A known file from the package index that pip is set up for. No code in it is run.
 
-pip itself runs the `setup.py` of a source distribution that it downloads, to learn its name. Here a
-file is found by its name, copied, and refused unless it has the expected hash.
+pip runs the `setup.py` of a source distribution that it downloads, to learn its name. This module
+finds a file by its name, copies it, and refuses it unless it has the expected hash.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener, url2pathname
 
 TIMEOUT_S = 60
-# What pip would use, from its files and variables; it has no public way to ask for all of them.
+# pip's settings, from its files and variables. pip has no public way to ask for all of them.
 _SETTINGS = """
 import json
 from pip._internal.commands import create_command
@@ -34,7 +34,7 @@ print(json.dumps({"indexes": indexes, "places": options.find_links,
 
 
 class DownloadError(ValueError):
-    """A file could not be got, or is not the expected one; the message says why and the remedy."""
+    """A file could not be fetched, or has another hash. The message has reason and remedy."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def fetch_file(file: PinnedFile, directory: Path) -> Path:
         Its path.
 
     Raises:
-        DownloadError: nobody has it, or what they have is not the expected file.
+        DownloadError: no index has the file, or the file has another hash.
     """
     settings = _pip_settings()
     reasons = []

@@ -1,6 +1,6 @@
-"""The memory inspector: one HTML page that needs no network but the server it came from.
+"""The memory inspector: one HTML page that contacts only the server it came from.
 
-Style and script lie beside it and are put into it here: one file, one route.
+Style and script are files beside it. They are inserted here, so that one route serves all of it.
 """
 
 from __future__ import annotations

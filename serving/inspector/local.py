@@ -1,10 +1,10 @@
 """`lola-vllm inspector`: the page on this machine, for a server that wants an API key.
 
-A browser cannot send a key when it opens an address, and vLLM lets no page of elsewhere ask it. So
-the page comes from here, and what it asks is passed on, with the key that was typed into it.
+A browser cannot send a key when it opens an address, and vLLM does not answer pages of other sites.
+So this module serves the page, and passes its requests on with the key that the user typed into it.
 
-Only questions that name this machine are answered. Another page could have its own name point here
-(DNS rebinding), and a browser would then take this for a part of that page.
+Only requests whose host is this machine are answered. Another site could let its own name point to
+this machine (DNS rebinding), and a browser would then treat this server as part of that site.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class InspectorError(ValueError):
 
 
 class Inspector(ThreadingHTTPServer):
-    """Serves the page on 127.0.0.1 and passes its questions on to `server`.
+    """Serves the page on 127.0.0.1 and passes its requests on to `server`.
 
     Args:
         server: base URL of a vLLM server. port: to listen on; 0 takes a free one.
@@ -51,7 +51,7 @@ class Inspector(ThreadingHTTPServer):
 
     @property
     def hosts(self) -> set[str]:
-        """What the `Host` of a request may be; browsers leave out the port 80."""
+        """Allowed values of a request's `Host`. Browsers omit port 80."""
         names = ("localhost", "127.0.0.1", "[::1]")
         port = self.server_port
         return {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._meant():
             return
         length = self.headers.get("Content-Length", "")
-        # The content type is what a page of elsewhere cannot send without being asked about.
+        # A page of another site cannot send this content type without a preflight request.
         known = self.path == MEMORY and self.headers.get_content_type() == "application/json"
         if not known or not length.isdigit():
             self._refuse(HTTPStatus.BAD_REQUEST, f"only JSON for {MEMORY} is passed on")
@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        self.close_connection = True  # a body may follow, which is not read
+        self.close_connection = True  # the request may have a body, which is not read
         self._answer(status, "application/json", _error(message))
 
     def _answer(self, status: int, kind: str, body: bytes) -> None:
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing of single requests."""
+        """Log no single requests."""
 
 
 def inspect(server: str, port: int) -> int:

@@ -4,6 +4,8 @@ The models come from `lola-vllm demo-model` (`make test` builds them): SmolLM2-1
 distilled LoLA checkpoint and as the plain Llama it was made from.
 """
 
+import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ NEW = 16
 # than this is a tie that either engine may break.
 TIE = 1e-3
 
-TEXT = (Path(__file__).parents[2] / "docs" / "algorithm.md").read_text()
+README = MODELS.parent / "README.md"
+TEXT = (MODELS.parent / "docs" / "algorithm.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +55,20 @@ def test_large_window_reproduces_stock_vllm(prompts, untrained):
     assert exact >= len(LENGTHS) - 1
 
 
-def test_a_small_window_still_speaks_english(prompts):
-    """The demo model as it is served."""
-    params = SamplingParams(max_tokens=12, temperature=0.0)
-    with engine(
-        MODELS / "smollm2-lola", skip_tokenizer_init=False, kv_cache_memory_bytes=2**28
-    ) as llm:
-        answer = llm.generate(["Gravity is"], params, use_tqdm=False)[0].outputs[0].text
+def test_the_readmes_program_answers_its_question(monkeypatch, capsys):
+    """The demo model with its small window, as the README's Python asks it."""
+    (program,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
+    started = []
+    with contextlib.ExitStack() as stack:
+
+        def start(model, **options):  # this folder's start of an engine, with the README's options
+            started.append((model, options))
+            options |= {"skip_tokenizer_init": False, "kv_cache_memory_bytes": 2**28}
+            return stack.enter_context(engine(README.parent / model, **options))
+
+        monkeypatch.setattr("vllm.LLM", start)
+        exec(compile(program, str(README), "exec"), {"__name__": "__main__"})
+    ((model, options),) = started
+    assert model == "models/smollm2-lola" and "lola_config" in options["hf_overrides"]
+    answer = capsys.readouterr().out
     assert "fundamental" in answer and "physics" in answer

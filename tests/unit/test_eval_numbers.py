@@ -16,17 +16,16 @@ from lola_vllm.eval.results import (
     Record,
     depth_bin,
     exp_mean,
-    markdown,
-    perplexity_table,
     readings,
     recall_cell,
     recall_cells,
     recall_json,
-    recall_table,
+    share,
     wilson,
     write,
 )
 from lola_vllm.eval.settings import Memory, Setting
+from lola_vllm.eval.tables import markdown, perplexity_table, recall_table
 
 UUID = "438584a2-6a23-48b8-a21e-b6c15e265f5a"
 
@@ -184,6 +183,47 @@ def test_perplexity_table_compares_with_the_reference_alone() -> None:
     assert row.count("x [") == 1 and "1.105x [1.105, 1.105]" in row
     base.finished = False  # not all of its windows are there
     assert "x [" not in perplexity_table([base, lola], base)
+
+
+def recalled(nats: float, first: int, exact: int) -> dict[str, float]:
+    """What a window says again: 5 tokens of repeated n-grams, 4 last words."""
+    return {
+        "repeated": 5,
+        "repeated_nats": nats,
+        "repeated_first": first,
+        "cloze": 4,
+        "cloze_exact": exact,
+    }
+
+
+def test_what_is_said_again_is_compared_with_the_reference() -> None:
+    base, lola = records()
+    base.samples = [{**window("a", i, 20), **recalled(2, 4, 4 - 2 * i)} for i in (0, 1)]
+    lola.samples = [{**window("a", i, 21), **recalled(3, 3, 2 - i)} for i in (0, 1)]
+    repeats = readings(lola.samples, base.samples)["a"].repeats
+    assert repeats is not None
+    assert (repeats.words, repeats.tokens, repeats.first) == (8, 10, 0.6)
+    assert repeats.cloze[0] == 3 / 8 and repeats.cloze_ratio is not None
+    assert repeats.cloze_ratio[0] == 0.5
+    assert repeats.perplexity[0] == pytest.approx(math.exp(3 / 5))
+    assert repeats.ratio == pytest.approx([math.exp(1 / 5)] * 3)
+    table = perplexity_table([base, lola], base)
+    (row,) = [line for line in table.splitlines() if line.startswith("| a: cloze")]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        "8", "75.0%", "37.5%, 0.50x [0.50, 0.50]",
+    ]  # fmt: skip
+    assert "1.82, 1.221x [1.221, 1.221]" in table
+
+
+def test_windows_of_an_older_file_say_nothing_of_repeats() -> None:
+    assert readings([window("a", 0, 20)], None)["a"].repeats is None
+
+
+def test_share_of_sums_and_its_interval() -> None:
+    part, whole = np.array([1.0, 0.0, 3.0]), np.array([2.0, 2.0, 4.0])
+    value, low, high = share(part, whole)
+    assert value == 0.5 and 0 <= low < 0.5 < high <= 0.75
+    assert all(map(math.isnan, share(part, 0 * whole)))
 
 
 def test_markdown_lines_up() -> None:

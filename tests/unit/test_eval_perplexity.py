@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lola_vllm.eval import EvalError
+from lola_vllm.eval.models import Prediction
 from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.results import Record
 from lola_vllm.eval.settings import Memory, Setting
@@ -36,10 +37,10 @@ class Letters:
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         raise AssertionError
 
-    def logprobs(self, windows: list[list[int]]) -> list[list[float]]:
+    def predictions(self, windows: list[list[int]]) -> list[list[Prediction]]:
         assert len(windows) <= self.batch
         self.seen += map(self.decode, windows)
-        return [[-float(i) for i in range(1, len(window))] for window in windows]
+        return [[Prediction(-float(i), i % 2 == 0) for i in range(1, len(w))] for w in windows]
 
 
 @pytest.fixture

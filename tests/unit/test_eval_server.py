@@ -106,7 +106,9 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("echo"):
             # The generated token has a log-probability too, which is none of the prompt's.
             values = [None, *(-i / 100 for i in range(1, len(body["prompt"]))), -99.0]
-            choice["logprobs"] = {"token_logprobs": values}
+            # Of the likeliest token and, where it is another one, of the prompt's.
+            likely = [None, *({"a": v, "b": v if i % 2 else 0.0} for i, v in enumerate(values[1:]))]
+            choice["logprobs"] = {"token_logprobs": values, "top_logprobs": likely}
         return 200, {"choices": [choice]}
 
 
@@ -171,10 +173,10 @@ def test_the_key_may_come_from_the_environment(
     assert cli.main(argv) == 0
 
 
-def test_logprobs_are_those_of_the_prompt(server: FakeServer) -> None:
-    first, second = model(server).logprobs([[7] * 3, [7] * 5])
-    assert first == [-0.01, -0.02]
-    assert second == [-0.01, -0.02, -0.03, -0.04]
+def test_predictions_are_those_of_the_prompt(server: FakeServer) -> None:
+    first, second = model(server).predictions([[7] * 3, [7] * 5])
+    assert first == [(-0.01, False), (-0.02, True)]
+    assert second == [(-0.01, False), (-0.02, True), (-0.03, False), (-0.04, True)]
 
 
 def test_perplexity_over_http(

@@ -1,0 +1,132 @@
+"""Results as Markdown tables for people."""
+
+from __future__ import annotations
+
+from lola_vllm.eval.repeats import DISTANCE, NGRAM
+from lola_vllm.eval.results import (
+    MIB,
+    Cell,
+    Reading,
+    Record,
+    cells_beyond_window,
+    readings_of,
+    recall_cells,
+)
+from lola_vllm.eval.settings import Memory
+
+
+def recall_table(records: list[Record]) -> str:
+    """A Markdown table per task, settings by lengths, and one of the memory they take."""
+    cells = [recall_cells(record.samples) for record in records]
+    keys = list(dict.fromkeys(key for found in cells for key in found))
+    lengths = sorted({length for _, length in keys})
+    header = ["setting", *(f"{length:,}" for length in lengths)]
+    beyond = [cells_beyond_window(record) for record in records]
+    blocks = []
+    for task in dict.fromkeys(task for task, _ in keys):
+        rows = []
+        for record, whole, part in zip(records, cells, beyond, strict=True):
+            rows.append([record.setting.name, *(_show(whole.get((task, n))) for n in lengths)])
+            if part:
+                rows.append(["- beyond the window", *(_show(part.get((task, n))) for n in lengths)])
+        blocks.append(f"### {task}\n\n{markdown([header, *rows])}")
+    blocks.append(
+        "Exact answers by tokens of prompt and answer, Wilson's 95 % interval in brackets; parts: "
+        "share of characters right (vt: of names). Beyond the window: the samples whose needle "
+        "is farther from the prompt's end than the window reaches."
+    )
+    if any(record.memory for record in records):
+        rows = [
+            [record.setting.name, *(_show_memory(record.memory, length) for length in lengths)]
+            for record in records
+        ]
+        blocks.append(f"### Memory per sequence\n\n{markdown([header, *rows])}")
+        blocks.append("MiB, and how many times larger a full KV cache is.")
+    return "\n\n".join(blocks)
+
+
+def perplexity_table(records: list[Record], reference: Record | None) -> str:
+    """A Markdown table: kinds of text by settings."""
+    found = [readings_of(record, reference) for record in records]
+    kinds = list(dict.fromkeys(kind for by_kind in found for kind in by_kind))
+    rows = [["text", "windows", *(record.setting.name for record in records)]]
+    for kind in kinds:
+        of_kind = [by_kind.get(kind) for by_kind in found]
+        windows = max(reading.windows for reading in of_kind if reading)
+        rows.append([kind, f"{windows}", *map(_show_reading, of_kind)])
+    note = (
+        "Perplexity per token, bits per byte (b/B)"
+        + ("" if reference is None else ", and times the reference's with a 95 % interval")
+        + "."
+    )
+    return "\n\n".join([markdown(rows), note, *_repeats_table(kinds, found, records)])
+
+
+def _repeats_table(
+    kinds: list[str], found: list[dict[str, Reading]], records: list[Record]
+) -> list[str]:
+    """A table of what the texts say again, and its note; nothing where they do not."""
+    rows = []
+    for kind in kinds:
+        of_kind = [by_kind[kind].repeats if kind in by_kind else None for by_kind in found]
+        known = [recurrence for recurrence in of_kind if recurrence]
+        if known:
+            cloze = [_show_share(r.cloze, r.cloze_ratio) if r else "" for r in of_kind]
+            again = [_show_ratio(r.perplexity[0], r.ratio) if r else "" for r in of_kind]
+            rows.append([f"{kind}: cloze", f"{known[0].words}", *cloze])
+            rows.append([f"{kind}: repeated", f"{known[0].tokens}", *again])
+    if not rows:
+        return []
+    head = ["said again", "places", *(record.setting.name for record in records)]
+    note = (
+        f"Places whose last time lies more than {DISTANCE} tokens back. Cloze: share of last words "
+        "of sentences predicted whole. Repeated: perplexity of tokens that complete a repeated "
+        f"{NGRAM}-gram. Both with times the reference's."
+    )
+    return [markdown([head, *rows]), note]
+
+
+def _show_share(value: tuple[float, float, float], ratio: tuple[float, float, float] | None) -> str:
+    text = f"{value[0]:.1%}"
+    return text if ratio is None else f"{text}, {ratio[0]:.2f}x [{ratio[1]:.2f}, {ratio[2]:.2f}]"
+
+
+def _show_ratio(value: float, ratio: tuple[float, float, float] | None) -> str:
+    text = f"{value:.2f}"
+    return text if ratio is None else f"{text}, {ratio[0]:.3f}x [{ratio[1]:.3f}, {ratio[2]:.3f}]"
+
+
+def _show(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    text = f"{cell.rate:.0%} [{cell.low:.0%}, {cell.high:.0%}]"
+    return text if cell.exact == cell.samples else f"{text} parts {cell.share:.0%}"
+
+
+def _show_memory(memory: Memory | None, length: int) -> str:
+    if memory is None:
+        return "?"
+    return f"{memory.bytes_at(length) / MIB:.1f}, {memory.saving_at(length):.1f}x"
+
+
+def _show_reading(reading: Reading | None) -> str:
+    if reading is None:
+        return ""
+    text = f"{reading.perplexity[0]:.2f}, {reading.bits_per_byte:.3f} b/B"
+    if reading.ratio is not None:
+        value, low, high = reading.ratio
+        text += f", {value:.3f}x [{low:.3f}, {high:.3f}]"
+    return text
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose columns also line up as plain text; the first row is the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(cells: list[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [f"{'-' * widths[0]}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    return "\n".join([line(rows[0]), f"| {' | '.join(rule)} |", *map(line, rows[1:])])

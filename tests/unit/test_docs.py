@@ -1,0 +1,134 @@
+"""The README and docs/ name what exists: links, parameters, variables, options and commands."""
+
+import inspect
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lola_vllm import cli
+from lola_vllm.config import LolaConfig
+from lola_vllm.plugin import config_hook
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"^```\w*\n(.*?)^```$|((?:^(?: {4}.*)?\n)+)", re.M | re.S)
+page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+
+
+def section(path: str, title: str) -> str:
+    """The text below a heading of a page, up to the next heading."""
+    text = (ROOT / path).read_text()
+    (found,) = re.findall(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", text, re.M | re.S)
+    return found
+
+
+def rows(path: str, title: str) -> dict[str, list[str]]:
+    """First cell -> other cells of the table below a heading, without its two head lines."""
+    lines = [line for line in section(path, title).splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    prose = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)$", prose, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@page
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    assert links or page.name not in ("README.md", "design.md")
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_every_page_is_listed_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    missing = [page.name for page in PAGES[2:] if f"](docs/{page.name})" not in readme]
+    assert not missing
+
+
+def test_every_parameter_is_documented_with_its_default():
+    table = rows("docs/configuration.md", "LoLA parameters")
+    fields = LolaConfig.model_fields
+    assert [key.strip("`") for key in table] == list(fields)
+    for key, (default, _) in table.items():
+        name = key.strip("`")
+        if name in ("update_interval", "num_state_heads"):  # theirs follow from other things
+            assert default in ("`window_size`", "as the tensors say")
+        else:
+            assert default.strip('`"') == str(fields[name].default), key
+
+
+def test_every_environment_variable_is_documented():
+    folders = ("lola_vllm", "serving", "kernels", "csrc")
+    files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file()]
+    code = [f for f in [*files, ROOT / "setup.py"] if f.suffix in (".py", ".cpp", ".h", ".cu")]
+    used = {
+        name
+        for path in code
+        for name in re.findall(r"\bLOLA_VLLM_[A-Z_]+[A-Z]\b", path.read_text())
+    }
+    assert len(used) >= 5
+    documented = rows("docs/configuration.md", "Environment variables")
+    assert {key.strip("`") for key in documented} == used
+
+
+def test_every_refusal_is_documented():
+    source = inspect.getsource(config_hook)
+    options = set(re.findall(r'Refusal\(\s*"(--[a-z-]+)"', source))
+    options |= set(re.findall(r'f"(--[a-z-]+) = \{', source))
+    options |= set(re.findall(r'option, \w+ = "(--[a-z-]+)"', source))
+    assert {"--speculative-config", "--tensor-parallel-size", "--max-num-batched-tokens"} <= options
+    table = section("docs/features.md", "Refused at start-up")
+    assert not {option for option in options if f"`{option}" not in table}
+
+
+def commands(text: str) -> list[str]:
+    """The calls of `lola-vllm` in the code of a page, lines that go on joined."""
+    code = "\n".join(a or b for a, b in CODE.findall(text)).replace("\\\n", " ")
+    found = re.findall(r"^\s*(?:\.venv/bin/)?lola-vllm (.*)$", code, re.M)
+    return [call.split("  #")[0] for call in found]
+
+
+@page
+def test_commands_are_such_as_the_program_takes(page):
+    parser = cli._parser()
+    calls = commands(page.read_text())
+    assert len(calls) >= {"README.md": 5, "checkpoints.md": 3, "evaluation.md": 4}.get(page.name, 0)
+    for call in calls:
+        if re.search(r"[\[(|]|\.\.\.", call.split("'")[0]) or call.startswith("error:"):
+            continue  # a synopsis, or a message
+        parser.parse_args(shlex.split(call))
+
+
+def test_the_map_lists_every_module():
+    tree = section("docs/design.md", "The tree")
+    modules = [f for d in ("lola_vllm", "serving") for f in (ROOT / d).rglob("*.py")]
+    names = {f.parent.name + "/" if f.stem == "__init__" else f.name for f in modules}
+    assert len(names) > 40
+    assert not {name for name in names if not re.search(rf"(^|[ /]){re.escape(name)}", tree, re.M)}
+
+
+def test_the_readmes_commands_are_targets_of_make():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    for path in PAGES:
+        used = re.findall(r"^    make (\w+)", path.read_text(), re.M)
+        assert set(used) <= targets, path.name
+    assert {"serve", "test"} <= set(re.findall(r"^    make (\w+)$", PAGES[0].read_text(), re.M))
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
