@@ -5,18 +5,29 @@ from __future__ import annotations
 import argparse
 import difflib
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
-    from lola_vllm.config import LolaLlamaConfig
+    from lola_vllm.config import LolaConfig, LolaLlamaConfig
+
+
+def _sizes(text: str) -> int | list[int]:
+    """A number, or several with commas."""
+    sizes = [int(part) for part in text.split(",")]
+    return sizes if len(sizes) > 1 else sizes[0]
+
 
 # Options that set a key of lola_config. Their values are checked there, not here.
-LOLA_OPTIONS: dict[str, tuple[type, str]] = {
+LOLA_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "window_size": (int, "pairs kept exactly after every update, in tokens"),
-    "sparse_cache_size": (int, "exact pairs kept by self-recall error; 0 is LoLCATs"),
+    "sparse_cache_size": (
+        _sizes,
+        "exact pairs kept by self-recall error, or one such number per layer, with commas; 0 is "
+        "LoLCATs",
+    ),
     "update_interval": (int, "tokens between two updates (default: the window size)"),
     "sink_size": (int, "first positions that stay exact for ever"),
     "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
@@ -116,7 +127,7 @@ def add_lola_options(
     group = parser.add_argument_group("LoLA options", "keys of lola_config in config.json")
     for key, (kind, text) in LOLA_OPTIONS.items():
         if key not in without:
-            metavar = "N" if kind is int else "NAME"
+            metavar = "NAME" if kind is str else "N"
             group.add_argument(f"--{key.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     return group
 
@@ -137,11 +148,19 @@ def lola_config_of(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
+def sparse_cache(lola: LolaConfig) -> str:
+    """`sparse_cache_size` in words."""
+    sizes = lola.sparse_cache_size
+    if isinstance(sizes, int):
+        return f"{sizes}"
+    return f"{min(sizes)} to {max(sizes)} by layer ({sum(sizes) / len(sizes):.0f} on average)"
+
+
 def summarize(out: Path, config: LolaLlamaConfig, maps: str, also: str = "") -> None:
     """Say what was written and what to do next."""
     lola = config.lola
     print(
         f"LoLA checkpoint with {maps} feature maps: {out} (window {lola.window_size}, "
-        f"sparse cache {lola.sparse_cache_size}, sinks {lola.sink_size}){also}"
+        f"sparse cache {sparse_cache(lola)}, sinks {lola.sink_size}){also}"
     )
     print(f"next: vllm serve {shlex.quote(str(out))}")

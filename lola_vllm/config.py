@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
 from pydantic import Field as PydanticField
 from transformers import LlamaConfig
 
@@ -30,13 +30,22 @@ class LolaConfigError(ValueError):
     """A `lola_config` that cannot be used; the message names field, value and remedy."""
 
 
+def _sparse_cache_size(value: Any) -> int | tuple[int, ...]:
+    several = isinstance(value, (list, tuple))
+    sizes = value if several else [value]
+    if not sizes or not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError("must be an integer of at least 0, or a list of one for each layer")
+    return tuple(sizes) if several else value
+
+
 class LolaConfig(BaseModel):
-    """Parameters of LoLA attention (arXiv 2505.23666), the same for every layer.
+    """Parameters of LoLA attention (arXiv 2505.23666).
 
     Attributes:
         window_size: eta, the pairs kept exactly after every update, in tokens (>= 1).
         sparse_cache_size: lambda, exact pairs kept per sparse set by self-recall error (>= 0);
-            0 sends every evicted pair to the hidden state, which is LoLCATs.
+            0 sends every evicted pair to the hidden state, which is LoLCATs. A number is for every
+            layer, as in the paper. A list has a number per layer.
         update_interval: C, tokens between two updates, counted from position 0 (>= 1).
             Default `window_size` (the authors' code); 1 is the paper's recurrence.
         sink_size: first positions that never leave the softmax set (>= 0, 0 is the paper).
@@ -56,7 +65,7 @@ class LolaConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     window_size: int = PydanticField(default=64, ge=1)
-    sparse_cache_size: int = PydanticField(default=128, ge=0)
+    sparse_cache_size: Annotated[int | tuple[int, ...], PlainValidator(_sparse_cache_size)] = 128
     update_interval: int = PydanticField(default=0, ge=1)
     sink_size: int = PydanticField(default=0, ge=0)
     feature_dim: int = PydanticField(default=64, ge=1)
@@ -82,6 +91,35 @@ class LolaConfig(BaseModel):
             usable = type(window) is int and window >= 1  # else the window's own error is enough
             data = {**data, "update_interval": window if usable else 1}
         return data
+
+    @property
+    def sparse_pairs(self) -> int:
+        """`sparse_cache_size` of one layer, or of all where they are equal.
+
+        Raises:
+            LolaConfigError: it is a list; take the parameters of a layer from `for_layer`.
+        """
+        if not isinstance(self.sparse_cache_size, int):
+            raise LolaConfigError(
+                f"lola_config.sparse_cache_size = {list(self.sparse_cache_size)}: a number per "
+                "layer; use for_layer(index) for a layer's parameters"
+            )
+        return self.sparse_cache_size
+
+    def for_layer(self, index: int) -> LolaConfig:
+        """The parameters of layer `index`, whose `sparse_cache_size` is a number."""
+        if isinstance(self.sparse_cache_size, int):
+            return self
+        return self.model_copy(update={"sparse_cache_size": self.sparse_cache_size[index]})
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise `LolaConfigError` unless a list has as many numbers as the model has layers."""
+        sizes = self.sparse_cache_size
+        if not isinstance(sizes, int) and len(sizes) != num_layers:
+            raise LolaConfigError(
+                f"lola_config.sparse_cache_size: {len(sizes)} numbers for {num_layers} layers; "
+                "give one per layer, or one number for all"
+            )
 
     def num_sparse_heads(self, num_state_heads: int, num_kv_heads: int) -> int:
         """Sparse sets per layer: one per state head, or one per KV head where they are shared."""
@@ -144,6 +182,7 @@ def _explain(error: ValidationError) -> str:
             )
         else:
             allowed = fault["msg"].replace("Input should be", "must be")
+            allowed = allowed.removeprefix("Value error, ")
             more = NARROW_STATE if name == "state_dtype" else ""
             lines.append(f"lola_config.{name} = {fault['input']!r}: {allowed}{more}")
     return "\n".join(lines)

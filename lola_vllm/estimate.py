@@ -18,6 +18,7 @@ from lola_vllm.checkpoint.base import config_of
 from lola_vllm.checkpoint.families import BASE_MODEL_TYPES, llama_fields
 from lola_vllm.checkpoint.files import CheckpointError, read_json
 from lola_vllm.checkpoint.schema import find_num_state_heads
+from lola_vllm.cli_options import sparse_cache
 from lola_vllm.config import (
     MODEL_TYPE,
     LolaConfig,
@@ -216,6 +217,7 @@ def estimate(
     if not is_lola and "feature_dim" not in config.lola_config:
         config.lola_config = {"feature_dim": config.head_dim}
     config.lola.check_heads(heads, kv_heads, num_state_heads)
+    config.lola.check_layers(config.num_hidden_layers)
     _check_ranks(tensor_parallel_size, heads, kv_heads, num_state_heads)
     config.lola.check_ranks(tensor_parallel_size, kv_heads, num_state_heads)
     config.lola_config = {"num_state_heads": num_state_heads}
@@ -230,18 +232,22 @@ def estimate(
         if shared and kv_heads % tensor_parallel_size:  # see LolaConfig.check_ranks
             continue
         name = f"Hs = {Hs}{names.get(Hs, '')}"
-        page = StateLayout.from_config(
-            lola.model_copy(update={"sparse_sharing": "kv_head" if shared else "none"}),
-            num_kv_heads=max(1, kv_heads // tensor_parallel_size),
-            num_state_heads=max(1, Hs // tensor_parallel_size),
-            head_dim=int(config.head_dim or 0),
-            kv_dtype=DTYPES[dtype],
+        parameters = lola.model_copy(update={"sparse_sharing": "kv_head" if shared else "none"})
+        pages = (
+            StateLayout.from_config(
+                parameters.for_layer(index),
+                num_kv_heads=max(1, kv_heads // tensor_parallel_size),
+                num_state_heads=max(1, Hs // tensor_parallel_size),
+                head_dim=int(config.head_dim or 0),
+                kv_dtype=DTYPES[dtype],
+            )
+            for index in range(config.num_hidden_layers)
         )
         rows.append(
             Row(
                 name=f"{name}, shared sparse sets" if shared else name,
                 chosen=(Hs, Hg) == chosen,
-                sequence=SequenceLayout((page,) * config.num_hidden_layers),
+                sequence=SequenceLayout(tuple(pages)),
                 memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
             )
         )
@@ -269,7 +275,7 @@ def format_table(result: Estimate) -> str:
         f"{result.model}: {config.num_hidden_layers} layers, {config.num_attention_heads} query "
         f"and {config.num_key_value_heads} KV heads of size {config.head_dim}, F "
         f"{lola.feature_dim}, K/V {result.dtype}, hidden state {lola.state_dtype}",
-        f"window {lola.window_size}, sparse cache {lola.sparse_cache_size}, update interval "
+        f"window {lola.window_size}, sparse cache {sparse_cache(lola)}, update interval "
         f"{lola.update_interval}, sinks {lola.sink_size}",
         "",
         *(f"{_letter(i)} {row.name}{_mark(result, row)}" for i, row in enumerate(rows)),

@@ -108,7 +108,7 @@ class StateLayout:
         """Layout for the head counts of one rank; `state_dtype` overrides the config's (tests)."""
         return cls(
             window_size=config.window_size,
-            sparse_cache_size=config.sparse_cache_size,
+            sparse_cache_size=config.sparse_pairs,
             update_interval=config.update_interval,
             sink_size=config.sink_size,
             num_kv_heads=num_kv_heads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import platform
 import uuid
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from lola_vllm import __version__
 from lola_vllm.config import MODEL_TYPE
 from lola_vllm.estimate import Row
-from lola_vllm.plugin.cache import lola_hf_config, row_bytes, sequence_layout
+from lola_vllm.plugin.cache import lola_hf_config, page_layouts, row_bytes, sequence_layout
 from lola_vllm.plugin.config_hook import WORKER_EXTENSION
 from lola_vllm.serving.protocol import (
     Head,
@@ -31,6 +32,8 @@ from lola_vllm.serving.protocol import (
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+
+    from lola_vllm.state import StateLayout
 
 # A worker answers between two steps, and a step may be a long prefill.
 ANSWER_LIMIT_S = 60
@@ -63,6 +66,7 @@ class LolaEngine:
         if self.is_lola:
             self.lola = lola_hf_config(self.config).lola
             self.sequence = sequence_layout(self.config)
+            self.pages = page_layouts(self.config)  # of all layers, also those of other ranks
             self.num_layers = int(self.config.model_config.hf_config.num_hidden_layers)
             self.states_per_sequence = (
                 2 if self.config.cache_config.mamba_cache_mode == "align" else 1
@@ -153,7 +157,7 @@ class LolaEngine:
             except BaseException:  # a disconnected client cancels this; the copy must not stay
                 self._later(self._ask("lola_drop", request_id))
                 raise
-        return joined([answer["layers"] for answer in answers])
+        return joined([answer["layers"] for answer in answers], self.pages, len(tokens))
 
     async def sample(self) -> dict[str, float]:
         """The workers' samples of a running sequence since the last call, averaged over workers."""
@@ -218,8 +222,15 @@ class LolaEngine:
             task.exception()  # the request has reported its error; this one is dropped
 
 
-def joined(answers: list[dict[Any, Any]]) -> list[Layer]:
-    """One list of layers from the layers and heads of several workers."""
+def joined(
+    answers: list[dict[Any, Any]], pages: Sequence[StateLayout], num_tokens: int
+) -> list[Layer]:
+    """One list of layers from the layers and heads of several workers.
+
+    Args:
+        answers: of the workers. pages: of every layer. num_tokens: that the state has seen.
+    """
+    n = torch.tensor(num_tokens)
     heads: dict[int, dict[int, Head]] = {}
     for answer in answers:
         for layer, found in answer.items():
@@ -227,7 +238,12 @@ def joined(answers: list[dict[Any, Any]]) -> list[Layer]:
                 {int(head): Head(**memory) for head, memory in found.items()}
             )
     return [
-        Layer(layer=layer, heads=[heads[layer][head] for head in sorted(heads[layer])])
+        Layer(
+            layer=layer,
+            sparse_cache_size=pages[layer].sparse_cache_size,
+            folded=int(pages[layer].num_folded(n)),
+            heads=[heads[layer][head] for head in sorted(heads[layer])],
+        )
         for layer in sorted(heads)
     ]
 

@@ -212,9 +212,15 @@ class Head(BaseModel):
 
 
 class Layer(BaseModel):
-    """The sparse sets of a layer, in order."""
+    """The sparse sets of a layer, in order.
+
+    Attributes:
+        sparse_cache_size: what a head can hold. folded: tokens in the hidden state of each head.
+    """
 
     layer: int
+    sparse_cache_size: int
+    folded: int
     heads: list[Head]
 
 
@@ -228,9 +234,10 @@ class MemoryResponse(BaseModel):
         tokens: ids. texts: what each adds to the text; empty where it only starts a character, and
             null for a server without a tokenizer.
         sinks: first positions that stay exact. window_start: first position of the window.
-        folded: tokens in the hidden state of every head.
-        sparse_cache_size: what a head can hold. error: "sre", or "relative" where state heads share
-            a sparse set (their mean of SRE / ||v||).
+        folded: tokens in the hidden state of each head, the least of all layers.
+        sparse_cache_size: what a head can hold, the most of all layers.
+        error: "sre", or "relative" where state heads share a sparse set (their mean of
+            SRE / ||v||).
     """
 
     model: str

@@ -81,7 +81,7 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
     texts = None
     if tokenizer is not None:  # in a thread, because a long prompt takes a while
         texts = await asyncio.to_thread(token_texts, tokenizer, tokens)
-    layout = engine.sequence.layers[0]
+    pages, layout = engine.pages, engine.pages[0]
     n = torch.tensor(len(tokens))
     return MemoryResponse(
         model=body.model or engine.model,
@@ -90,8 +90,8 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
         texts=texts,
         sinks=min(len(tokens), layout.sink_size),
         window_start=int(layout.window_start(n)),
-        folded=int(layout.num_folded(n)),
-        sparse_cache_size=layout.sparse_cache_size,
+        folded=min(int(page.num_folded(n)) for page in pages),
+        sparse_cache_size=max(page.sparse_cache_size for page in pages),
         error="sre" if layout.num_state_heads == layout.num_sparse_heads else "relative",
         layers=layers,
     )

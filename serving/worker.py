@@ -127,11 +127,13 @@ class LolaWorkerExtension:
         watch.add(SAMPLE, _any_row)
         if not isinstance(copy, Copy):
             return {}
-        layout = modules[0].layout
         answer: Answer = {"sequences": len(copy.rows)}
-        if layout.sparse_cache_size:
-            filled = layout.num_sparse(torch.tensor([row.num_tokens for row in copy.rows]))
-            answer["sparse_fill"] = float(filled.float().mean()) / layout.sparse_cache_size
+        layouts = modules[0].sequence.layers
+        num_tokens = torch.tensor([row.num_tokens for row in copy.rows])
+        room = len(copy.rows) * sum(layout.sparse_cache_size for layout in layouts)
+        if room:
+            filled = sum(int(layout.num_sparse(num_tokens).sum()) for layout in layouts)
+            answer["sparse_fill"] = filled / room
         forecasts = []
         for module, page in zip(modules, copy.pages, strict=True):
             assert module.state is not None

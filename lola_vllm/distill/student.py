@@ -103,8 +103,8 @@ def load_maps(model: Any, tensors: dict[str, Tensor]) -> None:
 def lola_attention(model: Any, config: LolaConfig) -> Iterator[None]:
     """Within this context the model uses LoLA attention, outside softmax attention."""
     layers = decoder_layers(model)
-    for layer in layers:
-        layer.self_attn.lola_config = config
+    for index, layer in enumerate(layers):
+        layer.self_attn.lola_config = config.for_layer(index)
     try:
         yield
     finally:

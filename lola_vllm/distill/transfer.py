@@ -105,7 +105,7 @@ def _train_layer(
             y = y[0] if isinstance(y, tuple) else y
         target[row] = _to_file(y[0])
         for _ in range(options.steps_per_row):
-            config = _draw(configs, generator)
+            config = _draw(configs, generator).for_layer(index)
             chunks = _draw_chunks(x.shape[1], config, options.queries_per_step, generator)
             loss = _error(layer.self_attn, config, chunks.to(device))
             optimizer.zero_grad()
@@ -152,7 +152,7 @@ def _draw(configs: Sequence[LolaConfig], generator: torch.Generator) -> LolaConf
 
 def first_chunk_with_state(config: LolaConfig) -> int:
     """The first chunk of `update_interval` queries that sees a hidden state, counted from 0."""
-    full = config.window_size + config.sparse_cache_size + config.sink_size
+    full = config.window_size + config.sparse_pairs + config.sink_size
     return full // config.update_interval + 1
 
 
@@ -167,11 +167,14 @@ def check_row_length(option: str, length: int, configs: Sequence[LolaConfig]) ->
         CheckpointError: one of the settings folds nothing; names the least length that does.
     """
     for config in configs:
+        sizes = config.sparse_cache_size
+        most = sizes if isinstance(sizes, int) else max(sizes)
+        config = config.model_copy(update={"sparse_cache_size": most})
         least = first_chunk_with_state(config) * config.update_interval + 1
         if length < least:
             raise CheckpointError(
                 f"{option} = {length}: with window {config.window_size}, sparse cache "
-                f"{config.sparse_cache_size} and {config.sink_size} sinks no pair of such a row "
+                f"{most} and {config.sink_size} sinks no pair of such a row "
                 "is folded into the hidden state, and there is nothing to train; use rows of at "
                 f"least {least} tokens, and several times as many to train well"
             )

@@ -31,9 +31,10 @@ class LolaCacheLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, config: LolaLlamaConfig) -> None:
+    def __init__(self, config: LolaLlamaConfig, index: int) -> None:
         super().__init__()
         self.config = config
+        self.lola = config.lola.for_layer(index)
         self.reset()
 
     def reset(self) -> None:
@@ -46,11 +47,11 @@ class LolaCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate pages for keys and values `[B, Q, Hkv, d]`. They need no clearing."""
         config, dtype = self.config, key_states.dtype
-        state_dtype = getattr(torch, config.lola.state_dtype)
+        state_dtype = getattr(torch, self.lola.state_dtype)
         self.layout = StateLayout.from_config(
-            config.lola,
+            self.lola,
             num_kv_heads=key_states.shape[2],
-            num_state_heads=config.lola.num_state_heads or config.num_attention_heads,
+            num_state_heads=self.lola.num_state_heads or config.num_attention_heads,
             head_dim=key_states.shape[3],
             kv_dtype=dtype,
             state_dtype=torch.float64 if dtype == torch.float64 else state_dtype,
@@ -156,7 +157,8 @@ class LolaCache(Cache):
     layers: list[LolaCacheLayer]  # type: ignore[assignment]  # narrower than transformers'
 
     def __init__(self, config: LolaLlamaConfig) -> None:
-        super().__init__(layers=[LolaCacheLayer(config) for _ in range(config.num_hidden_layers)])
+        layers = range(config.num_hidden_layers)
+        super().__init__(layers=[LolaCacheLayer(config, index) for index in layers])
 
     def num_tokens(self, batch: int) -> Tensor:
         """Tokens that each of `batch` rows has seen, `[batch]` int64 in host memory.

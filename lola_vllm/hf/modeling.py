@@ -40,7 +40,8 @@ class LolaLlamaAttention(LlamaAttention):
 
     def __init__(self, config: LolaLlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.lola = config.lola
+        config.lola.check_layers(config.num_hidden_layers)
+        self.lola = config.lola.for_layer(layer_idx)
         hidden, d, heads = config.hidden_size, self.head_dim, config.num_attention_heads
         if config.qkv_bias != config.attention_bias:
             for projection in ("q_proj", "k_proj", "v_proj"):

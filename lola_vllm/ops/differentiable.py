@@ -46,7 +46,7 @@ def plan_memory(phi_k: Tensor, v: Tensor, config: LolaConfig, num_sparse_heads: 
         The plan for all chunks. The update after the last chunk is left out: nobody sees it.
     """
     B, Hs, T, _ = phi_k.shape
-    eta, lam, C = config.window_size, config.sparse_cache_size, config.update_interval
+    eta, lam, C = config.window_size, config.sparse_pairs, config.update_interval
     Hg = num_sparse_heads
     U = -(-T // C)
     device = phi_k.device

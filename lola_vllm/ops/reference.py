@@ -129,7 +129,7 @@ def lola_attention(
     Hkv, Hs = k.shape[1], feature_map_k.shape[0]
     config.check_heads(Hq, Hkv, Hs)
     Hg = config.num_sparse_heads(Hs, Hkv)
-    eta, lam, C = config.window_size, config.sparse_cache_size, config.update_interval
+    eta, lam, C = config.window_size, config.sparse_pairs, config.update_interval
 
     k_s = k.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1)  # [Hs, T, d]
     v_s = v.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1)

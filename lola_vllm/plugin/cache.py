@@ -92,7 +92,7 @@ def sequence_layout(vllm_config: VllmConfig) -> SequenceLayout:
     """The pages of this rank's layers."""
     start = first_layer(vllm_config)
     end = start + vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    return SequenceLayout(_pages(vllm_config)[start:end])
+    return SequenceLayout(page_layouts(vllm_config)[start:end])
 
 
 def first_layer(vllm_config: VllmConfig) -> int:
@@ -103,13 +103,13 @@ def first_layer(vllm_config: VllmConfig) -> int:
 
 def row_bytes(vllm_config: VllmConfig) -> int:
     """Bytes of a slot: the largest state of the ranks of a pipeline."""
-    pages = _pages(vllm_config)
+    pages = page_layouts(vllm_config)
     size = vllm_config.parallel_config.pipeline_parallel_size
     parts = (pages[slice(*get_pp_indices(len(pages), rank, size))] for rank in range(size))
     return max(SequenceLayout(part).row_bytes for part in parts)
 
 
-def _pages(vllm_config: VllmConfig) -> tuple[StateLayout, ...]:
+def page_layouts(vllm_config: VllmConfig) -> tuple[StateLayout, ...]:
     """The page of every layer of the model on one tensor-parallel rank."""
     config = lola_hf_config(vllm_config)
     kv_heads = num_kv_heads(config)
@@ -119,14 +119,17 @@ def _pages(vllm_config: VllmConfig) -> tuple[StateLayout, ...]:
     lola = config.lola
     num_state_heads = lola.num_state_heads or config.num_attention_heads
     lola.check_heads(config.num_attention_heads, kv_heads, num_state_heads)
-    page = StateLayout.from_config(
-        lola,
-        num_kv_heads=max(1, kv_heads // tp_size),
-        num_state_heads=max(1, num_state_heads // tp_size),
-        head_dim=head_dim(config),
-        kv_dtype=kv_dtype,
+    lola.check_layers(config.num_hidden_layers)
+    return tuple(
+        StateLayout.from_config(
+            lola.for_layer(index),
+            num_kv_heads=max(1, kv_heads // tp_size),
+            num_state_heads=max(1, num_state_heads // tp_size),
+            head_dim=head_dim(config),
+            kv_dtype=kv_dtype,
+        )
+        for index in range(config.num_hidden_layers)
     )
-    return (page,) * config.num_hidden_layers
 
 
 def lola_hf_config(vllm_config: VllmConfig) -> LolaLlamaConfig:

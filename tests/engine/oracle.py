@@ -41,7 +41,9 @@ class Oracle:
             prefix = f"model.layers.{module.layer_idx}.self_attn"
             weights = [maps[f"{prefix}.{name}"] for name in _MAPS]
             out, _state = lola_attention(
-                *(x[0].transpose(0, 1) for x in (q, k, v)), *weights, config.lola
+                *(x[0].transpose(0, 1) for x in (q, k, v)),
+                *weights,
+                config.lola.for_layer(module.layer_idx),
             )
             return out[None], None
 

@@ -2,12 +2,16 @@
 
 import oracle as oracle_module
 import pytest
+import torch
 from engine import GREEDY, engine, metric, scheduler
 from oracle import Oracle
 from tiny import make_tiny, random_prompts
 from vllm import SamplingParams, TokensPrompt
 
+from lola_vllm.config import LolaConfig
+from lola_vllm.plugin.cache import page_layouts
 from lola_vllm.serving.engine import joined
+from lola_vllm.state import StateLayout
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 
@@ -147,12 +151,16 @@ def test_answers_of_several_workers_make_one(tiny, truth, options):
         assert llm.collective_rpc("lola_watch", args=("m", len(prompt))) == [{}, {}]
         send(llm, "m", prompt)
         run(llm)
-        layers = joined([a["layers"] for a in llm.collective_rpc("lola_memory", args=("m", None))])
+        answers = llm.collective_rpc("lola_memory", args=("m", None))
+        layouts = page_layouts(llm.llm_engine.vllm_config)
+        layers = joined([answer["layers"] for answer in answers], layouts, len(prompt))
     assert [layer.layer for layer in layers] == [0, 1]
     assert [[head.positions for head in layer.heads] for layer in layers] == truth(prompt)
 
 
 def test_ranks_that_share_a_head_tell_of_it_once():
     head = {"positions": [3], "errors": [0.5]}
-    (layer,) = joined([{7: {0: head}}, {7: {0: head, 1: head}}])
+    page = StateLayout.from_config(LolaConfig(), 2, 2, 8, torch.float32)
+    (layer,) = joined([{7: {0: head}}, {7: {0: head, 1: head}}], [page] * 8, 400)
+    assert (layer.sparse_cache_size, layer.folded) == (128, 400 // 64 * 64 - 64 - 128)
     assert layer.layer == 7 and len(layer.heads) == 2

@@ -49,8 +49,9 @@ def test_tokens_are_those_of_the_float64_recompute(tiny, prompts, expected):
         {"update_interval": 1, "sink_size": 4},
         {"update_interval": 7, "mixing": "lolcats"},
         {"sparse_cache_size": 0, "state_dtype": "float32"},
+        {"sparse_cache_size": [90, 5]},
     ],
-    ids=["paper-sinks", "interval-7-lolcats", "no-cache"],
+    ids=["paper-sinks", "interval-7-lolcats", "no-cache", "a-size-per-layer"],
 )
 @pytest.mark.parametrize("state_heads", [2, 4])
 def test_configurations_obey_the_recompute(tmp_path, lola, state_heads):

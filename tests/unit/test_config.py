@@ -27,6 +27,12 @@ def test_the_interval_follows_the_window_unless_it_is_given():
         ({"window_size": "64"}, "lola_config.window_size = '64': must be a valid integer"),
         ({"window_size": True}, "lola_config.window_size = True"),
         ({"sparse_cache_size": -1}, "lola_config.sparse_cache_size = -1"),
+        (
+            {"sparse_cache_size": [3, -1]},
+            r"sparse_cache_size = \[3, -1\]: must be an integer of at least 0, or a list",
+        ),
+        ({"sparse_cache_size": []}, "lola_config.sparse_cache_size = "),
+        ({"sparse_cache_size": [3, True]}, "lola_config.sparse_cache_size = "),
         ({"update_interval": 0}, "lola_config.update_interval = 0"),
         ({"mixing": "half"}, "lola_config.mixing = 'half': must be 'lola' or 'lolcats'"),
         ({"state_dtype": "int8"}, "lola_config.state_dtype = 'int8': must be 'float32'"),
@@ -41,6 +47,17 @@ def test_bad_values_are_named(fields, message):
     with pytest.raises(LolaConfigError, match=message) as error:
         LolaConfig(**fields)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_sparse_cache_may_have_a_size_per_layer():
+    config = LolaConfig(sparse_cache_size=[5, 0, 40])
+    assert [config.for_layer(i).sparse_pairs for i in range(3)] == [5, 0, 40]
+    assert LolaConfig(sparse_cache_size=7).for_layer(2).sparse_pairs == 7
+    config.check_layers(3)
+    with pytest.raises(LolaConfigError, match="3 numbers for 4 layers; give one per layer"):
+        config.check_layers(4)
+    with pytest.raises(LolaConfigError, match="use for_layer"):
+        config.sparse_pairs  # noqa: B018
 
 
 def test_a_state_of_float32_may_be_named():

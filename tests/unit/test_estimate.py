@@ -140,6 +140,19 @@ def test_break_even_is_where_a_full_cache_becomes_larger(tmp_path: Path) -> None
             assert (n - 1) * token < states * row.bytes_per_sequence <= n * token
 
 
+def test_a_size_per_layer_moves_bytes_between_layers(tmp_path: Path) -> None:
+    write(tmp_path)
+    same = chosen(estimate(tmp_path, {"sparse_cache_size": 128}))
+    moved = chosen(estimate(tmp_path, {"sparse_cache_size": [8, 248] * 16}))
+    assert moved.bytes_per_sequence == same.bytes_per_sequence == sum(moved.parts.values())
+    assert moved.sequence.break_even_tokens() == same.sequence.break_even_tokens()
+    assert "sparse cache 8 to 248 by layer (128 on average)" in format_table(
+        estimate(tmp_path, {"sparse_cache_size": [8, 248] * 16})
+    )
+    with pytest.raises(LolaConfigError, match="2 numbers for 32 layers"):
+        estimate(tmp_path, {"sparse_cache_size": [8, 248]})
+
+
 @pytest.mark.parametrize(
     ("lola", "state_heads", "name"),
     [

@@ -75,8 +75,9 @@ def pages(cache: LolaCache) -> list[torch.Tensor]:
         {"update_interval": 7, "mixing": "lolcats"},
         {"sparse_cache_size": 0, "sink_size": 0},
         {"sparse_sharing": "kv_head"},
+        {"sparse_cache_size": [60, 4]},
     ],
-    ids=["chunked", "paper", "interval-7-lolcats", "no-cache", "shared"],
+    ids=["chunked", "paper", "interval-7-lolcats", "no-cache", "shared", "a-size-per-layer"],
 )
 @pytest.mark.parametrize("state_heads", [2, 4])
 def test_logits_are_the_references(tmp_path: Path, lola: dict[str, Any], state_heads: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.state import PAGE_ALIGNMENT, PART_ALIGNMENT, StateLayout
+from lola_vllm.state import PAGE_ALIGNMENT, PART_ALIGNMENT, SequenceLayout, StateLayout
 
 
 def layout(lam=5, sink=3, interval=4, kv_dtype=torch.bfloat16, **fields):
@@ -34,6 +34,25 @@ def test_parts_do_not_overlap_and_are_aligned(lam, kv_dtype, sharing):
     assert page.page_bytes % PAGE_ALIGNMENT == 0
     assert sum(page.part_bytes.values()) <= page.page_bytes
     assert (pool[1, page.page_bytes :] == 0).all()
+
+
+def test_layers_of_a_sequence_lie_one_after_the_other():
+    sizes = [5, 0, 300]
+    sequence = SequenceLayout(tuple(layout(lam) for lam in sizes))
+    rows = torch.zeros(3, sequence.row_bytes + 64, dtype=torch.uint8)
+    pages = sequence.pages(rows)
+    for i, (page, layer) in enumerate(zip(pages, sequence.layers, strict=True)):
+        assert page.shape == (3, layer.page_bytes)
+        for view in layer.views(page):
+            view[1] = i + 1
+    for i, page in enumerate(pages):
+        assert set(page[1].unique().tolist()) > {0}
+        assert all((view[1] == i + 1).all() for view in sequence.layers[i].views(page))
+    assert not rows[[0, 2]].any() and not rows[:, sequence.row_bytes :].any()
+    assert sequence.row_bytes == sum(layer.page_bytes for layer in sequence.layers)
+    token = 3 * 2 * 2 * 16 * 2  # three layers, keys and values, 2 KV heads, d 16, bfloat16
+    assert sequence.full_kv_bytes_per_token == token
+    assert sequence.break_even_tokens(2) == -(-2 * sequence.row_bytes // token)
 
 
 def test_bytes_of_the_8b_layouts():
