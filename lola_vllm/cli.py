@@ -16,8 +16,10 @@ from pathlib import Path
 from lola_vllm.checkpoint.families import BASE_NAMES
 from lola_vllm.cli_options import (
     Parser,
+    add_fields,
     add_lola_options,
     add_state_heads,
+    from_options,
     lola_config_of,
     summarize,
 )
@@ -204,6 +206,35 @@ def _inspector(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _calibrate(parser: argparse.ArgumentParser) -> None:
+    from lola_vllm.calibrate.options import CalibrateOptions
+
+    parser.add_argument(
+        "--base", type=Path, required=True, metavar="DIR", help=f"the softmax model: {_BASE}"
+    )
+    parser.add_argument(
+        "--texts", type=Path, required=True, metavar="PATH",
+        help="a directory of texts, as 'lola-vllm texts' writes it, or one file; held-out "
+        "documents are not read",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="a LoLA model to write the sizes into"
+    )
+    add_fields(parser, CalibrateOptions)
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.calibrate.run import calibrate, report, write_sizes
+
+        found = calibrate(args.base, args.texts, from_options(CalibrateOptions, args))
+        print(report(found))
+        if args.model is not None:
+            write_sizes(args.model, found.sizes)
+            print(f"written to {args.model / 'config.json'}")
+        return 0
+
+    parser.set_defaults(run=run)
+
+
 def _quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="LoLA or Llama")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the copy")
@@ -267,6 +298,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "estimate": (_estimate, "memory per sequence, from config.json alone"),
     "eval": (_eval, "measure recall in long prompts, or perplexity on held-out text"),
     "inspector": (_inspector, "the memory inspector, for a server that wants an API key"),
+    "calibrate": (_calibrate, "measure how many sparse pairs each layer should have"),
     "quantize": (_quantize, "copy a model with the weights of its linear layers in 8 or 4 bits"),
     "serve": (
         _serve,

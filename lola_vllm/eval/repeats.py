@@ -45,14 +45,6 @@ def find_repeats(ids: Sequence[int], pieces: Sequence[str]) -> Repeats:
         ids: `[n]`, the tokens. pieces: `[n]`, the text of each token alone; a word begins with a
             token whose text begins with white space.
     """
-    ngrams: list[int] = []
-    last: dict[tuple[int, ...], int] = {}
-    for end in range(NGRAM - 1, len(ids)):
-        ngram = tuple(ids[end - NGRAM + 1 : end + 1])
-        if end - last.get(ngram, end) > DISTANCE:
-            ngrams.append(end)
-        last[ngram] = end
-
     words: list[tuple[int, int]] = []
     seen: dict[str, int] = {}
     for first, stop, word in _words(pieces):
@@ -64,7 +56,19 @@ def find_repeats(ids: Sequence[int], pieces: Sequence[str]) -> Repeats:
         ):
             words.append((first, stop))
         seen[word] = first
-    return Repeats(ngrams, words)
+    return Repeats([end for end, _ in repeated_ngrams(ids)], words)
+
+
+def repeated_ngrams(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """(position, last position before) of the last tokens of repeated n-grams, ascending."""
+    found: list[tuple[int, int]] = []
+    last: dict[tuple[int, ...], int] = {}
+    for end in range(NGRAM - 1, len(ids)):
+        ngram = tuple(ids[end - NGRAM + 1 : end + 1])
+        if end - last.get(ngram, end) > DISTANCE:
+            found.append((end, last[ngram]))
+        last[ngram] = end
+    return found
 
 
 def _words(pieces: Sequence[str]) -> list[tuple[int, int, str]]:

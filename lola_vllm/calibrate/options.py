@@ -1,0 +1,18 @@
+"""The options of `lola-vllm calibrate`, without anything heavy to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lola_vllm.cli_options import option
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What is read, and how many pairs there are to give."""
+
+    pairs: int = option("of a layer, on average", 128)
+    least: int = option("pairs of any layer", 16)
+    windows: int = option("of text to read", 64)
+    window_length: int = option("in tokens", 1024)
+    seed: int = option("of the choice of windows", 0)
