@@ -4,14 +4,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "ops"))  # tests share ops/problem.py
-sys.path.append(str(Path(__file__).parent / "engine"))  # and engine/tiny.py
 
 
 @pytest.hookimpl(optionalhook=True)

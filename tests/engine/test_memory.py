@@ -1,13 +1,13 @@
 """States read out of a running engine are those of the float64 recompute, whoever else runs."""
 
-import oracle as oracle_module
 import pytest
-from engine import GREEDY, engine, metric, scheduler
-from oracle import Oracle
-from tiny import make_tiny, random_prompts
 from vllm import SamplingParams, TokensPrompt
 
 from lola_vllm.serving.engine import joined
+from tests.support import oracle as oracle_module
+from tests.support.engine import GREEDY, engine, metric, scheduler
+from tests.support.oracle import Oracle
+from tests.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 
