@@ -33,3 +33,7 @@ def fresh_choice(monkeypatch):
     choose_backend.cache_clear()
     yield
     choose_backend.cache_clear()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", help="the back end of tests/ops/conformance")
