@@ -68,6 +68,7 @@ def test_ties_keep_the_older_pair(backend, interval, T, longer, kept, sharing, f
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("fed", ["prompt", "tokens"])
+@fewer("interpreted", fed=["prompt"])
 def test_a_nan_costs_no_neighbour_its_slot(backend, sign, fed):
     """As many stay as there are slots."""
     config = LolaConfig(window_size=ETA, sparse_cache_size=4, update_interval=5, feature_dim=8)
@@ -80,6 +81,7 @@ def test_a_nan_costs_no_neighbour_its_slot(backend, sign, fed):
 
 
 @pytest.mark.parametrize("interval", [1, 8])
+@fewer("interpreted", interval=[8])
 def test_nan_scores_never_fill_more_than_the_cache(backend, interval):
     config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8)
     problem = make_problem(25, config, dtype=backend.dtype)
