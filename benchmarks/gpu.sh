@@ -40,17 +40,17 @@ if not torch._C._dispatch_has_kernel_for_dispatch_key("lola::decode", "CUDA"):
 PY
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT/machine.csv"
 
-CUDA_TESTS=(tests/ops/test_cuda.py tests/ops/test_cuda_interval_1.py)
-SANITIZED="head_sizes or splits or rows_are or head_layouts or candidates or hundreds"
+OP_TESTS=tests/ops/conformance
+SANITIZED="head_sizes or sizes_and_parts or rows_are or head_layouts or candidates or thousands"
 
 if [[ $PART == all || $PART == tests ]]; then
-    "$PYTHON" -m pytest "${CUDA_TESTS[@]}" -k "not emulated" -p no:cacheprovider \
-        2>&1 | tee "$OUT/cuda_tests.txt"
-    for file in tests/ops/test_{triton_ops,sre_triton,xformers}.py; do
-        if [[ -f $file ]]; then
-            "$PYTHON" -m pytest "$file" -p no:cacheprovider \
-                2>&1 | tee "$OUT/$(basename "$file" .py).txt"
-        fi
+    for backend in cuda triton; do
+        "$PYTHON" -m pytest "$OP_TESTS" --backend $backend -p no:cacheprovider \
+            2>&1 | tee "$OUT/${backend}_tests.txt"
+    done
+    for file in tests/ops/test_{triton_compile,xformers}.py; do
+        "$PYTHON" -m pytest "$file" -p no:cacheprovider \
+            2>&1 | tee "$OUT/$(basename "$file" .py).txt"
     done
     "$PYTHON" -m pytest tests/engine/test_cuda_graphs.py -p no:cacheprovider \
         2>&1 | tee "$OUT/cuda_graphs.txt"
@@ -62,8 +62,7 @@ if [[ $PART == all || $PART == sanitize ]]; then
     # Capturing a graph needs that allocator, so the graph test is not among these.
     for tool in memcheck racecheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            "$PYTHON" -m pytest "${CUDA_TESTS[@]}" -p no:cacheprovider -x \
-            -k "not emulated and ($SANITIZED)" \
+            "$PYTHON" -m pytest "$OP_TESTS" --backend cuda -p no:cacheprovider -x -k "$SANITIZED" \
             2>&1 | tee "$OUT/$tool.txt"
     done
 fi

@@ -4,14 +4,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "ops"))  # tests share ops/problem.py
-sys.path.append(str(Path(__file__).parent / "engine"))  # and engine/tiny.py
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -38,3 +33,7 @@ def fresh_choice(monkeypatch):
     choose_backend.cache_clear()
     yield
     choose_backend.cache_clear()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", help="the back end of tests/ops/conformance")

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from engine import engine, generate
-from oracle import Oracle
-from test_tokens import LENGTHS, LOLA, NEW, assert_obeys
-from tiny import make_tiny, random_prompts
 
 from lola_vllm.plugin.backend import GRAPHS_ENV
+from tests.support.engine import engine, generate
+from tests.support.oracle import Oracle, assert_obeys
+from tests.support.tiny import make_tiny, random_prompts
+
+LOLA = {"window_size": 32, "sparse_cache_size": 48}
+LENGTHS = [1, 2, 31, 32, 33, 64, 65, 100, 128, 150, 257, 300]
+NEW = 24
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")

@@ -6,14 +6,14 @@ without `--trust-remote-code`.
 
 import pytest
 import torch
-from engine import engine
-from families import FAMILIES, make_base
-from tiny import random_prompts
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
 import lola_vllm.hf
 from lola_vllm.checkpoint.init import init_checkpoint
+from tests.support.engine import engine
+from tests.support.families import FAMILIES, make_base
+from tests.support.tiny import random_prompts
 
 LOLA = {"window_size": 32, "sparse_cache_size": 48, "sink_size": 2}
 PROMPTS = [[token % 300 for token in p] for p in random_prompts([2, 33, 64, 150, 257], seed=3)]

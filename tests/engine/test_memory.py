@@ -1,17 +1,17 @@
 """States read out of a running engine are those of the float64 recompute, whoever else runs."""
 
-import oracle as oracle_module
 import pytest
 import torch
-from engine import GREEDY, engine, metric, scheduler
-from oracle import Oracle
-from tiny import make_tiny, random_prompts
 from vllm import SamplingParams, TokensPrompt
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.plugin.cache import page_layouts
 from lola_vllm.serving.engine import joined
 from lola_vllm.state import StateLayout
+from tests.support import oracle as oracle_module
+from tests.support.engine import GREEDY, engine, metric, scheduler
+from tests.support.oracle import Oracle
+from tests.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 

@@ -5,9 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine import GREEDY, engine, generate, pages, state_manager
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny, random_prompts
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import EngineArgs
 
@@ -16,6 +14,8 @@ from lola_vllm.config import LolaConfigError, LolaLlamaConfig
 from lola_vllm.plugin import config_hook
 from lola_vllm.plugin.cache import describe_pool
 from lola_vllm.plugin.config_hook import UnsupportedOptionError, check_parallel_heads
+from tests.support.engine import GREEDY, engine, generate, pages, state_manager
+from tests.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 8, "sparse_cache_size": 4}
 # A step of eight sequences has room for a block of a late prompt from 32 + 7 tokens on.

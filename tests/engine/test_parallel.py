@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine import engine, prompt_logprobs, state_manager
-from tiny import make_tiny, random_prompts
+
+from tests.support.engine import engine, prompt_logprobs, state_manager
+from tests.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 8}
 NEW = 16

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
-from engine import engine, generate
 from safetensors import safe_open
 from vllm import TokensPrompt
+
+from tests.support.engine import engine, generate
 
 MODEL = Path(__file__).parents[2] / "models" / "smollm2-lola"
 STORY = "The miller went to the river and the river went to the sea. "

@@ -1,9 +1,10 @@
 """Prefix caching: what is hit, what is missed, and that a hit never changes a token."""
 
 import pytest
-from engine import GREEDY, block_pool, engine, generate, metric, state_manager
-from tiny import make_tiny, random_prompts
 from vllm import SamplingParams, TokensPrompt
+
+from tests.support.engine import GREEDY, block_pool, engine, generate, metric, state_manager
+from tests.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 BLOCK, NEW = 32, 20

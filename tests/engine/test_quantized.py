@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors import unpack_from_int32
-from engine import engine, prompt_logprobs
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny, random_prompts
 from torch import Tensor
 
 from lola_vllm.checkpoint.quantize import quantize_checkpoint
+from tests.support.engine import engine, prompt_logprobs
+from tests.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 8}
 WIDE = {"hf_overrides": {"lola_config": {"window_size": 256}}}

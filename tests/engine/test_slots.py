@@ -1,9 +1,10 @@
 """Slots that the block manager and vLLM's gauge count, while sequences run and after."""
 
 import pytest
-from engine import GREEDY, engine, metric, state_manager
-from tiny import make_tiny, random_prompts
 from vllm import SamplingParams, TokensPrompt
+
+from tests.support.engine import GREEDY, engine, metric, state_manager
+from tests.support.tiny import make_tiny, random_prompts
 
 BLOCK = 32
 

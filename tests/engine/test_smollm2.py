@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 
 import pytest
-from engine import engine
 from vllm import SamplingParams, TokensPrompt
+
+from tests.support.engine import engine
 
 MODELS = Path(__file__).parents[2] / "models"
 LENGTHS = [5, 8, 13, 21, 34, 50, 64, 65, 80, 100, 127, 128, 129, 160, 200, 256, 300, 411, 555, 700]

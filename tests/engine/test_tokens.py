@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from engine import block_pool, engine, generate, metric, pages, scheduler, state_manager
-from oracle import Oracle
-from tiny import make_tiny, random_prompts
 from vllm import SamplingParams, TokensPrompt
+
+from tests.support.engine import (
+    block_pool,
+    engine,
+    generate,
+    metric,
+    pages,
+    scheduler,
+    state_manager,
+)
+from tests.support.oracle import Oracle, assert_obeys
+from tests.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 32, "sparse_cache_size": 48}
 LENGTHS = [1, 2, 31, 32, 33, 64, 65, 100, 128, 150, 257, 300]
@@ -27,13 +36,6 @@ def expected(tiny, prompts):
     """Each prompt alone, prefilled at once."""
     with engine(tiny, max_num_batched_tokens=2048, max_num_seqs=8) as llm:
         return [generate(llm, [p], NEW)[0] for p in prompts]
-
-
-def assert_obeys(oracle, prompt, tokens):
-    """Every greedy token is the float64 recompute's choice, or ties with it below rounding."""
-    logprobs = oracle.logprobs(prompt + tokens[:-1])[len(prompt) - 1 :]
-    chosen = logprobs[range(len(tokens)), tokens]
-    assert (logprobs.max(-1).values - chosen).max() < 1e-4
 
 
 def test_tokens_are_those_of_the_float64_recompute(tiny, prompts, expected):

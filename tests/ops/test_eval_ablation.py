@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from problem import make_problem, poisoned_pool
 from torch import nn
 
 from lola_vllm.config import LolaConfig
@@ -14,6 +14,7 @@ from lola_vllm.eval import EvalError, ablation
 from lola_vllm.eval.ablation import SCORES, CountedScore, use_score
 from lola_vllm.ops import Backend, portable
 from lola_vllm.plugin.attention import LolaAttention
+from tests.support.problem import SLOT, decode, make_problem, prefill
 
 T, ETA, LAM, SINK = 96, 8, 12, 4
 CONFIG = LolaConfig(window_size=ETA, sparse_cache_size=LAM, sink_size=SINK, feature_dim=8)
@@ -23,22 +24,19 @@ EVICTED = range(SINK, T - ETA)
 def kept(score: str, cuts: tuple[int, ...] = (0, T)) -> list[list[int]]:
     """Sorted positions in the sparse cache of each head after T tokens, prefilled in pieces."""
     problem = make_problem(T, CONFIG, dtype=torch.float32)
-    layout = problem.layout()
-    _, views = poisoned_pool(layout, 3)
-    slots = torch.tensor([1])
+    state = problem.state()
     other = None if score == "sre" else CountedScore(SCORES[score])
+    ops = Backend(
+        "torch", partial(portable.decode, score=other), partial(portable.prefill, score=other)
+    )
     for start, stop in itertools.pairwise(cuts):
-        q, k, v = (t[start:stop] for t in (problem.q, problem.k, problem.v))
-        out = torch.empty_like(q)
-        args = (q, k, v, problem.weights(), layout, views, slots)
         if stop - start == 1:
-            portable.decode(*args, torch.tensor([stop]), out, score=other)
+            out = decode(ops, problem, state, start)
         else:
-            loc, context = torch.tensor([0, stop - start]), torch.tensor([start])
-            portable.prefill(*args, loc, context, out, score=other)
+            out = prefill(ops, problem, state, start, stop)
         assert out.isfinite().all()
     assert other is None or other.selections > 0
-    return [sorted(row) for row in views.positions[1].tolist()]
+    return [sorted(row) for row in state.views.positions[SLOT].tolist()]
 
 
 def test_newest_keeps_the_last_to_leave_the_window() -> None:

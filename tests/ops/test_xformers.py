@@ -1,52 +1,20 @@
-"""Prefill with its softmax part by xformers: against the reference, without its kernels.
+"""Prefill with its softmax part by xformers: what it gathers, refuses and compiles.
 
-A stand-in that asks xformers' own mask and checks takes their place (`xformers_standin.py`); the
-kernel that goes on from there runs in Triton's interpreter, in processes of its own.
+Its answers and pages are the conformance suite's (`conformance`), with a stand-in for its kernels.
 """
 
-import dataclasses
 import logging
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from problem import make_problem, poisoned_pool
 
 from lola_vllm.config import LolaConfig
+from lola_vllm.ops import PrefillBatch
+from tests.support.problem import make_problem
 
 pytest.importorskip("triton")
 pytest.importorskip("xformers")
-
-DRIVER = Path(__file__).parent / "triton_driver.py"
-# Checks, and calls of xformers: the rest is Triton's alone, which test_triton_ops.py tests.
-CHECKS = {
-    "lengths": (40, 72),
-    "heads": (8, 20),
-    "splits": (11, 76),
-    "sizes": (5, 5),
-    "batch": (3, 2),
-    "live": (4, 20),
-    "hard": (8, 13),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("group", CHECKS)
-def test_outputs_and_pages_equal_the_reference(group):
-    result = subprocess.run(
-        [sys.executable, str(DRIVER), group, "xformers"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    checks, calls = CHECKS[group]
-    assert result.stdout.splitlines()[-2:] == [f"{checks} checks", f"{calls} calls"]
 
 
 def test_every_query_sees_sinks_window_and_what_precedes_it_in_its_piece():
@@ -107,20 +75,18 @@ def test_what_xformers_cannot_do_is_left_to_triton_and_logged(caplog, monkeypatc
     shape = {"d": 16, "dtype": torch.float16} | change
     own = {name: shape.pop(name) for name in change if name not in ("d", "dtype")}
     problem = make_problem(3, SUITED.model_copy(update=own), **shape)
+    state = problem.state()
     xformers_prefill.unsuited.cache_clear()
     monkeypatch.setattr(logging.getLogger("vllm.lola"), "propagate", True)
     given = []
     monkeypatch.setattr(xformers_prefill.backend, "prefill", lambda *args: given.append(args[-1]))
     with caplog.at_level("WARNING", logger="vllm.lola"):
         for _ in range(2):
-            xformers_prefill.prefill(
-                problem.q, problem.k, problem.v, problem.weights(), problem.layout(), *[None] * 5
-            )
+            xformers_prefill.prefill(state, problem.q, problem.k, problem.v, None, None)
     assert given == [xformers_prefill.attend if words is None else None] * 2
     assert len(caplog.records) == (words is not None)  # once, not at every call
     assert words is None or re.search(words, caplog.text)
-    mixed = (problem.q.bfloat16(), problem.k, problem.v)
-    xformers_prefill.prefill(*mixed, problem.weights(), problem.layout(), *[None] * 5)
+    xformers_prefill.prefill(state, problem.q.bfloat16(), problem.k, problem.v, None, None)
     assert given[2:] == [None]
 
 
@@ -129,10 +95,9 @@ def test_a_refusal_of_xformers_itself_says_what_to_do():
     from lola_vllm.kernels import xformers_prefill
 
     problem = make_problem(3, SUITED, dtype=torch.float16)
-    layout, (_, views) = problem.layout(), poisoned_pool(problem.layout(), 2)
-    args = (torch.tensor([1]), torch.tensor([0, 3]), torch.tensor([0]))
+    batch = PrefillBatch(torch.tensor([1]), torch.tensor([0, 3]), torch.tensor([0]))
     with pytest.raises(RuntimeError, match=r"^LOLA_VLLM_OPS = 'xformers': .* unset the variable"):
-        xformers_prefill.attend(problem.q, problem.k, problem.v, layout, views, *args)
+        xformers_prefill.attend(problem.state(), problem.q, problem.k, problem.v, batch)
 
 
 @pytest.mark.parametrize("mixing", ["lola", "lolcats"])
@@ -141,17 +106,16 @@ def test_the_warm_up_asks_for_what_requests_will(monkeypatch, mixing):
 
     config = SUITED.model_copy(update={"mixing": mixing})
     problem = make_problem(1, config, dtype=torch.float16)
-    layout, (_, views) = problem.layout(), poisoned_pool(problem.layout(), 2)
     prefills = []
     monkeypatch.setattr(warmup, "_compiled", set())
     monkeypatch.setattr(decode, "attend", lambda *args: None)
     monkeypatch.setattr(warmup.backend, "update", lambda *args: None)
     monkeypatch.setattr(prefill, "prefill", lambda *args: prefills.append(args[-1]))
-    args = (problem.weights(), layout, views, problem.q.shape[1])
+    state = problem.state()
     for _ in range(2):  # once for layers that are alike
-        xformers_prefill.warm_up(*args)
+        xformers_prefill.warm_up(state)
     assert prefills == [xformers_prefill.attend if mixing == "lola" else None]
-    warmup.warm_up(*args)  # Triton's own is another variant
+    warmup.warm_up(state)  # Triton's own is another variant
     assert prefills[1:] == [None]
 
 
@@ -168,26 +132,16 @@ def test_xformers_own_kernels_equal_the_reference(d, dtype):
     config = LolaConfig(window_size=64, sparse_cache_size=32, feature_dim=32, sink_size=4)
     problem = make_problem(500, config, Hkv=2, group=4, d=d, dtype=dtype)
     expected, device = problem.reference()[0], torch.device("cuda")
-    q, k, v = (x.to(device) for x in (problem.q, problem.k, problem.v))
-    weights = dataclasses.replace(
-        problem.weights(),
-        **{
-            name: getattr(problem.weights(), name).to(device)
-            for name in ("feature_map_q", "feature_map_k", "log_gate")
-        },
-    )
-    layout = problem.layout()
-    pages, _ = poisoned_pool(layout, 4)
-    views = layout.views(pages.to(device))
+    problem = problem.to(device)
+    state = problem.state()
 
     def feed(slots, contexts, spans):
-        parts = [torch.cat([x[slice(*span)] for span in spans]) for x in (q, k, v)]
+        parts = [torch.cat(x) for x in zip(*(problem.tokens(*span) for span in spans), strict=True)]
         counts = [stop - start for start, stop in spans]
         out = torch.full_like(parts[0], torch.nan)
-        xformers_prefill.prefill(
-            *parts, weights, layout, views, torch.tensor(slots, device=device),
-            torch.tensor([0, *counts]).cumsum(0), torch.tensor(contexts), out,
-        )  # fmt: skip
+        starts = torch.tensor([0, *counts]).cumsum(0)
+        batch = PrefillBatch(torch.tensor(slots, device=device), starts, torch.tensor(contexts))
+        xformers_prefill.prefill(state, *parts, batch, out)
         return out.double().cpu().split(counts)
 
     feed([2], [0], [(0, 201)])

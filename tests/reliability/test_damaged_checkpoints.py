@@ -5,9 +5,10 @@ import os
 
 import pytest
 import torch
-from engine import engine
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny
+
+from tests.support.engine import engine
+from tests.support.tiny import make_tiny
 
 LOLA = {"window_size": 8, "sparse_cache_size": 4}
 LAYER = "model.layers.1."

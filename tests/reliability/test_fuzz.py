@@ -14,12 +14,13 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from effort import cases
 from hypothesis import given
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
-from servers import Server, serving
-from speaking import make_speaking, serve_speaking
+
+from tests.support.effort import cases
+from tests.support.servers import Server, serving
+from tests.support.speaking import make_speaking, serve_speaking
 
 NAME = "tiny"
 KNOWN = {

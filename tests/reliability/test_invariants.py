@@ -6,20 +6,20 @@ bytes and the pairs that went in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
 import torch
-from effort import cases
 from hypothesis import given
 from hypothesis import strategies as st
-from problem import Problem, make_problem, poisoned_pool
 from torch import Tensor
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops import native, portable
+from lola_vllm.ops import DecodeBatch, LayerState, PrefillBatch, native, portable
 from lola_vllm.state import StateLayout, StateViews
+from tests.support.effort import cases
+from tests.support.problem import Problem, decode, make_problem, prefill
 
 OPS = [pytest.param(portable, id="torch"), pytest.param(native, id="native")]
 # Of sums of a few dozen products: the ops add in another order than the tests do.
@@ -76,10 +76,7 @@ def layers(draw: st.DrawFn, sequences: int = 1, longest: int = 70) -> Case:
         for i in range(sequences)
     ]
     first = problems[0]
-    shared = {
-        name: getattr(first, name) for name in ("feature_map_q", "feature_map_k", "window_factors")
-    }
-    return Case([first, *(replace(p, **shared) for p in problems[1:])])
+    return Case([first, *(p.of_layer(first) for p in problems[1:])])
 
 
 @st.composite
@@ -91,26 +88,20 @@ def schedules(draw: st.DrawFn, length: int) -> list[int]:
 
 
 def feed(
-    ops: ModuleType, problem: Problem, views: StateViews, slot: int, start: int, stop: int
+    ops: ModuleType, problem: Problem, state: LayerState, slot: int, start: int, stop: int
 ) -> Tensor:
     """Tokens `start` to `stop - 1`; a single one as a decode."""
-    layout, slots = problem.layout(), torch.tensor([slot], dtype=torch.int32)
-    q, k, v = (x[start:stop] for x in (problem.q, problem.k, problem.v))
-    out = torch.full_like(q, torch.nan)
-    common = (q, k, v, problem.weights(), layout, views, slots)
     if stop - start == 1 and start:
-        ops.decode(*common, torch.tensor([stop]), out)
-    else:
-        ops.prefill(*common, torch.tensor([0, stop - start]), torch.tensor([start]), out)
-    return out
+        return decode(ops, problem, state, start, slot)
+    return prefill(ops, problem, state, start, stop, slot)
 
 
 def feed_all(
-    ops: ModuleType, problem: Problem, views: StateViews, slot: int, ends: list[int]
+    ops: ModuleType, problem: Problem, state: LayerState, slot: int, ends: list[int]
 ) -> Tensor:
     """A whole sequence in pieces."""
     starts = [0, *ends[:-1]]
-    pieces = [feed(ops, problem, views, slot, a, b) for a, b in zip(starts, ends, strict=True)]
+    pieces = [feed(ops, problem, state, slot, a, b) for a, b in zip(starts, ends, strict=True)]
     return torch.cat(pieces)
 
 
@@ -171,12 +162,12 @@ def assert_partition(problem: Problem, views: StateViews, slot: int, n: int) -> 
 def test_every_position_is_in_exactly_one_memory(ops, data):
     case = data.draw(layers())
     (problem,) = case.problems
-    _, views = poisoned_pool(case.layout, 3)
+    state = problem.state()
     start = 0
     for stop in data.draw(schedules(len(problem.q))):
-        out = feed(ops, problem, views, 2, start, stop)
+        out = feed(ops, problem, state, 2, start, stop)
         assert out.isfinite().all()
-        assert_partition(problem, views, 2, stop)
+        assert_partition(problem, state.views, 2, stop)
         start = stop
 
 
@@ -207,17 +198,17 @@ def test_what_is_kept_is_recalled_no_better_than_what_is_folded(ops, data):
     case = data.draw(layers())
     (problem,), layout = case.problems, case.layout
     interval, lam = problem.config.update_interval, problem.config.sparse_cache_size
-    pages, views = poisoned_pool(layout, 3)
+    state = problem.state()
     close = CLOSE[problem.q.dtype]
     piece = data.draw(st.integers(1, interval), label="last piece")
     for n in range(interval, len(problem.q) + 1, interval):
         if interval > piece:
-            feed(ops, problem, views, 2, n - interval, n - piece)
-        before = layout.views(pages.clone())
-        feed(ops, problem, views, 2, n - piece, n)
+            feed(ops, problem, state, 2, n - interval, n - piece)
+        before = layout.views(state.pages.clone())
+        feed(ops, problem, state, 2, n - piece, n)
         start, stop = (int(layout.window_start(torch.tensor(m))) for m in (n - interval, n))
         old = read_sparse(problem, before, 2, n - interval)
-        new = read_sparse(problem, views, 2, n)
+        new = read_sparse(problem, state.views, 2, n)
         empty = int(layout.num_folded(torch.tensor(n - interval))) == 0
         for group in range(layout.num_sparse_heads):
             candidates = old[group] + list(range(start, stop))
@@ -264,10 +255,10 @@ def test_any_split_gives_the_same_state_and_answers(ops, data):
     close = CLOSE[problem.q.dtype] if problem.q.dtype != torch.bfloat16 else 2e-2
     found = []
     for _ in range(2):
-        _, views = poisoned_pool(case.layout, 3)
+        state = problem.state()
         ends = data.draw(schedules(n), label="ends of the pieces")
-        out = feed_all(ops, problem, views, 1, ends)
-        found.append({"out": out} | valid_parts(problem, views, 1, n))
+        out = feed_all(ops, problem, state, 1, ends)
+        found.append({"out": out} | valid_parts(problem, state.views, 1, n))
     first, second = found
     assert first.keys() == second.keys()
     for name in ("positions", "sparse_k", "sparse_v", "exact_k", "exact_v"):
@@ -282,8 +273,8 @@ def test_any_split_gives_the_same_state_and_answers(ops, data):
 def test_any_batch_gives_the_same_state_and_answers(ops, data):
     """Rows in any order and any slots, with padding between; the others' pages stay as they are."""
     case = data.draw(layers(sequences=3, longest=40))
-    layout, problems = case.layout, case.problems
-    pages, views = poisoned_pool(layout, 7)
+    problems = case.problems
+    state = problems[0].state(num_pages=7)
     slots = data.draw(st.permutations(range(1, 7)), label="slots")[:3]
     idle = sorted(set(range(7)) - set(slots))
     rows = data.draw(st.permutations([0, 1, 2, None]), label="rows; none is padding")
@@ -304,10 +295,8 @@ def test_any_batch_gives_the_same_state_and_answers(ops, data):
     starts = torch.tensor([0, *lengths]).cumsum(0)
     q, k, v = (pack(name, spans) for name in "qkv")
     out = torch.full_like(q, torch.nan)
-    ops.prefill(
-        q, k, v, problems[0].weights(), layout, views, slots_of(live), starts,
-        torch.zeros(len(live), dtype=torch.long), out,
-    )  # fmt: skip
+    none = torch.zeros(len(live), dtype=torch.long)
+    ops.prefill(state, q, k, v, PrefillBatch(slots_of(live), starts, none), out)
     for row, at, length in zip(live, starts.tolist(), lengths, strict=False):
         if row is not None:
             outs[row].append(out[at : at + length])
@@ -317,26 +306,24 @@ def test_any_batch_gives_the_same_state_and_answers(ops, data):
         spans = [(r or 0, at, at + 1) for r, at in zip(live, counts, strict=True)]
         q, k, v = (pack(name, spans) for name in "qkv")
         out = torch.full_like(q, torch.nan)
-        ops.decode(
-            q, k, v, problems[0].weights(), layout, views, slots_of(live),
-            torch.tensor(counts) + 1, out,
-        )  # fmt: skip
+        batch = DecodeBatch(slots_of(live), torch.tensor(counts) + 1)
+        ops.decode(state, q, k, v, batch, out)
         for i, row in enumerate(live):
             if row is None:
                 assert (out[i] == 0).all()
             else:
                 outs[row].append(out[i : i + 1])
-    assert (pages[idle] == 0xFF).all()
+    assert (state.pages[idle] == 0xFF).all()
     close = CLOSE[problems[0].q.dtype] if problems[0].q.dtype != torch.bfloat16 else 2e-2
     for row, problem in enumerate(problems):
         n = len(problem.q)
-        _, alone = poisoned_pool(layout, 2)
+        alone = problem.state()
         ends = [e for e in range(1, n + 1) if e >= context[row] and e > 0]
         expected = feed_all(ops, problem, alone, 1, ends)
         torch.testing.assert_close(torch.cat(outs[row]), expected, rtol=close, atol=close)
         in_batch, by_itself = (
-            valid_parts(problem, views, slots[row], n),
-            valid_parts(problem, alone, 1, n),
+            valid_parts(problem, state.views, slots[row], n),
+            valid_parts(problem, alone.views, 1, n),
         )
         for name, part in by_itself.items():
             if name in ("H", "s"):
@@ -354,11 +341,12 @@ def test_old_bytes_change_no_bit(ops, data):
     problem, other = case.problems
     n = len(problem.q)
     ends = data.draw(schedules(n), label="ends of the pieces")
-    pages, views = poisoned_pool(case.layout, 4)
-    pages[1] = 0
-    feed_all(ops, other, views, 3, data.draw(schedules(len(other.q)), label="the other's"))
+    state = problem.state()
+    state.pages[1] = 0
+    feed_all(ops, other, state, 3, data.draw(schedules(len(other.q)), label="the other's"))
     found = [
-        {"out": feed_all(ops, problem, views, slot, ends)} | valid_parts(problem, views, slot, n)
+        {"out": feed_all(ops, problem, state, slot, ends)}
+        | valid_parts(problem, state.views, slot, n)
         for slot in (1, 2, 3)
     ]
     for name, fresh in found[0].items():

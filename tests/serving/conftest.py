@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from servers import BIN, KEY, MODEL, Server, serving
 
 from lola_vllm import cpu
+from tests.support.servers import BIN, KEY, MODEL, Server, serving
 
 # Switches of other routes, so that these are tested on the same servers. The parser of reasoning
 # knows its parts by words, for which no tokenizer needs tokens of its own.

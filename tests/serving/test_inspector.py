@@ -8,12 +8,12 @@ import threading
 
 import httpx
 import pytest
-from browser import chromium
-from servers import BIN, KEY
 
 from lola_vllm.serving.inspector import inspector_page
 from lola_vllm.serving.inspector.local import MEMORY, PAGE, Inspector, InspectorError
 from lola_vllm.serving.protocol import MAX_BODY_BYTES
+from tests.support.browser import chromium
+from tests.support.servers import BIN, KEY
 
 END = "\ue010"
 RIGHT = "\ue014"

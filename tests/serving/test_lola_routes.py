@@ -8,11 +8,11 @@ import time
 
 import httpx
 import pytest
-from dashboard import queried
 
 from lola_vllm.serving import engine as engine_module
 from lola_vllm.serving.engine import LolaEngine, Unavailable
 from lola_vllm.serving.metrics import GAUGES, REFRESH_S
+from tests.support.dashboard import queried
 
 NEEDLE = "The code of the vault is 73192."
 STORY = "The miller went to the river and the river went to the sea. " * 30

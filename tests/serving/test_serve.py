@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from servers import BIN, MODEL, Server, serving
-from tiny import make_tiny, random_prompts
+
+from tests.support.servers import BIN, MODEL, Server, serving
+from tests.support.tiny import make_tiny, random_prompts
 
 # One piece, several, and more than a window and an update.
 PROMPTS = random_prompts([3, 40, 150])

@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lolcats_files import (
+from transformers import LlamaConfig
+
+from lola_vllm import cli
+from lola_vllm.checkpoint import expected_tensors
+from lola_vllm.checkpoint.convert import convert_checkpoint
+from lola_vllm.checkpoint.files import read_shapes, weight_files
+from lola_vllm.checkpoint.remote_code import AUTO_MAP
+from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.ops.reference import lola_attention
+from tests.support.lolcats_files import (
     ROWS,
     F,
     distill_tensors,
@@ -25,15 +34,6 @@ from lolcats_files import (
     renamed,
     save,
 )
-from transformers import LlamaConfig
-
-from lola_vllm import cli
-from lola_vllm.checkpoint import expected_tensors
-from lola_vllm.checkpoint.convert import convert_checkpoint
-from lola_vllm.checkpoint.files import read_shapes, weight_files
-from lola_vllm.checkpoint.remote_code import AUTO_MAP
-from lola_vllm.config import LolaLlamaConfig
-from lola_vllm.ops.reference import lola_attention
 
 
 @pytest.fixture

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lolcats_files import (
+from safetensors.torch import save_file
+
+from lola_vllm.checkpoint import CheckpointError
+from lola_vllm.checkpoint.convert import convert_checkpoint
+from lola_vllm.config import LolaConfigError
+from tests.support.lolcats_files import (
     State,
     distill_tensors,
     listing,
@@ -19,11 +24,6 @@ from lolcats_files import (
     read_tensors,
     save,
 )
-from safetensors.torch import save_file
-
-from lola_vllm.checkpoint import CheckpointError
-from lola_vllm.checkpoint.convert import convert_checkpoint
-from lola_vllm.config import LolaConfigError
 
 
 @pytest.fixture

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-
-sys.path.append(str(Path(__file__).parents[1] / "engine"))
-from families import FAMILIES, make_base
-from lolcats_files import distill_tensors, lora_tensors, save
 
 from lola_vllm.checkpoint import CheckpointError, check_tensors, expected_tensors
 from lola_vllm.checkpoint.convert import convert_checkpoint
@@ -22,6 +17,8 @@ from lola_vllm.checkpoint.files import read_shapes
 from lola_vllm.checkpoint.init import init_checkpoint
 from lola_vllm.config import LolaConfigError, LolaLlamaConfig
 from lola_vllm.estimate import estimate
+from tests.support.families import FAMILIES, make_base
+from tests.support.lolcats_files import distill_tensors, lora_tensors, save
 
 PATH = Path("base/config.json")
 

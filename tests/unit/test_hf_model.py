@@ -14,14 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
-sys.path.append(str(Path(__file__).parents[1] / "engine"))
-from families import FAMILIES, make_base
-from oracle import Oracle
-from tiny import make_tiny, random_prompts
-
 from lola_vllm.checkpoint.init import init_checkpoint
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.hf import LolaCache, LolaLlamaForCausalLM, LolaModelError
+from tests.support.families import FAMILIES, make_base
+from tests.support.oracle import Oracle
+from tests.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 # LlamaRMSNorm rounds to float32 on the way, whatever the model's dtype.
@@ -53,7 +51,8 @@ def pages(cache: LolaCache) -> list[torch.Tensor]:
     """What the token count vouches for in every layer's pages, sparse pairs by position."""
     found = []
     for layer in cache.layers:
-        layout, views, n = layer.layout, layer.views, layer.num_tokens
+        layout, n = layer.layout, layer.num_tokens
+        views = layout.views(layer.pages)
         for row in range(len(n)):
             if layout.num_folded(n[row]) > 0:
                 found += [views.H[row + 1], views.s[row + 1]]

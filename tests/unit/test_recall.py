@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from problem import make_problem, poisoned_pool
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
 from lola_vllm.ops.reference import feature_map, self_recall_error
 from lola_vllm.serving.recall import forecast, remembered
+from tests.support.problem import SLOT, make_problem, prefill
 
 CONFIGS = {
     "interval-is-window": {},
@@ -24,13 +24,9 @@ def problem_of(T, fields, **heads):
 
 def page_after(problem, n):
     """The page `[page_bytes]` after the first n tokens, NaN where nothing was written."""
-    layout = problem.layout()
-    pages, views = poisoned_pool(layout, 2)
-    portable.prefill(
-        problem.q[:n], problem.k[:n], problem.v[:n], problem.weights(), layout, views,
-        torch.tensor([1]), torch.tensor([0, n]), torch.tensor([0]), torch.empty_like(problem.q[:n]),
-    )  # fmt: skip
-    return pages[1], layout
+    state = problem.state()
+    prefill(portable, problem, state, 0, n)
+    return state.pages[SLOT], state.layout
 
 
 def first(problem, n):

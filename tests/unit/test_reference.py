@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from problem import full_attention, make_problem, unrecallable
 
 from lola_vllm.config import LolaConfig, LolaConfigError
 from lola_vllm.ops.reference import feature_map, lola_attention, self_recall_error
+from tests.support.problem import full_attention, make_problem, unrecallable
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -1,12 +1,24 @@
 """The page: parts that do not overlap, aligned, and what the token count says of them."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.state import PAGE_ALIGNMENT, PART_ALIGNMENT, SequenceLayout, StateLayout
+from lola_vllm.state import (
+    DTYPE_CODES,
+    PAGE_ALIGNMENT,
+    PART_ALIGNMENT,
+    PARTS,
+    TABLE_FIELDS,
+    SequenceLayout,
+    StateLayout,
+)
+
+HEADER = Path(__file__).parents[2] / "csrc" / "layout.h"
 
 
 def layout(lam=5, sink=3, interval=4, kv_dtype=torch.bfloat16, **fields):
@@ -103,3 +115,30 @@ def test_short_pages_are_refused():
 def test_layout_is_a_value():
     assert layout() == layout() and hash(layout()) == hash(layout())
     assert dataclasses.replace(layout(), head_dim=8).page_bytes < layout().page_bytes
+
+
+def test_the_table_is_the_struct_of_the_header():
+    """Names and order of `PageLayout`'s fields, and what `DType` calls each dtype."""
+    header = re.sub(r"//.*", "", HEADER.read_text())
+    struct = re.search(r"struct PageLayout \{(.*?)LOLA_HOST_DEVICE", header, re.DOTALL)[1]
+    declared = re.findall(r"\b(?:int64_t|DType)\s+([\w\s,]+);", struct)
+    assert [x.strip() for names in declared for x in names.split(",")] == list(TABLE_FIELDS)
+    codes = re.search(r"enum class DType : int64_t \{(.*?)\}", header)[1].split(",")
+    short = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16",
+             torch.float64: "f64"}  # fmt: skip
+    assert {short[dtype]: code for dtype, code in DTYPE_CODES.items()} == {
+        name.strip(): code for code, name in enumerate(codes)
+    }
+
+
+def test_the_table_holds_the_layout():
+    page = layout(lam=5, sink=3, interval=4, sparse_sharing="kv_head")
+    table = dict(zip(TABLE_FIELDS, page.table(12, True).tolist(), strict=True))
+    assert {name: table.pop(name) for name in PARTS} == page.offsets
+    assert table == {
+        "num_heads": 12, "num_kv_heads": 2, "num_state_heads": 6, "num_sparse_heads": 2,
+        "head_dim": 16, "feature_dim": 6, "window_size": 10, "sparse_cache_size": 5,
+        "update_interval": 4, "sink_size": 3, "subtract_max": 1,
+        "kv_dtype": DTYPE_CODES[torch.bfloat16], "state_dtype": DTYPE_CODES[torch.float32],
+        "page_bytes": page.page_bytes,
+    }  # fmt: skip

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from engine import GREEDY, block_pool, metric, pages, scheduler, state_manager
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.request import RequestStatus
+
+from tests.support.engine import GREEDY, block_pool, metric, pages, scheduler, state_manager
 
 NAN = -1  # all bits set: NaN in every float type
 

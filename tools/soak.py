@@ -1,6 +1,6 @@
 """Load a server for minutes with random requests of which many are abandoned, and watch it.
 
-    python tests/reliability/soak.py --minutes 30 --out soak.json
+    python -m tools.soak --minutes 30 --out soak.json
 
 Starts `lola-vllm serve` on a tiny random model (or `--model`). Several clients stream answers of
 random prompts; some leave while the prompt is computed, some in the middle of the answer, some ask
@@ -30,12 +30,9 @@ from typing import Any
 import httpx
 import psutil
 
-for directory in ("engine", "serving"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / directory))
-
-from memory import memory_mib  # noqa: E402
-from servers import Server, serving  # noqa: E402
-from speaking import make_speaking, serve_speaking  # noqa: E402
+from tests.support.memory import memory_mib
+from tests.support.servers import Server, serving
+from tests.support.speaking import make_speaking, serve_speaking
 
 NAME = "soaked"
 IDLE_LIMIT_S = 60

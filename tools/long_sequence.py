@@ -1,6 +1,6 @@
 """One sequence of hundreds of thousands of tokens: memory and time per token stay what they were.
 
-    python tests/reliability/long_sequence.py --tokens 200000 --out long.json
+    python -m tools.long_sequence --tokens 200000 --out long.json
 
 Runs in this process on a tiny random model, or on `--model` with its positions raised (what it then
 says means nothing; what it costs does). Memory is RssAnon + VmSwap. Times are of the processor,
@@ -24,14 +24,13 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # oneDNN keeps something for every number of tokens that a step has had; see docs/reliability.md.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
-from engine import GREEDY, engine, state_manager
-from memory import memory_mib
-from tiny import make_tiny
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from lola_vllm import cpu
+from tests.support.engine import GREEDY, engine, state_manager
+from tests.support.memory import memory_mib
+from tests.support.tiny import make_tiny
 
 LOLA = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
 DECODES = 64

@@ -6,10 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from servers import BIN
-from tiny import VOCAB, make_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.support.servers import BIN
+from tests.support.tiny import VOCAB, make_tiny
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 END = "<|end|>"

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import lcm
 
 import torch
-from problem import Problem, make_problem, poisoned_pool
 from torch import Tensor
 
 from lola_vllm.config import LolaConfig
+from lola_vllm.ops import LayerState, portable
 from lola_vllm.ops.reference import feature_map
 from lola_vllm.state import StateLayout, StateViews
+from tests.support.problem import SLOT, Ops, Problem, decode, make_problem, prefill
 
 WARM = 400  # tokens that make the state which is scaled up
-SLOT = 1
-
-# Feeds tokens start .. stop of a problem to page SLOT, `skipped` tokens further on in a sequence.
-Feed = Callable[[Problem, StateLayout, StateViews, int, int, int], None]
 
 
 @dataclass
@@ -30,15 +26,14 @@ class Arrived:
         H: `[Hs]`, the part of H's exact gain that is in its gain, less 1.
         error: `[Hs]`, mean relative error of predictions that came in meanwhile.
         folded: pairs folded meanwhile.
-        layout, views: the page is number SLOT.
+        state: its page SLOT, in host memory.
     """
 
     s: Tensor
     H: Tensor
     error: Tensor
     folded: int
-    layout: StateLayout
-    views: StateViews
+    state: LayerState
 
     def error_at(self, folded: float) -> float:
         """The error of a sequence that long: those of folds are independent, so of its root."""
@@ -56,21 +51,36 @@ def long_problem(interval: int, tokens: int, Hkv: int = 2, lam: int = 5) -> Prob
     return problem
 
 
-def gain(feed: Feed, problem: Problem, folded: int) -> Arrived:
-    """Feeds all tokens, the page jumping to about `folded` folded pairs after WARM of them."""
-    layout = problem.layout()
-    _, views = poisoned_pool(layout, 2)
-    feed(problem, layout, views, 0, WARM, 0)
+def gain(
+    ops: Ops, problem: Problem, folded: int, prompt: float = 0.5, first: Ops = portable
+) -> Arrived:
+    """Feeds all tokens, the page jumping to about `folded` folded pairs after WARM of them.
+
+    Args:
+        prompt: the part of those after WARM that is fed in one call; the others one by one.
+        first: feeds the tokens before.
+    """
+    state, layout = problem.state(), problem.layout()
+    prefill(first, problem, state, 0, WARM)
+    views = layout.views(state.pages.cpu())
     before = folded_of(problem, layout, views, WARM, 0)
     # The ring and the grid of updates stay where they are.
     step = lcm(layout.ring_size, layout.update_interval)
     skipped = folded // step * step
     scale = int(layout.num_folded(torch.tensor(WARM + skipped))) / len(before[0])
-    for part in (views.H, views.s):
+    for part in (state.views.H, state.views.s):
         part[SLOT] = (part[SLOT].double() * scale).to(part.dtype)
-    H, s = views.H[SLOT].double(), views.s[SLOT].double()
+    H, s = (part[SLOT].double().cpu() for part in (state.views.H, state.views.s))
     T = len(problem.q)
-    feed(problem, layout, views, WARM, T, skipped)
+    middle = WARM + int((T - WARM) * prompt)
+    if middle > WARM:
+        prefill(ops, problem, state, WARM, middle, skipped=skipped)
+    for position in range(middle, T):
+        decode(ops, problem, state, position, skipped=skipped)
+    pages = state.pages.cpu()
+    problem = problem.to(torch.device("cpu"))
+    state = LayerState.bind(problem.weights(), layout, pages)
+    views = state.views
     after = folded_of(problem, layout, views, T, skipped)
 
     result: dict[str, list[Tensor]] = {"s": [], "H": [], "error": []}
@@ -85,7 +95,7 @@ def gain(feed: Feed, problem: Problem, folded: int) -> Arrived:
         q = (phi @ (H[head] + exact)) / (phi @ (s[head] + phi.sum(0)))[:, None]
         result["error"].append(((p - q).norm(dim=-1) / q.norm(dim=-1)).mean())
     parts = {name: torch.stack(values) for name, values in result.items()}
-    return Arrived(**parts, folded=len(after[0]) - len(before[0]), layout=layout, views=views)
+    return Arrived(**parts, folded=len(after[0]) - len(before[0]), state=state)
 
 
 def folded_of(

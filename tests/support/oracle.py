@@ -53,3 +53,10 @@ class Oracle:
     def logprobs(self, token_ids: list[int]) -> Tensor:
         """One row per position: the distribution of the next token."""
         return self.model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+
+
+def assert_obeys(oracle: Oracle, prompt: list[int], tokens: list[int]) -> None:
+    """Every greedy token is the oracle's choice, or ties with it below rounding."""
+    logprobs = oracle.logprobs(prompt + tokens[:-1])[len(prompt) - 1 :]
+    chosen = logprobs[range(len(tokens)), tokens]
+    assert (logprobs.max(-1).values - chosen).max() < 1e-4

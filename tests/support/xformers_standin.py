@@ -4,12 +4,10 @@ Who sees whom is decided by xformers' own mask, and what its kernels would refus
 those of the device aside.
 """
 
-from types import SimpleNamespace
-
 import torch
 from xformers.ops import fmha
 
-from lola_vllm.kernels import backend, xformers_prefill
+from lola_vllm.kernels import xformers_prefill
 
 # Reasons against a kernel that tell of this machine, or of float32, which tests use to see errors
 # that 16-bit rounding would hide.
@@ -36,8 +34,15 @@ def attention(query, key, value, attn_bias=None, **options):
     return out.permute(2, 0, 1, 3)[None].to(query.dtype).contiguous(), lse[None].float()
 
 
+def prefill(state, q, k, v, batch, out):
+    """`contract.PrefillOp` by xformers, which is asked wherever a layer is suited."""
+    before = len(calls)
+    xformers_prefill.prefill(state, q, k, v, batch, out)
+    suited = xformers_prefill.unsuited(state.layout, state.weights.subtract_max) is None
+    assert len(calls) - before == suited
+
+
 def install():
-    """Put the stand-in in xformers' place and take float32; returns the back end's ops."""
+    """Put the stand-in in xformers' place and take float32."""
     fmha.memory_efficient_attention_partial = attention
-    xformers_prefill.DTYPES = (torch.float32, *xformers_prefill.DTYPES)
-    return SimpleNamespace(decode=backend.decode, prefill=xformers_prefill.prefill)
+    xformers_prefill.DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,0 +1,1 @@
+"""The tests. `support` is what several of them share."""

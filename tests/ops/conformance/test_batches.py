@@ -1,0 +1,173 @@
+"""Prompts in pieces, rows beside each other, padding, and inputs that are slices."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops import DecodeBatch, PrefillBatch, portable
+from tests.support.backends import fewer, only
+from tests.support.pages import assert_state_matches
+from tests.support.problem import make_problem, prefill
+
+ETA = 10
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+SPLITS = [([], 60), ([7, 14, 21], 60), ([1, 2, 3, 20, 33], 50), ([16], 17), (range(60), 60)]
+RANDOM = list(range(8))
+
+
+@pytest.mark.prompts
+@pytest.mark.parametrize("cuts, decode_from", SPLITS, ids=lambda x: str(x))
+def test_any_split_gives_the_same_state(backend, cuts, decode_from):
+    config = LolaConfig(window_size=ETA, sparse_cache_size=8, update_interval=7, feature_dim=8)
+    problem = make_problem(60, config, group=1, dtype=backend.dtype)
+    backend.check(problem, cuts, decode_from=decode_from)
+
+
+@pytest.mark.prompts
+@pytest.mark.parametrize("seed", RANDOM)
+@fewer("interpreted", seed=[])
+def test_any_random_split_gives_the_same_state(backend, seed):
+    config = LolaConfig(window_size=ETA, sparse_cache_size=8, update_interval=7, feature_dim=8)
+    problem = make_problem(90, config, dtype=backend.dtype)
+    rng = random.Random(seed)
+    cuts = rng.sample(range(1, 90), rng.randrange(0, 20))
+    backend.check(problem, cuts, decode_from=rng.choice([90, 70]))
+
+
+@only("torch")
+def test_a_long_window_is_cut_into_bounded_chunks(backend, monkeypatch):
+    monkeypatch.setattr(portable, "MAX_CHUNK", 16)
+    config = LolaConfig(window_size=50, sparse_cache_size=8, feature_dim=8)
+    backend.check(make_problem(160, config))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("wide", [torch.int32, torch.int64])
+@fewer("interpreted", parts=[1, 2], wide=[torch.int32])
+def test_rows_are_independent_and_padding_touches_nothing(backend, wide, parts):
+    """q, k and v are slices of one projection and slots a column of a table, as vLLM has them."""
+    backend, device = backend.cut_in(parts), backend.device
+    config = LolaConfig(
+        window_size=ETA, sparse_cache_size=5, update_interval=7, feature_dim=8, sink_size=2
+    )
+    counts = [1, 14, 9, 10, 23, 57]  # row 1 is padding, and at an update point
+    live = (0, 2, 3, 4, 5)
+    rows = [make_problem(T + 3, config, dtype=backend.dtype, seed=T) for T in counts]
+    rows = [row.of_layer(rows[0]) for row in rows]
+    state = rows[0].to(device).state(num_pages=8)
+    slots = torch.tensor([[3, 9], [0, 9], [1, 9], [7, 9], [5, 9], [4, 9]], dtype=wide)
+    slots = slots.to(device)[:, 0]
+
+    def pack(first, last):
+        """Of each row the tokens `first(count)` to `last(count) - 1`, and answers to be written."""
+        parts = [
+            torch.cat([x.flatten(1) for x in row.tokens(first(c), last(c))], 1)
+            for row, c in zip(rows, counts, strict=True)
+        ]
+        q, k, v = torch.cat(parts).to(device).unflatten(1, (-1, 16)).split([6, 2, 2], dim=1)
+        return q, k, v, torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
+
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    *tokens, out = pack(lambda c: 0, lambda c: c)
+    nothing = torch.zeros(6, dtype=torch.int32)
+    backend.prefill(state, *tokens, PrefillBatch(slots, starts, nothing), out)
+    assert (out[1:15] == 0).all()
+    answers = [[x] for x in out.cpu().split(counts)]
+    for step in range(3):
+        *tokens, out = pack(lambda c, at=step: c + at, lambda c, at=step: c + at + 1)
+        seq_lens = torch.tensor(counts, dtype=wide) + step + 1
+        seq_lens[1] = 14 * step  # a count means nothing without a page, due for an update or not
+        backend.decode(state, *tokens, DecodeBatch(slots, seq_lens.to(device)), out)
+        assert (out[1] == 0).all()
+        for row, answer in zip(answers, out.cpu().split(1), strict=True):
+            row.append(answer)
+    pages = state.pages.cpu()
+    state = rows[0].state(num_pages=8)
+    state.pages.copy_(pages)
+    for i in live:
+        expected, final = rows[i].reference()
+        torch.testing.assert_close(torch.cat(answers[i]).double(), expected, **backend.close)
+        assert_state_matches(rows[i], state, slot=int(slots[i]), expected=final, **CLOSE)
+    for page in (0, 2, 6):
+        assert (pages[page] == 0xFF).all()
+
+
+@pytest.mark.prompts
+@pytest.mark.parametrize("lam, sink, Hs", [(0, 0, 2), (5, 2, 2), (5, 2, 6), (100, 3, 2)])
+def test_ragged_rows_go_on_with_pages_in_use(backend, lam, sink, Hs):
+    """Beside padding that claims tokens of a page of NaN."""
+    device = backend.device
+    config = LolaConfig(
+        window_size=ETA, sparse_cache_size=lam, update_interval=7, feature_dim=8, sink_size=sink
+    )
+    # Tokens in the page, new ones, slot.
+    batch = [(13, 20, 3), (25, 9, 0), (0, 16, 1), (8, 30, -1), (41, 1, 4), (1, 30, 6), (7, 0, 5)]
+    rows = [
+        make_problem(old + new, config, Hs=Hs, dtype=backend.dtype, seed=old)
+        for old, new, _ in batch
+    ]
+    rows = [row.of_layer(rows[0]).to(device) for row in rows]
+    state = rows[0].state(num_pages=8, extra_stride=64)
+    for row, (old, _, slot) in zip(rows, batch, strict=True):
+        if slot > 0 and old:
+            prefill(backend, row, state, 0, old, slot)
+    parts = [row.tokens(old, old + new) for row, (old, new, _) in zip(rows, batch, strict=True)]
+    q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
+    contexts, lengths, slots = (list(x) for x in zip(*batch, strict=True))
+    out = torch.full_like(q, torch.nan)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    call = PrefillBatch(torch.tensor(slots, device=device), starts, torch.tensor(contexts))
+    backend.prefill(state, q, k, v, call, out)
+    pages = state.pages.cpu()
+    state = rows[0].to(torch.device("cpu")).state(num_pages=8, extra_stride=64)
+    state.pages.copy_(pages)
+    for row, answer, (old, _, slot) in zip(rows, out.cpu().split(lengths), batch, strict=True):
+        if slot <= 0:
+            assert (answer == 0).all()
+            continue
+        row = row.to(torch.device("cpu"))
+        expected, final = row.reference()
+        torch.testing.assert_close(answer.double(), expected[old:], **backend.close)
+        assert_state_matches(row, state, slot=slot, expected=final, **CLOSE)
+    assert all((pages[page] == 0xFF).all() for page in (0, 2, 7))
+
+
+@pytest.mark.prompts
+def test_hundreds_of_rows(backend):
+    """More than one look at the token counts takes in Triton; few are due at once."""
+    config = LolaConfig(window_size=2, sparse_cache_size=1, update_interval=3, feature_dim=2)
+    problem = make_problem(9, config, group=1, Hkv=1, d=4, dtype=backend.dtype)
+    counts = torch.where(torch.arange(300) % 100 == 99, 9, 4)
+    tokens = torch.cat([torch.arange(c) for c in counts.tolist()])
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    there = problem.to(backend.device)
+    state = there.state(num_pages=301)
+    out = torch.full_like(there.q[tokens], torch.nan)
+    slots = torch.arange(1, 301, device=backend.device)
+    batch = PrefillBatch(slots, starts, torch.zeros(300, dtype=torch.long))
+    backend.prefill(state, there.q[tokens], there.k[tokens], there.v[tokens], batch, out)
+    expected, final = problem.reference()
+    torch.testing.assert_close(out.cpu().double(), expected[tokens], **backend.close)
+    pages = state.pages.cpu()
+    state = problem.state(num_pages=301)
+    state.pages.copy_(pages)
+    for slot in (100, 200, 300):
+        assert_state_matches(problem, state, slot=slot, expected=final, **CLOSE)
+
+
+@pytest.mark.parametrize("offset", [0, 1])  # whole vectors, and not
+@fewer("interpreted", offset=[1])
+def test_inputs_may_be_strided_and_unaligned(backend, offset):
+    """q, k and v of vLLM are slices of one projection."""
+    config = LolaConfig(window_size=ETA, sparse_cache_size=6, update_interval=4, feature_dim=8)
+    problem = make_problem(24, config, d=64, dtype=torch.bfloat16)
+    expected, _ = backend.run(problem, decode_from=18)
+    fused = torch.cat([x.flatten(1) for x in problem.tokens(0, 24)], 1)
+    fused = torch.nn.functional.pad(fused, (offset, 0), value=torch.nan).to(backend.device)
+    Hq, Hkv = problem.q.shape[1], problem.k.shape[1]
+    q, k, v = fused[:, offset:].unflatten(1, (-1, 64)).split([Hq, Hkv, Hkv], dim=1)
+    out, _ = backend.run(replace(problem, q=q, k=k, v=v), decode_from=18)
+    torch.testing.assert_close(out, expected, **backend.tolerance[torch.bfloat16])

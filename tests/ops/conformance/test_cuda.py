@@ -1,0 +1,70 @@
+"""What CUDA C++ decode promises besides. "cuda" runs the extension's op on a GPU. "cuda-emulated"
+compiles the same sources as plain C++ (csrc/cuda/emulate.h) and runs blocks, warps and barriers on
+the CPU: it covers the arithmetic, the indexing, the launch geometry and missing barriers, but no
+hardware."""
+
+import pytest
+import torch
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops import DecodeBatch
+from tests.support.backends import only
+from tests.support.problem import SLOT, decode, make_problem
+
+ETA = 10
+CUDA = ("cuda-emulated", "cuda")
+
+
+@only(*CUDA)
+@pytest.mark.parametrize("parts", [1, 64])
+def test_a_slot_beyond_the_pool_touches_nothing(backend, parts):
+    backend = backend.cut_in(parts)
+    config = LolaConfig(window_size=200, sparse_cache_size=5, update_interval=1, feature_dim=8)
+    problem = make_problem(2, config, d=64, dtype=torch.float32).to(backend.device)
+    state, out = problem.state(num_pages=3), torch.zeros_like(problem.q)
+    slots, lengths = (torch.tensor(x, device=backend.device) for x in ([3, 2**33], [1, 1]))
+    backend.decode(state, *problem.tokens(0, 2), DecodeBatch(slots, lengths), out)
+    assert out.isnan().all()
+    assert (state.pages == 0xFF).all()
+
+
+@only(*CUDA)
+@pytest.mark.parametrize("parts", [1, 64])
+def test_more_candidates_than_shared_memory_holds(backend, parts):
+    """The lists of an update that long lie in memory, one per row and set."""
+    config = LolaConfig(window_size=5, sparse_cache_size=20, update_interval=1700, feature_dim=4)
+    problem = make_problem(1701, config, group=2, d=4, dtype=torch.float32)
+    backend.cut_in(parts).check(problem, decode_from=1698)
+
+
+@only("cuda", "triton")
+def test_a_captured_graph_replays_updates_without_waiting(backend):
+    """One graph serves steps that update and steps that do not, and no launch synchronizes."""
+    config = LolaConfig(window_size=ETA, sparse_cache_size=6, update_interval=4, feature_dim=8)
+    problem = make_problem(60, config, d=64, dtype=torch.bfloat16).to(backend.device)
+    expected_state = problem.state()
+    expected = [decode(backend, problem, expected_state, t) for t in range(60)]
+    state = problem.state()
+    q, k, v = (torch.zeros_like(x) for x in problem.tokens(0, 1))
+    out = torch.zeros_like(q)
+    nobody = torch.zeros(1, dtype=torch.int32, device=backend.device)  # while warming up
+    batch = DecodeBatch(nobody, nobody.clone())
+    backend.decode(state, q, k, v, batch, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            backend.decode(state, q, k, v, batch, out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    batch.slots.fill_(SLOT)
+    for t in range(60):
+        for target, source in zip((q, k, v), problem.tokens(t, t + 1), strict=True):
+            target.copy_(source)
+        batch.seq_lens.fill_(t + 1)
+        graph.replay()
+        assert torch.equal(out, expected[t])
+    for name in ("H", "s", "positions"):
+        replayed, plain = (getattr(x.views, name)[SLOT] for x in (state, expected_state))
+        assert torch.equal(replayed, plain)

@@ -1,0 +1,90 @@
+"""Choices that rest on bounds of most scores are those of one who computes them all."""
+
+import pytest
+import torch
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops import portable
+from tests.support.backends import only
+from tests.support.pages import assert_bounds_hold, assert_same_choices
+from tests.support.problem import SLOT, make_problem, run
+
+# Long enough for most scores to be bounded; where sums are rounded to float32, choices between
+# nearly equal scores part some day.
+CASES = [  # T, dtype, head_dim, F, lam, sharing
+    *(
+        pytest.param(2500, *case, marks=only("native"))
+        for case in (
+            (torch.float32, 16, 16, 32, "none"),
+            (torch.float64, 20, 16, 33, "none"),
+            (torch.bfloat16, 20, 16, 70, "none"),
+            (torch.float64, 16, 16, 33, "kv_head"),
+        )
+    ),
+    *(
+        pytest.param(500, *case, marks=only("cuda-emulated", "cuda", "triton"))
+        for case in (
+            (torch.float32, 16, 16, 32, "none"),
+            (torch.bfloat16, 20, 9, 45, "none"),
+            (torch.float16, 12, 40, 33, "kv_head"),
+            (torch.float32, 132, 130, 37, "none"),
+        )
+    ),
+    *(
+        pytest.param(T, *case, marks=only("triton-interpreted"))
+        for T, *case in (
+            (130, torch.float32, 16, 16, 24, "none"),
+            (100, torch.float32, 20, 9, 17, "kv_head"),
+        )
+    ),
+]
+
+
+def with_a_trend(T, config, **options):
+    """A problem whose values grow, so that old pairs lose their places again and again."""
+    problem = make_problem(T, config, **options)
+    trend = torch.linspace(1, 3, T).unsqueeze(-1).unsqueeze(-1)
+    problem.v *= trend.to(problem.v.dtype)
+    return problem
+
+
+@pytest.mark.parametrize("T, dtype, d, F, lam, sharing", CASES)
+def test_the_same_choices_for_thousands_of_tokens(backend, T, dtype, d, F, lam, sharing):
+    config = LolaConfig(
+        window_size=8, sparse_cache_size=lam, update_interval=1, feature_dim=F,
+        sparse_sharing=sharing,
+    )  # fmt: skip
+    group, Hkv = 2 if sharing == "kv_head" else 1, 1 if backend.pace == "interpreted" else 2
+    problem = with_a_trend(
+        T, config, dtype=dtype, d=d, Hkv=Hkv, group=group, Hs=Hkv * group, scale=(16 / d) ** 0.5
+    )
+    _, kept = backend.run(problem, [30, 31], decode_from=T // 5 if backend.prefills else 0)
+    _, direct = run(portable, problem)
+    assert_same_choices(kept, direct)
+    assert_bounds_hold(problem, kept)
+
+
+@only("native")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [32, 20])
+def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
+    """Native prefill bounds scores at every interval; its steps compute them all."""
+    config = LolaConfig(window_size=16, sparse_cache_size=96, feature_dim=16)
+    problem = with_a_trend(2000, config, dtype=dtype, d=d, group=1)
+    _, bounded = backend.run(problem, [700])
+    _, stepwise = backend.run(problem, decode_from=0)
+    for name in ("positions", "sparse_k", "sparse_v", "H", "s"):
+        one, two = (getattr(x.views, name)[SLOT] for x in (bounded, stepwise))
+        assert torch.equal(one, two), name
+
+
+@only("cuda-emulated", "cuda")
+def test_more_pairs_than_shared_memory_holds(backend):
+    """Scores and lists of a cache that large lie in memory; after a prefill all are computed."""
+    config = LolaConfig(window_size=5, sparse_cache_size=2800, update_interval=1, feature_dim=4)
+    problem = make_problem(2809, config, Hkv=1, group=1, d=4, dtype=torch.float32)
+    _, state = backend.run(problem, decode_from=2807)
+    assert int(state.layout.num_folded(torch.tensor(2809))) == 4
+    _, direct = run(portable, problem)
+    assert torch.equal(direct.views.positions[SLOT], state.views.positions[SLOT])
+    torch.testing.assert_close(direct.views.H[SLOT], state.views.H[SLOT], rtol=1e-4, atol=1e-4)

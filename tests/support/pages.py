@@ -1,0 +1,98 @@
+"""What a page must hold, asked of its bytes."""
+
+from __future__ import annotations
+
+import torch
+
+from lola_vllm.ops.contract import LayerState
+from lola_vllm.ops.reference import LolaState, feature_map
+from tests.support.problem import SLOT, Problem
+
+
+def assert_state_matches(
+    problem: Problem,
+    state: LayerState,
+    n: int | None = None,
+    slot: int = SLOT,
+    expected: LolaState | None = None,
+    **tolerance: float,
+) -> None:
+    """The page holds the reference's state: positions, pairs, H and s, and the sum identity.
+
+    Args:
+        n: tokens that the page has seen; None: all of the problem's, as the reference has.
+        expected: the reference's state, where it is known already.
+    """
+    n = len(problem.q) if n is None else n
+    expected = expected or problem.reference()[1]
+    layout, views, n_t = state.layout, state.views, torch.tensor(n)
+    num_sparse, num_folded = int(layout.num_sparse(n_t)), int(layout.num_folded(n_t))
+    share = layout.num_state_heads // layout.num_sparse_heads
+    Hkv, Hg = layout.num_kv_heads, layout.num_sparse_heads
+    for g in range(Hg):
+        positions = views.positions[slot, g, :num_sparse].long()
+        assert sorted(positions.tolist()) == expected.sparse_positions[g * share]
+        kv = g // (Hg // Hkv)
+        assert torch.equal(views.sparse_k[slot, g, :num_sparse], problem.k[positions, kv])
+        assert torch.equal(views.sparse_v[slot, g, :num_sparse], problem.v[positions, kv])
+    window = torch.tensor(expected.window_positions, dtype=torch.long)
+    start = int(layout.window_start(n_t))
+    assert window.tolist() == [*range(min(n, layout.sink_size)), *range(start, n)]
+    if len(window):
+        rows = layout.row(window)
+        assert torch.equal(views.exact_k[slot, :, rows].transpose(0, 1), problem.k[window])
+        assert torch.equal(views.exact_v[slot, :, rows].transpose(0, 1), problem.v[window])
+    assert len(window) + num_sparse + num_folded == n
+    total = expected.s.sum(-1)
+    folded = torch.full_like(total, 2.0 * num_folded)
+    torch.testing.assert_close(total, folded, rtol=1e-9, atol=1e-9)
+    if num_folded:
+        torch.testing.assert_close(views.H[slot].double(), expected.H, **tolerance)
+        torch.testing.assert_close(views.s[slot].double(), expected.s, **tolerance)
+
+
+def assert_unrecallable_stay(problem: Problem, state: LayerState) -> None:
+    """The page of an `unrecallable` problem holds the same sparse pairs as the reference."""
+    layout = state.layout
+    share = layout.num_state_heads // layout.num_sparse_heads
+    positions = [sorted(row) for row in state.views.positions[SLOT].tolist()]
+    assert positions == problem.reference()[1].sparse_positions[::share]
+    assert positions[0] == [7, 9, 14]
+
+
+def assert_same_choices(state: LayerState, other: LayerState) -> None:
+    """Two states of a sequence hold the same exact pairs in the same places, and H but rounding."""
+    for name in ("positions", "sparse_k", "sparse_v", "exact_k", "exact_v"):
+        one, two = (getattr(x.views, name)[SLOT] for x in (state, other))
+        assert torch.equal(one, two), name
+    torch.testing.assert_close(state.views.H[SLOT], other.views.H[SLOT], rtol=1e-4, atol=1e-4)
+
+
+def assert_bounds_hold(problem: Problem, state: LayerState, slot: int = SLOT) -> None:
+    """What a page of interval 1 keeps of each sparse pair bounds its recall error, and closely.
+
+    After a few hundred folded pairs: most errors must not have been computed at the last update.
+    """
+    layout, views = state.layout, state.views
+    Hs, lam = layout.num_state_heads, layout.sparse_cache_size
+    share = Hs // layout.num_sparse_heads
+    assert layout.parts["bounds"][0] == (Hs, 6, lam)
+    k, v = (
+        x[slot].double().repeat_interleave(share, dim=0) for x in (views.sparse_k, views.sparse_v)
+    )
+    phi = feature_map(k, problem.feature_map_k.double())
+    H, s = views.H[slot].double(), views.s[slot].double().unsqueeze(-1)
+    p = phi @ H / (phi @ s)
+    now = (v - p).norm(dim=-1)
+    low, z, value, length, along, scale = views.bounds[slot].double().unbind(1)
+    u = views.directions[slot].double() * scale.unsqueeze(-1)
+    torch.testing.assert_close(u.norm(dim=-1), torch.ones_like(scale), rtol=1e-5, atol=0)
+    torch.testing.assert_close((u * v).sum(-1), along, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(value, v.norm(dim=-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(length, phi.norm(dim=-1), rtol=1e-4, atol=1e-4)
+    total = (phi @ s).squeeze(-1)
+    assert (z <= total * 1.0001).all()
+    assert (z < total * 0.99999).float().mean() > 0.5  # most are not of the last update
+    assert (low < now).all()
+    assert (low <= (u * (v - p)).sum(-1)).all()  # what it bounds, which is less than the error
+    assert (low > 0.5 * now).float().mean() > 0.9  # and closely

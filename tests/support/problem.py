@@ -1,0 +1,247 @@
+"""Random LoLA problems, whose truth is the reference's, and how they are fed to a back end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops.contract import (
+    DecodeBatch,
+    DecodeOp,
+    LayerState,
+    LolaWeights,
+    PrefillBatch,
+    PrefillOp,
+)
+from lola_vllm.ops.reference import LolaState, lola_attention
+from lola_vllm.state import StateLayout
+
+SLOT = 2  # the page of a sequence that is alone
+
+
+class Ops(Protocol):
+    """A back end: its module, or an object with its two functions."""
+
+    decode: DecodeOp
+    prefill: PrefillOp
+
+
+@dataclass
+class Problem:
+    """One layer's inputs for one sequence, and its weights.
+
+    Attributes:
+        q: `[T, Hq, d]`. k, v: `[T, Hkv, d]`.
+        feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`. window_factors: `[Hq]`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    feature_map_q: Tensor
+    feature_map_k: Tensor
+    window_factors: Tensor
+    config: LolaConfig
+
+    def reference(self) -> tuple[Tensor, LolaState]:
+        """The truth, in float64 (from float32 or bfloat16 inputs too)."""
+        tensors = (self.q, self.k, self.v, self.feature_map_q, self.feature_map_k)
+        doubles = [t.double() for t in (*tensors, self.window_factors)]
+        return lola_attention(*doubles, self.config)
+
+    def weights(self) -> LolaWeights:
+        """As a layer has them."""
+        return LolaWeights.prepare(
+            self.feature_map_q, self.feature_map_k, self.window_factors, self.config.mixing
+        )
+
+    def layout(self) -> StateLayout:
+        """Of the pages; H and s in float64 where the inputs are."""
+        return StateLayout.from_config(
+            self.config,
+            num_kv_heads=self.k.shape[1],
+            num_state_heads=self.feature_map_k.shape[0],
+            head_dim=self.q.shape[-1],
+            kv_dtype=self.k.dtype,
+            state_dtype=torch.float64 if self.q.dtype == torch.float64 else None,
+        )
+
+    def state(self, num_pages: int = 4, extra_stride: int = 0) -> LayerState:
+        """The layer with pages on the problem's device, whose every float is NaN.
+
+        Args:
+            extra_stride: bytes between a page's end and the next page.
+        """
+        layout = self.layout()
+        shape = (num_pages, layout.page_bytes + extra_stride)
+        pages = torch.full(shape, 0xFF, dtype=torch.uint8, device=self.q.device)
+        return LayerState.bind(self.weights(), layout, pages)
+
+    def tokens(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of the tokens `start` to `stop - 1`."""
+        return self.q[start:stop], self.k[start:stop], self.v[start:stop]
+
+    def to(self, device: torch.device) -> Problem:
+        """The same problem on a device."""
+        moved = {k: x.to(device) for k, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
+
+    def of_layer(self, other: Problem) -> Problem:
+        """The same sequence in another problem's layer: with its weights."""
+        return replace(
+            self,
+            feature_map_q=other.feature_map_q,
+            feature_map_k=other.feature_map_k,
+            window_factors=other.window_factors,
+        )
+
+
+def make_problem(
+    T: int,
+    config: LolaConfig,
+    *,
+    Hkv: int = 2,
+    group: int = 3,
+    Hs: int | None = None,
+    d: int = 16,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Problem:
+    """A random problem; `scale` multiplies q and k, so logits grow with its square."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    Hq, F = Hkv * group, config.feature_dim
+    tensors = [
+        randn(T, Hq, d) * scale,
+        randn(T, Hkv, d) * scale,
+        randn(T, Hkv, d),
+        randn(Hq, d, F) * 0.5,
+        randn(Hs or Hkv, d, F) * 0.5,
+    ]
+    factors = (randn(Hq) - 1).to(torch.promote_types(dtype, torch.float32))
+    return Problem(*(t.to(dtype) for t in tensors), factors, config)
+
+
+def unrecallable(interval: int, sharing: str, dtype: torch.dtype) -> Problem:
+    """Four pairs of KV head 0 whose scores are NaN or infinite, for a cache of three.
+
+    Whatever the interval, the oldest three are what stays of that head: 7, 9 and 14.
+    """
+    config = LolaConfig(
+        window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8,
+        sparse_sharing=sharing,
+    )  # fmt: skip
+    problem = make_problem(40, config, Hs=6, dtype=dtype)
+    problem.v[[7, 14, 16], 0] = torch.nan
+    problem.v[9, 0] = torch.inf
+    return problem
+
+
+def full_attention(problem: Problem) -> Tensor:
+    """Plain causal softmax attention, `[T, Hq, d]`."""
+    q, k, v = (x.double().transpose(0, 1) for x in (problem.q, problem.k, problem.v))
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    ).transpose(0, 1)
+
+
+def prefill(
+    ops: Ops,
+    problem: Problem,
+    state: LayerState,
+    start: int,
+    stop: int,
+    slot: int = SLOT,
+    skipped: int = 0,
+) -> Tensor:
+    """Answers to the tokens `start` to `stop - 1`, in one call.
+
+    Args:
+        skipped: the page is told that so many tokens more came before.
+    """
+    q, k, v = problem.tokens(start, stop)
+    batch = PrefillBatch(
+        torch.tensor([slot], dtype=torch.int32, device=q.device),
+        torch.tensor([0, stop - start]),
+        torch.tensor([start + skipped]),
+    )
+    out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
+    ops.prefill(state, q, k, v, batch, out)
+    return out
+
+
+def decode(
+    ops: Ops,
+    problem: Problem,
+    state: LayerState,
+    position: int,
+    slot: int = SLOT,
+    skipped: int = 0,
+) -> Tensor:
+    """The answer to one token, `[1, Hq, d]`; `skipped` as in `prefill`."""
+    q, k, v = problem.tokens(position, position + 1)
+    batch = DecodeBatch(
+        torch.tensor([slot], dtype=torch.int32, device=q.device),
+        torch.tensor([position + 1 + skipped], dtype=torch.int32, device=q.device),
+    )
+    out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
+    ops.decode(state, q, k, v, batch, out)
+    return out
+
+
+def feed(
+    ops: Ops,
+    problem: Problem,
+    state: LayerState,
+    cuts: Iterable[int] = (),
+    decode_from: int | None = None,
+    slot: int = SLOT,
+) -> Tensor:
+    """Answers to a whole sequence, `[T, Hq, d]`.
+
+    Args:
+        cuts: where the pieces of the prompt end. decode_from: where the prompt ends and tokens
+            are fed one by one; None: it does not.
+    """
+    T = len(problem.q)
+    decode_from = T if decode_from is None else decode_from
+    ends = sorted({c for c in cuts if 0 < c < decode_from} | ({decode_from} - {0}))
+    answers = [
+        prefill(ops, problem, state, start, stop, slot)
+        for start, stop in zip([0, *ends], ends, strict=False)
+    ]
+    answers += [decode(ops, problem, state, t, slot) for t in range(decode_from, T)]
+    return torch.cat(answers)
+
+
+def run(
+    ops: Ops,
+    problem: Problem,
+    cuts: Iterable[int] = (),
+    *,
+    decode_from: int | None = None,
+    extra_stride: int = 0,
+    device: torch.device | None = None,
+) -> tuple[Tensor, LayerState]:
+    """`feed` with a page between others that must stay as they are.
+
+    Returns:
+        The answers, and the state in host memory.
+    """
+    there = problem.to(device) if device else problem
+    state = there.state(extra_stride=extra_stride)
+    out = feed(ops, there, state, cuts, decode_from).cpu()
+    pages = state.pages.cpu()
+    for page in {0, 1, 2, 3} - {SLOT}:
+        assert (pages[page] == 0xFF).all(), f"page {page} was touched"
+    assert (pages[SLOT, state.layout.page_bytes :] == 0xFF).all()
+    return out, LayerState.bind(problem.to(torch.device("cpu")).weights(), state.layout, pages)

@@ -1,0 +1,80 @@
+"""`LayerState.bind`: what fits is bound, and what does not is named."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops import LayerState
+from lola_vllm.state import TABLE_FIELDS
+from tests.support.problem import make_problem
+
+CONFIG = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4, feature_dim=6)
+
+
+def parts(dtype=torch.bfloat16, **heads):
+    """Weights, layout and pages that fit each other."""
+    problem = make_problem(1, CONFIG, dtype=dtype, **{"Hs": 6, **heads})
+    return problem.weights(), problem.layout(), problem.state().pages
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_fits_is_bound(dtype):
+    weights, layout, pages = parts(dtype)
+    wide = torch.zeros(len(pages), layout.page_bytes + 64, dtype=torch.int8)
+    for memory in (pages, wide):
+        state = LayerState.bind(weights, layout, memory)
+        assert state.num_heads == 6
+        state.views.exact_k[1] = 1
+        assert (layout.views(memory).exact_k[1] == 1).all()
+        table = dict(zip(TABLE_FIELDS, state.table.tolist(), strict=True))
+        assert table["num_heads"] == 6 and table["page_bytes"] == layout.page_bytes
+        assert table["exact_k"] == layout.offsets["exact_k"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("feature_map_q", lambda w: w[:, :, 1:], r"shape \[6, 16, 5\], expected \[6, 16, 6\]"),
+        ("feature_map_q", lambda w: w[:3], r"shape \[3, 16, 6\], expected \[6, 16, 6\]"),
+        ("feature_map_k", lambda w: w[:2], r"shape \[2, 16, 6\], expected \[6, 16, 6\]"),
+        ("log_gate", lambda w: w[:, None], r"shape \[6, 1\], expected \[6\]"),
+        ("feature_map_k", lambda w: w.bfloat16(), "must be torch.float32 and contiguous"),
+        ("log_gate", lambda w: w.half(), "must be torch.float32 and contiguous"),
+        ("feature_map_q", lambda w: w.double(), "must be torch.float32 and contiguous"),
+        ("feature_map_q", lambda w: w.mT.contiguous().mT, "and contiguous"),
+        ("feature_map_k", lambda w: w.to("meta"), "on meta, the pages on cpu"),
+    ],
+)
+def test_a_weight_that_does_not_fit_is_named(name, change, words):
+    weights, layout, pages = parts()
+    bad = replace(weights, **{name: change(getattr(weights, name))})
+    with pytest.raises(ValueError, match=f"^{name}: .*{words}"):
+        LayerState.bind(bad, layout, pages)
+
+
+def test_heads_that_do_not_divide_each_other_are_named():
+    weights, layout, _ = parts(Hs=2)
+    for fields in ({"num_state_heads": 4}, {"num_sparse_heads": 4}, {"num_kv_heads": 4}):
+        odd = replace(layout, **fields)
+        pages = torch.zeros(2, odd.page_bytes, dtype=torch.uint8)
+        with pytest.raises(ValueError, match=r"^feature_map_k: \d state heads do not lie between"):
+            LayerState.bind(weights, odd, pages)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda p: p[:, :-1].contiguous(), lambda p: p.view(torch.float32)],
+    ids=["short", "not bytes"],
+)
+def test_pages_that_do_not_fit_are_named(change):
+    weights, layout, pages = parts()
+    with pytest.raises(ValueError, match=rf"^pages .*: need rows of at least {layout.page_bytes}"):
+        LayerState.bind(weights, layout, change(pages))
+
+
+def test_a_dtype_that_no_op_knows_is_refused():
+    weights, layout, pages = parts(torch.float32)
+    with pytest.raises(KeyError, match="int32"):
+        LayerState.bind(weights, replace(layout, kv_dtype=torch.int32), pages)
