@@ -55,6 +55,7 @@ LOLA_INLINE void feature_map(T* y, int64_t F, T* phi) {
       store<T>(half + i, e);
     }
   }
+  for (int64_t f = F + padded; f < round_up<T>(2 * F); ++f) phi[f] = 0;
 }
 
 // Features of `count` keys in x.k, rows of d, under one head's map, into rows of `phi`.
