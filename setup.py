@@ -114,7 +114,7 @@ def extension() -> dict[str, Any]:
                 ],
                 extra_compile_args={
                     # No -march: kernels choose their instruction set at run time (csrc/cpu).
-                    # No contraction: csrc/cpu/vec.h says where products are fused. Vectors pass
+                    # No contraction: csrc/cpu/simd.h says where products are fused. Vectors pass
                     # only between functions that are inlined, so their calling convention
                     # (psabi) is moot.
                     "cxx": ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno",

@@ -4,7 +4,7 @@
 
 #include "checks.h"
 #include "cpu/isa.h"
-#include "cpu/page.h"
+#include "cpu/call.h"
 
 namespace lola {
 namespace {

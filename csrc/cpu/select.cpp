@@ -1,9 +1,9 @@
 // Selection of the pairs that stay exact. In a file of its own, compiled for every machine: library
-// templates must not be instantiated inside the per-instruction-set regions (for_each_isa.h).
+// templates must not be instantiated inside the per-instruction-set regions (cpu/target.h).
 #include <algorithm>
 #include <limits>
 
-#include "cpu/page.h"
+#include "cpu/call.h"
 
 namespace lola {
 namespace {

@@ -2,8 +2,13 @@
 //   SRE = || v - phi(k)^T H / (phi(k)^T s + 1e-6) ||.
 // Per state head a block is one small matrix product y = k W, two softmaxes, and one product phi H:
 // H comes from cache once per tile of candidates and not once per candidate, which is what bounds a
-// naive loop. Shared by the kernel bodies that score or map keys; no include guard, like vec.h.
+// naive loop.
+#pragma once
 
+#include "cpu/call.h"
+#include "cpu/simd.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -129,3 +134,4 @@ int64_t carve(const RecallArgs& a, int64_t block, T* base, RecallScratch<T>* x) 
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

@@ -3,8 +3,15 @@
 // A work item is one row and sparse set with the query heads it serves. Keys are read once for all
 // of these heads, then values once, then H once; logits of a set stay in L1. The new pair is taken
 // from the inputs, so no item waits for another one's write.
-// Included by for_each_isa.h through lola_kernel.h, once per instruction set.
+#pragma once
 
+#include "cpu/attend.h"
+#include "cpu/update_bounded.h"
+#if LOLA_BF16_DOTS
+#include "cpu/bf16/decode_logits.h"
+#endif
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -324,3 +331,4 @@ inline void zero_set(const LolaArgs& a, int64_t token, int64_t set) {
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

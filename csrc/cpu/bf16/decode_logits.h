@@ -1,7 +1,11 @@
 // Logits of decode where the machine multiplies bfloat16: queries and keys are bfloat16 already, so
 // nothing is rounded that was not before, and half the instructions do.
-// Included by for_each_isa.h through lola_kernel.h, for sets that have the instruction.
+#pragma once
 
+#include "cpu/attend.h"
+#include "cpu/call.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -104,3 +108,4 @@ inline void pairs_dot(const char* q, int64_t q_bytes, int64_t heads, const char*
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

@@ -1,33 +1,13 @@
-// Kernel body of decode, update and prefill, and their entry points per instruction set.
-// Included by for_each_isa.h, once per instruction set; cpu/lola_kernels.h declares the last one.
-#include "cpu/recall_kernel.h"
-// Each of these uses the ones before it.
-#include "cpu/rows_kernel.h"
-//
-#include "cpu/candidates_kernel.h"
-//
-#include "cpu/dither_kernel.h"
-//
-#include "cpu/bounds_kernel.h"
-//
-#include "cpu/update_kernel.h"
-//
-#include "cpu/drift_kernel.h"
-//
-#include "cpu/incremental_kernel.h"
-//
-#if LOLA_BF16_DOTS
-#include "cpu/decode_dots_kernel.h"
-#endif
-//
-#include "cpu/decode_kernel.h"
-//
-#if LOLA_BF16_DOTS
-#include "cpu/prefill_dots_kernel.h"
-#endif
-//
-#include "cpu/prefill_kernel.h"
+// Entry points of the kernels for the instruction set that the source names (cpu/target.h). A
+// source of its own for each set, so that a build uses several cores.
+#pragma once
 
+#include "cpu/decode.h"
+#include "cpu/kernels.h"
+#include "cpu/prefill.h"
+#include "cpu/target.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -229,3 +209,4 @@ Kernels lola_kernels() {
 
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

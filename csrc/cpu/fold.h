@@ -1,8 +1,12 @@
 // Dithered rounding of the sums H and s (docs/algorithm.md, section 3): what a fold adds to a large
 // float32 sum is rounded up or down by turns, so that it arrives on average, where rounding to
-// nearest would lose it or round it the same way each time. Included by for_each_isa.h through
-// lola_kernel.h, once per instruction set.
+// nearest would lose it or round it the same way each time.
+#pragma once
 
+#include "cpu/simd.h"
+#include "dither.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -30,3 +34,4 @@ LOLA_INLINE Vec<T> add_dithered(Vec<T> sum, Vec<T> added, Vec<T> dither) {
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/lola_kernels.h"
-#include "cpu/scratch.h"
+#include "cpu/kernels.h"
+#include "cpu/workspace.h"
 
 namespace lola {
 namespace {

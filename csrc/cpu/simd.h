@@ -1,10 +1,14 @@
 // SIMD on the compiler's vector extensions, at the native width of LOLA_ISA: 4, 8 or 16 floats.
-// No include guard: included by for_each_isa.h once per instruction set and kernel.
 //
 // A vector wider than a register would live in memory on GCC, hence the native width and not one
 // fixed width. Every reduction is in a fixed order, so results do not depend on the position of a
 // row in a tile, on the batch or on threads.
+#pragma once
 
+#include "cpu/target.h"
+#include "layout.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -457,3 +461,4 @@ const T* padded_matrix(const char* src, DType dtype, int64_t src_ld, int64_t row
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

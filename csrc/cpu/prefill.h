@@ -3,8 +3,14 @@
 // A piece lies within one update interval, so all its queries see the same cache and hidden state,
 // and of the window a prefix of the same list of keys. Logits are kept transposed, keys by columns
 // of queries: the softmax then runs down the columns without a reduction across lanes.
-// Included by for_each_isa.h through lola_kernel.h, once per instruction set.
+#pragma once
 
+#include "cpu/decode.h"
+#if LOLA_BF16_DOTS
+#include "cpu/bf16/prefill_attend.h"
+#endif
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -195,3 +201,4 @@ void attend_block(const LolaArgs& a, const AttendItem& item, PrefillScratch<T>& 
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

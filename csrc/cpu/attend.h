@@ -1,7 +1,10 @@
 // Products with runs of rows that lie one after the other in a page: logits with keys, weighted
 // sums of values. The rows come from memory once, for all the vectors they are multiplied with.
-// Included by for_each_isa.h through lola_kernel.h, once per instruction set.
+#pragma once
 
+#include "cpu/simd.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -248,3 +251,4 @@ void add_heads(const T* p, int64_t ld, const char* v, int64_t row_bytes, int64_t
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

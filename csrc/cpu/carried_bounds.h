@@ -9,8 +9,12 @@
 // chosen so that ||phi - a s|| is least). So p is carried along with a bound on its error, and ||v
 // - p|| is the score up to that error. A score that is certainly above the largest one to lose
 // stays unknown. The choice is the one that all scores would give, so it does not matter when
-// bounds were set. Included by for_each_isa.h through lola_kernel.h, once per instruction set.
+// bounds were set.
+#pragma once
 
+#include "cpu/candidates.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -148,3 +152,4 @@ void carry_bounds(const LolaArgs& a, const Candidates& c, const T* features, int
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

@@ -14,7 +14,7 @@
 #include <mutex>
 #include <vector>
 
-#include "cpu/page.h"
+#include "cpu/call.h"
 
 namespace lola {
 

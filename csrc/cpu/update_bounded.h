@@ -1,10 +1,13 @@
 // Kernel body of the update of interval 1 (docs/algorithm.md, section 3): one pair is evicted and
-// at most one folded, so most scores need not be computed anew. Included by for_each_isa.h through
-// lola_kernel.h, once per instruction set.
+// at most one folded, so most scores need not be computed anew.
 //
 // Bounds on recall errors follow each fold (drift_apart), and an error is computed anew only when
 // it may be the least (rescore_doubtful). The choice is the one that all scores would give.
+#pragma once
 
+#include "cpu/drift_bounds.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -249,3 +252,4 @@ void update_alone(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Updat
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

@@ -1,4 +1,4 @@
-#include "cpu/streams.h"
+#include "cpu/scheduler.h"
 
 #include <algorithm>
 #include <thread>

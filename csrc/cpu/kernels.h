@@ -1,13 +1,13 @@
 // The kernels of decode, prefill and update, once per instruction set. Each set is compiled in a
-// source of its own (lola_avx2.cpp and its like), so that a build uses several cores.
+// source of its own (kernels_avx2.cpp and its like), so that a build uses several cores.
 #pragma once
 
-#include "cpu/page.h"
-#include "cpu/streams.h"
+#include "cpu/call.h"
+#include "cpu/scheduler.h"
 
 namespace lola {
 
-// Entry points of one instruction set; lola_kernel.h defines them.
+// Entry points of one instruction set; cpu/kernels_impl.h defines them.
 struct Kernels {
   int64_t (*scratch)(const LolaArgs&, Phase);
   void (*decode)(const LolaArgs&, int64_t rows, const Indices& seq_lens, Turns&, char* memory);

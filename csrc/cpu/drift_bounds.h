@@ -1,5 +1,5 @@
 // What is known of the recall errors of cached pairs between computations of them, for updates of
-// interval 1. Included by for_each_isa.h through lola_kernel.h, once per instruction set.
+// interval 1.
 //
 // A fold of phi_l and v_l moves the prediction p = n / z of another pair towards v_l:
 //   p' = p + t (v_l - p),  t = c / (z + c),  c = phi . phi_l <= ||phi|| ||phi_l||.
@@ -8,7 +8,13 @@
 // more from it than t u . (v_l - p), and nothing where that is negative. A page keeps u of each
 // pair in 8-bit numbers: a coarse direction is a direction too, so the bound holds for what is
 // stored.
+#pragma once
 
+#include "bounds.h"
+#include "cpu/attend.h"
+#include "cpu/update_exact.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -120,3 +126,4 @@ void drift_apart(const LolaArgs& a, int64_t page, int64_t head, const T* phi_l, 
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

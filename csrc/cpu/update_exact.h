@@ -1,7 +1,12 @@
 // Kernel body of the update (LoLA, arXiv 2505.23666, section 3.3) of one page and sparse set:
 // evict, rescore all cached and evicted pairs, keep the lam largest, fold the rest into H and s.
-// Included by for_each_isa.h through lola_kernel.h, once per instruction set.
+#pragma once
 
+#include "cpu/candidates.h"
+#include "cpu/carried_bounds.h"
+#include "cpu/fold.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -242,3 +247,4 @@ void commit_update(const LolaArgs& a, int64_t page, int64_t set, int64_t n, Feat
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

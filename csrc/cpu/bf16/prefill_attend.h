@@ -8,8 +8,11 @@
 // with 8 the answers of quantized models, whose activations enlarge every error, moved away from
 // those of a full cache. Weights below 2^-10 of their column's sum do without the rest: it would be
 // smaller than that of the sum.
-// Included by for_each_isa.h through lola_kernel.h, for sets that have the instruction.
+#pragma once
 
+#include "cpu/candidates.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -353,3 +356,4 @@ inline void attend_dots(const LolaArgs& a, const AttendItem& item, DotScratch& x
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();

@@ -1,6 +1,9 @@
 // The candidates of an update and their features phi(k), which scoring and folding both need.
-// Included by for_each_isa.h through lola_kernel.h, once per instruction set.
+#pragma once
 
+#include "cpu/recall.h"
+
+LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
@@ -76,3 +79,4 @@ void map_candidates(const LolaArgs& a, const Candidates& c, const RecallScratch<
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola
+LOLA_END_TARGET();
