@@ -1,7 +1,10 @@
-// Products with runs of rows that lie one after the other in a page: logits with keys, weighted
-// sums of values. The rows come from memory once, for all the vectors they are multiplied with.
+// Attention of a few queries over rows of keys and values that lie one after the other in a page:
+// logits, weighted sums of values, and the products with the hidden state. The rows come from
+// memory once, for all the query heads that they serve.
 #pragma once
 
+#include "cpu/prefetch.h"
+#include "cpu/rows.h"
 #include "cpu/simd.h"
 
 LOLA_BEGIN_TARGET();
@@ -9,7 +12,29 @@ namespace lola {
 namespace LOLA_ISA {
 namespace {
 
+// Neighbouring rows of keys and values.
+struct Segment {
+  const char *k, *v;
+  int64_t row_bytes, count;
+};
+
 constexpr int kHeads = 4;  // query heads whose accumulators fit the registers
+
+// Calls body.run<G>(first) for groups of G heads: kMost at a time, and what is left at once.
+template <int kMost, typename Body>
+LOLA_INLINE void for_head_groups(int64_t heads, const Body& body) {
+  static_assert(kMost == 3 || kMost == 4);
+  int64_t first = 0;
+  for (; first + kMost <= heads; first += kMost) body.template run<kMost>(first);
+  const int64_t left = heads - first;
+  if (kMost == 4 && left == 3) {
+    body.template run<3>(first);
+  } else if (left == 2) {
+    body.template run<2>(first);
+  } else if (left == 1) {
+    body.template run<1>(first);
+  }
+}
 
 // Element i of a row as T: whole vectors of it.
 template <typename T, DType D>
@@ -20,67 +45,6 @@ LOLA_INLINE Vec<T> load_as(const char* row, int64_t i) {
     return load(reinterpret_cast<const T*>(row) + i);
   }
 }
-
-// What will be read after what is being read now, in that order, across the borders of runs and
-// pages: the rest of an item and the next one. Memory is to work while the arithmetic does, without
-// a pause, so every loop asks for about as much as comes in the time that it takes: those over keys
-// and values for what they read, that over H, whose rows are wider, for half of it, and for the
-// rest those that read nothing of a page, or what has been read before, as an update does.
-struct Ahead {
-  static constexpr uint32_t kRanges = 32;
-  // Bytes to be ahead of the loads at the beginning of an item: a small part of the L2 cache, for
-  // which they are asked. To L1 a core has only a few dozen lines on their way at a time, and waits
-  // for more than half of what the bus could bring.
-  static constexpr int64_t kLead = 32768;
-  static constexpr int kL2 = 2;  // as __builtin_prefetch names it
-  const char *at, *end;          // the rest of the current range
-  const char *from[kRanges], *to[kRanges];
-  uint32_t first, last;  // ranges to come, modulo their number
-
-  void clear() {
-    at = end = nullptr;
-    first = last = 0;
-  }
-
-  // Asks for what is missing to the lead, where `bytes` have been announced that are not read yet.
-  void keep_lead(int64_t bytes) {
-    int64_t waiting = end - at;
-    for (uint32_t i = first; i != last; ++i) waiting += to[i % kRanges] - from[i % kRanges];
-    const int64_t missing = kLead - (bytes - waiting);
-    if (missing > 0) ask_slowly(missing / 64);
-  }
-
-  // Appends a range. Returns its bytes.
-  int64_t push(const char* p, int64_t bytes) {
-    if (bytes <= 0) return 0;
-    if (last - first == kRanges) ++first;
-    from[last % kRanges] = p;
-    to[last++ % kRanges] = p + bytes;
-    return bytes;
-  }
-
-  __attribute__((noinline)) void ask_slowly(int64_t lines) {
-    for (; lines > 0; --lines, at += 64) {
-      if (at >= end) {
-        if (first == last) return;
-        at = from[first % kRanges];
-        end = to[first++ % kRanges];
-      }
-      __builtin_prefetch(at, 0, kL2);
-    }
-  }
-
-  template <int N>
-  LOLA_INLINE void ask() {
-    if (end - at < N * 64) {
-      if (at < end || first != last) ask_slowly(N);  // a run of new tokens announces nothing
-      return;
-    }
-#pragma GCC unroll 32
-    for (int i = 0; i < N; ++i) __builtin_prefetch(at + i * 64, 0, kL2);
-    at += N * 64;
-  }
-};
 
 // Logits of R neighbouring rows of keys for G heads.
 template <typename T, DType D, int G, int R>
@@ -117,12 +81,12 @@ LOLA_INLINE void dot_tile(const T* q, int64_t dp, const char* k, int64_t row_byt
 // z[h * ld + i] = q_h . k_i for G heads and `count` rows of d elements, d a whole number of
 // vectors.
 template <typename T, DType D, int G>
-LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_bytes, Ahead* ahead,
-                          int64_t count, T* z, int64_t ld) {
+LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_bytes, int64_t count,
+                          T* z, int64_t ld, Prefetcher* prefetcher) {
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
-    if (ahead != nullptr) {
-      for (int64_t j = 0; j < row_bytes; j += 64) ahead->template ask<4>();
+    if (prefetcher != nullptr) {
+      for (int64_t j = 0; j < row_bytes; j += 64) prefetcher->prefetch<4>();
     }
     dot_tile<T, D, G, 4>(q, dp, k + i * row_bytes, row_bytes, z + i, ld);
   }
@@ -132,7 +96,7 @@ LOLA_INLINE void dot_rows(const T* q, int64_t dp, const char* k, int64_t row_byt
 // y_h[0 .. V vectors) += sum_i p[h * ld + i] v_i for G heads: the sum runs over i in order.
 template <typename T, DType D, int G, int V>
 LOLA_INLINE void add_rows(const T* p, int64_t ld, const char* v, int64_t row_bytes, int64_t count,
-                          T* y, int64_t dp, Ahead* ahead) {
+                          T* y, int64_t dp, Prefetcher* prefetcher) {
   constexpr int kLines = (4 * V * kLanes<T> * size_of(D) + 63) / 64;  // of four rows
   Vec<T> acc[G][V];
 #pragma GCC unroll 8
@@ -141,7 +105,7 @@ LOLA_INLINE void add_rows(const T* p, int64_t ld, const char* v, int64_t row_byt
     for (int j = 0; j < V; ++j) acc[h][j] = load(y + h * dp + j * kLanes<T>);
   }
   for (int64_t i = 0; i < count; ++i, v += row_bytes) {
-    if (ahead != nullptr && i % 4 == 3) ahead->template ask<kLines>();
+    if (prefetcher != nullptr && i % 4 == 3) prefetcher->prefetch<kLines>();
     Vec<T> x[V];
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) x[j] = load_as<T, D>(v, j * kLanes<T>);
@@ -160,10 +124,10 @@ LOLA_INLINE void add_rows(const T* p, int64_t ld, const char* v, int64_t row_byt
 }
 
 // y_r[0 .. V vectors) = sum_f phi[r * ld + f] H_f for R heads: a product like any other, in the
-// same order, that asks for memory on its way.
+// same order, that prefetches on its way.
 template <typename T, int R, int V>
 LOLA_INLINE void recall_tile(const T* phi, int64_t ld, const T* H, int64_t H_ld, int64_t F2, T* y,
-                             int64_t dp, Ahead* ahead) {
+                             int64_t dp, Prefetcher* prefetcher) {
   constexpr int kLines = (V * LOLA_VEC_BYTES + 63) / 64;  // of two rows, half of them
   Vec<T> acc[R][V];
 #pragma GCC unroll 8
@@ -172,7 +136,7 @@ LOLA_INLINE void recall_tile(const T* phi, int64_t ld, const T* H, int64_t H_ld,
     for (int j = 0; j < V; ++j) acc[r][j] = Vec<T>{};
   }
   for (int64_t f = 0; f < F2; ++f, H += H_ld) {
-    if (f % 2 == 1) ahead->template ask<kLines>();
+    if (f % 2 == 1) prefetcher->prefetch<kLines>();
     Vec<T> x[V];
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) x[j] = load(H + j * kLanes<T>);
@@ -192,61 +156,113 @@ LOLA_INLINE void recall_tile(const T* phi, int64_t ld, const T* H, int64_t H_ld,
 
 template <typename T, int R>
 void recall_heads(const T* phi, int64_t ld, const T* H, int64_t H_ld, int64_t F2, T* y, int64_t dp,
-                  Ahead* ahead) {
+                  Prefetcher* prefetcher) {
   int64_t j = 0;
   for (; j + 4 * kLanes<T> <= dp; j += 4 * kLanes<T>) {
-    recall_tile<T, R, 4>(phi, ld, H + j, H_ld, F2, y + j, dp, ahead);
+    recall_tile<T, R, 4>(phi, ld, H + j, H_ld, F2, y + j, dp, prefetcher);
   }
   for (; j < dp; j += kLanes<T>) {
-    recall_tile<T, R, 1>(phi, ld, H + j, H_ld, F2, y + j, dp, ahead);
+    recall_tile<T, R, 1>(phi, ld, H + j, H_ld, F2, y + j, dp, prefetcher);
   }
 }
 
-// Chunks of `count` rows through `scratch` where a row is not whole vectors of a direct dtype.
-constexpr int64_t kRowChunk = 16;
+// Rows that are copied at once where a row is not whole vectors of a dtype that is loaded directly.
+constexpr int64_t kCopiedRows = 16;
 
 template <typename T, DType D, int G>
-void dot_heads(const T* q, int64_t d, const char* k, int64_t row_bytes, Ahead* ahead, int64_t count,
-               T* z, int64_t ld, T* scratch) {
+void dot_heads(const T* q, int64_t d, const char* k, int64_t row_bytes, int64_t count, T* z,
+               int64_t ld, T* copies, Prefetcher* prefetcher) {
   constexpr DType own = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const int64_t dp = round_up<T>(d);
-  if (d == dp) return dot_rows<T, D, G>(q, dp, k, row_bytes, ahead, count, z, ld);
-  for (int64_t first = 0; first < count; first += kRowChunk) {
-    const int64_t left = count - first, size = left < kRowChunk ? left : kRowChunk;
+  if (d == dp) return dot_rows<T, D, G>(q, dp, k, row_bytes, count, z, ld, prefetcher);
+  for (int64_t first = 0; first < count; first += kCopiedRows) {
+    const int64_t left = count - first, size = left < kCopiedRows ? left : kCopiedRows;
     for (int64_t i = 0; i < size; ++i) {
-      load_row(scratch + i * dp, k + (first + i) * row_bytes, D, d, dp);
+      load_row(copies + i * dp, k + (first + i) * row_bytes, D, d, dp);
     }
-    dot_rows<T, own, G>(q, dp, reinterpret_cast<const char*>(scratch), dp * sizeof(T), nullptr,
-                        size, z + first, ld);
+    dot_rows<T, own, G>(q, dp, reinterpret_cast<const char*>(copies), dp * sizeof(T), size,
+                        z + first, ld, nullptr);
   }
 }
 
 template <typename T, DType D, int G>
 void add_heads(const T* p, int64_t ld, const char* v, int64_t row_bytes, int64_t count, T* y,
-               int64_t d, T* scratch, Ahead* ahead) {
+               int64_t d, T* copies, Prefetcher* prefetcher) {
   constexpr DType own = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const int64_t dp = round_up<T>(d);
   if (d == dp) {
     int64_t j = 0;
     for (; j + 4 * kLanes<T> <= dp; j += 4 * kLanes<T>) {
-      add_rows<T, D, G, 4>(p, ld, v + j * size_of(D), row_bytes, count, y + j, dp, ahead);
+      add_rows<T, D, G, 4>(p, ld, v + j * size_of(D), row_bytes, count, y + j, dp, prefetcher);
     }
     for (; j < dp; j += kLanes<T>) {
-      add_rows<T, D, G, 1>(p, ld, v + j * size_of(D), row_bytes, count, y + j, dp, ahead);
+      add_rows<T, D, G, 1>(p, ld, v + j * size_of(D), row_bytes, count, y + j, dp, prefetcher);
     }
     return;
   }
-  for (int64_t first = 0; first < count; first += kRowChunk) {
-    const int64_t left = count - first, size = left < kRowChunk ? left : kRowChunk;
+  for (int64_t first = 0; first < count; first += kCopiedRows) {
+    const int64_t left = count - first, size = left < kCopiedRows ? left : kCopiedRows;
     for (int64_t i = 0; i < size; ++i) {
-      load_row(scratch + i * dp, v + (first + i) * row_bytes, D, d, dp);
+      load_row(copies + i * dp, v + (first + i) * row_bytes, D, d, dp);
     }
     for (int64_t j = 0; j < dp; j += kLanes<T>) {
-      add_rows<T, own, G, 1>(p + first, ld, reinterpret_cast<const char*>(scratch + j),
+      add_rows<T, own, G, 1>(p + first, ld, reinterpret_cast<const char*>(copies + j),
                              dp * sizeof(T), size, y + j, dp, nullptr);
     }
   }
 }
+
+// Logits of query heads with the keys of a segment: z[h * z_stride + i] = q_h . k_i.
+template <typename T, DType D>
+struct SegmentLogits {
+  const T* q;  // [heads, d padded]
+  int64_t d;
+  const Segment& segment;
+  T* z;
+  int64_t z_stride;
+  T* copies;  // [kCopiedRows, d padded]
+  Prefetcher* prefetcher;
+
+  template <int G>
+  LOLA_INLINE void run(int64_t h) const {  // the first heads prefetch for all
+    dot_heads<T, D, G>(q + h * round_up<T>(d), d, segment.k, segment.row_bytes, segment.count,
+                       z + h * z_stride, z_stride, copies, h == 0 ? prefetcher : nullptr);
+  }
+};
+
+// Adds a segment's values to the heads' sums: y_h += sum_i weights[h * stride + i] v_i.
+template <typename T, DType D>
+struct SegmentValues {
+  const T* weights;
+  int64_t stride;
+  int64_t d;
+  const Segment& segment;
+  T* y;       // [heads, d padded]
+  T* copies;  // [kCopiedRows, d padded]
+  Prefetcher* prefetcher;
+
+  template <int G>
+  LOLA_INLINE void run(int64_t h) const {
+    add_heads<T, D, G>(weights + h * stride, stride, segment.v, segment.row_bytes, segment.count,
+                       y + h * round_up<T>(d), d, copies, h == 0 ? prefetcher : nullptr);
+  }
+};
+
+// phi^T H of query heads that share a hidden state.
+template <typename T>
+struct StateProduct {
+  const T* phi;
+  int64_t phi_stride;
+  const T* H;  // [F2, dp]
+  int64_t F2, dp;
+  T* y;  // [heads, dp]
+  Prefetcher* prefetcher;
+
+  template <int G>
+  LOLA_INLINE void run(int64_t h) const {
+    recall_heads<T, G>(phi + h * phi_stride, phi_stride, H, dp, F2, y + h * dp, dp, prefetcher);
+  }
+};
 
 }  // namespace
 }  // namespace LOLA_ISA

@@ -1,79 +1,91 @@
-// The candidates of an update and their features phi(k), which scoring and folding both need.
+// The candidates of an update, and their features phi(k), which scoring and folding both need.
 #pragma once
 
+#include "cpu/call.h"
 #include "cpu/recall.h"
+#include "cpu/workspace.h"
 
 LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
 
-// The next `bytes` of a block of memory, from a cache line on; null stays null.
-inline char* take(char* base, int64_t bytes, int64_t* used) {
-  char* const p = base == nullptr ? nullptr : base + *used;
-  *used += (bytes + 63) / 64 * 64;
-  return p;
-}
+// Which update: that of one page and sparse set after its n-th token.
+struct UpdatePoint {
+  Page page;
+  int64_t set, n;
+};
 
-template <typename T>
-inline T* take_as(char* base, int64_t count, int64_t* used) {
-  return reinterpret_cast<T*>(take(base, count * static_cast<int64_t>(sizeof(T)), used));
-}
-
-// The candidates of an update: cached pairs by slot, then evicted ones by position.
+// The pairs that an update chooses among: cached ones by slot, then evicted ones by position.
 struct Candidates {
-  const LolaArgs& a;
-  int64_t page, set, cached, start, count;
+  const Page& page;
+  const PageLayout& layout;
+  int64_t set, kv_head;
+  int64_t cached, start, count;  // `start` is the position of the first evicted pair
+  bool empty;                    // H and s hold nothing yet
 
-  Candidates(const LolaArgs& args, int64_t page_, int64_t set_, int64_t n)
-      : a(args),
-        page(page_),
-        set(set_),
-        cached(args.num_sparse(n - args.interval)),
-        start(args.window_start(n - args.interval)),
-        count(cached + args.window_start(n) - start) {}
+  explicit Candidates(const UpdatePoint& at)
+      : page(at.page),
+        layout(*at.page.layout),
+        set(at.set),
+        kv_head(layout.kv_head_of(at.set)),
+        cached(layout.num_sparse(at.set, at.n - layout.update_interval)),
+        start(layout.window_start(at.n - layout.update_interval)),
+        count(cached + layout.window_start(at.n) - start),
+        empty(layout.num_folded(at.set, at.n - layout.update_interval) == 0) {}
 
-  int64_t kv_head() const { return set / (a.Hg / a.Hkv); }
   LOLA_INLINE const char* k(int64_t i) const {
-    return i < cached ? a.sparse_k.at(page, set, i)
-                      : a.exact_k.at(page, kv_head(), a.exact_row(start + i - cached));
+    return i < cached ? page.sparse_k(set, i)
+                      : page.exact_k(kv_head, layout.exact_row(start + i - cached));
   }
   LOLA_INLINE const char* v(int64_t i) const {
-    return i < cached ? a.sparse_v.at(page, set, i)
-                      : a.exact_v.at(page, kv_head(), a.exact_row(start + i - cached));
+    return i < cached ? page.sparse_v(set, i)
+                      : page.exact_v(kv_head, layout.exact_row(start + i - cached));
   }
 };
 
-// Features of the candidates of one sparse set: share x E rows for `share` state heads and E = lam
-// + interval candidates. The first `known` rows of every head are right: a run of updates of one
-// page keeps those of the pairs that stay.
+// The most candidates that an update of a layer can have.
+inline int64_t max_candidates(const PageLayout& layout) {
+  return layout.max_set_size() + layout.update_interval;
+}
+
+// Features of the candidates of one sparse set, for each of its state heads. The first `known` rows
+// of every head are right: prefill keeps those of the pairs that stay from update to update.
 template <typename T>
 struct Features {
   T* rows;
-  int64_t known;
+  int64_t stride;          // between rows
+  int64_t rows_per_state;  // max_candidates()
+  int64_t known = 0;
 
-  static int64_t stride(const LolaArgs& a) { return round_up<T>(2 * a.F) + kLanes<T>; }
-  static int64_t size(const LolaArgs& a) { return a.Hs / a.Hg * (a.lam + a.interval) * stride(a); }
-  LOLA_INLINE T* row(const LolaArgs& a, int64_t head, int64_t i) const {
-    return rows + (head * (a.lam + a.interval) + i) * stride(a);
+  Features() = default;
+  Features(const PageLayout& layout, Workspace& memory)
+      : rows(memory.take<T>(layout.states_per_set() * max_candidates(layout) *
+                            feature_stride<T>(layout))),
+        stride(feature_stride<T>(layout)),
+        rows_per_state(max_candidates(layout)) {}
+
+  // Of candidate i under the j-th state head of the set.
+  LOLA_INLINE T* row(int64_t j, int64_t i) const {
+    return rows + (j * rows_per_state + i) * stride;
   }
 };
 
-// Fills the rows of candidates from f.known on.
+// Fills the rows of candidates from features.known on, in blocks of up to `block`.
 template <typename T>
-void map_candidates(const LolaArgs& a, const Candidates& c, const RecallScratch<T>& x,
-                    int64_t block, Features<T>& f) {
-  const int64_t d = a.d, share = a.Hs / a.Hg;
-  for (int64_t first = f.known; first < c.count; first += block) {
+void map_candidates(const Call& call, const Candidates& c, const RecallWorkspace<T>& x,
+                    int64_t block, Features<T>& features) {
+  const int64_t d = c.layout.head_dim, states = c.layout.states_per_set();
+  for (int64_t first = features.known; first < c.count; first += block) {
     const int64_t left = c.count - first, size = left < block ? left : block;
     for (int64_t i = 0; i < size; ++i) {
-      load_row(x.k + i * d, c.k(first + i), a.exact_k.dtype, d, d);
+      load_row(x.k + i * d, c.k(first + i), c.layout.kv_dtype, d, d);
     }
-    for (int64_t j = 0; j < share; ++j) {
-      map_keys(a.recall, x, c.set * share + j, size, f.row(a, j, first));
+    for (int64_t j = 0; j < states; ++j) {
+      map_keys(call, c.set * states + j, size, x, features.row(j, first));
     }
   }
-  f.known = c.count;
+  features.known = c.count;
 }
 
 }  // namespace

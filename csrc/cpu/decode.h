@@ -1,12 +1,19 @@
-// Kernel body of decode: one query per head over one page, in one pass over the state.
+// Decode: one query per head over one page, in one pass over the state.
 //
-// A work item is one row and sparse set with the query heads it serves. Keys are read once for all
-// of these heads, then values once, then H once; logits of a set stay in L1. The new pair is taken
-// from the inputs, so no item waits for another one's write.
+// A work item is one row and sparse set with the query heads that it serves. Keys are read once for
+// all of these heads, then values once, then H once; logits of a set stay in L1. The new pair is
+// taken from the inputs, so no item waits for another one's write.
 #pragma once
 
 #include "cpu/attend.h"
-#include "cpu/update_bounded.h"
+#include "cpu/call.h"
+#include "cpu/gemm.h"
+#include "cpu/mix.h"
+#include "cpu/prefetch.h"
+#include "cpu/recall.h"
+#include "cpu/update.h"
+#include "cpu/work_queue.h"
+#include "cpu/workspace.h"
 #if LOLA_BF16_DOTS
 #include "cpu/bf16/decode_logits.h"
 #endif
@@ -16,99 +23,144 @@ namespace lola {
 namespace LOLA_ISA {
 namespace {
 
-// Rows of keys and values that lie one after the other.
-struct Run {
-  const char *k, *v;
-  int64_t row_bytes, count;
+// The dtype that keys and values of D are computed in.
+template <DType D>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<DType::f64> {
+  using type = double;
+};
+template <DType D>
+using Compute = typename ComputeType<D>::type;
+
+template <typename T>
+struct DecodeWorkspace {
+  T* scaled_q;  // [heads, d padded]: q / sqrt(d)
+  T* z;         // [heads, keys padded]: logits, then weights
+  T* y;         // [heads, d padded]
+  T* sums;      // [heads, 2]: sum of weights, largest logit
+  T* q;         // [kMaxTaskSize, d padded]: the queries of one head in a task
+  T* mapped_q;  // [kMaxTaskSize, F padded]: q W
+  T* phi;       // [kMaxTaskSize, heads, feature_stride()]
+  T* linear;    // [heads, d padded]: phi^T H
+  T* W;         // [d, F padded], where a map is copied
+  T* H;         // [2F, d padded], where H is copied
+  T* s;         // [2F padded]
+  T* copies;    // [kCopiedRows, d padded]
+  UpdateWorkspace<T> update;
+  Prefetcher prefetcher;
+
+  DecodeWorkspace(const PageLayout& layout, Workspace& memory)
+      : scaled_q(memory.take<T>(layout.heads_per_set() * round_up<T>(layout.head_dim))),
+        update(layout, memory) {
+    const int64_t heads = layout.heads_per_set(), dp = round_up<T>(layout.head_dim);
+    const int64_t F2 = 2 * layout.feature_dim, Fp = round_up<T>(layout.feature_dim);
+    z = memory.take<T>(heads * round_up<T>(layout.exact_size() + layout.max_set_size() + 1));
+    y = memory.take<T>(heads * dp);
+    sums = memory.take<T>(2 * heads);
+    q = memory.take<T>(kMaxTaskSize * dp);
+    mapped_q = memory.take<T>(kMaxTaskSize * Fp);
+    phi = memory.take<T>(kMaxTaskSize * heads * feature_stride<T>(layout));
+    linear = memory.take<T>(heads * dp);
+    W = memory.take<T>(layout.head_dim * Fp);
+    H = memory.take<T>(F2 * dp);
+    s = memory.take<T>(round_up<T>(F2));
+    copies = memory.take<T>(kCopiedRows * dp);
+    prefetcher.clear();
+  }
 };
 
-template <typename T>
-struct DecodeScratch {
-  T *scaled, *z, *y, *sums, *asking, *feature, *phi, *linear, *W, *H, *s, *row;
-  UpdateScratch<T> update;
-  Ahead ahead;
+// One query row and sparse set over its page, which n tokens have seen with this one.
+struct DecodeItem {
+  int64_t token;
+  Page page;
+  int64_t set, n;
+
+  // Whether queries see pairs of the hidden state.
+  bool recalls() const { return !page.is_padding() && page.layout->num_folded(set, n - 1) > 0; }
 };
 
+constexpr int kSegments = 5;
+
+// The exact pairs that an item sees, the new one last. Returns their number.
+LOLA_INLINE int64_t segments_of(const Call& call, const DecodeItem& item, Segment* segments) {
+  const PageLayout& layout = call.layout;
+  const Page& page = item.page;
+  const int64_t kv = layout.kv_head_of(item.set), position = item.n - 1;
+  const int64_t bytes = layout.pair_bytes(), sink = layout.sink_size, ring = layout.ring_size();
+  const int64_t start = layout.window_start(position), sinks = position < sink ? position : sink;
+  const int64_t cached = layout.num_sparse(item.set, position);
+  const int64_t in_ring = position > start ? position - start : 0;
+  const int64_t head_row = start % ring;
+  const int64_t to_end = ring - head_row, before_wrap = in_ring < to_end ? in_ring : to_end;
+  segments[0] = {page.exact_k(kv, 0), page.exact_v(kv, 0), bytes, sinks};
+  segments[1] = {page.sparse_k(item.set, 0), page.sparse_v(item.set, 0), bytes, cached};
+  segments[2] = {page.exact_k(kv, sink + head_row), page.exact_v(kv, sink + head_row), bytes,
+                 before_wrap};
+  segments[3] = {page.exact_k(kv, sink), page.exact_v(kv, sink), bytes, in_ring - before_wrap};
+  segments[4] = {call.k.row(item.token, kv), call.v.row(item.token, kv), bytes, 1};
+  return sinks + cached + in_ring + 1;
+}
+
+// Appends what an item reads of its page to what will be prefetched. Returns the number of bytes.
 template <typename T>
-int64_t carve_decode(const LolaArgs& a, char* base, DecodeScratch<T>* x) {
-  const int64_t heads = a.Hq / a.Hg, dp = round_up<T>(a.d), F2 = 2 * a.F, Fp = round_up<T>(a.F);
-  const int64_t keys = round_up<T>(a.sink + a.ring() + a.lam + 1);
-  int64_t used = 0;
-  x->ahead.clear();
-  x->scaled = take_as<T>(base, heads * dp, &used);
-  x->z = take_as<T>(base, heads * keys, &used);
-  x->y = take_as<T>(base, heads * dp, &used);
-  x->sums = take_as<T>(base, 2 * heads, &used);
-  x->asking = take_as<T>(base, kTurnItems * dp, &used);
-  x->feature = take_as<T>(base, kTurnItems * Fp, &used);
-  x->phi = take_as<T>(base, kTurnItems * heads * (round_up<T>(F2) + kLanes<T>), &used);
-  x->linear = take_as<T>(base, heads * dp, &used);
-  x->W = take_as<T>(base, a.d * Fp, &used);
-  x->H = take_as<T>(base, F2 * dp, &used);
-  x->s = take_as<T>(base, round_up<T>(F2), &used);
-  x->row = take_as<T>(base, kRowChunk * dp, &used);
-  return used + carve_update<T>(a, false, base == nullptr ? nullptr : base + used, &x->update);
+int64_t push_reads(const Call& call, const DecodeItem& item, Prefetcher& prefetcher) {
+  if (item.page.is_padding()) return 0;
+  Segment segments[kSegments];
+  segments_of(call, item, segments);
+  int64_t bytes = 0;
+  for (int i = 0; i < kSegments - 1; ++i) {
+    bytes += prefetcher.push(segments[i].k, segments[i].count * segments[i].row_bytes);
+  }
+  for (int i = 0; i < kSegments - 1; ++i) {
+    bytes += prefetcher.push(segments[i].v, segments[i].count * segments[i].row_bytes);
+  }
+  if (!item.recalls()) return bytes;
+  const PageLayout& layout = call.layout;
+  const int64_t states = layout.states_per_set(), first = item.set * states;
+  const int64_t F2 = 2 * layout.feature_dim, d = layout.head_dim;
+  const auto size = static_cast<int64_t>(sizeof(T));
+  bytes += prefetcher.push(item.page.H<T>(first), states * F2 * d * size);
+  bytes += prefetcher.push(item.page.s<T>(first), states * F2 * size);
+  if (!layout.bounded()) return bytes;
+  const ErrorBounds<T> bounds = item.page.bounds<T>(first);
+  const int64_t pairs = states * layout.set_size(item.set);
+  bytes += prefetcher.push(bounds.rows, pairs * kBounds * size);
+  return bytes + prefetcher.push(bounds.directions, pairs * d);
 }
 
-// Logits, then weighted values, of `heads` query heads over one run.
-template <typename T, DType D>
-void runs_dot(const T* q, int64_t heads, int64_t d, const Run& run, T* z, int64_t ld, T* scratch,
-              Ahead* ahead) {
-  const int64_t dp = round_up<T>(d);
-  int64_t h = 0;
-  for (; h + kHeads <= heads; h += kHeads) {
-    dot_heads<T, D, kHeads>(q + h * dp, d, run.k, run.row_bytes, ahead, run.count, z + h * ld, ld,
-                            scratch);
-    ahead = nullptr;  // the first heads have done the asking
-  }
-  if (heads - h == 3) {
-    dot_heads<T, D, 3>(q + h * dp, d, run.k, run.row_bytes, ahead, run.count, z + h * ld, ld,
-                       scratch);
-  } else if (heads - h == 2) {
-    dot_heads<T, D, 2>(q + h * dp, d, run.k, run.row_bytes, ahead, run.count, z + h * ld, ld,
-                       scratch);
-  } else if (heads - h == 1) {
-    dot_heads<T, D, 1>(q + h * dp, d, run.k, run.row_bytes, ahead, run.count, z + h * ld, ld,
-                       scratch);
-  }
-}
-
-template <typename T, DType D>
-void runs_add(const T* p, int64_t ld, int64_t heads, int64_t d, const Run& run, T* y, T* scratch,
-              Ahead* ahead) {
-  const int64_t dp = round_up<T>(d);
-  int64_t h = 0;
-  for (; h + kHeads <= heads; h += kHeads) {
-    add_heads<T, D, kHeads>(p + h * ld, ld, run.v, run.row_bytes, run.count, y + h * dp, d, scratch,
-                            ahead);
-    ahead = nullptr;
-  }
-  if (heads - h == 3) {
-    add_heads<T, D, 3>(p + h * ld, ld, run.v, run.row_bytes, run.count, y + h * dp, d, scratch,
-                       ahead);
-  } else if (heads - h == 2) {
-    add_heads<T, D, 2>(p + h * ld, ld, run.v, run.row_bytes, run.count, y + h * dp, d, scratch,
-                       ahead);
-  } else if (heads - h == 1) {
-    add_heads<T, D, 1>(p + h * ld, ld, run.v, run.row_bytes, run.count, y + h * dp, d, scratch,
-                       ahead);
-  }
-}
-
-// phi^T H of `heads` query heads that share a hidden state.
+// Where map_queries leaves the features of an item's queries, one row per head.
 template <typename T>
-void state_recall(const T* phi, int64_t ld, int64_t heads, const T* H, int64_t H_ld, int64_t F2,
-                  T* y, int64_t dp, Ahead* ahead) {
-  int64_t h = 0;
-  for (; h + kHeads <= heads; h += kHeads) {
-    recall_heads<T, kHeads>(phi + h * ld, ld, H, H_ld, F2, y + h * dp, dp, ahead);
-  }
-  if (heads - h == 3) {
-    recall_heads<T, 3>(phi + h * ld, ld, H, H_ld, F2, y + h * dp, dp, ahead);
-  } else if (heads - h == 2) {
-    recall_heads<T, 2>(phi + h * ld, ld, H, H_ld, F2, y + h * dp, dp, ahead);
-  } else if (heads - h == 1) {
-    recall_heads<T, 1>(phi + h * ld, ld, H, H_ld, F2, y + h * dp, dp, ahead);
+LOLA_INLINE T* features_of(const Call& call, int64_t item, const DecodeWorkspace<T>& x) {
+  return x.phi + item * call.layout.heads_per_set() * feature_stride<T>(call.layout);
+}
+
+// Features of the queries of the items of a task, set after set as `decode_item_at` orders them: a
+// feature map is read once for all rows of the task.
+template <typename T>
+void map_queries(const Call& call, const DecodeItem* items, int64_t count, DecodeWorkspace<T>& x) {
+  const PageLayout& layout = call.layout;
+  const int64_t d = layout.head_dim, dp = round_up<T>(d), F = layout.feature_dim;
+  const int64_t Fp = round_up<T>(F), heads = layout.heads_per_set();
+  const int64_t phi_stride = feature_stride<T>(layout), sets = layout.num_sparse_heads;
+  for (int64_t head = 0; head < heads * (count < sets ? count : sets); ++head) {
+    const int64_t first = head / heads, h = items[first].set * heads + head % heads;
+    int64_t rows = 0;
+    for (int64_t i = first; i < count; i += sets) {
+      if (!items[i].recalls()) continue;
+      load_row(x.q + rows++ * dp, call.q.row(items[i].token, h), call.q.dtype, d, dp);
+    }
+    if (rows == 0) continue;
+    const T* const W = padded_matrix(call.query_map<T>(h), d, F, x.W);
+    x.prefetcher.template prefetch<48>();
+    gemm<T>(x.q, dp, W, Fp, x.mapped_q, Fp, rows, Fp, d);
+    rows = 0;
+    for (int64_t i = first; i < count; i += sets) {
+      if (!items[i].recalls()) continue;
+      feature_map(x.mapped_q + rows++ * Fp, F, features_of(call, i, x) + head % heads * phi_stride);
+    }
   }
 }
 
@@ -132,147 +184,55 @@ T softmax_weights(T* z, int64_t count, T* largest) {
   return reduce<Sum>(sum);
 }
 
-// Share of the exact pairs in a head's output: sigmoid(log of their weight over the linear one).
-template <typename T>
-LOLA_INLINE T exact_share(const LolaArgs& a, int64_t head, T largest, T sum, T D) {
-  T log_gate;
-  load_row(&log_gate, a.log_gate.at(head), a.log_gate.dtype, 1, 1);
-  const T lse = __builtin_log(sum) + (a.subtract_max ? T(0) : largest);
-  return T(1) / (T(1) + __builtin_exp(-(lse + log_gate - __builtin_log(D))));
-}
-
-// One query row and sparse set over its page, which n tokens have seen with this one.
-struct DecodeItem {
-  int64_t token, page, set, n;
-};
-
-constexpr int kRuns = 5;
-
-// The exact pairs that an item sees, the new one last. Returns their number.
-LOLA_INLINE int64_t runs_of(const LolaArgs& a, const DecodeItem& item, Run* runs) {
-  const int64_t page = item.page, kv = item.set / (a.Hg / a.Hkv), position = item.n - 1;
-  const int64_t bytes = a.d * size_of(a.exact_k.dtype);
-  const int64_t start = a.window_start(position), sinks = position < a.sink ? position : a.sink;
-  const int64_t cached = a.num_sparse(position), in_ring = position > start ? position - start : 0;
-  const int64_t head_row = start % a.ring();
-  const int64_t to_end = a.ring() - head_row, before_wrap = in_ring < to_end ? in_ring : to_end;
-  runs[0] = {a.exact_k.at(page, kv, 0), a.exact_v.at(page, kv, 0), bytes, sinks};
-  runs[1] = {a.sparse_k.at(page, item.set, 0), a.sparse_v.at(page, item.set, 0), bytes, cached};
-  runs[2] = {a.exact_k.at(page, kv, a.sink + head_row), a.exact_v.at(page, kv, a.sink + head_row),
-             bytes, before_wrap};
-  runs[3] = {a.exact_k.at(page, kv, a.sink), a.exact_v.at(page, kv, a.sink), bytes,
-             in_ring - before_wrap};
-  runs[4] = {a.k.at(item.token, kv), a.v.at(item.token, kv), bytes, 1};
-  return sinks + cached + in_ring + 1;
-}
-
-// Appends what an item reads to what memory is asked for. Returns the number of bytes.
-inline int64_t announce(const LolaArgs& a, const DecodeItem& item, Ahead& ahead) {
-  if (item.page <= 0) return 0;
-  Run runs[kRuns];
-  runs_of(a, item, runs);
-  int64_t bytes = 0;
-  for (int i = 0; i < kRuns - 1; ++i) {
-    bytes += ahead.push(runs[i].k, runs[i].count * runs[i].row_bytes);
-  }
-  for (int i = 0; i < kRuns - 1; ++i) {
-    bytes += ahead.push(runs[i].v, runs[i].count * runs[i].row_bytes);
-  }
-  if (a.num_folded(item.n - 1) <= 0) return bytes;
-  const int64_t page = item.page, share = a.Hs / a.Hg, head = item.set * share;
-  const Strided<4>&H = a.recall.H, &bounds = a.bounds;
-  const Strided<3>& s = a.recall.s;
-  bytes += ahead.push(H.at(page, head), share * H.stride[1] * size_of(H.dtype));
-  bytes += ahead.push(s.at(page, head), share * s.stride[1] * size_of(s.dtype));
-  if (!a.incremental) return bytes;
-  bytes += ahead.push(bounds.at(page, head), share * bounds.stride[1] * size_of(bounds.dtype));
-  return bytes + ahead.push(reinterpret_cast<char*>(a.direction_rows(page, head)),
-                            share * a.directions_stride[1]);
-}
-
-// Where map_queries leaves the features of an item's queries, one row per head.
-template <typename T>
-LOLA_INLINE T* phi_of(const LolaArgs& a, int64_t item, const DecodeScratch<T>& x) {
-  return x.phi + item * (a.Hq / a.Hg) * (round_up<T>(2 * a.F) + kLanes<T>);
-}
-
-// Features of the queries of the items of a turn, set after set as `decode_item` orders them: a
-// feature map is read once for all rows of the turn.
-template <typename T>
-void map_queries(const LolaArgs& a, const DecodeItem* items, int64_t count, DecodeScratch<T>& x) {
-  const int64_t d = a.d, dp = round_up<T>(d), Fp = round_up<T>(a.F), heads = a.Hq / a.Hg;
-  const int64_t phi_ld = round_up<T>(2 * a.F) + kLanes<T>;
-  for (int64_t head = 0; head < heads * (count < a.Hg ? count : a.Hg); ++head) {
-    const int64_t first = head / heads, h = items[first].set * heads + head % heads;
-    int64_t rows = 0;
-    for (int64_t i = first; i < count; i += a.Hg) {
-      if (items[i].page <= 0 || a.num_folded(items[i].n - 1) <= 0) continue;
-      load_row(x.asking + rows++ * dp, a.q.at(items[i].token, h), a.q.dtype, d, dp);
-    }
-    if (rows == 0) continue;
-    int64_t W_ld;
-    const T* W = padded_matrix<T>(a.feature_map_q.at(h), a.feature_map_q.dtype,
-                                  a.feature_map_q.stride[1], d, a.F, x.W, &W_ld);
-    x.ahead.template ask<48>();
-    gemm<T>(x.asking, dp, W, W_ld, x.feature, Fp, rows, Fp, d);
-    rows = 0;
-    for (int64_t i = first; i < count; i += a.Hg) {
-      if (items[i].page <= 0 || a.num_folded(items[i].n - 1) <= 0) continue;
-      feature_map(x.feature + rows++ * Fp, a.F, phi_of(a, i, x) + head % heads * phi_ld);
-    }
-  }
-}
-
-// Logits of an item into x.z, rows of `ld`, from x.scaled or the queries themselves.
-template <typename T, DType D>
-void logits(const LolaArgs& a, const DecodeItem& item, const Run* runs, int64_t ld,
-            DecodeScratch<T>& x) {
-  const int64_t heads = a.Hq / a.Hg;
+// Logits of an item's heads into x.z, rows of `stride`.
+template <DType D, typename T>
+void logits(const Call& call, [[maybe_unused]] const DecodeItem& item, const Segment* segments,
+            int64_t stride, DecodeWorkspace<T>& x) {
+  const int64_t d = call.layout.head_dim, heads = call.layout.heads_per_set();
   T* z = x.z;
 #if LOLA_BF16_DOTS
   if constexpr (D == DType::bf16) {
-    if (pairs_fit(a)) {
-      const char* const q = a.q.at(item.token, item.set * heads);
-      const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(a.d));
-      for (int i = 0; i < kRuns; z += runs[i++].count) {
-        pairs_dot(q, a.q.stride[1] * size_of(a.q.dtype), heads, runs[i].k, runs[i].row_bytes,
-                  runs[i].count, scale, z, ld, &x.ahead);
+    if (multiplies_pairs(call)) {
+      const char* const q = call.q.row(item.token, item.set * heads);
+      const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d));
+      for (int i = 0; i < kSegments; z += segments[i++].count) {
+        for_head_groups<3>(
+            heads, PairLogits{q, call.q.head_stride, segments[i], scale, z, stride, &x.prefetcher});
       }
       return;
     }
   }
 #endif
-  for (int i = 0; i < kRuns; z += runs[i++].count) {
-    runs_dot<T, D>(x.scaled, heads, a.d, runs[i], z, ld, x.row, &x.ahead);
+  for (int i = 0; i < kSegments; z += segments[i++].count) {
+    for_head_groups<kHeads>(
+        heads, SegmentLogits<T, D>{x.scaled_q, d, segments[i], z, stride, x.copies, &x.prefetcher});
   }
 }
 
-template <typename T, DType D>
-void decode_set(const LolaArgs& a, const DecodeItem& item, const T* phi, DecodeScratch<T>& x) {
-  const int64_t token = item.token, page = item.page, set = item.set, n = item.n;
-  const int64_t d = a.d, dp = round_up<T>(d), F2 = 2 * a.F;
-  const int64_t heads = a.Hq / a.Hg, first_head = set * heads, kv = set / (a.Hg / a.Hkv);
-  const int64_t position = n - 1;
+// Softmax attention of an item's heads with the exact pairs into x.y, and x.sums.
+template <DType D, typename T>
+LOLA_INLINE void attend_segments(const Call& call, const DecodeItem& item, const Segment* segments,
+                                 int64_t keys, DecodeWorkspace<T>& x) {
+  const int64_t d = call.layout.head_dim, dp = round_up<T>(d);
+  const int64_t heads = call.layout.heads_per_set(), stride = round_up<T>(keys);
   const T scale = T(1) / __builtin_sqrt(static_cast<T>(d));
   for (int64_t h = 0; h < heads; ++h) {
-    load_row(x.scaled + h * dp, a.q.at(token, first_head + h), a.q.dtype, d, dp);
+    load_row(x.scaled_q + h * dp, call.q.row(item.token, item.set * heads + h), call.q.dtype, d,
+             dp);
     for (int64_t j = 0; j < dp; j += kLanes<T>) {
-      store<T>(x.scaled + h * dp + j, load(x.scaled + h * dp + j) * scale);
+      store<T>(x.scaled_q + h * dp + j, load(x.scaled_q + h * dp + j) * scale);
       store<T>(x.y + h * dp + j, Vec<T>{});
     }
   }
-
-  Run runs[kRuns];
-  const int64_t keys = runs_of(a, item, runs), ld = round_up<T>(keys);
-  logits<T, D>(a, item, runs, ld, x);
+  logits<D>(call, item, segments, stride, x);
   for (int64_t h = 0; h < heads; ++h) {
-    x.ahead.template ask<48>();
-    x.sums[2 * h] = softmax_weights(x.z + h * ld, keys, x.sums + 2 * h + 1);
+    x.prefetcher.template prefetch<48>();
+    x.sums[2 * h] = softmax_weights(x.z + h * stride, keys, x.sums + 2 * h + 1);
   }
-  int64_t at = 0;
-  for (const Run& run : runs) {
-    runs_add<T, D>(x.z + at, ld, heads, d, run, x.y, x.row, &x.ahead);
-    at += run.count;
+  const T* weights = x.z;
+  for (int i = 0; i < kSegments; weights += segments[i++].count) {
+    for_head_groups<kHeads>(
+        heads, SegmentValues<T, D>{weights, stride, d, segments[i], x.y, x.copies, &x.prefetcher});
   }
   for (int64_t h = 0; h < heads; ++h) {
     const T inverse = T(1) / x.sums[2 * h];
@@ -280,51 +240,129 @@ void decode_set(const LolaArgs& a, const DecodeItem& item, const T* phi, DecodeS
       store<T>(x.y + h * dp + j, load(x.y + h * dp + j) * inverse);
     }
   }
+}
 
-  if (a.num_folded(position) > 0) {
-    const int64_t phi_ld = round_up<T>(F2) + kLanes<T>, per_state = a.Hq / a.Hs;
-    for (int64_t first = 0; first < heads; first += per_state) {
-      const int64_t state = (first_head + first) / per_state;
-      const RecallArgs& r = a.recall;
-      int64_t H_ld;
-      const T* H =
-          padded_matrix<T>(r.H.at(page, state), r.H.dtype, r.H.stride[2], F2, d, x.H, &H_ld);
-      load_row(x.s, r.s.at(page, state), r.s.dtype, F2, round_up<T>(F2));
-      state_recall(phi + first * phi_ld, phi_ld, per_state, H, H_ld, F2, x.linear, dp, &x.ahead);
-      for (int64_t i = 0; i < per_state; ++i) {
-        const int64_t h = first + i;
-        Vec<T> dot{};
-        for (int64_t f = 0; f < round_up<T>(F2); f += kLanes<T>) {
-          dot = fma(load(phi + h * phi_ld + f), load(x.s + f), dot);
-        }
-        const T D_h = reduce<Sum>(dot);
-        const T share = exact_share<T>(a, first_head + h, x.sums[2 * h + 1], x.sums[2 * h], D_h);
-        const T rest = (T(1) - share) / D_h;
-        for (int64_t j = 0; j < dp; j += kLanes<T>) {
-          store<T>(x.y + h * dp + j,
-                   load(x.y + h * dp + j) * share + load(x.linear + i * dp + j) * rest);
-        }
+// Mixes what attend_segments() left with the hidden state; `phi` are the features of the queries.
+template <typename T>
+LOLA_INLINE void mix_state(const Call& call, const DecodeItem& item, const T* phi,
+                           DecodeWorkspace<T>& x) {
+  const PageLayout& layout = call.layout;
+  const int64_t d = layout.head_dim, dp = round_up<T>(d), F2 = 2 * layout.feature_dim;
+  const int64_t heads = layout.heads_per_set(), per_state = layout.heads_per_state();
+  const int64_t phi_stride = feature_stride<T>(layout), first_head = item.set * heads;
+  for (int64_t first = 0; first < heads; first += per_state) {
+    const int64_t state_head = (first_head + first) / per_state;
+    const T* const H = padded_matrix(item.page.H<T>(state_head), F2, d, x.H);
+    load_padded(x.s, item.page.s<T>(state_head), F2, round_up<T>(F2));
+    for_head_groups<kHeads>(per_state, StateProduct<T>{phi + first * phi_stride, phi_stride, H, F2,
+                                                       dp, x.linear, &x.prefetcher});
+    for (int64_t i = 0; i < per_state; ++i) {
+      const int64_t h = first + i;
+      const T D = feature_sum(phi + h * phi_stride, x.s, F2);
+      const T exact = exact_weight(call, first_head + h, x.sums[2 * h + 1], x.sums[2 * h], D);
+      const T linear = (T(1) - exact) / D;
+      for (int64_t j = 0; j < dp; j += kLanes<T>) {
+        store<T>(x.y + h * dp + j,
+                 load(x.y + h * dp + j) * exact + load(x.linear + i * dp + j) * linear);
       }
     }
   }
-  for (int64_t h = 0; h < heads; ++h) {
-    store_row(a.out.at(token, first_head + h), x.y + h * dp, a.out.dtype, d);
-  }
-
-  if (set % (a.Hg / a.Hkv) == 0) {
-    const Run& fresh = runs[kRuns - 1];
-    copy_row(a.exact_k.at(page, kv, a.exact_row(position)), fresh.k, fresh.row_bytes);
-    copy_row(a.exact_v.at(page, kv, a.exact_row(position)), fresh.v, fresh.row_bytes);
-  }
-  if (a.update_due(n)) update_alone<T>(a, page, set, n, x.update, &x.ahead);
 }
 
-// Zeros for the query heads of a set: the answer of a row that is padding.
-inline void zero_set(const LolaArgs& a, int64_t token, int64_t set) {
-  const int64_t heads = a.Hq / a.Hg;
-  for (int64_t h = set * heads; h < (set + 1) * heads; ++h) {
-    const auto bytes = static_cast<unsigned long>(a.d * size_of(a.out.dtype));
-    __builtin_memset(a.out.at(token, h), 0, bytes);
+// Answers an item's queries, writes the new pair, and updates the set where that is due. `phi` are
+// the features of the queries.
+template <DType D, typename T>
+void decode_item(const Call& call, const DecodeItem& item, const T* phi, DecodeWorkspace<T>& x) {
+  const PageLayout& layout = call.layout;
+  const int64_t d = layout.head_dim, dp = round_up<T>(d);
+  const int64_t heads = layout.heads_per_set(), first_head = item.set * heads;
+  if (item.page.is_padding()) {  // the answer is zero
+    for (int64_t h = first_head; h < first_head + heads; ++h) {
+      const auto bytes = static_cast<unsigned long>(d * size_of(call.out.dtype));
+      __builtin_memset(call.out.row(item.token, h), 0, bytes);
+    }
+    return;
+  }
+  Segment segments[kSegments];
+  const int64_t keys = segments_of(call, item, segments);
+  attend_segments<D>(call, item, segments, keys, x);
+  if (item.recalls()) mix_state(call, item, phi, x);
+  for (int64_t h = 0; h < heads; ++h) {
+    store_row(call.out.row(item.token, first_head + h), x.y + h * dp, call.out.dtype, d);
+  }
+
+  if (item.set % layout.sets_per_kv_head() == 0) {
+    const Segment& fresh = segments[kSegments - 1];
+    const int64_t kv = layout.kv_head_of(item.set), row = layout.exact_row(item.n - 1);
+    copy_bytes(item.page.exact_k(kv, row), fresh.k, fresh.row_bytes);
+    copy_bytes(item.page.exact_v(kv, row), fresh.v, fresh.row_bytes);
+  }
+  if (layout.update_due(item.n)) {
+    update<T>(call, {item.page, item.set, item.n}, x.update, &x.prefetcher);
+  }
+}
+
+// Item i of a step: rows in order, of each one its sets. What a page holds of these lies side by
+// side, so memory is read in long stretches.
+inline DecodeItem decode_item_at(const Call& call, int64_t i, const Indices& seq_lens) {
+  const int64_t row = i / call.layout.num_sparse_heads;
+  return {row, call.page(call.slots[row]), i % call.layout.num_sparse_heads, seq_lens[row]};
+}
+
+// Takes tasks until none is left. The next one is taken before the last item of a task, so that its
+// pages can be prefetched in time.
+template <DType D>
+void decode_items(const Call& call, const Indices& seq_lens, WorkQueue& queue, char* memory) {
+  using T = Compute<D>;
+  Workspace workspace(memory);
+  DecodeWorkspace<T> x(call.layout, workspace);
+  int64_t reading = 0;  // bytes of the item at hand, once they were pushed
+  for (int64_t task = queue.take(); task < queue.tasks;) {
+    const int64_t first = task * queue.task_size, left = queue.items - first;
+    const int64_t count = left < queue.task_size ? left : queue.task_size;
+    DecodeItem own[kMaxTaskSize];
+    for (int64_t i = 0; i < count; ++i) own[i] = decode_item_at(call, first + i, seq_lens);
+    int64_t next_task = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t next = first + i + 1;
+      if (i + 1 == count) {
+        next_task = queue.take();
+        next = next_task * queue.task_size;
+      }
+      if (reading == 0) reading = push_reads<T>(call, own[i], x.prefetcher);
+      const int64_t coming =
+          next < queue.items
+              ? push_reads<T>(call, decode_item_at(call, next, seq_lens), x.prefetcher)
+              : 0;
+      x.prefetcher.keep_distance(reading + coming);
+      reading = coming;
+      if (i == 0) map_queries(call, own, count, x);
+      decode_item<D>(call, own[i], features_of(call, i, x), x);
+    }
+    queue.finish();
+    task = next_task;
+  }
+}
+
+// Prefill token by token: items [begin, end) of rows by KV heads.
+template <DType D>
+void decode_tokens(const Call& call, const NewTokens* rows, int64_t begin, int64_t end,
+                   char* memory) {
+  using T = Compute<D>;
+  Workspace workspace(memory);
+  DecodeWorkspace<T> x(call.layout, workspace);
+  const int64_t sets = call.layout.sets_per_kv_head(), kv_heads = call.layout.num_kv_heads;
+  for (int64_t i = begin; i < end; ++i) {
+    const NewTokens& row = rows[i / kv_heads];
+    const Page page = call.page(row.slot);
+    const int64_t kv = i % kv_heads;
+    for (int64_t t = 0; t < row.count; ++t) {
+      for (int64_t set = kv * sets; set < (kv + 1) * sets; ++set) {
+        const DecodeItem item = {row.token + t, page, set, row.position + t + 1};
+        map_queries(call, &item, 1, x);
+        decode_item<D>(call, item, features_of(call, 0, x), x);
+      }
+    }
   }
 }
 

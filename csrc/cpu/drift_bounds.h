@@ -1,5 +1,5 @@
-// What is known of the recall errors of cached pairs between computations of them, for updates of
-// interval 1.
+// Bounds on the recall errors of cached pairs between two computations of them, for updates of
+// interval 1 (docs/algorithm.md, section 3). A page keeps them.
 //
 // A fold of phi_l and v_l moves the prediction p = n / z of another pair towards v_l:
 //   p' = p + t (v_l - p),  t = c / (z + c),  c = phi . phi_l <= ||phi|| ||phi_l||.
@@ -11,48 +11,44 @@
 #pragma once
 
 #include "bounds.h"
-#include "cpu/attend.h"
-#include "cpu/update_exact.h"
+#include "cpu/call.h"
+#include "cpu/prefetch.h"
+#include "cpu/rows.h"
 
 LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
 
-// A pair's share of its set's score: its recall error, or that over ||v||. Of a bound: a bound.
+// What a pair of one state head adds to its score: its recall error, or that over ||v||. Of a
+// bound: a bound.
 template <typename T, typename V>
 LOLA_INLINE V score_of(V error, V value, bool relative) {
   return relative ? error / max(value, V{} + T(1e-6)) : error;
 }
 
-// Number 0 of the first pair of a head.
-template <typename T>
-LOLA_INLINE T* bounds_of(const LolaArgs& a, int64_t page, int64_t head) {
-  return reinterpret_cast<T*>(a.bounds.at(page, head, 0));
-}
-
 // Stores the direction of v - p in `to` [d] and returns u . (v - p); `along` gets u . v and `scale`
-// 1 / length of what was stored. `inverse` times `n` is p. `x` is scratch for whole vectors.
+// 1 / length of what was stored. `inverse` times `n` is p. `x` is room for a padded row.
 template <typename T>
-T keep_direction(const T* v, const T* n, T inverse, int64_t d, T* x, int8_t* to, T* along,
-                 T* scale) {
+T store_direction(const T* v, const T* n, T inverse, int64_t d, T* x, int8_t* to, T* along,
+                  T* scale) {
   const int64_t dp = round_up<T>(d);
   Vec<T> largest{};
   for (int64_t i = 0; i < dp; i += kLanes<T>) {
-    const Vec<T> rest = fma(load(n + i), splat(-inverse), load(v + i));
-    store<T>(x + i, rest);
-    largest = max(max(rest, -rest), largest);
+    const Vec<T> error = fma(load(n + i), splat(-inverse), load(v + i));
+    store<T>(x + i, error);
+    largest = max(max(error, -error), largest);
   }
   const T top = reduce<Max>(largest);
   const Vec<T> steps = splat(top > 0 ? T(127) / top : T(0));
   const Vec<T> magic = splat(sizeof(T) == 8 ? T(6755399441055744.0) : T(12582912));
-  Vec<T> with_rest{}, with_v{}, square{};
+  Vec<T> with_error{}, with_v{}, square{};
   for (int64_t i = 0; i < dp; i += kLanes<T>) {
-    const Vec<T> rest = load(x + i);
+    const Vec<T> error = load(x + i);
     // Rounded to integers; a NaN or an overflow leaves something in range.
-    const Vec<T> u = max(min(rest * steps + magic - magic, splat(T(127))), splat(T(-127)));
+    const Vec<T> u = max(min(error * steps + magic - magic, splat(T(127))), splat(T(-127)));
     store<T>(x + i, u);
-    with_rest = fma(u, rest, with_rest);
+    with_error = fma(u, error, with_error);
     with_v = fma(u, load(v + i), with_v);
     square = fma(u, u, square);
   }
@@ -60,66 +56,60 @@ T keep_direction(const T* v, const T* n, T inverse, int64_t d, T* x, int8_t* to,
   const T length = __builtin_sqrt(reduce<Sum>(square));
   *scale = length > 0 ? T(1) / length : T(0);
   *along = reduce<Sum>(with_v) * *scale;
-  return reduce<Sum>(with_rest) * *scale;
+  return reduce<Sum>(with_error) * *scale;
 }
 
-// The products of R stored directions, one after the other, with v [dp].
+// The products of R neighbouring directions with v [d padded], lane by lane.
 template <typename T, int R>
-LOLA_INLINE void along_directions(const int8_t* u, int64_t d, const T* v, Vec<T>* lanes) {
+LOLA_INLINE void dot_directions(const int8_t* u, int64_t d, const T* v, Vec<T>* products) {
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) lanes[r] = Vec<T>{};
+  for (int r = 0; r < R; ++r) products[r] = Vec<T>{};
   int64_t i = 0;
   for (; i + kLanes<T> <= d; i += kLanes<T>) {
     const Vec<T> y = load(v + i);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) lanes[r] = fma(load_bytes<T>(u + r * d + i), y, lanes[r]);
+    for (int r = 0; r < R; ++r) products[r] = fma(load_bytes<T>(u + r * d + i), y, products[r]);
   }
   for (; i < d; ++i) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) lanes[r][0] += static_cast<T>(u[r * d + i]) * v[i];
+    for (int r = 0; r < R; ++r) products[r][0] += static_cast<T>(u[r * d + i]) * v[i];
   }
 }
 
 // The bound of a pair after another was folded. c is at least the product of their features,
-// `there` is u . v_l, and along - low is at least u . p.
+// `along_fold` is u . v_l, and along - low is at least u . p.
 template <typename T, typename V>
-LOLA_INLINE V lower(V low, V sum, V c, V along, V there) {
-  const V ahead = there - (along - low);
-  return low - (ahead > 0 ? c / (sum + c) * T(1.0001) * ahead : V{});
+LOLA_INLINE V lower(V low, V sum, V c, V along, V along_fold) {
+  const V nearer = along_fold - (along - low);  // u . (v_l - p), at most
+  return low - (nearer > 0 ? c / (sum + c) * T(1.0001) * nearer : V{});
 }
 
-// Takes note of a folded pair in the numbers of a head's pairs. x.scores is scratch for one number
-// per pair.
+// Lowers the bounds of the `count` pairs of one state head for the fold of features phi_l
+// [2F padded] and a value v_l [d padded]. `products` is room for a number per pair.
 template <typename T>
-void drift_apart(const LolaArgs& a, int64_t page, int64_t head, const T* phi_l, const T* v_l,
-                 UpdateScratch<T>& x, Ahead* ahead) {
-  const int64_t lam = a.lam, d = a.d;
-  const int8_t* const u = a.direction_rows(page, head);
-  T* const along = x.scores;
+void lower_bounds(const ErrorBounds<T>& b, int64_t count, int64_t d, const T* phi_l,
+                  int64_t phi_padded, const T* v_l, T* products, Prefetcher* prefetcher) {
   Vec<T> lanes[4];
   int64_t i = 0;
-  for (; i + 4 <= lam; i += 4) {
-    ahead->template ask<3>();
-    along_directions<T, 4>(u + i * d, d, v_l, lanes);
-    sum_lanes(lanes, along + i, 1);
+  for (; i + 4 <= count; i += 4) {
+    prefetcher->prefetch<3>();
+    dot_directions<T, 4>(b.directions + i * d, d, v_l, lanes);
+    sum_lanes(lanes, products + i, 1);
   }
-  for (; i < lam; ++i) {
-    along_directions<T, 1>(u + i * d, d, v_l, lanes);
-    along[i] = reduce<Sum>(lanes[0]);
+  for (; i < count; ++i) {
+    dot_directions<T, 1>(b.directions + i * d, d, v_l, lanes);
+    products[i] = reduce<Sum>(lanes[0]);
   }
-  const T length = norm(phi_l, round_up<T>(2 * a.F));
-  T* const b = bounds_of<T>(a, page, head);
+  const T length = norm(phi_l, phi_padded);
+  T *const low = b.row(kLow), *const sum = b.row(kSum), *const features = b.row(kFeatures);
+  T *const along = b.row(kAlong), *const scale = b.row(kScale);
   i = 0;
-  for (; i + kLanes<T> <= lam; i += kLanes<T>) {
-    const Vec<T> low = lower<T, Vec<T>>(
-        load(b + kLow * lam + i), load(b + kSum * lam + i), load(b + kFeatures * lam + i) * length,
-        load(b + kAlong * lam + i), load(b + kScale * lam + i) * load(along + i));
-    store<T>(b + kLow * lam + i, low);
+  for (; i + kLanes<T> <= count; i += kLanes<T>) {
+    store<T>(low + i, lower<T, Vec<T>>(load(low + i), load(sum + i), load(features + i) * length,
+                                       load(along + i), load(scale + i) * load(products + i)));
   }
-  for (; i < lam; ++i) {
-    b[kLow * lam + i] =
-        lower<T, T>(b[kLow * lam + i], b[kSum * lam + i], b[kFeatures * lam + i] * length,
-                    b[kAlong * lam + i], b[kScale * lam + i] * along[i]);
+  for (; i < count; ++i) {
+    low[i] = lower<T, T>(low[i], sum[i], features[i] * length, along[i], scale[i] * products[i]);
   }
 }
 

@@ -1,32 +1,54 @@
-// The self-recall error (LoLA, arXiv 2505.23666, section 3.2) of a block of candidates:
+// Feature maps, and the self-recall error of a block of pairs (docs/algorithm.md, section 3):
 //   SRE = || v - phi(k)^T H / (phi(k)^T s + 1e-6) ||.
 // Per state head a block is one small matrix product y = k W, two softmaxes, and one product phi H:
-// H comes from cache once per tile of candidates and not once per candidate, which is what bounds a
-// naive loop.
+// H comes from cache once per tile of pairs and not once per pair, which is what bounds a naive
+// loop.
 #pragma once
 
 #include "cpu/call.h"
-#include "cpu/simd.h"
+#include "cpu/gemm.h"
+#include "cpu/rows.h"
+#include "cpu/workspace.h"
 
 LOLA_BEGIN_TARGET();
 namespace lola {
 namespace LOLA_ISA {
 namespace {
 
+// Distance between two rows of features: 2F numbers padded to whole vectors, and room for the
+// vector that feature_map() writes beyond.
 template <typename T>
-struct RecallScratch {
-  T *k, *v, *y, *phi, *predicted, *W, *H, *s, *errors;
-};
-
-template <typename T>
-LOLA_INLINE T norm(const T* x, int64_t padded) {
-  Vec<T> sum{};
-  for (int64_t i = 0; i < padded; i += kLanes<T>) {
-    const Vec<T> a = load(x + i);
-    sum = fma(a, a, sum);
-  }
-  return __builtin_sqrt(reduce<Sum>(sum));
+LOLA_INLINE int64_t feature_stride(const PageLayout& layout) {
+  return round_up<T>(2 * layout.feature_dim) + kLanes<T>;
 }
+
+// For blocks of up to `pairs` pairs.
+template <typename T>
+struct RecallWorkspace {
+  T* k;          // [pairs, d]
+  T* v;          // [pairs, d padded]
+  T* y;          // [pairs, F padded]: k W
+  T* phi;        // [pairs, feature_stride()]
+  T* predicted;  // [pairs, d padded]: phi^T H
+  T* errors;     // [pairs]
+  T* W;          // [d, F padded], where a map is copied
+  T* H;          // [2F, d padded], where H is copied
+  T* s;          // [2F padded]
+
+  RecallWorkspace() = default;
+  RecallWorkspace(const PageLayout& layout, int64_t pairs, Workspace& memory) {
+    const int64_t d = layout.head_dim, dp = round_up<T>(d), F = layout.feature_dim;
+    k = memory.take<T>(pairs * d);
+    v = memory.take<T>(pairs * dp);
+    y = memory.take<T>(pairs * round_up<T>(F));
+    phi = memory.take<T>(pairs * feature_stride<T>(layout));
+    predicted = memory.take<T>(pairs * dp);
+    errors = memory.take<T>(pairs);
+    W = memory.take<T>(d * round_up<T>(F));
+    H = memory.take<T>(2 * F * dp);
+    s = memory.take<T>(round_up<T>(2 * F));
+  }
+};
 
 // phi[0 .. 2F) = clamp(concat(softmax(y), softmax(-y)), min=1e-12), and zeros up to whole vectors.
 // y has F entries padded to whole vectors. phi must have room for 2F + one vector.
@@ -63,30 +85,29 @@ LOLA_INLINE void feature_map(T* y, int64_t F, T* phi) {
   for (int64_t f = F + padded; f < round_up<T>(2 * F); ++f) phi[f] = 0;
 }
 
-// Features of `count` keys in x.k, rows of d, under one head's map, into rows of `phi`.
+// Features of `count` keys in x.k under the map of one state head, into rows of `phi`.
 template <typename T>
-void map_keys(const RecallArgs& a, const RecallScratch<T>& x, int64_t head, int64_t count, T* phi) {
-  const int64_t Fp = round_up<T>(a.F), phi_ld = round_up<T>(2 * a.F) + kLanes<T>;
-  int64_t W_ld;
-  const T* W = padded_matrix<T>(a.feature_map_k.at(head), a.feature_map_k.dtype,
-                                a.feature_map_k.stride[1], a.d, a.F, x.W, &W_ld);
-  gemm<T>(x.k, a.d, W, W_ld, x.y, Fp, count, Fp, a.d);
-  for (int64_t e = 0; e < count; ++e) feature_map(x.y + e * Fp, a.F, phi + e * phi_ld);
+void map_keys(const Call& call, int64_t state_head, int64_t count, const RecallWorkspace<T>& x,
+              T* phi) {
+  const int64_t d = call.layout.head_dim, F = call.layout.feature_dim, Fp = round_up<T>(F);
+  const int64_t phi_stride = feature_stride<T>(call.layout);
+  const T* const W = padded_matrix(call.key_map<T>(state_head), d, F, x.W);
+  gemm<T>(x.k, d, W, Fp, x.y, Fp, count, Fp, d);
+  for (int64_t i = 0; i < count; ++i) feature_map(x.y + i * Fp, F, phi + i * phi_stride);
 }
 
-// SRE of `count` candidates of one state head from their features and, in scratch, their values as
-// rows of whole vectors. `phi` has the stride of x.phi. Leaves
-// phi^T H in x.predicted, and phi^T s + 1e-6 in `sums` unless that is null.
+// SRE of `count` pairs of one state head from rows of their features and their values in x.v.
+// Leaves phi^T H in x.predicted, and phi^T s + 1e-6 in `sums` unless that is null.
 template <typename T>
-void recall_errors(const RecallArgs& a, const RecallScratch<T>& x, const T* phi, int64_t page,
-                   int64_t head, int64_t count, T* errors, T* sums) {
-  const int64_t F2 = 2 * a.F, dp = round_up<T>(a.d), phi_ld = round_up<T>(F2) + kLanes<T>;
-  int64_t H_ld;
-  const T* H = padded_matrix<T>(a.H.at(page, head), a.H.dtype, a.H.stride[2], F2, a.d, x.H, &H_ld);
-  load_row(x.s, a.s.at(page, head), a.s.dtype, F2, round_up<T>(F2));
-  gemm<T>(phi, phi_ld, H, H_ld, x.predicted, dp, count, dp, F2);
+void recall_errors(const Page& page, int64_t state_head, const T* phi, int64_t count,
+                   const RecallWorkspace<T>& x, T* errors, T* sums) {
+  const int64_t d = page.layout->head_dim, dp = round_up<T>(d), F2 = 2 * page.layout->feature_dim;
+  const int64_t phi_stride = feature_stride<T>(*page.layout);
+  const T* const H = padded_matrix(page.H<T>(state_head), F2, d, x.H);
+  load_padded(x.s, page.s<T>(state_head), F2, round_up<T>(F2));
+  gemm<T>(phi, phi_stride, H, dp, x.predicted, dp, count, dp, F2);
 
-  for (int64_t e = 0; e < count; ++e, phi += phi_ld) {
+  for (int64_t e = 0; e < count; ++e, phi += phi_stride) {
     Vec<T> z{};
     for (int64_t i = 0; i < round_up<T>(F2); i += kLanes<T>)
       z = fma(load(phi + i), load(x.s + i), z);
@@ -94,8 +115,8 @@ void recall_errors(const RecallArgs& a, const RecallScratch<T>& x, const T* phi,
     const Vec<T> scale = splat(T(1) / denominator);
     Vec<T> sum{};
     for (int64_t i = 0; i < dp; i += kLanes<T>) {
-      const Vec<T> diff = fma(-load(x.predicted + e * dp + i), scale, load(x.v + e * dp + i));
-      sum = fma(diff, diff, sum);
+      const Vec<T> difference = fma(-load(x.predicted + e * dp + i), scale, load(x.v + e * dp + i));
+      sum = fma(difference, difference, sum);
     }
     errors[e] = __builtin_sqrt(reduce<Sum>(sum));
     if (sums != nullptr) sums[e] = denominator;
@@ -111,24 +132,6 @@ void add_relative(const T* v, int64_t dp, const T* errors, int64_t count, bool f
     const T ratio = errors[i] / (length > T(1e-6) ? length : T(1e-6));
     sums[i] = first ? ratio : sums[i] + ratio;
   }
-}
-
-// Divides one block of memory into the buffers; returns the elements needed (with null: only that).
-template <typename T>
-int64_t carve(const RecallArgs& a, int64_t block, T* base, RecallScratch<T>* x) {
-  const int64_t F2 = 2 * a.F, Fp = round_up<T>(a.F), dp = round_up<T>(a.d);
-  const int64_t sizes[] = {
-      block * a.d, block * dp, block * Fp, block * (round_up<T>(F2) + kLanes<T>),
-      block * dp,  a.d * Fp,   F2 * dp,    round_up<T>(F2),
-      block};
-  T** const parts[] = {&x->k, &x->v, &x->y, &x->phi,   &x->predicted,
-                       &x->W, &x->H, &x->s, &x->errors};
-  int64_t used = 0;
-  for (int i = 0; i < 9; ++i) {
-    if (base != nullptr) *parts[i] = base + used;
-    used += (sizes[i] + 15) / 16 * 16;  // cache lines (of floats): aligned vectors
-  }
-  return used;
 }
 
 }  // namespace

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "cpu/target.h"
-#include "layout.h"
 
 LOLA_BEGIN_TARGET();
 namespace lola {
@@ -177,47 +176,6 @@ LOLA_INLINE Vec<T> load_bytes(const int8_t* p) {
   return x;
 }
 
-// --- rows of any dtype ---
-
-// dst[0 .. padded) = src[0 .. n) converted, then zeros.
-template <typename T>
-LOLA_INLINE void load_row(T* dst, const char* src, DType dtype, int64_t n, int64_t padded) {
-  int64_t i = 0;
-  if (dtype == DType::bf16) {
-    const uint16_t* p = reinterpret_cast<const uint16_t*>(src);
-    if constexpr (sizeof(T) == 4) {
-      for (; i + kLanes<T> <= n; i += kLanes<T>) store<T>(dst + i, load_bf16(p + i));
-    }
-    for (; i < n; ++i) dst[i] = static_cast<T>(bf16_to_float(p[i]));
-  } else if (dtype == DType::f32) {
-    const float* p = reinterpret_cast<const float*>(src);
-    for (; i < n; ++i) dst[i] = static_cast<T>(p[i]);
-  } else {
-    const double* p = reinterpret_cast<const double*>(src);
-    for (; i < n; ++i) dst[i] = static_cast<T>(p[i]);
-  }
-  for (; i < padded; ++i) dst[i] = 0;
-}
-
-// dst[0 .. n) = src[0 .. n) rounded to dtype.
-template <typename T>
-LOLA_INLINE void store_row(char* dst, const T* src, DType dtype, int64_t n) {
-  int64_t i = 0;
-  if (dtype == DType::bf16) {
-    uint16_t* p = reinterpret_cast<uint16_t*>(dst);
-    if constexpr (sizeof(T) == 4) {
-      for (; i + kLanes<T> <= n; i += kLanes<T>) store_bf16(p + i, load<T>(src + i));
-    }
-    for (; i < n; ++i) p[i] = float_to_bf16(static_cast<float>(src[i]));
-  } else if (dtype == DType::f32) {
-    float* p = reinterpret_cast<float*>(dst);
-    for (; i < n; ++i) p[i] = static_cast<float>(src[i]);
-  } else {
-    double* p = reinterpret_cast<double*>(dst);
-    for (; i < n; ++i) p[i] = static_cast<double>(src[i]);
-  }
-}
-
 // --- reductions over lanes, by halves ---
 
 typedef float F4 __attribute__((vector_size(16)));
@@ -354,108 +312,6 @@ LOLA_INLINE Vec<double> exp(Vec<double> x) {
   y *= bits<Vec<double>>((bits<Longs>(shifted) << 52) + (uint64_t{1023} << 52));
   y = x < -708.3 ? Vec<double>{} : y;
   return x > 709.0 ? splat(__builtin_inf()) : y;
-}
-
-// --- small matrix product ---
-
-// Accumulators of a tile: rows x vectors, as many as the registers hold beside their operands.
-#if LOLA_VEC_BYTES == 64
-constexpr int kTileRows = 6, kTileVecs = 4;
-#elif LOLA_VEC_BYTES == 32
-constexpr int kTileRows = 6, kTileVecs = 2;
-#else
-constexpr int kTileRows = 4, kTileVecs = 2;
-#endif
-
-// a(i, p) lies at a[i * row + p * col].
-template <typename T, int R, int V>
-LOLA_INLINE void gemm_tile(const T* a, int64_t row, int64_t col, const T* b, int64_t ldb, int64_t K,
-                           T* c, int64_t ldc) {
-  Vec<T> acc[R][V];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) acc[i][j] = Vec<T>{};
-  }
-  for (int64_t p = 0; p < K; ++p, b += ldb) {
-    Vec<T> x[V];
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) x[j] = load(b + j * kLanes<T>);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const Vec<T> y = splat(a[i * row + p * col]);
-#pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) acc[i][j] = fma(y, x[j], acc[i][j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) store<T>(c + i * ldc + j * kLanes<T>, acc[i][j]);
-  }
-}
-
-template <typename T, int V>
-LOLA_INLINE void gemm_columns(const T* a, int64_t row, int64_t col, const T* b, int64_t ldb, T* c,
-                              int64_t ldc, int64_t M, int64_t K) {
-  int64_t i = 0;
-  for (; i + kTileRows <= M; i += kTileRows) {
-    gemm_tile<T, kTileRows, V>(a + i * row, row, col, b, ldb, K, c + i * ldc, ldc);
-  }
-  // What is left in at most two tiles: b streams from memory where M is the heads of a group.
-  if (M - i >= 3) {
-    gemm_tile<T, 3, V>(a + i * row, row, col, b, ldb, K, c + i * ldc, ldc);
-    i += 3;
-  }
-  if (M - i == 2) {
-    gemm_tile<T, 2, V>(a + i * row, row, col, b, ldb, K, c + i * ldc, ldc);
-  } else if (M - i == 1) {
-    gemm_tile<T, 1, V>(a + i * row, row, col, b, ldb, K, c + i * ldc, ldc);
-  }
-}
-
-template <typename T>
-void gemm_strided(const T* a, int64_t row, int64_t col, const T* b, int64_t ldb, T* c, int64_t ldc,
-                  int64_t M, int64_t N, int64_t K) {
-  int64_t j = 0;
-  for (; j + kTileVecs * kLanes<T> <= N; j += kTileVecs * kLanes<T>) {
-    gemm_columns<T, kTileVecs>(a, row, col, b + j, ldb, c + j, ldc, M, K);
-  }
-  for (; j < N; j += kLanes<T>) gemm_columns<T, 1>(a, row, col, b + j, ldb, c + j, ldc, M, K);
-}
-
-// c[M, N] = a[M, K] @ b[K, N], row-major; N a multiple of the lanes. Each element is one sum in the
-// order of K, whatever M and N. Columns are the outer loop, so that a panel of b stays in L1 while
-// all rows of a pass over it.
-template <typename T>
-void gemm(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t M, int64_t N,
-          int64_t K) {
-  gemm_strided<T>(a, lda, 1, b, ldb, c, ldc, M, N, K);
-}
-
-// c[M, N] = a[K, M]^T @ b[K, N], likewise.
-template <typename T>
-void gemm_transposed(const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t M,
-                     int64_t N, int64_t K) {
-  gemm_strided<T>(a, 1, lda, b, ldb, c, ldc, M, N, K);
-}
-
-// A matrix [rows, cols] as T with rows padded to whole vectors: the source itself where it already
-// is that, else a converted copy in `scratch`, which must hold rows * round_up<T>(cols). Writes the
-// row stride to `ld`.
-template <typename T>
-const T* padded_matrix(const char* src, DType dtype, int64_t src_ld, int64_t rows, int64_t cols,
-                       T* scratch, int64_t* ld) {
-  constexpr DType own = sizeof(T) == 8 ? DType::f64 : DType::f32;
-  if (dtype == own && cols % kLanes<T> == 0) {
-    *ld = src_ld;
-    return reinterpret_cast<const T*>(src);
-  }
-  *ld = round_up<T>(cols);
-  for (int64_t i = 0; i < rows; ++i) {
-    load_row(scratch + i * *ld, src + i * src_ld * size_of(dtype), dtype, cols, *ld);
-  }
-  return scratch;
 }
 
 }  // namespace

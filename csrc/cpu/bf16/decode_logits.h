@@ -4,6 +4,7 @@
 
 #include "cpu/attend.h"
 #include "cpu/call.h"
+#include "cpu/prefetch.h"
 
 LOLA_BEGIN_TARGET();
 namespace lola {
@@ -39,8 +40,8 @@ LOLA_INLINE __m512bh load_pairs(const char* p) { return bits<__m512bh>(_mm512_lo
 // Scaled logits of `rows` neighbouring keys for G heads. A tile that is not full repeats its last
 // key, so that a key's logit does not depend on where it lies.
 template <int G>
-LOLA_INLINE void pairs_tile(const char* q, int64_t q_bytes, const char* k, int64_t row_bytes,
-                            int64_t rows, float scale, float* z, int64_t ld) {
+LOLA_INLINE void pair_logits_tile(const char* q, int64_t q_bytes, const char* k, int64_t row_bytes,
+                                  int64_t rows, float scale, float* z, int64_t ld) {
   __m512 acc[G][kDotRows];
 #pragma GCC unroll 8
   for (int h = 0; h < G; ++h) {
@@ -72,38 +73,41 @@ LOLA_INLINE void pairs_tile(const char* q, int64_t q_bytes, const char* k, int64
 }
 
 template <int G>
-void pairs_rows(const char* q, int64_t q_bytes, const char* k, int64_t row_bytes, int64_t count,
-                float scale, float* z, int64_t ld, Ahead* ahead) {
+void pair_logits(const char* q, int64_t q_bytes, const char* k, int64_t row_bytes, int64_t count,
+                 float scale, float* z, int64_t ld, Prefetcher* prefetcher) {
   int64_t i = 0;
   for (; i + kDotRows <= count; i += kDotRows, k += kDotRows * row_bytes) {
-    if (ahead != nullptr) {
-      for (int64_t j = 0; j < row_bytes; j += 64) ahead->ask<kDotRows>();
+    if (prefetcher != nullptr) {
+      for (int64_t j = 0; j < row_bytes; j += 64) prefetcher->prefetch<kDotRows>();
     }
-    pairs_tile<G>(q, q_bytes, k, row_bytes, kDotRows, scale, z + i, ld);
+    pair_logits_tile<G>(q, q_bytes, k, row_bytes, kDotRows, scale, z + i, ld);
   }
-  if (i < count) pairs_tile<G>(q, q_bytes, k, row_bytes, count - i, scale, z + i, ld);
+  if (i < count) pair_logits_tile<G>(q, q_bytes, k, row_bytes, count - i, scale, z + i, ld);
 }
 
-// Whether logits can be computed so: rows are whole vectors of pairs.
-inline bool pairs_fit(const LolaArgs& a) {
-  return a.q.dtype == DType::bf16 && a.exact_k.dtype == DType::bf16 && a.d % 32 == 0;
+// Whether a call's logits can be computed so: rows are whole vectors of pairs.
+inline bool multiplies_pairs(const Call& call) {
+  return call.q.dtype == DType::bf16 && call.layout.kv_dtype == DType::bf16 &&
+         call.layout.head_dim % 32 == 0;
 }
 
-// Logits of `heads` query heads, q_bytes apart, over `count` rows.
-inline void pairs_dot(const char* q, int64_t q_bytes, int64_t heads, const char* k,
-                      int64_t row_bytes, int64_t count, float scale, float* z, int64_t ld,
-                      Ahead* ahead) {
-  int64_t h = 0;
-  for (; h + 3 <= heads; h += 3) {
-    pairs_rows<3>(q + h * q_bytes, q_bytes, k, row_bytes, count, scale, z + h * ld, ld, ahead);
-    ahead = nullptr;  // the first heads have done the asking
+// Logits of query heads, q_bytes apart, with the keys of a segment: as SegmentLogits, for groups of
+// up to three heads.
+struct PairLogits {
+  const char* q;
+  int64_t q_bytes;
+  const Segment& segment;
+  float scale;
+  float* z;
+  int64_t z_stride;
+  Prefetcher* prefetcher;
+
+  template <int G>
+  LOLA_INLINE void run(int64_t h) const {
+    pair_logits<G>(q + h * q_bytes, q_bytes, segment.k, segment.row_bytes, segment.count, scale,
+                   z + h * z_stride, z_stride, h == 0 ? prefetcher : nullptr);
   }
-  if (heads - h == 2) {
-    pairs_rows<2>(q + h * q_bytes, q_bytes, k, row_bytes, count, scale, z + h * ld, ld, ahead);
-  } else if (heads - h == 1) {
-    pairs_rows<1>(q + h * q_bytes, q_bytes, k, row_bytes, count, scale, z + h * ld, ld, ahead);
-  }
-}
+};
 
 }  // namespace
 }  // namespace LOLA_ISA

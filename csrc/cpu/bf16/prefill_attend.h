@@ -1,7 +1,7 @@
-// Kernel body of prefill where the machine multiplies bfloat16: softmax attention of a block of
-// queries with bfloat16 keys and values, by dot products of pairs of elements.
+// Prefill where the machine multiplies bfloat16: softmax attention of a block of queries with
+// bfloat16 keys and values, by dot products of pairs of elements.
 //
-// Logits are keys by columns of queries, as in prefill_kernel.h. A pair of a key's elements is
+// Logits are keys by columns of queries, as in cpu/prefill.h. A pair of a key's elements is
 // broadcast from where it lies, so keys are never copied; of values two rows are interleaved.
 // Products of bfloat16 are exact in float32, where all sums run. A softmax weight is taken as the
 // sum of two bfloat16 numbers, its rounded value and the rounded rest, which keeps 16 bits of it:
@@ -10,7 +10,11 @@
 // smaller than that of the sum.
 #pragma once
 
-#include "cpu/candidates.h"
+#include "cpu/attend.h"
+#include "cpu/call.h"
+#include "cpu/query_block.h"
+#include "cpu/rows.h"
+#include "cpu/workspace.h"
 
 LOLA_BEGIN_TARGET();
 namespace lola {
@@ -20,17 +24,33 @@ namespace {
 constexpr int64_t kPanelVecs = 4;   // vectors of query columns that share a pass over the keys
 constexpr int64_t kDotKeys = 6;     // keys, or columns, of a tile: with 4 vectors 24 accumulators
 constexpr int64_t kPairBlock = 64;  // pairs of keys whose weights and values lie in L1
-constexpr float kSmallShare = 1.0f / 1024;
+constexpr float kSmallWeight = 1.0f / 1024;  // of a column's sum
+// Of the weights of a block of pairs of keys, where those of all its columns' rests begin.
+constexpr int64_t kRests = kPairBlock * kPanelVecs * kLanes<float>;
 
-struct DotScratch {
-  const char **k, **v;              // rows of the keys and values
-  uint32_t *q_pairs, *v_pairs, *p;  // pairs along d; pairs of rows; pairs of weights and of rests
-  float* z;
+struct PairWorkspace {
+  const char **k, **v;  // [keys]: rows of the keys and values
+  uint32_t* q_pairs;    // [d / 2, columns]: pairs along d
+  uint32_t* v_pairs;    // [keys / 2, d]: pairs of rows
+  uint32_t* p;          // [2, kPairBlock, columns of a panel]: pairs of weights, and of rests
+  float* z;             // [keys, columns of a panel]: logits
   int64_t keys, columns;
+
+  PairWorkspace() = default;
+  PairWorkspace(const PageLayout& layout, int64_t max_columns, Workspace& memory) {
+    const int64_t d = layout.head_dim;
+    const int64_t max_keys = layout.max_set_size() + layout.exact_size() + kDotKeys;
+    k = memory.take<const char*>(max_keys);
+    v = memory.take<const char*>(max_keys);
+    q_pairs = memory.take<uint32_t>(d / 2 * max_columns);
+    v_pairs = memory.take<uint32_t>((max_keys + 1) / 2 * d);
+    p = memory.take<uint32_t>(2 * kRests);
+    z = memory.take<float>(max_keys * kPanelVecs * kLanes<float>);
+  }
 };
 
-// What is read and written per column: as in PrefillScratch.
-struct DotColumns {
+// What is read and written per column: as in PrefillWorkspace.
+struct PairColumns {
   float *y, *limit, *sum, *largest;
 };
 
@@ -69,7 +89,7 @@ LOLA_INLINE Vec<float> exp2_short(Vec<float> x) {
 
 // Logits in units of ln 2 of a tile of keys from `first` on, for V vectors of columns at `m`.
 template <int V>
-LOLA_INLINE void logit_tile(const DotScratch& x, const float* limit, int64_t m, int64_t first,
+LOLA_INLINE void logit_tile(const PairWorkspace& x, const float* limit, int64_t m, int64_t first,
                             int64_t d, float scale, int64_t all, Vec<float>* high) {
   Vec<float> acc[kDotKeys][V];
 #pragma GCC unroll 8
@@ -122,9 +142,6 @@ LOLA_INLINE void store_rounded(uint32_t* p, Vec<float>* even, Vec<float>* odd) {
   *odd = *odd - bits<Vec<float>>(wide_high);
 }
 
-// Of the weights of a block of pairs of keys, where those of all its columns' rests begin.
-constexpr int64_t kRests = kPairBlock * kPanelVecs * kLanes<float>;
-
 // The weights of a pair of keys from their logits for one vector of columns: rounded at p, and the
 // rests of those above `least` at p + kRests. Returns a bit for each column that has a rest.
 LOLA_INLINE uint64_t weigh(const float* z, int64_t ld, Vec<float> high, int64_t key, int64_t all,
@@ -155,6 +172,11 @@ LOLA_INLINE uint64_t pairs_with_rests(const uint64_t* rests, uint64_t tile) {
     pairs |= some << i;
   }
   return pairs;
+}
+
+// A bit for each of `width` columns from m on.
+LOLA_INLINE uint64_t tile_columns(int64_t m, int width) {
+  return ((uint64_t(1) << width) - 1) << m;
 }
 
 // acc += the weights of R columns for one pair of keys times V vectors of the values.
@@ -201,23 +223,23 @@ template <int V>
 LOLA_INLINE void value_columns(const uint32_t* p, const uint32_t* v, int64_t d, int64_t pairs,
                                int64_t columns, const uint64_t* rests, float* y) {
   int64_t m = 0;
-  const auto of_tile = [&](int width) {
-    return pairs_with_rests(rests, ((uint64_t(1) << width) - 1) << m);
-  };
   for (; m + kDotKeys <= columns; m += kDotKeys) {
-    value_tile<kDotKeys, V>(p + m, v, d, pairs, of_tile(kDotKeys), y + m * d);
+    const uint64_t some = pairs_with_rests(rests, tile_columns(m, kDotKeys));
+    value_tile<kDotKeys, V>(p + m, v, d, pairs, some, y + m * d);
   }
   // Columns are whole vectors: what is left is a multiple of two.
   if (columns - m == 4) {
-    value_tile<4, V>(p + m, v, d, pairs, of_tile(4), y + m * d);
+    const uint64_t some = pairs_with_rests(rests, tile_columns(m, 4));
+    value_tile<4, V>(p + m, v, d, pairs, some, y + m * d);
   } else if (columns - m == 2) {
-    value_tile<2, V>(p + m, v, d, pairs, of_tile(2), y + m * d);
+    const uint64_t some = pairs_with_rests(rests, tile_columns(m, 2));
+    value_tile<2, V>(p + m, v, d, pairs, some, y + m * d);
   }
 }
 
 // Attention of V vectors of columns from m on: unnormalized sums of values into y.
 template <int V>
-void attend_panel(const DotScratch& x, const DotColumns& c, int64_t m, int64_t d, float scale) {
+void attend_panel(const PairWorkspace& x, const PairColumns& c, int64_t m, int64_t d, float scale) {
   constexpr int64_t ld = kPanelVecs * kLanes<float>;
   Vec<float> high[V], total[V], fewest = load(c.limit + m);
 #pragma GCC unroll 8
@@ -242,7 +264,7 @@ void attend_panel(const DotScratch& x, const DotColumns& c, int64_t m, int64_t d
     const int64_t left = pairs - block, count = left < kPairBlock ? left : kPairBlock;
     Vec<float> least[V];
 #pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) least[j] = total[j] * kSmallShare;
+    for (int j = 0; j < V; ++j) least[j] = total[j] * kSmallWeight;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t key = 2 * (block + i);
       uint64_t some = 0;
@@ -271,40 +293,27 @@ void attend_panel(const DotScratch& x, const DotColumns& c, int64_t m, int64_t d
   }
 }
 
-// Whether rows of this call can be taken in pairs of elements as they lie.
-inline bool takes_dots(const LolaArgs& a) {
-  return a.exact_k.dtype == DType::bf16 && a.q.dtype == DType::bf16 && a.d % kLanes<float> == 0;
-}
-
-inline int64_t carve_dots(const LolaArgs& a, char* base, DotScratch* x) {
-  const int64_t keys = a.lam + a.sink + a.ring() + kDotKeys, d = a.d;
-  const int64_t columns = round_up<float>(a.Hq / a.Hg * query_block(a));
-  int64_t used = 0;
-  x->k = take_as<const char*>(base, keys, &used);
-  x->v = take_as<const char*>(base, keys, &used);
-  x->q_pairs = take_as<uint32_t>(base, d / 2 * columns, &used);
-  x->v_pairs = take_as<uint32_t>(base, (keys + 1) / 2 * d, &used);
-  x->p = take_as<uint32_t>(base, 2 * kRests, &used);
-  x->z = take_as<float>(base, keys * kPanelVecs * kLanes<float>, &used);
-  return used;
+// Whether rows of a call can be taken in pairs of elements as they lie.
+inline bool attends_pairs(const Call& call) {
+  return call.layout.kv_dtype == DType::bf16 && call.q.dtype == DType::bf16 &&
+         call.layout.head_dim % kLanes<float> == 0;
 }
 
 // Rows of keys and values in the order sparse cache, sinks, window. Returns their number; the rows
 // up to a whole tile repeat the last one, which no query sees.
-inline int64_t list_keys(const LolaArgs& a, const AttendItem& item, DotScratch& x) {
-  const int64_t kv = item.set / (a.Hg / a.Hkv), page = item.page;
-  const int64_t end = item.position + item.first + item.count;
-  const int64_t cached = a.num_sparse(item.position), start = a.window_start(item.position);
-  const int64_t sinks = end < a.sink ? end : a.sink;
+inline int64_t list_keys(const QueryBlock& block, PairWorkspace& x) {
+  const PageLayout& layout = *block.page.layout;
+  const int64_t kv = layout.kv_head_of(block.set), cached = block.cached(), sinks = block.sinks();
+  const int64_t start = block.window_start(), end = block.end();
   int64_t n = 0;
   for (; n < cached; ++n) {
-    x.k[n] = a.sparse_k.at(page, item.set, n);
-    x.v[n] = a.sparse_v.at(page, item.set, n);
+    x.k[n] = block.page.sparse_k(block.set, n);
+    x.v[n] = block.page.sparse_v(block.set, n);
   }
   for (int64_t i = 0; i < sinks + (end > start ? end - start : 0); ++i, ++n) {
-    const int64_t row = i < sinks ? i : a.exact_row(start + i - sinks);
-    x.k[n] = a.exact_k.at(page, kv, row);
-    x.v[n] = a.exact_v.at(page, kv, row);
+    const int64_t row = i < sinks ? i : layout.exact_row(start + i - sinks);
+    x.k[n] = block.page.exact_k(kv, row);
+    x.v[n] = block.page.exact_v(kv, row);
   }
   for (int64_t i = n; i % kDotKeys != 0; ++i) x.k[i] = x.k[n - 1];
   return n;
@@ -324,33 +333,40 @@ inline void interleave_rows(const char* even, const char* odd, int64_t d, uint32
   }
 }
 
+// attend_panel() for V vectors of columns, from vector h on.
+struct Panels {
+  const PairWorkspace& x;
+  const PairColumns& columns;
+  int64_t d;
+  float scale;
+
+  template <int V>
+  LOLA_INLINE void run(int64_t h) const {
+    attend_panel<V>(x, columns, h * kLanes<float>, d, scale);
+  }
+};
+
 // Fills y, sum and largest of a block's columns; y is not divided by the sums yet.
-inline void attend_dots(const LolaArgs& a, const AttendItem& item, DotScratch& x,
-                        const DotColumns& c) {
-  const int64_t d = a.d, heads = a.Hq / a.Hg, L = item.count, M = heads * L;
+inline void attend_pairs(const Call& call, const QueryBlock& block, PairWorkspace& x,
+                         const PairColumns& columns) {
+  const int64_t d = call.layout.head_dim, heads = call.layout.heads_per_set();
+  const int64_t L = block.count, M = heads * L;
   x.columns = round_up<float>(M);
   for (int64_t m = 0; m < x.columns; ++m) {
-    const char* const q = m < M ? a.q.at(item.token + m % L, item.set * heads + m / L) : nullptr;
+    const char* const q =
+        m < M ? call.q.row(block.token + m % L, block.set * heads + m / L) : nullptr;
     for (int64_t p = 0; p < d / 2; ++p) {
       uint32_t pair = 0;
       if (q != nullptr) __builtin_memcpy(&pair, q + 4 * p, sizeof pair);
       x.q_pairs[p * x.columns + m] = pair;
     }
   }
-  const int64_t keys = list_keys(a, item, x);
-  x.keys = keys;
-  for (int64_t i = 0; i < keys; i += 2) {
-    interleave_rows(x.v[i], i + 1 < keys ? x.v[i + 1] : nullptr, d, x.v_pairs + i / 2 * d);
+  x.keys = list_keys(block, x);
+  for (int64_t i = 0; i < x.keys; i += 2) {
+    interleave_rows(x.v[i], i + 1 < x.keys ? x.v[i + 1] : nullptr, d, x.v_pairs + i / 2 * d);
   }
   const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(d));
-  int64_t m = 0;
-  for (; m + kPanelVecs * kLanes<float> <= x.columns; m += kPanelVecs * kLanes<float>) {
-    attend_panel<kPanelVecs>(x, c, m, d, scale);
-  }
-  const int64_t left = (x.columns - m) / kLanes<float>;
-  if (left == 3) attend_panel<3>(x, c, m, d, scale);
-  if (left == 2) attend_panel<2>(x, c, m, d, scale);
-  if (left == 1) attend_panel<1>(x, c, m, d, scale);
+  for_head_groups<kPanelVecs>(x.columns / kLanes<float>, Panels{x, columns, d, scale});
 }
 
 }  // namespace
