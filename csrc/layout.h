@@ -29,8 +29,8 @@ struct PageLayout {
   int64_t page_bytes;
   int64_t H, s, positions, sparse_k, sparse_v, exact_k, exact_v, bounds, directions;
 
-  // Query heads that a sparse set serves, that share a hidden state, and so on: heads of every kind
-  // are grouped in order.
+  // Heads of one kind for each of another. They are grouped in order: query head h has the hidden
+  // state h / heads_per_state(), for instance.
   LOLA_HOST_DEVICE int64_t heads_per_set() const { return num_heads / num_sparse_heads; }
   LOLA_HOST_DEVICE int64_t heads_per_state() const { return num_heads / num_state_heads; }
   LOLA_HOST_DEVICE int64_t states_per_set() const { return num_state_heads / num_sparse_heads; }

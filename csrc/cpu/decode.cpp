@@ -47,16 +47,16 @@ int64_t item_bytes(const PageLayout& layout) {
 }  // namespace
 
 void decode_cpu(const Call& call, int64_t rows, const Indices& seq_lens) {
-  const Kernels& run = kernels(call.layout.kv_dtype);
-  const int64_t items = rows * call.layout.num_sparse_heads, bytes = run.decode_bytes(call);
+  const Kernels& kernel = kernels(call.layout.kv_dtype);
+  const int64_t items = rows * call.layout.num_sparse_heads, bytes = kernel.decode_bytes(call);
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(),
                                             1 + items * item_bytes(call.layout) / kThreadBytes);
   // Several tasks for each thread, of the sets of a row or more: these lie side by side in its
   // page.
   WorkQueue queue{items, std::clamp<int64_t>(items / (4 * threads), 1, kMaxTaskSize)};
-  if (threads == 1) return run.decode(call, seq_lens, queue, ThreadMemory::own(bytes));
+  if (threads == 1) return kernel.decode(call, seq_lens, queue, ThreadMemory::own(bytes));
   parallel(threads, bytes, [&](int64_t begin, int64_t, char* workspace) {
-    run.decode(call, seq_lens, queue, workspace);
+    kernel.decode(call, seq_lens, queue, workspace);
     if (begin == 0) await(queue);
   });
 }

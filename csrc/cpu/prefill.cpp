@@ -23,7 +23,7 @@ void answer_zero(const Call& call, int64_t begin, int64_t end) {
 
 void prefill_cpu(const Call& call, int64_t rows, const Indices& query_start_loc,
                  const Indices& context_lens) {
-  const Kernels& run = kernels(call.layout.kv_dtype);
+  const Kernels& kernel = kernels(call.layout.kv_dtype);
   std::vector<NewTokens> new_tokens;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t begin = query_start_loc[r], end = query_start_loc[r + 1];
@@ -36,13 +36,13 @@ void prefill_cpu(const Call& call, int64_t rows, const Indices& query_start_loc,
   if (new_tokens.empty()) return;
   if (call.layout.update_interval < kShortInterval) {
     const auto items = static_cast<int64_t>(new_tokens.size()) * call.layout.num_kv_heads;
-    parallel(items, run.decode_bytes(call), [&](int64_t begin, int64_t end, char* workspace) {
-      run.decode_tokens(call, new_tokens.data(), begin, end, workspace);
+    parallel(items, kernel.decode_bytes(call), [&](int64_t begin, int64_t end, char* workspace) {
+      kernel.decode_tokens(call, new_tokens.data(), begin, end, workspace);
     });
     return;
   }
-  PrefillScheduler scheduler(call, run, new_tokens, torch::stable::get_num_threads());
-  parallel(scheduler.threads(), run.attend_bytes(call),
+  PrefillScheduler scheduler(call, kernel, new_tokens, torch::stable::get_num_threads());
+  parallel(scheduler.threads(), kernel.attend_bytes(call),
            [&](int64_t begin, int64_t end, char* workspace) {
              for (int64_t i = begin; i < end; ++i) scheduler.work(i, workspace);
            });

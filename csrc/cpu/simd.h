@@ -131,7 +131,8 @@ typedef uint32_t Words __attribute__((vector_size(LOLA_VEC_BYTES)));
 LOLA_INLINE Vec<float> load_bf16(const uint16_t* p) {
 #if LOLA_VEC_BYTES == 64
   // GCC widens by halves and joins them again.
-  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits<const __m256i*>(p)));
+  const __m512i words =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return bits<Vec<float>>(_mm512_slli_epi32(words, 16));
 #else
   HalfWords h;
@@ -163,10 +164,10 @@ LOLA_INLINE Vec<T> load_bytes(const int8_t* p) {
 #if LOLA_VEC_BYTES > 16
   if constexpr (sizeof(T) == 4) {  // GCC widens in more steps than one
 #if LOLA_VEC_BYTES == 64
-    const __m128i bytes = _mm_loadu_si128(bits<const __m128i*>(p));
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 #else
-    const __m128i bytes = _mm_loadl_epi64(bits<const __m128i*>(p));
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 #endif
   }

@@ -6,6 +6,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(LOLA_SANITIZE)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace lola {
 
 class ThreadMemory {
@@ -30,17 +34,29 @@ class ThreadMemory {
   static constexpr std::align_val_t kAlignment{64};
 
   ThreadMemory() = default;
-  ~ThreadMemory() { ::operator delete(data_, kAlignment); }
+  ~ThreadMemory() { release(); }
 
   char* at_least(int64_t bytes) {
     if (bytes > bytes_) grow(bytes);
+#if defined(LOLA_SANITIZE)
+    // NaN in every dtype: what a kernel has not written itself shows in its results.
+    ASAN_UNPOISON_MEMORY_REGION(data_, static_cast<std::size_t>(bytes_));
+    std::memset(data_, 0xff, static_cast<std::size_t>(bytes_));
+#endif
     return static_cast<char*>(data_);
   }
 
-  void grow(int64_t bytes) {
+  void release() {
+#if defined(LOLA_SANITIZE)
+    ASAN_UNPOISON_MEMORY_REGION(data_, static_cast<std::size_t>(bytes_));
+#endif
     ::operator delete(data_, kAlignment);
     data_ = nullptr;
     bytes_ = 0;
+  }
+
+  void grow(int64_t bytes) {
+    release();
     const auto size = static_cast<std::size_t>(bytes);
     data_ = ::operator new(size, kAlignment);
     bytes_ = bytes;

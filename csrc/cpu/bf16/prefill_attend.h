@@ -4,10 +4,10 @@
 // Logits are keys by columns of queries, as in cpu/prefill.h. A pair of a key's elements is
 // broadcast from where it lies, so keys are never copied; of values two rows are interleaved.
 // Products of bfloat16 are exact in float32, where all sums run. A softmax weight is taken as the
-// sum of two bfloat16 numbers, its rounded value and the rounded rest, which keeps 16 bits of it:
-// with 8 the answers of quantized models, whose activations enlarge every error, moved away from
-// those of a full cache. Weights below 2^-10 of their column's sum do without the rest: it would be
-// smaller than that of the sum.
+// sum of two bfloat16 numbers, its rounded value and the rounded remainder, which keeps 16 bits of
+// it: with 8 the answers of quantized models, whose activations enlarge every error, moved away
+// from those of a full cache. Weights below 2^-10 of their column's sum do without the remainder:
+// it would be smaller than that of the sum.
 #pragma once
 
 #include "cpu/attend.h"
@@ -25,14 +25,14 @@ constexpr int64_t kPanelVecs = 4;   // vectors of query columns that share a pas
 constexpr int64_t kDotKeys = 6;     // keys, or columns, of a tile: with 4 vectors 24 accumulators
 constexpr int64_t kPairBlock = 64;  // pairs of keys whose weights and values lie in L1
 constexpr float kSmallWeight = 1.0f / 1024;  // of a column's sum
-// Of the weights of a block of pairs of keys, where those of all its columns' rests begin.
-constexpr int64_t kRests = kPairBlock * kPanelVecs * kLanes<float>;
+// Of the weights of a block of pairs of keys, where those of all its columns' remainders begin.
+constexpr int64_t kRemainders = kPairBlock * kPanelVecs * kLanes<float>;
 
 struct PairWorkspace {
   const char **k, **v;  // [keys]: rows of the keys and values
   uint32_t* q_pairs;    // [d / 2, columns]: pairs along d
   uint32_t* v_pairs;    // [keys / 2, d]: pairs of rows
-  uint32_t* p;          // [2, kPairBlock, columns of a panel]: pairs of weights, and of rests
+  uint32_t* p;          // [2, kPairBlock, columns of a panel]: pairs of weights, and of remainders
   float* z;             // [keys, columns of a panel]: logits
   int64_t keys, columns;
 
@@ -44,7 +44,7 @@ struct PairWorkspace {
     v = memory.take<const char*>(max_keys);
     q_pairs = memory.take<uint32_t>(d / 2 * max_columns);
     v_pairs = memory.take<uint32_t>((max_keys + 1) / 2 * d);
-    p = memory.take<uint32_t>(2 * kRests);
+    p = memory.take<uint32_t>(2 * kRemainders);
     z = memory.take<float>(max_keys * kPanelVecs * kLanes<float>);
   }
 };
@@ -143,7 +143,8 @@ LOLA_INLINE void store_rounded(uint32_t* p, Vec<float>* even, Vec<float>* odd) {
 }
 
 // The weights of a pair of keys from their logits for one vector of columns: rounded at p, and the
-// rests of those above `least` at p + kRests. Returns a bit for each column that has a rest.
+// remainders of those above `least` at p + kRemainders. Returns a bit for each column that has a
+// remainder.
 LOLA_INLINE uint64_t weigh(const float* z, int64_t ld, Vec<float> high, int64_t key, int64_t all,
                            Vec<float> visible, Vec<float> least, Vec<float>* total, uint32_t* p) {
   Vec<float> even = exp2_short(load(z) - high), odd = exp2_short(load(z + ld) - high);
@@ -158,17 +159,17 @@ LOLA_INLINE uint64_t weigh(const float* z, int64_t ld, Vec<float> high, int64_t 
   store_rounded(p, &even, &odd);
   even = _mm512_maskz_mov_ps(evens, even);
   odd = _mm512_maskz_mov_ps(odds, odd);
-  store_rounded(p + kRests, &even, &odd);
+  store_rounded(p + kRemainders, &even, &odd);
   return static_cast<uint64_t>(evens | odds);
 }
 
-// Of a block's pairs, a bit for each that has a rest in one of the columns in `tile`.
-LOLA_INLINE uint64_t pairs_with_rests(const uint64_t* rests, uint64_t tile) {
+// Of a block's pairs, a bit for each that has a remainder in one of the columns in `tile`.
+LOLA_INLINE uint64_t pairs_with_remainders(const uint64_t* remainders, uint64_t tile) {
   const __m512i columns = _mm512_set1_epi64(static_cast<int64_t>(tile));
   uint64_t pairs = 0;
 #pragma GCC unroll 8
   for (int i = 0; i < kPairBlock; i += 8) {
-    const uint64_t some = _mm512_test_epi64_mask(_mm512_loadu_si512(rests + i), columns);
+    const uint64_t some = _mm512_test_epi64_mask(_mm512_loadu_si512(remainders + i), columns);
     pairs |= some << i;
   }
   return pairs;
@@ -193,11 +194,11 @@ LOLA_INLINE void add_values(const uint32_t* p, const uint32_t* v, Vec<float> (&a
   }
 }
 
-// y[R rows of columns][V vectors] += weights of `pairs` pairs of keys times their values; `rests`
-// has a bit for each pair that has rests.
+// y[R rows of columns][V vectors] += weights of `pairs` pairs of keys times their values;
+// `remainders` has a bit for each pair that has remainders.
 template <int R, int V>
 LOLA_INLINE void value_tile(const uint32_t* p, const uint32_t* v, int64_t d, int64_t pairs,
-                            uint64_t rests, float* y) {
+                            uint64_t remainders, float* y) {
   Vec<float> acc[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -206,9 +207,9 @@ LOLA_INLINE void value_tile(const uint32_t* p, const uint32_t* v, int64_t d, int
   }
   constexpr int64_t ld = kPanelVecs * kLanes<float>;
   for (int64_t k = 0; k < pairs; ++k) add_values(p + k * ld, v + k * d, acc);
-  for (; rests != 0; rests &= rests - 1) {
-    const int64_t k = __builtin_ctzll(rests);
-    add_values(p + kRests + k * ld, v + k * d, acc);
+  for (; remainders != 0; remainders &= remainders - 1) {
+    const int64_t k = __builtin_ctzll(remainders);
+    add_values(p + kRemainders + k * ld, v + k * d, acc);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
@@ -217,22 +218,22 @@ LOLA_INLINE void value_tile(const uint32_t* p, const uint32_t* v, int64_t d, int
   }
 }
 
-// `rests` has per pair a bit for each column with a rest. Columns without one find zeros there, so
-// no column's answer depends on those beside it.
+// `remainders` has per pair a bit for each column with a remainder. Columns without one find zeros
+// there, so no column's answer depends on those beside it.
 template <int V>
 LOLA_INLINE void value_columns(const uint32_t* p, const uint32_t* v, int64_t d, int64_t pairs,
-                               int64_t columns, const uint64_t* rests, float* y) {
+                               int64_t columns, const uint64_t* remainders, float* y) {
   int64_t m = 0;
   for (; m + kDotKeys <= columns; m += kDotKeys) {
-    const uint64_t some = pairs_with_rests(rests, tile_columns(m, kDotKeys));
+    const uint64_t some = pairs_with_remainders(remainders, tile_columns(m, kDotKeys));
     value_tile<kDotKeys, V>(p + m, v, d, pairs, some, y + m * d);
   }
   // Columns are whole vectors: what is left is a multiple of two.
   if (columns - m == 4) {
-    const uint64_t some = pairs_with_rests(rests, tile_columns(m, 4));
+    const uint64_t some = pairs_with_remainders(remainders, tile_columns(m, 4));
     value_tile<4, V>(p + m, v, d, pairs, some, y + m * d);
   } else if (columns - m == 2) {
-    const uint64_t some = pairs_with_rests(rests, tile_columns(m, 2));
+    const uint64_t some = pairs_with_remainders(remainders, tile_columns(m, 2));
     value_tile<2, V>(p + m, v, d, pairs, some, y + m * d);
   }
 }
@@ -257,7 +258,7 @@ void attend_panel(const PairWorkspace& x, const PairColumns& c, int64_t m, int64
     store<float>(y + i, Vec<float>{});
   }
   const int64_t pairs = (x.keys + 1) / 2;
-  uint64_t rests[kPairBlock] = {};
+  uint64_t remainders[kPairBlock] = {};
   // The window comes last and weighs most: beginning there, small weights are soon known as such.
   // Blocks lie alike however a prompt was split, so that no answer depends on that.
   for (int64_t block = (pairs - 1) / kPairBlock * kPairBlock; block >= 0; block -= kPairBlock) {
@@ -275,15 +276,15 @@ void attend_panel(const PairWorkspace& x, const PairColumns& c, int64_t m, int64
                       &total[j], x.p + i * ld + at)
                 << at;
       }
-      rests[i] = some;
+      remainders[i] = some;
     }
     const uint32_t* const v = x.v_pairs + block * d;
     int64_t e = 0;
     for (; e + 4 * kLanes<float> <= d; e += 4 * kLanes<float>) {
-      value_columns<4>(x.p, v + e, d, count, V * kLanes<float>, rests, y + e);
+      value_columns<4>(x.p, v + e, d, count, V * kLanes<float>, remainders, y + e);
     }
     for (; e < d; e += kLanes<float>) {
-      value_columns<1>(x.p, v + e, d, count, V * kLanes<float>, rests, y + e);
+      value_columns<1>(x.p, v + e, d, count, V * kLanes<float>, remainders, y + e);
     }
   }
 #pragma GCC unroll 8
