@@ -71,6 +71,10 @@ struct PageLayout {
     return folded > 0 ? folded : 0;
   }
 
+  // The same of every set, as long as all are of one size.
+  LOLA_HOST_DEVICE int64_t num_sparse(int64_t n) const { return num_sparse(0, n); }
+  LOLA_HOST_DEVICE int64_t num_folded(int64_t n) const { return num_folded(0, n); }
+
   // Whether the n-th token is followed by an update that evicts anything.
   LOLA_HOST_DEVICE bool update_due(int64_t n) const {
     return n % update_interval == 0 && window_start(n) > window_start(n - update_interval);

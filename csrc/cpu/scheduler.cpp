@@ -15,7 +15,7 @@ constexpr int kLooks = 200;
 constexpr int64_t kLeastColumns = 32;
 
 // Longest chunk: bounds the workspace where the interval is very long.
-constexpr int64_t kMaxChunk = 256;
+constexpr int64_t kLongestChunk = 256;
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -32,7 +32,7 @@ int64_t useful_threads(const PageLayout& layout, const std::vector<NewTokens>& r
 // The chunk that follows the first `done` tokens of a row: up to the next update point.
 NewTokens next_chunk(const PageLayout& layout, const NewTokens& row, int64_t done) {
   const int64_t position = row.position + done, interval = layout.update_interval;
-  const int64_t count = std::min({row.count - done, interval - position % interval, kMaxChunk});
+  const int64_t count = std::min({row.count - done, interval - position % interval, kLongestChunk});
   return {row.slot, row.token + done, position, count};
 }
 
