@@ -71,13 +71,15 @@ compile_commands.json: $(VENV)/.ready $(wildcard csrc/*.cpp csrc/cpu/*.cpp)
 tidy: compile_commands.json
 	git ls-files 'csrc/*.cpp' | xargs -P $(WORKERS) -n 1 $(BIN)/clang-tidy --quiet -p .
 
-# A copy of the package with its own build of the extension, which the tests import instead.
+# The package with its own build of the extension, and the tests beside it, which import that one.
 sanitize: $(VENV)/.ready
 	LOLA_VLLM_SANITIZE=1 LOLA_VLLM_REQUIRE_EXT=1 $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize --build-lib build/sanitize/lib
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		PYTHONPATH=build/sanitize/lib $(BIN)/pytest tests/ops -k native $(PYTEST_ARGS)
+	rm -rf build/sanitize/lib/tests && cp -r tests build/sanitize/lib/
+	cd build/sanitize/lib && \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
+		$(CURDIR)/$(BIN)/pytest tests/ops -k native $(PYTEST_ARGS)
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
