@@ -3,6 +3,9 @@
 # make recall  measure recall and perplexity of the demo model, as docs/recall.md shows them
 # make choices train small models that differ in one choice each, and measure their recall
 # make lint    formatting, lint and type checks
+# make tidy    clang-tidy on the C++ sources
+# make sanitize           the C++ ops' tests under AddressSanitizer and UBSan
+# make compile_commands   compile_commands.json, for clangd and clang-tidy
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -17,7 +20,7 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup serve test recall choices lint format clean
+.PHONY: setup serve test recall choices lint tidy sanitize compile_commands format clean
 
 setup: $(VENV)/.ready
 
@@ -60,10 +63,28 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
+compile_commands: compile_commands.json
+
+compile_commands.json: $(VENV)/.ready $(wildcard csrc/*.cpp csrc/cpu/*.cpp)
+	$(BIN)/python tools/compile_commands.py
+
+tidy: compile_commands.json
+	git ls-files 'csrc/*.cpp' | xargs -P $(WORKERS) -n 1 $(BIN)/clang-tidy --quiet -p .
+
+# The package with its own build of the extension, and the tests beside it, which import that one.
+sanitize: $(VENV)/.ready
+	LOLA_VLLM_SANITIZE=1 LOLA_VLLM_REQUIRE_EXT=1 $(BIN)/python setup.py --quiet build \
+		--build-base build/sanitize --build-lib build/sanitize/lib
+	rm -rf build/sanitize/lib/tests && cp -r tests build/sanitize/lib/
+	cd build/sanitize/lib && \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
+		$(CURDIR)/$(BIN)/pytest tests/ops -k native $(PYTEST_ARGS)
+
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 clean:
-	rm -rf $(VENV) build *.egg-info lola_vllm/*.so
+	rm -rf $(VENV) build compile_commands.json *.egg-info lola_vllm/*.so

@@ -6,6 +6,8 @@ nvcc is found, for the architectures of TORCH_CUDA_ARCH_LIST.
 The extension is optional. Without a C++ compiler, or without torch at build time, the install goes
 on without it and says so (the portable torch back end then does the work); set
 LOLA_VLLM_REQUIRE_EXT=1 to make that an error.
+
+LOLA_VLLM_SANITIZE=1 builds the C++ kernels with AddressSanitizer and UBSan, for `make sanitize`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,11 @@ DATA = [f"**/*.{suffix}" for suffix in ("html", "css", "js", "json", "yaml", "ym
 ABI_TAG = "cp310"
 # Compiled for by default; newer GPUs compile the last one's PTX when they first load it.
 CUDA_ARCHS = "8.0;9.0;10.0+PTX"
+# LOLA_SANITIZE: workspaces are filled with NaN and fenced (csrc/cpu/workspace.h).
+SANITIZE = [
+    "-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined", "-DLOLA_SANITIZE",
+]  # fmt: skip
 # The oldest torch whose stable ABI the extension uses (2.10: parallel_for).
 TORCH_TARGET = "0x020a000000000000"
 
@@ -93,6 +100,7 @@ def extension() -> dict[str, Any]:
             "install torch first, then pip install --no-build-isolation",
         )
 
+    sanitize = SANITIZE if os.environ.get("LOLA_VLLM_SANITIZE") == "1" else []
     cuda = cuda_toolkit()
     patterns = ("*.cpp", "*.cu") if cuda else ("*.cpp",)
     sources, headers = (
@@ -114,14 +122,15 @@ def extension() -> dict[str, Any]:
                 ],
                 extra_compile_args={
                     # No -march: kernels choose their instruction set at run time (csrc/cpu).
-                    # No contraction: csrc/cpu/vec.h says where products are fused. Vectors pass
+                    # No contraction: csrc/cpu/simd.h says where products are fused. Vectors pass
                     # only between functions that are inlined, so their calling convention
                     # (psabi) is moot.
                     "cxx": ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno",
                             "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi",
-                            "-Wno-unused-parameter"],
+                            "-Wno-unused-parameter", *sanitize],
                     "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"],
                 },
+                extra_link_args=["-fsanitize=address,undefined"] if sanitize else [],
             )
         ],
         "cmdclass": {"build_ext": BuildExtension},

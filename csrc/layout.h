@@ -14,7 +14,9 @@ namespace lola {
 
 enum class DType : int64_t { f32, bf16, f16, f64 };
 
-constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+LOLA_HOST_DEVICE constexpr int64_t size_of(DType t) {
+  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
+}
 
 // The table that `StateLayout.table` makes, field by field (`TABLE_FIELDS`). The last nine fields
 // are byte offsets of the parts in a page; every part is contiguous.
@@ -27,8 +29,24 @@ struct PageLayout {
   int64_t page_bytes;
   int64_t H, s, positions, sparse_k, sparse_v, exact_k, exact_v, bounds, directions;
 
-  // Rows of the window ring.
+  // Heads of one kind for each of another. They are grouped in order: query head h has the hidden
+  // state h / heads_per_state(), for instance.
+  LOLA_HOST_DEVICE int64_t heads_per_set() const { return num_heads / num_sparse_heads; }
+  LOLA_HOST_DEVICE int64_t heads_per_state() const { return num_heads / num_state_heads; }
+  LOLA_HOST_DEVICE int64_t states_per_set() const { return num_state_heads / num_sparse_heads; }
+  LOLA_HOST_DEVICE int64_t sets_per_kv_head() const { return num_sparse_heads / num_kv_heads; }
+  LOLA_HOST_DEVICE int64_t kv_head_of(int64_t set) const { return set / sets_per_kv_head(); }
+
+  // Pairs that a sparse set holds at most, and the largest of these numbers.
+  LOLA_HOST_DEVICE int64_t set_size(int64_t /*set*/) const { return sparse_cache_size; }
+  LOLA_HOST_DEVICE int64_t max_set_size() const { return sparse_cache_size; }
+
+  // Rows of the window ring, and of exact_k and exact_v: the sinks and the ring.
   LOLA_HOST_DEVICE int64_t ring_size() const { return window_size + update_interval; }
+  LOLA_HOST_DEVICE int64_t exact_size() const { return sink_size + ring_size(); }
+
+  // Bytes of one key or value.
+  LOLA_HOST_DEVICE int64_t pair_bytes() const { return head_dim * size_of(kv_dtype); }
 
   // Row of exact_k and exact_v that holds a position.
   LOLA_HOST_DEVICE int64_t exact_row(int64_t position) const {
@@ -42,16 +60,20 @@ struct PageLayout {
   }
 
   // Valid pairs of a sparse set after n tokens.
-  LOLA_HOST_DEVICE int64_t num_sparse(int64_t n) const {
-    const int64_t evicted = window_start(n) - sink_size;
-    return evicted < sparse_cache_size ? evicted : sparse_cache_size;
+  LOLA_HOST_DEVICE int64_t num_sparse(int64_t set, int64_t n) const {
+    const int64_t evicted = window_start(n) - sink_size, size = set_size(set);
+    return evicted < size ? evicted : size;
   }
 
   // Pairs of a sparse set that are in H and s after n tokens.
-  LOLA_HOST_DEVICE int64_t num_folded(int64_t n) const {
-    const int64_t folded = window_start(n) - sink_size - sparse_cache_size;
+  LOLA_HOST_DEVICE int64_t num_folded(int64_t set, int64_t n) const {
+    const int64_t folded = window_start(n) - sink_size - set_size(set);
     return folded > 0 ? folded : 0;
   }
+
+  // The same of every set, as long as all are of one size.
+  LOLA_HOST_DEVICE int64_t num_sparse(int64_t n) const { return num_sparse(0, n); }
+  LOLA_HOST_DEVICE int64_t num_folded(int64_t n) const { return num_folded(0, n); }
 
   // Whether the n-th token is followed by an update that evicts anything.
   LOLA_HOST_DEVICE bool update_due(int64_t n) const {

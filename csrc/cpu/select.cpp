@@ -1,9 +1,7 @@
-// Selection of the pairs that stay exact. In a file of its own, compiled for every machine: library
-// templates must not be instantiated inside the per-instruction-set regions (for_each_isa.h).
+#include "cpu/select.h"
+
 #include <algorithm>
 #include <limits>
-
-#include "cpu/page.h"
 
 namespace lola {
 namespace {
@@ -15,21 +13,21 @@ T comparable(T score) {
 }
 
 template <typename T>
-void select(const T* scores, const int32_t* positions, int64_t count, int64_t lam, int32_t* order,
+void select(const T* scores, const int32_t* positions, int64_t count, int64_t size, int32_t* order,
             unsigned char* keep) {
-  for (int64_t i = 0; i < count; ++i) keep[i] = lam > 0;
-  if (count <= lam || lam == 0) return;
-  // Infinity stands for pairs that are known to stay, most of them in a long run of updates: the
+  for (int64_t i = 0; i < count; ++i) keep[i] = size > 0;
+  if (count <= size || size == 0) return;
+  // Infinity stands for pairs that are known to stay, most of them after a number of updates: the
   // rest is sorted alone while they have room.
   int64_t undecided = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (scores[i] <= std::numeric_limits<T>::max()) order[undecided++] = static_cast<int32_t>(i);
   }
-  if (undecided < count - lam) {
+  if (undecided < count - size) {
     undecided = count;
     for (int64_t i = 0; i < count; ++i) order[i] = static_cast<int32_t>(i);
   }
-  const int64_t kept = lam - (count - undecided);
+  const int64_t kept = size - (count - undecided);
   std::nth_element(order, order + kept, order + undecided, [&](int32_t a, int32_t b) {
     const T x = comparable(scores[a]), y = comparable(scores[b]);
     return x != y ? x > y : positions[a] < positions[b];
@@ -50,14 +48,14 @@ float kth_smallest(float* values, int64_t count, int64_t k) { return kth(values,
 
 double kth_smallest(double* values, int64_t count, int64_t k) { return kth(values, count, k); }
 
-void select_largest(const float* scores, const int32_t* positions, int64_t count, int64_t lam,
+void select_largest(const float* scores, const int32_t* positions, int64_t count, int64_t size,
                     int32_t* order, unsigned char* keep) {
-  select(scores, positions, count, lam, order, keep);
+  select(scores, positions, count, size, order, keep);
 }
 
-void select_largest(const double* scores, const int32_t* positions, int64_t count, int64_t lam,
+void select_largest(const double* scores, const int32_t* positions, int64_t count, int64_t size,
                     int32_t* order, unsigned char* keep) {
-  select(scores, positions, count, lam, order, keep);
+  select(scores, positions, count, size, order, keep);
 }
 
 }  // namespace lola

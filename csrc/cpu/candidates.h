@@ -1,0 +1,94 @@
+// The candidates of an update, and their features phi(k), which scoring and folding both need.
+#pragma once
+
+#include "cpu/call.h"
+#include "cpu/recall.h"
+#include "cpu/workspace.h"
+
+LOLA_BEGIN_TARGET();
+namespace lola {
+namespace LOLA_ISA {
+namespace {
+
+// Which update: that of one page and sparse set after its n-th token.
+struct UpdatePoint {
+  Page page;
+  int64_t set, n;
+};
+
+// The pairs that an update chooses among: cached ones by slot, then evicted ones by position.
+struct Candidates {
+  const Page& page;
+  const PageLayout& layout;
+  int64_t set, kv_head;
+  int64_t cached, start, count;  // `start` is the position of the first evicted pair
+  bool empty;                    // H and s hold nothing yet
+
+  explicit Candidates(const UpdatePoint& at)
+      : page(at.page),
+        layout(*at.page.layout),
+        set(at.set),
+        kv_head(layout.kv_head_of(at.set)),
+        cached(layout.num_sparse(at.set, at.n - layout.update_interval)),
+        start(layout.window_start(at.n - layout.update_interval)),
+        count(cached + layout.window_start(at.n) - start),
+        empty(layout.num_folded(at.set, at.n - layout.update_interval) == 0) {}
+
+  LOLA_INLINE const char* k(int64_t i) const {
+    return i < cached ? page.sparse_k(set, i)
+                      : page.exact_k(kv_head, layout.exact_row(start + i - cached));
+  }
+  LOLA_INLINE const char* v(int64_t i) const {
+    return i < cached ? page.sparse_v(set, i)
+                      : page.exact_v(kv_head, layout.exact_row(start + i - cached));
+  }
+};
+
+// The most candidates that an update of a layer can have.
+inline int64_t max_candidates(const PageLayout& layout) {
+  return layout.max_set_size() + layout.update_interval;
+}
+
+// Features of the candidates of one sparse set, for each of its state heads. The first `known` rows
+// of every head are right: prefill keeps those of the pairs that stay from update to update.
+template <typename T>
+struct Features {
+  T* rows;
+  int64_t stride;          // between rows
+  int64_t rows_per_state;  // max_candidates()
+  int64_t known = 0;
+
+  Features() = default;
+  Features(const PageLayout& layout, Workspace& memory)
+      : rows(memory.take<T>(layout.states_per_set() * max_candidates(layout) *
+                            feature_stride<T>(layout))),
+        stride(feature_stride<T>(layout)),
+        rows_per_state(max_candidates(layout)) {}
+
+  // Of candidate i under the j-th state head of the set.
+  LOLA_INLINE T* row(int64_t j, int64_t i) const {
+    return rows + (j * rows_per_state + i) * stride;
+  }
+};
+
+// Fills the rows of candidates from features.known on, in blocks of up to `block`.
+template <typename T>
+void map_candidates(const Call& call, const Candidates& c, const RecallWorkspace<T>& x,
+                    int64_t block, Features<T>& features) {
+  const int64_t d = c.layout.head_dim, states = c.layout.states_per_set();
+  for (int64_t first = features.known; first < c.count; first += block) {
+    const int64_t left = c.count - first, size = left < block ? left : block;
+    for (int64_t i = 0; i < size; ++i) {
+      load_row(x.k + i * d, c.k(first + i), c.layout.kv_dtype, d, d);
+    }
+    for (int64_t j = 0; j < states; ++j) {
+      map_keys(call, c.set * states + j, size, x, features.row(j, first));
+    }
+  }
+  features.known = c.count;
+}
+
+}  // namespace
+}  // namespace LOLA_ISA
+}  // namespace lola
+LOLA_END_TARGET();

@@ -1,0 +1,64 @@
+#include <algorithm>
+#include <chrono>
+
+#include "cpu/kernels.h"
+#include "cpu/ops_cpu.h"
+#include "cpu/threads.h"
+#include "cpu/work_queue.h"
+
+namespace lola {
+namespace {
+
+// State bytes below which a further thread costs more to wake than it saves.
+constexpr int64_t kThreadBytes = 1024 * 1024;
+
+// How long a thread with nothing left to do stays awake for the others.
+constexpr std::chrono::microseconds kPatience{50};
+
+// Tells the processor that this is a waiting loop.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Waits for the tasks that others have begun, without falling asleep for what takes a few
+// microseconds: where idle threads sleep (OMP_WAIT_POLICY=PASSIVE) waking this one would take
+// longer than that. Gives up soon, in case the others do not run; the barrier that follows waits.
+void await(const WorkQueue& queue) {
+  const auto begin = std::chrono::steady_clock::now();
+  while (!queue.finished()) {
+    for (int i = 0; i < 16; ++i) relax();
+    if (std::chrono::steady_clock::now() - begin > kPatience) return;
+  }
+  // And until they are at the barrier, so that this thread passes it.
+  for (int i = 0; i < 16; ++i) relax();
+}
+
+// Bytes of a page that an item reads, a row and a sparse set, about.
+int64_t item_bytes(const PageLayout& layout) {
+  const int64_t pairs = layout.window_size + layout.sink_size + layout.max_set_size();
+  const int64_t state = 2 * layout.feature_dim * size_of(layout.state_dtype);
+  return 2 * pairs * layout.pair_bytes() + state * layout.states_per_set() * layout.head_dim;
+}
+
+}  // namespace
+
+void decode_cpu(const Call& call, int64_t rows, const Indices& seq_lens) {
+  const Kernels& kernel = kernels(call.layout.kv_dtype);
+  const int64_t items = rows * call.layout.num_sparse_heads, bytes = kernel.decode_bytes(call);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(),
+                                            1 + items * item_bytes(call.layout) / kThreadBytes);
+  // Several tasks for each thread, of the sets of a row or more: these lie side by side in its
+  // page.
+  WorkQueue queue{items, std::clamp<int64_t>(items / (4 * threads), 1, kMaxTaskSize)};
+  if (threads == 1) return kernel.decode(call, seq_lens, queue, ThreadMemory::own(bytes));
+  parallel(threads, bytes, [&](int64_t begin, int64_t, char* workspace) {
+    kernel.decode(call, seq_lens, queue, workspace);
+    if (begin == 0) await(queue);
+  });
+}
+
+}  // namespace lola

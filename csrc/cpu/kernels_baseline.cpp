@@ -1,0 +1,2 @@
+// The kernels for any machine that the build targets.
+#include "cpu/kernels_impl.h"

@@ -1,0 +1,17 @@
+// Decode and prefill on the CPU: how the work of a call is divided among threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/call.h"
+
+namespace lola {
+
+// One token per row, `seq_lens` [rows] counts it.
+void decode_cpu(const Call& call, int64_t rows, const Indices& seq_lens);
+
+// Row r holds the tokens query_start_loc[r] .. query_start_loc[r + 1], after context_lens[r].
+void prefill_cpu(const Call& call, int64_t rows, const Indices& query_start_loc,
+                 const Indices& context_lens);
+
+}  // namespace lola
