@@ -50,9 +50,9 @@ LOLA_DEVICE void answer(const Params& p, int64_t row, int64_t head, int at, floa
 
 // Partial answer of a head: largest, total, normal, unused, soft[d], linear[d].
 LOLA_DEVICE float* partial_row(const Params& p, int64_t row, int64_t head, int split) {
-  const int64_t set = head / p.queries_per_set(), h = head % p.queries_per_set();
+  const int64_t set = head / p.heads_per_set(), h = head % p.heads_per_set();
   return p.partial +
-         (((row * p.num_sparse_heads() + set) * p.splits + split) * p.queries_per_set() + h) *
+         (((row * p.num_sparse_heads() + set) * p.splits + split) * p.heads_per_set() + h) *
              p.partial_size();
 }
 

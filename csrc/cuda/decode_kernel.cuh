@@ -87,7 +87,7 @@ LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
   const float scale = kLog2e / sqrtf(static_cast<float>(d));  // logits of base 2
 #pragma unroll
   for (int h = 0; h < HEADS; ++h) {
-    const int64_t head = static_cast<int64_t>(set) * p.queries_per_set() + heads.first + h;
+    const int64_t head = static_cast<int64_t>(set) * p.heads_per_set() + heads.first + h;
     const int64_t offset = p.q.offset(row, head);
     largest[h] = kMinusInf;
     total[h] = 0;
@@ -180,7 +180,7 @@ LOLA_DEVICE void read_out(const Params& p, int64_t page, int set, HeadRange head
 #pragma unroll
     for (int i = 0; i < R::kElements; ++i) sum[h][i] = 0;
   }
-  const int per_state = p.queries_per_state(), head0 = set * p.queries_per_set() + heads.first;
+  const int per_state = p.heads_per_state(), head0 = set * p.heads_per_set() + heads.first;
   for (int state = head0 / per_state; state * per_state < head0 + heads.count; ++state) {
     const int low = state * per_state - head0, high = low + per_state;  // heads of this state
     const float* const H = p.H(page, state);
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
   LOLA_SHARED(memory);
   const int thread = threadIdx.x, split = blockIdx.y, d = D > 0 ? D : p.head_dim();
   const int set = static_cast<int>(blockIdx.x % p.num_sparse_heads()),
-            num_heads = p.queries_per_set();
+            num_heads = p.heads_per_set();
   const int64_t row = blockIdx.x / p.num_sparse_heads();
   const int head0 = set * num_heads;
   if (!p.live(row)) {
@@ -313,9 +313,9 @@ void launch_decode(const Params& p, bool vectors, cudaStream_t stream) {
   };
   const auto run_size = [&](auto size) {
     constexpr int D = decltype(size)::value;
-    if (p.queries_per_set() == 1) {
+    if (p.heads_per_set() == 1) {
       run(decode_kernel<T, D, 1>, 1);
-    } else if (p.queries_per_set() <= 4) {
+    } else if (p.heads_per_set() <= 4) {
       run(decode_kernel<T, D, 4>, 4);
     } else {
       run(decode_kernel<T, D, 8>, 8);

@@ -67,14 +67,14 @@ struct Params {
   }
   // Query heads and state heads of a sparse set, sparse sets of a KV head, query heads of a state
   // head.
-  __host__ __device__ int queries_per_set() const { return num_heads() / num_sparse_heads(); }
+  __host__ __device__ int heads_per_set() const { return num_heads() / num_sparse_heads(); }
   __host__ __device__ int states_per_set() const {
     return static_cast<int>(layout.num_state_heads) / num_sparse_heads();
   }
   __host__ __device__ int sets_per_kv_head() const {
     return num_sparse_heads() / static_cast<int>(layout.num_kv_heads);
   }
-  __host__ __device__ int queries_per_state() const {
+  __host__ __device__ int heads_per_state() const {
     return num_heads() / static_cast<int>(layout.num_state_heads);
   }
   __host__ __device__ int partial_size() const { return 4 + 2 * head_dim(); }
