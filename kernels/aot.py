@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lola_vllm.kernels import decode, incremental, prefill, update
-from lola_vllm.kernels.common import constants, precision
+from lola_vllm.kernels.common import page_shape, precision
 from lola_vllm.state import StateLayout
 
 ARCHS = (80, 90, 100)
@@ -44,7 +44,7 @@ POINTER_TYPES = {
     "slots_ptr": "*i32",
     "n_ptr": "*i32",
     "lists_ptr": "*i32",
-    "pieces_ptr": "*i32",
+    "chunks_ptr": "*i32",
     "positions_ptr": "*i32",
 }
 UNIT_STRIDES = ("slots_stride", "n_stride")  # 1 at run time, which Triton makes a constant
@@ -84,24 +84,25 @@ def llama_8b(sparse_cache_size: int = 512, num_state_heads: int = 8) -> StateLay
 
 def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
     """Every kernel of the Triton back end as it is launched for a layout."""
-    shape = constants(layout)
+    shape = {"SHAPE": page_shape(layout)}
     read = {"PRECISION": precision(layout.kv_dtype)}
     blocks = {"BLOCK_R": update.BLOCK_R, "PRECISION": update.PRECISION}
     each = replace(layout, update_interval=1)  # an update after every token
-    each_shape = {**constants(each), **blocks}
+    each_shape = {"SHAPE": page_shape(each), **blocks}
     whole = decode.decode_constants(layout, Hq, 1, False)
     split = decode.decode_constants(layout, Hq, splits, False)
     merge = decode.merge_constants(layout, Hq, splits, False)
-    pieces, partial = (prefill.prefill_constants(layout, Hq, False, p) for p in (False, True))
+    whole_prefill = prefill.prefill_constants(layout, Hq, False, partial=False)
+    partial_prefill = prefill.prefill_constants(layout, Hq, False, partial=True)
     return [
-        Kernel("decode", decode.decode_kernel, {**shape, **whole, **read}, decode.NUM_WARPS),
-        Kernel("decode, split", decode.decode_kernel, {**shape, **split, **read}, decode.NUM_WARPS),
+        Kernel("decode", decode.decode_kernel, {**whole, **read}, decode.NUM_WARPS),
+        Kernel("decode, split", decode.decode_kernel, {**split, **read}, decode.NUM_WARPS),
         Kernel("merge", decode.merge_kernel, merge, decode.NUM_WARPS),
-        Kernel("prefill", prefill.prefill_kernel, {**shape, **pieces, **read}, prefill.NUM_WARPS),
+        Kernel("prefill", prefill.prefill_kernel, {**whole_prefill, **read}, prefill.NUM_WARPS),
         Kernel(
             "prefill, partial",
             prefill.prefill_kernel,
-            {**shape, **partial, **read},
+            {**partial_prefill, **read},
             prefill.NUM_WARPS,
         ),
         Kernel(

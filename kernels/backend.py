@@ -54,10 +54,10 @@ def prefill(
     out: Tensor,
     softmax: SoftmaxPart | None = None,
 ) -> None:
-    """A run of new tokens per row, from an empty or a live page; see `contract.PrefillOp`.
+    """A segment of new tokens per row, from an empty or a live page; see `contract.PrefillOp`.
 
     Args:
-        softmax: what attends piece, window and sinks (`prefill.prefill`); None: Triton too.
+        softmax: what attends chunk, window and sinks (`prefill.prefill`); None: Triton too.
 
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lola_vllm.ops import dither as dithers
+from lola_vllm.ops import constants
 from lola_vllm.ops.contract import LayerState
 from lola_vllm.state import StateLayout
 
@@ -25,26 +25,125 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE_BYTES = 16 * 1024  # of keys, and as much of values; two of each are in flight
 MAX_PAGE_BYTES = 2**31  # offsets within a page are 32-bit
 
-FEATURE_CHUNK = tl.constexpr(16)
+FEATURE_BLOCK = tl.constexpr(16)
 
-DITHER_UPDATE, DITHER_ROW = tl.constexpr(dithers.UPDATE), tl.constexpr(dithers.ROW)
-DITHER_UNIT, EXPONENT_BITS = tl.constexpr(dithers.UNIT), tl.constexpr(dithers.EXPONENT_BITS)
+FEATURE_FLOOR = tl.constexpr(constants.FEATURE_FLOOR)
+RECALL_EPS = tl.constexpr(constants.RECALL_EPS)
+DITHER_UPDATE = tl.constexpr(constants.DITHER_UPDATE)
+DITHER_ROW = tl.constexpr(constants.DITHER_ROW)
+DITHER_UNIT = tl.constexpr(constants.DITHER_UNIT)
+EXPONENT_BITS = tl.constexpr(constants.EXPONENT_BITS)
 
 # The interpreter multiplies bfloat16 operands as the integers that store them. Products of
 # widened operands are what tensor cores compute, so there it widens first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+class PageShape(NamedTuple):
+    """A page's counts and the padded sides of tiles, as kernels take them: `SHAPE`, one constexpr.
+
+    A field that is part of a tensor's shape goes through a local constexpr first: Triton 3.6 takes
+    no plain int there.
+
+    Attributes:
+        WINDOW_SIZE, SPARSE_CACHE_SIZE, UPDATE_INTERVAL, SINK_SIZE, NUM_KV_HEADS, NUM_STATE_HEADS,
+        NUM_SPARSE_HEADS, HEAD_DIM, FEATURE_DIM: as in `StateLayout`.
+        RING_SIZE: rows of the window ring. STATES_PER_SET: state heads of a sparse set.
+        BLOCK_D, BLOCK_F: powers of two, at least `HEAD_DIM` and `FEATURE_DIM`.
+    """
+
+    WINDOW_SIZE: int
+    SPARSE_CACHE_SIZE: int
+    UPDATE_INTERVAL: int
+    SINK_SIZE: int
+    NUM_KV_HEADS: int
+    NUM_STATE_HEADS: int
+    NUM_SPARSE_HEADS: int
+    HEAD_DIM: int
+    FEATURE_DIM: int
+    RING_SIZE: int
+    STATES_PER_SET: int
+    BLOCK_D: int
+    BLOCK_F: int
+
+
+@functools.cache
+def page_shape(layout: StateLayout) -> PageShape:
+    """What every kernel takes of a layout."""
+    return PageShape(
+        WINDOW_SIZE=layout.window_size,
+        SPARSE_CACHE_SIZE=layout.sparse_cache_size,
+        UPDATE_INTERVAL=layout.update_interval,
+        SINK_SIZE=layout.sink_size,
+        NUM_KV_HEADS=layout.num_kv_heads,
+        NUM_STATE_HEADS=layout.num_state_heads,
+        NUM_SPARSE_HEADS=layout.num_sparse_heads,
+        HEAD_DIM=layout.head_dim,
+        FEATURE_DIM=layout.feature_dim,
+        RING_SIZE=layout.ring_size,
+        STATES_PER_SET=layout.num_state_heads // layout.num_sparse_heads,
+        BLOCK_D=max(MIN_DOT, triton.next_power_of_2(layout.head_dim)),
+        BLOCK_F=max(MIN_DOT, triton.next_power_of_2(layout.feature_dim)),
+    )
+
+
+# --- addresses: the only places where a head's part of a page is found ---
+
+
 @triton.jit
-def window_start(n, C: tl.constexpr, ETA: tl.constexpr, SINK: tl.constexpr):
+def h_of(h_ptr, head, SHAPE: tl.constexpr):
+    """H of a state head, from the page's."""
+    return h_ptr + head * 2 * SHAPE.FEATURE_DIM * SHAPE.HEAD_DIM
+
+
+@triton.jit
+def s_of(s_ptr, head, SHAPE: tl.constexpr):
+    """s of a state head, from the page's."""
+    return s_ptr + head * 2 * SHAPE.FEATURE_DIM
+
+
+@triton.jit
+def map_of(w_ptr, head, SHAPE: tl.constexpr):
+    """The feature map of a head."""
+    return w_ptr + head * SHAPE.HEAD_DIM * SHAPE.FEATURE_DIM
+
+
+@triton.jit
+def exact_of(exact_ptr, kv_head, SHAPE: tl.constexpr):
+    """Sinks and window ring of a KV head, from the page's keys or values."""
+    return exact_ptr + kv_head * (SHAPE.SINK_SIZE + SHAPE.RING_SIZE) * SHAPE.HEAD_DIM
+
+
+@triton.jit
+def slots_of(ptr, sparse_head, SHAPE: tl.constexpr):
+    """One number per slot of a sparse set, from the page's positions."""
+    return ptr + sparse_head * SHAPE.SPARSE_CACHE_SIZE
+
+
+@triton.jit
+def pairs_of(ptr, sparse_head, SHAPE: tl.constexpr):
+    """Keys or values of a sparse set, or directions of a state head, from the page's."""
+    return ptr + sparse_head * SHAPE.SPARSE_CACHE_SIZE * SHAPE.HEAD_DIM
+
+
+# --- positions ---
+
+
+@triton.jit
+def window_start(n, SHAPE: tl.constexpr):
     """First position of the window after n tokens: `StateLayout.window_start`."""
-    return tl.maximum(n // C * C - ETA, SINK)
+    C: tl.constexpr = SHAPE.UPDATE_INTERVAL
+    return tl.maximum(n // C * C - SHAPE.WINDOW_SIZE, SHAPE.SINK_SIZE)
 
 
 @triton.jit
-def exact_row(position, C: tl.constexpr, ETA: tl.constexpr, SINK: tl.constexpr):
+def exact_row(position, SHAPE: tl.constexpr):
     """Row of the exact store that holds a position: `StateLayout.row`."""
-    return tl.where(position < SINK, position, SINK + position % (ETA + C))
+    ring = SHAPE.SINK_SIZE + position % SHAPE.RING_SIZE
+    return tl.where(position < SHAPE.SINK_SIZE, position, ring)
+
+
+# --- feature maps, rounding, attention ---
 
 
 @triton.jit
@@ -60,9 +159,9 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def features(y, feature_ok):
-    """One half of the feature map, clamp(softmax(y), min=1e-12): of y = xW `[M, BLOCK_F]`, or -y.
+    """One half of the feature map, softmax(y) of at least `FEATURE_FLOOR`.
 
-    Columns past F are zero.
+    y is xW `[M, BLOCK_F]` for the first half, -xW for the second. Columns past F are zero.
     """
     y = tl.where(feature_ok[None, :], y, float("-inf"))
     top = tl.max(y, 1)
@@ -83,7 +182,7 @@ def clamped_exp(y, top, norm, feature_ok):
     """Some columns of a feature map's half, from the softmax limits of all of them."""
     phi = tl.exp(y - top[:, None]) / norm[:, None]
     # `where` and not `maximum`, which could drop a NaN.
-    return tl.where(feature_ok[None, :], tl.where(phi < 1e-12, 1e-12, phi), 0.0)
+    return tl.where(feature_ok[None, :], tl.where(phi < FEATURE_FLOOR, FEATURE_FLOOR, phi), 0.0)
 
 
 @triton.jit
@@ -95,7 +194,7 @@ def dither(update, f):
 
 @triton.jit
 def add_dithered(total, added, dither):
-    """total + added, rounded with a dither (`docs/algorithm.md`, section 3)."""
+    """total + added, rounded with a dither (Lemma 4, `docs/algorithm.md`)."""
     power = (total.to(tl.int32, bitcast=True) & EXPONENT_BITS).to(tl.float32, bitcast=True)
     return total + (added + power * dither)
 
@@ -118,27 +217,28 @@ def absorb(q, k, v, ok, scale, m, norm, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def read_state(
-    x, w_ptr, h_ptr, s_ptr, cols, num_features, D: tl.constexpr, F: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+    x, w_ptr, h_ptr, s_ptr, cols, num_features, SHAPE: tl.constexpr, PRECISION: tl.constexpr
+):
     """phi(x) H `[M, BLOCK_D]`, phi(x) s and ||phi(x)||^2 `[M]` of one head, x `[M, BLOCK_D]`.
 
     Pointers are the head's. num_features is F, or 0 to count the state as zero and not read it.
-    W and H go through in chunks of features, for whole ones would not fit the registers as
-    operands; so y = xW is formed twice, once for the limits of its softmax.
+    W and H are read in blocks of features, as whole ones would not fit the registers as operands.
+    So y = xW is formed twice, once for the limits of its softmax.
     """
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    F: tl.constexpr = SHAPE.FEATURE_DIM
     col_ok = cols < D
     w_at = w_ptr + cols[:, None] * F
-    none = tl.zeros([x.shape[0], FEATURE_CHUNK], tl.float32)
+    none = tl.zeros([x.shape[0], FEATURE_BLOCK], tl.float32)
     # Softmax limits of both halves first: y's maximum and -y's, and sums of exponentials.
     up_top = tl.full([x.shape[0]], float("-inf"), tl.float32)
     down_top = up_top
     up_norm = tl.zeros([x.shape[0]], tl.float32)
     down_norm = up_norm
-    for f in tl.range(0, num_features, FEATURE_CHUNK, num_stages=1):
-        chunk = f + tl.arange(0, FEATURE_CHUNK)
-        ok = chunk < F
-        w = tl.load(w_at + chunk[None, :], mask=col_ok[:, None] & ok[None, :], other=0.0)
+    for f in tl.range(0, num_features, FEATURE_BLOCK, num_stages=1):
+        block = f + tl.arange(0, FEATURE_BLOCK)
+        ok = block < F
+        w = tl.load(w_at + block[None, :], mask=col_ok[:, None] & ok[None, :], other=0.0)
         y = product(x, w, none, PRECISION)
         up_top, up_norm = widen(y, ok, up_top, up_norm)
         down_top, down_norm = widen(-y, ok, down_top, down_norm)
@@ -146,22 +246,22 @@ def read_state(
     acc = tl.zeros([x.shape[0], cols.shape[0]], tl.float32)
     z = tl.zeros([x.shape[0]], tl.float32)
     square = z
-    for f in tl.range(0, num_features, FEATURE_CHUNK, num_stages=1):
-        chunk = f + tl.arange(0, FEATURE_CHUNK)
-        ok = chunk < F
-        w = tl.load(w_at + chunk[None, :], mask=col_ok[:, None] & ok[None, :], other=0.0)
+    for f in tl.range(0, num_features, FEATURE_BLOCK, num_stages=1):
+        block = f + tl.arange(0, FEATURE_BLOCK)
+        ok = block < F
+        w = tl.load(w_at + block[None, :], mask=col_ok[:, None] & ok[None, :], other=0.0)
         y = product(x, w, none, PRECISION)
-        h_at = h_ptr + chunk[:, None] * D + cols[None, :]
+        h_at = h_ptr + block[:, None] * D + cols[None, :]
         h_ok = ok[:, None] & col_ok[None, :]
         up = clamped_exp(y, up_top, up_norm, ok)
         h = tl.load(h_at, mask=h_ok, other=0.0)
         acc = product(up, h, acc, PRECISION)
-        s = tl.load(s_ptr + chunk, mask=ok, other=0.0)
+        s = tl.load(s_ptr + block, mask=ok, other=0.0)
         z += tl.sum(up * s[None, :], 1)
         down = clamped_exp(-y, down_top, down_norm, ok)
         h = tl.load(h_at + F * D, mask=h_ok, other=0.0)
         acc = product(down, h, acc, PRECISION)
-        s = tl.load(s_ptr + F + chunk, mask=ok, other=0.0)
+        s = tl.load(s_ptr + F + block, mask=ok, other=0.0)
         z += tl.sum(down * s[None, :], 1)
         square += tl.sum(up * up + down * down, 1)
     return acc, z, square
@@ -180,27 +280,9 @@ def mix(m, norm, y_soft, y_lin, log_D, log_gate, SUBTRACT_MAX: tl.constexpr):
     return r[:, None] * y_soft + (1.0 - r)[:, None] * y_lin
 
 
-@functools.cache
-def constants(layout: StateLayout) -> dict[str, int]:
-    """Compile-time arguments of every kernel: the page's shape and the padded tile sides."""
-    return {
-        "D": layout.head_dim,
-        "F": layout.feature_dim,
-        "ETA": layout.window_size,
-        "LAM": layout.sparse_cache_size,
-        "C": layout.update_interval,
-        "SINK": layout.sink_size,
-        "HKV": layout.num_kv_heads,
-        "HS": layout.num_state_heads,
-        "HG": layout.num_sparse_heads,
-        "BLOCK_D": max(MIN_DOT, triton.next_power_of_2(layout.head_dim)),
-        "BLOCK_F": max(MIN_DOT, triton.next_power_of_2(layout.feature_dim)),
-    }
-
-
 def pairs_per_tile(layout: StateLayout) -> int:
     """Keys and values that an attending program takes at a time, BLOCK_N."""
-    row = constants(layout)["BLOCK_D"] * layout.kv_dtype.itemsize
+    row = page_shape(layout).BLOCK_D * layout.kv_dtype.itemsize
     return min(64, max(MIN_DOT, TILE_BYTES // row))
 
 
@@ -268,7 +350,7 @@ def check(state: LayerState, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> No
 
 @functools.cache
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 1 on a CPU, where the interpreter runs in turn."""
+    """Streaming multiprocessors of a GPU; 1 on a CPU, where programs run one after another."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -19,15 +19,20 @@ from torch import Tensor
 from lola_vllm.kernels.common import (
     MIN_DOT,
     absorb,
-    constants,
+    exact_of,
     exact_row,
     features,
+    h_of,
+    map_of,
     mix,
     num_processors,
+    page_shape,
     page_strides,
+    pairs_of,
     pairs_per_tile,
     precision,
     product,
+    s_of,
     window_start,
 )
 from lola_vllm.ops.contract import DecodeBatch, LayerState
@@ -70,18 +75,8 @@ def decode_kernel(
     state_page,
     kv_page,
     scale,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    ETA: tl.constexpr,
-    LAM: tl.constexpr,
-    C: tl.constexpr,
-    SINK: tl.constexpr,
-    HKV: tl.constexpr,
-    HS: tl.constexpr,
-    HG: tl.constexpr,
-    HQ: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    SHAPE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -93,13 +88,17 @@ def decode_kernel(
     With splits, writes softmax sums and y_lin to partial `[B, Hq, SPLITS + 1, d]` and (m, norm), or
     log D in place of m, to stats `[B, Hq, SPLITS + 1, 2]`, both float32.
     """
-    ROWS: tl.constexpr = SINK + ETA + C
-    Q: tl.constexpr = HQ // HS
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    F: tl.constexpr = SHAPE.FEATURE_DIM
+    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
+    BLOCK_F: tl.constexpr = SHAPE.BLOCK_F
+    Q: tl.constexpr = NUM_HEADS // SHAPE.NUM_STATE_HEADS
     # State heads that share a KV head run side by side, so that L2 serves all but the first.
-    row = (tl.program_id(0) // HS).to(tl.int64)
-    head = tl.program_id(0) % HS
+    row = (tl.program_id(0) // SHAPE.NUM_STATE_HEADS).to(tl.int64)
+    head = tl.program_id(0) % SHAPE.NUM_STATE_HEADS
     part = tl.program_id(1)
-    kv_head = head // (HS // HKV)
+    kv_head = head // (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_KV_HEADS)
     cols, lanes = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Q)
     col_ok, lane_ok = cols < D, lanes < Q
     q_ok = lane_ok[:, None] & col_ok[None, :]
@@ -122,18 +121,18 @@ def decode_kernel(
     v_new = tl.load(v_at + cols, mask=col_ok, other=0.0).to(kv_type)
 
     position = n - 1
-    exact_k_at = exact_k_ptr + page * kv_page + kv_head * ROWS * D
-    exact_v_at = exact_v_ptr + page * kv_page + kv_head * ROWS * D
-    if (part == 0) & (head % (HS // HKV) == 0):
-        to = exact_row(position, C, ETA, SINK) * D + cols
+    exact_k_at = exact_of(exact_k_ptr + page * kv_page, kv_head, SHAPE)
+    exact_v_at = exact_of(exact_v_ptr + page * kv_page, kv_head, SHAPE)
+    if (part == 0) & (head % (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_KV_HEADS) == 0):
+        to = exact_row(position, SHAPE) * D + cols
         tl.store(exact_k_at + to, k_new, mask=col_ok)
         tl.store(exact_v_at + to, v_new, mask=col_ok)
 
     # The older pairs in one order: sinks, window, sparse slots. A split is a range of it.
-    first = window_start(position, C, ETA, SINK)
-    num_sinks = tl.minimum(position, SINK)
+    first = window_start(position, SHAPE)
+    num_sinks = tl.minimum(position, SHAPE.SINK_SIZE)
     num_exact = num_sinks + tl.maximum(position - first, 0)
-    total = num_exact + tl.minimum(first - SINK, LAM)
+    total = num_exact + tl.minimum(first - SHAPE.SINK_SIZE, LAM)
     span = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N
     start = tl.minimum(part * span, total)
     stop = tl.minimum(start + span, total)
@@ -150,16 +149,16 @@ def decode_kernel(
         index = j + tl.arange(0, BLOCK_N)
         ok = index < exact_stop
         at = tl.where(index < num_sinks, index, first + index - num_sinks)
-        at = exact_row(at, C, ETA, SINK)[:, None] * D + cols[None, :]
+        at = exact_row(at, SHAPE)[:, None] * D + cols[None, :]
         tile_ok = ok[:, None] & col_ok[None, :]
         k = tl.load(exact_k_at + at, mask=tile_ok, other=0.0)
         v = tl.load(exact_v_at + at, mask=tile_ok, other=0.0)
         m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
 
     if LAM > 0:
-        group = head // (HS // HG)
-        sparse_k_at = sparse_k_ptr + page * kv_page + group * LAM * D
-        sparse_v_at = sparse_v_ptr + page * kv_page + group * LAM * D
+        sparse_head = head // (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_SPARSE_HEADS)
+        sparse_k_at = pairs_of(sparse_k_ptr + page * kv_page, sparse_head, SHAPE)
+        sparse_v_at = pairs_of(sparse_v_ptr + page * kv_page, sparse_head, SHAPE)
         for j in range(tl.maximum(start, num_exact) - num_exact, stop - num_exact, BLOCK_N):
             index = j + tl.arange(0, BLOCK_N)
             ok = index < stop - num_exact
@@ -172,19 +171,19 @@ def decode_kernel(
     y_lin = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     log_D = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     linear_here = (SPLITS == 1) | (part == SPLITS)
-    if linear_here & (first - SINK > LAM):  # something was folded in before this token
+    if linear_here & (first - SHAPE.SINK_SIZE > LAM):  # something was folded in before this token
         feats = tl.arange(0, BLOCK_F)
         feat_ok = feats < F
         w_ok = col_ok[:, None] & feat_ok[None, :]
         y = tl.zeros([BLOCK_Q, BLOCK_F], tl.float32)
         for i in range(Q):  # every query head has its own map, so no product of matrices
-            w_at = wq_ptr + (head * Q + i) * D * F + cols[:, None] * F + feats[None, :]
+            w_at = map_of(wq_ptr, head * Q + i, SHAPE) + cols[:, None] * F + feats[None, :]
             w = tl.load(w_at, mask=w_ok, other=0.0).to(tl.float32)
             x = tl.load(q_at + i * q_head + cols, mask=col_ok, other=0.0).to(tl.float32)
             y = tl.where(lanes[:, None] == i, tl.sum(x[:, None] * w, 0)[None, :], y)
-        h_at = h_ptr + page * state_page + head * 2 * F * D
+        h_at = h_of(h_ptr + page * state_page, head, SHAPE)
         h_at = h_at + feats[:, None] * D + cols[None, :]
-        s_at = s_ptr + page * state_page + head * 2 * F + feats
+        s_at = s_of(s_ptr + page * state_page, head, SHAPE) + feats
         tile_ok = feat_ok[:, None] & col_ok[None, :]
         phi = features(y, feat_ok)
         h = tl.load(h_at, mask=tile_ok, other=0.0)
@@ -201,7 +200,7 @@ def decode_kernel(
         y = mix(m, norm, acc / norm[:, None], y_lin, log_D, log_gate, SUBTRACT_MAX)
         tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=q_ok)
     else:
-        at = (row * HQ + q_heads) * (SPLITS + 1) + part
+        at = (row * NUM_HEADS + q_heads) * (SPLITS + 1) + part
         acc = tl.where(part == SPLITS, y_lin, acc)
         m = tl.where(part == SPLITS, log_D, m)
         tl.store(partial_ptr + at[:, None] * D + cols[None, :], acc, mask=q_ok)
@@ -221,15 +220,16 @@ def merge_kernel(
     out_head,
     slots_stride,
     n_stride,
-    D: tl.constexpr,
-    HQ: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    SHAPE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SPLITS: tl.constexpr,
     SUBTRACT_MAX: tl.constexpr,
 ):
     """Join the splits of `decode_kernel`, mix, and write the output. Grid (B * Hq,)."""
-    row, head = (tl.program_id(0) // HQ).to(tl.int64), tl.program_id(0) % HQ
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
+    row, head = (tl.program_id(0) // NUM_HEADS).to(tl.int64), tl.program_id(0) % NUM_HEADS
     cols = tl.arange(0, BLOCK_D)
     col_ok = cols < D
     out_at = out_ptr + row * out_row + head * out_head + cols
@@ -240,7 +240,7 @@ def merge_kernel(
         return
     parts = tl.arange(0, BLOCK_S)
     part_ok = parts < SPLITS
-    base = (row * HQ + head) * (SPLITS + 1)
+    base = (row * NUM_HEADS + head) * (SPLITS + 1)
     m = tl.load(stats_ptr + (base + parts) * 2, mask=part_ok, other=float("-inf"))
     norm = tl.load(stats_ptr + (base + parts) * 2 + 1, mask=part_ok, other=0.0)
     top = tl.max(m, 0)  # finite: the new token is in part 0
@@ -297,14 +297,13 @@ def attend(
         stats = torch.empty(B, Hq, splits + 1, 2, dtype=torch.float32, device=q.device)
     else:  # not used: any float32 pointer does
         partial = stats = weights.log_gate
-    shape = constants(layout)
     decode_kernel[(B * layout.num_state_heads, splits + 1 if splits > 1 else 1)](
         q, k, v, out, weights.feature_map_q, weights.log_gate,
         views.H, views.s, views.sparse_k, views.sparse_v, views.exact_k, views.exact_v,
         slots, seq_lens, partial, stats,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         out.stride(0), out.stride(1), slots.stride(0), seq_lens.stride(0), pages.state, pages.kv,
-        d**-0.5, **shape, **decode_constants(layout, Hq, splits, weights.subtract_max),
+        d**-0.5, **decode_constants(layout, Hq, splits, weights.subtract_max),
         PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
     )  # fmt: skip
     if splits > 1:
@@ -317,10 +316,11 @@ def attend(
 
 def decode_constants(
     layout: StateLayout, Hq: int, splits: int, subtract_max: bool
-) -> dict[str, int]:
-    """`decode_kernel`'s own compile-time arguments, beside `common.constants`."""
+) -> dict[str, object]:
+    """`decode_kernel`'s compile-time arguments, all but PRECISION."""
     return {
-        "HQ": Hq,
+        "SHAPE": page_shape(layout),
+        "NUM_HEADS": Hq,
         "BLOCK_Q": max(MIN_DOT, triton.next_power_of_2(Hq // layout.num_state_heads)),
         "BLOCK_N": pairs_per_tile(layout),
         "SPLITS": splits,
@@ -330,12 +330,11 @@ def decode_constants(
 
 def merge_constants(
     layout: StateLayout, Hq: int, splits: int, subtract_max: bool
-) -> dict[str, int]:
+) -> dict[str, object]:
     """`merge_kernel`'s compile-time arguments."""
     return {
-        "D": layout.head_dim,
-        "HQ": Hq,
-        "BLOCK_D": constants(layout)["BLOCK_D"],
+        "SHAPE": page_shape(layout),
+        "NUM_HEADS": Hq,
         "BLOCK_S": triton.next_power_of_2(splits),
         "SPLITS": splits,
         "SUBTRACT_MAX": subtract_max,

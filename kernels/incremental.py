@@ -1,13 +1,13 @@
-"""Updates of interval 1 in Triton (`docs/algorithm.md`, section 3): few scores are computed anew.
+"""Updates of interval 1 in Triton: few scores are computed anew.
 
 One pair is evicted and at most one folded, so only the least score matters. A page keeps a lower
-bound on the recall error of each sparse pair, which every fold lowers; what follows computes a
-score only where the bound does not rule the pair out. The choice is the one that all scores give.
+bound on the recall error of each sparse pair, which every fold lowers (Lemma 1,
+`docs/algorithm.md`). A score is computed only where the bound does not rule the pair out (Lemma 3).
 
 - `bounded_score_kernel` takes the place of `update.score_kernel`: one program per row and set.
-- `track_fold`, within `update.fold_kernel`, notes what is known of the newcomer and lowers bounds.
+- `track_fold`, within `update.fold_kernel`, stores the newcomer's bounds and lowers all others.
 
-What is known is in `csrc/bounds.h`; `csrc/cpu/drift_kernel.h` says why the bound holds.
+The rows of `bounds` are `BOUND_ROWS` in `lola_vllm/state.py`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,18 +20,35 @@ import triton.language as tl
 from lola_vllm.kernels.candidates import (
     COUNT_ARGS,
     INDEX_ARGS,
-    RECALL_EPS,
     due_rows,
     gather,
+    gather_pairs,
     nth_row,
     recall_error,
 )
-from lola_vllm.kernels.common import window_start
+from lola_vllm.kernels.common import (
+    RECALL_EPS,
+    h_of,
+    map_of,
+    pairs_of,
+    s_of,
+    slots_of,
+    window_start,
+)
+from lola_vllm.ops import constants
+from lola_vllm.state import BOUND_ROWS
 
-# Numbers of a pair and state head: the rows of `bounds`.
-LOW, SUM, VALUE, FEATURES, ALONG, SCALE, NUMBERS = (tl.constexpr(i) for i in range(7))
-SLACK = tl.constexpr(2e-5)  # far beyond rounding errors
-MOST_FEATURES = tl.constexpr(1.4143)  # ||phi|| of two softmaxes is at most sqrt(2)
+LOW = tl.constexpr(BOUND_ROWS.index("low"))
+SUM = tl.constexpr(BOUND_ROWS.index("sum"))
+VALUE = tl.constexpr(BOUND_ROWS.index("value"))
+FEATURES = tl.constexpr(BOUND_ROWS.index("features"))
+ALONG = tl.constexpr(BOUND_ROWS.index("along"))
+SCALE = tl.constexpr(BOUND_ROWS.index("scale"))
+NUM_BOUNDS = tl.constexpr(len(BOUND_ROWS))
+BOUND_SLACK = tl.constexpr(constants.BOUND_SLACK)
+BOUND_FACTOR = tl.constexpr(constants.BOUND_FACTOR)
+MAX_FEATURE_NORM = tl.constexpr(constants.MAX_FEATURE_NORM)
+DIRECTION_MAX = tl.constexpr(float(constants.DIRECTION_MAX))
 
 BLOCK_T = 16  # pairs scored at a time: the smallest side of a tensor-core product
 BLOCK_P = 64  # pairs whose bounds are lowered at a time
@@ -39,8 +56,8 @@ SCORE_WARPS = 8
 
 
 @triton.jit
-def store_numbers(at, ld: tl.constexpr, low, total, value, features, along, scale, ok):
-    """Number r of each pair to at + r ld."""
+def store_bounds(at, ld: tl.constexpr, low, total, value, features, along, scale, ok):
+    """Row r of the bounds of each pair to at + r ld."""
     tl.store(at + LOW * ld, low, mask=ok)
     tl.store(at + SUM * ld, total, mask=ok)
     tl.store(at + VALUE * ld, value, mask=ok)
@@ -52,53 +69,55 @@ def store_numbers(at, ld: tl.constexpr, low, total, value, features, along, scal
 @triton.jit
 def score_pairs(
     which, ok, wk_ptr, h_at, s_at, sparse_k_at, sparse_v_at, exact_k_at, exact_v_at, bounds_at,
-    directions_at, fresh_at, start, group, kv_head, cols, num_features, D: tl.constexpr,
-    F: tl.constexpr, ETA: tl.constexpr, LAM: tl.constexpr, C: tl.constexpr, SINK: tl.constexpr,
-    SHARE: tl.constexpr, PRECISION: tl.constexpr,
+    directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features, SHAPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[len(which)]` of candidates, and notes what bounds them from here on.
+    """Scores `[len(which)]` of candidates; sets the bounds on them (Lemma 1).
 
-    Pointers `*_at` are the page's, `fresh_at` the row's part of the scratch: what is known of the
-    newcomer, which has no slot yet. num_features: as in `read_state`.
+    Pointers `*_at` are the page's. `fresh_at` is the row's part of the scratch, which takes the
+    bounds of the newcomer, as that has no slot yet. num_features: as in `read_state`.
     """
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
     pairs = ok[:, None] & (cols < D)[None, :]
-    k = gather(
-        sparse_k_at, exact_k_at, which, ok, start, group, kv_head, cols, D, ETA, LAM, C, SINK
-    )
-    v = gather(
-        sparse_v_at, exact_v_at, which, ok, start, group, kv_head, cols, D, ETA, LAM, C, SINK
-    ).to(tl.float32)
+    k, v = gather_pairs(
+        sparse_k_at, sparse_v_at, exact_k_at, exact_v_at, which, ok, start, sparse_head, kv_head,
+        cols, SHAPE,
+    )  # fmt: skip
     value = tl.sqrt_rn(tl.sum(v * v, 1))
     cached, new = ok & (which < LAM), ok & (which == LAM)
     total = tl.zeros([which.shape[0]], tl.float32)
-    for i in range(SHARE):
-        head = group * SHARE + i
+    for i in range(SHAPE.STATES_PER_SET):
+        head = sparse_head * SHAPE.STATES_PER_SET + i
         error, size, z, square = recall_error(
-            k, v, value, wk_ptr + head * D * F, h_at + head * 2 * F * D, s_at + head * 2 * F, cols,
-            num_features, D, F, PRECISION,
+            k, v, value, map_of(wk_ptr, head, SHAPE), h_of(h_at, head, SHAPE),
+            s_of(s_at, head, SHAPE), cols, num_features, SHAPE, PRECISION,
         )  # fmt: skip
-        features = tl.where(num_features > 0, tl.sqrt_rn(square), MOST_FEATURES)
+        features = tl.where(num_features > 0, tl.sqrt_rn(square), MAX_FEATURE_NORM)
 
         largest = tl.max(tl.abs(error), 1)
-        steps = 127.0 / tl.where(largest > 0, largest, 1.0)
+        steps = DIRECTION_MAX / tl.where(largest > 0, largest, 1.0)
         u = tl.floor(error * steps[:, None] + 0.5)
-        u = tl.where(u > -127.0, tl.where(u < 127.0, u, 127.0), -127.0)  # of a NaN too
+        # A NaN becomes -DIRECTION_MAX.
+        u = tl.where(
+            u > -DIRECTION_MAX, tl.where(u < DIRECTION_MAX, u, DIRECTION_MAX), -DIRECTION_MAX
+        )
         u = tl.where(pairs, u, 0.0)
         length = tl.sqrt_rn(tl.sum(u * u, 1))
         scale = tl.where(length > 0, 1.0, 0.0) / tl.where(length > 0, length, 1.0)
-        low = tl.sum(u * error, 1) * scale - (size + value) * SLACK
+        low = tl.sum(u * error, 1) * scale - (size + value) * BOUND_SLACK
         along = tl.sum(u * v, 1) * scale
 
-        at = bounds_at + head * NUMBERS * LAM + which
-        store_numbers(at, LAM, low, z, value, features, along, scale, cached)
-        at = directions_at + (head * LAM + which)[:, None] * D + cols[None, :]
+        at = slots_of(bounds_at, head * NUM_BOUNDS, SHAPE) + which
+        store_bounds(at, LAM, low, z, value, features, along, scale, cached)
+        at = pairs_of(directions_at, head, SHAPE) + which[:, None] * D + cols[None, :]
         tl.store(at, u.to(tl.int8), mask=cached[:, None] & pairs)
-        at = fresh_at + i * (NUMBERS + D) + tl.zeros_like(which)
-        store_numbers(at, 1, low, z, value, features, along, scale, new)
-        tl.store(at[:, None] + NUMBERS + cols[None, :], u, mask=new[:, None] & pairs)
+        at = fresh_at + i * (NUM_BOUNDS + D) + tl.zeros_like(which)
+        store_bounds(at, 1, low, z, value, features, along, scale, new)
+        tl.store(at[:, None] + NUM_BOUNDS + cols[None, :], u, mask=new[:, None] & pairs)
 
         least = tl.where(value < RECALL_EPS, RECALL_EPS, value)
-        total += size if SHARE == 1 else tl.div_rn(size, least)
+        total += size if SHAPE.STATES_PER_SET == 1 else tl.div_rn(size, least)
     return tl.where(total != total, float("inf"), total)  # a NaN ranks first, as when sorted
 
 
@@ -126,17 +145,7 @@ def bounded_score_kernel(
     directions_page,
     first_row,
     num_rows,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    ETA: tl.constexpr,
-    LAM: tl.constexpr,
-    C: tl.constexpr,
-    SINK: tl.constexpr,
-    HKV: tl.constexpr,
-    HS: tl.constexpr,
-    HG: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_LAM: tl.constexpr,
@@ -145,40 +154,45 @@ def bounded_score_kernel(
     """Scores `[num_rows, Hg, lam + 1]`, float32, of the rows whose cache overflows now. Any grid.
 
     Exact where they may be the least, else infinite. Scratch: doubtful `[num_rows, Hg, lam]`, slots
-    to look at; fresh `[num_rows, Hs, NUMBERS + d]`, what is known of the newcomer.
+    to look at; fresh `[num_rows, Hs, NUM_BOUNDS + d]`, bounds and direction of the newcomer.
     """
-    SHARE: tl.constexpr = HS // HG
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    F: tl.constexpr = SHAPE.FEATURE_DIM
+    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
+    C: tl.constexpr = SHAPE.UPDATE_INTERVAL
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
     PARTS: tl.constexpr = BLOCK_LAM // BLOCK_T
     cols, part = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_LAM)
     end = first_row + num_rows
     for base in range(first_row, end, BLOCK_R):
         rows = base + tl.arange(0, BLOCK_R)
-        due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, LAM, C, ETA, SINK)
+        due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, LAM, SHAPE)
         rank = tl.cumsum(due.to(tl.int32), 0)
-        items = tl.sum(due.to(tl.int32), 0) * HG
+        items = tl.sum(due.to(tl.int32), 0) * SHAPE.NUM_SPARSE_HEADS
         for item in range(tl.program_id(0), items, tl.num_programs(0)):
-            row = nth_row(due, rank, rows, item // HG).to(tl.int64)
-            group = item % HG
-            kv_head = group // (HG // HKV)
+            row = nth_row(due, rank, rows, item // SHAPE.NUM_SPARSE_HEADS).to(tl.int64)
+            sparse_head = item % SHAPE.NUM_SPARSE_HEADS
+            kv_head = sparse_head // (SHAPE.NUM_SPARSE_HEADS // SHAPE.NUM_KV_HEADS)
             page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
-            start = window_start(tl.load(n_ptr + row * n_stride).to(tl.int32) - C, C, ETA, SINK)
+            start = window_start(tl.load(n_ptr + row * n_stride).to(tl.int32) - C, SHAPE)
             # Before the first fold H and s are leftovers, and count as zero.
-            num_features = tl.where(start - SINK > LAM, F, 0)
+            num_features = tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
             h_at, s_at = h_ptr + page * state_page, s_ptr + page * state_page
             sparse_k_at, sparse_v_at = sparse_k_ptr + page * kv_page, sparse_v_ptr + page * kv_page
             exact_k_at, exact_v_at = exact_k_ptr + page * kv_page, exact_v_ptr + page * kv_page
             bounds_at = bounds_ptr + page * bounds_page
             directions_at = directions_ptr + page * directions_page
-            scratch = (row - first_row) * HG + group
-            fresh_at = fresh_ptr + scratch * SHARE * (NUMBERS + D)
+            scratch = (row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head
+            fresh_at = fresh_ptr + scratch * SHAPE.STATES_PER_SET * (NUM_BOUNDS + D)
             scores_at, doubtful_at = scores_ptr + scratch * (LAM + 1), doubtful_ptr + scratch * LAM
 
             bound = tl.zeros([BLOCK_LAM], tl.float32)
-            for i in range(SHARE):
-                at = bounds_at + (group * SHARE + i) * NUMBERS * LAM + e
+            for i in range(SHAPE.STATES_PER_SET):
+                head = sparse_head * SHAPE.STATES_PER_SET + i
+                at = slots_of(bounds_at, head * NUM_BOUNDS, SHAPE) + e
                 low = tl.load(at + LOW * LAM, mask=e < LAM, other=float("inf"))
-                if SHARE > 1:
+                if SHAPE.STATES_PER_SET > 1:
                     value = tl.load(at + VALUE * LAM, mask=e < LAM, other=1.0)
                     low = low / tl.where(value < RECALL_EPS, RECALL_EPS, value)
                 bound += low
@@ -190,8 +204,8 @@ def bounded_score_kernel(
             ok = which <= tl.where(part == 0, LAM, LAM - 1)
             score = score_pairs(
                 which, ok, wk_ptr, h_at, s_at, sparse_k_at, sparse_v_at, exact_k_at, exact_v_at,
-                bounds_at, directions_at, fresh_at, start, group, kv_head, cols, num_features,
-                D, F, ETA, LAM, C, SINK, SHARE, PRECISION,
+                bounds_at, directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features,
+                SHAPE, PRECISION,
             )  # fmt: skip
             limit = tl.min(tl.where(ok, score, float("inf")), 0)
             place = tl.arange(0, PARTS)[:, None] * BLOCK_T + part[None, :]
@@ -208,8 +222,8 @@ def bounded_score_kernel(
                 which = tl.load(doubtful_at + first + part, mask=ok, other=0)
                 score = score_pairs(
                     which, ok, wk_ptr, h_at, s_at, sparse_k_at, sparse_v_at, exact_k_at,
-                    exact_v_at, bounds_at, directions_at, fresh_at, start, group, kv_head, cols,
-                    num_features, D, F, ETA, LAM, C, SINK, SHARE, PRECISION,
+                    exact_v_at, bounds_at, directions_at, fresh_at, start, sparse_head, kv_head,
+                    cols, num_features, SHAPE, PRECISION,
                 )  # fmt: skip
                 tl.store(scores_at + which, score, mask=ok)
 
@@ -217,38 +231,42 @@ def bounded_score_kernel(
 @triton.jit
 def track_fold(
     bounds_at, directions_at, fresh_at, sparse_v_at, exact_v_at, folded_at, free_at, num_folded,
-    num_new, start, group, kv_head, cols, D: tl.constexpr, ETA: tl.constexpr, LAM: tl.constexpr,
-    C: tl.constexpr, SINK: tl.constexpr, SHARE: tl.constexpr, BLOCK_P: tl.constexpr,
+    num_new, start, sparse_head, kv_head, cols, SHAPE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Carries what a page knows of its pairs over an update, before slots are replaced.
+    """Carries bounds and directions over an update, before slots are replaced.
 
-    Pointers are the page's and the row's; `folded_at` and `free_at` as in `fold_kernel`.
+    The newcomer's are stored if it takes a slot; the fold lowers all bounds (Lemma 1). Pointers are
+    the page's and the row's; `folded_at` and `free_at` as in `fold_kernel`.
     """
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
     loser = tl.load(folded_at, mask=num_folded > 0, other=LAM)
     slot = tl.load(free_at, mask=num_new > 0, other=0)
     one = tl.zeros([1], tl.int32)
     v = gather(
-        sparse_v_at, exact_v_at, one + loser, one == 0, start, group, kv_head, cols,
-        D, ETA, LAM, C, SINK,
-    ).to(tl.float32)  # fmt: skip
+        sparse_v_at, exact_v_at, one + loser, one == 0, start, sparse_head, kv_head, cols, SHAPE
+    ).to(tl.float32)
     number, pair = tl.arange(0, 8), tl.arange(0, BLOCK_P)
     overflow, enters = num_folded > 0, num_new > 0
-    for i in range(SHARE):
-        numbers_at = bounds_at + (group * SHARE + i) * NUMBERS * LAM
-        head_at = directions_at + (group * SHARE + i) * LAM * D
-        known_at = fresh_at + i * (NUMBERS + D)
-        length = tl.load(numbers_at + FEATURES * LAM + loser, mask=loser < LAM, other=0.0)
+    for i in range(SHAPE.STATES_PER_SET):
+        head = sparse_head * SHAPE.STATES_PER_SET + i
+        rows_at = slots_of(bounds_at, head * NUM_BOUNDS, SHAPE)
+        head_at = pairs_of(directions_at, head, SHAPE)
+        known_at = fresh_at + i * (NUM_BOUNDS + D)
+        length = tl.load(rows_at + FEATURES * LAM + loser, mask=loser < LAM, other=0.0)
         length += tl.load(known_at + FEATURES, mask=loser == tl.where(overflow, LAM, -1), other=0.0)
         tl.debug_barrier()  # read by all threads: the newcomer may take its place
         # A cache with room is filled unscored: nothing is known of what enters it.
         known = tl.load(
-            known_at + number, mask=number < tl.where(overflow, NUMBERS, 0),
+            known_at + number, mask=number < tl.where(overflow, NUM_BOUNDS, 0),
             other=tl.where(number == LOW, float("-inf"), 0.0),
         )  # fmt: skip
         tl.store(
-            numbers_at + number * LAM + slot, known, mask=number < tl.where(enters, NUMBERS, 0)
+            rows_at + number * LAM + slot, known, mask=number < tl.where(enters, NUM_BOUNDS, 0)
         )
-        new_u = tl.load(known_at + NUMBERS + cols, mask=cols < tl.where(overflow, D, 0), other=0.0)
+        new_u = tl.load(
+            known_at + NUM_BOUNDS + cols, mask=cols < tl.where(overflow, D, 0), other=0.0
+        )
         tl.store(head_at + slot * D + cols, new_u.to(tl.int8), mask=cols < tl.where(enters, D, 0))
         tl.debug_barrier()
         for first in tl.range(0, tl.where(overflow, LAM, 0), BLOCK_P, num_stages=1):
@@ -258,11 +276,11 @@ def track_fold(
                 head_at + at[:, None] * D + cols[None, :], mask=ok[:, None] & (cols < D)[None, :],
                 other=0,
             ).to(tl.float32)  # fmt: skip
-            there = tl.sum(u * v, 1) * tl.load(numbers_at + SCALE * LAM + at, mask=ok, other=0.0)
-            low = tl.load(numbers_at + LOW * LAM + at, mask=ok, other=0.0)
-            along = tl.load(numbers_at + ALONG * LAM + at, mask=ok, other=0.0)
-            total = tl.load(numbers_at + SUM * LAM + at, mask=ok, other=1.0)
-            c = tl.load(numbers_at + FEATURES * LAM + at, mask=ok, other=0.0) * length
+            there = tl.sum(u * v, 1) * tl.load(rows_at + SCALE * LAM + at, mask=ok, other=0.0)
+            low = tl.load(rows_at + LOW * LAM + at, mask=ok, other=0.0)
+            along = tl.load(rows_at + ALONG * LAM + at, mask=ok, other=0.0)
+            total = tl.load(rows_at + SUM * LAM + at, mask=ok, other=1.0)
+            c = tl.load(rows_at + FEATURES * LAM + at, mask=ok, other=0.0) * length
             ahead = there - (along - low)
-            low = tl.where(ahead > 0, low - c / (total + c) * 1.0001 * ahead, low)
-            tl.store(numbers_at + LOW * LAM + at, low, mask=ok)
+            low = tl.where(ahead > 0, low - c / (total + c) * BOUND_FACTOR * ahead, low)
+            tl.store(rows_at + LOW * LAM + at, low, mask=ok)

@@ -1,9 +1,9 @@
-"""Prefill in Triton (LoLA, arXiv 2505.23666): runs of new tokens, an update interval at a time.
+"""Prefill in Triton (LoLA, arXiv 2505.23666): segments of new tokens, an update interval at a time.
 
 The host cuts every row at its update points (the grid is absolute, so any split of a prompt cuts
-alike) from counts it holds, without waiting for the device. Piece i of all rows is one step: one
-attend launch, then the update kernels. Within a piece the window's start, the sparse cache and the
-hidden state stand still, so its queries differ only in how much of the piece itself they see.
+alike) from counts it holds, without waiting for the device. Chunk i of all rows is one step: one
+attend launch, then the update kernels. Within a chunk the window's start, the sparse cache and the
+hidden state stand still, so its queries differ only in how much of the chunk itself they see.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -24,13 +24,18 @@ from torch import Tensor
 from lola_vllm.kernels.common import (
     MIN_DOT,
     absorb,
-    constants,
+    exact_of,
     exact_row,
+    h_of,
+    map_of,
     mix,
+    page_shape,
     page_strides,
+    pairs_of,
     pairs_per_tile,
     precision,
     read_state,
+    s_of,
     window_start,
 )
 from lola_vllm.kernels.update import Rows, scratch_buffers, update
@@ -42,12 +47,12 @@ NUM_WARPS = 4
 
 Ints = npt.NDArray[np.int64]
 
-# Attends every token to its piece, window and sinks: (state, q, k, v, batch) -> output
+# Attends every token to its chunk, window and sinks: (state, q, k, v, batch) -> output
 # `[T, Hq, d]`, contiguous, and its log-sum-exp `[Hq, T]` float32, whose rows are contiguous.
 SoftmaxPart = Callable[[LayerState, Tensor, Tensor, Tensor, PrefillBatch], tuple[Tensor, Tensor]]
 
 
-@triton.jit(do_not_specialize=("lse_head", "first_piece", "num_blocks", "num_pieces"))
+@triton.jit(do_not_specialize=("lse_head", "first_chunk", "num_blocks", "num_chunks"))
 def prefill_kernel(
     q_ptr,
     k_ptr,
@@ -62,7 +67,7 @@ def prefill_kernel(
     exact_k_ptr,
     exact_v_ptr,
     slots_ptr,
-    pieces_ptr,
+    chunks_ptr,
     soft_ptr,
     lse_ptr,
     q_token,
@@ -76,42 +81,37 @@ def prefill_kernel(
     state_page,
     kv_page,
     lse_head,
-    first_piece,
+    first_chunk,
     num_blocks,
-    num_pieces,
+    num_chunks,
     scale,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    ETA: tl.constexpr,
-    LAM: tl.constexpr,
-    C: tl.constexpr,
-    SINK: tl.constexpr,
-    HKV: tl.constexpr,
-    HS: tl.constexpr,
-    HG: tl.constexpr,
-    HQ: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    SHAPE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUBTRACT_MAX: tl.constexpr,
     PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend a block of queries of one piece and query head, and write the block's pairs.
+    """Attend a block of queries of one chunk and query head, and write the block's pairs.
 
-    Grid (pieces of the step * num_blocks, Hq). pieces `[3, num_pieces]` int32: first token in the
+    Grid (chunks of the step * num_blocks, Hq). chunks `[3, num_chunks]` int32: first token in the
     batch, its position, tokens. PARTIAL: soft and lse hold a `SoftmaxPart`'s results, and only the
     sparse cache and the hidden state are left to add; else neither is read.
     """
     tl.static_assert(not (PARTIAL and SUBTRACT_MAX))  # a log-sum-exp does not tell the maximum
-    ROWS: tl.constexpr = SINK + ETA + C
-    piece = first_piece + tl.program_id(0) // num_blocks
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
+    chunk = first_chunk + tl.program_id(0) // num_blocks
     head = tl.program_id(1)
-    kv_head, state_head = head // (HQ // HKV), head // (HQ // HS)
-    token = tl.load(pieces_ptr + piece).to(tl.int64)
-    position = tl.load(pieces_ptr + num_pieces + piece)
-    length = tl.load(pieces_ptr + 2 * num_pieces + piece)
+    kv_head, state_head = (
+        head // (NUM_HEADS // SHAPE.NUM_KV_HEADS),
+        head // (NUM_HEADS // SHAPE.NUM_STATE_HEADS),
+    )
+    token = tl.load(chunks_ptr + chunk).to(tl.int64)
+    position = tl.load(chunks_ptr + num_chunks + chunk)
+    length = tl.load(chunks_ptr + 2 * num_chunks + chunk)
     m0 = tl.program_id(0) % num_blocks * BLOCK_M
     if m0 >= length:
         return
@@ -121,7 +121,7 @@ def prefill_kernel(
     q_ok = query_ok[:, None] & col_ok[None, :]
     tokens = token + queries
     out_at = out_ptr + head * out_head + tokens[:, None] * out_token + cols[None, :]
-    page = tl.load(slots_ptr + piece).to(tl.int64)
+    page = tl.load(slots_ptr + chunk).to(tl.int64)
     if page <= 0:
         zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         tl.store(out_at, zero.to(out_ptr.dtype.element_ty), mask=q_ok)
@@ -131,28 +131,28 @@ def prefill_kernel(
     q_at = q_ptr + head * q_head + tokens[:, None] * q_token + cols[None, :]
     q = tl.load(q_at, mask=q_ok, other=0.0)
     k_at, v_at = k_ptr + kv_head * k_head, v_ptr + kv_head * v_head
-    exact_k_at = exact_k_ptr + page * kv_page + kv_head * ROWS * D
-    exact_v_at = exact_v_ptr + page * kv_page + kv_head * ROWS * D
-    if head % (HQ // HKV) == 0:
-        # No program of this launch reads these rows: the ring has room for window and piece.
+    exact_k_at = exact_of(exact_k_ptr + page * kv_page, kv_head, SHAPE)
+    exact_v_at = exact_of(exact_v_ptr + page * kv_page, kv_head, SHAPE)
+    if head % (NUM_HEADS // SHAPE.NUM_KV_HEADS) == 0:
+        # No program of this launch reads these rows: the ring has room for window and chunk.
         k = tl.load(k_at + tokens[:, None] * k_token + cols[None, :], mask=q_ok, other=0.0)
         v = tl.load(v_at + tokens[:, None] * v_token + cols[None, :], mask=q_ok, other=0.0)
-        to = exact_row(position + queries, C, ETA, SINK)[:, None] * D + cols[None, :]
+        to = exact_row(position + queries, SHAPE)[:, None] * D + cols[None, :]
         tl.store(exact_k_at + to, k.to(kv_type), mask=q_ok)
         tl.store(exact_v_at + to, v.to(kv_type), mask=q_ok)
 
-    first = window_start(position, C, ETA, SINK)
+    first = window_start(position, SHAPE)
     if PARTIAL:
         m = tl.load(lse_ptr + head * lse_head + tokens, mask=query_ok, other=0.0)
         norm = tl.full([BLOCK_M], 1.0, tl.float32)
-        soft_at = soft_ptr + (tokens[:, None] * HQ + head) * D + cols[None, :]
+        soft_at = soft_ptr + (tokens[:, None] * NUM_HEADS + head) * D + cols[None, :]
         acc = tl.load(soft_at, mask=q_ok, other=0.0).to(tl.float32)
     else:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-        # The piece itself, causal. Its first tile holds its first pair, which every query sees.
+        # The chunk itself, causal. Its first tile holds its first pair, which every query sees.
         for j in range(0, tl.minimum(length, m0 + BLOCK_M), BLOCK_N):
             index = j + tl.arange(0, BLOCK_N)
             ok = (index[None, :] <= queries[:, None]) & (index < length)[None, :]
@@ -162,24 +162,24 @@ def prefill_kernel(
             v = tl.load(v_at + at * v_token + cols[None, :], mask=tile_ok, other=0.0).to(kv_type)
             m, norm, acc = absorb(q, k, v, ok, scale, m, norm, acc, PRECISION)
 
-        # Sinks and window from before the piece: every query sees them all.
-        num_sinks = tl.minimum(position, SINK)
+        # Sinks and window from before the chunk: every query sees them all.
+        num_sinks = tl.minimum(position, SHAPE.SINK_SIZE)
         num_exact = num_sinks + tl.maximum(position - first, 0)
         for j in range(0, num_exact, BLOCK_N):
             index = j + tl.arange(0, BLOCK_N)
             ok = index < num_exact
             at = tl.where(index < num_sinks, index, first + index - num_sinks)
-            at = exact_row(at, C, ETA, SINK)[:, None] * D + cols[None, :]
+            at = exact_row(at, SHAPE)[:, None] * D + cols[None, :]
             tile_ok = ok[:, None] & col_ok[None, :]
             k = tl.load(exact_k_at + at, mask=tile_ok, other=0.0)
             v = tl.load(exact_v_at + at, mask=tile_ok, other=0.0)
             m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
 
     if LAM > 0:
-        group = head // (HQ // HG)
-        num_sparse = tl.minimum(first - SINK, LAM)
-        sparse_k_at = sparse_k_ptr + page * kv_page + group * LAM * D
-        sparse_v_at = sparse_v_ptr + page * kv_page + group * LAM * D
+        sparse_head = head // (NUM_HEADS // SHAPE.NUM_SPARSE_HEADS)
+        num_sparse = tl.minimum(first - SHAPE.SINK_SIZE, LAM)
+        sparse_k_at = pairs_of(sparse_k_ptr + page * kv_page, sparse_head, SHAPE)
+        sparse_v_at = pairs_of(sparse_v_ptr + page * kv_page, sparse_head, SHAPE)
         for j in range(0, num_sparse, BLOCK_N):
             index = j + tl.arange(0, BLOCK_N)
             ok = index < num_sparse
@@ -190,10 +190,11 @@ def prefill_kernel(
             m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
 
     y = acc / norm[:, None]
-    if first - SINK > LAM:  # something was folded in before this piece
+    if first - SHAPE.SINK_SIZE > LAM:  # something was folded in before this chunk
         y_lin, z, _ = read_state(
-            q, wq_ptr + head * D * F, h_ptr + page * state_page + state_head * 2 * F * D,
-            s_ptr + page * state_page + state_head * 2 * F, cols, F, D, F, PRECISION,
+            q, map_of(wq_ptr, head, SHAPE), h_of(h_ptr + page * state_page, state_head, SHAPE),
+            s_of(s_ptr + page * state_page, state_head, SHAPE), cols, SHAPE.FEATURE_DIM, SHAPE,
+            PRECISION,
         )  # fmt: skip
         log_gate = tl.load(gate_ptr + head).to(tl.float32)
         y = mix(m, norm, y, y_lin / z[:, None], tl.log(z), log_gate, SUBTRACT_MAX)
@@ -202,10 +203,10 @@ def prefill_kernel(
 
 @dataclass(frozen=True)
 class Step:
-    """A range of the plan's pieces, one per row that still has some.
+    """A range of the plan's chunks, one per row that still has some.
 
     Attributes:
-        first, count: the range. longest: tokens of its longest piece.
+        first, count: the range. longest: tokens of its longest chunk.
         update: some row reaches an update point. score: some row's cache overflows there.
     """
 
@@ -218,26 +219,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Pieces of a ragged batch, ordered by step.
+    """Chunks of a ragged batch, ordered by step.
 
     Attributes:
-        pieces: `[5, P]`: first token in the batch, its position, tokens, tokens seen after the
-            piece, row.
+        chunks: `[5, P]`: first token in the batch, its position, tokens, tokens seen after the
+            chunk, row.
         steps: launches, in order.
     """
 
-    pieces: Ints
+    chunks: Ints
     steps: list[Step]
 
 
-def plan_pieces(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) -> Plan:
+def plan_chunks(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) -> Plan:
     """Cut a ragged batch at its update points.
 
     Args:
         query_start_loc: `[R + 1]`. context_lens: `[R]`.
 
-    A piece ends at the next update point that evicts something, so a prompt's first piece may span
-    several intervals; sinks, window and piece together always fit the exact store.
+    A chunk ends at the next update point that evicts something, so a prompt's first chunk may span
+    several intervals; sinks, window and chunk together always fit the exact store.
     """
     eta, C, sink = layout.window_size, layout.update_interval, layout.sink_size
     lengths = np.diff(query_start_loc)
@@ -253,7 +254,7 @@ def plan_pieces(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) 
     starts = np.where(step == 0, context_lens[rows], due[rows] + (step - 1) * C)
     stops = np.minimum(ends[rows], due[rows] + step * C)
     tokens = query_start_loc[rows] + starts - context_lens[rows]
-    pieces = np.stack([tokens, starts, stops - starts, stops, rows])
+    chunks = np.stack([tokens, starts, stops - starts, stops, rows])
 
     sizes = np.bincount(step) if len(step) else np.zeros(0, np.int64)
     firsts = np.cumsum(sizes) - sizes
@@ -263,13 +264,13 @@ def plan_pieces(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) 
         Step(
             int(first),
             int(size),
-            int(pieces[2, first : first + size].max()),
+            int(chunks[2, first : first + size].max()),
             bool(update_here[first : first + size].any()),
             bool(overflow[first : first + size].any()),
         )
         for first, size in zip(firsts, sizes, strict=True)
     ]
-    return Plan(pieces, steps)
+    return Plan(chunks, steps)
 
 
 def prefill(
@@ -281,14 +282,14 @@ def prefill(
     out: Tensor,
     softmax: SoftmaxPart | None = None,
 ) -> None:
-    """A run of new tokens per row, its arguments checked; shapes as in `contract.PrefillOp`.
+    """A segment of new tokens per row, its arguments checked; shapes as in `contract.PrefillOp`.
 
     Args:
-        softmax: what attends piece, window and sinks, for weights without `subtract_max`; None:
+        softmax: what attends chunk, window and sinks, for weights without `subtract_max`; None:
             the steps' own kernel.
     """
     layout, views, weights = state.layout, state.views, state.weights
-    steps, pieces = _plan_on(
+    steps, chunks = _plan_on(
         q.device,
         layout,
         batch.query_start_loc.numpy().astype(np.int64).tobytes(),
@@ -296,12 +297,11 @@ def prefill(
     )
     if not steps:
         return
-    n, page = pieces[3], batch.slots.index_select(0, pieces[4])
+    n, page = chunks[3], batch.slots.index_select(0, chunks[4])
 
     d, Hq = q.shape[-1], q.shape[1]
     strides = page_strides(state)
     own = prefill_constants(layout, Hq, weights.subtract_max, softmax is not None)
-    shape = {**constants(layout), **own, "PRECISION": precision(q.dtype)}
     if softmax is None:
         soft, lse, lse_head = out, weights.log_gate, 0  # not read
     else:  # before the first step: it writes into the ring
@@ -309,30 +309,33 @@ def prefill(
         lse_head = lse.stride(0)
     scratch = scratch_buffers(layout, max(step.count for step in steps), q.device)
     for step in steps:
-        num_blocks = triton.cdiv(step.longest, own["BLOCK_M"])
+        num_blocks = triton.cdiv(step.longest, block_m(layout))
         prefill_kernel[(step.count * num_blocks, Hq)](
             q, k, v, out, weights.feature_map_q, weights.log_gate,
             views.H, views.s, views.sparse_k, views.sparse_v, views.exact_k, views.exact_v,
-            page, pieces, soft, lse,
+            page, chunks, soft, lse,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             out.stride(0), out.stride(1), strides.state, strides.kv, lse_head,
-            step.first, num_blocks, pieces.shape[1], d**-0.5, **shape, num_warps=NUM_WARPS,
+            step.first, num_blocks, chunks.shape[1], d**-0.5, **own,
+            PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
         )  # fmt: skip
         if step.update:
             update(state, Rows(page, n, step.first, step.count), scratch, step.score)
 
 
+def block_m(layout: StateLayout) -> int:
+    """Queries per program: as many as a chunk has that spans an update interval, within limits."""
+    return min(MAX_BLOCK_M, max(MIN_DOT, triton.next_power_of_2(layout.update_interval)))
+
+
 def prefill_constants(
     layout: StateLayout, Hq: int, subtract_max: bool, partial: bool
-) -> dict[str, int]:
-    """`prefill_kernel`'s own compile-time arguments, beside `common.constants`.
-
-    The block of queries follows the update interval, which is the length of all but first pieces.
-    """
-    interval = triton.next_power_of_2(layout.update_interval)
+) -> dict[str, object]:
+    """`prefill_kernel`'s compile-time arguments, all but PRECISION."""
     return {
-        "HQ": Hq,
-        "BLOCK_M": min(MAX_BLOCK_M, max(MIN_DOT, interval)),
+        "SHAPE": page_shape(layout),
+        "NUM_HEADS": Hq,
+        "BLOCK_M": block_m(layout),
         "BLOCK_N": pairs_per_tile(layout),
         "SUBTRACT_MAX": subtract_max,
         "PARTIAL": partial,
@@ -343,11 +346,11 @@ def prefill_constants(
 def _plan_on(
     device: torch.device, layout: StateLayout, query_start_loc: bytes, context_lens: bytes
 ) -> tuple[list[Step], Tensor]:
-    """The plan's steps and its pieces on a device, made once for all layers of a model's step."""
-    plan = plan_pieces(
+    """The plan's steps and its chunks on a device, made once for all layers of a model's step."""
+    plan = plan_chunks(
         np.frombuffer(query_start_loc, np.int64), np.frombuffer(context_lens, np.int64), layout
     )
-    return plan.steps, on_device(plan.pieces.astype(np.int32), device)
+    return plan.steps, on_device(plan.chunks.astype(np.int32), device)
 
 
 def on_device(array: npt.NDArray[np.integer], device: torch.device) -> Tensor:

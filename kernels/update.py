@@ -27,29 +27,35 @@ from lola_vllm.kernels.candidates import (
     BLOCK_R,
     COUNT_ARGS,
     INDEX_ARGS,
-    RECALL_EPS,
     candidate_ok,
     due_rows,
-    gather,
+    gather_pairs,
     nth_row,
     recall_error,
 )
 from lola_vllm.kernels.common import (
     MIN_DOT,
+    RECALL_EPS,
     add_dithered,
-    constants,
     dither,
+    exact_of,
     exact_row,
     features,
+    h_of,
+    map_of,
     num_processors,
+    page_shape,
     page_strides,
+    pairs_of,
     product,
+    s_of,
+    slots_of,
     window_start,
 )
 from lola_vllm.kernels.incremental import (
     BLOCK_P,
     BLOCK_T,
-    NUMBERS,
+    NUM_BOUNDS,
     bounded_score_kernel,
     track_fold,
 )
@@ -112,17 +118,7 @@ def score_kernel(
     kv_page,
     first_row,
     num_rows,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    ETA: tl.constexpr,
-    LAM: tl.constexpr,
-    C: tl.constexpr,
-    SINK: tl.constexpr,
-    HKV: tl.constexpr,
-    HS: tl.constexpr,
-    HG: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -131,51 +127,51 @@ def score_kernel(
 
     SRE where a set has one state head, else the mean over its state heads of SRE / ||v||.
     """
+    F: tl.constexpr = SHAPE.FEATURE_DIM
+    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
+    C: tl.constexpr = SHAPE.UPDATE_INTERVAL
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
     E: tl.constexpr = LAM + C
     BLOCKS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    SHARE: tl.constexpr = HS // HG
     cols = tl.arange(0, BLOCK_D)
     end = first_row + num_rows
     for base in range(first_row, end, BLOCK_R):
         rows = base + tl.arange(0, BLOCK_R)
-        due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, LAM, C, ETA, SINK)
+        due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, LAM, SHAPE)
         rank = tl.cumsum(due.to(tl.int32), 0)
-        items = tl.sum(due.to(tl.int32), 0) * (HG * BLOCKS)
+        items = tl.sum(due.to(tl.int32), 0) * (SHAPE.NUM_SPARSE_HEADS * BLOCKS)
         for item in range(tl.program_id(0), items, tl.num_programs(0)):
-            row = nth_row(due, rank, rows, item // (HG * BLOCKS)).to(tl.int64)
-            group = item // BLOCKS % HG
-            kv_head = group // (HG // HKV)
+            row = nth_row(due, rank, rows, item // (SHAPE.NUM_SPARSE_HEADS * BLOCKS)).to(tl.int64)
+            sparse_head = item // BLOCKS % SHAPE.NUM_SPARSE_HEADS
+            kv_head = sparse_head // (SHAPE.NUM_SPARSE_HEADS // SHAPE.NUM_KV_HEADS)
             page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
-            start, stop = window_start(n - C, C, ETA, SINK), window_start(n, C, ETA, SINK)
+            start, stop = window_start(n - C, SHAPE), window_start(n, SHAPE)
 
             e = item % BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
-            ok = (e < E) & candidate_ok(e, start, stop, LAM, SINK)
-            pages = page * kv_page
-            k = gather(
-                sparse_k_ptr + pages, exact_k_ptr + pages, e, ok, start, group, kv_head, cols,
-                D, ETA, LAM, C, SINK,
+            ok = (e < E) & candidate_ok(e, start, stop, SHAPE)
+            h_at, s_at = h_ptr + page * state_page, s_ptr + page * state_page
+            sparse_k_at, sparse_v_at = sparse_k_ptr + page * kv_page, sparse_v_ptr + page * kv_page
+            exact_k_at, exact_v_at = exact_k_ptr + page * kv_page, exact_v_ptr + page * kv_page
+            k, v = gather_pairs(
+                sparse_k_at, sparse_v_at, exact_k_at, exact_v_at, e, ok, start, sparse_head,
+                kv_head, cols, SHAPE,
             )  # fmt: skip
-            v = gather(
-                sparse_v_ptr + pages, exact_v_ptr + pages, e, ok, start, group, kv_head, cols,
-                D, ETA, LAM, C, SINK,
-            ).to(tl.float32)  # fmt: skip
             # Before the first fold H and s are leftovers, and count as zero.
-            num_features = tl.where(start - SINK > LAM, F, 0)
+            num_features = tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
             norm = tl.sqrt_rn(tl.sum(v * v, 1))
             least = tl.where(norm < RECALL_EPS, RECALL_EPS, norm)
             total = tl.zeros([BLOCK_E], tl.float32)
-            for i in range(SHARE):
-                head = group * SHARE + i
+            for i in range(SHAPE.STATES_PER_SET):
+                head = sparse_head * SHAPE.STATES_PER_SET + i
                 _, size, _, _ = recall_error(
-                    k, v, norm, wk_ptr + head * D * F, h_ptr + page * state_page + head * 2 * F * D,
-                    s_ptr + page * state_page + head * 2 * F, cols, num_features,
-                    D, F, PRECISION,
+                    k, v, norm, map_of(wk_ptr, head, SHAPE), h_of(h_at, head, SHAPE),
+                    s_of(s_at, head, SHAPE), cols, num_features, SHAPE, PRECISION,
                 )  # fmt: skip
-                total += size if SHARE == 1 else tl.div_rn(size, least)
-            if SHARE > 1:
-                total = total / SHARE
-            at = scores_ptr + ((row - first_row) * HG + group) * E + e
+                total += size if SHAPE.STATES_PER_SET == 1 else tl.div_rn(size, least)
+            if SHAPE.STATES_PER_SET > 1:
+                total = total / SHAPE.STATES_PER_SET
+            at = scores_ptr + ((row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head) * E + e
             tl.store(at, total, mask=ok)
 
 
@@ -204,17 +200,7 @@ def fold_kernel(
     directions_page,
     first_row,
     num_rows,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    ETA: tl.constexpr,
-    LAM: tl.constexpr,
-    C: tl.constexpr,
-    SINK: tl.constexpr,
-    HKV: tl.constexpr,
-    HS: tl.constexpr,
-    HG: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
@@ -227,35 +213,39 @@ def fold_kernel(
     Any grid. The lists hold the candidates to fold, the newcomers to keep, and the free slots.
     BOUNDED: the scores are of `bounded_score_kernel`, which left `fresh`.
     """
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    F: tl.constexpr = SHAPE.FEATURE_DIM
+    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
+    C: tl.constexpr = SHAPE.UPDATE_INTERVAL
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
+    BLOCK_F: tl.constexpr = SHAPE.BLOCK_F
     E: tl.constexpr = LAM + C
-    SHARE: tl.constexpr = HS // HG
-    ROWS: tl.constexpr = SINK + ETA + C
     cols, feats = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_F)
     col_ok, feat_ok = cols < D, feats < F
     tile_ok = feat_ok[:, None] & col_ok[None, :]
     end = first_row + num_rows
     for base in range(first_row, end, BLOCK_R):
         rows = base + tl.arange(0, BLOCK_R)
-        due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, 0, C, ETA, SINK)
+        due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, 0, SHAPE)
         rank = tl.cumsum(due.to(tl.int32), 0)
-        items = tl.sum(due.to(tl.int32), 0) * HG
+        items = tl.sum(due.to(tl.int32), 0) * SHAPE.NUM_SPARSE_HEADS
         for item in range(tl.program_id(0), items, tl.num_programs(0)):
-            row = nth_row(due, rank, rows, item // HG).to(tl.int64)
-            group = item % HG
-            kv_head = group // (HG // HKV)
+            row = nth_row(due, rank, rows, item // SHAPE.NUM_SPARSE_HEADS).to(tl.int64)
+            sparse_head = item % SHAPE.NUM_SPARSE_HEADS
+            kv_head = sparse_head // (SHAPE.NUM_SPARSE_HEADS // SHAPE.NUM_KV_HEADS)
             page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
-            start, stop = window_start(n - C, C, ETA, SINK), window_start(n, C, ETA, SINK)
-            overflow = stop - SINK > LAM
+            start, stop = window_start(n - C, SHAPE), window_start(n, SHAPE)
+            overflow = stop - SHAPE.SINK_SIZE > LAM
             # Before the first fold H and s are leftovers, and count as zero.
-            live = feats < tl.where(start - SINK > LAM, F, 0)
-            scratch = (row - first_row) * HG + group
-            positions_at = positions_ptr + page * positions_page + group * LAM
+            live = feats < tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
+            scratch = (row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head
+            positions_at = slots_of(positions_ptr + page * positions_page, sparse_head, SHAPE)
             sparse_k_at, sparse_v_at = sparse_k_ptr + page * kv_page, sparse_v_ptr + page * kv_page
             exact_k_at, exact_v_at = exact_k_ptr + page * kv_page, exact_v_ptr + page * kv_page
 
             e = tl.arange(0, BLOCK_ALL)
-            ok = (e < E) & candidate_ok(e, start, stop, LAM, SINK)
+            ok = (e < E) & candidate_ok(e, start, stop, SHAPE)
             position = start + e - LAM
             if LAM > 0:
                 held = tl.load(positions_at + e, mask=ok & (e < LAM), other=0)
@@ -277,28 +267,26 @@ def fold_kernel(
             tl.debug_barrier()  # the lists are read by other threads than wrote them
 
             # Two halves of the features for each state head, so that a half of H fits registers.
-            for half in tl.range(0, tl.where(num_folded > 0, 2 * SHARE, 0), num_stages=1):
-                head = group * SHARE + half // 2
+            for half in tl.range(
+                0, tl.where(num_folded > 0, 2 * SHAPE.STATES_PER_SET, 0), num_stages=1
+            ):
+                head = sparse_head * SHAPE.STATES_PER_SET + half // 2
                 sign = 1.0 - 2.0 * (half % 2)
-                w_at = wk_ptr + head * D * F + cols[:, None] * F + feats[None, :]
+                w_at = map_of(wk_ptr, head, SHAPE) + cols[:, None] * F + feats[None, :]
                 w = tl.load(w_at, mask=col_ok[:, None] & feat_ok[None, :], other=0.0)
-                h_at = h_ptr + page * state_page + (head * 2 + half % 2) * F * D
+                h_at = h_of(h_ptr + page * state_page, head, SHAPE) + half % 2 * F * D
                 h_at = h_at + feats[:, None] * D + cols[None, :]
-                s_at = s_ptr + page * state_page + (head * 2 + half % 2) * F + feats
+                s_at = s_of(s_ptr + page * state_page, head, SHAPE) + half % 2 * F + feats
                 more_h = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
                 more_s = tl.zeros([BLOCK_F], tl.float32)
                 for c in tl.range(0, num_folded, BLOCK_E, num_stages=1):
                     index = c + tl.arange(0, BLOCK_E)
                     some = index < num_folded
                     which = tl.load(folded_at + index, mask=some, other=0)
-                    k = gather(
-                        sparse_k_at, exact_k_at, which, some, start, group, kv_head, cols,
-                        D, ETA, LAM, C, SINK,
+                    k, v = gather_pairs(
+                        sparse_k_at, sparse_v_at, exact_k_at, exact_v_at, which, some, start,
+                        sparse_head, kv_head, cols, SHAPE,
                     )  # fmt: skip
-                    v = gather(
-                        sparse_v_at, exact_v_at, which, some, start, group, kv_head, cols,
-                        D, ETA, LAM, C, SINK,
-                    ).to(tl.float32)  # fmt: skip
                     y = product(k, w, tl.zeros([BLOCK_E, BLOCK_F], tl.float32), PRECISION)
                     phi = tl.where(some[:, None], features(y * sign, feat_ok), 0.0)
                     more_h = product(tl.trans(phi), v, more_h, PRECISION)
@@ -310,11 +298,11 @@ def fold_kernel(
                 tl.store(s_at, add_dithered(s, more_s, place), mask=feat_ok)
 
             if BOUNDED:
+                fresh_at = fresh_ptr + scratch * SHAPE.STATES_PER_SET * (NUM_BOUNDS + D)
                 track_fold(
                     bounds_ptr + page * positions_page, directions_ptr + page * directions_page,
-                    fresh_ptr + scratch * SHARE * (NUMBERS + D), sparse_v_at, exact_v_at,
-                    folded_at, free_at, num_folded, num_new, start, group, kv_head, cols,
-                    D, ETA, LAM, C, SINK, SHARE, BLOCK_P,
+                    fresh_at, sparse_v_at, exact_v_at, folded_at, free_at, num_folded, num_new,
+                    start, sparse_head, kv_head, cols, SHAPE, BLOCK_P,
                 )  # fmt: skip
             if LAM > 0:
                 tl.debug_barrier()  # the folded pairs are read: their slots may go
@@ -325,21 +313,24 @@ def fold_kernel(
                     slot = tl.load(free_at + index, mask=some, other=0)
                     at = start + which - LAM
                     tl.store(positions_at + slot, at, mask=some)
-                    source = (kv_head * ROWS + exact_row(at, C, ETA, SINK)) * D
-                    source = source[:, None] + cols[None, :]
-                    target = ((group * LAM + slot) * D)[:, None] + cols[None, :]
+                    source = (exact_row(at, SHAPE) * D)[:, None] + cols[None, :]
+                    target = (slot * D)[:, None] + cols[None, :]
                     pair_ok = some[:, None] & col_ok[None, :]
-                    k = tl.load(exact_k_at + source, mask=pair_ok, other=0.0)
-                    v = tl.load(exact_v_at + source, mask=pair_ok, other=0.0)
-                    tl.store(sparse_k_at + target, k, mask=pair_ok)
-                    tl.store(sparse_v_at + target, v, mask=pair_ok)
+                    k = tl.load(
+                        exact_of(exact_k_at, kv_head, SHAPE) + source, mask=pair_ok, other=0.0
+                    )
+                    v = tl.load(
+                        exact_of(exact_v_at, kv_head, SHAPE) + source, mask=pair_ok, other=0.0
+                    )
+                    tl.store(pairs_of(sparse_k_at, sparse_head, SHAPE) + target, k, mask=pair_ok)
+                    tl.store(pairs_of(sparse_v_at, sparse_head, SHAPE) + target, v, mask=pair_ok)
 
 
 class Scratch(NamedTuple):
     """What kernels of an update leave for the next one, for `num_rows` rows.
 
     scores `[num_rows, Hg, lam + C]`, float32. lists `[num_rows, Hg, 3, C]`, int32. Where scores are
-    bounded also doubtful `[num_rows, Hg, lam]`, int32, and fresh `[num_rows, Hs, NUMBERS + d]`,
+    bounded also doubtful `[num_rows, Hg, lam]`, int32, and fresh `[num_rows, Hs, NUM_BOUNDS + d]`,
     float32; else both are empty.
     """
 
@@ -378,7 +369,7 @@ def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) 
     layout, views, feature_map_k = state.layout, state.views, state.weights.feature_map_k
     state_page, kv_page, words_page, bytes_page = page_strides(state)
     slots, n, first_row, num_rows = rows
-    shape = {**constants(layout), "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
+    shape = {"SHAPE": page_shape(layout), "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
     Hg, lam = layout.num_sparse_heads, layout.sparse_cache_size
     E = lam + layout.update_interval
     most = PROGRAMS_PER_PROCESSOR * num_processors(views.H.device)
@@ -408,7 +399,7 @@ def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) 
 
 
 def fold_constants(layout: StateLayout) -> dict[str, int]:
-    """`fold_kernel`'s own compile-time arguments, beside `common.constants`."""
+    """`fold_kernel`'s compile-time arguments beside SHAPE, BLOCK_R and PRECISION."""
     interval = layout.update_interval  # pairs folded at an update
     return {
         "BLOCK_E": min(BLOCK_E, max(MIN_DOT, triton.next_power_of_2(interval))),
@@ -419,7 +410,7 @@ def fold_constants(layout: StateLayout) -> dict[str, int]:
 
 
 def bounded_constants(layout: StateLayout) -> dict[str, int]:
-    """`bounded_score_kernel`'s own compile-time arguments, beside `common.constants`."""
+    """`bounded_score_kernel`'s compile-time arguments beside SHAPE, BLOCK_R and PRECISION."""
     slots = max(BLOCK_T, triton.next_power_of_2(layout.sparse_cache_size))
     return {"BLOCK_T": BLOCK_T, "BLOCK_LAM": slots}
 
@@ -428,7 +419,7 @@ def scratch_buffers(layout: StateLayout, num_rows: int, device: torch.device) ->
     """Scratch of updates of up to `num_rows` rows."""
     Hg, lam, C = layout.num_sparse_heads, layout.sparse_cache_size, layout.update_interval
     rows = num_rows if bounded(layout) else 0
-    known = NUMBERS.value + layout.head_dim
+    known = NUM_BOUNDS.value + layout.head_dim
     return Scratch(
         torch.empty(num_rows, Hg, lam + C, dtype=torch.float32, device=device),
         torch.empty(num_rows, Hg, 3, C, dtype=torch.int32, device=device),

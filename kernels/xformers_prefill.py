@@ -1,6 +1,6 @@
 """Prefill whose softmax part is attended by xformers (`LOLA_VLLM_OPS=xformers`).
 
-What a query sees of its own piece, the window and the sinks hangs on no update. So all pieces of a
+What a query sees of its own chunk, the window and the sinks hangs on no update. So all chunks of a
 batch are attended to those pairs in one call, before the first step, on copies that lie in a row;
 the steps' kernel goes on from the output and its log-sum-exp with the sparse cache and the hidden
 state, as partial attentions are merged (arXiv 2402.05099). Importing this module imports xformers.
@@ -19,7 +19,7 @@ from torch import Tensor
 from xformers.ops import fmha
 
 from lola_vllm.kernels import backend
-from lola_vllm.kernels.prefill import Ints, on_device, plan_pieces
+from lola_vllm.kernels.prefill import Ints, on_device, plan_chunks
 from lola_vllm.kernels.warmup import warm_up as warm_up_with
 from lola_vllm.ops.contract import LayerState, PrefillBatch
 from lola_vllm.state import StateLayout
@@ -30,17 +30,17 @@ logger = logging.getLogger("vllm.lola")
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 HEAD_DIM_MULTIPLE = 8
-# Copies made of a pair beside the one in its own piece, about (eta + sinks) / C. With C = 1 each
+# Copies made of a pair beside the one in its own chunk, about (eta + sinks) / C. With C = 1 each
 # token would bring its whole window.
 MAX_COPIES = 4
 
 
 @dataclass(frozen=True)
 class Gather:
-    """The pairs that the pieces of a ragged batch see, piece by piece in the order of the tokens.
+    """The pairs that the chunks of a ragged batch see, chunk by chunk in the order of the tokens.
 
     Attributes:
-        tokens, pairs: `[P]`: of each piece, new tokens and pairs it sees (sinks, window, itself).
+        tokens, pairs: `[P]`: of each chunk, new tokens and pairs it sees (sinks, window, itself).
         source: `[N]`: each pair's token in the batch, 0 where it comes from a page.
         stored: `[3, M]`: of those from pages, which of the N, batch row, row of the exact store.
     """
@@ -53,21 +53,21 @@ class Gather:
 
 def plan_gather(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) -> Gather:
     """From counts alone; query_start_loc `[R + 1]`, context_lens `[R]`."""
-    pieces = plan_pieces(query_start_loc, context_lens, layout).pieces
-    token, position, length, _, row = pieces[:, np.argsort(pieces[0])]
+    chunks = plan_chunks(query_start_loc, context_lens, layout).chunks
+    token, position, length, _, row = chunks[:, np.argsort(chunks[0])]
     start = layout.window_start(torch.from_numpy(position)).numpy()
     window = np.minimum(start, position)  # where it starts
     sinks = np.minimum(position, layout.sink_size)
     pairs = sinks + position - window + length
 
-    piece = np.repeat(np.arange(len(token)), pairs)
-    nth = np.arange(len(piece)) - np.repeat(np.cumsum(pairs) - pairs, pairs)
-    at = np.where(nth < sinks[piece], nth, (window - sinks)[piece] + nth)  # its position
-    source = (token - position)[piece] + at
-    old = np.flatnonzero(at < context_lens[row[piece]])
+    chunk = np.repeat(np.arange(len(token)), pairs)
+    nth = np.arange(len(chunk)) - np.repeat(np.cumsum(pairs) - pairs, pairs)
+    at = np.where(nth < sinks[chunk], nth, (window - sinks)[chunk] + nth)  # its position
+    source = (token - position)[chunk] + at
+    old = np.flatnonzero(at < context_lens[row[chunk]])
     source[old] = 0
     exact = layout.row(torch.from_numpy(at[old])).numpy()
-    return Gather(length, pairs, source, np.stack([old, row[piece][old], exact]))
+    return Gather(length, pairs, source, np.stack([old, row[chunk][old], exact]))
 
 
 @functools.lru_cache(maxsize=4)
@@ -87,7 +87,7 @@ def _gather_on(
 def attend(
     state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of every token to its piece, window and sinks: a `prefill.SoftmaxPart`.
+    """Softmax attention of every token to its chunk, window and sinks: a `prefill.SoftmaxPart`.
 
     Args:
         state, q, k, v, batch: as in `contract.PrefillOp`.
@@ -137,7 +137,7 @@ def attend(
 def prefill(
     state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
 ) -> None:
-    """A run of new tokens per row; see `contract.PrefillOp`. By Triton alone where `unsuited`.
+    """A segment of new tokens per row; see `contract.PrefillOp`. By Triton alone where `unsuited`.
 
     Raises:
         ValueError: as `backend.prefill`. RuntimeError: as `attend`.

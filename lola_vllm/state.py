@@ -14,16 +14,20 @@ One page, in this order (each part starts at a multiple of 64 bytes):
     sparse_v   [Hg, lam, d]         model dtype
     exact_k    [Hkv, sink + ring, d]  model dtype  pinned sinks, then the window ring
     exact_v    [Hkv, sink + ring, d]  model dtype
-    bounds     [Hs, 6, lam]         float32        only for C = 1: a lower bound on the recall error
-                                                   of each sparse pair, and what moves it
-    directions [Hs, lam, d]         int8           only for C = 1: that of v - p when the error was
-                                                   computed last, p being what H recalls
+    bounds     [Hs, 6, lam]         float32        a lower bound on the recall error of each sparse
+                                                   pair, and the numbers it follows from
+    directions [Hs, lam, d]         int8           direction of v - p when the error was computed
+                                                   last, p being what H recalls
 
-The last two let the kernels choose without computing all scores at every token; the torch back end
-computes them, and leaves these parts alone.
+`bounds` and `directions` are empty unless C = 1. With them the kernels choose without computing
+every score at every token (Lemma 1, `docs/algorithm.md`). The portable back end computes every
+score and does not touch them.
 
 The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
 ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).
+
+Symbols: Hkv `num_kv_heads`, Hs `num_state_heads`, Hg `num_sparse_heads`, d `head_dim`, F
+`feature_dim`, eta `window_size`, lam `sparse_cache_size`, C `update_interval`, sink `sink_size`.
 """
 
 from __future__ import annotations
@@ -45,6 +49,11 @@ PAGE_ALIGNMENT = 256  # bytes
 PARTS = (
     "H", "s", "positions", "sparse_k", "sparse_v", "exact_k", "exact_v", "bounds", "directions",
 )  # fmt: skip
+
+# The rows of `bounds`, as in csrc/bounds.h. `low` bounds the recall error from below. The others
+# are of when the error was computed last, with u the stored direction: z = phi.s + 1e-6, ||v||,
+# ||phi||, u.v, and 1 / length of u as it is stored.
+BOUND_ROWS = ("low", "sum", "value", "features", "along", "scale")
 
 # What `StateLayout.table` holds: the fields of `PageLayout` in csrc/layout.h, in its order. A name
 # of `PARTS` stands for the byte offset of that part in the page.
@@ -131,7 +140,7 @@ class StateLayout:
         exact = (self.num_kv_heads, self.sink_size + self.ring_size, self.head_dim)
         sparse = (self.num_sparse_heads, self.sparse_cache_size, self.head_dim)
         features = 2 * self.feature_dim
-        remembered = self.sparse_cache_size if self.update_interval == 1 else 0
+        bounded = self.sparse_cache_size if self.update_interval == 1 else 0
         wide = torch.promote_types(self.kv_dtype, torch.float32)
         return {
             "H": ((self.num_state_heads, features, self.head_dim), self.state_dtype),
@@ -141,8 +150,8 @@ class StateLayout:
             "sparse_v": (sparse, self.kv_dtype),
             "exact_k": (exact, self.kv_dtype),
             "exact_v": (exact, self.kv_dtype),
-            "bounds": ((self.num_state_heads, 6, remembered), wide),
-            "directions": ((self.num_state_heads, remembered, self.head_dim), torch.int8),
+            "bounds": ((self.num_state_heads, len(BOUND_ROWS), bounded), wide),
+            "directions": ((self.num_state_heads, bounded, self.head_dim), torch.int8),
         }
 
     @property

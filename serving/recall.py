@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.ops import portable
-from lola_vllm.ops.reference import RECALL_EPS
+from lola_vllm.ops.constants import RECALL_EPS
 from lola_vllm.state import StateLayout, StateViews
 
 

@@ -38,20 +38,22 @@ struct Answer {
   LOLA_DEVICE float value(const Params& p, int64_t head, bool folded) const {
     const float exact = soft / total;
     if (!folded) return exact;
-    const float lse = logf(total) + (p.subtract_max ? 0.0f : largest * kLn2);
-    const float share = 1.0f / (1.0f + expf(logf(normal) - lse - p.log_gate[head]));
-    return share * exact + (1.0f - share) * (linear / normal);
+    const float lse = logf(total) + (p.layout.subtract_max != 0 ? 0.0f : largest * kLn2);
+    const float weight = 1.0f / (1.0f + expf(logf(normal) - lse - p.log_gate[head]));
+    return weight * exact + (1.0f - weight) * (linear / normal);
   }
 };
 
 LOLA_DEVICE void answer(const Params& p, int64_t row, int64_t head, int at, float x) {
-  store_any(p.out.data, p.out_type, row * p.out.stride[0] + head * p.out.stride[1] + at, x);
+  store_any(p.out.data, p.out_type, p.out.offset(row, head) + at, x);
 }
 
 // Partial answer of a head: largest, total, normal, unused, soft[d], linear[d].
 LOLA_DEVICE float* partial_row(const Params& p, int64_t row, int64_t head, int split) {
-  const int64_t set = head / p.heads(), h = head % p.heads();
-  return p.partial + (((row * p.Hg + set) * p.splits + split) * p.heads() + h) * p.partial_size();
+  const int64_t set = head / p.heads_per_set(), h = head % p.heads_per_set();
+  return p.partial +
+         (((row * p.num_sparse_heads() + set) * p.splits + split) * p.heads_per_set() + h) *
+             p.partial_size();
 }
 
 }  // namespace cuda

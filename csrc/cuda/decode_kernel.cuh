@@ -31,37 +31,36 @@ struct Pairs {
   const T *sparse_k, *sparse_v, *exact_k, *exact_v, *new_k, *new_v;
 
   LOLA_DEVICE Pairs(const Params& p, int64_t row, int64_t page, int set, int64_t position) {
-    const int kv = set / (p.Hg / p.Hkv);
-    const int64_t start = p.window_start(position);
-    cached = p.num_sparse(position);
-    sinks = static_cast<int>(position < p.sink ? position : p.sink);
+    const int kv = set / p.sets_per_kv_head();
+    const int64_t start = p.layout.window_start(position);
+    cached = static_cast<int>(p.layout.num_sparse(position));
+    sinks = static_cast<int>(position < p.layout.sink_size ? position : p.layout.sink_size);
     in_ring = static_cast<int>(position > start ? position - start : 0);
     count = cached + sinks + in_ring + 1;
-    ring = p.ring();
-    sink = p.sink;
+    ring = p.layout.ring_size();
+    sink = p.layout.sink_size;
     first_row = start % ring;
-    sparse_k = p.sparse_k.at<const T>(page, set);
-    sparse_v = p.sparse_v.at<const T>(page, set);
-    exact_k = p.exact_k.at<const T>(page, kv);
-    exact_v = p.exact_v.at<const T>(page, kv);
+    sparse_k = p.sparse_k<const T>(page, set);
+    sparse_v = p.sparse_v<const T>(page, set);
+    exact_k = p.exact_k<const T>(page, kv);
+    exact_v = p.exact_v<const T>(page, kv);
     new_k = p.k.at<const T>(row, kv);
     new_v = p.v.at<const T>(row, kv);
   }
 
-  // Rows of pair i.
-  LOLA_DEVICE void find(int i, int64_t k_stride, int64_t v_stride, int64_t exact_k_stride,
-                        int64_t exact_v_stride, const T** k, const T** v) const {
+  // Key and value of pair i, of d elements each.
+  LOLA_DEVICE void find(int i, int64_t d, const T** k, const T** v) const {
     if (i < cached) {
-      *k = sparse_k + i * k_stride;
-      *v = sparse_v + i * v_stride;
+      *k = sparse_k + i * d;
+      *v = sparse_v + i * d;
     } else if (i < count - 1) {
       int64_t at = i - cached;
       if (at >= sinks) {
         at = first_row + (at - sinks);
         at = sink + (at < ring ? at : at - ring);
       }
-      *k = exact_k + at * exact_k_stride;
-      *v = exact_v + at * exact_v_stride;
+      *k = exact_k + at * d;
+      *v = exact_v + at * d;
     } else {
       *k = new_k;
       *v = new_v;
@@ -83,13 +82,13 @@ LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
   constexpr int kGroups = kDecodeThreads / R::kLanes;
   constexpr int kUnroll = HEADS > 4 ? (R::kUnroll + 1) / 2 : R::kUnroll;
   const int lane = static_cast<int>(threadIdx.x) % R::kLanes;
-  const int group = static_cast<int>(threadIdx.x) / R::kLanes, d = D > 0 ? D : p.d;
+  const int group = static_cast<int>(threadIdx.x) / R::kLanes, d = D > 0 ? D : p.head_dim();
   float q[HEADS][R::kElements], sum[HEADS][R::kElements], largest[HEADS], total[HEADS];
   const float scale = kLog2e / sqrtf(static_cast<float>(d));  // logits of base 2
 #pragma unroll
   for (int h = 0; h < HEADS; ++h) {
-    const int64_t head = static_cast<int64_t>(set) * p.heads() + heads.first + h;
-    const int64_t offset = row * p.q.stride[0] + head * p.q.stride[1];
+    const int64_t head = static_cast<int64_t>(set) * p.heads_per_set() + heads.first + h;
+    const int64_t offset = p.q.offset(row, head);
     largest[h] = kMinusInf;
     total[h] = 0;
 #pragma unroll
@@ -109,8 +108,7 @@ LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
       const int i = base + u * kGroups + group;
       const bool ok = i < end;
       const T *k_row, *v_row;
-      pairs.find(ok ? i : begin, p.sparse_k.stride[2], p.sparse_v.stride[2], p.exact_k.stride[2],
-                 p.exact_v.stride[2], &k_row, &v_row);
+      pairs.find(ok ? i : begin, d, &k_row, &v_row);
       k[u] = R::load(k_row, lane, d, ok);
       v[u] = R::load(v_row, lane, d, ok);
     }
@@ -174,7 +172,7 @@ LOLA_DEVICE void read_out(const Params& p, int64_t page, int set, HeadRange head
   using R = Row<float, D>;
   constexpr int kGroups = kDecodeThreads / R::kLanes;
   const int lane = static_cast<int>(threadIdx.x) % R::kLanes;
-  const int group = static_cast<int>(threadIdx.x) / R::kLanes, d = D > 0 ? D : p.d;
+  const int group = static_cast<int>(threadIdx.x) / R::kLanes, d = D > 0 ? D : p.head_dim();
   float sum[HEADS][R::kElements], total[HEADS];
 #pragma unroll
   for (int h = 0; h < HEADS; ++h) {
@@ -182,18 +180,18 @@ LOLA_DEVICE void read_out(const Params& p, int64_t page, int set, HeadRange head
 #pragma unroll
     for (int i = 0; i < R::kElements; ++i) sum[h][i] = 0;
   }
-  const int per_state = p.Hq / p.Hs, head0 = set * p.heads() + heads.first;
+  const int per_state = p.heads_per_state(), head0 = set * p.heads_per_set() + heads.first;
   for (int state = head0 / per_state; state * per_state < head0 + heads.count; ++state) {
     const int low = state * per_state - head0, high = low + per_state;  // heads of this state
-    const float* const H = p.H.at<const float>(page, state);
-    const float* const s = p.s.at<const float>(page, state);
+    const float* const H = p.H(page, state);
+    const float* const s = p.s(page, state);
     for (int base = begin; base < end; base += kGroups * R::kUnroll) {
       typename R::Raw rows[R::kUnroll];
       float normal[R::kUnroll];
 #pragma unroll
       for (int u = 0; u < R::kUnroll; ++u) {
         const int f = base + u * kGroups + group;
-        rows[u] = R::load(H + (f < end ? f : begin) * p.H.stride[2], lane, d, f < end);
+        rows[u] = R::load(H + static_cast<int64_t>(f < end ? f : begin) * d, lane, d, f < end);
         normal[u] = f < end ? s[f] : 0.0f;
       }
 #pragma unroll
@@ -225,8 +223,8 @@ LOLA_DEVICE void read_out(const Params& p, int64_t page, int set, HeadRange head
 }
 
 inline std::size_t decode_shared(const Params& p, int heads) {
-  const std::size_t features = (2 * p.F + p.splits - 1) / p.splits;
-  return heads * (kDecodeWarps * (2 * p.d + 4) + features) * sizeof(float);
+  const std::size_t features = (2 * p.feature_dim() + p.splits - 1) / p.splits;
+  return heads * (kDecodeWarps * (2 * p.head_dim() + 4) + features) * sizeof(float);
 }
 
 // Grid: (rows x sets, splits).
@@ -234,9 +232,10 @@ template <typename T, int D, int HEADS>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
     decode_kernel(const Params p) {
   LOLA_SHARED(memory);
-  const int thread = threadIdx.x, split = blockIdx.y, d = D > 0 ? D : p.d;
-  const int set = static_cast<int>(blockIdx.x % p.Hg), num_heads = p.heads();
-  const int64_t row = blockIdx.x / p.Hg;
+  const int thread = threadIdx.x, split = blockIdx.y, d = D > 0 ? D : p.head_dim();
+  const int set = static_cast<int>(blockIdx.x % p.num_sparse_heads()),
+            num_heads = p.heads_per_set();
+  const int64_t row = blockIdx.x / p.num_sparse_heads();
   const int head0 = set * num_heads;
   if (!p.live(row)) {
     if (p.splits > 1) return;  // the merge answers
@@ -260,11 +259,12 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
     const HeadRange heads = {first, left < HEADS ? left : HEADS};
     attend<T, D, HEADS>(p, row, set, heads, pairs, key0, key1, soft, stats);
     // Not before the softmax, which needs the registers.
-    const int features = (2 * p.F + p.splits - 1) / p.splits, f0 = features * split;
-    const int f1 = f0 + features < 2 * p.F ? f0 + features : 2 * p.F;
+    const int features = (2 * p.feature_dim() + p.splits - 1) / p.splits, f0 = features * split;
+    const int f1 = f0 + features < 2 * p.feature_dim() ? f0 + features : 2 * p.feature_dim();
     for (int i = thread; folded && i < (f1 - f0) * heads.count; i += kDecodeThreads) {
       const int h = i / (f1 - f0), f = i % (f1 - f0);
-      phi[f * HEADS + h] = p.phi[(row * p.Hq + head0 + first + h) * 2 * p.F + f0 + f];
+      phi[f * HEADS + h] =
+          p.phi[(row * p.num_heads() + head0 + first + h) * 2 * p.feature_dim() + f0 + f];
     }
     __syncthreads();
     if (folded) {
@@ -292,11 +292,11 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
     __syncthreads();  // before the next heads take the memory
   }
 
-  const int sets = p.Hg / p.Hkv;
+  const int sets = p.sets_per_kv_head();
   if (split == 0 && set % sets == 0) {
-    const int64_t at = p.exact_row(position);
-    T* const k = p.exact_k.at<T>(page, set / sets, at);
-    T* const v = p.exact_v.at<T>(page, set / sets, at);
+    const int64_t at = p.layout.exact_row(position);
+    T* const k = p.exact_k<T>(page, set / sets, at);
+    T* const v = p.exact_v<T>(page, set / sets, at);
     for (int i = thread; i < d; i += kDecodeThreads) {
       k[i] = pairs.new_k[i];
       v[i] = pairs.new_v[i];
@@ -306,23 +306,24 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
 
 template <typename T>
 void launch_decode(const Params& p, bool vectors, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.rows * p.Hg), static_cast<unsigned>(p.splits));
+  const dim3 grid(static_cast<unsigned>(p.num_rows * p.num_sparse_heads()),
+                  static_cast<unsigned>(p.splits));
   const auto run = [&](auto kernel, int heads) {
     launch("decode", kernel, grid, kDecodeThreads, decode_shared(p, heads), stream, p);
   };
   const auto run_size = [&](auto size) {
     constexpr int D = decltype(size)::value;
-    if (p.heads() == 1) {
+    if (p.heads_per_set() == 1) {
       run(decode_kernel<T, D, 1>, 1);
-    } else if (p.heads() <= 4) {
+    } else if (p.heads_per_set() <= 4) {
       run(decode_kernel<T, D, 4>, 4);
     } else {
       run(decode_kernel<T, D, 8>, 8);
     }
   };
-  if (vectors && p.d == 64) return run_size(std::integral_constant<int, 64>());
-  if (vectors && p.d == 96) return run_size(std::integral_constant<int, 96>());
-  if (vectors && p.d == 128) return run_size(std::integral_constant<int, 128>());
+  if (vectors && p.head_dim() == 64) return run_size(std::integral_constant<int, 64>());
+  if (vectors && p.head_dim() == 96) return run_size(std::integral_constant<int, 96>());
+  if (vectors && p.head_dim() == 128) return run_size(std::integral_constant<int, 128>());
   run(decode_kernel<T, 0, 1>, 1);
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "checks.h"
+#include "constants.h"
 
 #ifdef LOLA_EMULATE
 #include "cuda/emulate.h"
@@ -172,7 +173,8 @@ LOLA_DEVICE int reduce_max(int x) {
   return x;
 }
 
-// phi[0 .. 2F) = max(concat(softmax(y), softmax(-y)), 1e-12) by one warp; phi may start at y.
+// phi[0 .. 2F) = max(concat(softmax(y), softmax(-y)), kFeatureFloor) by one warp; phi may start at
+// y.
 LOLA_DEVICE void feature_map(const float* y, int F, float* phi, int lane) {
   float high = kMinusInf, low = -kMinusInf, up = 0, down = 0;
   for (int f = lane; f < F; f += kWarp) {
@@ -189,8 +191,8 @@ LOLA_DEVICE void feature_map(const float* y, int F, float* phi, int lane) {
   down = 1.0f / reduce<Sum>(down);
   for (int f = lane; f < F; f += kWarp) {
     const float x = y[f];
-    phi[F + f] = fmaxf(expf(low - x) * down, 1e-12f);
-    phi[f] = fmaxf(expf(x - high) * up, 1e-12f);
+    phi[F + f] = fmaxf(expf(low - x) * down, kFeatureFloor<float>);
+    phi[f] = fmaxf(expf(x - high) * up, kFeatureFloor<float>);
   }
 }
 

@@ -10,69 +10,72 @@ constexpr int kThreads = 128;
 constexpr int kRows = kThreads / kWarp;  // a warp per row takes the softmaxes
 
 std::size_t shared_bytes(const Params& p) {
-  const std::size_t parts = kThreads / columns(p.F, kThreads);
-  return kRows * (p.d + parts * p.F) * sizeof(float);
+  const std::size_t parts = kThreads / columns(p.feature_dim(), kThreads);
+  return kRows * (p.head_dim() + parts * p.feature_dim()) * sizeof(float);
 }
 
 // Grid: heads x tiles of rows.
 __global__ void __launch_bounds__(kThreads) features_kernel(const Params p) {
   LOLA_SHARED(memory);
-  const int thread = threadIdx.x, head = static_cast<int>(blockIdx.x % p.Hq);
-  const int64_t first = static_cast<int64_t>(blockIdx.x / p.Hq) * kRows;
+  const int thread = threadIdx.x, head = static_cast<int>(blockIdx.x % p.num_heads());
+  const int64_t first = static_cast<int64_t>(blockIdx.x / p.num_heads()) * kRows;
   bool active[kRows], any = false;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int64_t row = first + r;
-    active[r] = row < p.rows && p.live(row) && p.any_folded(p.seq_lens[row] - 1);
+    active[r] = row < p.num_rows && p.live(row) && p.any_folded(p.seq_lens[row] - 1);
     any = any || active[r];
   }
   if (!any) return;
 
   float* const q = reinterpret_cast<float*>(memory);  // [kRows, d]
-  float* const y = q + kRows * p.d;                   // [parts, kRows, F]
+  float* const y = q + kRows * p.head_dim();          // [parts, kRows, F]
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int64_t offset = (first + r) * p.q.stride[0] + head * p.q.stride[1];
-    for (int i = thread; i < p.d; i += kThreads) {
-      q[r * p.d + i] = active[r] ? load_any(p.q.data, p.q_type, offset + i) : 0.0f;
+    const int64_t offset = p.q.offset(first + r, head);
+    for (int i = thread; i < p.head_dim(); i += kThreads) {
+      q[r * p.head_dim() + i] = active[r] ? load_any(p.q.data, p.q_type, offset + i) : 0.0f;
     }
   }
   __syncthreads();
 
-  const int width = columns(p.F, kThreads), parts = kThreads / width, part = thread / width;
-  const int share = (p.d + parts - 1) / parts, begin = part * share;
-  const int end = begin + share < p.d ? begin + share : p.d;
-  const float* const W = p.feature_map_q + static_cast<int64_t>(head) * p.d * p.F;
-  for (int f = thread % width; f < p.F; f += width) {
+  const int width = columns(p.feature_dim(), kThreads), parts = kThreads / width,
+            part = thread / width;
+  const int span = (p.head_dim() + parts - 1) / parts, begin = part * span;
+  const int end = begin + span < p.head_dim() ? begin + span : p.head_dim();
+  const float* const W =
+      p.feature_map_q + static_cast<int64_t>(head) * p.head_dim() * p.feature_dim();
+  for (int f = thread % width; f < p.feature_dim(); f += width) {
     float sum[kRows] = {};
 #pragma unroll 8
     for (int i = begin; i < end; ++i) {
-      const float w = W[static_cast<int64_t>(i) * p.F + f];
+      const float w = W[static_cast<int64_t>(i) * p.feature_dim() + f];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) sum[r] += q[r * p.d + i] * w;
+      for (int r = 0; r < kRows; ++r) sum[r] += q[r * p.head_dim() + i] * w;
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) y[(part * kRows + r) * p.F + f] = sum[r];
+    for (int r = 0; r < kRows; ++r) y[(part * kRows + r) * p.feature_dim() + f] = sum[r];
   }
   __syncthreads();
 
   const int warp = thread / kWarp, lane = thread % kWarp;
   const int64_t row = first + warp;
-  if (row >= p.rows || !p.live(row) || !p.any_folded(p.seq_lens[row] - 1)) return;
-  float* const mine = y + warp * p.F;
-  for (int f = lane; f < p.F; f += kWarp) {
+  if (row >= p.num_rows || !p.live(row) || !p.any_folded(p.seq_lens[row] - 1)) return;
+  float* const mine = y + warp * p.feature_dim();
+  for (int f = lane; f < p.feature_dim(); f += kWarp) {
     float sum = mine[f];
-    for (int other = 1; other < parts; ++other) sum += mine[other * kRows * p.F + f];
+    for (int other = 1; other < parts; ++other) sum += mine[other * kRows * p.feature_dim() + f];
     mine[f] = sum;
   }
   __syncwarp();
-  feature_map(mine, p.F, p.phi + (row * p.Hq + head) * 2 * p.F, lane);
+  feature_map(mine, p.feature_dim(), p.phi + (row * p.num_heads() + head) * 2 * p.feature_dim(),
+              lane);
 }
 
 }  // namespace
 
 void launch_features(const Params& p, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((p.rows + kRows - 1) / kRows * p.Hq);
+  const auto blocks = static_cast<unsigned>((p.num_rows + kRows - 1) / kRows * p.num_heads());
   launch("decode: feature maps", features_kernel, dim3(blocks), kThreads, shared_bytes(p), stream,
          p);
 }

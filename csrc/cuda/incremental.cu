@@ -1,11 +1,9 @@
-// The update of interval 1 (docs/algorithm.md, section 3): one pair is evicted and at most one
-// folded. Bounds on recall errors follow each fold, and an error is computed anew only where it may
-// be the least; the choice is the one that all scores would give. What bounds a pair, and why, is
-// in csrc/cpu/drift_kernel.h.
+// The update of interval 1: one pair is evicted and at most one folded. Each fold lowers bounds on
+// the recall errors of cached pairs (Lemma 1, docs/algorithm.md), and an error is computed anew
+// only where it may be the least (Lemma 3).
 //
 // A block is one row and sparse set. All of it works on one tile of pairs, so that a step with few
 // pairs in doubt is short, and the matrices are read once per tile.
-#include "bounds.h"
 #include "cuda/launch.cuh"
 #include "cuda/recall.cuh"
 
@@ -15,64 +13,68 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kNewcomer = -1;  // in the place of a slot: the pair that is evicted
-constexpr int kLikely = kTile - 1;
+constexpr int kNewcomer = -1;       // in the place of a slot: the pair that is evicted
+constexpr int kLikely = kTile - 1;  // cached pairs in the first tile, beside the newcomer
+constexpr float kMost = kDirectionMax;
 static_assert(kTile <= kWarps, "a warp for each pair of a tile");
 
 struct Shared {
-  float *k, *v, *phi, *recalled;  // [kTile] rows of whole vectors
-  float* parts;                   // sums of products of a tile, in parts of the matrix
-  float *numbers, *newcomer;      // [Hs / Hg, kBounds] of the newcomer, and its score
-  float* scores;                  // [lam], bounds at first
-  int8_t* directions;             // [Hs / Hg, d] of the newcomer
-  int *tile, *listed, *loser;     // [kTile] slots of the first tile; length of the list; a slot
-  int* list;                      // [lam] slots of pairs in doubt
+  float *k, *v, *phi, *recalled;    // [kTile] rows of whole vectors
+  float* parts;                     // sums of products of a tile, in parts of the matrix
+  float *newcomer_rows, *newcomer;  // [states_per_set, kBounds] of the newcomer; its score
+  float* scores;                    // [sparse_cache_size], bounds at first
+  int8_t* directions;               // [states_per_set, head_dim] of the newcomer
+  int *tile, *listed, *loser;       // [kTile] slots of the first tile; length of the list; a slot
+  int* list;                        // [sparse_cache_size] slots of pairs in doubt
 
   LOLA_DEVICE Shared(const Params& p, char* memory) {
-    const int ld = whole_vectors(p.d), share = p.Hs / p.Hg;
+    const int ld = whole_vectors(p.head_dim()), states = p.states_per_set();
     k = reinterpret_cast<float*>(memory);
     v = k + kTile * ld;
     recalled = v + kTile * ld;
     phi = recalled + kTile * ld;
-    parts = phi + kTile * whole_vectors(2 * p.F);
-    numbers = parts + kTile * parts_of(p);
-    newcomer = numbers + share * kBounds;
+    parts = phi + kTile * whole_vectors(2 * p.feature_dim());
+    newcomer_rows = parts + kTile * parts_of(p);
+    newcomer = newcomer_rows + states * kBounds;
     tile = reinterpret_cast<int*>(newcomer + 1);
     listed = tile + kTile;
     loser = listed + 1;
     directions = reinterpret_cast<int8_t*>(loser + 1);
-    int* const lists = p.lists == nullptr ? loser + 1 + whole_vectors(share * p.d) / 4
+    int* const lists = p.lists == nullptr ? loser + 1 + whole_vectors(states * p.head_dim()) / 4
                                           : p.lists + blockIdx.x * p.list_size();
     scores = reinterpret_cast<float*>(lists);
-    list = lists + p.lam;
+    list = lists + p.sparse_cache_size();
   }
 
   static __host__ __device__ int parts_of(const Params& p) {
-    const int wide = p.F > p.d ? p.F : p.d;
+    const int wide = p.feature_dim() > p.head_dim() ? p.feature_dim() : p.head_dim();
     return wide > kThreads ? wide : kThreads;
   }
 };
 
 std::size_t shared_bytes(const Params& p) {
-  const std::size_t share = p.Hs / p.Hg, lists = p.lists == nullptr ? 2 * p.lam : 0;
-  return (kTile * (3 * whole_vectors(p.d) + whole_vectors(2 * p.F) + Shared::parts_of(p)) +
-          share * kBounds + 3 + kTile + whole_vectors(static_cast<int>(share) * p.d) / 4 + lists) *
+  const std::size_t states = p.states_per_set(),
+                    lists = p.lists == nullptr ? 2 * p.sparse_cache_size() : 0;
+  return (kTile * (3 * whole_vectors(p.head_dim()) + whole_vectors(2 * p.feature_dim()) +
+                   Shared::parts_of(p)) +
+          states * kBounds + 3 + kTile +
+          whole_vectors(static_cast<int>(states) * p.head_dim()) / 4 + lists) *
          sizeof(float);
 }
 
-// Where what is known of a pair and head goes: number i to numbers[i * ld].
-struct Place {
-  float* numbers;
+// Where the bounds of a pair and state head are: row i of `bounds` at rows[i * ld], and its
+// direction.
+struct PairBounds {
+  float* rows;
   int64_t ld;
   int8_t* direction;
 };
 
-LOLA_DEVICE Place place_of(const Params& p, int64_t page, int set, int j, int slot,
-                           const Shared& x) {
-  if (slot == kNewcomer) return {x.numbers + j * kBounds, 1, x.directions + j * p.d};
-  const int state = set * (p.Hs / p.Hg) + j;
-  return {p.bounds.at<float>(page, state) + slot, p.bounds.stride[2],
-          p.directions.at<int8_t>(page, state, slot)};
+LOLA_DEVICE PairBounds bounds_of(const Params& p, int64_t page, int set, int j, int slot,
+                                 const Shared& x) {
+  if (slot == kNewcomer) return {x.newcomer_rows + j * kBounds, 1, x.directions + j * p.head_dim()};
+  const int state = set * p.states_per_set() + j;
+  return {p.bounds(page, state) + slot, p.sparse_cache_size(), p.directions(page, state, slot)};
 }
 
 // out[r][n] = sum_i a[r][i] b[i][n] over i < rows, n < width, for the rows of a tile in shared
@@ -80,8 +82,8 @@ LOLA_DEVICE Place place_of(const Params& p, int64_t page, int set, int j, int sl
 LOLA_DEVICE void product(const float* a, int lda, const float* b, int64_t ldb, int rows, int width,
                          float* parts, float* out, int ldo) {
   const int thread = threadIdx.x, side = columns(width, kThreads), num_parts = kThreads / side;
-  const int part = thread / side, share = (rows + num_parts - 1) / num_parts;
-  const int begin = part * share, end = begin + share < rows ? begin + share : rows;
+  const int part = thread / side, span = (rows + num_parts - 1) / num_parts;
+  const int begin = part * span, end = begin + span < rows ? begin + span : rows;
   for (int n = thread % side; n < width; n += side) {
     float sum[kTile] = {};
 #pragma unroll 8
@@ -104,28 +106,31 @@ LOLA_DEVICE void product(const float* a, int lda, const float* b, int64_t ldb, i
 
 // Features of the first `count` keys of x.k. By the whole block.
 LOLA_DEVICE void map_tile(const Params& p, int state, int count, const Shared& x) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, ld = whole_vectors(2 * p.F);
-  product(x.k, whole_vectors(p.d), p.feature_map_k + static_cast<int64_t>(state) * p.d * p.F, p.F,
-          p.d, p.F, x.parts, x.phi, ld);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, ld = whole_vectors(2 * p.feature_dim());
+  product(x.k, whole_vectors(p.head_dim()),
+          p.feature_map_k + static_cast<int64_t>(state) * p.head_dim() * p.feature_dim(),
+          p.feature_dim(), p.head_dim(), p.feature_dim(), x.parts, x.phi, ld);
   float* const phi = x.phi + warp * ld;
-  if (warp < count) feature_map(phi, p.F, phi, static_cast<int>(threadIdx.x) % kWarp);
+  if (warp < count) feature_map(phi, p.feature_dim(), phi, static_cast<int>(threadIdx.x) % kWarp);
   __syncthreads();
 }
 
-// Takes note of a pair's recall error, by one warp: returns it, or its ratio to ||v|| where
-// `relative`. `recalled` is phi^T H; `empty`: nothing was folded yet, and H and s hold leftovers.
-LOLA_DEVICE float note(const Params& p, const float* s, bool empty, bool relative, const float* phi,
-                       const float* recalled, const float* v, const Place& to, int lane) {
+// Sets the bound on a pair's recall error (Lemma 1, docs/algorithm.md), by one warp. Returns the
+// error, or its ratio to ||v|| where `relative`. `recalled` is phi^T H; `empty`: nothing was folded
+// yet, and H and s hold leftovers.
+LOLA_DEVICE float set_bound(const Params& p, const float* s, bool empty, bool relative,
+                            const float* phi, const float* recalled, const float* v,
+                            const PairBounds& to, int lane) {
   float sum = 0, features = 0;
-  for (int f = lane; f < 2 * p.F; f += kWarp) {
+  for (int f = lane; f < 2 * p.feature_dim(); f += kWarp) {
     features += phi[f] * phi[f];
     if (!empty) sum += phi[f] * s[f];
   }
-  sum = reduce<Sum>(sum) + kRecallEps;
+  sum = reduce<Sum>(sum) + kRecallEps<float>;
   const float inverse = 1.0f / sum;
   const auto rest = [&](int i) { return empty ? v[i] : v[i] - recalled[i] * inverse; };
   float value = 0, error = 0, largest = 0;
-  for (int i = lane; i < p.d; i += kWarp) {
+  for (int i = lane; i < p.head_dim(); i += kWarp) {
     value += v[i] * v[i];
     error += rest(i) * rest(i);
     largest = fmaxf(largest, fabsf(rest(i)));
@@ -134,10 +139,10 @@ LOLA_DEVICE float note(const Params& p, const float* s, bool empty, bool relativ
   // Against an empty state they are equal, and ratios must tie exactly.
   error = empty ? value : sqrtf(reduce<Sum>(error));
   largest = reduce<Max>(largest);
-  const float steps = largest > 0 ? 127.0f / largest : 0.0f;
+  const float steps = largest > 0 ? kMost / largest : 0.0f;
   float with_rest = 0, with_v = 0, square = 0;
-  for (int i = lane; i < p.d; i += kWarp) {
-    const float u = fmaxf(fminf(rintf(rest(i) * steps), 127.0f), -127.0f);  // 127 of a NaN
+  for (int i = lane; i < p.head_dim(); i += kWarp) {
+    const float u = fmaxf(fminf(rintf(rest(i) * steps), kMost), -kMost);  // kMost of a NaN
     to.direction[i] = static_cast<int8_t>(u);
     with_rest += u * rest(i);
     with_v += u * v[i];
@@ -149,14 +154,14 @@ LOLA_DEVICE float note(const Params& p, const float* s, bool empty, bool relativ
   with_v = reduce<Sum>(with_v) * scale;
   features = reduce<Sum>(features);
   if (lane == 0) {
-    to.numbers[kLow * to.ld] = with_rest - (error + value) * 2e-5f;  // far beyond rounding errors
-    to.numbers[kSum * to.ld] = sum;
-    to.numbers[kValue * to.ld] = value;
-    to.numbers[kFeatures * to.ld] = sqrtf(features);
-    to.numbers[kAlong * to.ld] = with_v;
-    to.numbers[kScale * to.ld] = scale;
+    to.rows[kLow * to.ld] = with_rest - (error + value) * kBoundSlack<float>;
+    to.rows[kSum * to.ld] = sum;
+    to.rows[kValue * to.ld] = value;
+    to.rows[kFeatures * to.ld] = sqrtf(features);
+    to.rows[kAlong * to.ld] = with_v;
+    to.rows[kScale * to.ld] = scale;
   }
-  return relative ? error / fmaxf(value, kRecallEps) : error;
+  return relative ? error / fmaxf(value, kRecallEps<float>) : error;
 }
 
 // Computes the scores of up to a tile of pairs, whose slots are in shared memory. By the whole
@@ -165,27 +170,27 @@ template <typename T>
 LOLA_DEVICE void score_tile(const Params& p, const Candidates<T>& c, const int* slots, int count,
                             bool empty, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, share = p.Hs / p.Hg;
-  const int ld = whole_vectors(p.d), phi_ld = whole_vectors(2 * p.F);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, states = p.states_per_set();
+  const int ld = whole_vectors(p.head_dim()), phi_ld = whole_vectors(2 * p.feature_dim());
   const int slot = slots[warp < count ? warp : 0];
   if (warp < kTile) {  // the rest of a tile repeats its first pair
     const int i = slot == kNewcomer ? c.cached : slot;
-    load_row(x.k + warp * ld, c.k(i), p.d, true, lane);
-    load_row(x.v + warp * ld, c.v(i), p.d, true, lane);
+    load_row(x.k + warp * ld, c.k(i), p.head_dim(), true, lane);
+    load_row(x.v + warp * ld, c.v(i), p.head_dim(), true, lane);
   }
   __syncthreads();
   float total = 0;
-  for (int j = 0; j < share; ++j) {
-    const int state = c.set * share + j;
+  for (int j = 0; j < states; ++j) {
+    const int state = c.set * states + j;
     map_tile(p, state, kTile, x);
     if (!empty) {
-      product(x.phi, phi_ld, p.H.at<const float>(c.page, state), p.H.stride[2], 2 * p.F, p.d,
+      product(x.phi, phi_ld, p.H(c.page, state), p.head_dim(), 2 * p.feature_dim(), p.head_dim(),
               x.parts, x.recalled, ld);
     }
     if (warp < count) {
-      total += note(p, p.s.at<const float>(c.page, state), empty, share > 1, x.phi + warp * phi_ld,
-                    x.recalled + warp * ld, x.v + warp * ld, place_of(p, c.page, c.set, j, slot, x),
-                    lane);
+      total += set_bound(p, p.s(c.page, state), empty, states > 1, x.phi + warp * phi_ld,
+                         x.recalled + warp * ld, x.v + warp * ld,
+                         bounds_of(p, c.page, c.set, j, slot, x), lane);
     }
     __syncthreads();  // before phi is taken for the next head
   }
@@ -198,26 +203,26 @@ LOLA_DEVICE void score_tile(const Params& p, const Candidates<T>& c, const int* 
 
 // Lower bounds on the scores of the cached pairs. Nothing is known of one whose bound is NaN.
 LOLA_DEVICE void bound_scores(const Params& p, int64_t page, int set, const Shared& x) {
-  const int share = p.Hs / p.Hg;
-  for (int i = threadIdx.x; i < p.lam; i += kThreads) {
+  const int states = p.states_per_set();
+  for (int i = threadIdx.x; i < p.sparse_cache_size(); i += kThreads) {
     float total = 0;
-    for (int j = 0; j < share; ++j) {
-      const Place at = place_of(p, page, set, j, i, x);
-      const float low = at.numbers[kLow * at.ld], value = at.numbers[kValue * at.ld];
-      total += share > 1 ? low / fmaxf(value, kRecallEps) : low;
+    for (int j = 0; j < states; ++j) {
+      const PairBounds at = bounds_of(p, page, set, j, i, x);
+      const float low = at.rows[kLow * at.ld], value = at.rows[kValue * at.ld];
+      total += states > 1 ? low / fmaxf(value, kRecallEps<float>) : low;
     }
     x.scores[i] = total == total ? total : kMinusInf;
   }
 }
 
 // Fills the first tile, by one warp: the newcomer, and those that are likely the least of their
-// share of the slots.
+// part of the slots.
 LOLA_DEVICE void first_tile(const Params& p, int likely, int lane, const Shared& x) {
   if (lane == 0) x.tile[0] = kNewcomer;
   for (int part = 0; part < likely; ++part) {
     float low = -kMinusInf;
     int at = part;
-    for (int i = part + likely * lane; i < p.lam; i += likely * kWarp) {
+    for (int i = part + likely * lane; i < p.sparse_cache_size(); i += likely * kWarp) {
       if (x.scores[i] < low) {
         low = x.scores[i];
         at = i;
@@ -232,9 +237,10 @@ LOLA_DEVICE void first_tile(const Params& p, int likely, int lane, const Shared&
 // Lists the slots outside the first tile whose score may be `limit` or less, by one warp.
 LOLA_DEVICE void list_doubtful(const Params& p, float limit, int tile, int lane, const Shared& x) {
   int listed = 0;
-  for (int first = 0; first < p.lam; first += kWarp) {
+  for (int first = 0; first < p.sparse_cache_size(); first += kWarp) {
     const int i = first + lane;
-    bool doubtful = i < p.lam && x.scores[i < p.lam ? i : 0] <= limit;
+    bool doubtful =
+        i < p.sparse_cache_size() && x.scores[i < p.sparse_cache_size() ? i : 0] <= limit;
     for (int r = 1; r < tile; ++r) doubtful = doubtful && i != x.tile[r];
     const unsigned lanes = __ballot_sync(kAllLanes, doubtful);
     if (doubtful) x.list[listed + __popc(lanes & ((1u << lane) - 1))] = i;
@@ -247,10 +253,10 @@ LOLA_DEVICE void list_doubtful(const Params& p, float limit, int tile, int lane,
 // tie, or of the least ones the youngest.
 LOLA_DEVICE void find_loser(const Params& p, const int32_t* positions, int lane, const Shared& x) {
   float least = -kMinusInf;
-  for (int i = lane; i < p.lam; i += kWarp) least = fminf(least, x.scores[i]);
+  for (int i = lane; i < p.sparse_cache_size(); i += kWarp) least = fminf(least, x.scores[i]);
   least = reduce<Min>(least);
   int youngest = -1, slot = kNewcomer;
-  for (int i = lane; least < *x.newcomer && i < p.lam; i += kWarp) {
+  for (int i = lane; least < *x.newcomer && i < p.sparse_cache_size(); i += kWarp) {
     if (x.scores[i] == least && positions[i] > youngest) {
       youngest = positions[i];
       slot = i;
@@ -264,12 +270,13 @@ LOLA_DEVICE void find_loser(const Params& p, const int32_t* positions, int lane,
 template <typename T>
 LOLA_DEVICE void enter(const Params& p, const Candidates<T>& c, int slot, const Shared& x) {
   c.put(c.cached, slot, threadIdx.x, kThreads);
-  for (int i = threadIdx.x; i < p.Hs / p.Hg * p.d; i += kThreads) {
-    place_of(p, c.page, c.set, i / p.d, slot, x).direction[i % p.d] = x.directions[i];
+  for (int i = threadIdx.x; i < p.states_per_set() * p.head_dim(); i += kThreads) {
+    bounds_of(p, c.page, c.set, i / p.head_dim(), slot, x).direction[i % p.head_dim()] =
+        x.directions[i];
   }
-  for (int i = threadIdx.x; i < p.Hs / p.Hg * kBounds; i += kThreads) {
-    const Place to = place_of(p, c.page, c.set, i / kBounds, slot, x);
-    to.numbers[i % kBounds * to.ld] = x.numbers[i];
+  for (int i = threadIdx.x; i < p.states_per_set() * kBounds; i += kThreads) {
+    const PairBounds to = bounds_of(p, c.page, c.set, i / kBounds, slot, x);
+    to.rows[i % kBounds * to.ld] = x.newcomer_rows[i];
   }
 }
 
@@ -277,14 +284,14 @@ LOLA_DEVICE void enter(const Params& p, const Candidates<T>& c, int slot, const 
 LOLA_DEVICE void fold_one(const Params& p, int64_t page, int state, int64_t update, bool empty,
                           const Shared& x) {
   const int thread = threadIdx.x;
-  for (int f = thread / kWarp; f < 2 * p.F; f += kWarps) {
-    float* const row = p.H.at<float>(page, state, f);
-    for (int i = thread % kWarp; i < p.d; i += kWarp) {
+  for (int f = thread / kWarp; f < 2 * p.feature_dim(); f += kWarps) {
+    float* const row = p.H(page, state, f);
+    for (int i = thread % kWarp; i < p.head_dim(); i += kWarp) {
       row[i] = add_dithered(empty ? 0.0f : row[i], x.phi[f] * x.v[i], update, f);
     }
   }
-  float* const s = p.s.at<float>(page, state);
-  for (int f = thread; f < 2 * p.F; f += kThreads) {
+  float* const s = p.s(page, state);
+  for (int f = thread; f < 2 * p.feature_dim(); f += kThreads) {
     s[f] = add_dithered(empty ? 0.0f : s[f], x.phi[f], update, f);
   }
 }
@@ -307,24 +314,24 @@ LOLA_DEVICE float along(const int8_t* u, const float* v, int d, bool words, int 
 
 // Lowers the bounds of a head's pairs by what the fold of the first pair of the tile can have
 // moved.
-LOLA_DEVICE void drift_apart(const Params& p, int64_t page, int state, const Shared& x) {
+LOLA_DEVICE void lower_bounds(const Params& p, int64_t page, int state, const Shared& x) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int group = static_cast<int>(threadIdx.x) / kAcross, member = lane % kAcross;
   float square = 0;
-  for (int f = lane; f < 2 * p.F; f += kWarp) square += x.phi[f] * x.phi[f];
+  for (int f = lane; f < 2 * p.feature_dim(); f += kWarp) square += x.phi[f] * x.phi[f];
   const float length = sqrtf(reduce<Sum>(square));
-  float* const numbers = p.bounds.at<float>(page, state);
-  const int64_t ld = p.bounds.stride[2];
-  for (int first = 0; first < p.lam; first += kThreads / kAcross) {
+  float* const rows = p.bounds(page, state);
+  const int64_t ld = p.sparse_cache_size();
+  for (int first = 0; first < p.sparse_cache_size(); first += kThreads / kAcross) {
     const int i = first + group;
-    const int8_t* const u = p.directions.at<const int8_t>(page, state, i < p.lam ? i : first);
-    const float product = along(u, x.v, p.d, p.direction_words, member);
-    if (member > 0 || i >= p.lam) continue;
-    const float low = numbers[kLow * ld + i], c = numbers[kFeatures * ld + i] * length;
-    const float there = product * numbers[kScale * ld + i];
-    const float ahead = there - (numbers[kAlong * ld + i] - low);
+    const int8_t* const u = p.directions(page, state, i < p.sparse_cache_size() ? i : first);
+    const float product = along(u, x.v, p.head_dim(), p.direction_words, member);
+    if (member > 0 || i >= p.sparse_cache_size()) continue;
+    const float low = rows[kLow * ld + i], c = rows[kFeatures * ld + i] * length;
+    const float there = product * rows[kScale * ld + i];
+    const float ahead = there - (rows[kAlong * ld + i] - low);
     if (ahead > 0)
-      numbers[kLow * ld + i] = low - c / (numbers[kSum * ld + i] + c) * 1.0001f * ahead;
+      rows[kLow * ld + i] = low - c / (rows[kSum * ld + i] + c) * kBoundFactor<float> * ahead;
   }
 }
 
@@ -332,18 +339,19 @@ LOLA_DEVICE void drift_apart(const Params& p, int64_t page, int state, const Sha
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p) {
   LOLA_SHARED(memory);
-  const int64_t row = blockIdx.x / p.Hg;
-  if (!p.live(row) || !p.update_due(p.seq_lens[row])) return;
+  const int64_t row = blockIdx.x / p.num_sparse_heads();
+  if (!p.live(row) || !p.layout.update_due(p.seq_lens[row])) return;
   const int64_t n = p.seq_lens[row];
-  const Candidates<T> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.Hg), n);
+  const Candidates<T> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.num_sparse_heads()), n);
   const Shared x(p, memory);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const bool empty = !p.any_folded(n - 1), folds = c.cached == p.lam;
+  const bool empty = !p.any_folded(n - 1), folds = c.cached == p.sparse_cache_size();
 
   if (folds) bound_scores(p, c.page, c.set, x);
   __syncthreads();
-  const int likely = folds ? (p.lam < kLikely ? p.lam : kLikely) : 0;
+  const int likely =
+      folds ? (p.sparse_cache_size() < kLikely ? p.sparse_cache_size() : kLikely) : 0;
   if (warp == 0) first_tile(p, likely, lane, x);
   __syncthreads();
   score_tile(p, c, x.tile, 1 + likely, empty, x);
@@ -358,23 +366,23 @@ __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p
       const int left = *x.listed - first;
       score_tile(p, c, x.list + first, left < kTile ? left : kTile, empty, x);
     }
-    if (warp == 0) find_loser(p, p.positions.at<const int32_t>(c.page, c.set), lane, x);
+    if (warp == 0) find_loser(p, p.positions(c.page, c.set), lane, x);
     __syncthreads();
     slot = *x.loser;
     if (warp == 0) {  // what will be folded, before the newcomer takes its place
       const int i = slot == kNewcomer ? c.cached : slot;
-      load_row(x.k, c.k(i), p.d, true, lane);
-      load_row(x.v, c.v(i), p.d, true, lane);
+      load_row(x.k, c.k(i), p.head_dim(), true, lane);
+      load_row(x.v, c.v(i), p.head_dim(), true, lane);
     }
     __syncthreads();
   }
   if (slot != kNewcomer) enter(p, c, slot, x);
   __syncthreads();
-  for (int j = 0; folds && j < p.Hs / p.Hg; ++j) {
-    const int state = c.set * (p.Hs / p.Hg) + j;
+  for (int j = 0; folds && j < p.states_per_set(); ++j) {
+    const int state = c.set * p.states_per_set() + j;
     map_tile(p, state, 1, x);
     fold_one(p, c.page, state, n, empty, x);
-    drift_apart(p, c.page, state, x);
+    lower_bounds(p, c.page, state, x);
     __syncthreads();
   }
 }
@@ -383,8 +391,9 @@ __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p
 
 template <typename T>
 void launch_incremental(const Params& p, cudaStream_t stream) {
-  launch("decode: update", incremental_kernel<T>, dim3(static_cast<unsigned>(p.rows * p.Hg)),
-         kThreads, shared_bytes(p), stream, p);
+  launch("decode: update", incremental_kernel<T>,
+         dim3(static_cast<unsigned>(p.num_rows * p.num_sparse_heads())), kThreads, shared_bytes(p),
+         stream, p);
 }
 
 template void launch_incremental<Bf16>(const Params&, cudaStream_t);

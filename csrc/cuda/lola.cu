@@ -8,8 +8,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <initializer_list>
 
-#include "bounds.h"
 #include "checks.h"
 #include "cuda/launch.cuh"
 #include "ops.h"
@@ -38,22 +38,10 @@ constexpr int64_t kSplitRows = 64;          // keys and rows of H that are worth
 constexpr int64_t kMaxSplits = 32;
 constexpr int64_t kSharedList = 8192;  // longer lists of an update lie in memory
 
-// Tokens by heads, [T, heads, d]; the last dimension is contiguous.
-View<2> tokens(const Tensor& t, const char* name) {
+TokenView tokens(const Tensor& t, const char* name) {
   LOLA_CHECK(t.size(2) <= 1 || t.stride(2) == 1, name,
              ": the last dimension must be contiguous, its stride is ", t.stride(2));
-  return {static_cast<char*>(t.data_ptr()), {t.stride(0), t.stride(1)}};
-}
-
-// A part of every page, [N, heads, rows, columns], of elements of so many bytes.
-View<3> part(const Tensor& pages, int64_t offset, int64_t bytes, int64_t rows, int64_t columns) {
-  return {static_cast<char*>(pages.data_ptr()) + offset,
-          {pages.stride(0) / bytes, rows * columns, columns}};
-}
-
-// The same without rows, [N, heads, columns].
-View<2> row_part(const Tensor& pages, int64_t offset, int64_t columns) {
-  return {static_cast<char*>(pages.data_ptr()) + offset, {pages.stride(0) / 4, columns}};
+  return {static_cast<char*>(t.data_ptr()), t.stride(0), t.stride(1)};
 }
 
 Indices indices(const Tensor& t, const char* name, int64_t count) {
@@ -64,19 +52,20 @@ Indices indices(const Tensor& t, const char* name, int64_t count) {
   return {static_cast<const char*>(t.data_ptr()), t.stride(0), wide};
 }
 
-// Whether every row of the view starts at a multiple of 16 bytes.
-template <int R>
-bool aligned(const View<R>& x, int64_t element) {
-  bool ok = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-  for (const int64_t stride : x.stride) ok = ok && stride * element % 16 == 0;
+// Whether an address and strides are multiples of 16 bytes.
+bool aligned(const void* data, std::initializer_list<int64_t> strides) {
+  bool ok = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (const int64_t stride : strides) ok = ok && stride % 16 == 0;
   return ok;
 }
 
-// Blocks that share one row and set: as many as fill the device.
+// Blocks that one row and set is divided among: as many as fill the device.
 int num_splits(const Params& p) {
-  const int64_t blocks = p.rows * p.Hg, wanted = kBlocksPerProcessor * num_processors();
+  const int64_t blocks = p.num_rows * p.num_sparse_heads(),
+                wanted = kBlocksPerProcessor * num_processors();
   if (blocks >= wanted) return 1;
-  const int64_t work = p.sink + p.window + p.interval + p.lam + 2 * p.F;
+  const int64_t work = p.layout.sink_size + p.layout.window_size + p.layout.update_interval +
+                       p.sparse_cache_size() + 2 * p.feature_dim();
   const int64_t most = std::clamp<int64_t>(work / kSplitRows, 1, kMaxSplits);
   return static_cast<int>(std::min((wanted + blocks - 1) / blocks, most));
 }
@@ -86,7 +75,7 @@ void run(const Params& p, bool vectors, cudaStream_t stream) {
   launch_features(p, stream);
   launch_decode<T>(p, vectors, stream);
   if (p.splits > 1) launch_merge(p, stream);
-  if (p.incremental) {
+  if (p.layout.bounded()) {
     launch_incremental<T>(p, stream);
   } else {
     launch_update<T>(p, stream);
@@ -96,12 +85,13 @@ void run(const Params& p, bool vectors, cudaStream_t stream) {
 void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& q, const Tensor& k,
             const Tensor& v, const Tensor& slots, const Tensor& seq_lens, const Tensor& out) {
-  const PageLayout& x =
+  Params p;
+  p.layout =
       check_call({pages, layout, feature_map_q, feature_map_k, log_gate, q, k, v, out}, kDevice);
+  const PageLayout& x = p.layout;
   LOLA_CHECK(x.head_dim <= kMaxHeadDim, "q: head size ", x.head_dim, ", at most ", kMaxHeadDim);
   LOLA_CHECK(x.kv_dtype != DType::f64 && x.state_dtype == DType::f32,
              "layout: keys and values must be float32, bfloat16 or float16, and H and s float32");
-  Params p;
   p.q = tokens(q, "q");
   p.k = tokens(k, "k");
   p.v = tokens(v, "v");
@@ -113,59 +103,45 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
   p.feature_map_q = static_cast<const float*>(feature_map_q.data_ptr());
   p.feature_map_k = static_cast<const float*>(feature_map_k.data_ptr());
   p.log_gate = static_cast<const float*>(log_gate.data_ptr());
-  const int64_t d = x.head_dim, F2 = 2 * x.feature_dim, lam = x.sparse_cache_size;
-  const int64_t exact_rows = x.sink_size + x.ring_size(), pair_bytes = size_of(x.kv_dtype);
-  p.H = part(pages, x.H, 4, F2, d);
-  p.s = row_part(pages, x.s, F2);
-  p.positions = row_part(pages, x.positions, lam);
-  p.sparse_k = part(pages, x.sparse_k, pair_bytes, lam, d);
-  p.sparse_v = part(pages, x.sparse_v, pair_bytes, lam, d);
-  p.exact_k = part(pages, x.exact_k, pair_bytes, exact_rows, d);
-  p.exact_v = part(pages, x.exact_v, pair_bytes, exact_rows, d);
-  p.incremental = x.bounded();
-  p.bounds = part(pages, x.bounds, 4, kBounds, lam);
-  p.directions = part(pages, x.directions, 1, lam, d);
-  p.pages = pages.size(0);
-  p.rows = q.size(0);
-  p.slots = indices(slots, "slots", p.rows);
-  p.seq_lens = indices(seq_lens, "seq_lens", p.rows);
-  p.window = x.window_size;
-  p.interval = x.update_interval;
-  p.sink = x.sink_size;
-  p.subtract_max = x.subtract_max != 0;
+  p.pages = static_cast<char*>(pages.data_ptr());
+  p.page_stride = pages.stride(0);
+  p.num_pages = pages.size(0);
+  p.num_rows = q.size(0);
+  p.slots = indices(slots, "slots", p.num_rows);
+  p.seq_lens = indices(seq_lens, "seq_lens", p.num_rows);
   // Blocks, keys and scratch per block are counted in 32 bits; page offsets are not.
   constexpr int64_t kMost = int64_t{1} << 30;
-  LOLA_CHECK(exact_rows + lam < kMost && x.num_heads * p.rows < kMost && F2 < kMost, "q: ", p.rows,
-             " rows of ", x.num_heads, " heads over ", exact_rows + lam,
+  const int64_t pairs = x.sink_size + x.ring_size() + x.sparse_cache_size;
+  LOLA_CHECK(pairs < kMost && x.num_heads * p.num_rows < kMost && 2 * x.feature_dim < kMost,
+             "q: ", p.num_rows, " rows of ", x.num_heads, " heads over ", pairs,
              " pairs are too many for one launch");
-  p.Hq = static_cast<int>(x.num_heads);
-  p.Hkv = static_cast<int>(x.num_kv_heads);
-  p.Hs = static_cast<int>(x.num_state_heads);
-  p.Hg = static_cast<int>(x.num_sparse_heads);
-  p.d = static_cast<int>(d);
-  p.F = static_cast<int>(x.feature_dim);
-  p.lam = static_cast<int>(lam);
-  if (p.rows == 0) return;
+  if (p.num_rows == 0) return;
 
-  bool vectors =
-      aligned(p.H, sizeof(float)) && aligned(p.k, pair_bytes) && aligned(p.v, pair_bytes);
-  for (const auto* view : {&p.sparse_k, &p.sparse_v, &p.exact_k, &p.exact_v}) {
-    vectors = vectors && aligned(*view, pair_bytes);
-  }
-  p.direction_words = aligned(p.directions, 1);
+  // Parts of a page start at multiples of 64 bytes.
+  const int64_t pair_bytes = size_of(x.kv_dtype);
+  const bool pages_aligned = aligned(p.pages, {p.page_stride});
+  const auto view_aligned = [&](const TokenView& view) {
+    return aligned(view.data, {view.row_stride * pair_bytes, view.head_stride * pair_bytes});
+  };
+  const bool vectors =
+      pages_aligned && x.head_dim * pair_bytes % 16 == 0 && view_aligned(p.k) && view_aligned(p.v);
+  p.direction_words = pages_aligned && x.head_dim % 16 == 0;
 
   const int device = q.get_device_index();
 #ifndef LOLA_EMULATE
   const torch::stable::accelerator::DeviceGuard guard(device);
 #endif
   p.splits = num_splits(p);
-  const Tensor phi = torch::stable::new_empty(q, {p.rows, p.Hq, 2 * p.F}, ScalarType::Float);
+  const Tensor phi = torch::stable::new_empty(q, {p.num_rows, p.num_heads(), 2 * p.feature_dim()},
+                                              ScalarType::Float);
   const Tensor partial = torch::stable::new_empty(
-      q, {p.splits > 1 ? p.rows * p.Hq : 0, p.splits, p.partial_size()}, ScalarType::Float);
+      q, {p.splits > 1 ? p.num_rows * p.num_heads() : 0, p.splits, p.partial_size()},
+      ScalarType::Float);
   p.phi = static_cast<float*>(phi.data_ptr());
   p.partial = static_cast<float*>(partial.data_ptr());
   const int64_t list = p.list_size() <= kSharedList ? 0 : p.list_size();
-  const Tensor lists = torch::stable::new_empty(q, {p.rows, p.Hg, list}, ScalarType::Int);
+  const Tensor lists =
+      torch::stable::new_empty(q, {p.num_rows, p.num_sparse_heads(), list}, ScalarType::Int);
   p.lists = list == 0 ? nullptr : static_cast<int*>(lists.data_ptr());
   const cudaStream_t stream = current_stream(device);
   if (x.kv_dtype == DType::bf16) {

@@ -1,26 +1,26 @@
-// A layer's state pages on the GPU: where the parts are, and what a token count says of them.
-// The layout and the counts are those of lola_vllm/state.py; csrc/ops.h states the contract.
+// The argument of the kernels: a layer's weights and state pages, and the rows of a call. Addresses
+// within a page are formed here alone. The layout is that of csrc/layout.h and lola_vllm/state.py;
+// csrc/ops.h states the contract.
 #pragma once
 
+#include "bounds.h"
 #include "cuda/device.cuh"
-#include "dither.h"
 #include "layout.h"
 
 namespace lola {
 namespace cuda {
 
-// A strided tensor whose last dimension is contiguous; strides in elements, offsets of 64 bits.
-template <int R>
-struct View {
+// Tokens by heads, [rows, heads, head_dim]; the last dimension is contiguous, strides in elements.
+struct TokenView {
   char* data;
-  int64_t stride[R];
+  int64_t row_stride, head_stride;
 
-  template <typename T, typename... I>
-  LOLA_DEVICE T* at(I... index) const {
-    int64_t offset = 0;
-    int i = 0;
-    ((offset += static_cast<int64_t>(index) * stride[i++]), ...);
-    return reinterpret_cast<T*>(data) + offset;
+  LOLA_DEVICE int64_t offset(int64_t row, int64_t head) const {
+    return row * row_stride + head * head_stride;
+  }
+  template <typename T>
+  LOLA_DEVICE T* at(int64_t row, int64_t head) const {
+    return reinterpret_cast<T*>(data) + offset(row, head);
   }
 };
 
@@ -38,65 +38,123 @@ struct Indices {
 
 // The argument of every kernel, passed by value: a captured graph holds all of it.
 struct Params {
-  View<2> q, k, v, out;        // [rows, heads, d]
+  PageLayout layout;
+  TokenView q, k, v, out;
   DType q_type, out_type;      // k and v are of the pages' type
-  const float* feature_map_q;  // [Hq, d, F], contiguous
-  const float* feature_map_k;  // [Hs, d, F], contiguous
-  const float* log_gate;       // [Hq]
-  View<3> H;                   // float32 [N, Hs, 2F, d]
-  View<2> s;                   // float32 [N, Hs, 2F]
-  View<2> positions;           // int32 [N, Hg, lam]
-  View<3> sparse_k, sparse_v;  // [N, Hg, lam, d]
-  View<3> exact_k, exact_v;    // [N, Hkv, sink + ring, d]
-  View<3> bounds;              // float32 [N, Hs, kBounds, lam], only if incremental
-  View<3> directions;          // int8 [N, Hs, lam, d], only if incremental
-  Indices slots, seq_lens;     // [rows]
-  float* phi;                  // [rows, Hq, 2F], scratch
-  float* partial;              // [rows, Hg, splits, Hq / Hg, partial_size()], scratch
-  int* lists;  // [rows, Hg, list_size()], scratch of updates that shared memory is too small for
-  int64_t pages, rows;
-  int64_t window, interval, sink;
-  int Hq, Hkv, Hs, Hg, d, F, lam, splits;
-  bool subtract_max;     // "lolcats" mixing
-  bool incremental;      // interval 1: scores are bounded, few computed anew
-  bool direction_words;  // directions start at multiples of 4 bytes
+  const float* feature_map_q;  // [num_heads, head_dim, feature_dim], contiguous
+  const float* feature_map_k;  // [num_state_heads, head_dim, feature_dim], contiguous
+  const float* log_gate;       // [num_heads]
+  char* pages;
+  int64_t page_stride;      // in bytes
+  Indices slots, seq_lens;  // [num_rows]
+  float* phi;               // [num_rows, num_heads, 2 feature_dim], scratch
+  float* partial;           // [num_rows, num_heads, splits, partial_size()] by sets, scratch
+  int* lists;  // [num_rows, num_sparse_heads, list_size()], scratch of updates that shared memory
+               // is too small for
+  int64_t num_pages, num_rows;
+  int splits;
+  bool direction_words;  // rows of directions start at multiples of 16 bytes
 
-  __host__ __device__ int heads() const { return Hq / Hg; }
-  __host__ __device__ int partial_size() const { return 4 + 2 * d; }
+  // Counts, which `decode` in lola.cu checks to fit 32 bits.
+  __host__ __device__ int num_heads() const { return static_cast<int>(layout.num_heads); }
+  __host__ __device__ int num_sparse_heads() const {
+    return static_cast<int>(layout.num_sparse_heads);
+  }
+  __host__ __device__ int head_dim() const { return static_cast<int>(layout.head_dim); }
+  __host__ __device__ int feature_dim() const { return static_cast<int>(layout.feature_dim); }
+  __host__ __device__ int sparse_cache_size() const {
+    return static_cast<int>(layout.sparse_cache_size);
+  }
+  // Query heads and state heads of a sparse set, sparse sets of a KV head, query heads of a state
+  // head.
+  __host__ __device__ int heads_per_set() const { return num_heads() / num_sparse_heads(); }
+  __host__ __device__ int states_per_set() const {
+    return static_cast<int>(layout.num_state_heads) / num_sparse_heads();
+  }
+  __host__ __device__ int sets_per_kv_head() const {
+    return num_sparse_heads() / static_cast<int>(layout.num_kv_heads);
+  }
+  __host__ __device__ int heads_per_state() const {
+    return num_heads() / static_cast<int>(layout.num_state_heads);
+  }
+  __host__ __device__ int partial_size() const { return 4 + 2 * head_dim(); }
   // Score, position and mark of each candidate of an update; those to fold and those that arrive.
-  __host__ __device__ int64_t list_size() const { return 3 * (lam + interval) + 2 * interval; }
+  __host__ __device__ int64_t list_size() const {
+    return 3 * (layout.sparse_cache_size + layout.update_interval) + 2 * layout.update_interval;
+  }
 
-  LOLA_DEVICE int64_t ring() const { return window + interval; }
-  LOLA_DEVICE int64_t exact_row(int64_t position) const {
-    return position < sink ? position : sink + position % ring();
+  // --- addresses: where a head's or a set's part of a page starts, and a row of it ---
+
+  // float32 [2 feature_dim, head_dim].
+  LOLA_DEVICE float* H(int64_t page, int state, int row = 0) const {
+    return part<float>(page, layout.H) +
+           (static_cast<int64_t>(state) * (2 * feature_dim()) + row) * head_dim();
   }
-  // First position of the window after n tokens, sinks aside.
-  LOLA_DEVICE int64_t window_start(int64_t n) const {
-    const int64_t start = n / interval * interval - window;
-    return start < sink ? sink : start;
+  // float32 [2 feature_dim].
+  LOLA_DEVICE float* s(int64_t page, int state) const {
+    return part<float>(page, layout.s) + static_cast<int64_t>(state) * (2 * feature_dim());
   }
-  LOLA_DEVICE int num_sparse(int64_t n) const {
-    const int64_t evicted = window_start(n) - sink;
-    return evicted < lam ? static_cast<int>(evicted) : lam;
+  // int32 [sparse_cache_size].
+  LOLA_DEVICE int32_t* positions(int64_t page, int set) const {
+    return part<int32_t>(page, layout.positions) + first_slot(set);
   }
-  LOLA_DEVICE bool any_folded(int64_t n) const { return window_start(n) - sink > lam; }
-  // Whether the n-th token is followed by an update that evicts anything.
-  LOLA_DEVICE bool update_due(int64_t n) const {
-    return n % interval == 0 && window_start(n) > window_start(n - interval);
+  // [sparse_cache_size, head_dim].
+  template <typename T>
+  LOLA_DEVICE T* sparse_k(int64_t page, int set, int64_t slot = 0) const {
+    return part<T>(page, layout.sparse_k) + (first_slot(set) + slot) * head_dim();
   }
+  template <typename T>
+  LOLA_DEVICE T* sparse_v(int64_t page, int set, int64_t slot = 0) const {
+    return part<T>(page, layout.sparse_v) + (first_slot(set) + slot) * head_dim();
+  }
+  // [sink_size + ring, head_dim].
+  template <typename T>
+  LOLA_DEVICE T* exact_k(int64_t page, int kv_head, int64_t row = 0) const {
+    return part<T>(page, layout.exact_k) + (first_exact(kv_head) + row) * head_dim();
+  }
+  template <typename T>
+  LOLA_DEVICE T* exact_v(int64_t page, int kv_head, int64_t row = 0) const {
+    return part<T>(page, layout.exact_v) + (first_exact(kv_head) + row) * head_dim();
+  }
+  // float32 [kBounds, sparse_cache_size], only where the layout is bounded().
+  LOLA_DEVICE float* bounds(int64_t page, int state) const {
+    return part<float>(page, layout.bounds) + kBounds * first_slot(state);
+  }
+  // int8 [sparse_cache_size, head_dim], only where the layout is bounded().
+  LOLA_DEVICE int8_t* directions(int64_t page, int state, int64_t slot) const {
+    return part<int8_t>(page, layout.directions) + (first_slot(state) + slot) * head_dim();
+  }
+
+  // --- what a token count says ---
+
+  // Whether something was folded into H and s before there were more than n tokens.
+  LOLA_DEVICE bool any_folded(int64_t n) const { return layout.num_folded(n) > 0; }
   // Whether a row has a page. A slot beyond the pool cannot be refused without waiting for the
   // device: its page is not touched and its answer is NaN.
   LOLA_DEVICE bool live(int64_t row) const {
     const int64_t page = slots[row];
-    return page > 0 && page < pages && seq_lens[row] > 0;
+    return page > 0 && page < num_pages && seq_lens[row] > 0;
   }
   LOLA_DEVICE float answer_of_padding(int64_t row) const {
-    return slots[row] < pages ? 0.0f : __uint_as_float(0x7fc00000u);
+    return slots[row] < num_pages ? 0.0f : __uint_as_float(0x7fc00000u);
+  }
+
+ private:
+  template <typename T>
+  LOLA_DEVICE T* part(int64_t page, int64_t offset) const {
+    return reinterpret_cast<T*>(pages + page * page_stride + offset);
+  }
+  // Slots of the sets, or of the state heads, before this one.
+  LOLA_DEVICE int64_t first_slot(int head) const {
+    return static_cast<int64_t>(head) * sparse_cache_size();
+  }
+  LOLA_DEVICE int64_t first_exact(int kv_head) const {
+    return kv_head * (layout.sink_size + layout.ring_size());
   }
 };
 
 // sum + added, rounded with the dither of row f of H, or of s[f], in update number `update`
-// (docs/algorithm.md, section 3). An update that is added in several parts gives each part rows of
+// (Lemma 4, docs/algorithm.md). An update that is added in several parts gives each part rows of
 // its own.
 LOLA_DEVICE float add_dithered(float sum, float added, int64_t update, int f) {
   const unsigned place =

@@ -8,7 +8,6 @@ namespace lola {
 namespace cuda {
 
 constexpr int kTile = 4;  // candidates a warp works on: each element of W or H it reads serves four
-constexpr float kRecallEps = 1e-6f;
 
 __host__ __device__ constexpr int whole_vectors(int n) { return (n + 3) / 4 * 4; }
 
@@ -20,33 +19,32 @@ struct Candidates {
   int set, kv, cached, count;
 
   LOLA_DEVICE Candidates(const Params& params, int64_t page_, int set_, int64_t n)
-      : p(params), page(page_), set(set_), kv(set_ / (params.Hg / params.Hkv)) {
-    start = p.window_start(n - p.interval);
-    cached = p.num_sparse(n - p.interval);
-    count = cached + static_cast<int>(p.window_start(n) - start);
+      : p(params), page(page_), set(set_), kv(set_ / params.sets_per_kv_head()) {
+    start = p.layout.window_start(n - p.layout.update_interval);
+    cached = static_cast<int>(p.layout.num_sparse(n - p.layout.update_interval));
+    count = cached + static_cast<int>(p.layout.window_start(n) - start);
   }
   LOLA_DEVICE int position(int i) const {
-    return i < cached ? p.positions.template at<const int32_t>(page, set)[i]
-                      : static_cast<int>(start) + i - cached;
+    return i < cached ? p.positions(page, set)[i] : static_cast<int>(start) + i - cached;
   }
   LOLA_DEVICE const T* k(int i) const {
-    return i < cached ? p.sparse_k.template at<const T>(page, set, i)
-                      : p.exact_k.template at<const T>(page, kv, p.exact_row(start + i - cached));
+    return i < cached ? p.sparse_k<const T>(page, set, i)
+                      : p.exact_k<const T>(page, kv, p.layout.exact_row(start + i - cached));
   }
   LOLA_DEVICE const T* v(int i) const {
-    return i < cached ? p.sparse_v.template at<const T>(page, set, i)
-                      : p.exact_v.template at<const T>(page, kv, p.exact_row(start + i - cached));
+    return i < cached ? p.sparse_v<const T>(page, set, i)
+                      : p.exact_v<const T>(page, kv, p.layout.exact_row(start + i - cached));
   }
   // Puts an evicted pair i into a slot, by `count` threads of which this is number `thread`.
   LOLA_DEVICE void put(int i, int slot, int thread, int count) const {
-    T* const to_k = p.sparse_k.template at<T>(page, set, slot);
-    T* const to_v = p.sparse_v.template at<T>(page, set, slot);
+    T* const to_k = p.sparse_k<T>(page, set, slot);
+    T* const to_v = p.sparse_v<T>(page, set, slot);
     const T *const from_k = k(i), *const from_v = v(i);
-    for (int j = thread; j < p.d; j += count) {
+    for (int j = thread; j < p.head_dim(); j += count) {
       to_k[j] = from_k[j];
       to_v[j] = from_v[j];
     }
-    if (thread == 0) p.positions.template at<int32_t>(page, set)[slot] = position(i);
+    if (thread == 0) p.positions(page, set)[slot] = position(i);
   }
 };
 
@@ -92,24 +90,26 @@ LOLA_DEVICE void multiply(const float* a, int lda, const float* b, int64_t ldb, 
 
 // phi [kTile][whole_vectors(2F)] of the kTile keys in k [kTile][whole_vectors(d)], zero-padded.
 LOLA_DEVICE void map_keys(const Params& p, int state, const float* k, float* phi, int lane) {
-  const int ld = whole_vectors(2 * p.F);
-  const float* const W = p.feature_map_k + static_cast<int64_t>(state) * p.d * p.F;
-  for (int f0 = 0; f0 < p.F; f0 += 2 * kWarp) {
+  const int ld = whole_vectors(2 * p.feature_dim());
+  const float* const W =
+      p.feature_map_k + static_cast<int64_t>(state) * p.head_dim() * p.feature_dim();
+  for (int f0 = 0; f0 < p.feature_dim(); f0 += 2 * kWarp) {
     float y[kTile][2] = {};
-    multiply(k, whole_vectors(p.d), W, p.F, p.d, f0 + lane, p.F, y);
+    multiply(k, whole_vectors(p.head_dim()), W, p.feature_dim(), p.head_dim(), f0 + lane,
+             p.feature_dim(), y);
 #pragma unroll
     for (int r = 0; r < kTile; ++r) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int f = f0 + lane + kWarp * c;
-        if (f < p.F) phi[r * ld + f] = y[r][c];
+        if (f < p.feature_dim()) phi[r * ld + f] = y[r][c];
       }
     }
   }
   __syncwarp();
   for (int r = 0; r < kTile; ++r) {
-    feature_map(phi + r * ld, p.F, phi + r * ld, lane);
-    if (lane < ld - 2 * p.F) phi[r * ld + 2 * p.F + lane] = 0;
+    feature_map(phi + r * ld, p.feature_dim(), phi + r * ld, lane);
+    if (lane < ld - 2 * p.feature_dim()) phi[r * ld + 2 * p.feature_dim() + lane] = 0;
   }
   __syncwarp();
 }
@@ -130,9 +130,9 @@ template <typename T>
 LOLA_DEVICE void recall_errors(const Params& p, int64_t page, int state, const float* phi,
                                const T* const (&v)[kTile], int lane, float (&errors)[kTile]) {
   constexpr int kColumns = 4;
-  const int F2 = 2 * p.F, ld = whole_vectors(F2);
-  const float* const H = p.H.at<const float>(page, state);
-  const float* const s = p.s.at<const float>(page, state);
+  const int F2 = 2 * p.feature_dim(), ld = whole_vectors(F2);
+  const float* const H = p.H(page, state);
+  const float* const s = p.s(page, state);
   float scale[kTile] = {}, sum[kTile] = {};
   for (int f = lane; f < F2; f += kWarp) {
     const float x = s[f];
@@ -140,16 +140,17 @@ LOLA_DEVICE void recall_errors(const Params& p, int64_t page, int state, const f
     for (int r = 0; r < kTile; ++r) scale[r] += phi[r * ld + f] * x;
   }
 #pragma unroll
-  for (int r = 0; r < kTile; ++r) scale[r] = 1.0f / (reduce<Sum>(scale[r]) + kRecallEps);
-  for (int first = 0; first < p.d; first += kColumns * kWarp) {
+  for (int r = 0; r < kTile; ++r) scale[r] = 1.0f / (reduce<Sum>(scale[r]) + kRecallEps<float>);
+  for (int first = 0; first < p.head_dim(); first += kColumns * kWarp) {
     float recalled[kTile][kColumns] = {};
-    multiply(phi, ld, H, p.H.stride[2], F2, first + lane, p.d, recalled);
+    multiply(phi, ld, H, p.head_dim(), F2, first + lane, p.head_dim(), recalled);
 #pragma unroll
     for (int r = 0; r < kTile; ++r) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int at = first + lane + kWarp * c;
-        const float diff = at < p.d ? to_float(v[r][at]) - recalled[r][c] * scale[r] : 0.0f;
+        const float diff =
+            at < p.head_dim() ? to_float(v[r][at]) - recalled[r][c] * scale[r] : 0.0f;
         sum[r] += diff * diff;
       }
     }

@@ -21,21 +21,22 @@ struct Shared {
 
   LOLA_DEVICE Shared(const Params& p, char* memory) {
     k = reinterpret_cast<float*>(memory);
-    v = k + kBatch * whole_vectors(p.d);
-    phi = v + kBatch * whole_vectors(p.d);
-    counts = reinterpret_cast<int*>(phi + kBatch * whole_vectors(2 * p.F));
+    v = k + kBatch * whole_vectors(p.head_dim());
+    phi = v + kBatch * whole_vectors(p.head_dim());
+    counts = reinterpret_cast<int*>(phi + kBatch * whole_vectors(2 * p.feature_dim()));
     int* const lists = p.lists == nullptr ? counts + 4 : p.lists + blockIdx.x * p.list_size();
-    const int64_t candidates = p.lam + p.interval;
+    const int64_t candidates = p.sparse_cache_size() + p.layout.update_interval;
     scores = reinterpret_cast<float*>(lists);
     positions = lists + candidates;
     keep = positions + candidates;
     folded = keep + candidates;
-    arrived = folded + p.interval;
+    arrived = folded + p.layout.update_interval;
   }
 };
 
 std::size_t shared_bytes(const Params& p) {
-  const std::size_t rows = kBatch * (2 * whole_vectors(p.d) + whole_vectors(2 * p.F));
+  const std::size_t rows =
+      kBatch * (2 * whole_vectors(p.head_dim()) + whole_vectors(2 * p.feature_dim()));
   return (rows + 4 + (p.lists == nullptr ? p.list_size() : 0)) * sizeof(float);
 }
 
@@ -44,37 +45,37 @@ std::size_t shared_bytes(const Params& p) {
 template <typename T>
 LOLA_DEVICE void score(const Params& p, const Candidates<T>& c, bool fresh, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, share = p.Hs / p.Hg;
-  const int ld = whole_vectors(p.d), last = c.count - 1;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, states = p.states_per_set();
+  const int ld = whole_vectors(p.head_dim()), last = c.count - 1;
   float* const k = x.k + warp * kTile * ld;
-  float* const phi = x.phi + warp * kTile * whole_vectors(2 * p.F);
+  float* const phi = x.phi + warp * kTile * whole_vectors(2 * p.feature_dim());
   for (int first = warp * kTile; first < c.count; first += kBatch) {
     const T* v[kTile];
     for (int r = 0; r < kTile; ++r) {
       const int i = first + r < c.count ? first + r : last;  // the rest of a tile repeats the last
       v[r] = c.v(i);
-      if (!fresh) load_row(k + r * ld, c.k(i), p.d, true, lane);
+      if (!fresh) load_row(k + r * ld, c.k(i), p.head_dim(), true, lane);
     }
     __syncwarp();
     float lengths[kTile], total[kTile] = {};
-    if (fresh || share > 1) norms(v, p.d, lane, lengths);
-    for (int j = 0; j < share; ++j) {
+    if (fresh || states > 1) norms(v, p.head_dim(), lane, lengths);
+    for (int j = 0; j < states; ++j) {
       float errors[kTile];
       if (fresh) {
         for (int r = 0; r < kTile; ++r) errors[r] = lengths[r];
       } else {
-        const int state = c.set * share + j;
+        const int state = c.set * states + j;
         map_keys(p, state, k, phi, lane);
         recall_errors<T>(p, c.page, state, phi, v, lane, errors);
       }
       // Divided before they are summed: against an empty state each ratio is exactly 1, a tie.
       for (int r = 0; r < kTile; ++r) {
-        total[r] += share == 1 ? errors[r] : errors[r] / fmaxf(lengths[r], kRecallEps);
+        total[r] += states == 1 ? errors[r] : errors[r] / fmaxf(lengths[r], kRecallEps<float>);
       }
     }
     for (int r = 0; r < kTile; ++r) {
       // NaN counts as the largest: ranks need a total order.
-      const float mean = total[r] / static_cast<float>(share);
+      const float mean = total[r] / static_cast<float>(states);
       if (lane == 0 && first + r < c.count) {
         x.scores[first + r] = mean == mean ? mean : -kMinusInf;
       }
@@ -132,9 +133,10 @@ template <typename T>
 LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int64_t update, int count,
                       bool fresh, const Shared& x) {
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
-  const int d = p.d, ld = whole_vectors(d), F2 = 2 * p.F, phi_ld = whole_vectors(F2);
+  const int d = p.head_dim(), ld = whole_vectors(d), F2 = 2 * p.feature_dim(),
+            phi_ld = whole_vectors(F2);
   const int blocks = phi_ld / 4, columns = ld / 4;  // a thread owns 4 x 4 elements of H
-  float* const s = p.s.at<float>(c.page, state);
+  float* const s = p.s(c.page, state);
   for (int first = 0; first < count; first += kBatch) {
     const int size = count - first < kBatch ? count - first : kBatch;
     for (int r = 0; r < kTile; ++r) {
@@ -164,7 +166,7 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int64_
       }
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
-        float* const row = p.H.at<float>(c.page, state, f + a < F2 ? f + a : 0);
+        float* const row = p.H(c.page, state, f + a < F2 ? f + a : 0);
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
           const int at = column + b * columns;
@@ -199,21 +201,23 @@ LOLA_DEVICE void replace(const Candidates<T>& c, const Shared& x) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
   LOLA_SHARED(memory);
-  const int64_t row = blockIdx.x / p.Hg;
-  if (!p.live(row) || !p.update_due(p.seq_lens[row])) return;
+  const int64_t row = blockIdx.x / p.num_sparse_heads();
+  if (!p.live(row) || !p.layout.update_due(p.seq_lens[row])) return;
   const int64_t n = p.seq_lens[row];
-  const Candidates<T> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.Hg), n);
+  const Candidates<T> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.num_sparse_heads()), n);
   const Shared x(p, memory);
   for (int i = threadIdx.x; i < c.count; i += kThreads) x.positions[i] = c.position(i);
-  const bool fresh = !p.any_folded(n - p.interval);
-  if (c.count > p.lam && p.lam > 0) score<T>(p, c, fresh, x);  // else nothing is to be chosen
+  const bool fresh = !p.any_folded(n - p.layout.update_interval);
+  if (c.count > p.sparse_cache_size() && p.sparse_cache_size() > 0)
+    score<T>(p, c, fresh, x);  // else nothing is to be chosen
   __syncthreads();
-  select(c.count, p.lam, x);
+  select(c.count, p.sparse_cache_size(), x);
   __syncthreads();
   if (threadIdx.x < kWarp) list(c.count, c.cached, x);
   __syncthreads();
-  for (int j = 0; j < p.Hs / p.Hg; ++j) {
-    fold<T>(p, c, c.set * (p.Hs / p.Hg) + j, n / p.interval, x.counts[0], fresh, x);
+  for (int j = 0; j < p.states_per_set(); ++j) {
+    fold<T>(p, c, c.set * p.states_per_set() + j, n / p.layout.update_interval, x.counts[0], fresh,
+            x);
   }
   replace(c, x);  // only now: what was folded is overwritten
 }
@@ -222,8 +226,9 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
 
 template <typename T>
 void launch_update(const Params& p, cudaStream_t stream) {
-  launch("decode: update", update_kernel<T>, dim3(static_cast<unsigned>(p.rows * p.Hg)), kThreads,
-         shared_bytes(p), stream, p);
+  launch("decode: update", update_kernel<T>,
+         dim3(static_cast<unsigned>(p.num_rows * p.num_sparse_heads())), kThreads, shared_bytes(p),
+         stream, p);
 }
 
 template void launch_update<Bf16>(const Params&, cudaStream_t);

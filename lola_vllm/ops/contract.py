@@ -124,7 +124,7 @@ class DecodeBatch(NamedTuple):
 
 
 class PrefillBatch(NamedTuple):
-    """The rows of a prefill step: a run of new tokens each.
+    """The rows of a prefill step: a segment of new tokens each.
 
     Attributes:
         slots: `[R]` integer, each row's page.
@@ -149,7 +149,7 @@ class DecodeOp(Protocol):
 
 
 class PrefillOp(Protocol):
-    """A run of new tokens per row, from an empty or a live page."""
+    """A segment of new tokens per row, from an empty or a live page."""
 
     def __call__(
         self, state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
@@ -169,6 +169,7 @@ class Backend:
     """The ops chosen for a device.
 
     Attributes:
+        name: for the log. decode, prefill, warm_up: the ops.
         capturable: `decode` launches the same kernels whatever the token counts and waits for
             nothing, so that a CUDA graph can hold it.
     """

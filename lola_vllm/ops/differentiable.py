@@ -4,9 +4,10 @@ The same function as `reference.py` and the serving ops, in a form without a loo
 Which pairs are cached and which are folded is decided first, update by update, without gradients
 (a choice has none); everything after that is one batch of matrix products over all chunks.
 
-Symbols: B rows; T tokens; Hq query heads, Hkv KV heads, Hs state heads, Hg sparse sets; d head
-size; F feature size; eta window; lam sparse cache; C update interval; U = ceil(T / C) chunks.
-Chunk u holds the queries of positions uC to uC + C - 1, which see the memory after u updates.
+Symbols: B rows; T tokens; Hq query heads, Hkv KV heads, Hs state heads, Hg sparse sets; d
+`head_dim`; F `feature_dim`; eta `window_size`; lam `sparse_cache_size`; C `update_interval`;
+U = ceil(T / C) chunks. Chunk u holds the queries of positions uC to uC + C - 1, which see the
+memory after u updates.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops.reference import RECALL_EPS, feature_map
+from lola_vllm.ops.constants import RECALL_EPS
+from lola_vllm.ops.reference import feature_map
 
 
 class MemoryPlan(NamedTuple):
@@ -80,7 +82,7 @@ def plan_memory(phi_k: Tensor, v: Tensor, config: LolaConfig, num_sparse_heads: 
 
 
 def _scores(phi_k: Tensor, v: Tensor, H: Tensor, s: Tensor, candidates: Tensor) -> Tensor:
-    """Selection scores `[B, Hg, E]`: SRE, or its norm-relative mean where state heads share."""
+    """Selection scores `[B, Hg, E]`: SRE, or the mean of SRE / ||v|| over the heads of a set."""
     B, Hs = phi_k.shape[:2]
     Hg = candidates.shape[1]
     per_head = candidates.repeat_interleave(Hs // Hg, dim=1)
@@ -150,14 +152,15 @@ def lola_attention_parallel(
         logits, v_exact = _exact(rows, keys, values, positions, plan.sparse, wanted, config, Hg)
         lse = logits.logsumexp(-1)  # [B, Hq, N, C]
         p = (logits - lse.unsqueeze(-1)).exp()
-        y = _by_head(_by_group(p, Hg) @ v_exact, Hq)
+        y = _per_query_head(_per_head(p, Hg) @ v_exact, Hq)
 
         phi_q = feature_map(rows, map_q[:, None])  # [B, Hq, N, C, 2F]
-        grouped = _by_group(phi_q, Hs)
-        D = _by_head(grouped @ s[:, :, wanted].unsqueeze(-1), Hq).squeeze(-1)  # [B, Hq, N, C]
+        by_state = _per_head(phi_q, Hs)
+        D = by_state @ s[:, :, wanted].unsqueeze(-1)
+        D = _per_query_head(D, Hq).squeeze(-1)  # [B, Hq, N, C]
         empty = D == 0  # exactly so before the first fold, as a feature is never 0
         safe = D.masked_fill(empty, 1)
-        y_lin = _by_head(grouped @ H[:, :, wanted], Hq) / safe.unsqueeze(-1)
+        y_lin = _per_query_head(by_state @ H[:, :, wanted], Hq) / safe.unsqueeze(-1)
         log_gate = torch.nn.functional.logsigmoid(factors)
         if config.mixing == "lolcats":
             lse = lse - logits.amax(-1)
@@ -216,21 +219,21 @@ def _exact(
     flat = index.clamp(min=0).view(B, Hg, N * S)
     k_exact = _take(keys.repeat_interleave(Hg // Hkv, dim=1), flat).view(B, Hg, N, S, d)
     v_exact = _take(values.repeat_interleave(Hg // Hkv, dim=1), flat).view(B, Hg, N, S, d)
-    logits = _by_head(_by_group(queries, Hg) @ k_exact.mT, Hq) * d**-0.5
+    logits = _per_query_head(_per_head(queries, Hg) @ k_exact.mT, Hq) * d**-0.5
     seen = seen.repeat_interleave(Hq // Hg, dim=1)
     # A query past the end of the sequence sees whatever the last one sees, so no row is all -inf.
     return logits.masked_fill(~seen, -torch.inf), v_exact
 
 
-def _by_group(x: Tensor, groups: int) -> Tensor:
-    """`[B, Hq, N, C, n]` as `[B, groups, N, Hq / groups * C, n]`."""
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Query heads `[B, Hq, N, C, n]` under the heads they read: `[B, heads, N, Hq/heads C, n]`."""
     B, Hq, N, C, n = x.shape
-    x = x.view(B, groups, Hq // groups, N, C, n).transpose(2, 3)
-    return x.reshape(B, groups, N, -1, n)
+    x = x.view(B, heads, Hq // heads, N, C, n).transpose(2, 3)
+    return x.reshape(B, heads, N, -1, n)
 
 
-def _by_head(x: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `_by_group`: `[B, G, N, Hq / G * C, n]` as `[B, Hq, N, C, n]`."""
-    B, G, N, rows, n = x.shape
-    x = x.view(B, G, N, num_heads // G, rows * G // num_heads, n).transpose(2, 3)
-    return x.reshape(B, num_heads, N, -1, n)
+def _per_query_head(x: Tensor, Hq: int) -> Tensor:
+    """The inverse of `_per_head`: `[B, heads, N, Hq/heads C, n]` as `[B, Hq, N, C, n]`."""
+    B, heads, N, rows, n = x.shape
+    x = x.view(B, heads, N, Hq // heads, rows * heads // Hq, n).transpose(2, 3)
+    return x.reshape(B, Hq, N, -1, n)

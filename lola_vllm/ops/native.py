@@ -61,7 +61,7 @@ def decode(
 def prefill(
     state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
 ) -> None:
-    """A run of new tokens per row, chunk by chunk; see `contract.PrefillOp`.
+    """A segment of new tokens per row, chunk by chunk; see `contract.PrefillOp`.
 
     Raises:
         RuntimeError: a wrong shape, dtype or slot; the message names the argument.

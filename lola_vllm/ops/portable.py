@@ -2,6 +2,9 @@
 
 No loop runs over sequences or heads. Decode is the one-token case of the same step that prefill
 repeats for every chunk of a prompt. Sums are made in float32 (float64 for float64 inputs).
+
+Symbols: B rows; L tokens of a chunk; Hq, Hkv, Hs, Hg query, KV and state heads and sparse sets; d
+`head_dim`; F `feature_dim`; E candidates of an update.
 """
 
 from __future__ import annotations
@@ -12,17 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lola_vllm.ops.constants import MAX_CHUNK, RECALL_EPS
 from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 from lola_vllm.ops.dither import add_dithered, dither
-from lola_vllm.ops.reference import RECALL_EPS, feature_map
+from lola_vllm.ops.reference import feature_map
 from lola_vllm.state import StateLayout
 
-# Longest chunk of a prompt that is attended at once: bounds the logits to
-# rows x Hq x 256 x (ring + lam) when the window, and so the update interval, is very long.
-MAX_CHUNK = 256
-
-# What `score` may be in place of the self-recall error, for ablations: from values `[B, Hg, E, d]`
-# and positions `[B, Hg, E]` of candidates to `[B, Hg, E]`, of which the largest stay exact.
+# A score in place of the self-recall error, for ablations. Takes values `[B, Hg, E, d]` and
+# positions `[B, Hg, E]` of candidates; returns `[B, Hg, E]`. The candidates of largest score stay
+# exact.
 Score = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -88,7 +89,7 @@ def prefill(
     out: Tensor,
     score: Score | None = None,
 ) -> None:
-    """A run of new tokens per row; see `contract.PrefillOp`.
+    """A segment of new tokens per row; see `contract.PrefillOp`.
 
     Each row is cut at the update points of the absolute grid; chunk i of all rows is one step.
     """
@@ -117,11 +118,11 @@ def prefill(
         out[tokens[valid]] = answers[valid]
 
 
-def _chunks(context_len: int, num_tokens: int, interval: int) -> list[tuple[int, int]]:
-    """Cut a run at the update points: (position, length) of each chunk."""
+def _chunks(context_len: int, num_tokens: int, update_interval: int) -> list[tuple[int, int]]:
+    """Cut a segment at the update points: (position, length) of each chunk."""
     chunks, position, end = [], context_len, context_len + num_tokens
     while position < end:
-        stop = min(end, (position // interval + 1) * interval, position + MAX_CHUNK)
+        stop = min(end, (position // update_interval + 1) * update_interval, position + MAX_CHUNK)
         chunks.append((position, stop - position))
         position = stop
     return chunks
@@ -197,7 +198,8 @@ def _attend(state: LayerState, q: Tensor, chunk: Chunk, query_positions: Tensor)
     layout, views, weights = state.layout, state.views, state.weights
     slots, positions, n = chunk.slots, chunk.positions, chunk.seq_lens
 
-    def grouped(x: Tensor, heads: int) -> Tensor:
+    def per_head(x: Tensor, heads: int) -> Tensor:
+        """Query heads `[B, Hq, L, n]` under the heads they read: `[B, heads, Hq/heads L, n]`."""
         return x.reshape(B, heads, Hq // heads * L, x.shape[-1])
 
     # Only the rows that some sequence of the batch has filled.
@@ -217,8 +219,8 @@ def _attend(state: LayerState, q: Tensor, chunk: Chunk, query_positions: Tensor)
     sparse_v = sparse_v.masked_fill(~sparse_ok[:, None, :, None], 0)
 
     scale = d**-0.5
-    exact = grouped(queries, exact_k.shape[1]) @ exact_k.mT * scale
-    sparse = grouped(queries, sparse_k.shape[1]) @ sparse_k.mT * scale
+    exact = per_head(queries, exact_k.shape[1]) @ exact_k.mT * scale
+    sparse = per_head(queries, sparse_k.shape[1]) @ sparse_k.mT * scale
     logits = torch.cat(
         [
             exact.view(B, Hq, L, -1).masked_fill(~exact_ok[:, None], -torch.inf),
@@ -228,14 +230,14 @@ def _attend(state: LayerState, q: Tensor, chunk: Chunk, query_positions: Tensor)
     )
     lse = logits.logsumexp(-1)  # [B, Hq, L]
     p_exact, p_sparse = (logits - lse.unsqueeze(-1)).exp().split([exact_rows, sparse_rows], dim=-1)
-    y = (grouped(p_exact, exact_v.shape[1]) @ exact_v).view(B, Hq, L, d)
-    y = y + (grouped(p_sparse, sparse_v.shape[1]) @ sparse_v).view(B, Hq, L, d)
+    y = (per_head(p_exact, exact_v.shape[1]) @ exact_v).view(B, Hq, L, d)
+    y = y + (per_head(p_sparse, sparse_v.shape[1]) @ sparse_v).view(B, Hq, L, d)
 
     empty = layout.num_folded(positions) == 0
     if not bool(empty.all()):
         H, s = _gather_state(views.H, views.s, slots, empty, dtype)
         phi_q = feature_map(queries, weights.feature_map_q.to(dtype))  # [B, Hq, L, 2F]
-        phi_q = grouped(phi_q, H.shape[1])
+        phi_q = per_head(phi_q, H.shape[1])
         D = (phi_q @ s.unsqueeze(-1)).view(B, Hq, L)
         y_lin = (phi_q @ H).view(B, Hq, L, d) / D.unsqueeze(-1)
         if weights.subtract_max:
@@ -251,7 +253,7 @@ def _held_positions(
     """Position that each row of the exact store holds after n tokens, and whether it is live.
 
     Both `[B, rows]`. Live: a pinned sink, or in the window of a query at `positions`, at which the
-    piece starts (the window's start does not move within an update interval).
+    chunk starts (the window's start does not move within an update interval).
     """
     row = torch.arange(rows, device=n.device)
     is_sink = row < layout.sink_size
@@ -283,9 +285,11 @@ def _update(state: LayerState, slots: Tensor, n: Tensor, score: Score | None) ->
     x_positions = start[:, None] + torch.arange(C, device=n.device)  # [B, C]
     x_ok = x_positions < stop[:, None]
     rows = layout.row(torch.where(x_ok, x_positions, start[:, None]))
-    share = Hg // layout.num_kv_heads
-    x_k = views.exact_k[slots[:, None], :, rows].transpose(1, 2).repeat_interleave(share, dim=1)
-    x_v = views.exact_v[slots[:, None], :, rows].transpose(1, 2).repeat_interleave(share, dim=1)
+    sets_per_kv_head = Hg // layout.num_kv_heads
+    x_k, x_v = (
+        exact[slots[:, None], :, rows].transpose(1, 2).repeat_interleave(sets_per_kv_head, dim=1)
+        for exact in (views.exact_k, views.exact_v)
+    )
 
     k = torch.cat([views.sparse_k[slots], x_k], dim=2)  # [B, Hg, E, d]
     v = torch.cat([views.sparse_v[slots], x_v], dim=2)
@@ -305,15 +309,15 @@ def _update(state: LayerState, slots: Tensor, n: Tensor, score: Score | None) ->
     _replace(state, k, v, at, keep, slots)
 
 
-def _largest(scores: Tensor, positions: Tensor, ok: Tensor, lam: int) -> Tensor:
-    """Mask of the lam valid candidates of largest score, ties to the older pair.
+def _largest(scores: Tensor, positions: Tensor, ok: Tensor, count: int) -> Tensor:
+    """Mask of so many valid candidates of largest score, ties to the older pair.
 
     A score that is NaN counts as infinite.
     """
     scores = torch.where(ok, scores.masked_fill(scores.isnan(), torch.inf), -torch.inf)
     by_age = torch.where(ok, positions, torch.iinfo(torch.int64).max).argsort(-1)
     order = scores.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True)
-    keep = torch.zeros_like(ok).scatter(-1, by_age.gather(-1, order[..., :lam]), True)
+    keep = torch.zeros_like(ok).scatter(-1, by_age.gather(-1, order[..., :count]), True)
     return keep & ok
 
 
@@ -333,11 +337,12 @@ def _fold(
     chosen = folded.int().argsort(dim=-1, descending=True, stable=True)[..., :room]
     mask = folded.gather(-1, chosen).unsqueeze(-1)
     index = chosen.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-    share = layout.num_state_heads // layout.num_sparse_heads
-    k = k.gather(2, index).to(dtype).repeat_interleave(share, dim=1)
-    v = v.gather(2, index).to(dtype).masked_fill(~mask, 0).repeat_interleave(share, dim=1)
+    states_per_set = layout.num_state_heads // layout.num_sparse_heads
+    k = k.gather(2, index).to(dtype).repeat_interleave(states_per_set, dim=1)
+    v = v.gather(2, index).to(dtype).masked_fill(~mask, 0)
+    v = v.repeat_interleave(states_per_set, dim=1)
     phi = feature_map(k, feature_map_k.to(dtype))
-    phi = phi.masked_fill(~mask.repeat_interleave(share, dim=1), 0)
+    phi = phi.masked_fill(~mask.repeat_interleave(states_per_set, dim=1), 0)
     H, s = _gather_state(views.H, views.s, slots, empty, dtype)
     place = dither(n // layout.update_interval, H.shape[2])[:, None]  # [B, 1, 2F]
     views.H[slots] = add_dithered(H, phi.mT @ v, place.unsqueeze(-1))

@@ -4,9 +4,9 @@ Follows arXiv 2505.23666 (LoLA) over arXiv 2410.10254 (LoLCATs); `docs/algorithm
 two disagree with their code and what is decided. Written for reading: Python lists hold the
 positions of each memory, and nothing is approximated or skipped.
 
-Symbols: T tokens; Hq query heads, Hkv KV heads, Hs state heads (the heads of `feature_map_k`),
-Hg sparse sets (Hs, or Hkv when shared); d head size; F feature size; eta window size; lam sparse
-cache size; C update interval.
+Symbols: T tokens; Hq query heads, Hkv KV heads (`num_kv_heads`), Hs state heads (the heads of
+`feature_map_k`), Hg sparse sets (Hs, or Hkv when shared); d `head_dim`; F `feature_dim`; eta
+`window_size`; lam `sparse_cache_size`; C `update_interval`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.config import LolaConfig
-
-FEATURE_FLOOR = 1e-12  # LoLCATs clamps feature maps here
-RECALL_EPS = 1e-6  # added to the normalizer in the recall error
+from lola_vllm.ops.constants import FEATURE_FLOOR, RECALL_EPS
 
 
 @dataclass
@@ -160,12 +158,12 @@ def lola_attention(
             )
         if (t + 1) % C == 0:
             window, evicted = _evict(window, t + 1 - eta)
-            for group in range(Hg):
-                heads = list(range(group * (Hs // Hg), (group + 1) * (Hs // Hg)))
-                candidates = sparse[group] + evicted
+            for sparse_head in range(Hg):
+                heads = list(range(sparse_head * (Hs // Hg), (sparse_head + 1) * (Hs // Hg)))
+                candidates = sparse[sparse_head] + evicted
                 scores = _scores(phi_k, v_s, H, s, heads, candidates)
                 kept, folded = _select(candidates, scores, lam)
-                sparse[group] = kept
+                sparse[sparse_head] = kept
                 for h in heads:
                     H[h] += phi_k[h, folded].T @ v_s[h, folded]
                     s[h] += phi_k[h, folded].sum(0)
@@ -182,7 +180,7 @@ def _evict(window: list[int], start: int) -> tuple[list[int], list[int]]:
 def _scores(
     phi_k: Tensor, v: Tensor, H: Tensor, s: Tensor, heads: list[int], candidates: list[int]
 ) -> Tensor:
-    """Selection score per candidate `[E]`: SRE, or its norm-relative mean where heads share."""
+    """Selection score per candidate `[E]`: SRE, or the mean of SRE / ||v|| over several heads."""
     errors = torch.stack(
         [self_recall_error(phi_k[h, candidates], v[h, candidates], H[h], s[h]) for h in heads]
     )
@@ -192,13 +190,15 @@ def _scores(
     return (errors / norms.clamp(min=RECALL_EPS)).mean(0)
 
 
-def _select(candidates: list[int], scores: Tensor, lam: int) -> tuple[list[int], list[int]]:
-    """The lam candidates of largest score and the rest, both sorted; ties keep the older pair.
+def _select(
+    candidates: list[int], scores: Tensor, sparse_cache_size: int
+) -> tuple[list[int], list[int]]:
+    """Candidates of largest score for the cache, and the rest; both sorted. Ties keep the older.
 
     A score that is NaN counts as infinite.
     """
     scores = scores.masked_fill(scores.isnan(), torch.inf)
     order = scores.argsort(descending=True, stable=True).tolist()
-    kept = sorted(candidates[i] for i in order[:lam])
-    folded = sorted(candidates[i] for i in order[lam:])
+    kept = sorted(candidates[i] for i in order[:sparse_cache_size])
+    folded = sorted(candidates[i] for i in order[sparse_cache_size:])
     return kept, folded
