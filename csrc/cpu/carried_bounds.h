@@ -1,17 +1,13 @@
 // Bounds on scores that are carried from update to update, so that an update computes anew only
-// those that can decide it: updates of prefill, where the update interval is above 1
-// (docs/algorithm.md, section 3).
+// those that can decide it (Lemmas 2 and 3 of docs/algorithm.md, section 3): updates of prefill,
+// where the interval is above 1.
 //
-// Folding pairs changes the prediction p = n / z of a pair to p' = (n + phi^T dH) / (z + S), where
-// dH and ds are what they add to H and s, and S = phi . ds. With m the mean of the folded values,
-// D = dH - ds m^T and any number a
-//   p' = (z p + S m + a s^T D) / (z + S) + (phi - a s)^T D / (z + S).
-// The first part is cheap to compute, and the second is at most ||phi - a s|| ||D|| / (z + S) long,
-// which is small: values are folded around their mean, and features lean towards their sum s (a is
-// chosen so that ||phi - a s|| is least). So p is carried along with a bound on its error, and ||v
-// - p|| is the score up to that error. A score that is certainly above the largest one to lose
-// stays unknown. The choice is the one that all scores would give, so it does not matter when
-// bounds were set.
+// A fold adds dH and ds to H and s. The estimate q of a pair's prediction p follows it with
+//   q' = (z q + S m + a s^T D) / (z + S),  S = phi . ds,  D = dH - ds m^T,
+// m being the mean of the folded values and a = z / ||s||^2, and the bound e on its error with
+//   e' = (z e + ||phi - a s|| ||D||) / (z + S).
+// The score is ||v - q|| up to e. The choice is the one that all scores would give, so it does not
+// matter when bounds were set.
 #pragma once
 
 #include "cpu/candidates.h"
@@ -25,8 +21,8 @@ namespace {
 // Of a sparse set's candidates, the first `known`.
 template <typename T>
 struct CarriedBounds {
-  T* predicted;    // [candidates, d padded]: p,
-  T* error;        // at most this far from the right one
+  T* estimate;     // [candidates, d padded]: q,
+  T* error;        // at most this far from p: e
   T* phi_squared;  // ||phi||^2
   T* z;            // phi . s
   T *low, *high;   // bounds on the score
@@ -35,7 +31,7 @@ struct CarriedBounds {
   CarriedBounds() = default;
   CarriedBounds(const PageLayout& layout, Workspace& memory) {
     const int64_t count = max_candidates(layout);
-    predicted = memory.take<T>(count * round_up<T>(layout.head_dim));
+    estimate = memory.take<T>(count * round_up<T>(layout.head_dim));
     error = memory.take<T>(count);
     phi_squared = memory.take<T>(count);
     z = memory.take<T>(count);
@@ -52,7 +48,7 @@ struct CarriedBounds {
     for (int64_t j = 0; j < dp; j += kLanes<T>) {
       const Vec<T> p = load(n + j) * inverse;
       length = fma(p, p, length);
-      store<T>(predicted + i * dp + j, p);
+      store<T>(estimate + i * dp + j, p);
     }
     for (int64_t f = 0; f < phi_padded; f += kLanes<T>)
       square = fma(load(phi + f), load(phi + f), square);
@@ -66,7 +62,7 @@ struct CarriedBounds {
 
   LOLA_INLINE void move(int64_t from, int64_t to, int64_t dp) {
     for (int64_t j = 0; j < dp; j += kLanes<T>) {
-      store<T>(predicted + to * dp + j, load(predicted + from * dp + j));
+      store<T>(estimate + to * dp + j, load(estimate + from * dp + j));
     }
     error[to] = error[from];
     phi_squared[to] = phi_squared[from];
@@ -126,15 +122,15 @@ void carry_bounds(const Candidates& c, const T* features, int64_t phi_stride, co
       const int64_t i = first + (r < rows ? r : 0);
       z[r] = b.z[i] + S[r];
       inverse_z[r] = T(1) / z[r];
-      const Vec<T> of_p = splat(b.z[i] * inverse_z[r]), of_mean = splat(S[r] * inverse_z[r]);
+      const Vec<T> of_q = splat(b.z[i] * inverse_z[r]), of_mean = splat(S[r] * inverse_z[r]);
       const Vec<T> of_residual = splat(b.z[i] * inverse_s_squared * inverse_z[r]);
       differences[r] = Vec<T>{};
       load_row(v, c.v(i), c.layout.kv_dtype, d, dp);
       for (int64_t j = 0; j < dp; j += kLanes<T>) {
-        const Vec<T> p = fma(of_p, load(b.predicted + i * dp + j),
+        const Vec<T> q = fma(of_q, load(b.estimate + i * dp + j),
                              fma(of_mean, load(x.mean + j), of_residual * load(x.s_residual + j)));
-        if (r < rows) store<T>(b.predicted + i * dp + j, p);
-        const Vec<T> difference = load(v + j) - p;
+        if (r < rows) store<T>(b.estimate + i * dp + j, q);
+        const Vec<T> difference = load(v + j) - q;
         differences[r] = fma(difference, difference, differences[r]);
       }
     }

@@ -1,6 +1,6 @@
-// Rounding of the sums H and s: what a fold adds to a large float32 sum is rounded with a dither,
-// up or down by turns, so that it arrives on average, where rounding to nearest would lose it or
-// round it the same way each time (docs/algorithm.md, section 3).
+// Rounding of the sums H and s (Lemma 4 of docs/algorithm.md, section 3): what a fold adds to a
+// large float32 sum is rounded with a dither, up or down by turns, so that it arrives on average,
+// where rounding to nearest would lose it or round it the same way each time.
 #pragma once
 
 #include "cpu/simd.h"

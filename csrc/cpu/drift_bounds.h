@@ -1,13 +1,11 @@
-// Bounds on the recall errors of cached pairs between two computations of them, for updates of
-// interval 1 (docs/algorithm.md, section 3). A page keeps them.
+// Bounds on the recall errors of cached pairs between two computations of them (Lemma 1 of
+// docs/algorithm.md, section 3): updates of interval 1. A page keeps them.
 //
-// A fold of phi_l and v_l moves the prediction p = n / z of another pair towards v_l:
-//   p' = p + t (v_l - p),  t = c / (z + c),  c = phi . phi_l <= ||phi|| ||phi_l||.
-// Its recall error ||v - p'|| is at least u . (v - p') for any unit vector u. With u the direction
-// of v - p when that was computed last, this bound starts as the error itself, and a fold takes no
-// more from it than t u . (v_l - p), and nothing where that is negative. A page keeps u of each
-// pair in 8-bit numbers: a coarse direction is a direction too, so the bound holds for what is
-// stored.
+// With u the direction of v - p when that was computed last, the error is at least
+// low = u . (v - p), which starts as the error itself. A fold of phi_l and v_l lowers it to
+//   low - t max(0, u . v_l - (u . v - low)),  t = c / (z + c),  c = ||phi|| ||phi_l||.
+// The page holds u as 8-bit numbers: a coarse direction is a direction too, so the bound holds for
+// what is stored.
 #pragma once
 
 #include "bounds.h"
@@ -76,11 +74,11 @@ LOLA_INLINE void dot_directions(const int8_t* u, int64_t d, const T* v, Vec<T>* 
   }
 }
 
-// The bound of a pair after another was folded. c is at least the product of their features,
-// `along_fold` is u . v_l, and along - low is at least u . p.
+// The bound of a pair after another was folded, as Lemma 1 has it: `sum` is z, `along` u . v and
+// `along_fold` u . v_l.
 template <typename T, typename V>
 LOLA_INLINE V lower(V low, V sum, V c, V along, V along_fold) {
-  const V nearer = along_fold - (along - low);  // u . (v_l - p), at most
+  const V nearer = along_fold - (along - low);
   return low - (nearer > 0 ? c / (sum + c) * T(1.0001) * nearer : V{});
 }
 

@@ -1,8 +1,9 @@
-// The update of one page and sparse set where the interval is 1: one pair is evicted and at most
-// one folded, so most scores need not be computed anew (docs/algorithm.md, section 3).
+// The update of one page and sparse set where the interval is 1 (docs/algorithm.md, section 3): one
+// pair is evicted and at most one folded, so most scores need not be computed anew.
 //
-// Bounds on recall errors follow each fold (drift_bounds.h), and an error is computed anew only
-// where it may be the least (rescore_doubtful). The choice is the one that all scores would give.
+// Bounds on recall errors follow each fold by Lemma 1 (drift_bounds.h), and an error is computed
+// anew only where Lemma 3 does not rule it out (rescore_doubtful). The choice is the one that all
+// scores would give.
 #pragma once
 
 #include "cpu/call.h"

@@ -1,7 +1,6 @@
-// The update of one page and sparse set that scores all candidates, but for those whose scores are
-// known to be high enough (carried_bounds.h): the update of any interval (docs/algorithm.md,
-// section 3). It evicts, scores all cached and evicted pairs, keeps those of largest score, and
-// folds the others into H and s.
+// The update of one page and sparse set for any interval (docs/algorithm.md, section 3): it evicts,
+// scores all cached and evicted pairs, but for those that Lemmas 2 and 3 let it leave out
+// (carried_bounds.h), keeps those of largest score, and folds the others into H and s.
 //
 // It is decided first, which only reads the page, and carried out then: prefill answers queries
 // while it decides.
