@@ -52,7 +52,7 @@ struct CarriedBounds {
     }
     for (int64_t f = 0; f < phi_padded; f += kLanes<T>)
       square = fma(load(phi + f), load(phi + f), square);
-    const T slack = (score + __builtin_sqrt(reduce<Sum>(length))) * T(2e-5);
+    const T slack = (score + __builtin_sqrt(reduce<Sum>(length))) * kBoundSlack<T>;
     error[i] = slack;
     phi_squared[i] = reduce<Sum>(square);
     z[i] = phi_dot_s;
@@ -139,12 +139,12 @@ void carry_bounds(const Candidates& c, const T* features, int64_t phi_stride, co
       const int64_t i = first + r;
       // ||phi - a s||^2. Cancellation leaves an error of ||phi||^2 times some roundings.
       const T square = b.phi_squared[i] - b.z[i] * b.z[i] * inverse_s_squared;
-      const T rounding = b.phi_squared[i] * T(1e-5);
+      const T rounding = b.phi_squared[i] * kCancellationSlack<T>;
       const T distance = __builtin_sqrt(squared_distance[r]);
       const T error = (b.error[i] * b.z[i] +
                        __builtin_sqrt((square > 0 ? square : T(0)) + rounding) * residual_length) *
-                          inverse_z[r] * T(1.0001) +
-                      (distance + b.high[i]) * T(1e-6);
+                          inverse_z[r] * kBoundFactor<T> +
+                      (distance + b.high[i]) * kDistanceSlack<T>;
       b.error[i] = error;
       b.z[i] = z[r];
       b.low[i] = distance - error;

@@ -22,7 +22,7 @@ namespace {
 // bound: a bound.
 template <typename T, typename V>
 LOLA_INLINE V score_of(V error, V value, bool relative) {
-  return relative ? error / max(value, V{} + T(1e-6)) : error;
+  return relative ? error / max(value, V{} + kRecallEps<T>) : error;
 }
 
 // Stores the direction of v - p in `to` [d] and returns u . (v - p); `along` gets u . v and `scale`
@@ -38,13 +38,14 @@ T store_direction(const T* v, const T* n, T inverse, int64_t d, T* x, int8_t* to
     largest = max(max(error, -error), largest);
   }
   const T top = reduce<Max>(largest);
-  const Vec<T> steps = splat(top > 0 ? T(127) / top : T(0));
+  const Vec<T> steps = splat(top > 0 ? T(kDirectionMax) / top : T(0));
   const Vec<T> magic = splat(sizeof(T) == 8 ? T(6755399441055744.0) : T(12582912));
   Vec<T> with_error{}, with_v{}, square{};
   for (int64_t i = 0; i < dp; i += kLanes<T>) {
     const Vec<T> error = load(x + i);
     // Rounded to integers; a NaN or an overflow leaves something in range.
-    const Vec<T> u = max(min(error * steps + magic - magic, splat(T(127))), splat(T(-127)));
+    const Vec<T> u =
+        max(min(error * steps + magic - magic, splat(T(kDirectionMax))), splat(T(-kDirectionMax)));
     store<T>(x + i, u);
     with_error = fma(u, error, with_error);
     with_v = fma(u, load(v + i), with_v);
@@ -79,7 +80,7 @@ LOLA_INLINE void dot_directions(const int8_t* u, int64_t d, const T* v, Vec<T>* 
 template <typename T, typename V>
 LOLA_INLINE V lower(V low, V sum, V c, V along, V along_fold) {
   const V nearer = along_fold - (along - low);
-  return low - (nearer > 0 ? c / (sum + c) * T(1.0001) * nearer : V{});
+  return low - (nearer > 0 ? c / (sum + c) * kBoundFactor<T> * nearer : V{});
 }
 
 // Lowers the bounds of the `count` pairs of one state head for the fold of features phi_l

@@ -74,7 +74,7 @@ LOLA_INLINE void feature_map(T* y, int64_t F, T* phi) {
       store<T>(half + i, e);
       sum += e;
     }
-    const Vec<T> scale = splat(T(1) / reduce<Sum>(sum)), floor = splat(T(1e-12));
+    const Vec<T> scale = splat(T(1) / reduce<Sum>(sum)), floor = splat(kFeatureFloor<T>);
     for (int64_t i = 0; i < padded; i += kLanes<T>) {
       Vec<T> e = load(half + i) * scale;
       e = e < floor ? floor : e;  // NaN stays
@@ -111,7 +111,7 @@ void recall_errors(const Page& page, int64_t state_head, const T* phi, int64_t c
     Vec<T> z{};
     for (int64_t i = 0; i < round_up<T>(F2); i += kLanes<T>)
       z = fma(load(phi + i), load(x.s + i), z);
-    const T denominator = reduce<Sum>(z) + T(1e-6);
+    const T denominator = reduce<Sum>(z) + kRecallEps<T>;
     const Vec<T> scale = splat(T(1) / denominator);
     Vec<T> sum{};
     for (int64_t i = 0; i < dp; i += kLanes<T>) {
@@ -129,7 +129,7 @@ template <typename T>
 void add_relative(const T* v, int64_t dp, const T* errors, int64_t count, bool first, T* sums) {
   for (int64_t i = 0; i < count; ++i) {
     const T length = norm(v + i * dp, dp);
-    const T ratio = errors[i] / (length > T(1e-6) ? length : T(1e-6));
+    const T ratio = errors[i] / (length > kRecallEps<T> ? length : kRecallEps<T>);
     sums[i] = first ? ratio : sums[i] + ratio;
   }
 }

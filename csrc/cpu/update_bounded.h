@@ -67,7 +67,7 @@ void measure(const Call& call, const Candidates& c, int64_t state_head, int64_t 
     if (c.empty) {
       for (int64_t j = 0; j < dp; ++j) n[j] = 0;
       y.errors[i] = value;
-      x.sums[i] = T(1e-6);
+      x.sums[i] = kRecallEps<T>;
     }
     to.row(kSum)[at[i]] = x.sums[i];
     to.row(kValue)[at[i]] = value;
@@ -75,7 +75,7 @@ void measure(const Call& call, const Candidates& c, int64_t state_head, int64_t 
     const T low = store_direction(v, n, T(1) / x.sums[i], d, n, to.directions + at[i] * d,
                                   to.row(kAlong) + at[i], to.row(kScale) + at[i]);
     // The slack is far beyond rounding errors.
-    to.row(kLow)[at[i]] = low - (y.errors[i] + value) * T(2e-5);
+    to.row(kLow)[at[i]] = low - (y.errors[i] + value) * kBoundSlack<T>;
   }
 }
 
