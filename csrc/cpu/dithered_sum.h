@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/simd.h"
-#include "dither.h"
+#include "constants.h"
 
 LOLA_BEGIN_TARGET();
 namespace lola {

@@ -33,8 +33,8 @@ def test_pieces_end_at_the_update_points(backend):
 
     layout = make_problem(1, config_of(update_interval=7, sink_size=2)).layout()
     start, context = torch.tensor([0, 30, 30, 31, 60]).numpy(), torch.tensor([0, 5, 27, 8]).numpy()
-    plan = prefill.plan_pieces(start, context, layout)
-    token, position, length, stop, row = plan.pieces
+    plan = prefill.plan_chunks(start, context, layout)
+    token, position, length, stop, row = plan.chunks
     # eta + sinks + 1 = 13, so 14 is the first point at which a pair leaves the window.
     assert list(zip(row, position, stop, strict=True)) == [
         (0, 0, 14), (2, 27, 28), (3, 8, 14), (0, 14, 21), (3, 14, 21), (0, 21, 28), (3, 21, 28),
