@@ -3,8 +3,8 @@
 // where rounding to nearest would lose it or round it the same way each time.
 #pragma once
 
-#include "cpu/simd.h"
 #include "constants.h"
+#include "cpu/simd.h"
 
 LOLA_BEGIN_TARGET();
 namespace lola {
