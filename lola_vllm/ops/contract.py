@@ -99,7 +99,7 @@ class LayerState:
             weight: Tensor = getattr(weights, name)
             if tuple(weight.shape) != shape:
                 raise ValueError(f"{name}: shape {list(weight.shape)}, expected {list(shape)}")
-            if weight.dtype not in (torch.float32, wide) or not weight.is_contiguous():
+            if weight.dtype != wide or not weight.is_contiguous():
                 raise ValueError(f"{name}: must be {wide} and contiguous, is {weight.dtype}")
             if weight.device != pages.device:
                 raise ValueError(f"{name}: on {weight.device}, the pages on {pages.device}")
