@@ -148,6 +148,13 @@ def has_case(item: pytest.Item) -> bool:
         return False
     if params.get("parts", 1) not in backend.parts:
         return False
+    # Of xformers' back end the softmax part of prefill alone is not Triton's.
+    if backend.name.startswith("xformers") and (
+        item.path.stem in ("test_arguments", "test_interval_1", "test_long_sequences")
+        or params.get("fed") == "tokens"
+        or params.get("interval") == 1
+    ):
+        return False
     if not backend.prefills and (
         item.get_closest_marker("prompts") or params.get("fed") == "prompt"
     ):
