@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from lola_vllm.config import LolaConfig, LolaLlamaConfig
 
 
-def _sizes(text: str) -> int | list[int]:
+def sizes(text: str) -> int | list[int]:
     """A number, or several with commas."""
-    sizes = [int(part) for part in text.split(",")]
-    return sizes if len(sizes) > 1 else sizes[0]
+    numbers = [int(part) for part in text.split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 # Options that set a key of lola_config. Their values are checked there, not here.
 LOLA_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "window_size": (int, "pairs kept exactly after every update, in tokens"),
     "sparse_cache_size": (
-        _sizes,
+        sizes,
         "exact pairs kept by self-recall error, or one such number per layer, with commas; 0 is "
         "LoLCATs",
     ),
