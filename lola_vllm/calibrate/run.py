@@ -25,6 +25,7 @@ from lola_vllm.calibrate.options import CalibrateOptions
 from lola_vllm.checkpoint.base import read_base_config
 from lola_vllm.checkpoint.files import CheckpointError, read_json, write_json
 from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
+from lola_vllm.distill.student import softmax_attention
 from lola_vllm.eval.repeats import repeated_ngrams
 from lola_vllm.texts import is_held_out, read_documents
 
@@ -108,16 +109,13 @@ class _Reader:
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **_: Any
     ) -> tuple[Tensor, None]:
         """Softmax attention, `[1, H, T, d]` in and `[1, T, Hq, d]` out, that takes notes."""
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
-        )
         keys = k[0].repeat_interleave(q.shape[1] // k.shape[1], dim=0)  # [Hq, T, d]
         logits = q[0][:, self._queries] @ keys.mT * q.shape[-1] ** -0.5  # [Hq, P, T]
         later = torch.arange(k.shape[2]) > self._queries[:, None]
         weights = logits.masked_fill(later, -torch.inf).softmax(-1)
         found = weights[:, torch.arange(len(self._keys)), self._keys].sum(-1)
         self._sums[module.layer_idx] = self._sums.get(module.layer_idx, 0) + found
-        return out.transpose(1, 2), None
+        return softmax_attention(q, k, v).transpose(1, 2), None
 
     def mass(self) -> list[float]:
         """Per layer, the largest mean of its heads."""
@@ -135,9 +133,11 @@ def _windows(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list[lis
         random.Random(f"{options.seed}/{file.name}").shuffle(documents)
         found = 0
         for text in documents:
+            if found == each:
+                break
             # A token has two characters or more on average, so this is enough of a long text.
             ids = tokenizer.encode(text[: 16 * length], add_special_tokens=False)[:length]
-            if len(ids) == length and found < each:
+            if len(ids) == length:
                 windows.append(ids)
                 found += 1
     return windows[: options.windows]

@@ -85,9 +85,8 @@ class PerplexityPlan:
                         # Settings are compared window by window: they must be the same.
                         "checksum": zlib.crc32(repr(ids).encode()),
                     }
-                    at_token = dict(enumerate(reversed(values), 1))  # from the end of the window
                     repeats = find_repeats(ids, [pieces[token] for token in ids])
-                    rows.append(row | _recalled(repeats, len(ids), at_token))
+                    rows.append(row | _recalled(repeats, len(ids), values))
                 emit({"event": "samples", "samples": rows})
         if not found:
             raise EvalError(
@@ -126,16 +125,16 @@ class _Pieces(dict[int, str]):
         return self[token]
 
 
-def _recalled(repeats: Repeats, length: int, from_end: dict[int, Prediction]) -> dict[str, float]:
+def _recalled(repeats: Repeats, length: int, values: list[Prediction]) -> dict[str, float]:
     """What a window's row says of its repeats.
 
     Args:
-        length: tokens of the window. from_end: predictions, 1 for the last token's.
+        length: tokens of the window. values: predictions, the last of them of its last token.
     """
-    again = [from_end[length - at] for at in repeats.ngrams]
+    # Counted from the end, as predictions of tokens that open the text may come first.
+    again = [values[at - length] for at in repeats.ngrams]
     words = [
-        all(from_end[length - at].first for at in range(first, stop))
-        for first, stop in repeats.words
+        all(values[at - length].first for at in range(first, stop)) for first, stop in repeats.words
     ]
     return {
         "repeated": len(again),

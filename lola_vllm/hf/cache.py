@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class LolaCacheLayer(CacheLayerMixin):
         """Forget every row; the next forward may have another batch size."""
         self.is_initialized = False
         self.pages: Tensor | None = None
+        self.state: LayerState | None = None
         self.num_tokens = torch.zeros(0, dtype=torch.int64)
         self.num_columns = 0
 
@@ -81,7 +83,9 @@ class LolaCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         assert self.pages is not None
-        state = LayerState.bind(weights, self.layout, self.pages)
+        if self.state is None or self.state.pages is not self.pages:
+            self.state = LayerState.bind(weights, self.layout, self.pages)
+        state = replace(self.state, weights=weights)  # of one layer: their shapes stay
         slots = torch.arange(1, len(q) + 1, device=q.device, dtype=torch.int32)
         seen, self.num_tokens = self.num_tokens, self.num_tokens + tokens.lengths
         self.num_columns += q.shape[1]

@@ -53,9 +53,9 @@ class LolaMetadata(ShortConvAttentionMetadata):
         slots = self.state_indices_tensor_d[:, 0]
         return DecodeBatch(slots, self.seq_lens[: len(slots)])
 
-    @property
+    @functools.cached_property
     def prefill_batch(self) -> PrefillBatch:
-        """The rows that prefill."""
+        """The rows that prefill; as `decode_batch`."""
         assert self.state_indices_tensor_p is not None
         assert self.query_start_loc_p_cpu is not None
         assert self.context_lens_p_cpu is not None

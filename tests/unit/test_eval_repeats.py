@@ -56,7 +56,7 @@ def test_a_window_reports_what_the_model_made_of_its_repeats() -> None:
     from lola_vllm.eval.repeats import Repeats
 
     values = [Prediction(-1.0, True), Prediction(-2.0, False), Prediction(-4.0, True)]
-    row = _recalled(Repeats([1, 3], [(1, 2), (2, 4)]), 4, dict(enumerate(reversed(values), 1)))
+    row = _recalled(Repeats([1, 3], [(1, 2), (2, 4)]), 4, values)
     assert row == {
         "repeated": 2,
         "repeated_nats": 5.0,
