@@ -218,17 +218,19 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
         "documents are not read",
     )  # fmt: skip
     parser.add_argument(
-        "--model", type=Path, metavar="DIR", help="a LoLA model to write the sizes into"
-    )
+        "--model", type=Path, metavar="DIR",
+        help="a LoLA model of it, to fit saliency to and to write both into",
+    )  # fmt: skip
     add_fields(parser, CalibrateOptions)
 
     def run(args: argparse.Namespace) -> int:
-        from lola_vllm.calibrate.run import calibrate, report, write_sizes
+        from lola_vllm.calibrate.run import calibrate, report, write
 
-        found = calibrate(args.base, args.texts, from_options(CalibrateOptions, args))
+        options = from_options(CalibrateOptions, args)
+        found = calibrate(args.base, args.texts, options, args.model)
         print(report(found))
         if args.model is not None:
-            write_sizes(args.model, found.sizes)
+            write(args.model, found)
             print(f"written to {args.model / 'config.json'}")
         return 0
 

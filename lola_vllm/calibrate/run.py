@@ -1,18 +1,21 @@
-"""`lola-vllm calibrate`: how many sparse pairs each layer of a model should have.
+"""`lola-vllm calibrate`: how many sparse pairs each layer should have, and which it should keep.
 
 A model reads back what it has read before in a few of its layers. The others need few exact pairs.
-Calibration measures this on plain text with the softmax base model. Where a text repeats an n-gram,
-the model can know its last token from the first time. The attention that a layer's heads give to
-that place is how much the layer reads back.
+Calibration measures this on plain text with softmax attention. Where a text repeats an n-gram, the
+model can know its last token from the first time. The attention that a layer's heads give to that
+place is how much the layer reads back.
 
 A layer of mass m with n pairs is taken to lose m / n. Under a fixed sum of pairs the sum of the
 losses is least where n grows as the square root of m.
+
+The same reading fits saliency (`saliency.py`), which tells from a pair how much it will be read.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +25,18 @@ import torch
 from torch import Tensor
 
 from lola_vllm.calibrate.options import CalibrateOptions
+from lola_vllm.calibrate.reader import ATTENTION, Reader
 from lola_vllm.checkpoint.base import read_base_config
-from lola_vllm.checkpoint.files import CheckpointError, read_json, write_json
+from lola_vllm.checkpoint.files import (
+    INDEX_NAME,
+    CheckpointError,
+    open_weights,
+    read_json,
+    weight_files,
+    write_json,
+)
 from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
-from lola_vllm.distill.student import softmax_attention
-from lola_vllm.eval.repeats import repeated_ngrams
 from lola_vllm.texts import is_held_out, read_documents
-
-ATTENTION = "lola_calibration"
 
 
 @dataclass(frozen=True)
@@ -40,20 +47,29 @@ class Calibration:
         mass: per layer, the mean attention of its strongest head to the first time.
         places: where the texts repeat themselves.
         sizes: per layer, its pairs: a `lola_config.sparse_cache_size`.
+        saliency: per layer `[Hkv, d // 2 + d + 1]`, its tensor `saliency`.
+        correlations: per layer and KV head, of saliency and the log of the attention that it
+            estimates, in windows that the fit did not see.
     """
 
     mass: list[float]
     places: int
     sizes: list[int]
+    saliency: list[Tensor]
+    correlations: list[list[float]]
 
 
-def calibrate(base: Path, texts: Path, options: CalibrateOptions) -> Calibration:
-    """Measure a base model and divide the pairs.
+def calibrate(
+    base: Path, texts: Path, options: CalibrateOptions, model: Path | None = None
+) -> Calibration:
+    """Read text with softmax attention, divide the pairs, and fit saliency.
 
     Args:
         base: a local directory of the softmax model.
         texts: a file or a directory of files. Held-out documents are not read, so that they stay
             for measuring.
+        model: a LoLA model made of `base`. Saliency is fitted to its keys and values, which differ
+            from the base's where its weights were trained. Its linear layers must not be quantized.
 
     Raises:
         CheckpointError: a model or options that cannot be used, or texts that are too short or
@@ -67,80 +83,85 @@ def calibrate(base: Path, texts: Path, options: CalibrateOptions) -> Calibration
     import transformers
 
     read_base_config(base)  # refuses families that could not be served
-    reader = _Reader()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    windows = _windows(texts, tokenizer, options)
+    reader = Reader()
     transformers.AttentionInterface.register(ATTENTION, reader.attention)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    softmax = transformers.AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, attn_implementation=ATTENTION
     ).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    for ids in _windows(texts, tokenizer, options):
-        reader.read(model, ids)
+    _read(reader, softmax, windows)
     if not reader.places:
         raise CheckpointError(
             f"--texts {texts}: no window of {options.window_length} tokens repeats anything; use "
             "longer windows or more text"
         )
     mass = reader.mass()
-    total = options.pairs * len(mass)
-    return Calibration(mass, reader.places, divide(mass, total, options.least))
+    sizes = divide(mass, options.pairs * len(mass), options.least)
+    places = reader.places
+    if model is not None:
+        _load_weights(softmax, model)
+        reader = Reader()
+        transformers.AttentionInterface.register(ATTENTION, reader.attention)
+        _read(reader, softmax, windows)
+    fits = [reader.fits[layer] for layer in sorted(reader.fits)]
+    if not all(fit.judgeable for fit in fits):
+        raise CheckpointError(
+            f"--windows {options.windows} of --window-length {options.window_length}: too little "
+            "text to fit saliency to; use at least 5 windows of 300 tokens"
+        )
+    return Calibration(
+        mass, places, sizes, [fit.weights() for fit in fits], [fit.correlation() for fit in fits]
+    )
 
 
-class _Reader:
-    """Reads windows and adds up what each head attends to at repeats."""
+def _read(reader: Reader, model: Any, windows: Sequence[list[int]]) -> None:
+    for ids in windows:
+        reader.read(model, ids)
 
-    def __init__(self) -> None:
-        self.places = 0
-        self._sums: dict[int, Tensor] = {}  # layer -> [Hq]
-        self._queries = self._keys = torch.zeros(0, dtype=torch.long)
 
-    @torch.no_grad()
-    def read(self, model: Any, ids: list[int]) -> None:
-        """Read one window."""
-        places = repeated_ngrams(ids)
-        if not places:
-            return
-        self.places += len(places)
-        # The token before the last one of the n-gram asks; the last one of the first time answers.
-        self._queries = torch.tensor([end - 1 for end, _ in places])
-        self._keys = torch.tensor([before for _, before in places])
-        model.model(torch.tensor([ids]), use_cache=False)
+def _load_weights(softmax: Any, model: Path) -> None:
+    """Give a softmax model the weights of a LoLA model; its maps are left out.
 
-    def attention(
-        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **_: Any
-    ) -> tuple[Tensor, None]:
-        """Softmax attention, `[1, H, T, d]` in and `[1, T, Hq, d]` out, that takes notes."""
-        keys = k[0].repeat_interleave(q.shape[1] // k.shape[1], dim=0)  # [Hq, T, d]
-        logits = q[0][:, self._queries] @ keys.mT * q.shape[-1] ** -0.5  # [Hq, P, T]
-        later = torch.arange(k.shape[2]) > self._queries[:, None]
-        weights = logits.masked_fill(later, -torch.inf).softmax(-1)
-        found = weights[:, torch.arange(len(self._keys)), self._keys].sum(-1)
-        self._sums[module.layer_idx] = self._sums.get(module.layer_idx, 0) + found
-        return softmax_attention(q, k, v).transpose(1, 2), None
-
-    def mass(self) -> list[float]:
-        """Per layer, the largest mean of its heads."""
-        return [float(self._sums[i].max()) / self.places for i in sorted(self._sums)]
+    Raises:
+        CheckpointError: a model of other weights, or one whose linear layers are quantized.
+    """
+    own = dict(softmax.named_parameters())
+    missing = set(own)
+    for path in weight_files(model):
+        with open_weights(path) as file:
+            for name in missing & set(file.keys()):
+                tensor = file.get_tensor(name)
+                if tensor.shape != own[name].shape or not tensor.is_floating_point():
+                    raise CheckpointError(
+                        f"{model}: {name!r} is {tensor.dtype} {list(tensor.shape)}, the base's "
+                        f"{list(own[name].shape)}; calibrate the model before it is quantized"
+                    )
+                own[name].data.copy_(tensor)
+                missing.discard(name)
+    if missing:
+        raise CheckpointError(f"{model}: no tensor {min(missing)!r}; was it made of this base?")
 
 
 def _windows(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list[list[int]]:
     """Windows of documents that fill one, taken in turns from every file."""
     files = sorted(texts.glob("*.txt")) if texts.is_dir() else [texts]
     length = options.window_length
-    windows: list[list[int]] = []
+    found: list[list[list[int]]] = []  # by file
     each = -(-options.windows // max(1, len(files)))
     for file in files:
         documents = [text for text in read_documents(file) if not is_held_out(text)]
         random.Random(f"{options.seed}/{file.name}").shuffle(documents)
-        found = 0
+        found.append([])
         for text in documents:
-            if found == each:
+            if len(found[-1]) == each:
                 break
             # A token has two characters or more on average, so this is enough of a long text.
             ids = tokenizer.encode(text[: 16 * length], add_special_tokens=False)[:length]
             if len(ids) == length:
-                windows.append(ids)
-                found += 1
-    return windows[: options.windows]
+                found[-1].append(ids)
+    turns = [windows[i] for i in range(each) for windows in found if i < len(windows)]
+    return turns[: options.windows]
 
 
 def divide(mass: Sequence[float], total: int, least: int) -> list[int]:
@@ -162,8 +183,8 @@ def divide(mass: Sequence[float], total: int, least: int) -> list[int]:
     return sizes
 
 
-def write_sizes(model: Path, sizes: list[int]) -> None:
-    """Put the sizes into the `config.json` of a LoLA model.
+def write(model: Path, found: Calibration) -> None:
+    """Put sizes and saliency into a LoLA model.
 
     Raises:
         CheckpointError: it is no LoLA model. LolaConfigError: another number of layers.
@@ -172,17 +193,55 @@ def write_sizes(model: Path, sizes: list[int]) -> None:
     raw = read_json(path)
     if raw.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{path}: model_type {raw.get('model_type')!r} is no LoLA model")
-    raw["lola_config"] = {**raw.get("lola_config", {}), "sparse_cache_size": sizes}
+    keys = {"sparse_cache_size": found.sizes, "saliency": True}
+    raw["lola_config"] = {**raw.get("lola_config", {}), **keys}
     config = LolaLlamaConfig(**raw)
     config.lola.check_layers(config.num_hidden_layers)
+    _write_saliency(model, found.saliency)  # first: a model without the key does not read it
     write_json(path, raw)
 
 
+def saliency_tensors(saliency: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The tensors by their names in a checkpoint."""
+    return {
+        f"model.layers.{layer}.self_attn.saliency": weights
+        for layer, weights in enumerate(saliency)
+    }
+
+
+def _write_saliency(model: Path, saliency: Sequence[Tensor]) -> None:
+    """Add the tensors to the weight file that has the first layer's maps, or replace them there."""
+    from safetensors.torch import save_file
+
+    added = saliency_tensors(saliency)
+    for path in weight_files(model):
+        with open_weights(path) as file:
+            names, metadata = set(file.keys()), file.metadata()
+            if "model.layers.0.self_attn.feature_map_k" not in names:
+                continue
+            tensors = {name: file.get_tensor(name) for name in names}
+        with tempfile.NamedTemporaryFile(dir=model, suffix=".partial", delete=False) as aside:
+            written = Path(aside.name)
+        try:
+            save_file({**tensors, **added}, written, metadata)
+            written.chmod(path.stat().st_mode)
+            written.replace(path)
+        finally:
+            written.unlink(missing_ok=True)
+        if (model / INDEX_NAME).exists():
+            index = read_json(model / INDEX_NAME)
+            index["weight_map"].update(dict.fromkeys(added, path.name))
+            write_json(model / INDEX_NAME, index)
+        return
+    raise CheckpointError(f"{model}: no weight file has the first layer's maps")
+
+
 def report(found: Calibration) -> str:
-    """Mass and pairs by layer, and the `lola_config`."""
+    """Mass, pairs and how well saliency is told by layer, and the `lola_config`."""
     lines = [f"{found.places} places where the text repeats what it said far back", ""]
-    lines.append("layer  reads back  pairs")
+    lines.append("layer  reads back  pairs  saliency tells")
     for layer, (mass, size) in enumerate(zip(found.mass, found.sizes, strict=True)):
-        lines.append(f"{layer:5}  {mass:10.1%}  {size:5}")
+        heads = found.correlations[layer]
+        lines.append(f"{layer:5}  {mass:10.1%}  {size:5}  {sum(heads) / len(heads):14.2f}")
     settings = json.dumps({"lola_config": {"sparse_cache_size": found.sizes}})
     return "\n".join([*lines, "", f"--hf-overrides '{settings}'"])

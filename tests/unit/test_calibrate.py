@@ -1,4 +1,4 @@
-"""Sizes of the sparse caches by layer, measured where texts repeat themselves."""
+"""Sizes of the sparse caches by layer, and saliency, measured on text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lola_vllm import cli
-from lola_vllm.calibrate.run import ATTENTION, _Reader, divide
+from lola_vllm.calibrate import saliency as saliency_module
+from lola_vllm.calibrate.reader import ATTENTION, Reader
+from lola_vllm.calibrate.run import divide
+from lola_vllm.calibrate.saliency import SaliencyFit, far_attention, features
+from lola_vllm.checkpoint.files import open_weights
 from lola_vllm.eval.repeats import repeated_ngrams
 from lola_vllm.texts import SEPARATOR
 
@@ -64,13 +68,74 @@ def test_the_mass_is_the_attention_that_transformers_reports(base: Path) -> None
     ]
     import transformers
 
-    reader = _Reader()
+    reader = Reader()
     transformers.AttentionInterface.register(ATTENTION, reader.attention)
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ATTENTION).eval()
     reader.read(model, ids)
     reader.read(model, list(range(64)))  # repeats nothing
     assert reader.places == len(places)
     assert reader.mass() == pytest.approx(expected, rel=1e-4)
+
+
+def test_far_attention_is_the_largest_from_far_behind() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.rand(4, 150, 150, generator=generator)
+    found = far_attention(weights, 2)
+    for head, token in ((0, 0), (0, 20), (1, 3), (1, 21)):
+        of_group = weights[2 * head : 2 * head + 2, token + 129 :, token]
+        assert found[head, token] == (of_group.max() if of_group.numel() else 0)
+
+
+def test_features_do_not_depend_on_the_position() -> None:
+    generator = torch.Generator().manual_seed(4)
+    k, v = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
+    angle = torch.rand(5, 4, generator=generator, dtype=torch.float64) * 100
+    a, b = k[:, :4], k[:, 4:]
+    turned = torch.cat(
+        [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=1
+    )
+    torch.testing.assert_close(features(turned, v), features(k, v))
+    assert features(k[:, :7], v[:, :7]).shape == (5, 3 + 7)
+
+
+def test_saliency_is_the_ridge_regression_of_log_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(saliency_module, "RIDGE", 0.3)
+    generator = torch.Generator().manual_seed(5)
+    fit, seen = SaliencyFit(), []
+    for i in range(1, 7):
+        assert fit.judgeable == (i > 5)
+        k, v = torch.randn(2, 2, 200, 6, generator=generator)
+        weights = torch.rand(4, 200, 200, generator=generator) ** 4
+        weights *= k[0, :, :1].T.abs()  # so that there is something to find
+        fit.add(k, v, weights)
+        target = far_attention(weights, 2).clamp(min=1e-5).log()
+        stop = 200 - 128 - 200 // 24
+        seen.append((features(k, v)[:, 4:stop], target[:, 4:stop]))
+    found, correlation = fit.weights(), fit.correlation()
+    assert found.shape == (2, 3 + 6 + 1) and found.dtype == torch.float32
+
+    def ridge(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = (x - x.mean(0)) / x.std(0, correction=0)
+        penalty = 0.3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+        return torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean()))
+
+    for head in range(2):
+        x = torch.cat([x[head] for x, _ in seen]).double()
+        y = torch.cat([y[head] for _, y in seen]).double()
+        estimate = x @ found[head, :-1].double() + found[head, -1]
+        assert estimate.mean().abs() < 1e-6
+        expected = (x - x.mean(0)) / x.std(0, correction=0) @ ridge(x, y)
+        torch.testing.assert_close(estimate, expected, rtol=1e-5, atol=1e-6)
+        # The fifth window is judged by a fit to the others.
+        others = [i for i in range(6) if i != 4]
+        x = torch.cat([seen[i][0][head] for i in others]).double()
+        y = torch.cat([seen[i][1][head] for i in others]).double()
+        unseen = (seen[4][0][head].double() - x.mean(0)) / x.std(0, correction=0) @ ridge(x, y)
+        pair = torch.stack([unseen, seen[4][1][head].double()])
+        assert correlation[head] == pytest.approx(float(torch.corrcoef(pair)[0, 1]), rel=1e-6)
+    assert correlation[0] > 0.3
 
 
 @pytest.fixture
@@ -88,7 +153,12 @@ def texts(tmp_path: Path) -> Path:
     return folder
 
 
-def test_command_writes_the_sizes(
+def _saliency(model: Path) -> list[torch.Tensor]:
+    with open_weights(model / "model.safetensors") as file:
+        return [file.get_tensor(f"model.layers.{i}.self_attn.saliency") for i in range(3)]
+
+
+def test_command_writes_sizes_and_saliency(
     base: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tmp_path / "lola"
@@ -97,13 +167,39 @@ def test_command_writes_the_sizes(
     argv += ["--pairs", "40", "--least", "8", "--windows", "5", "--model", str(model)]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
-    sizes = json.loads((model / "config.json").read_text())["lola_config"]["sparse_cache_size"]
-    assert len(sizes) == 3 and sum(sizes) == 120 and min(sizes) >= 8
+    lola = json.loads((model / "config.json").read_text())["lola_config"]
+    sizes = lola["sparse_cache_size"]
+    assert len(sizes) == 3 and sum(sizes) == 120 and min(sizes) >= 8 and lola["saliency"] is True
     assert json.dumps(sizes) in out and "reads back" in out
-    assert cli.main(argv) == 0
-    assert json.loads((model / "config.json").read_text())["lola_config"]["sparse_cache_size"] == (
-        sizes
-    )
+    first = _saliency(model)
+    assert all(x.shape == (2, 4 + 8 + 1) and x.dtype == torch.float32 for x in first)
+    assert cli.main(argv) == 0  # once more: the same again
+    assert json.loads((model / "config.json").read_text())["lola_config"] == lola
+    for x, y in zip(first, _saliency(model), strict=True):
+        assert x.equal(y)
+    assert not list(model.glob("*.partial"))
+    AutoModelForCausalLM.from_pretrained(model)  # refuses tensors that are missing
+
+
+def test_saliency_is_fitted_to_the_models_own_pairs(
+    base: Path, texts: Path, tmp_path: Path
+) -> None:
+    from lola_vllm.calibrate.options import CalibrateOptions
+    from lola_vllm.calibrate.run import calibrate
+
+    other = tmp_path / "other"
+    model = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight *= 2
+            layer.self_attn.o_proj.weight /= 2  # so that nothing else changes
+    model.save_pretrained(other)
+    options = CalibrateOptions(pairs=40, least=8, windows=5, window_length=300)
+    of_base, of_other = (calibrate(base, texts, options, x) for x in (None, other))
+    assert of_base.sizes == of_other.sizes
+    for x, y in zip(of_base.saliency, of_other.saliency, strict=True):
+        torch.testing.assert_close(x[:, :4], y[:, :4], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(x[:, 4:-1], 2 * y[:, 4:-1], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +207,10 @@ def test_command_writes_the_sizes(
     [
         (["--pairs", "4"], "--pairs = 4: must be at least --least = 16"),
         (["--window-length", "301"], "no window of 301 tokens repeats anything"),
+        (
+            ["--window-length", "300", "--windows", "4"],
+            "--windows 4 of --window-length 300: too little text to fit saliency to",
+        ),
     ],
 )
 def test_bad_options_are_named(
