@@ -221,17 +221,23 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, metavar="DIR",
         help="a LoLA model of it, to fit saliency to and to write both into",
     )  # fmt: skip
+    parser.add_argument("--save", type=Path, metavar="FILE", help="a copy of both, as safetensors")
     add_fields(parser, CalibrateOptions)
 
     def run(args: argparse.Namespace) -> int:
-        from lola_vllm.calibrate.run import calibrate, report, write
+        from lola_vllm.calibrate.run import calibrate, report
+        from lola_vllm.checkpoint import calibration
 
         options = from_options(CalibrateOptions, args)
         found = calibrate(args.base, args.texts, options, args.model)
         print(report(found))
+        saliency = calibration.saliency_tensors(found.saliency)
         if args.model is not None:
-            write(args.model, found)
-            print(f"written to {args.model / 'config.json'}")
+            keys = {"sparse_cache_size": found.sizes, "saliency": True}
+            calibration.apply_calibration(args.model, keys, saliency)
+            print(f"written to {args.model}")
+        if args.save is not None:
+            calibration.save_calibration(args.save, found.sizes, saliency)
         return 0
 
     parser.set_defaults(run=run)

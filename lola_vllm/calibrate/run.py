@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +26,7 @@ from torch import Tensor
 from lola_vllm.calibrate.options import CalibrateOptions
 from lola_vllm.calibrate.reader import ATTENTION, Reader
 from lola_vllm.checkpoint.base import read_base_config
-from lola_vllm.checkpoint.files import (
-    INDEX_NAME,
-    CheckpointError,
-    open_weights,
-    read_json,
-    weight_files,
-    write_json,
-)
-from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
+from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_files
 from lola_vllm.texts import is_held_out, read_documents
 
 
@@ -183,65 +174,11 @@ def divide(mass: Sequence[float], total: int, least: int) -> list[int]:
     return sizes
 
 
-def write(model: Path, found: Calibration) -> None:
-    """Put sizes and saliency into a LoLA model.
-
-    Raises:
-        CheckpointError: it is no LoLA model. LolaConfigError: another number of layers.
-    """
-    path = model / "config.json"
-    raw = read_json(path)
-    if raw.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(f"{path}: model_type {raw.get('model_type')!r} is no LoLA model")
-    keys = {"sparse_cache_size": found.sizes, "saliency": True}
-    raw["lola_config"] = {**raw.get("lola_config", {}), **keys}
-    config = LolaLlamaConfig(**raw)
-    config.lola.check_layers(config.num_hidden_layers)
-    _write_saliency(model, found.saliency)  # first: a model without the key does not read it
-    write_json(path, raw)
-
-
-def saliency_tensors(saliency: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The tensors by their names in a checkpoint."""
-    return {
-        f"model.layers.{layer}.self_attn.saliency": weights
-        for layer, weights in enumerate(saliency)
-    }
-
-
-def _write_saliency(model: Path, saliency: Sequence[Tensor]) -> None:
-    """Add the tensors to the weight file that has the first layer's maps, or replace them there."""
-    from safetensors.torch import save_file
-
-    added = saliency_tensors(saliency)
-    for path in weight_files(model):
-        with open_weights(path) as file:
-            names, metadata = set(file.keys()), file.metadata()
-            if "model.layers.0.self_attn.feature_map_k" not in names:
-                continue
-            tensors = {name: file.get_tensor(name) for name in names}
-        with tempfile.NamedTemporaryFile(dir=model, suffix=".partial", delete=False) as aside:
-            written = Path(aside.name)
-        try:
-            save_file({**tensors, **added}, written, metadata)
-            written.chmod(path.stat().st_mode)
-            written.replace(path)
-        finally:
-            written.unlink(missing_ok=True)
-        if (model / INDEX_NAME).exists():
-            index = read_json(model / INDEX_NAME)
-            index["weight_map"].update(dict.fromkeys(added, path.name))
-            write_json(model / INDEX_NAME, index)
-        return
-    raise CheckpointError(f"{model}: no weight file has the first layer's maps")
-
-
 def report(found: Calibration) -> str:
-    """Mass, pairs and how well saliency is told by layer, and the `lola_config`."""
+    """Mass, pairs and how well saliency is told by layer, and the sizes for `lola_config`."""
     lines = [f"{found.places} places where the text repeats what it said far back", ""]
     lines.append("layer  reads back  pairs  saliency tells")
     for layer, (mass, size) in enumerate(zip(found.mass, found.sizes, strict=True)):
         heads = found.correlations[layer]
         lines.append(f"{layer:5}  {mass:10.1%}  {size:5}  {sum(heads) / len(heads):14.2f}")
-    settings = json.dumps({"lola_config": {"sparse_cache_size": found.sizes}})
-    return "\n".join([*lines, "", f"--hf-overrides '{settings}'"])
+    return "\n".join([*lines, "", json.dumps({"sparse_cache_size": found.sizes})])

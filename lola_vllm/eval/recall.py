@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal
 from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.models import Emit, Model, Tokenizer
+from lola_vllm.eval.question import Draft, Prose, Question, Task
 from lola_vllm.eval.settings import read_held_out
-from lola_vllm.eval.tasks import TASKS, Draft, Prose, Question, Task, find_tasks
+from lola_vllm.eval.tasks import TASKS, find_tasks
 
 # --- prompts: questions as tokens, as long as the length allows
 

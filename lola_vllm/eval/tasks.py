@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
 import string
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from lola_vllm.eval import EvalError
+from lola_vllm.eval.facts import (
+    FactDraw,
+    date_of_opening,
+    name_of_keeper,
+    place_of_thing,
+    value_in_code,
+)
+from lola_vllm.eval.question import Draft, Prose, Question, Task, hide
 
 # --- wording
 
@@ -78,135 +85,6 @@ _NOUNS = (
 )
 ADJECTIVES = tuple(_ADJECTIVES.split())
 NOUNS = tuple(_NOUNS.split())
-
-
-# --- real text to hide needles in: sentences of held-out documents
-
-# Lists and tables have no full stops; pieces of this size keep prompts close to their length.
-MAX_WORDS = 40
-# A sentence ends in punctuation, perhaps quoted, before a space. Coarse, but a needle only has to
-# stand between two sentences most of the time.
-_QUOTES = "\"'\u2018\u2019\u201c\u201d"
-_SENTENCE_END = re.compile(rf"(?<=[.!?])[{_QUOTES})\]]*\s+(?=[{_QUOTES}(\[]?[A-Z0-9])")
-
-
-def split_sentences(document: str) -> list[str]:
-    """Sentences of a document, at most `MAX_WORDS` long, white space made single spaces."""
-    flat = " ".join(document.split())
-    ends = [end.end() for end in _SENTENCE_END.finditer(flat)]
-    pieces = []
-    for start, end in zip([0, *ends], [*ends, len(flat)], strict=True):
-        words = flat[start:end].split()
-        pieces += [" ".join(words[i : i + MAX_WORDS]) for i in range(0, len(words), MAX_WORDS)]
-    return pieces
-
-
-class Prose:
-    """Sentences of several documents, read on from a random place.
-
-    Args:
-        documents: texts; one after the other, and from the start again after the last.
-
-    Raises:
-        EvalError: there is no sentence in them.
-    """
-
-    def __init__(self, documents: list[str]) -> None:
-        self._documents = [split_sentences(document) for document in documents]
-        self._documents = [sentences for sentences in self._documents if sentences]
-        if not self._documents:
-            raise EvalError("--texts: the documents hold no sentence; give plain English prose")
-        self._weights = [len(sentences) for sentences in self._documents]
-
-    def start(self, rng: random.Random) -> tuple[int, int]:
-        """A random document, longer ones more often, and a random sentence of it."""
-        (document,) = rng.choices(range(len(self._documents)), weights=self._weights)
-        return document, rng.randrange(len(self._documents[document]))
-
-    def read(self, start: tuple[int, int], count: int) -> list[str]:
-        """`count` sentences from `start` on."""
-        document, sentence = start
-        found = self._documents[document][sentence : sentence + count]
-        while len(found) < count:
-            document = (document + 1) % len(self._documents)
-            found += self._documents[document][: count - len(found)]
-        return found
-
-
-# --- what all tasks share
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question, before any tokenizer or chat template.
-
-    Attributes:
-        text: haystack and question. answer_prefix: how the answer is begun for the model.
-        expected: strings that the answer must hold.
-        depth: share of the haystack before what is asked for, 0 <= depth < 1.
-    """
-
-    text: str
-    answer_prefix: str
-    expected: tuple[str, ...]
-    depth: float
-
-
-# From a number of haystack units (lines or sentences) to the question. What is random was drawn
-# before, so the same needle lies at the same depth whatever the number.
-Draft = Callable[[int], Question]
-
-
-class Draw(Protocol):
-    """Draws everything random about one question.
-
-    Args:
-        rng: its only source of randomness.
-        depth: where the needle that is asked for should lie, 0 <= depth < 1.
-        length: tokens of the whole prompt, for tasks that scale more than the haystack.
-        prose: real text, for the tasks that say they need it.
-    """
-
-    def __call__(
-        self, rng: random.Random, depth: float, length: int, prose: Prose | None
-    ) -> Draft: ...
-
-
-@dataclass(frozen=True)
-class Task:
-    """A kind of question.
-
-    Attributes:
-        name: on the command line. about: one line for people.
-        draw: see `Draw`. minimum_units: smallest haystack.
-        answer_room: tokens left free for the answer within the prompt's length.
-        needs_prose: whether `draw` must be given prose.
-    """
-
-    name: str
-    about: str
-    draw: Draw
-    answer_room: int
-    minimum_units: int = 1
-    needs_prose: bool = False
-
-
-def hide(haystack: list[str], needles: list[tuple[float, str]]) -> tuple[list[str], list[float]]:
-    """Put each needle before the haystack's unit at its depth.
-
-    Args:
-        haystack: lines or sentences. needles: (depth, sentence).
-
-    Returns:
-        The new list, and the depth of each needle as a share of the haystack's units.
-    """
-    n = len(haystack)
-    indices = [int(depth * n) for depth, _ in needles]
-    mixed = list(haystack)
-    # From the back, so that earlier indices stay what they were.
-    for at in sorted(range(len(needles)), key=lambda i: needles[i][0], reverse=True):
-        mixed.insert(indices[at], needles[at][1])
-    return mixed, [index / n for index in indices]
 
 
 # --- needles in a haystack, and the older pass key
@@ -402,7 +280,7 @@ def draw_chain(rng: random.Random, depth: float, length: int, prose: Prose | Non
 
 # Room for an answer: 7 digits, a uuid's 36 characters or five names, in tokenizers that take a
 # token per digit, and some words before them. RULER leaves 128 tokens (30 for chains).
-_NUMBER_ROOM, _UUID_ROOM, _CHAIN_ROOM = 24, 56, 48
+_NUMBER_ROOM, _UUID_ROOM, _CHAIN_ROOM, _FACT_ROOM = 24, 56, 48, 24
 
 TASKS = {
     task.name: task
@@ -440,6 +318,21 @@ TASKS = {
             "RULER MK-NIAH-2: one number in a text of nothing but such needles",
             NeedleDraw("needles"),
             _NUMBER_ROOM,
+        ),
+        *(
+            Task(
+                f"fact-{name}",
+                f"held out: {about} in real prose",
+                FactDraw(fact),
+                _FACT_ROOM,
+                needs_prose=True,
+            )
+            for name, about, fact in (
+                ("name", "a person's name", name_of_keeper),
+                ("date", "a day, a month and a year", date_of_opening),
+                ("code", "a constant of a program", value_in_code),
+                ("place", "where a thing was hidden", place_of_thing),
+            )
         ),
         Task("vt", "RULER variable tracking: a chain of five variables", draw_chain, _CHAIN_ROOM),
     )

@@ -14,6 +14,7 @@ from lola_vllm.calibrate import saliency as saliency_module
 from lola_vllm.calibrate.reader import ATTENTION, Reader
 from lola_vllm.calibrate.run import divide
 from lola_vllm.calibrate.saliency import SaliencyFit, far_attention, features
+from lola_vllm.checkpoint.calibration import load_calibration, saliency_tensors
 from lola_vllm.checkpoint.files import open_weights
 from lola_vllm.eval.repeats import repeated_ngrams
 from lola_vllm.texts import SEPARATOR
@@ -165,6 +166,7 @@ def test_command_writes_sizes_and_saliency(
     assert cli.main(["init", "--base", str(base), "--out", str(model)]) == 0
     argv = ["calibrate", "--base", str(base), "--texts", str(texts), "--window-length", "300"]
     argv += ["--pairs", "40", "--least", "8", "--windows", "5", "--model", str(model)]
+    argv += ["--save", str(tmp_path / "found.safetensors")]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     lola = json.loads((model / "config.json").read_text())["lola_config"]
@@ -177,6 +179,9 @@ def test_command_writes_sizes_and_saliency(
     assert json.loads((model / "config.json").read_text())["lola_config"] == lola
     for x, y in zip(first, _saliency(model), strict=True):
         assert x.equal(y)
+    saved, tensors = load_calibration(tmp_path / "found.safetensors")
+    assert saved == sizes and sorted(tensors) == sorted(saliency_tensors(first))
+    assert tensors["model.layers.2.self_attn.saliency"].equal(first[2])
     assert not list(model.glob("*.partial"))
     AutoModelForCausalLM.from_pretrained(model)  # refuses tensors that are missing
 

@@ -9,19 +9,16 @@ from collections import Counter
 import pytest
 
 from lola_vllm.eval import EvalError, tasks
+from lola_vllm.eval.question import MAX_WORDS, Prose, hide, split_sentences
 from lola_vllm.eval.recall import Prompt, build_prompts
 from lola_vllm.eval.tasks import (
-    MAX_WORDS,
     TASKS,
     VARIABLES,
-    Prose,
     chain_question,
     chain_text,
     find_tasks,
-    hide,
     needle_question,
     num_units,
-    split_sentences,
 )
 
 SAMPLES = 20

@@ -1,0 +1,103 @@
+"""What `lola-vllm calibrate` finds, as a file and in a checkpoint: sizes by layer, and saliency."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lola_vllm.checkpoint.files import (
+    INDEX_NAME,
+    CheckpointError,
+    open_weights,
+    read_json,
+    weight_files,
+    write_json,
+)
+from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIZES = "sparse_cache_size"  # in the file's metadata, as JSON
+_FIRST_MAP = "model.layers.0.self_attn.feature_map_k"
+
+
+def saliency_tensors(saliency: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Each layer's `[Hkv, d // 2 + d + 1]` by its name in a checkpoint."""
+    return {f"model.layers.{i}.self_attn.saliency": weights for i, weights in enumerate(saliency)}
+
+
+def save_calibration(path: Path, sizes: Sequence[int], saliency: Mapping[str, Tensor]) -> None:
+    """Write sizes and the tensors `saliency` to a safetensors file."""
+    from safetensors.torch import save_file
+
+    save_file(dict(saliency), path, {SIZES: json.dumps(list(sizes))})
+
+
+def load_calibration(path: Path) -> tuple[list[int], dict[str, Tensor]]:
+    """What `save_calibration` wrote.
+
+    Raises:
+        CheckpointError: another kind of file, or a damaged one.
+    """
+    with open_weights(path) as file:
+        sizes = (file.metadata() or {}).get(SIZES)
+        if sizes is None:
+            raise CheckpointError(f"{path}: holds no sizes; make it with 'lola-vllm calibrate'")
+        return json.loads(sizes), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def apply_calibration(
+    model: Path, keys: Mapping[str, Any], saliency: Mapping[str, Tensor]
+) -> LolaLlamaConfig:
+    """Put a calibration into a LoLA model, in place.
+
+    Args:
+        model: a directory. keys: of `lola_config`, which they replace. saliency: tensors by name.
+
+    Returns:
+        The config that was written.
+
+    Raises:
+        CheckpointError: it is no LoLA model. LolaConfigError: another number of layers.
+    """
+    path = model / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(f"{path}: model_type {raw.get('model_type')!r} is no LoLA model")
+    raw["lola_config"] = {**raw.get("lola_config", {}), **keys}
+    config = LolaLlamaConfig(**raw)
+    config.lola.check_layers(config.num_hidden_layers)
+    if saliency:
+        _write_tensors(model, saliency)  # first: without the key nobody reads them
+    write_json(path, raw)
+    return config
+
+
+def _write_tensors(model: Path, added: Mapping[str, Tensor]) -> None:
+    """Add tensors to the weight file that has the first layer's maps, or replace them there."""
+    from safetensors.torch import save_file
+
+    for path in weight_files(model):
+        with open_weights(path) as file:
+            names, metadata = set(file.keys()), file.metadata()
+            if _FIRST_MAP not in names:
+                continue
+            tensors = {name: file.get_tensor(name) for name in names}
+        with tempfile.NamedTemporaryFile(dir=model, suffix=".partial", delete=False) as aside:
+            written = Path(aside.name)
+        try:
+            save_file({**tensors, **added}, written, metadata)
+            written.chmod(path.stat().st_mode)
+            written.replace(path)
+        finally:
+            written.unlink(missing_ok=True)
+        if (model / INDEX_NAME).exists():
+            index = read_json(model / INDEX_NAME)
+            index["weight_map"].update(dict.fromkeys(added, path.name))
+            write_json(model / INDEX_NAME, index)
+        return
+    raise CheckpointError(f"{model}: no weight file has the first layer's maps")
