@@ -15,6 +15,10 @@ constexpr T kFeatureFloor = T(1e-12);
 template <typename T>
 constexpr T kRecallEps = T(1e-6);
 
+// Largest size of the logarithm of a pair's saliency.
+template <typename T>
+constexpr T kMaxLogSaliency = T(20.0);
+
 // Rounding errors that bounds on recall errors allow for (Lemmas 1 and 2): a share of the lengths
 // in a recall error, when a bound is set;
 template <typename T>

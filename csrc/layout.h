@@ -18,16 +18,17 @@ LOLA_HOST_DEVICE constexpr int64_t size_of(DType t) {
   return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
 }
 
-// The table that `StateLayout.table` makes, field by field (`TABLE_FIELDS`). The last nine fields
+// The table that `StateLayout.table` makes, field by field (`TABLE_FIELDS`). The last ten fields
 // are byte offsets of the parts in a page; every part is contiguous.
 struct PageLayout {
   int64_t num_heads, num_kv_heads, num_state_heads, num_sparse_heads, head_dim, feature_dim;
   int64_t window_size, sparse_cache_size, update_interval, sink_size;
   int64_t subtract_max;  // 1: mixing "lolcats"
+  int64_t has_saliency;  // 1: scores are weighed, and pages keep a weight per sparse pair
   DType kv_dtype;        // of keys and values
   DType state_dtype;     // of H and s
   int64_t page_bytes;
-  int64_t H, s, positions, sparse_k, sparse_v, exact_k, exact_v, bounds, directions;
+  int64_t H, s, positions, saliency, sparse_k, sparse_v, exact_k, exact_v, bounds, directions;
 
   // Heads of one kind for each of another. They are grouped in order: query head h has the hidden
   // state h / heads_per_state(), for instance.
@@ -44,6 +45,10 @@ struct PageLayout {
   // Rows of the window ring, and of exact_k and exact_v: the sinks and the ring.
   LOLA_HOST_DEVICE int64_t ring_size() const { return window_size + update_interval; }
   LOLA_HOST_DEVICE int64_t exact_size() const { return sink_size + ring_size(); }
+
+  // Numbers of a KV head's saliency weights: of the lengths of a key's rotary pairs, of a value,
+  // and a constant.
+  LOLA_HOST_DEVICE int64_t saliency_size() const { return head_dim / 2 + head_dim + 1; }
 
   // Bytes of one key or value.
   LOLA_HOST_DEVICE int64_t pair_bytes() const { return head_dim * size_of(kv_dtype); }
@@ -84,7 +89,7 @@ struct PageLayout {
   LOLA_HOST_DEVICE bool bounded() const { return update_interval == 1 && sparse_cache_size > 0; }
 };
 
-constexpr int64_t kTableFields = 23;
+constexpr int64_t kTableFields = 25;
 static_assert(sizeof(PageLayout) == kTableFields * sizeof(int64_t));
 
 }  // namespace lola

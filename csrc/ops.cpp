@@ -38,6 +38,8 @@ TokenRows check_tokens(const Tensor& t, const char* name, std::initializer_list<
 
 Call check_cpu_call(const LayerTensors& t, const Tensor& slots) {
   const PageLayout& layout = check_call(t, Device::cpu);
+  LOLA_CHECK(layout.has_saliency == 0,
+             "saliency: the CPU kernels do not know it yet; set LOLA_VLLM_OPS=torch");
   const DType kv = layout.kv_dtype, wide = kv == DType::f64 ? DType::f64 : DType::f32;
   LOLA_CHECK(kv != DType::f16 && layout.state_dtype == wide,
              "layout: keys and values must be float32, bfloat16 or float64, and H and s float32, "
@@ -64,10 +66,11 @@ Call check_cpu_call(const LayerTensors& t, const Tensor& slots) {
 }  // namespace
 
 void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
-            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& q, const Tensor& k,
-            const Tensor& v, const Tensor& slots, const Tensor& seq_lens, const Tensor& out) {
-  const Call call =
-      check_cpu_call({pages, layout, feature_map_q, feature_map_k, log_gate, q, k, v, out}, slots);
+            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& saliency,
+            const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
+            const Tensor& seq_lens, const Tensor& out) {
+  const Call call = check_cpu_call(
+      {pages, layout, feature_map_q, feature_map_k, log_gate, saliency, q, k, v, out}, slots);
   const int64_t rows = slots.size(0);
   LOLA_CHECK(rows == q.size(0), "slots: ", rows, " rows, but q has ", q.size(0), " tokens");
   const Indices lengths = check_indices(seq_lens, "seq_lens", "[rows]", rows);
@@ -79,11 +82,11 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
 }
 
 void prefill(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
-             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& q, const Tensor& k,
-             const Tensor& v, const Tensor& slots, const Tensor& query_start_loc,
-             const Tensor& context_lens, const Tensor& out) {
-  const Call call =
-      check_cpu_call({pages, layout, feature_map_q, feature_map_k, log_gate, q, k, v, out}, slots);
+             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& saliency,
+             const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
+             const Tensor& query_start_loc, const Tensor& context_lens, const Tensor& out) {
+  const Call call = check_cpu_call(
+      {pages, layout, feature_map_q, feature_map_k, log_gate, saliency, q, k, v, out}, slots);
   const int64_t rows = slots.size(0);
   const Indices starts = check_indices(query_start_loc, "query_start_loc", "[rows + 1]", rows + 1);
   const Indices context = check_indices(context_lens, "context_lens", "[rows]", rows);

@@ -9,7 +9,7 @@
 // The ops' arguments as torch is told them.
 #define LOLA_LAYER_SCHEMA                                                         \
   "Tensor(a!) pages, Tensor layout, Tensor feature_map_q, Tensor feature_map_k, " \
-  "Tensor log_gate, Tensor q, Tensor k, Tensor v, Tensor slots, "
+  "Tensor log_gate, Tensor saliency, Tensor q, Tensor k, Tensor v, Tensor slots, "
 #define LOLA_DECODE_SCHEMA "decode(" LOLA_LAYER_SCHEMA "Tensor seq_lens, Tensor(b!) out) -> ()"
 #define LOLA_PREFILL_SCHEMA                                          \
   "prefill(" LOLA_LAYER_SCHEMA                                       \
@@ -25,6 +25,7 @@ namespace lola {
 //   feature_map_q   [Hq, d, F]          float32, or float64 where keys and values are
 //   feature_map_k   [Hs, d, F]          the same
 //   log_gate        [Hq]                the same
+//   saliency        [Hkv, d/2 + d + 1]  the same; read only where the layout has_saliency
 //   q, out          [T, Hq, d]          float32, bfloat16 or float64 (CUDA: or float16)
 //   k, v            [T, Hkv, d]         dtype of the pages' keys and values
 //   slots           [rows]              int32 or int64, page per row; a row with a slot <= 0 is
@@ -35,16 +36,17 @@ namespace lola {
 // Throws, naming the argument, on a wrong shape, dtype or slot.
 void decode(const torch::stable::Tensor& pages, const torch::stable::Tensor& layout,
             const torch::stable::Tensor& feature_map_q, const torch::stable::Tensor& feature_map_k,
-            const torch::stable::Tensor& log_gate, const torch::stable::Tensor& q,
-            const torch::stable::Tensor& k, const torch::stable::Tensor& v,
-            const torch::stable::Tensor& slots, const torch::stable::Tensor& seq_lens,
-            const torch::stable::Tensor& out);
+            const torch::stable::Tensor& log_gate, const torch::stable::Tensor& saliency,
+            const torch::stable::Tensor& q, const torch::stable::Tensor& k,
+            const torch::stable::Tensor& v, const torch::stable::Tensor& slots,
+            const torch::stable::Tensor& seq_lens, const torch::stable::Tensor& out);
 
 void prefill(const torch::stable::Tensor& pages, const torch::stable::Tensor& layout,
              const torch::stable::Tensor& feature_map_q, const torch::stable::Tensor& feature_map_k,
-             const torch::stable::Tensor& log_gate, const torch::stable::Tensor& q,
-             const torch::stable::Tensor& k, const torch::stable::Tensor& v,
-             const torch::stable::Tensor& slots, const torch::stable::Tensor& query_start_loc,
+             const torch::stable::Tensor& log_gate, const torch::stable::Tensor& saliency,
+             const torch::stable::Tensor& q, const torch::stable::Tensor& k,
+             const torch::stable::Tensor& v, const torch::stable::Tensor& slots,
+             const torch::stable::Tensor& query_start_loc,
              const torch::stable::Tensor& context_lens, const torch::stable::Tensor& out);
 
 }  // namespace lola

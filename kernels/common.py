@@ -325,6 +325,8 @@ def check(state: LayerState, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> No
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
     layout = state.layout
+    if layout.has_saliency:
+        raise ValueError("saliency: the Triton kernels do not know it yet; set LOLA_VLLM_OPS=torch")
     Hq, Hkv, d = state.num_heads, layout.num_kv_heads, layout.head_dim
     for name, tensor, shape in (
         ("q", q, (len(q), Hq, d)),

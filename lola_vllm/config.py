@@ -58,6 +58,8 @@ class LolaConfig(BaseModel):
         sparse_sharing: "none": one sparse set per state head; "kv_head": one per KV head, scored
             by the mean over its state heads of SRE / ||v|| (changes nothing where each KV head
             has one state head).
+        saliency: whether the choice of sparse pairs weighs a pair's score by a learned number, for
+            which the checkpoint has a tensor `saliency` per layer; False is the paper.
         num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of
             KV heads (maps tied inside a group). None: as the checkpoint's tensors say.
     """
@@ -73,6 +75,7 @@ class LolaConfig(BaseModel):
     mixing: Literal["lola", "lolcats"] = "lola"
     state_dtype: Literal["float32"] = "float32"
     sparse_sharing: Literal["none", "kv_head"] = "none"
+    saliency: bool = False
     num_state_heads: int | None = PydanticField(default=None, ge=1)
 
     def __init__(self, **data: Any) -> None:
@@ -152,6 +155,11 @@ class LolaConfig(BaseModel):
                 f"({num_state_heads} state heads, {num_kv_heads} KV heads); use a "
                 f"tensor-parallel size that divides {num_kv_heads}, or sparse_sharing = 'none'"
             )
+
+
+def saliency_size(head_dim: int) -> int:
+    """Numbers in a KV head's saliency weights: of d // 2 lengths, of a value, and a constant."""
+    return head_dim // 2 + head_dim + 1
 
 
 def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:

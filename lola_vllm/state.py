@@ -10,6 +10,7 @@ One page, in this order (each part starts at a multiple of 64 bytes):
     H          [Hs, 2F, d]          state dtype    hidden state, sum of phi(k) v^T
     s          [Hs, 2F]             state dtype    normalizer, sum of phi(k)
     positions  [Hg, lam]            int32          position of each sparse pair (slots unordered)
+    saliency   [Hg, lam]            float32        what weighs the score of each sparse pair
     sparse_k   [Hg, lam, d]         model dtype    sparse cache
     sparse_v   [Hg, lam, d]         model dtype
     exact_k    [Hkv, sink + ring, d]  model dtype  pinned sinks, then the window ring
@@ -18,6 +19,9 @@ One page, in this order (each part starts at a multiple of 64 bytes):
                                                    pair, and the numbers it follows from
     directions [Hs, lam, d]         int8           direction of v - p when the error was computed
                                                    last, p being what H recalls
+
+`saliency` is empty unless the model has one. A pair's is computed once, when the pair leaves the
+window.
 
 `bounds` and `directions` are empty unless C = 1. With them the kernels choose without computing
 every score at every token (Lemma 1, `docs/algorithm.md`). The portable back end computes every
@@ -47,7 +51,8 @@ PAGE_ALIGNMENT = 256  # bytes
 
 # The parts of a page, in its order.
 PARTS = (
-    "H", "s", "positions", "sparse_k", "sparse_v", "exact_k", "exact_v", "bounds", "directions",
+    "H", "s", "positions", "saliency", "sparse_k", "sparse_v", "exact_k", "exact_v", "bounds",
+    "directions",
 )  # fmt: skip
 
 # The rows of `bounds`, as in csrc/bounds.h. `low` bounds the recall error from below. The others
@@ -59,8 +64,8 @@ BOUND_ROWS = ("low", "sum", "value", "features", "along", "scale")
 # of `PARTS` stands for the byte offset of that part in the page.
 TABLE_FIELDS = (
     "num_heads", "num_kv_heads", "num_state_heads", "num_sparse_heads", "head_dim", "feature_dim",
-    "window_size", "sparse_cache_size", "update_interval", "sink_size", "subtract_max", "kv_dtype",
-    "state_dtype", "page_bytes", *PARTS,
+    "window_size", "sparse_cache_size", "update_interval", "sink_size", "subtract_max",
+    "has_saliency", "kv_dtype", "state_dtype", "page_bytes", *PARTS,
 )  # fmt: skip
 
 # Dtypes as the table names them: `DType` in csrc/layout.h.
@@ -73,6 +78,7 @@ class StateViews(NamedTuple):
     H: Tensor
     s: Tensor
     positions: Tensor
+    saliency: Tensor
     sparse_k: Tensor
     sparse_v: Tensor
     exact_k: Tensor
@@ -90,6 +96,7 @@ class StateLayout:
         num_kv_heads, num_state_heads, num_sparse_heads: Hkv, Hs, Hg of this rank.
         head_dim: d. feature_dim: F.
         kv_dtype: dtype of keys and values. state_dtype: dtype of H and s.
+        has_saliency: the model weighs scores by a saliency, which pages keep per sparse pair.
     """
 
     window_size: int
@@ -103,6 +110,7 @@ class StateLayout:
     feature_dim: int
     kv_dtype: torch.dtype
     state_dtype: torch.dtype
+    has_saliency: bool = False
 
     @classmethod
     def from_config(
@@ -127,6 +135,7 @@ class StateLayout:
             feature_dim=config.feature_dim,
             kv_dtype=kv_dtype,
             state_dtype=state_dtype or getattr(torch, config.state_dtype),
+            has_saliency=config.saliency,
         )
 
     @property
@@ -146,6 +155,7 @@ class StateLayout:
             "H": ((self.num_state_heads, features, self.head_dim), self.state_dtype),
             "s": ((self.num_state_heads, features), self.state_dtype),
             "positions": (sparse[:2], torch.int32),
+            "saliency": ((sparse[0], sparse[1] if self.has_saliency else 0), wide),
             "sparse_k": (sparse, self.kv_dtype),
             "sparse_v": (sparse, self.kv_dtype),
             "exact_k": (exact, self.kv_dtype),

@@ -205,10 +205,15 @@ class MemoryRequest(BaseModel):
 
 
 class Head(BaseModel):
-    """One sparse set: positions of its tokens, ascending, and their self-recall errors."""
+    """One sparse set: positions of its tokens, ascending, and their self-recall errors.
+
+    Attributes:
+        saliency: what multiplies each error in the choice; null where the model has no saliency.
+    """
 
     positions: list[int]
     errors: list[float]
+    saliency: list[float] | None = None
 
 
 class Layer(BaseModel):

@@ -1,6 +1,7 @@
 """The contents of a page's sparse cache and their recall errors, from its bytes, on any device.
 
-Scores come from the portable `sre_scores`. The ops select by the same numbers.
+Scores come from the portable `sre_scores`. The ops select by the same numbers, times the
+pairs' saliency where the model has one.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.ops import portable
+from lola_vllm.ops import LolaWeights, portable
 from lola_vllm.ops.constants import RECALL_EPS
+from lola_vllm.ops.reference import pair_saliency
 from lola_vllm.state import StateLayout, StateViews
 
 
@@ -22,10 +24,12 @@ class Remembered(NamedTuple):
         positions: `[Hg, S]` int, ascending. errors: `[Hg, S]`, the self-recall errors against the
             page's hidden state (section 3 of `docs/algorithm.md`), relative to the value's norm
             where state heads share a sparse set.
+        saliency: `[Hg, S]`, what multiplies the errors in the choice; None where nothing does.
     """
 
     positions: Tensor
     errors: Tensor
+    saliency: Tensor | None
 
 
 class Forecast(NamedTuple):
@@ -45,23 +49,24 @@ class Forecast(NamedTuple):
     folded_error: float | None
 
 
-def remembered(page: Tensor, layout: StateLayout, feature_map_k: Tensor, n: int) -> Remembered:
+def remembered(page: Tensor, layout: StateLayout, weights: LolaWeights, n: int) -> Remembered:
     """The sparse cache of a page that has seen n tokens.
 
     Args:
-        page: `[>= page_bytes]`, raw bytes. feature_map_k: `[Hs, d, F]`.
+        page: `[>= page_bytes]`, raw bytes. weights: the layer's.
     """
     views = layout.views(page[None])
     size = int(layout.num_sparse(torch.tensor(n)))
     positions = views.positions[0, :, :size].long()
-    errors = _scores(
-        views.sparse_k[:, :, :size], views.sparse_v[:, :, :size], feature_map_k, layout, views, n
+    errors = _errors(
+        views.sparse_k[:, :, :size], views.sparse_v[:, :, :size], layout, weights, views, n
     )
     order = positions.argsort(dim=-1)
-    return Remembered(positions.gather(-1, order), errors.gather(-1, order))
+    saliency = views.saliency[0, :, :size].gather(-1, order) if layout.has_saliency else None
+    return Remembered(positions.gather(-1, order), errors.gather(-1, order), saliency)
 
 
-def forecast(page: Tensor, layout: StateLayout, feature_map_k: Tensor, n: int) -> Forecast:
+def forecast(page: Tensor, layout: StateLayout, weights: LolaWeights, n: int) -> Forecast:
     """The effect of the first update after n tokens; arguments as for `remembered`."""
     views = layout.views(page[None])
     lam, C = layout.sparse_cache_size, layout.update_interval
@@ -79,15 +84,20 @@ def forecast(page: Tensor, layout: StateLayout, feature_map_k: Tensor, n: int) -
 
     k = candidates(views.sparse_k, views.exact_k)
     v = candidates(views.sparse_v, views.exact_v)
-    scores = _scores(k, v, feature_map_k, layout, views, n)  # [Hg, E]
+    errors = scores = _errors(k, v, layout, weights, views, n)  # [Hg, E]
+    if weights.saliency is not None:
+        dtype = errors.dtype
+        per_set = weights.saliency.repeat_interleave(share, dim=0)[:, None]
+        new = pair_saliency(k[0, :, size:].to(dtype), v[0, :, size:].to(dtype), per_set)
+        scores = errors * torch.cat([views.saliency[0, :, :size], new], dim=1)
     num_kept = min(lam, scores.shape[-1])
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept.scatter_(-1, scores.topk(num_kept, dim=-1).indices, True)
     free = lam - size
     entering = kept[:, size:].sum(-1).float()
-    relative = scores
+    relative = errors
     if layout.num_state_heads == layout.num_sparse_heads:  # else they are relative already
-        relative = scores / v[0].to(scores.dtype).norm(dim=-1).clamp(min=RECALL_EPS)
+        relative = errors / v[0].to(scores.dtype).norm(dim=-1).clamp(min=RECALL_EPS)
     return Forecast(
         swapped=float((entering - free).clamp(min=0).mean()) / lam if lam else 0.0,
         kept_error=_mean(relative[kept]),
@@ -95,13 +105,13 @@ def forecast(page: Tensor, layout: StateLayout, feature_map_k: Tensor, n: int) -
     )
 
 
-def _scores(
-    k: Tensor, v: Tensor, feature_map_k: Tensor, layout: StateLayout, views: StateViews, n: int
+def _errors(
+    k: Tensor, v: Tensor, layout: StateLayout, weights: LolaWeights, views: StateViews, n: int
 ) -> Tensor:
-    """Selection scores `[Hg, E]` of candidates k, v `[1, Hg, E, d]` of the only page in `views`."""
+    """Recall errors `[Hg, E]` of candidates k, v `[1, Hg, E, d]` of the only page in `views`."""
     first = torch.zeros(1, dtype=torch.long, device=k.device)
     empty = (layout.num_folded(torch.tensor([n])) == 0).to(k.device)
-    return portable.sre_scores(k, v, feature_map_k, views.H, views.s, first, empty)[0]
+    return portable.sre_scores(k, v, weights.feature_map_k, views.H, views.s, first, empty)[0]
 
 
 def _mean(x: Tensor) -> float | None:

@@ -84,7 +84,8 @@ class LolaWorkerExtension:
         """The sparse caches of a watched request: `{"layers": {index: {head: {...}}}}`.
 
         Indices are the model's, so that the answers of several workers can be put together. A head
-        has `positions`, ascending, and their `errors`. Layers of other workers are left out.
+        has `positions`, ascending, their `errors` and, where the model has one, their `saliency`.
+        Layers of other workers are left out.
         """
         modules, watch = self._lola()
         copy = watch.take(request_id)
@@ -97,15 +98,17 @@ class LolaWorkerExtension:
             index = extract_layer_index(module.prefix)
             if layers is None or index in layers:
                 assert module.state is not None
-                memory = remembered(
-                    page, module.layout, module.state.weights.feature_map_k, copy.num_tokens
-                )
+                memory = remembered(page, module.layout, module.state.weights, copy.num_tokens)
                 # Rounded in float64, so that they are printed with few decimals.
                 errors = memory.errors.double().round(decimals=5).tolist()
-                answer[index] = {
-                    first_head + i: {"positions": head, "errors": errors[i]}
-                    for i, head in enumerate(memory.positions.tolist())
-                }
+                heads: list[Answer] = [
+                    {"positions": positions, "errors": errors[i]}
+                    for i, positions in enumerate(memory.positions.tolist())
+                ]
+                if memory.saliency is not None:
+                    for head, saliency in zip(heads, memory.saliency.double(), strict=True):
+                        head["saliency"] = saliency.round(decimals=5).tolist()
+                answer[index] = {first_head + i: head for i, head in enumerate(heads)}
         return {"layers": answer}
 
     @_answering
@@ -137,9 +140,7 @@ class LolaWorkerExtension:
         forecasts = []
         for module, page in zip(modules, copy.pages, strict=True):
             assert module.state is not None
-            forecasts.append(
-                forecast(page, module.layout, module.state.weights.feature_map_k, copy.num_tokens)
-            )
+            forecasts.append(forecast(page, module.layout, module.state.weights, copy.num_tokens))
         for field in Forecast._fields:
             values = [value for f in forecasts if (value := getattr(f, field)) is not None]
             if values:

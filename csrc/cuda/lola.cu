@@ -83,12 +83,15 @@ void run(const Params& p, bool vectors, cudaStream_t stream) {
 }
 
 void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
-            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& q, const Tensor& k,
-            const Tensor& v, const Tensor& slots, const Tensor& seq_lens, const Tensor& out) {
+            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& saliency,
+            const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
+            const Tensor& seq_lens, const Tensor& out) {
   Params p;
-  p.layout =
-      check_call({pages, layout, feature_map_q, feature_map_k, log_gate, q, k, v, out}, kDevice);
+  p.layout = check_call(
+      {pages, layout, feature_map_q, feature_map_k, log_gate, saliency, q, k, v, out}, kDevice);
   const PageLayout& x = p.layout;
+  LOLA_CHECK(x.has_saliency == 0,
+             "saliency: the CUDA kernels do not know it yet; set LOLA_VLLM_OPS=torch");
   LOLA_CHECK(x.head_dim <= kMaxHeadDim, "q: head size ", x.head_dim, ", at most ", kMaxHeadDim);
   LOLA_CHECK(x.kv_dtype != DType::f64 && x.state_dtype == DType::f32,
              "layout: keys and values must be float32, bfloat16 or float16, and H and s float32");

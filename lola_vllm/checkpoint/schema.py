@@ -3,7 +3,8 @@
 A LoLA checkpoint is a Hugging Face Llama (or a decoder that differs from it by biases of q, k, v or
 by norms of q and k) plus three tensors per layer under `model.layers.{i}.self_attn.`:
 `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (before the
-sigmoid).
+sigmoid). A fourth, `saliency [Hkv, d // 2 + d + 1]`, is there exactly where `lola_config.saliency`
+is true.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ WINDOW_FACTOR_INIT = -2.1972245773362196  # sigmoid of it is 0.1, where LoLCATs 
 _SHOWN = 10  # faults of a kind that a message lists
 _BUFFER = ".rotary_emb.inv_freq"  # old Llama checkpoints store this; it follows from the config
 _LM_HEAD = "lm_head.weight"
+_SALIENCY = ".self_attn.saliency"
 _QK_NORMS = (".self_attn.q_norm.weight", ".self_attn.k_norm.weight")
 
 Shape = tuple[int, ...]
@@ -42,6 +44,8 @@ def expected_tensors(config: LolaLlamaConfig, num_state_heads: int) -> dict[str,
     Raises:
         LolaConfigError: Hkv does not divide Hs, or Hs does not divide Hq.
     """
+    from lola_vllm.config import saliency_size  # here: it loads transformers
+
     lola = config.lola
     hidden, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
     Hq, Hkv, F = config.num_attention_heads, config.num_key_value_heads, lola.feature_dim
@@ -68,6 +72,7 @@ def expected_tensors(config: LolaLlamaConfig, num_state_heads: int) -> dict[str,
         "self_attn.feature_map_q": (Hq, d, F),
         "self_attn.feature_map_k": (num_state_heads, d, F),
         "self_attn.window_factors": (Hq,),
+        **({"self_attn.saliency": (Hkv, saliency_size(d))} if lola.saliency else {}),
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
@@ -166,6 +171,8 @@ def _explain_missing(name: str, shape: Shape) -> str:
         return f"{text}; set tie_word_embeddings to true if the model has no output matrix"
     if name.endswith(".bias"):
         return f"{text}; set {_bias_field(name)} to false if the model has no biases"
+    if name.endswith(_SALIENCY):
+        return f"{text}; set lola_config.saliency to false if no saliency was fitted to the model"
     if name.endswith(_QK_NORMS):
         return f"{text}; set qk_norm to false if the model has no norms of q and k"
     return f"{text}; a file is missing, or config.json is of another model"
@@ -176,6 +183,8 @@ def _explain_unexpected(name: str, expected: Mapping[str, Shape]) -> str:
         return f"{name}; set {_bias_field(name)} to true if the model has biases"
     if name.endswith(_QK_NORMS):
         return f"{name}; set qk_norm to true if the model normalizes q and k"
+    if name.endswith(_SALIENCY):
+        return f"{name}; set lola_config.saliency to true to choose pairs by it"
     near = difflib.get_close_matches(name, expected, n=1, cutoff=0.0)
     return f"{name}; nearest valid name: {near[0]!r}" if near else name
 

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
 
 from lola_vllm.checkpoint.remote_code import AUTO_MAP, write_remote_code
 from lola_vllm.checkpoint.schema import WINDOW_FACTOR_INIT, find_num_state_heads
-from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.config import LolaLlamaConfig, saliency_size
 from lola_vllm.hf.cache import LolaCache
 from lola_vllm.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.ops import LolaWeights
@@ -35,7 +35,8 @@ class LolaLlamaAttention(LlamaAttention):
 
     Parameters beside Llama's: `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and
     `window_factors [Hq]` (before the sigmoid); `q_norm` and `k_norm` where the config has
-    `qk_norm`.
+    `qk_norm`; `saliency [Hkv, d // 2 + d + 1]` (float32, no gradient) where `lola_config` has
+    saliency, else None.
     """
 
     def __init__(self, config: LolaLlamaConfig, layer_idx: int) -> None:
@@ -54,6 +55,10 @@ class LolaLlamaAttention(LlamaAttention):
         self.feature_map_q = nn.Parameter(torch.empty(heads, d, self.lola.feature_dim))
         self.feature_map_k = nn.Parameter(torch.empty(state_heads, d, self.lola.feature_dim))
         self.window_factors = nn.Parameter(torch.empty(heads))
+        self.saliency: nn.Parameter | None = None
+        if self.lola.saliency:
+            kv_heads = self.v_proj.out_features // d
+            self.saliency = nn.Parameter(torch.empty(kv_heads, saliency_size(d)))
 
     def forward(  # type: ignore[override]  # called by LolaLlamaModel's layers only
         self,
@@ -78,6 +83,7 @@ class LolaLlamaAttention(LlamaAttention):
                 self.feature_map_k.detach(),
                 self.window_factors.detach(),
                 self.lola.mixing,
+                None if self.saliency is None else self.saliency.detach(),
             )
             layer = past_key_values.layers[self.layer_idx]
             attended = layer.attend(q, k, v, weights, new_tokens)
@@ -106,10 +112,10 @@ class LolaLlamaAttention(LlamaAttention):
             )
         weights = (self.feature_map_q, self.feature_map_k, self.window_factors)
         order = tokens.tokens_first(q.device)
-        if order is None:
-            return lola_attention_parallel(q, k, v, *weights, self.lola)
-        q, k, v = (_columns(x, order) for x in (q, k, v))
-        return _columns(lola_attention_parallel(q, k, v, *weights, self.lola), order.argsort(1))
+        if order is not None:
+            q, k, v = (_columns(x, order) for x in (q, k, v))
+        out = lola_attention_parallel(q, k, v, *weights, self.lola, saliency=self.saliency)
+        return out if order is None else _columns(out, order.argsort(1))
 
 
 def _columns(x: Tensor, order: Tensor) -> Tensor:
@@ -142,8 +148,8 @@ class LolaLlamaPreTrainedModel(LlamaPreTrainedModel):
     _can_compile_fullgraph = False
     _is_stateful = True  # tokens cannot be removed from a state, so no assisted decoding
     _can_record_outputs = {"hidden_states": LlamaDecoderLayer}  # noqa: RUF012 (transformers' form)
-    # The server has them in float32; bfloat16 would change the gates.
-    _keep_in_fp32_modules_strict = ["window_factors"]  # noqa: RUF012
+    # The server has them in float32; bfloat16 would change gates and choices.
+    _keep_in_fp32_modules_strict = ["window_factors", "saliency"]  # noqa: RUF012
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -157,6 +163,8 @@ class LolaLlamaPreTrainedModel(LlamaPreTrainedModel):
             for weight in (module.feature_map_q, module.feature_map_k):
                 init.copy_(weight, torch.eye(*weight.shape[1:]).expand_as(weight))
             init.constant_(module.window_factors, WINDOW_FACTOR_INIT)
+            if module.saliency is not None:
+                init.zeros_(module.saliency)  # all pairs weigh the same
 
 
 class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lola_vllm.config import saliency_size
 from lola_vllm.state import StateLayout, StateViews
 
 
@@ -30,26 +31,35 @@ class LolaWeights:
         log_gate: `[Hq]`, log g - log(weight of the linear part): logit(g) for mixing "lola",
             log g for "lolcats" (section 4 of `docs/algorithm.md`).
         subtract_max: the "lolcats" mixing weighs exact pairs relative to their largest logit.
+        saliency: `[Hkv, d // 2 + d + 1]` or None, what `reference.pair_saliency` takes.
     """
 
     feature_map_q: Tensor
     feature_map_k: Tensor
     log_gate: Tensor
     subtract_max: bool
+    saliency: Tensor | None = None
 
     @classmethod
     def prepare(
-        cls, feature_map_q: Tensor, feature_map_k: Tensor, window_factors: Tensor, mixing: str
+        cls,
+        feature_map_q: Tensor,
+        feature_map_k: Tensor,
+        window_factors: Tensor,
+        mixing: str,
+        saliency: Tensor | None = None,
     ) -> LolaWeights:
         """From checkpoint tensors; `window_factors [Hq]` are logits of the gate g.
 
-        The maps are kept in float32 (float64 where they are that), in which they are applied.
+        Maps and saliency are kept in float32 (float64 where the maps are that), in which they are
+        applied.
         """
         wide = torch.promote_types(feature_map_q.dtype, torch.float32)
         factors = window_factors.to(torch.promote_types(window_factors.dtype, torch.float32))
         lolcats = mixing == "lolcats"
         log_gate = torch.nn.functional.logsigmoid(factors) if lolcats else factors
-        return cls(feature_map_q.to(wide), feature_map_k.to(wide), log_gate, lolcats)
+        saliency = None if saliency is None else saliency.to(wide)
+        return cls(feature_map_q.to(wide), feature_map_k.to(wide), log_gate, lolcats, saliency)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +89,9 @@ class LayerState:
                 multiple of 8.
 
         Raises:
-            ValueError: the rows of `pages` are too short, or a weight has another shape, dtype or
-                device than layout and pages ask for; names the argument.
+            ValueError: the rows of `pages` are too short, a weight has another shape, dtype or
+                device than layout and pages ask for, or saliency is there and should not be, or the
+                other way; names the argument.
         """
         views = layout.views(pages)
         Hq, d, F = len(weights.log_gate), layout.head_dim, layout.feature_dim
@@ -90,12 +101,20 @@ class LayerState:
                 f"feature_map_k: {Hs} state heads do not lie between the {Hq} query heads, the "
                 f"{layout.num_sparse_heads} sparse sets and the {layout.num_kv_heads} KV heads"
             )
+        if layout.has_saliency != (weights.saliency is not None):
+            given = "none given" if weights.saliency is None else "given"
+            raise ValueError(
+                f"saliency: {given}, but the layout has has_saliency = {layout.has_saliency}"
+            )
         wide = torch.promote_types(layout.kv_dtype, torch.float32)
-        for name, shape in (
-            ("feature_map_q", (Hq, d, F)),
-            ("feature_map_k", (Hs, d, F)),
-            ("log_gate", (Hq,)),
-        ):
+        shapes: dict[str, tuple[int, ...]] = {
+            "feature_map_q": (Hq, d, F),
+            "feature_map_k": (Hs, d, F),
+            "log_gate": (Hq,),
+        }
+        if layout.has_saliency:
+            shapes["saliency"] = (layout.num_kv_heads, saliency_size(d))
+        for name, shape in shapes.items():
             weight: Tensor = getattr(weights, name)
             if tuple(weight.shape) != shape:
                 raise ValueError(f"{name}: shape {list(weight.shape)}, expected {list(shape)}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops.constants import RECALL_EPS
-from lola_vllm.ops.reference import feature_map
+from lola_vllm.ops.reference import feature_map, pair_saliency
 
 
 class MemoryPlan(NamedTuple):
@@ -35,7 +35,13 @@ class MemoryPlan(NamedTuple):
 
 
 @torch.no_grad()
-def plan_memory(phi_k: Tensor, v: Tensor, config: LolaConfig, num_sparse_heads: int) -> MemoryPlan:
+def plan_memory(
+    phi_k: Tensor,
+    v: Tensor,
+    config: LolaConfig,
+    num_sparse_heads: int,
+    saliency: Tensor | None = None,
+) -> MemoryPlan:
     """Decide by self-recall error what is cached and what is folded (paper section 3.3).
 
     Args:
@@ -43,6 +49,7 @@ def plan_memory(phi_k: Tensor, v: Tensor, config: LolaConfig, num_sparse_heads: 
         v: `[B, Hs, T, d]`, the same dtype.
         config: window, sparse cache, interval and sinks are read.
         num_sparse_heads: Hg, which divides Hs.
+        saliency: `[B, Hg, T]`, what multiplies each pair's score; None: nothing does.
 
     Returns:
         The plan for all chunks. The update after the last chunk is left out: nobody sees it.
@@ -69,6 +76,8 @@ def plan_memory(phi_k: Tensor, v: Tensor, config: LolaConfig, num_sparse_heads: 
             out = candidates
             if lam:
                 scores = _scores(phi_k, v, H, s, candidates)
+                if saliency is not None:
+                    scores = scores * saliency.gather(2, candidates)
                 order = scores.argsort(dim=-1, descending=True, stable=True)
                 cache = candidates.gather(-1, order[..., :lam].sort(-1).values)
                 out = candidates.gather(-1, order[..., lam:].sort(-1).values)
@@ -109,6 +118,7 @@ def lola_attention_parallel(
     window_factors: Tensor,
     config: LolaConfig,
     chunks: Tensor | None = None,
+    saliency: Tensor | None = None,
 ) -> Tensor:
     """LoLA attention over whole sequences from empty states, with gradients to every tensor.
 
@@ -119,6 +129,8 @@ def lola_attention_parallel(
             the sigmoid.
         config: the algorithm's parameters.
         chunks: `[N]` int64, the chunks whose queries to answer; default: all.
+        saliency: `[Hkv, d // 2 + d + 1]`, weights of `pair_saliency`; None: scores are not weighed.
+            It decides a choice, so it gets no gradient.
 
     Returns:
         `[B, T, Hq, d]` in q's dtype; with `chunks`, `[B, N * C, Hq, d]` for the queries of those
@@ -142,7 +154,11 @@ def lola_attention_parallel(
         factors = window_factors.to(dtype)
         phi_k = feature_map(keys.repeat_interleave(Hs // Hkv, dim=1), map_k)  # [B, Hs, T, 2F]
         v_s = values.repeat_interleave(Hs // Hkv, dim=1)
-        plan = plan_memory(phi_k.detach(), v_s.detach(), config, Hg)
+        w = None
+        if saliency is not None:
+            w = pair_saliency(keys.detach(), values.detach(), saliency.detach().to(dtype)[:, None])
+            w = w.repeat_interleave(Hg // Hkv, dim=1)
+        plan = plan_memory(phi_k.detach(), v_s.detach(), config, Hg, w)
         H, s = _hidden_states(phi_k, v_s, plan.folded)  # [B, Hs, U, 2F, d], [B, Hs, U, 2F]
         wanted = torch.arange(U, device=q.device) if chunks is None else chunks
         N = len(wanted)

@@ -16,6 +16,7 @@ from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 
 logger = logging.getLogger("vllm.lola")
 
+_NO_SALIENCY = torch.empty(0)  # in the place of weights that a layer does not have
 ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
@@ -78,5 +79,7 @@ def arguments(
     out: Tensor,
 ) -> tuple[Tensor, ...]:
     """The arguments of the ops in `csrc/ops.h`, in their order."""
-    maps = (state.weights.feature_map_q, state.weights.feature_map_k, state.weights.log_gate)
-    return (state.pages, state.table, *maps, q, k, v, *batch, out)
+    weights = state.weights
+    maps = (weights.feature_map_q, weights.feature_map_k, weights.log_gate)
+    saliency = _NO_SALIENCY if weights.saliency is None else weights.saliency
+    return (state.pages, state.table, *maps, saliency, q, k, v, *batch, out)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lola_vllm.ops.constants import MAX_CHUNK, RECALL_EPS
 from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 from lola_vllm.ops.dither import add_dithered, dither
-from lola_vllm.ops.reference import feature_map
+from lola_vllm.ops.reference import feature_map, pair_saliency
 from lola_vllm.state import StateLayout
 
 # A score in place of the self-recall error, for ablations. Takes values `[B, Hg, E, d]` and
@@ -296,17 +296,25 @@ def _update(state: LayerState, slots: Tensor, n: Tensor, score: Score | None) ->
     g_ok = torch.arange(lam, device=n.device) < layout.num_sparse(n - C)[:, None]
     ok = torch.cat([g_ok, x_ok], dim=1)[:, None].expand(-1, Hg, -1)  # [B, Hg, E]
     at = torch.cat([views.positions[slots].long(), x_positions[:, None].expand(-1, Hg, -1)], dim=2)
+    w = None
+    if (weights := state.weights.saliency) is not None:
+        dtype = compute_dtype(k)
+        per_set = weights.to(dtype).repeat_interleave(sets_per_kv_head, dim=0)[:, None]
+        new = pair_saliency(x_k.to(dtype), x_v.to(dtype), per_set)
+        w = torch.cat([views.saliency[slots].to(dtype), new], dim=2)  # [B, Hg, E]
 
     empty = layout.num_folded(n - C) == 0
     keep = ok
     if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
         if score is None:
             scores = sre_scores(k, v, state.weights.feature_map_k, views.H, views.s, slots, empty)
+            if w is not None:
+                scores = scores * w
         else:
             scores = score(v, at)
         keep = _largest(scores, at, ok, lam)
         _fold(state, k, v, ok & ~keep, slots, n, empty)
-    _replace(state, k, v, at, keep, slots)
+    _replace(state, k, v, at, w, keep, slots)
 
 
 def _largest(scores: Tensor, positions: Tensor, ok: Tensor, count: int) -> Tensor:
@@ -350,7 +358,13 @@ def _fold(
 
 
 def _replace(
-    state: LayerState, k: Tensor, v: Tensor, at: Tensor, keep: Tensor, slots: Tensor
+    state: LayerState,
+    k: Tensor,
+    v: Tensor,
+    at: Tensor,
+    w: Tensor | None,
+    keep: Tensor,
+    slots: Tensor,
 ) -> None:
     """Write the kept newcomers into the free slots and those of the folded pairs, in order."""
     views, lam = state.views, state.layout.sparse_cache_size
@@ -363,3 +377,5 @@ def _replace(
     views.sparse_k[slots[b], g, target] = k[b, g, source]
     views.sparse_v[slots[b], g, target] = v[b, g, source]
     views.positions[slots[b], g, target] = at[b, g, source].int()
+    if w is not None:
+        views.saliency[slots[b], g, target] = w[b, g, source].to(views.saliency.dtype)

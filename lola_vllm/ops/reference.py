@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops.constants import FEATURE_FLOOR, RECALL_EPS
+from lola_vllm.ops.constants import FEATURE_FLOOR, MAX_LOG_SALIENCY, RECALL_EPS
 
 
 @dataclass
@@ -64,6 +64,26 @@ def self_recall_error(phi_k: Tensor, v: Tensor, H: Tensor, s: Tensor) -> Tensor:
     return (v - predicted).norm(dim=-1)
 
 
+def pair_saliency(k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+    """w = exp(clamp(a . rho(k) + b . v + c, -20, 20)), what multiplies a pair's score.
+
+    rho(k) are the lengths of the key's rotary pairs, sqrt(k_i^2 + k_(i + d // 2)^2). RoPE does not
+    change them, so w does not depend on the pair's position.
+
+    Args:
+        k, v: `[..., d]`; float32 or float64.
+        weights: `[..., d // 2 + d + 1]`: a, b and c; broadcasts with k and v.
+
+    Returns:
+        `[...]`, in (0, 5e8); NaN where k or v is.
+    """
+    half, d = k.shape[-1] // 2, k.shape[-1]
+    a, b, c = weights.split([half, d, 1], dim=-1)
+    rho = torch.hypot(k[..., :half], k[..., half : 2 * half])
+    log = (a * rho).sum(-1) + (b * v).sum(-1) + c.squeeze(-1)
+    return log.clamp(-MAX_LOG_SALIENCY, MAX_LOG_SALIENCY).exp()
+
+
 def mix(
     logits: Tensor, v: Tensor, phi_q: Tensor, H: Tensor, s: Tensor, factor: Tensor, mixing: str
 ) -> Tensor:
@@ -102,6 +122,7 @@ def lola_attention(
     feature_map_k: Tensor,
     window_factors: Tensor,
     config: LolaConfig,
+    saliency: Tensor | None = None,
 ) -> tuple[Tensor, LolaState]:
     """LoLA attention over a whole sequence, causal, from an empty state.
 
@@ -111,6 +132,7 @@ def lola_attention(
         feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`.
         window_factors: `[Hq]`, before the sigmoid.
         config: the algorithm's parameters.
+        saliency: `[Hkv, d // 2 + d + 1]`, weights of `pair_saliency`; None: scores are not weighed.
 
     Returns:
         out `[T, Hq, d]` in q's dtype, and the state after the T tokens.
@@ -131,6 +153,9 @@ def lola_attention(
 
     k_s = k.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1)  # [Hs, T, d]
     v_s = v.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1)
+    w = None
+    if saliency is not None:
+        w = pair_saliency(k, v, saliency.to(dtype)).T.repeat_interleave(Hg // Hkv, dim=0)  # [Hg, T]
     phi_k = feature_map(k_s, feature_map_k)  # [Hs, T, 2F]
     phi_q = feature_map(q.transpose(0, 1), feature_map_q)  # [Hq, T, 2F]
 
@@ -162,6 +187,8 @@ def lola_attention(
                 heads = list(range(sparse_head * (Hs // Hg), (sparse_head + 1) * (Hs // Hg)))
                 candidates = sparse[sparse_head] + evicted
                 scores = _scores(phi_k, v_s, H, s, heads, candidates)
+                if w is not None:
+                    scores = scores * w[sparse_head, candidates]
                 kept, folded = _select(candidates, scores, lam)
                 sparse[sparse_head] = kept
                 for h in heads:

@@ -29,7 +29,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
-from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.config import LolaLlamaConfig, saliency_size
 from lola_vllm.ops import LayerState, LolaWeights, choose_backend
 from lola_vllm.plugin.backend import LolaMetadata
 from lola_vllm.plugin.cache import first_layer, head_dim, sequence_layout, state_spec
@@ -43,7 +43,8 @@ class LolaAttention(nn.Module, MambaBase):
 
     Parameters (this rank's heads): `qkv_proj`, `o_proj`, `feature_map_q [Hq, d, F]`,
     `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (float32, before the sigmoid); `q_norm` and
-    `k_norm` where the config has `qk_norm`.
+    `k_norm` where the config has `qk_norm`; `saliency [Hkv, d // 2 + d + 1]` (float32) where
+    `lola_config` has saliency, else None.
     """
 
     def __init__(
@@ -103,6 +104,10 @@ class LolaAttention(nn.Module, MambaBase):
             self.layout.num_state_heads, map_shape, num_state_heads
         )
         self.window_factors = _head_parameter(self.num_heads, (), num_heads, torch.float32)
+        self.saliency: nn.Parameter | None = None
+        if self.lola.saliency:
+            shape = (saliency_size(self.head_dim),)
+            self.saliency = _head_parameter(self.num_kv_heads, shape, num_kv_heads, torch.float32)
 
         self.kv_cache = (torch.tensor([]),)
         self.state: LayerState | None = None
@@ -187,6 +192,7 @@ class LolaAttention(nn.Module, MambaBase):
             self.feature_map_k.data,
             self.window_factors.data,
             self.lola.mixing,
+            None if self.saliency is None else self.saliency.data,
         )
         return LayerState.bind(weights, self.layout, pages)
 

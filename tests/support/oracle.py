@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.ops.reference import lola_attention
 
-_MAPS = ("feature_map_q", "feature_map_k", "window_factors")
+_MAPS = ("feature_map_q", "feature_map_k", "window_factors", "saliency")
 
 
 class Oracle:
@@ -39,11 +39,12 @@ class Oracle:
             module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object
         ) -> tuple[Tensor, None]:
             prefix = f"model.layers.{module.layer_idx}.self_attn"
-            weights = [maps[f"{prefix}.{name}"] for name in _MAPS]
+            *weights, saliency = (maps.get(f"{prefix}.{name}") for name in _MAPS)
             out, _state = lola_attention(
                 *(x[0].transpose(0, 1) for x in (q, k, v)),
                 *weights,
                 config.lola.for_layer(module.layer_idx),
+                saliency,
             )
             return out[None], None
 

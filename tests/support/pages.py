@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lola_vllm.ops.contract import LayerState
-from lola_vllm.ops.reference import LolaState, feature_map
+from lola_vllm.ops.reference import LolaState, feature_map, pair_saliency
 from tests.support.problem import SLOT, Problem
 
 
@@ -35,6 +35,14 @@ def assert_state_matches(
         kv = g // (Hg // Hkv)
         assert torch.equal(views.sparse_k[slot, g, :num_sparse], problem.k[positions, kv])
         assert torch.equal(views.sparse_v[slot, g, :num_sparse], problem.v[positions, kv])
+        if problem.saliency is not None:
+            pairs = (problem.k[positions, kv].double(), problem.v[positions, kv].double())
+            torch.testing.assert_close(
+                views.saliency[slot, g, :num_sparse].double(),
+                pair_saliency(*pairs, problem.saliency[kv].double()),
+                rtol=1e-9 if problem.q.dtype == torch.float64 else 1e-4,
+                atol=0,
+            )
     window = torch.tensor(expected.window_positions, dtype=torch.long)
     start = int(layout.window_start(n_t))
     assert window.tolist() == [*range(min(n, layout.sink_size)), *range(start, n)]
@@ -62,7 +70,7 @@ def assert_unrecallable_stay(problem: Problem, state: LayerState) -> None:
 
 def assert_same_choices(state: LayerState, other: LayerState) -> None:
     """Two states of a sequence hold the same exact pairs in the same places, and H but rounding."""
-    for name in ("positions", "sparse_k", "sparse_v", "exact_k", "exact_v"):
+    for name in ("positions", "saliency", "sparse_k", "sparse_v", "exact_k", "exact_v"):
         one, two = (getattr(x.views, name)[SLOT] for x in (state, other))
         assert torch.equal(one, two), name
     torch.testing.assert_close(state.views.H[SLOT], other.views.H[SLOT], rtol=1e-4, atol=1e-4)

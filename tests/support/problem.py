@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lola_vllm.config import LolaConfig
+from lola_vllm.config import LolaConfig, saliency_size
 from lola_vllm.ops.contract import (
     DecodeBatch,
     DecodeOp,
@@ -38,6 +38,7 @@ class Problem:
     Attributes:
         q: `[T, Hq, d]`. k, v: `[T, Hkv, d]`.
         feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`. window_factors: `[Hq]`.
+        saliency: `[Hkv, d // 2 + d + 1]` where the config has it, else None.
     """
 
     q: Tensor
@@ -47,17 +48,23 @@ class Problem:
     feature_map_k: Tensor
     window_factors: Tensor
     config: LolaConfig
+    saliency: Tensor | None = None
 
     def reference(self) -> tuple[Tensor, LolaState]:
         """The truth, in float64 (from float32 or bfloat16 inputs too)."""
         tensors = (self.q, self.k, self.v, self.feature_map_q, self.feature_map_k)
         doubles = [t.double() for t in (*tensors, self.window_factors)]
-        return lola_attention(*doubles, self.config)
+        saliency = None if self.saliency is None else self.saliency.double()
+        return lola_attention(*doubles, self.config, saliency)
 
     def weights(self) -> LolaWeights:
         """As a layer has them."""
         return LolaWeights.prepare(
-            self.feature_map_q, self.feature_map_k, self.window_factors, self.config.mixing
+            self.feature_map_q,
+            self.feature_map_k,
+            self.window_factors,
+            self.config.mixing,
+            self.saliency,
         )
 
     def layout(self) -> StateLayout:
@@ -98,6 +105,7 @@ class Problem:
             feature_map_q=other.feature_map_q,
             feature_map_k=other.feature_map_k,
             window_factors=other.window_factors,
+            saliency=other.saliency,
         )
 
 
@@ -127,8 +135,10 @@ def make_problem(
         randn(Hq, d, F) * 0.5,
         randn(Hs or Hkv, d, F) * 0.5,
     ]
-    factors = (randn(Hq) - 1).to(torch.promote_types(dtype, torch.float32))
-    return Problem(*(t.to(dtype) for t in tensors), factors, config)
+    wide = torch.promote_types(dtype, torch.float32)
+    factors = (randn(Hq) - 1).to(wide)
+    saliency = (randn(Hkv, saliency_size(d)) * 0.3).to(wide) if config.saliency else None
+    return Problem(*(t.to(dtype) for t in tensors), factors, config, saliency)
 
 
 def unrecallable(interval: int, sharing: str, dtype: torch.dtype) -> Problem:

@@ -105,6 +105,21 @@ def test_schema_is_llama_plus_three_tensors_a_layer(
     }
 
 
+def test_a_saliency_is_expected_where_the_config_says_so() -> None:
+    lola = {**MAPS, "saliency": True}
+    expected = expected_tensors(LolaLlamaConfig(lola_config=lola, **TINY), 2)
+    names = [f"model.layers.{i}.self_attn.saliency" for i in range(2)]
+    assert {name: expected.pop(name) for name in names} == dict.fromkeys(names, (2, 4 + 8 + 1))
+    assert expected == schema()
+    with_it = {**schema(), **dict.fromkeys(names, (2, 13))}
+    with pytest.raises(CheckpointError, match=r"(?s)unexpected.*saliency; set .*saliency to true"):
+        check_tensors(schema(), {**schema(), names[1]: (2, 13)})
+    with pytest.raises(CheckpointError, match=r"(?s)missing.*\[2, 13\]; set .*saliency to false"):
+        check_tensors(with_it, schema())
+    with pytest.raises(CheckpointError, match=r"found \[4, 13\], expected \[2, 13\]"):
+        check_tensors(with_it, {**with_it, names[0]: (4, 13)})
+
+
 def test_schema_refuses_heads_that_do_not_divide() -> None:
     with pytest.raises(LolaConfigError, match="num_state_heads = 3"):
         expected_tensors(LolaLlamaConfig(lola_config=MAPS, **TINY), 3)

@@ -10,6 +10,7 @@ def test_defaults_are_the_authors():
     config = LolaConfig()
     assert (config.window_size, config.update_interval, config.sink_size) == (64, 64, 0)
     assert (config.mixing, config.state_dtype, config.sparse_sharing) == ("lola", "float32", "none")
+    assert config.saliency is False
 
 
 def test_the_interval_follows_the_window_unless_it_is_given():
@@ -31,6 +32,7 @@ def test_the_interval_follows_the_window_unless_it_is_given():
             {"sparse_cache_size": [3, -1]},
             r"sparse_cache_size = \[3, -1\]: must be an integer of at least 0, or a list",
         ),
+        ({"saliency": 1}, "lola_config.saliency = 1: must be a valid boolean"),
         ({"sparse_cache_size": []}, "lola_config.sparse_cache_size = "),
         ({"sparse_cache_size": [3, True]}, "lola_config.sparse_cache_size = "),
         ({"update_interval": 0}, "lola_config.update_interval = 0"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
+from lola_vllm.config import LolaConfig, saliency_size
 from lola_vllm.ops.differentiable import lola_attention_parallel, plan_memory
-from lola_vllm.ops.reference import feature_map, lola_attention
+from lola_vllm.ops.reference import feature_map, lola_attention, pair_saliency
 
 D, F = 6, 5
 CASES = [
@@ -20,6 +20,14 @@ CASES = [
     (7, 2, 2, 2, dict(window_size=64, sparse_cache_size=16, sink_size=4)),
     (3, 2, 1, 1, dict(window_size=2, sparse_cache_size=2, sink_size=9)),
     (26, 4, 2, 2, dict(window_size=4, sparse_cache_size=6, mixing="lolcats", sink_size=1)),
+    (40, 4, 2, 4, dict(window_size=8, sparse_cache_size=7, update_interval=3, saliency=True)),
+    (
+        41,
+        6,
+        2,
+        6,
+        dict(window_size=4, sparse_cache_size=3, sparse_sharing="kv_head", saliency=True),
+    ),
 ]
 
 
@@ -39,13 +47,21 @@ def problem(T: int, Hq: int, Hkv: int, Hs: int, B: int = 2) -> tuple[torch.Tenso
     )
 
 
+def saliency_of(config: LolaConfig, Hkv: int) -> torch.Tensor | None:
+    if not config.saliency:
+        return None
+    generator = torch.Generator().manual_seed(Hkv)
+    return torch.randn(Hkv, saliency_size(D), generator=generator, dtype=torch.float64)
+
+
 @pytest.mark.parametrize(("T", "Hq", "Hkv", "Hs", "keys"), CASES)
 def test_equals_the_reference(T: int, Hq: int, Hkv: int, Hs: int, keys: dict) -> None:
     config = LolaConfig(**keys)
     q, k, v, *weights = problem(T, Hq, Hkv, Hs)
-    out = lola_attention_parallel(q, k, v, *weights, config)
+    saliency = saliency_of(config, Hkv)
+    out = lola_attention_parallel(q, k, v, *weights, config, saliency=saliency)
     for row in range(2):
-        expected, _ = lola_attention(q[row], k[row], v[row], *weights, config)
+        expected, _ = lola_attention(q[row], k[row], v[row], *weights, config, saliency)
         torch.testing.assert_close(out[row], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -58,11 +74,15 @@ def test_plan_leaves_the_state_of_the_reference(
     keys_s = k.transpose(1, 2).repeat_interleave(Hs // Hkv, dim=1)
     v_s = v.transpose(1, 2).repeat_interleave(Hs // Hkv, dim=1)
     Hg = config.num_sparse_heads(Hs, Hkv)
-    plan = plan_memory(feature_map(keys_s, fk), v_s, config, Hg)
+    saliency, w = saliency_of(config, Hkv), None
+    if saliency is not None:
+        w = pair_saliency(k, v, saliency).transpose(1, 2).repeat_interleave(Hg // Hkv, dim=1)
+    plan = plan_memory(feature_map(keys_s, fk), v_s, config, Hg, w)
     # What the last chunk sees is the state of the tokens before it.
     n = (T - 1) // config.update_interval * config.update_interval
     for row in range(2):
-        _, state = lola_attention(q[row, :n], k[row, :n], v[row, :n], fq, fk, factors, config)
+        tokens = (q[row, :n], k[row, :n], v[row, :n])
+        _, state = lola_attention(*tokens, fq, fk, factors, config, saliency)
         for head in range(Hs):
             cached = plan.sparse[row, head // (Hs // Hg), -1]
             assert cached[cached >= 0].tolist() == state.sparse_positions[head]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -75,8 +76,17 @@ def pages(cache: LolaCache) -> list[torch.Tensor]:
         {"sparse_cache_size": 0, "sink_size": 0},
         {"sparse_sharing": "kv_head"},
         {"sparse_cache_size": [60, 4]},
+        {"saliency": True, "update_interval": 5},
     ],
-    ids=["chunked", "paper", "interval-7-lolcats", "no-cache", "shared", "a-size-per-layer"],
+    ids=[
+        "chunked",
+        "paper",
+        "interval-7-lolcats",
+        "no-cache",
+        "shared",
+        "a-size-per-layer",
+        "saliency",
+    ],
 )
 @pytest.mark.parametrize("state_heads", [2, 4])
 def test_logits_are_the_references(tmp_path: Path, lola: dict[str, Any], state_heads: int) -> None:
@@ -348,6 +358,30 @@ def test_a_bfloat16_model_keeps_its_gates(tiny: Path, tmp_path: Path) -> None:
     assert attention.feature_map_q.dtype == torch.bfloat16
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors")[name].dtype == torch.float32
+
+
+def test_a_bfloat16_model_keeps_its_saliency(tmp_path: Path) -> None:
+    directory = make_tiny(tmp_path / "tiny", {**LOLA, "saliency": True})
+    name = "model.layers.1.self_attn.saliency"
+    stored = load_file(directory / "model.safetensors")[name]
+    model = load(directory, torch.bfloat16)
+    saliency = model.model.layers[1].self_attn.saliency
+    assert torch.equal(saliency, stored)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load_file(tmp_path / "saved" / "model.safetensors")[name], stored)
+    ids = torch.tensor(random_prompts([90]))
+    assert bool(model(ids).logits.isfinite().all())
+
+
+def test_an_unfitted_saliency_weighs_all_pairs_the_same(tmp_path: Path) -> None:
+    plain = load(make_tiny(tmp_path, LOLA))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["lola_config"]["saliency"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weighed = load(tmp_path)
+    ids = torch.tensor(random_prompts([90]))
+    assert not weighed.model.layers[0].self_attn.saliency.any()
+    torch.testing.assert_close(weighed(ids).logits, plain(ids).logits, **CLOSE)
 
 
 def test_state_heads_come_from_the_tensors_where_the_config_is_silent(tmp_path: Path) -> None:

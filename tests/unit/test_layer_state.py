@@ -54,6 +54,30 @@ def test_a_weight_that_does_not_fit_is_named(name, change, words):
         LayerState.bind(bad, layout, pages)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: None, "none given, but the layout has has_saliency = True"),
+        (lambda w: w[:, 1:].contiguous(), r"shape \[2, 24\], expected \[2, 25\]"),
+        (lambda w: w[:1], r"shape \[1, 25\], expected \[2, 25\]"),
+        (lambda w: w.bfloat16(), "must be torch.float32 and contiguous"),
+        (lambda w: w.to("meta"), "on meta, the pages on cpu"),
+    ],
+)
+def test_a_saliency_that_does_not_fit_is_named(change, words):
+    problem = make_problem(1, CONFIG.model_copy(update={"saliency": True}), dtype=torch.bfloat16)
+    weights, layout, pages = problem.weights(), problem.layout(), problem.state().pages
+    assert LayerState.bind(weights, layout, pages).weights.saliency is weights.saliency
+    with pytest.raises(ValueError, match=f"^saliency: .*{words}"):
+        LayerState.bind(replace(weights, saliency=change(weights.saliency)), layout, pages)
+
+
+def test_a_saliency_that_the_layout_has_no_room_for_is_named():
+    weights, layout, pages = parts()
+    with pytest.raises(ValueError, match=r"^saliency: given, but the layout has has_saliency = F"):
+        LayerState.bind(replace(weights, saliency=torch.zeros(2, 25)), layout, pages)
+
+
 def test_heads_that_do_not_divide_each_other_are_named():
     weights, layout, _ = parts(Hs=2)
     for fields in ({"num_state_heads": 4}, {"num_sparse_heads": 4}, {"num_kv_heads": 4}):

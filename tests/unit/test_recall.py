@@ -5,7 +5,7 @@ import torch
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
-from lola_vllm.ops.reference import feature_map, self_recall_error
+from lola_vllm.ops.reference import feature_map, pair_saliency, self_recall_error
 from lola_vllm.serving.recall import forecast, remembered
 from tests.support.problem import SLOT, make_problem, prefill
 
@@ -14,6 +14,7 @@ CONFIGS = {
     "paper": {"update_interval": 1},
     "short-interval": {"update_interval": 3, "sink_size": 2},
     "no-cache": {"sparse_cache_size": 0},
+    "saliency": {"saliency": True, "update_interval": 3},
 }
 
 
@@ -41,14 +42,18 @@ def first(problem, n):
 def test_remembered_is_the_references_cache_with_its_errors(fields, n, Hs):
     problem = problem_of(n, fields, Hs=Hs)
     page, layout = page_after(problem, n)
-    positions, errors = remembered(page, layout, problem.feature_map_k, n)
+    positions, errors, saliency = remembered(page, layout, problem.weights(), n)
     _, state = problem.reference()
     assert positions.tolist() == state.sparse_positions
+    assert (saliency is None) == (problem.saliency is None)
     for head, held in enumerate(state.sparse_positions):
         kv = head // (Hs // 2)
         phi = feature_map(problem.k[held, kv], problem.feature_map_k[head])
         expected = self_recall_error(phi, problem.v[held, kv], state.H[head], state.s[head])
         torch.testing.assert_close(errors[head], expected, rtol=1e-6, atol=1e-9)
+        if saliency is not None:
+            w = pair_saliency(problem.k[held, kv], problem.v[held, kv], problem.saliency[kv])
+            torch.testing.assert_close(saliency[head], w, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
@@ -60,7 +65,7 @@ def test_forecast_is_what_the_next_update_does(fields, n, sharing):
     due = (n // C + 1) * C
     problem = problem_of(due, fields, Hs=6)
     page, layout = page_after(problem, n)
-    told = forecast(page, layout, problem.feature_map_k, n)
+    told = forecast(page, layout, problem.weights(), n)
 
     before = first(problem, n).reference()[1]
     after = problem.reference()[1]

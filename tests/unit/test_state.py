@@ -32,8 +32,9 @@ def layout(lam=5, sink=3, interval=4, kv_dtype=torch.bfloat16, **fields):
 @pytest.mark.parametrize("lam", [0, 1, 5])
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
-def test_parts_do_not_overlap_and_are_aligned(lam, kv_dtype, sharing):
-    page = layout(lam, kv_dtype=kv_dtype, sparse_sharing=sharing)
+@pytest.mark.parametrize("saliency", [False, True])
+def test_parts_do_not_overlap_and_are_aligned(lam, kv_dtype, sharing, saliency):
+    page = layout(lam, kv_dtype=kv_dtype, sparse_sharing=sharing, saliency=saliency)
     pool = torch.zeros(3, page.page_bytes + 128, dtype=torch.uint8)
     views = page.views(pool)
     for i, view in enumerate(views):
@@ -65,6 +66,23 @@ def test_layers_of_a_sequence_lie_one_after_the_other():
     token = 3 * 2 * 2 * 16 * 2  # three layers, keys and values, 2 KV heads, d 16, bfloat16
     assert sequence.full_kv_bytes_per_token == token
     assert sequence.break_even_tokens(2) == -(-2 * sequence.row_bytes // token)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float64])
+def test_a_saliency_adds_a_number_per_sparse_pair_and_else_nothing(kv_dtype):
+    with_it = layout(kv_dtype=kv_dtype, saliency=True)
+    without = layout(kv_dtype=kv_dtype)
+    assert without.part_bytes["saliency"] == 0
+    wide = torch.promote_types(kv_dtype, torch.float32)
+    assert with_it.parts["saliency"] == ((6, 5), wide)
+    names = [name for name in PARTS if name != "saliency"]
+    offsets, end = [], 0
+    for name in names:
+        offsets.append(end)
+        end = -(-(end + without.part_bytes[name]) // PART_ALIGNMENT) * PART_ALIGNMENT
+    assert [without.offsets[name] for name in names] == offsets
+    parts = with_it.part_bytes
+    assert {name: parts[name] for name in names} == {n: without.part_bytes[n] for n in names}
 
 
 def test_bytes_of_the_8b_layouts():
@@ -138,7 +156,10 @@ def test_the_table_holds_the_layout():
     assert table == {
         "num_heads": 12, "num_kv_heads": 2, "num_state_heads": 6, "num_sparse_heads": 2,
         "head_dim": 16, "feature_dim": 6, "window_size": 10, "sparse_cache_size": 5,
-        "update_interval": 4, "sink_size": 3, "subtract_max": 1,
+        "update_interval": 4, "sink_size": 3, "subtract_max": 1, "has_saliency": 0,
         "kv_dtype": DTYPE_CODES[torch.bfloat16], "state_dtype": DTYPE_CODES[torch.float32],
         "page_bytes": page.page_bytes,
     }  # fmt: skip
+    weighed = layout(saliency=True)
+    table = dict(zip(TABLE_FIELDS, weighed.table(12, True).tolist(), strict=True))
+    assert table["has_saliency"] == 1 and table["saliency"] == weighed.offsets["saliency"]
