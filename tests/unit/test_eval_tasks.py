@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from lola_vllm.eval import EvalError, tasks
-from lola_vllm.eval.recall import Prompt, build_prompts
+from lola_vllm.eval.prompts import Prompt, build_prompts
 from lola_vllm.eval.tasks import (
     MAX_WORDS,
     TASKS,
