@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 MODEL_TYPE = "lola_llama"
 ARCHITECTURE = "LolaLlamaForCausalLM"
+ENDLESS_LENGTH = 131_072  # tokens; 160 MiB of token ids for vLLM's 256 sequences
 
 
 # Why `state_dtype` has one value, and what to do.
@@ -267,6 +268,16 @@ class LolaLlamaConfig(LlamaConfig):
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing to do: transformers would then copy this module into every saved directory,
         where a file that imports it (`checkpoint/remote_code.py`) stands already."""
+
+    @property
+    def default_length(self) -> int:
+        """Tokens that a server lets a context have unless it is told otherwise.
+
+        vLLM keeps five bytes for each token of `--max-model-len` times `--max-num-seqs`, used or
+        not. So contexts without end have a default that is long, but costs little.
+        """
+        length: int = self.max_position_embeddings
+        return max(length, ENDLESS_LENGTH) if self.lola.rebase_interval else length
 
     @property
     def lola(self) -> LolaConfig:

@@ -16,6 +16,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lola_vllm.config import LolaLlamaConfig
 
+# Tokens of a sequence: pages and ops count positions in 32 bits.
+MAX_LENGTH = 2**31 - 1
+
 Numbers = TypeVar("Numbers", int, Tensor)
 
 
