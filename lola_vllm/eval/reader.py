@@ -7,6 +7,7 @@ one is read. Here a stream of any length takes the memory of one piece. The ops 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -96,6 +97,12 @@ class Run:
             self._next = logits[-1].clone()
             found += _predictions(before.float(), targets)
         return found
+
+    def copy(self) -> Run:
+        """Another sequence that has read the same so far."""
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
 
     def answer(self, tokens: int) -> list[int]:
         """The most likely `tokens` tokens from here on, which are read as well.

@@ -175,7 +175,7 @@ class StreamPlan:
         """
         kinds = read_held_out(Path(self.texts))
         if self.mixed:
-            kinds = {MIXED: _in_turn(list(kinds.values()))}
+            kinds = {MIXED: in_turn(list(kinds.values()))}
         for kind, documents in kinds.items():
             ids: list[int] = []
             begins = []
@@ -190,7 +190,7 @@ class StreamPlan:
                 yield Stream(kind, ids, [begin for begin in begins if begin < len(ids)])
 
 
-def _in_turn(kinds: list[list[str]]) -> list[str]:
+def in_turn(kinds: list[list[str]]) -> list[str]:
     """The documents of all kinds, one of each kind after the other until none is left."""
-    most = max(map(len, kinds))
+    most = max(map(len, kinds), default=0)
     return [documents[i] for i in range(most) for documents in kinds if i < len(documents)]
