@@ -1,6 +1,7 @@
 # make serve   set up, build, make the demo model on first use, serve it on 127.0.0.1:8000
 # make test    set up, build, run every test (WORKERS at once, 2 GB of memory for each)
 # make recall  measure recall and perplexity of the demo model, as docs/recall.md shows them
+# make endless measure perplexity along long texts, recall over distance, and sums over 10^8 tokens
 # make choices train small models that differ in one choice each, and measure their recall
 # make lint    formatting, lint and type checks
 # make tidy    clang-tidy on the C++ sources
@@ -20,7 +21,7 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup serve test recall choices lint tidy sanitize compile_commands format clean
+.PHONY: setup serve test recall endless choices lint tidy sanitize compile_commands format clean
 
 setup: $(VENV)/.ready
 
@@ -53,6 +54,9 @@ test: $(VENV)/.ready | models/smollm2-lola
 
 recall: $(VENV)/.ready | models/smollm2-lola
 	benchmarks/recall.sh
+
+endless: $(VENV)/.ready | models/smollm2-lola
+	benchmarks/endless.sh
 
 choices: $(VENV)/.ready | models/smollm2-lola
 	benchmarks/choices.sh

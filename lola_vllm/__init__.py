@@ -45,6 +45,7 @@ def _register() -> None:
     compat.check_vllm_version(vllm.__version__)
     AutoConfig.register(MODEL_TYPE, LolaLlamaConfig, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = LolaModelConfig
+    compat.register_length()
     compat.look_at_wake_ups()
     compat.register_mamba_backend("lola_vllm.plugin.backend.LolaAttentionBackend")
     ModelRegistry.register_model(ARCHITECTURE, f"lola_vllm.plugin.model:{ARCHITECTURE}")

@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 MODEL_TYPE = "lola_llama"
 ARCHITECTURE = "LolaLlamaForCausalLM"
+ENDLESS_LENGTH = 131_072  # tokens; 160 MiB of token ids for vLLM's 256 sequences
 
 
 # Why `state_dtype` has one value, and what to do.
@@ -60,6 +61,9 @@ class LolaConfig(BaseModel):
             has one state head).
         saliency: whether the choice of sparse pairs weighs a pair's score by a learned number, for
             which the checkpoint has a tensor `saliency` per layer; False is the paper.
+        rebase_interval: D, positions by which the origin of RoPE moves whenever a sequence has no
+            room left in the base's trained length P, `max_position_embeddings`; divides P. 0:
+            never, so that contexts end at P.
         num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of
             KV heads (maps tied inside a group). None: as the checkpoint's tensors say.
     """
@@ -76,6 +80,7 @@ class LolaConfig(BaseModel):
     state_dtype: Literal["float32"] = "float32"
     sparse_sharing: Literal["none", "kv_head"] = "none"
     saliency: bool = False
+    rebase_interval: int = PydanticField(default=0, ge=0)
     num_state_heads: int | None = PydanticField(default=None, ge=1)
 
     def __init__(self, **data: Any) -> None:
@@ -124,6 +129,26 @@ class LolaConfig(BaseModel):
                 "give one per layer, or one number for all"
             )
 
+    def check_places(self, length: int) -> None:
+        """Raise `LolaConfigError` unless rebases suit a base's trained length P.
+
+        Args:
+            length: P, the model's `max_position_embeddings`, in tokens.
+        """
+        interval = self.rebase_interval
+        if interval and (length % interval or interval == length):
+            raise LolaConfigError(
+                f"lola_config.rebase_interval = {interval}: must divide max_position_embeddings = "
+                f"{length} and be less; use {default_rebase_interval(length) or 1}, or 0 for "
+                f"contexts that end at {length} tokens"
+            )
+        if interval and self.sink_size > length - interval:
+            raise LolaConfigError(
+                f"lola_config.sink_size = {self.sink_size}: sinks keep their places, and after a "
+                f"rebase new tokens lie from {length - interval} on (max_position_embeddings - "
+                f"rebase_interval); use at most {length - interval} sinks, or rebase_interval = 0"
+            )
+
     def num_sparse_heads(self, num_state_heads: int, num_kv_heads: int) -> int:
         """Sparse sets per layer: one per state head, or one per KV head where they are shared."""
         return num_kv_heads if self.sparse_sharing == "kv_head" else num_state_heads
@@ -160,6 +185,15 @@ class LolaConfig(BaseModel):
 def saliency_size(head_dim: int) -> int:
     """Numbers in a KV head's saliency weights: of d // 2 lengths, of a value, and a constant."""
     return head_dim // 2 + head_dim + 1
+
+
+def default_rebase_interval(length: int) -> int:
+    """`rebase_interval` of a new checkpoint: a quarter of the trained length, 0 if it has none.
+
+    Args:
+        length: P, the base's `max_position_embeddings`, in tokens.
+    """
+    return 0 if length % 4 else length // 4
 
 
 def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:
@@ -242,6 +276,16 @@ class LolaLlamaConfig(LlamaConfig):
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing to do: transformers would then copy this module into every saved directory,
         where a file that imports it (`checkpoint/remote_code.py`) stands already."""
+
+    @property
+    def default_length(self) -> int:
+        """Tokens that a server lets a context have unless it is told otherwise.
+
+        vLLM keeps five bytes for each token of `--max-model-len` times `--max-num-seqs`, used or
+        not. So contexts without end have a default that is long, but costs little.
+        """
+        length: int = self.max_position_embeddings
+        return max(length, ENDLESS_LENGTH) if self.lola.rebase_interval else length
 
     @property
     def lola(self) -> LolaConfig:

@@ -2,9 +2,11 @@
 
     python -m tools.long_sequence --tokens 200000 --out long.json
 
-Runs in this process on a tiny random model, or on `--model` with its positions raised (what it then
-says means nothing; what it costs does). Memory is RssAnon + VmSwap. Times are of the processor,
-which a busy neighbour changes little; those of the clock are told too.
+Runs in this process on a tiny random model, or on `--model`, with random tokens or, with `--texts`,
+on real text. A model whose positions end has them raised (what it then says means nothing; what it
+costs does); one with a `rebase_interval` is served as it is. Memory is RssAnon + VmSwap. Times are
+of the processor, which a busy neighbour changes little; those of the clock are told too.
+`tools/endless.py` says whether such a model still predicts and recalls.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from lola_vllm import cpu
+from lola_vllm.eval.models import LocalTokenizer
 from tests.support.engine import GREEDY, engine, state_manager
 from tests.support.memory import memory_mib
 from tests.support.tiny import make_tiny
+from tools.long_text import compose
 
 LOLA = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
 DECODES = 64
@@ -40,17 +44,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="default: a tiny random one, made here")
+    parser.add_argument(
+        "--lola-config", type=json.loads, default={}, metavar="JSON", help="keys that replace the "
+        "model's"
+    )  # fmt: skip
+    parser.add_argument("--texts", type=Path, help="real text for --model; default: random tokens")
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--every", type=int, default=10_000, help="tokens between two samples")
     parser.add_argument("--short", type=int, default=1000, help="context to compare decode with")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.texts and not args.model:
+        parser.error("--texts: the tiny model has no tokenizer; give --model as well")
+    return args
 
 
-def run(llm: LLM, tokens: int, every: int) -> dict[str, Any]:
+def random_text(tokens: int) -> list[int]:
+    """A prompt of tokens that the tiny model has."""
+    rng = random.Random(tokens)
+    return [rng.randrange(1, 490) for _ in range(tokens)]
+
+
+def run(llm: LLM, prompt: list[int], every: int) -> dict[str, Any]:
     """Prefill a prompt and decode after it."""
-    rng, core = random.Random(tokens), llm.llm_engine
-    prompt = [rng.randrange(1, 490) for _ in range(tokens)]
+    tokens, core = len(prompt), llm.llm_engine
     params = SamplingParams(max_tokens=DECODES, **GREEDY)
     core.add_request(str(tokens), TokensPrompt(prompt_token_ids=prompt), params)
     request = next(
@@ -82,21 +99,32 @@ def run(llm: LLM, tokens: int, every: int) -> dict[str, Any]:
     }
 
 
+def is_endless(model: Path, lola_config: dict[str, Any]) -> bool:
+    """Whether a model's places move instead of ending."""
+    config = json.loads((model / "config.json").read_text())
+    return bool({**config["lola_config"], **lola_config}.get("rebase_interval"))
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """A short sequence for warmth, the long one, and a short one before and after it."""
     longest = args.tokens + DECODES + 8
     with tempfile.TemporaryDirectory() as directory:
-        overrides: dict[str, Any] = {"max_position_embeddings": longest}
         model = args.model or make_tiny(Path(directory) / "tiny", LOLA)
+        overrides: dict[str, Any] = {"lola_config": args.lola_config}
+        if not is_endless(model, args.lola_config):
+            overrides["max_position_embeddings"] = longest
+        ids = random_text(max(args.tokens, 3 * args.short))
+        if args.texts:  # of the model's tokenizer, which the tiny one has not
+            ids = compose(LocalTokenizer(model), args.texts, args.tokens, args.tokens // 10).ids
         with engine(
             model, max_model_len=longest, hf_overrides=overrides, max_num_seqs=1,
             num_gpu_blocks_override=3, max_num_batched_tokens=2048,
             dtype=(cpu.preferred_dtype({}) or "auto") if args.model else "float32",
         ) as llm:  # fmt: skip
-            run(llm, 3 * args.short, args.every)
-            short = run(llm, args.short, args.every)
-            long = run(llm, args.tokens, args.every)
-            after = run(llm, args.short, args.every)
+            run(llm, ids[: 3 * args.short], args.every)
+            short = run(llm, ids[: args.short], args.every)
+            long = run(llm, ids[: args.tokens], args.every)
+            after = run(llm, ids[: args.short], args.every)
             state_bytes = state_manager(llm).spec.bytes_per_sequence
             assert state_manager(llm).num_slots_in_use == 0
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from lola_vllm.cli_options import add_fields, from_options
 from lola_vllm.eval import EvalError
+from lola_vllm.eval.distance import check_tasks, grid
 from lola_vllm.eval.perplexity import PerplexityPlan
-from lola_vllm.eval.recall import RecallPlan
-from lola_vllm.eval.settings import Setting, check, parse_settings
+from lola_vllm.eval.recall import RecallPlan, default_lengths
+from lola_vllm.eval.settings import Setting, check, parse_settings, with_positions
+from lola_vllm.eval.stream import StreamPlan, check_reader
 from lola_vllm.eval.tasks import find_tasks
 
 if TYPE_CHECKING:
@@ -35,14 +37,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _recall(parser: argparse.ArgumentParser) -> None:
     _options(parser, RecallPlan)
+    parser.set_defaults(lengths=None, distances=None)  # with distances, lengths may be left out
 
     def run(args: argparse.Namespace) -> int:
         tasks = find_tasks(_words(args.tasks))
+        distances = [] if args.distances is None else _numbers("--distances", args.distances)
+        lengths = [] if distances else default_lengths()
+        if args.lengths is not None:
+            lengths = _numbers("--lengths", args.lengths)
+        if distances:
+            check_tasks(tasks)
+            grid(lengths, distances)  # refuses those that no length holds
         plan = from_options(
             RecallPlan,
             args,
             tasks=[task.name for task in tasks],
-            lengths=_lengths(args.lengths),
+            lengths=lengths,
+            distances=distances,
             samples=_positive("--samples", args.samples),
             texts=None if args.texts is None else str(args.texts),
         )
@@ -58,8 +69,19 @@ def _recall(parser: argparse.ArgumentParser) -> None:
 
 def _perplexity(parser: argparse.ArgumentParser) -> None:
     _options(parser, PerplexityPlan)
+    group = parser.add_argument_group("one long text instead of windows")
+    group.add_argument(
+        "--stream", action="store_true", help="perplexity by blocks of one stream of each kind, "
+        "a LoLA model's state carried from its first token to its last"
+    )  # fmt: skip
+    add_fields(group, StreamPlan, "stream")
 
     def run(args: argparse.Namespace) -> int:
+        if args.stream:
+            block = _positive("--block", args.block, least=8)
+            length = _positive("--stream-length", args.stream_length, least=2 * block)
+            context = _positive("--context", args.context)
+            return _evaluate(args, StreamPlan(str(args.texts), length, block, context, args.mixed))
         plan = from_options(
             PerplexityPlan,
             args,
@@ -105,6 +127,10 @@ def _options(parser: argparse.ArgumentParser, plan: type[Plan]) -> None:
     )  # fmt: skip
     add_fields(group, Setting)
     group.add_argument(
+        "--untrained-positions", action="store_true", help="let LoLA models whose positions end go "
+        "on past max_position_embeddings, to see what becomes of them there"
+    )  # fmt: skip
+    group.add_argument(
         "--engine-args", default="{}", metavar="JSON", help="more arguments of vllm.LLM, such as "
         "'{\"dtype\": \"float32\"}'"
     )  # fmt: skip
@@ -136,8 +162,12 @@ def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
     settings = parse_settings(
         Path(args.model), args.lola_config, args.sweep, args.score, args.reference
     )
+    if args.untrained_positions:
+        settings = [with_positions(setting, plan.max_length) for setting in settings]
     for setting in settings:
-        check(setting, plan.max_length)
+        check(setting, _longest(plan, setting))
+        if isinstance(plan, StreamPlan):
+            check_reader(setting, engine_args)
     prints = {model: fingerprint(model) for model in {setting.model for setting in settings}}
     records = [Record(setting, prints[setting.model]) for setting in settings]
     reference = records[0] if args.reference else None
@@ -152,7 +182,7 @@ def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
     from lola_vllm.eval.server import ServerModel, run_server
     from lola_vllm.eval.session import Session
 
-    for option in ("lola_config", "sweep", "reference"):
+    for option in ("lola_config", "sweep", "reference", "untrained_positions"):
         if getattr(args, option):
             raise EvalError(
                 f"--{option.replace('_', '-')}: a running server cannot be changed; start it "
@@ -169,6 +199,13 @@ def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
     return run_server(session, model)
 
 
+def _longest(plan: Plan, setting: Setting) -> int:
+    """Longest sequence in tokens that a plan gives to a setting's model."""
+    if isinstance(plan, StreamPlan) and not setting.is_lola:
+        return plan.softmax_length
+    return plan.max_length
+
+
 def _say_cost(settings: int, tokens: int) -> None:
     minutes = settings * tokens / GUESSED_TOKENS_PER_S / 60
     print(
@@ -182,14 +219,14 @@ def _words(text: str) -> list[str]:
     return [word for word in text.replace(",", " ").split() if word]
 
 
-def _lengths(text: str) -> list[int]:
+def _numbers(option: str, text: str) -> list[int]:
     try:
-        lengths = [int(word) for word in _words(text)]
+        numbers = [int(word) for word in _words(text)]
     except ValueError:
-        raise EvalError(f"--lengths {text}: must be whole numbers with commas between") from None
-    if not lengths or min(lengths) < 1:
-        raise EvalError(f"--lengths {text}: must be one or more positive numbers")
-    return sorted(set(lengths))
+        raise EvalError(f"{option} {text}: must be whole numbers with commas between") from None
+    if not numbers or min(numbers) < 1:
+        raise EvalError(f"{option} {text}: must be one or more positive numbers")
+    return sorted(set(numbers))
 
 
 def _positive(option: str, value: int, least: int = 1) -> int:

@@ -1,5 +1,7 @@
 """A model directory in a vLLM engine: one child process per setting of a comparison.
 
+Streams are read in transformers (`reader.py`), in such a process too.
+
 A separate process returns all memory when it ends, and can have environment variables that are
 read only at start-up. `python -m lola_vllm.eval.engine` reads a job on its standard input and
 answers with lines on its standard output, each a JSON object. vLLM's output is kept apart. It is
@@ -28,6 +30,7 @@ from lola_vllm.eval.models import Emit, LocalTokenizer, Prediction, Tokenizer
 from lola_vllm.eval.results import Record
 from lola_vllm.eval.session import PLANS, Plan, Session
 from lola_vllm.eval.settings import Setting, measure
+from lola_vllm.eval.stream import StreamPlan
 
 # Tokens of one step. Log-probabilities of a prompt take a row of the vocabulary per token.
 STEP_TOKENS = 2048
@@ -69,7 +72,11 @@ class EngineModel:
         dtype = engine_args.get("dtype", _dtype(setting))
         self.batch = batch
         self.tokenizer: Tokenizer = LocalTokenizer(setting.model)
-        overrides = {"lola_config": setting.lola_config} if setting.lola_config else {}
+        overrides: dict[str, Any] = {}
+        if setting.lola_config:
+            overrides["lola_config"] = setting.lola_config
+        if setting.positions is not None:
+            overrides["max_position_embeddings"] = setting.positions
         args: dict[str, Any] = {
             "enforce_eager": True,  # compiling takes longer than it saves here
             "max_num_batched_tokens": max(STEP_TOKENS, batch),
@@ -186,9 +193,18 @@ def main() -> int:
 def _run(job: dict[str, Any], emit: Emit) -> None:
     plan = PLANS[job["plan"]](**job["fields"])
     setting = Setting(**{**job["setting"], "model": Path(job["setting"]["model"])})
+    done = {tuple(key) for key in job["done"]}
+    if isinstance(plan, StreamPlan):
+        from lola_vllm.eval.reader import Reader
+
+        reader = Reader(setting, plan.context, job["engine_args"].get("dtype", _dtype(setting)))
+        emit({"event": "ready", "dtype": reader.dtype})
+        plan.run(reader, emit, done)
+        emit({"event": "done", "selections_by_other_score": 0})
+        return
     model = EngineModel(setting, plan.max_length, job["batch"], job["engine_args"])
     emit({"event": "ready", "dtype": model.dtype})
-    plan.run(model, emit, {tuple(key) for key in job["done"]})
+    plan.run(model, emit, done)
     emit({"event": "done", "selections_by_other_score": model.selections_by_other_score})
 
 

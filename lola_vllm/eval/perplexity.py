@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import Emit, Model, Prediction, Tokenizer
+from lola_vllm.eval.models import Emit, Model, Prediction, Tokenizer, opening_of
 from lola_vllm.eval.repeats import Repeats, find_repeats
 from lola_vllm.eval.settings import read_held_out
 
@@ -61,7 +61,7 @@ class PerplexityPlan:
         Raises:
             EvalError: no kind of text fills a window.
         """
-        opening = _opening(model.tokenizer)
+        opening = opening_of(model.tokenizer)
         pieces = _Pieces(model.tokenizer)
         found = 0
         for kind, documents in read_held_out(Path(self.texts)).items():
@@ -143,9 +143,3 @@ def _recalled(repeats: Repeats, length: int, values: list[Prediction]) -> dict[s
         "cloze": len(words),
         "cloze_exact": sum(words),
     }
-
-
-def _opening(tokenizer: Tokenizer) -> list[int]:
-    """Tokens that the tokenizer puts before a text, such as a beginning-of-sequence token."""
-    plain, special = tokenizer.encode("A", special=False), tokenizer.encode("A", special=True)
-    return special[: special.index(plain[0])] if plain[0] in special else []

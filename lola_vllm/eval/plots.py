@@ -1,4 +1,4 @@
-"""Pictures of recall: over length, over depth and length, over bytes per sequence."""
+"""Pictures of recall, over length, depth, bytes and distance, and of streams."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from lola_vllm.eval.results import DEPTH_BINS, MIB, Record, depth_bin, recall_cell, recall_cells
+from lola_vllm.eval.curves import curves_of, distance_cells, lines_of
+from lola_vllm.eval.results import (
+    DEPTH_BINS,
+    MIB,
+    Cell,
+    Record,
+    depth_bin,
+    recall_cell,
+    recall_cells,
+)
 
 DOTS_PER_INCH = 150
 PANELS_IN_A_ROW = 3
@@ -64,24 +73,117 @@ def _over_length(axes: Any, records: list[Record], task: str) -> None:
     lengths: set[int] = set()
     for i, record in enumerate(records):
         cells = {n: c for (name, n), c in recall_cells(record.samples).items() if name == task}
-        if not cells:
-            continue
         lengths |= set(cells)
-        rates = np.array([cell.rate for cell in cells.values()])
-        errors = [
-            rates - [cell.low for cell in cells.values()],
-            [cell.high for cell in cells.values()] - rates,
-        ]
-        # Rounding may leave an error bar of -1e-17, which matplotlib refuses.
-        bars = np.clip(errors, 0, None)
-        # Side by side, because bars of equal settings would hide each other.
-        places = np.array(list(cells)) * 2 ** (0.04 * (i - (len(records) - 1) / 2))
-        name = record.setting.name
-        axes.errorbar(places, rates, yerr=bars, marker="osD^v<>"[i % 7], capsize=3, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)])
+        _rates(axes, cells, i, len(records), record.setting.name)
+    _token_ticks(axes, lengths)
     axes.set_xlabel("prompt and answer, tokens")
     _finish(axes, f"{task}: exact answers over length, 95 % intervals")
+
+
+def _rates(axes: Any, cells: dict[int, Cell], i: int, lines: int, name: str) -> None:
+    """Line `i` of several: shares of exact answers with intervals over a number of tokens."""
+    if not cells:
+        return
+    rates = np.array([cell.rate for cell in cells.values()])
+    errors = [
+        rates - [cell.low for cell in cells.values()],
+        [cell.high for cell in cells.values()] - rates,
+    ]
+    # Rounding may leave an error bar of -1e-17, which matplotlib refuses.
+    bars = np.clip(errors, 0, None)
+    # Side by side, because bars of equal settings would hide each other.
+    places = np.array(list(cells)) * 2 ** (0.04 * (i - (lines - 1) / 2))
+    axes.errorbar(places, rates, yerr=bars, marker="osD^v<>"[i % 7], capsize=3, label=name)
+
+
+def _token_ticks(axes: Any, tokens: set[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(tokens), [f"{n:,}" for n in sorted(tokens)])
+
+
+def plot_distances(records: list[Record], out: Path) -> list[Path]:
+    """Write a picture per task: exact answers over the distance of the needle.
+
+    Args:
+        records: of a recall evaluation with distances. out: an existing directory.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    cells = [distance_cells(record.samples) for record in records]
+    keys = [key for found in cells for key in found]
+    written = []
+    for task in dict.fromkeys(task for task, _, _ in keys):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        lines = [
+            (
+                record.setting.name,
+                length,
+                {d: found[task, n, d] for n, d in pairs if (task, n, d) in found},
+            )
+            for record, found in zip(records, cells, strict=True)
+            for length, pairs in lines_of(keys, task).items()
+        ]
+        for i, (name, length, of_line) in enumerate(lines):
+            label = name if length is None else f"{name}, {length:,} tokens"
+            _rates(axes, of_line, i, len(lines), label)
+        _token_ticks(axes, {distance for name, _, distance in keys if name == task})
+        axes.set_xlabel("tokens from needle to question")
+        _finish(axes, f"{task}: exact answers over distance, 95 % intervals")
+        written.append(out / f"recall-distance-{task}.png")
+        figure.savefig(written[-1], dpi=DOTS_PER_INCH)
+    return written
+
+
+def plot_stream(records: list[Record], reference: Record | None, out: Path) -> list[Path]:
+    """Write a picture per kind of text: perplexity over the stream, and times the reference's.
+
+    Args:
+        records: of a stream. reference: one of them, or None. out: an existing directory.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    found = [curves_of(record, reference) for record in records]
+    written = []
+    for kind in dict.fromkeys(kind for by_kind in found for kind in by_kind):
+        ratios = any(kind in c and c[kind].others is not None for c in found)
+        figure = Figure(figsize=(6.4, 6.4 if ratios else 4.0), layout="constrained")
+        panels = figure.subplots(1 + ratios, 1, sharex=True, squeeze=False)[:, 0]
+        for i, (record, by_kind) in enumerate(zip(records, found, strict=True)):
+            if kind not in by_kind:
+                continue
+            points = by_kind[kind].points()
+            stops = [point.stop for point in points]
+            style = {"marker": ".", "color": f"C{i}", "label": record.setting.name}
+            panels[0].plot(stops, [point.perplexity for point in points], **style)
+            if points[0].ratio is not None:
+                panels[1].plot(stops, [point.ratio for point in points], **style)
+        for axes, label in zip(panels, ("perplexity", "times the reference's"), strict=False):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.3, which="both")
+            if axes.lines:
+                axes.legend(fontsize=8)
+        panels[0].set_title(f"{kind}: one stream", fontsize=10)
+        panels[-1].set_xlabel("tokens of the stream")
+        panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        written.append(out / f"stream-{kind}.png")
+        figure.savefig(written[-1], dpi=DOTS_PER_INCH)
+    return written
 
 
 def _over_bytes(axes: Any, records: list[Record], task: str) -> None:

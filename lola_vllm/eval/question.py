@@ -48,6 +48,10 @@ class Prose:
             raise EvalError("--texts: the documents hold no sentence; give plain English prose")
         self._weights = [len(sentences) for sentences in self._documents]
 
+    def __len__(self) -> int:
+        """Sentences of all documents."""
+        return sum(self._weights)
+
     def start(self, rng: random.Random) -> tuple[int, int]:
         """A random document, longer ones more often, and a random sentence of it."""
         (document,) = rng.choices(range(len(self._documents)), weights=self._weights)
@@ -111,6 +115,7 @@ class Task:
         draw: see `Draw`. minimum_units: smallest haystack.
         answer_room: tokens left free for the answer within the prompt's length.
         needs_prose: whether `draw` must be given prose.
+        several_places: whether the answer is hidden in more than one place.
     """
 
     name: str
@@ -119,6 +124,7 @@ class Task:
     answer_room: int
     minimum_units: int = 1
     needs_prose: bool = False
+    several_places: bool = False
 
 
 def hide(haystack: list[str], needles: list[tuple[float, str]]) -> tuple[list[str], list[float]]:

@@ -2,130 +2,19 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from lola_vllm.cli_options import option
-from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import Emit, Model, Tokenizer
-from lola_vllm.eval.question import Draft, Prose, Question, Task
+from lola_vllm.eval.distance import build_prompts_at, grid
+from lola_vllm.eval.models import Emit, Model
+from lola_vllm.eval.prompts import Format, Prompt, build_prompts
+from lola_vllm.eval.question import Prose
 from lola_vllm.eval.settings import read_held_out
 from lola_vllm.eval.tasks import TASKS, find_tasks
-
-# --- prompts: questions as tokens, as long as the length allows
-
-Format = Literal["completion", "chat"]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One sample of a cell.
-
-    Attributes:
-        task: its name. length: tokens of prompt and answer room together, at most.
-        index: of the sample in its cell. ids: the prompt. question: what it asks.
-        distance: tokens from the earliest needed mention to the prompt's end, without the tokens
-            that a chat template puts there.
-    """
-
-    task: str
-    length: int
-    index: int
-    ids: list[int]
-    question: Question
-    distance: int
-
-
-def build_prompts(
-    task: Task,
-    length: int,
-    samples: int,
-    seed: int,
-    tokenizer: Tokenizer,
-    format: Format = "completion",
-    prose: Prose | None = None,
-) -> list[Prompt]:
-    """The samples of one cell.
-
-    Sample i's needle lies at random in the i-th of `samples` equal slices of the haystack, in an
-    order that is shuffled: all depths are covered, and any run of samples is spread over them.
-
-    Args:
-        task: of the cell. length: tokens. samples: their number.
-        seed: with task, length, samples and tokenizer it determines every prompt.
-        tokenizer: counts the tokens. format: plain text, or the model's chat template with the
-            answer begun.
-        prose: for tasks that need it.
-
-    Raises:
-        EvalError: `length` has no room for the smallest question, or prose is missing.
-    """
-    if task.needs_prose and prose is None:
-        raise EvalError(f"--tasks {task.name}: needs real text; give --texts DIR")
-    slices = list(range(samples))
-    random.Random(f"{seed}/{task.name}/{length}/depths").shuffle(slices)
-    prompts = []
-    for index in range(samples):
-        # Seeded by text, which Python hashes the same way in every process.
-        rng = random.Random(f"{seed}/{task.name}/{length}/{index}")
-        depth = (slices[index] + rng.random()) / samples
-        draft = task.draw(rng, depth, length, prose)
-        question, ids = _longest(task, draft, length, tokenizer, format)
-        distance = _distance(question, tokenizer)
-        prompts.append(Prompt(task.name, length, index, ids, question, distance))
-    return prompts
-
-
-def _distance(question: Question, tokenizer: Tokenizer) -> int:
-    # Each part counts from its last mention. The earliest of these is the start.
-    start = min(question.text.rindex(part) for part in question.expected)
-    return len(tokenizer.encode(f"{question.text[start:]} {question.answer_prefix}", special=False))
-
-
-def _longest(
-    task: Task, draft: Draft, length: int, tokenizer: Tokenizer, format: Format
-) -> tuple[Question, list[int]]:
-    """The question with the most units of haystack that leaves the answer its room."""
-    limit = length - task.answer_room
-    fits = task.minimum_units
-    question = draft(fits)
-    ids = encode(question, tokenizer, format)
-    if len(ids) > limit:
-        raise EvalError(
-            f"--lengths {length}: {task.name} needs at least {len(ids) + task.answer_room} tokens"
-        )
-    # Secant search. A unit is a line or a sentence of some 20 tokens. The first guess is corrected
-    # by the measured lengths of prompts.
-    per_unit = 20.0
-    too_many: int | None = None
-    while too_many is None or too_many - fits > 1:
-        step = max(1, int((limit - len(ids)) / per_unit))
-        if too_many is not None:
-            step = min(step, max(1, (too_many - fits) // 2))
-        units = fits + step
-        candidate = draft(units)
-        candidate_ids = encode(candidate, tokenizer, format)
-        grown = len(candidate_ids) - len(ids)
-        if grown > 0:
-            per_unit = grown / step
-        if len(candidate_ids) <= limit:
-            fits, question, ids = units, candidate, candidate_ids
-        else:
-            too_many = units
-    return question, ids
-
-
-def encode(question: Question, tokenizer: Tokenizer, format: Format) -> list[int]:
-    """Tokens of a prompt, its answer begun."""
-    if format == "chat":
-        opened = tokenizer.chat(question.text)
-        return opened + tokenizer.encode(question.answer_prefix, special=False)
-    return tokenizer.encode(f"{question.text} {question.answer_prefix}", special=True)
-
 
 # --- scores: RULER's string match, and the right share of an answer that is partly right
 
@@ -176,18 +65,25 @@ def _best_share(text: str, answer: str) -> float:
 # --- the plan
 
 
+def default_lengths() -> list[int]:
+    """Of prompts whose needles lie at random depths."""
+    return [512, 1024, 2048, 4096, 8192]
+
+
 @dataclass(frozen=True)
 class RecallPlan:
-    """The questions to every setting; JSON values only. A cell is a task at one length."""
+    """The questions to every setting; JSON values only.
+
+    A cell is a task at one length, or, with distances, at one length and distance. Without lengths
+    each distance has a length of its own.
+    """
 
     name: ClassVar[str] = "recall"
 
     tasks: list[str] = option(
         f"of {', '.join(TASKS)}", ["niah-1", "niah-2", "niah-3", "passkey", "multikey", "vt"]
     )
-    lengths: list[int] = option(
-        "tokens of prompt and answer together", [512, 1024, 2048, 4096, 8192]
-    )
+    lengths: list[int] = option("tokens of prompt and answer together", default_lengths())
     samples: int = option("per task and length", 50)
     seed: int = option("of all choices", 0)
     format: Format = option(
@@ -200,16 +96,28 @@ class RecallPlan:
         type=Path,
         metavar="PATH",
     )
+    distances: list[int] = option(
+        "tokens of text from the needle to the question, in place of random depths; a prompt then "
+        "has its distance and 1,024 tokens more, or each of --lengths that holds it",
+        [],
+    )
+
+    @property
+    def cells(self) -> list[tuple[int, int]]:
+        """(length, distance) of the cells of a task; distance 0 stands for random depths."""
+        if self.distances:
+            return grid(self.lengths, self.distances)
+        return [(length, 0) for length in sorted(self.lengths)]
 
     @property
     def max_length(self) -> int:
         """Longest prompt and answer, in tokens."""
-        return max(self.lengths)
+        return max(length for length, _ in self.cells)
 
     @property
     def tokens(self) -> int:
         """Tokens that a setting costs, at most."""
-        return sum(self.lengths) * self.samples * len(self.tasks)
+        return sum(length for length, _ in self.cells) * self.samples * len(self.tasks)
 
     def cost(self, sample: dict[str, Any]) -> int:
         """Tokens that a sample of `run` counts for in `tokens`."""
@@ -217,7 +125,7 @@ class RecallPlan:
 
     def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
         """Questions that `run` need not ask again, given samples of an earlier call."""
-        return {(row["task"], row["length"], row["index"]) for row in samples}
+        return {(row["task"], row["length"], row.get("aim", 0), row["index"]) for row in samples}
 
     def run(self, model: Model, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
         """Ask `model` all questions, short prompts first.
@@ -230,7 +138,7 @@ class RecallPlan:
             EvalError: a length without room for a question, or no prose where it is needed.
         """
         for prompts, room in self._cells(model):
-            todo = [p for p in prompts if (p.task, p.length, p.index) not in done]
+            todo = [p for p in prompts if (p.task, p.length, p.aim, p.index) not in done]
             for at in range(0, len(todo), model.batch):
                 batch = todo[at : at + model.batch]
                 answers = model.complete([prompt.ids for prompt in batch], room)
@@ -243,20 +151,23 @@ class RecallPlan:
         if self.texts is not None and any(task.needs_prose for task in tasks):
             kinds = read_held_out(Path(self.texts))
             prose = Prose([document for documents in kinds.values() for document in documents])
-        for length in sorted(self.lengths):
+        for length, distance in self.cells:
             for task in tasks:
-                prompts = build_prompts(
-                    task, length, self.samples, self.seed, model.tokenizer, self.format, prose
-                )
-                yield prompts, task.answer_room
+                rest = (self.samples, self.seed, model.tokenizer, self.format, prose)
+                if distance:
+                    yield build_prompts_at(task, distance, length, *rest), task.answer_room
+                else:
+                    yield build_prompts(task, length, *rest), task.answer_room
 
 
 def _row(prompt: Prompt, answer: str) -> dict[str, Any]:
     """A sample's line in the results."""
     score = judge(prompt.question.expected, answer)
+    aim = {"aim": prompt.aim} if prompt.aim else {}
     return {
         "task": prompt.task,
         "length": prompt.length,
+        **aim,
         "index": prompt.index,
         "depth": round(prompt.question.depth, 4),
         "distance": prompt.distance,

@@ -50,6 +50,7 @@ class Record:
             "fingerprint": self.fingerprint,
             "overrides": self.setting.lola_config,
             "score": self.setting.score,
+            "positions": self.setting.positions,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -376,13 +377,21 @@ def recall_json(records: list[Record]) -> list[dict[str, Any]]:
                 "beyond_window": beyond[task, length].to_json()
                 if (task, length) in beyond
                 else None,
-                "bytes_per_sequence": record.memory.bytes_at(length) if record.memory else None,
-                "full_kv_over_bytes": record.memory.saving_at(length) if record.memory else None,
+                **bytes_json(record, length),
             }
             for (task, length), cell in recall_cells(record.samples).items()
         ]
         rows.append({**record.to_json(), "cells": cells, "samples": record.samples})
     return rows
+
+
+def bytes_json(record: Record, length: int) -> dict[str, float | None]:
+    """What a sequence of `length` tokens takes, None where that is not known."""
+    memory = record.memory
+    return {
+        "bytes_per_sequence": memory.bytes_at(length) if memory else None,
+        "full_kv_over_bytes": memory.saving_at(length) if memory else None,
+    }
 
 
 def perplexity_json(records: list[Record], reference: Record | None) -> list[dict[str, Any]]:

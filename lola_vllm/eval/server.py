@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -200,6 +200,21 @@ class ServerModel:
             ]
 
         return self._each(ask, windows)
+
+    def read_blocks(
+        self, opening: list[int], ids: list[int], block: int, wanted: Collection[int]
+    ) -> Iterator[tuple[int, list[Prediction]]]:
+        """See `stream.StreamModel.read_blocks`.
+
+        The stream up to the last block is one request, as a state lives no longer. The server keeps
+        what it says of each token until the last one is read.
+        """
+        (values,) = self.predictions([opening + ids[: (max(wanted) + 1) * block]])
+        values = values[len(values) - (max(wanted) + 1) * block :] if opening else values
+        first = 0 if opening else 1  # the stream's first token has no prediction without one
+        for index in sorted(wanted):
+            start, stop = max(0, index * block - first), (index + 1) * block - first
+            yield index, values[start:stop]
 
     def _choice(self, body: Mapping[str, Any]) -> Any:
         answer = self._connection.post("/v1/completions", {"model": self.name, **body})

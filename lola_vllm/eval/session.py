@@ -13,21 +13,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lola_vllm.eval import EvalError, results, tables
+from lola_vllm.eval import EvalError, curves, results, tables
 from lola_vllm.eval.models import Emit
 from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan
 from lola_vllm.eval.results import Record
 from lola_vllm.eval.settings import measure
+from lola_vllm.eval.stream import StreamPlan
 
 SAVE_EVERY_S = 30.0
 # Of the progress bar, in a terminal and in a file.
 REFRESH_S, REFRESH_FILE_S = 0.5, 60.0
 # What every setting is asked, by name.
-Plan: TypeAlias = RecallPlan | PerplexityPlan
-PLANS: dict[str, type[RecallPlan] | type[PerplexityPlan]] = {
+Plan: TypeAlias = RecallPlan | PerplexityPlan | StreamPlan
+PLANS: dict[str, type[RecallPlan] | type[PerplexityPlan] | type[StreamPlan]] = {
     RecallPlan.name: RecallPlan,
     PerplexityPlan.name: PerplexityPlan,
+    StreamPlan.name: StreamPlan,
 }
 
 
@@ -162,21 +164,29 @@ class Session:
         """Write the JSON; with `soon`, unless that was done a moment ago."""
         if soon and time.monotonic() - self._saved < SAVE_EVERY_S:
             return
-        if isinstance(self.plan, RecallPlan):
-            rows = results.recall_json(self._begun)
-        else:
+        if isinstance(self.plan, StreamPlan):
+            rows = curves.stream_json(self._begun, self.reference)
+        elif isinstance(self.plan, PerplexityPlan):
             rows = results.perplexity_json(self._begun, self.reference)
+        elif self.plan.distances:
+            rows = curves.distance_json(self._begun)
+        else:
+            rows = results.recall_json(self._begun)
         results.write(self.path, {**self._head, "settings": rows})
         self._saved = time.monotonic()
 
     def report(self) -> str:
         """Write JSON, Markdown and pictures of the results so far; returns the Markdown."""
         self.save()
-        if isinstance(self.plan, RecallPlan):
-            table = tables.recall_table(self._begun)
-            self._draw()
-        else:
+        if isinstance(self.plan, StreamPlan):
+            table = tables.stream_table(self._begun, self.reference, self.plan)
+        elif isinstance(self.plan, PerplexityPlan):
             table = tables.perplexity_table(self._begun, self.reference)
+        elif self.plan.distances:
+            table = tables.distance_table(self._begun)
+        else:
+            table = tables.recall_table(self._begun)
+        self._draw()
         (self.out / f"{self.plan.name}.md").write_text(table + "\n", encoding="utf-8")
         return table
 
@@ -185,10 +195,17 @@ class Session:
         return [record for record in self.records if record.samples]
 
     def _draw(self) -> None:
-        from lola_vllm.eval.plots import plot_recall
+        if isinstance(self.plan, PerplexityPlan):
+            return
+        from lola_vllm.eval import plots
 
         try:
-            plot_recall(self._begun, self.out)
+            if isinstance(self.plan, StreamPlan):
+                plots.plot_stream(self._begun, self.reference, self.out)
+            elif self.plan.distances:
+                plots.plot_distances(self._begun, self.out)
+            else:
+                plots.plot_recall(self._begun, self.out)
         except ImportError as error:
             print(
                 f"no pictures: {error}; 'pip install matplotlib' or lola-vllm[eval] brings them",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Setting:
     Attributes:
         name: of the row. model: its directory. lola_config: keys that replace the checkpoint's.
         score: which evicted pairs stay exact; see `lola_vllm.eval.ablation` for all but "sre".
+        positions: that the model is said to take; None: as many as its config says.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Setting:
         "but sre run on the torch back end",
         "sre",
     )
+    positions: int | None = None
 
     @property
     def is_lola(self) -> bool:
@@ -122,13 +124,29 @@ def check(setting: Setting, max_length: int) -> None:
             "which has no lola_config and no sparse cache; make a LoLA checkpoint with "
             "'lola-vllm init', 'convert' or 'demo-model'"
         )
-    measure(setting, "bfloat16")  # for its errors
-    context = config.get("max_position_embeddings")
+    memory = measure(setting, "bfloat16")  # for its errors as well
+    if memory and memory.lola_config and memory.lola_config.get("rebase_interval"):
+        return  # its positions do not end
+    context = setting.positions or config.get("max_position_embeddings")
     if isinstance(context, int) and max_length > context:
+        more = ", or for --untrained-positions" if setting.is_lola else ""
         raise EvalError(
             f"a length of {max_length} tokens: {setting.model} takes {context} "
-            "(max_position_embeddings); ask for shorter ones"
+            f"(max_position_embeddings); ask for shorter ones{more}"
         )
+
+
+def with_positions(setting: Setting, length: int) -> Setting:
+    """The setting, a LoLA model without end of positions being said to take `length` tokens.
+
+    Its base was not trained on them, which is what this is to show. A setting whose positions are
+    rebased takes any length as it is, and its base's length decides how.
+    """
+    config = read_model_config(setting.model)
+    lola = {**config.get("lola_config", {}), **setting.lola_config}
+    if not setting.is_lola or lola.get("rebase_interval"):
+        return setting
+    return replace(setting, positions=max(length, config.get("max_position_embeddings") or 0))
 
 
 def parse_settings(

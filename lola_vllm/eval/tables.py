@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lola_vllm.eval.curves import Point, curves_of, distance_cells, lines_of
 from lola_vllm.eval.repeats import DISTANCE, NGRAM
 from lola_vllm.eval.results import (
     MIB,
@@ -13,6 +14,7 @@ from lola_vllm.eval.results import (
     recall_cells,
 )
 from lola_vllm.eval.settings import Memory
+from lola_vllm.eval.stream import StreamPlan
 
 
 def recall_table(records: list[Record]) -> str:
@@ -43,6 +45,74 @@ def recall_table(records: list[Record]) -> str:
         blocks.append(f"### Memory per sequence\n\n{markdown([header, *rows])}")
         blocks.append("MiB, and how many times larger a full KV cache is.")
     return "\n\n".join(blocks)
+
+
+def distance_table(records: list[Record]) -> str:
+    """A Markdown table per task, settings by distances, and one of the memory they take."""
+    cells = [distance_cells(record.samples) for record in records]
+    keys = list(dict.fromkeys(key for found in cells for key in found))
+    blocks = []
+    for task in dict.fromkeys(task for task, _, _ in keys):
+        for length, pairs in lines_of(keys, task).items():
+            rows = [["setting", *(f"{distance:,}" for _, distance in pairs)]]
+            for record, found in zip(records, cells, strict=True):
+                shown = [_show(found.get((task, *pair))) for pair in pairs]
+                rows.append([record.setting.name, *shown])
+            title = task if length is None else f"{task}, {length:,} tokens"
+            blocks.append(f"### {title}\n\n{markdown(rows)}")
+    samples = {cell.samples for found in cells for cell in found.values()}
+    blocks.append(
+        f"Exact answers of {' or '.join(map(str, sorted(samples)))} by tokens from the needle to "
+        "the prompt's end, as near as whole sentences come, Wilson's 95 % interval in brackets; "
+        "parts: share of characters right. Prose is of held-out documents, one after the other."
+    )
+    lengths = sorted({length for _, length, _ in keys})
+    if any(record.memory for record in records):
+        rows = [["setting", *(f"{length:,}" for length in lengths)]]
+        for record in records:
+            shown = [_show_memory(record.memory, length) for length in lengths]
+            rows.append([record.setting.name, *shown])
+        blocks.append(f"### Memory per sequence\n\n{markdown(rows)}")
+        blocks.append("By tokens of prompt and answer: MiB, and times a full KV cache's.")
+    return "\n\n".join(blocks)
+
+
+STREAM_COLUMNS = 8
+
+
+def stream_table(records: list[Record], reference: Record | None, plan: StreamPlan) -> str:
+    """A Markdown table per kind of text: settings by tokens of the stream, and the trend."""
+    found = [curves_of(record, reference) for record in records]
+    blocks = []
+    for kind in dict.fromkeys(kind for by_kind in found for kind in by_kind):
+        lines = [(r, c[kind]) for r, c in zip(records, found, strict=True) if kind in c]
+        longest = max((curve for _, curve in lines), key=lambda curve: len(curve.nats))
+        stops = [point.stop for point in longest.points(STREAM_COLUMNS)]
+        rows = [["setting", *(f"{s:,}" for s in stops), "last quarter / first", "per doubling"]]
+        for record, curve in lines:
+            shown = [_show_point(point) for point in curve.points(STREAM_COLUMNS)]
+            shown += [""] * (len(stops) - len(shown))
+            trend = curve.trend()
+            change = f"{trend.change:.3f}x"
+            if trend.low is not None:
+                change += f" [{trend.low:.3f}, {trend.high:.3f}]"
+            rows.append([record.setting.name, *shown, change, f"{trend.per_doubling:.3f}x"])
+        documents = f"{longest.documents} documents, one after the other"
+        blocks.append(f"### {kind}\n\n{markdown(rows)}\n\nComposed of {documents}.")
+    note = (
+        "Perplexity by tokens of the stream up to the column's end"
+        + ("" if reference is None else ", and times the reference's on the same tokens")
+        + f", blocks of {plan.block:,}. The trend is of "
+        + ("perplexity" if reference is None else "that ratio, where there is one")
+        + f". A softmax model sees the {plan.context:,} tokens before each block, read again for "
+        "it; a LoLA model has one state from the first token on."
+    )
+    return "\n\n".join([*blocks, note])
+
+
+def _show_point(point: Point) -> str:
+    text = f"{point.perplexity:,.1f}"
+    return text if point.ratio is None else f"{text}, {point.ratio:,.3f}x"
 
 
 def perplexity_table(records: list[Record], reference: Record | None) -> str:

@@ -334,7 +334,13 @@ TASKS = {
                 ("place", "where a thing was hidden", place_of_thing),
             )
         ),
-        Task("vt", "RULER variable tracking: a chain of five variables", draw_chain, _CHAIN_ROOM),
+        Task(
+            "vt",
+            "RULER variable tracking: a chain of five variables",
+            draw_chain,
+            _CHAIN_ROOM,
+            several_places=True,
+        ),
     )
 }
 

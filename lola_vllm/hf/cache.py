@@ -17,7 +17,9 @@ from lola_vllm.ops import (
     LolaWeights,
     PrefillBatch,
     choose_backend,
+    rebase,
 )
+from lola_vllm.ops.places import Turn
 from lola_vllm.state import StateLayout
 
 
@@ -69,13 +71,20 @@ class LolaCacheLayer(CacheLayerMixin):
     @torch.compiler.disable  # the parts of a page are views of several types of the same bytes
     @torch.no_grad()
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, weights: LolaWeights, tokens: NewTokens
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weights: LolaWeights,
+        tokens: NewTokens,
+        turn: Turn | None = None,
     ) -> Tensor:
         """Write the new pairs, answer the new queries, and update where it is due.
 
         Args:
             q: `[B, Q, Hq, d]`, k and v: `[B, Q, Hkv, d]`, q and k after RoPE.
             tokens: which of the columns are tokens.
+            turn: of rebases; None where there are none.
 
         Returns:
             `[B, Q, Hq, d]` in q's dtype; zeros for padding.
@@ -84,8 +93,9 @@ class LolaCacheLayer(CacheLayerMixin):
             self.lazy_initialization(k, v)
         assert self.pages is not None
         if self.state is None or self.state.pages is not self.pages:
-            self.state = LayerState.bind(weights, self.layout, self.pages)
-        state = replace(self.state, weights=weights)  # of one layer: their shapes stay
+            self.state = LayerState.bind(weights, self.layout, self.pages, turn)
+        state = replace(self.state, weights=weights, turn=turn)  # of one layer: their shapes stay
+        places = turn.places if turn is not None else None
         slots = torch.arange(1, len(q) + 1, device=q.device, dtype=torch.int32)
         seen, self.num_tokens = self.num_tokens, self.num_tokens + tokens.lengths
         self.num_columns += q.shape[1]
@@ -93,12 +103,16 @@ class LolaCacheLayer(CacheLayerMixin):
         rows_q, rows_k, rows_v = (tokens.pack(x).to(dtype).contiguous() for x in (q, k, v))
         out = torch.empty_like(rows_q)
         if q.shape[1] == 1 and tokens.mask is None:
+            due = rebase.Due.of(places, slots, seen) if places is not None else None
+            if due is not None:
+                rebase.rebase(state, *due)
             seq_lens = self.num_tokens.to(q.device, torch.int32)
             self.ops.decode(state, rows_q, rows_k, rows_v, DecodeBatch(slots, seq_lens), out)
         else:
             starts = torch.nn.functional.pad(tokens.lengths.cumsum(0), (1, 0)).int()
             batch = PrefillBatch(slots, starts, seen.int())
-            self.ops.prefill(state, rows_q, rows_k, rows_v, batch, out)
+            pieces = rebase.cut(places, batch)
+            rebase.prefill(self.ops.prefill, state, rows_q, rows_k, rows_v, pieces, out)
         return tokens.unpack(out.to(q.dtype), q)
 
     def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from lola_vllm.hf.cache import LolaCache
 from lola_vllm.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.ops import LolaWeights
 from lola_vllm.ops.differentiable import lola_attention_parallel
+from lola_vllm.ops.places import Places, Turn
 
 
 class LolaLlamaAttention(LlamaAttention):
@@ -68,11 +69,13 @@ class LolaLlamaAttention(LlamaAttention):
         past_key_values: LolaCache | None = None,
         *,
         new_tokens: NewTokens,
+        turn: Turn | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states `[B, Q, hidden]` -> the same, and no attention weights.
 
-        `new_tokens` says which columns are padding; `attention_mask` is ignored.
+        `new_tokens` says which columns are padding; `attention_mask` is ignored. `turn` is of
+        rebases.
         """
         q, k, v = self.qkv(hidden_states, position_embeddings)
         if past_key_values is None:
@@ -86,7 +89,7 @@ class LolaLlamaAttention(LlamaAttention):
                 None if self.saliency is None else self.saliency.detach(),
             )
             layer = past_key_values.layers[self.layer_idx]
-            attended = layer.attend(q, k, v, weights, new_tokens)
+            attended = layer.attend(q, k, v, weights, new_tokens, turn)
             if torch.is_grad_enabled() and q.requires_grad:
                 attended = _NoGradient.apply(attended, q)
         return self.o_proj(attended.flatten(-2)), None
@@ -175,6 +178,7 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
             found = find_num_state_heads(config, config.name_or_path)
             config.lola_config = {"num_state_heads": found}
         super().__init__(config)
+        self.places = Places.of(config)
         for i, layer in enumerate(self.layers):
             layer.self_attn = LolaLlamaAttention(config, i)
         self.post_init()
@@ -189,16 +193,17 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As `LlamaModel.forward`, with three differences.
+        """As `LlamaModel.forward`, with four differences.
 
         Padding (zeros in `attention_mask [B, seen + Q]`, on any side) is left out of the state, and
         positions count tokens only unless `position_ids` says otherwise. The cache is a
         `LolaCache`. `use_cache` defaults to the config's under `torch.no_grad()`, and to False
-        where gradients are recorded, as none flow through a cache.
+        where gradients are recorded, as none flow through a cache. With a `rebase_interval`, rows
+        may be of any length.
 
         Raises:
             LolaModelError: another kind of cache or one of another batch size, a mask that is no
-                padding mask, packed rows.
+                padding mask, packed rows; without a cache, rows beyond the trained length.
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not torch.is_grad_enabled()
@@ -221,6 +226,17 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
             position_ids = tokens.positions(seen, inputs.device)
         else:
             tokens.check_positions(position_ids)
+        turn = None
+        if self.places is not None:
+            longest = int(tokens.lengths.max()) if len(tokens.lengths) else 0
+            if past_key_values is None and longest > self.places.length:
+                raise LolaModelError(
+                    f"a row of {longest} tokens without a cache: beyond max_position_embeddings = "
+                    f"{self.places.length} a row needs one; use_cache=True, which passes on no "
+                    "gradients"
+                )
+            position_ids = self.places.place(position_ids)
+            turn = self._turn(self.places, inputs.device)
         return super().forward(
             input_ids=input_ids,
             # Llama passes a mask with four dimensions on as it is. From others it would make one of
@@ -231,8 +247,17 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             new_tokens=tokens,
+            turn=turn,
             **kwargs,
         )
+
+    def _turn(self, places: Places, device: torch.device) -> Turn:
+        """How rebases turn keys, from RoPE itself."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        rows = torch.tensor([[0, places.interval]], device=device)
+        half = self.rotary_emb(torch.empty(1, dtype=wide, device=device), rows)
+        cos, sin = (x[0, :, : x.shape[-1] // 2] for x in half)  # the halves are equal
+        return Turn.of_table(places, cos, sin)
 
 
 class LolaLlamaForCausalLM(LolaLlamaPreTrainedModel, LlamaForCausalLM):

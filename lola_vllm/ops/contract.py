@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.config import saliency_size
+from lola_vllm.ops.places import Turn
 from lola_vllm.state import StateLayout, StateViews
 
 
@@ -72,6 +73,8 @@ class LayerState:
         views: typed views of the same memory.
         table: `[len(TABLE_FIELDS)]` int64 in host memory: `layout` as the C++ and CUDA ops read it
             (`PageLayout` in `csrc/layout.h`).
+        turn: how a rebase turns keys back; None where places are positions. Ops do not read it:
+            `ops/rebase.py` runs between them.
     """
 
     weights: LolaWeights
@@ -79,19 +82,22 @@ class LayerState:
     pages: Tensor
     views: StateViews
     table: Tensor
+    turn: Turn | None = None
 
     @classmethod
-    def bind(cls, weights: LolaWeights, layout: StateLayout, pages: Tensor) -> LayerState:
-        """Check that weights, layout and pages fit each other.
+    def bind(
+        cls, weights: LolaWeights, layout: StateLayout, pages: Tensor, turn: Turn | None = None
+    ) -> LayerState:
+        """Check that weights, layout, pages and turn fit each other.
 
         Args:
             pages: `[N, >= layout.page_bytes]` of a one-byte dtype; the row stride must be a
                 multiple of 8.
 
         Raises:
-            ValueError: the rows of `pages` are too short, a weight has another shape, dtype or
-                device than layout and pages ask for, or saliency is there and should not be, or the
-                other way; names the argument.
+            ValueError: the rows of `pages` are too short, a weight or table row has another shape,
+                dtype or device than layout and pages ask for, or saliency is there and should not
+                be, or the other way; names the argument.
         """
         views = layout.views(pages)
         Hq, d, F = len(weights.log_gate), layout.head_dim, layout.feature_dim
@@ -122,7 +128,17 @@ class LayerState:
                 raise ValueError(f"{name}: must be {wide} and contiguous, is {weight.dtype}")
             if weight.device != pages.device:
                 raise ValueError(f"{name}: on {weight.device}, the pages on {pages.device}")
-        return cls(weights, layout, pages, views, layout.table(Hq, weights.subtract_max))
+        if turn is not None:
+            for name, row in (("turn.cos", turn.cos), ("turn.sin", turn.sin)):
+                if row.shape != turn.cos.shape or row.dim() != 1 or not 0 < 2 * len(row) <= d:
+                    raise ValueError(
+                        f"{name}: shape {list(row.shape)}, expected at most {d // 2} angles"
+                    )
+                if row.dtype != wide or row.device != pages.device:
+                    raise ValueError(
+                        f"{name}: must be {wide} on {pages.device}, is {row.dtype} on {row.device}"
+                    )
+        return cls(weights, layout, pages, views, layout.table(Hq, weights.subtract_max), turn)
 
     @property
     def num_heads(self) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops.constants import FEATURE_FLOOR, MAX_LOG_SALIENCY, RECALL_EPS
+from lola_vllm.ops.places import Turn
 
 
 @dataclass
@@ -27,12 +28,14 @@ class LolaState:
     Attributes:
         H: `[Hs, 2F, d]`, the sum of phi(k) v^T over the pairs in the hidden state.
         s: `[Hs, 2F]`, the sum of phi(k) over the same pairs.
+        k: `[Hs, T, d]`, keys; those of exact pairs are as the page holds them.
         sparse_positions: per state head, the sorted positions in its sparse cache.
         window_positions: sorted positions in the window, the pinned sinks included.
     """
 
     H: Tensor
     s: Tensor
+    k: Tensor
     sparse_positions: list[list[int]]
     window_positions: list[int]
 
@@ -123,16 +126,18 @@ def lola_attention(
     window_factors: Tensor,
     config: LolaConfig,
     saliency: Tensor | None = None,
+    turn: Turn | None = None,
 ) -> tuple[Tensor, LolaState]:
     """LoLA attention over a whole sequence, causal, from an empty state.
 
     Args:
         q: `[T, Hq, d]`, after RoPE; float32 or float64 (narrower inputs are computed in float32).
-        k, v: `[T, Hkv, d]`, k after RoPE.
+        k, v: `[T, Hkv, d]`, k after RoPE. With `turn`, RoPE was of each token's place.
         feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`.
         window_factors: `[Hq]`, before the sigmoid.
         config: the algorithm's parameters.
         saliency: `[Hkv, d // 2 + d + 1]`, weights of `pair_saliency`; None: scores are not weighed.
+        turn: rebases, `[d / 2]` angles or fewer; None where places are positions.
 
     Returns:
         out `[T, Hq, d]` in q's dtype, and the state after the T tokens.
@@ -151,7 +156,7 @@ def lola_attention(
     Hg = config.num_sparse_heads(Hs, Hkv)
     eta, lam, C = config.window_size, config.sparse_pairs, config.update_interval
 
-    k_s = k.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1)  # [Hs, T, d]
+    k_s = k.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1).clone()  # [Hs, T, d]
     v_s = v.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1)
     w = None
     if saliency is not None:
@@ -167,6 +172,11 @@ def lola_attention(
     out = torch.empty(T, Hq, d, dtype=dtype, device=q.device)
 
     for t in range(T):
+        if turn is not None and turn.places.due(t):
+            moved = _outside_far_zone(t, config, turn)
+            k_s[:, moved] = turn.back(k_s[:, moved])
+            phi_k[:, moved] = feature_map(k_s[:, moved], feature_map_k)
+            H, s = H * turn.places.decay, s * turn.places.decay
         (sinks if t < config.sink_size else window).append(t)
         for h in range(Hq):
             state_head, sparse_head = h // (Hq // Hs), h // (Hq // Hg)
@@ -196,7 +206,13 @@ def lola_attention(
                     s[h] += phi_k[h, folded].sum(0)
 
     per_state_head = [list(sparse[h // (Hs // Hg)]) for h in range(Hs)]
-    return out.to(out_dtype), LolaState(H, s, per_state_head, sinks + window)
+    return out.to(out_dtype), LolaState(H, s, k_s, per_state_head, sinks + window)
+
+
+def _outside_far_zone(n: int, config: LolaConfig, turn: Turn) -> list[int]:
+    """Positions whose keys a rebase after n tokens turns back: not sinks, place D or more."""
+    origin = n - turn.places.length
+    return [p for p in range(config.sink_size, n) if p - origin >= turn.places.interval]
 
 
 def _evict(window: list[int], start: int) -> tuple[list[int], list[int]]:

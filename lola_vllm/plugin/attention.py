@@ -30,10 +30,11 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from lola_vllm.config import LolaLlamaConfig, saliency_size
-from lola_vllm.ops import LayerState, LolaWeights, choose_backend
+from lola_vllm.ops import LayerState, LolaWeights, choose_backend, rebase
+from lola_vllm.ops.places import Places, Turn
 from lola_vllm.plugin.backend import LolaMetadata
 from lola_vllm.plugin.cache import first_layer, head_dim, sequence_layout, state_spec
-from lola_vllm.plugin.compat import BACKEND_NAME
+from lola_vllm.plugin.compat import BACKEND_NAME, rope_rows
 
 OP = "lola::attention"
 
@@ -64,6 +65,7 @@ class LolaAttention(nn.Module, MambaBase):
         vllm_config = get_current_vllm_config()
         self.prefix = prefix
         self.lola = config.lola
+        self.places = Places.of(config)
         self.sequence = sequence_layout(vllm_config)
         self.layout = self.sequence.layers[extract_layer_index(prefix) - first_layer(vllm_config)]
         tp_size = get_tensor_model_parallel_world_size()
@@ -159,7 +161,8 @@ class LolaAttention(nn.Module, MambaBase):
             start = metadata.num_decode_tokens
             stop = start + metadata.num_prefill_tokens
             rows = (q[start:stop], k[start:stop], v[start:stop], out[start:stop])
-            self.ops.prefill(self.state, *rows[:3], metadata.prefill_batch, rows[3])
+            pieces = metadata.prefill_pieces
+            rebase.prefill(self.ops.prefill, self.state, *rows[:3], pieces, rows[3])
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Take the rank's slots and give each layer its pages.
@@ -194,7 +197,12 @@ class LolaAttention(nn.Module, MambaBase):
             self.lola.mixing,
             None if self.saliency is None else self.saliency.data,
         )
-        return LayerState.bind(weights, self.layout, pages)
+        turn = None
+        if self.places is not None:
+            wide = torch.promote_types(self.layout.kv_dtype, torch.float32)
+            table = rope_rows(self.rotary_emb, (0, self.places.interval)).to(pages.device, wide)
+            turn = Turn.of_table(self.places, *table.chunk(2, dim=-1))
+        return LayerState.bind(weights, self.layout, pages, turn)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:

@@ -25,7 +25,9 @@ from vllm.v1.attention.backends.short_conv_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from lola_vllm.ops import DecodeBatch, PrefillBatch, choose_backend
+from lola_vllm.ops import DecodeBatch, PrefillBatch, choose_backend, rebase
+from lola_vllm.ops.places import Places
+from lola_vllm.plugin.cache import lola_hf_config
 from lola_vllm.plugin.compat import BACKEND_NAME
 
 GRAPHS_ENV = "LOLA_VLLM_CUDA_GRAPHS"
@@ -38,10 +40,12 @@ class LolaMetadata(ShortConvAttentionMetadata):
     Attributes:
         query_start_loc_p_cpu: `[num_prefills + 1]`, offsets into the prefill tokens.
         context_lens_p_cpu: `[num_prefills]`, tokens already in each row's state.
+        places: the model's; None where places are positions.
     """
 
     query_start_loc_p_cpu: torch.Tensor | None = None
     context_lens_p_cpu: torch.Tensor | None = None
+    places: Places | None = None
 
     @functools.cached_property
     def decode_batch(self) -> DecodeBatch:
@@ -63,6 +67,11 @@ class LolaMetadata(ShortConvAttentionMetadata):
             self.state_indices_tensor_p, self.query_start_loc_p_cpu, self.context_lens_p_cpu
         )
 
+    @functools.cached_property
+    def prefill_pieces(self) -> list[rebase.Piece]:
+        """`prefill_batch` as rebases divide it."""
+        return rebase.cut(self.places, self.prefill_batch)
+
 
 class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
     """Builds `LolaMetadata`.
@@ -73,6 +82,11 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
 
     metadata_cls = LolaMetadata
     needs_causal_conv1d_metadata = False
+
+    @functools.cached_property
+    def places(self) -> Places | None:
+        """The model's."""
+        return Places.of(lola_hf_config(self.vllm_config))
 
     @classmethod
     def get_cudagraph_support(
@@ -127,7 +141,28 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
             )
             metadata.context_lens_p_cpu = context_lens
             metadata.query_start_loc_p_cpu = query_start_loc
+        metadata.places = self.places
+        if self.places is not None and metadata.num_decodes:
+            self._rebase_decodes(self.places, metadata, common_attn_metadata)
         return metadata
+
+    def _rebase_decodes(
+        self, places: Places, metadata: LolaMetadata, common: CommonAttentionMetadata
+    ) -> None:
+        """Rebase the pages of the rows whose new token needs it, in all layers of the rank.
+
+        Here and not in the layers, as a CUDA graph may replay these. vLLM has copied states across
+        block boundaries before it builds metadata.
+        """
+        seq_lens, slots = common.seq_lens_cpu_upper_bound, metadata.state_indices_tensor_d
+        assert seq_lens is not None and slots is not None
+        rows = metadata.num_decodes
+        due = rebase.Due.of(places, slots[:rows, 0], seq_lens[:rows] - 1)
+        if due is None:
+            return
+        layers = self.compilation_config.static_forward_context
+        for layer in layers[self.layer_names[0]].sharing:
+            rebase.rebase(layer.state, *due)
 
 
 class LolaAttentionBackend(AttentionBackend):

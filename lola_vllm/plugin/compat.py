@@ -8,6 +8,10 @@
   one process, while vLLM may run a plugin twice.
 * `register_kv_cache_spec`: vLLM registers its own specs only while the table is empty, so they
   must be there before ours. Can go when registration order no longer matters upstream.
+* `register_length`: vLLM caps contexts at `max_position_embeddings`, and offers a table of how a
+  config says how long they may be. Can go when a config can say it itself.
+* `rope_rows`: rows of a RoPE table before vLLM rounds it to the model's dtype, from the method that
+  makes the table. Can go when the table stays in float32.
 * `request_blocks`: the two model runners of vLLM keep a request's blocks in different places, and
   both under a longer id than the one it was sent with. Can go when a worker can be asked.
 * `look_at_wake_ups`: the queue between engine and worker sends a wake-up with every message, which
@@ -19,12 +23,16 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from lola_vllm.config import MODEL_TYPE, LolaConfigError
+
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -76,6 +84,41 @@ def register_kv_cache_spec(
 
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(spec, manager)
+
+
+def register_length() -> None:
+    """Have vLLM allow any `--max-model-len` for models whose places never run out; idempotent."""
+    from vllm.transformers_utils import model_arch_config_convertor as convertors
+
+    class LolaModelArchConfigConvertor(convertors.ModelArchConfigConvertorBase):
+        """The lengths of LoLA's contexts."""
+
+        def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
+            """The default `--max-model-len`, and the field that it follows from."""
+            config = self.hf_config
+            if not config.lola.rebase_interval:
+                return super().derive_max_model_len_and_key()
+            # Up to this a user may go beyond the default. The config hook knows the limit.
+            config.model_max_length = sys.maxsize
+            return config.default_length, "lola_config.rebase_interval"
+
+    convertors.MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = LolaModelArchConfigConvertor
+
+
+@functools.cache  # layers share their RoPE
+def rope_rows(rope: Any, positions: tuple[int, ...]) -> Tensor:
+    """Rows `[len(positions), R]` of a RoPE table: cosines, then sines of R / 2 angles.
+
+    Raises:
+        LolaConfigError: a RoPE without one table.
+    """
+    if not hasattr(rope, "_compute_cos_sin_cache"):
+        raise LolaConfigError(
+            f"lola_config.rebase_interval: {type(rope).__name__} has several tables, by the "
+            "length of a context, and keys cannot be turned from one to another; set it to 0"
+        )
+    table: Tensor = rope._compute_cos_sin_cache()
+    return table[list(positions)]
 
 
 def look_at_wake_ups() -> None:

@@ -18,6 +18,7 @@ from lola_vllm import cpu
 from lola_vllm.checkpoint.files import open_weights, weight_files
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import LolaLlamaConfig, heads_divide
+from lola_vllm.ops.places import MAX_LENGTH, Places
 from lola_vllm.plugin import compat
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes
 
@@ -65,6 +66,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         hf_config = lola_hf_config(vllm_config)
         num_state_heads = find_num_state_heads(hf_config, vllm_config.model_config.model)
         hf_config.lola_config = {"num_state_heads": num_state_heads}
+        announce_places(vllm_config)
         check_parallel_heads(hf_config, vllm_config.parallel_config.tensor_parallel_size)
         settle_block_size(vllm_config)
         settle_cpu_memory(vllm_config)
@@ -110,6 +112,15 @@ def refusals(vllm_config: VllmConfig) -> list[Refusal]:
                 cache_dtype,
                 "keys and values are kept in the model's dtype, and the hidden state in float32; "
                 "use 'auto'",
+            )
+        )
+    length = vllm_config.model_config.max_model_len
+    if length > MAX_LENGTH:
+        found.append(
+            Refusal(
+                "--max-model-len",
+                length,
+                f"a page holds positions as 32-bit numbers; use at most {MAX_LENGTH}",
             )
         )
     parallel = vllm_config.parallel_config
@@ -293,6 +304,23 @@ def warn_of_slow_dtype(vllm_config: VllmConfig) -> None:
             "conversions; --dtype float32 is several times faster ('lola-vllm serve' chooses it)",
             str(model.dtype).removeprefix("torch."),
             ", ".join(cpu.BFLOAT16_FLAGS),
+        )
+
+
+def announce_places(vllm_config: VllmConfig) -> None:
+    """Say that contexts have no end, and how many tokens a request may hold all the same.
+
+    Raises:
+        LolaConfigError: a `rebase_interval` that does not suit the model's length.
+    """
+    places = Places.of(lola_hf_config(vllm_config))
+    if places is not None:
+        logger.info(
+            "LoLA: contexts without end: from %s tokens on, places move by %s every %s tokens "
+            "(rebase_interval). vLLM keeps the token ids of a request, at most %s "
+            "(--max-model-len)",
+            *(f"{n:,}" for n in (places.length, places.interval, places.interval)),
+            f"{vllm_config.model_config.max_model_len:,}",
         )
 
 

@@ -8,9 +8,10 @@ the hash of the file that is named at registration.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.mamba.mamba_utils import (
@@ -22,11 +23,17 @@ from vllm.model_executor.models.interfaces import (
     IsHybrid,
     SupportsMambaPrefixCaching,
 )
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from vllm.model_executor.models.llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+from vllm.sequence import IntermediateTensors
 
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.schema import check_tensors, expected_tensors
 from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.ops.places import Places
 from lola_vllm.plugin.attention import LolaAttention
 from lola_vllm.plugin.cache import row_bytes
 
@@ -42,6 +49,35 @@ class LolaDecoderLayer(LlamaDecoderLayer):
         super().__init__(vllm_config, prefix, config, attn_layer_type=LolaAttention)
 
 
+class LolaLlamaModel(LlamaModel):
+    """A Llama decoder whose layers see places instead of positions."""
+
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        prefix: str = "",
+        layer_type: type[nn.Module] = LolaDecoderLayer,
+    ) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        self.places = Places.of(cast(LolaLlamaConfig, self.config))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None = None,
+        **extra_layer_kwargs: Any,
+    ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
+        """As `LlamaModel.forward`; compiled with it."""
+        if self.places is not None:
+            positions = self.places.place(positions)
+        return super().forward(
+            input_ids, positions, intermediate_tensors, inputs_embeds, **extra_layer_kwargs
+        )
+
+
 class LolaLlamaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
     """A LoLA model. `IsHybrid` although no layer has per-token blocks: vLLM then keeps the state
     right across prefix hits, and would under speculative decoding."""
@@ -49,6 +85,15 @@ class LolaLlamaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMa
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=LolaDecoderLayer)
         self.quantized = vllm_config.quant_config is not None
+
+    def _init_model(
+        self,
+        vllm_config: VllmConfig,
+        prefix: str = "",
+        layer_type: type[nn.Module] = LolaDecoderLayer,
+    ) -> LolaLlamaModel:
+        """vLLM's hook for another decoder."""
+        return LolaLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
     # vLLM types this by the states of its own models, which all have two or three dimensions; it
     # only takes their product.

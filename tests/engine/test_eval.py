@@ -72,3 +72,53 @@ def test_vllms_refusal_reaches_the_user(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main([*argv, "--engine-args", '{"kv_cache_dtype": "fp8"}']) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert "lola-vllm: error: setting 'model': " in message and "fp8" in message
+
+
+@pytest.mark.slow
+def test_a_stream_of_equal_models_is_equal_and_goes_past_the_window(
+    tmp_path: Path, untrained: Path
+) -> None:
+    """The reference sees all of so short a stream, as the first window does and the second not."""
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    paragraphs = [p for page in sorted(pages) for p in page.read_text().split("\n\n")]
+    (tmp_path / "docs.txt").write_text(SEPARATOR.join(paragraphs))
+    options = ["--texts", str(tmp_path), "--stream", "--stream-length", "1024", "--block", "256"]
+    options += ["--lola-config", 'wide={"window_size": 1024}']
+    options += ["--lola-config", 'narrow={"window_size": 64, "sparse_cache_size": 0}']
+    argv = ["eval", "perplexity", "--model", str(untrained), "--out", str(tmp_path / "out")]
+    argv += ["--reference", str(MODELS / "smollm2-base"), "--engine-args", '{"dtype": "float32"}']
+    assert cli.main([*argv, *options]) == 0
+    stock, wide, narrow = json.loads((tmp_path / "out" / "stream.json").read_text())["settings"]
+    levels = [point["perplexity"] for point in stock["streams"]["docs"]["points"]]
+    assert len(levels) == 4 and all(5 < level < 200 for level in levels)
+    ratios = [point["ratio"] for point in wide["streams"]["docs"]["points"]]
+    assert ratios == pytest.approx([1] * 4, abs=1e-3)
+    assert narrow["streams"]["docs"]["points"][3]["ratio"] > 1.05
+    # The same text as the first of all windows, in vLLM's engine.
+    windows = [
+        "--windows",
+        "99",
+        "--window-length",
+        "1024",
+        "--texts",
+        str(tmp_path),
+        *options[-2:],
+    ]
+    (row,) = evaluate("perplexity", untrained, tmp_path / "windows", *windows)[1:]
+    own = row["samples"][0]
+    assert (own["index"], own["tokens"]) == (0, sum(s["tokens"] for s in narrow["samples"]))
+    assert sum(s["nats"] for s in narrow["samples"]) == pytest.approx(own["nats"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_recall_at_a_distance(tmp_path: Path) -> None:
+    options = ["--tasks", "niah-1", "--distances", "32,600", "--samples", "3"]
+    options += ["--lola-config", 'none={"sparse_cache_size": 0}']
+    base, none = evaluate("recall", MODELS / "smollm2-lola", tmp_path, *options)
+    cells = {cell["distance"]: cell for cell in base["cells"]}
+    assert (cells[32]["exact"], cells[600]["exact"]) == (3, 3)
+    assert [cell["length"] for cell in base["cells"]] == [32 + 1024, 600 + 1024]
+    # The window of 64 holds the near needle; nothing holds the far one.
+    cells = {cell["distance"]: cell for cell in none["cells"]}
+    assert (cells[32]["exact"], cells[600]["exact"]) == (3, 0)
+    assert (tmp_path / "recall-distance-niah-1.png").is_file()

@@ -1,7 +1,8 @@
 """The whole model recomputed in float64 by the reference: what every greedy token must obey.
 
 transformers' Llama with its attention function replaced by `ops.reference.lola_attention`,
-one forward over the whole sequence: no pages, no batches, no splits.
+one forward over the whole sequence: no pages, no batches, no splits. Places beyond the trained
+length are written out here a second time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.ops.places import Places, Turn
 from lola_vllm.ops.reference import lola_attention
 
 _MAPS = ("feature_map_q", "feature_map_k", "window_factors", "saliency")
@@ -34,6 +36,14 @@ class Oracle:
         self.model.load_state_dict({k: v.double() for k, v in tensors.items()}, strict=False)
         self.model.eval()
         self.model.config._attn_implementation = "lola_oracle"
+        length, interval = config.max_position_embeddings, config.lola.rebase_interval
+        turn = None
+        if interval:
+            angles = interval * self.model.model.rotary_emb.inv_freq.double()
+            turn = Turn(Places(length, interval), angles.cos(), angles.sin())
+        self.place = lambda p: (
+            p if p < length or not interval else length - interval + (p - length) % interval
+        )
 
         def attention(
             module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object
@@ -45,6 +55,7 @@ class Oracle:
                 *weights,
                 config.lola.for_layer(module.layer_idx),
                 saliency,
+                turn,
             )
             return out[None], None
 
@@ -53,7 +64,9 @@ class Oracle:
     @torch.no_grad()
     def logprobs(self, token_ids: list[int]) -> Tensor:
         """One row per position: the distribution of the next token."""
-        return self.model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+        places = torch.tensor([[self.place(p) for p in range(len(token_ids))]])
+        output = self.model(torch.tensor([token_ids]), position_ids=places)
+        return output.logits[0].log_softmax(-1)
 
 
 def assert_obeys(oracle: Oracle, prompt: list[int], tokens: list[int]) -> None:

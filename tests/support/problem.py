@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.config import LolaConfig, saliency_size
+from lola_vllm.ops import rebase
 from lola_vllm.ops.contract import (
     DecodeBatch,
     DecodeOp,
@@ -18,6 +19,7 @@ from lola_vllm.ops.contract import (
     PrefillBatch,
     PrefillOp,
 )
+from lola_vllm.ops.places import Places, Turn
 from lola_vllm.ops.reference import LolaState, lola_attention
 from lola_vllm.state import StateLayout
 
@@ -39,6 +41,7 @@ class Problem:
         q: `[T, Hq, d]`. k, v: `[T, Hkv, d]`.
         feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`. window_factors: `[Hq]`.
         saliency: `[Hkv, d // 2 + d + 1]` where the config has it, else None.
+        turn: of rebases, in float64; None where there are none.
     """
 
     q: Tensor
@@ -49,13 +52,14 @@ class Problem:
     window_factors: Tensor
     config: LolaConfig
     saliency: Tensor | None = None
+    turn: Turn | None = None
 
     def reference(self) -> tuple[Tensor, LolaState]:
         """The truth, in float64 (from float32 or bfloat16 inputs too)."""
         tensors = (self.q, self.k, self.v, self.feature_map_q, self.feature_map_k)
         doubles = [t.double() for t in (*tensors, self.window_factors)]
         saliency = None if self.saliency is None else self.saliency.double()
-        return lola_attention(*doubles, self.config, saliency)
+        return lola_attention(*doubles, self.config, saliency, self.turn)
 
     def weights(self) -> LolaWeights:
         """As a layer has them."""
@@ -84,14 +88,28 @@ class Problem:
         Args:
             extra_stride: bytes between a page's end and the next page.
         """
-        layout = self.layout()
-        shape = (num_pages, layout.page_bytes + extra_stride)
+        shape = (num_pages, self.layout().page_bytes + extra_stride)
         pages = torch.full(shape, 0xFF, dtype=torch.uint8, device=self.q.device)
-        return LayerState.bind(self.weights(), layout, pages)
+        return self.bind(pages)
+
+    def bind(self, pages: Tensor) -> LayerState:
+        """The layer with pages that are there already."""
+        turn = self.turn
+        if turn is not None:
+            wide = torch.promote_types(self.k.dtype, torch.float32)
+            turn = replace(
+                turn, cos=turn.cos.to(pages.device, wide), sin=turn.sin.to(pages.device, wide)
+            )
+        return LayerState.bind(self.weights(), self.layout(), pages, turn)
 
     def tokens(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the tokens `start` to `stop - 1`."""
         return self.q[start:stop], self.k[start:stop], self.v[start:stop]
+
+    @property
+    def places(self) -> Places | None:
+        """Of its rebases."""
+        return self.turn.places if self.turn is not None else None
 
     def to(self, device: torch.device) -> Problem:
         """The same problem on a device."""
@@ -120,8 +138,14 @@ def make_problem(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     scale: float = 1.0,
+    places: Places | None = None,
+    turned: int | None = None,
 ) -> Problem:
-    """A random problem; `scale` multiplies q and k, so logits grow with its square."""
+    """A random problem; `scale` multiplies q and k, so logits grow with its square.
+
+    Args:
+        places: of rebases, which turn the first `turned` (default: all) dimensions of a key.
+    """
     gen = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -138,7 +162,11 @@ def make_problem(
     wide = torch.promote_types(dtype, torch.float32)
     factors = (randn(Hq) - 1).to(wide)
     saliency = (randn(Hkv, saliency_size(d)) * 0.3).to(wide) if config.saliency else None
-    return Problem(*(t.to(dtype) for t in tensors), factors, config, saliency)
+    turn = None
+    if places is not None:
+        angles = places.interval * 10.0 ** -torch.arange((turned or d) // 2).double()
+        turn = Turn(places, angles.cos(), angles.sin())
+    return Problem(*(t.to(dtype) for t in tensors), factors, config, saliency, turn)
 
 
 def unrecallable(interval: int, sharing: str, dtype: torch.dtype) -> Problem:
@@ -185,7 +213,7 @@ def prefill(
         torch.tensor([start + skipped]),
     )
     out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
-    ops.prefill(state, q, k, v, batch, out)
+    rebase.prefill(ops.prefill, state, q, k, v, rebase.cut(problem.places, batch), out)
     return out
 
 
@@ -204,6 +232,10 @@ def decode(
         torch.tensor([position + 1 + skipped], dtype=torch.int32, device=q.device),
     )
     out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
+    if problem.places is not None:
+        due = rebase.Due.of(problem.places, batch.slots, torch.tensor([position + skipped]))
+        if due is not None:
+            rebase.rebase(state, *due)
     ops.decode(state, q, k, v, batch, out)
     return out
 
@@ -254,4 +286,4 @@ def run(
     for page in {0, 1, 2, 3} - {SLOT}:
         assert (pages[page] == 0xFF).all(), f"page {page} was touched"
     assert (pages[SLOT, state.layout.page_bytes :] == 0xFF).all()
-    return out, LayerState.bind(problem.to(torch.device("cpu")).weights(), state.layout, pages)
+    return out, problem.to(torch.device("cpu")).bind(pages)

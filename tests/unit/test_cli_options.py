@@ -15,6 +15,7 @@ from lola_vllm.distill.options import DistillOptions
 from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan
 from lola_vllm.eval.settings import Setting
+from lola_vllm.eval.stream import StreamPlan
 
 
 @dataclass
@@ -118,6 +119,19 @@ def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOp
         (
             "recall --tasks vt,passkey --lengths 64,32 --samples 2 --seed 3 --format chat",
             RecallPlan(["vt", "passkey"], [32, 64], 2, 3, "chat"),
+        ),
+        (
+            "recall --tasks passkey --distances 200,100",
+            RecallPlan(["passkey"], [], distances=[100, 200]),
+        ),
+        (
+            "recall --tasks passkey --distances 100 --lengths 900,800",
+            RecallPlan(["passkey"], [800, 900], distances=[100]),
+        ),
+        ("perplexity --texts t --stream", StreamPlan("t")),
+        (
+            "perplexity --texts t --stream --stream-length 64 --block 16 --context 8 --mixed",
+            StreamPlan("t", 64, 16, 8, mixed=True),
         ),
         ("perplexity --texts t", PerplexityPlan("t")),
         (

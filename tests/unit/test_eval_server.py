@@ -245,7 +245,14 @@ def test_a_length_beyond_the_server_is_refused_before_it_is_asked(
 
 @pytest.mark.parametrize(
     "option",
-    ["--lola-config={}", "--sweep=x.json", "--reference=x", "--score=newest", "--engine-args={ }"],
+    [
+        "--lola-config={}",
+        "--sweep=x.json",
+        "--reference=x",
+        "--score=newest",
+        "--engine-args={ }",
+        "--untrained-positions",
+    ],
 )
 def test_options_of_directories_are_refused(
     server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
@@ -295,3 +302,17 @@ def test_what_was_answered_before_a_failure_is_kept(server: FakeServer, tmp_path
     (row,) = json.loads((tmp_path / "recall.json").read_text())["settings"]
     assert len(row["samples"]) == 4 and row["finished"] is False
     assert recall(server, tmp_path, "--batch", "2", "--resume") == 0
+
+
+@pytest.mark.parametrize("opening", ["", "^"])
+def test_a_stream_is_one_request_cut_into_blocks(server: FakeServer, opening: str) -> None:
+    ids, first = [97] * 40, 0 if opening else 1
+    found = dict(model(server).read_blocks([ord(c) for c in opening], ids, 10, [0, 2]))
+    ((_, body),) = [request for request in server.requests if request[0] == "/v1/completions"]
+    assert len(body["prompt"]) == len(opening) + 30  # what comes after the last block is not read
+    assert list(found) == [0, 2] and [len(values) for values in found.values()] == [10 - first, 10]
+    # The fake server's log-probability of the token at place i of the prompt is -i / 100.
+    at = len(opening)
+    assert found[0][-1].logprob == pytest.approx(-(9 + at) / 100)
+    assert found[2][0].logprob == pytest.approx(-(20 + at) / 100)
+    assert found[2][-1].logprob == pytest.approx(-(29 + at) / 100)

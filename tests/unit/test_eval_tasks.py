@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from lola_vllm.eval import EvalError, tasks
+from lola_vllm.eval.prompts import Prompt, build_prompts
 from lola_vllm.eval.question import MAX_WORDS, Prose, hide, split_sentences
-from lola_vllm.eval.recall import Prompt, build_prompts
 from lola_vllm.eval.tasks import (
     TASKS,
     VARIABLES,

@@ -1,0 +1,104 @@
+"""The places of positions: where tokens lie for RoPE, however long a sequence is.
+
+A base model was trained on positions below its length P. Tokens of longer sequences get places
+below P: each time the places run out, the origin moves by D positions, which is a rebase
+(`docs/algorithm.md`, section 6). `ops/rebase.py` moves what a page holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lola_vllm.config import LolaLlamaConfig
+
+# Tokens of a sequence: pages and ops count positions in 32 bits.
+MAX_LENGTH = 2**31 - 1
+
+Numbers = TypeVar("Numbers", int, Tensor)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Counts positions from an origin that moves.
+
+    Attributes:
+        length: P, places that there are.
+        interval: D, by how many positions a rebase moves the origin; 1 <= D < P.
+    """
+
+    length: int
+    interval: int
+
+    @classmethod
+    def of(cls, config: LolaLlamaConfig) -> Places | None:
+        """Those of a model; None where places are positions.
+
+        Raises:
+            LolaConfigError: an interval that does not suit the model's length.
+        """
+        lola, length = config.lola, config.max_position_embeddings
+        lola.check_places(length)
+        return cls(length, lola.rebase_interval) if lola.rebase_interval else None
+
+    @property
+    def decay(self) -> float:
+        """What a rebase multiplies H and s by: 1 - D / P."""
+        return 1 - self.interval / self.length
+
+    def due(self, num_tokens: Numbers) -> Any:
+        """Whether a page of so many tokens is rebased before its next token; bool, or a tensor."""
+        return (num_tokens >= self.length) & ((num_tokens - self.length) % self.interval == 0)
+
+    def place(self, position: Tensor) -> Tensor:
+        """Where the tokens at positions (any integer shape) lie when they are new: below P."""
+        moves = (position - self.length) // self.interval + 1
+        return position - self.interval * moves.clamp(min=0)
+
+    def segments(self, context: int, count: int) -> list[int]:
+        """Lengths of the pieces of `count` tokens after `context` others, none of which a rebase
+        divides."""
+        lengths, stop = [], context + count
+        while context < stop:
+            left = self.length - context
+            if left <= 0:
+                left = self.interval - (context - self.length) % self.interval
+            lengths.append(min(left, stop - context))
+            context += lengths[-1]
+        return lengths
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """How far a rebase turns a key back: RoPE of D positions.
+
+    Attributes:
+        places: whose rebase. cos, sin: `[R / 2]`, of the angles of D positions, R being the
+            dimensions that RoPE turns (the first R of a key; i and i + R / 2 are a pair).
+    """
+
+    places: Places
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of_table(cls, places: Places, cos: Tensor, sin: Tensor) -> Turn:
+        """From a model's own table.
+
+        Args:
+            cos, sin: `[2, R / 2]`, its rows of positions 0 and D. Tables may hold a factor
+                (YaRN's), which row 0 shows.
+        """
+        scale = cos[0]
+        return cls(places, (cos[1] / scale).contiguous(), (sin[1] / scale).contiguous())
+
+    def back(self, k: Tensor) -> Tensor:
+        """Keys `[..., d]` as RoPE would have left them D positions earlier."""
+        half = len(self.cos)
+        one, two, rest = k.split([half, half, k.shape[-1] - 2 * half], dim=-1)
+        turned = [one * self.cos + two * self.sin, two * self.cos - one * self.sin]
+        return torch.cat([*turned, rest], dim=-1)
