@@ -17,6 +17,7 @@ from lola_vllm.calibrate.saliency import SaliencyFit, far_attention, features
 from lola_vllm.checkpoint.calibration import load_calibration, saliency_tensors
 from lola_vllm.checkpoint.files import open_weights
 from lola_vllm.eval.repeats import repeated_ngrams
+from lola_vllm.hf.modeling import LolaLlamaForCausalLM
 from lola_vllm.texts import SEPARATOR
 
 
@@ -183,7 +184,8 @@ def test_command_writes_sizes_and_saliency(
     assert saved == sizes and sorted(tensors) == sorted(saliency_tensors(first))
     assert tensors["model.layers.2.self_attn.saliency"].equal(first[2])
     assert not list(model.glob("*.partial"))
-    AutoModelForCausalLM.from_pretrained(model)  # refuses tensors that are missing
+    served = LolaLlamaForCausalLM.from_pretrained(model)
+    assert served.model.layers[1].self_attn.saliency.equal(first[1])
 
 
 def test_saliency_is_fitted_to_the_models_own_pairs(
