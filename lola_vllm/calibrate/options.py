@@ -15,4 +15,7 @@ class CalibrateOptions:
     least: int = option("pairs of any layer", 16)
     windows: int = option("of text to read", 64)
     window_length: int = option("in tokens", 1024)
+    facts: float = option(
+        "share of the windows for saliency that hide facts in text and ask for them at the end", 0.5
+    )
     seed: int = option("of the choice of windows", 0)

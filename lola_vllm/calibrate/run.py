@@ -8,11 +8,14 @@ place is how much the layer reads back.
 A layer of mass m with n pairs is taken to lose m / n. Under a fixed sum of pairs the sum of the
 losses is least where n grows as the square root of m.
 
-The same reading fits saliency (`saliency.py`), which tells from a pair how much it will be read.
+A second reading fits saliency (`saliency.py`), which tells from a pair how much it will be read.
+Plain text seldom asks for a detail from far back, so a share of its windows hide facts and ask for
+them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Sequence
@@ -24,9 +27,10 @@ import torch
 from torch import Tensor
 
 from lola_vllm.calibrate.options import CalibrateOptions
-from lola_vllm.calibrate.reader import ATTENTION, Reader
+from lola_vllm.calibrate.reader import ATTENTION, Asked, Repeats, attention, read
 from lola_vllm.checkpoint.base import read_base_config
 from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_files
+from lola_vllm.distill.retrieval import RetrievalError, retrieval_row
 from lola_vllm.texts import is_held_out, read_documents
 
 
@@ -76,39 +80,67 @@ def calibrate(
     read_base_config(base)  # refuses families that could not be served
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     windows = _windows(texts, tokenizer, options)
-    reader = Reader()
-    transformers.AttentionInterface.register(ATTENTION, reader.attention)
+    transformers.AttentionInterface.register(ATTENTION, attention)
     softmax = transformers.AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, attn_implementation=ATTENTION
     ).eval()
-    _read(reader, softmax, windows)
-    if not reader.places:
+    repeats = Repeats()
+    read(softmax, windows, repeats)
+    if not repeats.places:
         raise CheckpointError(
             f"--texts {texts}: no window of {options.window_length} tokens repeats anything; use "
             "longer windows or more text"
         )
-    mass = reader.mass()
+    mass = repeats.mass()
     sizes = divide(mass, options.pairs * len(mass), options.least)
-    places = reader.places
     if model is not None:
         _load_weights(softmax, model)
-        reader = Reader()
-        transformers.AttentionInterface.register(ATTENTION, reader.attention)
-        _read(reader, softmax, windows)
-    fits = [reader.fits[layer] for layer in sorted(reader.fits)]
+    asked = Asked()
+    read(softmax, _with_facts(windows, tokenizer, options), asked)
+    fits = asked.fits
     if not all(fit.judgeable for fit in fits):
         raise CheckpointError(
             f"--windows {options.windows} of --window-length {options.window_length}: too little "
             "text to fit saliency to; use at least 5 windows of 300 tokens"
         )
     return Calibration(
-        mass, places, sizes, [fit.weights() for fit in fits], [fit.correlation() for fit in fits]
+        mass,
+        repeats.places,
+        sizes,
+        [fit.weights() for fit in fits],
+        [fit.correlation() for fit in fits],
     )
 
 
-def _read(reader: Reader, model: Any, windows: Sequence[list[int]]) -> None:
-    for ids in windows:
-        reader.read(model, ids)
+def _with_facts(
+    windows: Sequence[list[int]], tokenizer: Any, options: CalibrateOptions
+) -> list[list[int]]:
+    """The windows, a share of them with facts hidden in their text and questions at their end.
+
+    The wording is that of training (`distill/retrieval.py`), which no benchmark shares.
+
+    Raises:
+        CheckpointError: a share that is none, or a tokenizer that makes no such prompts.
+    """
+    if not 0 <= options.facts <= 1:
+        raise CheckpointError(f"--facts = {options.facts:g}: must be between 0 and 1")
+    found = []
+    for number, ids in enumerate(windows):
+        if int((number + 1) * options.facts) == int(number * options.facts):
+            found.append(ids)
+            continue
+        rng = random.Random(f"{options.seed}/facts/{number}")
+        text = functools.partial(_beginning, tokenizer.decode(ids))
+        try:
+            row = retrieval_row(tokenizer, len(ids), rng, text)
+        except RetrievalError as error:
+            raise CheckpointError(f"--facts = {options.facts:g}: {error}") from None
+        found.append(row.tokens)
+    return found
+
+
+def _beginning(text: str, length: int) -> str:
+    return text[:length]
 
 
 def _load_weights(softmax: Any, model: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lola_vllm import cli
 from lola_vllm.calibrate import saliency as saliency_module
-from lola_vllm.calibrate.reader import ATTENTION, Reader
+from lola_vllm.calibrate.reader import ATTENTION, Repeats, attention, read
 from lola_vllm.calibrate.run import divide
 from lola_vllm.calibrate.saliency import SaliencyFit, far_attention, features
 from lola_vllm.checkpoint.calibration import load_calibration, saliency_tensors
@@ -70,13 +70,12 @@ def test_the_mass_is_the_attention_that_transformers_reports(base: Path) -> None
     ]
     import transformers
 
-    reader = Reader()
-    transformers.AttentionInterface.register(ATTENTION, reader.attention)
+    transformers.AttentionInterface.register(ATTENTION, attention)
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ATTENTION).eval()
-    reader.read(model, ids)
-    reader.read(model, list(range(64)))  # repeats nothing
-    assert reader.places == len(places)
-    assert reader.mass() == pytest.approx(expected, rel=1e-4)
+    repeats = Repeats()
+    read(model, [ids, list(range(64))], repeats)  # the second repeats nothing
+    assert repeats.places == len(places)
+    assert repeats.mass() == pytest.approx(expected, rel=1e-4)
 
 
 def test_far_attention_is_the_largest_from_far_behind() -> None:
@@ -166,7 +165,18 @@ def test_command_writes_sizes_and_saliency(
     model = tmp_path / "lola"
     assert cli.main(["init", "--base", str(base), "--out", str(model)]) == 0
     argv = ["calibrate", "--base", str(base), "--texts", str(texts), "--window-length", "300"]
-    argv += ["--pairs", "40", "--least", "8", "--windows", "5", "--model", str(model)]
+    argv += [
+        "--pairs",
+        "40",
+        "--least",
+        "8",
+        "--windows",
+        "5",
+        "--facts",
+        "0.2",
+        "--model",
+        str(model),
+    ]
     argv += ["--save", str(tmp_path / "found.safetensors")]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
@@ -201,7 +211,7 @@ def test_saliency_is_fitted_to_the_models_own_pairs(
             layer.self_attn.v_proj.weight *= 2
             layer.self_attn.o_proj.weight /= 2  # so that nothing else changes
     model.save_pretrained(other)
-    options = CalibrateOptions(pairs=40, least=8, windows=5, window_length=300)
+    options = CalibrateOptions(pairs=40, least=8, windows=5, window_length=300, facts=0)
     of_base, of_other = (calibrate(base, texts, options, x) for x in (None, other))
     assert of_base.sizes == of_other.sizes
     for x, y in zip(of_base.saliency, of_other.saliency, strict=True):
@@ -213,6 +223,7 @@ def test_saliency_is_fitted_to_the_models_own_pairs(
     ("options", "message"),
     [
         (["--pairs", "4"], "--pairs = 4: must be at least --least = 16"),
+        (["--window-length", "300", "--facts", "2"], "--facts = 2: must be between 0 and 1"),
         (["--window-length", "301"], "no window of 301 tokens repeats anything"),
         (
             ["--window-length", "300", "--windows", "4"],
