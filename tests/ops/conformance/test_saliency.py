@@ -9,7 +9,7 @@ from lola_vllm.config import LolaConfig
 from tests.support.backends import only
 from tests.support.problem import make_problem
 
-KNOWING = only("torch")
+KNOWING = only("torch", "native", "native-threads")
 LENGTHS = [1, 10, 11, 12, 23, 61]
 
 
