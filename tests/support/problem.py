@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -169,14 +169,24 @@ def make_problem(
     return Problem(*(t.to(dtype) for t in tensors), factors, config, saliency, turn)
 
 
-def unrecallable(interval: int, sharing: str, dtype: torch.dtype) -> Problem:
+def with_a_trend(T: int, config: LolaConfig, **options: Any) -> Problem:
+    """A problem whose values grow, so that old pairs lose their places again and again."""
+    problem = make_problem(T, config, **options)
+    trend = torch.linspace(1, 3, T).unsqueeze(-1).unsqueeze(-1)
+    problem.v *= trend.to(problem.v.dtype)
+    return problem
+
+
+def unrecallable(
+    interval: int, sharing: str, dtype: torch.dtype, saliency: bool = False
+) -> Problem:
     """Four pairs of KV head 0 whose scores are NaN or infinite, for a cache of three.
 
     Whatever the interval, the oldest three are what stays of that head: 7, 9 and 14.
     """
     config = LolaConfig(
         window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8,
-        sparse_sharing=sharing,
+        sparse_sharing=sharing, saliency=saliency,
     )  # fmt: skip
     problem = make_problem(40, config, Hs=6, dtype=dtype)
     problem.v[[7, 14, 16], 0] = torch.nan
