@@ -3,8 +3,8 @@
 A LoLA checkpoint is a Hugging Face Llama (or a decoder that differs from it by biases of q, k, v or
 by norms of q and k) plus three tensors per layer under `model.layers.{i}.self_attn.`:
 `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (before the
-sigmoid). A fourth, `saliency [Hkv, d // 2 + d + 1]`, is there exactly where `lola_config.saliency`
-is true.
+sigmoid). A fourth, `saliency [Hkv, d // 2 + d + 1]`, is there where `lola_config.saliency` is
+true, and is not read where it is false.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WINDOW_FACTOR_INIT = -2.1972245773362196  # sigmoid of it is 0.1, where LoLCATs 
 _SHOWN = 10  # faults of a kind that a message lists
 _BUFFER = ".rotary_emb.inv_freq"  # old Llama checkpoints store this; it follows from the config
 _LM_HEAD = "lm_head.weight"
-_SALIENCY = ".self_attn.saliency"
+SALIENCY = ".self_attn.saliency"
 _QK_NORMS = (".self_attn.q_norm.weight", ".self_attn.k_norm.weight")
 
 Shape = tuple[int, ...]
@@ -115,8 +115,8 @@ def find_num_state_heads(config: LolaLlamaConfig, model_dir: str | Path) -> int:
 def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[int]]) -> None:
     """Raise unless `found` has exactly the expected tensors in the expected shapes.
 
-    Ignored in `found`: `rotary_emb.inv_freq` buffers, and `lm_head.weight` where embeddings are
-    tied (that is, where it is not expected).
+    Ignored in `found`: `rotary_emb.inv_freq` buffers, `lm_head.weight` where embeddings are tied
+    (that is, where it is not expected), and a saliency that the config switches off.
 
     Args:
         expected: what `expected_tensors` returned.
@@ -129,7 +129,7 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[in
     unexpected = [
         name
         for name in found
-        if name not in expected and name != _LM_HEAD and not name.endswith(_BUFFER)
+        if name not in expected and name != _LM_HEAD and not name.endswith((_BUFFER, SALIENCY))
     ]
     wrong = [
         name
@@ -171,7 +171,7 @@ def _explain_missing(name: str, shape: Shape) -> str:
         return f"{text}; set tie_word_embeddings to true if the model has no output matrix"
     if name.endswith(".bias"):
         return f"{text}; set {_bias_field(name)} to false if the model has no biases"
-    if name.endswith(_SALIENCY):
+    if name.endswith(SALIENCY):
         return f"{text}; set lola_config.saliency to false if no saliency was fitted to the model"
     if name.endswith(_QK_NORMS):
         return f"{text}; set qk_norm to false if the model has no norms of q and k"
@@ -183,8 +183,6 @@ def _explain_unexpected(name: str, expected: Mapping[str, Shape]) -> str:
         return f"{name}; set {_bias_field(name)} to true if the model has biases"
     if name.endswith(_QK_NORMS):
         return f"{name}; set qk_norm to true if the model normalizes q and k"
-    if name.endswith(_SALIENCY):
-        return f"{name}; set lola_config.saliency to true to choose pairs by it"
     near = difflib.get_close_matches(name, expected, n=1, cutoff=0.0)
     return f"{name}; nearest valid name: {near[0]!r}" if near else name
 

@@ -31,7 +31,7 @@ from vllm.model_executor.models.llama import (
 from vllm.sequence import IntermediateTensors
 
 from lola_vllm.checkpoint.files import CheckpointError
-from lola_vllm.checkpoint.schema import check_tensors, expected_tensors
+from lola_vllm.checkpoint.schema import SALIENCY, check_tensors, expected_tensors
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.ops.places import Places
 from lola_vllm.plugin.attention import LolaAttention
@@ -158,6 +158,8 @@ def _good_tensors(
     takes the names of their modules.
     """
     for name, tensor in weights:
+        if name.endswith(SALIENCY) and name not in expected:
+            continue  # the config switches it off
         values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 cannot be asked
         if tensor.is_floating_point() and not bool(values.isfinite().all()):
             raise CheckpointError(f"{name}: holds values that are not finite (NaN or infinity)")
