@@ -2,9 +2,10 @@
 
     python -m tools.long_sequence --tokens 200000 --out long.json
 
-Runs in this process on a tiny random model, or on `--model` with its positions raised (what it then
-says means nothing; what it costs does). Memory is RssAnon + VmSwap. Times are of the processor,
-which a busy neighbour changes little; those of the clock are told too.
+Runs in this process on a tiny random model, or on `--model`. Where that has no rebase interval, its
+positions are raised (what it then says means nothing; what it costs does). Memory is RssAnon +
+VmSwap. Times are of the processor, which a busy neighbour changes little; those of the clock are
+told too.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from lola_vllm import cpu
+from lola_vllm.config import LolaLlamaConfig
 from tests.support.engine import GREEDY, engine, state_manager
 from tests.support.memory import memory_mib
 from tests.support.tiny import make_tiny
 
-LOLA = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
+LOLA = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4, "rebase_interval": 1024}
 DECODES = 64
 
 
@@ -86,8 +88,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """A short sequence for warmth, the long one, and a short one before and after it."""
     longest = args.tokens + DECODES + 8
     with tempfile.TemporaryDirectory() as directory:
-        overrides: dict[str, Any] = {"max_position_embeddings": longest}
         model = args.model or make_tiny(Path(directory) / "tiny", LOLA)
+        overrides: dict[str, Any] = {}
+        if not LolaLlamaConfig.from_pretrained(model).lola.rebase_interval:
+            overrides["max_position_embeddings"] = longest
         with engine(
             model, max_model_len=longest, hf_overrides=overrides, max_num_seqs=1,
             num_gpu_blocks_override=3, max_num_batched_tokens=2048,

@@ -124,7 +124,8 @@ def check(setting: Setting, max_length: int) -> None:
         )
     measure(setting, "bfloat16")  # for its errors
     context = config.get("max_position_embeddings")
-    if isinstance(context, int) and max_length > context:
+    lola = {**config.get("lola_config", {}), **setting.lola_config} if setting.is_lola else {}
+    if isinstance(context, int) and max_length > context and not lola.get("rebase_interval"):
         raise EvalError(
             f"a length of {max_length} tokens: {setting.model} takes {context} "
             "(max_position_embeddings); ask for shorter ones"
