@@ -71,10 +71,13 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     from vllm import LLM, SamplingParams, TokensPrompt
 
+    from lola_vllm.config import LolaLlamaConfig
+
     longest = max(args.contexts) + args.steps + max(args.batches) + 16
     lola = args.worker == "lola"
     overrides: dict[str, Any] = {"lola_config": args.lola_config} if lola else {}
-    if longest > stock_config(args)["max_position_embeddings"]:
+    endless = lola and LolaLlamaConfig.from_pretrained(args.lola).lola.rebase_interval
+    if longest > stock_config(args)["max_position_embeddings"] and not endless:
         overrides["max_position_embeddings"] = longest  # speed is asked, not sense
     llm = LLM(
         str(checkpoint(args.lola if lola else args.stock, args.weights)),

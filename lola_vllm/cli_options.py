@@ -30,6 +30,11 @@ LOLA_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     ),
     "update_interval": (int, "tokens between two updates (default: the window size)"),
     "sink_size": (int, "first positions that stay exact for ever"),
+    "rebase_interval": (
+        int,
+        "positions by which RoPE's origin moves when the base's trained length is used up (new "
+        "checkpoints: a quarter of it); 0: contexts end there",
+    ),
     "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
     "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),
     "state_dtype": (str, "storage of the hidden state: float32, no other"),

@@ -23,6 +23,7 @@ from lola_vllm.config import (
     MODEL_TYPE,
     LolaConfig,
     LolaLlamaConfig,
+    default_rebase_interval,
     heads_divide,
 )
 from lola_vllm.state import SequenceLayout, StateLayout
@@ -214,10 +215,13 @@ def estimate(
         num_state_heads = find_num_state_heads(config, model)
     else:  # a base has no maps to look at, and its directory may lack the weights
         num_state_heads = config.lola.num_state_heads or kv_heads
-    if not is_lola and "feature_dim" not in config.lola_config:
-        config.lola_config = {"feature_dim": config.head_dim}
+    if not is_lola:  # as `init` makes it
+        interval = default_rebase_interval(config.max_position_embeddings)
+        made = {"feature_dim": config.head_dim, "rebase_interval": interval}
+        config.lola_config = {**made, **config.lola_config}
     config.lola.check_heads(heads, kv_heads, num_state_heads)
     config.lola.check_layers(config.num_hidden_layers)
+    config.lola.check_places(config.max_position_embeddings)
     _check_ranks(tensor_parallel_size, heads, kv_heads, num_state_heads)
     config.lola.check_ranks(tensor_parallel_size, kv_heads, num_state_heads)
     config.lola_config = {"num_state_heads": num_state_heads}
@@ -276,7 +280,7 @@ def format_table(result: Estimate) -> str:
         f"and {config.num_key_value_heads} KV heads of size {config.head_dim}, F "
         f"{lola.feature_dim}, K/V {result.dtype}, hidden state {lola.state_dtype}",
         f"window {lola.window_size}, sparse cache {sparse_cache(lola)}, update interval "
-        f"{lola.update_interval}, sinks {lola.sink_size}",
+        f"{lola.update_interval}, sinks {lola.sink_size}, {_contexts(config)}",
         "",
         *(f"{_letter(i)} {row.name}{_mark(result, row)}" for i, row in enumerate(rows)),
         "",
@@ -316,6 +320,14 @@ def format_table(result: Estimate) -> str:
             "LoLCATs trains maps per query head with F 64: --state-heads query --feature-dim 64."
         )
     return "\n".join(lines)
+
+
+def _contexts(config: LolaLlamaConfig) -> str:
+    """How long a context may be."""
+    interval = config.lola.rebase_interval
+    if not interval:
+        return f"contexts of up to {config.max_position_embeddings:,} tokens"
+    return f"contexts without end (rebase interval {interval:,})"
 
 
 def _mark(result: Estimate, row: Row) -> str:

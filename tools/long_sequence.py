@@ -36,7 +36,7 @@ from tests.support.memory import memory_mib
 from tests.support.tiny import make_tiny
 from tools.long_text import compose
 
-LOLA = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
+LOLA = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4, "rebase_interval": 1024}
 DECODES = 64
 
 

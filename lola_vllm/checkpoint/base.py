@@ -23,8 +23,10 @@ from lola_vllm.checkpoint.schema import LOLA_TENSORS, Shape, check_tensors
 from lola_vllm.config import (
     ARCHITECTURE,
     MODEL_TYPE,
+    LolaConfig,
     LolaConfigError,
     LolaLlamaConfig,
+    default_rebase_interval,
     explain_field,
 )
 
@@ -87,6 +89,18 @@ def config_of(path: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
         raise CheckpointError(f"{path}: {explain_field(error)}") from error
     assert isinstance(config, LolaLlamaConfig)
     return config
+
+
+def rebase_interval(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[str, int]:
+    """The key `rebase_interval` of a new checkpoint, whose keys so far are `lola_config`.
+
+    Raises:
+        LolaConfigError: one that does not suit the base's trained length.
+    """
+    default = default_rebase_interval(base.max_position_embeddings)
+    keys = {"rebase_interval": default, **lola_config}
+    LolaConfig(**keys).check_places(base.max_position_embeddings)
+    return {"rebase_interval": keys["rebase_interval"]}
 
 
 def check_base_weights(base: Path, expected: Mapping[str, Shape]) -> None:

@@ -11,6 +11,7 @@ from lola_vllm.checkpoint.base import (
     copy_companions,
     parse_config,
     read_base_config,
+    rebase_interval,
     write_config,
     write_weights,
 )
@@ -48,7 +49,8 @@ def init_checkpoint(
         base: a Llama, Mistral, Qwen2 or Qwen3 directory, sharded or not, embeddings tied or not.
         out: where the checkpoint goes; it is written completely or not at all.
         config_overrides: keys of `lola_config` to set; others keep LoLA's defaults.
-            `feature_dim` defaults to the head size, the only size an identity map can have.
+            `feature_dim` defaults to the head size, the only size an identity map can have, and
+            `rebase_interval` to a quarter of the base's trained length.
         state_heads: "kv": one key map per KV head (Hs = Hkv); "query": one per query head.
         force: replace a model that is already at `out`.
 
@@ -93,7 +95,12 @@ def _config_json(
             f"feature_dim = {feature_dim}: identity maps need the head size, {llama.head_dim}"
         )
     heads = llama.num_key_value_heads if state_heads == "kv" else llama.num_attention_heads
-    lola_config = {**config_overrides, "feature_dim": feature_dim, "num_state_heads": heads}
+    lola_config = {
+        **config_overrides,
+        **rebase_interval(llama, config_overrides),
+        "feature_dim": feature_dim,
+        "num_state_heads": heads,
+    }
     return {**raw, "lola_config": lola_config}
 
 

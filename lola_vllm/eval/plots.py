@@ -154,6 +154,7 @@ def plot_stream(records: list[Record], reference: Record | None, out: Path) -> l
         ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     found = [curves_of(record, reference) for record in records]
     written = []
@@ -172,8 +173,9 @@ def plot_stream(records: list[Record], reference: Record | None, out: Path) -> l
                 panels[1].plot(stops, [point.ratio for point in points], **style)
         for axes, label in zip(panels, ("perplexity", "times the reference's"), strict=False):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+            # Minor ticks are named only where less than a decade is shown.
+            axes.yaxis.set_major_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
             axes.set_ylabel(label)
             axes.grid(alpha=0.3, which="both")
             if axes.lines:

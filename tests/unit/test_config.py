@@ -3,7 +3,12 @@
 import pytest
 from transformers import AutoConfig
 
-from lola_vllm.config import LolaConfig, LolaConfigError, LolaLlamaConfig
+from lola_vllm.config import (
+    LolaConfig,
+    LolaConfigError,
+    LolaLlamaConfig,
+    default_rebase_interval,
+)
 
 
 def test_defaults_are_the_authors():
@@ -36,6 +41,8 @@ def test_the_interval_follows_the_window_unless_it_is_given():
         ({"sparse_cache_size": []}, "lola_config.sparse_cache_size = "),
         ({"sparse_cache_size": [3, True]}, "lola_config.sparse_cache_size = "),
         ({"update_interval": 0}, "lola_config.update_interval = 0"),
+        ({"rebase_interval": -1}, "lola_config.rebase_interval = -1: must be greater than or"),
+        ({"rebase_interval": 2.0}, "lola_config.rebase_interval = 2.0: must be a valid integer"),
         ({"mixing": "half"}, "lola_config.mixing = 'half': must be 'lola' or 'lolcats'"),
         ({"state_dtype": "int8"}, "lola_config.state_dtype = 'int8': must be 'float32'"),
         (
@@ -64,6 +71,32 @@ def test_a_sparse_cache_may_have_a_size_per_layer():
 
 def test_a_state_of_float32_may_be_named():
     assert LolaConfig(state_dtype="float32") == LolaConfig()
+
+
+@pytest.mark.parametrize(
+    ("fields", "length", "message"),
+    [
+        ({"rebase_interval": 3}, 8, "rebase_interval = 3: must divide max_position_embeddings = 8"),
+        ({"rebase_interval": 8}, 8, "rebase_interval = 8: must .* and be less; use 2, or 0"),
+        ({"rebase_interval": 16}, 8, "rebase_interval = 16"),
+        ({"rebase_interval": 2}, 7, "use 1, or 0 for contexts that end at 7 tokens"),
+        ({"rebase_interval": 2, "sink_size": 7}, 8, "sink_size = 7: .* use at most 6 sinks, or"),
+    ],
+)
+def test_rebases_suit_the_trained_length(fields, length, message):
+    with pytest.raises(LolaConfigError, match=message):
+        LolaConfig(**fields).check_places(length)
+    LolaConfig(**{**fields, "rebase_interval": 0}).check_places(length)
+    LolaConfig(rebase_interval=default_rebase_interval(length)).check_places(length)
+
+
+def test_contexts_without_end_have_a_default_length():
+    config = LolaLlamaConfig(max_position_embeddings=8192)
+    assert (config.lola.rebase_interval, config.default_length) == (0, 8192)
+    config.lola_config = {"rebase_interval": 2048}
+    assert config.default_length == 131072
+    config.max_position_embeddings = 2**20
+    assert config.default_length == 2**20
 
 
 def test_every_fault_is_reported():

@@ -71,6 +71,7 @@ def test_maps_are_added_to_the_base(tmp_path: Path, sharded: bool, tied: bool) -
 
     old, new = (json.loads((path / "config.json").read_text()) for path in (base, out))
     lola_config = {"mixing": "lola", "window_size": 16, "feature_dim": F, "num_state_heads": 4}
+    lola_config["rebase_interval"] = old["max_position_embeddings"] // 4
     changed = {"model_type": "lola_llama", "architectures": ["LolaLlamaForCausalLM"]}
     assert new == {**old, **changed, "lola_config": lola_config, "auto_map": AUTO_MAP}
     assert (out / "modeling_lola.py").is_file()
@@ -307,6 +308,7 @@ def test_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     argv = ["convert", "--base", str(base), "--distill", str(distill), "--out", str(out)]
     options = "--window-size 8 --sparse-cache-size 0 --update-interval 4 --sink-size 2 "
     options += "--mixing lolcats --state-dtype float32 --sparse-sharing kv_head --lora-alpha 32"
+    options += " --rebase-interval 0"
     assert cli.main([*argv, "--lora", str(lora), *options.split()]) == 0
     assert json.loads((out / "config.json").read_text())["lola_config"] == {
         "window_size": 8,
@@ -316,6 +318,7 @@ def test_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "mixing": "lolcats",
         "state_dtype": "float32",
         "sparse_sharing": "kv_head",
+        "rebase_interval": 0,
         "feature_dim": F,
         "num_state_heads": 4,
     }

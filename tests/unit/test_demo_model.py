@@ -36,6 +36,7 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
         "sparse_cache_size": 128,
         "sink_size": 4,
         "mixing": "lola",
+        "rebase_interval": 2048,
         "feature_dim": 64,
         "num_state_heads": 3,
     }

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from lola_vllm.checkpoint.init import init_checkpoint
-from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.config import LolaConfigError, LolaLlamaConfig
 from lola_vllm.hf import LolaCache, LolaLlamaForCausalLM, LolaModelError
 from tests.support.families import FAMILIES, make_base
 from tests.support.oracle import Oracle
@@ -522,3 +522,46 @@ def test_the_model_without_the_package_says_what_is_missing(
 def test_importing_it_needs_no_vllm() -> None:
     result = run("import sys, lola_vllm.hf; print('vllm' in sys.modules)")
     assert result.stdout.strip() == "False", result.stderr
+
+
+# ---- contexts without end
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lola = {**LOLA, "rebase_interval": 16}
+    return make_tiny(tmp_path_factory.mktemp("endless"), lola, max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("cuts", [[], [64, 65, 80], [1, 63, 100, 131], range(1, 150)], ids=str)
+@torch.no_grad()
+def test_rows_beyond_the_trained_length_are_the_references(endless: Path, cuts: Any) -> None:
+    model, (prompt,) = load(endless), random_prompts([150], seed=11)
+    expected = Oracle(endless).logprobs(prompt)
+    cache, logits = LolaCache(model.config), []
+    for start, stop in itertools.pairwise([0, *cuts, 150]):
+        ids = torch.tensor([prompt[start:stop]])
+        logits.append(model(ids, past_key_values=cache).logits[0])
+    torch.testing.assert_close(torch.cat(logits).log_softmax(-1), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_padded_rows_are_rebased_each_in_its_time(endless: Path) -> None:
+    model, prompts = load(endless), random_prompts([40, 64, 90, 63], seed=12)
+    ids, mask = left_padded(prompts)
+    answers = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
+        assert answer[-40:].tolist() == alone[0, -40:].tolist()
+
+
+def test_without_a_cache_rows_end_at_the_trained_length(endless: Path) -> None:
+    model = load(endless)
+    model(torch.ones(1, 64, dtype=torch.int64)).logits.sum().backward()
+    with pytest.raises(LolaModelError, match=r"65 tokens without a cache.*= 64.*use_cache=True"):
+        model(torch.ones(1, 65, dtype=torch.int64))
+
+
+def test_an_interval_that_does_not_suit_the_length_is_refused(endless: Path) -> None:
+    with pytest.raises(LolaConfigError, match="rebase_interval = 24: must divide"):
+        AutoModelForCausalLM.from_pretrained(endless, lola_config={"rebase_interval": 24})

@@ -7,6 +7,7 @@ import torch
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import LayerState
+from lola_vllm.ops.places import Places, Turn
 from lola_vllm.state import TABLE_FIELDS
 from tests.support.problem import make_problem
 
@@ -76,6 +77,28 @@ def test_a_saliency_that_the_layout_has_no_room_for_is_named():
     weights, layout, pages = parts()
     with pytest.raises(ValueError, match=r"^saliency: given, but the layout has has_saliency = F"):
         LayerState.bind(replace(weights, saliency=torch.zeros(2, 25)), layout, pages)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("cos", lambda x: x[:5], r"shape \[8\], expected at most 8 angles"),  # sin is compared
+        ("sin", lambda x: x[:, None], r"shape \[8, 1\], expected at most 8"),
+        ("sin", lambda x: x.bfloat16(), r"must be torch.float32 on cpu, is torch.bfloat16 on cpu"),
+        ("cos", lambda x: x.to("meta"), r"must be torch.float32 on cpu, is torch.float32 on meta"),
+    ],
+)
+def test_a_turn_that_does_not_fit_is_named(name, change, words):
+    weights, layout, pages = parts()
+    angles = torch.arange(8.0)
+    turn = Turn(Places(32, 8), angles.cos(), angles.sin())
+    assert LayerState.bind(weights, layout, pages, turn).turn is turn
+    bad = replace(turn, **{name: change(getattr(turn, name))})
+    with pytest.raises(ValueError, match=rf"^turn.(cos|sin): {words}"):
+        LayerState.bind(weights, layout, pages, bad)
+    nine = torch.ones(9)
+    with pytest.raises(ValueError, match=r"turn.cos: shape \[9\], expected at most 8"):
+        LayerState.bind(weights, layout, pages, Turn(turn.places, nine, nine))
 
 
 def test_heads_that_do_not_divide_each_other_are_named():
