@@ -20,6 +20,7 @@ from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import LolaLlamaConfig, heads_divide
 from lola_vllm.plugin import compat
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes
+from lola_vllm.sessions.settings import StoreSettings, StoreSettingsError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,6 +36,10 @@ CPU_WORKER = "lola_vllm.plugin.cpu_worker.LolaCPUWorker"
 
 # What the routes under /v1/lola ask of the workers. A name, for vLLM imports it in each of them.
 WORKER_EXTENSION = "lola_vllm.serving.worker.LolaWorkerExtension"
+
+# The connector of stored states, and its settings in --additional-config. Names, as above.
+CONNECTOR, CONNECTOR_MODULE = "LolaStateConnector", "lola_vllm.plugin.connector"
+STORE_KEY = "lola"
 
 
 class UnsupportedOptionError(ValueError):
@@ -56,6 +61,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check the options, then settle the number of state heads and the block size."""
         compat.warn_of_untested_vllm()
+        settle_sessions(vllm_config)
         for refusal in refusals(vllm_config):
             raise UnsupportedOptionError(
                 f"{refusal.option} = {refusal.value!r} cannot be used with a LoLA model: "
@@ -75,6 +81,56 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         announce_compiling(vllm_config)
 
 
+def settle_sessions(vllm_config: VllmConfig) -> None:
+    """Make the store of states vLLM's KV connector, where `--additional-config` asks for one.
+
+    Raises:
+        UnsupportedOptionError: a setting that cannot be used, or another connector beside it.
+    """
+    from vllm.config import KVTransferConfig
+
+    additional = vllm_config.additional_config
+    given = additional.get(STORE_KEY) if isinstance(additional, dict) else None
+    transfer = vllm_config.kv_transfer_config
+    named = transfer is not None and transfer.kv_connector == CONNECTOR
+    if given is None and not named:
+        return
+    if given is None:
+        assert transfer is not None
+        given = transfer.kv_connector_extra_config
+    try:
+        if not isinstance(given, dict):
+            raise StoreSettingsError(f"{STORE_KEY} = {given!r}: must be an object")
+        settings = StoreSettings.from_mapping(given, STORE_KEY)
+    except StoreSettingsError as error:
+        raise UnsupportedOptionError(f"--additional-config = {given!r}: {error}") from None
+    if not settings.enabled and not named:
+        return
+    if transfer is not None and not named:
+        raise UnsupportedOptionError(
+            f"--additional-config = {given!r}: --kv-transfer-config {transfer.kv_connector!r} is "
+            "in the place of LoLA's own connector; remove one of the two"
+        )
+    if vllm_config.parallel_config.nnodes > 1 and settings.directory is not None:
+        raise UnsupportedOptionError(
+            f"--additional-config = {given!r}: a state directory is for ranks on one machine, and "
+            f"--nnodes is {vllm_config.parallel_config.nnodes}; use state_ram alone"
+        )
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector=CONNECTOR,
+        kv_connector_module_path=CONNECTOR_MODULE,
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config=dict(given),
+    )
+
+
+def has_store(vllm_config: VllmConfig) -> bool:
+    """Whether states are stored."""
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == CONNECTOR
+
+
 def refusals(vllm_config: VllmConfig) -> list[Refusal]:
     """The options in use that do not know LoLA's state."""
     found = []
@@ -86,7 +142,7 @@ def refusals(vllm_config: VllmConfig) -> list[Refusal]:
                 "rejected draft tokens would stay in the state; remove the option",
             )
         )
-    if vllm_config.kv_transfer_config is not None:
+    if vllm_config.kv_transfer_config is not None and not has_store(vllm_config):
         found.append(
             Refusal(
                 "--kv-transfer-config",

@@ -170,15 +170,17 @@ class SessionManager:
 
     def files(self, reference: str, salt: str | None = None) -> Answer:
         """Where the files of a session's longest state, or a turn's, are: to copy elsewhere."""
-        state = self._longest(reference, salt)
-        if self.store.directory is None or len(state.written) < self.store.ranks:
+        state, directory = self._longest(reference, salt), self.store.directory
+        if directory is None or DISK not in state.tiers:
             raise SessionError(
                 "unavailable",
-                f"{reference} is in memory only; a server with a state directory writes files"
-                if self.store.directory is None
-                else f"{reference} is not written yet; try again in a moment",
+                f"{reference} is in memory only; a server with a state directory writes files",
             )
-        paths = self.store.directory.files(state.id)
+        paths = directory.files(state.id)
+        if not all(path.exists() for path in paths):
+            raise SessionError(
+                "unavailable", f"{reference} is not written yet; try again in a moment"
+            )
         return describe_state(state) | {"files": [str(path) for path in paths]}
 
     def bring(self, file: str, session: str, salt: str | None = None) -> Answer:
