@@ -20,7 +20,7 @@ from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import LolaLlamaConfig, heads_divide
 from lola_vllm.plugin import compat
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes
-from lola_vllm.sessions.settings import StoreSettings, StoreSettingsError
+from lola_vllm.sessions.settings import STORE_KEY, StoreSettings, StoreSettingsError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,9 +37,8 @@ CPU_WORKER = "lola_vllm.plugin.cpu_worker.LolaCPUWorker"
 # What the routes under /v1/lola ask of the workers. A name, for vLLM imports it in each of them.
 WORKER_EXTENSION = "lola_vllm.serving.worker.LolaWorkerExtension"
 
-# The connector of stored states, and its settings in --additional-config. Names, as above.
+# The connector of stored states. Names, as above.
 CONNECTOR, CONNECTOR_MODULE = "LolaStateConnector", "lola_vllm.plugin.connector"
-STORE_KEY = "lola"
 
 
 class UnsupportedOptionError(ValueError):
@@ -329,7 +328,13 @@ def _cpu_room(vllm_config: VllmConfig) -> int:
     dtype = str(model.dtype).removeprefix("torch.")
     weights = cpu.weight_bytes(files, model.hf_config.to_dict(), dtype)
     free = psutil.virtual_memory().available
-    return cpu.room_for_states(free, workers * weights // parallel.world_size, workers)
+    stored = 0
+    if has_store(vllm_config):
+        assert vllm_config.kv_transfer_config is not None
+        given = vllm_config.kv_transfer_config.kv_connector_extra_config
+        engines = max(1, parallel.data_parallel_size_local)
+        stored = engines * StoreSettings.from_mapping(given).memory
+    return cpu.room_for_states(free, workers * weights // parallel.world_size, workers, stored)
 
 
 def warn_of_slow_dtype(vllm_config: VllmConfig) -> None:

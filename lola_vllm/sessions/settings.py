@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+STORE_KEY = "lola"  # in vLLM's --additional-config
 KEYS = ("state_ram", "state_dir", "state_disk", "state_ttl", "state_min_tokens")
 # A shorter text is computed again sooner than its state is read.
 MIN_TOKENS = 64
