@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -354,7 +354,7 @@ class SchedulerHalf:
             ticket.unsaved = ticket.unsaved or "the request did not come to its end"
         elif n > request.num_tokens:
             ticket.unsaved = ticket.unsaved or "its last tokens are not known"
-        else:
+        elif ticket.wish.answer:
             copying = self._save(request, n, "answer", blocks, ticket)
         return copying, ticket.answer()
 
@@ -408,7 +408,9 @@ class SchedulerHalf:
             ticket.unsaved = f"no slot holds the state after {n} tokens"
             return False
         chain = ticket.chain
+        tail: Sequence[int] = ()
         if kind == "answer":
+            tail = request.all_token_ids[n:]
             tokens = request.all_token_ids[:n]
             chain = self.store.chain(tokens, ticket.adapter, ticket.salt)
         if ticket.turn is None:
@@ -418,7 +420,7 @@ class SchedulerHalf:
             ticket.stored, new = self.store.save(
                 ticket.turn, chain, n, kind, blocks[index],
                 adapter=ticket.adapter, parent=parent, ttl=ticket.wish.ttl,
-                request=request.request_id if kind == "answer" else "",
+                request=request.request_id if kind == "answer" else "", tail=tail,
             )  # fmt: skip
         except NotStored as error:
             ticket.unsaved = str(error.args[0])

@@ -60,6 +60,8 @@ class StateHeader:
         fingerprint: as `Fingerprint.to_dict`. adapter: empty where none was used. salt: hash.
         created, expires: seconds since 1970. parent: id of the state it continues.
         pinned: whether it stays whatever else is stored.
+        tail: tokens that were said after the n: the last one of an answer is sampled, and the model
+            does not read it unless the text goes on.
         rank, ranks: which part of the state the file has, of how many.
     """
 
@@ -77,6 +79,7 @@ class StateHeader:
     expires: float | None = None
     parent: str | None = None
     pinned: bool = False
+    tail: list[int] = field(default_factory=list)
     rank: int = 0
     ranks: int = 1
 
@@ -105,7 +108,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "session", "kind", "key", "boundary", "adapter", "salt"), (str,)),
     **dict.fromkeys(("turn", "num_tokens", "rank", "ranks"), (int,)),
     "created": (int, float), "expires": (int, float, type(None)), "parent": (str, type(None)),
-    "fingerprint": (dict,),
+    "fingerprint": (dict,), "tail": (list,),
 }  # fmt: skip
 
 

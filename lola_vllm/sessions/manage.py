@@ -93,10 +93,14 @@ class SessionManager:
             return found | {"states": [describe_state(state) for state in states]}
 
     def tokens(self, reference: str, salt: str | None = None) -> Answer:
-        """Token ids of the longest state of a session, or of a turn: `{"turn", "tokens"}`."""
+        """Token ids of a session, or of a turn: what its longest state covers, and what was said
+        after it: `{"turn", "kind", "tokens", "tail"}`."""
         state = self._longest(reference, salt)
-        tokens = self._tokens(state)
-        return {"turn": state.header.turn, "kind": state.header.kind, "tokens": tokens.tolist()}
+        header, tokens = state.header, self._tokens(state)
+        return {
+            "turn": header.turn, "kind": header.kind, "tokens": tokens.tolist(),
+            "tail": header.tail,
+        }  # fmt: skip
 
     def fork(self, reference: str, to: str, salt: str | None = None) -> Answer:
         """Another session that goes on from a session or one of its turns."""
@@ -129,7 +133,7 @@ class SessionManager:
             if (salt_hash(salt), new) in store.sessions:
                 raise SessionError("exists", f"to = {new!r}: there is such a session already")
             for state in states:
-                self._change(state, session=new)
+                store.rewrite(state, session=new)
         return self.show(new, salt)
 
     def pin(self, reference: str, pinned: bool = True, salt: str | None = None) -> Answer:
@@ -149,7 +153,7 @@ class SessionManager:
                     )
             for state in states:
                 if state.header.pinned != pinned:
-                    self._change(state, pinned=pinned)
+                    store.rewrite(state, pinned=pinned)
         return self.show(parse_reference(reference).session, salt)
 
     def delete(self, reference: str, salt: str | None = None) -> Answer:
@@ -248,11 +252,6 @@ class SessionManager:
         if tokens is None:
             raise NotStored(f"the tokens of {state.header.session!r} are not kept")
         return tokens
-
-    def _change(self, state: Stored, **fields: Any) -> None:
-        self.store.change(state, **fields)
-        if DISK in state.tiers:
-            self._copy(state, state, self.store.tokens(state))
 
     def _copy(self, source: Stored, copy: Stored, tokens: Tokens | None) -> None:
         memory, disk = MEMORY in copy.tiers, DISK in copy.tiers

@@ -4,7 +4,8 @@
 
 `from`: a session or a turn to start from; `false`: start from nothing. Without it any stored state
 that covers a part of the prompt is used. `save`: the session to go on with, `false`: none. Without
-it a session id of the request names the session. `ttl`: seconds.
+it a session id of the request names the session. `ttl`: seconds. `answer`: `false` stores what was
+read only, and not what was generated after it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lola_vllm.sessions.store import Turn
 from lola_vllm.sessions.tiers import SessionKey, Stored
 
 FIELD = "lola"
-_KEYS = ("from", "save", "ttl")
+_KEYS = ("from", "save", "ttl", "answer")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Wish:
     Attributes:
         restore: whether to start from a stored state. source: the one it names.
         save: whether to store its states. session: under which name, None: nobody's.
-        ttl: seconds. faults: what of it could not be understood.
+        ttl: seconds. answer: whether what is generated belongs to the session.
+        faults: what of it could not be understood.
     """
 
     restore: bool = True
@@ -38,6 +40,7 @@ class Wish:
     save: bool = True
     session: str | None = None
     ttl: float | None = None
+    answer: bool = True
     faults: tuple[str, ...] = ()
 
 
@@ -70,10 +73,13 @@ def read_wish(params: object, session_id: str | None = None) -> Wish:
         faults.append(str(error))
     if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or ttl <= 0):
         faults.append(f"{where}.ttl = {ttl!r}: must be a number of seconds above 0")
+    answer = lola.get("answer", True)
+    if not isinstance(answer, bool):
+        faults.append(f"{where}.answer = {answer!r}: must be true or false")
     if faults:
         return Wish(restore=False, save=False, faults=tuple(faults))
     save = session is not False
-    return Wish(source is not False, reference, save, session if save else None, ttl)
+    return Wish(source is not False, reference, save, session if save else None, ttl, answer)
 
 
 @dataclass(eq=False)

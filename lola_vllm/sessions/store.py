@@ -21,7 +21,7 @@ from lola_vllm.sessions.directory import RESCAN_S, StateDirectory
 from lola_vllm.sessions.file import StateHeader
 from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.sessions.names import AUTOMATIC, Reference, automatic_name
-from lola_vllm.sessions.orders import DISK, MEMORY, Drop, Load, Order, Outcome, Save
+from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Drop, Load, Order, Outcome, Save
 from lola_vllm.sessions.settings import StoreSettings
 from lola_vllm.sessions.tiers import SessionKey, Stored, Tier
 
@@ -183,12 +183,13 @@ class SessionStore:
         parent: Stored | None = None,
         ttl: float | None = None,
         request: str = "",
+        tail: Sequence[int] = (),
     ) -> tuple[Stored, bool]:
         """Store the state in a slot, which covers the first `num_tokens` of a text.
 
         Args:
             kind: "prompt" or "answer". slot: of the pool of every rank. ttl: seconds.
-            request: as in `Save`.
+            request: as in `Save`. tail: as in `StateHeader`.
 
         Returns:
             The state, and whether it is new: the slot is then copied in the step that takes the
@@ -203,6 +204,8 @@ class SessionStore:
             for there in map(self.states.__getitem__, reversed(self._index.with_key(key))):
                 if not named or there.session == turn.session:
                     self._use(there)
+                    if tail and there.session == turn.session:
+                        self.rewrite(there, kind=kind, tail=list(tail))
                     return there, False
             nbytes = self.row_bytes * self.ranks
             tiers = [tier for tier in (self.memory, self.disk) if tier.fits(nbytes)]
@@ -227,6 +230,7 @@ class SessionStore:
                 created=now,
                 expires=None if ttl is None else now + ttl,
                 parent=parent.id if parent else None,
+                tail=list(tail),
                 ranks=self.ranks,
             )
             state = Stored(header, nbytes, now)
@@ -332,6 +336,14 @@ class SessionStore:
             self._unlist(state)
             state.header = replace(state.header, **fields)  # type: ignore[arg-type]
             self.add(state, tiers, tokens)
+
+    def rewrite(self, state: Stored, **fields: object) -> None:
+        """`change`, also in the state's file."""
+        with self.lock:
+            self.change(state, **fields)
+            if DISK in state.tiers:
+                tokens, memory = self.tokens(state), MEMORY in state.tiers
+                self._orders.append(Copy(state.id, state.header, tokens, memory, True))
 
     def forget(self, state: Stored, keep_file: bool = False) -> None:
         """Drop a state everywhere."""

@@ -15,6 +15,7 @@ from lola_vllm.sessions import (
     parse_reference,
 )
 from lola_vllm.sessions.chain import SPAN, salt_hash
+from lola_vllm.sessions.file import read_header
 from lola_vllm.sessions.settings import parse_bytes
 from tests.support.sessions import FINGERPRINT, ROW, Server
 
@@ -392,3 +393,29 @@ def test_references_and_settings():
     ):  # fmt: skip
         with pytest.raises(StoreSettingsError, match=key):
             StoreSettings.from_mapping({key: value})
+
+
+def test_what_was_said_after_a_state_is_kept_with_it(server):
+    """The last token of an answer is sampled, and no state covers it until the text goes on."""
+    prompt = server.say(TEXT[:50], "agent", kind="prompt")
+    server.say(TEXT[:60], "agent", tail=[TEXT[60]])
+    server.settle()
+    told = server.manager.tokens("agent")
+    assert (told["tokens"], told["tail"], told["kind"]) == (TEXT[:60], [TEXT[60]], "answer")
+    # An answer of one token: its state is that at the end of the prompt.
+    server.say(TEXT[:80], "short", kind="prompt")
+    state, _ = server.store.save(
+        server.store.open_turn("short", None)._replace(number=1),
+        server.store.chain(TEXT[:80]), 80, "answer", 1, tail=[7],
+    )  # fmt: skip
+    server.settle()
+    server.store.refresh()
+    told = server.manager.tokens("short")
+    assert (told["tokens"], told["tail"], told["kind"]) == (TEXT[:80], [7], "answer")
+    assert server.restore([*TEXT[:80], 7, 8]) == 80
+    assert prompt.header.tail == []
+    if server.store.directory is not None:
+        assert read_header(server.store.directory.files(state.id)[0]).tail == [7]
+    server.manager.fork("short", "branch")
+    server.settle()
+    assert server.manager.tokens("branch")["tail"] == [7]
