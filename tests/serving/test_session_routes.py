@@ -250,20 +250,24 @@ def test_keys_are_told_apart_on_every_route(tiny):
     refused(tiny.other.delete(f"{BASE}/mine"), 404, "'mine'")
     refused(tiny.other.post(f"{BASE}/mine/fork", json={"to": "stolen"}), 404, "'mine'")
 
-    messages = user(TEXT * 4)
-    for path, body in (
-        ("/v1/completions", {"prompt": [*ids, 5]}),
-        ("/v1/completions", {"prompt": [*ids, 5],
-                             "kv_transfer_params": {"lola": {"from": "mine"}}}),
-        ("/v1/chat/completions", {"messages": messages}),
-    ):  # fmt: skip
-        body = {"model": "tiny", "max_tokens": 2, "temperature": 0, **body}
-        ok(tiny.client.post(path, json=body))
-        again = ok(tiny.client.post(path, json=body))
-        assert told(again)["restored_tokens"] > 40
+    # Each with a text of its own, because the second owner has cached prefixes too.
+    for number, (path, named) in enumerate(
+        (("/v1/completions", False), ("/v1/completions", True), ("/v1/chat/completions", False))
+    ):
+        text, body = f"{number} {TEXT * 4}", {"model": "tiny", "max_tokens": 2, "temperature": 0}
+        body |= {"messages": user(text)} if "chat" in path else {"prompt": text}
+        ok(tiny.client.post(path, json=body, headers={"X-Session-ID": f"mine-{number}"}))
+        if named:
+            body["kv_transfer_params"] = {"lola": {"from": f"mine-{number}"}}
+        if "chat" in path:
+            body["messages"] += [{"role": "assistant", "content": "x"}, *user("y")]
+        else:
+            body["prompt"] += " and"
         theirs = ok(tiny.other.post(path, json=body))
         assert told(theirs)["restored_tokens"] == 0 and told(theirs)["reason"]
         assert theirs["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        again = ok(tiny.client.post(path, json=body))
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 40
         assert theirs["choices"] == again["choices"]
     # The same name is another session.
     assert ok(tiny.other.post(f"{BASE}/mine/append", json={"prompt": "x"}))["turn"] == 1
@@ -295,7 +299,7 @@ BAD = {
     "beams": ("none/complete", {"prompt": "x", "use_beam_search": True}, 400, "use_beam_search"),
     "id": ("none/chat", {"messages": user("x"), "session_id": "y"}, 400, "the address names"),
     "batch": ("none/complete", {"prompt": ["x", "y"]}, 400, "prompt"),
-    "empty": ("none/complete", {"prompt": ""}, 400, "prompt is empty"),
+    "empty": ("none/complete", {"prompt": ""}, 400, "prompt"),
     "model": ("none/chat", {"messages": user("x"), "model": "y"}, 404, "`y`"),
 }
 
@@ -350,7 +354,8 @@ def test_a_chat_by_its_new_messages_equals_the_whole_chat_sent_again(lola_server
 def test_clients_that_send_everything_again_compute_their_new_tokens_only(lola_server):
     """Nothing to configure, also in the Responses API, which keeps the messages itself."""
     messages, previous, counts = [], {}, []
-    for question in QUESTIONS:
+    # Long enough for a text without a name to be stored.
+    for question in (f"{TEXT * 6}\n{QUESTIONS[0]}", *QUESTIONS[1:]):
         messages += user(question)
         body = {"model": "smollm2", "messages": messages, "temperature": 0, "max_tokens": 40}
         body |= {"cache_salt": "resend"}
