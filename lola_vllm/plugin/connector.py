@@ -15,14 +15,15 @@ with its output.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.distributed import get_world_group
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -114,12 +115,14 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
         pool = cache[0] if isinstance(cache, list | tuple) else cache
         settings, parallel = store_settings(self._vllm_config), self._vllm_config.parallel_config
         fingerprint = fingerprint_of(self._vllm_config)
+        stage = get_pp_group().rank_in_group
+        rank = stage * parallel.tensor_parallel_size + get_tensor_model_parallel_rank()
         directory = settings.directory
         self.keeper = RowKeeper(
             pool.flatten(1),
             fingerprint,
             None if directory is None else model_directory(directory, fingerprint),
-            get_world_group().rank_in_group if parallel.world_size > 1 else 0,
+            rank,
             parallel.world_size,
             sequence_layout(self._vllm_config).cleaned,
         )
@@ -240,6 +243,23 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
 
+def _harmless(default: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A method whose exceptions are logged: in the scheduler they would end the engine."""
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            except Exception:
+                logger.exception("LoLA sessions: %s failed; the request goes on", method.__name__)
+                return default
+
+        return call
+
+    return decorate
+
+
 class SchedulerHalf:
     """What becomes of requests.
 
@@ -256,8 +276,9 @@ class SchedulerHalf:
         # Requests that go on with a session, in the order in which they came.
         self._queues: dict[SessionKey, deque[str]] = {}
 
+    @_harmless(None)
     def arrive(self, request: Request) -> None:
-        """Read what a request wants. Never raises: the engine would end."""
+        """Read what a request wants."""
         wish = read_wish(request.kv_transfer_params, request.session_id)
         adapter = ""
         lora = request.lora_request
@@ -288,10 +309,13 @@ class SchedulerHalf:
         if ticket.session is not None:
             self._queues.setdefault(ticket.session, deque()).append(request.request_id)
 
+    @_harmless(0)
     def match(self, request: Request, computed: int) -> int | None:
         """Tokens that a stored state has beyond `computed`; None while another request goes on
         with the same session."""
-        ticket = self.tickets[request.request_id]
+        ticket = self.tickets.get(request.request_id)
+        if ticket is None:
+            return 0
         if ticket.session and self._queues[ticket.session][0] != request.request_id:
             return None
         if ticket.version != self.store.version:
@@ -300,9 +324,7 @@ class SchedulerHalf:
         if found is None or not ticket.wish.restore or request.skip_reading_prefix_cache:
             return 0
         if found.header.num_tokens <= computed:
-            ticket.explain(
-                f"{computed} tokens are in the prefix cache, which is not less than what is stored"
-            )
+            ticket.missed = f"the prefix cache has {computed} tokens, which is no less than stored"
             return 0
         return found.header.num_tokens - computed
 
@@ -315,6 +337,7 @@ class SchedulerHalf:
         self.store.counts["hits"] += 1
         self.store.counts["restored-tokens"] += ticket.restored
 
+    @_harmless(None)
     def end_prompts(self, scheduled: dict[str, int], block_ids: Any) -> None:
         """Store the states at the ends of prompts whose last piece runs in this step.
 
@@ -329,6 +352,7 @@ class SchedulerHalf:
                 if n == request.num_prompt_tokens:
                     self._save(request, n, "prompt", block_ids(name))
 
+    @_harmless((False, None))
     def finish(self, request: Request, blocks: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Store the state of a request that ends.
 
@@ -358,6 +382,7 @@ class SchedulerHalf:
             copying = self._save(request, n, "answer", blocks, ticket)
         return copying, ticket.answer()
 
+    @_harmless(None)
     def note(self, outcomes: list[tuple[int, Outcome]]) -> None:
         """Take note of what the ranks report."""
         for _, outcome in outcomes:
@@ -370,14 +395,14 @@ class SchedulerHalf:
     def _look_up(self, ticket: Ticket, request: Request) -> None:
         """Find the state to start from, and the conversation that the request goes on with."""
         ticket.version = self.store.version
-        ticket.found = None
+        ticket.found = ticket.missed = None
         longest = len(ticket.chain) - 1
         ticket.parent = self.store.find(ticket.chain, longest)
         source = ticket.wish.source
+        ticket.found = ticket.parent
+        if ticket.found is None and ticket.wish.restore:
+            ticket.missed = "no stored state is of a beginning of this prompt"
         if source is None:
-            ticket.found = ticket.parent
-            if ticket.found is None and ticket.wish.restore:
-                ticket.explain("no stored state is of a beginning of this prompt")
             return
         try:
             ticket.found = self.store.resolve(
@@ -385,7 +410,7 @@ class SchedulerHalf:
             )
             ticket.parent = ticket.found
         except NotStored as error:
-            ticket.explain(str(error.args[0]))
+            ticket.missed = str(error.args[0])
 
     def _save(
         self,
@@ -408,7 +433,7 @@ class SchedulerHalf:
             ticket.unsaved = f"no slot holds the state after {n} tokens"
             return False
         chain = ticket.chain
-        if kind == "answer":
+        if kind == "answer" or n > len(chain):
             tokens = request.all_token_ids[:n]
             chain = self.store.chain(tokens, ticket.adapter, ticket.salt)
         if ticket.turn is None:

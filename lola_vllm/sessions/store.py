@@ -243,8 +243,8 @@ class SessionStore:
     def load(self, state: Stored, slot: int, request: str) -> None:
         """Put a state into a slot; an outcome for `request` follows."""
         with self.lock:
+            keep = state.id in self.states and self.memory.fits(state.nbytes)
             self._use(state)
-            keep = self.memory.fits(state.nbytes)
             if keep and MEMORY not in state.tiers:
                 self.memory.add(state)
                 self._make_room(self.memory, state.session)
