@@ -411,3 +411,24 @@ def test_transformers_and_the_server_read_each_others_files(tiny, cold, tmp_path
     other = AutoConfig.from_pretrained(tiny, lola_config={"window_size": 12})
     with pytest.raises(StateFileError, match="another model config"):
         LolaCache.load(tmp_path / "state", other)
+
+
+@pytest.mark.parametrize("options", [BASE, CACHED], ids=["plain", "prefix-caching"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["in-step", "scheduled-ahead"])
+def test_an_answer_that_stops_by_itself_is_stored_as_it_was_said(tiny, cold, options, ahead):
+    """With scheduling ahead, one more step has run when the engine learns of the stop: the state
+    then has the last token too, and says so."""
+    stop = cold.first[6]
+    n = cold.first.index(stop) + 1
+    params = SamplingParams(max_tokens=NEW, temperature=0.0, stop_token_ids=[stop])
+    with engine(tiny, **options, async_scheduling=ahead, **store_options()) as llm:
+        request = TokensPrompt(prompt_token_ids=cold.text)
+        (output,) = llm.generate([request], params, use_tqdm=False)
+        said = list(output.outputs[0].token_ids)
+        assert said == cold.first[:n]
+        covered = output.kv_transfer_params["lola"]["tokens"]
+        assert covered - len(cold.text) in (n - 1, n)
+        whole = cold.text + cold.first
+        tokens, told = ask(llm, whole + cold.tail)
+        assert tokens == cold(whole + cold.tail)
+        assert told["restored_tokens"] == covered
