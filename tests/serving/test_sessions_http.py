@@ -38,10 +38,10 @@ def test_a_session_goes_on_by_its_header(lola_server):
 
 
 def test_salts_and_wrong_wishes(lola_server):
-    complete(lola_server, TEXT + "Salted.", cache_salt="alice")
-    other = complete(lola_server, TEXT + "Salted. Yes.", cache_salt="bob")
+    complete(lola_server, 5 * TEXT + "Salted.", cache_salt="alice")
+    other = complete(lola_server, 5 * TEXT + "Salted. Yes.", cache_salt="bob")
     assert other["kv_transfer_params"]["lola"]["restored_tokens"] == 0
-    same = complete(lola_server, TEXT + "Salted. Yes.", cache_salt="alice")
+    same = complete(lola_server, 5 * TEXT + "Salted. Yes.", cache_salt="alice")
     assert same["kv_transfer_params"]["lola"]["restored_tokens"] > 0
     wrong = complete(lola_server, TEXT, kv_transfer_params={"lola": {"save": "../x"}})
     assert "save = '../x'" in wrong["kv_transfer_params"]["lola"]["reason"]
