@@ -23,7 +23,7 @@ from lola_vllm.ops import (
     choose_backend,
 )
 from lola_vllm.sessions.chain import Chain, namespace, token_array
-from lola_vllm.sessions.file import StateHeader, read_state, write_state
+from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
 from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
 from lola_vllm.state import SequenceLayout, StateLayout
 
@@ -254,7 +254,9 @@ class LolaCache(Cache):
         dtype = getattr(torch, found.header.fingerprint.get("dtype", ""), torch.float32)
         for layer in cache.layers:
             layer.allocate(1, heads, size, dtype, torch.device(device))
-        read_state(Path(path), cache._fingerprint())
+        difference = cache._fingerprint().difference(found.header.fingerprint)
+        if difference:
+            raise StateFileError(Path(path), "foreign", difference)
         state = torch.from_numpy(found.row)[None].to(device)
         for layer, pages in zip(cache.layers, cache._sequence().pages(state), strict=True):
             assert layer.pages is not None

@@ -170,7 +170,8 @@ class RowKeeper:
             text = f"{self.max_waiting} states wait to be written: the disk is too slow"
             self._report(header.id, "save-failed", DISK, None, text, fault="slow")
             return
-        self._writing.setdefault(header.id, []).append(row)
+        with self._lock:
+            self._writing.setdefault(header.id, []).append(row)
         self._writer.submit(self._write_file, header, tokens)
 
     def _row(self, state: str) -> HostRow | None:
@@ -193,9 +194,10 @@ class RowKeeper:
         except Exception as error:
             self._report(header.id, "save-failed", DISK, error)
         finally:
-            waiting.pop(0)
-            if not waiting and self._writing.get(header.id) is waiting:
-                del self._writing[header.id]
+            with self._lock:
+                waiting.pop(0)
+                if not waiting and self._writing.get(header.id) is waiting:
+                    del self._writing[header.id]
 
     def _copy_file(self, order: Copy) -> None:
         began = time.monotonic()
@@ -229,6 +231,7 @@ class RowKeeper:
             with self._lock:
                 self._read.append((order, HostRow(torch.from_numpy(found.row)), began))
         except Exception as error:
+            self._reading.discard(order.header.id)
             self._report(order.header.id, "load-failed", DISK, error, request=order.request)
 
     def _path(self, state: str) -> Path:
