@@ -157,6 +157,10 @@ class LolaEngine:
                         temperature=0.0,
                         detokenize=False,
                         output_kind=RequestOutputKind.FINAL_ONLY,
+                        # Nobody goes on from here.
+                        extra_args={"kv_transfer_params": {"lola": {"save": False}}}
+                        if has_store(self.config)
+                        else None,
                     ),
                     request_id,
                 ):

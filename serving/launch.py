@@ -322,7 +322,8 @@ def _stored(
     ranks = _ranks(given)
     ram = None
     taken = {"kv-transfer-config", "kv-offloading-size"} & set(given)
-    if row is not None and not taken and store.memory is None:
+    useful = ranks.pipeline == 1 and given.get("runner") != "pooling"
+    if row is not None and not taken and store.memory is None and useful:
         here = Machine("cpu", machine.cores, machine.host or machine.memory)
         room, _ = _room(weights if machine.device == "cpu" else 0, given, here)
         state = ranks.state_bytes(row.sequence) * ranks.per_model

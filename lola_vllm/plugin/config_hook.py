@@ -18,7 +18,7 @@ from lola_vllm import cpu
 from lola_vllm.checkpoint.files import open_weights, weight_files
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import LolaLlamaConfig, heads_divide
-from lola_vllm.plugin import compat
+from lola_vllm.plugin import compat, connectors
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes
 from lola_vllm.sessions.settings import STORE_KEY, StoreSettings, StoreSettingsError
 
@@ -115,6 +115,12 @@ def settle_sessions(vllm_config: VllmConfig) -> None:
             f"--additional-config = {given!r}: a state directory is for ranks on one machine, and "
             f"--nnodes is {vllm_config.parallel_config.nnodes}; use state_ram alone"
         )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise UnsupportedOptionError(
+            f"--additional-config = {given!r}: states are not stored in pipeline stages, whose "
+            "engine would wait for ever, and --pipeline-parallel-size is "
+            f"{vllm_config.parallel_config.pipeline_parallel_size}; remove one of the two"
+        )
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR,
         kv_connector_module_path=CONNECTOR_MODULE,
@@ -141,22 +147,18 @@ def refusals(vllm_config: VllmConfig) -> list[Refusal]:
                 "rejected draft tokens would stay in the state; remove the option",
             )
         )
-    if vllm_config.kv_transfer_config is not None and not has_store(vllm_config):
-        found.append(
-            Refusal(
-                "--kv-transfer-config",
-                vllm_config.kv_transfer_config.kv_connector,
-                "KV connectors move per-token blocks, and a LoLA page is none; remove the option",
-            )
-        )
-    if vllm_config.cache_config.kv_offloading_size is not None:
-        found.append(
-            Refusal(
-                "--kv-offloading-size",
-                vllm_config.cache_config.kv_offloading_size,
-                "vLLM offloads per-token blocks, and a LoLA page is none; remove the option",
-            )
-        )
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and not has_store(vllm_config):
+        reason = connectors.unfit(transfer.kv_connector, vllm_config)
+        if reason:
+            found.append(Refusal("--kv-transfer-config", transfer.kv_connector, reason))
+    offloaded = vllm_config.cache_config.kv_offloading_size
+    if offloaded is not None:
+        reason = connectors.unfit(connectors.offloading_connector(vllm_config), vllm_config)
+        if has_store(vllm_config):
+            reason = "LoLA's store is in the place of vLLM's connector; remove one of the two"
+        if reason:
+            found.append(Refusal("--kv-offloading-size", offloaded, reason))
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", "bfloat16"):
         found.append(

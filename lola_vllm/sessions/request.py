@@ -90,7 +90,8 @@ class Ticket:
         adapter, salt: of its states; `salt` is a hash. chain: of its prompt.
         found: the state to start from, as of `version` of the store.
         parent: the state that its conversation goes on from. turn: where its states go.
-        restored: tokens that it did not compute. reasons: why they are not more.
+        restored: tokens that it did not compute. missed: why nothing was found, as of `version`.
+        reasons: what else there is to say.
         stored: its longest stored state. unsaved: why it has none.
     """
 
@@ -103,6 +104,7 @@ class Ticket:
     parent: Stored | None = None
     turn: Turn | None = None
     restored: int = 0
+    missed: str | None = None
     reasons: list[str] = field(default_factory=list)
     stored: Stored | None = None
     unsaved: str | None = None
@@ -113,7 +115,7 @@ class Ticket:
         return None if self.wish.session is None else (self.salt, self.wish.session)
 
     def explain(self, reason: str) -> None:
-        """Add a reason why nothing, or not more, was restored."""
+        """Add something that the client should know."""
         if reason not in self.reasons:
             self.reasons.append(reason)
 
@@ -121,13 +123,14 @@ class Ticket:
         """What the client is told, as `kv_transfer_params` of the answer."""
         state = self.stored
         name = state.header.session if state else self.wish.session
+        missed = [self.missed] if self.missed else []
         told = {
             "session": name,
             "turn": state.header.turn if state else None,
             "tokens": state.header.num_tokens if state else 0,
             "bytes": state.nbytes if state else 0,
             "restored_tokens": self.restored,
-            "reason": "; ".join(self.reasons) or None,
+            "reason": "; ".join([*self.reasons, *missed]) or None,
         }
         if state is None:
             told["unsaved"] = self.unsaved

@@ -28,9 +28,6 @@ from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Drop, Load, Order, Out
 
 logger = logging.getLogger("vllm.lola")
 
-# States that wait to be written. More are not written: a slow disk must not fill the memory.
-MAX_WAITING = 64
-
 
 class RowKeeper:
     """Carries out the orders of a store on one rank.
@@ -42,6 +39,8 @@ class RowKeeper:
         fingerprint: of the model. directory: for files; None: no files.
         clean: a copy of a row whose bytes that are not valid after n tokens are zero; such bytes
             may be of other people's texts.
+        max_waiting: states that wait to be written. More are not written: a slow disk must not
+            fill the memory.
     """
 
     def __init__(
@@ -52,12 +51,14 @@ class RowKeeper:
         rank: int = 0,
         ranks: int = 1,
         clean: Callable[[Tensor, int], Tensor] | None = None,
+        max_waiting: int = 64,
     ) -> None:
         self.pool = pool.view(torch.uint8)
         self.fingerprint = fingerprint
         self.directory = directory
         self.rank, self.ranks = rank, ranks
         self._clean = clean
+        self.max_waiting = max_waiting
         self._rows: dict[str, HostRow] = {}
         self._writing: dict[str, list[HostRow]] = {}  # an entry per write that waits
         self._reading: set[str] = set()  # states to keep in memory once they are read
@@ -165,11 +166,12 @@ class RowKeeper:
         self._writer.submit(self._unlink, order.state)
 
     def _write(self, header: StateHeader, tokens: Tokens, row: HostRow) -> None:
-        if len(self._writing) >= MAX_WAITING:
-            text = f"{MAX_WAITING} states wait to be written: the disk is too slow"
+        if len(self._writing) >= self.max_waiting:
+            text = f"{self.max_waiting} states wait to be written: the disk is too slow"
             self._report(header.id, "save-failed", DISK, None, text, fault="slow")
             return
-        self._writing.setdefault(header.id, []).append(row)
+        with self._lock:
+            self._writing.setdefault(header.id, []).append(row)
         self._writer.submit(self._write_file, header, tokens)
 
     def _row(self, state: str) -> HostRow | None:
@@ -192,9 +194,10 @@ class RowKeeper:
         except Exception as error:
             self._report(header.id, "save-failed", DISK, error)
         finally:
-            waiting.pop(0)
-            if not waiting and self._writing.get(header.id) is waiting:
-                del self._writing[header.id]
+            with self._lock:
+                waiting.pop(0)
+                if not waiting and self._writing.get(header.id) is waiting:
+                    del self._writing[header.id]
 
     def _copy_file(self, order: Copy) -> None:
         began = time.monotonic()
@@ -228,6 +231,7 @@ class RowKeeper:
             with self._lock:
                 self._read.append((order, HostRow(torch.from_numpy(found.row)), began))
         except Exception as error:
+            self._reading.discard(order.header.id)
             self._report(order.header.id, "load-failed", DISK, error, request=order.request)
 
     def _path(self, state: str) -> Path:

@@ -27,6 +27,8 @@ from lola_vllm.sessions.tiers import SessionKey, Stored, Tier
 
 logger = logging.getLogger("vllm.lola")
 
+WARN_S = 60.0
+
 
 class NotStored(LookupError):
     """Why a state that was asked for is not there, in words."""
@@ -82,6 +84,7 @@ class SessionStore:
         self.seconds: dict[str, float] = defaultdict(float)
         self.version = 0  # of what can be found
         self._tokens: dict[str, Tokens] = {}
+        self._warned: dict[str, float] = {}
         self._index = PrefixIndex()
         self._orders: list[Order] = []
         self._expiring: list[tuple[float, str]] = []
@@ -247,8 +250,8 @@ class SessionStore:
     def load(self, state: Stored, slot: int, request: str) -> None:
         """Put a state into a slot; an outcome for `request` follows."""
         with self.lock:
+            keep = state.id in self.states and self.memory.fits(state.nbytes)
             self._use(state)
-            keep = self.memory.fits(state.nbytes)
             if keep and MEMORY not in state.tiers:
                 self.memory.add(state)
                 self._make_room(self.memory, state.session)
@@ -287,10 +290,7 @@ class SessionStore:
                         self._release_tokens(state)
                     continue
                 self.failures[outcome.fault] += 1
-                logger.warning(
-                    "LoLA sessions: %s of state %s (%s): %s",
-                    outcome.event, outcome.state, outcome.tier, outcome.reason,
-                )  # fmt: skip
+                self._warn(outcome)
                 if state is None:
                     continue
                 if outcome.event == "save-failed" and outcome.tier == DISK:
@@ -386,6 +386,17 @@ class SessionStore:
                     state.written.update(range(self.ranks))
                     self.add(state, [self.disk])
                     self.counts["adopted"] += 1
+
+    def _warn(self, outcome: Outcome) -> None:
+        """Log a failure, of each fault one per minute; the metrics count all."""
+        now = time.monotonic()
+        if now - self._warned.get(outcome.fault, -WARN_S) < WARN_S:
+            return
+        self._warned[outcome.fault] = now
+        logger.warning(
+            "LoLA sessions: %s of state %s (%s): %s",
+            outcome.event, outcome.state, outcome.tier, outcome.reason,
+        )  # fmt: skip
 
     def _watch(self) -> None:
         while not self._stop.wait(RESCAN_S):

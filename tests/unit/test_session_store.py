@@ -305,6 +305,26 @@ def test_a_directory_that_vanishes_loses_nothing_in_memory(tmp_path):
     server.close()
 
 
+def test_a_slow_disk_does_not_fill_the_memory(tmp_path, monkeypatch):
+    from lola_vllm.sessions import rows
+
+    server, gate = Server(tmp_path, memory=3 * ROW), threading.Event()
+    server.keepers[0].max_waiting = 5
+    write = rows.write_state
+    monkeypatch.setattr(rows, "write_state", lambda *args: (gate.wait(20), write(*args))[1])
+    for n in range(20):
+        server.say([n] * 10)
+        assert server.keepers[0].num_waiting <= 5 and server.keepers[0].num_rows <= 3
+    server.step()
+    assert server.store.failures == {"slow": 15}
+    gate.set()
+    server.settle()
+    kept = (17, 18, 19, 0, 1, 2, 3, 4)  # the newest in memory, the first in files
+    assert all(server.restore([n] * 11) for n in kept)
+    assert not any(server.restore([n] * 11) for n in range(5, 17))
+    server.close()
+
+
 def test_all_ranks_or_none(tmp_path):
     server = Server(tmp_path, ranks=2)
     server.say(TEXT[:100])
