@@ -5,33 +5,11 @@ import threading
 import time
 import uuid
 
-import httpx
 import pytest
 
-from lola_vllm.serving.sessions.manage import UPLOAD
-from tests.support.servers import serving
-from tests.support.speaking import make_speaking, serve_speaking
-
 TEXT = "the hidden state of the window is read by the model "
-ONE, TWO = "the-first-key", "the-second-key"
 BASE = "/v1/lola/sessions"
 COLD = {"kv_transfer_params": {"lola": {"from": False, "save": False}}}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A server of a tiny model with a state directory and two API keys."""
-    directory = tmp_path_factory.mktemp("sessions")
-    model = make_speaking(directory / "tiny")
-    command = [*serve_speaking(model, "tiny"), "--lola-state-dir", str(directory / "states")]
-    with serving(
-        directory / "log.txt", [*command, "--api-key", ONE, TWO], **{UPLOAD: "1"}
-    ) as running:
-        running.client.headers["Authorization"] = f"Bearer {ONE}"
-        running.other = httpx.Client(
-            base_url=running.url, timeout=120, headers={"Authorization": f"Bearer {TWO}"}
-        )
-        yield running
 
 
 def ok(response):
