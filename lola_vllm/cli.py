@@ -23,6 +23,7 @@ from lola_vllm.cli_options import (
     lola_config_of,
     summarize,
 )
+from lola_vllm.client.command import add_chat, add_sessions
 from lola_vllm.distill.command import add_options as _distill
 from lola_vllm.eval.command import add_options as _eval
 
@@ -313,6 +314,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
         "vllm serve with the routes under /v1/lola, and with sequences, block size and memory "
         "chosen for this machine",
     ),
+    "sessions": (add_sessions, "what a server remembers: list, show, fork, export, import, rm"),
+    "chat": (add_chat, "talk to a server that keeps the conversation"),
     "texts": (_texts, "get English texts to train and measure on, from Debian packages and PyPI"),
 }
 

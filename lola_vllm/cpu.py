@@ -67,19 +67,20 @@ def weight_bytes(files: int, config: Mapping[str, Any], dtype: str) -> int:
     return files * sizes[dtype] // sizes[stored]
 
 
-def room_for_states(free: int, weights: int, ranks: int = 1) -> int:
+def room_for_states(free: int, weights: int, ranks: int = 1, stored: int = 0) -> int:
     """Bytes that the states of one rank may take on a CPU.
 
     All ranks of a machine together take at most half of what weights and processes leave of the
-    free memory, so that the machine stays usable.
+    free memory, so that the machine stays usable. Stored states are in the other half, and more of
+    them reduce the first.
 
     Args:
         free: memory that is free before the server starts, in bytes.
         weights: bytes of the weights, all ranks of this machine together.
-        ranks: vLLM's workers on this machine.
+        ranks: vLLM's workers on this machine. stored: bytes for stored states.
     """
-    processes = SERVER_BYTES + (ranks - 1) * RANK_BYTES
-    return max(0, free - weights - processes) // (2 * ranks)
+    left = free - weights - SERVER_BYTES - (ranks - 1) * RANK_BYTES
+    return max(0, min(left // 2, left - stored)) // ranks
 
 
 def _flags() -> frozenset[str]:

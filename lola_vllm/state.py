@@ -298,6 +298,33 @@ class SequenceLayout:
             for offset, layer in zip(self.offsets, self.layers, strict=True)
         ]
 
+    def cleaned(self, row: Tensor, num_tokens: int) -> Tensor:
+        """A copy of a state in which every byte that is not valid is zero.
+
+        A slot is never cleared, so such bytes may be of another sequence's texts.
+
+        Args:
+            row: `[>= row_bytes]` uint8, after `num_tokens` tokens.
+        """
+        clean = torch.zeros_like(row)
+        pages = zip(self.layers, self.pages(row[None]), self.pages(clean[None]), strict=True)
+        for layout, page, out in pages:
+            n = torch.tensor(num_tokens)
+            old, new = layout.views(page), layout.views(out)
+            if layout.num_folded(n) > 0:
+                new.H.copy_(old.H)
+                new.s.copy_(old.s)
+            k = int(layout.num_sparse(n))
+            for name in ("positions", "sparse_k", "sparse_v", "directions"):
+                getattr(new, name)[:, :, :k] = getattr(old, name)[:, :, :k]
+            new.bounds[..., :k] = old.bounds[..., :k]
+            sinks = torch.arange(min(num_tokens, layout.sink_size))
+            window = torch.arange(min(int(layout.window_start(n)), num_tokens), num_tokens)
+            rows = layout.row(torch.cat((sinks, window)))
+            new.exact_k[:, :, rows] = old.exact_k[:, :, rows]
+            new.exact_v[:, :, rows] = old.exact_v[:, :, rows]
+        return clean
+
 
 def _align(nbytes: int, alignment: int) -> int:
     return -(-nbytes // alignment) * alignment

@@ -21,7 +21,7 @@ from lola_vllm import __version__
 from lola_vllm.config import MODEL_TYPE
 from lola_vllm.estimate import Row
 from lola_vllm.plugin.cache import lola_hf_config, page_layouts, row_bytes, sequence_layout
-from lola_vllm.plugin.config_hook import WORKER_EXTENSION
+from lola_vllm.plugin.config_hook import WORKER_EXTENSION, has_store
 from lola_vllm.serving.protocol import (
     Head,
     InfoResponse,
@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 
 # A worker answers between two steps, and a step may be a long prefill.
 ANSWER_LIMIT_S = 60
+
+# The status for each kind of `SessionError`.
+SESSION_STATUS = {
+    "bad": HTTPStatus.BAD_REQUEST,
+    "not-found": HTTPStatus.NOT_FOUND,
+    "exists": HTTPStatus.CONFLICT,
+    "unavailable": HTTPStatus.SERVICE_UNAVAILABLE,
+}
 
 
 class Unavailable(Exception):
@@ -149,6 +157,10 @@ class LolaEngine:
                         temperature=0.0,
                         detokenize=False,
                         output_kind=RequestOutputKind.FINAL_ONLY,
+                        # Nobody goes on from here.
+                        extra_args={"kv_transfer_params": {"lola": {"save": False}}}
+                        if has_store(self.config)
+                        else None,
                     ),
                     request_id,
                 ):
@@ -168,6 +180,41 @@ class LolaEngine:
             for field in fields
             if (values := [answer[field] for answer in answers if field in answer])
         }
+
+    async def sessions(self, method: str, **arguments: Any) -> Any:
+        """What a method of `sessions.SessionManager` returns, in the engine's process.
+
+        Raises:
+            Unavailable: there is no store, or the wish cannot be met; with the status that fits.
+        """
+        self.check()
+        if not has_store(self.config):
+            raise Unavailable(
+                HTTPStatus.NOT_IMPLEMENTED,
+                "this server stores no states; start it with lola-vllm serve, or with "
+                """--additional-config '{"lola": {"state_ram": "1GiB"}}'""",
+            )
+        if self.config.parallel_config.data_parallel_size > 1:
+            raise Unavailable(
+                HTTPStatus.NOT_IMPLEMENTED,
+                f"--data-parallel-size = {self.config.parallel_config.data_parallel_size}: each "
+                "engine has sessions of its own; ask a server with one",
+            )
+        client: Any = self.client
+        try:
+            answer = await asyncio.wait_for(
+                client.engine_core.call_utility_async("lola_sessions", method, arguments),
+                ANSWER_LIMIT_S,
+            )
+        except TimeoutError:
+            raise Unavailable(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"the engine did not answer within {ANSWER_LIMIT_S} s; try again when it has less "
+                "to do",
+            ) from None
+        if isinstance(answer, dict) and "error" in answer:
+            raise Unavailable(SESSION_STATUS[answer["kind"]], answer["error"])
+        return answer
 
     def check(self) -> None:
         """Raise `Unavailable` unless the served model is a LoLA model."""

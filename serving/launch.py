@@ -25,6 +25,7 @@ from lola_vllm.checkpoint.files import CheckpointError, read_json, weight_files
 from lola_vllm.checkpoint.quantize import faster_weights
 from lola_vllm.config import MODEL_TYPE
 from lola_vllm.estimate import DTYPES, GIB, MIB, Row, estimate
+from lola_vllm.serving import store_options
 from lola_vllm.serving.options import given_options, masked, number
 from lola_vllm.state import SequenceLayout
 
@@ -44,11 +45,15 @@ _PLUGIN_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 
 
 class Machine(NamedTuple):
-    """Facts for the choices: "cpu" or "cuda", cores, and memory free for vLLM in bytes."""
+    """Facts for the choices: "cpu" or "cuda", cores, and memory free for vLLM in bytes.
+
+    `host`: free memory of the machine; None where it is the same memory.
+    """
 
     device: str
     cores: int
     memory: int
+    host: int | None = None
 
 
 class Choice(NamedTuple):
@@ -85,7 +90,7 @@ def this_machine(cores: int) -> Machine:
     """The machine in its present state. vLLM may use `cores`."""
     if torch.cuda.is_available():
         _, total = torch.cuda.mem_get_info()
-        return Machine("cuda", cores, total)
+        return Machine("cuda", cores, total, psutil.virtual_memory().available)
     return Machine("cpu", cores, psutil.virtual_memory().available)
 
 
@@ -101,6 +106,8 @@ def plan(
         CheckpointError: a directory that holds no LoLA model, options that cannot be read, or a
             machine that is too small.
     """
+    store = store_options.split(options)
+    options = store.rest
     given = given_options(options)
     command = [_vllm(), "serve", model]
     chosen = _front(given, env)
@@ -125,8 +132,10 @@ def plan(
         weights = cpu.weight_bytes(
             sum(file.stat().st_size for file in weight_files(directory)), config, dtype
         )
-        chosen += quick + _numbers(config, row, weights, given, machine, env)
+        chosen += quick + _numbers(config, row, weights, given, machine, env, store.memory or 0)
+        chosen += _stored(store, row, weights, given, machine)
     else:
+        chosen += _stored(store, None, 0, given, machine)
         notes = [f"{model} is no directory here: the numbers are left to vLLM"]
     flags = [part for choice in chosen for part in (choice.name, choice.value) if part]
     return Launch([*command, *flags, *options], chosen, chosen_env, notes)
@@ -253,6 +262,7 @@ def _numbers(
     given: Mapping[str, str],
     machine: Machine,
     env: Mapping[str, str],
+    stored: int = 0,
 ) -> list[Choice]:
     caching = "no-enable-prefix-caching" not in given and given.get(
         "enable-prefix-caching", ""
@@ -262,7 +272,7 @@ def _numbers(
     # has one more per sequence, for prefixes that may be requested again.
     states = (3 if machine.device == "cpu" else 2) if caching else 1
     sized = "kv-cache-memory-bytes" in given or "VLLM_CPU_KVCACHE_SPACE" in env
-    room, where = _room(weights, given, machine)
+    room, where = _room(weights, given, machine, stored)
     pool = number(given.get("kv-cache-memory-bytes"))
     if pool:
         room, where = pool, "your --kv-cache-memory-bytes"
@@ -301,12 +311,45 @@ def _numbers(
     return chosen
 
 
-def _room(weights: int, given: Mapping[str, str], machine: Machine) -> tuple[int, str]:
+def _stored(
+    store: store_options.StoreOptions,
+    row: Row | None,
+    weights: int,
+    given: Mapping[str, str],
+    machine: Machine,
+) -> list[Choice]:
+    """The store of states: in memory, unless the user says more or takes its place in vLLM."""
+    ranks = _ranks(given)
+    ram = None
+    taken = {"kv-transfer-config", "kv-offloading-size"} & set(given)
+    useful = ranks.pipeline == 1 and given.get("runner") != "pooling"
+    if row is not None and not taken and store.memory is None and useful:
+        here = Machine("cpu", machine.cores, machine.host or machine.memory)
+        room, _ = _room(weights if machine.device == "cpu" else 0, given, here)
+        state = ranks.state_bytes(row.sequence) * ranks.per_model
+        ram = store_options.default_memory(room * ranks.per_model, state)
+    value = store.value(ram)
+    if value is None:
+        return []
+    reason = "states outlive their requests, as you say (docs/sessions.md)"
+    if ram and not store.given:
+        reason = (
+            f"{ram / MIB:.0f} MiB of stored states: a conversation goes on where it stopped;\n"
+            "      --lola-state-dir keeps them for the next start, --lola-state-ram 0 none"
+        )
+    return [Choice(store_options.ADDITIONAL, value, reason)]
+
+
+def _room(
+    weights: int, given: Mapping[str, str], machine: Machine, stored: int = 0
+) -> tuple[int, str]:
     """Bytes for states on a rank, and a description of them."""
     ranks = _ranks(given)
     if machine.device == "cpu":
         workers = max(1, ranks.replicas * ranks.per_model // ranks.nodes)
-        room = cpu.room_for_states(machine.memory, workers * weights // ranks.per_model, workers)
+        all_weights = workers * weights // ranks.per_model
+        stored *= ranks.replicas
+        room = cpu.room_for_states(machine.memory, all_weights, workers, stored)
         each = f", shared by {workers} ranks," if workers > 1 else ""
         return room, f"half of what weights and processes leave of the memory{each}"
     try:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 from prometheus_client.samples import Sample
 
+from lola_vllm.plugin.config_hook import has_store
 from lola_vllm.serving.engine import LolaEngine, own_metric
+from lola_vllm.serving.session_metrics import SessionMetrics
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -84,6 +86,11 @@ class LolaMetrics:
             registry=registry,
         ).labels(**self._labels)
         self._hits_seen = 0.0
+        self._sessions = (
+            SessionMetrics(self._labels, make_counter=_Counter, registry=registry)
+            if has_store(engine.config)
+            else None
+        )
         self._due = 0.0
         self._refreshing: asyncio.Task[None] | None = None
         for name, value in (
@@ -111,6 +118,11 @@ class LolaMetrics:
         if hits is not None:
             self._hits.inc(max(0.0, hits - self._hits_seen))
             self._hits_seen = hits
+        if self._sessions is not None:
+            try:
+                self._sessions.update(await self.engine.sessions("stats"))
+            except Exception as error:  # as below
+                logger.debug("LoLA metrics: nothing of the sessions: %s", error)
         if self.engine.readable() is not None:
             return
         try:

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 
+from lola_vllm.plugin.config_hook import has_store
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.metrics import LolaMetrics, RefreshMetrics
 from lola_vllm.serving.routes import router
+from lola_vllm.serving.sessions import routers
+from lola_vllm.serving.sessions.owners import OwnerMiddleware, Owners, listen
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -35,9 +38,11 @@ class LolaEndpoints:
     required_tasks: tuple[SupportedTask, ...] | None = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, the update of metrics before they are read, and the inspector line."""
-        app.include_router(router)
+        """Add the routes, the middleware that they need, and the inspector line."""
+        for routes in (router, *routers):
+            app.include_router(routes)
         app.add_middleware(RefreshMetrics)
+        app.add_middleware(OwnerMiddleware)
         start_up = app.router.lifespan_context
 
         @asynccontextmanager
@@ -57,6 +62,10 @@ class LolaEndpoints:
         assert engine_client is not None  # None only in the server for the task "render"
         engine = LolaEngine(engine_client, str(engine_client.model_config.served_model_name))
         state.lola_engine = engine
+        state.lola_busy = set()
+        keys = args.api_key or [envs.VLLM_API_KEY or ""]
+        state.lola_owners = Owners(keys) if engine.is_lola and has_store(engine.config) else None
+        listen(engine_client)
         state.lola_metrics = LolaMetrics(engine) if engine.is_lola else None
         state.lola_inspector = describe_inspector(args)
 

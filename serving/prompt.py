@@ -17,7 +17,7 @@ from vllm.renderers import TokenizeParams
 
 from lola_vllm.serving.bodies import refusal
 from lola_vllm.serving.engine import LolaEngine, Unavailable
-from lola_vllm.serving.protocol import MAX_PROMPT_TOKENS, MemoryRequest
+from lola_vllm.serving.protocol import MAX_PROMPT_TOKENS, PromptRequest
 
 if TYPE_CHECKING:
     from fastapi import Request
@@ -52,16 +52,27 @@ class _Chat(_Bounded, TokenizeChatRequest):
     pass
 
 
-async def prompt_tokens(body: MemoryRequest, raw_request: Request, engine: LolaEngine) -> list[int]:
+async def prompt_tokens(
+    body: PromptRequest,
+    raw_request: Request,
+    engine: LolaEngine,
+    *,
+    begins: bool = True,
+    adapters: bool = False,
+) -> list[int]:
     """Token ids of a request's prompt.
+
+    Args:
+        begins: whether nothing comes before it; else it gets no token that starts a text.
+        adapters: whether the model may be the name of an adapter.
 
     Raises:
         Unavailable: an unknown model, no tokenizer, a chat that the template refuses, token ids
             that are no ids, or a prompt that is empty or too long.
     """
-    if body.model is not None and not raw_request.app.state.openai_serving_models.is_base_model(
-        body.model
-    ):
+    models = raw_request.app.state.openai_serving_models
+    known = body.model is None or models.is_base_model(body.model)
+    if not known and not (adapters and body.model in models.lora_requests):
         raise Unavailable(
             HTTPStatus.NOT_FOUND,
             f"model = {body.model!r} is not served; leave it out or use {engine.model!r}",
@@ -69,7 +80,7 @@ async def prompt_tokens(body: MemoryRequest, raw_request: Request, engine: LolaE
     limit = min(MAX_PROMPT_TOKENS, engine.config.model_config.max_model_len - 1)
     ids = body.prompt if isinstance(body.prompt, list) else None
     try:
-        tokens = await _tokenized(body, raw_request, engine) if ids is None else ids
+        tokens = ids or await _tokenized(body, raw_request, engine, begins)
     except VLLMValidationError as error:
         units = {"input_text": "characters", "input_tokens": "tokens or more"}
         if error.parameter not in units:
@@ -87,14 +98,16 @@ async def prompt_tokens(body: MemoryRequest, raw_request: Request, engine: LolaE
     return tokens
 
 
-def _wrong_length(body: MemoryRequest, length: str, limit: int) -> Unavailable:
+def _wrong_length(body: PromptRequest, length: str, limit: int) -> Unavailable:
     return Unavailable(
         HTTPStatus.BAD_REQUEST,
         f"{body.source}: {length}; from 1 to {limit} tokens can be read",
     )
 
 
-async def _tokenized(body: MemoryRequest, raw_request: Request, engine: LolaEngine) -> list[int]:
+async def _tokenized(
+    body: PromptRequest, raw_request: Request, engine: LolaEngine, begins: bool
+) -> list[int]:
     if engine.client.renderer.tokenizer is None:
         raise Unavailable(
             HTTPStatus.BAD_REQUEST,
@@ -105,12 +118,12 @@ async def _tokenized(body: MemoryRequest, raw_request: Request, engine: LolaEngi
     try:
         if body.messages is None:
             assert isinstance(body.prompt, str)
-            request = _Text(model=body.model, prompt=body.prompt)
+            request = _Text(model=body.model, prompt=body.prompt, add_special_tokens=begins)
         else:
             request = _Chat(
                 model=body.model,
                 messages=body.messages,
-                add_generation_prompt=body.add_generation_prompt,
+                add_generation_prompt=getattr(body, "add_generation_prompt", False),
             )
         # Parts of messages are checked only here.
         answer = await serving.create_tokenize(request, raw_request)
@@ -119,6 +132,20 @@ async def _tokenized(body: MemoryRequest, raw_request: Request, engine: LolaEngi
         if not message.startswith(body.source):
             message = f"{body.source}: {message}"
         raise Unavailable(HTTPStatus.BAD_REQUEST, message) from None
+    if isinstance(answer, ErrorResponse):
+        raise Unavailable(HTTPStatus(answer.error.code), answer.error.message)
+    tokens: list[int] = answer.tokens
+    return tokens
+
+
+async def text_tokens(text: str, raw_request: Request) -> list[int]:
+    """Token ids of a text that goes on with another one.
+
+    Raises:
+        Unavailable: it is too long.
+    """
+    request = _Text(prompt=text, add_special_tokens=False)
+    answer = await raw_request.app.state.serving_tokenization.create_tokenize(request, raw_request)
     if isinstance(answer, ErrorResponse):
         raise Unavailable(HTTPStatus(answer.error.code), answer.error.message)
     tokens: list[int] = answer.tokens

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
     with_config,
 )
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import NotRequired, Self, TypedDict
 
 # A page has a fixed size for prompts of any length. These bound the answer and the waiting time.
 MAX_PROMPT_TOKENS = 65_536
@@ -130,16 +130,14 @@ def _check_utf8(field: str, text: str) -> None:
         ) from None
 
 
-class MemoryRequest(BaseModel):
-    """Body of `POST /v1/lola/memory`: one of `prompt` and `messages`.
+class PromptRequest(BaseModel):
+    """A text to read: one of `prompt` and `messages`.
 
     Attributes:
         model: a served name; default: the server's own.
         prompt: text or token ids. messages: a chat, rendered by the model's template.
-        add_generation_prompt: end a chat with the start of the assistant's turn.
-        layers: which to answer for; default: all.
-        cache_salt: cached prefixes are shared only with requests of the same salt, as for vLLM's
-            own routes.
+        cache_salt: cached prefixes and stored states are shared only with requests of the same
+            salt, as for vLLM's own routes.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -149,8 +147,6 @@ class MemoryRequest(BaseModel):
     messages: list[Message] | None = Field(
         default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True
     )
-    add_generation_prompt: bool = True
-    layers: list[int] | None = Field(default=None, min_length=1, max_length=1_000, fail_fast=True)
     cache_salt: str | None = None
 
     @model_validator(mode="before")
@@ -167,7 +163,7 @@ class MemoryRequest(BaseModel):
         return data
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> MemoryRequest:
+    def _one_prompt(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give one of 'prompt' (text or token ids) and 'messages'")
         if self.prompt is not None and not self.prompt:
@@ -202,6 +198,18 @@ class MemoryRequest(BaseModel):
                 yield content
             else:
                 yield from (part.get("text", "") for part in content or ())
+
+
+class MemoryRequest(PromptRequest):
+    """Body of `POST /v1/lola/memory`.
+
+    Attributes:
+        add_generation_prompt: end a chat with the start of the assistant's turn.
+        layers: which to answer for; default: all.
+    """
+
+    add_generation_prompt: bool = True
+    layers: list[int] | None = Field(default=None, min_length=1, max_length=1_000, fail_fast=True)
 
 
 class Head(BaseModel):

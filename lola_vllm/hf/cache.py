@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
+import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +24,10 @@ from lola_vllm.ops import (
     rebase,
 )
 from lola_vllm.ops.places import Turn
-from lola_vllm.state import StateLayout
+from lola_vllm.sessions.chain import Chain, namespace, token_array
+from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
+from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
+from lola_vllm.state import SequenceLayout, StateLayout
 
 
 class LolaCacheLayer(CacheLayerMixin):
@@ -50,21 +57,26 @@ class LolaCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate pages for keys and values `[B, Q, Hkv, d]`. They need no clearing."""
-        config, dtype = self.config, key_states.dtype
+        batch, _, heads, size = key_states.shape
+        self.allocate(batch, heads, size, key_states.dtype, key_states.device)
+
+    def allocate(
+        self, batch: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Allocate a page per row, for keys and values `[num_kv_heads, head_dim]` of `dtype`."""
         state_dtype = getattr(torch, self.lola.state_dtype)
         self.layout = StateLayout.from_config(
             self.lola,
-            num_kv_heads=key_states.shape[2],
-            num_state_heads=self.lola.num_state_heads or config.num_attention_heads,
-            head_dim=key_states.shape[3],
+            num_kv_heads=num_kv_heads,
+            num_state_heads=self.lola.num_state_heads or self.config.num_attention_heads,
+            head_dim=head_dim,
             kv_dtype=dtype,
             state_dtype=torch.float64 if dtype == torch.float64 else state_dtype,
         )
-        self.ops = choose_backend(key_states.device.type, dtype)
-        batch = len(key_states)
+        self.ops = choose_backend(device.type, dtype)
         self.num_tokens = torch.zeros(batch, dtype=torch.int64)
         self.pages = torch.empty(
-            batch + 1, self.layout.page_bytes, dtype=torch.uint8, device=key_states.device
+            batch + 1, self.layout.page_bytes, dtype=torch.uint8, device=device
         )
         self.is_initialized = True
 
@@ -193,3 +205,87 @@ class LolaCache(Cache):
                 "start a new LolaCache"
             )
         return layer.num_tokens
+
+    def save(
+        self, path: str | Path, tokens: Sequence[int] | Tensor, row: int = 0, session: str = "file"
+    ) -> int:
+        """Write the state of a row to a file, which a server can take up, and return its bytes.
+
+        Args:
+            path: it is replaced. tokens: ids that the row has seen. row: of the batch.
+            session: name that the file tells.
+
+        Raises:
+            LolaModelError: the cache is empty, or the row has seen another number of tokens.
+            CheckpointError: the model's weights are in no directory, so the state would fit none.
+            OSError: the file cannot be written.
+        """
+        pages = [layer.pages for layer in self.layers]
+        if any(page is None for page in pages):
+            raise LolaModelError("the cache has seen no tokens; there is no state to save")
+        ids = token_array([int(token) for token in tokens])
+        n = int(self.layers[0].num_tokens[row])
+        if len(ids) != n:
+            raise LolaModelError(f"tokens: {len(ids)}, but row {row} has seen {n}")
+        fingerprint = self._fingerprint()
+        chain = Chain(namespace(fingerprint.key), ids)
+        header = StateHeader(
+            id=secrets.token_hex(16),
+            session=session,
+            turn=1,
+            kind="answer",
+            num_tokens=n,
+            key=chain.key(n).hex(),
+            boundary=chain.boundary(n).hex(),
+            fingerprint=fingerprint.to_dict(),
+            created=time.time(),
+        )
+        state = torch.cat([page[row + 1].cpu() for page in pages if page is not None])
+        clean = self._sequence().cleaned(state, n)
+        return write_state(Path(path), header, ids, clean.numpy())
+
+    @classmethod
+    def load(
+        cls, path: str | Path, config: LolaLlamaConfig, device: torch.device | str = "cpu"
+    ) -> tuple[LolaCache, Tensor]:
+        """A cache of one row from a file that `save` or a server wrote.
+
+        Args:
+            config: of the model, loaded from its directory.
+
+        Returns:
+            The cache, and the tokens that it has seen, `[n]` int64.
+
+        Raises:
+            StateFileError: the file is damaged, or of another model or dtype.
+        """
+        found = read_state(Path(path))
+        cache = cls(config)
+        heads = config.num_key_value_heads
+        assert heads is not None  # LlamaConfig fills it in
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # A dtype that torch has not is told as another one than the model's.
+        dtype = getattr(torch, found.header.fingerprint.get("dtype", ""), torch.float32)
+        for layer in cache.layers:
+            layer.allocate(1, heads, size, dtype, torch.device(device))
+        difference = cache._fingerprint().difference(found.header.fingerprint)
+        if difference:
+            raise StateFileError(Path(path), "foreign", difference)
+        state = torch.from_numpy(found.row)[None].to(device)
+        for layer, pages in zip(cache.layers, cache._sequence().pages(state), strict=True):
+            assert layer.pages is not None
+            layer.pages[1:] = pages
+            layer.num_tokens[:] = layer.num_columns = len(found.tokens)
+        return cache, torch.from_numpy(found.tokens).long()
+
+    def _sequence(self) -> SequenceLayout:
+        return SequenceLayout(tuple(layer.layout for layer in self.layers))
+
+    def _fingerprint(self) -> Fingerprint:
+        first = self.layers[0]
+        return model_fingerprint(
+            first.config,
+            str(first.config._name_or_path),
+            self._sequence().layers,
+            bounded=first.ops.name != "torch",
+        )

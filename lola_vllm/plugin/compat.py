@@ -14,6 +14,9 @@
   makes the table. Can go when the table stays in float32.
 * `request_blocks`: the two model runners of vLLM keep a request's blocks in different places, and
   both under a longer id than the one it was sent with. Can go when a worker can be asked.
+* `add_engine_method`: what the engine's process knows, such as its scheduler, is asked through
+  methods of `EngineCore` by name; `collective_rpc` reaches workers only. A method is added, none is
+  replaced. Can go when an engine can be extended as workers can.
 * `look_at_wake_ups`: the queue between engine and worker sends a wake-up with every message, which
   its reader looks at only after a second without one. Until it looks, libzmq keeps up to 64 bytes
   for each (libzmq issue 3171, and the note to ZMQ_CONFLATE in its manual), in both processes: a
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
@@ -143,6 +147,13 @@ def look_at_wake_ups() -> None:
     patched: Any = SpinCondition
     patched.lola_reads = 0
     patched.record_read = record_read_and_look
+
+
+def add_engine_method(name: str, function: Callable[..., Any]) -> None:
+    """Add a method to vLLM's engine core, for `call_utility`; the newest of a name counts."""
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(EngineCore, name, function)
 
 
 def request_blocks(model_runner: Any, request_id: str) -> list[int] | None:

@@ -19,8 +19,9 @@ from lola_vllm.checkpoint.files import open_weights, weight_files
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import LolaLlamaConfig, heads_divide
 from lola_vllm.ops.places import MAX_LENGTH, Places
-from lola_vllm.plugin import compat
+from lola_vllm.plugin import compat, connectors
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes
+from lola_vllm.sessions.settings import STORE_KEY, StoreSettings, StoreSettingsError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,6 +37,9 @@ CPU_WORKER = "lola_vllm.plugin.cpu_worker.LolaCPUWorker"
 
 # What the routes under /v1/lola ask of the workers. A name, for vLLM imports it in each of them.
 WORKER_EXTENSION = "lola_vllm.serving.worker.LolaWorkerExtension"
+
+# The connector of stored states. Names, as above.
+CONNECTOR, CONNECTOR_MODULE = "LolaStateConnector", "lola_vllm.plugin.connector"
 
 
 class UnsupportedOptionError(ValueError):
@@ -57,6 +61,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check the options, then settle the number of state heads and the block size."""
         compat.warn_of_untested_vllm()
+        settle_sessions(vllm_config)
         for refusal in refusals(vllm_config):
             raise UnsupportedOptionError(
                 f"{refusal.option} = {refusal.value!r} cannot be used with a LoLA model: "
@@ -77,6 +82,62 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         announce_compiling(vllm_config)
 
 
+def settle_sessions(vllm_config: VllmConfig) -> None:
+    """Make the store of states vLLM's KV connector, where `--additional-config` asks for one.
+
+    Raises:
+        UnsupportedOptionError: a setting that cannot be used, or another connector beside it.
+    """
+    from vllm.config import KVTransferConfig
+
+    additional = vllm_config.additional_config
+    given = additional.get(STORE_KEY) if isinstance(additional, dict) else None
+    transfer = vllm_config.kv_transfer_config
+    named = transfer is not None and transfer.kv_connector == CONNECTOR
+    if given is None and not named:
+        return
+    if given is None:
+        assert transfer is not None
+        given = transfer.kv_connector_extra_config
+    try:
+        if not isinstance(given, dict):
+            raise StoreSettingsError(f"{STORE_KEY} = {given!r}: must be an object")
+        settings = StoreSettings.from_mapping(given, STORE_KEY)
+    except StoreSettingsError as error:
+        raise UnsupportedOptionError(f"--additional-config = {given!r}: {error}") from None
+    if not settings.enabled and not named:
+        return
+    if transfer is not None and not named:
+        raise UnsupportedOptionError(
+            f"--additional-config = {given!r}: --kv-transfer-config {transfer.kv_connector!r} is "
+            "in the place of LoLA's own connector; remove one of the two"
+        )
+    if vllm_config.parallel_config.nnodes > 1 and settings.directory is not None:
+        raise UnsupportedOptionError(
+            f"--additional-config = {given!r}: a state directory is for ranks on one machine, and "
+            f"--nnodes is {vllm_config.parallel_config.nnodes}; use state_ram alone"
+        )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise UnsupportedOptionError(
+            f"--additional-config = {given!r}: states are not stored in pipeline stages, whose "
+            "engine would wait for ever, and --pipeline-parallel-size is "
+            f"{vllm_config.parallel_config.pipeline_parallel_size}; remove one of the two"
+        )
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector=CONNECTOR,
+        kv_connector_module_path=CONNECTOR_MODULE,
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config=dict(given),
+    )
+
+
+def has_store(vllm_config: VllmConfig) -> bool:
+    """Whether states are stored."""
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == CONNECTOR
+
+
 def refusals(vllm_config: VllmConfig) -> list[Refusal]:
     """The options in use that do not know LoLA's state."""
     found = []
@@ -88,22 +149,18 @@ def refusals(vllm_config: VllmConfig) -> list[Refusal]:
                 "rejected draft tokens would stay in the state; remove the option",
             )
         )
-    if vllm_config.kv_transfer_config is not None:
-        found.append(
-            Refusal(
-                "--kv-transfer-config",
-                vllm_config.kv_transfer_config.kv_connector,
-                "KV connectors move per-token blocks, and a LoLA page is none; remove the option",
-            )
-        )
-    if vllm_config.cache_config.kv_offloading_size is not None:
-        found.append(
-            Refusal(
-                "--kv-offloading-size",
-                vllm_config.cache_config.kv_offloading_size,
-                "vLLM offloads per-token blocks, and a LoLA page is none; remove the option",
-            )
-        )
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and not has_store(vllm_config):
+        reason = connectors.unfit(transfer.kv_connector, vllm_config)
+        if reason:
+            found.append(Refusal("--kv-transfer-config", transfer.kv_connector, reason))
+    offloaded = vllm_config.cache_config.kv_offloading_size
+    if offloaded is not None:
+        reason = connectors.unfit(connectors.offloading_connector(vllm_config), vllm_config)
+        if has_store(vllm_config):
+            reason = "LoLA's store is in the place of vLLM's connector; remove one of the two"
+        if reason:
+            found.append(Refusal("--kv-offloading-size", offloaded, reason))
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", "bfloat16"):
         found.append(
@@ -284,7 +341,13 @@ def _cpu_room(vllm_config: VllmConfig) -> int:
     dtype = str(model.dtype).removeprefix("torch.")
     weights = cpu.weight_bytes(files, model.hf_config.to_dict(), dtype)
     free = psutil.virtual_memory().available
-    return cpu.room_for_states(free, workers * weights // parallel.world_size, workers)
+    stored = 0
+    if has_store(vllm_config):
+        assert vllm_config.kv_transfer_config is not None
+        given = vllm_config.kv_transfer_config.kv_connector_extra_config
+        engines = max(1, parallel.data_parallel_size_local)
+        stored = engines * StoreSettings.from_mapping(given).memory
+    return cpu.room_for_states(free, workers * weights // parallel.world_size, workers, stored)
 
 
 def warn_of_slow_dtype(vllm_config: VllmConfig) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import reprlib
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,8 @@ from lola_vllm.serving.protocol import MAX_BODY_BYTES
 
 PAGE = "/v1/lola/inspector"
 MEMORY = "/v1/lola/memory"
+# The list, and the tokens of one: what the page reads of stored sessions.
+SESSIONS = re.compile(r"/v1/lola/sessions(/[A-Za-z0-9._-]{1,64}/tokens)?")
 ANSWER_LIMIT_S = 300
 
 
@@ -61,18 +64,25 @@ class Inspector(ThreadingHTTPServer):
         """Where to open the page."""
         return f"http://127.0.0.1:{self.server_port}{PAGE}"
 
-    def ask(self, body: bytes, authorization: str | None) -> tuple[int, bytes]:
-        """Status and JSON of the server's answer, 502 if there is none."""
+    def ask(
+        self, body: bytes | None, authorization: str | None, path: str = MEMORY
+    ) -> tuple[int, bytes]:
+        """Status and JSON of the server's answer, 502 if there is none.
+
+        Args:
+            body: JSON to post; None: the path is read.
+        """
         kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         assert self.target.hostname is not None
         connection = kinds[self.target.scheme](
             self.target.hostname, self.target.port, timeout=ANSWER_LIMIT_S
         )
-        headers = {"Content-Type": "application/json"}
+        headers = {} if body is None else {"Content-Type": "application/json"}
         if authorization:
             headers["Authorization"] = authorization
         try:
-            connection.request("POST", self.target.path + MEMORY, body, headers)
+            method = "GET" if body is None else "POST"
+            connection.request(method, self.target.path + path, body, headers)
             answer = connection.getresponse()
             return answer.status, answer.read()
         except (OSError, http.client.HTTPException) as error:
@@ -94,6 +104,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.path == PAGE:
             self._answer(HTTPStatus.OK, "text/html; charset=utf-8", inspector_page().encode())
+        elif SESSIONS.fullmatch(self.path):
+            # A page of another site cannot read the answer, and cannot send a key.
+            status, answer = self.server.ask(None, self.headers.get("Authorization"), self.path)
+            self._answer(status, "application/json", answer)
         else:
             self.send_response(HTTPStatus.FOUND)
             self.send_header("Location", PAGE)

@@ -23,15 +23,49 @@ $("ask").addEventListener("submit", async (event) => {
   $("run").disabled = false;
 });
 
+// A session's tokens are read as a prompt: the same tokens give the same memory.
+for (const radio of document.querySelectorAll("[name=kind]"))
+  radio.addEventListener("change", async () => {
+    const stored = kind() === "session";
+    $("stored").hidden = !stored;
+    $("prompt").required = !stored;
+    if (!stored) return;
+    try {
+      const { sessions } = await request("/v1/lola/sessions");
+      $("session").replaceChildren(...sessions.map(({ session, turn, tokens }) =>
+        new Option(`${session} (turn ${turn}, ${tokens} tokens)`, session)));
+      say(sessions.length ? "" : "The server has no stored sessions.");
+    } catch (error) {
+      say(error.message, true);
+    }
+  });
+
+function kind() {
+  return document.querySelector("[name=kind]:checked").value;
+}
+
 async function ask() {
-  const prompt = $("prompt").value;
-  const chat = document.querySelector("[name=kind]:checked").value === "messages";
-  const headers = { "Content-Type": "application/json" };
+  const text = $("prompt").value;
+  const bodies = {
+    prompt: async () => ({ prompt: text }),
+    messages: async () => ({ messages: [{ role: "user", content: text }] }),
+    session: async () => {
+      if (!$("session").value) throw new Error("The server has no stored sessions.");
+      const { tokens } = await request(`/v1/lola/sessions/${$("session").value}/tokens`);
+      return { prompt: tokens };
+    },
+  };
+  return request("/v1/lola/memory", await bodies[kind()]());
+}
+
+async function request(path, body) {
+  const headers = {};
+  if (body) headers["Content-Type"] = "application/json";
   if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
-  const response = await fetch(`${server}/v1/lola/memory`, {
-    method: "POST",
+  const response = await fetch(server + path, {
+    method: body ? "POST" : "GET",
     headers,
-    body: JSON.stringify(chat ? { messages: [{ role: "user", content: prompt }] } : { prompt }),
+    body: body && JSON.stringify(body),
   }).catch((error) => {
     throw new Error(`No answer from ${server}: ${error.message}`);
   });

@@ -112,3 +112,24 @@ def test_prefix_hits_never_cross_adapters(tiny, adapters, expected):
 def test_too_few_slots_on_a_cpu_are_refused(tiny):
     with pytest.raises(Exception, match="--max-loras = 1"), engine(tiny, **LORA | {"max_loras": 1}):
         pass
+
+
+def test_stored_states_are_of_one_adapter(tiny, adapters):
+    """A prompt whose state is stored under one adapter is computed anew under another."""
+    (prompt,) = random_prompts([130], seed=8)
+    params = SamplingParams(max_tokens=NEW, **GREEDY)
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 3, "max_num_seqs": 8}
+
+    def ask(llm, text, adapter):
+        request = TokensPrompt(prompt_token_ids=text)
+        (output,) = llm.generate([request], params, use_tqdm=False, lora_request=adapter)
+        told = (output.kv_transfer_params or {}).get("lola", {})
+        return list(output.outputs[0].token_ids), told.get("restored_tokens")
+
+    with engine(tiny, **options) as llm:
+        expected = [ask(llm, [*prompt, 3], adapter)[0] for adapter in adapters]
+    store = {"additional_config": {"lola": {"state_ram": "16MiB"}}}
+    with engine(tiny, **options, **store) as llm:
+        for adapter, answer in zip(adapters, expected, strict=True):
+            assert ask(llm, prompt, adapter)[1] == 0
+            assert ask(llm, [*prompt, 3], adapter) == (answer, len(prompt))

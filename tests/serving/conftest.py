@@ -1,14 +1,18 @@
-"""Two servers of the demo model for all HTTP tests: plain `vllm serve`, and LoLA's own front."""
+"""Servers for all HTTP tests: plain `vllm serve` and LoLA's own front with the demo model, and one
+of a tiny model with several API keys."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from lola_vllm import cpu
+from lola_vllm.serving.sessions.manage import UPLOAD
 from tests.support.servers import BIN, KEY, MODEL, Server, serving
+from tests.support.speaking import make_speaking, serve_speaking
 
 # Switches of other routes, so that these are tested on the same servers. The parser of reasoning
 # knows its parts by words, for which no tokenizer needs tokens of its own.
@@ -44,4 +48,19 @@ def lola_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(log, [*command, *TOOLS, "--api-key", KEY], **stored) as running:
         running.events = events
         running.client.headers["Authorization"] = f"Bearer {KEY}"
+        yield running
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a tiny model with a state directory and two API keys; `other` has the second."""
+    directory = tmp_path_factory.mktemp("sessions")
+    model = make_speaking(directory / "tiny")
+    command = [*serve_speaking(model, "tiny"), "--lola-state-dir", str(directory / "states")]
+    keys = (KEY, f"not-{KEY}")
+    with serving(directory / "log.txt", [*command, "--api-key", *keys], **{UPLOAD: "1"}) as running:
+        running.client.headers["Authorization"] = f"Bearer {keys[0]}"
+        running.other = httpx.Client(
+            base_url=running.url, timeout=120, headers={"Authorization": f"Bearer {keys[1]}"}
+        )
         yield running

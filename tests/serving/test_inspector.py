@@ -178,6 +178,22 @@ def test_as_a_message(shown):
     shown.click("[name=kind][value=prompt]")
 
 
+def test_what_a_stored_session_remembers(shown, lola_server):
+    append = {"prompt": f"{STORY} The code is 4711."}
+    answer = lola_server.client.post("/v1/lola/sessions/shown/append", json=append)
+    assert answer.status_code == 200, answer.text
+    shown.click("[name=kind][value=session]")
+    options = "return [...document.querySelectorAll('#session option')].map((o) => o.value)"
+    shown.wait(lambda: "shown" in shown.run(options))
+    assert "tokens)" in shown.text("#session")
+    shown.run("document.getElementById('session').value = 'shown'")
+    shown.click("#run")
+    shown.wait(lambda: "4711" in shown.text("#text"))
+    assert shown.text("#summary").startswith(f"{answer.json()['tokens']} tokens")
+    shown.click("[name=kind][value=prompt]")
+    assert not shown.run("return document.getElementById('session').checkVisibility()")
+
+
 def test_errors_are_told(shown):
     shown.type("#prompt", "x")
     shown.run("document.getElementById('prompt').value = arguments[0]", STORY * 8)
@@ -202,6 +218,12 @@ def test_the_local_page_passes_on_what_it_is_for_and_nothing_else(lola_server, l
     )  # any page may send this
     assert httpx.post(f"{base}/v1/completions", json={}, headers=key).status_code == 400
     assert httpx.get(f"{base}/v1/models", headers=key).status_code == 302
+    assert httpx.get(f"{base}/v1/lola/sessions").status_code == 401
+    assert "sessions" in httpx.get(f"{base}/v1/lola/sessions", headers=key).json()
+    none = httpx.get(f"{base}/v1/lola/sessions/none/tokens", headers=key)
+    assert none.status_code == 404 and "'none'" in none.text
+    for path in ("sessions/none", "sessions/none/state", "info"):
+        assert httpx.get(f"{base}/v1/lola/{path}", headers=key).status_code == 302
 
 
 def test_a_server_that_is_not_there_and_an_address_that_is_none():

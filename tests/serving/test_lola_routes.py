@@ -17,7 +17,18 @@ from tests.support.dashboard import queried
 NEEDLE = "The code of the vault is 73192."
 STORY = "The miller went to the river and the river went to the sea. " * 30
 PROMPT = f"{STORY}{NEEDLE} {STORY}"
-ROUTES = [("GET", "/v1/lola/info"), ("POST", "/v1/lola/memory"), ("GET", "/v1/lola/inspector")]
+SESSION = "/v1/lola/sessions/{session}"
+ROUTES = [
+    ("GET", "/v1/lola/info"),
+    ("POST", "/v1/lola/memory"),
+    ("GET", "/v1/lola/inspector"),
+    ("GET", "/v1/lola/sessions"),
+    *((method, SESSION) for method in ("GET", "PATCH", "DELETE")),
+    *(("POST", f"{SESSION}/{verb}") for verb in ("fork", "append", "complete", "chat")),
+    ("GET", f"{SESSION}/tokens"),
+    ("GET", f"{SESSION}/state"),
+    ("PUT", f"{SESSION}/state"),
+]
 
 
 def read(server, **body):

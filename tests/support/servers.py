@@ -28,6 +28,7 @@ class Server:
         self.log = log
         self.process = process
         self.client = httpx.Client(base_url=self.url, timeout=120)
+        self.other = self.client  # of another owner, where keys are told apart
         self.events = ""  # where events of the prefix cache are published, if they are
 
     def wait(self) -> None:

@@ -1,5 +1,6 @@
 """What `lola-vllm serve` chooses, that the user's options win, and what it refuses."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from lola_vllm.estimate import GIB, estimate
 from lola_vllm.serving import launch
 from lola_vllm.serving.launch import Machine, plan
 
+STORED = 64 * 76288  # states of the model below
 CPU = Machine("cpu", 2, 16 * GIB)
 AVX2 = {"LOLA_VLLM_CPU_ISA": "avx2"}  # a CPU without bfloat16 instructions
 GPU = Machine("cuda", 16, 80 * GIB)
@@ -281,3 +283,64 @@ def test_vllm_gets_every_core_though_torch_leaves_this_process_fewer(model):
     before, after = (line for line in run.stdout.splitlines() if line.startswith("cpus"))
     assert before == after
     assert f"{len(os.sched_getaffinity(0))} cores" in run.stdout
+
+
+def test_states_are_stored_in_memory_that_the_pool_leaves(model):
+    found = chosen(model)
+    ram = json.loads(found["--additional-config"])["lola"]["state_ram"]
+    assert ram == 64 * state_bytes(model)
+    weights = (model / "model.safetensors").stat().st_size // 2
+    memory = launch.cpu.SERVER_BYTES + weights + 2 * 40 * state_bytes(model)
+    found = chosen(model, machine=Machine("cpu", 8, memory))
+    assert json.loads(found["--additional-config"])["lola"]["state_ram"] == 10 * state_bytes(model)
+    memory = launch.cpu.SERVER_BYTES + weights + 2 * 7 * state_bytes(model)
+    assert "--additional-config" not in chosen(model, machine=Machine("cpu", 8, memory))
+    found = chosen(model, machine=GPU._replace(host=64 * GIB))
+    assert json.loads(found["--additional-config"])["lola"]["state_ram"] == ram
+
+
+@pytest.mark.parametrize(
+    ("options", "stored"),
+    [
+        (["--lola-state-ram", "0"], {"state_ram": "0"}),
+        (["--lola-state-ram=2GiB", "--lola-state-dir", "/x"],
+         {"state_ram": "2GiB", "state_dir": "/x"}),
+        (["--lola-state-dir", "/x"], {"state_ram": STORED, "state_dir": "/x"}),
+        (["--additional-config", '{"lola": {"state_ram": 7}, "a": 1}', "--lola_state_disk=1G"],
+         {"state_ram": 7, "state_disk": "1G"}),
+        (["--kv-transfer-config", "{}"], None),
+    ],
+)  # fmt: skip
+def test_the_users_store_is_taken(model, options, stored):
+    launched = plan(str(model), [*options, "--port", "8123"], CPU, {})
+    values = [c.value for c in launched.options if c.name == "--additional-config"]
+    assert [json.loads(value)["lola"] for value in values] == ([stored] if stored else [])
+    assert not any("lola-state" in part for part in launched.command)
+    assert launched.command[-2:] == ["--port", "8123"]
+    assert all(json.loads(value).get("a", 1) == 1 for value in values)
+    assert ('"a": 1' in "".join(options)) == any("a" in json.loads(value) for value in values)
+
+
+def test_a_large_store_takes_from_the_pool(model):
+    state = state_bytes(model)
+    weights = (model / "model.safetensors").stat().st_size // 2
+    memory = launch.cpu.SERVER_BYTES + weights + 2 * 31 * state
+    machine = Machine("cpu", 8, memory)
+    found = chosen(model, "--lola-state-ram", str(47 * state), machine=machine)
+    assert int(found["--kv-cache-memory-bytes"]) <= 15 * state
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--lola-state-ram", "much"], "--lola-state-ram = 'much'"),
+        (["--lola-state-dir"], "--lola-state-dir: expects a value"),
+        (["--additional-config", "{"], "--additional-config: not valid JSON"),
+        (["--additional-config", '{"lola": 3}'], "must be an object"),
+        (["--additional-config", '{"lola": {"ram": 3}}'], "lola.ram: unknown setting"),
+    ],
+)
+def test_options_of_the_store_that_cannot_be_used(model, options, words):
+    with pytest.raises(launch.CheckpointError) as error:
+        plan(str(model), options, CPU, {})
+    assert words in str(error.value)

@@ -1,0 +1,159 @@
+"""Requests to a server with the routes under /v1/lola, with errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from lola_vllm.client import ClientError
+from lola_vllm.sessions.names import Reference, check_name, parse_reference
+
+SESSIONS = "/v1/lola/sessions"
+ANSWER_LIMIT_S = 1800.0  # a long text on a small machine, after other requests
+
+
+class Server:
+    """A running server.
+
+    Args:
+        url: with or without the path `/v1`. api_key: sent as a bearer token if given.
+
+    Raises:
+        ClientError: `url` is no http or https URL.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ClientError(f"{url!r}: must be a server's address, as http://127.0.0.1:8000")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """The sessions, the last used first."""
+        found: list[dict[str, Any]] = self.json("GET", SESSIONS)["sessions"]
+        return found
+
+    def session(self, name: str) -> dict[str, Any]:
+        """A session with its states."""
+        found: dict[str, Any] = self.json("GET", path(name))
+        return found
+
+    def json(self, method: str, where: str, body: Any = None) -> Any:
+        """The JSON of an answer.
+
+        Raises:
+            ClientError: no server, no access, or a refusal.
+        """
+        with self.open(method, where, body) as answer:
+            try:
+                return json.load(answer)
+            except ValueError:
+                raise ClientError(f"{self.url}{where}: the answer is no JSON") from None
+
+    def events(self, where: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The objects of a stream.
+
+        Raises:
+            ClientError: as `json`, or the stream ends with an error.
+        """
+        with self.open("POST", where, body) as answer:
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise ClientError(str(event["error"].get("message", event["error"])))
+                    yield event
+
+    def download(self, where: str, file: Path) -> int:
+        """Write an answer to a new file, completely or not at all; its bytes."""
+        with self.open("GET", where) as answer, tempfile.NamedTemporaryFile(
+            dir=file.resolve().parent, prefix=f".{file.name}.", delete=False
+        ) as partial:  # fmt: skip
+            aside = Path(partial.name)
+            try:
+                shutil.copyfileobj(answer, partial)
+                size = partial.tell()
+                wanted = answer.headers.get("Content-Length")
+                if wanted is not None and size != int(wanted):
+                    raise ClientError(
+                        f"{self.url}{where}: {size} of {wanted} bytes came; try again"
+                    )
+                partial.flush()
+                aside.replace(file)
+            finally:
+                aside.unlink(missing_ok=True)
+        return size
+
+    def upload(self, where: str, file: Path) -> Any:
+        """Send a file; the JSON of the answer."""
+        with file.open("rb") as content:
+            return self.json("PUT", where, content)
+
+    @contextmanager
+    def open(self, method: str, where: str, body: Any = None) -> Iterator[Any]:
+        """An answer, to read.
+
+        Args:
+            body: sent as JSON, or an open file.
+        """
+        headers, data = dict(self._headers), body
+        if body is not None and not hasattr(body, "read"):
+            data = json.dumps(body).encode()
+            headers["Content-Type"] = "application/json"
+        elif body is not None:
+            headers["Content-Type"] = "application/octet-stream"
+            headers["Content-Length"] = str(Path(body.name).stat().st_size)
+        request = urllib.request.Request(
+            self.url + where, data=data, headers=headers, method=method
+        )
+        try:
+            answer: IO[bytes] = urllib.request.urlopen(request, timeout=ANSWER_LIMIT_S)
+        except urllib.error.HTTPError as error:
+            raise ClientError(self._refusal(where, error)) from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ClientError(
+                f"{self.url}: no server answers there ({reason}); start one with 'lola-vllm serve "
+                "MODEL', or mend the address"
+            ) from None
+        with answer:
+            yield answer
+
+    def _refusal(self, where: str, error: urllib.error.HTTPError) -> str:
+        text = error.read(10_000).decode(errors="replace")
+        if error.code == 401:
+            return f"{self.url}: the server wants its API key; give it in VLLM_API_KEY"
+        try:
+            found = json.loads(text)
+            found = found.get("error", found)
+            text = str(found.get("message") or found.get("detail") or found)
+        except (ValueError, AttributeError):
+            pass
+        if error.code == 404 and text == "Not Found":
+            return (
+                f"{self.url} has no {where}; start it with 'lola-vllm serve', or with "
+                "VLLM_PLUGINS=lola"
+            )
+        return text[:1000] or f"{self.url}{where}: the server answered {error.code}"
+
+
+def path(session: str, verb: str = "", turn: bool = False) -> str:
+    """The route of a session.
+
+    Args:
+        turn: whether `session` may name a turn, as `agent-7@3`.
+
+    Raises:
+        SessionNameError: no session can have this name.
+    """
+    asked = parse_reference(session, "session") if turn else Reference(check_name(session))
+    return f"{SESSIONS}/{asked}" + (f"/{verb}" if verb else "")

@@ -1,0 +1,199 @@
+"""What a state belongs to: the model with its overrides, the dtype, and the ranks that share it.
+
+The same texts give the same states only under the same fingerprint. It is made of named parts, so
+that a file of another model is refused with the name of what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lola_vllm.checkpoint.files import CheckpointError, weight_files
+from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.state import StateLayout
+
+# Fields of a config that change what a model computes.
+_CONFIG_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters",
+    "attention_bias", "mlp_bias", "qkv_bias", "qk_norm", "tie_word_embeddings",
+)  # fmt: skip
+# So many pieces are read of every tensor: reading all of a large checkpoint may take a minute.
+_PIECES, _PIECE_BYTES = 4, 4096
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Digests and names; two states are interchangeable if all but the last two parts agree.
+
+    Attributes:
+        config: of what the model computes, overrides included. tensors: of the checkpoint's files.
+        dtype: of keys and values. quantization: vLLM's `--quantization`, empty where the
+            checkpoint says it or nothing does. layout: of the bytes of all layers' pages.
+        ranks: tensor-parallel and pipeline-parallel sizes, such as "1x1".
+        tokenizer, template: of the files beside the model. They are told, not compared: a state
+            depends on tokens alone.
+    """
+
+    config: str
+    tensors: str
+    dtype: str
+    quantization: str
+    layout: str
+    ranks: str
+    tokenizer: str = ""
+    template: str = ""
+
+    @property
+    def key(self) -> str:
+        """One digest of the parts that must agree."""
+        return _short({name: getattr(self, name) for name in COMPARED})
+
+    def difference(self, other: Mapping[str, str]) -> str | None:
+        """The first part in which a stored fingerprint differs, in words; None: it fits."""
+        for name in COMPARED:
+            stored, here = other.get(name), getattr(self, name)
+            if stored != here:
+                there = f"{stored or 'none'} in the state, {here or 'none'} here"
+                return f"another {_WORDS[name]}: {there}"
+        return None
+
+    def to_dict(self) -> dict[str, str]:
+        """For a header."""
+        return asdict(self)
+
+
+COMPARED = tuple(f.name for f in fields(Fingerprint))[:-2]
+_WORDS = {
+    "config": "model config", "tensors": "checkpoint", "dtype": "dtype",
+    "quantization": "quantization", "layout": "page layout", "ranks": "number of ranks",
+}  # fmt: skip
+
+
+def model_fingerprint(
+    config: LolaLlamaConfig,
+    model: str,
+    pages: Sequence[StateLayout],
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    quantization: str | None = None,
+    bounded: bool = True,
+) -> Fingerprint:
+    """The fingerprint of a model as it runs.
+
+    Args:
+        config: with overrides, and with the number of state heads settled. model: its directory,
+            or the name under which Hugging Face's cache has it. pages: of every layer, one rank.
+        bounded: whether the ops keep bounds in the pages. It matters at an update interval of 1
+            only, where other ops start from them.
+
+    Raises:
+        CheckpointError: the directory holds no readable weights.
+    """
+    directory = Path(model)
+    numbers = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
+    numbers["head_dim"] = pages[0].head_dim
+    numbers["lola"] = config.lola.model_dump() | {"num_state_heads": None}
+    layout: list[Any] = [
+        [[name, list(shape), str(dtype)] for name, (shape, dtype) in page.parts.items()]
+        + [page.window_size, page.update_interval, page.sink_size]
+        for page in pages
+    ]
+    if any(page.update_interval == 1 and page.sparse_cache_size for page in pages):
+        layout.append(bounded)
+    return Fingerprint(
+        config=_short(numbers),
+        tensors=tensor_digest(directory) if directory.is_dir() else _cached(model),
+        dtype=str(pages[0].kv_dtype).removeprefix("torch."),
+        quantization=quantization or "",
+        layout=_short(layout),
+        ranks=f"{tensor_parallel}x{pipeline_parallel}",
+        tokenizer=_files_digest(directory, _TOKENIZER_FILES),
+        template=_files_digest(directory, _TEMPLATE_FILES),
+    )
+
+
+def adapter_fingerprint(name: str, path: str) -> str:
+    """Name and digest of an adapter's weights.
+
+    Raises:
+        CheckpointError: the directory holds no readable weights.
+    """
+    return f"{name}:{tensor_digest(Path(path))}"
+
+
+def tensor_digest(directory: Path) -> str:
+    """A digest of a directory's safetensors files.
+
+    Names, shapes and places of all tensors count, and of each tensor `_PIECES` pieces of its bytes.
+    Reading all of a large checkpoint at every start would take minutes.
+
+    Raises:
+        CheckpointError: there are none, or one is damaged.
+    """
+    files = weight_files(directory)
+    if not files:
+        raise CheckpointError(f"{directory}: no safetensors files, so its states cannot be told")
+    stamps = []
+    for file in files:
+        stat = file.stat()
+        stamps.append((str(file), stat.st_size, stat.st_mtime_ns))
+    return _digest_of(tuple(stamps))
+
+
+@lru_cache(maxsize=64)
+def _digest_of(stamps: tuple[tuple[str, int, int], ...]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for name, size, _ in stamps:
+        path = Path(name)
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            text = file.read(min(length, size))
+            try:
+                header = json.loads(text)
+                places = sorted(v["data_offsets"] for k, v in header.items() if k[:2] != "__")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise CheckpointError(f"{path}: not a complete safetensors file") from None
+            found.update(path.name.encode())
+            header.pop("__metadata__", None)
+            found.update(json.dumps(header, sort_keys=True).encode())
+            for start, end in places:
+                step = max(_PIECE_BYTES, (end - start) // _PIECES)
+                for at in range(start, end, step):
+                    file.seek(8 + length + at)
+                    found.update(file.read(min(_PIECE_BYTES, end - at)))
+    return found.hexdigest()
+
+
+def _cached(model: str) -> str:
+    """Of a model in Hugging Face's cache, where its files are complete; no download."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return tensor_digest(Path(snapshot_download(model, local_files_only=True)))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: its weights cannot be told apart ({error})") from None
+
+
+def _files_digest(directory: Path, names: Sequence[str]) -> str:
+    found = hashlib.blake2b(digest_size=8)
+    there = [directory / name for name in names if (directory / name).is_file()]
+    for path in there:
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest() if there else ""
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

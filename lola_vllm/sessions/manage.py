@@ -1,0 +1,296 @@
+"""What people do with sessions: list, look, fork, rename, pin, delete, bring and take away.
+
+Answers are plain dicts and lists, because routes and commands ask from another process.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lola_vllm.sessions.chain import Tokens, salt_hash
+from lola_vllm.sessions.file import StateFileError, read_state, read_tokens, write_state
+from lola_vllm.sessions.names import (
+    Reference,
+    SessionNameError,
+    check_name,
+    parse_reference,
+)
+from lola_vllm.sessions.orders import DISK, MEMORY, Copy
+from lola_vllm.sessions.store import NotStored, Session, SessionStore
+from lola_vllm.sessions.tiers import Stored
+
+Answer = dict[str, Any]
+
+
+class SessionError(Exception):
+    """A wish that cannot be met.
+
+    Attributes:
+        kind: "bad" (a wrong argument), "not-found", "exists" or "unavailable".
+    """
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class SessionManager:
+    """Sessions of one store.
+
+    `salt` is the cache salt of the caller, None for none: sessions of one salt do not exist for
+    another.
+    """
+
+    METHODS = (
+        "sessions", "show", "tokens", "fork", "rename", "pin", "delete", "clear", "files", "bring",
+        "stats",
+    )  # fmt: skip
+
+    def __init__(self, store: SessionStore) -> None:
+        self.store = store
+
+    def call(self, method: str, arguments: dict[str, Any]) -> Any:
+        """Call a method by name, for another process.
+
+        Returns:
+            What it returns, or `{"error": text, "kind": kind}` in place of an exception.
+        """
+        try:
+            if method not in self.METHODS:
+                raise SessionError("bad", f"{method}: no such method")
+            return getattr(self, method)(**arguments)
+        except SessionNameError as error:
+            return {"error": str(error), "kind": "bad"}
+        except NotStored as error:
+            return {"error": str(error.args[0]), "kind": "not-found"}
+        except SessionError as error:
+            return {"error": str(error), "kind": error.kind}
+        except StateFileError as error:
+            return {"error": str(error), "kind": "bad"}
+        except OSError as error:
+            return {"error": f"{type(error).__name__}: {error}", "kind": "unavailable"}
+
+    def sessions(self, salt: str | None = None, everyone: bool = False) -> list[Answer]:
+        """Sessions, the last used first; `everyone`: of all salts, for the operator."""
+        store, hashed = self.store, salt_hash(salt)
+        with store.lock:
+            found = [
+                describe_session(key[1], session)
+                for key, session in store.sessions.items()
+                if everyone or key[0] == hashed
+            ]
+        return sorted(found, key=lambda one: -one["used"])
+
+    def show(self, session: str, salt: str | None = None) -> Answer:
+        """A session with all of its states, oldest first."""
+        name = check_name(session)
+        with self.store.lock:
+            states = self.store.lookup(Reference(name), salt_hash(salt))
+            found = describe_session(name, self.store.sessions[(salt_hash(salt), name)])
+            return found | {"states": [describe_state(state) for state in states]}
+
+    def tokens(self, reference: str, salt: str | None = None) -> Answer:
+        """Token ids of a session, or of a turn: what its longest state covers, and what was said
+        after it: `{"turn", "kind", "tokens", "tail"}`."""
+        state = self._longest(reference, salt)
+        header, tokens = state.header, self._tokens(state)
+        return {
+            "turn": header.turn, "kind": header.kind, "tokens": tokens.tolist(),
+            "tail": header.tail,
+        }  # fmt: skip
+
+    def fork(self, reference: str, to: str, salt: str | None = None) -> Answer:
+        """Another session that goes on from a session or one of its turns."""
+        store, name = self.store, check_name(to, "to")
+        with store.lock:
+            states = self._turn(reference, salt)
+            key = (salt_hash(salt), name)
+            if key in store.sessions:
+                raise SessionError("exists", f"to = {name!r}: there is such a session already")
+            for state in states:
+                now = store.clock()
+                header = replace(
+                    state.header, id=secrets.token_hex(16), session=name, turn=1, created=now,
+                    parent=state.id, pinned=False,
+                )  # fmt: skip
+                copy = Stored(header, state.nbytes, now)
+                tokens = store.tokens(state)
+                tiers = [t for t in (store.memory, store.disk) if t.name in state.tiers]
+                store.add(copy, tiers, tokens)
+                self._copy(state, copy, tokens)
+            if key not in store.sessions:
+                raise SessionError("unavailable", "the budgets have no room for another session")
+        return self.show(name, salt)
+
+    def rename(self, session: str, to: str, salt: str | None = None) -> Answer:
+        """Another name for a session."""
+        store, old, new = self.store, check_name(session), check_name(to, "to")
+        with store.lock:
+            states = store.lookup(Reference(old), salt_hash(salt))
+            if (salt_hash(salt), new) in store.sessions:
+                raise SessionError("exists", f"to = {new!r}: there is such a session already")
+            for state in states:
+                store.rewrite(state, session=new)
+        return self.show(new, salt)
+
+    def pin(self, reference: str, pinned: bool = True, salt: str | None = None) -> Answer:
+        """Keep the newest turn of a session, or the turn that is named, whatever is stored."""
+        store = self.store
+        with store.lock:
+            states = self._turn(reference, salt)
+            if pinned:
+                taken = sum(s.nbytes for s in store.states.values() if s.header.pinned)
+                taken += sum(s.nbytes for s in states if not s.header.pinned)
+                room = max(store.memory.budget, store.disk.budget)
+                if 2 * taken > room:
+                    raise SessionError(
+                        "unavailable",
+                        f"{taken} bytes would be pinned; at most half of {room} can be: unpin "
+                        "another, or raise the budget",
+                    )
+            for state in states:
+                if state.header.pinned != pinned:
+                    store.rewrite(state, pinned=pinned)
+        return self.show(parse_reference(reference).session, salt)
+
+    def delete(self, reference: str, salt: str | None = None) -> Answer:
+        """Delete a session, or one of its turns: from memory and from the disk."""
+        with self.store.lock:
+            states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
+            for state in states:
+                self.store.forget(state)
+        return {"deleted": len(states)}
+
+    def clear(self) -> Answer:
+        """Delete all sessions of this model, whoever they belong to, pinned ones too."""
+        with self.store.lock:
+            states = list(self.store.states.values())
+            for state in states:
+                self.store.forget(state)
+        return {"deleted": len(states)}
+
+    def files(self, reference: str, salt: str | None = None) -> Answer:
+        """Where the files of a session's longest state, or a turn's, are: to copy elsewhere."""
+        state, directory = self._longest(reference, salt), self.store.directory
+        if directory is None or DISK not in state.tiers:
+            raise SessionError(
+                "unavailable",
+                f"{reference} is in memory only; a server with a state directory writes files",
+            )
+        paths = directory.files(state.id)
+        if not all(path.exists() for path in paths):
+            raise SessionError(
+                "unavailable", f"{reference} is not written yet; try again in a moment"
+            )
+        return describe_state(state) | {"files": [str(path) for path in paths]}
+
+    def bring(self, file: str, session: str, salt: str | None = None) -> Answer:
+        """Store a state from a file of the same model under a new session.
+
+        Args:
+            file: as `files` names it, or as `LolaCache.save` wrote it. It is checked completely.
+        """
+        store, name = self.store, check_name(session)
+        if store.directory is None or store.ranks != 1:
+            raise SessionError(
+                "unavailable",
+                "states are brought to servers with a state directory and one rank; this one has "
+                + ("no directory" if store.directory is None else f"{store.ranks} ranks"),
+            )
+        found = read_state(Path(file), store.fingerprint)
+        if len(found.row) != store.row_bytes:
+            raise SessionError("bad", f"{len(found.row)} bytes of pages, not {store.row_bytes}")
+        hashed = salt_hash(salt)
+        with store.lock:
+            if (hashed, name) in store.sessions:
+                raise SessionError("exists", f"session = {name!r}: there is such a session already")
+        now = store.clock()
+        chain = store.chain(found.tokens, found.header.adapter, hashed)
+        n = len(found.tokens)
+        header = replace(
+            found.header, id=secrets.token_hex(16), session=name, turn=1, created=now, salt=hashed,
+            expires=None, parent=None, pinned=False, key=chain.key(n).hex(),
+            boundary=chain.boundary(n).hex(), fingerprint=store.fingerprint.to_dict(),
+        )  # fmt: skip
+        write_state(store.directory.files(header.id)[0], header, found.tokens, found.row)
+        store.refresh()
+        return self.show(name, salt)
+
+    def stats(self) -> Answer:
+        """Numbers for metrics; counters grow from 0 at the start."""
+        store = self.store
+        with store.lock:
+            return {
+                "sessions": len(store.sessions),
+                "states": len(store.states),
+                "state_bytes": store.row_bytes * store.ranks,
+                "bytes": {MEMORY: store.memory.nbytes, DISK: store.disk.nbytes},
+                "budget": {MEMORY: store.memory.budget, DISK: store.disk.budget},
+                "counts": dict(store.counts),
+                "failures": dict(store.failures),
+                "seconds": {name: float(value) for name, value in store.seconds.items()},
+                "directory": None if store.directory is None else str(store.directory.path),
+            }
+
+    def _turn(self, reference: str, salt: str | None) -> list[Stored]:
+        """The states of a turn: the one that is named, else the newest."""
+        asked = parse_reference(reference, "session")
+        states = self.store.lookup(asked, salt_hash(salt))
+        newest = max(state.header.turn for state in states)
+        return [state for state in states if state.header.turn == newest]
+
+    def _longest(self, reference: str, salt: str | None) -> Stored:
+        return max(self._turn(reference, salt), key=lambda state: state.header.num_tokens)
+
+    def _tokens(self, state: Stored) -> Tokens:
+        tokens = self.store.tokens(state)
+        if tokens is None and self.store.directory is not None:
+            tokens = read_tokens(self.store.directory.files(state.id)[0])
+        if tokens is None:
+            raise NotStored(f"the tokens of {state.header.session!r} are not kept")
+        return tokens
+
+    def _copy(self, source: Stored, copy: Stored, tokens: Tokens | None) -> None:
+        memory, disk = MEMORY in copy.tiers, DISK in copy.tiers
+        if memory or disk:
+            self.store.order(Copy(source.id, copy.header, tokens, memory, disk))
+
+
+def describe_state(state: Stored) -> Answer:
+    """A state for people."""
+    header = state.header
+    return {
+        "id": header.id,
+        "turn": header.turn,
+        "kind": header.kind,
+        "tokens": header.num_tokens,
+        "bytes": state.nbytes,
+        "tiers": sorted(state.tiers),
+        "created": header.created,
+        "used": state.used,
+        "expires": header.expires,
+        "pinned": header.pinned,
+        "superseded": state.superseded,
+        "adapter": header.adapter.partition(":")[0],
+        "parent": header.parent,
+    }
+
+
+def describe_session(name: str, session: Session) -> Answer:
+    """A session for people."""
+    states = list(session.states.values())
+    return {
+        "session": name,
+        "turn": session.last_turn,
+        "turns": sorted({state.header.turn for state in states}),
+        "tokens": max(s.header.num_tokens for s in states if s.header.turn == max(
+            other.header.turn for other in states
+        )),
+        "bytes": sum(state.nbytes for state in states),
+        "created": min(state.header.created for state in states),
+        "used": max(state.used for state in states),
+        "pinned": any(state.header.pinned for state in states),
+    }  # fmt: skip

@@ -1,0 +1,64 @@
+"""Names of sessions, and references to what is stored under them."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import NamedTuple
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+AUTOMATIC = "auto-"
+
+
+class SessionNameError(ValueError):
+    """A name that no session can have, or a reference that cannot be read."""
+
+
+class Reference(NamedTuple):
+    """A session and, where one is asked for, a turn of it."""
+
+    session: str
+    turn: int | None = None
+
+    def __str__(self) -> str:
+        return self.session if self.turn is None else f"{self.session}@{self.turn}"
+
+
+def check_name(name: object, field: str = "session") -> str:
+    """Return the name.
+
+    Args:
+        field: what the error calls it.
+
+    Raises:
+        SessionNameError: it is no text of 1 to 64 letters, digits, dots, underscores and dashes.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        shown = repr(name)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        raise SessionNameError(
+            f"{field} = {shown}: must be 1 to 64 of the characters A-Z a-z 0-9 . _ -"
+        )
+    return name
+
+
+def parse_reference(text: object, field: str = "from") -> Reference:
+    """Read `agent-7` or `agent-7@3`, the third turn of it.
+
+    Raises:
+        SessionNameError: the name or the number is none.
+    """
+    name, at, turn = text.partition("@") if isinstance(text, str) else (text, "", "")
+    name = check_name(name, field)
+    if not at:
+        return Reference(name)
+    if not re.fullmatch(r"[1-9]\d{0,8}", turn):
+        raise SessionNameError(
+            f"{field} = {text!r}: '@' must be followed by the number of a turn, from 1 on"
+        )
+    return Reference(name, int(turn))
+
+
+def automatic_name() -> str:
+    """A new name for a conversation that nobody named."""
+    return AUTOMATIC + secrets.token_hex(8)

@@ -1,0 +1,86 @@
+"""What the store asks of the ranks, and what they report.
+
+The store knows what is kept and decides. The ranks have the bytes. With several ranks these are
+several processes, so orders and outcomes are plain data. A rank carries orders out one after the
+other; only reading and writing files goes on in the background.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lola_vllm.sessions.chain import Tokens
+from lola_vllm.sessions.file import StateHeader
+
+MEMORY, DISK = "memory", "disk"
+
+
+@dataclass(frozen=True)
+class Save:
+    """Copy the state in a slot.
+
+    Attributes:
+        memory, disk: where to keep it. request: whose end it is; empty while the request goes on.
+    """
+
+    header: StateHeader
+    tokens: Tokens = field(repr=False)
+    slot: int
+    memory: bool
+    disk: bool
+    request: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Put a state into a slot, for a request that waits for it.
+
+    Attributes:
+        keep: whether a state that is read from a file is to be kept in memory.
+    """
+
+    header: StateHeader
+    slot: int
+    request: str
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Keep a state under another header too: a fork, another name, a pin."""
+
+    source: str
+    header: StateHeader
+    tokens: Tokens | None = field(repr=False)
+    memory: bool
+    disk: bool
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Forget a state in one place."""
+
+    state: str
+    tier: str
+
+
+Order = Save | Load | Copy | Drop
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an order.
+
+    Attributes:
+        event: "saved" or "loaded", each with the tier; "save-failed" or "load-failed".
+        reason: why it failed, for people. fault: the same in a word, for counting.
+        seconds: it took.
+    """
+
+    state: str
+    event: str
+    tier: str = MEMORY
+    request: str = ""
+    reason: str = ""
+    fault: str = ""
+    seconds: float = 0.0

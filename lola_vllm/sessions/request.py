@@ -1,0 +1,137 @@
+"""What a request wants of the store, and what it is told in the end.
+
+    kv_transfer_params: {"lola": {"from": "agent-7@3", "save": "agent-7", "ttl": 86400}}
+
+`from`: a session or a turn to start from; `false`: start from nothing. Without it any stored state
+that covers a part of the prompt is used. `save`: the session to go on with, `false`: none. Without
+it a session id of the request names the session. `ttl`: seconds. `answer`: `false` stores what was
+read only, and not what was generated after it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lola_vllm.sessions.chain import Chain
+from lola_vllm.sessions.names import Reference, SessionNameError, check_name, parse_reference
+from lola_vllm.sessions.store import Turn
+from lola_vllm.sessions.tiers import SessionKey, Stored
+
+FIELD = "lola"
+_KEYS = ("from", "save", "ttl", "answer")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a request asked for.
+
+    Attributes:
+        restore: whether to start from a stored state. source: the one it names.
+        save: whether to store its states. session: under which name, None: nobody's.
+        ttl: seconds. answer: whether what is generated belongs to the session.
+        faults: what of it could not be understood.
+    """
+
+    restore: bool = True
+    source: Reference | None = None
+    save: bool = True
+    session: str | None = None
+    ttl: float | None = None
+    answer: bool = True
+    faults: tuple[str, ...] = ()
+
+
+def read_wish(params: object, session_id: str | None = None) -> Wish:
+    """Read the `kv_transfer_params` of a request. What is wrong is told in its answer.
+
+    A request whose wish has a fault neither restores nor stores: it must not do something else than
+    was meant.
+    """
+    where = f"kv_transfer_params.{FIELD}"
+    lola = params.get(FIELD, {}) if isinstance(params, Mapping) else {}
+    faults = []
+    if not isinstance(lola, Mapping):
+        faults.append(f"{where} = {lola!r}: must be an object")
+        lola = {}
+    for key in lola:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1, cutoff=0.0)[0]
+            faults.append(f"{where}.{key}: unknown key; nearest valid name: {near!r}")
+    source, session, ttl = lola.get("from"), lola.get("save"), lola.get("ttl")
+    reference = None
+    try:
+        if source not in (None, True, False):
+            reference = parse_reference(source, f"{where}.from")
+        if session in (None, True):
+            session = None if session_id is None else check_name(session_id, "session_id")
+        elif session is not False:
+            check_name(session, f"{where}.save")
+    except SessionNameError as error:
+        faults.append(str(error))
+    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or ttl <= 0):
+        faults.append(f"{where}.ttl = {ttl!r}: must be a number of seconds above 0")
+    answer = lola.get("answer", True)
+    if not isinstance(answer, bool):
+        faults.append(f"{where}.answer = {answer!r}: must be true or false")
+    if faults:
+        return Wish(restore=False, save=False, faults=tuple(faults))
+    save = session is not False
+    return Wish(source is not False, reference, save, session if save else None, ttl, answer)
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A running request, as the store sees it.
+
+    Attributes:
+        adapter, salt: of its states; `salt` is a hash. chain: of its prompt.
+        found: the state to start from, as of `version` of the store.
+        parent: the state that its conversation goes on from. turn: where its states go.
+        restored: tokens that it did not compute. missed: why nothing was found, as of `version`.
+        reasons: what else there is to say.
+        stored: its longest stored state. unsaved: why it has none.
+    """
+
+    wish: Wish
+    adapter: str
+    salt: str
+    chain: Chain
+    version: int = -1
+    found: Stored | None = None
+    parent: Stored | None = None
+    turn: Turn | None = None
+    restored: int = 0
+    missed: str | None = None
+    reasons: list[str] = field(default_factory=list)
+    stored: Stored | None = None
+    unsaved: str | None = None
+
+    @property
+    def session(self) -> SessionKey | None:
+        """The session that only one request at a time goes on with."""
+        return None if self.wish.session is None else (self.salt, self.wish.session)
+
+    def explain(self, reason: str) -> None:
+        """Add something that the client should know."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def answer(self) -> dict[str, Any]:
+        """What the client is told, as `kv_transfer_params` of the answer."""
+        state = self.stored
+        name = state.header.session if state else self.wish.session
+        missed = [self.missed] if self.missed else []
+        told = {
+            "session": name,
+            "turn": state.header.turn if state else None,
+            "tokens": state.header.num_tokens if state else 0,
+            "bytes": state.nbytes if state else 0,
+            "restored_tokens": self.restored,
+            "reason": "; ".join([*self.reasons, *missed]) or None,
+        }
+        if state is None:
+            told["unsaved"] = self.unsaved
+        return {FIELD: told}

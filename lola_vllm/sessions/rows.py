@@ -1,0 +1,268 @@
+"""The bytes of states on one rank: in memory, in files, and on their way between them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lola_vllm.sessions.chain import Tokens
+from lola_vllm.sessions.file import (
+    StateFileError,
+    StateHeader,
+    file_name,
+    read_state,
+    with_rank,
+    write_state,
+)
+from lola_vllm.sessions.fingerprint import Fingerprint
+from lola_vllm.sessions.host import HostRow, copy_to_host
+from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Drop, Load, Order, Outcome, Save
+
+logger = logging.getLogger("vllm.lola")
+
+
+class RowKeeper:
+    """Carries out the orders of a store on one rank.
+
+    Orders come from one thread. Files are read and written by two others.
+
+    Args:
+        pool: the rank's slots `[num_blocks, row_bytes]` of bytes.
+        fingerprint: of the model. directory: for files; None: no files.
+        clean: a copy of a row whose bytes that are not valid after n tokens are zero; such bytes
+            may be of other people's texts.
+        max_waiting: states that wait to be written. More are not written: a slow disk must not
+            fill the memory.
+    """
+
+    def __init__(
+        self,
+        pool: Tensor,
+        fingerprint: Fingerprint,
+        directory: Path | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        clean: Callable[[Tensor, int], Tensor] | None = None,
+        max_waiting: int = 64,
+    ) -> None:
+        self.pool = pool.view(torch.uint8)
+        self.fingerprint = fingerprint
+        self.directory = directory
+        self.rank, self.ranks = rank, ranks
+        self._clean = clean
+        self.max_waiting = max_waiting
+        self._rows: dict[str, HostRow] = {}
+        self._writing: dict[str, list[HostRow]] = {}  # an entry per write that waits
+        self._reading: set[str] = set()  # states to keep in memory once they are read
+        self._read: list[tuple[Load, HostRow, float]] = []
+        self._outcomes: list[Outcome] = []
+        self._lock = threading.Lock()
+        self._writer = ThreadPoolExecutor(1, "lola-state-writer")
+        self._reader = ThreadPoolExecutor(1, "lola-state-reader")
+
+    @property
+    def num_rows(self) -> int:
+        """States in memory."""
+        return len(self._rows)
+
+    @property
+    def num_waiting(self) -> int:
+        """States that are yet to be written."""
+        return len(self._writing)
+
+    def execute(self, order: Order) -> None:
+        """Carry out an order, or start to. Never raises: a failure is an outcome."""
+        try:
+            if isinstance(order, Save):
+                self._save(order)
+            elif isinstance(order, Load):
+                self._load(order)
+            elif isinstance(order, Copy):
+                self._copy(order)
+            else:
+                self._drop(order)
+        except Exception as error:  # of the device or of a file system
+            logger.warning("LoLA sessions: %s: %s", type(order).__name__, error)
+            request = getattr(order, "request", "")
+            event = "load-failed" if isinstance(order, Load) else "save-failed"
+            tier = DISK if isinstance(order, Drop) else MEMORY
+            self._report(order_state(order), event, tier, error, request=request)
+
+    def finish_loads(self) -> None:
+        """Put states that were read from files into their slots."""
+        with self._lock:
+            ready, self._read = self._read, []
+        for order, row, began in ready:
+            if order.header.id in self._reading:
+                self._reading.discard(order.header.id)
+                self._rows[order.header.id] = row
+            self._put(order, row, DISK, began)
+
+    def take_outcomes(self) -> list[Outcome]:
+        """What happened since the last call."""
+        with self._lock:
+            found, self._outcomes = self._outcomes, []
+        return found
+
+    def close(self) -> None:
+        """Write what waits, and stop the threads."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._writer.shutdown(wait=True)
+        self._rows.clear()
+
+    def _save(self, order: Save) -> None:
+        began = time.monotonic()
+        row = copy_to_host(self.pool[order.slot])
+        state = order.header.id
+        if order.memory:
+            self._rows[state] = row
+        self._done(state, "saved", MEMORY, began, order.request)
+        if order.disk:
+            self._write(order.header, order.tokens, row)
+
+    def _load(self, order: Load) -> None:
+        state = order.header.id
+        row = self._row(state)
+        if row is not None:
+            self._put(order, row, MEMORY, time.monotonic())
+        elif self.directory is None:
+            self._report(state, "load-failed", MEMORY, None, "it is no longer kept", order.request)
+        else:
+            if order.keep:
+                self._reading.add(state)
+            self._reader.submit(self._read_file, order)
+
+    def _put(self, order: Load, row: HostRow, tier: str, began: float) -> None:
+        row.copy_into(self.pool[order.slot])
+        self._done(order.header.id, "loaded", tier, began, order.request)
+
+    def _copy(self, order: Copy) -> None:
+        row = self._row(order.source)
+        state = order.header.id
+        if row is not None:
+            if order.memory:
+                self._rows[state] = row
+            if order.disk and order.tokens is not None:
+                self._write(order.header, order.tokens, row)
+                return
+        if order.disk:  # read and written in the order of the writes before it
+            self._writer.submit(self._copy_file, order)
+
+    def _drop(self, order: Drop) -> None:
+        if order.tier == MEMORY:
+            self._rows.pop(order.state, None)
+            self._reading.discard(order.state)
+            return
+        self._writing.pop(order.state, None)
+        # After the write that may be going on, in the same thread.
+        self._writer.submit(self._unlink, order.state)
+
+    def _write(self, header: StateHeader, tokens: Tokens, row: HostRow) -> None:
+        if len(self._writing) >= self.max_waiting:
+            text = f"{self.max_waiting} states wait to be written: the disk is too slow"
+            self._report(header.id, "save-failed", DISK, None, text, fault="slow")
+            return
+        with self._lock:
+            self._writing.setdefault(header.id, []).append(row)
+        self._writer.submit(self._write_file, header, tokens)
+
+    def _row(self, state: str) -> HostRow | None:
+        return self._rows.get(state) or next(iter(self._writing.get(state, ())), None)
+
+    # In the writer's thread.
+
+    def _write_file(self, header: StateHeader, tokens: Tokens) -> None:
+        waiting = self._writing.get(header.id)
+        if waiting is None:  # dropped meanwhile
+            return
+        row = waiting[0]
+        began = time.monotonic()
+        try:
+            host = row.wait()
+            if self._clean is not None:
+                host = self._clean(host, header.num_tokens)
+            write_state(self._path(header.id), with_rank(header, self.rank), tokens, host.numpy())
+            self._done(header.id, "saved", DISK, began)
+        except Exception as error:
+            self._report(header.id, "save-failed", DISK, error)
+        finally:
+            with self._lock:
+                waiting.pop(0)
+                if not waiting and self._writing.get(header.id) is waiting:
+                    del self._writing[header.id]
+
+    def _copy_file(self, order: Copy) -> None:
+        began = time.monotonic()
+        try:
+            found = read_state(self._path(order.source), self.fingerprint)
+            header = with_rank(order.header, self.rank)
+            write_state(self._path(header.id), header, found.tokens, found.row)
+            self._done(header.id, "saved", DISK, began)
+        except Exception as error:
+            self._report(order.header.id, "save-failed", DISK, error)
+
+    def _unlink(self, state: str) -> None:
+        with suppress(OSError):
+            self._path(state).unlink()
+
+    # In the reader's thread.
+
+    def _read_file(self, order: Load) -> None:
+        began = time.monotonic()
+        try:
+            found = read_state(self._path(order.header.id), self.fingerprint)
+            if (found.header.key, found.header.rank) != (order.header.key, self.rank):
+                raise StateFileError(
+                    self._path(order.header.id), "damaged", "it holds another state"
+                )
+            if len(found.row) != self.pool.shape[1]:
+                raise StateFileError(
+                    self._path(order.header.id), "foreign",
+                    f"{len(found.row)} bytes of pages, {self.pool.shape[1]} here",
+                )  # fmt: skip
+            with self._lock:
+                self._read.append((order, HostRow(torch.from_numpy(found.row)), began))
+        except Exception as error:
+            self._reading.discard(order.header.id)
+            self._report(order.header.id, "load-failed", DISK, error, request=order.request)
+
+    def _path(self, state: str) -> Path:
+        if self.directory is None:
+            raise FileNotFoundError("the store has no directory")
+        return self.directory / file_name(state, self.rank, self.ranks)
+
+    def _done(self, state: str, event: str, tier: str, began: float, request: str = "") -> None:
+        seconds = time.monotonic() - began
+        with self._lock:
+            self._outcomes.append(Outcome(state, event, tier, request, seconds=seconds))
+
+    def _report(
+        self,
+        state: str,
+        event: str,
+        tier: str,
+        error: Exception | None,
+        text: str = "",
+        request: str = "",
+        fault: str = "missing",
+    ) -> None:
+        if isinstance(error, StateFileError):
+            text, fault = error.text, error.reason
+        elif error is not None:
+            text, fault = f"{type(error).__name__}: {error}", "io"
+        outcome = Outcome(state, event, tier, request, text, fault)
+        with self._lock:
+            self._outcomes.append(outcome)
+
+
+def order_state(order: Order) -> str:
+    """The state that an order is about."""
+    return order.state if isinstance(order, Drop) else order.header.id

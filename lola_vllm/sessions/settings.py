@@ -1,0 +1,100 @@
+"""How much is stored, and where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+STORE_KEY = "lola"  # in vLLM's --additional-config
+KEYS = ("state_ram", "state_dir", "state_disk", "state_ttl", "state_min_tokens")
+# A shorter text is computed again sooner than its state is read.
+MIN_TOKENS = 64
+DISK_BYTES = 20 * 2**30
+
+
+class StoreSettingsError(ValueError):
+    """A setting that cannot be used; names the setting, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """Settings of a store.
+
+    Attributes:
+        memory: bytes of states in memory, all ranks of an engine together; 0: none.
+        directory: where states outlive the process; None: nowhere.
+        disk: bytes of the files of one model there.
+        ttl: seconds for which a state is kept; None: until others need the room.
+        min_tokens: shortest text whose state is stored without being asked for.
+    """
+
+    memory: int = 0
+    directory: Path | None = None
+    disk: int = DISK_BYTES
+    ttl: float | None = None
+    min_tokens: int = MIN_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.memory < 0 or self.disk < 0:
+            raise StoreSettingsError(
+                f"state_ram = {self.memory}, state_disk = {self.disk}: must not be negative"
+            )
+        if self.ttl is not None and not self.ttl > 0:
+            raise StoreSettingsError(f"state_ttl = {self.ttl}: must be more than 0 seconds")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything can be stored."""
+        return self.memory > 0 or (self.directory is not None and self.disk > 0)
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any], where: str = "lola") -> StoreSettings:
+        """Read `{"state_ram": "2GiB", "state_dir": path, "state_disk": "20GiB", ...}`.
+
+        Args:
+            where: what errors call the mapping.
+
+        Raises:
+            StoreSettingsError: an unknown key, or a value that cannot be read.
+        """
+        for key in given:
+            if key not in KEYS:
+                raise StoreSettingsError(
+                    f"{where}.{key}: unknown setting; known: {', '.join(KEYS)}"
+                )
+        directory = given.get("state_dir")
+        if directory is not None and (not isinstance(directory, str) or not directory):
+            raise StoreSettingsError(f"{where}.state_dir = {directory!r}: must be a path")
+        ttl = given.get("state_ttl")
+        minimum = given.get("state_min_tokens", MIN_TOKENS)
+        for key, value, kinds in (
+            ("state_ttl", ttl, (int, float, type(None))),
+            ("state_min_tokens", minimum, (int,)),
+        ):
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise StoreSettingsError(f"{where}.{key} = {value!r}: must be a number")
+        return cls(
+            memory=parse_bytes(given.get("state_ram", 0), f"{where}.state_ram"),
+            directory=None if directory is None else Path(directory).expanduser().absolute(),
+            disk=parse_bytes(given.get("state_disk", DISK_BYTES), f"{where}.state_disk"),
+            ttl=ttl,
+            min_tokens=minimum,
+        )
+
+
+def parse_bytes(text: object, field: str) -> int:
+    """Bytes: a number, or a text such as `512MiB`, `2G` or `1.5 GiB`. All units are of 1024.
+
+    Raises:
+        StoreSettingsError: it is none.
+    """
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(text), re.I)
+    if not isinstance(text, str) or match is None:
+        raise StoreSettingsError(f"{field} = {text!r}: must be bytes, such as 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

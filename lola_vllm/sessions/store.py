@@ -1,0 +1,461 @@
+"""What is stored: sessions, their turns, and where the state of each is.
+
+The store knows everything about states but their bytes. It decides what is kept and gives orders to
+the ranks (`orders.py`), which have the bytes (`rows.py`). It is safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import secrets
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from lola_vllm.sessions.chain import Chain, PrefixIndex, Tokens, namespace
+from lola_vllm.sessions.directory import RESCAN_S, StateDirectory
+from lola_vllm.sessions.file import StateHeader
+from lola_vllm.sessions.fingerprint import Fingerprint
+from lola_vllm.sessions.names import AUTOMATIC, Reference, automatic_name
+from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Drop, Load, Order, Outcome, Save
+from lola_vllm.sessions.settings import StoreSettings
+from lola_vllm.sessions.tiers import SessionKey, Stored, Tier
+
+logger = logging.getLogger("vllm.lola")
+
+WARN_S = 60.0
+
+
+class NotStored(LookupError):
+    """Why a state that was asked for is not there, in words."""
+
+
+class Turn(NamedTuple):
+    """Where the states of one request are stored."""
+
+    session: SessionKey
+    number: int
+
+
+@dataclass(eq=False)
+class Session:
+    """A conversation: its states, by id, and the number of its last turn."""
+
+    states: dict[str, Stored] = field(default_factory=dict)
+    last_turn: int = 0
+
+
+class SessionStore:
+    """States by session and by the tokens that they cover.
+
+    Args:
+        fingerprint: of the model. row_bytes: of a state on one rank. ranks: how many share it.
+        settings: budgets and the directory. clock: seconds since 1970.
+
+    Raises:
+        OSError: the directory cannot be used.
+    """
+
+    def __init__(
+        self,
+        fingerprint: Fingerprint,
+        row_bytes: int,
+        settings: StoreSettings,
+        ranks: int = 1,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.fingerprint = fingerprint
+        self.settings = settings
+        self.ranks = ranks
+        self.row_bytes = row_bytes
+        self.clock = clock
+        self.lock = threading.RLock()
+        self.memory = Tier(MEMORY, settings.memory)
+        on_disk = settings.directory is not None
+        self.disk = Tier(DISK, settings.disk if on_disk else 0)
+        self.states: dict[str, Stored] = {}
+        self.sessions: dict[SessionKey, Session] = {}
+        self.counts: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.version = 0  # of what can be found
+        self._tokens: dict[str, Tokens] = {}
+        self._warned: dict[str, float] = {}
+        self._index = PrefixIndex()
+        self._orders: list[Order] = []
+        self._expiring: list[tuple[float, str]] = []
+        self._dropped: set[str] = set()  # whose files are about to go
+        self.directory: StateDirectory | None = None
+        self._stop = threading.Event()
+        if settings.directory is not None:
+            self.directory = StateDirectory(settings.directory, fingerprint, ranks)
+            self.refresh()
+            threading.Thread(target=self._watch, name="lola-state-directory", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop looking at the directory."""
+        self._stop.set()
+
+    # What a request needs.
+
+    def chain(self, tokens: Sequence[int] | Tokens, adapter: str = "", salt: str = "") -> Chain:
+        """The digests of a text, for an adapter and the hash of a salt."""
+        return Chain(namespace(self.fingerprint.key, adapter, salt), tokens)
+
+    def find(self, chain: Chain, longest: int) -> Stored | None:
+        """The stored state that covers most of the first `longest` tokens of a text."""
+        with self.lock:
+            self._expire()
+            for state in self._index.prefixes(chain, longest):
+                return self.states[state]
+        return None
+
+    def resolve(
+        self, reference: Reference, chain: Chain, longest: int, adapter: str = "", salt: str = ""
+    ) -> Stored:
+        """The state of a session, or of one of its turns, that covers most of a text.
+
+        Raises:
+            NotStored: says what is missing or what does not fit.
+        """
+        with self.lock:
+            states = [s for s in self.lookup(reference, salt) if s.header.adapter == adapter]
+            if not states:
+                raise NotStored(f"{reference} was stored with another adapter")
+            for state in sorted(states, key=lambda s: -s.header.num_tokens):
+                n = state.header.num_tokens
+                if n <= longest and chain.key(n).hex() == state.header.key:
+                    return state
+            fewest = min(s.header.num_tokens for s in states)
+            if fewest > longest:
+                raise NotStored(
+                    f"{reference} covers {fewest} tokens, and the prompt has only {longest + 1}"
+                )
+            raise NotStored(f"the prompt does not begin with the {fewest} tokens of {reference}")
+
+    def lookup(self, reference: Reference, salt: str = "") -> list[Stored]:
+        """The states of a session, or of one of its turns, oldest first.
+
+        Raises:
+            NotStored: there is no such session or turn.
+        """
+        with self.lock:
+            self._expire()
+            session = self.sessions.get((salt, reference.session))
+            if session is None:
+                raise NotStored(f"nothing is stored under {reference.session!r}")
+            found = [s for s in session.states.values() if reference.turn in (None, s.header.turn)]
+            if not found:
+                kept = sorted({s.header.turn for s in session.states.values()})
+                raise NotStored(
+                    f"turn {reference.turn} of {reference.session!r} is not kept, these are: "
+                    f"{', '.join(map(str, kept))}"
+                )
+            return sorted(found, key=lambda s: (s.header.turn, s.header.num_tokens))
+
+    def open_turn(self, name: str | None, parent: Stored | None, salt: str = "") -> Turn:
+        """Where a request's states go: the next turn of a session.
+
+        Args:
+            name: None for a request that names none. It goes on with the conversation of `parent`,
+                if that has no name either and has not gone on already; else it starts a new one.
+        """
+        with self.lock:
+            if name is None:
+                name = automatic_name()
+                if parent is not None and not parent.superseded:
+                    theirs = parent.header.session
+                    name = theirs if theirs.startswith(AUTOMATIC) else name
+            key = (salt, name)
+            session = self.sessions.get(key)
+            return Turn(key, session.last_turn + 1 if session else 1)
+
+    def save(
+        self,
+        turn: Turn,
+        chain: Chain,
+        num_tokens: int,
+        kind: str,
+        slot: int,
+        *,
+        adapter: str = "",
+        parent: Stored | None = None,
+        ttl: float | None = None,
+        request: str = "",
+        tail: Sequence[int] = (),
+    ) -> tuple[Stored, bool]:
+        """Store the state in a slot, which covers the first `num_tokens` of a text.
+
+        Args:
+            kind: "prompt" or "answer". slot: of the pool of every rank. ttl: seconds.
+            request: as in `Save`. tail: as in `StateHeader`.
+
+        Returns:
+            The state, and whether it is new: the slot is then copied in the step that takes the
+            orders, and an outcome for `request` follows. Else it was there already.
+
+        Raises:
+            NotStored: there is no room.
+        """
+        with self.lock:
+            key = chain.key(num_tokens)
+            named = not turn.session[1].startswith(AUTOMATIC)
+            for there in map(self.states.__getitem__, reversed(self._index.with_key(key))):
+                if not named or there.session == turn.session:
+                    self._use(there)
+                    if tail and there.session == turn.session:
+                        self.rewrite(there, kind=kind, tail=list(tail))
+                    return there, False
+            nbytes = self.row_bytes * self.ranks
+            tiers = [tier for tier in (self.memory, self.disk) if tier.fits(nbytes)]
+            if not tiers:
+                raise NotStored(
+                    f"a state takes {nbytes} bytes, and the budgets are {self.memory.budget} "
+                    f"bytes of memory and {self.disk.budget} of disk"
+                )
+            now = self.clock()
+            ttl = self.settings.ttl if ttl is None else ttl
+            header = StateHeader(
+                id=secrets.token_hex(16),
+                session=turn.session[1],
+                turn=turn.number,
+                kind=kind,
+                num_tokens=num_tokens,
+                key=key.hex(),
+                boundary=chain.boundary(num_tokens).hex(),
+                fingerprint=self.fingerprint.to_dict(),
+                adapter=adapter,
+                salt=turn.session[0],
+                created=now,
+                expires=None if ttl is None else now + ttl,
+                parent=parent.id if parent else None,
+                tail=list(tail),
+                ranks=self.ranks,
+            )
+            state = Stored(header, nbytes, now)
+            tokens = chain.tokens[:num_tokens]
+            self.add(state, tiers, tokens)
+            if not state.tiers:
+                raise NotStored("all that is stored is pinned, and the budgets are spent")
+            self._orders.append(
+                Save(header, tokens, slot, MEMORY in state.tiers, DISK in state.tiers, request)
+            )
+            self.counts["saved"] += 1
+            return state, True
+
+    def load(self, state: Stored, slot: int, request: str) -> None:
+        """Put a state into a slot; an outcome for `request` follows."""
+        with self.lock:
+            keep = state.id in self.states and self.memory.fits(state.nbytes)
+            self._use(state)
+            if keep and MEMORY not in state.tiers:
+                self.memory.add(state)
+                self._make_room(self.memory, state.session)
+                keep = MEMORY in state.tiers
+            self._orders.append(Load(state.header, slot, request, keep))
+
+    # Between the store and the ranks.
+
+    @property
+    def has_orders(self) -> bool:
+        """Whether orders wait for the ranks."""
+        return bool(self._orders)
+
+    def take_orders(self) -> list[Order]:
+        """The orders since the last call, for every rank to carry out in this order."""
+        with self.lock:
+            self._expire()
+            orders, self._orders = self._orders, []
+            return orders
+
+    def order(self, order: Order) -> None:
+        """Add an order."""
+        with self.lock:
+            self._orders.append(order)
+
+    def apply(self, outcomes: Iterable[tuple[int, Outcome]]) -> None:
+        """Take note of what the ranks report: (rank, outcome)."""
+        with self.lock:
+            for rank, outcome in outcomes:
+                state = self.states.get(outcome.state)
+                if outcome.event in ("saved", "loaded"):
+                    self.seconds[f"{outcome.event}-{outcome.tier}"] += outcome.seconds
+                    self.counts[f"{outcome.event}-{outcome.tier}"] += 1
+                    if state and outcome.event == "saved" and outcome.tier == DISK:
+                        state.written.add(rank)
+                        self._release_tokens(state)
+                    continue
+                self.failures[outcome.fault] += 1
+                self._warn(outcome)
+                if state is None:
+                    continue
+                if outcome.event == "save-failed" and outcome.tier == DISK:
+                    self._leave(state, self.disk)
+                else:
+                    # A file that cannot be read may be another server's business, or come back.
+                    keep_file = outcome.fault not in ("damaged", "missing")
+                    self.forget(state, keep_file=keep_file)
+
+    # Changes.
+
+    def add(self, state: Stored, tiers: Sequence[Tier], tokens: Tokens | None = None) -> None:
+        """Make a state known, and let others leave for it. It may have no place afterwards."""
+        header = state.header
+        with self.lock:
+            session = self.sessions.setdefault(state.session, Session())
+            if header.turn > session.last_turn:
+                session.last_turn = header.turn
+                for older in session.states.values():
+                    self._supersede(older)
+            state.superseded = header.turn < session.last_turn
+            session.states[state.id] = state
+            self.states[state.id] = state
+            if tokens is not None:
+                self._tokens[state.id] = tokens
+            self._index.add(
+                bytes.fromhex(header.boundary), header.num_tokens, bytes.fromhex(header.key),
+                state.id,
+            )  # fmt: skip
+            if header.expires is not None:
+                heapq.heappush(self._expiring, (header.expires, state.id))
+            self.version += 1
+            for tier in tiers:
+                tier.add(state)
+            for tier in tiers:
+                self._make_room(tier, state.session)
+
+    def change(self, state: Stored, **fields: object) -> None:
+        """Give a state another header, keeping its place among the others."""
+        with self.lock:
+            tokens = self._tokens.get(state.id)
+            tiers = [tier for tier in (self.memory, self.disk) if tier.remove(state)]
+            self._unlist(state)
+            state.header = replace(state.header, **fields)  # type: ignore[arg-type]
+            self.add(state, tiers, tokens)
+
+    def rewrite(self, state: Stored, **fields: object) -> None:
+        """`change`, also in the state's file."""
+        with self.lock:
+            self.change(state, **fields)
+            if DISK in state.tiers:
+                tokens, memory = self.tokens(state), MEMORY in state.tiers
+                self._orders.append(Copy(state.id, state.header, tokens, memory, True))
+
+    def forget(self, state: Stored, keep_file: bool = False) -> None:
+        """Drop a state everywhere."""
+        with self.lock:
+            for tier in (self.memory, self.disk):
+                if state.id in tier.states:
+                    if tier is self.disk and keep_file:
+                        tier.remove(state)
+                    else:
+                        self._leave(state, tier, last=False)
+            self._unlist(state)
+
+    def tokens(self, state: Stored) -> Tokens | None:
+        """The tokens of a state that is not yet in a file; None where only its file has them."""
+        return self._tokens.get(state.id)
+
+    def refresh(self) -> None:
+        """Learn what other servers stored in the directory, and what they removed."""
+        if self.directory is None:
+            return
+        with self.lock:
+            settled = {i for i, s in self.disk.states.items() if len(s.written) == self.ranks}
+            known = set(self.states) | self._dropped
+        scan = self.directory.scan(known)
+        if scan is None:
+            return
+        with self.lock:
+            for reason, _ in scan.refused.values():
+                self.failures[reason] += 1
+            for gone in settled - scan.there:
+                state = self.states.get(gone)
+                if state is not None and DISK in state.tiers:
+                    self.disk.remove(state)
+                    if not state.tiers:
+                        self._unlist(state)
+            self._dropped &= scan.there
+            for header, used in sorted(scan.new, key=lambda found: found[1]):
+                if header.id not in self.states and header.id not in self._dropped:
+                    state = Stored(header, self.row_bytes * self.ranks, used)
+                    state.written.update(range(self.ranks))
+                    self.add(state, [self.disk])
+                    self.counts["adopted"] += 1
+
+    def _warn(self, outcome: Outcome) -> None:
+        """Log a failure, of each fault one per minute; the metrics count all."""
+        now = time.monotonic()
+        if now - self._warned.get(outcome.fault, -WARN_S) < WARN_S:
+            return
+        self._warned[outcome.fault] = now
+        logger.warning(
+            "LoLA sessions: %s of state %s (%s): %s",
+            outcome.event, outcome.state, outcome.tier, outcome.reason,
+        )  # fmt: skip
+
+    def _watch(self) -> None:
+        while not self._stop.wait(RESCAN_S):
+            if self.directory is not None and self.directory.changed():
+                self.refresh()
+
+    def _use(self, state: Stored) -> None:
+        state.used = self.clock()
+        for tier in (self.memory, self.disk):
+            tier.touch(state)
+        if self.directory is not None and DISK in state.tiers:
+            self.directory.use(state.id)
+
+    def _supersede(self, state: Stored) -> None:
+        if not state.superseded:
+            state.superseded = True
+            for tier in (self.memory, self.disk):
+                if state.id in tier.states:
+                    tier.touch(state)
+
+    def _make_room(self, tier: Tier, keep: SessionKey) -> None:
+        for leaving in tier.excess(keep):
+            self.counts[f"evicted-{tier.name}"] += 1
+            self._leave(leaving, tier)
+
+    def _leave(self, state: Stored, tier: Tier, last: bool = True) -> None:
+        """A state leaves a tier, and the store if it has no other place."""
+        if tier.remove(state):
+            self._orders.append(Drop(state.id, tier.name))
+            if tier is self.disk:
+                self._dropped.add(state.id)
+        if last and not state.tiers:
+            self._unlist(state)
+        else:
+            self._release_tokens(state)
+
+    def _release_tokens(self, state: Stored) -> None:
+        if MEMORY not in state.tiers and len(state.written) == self.ranks:
+            self._tokens.pop(state.id, None)
+
+    def _unlist(self, state: Stored) -> None:
+        if self.states.pop(state.id, None) is None:
+            return
+        header = state.header
+        self._tokens.pop(state.id, None)
+        self._index.remove(
+            bytes.fromhex(header.boundary), header.num_tokens, bytes.fromhex(header.key), state.id
+        )
+        session = self.sessions[state.session]
+        del session.states[state.id]
+        if not session.states:
+            del self.sessions[state.session]
+        self.version += 1
+
+    def _expire(self) -> None:
+        now = self.clock()
+        while self._expiring and self._expiring[0][0] <= now:
+            expires, name = heapq.heappop(self._expiring)
+            state = self.states.get(name)
+            if state is not None and state.header.expires == expires:
+                self.counts["expired"] += 1
+                self.forget(state)

@@ -1,0 +1,246 @@
+"""Routes to list, show, rename, pin, fork, delete, take away and bring sessions."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request
+from fastapi.responses import FileResponse
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+from lola_vllm.serving.bodies import LolaRoute
+from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.sessions.owners import owned
+from lola_vllm.serving.sessions.protocol import (
+    ChangeRequest,
+    Deleted,
+    ForkRequest,
+    SessionDetail,
+    SessionList,
+    SessionTokens,
+)
+from lola_vllm.sessions import Reference, SessionNameError, check_name, parse_reference
+
+PREFIX = "/v1/lola/sessions"
+UPLOAD = "LOLA_VLLM_STATE_UPLOAD"
+# A file's header and the tensors' names; tokens and pages come on top.
+HEADER_BYTES = 2**20
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status.value: {"model": ErrorResponse}
+    for status in (
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.NOT_FOUND,
+        HTTPStatus.CONFLICT,
+        HTTPStatus.NOT_IMPLEMENTED,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    )
+}
+_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
+router = APIRouter(prefix=PREFIX, tags=["lola"], route_class=LolaRoute)
+
+Salt = Annotated[
+    str | None,
+    Header(alias="X-Cache-Salt", description="The `cache_salt` of the session's requests."),
+]
+
+
+@router.get("", response_model=SessionList, responses=REFUSALS)
+async def sessions(raw_request: Request, salt: Salt = None) -> dict[str, Any]:
+    """The caller's sessions, the last used first."""
+    return {"sessions": await ask(raw_request, "sessions", salt)}
+
+
+@router.get("/{session}", response_model=SessionDetail, responses=REFUSALS)
+async def show(session: str, raw_request: Request, salt: Salt = None) -> Any:
+    """A session and its states."""
+    return await ask(raw_request, "show", salt, session=name_of(session))
+
+
+@router.get("/{session}/tokens", response_model=SessionTokens, responses=REFUSALS)
+async def tokens(session: str, raw_request: Request, salt: Salt = None) -> dict[str, Any]:
+    """Token ids of all that was said in a session (`agent-7`) or until a turn (`agent-7@3`)."""
+    reference = reference_of(session)
+    found = await ask(raw_request, "tokens", salt, reference=str(reference))
+    said = found["tokens"] + found["tail"]
+    return {"session": reference.session, "turn": found["turn"], "tokens": said}
+
+
+@router.patch(
+    "/{session}",
+    response_model=SessionDetail,
+    responses=REFUSALS,
+    dependencies=[Depends(validate_json_request)],
+)
+async def change(session: str, body: ChangeRequest, raw_request: Request, salt: Salt = None) -> Any:
+    """Rename a session, or pin one of its turns, or both."""
+    reference, found = reference_of(session), None
+    if body.session is not None:
+        name_of(session)
+    if body.pinned is not None:
+        found = await ask(
+            raw_request, "pin", salt, writes=reference, reference=str(reference),
+            pinned=body.pinned,
+        )  # fmt: skip
+    if body.session is not None:
+        found = await ask(
+            raw_request, "rename", salt, writes=reference, session=session, to=body.session
+        )
+    return found
+
+
+@router.delete("/{session}", response_model=Deleted, responses=REFUSALS)
+async def delete(session: str, raw_request: Request, salt: Salt = None) -> Any:
+    """Delete a session (`agent-7`) or a turn of it (`agent-7@3`)."""
+    reference = reference_of(session)
+    return await ask(raw_request, "delete", salt, writes=reference, reference=str(reference))
+
+
+@router.post(
+    "/{session}/fork",
+    response_model=SessionDetail,
+    responses=REFUSALS,
+    dependencies=[Depends(validate_json_request)],
+)
+async def fork(session: str, body: ForkRequest, raw_request: Request, salt: Salt = None) -> Any:
+    """Another session that goes on from a session or a turn of it."""
+    reference = str(reference_of(session))
+    return await ask(raw_request, "fork", salt, reference=reference, to=body.to)
+
+
+@router.get(
+    "/{session}/state",
+    response_class=FileResponse,
+    responses={**REFUSALS, 200: {"content": _BINARY}},
+)
+async def take(
+    session: str,
+    raw_request: Request,
+    salt: Salt = None,
+    rank: Annotated[int, Query(ge=0, description="Whose part, with several ranks.")] = 0,
+) -> FileResponse:
+    """The file of a session's state: to keep, or to bring to another server of the model."""
+    reference = reference_of(session)
+    found = await ask(raw_request, "files", salt, reference=str(reference))
+    files = [Path(path) for path in found["files"]]
+    if rank >= len(files):
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST, f"rank = {rank}: the model has {len(files)} ranks, from 0 on"
+        )
+    part = "" if len(files) == 1 else f".{rank}of{len(files)}"
+    return FileResponse(
+        files[rank],
+        media_type="application/octet-stream",
+        filename=f"{reference.session}{part}.lola.safetensors",
+        headers={"X-Lola-Ranks": str(len(files))},
+    )
+
+
+# The body is a file, so `LolaRoute`, which bounds JSON, is not its route.
+upload_router = APIRouter()
+
+
+@upload_router.put(
+    "/{session}/state",
+    response_model=SessionDetail,
+    responses={**REFUSALS, HTTPStatus.FORBIDDEN.value: {"model": ErrorResponse}},
+    openapi_extra={"requestBody": {"required": True, "content": _BINARY}},
+)
+async def bring(session: str, raw_request: Request, salt: Salt = None) -> Any:
+    """Store a state from a file under a new session, where the operator allows it."""
+    name = name_of(session)
+    if os.environ.get(UPLOAD) != "1":
+        raise HTTPException(
+            HTTPStatus.FORBIDDEN,
+            "states are not taken from outside, because a forged one can put words into a model's "
+            f"memory; the operator allows it with {UPLOAD}=1",
+        )
+    engine = engine_of(raw_request)
+    stats = await ask(raw_request, "stats")
+    limit = stats["state_bytes"] + 4 * engine.config.model_config.max_model_len + HEADER_BYTES
+    with tempfile.NamedTemporaryFile(suffix=".lola.safetensors") as file:
+        size = 0
+        async for part in raw_request.stream():
+            size += len(part)
+            if size > limit:
+                raise HTTPException(
+                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                    f"the file has more than {limit} bytes, which no state of this model has",
+                )
+            file.write(part)
+        file.flush()
+        return await ask(raw_request, "bring", salt, file=file.name, session=name)
+
+
+router.include_router(upload_router)
+
+
+async def ask(
+    raw_request: Request,
+    method: str,
+    salt: str | None = None,
+    writes: Reference | None = None,
+    **arguments: Any,
+) -> Any:
+    """What a method of `SessionManager` returns for the owner of this request.
+
+    Args:
+        salt: the caller's. writes: the session that it changes.
+
+    Raises:
+        HTTPException: it cannot be answered.
+    """
+    validate_cache_salt(salt)
+    hidden = owned(salt)
+    try:
+        if writes is not None and (hidden, writes.session) in busy(raw_request):
+            raise being_written(writes.session)
+        if method != "stats":
+            arguments["salt"] = hidden
+        return await engine_of(raw_request).sessions(method, **arguments)
+    except Unavailable as error:
+        raise HTTPException(error.status, str(error)) from None
+
+
+def busy(raw_request: Request) -> set[tuple[str | None, str]]:
+    """Sessions that requests of this server are writing: (salt, name)."""
+    found: set[tuple[str | None, str]] = raw_request.app.state.lola_busy
+    return found
+
+
+def being_written(session: str) -> Unavailable:
+    """Why a second request cannot have a session."""
+    return Unavailable(
+        HTTPStatus.CONFLICT,
+        f"{session!r} is being written by another request; wait for its answer, or fork the "
+        "session before",
+    )
+
+
+def engine_of(raw_request: Request) -> LolaEngine:
+    """The engine of the server."""
+    engine: LolaEngine = raw_request.app.state.lola_engine
+    return engine
+
+
+def name_of(session: str) -> str:
+    """A session's name from a path."""
+    try:
+        return check_name(session)
+    except SessionNameError as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
+
+
+def reference_of(session: str) -> Reference:
+    """A session or one of its turns from a path."""
+    try:
+        return parse_reference(session, "session")
+    except SessionNameError as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None

@@ -1,0 +1,244 @@
+"""Bodies and answers of the routes under /v1/lola/sessions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+from lola_vllm.serving.protocol import PromptRequest
+from lola_vllm.sessions import check_name
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+TurnNumber = Annotated[int, Field(ge=0, lt=10**9)]
+
+
+class SessionSummary(BaseModel):
+    """A session.
+
+    Attributes:
+        session: its name. turn: the number of its last turn. turns: those that are kept.
+        tokens: that its last turn covers. bytes: of all its states.
+        created, used: seconds since 1970. pinned: whether a turn of it stays whatever is stored.
+    """
+
+    session: str
+    turn: int
+    turns: list[int]
+    tokens: int
+    bytes: int
+    created: float
+    used: float
+    pinned: bool
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "session": "agent-7", "turn": 3, "turns": [2, 3], "tokens": 1893,
+                "bytes": 36126720, "created": 1790000000.0, "used": 1790000060.5, "pinned": False,
+            }
+        }
+    )  # fmt: skip
+
+
+class StoredState(BaseModel):
+    """A stored state of a session.
+
+    Attributes:
+        id: 32 hex digits. turn: of the session. kind: "prompt" or "answer": where it was taken.
+        tokens: that it covers. bytes: of all ranks. tiers: "memory", "disk".
+        expires: seconds since 1970. superseded: whether the session has gone on from it.
+        adapter: name of a LoRA adapter. parent: id of the state that it continues.
+    """
+
+    id: str
+    turn: int
+    kind: str
+    tokens: int
+    bytes: int
+    tiers: list[str]
+    created: float
+    used: float
+    expires: float | None
+    pinned: bool
+    superseded: bool
+    adapter: str
+    parent: str | None
+
+
+class SessionDetail(SessionSummary):
+    """A session with its states, oldest first."""
+
+    states: list[StoredState]
+
+
+class SessionList(BaseModel):
+    """Answer of `GET /v1/lola/sessions`: the last used first."""
+
+    sessions: list[SessionSummary]
+
+
+class SessionTokens(BaseModel):
+    """Answer of `GET /v1/lola/sessions/{session}/tokens`.
+
+    Attributes:
+        turn: which it is. tokens: ids of all that was said.
+    """
+
+    session: str
+    turn: int
+    tokens: list[int]
+
+
+class Deleted(BaseModel):
+    """Answer of `DELETE /v1/lola/sessions/{session}`: how many states are gone."""
+
+    deleted: int
+
+
+class ChangeRequest(BaseModel):
+    """Body of `PATCH /v1/lola/sessions/{session}`.
+
+    Attributes:
+        session: another name. pinned: keep the newest turn, or the one that is named.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"session": "agent-8"}, {"pinned": True}]},
+    )
+
+    session: str | None = None
+    pinned: bool | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.session is None and self.pinned is None:
+            raise ValueError("give 'session' (another name), 'pinned', or both")
+        if self.session is not None:
+            check_name(self.session, "session")
+        return self
+
+
+class ForkRequest(BaseModel):
+    """Body of `POST /v1/lola/sessions/{session}/fork`.
+
+    Attributes:
+        to: name of the new session.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"to": "agent-7-plan-b"}]}
+    )
+
+    to: str
+
+    @model_validator(mode="after")
+    def _name(self) -> Self:
+        check_name(self.to, "to")
+        return self
+
+
+class AppendRequest(PromptRequest):
+    """Body of `POST /v1/lola/sessions/{session}/append`: text, token ids or messages to read.
+
+    Attributes:
+        ttl: seconds that the turn is kept. turn: the number of the turn that this one follows, 0
+            for a new session; without it, whatever is there.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"prompt": "14:03 pump 2 on\n14:09 pump 2 off\n"},
+                {"messages": [{"role": "user", "content": "The report: ..."}], "turn": 3},
+            ]
+        },
+    )
+
+    ttl: Seconds | None = None
+    turn: TurnNumber | None = None
+
+
+class AppendResponse(BaseModel):
+    """Answer of `POST /v1/lola/sessions/{session}/append`.
+
+    Attributes:
+        turn: its number. tokens: of the session. new_tokens: those of this turn.
+        bytes: of its state. restored_tokens: that were not computed again.
+        reason: why they are not all that came before; null if they are.
+        unsaved: why nothing is stored; null if it is.
+    """
+
+    session: str
+    turn: int | None
+    tokens: int
+    new_tokens: int
+    bytes: int
+    restored_tokens: int
+    reason: str | None
+    unsaved: str | None
+
+
+_ONE_ANSWER = "a session goes on with one answer; fork it to have several"
+_NAMED = "the address names the session; leave it out"
+# Field of vLLM's requests -> its only value here, and why.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "n": (1, _ONE_ANSWER),
+    "use_beam_search": (False, _ONE_ANSWER),
+    "stop": ([], "a text may end within a token, where no session can go on; use stop_token_ids"),
+    "echo": (False, "what was said before is not sent back"),
+    "truncate_prompt_tokens": (None, "what was said before is not cut"),
+    "session_id": (None, _NAMED),
+    "kv_transfer_params": (None, _NAMED),
+    "suffix": (None, "a session goes on at its end"),
+    "prompt_embeds": (None, "a session keeps token ids"),
+    "add_generation_prompt": (True, "an answer begins a turn; to read without one, use append"),
+    "continue_final_message": (False, "an answer begins a turn"),
+}
+
+
+class _Goes(BaseModel):
+    """What the requests for an answer add to vLLM's."""
+
+    ttl: Seconds | None = Field(default=None, description="Seconds that the turn is kept.")
+    turn: TurnNumber | None = Field(
+        default=None,
+        description="Number of the turn that this one follows, 0 for a new session.",
+    )
+
+    @model_validator(mode="after")
+    def _one_continuation(self) -> Self:
+        for name, (only, why) in _REFUSED.items():
+            value = getattr(self, name, only)
+            if value not in (only, None) and value != []:
+                raise ValueError(f"{name} = {value!r:.80}: {why}")
+        return self
+
+
+class SessionChatRequest(_Goes, ChatCompletionRequest):
+    """Body of `POST /v1/lola/sessions/{session}/chat`: that of `/v1/chat/completions`, with the new
+    messages only."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"messages": [{"role": "user", "content": "And of Italy?"}], "max_tokens": 50}
+            ]
+        }
+    )
+
+
+class SessionCompletionRequest(_Goes, CompletionRequest):
+    """Body of `POST /v1/lola/sessions/{session}/complete`: that of `/v1/completions`, with the new
+    text or token ids only."""
+
+    prompt: str | list[Annotated[int, Field(ge=0)]]
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": " The pump is", "max_tokens": 20}]}
+    )

@@ -1,0 +1,301 @@
+"""Routes that go on with a session: the caller sends the new part only.
+
+The server has the token ids of a session beside its states. A request runs as one of vLLM's own
+with all tokens as its prompt, of which the stored state covers all but the new ones.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi.responses import StreamingResponse
+from pydantic import ValidationError
+from vllm import SamplingParams
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+)
+from vllm.entrypoints.openai.completion.api_router import create_completion
+from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.inputs import tokens_input
+from vllm.sampling_params import RequestOutputKind
+
+from lola_vllm.serving.bodies import LolaRoute, refusal
+from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.prompt import prompt_tokens, text_tokens
+from lola_vllm.serving.sessions.manage import (
+    PREFIX,
+    REFUSALS,
+    being_written,
+    busy,
+    engine_of,
+    reference_of,
+)
+from lola_vllm.serving.sessions.owners import owned, reported
+from lola_vllm.serving.sessions.protocol import (
+    AppendRequest,
+    AppendResponse,
+    SessionChatRequest,
+    SessionCompletionRequest,
+)
+from lola_vllm.serving.sessions.seam import Said, continuation
+from lola_vllm.sessions.request import FIELD
+
+if TYPE_CHECKING:
+    from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
+
+    from lola_vllm.sessions import Reference
+
+_STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
+_DONE = "data: [DONE]"
+
+router = APIRouter(
+    prefix=PREFIX,
+    tags=["lola"],
+    route_class=LolaRoute,
+    dependencies=[Depends(validate_json_request)],
+)
+
+
+@router.post("/{session}/append", response_model=AppendResponse, responses=REFUSALS)
+@with_cancellation
+async def append(session: str, raw_request: Request, body: AppendRequest) -> Any:
+    """Read text, token ids or messages at the end of a session. Nothing is generated."""
+    reference = reference_of(session)
+    try:
+        with _writing(raw_request, reference, body.cache_salt):
+            return await _append(reference, body, raw_request)
+    except Unavailable as error:
+        raise HTTPException(error.status, str(error)) from None
+
+
+@router.post(
+    "/{session}/chat",
+    response_model=ChatCompletionResponse,
+    responses={**REFUSALS, 200: _STREAM},
+)
+async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> Any:
+    """Answer new messages of a session, as /v1/chat/completions does with all of its messages."""
+
+    async def go_on(said: Said | None, lola: dict[str, Any]) -> Any:
+        params: dict[str, Any] = {FIELD: lola}
+        if said is not None:
+            tokens = await continuation(body, said, raw_request, _special(engine_of(raw_request)))
+            _check_length(tokens, engine_of(raw_request))
+            params["prompt_token_ids"] = tokens
+        request = body.model_copy(update={"kv_transfer_params": params})
+        return await create_chat_completion(request, raw_request)
+
+    return await _answer(session, raw_request, body, go_on, "chat.completion.chunk")
+
+
+@router.post(
+    "/{session}/complete",
+    response_model=CompletionResponse,
+    responses={**REFUSALS, 200: _STREAM},
+)
+async def complete(session: str, raw_request: Request, body: SessionCompletionRequest) -> Any:
+    """Go on with new text of a session, as /v1/completions does with all of its text."""
+
+    async def go_on(said: Said | None, lola: dict[str, Any]) -> Any:
+        prompt = body.prompt
+        if not prompt:
+            raise Unavailable(HTTPStatus.BAD_REQUEST, "prompt is empty; give text or token ids")
+        if said is not None:
+            new = await text_tokens(prompt, raw_request) if isinstance(prompt, str) else prompt
+            prompt = said.before(_special(engine_of(raw_request))) + new
+            _check_length(prompt, engine_of(raw_request))
+        params = {FIELD: lola}
+        request = body.model_copy(update={"prompt": prompt, "kv_transfer_params": params})
+        return await create_completion(request, raw_request)
+
+    return await _answer(session, raw_request, body, go_on, "text_completion")
+
+
+async def _answer(
+    session: str,
+    raw_request: Request,
+    body: SessionChatRequest | SessionCompletionRequest,
+    go_on: Callable[[Said | None, dict[str, Any]], Any],
+    kind: str,
+) -> Response:
+    """Hold the session, and let vLLM answer.
+
+    Args:
+        go_on: makes vLLM's answer from what was said, None for a new session, and what is asked of
+            the store. kind: of the objects in vLLM's stream.
+    """
+    reference, engine = reference_of(session), engine_of(raw_request)
+    with ExitStack() as held:
+        try:
+            held.enter_context(_writing(raw_request, reference, body.cache_salt))
+            said = await _said(engine, reference, body.cache_salt, body.turn)
+            report = reported()
+            answer: Response = await go_on(said, _wish(reference, said, body.ttl))
+        except Unavailable as error:
+            raise HTTPException(error.status, str(error)) from None
+        if isinstance(answer, StreamingResponse):
+            answer.body_iterator = _with_report(answer.body_iterator, report, engine, kind)
+            return _Holding(answer, held.pop_all())
+        return answer
+
+
+async def _append(reference: Reference, body: AppendRequest, raw_request: Request) -> Any:
+    engine = engine_of(raw_request)
+    said = await _said(engine, reference, body.cache_salt, body.turn)
+    before = [] if said is None else said.before(_special(engine))
+    if body.messages is not None and said is not None:
+        tokens = await _messages(body, said, raw_request)
+        new = len(tokens) - len(before)
+    else:
+        read = await prompt_tokens(body, raw_request, engine, begins=said is None, adapters=True)
+        tokens, new = before + read, len(read)
+    _check_length(tokens, engine)
+    wish = _wish(reference, said, body.ttl) | {"answer": False}
+    final = None
+    async for output in engine.client.generate(
+        tokens_input(tokens, cache_salt=body.cache_salt),
+        SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"kv_transfer_params": {FIELD: wish}},
+        ),
+        f"lola-append-{uuid.uuid4().hex}",
+        lora_request=raw_request.app.state.openai_serving_models.lora_requests.get(body.model),
+    ):
+        final = output
+    told = (final.kv_transfer_params or {}).get(FIELD, {}) if final else {}
+    told = {"session": reference.session, "unsaved": None, **told}
+    return told | {"tokens": len(tokens), "new_tokens": new}
+
+
+async def _messages(body: AppendRequest, said: Said, raw_request: Request) -> list[int]:
+    try:
+        request = ChatCompletionRequest.model_validate(
+            {"model": body.model, "messages": body.messages, "add_generation_prompt": False}
+        )
+    except ValidationError as error:
+        message = refusal(error.errors())[0]
+        raise Unavailable(HTTPStatus.BAD_REQUEST, message) from None
+    return await continuation(request, said, raw_request, _special(engine_of(raw_request)))
+
+
+async def _said(
+    engine: LolaEngine, reference: Reference, salt: str | None, expected: int | None
+) -> Said | None:
+    """What a session has seen; None for a new one.
+
+    Args:
+        expected: the number of its last turn, 0 where it must be new, None: any.
+    """
+    try:
+        found = await engine.sessions("tokens", reference=str(reference), salt=owned(salt))
+    except Unavailable as error:
+        if error.status != HTTPStatus.NOT_FOUND or reference.turn is not None or expected:
+            raise
+        return None
+    said = Said(found["turn"], found["kind"], found["tokens"], found["tail"])
+    if expected not in (None, said.turn):
+        raise Unavailable(
+            HTTPStatus.CONFLICT,
+            f"turn = {expected}: {str(reference)!r} is at turn {said.turn}; look at what it says, "
+            f"or fork {reference.session}@{expected}" if expected else
+            f"turn = 0: there is a session {reference.session!r} already; take another name",
+        )  # fmt: skip
+    return said
+
+
+def _wish(reference: Reference, said: Said | None, ttl: float | None) -> dict[str, Any]:
+    """`kv_transfer_params.lola` of a request."""
+    wish: dict[str, Any] = {"save": reference.session}
+    if said is not None:
+        wish["from"] = f"{reference.session}@{said.turn}"
+    if ttl is not None:
+        wish["ttl"] = ttl
+    return wish
+
+
+@contextmanager
+def _writing(raw_request: Request, reference: Reference, salt: str | None) -> Iterator[None]:
+    """Hold a session for one request.
+
+    Raises:
+        Unavailable: another request holds it.
+    """
+    validate_cache_salt(salt)
+    key, held = (owned(salt), reference.session), busy(raw_request)
+    if key in held:
+        raise being_written(reference.session)
+    held.add(key)
+    try:
+        yield
+    finally:
+        held.discard(key)
+
+
+def _check_length(tokens: list[int], engine: LolaEngine) -> None:
+    limit = int(engine.config.model_config.max_model_len)
+    if len(tokens) >= limit:
+        raise Unavailable(
+            HTTPStatus.BAD_REQUEST,
+            f"the session would have {len(tokens)} tokens, and fewer than {limit} "
+            "(--max-model-len) are served; send less, or start another session",
+        )
+    vocabulary = engine.config.model_config.get_vocab_size()
+    for token in tokens:  # an invalid id would be an index out of range in the engine
+        if not 0 <= token < vocabulary:
+            raise Unavailable(
+                HTTPStatus.BAD_REQUEST,
+                f"prompt: token id {token} is none of 0 to {vocabulary - 1}",
+            )
+
+
+def _special(engine: LolaEngine) -> list[int]:
+    tokenizer = engine.client.renderer.tokenizer
+    return [] if tokenizer is None else list(tokenizer.all_special_ids)
+
+
+async def _with_report(
+    events: Any, report: dict[str, Any], engine: LolaEngine, kind: str
+) -> AsyncIterator[Any]:
+    """A stream of events, with what the store says before its end."""
+    async for event in events:
+        text = event if isinstance(event, str) else bytes(event).decode()
+        if text.startswith(_DONE) and report:
+            said = {
+                "id": f"lola-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
+                "model": engine.model, "choices": [], "kv_transfer_params": report,
+            }  # fmt: skip
+            yield f"data: {json.dumps(said)}\n\n"
+        yield event
+
+
+class _Holding(StreamingResponse):
+    """A stream that holds a session until it has ended, or its reader has left."""
+
+    def __init__(self, answer: StreamingResponse, held: ExitStack) -> None:
+        super().__init__(
+            answer.body_iterator,
+            answer.status_code,
+            media_type=answer.media_type,
+            background=answer.background,
+        )
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        with self._held:
+            await super().__call__(scope, receive, send)

@@ -1,0 +1,118 @@
+"""The options of `lola-vllm serve` for stored states, as vLLM's `--additional-config`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.sessions.settings import STORE_KEY, StoreSettings, StoreSettingsError
+
+OPTIONS = {
+    "--lola-state-ram": "state_ram",
+    "--lola-state-dir": "state_dir",
+    "--lola-state-disk": "state_disk",
+}
+ADDITIONAL = "--additional-config"
+# Without an option: the states of so many conversations, in a quarter of what the pool may take.
+STATES = 64
+SHARE = 4
+
+
+class StoreOptions(NamedTuple):
+    """What a command line says of the store.
+
+    Attributes:
+        given: settings by their names in `--additional-config`. rest: the other options.
+        additional: the user's `--additional-config`, which is no longer in `rest`; None: none.
+    """
+
+    given: dict[str, str]
+    rest: list[str]
+    additional: dict[str, Any] | None
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of memory that the user gives to the store; None: not said."""
+        settings = {**(self.additional or {}).get(STORE_KEY, {}), **self.given}
+        return read(settings).memory if "state_ram" in settings else None
+
+    def value(self, ram: int | None) -> str | None:
+        """The value of `--additional-config`; None where it is not needed.
+
+        Args:
+            ram: bytes to use where the user says nothing about memory; None: do not.
+        """
+        theirs = dict((self.additional or {}).get(STORE_KEY, {}))
+        settings: dict[str, Any] = {**theirs, **self.given}
+        if ram and "state_ram" not in settings:
+            settings["state_ram"] = ram
+        if not settings:
+            return None if self.additional is None else json.dumps(self.additional)
+        read(settings)
+        return json.dumps({**(self.additional or {}), STORE_KEY: settings})
+
+
+def split(options: Sequence[str]) -> StoreOptions:
+    """Take the store's options out of a command line of `vllm serve`.
+
+    Raises:
+        CheckpointError: an option without a value, or an `--additional-config` that is no object.
+    """
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    additional: dict[str, Any] | None = None
+    left = iter(options)
+    for part in left:
+        name, equals, value = part.partition("=")
+        name = name.replace("_", "-") if name.startswith("--") else name
+        if name not in OPTIONS and name != ADDITIONAL:
+            rest.append(part)
+            continue
+        if not equals:
+            following = next(left, None)
+            if following is None or following.startswith("--"):
+                raise CheckpointError(f"{name}: expects a value")
+            value = following
+        if name == ADDITIONAL:
+            additional = _object(value)
+        else:
+            given[OPTIONS[name]] = value
+    return StoreOptions(given, rest, additional)
+
+
+def read(settings: Mapping[str, Any]) -> StoreSettings:
+    """Check settings.
+
+    Raises:
+        CheckpointError: names the option.
+    """
+    try:
+        return StoreSettings.from_mapping(settings, STORE_KEY)
+    except StoreSettingsError as error:
+        text = str(error)
+        for option, name in OPTIONS.items():
+            text = text.replace(f"{STORE_KEY}.{name}", option)
+        raise CheckpointError(text) from None
+
+
+def default_memory(room: int, state: int) -> int:
+    """Bytes of memory for stored states: 0 where a turn's two states do not fit.
+
+    Args:
+        room: bytes that the pool may take. state: bytes of a state, all ranks together.
+    """
+    states = min(STATES, room // SHARE // state)
+    return states * state if states >= 2 else 0
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{ADDITIONAL}: not valid JSON ({error})") from None
+    theirs = found.get(STORE_KEY, {}) if isinstance(found, dict) else None
+    if not isinstance(theirs, dict):
+        raise CheckpointError(f"{ADDITIONAL}: must be an object, and so must its {STORE_KEY!r}")
+    return dict(found)

@@ -1,0 +1,435 @@
+"""Stored states in the engine: what is restored, and that nothing it changes is an answer."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from vllm import SamplingParams, TokensPrompt
+
+from tests.support.engine import GREEDY, block_pool, engine, scheduler, state_manager
+from tests.support.tiny import make_tiny, random_prompts
+
+LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
+NEW = 12
+BASE = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+CACHED = {**BASE, "enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 128}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"), LOLA)
+
+
+def store_options(directory=None, ram="64MiB", **more):
+    lola = {"state_ram": ram, **more}
+    if directory is not None:
+        lola["state_dir"] = str(directory)
+    return {"additional_config": {"lola": lola}}
+
+
+def ask(llm, prompt, new=NEW, salt=None, lora=None, **lola):
+    """Greedy tokens, and what the answer says of the store."""
+    extra = {"kv_transfer_params": {"lola": {k.strip("_"): v for k, v in lola.items()}}}
+    params = SamplingParams(max_tokens=new, extra_args=extra, **GREEDY)
+    request = TokensPrompt(prompt_token_ids=prompt)
+    if salt:
+        request["cache_salt"] = salt
+    (output,) = llm.generate([request], params, use_tqdm=False, lora_request=lora)
+    told = (output.kv_transfer_params or {}).get("lola")
+    return list(output.outputs[0].token_ids), told
+
+
+@pytest.fixture(scope="module")
+def cold(tiny):
+    """Answers of an engine without a store."""
+    answers = {}
+
+    def answer(prompt, new=NEW):
+        return answers[tuple(prompt), new]
+
+    (text, tail, other) = random_prompts([203, 31, 9], seed=4)
+    with engine(tiny, **BASE) as llm:
+        first = ask(llm, text)[0]
+        for prompt in (text, text + first + tail, text + first + other, text + tail):
+            answers[tuple(prompt), NEW] = ask(llm, prompt)[0]
+    answer.text, answer.tail, answer.other, answer.first = text, tail, other, first
+    return answer
+
+
+@pytest.mark.parametrize("options", [BASE, CACHED], ids=["plain", "prefix-caching"])
+def test_a_new_process_goes_on_where_the_old_one_stopped(tiny, cold, tmp_path, options):
+    with engine(tiny, **options, **store_options(tmp_path)) as llm:
+        tokens, told = ask(llm, cold.text)
+        assert tokens == cold(cold.text)
+        assert told["tokens"] == len(cold.text) + NEW - 1 and told["restored_tokens"] == 0
+        assert "no stored state" in told["reason"]
+    whole = cold.text + cold.first
+    with engine(tiny, **options, **store_options(tmp_path)) as llm:
+        for tail, n in ((cold.tail, len(whole) - 1), (cold.other, len(whole) - 1)):
+            tokens, told = ask(llm, whole + tail)
+            assert tokens == cold(whole + tail)
+            assert told["restored_tokens"] == n and told["reason"] is None
+        # The end of the prompt is a state of its own: the answer may be left out, or said anew.
+        tokens, told = ask(llm, cold.text + cold.tail)
+        assert tokens == cold(cold.text + cold.tail)
+        assert told["restored_tokens"] == len(cold.text)
+
+
+def told_of(llm, prompt, **lola):
+    return ask(llm, prompt, **lola)[1]
+
+
+def test_names_forks_salts_and_what_is_said(tiny, cold):
+    whole = cold.text + cold.first
+    with engine(tiny, **BASE, **store_options()) as llm:
+        told = told_of(llm, cold.text, save="agent-7")
+        assert (told["session"], told["turn"], told["restored_tokens"]) == ("agent-7", 1, 0)
+        assert told["bytes"] == state_manager(llm).spec.page_size_bytes
+        tokens, told = ask(llm, whole + cold.tail, from_="agent-7", save="agent-7")
+        assert tokens == cold(whole + cold.tail)
+        assert (told["turn"], told["restored_tokens"], told["reason"]) == (2, len(whole) - 1, None)
+        # A turn that is no longer the last, from which another conversation goes on.
+        tokens, told = ask(llm, whole + cold.other, from_="agent-7@1", save="agent-8")
+        assert tokens == cold(whole + cold.other)
+        assert (told["session"], told["turn"]) == ("agent-8", 1)
+        assert told["restored_tokens"] == len(whole) - 1
+        # What is asked for by a name that does not fit is found by its tokens all the same.
+        for found, salt, lola, words in (
+            (True, None, {"from_": "agent-9"}, "nothing is stored under 'agent-9'"),
+            (True, None, {"from_": "agent-7@9"}, "turn 9 of 'agent-7' is not kept"),
+            (True, None, {"from_": "agent-8"}, "the prompt has only"),
+            (True, None, {}, ""),
+            (False, None, {"from_": False}, "not asked for"),
+            (False, None, {"save": "a/b"}, "kv_transfer_params.lola.save = 'a/b'"),
+            (False, None, {"form": "agent-7"}, "nearest valid name: 'from'"),
+            (False, None, {"ttl": -1}, "ttl = -1"),
+            (False, "alice", {"save": False}, "no stored state"),
+            (False, "alice", {"from_": "agent-7"}, "nothing is stored under 'agent-7'"),
+        ):
+            tokens, told = ask(llm, whole + cold.other, salt=salt, **lola)
+            assert tokens == cold(whole + cold.other), lola
+            assert told["restored_tokens"] == found * (len(whole) - 1), (lola, told)
+            assert words in (told["reason"] or "") and bool(words) == bool(told["reason"]), told
+        assert told_of(llm, [5, *cold.text], from_="agent-7")["reason"].startswith(
+            "the prompt does"
+        )
+        assert told_of(llm, cold.text[:9], save=False)["unsaved"] == "not asked for"
+        assert "computed again sooner" in told_of(llm, cold.text[:9])["unsaved"]
+
+
+def manage(llm, method, **arguments):
+    core = llm.llm_engine.engine_core.engine_core
+    return core.lola_sessions(method, arguments)
+
+
+def half(llm):
+    return scheduler(llm).connector.scheduling
+
+
+def keeper(llm):
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group().keeper
+
+
+def test_many_sessions_leave_nothing_behind(tiny, tmp_path):
+    """More sessions than the budgets hold, more requests than slots: no slot, row or file stays."""
+    prompts = random_prompts([70 + i % 7 for i in range(60)], seed=7)
+    state = 34816
+    options = store_options(tmp_path, ram=str(10 * state), state_disk=str(20 * state))
+    with engine(tiny, **BASE, num_gpu_blocks_override=6, **options) as llm:
+        params = SamplingParams(max_tokens=4, **GREEDY)
+        requests = [TokensPrompt(prompt_token_ids=p) for p in prompts]
+        for _ in range(2):
+            outputs = llm.generate(requests, params, use_tqdm=False)
+            assert len(outputs) == 60
+        llm.generate(requests[:1], params, use_tqdm=False)
+        store = half(llm).store
+        assert store.memory.nbytes <= 10 * state and store.disk.nbytes <= 20 * state
+        assert store.counts["evicted-memory"] > 50
+        assert set(store.failures) <= {"slow"}  # a burst of more states than may wait to be written
+        assert not half(llm).tickets and not half(llm)._prompts and not half(llm)._queues
+        manage(llm, "clear")
+        llm.llm_engine.engine_core.engine_core.step()
+        keeper(llm)._writer.submit(int).result()
+        assert state_manager(llm).num_slots_in_use == 0
+        assert block_pool(llm).get_num_free_blocks() == 5
+        assert keeper(llm).num_rows == keeper(llm).num_waiting == 0
+        assert not list(tmp_path.rglob("*.safetensors"))
+        assert not scheduler(llm).requests
+
+
+@pytest.mark.parametrize("options", [BASE, CACHED], ids=["plain", "prefix-caching"])
+def test_restored_requests_are_preempted_and_answer_the_same(tiny, options):
+    """More sequences than slots; each is restored, thrown out, and restored again."""
+    texts = random_prompts([100 + 10 * i for i in range(6)], seed=11)
+    with engine(tiny, **BASE) as llm:
+        first = [ask(llm, text)[0] for text in texts]
+        whole = [text + answer + [7, 8] for text, answer in zip(texts, first, strict=True)]
+        expected = [ask(llm, text, new=80)[0] for text in whole]
+    blocks = 7 if options is CACHED else 4
+    with engine(tiny, **options, num_gpu_blocks_override=blocks, **store_options()) as llm:
+        assert [ask(llm, text)[0] for text in texts] == first
+        params = SamplingParams(max_tokens=80, **GREEDY)
+        requests = [TokensPrompt(prompt_token_ids=p) for p in whole]
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        assert [list(o.outputs[0].token_ids) for o in outputs] == expected
+        for text, output in zip(whole, outputs, strict=True):
+            told = output.kv_transfer_params["lola"]
+            assert told["restored_tokens"] == len(text) - 3 or told["reason"]
+        assert half(llm).store.counts["hits"] >= 4
+
+
+def run(core, done=lambda: False):
+    """Steps until nothing runs."""
+    outputs = {}
+    while core.has_unfinished_requests() and not done():
+        for output in core.step():
+            outputs[output.request_id] = output
+    return outputs
+
+
+def add(core, name, prompt, new=NEW, **lola):
+    extra = {"kv_transfer_params": {"lola": lola}}
+    params = SamplingParams(max_tokens=new, extra_args=extra, **GREEDY)
+    core.add_request(name, TokensPrompt(prompt_token_ids=prompt), params)
+
+
+def test_two_requests_of_a_session_take_turns(tiny, cold):
+    whole = cold.text + cold.first
+    with engine(tiny, **BASE, **store_options()) as llm:
+        core = llm.llm_engine
+        add(core, "first", cold.text, save="s")
+        add(core, "second", whole + cold.tail, save="s")
+        add(core, "free", cold.text + cold.tail)
+        outputs = run(core)
+        assert list(outputs["second"].outputs[0].token_ids) == cold(whole + cold.tail)
+        told = {name: o.kv_transfer_params["lola"] for name, o in outputs.items()}
+        assert told["second"]["restored_tokens"] == len(whole) - 1
+        assert (told["first"]["turn"], told["second"]["turn"]) == (1, 2)
+        add(core, "third", cold.text, new=200, save="s")
+        add(core, "fourth", whole + cold.other, save="s")
+        for _ in range(5):
+            core.step()
+        core.abort_request(["third"])
+        outputs = run(core)
+        assert list(outputs["fourth"].outputs[0].token_ids) == cold(whole + cold.other)
+
+
+def test_aborts_while_a_state_is_loaded_or_saved(tiny, cold, tmp_path, monkeypatch):
+    """A disk that answers when it is told to."""
+    from lola_vllm.sessions import rows
+
+    gate = threading.Event()
+    read = rows.read_state
+    whole = cold.text + cold.first
+    with engine(tiny, **BASE, **store_options(tmp_path, ram="0")) as llm:
+        ask(llm, cold.text)
+        ask(llm, [1, 2, 3])
+        keeper(llm)._writer.submit(int).result()
+        monkeypatch.setattr(rows, "read_state", lambda *args: (gate.wait(20), read(*args))[1])
+        core = llm.llm_engine
+        add(core, "gone", whole + cold.tail)
+        for _ in range(3):
+            core.step()
+        core.abort_request(["gone"])
+        add(core, "stays", whole + cold.tail)
+        add(core, "other", [1, 2, 3, 4])
+        for _ in range(20):
+            core.step()
+        gate.set()
+        outputs = run(core)
+        assert list(outputs["stays"].outputs[0].token_ids) == cold(whole + cold.tail)
+        assert outputs["stays"].kv_transfer_params["lola"]["restored_tokens"] == len(whole) - 1
+        add(core, "ends", cold.text)
+        core.step()
+        core.abort_request(["ends"])
+        ask(llm, [1, 2, 3])
+        llm.llm_engine.engine_core.engine_core.step()
+        assert state_manager(llm).num_slots_in_use == 0
+        assert not scheduler(llm).requests
+
+
+@pytest.mark.parametrize("damage", ["flip", "tear", "remove", "vanish"])
+def test_a_state_that_cannot_be_read_is_computed_again(tiny, cold, tmp_path, damage):
+    whole = cold.text + cold.first
+    with engine(tiny, **BASE, **store_options(tmp_path, ram="0")) as llm:
+        ask(llm, cold.text)
+    with engine(tiny, **BASE, **store_options(tmp_path, ram="0")) as llm:
+        for path in tmp_path.rglob("*.safetensors"):
+            data = bytearray(path.read_bytes())
+            if damage == "flip":
+                data[-100] ^= 16
+                path.write_bytes(data)
+            elif damage == "tear":
+                path.write_bytes(data[: len(data) // 2])
+            elif damage == "remove":
+                path.unlink()
+        if damage == "vanish":
+            half(llm).store.directory.path.rename(tmp_path / "elsewhere")
+        tokens, told = ask(llm, whole + cold.tail)
+        assert tokens == cold(whole + cold.tail)
+        assert told["restored_tokens"] == 0 and "could not be used" in told["reason"]
+        assert sum(half(llm).store.failures.values()) >= 1
+        assert ask(llm, whole + cold.tail)[0] == cold(whole + cold.tail)
+
+
+def test_states_of_another_model_dtype_or_adapter_are_not_found(tiny, cold, tmp_path):
+    with engine(tiny, **BASE, **store_options(tmp_path)) as llm:
+        ask(llm, cold.text, save="s")
+    same = {"max_num_seqs": 4, "max_num_batched_tokens": 100, "enable_prefix_caching": True}
+    others = (
+        {"dtype": "bfloat16"},
+        {"hf_overrides": {"lola_config": {"sparse_cache_size": 23}}},
+        {"hf_overrides": {"rms_norm_eps": 1e-3}},
+    )
+    for found, options in ((True, same), *((False, other) for other in others)):
+        with engine(tiny, **options, **store_options(tmp_path)) as llm:
+            told = told_of(llm, cold.text + cold.tail, from_="s")
+            assert bool(told["restored_tokens"]) == found
+    other = make_tiny(tmp_path / "model", LOLA, seed=1)
+    with engine(other, **BASE, **store_options(tmp_path)) as llm:
+        assert told_of(llm, cold.text + cold.tail)["restored_tokens"] == 0
+
+
+def test_each_rank_stores_its_part(tiny, cold, tmp_path):
+    whole = cold.text + cold.first
+    for _ in range(2):
+        with engine(tiny, **BASE, tensor_parallel_size=2, **store_options(tmp_path)) as llm:
+            ask(llm, cold.text)
+            tokens, told = ask(llm, whole + cold.tail)
+            assert tokens == cold(whole + cold.tail)
+            assert told["restored_tokens"] == len(whole) - 1
+    names = [path.name.split(".")[1] for path in tmp_path.rglob("*.safetensors")]
+    assert set(names) == {"0of2", "1of2"} and names.count("0of2") == names.count("1of2")
+
+
+KILLED = """
+import os, sys, threading, time
+sys.path[:0] = [{root!r}]
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from tests.engine.test_sessions import BASE, ask, store_options
+from tests.support.engine import engine
+from tests.support.tiny import random_prompts
+from lola_vllm.sessions import file
+replace = file.Path.replace
+def slow(self, *args):
+    print("WRITING", flush=True)
+    time.sleep(60)
+with engine({model!r}, **BASE, **store_options({store!r})) as llm:
+    ask(llm, random_prompts([203], seed=4)[0])
+    ask(llm, [1, 2, 3])
+    time.sleep(1)
+    file.Path.replace = slow
+    ask(llm, random_prompts([150], seed=5)[0])
+    ask(llm, [1, 2, 3])
+    time.sleep(60)
+"""
+
+
+def test_a_process_killed_while_it_writes_leaves_whole_states_only(tiny, cold, tmp_path):
+    code = KILLED.format(root=os.getcwd(), model=str(tiny), store=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "WRITING" in line:
+            break
+    process.kill()
+    process.wait()
+    assert len(list(tmp_path.rglob(".*.partial"))) == 1
+    with engine(tiny, **BASE, **store_options(tmp_path)) as llm:
+        assert not list(tmp_path.rglob(".*.partial"))
+        assert manage(llm, "stats")["states"] == 2
+        assert told_of(llm, cold.text + cold.first + cold.tail)["restored_tokens"] == 214
+        assert told_of(llm, [*random_prompts([150], seed=5)[0], 4])["restored_tokens"] == 0
+
+
+def test_another_connector_beside_the_store_is_refused(tiny):
+    from vllm.config import KVTransferConfig
+
+    other = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    with (
+        pytest.raises(Exception, match="in the place of LoLA's own connector"),
+        engine(tiny, kv_transfer_config=other, **store_options()),
+    ):
+        pass
+    with (
+        pytest.raises(Exception, match="--pipeline-parallel-size is 2"),
+        engine(tiny, pipeline_parallel_size=2, enforce_eager=False, **store_options()),
+    ):
+        pass
+    for lola, words in (({"state_rma": 1}, "state_rma"), (3, "must be an object")):
+        with (
+            pytest.raises(Exception, match=words),
+            engine(tiny, additional_config={"lola": lola}),
+        ):
+            pass
+
+
+def hf_tokens(model, ids, cache, new):
+    """Greedy tokens after `ids`, the columns that the cache has not seen."""
+    found = []
+    for _ in range(new):
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        ids = logits[:, -1:].argmax(-1)
+        found.append(int(ids))
+    return found
+
+
+def test_transformers_and_the_server_read_each_others_files(tiny, cold, tmp_path):
+    import torch
+    from transformers import AutoConfig
+
+    from lola_vllm.hf import LolaCache, LolaLlamaForCausalLM
+    from lola_vllm.sessions import StateFileError
+
+    model = LolaLlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    whole = cold.text + cold.first
+    with engine(tiny, **BASE, **store_options(tmp_path)) as llm, torch.no_grad():
+        ask(llm, cold.text, save="here")
+        ask(llm, [1, 2, 3])
+        keeper(llm)._writer.submit(int).result()
+        (path,) = manage(llm, "files", reference="here")["files"]
+        cache, tokens = LolaCache.load(path, model.config)
+        assert tokens.tolist() == whole[:-1]
+        rest = torch.tensor([whole[len(tokens) :] + cold.tail])
+        assert hf_tokens(model, rest, cache, NEW) == cold(whole + cold.tail)
+
+        cache = LolaCache(model.config)
+        model(input_ids=torch.tensor([cold.text[:150], cold.text[1:151]]), past_key_values=cache)
+        with pytest.raises(ValueError, match="tokens: 149, but row 0 has seen 150"):
+            cache.save(tmp_path / "x", cold.text[:149])
+        cache.save(tmp_path / "state", cold.text[:150])
+        cache.save(tmp_path / "second", cold.text[1:151], row=1)
+        manage(llm, "clear")
+        for name, start in (("state", 0), ("second", 1)):
+            brought = manage(llm, "bring", file=str(tmp_path / name), session=name)
+            assert brought.get("tokens") == 150, brought
+            tokens, told = ask(llm, cold.text[start:], from_=name)
+            assert told["restored_tokens"] == 150
+            assert start or tokens == cold(cold.text)
+    other = AutoConfig.from_pretrained(tiny, lola_config={"window_size": 12})
+    with pytest.raises(StateFileError, match="another model config"):
+        LolaCache.load(tmp_path / "state", other)
+
+
+@pytest.mark.parametrize("options", [BASE, CACHED], ids=["plain", "prefix-caching"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["in-step", "scheduled-ahead"])
+def test_an_answer_that_stops_by_itself_is_stored_as_it_was_said(tiny, cold, options, ahead):
+    """With scheduling ahead, one more step has run when the engine learns of the stop: the state
+    then has the last token too, and says so."""
+    stop = cold.first[6]
+    n = cold.first.index(stop) + 1
+    params = SamplingParams(max_tokens=NEW, temperature=0.0, stop_token_ids=[stop])
+    with engine(tiny, **options, async_scheduling=ahead, **store_options()) as llm:
+        request = TokensPrompt(prompt_token_ids=cold.text)
+        (output,) = llm.generate([request], params, use_tqdm=False)
+        said = list(output.outputs[0].token_ids)
+        assert said == cold.first[:n]
+        covered = output.kv_transfer_params["lola"]["tokens"]
+        assert covered - len(cold.text) in (n - 1, n)
+        whole = cold.text + cold.first
+        tokens, told = ask(llm, whole + cold.tail)
+        assert tokens == cold(whole + cold.tail)
+        assert told["restored_tokens"] == covered

@@ -1,0 +1,126 @@
+"""A store and the ranks that carry out its orders, in this process and without vLLM."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lola_vllm.sessions import RowKeeper, SessionManager, SessionStore, StoreSettings
+from lola_vllm.sessions.fingerprint import Fingerprint
+from lola_vllm.sessions.orders import Outcome
+
+FINGERPRINT = Fingerprint(
+    config="config", tensors="tensors", dtype="float32", quantization="", layout="l", ranks="1x1"
+)
+ROW = 512
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        """Seconds since 1970."""
+        self.now += 0.001  # no two uses at the same time
+        return self.now
+
+
+class Server:
+    """A store with one or more ranks of a pool of slots."""
+
+    def __init__(
+        self,
+        directory: Path | None = None,
+        memory: int = 100 * ROW,
+        disk: int = 1000 * ROW,
+        ranks: int = 1,
+        slots: int = 4,
+        fingerprint: Fingerprint = FINGERPRINT,
+        **settings: Any,
+    ) -> None:
+        self.clock = Clock()
+        self.store = SessionStore(
+            fingerprint, ROW, StoreSettings(memory, directory, disk, **settings), ranks, self.clock
+        )
+        self.pools = [torch.zeros(slots, ROW, dtype=torch.uint8) for _ in range(ranks)]
+        path = None if directory is None else self.store.directory.path
+        self.keepers = [
+            RowKeeper(pool, fingerprint, path, rank, ranks) for rank, pool in enumerate(self.pools)
+        ]
+        self.manager = SessionManager(self.store)
+
+    def step(self) -> list[Outcome]:
+        """Deliver the orders, and return what the ranks have to say by now."""
+        for order in self.store.take_orders():
+            for keeper in self.keepers:
+                keeper.execute(order)
+        found = []
+        for rank, keeper in enumerate(self.keepers):
+            keeper.finish_loads()
+            outcomes = keeper.take_outcomes()
+            self.store.apply((rank, outcome) for outcome in outcomes)
+            found += outcomes
+        return found
+
+    def settle(self) -> list[Outcome]:
+        """Steps until nothing is on its way."""
+        found = self.step()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            # A job that does nothing: what was submitted before it is done.
+            for keeper in self.keepers:
+                keeper._reader.submit(int).result()
+                keeper._writer.submit(int).result()
+            more = self.step()
+            if not more and not self.store.has_orders:
+                return found
+            found += more
+        raise TimeoutError("the store does not settle")
+
+    def say(
+        self, tokens: list[int], session: str | None = None, *, kind: str = "answer", **kwargs: Any
+    ) -> Any:
+        """Store the state after some tokens: a row that depends on them alone."""
+        salt, adapter = kwargs.pop("salt", ""), kwargs.pop("adapter", "")
+        chain = self.store.chain(tokens, adapter, salt)
+        parent = self.store.find(chain, len(tokens) - 1)
+        turn = self.store.open_turn(session, parent, salt)
+        for rank, pool in enumerate(self.pools):
+            pool[1] = row_of(tokens, rank)
+        state, new = self.store.save(
+            turn, chain, len(tokens), kind, 1, adapter=adapter, parent=parent, **kwargs
+        )
+        self.step()
+        return state if new else (state, "was there")
+
+    def restore(self, tokens: list[int], **kwargs: Any) -> int:
+        """Tokens that a prompt need not compute, after a check of the rows that were loaded."""
+        state = self.store.find(self.store.chain(tokens, **kwargs), len(tokens) - 1)
+        if state is None:
+            return 0
+        self.store.load(state, 2, "request")
+        outcomes = self.settle()
+        if any(outcome.event == "load-failed" for outcome in outcomes):
+            return 0
+        assert sum(outcome.event == "loaded" for outcome in outcomes) == len(self.pools)
+        n = state.header.num_tokens
+        for rank, pool in enumerate(self.pools):
+            assert pool[2].equal(row_of(tokens[:n], rank))
+        return n
+
+    def close(self) -> None:
+        """As at the end of a server."""
+        for keeper in self.keepers:
+            keeper.close()
+        self.store.close()
+
+
+def row_of(tokens: list[int], rank: int = 0) -> torch.Tensor:
+    """A row `[ROW]` of bytes that stands for the state after some tokens."""
+    gen = torch.Generator().manual_seed(hash((rank, *tokens)) & 0x7FFFFFFF)
+    return torch.randint(0, 256, (ROW,), dtype=torch.uint8, generator=gen)
