@@ -104,6 +104,8 @@ def model_fingerprint(
     numbers = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
     numbers["head_dim"] = pages[0].head_dim
     numbers["lola"] = config.lola.model_dump() | {"num_state_heads": None}
+    if config.lola.rebase_interval:
+        numbers["places"] = config.max_position_embeddings
     layout: list[Any] = [
         [[name, list(shape), str(dtype)] for name, (shape, dtype) in page.parts.items()]
         + [page.window_size, page.update_interval, page.sink_size]
