@@ -89,7 +89,8 @@ def test_serve_says_what_it_chose(lola_server):
 def test_info(lola_server):
     info = lola_server.client.get("/v1/lola/info").json()
     assert info["model"] == "smollm2"
-    assert info["lola_config"]["sparse_cache_size"] == 128
+    sizes = info["lola_config"]["sparse_cache_size"]
+    assert len(sizes) == 30 and sum(sizes) == 126 * 30 and info["lola_config"]["saliency"] is True
     memory = info["memory"]
     assert sum(memory["parts"].values()) == memory["bytes_per_slot"]
     assert memory["bytes_per_sequence"] == 2 * memory["bytes_per_slot"]
@@ -107,17 +108,22 @@ def test_memory_of_a_text(lola_server):
     assert "".join(answer["texts"]) == PROMPT
     assert len(answer["tokens"]) == len(answer["texts"]) == n
     assert [layer["layer"] for layer in answer["layers"]] == list(range(30))
-    sinks, start, lam = answer["sinks"], answer["window_start"], answer["sparse_cache_size"]
-    assert sinks == 4 and n - 128 < start <= n - 64 and lam == 128
-    assert answer["folded"] == start - sinks - lam
+    sinks, start = answer["sinks"], answer["window_start"]
+    assert sinks == 4 and n - 128 < start <= n - 64
+    sizes = [layer["sparse_cache_size"] for layer in answer["layers"]]
+    assert sum(sizes) == 126 * 30 and max(sizes) == answer["sparse_cache_size"]
+    assert answer["folded"] == max(0, start - sinks - max(sizes))
     for layer in answer["layers"]:
         assert len(layer["heads"]) == 3
+        lam = min(layer["sparse_cache_size"], start - sinks)
+        assert layer["folded"] == start - sinks - lam
         for head in layer["heads"]:
             positions = head["positions"]
             assert positions == sorted(set(positions))
-            assert len(positions) == len(head["errors"]) == lam
+            assert len(positions) == len(head["errors"]) == len(head["saliency"]) == lam
             assert sinks <= positions[0] and positions[-1] < start
             assert all(error >= 0 for error in head["errors"])
+            assert all(weight > 0 for weight in head["saliency"])
     held = [head["positions"] for layer in answer["layers"] for head in layer["heads"]]
     assert len({tuple(positions) for positions in held}) > 80  # each head chooses for itself
 

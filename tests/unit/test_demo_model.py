@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.checkpoint import CheckpointError, expected_tensors
+from lola_vllm.checkpoint.calibration import load_calibration
 from lola_vllm.checkpoint.demo import DISTILLED, WHEEL_NAME, build_demo_model
 from lola_vllm.checkpoint.files import read_shapes
-from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.config import LolaConfig, LolaLlamaConfig
+from lola_vllm.state import StateLayout
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +33,27 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     config = LolaLlamaConfig.from_pretrained(demo / "lola")
     assert read_shapes(demo / "lola") == expected_tensors(config, 3)
+    sizes, saliency = load_calibration(DISTILLED / "calibration.safetensors")
+    assert len(sizes) == 30 and sum(sizes) == 126 * 30
     assert config.lola_config == {
         "window_size": 64,
-        "sparse_cache_size": 128,
+        "sparse_cache_size": sizes,
+        "saliency": True,
         "sink_size": 4,
         "mixing": "lola",
         "rebase_interval": 2048,
         "feature_dim": 64,
         "num_state_heads": 3,
     }
+    tensors = load_file(demo / "lola" / "model.safetensors")
+    assert all(tensors[name].equal(weights) for name, weights in saliency.items())
+    # With its saliency, in the bytes of 128 pairs without.
+    pages = [
+        StateLayout.from_config(lola.for_layer(i), 3, 3, 64, torch.bfloat16).page_bytes
+        for lola in (config.lola, LolaConfig(sink_size=4, feature_dim=64, sparse_cache_size=128))
+        for i in range(30)
+    ]
+    assert 0.99 < sum(pages[:30]) / sum(pages[30:]) < 1.005
     assert {path.name for path in demo.iterdir()} == {"base", "lola"}
     card = (demo / "lola" / "README.md").read_text()
     assert (DISTILLED / "CARD.md").read_text() in card
@@ -54,6 +68,14 @@ def test_weights_in_fewer_bits_on_request(demo: Path, tmp_path: Path) -> None:
     assert tensors["model.layers.3.mlp.up_proj.weight"].dtype == torch.int8
     card = (tmp_path / "lola" / "README.md").read_text()
     assert (DISTILLED / "CARD.md").read_text() in card
+
+
+def test_the_paper_s_choice_on_request(tmp_path: Path) -> None:
+    config = build_demo_model(
+        tmp_path / "lola", config_overrides={"sparse_cache_size": 128, "saliency": False}
+    )
+    assert config.lola.sparse_cache_size == 128 and not config.lola.saliency
+    assert read_shapes(tmp_path / "lola") == expected_tensors(config, 3)
 
 
 def test_what_ships_is_small() -> None:
