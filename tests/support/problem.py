@@ -141,14 +141,16 @@ def make_problem(
     return Problem(*(t.to(dtype) for t in tensors), factors, config, saliency)
 
 
-def unrecallable(interval: int, sharing: str, dtype: torch.dtype) -> Problem:
+def unrecallable(
+    interval: int, sharing: str, dtype: torch.dtype, saliency: bool = False
+) -> Problem:
     """Four pairs of KV head 0 whose scores are NaN or infinite, for a cache of three.
 
     Whatever the interval, the oldest three are what stays of that head: 7, 9 and 14.
     """
     config = LolaConfig(
         window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8,
-        sparse_sharing=sharing,
+        sparse_sharing=sharing, saliency=saliency,
     )  # fmt: skip
     problem = make_problem(40, config, Hs=6, dtype=dtype)
     problem.v[[7, 14, 16], 0] = torch.nan
