@@ -11,11 +11,14 @@ import triton
 import triton.language as tl
 
 from lola_vllm.kernels.common import (
+    MAX_LOG_SALIENCY,
     RECALL_EPS,
     exact_of,
     exact_row,
     pairs_of,
     read_state,
+    saliency_weights_of,
+    slots_of,
     window_start,
 )
 
@@ -75,6 +78,47 @@ def gather_pairs(
     k = gather(sparse_k_at, exact_k_at, e, ok, start, sparse_head, kv_head, cols, SHAPE)
     v = gather(sparse_v_at, exact_v_at, e, ok, start, sparse_head, kv_head, cols, SHAPE)
     return k, v.to(tl.float32)
+
+
+@triton.jit
+def new_saliency(
+    ws_ptr, k, v, sparse_k_at, exact_k_at, e, ok, start, sparse_head, kv_head, cols,
+    SHAPE: tl.constexpr,
+):  # fmt: skip
+    """w `[len(e)]` of candidates from their keys and values (`docs/algorithm.md`, section 6).
+
+    k and v: as `gather_pairs` gives them; the other arguments as of `gather`. A NaN stays one.
+    """
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    HALF: tl.constexpr = D // 2
+    first = cols < HALF  # of a rotary pair; the second entry is HALF columns on
+    second = gather(
+        sparse_k_at, exact_k_at, e, ok, start, sparse_head, kv_head, cols + HALF, SHAPE
+    ).to(tl.float32)
+    k = k.to(tl.float32)
+    weights = saliency_weights_of(ws_ptr, kv_head, SHAPE)
+    a = tl.load(weights + cols, mask=first, other=0.0)
+    b = tl.load(weights + HALF + cols, mask=cols < D, other=0.0)
+    rho = tl.where(first[None, :], tl.sqrt_rn(k * k + second * second), 0.0)
+    log = tl.sum(a[None, :] * rho + b[None, :] * v, 1) + tl.load(weights + HALF + D)
+    log = tl.where(log > MAX_LOG_SALIENCY, MAX_LOG_SALIENCY, log)
+    return tl.exp(tl.where(log < -MAX_LOG_SALIENCY, -MAX_LOG_SALIENCY, log))
+
+
+@triton.jit
+def candidate_saliency(
+    ws_ptr, saliency_at, k, v, sparse_k_at, exact_k_at, e, ok, start, sparse_head, kv_head, cols,
+    SHAPE: tl.constexpr,
+):  # fmt: skip
+    """w `[len(e)]` of candidates: what the page keeps of cached ones; arguments: `new_saliency`."""
+    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
+    new = new_saliency(
+        ws_ptr, k, v, sparse_k_at, exact_k_at, e, ok & (e >= LAM), start, sparse_head, kv_head,
+        cols, SHAPE,
+    )  # fmt: skip
+    kept_at = slots_of(saliency_at, sparse_head, SHAPE) + e
+    kept = tl.load(kept_at, mask=ok & (e < LAM), other=0.0)
+    return tl.where(e < LAM, kept, new)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ FEATURE_BLOCK = tl.constexpr(16)
 
 FEATURE_FLOOR = tl.constexpr(constants.FEATURE_FLOOR)
 RECALL_EPS = tl.constexpr(constants.RECALL_EPS)
+MAX_LOG_SALIENCY = tl.constexpr(constants.MAX_LOG_SALIENCY)
 DITHER_UPDATE = tl.constexpr(constants.DITHER_UPDATE)
 DITHER_ROW = tl.constexpr(constants.DITHER_ROW)
 DITHER_UNIT = tl.constexpr(constants.DITHER_UNIT)
@@ -48,6 +49,7 @@ class PageShape(NamedTuple):
     Attributes:
         WINDOW_SIZE, SPARSE_CACHE_SIZE, UPDATE_INTERVAL, SINK_SIZE, NUM_KV_HEADS, NUM_STATE_HEADS,
         NUM_SPARSE_HEADS, HEAD_DIM, FEATURE_DIM: as in `StateLayout`.
+        HAS_SALIENCY: as in `StateLayout`, 1 or 0.
         RING_SIZE: rows of the window ring. STATES_PER_SET: state heads of a sparse set.
         BLOCK_D, BLOCK_F: powers of two, at least `HEAD_DIM` and `FEATURE_DIM`.
     """
@@ -61,6 +63,7 @@ class PageShape(NamedTuple):
     NUM_SPARSE_HEADS: int
     HEAD_DIM: int
     FEATURE_DIM: int
+    HAS_SALIENCY: int
     RING_SIZE: int
     STATES_PER_SET: int
     BLOCK_D: int
@@ -80,6 +83,7 @@ def page_shape(layout: StateLayout) -> PageShape:
         NUM_SPARSE_HEADS=layout.num_sparse_heads,
         HEAD_DIM=layout.head_dim,
         FEATURE_DIM=layout.feature_dim,
+        HAS_SALIENCY=int(layout.has_saliency),
         RING_SIZE=layout.ring_size,
         STATES_PER_SET=layout.num_state_heads // layout.num_sparse_heads,
         BLOCK_D=max(MIN_DOT, triton.next_power_of_2(layout.head_dim)),
@@ -109,6 +113,12 @@ def map_of(w_ptr, head, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def saliency_weights_of(ws_ptr, kv_head, SHAPE: tl.constexpr):
+    """Weights of the saliency of a KV head: a `[d // 2]`, b `[d]` and c."""
+    return ws_ptr + kv_head * (SHAPE.HEAD_DIM // 2 + SHAPE.HEAD_DIM + 1)
+
+
+@triton.jit
 def exact_of(exact_ptr, kv_head, SHAPE: tl.constexpr):
     """Sinks and window ring of a KV head, from the page's keys or values."""
     return exact_ptr + kv_head * (SHAPE.SINK_SIZE + SHAPE.RING_SIZE) * SHAPE.HEAD_DIM
@@ -116,7 +126,7 @@ def exact_of(exact_ptr, kv_head, SHAPE: tl.constexpr):
 
 @triton.jit
 def slots_of(ptr, sparse_head, SHAPE: tl.constexpr):
-    """One number per slot of a sparse set, from the page's positions."""
+    """One number per slot of a sparse set, from the page's positions or saliency."""
     return ptr + sparse_head * SHAPE.SPARSE_CACHE_SIZE
 
 
@@ -299,8 +309,8 @@ class PageStrides(NamedTuple):
     """Strides of a pool's pages, in elements.
 
     Attributes:
-        state: of H and s. kv: of keys and values. words: of positions and bounds. bytes: of
-            directions.
+        state: of H and s. kv: of keys and values. words: of positions, saliency and bounds.
+            bytes: of directions.
     """
 
     state: int
@@ -325,8 +335,6 @@ def check(state: LayerState, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> No
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
     layout = state.layout
-    if layout.has_saliency:
-        raise ValueError("saliency: the Triton kernels do not know it yet; set LOLA_VLLM_OPS=torch")
     Hq, Hkv, d = state.num_heads, layout.num_kv_heads, layout.head_dim
     for name, tensor, shape in (
         ("q", q, (len(q), Hq, d)),

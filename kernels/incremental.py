@@ -3,6 +3,7 @@
 One pair is evicted and at most one folded, so only the least score matters. A page keeps a lower
 bound on the recall error of each sparse pair, which every fold lowers (Lemma 1,
 `docs/algorithm.md`). A score is computed only where the bound does not rule the pair out (Lemma 3).
+Where the model has a saliency, the bound is multiplied by it as the score is.
 
 - `bounded_score_kernel` takes the place of `update.score_kernel`: one program per row and set.
 - `track_fold`, within `update.fold_kernel`, stores the newcomer's bounds and lowers all others.
@@ -20,6 +21,7 @@ import triton.language as tl
 from lola_vllm.kernels.candidates import (
     COUNT_ARGS,
     INDEX_ARGS,
+    candidate_saliency,
     due_rows,
     gather,
     gather_pairs,
@@ -68,9 +70,9 @@ def store_bounds(at, ld: tl.constexpr, low, total, value, features, along, scale
 
 @triton.jit
 def score_pairs(
-    which, ok, wk_ptr, h_at, s_at, sparse_k_at, sparse_v_at, exact_k_at, exact_v_at, bounds_at,
-    directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features, SHAPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    which, ok, wk_ptr, ws_ptr, h_at, s_at, saliency_at, sparse_k_at, sparse_v_at, exact_k_at,
+    exact_v_at, bounds_at, directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features,
+    SHAPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores `[len(which)]` of candidates; sets the bounds on them (Lemma 1).
 
@@ -118,14 +120,21 @@ def score_pairs(
 
         least = tl.where(value < RECALL_EPS, RECALL_EPS, value)
         total += size if SHAPE.STATES_PER_SET == 1 else tl.div_rn(size, least)
+    if SHAPE.HAS_SALIENCY:
+        total *= candidate_saliency(
+            ws_ptr, saliency_at, k, v, sparse_k_at, exact_k_at, which, ok, start, sparse_head,
+            kv_head, cols, SHAPE,
+        )  # fmt: skip
     return tl.where(total != total, float("inf"), total)  # a NaN ranks first, as when sorted
 
 
 @triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
 def bounded_score_kernel(
     wk_ptr,
+    ws_ptr,
     h_ptr,
     s_ptr,
+    saliency_ptr,
     sparse_k_ptr,
     sparse_v_ptr,
     exact_k_ptr,
@@ -141,7 +150,7 @@ def bounded_score_kernel(
     n_stride,
     state_page,
     kv_page,
-    bounds_page,
+    words_page,
     directions_page,
     first_row,
     num_rows,
@@ -181,7 +190,7 @@ def bounded_score_kernel(
             h_at, s_at = h_ptr + page * state_page, s_ptr + page * state_page
             sparse_k_at, sparse_v_at = sparse_k_ptr + page * kv_page, sparse_v_ptr + page * kv_page
             exact_k_at, exact_v_at = exact_k_ptr + page * kv_page, exact_v_ptr + page * kv_page
-            bounds_at = bounds_ptr + page * bounds_page
+            bounds_at = bounds_ptr + page * words_page
             directions_at = directions_ptr + page * directions_page
             scratch = (row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head
             fresh_at = fresh_ptr + scratch * SHAPE.STATES_PER_SET * (NUM_BOUNDS + D)
@@ -196,6 +205,12 @@ def bounded_score_kernel(
                     value = tl.load(at + VALUE * LAM, mask=e < LAM, other=1.0)
                     low = low / tl.where(value < RECALL_EPS, RECALL_EPS, value)
                 bound += low
+            if SHAPE.HAS_SALIENCY:
+                saliency_at = saliency_ptr + page * words_page
+                at = slots_of(saliency_at, sparse_head, SHAPE) + e
+                bound *= tl.load(at, mask=e < LAM, other=1.0)
+            else:
+                saliency_at = saliency_ptr  # not read
             bound = tl.where(bound != bound, float("-inf"), bound)  # nothing is known
 
             # First the newcomer, and those that are likely the least of their part of the slots.
@@ -203,9 +218,9 @@ def bounded_score_kernel(
             which = tl.where(part == 0, LAM, likely)
             ok = which <= tl.where(part == 0, LAM, LAM - 1)
             score = score_pairs(
-                which, ok, wk_ptr, h_at, s_at, sparse_k_at, sparse_v_at, exact_k_at, exact_v_at,
-                bounds_at, directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features,
-                SHAPE, PRECISION,
+                which, ok, wk_ptr, ws_ptr, h_at, s_at, saliency_at, sparse_k_at, sparse_v_at,
+                exact_k_at, exact_v_at, bounds_at, directions_at, fresh_at, start, sparse_head,
+                kv_head, cols, num_features, SHAPE, PRECISION,
             )  # fmt: skip
             limit = tl.min(tl.where(ok, score, float("inf")), 0)
             place = tl.arange(0, PARTS)[:, None] * BLOCK_T + part[None, :]
@@ -221,9 +236,9 @@ def bounded_score_kernel(
                 ok = first + part < num_doubtful
                 which = tl.load(doubtful_at + first + part, mask=ok, other=0)
                 score = score_pairs(
-                    which, ok, wk_ptr, h_at, s_at, sparse_k_at, sparse_v_at, exact_k_at,
-                    exact_v_at, bounds_at, directions_at, fresh_at, start, sparse_head, kv_head,
-                    cols, num_features, SHAPE, PRECISION,
+                    which, ok, wk_ptr, ws_ptr, h_at, s_at, saliency_at, sparse_k_at, sparse_v_at,
+                    exact_k_at, exact_v_at, bounds_at, directions_at, fresh_at, start, sparse_head,
+                    kv_head, cols, num_features, SHAPE, PRECISION,
                 )  # fmt: skip
                 tl.store(scores_at + which, score, mask=ok)
 

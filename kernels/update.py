@@ -28,8 +28,11 @@ from lola_vllm.kernels.candidates import (
     COUNT_ARGS,
     INDEX_ARGS,
     candidate_ok,
+    candidate_saliency,
     due_rows,
+    gather,
     gather_pairs,
+    new_saliency,
     nth_row,
     recall_error,
 )
@@ -38,8 +41,6 @@ from lola_vllm.kernels.common import (
     RECALL_EPS,
     add_dithered,
     dither,
-    exact_of,
-    exact_row,
     features,
     h_of,
     map_of,
@@ -103,8 +104,10 @@ def select(score, position, ok, overflow, LAM: tl.constexpr):
 @triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
 def score_kernel(
     wk_ptr,
+    ws_ptr,
     h_ptr,
     s_ptr,
+    saliency_ptr,
     sparse_k_ptr,
     sparse_v_ptr,
     exact_k_ptr,
@@ -116,6 +119,7 @@ def score_kernel(
     n_stride,
     state_page,
     kv_page,
+    words_page,
     first_row,
     num_rows,
     SHAPE: tl.constexpr,
@@ -125,7 +129,8 @@ def score_kernel(
 ):
     """Scores `[num_rows, Hg, lam + C]`, float32, of the rows whose cache overflows now. Any grid.
 
-    SRE where a set has one state head, else the mean over its state heads of SRE / ||v||.
+    SRE where a set has one state head, else the mean over its state heads of SRE / ||v||; with a
+    saliency, times that.
     """
     F: tl.constexpr = SHAPE.FEATURE_DIM
     LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
@@ -171,6 +176,11 @@ def score_kernel(
                 total += size if SHAPE.STATES_PER_SET == 1 else tl.div_rn(size, least)
             if SHAPE.STATES_PER_SET > 1:
                 total = total / SHAPE.STATES_PER_SET
+            if SHAPE.HAS_SALIENCY:
+                total *= candidate_saliency(
+                    ws_ptr, saliency_ptr + page * words_page, k, v, sparse_k_at, exact_k_at, e,
+                    ok, start, sparse_head, kv_head, cols, SHAPE,
+                )  # fmt: skip
             at = scores_ptr + ((row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head) * E + e
             tl.store(at, total, mask=ok)
 
@@ -178,9 +188,11 @@ def score_kernel(
 @triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
 def fold_kernel(
     wk_ptr,
+    ws_ptr,
     h_ptr,
     s_ptr,
     positions_ptr,
+    saliency_ptr,
     sparse_k_ptr,
     sparse_v_ptr,
     exact_k_ptr,
@@ -196,7 +208,7 @@ def fold_kernel(
     n_stride,
     state_page,
     kv_page,
-    positions_page,
+    words_page,
     directions_page,
     first_row,
     num_rows,
@@ -240,7 +252,7 @@ def fold_kernel(
             # Before the first fold H and s are leftovers, and count as zero.
             live = feats < tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
             scratch = (row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head
-            positions_at = slots_of(positions_ptr + page * positions_page, sparse_head, SHAPE)
+            positions_at = slots_of(positions_ptr + page * words_page, sparse_head, SHAPE)
             sparse_k_at, sparse_v_at = sparse_k_ptr + page * kv_page, sparse_v_ptr + page * kv_page
             exact_k_at, exact_v_at = exact_k_ptr + page * kv_page, exact_v_ptr + page * kv_page
 
@@ -300,7 +312,7 @@ def fold_kernel(
             if BOUNDED:
                 fresh_at = fresh_ptr + scratch * SHAPE.STATES_PER_SET * (NUM_BOUNDS + D)
                 track_fold(
-                    bounds_ptr + page * positions_page, directions_ptr + page * directions_page,
+                    bounds_ptr + page * words_page, directions_ptr + page * directions_page,
                     fresh_at, sparse_v_at, exact_v_at, folded_at, free_at, num_folded, num_new,
                     start, sparse_head, kv_head, cols, SHAPE, BLOCK_P,
                 )  # fmt: skip
@@ -311,19 +323,26 @@ def fold_kernel(
                     some = index < num_new
                     which = tl.load(new_at + index, mask=some, other=LAM)
                     slot = tl.load(free_at + index, mask=some, other=0)
-                    at = start + which - LAM
-                    tl.store(positions_at + slot, at, mask=some)
-                    source = (exact_row(at, SHAPE) * D)[:, None] + cols[None, :]
+                    tl.store(positions_at + slot, start + which - LAM, mask=some)
                     target = (slot * D)[:, None] + cols[None, :]
                     pair_ok = some[:, None] & col_ok[None, :]
-                    k = tl.load(
-                        exact_of(exact_k_at, kv_head, SHAPE) + source, mask=pair_ok, other=0.0
-                    )
-                    v = tl.load(
-                        exact_of(exact_v_at, kv_head, SHAPE) + source, mask=pair_ok, other=0.0
-                    )
+                    k = gather(
+                        sparse_k_at, exact_k_at, which, some, start, sparse_head, kv_head, cols,
+                        SHAPE,
+                    )  # fmt: skip
+                    v = gather(
+                        sparse_v_at, exact_v_at, which, some, start, sparse_head, kv_head, cols,
+                        SHAPE,
+                    )  # fmt: skip
                     tl.store(pairs_of(sparse_k_at, sparse_head, SHAPE) + target, k, mask=pair_ok)
                     tl.store(pairs_of(sparse_v_at, sparse_head, SHAPE) + target, v, mask=pair_ok)
+                    if SHAPE.HAS_SALIENCY:
+                        w = new_saliency(
+                            ws_ptr, k, v.to(tl.float32), sparse_k_at, exact_k_at, which, some,
+                            start, sparse_head, kv_head, cols, SHAPE,
+                        )  # fmt: skip
+                        saliency_at = saliency_ptr + page * words_page
+                        tl.store(slots_of(saliency_at, sparse_head, SHAPE) + slot, w, mask=some)
 
 
 class Scratch(NamedTuple):
@@ -367,6 +386,9 @@ def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) 
         score: False where the caller knows that no row's cache overflows.
     """
     layout, views, feature_map_k = state.layout, state.views, state.weights.feature_map_k
+    saliency = state.weights.saliency
+    if saliency is None:  # not read: any float32 pointer does
+        saliency = feature_map_k
     state_page, kv_page, words_page, bytes_page = page_strides(state)
     slots, n, first_row, num_rows = rows
     shape = {"SHAPE": page_shape(layout), "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
@@ -379,22 +401,22 @@ def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) 
         pass  # all that leaves the window enters the cache, or all is folded
     elif bounded(layout):
         bounded_score_kernel[(sets,)](
-            feature_map_k, views.H, views.s, *pairs, views.bounds, views.directions, slots, n,
-            scratch.scores, scratch.doubtful, scratch.fresh, slots.stride(0), n.stride(0),
-            state_page, kv_page, words_page, bytes_page, first_row, num_rows, **shape,
-            **bounded_constants(layout), num_warps=BOUNDED_SCORE_WARPS,
+            feature_map_k, saliency, views.H, views.s, views.saliency, *pairs, views.bounds,
+            views.directions, slots, n, scratch.scores, scratch.doubtful, scratch.fresh,
+            slots.stride(0), n.stride(0), state_page, kv_page, words_page, bytes_page, first_row,
+            num_rows, **shape, **bounded_constants(layout), num_warps=BOUNDED_SCORE_WARPS,
         )  # fmt: skip
     else:
         score_kernel[(min(most, num_rows * Hg * triton.cdiv(E, BLOCK_E)),)](
-            feature_map_k, views.H, views.s, *pairs, slots, n, scratch.scores, slots.stride(0),
-            n.stride(0), state_page, kv_page, first_row, num_rows, **shape, BLOCK_E=BLOCK_E,
-            num_warps=SCORE_WARPS,
+            feature_map_k, saliency, views.H, views.s, views.saliency, *pairs, slots, n,
+            scratch.scores, slots.stride(0), n.stride(0), state_page, kv_page, words_page,
+            first_row, num_rows, **shape, BLOCK_E=BLOCK_E, num_warps=SCORE_WARPS,
         )  # fmt: skip
     fold_kernel[(sets,)](
-        feature_map_k, views.H, views.s, views.positions, *pairs, views.bounds, views.directions,
-        slots, n, scratch.scores, scratch.lists, scratch.fresh, slots.stride(0), n.stride(0),
-        state_page, kv_page, words_page, bytes_page, first_row, num_rows, **shape,
-        **fold_constants(layout), num_warps=FOLD_WARPS,
+        feature_map_k, saliency, views.H, views.s, views.positions, views.saliency, *pairs,
+        views.bounds, views.directions, slots, n, scratch.scores, scratch.lists, scratch.fresh,
+        slots.stride(0), n.stride(0), state_page, kv_page, words_page, bytes_page, first_row,
+        num_rows, **shape, **fold_constants(layout), num_warps=FOLD_WARPS,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 // The update of interval 1: one pair is evicted and at most one folded. Each fold lowers bounds on
 // the recall errors of cached pairs (Lemma 1, docs/algorithm.md), and an error is computed anew
-// only where it may be the least (Lemma 3).
+// only where it may be the least (Lemma 3). Where pairs are weighed, bounds and errors are
+// multiplied by the saliency when they are compared.
 //
 // A block is one row and sparse set. All of it works on one tile of pairs, so that a step with few
 // pairs in doubt is short, and the matrices are read once per tile.
@@ -22,6 +23,7 @@ struct Shared {
   float *k, *v, *phi, *recalled;    // [kTile] rows of whole vectors
   float* parts;                     // sums of products of a tile, in parts of the matrix
   float *newcomer_rows, *newcomer;  // [states_per_set, kBounds] of the newcomer; its score
+  float* newcomer_saliency;         // where pairs are weighed
   float* scores;                    // [sparse_cache_size], bounds at first
   int8_t* directions;               // [states_per_set, head_dim] of the newcomer
   int *tile, *listed, *loser;       // [kTile] slots of the first tile; length of the list; a slot
@@ -36,7 +38,8 @@ struct Shared {
     parts = phi + kTile * whole_vectors(2 * p.feature_dim());
     newcomer_rows = parts + kTile * parts_of(p);
     newcomer = newcomer_rows + states * kBounds;
-    tile = reinterpret_cast<int*>(newcomer + 1);
+    newcomer_saliency = newcomer + 1;
+    tile = reinterpret_cast<int*>(newcomer_saliency + 1);
     listed = tile + kTile;
     loser = listed + 1;
     directions = reinterpret_cast<int8_t*>(loser + 1);
@@ -57,7 +60,7 @@ std::size_t shared_bytes(const Params& p) {
                     lists = p.lists == nullptr ? 2 * p.sparse_cache_size() : 0;
   return (kTile * (3 * whole_vectors(p.head_dim()) + whole_vectors(2 * p.feature_dim()) +
                    Shared::parts_of(p)) +
-          states * kBounds + 3 + kTile +
+          states * kBounds + 4 + kTile +
           whole_vectors(static_cast<int>(states) * p.head_dim()) / 4 + lists) *
          sizeof(float);
 }
@@ -196,6 +199,9 @@ LOLA_DEVICE void score_tile(const Params& p, const Candidates<T>& c, const int* 
   }
   if (warp < count && lane == 0) {
     float* const score = slot == kNewcomer ? x.newcomer : x.scores + slot;
+    if (p.weighed()) {
+      total *= slot == kNewcomer ? *x.newcomer_saliency : p.saliency(c.page, c.set)[slot];
+    }
     *score = total == total ? total : -kMinusInf;  // NaN counts as the largest
   }
   __syncthreads();
@@ -211,6 +217,7 @@ LOLA_DEVICE void bound_scores(const Params& p, int64_t page, int set, const Shar
       const float low = at.rows[kLow * at.ld], value = at.rows[kValue * at.ld];
       total += states > 1 ? low / fmaxf(value, kRecallEps<float>) : low;
     }
+    if (p.weighed()) total *= p.saliency(page, set)[i];
     x.scores[i] = total == total ? total : kMinusInf;
   }
 }
@@ -278,6 +285,7 @@ LOLA_DEVICE void enter(const Params& p, const Candidates<T>& c, int slot, const 
     const PairBounds to = bounds_of(p, c.page, c.set, i / kBounds, slot, x);
     to.rows[i % kBounds * to.ld] = x.newcomer_rows[i];
   }
+  if (threadIdx.x == 0 && p.weighed()) p.saliency(c.page, c.set)[slot] = *x.newcomer_saliency;
 }
 
 // H += phi v^T and s += phi for the first pair of the tile, in update number `update`.
@@ -348,6 +356,10 @@ __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const bool empty = !p.any_folded(n - 1), folds = c.cached == p.sparse_cache_size();
 
+  if (warp == kWarps - 1 && p.weighed()) {
+    const float w = pair_saliency(p, c.kv, c.k(c.cached), c.v(c.cached), lane);
+    if (lane == 0) *x.newcomer_saliency = w;
+  }
   if (folds) bound_scores(p, c.page, c.set, x);
   __syncthreads();
   const int likely =

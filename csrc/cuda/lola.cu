@@ -90,8 +90,6 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
   p.layout = check_call(
       {pages, layout, feature_map_q, feature_map_k, log_gate, saliency, q, k, v, out}, kDevice);
   const PageLayout& x = p.layout;
-  LOLA_CHECK(x.has_saliency == 0,
-             "saliency: the CUDA kernels do not know it yet; set LOLA_VLLM_OPS=torch");
   LOLA_CHECK(x.head_dim <= kMaxHeadDim, "q: head size ", x.head_dim, ", at most ", kMaxHeadDim);
   LOLA_CHECK(x.kv_dtype != DType::f64 && x.state_dtype == DType::f32,
              "layout: keys and values must be float32, bfloat16 or float16, and H and s float32");
@@ -106,6 +104,7 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
   p.feature_map_q = static_cast<const float*>(feature_map_q.data_ptr());
   p.feature_map_k = static_cast<const float*>(feature_map_k.data_ptr());
   p.log_gate = static_cast<const float*>(log_gate.data_ptr());
+  p.saliency_weights = static_cast<const float*>(saliency.data_ptr());
   p.pages = static_cast<char*>(pages.data_ptr());
   p.page_stride = pages.stride(0);
   p.num_pages = pages.size(0);

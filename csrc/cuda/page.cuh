@@ -40,10 +40,11 @@ struct Indices {
 struct Params {
   PageLayout layout;
   TokenView q, k, v, out;
-  DType q_type, out_type;      // k and v are of the pages' type
-  const float* feature_map_q;  // [num_heads, head_dim, feature_dim], contiguous
-  const float* feature_map_k;  // [num_state_heads, head_dim, feature_dim], contiguous
-  const float* log_gate;       // [num_heads]
+  DType q_type, out_type;         // k and v are of the pages' type
+  const float* feature_map_q;     // [num_heads, head_dim, feature_dim], contiguous
+  const float* feature_map_k;     // [num_state_heads, head_dim, feature_dim], contiguous
+  const float* log_gate;          // [num_heads]
+  const float* saliency_weights;  // [num_kv_heads, saliency_size()], only where pairs are weighed
   char* pages;
   int64_t page_stride;      // in bytes
   Indices slots, seq_lens;  // [num_rows]
@@ -77,10 +78,16 @@ struct Params {
   __host__ __device__ int heads_per_state() const {
     return num_heads() / static_cast<int>(layout.num_state_heads);
   }
+  // Whether a page keeps a saliency of its sparse pairs, which multiplies their scores.
+  __host__ __device__ bool weighed() const {
+    return layout.has_saliency != 0 && layout.sparse_cache_size > 0;
+  }
   __host__ __device__ int partial_size() const { return 4 + 2 * head_dim(); }
-  // Score, position and mark of each candidate of an update; those to fold and those that arrive.
+  // Score, position and mark of each candidate of an update; those to fold and those that arrive;
+  // the saliency of those that are evicted.
   __host__ __device__ int64_t list_size() const {
-    return 3 * (layout.sparse_cache_size + layout.update_interval) + 2 * layout.update_interval;
+    return 3 * (layout.sparse_cache_size + layout.update_interval) +
+           (weighed() ? 3 : 2) * layout.update_interval;
   }
 
   // --- addresses: where a head's or a set's part of a page starts, and a row of it ---
@@ -97,6 +104,10 @@ struct Params {
   // int32 [sparse_cache_size].
   LOLA_DEVICE int32_t* positions(int64_t page, int set) const {
     return part<int32_t>(page, layout.positions) + first_slot(set);
+  }
+  // float32 [sparse_cache_size], only where pairs are weighed.
+  LOLA_DEVICE float* saliency(int64_t page, int set) const {
+    return part<float>(page, layout.saliency) + first_slot(set);
   }
   // [sparse_cache_size, head_dim].
   template <typename T>

@@ -1,5 +1,6 @@
-// What an update does with candidates, a warp at a time: map keys, and their self-recall errors
-//   SRE = || v - phi(k)^T H / (phi(k)^T s + 1e-6) ||    (LoLA, arXiv 2505.23666, section 3.2).
+// What an update does with candidates, a warp at a time: map keys, their self-recall errors
+//   SRE = || v - phi(k)^T H / (phi(k)^T s + 1e-6) ||    (LoLA, arXiv 2505.23666, section 3.2),
+// and the saliency that weighs these (docs/algorithm.md, section 6).
 #pragma once
 
 #include "cuda/page.cuh"
@@ -54,6 +55,23 @@ LOLA_DEVICE void load_row(float* to, const T* from, int d, bool valid, int lane)
   for (int i = lane; i < whole_vectors(d); i += kWarp) {
     to[i] = valid && i < d ? to_float(from[i]) : 0.0f;
   }
+}
+
+// w = exp(clamp(a . rho(k) + b . v + c)) of a pair of a KV head. A NaN stays one.
+template <typename T>
+LOLA_DEVICE float pair_saliency(const Params& p, int kv_head, const T* k, const T* v, int lane) {
+  const int d = p.head_dim(), half = d / 2;
+  const float* const a = p.saliency_weights + kv_head * p.layout.saliency_size();
+  const float* const b = a + half;
+  float sum = 0;
+  for (int i = lane; i < d; i += kWarp) sum += b[i] * to_float(v[i]);
+  for (int i = lane; i < half; i += kWarp) {
+    const float x = to_float(k[i]), y = to_float(k[i + half]);
+    sum += a[i] * sqrtf(x * x + y * y);
+  }
+  sum = reduce<Sum>(sum) + b[d];
+  constexpr float kMost = kMaxLogSaliency<float>;
+  return expf(sum > kMost ? kMost : sum < -kMost ? -kMost : sum);
 }
 
 LOLA_DEVICE float element(const float4& x, int i) {

@@ -18,6 +18,7 @@ struct Shared {
   float* scores;       // [lam + interval], as are the next two
   int *positions, *keep;
   int *folded, *arrived;  // [interval], candidates to fold, and evicted ones to keep, in order
+  float* saliency;        // [interval], of the evicted ones, where pairs are weighed
 
   LOLA_DEVICE Shared(const Params& p, char* memory) {
     k = reinterpret_cast<float*>(memory);
@@ -31,6 +32,7 @@ struct Shared {
     keep = positions + candidates;
     folded = keep + candidates;
     arrived = folded + p.layout.update_interval;
+    saliency = reinterpret_cast<float*>(arrived + p.layout.update_interval);
   }
 };
 
@@ -40,8 +42,19 @@ std::size_t shared_bytes(const Params& p) {
   return (rows + 4 + (p.lists == nullptr ? p.list_size() : 0)) * sizeof(float);
 }
 
-// Scores of all candidates: SRE, or its norm-relative mean over the state heads of a set. `fresh`:
-// nothing was folded yet, and H and s hold leftovers.
+// The saliency of each evicted pair, by a warp at a time.
+template <typename T>
+LOLA_DEVICE void weigh(const Params& p, const Candidates<T>& c, const Shared& x) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int i = c.cached + warp; i < c.count; i += kWarps) {
+    const float w = pair_saliency(p, c.kv, c.k(i), c.v(i), lane);
+    if (lane == 0) x.saliency[i - c.cached] = w;
+  }
+}
+
+// Scores of all candidates: SRE, or its norm-relative mean over the state heads of a set, times the
+// saliency where pairs are weighed. `fresh`: nothing was folded yet, and H and s hold leftovers.
 template <typename T>
 LOLA_DEVICE void score(const Params& p, const Candidates<T>& c, bool fresh, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -75,9 +88,13 @@ LOLA_DEVICE void score(const Params& p, const Candidates<T>& c, bool fresh, cons
     }
     for (int r = 0; r < kTile; ++r) {
       // NaN counts as the largest: ranks need a total order.
-      const float mean = total[r] / static_cast<float>(states);
-      if (lane == 0 && first + r < c.count) {
-        x.scores[first + r] = mean == mean ? mean : -kMinusInf;
+      const int i = first + r;
+      if (lane == 0 && i < c.count) {
+        float mean = total[r] / static_cast<float>(states);
+        if (p.weighed()) {
+          mean *= i < c.cached ? p.saliency(c.page, c.set)[i] : x.saliency[i - c.cached];
+        }
+        x.scores[i] = mean == mean ? mean : -kMinusInf;
       }
     }
     __syncwarp();  // before the next tile takes k and phi
@@ -187,13 +204,16 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int64_
 
 // The i-th pair that arrives takes the i-th slot that is empty or whose pair was folded.
 template <typename T>
-LOLA_DEVICE void replace(const Candidates<T>& c, const Shared& x) {
+LOLA_DEVICE void replace(const Params& p, const Candidates<T>& c, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int i = warp; i < x.counts[2]; i += kWarps) {
     const int source = x.arrived[i];
     const int slot = i < x.counts[1] ? x.folded[i] : c.cached + (i - x.counts[1]);
     c.put(source, slot, lane, kWarp);
+    if (lane == 0 && p.weighed()) {
+      p.saliency(c.page, c.set)[slot] = x.saliency[source - c.cached];
+    }
   }
 }
 
@@ -208,6 +228,10 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
   const Shared x(p, memory);
   for (int i = threadIdx.x; i < c.count; i += kThreads) x.positions[i] = c.position(i);
   const bool fresh = !p.any_folded(n - p.layout.update_interval);
+  if (p.weighed()) {
+    weigh<T>(p, c, x);
+    __syncthreads();
+  }
   if (c.count > p.sparse_cache_size() && p.sparse_cache_size() > 0)
     score<T>(p, c, fresh, x);  // else nothing is to be chosen
   __syncthreads();
@@ -219,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
     fold<T>(p, c, c.set * p.states_per_set() + j, n / p.layout.update_interval, x.counts[0], fresh,
             x);
   }
-  replace(c, x);  // only now: what was folded is overwritten
+  replace(p, c, x);  // only now: what was folded is overwritten
 }
 
 }  // namespace
