@@ -15,7 +15,8 @@ import pytest
 from tests.support.engine import engine, prompt_logprobs, state_manager
 from tests.support.tiny import make_tiny, random_prompts
 
-LOLA = {"window_size": 16, "sparse_cache_size": 8}
+LOLA = {"window_size": 16, "sparse_cache_size": 8, "rebase_interval": 16}
+LENGTH = 64  # that was trained: most prompts are longer
 NEW = 16
 PROMPTS = random_prompts([3, 33, 90, 170], seed=3)
 
@@ -47,7 +48,9 @@ def assert_half_a_page(one, two):
 )
 def test_tensor_parallel_ranks_answer_as_one(tmp_path, kv_heads, state_heads):
     lola = {**LOLA, "saliency": True}
-    model = make_tiny(tmp_path, lola, kv_heads=kv_heads, state_heads=state_heads)
+    model = make_tiny(
+        tmp_path, lola, kv_heads=kv_heads, state_heads=state_heads, max_position_embeddings=LENGTH
+    )
     one, two = answers(model), answers(model, tensor_parallel_size=2)
     assert_same(one, two)
     if kv_heads == 2:
@@ -58,7 +61,8 @@ def test_tensor_parallel_ranks_answer_as_one(tmp_path, kv_heads, state_heads):
 
 def test_pipeline_parallel_stages_answer_as_one(tmp_path):
     """Three layers on two stages: the layers and the bytes per sequence differ by rank."""
-    model = make_tiny(tmp_path, LOLA | {"sparse_cache_size": [40, 0, 9]}, layers=3)
+    lola = LOLA | {"sparse_cache_size": [40, 0, 9]}
+    model = make_tiny(tmp_path, lola, layers=3, max_position_embeddings=LENGTH)
     one = answers(model)
     assert_same(one, answers(model, pipeline_parallel_size=2, enforce_eager=False))
 
@@ -68,7 +72,7 @@ def test_two_nodes_answer_as_one(tmp_path):
 
     Also the layout with a state per KV head.
     """
-    model = make_tiny(tmp_path / "model", LOLA)
+    model = make_tiny(tmp_path / "model", LOLA, max_position_embeddings=LENGTH)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
