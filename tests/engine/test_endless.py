@@ -116,6 +116,7 @@ def test_tokens_are_those_of_transformers(tiny, prompts, expected):
         assert answer[0, len(prompt) :].tolist() == tokens
 
 
+@pytest.mark.slow
 def test_a_compiled_model_does_the_same(tiny, prompts, expected):
     with engine(tiny, max_num_seqs=6, max_num_batched_tokens=48, enforce_eager=False) as llm:
         assert generate(llm, prompts, NEW) == expected

@@ -8,7 +8,11 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MambaSpec
 
+from lola_vllm.config import LolaConfig, LolaLlamaConfig
+from lola_vllm.ops import portable, rebase
+from lola_vllm.ops.places import Places
 from lola_vllm.plugin.backend import GRAPHS_ENV, LolaMetadataBuilder
+from tests.support.problem import make_problem, prefill
 
 NULL = 0
 STALE = 77  # what an earlier step left in a buffer
@@ -54,11 +58,21 @@ def test_what_cannot_be_captured_is_refused(monkeypatch, wanted, ops, device, wo
         support(device)
 
 
-def builder(mode):
+def builder(mode, interval=0, state=None):
+    layer = SimpleNamespace(state=state)
+    layer.sharing = [layer]
+    hf_config = LolaLlamaConfig(
+        max_position_embeddings=64, lola_config={"rebase_interval": interval}
+    )
     config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=hf_config),
         speculative_config=None,
         num_speculative_tokens=0,
-        compilation_config=SimpleNamespace(cudagraph_mode=mode, max_cudagraph_capture_size=8),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=mode,
+            max_cudagraph_capture_size=8,
+            static_forward_context={"layer": layer},
+        ),
         cache_config=SimpleNamespace(
             use_replayssm=False, replayssm_buffer_len=0, mamba_cache_mode="none"
         ),
@@ -115,6 +129,29 @@ def test_a_new_prompt_of_one_token_takes_its_own_slot_in_a_graph():
     assert (replayed.num_decodes, replayed.num_prefills) == (4, 0)
     assert captured[:, 0].tolist() == [3, 6, NULL, NULL]
     assert replayed.seq_lens.tolist() == [702, 1, 0, 0]
+
+
+@pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY])
+def test_decodes_that_are_due_are_rebased_before_a_graph_replays(mode):
+    """Once, and no other page: not before, not at other counts, not that of padding."""
+    config = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4, feature_dim=8)
+    problem = make_problem(80, config, places=Places(64, 16))
+    state = problem.state(num_pages=8)
+    for slot, count in ((5, 64), (3, 65), (4, 63), (6, 80)):
+        prefill(portable, problem, state, 0, count, slot)
+    before = state.pages.clone()
+    expected = state.pages.clone()
+    for slot, count in ((5, 64), (6, 80)):
+        other = problem.bind(expected)
+        rebase.rebase(other, torch.tensor([slot]), torch.tensor([count]))
+    b = builder(mode, 16, state)
+    b.build(0, step([NULL] * 4, [1] * 4, [64] * 4))  # as a capture has it
+    assert torch.equal(state.pages, before)
+    m = b.build(0, step([5, 3, 4, 6], [1] * 4, [64, 65, 63, 80], padded_to=6))
+    assert m.num_prefills == 0
+    assert torch.equal(state.pages, expected)
+    changed = (state.pages != before).any(1).nonzero().squeeze(1).tolist()
+    assert changed == [5, 6]
 
 
 @pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY])
