@@ -21,9 +21,9 @@ from lola_vllm.ops.dither import add_dithered, dither
 from lola_vllm.ops.reference import feature_map, pair_saliency
 from lola_vllm.state import StateLayout
 
-# A score in place of the self-recall error, for ablations. Takes values `[B, Hg, E, d]` and
-# positions `[B, Hg, E]` of candidates; returns `[B, Hg, E]`. The candidates of largest score stay
-# exact.
+# A score in place of the self-recall error and the saliency, for ablations. Takes values
+# `[B, Hg, E, d]` and positions `[B, Hg, E]` of candidates; returns `[B, Hg, E]`. The candidates of
+# largest score stay exact.
 Score = Callable[[Tensor, Tensor], Tensor]
 
 
