@@ -38,8 +38,6 @@ TokenRows check_tokens(const Tensor& t, const char* name, std::initializer_list<
 
 Call check_cpu_call(const LayerTensors& t, const Tensor& slots) {
   const PageLayout& layout = check_call(t, Device::cpu);
-  LOLA_CHECK(layout.has_saliency == 0,
-             "saliency: the CPU kernels do not know it yet; set LOLA_VLLM_OPS=torch");
   const DType kv = layout.kv_dtype, wide = kv == DType::f64 ? DType::f64 : DType::f32;
   LOLA_CHECK(kv != DType::f16 && layout.state_dtype == wide,
              "layout: keys and values must be float32, bfloat16 or float64, and H and s float32, "
@@ -55,7 +53,8 @@ Call check_cpu_call(const LayerTensors& t, const Tensor& slots) {
             check_tokens(t.out, "out", {DType::f32, DType::bf16, DType::f64}),
             t.feature_map_q.data_ptr(),
             t.feature_map_k.data_ptr(),
-            t.log_gate.data_ptr()};
+            t.log_gate.data_ptr(),
+            t.saliency.data_ptr()};
   for (int64_t row = 0; row < slots.size(0); ++row) {
     LOLA_CHECK(call.slots[row] < pages.size(0), "slots: entry ", row, " is ", call.slots[row],
                ", but there are ", pages.size(0), " pages");

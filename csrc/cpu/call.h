@@ -61,6 +61,12 @@ struct Page {
     return reinterpret_cast<int32_t*>(data + layout->positions) + set * layout->max_set_size();
   }
 
+  // What weighs the scores of the pairs of a set; only where layout->has_saliency.
+  template <typename T>
+  T* saliency(int64_t set) const {
+    return reinterpret_cast<T*>(data + layout->saliency) + set * layout->max_set_size();
+  }
+
   // The hidden state of a state head, [2F, d] and [2F].
   template <typename T>
   T* H(int64_t state_head) const {
@@ -98,6 +104,7 @@ struct Call {
   const void* feature_map_q;  // [Hq, d, F], of the dtype of H and s
   const void* feature_map_k;  // [Hs, d, F]
   const void* log_gate;       // [Hq]
+  const void* saliency;       // [Hkv, saliency_size()], only where layout.has_saliency
 
   // Slot 0 is vLLM's null block: what has it, or less, is padding.
   Page page(int64_t slot) const {
@@ -112,6 +119,11 @@ struct Call {
   template <typename T>
   const T* key_map(int64_t state_head) const {
     return static_cast<const T*>(feature_map_k) + state_head * layout.head_dim * layout.feature_dim;
+  }
+  // The saliency weights of a KV head: d / 2 of lengths, d of a value, and a constant.
+  template <typename T>
+  const T* saliency_weights(int64_t kv_head) const {
+    return static_cast<const T*>(saliency) + kv_head * layout.saliency_size();
   }
   template <typename T>
   T gate(int64_t head) const {

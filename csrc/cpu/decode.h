@@ -125,6 +125,9 @@ int64_t push_reads(const Call& call, const DecodeItem& item, Prefetcher& prefetc
   bytes += prefetcher.push(item.page.H<T>(first), states * F2 * d * size);
   bytes += prefetcher.push(item.page.s<T>(first), states * F2 * size);
   if (!layout.bounded()) return bytes;
+  if (layout.has_saliency) {
+    bytes += prefetcher.push(item.page.saliency<T>(item.set), layout.set_size(item.set) * size);
+  }
   const ErrorBounds<T> bounds = item.page.bounds<T>(first);
   const int64_t pairs = states * layout.set_size(item.set);
   bytes += prefetcher.push(bounds.rows, pairs * kBounds * size);

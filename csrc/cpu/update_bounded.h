@@ -12,6 +12,7 @@
 #include "cpu/drift_bounds.h"
 #include "cpu/prefetch.h"
 #include "cpu/recall.h"
+#include "cpu/saliency.h"
 #include "cpu/workspace.h"
 
 LOLA_BEGIN_TARGET();
@@ -99,6 +100,10 @@ void rescore(const Call& call, const Candidates& c, const int32_t* list, int64_t
         x.scores[list[i]] = j == 0 ? score : x.scores[list[i]] + score;
       }
     }
+    if (c.layout.has_saliency) {
+      const T* const saliency = c.page.saliency<T>(c.set);
+      for (int64_t i = 0; i < size; ++i) x.scores[list[i]] *= saliency[list[i]];
+    }
   }
 }
 
@@ -119,6 +124,7 @@ void bound_scores(const Candidates& c, BoundedUpdate<T>& x) {
       x.scores[i] = j == 0 ? score : x.scores[i] + score;
     }
   }
+  if (c.layout.has_saliency) weigh(c.page.saliency<T>(c.set), size, x.scores);
 }
 
 // The least of x.scores; a NaN counts as the largest.
@@ -223,13 +229,14 @@ void fold_one(const Candidates& c, int64_t state_head, int64_t update, const T* 
   copy_row(stored_s, s, F2);
 }
 
-// Puts the evicted pair with its bounds into a slot.
+// Puts the evicted pair with its bounds and its saliency, if there is one, into a slot.
 template <typename T>
-void put_newcomer(const Candidates& c, int64_t slot, const BoundedUpdate<T>& x) {
+void put_newcomer(const Candidates& c, int64_t slot, T saliency, const BoundedUpdate<T>& x) {
   const int64_t pair_bytes = c.layout.pair_bytes(), d = c.layout.head_dim;
   copy_bytes(c.page.sparse_k(c.set, slot), c.k(c.cached), pair_bytes);
   copy_bytes(c.page.sparse_v(c.set, slot), c.v(c.cached), pair_bytes);
   c.page.positions(c.set)[slot] = static_cast<int32_t>(c.start);
+  if (c.layout.has_saliency) c.page.saliency<T>(c.set)[slot] = saliency;
   for (int64_t j = 0; j < c.layout.states_per_set(); ++j) {
     const ErrorBounds<T> b = c.page.bounds<T>(c.set * c.layout.states_per_set() + j);
     for (int64_t r = 0; r < kBounds; ++r) b.rows[r * b.stride + slot] = x.newcomer[kBounds * j + r];
@@ -249,6 +256,7 @@ void update_bounded(const Call& call, const UpdatePoint& at, BoundedUpdate<T>& x
   const RecallWorkspace<T>& y = x.recall;
   load_row(y.k, c.k(c.cached), dtype, d, d);
   load_row(y.v, c.v(c.cached), dtype, d, dp);
+  const T saliency = c.layout.has_saliency ? pair_saliency(call, c.kv_head, y.k, y.v) : T(1);
   T newcomer = 0;
   const int32_t only = 0;
   for (int64_t j = 0; j < states; ++j) {
@@ -257,6 +265,7 @@ void update_bounded(const Call& call, const UpdatePoint& at, BoundedUpdate<T>& x
     const T score = score_of<T, T>(y.errors[0], *b.row(kValue), states > 1);
     newcomer = j == 0 ? score : newcomer + score;
   }
+  newcomer *= saliency;
   if (newcomer != newcomer) newcomer = static_cast<T>(__builtin_inff());  // NaN counts as infinite
 
   const int64_t loser = folds ? loser_slot(call, c, newcomer, x) : -1;
@@ -265,7 +274,7 @@ void update_bounded(const Call& call, const UpdatePoint& at, BoundedUpdate<T>& x
     load_row(y.v, loser < 0 ? c.v(c.cached) : c.page.sparse_v(c.set, loser), dtype, d, dp);
   }
   const int64_t slot = folds ? loser : c.cached;  // where the newcomer goes, if anywhere
-  if (slot >= 0) put_newcomer(c, slot, x);
+  if (slot >= 0) put_newcomer(c, slot, saliency, x);
   for (int64_t j = 0; folds && j < states; ++j) {
     const int64_t state_head = c.set * states + j;
     map_keys(call, state_head, 1, y, y.phi);

@@ -11,6 +11,7 @@
 #include "cpu/carried_bounds.h"
 #include "cpu/dithered_sum.h"
 #include "cpu/recall.h"
+#include "cpu/saliency.h"
 #include "cpu/select.h"
 #include "cpu/workspace.h"
 
@@ -30,6 +31,7 @@ struct ExactUpdate {
   bool carries;                // whether `bounds` is used
   T* scores;                   // [candidates]
   T* highest;                  // [candidates]
+  T* saliency;                 // [candidates], where the layout has it: what weighs their scores
   T* block_scores;             // [kUpdateBlock]
   T* sums;                     // [kUpdateBlock]
   T *mean, *s_residual;        // [d padded]
@@ -52,6 +54,7 @@ struct ExactUpdate {
     if (carries) bounds = CarriedBounds<T>(layout, memory);
     scores = memory.take<T>(count);
     highest = memory.take<T>(count);
+    saliency = memory.take<T>(layout.has_saliency ? count : 0);
     block_scores = memory.take<T>(kUpdateBlock);
     sums = memory.take<T>(kUpdateBlock);
     mean = memory.take<T>(dp);
@@ -67,7 +70,7 @@ struct ExactUpdate {
 };
 
 // Scores of the listed candidates into x.scores: SRE, or the norm-relative mean over a set's state
-// heads. Sets their bounds where `bound` says so.
+// heads, times the saliency. Sets bounds on the SRE where `bound` says so.
 template <typename T>
 void score(const Candidates& c, const int32_t* list, int64_t listed, bool bound,
            ExactUpdate<T>& x) {
@@ -101,7 +104,7 @@ void score(const Candidates& c, const int32_t* list, int64_t listed, bool bound,
     }
     for (int64_t i = 0; i < size; ++i) {
       const T score = states > 1 ? scores[i] / static_cast<T>(states) : scores[i];
-      x.scores[block[i]] = score;
+      x.scores[block[i]] = c.layout.has_saliency ? score * x.saliency[block[i]] : score;
       if (!bound) continue;
       x.bounds.set(block[i], score, x.features.row(0, block[i]),
                    round_up<T>(2 * c.layout.feature_dim), x.recall.predicted + i * dp, dp,
@@ -114,6 +117,7 @@ void score(const Candidates& c, const int32_t* list, int64_t listed, bool bound,
 template <typename T>
 void score_needed(const Candidates& c, ExactUpdate<T>& x) {
   const bool carry = x.carries && !c.empty;
+  const bool weighs = c.layout.has_saliency;
   const int64_t known = carry ? x.bounds.known : 0;
   int32_t* const list = x.order;
   for (int64_t i = known; i < c.count; ++i) list[i - known] = static_cast<int32_t>(i);
@@ -121,11 +125,13 @@ void score_needed(const Candidates& c, ExactUpdate<T>& x) {
   if (!carry) return;
   if (known > 0) {
     for (int64_t i = 0; i < c.count; ++i) x.highest[i] = x.bounds.high[i];
+    if (weighs) weigh(x.saliency, c.count, x.highest);
     const T limit = kth_smallest(x.highest, c.count, c.count - c.layout.set_size(c.set));
     int64_t listed = 0;
     for (int64_t i = 0; i < known; ++i) {
       x.scores[i] = __builtin_inff();
-      if (!(x.bounds.low[i] > limit)) list[listed++] = static_cast<int32_t>(i);
+      const T low = weighs ? x.bounds.low[i] * x.saliency[i] : x.bounds.low[i];
+      if (!(low > limit)) list[listed++] = static_cast<int32_t>(i);
     }
     score(c, list, listed, true, x);
   }
@@ -194,6 +200,18 @@ void fold(const Candidates& c, int64_t j, int64_t update, ExactUpdate<T>& x) {
   }
 }
 
+// x.saliency of all candidates: the page has that of cached ones.
+template <typename T>
+void find_saliency(const Call& call, const Candidates& c, ExactUpdate<T>& x) {
+  const int64_t d = c.layout.head_dim;
+  copy_row(x.saliency, c.page.saliency<T>(c.set), c.cached);
+  for (int64_t i = c.cached; i < c.count; ++i) {
+    load_row(x.recall.k, c.k(i), c.layout.kv_dtype, d, d);
+    load_row(x.recall.v, c.v(i), c.layout.kv_dtype, d, d);
+    x.saliency[i] = pair_saliency(call, c.kv_head, x.recall.k, x.recall.v);
+  }
+}
+
 // The i-th kept newcomer goes to the i-th slot that is empty or whose pair was folded.
 template <typename T>
 void replace(const Candidates& c, ExactUpdate<T>& x) {
@@ -209,6 +227,7 @@ void replace(const Candidates& c, ExactUpdate<T>& x) {
       copy_row(x.features.row(j, slot), x.features.row(j, i), x.features.stride);
     }
     if (x.carries && i < x.bounds.known) x.bounds.move(i, slot, round_up<T>(c.layout.head_dim));
+    if (c.layout.has_saliency) c.page.saliency<T>(c.set)[slot] = x.saliency[i];
     positions[slot++] = x.positions[i];
   }
   if (x.features.known > size) x.features.known = size;
@@ -224,6 +243,7 @@ void decide_update(const Call& call, const UpdatePoint& at, ExactUpdate<T>& x) {
   for (int64_t i = 0; i < c.count; ++i) {
     x.positions[i] = i < c.cached ? cached[i] : static_cast<int32_t>(c.start + i - c.cached);
   }
+  if (c.layout.has_saliency && size > 0) find_saliency(call, c, x);
   if (c.count > size) map_candidates(call, c, x.recall, kUpdateBlock, x.features);
   if (c.count > size && size > 0) score_needed(c, x);
   select_largest(x.scores, x.positions, c.count, size, x.order, x.keep);

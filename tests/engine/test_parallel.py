@@ -46,7 +46,8 @@ def assert_half_a_page(one, two):
     ids=["a-state-per-query-head", "ranks-share-the-kv-head"],
 )
 def test_tensor_parallel_ranks_answer_as_one(tmp_path, kv_heads, state_heads):
-    model = make_tiny(tmp_path, LOLA, kv_heads=kv_heads, state_heads=state_heads)
+    lola = {**LOLA, "saliency": True}
+    model = make_tiny(tmp_path, lola, kv_heads=kv_heads, state_heads=state_heads)
     one, two = answers(model), answers(model, tensor_parallel_size=2)
     assert_same(one, two)
     if kv_heads == 2:

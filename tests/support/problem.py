@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -139,6 +139,14 @@ def make_problem(
     factors = (randn(Hq) - 1).to(wide)
     saliency = (randn(Hkv, saliency_size(d)) * 0.3).to(wide) if config.saliency else None
     return Problem(*(t.to(dtype) for t in tensors), factors, config, saliency)
+
+
+def with_a_trend(T: int, config: LolaConfig, **options: Any) -> Problem:
+    """A problem whose values grow, so that old pairs lose their places again and again."""
+    problem = make_problem(T, config, **options)
+    trend = torch.linspace(1, 3, T).unsqueeze(-1).unsqueeze(-1)
+    problem.v *= trend.to(problem.v.dtype)
+    return problem
 
 
 def unrecallable(

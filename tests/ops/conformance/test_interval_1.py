@@ -7,7 +7,7 @@ from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
 from tests.support.backends import only
 from tests.support.pages import assert_bounds_hold, assert_same_choices
-from tests.support.problem import SLOT, make_problem, run
+from tests.support.problem import SLOT, make_problem, run, with_a_trend
 
 # Long enough for most scores to be bounded; where sums are rounded to float32, choices between
 # nearly equal scores part some day.
@@ -38,14 +38,6 @@ CASES = [  # T, dtype, head_dim, F, lam, sharing
         )
     ),
 ]
-
-
-def with_a_trend(T, config, **options):
-    """A problem whose values grow, so that old pairs lose their places again and again."""
-    problem = make_problem(T, config, **options)
-    trend = torch.linspace(1, 3, T).unsqueeze(-1).unsqueeze(-1)
-    problem.v *= trend.to(problem.v.dtype)
-    return problem
 
 
 @pytest.mark.parametrize("T, dtype, d, F, lam, sharing", CASES)
