@@ -150,7 +150,7 @@ upload_router = APIRouter()
 @upload_router.put(
     "/{session}/state",
     response_model=SessionDetail,
-    responses={**REFUSALS, HTTPStatus.FORBIDDEN.value: {"model": ErrorResponse}},
+    responses={**REFUSALS, 403: {"model": ErrorResponse}, 413: {"model": ErrorResponse}},
     openapi_extra={"requestBody": {"required": True, "content": _BINARY}},
 )
 async def bring(session: str, raw_request: Request, salt: Salt = None) -> Any:

@@ -1,0 +1,73 @@
+"""What a server without a store, or without leave to take states, says to each route."""
+
+from types import SimpleNamespace
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from lola_vllm.serving.engine import LolaEngine
+from lola_vllm.serving.sessions import routers
+from lola_vllm.serving.sessions.manage import UPLOAD
+
+BASE = "/v1/lola/sessions"
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+
+
+@pytest.fixture(scope="module")
+def client():
+    """The routes, over an engine of a LoLA model whose server stores no states."""
+    engine = LolaEngine.__new__(LolaEngine)
+    engine.is_lola = True
+    engine.config = SimpleNamespace(kv_transfer_config=None)
+    app = FastAPI()
+    for router in routers:
+        app.include_router(router)
+    app.state.lola_engine, app.state.lola_busy = engine, {(None, "busy")}
+    with TestClient(app) as running:
+        yield running
+
+
+ROUTES = {
+    "list": ("GET", "", None),
+    "show": ("GET", "/a", None),
+    "tokens": ("GET", "/a@3/tokens", None),
+    "state": ("GET", "/a/state", None),
+    "change": ("PATCH", "/a", {"pinned": True}),
+    "delete": ("DELETE", "/a", None),
+    "fork": ("POST", "/a/fork", {"to": "b"}),
+    "append": ("POST", "/a/append", {"prompt": "x"}),
+    "complete": ("POST", "/a/complete", {"prompt": "x"}),
+    "chat": ("POST", "/a/chat", CHAT),
+}
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES.values(), ids=ROUTES)
+def test_without_a_store(client, method, path, body):
+    answer = client.request(method, BASE + path, json=body)
+    assert answer.status_code == 501, answer.text
+    assert "start it with lola-vllm serve" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("allowed", [None, "0", "1"])
+def test_states_are_taken_where_the_operator_allows_it(client, monkeypatch, allowed):
+    monkeypatch.delenv(UPLOAD, raising=False)
+    if allowed is not None:
+        monkeypatch.setenv(UPLOAD, allowed)
+    answer = client.put(f"{BASE}/a/state", content=b"x")
+    assert answer.status_code == (501 if allowed == "1" else 403), answer.text
+    assert allowed == "1" or f"{UPLOAD}=1" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["append", "complete", "chat", "delete", "change"])
+def test_a_session_that_is_being_written(client, name):
+    method, path, body = ROUTES[name]
+    answer = client.request(method, BASE + path.replace("/a", "/busy", 1), json=body)
+    assert answer.status_code == 409, answer.text
+    assert "'busy' is being written" in answer.json()["detail"]
+
+
+def test_a_refused_request_gives_the_session_back(client):
+    for _ in range(2):
+        assert client.post(f"{BASE}/a/chat", json=CHAT).status_code == 501
+    assert client.app.state.lola_busy == {(None, "busy")}
