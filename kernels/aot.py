@@ -36,6 +36,8 @@ POINTER_TYPES = {
     "partial_ptr": "*fp32",
     "stats_ptr": "*fp32",
     "scores_ptr": "*fp32",
+    "ws_ptr": "*fp32",
+    "saliency_ptr": "*fp32",
     "bounds_ptr": "*fp32",
     "directions_ptr": "*i8",
     "doubtful_ptr": "*i32",
@@ -83,12 +85,11 @@ def llama_8b(sparse_cache_size: int = 512, num_state_heads: int = 8) -> StateLay
 
 
 def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
-    """Every kernel of the Triton back end as it is launched for a layout."""
-    shape = {"SHAPE": page_shape(layout)}
+    """Every kernel of the Triton back end as it is launched for a layout.
+
+    Updates also as where each token is followed by one, and as where scores are weighed.
+    """
     read = {"PRECISION": precision(layout.kv_dtype)}
-    blocks = {"BLOCK_R": update.BLOCK_R, "PRECISION": update.PRECISION}
-    each = replace(layout, update_interval=1)  # an update after every token
-    each_shape = {"SHAPE": page_shape(each), **blocks}
     whole = decode.decode_constants(layout, Hq, 1, False)
     split = decode.decode_constants(layout, Hq, splits, False)
     merge = decode.merge_constants(layout, Hq, splits, False)
@@ -105,26 +106,38 @@ def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
             {**partial_prefill, **read},
             prefill.NUM_WARPS,
         ),
+        *update_kernels(layout),
+        *update_kernels(replace(layout, has_saliency=True), ", weighed"),
+    ]
+
+
+def update_kernels(layout: StateLayout, note: str = "") -> list[Kernel]:
+    """Those of an update, whatever the interval; `note` ends their names."""
+    blocks = {"BLOCK_R": update.BLOCK_R, "PRECISION": update.PRECISION}
+    each = replace(layout, update_interval=1)  # an update after every token
+    shape = {"SHAPE": page_shape(layout), **blocks}
+    each_shape = {"SHAPE": page_shape(each), **blocks}
+    return [
         Kernel(
-            "score",
+            "score" + note,
             update.score_kernel,
-            {**shape, **blocks, "BLOCK_E": update.BLOCK_E},
+            {**shape, "BLOCK_E": update.BLOCK_E},
             update.SCORE_WARPS,
         ),
         Kernel(
-            "fold",
+            "fold" + note,
             update.fold_kernel,
-            {**shape, **blocks, **update.fold_constants(layout)},
+            {**shape, **update.fold_constants(layout)},
             update.FOLD_WARPS,
         ),
         Kernel(
-            "score, bounded",
+            "score, bounded" + note,
             incremental.bounded_score_kernel,
             {**each_shape, **update.bounded_constants(each)},
             incremental.SCORE_WARPS,
         ),
         Kernel(
-            "fold, bounded",
+            "fold, bounded" + note,
             update.fold_kernel,
             {**each_shape, **update.fold_constants(each)},
             update.FOLD_WARPS,

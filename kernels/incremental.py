@@ -86,6 +86,11 @@ def score_pairs(
         sparse_k_at, sparse_v_at, exact_k_at, exact_v_at, which, ok, start, sparse_head, kv_head,
         cols, SHAPE,
     )  # fmt: skip
+    if SHAPE.HAS_SALIENCY:  # before the loop, for fewer registers in it
+        weight = candidate_saliency(
+            ws_ptr, saliency_at, k, v, sparse_k_at, exact_k_at, which, ok, start, sparse_head,
+            kv_head, cols, SHAPE,
+        )  # fmt: skip
     value = tl.sqrt_rn(tl.sum(v * v, 1))
     cached, new = ok & (which < LAM), ok & (which == LAM)
     total = tl.zeros([which.shape[0]], tl.float32)
@@ -121,10 +126,7 @@ def score_pairs(
         least = tl.where(value < RECALL_EPS, RECALL_EPS, value)
         total += size if SHAPE.STATES_PER_SET == 1 else tl.div_rn(size, least)
     if SHAPE.HAS_SALIENCY:
-        total *= candidate_saliency(
-            ws_ptr, saliency_at, k, v, sparse_k_at, exact_k_at, which, ok, start, sparse_head,
-            kv_head, cols, SHAPE,
-        )  # fmt: skip
+        total *= weight
     return tl.where(total != total, float("inf"), total)  # a NaN ranks first, as when sorted
 
 

@@ -164,6 +164,11 @@ def score_kernel(
             )  # fmt: skip
             # Before the first fold H and s are leftovers, and count as zero.
             num_features = tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
+            if SHAPE.HAS_SALIENCY:  # before the loop, for fewer registers in it
+                weight = candidate_saliency(
+                    ws_ptr, saliency_ptr + page * words_page, k, v, sparse_k_at, exact_k_at, e,
+                    ok, start, sparse_head, kv_head, cols, SHAPE,
+                )  # fmt: skip
             norm = tl.sqrt_rn(tl.sum(v * v, 1))
             least = tl.where(norm < RECALL_EPS, RECALL_EPS, norm)
             total = tl.zeros([BLOCK_E], tl.float32)
@@ -177,10 +182,7 @@ def score_kernel(
             if SHAPE.STATES_PER_SET > 1:
                 total = total / SHAPE.STATES_PER_SET
             if SHAPE.HAS_SALIENCY:
-                total *= candidate_saliency(
-                    ws_ptr, saliency_ptr + page * words_page, k, v, sparse_k_at, exact_k_at, e,
-                    ok, start, sparse_head, kv_head, cols, SHAPE,
-                )  # fmt: skip
+                total *= weight
             at = scores_ptr + ((row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head) * E + e
             tl.store(at, total, mask=ok)
 
