@@ -55,6 +55,8 @@ logger = init_logger("vllm.lola")
 
 NAME = "LolaStateConnector"
 MODULE = "lola_vllm.plugin.connector"
+# States that wait to be written may take so much memory beside the budget, or a quarter of it.
+WAITING_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -110,7 +112,7 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
         fingerprint = fingerprint_of(self._vllm_config)
         stage = get_pp_group().rank_in_group
         rank = stage * parallel.tensor_parallel_size + get_tensor_model_parallel_rank()
-        directory = settings.directory
+        directory, row = settings.directory, pool[0].numel()
         self.keeper = RowKeeper(
             pool.flatten(1),
             fingerprint,
@@ -118,8 +120,7 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
             rank,
             parallel.world_size,
             sequence_layout(self._vllm_config).cleaned,
-            # What waits to be written takes memory beside the budget, so it is bounded by it.
-            max(4, min(64, settings.memory // (pool[0].numel() * parallel.world_size))),
+            max(4, max(WAITING_BYTES, settings.memory // 4) // parallel.world_size // row),
         )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

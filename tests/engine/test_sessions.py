@@ -148,8 +148,7 @@ def test_many_sessions_leave_nothing_behind(tiny, tmp_path):
         llm.generate(requests[:1], params, use_tqdm=False)
         store = half(llm).store
         assert store.memory.nbytes <= 10 * state and store.disk.nbytes <= 20 * state
-        assert store.counts["evicted-memory"] > 50
-        assert set(store.failures) <= {"slow"}  # a burst of more states than may wait to be written
+        assert store.counts["evicted-memory"] > 50 and not store.failures
         assert not half(llm).tickets and not half(llm)._prompts and not half(llm)._queues
         manage(llm, "clear")
         llm.llm_engine.engine_core.engine_core.step()
