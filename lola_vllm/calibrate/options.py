@@ -18,4 +18,9 @@ class CalibrateOptions:
     facts: float = option(
         "share of the windows for saliency that hide facts in text and ask for them at the end", 0.5
     )
+    strength: float = option(
+        "power to which saliency weighs the recall error: more finds more in prose and less in "
+        "text that repeats itself",
+        0.3,
+    )
     seed: int = option("of the choice of windows", 0)

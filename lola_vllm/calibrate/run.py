@@ -42,7 +42,7 @@ class Calibration:
         mass: per layer, the mean attention of its strongest head to the first time.
         places: where the texts repeat themselves.
         sizes: per layer, its pairs: a `lola_config.sparse_cache_size`.
-        saliency: per layer `[Hkv, d // 2 + d + 1]`, its tensor `saliency`.
+        saliency: per layer `[Hkv, d // 2 + d + 1]`, its tensor `saliency`, `--strength` included.
         correlations: per layer and KV head, of saliency and the log of the attention that it
             estimates, in windows that the fit did not see.
     """
@@ -74,6 +74,10 @@ def calibrate(
     if options.pairs < options.least or options.least < 0:
         raise CheckpointError(
             f"--pairs = {options.pairs}: must be at least --least = {options.least}, and that 0"
+        )
+    if not 0 <= options.strength <= 10:
+        raise CheckpointError(
+            f"--strength = {options.strength:g}: must be between 0 (no weight) and 10"
         )
     import transformers
 
@@ -107,7 +111,7 @@ def calibrate(
         mass,
         repeats.places,
         sizes,
-        [fit.weights() for fit in fits],
+        [options.strength * fit.weights() for fit in fits],
         [fit.correlation() for fit in fits],
     )
 

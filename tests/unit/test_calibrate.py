@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,8 @@ def test_saliency_is_fitted_to_the_models_own_pairs(
     model.save_pretrained(other)
     options = CalibrateOptions(pairs=40, least=8, windows=5, window_length=300, facts=0)
     of_base, of_other = (calibrate(base, texts, options, x) for x in (None, other))
+    weaker = calibrate(base, texts, replace(options, strength=0.15))
+    torch.testing.assert_close(weaker.saliency[1], of_base.saliency[1] / 2)
     assert of_base.sizes == of_other.sizes
     for x, y in zip(of_base.saliency, of_other.saliency, strict=True):
         torch.testing.assert_close(x[:, :4], y[:, :4], rtol=1e-3, atol=1e-5)
@@ -223,6 +226,7 @@ def test_saliency_is_fitted_to_the_models_own_pairs(
     ("options", "message"),
     [
         (["--pairs", "4"], "--pairs = 4: must be at least --least = 16"),
+        (["--strength", "-1"], "--strength = -1: must be between 0 (no weight) and 10"),
         (["--window-length", "300", "--facts", "2"], "--facts = 2: must be between 0 and 1"),
         (["--window-length", "301"], "no window of 301 tokens repeats anything"),
         (
