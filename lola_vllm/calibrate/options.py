@@ -21,6 +21,6 @@ class CalibrateOptions:
     strength: float = option(
         "power to which saliency weighs the recall error: more finds more in prose and less in "
         "text that repeats itself",
-        0.3,
+        0.2,
     )
     seed: int = option("of the choice of windows", 0)
