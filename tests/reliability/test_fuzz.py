@@ -95,11 +95,11 @@ def unharmed(tiny_server: Server, known: str) -> Iterator[Server]:
     raise AssertionError("slots are in use though nobody asks for anything")
 
 
-def check(response: httpx.Response, sent: object) -> None:
+def check(response: httpx.Response, sent: object, waits: bool = False) -> None:
     status = response.status_code
     fine = 200 <= status < 300 or 400 <= status < 500
     # A state that is in memory only has no file, and few states can be pinned.
-    fine = fine or (status == 503 and "/v1/lola/sessions/" in str(response.url))
+    fine = fine or (status == 503 and waits)
     assert fine, (status, response.text[:500], str(sent)[:1500])
 
 
@@ -130,7 +130,7 @@ def operation(server: Server, method: str, path: str) -> Any:
 def test_random_requests(unharmed, method, path, mode):
     """As the description says, and as it does not."""
     found = operation(unharmed, method, path)
-    if mode == GenerationMode.NEGATIVE and not found.body:
+    if mode == GenerationMode.NEGATIVE and (not found.body or method == "PUT"):  # any bytes
         pytest.skip("takes nothing that could be wrong")
     strategy = found.as_strategy(generation_mode=mode)
 
@@ -142,7 +142,7 @@ def test_random_requests(unharmed, method, path, mode):
             case.path_parameters["session"] = fields.choice(NAMES)
         sent = case.as_transport_kwargs(base_url=unharmed.url)
         response = case.call(base_url=unharmed.url, timeout=120)
-        check(response, sent)
+        check(response, sent, waits="{session}" in path)
 
     run()
 
