@@ -79,6 +79,8 @@ def calibrate(
         raise CheckpointError(
             f"--strength = {options.strength:g}: must be between 0 (no weight) and 10"
         )
+    if not 0 <= options.facts <= 1:
+        raise CheckpointError(f"--facts = {options.facts:g}: must be between 0 and 1")
     import transformers
 
     read_base_config(base)  # refuses families that could not be served
@@ -124,10 +126,8 @@ def _with_facts(
     The wording is that of training (`distill/retrieval.py`), which no benchmark shares.
 
     Raises:
-        CheckpointError: a share that is none, or a tokenizer that makes no such prompts.
+        CheckpointError: a tokenizer that makes no such prompts.
     """
-    if not 0 <= options.facts <= 1:
-        raise CheckpointError(f"--facts = {options.facts:g}: must be between 0 and 1")
     found = []
     for number, ids in enumerate(windows):
         if int((number + 1) * options.facts) == int(number * options.facts):
