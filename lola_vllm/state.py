@@ -55,6 +55,9 @@ PARTS = (
     "directions",
 )  # fmt: skip
 
+# Those with an entry for each slot of the sparse cache, in dim 2 of a view.
+SPARSE_PARTS = ("positions", "saliency", "sparse_k", "sparse_v", "directions")
+
 # The rows of `bounds`, as in csrc/bounds.h. `low` bounds the recall error from below. The others
 # are of when the error was computed last, with u the stored direction: z = phi.s + 1e-6, ||v||,
 # ||phi||, u.v, and 1 / length of u as it is stored.
@@ -315,9 +318,12 @@ class SequenceLayout:
                 new.H.copy_(old.H)
                 new.s.copy_(old.s)
             k = int(layout.num_sparse(n))
-            for name in ("positions", "sparse_k", "sparse_v", "directions"):
-                getattr(new, name)[:, :, :k] = getattr(old, name)[:, :, :k]
-            new.bounds[..., :k] = old.bounds[..., :k]
+            for name in SPARSE_PARTS:
+                to, stored = getattr(new, name), getattr(old, name)
+                if to.numel():  # some layouts lack some of these parts
+                    to[:, :, :k] = stored[:, :, :k]
+            if new.bounds.numel():
+                new.bounds[..., :k] = old.bounds[..., :k]
             sinks = torch.arange(min(num_tokens, layout.sink_size))
             window = torch.arange(min(int(layout.window_start(n)), num_tokens), num_tokens)
             rows = layout.row(torch.cat((sinks, window)))

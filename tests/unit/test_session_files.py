@@ -161,12 +161,14 @@ def test_files_that_a_killed_process_left_are_removed(tmp_path):
     assert not left.exists() and all(path.exists() for path in others)
 
 
+@pytest.mark.parametrize("saliency", [False, True])
 @pytest.mark.parametrize("interval", [1, 8])
 @pytest.mark.parametrize("n", [1, 3, 20, 45, 90])
-def test_a_cleaned_row_has_what_is_valid_and_nothing_else(n, interval):
+def test_a_cleaned_row_has_what_is_valid_and_nothing_else(n, interval, saliency):
     config = LolaConfig(
-        window_size=16, sparse_cache_size=24, sink_size=2, feature_dim=8, update_interval=interval
-    )
+        window_size=16, sparse_cache_size=24, sink_size=2, feature_dim=8,
+        update_interval=interval, saliency=saliency,
+    )  # fmt: skip
     layout = StateLayout.from_config(config, 2, 2, 16, torch.float32)
     sequence = SequenceLayout((layout, layout))
     row = torch.randint(1, 256, (sequence.row_bytes + 64,), dtype=torch.uint8)
@@ -176,8 +178,16 @@ def test_a_cleaned_row_has_what_is_valid_and_nothing_else(n, interval):
     count = torch.tensor(n)
     old, new = (layout.views(sequence.pages(x[None])[1]) for x in (row, clean))
     k = int(layout.num_sparse(count))
-    assert new.sparse_k[:, :, :k].view(torch.uint8).equal(old.sparse_k[:, :, :k].view(torch.uint8))
-    assert not new.sparse_v[:, :, k:].view(torch.uint8).any()
+    for name in layout.parts:
+        if name in ("H", "s", "exact_k", "exact_v") or not getattr(old, name).numel():
+            continue
+        # Only the rows of bounds have their slots in the last dimension.
+        slots = -1 if name in ("positions", "saliency", "bounds") else -2
+        (kept, rest), (stored, _) = (
+            getattr(views, name)[0].split([k, 24 - k], dim=slots) for views in (new, old)
+        )
+        assert kept.contiguous().view(torch.uint8).equal(stored.contiguous().view(torch.uint8))
+        assert not rest.contiguous().view(torch.uint8).any()
     assert bool(new.H.view(torch.uint8).any()) == bool(layout.num_folded(count) > 0)
     held = sum(bool(x.any()) for x in new.exact_k[0, 0].contiguous().view(torch.uint8))
     assert held == min(n, 2) + n - int(layout.window_start(count)) if n > 2 else held == n
