@@ -39,6 +39,9 @@ constexpr T kCancellationSlack = T(1e-5);
 // Largest entry of a direction that is stored as int8.
 constexpr int kDirectionMax = 127;
 
+// And of a sparse pair that is.
+constexpr int kPairMax = 127;
+
 // The dither of folds (Lemma 4). Row f of H, and s[f], add place * kDitherUnit of their power of
 // two in update number m, with place = kDitherUpdate * m + kDitherRow * f modulo 2^32 as a signed
 // number: 2^32 over the golden and over the plastic ratio.

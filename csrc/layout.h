@@ -12,23 +12,25 @@
 
 namespace lola {
 
-enum class DType : int64_t { f32, bf16, f16, f64 };
+enum class DType : int64_t { f32, bf16, f16, f64, i8 };
 
 LOLA_HOST_DEVICE constexpr int64_t size_of(DType t) {
-  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
+  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2;
 }
 
-// The table that `StateLayout.table` makes, field by field (`TABLE_FIELDS`). The last ten fields
-// are byte offsets of the parts in a page; every part is contiguous.
+// The table that `StateLayout.table` makes, field by field (`TABLE_FIELDS`). The last twelve
+// fields are byte offsets of the parts in a page; every part is contiguous.
 struct PageLayout {
   int64_t num_heads, num_kv_heads, num_state_heads, num_sparse_heads, head_dim, feature_dim;
   int64_t window_size, sparse_cache_size, update_interval, sink_size;
   int64_t subtract_max;  // 1: mixing "lolcats"
   int64_t has_saliency;  // 1: scores are weighed, and pages keep a weight per sparse pair
   DType kv_dtype;        // of keys and values
+  DType sparse_dtype;    // of those in the sparse cache: kv_dtype, or i8 with a scale each
   DType state_dtype;     // of H and s
   int64_t page_bytes;
-  int64_t H, s, positions, saliency, sparse_k, sparse_v, exact_k, exact_v, bounds, directions;
+  int64_t H, s, positions, saliency, sparse_k_scale, sparse_v_scale, sparse_k, sparse_v;
+  int64_t exact_k, exact_v, bounds, directions;
 
   // Heads of one kind for each of another. They are grouped in order: query head h has the hidden
   // state h / heads_per_state(), for instance.
@@ -50,8 +52,12 @@ struct PageLayout {
   // and a constant.
   LOLA_HOST_DEVICE int64_t saliency_size() const { return head_dim / 2 + head_dim + 1; }
 
-  // Bytes of one key or value.
+  // Bytes of one key or value, and of one in the sparse cache.
   LOLA_HOST_DEVICE int64_t pair_bytes() const { return head_dim * size_of(kv_dtype); }
+  LOLA_HOST_DEVICE int64_t sparse_bytes() const { return head_dim * size_of(sparse_dtype); }
+
+  // Whether pairs are rounded to int8 as they leave the window.
+  LOLA_HOST_DEVICE bool int8_pairs() const { return sparse_dtype == DType::i8; }
 
   // Row of exact_k and exact_v that holds a position.
   LOLA_HOST_DEVICE int64_t exact_row(int64_t position) const {
@@ -89,7 +95,7 @@ struct PageLayout {
   LOLA_HOST_DEVICE bool bounded() const { return update_interval == 1 && sparse_cache_size > 0; }
 };
 
-constexpr int64_t kTableFields = 25;
+constexpr int64_t kTableFields = 28;
 static_assert(sizeof(PageLayout) == kTableFields * sizeof(int64_t));
 
 }  // namespace lola

@@ -354,6 +354,8 @@ def check(state: LayerState, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> No
         raise ValueError(f"kv_dtype: {layout.kv_dtype}, expected one of {DTYPES}")
     if layout.state_dtype != torch.float32:
         raise ValueError(f"state_dtype: {layout.state_dtype}, expected torch.float32")
+    if layout.int8_pairs:
+        raise ValueError("lola_config.sparse_dtype = 'int8': not in the Triton kernels yet")
     if layout.page_bytes >= MAX_PAGE_BYTES:
         raise ValueError(f"layout: pages of {layout.page_bytes} bytes, 2 GiB or more")
 

@@ -39,6 +39,11 @@ LOLA_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),
     "state_dtype": (str, "storage of the hidden state: float32, no other"),
     "sparse_sharing": (str, "sparse sets shared inside a KV group: none or kv_head"),
+    "sparse_dtype": (
+        str,
+        "how pairs outside the window are kept: model (in the model's dtype) or int8 (twice as "
+        "many in the same memory)",
+    ),
 }
 
 
@@ -154,11 +159,12 @@ def lola_config_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sparse_cache(lola: LolaConfig) -> str:
-    """`sparse_cache_size` in words."""
-    sizes = lola.sparse_cache_size
+    """`sparse_cache_size` and `sparse_dtype` in words."""
+    sizes, as_int8 = lola.sparse_cache_size, " as int8" if lola.sparse_dtype == "int8" else ""
     if isinstance(sizes, int):
-        return f"{sizes}"
-    return f"{min(sizes)} to {max(sizes)} by layer ({sum(sizes) / len(sizes):.0f} on average)"
+        return f"{sizes}{as_int8}"
+    mean = sum(sizes) / len(sizes)
+    return f"{min(sizes)} to {max(sizes)} by layer ({mean:.0f} on average){as_int8}"
 
 
 def summarize(out: Path, config: LolaLlamaConfig, maps: str, also: str = "") -> None:

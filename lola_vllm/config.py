@@ -61,6 +61,9 @@ class LolaConfig(BaseModel):
             has one state head).
         saliency: whether the choice of sparse pairs weighs a pair's score by a learned number, for
             which the checkpoint has a tensor `saliency` per layer; False is the paper.
+        sparse_dtype: how pairs are kept that have left the window. "model": in the model's dtype,
+            which is the paper; "int8": rounded to 8 bits, with a float32 scale per key and per
+            value.
         rebase_interval: D, positions by which the origin of RoPE moves whenever a sequence has no
             room left in the base's trained length P, `max_position_embeddings`; divides P. 0:
             never, so that contexts end at P.
@@ -80,6 +83,7 @@ class LolaConfig(BaseModel):
     state_dtype: Literal["float32"] = "float32"
     sparse_sharing: Literal["none", "kv_head"] = "none"
     saliency: bool = False
+    sparse_dtype: Literal["model", "int8"] = "model"
     rebase_interval: int = PydanticField(default=0, ge=0)
     num_state_heads: int | None = PydanticField(default=None, ge=1)
 

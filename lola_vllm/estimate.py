@@ -35,7 +35,7 @@ MIB, GIB = 2**20, 2**30
 
 # Parts that the table shows in another way: keys and values as one sum, sinks and window, which
 # share a part of the page, as two. Other parts keep their names.
-_SPARSE = ("sparse_k", "sparse_v")
+_SPARSE = ("sparse_k", "sparse_v", "sparse_k_scale", "sparse_v_scale")
 _EXACT = ("exact_k", "exact_v")
 # Fields that a config must state, because Llama's defaults would silently replace them.
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads")

@@ -11,7 +11,9 @@ One page, in this order (each part starts at a multiple of 64 bytes):
     s          [Hs, 2F]             state dtype    normalizer, sum of phi(k)
     positions  [Hg, lam]            int32          position of each sparse pair (slots unordered)
     saliency   [Hg, lam]            float32        what weighs the score of each sparse pair
-    sparse_k   [Hg, lam, d]         model dtype    sparse cache
+    sparse_k_scale  [Hg, lam]       float32        what multiplies the numbers of each sparse key
+    sparse_v_scale  [Hg, lam]       float32        and value
+    sparse_k   [Hg, lam, d]         model dtype    sparse cache; or int8
     sparse_v   [Hg, lam, d]         model dtype
     exact_k    [Hkv, sink + ring, d]  model dtype  pinned sinks, then the window ring
     exact_v    [Hkv, sink + ring, d]  model dtype
@@ -22,6 +24,8 @@ One page, in this order (each part starts at a multiple of 64 bytes):
 
 `saliency` is empty unless the model has one. A pair's is computed once, when the pair leaves the
 window.
+
+The scales are empty unless sparse pairs are int8 (`lola_vllm/ops/int8.py`).
 
 `bounds` and `directions` are empty unless C = 1. With them the kernels choose without computing
 every score at every token (Lemma 1, `docs/algorithm.md`). The portable back end computes every
@@ -51,12 +55,15 @@ PAGE_ALIGNMENT = 256  # bytes
 
 # The parts of a page, in its order.
 PARTS = (
-    "H", "s", "positions", "saliency", "sparse_k", "sparse_v", "exact_k", "exact_v", "bounds",
-    "directions",
+    "H", "s", "positions", "saliency", "sparse_k_scale", "sparse_v_scale", "sparse_k", "sparse_v",
+    "exact_k", "exact_v", "bounds", "directions",
 )  # fmt: skip
 
 # Those with an entry for each slot of the sparse cache, in dim 2 of a view.
-SPARSE_PARTS = ("positions", "saliency", "sparse_k", "sparse_v", "directions")
+SPARSE_PARTS = (
+    "positions", "saliency", "sparse_k_scale", "sparse_v_scale", "sparse_k", "sparse_v",
+    "directions",
+)  # fmt: skip
 
 # The rows of `bounds`, as in csrc/bounds.h. `low` bounds the recall error from below. The others
 # are of when the error was computed last, with u the stored direction: z = phi.s + 1e-6, ||v||,
@@ -68,11 +75,13 @@ BOUND_ROWS = ("low", "sum", "value", "features", "along", "scale")
 TABLE_FIELDS = (
     "num_heads", "num_kv_heads", "num_state_heads", "num_sparse_heads", "head_dim", "feature_dim",
     "window_size", "sparse_cache_size", "update_interval", "sink_size", "subtract_max",
-    "has_saliency", "kv_dtype", "state_dtype", "page_bytes", *PARTS,
+    "has_saliency", "kv_dtype", "sparse_dtype", "state_dtype", "page_bytes", *PARTS,
 )  # fmt: skip
 
 # Dtypes as the table names them: `DType` in csrc/layout.h.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPE_CODES = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4,
+}  # fmt: skip
 
 
 class StateViews(NamedTuple):
@@ -82,6 +91,8 @@ class StateViews(NamedTuple):
     s: Tensor
     positions: Tensor
     saliency: Tensor
+    sparse_k_scale: Tensor
+    sparse_v_scale: Tensor
     sparse_k: Tensor
     sparse_v: Tensor
     exact_k: Tensor
@@ -100,6 +111,7 @@ class StateLayout:
         head_dim: d. feature_dim: F.
         kv_dtype: dtype of keys and values. state_dtype: dtype of H and s.
         has_saliency: the model weighs scores by a saliency, which pages keep per sparse pair.
+        int8_pairs: sparse pairs are rounded to int8, and pages keep their scales.
     """
 
     window_size: int
@@ -114,6 +126,7 @@ class StateLayout:
     kv_dtype: torch.dtype
     state_dtype: torch.dtype
     has_saliency: bool = False
+    int8_pairs: bool = False
 
     @classmethod
     def from_config(
@@ -139,6 +152,7 @@ class StateLayout:
             kv_dtype=kv_dtype,
             state_dtype=state_dtype or getattr(torch, config.state_dtype),
             has_saliency=config.saliency,
+            int8_pairs=config.sparse_dtype == "int8",
         )
 
     @property
@@ -147,20 +161,28 @@ class StateLayout:
         return self.window_size + self.update_interval
 
     @property
+    def sparse_dtype(self) -> torch.dtype:
+        """Of the keys and values in the sparse cache."""
+        return torch.int8 if self.int8_pairs else self.kv_dtype
+
+    @property
     def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of each part, in page order (the fields of `StateViews`)."""
         exact = (self.num_kv_heads, self.sink_size + self.ring_size, self.head_dim)
         sparse = (self.num_sparse_heads, self.sparse_cache_size, self.head_dim)
         features = 2 * self.feature_dim
         bounded = self.sparse_cache_size if self.update_interval == 1 else 0
+        scaled = self.sparse_cache_size if self.int8_pairs else 0
         wide = torch.promote_types(self.kv_dtype, torch.float32)
         return {
             "H": ((self.num_state_heads, features, self.head_dim), self.state_dtype),
             "s": ((self.num_state_heads, features), self.state_dtype),
             "positions": (sparse[:2], torch.int32),
             "saliency": ((sparse[0], sparse[1] if self.has_saliency else 0), wide),
-            "sparse_k": (sparse, self.kv_dtype),
-            "sparse_v": (sparse, self.kv_dtype),
+            "sparse_k_scale": ((sparse[0], scaled), torch.float32),
+            "sparse_v_scale": ((sparse[0], scaled), torch.float32),
+            "sparse_k": (sparse, self.sparse_dtype),
+            "sparse_v": (sparse, self.sparse_dtype),
             "exact_k": (exact, self.kv_dtype),
             "exact_v": (exact, self.kv_dtype),
             "bounds": ((self.num_state_heads, len(BOUND_ROWS), bounded), wide),
@@ -231,6 +253,7 @@ class StateLayout:
             "num_heads": num_heads,
             "subtract_max": subtract_max,
             "kv_dtype": DTYPE_CODES[self.kv_dtype],
+            "sparse_dtype": DTYPE_CODES[self.sparse_dtype],
             "state_dtype": DTYPE_CODES[self.state_dtype],
             "page_bytes": self.page_bytes,
         }

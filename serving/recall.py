@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lola_vllm.ops import LolaWeights, portable
 from lola_vllm.ops.constants import RECALL_EPS
+from lola_vllm.ops.int8 import rounded
 from lola_vllm.ops.reference import pair_saliency
 from lola_vllm.state import StateLayout, StateViews
 
@@ -58,9 +59,7 @@ def remembered(page: Tensor, layout: StateLayout, weights: LolaWeights, n: int) 
     views = layout.views(page[None])
     size = int(layout.num_sparse(torch.tensor(n)))
     positions = views.positions[0, :, :size].long()
-    errors = _errors(
-        views.sparse_k[:, :, :size], views.sparse_v[:, :, :size], layout, weights, views, n
-    )
+    errors = _errors(*_cached(layout, views, size), layout, weights, views, n)
     order = positions.argsort(dim=-1)
     saliency = views.saliency[0, :, :size].gather(-1, order) if layout.has_saliency else None
     return Remembered(positions.gather(-1, order), errors.gather(-1, order), saliency)
@@ -78,17 +77,18 @@ def forecast(page: Tensor, layout: StateLayout, weights: LolaWeights, n: int) ->
     size = int(layout.num_sparse(torch.tensor(n)))
     share = layout.num_sparse_heads // layout.num_kv_heads
 
-    def candidates(sparse: Tensor, exact: Tensor) -> Tensor:
-        newcomers = exact[:, :, rows].repeat_interleave(share, dim=1)
-        return torch.cat([sparse[:, :, :size], newcomers], dim=2)
+    def candidates(cached: Tensor, exact: Tensor) -> Tensor:
+        newcomers = exact[:, :, rows].repeat_interleave(share, dim=1).to(cached.dtype)
+        if layout.int8_pairs:
+            newcomers = rounded(newcomers)
+        return torch.cat([cached, newcomers], dim=2)
 
-    k = candidates(views.sparse_k, views.exact_k)
-    v = candidates(views.sparse_v, views.exact_v)
+    cached_k, cached_v = _cached(layout, views, size)
+    k, v = candidates(cached_k, views.exact_k), candidates(cached_v, views.exact_v)
     errors = scores = _errors(k, v, layout, weights, views, n)  # [Hg, E]
     if weights.saliency is not None:
-        dtype = errors.dtype
         per_set = weights.saliency.repeat_interleave(share, dim=0)[:, None]
-        new = pair_saliency(k[0, :, size:].to(dtype), v[0, :, size:].to(dtype), per_set)
+        new = pair_saliency(k[0, :, size:], v[0, :, size:], per_set)
         scores = errors * torch.cat([views.saliency[0, :, :size], new], dim=1)
     num_kept = min(lam, scores.shape[-1])
     kept = torch.zeros_like(scores, dtype=torch.bool)
@@ -97,12 +97,19 @@ def forecast(page: Tensor, layout: StateLayout, weights: LolaWeights, n: int) ->
     entering = kept[:, size:].sum(-1).float()
     relative = errors
     if layout.num_state_heads == layout.num_sparse_heads:  # else they are relative already
-        relative = errors / v[0].to(scores.dtype).norm(dim=-1).clamp(min=RECALL_EPS)
+        relative = errors / v[0].norm(dim=-1).clamp(min=RECALL_EPS)
     return Forecast(
         swapped=float((entering - free).clamp(min=0).mean()) / lam if lam else 0.0,
         kept_error=_mean(relative[kept]),
         folded_error=_mean(relative[~kept]),
     )
+
+
+def _cached(layout: StateLayout, views: StateViews, size: int) -> tuple[Tensor, Tensor]:
+    """Keys and values `[1, Hg, size, d]` of the first `size` sparse slots of the only page."""
+    first = torch.zeros(1, dtype=torch.long, device=views.H.device)
+    dtype = portable.compute_dtype(views.exact_k)
+    return portable.sparse_pairs(layout, views, first, size, dtype)
 
 
 def _errors(

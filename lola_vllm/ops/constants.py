@@ -17,6 +17,7 @@ DISTANCE_SLACK = 1e-6  # of the lengths in ||v - p||, at each fold that carries 
 CANCELLATION_SLACK = 1e-5  # of ||phi||^2, in the difference ||phi||^2 - (phi.s)^2 / ||s||^2
 
 DIRECTION_MAX = 127  # largest entry of a direction that is stored as int8
+PAIR_MAX = 127  # and of a sparse pair that is
 
 # The dither of folds (Lemma 4): place = UPDATE * update + ROW * row modulo 2^32.
 DITHER_UPDATE = 0x9E3779B9  # 2^32 / the golden ratio

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops.constants import RECALL_EPS
+from lola_vllm.ops.int8 import rounded
 from lola_vllm.ops.reference import feature_map, pair_saliency
 
 
@@ -152,11 +153,18 @@ def lola_attention_parallel(
         queries, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, T, d]
         map_q, map_k = feature_map_q.to(dtype), feature_map_k.to(dtype)
         factors = window_factors.to(dtype)
-        phi_k = feature_map(keys.repeat_interleave(Hs // Hkv, dim=1), map_k)  # [B, Hs, T, 2F]
-        v_s = values.repeat_interleave(Hs // Hkv, dim=1)
+        left_k, left_v = keys, values  # of pairs that have left the window
+        all_k, all_v, first_left = keys, values, 0
+        if config.sparse_dtype == "int8":
+            left_k, left_v = rounded(keys), rounded(values)
+            all_k, all_v = torch.cat([keys, left_k], 2), torch.cat([values, left_v], 2)
+            first_left = T
+        phi_k = feature_map(left_k.repeat_interleave(Hs // Hkv, dim=1), map_k)  # [B, Hs, T, 2F]
+        v_s = left_v.repeat_interleave(Hs // Hkv, dim=1)
         w = None
         if saliency is not None:
-            w = pair_saliency(keys.detach(), values.detach(), saliency.detach().to(dtype)[:, None])
+            weights = saliency.detach().to(dtype)[:, None]
+            w = pair_saliency(left_k.detach(), left_v.detach(), weights)
             w = w.repeat_interleave(Hg // Hkv, dim=1)
         plan = plan_memory(phi_k.detach(), v_s.detach(), config, Hg, w)
         H, s = _hidden_states(phi_k, v_s, plan.folded)  # [B, Hs, U, 2F, d], [B, Hs, U, 2F]
@@ -165,7 +173,11 @@ def lola_attention_parallel(
         positions = wanted[:, None] * C + torch.arange(C, device=q.device)  # [N, C]
         rows = queries[:, :, positions.clamp(max=T - 1)]  # [B, Hq, N, C, d]
 
-        logits, v_exact = _exact(rows, keys, values, positions, plan.sparse, wanted, config, Hg)
+        cached = plan.sparse[:, :, wanted]
+        index = _exact_pairs(positions, cached, T, config)  # [B, Hg, N, S]
+        in_order = index.clamp(min=0)
+        in_order[..., min(config.sink_size, T) :][..., : cached.shape[-1]] += first_left
+        logits, v_exact = _exact(rows, all_k, all_v, positions, index, in_order)
         lse = logits.logsumexp(-1)  # [B, Hq, N, C]
         p = (logits - lse.unsqueeze(-1)).exp()
         y = _per_query_head(_per_head(p, Hg) @ v_exact, Hq)
@@ -201,40 +213,42 @@ def _hidden_states(phi_k: Tensor, v: Tensor, folded: Tensor) -> tuple[Tensor, Te
     return (phi.mT @ values).cumsum(2), phi.sum(3).cumsum(2)
 
 
+def _exact_pairs(positions: Tensor, cached: Tensor, T: int, config: LolaConfig) -> Tensor:
+    """Positions `[B, Hg, N, S]` of sinks, sparse cache and window; -1 where there is none.
+
+    Args:
+        positions: `[N, C]`, of the queries. cached: `[B, Hg, N, lam]`, of the sparse cache.
+    """
+    device = positions.device
+    eta, C = config.window_size, config.update_interval
+    shape = (*cached.shape[:3], -1)
+    sinks = torch.arange(min(config.sink_size, T), device=device)
+    window = positions[:, :1] - eta + torch.arange(eta + C, device=device)  # [N, eta + C]
+    window = window.masked_fill((window < config.sink_size) | (window >= T), -1)
+    return torch.cat([sinks.expand(shape), cached, window.expand(shape)], dim=-1)
+
+
 def _exact(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    sparse: Tensor,
-    wanted: Tensor,
-    config: LolaConfig,
-    Hg: int,
+    queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, index: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Logits over sinks, sparse cache and window, and the values beside them.
 
     Args:
-        queries: `[B, Hq, N, C, d]` at `positions` `[N, C]`. keys, values: `[B, Hkv, T, d]`.
+        queries: `[B, Hq, N, C, d]` at `positions` `[N, C]`. keys, values: `[B, Hkv, R, d]`.
+        index: `[B, Hg, N, S]`, positions of pairs, -1 where there is none. rows: the same shape,
+            where they are among the R.
 
     Returns:
         logits `[B, Hq, N, C, S]`, -inf where a query does not see a pair, and values
         `[B, Hg, N, S, d]`.
     """
-    B, Hq, N, C, d = queries.shape
-    Hkv, T = keys.shape[1:3]
-    device = queries.device
-    eta, sinks = config.window_size, min(config.sink_size, T)
-    sink = torch.arange(sinks, device=device).expand(B, Hg, N, -1)
-    first = wanted[:, None] * C - eta
-    window = first + torch.arange(eta + C, device=device)  # [N, eta + C]
-    window = window.masked_fill((window < config.sink_size) | (window >= T), -1)
-    window = window.expand(B, Hg, -1, -1)
-    index = torch.cat([sink, sparse[:, :, wanted], window], dim=-1)  # [B, Hg, N, S]
-    S = index.shape[-1]
+    Hq, d = queries.shape[1], queries.shape[-1]
+    B, Hg, N, S = index.shape
+    share = Hg // keys.shape[1]
     seen = (index >= 0).unsqueeze(3) & (index.unsqueeze(3) <= positions[:, :, None])
-    flat = index.clamp(min=0).view(B, Hg, N * S)
-    k_exact = _take(keys.repeat_interleave(Hg // Hkv, dim=1), flat).view(B, Hg, N, S, d)
-    v_exact = _take(values.repeat_interleave(Hg // Hkv, dim=1), flat).view(B, Hg, N, S, d)
+    flat = rows.view(B, Hg, N * S)
+    k_exact = _take(keys.repeat_interleave(share, dim=1), flat).view(B, Hg, N, S, d)
+    v_exact = _take(values.repeat_interleave(share, dim=1), flat).view(B, Hg, N, S, d)
     logits = _per_query_head(_per_head(queries, Hg) @ k_exact.mT, Hq) * d**-0.5
     seen = seen.repeat_interleave(Hq // Hg, dim=1)
     # A query past the end of the sequence sees whatever the last one sees, so no row is all -inf.

@@ -18,8 +18,9 @@ from torch import Tensor
 from lola_vllm.ops.constants import MAX_CHUNK, RECALL_EPS
 from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 from lola_vllm.ops.dither import add_dithered, dither
+from lola_vllm.ops.int8 import Int8Rows, quantize
 from lola_vllm.ops.reference import feature_map, pair_saliency
-from lola_vllm.state import StateLayout
+from lola_vllm.state import StateLayout, StateViews
 
 # A score in place of the self-recall error and the saliency, for ablations. Takes values
 # `[B, Hg, E, d]` and positions `[B, Hg, E]` of candidates; returns `[B, Hg, E]`. The candidates of
@@ -208,8 +209,7 @@ def _attend(state: LayerState, q: Tensor, chunk: Chunk, query_positions: Tensor)
     sparse_rows = int(num_sparse.max())
     exact_k = views.exact_k[slots, :, :exact_rows].to(dtype)
     exact_v = views.exact_v[slots, :, :exact_rows].to(dtype)
-    sparse_k = views.sparse_k[slots, :, :sparse_rows].to(dtype)
-    sparse_v = views.sparse_v[slots, :, :sparse_rows].to(dtype)
+    sparse_k, sparse_v = sparse_pairs(layout, views, slots, sparse_rows, dtype)
 
     held, held_ok = _held_positions(layout, positions, n, exact_rows)  # [B, R]
     exact_ok = held_ok[:, None] & (held[:, None] <= query_positions[..., None])  # [B, L, R]
@@ -264,6 +264,17 @@ def _held_positions(
     return held, (held >= first) & (held < n[:, None])
 
 
+def sparse_pairs(
+    layout: StateLayout, views: StateViews, slots: Tensor, rows: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, Hg, rows, d]` of the first `rows` sparse slots of pages `slots [B]`."""
+    k, v = views.sparse_k[slots, :, :rows], views.sparse_v[slots, :, :rows]
+    if not layout.int8_pairs:
+        return k.to(dtype), v.to(dtype)
+    k_scale, v_scale = views.sparse_k_scale[slots, :, :rows], views.sparse_v_scale[slots, :, :rows]
+    return Int8Rows(k, k_scale).to(dtype), Int8Rows(v, v_scale).to(dtype)
+
+
 def _gather_state(
     H: Tensor, s: Tensor, slots: Tensor, empty: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -286,22 +297,25 @@ def _update(state: LayerState, slots: Tensor, n: Tensor, score: Score | None) ->
     x_ok = x_positions < stop[:, None]
     rows = layout.row(torch.where(x_ok, x_positions, start[:, None]))
     sets_per_kv_head = Hg // layout.num_kv_heads
-    x_k, x_v = (
+    dtype = compute_dtype(views.exact_k)
+    new = [
         exact[slots[:, None], :, rows].transpose(1, 2).repeat_interleave(sets_per_kv_head, dim=1)
         for exact in (views.exact_k, views.exact_v)
-    )
+    ]
+    new_k, new_v = (quantize(x) if layout.int8_pairs else x for x in new)  # as the page keeps them
+    x_k, x_v = new_k.to(dtype), new_v.to(dtype)
+    g_k, g_v = sparse_pairs(layout, views, slots, lam, dtype)
 
-    k = torch.cat([views.sparse_k[slots], x_k], dim=2)  # [B, Hg, E, d]
-    v = torch.cat([views.sparse_v[slots], x_v], dim=2)
+    k = torch.cat([g_k, x_k], dim=2)  # [B, Hg, E, d]
+    v = torch.cat([g_v, x_v], dim=2)
     g_ok = torch.arange(lam, device=n.device) < layout.num_sparse(n - C)[:, None]
     ok = torch.cat([g_ok, x_ok], dim=1)[:, None].expand(-1, Hg, -1)  # [B, Hg, E]
     at = torch.cat([views.positions[slots].long(), x_positions[:, None].expand(-1, Hg, -1)], dim=2)
     w = None
     if (weights := state.weights.saliency) is not None:
-        dtype = compute_dtype(k)
         per_set = weights.to(dtype).repeat_interleave(sets_per_kv_head, dim=0)[:, None]
-        new = pair_saliency(x_k.to(dtype), x_v.to(dtype), per_set)
-        w = torch.cat([views.saliency[slots].to(dtype), new], dim=2)  # [B, Hg, E]
+        x_w = pair_saliency(x_k, x_v, per_set)
+        w = torch.cat([views.saliency[slots].to(dtype), x_w], dim=2)  # [B, Hg, E]
 
     empty = layout.num_folded(n - C) == 0
     keep = ok
@@ -314,7 +328,7 @@ def _update(state: LayerState, slots: Tensor, n: Tensor, score: Score | None) ->
             scores = score(v, at)
         keep = _largest(scores, at, ok, lam)
         _fold(state, k, v, ok & ~keep, slots, n, empty)
-    _replace(state, k, v, at, w, keep, slots)
+    _replace(state, new_k, new_v, at, w, keep, slots)
 
 
 def _largest(scores: Tensor, positions: Tensor, ok: Tensor, count: int) -> Tensor:
@@ -359,23 +373,35 @@ def _fold(
 
 def _replace(
     state: LayerState,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Int8Rows,
+    v: Tensor | Int8Rows,
     at: Tensor,
     w: Tensor | None,
     keep: Tensor,
     slots: Tensor,
 ) -> None:
-    """Write the kept newcomers into the free slots and those of the folded pairs, in order."""
+    """Write the kept newcomers into the free slots and those of the folded pairs, in order.
+
+    k, v: of the newcomers alone, as the page keeps them, `[B, Hg, C, d]`; `at`, w and keep are of
+    all candidates.
+    """
     views, lam = state.views, state.layout.sparse_cache_size
     new = keep[..., lam:]
     room = min(lam, new.shape[-1])
     free = keep[..., :lam].int().argsort(dim=-1, stable=True)[..., :room]
     winner = new.int().argsort(dim=-1, descending=True, stable=True)[..., :room]
     b, g, i = new.gather(-1, winner).nonzero(as_tuple=True)
-    target, source = free[b, g, i], winner[b, g, i] + lam
-    views.sparse_k[slots[b], g, target] = k[b, g, source]
-    views.sparse_v[slots[b], g, target] = v[b, g, source]
+    target, evicted = free[b, g, i], winner[b, g, i]
+    source = evicted + lam
+    for rows, to, scales in (
+        (k, views.sparse_k, views.sparse_k_scale),
+        (v, views.sparse_v, views.sparse_v_scale),
+    ):
+        if isinstance(rows, Int8Rows):
+            scales[slots[b], g, target] = rows.scale[b, g, evicted]
+            to[slots[b], g, target] = rows.numbers[b, g, evicted]
+        else:
+            to[slots[b], g, target] = rows[b, g, evicted]
     views.positions[slots[b], g, target] = at[b, g, source].int()
     if w is not None:
         views.saliency[slots[b], g, target] = w[b, g, source].to(views.saliency.dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.ops.contract import LayerState, PrefillBatch, PrefillOp
+from lola_vllm.ops.int8 import Int8Rows, quantize
 from lola_vllm.ops.places import Places
 from lola_vllm.state import BOUND_ROWS
 
@@ -44,7 +45,10 @@ def rebase(state: LayerState, slots: Tensor, num_tokens: Tensor) -> None:
     slot = torch.arange(layout.sparse_cache_size, device=device)
     sparse = views.positions[slots].long() - origin[..., None] >= places.interval
     sparse &= (slot < layout.num_sparse(n))[:, None] & live[:, None, None]
-    _turn_back(state, views.sparse_k, slots, sparse)
+    if layout.int8_pairs:
+        _turn_int8_back(state, slots, sparse)
+    else:
+        _turn_back(state, views.sparse_k, slots, sparse)
     for total in (views.H, views.s):
         rows = total[slots]
         fades = live.view(-1, *[1] * (rows.dim() - 1))
@@ -63,6 +67,16 @@ def _turn_back(state: LayerState, keys: Tensor, slots: Tensor, moves: Tensor) ->
     old = keys[slots]
     new = state.turn.back(old.to(state.turn.cos.dtype)).to(old.dtype)
     keys[slots] = torch.where(moves[..., None], new, old)
+
+
+def _turn_int8_back(state: LayerState, slots: Tensor, moves: Tensor) -> None:
+    """The same of the sparse keys where they are int8: each is rounded again after its turn."""
+    assert state.turn is not None
+    views = state.views
+    old = Int8Rows(views.sparse_k[slots], views.sparse_k_scale[slots])
+    new = quantize(state.turn.back(old.to(state.turn.cos.dtype)))
+    views.sparse_k[slots] = torch.where(moves[..., None], new.numbers, old.numbers)
+    views.sparse_k_scale[slots] = torch.where(moves, new.scale, old.scale)
 
 
 class Due(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops.constants import FEATURE_FLOOR, MAX_LOG_SALIENCY, RECALL_EPS
+from lola_vllm.ops.int8 import rounded
 from lola_vllm.ops.places import Turn
 
 
@@ -28,7 +29,7 @@ class LolaState:
     Attributes:
         H: `[Hs, 2F, d]`, the sum of phi(k) v^T over the pairs in the hidden state.
         s: `[Hs, 2F]`, the sum of phi(k) over the same pairs.
-        k: `[Hs, T, d]`, keys; those of exact pairs are as the page holds them.
+        k, v: `[Hs, T, d]`, keys and values; those of exact pairs are as the page holds them.
         sparse_positions: per state head, the sorted positions in its sparse cache.
         window_positions: sorted positions in the window, the pinned sinks included.
     """
@@ -36,6 +37,7 @@ class LolaState:
     H: Tensor
     s: Tensor
     k: Tensor
+    v: Tensor
     sparse_positions: list[list[int]]
     window_positions: list[int]
 
@@ -157,10 +159,11 @@ def lola_attention(
     eta, lam, C = config.window_size, config.sparse_pairs, config.update_interval
 
     k_s = k.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1).clone()  # [Hs, T, d]
-    v_s = v.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1)
-    w = None
+    v_s = v.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1).clone()
+    w = torch.ones(Hg, T, dtype=dtype, device=q.device)
     if saliency is not None:
-        w = pair_saliency(k, v, saliency.to(dtype)).T.repeat_interleave(Hg // Hkv, dim=0)  # [Hg, T]
+        saliency = saliency.to(dtype).repeat_interleave(Hg // Hkv, dim=0)
+    int8 = config.sparse_dtype == "int8"
     phi_k = feature_map(k_s, feature_map_k)  # [Hs, T, 2F]
     phi_q = feature_map(q.transpose(0, 1), feature_map_q)  # [Hq, T, 2F]
 
@@ -175,6 +178,9 @@ def lola_attention(
         if turn is not None and turn.places.due(t):
             moved = _outside_far_zone(t, config, turn)
             k_s[:, moved] = turn.back(k_s[:, moved])
+            if int8:
+                left = [p for p in moved if p not in window]
+                k_s[:, left] = rounded(k_s[:, left])
             phi_k[:, moved] = feature_map(k_s[:, moved], feature_map_k)
             H, s = H * turn.places.decay, s * turn.places.decay
         (sinks if t < config.sink_size else window).append(t)
@@ -193,12 +199,19 @@ def lola_attention(
             )
         if (t + 1) % C == 0:
             window, evicted = _evict(window, t + 1 - eta)
+            if int8:
+                for x in (k_s, v_s):
+                    x[:, evicted] = rounded(x[:, evicted])
+                phi_k[:, evicted] = feature_map(k_s[:, evicted], feature_map_k)
+            if saliency is not None:
+                sets = slice(None, None, Hs // Hg)  # a state head of each
+                pairs = k_s[sets, evicted], v_s[sets, evicted]
+                w[:, evicted] = pair_saliency(*pairs, saliency[:, None])
             for sparse_head in range(Hg):
                 heads = list(range(sparse_head * (Hs // Hg), (sparse_head + 1) * (Hs // Hg)))
                 candidates = sparse[sparse_head] + evicted
                 scores = _scores(phi_k, v_s, H, s, heads, candidates)
-                if w is not None:
-                    scores = scores * w[sparse_head, candidates]
+                scores = scores * w[sparse_head, candidates]
                 kept, folded = _select(candidates, scores, lam)
                 sparse[sparse_head] = kept
                 for h in heads:
@@ -206,7 +219,7 @@ def lola_attention(
                     s[h] += phi_k[h, folded].sum(0)
 
     per_state_head = [list(sparse[h // (Hs // Hg)]) for h in range(Hs)]
-    return out.to(out_dtype), LolaState(H, s, k_s, per_state_head, sinks + window)
+    return out.to(out_dtype), LolaState(H, s, k_s, v_s, per_state_head, sinks + window)
 
 
 def _outside_far_zone(n: int, config: LolaConfig, turn: Turn) -> list[int]:

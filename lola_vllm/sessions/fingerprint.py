@@ -103,11 +103,18 @@ def model_fingerprint(
     directory = Path(model)
     numbers = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
     numbers["head_dim"] = pages[0].head_dim
-    numbers["lola"] = config.lola.model_dump() | {"num_state_heads": None}
+    lola = config.lola.model_dump() | {"num_state_heads": None}
+    if lola["sparse_dtype"] == "model":  # states of before there was the key stay valid
+        del lola["sparse_dtype"]
+    numbers["lola"] = lola
     if config.lola.rebase_interval:
         numbers["places"] = config.max_position_embeddings
     layout: list[Any] = [
-        [[name, list(shape), str(dtype)] for name, (shape, dtype) in page.parts.items()]
+        [
+            [name, list(shape), str(dtype)]
+            for name, (shape, dtype) in page.parts.items()
+            if page.int8_pairs or name not in ("sparse_k_scale", "sparse_v_scale")
+        ]
         + [page.window_size, page.update_interval, page.sink_size]
         for page in pages
     ]

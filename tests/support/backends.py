@@ -151,7 +151,13 @@ def has_case(item: pytest.Item) -> bool:
     # Of xformers' back end the softmax part of prefill alone is not Triton's.
     if backend.name.startswith("xformers") and (
         item.path.stem
-        in ("test_arguments", "test_interval_1", "test_long_sequences", "test_saliency")
+        in (
+            "test_arguments",
+            "test_int8_pairs",
+            "test_interval_1",
+            "test_long_sequences",
+            "test_saliency",
+        )
         or params.get("fed") == "tokens"
         or params.get("interval") == 1
     ):

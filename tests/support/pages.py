@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lola_vllm.ops.contract import LayerState
+from lola_vllm.ops.int8 import Int8Rows, rounded
 from lola_vllm.ops.reference import LolaState, feature_map, pair_saliency
+from lola_vllm.state import StateViews
 from tests.support.problem import SLOT, Problem
 
 # How close keys of the reference are that rebases have turned.
@@ -32,11 +35,11 @@ def assert_state_matches(
         expected: the reference's state, where it is known already.
     """
 
-    def assert_keys(held: torch.Tensor, exact: torch.Tensor) -> None:
+    def assert_keys(held: Tensor, exact: Tensor) -> None:
         if problem.turn is None:
             assert torch.equal(held, exact.to(held.dtype))
         else:  # rounded at each rebase
-            torch.testing.assert_close(held.double(), exact, **TURNED[held.dtype])
+            torch.testing.assert_close(held.double(), exact, **TURNED[problem.k.dtype])
 
     n = len(problem.q) if n is None else n
     expected = expected or problem.reference()[1]
@@ -48,10 +51,19 @@ def assert_state_matches(
         positions = views.positions[slot, g, :num_sparse].long()
         assert sorted(positions.tolist()) == expected.sparse_positions[g * share]
         kv = g // (Hg // Hkv)
-        assert_keys(views.sparse_k[slot, g, :num_sparse], expected.k[g * share, positions])
-        assert torch.equal(views.sparse_v[slot, g, :num_sparse], problem.v[positions, kv])
+        held, exact = (
+            [x[slot, g, :num_sparse] for x in (views.sparse_k, views.sparse_v)],
+            [x[g * share, positions] for x in (expected.k, expected.v)],
+        )
+        if layout.int8_pairs:
+            assert_int8(problem, [x[slot, g, :num_sparse] for x in scales(views)], held, exact)
+        else:
+            assert_keys(held[0], exact[0])
+            assert torch.equal(held[1], problem.v[positions, kv])
         if problem.saliency is not None:
-            pairs = (problem.k[positions, kv].double(), problem.v[positions, kv].double())
+            pairs = (x[positions, kv].double() for x in (problem.k, problem.v))
+            if layout.int8_pairs:
+                pairs = map(rounded, pairs)
             torch.testing.assert_close(
                 views.saliency[slot, g, :num_sparse].double(),
                 pair_saliency(*pairs, problem.saliency[kv].double()),
@@ -76,6 +88,35 @@ def assert_state_matches(
         torch.testing.assert_close(views.s[slot].double(), expected.s, **tolerance)
 
 
+def scales(views: StateViews) -> tuple[Tensor, Tensor]:
+    """What multiplies the numbers of int8 keys and values, `[N, Hg, lam]`."""
+    return views.sparse_k_scale, views.sparse_v_scale
+
+
+def sparse_pairs(views: StateViews) -> tuple[Tensor, Tensor]:
+    """Keys and values `[N, Hg, lam, d]` of the sparse cache in float64, leftovers included."""
+    pairs = views.sparse_k, views.sparse_v
+    if views.sparse_k_scale.numel():
+        k, v = (Int8Rows(x, s).to(torch.float64) for x, s in zip(pairs, scales(views), strict=True))
+        return k, v
+    return pairs[0].double(), pairs[1].double()
+
+
+def assert_int8(
+    problem: Problem, scale: list[Tensor], numbers: list[Tensor], exact: list[Tensor]
+) -> None:
+    """int8 keys and values `[n, d]` are the reference's to the last bit.
+
+    A key that a rebase turned may be rounded to the next number where the turn is in another dtype.
+    """
+    for name, s, x, expected in zip("kv", scale, numbers, exact, strict=True):
+        found = Int8Rows(x, s).to(torch.float64)
+        close = {"rtol": 1e-6, "atol": 1e-9}
+        if name == "k" and problem.turn is not None and problem.k.dtype != torch.float64:
+            close = {"rtol": 1e-2, "atol": 1.01 * float(s.max()) if len(s) else 0.0}
+        torch.testing.assert_close(found, expected, equal_nan=True, **close)
+
+
 def assert_unrecallable_stay(problem: Problem, state: LayerState) -> None:
     """The page of an `unrecallable` problem holds the same sparse pairs as the reference."""
     layout = state.layout
@@ -88,7 +129,8 @@ def assert_unrecallable_stay(problem: Problem, state: LayerState) -> None:
 def assert_same_choices(state: LayerState, other: LayerState) -> None:
     """Two states of a sequence hold the same exact pairs in the same places; H and saliency but
     rounding."""
-    for name in ("positions", "sparse_k", "sparse_v", "exact_k", "exact_v"):
+    names = ("positions", "sparse_k_scale", "sparse_v_scale", "sparse_k", "sparse_v")
+    for name in (*names, "exact_k", "exact_v"):
         one, two = (getattr(x.views, name)[SLOT] for x in (state, other))
         assert torch.equal(one, two), name
     for name in ("H", "saliency"):
@@ -105,9 +147,7 @@ def assert_bounds_hold(problem: Problem, state: LayerState, slot: int = SLOT) ->
     Hs, lam = layout.num_state_heads, layout.sparse_cache_size
     share = Hs // layout.num_sparse_heads
     assert layout.parts["bounds"][0] == (Hs, 6, lam)
-    k, v = (
-        x[slot].double().repeat_interleave(share, dim=0) for x in (views.sparse_k, views.sparse_v)
-    )
+    k, v = (x[slot].repeat_interleave(share, dim=0) for x in sparse_pairs(views))
     phi = feature_map(k, problem.feature_map_k.double())
     H, s = views.H[slot].double(), views.s[slot].double().unsqueeze(-1)
     p = phi @ H / (phi @ s)

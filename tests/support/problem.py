@@ -177,16 +177,14 @@ def with_a_trend(T: int, config: LolaConfig, **options: Any) -> Problem:
     return problem
 
 
-def unrecallable(
-    interval: int, sharing: str, dtype: torch.dtype, saliency: bool = False
-) -> Problem:
+def unrecallable(interval: int, sharing: str, dtype: torch.dtype, **fields: Any) -> Problem:
     """Four pairs of KV head 0 whose scores are NaN or infinite, for a cache of three.
 
     Whatever the interval, the oldest three are what stays of that head: 7, 9 and 14.
     """
     config = LolaConfig(
         window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8,
-        sparse_sharing=sharing, saliency=saliency,
+        sparse_sharing=sharing, **fields,
     )  # fmt: skip
     problem = make_problem(40, config, Hs=6, dtype=dtype)
     problem.v[[7, 14, 16], 0] = torch.nan

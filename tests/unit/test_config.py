@@ -16,6 +16,7 @@ def test_defaults_are_the_authors():
     assert (config.window_size, config.update_interval, config.sink_size) == (64, 64, 0)
     assert (config.mixing, config.state_dtype, config.sparse_sharing) == ("lola", "float32", "none")
     assert config.saliency is False
+    assert config.sparse_dtype == "model"
 
 
 def test_the_interval_follows_the_window_unless_it_is_given():
@@ -44,6 +45,7 @@ def test_the_interval_follows_the_window_unless_it_is_given():
         ({"rebase_interval": -1}, "lola_config.rebase_interval = -1: must be greater than or"),
         ({"rebase_interval": 2.0}, "lola_config.rebase_interval = 2.0: must be a valid integer"),
         ({"mixing": "half"}, "lola_config.mixing = 'half': must be 'lola' or 'lolcats'"),
+        ({"sparse_dtype": "int4"}, "lola_config.sparse_dtype = 'int4': must be 'model' or 'int8'"),
         ({"state_dtype": "int8"}, "lola_config.state_dtype = 'int8': must be 'float32'"),
         (
             {"state_dtype": "bfloat16"},

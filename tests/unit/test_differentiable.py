@@ -7,6 +7,7 @@ import torch
 
 from lola_vllm.config import LolaConfig, saliency_size
 from lola_vllm.ops.differentiable import lola_attention_parallel, plan_memory
+from lola_vllm.ops.int8 import rounded
 from lola_vllm.ops.reference import feature_map, lola_attention, pair_saliency
 
 D, F = 6, 5
@@ -27,6 +28,13 @@ CASES = [
         2,
         6,
         dict(window_size=4, sparse_cache_size=3, sparse_sharing="kv_head", saliency=True),
+    ),
+    (
+        40,
+        4,
+        2,
+        4,
+        dict(window_size=6, sparse_cache_size=5, sink_size=2, saliency=True, sparse_dtype="int8"),
     ),
 ]
 
@@ -75,8 +83,11 @@ def test_plan_leaves_the_state_of_the_reference(
     v_s = v.transpose(1, 2).repeat_interleave(Hs // Hkv, dim=1)
     Hg = config.num_sparse_heads(Hs, Hkv)
     saliency, w = saliency_of(config, Hkv), None
+    if config.sparse_dtype == "int8":
+        keys_s, v_s = rounded(keys_s), rounded(v_s)
     if saliency is not None:
-        w = pair_saliency(k, v, saliency).transpose(1, 2).repeat_interleave(Hg // Hkv, dim=1)
+        pairs = (rounded(k), rounded(v)) if config.sparse_dtype == "int8" else (k, v)
+        w = pair_saliency(*pairs, saliency).transpose(1, 2).repeat_interleave(Hg // Hkv, dim=1)
     plan = plan_memory(feature_map(keys_s, fk), v_s, config, Hg, w)
     # What the last chunk sees is the state of the tokens before it.
     n = (T - 1) // config.update_interval * config.update_interval
@@ -106,6 +117,24 @@ def test_gradients(mixing: str) -> None:
     config = LolaConfig(window_size=4, sparse_cache_size=3, sink_size=1, mixing=mixing)
     args = tuple(x.requires_grad_() for x in problem(19, 2, 1, 1, B=1))
     assert torch.autograd.gradcheck(lambda *x: lola_attention_parallel(*x, config), args)
+
+
+def test_gradients_pass_through_the_rounding_of_pairs() -> None:
+    """As of an int8 model whose pairs are what they are rounded to: rounding changes none of them,
+    and the steps to either side are not seen."""
+    config = LolaConfig(window_size=4, sparse_cache_size=3, sparse_dtype="int8")
+    q, k, v, *weights = problem(19, 2, 1, 1, B=1)
+    # Integers up to 127 with one of 127 in each row: the rounding to int8 keeps them.
+    k, v = ((x * 40).round().clamp(-126, 126) / 64 for x in (k, v))
+    k[..., 0] = v[..., 0] = 127 / 64
+    args = [x.requires_grad_() for x in (q, k, v, *weights)]
+    plain = config.model_copy(update={"sparse_dtype": "model"})
+    found = [lola_attention_parallel(*args, each) for each in (config, plain)]
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(out.square().sum(), args) for out in found]
+    for one, two in zip(*gradients, strict=True):
+        assert bool(two.any())
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_in_and_out_and_large_logits() -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 from lola_vllm.checkpoint.init import init_checkpoint
 from lola_vllm.config import LolaConfigError, LolaLlamaConfig
 from lola_vllm.hf import LolaCache, LolaLlamaForCausalLM, LolaModelError
+from lola_vllm.sessions import StateFileError
 from tests.support.families import FAMILIES, make_base
 from tests.support.oracle import Oracle
 from tests.support.tiny import make_tiny, random_prompts
@@ -77,6 +78,7 @@ def pages(cache: LolaCache) -> list[torch.Tensor]:
         {"sparse_sharing": "kv_head"},
         {"sparse_cache_size": [60, 4]},
         {"saliency": True, "update_interval": 5},
+        {"sparse_dtype": "int8", "saliency": True},
     ],
     ids=[
         "chunked",
@@ -86,6 +88,7 @@ def pages(cache: LolaCache) -> list[torch.Tensor]:
         "shared",
         "a-size-per-layer",
         "saliency",
+        "int8",
     ],
 )
 @pytest.mark.parametrize("state_heads", [2, 4])
@@ -566,3 +569,19 @@ def test_without_a_cache_rows_end_at_the_trained_length(endless: Path) -> None:
 def test_an_interval_that_does_not_suit_the_length_is_refused(endless: Path) -> None:
     with pytest.raises(LolaConfigError, match="rebase_interval = 24: must divide"):
         AutoModelForCausalLM.from_pretrained(endless, lola_config={"rebase_interval": 24})
+
+
+@torch.no_grad()
+def test_a_state_of_int8_pairs_is_of_no_other_model(tmp_path: Path) -> None:
+    """Its file goes on in the same model, and says to another what differs."""
+    directory = make_tiny(tmp_path / "tiny", {**LOLA, "sparse_dtype": "int8"})
+    model, ids = load(directory), torch.tensor(random_prompts([131], seed=7))
+    cache = model(ids).past_key_values
+    cache.save(tmp_path / "state", ids[0])
+    found, _ = LolaCache.load(tmp_path / "state", model.config)
+    more = torch.tensor(random_prompts([30], seed=8))
+    expected = model(torch.cat([ids, more], dim=1)).logits[:, 131:]
+    torch.testing.assert_close(model(more, past_key_values=found).logits, expected, **CLOSE)
+    model.config.lola_config = {"sparse_dtype": "model"}
+    with pytest.raises(StateFileError, match="another model config"):
+        LolaCache.load(tmp_path / "state", model.config)

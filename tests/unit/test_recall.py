@@ -15,6 +15,7 @@ CONFIGS = {
     "short-interval": {"update_interval": 3, "sink_size": 2},
     "no-cache": {"sparse_cache_size": 0},
     "saliency": {"saliency": True, "update_interval": 3},
+    "int8": {"sparse_dtype": "int8", "saliency": True, "update_interval": 3},
 }
 
 
@@ -48,11 +49,12 @@ def test_remembered_is_the_references_cache_with_its_errors(fields, n, Hs):
     assert (saliency is None) == (problem.saliency is None)
     for head, held in enumerate(state.sparse_positions):
         kv = head // (Hs // 2)
-        phi = feature_map(problem.k[held, kv], problem.feature_map_k[head])
-        expected = self_recall_error(phi, problem.v[held, kv], state.H[head], state.s[head])
+        k, v = state.k[head, held], state.v[head, held]
+        phi = feature_map(k, problem.feature_map_k[head])
+        expected = self_recall_error(phi, v, state.H[head], state.s[head])
         torch.testing.assert_close(errors[head], expected, rtol=1e-6, atol=1e-9)
         if saliency is not None:
-            w = pair_saliency(problem.k[held, kv], problem.v[held, kv], problem.saliency[kv])
+            w = pair_saliency(k, v, problem.saliency[kv])
             torch.testing.assert_close(saliency[head], w, rtol=1e-6, atol=0)
 
 
@@ -85,9 +87,8 @@ def test_forecast_is_what_the_next_update_does(fields, n, sharing):
         candidates = sorted(evicted | set(before.sparse_positions[head]))
         if not candidates:
             continue
-        kv = head // 3
-        v = problem.v[candidates, kv]
-        phi = feature_map(problem.k[candidates, kv], problem.feature_map_k[head])
+        v = after.v[head, candidates]
+        phi = feature_map(after.k[head, candidates], problem.feature_map_k[head])
         errors = self_recall_error(phi, v, before.H[head], before.s[head]) / v.norm(dim=-1)
         for position, error in zip(candidates, errors.tolist(), strict=True):
             (kept if position in after.sparse_positions[head] else folded).append(error)

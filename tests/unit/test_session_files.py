@@ -21,6 +21,9 @@ from lola_vllm.sessions.file import file_name, parse_name, read_header, read_tok
 from lola_vllm.state import SequenceLayout, StateLayout
 from tests.support.sessions import FINGERPRINT
 
+# Parts with one number for each slot of the sparse cache, or as `bounds` several rows of them.
+PER_PAIR = ("positions", "saliency", "sparse_k_scale", "sparse_v_scale", "bounds")
+
 TOKENS = np.arange(300, dtype=np.int32)
 ROW = np.random.default_rng(0).integers(0, 256, 4096, dtype=np.uint8)
 
@@ -161,13 +164,13 @@ def test_files_that_a_killed_process_left_are_removed(tmp_path):
     assert not left.exists() and all(path.exists() for path in others)
 
 
-@pytest.mark.parametrize("saliency", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"saliency": True}, {"sparse_dtype": "int8"}])
 @pytest.mark.parametrize("interval", [1, 8])
 @pytest.mark.parametrize("n", [1, 3, 20, 45, 90])
-def test_a_cleaned_row_has_what_is_valid_and_nothing_else(n, interval, saliency):
+def test_a_cleaned_row_has_what_is_valid_and_nothing_else(n, interval, fields):
     config = LolaConfig(
         window_size=16, sparse_cache_size=24, sink_size=2, feature_dim=8,
-        update_interval=interval, saliency=saliency,
+        update_interval=interval, **fields,
     )  # fmt: skip
     layout = StateLayout.from_config(config, 2, 2, 16, torch.float32)
     sequence = SequenceLayout((layout, layout))
@@ -182,7 +185,7 @@ def test_a_cleaned_row_has_what_is_valid_and_nothing_else(n, interval, saliency)
         if name in ("H", "s", "exact_k", "exact_v") or not getattr(old, name).numel():
             continue
         # Only the rows of bounds have their slots in the last dimension.
-        slots = -1 if name in ("positions", "saliency", "bounds") else -2
+        slots = -1 if name in PER_PAIR else -2
         (kept, rest), (stored, _) = (
             getattr(views, name)[0].split([k, 24 - k], dim=slots) for views in (new, old)
         )

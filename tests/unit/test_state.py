@@ -32,9 +32,9 @@ def layout(lam=5, sink=3, interval=4, kv_dtype=torch.bfloat16, **fields):
 @pytest.mark.parametrize("lam", [0, 1, 5])
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
-@pytest.mark.parametrize("saliency", [False, True])
-def test_parts_do_not_overlap_and_are_aligned(lam, kv_dtype, sharing, saliency):
-    page = layout(lam, kv_dtype=kv_dtype, sparse_sharing=sharing, saliency=saliency)
+@pytest.mark.parametrize("fields", [{}, {"saliency": True}, {"sparse_dtype": "int8"}])
+def test_parts_do_not_overlap_and_are_aligned(lam, kv_dtype, sharing, fields):
+    page = layout(lam, kv_dtype=kv_dtype, sparse_sharing=sharing, **fields)
     pool = torch.zeros(3, page.page_bytes + 128, dtype=torch.uint8)
     views = page.views(pool)
     for i, view in enumerate(views):
@@ -83,6 +83,19 @@ def test_a_saliency_adds_a_number_per_sparse_pair_and_else_nothing(kv_dtype):
     assert [without.offsets[name] for name in names] == offsets
     parts = with_it.part_bytes
     assert {name: parts[name] for name in names} == {n: without.part_bytes[n] for n in names}
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float64])
+def test_int8_pairs_take_a_byte_per_number_and_two_scales(kv_dtype):
+    page, plain = layout(kv_dtype=kv_dtype, sparse_dtype="int8"), layout(kv_dtype=kv_dtype)
+    for name in ("sparse_k", "sparse_v"):
+        assert page.parts[name] == ((6, 5, 16), torch.int8)
+        assert plain.parts[name] == ((6, 5, 16), kv_dtype)
+        assert page.parts[f"{name}_scale"] == ((6, 5), torch.float32)
+        assert plain.part_bytes[f"{name}_scale"] == 0
+        assert plain.offsets[f"{name}_scale"] == plain.offsets["sparse_k"]  # takes no room
+    others = [name for name in PARTS if not name.startswith("sparse")]
+    assert all(page.parts[name] == plain.parts[name] for name in others)
 
 
 def test_bytes_of_the_8b_layouts():
@@ -143,7 +156,7 @@ def test_the_table_is_the_struct_of_the_header():
     assert [x.strip() for names in declared for x in names.split(",")] == list(TABLE_FIELDS)
     codes = re.search(r"enum class DType : int64_t \{(.*?)\}", header)[1].split(",")
     short = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16",
-             torch.float64: "f64"}  # fmt: skip
+             torch.float64: "f64", torch.int8: "i8"}  # fmt: skip
     assert {short[dtype]: code for dtype, code in DTYPE_CODES.items()} == {
         name.strip(): code for code, name in enumerate(codes)
     }
@@ -157,9 +170,13 @@ def test_the_table_holds_the_layout():
         "num_heads": 12, "num_kv_heads": 2, "num_state_heads": 6, "num_sparse_heads": 2,
         "head_dim": 16, "feature_dim": 6, "window_size": 10, "sparse_cache_size": 5,
         "update_interval": 4, "sink_size": 3, "subtract_max": 1, "has_saliency": 0,
-        "kv_dtype": DTYPE_CODES[torch.bfloat16], "state_dtype": DTYPE_CODES[torch.float32],
-        "page_bytes": page.page_bytes,
+        "kv_dtype": DTYPE_CODES[torch.bfloat16], "sparse_dtype": DTYPE_CODES[torch.bfloat16],
+        "state_dtype": DTYPE_CODES[torch.float32], "page_bytes": page.page_bytes,
     }  # fmt: skip
     weighed = layout(saliency=True)
     table = dict(zip(TABLE_FIELDS, weighed.table(12, True).tolist(), strict=True))
     assert table["has_saliency"] == 1 and table["saliency"] == weighed.offsets["saliency"]
+    small = layout(sparse_dtype="int8")
+    table = dict(zip(TABLE_FIELDS, small.table(12, True).tolist(), strict=True))
+    assert table["sparse_dtype"] == DTYPE_CODES[torch.int8]
+    assert table["sparse_v_scale"] == small.offsets["sparse_v_scale"]

@@ -1,0 +1,173 @@
+"""Sparse pairs as int8: rounded as they leave the window, and so in all that follows."""
+
+import pytest
+import torch
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops import portable
+from lola_vllm.ops.int8 import quantize
+from lola_vllm.ops.places import Places
+from tests.support.backends import fewer, only
+from tests.support.pages import (
+    assert_bounds_hold,
+    assert_same_choices,
+    assert_unrecallable_stay,
+)
+from tests.support.problem import SLOT, make_problem, run, unrecallable, with_a_trend
+
+BOUNDING = only("native", "cuda-emulated", "cuda", "triton", "triton-interpreted")
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def config_of(**fields):
+    defaults = {"window_size": 10, "sparse_cache_size": 6, "feature_dim": 8, "sparse_dtype": "int8"}
+    return LolaConfig(**defaults | fields)
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("lam", [0, 5, 100])
+@pytest.mark.parametrize("T", [11, 23, 61])
+@fewer("emulated", T=[61])
+@fewer("interpreted", T=[23], lam=[0, 5])
+def test_equals_the_reference(backend, T, lam, interval):
+    """No cache, one that overflows, and one that holds all."""
+    config = config_of(sparse_cache_size=lam, update_interval=interval)
+    problem = make_problem(T, config, dtype=backend.dtype, seed=T + lam, group=1)
+    truth = problem.reference()
+    for decode_from in (T, T // 2) if backend.pace == "interpreted" else (T, T // 2, 0):
+        backend.check(problem, decode_from=decode_from, truth=truth)
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("Hs, sharing", [(2, "none"), (6, "none"), (6, "kv_head")])
+@pytest.mark.parametrize("d", [16, 5, 32, 64])  # whole vectors on some machines, and on none
+@fewer("interpreted", d=[5], Hs=[6])
+@fewer("emulated", d=[5, 64], Hs=[6])
+def test_heads_head_sizes_sinks_and_saliency(backend, d, Hs, sharing, interval):
+    config = config_of(update_interval=interval, sparse_sharing=sharing, sink_size=3, saliency=True)
+    problem = make_problem(
+        57, config, Hs=Hs, d=d, dtype=backend.dtype, seed=d, scale=(8 / d) ** 0.5
+    )
+    decode_from = 50 if backend.prefills else 3
+    backend.check(problem, [2, 5, 6, 25], decode_from=decode_from, extra_stride=192)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("interval, lam", [(1, 7), (8, 7), (8, 33)])
+@fewer("interpreted", dtype=[torch.bfloat16], lam=[7])
+def test_dtypes(backend, dtype, interval, lam):
+    """A cache of an odd size, so that its last pair stands beside one of another dtype."""
+    config = config_of(window_size=8, update_interval=interval, sparse_cache_size=lam)
+    problem = make_problem(90, config, d=32, dtype=dtype, scale=0.5, seed=3)
+    for decode_from in (90, 70):
+        backend.check(problem, decode_from=decode_from)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@fewer("interpreted", parts=[2])
+def test_pairs_that_are_cut_in_parts(backend, parts):
+    """A set of several tiles."""
+    config = config_of(sparse_cache_size=150, update_interval=4)
+    problem = make_problem(180, config, dtype=backend.dtype, group=1, Hkv=1)
+    backend.cut_in(parts).check(problem, decode_from=176)
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@fewer("interpreted", interval=[1])
+def test_rows_of_zeros_large_numbers_and_small_ones(backend, interval):
+    """Scales from 0 to beyond what other dtypes of 16 bits hold, and next to the least."""
+    config = config_of(update_interval=interval, sparse_cache_size=30)
+    problem = make_problem(50, config, dtype=torch.float32, group=1)
+    problem.k[3:6] = 0
+    problem.v[4:9] = 0
+    problem.v[9] *= 1e30
+    problem.v[10] = 1e-44  # below the least that a scale can be
+    problem.v[11] *= 1e-37
+    _, state = backend.run(problem, decode_from=45)
+    for g, kv in enumerate((0, 1)):
+        at = state.views.positions[SLOT, g, :30].long()
+        assert sorted(at.tolist()) == problem.reference()[1].sparse_positions[g]
+        for name in "kv":
+            numbers, scale = (
+                getattr(state.views, f"sparse_{name}{end}")[SLOT, g] for end in ("", "_scale")
+            )
+            expected = quantize(getattr(problem, name)[at, kv])
+            assert torch.equal(numbers, expected.numbers)
+            assert torch.equal(scale, expected.scale)
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+@pytest.mark.parametrize("sharing", ["none", "kv_head"])
+@fewer("interpreted", interval=[1])
+def test_scores_that_are_no_numbers_count_as_the_largest(backend, interval, sharing):
+    """A row with a NaN or an infinity is all NaN, and nothing else is."""
+    problem = unrecallable(interval, sharing, backend.dtype, sparse_dtype="int8", saliency=True)
+    out, state = backend.run(problem, decode_from=20 if backend.prefills else 0)
+    assert_unrecallable_stay(problem, state)
+    Hg = state.layout.num_sparse_heads
+    for scale in (state.views.sparse_k_scale[SLOT], state.views.sparse_v_scale[SLOT]):
+        assert scale[Hg // 2 :].isfinite().all()
+    assert state.views.sparse_v_scale[SLOT, 0].isnan().all()
+    assert out[:, 3:].isfinite().all()  # of the other KV head
+
+
+@pytest.mark.prompts
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("lam", [5, 100])
+@fewer("interpreted", interval=[4], lam=[5])
+def test_rebases_round_turned_keys_again(backend, lam, interval):
+    config = config_of(sparse_cache_size=lam, update_interval=interval, window_size=6, sink_size=3)
+    places = Places(length=32, interval=8)
+    problem = make_problem(61, config, dtype=backend.dtype, places=places, seed=lam)
+    if backend.dtype != torch.float64:
+        # In float32 another number may be rounded to; what the page holds must be what is used.
+        out, state = backend.run(problem, [15], decode_from=45)
+        expected, other = run(portable, problem, [15], decode_from=45)
+        torch.testing.assert_close(out, expected, **CLOSE)
+        assert torch.equal(state.views.sparse_k[SLOT], other.views.sparse_k[SLOT])
+        return
+    truth = problem.reference()
+    for decode_from in (39, 40, 61):
+        backend.check(problem, [15], decode_from=decode_from, truth=truth)
+
+
+@BOUNDING
+@pytest.mark.parametrize(
+    "dtype, d, lam, sharing",
+    [
+        (torch.float32, 16, 32, "none"),
+        (torch.float64, 20, 33, "none"),
+        (torch.bfloat16, 20, 70, "none"),
+        (torch.float16, 12, 33, "kv_head"),
+    ],
+)
+@fewer("interpreted", lam=[32])
+def test_bounds_make_the_choices_of_all_scores(backend, dtype, d, lam, sharing):
+    """At an interval of 1, long enough for most scores to be bounded."""
+    T = {"full": 400 if backend.on_gpu else 1500, "emulated": 400, "interpreted": 100}[backend.pace]
+    config = config_of(
+        window_size=8, sparse_cache_size=lam, update_interval=1, feature_dim=16,
+        sparse_sharing=sharing,
+    )  # fmt: skip
+    group, Hkv = 2 if sharing == "kv_head" else 1, 1 if backend.pace == "interpreted" else 2
+    problem = with_a_trend(
+        T, config, dtype=dtype, d=d, Hkv=Hkv, group=group, Hs=Hkv * group, scale=(16 / d) ** 0.5
+    )
+    _, kept = backend.run(problem, [30, 31], decode_from=T // 5 if backend.prefills else 0)
+    _, direct = run(portable, problem)
+    assert_same_choices(kept, direct)
+    assert_bounds_hold(problem, kept)
+
+
+@only("native")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [32, 20])
+def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
+    """Native prefill carries features and bounds of rounded pairs from update to update."""
+    config = config_of(window_size=16, sparse_cache_size=96, feature_dim=16)
+    problem = with_a_trend(1500, config, dtype=dtype, d=d, group=1)
+    _, bounded = backend.run(problem, [700])
+    _, stepwise = backend.run(problem, decode_from=0)
+    for name in ("positions", "sparse_k", "sparse_k_scale", "sparse_v", "sparse_v_scale", "H", "s"):
+        one, two = (getattr(x.views, name)[SLOT] for x in (bounded, stepwise))
+        assert torch.equal(one, two), name
