@@ -2,10 +2,19 @@
 
     python benchmarks/sessions.py --out benchmarks/results/sessions.json
 
-A session reads `--before` tokens. Its next turn of `--turn` tokens is timed to the first token: in
-the same process, in a new process that finds the state in a file, computed from nothing, and the
-turn's tokens alone, which is the least that a turn can take. Decoding is timed for `--batch`
-sequences, with the store on (each ends with two states that are copied and written) and off.
+A conversation has read `--before` tokens. Its next turn of `--turn` tokens is timed to the first
+token, on engines that have the conversation in another way each:
+
+    same process     the state is in the store's memory
+    new process      the state is in a file, which another process wrote
+    prefix caching   no store; vLLM keeps a state every 1,024 tokens or so
+    stock            the base model with a full KV cache and prefix caching
+
+Each is timed in turns with the turn's tokens alone on the same engine, which is the least that it
+can take, and once with everything computed from nothing, which is what an engine without the state
+does after a restart. `chat` counts the tokens that `--turns` turns of `--turn` tokens compute.
+Decoding is timed for `--batch` sequences, with the store on (each ends with two states that are
+copied and written) and off, in turns.
 """
 
 from __future__ import annotations
@@ -15,27 +24,41 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common import ROOT, print_result, run_worker, write_report
 
-WORKERS = ("same process", "new process", "store on", "store off")
+WORKERS = ("same process", "new process", "prefix caching", "stock", "chat")
+DECODING = ("store on", "store off")
+NEW = 16  # tokens of an answer
+
+# (prompts, new tokens, what kv_transfer_params say) -> seconds, the requests' outputs
+Ask = Callable[..., tuple[float, Any]]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "models/smollm2-lola")
+    parser.add_argument("--stock", type=Path, default=ROOT / "models/smollm2-base")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--before", type=int, default=6000, help="tokens")
     parser.add_argument("--turn", type=int, default=300, help="tokens")
+    parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--new", type=int, default=128, help="tokens to decode")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="of decoding with and without store")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WORKERS + DECODING, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    """Token ids that no other seed begins with."""
+    return [(31 * seed + 7 * i) % 40000 + 100 for i in range(count)]
 
 
 def worker(args: argparse.Namespace) -> dict[str, float]:
@@ -43,65 +66,78 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    directory = os.environ["LOLA_BENCH_STATES"]
-    stored = {"lola": {"state_ram": "1GiB", "state_dir": directory}}
+    has_store = args.worker in ("same process", "new process", "chat", "store on")
+    stored = {"lola": {"state_ram": "1GiB", "state_dir": os.environ["LOLA_BENCH_STATES"]}}
     llm = LLM(
-        str(args.model),
+        str(args.stock if args.worker == "stock" else args.model),
         dtype=args.dtype,
         enforce_eager=True,
-        max_model_len=args.before + args.turn + args.new + 64,
+        max_model_len=8192,
         max_num_seqs=args.batch,
-        enable_prefix_caching=False,
-        additional_config={} if args.worker == "store off" else stored,
+        enable_prefix_caching=args.worker in ("prefix caching", "stock"),
+        additional_config=stored if has_store else {},
     )
 
-    def tokens(seed: int, count: int) -> list[int]:
-        return [(31 * seed + 7 * i) % 40000 + 100 for i in range(count)]
-
-    def ask(prompts: list[list[int]], new: int, **lola: Any) -> tuple[float, Any]:
-        params = SamplingParams(
-            max_tokens=new,
-            temperature=0.0,
-            ignore_eos=True,
-            extra_args={"kv_transfer_params": {"lola": lola}},
-        )
+    def ask(prompts: list[list[int]], new: int = 1, **lola: Any) -> tuple[float, Any]:
+        extra = {"extra_args": {"kv_transfer_params": {"lola": lola}}} if has_store else {}
+        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, **extra)
         requests = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         begin = time.perf_counter()
         outputs = llm.generate(requests, params, use_tqdm=False)
         return time.perf_counter() - begin, outputs
 
-    ask([tokens(1, 500)], 1, save=False)  # first-use costs are not what is measured
-    result: dict[str, float] = {}
-    if args.worker in ("store on", "store off"):
-        rates = []
-        for run in range(args.runs):
-            prompts = [tokens(100 * run + i, 64) for i in range(args.batch)]
-            seconds, _ = ask(prompts, args.new)
-            rates.append(args.batch * args.new / seconds)
-        result["tokens per second"] = statistics.median(rates)
-    else:
-        text = tokens(2, args.before)
-        if args.worker == "same process":
-            ask([text], 16, save="chat")
-            ask([tokens(3, 40)], 1)  # the step that copies the state
-        times: dict[str, list[float]] = {}
-        for run in range(args.runs):
-            turn = tokens(10 + run, args.turn)
-            seconds, outputs = ask([text + turn], 1, save=False)
-            restored = outputs[0].kv_transfer_params["lola"]["restored_tokens"]
-            assert restored == args.before, outputs[0].kv_transfer_params
-            times.setdefault("a turn, ms", []).append(1e3 * seconds)
-            if args.worker == "same process":
-                seconds, _ = ask([turn], 1, save=False, **{"from": False})
-                times.setdefault("its tokens alone, ms", []).append(1e3 * seconds)
-        if args.worker == "same process":
-            seconds, _ = ask([text + tokens(9, args.turn)], 1, save=False, **{"from": False})
-            times["from nothing, ms"] = [1e3 * seconds]
-        if args.worker == "new process":  # the first turn reads the file, later ones memory
-            result["the first turn, ms"] = times["a turn, ms"][0]
-        result |= {name: statistics.median(values) for name, values in times.items()}
+    ask([tokens(1, 500)], save=False)  # first-use costs are not what is measured
+    measure = decoding if args.worker in DECODING else chat if args.worker == "chat" else turns
+    result = measure(args, ask)
     llm.llm_engine.engine_core.shutdown()
     return result
+
+
+def turns(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
+    """A turn after a long text, its tokens alone, and everything from nothing, in milliseconds."""
+    text, times = tokens(2, args.before), {"a turn, ms": [], "its tokens alone, ms": []}
+    result: dict[str, float] = {}
+    seconds, _ = ask([tokens(99, args.before + args.turn)], save=False)
+    result["from nothing, ms"] = 1e3 * seconds
+    if args.worker != "new process":
+        ask([text], NEW, save="chat")
+        ask([tokens(3, 40)])  # the step that copies the state
+    for run in range(args.runs):
+        turn = tokens(10 + run, args.turn)
+        seconds, (output,) = ask([text + turn], save=False)
+        result["tokens not computed"] = output.num_cached_tokens
+        times["a turn, ms"].append(1e3 * seconds)
+        seconds, _ = ask([turn[::-1]], save=False, **{"from": False})
+        times["its tokens alone, ms"].append(1e3 * seconds)
+    result["the first turn, ms"] = times["a turn, ms"][0]  # a new process reads the file for it
+    result |= {name: statistics.median(values) for name, values in times.items()}
+    alone = result["its tokens alone, ms"]
+    result["a turn, of its tokens alone"] = result["a turn, ms"] / alone
+    result["the first turn, of its tokens alone"] = result["the first turn, ms"] / alone
+    return result
+
+
+def chat(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
+    """Tokens that each turn of a growing conversation computes, over those that are new in it."""
+    said: list[int] = []
+    shares = []
+    for turn in range(args.turns):
+        known = len(said)
+        said = said + tokens(50 + turn, args.turn)
+        _, (output,) = ask([said], NEW, save="grows")
+        shares.append((len(said) - output.num_cached_tokens) / (len(said) - known))
+        said += output.outputs[0].token_ids
+    return {"computed over new, last turn": shares[-1], "computed over new, most": max(shares)}
+
+
+def decoding(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
+    """Tokens per second of `--batch` sequences, the median of some runs."""
+    rates = []
+    for run in range(args.runs):
+        prompts = [tokens(100 * run + i, 64) for i in range(args.batch)]
+        seconds, _ = ask(prompts, args.new)
+        rates.append(args.batch * args.new / seconds)
+    return {"tokens per second": statistics.median(rates)}
 
 
 def main() -> None:
@@ -112,10 +148,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         os.environ["LOLA_BENCH_STATES"] = directory
-        results = {name: run_worker(name) for name in WORKERS}
+        results: dict[str, dict[str, float]] = {name: run_worker(name) for name in WORKERS}
+        rounds = [{name: run_worker(name) for name in DECODING} for _ in range(args.rounds)]
+    rates = {n: [r[n]["tokens per second"] for r in rounds] for n in DECODING}
+    results["decoding"] = {f"{n}, tokens per second": statistics.median(rates[n]) for n in DECODING}
+    results["decoding"]["on over off"] = statistics.median(
+        on / off for on, off in zip(*rates.values(), strict=True)
+    )
     for name, found in results.items():
         for what, value in found.items():
-            print(f"{name:16} {what:24} {value:10.1f}")
+            print(f"{name:16} {what:36} {value:10.2f}")
     write_report(args, results)
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
+from lola_vllm.sessions.orders import DISK, FAULTS, MEMORY
+
 Stats = dict[str, Any]
 
 # Name without "lola:" -> (help, label or None, label value -> number, or the number under None).
 Read = Callable[[Stats], dict[str | None, float]]
-TIERS = ("memory", "disk")
+TIERS = (MEMORY, DISK)
 
 
 def _tiers(kind: str, name: str) -> Read:
@@ -43,7 +45,8 @@ COUNTERS: dict[str, tuple[str, str | None, Read]] = {
     "session_failures": (
         "States that could not be saved or loaded",
         "reason",
-        lambda stats: stats["failures"],
+        # With 0 from the start: the first failure would not be seen as an increase otherwise.
+        lambda stats: {fault: stats["failures"].get(fault, 0) for fault in FAULTS},
     ),
 }
 

@@ -181,9 +181,10 @@ def parse_settings(
 
 
 def _parse_config(model: Path, text: str, score: str) -> Setting:
-    name, equals, value = text.partition("=")
-    if not equals or name.lstrip().startswith("{"):  # "=" may occur inside JSON
-        name, value = "override", text
+    # "=" may occur in the name, and inside the object.
+    head, brace, rest = text.partition("{")
+    name, equals, start = head.rpartition("=")
+    name, value = (name, start + brace + rest) if equals else ("override", text)
     try:
         config = json.loads(value)
     except ValueError as error:

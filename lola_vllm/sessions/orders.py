@@ -14,6 +14,10 @@ from lola_vllm.sessions.file import StateHeader
 
 MEMORY, DISK = "memory", "disk"
 
+# Why a state could not be saved or loaded, in a word: a `StateFileError`, the operating system
+# ("io"), or a disk that takes longer than states come ("slow").
+FAULTS = ("missing", "unreadable", "damaged", "version", "foreign", "io", "slow")
+
 
 @dataclass(frozen=True)
 class Save:
@@ -73,7 +77,7 @@ class Outcome:
 
     Attributes:
         event: "saved" or "loaded", each with the tier; "save-failed" or "load-failed".
-        reason: why it failed, for people. fault: the same in a word, for counting.
+        reason: why it failed, for people. fault: one of `FAULTS`, for counting.
         seconds: it took.
     """
 

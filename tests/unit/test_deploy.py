@@ -178,6 +178,8 @@ HEALTHY = {
     f'lola:recall_error{{{SERVER}, pairs="folded"}}': f"0.4x{MINUTES}",
     f"lola:swap_ratio{{{SERVER}}}": f"0.2x{MINUTES}",
     f"lola:samples_total{{{SERVER}}}": f"0+4x{MINUTES}",
+    f'lola:session_failures_total{{{SERVER}, reason="foreign"}}': f"0+1x{MINUTES}",
+    f'lola:session_failures_total{{{SERVER}, reason="io"}}': f"0x{MINUTES}",
 }
 LATE = MINUTES - 60
 TROUBLES = {
@@ -194,6 +196,7 @@ TROUBLES = {
              ["LolaFirstTokenSlow"]),
     "not finite": ({'pairs="folded"': f"0.4x{LATE}" + " NaN" * 59}, ["LolaStateNotFinite"]),
     "untrained": ({'pairs="folded"': f"1.3x{MINUTES}"}, ["LolaRecallErrorHigh"]),
+    "full disk": ({'reason="io"': f"0x{LATE} 0+1x59"}, ["LolaStatesNotStored"]),
     "other texts": ({"lola:swap_ratio": f"0.2x{LATE - 60} 0.9x119"}, ["LolaSwapsUnusual"]),
 }  # fmt: skip
 

@@ -53,6 +53,7 @@ def test_settings(models: Path) -> None:
     lola = models / "lola"
     assert parse(models) == [Setting("model", lola)]
     assert parse(models, '{"a": "b=c"}') == [Setting("override", lola, {"a": "b=c"})]
+    assert parse(models, 'D = 8={"a": 1}') == [Setting("D = 8", lola, {"a": 1})]
     found = parse(
         models,
         'w8={"window_size": 8}',
