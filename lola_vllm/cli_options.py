@@ -35,6 +35,11 @@ LOLA_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
         "positions by which RoPE's origin moves when the base's trained length is used up (new "
         "checkpoints: a quarter of it); 0: contexts end there",
     ),
+    "score_fade": (
+        float,
+        "power of the hidden state's fading by which the scores of sparse pairs fade at a rebase; "
+        "0: never",
+    ),
     "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
     "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),
     "state_dtype": (str, "storage of the hidden state: float32, no other"),

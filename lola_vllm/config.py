@@ -67,6 +67,8 @@ class LolaConfig(BaseModel):
         rebase_interval: D, positions by which the origin of RoPE moves whenever a sequence has no
             room left in the base's trained length P, `max_position_embeddings`; divides P. 0:
             never, so that contexts end at P.
+        score_fade: gamma (>= 0): a rebase multiplies the scores of the pairs in the sparse cache by
+            (1 - D / P)^gamma. With 1 they fade as the hidden state does; 0: they never fade.
         num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of
             KV heads (maps tied inside a group). None: as the checkpoint's tensors say.
     """
@@ -85,6 +87,7 @@ class LolaConfig(BaseModel):
     saliency: bool = False
     sparse_dtype: Literal["model", "int8"] = "model"
     rebase_interval: int = PydanticField(default=0, ge=0)
+    score_fade: float = PydanticField(default=0.0, ge=0, le=100)
     num_state_heads: int | None = PydanticField(default=None, ge=1)
 
     def __init__(self, **data: Any) -> None:
@@ -132,6 +135,11 @@ class LolaConfig(BaseModel):
                 f"lola_config.sparse_cache_size: {len(sizes)} numbers for {num_layers} layers; "
                 "give one per layer, or one number for all"
             )
+
+    @property
+    def weighs_scores(self) -> bool:
+        """Whether pages keep, for each sparse pair, a number that multiplies its score."""
+        return self.saliency or (self.score_fade > 0 and self.rebase_interval > 0)
 
     def check_places(self, length: int) -> None:
         """Raise `LolaConfigError` unless rebases suit a base's trained length P.

@@ -110,7 +110,8 @@ class StateLayout:
         num_kv_heads, num_state_heads, num_sparse_heads: Hkv, Hs, Hg of this rank.
         head_dim: d. feature_dim: F.
         kv_dtype: dtype of keys and values. state_dtype: dtype of H and s.
-        has_saliency: the model weighs scores by a saliency, which pages keep per sparse pair.
+        has_saliency: scores are weighed by a saliency or fade at rebases; pages keep the product of
+            both per sparse pair.
         int8_pairs: sparse pairs are rounded to int8, and pages keep their scales.
     """
 
@@ -151,7 +152,7 @@ class StateLayout:
             feature_dim=config.feature_dim,
             kv_dtype=kv_dtype,
             state_dtype=state_dtype or getattr(torch, config.state_dtype),
-            has_saliency=config.saliency,
+            has_saliency=config.weighs_scores,
             int8_pairs=config.sparse_dtype == "int8",
         )
 

@@ -12,7 +12,7 @@ page, and its output is zero. An op reads of a page only what the row's token co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -107,12 +107,19 @@ class LayerState:
                 f"feature_map_k: {Hs} state heads do not lie between the {Hq} query heads, the "
                 f"{layout.num_sparse_heads} sparse sets and the {layout.num_kv_heads} KV heads"
             )
+        fades = turn is not None and turn.places.score_fade > 0
+        wide = torch.promote_types(layout.kv_dtype, torch.float32)
+        if layout.has_saliency and weights.saliency is None and fades:
+            # Scores fade, and that is all that weighs them: w = exp(0) when a pair is new.
+            zeros = weights.log_gate.new_zeros(
+                layout.num_kv_heads, saliency_size(layout.head_dim), dtype=wide
+            )
+            weights = replace(weights, saliency=zeros)
         if layout.has_saliency != (weights.saliency is not None):
             given = "none given" if weights.saliency is None else "given"
             raise ValueError(
                 f"saliency: {given}, but the layout has has_saliency = {layout.has_saliency}"
             )
-        wide = torch.promote_types(layout.kv_dtype, torch.float32)
         shapes: dict[str, tuple[int, ...]] = {
             "feature_map_q": (Hq, d, F),
             "feature_map_k": (Hs, d, F),

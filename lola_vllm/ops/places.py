@@ -29,10 +29,12 @@ class Places:
     Attributes:
         length: P, places that there are.
         interval: D, by how many positions a rebase moves the origin; 1 <= D < P.
+        score_fade: gamma, see `score_decay`; >= 0.
     """
 
     length: int
     interval: int
+    score_fade: float = 0.0
 
     @classmethod
     def of(cls, config: LolaLlamaConfig) -> Places | None:
@@ -43,12 +45,19 @@ class Places:
         """
         lola, length = config.lola, config.max_position_embeddings
         lola.check_places(length)
-        return cls(length, lola.rebase_interval) if lola.rebase_interval else None
+        if not lola.rebase_interval:
+            return None
+        return cls(length, lola.rebase_interval, lola.score_fade)
 
     @property
     def decay(self) -> float:
         """What a rebase multiplies H and s by: 1 - D / P."""
         return 1 - self.interval / self.length
+
+    @property
+    def score_decay(self) -> float:
+        """What a rebase multiplies the scores of sparse pairs by: (1 - D / P)^gamma."""
+        return float(self.decay**self.score_fade)
 
     def due(self, num_tokens: Numbers) -> Any:
         """Whether a page of so many tokens is rebased before its next token; bool, or a tensor."""

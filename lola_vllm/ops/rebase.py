@@ -22,8 +22,8 @@ from lola_vllm.state import BOUND_ROWS
 def rebase(state: LayerState, slots: Tensor, num_tokens: Tensor) -> None:
     """Move the origin of pages by D, in place (`docs/algorithm.md`, section 6).
 
-    Exact keys that are not in the far zone turn back by D positions, H and s fade, and bounds on
-    recall errors are forgotten.
+    Exact keys that are not in the far zone turn back by D positions. H, s and the weights of sparse
+    pairs' scores fade. Bounds on recall errors are forgotten.
 
     Args:
         state: of a layer whose `turn` is not None.
@@ -53,6 +53,9 @@ def rebase(state: LayerState, slots: Tensor, num_tokens: Tensor) -> None:
         rows = total[slots]
         fades = live.view(-1, *[1] * (rows.dim() - 1))
         total[slots] = torch.where(fades, rows * places.decay, rows)
+    if places.score_fade and layout.has_saliency:
+        w = views.saliency[slots]
+        views.saliency[slots] = torch.where(live[:, None, None], w * places.score_decay, w)
     if views.bounds.numel():
         # Lemma 1 needs sums that only grow. Every score is computed anew at the next update.
         low = views.bounds[slots, :, BOUND_ROWS.index("low")]

@@ -30,6 +30,7 @@ class LolaState:
         H: `[Hs, 2F, d]`, the sum of phi(k) v^T over the pairs in the hidden state.
         s: `[Hs, 2F]`, the sum of phi(k) over the same pairs.
         k, v: `[Hs, T, d]`, keys and values; those of exact pairs are as the page holds them.
+        w: `[Hg, T]`, what multiplies the scores of pairs that have left the window.
         sparse_positions: per state head, the sorted positions in its sparse cache.
         window_positions: sorted positions in the window, the pinned sinks included.
     """
@@ -38,6 +39,7 @@ class LolaState:
     s: Tensor
     k: Tensor
     v: Tensor
+    w: Tensor
     sparse_positions: list[list[int]]
     window_positions: list[int]
 
@@ -183,6 +185,7 @@ def lola_attention(
                 k_s[:, left] = rounded(k_s[:, left])
             phi_k[:, moved] = feature_map(k_s[:, moved], feature_map_k)
             H, s = H * turn.places.decay, s * turn.places.decay
+            w[:, [p for p in range(t) if p not in window]] *= turn.places.score_decay
         (sinks if t < config.sink_size else window).append(t)
         for h in range(Hq):
             state_head, sparse_head = h // (Hq // Hs), h // (Hq // Hg)
@@ -219,7 +222,7 @@ def lola_attention(
                     s[h] += phi_k[h, folded].sum(0)
 
     per_state_head = [list(sparse[h // (Hs // Hg)]) for h in range(Hs)]
-    return out.to(out_dtype), LolaState(H, s, k_s, v_s, per_state_head, sinks + window)
+    return out.to(out_dtype), LolaState(H, s, k_s, v_s, w, per_state_head, sinks + window)
 
 
 def _outside_far_zone(n: int, config: LolaConfig, turn: Turn) -> list[int]:

@@ -106,6 +106,8 @@ def model_fingerprint(
     lola = config.lola.model_dump() | {"num_state_heads": None}
     if lola["sparse_dtype"] == "model":  # states of before there was the key stay valid
         del lola["sparse_dtype"]
+    if not lola["score_fade"]:
+        del lola["score_fade"]
     numbers["lola"] = lola
     if config.lola.rebase_interval:
         numbers["places"] = config.max_position_embeddings

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lola_vllm.ops.contract import LayerState
-from lola_vllm.ops.int8 import Int8Rows, rounded
-from lola_vllm.ops.reference import LolaState, feature_map, pair_saliency
+from lola_vllm.ops.int8 import Int8Rows
+from lola_vllm.ops.reference import LolaState, feature_map
 from lola_vllm.state import StateViews
 from tests.support.problem import SLOT, Problem
 
@@ -60,13 +60,10 @@ def assert_state_matches(
         else:
             assert_keys(held[0], exact[0])
             assert torch.equal(held[1], problem.v[positions, kv])
-        if problem.saliency is not None:
-            pairs = (x[positions, kv].double() for x in (problem.k, problem.v))
-            if layout.int8_pairs:
-                pairs = map(rounded, pairs)
+        if layout.has_saliency:
             torch.testing.assert_close(
                 views.saliency[slot, g, :num_sparse].double(),
-                pair_saliency(*pairs, problem.saliency[kv].double()),
+                expected.w[g, positions].double(),
                 rtol=1e-9 if problem.q.dtype == torch.float64 else 1e-4,
                 atol=0,
             )

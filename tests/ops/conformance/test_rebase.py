@@ -49,6 +49,22 @@ def test_decodes_across_rebases(backend, interval, lam):
 
 
 @pytest.mark.prompts
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("saliency", [False, True])
+@pytest.mark.parametrize("fade", [1.0, 20.0])  # 20: a pair of before a rebase has hardly a chance
+@fewer("interpreted", interval=[4], saliency=[False], fade=[20.0])
+def test_scores_fade(backend, interval, saliency, fade):
+    config = config_of(5, interval, saliency=saliency, rebase_interval=8, score_fade=fade)
+    places = replace(PLACES, score_fade=fade)
+    problem = make_problem(T, config, dtype=backend.dtype, places=places, seed=3)
+    truth = problem.reference()
+    steady = replace(problem, turn=replace(problem.turn, places=PLACES)).reference()
+    assert truth[1].sparse_positions != steady[1].sparse_positions  # so a choice depends on it
+    for decode_from in (39, 40, T):
+        backend.check(problem, [15], decode_from=decode_from, truth=truth)
+
+
+@pytest.mark.prompts
 @pytest.mark.parametrize("seed", range(4))
 @fewer("interpreted", seed=[])
 def test_any_split_gives_the_same_state(backend, seed):
