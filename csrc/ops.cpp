@@ -42,7 +42,6 @@ Call check_cpu_call(const LayerTensors& t, const Tensor& slots) {
   LOLA_CHECK(kv != DType::f16 && layout.state_dtype == wide,
              "layout: keys and values must be float32, bfloat16 or float64, and H and s float32, "
              "or float64 where keys and values are");
-  LOLA_CHECK(!layout.int8_pairs(), "lola_config.sparse_dtype = 'int8': not in the C++ ops yet");
   const Tensor& pages = t.pages;
   Call call{layout,
             static_cast<char*>(pages.data_ptr()),

@@ -12,10 +12,11 @@ namespace lola {
 namespace LOLA_ISA {
 namespace {
 
-// Neighbouring rows of keys and values.
+// Neighbouring rows of keys and values: of the dtype of a layer's, or of int8, with scales.
 struct Segment {
   const char *k, *v;
   int64_t row_bytes, count;
+  const float *k_scale = nullptr, *v_scale = nullptr;
 };
 
 constexpr int kHeads = 4;  // query heads whose accumulators fit the registers
@@ -41,6 +42,8 @@ template <typename T, DType D>
 LOLA_INLINE Vec<T> load_as(const char* row, int64_t i) {
   if constexpr (D == DType::bf16) {
     return load_bf16(reinterpret_cast<const uint16_t*>(row) + i);
+  } else if constexpr (D == DType::i8) {
+    return load_bytes<T>(reinterpret_cast<const int8_t*>(row) + i);
   } else {
     return load(reinterpret_cast<const T*>(row) + i);
   }
@@ -212,7 +215,8 @@ void add_heads(const T* p, int64_t ld, const char* v, int64_t row_bytes, int64_t
   }
 }
 
-// Logits of query heads with the keys of a segment: z[h * z_stride + i] = q_h . k_i.
+// Logits of query heads with the keys of a segment: z[h * z_stride + i] = q_h . k_i. Of int8 rows
+// k_i are the numbers, without their scale, and so are v_i below.
 template <typename T, DType D>
 struct SegmentLogits {
   const T* q;  // [heads, d padded]

@@ -50,7 +50,7 @@ struct Page {
 
   bool is_padding() const { return data == nullptr; }
 
-  // Keys and values, d numbers of layout->kv_dtype.
+  // Keys and values: d numbers of layout->sparse_dtype, or of layout->kv_dtype.
   char* sparse_k(int64_t set, int64_t row) const { return sparse(layout->sparse_k, set, row); }
   char* sparse_v(int64_t set, int64_t row) const { return sparse(layout->sparse_v, set, row); }
   char* exact_k(int64_t kv_head, int64_t row) const { return exact(layout->exact_k, kv_head, row); }
@@ -60,6 +60,10 @@ struct Page {
   int32_t* positions(int64_t set) const {
     return reinterpret_cast<int32_t*>(data + layout->positions) + set * layout->max_set_size();
   }
+
+  // What multiplies the numbers of keys and values of a set; only where layout->int8_pairs().
+  float* sparse_k_scale(int64_t set) const { return scales(layout->sparse_k_scale, set); }
+  float* sparse_v_scale(int64_t set) const { return scales(layout->sparse_v_scale, set); }
 
   // What weighs the scores of the pairs of a set; only where layout->has_saliency.
   template <typename T>
@@ -88,7 +92,10 @@ struct Page {
 
  private:
   char* sparse(int64_t part, int64_t set, int64_t row) const {
-    return data + part + (set * layout->max_set_size() + row) * layout->pair_bytes();
+    return data + part + (set * layout->max_set_size() + row) * layout->sparse_bytes();
+  }
+  float* scales(int64_t part, int64_t set) const {
+    return reinterpret_cast<float*>(data + part) + set * layout->max_set_size();
   }
   char* exact(int64_t part, int64_t kv_head, int64_t row) const {
     return data + part + (kv_head * layout->exact_size() + row) * layout->pair_bytes();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/call.h"
+#include "cpu/int8_rows.h"
 #include "cpu/recall.h"
 #include "cpu/workspace.h"
 
@@ -34,13 +35,43 @@ struct Candidates {
         count(cached + layout.window_start(at.n) - start),
         empty(layout.num_folded(at.set, at.n - layout.update_interval) == 0) {}
 
-  LOLA_INLINE const char* k(int64_t i) const {
-    return i < cached ? page.sparse_k(set, i)
-                      : page.exact_k(kv_head, layout.exact_row(start + i - cached));
+  // Key and value of candidate i as T, as they are outside the window, then zeros up to `padded`.
+  template <typename T>
+  LOLA_INLINE void load_k(int64_t i, T* to, int64_t padded) const {
+    if (i < cached) return load_sparse_k(page, set, i, to, padded);
+    load_evicted(page.exact_k(kv_head, exact_row(i)), to, padded);
   }
-  LOLA_INLINE const char* v(int64_t i) const {
-    return i < cached ? page.sparse_v(set, i)
-                      : page.exact_v(kv_head, layout.exact_row(start + i - cached));
+  template <typename T>
+  LOLA_INLINE void load_v(int64_t i, T* to, int64_t padded) const {
+    if (i < cached) return load_sparse_v(page, set, i, to, padded);
+    load_evicted(page.exact_v(kv_head, exact_row(i)), to, padded);
+  }
+
+  // Puts the evicted pair i into a slot; `room` is for d numbers.
+  template <typename T>
+  LOLA_INLINE void put(int64_t i, int64_t slot, T* room) const {
+    const char *const k = page.exact_k(kv_head, exact_row(i)), *const v = page.exact_v(
+                                                                   kv_head, exact_row(i));
+    char *const to_k = page.sparse_k(set, slot), *const to_v = page.sparse_v(set, slot);
+    const int64_t d = layout.head_dim;
+    if (layout.int8_pairs()) {
+      load_row(room, k, layout.kv_dtype, d, d);
+      store_int8_row(room, d, to_k, page.sparse_k_scale(set) + slot);
+      load_row(room, v, layout.kv_dtype, d, d);
+      store_int8_row(room, d, to_v, page.sparse_v_scale(set) + slot);
+    } else {
+      copy_bytes(to_k, k, layout.pair_bytes());
+      copy_bytes(to_v, v, layout.pair_bytes());
+    }
+  }
+
+ private:
+  LOLA_INLINE int64_t exact_row(int64_t i) const { return layout.exact_row(start + i - cached); }
+
+  template <typename T>
+  LOLA_INLINE void load_evicted(const char* row, T* to, int64_t padded) const {
+    load_row(to, row, layout.kv_dtype, layout.head_dim, padded);
+    if (layout.int8_pairs()) round_row(to, layout.head_dim);
   }
 };
 
@@ -79,7 +110,7 @@ void map_candidates(const Call& call, const Candidates& c, const RecallWorkspace
   for (int64_t first = features.known; first < c.count; first += block) {
     const int64_t left = c.count - first, size = left < block ? left : block;
     for (int64_t i = 0; i < size; ++i) {
-      load_row(x.k + i * d, c.k(first + i), c.layout.kv_dtype, d, d);
+      c.load_k(first + i, x.k + i * d, d);
     }
     for (int64_t j = 0; j < states; ++j) {
       map_keys(call, c.set * states + j, size, x, features.row(j, first));

@@ -125,7 +125,7 @@ void carry_bounds(const Candidates& c, const T* features, int64_t phi_stride, co
       const Vec<T> of_q = splat(b.z[i] * inverse_z[r]), of_mean = splat(S[r] * inverse_z[r]);
       const Vec<T> of_residual = splat(b.z[i] * inverse_s_squared * inverse_z[r]);
       differences[r] = Vec<T>{};
-      load_row(v, c.v(i), c.layout.kv_dtype, d, dp);
+      c.load_v(i, v, dp);
       for (int64_t j = 0; j < dp; j += kLanes<T>) {
         const Vec<T> q = fma(of_q, load(b.estimate + i * dp + j),
                              fma(of_mean, load(x.mean + j), of_residual * load(x.s_residual + j)));

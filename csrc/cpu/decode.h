@@ -8,6 +8,7 @@
 #include "cpu/attend.h"
 #include "cpu/call.h"
 #include "cpu/gemm.h"
+#include "cpu/int8_rows.h"
 #include "cpu/mix.h"
 #include "cpu/prefetch.h"
 #include "cpu/recall.h"
@@ -96,7 +97,12 @@ LOLA_INLINE int64_t segments_of(const Call& call, const DecodeItem& item, Segmen
   const int64_t head_row = start % ring;
   const int64_t to_end = ring - head_row, before_wrap = in_ring < to_end ? in_ring : to_end;
   segments[0] = {page.exact_k(kv, 0), page.exact_v(kv, 0), bytes, sinks};
-  segments[1] = {page.sparse_k(item.set, 0), page.sparse_v(item.set, 0), bytes, cached};
+  segments[1] = {page.sparse_k(item.set, 0), page.sparse_v(item.set, 0), layout.sparse_bytes(),
+                 cached};
+  if (layout.int8_pairs()) {
+    segments[1].k_scale = page.sparse_k_scale(item.set);
+    segments[1].v_scale = page.sparse_v_scale(item.set);
+  }
   segments[2] = {page.exact_k(kv, sink + head_row), page.exact_v(kv, sink + head_row), bytes,
                  before_wrap};
   segments[3] = {page.exact_k(kv, sink), page.exact_v(kv, sink), bytes, in_ring - before_wrap};
@@ -111,6 +117,11 @@ int64_t push_reads(const Call& call, const DecodeItem& item, Prefetcher& prefetc
   Segment segments[kSegments];
   segments_of(call, item, segments);
   int64_t bytes = 0;
+  if (call.layout.int8_pairs()) {
+    const auto size = static_cast<int64_t>(segments[1].count * sizeof(float));
+    bytes +=
+        prefetcher.push(segments[1].k_scale, size) + prefetcher.push(segments[1].v_scale, size);
+  }
   for (int i = 0; i < kSegments - 1; ++i) {
     bytes += prefetcher.push(segments[i].k, segments[i].count * segments[i].row_bytes);
   }
@@ -187,29 +198,46 @@ T softmax_weights(T* z, int64_t count, T* largest) {
   return reduce<Sum>(sum);
 }
 
-// Logits of an item's heads into x.z, rows of `stride`.
+// Logits of an item's heads with one segment into z, rows of `stride`.
 template <DType D, typename T>
-void logits(const Call& call, [[maybe_unused]] const DecodeItem& item, const Segment* segments,
-            int64_t stride, DecodeWorkspace<T>& x) {
+void segment_logits(const Call& call, [[maybe_unused]] const DecodeItem& item,
+                    const Segment& segment, T* z, int64_t stride, DecodeWorkspace<T>& x) {
   const int64_t d = call.layout.head_dim, heads = call.layout.heads_per_set();
-  T* z = x.z;
+  if (segment.k_scale != nullptr) {
+    for_head_groups<kHeads>(heads, SegmentLogits<T, DType::i8>{x.scaled_q, d, segment, z, stride,
+                                                               x.copies, &x.prefetcher});
+    for (int64_t h = 0; h < heads; ++h) multiply(segment.k_scale, segment.count, z + h * stride);
+    return;
+  }
 #if LOLA_BF16_DOTS
   if constexpr (D == DType::bf16) {
     if (multiplies_pairs(call)) {
       const char* const q = call.q.row(item.token, item.set * heads);
       const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d));
-      for (int i = 0; i < kSegments; z += segments[i++].count) {
-        for_head_groups<3>(
-            heads, PairLogits{q, call.q.head_stride, segments[i], scale, z, stride, &x.prefetcher});
-      }
-      return;
+      return for_head_groups<3>(
+          heads, PairLogits{q, call.q.head_stride, segment, scale, z, stride, &x.prefetcher});
     }
   }
 #endif
-  for (int i = 0; i < kSegments; z += segments[i++].count) {
-    for_head_groups<kHeads>(
-        heads, SegmentLogits<T, D>{x.scaled_q, d, segments[i], z, stride, x.copies, &x.prefetcher});
+  for_head_groups<kHeads>(
+      heads, SegmentLogits<T, D>{x.scaled_q, d, segment, z, stride, x.copies, &x.prefetcher});
+}
+
+// Adds an item's values of one segment to x.y. `weights` has rows of `stride`.
+template <DType D, typename T>
+void segment_values(const Call& call, const Segment& segment, T* weights, int64_t stride,
+                    DecodeWorkspace<T>& x) {
+  const int64_t d = call.layout.head_dim, heads = call.layout.heads_per_set();
+  if (segment.v_scale != nullptr) {
+    for (int64_t h = 0; h < heads; ++h) {
+      multiply(segment.v_scale, segment.count, weights + h * stride);
+    }
+    return for_head_groups<kHeads>(
+        heads,
+        SegmentValues<T, DType::i8>{weights, stride, d, segment, x.y, x.copies, &x.prefetcher});
   }
+  for_head_groups<kHeads>(
+      heads, SegmentValues<T, D>{weights, stride, d, segment, x.y, x.copies, &x.prefetcher});
 }
 
 // Softmax attention of an item's heads with the exact pairs into x.y, and x.sums.
@@ -227,15 +255,17 @@ LOLA_INLINE void attend_segments(const Call& call, const DecodeItem& item, const
       store<T>(x.y + h * dp + j, Vec<T>{});
     }
   }
-  logits<D>(call, item, segments, stride, x);
+  T* z = x.z;
+  for (int i = 0; i < kSegments; z += segments[i++].count) {
+    segment_logits<D>(call, item, segments[i], z, stride, x);
+  }
   for (int64_t h = 0; h < heads; ++h) {
     x.prefetcher.template prefetch<48>();
     x.sums[2 * h] = softmax_weights(x.z + h * stride, keys, x.sums + 2 * h + 1);
   }
-  const T* weights = x.z;
-  for (int i = 0; i < kSegments; weights += segments[i++].count) {
-    for_head_groups<kHeads>(
-        heads, SegmentValues<T, D>{weights, stride, d, segments[i], x.y, x.copies, &x.prefetcher});
+  z = x.z;
+  for (int i = 0; i < kSegments; z += segments[i++].count) {
+    segment_values<D>(call, segments[i], z, stride, x);
   }
   for (int64_t h = 0; h < heads; ++h) {
     const T inverse = T(1) / x.sums[2 * h];

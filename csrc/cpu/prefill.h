@@ -7,6 +7,7 @@
 
 #include "cpu/call.h"
 #include "cpu/gemm.h"
+#include "cpu/int8_rows.h"
 #include "cpu/mix.h"
 #include "cpu/query_block.h"
 #include "cpu/recall.h"
@@ -101,8 +102,8 @@ int64_t gather_keys(const QueryBlock& block, PrefillWorkspace<T>& x) {
   const int64_t cached = block.cached(), sinks = block.sinks();
   int64_t n = 0;
   for (int64_t i = 0; i < cached; ++i, ++n) {
-    load_row(x.k + n * dp, block.page.sparse_k(block.set, i), layout.kv_dtype, d, dp);
-    load_row(x.v + n * dp, block.page.sparse_v(block.set, i), layout.kv_dtype, d, dp);
+    load_sparse_k(block.page, block.set, i, x.k + n * dp, dp);
+    load_sparse_v(block.page, block.set, i, x.v + n * dp, dp);
   }
   for (int64_t i = 0; i < sinks; ++i, ++n) {
     load_row(x.k + n * dp, block.page.exact_k(kv, i), layout.kv_dtype, d, dp);

@@ -22,6 +22,10 @@ LOLA_INLINE void load_row(T* dst, const char* src, DType dtype, int64_t n, int64
   } else if (dtype == DType::f32) {
     const float* p = reinterpret_cast<const float*>(src);
     for (; i < n; ++i) dst[i] = static_cast<T>(p[i]);
+  } else if (dtype == DType::i8) {
+    const int8_t* p = reinterpret_cast<const int8_t*>(src);
+    for (; i + kLanes<T> <= n; i += kLanes<T>) store<T>(dst + i, load_bytes<T>(p + i));
+    for (; i < n; ++i) dst[i] = static_cast<T>(p[i]);
   } else {
     const double* p = reinterpret_cast<const double*>(src);
     for (; i < n; ++i) dst[i] = static_cast<T>(p[i]);

@@ -88,8 +88,8 @@ void rescore(const Call& call, const Candidates& c, const int32_t* list, int64_t
   for (int64_t first = 0; first < listed; first += kRescoreBlock, list += kRescoreBlock) {
     const int64_t left = listed - first, size = left < kRescoreBlock ? left : kRescoreBlock;
     for (int64_t i = 0; i < size; ++i) {
-      load_row(x.recall.k + i * d, c.page.sparse_k(c.set, list[i]), c.layout.kv_dtype, d, d);
-      load_row(x.recall.v + i * dp, c.page.sparse_v(c.set, list[i]), c.layout.kv_dtype, d, dp);
+      c.load_k(list[i], x.recall.k + i * d, d);
+      c.load_v(list[i], x.recall.v + i * dp, dp);
     }
     for (int64_t j = 0; j < states; ++j) {
       const int64_t state_head = c.set * states + j;
@@ -232,9 +232,8 @@ void fold_one(const Candidates& c, int64_t state_head, int64_t update, const T* 
 // Puts the evicted pair with its bounds and its saliency, if there is one, into a slot.
 template <typename T>
 void put_newcomer(const Candidates& c, int64_t slot, T saliency, const BoundedUpdate<T>& x) {
-  const int64_t pair_bytes = c.layout.pair_bytes(), d = c.layout.head_dim;
-  copy_bytes(c.page.sparse_k(c.set, slot), c.k(c.cached), pair_bytes);
-  copy_bytes(c.page.sparse_v(c.set, slot), c.v(c.cached), pair_bytes);
+  const int64_t d = c.layout.head_dim;
+  c.put(c.cached, slot, x.recall.predicted);
   c.page.positions(c.set)[slot] = static_cast<int32_t>(c.start);
   if (c.layout.has_saliency) c.page.saliency<T>(c.set)[slot] = saliency;
   for (int64_t j = 0; j < c.layout.states_per_set(); ++j) {
@@ -251,11 +250,10 @@ void update_bounded(const Call& call, const UpdatePoint& at, BoundedUpdate<T>& x
   const Candidates c(at);
   const int64_t states = c.layout.states_per_set(), d = c.layout.head_dim, dp = round_up<T>(d);
   const int64_t size = c.layout.set_size(c.set);
-  const DType dtype = c.layout.kv_dtype;
   const bool folds = c.cached == size;
   const RecallWorkspace<T>& y = x.recall;
-  load_row(y.k, c.k(c.cached), dtype, d, d);
-  load_row(y.v, c.v(c.cached), dtype, d, dp);
+  c.load_k(c.cached, y.k, d);
+  c.load_v(c.cached, y.v, dp);
   const T saliency = c.layout.has_saliency ? pair_saliency(call, c.kv_head, y.k, y.v) : T(1);
   T newcomer = 0;
   const int32_t only = 0;
@@ -270,8 +268,8 @@ void update_bounded(const Call& call, const UpdatePoint& at, BoundedUpdate<T>& x
 
   const int64_t loser = folds ? loser_slot(call, c, newcomer, x) : -1;
   if (folds) {  // what will be folded, before the newcomer takes its place
-    load_row(y.k, loser < 0 ? c.k(c.cached) : c.page.sparse_k(c.set, loser), dtype, d, d);
-    load_row(y.v, loser < 0 ? c.v(c.cached) : c.page.sparse_v(c.set, loser), dtype, d, dp);
+    c.load_k(loser < 0 ? c.cached : loser, y.k, d);
+    c.load_v(loser < 0 ? c.cached : loser, y.v, dp);
   }
   const int64_t slot = folds ? loser : c.cached;  // where the newcomer goes, if anywhere
   if (slot >= 0) put_newcomer(c, slot, saliency, x);

@@ -82,7 +82,7 @@ void score(const Candidates& c, const int32_t* list, int64_t listed, bool bound,
     const int32_t* const block = list + first;
     const bool adjacent = block[size - 1] - block[0] == size - 1;  // lists ascend
     for (int64_t i = 0; i < size; ++i) {
-      load_row(x.recall.v + i * dp, c.v(block[i]), c.layout.kv_dtype, d, dp);
+      c.load_v(block[i], x.recall.v + i * dp, dp);
     }
     T* const scores = x.block_scores;
     for (int64_t j = 0; j < states; ++j) {
@@ -167,7 +167,7 @@ void fold(const Candidates& c, int64_t j, int64_t update, ExactUpdate<T>& x) {
         store<T>(phi + f, y);
         store<T>(ds + f, load(ds + f) + y);
       }
-      load_row(x.recall.v + i * dp, c.v(x.losers[first + i]), c.layout.kv_dtype, d, dp);
+      c.load_v(x.losers[first + i], x.recall.v + i * dp, dp);
     }
     gemm_transposed<T>(x.recall.phi, phi_stride, x.recall.v, dp, x.dH, dp, F2, dp, size);
     if (x.carries) {
@@ -206,8 +206,8 @@ void find_saliency(const Call& call, const Candidates& c, ExactUpdate<T>& x) {
   const int64_t d = c.layout.head_dim;
   copy_row(x.saliency, c.page.saliency<T>(c.set), c.cached);
   for (int64_t i = c.cached; i < c.count; ++i) {
-    load_row(x.recall.k, c.k(i), c.layout.kv_dtype, d, d);
-    load_row(x.recall.v, c.v(i), c.layout.kv_dtype, d, d);
+    c.load_k(i, x.recall.k, d);
+    c.load_v(i, x.recall.v, d);
     x.saliency[i] = pair_saliency(call, c.kv_head, x.recall.k, x.recall.v);
   }
 }
@@ -215,14 +215,13 @@ void find_saliency(const Call& call, const Candidates& c, ExactUpdate<T>& x) {
 // The i-th kept newcomer goes to the i-th slot that is empty or whose pair was folded.
 template <typename T>
 void replace(const Candidates& c, ExactUpdate<T>& x) {
-  const int64_t pair_bytes = c.layout.pair_bytes(), size = c.layout.set_size(c.set);
+  const int64_t size = c.layout.set_size(c.set);
   int32_t* const positions = c.page.positions(c.set);
   int64_t slot = 0;
   for (int64_t i = c.cached; i < c.count; ++i) {
     if (!x.keep[i]) continue;
     while (slot < c.cached && x.keep[slot]) ++slot;
-    copy_bytes(c.page.sparse_k(c.set, slot), c.k(i), pair_bytes);
-    copy_bytes(c.page.sparse_v(c.set, slot), c.v(i), pair_bytes);
+    c.put(i, slot, x.recall.k);
     for (int64_t j = 0; i < x.features.known && i != slot && j < c.layout.states_per_set(); ++j) {
       copy_row(x.features.row(j, slot), x.features.row(j, i), x.features.stride);
     }

@@ -8,6 +8,9 @@
 // it: with 8 the answers of quantized models, whose activations enlarge every error, moved away
 // from those of a full cache. Weights below 2^-10 of their column's sum do without the remainder:
 // it would be smaller than that of the sum.
+//
+// Numbers of int8 are exact in bfloat16 as well. So int8 pairs are multiplied as such, and their
+// scales multiply logits and weights, in float32.
 #pragma once
 
 #include "cpu/attend.h"
@@ -34,7 +37,10 @@ struct PairWorkspace {
   uint32_t* v_pairs;    // [keys / 2, d]: pairs of rows
   uint32_t* p;          // [2, kPairBlock, columns of a panel]: pairs of weights, and of remainders
   float* z;             // [keys, columns of a panel]: logits
+  uint16_t* numbers;    // [int8 keys, d]: their numbers as bfloat16
+  const float *k_scale, *v_scale;  // [int8 keys]
   int64_t keys, columns;
+  int64_t int8_keys = 0;  // so many come first
 
   PairWorkspace() = default;
   PairWorkspace(const PageLayout& layout, int64_t max_columns, Workspace& memory) {
@@ -46,6 +52,7 @@ struct PairWorkspace {
     v_pairs = memory.take<uint32_t>((max_keys + 1) / 2 * d);
     p = memory.take<uint32_t>(2 * kRemainders);
     z = memory.take<float>(max_keys * kPanelVecs * kLanes<float>);
+    numbers = memory.take<uint16_t>(layout.int8_pairs() ? layout.max_set_size() * d : 0);
   }
 };
 
@@ -115,9 +122,10 @@ LOLA_INLINE void logit_tile(const PairWorkspace& x, const float* limit, int64_t 
 #pragma GCC unroll 8
   for (int i = 0; i < kDotKeys; ++i) {
     float* const z = x.z + (first + i) * kPanelVecs * kLanes<float>;
+    const float factor = first + i < x.int8_keys ? scale * x.k_scale[first + i] : scale;
 #pragma GCC unroll 8
     for (int j = 0; j < V; ++j) {
-      const Vec<float> logit = acc[i][j] * scale;
+      const Vec<float> logit = acc[i][j] * factor;
       store<float>(z + j * kLanes<float>, logit);
       const Vec<float> more = max(logit, high[j]);
       if (first + i < all) {
@@ -142,11 +150,12 @@ LOLA_INLINE void store_rounded(uint32_t* p, Vec<float>* even, Vec<float>* odd) {
   *odd = *odd - bits<Vec<float>>(wide_high);
 }
 
-// The weights of a pair of keys from their logits for one vector of columns: rounded at p, and the
-// remainders of those above `least` at p + kRemainders. Returns a bit for each column that has a
-// remainder.
-LOLA_INLINE uint64_t weigh(const float* z, int64_t ld, Vec<float> high, int64_t key, int64_t all,
-                           Vec<float> visible, Vec<float> least, Vec<float>* total, uint32_t* p) {
+// The weights of a pair of keys from their logits for one vector of columns, times the scales of
+// their values: rounded at p, and the remainders of those above `least` at p + kRemainders. Returns
+// a bit for each column that has a remainder.
+LOLA_INLINE uint64_t weigh_pair(const PairWorkspace& x, const float* z, int64_t ld, Vec<float> high,
+                                int64_t key, int64_t all, Vec<float> visible, Vec<float> least,
+                                Vec<float>* total, uint32_t* p) {
   Vec<float> even = exp2_short(load(z) - high), odd = exp2_short(load(z + ld) - high);
   if (key + 1 >= all) {
     even = splat(static_cast<float>(key)) < visible ? even : Vec<float>{};
@@ -156,6 +165,10 @@ LOLA_INLINE uint64_t weigh(const float* z, int64_t ld, Vec<float> high, int64_t 
   *total += odd;
   const __mmask16 evens = _mm512_cmp_ps_mask(even, least, _CMP_GT_OQ);
   const __mmask16 odds = _mm512_cmp_ps_mask(odd, least, _CMP_GT_OQ);
+  if (key < x.int8_keys) {
+    even *= x.v_scale[key];
+    if (key + 1 < x.int8_keys) odd *= x.v_scale[key + 1];
+  }
   store_rounded(p, &even, &odd);
   even = _mm512_maskz_mov_ps(evens, even);
   odd = _mm512_maskz_mov_ps(odds, odd);
@@ -272,8 +285,8 @@ void attend_panel(const PairWorkspace& x, const PairColumns& c, int64_t m, int64
 #pragma GCC unroll 8
       for (int j = 0; j < V; ++j) {
         const int64_t at = j * kLanes<float>;
-        some |= weigh(x.z + key * ld + at, ld, high[j], key, all, load(c.limit + m + at), least[j],
-                      &total[j], x.p + i * ld + at)
+        some |= weigh_pair(x, x.z + key * ld + at, ld, high[j], key, all, load(c.limit + m + at),
+                           least[j], &total[j], x.p + i * ld + at)
                 << at;
       }
       remainders[i] = some;
@@ -300,6 +313,16 @@ inline bool attends_pairs(const Call& call) {
          call.layout.head_dim % kLanes<float> == 0;
 }
 
+// A vector of elements of a row from i on, bfloat16 or int8, as bfloat16 in the low halves of
+// words.
+LOLA_INLINE __m512i load_halves(const char* row, int64_t i, bool int8) {
+  if (!int8) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + 2 * i)));
+  }
+  const Vec<float> x = load_bytes<float>(reinterpret_cast<const int8_t*>(row) + i);
+  return _mm512_srli_epi32(bits<__m512i>(x), 16);  // no bit of a small whole number is lost
+}
+
 // Rows of keys and values in the order sparse cache, sinks, window. Returns their number; the rows
 // up to a whole tile repeat the last one, which no query sees.
 inline int64_t list_keys(const QueryBlock& block, PairWorkspace& x) {
@@ -307,9 +330,20 @@ inline int64_t list_keys(const QueryBlock& block, PairWorkspace& x) {
   const int64_t kv = layout.kv_head_of(block.set), cached = block.cached(), sinks = block.sinks();
   const int64_t start = block.window_start(), end = block.end();
   int64_t n = 0;
+  x.int8_keys = layout.int8_pairs() ? cached : 0;
+  x.k_scale = block.page.sparse_k_scale(block.set);
+  x.v_scale = block.page.sparse_v_scale(block.set);
   for (; n < cached; ++n) {
     x.k[n] = block.page.sparse_k(block.set, n);
     x.v[n] = block.page.sparse_v(block.set, n);
+    if (n < x.int8_keys) {
+      uint16_t* const numbers = x.numbers + n * layout.head_dim;
+      for (int64_t i = 0; i < layout.head_dim; i += kLanes<float>) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(numbers + i),
+                            _mm512_cvtepi32_epi16(load_halves(x.k[n], i, true)));
+      }
+      x.k[n] = reinterpret_cast<const char*>(numbers);
+    }
   }
   for (int64_t i = 0; i < sinks + (end > start ? end - start : 0); ++i, ++n) {
     const int64_t row = i < sinks ? i : layout.exact_row(start + i - sinks);
@@ -320,16 +354,13 @@ inline int64_t list_keys(const QueryBlock& block, PairWorkspace& x) {
   return n;
 }
 
-// Two rows of values, element by element; zeros for a second row that is not there.
-inline void interleave_rows(const char* even, const char* odd, int64_t d, uint32_t* out) {
+// Values of two keys from `key` on, element by element; zeros for a second one that is not there.
+inline void interleave_values(const PairWorkspace& x, int64_t key, int64_t d, uint32_t* out) {
+  const bool both = key + 1 < x.keys;
   for (int64_t i = 0; i < d; i += kLanes<float>) {
-    const __m512i low =
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + 2 * i)));
+    const __m512i low = load_halves(x.v[key], i, key < x.int8_keys);
     __m512i top = _mm512_setzero_si512();
-    if (odd != nullptr) {
-      top =
-          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + 2 * i)));
-    }
+    if (both) top = load_halves(x.v[key + 1], i, key + 1 < x.int8_keys);
     _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_slli_epi32(top, 16)));
   }
 }
@@ -364,7 +395,7 @@ inline void attend_pairs(const Call& call, const QueryBlock& block, PairWorkspac
   }
   x.keys = list_keys(block, x);
   for (int64_t i = 0; i < x.keys; i += 2) {
-    interleave_rows(x.v[i], i + 1 < x.keys ? x.v[i + 1] : nullptr, d, x.v_pairs + i / 2 * d);
+    interleave_values(x, i, d, x.v_pairs + i / 2 * d);
   }
   const float scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(d));
   for_head_groups<kPanelVecs>(x.columns / kLanes<float>, Panels{x, columns, d, scale});
