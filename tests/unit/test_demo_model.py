@@ -34,11 +34,14 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     config = LolaLlamaConfig.from_pretrained(demo / "lola")
     assert read_shapes(demo / "lola") == expected_tensors(config, 3)
     sizes, saliency = load_calibration(DISTILLED / "calibration.safetensors")
-    assert len(sizes) == 30 and sum(sizes) == 126 * 30
+    assert len(sizes) == 30 and sum(sizes) == 316 * 30
     assert config.lola_config == {
         "window_size": 64,
         "sparse_cache_size": sizes,
+        "sparse_dtype": "int8",
+        "update_interval": 16,
         "saliency": True,
+        "score_fade": 1.0,
         "sink_size": 4,
         "mixing": "lola",
         "rebase_interval": 2048,
@@ -47,7 +50,7 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     }
     tensors = load_file(demo / "lola" / "model.safetensors")
     assert all(tensors[name].equal(weights) for name, weights in saliency.items())
-    # With its saliency, in the bytes of 128 pairs without.
+    # In the bytes of 128 pairs as the paper has them.
     pages = [
         StateLayout.from_config(lola.for_layer(i), 3, 3, 64, torch.bfloat16).page_bytes
         for lola in (config.lola, LolaConfig(sink_size=4, feature_dim=64, sparse_cache_size=128))
