@@ -3,6 +3,7 @@
 # make recall  measure recall and perplexity of the demo model, as docs/recall.md shows them
 # make endless measure perplexity along long texts, recall over distance, and sums over 10^8 tokens
 # make choices train small models that differ in one choice each, and measure their recall
+# make docs    the documentation as a site, in build/site
 # make lint    formatting, lint and type checks
 # make tidy    clang-tidy on the C++ sources
 # make sanitize           the C++ ops' tests under AddressSanitizer and UBSan
@@ -21,7 +22,7 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup serve test recall endless choices lint tidy sanitize compile_commands format clean
+.PHONY: setup serve test docs recall endless choices lint tidy sanitize compile_commands format clean
 
 setup: $(VENV)/.ready
 
@@ -51,6 +52,10 @@ serve: $(VENV)/.serves | $(MODEL)
 test: $(VENV)/.ready | models/smollm2-lola
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=10 \
 		$(PYTEST_ARGS)
+
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 recall: $(VENV)/.ready | models/smollm2-lola
 	benchmarks/recall.sh

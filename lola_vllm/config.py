@@ -43,32 +43,36 @@ class LolaConfig(BaseModel):
     """Parameters of LoLA attention (arXiv 2505.23666).
 
     Attributes:
-        window_size: eta, the pairs kept exactly after every update, in tokens (>= 1).
-        sparse_cache_size: lambda, exact pairs kept per sparse set by self-recall error (>= 0);
-            0 sends every evicted pair to the hidden state, which is LoLCATs. A number is for every
-            layer, as in the paper. A list has a number per layer.
+        window_size: eta, tokens in the window after every update (>= 1); their pairs are exact.
+        sparse_cache_size: lambda, exact pairs per sparse set, those that the hidden state recalls
+            worst (>= 0); 0 sends every evicted pair to the hidden state, which is LoLCATs. A number
+            is for every layer, as in the paper. A list has a number per layer.
         update_interval: C, tokens between two updates, counted from position 0 (>= 1).
             Default `window_size` (the authors' code); 1 is the paper's recurrence.
-        sink_size: first positions that never leave the softmax set (>= 0, 0 is the paper).
-        feature_dim: F, columns of a feature map; the map's output has 2F entries (>= 1).
-        feature_map: "softmax": `concat(softmax(xW), softmax(-xW))` (arXiv 2410.10254).
-        mixing: "lola" weighs exact pairs by `g exp(z)` and the hidden state by `1 - g`;
-            "lolcats" by `g exp(z - max z)` and 1.
-        state_dtype: dtype of the hidden state H and s. Only "float32": in a narrower sum, folded
+        sink_size: first positions of a sequence that stay exact for ever (>= 0); not in the paper.
+        feature_dim: F, columns of a feature map (>= 1); must fit the checkpoint's tensors. The
+            map's output has 2F entries.
+        feature_map: `"softmax"`, the only one so far: `concat(softmax(xW), softmax(-xW))`
+            (arXiv 2410.10254).
+        mixing: how exact and linear parts are weighed. `"lola"` weighs exact pairs by `g exp(z)`
+            and the hidden state by `1 - g`; `"lolcats"` by `g exp(z - max z)` and 1.
+        state_dtype: dtype of the hidden state H and s. Only `"float32"`: in a narrower sum, folded
             pairs are soon lost to rounding.
-        sparse_sharing: "none": one sparse set per state head; "kv_head": one per KV head, scored
-            by the mean over its state heads of SRE / ||v|| (changes nothing where each KV head
-            has one state head).
-        saliency: whether the choice of sparse pairs weighs a pair's score by a learned number, for
-            which the checkpoint has a tensor `saliency` per layer; False is the paper.
-        sparse_dtype: how pairs are kept that have left the window. "model": in the model's dtype,
-            which is the paper; "int8": rounded to 8 bits, with a float32 scale per key and per
-            value.
+        sparse_sharing: `"none"`: one sparse set per state head; `"kv_head"`: one per KV head,
+            scored by the mean over its state heads of SRE over the value's norm (changes nothing
+            where each KV head has one state head).
+        saliency: in JSON `true` or `false`: whether the choice of sparse pairs weighs a pair's
+            score by a learned number, for which the checkpoint has a tensor `saliency` per layer;
+            false is the paper.
+        sparse_dtype: how pairs are kept that have left the window. `"model"`: in the model's dtype,
+            which is the paper; `"int8"`: rounded to 8 bits, with a float32 scale per key and per
+            value, which takes half the memory.
         rebase_interval: D, positions by which the origin of RoPE moves whenever a sequence has no
             room left in the base's trained length P, `max_position_embeddings`; divides P. 0:
-            never, so that contexts end at P.
+            never, so that contexts end at P. New checkpoints have a quarter of P.
         score_fade: gamma (>= 0): a rebase multiplies the scores of the pairs in the sparse cache by
-            (1 - D / P)^gamma. With 1 they fade as the hidden state does; 0: they never fade.
+            `(1 - D / P)^gamma`. 1: they fade as the hidden state does. 0: they never fade, and old
+            pairs keep their places.
         num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of
             KV heads (maps tied inside a group). None: as the checkpoint's tensors say.
     """

@@ -71,10 +71,10 @@ def test_nothing_is_open_to_the_network(compose):
     assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in ports)
 
 
-RUNNING = ("Dockerfile", "Dockerfile.cpu", "docs/installation.md")  # files that must show it
+RUNNING = ("Dockerfile", "Dockerfile.cpu", "docs/howto/docker.md")  # files that must show it
 
 
-@pytest.mark.parametrize("name", ["README.md", "serving/deploy", "docs", *RUNNING])
+@pytest.mark.parametrize("name", ["README.md", "serving/deploy", "docs", "docs/howto", *RUNNING])
 def test_no_command_publishes_a_server_to_the_network(name):
     path = ROOT / name
     files = [*path.glob("*.yaml"), *path.glob("*.md")] if path.is_dir() else [path]

@@ -1,0 +1,172 @@
+"""Commands and programs of the documentation run as they stand, on tiny models.
+
+tests/support/documented.py has a row for each, and says why some are not run.
+tests/serving/test_documented.py runs those that ask a server.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lola_vllm import cli
+from tests.support.documented import COMMANDS, PAGES, ROOT, commands, documented, fate, programs
+from tests.support.families import make_base
+from tests.support.speaking import make_speaking
+from tests.support.tiny import VOCAB
+
+# After the options of a page, so that a training takes seconds.
+FASTER = shlex.split(
+    "--rows 2 --row-length 448 --steps-per-row 1 --queries-per-step 32 --lora-rows 2 "
+    "--lora-row-length 448 --rows-per-step 2 --retrieval-fraction 0 --dtype float32"
+)
+# Where paths of the pages lead.
+PLACES = {
+    "models/smollm2-lola": "lola",
+    "models/my-lola": "lola",
+    "path/to/lola": "lola",
+    "demo": "lola",
+    "models/smollm2-base": "base",
+    "path/to/base": "base",
+    "path/to/llama": "base",
+    "path/to/model": "base",
+    "models/texts": "texts",
+    "path/to/texts": "texts",
+}
+
+
+def page_and_command(how: str) -> pytest.MarkDecorator:
+    cases = documented(how)
+    return pytest.mark.parametrize(
+        ("page", "command"), cases, ids=[f"{page}-{i}" for i, (page, _) in enumerate(cases)]
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_command_is_run_or_says_why_not(page):
+    for command in commands(page):
+        _, found = fate(command)
+        assert found.how or found.why, command
+
+
+def test_every_row_is_of_a_command_and_names_a_test_that_is_there():
+    used = {fate(command)[0] for page in PAGES for command in commands(page)}
+    assert list(COMMANDS) == [pattern for pattern in COMMANDS if pattern in used]
+    for found in COMMANDS.values():
+        assert not found.test or (ROOT / found.test).is_file(), found.test
+    assert len(documented("cli")) >= 15 and len(documented("http")) >= 15
+
+
+def test_a_command_without_a_row_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text('Run\n\n    lola-vllm frob \\\n      --x "a\n      b"  # why\n\nand see.\n')
+    assert list(commands(page)) == ['lola-vllm frob --x "a b"']
+    with pytest.raises(LookupError, match="frob"):
+        fate("lola-vllm frob")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`lola` and `base`, with one tokenizer, and `texts`."""
+    out = tmp_path_factory.mktemp("documented")
+    lola = make_speaking(out / "lola")
+    make_base(out / "base", "llama", vocab_size=VOCAB)
+    for file in lola.glob("*token*"):
+        shutil.copy(file, out / "base")
+    (out / "texts").mkdir()
+    words = [(ROOT / "docs" / name).read_text() for name in ("algorithm.md", "design.md")]
+    (out / "texts" / "words.txt").write_text("\n\n".join(words))
+    return out
+
+
+def furnish(place: Path, models: Path) -> None:
+    """A directory in which the paths of the pages lead to tiny models."""
+    for name, source in PLACES.items():
+        shutil.copytree(models / source, place / name)
+    shutil.copy(models / "lola" / "config.json", place / "path/to/config.json")
+
+
+def run(command: str, *more: str) -> int:
+    program, *words = shlex.split(command)
+    assert program.endswith("lola-vllm")
+    if "--out" in words:
+        shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+    return cli.main([*words, *more])
+
+
+@pytest.fixture(scope="module")
+def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of both stages, under the names that pages give them."""
+    place = tmp_path_factory.mktemp("trained")
+    furnish(place, models)
+    (command,) = [c for page, c in documented("cli") if page == "README.md" and " distill " in c]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert run(command, *FASTER) == 0
+    work = place / "path/to/lola.training"
+    shutil.move(work, place / "OUT.training")
+    for stage in ("maps", "lora"):
+        torch.save(
+            load_file(place / "OUT.training" / f"{stage}.safetensors"), place / f"{stage}.bin"
+        )
+    return place
+
+
+@page_and_command("cli")
+def test_command(page, command, models, trained, tmp_path, monkeypatch, capsys):
+    if page == "README.md" and " distill " in command:
+        return  # what `trained` has run
+    furnish(tmp_path, models)
+    for name in ("maps.bin", "lora.bin"):
+        shutil.copy(trained / name, tmp_path)
+    shutil.copytree(trained / "OUT.training", tmp_path / "OUT.training")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if " serve " in command:
+        command = command.replace(" serve ", " serve --dry-run ")
+    assert run(command, *(FASTER if " distill " in command else ())) == 0
+    printed = capsys.readouterr().out
+    if " estimate " in command:
+        assert "MiB per sequence" in printed
+    if " serve " in command:
+        assert "vllm serve" in printed.splitlines()[-1]
+    if "--out" in command:
+        out = shlex.split(command)[shlex.split(command).index("--out") + 1]
+        assert (tmp_path / out / "config.json").is_file()
+
+
+@page_and_command("vllm")
+def test_vllm_knows_the_options(page, command, models, tmp_path, monkeypatch):
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    furnish(tmp_path, models)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command.removeprefix("VLLM_PLUGINS=lola "))
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:])
+    validate_parsed_serve_args(args)
+    assert Path(args.model_tag).is_dir()
+
+
+@page_and_command("make")
+def test_make_knows_the_targets(page, command):
+    targets = shlex.split(command)[1:]
+    steps = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True)
+    assert steps.returncode == 0, steps.stderr
+    assert ".venv/bin/" in steps.stdout or "benchmarks/" in steps.stdout
+
+
+def test_the_program_for_transformers(models, tmp_path, monkeypatch, capsys):
+    furnish(tmp_path, models)
+    monkeypatch.chdir(tmp_path)
+    (program,) = programs(ROOT / "docs/howto/transformers.md")
+    names: dict[str, object] = {}
+    exec(compile(program, "transformers.md", "exec"), names)
+    assert capsys.readouterr().out.strip()
+    assert torch.equal(names["seen"], names["tokens"][0])

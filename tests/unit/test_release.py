@@ -1,0 +1,112 @@
+"""What a release consists of: an sdist and a wheel of it that installs alone, and one version."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lola_vllm
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("benchmarks", "csrc", "docs", "kernels", "lola_vllm", "serving", "tests", "tools")
+UNWANTED = shutil.ignore_patterns(
+    ".git", ".venv", "models", "build", "dist", "__pycache__", "*.egg-info", "*.so", ".*_cache",
+    ".hypothesis", "eval-results",
+)  # fmt: skip
+# In place of a C++ compiler: objects are empty, and the library is the one that this checkout has
+# built of the same sources. What compiles them for tests is `make setup`.
+COMPILER = """#!/bin/sh
+all="$*"
+while [ $# -gt 0 ]; do
+    case "$1" in -o) out="$2" ;; -MF) deps="$2" ;; esac
+    shift
+done
+case "$out" in
+    "") exec c++ $all ;;
+    *.so) cp "$BUILT_EXTENSION" "$out" ;;
+    *) : > "$out"; echo "$out:" > "$deps" ;;
+esac
+"""
+# Run where neither the checkout nor its editable install can be found first.
+LOOK = """
+import importlib.metadata, pathlib
+import lola_vllm, lola_vllm.kernels, lola_vllm.serving.options
+from lola_vllm.ops import native
+here = pathlib.Path(lola_vllm.__file__).parents[1]
+assert native.load()
+for module in (native, lola_vllm.kernels, lola_vllm.serving.options):
+    assert pathlib.Path(module.__file__).is_relative_to(here), module
+from lola_vllm.serving.inspector import inspector_page
+assert (here / "lola_vllm/checkpoint/smollm2/maps.safetensors").stat().st_size > 10**6
+assert "<html" in inspector_page()
+(found,) = importlib.metadata.distributions(name="lola-vllm", path=[str(here)])
+assert found.version == lola_vllm.__version__
+groups = {entry.group: entry for entry in found.entry_points}
+assert groups["vllm.general_plugins"].load() is lola_vllm.register
+assert groups["console_scripts"].load()
+print(here)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory with the sdist of a copy of this checkout, and the wheel of that sdist."""
+    extension = ROOT / "lola_vllm" / "_C.abi3.so"
+    assert extension.is_file(), f"{extension} is not built: make setup"
+    place = tmp_path_factory.mktemp("release")
+    shutil.copytree(ROOT, place / "source", ignore=UNWANTED)
+    compiler = place / "c++"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    env = {**os.environ, "CXX": str(compiler), "BUILT_EXTENSION": str(extension)}
+    env["LOLA_VLLM_REQUIRE_EXT"] = "1"
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(place / "dist")]
+    run = subprocess.run([*command, str(place / "source")], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    return place / "dist"
+
+
+def test_the_sdist_holds_every_source(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = [path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.is_file()]
+    sources = {
+        str(path.relative_to(ROOT))
+        for path in files
+        if path.suffix not in (".pyc", ".so") and not path.name.startswith(".env")
+    }
+    sources |= {"LICENSE", "CHANGELOG.md", "CITATION.cff", "Makefile", "mkdocs.yml"}
+    assert len(sources) > 300
+    assert not sources - names
+    assert not {name for name in names if name.endswith((".so", ".pyc"))}
+
+
+def test_the_wheel_installs_alone(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    assert wheel.name.startswith(f"lola_vllm-{lola_vllm.__version__}-cp310-abi3-linux")
+    assert "lola_vllm/_C.abi3.so" in zipfile.ZipFile(wheel).namelist()
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
+    subprocess.run([*install, "--target", str(tmp_path), str(wheel)], check=True)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    look = subprocess.run(
+        [sys.executable, "-c", LOOK], cwd="/", env=env, capture_output=True, text=True
+    )
+    assert look.stdout.splitlines()[-1:] == [str(tmp_path)], look.stderr
+
+
+def test_the_version_is_in_one_place_and_the_others_follow():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert 'attr = "lola_vllm.__version__"' in pyproject
+    assert not [line for line in pyproject.splitlines() if line.startswith('version = "')]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == lola_vllm.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"\n## [{lola_vllm.__version__}]" in changes
+    assert changes.index("## [Unreleased]") < changes.index(f"## [{lola_vllm.__version__}]")

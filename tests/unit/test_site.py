@@ -1,0 +1,94 @@
+"""The documentation as a site: it builds without a warning, and loads nothing from elsewhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lola_vllm import cli
+from lola_vllm.config import LolaConfig
+from tools.site import docstrings
+
+pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    run = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return out
+
+
+def test_pages_load_nothing_from_other_sites(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 30
+    loads = (
+        r"<(?:script|link|img|iframe|source|object)\b[^>]*?(?:src|href|srcset|data)=\"?(\w+:)?//"
+    )
+    for page in pages:
+        assert not re.search(loads, page.read_text()), page
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import )['\"]?(https?:)?//", style.read_text()), style
+
+
+def test_the_reference_has_every_command_route_and_field(site):
+    commands = (site / "reference/cli.html").read_text()
+    assert not [name for name in cli.COMMANDS if f'id="lola-vllm-{name}"' not in commands]
+    assert {"lola-vllm-eval-recall", "lola-vllm-sessions-export"} <= set(
+        re.findall(r'id="([\w-]+)"', commands)
+    )
+    routes = (site / "reference/http.html").read_text()
+    for route in ("GET /v1/lola/info", "POST /v1/lola/memory", "PATCH /v1/lola/sessions/{session}"):
+        assert route in routes
+    assert "<code>add_generation_prompt</code>" in routes and "restored_tokens" in routes
+    fields = (site / "configuration.html").read_text()
+    assert not [name for name in LolaConfig.model_fields if f"<code>{name}</code>" not in fields]
+    python = (site / "reference/python.html").read_text()
+    assert 'id="lolacacheload"' in python and 'id="estimate"' in python
+
+
+def test_no_list_or_table_is_left_as_text(site):
+    """GitHub sees a list right below a sentence, and MkDocs does not."""
+    for page in site.rglob("*.html"):
+        article = page.read_text().partition("<article")[2].partition("</article>")[0]
+        prose = re.sub(r"<pre.*?</pre>", "", article, flags=re.S)
+        left = re.search(r"\n(- |\d\. |\|.*\|\n)", prose)
+        assert left is None, (page.name, prose[left.start() - 80 : left.end() + 80])
+
+
+def test_words_can_be_searched(site):
+    index = json.loads((site / "search/search_index.json").read_text())
+    found = {entry["location"] for entry in index["docs"] if "saliency" in entry["text"]}
+    assert {"configuration.html#lola-parameters", "reference/http.html#head"} <= found
+
+
+def test_docstrings_become_lists():
+    text = """Do it.
+
+    Args:
+        size: in
+            bytes. a, b: others.
+        c: third.
+
+    Raises:
+        ValueError: it is wrong.
+    """
+    assert docstrings.entries(docstrings.split(text)["Args"]) == {
+        "size": "in bytes. a, b: others.",
+        "c": "third.",
+    }
+    assert docstrings.markdown(text).startswith("Do it.\n\n**Args:**\n\n- `size`: in bytes.")
+    with pytest.raises(ValueError, match="without a name"):
+        docstrings.entries("No name stands here.")

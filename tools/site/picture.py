@@ -1,0 +1,128 @@
+"""The picture of the front page: memory over context, with recall, in docs/images/memory-*.svg.
+
+    python -m tools.site.picture
+
+The numbers are those of benchmarks/results/recall/: bytes as `lola-vllm estimate` computes them,
+and the share of exact answers to RULER's S-NIAH-1. SVG is written for a light and a dark page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "recall"
+IMAGES = ROOT / "docs" / "images"
+TASK = "niah-1"
+
+WIDTH, HEIGHT = 720, 360
+LEFT, RIGHT, TOP, BOTTOM = 64, 186, 58, 308  # of the plot; right of it stand the names
+LENGTHS = (1024, 2048, 4096, 8192)
+MIB = (4, 8, 16, 32, 64, 128, 256)
+
+COLORS = {
+    "light": {"text": "#1f2328", "faint": "#59636e", "grid": "#d1d9e0", "stock": "#b35900",
+              "lola": "#0550ae"},
+    "dark": {"text": "#f0f6fc", "faint": "#9198a1", "grid": "#3d444d", "stock": "#f0883e",
+             "lola": "#79c0ff"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A setting: MiB and the share of exact answers by length in tokens."""
+
+    name: str
+    color: str
+    mib: dict[int, float]
+    recall: dict[int, float]
+
+
+# Name, colour, setting's name in the files, files.
+SETTINGS = (
+    ("full KV cache", "stock", "softmax teacher", ("teacher", "teacher-long")),
+    ("LoLA, 512 pairs", "lola", "lam 512", ("lam-512", "lam-512-at-4096", "long")),
+    ("LoLA, 128 pairs", "lola", "lam 128", ("main",)),
+)
+
+
+def lines() -> list[Line]:
+    """What is drawn, from the results."""
+    return [_line(*setting) for setting in SETTINGS]
+
+
+def _line(name: str, color: str, setting: str, files: tuple[str, ...]) -> Line:
+    mib: dict[int, float] = {}
+    recall: dict[int, float] = {}
+    for file in files:
+        settings = json.loads((RESULTS / f"{file}.json").read_text())["settings"]
+        (found,) = [item for item in settings if item["name"] == setting]
+        for cell in found["cells"]:
+            if cell["task"] == TASK:
+                recall[cell["length"]] = cell["rate"]
+        for length in LENGTHS:  # a state has one size, a full KV cache one per token
+            size = found["state_bytes"] or length * found["full_kv_bytes_per_token"]
+            mib[length] = size / 2**20
+    return Line(name, color, mib, recall)
+
+
+def _x(length: float) -> float:
+    share = math.log2(length / LENGTHS[0]) / math.log2(LENGTHS[-1] / LENGTHS[0])
+    return LEFT + 24 + share * (WIDTH - RIGHT - LEFT - 48)
+
+
+def _y(mib: float) -> float:
+    return BOTTOM - math.log2(mib / MIB[0]) / math.log2(MIB[-1] / MIB[0]) * (BOTTOM - TOP)
+
+
+def svg(theme: str) -> str:
+    """The picture for a "light" or a "dark" page."""
+    return "\n".join(_elements(COLORS[theme])) + "\n"
+
+
+def _elements(color: dict[str, str]) -> Iterator[str]:
+    yield (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'font-family="system-ui, sans-serif" font-size="13" fill="{color["text"]}">'
+    )
+    yield "<title>Memory over context, and how often a hidden number is found</title>"
+    yield _text(LEFT, 20, "Memory of one sequence, MiB (logarithmic)", weight="600")
+    yield _text(LEFT, 38, "at each dot: hidden numbers found (RULER S-NIAH-1)", fill=color["faint"])
+    for mib in MIB:
+        y = _y(mib)
+        yield f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{color["grid"]}"/>'
+        yield _text(LEFT - 8, y + 4, str(mib), anchor="end", fill=color["faint"])
+    for length in LENGTHS:
+        yield _text(_x(length), BOTTOM + 20, f"{length:,}", anchor="middle", fill=color["faint"])
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    yield _text(middle, BOTTOM + 40, "tokens of context", anchor="middle", fill=color["faint"])
+    for line in lines():
+        stroke = color[line.color]
+        points = " ".join(f"{_x(n):.1f},{_y(line.mib[n]):.1f}" for n in LENGTHS)
+        yield f'<polyline points="{points}" fill="none" stroke="{stroke}" stroke-width="2.5"/>'
+        for length, share in sorted(line.recall.items()):
+            x, y = _x(length), _y(line.mib[length])
+            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{stroke}"/>'
+            beside = y - 9 if line.color == "stock" else y + 19  # where the lines leave room
+            words = f"{share:.0%}".replace("%", " %")
+            yield _text(x, beside, words, anchor="middle", fill=stroke)
+        last = line.mib[LENGTHS[-1]]
+        x, y = WIDTH - RIGHT + 4, _y(last)
+        yield _text(x, y - 2, line.name, weight="600", fill=stroke)
+        yield _text(x, y + 14, f"{last:.1f} MiB at {LENGTHS[-1]:,}", fill=stroke)
+    yield "</svg>"
+
+
+def _text(x: float, y: float, words: str, **how: str) -> str:
+    names = {"anchor": "text-anchor", "weight": "font-weight", "fill": "fill"}
+    attributes = "".join(f' {names[key]}="{value}"' for key, value in how.items())
+    return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{words}</text>'
+
+
+if __name__ == "__main__":
+    for theme in COLORS:
+        (IMAGES / f"memory-{theme}.svg").write_text(svg(theme), encoding="utf-8")
