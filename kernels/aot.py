@@ -38,6 +38,8 @@ POINTER_TYPES = {
     "scores_ptr": "*fp32",
     "ws_ptr": "*fp32",
     "saliency_ptr": "*fp32",
+    "k_scale_ptr": "*fp32",
+    "v_scale_ptr": "*fp32",
     "bounds_ptr": "*fp32",
     "directions_ptr": "*i8",
     "doubtful_ptr": "*i32",
@@ -87,8 +89,10 @@ def llama_8b(sparse_cache_size: int = 512, num_state_heads: int = 8) -> StateLay
 def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
     """Every kernel of the Triton back end as it is launched for a layout.
 
-    Updates also as where each token is followed by one, and as where scores are weighed.
+    Updates also as where each token is followed by one, and as where scores are weighed. All that
+    reads sparse pairs also as where these are int8, with scores weighed.
     """
+    small = replace(layout, int8_pairs=True)
     read = {"PRECISION": precision(layout.kv_dtype)}
     whole = decode.decode_constants(layout, Hq, 1, False)
     split = decode.decode_constants(layout, Hq, splits, False)
@@ -108,6 +112,19 @@ def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
         ),
         *update_kernels(layout),
         *update_kernels(replace(layout, has_saliency=True), ", weighed"),
+        Kernel(
+            "decode, int8",
+            decode.decode_kernel,
+            {**decode.decode_constants(small, Hq, 1, False), **read},
+            decode.NUM_WARPS,
+        ),
+        Kernel(
+            "prefill, int8",
+            prefill.prefill_kernel,
+            {**prefill.prefill_constants(small, Hq, False, partial=False), **read},
+            prefill.NUM_WARPS,
+        ),
+        *update_kernels(replace(small, has_saliency=True), ", int8"),
     ]
 
 
@@ -158,7 +175,8 @@ def source(kernel: Kernel) -> ASTSource:
             signature[name] = "constexpr"
             continue
         if name.endswith("_ptr"):
-            signature[name] = POINTER_TYPES.get(name, "*bf16")
+            int8 = name.startswith("sparse_") and kernel.constants["SHAPE"].INT8_PAIRS
+            signature[name] = "*i8" if int8 else POINTER_TYPES.get(name, "*bf16")
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
         free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment

@@ -15,6 +15,8 @@ from lola_vllm.kernels.common import (
     RECALL_EPS,
     exact_of,
     exact_row,
+    int8_numbers,
+    int8_scale,
     pairs_of,
     read_state,
     saliency_weights_of,
@@ -55,46 +57,73 @@ def candidate_ok(e, start, stop, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def gather(sparse_at, exact_at, e, ok, start, sparse_head, kv_head, cols, SHAPE: tl.constexpr):
-    """Keys or values `[len(e), BLOCK_D]` of candidates, zero where not ok.
+def evicted_rows(exact_at, e, ok, start, kv_head, cols, SHAPE: tl.constexpr):
+    """Keys or values `[len(e), BLOCK_D]` of evicted pairs as the window holds them.
 
-    Pointers `*_at` are the page's. start: as in `candidate_ok`.
+    Zero where not ok or e < lam. exact_at: the page's. start: as in `candidate_ok`.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
     row = exact_row(start + e - LAM, SHAPE)
-    cached = pairs_of(sparse_at, sparse_head, SHAPE) + e * D
-    evicted = exact_of(exact_at, kv_head, SHAPE) + row * D
-    at = tl.where(e < LAM, cached, evicted)[:, None] + cols[None, :]
-    return tl.load(at, mask=ok[:, None] & (cols < D)[None, :], other=0.0)
+    at = (exact_of(exact_at, kv_head, SHAPE) + row * D)[:, None] + cols[None, :]
+    return tl.load(at, mask=(ok & (e >= LAM))[:, None] & (cols < D)[None, :], other=0.0)
 
 
 @triton.jit
-def gather_pairs(
-    sparse_k_at, sparse_v_at, exact_k_at, exact_v_at, e, ok, start, sparse_head, kv_head, cols,
-    SHAPE: tl.constexpr,
-):  # fmt: skip
-    """Keys of candidates in their dtype, and values in float32; arguments as of `gather`."""
-    k = gather(sparse_k_at, exact_k_at, e, ok, start, sparse_head, kv_head, cols, SHAPE)
-    v = gather(sparse_v_at, exact_v_at, e, ok, start, sparse_head, kv_head, cols, SHAPE)
+def gather(
+    sparse_at, scale_at, exact_at, e, ok, start, sparse_head, kv_head, cols, SHAPE: tl.constexpr
+):
+    """Keys or values `[len(e), BLOCK_D]` of candidates, zero where not ok.
+
+    In their dtype, or where pairs are int8 as what they stand for, in float32. Pointers `*_at` are
+    the page's. start: as in `candidate_ok`.
+    """
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
+    cached = pairs_of(sparse_at, sparse_head, SHAPE) + e * D
+    if SHAPE.INT8_PAIRS:
+        held = ok & (e < LAM)
+        kept = held[:, None] & (cols < D)[None, :]
+        numbers = tl.load(cached[:, None] + cols[None, :], mask=kept, other=0).to(tl.float32)
+        x = evicted_rows(exact_at, e, ok, start, kv_head, cols, SHAPE).to(tl.float32)
+        x += numbers  # one of them is 0
+        kept_scale = tl.load(slots_of(scale_at, sparse_head, SHAPE) + e, mask=held, other=0.0)
+        scale = tl.where(held, kept_scale, int8_scale(x))
+        # Numbers of 8 bits are whole, and stay what they are at a scale of 1.
+        return int8_numbers(x, tl.where(held, 1.0, scale)) * scale[:, None]
+    else:
+        row = exact_row(start + e - LAM, SHAPE)
+        evicted = exact_of(exact_at, kv_head, SHAPE) + row * D
+        at = tl.where(e < LAM, cached, evicted)[:, None] + cols[None, :]
+        return tl.load(at, mask=ok[:, None] & (cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def gather_pairs(pairs_at, e, ok, start, sparse_head, kv_head, cols, SHAPE: tl.constexpr):
+    """Keys of candidates as `gather` gives them, and values in float32.
+
+    pairs_at: the page's sparse keys, values and their scales, and exact keys and values.
+    """
+    sparse_k_at, sparse_v_at, k_scale_at, v_scale_at, exact_k_at, exact_v_at = pairs_at
+    k = gather(sparse_k_at, k_scale_at, exact_k_at, e, ok, start, sparse_head, kv_head, cols, SHAPE)
+    v = gather(sparse_v_at, v_scale_at, exact_v_at, e, ok, start, sparse_head, kv_head, cols, SHAPE)
     return k, v.to(tl.float32)
 
 
 @triton.jit
-def new_saliency(
-    ws_ptr, k, v, sparse_k_at, exact_k_at, e, ok, start, sparse_head, kv_head, cols,
-    SHAPE: tl.constexpr,
-):  # fmt: skip
-    """w `[len(e)]` of candidates from their keys and values (`docs/algorithm.md`, section 6).
+def new_saliency(ws_ptr, k, v, exact_k_at, e, ok, start, kv_head, cols, SHAPE: tl.constexpr):
+    """w `[len(e)]` of evicted pairs from their keys and values (`docs/algorithm.md`, section 6).
 
     k and v: as `gather_pairs` gives them; the other arguments as of `gather`. A NaN stays one.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     HALF: tl.constexpr = D // 2
     first = cols < HALF  # of a rotary pair; the second entry is HALF columns on
-    second = gather(
-        sparse_k_at, exact_k_at, e, ok, start, sparse_head, kv_head, cols + HALF, SHAPE
-    ).to(tl.float32)
+    second = evicted_rows(exact_k_at, e, ok, start, kv_head, cols + HALF, SHAPE).to(tl.float32)
+    if SHAPE.INT8_PAIRS:
+        whole = evicted_rows(exact_k_at, e, ok, start, kv_head, cols, SHAPE).to(tl.float32)
+        scale = int8_scale(whole)
+        second = int8_numbers(second, scale) * scale[:, None]
     k = k.to(tl.float32)
     weights = saliency_weights_of(ws_ptr, kv_head, SHAPE)
     a = tl.load(weights + cols, mask=first, other=0.0)
@@ -107,15 +136,12 @@ def new_saliency(
 
 @triton.jit
 def candidate_saliency(
-    ws_ptr, saliency_at, k, v, sparse_k_at, exact_k_at, e, ok, start, sparse_head, kv_head, cols,
+    ws_ptr, saliency_at, k, v, exact_k_at, e, ok, start, sparse_head, kv_head, cols,
     SHAPE: tl.constexpr,
 ):  # fmt: skip
     """w `[len(e)]` of candidates: what the page keeps of cached ones; arguments: `new_saliency`."""
     LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
-    new = new_saliency(
-        ws_ptr, k, v, sparse_k_at, exact_k_at, e, ok & (e >= LAM), start, sparse_head, kv_head,
-        cols, SHAPE,
-    )  # fmt: skip
+    new = new_saliency(ws_ptr, k, v, exact_k_at, e, ok, start, kv_head, cols, SHAPE)
     kept_at = slots_of(saliency_at, sparse_head, SHAPE) + e
     kept = tl.load(kept_at, mask=ok & (e < LAM), other=0.0)
     return tl.where(e < LAM, kept, new)

@@ -30,6 +30,9 @@ FEATURE_BLOCK = tl.constexpr(16)
 FEATURE_FLOOR = tl.constexpr(constants.FEATURE_FLOOR)
 RECALL_EPS = tl.constexpr(constants.RECALL_EPS)
 MAX_LOG_SALIENCY = tl.constexpr(constants.MAX_LOG_SALIENCY)
+PAIR_MAX = tl.constexpr(float(constants.PAIR_MAX))
+SCALE_STEP = tl.constexpr(1 / constants.PAIR_MAX)
+WHOLE = tl.constexpr(1.5 * 2.0**23)  # a float32 sum with it is a whole number
 DITHER_UPDATE = tl.constexpr(constants.DITHER_UPDATE)
 DITHER_ROW = tl.constexpr(constants.DITHER_ROW)
 DITHER_UNIT = tl.constexpr(constants.DITHER_UNIT)
@@ -49,7 +52,7 @@ class PageShape(NamedTuple):
     Attributes:
         WINDOW_SIZE, SPARSE_CACHE_SIZE, UPDATE_INTERVAL, SINK_SIZE, NUM_KV_HEADS, NUM_STATE_HEADS,
         NUM_SPARSE_HEADS, HEAD_DIM, FEATURE_DIM: as in `StateLayout`.
-        HAS_SALIENCY: as in `StateLayout`, 1 or 0.
+        HAS_SALIENCY, INT8_PAIRS: as in `StateLayout`, 1 or 0.
         RING_SIZE: rows of the window ring. STATES_PER_SET: state heads of a sparse set.
         BLOCK_D, BLOCK_F: powers of two, at least `HEAD_DIM` and `FEATURE_DIM`.
     """
@@ -64,6 +67,7 @@ class PageShape(NamedTuple):
     HEAD_DIM: int
     FEATURE_DIM: int
     HAS_SALIENCY: int
+    INT8_PAIRS: int
     RING_SIZE: int
     STATES_PER_SET: int
     BLOCK_D: int
@@ -84,6 +88,7 @@ def page_shape(layout: StateLayout) -> PageShape:
         HEAD_DIM=layout.head_dim,
         FEATURE_DIM=layout.feature_dim,
         HAS_SALIENCY=int(layout.has_saliency),
+        INT8_PAIRS=int(layout.int8_pairs),
         RING_SIZE=layout.ring_size,
         STATES_PER_SET=layout.num_state_heads // layout.num_sparse_heads,
         BLOCK_D=max(MIN_DOT, triton.next_power_of_2(layout.head_dim)),
@@ -126,7 +131,7 @@ def exact_of(exact_ptr, kv_head, SHAPE: tl.constexpr):
 
 @triton.jit
 def slots_of(ptr, sparse_head, SHAPE: tl.constexpr):
-    """One number per slot of a sparse set, from the page's positions or saliency."""
+    """One number per slot of a sparse set, from the page's positions, saliency or scales."""
     return ptr + sparse_head * SHAPE.SPARSE_CACHE_SIZE
 
 
@@ -226,6 +231,57 @@ def absorb(q, k, v, ok, scale, m, norm, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def absorb_cached(
+    q, k_at, v_at, k_scale_at, v_scale_at, index, ok, cols, scale, m, norm, acc,
+    kv_type: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`absorb` the sparse pairs in the slots `index` `[N]` that are ok, `[N]`; pointers: the set's.
+
+    kv_type: of the page's exact keys and values.
+    """
+    at = index[:, None] * SHAPE.HEAD_DIM + cols[None, :]
+    tile_ok = ok[:, None] & (cols < SHAPE.HEAD_DIM)[None, :]
+    k = tl.load(k_at + at, mask=tile_ok, other=0)
+    v = tl.load(v_at + at, mask=tile_ok, other=0)
+    if not SHAPE.INT8_PAIRS:
+        return absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
+    else:
+        # Numbers of 8 bits are multiplied as they are: every dtype holds them. The scales multiply
+        # logits and weights, those of values over the largest, so that 16 bits hold the weights.
+        k_scale = tl.load(k_scale_at + index, mask=ok, other=0.0)
+        v_scale = tl.load(v_scale_at + index, mask=ok, other=0.0)
+        k, v = k.to(tl.float32).to(kv_type), v.to(tl.float32).to(kv_type)
+        z = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
+        z = product(q, tl.trans(k), z, PRECISION) * scale * k_scale[None, :]
+        z = tl.where(ok[None, :], z, float("-inf"))
+        top = tl.maximum(m, tl.max(z, 1))
+        p = tl.exp(z - top[:, None])
+        decay = tl.exp(m - top)
+        largest = tl.max(v_scale, 0)
+        share = v_scale / tl.where(largest > 0, largest, 1.0)
+        more = tl.zeros([q.shape[0], cols.shape[0]], tl.float32)
+        more = product((p * share[None, :]).to(kv_type), v, more, PRECISION)
+        return top, norm * decay + tl.sum(p, 1), acc * decay[:, None] + more * largest
+
+
+@triton.jit
+def int8_scale(x):
+    """The scales `[M]` of rows x `[M, N]`, float32: `quantize` in `ops/int8.py`."""
+    # The second sum is 0, or NaN where an entry is not finite.
+    return tl.max(tl.abs(x), 1) * SCALE_STEP + tl.sum(x - x, 1)
+
+
+@triton.jit
+def int8_numbers(x, scale):
+    """The numbers that rows x are rounded to at their scales, in float32."""
+    usable = scale > 0
+    y = tl.div_rn(x, tl.where(usable, scale, 1.0)[:, None])
+    y = (y + WHOLE) - WHOLE
+    y = tl.minimum(tl.maximum(y, -PAIR_MAX), PAIR_MAX)
+    return tl.where(usable[:, None], y, 0.0)
+
+
+@triton.jit
 def read_state(
     x, w_ptr, h_ptr, s_ptr, cols, num_features, SHAPE: tl.constexpr, PRECISION: tl.constexpr
 ):
@@ -309,12 +365,13 @@ class PageStrides(NamedTuple):
     """Strides of a pool's pages, in elements.
 
     Attributes:
-        state: of H and s. kv: of keys and values. words: of positions, saliency and bounds.
-            bytes: of directions.
+        state: of H and s. kv: of exact keys and values. sparse: of those in the sparse cache.
+            words: of positions, saliency, scales and bounds. bytes: of directions.
     """
 
     state: int
     kv: int
+    sparse: int
     words: int
     bytes: int
 
@@ -323,8 +380,8 @@ def page_strides(state: LayerState) -> PageStrides:
     """The page stride of a layer's pool, in elements of each part."""
     stride, layout = state.pages.stride(0), state.layout
     return PageStrides(
-        stride // layout.state_dtype.itemsize, stride // layout.kv_dtype.itemsize, stride // 4,
-        stride,
+        stride // layout.state_dtype.itemsize, stride // layout.kv_dtype.itemsize,
+        stride // layout.sparse_dtype.itemsize, stride // 4, stride,
     )  # fmt: skip
 
 
@@ -354,8 +411,6 @@ def check(state: LayerState, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> No
         raise ValueError(f"kv_dtype: {layout.kv_dtype}, expected one of {DTYPES}")
     if layout.state_dtype != torch.float32:
         raise ValueError(f"state_dtype: {layout.state_dtype}, expected torch.float32")
-    if layout.int8_pairs:
-        raise ValueError("lola_config.sparse_dtype = 'int8': not in the Triton kernels yet")
     if layout.page_bytes >= MAX_PAGE_BYTES:
         raise ValueError(f"layout: pages of {layout.page_bytes} bytes, 2 GiB or more")
 

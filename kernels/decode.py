@@ -19,6 +19,7 @@ from torch import Tensor
 from lola_vllm.kernels.common import (
     MIN_DOT,
     absorb,
+    absorb_cached,
     exact_of,
     exact_row,
     features,
@@ -33,6 +34,7 @@ from lola_vllm.kernels.common import (
     precision,
     product,
     s_of,
+    slots_of,
     window_start,
 )
 from lola_vllm.ops.contract import DecodeBatch, LayerState
@@ -56,6 +58,8 @@ def decode_kernel(
     s_ptr,
     sparse_k_ptr,
     sparse_v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     exact_k_ptr,
     exact_v_ptr,
     slots_ptr,
@@ -74,6 +78,8 @@ def decode_kernel(
     n_stride,
     state_page,
     kv_page,
+    sparse_page,
+    words_page,
     scale,
     SHAPE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -157,16 +163,17 @@ def decode_kernel(
 
     if LAM > 0:
         sparse_head = head // (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_SPARSE_HEADS)
-        sparse_k_at = pairs_of(sparse_k_ptr + page * kv_page, sparse_head, SHAPE)
-        sparse_v_at = pairs_of(sparse_v_ptr + page * kv_page, sparse_head, SHAPE)
+        sparse_k_at = pairs_of(sparse_k_ptr + page * sparse_page, sparse_head, SHAPE)
+        sparse_v_at = pairs_of(sparse_v_ptr + page * sparse_page, sparse_head, SHAPE)
+        k_scale_at = slots_of(k_scale_ptr + page * words_page, sparse_head, SHAPE)
+        v_scale_at = slots_of(v_scale_ptr + page * words_page, sparse_head, SHAPE)
         for j in range(tl.maximum(start, num_exact) - num_exact, stop - num_exact, BLOCK_N):
             index = j + tl.arange(0, BLOCK_N)
             ok = index < stop - num_exact
-            at = index[:, None] * D + cols[None, :]
-            tile_ok = ok[:, None] & col_ok[None, :]
-            k = tl.load(sparse_k_at + at, mask=tile_ok, other=0.0)
-            v = tl.load(sparse_v_at + at, mask=tile_ok, other=0.0)
-            m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
+            m, norm, acc = absorb_cached(
+                q, sparse_k_at, sparse_v_at, k_scale_at, v_scale_at, index, ok, cols, scale, m,
+                norm, acc, kv_type, SHAPE, PRECISION,
+            )  # fmt: skip
 
     y_lin = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     log_D = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -299,11 +306,13 @@ def attend(
         partial = stats = weights.log_gate
     decode_kernel[(B * layout.num_state_heads, splits + 1 if splits > 1 else 1)](
         q, k, v, out, weights.feature_map_q, weights.log_gate,
-        views.H, views.s, views.sparse_k, views.sparse_v, views.exact_k, views.exact_v,
+        views.H, views.s, views.sparse_k, views.sparse_v, views.sparse_k_scale,
+        views.sparse_v_scale, views.exact_k, views.exact_v,
         slots, seq_lens, partial, stats,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         out.stride(0), out.stride(1), slots.stride(0), seq_lens.stride(0), pages.state, pages.kv,
-        d**-0.5, **decode_constants(layout, Hq, splits, weights.subtract_max),
+        pages.sparse, pages.words, d**-0.5,
+        **decode_constants(layout, Hq, splits, weights.subtract_max),
         PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
     )  # fmt: skip
     if splits > 1:

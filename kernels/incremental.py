@@ -70,9 +70,9 @@ def store_bounds(at, ld: tl.constexpr, low, total, value, features, along, scale
 
 @triton.jit
 def score_pairs(
-    which, ok, wk_ptr, ws_ptr, h_at, s_at, saliency_at, sparse_k_at, sparse_v_at, exact_k_at,
-    exact_v_at, bounds_at, directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features,
-    SHAPE: tl.constexpr, PRECISION: tl.constexpr,
+    which, ok, wk_ptr, ws_ptr, h_at, s_at, saliency_at, pairs_at, bounds_at, directions_at,
+    fresh_at, start, sparse_head, kv_head, cols, num_features, SHAPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores `[len(which)]` of candidates; sets the bounds on them (Lemma 1).
 
@@ -82,14 +82,11 @@ def score_pairs(
     D: tl.constexpr = SHAPE.HEAD_DIM
     LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
     pairs = ok[:, None] & (cols < D)[None, :]
-    k, v = gather_pairs(
-        sparse_k_at, sparse_v_at, exact_k_at, exact_v_at, which, ok, start, sparse_head, kv_head,
-        cols, SHAPE,
-    )  # fmt: skip
+    k, v = gather_pairs(pairs_at, which, ok, start, sparse_head, kv_head, cols, SHAPE)
     if SHAPE.HAS_SALIENCY:  # before the loop, for fewer registers in it
         weight = candidate_saliency(
-            ws_ptr, saliency_at, k, v, sparse_k_at, exact_k_at, which, ok, start, sparse_head,
-            kv_head, cols, SHAPE,
+            ws_ptr, saliency_at, k, v, pairs_at[4], which, ok, start, sparse_head, kv_head, cols,
+            SHAPE,
         )  # fmt: skip
     value = tl.sqrt_rn(tl.sum(v * v, 1))
     cached, new = ok & (which < LAM), ok & (which == LAM)
@@ -139,6 +136,8 @@ def bounded_score_kernel(
     saliency_ptr,
     sparse_k_ptr,
     sparse_v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     exact_k_ptr,
     exact_v_ptr,
     bounds_ptr,
@@ -152,6 +151,7 @@ def bounded_score_kernel(
     n_stride,
     state_page,
     kv_page,
+    sparse_page,
     words_page,
     directions_page,
     first_row,
@@ -190,8 +190,12 @@ def bounded_score_kernel(
             # Before the first fold H and s are leftovers, and count as zero.
             num_features = tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
             h_at, s_at = h_ptr + page * state_page, s_ptr + page * state_page
-            sparse_k_at, sparse_v_at = sparse_k_ptr + page * kv_page, sparse_v_ptr + page * kv_page
             exact_k_at, exact_v_at = exact_k_ptr + page * kv_page, exact_v_ptr + page * kv_page
+            pairs_at = (
+                sparse_k_ptr + page * sparse_page, sparse_v_ptr + page * sparse_page,
+                k_scale_ptr + page * words_page, v_scale_ptr + page * words_page,
+                exact_k_at, exact_v_at,
+            )  # fmt: skip
             bounds_at = bounds_ptr + page * words_page
             directions_at = directions_ptr + page * directions_page
             scratch = (row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head
@@ -220,9 +224,9 @@ def bounded_score_kernel(
             which = tl.where(part == 0, LAM, likely)
             ok = which <= tl.where(part == 0, LAM, LAM - 1)
             score = score_pairs(
-                which, ok, wk_ptr, ws_ptr, h_at, s_at, saliency_at, sparse_k_at, sparse_v_at,
-                exact_k_at, exact_v_at, bounds_at, directions_at, fresh_at, start, sparse_head,
-                kv_head, cols, num_features, SHAPE, PRECISION,
+                which, ok, wk_ptr, ws_ptr, h_at, s_at, saliency_at, pairs_at, bounds_at,
+                directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features, SHAPE,
+                PRECISION,
             )  # fmt: skip
             limit = tl.min(tl.where(ok, score, float("inf")), 0)
             place = tl.arange(0, PARTS)[:, None] * BLOCK_T + part[None, :]
@@ -238,17 +242,17 @@ def bounded_score_kernel(
                 ok = first + part < num_doubtful
                 which = tl.load(doubtful_at + first + part, mask=ok, other=0)
                 score = score_pairs(
-                    which, ok, wk_ptr, ws_ptr, h_at, s_at, saliency_at, sparse_k_at, sparse_v_at,
-                    exact_k_at, exact_v_at, bounds_at, directions_at, fresh_at, start, sparse_head,
-                    kv_head, cols, num_features, SHAPE, PRECISION,
+                    which, ok, wk_ptr, ws_ptr, h_at, s_at, saliency_at, pairs_at, bounds_at,
+                    directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features,
+                    SHAPE, PRECISION,
                 )  # fmt: skip
                 tl.store(scores_at + which, score, mask=ok)
 
 
 @triton.jit
 def track_fold(
-    bounds_at, directions_at, fresh_at, sparse_v_at, exact_v_at, folded_at, free_at, num_folded,
-    num_new, start, sparse_head, kv_head, cols, SHAPE: tl.constexpr, BLOCK_P: tl.constexpr,
+    bounds_at, directions_at, fresh_at, pairs_at, folded_at, free_at, num_folded, num_new, start,
+    sparse_head, kv_head, cols, SHAPE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Carries bounds and directions over an update, before slots are replaced.
 
@@ -261,8 +265,9 @@ def track_fold(
     slot = tl.load(free_at, mask=num_new > 0, other=0)
     one = tl.zeros([1], tl.int32)
     v = gather(
-        sparse_v_at, exact_v_at, one + loser, one == 0, start, sparse_head, kv_head, cols, SHAPE
-    ).to(tl.float32)
+        pairs_at[1], pairs_at[3], pairs_at[5], one + loser, one == 0, start, sparse_head, kv_head,
+        cols, SHAPE,
+    ).to(tl.float32)  # fmt: skip
     number, pair = tl.arange(0, 8), tl.arange(0, BLOCK_P)
     overflow, enters = num_folded > 0, num_new > 0
     for i in range(SHAPE.STATES_PER_SET):

@@ -24,6 +24,7 @@ from torch import Tensor
 from lola_vllm.kernels.common import (
     MIN_DOT,
     absorb,
+    absorb_cached,
     exact_of,
     exact_row,
     h_of,
@@ -36,6 +37,7 @@ from lola_vllm.kernels.common import (
     precision,
     read_state,
     s_of,
+    slots_of,
     window_start,
 )
 from lola_vllm.kernels.update import Rows, scratch_buffers, update
@@ -64,6 +66,8 @@ def prefill_kernel(
     s_ptr,
     sparse_k_ptr,
     sparse_v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     exact_k_ptr,
     exact_v_ptr,
     slots_ptr,
@@ -80,6 +84,8 @@ def prefill_kernel(
     out_head,
     state_page,
     kv_page,
+    sparse_page,
+    words_page,
     lse_head,
     first_chunk,
     num_blocks,
@@ -178,16 +184,17 @@ def prefill_kernel(
     if LAM > 0:
         sparse_head = head // (NUM_HEADS // SHAPE.NUM_SPARSE_HEADS)
         num_sparse = tl.minimum(first - SHAPE.SINK_SIZE, LAM)
-        sparse_k_at = pairs_of(sparse_k_ptr + page * kv_page, sparse_head, SHAPE)
-        sparse_v_at = pairs_of(sparse_v_ptr + page * kv_page, sparse_head, SHAPE)
+        sparse_k_at = pairs_of(sparse_k_ptr + page * sparse_page, sparse_head, SHAPE)
+        sparse_v_at = pairs_of(sparse_v_ptr + page * sparse_page, sparse_head, SHAPE)
+        k_scale_at = slots_of(k_scale_ptr + page * words_page, sparse_head, SHAPE)
+        v_scale_at = slots_of(v_scale_ptr + page * words_page, sparse_head, SHAPE)
         for j in range(0, num_sparse, BLOCK_N):
             index = j + tl.arange(0, BLOCK_N)
             ok = index < num_sparse
-            at = index[:, None] * D + cols[None, :]
-            tile_ok = ok[:, None] & col_ok[None, :]
-            k = tl.load(sparse_k_at + at, mask=tile_ok, other=0.0)
-            v = tl.load(sparse_v_at + at, mask=tile_ok, other=0.0)
-            m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
+            m, norm, acc = absorb_cached(
+                q, sparse_k_at, sparse_v_at, k_scale_at, v_scale_at, index, ok, cols, scale, m,
+                norm, acc, kv_type, SHAPE, PRECISION,
+            )  # fmt: skip
 
     y = acc / norm[:, None]
     if first - SHAPE.SINK_SIZE > LAM:  # something was folded in before this chunk
@@ -312,10 +319,12 @@ def prefill(
         num_blocks = triton.cdiv(step.longest, block_m(layout))
         prefill_kernel[(step.count * num_blocks, Hq)](
             q, k, v, out, weights.feature_map_q, weights.log_gate,
-            views.H, views.s, views.sparse_k, views.sparse_v, views.exact_k, views.exact_v,
+            views.H, views.s, views.sparse_k, views.sparse_v, views.sparse_k_scale,
+            views.sparse_v_scale, views.exact_k, views.exact_v,
             page, chunks, soft, lse,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            out.stride(0), out.stride(1), strides.state, strides.kv, lse_head,
+            out.stride(0), out.stride(1), strides.state, strides.kv, strides.sparse,
+            strides.words, lse_head,
             step.first, num_blocks, chunks.shape[1], d**-0.5, **own,
             PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
         )  # fmt: skip

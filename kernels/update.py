@@ -30,7 +30,7 @@ from lola_vllm.kernels.candidates import (
     candidate_ok,
     candidate_saliency,
     due_rows,
-    gather,
+    evicted_rows,
     gather_pairs,
     new_saliency,
     nth_row,
@@ -43,6 +43,8 @@ from lola_vllm.kernels.common import (
     dither,
     features,
     h_of,
+    int8_numbers,
+    int8_scale,
     map_of,
     num_processors,
     page_shape,
@@ -101,6 +103,31 @@ def select(score, position, ok, overflow, LAM: tl.constexpr):
     return ok & ((bits > least) | (tied & (age >= youngest)))
 
 
+@triton.jit
+def put(
+    sparse_at, scale_at, exact_at, e, slot, ok, start, sparse_head, kv_head, cols,
+    SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of evicted pairs into their slots. Returns what they stand for there, float32.
+
+    Arguments as of `candidates.gather`; e and slot `[M]`.
+    """
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    x = evicted_rows(exact_at, e, ok, start, kv_head, cols, SHAPE)
+    to = pairs_of(sparse_at, sparse_head, SHAPE) + (slot * D)[:, None] + cols[None, :]
+    pair_ok = ok[:, None] & (cols < D)[None, :]
+    if not SHAPE.INT8_PAIRS:
+        tl.store(to, x, mask=pair_ok)
+        return x.to(tl.float32)
+    else:
+        x = x.to(tl.float32)
+        scale = int8_scale(x)
+        numbers = int8_numbers(x, scale)
+        tl.store(to, numbers.to(tl.int8), mask=pair_ok)
+        tl.store(slots_of(scale_at, sparse_head, SHAPE) + slot, scale, mask=ok)
+        return numbers * scale[:, None]
+
+
 @triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
 def score_kernel(
     wk_ptr,
@@ -110,6 +137,8 @@ def score_kernel(
     saliency_ptr,
     sparse_k_ptr,
     sparse_v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     exact_k_ptr,
     exact_v_ptr,
     slots_ptr,
@@ -119,6 +148,7 @@ def score_kernel(
     n_stride,
     state_page,
     kv_page,
+    sparse_page,
     words_page,
     first_row,
     num_rows,
@@ -156,18 +186,19 @@ def score_kernel(
             e = item % BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
             ok = (e < E) & candidate_ok(e, start, stop, SHAPE)
             h_at, s_at = h_ptr + page * state_page, s_ptr + page * state_page
-            sparse_k_at, sparse_v_at = sparse_k_ptr + page * kv_page, sparse_v_ptr + page * kv_page
             exact_k_at, exact_v_at = exact_k_ptr + page * kv_page, exact_v_ptr + page * kv_page
-            k, v = gather_pairs(
-                sparse_k_at, sparse_v_at, exact_k_at, exact_v_at, e, ok, start, sparse_head,
-                kv_head, cols, SHAPE,
+            pairs_at = (
+                sparse_k_ptr + page * sparse_page, sparse_v_ptr + page * sparse_page,
+                k_scale_ptr + page * words_page, v_scale_ptr + page * words_page,
+                exact_k_at, exact_v_at,
             )  # fmt: skip
+            k, v = gather_pairs(pairs_at, e, ok, start, sparse_head, kv_head, cols, SHAPE)
             # Before the first fold H and s are leftovers, and count as zero.
             num_features = tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
             if SHAPE.HAS_SALIENCY:  # before the loop, for fewer registers in it
                 weight = candidate_saliency(
-                    ws_ptr, saliency_ptr + page * words_page, k, v, sparse_k_at, exact_k_at, e,
-                    ok, start, sparse_head, kv_head, cols, SHAPE,
+                    ws_ptr, saliency_ptr + page * words_page, k, v, exact_k_at, e, ok, start,
+                    sparse_head, kv_head, cols, SHAPE,
                 )  # fmt: skip
             norm = tl.sqrt_rn(tl.sum(v * v, 1))
             least = tl.where(norm < RECALL_EPS, RECALL_EPS, norm)
@@ -197,6 +228,8 @@ def fold_kernel(
     saliency_ptr,
     sparse_k_ptr,
     sparse_v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     exact_k_ptr,
     exact_v_ptr,
     bounds_ptr,
@@ -210,6 +243,7 @@ def fold_kernel(
     n_stride,
     state_page,
     kv_page,
+    sparse_page,
     words_page,
     directions_page,
     first_row,
@@ -255,8 +289,12 @@ def fold_kernel(
             live = feats < tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
             scratch = (row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head
             positions_at = slots_of(positions_ptr + page * words_page, sparse_head, SHAPE)
-            sparse_k_at, sparse_v_at = sparse_k_ptr + page * kv_page, sparse_v_ptr + page * kv_page
             exact_k_at, exact_v_at = exact_k_ptr + page * kv_page, exact_v_ptr + page * kv_page
+            pairs_at = (
+                sparse_k_ptr + page * sparse_page, sparse_v_ptr + page * sparse_page,
+                k_scale_ptr + page * words_page, v_scale_ptr + page * words_page,
+                exact_k_at, exact_v_at,
+            )  # fmt: skip
 
             e = tl.arange(0, BLOCK_ALL)
             ok = (e < E) & candidate_ok(e, start, stop, SHAPE)
@@ -298,9 +336,8 @@ def fold_kernel(
                     some = index < num_folded
                     which = tl.load(folded_at + index, mask=some, other=0)
                     k, v = gather_pairs(
-                        sparse_k_at, sparse_v_at, exact_k_at, exact_v_at, which, some, start,
-                        sparse_head, kv_head, cols, SHAPE,
-                    )  # fmt: skip
+                        pairs_at, which, some, start, sparse_head, kv_head, cols, SHAPE
+                    )
                     y = product(k, w, tl.zeros([BLOCK_E, BLOCK_F], tl.float32), PRECISION)
                     phi = tl.where(some[:, None], features(y * sign, feat_ok), 0.0)
                     more_h = product(tl.trans(phi), v, more_h, PRECISION)
@@ -315,8 +352,8 @@ def fold_kernel(
                 fresh_at = fresh_ptr + scratch * SHAPE.STATES_PER_SET * (NUM_BOUNDS + D)
                 track_fold(
                     bounds_ptr + page * words_page, directions_ptr + page * directions_page,
-                    fresh_at, sparse_v_at, exact_v_at, folded_at, free_at, num_folded, num_new,
-                    start, sparse_head, kv_head, cols, SHAPE, BLOCK_P,
+                    fresh_at, pairs_at, folded_at, free_at, num_folded, num_new, start,
+                    sparse_head, kv_head, cols, SHAPE, BLOCK_P,
                 )  # fmt: skip
             if LAM > 0:
                 tl.debug_barrier()  # the folded pairs are read: their slots may go
@@ -326,23 +363,18 @@ def fold_kernel(
                     which = tl.load(new_at + index, mask=some, other=LAM)
                     slot = tl.load(free_at + index, mask=some, other=0)
                     tl.store(positions_at + slot, start + which - LAM, mask=some)
-                    target = (slot * D)[:, None] + cols[None, :]
-                    pair_ok = some[:, None] & col_ok[None, :]
-                    k = gather(
-                        sparse_k_at, exact_k_at, which, some, start, sparse_head, kv_head, cols,
-                        SHAPE,
+                    k = put(
+                        pairs_at[0], pairs_at[2], exact_k_at, which, slot, some, start,
+                        sparse_head, kv_head, cols, SHAPE,
                     )  # fmt: skip
-                    v = gather(
-                        sparse_v_at, exact_v_at, which, some, start, sparse_head, kv_head, cols,
-                        SHAPE,
+                    v = put(
+                        pairs_at[1], pairs_at[3], exact_v_at, which, slot, some, start,
+                        sparse_head, kv_head, cols, SHAPE,
                     )  # fmt: skip
-                    tl.store(pairs_of(sparse_k_at, sparse_head, SHAPE) + target, k, mask=pair_ok)
-                    tl.store(pairs_of(sparse_v_at, sparse_head, SHAPE) + target, v, mask=pair_ok)
                     if SHAPE.HAS_SALIENCY:
                         w = new_saliency(
-                            ws_ptr, k, v.to(tl.float32), sparse_k_at, exact_k_at, which, some,
-                            start, sparse_head, kv_head, cols, SHAPE,
-                        )  # fmt: skip
+                            ws_ptr, k, v, exact_k_at, which, some, start, kv_head, cols, SHAPE
+                        )
                         saliency_at = saliency_ptr + page * words_page
                         tl.store(slots_of(saliency_at, sparse_head, SHAPE) + slot, w, mask=some)
 
@@ -391,42 +423,46 @@ def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) 
     saliency = state.weights.saliency
     if saliency is None:  # not read: any float32 pointer does
         saliency = feature_map_k
-    state_page, kv_page, words_page, bytes_page = page_strides(state)
+    strides = page_strides(state)
     slots, n, first_row, num_rows = rows
     shape = {"SHAPE": page_shape(layout), "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
     Hg, lam = layout.num_sparse_heads, layout.sparse_cache_size
     E = lam + layout.update_interval
     most = PROGRAMS_PER_PROCESSOR * num_processors(views.H.device)
     sets = min(most, num_rows * Hg)
-    pairs = (views.sparse_k, views.sparse_v, views.exact_k, views.exact_v)
+    pairs = (
+        views.sparse_k, views.sparse_v, views.sparse_k_scale, views.sparse_v_scale, views.exact_k,
+        views.exact_v,
+    )  # fmt: skip
     if not score or lam == 0:
         pass  # all that leaves the window enters the cache, or all is folded
     elif bounded(layout):
         bounded_score_kernel[(sets,)](
             feature_map_k, saliency, views.H, views.s, views.saliency, *pairs, views.bounds,
             views.directions, slots, n, scratch.scores, scratch.doubtful, scratch.fresh,
-            slots.stride(0), n.stride(0), state_page, kv_page, words_page, bytes_page, first_row,
-            num_rows, **shape, **bounded_constants(layout), num_warps=BOUNDED_SCORE_WARPS,
+            slots.stride(0), n.stride(0), *strides, first_row, num_rows, **shape,
+            **bounded_constants(layout), num_warps=BOUNDED_SCORE_WARPS,
         )  # fmt: skip
     else:
         score_kernel[(min(most, num_rows * Hg * triton.cdiv(E, BLOCK_E)),)](
             feature_map_k, saliency, views.H, views.s, views.saliency, *pairs, slots, n,
-            scratch.scores, slots.stride(0), n.stride(0), state_page, kv_page, words_page,
-            first_row, num_rows, **shape, BLOCK_E=BLOCK_E, num_warps=SCORE_WARPS,
+            scratch.scores, slots.stride(0), n.stride(0), *strides[:-1], first_row, num_rows,
+            **shape, BLOCK_E=BLOCK_E, num_warps=SCORE_WARPS,
         )  # fmt: skip
     fold_kernel[(sets,)](
         feature_map_k, saliency, views.H, views.s, views.positions, views.saliency, *pairs,
         views.bounds, views.directions, slots, n, scratch.scores, scratch.lists, scratch.fresh,
-        slots.stride(0), n.stride(0), state_page, kv_page, words_page, bytes_page, first_row,
-        num_rows, **shape, **fold_constants(layout), num_warps=FOLD_WARPS,
+        slots.stride(0), n.stride(0), *strides, first_row, num_rows, **shape,
+        **fold_constants(layout), num_warps=FOLD_WARPS,
     )  # fmt: skip
 
 
 def fold_constants(layout: StateLayout) -> dict[str, int]:
     """`fold_kernel`'s compile-time arguments beside SHAPE, BLOCK_R and PRECISION."""
     interval = layout.update_interval  # pairs folded at an update
+    most = MIN_DOT if layout.int8_pairs else BLOCK_E  # int8 keys are widened to float32
     return {
-        "BLOCK_E": min(BLOCK_E, max(MIN_DOT, triton.next_power_of_2(interval))),
+        "BLOCK_E": min(most, max(MIN_DOT, triton.next_power_of_2(interval))),
         "BLOCK_ALL": triton.next_power_of_2(layout.sparse_cache_size + interval),
         "BLOCK_P": BLOCK_P,
         "BOUNDED": bounded(layout),

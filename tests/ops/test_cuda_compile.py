@@ -40,8 +40,18 @@ def test_every_kernel_is_there_and_spills_nothing(compiled):
     assert names == {
         "features_kernel",
         "merge_kernel",
-        *(f"decode_kernel<{t}, {d}, {heads}>" for t in types for d, heads in sizes),
-        *(f"{name}<{t}>" for name in ("incremental_kernel", "update_kernel") for t in types),
+        *(
+            f"decode_kernel<{t}, {d}, {heads}, {int8}>"
+            for t in types
+            for d, heads in sizes
+            for int8 in ("false", "true")
+        ),
+        *(
+            f"{name}<{t}, {int8}>"
+            for name in ("incremental_kernel", "update_kernel")
+            for t in types
+            for int8 in ("false", "true")
+        ),
     }
     assert {(row["name"], row["arch"]) for row in rows} == {(n, a) for n in names for a in ARCHS}
     spilling = [row for row in rows if row["spill_stores"] or row["spill_loads"] or row["stack"]]

@@ -117,6 +117,16 @@ def test_bytes_are_those_of_the_layout(
     assert result.full_kv_bytes[4096] == 4096 * 32 * kv * 256 * torch_dtype.itemsize
 
 
+def test_int8_pairs_and_their_scales_are_the_sparse_cache(tmp_path: Path) -> None:
+    lola = {"sparse_cache_size": 512, "sparse_dtype": "int8"}
+    result = estimate(write(tmp_path), lola)
+    pairs = 32 * 8 * 512  # layers, sparse sets, pairs of each
+    assert chosen(result).parts["sparse K/V"] == pairs * 2 * (128 + 4)
+    assert chosen(result).bytes_per_sequence == sum(chosen(result).parts.values())
+    text = format_table(result)
+    assert "sparse cache 512 as int8" in text and "scale" not in text
+
+
 @pytest.mark.parametrize("memory", [0.1, 1, 24.5])
 def test_sequences_that_fit(tmp_path: Path, memory: float) -> None:
     """As the server has it: one state is vLLM's null block, prefix caching needs two each."""
