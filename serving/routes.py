@@ -15,6 +15,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_c
 
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.history import stop_interval
 from lola_vllm.serving.inspector import inspector_page
 from lola_vllm.serving.prompt import prompt_tokens, token_texts
 from lola_vllm.serving.protocol import InfoResponse, MemoryRequest, MemoryResponse
@@ -76,13 +77,20 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
             )
     validate_cache_salt(body.cache_salt)
     tokens = await prompt_tokens(body, raw_request, engine)
-    layers = await engine.memory(tokens, body.layers, body.cache_salt)
+    layers = await engine.memory(
+        tokens, body.layers, body.cache_salt, forgotten=body.forgotten, history=body.history
+    )
     tokenizer = engine.client.renderer.tokenizer
     texts = None
     if tokenizer is not None:  # in a thread, because a long prompt takes a while
         texts = await asyncio.to_thread(token_texts, tokenizer, tokens)
     pages, layout = engine.pages, engine.pages[0]
     n = torch.tensor(len(tokens))
+    origin = 0 if engine.places is None else engine.places.origin(len(tokens))
+    places = None
+    if engine.places is not None and origin:
+        positions = torch.arange(len(tokens))
+        places = engine.places.exact(positions, len(tokens), layout.sink_size).tolist()
     return MemoryResponse(
         model=body.model or engine.model,
         num_tokens=len(tokens),
@@ -92,6 +100,11 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
         window_start=int(layout.window_start(n)),
         folded=min(int(page.num_folded(n)) for page in pages),
         sparse_cache_size=max(page.sparse_cache_size for page in pages),
+        window_size=layout.window_size,
+        update_interval=layout.update_interval,
+        history_interval=stop_interval(layout, len(tokens)) if body.history else None,
+        origin=origin,
+        places=places,
         error="sre" if layout.num_state_heads == layout.num_sparse_heads else "relative",
         layers=layers,
     )
