@@ -229,6 +229,10 @@ def _add_history(heads: list[Answer], ever: list[list[Stay]]) -> None:
     """`entered`, of the tokens that a head holds, and `gone`: the stays that are over."""
     for head, found in zip(heads, ever, strict=True):
         entered = {stay.position: stay.entered for stay in found if stay.left is None}
+        if list(entered) != head["positions"]:
+            raise ValueError(
+                "history: the choices that were made again are not those of the state; leave it out"
+            )
         head["entered"] = [entered[position] for position in head["positions"]]
         head["gone"] = [list(stay) for stay in found if stay.left is not None]
 

@@ -409,9 +409,14 @@ def test_what_a_session_remembers_from_turn_to_turn(shown, lola_server):
 
 def test_the_example_is_recalled_on_one_click(shown):
     browser = shown.browser
+    browser.run(
+        "window.seen = new Set(); const a = document.getElementById('answer');"
+        "new MutationObserver(() => seen.add(a.textContent)).observe(a, {childList: true})"
+    )
     browser.click("#example")
     browser.wait(lambda: browser.text("#verdict"), 120)
     shown.settle()
+    assert browser.run("return seen.size") > 5  # it came in parts
     assert "7319482" in browser.text("#answer")
     assert browser.text("#verdict").startswith("Recalled: “7319482”.")
     chosen = shown.chosen()

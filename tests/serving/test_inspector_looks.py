@@ -73,6 +73,18 @@ def test_axe_finds_nothing(page, size, dark):
     assert found == []
 
 
+def test_a_token_is_chosen_with_a_finger(page):
+    browser = page.browser
+    browser.resize(*PHONE)
+    before = page.chosen()
+    browser.click("#goto")
+    browser.tap(page.token(before[-1] + 3))
+    browser.wait(lambda: page.chosen() == [before[-1] + 3])
+    browser.type("#find", "7319482")
+    browser.keys("\ue004")
+    assert page.chosen() == before
+
+
 def luminance(colour):
     parts = [int(x) / 255 for x in colour[colour.index("(") + 1 : -1].split(",")[:3]]
     linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]

@@ -141,16 +141,31 @@ export class Pane {
       if (at !== null) showTip(this.describe(at), event.clientX, event.clientY);
     });
     text.addEventListener("mouseout", hideTip);
-    text.addEventListener("pointerup", () => setTimeout(() => {
+    // A token, or the selection that ends there. A selection that stops before the first character
+    // of a token has not touched that token.
+    const take = (at) => {
       const chosen = getSelection();
       const ends = [position(chosen.anchorNode), position(chosen.focusNode)];
-      if (ends.includes(null)) return;
-      // A selection that ends before the first character of a token has not touched that token.
+      if (chosen.isCollapsed || ends.includes(null)) {
+        if (at !== null) this.choose(at, at);
+        return;
+      }
       const [first, last] = ends.sort((a, b) => a - b);
-      const range = chosen.rangeCount ? chosen.getRangeAt(0) : null;
-      const open = range && !range.collapsed && range.endOffset === 0 && last > first;
+      const open = chosen.getRangeAt(0).endOffset === 0 && last > first;
       this.choose(first, open ? last - 1 : last);
-    }));
+    };
+    let touched = false;
+    text.addEventListener("pointerup", (event) => {
+      touched = event.pointerType === "touch";
+      setTimeout(() => take(position(event.target)));
+    });
+    // By touch a selection is made without the page's doing, and moved by its handles.
+    text.addEventListener("pointercancel", () => { touched = true; });
+    let waiting = 0;
+    document.addEventListener("selectionchange", () => {
+      clearTimeout(waiting);
+      if (touched) waiting = setTimeout(() => take(null), 300);
+    });
     text.addEventListener("keydown", (event) => this.press(event));
     text.addEventListener("blur", () => {
       hideTip();
