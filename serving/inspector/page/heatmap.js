@@ -103,8 +103,8 @@ function spanNote(memory, span, read, past, held) {
   if (!past) return `${start}none of it has left the window, it is exact in every head.`;
   const whole = memory.heads.filter((_, i) => held[i] === past);
   const part = held.filter((number) => number > 0).length - whole.length;
-  const names = whole.slice(0, 8).map(({ layer, index }) => `layer ${layer} head ${index}`);
-  const list = names.length ? ` (${names.join(", ")}${whole.length > 8 ? ", …" : ""})` : "";
+  const names = whole.slice(0, 5).map(({ layer, index }) => `layer ${layer} head ${index}`);
+  const list = names.length ? ` (${names.join(", ")}${whole.length > 5 ? ", …" : ""})` : "";
   return `${start}held whole by ${whole.length} of ${memory.heads.length} heads${list}, ` +
     `in part by ${part}.`;
 }

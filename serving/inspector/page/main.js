@@ -69,17 +69,17 @@ async function read(pane, [asked, title], shown, readTokens) {
   change({});
 }
 
-// Both, or the timeline alone: of very long prompts the server may tell less, and says why.
+// Both, or one of them: of very long prompts the server may tell less, and says why.
 async function detail(tokens, signal) {
   let note = "";
-  for (const wanted of [{ forgotten: true, history: true }, { history: true }])
+  for (const wanted of [{ forgotten: true, history: true }, { history: true }, { forgotten: true }])
     try {
       const answer = await request("/v1/lola/memory", { prompt: tokens, ...wanted }, signal);
       say(note);
       return answer;
     } catch (error) {
-      if (error.status !== 400) throw error;
-      note = error.message;
+      if (!/\b(forgotten|history)\b.*:/.test(error.message)) throw error;
+      note ||= error.message;
     }
   say(note);
   return null;
@@ -136,7 +136,7 @@ $("ask").addEventListener("keydown", (event) => {
 });
 
 $("key").addEventListener("input", () => useKey($("key").value));
-$("key").addEventListener("change", () => probe());
+$("key").addEventListener("change", start);
 
 $("example").addEventListener("click", () => {
   fill(EXAMPLE);
@@ -315,9 +315,11 @@ async function probe() {
   return true;
 }
 
+// Once it answers, the view of the address is restored.
+async function start() {
+  if (!await probe()) $("key").focus();
+  else if (!here.memory) await told(restore);
+}
+
 addEventListener("hashchange", () => told(restore));
-if (await probe()) told(restore);
-else $("key").focus();
-$("key").addEventListener("change", () => {
-  if (!here.memory && location.hash) told(restore);
-});
+start();
