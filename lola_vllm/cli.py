@@ -306,7 +306,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "doctor": (_doctor, "look for what is wrong with an installation; exit status 1 if there is"),
     "estimate": (_estimate, "memory per sequence, from config.json alone"),
     "eval": (_eval, "measure recall in long prompts, or perplexity on held-out text"),
-    "inspector": (_inspector, "the memory inspector, for a server that wants an API key"),
+    "inspector": (_inspector, "the memory inspector, for a server whose own page cannot be opened"),
     "calibrate": (_calibrate, "measure how many sparse pairs each layer should have"),
     "quantize": (_quantize, "copy a model with the weights of its linear layers in 8 or 4 bits"),
     "serve": (

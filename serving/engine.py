@@ -20,6 +20,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from lola_vllm import __version__
 from lola_vllm.config import MODEL_TYPE
 from lola_vllm.estimate import Row
+from lola_vllm.ops.places import Places
 from lola_vllm.plugin.cache import lola_hf_config, page_layouts, row_bytes, sequence_layout
 from lola_vllm.plugin.config_hook import WORKER_EXTENSION, has_store
 from lola_vllm.serving.protocol import (
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 # A worker answers between two steps, and a step may be a long prefill.
 ANSWER_LIMIT_S = 60
+
+# Host memory on each rank for the keys and values of a prompt (`keys.py`).
+MAX_RECORD_BYTES = 2**30
 
 # The status for each kind of `SessionError`.
 SESSION_STATUS = {
@@ -74,6 +78,7 @@ class LolaEngine:
         if self.is_lola:
             self.lola = lola_hf_config(self.config).lola
             self.sequence = sequence_layout(self.config)
+            self.places = Places.of(lola_hf_config(self.config))
             self.pages = page_layouts(self.config)  # of all layers, also those of other ranks
             self.num_layers = int(self.config.model_config.hf_config.num_hidden_layers)
             self.states_per_sequence = (
@@ -134,22 +139,33 @@ class LolaEngine:
         )
 
     async def memory(
-        self, tokens: list[int], layers: list[int] | None, cache_salt: str | None = None
+        self,
+        tokens: list[int],
+        layers: list[int] | None,
+        cache_salt: str | None = None,
+        *,
+        forgotten: bool = False,
+        history: bool = False,
     ) -> list[Layer]:
         """The sparse caches after a prompt, which runs as an ordinary request of one token.
 
         Args:
             tokens: ids, fewer than the model's length. layers: indices, None for all.
             cache_salt: of the cached prefixes to start from and to leave behind.
+            forgotten, history: as in `MemoryRequest`. The prompt then starts from no cached prefix.
         """
         self.check()
         reason = self.readable()
         if reason:
             raise Unavailable(HTTPStatus.NOT_IMPLEMENTED, reason)
+        record = forgotten or history
+        if record:
+            self._check_record(len(tokens), forgotten)
+        lola = {"save": False, "from": False} if record else {"save": False}
         async with self._reading:
             request_id = f"lola-memory-{uuid.uuid4().hex}"
             try:
-                await self._ask("lola_watch", request_id, len(tokens))
+                await self._ask("lola_watch", request_id, len(tokens), record)
                 async for _ in self.client.generate(
                     tokens_input(tokens, cache_salt=cache_salt),
                     SamplingParams(
@@ -157,19 +173,37 @@ class LolaEngine:
                         temperature=0.0,
                         detokenize=False,
                         output_kind=RequestOutputKind.FINAL_ONLY,
+                        skip_reading_prefix_cache=record,
                         # Nobody goes on from here.
-                        extra_args={"kv_transfer_params": {"lola": {"save": False}}}
+                        extra_args={"kv_transfer_params": {"lola": lola}}
                         if has_store(self.config)
                         else None,
                     ),
                     request_id,
                 ):
                     pass
-                answers = await self._ask("lola_memory", request_id, layers)
+                answers = await self._ask("lola_memory", request_id, layers, forgotten, history)
             except BaseException:  # a disconnected client cancels this; the copy must not stay
                 self._later(self._ask("lola_drop", request_id))
                 raise
         return joined([answer["layers"] for answer in answers], self.pages, len(tokens))
+
+    def _check_record(self, num_tokens: int, forgotten: bool) -> None:
+        """Refuse what cannot be answered from the keys and values of a prompt."""
+        size = num_tokens * self.sequence.full_kv_bytes_per_token
+        if size > MAX_RECORD_BYTES:
+            most = MAX_RECORD_BYTES // self.sequence.full_kv_bytes_per_token
+            raise Unavailable(
+                HTTPStatus.BAD_REQUEST,
+                f"forgotten, history: {num_tokens} tokens; the keys and values of at most {most} "
+                "are kept for them; give a shorter prompt, or leave the two out",
+            )
+        if forgotten and self.places is not None and self.places.origin(num_tokens):
+            raise Unavailable(
+                HTTPStatus.BAD_REQUEST,
+                f"forgotten: {num_tokens} tokens; folded keys were at other places than now once "
+                f"places have moved, so at most {self.places.length} can be read; leave it out",
+            )
 
     async def sample(self) -> dict[str, float]:
         """The workers' samples of a running sequence since the last call, averaged over workers."""

@@ -110,6 +110,11 @@ class PageWatch:
 
 def step_rows(metadata: LolaMetadata) -> list[Row]:
     """The sequences of a step, decodes first; padding left out. Waits for the device."""
+    return [row for row in all_rows(metadata) if row.slot > 0]
+
+
+def all_rows(metadata: LolaMetadata) -> list[Row]:
+    """As `step_rows`, with padding, so that rows can be told from their place in the step."""
     rows: list[Row] = []
     if metadata.num_decodes:
         assert metadata.state_indices_tensor_d is not None
@@ -121,4 +126,4 @@ def step_rows(metadata: LolaMetadata) -> list[Row]:
         assert metadata.context_lens_p_cpu is not None
         tokens = metadata.context_lens_p_cpu + metadata.query_start_loc_p_cpu.diff()
         rows += map(Row, metadata.state_indices_tensor_p.tolist(), tokens.tolist())
-    return [row for row in rows if row.slot > 0]
+    return rows

@@ -15,8 +15,9 @@ from vllm import envs
 
 from lola_vllm.plugin.config_hook import has_store
 from lola_vllm.serving.engine import LolaEngine
+from lola_vllm.serving.inspector import ROUTE
 from lola_vllm.serving.metrics import LolaMetrics, RefreshMetrics
-from lola_vllm.serving.routes import router
+from lola_vllm.serving.routes import page, router
 from lola_vllm.serving.sessions import routers
 from lola_vllm.serving.sessions.owners import OwnerMiddleware, Owners, listen
 
@@ -39,7 +40,7 @@ class LolaEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, the middleware that they need, and the inspector line."""
-        for routes in (router, *routers):
+        for routes in (router, page, *routers):
             app.include_router(routes)
         app.add_middleware(RefreshMetrics)
         app.add_middleware(OwnerMiddleware)
@@ -73,10 +74,9 @@ class LolaEndpoints:
 def describe_inspector(args: Namespace) -> str:
     """Where the memory inspector is, for the arguments of a server."""
     if args.uds:
-        return f"LoLA: the memory inspector is /v1/lola/inspector of the socket {args.uds}"
+        return f"LoLA: the memory inspector is {ROUTE} of the socket {args.uds}"
     everywhere = args.host in (None, "", "0.0.0.0", "::")
     host = "127.0.0.1" if everywhere else f"[{args.host}]" if ":" in args.host else args.host
     url = f"{'https' if args.ssl_certfile else 'http'}://{host}:{args.port}"
-    if args.api_key or envs.VLLM_API_KEY:
-        return f"LoLA: the memory inspector: lola-vllm inspector --url {url} (asks for the API key)"
-    return f"LoLA: the memory inspector: {url}{args.root_path or ''}/v1/lola/inspector"
+    asks = " (asks for the API key)" if args.api_key or envs.VLLM_API_KEY else ""
+    return f"LoLA: the memory inspector: {url}{args.root_path or ''}{ROUTE}{asks}"

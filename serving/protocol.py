@@ -206,10 +206,14 @@ class MemoryRequest(PromptRequest):
     Attributes:
         add_generation_prompt: end a chat with the start of the assistant's turn.
         layers: which to answer for; default: all.
+        forgotten: answer with the recall errors of folded tokens too.
+        history: answer with when each token entered and left the sparse caches.
     """
 
     add_generation_prompt: bool = True
     layers: list[int] | None = Field(default=None, min_length=1, max_length=1_000, fail_fast=True)
+    forgotten: bool = False
+    history: bool = False
 
 
 class Head(BaseModel):
@@ -217,11 +221,20 @@ class Head(BaseModel):
 
     Attributes:
         saliency: what multiplies each error in the choice; null where the model has no saliency.
+        forgotten: recall errors of the tokens between sinks and window that are not in the set, in
+            order; null unless asked for.
+        entered: tokens that were read when each of `positions` entered; null unless the history was
+            asked for.
+        gone: of each token that was in the set and was folded later: its position, and how many
+            tokens were read when it entered and when it left; null as `entered`.
     """
 
     positions: list[int]
     errors: list[float]
     saliency: list[float] | None = None
+    forgotten: list[float] | None = None
+    entered: list[int] | None = None
+    gone: list[tuple[int, int, int]] | None = None
 
 
 class Layer(BaseModel):
@@ -249,6 +262,13 @@ class MemoryResponse(BaseModel):
         sinks: first positions that stay exact. window_start: first position of the window.
         folded: tokens in the hidden state of each head, the least of all layers.
         sparse_cache_size: what a head can hold, the most of all layers.
+        window_size, update_interval: the model's: after n tokens the window starts at
+            n // update_interval * update_interval - window_size, or at the last sink.
+        history_interval: tokens between two looks at the sparse caches for `entered` and `gone`: a
+            multiple of the update interval; null unless the history was asked for.
+        origin: positions by which rebases have moved the origin of places; 0 where none has.
+        places: where each token lies for RoPE, in the exact memories, after the last one; null
+            while places are positions.
         error: "sre", or "relative" where state heads share a sparse set (their mean of
             SRE / ||v||).
     """
@@ -261,5 +281,10 @@ class MemoryResponse(BaseModel):
     window_start: int
     folded: int
     sparse_cache_size: int
+    window_size: int
+    update_interval: int
+    history_interval: int | None
+    origin: int
+    places: list[int] | None
     error: str
     layers: list[Layer]

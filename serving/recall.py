@@ -13,9 +13,16 @@ from torch import Tensor
 
 from lola_vllm.ops import LolaWeights, portable
 from lola_vllm.ops.constants import RECALL_EPS
+from lola_vllm.ops.contract import LayerState
 from lola_vllm.ops.int8 import rounded
+from lola_vllm.ops.places import Turn
+from lola_vllm.ops.rebase import rebase
 from lola_vllm.ops.reference import pair_saliency
+from lola_vllm.serving.keys import Pairs
 from lola_vllm.state import StateLayout, StateViews
+
+# Pairs scored at once: bounds the memory that their features take.
+MAX_SCORED = 1024
 
 
 class Remembered(NamedTuple):
@@ -65,11 +72,45 @@ def remembered(page: Tensor, layout: StateLayout, weights: LolaWeights, n: int) 
     return Remembered(positions.gather(-1, order), errors.gather(-1, order), saliency)
 
 
-def forecast(page: Tensor, layout: StateLayout, weights: LolaWeights, n: int) -> Forecast:
-    """The effect of the first update after n tokens; arguments as for `remembered`."""
+def recalled(
+    page: Tensor, layout: StateLayout, weights: LolaWeights, n: int, pairs: Pairs
+) -> Tensor:
+    """Recall errors of all tokens that left the window: `[Hg, E]`, of positions from sinks to the
+    window. Those of the sparse cache are as in `remembered`.
+
+    Args:
+        page, layout, weights: as for `remembered`, of a page that was never rebased.
+        pairs: all that the layer saw.
+    """
     views = layout.views(page[None])
+    errors = [page.new_empty(layout.num_sparse_heads, 0, dtype=torch.float32)]
+    stop = int(layout.window_start(torch.tensor(n)))
+    for start in range(layout.sink_size, stop, MAX_SCORED):
+        rows = slice(start, min(start + MAX_SCORED, stop))
+        share = layout.num_sparse_heads // layout.num_kv_heads
+        k, v = (
+            x[rows].to(page.device).transpose(0, 1).repeat_interleave(share, dim=0)[None]
+            for x in pairs
+        )
+        if layout.int8_pairs:
+            k, v = (rounded(x.to(portable.compute_dtype(x))) for x in (k, v))
+        errors.append(_errors(k, v, layout, weights, views, n))
+    return torch.cat(errors, dim=1)
+
+
+def forecast(
+    page: Tensor, layout: StateLayout, weights: LolaWeights, n: int, turn: Turn | None = None
+) -> Forecast:
+    """The effect of the first update after n tokens; arguments as for `remembered`.
+
+    Args:
+        turn: of the layer's rebases, one of which may come before the update.
+    """
     lam, C = layout.sparse_cache_size, layout.update_interval
     due = torch.tensor((n // C + 1) * C)
+    if turn is not None:
+        page = _rebased(page, layout, weights, range(n, int(due)), turn)
+    views = layout.views(page[None])
     # With an interval above the window, the page lacks some of the pairs that will leave.
     start = int(layout.window_start(torch.tensor(n)))
     stop = min(int(layout.window_start(due)), n)
@@ -110,6 +151,20 @@ def _cached(layout: StateLayout, views: StateViews, size: int) -> tuple[Tensor, 
     first = torch.zeros(1, dtype=torch.long, device=views.H.device)
     dtype = portable.compute_dtype(views.exact_k)
     return portable.sparse_pairs(layout, views, first, size, dtype)
+
+
+def _rebased(
+    page: Tensor, layout: StateLayout, weights: LolaWeights, counts: range, turn: Turn
+) -> Tensor:
+    """A page as its rebases while it has so many tokens leave it; a copy where there is one."""
+    due = [n for n in counts if turn.places.due(n)]
+    if not due:
+        return page
+    pages = torch.stack([torch.zeros_like(page), page])  # the first one is padding
+    state = LayerState.bind(weights, layout, pages, turn)
+    for n in due:
+        rebase(state, torch.tensor([1], device=page.device), torch.tensor([n]))
+    return pages[1]
 
 
 def _errors(

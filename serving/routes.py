@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from fastapi import APIRouter, Depends, HTTPException, Request
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine, Unavailable
-from lola_vllm.serving.inspector import inspector_page
+from lola_vllm.serving.history import stop_interval
+from lola_vllm.serving.inspector import HEADERS, ROUTE, page_files
 from lola_vllm.serving.prompt import prompt_tokens, token_texts
 from lola_vllm.serving.protocol import InfoResponse, MemoryRequest, MemoryResponse
 
@@ -60,10 +61,26 @@ async def memory(body: MemoryRequest, raw_request: Request) -> JSONResponse:
         raise HTTPException(error.status, str(error)) from None
 
 
-@router.get("/inspector", response_class=HTMLResponse)
-async def inspector() -> HTMLResponse:
+@router.get(
+    "/inspector", status_code=HTTPStatus.TEMPORARY_REDIRECT, response_class=RedirectResponse
+)
+async def old_inspector() -> RedirectResponse:
+    """The memory inspector is at /lola/inspector, which no API key covers."""
+    return RedirectResponse(f"../..{ROUTE}")  # relative, as a proxy may have put something before
+
+
+# The page's files, without an API key: they hold neither a key nor data.
+page = APIRouter(tags=["lola"])
+
+
+@page.get(ROUTE, response_class=HTMLResponse)
+@page.get(f"{ROUTE}/{{name}}", include_in_schema=False)
+async def inspector(name: str = "") -> Response:
     """The memory inspector: a page that shows what /v1/lola/memory answers."""
-    return HTMLResponse(inspector_page())
+    file = page_files().get(name)
+    if file is None:
+        raise HTTPException(HTTPStatus.NOT_FOUND, f"{name!r:.80}: no file of the inspector")
+    return Response(file.body, media_type=file.kind, headers=HEADERS)
 
 
 async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
@@ -76,13 +93,20 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
             )
     validate_cache_salt(body.cache_salt)
     tokens = await prompt_tokens(body, raw_request, engine)
-    layers = await engine.memory(tokens, body.layers, body.cache_salt)
+    layers = await engine.memory(
+        tokens, body.layers, body.cache_salt, forgotten=body.forgotten, history=body.history
+    )
     tokenizer = engine.client.renderer.tokenizer
     texts = None
     if tokenizer is not None:  # in a thread, because a long prompt takes a while
         texts = await asyncio.to_thread(token_texts, tokenizer, tokens)
     pages, layout = engine.pages, engine.pages[0]
     n = torch.tensor(len(tokens))
+    origin = 0 if engine.places is None else engine.places.origin(len(tokens))
+    places = None
+    if engine.places is not None and origin:
+        positions = torch.arange(len(tokens))
+        places = engine.places.exact(positions, len(tokens), layout.sink_size).tolist()
     return MemoryResponse(
         model=body.model or engine.model,
         num_tokens=len(tokens),
@@ -92,6 +116,11 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
         window_start=int(layout.window_start(n)),
         folded=min(int(page.num_folded(n)) for page in pages),
         sparse_cache_size=max(page.sparse_cache_size for page in pages),
+        window_size=layout.window_size,
+        update_interval=layout.update_interval,
+        history_interval=stop_interval(layout, len(tokens)) if body.history else None,
+        origin=origin,
+        places=places,
         error="sre" if layout.num_state_heads == layout.num_sparse_heads else "relative",
         layers=layers,
     )

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
@@ -22,8 +23,10 @@ from vllm.model_executor.models.utils import extract_layer_index
 from lola_vllm.plugin import compat
 from lola_vllm.plugin.attention import LolaAttention
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads
+from lola_vllm.serving.history import Stay, stays
+from lola_vllm.serving.keys import KeyRecorder, Pairs
 from lola_vllm.serving.pages import Copy, PageWatch, Row, Unreadable
-from lola_vllm.serving.recall import Forecast, forecast, remembered
+from lola_vllm.serving.recall import Forecast, forecast, recalled, remembered
 
 SAMPLE = "sample"  # the watch of `lola_sample`; request ids are longer
 
@@ -57,44 +60,68 @@ class LolaWorkerExtension:
         return {"backend": self._lola()[0][0].ops.name}
 
     @_answering
-    def lola_watch(self, request_id: str, num_tokens: int) -> Answer:
+    def lola_watch(self, request_id: str, num_tokens: int, record: bool = False) -> Answer:
         """Copy a request's state once it has seen `num_tokens` tokens; call before it is sent.
 
         Args:
             request_id: as given to `EngineClient.generate`; vLLM appends to it.
+            record: also its keys and values, for `forgotten` and `history` of `lola_memory`. Such
+                a request must not start from a cached state.
         """
-        blocks_per_state = self.vllm_config.cache_config.mamba_cache_mode == "align"
-        block_size = self.vllm_config.cache_config.mamba_block_size
-        index = (num_tokens - 1) // block_size if blocks_per_state and block_size else 0
+
+        def slot(tokens: int) -> int | None:
+            """Where the request's state is after so many tokens."""
+            cache = self.vllm_config.cache_config
+            index = 0
+            if cache.mamba_cache_mode == "align" and cache.mamba_block_size:
+                index = (tokens - 1) // cache.mamba_block_size
+            blocks = compat.request_blocks(self.model_runner, request_id)
+            return None if blocks is None or len(blocks) <= index else blocks[index]
 
         def choose(rows: list[Row]) -> Row | None:
-            blocks = compat.request_blocks(self.model_runner, request_id)
-            if blocks is None or len(blocks) <= index:
-                return None
-            row = Row(blocks[index], num_tokens)
+            found = slot(num_tokens)
+            row = None if found is None else Row(found, num_tokens)
             return row if row in rows else None
 
-        _, watch = self._lola()
+        modules, watch = self._lola()
+        recorders = self._recorders()
+        if record and recorders:
+            return {"error": "the keys of another prompt are being recorded; try again"}
         if not watch.add(request_id, choose):
             return {"error": "too many states are being read at once; try again"}
+        if record:
+            recorders[request_id] = KeyRecorder(
+                self.get_model(), modules, num_tokens, lambda row: slot(row.num_tokens) == row.slot
+            )
         return {}
 
     @_answering
-    def lola_memory(self, request_id: str, layers: list[int] | None) -> Answer:
+    def lola_memory(
+        self,
+        request_id: str,
+        layers: list[int] | None,
+        forgotten: bool = False,
+        history: bool = False,
+    ) -> Answer:
         """The sparse caches of a watched request: `{"layers": {index: {head: {...}}}}`.
 
         Indices are the model's, so that the answers of several workers can be put together. A head
-        has `positions`, ascending, their `errors` and, where the model has one, their `saliency`.
-        Layers of other workers are left out.
+        has `positions`, ascending, their `errors` and, where the model has one, their `saliency`;
+        with `forgotten` and `history` what `protocol.Head` says. Layers of other workers are left
+        out.
         """
         modules, watch = self._lola()
         copy = watch.take(request_id)
+        recorder = self._recorders().pop(request_id, None)
+        if recorder is not None:
+            recorder.stop()
         if not isinstance(copy, Copy):
             reason = copy.reason if isinstance(copy, Unreadable) else "no step of it was seen"
             return {"error": f"the state could not be read: {reason}"}
         first_head = self._first_sparse_head()
+        recorded = recorder.pairs() if recorder is not None else [None] * len(modules)
         answer: dict[int, dict[int, Answer]] = {}
-        for module, page in zip(modules, copy.pages, strict=True):
+        for module, page, pairs in zip(modules, copy.pages, recorded, strict=True):
             index = extract_layer_index(module.prefix)
             if layers is None or index in layers:
                 assert module.state is not None
@@ -108,6 +135,10 @@ class LolaWorkerExtension:
                 if memory.saliency is not None:
                     for head, saliency in zip(heads, memory.saliency.double(), strict=True):
                         head["saliency"] = saliency.round(decimals=5).tolist()
+                if forgotten and pairs is not None:
+                    _add_forgotten(heads, module, page, copy.num_tokens, pairs)
+                if history and pairs is not None:
+                    _add_history(heads, stays(module.ops, module.state, pairs))
                 answer[index] = {first_head + i: head for i, head in enumerate(heads)}
         return {"layers": answer}
 
@@ -115,6 +146,9 @@ class LolaWorkerExtension:
     def lola_drop(self, request_id: str) -> Answer:
         """Forget a watch whose request failed."""
         self._lola()[1].take(request_id)
+        recorder = self._recorders().pop(request_id, None)
+        if recorder is not None:
+            recorder.stop()
         return {}
 
     @_answering
@@ -140,7 +174,10 @@ class LolaWorkerExtension:
         forecasts = []
         for module, page in zip(modules, copy.pages, strict=True):
             assert module.state is not None
-            forecasts.append(forecast(page, module.layout, module.state.weights, copy.num_tokens))
+            state = module.state
+            forecasts.append(
+                forecast(page, module.layout, state.weights, copy.num_tokens, state.turn)
+            )
         for field in Forecast._fields:
             values = [value for f in forecasts if (value := getattr(f, field)) is not None]
             if values:
@@ -159,6 +196,14 @@ class LolaWorkerExtension:
             self._lola_pages = found
         return found
 
+    def _recorders(self) -> dict[str, KeyRecorder]:
+        """The recorder of the request whose keys are recorded, if there is one."""
+        found: dict[str, KeyRecorder] | None = getattr(self, "_lola_recorders", None)
+        if found is None:
+            found = {}
+            self._lola_recorders = found
+        return found
+
     def _first_sparse_head(self) -> int:
         """Index in the whole model of this rank's first sparse set."""
         config = lola_hf_config(self.vllm_config)
@@ -166,6 +211,30 @@ class LolaWorkerExtension:
         total = config.lola.num_sparse_heads(heads, num_kv_heads(config))
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
         return get_tensor_model_parallel_rank() * total // ranks
+
+
+def _add_forgotten(
+    heads: list[Answer], module: LolaAttention, page: Tensor, num_tokens: int, pairs: Pairs
+) -> None:
+    """`forgotten`: the errors of all tokens between sinks and window that a head does not hold."""
+    assert module.state is not None
+    errors = recalled(page, module.layout, module.state.weights, num_tokens, pairs)
+    for head, row in zip(heads, errors.double().round(decimals=5).tolist(), strict=True):
+        kept = set(head["positions"])
+        first = module.layout.sink_size
+        head["forgotten"] = [e for p, e in enumerate(row, start=first) if p not in kept]
+
+
+def _add_history(heads: list[Answer], ever: list[list[Stay]]) -> None:
+    """`entered`, of the tokens that a head holds, and `gone`: the stays that are over."""
+    for head, found in zip(heads, ever, strict=True):
+        entered = {stay.position: stay.entered for stay in found if stay.left is None}
+        if list(entered) != head["positions"]:
+            raise ValueError(
+                "history: the choices that were made again are not those of the state; leave it out"
+            )
+        head["entered"] = [entered[position] for position in head["positions"]]
+        head["gone"] = [list(stay) for stay in found if stay.left is not None]
 
 
 def _any_row(rows: list[Row]) -> Row | None:

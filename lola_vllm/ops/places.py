@@ -68,6 +68,16 @@ class Places:
         moves = (position - self.length) // self.interval + 1
         return position - self.interval * moves.clamp(min=0)
 
+    def origin(self, num_tokens: int) -> int:
+        """By how many positions the origin of a page of so many tokens, 1 or more, has moved."""
+        return self.interval * max(0, (num_tokens - 1 - self.length) // self.interval + 1)
+
+    def exact(self, position: Tensor, num_tokens: int, sink_size: int) -> Tensor:
+        """Where exact keys of a page of so many tokens lie, at positions (any integer shape)."""
+        origin = self.origin(num_tokens)
+        moved = torch.where(position < origin, position % self.interval, position - origin)
+        return torch.where(position < sink_size, position, moved)
+
     def segments(self, context: int, count: int) -> list[int]:
         """Lengths of the pieces of `count` tokens after `context` others, none of which a rebase
         divides."""

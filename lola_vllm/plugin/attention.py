@@ -114,6 +114,8 @@ class LolaAttention(nn.Module, MambaBase):
         self.kv_cache = (torch.tensor([]),)
         self.state: LayerState | None = None
         self.sharing: list[LolaAttention] = []  # of the rank's first layer: all of its layers
+        # Sees a step's k and v `[T, Hkv, d]`, after RoPE; only while a prompt's memory is read.
+        self.witness: Callable[[Tensor, Tensor], None] | None = None
         self._join(vllm_config)
 
     def _join(self, vllm_config: VllmConfig) -> None:
@@ -150,6 +152,8 @@ class LolaAttention(nn.Module, MambaBase):
         # Thirty layers of views and slices are a percent of a small model's step: none for nothing.
         q, out = (x.view(-1, self.num_heads, self.head_dim) for x in (q, out))
         k, v = (x.view(-1, self.num_kv_heads, self.head_dim) for x in (k, v))
+        if self.witness is not None:
+            self.witness(k, v)
         if metadata.num_decodes:
             batch = metadata.decode_batch
             rows = (q, k, v, out)

@@ -1,7 +1,8 @@
-"""`lola-vllm inspector`: the page on this machine, for a server that wants an API key.
+"""`lola-vllm inspector`: the page on this machine, for a server whose own page cannot be opened.
 
-A browser cannot send a key when it opens an address, and vLLM does not answer pages of other sites.
-So this module serves the page, and passes its requests on with the key that the user typed into it.
+That is so where a proxy passes on /v1 only, or where the server's version has another page. vLLM
+does not answer pages of other sites. So this module serves the page, and passes its requests on
+with the key that the user typed into it.
 
 Only requests whose host is this machine are answered. Another site could let its own name point to
 this machine (DNS rebinding), and a browser would then treat this server as part of that site.
@@ -9,26 +10,40 @@ this machine (DNS rebinding), and a browser would then treat this server as part
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
 import reprlib
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from lola_vllm.serving.inspector import inspector_page
+from lola_vllm.serving.inspector import HEADERS, ROUTE, page_file
 from lola_vllm.serving.protocol import MAX_BODY_BYTES
 
-PAGE = "/v1/lola/inspector"
+PAGE = ROUTE
 MEMORY = "/v1/lola/memory"
-# The list, and the tokens of one: what the page reads of stored sessions.
-SESSIONS = re.compile(r"/v1/lola/sessions(/[A-Za-z0-9._-]{1,64}/tokens)?")
+COMPLETIONS = "/v1/completions"
+# What the page reads: facts about the server, the list of sessions, the tokens of one or of a turn.
+READS = re.compile(r"/v1/lola/info|/v1/lola/sessions(/[A-Za-z0-9._-]{1,64}(@[0-9]{1,9})?/tokens)?")
 ANSWER_LIMIT_S = 300
+PART_BYTES = 2**16
+JSON = "application/json"
 
 
 class InspectorError(ValueError):
     """An address that cannot be a server's."""
+
+
+class Answer(NamedTuple):
+    """A server's answer: its status, content type, and body part by part."""
+
+    status: int
+    kind: str
+    parts: Iterator[bytes]
 
 
 class Inspector(ThreadingHTTPServer):
@@ -64,10 +79,11 @@ class Inspector(ThreadingHTTPServer):
         """Where to open the page."""
         return f"http://127.0.0.1:{self.server_port}{PAGE}"
 
+    @contextlib.contextmanager
     def ask(
         self, body: bytes | None, authorization: str | None, path: str = MEMORY
-    ) -> tuple[int, bytes]:
-        """Status and JSON of the server's answer, 502 if there is none.
+    ) -> Iterator[Answer]:
+        """The server's answer; of status 502 if there is none.
 
         Args:
             body: JSON to post; None: the path is read.
@@ -81,13 +97,16 @@ class Inspector(ThreadingHTTPServer):
         if authorization:
             headers["Authorization"] = authorization
         try:
-            method = "GET" if body is None else "POST"
-            connection.request(method, self.target.path + path, body, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        except (OSError, http.client.HTTPException) as error:
-            message = f"no answer from {self.target.geturl()}: {error}"
-            return HTTPStatus.BAD_GATEWAY, _error(message)
+            try:
+                method = "GET" if body is None else "POST"
+                connection.request(method, self.target.path + path, body, headers)
+                answer = connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                message = f"no answer from {self.target.geturl()}: {error}"
+                yield Answer(HTTPStatus.BAD_GATEWAY, JSON, iter([_error(message)]))
+                return
+            kind = answer.headers.get("Content-Type", JSON)
+            yield Answer(answer.status, kind, iter(lambda: answer.read1(PART_BYTES), b""))
         finally:
             connection.close()
 
@@ -102,12 +121,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if not self._meant():
             return
-        if self.path == PAGE:
-            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", inspector_page().encode())
-        elif SESSIONS.fullmatch(self.path):
+        file = page_file(self.path.split("?")[0])
+        if file is not None:
+            self._answer(HTTPStatus.OK, file.kind, file.body, HEADERS)
+        elif READS.fullmatch(self.path):
             # A page of another site cannot read the answer, and cannot send a key.
-            status, answer = self.server.ask(None, self.headers.get("Authorization"), self.path)
-            self._answer(status, "application/json", answer)
+            self._pass_on(None)
         else:
             self.send_response(HTTPStatus.FOUND)
             self.send_header("Location", PAGE)
@@ -119,18 +138,31 @@ class _Handler(BaseHTTPRequestHandler):
             return
         length = self.headers.get("Content-Length", "")
         # A page of another site cannot send this content type without a preflight request.
-        known = self.path == MEMORY and self.headers.get_content_type() == "application/json"
+        known = self.path in (MEMORY, COMPLETIONS)
+        known = known and self.headers.get_content_type() == "application/json"
         if not known or not length.isdigit():
-            self._refuse(HTTPStatus.BAD_REQUEST, f"only JSON for {MEMORY} is passed on")
+            message = f"only JSON for {MEMORY} and {COMPLETIONS} is passed on"
+            self._refuse(HTTPStatus.BAD_REQUEST, message)
             return
         if int(length) > MAX_BODY_BYTES:
             message = f"the question has {length} bytes; at most {MAX_BODY_BYTES} are read"
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
             return
-        status, answer = self.server.ask(
-            self.rfile.read(int(length)), self.headers.get("Authorization")
-        )
-        self._answer(status, "application/json", answer)
+        self._pass_on(self.rfile.read(int(length)))
+
+    def _pass_on(self, body: bytes | None) -> None:
+        """Answer with what the server answers, as it comes: answers of models are streams."""
+        with self.server.ask(body, self.headers.get("Authorization"), self.path) as answer:
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.kind)
+            self.send_header("Connection", "close")  # its end is the end of the answer
+            self.end_headers()
+            self.close_connection = True
+            try:
+                for part in answer.parts:
+                    self.wfile.write(part)
+            except (OSError, http.client.HTTPException):
+                pass  # one of the two ended it; what came so far has been passed on
 
     def _meant(self) -> bool:
         """Whether the request names this server; refuses it if not."""
@@ -143,11 +175,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         self.close_connection = True  # the request may have a body, which is not read
-        self._answer(status, "application/json", _error(message))
+        self._answer(status, JSON, _error(message))
 
-    def _answer(self, status: int, kind: str, body: bytes) -> None:
+    def _answer(
+        self, status: int, kind: str, body: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -5,6 +5,8 @@ import torch
 from vllm import SamplingParams, TokensPrompt
 
 from lola_vllm.config import LolaConfig
+from lola_vllm.ops.reference import feature_map, self_recall_error
+from lola_vllm.plugin.attention import LolaAttention
 from lola_vllm.plugin.cache import page_layouts
 from lola_vllm.serving.engine import joined
 from lola_vllm.state import StateLayout
@@ -24,22 +26,27 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def truth(tiny, monkeypatch):
     """Per layer and head, the positions in the sparse cache after a prompt."""
-    states = []
     attention = oracle_module.lola_attention
 
-    def recorded(*args):
-        out, state = attention(*args)
-        states.append(state)
+    def positions(prompt):
+        for found in (positions.states, positions.keys, positions.values, positions.maps):
+            found.clear()
+        model.logprobs(prompt)
+        return [state.sparse_positions for state in positions.states]
+
+    # Of the last prompt, per layer.
+    positions.states, positions.keys, positions.values, positions.maps = [], [], [], []
+
+    def recorded(q, k, v, map_q, map_k, *rest):
+        out, state = attention(q, k, v, map_q, map_k, *rest)
+        positions.states.append(state)
+        positions.keys.append(k)
+        positions.values.append(v)
+        positions.maps.append(map_k)
         return out, state
 
     monkeypatch.setattr(oracle_module, "lola_attention", recorded)
     model = Oracle(tiny)
-
-    def positions(prompt):
-        states.clear()
-        model.logprobs(prompt)
-        return [state.sparse_positions for state in states]
-
     return positions
 
 
@@ -49,8 +56,8 @@ def ask(llm, method, *args):
     return answer
 
 
-def send(llm, name, prompt, max_tokens=1):
-    params = SamplingParams(max_tokens=max_tokens, **GREEDY)
+def send(llm, name, prompt, max_tokens=1, **sampling):
+    params = SamplingParams(max_tokens=max_tokens, **GREEDY, **sampling)
     llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), params)
 
 
@@ -64,16 +71,16 @@ def read(llm, name, layers=None):
     return [[head["positions"] for head in found[layer].values()] for layer in sorted(found)]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"max_num_batched_tokens": 40},
-        {"enable_prefix_caching": True, "block_size": 32},
-        {"enable_prefix_caching": True, "block_size": 32, "num_gpu_blocks_override": 7},
-    ],
-    ids=["plain", "chunked", "prefix-caching", "preempting"],
-)
+OPTIONS = [
+    {},
+    {"max_num_batched_tokens": 40},
+    {"enable_prefix_caching": True, "block_size": 32},
+    {"enable_prefix_caching": True, "block_size": 32, "num_gpu_blocks_override": 7},
+]
+IDS = ["plain", "chunked", "prefix-caching", "preempting"]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
 def test_states_are_those_of_the_recompute(tiny, truth, options):
     shared, *others = random_prompts([64, 33, 100, 130, 41], seed=3)
     prompts = [shared + tail for tail in random_prompts([1, 30, 64, 96], seed=4)]
@@ -91,6 +98,61 @@ def test_states_are_those_of_the_recompute(tiny, truth, options):
             assert metric(llm, "vllm:prefix_cache_hits") > 0
         if "num_gpu_blocks_override" in options:
             assert metric(llm, "vllm:num_preemptions") > 0
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
+def test_what_was_forgotten_and_when(tiny, truth, options):
+    """Errors of folded tokens and stays in the caches are those of the recompute."""
+    (prompt,) = random_prompts([149], seed=5)
+    others = random_prompts([33, 100, 130, 41], seed=3)
+    with engine(tiny, max_num_seqs=6, **options) as llm:
+        for round_ in range(2):
+            name = f"memory-{round_}"
+            ask(llm, "lola_watch", name, len(prompt), True)
+            (busy,) = llm.collective_rpc("lola_watch", args=("other", 5, True))
+            assert "another prompt" in busy["error"]
+            for j, other in enumerate(others):
+                send(llm, f"other-{round_}-{j}", other, max_tokens=20)
+            send(llm, name, prompt, skip_reading_prefix_cache=True)
+            run(llm)
+            found = ask(llm, "lola_memory", name, None, True, True)["layers"]
+    expected = {stop: truth(prompt[:stop]) for stop in [*range(16, 149, 16), 149]}
+    states = truth.states
+    for layer, state in enumerate(states):
+        for head, memory in found[layer].items():
+            kept = expected[149][layer][head]
+            folded = [p for p in range(2, 128) if p not in kept]
+            phi = feature_map(truth.keys[layer][folded, head], truth.maps[layer][head])
+            values = truth.values[layer][folded, head]
+            errors = self_recall_error(phi, values, state.H[head], state.s[head])
+            assert memory["forgotten"] == pytest.approx(errors.tolist(), rel=1e-3, abs=2e-5)
+            stays = [*zip(kept, memory["entered"], [999] * len(kept), strict=True)]
+            stays += memory["gone"]
+            assert memory["gone"]
+            for stop, positions in expected.items():
+                held = sorted(p for p, entered, left in stays if entered <= stop < left)
+                assert held == positions[layer][head]
+
+
+def test_keys_that_were_not_seen_are_missed(tiny):
+    """A cached prefix has none; and dropping a request ends its record."""
+    (prompt,) = random_prompts([100], seed=5)
+    with engine(tiny, max_num_seqs=4, enable_prefix_caching=True, block_size=32) as llm:
+        send(llm, "first", prompt)
+        run(llm)
+        ask(llm, "lola_watch", "m", len(prompt), True)
+        send(llm, "m", prompt)
+        run(llm)
+        (answer,) = llm.collective_rpc("lola_memory", args=("m", None, True, False))
+        assert "the keys of 96 of 100 tokens were not seen" in answer["error"]
+        ask(llm, "lola_watch", "dropped", 50, True)
+        ask(llm, "lola_drop", "dropped")
+        ask(llm, "lola_watch", "next", 50, True)
+        ask(llm, "lola_drop", "next")
+        model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        assert not model._forward_pre_hooks and not model._forward_hooks
+        layers = [m for m in model.modules() if isinstance(m, LolaAttention)]
+        assert layers and all(layer.witness is None for layer in layers)
 
 
 def test_several_at_once_and_single_layers(tiny, truth):

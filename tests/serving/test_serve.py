@@ -65,12 +65,14 @@ def test_answers_tell_of_cached_tokens(eager: Server) -> None:
 
 
 def test_the_last_word_is_the_inspectors_address(eager: Server) -> None:
-    address = f"{eager.url}/v1/lola/inspector"
+    address = f"{eager.url}/lola/inspector"
     lines = eager.log.read_text().splitlines()
     (said,) = (i for i, line in enumerate(lines) if line.endswith(address))
     (ready,) = (i for i, line in enumerate(lines) if "Application startup complete" in line)
     assert ready == said + 1
-    assert eager.client.get("/v1/lola/inspector").status_code == 200
+    assert eager.client.get("/lola/inspector").status_code == 200
+    old = eager.client.get("/v1/lola/inspector", follow_redirects=True)
+    assert str(old.url) == address
 
 
 @pytest.mark.slow

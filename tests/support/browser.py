@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import os
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key that the protocol gives elements
 PROGRAMS = ("chromium", "chromedriver")
@@ -76,6 +80,57 @@ class Browser:
         move = {"type": "pointerMove", "origin": origin, "x": 0, "y": 0, "duration": 0}
         mouse = {"type": "pointer", "id": "mouse", "actions": [move]}
         self._do("POST", "/actions", actions=[mouse])
+
+    def tap(self, selector: str) -> None:
+        """Touch an element with a finger."""
+        steps = [
+            {"type": "pointerMove", "origin": {ELEMENT: self._find(selector)}, "x": 0, "y": 0},
+            {"type": "pointerDown", "button": 0},
+            {"type": "pointerUp", "button": 0},
+        ]
+        finger = {"type": "pointer", "id": "finger", "parameters": {"pointerType": "touch"}}
+        self._do("POST", "/actions", actions=[{**finger, "actions": steps}])
+
+    def resize(self, width: int, height: int, *, dark: bool = False) -> None:
+        """Give the page this size, in CSS pixels, and the light or the dark scheme."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._devtools("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._devtools("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    def save_to(self, directory: Path) -> None:
+        """Where the browser puts what a page saves."""
+        where = {"behavior": "allow", "downloadPath": str(directory)}
+        self._devtools("Browser.setDownloadBehavior", where)
+
+    def _devtools(self, command: str, fields: dict[str, Any]) -> None:
+        self._do("POST", "/goog/cdp/execute", cmd=command, params=fields)
+
+    def picture(self, file: Path) -> Path:
+        """What the page shows now, as a PNG file of 128 colours: a third of the bytes of all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shot = Image.open(io.BytesIO(base64.b64decode(self._do("GET", "/screenshot"))))
+        shot.convert("RGB").quantize(128).save(file, optimize=True)
+        return file
+
+    def keys(self, *keys: str, held: str = "") -> None:
+        """Press keys, one after the other, where the focus is; `held` stays down meanwhile."""
+        steps = [{"type": "keyDown", "value": held}] if held else []
+        for key in keys:
+            steps += [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
+        steps += [{"type": "keyUp", "value": held}] if held else []
+        self._do("POST", "/actions", actions=[{"type": "key", "id": "keys", "actions": steps}])
+
+    def drag(self, start: str, stop: str) -> None:
+        """Press the mouse on one element and release it on another."""
+        move = {"type": "pointerMove", "x": 0, "y": 0, "duration": 50}
+        steps = [
+            {**move, "origin": {ELEMENT: self._find(start)}},
+            {"type": "pointerDown", "button": 0},
+            {**move, "origin": {ELEMENT: self._find(stop)}},
+            {"type": "pointerUp", "button": 0},
+        ]
+        self._do("POST", "/actions", actions=[{"type": "pointer", "id": "mouse", "actions": steps}])
 
     def errors(self) -> list[str]:
         """What the page wrote to the console as errors since the last call."""

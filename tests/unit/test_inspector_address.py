@@ -6,7 +6,7 @@ import pytest
 
 from lola_vllm.serving.plugin import describe_inspector
 
-PAGE = "/v1/lola/inspector"
+PAGE = "/lola/inspector"
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,9 @@ PAGE = "/v1/lola/inspector"
         ({"host": "10.0.0.7"}, f"http://10.0.0.7:8000{PAGE}"),
         ({"host": "fd00::1"}, f"http://[fd00::1]:8000{PAGE}"),
         ({"ssl_certfile": "cert.pem"}, f"https://127.0.0.1:8000{PAGE}"),
-        ({"root_path": "/lola"}, f"http://127.0.0.1:8000/lola{PAGE}"),
+        ({"root_path": "/proxy"}, f"http://127.0.0.1:8000/proxy{PAGE}"),
         ({"uds": "/tmp/socket"}, "/tmp/socket"),
-        ({"api_key": ["SECRET"]}, "lola-vllm inspector --url http://127.0.0.1:8000 "),
+        ({"api_key": ["SECRET"]}, f"http://127.0.0.1:8000{PAGE} (asks for the API key)"),
     ],
 )
 def test_address(given, words, monkeypatch):
@@ -34,4 +34,4 @@ def test_a_key_in_the_environment_counts(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "SECRET")
     args = Namespace(host=None, port=8000, uds=None, ssl_certfile=None, api_key=None, root_path="")
     line = describe_inspector(args)
-    assert "lola-vllm inspector --url" in line and "SECRET" not in line
+    assert "(asks for the API key)" in line and "SECRET" not in line

@@ -53,6 +53,7 @@ def test_exact_keys_are_rope_of_their_places(P, D, sink, window):
     for n in range(1, 3 * P + 1):
         decode(portable, problem, state, n - 1)
         now = torch.tensor(places_after(n, P, D, sink))
+        assert places.exact(torch.arange(n), n, sink).tolist() == now.tolist()
         assert now.max() == now[-1] < P
         count = int(layout.num_sparse(torch.tensor(n)))
         start = min(n, int(layout.window_start(torch.tensor(n))))

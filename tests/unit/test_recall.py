@@ -5,8 +5,11 @@ import torch
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
+from lola_vllm.ops.places import Places
 from lola_vllm.ops.reference import feature_map, pair_saliency, self_recall_error
-from lola_vllm.serving.recall import forecast, remembered
+from lola_vllm.serving import recall
+from lola_vllm.serving.keys import Pairs
+from lola_vllm.serving.recall import forecast, recalled, remembered
 from tests.support.problem import SLOT, make_problem, prefill
 
 CONFIGS = {
@@ -56,6 +59,43 @@ def test_remembered_is_the_references_cache_with_its_errors(fields, n, Hs):
         if saliency is not None:
             w = pair_saliency(k, v, problem.saliency[kv])
             torch.testing.assert_close(saliency[head], w, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("Hs", [2, 6])
+def test_recalled_is_the_references_error_of_every_token_that_left_the_window(
+    fields, Hs, monkeypatch
+):
+    monkeypatch.setattr(recall, "MAX_SCORED", 7)
+    n = 77
+    problem = problem_of(n, fields, Hs=Hs)
+    page, layout = page_after(problem, n)
+    errors = recalled(page, layout, problem.weights(), n, Pairs(problem.k, problem.v))
+    _, state = problem.reference()
+    left = list(range(layout.sink_size, int(layout.window_start(torch.tensor(n)))))
+    assert errors.shape == (Hs, len(left)) and len(left) > 50
+    for head in range(Hs):
+        kv = head // (Hs // 2)
+        phi = feature_map(problem.k[left, kv], problem.feature_map_k[head])
+        expected = self_recall_error(phi, problem.v[left, kv], state.H[head], state.s[head])
+        torch.testing.assert_close(errors[head], expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [5, 31, 32, 36, 40, 43, 63])
+@pytest.mark.parametrize("interval", [4, 8])
+def test_forecast_sees_a_rebase_that_comes_before_the_update(n, interval):
+    fields = {"update_interval": interval, "window_size": 8, "sparse_cache_size": 6}
+    due = (n // interval + 1) * interval
+    problem = problem_of(due, fields, places=Places(32, 4))
+    page, layout = page_after(problem, n)
+    untouched = page.clone()
+    told = forecast(page, layout, problem.weights(), n, problem.turn)
+    assert torch.equal(page, untouched)
+    last, _ = page_after(problem, due - 1)
+    # Just before the update there is nothing left to foresee but a rebase at that very token.
+    assert told == pytest.approx(forecast(last, layout, problem.weights(), due - 1, problem.turn))
+    if any(problem.places.due(m) for m in range(n, due)) and n > 16:
+        assert told != pytest.approx(forecast(page, layout, problem.weights(), n))
 
 
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)

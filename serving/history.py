@@ -1,0 +1,88 @@
+"""When each token entered and left a layer's sparse caches.
+
+A page says what is in its caches now. The choices before it are made again: a state is a function
+of its pairs, so the layer's own op, given the recorded pairs of a prompt, leads a page of its own
+through the same states, and is stopped at update points.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lola_vllm.ops import rebase
+from lola_vllm.ops.contract import Backend, LayerState, PrefillBatch
+from lola_vllm.serving.keys import Pairs
+from lola_vllm.state import StateLayout
+
+# Stops along a prompt. Every update is one, unless there are more of them.
+MAX_STOPS = 256
+SLOT = 1  # 0 is padding
+
+
+class Stay(NamedTuple):
+    """A token's stay in a sparse cache.
+
+    Attributes:
+        position: of the token. entered: tokens that were read when it entered.
+        left: tokens that were read when it was folded; None: it is still there.
+    """
+
+    position: int
+    entered: int
+    left: int | None
+
+
+def stop_interval(layout: StateLayout, num_tokens: int) -> int:
+    """Tokens between two stops: the update interval, or a multiple of it for long prompts."""
+    C = layout.update_interval
+    return C * max(1, -(-num_tokens // (MAX_STOPS * C)))
+
+
+def stays(ops: Backend, state: LayerState, pairs: Pairs) -> list[list[Stay]]:
+    """Per sparse set, the stays of all tokens that are there at a stop, by position.
+
+    Args:
+        ops: the layer's. state: of the layer; its pages are not touched.
+        pairs: all that it saw.
+    """
+    layout, device, n = state.layout, state.pages.device, len(pairs.k)
+    pages = torch.zeros(SLOT + 1, layout.page_bytes, dtype=torch.uint8, device=device)
+    own = LayerState.bind(state.weights, layout, pages, state.turn)
+    places = None if state.turn is None else state.turn.places
+    k, v = (x.to(device) for x in pairs)
+    q = k.new_zeros(n, state.num_heads, layout.head_dim)  # nobody asks
+    slots = torch.tensor([SLOT], dtype=torch.int32, device=device)
+    entered = torch.zeros(layout.num_sparse_heads, n, dtype=torch.int64)
+    left = torch.zeros_like(entered)
+    held = torch.zeros_like(entered, dtype=torch.bool)
+    step = stop_interval(layout, n)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        lengths = torch.tensor([0, stop - start], dtype=torch.int32)
+        batch = PrefillBatch(slots, lengths, torch.tensor([start], dtype=torch.int32))
+        tokens = slice(start, stop)
+        pieces = rebase.cut(places, batch)
+        out = torch.empty_like(q[tokens])
+        rebase.prefill(ops.prefill, own, q[tokens], k[tokens], v[tokens], pieces, out)
+        now = _held(own, stop, n)
+        entered[now & ~held] = stop
+        left[held & ~now] = stop
+        held = now
+    return [
+        [
+            Stay(p, int(entered[g, p]), int(left[g, p]) or None)
+            for p in ever.nonzero()[:, 0].tolist()
+        ]
+        for g, ever in enumerate(entered > 0)
+    ]
+
+
+def _held(state: LayerState, num_tokens: int, n: int) -> Tensor:
+    """`[Hg, n]` bool: which positions are in the sparse sets of the page after so many tokens."""
+    size = int(state.layout.num_sparse(torch.tensor(num_tokens)))
+    positions = state.views.positions[SLOT, :, :size].long().cpu()
+    held = torch.zeros(len(positions), n, dtype=torch.bool)
+    return held.scatter_(1, positions, True)

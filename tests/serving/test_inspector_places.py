@@ -1,0 +1,86 @@
+"""Memory of prompts beyond the trained length, where places differ from positions."""
+
+import json
+
+import pytest
+
+from lola_vllm.serving.inspector import ROUTE
+from tests.support.browser import chromium
+from tests.support.inspector import Page
+from tests.support.servers import serving
+from tests.support.speaking import make_speaking, serve_speaking
+from tests.support.tiny import random_prompts
+
+LENGTH, INTERVAL, SINKS = 256, 64, 2
+
+
+@pytest.fixture(scope="module")
+def rebasing(tmp_path_factory):
+    """A server of a tiny model that was trained on 256 positions."""
+    directory = tmp_path_factory.mktemp("rebasing")
+    model = make_speaking(directory / "tiny", max_position_embeddings=LENGTH)
+    file = model / "config.json"
+    config = json.loads(file.read_text())
+    config["lola_config"]["rebase_interval"] = INTERVAL
+    file.write_text(json.dumps(config))
+    with serving(directory / "log.txt", serve_speaking(model, "tiny")) as running:
+        yield running
+
+
+def ask(server, n, **options):
+    (prompt,) = random_prompts([n], seed=8)
+    return server.client.post("/v1/lola/memory", json={"prompt": prompt, **options})
+
+
+@pytest.mark.parametrize(("n", "origin"), [(256, 0), (257, 64), (320, 64), (321, 128), (700, 448)])
+def test_places_are_told_once_they_differ(rebasing, n, origin):
+    answer = ask(rebasing, n).json()
+    assert answer["origin"] == origin
+    if origin == 0:
+        assert answer["places"] is None
+        return
+    assert answer["places"] == [
+        p if p < SINKS else p - origin if p >= origin else p % INTERVAL for p in range(n)
+    ]
+    assert max(answer["places"]) == answer["places"][-1] < LENGTH
+
+
+def test_history_goes_through_rebases_and_forgotten_stops_at_them(rebasing):
+    refused = ask(rebasing, 400, forgotten=True)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith("forgotten: 400 tokens;")
+    assert "at most 256 can be read" in refused.json()["error"]["message"]
+    whole = ask(rebasing, 400, history=True).json()
+    assert whole["history_interval"] == 16
+    for read in (240, 272, 336, 400):
+        (prompt,) = random_prompts([400], seed=8)
+        body = {"prompt": prompt[:read]}
+        then = rebasing.client.post("/v1/lola/memory", json=body).json()
+        for layer, short in zip(whole["layers"], then["layers"], strict=True):
+            for head, told in zip(layer["heads"], short["heads"], strict=True):
+                stays = zip(head["positions"], head["entered"], strict=True)
+                held = [p for p, entered in stays if entered <= read]
+                held += [p for p, entered, left in head["gone"] if entered <= read < left]
+                assert sorted(held) == told["positions"]
+
+
+def test_the_page_tells_of_places_and_of_what_it_cannot_show(rebasing):
+    with chromium() as browser:
+        page = Page(browser)
+        page.open(rebasing.url + ROUTE)
+        page.prompt("the hidden state of a page " * 40)
+        browser.click("#run")
+        browser.wait(lambda: "forgotten: " in browser.text("#status"))
+        browser.wait(lambda: browser.run(
+            "return !document.querySelector('[data-part=time-row]').hidden"
+        ))  # fmt: skip
+        answer = rebasing.client.post(
+            "/v1/lola/memory", json={"prompt": "the hidden state of a page " * 40}
+        ).json()
+        assert answer["origin"] > 0
+        last = answer["num_tokens"] - 1
+        browser.hover(page.token(last))
+        assert f"its place is {answer['places'][last]}," in browser.text("#tip")
+        assert browser.run(
+            "return document.querySelector('#colour option[value=forgotten]').disabled"
+        )

@@ -1,0 +1,65 @@
+"""When tokens entered and left sparse caches: the reference's choices for every shorter prompt."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops import portable
+from lola_vllm.ops.places import Places
+from lola_vllm.serving import engine, history
+from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.history import stays, stop_interval
+from lola_vllm.serving.keys import Pairs
+from tests.support.problem import with_a_trend
+
+CONFIGS = {
+    "interval-is-window": {},
+    "paper": {"update_interval": 1},
+    "sinks": {"update_interval": 3, "sink_size": 2},
+    "saliency": {"saliency": True},
+    "no-cache": {"sparse_cache_size": 0},
+}
+
+
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("places", [None, Places(32, 8)], ids=["plain", "rebasing"])
+@pytest.mark.parametrize("stops", [256, 10])
+def test_stays_are_the_references_choices(fields, places, stops, monkeypatch):
+    monkeypatch.setattr(history, "MAX_STOPS", stops)
+    n = 75
+    config = LolaConfig(**{"window_size": 8, "sparse_cache_size": 12, "feature_dim": 6, **fields})
+    problem = with_a_trend(n, config, places=places)
+    state = problem.state()
+    untouched = state.pages.clone()
+    found = stays(portable, state, Pairs(problem.k, problem.v))
+    assert torch.equal(state.pages, untouched)
+    step = stop_interval(problem.layout(), n)
+    assert step % problem.layout().update_interval == 0 and n / step <= stops
+    for read in [*range(step, n, step), n]:
+        cut = replace(problem, **{name: getattr(problem, name)[:read] for name in "qkv"})
+        _, expected = cut.reference()
+        for head, positions in enumerate(expected.sparse_positions):
+            held = [
+                stay.position
+                for stay in found[head]
+                if stay.entered <= read and (stay.left is None or read < stay.left)
+            ]
+            assert held == positions, (read, head)
+    if config.sparse_pairs:
+        assert any(stay.left is not None for stay in found[0])
+
+
+def test_what_would_take_too_much_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(engine, "MAX_RECORD_BYTES", 1000)
+    fake = SimpleNamespace(
+        sequence=SimpleNamespace(full_kv_bytes_per_token=10), places=Places(64, 16)
+    )
+    with pytest.raises(Unavailable, match="101 tokens; the keys and values of at most 100 are"):
+        LolaEngine._check_record(fake, 101, False)
+    LolaEngine._check_record(fake, 100, False)
+    with pytest.raises(Unavailable, match=r"forgotten: 65 tokens; .* at most 64 can be read"):
+        LolaEngine._check_record(fake, 65, True)
+    LolaEngine._check_record(fake, 64, True)
