@@ -18,10 +18,10 @@ constexpr int kDecodeThreads = 128;
 constexpr int kDecodeWarps = kDecodeThreads / kWarp;
 
 // Blocks a processor holds at once: bounds the registers, so that nothing is spilled.
-template <int D, int HEADS>
-constexpr int kDecodeBlocks = HEADS > 4             ? 2
-                              : D == 0 || HEADS > 1 ? 3
-                                                    : 4;
+template <int D, int HEADS, bool INT8>
+constexpr int kDecodeBlocks = HEADS > 4 || (D == 0 && INT8) ? 2
+                              : D == 0 || HEADS > 1         ? 3
+                                                            : 4;
 
 // The pairs a query sees, in one numbering: sparse cache, sinks, window, the new one.
 template <typename T>
@@ -247,7 +247,7 @@ inline std::size_t decode_shared(const Params& p, int heads) {
 
 // Grid: (rows x sets, splits).
 template <typename T, int D, int HEADS, bool INT8>
-__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS, INT8>)
     decode_kernel(const Params p) {
   LOLA_SHARED(memory);
   const int thread = threadIdx.x, split = blockIdx.y, d = D > 0 ? D : p.head_dim();
