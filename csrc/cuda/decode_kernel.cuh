@@ -18,10 +18,10 @@ constexpr int kDecodeThreads = 128;
 constexpr int kDecodeWarps = kDecodeThreads / kWarp;
 
 // Blocks a processor holds at once: bounds the registers, so that nothing is spilled.
-template <int D, int HEADS>
-constexpr int kDecodeBlocks = HEADS > 4             ? 2
-                              : D == 0 || HEADS > 1 ? 3
-                                                    : 4;
+template <int D, int HEADS, bool INT8>
+constexpr int kDecodeBlocks = HEADS > 4 || (D == 0 && INT8) ? 2
+                              : D == 0 || HEADS > 1         ? 3
+                                                            : 4;
 
 // The pairs a query sees, in one numbering: sparse cache, sinks, window, the new one.
 template <typename T>
@@ -29,6 +29,8 @@ struct Pairs {
   int cached, sinks, in_ring, count;
   int64_t first_row, ring, sink;
   const T *sparse_k, *sparse_v, *exact_k, *exact_v, *new_k, *new_v;
+  const int8_t *numbers_k, *numbers_v;  // where cached pairs are int8, with these scales
+  const float *scale_k, *scale_v;
 
   LOLA_DEVICE Pairs(const Params& p, int64_t row, int64_t page, int set, int64_t position) {
     const int kv = set / p.sets_per_kv_head();
@@ -42,6 +44,10 @@ struct Pairs {
     first_row = start % ring;
     sparse_k = p.sparse_k<const T>(page, set);
     sparse_v = p.sparse_v<const T>(page, set);
+    numbers_k = p.sparse_k<const int8_t>(page, set);
+    numbers_v = p.sparse_v<const int8_t>(page, set);
+    scale_k = p.sparse_k_scale(page, set);
+    scale_v = p.sparse_v_scale(page, set);
     exact_k = p.exact_k<const T>(page, kv);
     exact_v = p.exact_v<const T>(page, kv);
     new_k = p.k.at<const T>(row, kv);
@@ -75,7 +81,7 @@ struct HeadRange {
 
 // Softmax over the pairs of a split. Each warp leaves, per head, its largest logit (of base 2) and
 // sum in stats[warp][h][0 .. 2) and its weighted values in soft[warp][h][0 .. d).
-template <typename T, int D, int HEADS>
+template <typename T, int D, int HEADS, bool INT8>
 LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
                         const Pairs<T>& pairs, int begin, int end, float* soft, float* stats) {
   using R = Row<T, D>;
@@ -102,11 +108,21 @@ LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
 
   for (int base = begin; base < end; base += kGroups * kUnroll) {
     typename R::Raw k[kUnroll], v[kUnroll];
-    float z[kUnroll][HEADS];
+    float z[kUnroll][HEADS], k_scale[kUnroll], v_scale[kUnroll];  // scales: only of int8 pairs
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = base + u * kGroups + group;
       const bool ok = i < end;
+      if constexpr (INT8) {
+        const bool cached = ok && i < pairs.cached;
+        k_scale[u] = cached ? pairs.scale_k[i] : 1.0f;
+        v_scale[u] = cached ? pairs.scale_v[i] : 1.0f;
+        if (cached) {
+          k[u] = R::load_numbers(pairs.numbers_k + static_cast<int64_t>(i) * d, lane, d, true);
+          v[u] = R::load_numbers(pairs.numbers_v + static_cast<int64_t>(i) * d, lane, d, true);
+          continue;
+        }
+      }
       const T *k_row, *v_row;
       pairs.find(ok ? i : begin, d, &k_row, &v_row);
       k[u] = R::load(k_row, lane, d, ok);
@@ -121,6 +137,7 @@ LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
 #pragma unroll
         for (int i = 0; i < R::kElements; ++i) dot += q[h][i] * R::get(k[u], i);
         dot = reduce<Sum, 1, R::kLanes>(dot);
+        if constexpr (INT8) dot *= k_scale[u];
         z[u][h] = ok ? dot : kMinusInf;
       }
     }
@@ -136,8 +153,9 @@ LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
       for (int i = 0; i < R::kElements; ++i) sum[h][i] *= rescale;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const float weight = exp2f(z[u][h] - shift);
+        float weight = exp2f(z[u][h] - shift);
         total[h] += weight;
+        if constexpr (INT8) weight *= v_scale[u];
 #pragma unroll
         for (int i = 0; i < R::kElements; ++i) sum[h][i] += weight * R::get(v[u], i);
       }
@@ -228,8 +246,8 @@ inline std::size_t decode_shared(const Params& p, int heads) {
 }
 
 // Grid: (rows x sets, splits).
-template <typename T, int D, int HEADS>
-__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
+template <typename T, int D, int HEADS, bool INT8>
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS, INT8>)
     decode_kernel(const Params p) {
   LOLA_SHARED(memory);
   const int thread = threadIdx.x, split = blockIdx.y, d = D > 0 ? D : p.head_dim();
@@ -257,7 +275,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
   for (int first = 0; first < num_heads; first += HEADS) {
     const int left = num_heads - first;
     const HeadRange heads = {first, left < HEADS ? left : HEADS};
-    attend<T, D, HEADS>(p, row, set, heads, pairs, key0, key1, soft, stats);
+    attend<T, D, HEADS, INT8>(p, row, set, heads, pairs, key0, key1, soft, stats);
     // Not before the softmax, which needs the registers.
     const int features = (2 * p.feature_dim() + p.splits - 1) / p.splits, f0 = features * split;
     const int f1 = f0 + features < 2 * p.feature_dim() ? f0 + features : 2 * p.feature_dim();
@@ -304,8 +322,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS>)
   }
 }
 
-template <typename T>
-void launch_decode(const Params& p, bool vectors, cudaStream_t stream) {
+template <typename T, bool INT8>
+void launch_decode_as(const Params& p, bool vectors, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.num_rows * p.num_sparse_heads()),
                   static_cast<unsigned>(p.splits));
   const auto run = [&](auto kernel, int heads) {
@@ -314,17 +332,23 @@ void launch_decode(const Params& p, bool vectors, cudaStream_t stream) {
   const auto run_size = [&](auto size) {
     constexpr int D = decltype(size)::value;
     if (p.heads_per_set() == 1) {
-      run(decode_kernel<T, D, 1>, 1);
+      run(decode_kernel<T, D, 1, INT8>, 1);
     } else if (p.heads_per_set() <= 4) {
-      run(decode_kernel<T, D, 4>, 4);
+      run(decode_kernel<T, D, 4, INT8>, 4);
     } else {
-      run(decode_kernel<T, D, 8>, 8);
+      run(decode_kernel<T, D, 8, INT8>, 8);
     }
   };
   if (vectors && p.head_dim() == 64) return run_size(std::integral_constant<int, 64>());
   if (vectors && p.head_dim() == 96) return run_size(std::integral_constant<int, 96>());
   if (vectors && p.head_dim() == 128) return run_size(std::integral_constant<int, 128>());
-  run(decode_kernel<T, 0, 1>, 1);
+  run(decode_kernel<T, 0, 1, INT8>, 1);
+}
+
+template <typename T>
+void launch_decode(const Params& p, bool vectors, cudaStream_t stream) {
+  if (p.layout.int8_pairs()) return launch_decode_as<T, true>(p, vectors, stream);
+  launch_decode_as<T, false>(p, vectors, stream);
 }
 
 }  // namespace cuda

@@ -99,6 +99,28 @@ struct Row {
     if (!valid || lane * kElements >= D) return {make_uint4(0, 0, 0, 0)};
     return {*reinterpret_cast<const uint4*>(row + lane * kElements)};
   }
+  // The same of a row of int8 numbers, which every T holds exactly.
+  static LOLA_DEVICE Raw load_numbers(const int8_t* row, int lane, int, bool valid) {
+    if (!valid || lane * kElements >= D) return {make_uint4(0, 0, 0, 0)};
+    unsigned words[4];
+    if constexpr (sizeof(T) == 4) {
+      const unsigned four = *reinterpret_cast<const unsigned*>(row + lane * kElements);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        words[i] = __float_as_uint(static_cast<float>(static_cast<int8_t>(four >> (8 * i))));
+      }
+    } else {
+      const uint64_t eight = *reinterpret_cast<const uint64_t*>(row + lane * kElements);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float low = static_cast<int8_t>(eight >> (16 * i));
+        const float high = static_cast<int8_t>(eight >> (16 * i + 8));
+        words[i] = Rounded<T>::of(low).bits | static_cast<unsigned>(Rounded<T>::of(high).bits)
+                                                  << 16;
+      }
+    }
+    return {make_uint4(words[0], words[1], words[2], words[3])};
+  }
   static LOLA_DEVICE float get(const Raw& raw, int i) {
     const unsigned words[4] = {raw.words.x, raw.words.y, raw.words.z, raw.words.w};
     if constexpr (sizeof(T) == 4) {
@@ -128,6 +150,15 @@ struct Row<T, 0> {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       raw.x[i] = valid && index(lane, i) < d ? row[index(lane, i)] : T{};
+    }
+    return raw;
+  }
+  static LOLA_DEVICE Raw load_numbers(const int8_t* row, int lane, int d, bool valid) {
+    Raw raw;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const bool ok = valid && index(lane, i) < d;
+      raw.x[i] = Rounded<T>::of(ok ? static_cast<float>(row[index(lane, i)]) : 0.0f);
     }
     return raw;
   }

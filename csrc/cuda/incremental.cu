@@ -169,17 +169,17 @@ LOLA_DEVICE float set_bound(const Params& p, const float* s, bool empty, bool re
 
 // Computes the scores of up to a tile of pairs, whose slots are in shared memory. By the whole
 // block.
-template <typename T>
-LOLA_DEVICE void score_tile(const Params& p, const Candidates<T>& c, const int* slots, int count,
-                            bool empty, const Shared& x) {
+template <typename T, bool INT8>
+LOLA_DEVICE void score_tile(const Params& p, const Candidates<T, INT8>& c, const int* slots,
+                            int count, bool empty, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, states = p.states_per_set();
   const int ld = whole_vectors(p.head_dim()), phi_ld = whole_vectors(2 * p.feature_dim());
   const int slot = slots[warp < count ? warp : 0];
   if (warp < kTile) {  // the rest of a tile repeats its first pair
     const int i = slot == kNewcomer ? c.cached : slot;
-    load_row(x.k + warp * ld, c.k(i), p.head_dim(), true, lane);
-    load_row(x.v + warp * ld, c.v(i), p.head_dim(), true, lane);
+    load_row(x.k + warp * ld, c.k(i, lane), p.head_dim(), true, lane);
+    load_row(x.v + warp * ld, c.v(i, lane), p.head_dim(), true, lane);
   }
   __syncthreads();
   float total = 0;
@@ -274,8 +274,8 @@ LOLA_DEVICE void find_loser(const Params& p, const int32_t* positions, int lane,
 }
 
 // Puts the newcomer into a slot.
-template <typename T>
-LOLA_DEVICE void enter(const Params& p, const Candidates<T>& c, int slot, const Shared& x) {
+template <typename T, bool INT8>
+LOLA_DEVICE void enter(const Params& p, const Candidates<T, INT8>& c, int slot, const Shared& x) {
   c.put(c.cached, slot, threadIdx.x, kThreads);
   for (int i = threadIdx.x; i < p.states_per_set() * p.head_dim(); i += kThreads) {
     bounds_of(p, c.page, c.set, i / p.head_dim(), slot, x).direction[i % p.head_dim()] =
@@ -344,20 +344,21 @@ LOLA_DEVICE void lower_bounds(const Params& p, int64_t page, int state, const Sh
 }
 
 // Grid: rows x sets.
-template <typename T>
+template <typename T, bool INT8>
 __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p) {
   LOLA_SHARED(memory);
   const int64_t row = blockIdx.x / p.num_sparse_heads();
   if (!p.live(row) || !p.layout.update_due(p.seq_lens[row])) return;
   const int64_t n = p.seq_lens[row];
-  const Candidates<T> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.num_sparse_heads()), n);
+  const Candidates<T, INT8> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.num_sparse_heads()),
+                              n);
   const Shared x(p, memory);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const bool empty = !p.any_folded(n - 1), folds = c.cached == p.sparse_cache_size();
 
   if (warp == kWarps - 1 && p.weighed()) {
-    const float w = pair_saliency(p, c.kv, c.k(c.cached), c.v(c.cached), lane);
+    const float w = pair_saliency(p, c.kv, c.k(c.cached, lane), c.v(c.cached, lane), lane);
     if (lane == 0) *x.newcomer_saliency = w;
   }
   if (folds) bound_scores(p, c.page, c.set, x);
@@ -383,8 +384,8 @@ __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p
     slot = *x.loser;
     if (warp == 0) {  // what will be folded, before the newcomer takes its place
       const int i = slot == kNewcomer ? c.cached : slot;
-      load_row(x.k, c.k(i), p.head_dim(), true, lane);
-      load_row(x.v, c.v(i), p.head_dim(), true, lane);
+      load_row(x.k, c.k(i, lane), p.head_dim(), true, lane);
+      load_row(x.v, c.v(i, lane), p.head_dim(), true, lane);
     }
     __syncthreads();
   }
@@ -403,7 +404,8 @@ __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p
 
 template <typename T>
 void launch_incremental(const Params& p, cudaStream_t stream) {
-  launch("decode: update", incremental_kernel<T>,
+  launch("decode: update",
+         p.layout.int8_pairs() ? incremental_kernel<T, true> : incremental_kernel<T, false>,
          dim3(static_cast<unsigned>(p.num_rows * p.num_sparse_heads())), kThreads, shared_bytes(p),
          stream, p);
 }

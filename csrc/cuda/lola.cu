@@ -93,7 +93,6 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
   LOLA_CHECK(x.head_dim <= kMaxHeadDim, "q: head size ", x.head_dim, ", at most ", kMaxHeadDim);
   LOLA_CHECK(x.kv_dtype != DType::f64 && x.state_dtype == DType::f32,
              "layout: keys and values must be float32, bfloat16 or float16, and H and s float32");
-  LOLA_CHECK(!x.int8_pairs(), "lola_config.sparse_dtype = 'int8': not in the CUDA ops yet");
   p.q = tokens(q, "q");
   p.k = tokens(k, "k");
   p.v = tokens(v, "v");

@@ -109,7 +109,15 @@ struct Params {
   LOLA_DEVICE float* saliency(int64_t page, int set) const {
     return part<float>(page, layout.saliency) + first_slot(set);
   }
-  // [sparse_cache_size, head_dim].
+  // float32 [sparse_cache_size], only where the layout has int8_pairs(): what multiplies the
+  // numbers of each key, and of each value.
+  LOLA_DEVICE float* sparse_k_scale(int64_t page, int set) const {
+    return part<float>(page, layout.sparse_k_scale) + first_slot(set);
+  }
+  LOLA_DEVICE float* sparse_v_scale(int64_t page, int set) const {
+    return part<float>(page, layout.sparse_v_scale) + first_slot(set);
+  }
+  // [sparse_cache_size, head_dim]; T is int8_t where the layout has int8_pairs().
   template <typename T>
   LOLA_DEVICE T* sparse_k(int64_t page, int set, int64_t slot = 0) const {
     return part<T>(page, layout.sparse_k) + (first_slot(set) + slot) * head_dim();

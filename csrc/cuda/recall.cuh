@@ -12,8 +12,46 @@ constexpr int kTile = 4;  // candidates a warp works on: each element of W or H 
 
 __host__ __device__ constexpr int whole_vectors(int n) { return (n + 3) / 4 * 4; }
 
-// Candidates of an update: cached pairs by slot, then evicted ones by position.
+// A key or value of a candidate as it is outside the window.
+template <typename T, bool INT8>
+struct PairRow {
+  const T* x = nullptr;
+
+  LOLA_DEVICE float operator[](int i) const { return to_float(x[i]); }
+};
+
+// A cached one of int8 numbers and a scale, or an evicted one with the scale that it is rounded
+// at. All in float32, operation by operation as in lola_vllm/ops/int8.py.
 template <typename T>
+struct PairRow<T, true> {
+  const int8_t* numbers = nullptr;
+  const T* x = nullptr;  // where there are no numbers yet
+  float scale = 0;
+
+  LOLA_DEVICE float number(int i) const {
+    if (numbers != nullptr) return numbers[i];
+    if (!(scale > 0)) return 0;
+    const float steps = rintf(to_float(x[i]) / scale);  // to nearest, ties to even
+    return fmaxf(fminf(steps, kPairMax), -kPairMax);
+  }
+  LOLA_DEVICE float operator[](int i) const { return number(i) * scale; }
+};
+
+// The scale at which a row is rounded, by one warp; NaN where an entry is not finite.
+template <typename T>
+LOLA_DEVICE float int8_scale(const T* x, int d, int lane) {
+  float largest = 0, odd = 0;  // `odd` adds x - x, which is 0 or NaN
+  for (int i = lane; i < d; i += kWarp) {
+    const float y = to_float(x[i]);
+    largest = fmaxf(largest, fabsf(y));
+    odd += y - y;
+  }
+  constexpr float kStep = static_cast<float>(1.0 / kPairMax);
+  return reduce<Max>(largest) * kStep + reduce<Sum>(odd);
+}
+
+// Candidates of an update: cached pairs by slot, then evicted ones by position.
+template <typename T, bool INT8>
 struct Candidates {
   const Params& p;
   int64_t page, start;
@@ -28,45 +66,79 @@ struct Candidates {
   LOLA_DEVICE int position(int i) const {
     return i < cached ? p.positions(page, set)[i] : static_cast<int>(start) + i - cached;
   }
-  LOLA_DEVICE const T* k(int i) const {
-    return i < cached ? p.sparse_k<const T>(page, set, i)
-                      : p.exact_k<const T>(page, kv, p.layout.exact_row(start + i - cached));
+  // Key and value of candidate i, for a whole warp.
+  LOLA_DEVICE PairRow<T, INT8> k(int i, int lane) const {
+    if constexpr (INT8) {
+      if (i < cached) {
+        return {p.sparse_k<const int8_t>(page, set, i), nullptr, p.sparse_k_scale(page, set)[i]};
+      }
+      return {nullptr, evicted_k(i), int8_scale(evicted_k(i), p.head_dim(), lane)};
+    } else {
+      return {i < cached ? p.sparse_k<const T>(page, set, i) : evicted_k(i)};
+    }
   }
-  LOLA_DEVICE const T* v(int i) const {
-    return i < cached ? p.sparse_v<const T>(page, set, i)
-                      : p.exact_v<const T>(page, kv, p.layout.exact_row(start + i - cached));
+  LOLA_DEVICE PairRow<T, INT8> v(int i, int lane) const {
+    if constexpr (INT8) {
+      if (i < cached) {
+        return {p.sparse_v<const int8_t>(page, set, i), nullptr, p.sparse_v_scale(page, set)[i]};
+      }
+      return {nullptr, evicted_v(i), int8_scale(evicted_v(i), p.head_dim(), lane)};
+    } else {
+      return {i < cached ? p.sparse_v<const T>(page, set, i) : evicted_v(i)};
+    }
   }
-  // Puts an evicted pair i into a slot, by `count` threads of which this is number `thread`.
+  // Puts an evicted pair i into a slot, by `count` threads of whole warps, of which this is number
+  // `thread`.
   LOLA_DEVICE void put(int i, int slot, int thread, int count) const {
-    T* const to_k = p.sparse_k<T>(page, set, slot);
-    T* const to_v = p.sparse_v<T>(page, set, slot);
-    const T *const from_k = k(i), *const from_v = v(i);
-    for (int j = thread; j < p.head_dim(); j += count) {
-      to_k[j] = from_k[j];
-      to_v[j] = from_v[j];
+    const PairRow<T, INT8> from_k = k(i, thread % kWarp), from_v = v(i, thread % kWarp);
+    if constexpr (INT8) {
+      int8_t* const to_k = p.sparse_k<int8_t>(page, set, slot);
+      int8_t* const to_v = p.sparse_v<int8_t>(page, set, slot);
+      for (int j = thread; j < p.head_dim(); j += count) {
+        to_k[j] = static_cast<int8_t>(from_k.number(j));
+        to_v[j] = static_cast<int8_t>(from_v.number(j));
+      }
+      if (thread == 0) {
+        p.sparse_k_scale(page, set)[slot] = from_k.scale;
+        p.sparse_v_scale(page, set)[slot] = from_v.scale;
+      }
+    } else {
+      T* const to_k = p.sparse_k<T>(page, set, slot);
+      T* const to_v = p.sparse_v<T>(page, set, slot);
+      for (int j = thread; j < p.head_dim(); j += count) {
+        to_k[j] = from_k.x[j];
+        to_v[j] = from_v.x[j];
+      }
     }
     if (thread == 0) p.positions(page, set)[slot] = position(i);
+  }
+
+ private:
+  LOLA_DEVICE const T* evicted_k(int i) const {
+    return p.exact_k<const T>(page, kv, p.layout.exact_row(start + i - cached));
+  }
+  LOLA_DEVICE const T* evicted_v(int i) const {
+    return p.exact_v<const T>(page, kv, p.layout.exact_row(start + i - cached));
   }
 };
 
 // A row of d elements as floats with zeros up to whole vectors; zeros alone where it is not valid.
-template <typename T>
-LOLA_DEVICE void load_row(float* to, const T* from, int d, bool valid, int lane) {
-  for (int i = lane; i < whole_vectors(d); i += kWarp) {
-    to[i] = valid && i < d ? to_float(from[i]) : 0.0f;
-  }
+template <typename T, bool INT8>
+LOLA_DEVICE void load_row(float* to, const PairRow<T, INT8>& from, int d, bool valid, int lane) {
+  for (int i = lane; i < whole_vectors(d); i += kWarp) to[i] = valid && i < d ? from[i] : 0.0f;
 }
 
 // w = exp(clamp(a . rho(k) + b . v + c)) of a pair of a KV head. A NaN stays one.
-template <typename T>
-LOLA_DEVICE float pair_saliency(const Params& p, int kv_head, const T* k, const T* v, int lane) {
+template <typename T, bool INT8>
+LOLA_DEVICE float pair_saliency(const Params& p, int kv_head, const PairRow<T, INT8>& k,
+                                const PairRow<T, INT8>& v, int lane) {
   const int d = p.head_dim(), half = d / 2;
   const float* const a = p.saliency_weights + kv_head * p.layout.saliency_size();
   const float* const b = a + half;
   float sum = 0;
-  for (int i = lane; i < d; i += kWarp) sum += b[i] * to_float(v[i]);
+  for (int i = lane; i < d; i += kWarp) sum += b[i] * v[i];
   for (int i = lane; i < half; i += kWarp) {
-    const float x = to_float(k[i]), y = to_float(k[i + half]);
+    const float x = k[i], y = k[i + half];
     sum += a[i] * sqrtf(x * x + y * y);
   }
   sum = reduce<Sum>(sum) + b[d];
@@ -133,20 +205,21 @@ LOLA_DEVICE void map_keys(const Params& p, int state, const float* k, float* phi
 }
 
 // Norms of kTile values.
-template <typename T>
-LOLA_DEVICE void norms(const T* const (&v)[kTile], int d, int lane, float (&out)[kTile]) {
+template <typename T, bool INT8>
+LOLA_DEVICE void norms(const PairRow<T, INT8> (&v)[kTile], int d, int lane, float (&out)[kTile]) {
 #pragma unroll
   for (int r = 0; r < kTile; ++r) {
     float sum = 0;
-    for (int i = lane; i < d; i += kWarp) sum += to_float(v[r][i]) * to_float(v[r][i]);
+    for (int i = lane; i < d; i += kWarp) sum += v[r][i] * v[r][i];
     out[r] = sqrtf(reduce<Sum>(sum));
   }
 }
 
 // Errors of kTile candidates against one state head.
-template <typename T>
+template <typename T, bool INT8>
 LOLA_DEVICE void recall_errors(const Params& p, int64_t page, int state, const float* phi,
-                               const T* const (&v)[kTile], int lane, float (&errors)[kTile]) {
+                               const PairRow<T, INT8> (&v)[kTile], int lane,
+                               float (&errors)[kTile]) {
   constexpr int kColumns = 4;
   const int F2 = 2 * p.feature_dim(), ld = whole_vectors(F2);
   const float* const H = p.H(page, state);
@@ -167,8 +240,7 @@ LOLA_DEVICE void recall_errors(const Params& p, int64_t page, int state, const f
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int at = first + lane + kWarp * c;
-        const float diff =
-            at < p.head_dim() ? to_float(v[r][at]) - recalled[r][c] * scale[r] : 0.0f;
+        const float diff = at < p.head_dim() ? v[r][at] - recalled[r][c] * scale[r] : 0.0f;
         sum[r] += diff * diff;
       }
     }

@@ -43,31 +43,31 @@ std::size_t shared_bytes(const Params& p) {
 }
 
 // The saliency of each evicted pair, by a warp at a time.
-template <typename T>
-LOLA_DEVICE void weigh(const Params& p, const Candidates<T>& c, const Shared& x) {
+template <typename T, bool INT8>
+LOLA_DEVICE void weigh(const Params& p, const Candidates<T, INT8>& c, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int i = c.cached + warp; i < c.count; i += kWarps) {
-    const float w = pair_saliency(p, c.kv, c.k(i), c.v(i), lane);
+    const float w = pair_saliency(p, c.kv, c.k(i, lane), c.v(i, lane), lane);
     if (lane == 0) x.saliency[i - c.cached] = w;
   }
 }
 
 // Scores of all candidates: SRE, or its norm-relative mean over the state heads of a set, times the
 // saliency where pairs are weighed. `fresh`: nothing was folded yet, and H and s hold leftovers.
-template <typename T>
-LOLA_DEVICE void score(const Params& p, const Candidates<T>& c, bool fresh, const Shared& x) {
+template <typename T, bool INT8>
+LOLA_DEVICE void score(const Params& p, const Candidates<T, INT8>& c, bool fresh, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, states = p.states_per_set();
   const int ld = whole_vectors(p.head_dim()), last = c.count - 1;
   float* const k = x.k + warp * kTile * ld;
   float* const phi = x.phi + warp * kTile * whole_vectors(2 * p.feature_dim());
   for (int first = warp * kTile; first < c.count; first += kBatch) {
-    const T* v[kTile];
+    PairRow<T, INT8> v[kTile];
     for (int r = 0; r < kTile; ++r) {
       const int i = first + r < c.count ? first + r : last;  // the rest of a tile repeats the last
-      v[r] = c.v(i);
-      if (!fresh) load_row(k + r * ld, c.k(i), p.head_dim(), true, lane);
+      v[r] = c.v(i, lane);
+      if (!fresh) load_row(k + r * ld, c.k(i, lane), p.head_dim(), true, lane);
     }
     __syncwarp();
     float lengths[kTile], total[kTile] = {};
@@ -79,7 +79,7 @@ LOLA_DEVICE void score(const Params& p, const Candidates<T>& c, bool fresh, cons
       } else {
         const int state = c.set * states + j;
         map_keys(p, state, k, phi, lane);
-        recall_errors<T>(p, c.page, state, phi, v, lane, errors);
+        recall_errors(p, c.page, state, phi, v, lane, errors);
       }
       // Divided before they are summed: against an empty state each ratio is exactly 1, a tie.
       for (int r = 0; r < kTile; ++r) {
@@ -146,9 +146,9 @@ LOLA_DEVICE void list(int count, int cached, const Shared& x) {
 
 // H += sum phi(k) v^T and s += sum phi(k) over the folded candidates of update number `update`, for
 // one state head. `fresh`: H and s hold leftovers and are written instead.
-template <typename T>
-LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int64_t update, int count,
-                      bool fresh, const Shared& x) {
+template <typename T, bool INT8>
+LOLA_DEVICE void fold(const Params& p, const Candidates<T, INT8>& c, int state, int64_t update,
+                      int count, bool fresh, const Shared& x) {
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const int d = p.head_dim(), ld = whole_vectors(d), F2 = 2 * p.feature_dim(),
             phi_ld = whole_vectors(F2);
@@ -159,8 +159,8 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int64_
     for (int r = 0; r < kTile; ++r) {
       const int i = warp * kTile + r;
       const int candidate = x.folded[i < size ? first + i : first];
-      load_row(x.k + i * ld, c.k(candidate), d, i < size, lane);
-      load_row(x.v + i * ld, c.v(candidate), d, i < size, lane);
+      load_row(x.k + i * ld, c.k(candidate, lane), d, i < size, lane);
+      load_row(x.v + i * ld, c.v(candidate, lane), d, i < size, lane);
     }
     __syncwarp();
     if (warp * kTile < size) {
@@ -203,8 +203,8 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T>& c, int state, int64_
 }
 
 // The i-th pair that arrives takes the i-th slot that is empty or whose pair was folded.
-template <typename T>
-LOLA_DEVICE void replace(const Params& p, const Candidates<T>& c, const Shared& x) {
+template <typename T, bool INT8>
+LOLA_DEVICE void replace(const Params& p, const Candidates<T, INT8>& c, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int i = warp; i < x.counts[2]; i += kWarps) {
@@ -218,30 +218,30 @@ LOLA_DEVICE void replace(const Params& p, const Candidates<T>& c, const Shared& 
 }
 
 // Grid: rows x sets.
-template <typename T>
+template <typename T, bool INT8>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
   LOLA_SHARED(memory);
   const int64_t row = blockIdx.x / p.num_sparse_heads();
   if (!p.live(row) || !p.layout.update_due(p.seq_lens[row])) return;
   const int64_t n = p.seq_lens[row];
-  const Candidates<T> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.num_sparse_heads()), n);
+  const Candidates<T, INT8> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.num_sparse_heads()),
+                              n);
   const Shared x(p, memory);
   for (int i = threadIdx.x; i < c.count; i += kThreads) x.positions[i] = c.position(i);
   const bool fresh = !p.any_folded(n - p.layout.update_interval);
   if (p.weighed()) {
-    weigh<T>(p, c, x);
+    weigh(p, c, x);
     __syncthreads();
   }
   if (c.count > p.sparse_cache_size() && p.sparse_cache_size() > 0)
-    score<T>(p, c, fresh, x);  // else nothing is to be chosen
+    score(p, c, fresh, x);  // else nothing is to be chosen
   __syncthreads();
   select(c.count, p.sparse_cache_size(), x);
   __syncthreads();
   if (threadIdx.x < kWarp) list(c.count, c.cached, x);
   __syncthreads();
   for (int j = 0; j < p.states_per_set(); ++j) {
-    fold<T>(p, c, c.set * p.states_per_set() + j, n / p.layout.update_interval, x.counts[0], fresh,
-            x);
+    fold(p, c, c.set * p.states_per_set() + j, n / p.layout.update_interval, x.counts[0], fresh, x);
   }
   replace(p, c, x);  // only now: what was folded is overwritten
 }
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
 
 template <typename T>
 void launch_update(const Params& p, cudaStream_t stream) {
-  launch("decode: update", update_kernel<T>,
+  launch("decode: update", p.layout.int8_pairs() ? update_kernel<T, true> : update_kernel<T, false>,
          dim3(static_cast<unsigned>(p.num_rows * p.num_sparse_heads())), kThreads, shared_bytes(p),
          stream, p);
 }
