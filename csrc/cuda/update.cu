@@ -64,6 +64,7 @@ LOLA_DEVICE void score(const Params& p, const Candidates<T, INT8>& c, bool fresh
   float* const phi = x.phi + warp * kTile * whole_vectors(2 * p.feature_dim());
   for (int first = warp * kTile; first < c.count; first += kBatch) {
     PairRow<T, INT8> v[kTile];
+#pragma unroll
     for (int r = 0; r < kTile; ++r) {
       const int i = first + r < c.count ? first + r : last;  // the rest of a tile repeats the last
       v[r] = c.v(i, lane);
@@ -219,7 +220,7 @@ LOLA_DEVICE void replace(const Params& p, const Candidates<T, INT8>& c, const Sh
 
 // Grid: rows x sets.
 template <typename T, bool INT8>
-__global__ void __launch_bounds__(kThreads, 2) update_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, INT8 ? 1 : 2) update_kernel(const Params p) {
   LOLA_SHARED(memory);
   const int64_t row = blockIdx.x / p.num_sparse_heads();
   if (!p.live(row) || !p.layout.update_due(p.seq_lens[row])) return;
