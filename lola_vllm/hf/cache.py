@@ -106,7 +106,8 @@ class LolaCacheLayer(CacheLayerMixin):
         assert self.pages is not None
         if self.state is None or self.state.pages is not self.pages:
             self.state = LayerState.bind(weights, self.layout, self.pages, turn)
-        state = replace(self.state, weights=weights, turn=turn)  # of one layer: their shapes stay
+        # Weights are of one layer, so their shapes stay.
+        state = replace(self.state, weights=weights.completed(self.layout, turn), turn=turn)
         places = turn.places if turn is not None else None
         slots = torch.arange(1, len(q) + 1, device=q.device, dtype=torch.int32)
         seen, self.num_tokens = self.num_tokens, self.num_tokens + tokens.lengths

@@ -62,6 +62,16 @@ class LolaWeights:
         saliency = None if saliency is None else saliency.to(wide)
         return cls(feature_map_q.to(wide), feature_map_k.to(wide), log_gate, lolcats, saliency)
 
+    def completed(self, layout: StateLayout, turn: Turn | None) -> LolaWeights:
+        """With zeros as saliency where scores fade and nothing else weighs them: w = exp(0) for a
+        pair that leaves the window."""
+        fades = turn is not None and turn.places.score_fade > 0
+        if self.saliency is not None or not layout.has_saliency or not fades:
+            return self
+        shape = layout.num_kv_heads, saliency_size(layout.head_dim)
+        wide = torch.promote_types(layout.kv_dtype, torch.float32)
+        return replace(self, saliency=self.log_gate.new_zeros(shape, dtype=wide))
+
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
@@ -107,14 +117,8 @@ class LayerState:
                 f"feature_map_k: {Hs} state heads do not lie between the {Hq} query heads, the "
                 f"{layout.num_sparse_heads} sparse sets and the {layout.num_kv_heads} KV heads"
             )
-        fades = turn is not None and turn.places.score_fade > 0
+        weights = weights.completed(layout, turn)
         wide = torch.promote_types(layout.kv_dtype, torch.float32)
-        if layout.has_saliency and weights.saliency is None and fades:
-            # Scores fade, and that is all that weighs them: w = exp(0) when a pair is new.
-            zeros = weights.log_gate.new_zeros(
-                layout.num_kv_heads, saliency_size(layout.head_dim), dtype=wide
-            )
-            weights = replace(weights, saliency=zeros)
         if layout.has_saliency != (weights.saliency is not None):
             given = "none given" if weights.saliency is None else "given"
             raise ValueError(

@@ -47,8 +47,12 @@ def test_tokens_are_those_of_the_float64_recompute(tiny, prompts, expected):
     assert len({tuple(t) for t in expected}) == len(expected)
 
 
-@pytest.mark.parametrize("lola", [{"update_interval": 1}, {"update_interval": 7}], ids=["1", "7"])
-def test_other_intervals_obey_the_recompute(tmp_path, prompts, lola):
+@pytest.mark.parametrize(
+    "lola",
+    [{"update_interval": 1}, {"update_interval": 7}, {"score_fade": 2.0}],
+    ids=["1", "7", "scores fade"],
+)
+def test_other_settings_obey_the_recompute(tmp_path, prompts, lola):
     model = make(tmp_path, **lola)
     with engine(model, max_num_batched_tokens=48, max_num_seqs=8) as llm:
         tokens = generate(llm, prompts, NEW)

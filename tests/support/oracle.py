@@ -40,7 +40,7 @@ class Oracle:
         turn = None
         if interval:
             angles = interval * self.model.model.rotary_emb.inv_freq.double()
-            turn = Turn(Places(length, interval), angles.cos(), angles.sin())
+            turn = Turn(Places.of(config), angles.cos(), angles.sin())
         self.place = lambda p: (
             p if p < length or not interval else length - interval + (p - length) % interval
         )
