@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +17,40 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models" / "smollm2-lola"
+# Sizes by layer that fit pages in the model's dtype and an update for every window, 126 on average.
+SIZES = [
+    53, 57, 64, 49, 84, 77, 98, 91, 93, 61, 46, 51, 71, 53, 123, 95, 75, 408, 454, 144, 365, 190,
+    151, 278, 144, 78, 100, 64, 92, 71,
+]  # fmt: skip
+
+
+def _plain_pairs(demo: Path) -> Path:
+    """The demo model's weights with pairs in its own dtype, beside it; made once.
+
+    What the HTTP tests count (updates, pages, heads that hold a text) is easier to see with these.
+    """
+    out = demo.with_name("smollm2-lola-plain-pairs")
+    if not demo.is_dir() or out.is_dir():
+        return out
+    config = json.loads((demo / "config.json").read_text())
+    config["lola_config"] |= {
+        "sparse_cache_size": SIZES, "update_interval": 64, "sparse_dtype": "model",
+        "score_fade": 0.0,
+    }  # fmt: skip
+    staged = Path(tempfile.mkdtemp(dir=demo.parent))
+    staged.chmod(0o755)
+    for path in demo.iterdir():
+        (staged / path.name).symlink_to(path)
+    (staged / "config.json").unlink()
+    (staged / "config.json").write_text(json.dumps(config))
+    try:
+        staged.rename(out)
+    except OSError:  # another worker was first
+        shutil.rmtree(staged)
+    return out
+
+
+MODEL = _plain_pairs(ROOT / "models" / "smollm2-lola")
 BIN = Path(sys.executable).parent
 START_LIMIT_S = 300
 KEY = "a-secret-key"  # of the server that wants one
