@@ -42,9 +42,9 @@ here = pathlib.Path(lola_vllm.__file__).parents[1]
 assert native.load()
 for module in (native, lola_vllm.kernels, lola_vllm.serving.options):
     assert pathlib.Path(module.__file__).is_relative_to(here), module
-from lola_vllm.serving.inspector import inspector_page
+from lola_vllm.serving.inspector import page_files
 assert (here / "lola_vllm/checkpoint/smollm2/maps.safetensors").stat().st_size > 10**6
-assert "<html" in inspector_page()
+assert b"<html" in page_files()[""].body and "main.js" in page_files()
 (found,) = importlib.metadata.distributions(name="lola-vllm", path=[str(here)])
 assert found.version == lola_vllm.__version__
 groups = {entry.group: entry for entry in found.entry_points}
