@@ -80,7 +80,9 @@ def test_the_sdist_holds_every_source(built):
     sources = {
         str(path.relative_to(ROOT))
         for path in files
-        if path.suffix not in (".pyc", ".so") and not path.name.startswith(".env")
+        if path.suffix not in (".pyc", ".so")
+        and not path.name.startswith(".env")
+        and not any(part.endswith(".egg-info") for part in path.parts)
     }
     sources |= {"LICENSE", "CHANGELOG.md", "CITATION.cff", "Makefile", "mkdocs.yml"}
     assert len(sources) > 300
