@@ -5,6 +5,7 @@ import torch
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
+from lola_vllm.ops.int8 import rounded
 from lola_vllm.ops.places import Places
 from lola_vllm.ops.reference import feature_map, pair_saliency, self_recall_error
 from lola_vllm.serving import recall
@@ -76,8 +77,11 @@ def test_recalled_is_the_references_error_of_every_token_that_left_the_window(
     assert errors.shape == (Hs, len(left)) and len(left) > 50
     for head in range(Hs):
         kv = head // (Hs // 2)
-        phi = feature_map(problem.k[left, kv], problem.feature_map_k[head])
-        expected = self_recall_error(phi, problem.v[left, kv], state.H[head], state.s[head])
+        k, v = problem.k[left, kv], problem.v[left, kv]
+        if layout.int8_pairs:
+            k, v = rounded(k), rounded(v)
+        phi = feature_map(k, problem.feature_map_k[head])
+        expected = self_recall_error(phi, v, state.H[head], state.s[head])
         torch.testing.assert_close(errors[head], expected, rtol=1e-6, atol=1e-9)
 
 
