@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
 import lola_vllm.hf  # noqa: F401  (makes transformers know LoLA models)
-from tests.support.engine import engine, metric
+from tests.support.engine import GREEDY, engine, metric, prompt_logprobs
 from tests.support.tiny import make_tiny, random_prompts
 
 LOLA = {
@@ -32,17 +32,6 @@ def prompts():
     return random_prompts(LENGTHS, seed=6)
 
 
-def prompt_logprobs(llm, prompts):
-    """Of each token of each prompt but the first."""
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    requests = [TokensPrompt(prompt_token_ids=p) for p in prompts]
-    outputs = llm.generate(requests, params, use_tqdm=False)
-    return [
-        torch.tensor([row[t].logprob for row, t in zip(o.prompt_logprobs[1:], p[1:], strict=True)])
-        for o, p in zip(outputs, prompts, strict=True)
-    ]
-
-
 @torch.no_grad()
 def expected(directory, prompts):
     """The same from transformers."""
@@ -58,25 +47,23 @@ def expected(directory, prompts):
 @pytest.mark.parametrize("budget", [2048, 40])
 def test_logprobs_are_those_of_transformers(model, prompts, budget):
     with engine(model, max_num_batched_tokens=budget, max_num_seqs=8) as llm:
-        together = prompt_logprobs(llm, prompts)
+        _, together = prompt_logprobs(llm, prompts)
     for got, wanted in zip(together, expected(model, prompts), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=MARGIN)
+        torch.testing.assert_close(torch.tensor(got), wanted, rtol=0, atol=MARGIN)
 
 
 def test_other_pairs_would_be_seen(model, prompts):
     few = {"lola_config": {"sparse_cache_size": 2}}
     with engine(model, max_num_seqs=8, hf_overrides=few) as llm:
-        other = prompt_logprobs(llm, prompts)
+        _, other = prompt_logprobs(llm, prompts)
     wanted = expected(model, prompts)
-    assert (other[-1] - wanted[-1]).abs().max() > 2 * MARGIN
+    assert (torch.tensor(other[-1]) - wanted[-1]).abs().max() > 2 * MARGIN
 
 
 def test_a_prefix_hit_takes_the_scales_along(model):
     (shared,) = random_prompts([100], seed=3)
     prompts = [shared + tail for tail in random_prompts([90, 60], seed=4)]
-    params = SamplingParams(
-        max_tokens=20, temperature=0.0, ignore_eos=True, logprobs=0, detokenize=False
-    )
+    params = SamplingParams(max_tokens=20, logprobs=0, **GREEDY)
 
     def answers(llm):
         outputs = [

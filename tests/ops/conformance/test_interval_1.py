@@ -6,7 +6,11 @@ import torch
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
 from tests.support.backends import only
-from tests.support.pages import assert_bounds_hold, assert_same_choices
+from tests.support.choices import (
+    assert_a_prompt_chooses_as_single_steps,
+    assert_bounds_choose_as_scores,
+    bounded_problem,
+)
 from tests.support.problem import SLOT, make_problem, run, with_a_trend
 
 # Long enough for most scores to be bounded; where sums are rounded to float32, choices between
@@ -46,14 +50,8 @@ def test_the_same_choices_for_thousands_of_tokens(backend, T, dtype, d, F, lam, 
         window_size=8, sparse_cache_size=lam, update_interval=1, feature_dim=F,
         sparse_sharing=sharing,
     )  # fmt: skip
-    group, Hkv = 2 if sharing == "kv_head" else 1, 1 if backend.pace == "interpreted" else 2
-    problem = with_a_trend(
-        T, config, dtype=dtype, d=d, Hkv=Hkv, group=group, Hs=Hkv * group, scale=(16 / d) ** 0.5
-    )
-    _, kept = backend.run(problem, [30, 31], decode_from=T // 5 if backend.prefills else 0)
-    _, direct = run(portable, problem)
-    assert_same_choices(kept, direct)
-    assert_bounds_hold(problem, kept)
+    problem = bounded_problem(backend, T, config, dtype, d)
+    assert_bounds_choose_as_scores(backend, problem)
 
 
 @only("native")
@@ -63,11 +61,7 @@ def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
     """Native prefill bounds scores at every interval; its steps compute them all."""
     config = LolaConfig(window_size=16, sparse_cache_size=96, feature_dim=16)
     problem = with_a_trend(2000, config, dtype=dtype, d=d, group=1)
-    _, bounded = backend.run(problem, [700])
-    _, stepwise = backend.run(problem, decode_from=0)
-    for name in ("positions", "sparse_k", "sparse_v", "H", "s"):
-        one, two = (getattr(x.views, name)[SLOT] for x in (bounded, stepwise))
-        assert torch.equal(one, two), name
+    assert_a_prompt_chooses_as_single_steps(backend, problem)
 
 
 @only("cuda-emulated", "cuda")

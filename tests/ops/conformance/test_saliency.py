@@ -7,15 +7,18 @@ import pytest
 import torch
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops import DecodeBatch, PrefillBatch, portable
+from lola_vllm.ops import DecodeBatch, PrefillBatch
 from tests.support.backends import fewer, only
+from tests.support.choices import (
+    assert_a_prompt_chooses_as_single_steps,
+    assert_bounds_choose_as_scores,
+    bounded_problem,
+)
 from tests.support.pages import (
-    assert_bounds_hold,
-    assert_same_choices,
     assert_state_matches,
     assert_unrecallable_stay,
 )
-from tests.support.problem import SLOT, make_problem, run, unrecallable, with_a_trend
+from tests.support.problem import SLOT, make_problem, unrecallable, with_a_trend
 
 # Back ends that bound scores.
 BOUNDING = only("native", "cuda-emulated", "cuda", "triton", "triton-interpreted")
@@ -152,15 +155,9 @@ def test_bounds_make_the_choices_of_all_scores(backend, dtype, d, F, lam, sharin
         window_size=8, sparse_cache_size=lam, update_interval=1, feature_dim=F,
         sparse_sharing=sharing,
     )  # fmt: skip
-    group, Hkv = 2 if sharing == "kv_head" else 1, 1 if backend.pace == "interpreted" else 2
-    problem = with_a_trend(
-        T, config, dtype=dtype, d=d, Hkv=Hkv, group=group, Hs=Hkv * group, scale=(16 / d) ** 0.5
-    )
+    problem = bounded_problem(backend, T, config, dtype, d)
     problem.saliency *= 0.3  # so that errors and saliency both decide
-    _, kept = backend.run(problem, [30, 31], decode_from=T // 5 if backend.prefills else 0)
-    _, direct = run(portable, problem)
-    assert_same_choices(kept, direct)
-    assert_bounds_hold(problem, kept)
+    assert_bounds_choose_as_scores(backend, problem)
 
 
 @only("native")
@@ -171,8 +168,4 @@ def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
     config = config_of(window_size=16, sparse_cache_size=96, feature_dim=16)
     problem = with_a_trend(2000, config, dtype=dtype, d=d, group=1)
     problem.saliency *= 0.3
-    _, bounded = backend.run(problem, [700])
-    _, stepwise = backend.run(problem, decode_from=0)
-    for name in ("positions", "saliency", "sparse_k", "sparse_v", "H", "s"):
-        one, two = (getattr(x.views, name)[SLOT] for x in (bounded, stepwise))
-        assert torch.equal(one, two), name
+    assert_a_prompt_chooses_as_single_steps(backend, problem)
