@@ -32,6 +32,7 @@ from common import ROOT, print_result, run_worker, write_report
 
 WORKERS = ("same process", "new process", "prefix caching", "stock", "chat")
 DECODING = ("store on", "store off")
+STORED = ("same process", "new process", "chat", "store on")  # those that have a store
 NEW = 16  # tokens of an answer
 
 # (prompts, new tokens, what kv_transfer_params say) -> seconds, the requests' outputs
@@ -66,13 +67,13 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    has_store = args.worker in ("same process", "new process", "chat", "store on")
+    has_store = args.worker in STORED
     stored = {"lola": {"state_ram": "1GiB", "state_dir": os.environ["LOLA_BENCH_STATES"]}}
     llm = LLM(
         str(args.stock if args.worker == "stock" else args.model),
         dtype=args.dtype,
         enforce_eager=True,
-        max_model_len=8192,
+        max_model_len=max(args.before + args.turn, args.turns * (args.turn + NEW)) + args.new + 64,
         max_num_seqs=args.batch,
         enable_prefix_caching=args.worker in ("prefix caching", "stock"),
         additional_config=stored if has_store else {},
@@ -106,6 +107,8 @@ def turns(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
         turn = tokens(10 + run, args.turn)
         seconds, (output,) = ask([text + turn], save=False)
         result["tokens not computed"] = output.num_cached_tokens
+        if args.worker in STORED:
+            assert output.num_cached_tokens == args.before, output.kv_transfer_params
         times["a turn, ms"].append(1e3 * seconds)
         seconds, _ = ask([turn[::-1]], save=False, **{"from": False})
         times["its tokens alone, ms"].append(1e3 * seconds)
