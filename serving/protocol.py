@@ -220,7 +220,7 @@ class Head(BaseModel):
     """One sparse set: positions of its tokens, ascending, and their self-recall errors.
 
     Attributes:
-        saliency: what multiplies each error in the choice; null where the model has no saliency.
+        saliency: what multiplies each error in the choice; null where nothing does.
         forgotten: recall errors of the tokens between sinks and window that are not in the set, in
             order; null unless asked for.
         entered: tokens that were read when each of `positions` entered; null unless the history was

@@ -112,9 +112,7 @@ class LolaWorkerExtension:
         """
         modules, watch = self._lola()
         copy = watch.take(request_id)
-        recorder = self._recorders().pop(request_id, None)
-        if recorder is not None:
-            recorder.stop()
+        recorder = self._take_recorder(request_id)
         if not isinstance(copy, Copy):
             reason = copy.reason if isinstance(copy, Unreadable) else "no step of it was seen"
             return {"error": f"the state could not be read: {reason}"}
@@ -146,9 +144,7 @@ class LolaWorkerExtension:
     def lola_drop(self, request_id: str) -> Answer:
         """Forget a watch whose request failed."""
         self._lola()[1].take(request_id)
-        recorder = self._recorders().pop(request_id, None)
-        if recorder is not None:
-            recorder.stop()
+        self._take_recorder(request_id)
         return {}
 
     @_answering
@@ -203,6 +199,13 @@ class LolaWorkerExtension:
             found = {}
             self._lola_recorders = found
         return found
+
+    def _take_recorder(self, request_id: str) -> KeyRecorder | None:
+        """A request's recorder, which records no more; None: it has none."""
+        recorder = self._recorders().pop(request_id, None)
+        if recorder is not None:
+            recorder.stop()
+        return recorder
 
     def _first_sparse_head(self) -> int:
         """Index in the whole model of this rank's first sparse set."""
