@@ -22,8 +22,8 @@ One page, in this order (each part starts at a multiple of 64 bytes):
     directions [Hs, lam, d]         int8           direction of v - p when the error was computed
                                                    last, p being what H recalls
 
-`saliency` is empty unless the model has one. A pair's is computed once, when the pair leaves the
-window.
+`saliency` is empty unless the model has one or scores fade at rebases. A pair's is computed when
+the pair leaves the window, and is 1 there without a saliency. Only rebases change it.
 
 The scales are empty unless sparse pairs are int8 (`lola_vllm/ops/int8.py`).
 

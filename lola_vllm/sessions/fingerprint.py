@@ -25,6 +25,8 @@ _CONFIG_FIELDS = (
     "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters",
     "attention_bias", "mlp_bias", "qkv_bias", "qk_norm", "tie_word_embeddings",
 )  # fmt: skip
+# Keys of lola_config that came after the first files of this format.
+_LATER_KEYS = ("sparse_dtype", "score_fade")
 # So many pieces are read of every tensor: reading all of a large checkpoint may take a minute.
 _PIECES, _PIECE_BYTES = 4, 4096
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -104,10 +106,9 @@ def model_fingerprint(
     numbers = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
     numbers["head_dim"] = pages[0].head_dim
     lola = config.lola.model_dump() | {"num_state_heads": None}
-    if lola["sparse_dtype"] == "model":  # states of before there was the key stay valid
-        del lola["sparse_dtype"]
-    if not lola["score_fade"]:
-        del lola["score_fade"]
+    for key in _LATER_KEYS:  # at its default: states of before there was the key stay valid
+        if lola[key] == type(config.lola).model_fields[key].default:
+            del lola[key]
     numbers["lola"] = lola
     if config.lola.rebase_interval:
         numbers["places"] = config.max_position_embeddings
