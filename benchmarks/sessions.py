@@ -75,6 +75,7 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
         enforce_eager=True,
         max_model_len=max(args.before + args.turn, args.turns * (args.turn + NEW)) + args.new + 64,
         max_num_seqs=args.batch,
+        kv_cache_memory_bytes=2**30,
         enable_prefix_caching=args.worker in ("prefix caching", "stock"),
         additional_config=stored if has_store else {},
     )

@@ -41,6 +41,14 @@ MAX_SEQUENCES = 256
 # Bounds on the tokens between two cached states, which otherwise follow from a state's cost.
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = 256, 4096
 
+# Options of vLLM that mean nothing without prefix caching.
+_OF_CACHING = (
+    "enable-prefix-caching",
+    "block-size",
+    "mamba-block-size",
+    "prefix-cache-retention-interval",
+    "kv-events-config",
+)
 _PLUGIN_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 
 
@@ -132,8 +140,16 @@ def plan(
         weights = cpu.weight_bytes(
             sum(file.stat().st_size for file in weight_files(directory)), config, dtype
         )
+        stored = _stored(store, row, weights, given, machine)
+        if any(store_options.stores(choice.value) for choice in stored) and _may_replace(given):
+            given = {**given, "no-enable-prefix-caching": ""}
+            reason = (
+                "the store keeps states at any token, and a running sequence takes half the memory;"
+                "\n      --enable-prefix-caching has both"
+            )
+            chosen.append(Choice("--no-enable-prefix-caching", "", reason))
         chosen += quick + _numbers(config, row, weights, given, machine, env, store.memory or 0)
-        chosen += _stored(store, row, weights, given, machine)
+        chosen += stored
     else:
         chosen += _stored(store, None, 0, given, machine)
         notes = [f"{model} is no directory here: the numbers are left to vLLM"]
@@ -338,6 +354,12 @@ def _stored(
             "      --lola-state-dir keeps them for the next start, --lola-state-ram 0 none"
         )
     return [Choice(store_options.ADDITIONAL, value, reason)]
+
+
+def _may_replace(given: Mapping[str, str]) -> bool:
+    """Whether a store can take the place of prefix caching: nothing was said about its blocks, and
+    there is one engine, which every request comes to."""
+    return _ranks(given).replicas == 1 and not any(_is_set(given, flag) for flag in _OF_CACHING)
 
 
 def _room(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
     from starlette.datastructures import State
+    from vllm.config import VllmConfig
     from vllm.engine.protocol import EngineClient
     from vllm.tasks import SupportedTask
 
@@ -66,9 +67,16 @@ class LolaEndpoints:
         state.lola_busy = set()
         keys = args.api_key or [envs.VLLM_API_KEY or ""]
         state.lola_owners = Owners(keys) if engine.is_lola and has_store(engine.config) else None
-        listen(engine_client)
+        listen(engine_client, engine.is_lola and _shares(engine.config))
         state.lola_metrics = LolaMetrics(engine) if engine.is_lola else None
         state.lola_inspector = describe_inspector(args)
+
+
+def _shares(config: VllmConfig) -> bool:
+    """Whether states are stored where prompts begin alike: vLLM's prefix caching does not do it,
+    and all requests come to one store."""
+    alone = config.parallel_config.data_parallel_size == 1
+    return has_store(config) and alone and not config.cache_config.enable_prefix_caching
 
 
 def describe_inspector(args: Namespace) -> str:

@@ -97,6 +97,11 @@ def read(settings: Mapping[str, Any]) -> StoreSettings:
         raise CheckpointError(text) from None
 
 
+def stores(additional: str) -> bool:
+    """Whether a value of `--additional-config` makes a store of states."""
+    return read(json.loads(additional).get(STORE_KEY, {})).enabled
+
+
 def default_memory(room: int, state: int) -> int:
     """Bytes of memory for stored states: 0 where a turn's two states do not fit.
 

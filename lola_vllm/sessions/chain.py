@@ -54,6 +54,12 @@ class Chain:
             link = self.tokens[start : start + SPAN].tobytes()
             self._links.append(digest(self._links[-1], link))
 
+    def prefix(self, n: int) -> Chain:
+        """The chain of the first n tokens."""
+        found = Chain.__new__(Chain)
+        found.tokens, found._links = self.tokens[:n], self._links[: n // SPAN + 1]
+        return found
+
     def __len__(self) -> int:
         return len(self.tokens)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 
+from lola_vllm.serving.sessions.shared import SharedStates
 from lola_vllm.sessions.chain import digest
 
 if TYPE_CHECKING:
@@ -80,9 +81,15 @@ def reported() -> dict[str, Any]:
     return found
 
 
-def listen(client: EngineClient) -> None:
-    """Let `client.generate` use the owner's salt, and report what the store says."""
+def listen(client: EngineClient, shares: bool = False) -> None:
+    """Let `client.generate` use the owner's salt, and report what the store says.
+
+    Args:
+        shares: whether prompts that begin alike share stored states (`shared.py`).
+    """
     generate: Callable[..., AsyncIterator[Any]] = client.generate
+    if shares:
+        generate = SharedStates(generate).generate
 
     def generate_owned(prompt: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         outputs = generate(_salted(prompt), *args, **kwargs)

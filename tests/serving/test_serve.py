@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,9 +40,9 @@ def eager(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
         yield server
 
 
-def complete(server: Server, prompt: object) -> dict[str, object]:
+def complete(server: Server, prompt: object, **more: object) -> dict[str, Any]:
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 40, "temperature": 0,
-            "ignore_eos": True, "return_token_ids": True}  # fmt: skip
+            "ignore_eos": True, "return_token_ids": True, **more}  # fmt: skip
     response = server.client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
     return response.json()
@@ -56,12 +58,39 @@ def test_the_name_is_the_directorys_alone(eager: Server, tiny: Path) -> None:
     assert names == [tiny.name]
 
 
+def restored(answer: dict[str, Any]) -> int:
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
 def test_answers_tell_of_cached_tokens(eager: Server) -> None:
     (prompt,) = random_prompts([300], seed=1)
-    cached = [
-        complete(eager, prompt)["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)
-    ]
-    assert cached == [0, 256]
+    cached = [restored(complete(eager, prompt)) for _ in range(2)]
+    assert cached == [0, 299]
+
+
+def test_prompts_that_begin_alike_share_a_state(eager: Server) -> None:
+    """Without prefix caching: the second one stores it, and what is left is computed as ever."""
+    (shared,) = random_prompts([300], seed=2)
+    prompts = [shared + tail for tail in random_prompts([40, 7, 90], seed=3)]
+    answers = [complete(eager, prompt) for prompt in prompts]
+    assert [restored(answer) for answer in answers] == [0, 300, 300]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        cold = complete(eager, prompt, kv_transfer_params={"lola": {"from": False, "save": False}})
+        assert restored(cold) == 0
+        assert cold["choices"][0]["token_ids"] == answer["choices"][0]["token_ids"]
+    listed = eager.client.get("/v1/lola/sessions").json()["sessions"]
+    (session,) = (s for s in listed if s["session"].startswith("shared-") and s["tokens"] == 300)
+    assert session["turns"] == [1]
+    salted = complete(eager, prompts[0], cache_salt="another")
+    assert restored(salted) == 0
+
+
+def test_many_at_once_wait_for_one_to_read_what_they_share(eager: Server) -> None:
+    (shared,) = random_prompts([280], seed=4)
+    prompts = [shared + tail for tail in random_prompts([9] * 6, seed=5)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda prompt: complete(eager, prompt), prompts))
+    assert sorted(map(restored, answers)) == [0, *[280] * 5]
 
 
 def test_the_last_word_is_the_inspectors_address(eager: Server) -> None:

@@ -51,9 +51,7 @@ def state_bytes(model, dtype="bfloat16", **lola):
 def test_on_a_cpu(model):
     found = chosen(model)
     assert found["--max-num-seqs"] == "64"  # 32 per core
-    assert int(found["--kv-cache-memory-bytes"]) == (3 * 64 + 1) * state_bytes(model)
-    even = estimate(model).rows[0].sequence.break_even_tokens()
-    assert int(found["--block-size"]) >= even > int(found["--block-size"]) // 2
+    assert int(found["--kv-cache-memory-bytes"]) == (64 + 1) * state_bytes(model)
     assert found["OMP_WAIT_POLICY"] == "PASSIVE"
     assert found["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert found["VLLM_PLUGINS"].split(",")[0] == "lola"
@@ -66,28 +64,50 @@ def test_on_a_gpu_vllm_sizes_the_pool(model):
     assert "OMP_WAIT_POLICY" not in found and "VLLM_PLUGINS" in found
 
 
+# What says that prefix caching is wanted, or leaves no store to take its place.
+CACHING = (
+    ["--enable-prefix-caching"], ["--block-size", "64"], ["--lola-state-ram", "0"],
+    ["--kv-events-config", "{}"], ["--data-parallel-size", "2"], ["--pipeline-parallel-size", "2"],
+)  # fmt: skip
+
+
+def test_the_store_takes_the_place_of_prefix_caching(model):
+    found = chosen(model)
+    assert found["--no-enable-prefix-caching"] == "" and "--block-size" not in found
+    assert "--no-enable-prefix-caching" in chosen(model, "--lola-state-dir", "/x")
+
+
+@pytest.mark.parametrize("given", CACHING, ids=lambda given: given[0])
+def test_prefix_caching_stays_where_it_is_wanted_or_alone(model, given):
+    found = chosen(model, *given)
+    assert "--no-enable-prefix-caching" not in found
+    if given[0] != "--block-size":
+        even = estimate(model).rows[0].sequence.break_even_tokens()
+        assert int(found["--block-size"]) >= even > int(found["--block-size"]) // 2
+
+
 def test_memory_bounds_the_sequences(model):
     state = state_bytes(model)
     weights = (model / "model.safetensors").stat().st_size // 2  # float32, served as bfloat16
     # Half of what is left holds ten sequences of three states, the null block, and a bit.
     memory = launch.cpu.SERVER_BYTES + weights + 2 * (31 * state + state // 2)
-    found = chosen(model, machine=Machine("cpu", 8, memory))
+    machine = Machine("cpu", 8, memory)
+    found = chosen(model, "--enable-prefix-caching", machine=machine)
     assert found["--max-num-seqs"] == "10"
     assert int(found["--kv-cache-memory-bytes"]) == 31 * state
-    found = chosen(model, "--no-enable-prefix-caching", machine=Machine("cpu", 8, memory))
-    assert found["--max-num-seqs"] == "30"
-    assert "--block-size" not in found
+    assert chosen(model, machine=machine)["--max-num-seqs"] == "30"
+    assert chosen(model, "--no-enable-prefix-caching", machine=machine)["--max-num-seqs"] == "30"
 
 
 @pytest.mark.parametrize("given", [["--max-num-seqs", "7"], ["--max_num_seqs=7"]])
 def test_the_users_sequences_size_the_pool(model, given):
     found = chosen(model, *given)
     assert "--max-num-seqs" not in found
-    assert int(found["--kv-cache-memory-bytes"]) == (3 * 7 + 1) * state_bytes(model)
+    assert int(found["--kv-cache-memory-bytes"]) == (7 + 1) * state_bytes(model)
 
 
 def test_the_users_pool_bounds_the_sequences(model):
-    pool = (3 * 5 + 1) * state_bytes(model)
+    pool = (5 + 1) * state_bytes(model)
     found = chosen(model, "--kv-cache-memory-bytes", str(pool))
     assert found["--max-num-seqs"] == "5" and "--kv-cache-memory-bytes" not in found
     found = chosen(model, env={"VLLM_CPU_KVCACHE_SPACE": "1"})
@@ -114,9 +134,9 @@ def test_parameters_and_ranks_count(model):
     small = state_bytes(model, sparse_cache_size=0)
     assert small < state_bytes(model)
     found = chosen(model, f"--hf-overrides={override}")
-    assert int(found["--kv-cache-memory-bytes"]) == (3 * 64 + 1) * small
+    assert int(found["--kv-cache-memory-bytes"]) == (64 + 1) * small
     found = chosen(model, "-tp", "2")
-    assert int(found["--kv-cache-memory-bytes"]) < (3 * 64 + 1) * state_bytes(model)
+    assert int(found["--kv-cache-memory-bytes"]) < (64 + 1) * state_bytes(model)
 
 
 def test_ranks_of_a_machine_share_the_room(model):
@@ -144,7 +164,7 @@ def test_the_dtype_is_the_fast_one_of_this_cpu(model):
     assert chosen(model)["--dtype"] == "bfloat16"
     found = chosen(model, env=AVX2)
     assert found["--dtype"] == "float32"
-    assert int(found["--kv-cache-memory-bytes"]) == 193 * state_bytes(model, "float32")
+    assert int(found["--kv-cache-memory-bytes"]) == 65 * state_bytes(model, "float32")
     assert state_bytes(model, "float32") > state_bytes(model)
     (reason,) = (c.reason for c in plan(str(model), [], CPU, AVX2).options if c.name == "--dtype")
     assert "no bfloat16 instructions" in reason
@@ -153,7 +173,7 @@ def test_the_dtype_is_the_fast_one_of_this_cpu(model):
 def test_a_dtype_that_is_given_or_of_a_gpu_is_left_alone(model):
     found = chosen(model, "--dtype", "half", env=AVX2)
     assert "--dtype" not in found
-    assert int(found["--kv-cache-memory-bytes"]) == 193 * state_bytes(model, "float16")
+    assert int(found["--kv-cache-memory-bytes"]) == 65 * state_bytes(model, "float16")
     assert chosen(model, "--dtype", "auto", env=AVX2)["--dtype"] == "float32"
     assert "--dtype" not in chosen(model, "--quantization", "awq", env=AVX2)
     assert "--dtype" not in chosen(model, machine=GPU, env=AVX2)
@@ -191,8 +211,9 @@ def test_answers_tell_of_cached_tokens(model):
 
 
 def test_blocks_fit_the_context(model):
-    assert int(chosen(model, "--max-model-len", "128")["--block-size"]) == 64
-    assert int(chosen(model, "--max-model-len", "1k")["--block-size"]) <= 512
+    caching = "--enable-prefix-caching"
+    assert int(chosen(model, caching, "--max-model-len", "128")["--block-size"]) == 64
+    assert int(chosen(model, caching, "--max-model-len", "1k")["--block-size"]) <= 512
 
 
 def test_what_is_no_directory_is_left_to_vllm():
