@@ -37,3 +37,4 @@ def fresh_choice(monkeypatch):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", help="the back end of tests/ops/conformance")
+    parser.addoption("--every", type=int, default=1, help="run each N-th of its cases")

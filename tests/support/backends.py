@@ -208,10 +208,11 @@ def open_backend(name: str, emulation: Callable[[], Path]) -> Backend:
     return replace(backend, decode=_no_wait(kernels.decode), prefill=_no_wait(prefill))
 
 
-def run_suite(name: str, **env: str) -> int:
+def run_suite(name: str, every: int = 1, **env: str) -> int:
     """Run the suite for one back end in a process of its own.
 
     Args:
+        every: run each so-many-th case only, where another process runs them all.
         env: environment variables of that process.
 
     Returns:
@@ -219,7 +220,7 @@ def run_suite(name: str, **env: str) -> int:
     """
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--backend", name]
     result = subprocess.run(
-        [*command, str(ROOT / "tests" / "ops" / "conformance")],
+        [*command, "--every", str(every), str(ROOT / "tests" / "ops" / "conformance")],
         env=os.environ | env, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]

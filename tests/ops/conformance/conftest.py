@@ -32,7 +32,8 @@ def pytest_make_parametrize_id(val):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is no case of a back end; with `--backend`, what asks for none."""
+    """Leave out what is no case of a back end; with `--backend`, what asks for none, and all
+    but each `--every`-th case."""
 
     def stays(item):
         if not item.path.is_relative_to(HERE):
@@ -41,8 +42,10 @@ def pytest_collection_modifyitems(config, items):
             return not config.getoption("--backend")
         return has_case(item)
 
-    config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
-    items[:] = [item for item in items if stays(item)]
+    kept = [item for item in items if stays(item)][:: config.getoption("--every")]
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")

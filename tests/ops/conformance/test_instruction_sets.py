@@ -22,4 +22,5 @@ def test_a_lower_instruction_set(isa):
     chosen = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     if chosen.stdout.strip() != isa:
         pytest.skip(f"this machine has no {isa}")
-    assert run_suite("native", **env) > 500
+    # A prime, so that no value of a parameter is left out in all tests.
+    assert run_suite("native", every=3, **env) > 250

@@ -97,7 +97,7 @@ def test_nan_scores_never_fill_more_than_the_cache(backend, interval):
 @pytest.mark.parametrize("interval", [1, 5, 9])
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
 @pytest.mark.parametrize("fed", ["prompt", "both", "tokens"])
-@fewer("interpreted", interval=[1, 5], fed=["both"])
+@fewer("interpreted", interval=[5], fed=["both"])
 def test_scores_that_are_no_numbers_count_as_the_largest(backend, interval, sharing, dtype, fed):
     problem = unrecallable(interval, sharing, dtype)
     _, state = backend.run(problem, decode_from={"prompt": 40, "both": 20, "tokens": 0}[fed])
