@@ -1,4 +1,4 @@
-"""llama.cpp on the demo model's base: the cells of engine.py, through its C interface.
+"""llama.cpp on the demo model's base, through its C interface: the cells of engine.py.
 
 Needs `pip install -e '.[bench]'`, which builds llama.cpp for this machine's CPU. The model is the
 file that `lola-vllm demo-model` unpacks, or that file in another of llama.cpp's formats.
@@ -6,6 +6,7 @@ file that `lola-vllm demo-model` unpacks, or that file in another of llama.cpp's
 
 from __future__ import annotations
 
+import ctypes
 import os
 import statistics
 import sys
@@ -21,75 +22,113 @@ FORMATS = ("Q4_1", "Q4_0", "Q4_K_M", "Q8_0", "F16", "BF16")
 BATCH = 2048  # tokens of a call, llama.cpp's own default
 
 
-def measure(args: Namespace) -> dict[str, Any]:
-    """Prefill and decode at every context and batch of `args`.
+class LlamaCpp:
+    """The demo model's base in a context of llama.cpp, on all cores.
 
-    A prompt is read once per context and its cache copied for the other sequences. Each sequence
-    has a cache of its own: with one for all (`kv_unified`) every token looks at those of the
-    others too, only to mask them.
+    Each sequence has a cache of its own: with one for all (`kv_unified`) every token looks at those
+    of the others too, only to mask them.
+
+    Args:
+        file_format: of the weights, one of `FORMATS`. tokens: the longest sequence's.
+        sequences: how many there are.
     """
-    begin = time.perf_counter()
-    import llama_cpp
-    import numpy as np
 
-    cores = len(os.sched_getaffinity(0))
-    most = max(args.batches)
-    llama_cpp.llama_log_set(_silence(llama_cpp), None)
-    llama_cpp.llama_backend_init()
-    with gguf_file(args.llama_format) as path:
-        model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
+    def __init__(self, file_format: str, tokens: int, sequences: int = 1) -> None:
+        import llama_cpp
+
+        self.lib = llama_cpp
+        llama_cpp.llama_log_set(_silence(llama_cpp), None)
+        llama_cpp.llama_backend_init()
+        with gguf_file(file_format) as path:
+            self.model = llama_cpp.llama_model_load_from_file(
+                str(path).encode(), llama_cpp.llama_model_default_params()
+            )
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = (tokens + 255) // 256 * 256 * sequences  # of all sequences
+        params.n_seq_max = sequences
+        params.n_batch = BATCH
+        params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
+        params.kv_unified = False
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.memory = llama_cpp.llama_get_memory(self.context)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(
+            llama_cpp.llama_model_get_vocab(self.model)
         )
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx = (max(args.contexts) + args.steps + 264) // 256 * 256 * most  # of all sequences
-    params.n_seq_max = most
-    params.n_batch = BATCH
-    params.n_threads = params.n_threads_batch = cores
-    params.kv_unified = False
-    context = llama_cpp.llama_init_from_model(model, params)
-    memory = llama_cpp.llama_get_memory(context)
-    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+        self.decode([(i + 100, i, 0) for i in range(64)], 1)  # first-use costs
 
-    def decode(rows: list[tuple[int, int, int]], wanted: int) -> list[int]:
+    def decode(self, rows: list[tuple[int, int, int]], wanted: int) -> list[int]:
         """Run (token, position, sequence) rows; the likeliest tokens after the last `wanted`."""
+        import numpy as np
+
+        batch = self._batch
         for i, (token, position, sequence) in enumerate(rows):
             batch.token[i], batch.pos[i] = token, position
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
             batch.logits[i] = i >= len(rows) - wanted
         batch.n_tokens = len(rows)
-        if status := llama_cpp.llama_decode(context, batch):
+        if status := self.lib.llama_decode(self.context, batch):
             sys.exit(f"llama_decode failed with {status}")
         last = range(len(rows) - wanted, len(rows))
-        logits = (llama_cpp.llama_get_logits_ith(context, i) for i in last)
-        return [int(np.ctypeslib.as_array(x, (vocabulary,)).argmax()) for x in logits]
+        logits = (self.lib.llama_get_logits_ith(self.context, i) for i in last)
+        return [int(np.ctypeslib.as_array(x, (self.vocabulary,)).argmax()) for x in logits]
 
-    decode([(i + 100, i, 0) for i in range(64)], 1)  # first-use costs are not what is measured
+    def read(self, ids: list[int], after: int = 0) -> int:
+        """Read a text into sequence 0 after so many tokens of it; the likeliest next token."""
+        self.lib.llama_memory_seq_rm(self.memory, 0, after, -1)
+        for start in range(0, len(ids), BATCH):
+            piece = ids[start : start + BATCH]
+            (token,) = self.decode([(t, after + start + i, 0) for i, t in enumerate(piece)], 1)
+        return token
+
+    def save(self, path: Path, ids: list[int]) -> None:
+        """Write sequence 0, as its server's slots are saved."""
+        tokens = (self.lib.llama_token * len(ids))(*ids)
+        name = str(path).encode()
+        if not self.lib.llama_state_seq_save_file(self.context, name, 0, tokens, len(ids)):
+            sys.exit(f"llama.cpp could not write {path}")
+
+    def load(self, path: Path, capacity: int) -> int:
+        """Read sequence 0 from a file of at most `capacity` tokens; how many it has."""
+        tokens, count = (self.lib.llama_token * capacity)(), ctypes.c_size_t()
+        if not self.lib.llama_state_seq_load_file(
+            self.context, str(path).encode(), 0, tokens, capacity, ctypes.byref(count)
+        ):
+            sys.exit(f"llama.cpp could not read {path}")
+        return count.value
+
+
+def measure(args: Namespace) -> dict[str, Any]:
+    """Prefill and decode at every context and batch of `args`.
+
+    A prompt is read once per context and its cache copied for the other sequences.
+    """
+    begin = time.perf_counter()
+    most = max(args.batches)
+    llama = LlamaCpp(args.llama_format, max(args.contexts) + args.steps + 8, most)
+    lib, memory = llama.lib, llama.memory
     result: dict[str, Any] = {"start_s": time.perf_counter() - begin}
-    result["model_mib"] = llama_cpp.llama_model_size(model) / 2**20
+    result["model_mib"] = lib.llama_model_size(llama.model) / 2**20
     clock = time.process_time if args.cpu_time else time.perf_counter
     for length in args.contexts:
-        llama_cpp.llama_memory_clear(memory, False)
+        lib.llama_memory_clear(memory, False)
         ids = [(7 * i) % 40000 + 100 for i in range(length)]
         begin = clock()
-        for start in range(0, length, BATCH):
-            piece = ids[start : start + BATCH]
-            rows = [(token, start + i, 0) for i, token in enumerate(piece)]
-            first = decode(rows, 1)
+        first = llama.read(ids)
         result[f"prefill_tokens_per_s/{length}"] = length / (clock() - begin)
         for sequences in args.batches:
             for i in range(most):  # back to the prompt, in as many copies
                 if i == 0:
-                    llama_cpp.llama_memory_seq_rm(memory, 0, length, -1)
+                    lib.llama_memory_seq_rm(memory, 0, length, -1)
                 else:
-                    llama_cpp.llama_memory_seq_rm(memory, i, -1, -1)
+                    lib.llama_memory_seq_rm(memory, i, -1, -1)
                 if 0 < i < sequences:
-                    llama_cpp.llama_memory_seq_cp(memory, 0, i, -1, -1)
-            tokens, times = first * sequences, []
+                    lib.llama_memory_seq_cp(memory, 0, i, -1, -1)
+            tokens, times = [first] * sequences, []
             for step in range(args.steps + 2):
                 begin = clock()
                 rows = [(token, length + step, i) for i, token in enumerate(tokens)]
-                tokens = decode(rows, sequences)
+                tokens = llama.decode(rows, sequences)
                 times.append(clock() - begin)
             times = times[2:]  # the first one copies
             median = statistics.median(times)

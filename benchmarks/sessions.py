@@ -9,6 +9,8 @@ token, on engines that have the conversation in another way each:
     new process      the state is in a file, which another process wrote
     prefix caching   no store; vLLM keeps a state every 1,024 tokens or so
     stock            the base model with a full KV cache and prefix caching
+    llama.cpp        the base model in llama.cpp, whose cache has the conversation (with `--llama`)
+    llama.cpp, new process    it loads the conversation from a file, as its server's slots do
 
 Each is timed in turns with the turn's tokens alone on the same engine, which is the least that it
 can take, and once with everything computed from nothing, which is what an engine without the state
@@ -28,9 +30,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llamacpp
 from common import ROOT, print_result, run_worker, write_report
 
 WORKERS = ("same process", "new process", "prefix caching", "stock", "chat")
+LLAMA = ("llama.cpp", "llama.cpp, new process")
 DECODING = ("store on", "store off")
 STORED = ("same process", "new process", "chat", "store on")  # those that have a store
 NEW = 16  # tokens of an answer
@@ -52,8 +56,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=128, help="tokens to decode")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3, help="of decoding with and without store")
+    parser.add_argument(
+        "--llama", action="store_true", help="llama.cpp too: pip install '.[bench]'"
+    )
+    parser.add_argument("--llama-format", choices=llamacpp.FORMATS, default="BF16")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", choices=WORKERS + DECODING, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WORKERS + LLAMA + DECODING, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -97,7 +105,8 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
 
 def turns(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
     """A turn after a long text, its tokens alone, and everything from nothing, in milliseconds."""
-    text, times = tokens(2, args.before), {"a turn, ms": [], "its tokens alone, ms": []}
+    text = tokens(2, args.before)
+    times: dict[str, list[float]] = {"turn": [], "alone": []}
     result: dict[str, float] = {}
     seconds, _ = ask([tokens(99, args.before + args.turn)], save=False)
     result["from nothing, ms"] = 1e3 * seconds
@@ -110,15 +119,46 @@ def turns(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
         result["tokens not computed"] = output.num_cached_tokens
         if args.worker in STORED:
             assert output.num_cached_tokens == args.before, output.kv_transfer_params
-        times["a turn, ms"].append(1e3 * seconds)
+        times["turn"].append(1e3 * seconds)
         seconds, _ = ask([turn[::-1]], save=False, **{"from": False})
-        times["its tokens alone, ms"].append(1e3 * seconds)
-    result["the first turn, ms"] = times["a turn, ms"][0]  # a new process reads the file for it
-    result |= {name: statistics.median(values) for name, values in times.items()}
-    alone = result["its tokens alone, ms"]
-    result["a turn, of its tokens alone"] = result["a turn, ms"] / alone
-    result["the first turn, of its tokens alone"] = result["the first turn, ms"] / alone
-    return result
+        times["alone"].append(1e3 * seconds)
+    return result | _summary(times["turn"], times["alone"])
+
+
+def llama(args: argparse.Namespace) -> dict[str, float]:
+    """As `turns`, in llama.cpp."""
+    engine = llamacpp.LlamaCpp(args.llama_format, args.before + args.turn + NEW)
+    text, file = tokens(2, args.before), Path(os.environ["LOLA_BENCH_STATES"]) / "llama.bin"
+    restarted = args.worker != LLAMA[0]
+
+    def timed(ids: list[int], after: int = 0, load: bool = False) -> float:
+        begin = time.perf_counter()
+        if load:
+            assert engine.load(file, args.before) == args.before
+        engine.read(ids, after)
+        return 1e3 * (time.perf_counter() - begin)
+
+    result = {"from nothing, ms": timed(tokens(99, args.before + args.turn))}
+    alone = [timed(tokens(10 + run, args.turn)) for run in range(args.runs)]
+    if not restarted:
+        engine.read(text)
+        engine.save(file, text)
+    # Each turn of a process that was started anew reads the file, as the first turn does there.
+    turn = [timed(tokens(10 + r, args.turn), args.before, restarted) for r in range(args.runs)]
+    result["state file, MiB"] = file.stat().st_size / 2**20
+    return result | _summary(turn, alone)
+
+
+def _summary(turn: list[float], alone: list[float]) -> dict[str, float]:
+    """Milliseconds of turns and of their tokens alone, and ratios."""
+    least = statistics.median(alone)
+    return {
+        "the first turn, ms": turn[0],  # a new process reads the file for it
+        "a turn, ms": statistics.median(turn),
+        "its tokens alone, ms": least,
+        "a turn, of its tokens alone": statistics.median(turn) / least,
+        "the first turn, of its tokens alone": turn[0] / least,
+    }
 
 
 def chat(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
@@ -148,11 +188,12 @@ def main() -> None:
     """Run the engines one after the other, print what they found, write the JSON."""
     args = parse()
     if args.worker:
-        print_result(worker(args))
+        print_result(llama(args) if args.worker in LLAMA else worker(args))
         return
     with tempfile.TemporaryDirectory() as directory:
         os.environ["LOLA_BENCH_STATES"] = directory
         results: dict[str, dict[str, float]] = {name: run_worker(name) for name in WORKERS}
+        results |= {name: run_worker(name) for name in LLAMA if args.llama}
         rounds = [{name: run_worker(name) for name in DECODING} for _ in range(args.rounds)]
     rates = {n: [r[n]["tokens per second"] for r in rounds] for n in DECODING}
     results["decoding"] = {f"{n}, tokens per second": statistics.median(rates[n]) for n in DECODING}
@@ -161,7 +202,7 @@ def main() -> None:
     )
     for name, found in results.items():
         for what, value in found.items():
-            print(f"{name:16} {what:36} {value:10.2f}")
+            print(f"{name:24} {what:36} {value:10.2f}")
     write_report(args, results)
 
 
