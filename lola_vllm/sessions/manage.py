@@ -117,7 +117,7 @@ class SessionManager:
                     parent=state.id, pinned=False,
                 )  # fmt: skip
                 copy = Stored(header, state.nbytes, now)
-                tokens = store.tokens(state)
+                tokens = self._tokens(state)  # the copy's file is not there yet
                 tiers = [t for t in (store.memory, store.disk) if t.name in state.tiers]
                 store.add(copy, tiers, tokens)
                 self._copy(state, copy, tokens)
@@ -248,7 +248,11 @@ class SessionManager:
     def _tokens(self, state: Stored) -> Tokens:
         tokens = self.store.tokens(state)
         if tokens is None and self.store.directory is not None:
-            tokens = read_tokens(self.store.directory.files(state.id)[0])
+            try:
+                tokens = read_tokens(self.store.directory.files(state.id)[0])
+            except StateFileError as error:
+                if error.reason != "missing":
+                    raise
         if tokens is None:
             raise NotStored(f"the tokens of {state.header.session!r} are not kept")
         return tokens

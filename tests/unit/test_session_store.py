@@ -86,7 +86,9 @@ def test_names_turns_forks_and_deletion(server):
     ask = lambda text: server.store.resolve(parse_reference(text), chain, 699).header  # noqa: E731
     assert ask("agent-7").num_tokens == 300 and ask("agent-7@2").num_tokens == 200
     manager.fork("agent-7@2", "twig")
+    assert manager.tokens("twig")["tokens"] == TEXT[:200]  # before it is written
     server.settle()
+    assert manager.tokens("twig")["tokens"] == TEXT[:200]
     assert ask("twig").num_tokens == 200 and ask("twig").turn == 1
     assert manager.call("fork", {"reference": "agent-7", "to": "twig"})["kind"] == "exists"
     manager.rename("agent-7", "agent-8")
@@ -95,6 +97,10 @@ def test_names_turns_forks_and_deletion(server):
     with pytest.raises(NotStored, match="agent-7"):
         ask("agent-7")
     assert manager.tokens("agent-8@1")["tokens"] == TEXT[:100]
+    if server.store.directory is not None and not server.store.memory.budget:
+        for state in server.store.lookup(parse_reference("agent-8@1")):
+            server.store.directory.files(state.id)[0].unlink()
+        assert manager.call("tokens", {"reference": "agent-8@1"})["kind"] == "not-found"
     manager.delete("agent-8@3")
     with pytest.raises(NotStored, match=r"turn 3.*1, 2"):
         ask("agent-8@3")
