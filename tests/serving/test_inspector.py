@@ -464,7 +464,8 @@ def test_the_reading_is_saved_and_opened_again(shown, memory, lola_server, tmp_p
     settings = "return [...document.querySelectorAll('.settings')].map((p) => p.textContent)"
     one, two = browser.run(settings)
     sizes = [layer["sparse_cache_size"] for layer in memory["layers"]]
-    assert one == two == (
+    assert one == two
+    assert one == (
         f"smollm2: window of {memory['window_size']}, 4 sinks, sparse caches of {min(sizes):,} to "
         f"{max(sizes):,} pairs, an update every {memory['update_interval']} tokens."
     )
