@@ -201,8 +201,9 @@ class LolaEngine:
         if forgotten and self.places is not None and self.places.origin(num_tokens):
             raise Unavailable(
                 HTTPStatus.BAD_REQUEST,
-                f"forgotten: {num_tokens} tokens; folded keys were at other places than now once "
-                f"places have moved, so at most {self.places.length} can be read; leave it out",
+                f"forgotten = true: the prompt has {num_tokens} tokens, and errors of folded "
+                f"tokens are known up to max_position_embeddings = {self.places.length} only, as "
+                "places move then; leave forgotten out, or give a shorter prompt",
             )
 
     async def sample(self) -> dict[str, float]:

@@ -389,6 +389,7 @@ def test_what_a_session_remembers_from_turn_to_turn(shown, lola_server):
         assert answer.status_code == 200, answer.text
         sizes.append(answer.json()["tokens"])
     browser.click("[name=kind][value=session]")
+    assert not browser.run("return document.getElementById('prompt').checkVisibility()")
     options = "return [...document.querySelectorAll(arguments[0])].map((o) => o.value)"
     browser.wait(lambda: "shown" in browser.run(options, "#session option"))
     shown.set("#session", "shown")
@@ -447,7 +448,7 @@ def test_an_answer_that_lacks_what_was_expected(shown):
     assert shown.browser.text("#answer-run") == "Ask the model"
 
 
-def test_the_reading_is_saved_and_opened_again(shown, memory, tmp_path):
+def test_the_reading_is_saved_and_opened_again(shown, memory, lola_server, tmp_path):
     browser = shown.browser
     browser.save_to(tmp_path)
     browser.click("#save")
@@ -455,9 +456,37 @@ def test_the_reading_is_saved_and_opened_again(shown, memory, tmp_path):
     browser.wait(file.exists)
     saved = json.loads(file.read_text())
     assert saved["memory"] == memory and KEY not in file.read_text()
+    config = lola_server.client.get("/v1/lola/info").json()["lola_config"]
+    assert saved["lola_config"] == config
     browser.press("#open", str(file))
     browser.wait(lambda: browser.run(TEXTS) == 2)
     assert shown.held(1) == counts(memory)
+    settings = "return [...document.querySelectorAll('.settings')].map((p) => p.textContent)"
+    one, two = browser.run(settings)
+    sizes = [layer["sparse_cache_size"] for layer in memory["layers"]]
+    assert one == two
+    assert one == (
+        f"smollm2: window of {memory['window_size']}, 4 sinks, sparse caches of {min(sizes):,} to "
+        f"{max(sizes):,} pairs, an update every {memory['update_interval']} tokens."
+    )
+    # A reading of a server with other settings.
+    saved["lola_config"] = {**config, "sparse_cache_size": 32, "saliency": False}
+    for layer in saved["memory"]["layers"]:
+        layer["sparse_cache_size"] = 32
+        for head in layer["heads"]:
+            head["positions"] = head["positions"][:32]
+    (tmp_path / "smaller.json").write_text(json.dumps(saved))
+    browser.press("#open", str(tmp_path / "smaller.json"))
+    browser.wait(lambda: browser.text(".pane:nth-of-type(2) h2") == "Text, smaller.json")
+    one, two = browser.run(settings)
+    assert "sparse caches of 32 pairs" in two
+    assert two.endswith(" Unlike the other side: sparse_cache_size 32, saliency false.")
+    assert one.endswith(
+        f"sparse_cache_size {min(sizes):,} to {max(sizes):,} by layer, saliency true."
+    )
+    lost = {p for layer in memory["layers"] for h in layer["heads"] for p in h["positions"][32:]}
+    assert {p for p, level in enumerate(shown.levels()) if level} <= lost
+    assert any(shown.levels()) and not any(shown.levels(1))
     (tmp_path / "other.json").write_text("{}")
     browser.press("#open", str(tmp_path / "other.json"))
     browser.wait(lambda: "other.json is no saved reading" in browser.text("#kept"))
@@ -496,6 +525,7 @@ def test_control_and_enter_ask(shown):
     browser.type("#prompt", "Two words")
     browser.keys(ENTER, held=CONTROL)
     browser.wait(lambda: browser.text(".summary").startswith("2 tokens"))
+    assert "Nothing has left the window yet" in browser.text(".summary")
 
 
 def test_as_a_message(shown):

@@ -48,8 +48,10 @@ def test_places_are_told_once_they_differ(rebasing, n, origin):
 def test_history_goes_through_rebases_and_forgotten_stops_at_them(rebasing):
     refused = ask(rebasing, 400, forgotten=True)
     assert refused.status_code == 400
-    assert refused.json()["error"]["message"].startswith("forgotten: 400 tokens;")
-    assert "at most 256 can be read" in refused.json()["error"]["message"]
+    message = refused.json()["error"]["message"]
+    assert message.startswith("forgotten = true: the prompt has 400 tokens, ")
+    assert "max_position_embeddings = 256 " in message
+    assert message.endswith("leave forgotten out, or give a shorter prompt")
     whole = ask(rebasing, 400, history=True).json()
     assert whole["history_interval"] == 16
     for read in (240, 272, 336, 400):
@@ -70,7 +72,10 @@ def test_the_page_tells_of_places_and_of_what_it_cannot_show(rebasing):
         page.open(rebasing.url + ROUTE)
         page.prompt("the hidden state of a page " * 40)
         browser.click("#run")
-        browser.wait(lambda: "forgotten: " in browser.text("#status"))
+        browser.wait(lambda: "A part is left out. forgotten = true: " in browser.text("#status"))
+        assert browser.run("return document.getElementById('status').className") == ""
+        assert browser.run("return document.getElementById('key').placeholder") == "none needed"
+        # The rest is there: the timeline, the text and the grid of two layers of two heads.
         browser.wait(lambda: browser.run(
             "return !document.querySelector('[data-part=time-row]').hidden"
         ))  # fmt: skip
@@ -78,6 +83,7 @@ def test_the_page_tells_of_places_and_of_what_it_cannot_show(rebasing):
             "/v1/lola/memory", json={"prompt": "the hidden state of a page " * 40}
         ).json()
         assert answer["origin"] > 0
+        assert len(page.tokens("held")) == answer["num_tokens"] and len(page.cells()) == 4
         last = answer["num_tokens"] - 1
         browser.hover(page.token(last))
         assert f"its place is {answer['places'][last]}," in browser.text("#tip")

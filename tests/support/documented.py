@@ -74,7 +74,8 @@ class Fate:
     Attributes:
         how: "cli": tests/unit/test_documented.py runs it on a tiny model. "make": it asks make what
             the target does. "vllm": vLLM's own parser reads it there. "http":
-            tests/serving/test_documented.py runs it against a server. "": none runs it as it is.
+            tests/serving/test_documented.py runs it against a server. "engine":
+            tests/engine/test_documented.py runs it in an engine. "": none runs it as it is.
         why: it is not run, or not in full.
         test: that does in substance what the command does.
     """
@@ -119,6 +120,9 @@ COMMANDS: dict[str, Fate] = {
     # To measure.
     r"lola-vllm eval .*--model http": Fate(
         why="minutes to hours", test="tests/unit/test_eval_server.py"
+    ),
+    r"lola-vllm eval \w+ --model models/my-lola ": Fate(
+        "engine", why="with fewer and shorter samples", test="tests/engine/test_eval.py"
     ),
     r"lola-vllm eval ": Fate(why="minutes to hours", test="tests/engine/test_eval.py"),
     r"OPENAI_API_KEY=\S+ lm_eval ": Fate(

@@ -1,5 +1,6 @@
 """The documentation as a site: it builds without a warning, and loads nothing from elsewhere."""
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,9 @@ import pytest
 
 from lola_vllm import cli
 from lola_vllm.config import LolaConfig
+from tests.support.axe import findings
+from tests.support.browser import chromium
+from tests.support.inspector import PICTURES
 from tools.site import docstrings
 
 pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
@@ -72,6 +76,59 @@ def test_words_can_be_searched(site):
     index = json.loads((site / "search/search_index.json").read_text())
     found = {entry["location"] for entry in index["docs"] if "saliency" in entry["text"]}
     assert {"configuration.html#lola-parameters", "reference/http.html#head"} <= found
+
+
+# --- in a browser, from the directory
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as running:
+        yield running
+
+
+SIZES = [(1280, 800), (390, 844)]
+# The page has followed a new size and scheme: two frames later, when no colour changes any more.
+SETTLED = """
+  const frame = () => new Promise(requestAnimationFrame);
+  return frame().then(frame)
+    .then(() => Promise.all(document.getAnimations().map((change) => change.finished)))
+    .then(() => true);
+"""
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["index", "tutorial", "sessions", "configuration", "reference/cli", "reference/http"],
+)
+def test_axe_finds_nothing(site, browser, page):
+    browser.errors()  # axe-core's, which may not read style sheets of files
+    browser.resize(*SIZES[0])
+    browser.open(f"file://{site}/{page}.html")
+    assert browser.errors() == []
+    for dark, size in itertools.product((False, True), SIZES):
+        browser.resize(*size, dark=dark)
+        assert browser.run(SETTLED)
+        scheme = browser.run("return document.body.dataset.mdColorScheme")
+        assert scheme == ("slate" if dark else "default")
+        assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        if page in ("index", "tutorial"):
+            name = f"site-{page}-{size[0]}x{size[1]}{'-dark' * dark}.png"
+            browser.picture(PICTURES / name)
+        assert findings(browser) == [], (size, scheme)
+
+
+def test_search_needs_no_server(site, browser):
+    browser.resize(1280, 800)
+    browser.open(f"file://{site}/reference/cli.html")
+    browser.click(".md-search__input")
+    browser.type(".md-search__input", "saliency")
+    script = "return [...document.querySelectorAll('.md-search-result__link')].map((a) => a.href)"
+    links = browser.wait(lambda: browser.run(script))
+    assert any("/configuration.html" in link for link in links)
+
+
+# --- parts
 
 
 def test_docstrings_become_lists():

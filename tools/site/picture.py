@@ -19,8 +19,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "recall"
 IMAGES = ROOT / "docs" / "images"
 TASK = "niah-1"
 
-WIDTH, HEIGHT = 720, 360
-LEFT, RIGHT, TOP, BOTTOM = 64, 186, 58, 308  # of the plot; right of it stand the names
+WIDTH, HEIGHT = 540, 394  # at the width of a phone the letters can still be read
+LEFT, RIGHT, TOP, BOTTOM = 46, 4, 64, 340  # of the plot
 LENGTHS = (1024, 2048, 4096, 8192)
 MIB = (4, 8, 16, 32, 64, 128, 256)
 
@@ -34,19 +34,24 @@ COLORS = {
 
 @dataclass(frozen=True)
 class Line:
-    """A setting: MiB and the share of exact answers by length in tokens."""
+    """A setting: MiB and the share of exact answers by length in tokens.
+
+    `labels`: how far below its dot each share stands, and how far right of and below the last dot
+    the name ends.
+    """
 
     name: str
     color: str
+    labels: tuple[int, int, int]
     mib: dict[int, float]
     recall: dict[int, float]
 
 
-# Name, colour, setting's name in the files, files.
+# Name, colour, places of labels, setting's name in the files, files.
 SETTINGS = (
-    ("full KV cache", "stock", "softmax teacher", ("teacher", "teacher-long")),
-    ("LoLA, 512 pairs", "lola", "lam 512", ("lam-512", "lam-512-at-4096", "long")),
-    ("LoLA, 128 pairs", "lola", "lam 128", ("main",)),
+    ("full KV cache", "stock", (-10, -36, 0), "softmax teacher", ("teacher", "teacher-long")),
+    ("LoLA, 512 pairs", "lola", (20, 32, -8), "lam 512", ("lam-512", "lam-512-at-4096", "long")),
+    ("LoLA, 128 pairs", "lola", (20, 32, 41), "lam 128", ("main",)),
 )
 
 
@@ -55,7 +60,9 @@ def lines() -> list[Line]:
     return [_line(*setting) for setting in SETTINGS]
 
 
-def _line(name: str, color: str, setting: str, files: tuple[str, ...]) -> Line:
+def _line(
+    name: str, color: str, labels: tuple[int, int, int], setting: str, files: tuple[str, ...]
+) -> Line:
     mib: dict[int, float] = {}
     recall: dict[int, float] = {}
     for file in files:
@@ -67,12 +74,12 @@ def _line(name: str, color: str, setting: str, files: tuple[str, ...]) -> Line:
         for length in LENGTHS:  # a state has one size, a full KV cache one per token
             size = found["state_bytes"] or length * found["full_kv_bytes_per_token"]
             mib[length] = size / 2**20
-    return Line(name, color, mib, recall)
+    return Line(name, color, labels, mib, recall)
 
 
 def _x(length: float) -> float:
     share = math.log2(length / LENGTHS[0]) / math.log2(LENGTHS[-1] / LENGTHS[0])
-    return LEFT + 24 + share * (WIDTH - RIGHT - LEFT - 48)
+    return LEFT + 32 + share * (WIDTH - RIGHT - LEFT - 64)
 
 
 def _y(mib: float) -> float:
@@ -86,35 +93,40 @@ def svg(theme: str) -> str:
 
 def _elements(color: dict[str, str]) -> Iterator[str]:
     yield (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'font-family="system-ui, sans-serif" font-size="13" fill="{color["text"]}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+        f'height="{HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="15" '
+        f'fill="{color["text"]}">'
     )
     yield "<title>Memory over context, and how often a hidden number is found</title>"
     yield _text(LEFT, 20, "Memory of one sequence, MiB (logarithmic)", weight="600")
-    yield _text(LEFT, 38, "at each dot: hidden numbers found (RULER S-NIAH-1)", fill=color["faint"])
+    yield _text(LEFT, 42, "at each dot: hidden numbers found (RULER S-NIAH-1)", fill=color["faint"])
     for mib in MIB:
         y = _y(mib)
         yield f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{color["grid"]}"/>'
-        yield _text(LEFT - 8, y + 4, str(mib), anchor="end", fill=color["faint"])
+        yield _text(LEFT - 8, y + 5, str(mib), anchor="end", fill=color["faint"])
     for length in LENGTHS:
-        yield _text(_x(length), BOTTOM + 20, f"{length:,}", anchor="middle", fill=color["faint"])
+        yield _text(_x(length), BOTTOM + 22, f"{length:,}", anchor="middle", fill=color["faint"])
     middle = (LEFT + WIDTH - RIGHT) / 2
-    yield _text(middle, BOTTOM + 40, "tokens of context", anchor="middle", fill=color["faint"])
+    yield _text(middle, BOTTOM + 46, "tokens of context", anchor="middle", fill=color["faint"])
     for line in lines():
-        stroke = color[line.color]
-        points = " ".join(f"{_x(n):.1f},{_y(line.mib[n]):.1f}" for n in LENGTHS)
-        yield f'<polyline points="{points}" fill="none" stroke="{stroke}" stroke-width="2.5"/>'
-        for length, share in sorted(line.recall.items()):
-            x, y = _x(length), _y(line.mib[length])
-            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{stroke}"/>'
-            beside = y - 9 if line.color == "stock" else y + 19  # where the lines leave room
-            words = f"{share:.0%}".replace("%", " %")
-            yield _text(x, beside, words, anchor="middle", fill=stroke)
-        last = line.mib[LENGTHS[-1]]
-        x, y = WIDTH - RIGHT + 4, _y(last)
-        yield _text(x, y - 2, line.name, weight="600", fill=stroke)
-        yield _text(x, y + 14, f"{last:.1f} MiB at {LENGTHS[-1]:,}", fill=stroke)
+        yield from _line_elements(line, color[line.color])
     yield "</svg>"
+
+
+def _line_elements(line: Line, stroke: str) -> Iterator[str]:
+    """A line with its shares and its name, where the other lines leave room."""
+    points = " ".join(f"{_x(n):.1f},{_y(line.mib[n]):.1f}" for n in LENGTHS)
+    yield f'<polyline points="{points}" fill="none" stroke="{stroke}" stroke-width="2.5"/>'
+    share_below, name_right, name_below = line.labels
+    for length, share in sorted(line.recall.items()):
+        x, y = _x(length), _y(line.mib[length])
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{stroke}"/>'
+        words = f"{share:.0%}".replace("%", " %")
+        yield _text(x, y + share_below, words, anchor="middle", fill=stroke)
+    last = LENGTHS[-1]
+    name = f"{line.name}: {line.mib[last]:.1f} MiB at {last:,}"
+    x, y = _x(last) + name_right, _y(line.mib[last]) + name_below
+    yield _text(x, y, name, anchor="end", weight="600", fill=stroke)
 
 
 def _text(x: float, y: float, words: str, **how: str) -> str:

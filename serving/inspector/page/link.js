@@ -37,11 +37,13 @@ export function saveJson(value, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-// The answer of /v1/lola/memory in a file that `saveJson` made, or in one with the answer alone.
+// The answer of /v1/lola/memory in a file that `saveJson` made, or in one with the answer alone; then
+// the server's settings are null.
 export async function readJson(file) {
   const value = await file.text().then(JSON.parse).catch(() => null);
   const answer = value?.memory ?? value;
   if (!Array.isArray(answer?.layers) || !Array.isArray(answer?.tokens))
     throw new Error(`${file.name} is no saved reading: save one with “Save as JSON”.`);
-  return { answer, title: value.title ?? file.name };
+  const title = value.title ? `${value.title}, ${file.name}` : file.name;
+  return { answer, title, config: value.lola_config ?? null };
 }

@@ -23,6 +23,7 @@ const panes = ["this side", "other side"].map((name) => {
 });
 const [here, there] = panes;
 const heatmap = new Heatmap($("heatmap"), $("heat-note"));
+let config = null; // the server's lola_config
 let asking = null; // what stops the answer that is coming
 let reading = new AbortController(); // and the reading: a newer one takes its place
 
@@ -58,18 +59,18 @@ async function body(kindOf, text, session, turn) {
 async function read(pane, [asked, title], shown, readTokens) {
   const { signal } = reading;
   const answer = await request("/v1/lola/memory", asked, signal);
-  const memory = new Memory(answer, title);
+  const memory = new Memory(answer, title, config);
   shown(memory);
   if (!$("detail").checked) return;
   say("Reading the timeline and the forgotten tokens …");
   const detailed = await detail(answer.tokens, signal);
   if (!detailed) return;
-  pane.show(new Memory(detailed, title), readTokens);
+  pane.show(new Memory(detailed, title, config), readTokens);
   if (pane === here) showHere();
   change({});
 }
 
-// Both, or one of them: of very long prompts the server may tell less, and says why.
+// Both, or one of them: of very long prompts the server tells less, and says why.
 async function detail(tokens, signal) {
   let note = "";
   for (const wanted of [{ forgotten: true, history: true }, { history: true }, { forgotten: true }])
@@ -79,7 +80,7 @@ async function detail(tokens, signal) {
       return answer;
     } catch (error) {
       if (!/\b(forgotten|history)\b.*:/.test(error.message)) throw error;
-      note ||= error.message;
+      note ||= `A part is left out. ${error.message}`;
     }
   say(note);
   return null;
@@ -153,6 +154,7 @@ function fill({ kind: kindOf = "prompt", prompt = "" }) {
 function showKind() {
   const stored = kind() === "session";
   $("stored").hidden = !stored;
+  $("typed").hidden = stored;
   $("prompt").required = !stored;
 }
 
@@ -254,7 +256,7 @@ function beside(memory, readTokens) {
 
 $("keep").addEventListener("click", () => {
   const { memory } = here;
-  beside(new Memory(memory.answer, `${memory.title}, kept`), here.read);
+  beside(new Memory(memory.answer, `${memory.title}, kept`, memory.config), here.read);
 });
 $("alone").addEventListener("click", () => {
   there.close();
@@ -269,14 +271,17 @@ $("before").addEventListener("click", () => told(async () => {
 $("open").addEventListener("change", () => told(async () => {
   const [file] = $("open").files;
   if (!file) return;
-  const { answer: found, title } = await readJson(file);
+  const { answer: found, title, config: theirs } = await readJson(file);
   $("open").value = "";
-  beside(new Memory({ history_interval: null, places: null, ...found }, title));
+  beside(new Memory({ history_interval: null, places: null, ...found }, title, theirs));
 }, "kept"));
 $("save").addEventListener("click", () => saveJson({
   title: here.memory.title,
+  lola_config: here.memory.config,
   memory: here.memory.answer,
-  other: there.memory && { title: there.memory.title, memory: there.memory.answer },
+  other: there.memory && {
+    title: there.memory.title, lola_config: there.memory.config, memory: there.memory.answer,
+  },
   answer: $("answer").textContent || null,
   verdict: $("verdict").textContent || null,
 }, "lola-memory.json"));
@@ -310,8 +315,10 @@ async function restore() {
 
 // Whether the server answers, before anything is typed: it may want a key.
 async function probe() {
-  if (!await told(() => request("/v1/lola/info"))) return false;
+  if (!await told(async () => { config = (await request("/v1/lola/info")).lola_config; }))
+    return false;
   if ($("status").className === "error") say("");
+  $("key").placeholder = $("key").value ? "" : "none needed";
   return true;
 }
 

@@ -2,10 +2,17 @@
 
 export const words = (number) => number.toLocaleString("en-US");
 
+function rangeOf(numbers) {
+  const [low, high] = [Math.min(...numbers), Math.max(...numbers)];
+  return low === high ? words(low) : `${words(low)} to ${words(high)}`;
+}
+
 export class Memory {
-  constructor(answer, title) {
+  // `config` is the server's `lola_config`, null where it is not known.
+  constructor(answer, title, config = null) {
     this.answer = answer;
     this.title = title;
+    this.config = config;
     this.size = answer.num_tokens;
     this.heads = answer.layers.flatMap(({ layer, heads }) =>
       heads.map((head, index) => ({ ...head, layer, index })));
@@ -167,21 +174,38 @@ export class Memory {
     return { sinks, kept, folded: left - kept, window: read - sinks - left };
   }
 
+  // Keys of lola_config that have other values in another reading, with those of this one.
+  differences(other) {
+    if (!this.config || !other.config) return "";
+    const keys = Object.keys({ ...this.config, ...other.config }).filter((key) =>
+      JSON.stringify(this.config[key]) !== JSON.stringify(other.config[key]));
+    const value = (found) => Array.isArray(found) ? `${rangeOf(found)} by layer`
+      : JSON.stringify(found) ?? "none";
+    return keys.map((key) => `${key} ${value(this.config[key])}`).join(", ");
+  }
+
+  // The model and its sizes.
+  get settings() {
+    const { model, window_size: window, update_interval: step, sinks, layers } = this.answer;
+    const room = rangeOf(layers.map((layer) => layer.sparse_cache_size));
+    return `${model}: window of ${words(window)}, ${words(sinks)} sinks, sparse caches of ${room} ` +
+      `pairs, an update every ${words(step)} tokens.`;
+  }
+
   summary(read) {
     const all = this.answer.layers.map((layer) => this.parts(layer, read));
-    const range = (name) => {
-      const found = all.map((parts) => parts[name]);
-      const [low, high] = [Math.min(...found), Math.max(...found)];
-      return low === high ? words(low) : `${words(low)} to ${words(high)}`;
-    };
+    const range = (name) => rangeOf(all.map((parts) => parts[name]));
     const counts = this.counts(this.heads, read);
     let nowhere = 0;
     for (let p = 0; p < read; p++) if (this.place(p, read) === "past" && !counts[p]) nowhere++;
     const many = new Set(all.map((parts) => parts.kept)).size > 1;
     const total = `${words(read)} ${read === 1 ? "token" : "tokens"}`;
+    const idle = all.every((parts) => !parts.folded)
+      ? ` ${all.some((parts) => parts.kept) ? "Nothing is folded" : "Nothing has left the window"} ` +
+        "yet, so no head has had to choose." : "";
     return `${total}. Each head: ${range("sinks")} sinks, ${range("kept")} kept, ` +
       `${range("folded")} folded, ${range("window")} in the window` +
       `${many ? " (kept and folded add up in each layer, see below)" : ""}; ` +
-      `${words(nowhere)} ${nowhere === 1 ? "token is" : "tokens are"} exact nowhere.`;
+      `${words(nowhere)} ${nowhere === 1 ? "token is" : "tokens are"} exact nowhere.${idle}`;
   }
 }

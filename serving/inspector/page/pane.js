@@ -18,7 +18,7 @@ export class Pane {
     this.read = 0;
     const part = (name) => root.querySelector(`[data-part=${name}]`);
     this.parts = Object.fromEntries(
-      ["title", "summary", "time", "time-name", "time-row", "layers", "text"]
+      ["title", "settings", "summary", "time", "time-name", "time-row", "layers", "text"]
         .map((name) => [name, part(name)]));
     this.parts.time.addEventListener("input", () => {
       this.read = this.memory.stops[this.parts.time.value];
@@ -73,10 +73,17 @@ export class Pane {
       span.dataset.level = levels[position];
     });
     this.parts.text.dataset.colour = view.colour;
+    this.parts.settings.textContent = this.settings();
     this.parts.summary.textContent = memory.summary(read);
     this.parts["time-name"].textContent = `${words(read)} of ${words(memory.size)}`;
     this.parts.time.setAttribute("aria-valuetext", `${read} of ${memory.size} tokens read`);
     this.listLayers();
+  }
+
+  settings() {
+    const other = this.other();
+    const differences = other ? this.memory.differences(other.memory) : "";
+    return this.memory.settings + (differences && ` Unlike the other side: ${differences}.`);
   }
 
   values(heads, counts) {
