@@ -70,20 +70,26 @@ class Client(threading.Thread):
         super().__init__(name=f"client-{number}", daemon=True)
         self.number, self.soak = number, soak
         self.random = random.Random(f"{soak.args.seed} {number}")
+        self.http = httpx.Client(timeout=120)
         self.known: dict[str, tuple[list[int], int]] = {}
         self.made = 0
 
     def run(self) -> None:
         """Do something, until the soak ends."""
+        unsure = False  # of what a killed server had written
         while not self.soak.stopped.is_set():
+            self.soak.up.wait()
             life = self.soak.life
             try:
+                self.http.base_url = self.soak.url
+                if unsure:
+                    self._look_again()
+                    unsure = False
                 self._act()
             except httpx.TransportError as error:
-                self.soak.up.wait(300)
-                if self.soak.life == life and not self.soak.stopped.is_set():
+                unsure = True
+                if self.soak.up.is_set() and self.soak.life == life:
                     self.soak.faults.append(f"a request failed: {error!r}")
-                self._look_again()
             except Exception as error:  # of the server or of this program: never unseen
                 self.soak.faults.append(f"{self.name}: {error!r}")
             if len(self.soak.faults) > 20:
@@ -118,13 +124,13 @@ class Client(threading.Thread):
         body = body_of(new, self.random.randint(1, 24)) | {"turn": turn}
         url = f"{ROUTE}/{name}/complete"
         if leaves:
-            with self.soak.http.stream("POST", url, json=body | {"stream": True}) as response:
+            with self.http.stream("POST", url, json=body | {"stream": True}) as response:
                 for pieces, _ in enumerate(response.iter_bytes()):
                     if pieces >= self.random.randint(0, 4):
                         break
             self._look_again(name)
             return
-        answer = self.soak.http.post(url, json=body)
+        answer = self.http.post(url, json=body)
         if answer.status_code in (404, 409):
             # 409: an answer that this client left has not ended yet, or did in the end.
             self.soak.seen["gone" if answer.status_code == 404 else "busy"] += 1
@@ -135,6 +141,8 @@ class Client(threading.Thread):
         heard = found["choices"][0]["token_ids"]
         self.known[name] = said + new + heard, told["turn"]
         self.soak.seen["restored"] += told["restored_tokens"] > 0
+        if told["tokens"] < len(said + new + heard) - 1:
+            raise Fault(f"{name}: the answer was not stored: {told} of {len(said + new + heard)}")
         if told["restored_tokens"] > len(said + new):
             raise Fault(f"{name}: restored {told['restored_tokens']} of {len(said + new)} tokens")
         self._check(said + new, heard, name)
@@ -145,7 +153,7 @@ class Client(threading.Thread):
         if self.known and self.random.random() < 0.5:
             start = self.random.choice([*self.known.values()])[0]
         prompt = start + self._tokens(30)
-        found = read(self.soak.http.post("/v1/completions", json=body_of(prompt, 8)))
+        found = read(self.http.post("/v1/completions", json=body_of(prompt, 8)))
         restored = found["kv_transfer_params"]["lola"]["restored_tokens"]
         self.soak.seen["restored without a name"] += restored > 0
         self._check(prompt, found["choices"][0]["token_ids"], "without a name")
@@ -155,7 +163,7 @@ class Client(threading.Thread):
         if self.random.random() > self.soak.args.check:
             return
         wish = {"kv_transfer_params": {"lola": {"from": False, "save": False}}, "logprobs": 2}
-        answer = self.soak.http.post("/v1/completions", json=body_of(prompt, len(heard)) | wish)
+        answer = self.http.post("/v1/completions", json=body_of(prompt, len(heard)) | wish)
         cold = read(answer)["choices"][0]
         self.soak.seen["compared"] += 1
         for place, (one, two) in enumerate(zip(heard, cold["token_ids"], strict=True)):
@@ -173,7 +181,7 @@ class Client(threading.Thread):
         to = self._new_name()
         if name not in self.known:  # it made room
             return
-        answer = self.soak.http.post(f"{ROUTE}/{name}/fork", json={"to": to})
+        answer = self.http.post(f"{ROUTE}/{name}/fork", json={"to": to})
         if answer.status_code == 404:
             self._look_again(name)
             return
@@ -183,7 +191,7 @@ class Client(threading.Thread):
 
     def _remove(self, name: str) -> None:
         del self.known[name]
-        answer = self.soak.http.delete(f"{ROUTE}/{name}")
+        answer = self.http.delete(f"{ROUTE}/{name}")
         if answer.status_code not in (200, 204, 404, 409):
             raise Fault(f"DELETE {name}: {answer.status_code} {answer.text}")
 
@@ -191,7 +199,7 @@ class Client(threading.Thread):
         """Ask what the server has of sessions; it may have less than was said, but nothing else."""
         for name in names or [*self.known]:
             said, _ = self.known.get(name, (None, 0))
-            answer = self.soak.http.get(f"{ROUTE}/{name}/tokens")
+            answer = self.http.get(f"{ROUTE}/{name}/tokens")
             if answer.status_code == 404:
                 self.known.pop(name, None)
                 continue
@@ -207,7 +215,7 @@ class Soak:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.http = httpx.Client(timeout=120)
+        self.url = ""
         self.up, self.stopped = threading.Event(), threading.Event()
         self.life = 0
         self.seen: Counter[str] = Counter()
@@ -227,35 +235,37 @@ class Soak:
         end = time.monotonic() + 60 * args.minutes
         while time.monotonic() < end and len(self.faults) <= 20:
             with serving(directory / f"log-{self.life}.txt", command) as server:
-                self.http.base_url = httpx.URL(server.url)
+                self.url = server.url
+                self.life += 1  # a kill and a start: a request that saw either failed for a reason
                 self.up.set()
-                if not self.life:
+                if self.life == 1:
                     for client in clients:
                         client.start()
                 time.sleep(max(1, min(args.kill_every, end - time.monotonic())))
                 samples.append(self._look(server))
                 print(json.dumps(samples[-1]), flush=True)
-                if time.monotonic() >= end:
+                if time.monotonic() >= end - 1:
                     self.stopped.set()
                     for client in clients:
                         client.join(120)
                 else:
                     self.up.clear()
                     self.life += 1
+                    time.sleep(0.1)  # clients that are about to ask note it
                     os.killpg(server.process.pid, signal.SIGKILL)
-        return {"lives": self.life + 1, "samples": samples, "seen": dict(self.seen)}
+        return {"lives": self.life // 2 + 1, "samples": samples, "seen": dict(self.seen)}
 
     def _look(self, server: Server) -> dict[str, Any]:
-        listed = read(self.http.get(ROUTE))["sessions"]
+        listed = read(server.client.get(ROUTE))["sessions"]
         memory = round(sum(family_mib(server.process.pid).values()), 1)
         return {"sessions": len(listed), "memory_mib": memory, "requests": self.seen.total()}
 
 
 def body_of(prompt: list[int], tokens: int) -> dict[str, Any]:
-    """A greedy request."""
+    """A greedy request whose answer has no special token: a session leaves such an end out."""
     return {
         "model": NAME, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
-        "ignore_eos": True, "return_token_ids": True,
+        "ignore_eos": True, "return_token_ids": True, "allowed_token_ids": [*range(1, WORDS)],
     }  # fmt: skip
 
 
