@@ -231,4 +231,5 @@ class SchedulerHalf:
         except NotStored as error:
             ticket.unsaved = str(error.args[0])
             return False
+        ticket.unsaved = None
         return new

@@ -132,6 +132,6 @@ class Ticket:
             "restored_tokens": self.restored,
             "reason": "; ".join([*self.reasons, *missed]) or None,
         }
-        if state is None:
+        if state is None or self.unsaved:  # the prompt's end may be stored and the answer's not
             told["unsaved"] = self.unsaved
         return {FIELD: told}
