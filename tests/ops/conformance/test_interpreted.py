@@ -13,6 +13,9 @@ pytest.importorskip("triton")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted(name):
+    every = 1
     if name.startswith("xformers"):
         pytest.importorskip("xformers")
-    assert run_suite(name, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") > 100
+        every = 3  # of it the softmax part of prefill alone is not Triton's
+    passed = run_suite(name, every, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert passed > 100 // every
