@@ -67,24 +67,38 @@ struct LayerTensors {
       &q, &k, &v, &out;
 };
 
+// The layouts of a call's pages, one for each group of KV heads that has a page.
+struct Layouts {
+  const PageLayout* first;
+  int64_t count;
+};
+
 // The layout table of a call, after a look at the tensors that change from call to call. Layout,
 // pages and weights were checked against each other by `LayerState.bind` (lola_vllm/ops/
 // contract.py). Throws, naming the argument.
-inline const PageLayout& check_call(const LayerTensors& t, Device device) {
+inline Layouts check_call(const LayerTensors& t, Device device) {
   using torch::headeronly::ScalarType;
-  check_shape(t.layout, "layout", "[fields of PageLayout]", {kTableFields});
-  LOLA_CHECK(t.layout.scalar_type() == ScalarType::Long && t.layout.is_contiguous(),
+  const bool by_head = device == Device::cpu && t.layout.dim() == 2;
+  const int64_t count = by_head ? t.layout.size(0) : 1;
+  if (by_head) {
+    check_shape(t.layout, "layout", "[pages, fields of PageLayout]", {-1, kTableFields});
+  } else {
+    check_shape(t.layout, "layout", "[fields of PageLayout]", {kTableFields});
+  }
+  LOLA_CHECK(count > 0 && t.layout.scalar_type() == ScalarType::Long && t.layout.is_contiguous(),
              "layout: must be int64 and contiguous");
   const PageLayout& a = *static_cast<const PageLayout*>(t.layout.data_ptr());
   check_shape(t.pages, "pages", "[N, page bytes]", {-1, -1}, device);
-  LOLA_CHECK(t.pages.size(1) >= a.page_bytes && t.pages.stride(1) == 1, "pages: rows of ",
-             t.pages.size(1), " bytes, need ", a.page_bytes, " in a row");
+  const int64_t bytes = (&a)[count - 1].page_bytes;  // of the last one: up to its end
+  LOLA_CHECK(t.pages.size(1) >= bytes && t.pages.stride(1) == 1, "pages: rows of ", t.pages.size(1),
+             " bytes, need ", bytes, " in a row");
   const int64_t tokens = t.q.dim() == 3 ? t.q.size(0) : -1;
-  check_shape(t.q, "q", "[T, Hq, d]", {-1, a.num_heads, a.head_dim}, device);
-  check_shape(t.k, "k", "[T, Hkv, d]", {tokens, a.num_kv_heads, a.head_dim}, device);
-  check_shape(t.v, "v", "[T, Hkv, d]", {tokens, a.num_kv_heads, a.head_dim}, device);
-  check_shape(t.out, "out", "[T, Hq, d]", {tokens, a.num_heads, a.head_dim}, device);
-  return a;
+  const int64_t heads = count * a.num_heads, kv_heads = count * a.num_kv_heads;
+  check_shape(t.q, "q", "[T, Hq, d]", {-1, heads, a.head_dim}, device);
+  check_shape(t.k, "k", "[T, Hkv, d]", {tokens, kv_heads, a.head_dim}, device);
+  check_shape(t.v, "v", "[T, Hkv, d]", {tokens, kv_heads, a.head_dim}, device);
+  check_shape(t.out, "out", "[T, Hq, d]", {tokens, heads, a.head_dim}, device);
+  return {&a, count};
 }
 
 // The dtype of a floating-point tensor, which must be one of `known`.

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <vector>
+
 #include "checks.h"
 #include "cpu/call.h"
 #include "cpu/isa.h"
@@ -36,8 +38,35 @@ TokenRows check_tokens(const Tensor& t, const char* name, std::initializer_list<
   return rows;
 }
 
-Call check_cpu_call(const LayerTensors& t, const Tensor& slots) {
-  const PageLayout& layout = check_call(t, Device::cpu);
+// The part of a call for page `i`: its heads of tokens and weights.
+Call part_of(const Call& all, const PageLayout& layout, int64_t i) {
+  const auto heads_of = [&](TokenRows rows, int64_t heads) {
+    rows.data += i * heads * rows.head_stride;
+    return rows;
+  };
+  const int64_t size = size_of(layout.state_dtype), map = layout.head_dim * layout.feature_dim;
+  const auto weights_of = [&](const void* weights, int64_t numbers) -> const void* {
+    if (weights == nullptr) return nullptr;  // a layer may have no saliency
+    return static_cast<const char*>(weights) + i * numbers * size;
+  };
+  return {layout,
+          all.pages,
+          all.page_stride,
+          all.slots,
+          heads_of(all.q, layout.num_heads),
+          heads_of(all.k, layout.num_kv_heads),
+          heads_of(all.v, layout.num_kv_heads),
+          heads_of(all.out, layout.num_heads),
+          weights_of(all.feature_map_q, layout.num_heads * map),
+          weights_of(all.feature_map_k, layout.num_state_heads * map),
+          weights_of(all.log_gate, layout.num_heads),
+          weights_of(all.saliency, layout.num_kv_heads * layout.saliency_size())};
+}
+
+// A call for each page of the layer.
+std::vector<Call> check_cpu_call(const LayerTensors& t, const Tensor& slots) {
+  const Layouts layouts = check_call(t, Device::cpu);
+  const PageLayout& layout = *layouts.first;
   const DType kv = layout.kv_dtype, wide = kv == DType::f64 ? DType::f64 : DType::f32;
   LOLA_CHECK(kv != DType::f16 && layout.state_dtype == wide,
              "layout: keys and values must be float32, bfloat16 or float64, and H and s float32, "
@@ -59,7 +88,9 @@ Call check_cpu_call(const LayerTensors& t, const Tensor& slots) {
     LOLA_CHECK(call.slots[row] < pages.size(0), "slots: entry ", row, " is ", call.slots[row],
                ", but there are ", pages.size(0), " pages");
   }
-  return call;
+  std::vector<Call> calls;
+  for (int64_t i = 0; i < layouts.count; ++i) calls.push_back(part_of(call, layouts.first[i], i));
+  return calls;
 }
 
 }  // namespace
@@ -68,23 +99,23 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& saliency,
             const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
             const Tensor& seq_lens, const Tensor& out) {
-  const Call call = check_cpu_call(
+  const std::vector<Call> calls = check_cpu_call(
       {pages, layout, feature_map_q, feature_map_k, log_gate, saliency, q, k, v, out}, slots);
   const int64_t rows = slots.size(0);
   LOLA_CHECK(rows == q.size(0), "slots: ", rows, " rows, but q has ", q.size(0), " tokens");
   const Indices lengths = check_indices(seq_lens, "seq_lens", "[rows]", rows);
   for (int64_t row = 0; row < rows; ++row) {
-    LOLA_CHECK(call.slots[row] <= 0 || lengths[row] >= 1, "seq_lens: entry ", row, " is ",
+    LOLA_CHECK(calls[0].slots[row] <= 0 || lengths[row] >= 1, "seq_lens: entry ", row, " is ",
                lengths[row], ", it counts the new token");
   }
-  if (rows > 0) decode_cpu(call, rows, lengths);
+  if (rows > 0) decode_cpu(calls, rows, lengths);
 }
 
 void prefill(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
              const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& saliency,
              const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
              const Tensor& query_start_loc, const Tensor& context_lens, const Tensor& out) {
-  const Call call = check_cpu_call(
+  const std::vector<Call> calls = check_cpu_call(
       {pages, layout, feature_map_q, feature_map_k, log_gate, saliency, q, k, v, out}, slots);
   const int64_t rows = slots.size(0);
   const Indices starts = check_indices(query_start_loc, "query_start_loc", "[rows + 1]", rows + 1);
@@ -95,7 +126,7 @@ void prefill(const Tensor& pages, const Tensor& layout, const Tensor& feature_ma
                starts[row + 1], ", but q has ", q.size(0), " tokens");
     LOLA_CHECK(context[row] >= 0, "context_lens: entry ", row, " is ", context[row]);
   }
-  if (rows > 0) prefill_cpu(call, rows, starts, context);
+  if (rows > 0) prefill_cpu(calls, rows, starts, context);
 }
 
 int64_t cpu_isa_level() { return static_cast<int64_t>(cpu_isa()); }

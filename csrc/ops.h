@@ -21,7 +21,9 @@ namespace lola {
 // What both ops take:
 //
 //   pages           [N, >= page_bytes]  bytes
-//   layout          [fields]            int64, host memory; `PageLayout` in csrc/layout.h
+//   layout          [fields]            int64, host memory; `PageLayout` in csrc/layout.h. On a CPU
+//                                       also [Hkv, fields]: a page per KV head, one after the
+//                                       other, with offsets from the first one's start
 //   feature_map_q   [Hq, d, F]          float32, or float64 where keys and values are
 //   feature_map_k   [Hs, d, F]          the same
 //   log_gate        [Hq]                the same

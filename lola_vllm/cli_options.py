@@ -165,11 +165,13 @@ def lola_config_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def sparse_cache(lola: LolaConfig) -> str:
     """`sparse_cache_size` and `sparse_dtype` in words."""
-    sizes, as_int8 = lola.sparse_cache_size, " as int8" if lola.sparse_dtype == "int8" else ""
-    if isinstance(sizes, int):
-        return f"{sizes}{as_int8}"
+    sizes, as_int8 = lola.sizes, " as int8" if lola.sparse_dtype == "int8" else ""
+    layers = lola.sparse_cache_size
+    if isinstance(layers, int):
+        return f"{layers}{as_int8}"
+    what = "layer" if all(isinstance(size, int) for size in layers) else "layer and head"
     mean = sum(sizes) / len(sizes)
-    return f"{min(sizes)} to {max(sizes)} by layer ({mean:.0f} on average){as_int8}"
+    return f"{min(sizes)} to {max(sizes)} by {what} ({mean:.0f} on average){as_int8}"
 
 
 def summarize(out: Path, config: LolaLlamaConfig, maps: str, also: str = "") -> None:

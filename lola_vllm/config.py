@@ -31,12 +31,27 @@ class LolaConfigError(ValueError):
     """A `lola_config` that cannot be used; the message names field, value and remedy."""
 
 
-def _sparse_cache_size(value: Any) -> int | tuple[int, ...]:
-    several = isinstance(value, (list, tuple))
-    sizes = value if several else [value]
-    if not sizes or not all(type(size) is int and size >= 0 for size in sizes):
-        raise ValueError("must be an integer of at least 0, or a list of one for each layer")
-    return tuple(sizes) if several else value
+def _sparse_cache_size(value: Any) -> int | tuple[int | tuple[int, ...], ...]:
+    """As `LolaConfig.sparse_cache_size` has it; lists become tuples."""
+
+    def is_size(x: Any) -> bool:
+        return type(x) is int and x >= 0
+
+    if is_size(value):
+        return int(value)
+    layers: list[int | tuple[int, ...]] = []
+    for layer in value if isinstance(value, (list, tuple)) else ():
+        heads = isinstance(layer, (list, tuple)) and len(layer) > 0 and all(map(is_size, layer))
+        if not (heads or is_size(layer)):
+            layers = []
+            break
+        layers.append(tuple(layer) if heads else layer)
+    if not layers:
+        raise ValueError(
+            "must be an integer of at least 0, or a list with one for each layer, or with a list "
+            "of one for each KV head of a layer"
+        )
+    return tuple(layers)
 
 
 class LolaConfig(BaseModel):
@@ -46,7 +61,8 @@ class LolaConfig(BaseModel):
         window_size: eta, tokens in the window after every update (>= 1); their pairs are exact.
         sparse_cache_size: lambda, exact pairs per sparse set, those that the hidden state recalls
             worst (>= 0); 0 sends every evicted pair to the hidden state, which is LoLCATs. A number
-            is for every layer, as in the paper. A list has a number per layer.
+            is for every layer, as in the paper. A list has a number per layer, or in its place a
+            list with a number per KV head.
         update_interval: C, tokens between two updates, counted from position 0 (>= 1).
             Default `window_size` (the authors' code); 1 is the paper's recurrence.
         sink_size: first positions of a sequence that stay exact for ever (>= 0); not in the paper.
@@ -80,7 +96,9 @@ class LolaConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     window_size: int = PydanticField(default=64, ge=1)
-    sparse_cache_size: Annotated[int | tuple[int, ...], PlainValidator(_sparse_cache_size)] = 128
+    sparse_cache_size: Annotated[
+        int | tuple[int | tuple[int, ...], ...], PlainValidator(_sparse_cache_size)
+    ] = 128
     update_interval: int = PydanticField(default=0, ge=1)
     sink_size: int = PydanticField(default=0, ge=0)
     feature_dim: int = PydanticField(default=64, ge=1)
@@ -113,32 +131,69 @@ class LolaConfig(BaseModel):
 
     @property
     def sparse_pairs(self) -> int:
-        """`sparse_cache_size` of one layer, or of all where they are equal.
+        """`sparse_cache_size` of one layer or head, or of all where they are equal.
 
         Raises:
-            LolaConfigError: it is a list; take the parameters of a layer from `for_layer`.
+            LolaConfigError: it is a list; take the parameters of a layer from `for_layer`, and
+                those of its heads from `for_heads`.
         """
         if not isinstance(self.sparse_cache_size, int):
             raise LolaConfigError(
-                f"lola_config.sparse_cache_size = {list(self.sparse_cache_size)}: a number per "
-                "layer; use for_layer(index) for a layer's parameters"
+                f"lola_config.sparse_cache_size = {_plain(self.sparse_cache_size)}: a number per "
+                "layer or head; use for_layer(index) and for_heads() for their parameters"
             )
         return self.sparse_cache_size
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All numbers of `sparse_cache_size`: of layers, and of the heads of layers that have a
+        number for each."""
+        found: list[int] = []
+        layers = self.sparse_cache_size
+        for size in (layers,) if isinstance(layers, int) else layers:
+            found += [size] if isinstance(size, int) else size
+        return tuple(found)
+
     def for_layer(self, index: int) -> LolaConfig:
-        """The parameters of layer `index`, whose `sparse_cache_size` is a number."""
+        """The parameters of layer `index` alone.
+
+        Its `sparse_cache_size` is a number, or a tuple with one tuple, of its KV heads' numbers.
+        """
         if isinstance(self.sparse_cache_size, int):
             return self
-        return self.model_copy(update={"sparse_cache_size": self.sparse_cache_size[index]})
+        size = self.sparse_cache_size[index]
+        if not isinstance(size, int) and len(set(size)) == 1:
+            size = size[0]  # one page serves all heads
+        return self.model_copy(
+            update={"sparse_cache_size": size if isinstance(size, int) else (size,)}
+        )
 
-    def check_layers(self, num_layers: int) -> None:
-        """Raise `LolaConfigError` unless a list has as many numbers as the model has layers."""
+    def for_heads(self) -> tuple[LolaConfig, ...]:
+        """Of the parameters of one layer (`for_layer`) those of its KV heads, where they differ in
+        `sparse_cache_size`; else only itself, which is for all heads."""
+        if isinstance(self.sparse_cache_size, int):
+            return (self,)
+        (sizes,) = self.sparse_cache_size
+        assert not isinstance(sizes, int)
+        return tuple(self.model_copy(update={"sparse_cache_size": size}) for size in sizes)
+
+    def check_layers(self, num_layers: int, num_kv_heads: int) -> None:
+        """Raise `LolaConfigError` unless lists have as many numbers as the model has layers, and
+        lists in them as many as a layer has KV heads."""
         sizes = self.sparse_cache_size
-        if not isinstance(sizes, int) and len(sizes) != num_layers:
+        if isinstance(sizes, int):
+            return
+        if len(sizes) != num_layers:
             raise LolaConfigError(
                 f"lola_config.sparse_cache_size: {len(sizes)} numbers for {num_layers} layers; "
                 "give one per layer, or one number for all"
             )
+        for index, size in enumerate(sizes):
+            if not isinstance(size, int) and len(size) != num_kv_heads:
+                raise LolaConfigError(
+                    f"lola_config.sparse_cache_size, layer {index}: {len(size)} numbers for "
+                    f"{num_kv_heads} KV heads; give one per KV head, or one number for all"
+                )
 
     @property
     def weighs_scores(self) -> bool:
@@ -196,6 +251,11 @@ class LolaConfig(BaseModel):
                 f"({num_state_heads} state heads, {num_kv_heads} KV heads); use a "
                 f"tensor-parallel size that divides {num_kv_heads}, or sparse_sharing = 'none'"
             )
+
+
+def _plain(sizes: tuple[int | tuple[int, ...], ...]) -> list[int | list[int]]:
+    """Sizes as JSON has them."""
+    return [size if isinstance(size, int) else list(size) for size in sizes]
 
 
 def saliency_size(head_dim: int) -> int:
@@ -292,6 +352,11 @@ class LolaLlamaConfig(LlamaConfig):
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing to do: transformers would then copy this module into every saved directory,
         where a file that imports it (`checkpoint/remote_code.py`) stands already."""
+
+    def check_sizes(self) -> None:
+        """Raise `LolaConfigError` unless lists of sizes fit the model's layers and KV heads."""
+        kv_heads = self.num_key_value_heads or self.num_attention_heads
+        self.lola.check_layers(self.num_hidden_layers, kv_heads)
 
     @property
     def default_length(self) -> int:

@@ -26,7 +26,7 @@ from lola_vllm.config import (
     default_rebase_interval,
     heads_divide,
 )
-from lola_vllm.state import SequenceLayout, StateLayout
+from lola_vllm.state import LayerLayout, SequenceLayout, StateLayout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CONTEXTS = (4096, 32768, 131072)
@@ -60,8 +60,8 @@ class Row:
     def parts(self) -> dict[str, int]:
         """Bytes per sequence of each part, all layers; they sum to `bytes_per_sequence`."""
         layout, sizes = self.layout, Counter[str]()
-        for layer in self.sequence.layers:
-            sizes.update(layer.part_bytes)
+        for page in self.sequence.layouts:
+            sizes.update(page.part_bytes)
         exact = sum(sizes[name] for name in _EXACT)
         sinks = exact * layout.sink_size // (layout.sink_size + layout.ring_size)
         parts = {
@@ -75,8 +75,8 @@ class Row:
 
     @property
     def layout(self) -> StateLayout:
-        """The first layer's page; others differ in their sparse sets alone."""
-        return self.sequence.layers[0]
+        """The first page; others differ in their sparse sets alone."""
+        return self.sequence.layouts[0]
 
     @property
     def bytes_per_sequence(self) -> int:
@@ -99,8 +99,8 @@ class Row:
         return {
             "name": self.name,
             "chosen": self.chosen,
-            "num_state_heads": self.layout.num_state_heads,
-            "num_sparse_heads": self.layout.num_sparse_heads,
+            "num_state_heads": self.sequence.layers[0].num_state_heads,
+            "num_sparse_heads": len(self.sequence.layers[0].sizes),
             "parts_bytes": self.parts,
             "page_bytes": max(layer.page_bytes for layer in self.sequence.layers),
             "bytes_per_sequence": self.bytes_per_sequence,
@@ -220,7 +220,7 @@ def estimate(
         made = {"feature_dim": config.head_dim, "rebase_interval": interval}
         config.lola_config = {**made, **config.lola_config}
     config.lola.check_heads(heads, kv_heads, num_state_heads)
-    config.lola.check_layers(config.num_hidden_layers)
+    config.check_sizes()
     config.lola.check_places(config.max_position_embeddings)
     _check_ranks(tensor_parallel_size, heads, kv_heads, num_state_heads)
     config.lola.check_ranks(tensor_parallel_size, kv_heads, num_state_heads)
@@ -238,7 +238,7 @@ def estimate(
         name = f"Hs = {Hs}{names.get(Hs, '')}"
         parameters = lola.model_copy(update={"sparse_sharing": "kv_head" if shared else "none"})
         pages = (
-            StateLayout.from_config(
+            LayerLayout.from_config(
                 parameters.for_layer(index),
                 num_kv_heads=max(1, kv_heads // tensor_parallel_size),
                 num_state_heads=max(1, Hs // tensor_parallel_size),

@@ -287,20 +287,119 @@ class StateLayout:
         """Pairs in the hidden state after n tokens; 0 means H and s hold leftovers."""
         return (self.num_evicted(n) - self.sparse_cache_size).clamp(min=0)
 
+    def copy_valid(self, pages: Tensor, to: Tensor, num_tokens: int) -> None:
+        """Copy from pages `[N, page_bytes]` to others what is valid after `num_tokens` tokens."""
+        n = torch.tensor(num_tokens)
+        old, new = self.views(pages), self.views(to)
+        if self.num_folded(n) > 0:
+            new.H.copy_(old.H)
+            new.s.copy_(old.s)
+        k = int(self.num_sparse(n))
+        for name in SPARSE_PARTS:
+            part, stored = getattr(new, name), getattr(old, name)
+            if part.numel():  # some layouts lack some of these parts
+                part[:, :, :k] = stored[:, :, :k]
+        if new.bounds.numel():
+            new.bounds[..., :k] = old.bounds[..., :k]
+        sinks = torch.arange(min(num_tokens, self.sink_size))
+        window = torch.arange(min(int(self.window_start(n)), num_tokens), num_tokens)
+        rows = self.row(torch.cat((sinks, window)))
+        new.exact_k[:, :, rows] = old.exact_k[:, :, rows]
+        new.exact_v[:, :, rows] = old.exact_v[:, :, rows]
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """The state of one sequence in one layer of a rank: one page for all of its KV heads, or a page
+    for each of them, one after the other, where their sparse caches differ in size.
+
+    Attributes:
+        pages: one, or one per KV head in order. They differ in `sparse_cache_size` alone.
+    """
+
+    pages: tuple[StateLayout, ...]
+
+    @classmethod
+    def from_config(
+        cls,
+        config: LolaConfig,
+        num_kv_heads: int,
+        num_state_heads: int,
+        head_dim: int,
+        kv_dtype: torch.dtype,
+        state_dtype: torch.dtype | None = None,
+        first_kv_head: int = 0,
+    ) -> LayerLayout:
+        """Layout for the heads of one rank.
+
+        Args:
+            config: of one layer (`LolaConfig.for_layer`). first_kv_head: of the rank, in the model.
+            num_kv_heads and those after: as for `StateLayout.from_config`.
+        """
+        heads = config.for_heads()
+        own = heads[first_kv_head : first_kv_head + num_kv_heads] if len(heads) > 1 else heads
+        share = len(own)
+        return cls(
+            tuple(
+                StateLayout.from_config(
+                    head, num_kv_heads // share, num_state_heads // share, head_dim, kv_dtype,
+                    state_dtype,
+                )
+                for head in own
+            )
+        )  # fmt: skip
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv of the rank."""
+        return sum(page.num_kv_heads for page in self.pages)
+
+    @property
+    def num_state_heads(self) -> int:
+        """Hs of the rank."""
+        return sum(page.num_state_heads for page in self.pages)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Pairs that each sparse set holds at most."""
+        return [page.sparse_cache_size for page in self.pages for _ in range(page.num_sparse_heads)]
+
+    @property
+    def offsets(self) -> list[int]:
+        """Byte offset of each page in the layer's bytes; multiples of `PAGE_ALIGNMENT`."""
+        return [0, *accumulate(page.page_bytes for page in self.pages)][:-1]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one sequence in the layer."""
+        return sum(page.page_bytes for page in self.pages)
+
+    @property
+    def full_kv_bytes_per_token(self) -> int:
+        """What one token takes in a full KV cache of the same layer."""
+        return sum(page.full_kv_bytes_per_token for page in self.pages)
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """The bytes of each page `[..., page_bytes]`, views of `rows [..., >= page_bytes]`."""
+        return [
+            rows[..., offset : offset + page.page_bytes]
+            for offset, page in zip(self.offsets, self.pages, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class SequenceLayout:
     """The state of one sequence on one rank: its layers' pages one after the other, in one row.
 
     Attributes:
-        layers: the page of each of the rank's layers, in the model's order.
+        layers: the pages of each of the rank's layers, in the model's order.
     """
 
-    layers: tuple[StateLayout, ...]
+    layers: tuple[LayerLayout, ...]
 
     @property
     def offsets(self) -> list[int]:
-        """Byte offset of each layer's page in the row; multiples of `PAGE_ALIGNMENT`."""
+        """Byte offset of each layer's pages in the row; multiples of `PAGE_ALIGNMENT`."""
         ends = accumulate(layer.page_bytes for layer in self.layers)
         return [0, *ends][:-1]
 
@@ -313,6 +412,11 @@ class SequenceLayout:
     def full_kv_bytes_per_token(self) -> int:
         """What one token takes in a full KV cache of the same layers."""
         return sum(layer.full_kv_bytes_per_token for layer in self.layers)
+
+    @property
+    def layouts(self) -> list[StateLayout]:
+        """The pages of all layers, in order."""
+        return [page for layer in self.layers for page in layer.pages]
 
     def break_even_tokens(self, states: int = 1) -> int:
         """Context beyond which a full KV cache is larger than `states` states."""
@@ -334,25 +438,11 @@ class SequenceLayout:
             row: `[>= row_bytes]` uint8, after `num_tokens` tokens.
         """
         clean = torch.zeros_like(row)
-        pages = zip(self.layers, self.pages(row[None]), self.pages(clean[None]), strict=True)
-        for layout, page, out in pages:
-            n = torch.tensor(num_tokens)
-            old, new = layout.views(page), layout.views(out)
-            if layout.num_folded(n) > 0:
-                new.H.copy_(old.H)
-                new.s.copy_(old.s)
-            k = int(layout.num_sparse(n))
-            for name in SPARSE_PARTS:
-                to, stored = getattr(new, name), getattr(old, name)
-                if to.numel():  # some layouts lack some of these parts
-                    to[:, :, :k] = stored[:, :, :k]
-            if new.bounds.numel():
-                new.bounds[..., :k] = old.bounds[..., :k]
-            sinks = torch.arange(min(num_tokens, layout.sink_size))
-            window = torch.arange(min(int(layout.window_start(n)), num_tokens), num_tokens)
-            rows = layout.row(torch.cat((sinks, window)))
-            new.exact_k[:, :, rows] = old.exact_k[:, :, rows]
-            new.exact_v[:, :, rows] = old.exact_v[:, :, rows]
+        rows = self.pages(row[None]), self.pages(clean[None])
+        for layer, old, new in zip(self.layers, *rows, strict=True):
+            parts = layer.split(old), layer.split(new)
+            for page, stored, to in zip(layer.pages, *parts, strict=True):
+                page.copy_valid(stored, to, num_tokens)
         return clean
 
 

@@ -18,10 +18,10 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from lola_vllm import __version__
-from lola_vllm.config import MODEL_TYPE
+from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
 from lola_vllm.estimate import Row
 from lola_vllm.ops.places import Places
-from lola_vllm.plugin.cache import lola_hf_config, page_layouts, row_bytes, sequence_layout
+from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes, sequence_layout
 from lola_vllm.plugin.config_hook import WORKER_EXTENSION, has_store
 from lola_vllm.serving.protocol import (
     Head,
@@ -79,11 +79,16 @@ class LolaEngine:
             self.lola = lola_hf_config(self.config).lola
             self.sequence = sequence_layout(self.config)
             self.places = Places.of(lola_hf_config(self.config))
-            self.pages = page_layouts(self.config)  # of all layers, also those of other ranks
+            self.sizes = head_sizes(lola_hf_config(self.config))
             self.num_layers = int(self.config.model_config.hf_config.num_hidden_layers)
             self.states_per_sequence = (
                 2 if self.config.cache_config.mamba_cache_mode == "align" else 1
             )
+
+    @property
+    def page(self) -> StateLayout:
+        """The first page of the first rank; others differ in their sparse sets alone."""
+        return self.sequence.layouts[0]
 
     @property
     def num_slots(self) -> int:
@@ -186,7 +191,8 @@ class LolaEngine:
             except BaseException:  # a disconnected client cancels this; the copy must not stay
                 self._later(self._ask("lola_drop", request_id))
                 raise
-        return joined([answer["layers"] for answer in answers], self.pages, len(tokens))
+        evicted = int(self.page.num_evicted(torch.tensor(len(tokens))))
+        return joined([answer["layers"] for answer in answers], self.sizes, evicted)
 
     def _check_record(self, num_tokens: int, forgotten: bool) -> None:
         """Refuse what cannot be answered from the keys and values of a prompt."""
@@ -305,14 +311,14 @@ class LolaEngine:
 
 
 def joined(
-    answers: list[dict[Any, Any]], pages: Sequence[StateLayout], num_tokens: int
+    answers: list[dict[Any, Any]], sizes: Sequence[Sequence[int]], evicted: int
 ) -> list[Layer]:
     """One list of layers from the layers and heads of several workers.
 
     Args:
-        answers: of the workers. pages: of every layer. num_tokens: that the state has seen.
+        answers: of the workers. sizes: of every layer, as `head_sizes` has them.
+        evicted: tokens that have left the window.
     """
-    n = torch.tensor(num_tokens)
     heads: dict[int, dict[int, Head]] = {}
     for answer in answers:
         for layer, found in answer.items():
@@ -322,11 +328,22 @@ def joined(
     return [
         Layer(
             layer=layer,
-            sparse_cache_size=pages[layer].sparse_cache_size,
-            folded=int(pages[layer].num_folded(n)),
+            sparse_cache_size=max(sizes[layer]),
+            sparse_cache_sizes=list(sizes[layer]),
+            folded=max(0, evicted - max(sizes[layer])),
             heads=[heads[layer][head] for head in sorted(heads[layer])],
         )
         for layer in sorted(heads)
+    ]
+
+
+def head_sizes(config: LolaLlamaConfig) -> list[list[int]]:
+    """Pairs that each sparse set of each layer of a model holds at most."""
+    lola, kv_heads = config.lola, num_kv_heads(config)
+    sets = lola.num_sparse_heads(lola.num_state_heads or config.num_attention_heads, kv_heads)
+    layers = (lola.for_layer(i).for_heads() for i in range(config.num_hidden_layers))
+    return [
+        [head.sparse_pairs for head in heads for _ in range(sets // len(heads))] for heads in layers
     ]
 
 

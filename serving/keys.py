@@ -66,7 +66,7 @@ class KeyRecorder:
         self._pairs: list[Pairs] = []
         for layer in layers:
             shape = (num_tokens, layer.num_kv_heads, layer.head_dim)
-            k, v = (torch.empty(shape, dtype=layer.layout.kv_dtype) for _ in range(2))
+            k, v = (torch.empty(shape, dtype=layer.layout.pages[0].kv_dtype) for _ in range(2))
             self._pairs.append(Pairs(k, v))
         self._hook: Any = model.register_forward_pre_hook(self._before_step)
 

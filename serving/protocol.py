@@ -241,11 +241,13 @@ class Layer(BaseModel):
     """The sparse sets of a layer, in order.
 
     Attributes:
-        sparse_cache_size: what a head can hold. folded: tokens in the hidden state of each head.
+        sparse_cache_sizes: what each head can hold. sparse_cache_size: the most of them.
+        folded: tokens in the hidden state of each head, the least of them.
     """
 
     layer: int
     sparse_cache_size: int
+    sparse_cache_sizes: list[int]
     folded: int
     heads: list[Head]
 

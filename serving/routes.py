@@ -100,8 +100,8 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
     texts = None
     if tokenizer is not None:  # in a thread, because a long prompt takes a while
         texts = await asyncio.to_thread(token_texts, tokenizer, tokens)
-    pages, layout = engine.pages, engine.pages[0]
-    n = torch.tensor(len(tokens))
+    layout = engine.page
+    n, largest = torch.tensor(len(tokens)), max(map(max, engine.sizes))
     origin = 0 if engine.places is None else engine.places.origin(len(tokens))
     places = None
     if engine.places is not None and origin:
@@ -114,8 +114,8 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
         texts=texts,
         sinks=min(len(tokens), layout.sink_size),
         window_start=int(layout.window_start(n)),
-        folded=min(int(page.num_folded(n)) for page in pages),
-        sparse_cache_size=max(page.sparse_cache_size for page in pages),
+        folded=max(0, int(layout.num_evicted(n)) - largest),
+        sparse_cache_size=largest,
         window_size=layout.window_size,
         update_interval=layout.update_interval,
         history_interval=stop_interval(layout, len(tokens)) if body.history else None,

@@ -20,6 +20,8 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
+from lola_vllm.ops.by_head import states_of
+from lola_vllm.ops.contract import LayerState
 from lola_vllm.plugin import compat
 from lola_vllm.plugin.attention import LolaAttention
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads
@@ -122,21 +124,14 @@ class LolaWorkerExtension:
         for module, page, pairs in zip(modules, copy.pages, recorded, strict=True):
             index = extract_layer_index(module.prefix)
             if layers is None or index in layers:
-                assert module.state is not None
-                memory = remembered(page, module.layout, module.state.weights, copy.num_tokens)
-                # Rounded in float64, so that they are printed with few decimals.
-                errors = memory.errors.double().round(decimals=5).tolist()
-                heads: list[Answer] = [
-                    {"positions": positions, "errors": errors[i]}
-                    for i, positions in enumerate(memory.positions.tolist())
-                ]
-                if memory.saliency is not None:
-                    for head, saliency in zip(heads, memory.saliency.double(), strict=True):
-                        head["saliency"] = saliency.round(decimals=5).tolist()
-                if forgotten and pairs is not None:
-                    _add_forgotten(heads, module, page, copy.num_tokens, pairs)
-                if history and pairs is not None:
-                    _add_history(heads, stays(module.ops, module.state, pairs))
+                heads: list[Answer] = []
+                for state, part, seen in _pages_of(module, page, pairs):
+                    found = _heads(state, part, copy.num_tokens)
+                    if forgotten and seen is not None:
+                        _add_forgotten(found, state, part, copy.num_tokens, seen)
+                    if history and seen is not None:
+                        _add_history(found, stays(module.ops, state, seen))
+                    heads += found
                 answer[index] = {first_head + i: head for i, head in enumerate(heads)}
         return {"layers": answer}
 
@@ -161,7 +156,7 @@ class LolaWorkerExtension:
         if not isinstance(copy, Copy):
             return {}
         answer: Answer = {"sequences": len(copy.rows)}
-        layouts = modules[0].sequence.layers
+        layouts = modules[0].sequence.layouts
         num_tokens = torch.tensor([row.num_tokens for row in copy.rows])
         room = len(copy.rows) * sum(layout.sparse_cache_size for layout in layouts)
         if room:
@@ -169,11 +164,10 @@ class LolaWorkerExtension:
             answer["sparse_fill"] = filled / room
         forecasts = []
         for module, page in zip(modules, copy.pages, strict=True):
-            assert module.state is not None
-            state = module.state
-            forecasts.append(
-                forecast(page, module.layout, state.weights, copy.num_tokens, state.turn)
-            )
+            for state, part, _ in _pages_of(module, page, None):
+                forecasts.append(
+                    forecast(part, state.layout, state.weights, copy.num_tokens, state.turn)
+                )
         for field in Forecast._fields:
             values = [value for f in forecasts if (value := getattr(f, field)) is not None]
             if values:
@@ -216,15 +210,43 @@ class LolaWorkerExtension:
         return get_tensor_model_parallel_rank() * total // ranks
 
 
+def _pages_of(
+    module: LolaAttention, page: Tensor, pairs: Pairs | None
+) -> list[tuple[LayerState, Tensor, Pairs | None]]:
+    """Each page in a layer's bytes, with the state that it belongs to and what its heads saw."""
+    assert module.state is not None
+    states, parts = states_of(module.state), module.layout.split(page)
+    if pairs is None or len(states) == 1:
+        return [(state, part, pairs) for state, part in zip(states, parts, strict=True)]
+    return [
+        (state, part, Pairs(pairs.k[:, i : i + 1], pairs.v[:, i : i + 1]))
+        for i, (state, part) in enumerate(zip(states, parts, strict=True))
+    ]
+
+
+def _heads(state: LayerState, page: Tensor, num_tokens: int) -> list[Answer]:
+    """`positions`, `errors` and `saliency` of the sparse sets of a page."""
+    memory = remembered(page, state.layout, state.weights, num_tokens)
+    # Rounded in float64, so that they are printed with few decimals.
+    errors = memory.errors.double().round(decimals=5).tolist()
+    heads: list[Answer] = [
+        {"positions": positions, "errors": errors[i]}
+        for i, positions in enumerate(memory.positions.tolist())
+    ]
+    if memory.saliency is not None:
+        for head, saliency in zip(heads, memory.saliency.double(), strict=True):
+            head["saliency"] = saliency.round(decimals=5).tolist()
+    return heads
+
+
 def _add_forgotten(
-    heads: list[Answer], module: LolaAttention, page: Tensor, num_tokens: int, pairs: Pairs
+    heads: list[Answer], state: LayerState, page: Tensor, num_tokens: int, pairs: Pairs
 ) -> None:
     """`forgotten`: the errors of all tokens between sinks and window that a head does not hold."""
-    assert module.state is not None
-    errors = recalled(page, module.layout, module.state.weights, num_tokens, pairs)
+    errors = recalled(page, state.layout, state.weights, num_tokens, pairs)
     for head, row in zip(heads, errors.double().round(decimals=5).tolist(), strict=True):
         kept = set(head["positions"])
-        first = module.layout.sink_size
+        first = state.layout.sink_size
         head["forgotten"] = [e for p, e in enumerate(row, start=first) if p not in kept]
 
 

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <chrono>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/ops_cpu.h"
@@ -47,18 +48,32 @@ int64_t item_bytes(const PageLayout& layout) {
 
 }  // namespace
 
-void decode_cpu(const Call& call, int64_t rows, const Indices& seq_lens) {
-  const Kernels& kernel = kernels(call.layout.kv_dtype);
-  const int64_t items = rows * call.layout.num_sparse_heads, bytes = kernel.decode_bytes(call);
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(),
-                                            1 + items * item_bytes(call.layout) / kThreadBytes);
+void decode_cpu(const std::vector<Call>& calls, int64_t rows, const Indices& seq_lens) {
+  const Kernels& kernel = kernels(calls[0].layout.kv_dtype);
+  int64_t items = 0, read = 0, bytes = 0;
+  for (const Call& call : calls) {
+    items += rows * call.layout.num_sparse_heads;
+    read += rows * call.layout.num_sparse_heads * item_bytes(call.layout);
+    bytes = std::max(bytes, kernel.decode_bytes(call));
+  }
+  const int64_t threads =
+      std::min<int64_t>(torch::stable::get_num_threads(), 1 + read / kThreadBytes);
   // Several tasks for each thread, of the sets of a row or more: these lie side by side in its
   // page.
-  WorkQueue queue{items, std::clamp<int64_t>(items / (4 * threads), 1, kMaxTaskSize)};
-  if (threads == 1) return kernel.decode(call, seq_lens, queue, ThreadMemory::own(bytes));
+  const int64_t task = std::clamp<int64_t>(items / (4 * threads), 1, kMaxTaskSize);
+  std::vector<WorkQueue> queues;
+  for (const Call& call : calls) queues.push_back({rows * call.layout.num_sparse_heads, task});
+  const auto work = [&](char* workspace) {
+    for (std::size_t i = 0; i < calls.size(); ++i) {
+      kernel.decode(calls[i], seq_lens, queues[i], workspace);
+    }
+  };
+  if (threads == 1) return work(ThreadMemory::own(bytes));
   parallel(threads, bytes, [&](int64_t begin, int64_t, char* workspace) {
-    kernel.decode(call, seq_lens, queue, workspace);
-    if (begin == 0) await(queue);
+    work(workspace);
+    if (begin == 0) {
+      for (const WorkQueue& queue : queues) await(queue);
+    }
   });
 }
 

@@ -21,31 +21,38 @@ void answer_zero(const Call& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void prefill_cpu(const Call& call, int64_t rows, const Indices& query_start_loc,
+void prefill_cpu(const std::vector<Call>& calls, int64_t rows, const Indices& query_start_loc,
                  const Indices& context_lens) {
-  const Kernels& kernel = kernels(call.layout.kv_dtype);
+  const Kernels& kernel = kernels(calls[0].layout.kv_dtype);
   std::vector<NewTokens> new_tokens;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t begin = query_start_loc[r], end = query_start_loc[r + 1];
-    if (call.slots[r] <= 0) {
-      answer_zero(call, begin, end);
+    const int64_t slot = calls[0].slots[r];
+    if (slot <= 0) {
+      for (const Call& call : calls) answer_zero(call, begin, end);
     } else if (end > begin) {
-      new_tokens.push_back({call.slots[r], begin, context_lens[r], end - begin});
+      new_tokens.push_back({slot, begin, context_lens[r], end - begin});
     }
   }
   if (new_tokens.empty()) return;
-  if (call.layout.update_interval < kShortInterval) {
-    const auto items = static_cast<int64_t>(new_tokens.size()) * call.layout.num_kv_heads;
-    parallel(items, kernel.decode_bytes(call), [&](int64_t begin, int64_t end, char* workspace) {
-      kernel.decode_tokens(call, new_tokens.data(), begin, end, workspace);
+  int64_t bytes = 0;
+  if (calls[0].layout.update_interval < kShortInterval) {
+    const int64_t each = static_cast<int64_t>(new_tokens.size()) * calls[0].layout.num_kv_heads;
+    for (const Call& call : calls) bytes = std::max(bytes, kernel.decode_bytes(call));
+    const int64_t items = each * static_cast<int64_t>(calls.size());
+    parallel(items, bytes, [&](int64_t begin, int64_t end, char* workspace) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Call& call = calls[static_cast<std::size_t>(i / each)];
+        kernel.decode_tokens(call, new_tokens.data(), i % each, i % each + 1, workspace);
+      }
     });
     return;
   }
-  PrefillScheduler scheduler(call, kernel, new_tokens, torch::stable::get_num_threads());
-  parallel(scheduler.threads(), kernel.attend_bytes(call),
-           [&](int64_t begin, int64_t end, char* workspace) {
-             for (int64_t i = begin; i < end; ++i) scheduler.work(i, workspace);
-           });
+  for (const Call& call : calls) bytes = std::max(bytes, kernel.attend_bytes(call));
+  PrefillScheduler scheduler(calls, kernel, new_tokens, torch::stable::get_num_threads());
+  parallel(scheduler.threads(), bytes, [&](int64_t begin, int64_t end, char* workspace) {
+    for (int64_t i = begin; i < end; ++i) scheduler.work(i, workspace);
+  });
 }
 
 }  // namespace lola

@@ -19,12 +19,15 @@ constexpr int64_t kLongestChunk = 256;
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-int64_t useful_threads(const PageLayout& layout, const std::vector<NewTokens>& rows, int64_t most) {
+int64_t useful_threads(const std::vector<Call>& calls, const std::vector<NewTokens>& rows,
+                       int64_t most) {
+  const PageLayout& layout = calls[0].layout;
+  const int64_t sets = layout.num_sparse_heads * static_cast<int64_t>(calls.size());
   int64_t tasks = 0;
   for (const NewTokens& row : rows) {
     const int64_t queries = std::min(row.count, layout.update_interval);
     const int64_t blocks = divide_up(queries * layout.heads_per_set(), kLeastColumns);
-    tasks += layout.num_sparse_heads * (blocks + 1);  // of a chunk, and its update
+    tasks += sets * (blocks + 1);  // of a chunk, and its update
   }
   return std::min(most, tasks);
 }
@@ -49,17 +52,20 @@ void write_pairs(const Call& call, const NewTokens& chunk, int64_t kv_head) {
 
 }  // namespace
 
-PrefillScheduler::PrefillScheduler(const Call& call, const Kernels& kernels,
+PrefillScheduler::PrefillScheduler(const std::vector<Call>& calls, const Kernels& kernels,
                                    const std::vector<NewTokens>& rows, int64_t max_threads)
-    : call_(call),
+    : calls_(calls),
       kernels_(kernels),
       rows_(rows),
-      num_jobs_(static_cast<int64_t>(rows.size()) * call.layout.num_kv_heads),
-      sets_(call.layout.sets_per_kv_head()),
-      threads_(useful_threads(call.layout, rows, max_threads)),
+      kv_heads_(calls[0].layout.num_kv_heads),
+      num_jobs_(static_cast<int64_t>(rows.size() * calls.size()) * kv_heads_),
+      sets_(calls[0].layout.sets_per_kv_head()),
+      threads_(useful_threads(calls, rows, max_threads)),
       jobs_(static_cast<std::size_t>(std::min(threads_, num_jobs_))),
       open_(std::min(threads_, num_jobs_)) {
-  const int64_t bytes = divide_up(kernels_.update_bytes(call_), 64) * 64;
+  int64_t bytes = 0;
+  for (const Call& call : calls) bytes = std::max(bytes, kernels_.update_bytes(call));
+  bytes = divide_up(bytes, 64) * 64;
   char* workspace = ThreadMemory::shared(open_ * bytes);
   for (Job& job : jobs_) {
     job.workspace = workspace;
@@ -71,28 +77,30 @@ PrefillScheduler::PrefillScheduler(const Call& call, const Kernels& kernels,
 }
 
 bool PrefillScheduler::update_due(const Job& job) const {
-  return call_.layout.update_due(job.chunk.position + job.chunk.count);
+  return job.call->layout.update_due(job.chunk.position + job.chunk.count);
 }
 
 bool PrefillScheduler::open_next(Job& job) {
   if (next_job_ == num_jobs_) return false;
-  job.row = rows_[static_cast<std::size_t>(next_job_ / call_.layout.num_kv_heads)];
-  job.kv_head = next_job_++ % call_.layout.num_kv_heads;
+  const int64_t all = kv_heads_ * static_cast<int64_t>(calls_.size()), head = next_job_ % all;
+  job.row = rows_[static_cast<std::size_t>(next_job_++ / all)];
+  job.call = &calls_[static_cast<std::size_t>(head / kv_heads_)];
+  job.kv_head = head % kv_heads_;
   job.done = 0;
   return true;
 }
 
 void PrefillScheduler::begin_chunk(Job& job) {
-  if (job.done == 0) kernels_.open(call_, job.workspace);
-  job.chunk = next_chunk(call_.layout, job.row, job.done);
-  write_pairs(call_, job.chunk, job.kv_head);
+  if (job.done == 0) kernels_.open(*job.call, job.workspace);
+  job.chunk = next_chunk(job.call->layout, job.row, job.done);
+  write_pairs(*job.call, job.chunk, job.kv_head);
 }
 
 // How a chunk is divided changes who computes what, and no result.
 void PrefillScheduler::publish(Job& job) {
   const int64_t parts = divide_up(threads_, open_), fair = divide_up(job.chunk.count, parts);
-  const int64_t least = divide_up(kLeastColumns, call_.layout.heads_per_set());
-  job.block = std::min(kernels_.max_block(call_), std::max(fair, least));
+  const int64_t least = divide_up(kLeastColumns, job.call->layout.heads_per_set());
+  job.block = std::min(kernels_.max_block(*job.call), std::max(fair, least));
   job.blocks = divide_up(job.chunk.count, job.block);
   job.tasks = sets_ * (job.blocks + (update_due(job) ? 1 : 0));
   job.unfinished = job.tasks;
@@ -101,17 +109,18 @@ void PrefillScheduler::publish(Job& job) {
 
 void PrefillScheduler::run_task(const Job& job, int64_t task, char* workspace) const {
   const int64_t set = job.kv_head * sets_ + task % sets_, block = task / sets_;
-  if (block == job.blocks) return kernels_.decide(call_, job.chunk, set, job.workspace);
+  const Call& call = *job.call;
+  if (block == job.blocks) return kernels_.decide(call, job.chunk, set, job.workspace);
   const int64_t first = block * job.block;
-  kernels_.attend(call_,
-                  {call_.page(job.chunk.slot), set, job.chunk.token + first, job.chunk.position,
+  kernels_.attend(call,
+                  {call.page(job.chunk.slot), set, job.chunk.token + first, job.chunk.position,
                    first, std::min(job.block, job.chunk.count - first)},
                   workspace);
 }
 
 void PrefillScheduler::finish_chunk(Job& job, std::unique_lock<std::mutex>& lock) {
   lock.unlock();
-  if (update_due(job)) kernels_.commit(call_, job.chunk, job.kv_head, job.workspace);
+  if (update_due(job)) kernels_.commit(*job.call, job.chunk, job.kv_head, job.workspace);
   lock.lock();
   job.done += job.chunk.count;
   if (job.done < job.row.count || open_next(job)) {

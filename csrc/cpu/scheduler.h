@@ -22,8 +22,8 @@ namespace lola {
 class PrefillScheduler {
  public:
   // For up to `max_threads`. Takes the workspaces of the jobs from the memory of this thread.
-  PrefillScheduler(const Call& call, const Kernels& kernels, const std::vector<NewTokens>& rows,
-                   int64_t max_threads);
+  PrefillScheduler(const std::vector<Call>& calls, const Kernels& kernels,
+                   const std::vector<NewTokens>& rows, int64_t max_threads);
 
   // As many as can ever have something to do at once.
   int64_t threads() const { return threads_; }
@@ -34,8 +34,9 @@ class PrefillScheduler {
 
  private:
   struct Job {
+    const Call* call = nullptr;
     NewTokens row{}, chunk{};
-    int64_t kv_head = 0, done = 0;  // tokens done
+    int64_t kv_head = 0, done = 0;  // of the call's; tokens done
     int64_t block = 0, blocks = 0;  // queries per block, blocks per sparse set
     int64_t tasks = 0, next = 0;    // of the chunk: all, and the first that nobody has taken
     int64_t unfinished = 0;
@@ -51,11 +52,11 @@ class PrefillScheduler {
   int64_t find_task(int64_t first) const;
   void wait(std::unique_lock<std::mutex>& lock);
 
-  const Call& call_;
+  const std::vector<Call>& calls_;
   const Kernels& kernels_;
   const std::vector<NewTokens>& rows_;
-  const int64_t num_jobs_, sets_, threads_;
-  std::vector<Job> jobs_;  // the open ones
+  const int64_t kv_heads_, num_jobs_, sets_, threads_;  // KV heads of a call, sets of each
+  std::vector<Job> jobs_;                               // the open ones
   int64_t next_job_ = 0, open_ = 0, sleeping_ = 0;
   std::atomic<int64_t> published_{0};  // grows whenever there may be something new to do
   std::mutex mutex_;

@@ -87,8 +87,10 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
             const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
             const Tensor& seq_lens, const Tensor& out) {
   Params p;
-  p.layout = check_call(
-      {pages, layout, feature_map_q, feature_map_k, log_gate, saliency, q, k, v, out}, kDevice);
+  p.layout =
+      *check_call({pages, layout, feature_map_q, feature_map_k, log_gate, saliency, q, k, v, out},
+                  kDevice)
+           .first;
   const PageLayout& x = p.layout;
   LOLA_CHECK(x.head_dim <= kMaxHeadDim, "q: head size ", x.head_dim, ", at most ", kMaxHeadDim);
   LOLA_CHECK(x.kv_dtype != DType::f64 && x.state_dtype == DType::f32,

@@ -70,7 +70,7 @@ def apply_calibration(
         raise CheckpointError(f"{path}: model_type {raw.get('model_type')!r} is no LoLA model")
     raw["lola_config"] = {**raw.get("lola_config", {}), **keys}
     config = LolaLlamaConfig(**raw)
-    config.lola.check_layers(config.num_hidden_layers)
+    config.check_sizes()
     if saliency:
         _write_tensors(model, saliency)  # first: without the key nobody reads them
     write_json(path, raw)

@@ -94,7 +94,7 @@ class DistillOptions:
         from lola_vllm.config import LolaConfig
 
         own = LolaConfig(**self.lola_config)
-        sizes: Sequence[int | tuple[int, ...]] = self.train_sparse_caches or [own.sparse_cache_size]
+        sizes: Sequence[Any] = self.train_sparse_caches or [own.sparse_cache_size]
         return [
             LolaConfig(**{**self.lola_config, "window_size": window, "sparse_cache_size": lam})
             for window in self.train_windows or [own.window_size]

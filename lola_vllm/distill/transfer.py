@@ -152,7 +152,7 @@ def _draw(configs: Sequence[LolaConfig], generator: torch.Generator) -> LolaConf
 
 def first_chunk_with_state(config: LolaConfig) -> int:
     """The first chunk of `update_interval` queries that sees a hidden state, counted from 0."""
-    full = config.window_size + config.sparse_pairs + config.sink_size
+    full = config.window_size + max(config.sizes) + config.sink_size
     return full // config.update_interval + 1
 
 
@@ -167,8 +167,7 @@ def check_row_length(option: str, length: int, configs: Sequence[LolaConfig]) ->
         CheckpointError: one of the settings folds nothing; names the least length that does.
     """
     for config in configs:
-        sizes = config.sparse_cache_size
-        most = sizes if isinstance(sizes, int) else max(sizes)
+        most = max(config.sizes)
         config = config.model_copy(update={"sparse_cache_size": most})
         least = first_chunk_with_state(config) * config.update_interval + 1
         if length < least:

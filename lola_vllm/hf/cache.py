@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,19 @@ from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.ops import (
     DecodeBatch,
-    LayerState,
     LolaWeights,
     PrefillBatch,
+    State,
+    bind_layer,
     choose_backend,
     rebase,
 )
+from lola_vllm.ops.contract import with_weights
 from lola_vllm.ops.places import Turn
 from lola_vllm.sessions.chain import Chain, namespace, token_array
 from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
 from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
-from lola_vllm.state import SequenceLayout, StateLayout
+from lola_vllm.state import LayerLayout, SequenceLayout
 
 
 class LolaCacheLayer(CacheLayerMixin):
@@ -51,7 +52,7 @@ class LolaCacheLayer(CacheLayerMixin):
         """Forget every row; the next forward may have another batch size."""
         self.is_initialized = False
         self.pages: Tensor | None = None
-        self.state: LayerState | None = None
+        self.state: State | None = None
         self.num_tokens = torch.zeros(0, dtype=torch.int64)
         self.num_columns = 0
 
@@ -65,7 +66,7 @@ class LolaCacheLayer(CacheLayerMixin):
     ) -> None:
         """Allocate a page per row, for keys and values `[num_kv_heads, head_dim]` of `dtype`."""
         state_dtype = getattr(torch, self.lola.state_dtype)
-        self.layout = StateLayout.from_config(
+        self.layout = LayerLayout.from_config(
             self.lola,
             num_kv_heads=num_kv_heads,
             num_state_heads=self.lola.num_state_heads or self.config.num_attention_heads,
@@ -105,14 +106,14 @@ class LolaCacheLayer(CacheLayerMixin):
             self.lazy_initialization(k, v)
         assert self.pages is not None
         if self.state is None or self.state.pages is not self.pages:
-            self.state = LayerState.bind(weights, self.layout, self.pages, turn)
+            self.state = bind_layer(weights, self.layout, self.pages, turn)
         # Weights are of one layer, so their shapes stay.
-        state = replace(self.state, weights=weights.completed(self.layout, turn), turn=turn)
+        state = with_weights(self.state, weights, turn)
         places = turn.places if turn is not None else None
         slots = torch.arange(1, len(q) + 1, device=q.device, dtype=torch.int32)
         seen, self.num_tokens = self.num_tokens, self.num_tokens + tokens.lengths
         self.num_columns += q.shape[1]
-        dtype = self.layout.kv_dtype  # under autocast q, k and v may differ
+        dtype = self.layout.pages[0].kv_dtype  # under autocast q, k and v may differ
         rows_q, rows_k, rows_v = (tokens.pack(x).to(dtype).contiguous() for x in (q, k, v))
         out = torch.empty_like(rows_q)
         if q.shape[1] == 1 and tokens.mask is None:
@@ -287,6 +288,6 @@ class LolaCache(Cache):
         return model_fingerprint(
             first.config,
             str(first.config._name_or_path),
-            self._sequence().layers,
+            self._sequence().layouts,
             bounded=first.ops.name != "torch",
         )

@@ -42,7 +42,7 @@ class LolaLlamaAttention(LlamaAttention):
 
     def __init__(self, config: LolaLlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        config.lola.check_layers(config.num_hidden_layers)
+        config.check_sizes()
         self.lola = config.lola.for_layer(layer_idx)
         hidden, d, heads = config.hidden_size, self.head_dim, config.num_attention_heads
         if config.qkv_bias != config.attention_bias:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lola_vllm.config import saliency_size
 from lola_vllm.ops.places import Turn
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.state import TABLE_FIELDS, LayerLayout, StateLayout, StateViews
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,21 @@ class LolaWeights:
         log_gate = torch.nn.functional.logsigmoid(factors) if lolcats else factors
         saliency = None if saliency is None else saliency.to(wide)
         return cls(feature_map_q.to(wide), feature_map_k.to(wide), log_gate, lolcats, saliency)
+
+    def of_head(self, index: int, num_kv_heads: int) -> LolaWeights:
+        """The part of KV head `index` of so many."""
+
+        def part(x: Tensor) -> Tensor:
+            share = len(x) // num_kv_heads
+            return x[index * share : (index + 1) * share]
+
+        return LolaWeights(
+            part(self.feature_map_q),
+            part(self.feature_map_k),
+            part(self.log_gate),
+            self.subtract_max,
+            None if self.saliency is None else part(self.saliency),
+        )
 
     def completed(self, layout: StateLayout, turn: Turn | None) -> LolaWeights:
         """With zeros as saliency where scores fade and nothing else weighs them: w = exp(0) for a
@@ -157,6 +172,66 @@ class LayerState:
         return len(self.weights.log_gate)
 
 
+@dataclass(frozen=True, eq=False)
+class HeadStates:
+    """A layer whose KV heads have a page each, as their sparse caches differ in size.
+
+    Attributes:
+        weights: the layer's. layout: the heads'. pages: `[N, >= layout.page_bytes]`, bytes.
+        heads: of each KV head, with its part of weights and pages.
+        table: `[Hkv, len(TABLE_FIELDS)]` int64 in host memory: the heads' layouts as the C++ ops
+            read them, with offsets in the layer's bytes.
+    """
+
+    weights: LolaWeights
+    layout: LayerLayout
+    pages: Tensor
+    heads: tuple[LayerState, ...]
+    table: Tensor
+
+    @property
+    def turn(self) -> Turn | None:
+        """How a rebase turns keys back, as in `LayerState`."""
+        return self.heads[0].turn
+
+
+State = LayerState | HeadStates
+
+
+def bind_layer(
+    weights: LolaWeights, layout: LayerLayout, pages: Tensor, turn: Turn | None = None
+) -> State:
+    """A layer's state, with one page or with a page per KV head; as `LayerState.bind`."""
+    if len(layout.pages) == 1:
+        return LayerState.bind(weights, layout.pages[0], pages, turn)
+    count = len(layout.pages)
+    heads = tuple(
+        LayerState.bind(weights.of_head(i, count), page, own, turn)
+        for i, (page, own) in enumerate(zip(layout.pages, layout.split(pages), strict=True))
+    )
+    rows = []
+    for offset, head in zip(layout.offsets, heads, strict=True):
+        row = head.table.clone()
+        row[TABLE_FIELDS.index("page_bytes") :] += offset  # and the offsets, which follow it
+        rows.append(row)
+    return HeadStates(
+        weights.completed(layout.pages[0], turn), layout, pages, heads, torch.stack(rows)
+    )
+
+
+def with_weights(state: State, weights: LolaWeights, turn: Turn | None) -> State:
+    """The same pages with other weights of the same shapes, which are not checked again."""
+    if isinstance(state, LayerState):
+        return replace(state, weights=weights.completed(state.layout, turn), turn=turn)
+    count = len(state.heads)
+    weights = weights.completed(state.heads[0].layout, turn)
+    heads = tuple(
+        replace(head, weights=weights.of_head(i, count).completed(head.layout, turn), turn=turn)
+        for i, head in enumerate(state.heads)
+    )
+    return replace(state, weights=weights, heads=heads)
+
+
 class DecodeBatch(NamedTuple):
     """The rows of a decode step: one new token each.
 
@@ -186,7 +261,7 @@ class PrefillBatch(NamedTuple):
 
 
 class DecodeOp(Protocol):
-    """One new token per row."""
+    """One new token per row, for a layer with one page."""
 
     def __call__(
         self, state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor
@@ -195,10 +270,28 @@ class DecodeOp(Protocol):
 
 
 class PrefillOp(Protocol):
-    """A segment of new tokens per row, from an empty or a live page."""
+    """A segment of new tokens per row, from an empty or a live page, for a layer with one page."""
 
     def __call__(
         self, state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
+    ) -> None:
+        """q and out `[T, Hq, d]`, k and v `[T, Hkv, d]` in the pages' dtype."""
+
+
+class LayerDecode(Protocol):
+    """`DecodeOp` for any layer."""
+
+    def __call__(
+        self, state: State, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor
+    ) -> None:
+        """q and out `[B, Hq, d]`, k and v `[B, Hkv, d]` in the pages' dtype."""
+
+
+class LayerPrefill(Protocol):
+    """`PrefillOp` for any layer."""
+
+    def __call__(
+        self, state: State, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
     ) -> None:
         """q and out `[T, Hq, d]`, k and v `[T, Hkv, d]` in the pages' dtype."""
 
@@ -215,13 +308,13 @@ class Backend:
     """The ops chosen for a device.
 
     Attributes:
-        name: for the log. decode, prefill, warm_up: the ops.
+        name: for the log. decode, prefill: the ops. warm_up: of each `LayerState`.
         capturable: `decode` launches the same kernels whatever the token counts and waits for
             nothing, so that a CUDA graph can hold it.
     """
 
     name: str
-    decode: DecodeOp
-    prefill: PrefillOp
+    decode: LayerDecode
+    prefill: LayerPrefill
     warm_up: WarmUp | None = None
     capturable: bool = False

@@ -110,6 +110,10 @@ def _take(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(2, positions.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
 
 
+def _parts(x: Tensor, dim: int, count: int) -> tuple[Tensor, ...]:
+    return x.split(x.shape[dim] // count, dim)
+
+
 def lola_attention_parallel(
     q: Tensor,
     k: Tensor,
@@ -128,7 +132,7 @@ def lola_attention_parallel(
             float32, or in float64 for float64 inputs.
         feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`. window_factors: `[Hq]`, before
             the sigmoid.
-        config: the algorithm's parameters.
+        config: the parameters of one layer.
         chunks: `[N]` int64, the chunks whose queries to answer; default: all.
         saliency: `[Hkv, d // 2 + d + 1]`, weights of `pair_saliency`; None: scores are not weighed.
             It decides a choice, so it gets no gradient.
@@ -140,6 +144,22 @@ def lola_attention_parallel(
     Raises:
         LolaConfigError: head counts that do not divide each other.
     """
+    heads = config.for_heads()
+    if len(heads) > 1:  # KV heads do not see each other
+        count = len(heads)
+        q_of, k_of, v_of = (_parts(x, 2, count) for x in (q, k, v))
+        map_q_of, map_k_of, factors_of = (
+            _parts(x, 0, count) for x in (feature_map_q, feature_map_k, window_factors)
+        )
+        weights_of = [None] * count if saliency is None else saliency.split(1)
+        answers = [
+            lola_attention_parallel(
+                q_of[i], k_of[i], v_of[i], map_q_of[i], map_k_of[i], factors_of[i], heads[i],
+                chunks, weights_of[i],
+            )
+            for i in range(count)
+        ]  # fmt: skip
+        return torch.cat(answers, dim=2)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out_dtype = q.dtype
     B, T, Hq, d = q.shape

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
+from lola_vllm.ops.contract import DecodeBatch, PrefillBatch, State
 
 logger = logging.getLogger("vllm.lola")
 
@@ -48,9 +48,7 @@ def cpu_isa() -> str:
     return ISA_NAMES[torch.ops.lola.cpu_isa_level()]
 
 
-def decode(
-    state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor
-) -> None:
+def decode(state: State, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor) -> None:
     """One new token per row, in one pass over the pages; see `contract.DecodeOp`.
 
     Raises:
@@ -60,7 +58,7 @@ def decode(
 
 
 def prefill(
-    state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
+    state: State, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
 ) -> None:
     """A segment of new tokens per row, chunk by chunk; see `contract.PrefillOp`.
 
@@ -71,7 +69,7 @@ def prefill(
 
 
 def arguments(
-    state: LayerState,
+    state: State,
     q: Tensor,
     k: Tensor,
     v: Tensor,

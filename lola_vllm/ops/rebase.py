@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.ops.contract import LayerState, PrefillBatch, PrefillOp
+from lola_vllm.ops.by_head import states_of
+from lola_vllm.ops.contract import LayerPrefill, LayerState, PrefillBatch, State
 from lola_vllm.ops.int8 import Int8Rows, quantize
 from lola_vllm.ops.places import Places
 from lola_vllm.state import BOUND_ROWS
 
 
-def rebase(state: LayerState, slots: Tensor, num_tokens: Tensor) -> None:
+def rebase(state: State, slots: Tensor, num_tokens: Tensor) -> None:
     """Move the origin of pages by D, in place (`docs/algorithm.md`, section 6).
 
     Exact keys that are not in the far zone turn back by D positions. H, s and the weights of sparse
@@ -30,6 +31,11 @@ def rebase(state: LayerState, slots: Tensor, num_tokens: Tensor) -> None:
         slots: `[R]` integer on the pages' device; slots of 0 or less are padding.
         num_tokens: `[R]` integer, tokens that each page holds; for all of them `Places.due`.
     """
+    for page in states_of(state):
+        _rebase_page(page, slots, num_tokens)
+
+
+def _rebase_page(state: LayerState, slots: Tensor, num_tokens: Tensor) -> None:
     turn, layout, views = state.turn, state.layout, state.views
     assert turn is not None
     places, device = turn.places, state.pages.device
@@ -154,8 +160,8 @@ def cut(places: Places | None, batch: PrefillBatch) -> list[Piece]:
 
 
 def prefill(
-    op: PrefillOp,
-    state: LayerState,
+    op: LayerPrefill,
+    state: State,
     q: Tensor,
     k: Tensor,
     v: Tensor,

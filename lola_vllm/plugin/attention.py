@@ -30,7 +30,8 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from lola_vllm.config import LolaLlamaConfig, saliency_size
-from lola_vllm.ops import LayerState, LolaWeights, choose_backend, rebase
+from lola_vllm.ops import LolaWeights, State, bind_layer, choose_backend, rebase
+from lola_vllm.ops.by_head import states_of
 from lola_vllm.ops.places import Places, Turn
 from lola_vllm.plugin.backend import LolaMetadata
 from lola_vllm.plugin.cache import first_layer, head_dim, sequence_layout, state_spec
@@ -66,9 +67,12 @@ class LolaAttention(nn.Module, MambaBase):
         self.prefix = prefix
         self.lola = config.lola
         self.places = Places.of(config)
-        self.sequence = sequence_layout(vllm_config)
+        tp_size, tp_rank = (
+            get_tensor_model_parallel_world_size(),
+            get_tensor_model_parallel_rank(),
+        )
+        self.sequence = sequence_layout(vllm_config, tp_rank)
         self.layout = self.sequence.layers[extract_layer_index(prefix) - first_layer(vllm_config)]
-        tp_size = get_tensor_model_parallel_world_size()
         self.num_heads = num_heads // tp_size
         self.num_kv_heads = self.layout.num_kv_heads
         self.head_dim = head_dim(config)
@@ -112,7 +116,7 @@ class LolaAttention(nn.Module, MambaBase):
             self.saliency = _head_parameter(self.num_kv_heads, shape, num_kv_heads, torch.float32)
 
         self.kv_cache = (torch.tensor([]),)
-        self.state: LayerState | None = None
+        self.state: State | None = None
         self.sharing: list[LolaAttention] = []  # of the rank's first layer: all of its layers
         # Sees a step's k and v `[T, Hkv, d]`, after RoPE; only while a prompt's memory is read.
         self.witness: Callable[[Tensor, Tensor], None] | None = None
@@ -183,17 +187,18 @@ class LolaAttention(nn.Module, MambaBase):
 
     def take_pages(self, pages: Tensor) -> None:
         """Take this layer's pages, `[num_blocks, page_bytes]`, and compile what they need."""
-        self.ops = choose_backend(pages.device.type, self.layout.kv_dtype)
+        self.ops = choose_backend(pages.device.type, self.layout.pages[0].kv_dtype)
         self.state = self._bind(pages)
         if self.ops.warm_up is not None:
-            self.ops.warm_up(self.state)
+            for page in states_of(self.state):
+                self.ops.warm_up(page)
 
     def weights_changed(self) -> None:
         """Take new parameters into use; before the pages are there, nothing is to be done."""
         if self.state is not None:
             self.state = self._bind(self.state.pages)
 
-    def _bind(self, pages: Tensor) -> LayerState:
+    def _bind(self, pages: Tensor) -> State:
         weights = LolaWeights.prepare(
             self.feature_map_q.data,
             self.feature_map_k.data,
@@ -203,10 +208,10 @@ class LolaAttention(nn.Module, MambaBase):
         )
         turn = None
         if self.places is not None:
-            wide = torch.promote_types(self.layout.kv_dtype, torch.float32)
+            wide = torch.promote_types(self.layout.pages[0].kv_dtype, torch.float32)
             table = rope_rows(self.rotary_emb, (0, self.places.interval)).to(pages.device, wide)
             turn = Turn.of_table(self.places, *table.chunk(2, dim=-1))
-        return LayerState.bind(weights, self.layout, pages, turn)
+        return bind_layer(weights, self.layout, pages, turn)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:

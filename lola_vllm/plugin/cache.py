@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.plugin import compat
-from lola_vllm.state import SequenceLayout, StateLayout
+from lola_vllm.state import LayerLayout, SequenceLayout
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -88,11 +88,16 @@ def describe_pool(spec: LolaStateSpec, num_slots: int) -> str:
     )
 
 
-def sequence_layout(vllm_config: VllmConfig) -> SequenceLayout:
-    """The pages of this rank's layers."""
+def sequence_layout(vllm_config: VllmConfig, tp_rank: int = 0) -> SequenceLayout:
+    """The pages of a rank's layers.
+
+    Args:
+        tp_rank: of the tensor-parallel ranks, which differ only where the KV heads of a layer have
+            caches of different sizes.
+    """
     start = first_layer(vllm_config)
     end = start + vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    return SequenceLayout(page_layouts(vllm_config)[start:end])
+    return SequenceLayout(layer_layouts(vllm_config, tp_rank)[start:end])
 
 
 def first_layer(vllm_config: VllmConfig) -> int:
@@ -102,15 +107,19 @@ def first_layer(vllm_config: VllmConfig) -> int:
 
 
 def row_bytes(vllm_config: VllmConfig) -> int:
-    """Bytes of a slot: the largest state of the ranks of a pipeline."""
-    pages = page_layouts(vllm_config)
-    size = vllm_config.parallel_config.pipeline_parallel_size
-    parts = (pages[slice(*get_pp_indices(len(pages), rank, size))] for rank in range(size))
-    return max(SequenceLayout(part).row_bytes for part in parts)
+    """Bytes of a slot: the largest state of all ranks."""
+    parallel = vllm_config.parallel_config
+    size, largest = parallel.pipeline_parallel_size, 0
+    for tp_rank in range(parallel.tensor_parallel_size):
+        layers = layer_layouts(vllm_config, tp_rank)
+        for rank in range(size):
+            part = layers[slice(*get_pp_indices(len(layers), rank, size))]
+            largest = max(largest, SequenceLayout(part).row_bytes)
+    return largest
 
 
-def page_layouts(vllm_config: VllmConfig) -> tuple[StateLayout, ...]:
-    """The page of every layer of the model on one tensor-parallel rank."""
+def layer_layouts(vllm_config: VllmConfig, tp_rank: int = 0) -> tuple[LayerLayout, ...]:
+    """The pages of every layer of the model on one tensor-parallel rank."""
     config = lola_hf_config(vllm_config)
     kv_heads = num_kv_heads(config)
     kv_dtype = vllm_config.model_config.dtype
@@ -119,14 +128,15 @@ def page_layouts(vllm_config: VllmConfig) -> tuple[StateLayout, ...]:
     lola = config.lola
     num_state_heads = lola.num_state_heads or config.num_attention_heads
     lola.check_heads(config.num_attention_heads, kv_heads, num_state_heads)
-    lola.check_layers(config.num_hidden_layers)
+    config.check_sizes()
     return tuple(
-        StateLayout.from_config(
+        LayerLayout.from_config(
             lola.for_layer(index),
             num_kv_heads=max(1, kv_heads // tp_size),
             num_state_heads=max(1, num_state_heads // tp_size),
             head_dim=head_dim(config),
             kv_dtype=kv_dtype,
+            first_kv_head=tp_rank * kv_heads // tp_size,
         )
         for index in range(config.num_hidden_layers)
     )

@@ -34,7 +34,7 @@ from vllm.logger import init_logger
 
 from lola_vllm.ops import choose_backend
 from lola_vllm.plugin import compat
-from lola_vllm.plugin.cache import lola_hf_config, page_layouts, row_bytes, sequence_layout
+from lola_vllm.plugin.cache import layer_layouts, lola_hf_config, row_bytes, sequence_layout
 from lola_vllm.plugin.session_requests import SchedulerHalf
 from lola_vllm.sessions.directory import model_directory
 from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
@@ -42,6 +42,7 @@ from lola_vllm.sessions.orders import Order, Outcome
 from lola_vllm.sessions.rows import RowKeeper
 from lola_vllm.sessions.settings import StoreSettings
 from lola_vllm.sessions.store import SessionStore
+from lola_vllm.state import SequenceLayout
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -119,7 +120,7 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
             None if directory is None else model_directory(directory, fingerprint),
             rank,
             parallel.world_size,
-            sequence_layout(self._vllm_config).cleaned,
+            sequence_layout(self._vllm_config, get_tensor_model_parallel_rank()).cleaned,
             max(4, max(WAITING_BYTES, settings.memory // 4) // parallel.world_size // row),
         )
 
@@ -286,7 +287,7 @@ def fingerprint_of(vllm_config: VllmConfig) -> Fingerprint:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     config = lola_hf_config(vllm_config)
     stored_so = getattr(config, "quantization_config", None) is not None
-    pages = page_layouts(vllm_config)
+    pages = SequenceLayout(layer_layouts(vllm_config)).layouts
     backend = choose_backend(vllm_config.device_config.device_type, pages[0].kv_dtype)
     return model_fingerprint(
         config,
