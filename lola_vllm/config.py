@@ -177,6 +177,12 @@ class LolaConfig(BaseModel):
         assert not isinstance(sizes, int)
         return tuple(self.model_copy(update={"sparse_cache_size": size}) for size in sizes)
 
+    def set_sizes(self, num_sparse_heads: int) -> list[int]:
+        """Of the parameters of one layer, what each of so many sparse sets holds at most."""
+        heads = self.for_heads()
+        share = num_sparse_heads // len(heads)
+        return [head.sparse_pairs for head in heads for _ in range(share)]
+
     def check_layers(self, num_layers: int, num_kv_heads: int) -> None:
         """Raise `LolaConfigError` unless lists have as many numbers as the model has layers, and
         lists in them as many as a layer has KV heads."""

@@ -341,10 +341,7 @@ def head_sizes(config: LolaLlamaConfig) -> list[list[int]]:
     """Pairs that each sparse set of each layer of a model holds at most."""
     lola, kv_heads = config.lola, num_kv_heads(config)
     sets = lola.num_sparse_heads(lola.num_state_heads or config.num_attention_heads, kv_heads)
-    layers = (lola.for_layer(i).for_heads() for i in range(config.num_hidden_layers))
-    return [
-        [head.sparse_pairs for head in heads for _ in range(sets // len(heads))] for heads in layers
-    ]
+    return [lola.for_layer(i).set_sizes(sets) for i in range(config.num_hidden_layers)]
 
 
 def own_metric(name: str, model: str, registry: CollectorRegistry = REGISTRY) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lola_vllm.cli_options import option
 
@@ -11,8 +12,11 @@ from lola_vllm.cli_options import option
 class CalibrateOptions:
     """What is read, and how many pairs there are to give."""
 
-    pairs: int = option("of a layer, on average", 128)
-    least: int = option("pairs of any layer", 16)
+    pairs: int = option("of a KV head, on average", 128)
+    least: int = option("pairs of any KV head", 16)
+    by: Literal["head", "layer"] = option(
+        "a size for each KV head, or one for all heads of a layer", "head"
+    )
     windows: int = option("of text to read", 64)
     window_length: int = option("in tokens", 1024)
     facts: float = option(

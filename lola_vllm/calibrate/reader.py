@@ -60,7 +60,7 @@ class Repeats:
 
     def __init__(self) -> None:
         self.places = 0
-        self._sums: dict[int, Tensor] = {}  # layer -> [Hq]
+        self._sums: dict[int, Tensor] = {}  # layer -> [Hkv, Hq / Hkv]
         self._queries = self._keys = torch.zeros(0, dtype=torch.long)
 
     def begin(self, ids: Sequence[int]) -> bool:
@@ -74,12 +74,12 @@ class Repeats:
 
     def add(self, layer: int, k: Tensor, v: Tensor, weights: Tensor) -> None:
         """See `Notes`."""
-        found = weights[:, self._queries, self._keys].sum(-1)
+        found = weights[:, self._queries, self._keys].sum(-1).unflatten(0, (len(k), -1))
         self._sums[layer] = self._sums.get(layer, 0) + found
 
-    def mass(self) -> list[float]:
-        """Per layer, the largest mean of its heads."""
-        return [float(self._sums[i].max()) / self.places for i in sorted(self._sums)]
+    def mass(self) -> list[list[float]]:
+        """Per layer and KV head, the largest mean of its query heads."""
+        return [(self._sums[i].amax(1) / self.places).tolist() for i in sorted(self._sums)]
 
 
 class Asked:

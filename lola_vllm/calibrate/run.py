@@ -1,12 +1,13 @@
-"""`lola-vllm calibrate`: how many sparse pairs each layer should have, and which it should keep.
+"""`lola-vllm calibrate`: how many sparse pairs each KV head should have, and which it should keep.
 
-A model reads back what it has read before in a few of its layers. The others need few exact pairs.
+A model reads back what it has read before in a few of its heads. The others need few exact pairs.
 Calibration measures this on plain text with softmax attention. Where a text repeats an n-gram, the
-model can know its last token from the first time. The attention that a layer's heads give to that
-place is how much the layer reads back.
+model can know its last token from the first time. The attention that a head's queries give to that
+place is how much the head reads back.
 
-A layer of mass m with n pairs is taken to lose m / n. Under a fixed sum of pairs the sum of the
-losses is least where n grows as the square root of m.
+A head of mass m with n pairs is taken to lose m / n. Under a fixed sum of pairs the sum of the
+losses is least where n grows as the square root of m. With one size for all heads of a layer, the
+mass of its strongest head counts.
 
 A second reading fits saliency (`saliency.py`), which tells from a pair how much it will be read.
 Plain text seldom asks for a detail from far back, so a share of its windows hide facts and ask for
@@ -39,17 +40,18 @@ class Calibration:
     """What `calibrate` found.
 
     Attributes:
-        mass: per layer, the mean attention of its strongest head to the first time.
+        mass: per layer and KV head, the mean attention of its strongest query head to the first
+            time.
         places: where the texts repeat themselves.
-        sizes: per layer, its pairs: a `lola_config.sparse_cache_size`.
+        sizes: per layer, its pairs, or those of its KV heads: a `lola_config.sparse_cache_size`.
         saliency: per layer `[Hkv, d // 2 + d + 1]`, its tensor `saliency`, `--strength` included.
         correlations: per layer and KV head, of saliency and the log of the attention that it
             estimates, in windows that the fit did not see.
     """
 
-    mass: list[float]
+    mass: list[list[float]]
     places: int
-    sizes: list[int]
+    sizes: list[int] | list[list[int]]
     saliency: list[Tensor]
     correlations: list[list[float]]
 
@@ -98,7 +100,7 @@ def calibrate(
             "longer windows or more text"
         )
     mass = repeats.mass()
-    sizes = divide(mass, options.pairs * len(mass), options.least)
+    sizes = divide_among(mass, options)
     if model is not None:
         _load_weights(softmax, model)
     asked = Asked()
@@ -191,19 +193,31 @@ def _windows(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list[lis
     return turns[: options.windows]
 
 
+def divide_among(
+    mass: Sequence[Sequence[float]], options: CalibrateOptions
+) -> list[int] | list[list[int]]:
+    """Sizes by layer, or by layer and KV head, from the mass of each."""
+    if options.by == "layer":
+        layers = [max(heads) for heads in mass]
+        return divide(layers, options.pairs * len(layers), options.least)
+    flat = [value for heads in mass for value in heads]
+    sizes = iter(divide(flat, options.pairs * len(flat), options.least))
+    return [[next(sizes) for _ in heads] for heads in mass]
+
+
 def divide(mass: Sequence[float], total: int, least: int) -> list[int]:
-    """Pairs per layer that sum to `total`: `least`, and the rest by the root of the mass.
+    """Pairs of each mass that sum to `total`: `least`, and the rest by the root of the mass.
 
     Raises:
-        ValueError: `total` is less than `least` for each layer, or no layer has mass.
+        ValueError: `total` is less than `least` for each, or nothing has mass.
     """
     spare = total - least * len(mass)
     roots = [value**0.5 for value in mass]
     if spare < 0 or sum(roots) <= 0:
-        raise ValueError(f"{total} pairs for {len(mass)} layers of {least} or more, mass {mass}")
+        raise ValueError(f"{total} pairs for {len(mass)} sets of {least} or more, mass {mass}")
     exact = [spare * root / sum(roots) for root in roots]
     sizes = [least + int(share) for share in exact]
-    # What rounding left goes to the layers that lost most by it.
+    # What rounding left goes to those that lost most by it.
     order = sorted(range(len(mass)), key=lambda i: int(exact[i]) - exact[i])
     for i in order[: total - sum(sizes)]:
         sizes[i] += 1
@@ -213,8 +227,10 @@ def divide(mass: Sequence[float], total: int, least: int) -> list[int]:
 def report(found: Calibration) -> str:
     """Mass, pairs and how well saliency is told by layer, and the sizes for `lola_config`."""
     lines = [f"{found.places} places where the text repeats what it said far back", ""]
-    lines.append("layer  reads back  pairs  saliency tells")
-    for layer, (mass, size) in enumerate(zip(found.mass, found.sizes, strict=True)):
-        heads = found.correlations[layer]
-        lines.append(f"{layer:5}  {mass:10.1%}  {size:5}  {sum(heads) / len(heads):14.2f}")
+    lines.append("layer  saliency tells  reads back and pairs, of each KV head")
+    for layer, mass in enumerate(found.mass):
+        told, sizes = found.correlations[layer], found.sizes[layer]
+        of_heads = [sizes] * len(mass) if isinstance(sizes, int) else sizes
+        heads = (f"{m:7.1%} {n:5}" for m, n in zip(mass, of_heads, strict=True))
+        lines.append(f"{layer:5}  {sum(told) / len(told):14.2f}  {'  '.join(heads)}")
     return "\n".join([*lines, "", json.dumps({"sparse_cache_size": found.sizes})])

@@ -1,4 +1,4 @@
-"""What `lola-vllm calibrate` finds, as a file and in a checkpoint: sizes by layer, and saliency."""
+"""What `lola-vllm calibrate` finds, as a file and in a checkpoint: sizes, and saliency."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIZES = "sparse_cache_size"  # in the file's metadata, as JSON
+# As `lola_config.sparse_cache_size` has them.
+Sizes = list[int] | list[list[int]]
 _FIRST_MAP = "model.layers.0.self_attn.feature_map_k"
 
 
@@ -30,14 +32,14 @@ def saliency_tensors(saliency: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"model.layers.{i}.self_attn.saliency": weights for i, weights in enumerate(saliency)}
 
 
-def save_calibration(path: Path, sizes: Sequence[int], saliency: Mapping[str, Tensor]) -> None:
+def save_calibration(path: Path, sizes: Sizes, saliency: Mapping[str, Tensor]) -> None:
     """Write sizes and the tensors `saliency` to a safetensors file."""
     from safetensors.torch import save_file
 
-    save_file(dict(saliency), path, {SIZES: json.dumps(list(sizes))})
+    save_file(dict(saliency), path, {SIZES: json.dumps(sizes)})
 
 
-def load_calibration(path: Path) -> tuple[list[int], dict[str, Tensor]]:
+def load_calibration(path: Path) -> tuple[Sizes, dict[str, Tensor]]:
     """What `save_calibration` wrote.
 
     Raises:

@@ -139,7 +139,7 @@ def lola_attention(
         k, v: `[T, Hkv, d]`, k after RoPE. With `turn`, RoPE was of each token's place.
         feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`.
         window_factors: `[Hq]`, before the sigmoid.
-        config: the algorithm's parameters.
+        config: the algorithm's parameters, of one layer.
         saliency: `[Hkv, d // 2 + d + 1]`, weights of `pair_saliency`; None: scores are not weighed.
         turn: rebases, `[d / 2]` angles or fewer; None where places are positions.
 
@@ -158,7 +158,7 @@ def lola_attention(
     Hkv, Hs = k.shape[1], feature_map_k.shape[0]
     config.check_heads(Hq, Hkv, Hs)
     Hg = config.num_sparse_heads(Hs, Hkv)
-    eta, lam, C = config.window_size, config.sparse_pairs, config.update_interval
+    eta, C, sizes = config.window_size, config.update_interval, config.set_sizes(Hg)
 
     k_s = k.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1).clone()  # [Hs, T, d]
     v_s = v.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1).clone()
@@ -215,7 +215,7 @@ def lola_attention(
                 candidates = sparse[sparse_head] + evicted
                 scores = _scores(phi_k, v_s, H, s, heads, candidates)
                 scores = scores * w[sparse_head, candidates]
-                kept, folded = _select(candidates, scores, lam)
+                kept, folded = _select(candidates, scores, sizes[sparse_head])
                 sparse[sparse_head] = kept
                 for h in heads:
                     H[h] += phi_k[h, folded].T @ v_s[h, folded]

@@ -1,21 +1,19 @@
 """States read out of a running engine are those of the float64 recompute, whoever else runs."""
 
 import pytest
-import torch
 from vllm import SamplingParams, TokensPrompt
 
-from lola_vllm.config import LolaConfig
 from lola_vllm.ops.reference import feature_map, self_recall_error
 from lola_vllm.plugin.attention import LolaAttention
-from lola_vllm.plugin.cache import page_layouts
-from lola_vllm.serving.engine import joined
-from lola_vllm.state import StateLayout
+from lola_vllm.plugin.cache import lola_hf_config
+from lola_vllm.serving.engine import head_sizes, joined
 from tests.support import oracle as oracle_module
 from tests.support.engine import GREEDY, engine, metric, scheduler
 from tests.support.oracle import Oracle
 from tests.support.tiny import make_tiny, random_prompts
 
-LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
+# The heads of the first layer have a page each.
+LOLA = {"window_size": 16, "sparse_cache_size": [[24, 10], 24], "sink_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -214,15 +212,16 @@ def test_answers_of_several_workers_make_one(tiny, truth, options):
         send(llm, "m", prompt)
         run(llm)
         answers = llm.collective_rpc("lola_memory", args=("m", None))
-        layouts = page_layouts(llm.llm_engine.vllm_config)
-        layers = joined([answer["layers"] for answer in answers], layouts, len(prompt))
+        sizes = head_sizes(lola_hf_config(llm.llm_engine.vllm_config))
+        evicted = 90 // 16 * 16 - 16 - 2
+        layers = joined([answer["layers"] for answer in answers], sizes, evicted)
     assert [layer.layer for layer in layers] == [0, 1]
     assert [[head.positions for head in layer.heads] for layer in layers] == truth(prompt)
 
 
 def test_ranks_that_share_a_head_tell_of_it_once():
     head = {"positions": [3], "errors": [0.5]}
-    page = StateLayout.from_config(LolaConfig(), 2, 2, 8, torch.float32)
-    (layer,) = joined([{7: {0: head}}, {7: {0: head, 1: head}}], [page] * 8, 400)
-    assert (layer.sparse_cache_size, layer.folded) == (128, 400 // 64 * 64 - 64 - 128)
+    (layer,) = joined([{7: {0: head}}, {7: {0: head, 1: head}}], [[128, 100]] * 8, 320)
+    assert (layer.sparse_cache_size, layer.folded) == (128, 320 - 128)
+    assert layer.sparse_cache_sizes == [128, 100]
     assert layer.layer == 7 and len(layer.heads) == 2

@@ -170,7 +170,7 @@ def test_state_heads_are_read_from_the_checkpoint(tmp_path):
 
 def test_overrides_change_one_parameter_and_keep_the_others(tiny):
     with engine(tiny, hf_overrides={"lola_config": {"sparse_cache_size": 9}}) as llm:
-        layout = state_manager(llm).spec.sequence.layers[0]
+        layout = state_manager(llm).spec.sequence.layouts[0]
         assert (layout.window_size, layout.sparse_cache_size) == (8, 9)
 
 

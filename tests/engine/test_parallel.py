@@ -37,7 +37,7 @@ def assert_same(one, several):
 
 def assert_half_a_page(one, two):
     """Each of two ranks has half the bytes of every part of a page."""
-    whole, rank = one[2].sequence.layers[0].part_bytes, two[2].sequence.layers[0].part_bytes
+    whole, rank = one[2].sequence.layouts[0].part_bytes, two[2].sequence.layouts[0].part_bytes
     assert {name: 2 * size for name, size in rank.items()} == whole
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lola_vllm import cli
 from lola_vllm.calibrate import saliency as saliency_module
+from lola_vllm.calibrate.options import CalibrateOptions
 from lola_vllm.calibrate.reader import ATTENTION, Repeats, attention, read
-from lola_vllm.calibrate.run import divide
+from lola_vllm.calibrate.run import divide, divide_among
 from lola_vllm.calibrate.saliency import SaliencyFit, far_attention, features
 from lola_vllm.checkpoint.calibration import load_calibration, saliency_tensors
 from lola_vllm.checkpoint.files import open_weights
@@ -48,10 +49,18 @@ def test_pairs_follow_the_root_of_the_mass() -> None:
     for total in range(40, 90):
         sizes = divide([0.3, 0.011, 0.2, 0.07], total, 10)
         assert sum(sizes) == total and min(sizes) >= 10
-    with pytest.raises(ValueError, match="30 pairs for 4 layers"):
+    with pytest.raises(ValueError, match="30 pairs for 4 sets"):
         divide([1.0] * 4, 30, 10)
     with pytest.raises(ValueError, match="100 pairs"):
         divide([0.0] * 4, 100, 10)
+
+
+def test_sizes_are_of_heads_or_of_layers() -> None:
+    mass = [[0.01, 0.04], [0.0, 0.09]]
+    by_head = divide_among(mass, CalibrateOptions(pairs=25, least=10))
+    assert by_head == [[20, 30], [10, 40]]
+    by_layer = divide_among(mass, CalibrateOptions(pairs=25, least=10, by="layer"))
+    assert by_layer == [22, 28]  # of the strongest heads
 
 
 def test_the_mass_is_the_attention_that_transformers_reports(base: Path) -> None:
@@ -65,9 +74,10 @@ def test_the_mass_is_the_attention_that_transformers_reports(base: Path) -> None
     expected = [
         max(
             sum(float(weights[0, head, end - 1, before]) for end, before in places) / len(places)
-            for head in range(4)
+            for head in (2 * kv_head, 2 * kv_head + 1)
         )
         for weights in attentions
+        for kv_head in range(2)
     ]
     import transformers
 
@@ -76,7 +86,7 @@ def test_the_mass_is_the_attention_that_transformers_reports(base: Path) -> None
     repeats = Repeats()
     read(model, [ids, list(range(64))], repeats)  # the second repeats nothing
     assert repeats.places == len(places)
-    assert repeats.mass() == pytest.approx(expected, rel=1e-4)
+    assert [m for heads in repeats.mass() for m in heads] == pytest.approx(expected, rel=1e-4)
 
 
 def test_far_attention_is_the_largest_from_far_behind() -> None:
@@ -183,7 +193,9 @@ def test_command_writes_sizes_and_saliency(
     out = capsys.readouterr().out
     lola = json.loads((model / "config.json").read_text())["lola_config"]
     sizes = lola["sparse_cache_size"]
-    assert len(sizes) == 3 and sum(sizes) == 120 and min(sizes) >= 8 and lola["saliency"] is True
+    assert [len(heads) for heads in sizes] == [2, 2, 2] and lola["saliency"] is True
+    flat = [size for heads in sizes for size in heads]
+    assert sum(flat) == 240 and min(flat) >= 8 and len(set(flat)) > 1
     assert json.dumps(sizes) in out and "reads back" in out
     first = _saliency(model)
     assert all(x.shape == (2, 4 + 8 + 1) and x.dtype == torch.float32 for x in first)
@@ -202,7 +214,6 @@ def test_command_writes_sizes_and_saliency(
 def test_saliency_is_fitted_to_the_models_own_pairs(
     base: Path, texts: Path, tmp_path: Path
 ) -> None:
-    from lola_vllm.calibrate.options import CalibrateOptions
     from lola_vllm.calibrate.run import calibrate
 
     other = tmp_path / "other"

@@ -64,9 +64,9 @@ def test_a_sparse_cache_may_have_a_size_per_layer():
     config = LolaConfig(sparse_cache_size=[5, 0, 40])
     assert [config.for_layer(i).sparse_pairs for i in range(3)] == [5, 0, 40]
     assert LolaConfig(sparse_cache_size=7).for_layer(2).sparse_pairs == 7
-    config.check_layers(3)
+    config.check_layers(3, 1)
     with pytest.raises(LolaConfigError, match="3 numbers for 4 layers; give one per layer"):
-        config.check_layers(4)
+        config.check_layers(4, 1)
     with pytest.raises(LolaConfigError, match="use for_layer"):
         config.sparse_pairs  # noqa: B018
 

@@ -14,6 +14,7 @@ from lola_vllm.state import (
     PART_ALIGNMENT,
     PARTS,
     TABLE_FIELDS,
+    LayerLayout,
     SequenceLayout,
     StateLayout,
 )
@@ -51,16 +52,16 @@ def test_parts_do_not_overlap_and_are_aligned(lam, kv_dtype, sharing, fields):
 
 def test_layers_of_a_sequence_lie_one_after_the_other():
     sizes = [5, 0, 300]
-    sequence = SequenceLayout(tuple(layout(lam) for lam in sizes))
+    sequence = SequenceLayout(tuple(LayerLayout((layout(lam),)) for lam in sizes))
     rows = torch.zeros(3, sequence.row_bytes + 64, dtype=torch.uint8)
     pages = sequence.pages(rows)
     for i, (page, layer) in enumerate(zip(pages, sequence.layers, strict=True)):
         assert page.shape == (3, layer.page_bytes)
-        for view in layer.views(page):
+        for view in layer.pages[0].views(page):
             view[1] = i + 1
     for i, page in enumerate(pages):
         assert set(page[1].unique().tolist()) > {0}
-        assert all((view[1] == i + 1).all() for view in sequence.layers[i].views(page))
+        assert all((view[1] == i + 1).all() for view in sequence.layouts[i].views(page))
     assert not rows[[0, 2]].any() and not rows[:, sequence.row_bytes :].any()
     assert sequence.row_bytes == sum(layer.page_bytes for layer in sequence.layers)
     token = 3 * 2 * 2 * 16 * 2  # three layers, keys and values, 2 KV heads, d 16, bfloat16
