@@ -76,15 +76,16 @@ class Client(threading.Thread):
 
     def run(self) -> None:
         """Do something, until the soak ends."""
-        unsure = False  # of what a killed server had written
+        unsure, seen = False, 0  # of what a killed server had written; the life seen last
         while not self.soak.stopped.is_set():
             self.soak.up.wait()
             life = self.soak.life
             try:
                 self.http.base_url = self.soak.url
-                if unsure:
+                # A server that was killed may have stored the prompt of a turn and not its answer.
+                if unsure or life != seen:
                     self._look_again()
-                    unsure = False
+                    unsure, seen = False, life
                 self._act()
             except httpx.TransportError as error:
                 unsure = True

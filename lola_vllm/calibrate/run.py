@@ -225,7 +225,7 @@ def divide(mass: Sequence[float], total: int, least: int) -> list[int]:
 
 
 def report(found: Calibration) -> str:
-    """Mass, pairs and how well saliency is told by layer, and the sizes for `lola_config`."""
+    """By layer, how well saliency is told, and each head's mass and pairs; the sizes as JSON."""
     lines = [f"{found.places} places where the text repeats what it said far back", ""]
     lines.append("layer  saliency tells  reads back and pairs, of each KV head")
     for layer, mass in enumerate(found.mass):

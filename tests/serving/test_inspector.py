@@ -473,6 +473,7 @@ def test_the_reading_is_saved_and_opened_again(shown, memory, lola_server, tmp_p
     saved["lola_config"] = {**config, "sparse_cache_size": 32, "saliency": False}
     for layer in saved["memory"]["layers"]:
         layer["sparse_cache_size"] = 32
+        layer["sparse_cache_sizes"] = [32] * 3
         for head in layer["heads"]:
             head["positions"] = head["positions"][:32]
     (tmp_path / "smaller.json").write_text(json.dumps(saved))

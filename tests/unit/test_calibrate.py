@@ -1,4 +1,4 @@
-"""Sizes of the sparse caches by layer, and saliency, measured on text."""
+"""Sizes of the sparse caches, and saliency, measured on text."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from lola_vllm.checkpoint.calibration import load_calibration
 from lola_vllm.checkpoint.demo import DISTILLED, WHEEL_NAME, build_demo_model
 from lola_vllm.checkpoint.files import read_shapes
 from lola_vllm.config import LolaConfig, LolaLlamaConfig
-from lola_vllm.state import StateLayout
+from lola_vllm.state import LayerLayout
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,8 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     config = LolaLlamaConfig.from_pretrained(demo / "lola")
     assert read_shapes(demo / "lola") == expected_tensors(config, 3)
     sizes, saliency = load_calibration(DISTILLED / "calibration.safetensors")
-    assert len(sizes) == 30 and sum(sizes) == 316 * 30
+    assert {len(heads) for heads in sizes} == {3} and sum(map(sum, sizes)) == 315 * 90
+    assert len(sizes) == 30
     assert config.lola_config == {
         "window_size": 64,
         "sparse_cache_size": sizes,
@@ -52,7 +53,7 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     assert all(tensors[name].equal(weights) for name, weights in saliency.items())
     # In the bytes of 128 pairs as the paper has them.
     pages = [
-        StateLayout.from_config(lola.for_layer(i), 3, 3, 64, torch.bfloat16).page_bytes
+        LayerLayout.from_config(lola.for_layer(i), 3, 3, 64, torch.bfloat16).page_bytes
         for lola in (config.lola, LolaConfig(sink_size=4, feature_dim=64, sparse_cache_size=128))
         for i in range(30)
     ]

@@ -2,10 +2,13 @@
 
 export const words = (number) => number.toLocaleString("en-US");
 
-function rangeOf(numbers) {
+export function rangeOf(numbers) {
   const [low, high] = [Math.min(...numbers), Math.max(...numbers)];
   return low === high ? words(low) : `${words(low)} to ${words(high)}`;
 }
+
+// What each head of a layer can hold; readings saved by older servers have one number for all.
+const sizesOf = (layer) => layer.sparse_cache_sizes ?? [layer.sparse_cache_size];
 
 export class Memory {
   // `config` is the server's `lola_config`, null where it is not known.
@@ -166,12 +169,14 @@ export class Memory {
     return { past: past.length, held };
   }
 
-  // What the caches of a layer hold after so many tokens: the parts add up to `read`.
+  // What each head of a layer holds after so many tokens: the parts add up to `read`.
   parts(layer, read) {
     const sinks = Math.min(read, this.answer.sinks);
     const left = Math.max(0, Math.min(read, this.windowStart(read)) - sinks);
-    const kept = Math.min(left, layer.sparse_cache_size);
-    return { sinks, kept, folded: left - kept, window: read - sinks - left };
+    return sizesOf(layer).map((size) => {
+      const kept = Math.min(left, size);
+      return { sinks, kept, folded: left - kept, window: read - sinks - left, size };
+    });
   }
 
   // Keys of lola_config that have other values in another reading, with those of this one.
@@ -179,7 +184,8 @@ export class Memory {
     if (!this.config || !other.config) return "";
     const keys = Object.keys({ ...this.config, ...other.config }).filter((key) =>
       JSON.stringify(this.config[key]) !== JSON.stringify(other.config[key]));
-    const value = (found) => Array.isArray(found) ? `${rangeOf(found)} by layer`
+    const by = (found) => found.some(Array.isArray) ? "layer and head" : "layer";
+    const value = (found) => Array.isArray(found) ? `${rangeOf(found.flat())} by ${by(found)}`
       : JSON.stringify(found) ?? "none";
     return keys.map((key) => `${key} ${value(this.config[key])}`).join(", ");
   }
@@ -187,13 +193,13 @@ export class Memory {
   // The model and its sizes.
   get settings() {
     const { model, window_size: window, update_interval: step, sinks, layers } = this.answer;
-    const room = rangeOf(layers.map((layer) => layer.sparse_cache_size));
+    const room = rangeOf(layers.flatMap(sizesOf));
     return `${model}: window of ${words(window)}, ${words(sinks)} sinks, sparse caches of ${room} ` +
       `pairs, an update every ${words(step)} tokens.`;
   }
 
   summary(read) {
-    const all = this.answer.layers.map((layer) => this.parts(layer, read));
+    const all = this.answer.layers.flatMap((layer) => this.parts(layer, read));
     const range = (name) => rangeOf(all.map((parts) => parts[name]));
     const counts = this.counts(this.heads, read);
     let nowhere = 0;
@@ -205,7 +211,7 @@ export class Memory {
         "yet, so no head has had to choose." : "";
     return `${total}. Each head: ${range("sinks")} sinks, ${range("kept")} kept, ` +
       `${range("folded")} folded, ${range("window")} in the window` +
-      `${many ? " (kept and folded add up in each layer, see below)" : ""}; ` +
+      `${many ? " (kept and folded add up in each head, see below)" : ""}; ` +
       `${words(nowhere)} ${nowhere === 1 ? "token is" : "tokens are"} exact nowhere.${idle}`;
   }
 }

@@ -1,6 +1,6 @@
 // One reading on the page: its summary, its timeline, and its text in colours.
 
-import { words } from "./memory.js";
+import { rangeOf, words } from "./memory.js";
 import { change, view } from "./view.js";
 import { hideTip, showTip } from "./tip.js";
 
@@ -124,11 +124,13 @@ export class Pane {
   listLayers() {
     const rows = this.memory.answer.layers.map((layer) => {
       const row = document.createElement("tr");
-      const { sinks, kept, folded, window } = this.memory.parts(layer, this.read);
-      for (const value of [layer.layer, sinks, kept, folded, window, layer.sparse_cache_size]) {
+      const heads = this.memory.parts(layer, this.read);
+      const columns = ["sinks", "kept", "folded", "window", "size"];
+      const ranges = columns.map((name) => rangeOf(heads.map((head) => head[name])));
+      for (const value of [words(layer.layer), ...ranges]) {
         const cell = document.createElement(row.children.length ? "td" : "th");
         if (!row.children.length) cell.scope = "row";
-        cell.textContent = words(value);
+        cell.textContent = value;
         row.append(cell);
       }
       return row;
