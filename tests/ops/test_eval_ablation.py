@@ -88,9 +88,12 @@ def test_the_layers_of_a_model_are_given_the_score_and_no_other_layer_is() -> No
     model, serving = nn.Sequential(nn.Linear(2, 2), layer(ops)), layer(ops)
     score = CountedScore(ablation.newest)
     use_score(model, score)
-    for name in ("decode", "prefill"):
-        given = getattr(model[1].ops, name)
-        assert given.func is getattr(portable, name) and given.keywords == {"score": score}
+    problem, given = make_problem(T, CONFIG, dtype=torch.float32), model[1].ops
+    state = problem.state()
+    prefill(given, problem, state, 0, T - 1)
+    prefilled = score.selections
+    decode(given, problem, state, T - 1)  # an update follows the last token
+    assert 0 < prefilled < score.selections
     assert serving.ops == ops
 
 
