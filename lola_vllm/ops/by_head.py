@@ -6,6 +6,7 @@ heads in one call instead (`native.py`).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,7 @@ from lola_vllm.ops.contract import (
 def decode_by_head(op: DecodeOp) -> LayerDecode:
     """`op` for any layer."""
 
+    @functools.wraps(op)
     def decode(
         state: State, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor
     ) -> None:
@@ -37,6 +39,7 @@ def decode_by_head(op: DecodeOp) -> LayerDecode:
 def prefill_by_head(op: PrefillOp) -> LayerPrefill:
     """`op` for any layer."""
 
+    @functools.wraps(op)
     def prefill(
         state: State, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
     ) -> None:

@@ -113,6 +113,6 @@ def _xformers(device_type: str, dtype: torch.dtype) -> Backend | str:
     if reason is not None:
         return reason
     return Backend(
-        "xformers", decode_by_head(kernels.decode), prefill_by_head(xformers_prefill.prefill),
+        "xformers", kernels.decode, prefill_by_head(xformers_prefill.prefill),
         xformers_prefill.warm_up, capturable=True,
     )  # fmt: skip
