@@ -17,10 +17,14 @@ recall main niah-1,niah-2,niah-3,multikey,passkey 1024,2048,4096,8192
 recall ablations niah-1 1024
 recall calibrated niah-1,niah-2 1024,2048,4096
 recall equal-bytes niah-1,niah-2 4096
+recall by-head niah-1,niah-2 1024,2048,4096
 recall held-out fact-name,fact-date,fact-code,fact-place 1024,2048,4096
 lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \
     --sweep benchmarks/recall/calibrated.json --texts models/texts \
     --windows 4 --window-length 2048 --out "$OUT/calibrated-perplexity" --resume
+lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \
+    --sweep benchmarks/recall/by-head.json --texts models/texts \
+    --windows 4 --window-length 2048 --out "$OUT/by-head-perplexity" --resume
 lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \
     --sweep benchmarks/recall/perplexity.json --texts models/texts \
     --windows 8 --window-length 2048 --out "$OUT/perplexity" --resume
