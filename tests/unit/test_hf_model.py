@@ -23,7 +23,8 @@ from tests.support.families import FAMILIES, make_base
 from tests.support.oracle import Oracle
 from tests.support.tiny import make_tiny, random_prompts
 
-LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
+# The heads of the first layer have a page each.
+LOLA = {"window_size": 16, "sparse_cache_size": [[24, 9], 24], "sink_size": 2}
 # LlamaRMSNorm rounds to float32 on the way, whatever the model's dtype.
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -52,9 +53,13 @@ def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def pages(cache: LolaCache) -> list[torch.Tensor]:
     """What the token count vouches for in every layer's pages, sparse pairs by position."""
     found = []
-    for layer in cache.layers:
-        layout, n = layer.layout, layer.num_tokens
-        views = layout.views(layer.pages)
+    parts = (
+        (layout, part, layer.num_tokens)
+        for layer in cache.layers
+        for layout, part in zip(layer.layout.pages, layer.layout.split(layer.pages), strict=True)
+    )
+    for layout, part, n in parts:
+        views = layout.views(part)
         for row in range(len(n)):
             if layout.num_folded(n[row]) > 0:
                 found += [views.H[row + 1], views.s[row + 1]]
@@ -280,7 +285,7 @@ def test_rows_of_a_cache_can_be_chosen_repeated_and_copied(model: Any) -> None:
 def test_parameters_can_be_changed_at_loading(tiny: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, lola_config={"window_size": 8})
     assert (model.config.lola.window_size, model.config.lola.sink_size) == (8, 2)
-    assert model.model.layers[1].self_attn.lola == model.config.lola
+    assert model.model.layers[1].self_attn.lola == model.config.lola.for_layer(1)
 
 
 # ---- refusals

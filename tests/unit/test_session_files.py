@@ -18,7 +18,7 @@ from lola_vllm.config import LolaConfig
 from lola_vllm.sessions import StateFileError, StateHeader, read_state, write_state
 from lola_vllm.sessions.chain import Chain, namespace
 from lola_vllm.sessions.file import file_name, parse_name, read_header, read_tokens, remove_partials
-from lola_vllm.state import SequenceLayout, StateLayout
+from lola_vllm.state import LayerLayout, SequenceLayout, StateLayout
 from tests.support.sessions import FINGERPRINT
 
 # Parts with one number for each slot of the sparse cache, or as `bounds` several rows of them.
@@ -173,7 +173,7 @@ def test_a_cleaned_row_has_what_is_valid_and_nothing_else(n, interval, fields):
         update_interval=interval, **fields,
     )  # fmt: skip
     layout = StateLayout.from_config(config, 2, 2, 16, torch.float32)
-    sequence = SequenceLayout((layout, layout))
+    sequence = SequenceLayout((LayerLayout((layout,)),) * 2)
     row = torch.randint(1, 256, (sequence.row_bytes + 64,), dtype=torch.uint8)
     clean = sequence.cleaned(row, n)
     assert clean.equal(sequence.cleaned(clean, n))
