@@ -211,6 +211,15 @@ class _Goes(BaseModel):
         description="Number of the turn that this one follows, 0 for a new session.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _objects(cls, data: Any) -> Any:
+        # vLLM 0.32 reads keys of it before it has checked that it is an object.
+        value = data.get("structured_outputs") if isinstance(data, dict) else None
+        if isinstance(value, list | str | int | float):
+            raise ValueError(f"structured_outputs = {value!r:.80}: must be an object")
+        return data
+
     @model_validator(mode="after")
     def _one_continuation(self) -> Self:
         for name, (only, why) in _REFUSED.items():

@@ -49,6 +49,15 @@ def test_without_a_store(client, method, path, body):
     assert "start it with lola-vllm serve" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize("path", ["complete", "chat"])
+@pytest.mark.parametrize("value", [[], "x", 3, True], ids=str)
+def test_structured_outputs_that_are_no_object(client, path, value):
+    body = ROUTES[path][2] | {"structured_outputs": value}
+    answer = client.post(f"{BASE}/a/{path}", json=body)
+    assert answer.status_code == 400, answer.text
+    assert "structured_outputs = " in answer.text and "must be an object" in answer.text
+
+
 @pytest.mark.parametrize("allowed", [None, "0", "1"])
 def test_states_are_taken_where_the_operator_allows_it(client, monkeypatch, allowed):
     monkeypatch.delenv(UPLOAD, raising=False)
