@@ -1,5 +1,8 @@
 """Layers whose KV heads have caches of different sizes: each head is what it is alone."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -131,6 +134,33 @@ def test_training_sees_what_is_served(kind):
     state = bind(replace(problem, config=config))
     served = feed(PORTABLE, problem, state)
     torch.testing.assert_close(out, served, **TOLERANCE[torch.float64])
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of a process that interprets Triton")
+def test_triton_takes_each_head():
+    from lola_vllm.kernels import backend as kernels
+
+    ops = SimpleNamespace(
+        decode=decode_by_head(kernels.decode), prefill=prefill_by_head(kernels.prefill)
+    )
+    problem, _ = layer("as the demo model")
+    out, expected = (
+        feed(x, problem, bind(problem), cuts=[30], decode_from=80) for x in (ops, PORTABLE)
+    )
+    torch.testing.assert_close(out, expected, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="is such a process")
+def test_triton_interpreted():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_triton_takes_each_head"]
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-4000:] + done.stderr
 
 
 def test_other_weights_reach_every_head():
