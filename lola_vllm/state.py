@@ -40,6 +40,7 @@ Symbols: Hkv `num_kv_heads`, Hs `num_state_heads`, Hg `num_sparse_heads`, d `hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -381,10 +382,7 @@ class LayerLayout:
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """The bytes of each page `[..., page_bytes]`, views of `rows [..., >= page_bytes]`."""
-        return [
-            rows[..., offset : offset + page.page_bytes]
-            for offset, page in zip(self.offsets, self.pages, strict=True)
-        ]
+        return _cut(rows, self.pages)
 
 
 @dataclass(frozen=True)
@@ -396,12 +394,6 @@ class SequenceLayout:
     """
 
     layers: tuple[LayerLayout, ...]
-
-    @property
-    def offsets(self) -> list[int]:
-        """Byte offset of each layer's pages in the row; multiples of `PAGE_ALIGNMENT`."""
-        ends = accumulate(layer.page_bytes for layer in self.layers)
-        return [0, *ends][:-1]
 
     @property
     def row_bytes(self) -> int:
@@ -424,10 +416,7 @@ class SequenceLayout:
 
     def pages(self, rows: Tensor) -> list[Tensor]:
         """Each layer's pages `[N, page_bytes]`, views of `rows [N, >= row_bytes]` of bytes."""
-        return [
-            rows[:, offset : offset + layer.page_bytes]
-            for offset, layer in zip(self.offsets, self.layers, strict=True)
-        ]
+        return _cut(rows, self.layers)
 
     def cleaned(self, row: Tensor, num_tokens: int) -> Tensor:
         """A copy of a state in which every byte that is not valid is zero.
@@ -438,12 +427,17 @@ class SequenceLayout:
             row: `[>= row_bytes]` uint8, after `num_tokens` tokens.
         """
         clean = torch.zeros_like(row)
-        rows = self.pages(row[None]), self.pages(clean[None])
-        for layer, old, new in zip(self.layers, *rows, strict=True):
-            parts = layer.split(old), layer.split(new)
-            for page, stored, to in zip(layer.pages, *parts, strict=True):
-                page.copy_valid(stored, to, num_tokens)
+        pages = self.layouts
+        parts = _cut(row[None], pages), _cut(clean[None], pages)
+        for page, stored, to in zip(pages, *parts, strict=True):
+            page.copy_valid(stored, to, num_tokens)
         return clean
+
+
+def _cut(rows: Tensor, parts: Sequence[StateLayout | LayerLayout]) -> list[Tensor]:
+    """Views of rows `[..., bytes]`, one for each of the parts, which lie one after the other."""
+    sizes = [part.page_bytes for part in parts]
+    return list(rows[..., : sum(sizes)].split(sizes, dim=-1))
 
 
 def _align(nbytes: int, alignment: int) -> int:

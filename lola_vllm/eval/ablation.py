@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lola_vllm.eval import EvalError
 from lola_vllm.ops import portable
-from lola_vllm.ops.by_head import decode_by_head, prefill_by_head
+from lola_vllm.ops.by_head import by_head
 
 
 def newest(v: Tensor, positions: Tensor) -> Tensor:
@@ -78,6 +78,6 @@ def use_score(model: nn.Module, score: portable.Score) -> None:
             )
         layer.ops = replace(
             layer.ops,
-            decode=decode_by_head(partial(portable.decode, score=score)),
-            prefill=prefill_by_head(partial(portable.prefill, score=score)),
+            decode=by_head(partial(portable.decode, score=score)),
+            prefill=by_head(partial(portable.prefill, score=score)),
         )

@@ -13,7 +13,7 @@ page, and its output is zero. An op reads of a page only what the row's token co
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -260,40 +260,24 @@ class PrefillBatch(NamedTuple):
     context_lens: Tensor
 
 
-class DecodeOp(Protocol):
-    """One new token per row, for a layer with one page."""
-
-    def __call__(
-        self, state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor
-    ) -> None:
-        """q and out `[B, Hq, d]`, k and v `[B, Hkv, d]` in the pages' dtype."""
+S = TypeVar("S", contravariant=True)  # what a layer is given as
+B = TypeVar("B", contravariant=True)  # the rows
 
 
-class PrefillOp(Protocol):
-    """A segment of new tokens per row, from an empty or a live page, for a layer with one page."""
+class Op(Protocol[S, B]):
+    """Decode, one new token per row, or prefill, a segment of new tokens per row, from an empty or
+    a live page."""
 
-    def __call__(
-        self, state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
-    ) -> None:
+    def __call__(self, state: S, q: Tensor, k: Tensor, v: Tensor, batch: B, out: Tensor) -> None:
         """q and out `[T, Hq, d]`, k and v `[T, Hkv, d]` in the pages' dtype."""
 
 
-class LayerDecode(Protocol):
-    """`DecodeOp` for any layer."""
-
-    def __call__(
-        self, state: State, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor
-    ) -> None:
-        """q and out `[B, Hq, d]`, k and v `[B, Hkv, d]` in the pages' dtype."""
-
-
-class LayerPrefill(Protocol):
-    """`PrefillOp` for any layer."""
-
-    def __call__(
-        self, state: State, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
-    ) -> None:
-        """q and out `[T, Hq, d]`, k and v `[T, Hkv, d]` in the pages' dtype."""
+# For a layer with one page, which is all that kernels need to know.
+DecodeOp = Op[LayerState, DecodeBatch]
+PrefillOp = Op[LayerState, PrefillBatch]
+# For any layer.
+LayerDecode = Op[State, DecodeBatch]
+LayerPrefill = Op[State, PrefillBatch]
 
 
 class WarmUp(Protocol):

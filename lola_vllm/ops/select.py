@@ -9,7 +9,7 @@ import os
 import torch
 
 from lola_vllm.ops import native, portable
-from lola_vllm.ops.by_head import decode_by_head, prefill_by_head
+from lola_vllm.ops.by_head import by_head
 from lola_vllm.ops.contract import Backend
 
 logger = logging.getLogger("vllm.lola")
@@ -67,7 +67,7 @@ def _native(device_type: str, dtype: torch.dtype) -> Backend | str:
 
 def _torch(device_type: str, dtype: torch.dtype) -> Backend | str:
     """The portable back end."""
-    return Backend("torch", decode_by_head(portable.decode), prefill_by_head(portable.prefill))
+    return Backend("torch", by_head(portable.decode), by_head(portable.prefill))
 
 
 def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
@@ -79,7 +79,7 @@ def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
         from lola_vllm.kernels.warmup import warm_up
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install triton"
-    decode, prefill = decode_by_head(kernels.decode), prefill_by_head(kernels.prefill)
+    decode, prefill = by_head(kernels.decode), by_head(kernels.prefill)
     return Backend("triton", decode, prefill, warm_up, capturable=True)
 
 
@@ -94,7 +94,7 @@ def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
             "the CUDA ops are not built; install with nvcc and a CUDA build of torch at hand, "
             "without build isolation"
         )
-    decode = decode_by_head(native.decode)
+    decode = by_head(native.decode)
     return Backend("cuda", decode, kernels.prefill, kernels.warm_up, capturable=True)
 
 
@@ -113,6 +113,6 @@ def _xformers(device_type: str, dtype: torch.dtype) -> Backend | str:
     if reason is not None:
         return reason
     return Backend(
-        "xformers", kernels.decode, prefill_by_head(xformers_prefill.prefill),
+        "xformers", kernels.decode, by_head(xformers_prefill.prefill),
         xformers_prefill.warm_up, capturable=True,
     )  # fmt: skip

@@ -67,11 +67,8 @@ class LolaAttention(nn.Module, MambaBase):
         self.prefix = prefix
         self.lola = config.lola
         self.places = Places.of(config)
-        tp_size, tp_rank = (
-            get_tensor_model_parallel_world_size(),
-            get_tensor_model_parallel_rank(),
-        )
-        self.sequence = sequence_layout(vllm_config, tp_rank)
+        tp_size = get_tensor_model_parallel_world_size()
+        self.sequence = sequence_layout(vllm_config, get_tensor_model_parallel_rank())
         self.layout = self.sequence.layers[extract_layer_index(prefix) - first_layer(vllm_config)]
         self.num_heads = num_heads // tp_size
         self.num_kv_heads = self.layout.num_kv_heads

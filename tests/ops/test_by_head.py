@@ -11,7 +11,7 @@ import torch
 
 from lola_vllm.config import LolaConfig, LolaConfigError
 from lola_vllm.ops import DecodeBatch, HeadStates, bind_layer, choose_backend, native, portable
-from lola_vllm.ops.by_head import decode_by_head, prefill_by_head, states_of
+from lola_vllm.ops.by_head import by_head, states_of
 from lola_vllm.ops.contract import with_weights
 from lola_vllm.ops.differentiable import lola_attention_parallel
 from lola_vllm.ops.places import Places
@@ -22,9 +22,7 @@ from tests.support.problem import feed, make_problem
 SIZES = (3, 0, 17)
 T = 90
 BASE = {"window_size": 8, "update_interval": 4, "sink_size": 2, "feature_dim": 6}
-PORTABLE = SimpleNamespace(
-    decode=decode_by_head(portable.decode), prefill=prefill_by_head(portable.prefill)
-)
+PORTABLE = SimpleNamespace(decode=by_head(portable.decode), prefill=by_head(portable.prefill))
 OPS = [pytest.param(PORTABLE, id="portable")]
 if native.load():
     OPS.append(pytest.param(native, id="native"))
@@ -143,9 +141,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def test_triton_takes_each_head():
     from lola_vllm.kernels import backend as kernels
 
-    ops = SimpleNamespace(
-        decode=decode_by_head(kernels.decode), prefill=prefill_by_head(kernels.prefill)
-    )
+    ops = SimpleNamespace(decode=by_head(kernels.decode), prefill=by_head(kernels.prefill))
     problem, _ = layer("as the demo model")
     out, expected = (
         feed(x, problem, bind(problem), cuts=[30], decode_from=80) for x in (ops, PORTABLE)
