@@ -71,6 +71,7 @@ class LolaEngine:
         self.model = model
         self.config = client.vllm_config
         self._backend: str | None = None
+        self._store_id: str | None = None
         # One state at a time, because each copy takes memory outside of vLLM's pool.
         self._reading = asyncio.Lock()
         self._cleanups: set[asyncio.Task[Any]] = set()
@@ -256,6 +257,16 @@ class LolaEngine:
         if isinstance(answer, dict) and "error" in answer:
             raise Unavailable(SESSION_STATUS[answer["kind"]], answer["error"])
         return answer
+
+    async def store_id(self) -> str:
+        """What tells the store of this server from those of others on the machine.
+
+        Raises:
+            Unavailable: as `sessions` does.
+        """
+        if self._store_id is None:
+            self._store_id = str((await self.sessions("stats"))["store"])
+        return self._store_id
 
     def check(self) -> None:
         """Raise `Unavailable` unless the served model is a LoLA model."""

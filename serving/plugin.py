@@ -64,7 +64,6 @@ class LolaEndpoints:
         assert engine_client is not None  # None only in the server for the task "render"
         engine = LolaEngine(engine_client, str(engine_client.model_config.served_model_name))
         state.lola_engine = engine
-        state.lola_busy = set()
         keys = args.api_key or [envs.VLLM_API_KEY or ""]
         state.lola_owners = Owners(keys) if engine.is_lola and has_store(engine.config) else None
         listen(engine_client, engine.is_lola and _shares(engine.config))

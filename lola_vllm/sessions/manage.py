@@ -224,6 +224,7 @@ class SessionManager:
         store = self.store
         with store.lock:
             return {
+                "store": store.id,
                 "sessions": len(store.sessions),
                 "states": len(store.states),
                 "state_bytes": store.row_bytes * store.ranks,

@@ -83,6 +83,7 @@ class SessionStore:
         self.failures: Counter[str] = Counter()
         self.seconds: dict[str, float] = defaultdict(float)
         self.version = 0  # of what can be found
+        self.id = secrets.token_hex(8)  # of this store, among those of a machine
         self._tokens: dict[str, Tokens] = {}
         self._warned: dict[str, float] = {}
         self._index = PrefixIndex()

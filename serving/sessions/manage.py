@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import nullcontext
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.sessions.held import hold
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.protocol import (
     ChangeRequest,
@@ -198,30 +200,14 @@ async def ask(
         HTTPException: it cannot be answered.
     """
     validate_cache_salt(salt)
-    hidden = owned(salt)
+    engine = engine_of(raw_request)
+    if method != "stats":
+        arguments["salt"] = owned(salt)
     try:
-        if writes is not None and (hidden, writes.session) in busy(raw_request):
-            raise being_written(writes.session)
-        if method != "stats":
-            arguments["salt"] = hidden
-        return await engine_of(raw_request).sessions(method, **arguments)
+        with nullcontext() if writes is None else await hold(engine, writes, salt):
+            return await engine.sessions(method, **arguments)
     except Unavailable as error:
         raise HTTPException(error.status, str(error)) from None
-
-
-def busy(raw_request: Request) -> set[tuple[str | None, str]]:
-    """Sessions that requests of this server are writing: (salt, name)."""
-    found: set[tuple[str | None, str]] = raw_request.app.state.lola_busy
-    return found
-
-
-def being_written(session: str) -> Unavailable:
-    """Why a second request cannot have a session."""
-    return Unavailable(
-        HTTPStatus.CONFLICT,
-        f"{session!r} is being written by another request; wait for its answer, or fork the "
-        "session before",
-    )
 
 
 def engine_of(raw_request: Request) -> LolaEngine:

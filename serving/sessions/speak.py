@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 from vllm import SamplingParams
-from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
@@ -33,11 +32,10 @@ from vllm.sampling_params import RequestOutputKind
 from lola_vllm.serving.bodies import LolaRoute, refusal
 from lola_vllm.serving.engine import LolaEngine, Unavailable
 from lola_vllm.serving.prompt import prompt_tokens, text_tokens
+from lola_vllm.serving.sessions.held import hold
 from lola_vllm.serving.sessions.manage import (
     PREFIX,
     REFUSALS,
-    being_written,
-    busy,
     engine_of,
     reference_of,
 )
@@ -79,7 +77,7 @@ async def append(session: str, raw_request: Request, body: AppendRequest) -> Any
     """Read text, token ids or messages at the end of a session. Nothing is generated."""
     reference = reference_of(session)
     try:
-        with _writing(raw_request, reference, body.cache_salt):
+        with await hold(engine_of(raw_request), reference, body.cache_salt):
             return await _append(reference, body, raw_request)
     except Unavailable as error:
         raise HTTPException(error.status, str(error)) from None
@@ -144,7 +142,7 @@ async def _answer(
     reference, engine = reference_of(session), engine_of(raw_request)
     with ExitStack() as held:
         try:
-            held.enter_context(_writing(raw_request, reference, body.cache_salt))
+            held.enter_context(await hold(engine, reference, body.cache_salt))
             said = await _said(engine, reference, body.cache_salt, body.turn)
             report = reported()
             answer: Response = await go_on(said, _wish(reference, said, body.ttl))
@@ -231,24 +229,6 @@ def _wish(reference: Reference, said: Said | None, ttl: float | None) -> dict[st
     if ttl is not None:
         wish["ttl"] = ttl
     return wish
-
-
-@contextmanager
-def _writing(raw_request: Request, reference: Reference, salt: str | None) -> Iterator[None]:
-    """Hold a session for one request.
-
-    Raises:
-        Unavailable: another request holds it.
-    """
-    validate_cache_salt(salt)
-    key, held = (owned(salt), reference.session), busy(raw_request)
-    if key in held:
-        raise being_written(reference.session)
-    held.add(key)
-    try:
-        yield
-    finally:
-        held.discard(key)
 
 
 def _check_length(tokens: list[int], engine: LolaEngine) -> None:

@@ -1,5 +1,7 @@
 """What a server without a store, or without leave to take states, says to each route."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +22,11 @@ def client():
     engine = LolaEngine.__new__(LolaEngine)
     engine.is_lola = True
     engine.config = SimpleNamespace(kv_transfer_config=None)
+    engine._store_id = "of-these-tests"
     app = FastAPI()
     for router in routers:
         app.include_router(router)
-    app.state.lola_engine, app.state.lola_busy = engine, {(None, "busy")}
+    app.state.lola_engine = engine
     with TestClient(app) as running:
         yield running
 
@@ -68,15 +71,48 @@ def test_states_are_taken_where_the_operator_allows_it(client, monkeypatch, allo
     assert allowed == "1" or f"{UPLOAD}=1" in answer.json()["detail"]
 
 
+HOLD = """
+import asyncio, sys
+from types import SimpleNamespace
+from lola_vllm.serving.sessions.held import hold
+from lola_vllm.sessions import Reference
+
+async def store_id():
+    return "of-these-tests"
+
+async def main():
+    with await hold(SimpleNamespace(store_id=store_id), Reference("busy"), None):
+        print("held", flush=True)
+        sys.stdin.read()
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def held():
+    """Another API process of the server, which writes the session "busy"."""
+    command = [sys.executable, "-c", HOLD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
 @pytest.mark.parametrize("name", ["append", "complete", "chat", "delete", "change"])
-def test_a_session_that_is_being_written(client, name):
+def test_a_session_that_is_being_written(client, held, name):
     method, path, body = ROUTES[name]
     answer = client.request(method, BASE + path.replace("/a", "/busy", 1), json=body)
     assert answer.status_code == 409, answer.text
     assert "'busy' is being written" in answer.json()["detail"]
 
 
+def test_a_session_whose_process_was_killed(client, held):
+    held.kill()
+    held.wait()
+    assert client.delete(f"{BASE}/busy").status_code == 501
+
+
 def test_a_refused_request_gives_the_session_back(client):
     for _ in range(2):
         assert client.post(f"{BASE}/a/chat", json=CHAT).status_code == 501
-    assert client.app.state.lola_busy == {(None, "busy")}

@@ -1,0 +1,53 @@
+"""One request at a time writes a session, in all API processes of a server.
+
+A session is held by binding a Unix socket of its name in Linux's abstract namespace. Only one
+socket can have a name, and the system drops it with the process that bound it. So a process that
+ends in the middle of a request leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from contextlib import AbstractContextManager, closing
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+
+from lola_vllm.serving.engine import Unavailable
+from lola_vllm.serving.sessions.owners import owned
+from lola_vllm.sessions.chain import digest
+
+if TYPE_CHECKING:
+    from lola_vllm.serving.engine import LolaEngine
+    from lola_vllm.sessions import Reference
+
+
+async def hold(
+    engine: LolaEngine, reference: Reference, salt: str | None
+) -> AbstractContextManager[object]:
+    """Hold a session until the context ends.
+
+    Args:
+        salt: the caller's.
+
+    Raises:
+        Unavailable: another request holds it, or there is no store.
+    """
+    validate_cache_salt(salt)
+    store = await engine.store_id()
+    key = digest(repr((owned(salt), reference.session)).encode())
+    held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        held.bind(f"\0lola-vllm/{store}/{key.hex()}")
+    except OSError as error:
+        held.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise Unavailable(
+            HTTPStatus.CONFLICT,
+            f"{reference.session!r} is being written by another request; wait for its answer, or "
+            "fork the session before",
+        ) from None
+    return closing(held)
