@@ -143,7 +143,11 @@ class Client(threading.Thread):
         self.known[name] = said + new + heard, told["turn"]
         self.soak.seen["restored"] += told["restored_tokens"] > 0
         if told["tokens"] < len(said + new + heard) - 1:
-            raise Fault(f"{name}: the answer was not stored: {told} of {len(said + new + heard)}")
+            there = self.http.get(f"{ROUTE}/{name}").text
+            raise Fault(
+                f"{name}, life {self.soak.life}, after {len(said)} and {len(new)} tokens: the "
+                f"answer was not stored: {told} of {len(said + new + heard)}; {there}"
+            )
         if told["restored_tokens"] > len(said + new):
             raise Fault(f"{name}: restored {told['restored_tokens']} of {len(said + new)} tokens")
         self._check(said + new, heard, name)
@@ -259,7 +263,17 @@ class Soak:
     def _look(self, server: Server) -> dict[str, Any]:
         listed = read(server.client.get(ROUTE))["sessions"]
         memory = round(sum(family_mib(server.process.pid).values()), 1)
-        return {"sessions": len(listed), "memory_mib": memory, "requests": self.seen.total()}
+        failures = {
+            line.split('reason="')[1].split('"')[0]: float(line.rsplit(" ", 1)[1])
+            for line in server.client.get("/metrics").text.splitlines()
+            if line.startswith("lola:session_failures_total")
+        }
+        return {
+            "sessions": len(listed),
+            "memory_mib": memory,
+            "requests": self.seen.total(),
+            "failures": {reason: count for reason, count in failures.items() if count},
+        }
 
 
 def body_of(prompt: list[int], tokens: int) -> dict[str, Any]:

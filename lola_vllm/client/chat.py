@@ -24,9 +24,9 @@ def chat(server: Server, session: str | None, options: Mapping[str, Any]) -> int
     """
     name = f"chat-{secrets.token_hex(4)}" if session is None else check_name(session)
     there = {found["session"]: found for found in server.sessions()}.get(name)
-    turn = there["turn"] if there else 0
+    at = (there["turn"], there["tokens"]) if there else (0, None)
     _note(
-        f"{name}: goes on after turn {turn}, {there['tokens']:,} tokens"
+        f"{name}: goes on after turn {at[0]}, {at[1]:,} tokens"
         if there
         else f"{name}: a new session; --session {name} goes on with it later"
     )
@@ -40,14 +40,19 @@ def chat(server: Server, session: str | None, options: Mapping[str, Any]) -> int
                 print()
             return 0
         if line.strip():
-            turn = _say(server, name, line.rstrip("\n"), turn, options)
+            at = _say(server, name, line.rstrip("\n"), at, options)
 
 
-def _say(server: Server, name: str, text: str, turn: int, options: Mapping[str, Any]) -> int:
-    """Print the answer to a message; the number of the turn."""
+def _say(
+    server: Server, name: str, text: str, at: tuple[int, int | None], options: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Print the answer to a message; the number of the turn and the tokens that it covers."""
+    turn, tokens = at
     body = {
         "messages": [{"role": "user", "content": text}],
-        "turn": turn,  # so that nobody else's turn, and no lost one, is gone on from unnoticed
+        # So that nobody else's turn, and no lost one, is gone on from unnoticed.
+        "turn": turn,
+        "tokens": tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
         **options,
@@ -73,7 +78,7 @@ def _say(server: Server, name: str, text: str, turn: int, options: Mapping[str, 
         f"turn {told['turn']}: {restored:,} tokens restored{reason}, {prompt - restored:,} read, "
         f"first word after {first or 0:.2f} s"
     )
-    return int(told["turn"])
+    return int(told["turn"]), int(told["tokens"])
 
 
 def _note(text: str) -> None:

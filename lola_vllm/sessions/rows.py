@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -61,6 +62,7 @@ class RowKeeper:
         self.max_waiting = max_waiting
         self._rows: dict[str, HostRow] = {}
         self._writing: dict[str, list[HostRow]] = {}  # an entry per write that waits
+        self._copying: Counter[str] = Counter()  # states whose file is yet to be copied
         self._reading: set[str] = set()  # states to keep in memory once they are read
         self._read: list[tuple[Load, HostRow, float]] = []
         self._outcomes: list[Outcome] = []
@@ -138,7 +140,9 @@ class RowKeeper:
         else:
             if order.keep:
                 self._reading.add(state)
-            self._reader.submit(self._read_file, order)
+            # A file that is yet to be made is read after it is.
+            thread = self._writer if self._copying[state] else self._reader
+            thread.submit(self._read_file, order)
 
     def _put(self, order: Load, row: HostRow, tier: str, began: float) -> None:
         row.copy_into(self.pool[order.slot])
@@ -154,6 +158,8 @@ class RowKeeper:
                 self._write(order.header, order.tokens, row)
                 return
         if order.disk:  # read and written in the order of the writes before it
+            with self._lock:
+                self._copying[state] += 1
             self._writer.submit(self._copy_file, order)
 
     def _drop(self, order: Drop) -> None:
@@ -208,6 +214,10 @@ class RowKeeper:
             self._done(header.id, "saved", DISK, began)
         except Exception as error:
             self._report(order.header.id, "save-failed", DISK, error)
+        finally:
+            with self._lock:
+                self._copying[order.header.id] -= 1
+                self._copying += Counter()  # leaves out those at zero
 
     def _unlink(self, state: str) -> None:
         with suppress(OSError):

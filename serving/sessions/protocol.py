@@ -14,6 +14,7 @@ from lola_vllm.sessions import check_name
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TurnNumber = Annotated[int, Field(ge=0, lt=10**9)]
+TurnTokens = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class SessionSummary(BaseModel):
@@ -147,7 +148,7 @@ class AppendRequest(PromptRequest):
 
     Attributes:
         ttl: seconds that the turn is kept. turn: the number of the turn that this one follows, 0
-            for a new session; without it, whatever is there.
+            for a new session; without it, whatever is there. tokens: that the turn covers.
     """
 
     model_config = ConfigDict(
@@ -162,6 +163,7 @@ class AppendRequest(PromptRequest):
 
     ttl: Seconds | None = None
     turn: TurnNumber | None = None
+    tokens: TurnTokens | None = None
 
 
 class AppendResponse(BaseModel):
@@ -209,6 +211,10 @@ class _Goes(BaseModel):
     turn: TurnNumber | None = Field(
         default=None,
         description="Number of the turn that this one follows, 0 for a new session.",
+    )
+    tokens: TurnTokens | None = Field(
+        default=None,
+        description="Tokens that the session covers, as the answer of its last turn said.",
     )
 
     @model_validator(mode="before")

@@ -143,7 +143,7 @@ async def _answer(
     with ExitStack() as held:
         try:
             held.enter_context(await hold(engine, reference, body.cache_salt))
-            said = await _said(engine, reference, body.cache_salt, body.turn)
+            said = await _said(engine, reference, body)
             report = reported()
             answer: Response = await go_on(said, _wish(reference, said, body.ttl))
         except Unavailable as error:
@@ -156,7 +156,7 @@ async def _answer(
 
 async def _append(reference: Reference, body: AppendRequest, raw_request: Request) -> Any:
     engine = engine_of(raw_request)
-    said = await _said(engine, reference, body.cache_salt, body.turn)
+    said = await _said(engine, reference, body)
     before = [] if said is None else said.before(_special(engine))
     if body.messages is not None and said is not None:
         tokens = await _messages(body, said, raw_request)
@@ -197,17 +197,21 @@ async def _messages(body: AppendRequest, said: Said, raw_request: Request) -> li
 
 
 async def _said(
-    engine: LolaEngine, reference: Reference, salt: str | None, expected: int | None
+    engine: LolaEngine,
+    reference: Reference,
+    body: AppendRequest | SessionChatRequest | SessionCompletionRequest,
 ) -> Said | None:
     """What a session has seen; None for a new one.
 
-    Args:
-        expected: the number of its last turn, 0 where it must be new, None: any.
+    Raises:
+        Unavailable: it is not at the turn or has not the tokens that the body names, or is gone.
     """
+    salt, expected = owned(body.cache_salt), body.turn
     try:
-        found = await engine.sessions("tokens", reference=str(reference), salt=owned(salt))
+        found = await engine.sessions("tokens", reference=str(reference), salt=salt)
     except Unavailable as error:
-        if error.status != HTTPStatus.NOT_FOUND or reference.turn is not None or expected:
+        new = reference.turn is None and not expected and not body.tokens
+        if error.status != HTTPStatus.NOT_FOUND or not new:
             raise
         return None
     said = Said(found["turn"], found["kind"], found["tokens"], found["tail"])
@@ -218,6 +222,13 @@ async def _said(
             f"or fork {reference.session}@{expected}" if expected else
             f"turn = 0: there is a session {reference.session!r} already; take another name",
         )  # fmt: skip
+    if body.tokens not in (None, len(said.tokens)):
+        raise Unavailable(
+            HTTPStatus.CONFLICT,
+            f"tokens = {body.tokens}: turn {said.turn} of {reference.session!r} covers "
+            f"{len(said.tokens)}, as its {said.kind} is the last that was kept; look at what it "
+            "says, and send what is missing again",
+        )
     return said
 
 

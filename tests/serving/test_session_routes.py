@@ -265,6 +265,7 @@ BAD = {
     "long-name": (f"{'a' * 65}/chat", {"messages": user("x")}, 400, "1 to 64"),
     "turn-of-nothing": ("none@2/append", {"prompt": "x"}, 404, "'none'"),
     "expected-turn": ("none/append", {"prompt": "x", "turn": 3}, 404, "'none'"),
+    "expected-tokens": ("none/append", {"prompt": "x", "tokens": 3}, 404, "'none'"),
     "fork-of-nothing": ("none/fork", {"to": "some"}, 404, "'none'"),
     "fork-to-no-name": ("none/fork", {"to": "../x"}, 400, "to = '../x'"),
     "nothing-to-read": ("none/append", {}, 400, "give one of 'prompt'"),
@@ -294,6 +295,8 @@ def test_a_session_that_has_become_too_long_says_so(tiny):
     refused(post(tiny, "full/chat", messages=user(TEXT * 9)), 400, "--max-model-len")
     refused(post(tiny, "full/append", prompt="x", turn=0), 409, "there is a session 'full'")
     refused(post(tiny, "full/append", prompt="x", turn=7), 409, "is at turn 1")
+    refused(post(tiny, "full/append", prompt="x", turn=1, tokens=1999), 409, "covers 2000")
+    ok(post(tiny, "full/append", prompt="x", turn=1, tokens=2000))
 
 
 QUESTIONS = [

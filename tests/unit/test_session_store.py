@@ -17,7 +17,7 @@ from lola_vllm.sessions import (
 from lola_vllm.sessions.chain import SPAN, salt_hash
 from lola_vllm.sessions.file import read_header
 from lola_vllm.sessions.settings import parse_bytes
-from tests.support.sessions import FINGERPRINT, ROW, Server
+from tests.support.sessions import FINGERPRINT, ROW, Server, row_of
 
 TEXT = list(range(1000, 1700))
 
@@ -75,6 +75,26 @@ def test_the_same_text_is_stored_once(server):
     named = server.say(TEXT[:100], "agent-7")
     assert named.header.session == "agent-7"
     assert len(server.store.states) == 2
+
+
+def test_a_fork_of_a_file_is_restored_before_its_own_file_is_there(server):
+    """The thread that reads must not come before the one that copies."""
+    if server.store.directory is None or server.store.memory.budget:
+        pytest.skip("needs states that are in files only")
+    server.say(TEXT[:100], "agent-7")
+    server.settle()
+    free = threading.Event()
+    server.keepers[0]._writer.submit(free.wait, 20)
+    server.manager.fork("agent-7", "twig")
+    (twig,) = server.store.lookup(parse_reference("twig"))
+    server.store.load(twig, 2, "request")
+    server.step()
+    server.keepers[0]._reader.submit(int).result()  # all that can be read now
+    free.set()
+    events = [(outcome.event, outcome.state) for outcome in server.settle()]
+    assert ("loaded", twig.id) in events and "load-failed" not in dict(events)
+    assert server.pools[0][2].equal(row_of(TEXT[:100]))
+    assert not server.keepers[0]._copying
 
 
 def test_names_turns_forks_and_deletion(server):
