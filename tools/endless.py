@@ -5,9 +5,10 @@
 
 Reads one composed text in transformers, with the serving ops and one state. Reports memory and time
 per token in windows, perplexity of the first and of the last tokens, and needles: sentences with a
-number, put in at equal spaces and asked for when so many tokens have followed. A question is put to
-a copy of the state, so it leaves no trace. The last tokens are also read with a new state, as their
-text may be harder or easier than that of the first.
+number, at equal spaces, asked for when so many tokens have followed. Each needle is put into a copy
+of the state, which reads the text on from there. So no needle stands between another and its
+question. The last tokens are also read with a new state, as their text may be harder or easier than
+that of the first.
 
 `tools/long_sequence.py` puts such a text through vLLM, for memory and time there.
 """
@@ -50,7 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=10_000, help="tokens between two samples")
     parser.add_argument("--needle-every", type=int, default=50_000)
     parser.add_argument(
-        "--ask-after", type=int, nargs="*", default=[1000, 10_000, 100_000], metavar="N"
+        "--ask-after", type=int, nargs="*", default=[1000, 4000, 16_000], metavar="N"
     )
     parser.add_argument("--dtype", help="default: the fast one of this machine")
     parser.add_argument("--worse", type=float, default=1.25, help="what a ratio may be, at most")
@@ -111,10 +112,8 @@ class Reading:
         """Read all of it."""
         args, total = self.args, len(self.ids)
         needles = draw_needles(total, args.needle_every)
-        # Distances are of the text; a needle's own tokens come on top of it.
-        asks = [(n.at + after, n, after) for n in needles for after in args.ask_after]
         stops = {*range(args.every, total, args.every), args.edge, total - args.edge, total}
-        stops |= {needle.at for needle in needles} | {at for at, _, _ in asks if at <= total}
+        stops |= {needle.at for needle in needles}
         done, since, spent, clock = 0, 0, 0.0, 0.0
         for stop in sorted(stops):
             start = time.process_time(), time.perf_counter()
@@ -134,10 +133,7 @@ class Reading:
                 since, spent, clock = done, 0.0, 0.0
             for needle in needles:
                 if needle.at == done:
-                    self.run.read(self.tokenizer.encode(needle.sentence, special=False))
-            for at, needle, after in asks:
-                if at == done:
-                    self._ask(needle, after)
+                    self._hide(needle)
 
     def _feed(self, start: int, stop: int) -> None:
         """Tokens from start to stop, predicted where they count."""
@@ -152,13 +148,21 @@ class Reading:
             self.nats[name] -= sum(value.logprob for value in values)
             self.counted[name] += len(values)
 
-    def _ask(self, needle: Needle, after: int) -> None:
-        copy = self.run.copy()
-        copy.read(self.tokenizer.encode(needle.question, special=False))
-        answer = self.tokenizer.decode(copy.answer(ANSWER_TOKENS))
-        found = {"needle_at": needle.at, "after": after, "exact": needle.value in answer}
-        self.asked.append({**found, "expected": needle.value, "answer": answer})
-        print(json.dumps(self.asked[-1], ensure_ascii=False), flush=True)
+    def _hide(self, needle: Needle) -> None:
+        """Read on from a needle in a copy of the state, and ask for it."""
+        run, at = self.run.copy(), needle.at
+        run.read(self.tokenizer.encode(needle.sentence, special=False))
+        for after in sorted(self.args.ask_after):
+            if needle.at + after > len(self.ids):
+                return
+            run.read(self.ids[at : needle.at + after])
+            at = needle.at + after
+            copy = run.copy()
+            copy.read(self.tokenizer.encode(needle.question, special=False))
+            answer = self.tokenizer.decode(copy.answer(ANSWER_TOKENS))
+            found = {"needle_at": needle.at, "after": after, "exact": needle.value in answer}
+            self.asked.append({**found, "expected": needle.value, "answer": answer})
+            print(json.dumps(self.asked[-1], ensure_ascii=False), flush=True)
 
     def afresh(self) -> float:
         """Perplexity of the last tokens, read with a new state."""

@@ -17,14 +17,11 @@ class CalibrateOptions:
     by: Literal["head", "layer"] = option(
         "a size for each KV head, or one for all heads of a layer", "head"
     )
-    windows: int = option("of text to read", 64)
+    windows: int = option("of text to read for the sizes", 64)
     window_length: int = option("in tokens", 1024)
+    prompts: int = option("to read for saliency", 56)
+    prompt_length: int = option("of every other four, in tokens; the rest have half of it", 4096)
     facts: float = option(
-        "share of the windows for saliency that hide facts in text and ask for them at the end", 0.5
+        "share of the prompts that hide facts in text and ask for them at the end", 0.75
     )
-    strength: float = option(
-        "power to which saliency weighs the recall error: more finds more in prose and less in "
-        "text that repeats itself",
-        0.2,
-    )
-    seed: int = option("of the choice of windows", 0)
+    seed: int = option("of the choice of windows and prompts", 0)

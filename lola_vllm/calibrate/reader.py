@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from lola_vllm.calibrate.saliency import SaliencyFit
 from lola_vllm.eval.repeats import repeated_ngrams
 
 ATTENTION = "lola_calibration"
@@ -17,19 +17,28 @@ ATTENTION = "lola_calibration"
 class Notes(Protocol):
     """What is noted of a window."""
 
-    def begin(self, ids: Sequence[int]) -> bool:
-        """Whether there is something to note of a window, which is read next if so."""
+    def begin(self, ids: Sequence[int]) -> Tensor:
+        """The tokens whose attention is noted, `[n]` int64 in order; with none the window is left
+        out."""
 
     def add(self, layer: int, k: Tensor, v: Tensor, weights: Tensor) -> None:
-        """A layer's k (after RoPE) and v `[Hkv, T, d]` and softmax weights `[Hq, T, T]`."""
+        """A layer's k (after RoPE) and v `[Hkv, T, d]` and softmax weights `[Hq, n, T]` of the
+        tokens that `begin` named."""
+
+
+class _Window(NamedTuple):
+    notes: Notes
+    queries: Tensor
 
 
 @torch.no_grad()
 def read(model: Any, windows: Iterable[Sequence[int]], notes: Notes) -> None:
     """Read windows with a model whose attention is `attention`, which must be registered."""
     for ids in windows:
-        if notes.begin(ids):
-            model.model(torch.tensor([list(ids)]), use_cache=False, lola_notes=notes)
+        queries = notes.begin(ids)
+        if len(queries):
+            window = _Window(notes, queries)
+            model.model(torch.tensor([list(ids)]), use_cache=False, lola_window=window)
 
 
 def attention(
@@ -38,17 +47,19 @@ def attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    lola_notes: Notes,
+    lola_window: _Window,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Softmax attention, `[1, H, T, d]` in and `[1, T, Hq, d]` out, with notes."""
     group = q.shape[1] // k.shape[1]
-    logits = q[0] @ k[0].repeat_interleave(group, dim=0).mT * q.shape[-1] ** -0.5
-    later = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
-    weights = logits.masked_fill_(later, -torch.inf).softmax(-1)  # [Hq, T, T]
-    lola_notes.add(module.layer_idx, k[0], v[0], weights)
-    out = weights @ v[0].repeat_interleave(group, dim=0)
-    return out.transpose(0, 1).unsqueeze(0), None
+    wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    out = scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)
+    queries = lola_window.queries
+    logits = q[0, :, queries] @ wide_k[0].mT * q.shape[-1] ** -0.5
+    later = torch.arange(q.shape[2]) > queries[:, None]
+    weights = logits.masked_fill_(later, -torch.inf).softmax(-1)  # [Hq, n, T]
+    lola_window.notes.add(module.layer_idx, k[0], v[0], weights)
+    return out.transpose(1, 2), None
 
 
 class Repeats:
@@ -61,42 +72,21 @@ class Repeats:
     def __init__(self) -> None:
         self.places = 0
         self._sums: dict[int, Tensor] = {}  # layer -> [Hkv, Hq / Hkv]
-        self._queries = self._keys = torch.zeros(0, dtype=torch.long)
+        self._keys = torch.zeros(0, dtype=torch.long)
 
-    def begin(self, ids: Sequence[int]) -> bool:
+    def begin(self, ids: Sequence[int]) -> Tensor:
         """See `Notes`."""
         places = repeated_ngrams(ids)
         self.places += len(places)
         # The token before the last one of the n-gram asks; the last one of the first time answers.
-        self._queries = torch.tensor([end - 1 for end, _ in places], dtype=torch.long)
         self._keys = torch.tensor([before for _, before in places], dtype=torch.long)
-        return bool(places)
+        return torch.tensor([end - 1 for end, _ in places], dtype=torch.long)
 
     def add(self, layer: int, k: Tensor, v: Tensor, weights: Tensor) -> None:
         """See `Notes`."""
-        found = weights[:, self._queries, self._keys].sum(-1).unflatten(0, (len(k), -1))
-        self._sums[layer] = self._sums.get(layer, 0) + found
+        found = weights[:, torch.arange(len(self._keys)), self._keys]
+        self._sums[layer] = self._sums.get(layer, 0) + found.sum(-1).unflatten(0, (len(k), -1))
 
     def mass(self) -> list[list[float]]:
         """Per layer and KV head, the largest mean of its query heads."""
         return [(self._sums[i].amax(1) / self.places).tolist() for i in sorted(self._sums)]
-
-
-class Asked:
-    """What saliency is fitted to."""
-
-    def __init__(self) -> None:
-        self._fits: dict[int, SaliencyFit] = {}
-
-    def begin(self, ids: Sequence[int]) -> bool:
-        """See `Notes`."""
-        return True
-
-    def add(self, layer: int, k: Tensor, v: Tensor, weights: Tensor) -> None:
-        """See `Notes`."""
-        self._fits.setdefault(layer, SaliencyFit()).add(k, v, weights)
-
-    @property
-    def fits(self) -> list[SaliencyFit]:
-        """By layer."""
-        return [self._fits[layer] for layer in sorted(self._fits)]

@@ -9,14 +9,13 @@ A head of mass m with n pairs is taken to lose m / n. Under a fixed sum of pairs
 losses is least where n grows as the square root of m. With one size for all heads of a layer, the
 mass of its strongest head counts.
 
-A second reading fits saliency (`saliency.py`), which tells from a pair how much it will be read.
-Plain text seldom asks for a detail from far back, so a share of its windows hide facts and ask for
-them.
+A second reading fits saliency (`saliency.py`), which says which pairs these caches should hold.
+Plain text seldom asks for a detail from far back, so most of its prompts hide facts and ask for
+them (`prompts.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 from collections.abc import Sequence
@@ -28,10 +27,11 @@ import torch
 from torch import Tensor
 
 from lola_vllm.calibrate.options import CalibrateOptions
-from lola_vllm.calibrate.reader import ATTENTION, Asked, Repeats, attention, read
+from lola_vllm.calibrate.prompts import draw_prompts
+from lola_vllm.calibrate.reader import ATTENTION, Repeats, attention, read
+from lola_vllm.calibrate.saliency import JUDGED_ONE_IN, Asked, Read, fit, held, parted
 from lola_vllm.checkpoint.base import read_base_config
 from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_files
-from lola_vllm.distill.retrieval import RetrievalError, retrieval_row
 from lola_vllm.texts import is_held_out, read_documents
 
 
@@ -44,16 +44,16 @@ class Calibration:
             time.
         places: where the texts repeat themselves.
         sizes: per layer, its pairs, or those of its KV heads: a `lola_config.sparse_cache_size`.
-        saliency: per layer `[Hkv, d // 2 + d + 1]`, its tensor `saliency`, `--strength` included.
-        correlations: per layer and KV head, of saliency and the log of the attention that it
-            estimates, in windows that the fit did not see.
+        saliency: per layer `[Hkv, d // 2 + d + 1]`, its tensor `saliency`.
+        held: per layer, the share of what is read from afar that its caches would hold, with the
+            error alone and with saliency, in prompts that the fit did not see.
     """
 
     mass: list[list[float]]
     places: int
     sizes: list[int] | list[list[int]]
     saliency: list[Tensor]
-    correlations: list[list[float]]
+    held: list[tuple[float, float]]
 
 
 def calibrate(
@@ -65,8 +65,8 @@ def calibrate(
         base: a local directory of the softmax model.
         texts: a file or a directory of files. Held-out documents are not read, so that they stay
             for measuring.
-        model: a LoLA model made of `base`. Saliency is fitted to its keys and values, which differ
-            from the base's where its weights were trained. Its linear layers must not be quantized.
+        model: a LoLA model made of `base`. Saliency is fitted to its keys, values and maps. Without
+            it, to the base's with identity maps. Its linear layers must not be quantized.
 
     Raises:
         CheckpointError: a model or options that cannot be used, or texts that are too short or
@@ -77,12 +77,10 @@ def calibrate(
         raise CheckpointError(
             f"--pairs = {options.pairs}: must be at least --least = {options.least}, and that 0"
         )
-    if not 0 <= options.strength <= 10:
-        raise CheckpointError(
-            f"--strength = {options.strength:g}: must be between 0 (no weight) and 10"
-        )
     if not 0 <= options.facts <= 1:
         raise CheckpointError(f"--facts = {options.facts:g}: must be between 0 and 1")
+    if options.prompts < JUDGED_ONE_IN:
+        raise CheckpointError(f"--prompts = {options.prompts}: must be at least {JUDGED_ONE_IN}")
     import transformers
 
     read_base_config(base)  # refuses families that could not be served
@@ -101,64 +99,52 @@ def calibrate(
         )
     mass = repeats.mass()
     sizes = divide_among(mass, options)
-    if model is not None:
-        _load_weights(softmax, model)
-    asked = Asked()
-    read(softmax, _with_facts(windows, tokenizer, options), asked)
-    fits = asked.fits
-    if not all(fit.judgeable for fit in fits):
-        raise CheckpointError(
-            f"--windows {options.windows} of --window-length {options.window_length}: too little "
-            "text to fit saliency to; use at least 5 windows of 300 tokens"
-        )
-    return Calibration(
-        mass,
-        repeats.places,
-        sizes,
-        [options.strength * fit.weights() for fit in fits],
-        [fit.correlation() for fit in fits],
-    )
+    maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
+    prompts = draw_prompts(texts, tokenizer, options)
+    asked = Asked(prompts, maps)
+    read(softmax, [prompt.ids for prompt in prompts], asked)
+    saliency, shares = [], []
+    for layer, reads in enumerate(asked.reads):
+        of_heads = _of_heads(sizes[layer], len(mass[layer]))
+        fitted, judged = parted(reads)
+        if not all(read.features.shape[1] for read in reads):
+            raise CheckpointError(
+                f"--prompt-length = {options.prompt_length}: too short for anything to leave the "
+                "window; use prompts of 300 tokens or more"
+            )
+        saliency.append(fit(fitted, of_heads, options.seed))
+        shares.append((_share(judged, of_heads, None), _share(judged, of_heads, saliency[-1])))
+    return Calibration(mass, repeats.places, sizes, saliency, shares)
 
 
-def _with_facts(
-    windows: Sequence[list[int]], tokenizer: Any, options: CalibrateOptions
-) -> list[list[int]]:
-    """The windows, a share of them with facts hidden in their text and questions at their end.
-
-    The wording is that of training (`distill/retrieval.py`), which no benchmark shares.
-
-    Raises:
-        CheckpointError: a tokenizer that makes no such prompts.
-    """
-    found = []
-    for number, ids in enumerate(windows):
-        if int((number + 1) * options.facts) == int(number * options.facts):
-            found.append(ids)
-            continue
-        rng = random.Random(f"{options.seed}/facts/{number}")
-        text = functools.partial(_beginning, tokenizer.decode(ids))
-        try:
-            row = retrieval_row(tokenizer, len(ids), rng, text)
-        except RetrievalError as error:
-            raise CheckpointError(f"--facts = {options.facts:g}: {error}") from None
-        found.append(row.tokens)
-    return found
+def _of_heads(sizes: int | list[int], heads: int) -> list[int]:
+    return [sizes] * heads if isinstance(sizes, int) else sizes
 
 
-def _beginning(text: str, length: int) -> str:
-    return text[:length]
+def _share(reads: Sequence[Read], sizes: Sequence[int], weights: Tensor | None) -> float:
+    kept, all_of_it = held(reads, sizes, weights)
+    return float(kept.sum() / all_of_it.sum().clamp(min=1e-9))
 
 
-def _load_weights(softmax: Any, model: Path) -> None:
-    """Give a softmax model the weights of a LoLA model; its maps are left out.
+def _identity_maps(config: Any) -> list[Tensor]:
+    """A layer's key maps as `lola-vllm init` makes them."""
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [torch.eye(d).repeat(config.num_key_value_heads, 1, 1)] * config.num_hidden_layers
+
+
+def _load_weights(softmax: Any, model: Path) -> list[Tensor]:
+    """Give a softmax model the weights of a LoLA model; the key maps of its layers, in float32.
 
     Raises:
         CheckpointError: a model of other weights, or one whose linear layers are quantized.
     """
     own = dict(softmax.named_parameters())
-    missing = set(own)
+    missing, maps = set(own), dict[int, Tensor]()
     for path in weight_files(model):
         with open_weights(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.endswith(".feature_map_k"):
+                    maps[int(name.split(".")[2])] = file.get_tensor(name).float()
             for name in missing & set(file.keys()):
                 tensor = file.get_tensor(name)
                 if tensor.shape != own[name].shape or not tensor.is_floating_point():
@@ -170,6 +156,11 @@ def _load_weights(softmax: Any, model: Path) -> None:
                 missing.discard(name)
     if missing:
         raise CheckpointError(f"{model}: no tensor {min(missing)!r}; was it made of this base?")
+    if len(maps) != softmax.config.num_hidden_layers:
+        raise CheckpointError(
+            f"{model}: maps of {len(maps)} layers, and {softmax.config.num_hidden_layers} layers"
+        )
+    return [maps[layer] for layer in sorted(maps)]
 
 
 def _windows(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list[list[int]]:
@@ -225,12 +216,13 @@ def divide(mass: Sequence[float], total: int, least: int) -> list[int]:
 
 
 def report(found: Calibration) -> str:
-    """By layer, how well saliency is told, and each head's mass and pairs; the sizes as JSON."""
+    """By layer, what its caches hold of what is read from afar, with the error alone and with
+    saliency, and each head's mass and pairs; the sizes as JSON."""
     lines = [f"{found.places} places where the text repeats what it said far back", ""]
-    lines.append("layer  saliency tells  reads back and pairs, of each KV head")
+    lines.append("layer  held by error, with saliency  reads back and pairs, of each KV head")
     for layer, mass in enumerate(found.mass):
-        told, sizes = found.correlations[layer], found.sizes[layer]
-        of_heads = [sizes] * len(mass) if isinstance(sizes, int) else sizes
-        heads = (f"{m:7.1%} {n:5}" for m, n in zip(mass, of_heads, strict=True))
-        lines.append(f"{layer:5}  {sum(told) / len(told):14.2f}  {'  '.join(heads)}")
+        (alone, weighed), sizes = found.held[layer], found.sizes[layer]
+        pairs = _of_heads(sizes, len(mass))
+        heads = (f"{m:7.1%} {n:5}" for m, n in zip(mass, pairs, strict=True))
+        lines.append(f"{layer:5}  {alone:13.0%}  {weighed:13.0%}  {'  '.join(heads)}")
     return "\n".join([*lines, "", json.dumps({"sparse_cache_size": found.sizes})])

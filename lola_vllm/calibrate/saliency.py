@@ -1,45 +1,59 @@
-"""Saliency: how much a pair will be read from afar, told from the pair alone.
+"""Saliency: what a pair's score is multiplied by, so that the cache holds what will be read.
 
 The self-recall error says what the hidden state cannot recall. It does not say what will be asked
-for. Saliency is a linear estimate, per KV head, of the log of the largest attention that a token
-gets from queries more than `DISTANCE` tokens later (`docs/algorithm.md`, section 3). Its features
-are the lengths of the key's rotary pairs, which do not depend on the position, and the value.
+for. Saliency is the exponential of a linear function, per KV head, of the lengths of the key's
+rotary pairs, which do not depend on the position, and of the value (`docs/algorithm.md`,
+section 6).
 
-The estimate is a ridge regression on plain text. Only sums over tokens are kept, so memory does not
-grow with the text.
+Its weights are fitted to what the cache is for. Prompts are read with softmax attention, and each
+token is worth the largest attention that it gets from far behind. The fit makes the worth of the
+pairs that a cache of the head's size would keep as large as it can: those whose error times
+saliency is largest. "Would keep" is softened to a sigmoid of the distance from the last one kept,
+so that it has a gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from lola_vllm.calibrate.prompts import Prompt
 from lola_vllm.eval.repeats import DISTANCE
+from lola_vllm.ops.constants import RECALL_EPS
+from lola_vllm.ops.reference import feature_map
 
-# Attention below this is as good as none; its log would rule the fit.
-LEAST_ATTENTION = 1e-5
-# First tokens of a window draw attention whatever they are.
+# First tokens draw attention whatever they are, and the last are in the window.
 SKIPPED_TOKENS = 4
-# Penalty on standardized features, as a share of the number of tokens.
-RIDGE = 0.05
-# Every so many windows one is left out of the fit that is judged.
+LAST_TOKENS = 80
+# One query in so many asks, and all of the last ones, which ask for facts.
+ONE_IN, LAST_QUERIES = 12, 120
+# Attention below this is not worth a pair.
+LEAST_ATTENTION = 0.05
+# One prompt in so many is not fitted to, and judges.
 JUDGED_ONE_IN = 5
+# Of the fit: steps per prompt, size of the first step, penalty on standardized weights, share of
+# what plain text reads beside facts, and width of the sigmoid in logarithms of scores.
+EPOCHS, RATE, PENALTY, PLAIN, WIDTH = 6, 0.01, 0.15, 0.5, 0.3
+# Sizes in turn: smaller caches stand for longer texts.
+SHARES = (1.0, 0.6, 0.35)
+_LEAST_WORTH = 0.05  # of a prompt to a head; below it a step would be of noise
 
 
-def far_attention(weights: Tensor, num_kv_heads: int) -> Tensor:
-    """The largest attention that each token gets from far behind.
+class Read(NamedTuple):
+    """What a layer read in a prompt.
 
-    Args:
-        weights: `[Hq, T, T]`, softmax attention, queries in dim 1.
-
-    Returns:
-        `[Hkv, T]`, over the queries more than `DISTANCE` tokens later and the heads of a group.
+    Attributes:
+        features: `[Hkv, n, d // 2 + d]` float16. log_errors, worth: `[Hkv, n]` float32.
+        of_facts: whether only facts that are asked for are worth anything.
     """
-    T = weights.shape[-1]
-    tokens = torch.arange(T, device=weights.device)
-    near = tokens[:, None] - tokens <= DISTANCE
-    far = weights.masked_fill(near, 0).amax(1)  # [Hq, T]
-    return far.unflatten(0, (num_kv_heads, -1)).amax(1)
+
+    features: Tensor
+    log_errors: Tensor
+    worth: Tensor
+    of_facts: bool
 
 
 def features(k: Tensor, v: Tensor) -> Tensor:
@@ -48,83 +62,150 @@ def features(k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([torch.hypot(k[..., :half], k[..., half : 2 * half]), v], dim=-1)
 
 
-class _Sums:
-    """Sums over tokens of the products of features, targets and 1, per KV head, in float64."""
+def far_attention(weights: Tensor, queries: Tensor, num_kv_heads: int) -> Tensor:
+    """The largest attention that each token gets from far behind.
 
-    def __init__(self, heads: int, width: int) -> None:
-        self.products = torch.zeros(heads, width, width, dtype=torch.float64)
+    Args:
+        weights: `[Hq, n, T]`, softmax attention of n queries. queries: `[n]`, their positions.
 
-    def add(self, x: Tensor) -> None:
-        """x: `[tokens, heads, width]`; its last two columns are the target and 1."""
-        x = x.transpose(0, 1).double()
-        self.products += x.mT @ x
-
-    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Number of tokens `[heads]`, means `[heads, width]`, covariance of features and target."""
-        n = self.products[:, -1, -1]
-        mean = self.products[:, -1] / n[:, None]
-        covariance = self.products / n[:, None, None] - mean[:, :, None] * mean[:, None]
-        return n, mean[:, :-1], covariance[:, :-1, :-1]
+    Returns:
+        `[Hkv, T]`, over the queries more than `DISTANCE` tokens later and the heads of a group.
+    """
+    near = queries[:, None] - torch.arange(weights.shape[-1]) <= DISTANCE
+    far = weights.masked_fill(near, 0).amax(1)  # [Hq, T]
+    return far.unflatten(0, (num_kv_heads, -1)).amax(1)
 
 
-class SaliencyFit:
-    """The regression of one layer."""
+def errors_of_others(k: Tensor, v: Tensor, feature_map_k: Tensor) -> Tensor:
+    """Self-recall error of each pair in a state of all others.
 
-    def __init__(self) -> None:
-        self._windows = 0
-        self._fitted: _Sums | None = None
-        self._judged: _Sums | None = None
+    Args:
+        k, v: `[Hkv, T, d]`. feature_map_k: `[Hs, d, F]`.
 
-    def add(self, k: Tensor, v: Tensor, weights: Tensor) -> None:
-        """Read a window.
-
-        Args:
-            k: `[Hkv, T, d]`, after RoPE. v: `[Hkv, T, d]`. weights: `[Hq, T, T]`.
-        """
-        T = k.shape[1]
-        stop = T - DISTANCE - T // 24  # so that each token has queries far behind it
-        if stop <= SKIPPED_TOKENS:
-            return
-        target = far_attention(weights, len(k)).clamp(min=LEAST_ATTENTION).log().unsqueeze(-1)
-        rows = torch.cat([features(k, v), target, torch.ones_like(target)], dim=-1)
-        rows = rows[:, SKIPPED_TOKENS:stop].transpose(0, 1)
-        if self._fitted is None or self._judged is None:
-            self._fitted, self._judged = (_Sums(len(k), rows.shape[-1]) for _ in range(2))
-        self._windows += 1
-        (self._judged if self._windows % JUDGED_ONE_IN == 0 else self._fitted).add(rows)
-
-    @property
-    def judgeable(self) -> bool:
-        """Whether enough windows were read to fit and to judge."""
-        return self._windows >= JUDGED_ONE_IN
-
-    def correlation(self) -> list[float]:
-        """Per KV head, of estimate and log attention, on windows that the fit did not see."""
-        assert self._fitted is not None and self._judged is not None
-        slopes, _ = _ridge(self._fitted)
-        _, _, covariance = self._judged.moments()
-        along = (slopes * covariance[:, :-1, -1]).sum(-1)
-        spread = torch.einsum("hi,hij,hj->h", slopes, covariance[:, :-1, :-1], slopes)
-        return (along / (spread * covariance[:, -1, -1]).clamp(min=1e-30).sqrt()).tolist()
-
-    def weights(self) -> Tensor:
-        """A layer's saliency tensor, `[Hkv, d // 2 + d + 1]` float32, fitted to all windows.
-
-        The last column makes the mean of the log of the weight zero.
-        """
-        assert self._fitted is not None and self._judged is not None
-        both = _Sums(*self._fitted.products.shape[:2])
-        both.products = self._fitted.products + self._judged.products
-        slopes, offset = _ridge(both)
-        return torch.cat([slopes, offset], dim=-1).float()
+    Returns:
+        `[Hkv, T]`; where a KV head has several state heads, the mean of SRE / ||v|| over them.
+    """
+    group = len(feature_map_k) // len(k)
+    v_s = v.repeat_interleave(group, dim=0)
+    phi = feature_map(k.repeat_interleave(group, dim=0), feature_map_k)  # [Hs, T, 2F]
+    own = phi.square().sum(-1, keepdim=True)
+    mass = phi @ phi.sum(1).unsqueeze(-1) - own + RECALL_EPS
+    errors = (v_s - (phi @ (phi.mT @ v_s) - own * v_s) / mass).norm(dim=-1)
+    if group == 1:
+        return errors
+    errors = errors / v_s.norm(dim=-1).clamp(min=RECALL_EPS)
+    return errors.unflatten(0, (-1, group)).mean(1)
 
 
-def _ridge(sums: _Sums) -> tuple[Tensor, Tensor]:
-    """Slopes `[heads, features]` and offset `[heads, 1]` such that the estimates' mean is 0."""
-    _, mean, covariance = sums.moments()
-    scale = covariance.diagonal(dim1=1, dim2=2).clamp(min=1e-8).sqrt()[:, :-1]
-    among = covariance[:, :-1, :-1] / (scale[:, :, None] * scale[:, None])
-    with_target = (covariance[:, :-1, -1] / scale).unsqueeze(-1)
-    ridge = RIDGE * torch.eye(among.shape[-1], dtype=among.dtype)
-    slopes = torch.linalg.solve(among + ridge, with_target).squeeze(-1) / scale
-    return slopes, -(slopes * mean[:, :-1]).sum(-1, keepdim=True)
+class Asked:
+    """Notes of what prompts read from afar.
+
+    Args:
+        prompts: in the order in which they are read. maps: by layer, `[Hs, d, F]`.
+
+    Attributes:
+        reads: by layer, of all prompts.
+    """
+
+    def __init__(self, prompts: Iterable[Prompt], maps: Sequence[Tensor]) -> None:
+        self.reads: list[list[Read]] = [[] for _ in maps]
+        self._prompts, self._maps = iter(prompts), maps
+        self._asked: list[bool] | None = None
+        self._queries = torch.zeros(0, dtype=torch.long)
+
+    def begin(self, ids: Sequence[int]) -> Tensor:
+        """See `Notes`."""
+        self._asked, T = next(self._prompts).asked, len(ids)
+        last = range(max(0, T - LAST_QUERIES), T)
+        self._queries = torch.tensor(sorted({*range(0, T, ONE_IN), *last}))
+        return self._queries
+
+    def add(self, layer: int, k: Tensor, v: Tensor, weights: Tensor) -> None:
+        """See `Notes`."""
+        worth = far_attention(weights, self._queries, len(k))
+        worth = worth.where(worth > LEAST_ATTENTION, 0)
+        if self._asked is not None:
+            worth = worth * torch.tensor(self._asked)
+        kept = slice(SKIPPED_TOKENS, max(SKIPPED_TOKENS, k.shape[1] - LAST_TOKENS))
+        errors = errors_of_others(k, v, self._maps[layer])
+        self.reads[layer].append(
+            Read(
+                features(k, v)[:, kept].half(),
+                errors.clamp(min=RECALL_EPS).log()[:, kept],
+                worth[:, kept],
+                self._asked is not None,
+            )
+        )
+
+
+def parted(reads: Sequence[Read]) -> tuple[list[Read], list[Read]]:
+    """Those to fit to, and those to judge by."""
+    judged = reads[JUDGED_ONE_IN - 1 :: JUDGED_ONE_IN]
+    return [r for i, r in enumerate(reads, 1) if i % JUDGED_ONE_IN], list(judged)
+
+
+def fit(reads: Sequence[Read], sizes: Sequence[int], seed: int = 0) -> Tensor:
+    """A layer's saliency tensor, `[Hkv, d // 2 + d + 1]` float32.
+
+    Args:
+        reads: to fit to. sizes: pairs of each KV head.
+
+    The last column makes the mean of the log of saliency zero.
+    """
+    total = sum(r.features.shape[1] for r in reads)
+    mean = torch.stack([r.features.float().sum(1) for r in reads]).sum(0) / total
+    square = torch.stack([r.features.float().square().sum(1) for r in reads]).sum(0) / total
+    scale = (square - mean.square()).clamp(min=1e-6).sqrt()  # [Hkv, features]
+    slopes = torch.zeros_like(mean, requires_grad=True)
+    adam = torch.optim.Adam([slopes], lr=RATE, betas=(0.9, 0.99))
+    order, steps = torch.Generator().manual_seed(seed), EPOCHS * len(reads)
+    pairs = torch.tensor(list(sizes))
+    for step in range(steps):
+        if step % len(reads) == 0:
+            turns = torch.randperm(len(reads), generator=order).tolist()
+        read = reads[turns[step % len(reads)]]
+        adam.param_groups[0]["lr"] = RATE * (1 - step / steps)
+        x = (read.features.float() - mean[:, None]) / scale[:, None]
+        scores = read.log_errors + torch.einsum("hnf,hf->hn", x, slopes)
+        kept = (pairs * SHARES[step % len(SHARES)]).long()
+        soft = torch.sigmoid((scores - _last_kept(scores.detach(), kept)) / WIDTH)
+        worth = read.worth.sum(-1)
+        held = (read.worth * soft).sum(-1) / worth.clamp(min=_LEAST_WORTH)
+        chosen = (kept > 0) & (kept < scores.shape[1])  # else there is nothing to choose
+        share = 1.0 if read.of_facts else PLAIN
+        loss = PENALTY * slopes.square().sum() - share * (held * chosen).sum()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    weights = slopes.detach() / scale
+    return torch.cat([weights, -(weights * mean).sum(-1, keepdim=True)], dim=-1)
+
+
+def held(reads: Iterable[Read], sizes: Sequence[int], weights: Tensor | None) -> tuple[Tensor, ...]:
+    """What caches would hold of what is read from afar.
+
+    Args:
+        weights: a saliency tensor; None: the error alone chooses.
+
+    Returns:
+        `[Hkv]` each: the worth that is held, and all of it.
+    """
+    found = torch.zeros(2, len(sizes))
+    pairs = torch.tensor(list(sizes))
+    for read in reads:
+        scores = read.log_errors
+        if weights is not None:
+            log = torch.einsum("hnf,hf->hn", read.features.float(), weights[:, :-1])
+            scores = scores + log
+        kept = scores >= _last_kept(scores, pairs)
+        kept &= (pairs > 0)[:, None]
+        found[0] += (read.worth * kept).sum(-1)
+        found[1] += read.worth.sum(-1)
+    return tuple(found)
+
+
+def _last_kept(scores: Tensor, pairs: Tensor) -> Tensor:
+    """The score `[Hkv, 1]` of the last one of each head's pairs that is kept."""
+    n = scores.shape[1]
+    best = scores.sort(dim=-1, descending=True).values
+    return best.gather(1, (pairs.clamp(1, n) - 1).unsqueeze(-1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,27 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lola_vllm import cli
-from lola_vllm.calibrate import saliency as saliency_module
 from lola_vllm.calibrate.options import CalibrateOptions
+from lola_vllm.calibrate.prompts import AFTER, BEFORE, Prompt, asked_for
 from lola_vllm.calibrate.reader import ATTENTION, Repeats, attention, read
 from lola_vllm.calibrate.run import divide, divide_among
-from lola_vllm.calibrate.saliency import SaliencyFit, far_attention, features
+from lola_vllm.calibrate.saliency import (
+    LAST_TOKENS,
+    SKIPPED_TOKENS,
+    Asked,
+    Read,
+    errors_of_others,
+    far_attention,
+    features,
+    fit,
+    held,
+    parted,
+)
 from lola_vllm.checkpoint.calibration import load_calibration, saliency_tensors
 from lola_vllm.checkpoint.files import open_weights
 from lola_vllm.eval.repeats import repeated_ngrams
 from lola_vllm.hf.modeling import LolaLlamaForCausalLM
+from lola_vllm.ops.reference import feature_map, pair_saliency, self_recall_error
 from lola_vllm.texts import SEPARATOR
 
 
@@ -92,10 +103,44 @@ def test_the_mass_is_the_attention_that_transformers_reports(base: Path) -> None
 def test_far_attention_is_the_largest_from_far_behind() -> None:
     generator = torch.Generator().manual_seed(3)
     weights = torch.rand(4, 150, 150, generator=generator)
-    found = far_attention(weights, 2)
-    for head, token in ((0, 0), (0, 20), (1, 3), (1, 21)):
-        of_group = weights[2 * head : 2 * head + 2, token + 129 :, token]
-        assert found[head, token] == (of_group.max() if of_group.numel() else 0)
+    queries = torch.tensor([5, 130, 140, 149])
+    found = far_attention(weights[:, queries], queries, 2)
+    for head, token in ((0, 0), (0, 11), (1, 3), (1, 20), (1, 21), (0, 149)):
+        far = [q for q in queries.tolist() if q - token > 128]
+        of_group = weights[2 * head : 2 * head + 2, far, token]
+        assert found[head, token] == (of_group.max() if far else 0)
+
+
+@pytest.mark.parametrize("state_heads", [2, 4])
+def test_errors_are_those_in_a_state_of_all_other_pairs(state_heads: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    k, v = torch.randn(2, 2, 9, 8, generator=generator, dtype=torch.float64)
+    maps = torch.randn(state_heads, 8, 5, generator=generator, dtype=torch.float64)
+    found = errors_of_others(k, v, maps)
+    assert found.shape == (2, 9)
+    group = state_heads // 2
+    for head in range(2):
+        for token in (0, 4, 8):
+            others = [t for t in range(9) if t != token]
+            errors = []
+            for state_head in range(group * head, group * (head + 1)):
+                phi = feature_map(k[head : head + 1], maps[state_head : state_head + 1])[0]
+                H, s = phi[others].T @ v[head, others], phi[others].sum(0)
+                sre = self_recall_error(phi[token : token + 1], v[head, token : token + 1], H, s)
+                errors.append(sre[0] / (v[head, token].norm() if group > 1 else 1))
+            expected = sum(errors) / len(errors)
+            torch.testing.assert_close(found[head, token], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_tokens_of_facts_that_are_asked_for() -> None:
+    text = [*range(100, 140), 7, 8, 9, *range(140, 200)]
+    ids = [*text, 50, 7, 8, 9, 51, 60, 61]
+    marks = [False] * (len(text) + 1) + [True] * 3 + [False] + [True] * 2
+    asked = asked_for(ids, marks)
+    assert [i for i, x in enumerate(asked) if x] == list(range(40 - BEFORE, 43 + AFTER))
+    # The first token of a value may be another one where the text says it.
+    assert asked_for([*text[:40], 6, *text[41:], *ids[len(text) :]], marks)[41]
+    assert not any(asked_for(ids, [False] * len(ids)))
 
 
 def test_features_do_not_depend_on_the_position() -> None:
@@ -110,44 +155,67 @@ def test_features_do_not_depend_on_the_position() -> None:
     assert features(k[:, :7], v[:, :7]).shape == (5, 3 + 7)
 
 
-def test_saliency_is_the_ridge_regression_of_log_attention(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(saliency_module, "RIDGE", 0.3)
-    generator = torch.Generator().manual_seed(5)
-    fit, seen = SaliencyFit(), []
-    for i in range(1, 7):
-        assert fit.judgeable == (i > 5)
-        k, v = torch.randn(2, 2, 200, 6, generator=generator)
-        weights = torch.rand(4, 200, 200, generator=generator) ** 4
-        weights *= k[0, :, :1].T.abs()  # so that there is something to find
-        fit.add(k, v, weights)
-        target = far_attention(weights, 2).clamp(min=1e-5).log()
-        stop = 200 - 128 - 200 // 24
-        seen.append((features(k, v)[:, 4:stop], target[:, 4:stop]))
-    found, correlation = fit.weights(), fit.correlation()
-    assert found.shape == (2, 3 + 6 + 1) and found.dtype == torch.float32
+def _reads(number: int, heads: int = 2, tokens: int = 400) -> list[Read]:
+    """Prompts whose worth follows feature 1 in head 0, and feature 2, reversed, in head 1."""
+    generator = torch.Generator().manual_seed(7)
+    found = []
+    for i in range(number):
+        x = torch.randn(heads, tokens, 6, generator=generator)
+        told = torch.stack([x[0, :, 1], -x[1, :, 2]])
+        worth = (told > 1.5).float() * torch.rand(heads, tokens, generator=generator)
+        log_errors = 0.2 * torch.randn(heads, tokens, generator=generator)
+        found.append(Read(x.half() * 3 + 1, log_errors, worth, bool(i % 4)))
+    return found
 
-    def ridge(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        x = (x - x.mean(0)) / x.std(0, correction=0)
-        penalty = 0.3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-        return torch.linalg.solve(x.T @ x + penalty, x.T @ (y - y.mean()))
 
-    for head in range(2):
-        x = torch.cat([x[head] for x, _ in seen]).double()
-        y = torch.cat([y[head] for _, y in seen]).double()
-        estimate = x @ found[head, :-1].double() + found[head, -1]
-        assert estimate.mean().abs() < 1e-6
-        expected = (x - x.mean(0)) / x.std(0, correction=0) @ ridge(x, y)
-        torch.testing.assert_close(estimate, expected, rtol=1e-5, atol=1e-6)
-        # The fifth window is judged by a fit to the others.
-        others = [i for i in range(6) if i != 4]
-        x = torch.cat([seen[i][0][head] for i in others]).double()
-        y = torch.cat([seen[i][1][head] for i in others]).double()
-        unseen = (seen[4][0][head].double() - x.mean(0)) / x.std(0, correction=0) @ ridge(x, y)
-        pair = torch.stack([unseen, seen[4][1][head].double()])
-        assert correlation[head] == pytest.approx(float(torch.corrcoef(pair)[0, 1]), rel=1e-6)
-    assert correlation[0] > 0.3
+def test_the_fit_finds_what_is_read() -> None:
+    fitted, judged = parted(_reads(50))
+    assert (len(fitted), len(judged)) == (40, 10)
+    sizes = [40, 12]
+    weights = fit(fitted, sizes)
+    assert weights.shape == (2, 7) and weights.dtype == torch.float32
+    assert weights[0].argmax() == 1 and weights[1, :-1].argmin() == 2
+    kept, worth = held(judged, sizes, weights)
+    alone, _ = held(judged, sizes, None)
+    oracle = sum(r.worth.sort(-1, descending=True).values[1, :12].sum() for r in judged)
+    # By chance a tenth is held, as the errors say nothing here.
+    assert (alone / worth < 0.25).all()
+    assert kept[0] / worth[0] > 0.9 and kept[1] / oracle > 0.6
+    # The mean of the log is 0, and what is served is what was fitted.
+    x = torch.cat([r.features for r in fitted], dim=1).float()
+    log = (x * weights[:, None, :-1]).sum(-1) + weights[:, None, -1]
+    assert log.mean(-1).abs().max() < 1e-4
+    k, v = x[..., :4], x[..., 2:]
+    k = torch.cat([k[..., :2].abs(), torch.zeros_like(k[..., :2])], dim=-1)
+    served = pair_saliency(k, v, weights[:, None]).log()
+    expected = (features(k, v) * weights[:, None, :-1]).sum(-1) + weights[:, None, -1]
+    torch.testing.assert_close(served, expected)
+    assert fit(fitted, sizes).equal(weights) and not fit(fitted, sizes, 1).equal(weights)
+
+
+def test_a_head_with_nothing_to_choose_has_no_saliency() -> None:
+    weights = fit(_reads(6), [0, 4000])
+    assert not weights.any()
+    kept, worth = held(_reads(2), [0, 4000], weights)
+    assert kept[0] == 0 and kept[1] == worth[1]
+
+
+def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> None:
+    import transformers
+
+    transformers.AttentionInterface.register(ATTENTION, attention)
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ATTENTION).eval()
+    ids = torch.randint(64, (320,), generator=torch.Generator().manual_seed(1)).tolist()
+    near = [40 <= i < 60 for i in range(320)]
+    prompts = [Prompt(ids, None), Prompt(ids, near)]
+    asked = Asked(prompts, [torch.eye(8).repeat(2, 1, 1)] * 3)
+    read(model, [prompt.ids for prompt in prompts], asked)
+    for plain, facts in asked.reads:
+        assert plain.features.shape == (2, 320 - SKIPPED_TOKENS - LAST_TOKENS, 12)
+        assert not plain.of_facts and facts.of_facts
+        inside = torch.tensor(near)[SKIPPED_TOKENS:-LAST_TOKENS]
+        torch.testing.assert_close(facts.worth, plain.worth * inside)
+    assert sum(float(facts.worth.sum()) for _, facts in asked.reads) > 0
 
 
 @pytest.fixture
@@ -183,6 +251,10 @@ def test_command_writes_sizes_and_saliency(
         "8",
         "--windows",
         "5",
+        "--prompts",
+        "8",
+        "--prompt-length",
+        "300",
         "--facts",
         "0.2",
         "--model",
@@ -216,17 +288,20 @@ def test_saliency_is_fitted_to_the_models_own_pairs(
 ) -> None:
     from lola_vllm.calibrate.run import calibrate
 
-    other = tmp_path / "other"
+    other, lola = tmp_path / "other", tmp_path / "lola"
     model = LlamaForCausalLM.from_pretrained(base)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.v_proj.weight *= 2
             layer.self_attn.o_proj.weight /= 2  # so that nothing else changes
     model.save_pretrained(other)
-    options = CalibrateOptions(pairs=40, least=8, windows=5, window_length=300, facts=0)
-    of_base, of_other = (calibrate(base, texts, options, x) for x in (None, other))
-    weaker = calibrate(base, texts, replace(options, strength=0.1))
-    torch.testing.assert_close(weaker.saliency[1], of_base.saliency[1] / 2)
+    assert cli.main(["init", "--base", str(other), "--out", str(lola)]) == 0
+    options = CalibrateOptions(
+        pairs=40, least=8, windows=5, window_length=300, prompts=8, prompt_length=300, facts=0
+    )
+    of_base, of_other = (calibrate(base, texts, options, x) for x in (None, lola))
+    assert all(0 <= alone <= 1 and 0 <= weighed <= 1 for alone, weighed in of_base.held)
+    assert any(x.any() for x in of_base.saliency)
     assert of_base.sizes == of_other.sizes
     for x, y in zip(of_base.saliency, of_other.saliency, strict=True):
         torch.testing.assert_close(x[:, :4], y[:, :4], rtol=1e-3, atol=1e-5)
@@ -237,13 +312,14 @@ def test_saliency_is_fitted_to_the_models_own_pairs(
     ("options", "message"),
     [
         (["--pairs", "4"], "--pairs = 4: must be at least --least = 16"),
-        (["--strength", "-1"], "--strength = -1: must be between 0 (no weight) and 10"),
+        (["--prompts", "4"], "--prompts = 4: must be at least 5"),
         (["--window-length", "300", "--facts", "2"], "--facts = 2: must be between 0 and 1"),
         (["--window-length", "301"], "no window of 301 tokens repeats anything"),
         (
-            ["--window-length", "300", "--windows", "4"],
-            "--windows 4 of --window-length 300: too little text to fit saliency to",
+            ["--window-length", "300", "--facts", "0", "--prompt-length", "80"],
+            "--prompt-length = 80: too short for anything to leave the window",
         ),
+        (["--window-length", "300", "--facts", "0"], "hardly a document of"),
     ],
 )
 def test_bad_options_are_named(
