@@ -149,8 +149,9 @@ async def _answer(
         except Unavailable as error:
             raise HTTPException(error.status, str(error)) from None
         if isinstance(answer, StreamingResponse):
-            answer.body_iterator = _with_report(answer.body_iterator, report, engine, kind)
-            return _Holding(answer, held.pop_all())
+            still = held.pop_all()
+            answer.body_iterator = _with_report(answer.body_iterator, report, engine, kind, still)
+            return _Holding(answer, still)
         return answer
 
 
@@ -265,9 +266,10 @@ def _special(engine: LolaEngine) -> list[int]:
 
 
 async def _with_report(
-    events: Any, report: dict[str, Any], engine: LolaEngine, kind: str
+    events: Any, report: dict[str, Any], engine: LolaEngine, kind: str, held: ExitStack
 ) -> AsyncIterator[Any]:
-    """A stream of events, with what the store says before its end."""
+    """A stream of events, with what the store says before its end, at which the session is free:
+    a client that has read it may go on at once."""
     async for event in events:
         text = event if isinstance(event, str) else bytes(event).decode()
         if text.startswith(_DONE) and report:
@@ -276,6 +278,8 @@ async def _with_report(
                 "model": engine.model, "choices": [], "kv_transfer_params": report,
             }  # fmt: skip
             yield f"data: {json.dumps(said)}\n\n"
+        if text.startswith(_DONE):
+            held.close()
         yield event
 
 
