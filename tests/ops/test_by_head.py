@@ -28,7 +28,7 @@ if native.load():
     OPS.append(pytest.param(native, id="native"))
 KINDS = {
     "plain": {},
-    "as the demo model": {"saliency": True, "sparse_dtype": "int8", "score_fade": 1.0},
+    "as the demo model": {"saliency": True, "sparse_dtype": "int8", "score_fade": 3.0},
     "every token": {"update_interval": 1},
     "long interval": {"update_interval": 16, "saliency": True},
     "shared sets": {"sparse_sharing": "kv_head"},

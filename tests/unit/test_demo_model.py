@@ -42,7 +42,7 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
         "sparse_dtype": "int8",
         "update_interval": 16,
         "saliency": True,
-        "score_fade": 1.0,
+        "score_fade": 3.0,
         "sink_size": 4,
         "mixing": "lola",
         "rebase_interval": 2048,
