@@ -29,7 +29,16 @@ from torch import Tensor
 from lola_vllm.calibrate.options import CalibrateOptions
 from lola_vllm.calibrate.prompts import draw_prompts
 from lola_vllm.calibrate.reader import ATTENTION, Repeats, attention, read
-from lola_vllm.calibrate.saliency import JUDGED_ONE_IN, Asked, Read, fit, held, parted
+from lola_vllm.calibrate.saliency import (
+    JUDGED_ONE_IN,
+    LAST_TOKENS,
+    SKIPPED_TOKENS,
+    Asked,
+    Read,
+    fit,
+    held,
+    parted,
+)
 from lola_vllm.checkpoint.base import read_base_config
 from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_files
 from lola_vllm.texts import is_held_out, read_documents
@@ -101,17 +110,17 @@ def calibrate(
     sizes = divide_among(mass, options)
     maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
     prompts = draw_prompts(texts, tokenizer, options)
+    if min(len(prompt.ids) for prompt in prompts) <= SKIPPED_TOKENS + LAST_TOKENS:
+        raise CheckpointError(
+            f"--prompt-length = {options.prompt_length}: too short for anything to leave the "
+            "window; use prompts of 300 tokens or more"
+        )
     asked = Asked(prompts, maps)
     read(softmax, [prompt.ids for prompt in prompts], asked)
     saliency, shares = [], []
     for layer, reads in enumerate(asked.reads):
         of_heads = _of_heads(sizes[layer], len(mass[layer]))
         fitted, judged = parted(reads)
-        if not all(read.features.shape[1] for read in reads):
-            raise CheckpointError(
-                f"--prompt-length = {options.prompt_length}: too short for anything to leave the "
-                "window; use prompts of 300 tokens or more"
-            )
         saliency.append(fit(fitted, of_heads, options.seed))
         shares.append((_share(judged, of_heads, None), _share(judged, of_heads, saliency[-1])))
     return Calibration(mass, repeats.places, sizes, saliency, shares)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -62,7 +61,7 @@ class RowKeeper:
         self.max_waiting = max_waiting
         self._rows: dict[str, HostRow] = {}
         self._writing: dict[str, list[HostRow]] = {}  # an entry per write that waits
-        self._copying: Counter[str] = Counter()  # states whose file is yet to be copied
+        self._copying: set[str] = set()  # states whose file is yet to be made of another
         self._reading: set[str] = set()  # states to keep in memory once they are read
         self._read: list[tuple[Load, HostRow, float]] = []
         self._outcomes: list[Outcome] = []
@@ -141,7 +140,7 @@ class RowKeeper:
             if order.keep:
                 self._reading.add(state)
             # A file that is yet to be made is read after it is.
-            thread = self._writer if self._copying[state] else self._reader
+            thread = self._writer if state in self._copying else self._reader
             thread.submit(self._read_file, order)
 
     def _put(self, order: Load, row: HostRow, tier: str, began: float) -> None:
@@ -158,8 +157,7 @@ class RowKeeper:
                 self._write(order.header, order.tokens, row)
                 return
         if order.disk:  # read and written in the order of the writes before it
-            with self._lock:
-                self._copying[state] += 1
+            self._copying.add(state)
             self._writer.submit(self._copy_file, order)
 
     def _drop(self, order: Drop) -> None:
@@ -215,9 +213,7 @@ class RowKeeper:
         except Exception as error:
             self._report(order.header.id, "save-failed", DISK, error)
         finally:
-            with self._lock:
-                self._copying[order.header.id] -= 1
-                self._copying += Counter()  # leaves out those at zero
+            self._copying.discard(order.header.id)  # a second copy replaces a file that is there
 
     def _unlink(self, state: str) -> None:
         with suppress(OSError):

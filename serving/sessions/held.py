@@ -17,7 +17,7 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 
 from lola_vllm.serving.engine import Unavailable
 from lola_vllm.serving.sessions.owners import owned
-from lola_vllm.sessions.chain import digest
+from lola_vllm.sessions.chain import digest, salt_hash
 
 if TYPE_CHECKING:
     from lola_vllm.serving.engine import LolaEngine
@@ -37,7 +37,7 @@ async def hold(
     """
     validate_cache_salt(salt)
     store = await engine.store_id()
-    key = digest(repr((owned(salt), reference.session)).encode())
+    key = digest(salt_hash(owned(salt)).encode(), reference.session.encode())
     held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         held.bind(f"\0lola-vllm/{store}/{key.hex()}")

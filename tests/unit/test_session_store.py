@@ -77,10 +77,9 @@ def test_the_same_text_is_stored_once(server):
     assert len(server.store.states) == 2
 
 
-def test_a_fork_of_a_file_is_restored_before_its_own_file_is_there(server):
+def test_a_fork_of_a_file_is_restored_before_its_own_file_is_there(tmp_path):
     """The thread that reads must not come before the one that copies."""
-    if server.store.directory is None or server.store.memory.budget:
-        pytest.skip("needs states that are in files only")
+    server = Server(tmp_path, memory=0)
     server.say(TEXT[:100], "agent-7")
     server.settle()
     free = threading.Event()
@@ -95,6 +94,7 @@ def test_a_fork_of_a_file_is_restored_before_its_own_file_is_there(server):
     assert ("loaded", twig.id) in events and "load-failed" not in dict(events)
     assert server.pools[0][2].equal(row_of(TEXT[:100]))
     assert not server.keepers[0]._copying
+    server.close()
 
 
 def test_names_turns_forks_and_deletion(server):
