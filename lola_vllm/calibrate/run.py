@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.calibrate.options import CalibrateOptions
-from lola_vllm.calibrate.prompts import draw_prompts
+from lola_vllm.calibrate.prompts import documents_of, draw_prompts
 from lola_vllm.calibrate.reader import ATTENTION, Repeats, attention, read
 from lola_vllm.calibrate.saliency import (
     JUDGED_ONE_IN,
@@ -41,7 +41,6 @@ from lola_vllm.calibrate.saliency import (
 )
 from lola_vllm.checkpoint.base import read_base_config
 from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_files
-from lola_vllm.texts import is_held_out, read_documents
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ def calibrate(
 
     read_base_config(base)  # refuses families that could not be served
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    windows = _windows(texts, tokenizer, options)
+    documents = documents_of(texts)
+    windows = _windows(documents, tokenizer, options)
     transformers.AttentionInterface.register(ATTENTION, attention)
     softmax = transformers.AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, attn_implementation=ATTENTION
@@ -109,7 +109,7 @@ def calibrate(
     mass = repeats.mass()
     sizes = divide_among(mass, options)
     maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
-    prompts = draw_prompts(texts, tokenizer, options)
+    prompts = draw_prompts(texts, documents, tokenizer, options)
     if min(len(prompt.ids) for prompt in prompts) <= SKIPPED_TOKENS + LAST_TOKENS:
         raise CheckpointError(
             f"--prompt-length = {options.prompt_length}: too short for anything to leave the "
@@ -172,17 +172,18 @@ def _load_weights(softmax: Any, model: Path) -> list[Tensor]:
     return [maps[layer] for layer in sorted(maps)]
 
 
-def _windows(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list[list[int]]:
+def _windows(
+    documents: Mapping[str, list[str]], tokenizer: Any, options: CalibrateOptions
+) -> list[list[int]]:
     """Windows of documents that fill one, taken in turns from every file."""
-    files = sorted(texts.glob("*.txt")) if texts.is_dir() else [texts]
     length = options.window_length
     found: list[list[list[int]]] = []  # by file
-    each = -(-options.windows // max(1, len(files)))
-    for file in files:
-        documents = [text for text in read_documents(file) if not is_held_out(text)]
-        random.Random(f"{options.seed}/{file.name}").shuffle(documents)
+    each = -(-options.windows // max(1, len(documents)))
+    for name, of_file in documents.items():
+        shuffled = [*of_file]
+        random.Random(f"{options.seed}/{name}").shuffle(shuffled)
         found.append([])
-        for text in documents:
+        for text in shuffled:
             if len(found[-1]) == each:
                 break
             # A token has two characters or more on average, so this is enough of a long text.
