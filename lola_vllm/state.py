@@ -42,6 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
@@ -167,7 +168,7 @@ class StateLayout:
         """Of the keys and values in the sparse cache."""
         return torch.int8 if self.int8_pairs else self.kv_dtype
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of each part, in page order (the fields of `StateViews`)."""
         exact = (self.num_kv_heads, self.sink_size + self.ring_size, self.head_dim)
@@ -191,12 +192,12 @@ class StateLayout:
             "directions": ((self.num_state_heads, bounded, self.head_dim), torch.int8),
         }
 
-    @property
+    @cached_property
     def part_bytes(self) -> dict[str, int]:
         """Name -> bytes of each part, without alignment."""
         return {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in self.parts.items()}
 
-    @property
+    @cached_property
     def offsets(self) -> dict[str, int]:
         """Name -> byte offset of each part in the page."""
         offsets, end = {}, 0
@@ -288,25 +289,38 @@ class StateLayout:
         """Pairs in the hidden state after n tokens; 0 means H and s hold leftovers."""
         return (self.num_evicted(n) - self.sparse_cache_size).clamp(min=0)
 
-    def copy_valid(self, pages: Tensor, to: Tensor, num_tokens: int) -> None:
-        """Copy from pages `[N, page_bytes]` to others what is valid after `num_tokens` tokens."""
+    def valid_spans(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Bytes [first, last) of a page that are valid after `num_tokens` tokens, in order.
+
+        Plain numbers: a thread that asks for them holds up the engine's.
+        """
         n = torch.tensor(num_tokens)
-        old, new = self.views(pages), self.views(to)
-        if self.num_folded(n) > 0:
-            new.H.copy_(old.H)
-            new.s.copy_(old.s)
-        k = int(self.num_sparse(n))
-        for name in SPARSE_PARTS:
-            part, stored = getattr(new, name), getattr(old, name)
-            if part.numel():  # some layouts lack some of these parts
-                part[:, :, :k] = stored[:, :, :k]
-        if new.bounds.numel():
-            new.bounds[..., :k] = old.bounds[..., :k]
-        sinks = torch.arange(min(num_tokens, self.sink_size))
-        window = torch.arange(min(int(self.window_start(n)), num_tokens), num_tokens)
-        rows = self.row(torch.cat((sinks, window)))
-        new.exact_k[:, :, rows] = old.exact_k[:, :, rows]
-        new.exact_v[:, :, rows] = old.exact_v[:, :, rows]
+        sparse = [(0, int(self.num_sparse(n)))]
+        whole = [(0, 2 * self.feature_dim)] if self.num_folded(n) > 0 else []
+        start = min(int(self.window_start(n)), num_tokens)
+        # The window's rows go on at the ring's start where they reach its end.
+        ring, oldest = self.ring_size, start % self.ring_size
+        wrapped = max(0, oldest + num_tokens - start - ring)
+        exact = [
+            (0, min(num_tokens, self.sink_size)),
+            (self.sink_size, self.sink_size + wrapped),
+            (self.sink_size + oldest, self.sink_size + min(oldest + num_tokens - start, ring)),
+        ]
+        rows = {"H": whole, "s": whole, "exact_k": exact, "exact_v": exact}
+        spans, offsets = [], self.offsets
+        for name, (shape, dtype) in self.parts.items():
+            axis = 2 if name == "bounds" else 1  # of rows
+            if not shape[axis]:
+                continue  # some layouts lack some of these parts
+            row_bytes = prod(shape[axis + 1 :]) * dtype.itemsize
+            for i in range(prod(shape[:axis])):
+                at = offsets[name] + i * shape[axis] * row_bytes
+                spans += [
+                    (at + first * row_bytes, at + last * row_bytes)
+                    for first, last in rows.get(name, sparse)
+                    if last > first
+                ]
+        return spans
 
 
 @dataclass(frozen=True)
@@ -424,13 +438,15 @@ class SequenceLayout:
         A slot is never cleared, so such bytes may be of another sequence's texts.
 
         Args:
-            row: `[>= row_bytes]` uint8, after `num_tokens` tokens.
+            row: `[>= row_bytes]` uint8 on the CPU, after `num_tokens` tokens.
         """
         clean = torch.zeros_like(row)
-        pages = self.layouts
-        parts = _cut(row[None], pages), _cut(clean[None], pages)
-        for page, stored, to in zip(pages, *parts, strict=True):
-            page.copy_valid(stored, to, num_tokens)
+        stored, to = row.numpy(), clean.numpy()
+        page_at = 0
+        for page in self.layouts:
+            for first, last in page.valid_spans(num_tokens):
+                to[page_at + first : page_at + last] = stored[page_at + first : page_at + last]
+            page_at += page.page_bytes
         return clean
 
 
