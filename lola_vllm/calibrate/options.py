@@ -17,11 +17,9 @@ class CalibrateOptions:
     by: Literal["head", "layer"] = option(
         "a size for each KV head, or one for all heads of a layer", "head"
     )
-    windows: int = option("of text to read for the sizes", 64)
-    window_length: int = option("in tokens", 1024)
-    prompts: int = option("to read for saliency", 56)
+    prompts: int = option("to read", 56)
     prompt_length: int = option("of every other four, in tokens; the rest have half of it", 4096)
     facts: float = option(
         "share of the prompts that hide facts in text and ask for them at the end", 0.75
     )
-    seed: int = option("of the choice of windows and prompts", 0)
+    seed: int = option("of the choice of prompts", 0)

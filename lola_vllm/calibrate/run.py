@@ -1,24 +1,18 @@
 """`lola-vllm calibrate`: how many sparse pairs each KV head should have, and which it should keep.
 
 A model reads back what it has read before in a few of its heads. The others need few exact pairs.
-Calibration measures this on plain text with softmax attention. Where a text repeats an n-gram, the
-model can know its last token from the first time. The attention that a head's queries give to that
-place is how much the head reads back.
+Calibration reads prompts with softmax attention, and notes what each head reads from far behind
+(`saliency.py`). Plain text seldom asks for a detail from far back, so most prompts hide facts and
+ask for them (`prompts.py`).
 
-A head of mass m with n pairs is taken to lose m / n. Under a fixed sum of pairs the sum of the
-losses is least where n grows as the square root of m. With one size for all heads of a layer, the
-mass of its strongest head counts.
-
-A second reading fits saliency (`saliency.py`), which says which pairs these caches should hold.
-Plain text seldom asks for a detail from far back, so most of its prompts hide facts and ask for
-them (`prompts.py`).
+Which pairs a cache should hold depends on its size, and what a size is worth on which pairs it
+holds. So saliency is fitted twice: roughly to caches of one size, by which the pairs are divided
+among the heads (`sizes.py`), and then to caches of these sizes.
 """
 
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,19 +22,38 @@ from torch import Tensor
 
 from lola_vllm.calibrate.options import CalibrateOptions
 from lola_vllm.calibrate.prompts import documents_of, draw_prompts
-from lola_vllm.calibrate.reader import ATTENTION, Repeats, attention, read
+from lola_vllm.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.calibrate.saliency import (
+    EPOCHS,
     JUDGED_ONE_IN,
     LAST_TOKENS,
     SKIPPED_TOKENS,
     Asked,
-    Read,
     fit,
     held,
     parted,
 )
+from lola_vllm.calibrate.sizes import Gains, divide_among
 from lola_vllm.checkpoint.base import read_base_config
 from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_files
+
+# Of the first fit, whose saliency only serves to find sizes.
+FIRST_EPOCHS = EPOCHS // 3
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the caches of a layer would hold of what each KV head reads from afar, in prompts that
+    the fit did not see.
+
+    Attributes:
+        worth: `[Hkv]`, all of it, by prompt. alone: `[Hkv]`, what is held if the error alone
+            chooses. weighed: `[Hkv]`, with saliency.
+    """
+
+    worth: Tensor
+    alone: Tensor
+    weighed: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,26 +61,20 @@ class Calibration:
     """What `calibrate` found.
 
     Attributes:
-        mass: per layer and KV head, the mean attention of its strongest query head to the first
-            time.
-        places: where the texts repeat themselves.
         sizes: per layer, its pairs, or those of its KV heads: a `lola_config.sparse_cache_size`.
         saliency: per layer `[Hkv, d // 2 + d + 1]`, its tensor `saliency`.
-        held: per layer, the share of what is read from afar that its caches would hold, with the
-            error alone and with saliency, in prompts that the fit did not see.
+        held: per layer, what caches of these sizes would hold.
     """
 
-    mass: list[list[float]]
-    places: int
     sizes: list[int] | list[list[int]]
     saliency: list[Tensor]
-    held: list[tuple[float, float]]
+    held: list[Held]
 
 
 def calibrate(
     base: Path, texts: Path, options: CalibrateOptions, model: Path | None = None
 ) -> Calibration:
-    """Read text with softmax attention, divide the pairs, and fit saliency.
+    """Read prompts with softmax attention, divide the pairs, and fit saliency.
 
     Args:
         base: a local directory of the softmax model.
@@ -77,8 +84,7 @@ def calibrate(
             it, to the base's with identity maps. Its linear layers must not be quantized.
 
     Raises:
-        CheckpointError: a model or options that cannot be used, or texts that are too short or
-            never repeat themselves.
+        CheckpointError: a model or options that cannot be used, or texts that are too short.
         TextsError: files that cannot be read.
     """
     if options.pairs < options.least or options.least < 0:
@@ -93,46 +99,37 @@ def calibrate(
 
     read_base_config(base)  # refuses families that could not be served
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    documents = documents_of(texts)
-    windows = _windows(documents, tokenizer, options)
-    transformers.AttentionInterface.register(ATTENTION, attention)
-    softmax = transformers.AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, attn_implementation=ATTENTION
-    ).eval()
-    repeats = Repeats()
-    read(softmax, windows, repeats)
-    if not repeats.places:
-        raise CheckpointError(
-            f"--texts {texts}: no window of {options.window_length} tokens repeats anything; use "
-            "longer windows or more text"
-        )
-    mass = repeats.mass()
-    sizes = divide_among(mass, options)
-    maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
-    prompts = draw_prompts(texts, documents, tokenizer, options)
+    prompts = draw_prompts(texts, documents_of(texts), tokenizer, options)
     if min(len(prompt.ids) for prompt in prompts) <= SKIPPED_TOKENS + LAST_TOKENS:
         raise CheckpointError(
             f"--prompt-length = {options.prompt_length}: too short for anything to leave the "
             "window; use prompts of 300 tokens or more"
         )
+    transformers.AttentionInterface.register(ATTENTION, attention)
+    softmax = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation=ATTENTION
+    ).eval()
+    maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
     asked = Asked(prompts, maps)
     read(softmax, [prompt.ids for prompt in prompts], asked)
+    parts = [parted(reads) for reads in asked.reads]
+    gains = []
+    for fitted, _ in parts:
+        alike = [options.pairs] * len(fitted[0].worth)
+        gains.append(Gains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
+    sizes = divide_among(gains, options.pairs, options.least, options.by == "layer")
     saliency, shares = [], []
-    for layer, reads in enumerate(asked.reads):
-        of_heads = _of_heads(sizes[layer], len(mass[layer]))
-        fitted, judged = parted(reads)
+    for layer, (fitted, judged) in enumerate(parts):
+        of_heads = _of_heads(sizes[layer], len(fitted[0].worth))
         saliency.append(fit(fitted, of_heads, options.seed))
-        shares.append((_share(judged, of_heads, None), _share(judged, of_heads, saliency[-1])))
-    return Calibration(mass, repeats.places, sizes, saliency, shares)
+        alone, worth = (x / len(judged) for x in held(judged, of_heads, None))
+        weighed = held(judged, of_heads, saliency[-1])[0] / len(judged)
+        shares.append(Held(worth, alone, weighed))
+    return Calibration(sizes, saliency, shares)
 
 
 def _of_heads(sizes: int | list[int], heads: int) -> list[int]:
     return [sizes] * heads if isinstance(sizes, int) else sizes
-
-
-def _share(reads: Sequence[Read], sizes: Sequence[int], weights: Tensor | None) -> float:
-    kept, all_of_it = held(reads, sizes, weights)
-    return float(kept.sum() / all_of_it.sum().clamp(min=1e-9))
 
 
 def _identity_maps(config: Any) -> list[Tensor]:
@@ -172,67 +169,23 @@ def _load_weights(softmax: Any, model: Path) -> list[Tensor]:
     return [maps[layer] for layer in sorted(maps)]
 
 
-def _windows(
-    documents: Mapping[str, list[str]], tokenizer: Any, options: CalibrateOptions
-) -> list[list[int]]:
-    """Windows of documents that fill one, taken in turns from every file."""
-    length = options.window_length
-    found: list[list[list[int]]] = []  # by file
-    each = -(-options.windows // max(1, len(documents)))
-    for name, of_file in documents.items():
-        shuffled = [*of_file]
-        random.Random(f"{options.seed}/{name}").shuffle(shuffled)
-        found.append([])
-        for text in shuffled:
-            if len(found[-1]) == each:
-                break
-            # A token has two characters or more on average, so this is enough of a long text.
-            ids = tokenizer.encode(text[: 16 * length], add_special_tokens=False)[:length]
-            if len(ids) == length:
-                found[-1].append(ids)
-    turns = [windows[i] for i in range(each) for windows in found if i < len(windows)]
-    return turns[: options.windows]
-
-
-def divide_among(
-    mass: Sequence[Sequence[float]], options: CalibrateOptions
-) -> list[int] | list[list[int]]:
-    """Sizes by layer, or by layer and KV head, from the mass of each."""
-    if options.by == "layer":
-        layers = [max(heads) for heads in mass]
-        return divide(layers, options.pairs * len(layers), options.least)
-    flat = [value for heads in mass for value in heads]
-    sizes = iter(divide(flat, options.pairs * len(flat), options.least))
-    return [[next(sizes) for _ in heads] for heads in mass]
-
-
-def divide(mass: Sequence[float], total: int, least: int) -> list[int]:
-    """Pairs of each mass that sum to `total`: `least`, and the rest by the root of the mass.
-
-    Raises:
-        ValueError: `total` is less than `least` for each, or nothing has mass.
-    """
-    spare = total - least * len(mass)
-    roots = [value**0.5 for value in mass]
-    if spare < 0 or sum(roots) <= 0:
-        raise ValueError(f"{total} pairs for {len(mass)} sets of {least} or more, mass {mass}")
-    exact = [spare * root / sum(roots) for root in roots]
-    sizes = [least + int(share) for share in exact]
-    # What rounding left goes to those that lost most by it.
-    order = sorted(range(len(mass)), key=lambda i: int(exact[i]) - exact[i])
-    for i in order[: total - sum(sizes)]:
-        sizes[i] += 1
-    return sizes
-
-
 def report(found: Calibration) -> str:
-    """By layer, what its caches hold of what is read from afar, with the error alone and with
-    saliency, and each head's mass and pairs; the sizes as JSON."""
-    lines = [f"{found.places} places where the text repeats what it said far back", ""]
-    lines.append("layer  held by error, with saliency  reads back and pairs, of each KV head")
-    for layer, mass in enumerate(found.mass):
-        (alone, weighed), sizes = found.held[layer], found.sizes[layer]
-        pairs = _of_heads(sizes, len(mass))
-        heads = (f"{m:7.1%} {n:5}" for m, n in zip(mass, pairs, strict=True))
-        lines.append(f"{layer:5}  {alone:13.0%}  {weighed:13.0%}  {'  '.join(heads)}")
+    """By layer and KV head, what is read from afar in a prompt, what its cache holds of it with
+    the error alone and with saliency, and its pairs; the sizes as JSON."""
+    lines = ["layer  KV head  pairs  reads from afar  held by error  with saliency"]
+    for layer, of_layer in enumerate(found.held):
+        for head, pairs in enumerate(_of_heads(found.sizes[layer], len(of_layer.worth))):
+            worth = float(of_layer.worth[head])
+            alone, weighed = (
+                float(x[head]) / max(worth, 1e-9) for x in (of_layer.alone, of_layer.weighed)
+            )
+            lines.append(
+                f"{layer:5}  {head:7}  {pairs:5}  {worth:15.2f}  {alone:13.0%}  {weighed:13.0%}"
+            )
+    sums = [
+        sum(float(x.sum()) for x in column)
+        for column in zip(*((h.worth, h.alone, h.weighed) for h in found.held), strict=True)
+    ]
+    shares = [held / max(sums[0], 1e-9) for held in sums[1:]]
+    lines.append(f"all heads hold {shares[0]:.0%} by error, {shares[1]:.0%} with saliency")
     return "\n".join([*lines, "", json.dumps({"sparse_cache_size": found.sizes})])

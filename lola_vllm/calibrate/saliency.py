@@ -144,11 +144,11 @@ def parted(reads: Sequence[Read]) -> tuple[list[Read], list[Read]]:
     return [r for i, r in enumerate(reads, 1) if i % JUDGED_ONE_IN], list(judged)
 
 
-def fit(reads: Sequence[Read], sizes: Sequence[int], seed: int = 0) -> Tensor:
+def fit(reads: Sequence[Read], sizes: Sequence[int], seed: int = 0, epochs: int = EPOCHS) -> Tensor:
     """A layer's saliency tensor, `[Hkv, d // 2 + d + 1]` float32.
 
     Args:
-        reads: to fit to. sizes: pairs of each KV head.
+        reads: to fit to. sizes: pairs of each KV head. epochs: steps per prompt.
 
     The last column makes the mean of the log of saliency zero.
     """
@@ -158,7 +158,7 @@ def fit(reads: Sequence[Read], sizes: Sequence[int], seed: int = 0) -> Tensor:
     scale = (square - mean.square()).clamp(min=1e-6).sqrt()  # [Hkv, features]
     slopes = torch.zeros_like(mean, requires_grad=True)
     adam = torch.optim.Adam([slopes], lr=RATE, betas=(0.9, 0.99))
-    order, steps = torch.Generator().manual_seed(seed), EPOCHS * len(reads)
+    order, steps = torch.Generator().manual_seed(seed), epochs * len(reads)
     pairs = torch.tensor(list(sizes))
     for step in range(steps):
         if step % len(reads) == 0:
@@ -166,12 +166,12 @@ def fit(reads: Sequence[Read], sizes: Sequence[int], seed: int = 0) -> Tensor:
         read = reads[turns[step % len(reads)]]
         adam.param_groups[0]["lr"] = RATE * (1 - step / steps)
         x = (read.features.float() - mean[:, None]) / scale[:, None]
-        scores = read.log_errors + torch.einsum("hnf,hf->hn", x, slopes)
+        score = read.log_errors + torch.einsum("hnf,hf->hn", x, slopes)
         kept = (pairs * SHARES[step % len(SHARES)]).long()
-        soft = torch.sigmoid((scores - _last_kept(scores.detach(), kept)) / WIDTH)
+        soft = torch.sigmoid((score - _last_kept(score.detach(), kept)) / WIDTH)
         worth = read.worth.sum(-1)
         held = (read.worth * soft).sum(-1) / worth.clamp(min=_LEAST_WORTH)
-        chosen = (kept > 0) & (kept < scores.shape[1])  # else there is nothing to choose
+        chosen = (kept > 0) & (kept < score.shape[1])  # else there is nothing to choose
         share = 1.0 if read.of_facts else PLAIN
         loss = PENALTY * slopes.square().sum() - share * (held * chosen).sum()
         adam.zero_grad()
@@ -193,19 +193,28 @@ def held(reads: Iterable[Read], sizes: Sequence[int], weights: Tensor | None) ->
     found = torch.zeros(2, len(sizes))
     pairs = torch.tensor(list(sizes))
     for read in reads:
-        scores = read.log_errors
-        if weights is not None:
-            log = torch.einsum("hnf,hf->hn", read.features.float(), weights[:, :-1])
-            scores = scores + log
-        kept = scores >= _last_kept(scores, pairs)
+        chosen = scores(read, weights)
+        kept = chosen >= _last_kept(chosen, pairs)
         kept &= (pairs > 0)[:, None]
         found[0] += (read.worth * kept).sum(-1)
         found[1] += read.worth.sum(-1)
     return tuple(found)
 
 
-def _last_kept(scores: Tensor, pairs: Tensor) -> Tensor:
+def scores(read: Read, weights: Tensor | None) -> Tensor:
+    """The log of each pair's score `[Hkv, n]`, but for a constant of each head.
+
+    Args:
+        weights: a saliency tensor; None: of the error alone.
+    """
+    if weights is None:
+        return read.log_errors
+    log = torch.einsum("hnf,hf->hn", read.features.float(), weights[:, :-1])
+    return read.log_errors + log
+
+
+def _last_kept(score: Tensor, pairs: Tensor) -> Tensor:
     """The score `[Hkv, 1]` of the last one of each head's pairs that is kept."""
-    n = scores.shape[1]
-    best = scores.sort(dim=-1, descending=True).values
+    n = score.shape[1]
+    best = score.sort(dim=-1, descending=True).values
     return best.gather(1, (pairs.clamp(1, n) - 1).unsqueeze(-1))

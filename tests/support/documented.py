@@ -115,7 +115,7 @@ COMMANDS: dict[str, Fate] = {
     ),
     r"lola-vllm texts ": Fate(why="downloads 45 MB of packages", test="tests/unit/test_texts.py"),
     r"lola-vllm calibrate ": Fate(
-        why="64 windows of 1,024 tokens", test="tests/unit/test_calibrate.py"
+        why="56 prompts of 2,048 and 4,096 tokens", test="tests/unit/test_calibrate.py"
     ),
     # To measure.
     r"lola-vllm eval .*--model http": Fate(

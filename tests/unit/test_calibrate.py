@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,8 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from lola_vllm import cli
 from lola_vllm.calibrate.options import CalibrateOptions
 from lola_vllm.calibrate.prompts import AFTER, BEFORE, Prompt, asked_for
-from lola_vllm.calibrate.reader import ATTENTION, Repeats, attention, read
-from lola_vllm.calibrate.run import divide, divide_among
+from lola_vllm.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.calibrate.saliency import (
     LAST_TOKENS,
     SKIPPED_TOKENS,
@@ -26,9 +26,9 @@ from lola_vllm.calibrate.saliency import (
     held,
     parted,
 )
+from lola_vllm.calibrate.sizes import Gains, divide, divide_among
 from lola_vllm.checkpoint.calibration import load_calibration, saliency_tensors
 from lola_vllm.checkpoint.files import open_weights
-from lola_vllm.eval.repeats import repeated_ngrams
 from lola_vllm.hf.modeling import LolaLlamaForCausalLM
 from lola_vllm.ops.reference import feature_map, pair_saliency, self_recall_error
 from lola_vllm.texts import SEPARATOR
@@ -55,49 +55,108 @@ def base(tmp_path: Path) -> Path:
     return out
 
 
-def test_pairs_follow_the_root_of_the_mass() -> None:
-    assert divide([0.01, 0.04, 0.0, 0.09], 100, 10) == [20, 30, 10, 40]
-    for total in range(40, 90):
-        sizes = divide([0.3, 0.011, 0.2, 0.07], total, 10)
-        assert sum(sizes) == total and min(sizes) >= 10
-    with pytest.raises(ValueError, match="30 pairs for 4 sets"):
-        divide([1.0] * 4, 30, 10)
-    with pytest.raises(ValueError, match="100 pairs"):
-        divide([0.0] * 4, 100, 10)
+def test_the_next_pair_of_each_cache_is_worth_the_same() -> None:
+    falling = torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0])
+    slow = torch.tensor([4.5, 4.2, 3.9, 3.5, 3.1, 0, 0, 0, 0, 0])
+    # 9 to 5 of one and 4.5, 4.2 of the other are the largest seven, but each has one at least.
+    assert divide([falling, slow], 7, 1) == [5, 2]
+    assert divide([falling, torch.zeros(10)], 8, 2) == [6, 2]
+
+
+def test_pairs_are_as_good_as_any_other_choice() -> None:
+    generator = torch.Generator().manual_seed(8)
+    worth = [torch.rand(8, generator=generator).sort(descending=True).values for _ in range(3)]
+    for total in range(6, 20):
+        sizes = divide(worth, total, 2)
+        assert sum(sizes) == total and min(sizes) >= 2
+        found = sum(float(x[:n].sum()) for x, n in zip(worth, sizes, strict=True))
+        best = max(
+            sum(float(x[:n].sum()) for x, n in zip(worth, other, strict=True))
+            for other in itertools.product(range(2, total + 1), repeat=3)
+            if sum(other) == total
+        )
+        assert found == pytest.approx(best)
+
+
+def test_pairs_that_lead_to_worthier_ones_are_taken_with_them() -> None:
+    late = torch.tensor([0.0, 0, 0, 12])  # 3 a pair for all four, or nothing
+    early = torch.tensor([2.0, 2, 2, 2])
+    assert divide([late, early], 6, 0) == [4, 2]
+    assert divide([late, early * 2], 6, 0) == [2, 4]  # no room for the fourth
+
+
+def test_what_is_worth_nothing_goes_to_all_alike() -> None:
+    assert divide([torch.tensor([1.0, 0]), torch.zeros(3), torch.zeros(2)], 12, 1) == [4, 4, 4]
+    assert divide([torch.tensor([1.0, 1]), torch.zeros(3), torch.zeros(2)], 12, 1) == [5, 4, 3]
+    assert divide([torch.zeros(0)] * 3, 8, 1) == [3, 3, 2]
+    with pytest.raises(ValueError, match="30 pairs for 4 caches of 10 or more"):
+        divide([torch.ones(9)] * 4, 30, 10)
+
+
+def _gains(facts: list[list[float]], plain: list[list[float]]) -> Gains:
+    """Of prompts whose errors say in which order tokens are kept: as they stand."""
+
+    def read(worth: list[list[float]], of_facts: bool) -> Read:
+        x = torch.tensor(worth)
+        return Read(torch.zeros(*x.shape, 3), -torch.arange(x.shape[1]) * torch.ones(x.shape), x,
+                    of_facts)  # fmt: skip
+
+    return Gains([read(facts, True), read(plain, False), read(facts, True)], None)
+
+
+def test_gains_are_the_worth_by_rank() -> None:
+    generator = torch.Generator().manual_seed(9)
+    reads = [
+        Read(torch.randn(2, n, 3, generator=generator).half(),
+             torch.randn(2, n, generator=generator), torch.rand(2, n, generator=generator), facts)
+        for n, facts in ((7, True), (5, True), (6, False))
+    ]  # fmt: skip
+    weights = torch.randn(2, 4, generator=generator)
+    gains = Gains(reads, weights)
+    assert gains.facts.shape == (2, 7) and gains.plain.shape == (2, 6)
+    for kind, of_kind in ((gains.facts, reads[:2]), (gains.plain, reads[2:])):
+        for pairs in (1, 3, 5):
+            kept, _ = held(of_kind, [pairs, pairs], weights)
+            torch.testing.assert_close(kind[:, :pairs].sum(1).float(), kept)
 
 
 def test_sizes_are_of_heads_or_of_layers() -> None:
-    mass = [[0.01, 0.04], [0.0, 0.09]]
-    by_head = divide_among(mass, CalibrateOptions(pairs=25, least=10))
-    assert by_head == [[20, 30], [10, 40]]
-    by_layer = divide_among(mass, CalibrateOptions(pairs=25, least=10, by="layer"))
-    assert by_layer == [22, 28]  # of the strongest heads
+    first = _gains([[8.0, 3, 2, 0], [0, 0, 0, 0]], [[0.0, 0, 0, 0]] * 2)
+    second = _gains([[1.0, 1, 0, 0], [6.0, 5, 4, 3]], [[0.0, 0, 0, 0]] * 2)
+    assert divide_among([first, second], 2, 0) == [[3, 0], [1, 4]]
+    assert divide_among([first, second], 2, 1) == [[2, 1], [1, 4]]
+    assert divide_among([first, second], 2, 0, by_layer=True) == [1, 3]
 
 
-def test_the_mass_is_the_attention_that_transformers_reports(base: Path) -> None:
-    ids = torch.randint(64, (300,), generator=torch.Generator().manual_seed(1)).tolist()
-    ids[200:210] = ids[3:13]
-    places = repeated_ngrams(ids)
-    assert len(places) >= 8
+def test_facts_and_plain_text_count_whatever_their_number_is() -> None:
+    gains = _gains([[1.0, 0, 0], [0.1, 0.1, 0.1]], [[0.0, 0, 0], [70.0, 20, 10]])
+    # Facts are worth 1 in sum and plain text half of it: 0.38 once, then 0.39, 0.14, 0.09.
+    assert divide_among([gains], 1, 0) == [[1, 1]]
+    assert divide_among([_gains([[1.0, 0, 0], [0, 0, 0]], [[0.0, 0, 0]] * 2)], 1, 0) == [[2, 0]]
+
+
+def test_attention_is_what_transformers_reports(base: Path) -> None:
+    import transformers
+
+    class Kept:
+        def begin(self, ids: list[int]) -> torch.Tensor:
+            self.weights: list[torch.Tensor] = []
+            return torch.tensor([3, 50, 69])
+
+        def add(self, layer: int, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor) -> None:
+            assert layer == len(self.weights) and k.shape == v.shape == (2, 70, 8)
+            self.weights.append(weights.clone())
+
+    ids = torch.randint(64, (70,), generator=torch.Generator().manual_seed(1)).tolist()
     plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     with torch.no_grad():
         attentions = plain(torch.tensor([ids]), output_attentions=True).attentions
-    expected = [
-        max(
-            sum(float(weights[0, head, end - 1, before]) for end, before in places) / len(places)
-            for head in (2 * kv_head, 2 * kv_head + 1)
-        )
-        for weights in attentions
-        for kv_head in range(2)
-    ]
-    import transformers
-
     transformers.AttentionInterface.register(ATTENTION, attention)
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ATTENTION).eval()
-    repeats = Repeats()
-    read(model, [ids, list(range(64))], repeats)  # the second repeats nothing
-    assert repeats.places == len(places)
-    assert [m for heads in repeats.mass() for m in heads] == pytest.approx(expected, rel=1e-4)
+    kept = Kept()
+    read(model, [ids], kept)
+    for found, expected in zip(kept.weights, attentions, strict=True):
+        torch.testing.assert_close(found, expected[0, :, [3, 50, 69]], rtol=1e-4, atol=1e-6)
 
 
 def test_far_attention_is_the_largest_from_far_behind() -> None:
@@ -243,14 +302,12 @@ def test_command_writes_sizes_and_saliency(
 ) -> None:
     model = tmp_path / "lola"
     assert cli.main(["init", "--base", str(base), "--out", str(model)]) == 0
-    argv = ["calibrate", "--base", str(base), "--texts", str(texts), "--window-length", "300"]
+    argv = ["calibrate", "--base", str(base), "--texts", str(texts)]
     argv += [
         "--pairs",
         "40",
         "--least",
         "8",
-        "--windows",
-        "5",
         "--prompts",
         "8",
         "--prompt-length",
@@ -268,7 +325,7 @@ def test_command_writes_sizes_and_saliency(
     assert [len(heads) for heads in sizes] == [2, 2, 2] and lola["saliency"] is True
     flat = [size for heads in sizes for size in heads]
     assert sum(flat) == 240 and min(flat) >= 8 and len(set(flat)) > 1
-    assert json.dumps(sizes) in out and "reads back" in out
+    assert json.dumps(sizes) in out and "reads from afar" in out
     first = _saliency(model)
     assert all(x.shape == (2, 4 + 8 + 1) and x.dtype == torch.float32 for x in first)
     assert cli.main(argv) == 0  # once more: the same again
@@ -296,11 +353,11 @@ def test_saliency_is_fitted_to_the_models_own_pairs(
             layer.self_attn.o_proj.weight /= 2  # so that nothing else changes
     model.save_pretrained(other)
     assert cli.main(["init", "--base", str(other), "--out", str(lola)]) == 0
-    options = CalibrateOptions(
-        pairs=40, least=8, windows=5, window_length=300, prompts=8, prompt_length=300, facts=0
-    )
+    options = CalibrateOptions(pairs=40, least=8, prompts=8, prompt_length=300, facts=0)
     of_base, of_other = (calibrate(base, texts, options, x) for x in (None, lola))
-    assert all(0 <= alone <= 1 and 0 <= weighed <= 1 for alone, weighed in of_base.held)
+    for of_layer in of_base.held:
+        assert (of_layer.alone <= of_layer.worth).all()
+        assert (of_layer.weighed <= of_layer.worth * (1 + 1e-6)).all()
     assert any(x.any() for x in of_base.saliency)
     assert of_base.sizes == of_other.sizes
     for x, y in zip(of_base.saliency, of_other.saliency, strict=True):
@@ -313,13 +370,12 @@ def test_saliency_is_fitted_to_the_models_own_pairs(
     [
         (["--pairs", "4"], "--pairs = 4: must be at least --least = 16"),
         (["--prompts", "4"], "--prompts = 4: must be at least 5"),
-        (["--window-length", "300", "--facts", "2"], "--facts = 2: must be between 0 and 1"),
-        (["--window-length", "301"], "no window of 301 tokens repeats anything"),
+        (["--facts", "2"], "--facts = 2: must be between 0 and 1"),
         (
-            ["--window-length", "300", "--facts", "0", "--prompt-length", "80"],
+            ["--facts", "0", "--prompt-length", "80"],
             "--prompt-length = 80: too short for anything to leave the window",
         ),
-        (["--window-length", "300", "--facts", "0"], "hardly a document of"),
+        (["--facts", "0"], "hardly a document of"),
     ],
 )
 def test_bad_options_are_named(
