@@ -61,12 +61,6 @@ PARTS = (
     "exact_k", "exact_v", "bounds", "directions",
 )  # fmt: skip
 
-# Those with an entry for each slot of the sparse cache, in dim 2 of a view.
-SPARSE_PARTS = (
-    "positions", "saliency", "sparse_k_scale", "sparse_v_scale", "sparse_k", "sparse_v",
-    "directions",
-)  # fmt: skip
-
 # The rows of `bounds`, as in csrc/bounds.h. `low` bounds the recall error from below. The others
 # are of when the error was computed last, with u the stored direction: z = phi.s + 1e-6, ||v||,
 # ||phi||, u.v, and 1 / length of u as it is stored.
@@ -299,12 +293,13 @@ class StateLayout:
         whole = [(0, 2 * self.feature_dim)] if self.num_folded(n) > 0 else []
         start = min(int(self.window_start(n)), num_tokens)
         # The window's rows go on at the ring's start where they reach its end.
-        ring, oldest = self.ring_size, start % self.ring_size
-        wrapped = max(0, oldest + num_tokens - start - ring)
+        sink, end = self.sink_size, self.sink_size + self.ring_size
+        oldest = int(self.row(torch.tensor(start)))
+        newest = oldest + num_tokens - start
         exact = [
-            (0, min(num_tokens, self.sink_size)),
-            (self.sink_size, self.sink_size + wrapped),
-            (self.sink_size + oldest, self.sink_size + min(oldest + num_tokens - start, ring)),
+            (0, min(num_tokens, sink)),
+            (sink, sink + max(0, newest - end)),
+            (oldest, min(newest, end)),
         ]
         rows = {"H": whole, "s": whole, "exact_k": exact, "exact_v": exact}
         spans, offsets = [], self.offsets

@@ -6,7 +6,7 @@ The wording is that of training (`distill/retrieval.py`), which no benchmark sha
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,28 +27,16 @@ class Prompt(NamedTuple):
     asked: list[bool] | None
 
 
-def documents_of(texts: Path) -> dict[str, list[str]]:
-    """The documents that are not held out, by the name of their file."""
-    files = sorted(texts.glob("*.txt")) if texts.is_dir() else [texts]
-    return {
-        file.name: [text for text in read_documents(file) if not is_held_out(text)]
-        for file in files
-    }
-
-
-def draw_prompts(
-    texts: Path, documents: Mapping[str, list[str]], tokenizer: Any, options: CalibrateOptions
-) -> list[Prompt]:
-    """Prompts of documents, in an order that mixes kinds and lengths.
-
-    Args:
-        texts: where the documents are from, for messages. documents: of `documents_of`.
+def draw_prompts(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list[Prompt]:
+    """Prompts of text that is not held out, in an order that mixes kinds and lengths.
 
     Raises:
         CheckpointError: texts that are too short, or a tokenizer that makes no such prompts.
     """
     rng = random.Random(f"{options.seed}/prompts")
-    kinds = [of_file for of_file in documents.values() if of_file]
+    files = sorted(texts.glob("*.txt")) if texts.is_dir() else [texts]
+    kinds = [[t for t in read_documents(file) if not is_held_out(t)] for file in files]
+    kinds = [documents for documents in kinds if documents]
     if not kinds:
         raise CheckpointError(f"--texts {texts}: no document that is not held out")
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lola_vllm.calibrate.options import CalibrateOptions
-from lola_vllm.calibrate.prompts import documents_of, draw_prompts
+from lola_vllm.calibrate.prompts import draw_prompts
 from lola_vllm.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.calibrate.saliency import (
     EPOCHS,
@@ -41,8 +41,7 @@ from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_fil
 FIRST_EPOCHS = EPOCHS // 3
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """What the caches of a layer would hold of what each KV head reads from afar, in prompts that
     the fit did not see.
 
@@ -99,7 +98,7 @@ def calibrate(
 
     read_base_config(base)  # refuses families that could not be served
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    prompts = draw_prompts(texts, documents_of(texts), tokenizer, options)
+    prompts = draw_prompts(texts, tokenizer, options)
     if min(len(prompt.ids) for prompt in prompts) <= SKIPPED_TOKENS + LAST_TOKENS:
         raise CheckpointError(
             f"--prompt-length = {options.prompt_length}: too short for anything to leave the "
@@ -115,7 +114,7 @@ def calibrate(
     parts = [parted(reads) for reads in asked.reads]
     gains = []
     for fitted, _ in parts:
-        alike = [options.pairs] * len(fitted[0].worth)
+        alike = _of_heads(options.pairs, len(fitted[0].worth))
         gains.append(Gains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
     sizes = divide_among(gains, options.pairs, options.least, options.by == "layer")
     saliency, shares = [], []
@@ -174,18 +173,18 @@ def report(found: Calibration) -> str:
     the error alone and with saliency, and its pairs; the sizes as JSON."""
     lines = ["layer  KV head  pairs  reads from afar  held by error  with saliency"]
     for layer, of_layer in enumerate(found.held):
-        for head, pairs in enumerate(_of_heads(found.sizes[layer], len(of_layer.worth))):
-            worth = float(of_layer.worth[head])
-            alone, weighed = (
-                float(x[head]) / max(worth, 1e-9) for x in (of_layer.alone, of_layer.weighed)
-            )
+        sizes = _of_heads(found.sizes[layer], len(of_layer.worth))
+        heads = zip(sizes, *(x.tolist() for x in of_layer), strict=True)
+        for head, (pairs, worth, *kept) in enumerate(heads):
+            alone, weighed = _shares(worth, *kept)
             lines.append(
                 f"{layer:5}  {head:7}  {pairs:5}  {worth:15.2f}  {alone:13.0%}  {weighed:13.0%}"
             )
-    sums = [
-        sum(float(x.sum()) for x in column)
-        for column in zip(*((h.worth, h.alone, h.weighed) for h in found.held), strict=True)
-    ]
-    shares = [held / max(sums[0], 1e-9) for held in sums[1:]]
-    lines.append(f"all heads hold {shares[0]:.0%} by error, {shares[1]:.0%} with saliency")
+    columns = zip(*found.held, strict=True)
+    alone, weighed = _shares(*(sum(float(x.sum()) for x in column) for column in columns))
+    lines.append(f"all heads hold {alone:.0%} by error, {weighed:.0%} with saliency")
     return "\n".join([*lines, "", json.dumps({"sparse_cache_size": found.sizes})])
+
+
+def _shares(worth: float, alone: float, weighed: float) -> tuple[float, float]:
+    return alone / max(worth, 1e-9), weighed / max(worth, 1e-9)

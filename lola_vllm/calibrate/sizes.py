@@ -7,7 +7,7 @@ most is held where the next pair is worth the same to every head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ class Gains:
             is the worth of tokens that i others score above.
     """
 
-    def __init__(self, reads: Iterable[Read], weights: Tensor | None) -> None:
-        self.facts = self.plain = torch.zeros(0, 0, dtype=torch.float64)
+    def __init__(self, reads: Sequence[Read], weights: Tensor | None) -> None:
+        self.facts = self.plain = torch.zeros(len(reads[0].worth), 0, dtype=torch.float64)
         for read in reads:
             ranked = read.worth.gather(1, scores(read, weights).argsort(-1, descending=True))
             if read.of_facts:
@@ -46,9 +46,8 @@ def divide_among(
 
     Facts and plain text count as in the fit of saliency, whatever their number of prompts is.
     """
-    facts, plain = (
-        sum(float(getattr(gains, kind).sum()) for gains in layers) for kind in ("facts", "plain")
-    )
+    facts = sum(float(gains.facts.sum()) for gains in layers)
+    plain = sum(float(gains.plain.sum()) for gains in layers)
     worth = []
     for gains in layers:
         total = _add(gains.facts / max(facts, 1e-9), PLAIN * gains.plain / max(plain, 1e-9))
@@ -100,9 +99,7 @@ def _levelled(gains: list[float]) -> list[float]:
 
 
 def _add(x: Tensor, y: Tensor) -> Tensor:
-    """The sum of two that differ in length, or of which one is empty."""
-    if not len(x) or not len(y):
-        return y if not len(x) else x
+    """The sum of two that differ in length."""
     n = max(x.shape[1], y.shape[1])
     x, y = (torch.nn.functional.pad(z, (0, n - z.shape[1])) for z in (x, y))
     return x + y

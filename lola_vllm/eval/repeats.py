@@ -56,17 +56,17 @@ def find_repeats(ids: Sequence[int], pieces: Sequence[str]) -> Repeats:
         ):
             words.append((first, stop))
         seen[word] = first
-    return Repeats([end for end, _ in repeated_ngrams(ids)], words)
+    return Repeats(_repeated_ngrams(ids), words)
 
 
-def repeated_ngrams(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """(position, last position before) of the last tokens of repeated n-grams, ascending."""
-    found: list[tuple[int, int]] = []
+def _repeated_ngrams(ids: Sequence[int]) -> list[int]:
+    """Positions of the last tokens of repeated n-grams, ascending."""
+    found: list[int] = []
     last: dict[tuple[int, ...], int] = {}
     for end in range(NGRAM - 1, len(ids)):
         ngram = tuple(ids[end - NGRAM + 1 : end + 1])
         if end - last.get(ngram, end) > DISTANCE:
-            found.append((end, last[ngram]))
+            found.append(end)
         last[ngram] = end
     return found
 
