@@ -29,6 +29,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
     parser.add_argument(
+        "--start", type=Path, metavar="DIR",
+        help="go on with stage 2 from the maps and adapters of an earlier run: its --work-dir",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE",
+        help="train for the sizes and the saliency that 'lola-vllm calibrate --save' wrote",
+    )  # fmt: skip
+    parser.add_argument(
         "--work-dir", type=Path, metavar="DIR",
         help="training states, maps, adapters and loss curves (default: OUT.training)",
     )  # fmt: skip
@@ -56,6 +64,8 @@ def _run(args: argparse.Namespace) -> int:
         args.data,
         args.out,
         options,
+        start=args.start,
+        calibration=args.calibration,
         work=args.work_dir,
         resume=args.resume,
         force=args.force,

@@ -8,6 +8,7 @@ next-token loss is an option. The teacher is the same model with adapters and Lo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ def finetune(
     options: DistillOptions,
     *,
     fingerprint: str,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Finetuned:
     """Train adapters on a model whose maps are trained.
 
@@ -65,10 +67,11 @@ def finetune(
         work: directory of the training state, from which an interrupted run continues.
         options: of stage 2; each row draws one of their `configs`.
         fingerprint: of everything that the result depends on.
+        start: adapters to begin with, under PEFT's names; None: those that add nothing.
 
     Raises:
-        CheckpointError: a training state of another run, one that cannot be written, or a loss
-            that is not finite.
+        CheckpointError: a training state of another run, one that cannot be written, adapters
+            to begin with that do not fit, or a loss that is not finite.
     """
     from accelerate import Accelerator
     from peft import LoraConfig, get_peft_model
@@ -90,6 +93,8 @@ def finetune(
         model.train()  # the base has no dropout that this could switch on, see _no_dropout
         _no_dropout(model)
     adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    if start is not None:
+        _begin_with(adapters, start)
     maps = [value for layer in decoder_layers(model) for value in layer_maps(layer).values()]
     groups = [{"params": list(adapters.values()), "lr": options.lora_learning_rate}]
     if options.map_learning_rate > 0:
@@ -116,9 +121,11 @@ def finetune(
             total = 0.0
             for row in _rows_of_step(step, len(rows), options):
                 config = configs[int(torch.randint(len(configs), (), generator=generator))]
+                compared = _compared(answers[row], options.loss_tokens, generator)
                 loss = _loss(
-                    model, accelerator, rows[row].to(model.device), answers[row], config, options
-                )
+                    model, accelerator, rows[row].to(model.device), answers[row], compared,
+                    config, options,
+                )  # fmt: skip
                 accelerator.backward(loss / options.rows_per_step)
                 total += loss.item() / options.rows_per_step
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
@@ -154,30 +161,41 @@ def _rows_of_step(step: int, num_rows: int, options: DistillOptions) -> list[int
     return order[first : first + options.rows_per_step].tolist()
 
 
+def _compared(answers: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """The predictions that a step compares, `[n]` int64: prediction i is of token i + 1."""
+    last = len(answers) - 1
+    if not 0 < number < last:
+        return torch.arange(last)
+    chosen = answers[1:].clone()
+    chosen[torch.randperm(last, generator=generator)[:number]] = True
+    return chosen.nonzero().flatten()
+
+
 def _loss(
     model: Any,
     accelerator: Any,
     row: Tensor,
     answers: Tensor,
+    compared: Tensor,
     config: LolaConfig,
     options: DistillOptions,
 ) -> Tensor:
-    """Weighted mean over a row's predictions."""
+    """Weighted mean over those of a row's predictions that are compared."""
     ids = row.long()[None]
     base = model.get_base_model()
     with torch.no_grad(), model.disable_adapter(), accelerator.autocast():
         wanted = base.model(ids).last_hidden_state[0] if options.lora_loss == "teacher" else None
     with accelerator.autocast(), lola_attention(model, config):
         hidden = base.model(ids).last_hidden_state[0]
-        weights = 1 + (options.answer_weight - 1) * answers[1:].to(hidden.device).float()
+        compared = compared.to(hidden.device)
+        weights = 1 + (options.answer_weight - 1) * answers.to(hidden.device)[compared + 1].float()
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(row) - 1, LOSS_BLOCK):
-            at = slice(start, min(start + LOSS_BLOCK, len(row) - 1))
+        for at, weight in zip(compared.split(LOSS_BLOCK), weights.split(LOSS_BLOCK), strict=True):
             args = (base.lm_head, hidden[at], None if wanted is None else wanted[at])
             each = torch.utils.checkpoint.checkpoint(
-                _token_losses, *args, ids[0, at.start + 1 : at.stop + 1], use_reentrant=False
+                _token_losses, *args, ids[0, at + 1], use_reentrant=False
             )
-            total = total + (each * weights[at]).sum()
+            total = total + (each * weight).sum()
     return total / weights.sum()
 
 
@@ -202,6 +220,19 @@ def _no_dropout(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+@torch.no_grad()
+def _begin_with(adapters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]) -> None:
+    for name, adapter in adapters.items():
+        saved = start.get(name)
+        if saved is None or saved.shape != adapter.shape:
+            found = "is missing" if saved is None else f"is {list(saved.shape)}"
+            raise CheckpointError(
+                f"adapters to begin with: {name!r} {found}, and must be {list(adapter.shape)}; "
+                "give the --lora-rank that they were trained with, and their base"
+            )
+        adapter.copy_(saved)
 
 
 def _save(

@@ -57,6 +57,12 @@ class DistillOptions:
         "for the maps, which are trained on; 0 freezes them", 1e-3, part=FINETUNE
     )
     answer_weight: float = option("weight of the tokens of synthetic answers", 1.0, part=FINETUNE)
+    loss_tokens: int = option(
+        "tokens of a row, drawn at random, whose predictions are compared, besides those of "
+        "synthetic answers; 0: all",
+        0,
+        part=FINETUNE,
+    )
     rows_per_step: int = option("rows whose gradients make a step", 4, part=FINETUNE)
     lora_loss: Literal["teacher", "next-token"] = option(
         "divergence from the base model's distribution (default), or LoLCATs' own loss",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.checkpoint.files import CheckpointError, open_weights
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.distill.options import FINETUNE, DistillOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lola_vllm.distill.data import Rows
 
 MAPS_NAME = "maps.safetensors"
 LORA_NAME = "lora.safetensors"
@@ -26,6 +28,8 @@ def distill(
     out: Path,
     options: DistillOptions,
     *,
+    start: Path | None = None,
+    calibration: Path | None = None,
     work: Path | None = None,
     resume: bool = False,
     force: bool = False,
@@ -36,6 +40,10 @@ def distill(
         base: a local Hugging Face directory (Llama, Mistral, Qwen2 or Qwen3).
         data: files, directories or dataset names; see `training_rows`.
         out: where the checkpoint goes; it is written completely or not at all.
+        start: a directory with `maps.safetensors` and `lora.safetensors` of an earlier run, such as
+            its `work`. Stage 2 goes on from them, and stage 1 is left out.
+        calibration: what `lola-vllm calibrate --save` wrote. Its sizes and its saliency are trained
+            for, and the checkpoint has them.
         work: keeps training states, `maps.safetensors`, `lora.safetensors`, loss curves and
             `distill.json`; default: `out` with ".training" added.
         resume: continue the run in `work`; without it a `work` that holds a run is refused.
@@ -48,17 +56,33 @@ def distill(
     import torch
     from transformers import AutoTokenizer
 
-    from lola_vllm.checkpoint.convert import convert_checkpoint
+    from lola_vllm.checkpoint.calibration import load_calibration
     from lola_vllm.checkpoint.staging import check_output
     from lola_vllm.distill.data import RowOptions, training_rows
-    from lola_vllm.distill.student import all_maps, attach_maps, load_base, load_maps
-    from lola_vllm.distill.transfer import check_row_length, transfer
+    from lola_vllm.distill.student import (
+        all_maps,
+        attach_maps,
+        load_base,
+        load_maps,
+        load_saliency,
+    )
+    from lola_vllm.distill.transfer import check_row_length
 
+    saliency: dict[str, Tensor] = {}
+    if calibration is not None:
+        sizes, saliency = load_calibration(calibration)
+        options = _with_sizes(options, sizes, calibration)
     configs = options.configs()  # refuses bad values before anything else happens
-    check_row_length("row_length", options.row_length, configs)
+    if start is None:
+        check_row_length("row_length", options.row_length, configs)
+    elif not options.lora_rows:
+        raise CheckpointError("lora_rows = 0: stage 2 is what goes on from an earlier run")
     if options.lora_rows:
-        check_row_length("lora_row_length", options.lora_row_length, configs)
+        # Heads whose caches hold all of a row keep the maps that they begin with.
+        every = start is None
+        check_row_length("lora_row_length", options.lora_row_length, configs, every_head=every)
     check_output(out, inputs=[base], force=force)
+    earlier = _earlier(start) if start else None
     work = _work_directory(work or out.with_name(out.name + ".training"), resume)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_base(base, _dtype(options.dtype)).to(device)
@@ -68,10 +92,13 @@ def distill(
     }.get(options.state_heads)
     if heads is None:
         raise CheckpointError(f"state_heads = {options.state_heads!r}: must be 'kv' or 'query'")
+    for config in configs:
+        config.check_layers(model.config.num_hidden_layers, model.config.num_key_value_heads)
     attach_maps(model, heads)
+    load_saliency(model, saliency)
     tokenizer = AutoTokenizer.from_pretrained(base)
 
-    def rows(length: int, number: int, seed: int) -> Any:
+    def rows(length: int, number: int, seed: int) -> Rows:
         return training_rows(
             data,
             tokenizer,
@@ -84,41 +111,122 @@ def distill(
         )
 
     losses: dict[str, Any] = {}
-    first = rows(options.row_length, options.rows, options.seed)
-    print_ = fingerprint(base, options, first.tokens)
-    maps = _saved(work / MAPS_NAME, print_)
-    if maps is None:
-        losses["transfer"] = transfer(model, first.tokens, work, options, fingerprint=print_)
-        maps = all_maps(model)
-        _save(work / MAPS_NAME, maps, print_)
-    load_maps(model, maps)
+    if earlier:
+        begun = {**earlier.maps, **earlier.adapters, **saliency}
+        print_ = fingerprint(base, options, begun.values())
+        if _saved(work / MAPS_NAME, print_) is None:
+            _save(work / MAPS_NAME, _fitting(earlier.maps, all_maps(model)), print_)
+    else:
+        first = rows(options.row_length, options.rows, options.seed).tokens
+        print_ = fingerprint(base, options, [first, *saliency.values()])
+        if _saved(work / MAPS_NAME, print_) is None:
+            losses["transfer"] = _transfer(model, first, work, options, print_)
+    load_maps(model, _saved(work / MAPS_NAME, print_) or {})
     lora = None
     if options.lora_rows:
         second = rows(options.lora_row_length, options.lora_rows, options.seed + 1)
-        print_ = fingerprint(base, options, second.tokens, print_)
+        print_ = fingerprint(base, options, [second.tokens], print_)
         lora = work / LORA_NAME
         if _saved(lora, print_) is None:
             from lola_vllm.distill.finetune import finetune
 
             tuned = finetune(
-                model, second.tokens, second.answers, work, options, fingerprint=print_
-            )
+                model, second.tokens, second.answers, work, options,
+                fingerprint=print_, start=earlier.adapters if earlier else None,
+            )  # fmt: skip
             losses["finetune"] = tuned.losses
             _save(lora, {**tuned.adapters, **tuned.maps}, print_)
     _report(work, base, data, options, losses)
-    return convert_checkpoint(
-        base,
-        work / MAPS_NAME,
-        out,
-        options.lola_config,
-        lora,
-        lora_alpha=options.lora_alpha if lora else None,
-        force=force,
+    return _write(base, work / MAPS_NAME, lora, out, options, saliency, force)
+
+
+class _Earlier(NamedTuple):
+    """Of an earlier run: maps and window factors as it left them, and adapters."""
+
+    maps: dict[str, Tensor]
+    adapters: dict[str, Tensor]
+
+
+def _earlier(folder: Path) -> _Earlier:
+    found: dict[str, Tensor] = {}
+    for name in (MAPS_NAME, LORA_NAME):  # maps of the second stage replace those of the first
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder / name}: no such file; to go on from an earlier run needs the "
+                "--work-dir of one that had both stages"
+            )
+        with open_weights(folder / name) as file:
+            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    adapters = {key for key in found if ".lora_" in key}
+    return _Earlier(
+        {key: value for key, value in found.items() if key not in adapters},
+        {key: found[key] for key in adapters},
     )
 
 
-def fingerprint(base: Path, options: DistillOptions, rows: Tensor, before: str = "") -> str:
-    """Hash of all that a stage's result depends on: model, options, tokens, the stage before."""
+def _fitting(maps: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`maps`, if they are of the model whose maps are `like`."""
+    shapes, wanted = ({n: list(x.shape) for n, x in m.items()} for m in (maps, like))
+    for name in sorted(shapes.keys() | wanted.keys()):
+        if shapes.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"maps to begin with: {name!r} is {shapes.get(name)} and must be "
+                f"{wanted.get(name)}; give their own base and --state-heads"
+            )
+    return maps
+
+
+def _with_sizes(options: DistillOptions, sizes: Any, path: Path) -> DistillOptions:
+    """Options to train for a calibration's sizes and saliency."""
+    if "sparse_cache_size" in options.lola_config or options.train_sparse_caches:
+        raise CheckpointError(
+            f"{path}: holds the sizes of the sparse caches; leave out sparse_cache_size and "
+            "train_sparse_caches"
+        )
+    keys = {**options.lola_config, "sparse_cache_size": sizes, "saliency": True}
+    return replace(options, lola_config=keys)
+
+
+def _transfer(
+    model: Any, rows: Tensor, work: Path, options: DistillOptions, print_: str
+) -> list[list[float]]:
+    """Stage 1 with its maps in `work`: the losses."""
+    from lola_vllm.distill.student import all_maps
+    from lola_vllm.distill.transfer import transfer
+
+    losses = transfer(model, rows, work, options, fingerprint=print_)
+    _save(work / MAPS_NAME, all_maps(model), print_)
+    return losses
+
+
+def _write(
+    base: Path,
+    maps: Path,
+    lora: Path | None,
+    out: Path,
+    options: DistillOptions,
+    saliency: Mapping[str, Tensor],
+    force: bool,
+) -> LolaLlamaConfig:
+    """The checkpoint, with the calibration that it was trained for."""
+    from lola_vllm.checkpoint.calibration import apply_calibration
+    from lola_vllm.checkpoint.convert import convert_checkpoint
+    from lola_vllm.checkpoint.staging import staged_directory
+
+    keys = dict(options.lola_config)
+    calibrated = {key: keys.pop(key) for key in ("sparse_cache_size", "saliency") if saliency}
+    with staged_directory(out, force=force, inputs=[base]) as staging:
+        config = convert_checkpoint(
+            base, maps, staging, keys, lora, lora_alpha=options.lora_alpha if lora else None
+        )
+        return apply_calibration(staging, calibrated, saliency) if saliency else config
+
+
+def fingerprint(
+    base: Path, options: DistillOptions, tensors: Iterable[Tensor], before: str = ""
+) -> str:
+    """Hash of all that a stage's result depends on: model, options, tokens and what else it begins
+    with, and the stage before."""
     digest = hashlib.sha256(before.encode())
     digest.update((base / "config.json").read_bytes())
     for path in sorted(base.glob("*.safetensors")):
@@ -129,7 +237,8 @@ def fingerprint(base: Path, options: DistillOptions, rows: Tensor, before: str =
             if item.metadata.get("part") == FINETUNE:
                 del chosen[item.name]
     digest.update(json.dumps(chosen, sort_keys=True).encode())
-    digest.update(rows.cpu().numpy().tobytes())
+    for tensor in tensors:
+        digest.update(tensor.cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ RoPE, biases and q/k norms stay those of the model, and this code is the same fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None
             attention.register_parameter(name, nn.Parameter(eye, requires_grad=False))
         factors = torch.full((config.num_attention_heads,), WINDOW_FACTOR_INIT, device=device)
         attention.register_parameter("window_factors", nn.Parameter(factors, requires_grad=False))
+        attention.register_buffer("saliency", None, persistent=False)
         attention.lola_config = None
 
 
@@ -97,6 +98,14 @@ def load_maps(model: Any, tensors: dict[str, Tensor]) -> None:
             saved = tensors.get(f"model.layers.{i}.self_attn.{name}")
             if saved is not None:
                 value.copy_(saved)
+
+
+def load_saliency(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give layers their saliency, by the names that it has in a checkpoint. It is not trained."""
+    for i, layer in enumerate(decoder_layers(model)):
+        weights = tensors.get(f"model.layers.{i}.self_attn.saliency")
+        if weights is not None:
+            layer.self_attn.saliency = weights.to(layer.self_attn.q_proj.weight.device)
 
 
 @contextmanager
@@ -139,5 +148,6 @@ def _attention(
         module.feature_map_k,
         module.window_factors,
         module.lola_config,
+        saliency=module.saliency,
     )
     return out, None

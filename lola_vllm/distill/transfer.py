@@ -135,7 +135,9 @@ def _error(attention: Any, config: LolaConfig, chunks: Tensor) -> Tensor:
     """
     q, k, v, teacher = attention.capture
     maps = (attention.feature_map_q, attention.feature_map_k, attention.window_factors)
-    y = lola_attention_parallel(q.float(), k.float(), v.float(), *maps, config, chunks)
+    y = lola_attention_parallel(
+        q.float(), k.float(), v.float(), *maps, config, chunks, attention.saliency
+    )
     C = config.update_interval
     positions = (chunks[:, None] * C + torch.arange(C, device=chunks.device)).flatten()
     real = positions < q.shape[1]
@@ -156,24 +158,27 @@ def first_chunk_with_state(config: LolaConfig) -> int:
     return full // config.update_interval + 1
 
 
-def check_row_length(option: str, length: int, configs: Sequence[LolaConfig]) -> None:
+def check_row_length(
+    option: str, length: int, configs: Sequence[LolaConfig], every_head: bool = True
+) -> None:
     """Refuse rows in which nothing is folded, because no output depends on the maps then.
 
     Args:
         option: whose value `length` is, for the message.
-        length: tokens of a row. configs: the settings to train for.
+        length: tokens of a row. configs: the settings to train for. every_head: whether the head
+            with the largest cache must fold as well, or only the one with the smallest.
 
     Raises:
         CheckpointError: one of the settings folds nothing; names the least length that does.
     """
     for config in configs:
-        most = max(config.sizes)
-        config = config.model_copy(update={"sparse_cache_size": most})
+        size = max(config.sizes) if every_head else min(config.sizes)
+        config = config.model_copy(update={"sparse_cache_size": size})
         least = first_chunk_with_state(config) * config.update_interval + 1
         if length < least:
             raise CheckpointError(
                 f"{option} = {length}: with window {config.window_size}, sparse cache "
-                f"{most} and {config.sink_size} sinks no pair of such a row "
+                f"{size} and {config.sink_size} sinks no pair of such a row "
                 "is folded into the hidden state, and there is nothing to train; use rows of at "
                 f"least {least} tokens, and several times as many to train well"
             )

@@ -27,7 +27,7 @@ class MemoryPlan(NamedTuple):
     """Where every pair is, chunk by chunk; positions, -1 where there is none.
 
     Attributes:
-        sparse: `[B, Hg, U, lam]` int64, the sparse cache that chunk u sees.
+        sparse: `[B, Hg, U, min(lam, T)]` int64, the sparse cache that chunk u sees.
         folded: `[B, Hg, U, C]` int64, what entered the hidden state in the update before chunk u.
     """
 
@@ -56,7 +56,8 @@ def plan_memory(
         The plan for all chunks. The update after the last chunk is left out: nobody sees it.
     """
     B, Hs, T, _ = phi_k.shape
-    eta, lam, C = config.window_size, config.sparse_pairs, config.update_interval
+    eta, C = config.window_size, config.update_interval
+    lam = min(config.sparse_pairs, T)
     Hg = num_sparse_heads
     U = -(-T // C)
     device = phi_k.device

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 from lola_vllm import cli
+from lola_vllm.checkpoint.calibration import saliency_tensors, save_calibration
 from lola_vllm.checkpoint.files import CheckpointError
-from lola_vllm.config import LolaConfig, LolaConfigError
+from lola_vllm.config import LolaConfig, LolaConfigError, saliency_size
 from lola_vllm.distill.options import DistillOptions
 from lola_vllm.distill.plot import plot_losses
 from lola_vllm.distill.run import distill
-from lola_vllm.distill.student import attach_maps, load_base, load_maps, lola_attention
+from lola_vllm.distill.student import (
+    attach_maps,
+    load_base,
+    load_maps,
+    load_saliency,
+    lola_attention,
+)
 from lola_vllm.distill.transfer import check_row_length
 from lola_vllm.state import StateLayout
 
@@ -212,6 +221,82 @@ def test_ctrl_c_and_going_on_by_the_command(
     assert [len(curve) for curve in losses["transfer"]] == [4, 4]
 
 
+SIZES = [[4, 90], [2, 4]]
+GO_ON = dataclasses.replace(
+    OPTIONS,
+    lola_config={"window_size": 8, "sink_size": 2, "sparse_dtype": "int8"},
+    train_sparse_caches=(),
+    loss_tokens=20,
+)
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(5)
+    saliency = [torch.randn(2, saliency_size(6), generator=generator) for _ in SIZES]
+    path = tmp_path_factory.mktemp("calibration") / "calibration.safetensors"
+    save_calibration(path, SIZES, saliency_tensors(saliency))
+    return path
+
+
+def test_going_on_with_the_sizes_and_the_saliency_of_a_calibration(
+    trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
+) -> None:
+    """The second head of the first layer folds nothing of a row."""
+    from transformers import AutoModelForCausalLM
+
+    import lola_vllm.hf  # noqa: F401  # registers the model
+
+    work, out = trained.with_name("lola.training"), tmp_path / "lola"
+    config = distill(base, [str(text)], out, GO_ON, start=work, calibration=calibration)
+    lola = LolaConfig(**config.lola_config)
+    assert lola.sparse_cache_size == tuple(map(tuple, SIZES))
+    assert lola.saliency
+    saliency = load_file(calibration)
+    written = load_file(out / "model.safetensors")
+    assert all(torch.equal(written[name], weights) for name, weights in saliency.items())
+
+    before, after = (load_file(w / "lora.safetensors") for w in (work, tmp_path / "lola.training"))
+    assert before.keys() == after.keys()
+    assert sum(not torch.equal(before[name], after[name]) for name in before) > len(before) // 2
+
+    student = load_base(base, torch.float32)
+    attach_maps(student, 2)
+    for name, value in student.named_parameters():
+        value.data.copy_(written[name])
+    load_saliency(student, saliency)
+    served = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = torch.arange(60)[None] * 7 % 250
+    with torch.no_grad(), lola_attention(student, lola):
+        torch.testing.assert_close(student(ids).logits, served(ids).logits, rtol=1e-3, atol=1e-3)
+        load_saliency(student, {name: 0 * weights for name, weights in saliency.items()})
+        assert not torch.allclose(student(ids).logits, served(ids).logits, atol=1e-2)
+
+
+def test_going_on_begins_where_the_earlier_run_ended(
+    trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
+) -> None:
+    still = dataclasses.replace(GO_ON, lora_learning_rate=0.0, map_learning_rate=0.0)
+    out = tmp_path / "lola"
+    work = trained.with_name("lola.training")
+    distill(base, [str(text)], out, still, start=work, calibration=calibration)
+    before, after = (load_file(w / "lora.safetensors") for w in (work, tmp_path / "lola.training"))
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_answers_and_so_many_other_tokens_are_compared() -> None:
+    from lola_vllm.distill.finetune import _compared
+
+    answers = torch.zeros(50, dtype=torch.bool)
+    answers[[0, 7, 8, 49]] = True
+    every = _compared(answers, 0, torch.Generator())
+    assert every.tolist() == list(range(49))
+    drawn = _compared(answers, 10, torch.Generator().manual_seed(0)).tolist()
+    assert {6, 7, 48} <= set(drawn) and 10 <= len(drawn) <= 13
+    assert drawn != _compared(answers, 10, torch.Generator().manual_seed(1)).tolist()
+
+
 @pytest.mark.parametrize(
     ("lola", "least"),
     [
@@ -292,3 +377,29 @@ def test_refusals(base: Path, text: Path, trained: Path, tmp_path: Path) -> None
     damaged.mkdir()
     (damaged / "maps.safetensors").write_bytes((work / "maps.safetensors").read_bytes()[:900])
     refused("damaged", work=damaged, resume=True)
+
+
+def test_refusals_of_going_on(
+    base: Path, text: Path, trained: Path, calibration: Path, tmp_path: Path
+) -> None:
+    work = trained.with_name("lola.training")
+
+    def refused(match: str, error: type[Exception] = CheckpointError, **keys: object) -> None:
+        out = Path(tempfile.mkdtemp(dir=tmp_path)) / "lola"
+        options = dataclasses.replace(GO_ON, **keys.pop("changes", {}))
+        files = {"start": work, "calibration": calibration, **keys}
+        arguments = {"base": base, "data": [str(text)], "out": out, "options": options, **files}
+        with pytest.raises(error, match=match):
+            distill(**arguments)
+        assert not out.exists()
+
+    refused("maps.safetensors: no such file", start=tmp_path)
+    refused("lora_A.* is .*and must be .*--lora-rank", changes={"lora_rank": 3})
+    refused("feature_map_k.* must be .*--state-heads", changes={"state_heads": "query"})
+    refused("leave out sparse_cache_size", changes={"lola_config": LOLA})
+    refused("leave out sparse_cache_size", changes={"train_sparse_caches": (0, 4)})
+    refused("lora_rows = 0", changes={"lora_rows": 0})
+    refused("lora_row_length = 12: .*sparse cache 2 and", changes={"lora_row_length": 12})
+    refused("row_length = 96: .*sparse cache 90 and", start=None)
+    deeper = write_base(tmp_path / "deeper", num_hidden_layers=3)
+    refused("2 numbers for 3 layers", LolaConfigError, base=deeper)
