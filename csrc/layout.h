@@ -25,6 +25,7 @@ struct PageLayout {
   int64_t window_size, sparse_cache_size, update_interval, sink_size;
   int64_t subtract_max;  // 1: mixing "lolcats"
   int64_t has_saliency;  // 1: scores are weighed, and pages keep a weight per sparse pair
+  int64_t turned_after;  // pages with more tokens map keys by the second maps
   DType kv_dtype;        // of keys and values
   DType sparse_dtype;    // of those in the sparse cache: kv_dtype, or i8 with a scale each
   DType state_dtype;     // of H and s
@@ -95,7 +96,7 @@ struct PageLayout {
   LOLA_HOST_DEVICE bool bounded() const { return update_interval == 1 && sparse_cache_size > 0; }
 };
 
-constexpr int64_t kTableFields = 28;
+constexpr int64_t kTableFields = 29;
 static_assert(sizeof(PageLayout) == kTableFields * sizeof(int64_t));
 
 }  // namespace lola

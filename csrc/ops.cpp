@@ -60,7 +60,8 @@ Call part_of(const Call& all, const PageLayout& layout, int64_t i) {
           weights_of(all.feature_map_q, layout.num_heads * map),
           weights_of(all.feature_map_k, layout.num_state_heads * map),
           weights_of(all.log_gate, layout.num_heads),
-          weights_of(all.saliency, layout.num_kv_heads * layout.saliency_size())};
+          weights_of(all.saliency, layout.num_kv_heads * layout.saliency_size()),
+          all.layer_state_heads};
 }
 
 // A call for each page of the layer.
@@ -83,7 +84,8 @@ std::vector<Call> check_cpu_call(const LayerTensors& t, const Tensor& slots) {
             t.feature_map_q.data_ptr(),
             t.feature_map_k.data_ptr(),
             t.log_gate.data_ptr(),
-            t.saliency.data_ptr()};
+            t.saliency.data_ptr(),
+            layouts.count * layout.num_state_heads};
   for (int64_t row = 0; row < slots.size(0); ++row) {
     LOLA_CHECK(call.slots[row] < pages.size(0), "slots: entry ", row, " is ", call.slots[row],
                ", but there are ", pages.size(0), " pages");

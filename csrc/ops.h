@@ -25,7 +25,8 @@ namespace lola {
 //                                       also [Hkv, fields]: a page per KV head, one after the
 //                                       other, with offsets from the first one's start
 //   feature_map_q   [Hq, d, F]          float32, or float64 where keys and values are
-//   feature_map_k   [Hs, d, F]          the same
+//   feature_map_k   [1 or 2, Hs, d, F]  the same; the second is for pages with more than
+//                                       `turned_after` tokens
 //   log_gate        [Hq]                the same
 //   saliency        [Hkv, d/2 + d + 1]  the same; read only where the layout has_saliency
 //   q, out          [T, Hq, d]          float32, bfloat16 or float64 (CUDA: or float16)

@@ -51,6 +51,7 @@ POINTER_TYPES = {
     "chunks_ptr": "*i32",
     "positions_ptr": "*i32",
 }
+TURNED_AFTER = 8192  # of models whose keys are turned ahead, which have a second map
 UNIT_STRIDES = ("slots_stride", "n_stride")  # 1 at run time, which Triton makes a constant
 
 
@@ -132,8 +133,8 @@ def update_kernels(layout: StateLayout, note: str = "") -> list[Kernel]:
     """Those of an update, whatever the interval; `note` ends their names."""
     blocks = {"BLOCK_R": update.BLOCK_R, "PRECISION": update.PRECISION}
     each = replace(layout, update_interval=1)  # an update after every token
-    shape = {"SHAPE": page_shape(layout), **blocks}
-    each_shape = {"SHAPE": page_shape(each), **blocks}
+    shape = {"SHAPE": page_shape(layout, TURNED_AFTER), **blocks}
+    each_shape = {"SHAPE": page_shape(each, TURNED_AFTER), **blocks}
     return [
         Kernel(
             "score" + note,

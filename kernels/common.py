@@ -53,6 +53,8 @@ class PageShape(NamedTuple):
         WINDOW_SIZE, SPARSE_CACHE_SIZE, UPDATE_INTERVAL, SINK_SIZE, NUM_KV_HEADS, NUM_STATE_HEADS,
         NUM_SPARSE_HEADS, HEAD_DIM, FEATURE_DIM: as in `StateLayout`.
         HAS_SALIENCY, INT8_PAIRS: as in `StateLayout`, 1 or 0.
+        TURNED_AFTER: pages with more tokens map keys by the second of `LolaWeights.key_maps`;
+            0: there is one for all.
         RING_SIZE: rows of the window ring. STATES_PER_SET: state heads of a sparse set.
         BLOCK_D, BLOCK_F: powers of two, at least `HEAD_DIM` and `FEATURE_DIM`.
     """
@@ -68,6 +70,7 @@ class PageShape(NamedTuple):
     FEATURE_DIM: int
     HAS_SALIENCY: int
     INT8_PAIRS: int
+    TURNED_AFTER: int
     RING_SIZE: int
     STATES_PER_SET: int
     BLOCK_D: int
@@ -75,8 +78,12 @@ class PageShape(NamedTuple):
 
 
 @functools.cache
-def page_shape(layout: StateLayout) -> PageShape:
-    """What every kernel takes of a layout."""
+def page_shape(layout: StateLayout, turned_after: int = 0) -> PageShape:
+    """What every kernel takes of a layout.
+
+    Args:
+        turned_after: see `PageShape`.
+    """
     return PageShape(
         WINDOW_SIZE=layout.window_size,
         SPARSE_CACHE_SIZE=layout.sparse_cache_size,
@@ -89,6 +96,7 @@ def page_shape(layout: StateLayout) -> PageShape:
         FEATURE_DIM=layout.feature_dim,
         HAS_SALIENCY=int(layout.has_saliency),
         INT8_PAIRS=int(layout.int8_pairs),
+        TURNED_AFTER=turned_after,
         RING_SIZE=layout.ring_size,
         STATES_PER_SET=layout.num_state_heads // layout.num_sparse_heads,
         BLOCK_D=max(MIN_DOT, triton.next_power_of_2(layout.head_dim)),
@@ -115,6 +123,14 @@ def s_of(s_ptr, head, SHAPE: tl.constexpr):
 def map_of(w_ptr, head, SHAPE: tl.constexpr):
     """The feature map of a head."""
     return w_ptr + head * SHAPE.HEAD_DIM * SHAPE.FEATURE_DIM
+
+
+@triton.jit
+def key_maps_of(w_ptr, n, SHAPE: tl.constexpr):
+    """The maps of the keys that hidden states take with the n-th token of their page."""
+    if SHAPE.TURNED_AFTER > 0:
+        w_ptr = map_of(w_ptr, tl.where(n > SHAPE.TURNED_AFTER, SHAPE.NUM_STATE_HEADS, 0), SHAPE)
+    return w_ptr
 
 
 @triton.jit

@@ -45,6 +45,7 @@ from lola_vllm.kernels.common import (
     h_of,
     int8_numbers,
     int8_scale,
+    key_maps_of,
     map_of,
     num_processors,
     page_shape,
@@ -182,6 +183,7 @@ def score_kernel(
             page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
             start, stop = window_start(n - C, SHAPE), window_start(n, SHAPE)
+            maps = key_maps_of(wk_ptr, n, SHAPE)
 
             e = item % BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
             ok = (e < E) & candidate_ok(e, start, stop, SHAPE)
@@ -206,7 +208,7 @@ def score_kernel(
             for i in range(SHAPE.STATES_PER_SET):
                 head = sparse_head * SHAPE.STATES_PER_SET + i
                 _, size, _, _ = recall_error(
-                    k, v, norm, map_of(wk_ptr, head, SHAPE), h_of(h_at, head, SHAPE),
+                    k, v, norm, map_of(maps, head, SHAPE), h_of(h_at, head, SHAPE),
                     s_of(s_at, head, SHAPE), cols, num_features, SHAPE, PRECISION,
                 )  # fmt: skip
                 total += size if SHAPE.STATES_PER_SET == 1 else tl.div_rn(size, least)
@@ -284,6 +286,7 @@ def fold_kernel(
             page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
             start, stop = window_start(n - C, SHAPE), window_start(n, SHAPE)
+            maps = key_maps_of(wk_ptr, n, SHAPE)
             overflow = stop - SHAPE.SINK_SIZE > LAM
             # Before the first fold H and s are leftovers, and count as zero.
             live = feats < tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
@@ -324,7 +327,7 @@ def fold_kernel(
             ):
                 head = sparse_head * SHAPE.STATES_PER_SET + half // 2
                 sign = 1.0 - 2.0 * (half % 2)
-                w_at = map_of(wk_ptr, head, SHAPE) + cols[:, None] * F + feats[None, :]
+                w_at = map_of(maps, head, SHAPE) + cols[:, None] * F + feats[None, :]
                 w = tl.load(w_at, mask=col_ok[:, None] & feat_ok[None, :], other=0.0)
                 h_at = h_of(h_ptr + page * state_page, head, SHAPE) + half % 2 * F * D
                 h_at = h_at + feats[:, None] * D + cols[None, :]
@@ -419,13 +422,14 @@ def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) 
         scratch: from `scratch_buffers`.
         score: False where the caller knows that no row's cache overflows.
     """
-    layout, views, feature_map_k = state.layout, state.views, state.weights.feature_map_k
+    layout, views, key_maps = state.layout, state.views, state.weights.key_maps
     saliency = state.weights.saliency
     if saliency is None:  # not read: any float32 pointer does
-        saliency = feature_map_k
+        saliency = key_maps
     strides = page_strides(state)
     slots, n, first_row, num_rows = rows
-    shape = {"SHAPE": page_shape(layout), "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
+    own = page_shape(layout, state.turned_after)
+    shape = {"SHAPE": own, "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
     Hg, lam = layout.num_sparse_heads, layout.sparse_cache_size
     E = lam + layout.update_interval
     most = PROGRAMS_PER_PROCESSOR * num_processors(views.H.device)
@@ -438,19 +442,19 @@ def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) 
         pass  # all that leaves the window enters the cache, or all is folded
     elif bounded(layout):
         bounded_score_kernel[(sets,)](
-            feature_map_k, saliency, views.H, views.s, views.saliency, *pairs, views.bounds,
+            key_maps, saliency, views.H, views.s, views.saliency, *pairs, views.bounds,
             views.directions, slots, n, scratch.scores, scratch.doubtful, scratch.fresh,
             slots.stride(0), n.stride(0), *strides, first_row, num_rows, **shape,
             **bounded_constants(layout), num_warps=BOUNDED_SCORE_WARPS,
         )  # fmt: skip
     else:
         score_kernel[(min(most, num_rows * Hg * triton.cdiv(E, BLOCK_E)),)](
-            feature_map_k, saliency, views.H, views.s, views.saliency, *pairs, slots, n,
+            key_maps, saliency, views.H, views.s, views.saliency, *pairs, slots, n,
             scratch.scores, slots.stride(0), n.stride(0), *strides[:-1], first_row, num_rows,
             **shape, BLOCK_E=BLOCK_E, num_warps=SCORE_WARPS,
         )  # fmt: skip
     fold_kernel[(sets,)](
-        feature_map_k, saliency, views.H, views.s, views.positions, views.saliency, *pairs,
+        key_maps, saliency, views.H, views.s, views.positions, views.saliency, *pairs,
         views.bounds, views.directions, slots, n, scratch.scores, scratch.lists, scratch.fresh,
         slots.stride(0), n.stride(0), *strides, first_row, num_rows, **shape,
         **fold_constants(layout), num_warps=FOLD_WARPS,

@@ -40,6 +40,11 @@ LOLA_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
         "power of the hidden state's fading by which the scores of sparse pairs fade at a rebase; "
         "0: never",
     ),
+    "fold_ahead": (
+        int,
+        "rebases by which the keys that the hidden state takes are turned ahead of the exact ones, "
+        "in contexts beyond the base's trained length",
+    ),
     "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
     "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),
     "state_dtype": (str, "storage of the hidden state: float32, no other"),

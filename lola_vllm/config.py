@@ -89,6 +89,9 @@ class LolaConfig(BaseModel):
         score_fade: gamma (>= 0): a rebase multiplies the scores of the pairs in the sparse cache by
             `(1 - D / P)^gamma`. 1: they fade as the hidden state does. 0: they never fade, and old
             pairs keep their places.
+        fold_ahead: by how many rebases the keys that the hidden state takes are turned ahead of the
+            exact ones, in a sequence that was rebased; from 0 to `P / D - 1`. 0: as the exact ones,
+            so that the hidden state holds keys at places that later tokens have not reached.
         num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of
             KV heads (maps tied inside a group). None: as the checkpoint's tensors say.
     """
@@ -110,6 +113,7 @@ class LolaConfig(BaseModel):
     sparse_dtype: Literal["model", "int8"] = "model"
     rebase_interval: int = PydanticField(default=0, ge=0)
     score_fade: float = PydanticField(default=0.0, ge=0, le=100)
+    fold_ahead: int = PydanticField(default=0, ge=0)
     num_state_heads: int | None = PydanticField(default=None, ge=1)
 
     def __init__(self, **data: Any) -> None:
@@ -218,6 +222,12 @@ class LolaConfig(BaseModel):
                 f"lola_config.rebase_interval = {interval}: must divide max_position_embeddings = "
                 f"{length} and be less; use {default_rebase_interval(length) or 1}, or 0 for "
                 f"contexts that end at {length} tokens"
+            )
+        if interval and self.fold_ahead >= length // interval:
+            raise LolaConfigError(
+                f"lola_config.fold_ahead = {self.fold_ahead}: new keys would be turned to places "
+                f"below 0; use at most {length // interval - 1} (max_position_embeddings / "
+                "rebase_interval - 1)"
             )
         if interval and self.sink_size > length - interval:
             raise LolaConfigError(

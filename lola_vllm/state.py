@@ -71,8 +71,10 @@ BOUND_ROWS = ("low", "sum", "value", "features", "along", "scale")
 TABLE_FIELDS = (
     "num_heads", "num_kv_heads", "num_state_heads", "num_sparse_heads", "head_dim", "feature_dim",
     "window_size", "sparse_cache_size", "update_interval", "sink_size", "subtract_max",
-    "has_saliency", "kv_dtype", "sparse_dtype", "state_dtype", "page_bytes", *PARTS,
+    "has_saliency", "turned_after", "kv_dtype", "sparse_dtype", "state_dtype", "page_bytes", *PARTS,
 )  # fmt: skip
+
+NEVER = 2**62  # as many tokens no page has
 
 # Dtypes as the table names them: `DType` in csrc/layout.h.
 DTYPE_CODES = {
@@ -235,11 +237,12 @@ class StateLayout:
                 views[name] = part.new_empty(pages.shape[0], *shape, dtype=dtype)
         return StateViews(**views)
 
-    def table(self, num_heads: int, subtract_max: bool) -> Tensor:
+    def table(self, num_heads: int, subtract_max: bool, turned_after: int = NEVER) -> Tensor:
         """The layout as C++ and CUDA read it: int64 `[len(TABLE_FIELDS)]`.
 
         Args:
-            num_heads: Hq. subtract_max: as in `LolaWeights`.
+            num_heads: Hq. subtract_max: as in `LolaWeights`. turned_after: pages with more tokens
+                map keys by the second of `LolaWeights.key_maps`.
 
         Raises:
             KeyError: keys and values, or H and s, have a dtype that is not in `DTYPE_CODES`.
@@ -249,6 +252,7 @@ class StateLayout:
             **self.offsets,
             "num_heads": num_heads,
             "subtract_max": subtract_max,
+            "turned_after": turned_after,
             "kv_dtype": DTYPE_CODES[self.kv_dtype],
             "sparse_dtype": DTYPE_CODES[self.sparse_dtype],
             "state_dtype": DTYPE_CODES[self.state_dtype],

@@ -109,9 +109,10 @@ struct Call {
   Indices slots;              // [rows]
   TokenRows q, k, v, out;     // [T, heads, d]
   const void* feature_map_q;  // [Hq, d, F], of the dtype of H and s
-  const void* feature_map_k;  // [Hs, d, F]
+  const void* feature_map_k;  // [1 or 2, Hs of the layer, d, F], at the first map of these heads
   const void* log_gate;       // [Hq]
   const void* saliency;       // [Hkv, saliency_size()], only where layout.has_saliency
+  int64_t layer_state_heads;  // Hs of the layer
 
   // Slot 0 is vLLM's null block: what has it, or less, is padding.
   Page page(int64_t slot) const {
@@ -123,9 +124,11 @@ struct Call {
   const T* query_map(int64_t head) const {
     return static_cast<const T*>(feature_map_q) + head * layout.head_dim * layout.feature_dim;
   }
+  // That of the keys that the hidden state of a page takes with its n-th token.
   template <typename T>
-  const T* key_map(int64_t state_head) const {
-    return static_cast<const T*>(feature_map_k) + state_head * layout.head_dim * layout.feature_dim;
+  const T* key_map(int64_t state_head, int64_t n) const {
+    const int64_t head = state_head + (n > layout.turned_after ? layer_state_heads : 0);
+    return static_cast<const T*>(feature_map_k) + head * layout.head_dim * layout.feature_dim;
   }
   // The saliency weights of a KV head: d / 2 of lengths, d of a value, and a constant.
   template <typename T>

@@ -21,7 +21,7 @@ struct UpdatePoint {
 struct Candidates {
   const Page& page;
   const PageLayout& layout;
-  int64_t set, kv_head;
+  int64_t set, kv_head, n;
   int64_t cached, start, count;  // `start` is the position of the first evicted pair
   bool empty;                    // H and s hold nothing yet
 
@@ -30,6 +30,7 @@ struct Candidates {
         layout(*at.page.layout),
         set(at.set),
         kv_head(layout.kv_head_of(at.set)),
+        n(at.n),
         cached(layout.num_sparse(at.set, at.n - layout.update_interval)),
         start(layout.window_start(at.n - layout.update_interval)),
         count(cached + layout.window_start(at.n) - start),
@@ -113,7 +114,7 @@ void map_candidates(const Call& call, const Candidates& c, const RecallWorkspace
       c.load_k(first + i, x.k + i * d, d);
     }
     for (int64_t j = 0; j < states; ++j) {
-      map_keys(call, c.set * states + j, size, x, features.row(j, first));
+      map_keys(call, c.set * states + j, c.n, size, x, features.row(j, first));
     }
   }
   features.known = c.count;

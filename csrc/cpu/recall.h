@@ -85,13 +85,14 @@ LOLA_INLINE void feature_map(T* y, int64_t F, T* phi) {
   for (int64_t f = F + padded; f < round_up<T>(2 * F); ++f) phi[f] = 0;
 }
 
-// Features of `count` keys in x.k under the map of one state head, into rows of `phi`.
+// Features of `count` keys in x.k under the map of one state head, which takes them with the n-th
+// token of its page, into rows of `phi`.
 template <typename T>
-void map_keys(const Call& call, int64_t state_head, int64_t count, const RecallWorkspace<T>& x,
-              T* phi) {
+void map_keys(const Call& call, int64_t state_head, int64_t n, int64_t count,
+              const RecallWorkspace<T>& x, T* phi) {
   const int64_t d = call.layout.head_dim, F = call.layout.feature_dim, Fp = round_up<T>(F);
   const int64_t phi_stride = feature_stride<T>(call.layout);
-  const T* const W = padded_matrix(call.key_map<T>(state_head), d, F, x.W);
+  const T* const W = padded_matrix(call.key_map<T>(state_head, n), d, F, x.W);
   gemm<T>(x.k, d, W, Fp, x.y, Fp, count, Fp, d);
   for (int64_t i = 0; i < count; ++i) feature_map(x.y + i * Fp, F, phi + i * phi_stride);
 }

@@ -59,7 +59,7 @@ void measure(const Call& call, const Candidates& c, int64_t state_head, int64_t 
   const int64_t d = c.layout.head_dim, dp = round_up<T>(d);
   const int64_t phi_stride = feature_stride<T>(c.layout);
   const RecallWorkspace<T>& y = x.recall;
-  map_keys(call, state_head, count, y, y.phi);
+  map_keys(call, state_head, c.n, count, y, y.phi);
   if (!c.empty) recall_errors<T>(c.page, state_head, y.phi, count, y, y.errors, x.sums);
   for (int64_t i = 0; i < count; ++i) {
     T* const n = y.predicted + i * dp;
@@ -275,7 +275,7 @@ void update_bounded(const Call& call, const UpdatePoint& at, BoundedUpdate<T>& x
   if (slot >= 0) put_newcomer(c, slot, saliency, x);
   for (int64_t j = 0; folds && j < states; ++j) {
     const int64_t state_head = c.set * states + j;
-    map_keys(call, state_head, 1, y, y.phi);
+    map_keys(call, state_head, c.n, 1, y, y.phi);
     fold_one(c, state_head, at.n, y.phi, y.v, x, prefetcher);
     lower_bounds(c.page.bounds<T>(state_head), size, d, y.phi,
                  round_up<T>(2 * c.layout.feature_dim), y.v, x.scores, prefetcher);

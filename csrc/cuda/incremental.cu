@@ -107,12 +107,12 @@ LOLA_DEVICE void product(const float* a, int lda, const float* b, int64_t ldb, i
   __syncthreads();
 }
 
-// Features of the first `count` keys of x.k. By the whole block.
-LOLA_DEVICE void map_tile(const Params& p, int state, int count, const Shared& x) {
+// Features of the first `count` keys of x.k under the map W of their state head. By the whole
+// block.
+LOLA_DEVICE void map_tile(const Params& p, const float* W, int count, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, ld = whole_vectors(2 * p.feature_dim());
-  product(x.k, whole_vectors(p.head_dim()),
-          p.feature_map_k + static_cast<int64_t>(state) * p.head_dim() * p.feature_dim(),
-          p.feature_dim(), p.head_dim(), p.feature_dim(), x.parts, x.phi, ld);
+  product(x.k, whole_vectors(p.head_dim()), W, p.feature_dim(), p.head_dim(), p.feature_dim(),
+          x.parts, x.phi, ld);
   float* const phi = x.phi + warp * ld;
   if (warp < count) feature_map(phi, p.feature_dim(), phi, static_cast<int>(threadIdx.x) % kWarp);
   __syncthreads();
@@ -185,7 +185,7 @@ LOLA_DEVICE void score_tile(const Params& p, const Candidates<T, INT8>& c, const
   float total = 0;
   for (int j = 0; j < states; ++j) {
     const int state = c.set * states + j;
-    map_tile(p, state, kTile, x);
+    map_tile(p, p.key_map(state, c.n), kTile, x);
     if (!empty) {
       product(x.phi, phi_ld, p.H(c.page, state), p.head_dim(), 2 * p.feature_dim(), p.head_dim(),
               x.parts, x.recalled, ld);
@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p
   __syncthreads();
   for (int j = 0; folds && j < p.states_per_set(); ++j) {
     const int state = c.set * p.states_per_set() + j;
-    map_tile(p, state, 1, x);
+    map_tile(p, p.key_map(state, n), 1, x);
     fold_one(p, c.page, state, n, empty, x);
     lower_bounds(p, c.page, state, x);
     __syncthreads();

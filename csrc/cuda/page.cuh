@@ -42,7 +42,7 @@ struct Params {
   TokenView q, k, v, out;
   DType q_type, out_type;         // k and v are of the pages' type
   const float* feature_map_q;     // [num_heads, head_dim, feature_dim], contiguous
-  const float* feature_map_k;     // [num_state_heads, head_dim, feature_dim], contiguous
+  const float* feature_map_k;     // [1 or 2, num_state_heads, head_dim, feature_dim], contiguous
   const float* log_gate;          // [num_heads]
   const float* saliency_weights;  // [num_kv_heads, saliency_size()], only where pairs are weighed
   char* pages;
@@ -92,6 +92,12 @@ struct Params {
 
   // --- addresses: where a head's or a set's part of a page starts, and a row of it ---
 
+  // float32 [head_dim, feature_dim]: the map of the keys that a hidden state takes with the n-th
+  // token of its page.
+  LOLA_DEVICE const float* key_map(int state, int64_t n) const {
+    const int64_t head = state + (n > layout.turned_after ? layout.num_state_heads : 0);
+    return feature_map_k + head * head_dim() * feature_dim();
+  }
   // float32 [2 feature_dim, head_dim].
   LOLA_DEVICE float* H(int64_t page, int state, int row = 0) const {
     return part<float>(page, layout.H) +

@@ -54,11 +54,11 @@ LOLA_DEVICE float int8_scale(const T* x, int d, int lane) {
 template <typename T, bool INT8>
 struct Candidates {
   const Params& p;
-  int64_t page, start;
+  int64_t page, n, start;
   int set, kv, cached, count;
 
-  LOLA_DEVICE Candidates(const Params& params, int64_t page_, int set_, int64_t n)
-      : p(params), page(page_), set(set_), kv(set_ / params.sets_per_kv_head()) {
+  LOLA_DEVICE Candidates(const Params& params, int64_t page_, int set_, int64_t n_)
+      : p(params), page(page_), n(n_), set(set_), kv(set_ / params.sets_per_kv_head()) {
     start = p.layout.window_start(n - p.layout.update_interval);
     cached = static_cast<int>(p.layout.num_sparse(n - p.layout.update_interval));
     count = cached + static_cast<int>(p.layout.window_start(n) - start);
@@ -178,11 +178,10 @@ LOLA_DEVICE void multiply(const float* a, int lda, const float* b, int64_t ldb, 
   }
 }
 
-// phi [kTile][whole_vectors(2F)] of the kTile keys in k [kTile][whole_vectors(d)], zero-padded.
-LOLA_DEVICE void map_keys(const Params& p, int state, const float* k, float* phi, int lane) {
+// phi [kTile][whole_vectors(2F)] of the kTile keys in k [kTile][whole_vectors(d)], zero-padded,
+// under the map W of their state head.
+LOLA_DEVICE void map_keys(const Params& p, const float* W, const float* k, float* phi, int lane) {
   const int ld = whole_vectors(2 * p.feature_dim());
-  const float* const W =
-      p.feature_map_k + static_cast<int64_t>(state) * p.head_dim() * p.feature_dim();
   for (int f0 = 0; f0 < p.feature_dim(); f0 += 2 * kWarp) {
     float y[kTile][2] = {};
     multiply(k, whole_vectors(p.head_dim()), W, p.feature_dim(), p.head_dim(), f0 + lane,

@@ -79,7 +79,7 @@ LOLA_DEVICE void score(const Params& p, const Candidates<T, INT8>& c, bool fresh
         for (int r = 0; r < kTile; ++r) errors[r] = lengths[r];
       } else {
         const int state = c.set * states + j;
-        map_keys(p, state, k, phi, lane);
+        map_keys(p, p.key_map(state, c.n), k, phi, lane);
         recall_errors(p, c.page, state, phi, v, lane, errors);
       }
       // Divided before they are summed: against an empty state each ratio is exactly 1, a tie.
@@ -165,7 +165,8 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T, INT8>& c, int state, 
     }
     __syncwarp();
     if (warp * kTile < size) {
-      map_keys(p, state, x.k + warp * kTile * ld, x.phi + warp * kTile * phi_ld, lane);
+      map_keys(p, p.key_map(state, c.n), x.k + warp * kTile * ld, x.phi + warp * kTile * phi_ld,
+               lane);
     }
     __syncthreads();
     const bool write = fresh && first == 0;

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lola_vllm.config import saliency_size
 from lola_vllm.ops.places import Turn
-from lola_vllm.state import TABLE_FIELDS, LayerLayout, StateLayout, StateViews
+from lola_vllm.state import NEVER, TABLE_FIELDS, LayerLayout, StateLayout, StateViews
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class LolaWeights:
             log g for "lolcats" (section 4 of `docs/algorithm.md`).
         subtract_max: the "lolcats" mixing weighs exact pairs relative to their largest logit.
         saliency: `[Hkv, d // 2 + d + 1]` or None, what `reference.pair_saliency` takes.
+        key_maps: `[1 or 2, Hs, d, F]`, what ops map keys by: `feature_map_k`, and where there is a
+            second one, the map for pages that were rebased (`Turn.maps_ahead`). None until weights
+            are bound.
     """
 
     feature_map_q: Tensor
@@ -40,6 +43,7 @@ class LolaWeights:
     log_gate: Tensor
     subtract_max: bool
     saliency: Tensor | None = None
+    key_maps: Tensor | None = None
 
     @classmethod
     def prepare(
@@ -65,9 +69,9 @@ class LolaWeights:
     def of_head(self, index: int, num_kv_heads: int) -> LolaWeights:
         """The part of KV head `index` of so many."""
 
-        def part(x: Tensor) -> Tensor:
-            share = len(x) // num_kv_heads
-            return x[index * share : (index + 1) * share]
+        def part(x: Tensor, dim: int = 0) -> Tensor:
+            share = x.shape[dim] // num_kv_heads
+            return x.narrow(dim, index * share, share).contiguous()
 
         return LolaWeights(
             part(self.feature_map_q),
@@ -75,17 +79,31 @@ class LolaWeights:
             part(self.log_gate),
             self.subtract_max,
             None if self.saliency is None else part(self.saliency),
+            None if self.key_maps is None else part(self.key_maps, 1),
         )
 
     def completed(self, layout: StateLayout, turn: Turn | None) -> LolaWeights:
-        """With zeros as saliency where scores fade and nothing else weighs them: w = exp(0) for a
-        pair that leaves the window."""
+        """With `key_maps`, and with zeros as saliency where scores fade and nothing else weighs
+        them: w = exp(0) for a pair that leaves the window."""
+        maps, saliency = self.key_maps, self.saliency
+        if maps is None:
+            maps = self.feature_map_k[None]
+            if turn is not None and turn.places.fold_ahead:
+                maps = torch.cat([maps, turn.maps_ahead(self.feature_map_k)[None]])
         fades = turn is not None and turn.places.score_fade > 0
-        if self.saliency is not None or not layout.has_saliency or not fades:
-            return self
-        shape = layout.num_kv_heads, saliency_size(layout.head_dim)
-        wide = torch.promote_types(layout.kv_dtype, torch.float32)
-        return replace(self, saliency=self.log_gate.new_zeros(shape, dtype=wide))
+        if saliency is None and layout.has_saliency and fades:
+            shape = layout.num_kv_heads, saliency_size(layout.head_dim)
+            wide = torch.promote_types(layout.kv_dtype, torch.float32)
+            saliency = self.log_gate.new_zeros(shape, dtype=wide)
+        return replace(self, saliency=saliency, key_maps=maps)
+
+    def maps_of(self, n: Tensor, turn: Turn | None) -> Tensor:
+        """The key maps of pages that hold n tokens: `[Hs, d, F]`, or `[len(n), Hs, d, F]`."""
+        assert self.key_maps is not None
+        if len(self.key_maps) == 1:
+            return self.key_maps[0]
+        assert turn is not None
+        return self.key_maps[(n > turn.places.length).long()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +116,8 @@ class LayerState:
         views: typed views of the same memory.
         table: `[len(TABLE_FIELDS)]` int64 in host memory: `layout` as the C++ and CUDA ops read it
             (`PageLayout` in `csrc/layout.h`).
-        turn: how a rebase turns keys back; None where places are positions. Ops do not read it:
-            `ops/rebase.py` runs between them.
+        turn: how a rebase turns keys back; None where places are positions. `ops/rebase.py` does
+            it between the ops.
     """
 
     weights: LolaWeights
@@ -132,10 +150,11 @@ class LayerState:
                 f"feature_map_k: {Hs} state heads do not lie between the {Hq} query heads, the "
                 f"{layout.num_sparse_heads} sparse sets and the {layout.num_kv_heads} KV heads"
             )
-        weights = weights.completed(layout, turn)
+        fades = turn is not None and turn.places.score_fade > 0
         wide = torch.promote_types(layout.kv_dtype, torch.float32)
-        if layout.has_saliency != (weights.saliency is not None):
-            given = "none given" if weights.saliency is None else "given"
+        weighed = weights.saliency is not None
+        if layout.has_saliency != weighed and not (layout.has_saliency and fades):
+            given = "given" if weighed else "none given"
             raise ValueError(
                 f"saliency: {given}, but the layout has has_saliency = {layout.has_saliency}"
             )
@@ -144,7 +163,7 @@ class LayerState:
             "feature_map_k": (Hs, d, F),
             "log_gate": (Hq,),
         }
-        if layout.has_saliency:
+        if weights.saliency is not None:
             shapes["saliency"] = (layout.num_kv_heads, saliency_size(d))
         for name, shape in shapes.items():
             weight: Tensor = getattr(weights, name)
@@ -154,6 +173,7 @@ class LayerState:
                 raise ValueError(f"{name}: must be {wide} and contiguous, is {weight.dtype}")
             if weight.device != pages.device:
                 raise ValueError(f"{name}: on {weight.device}, the pages on {pages.device}")
+        turned_after = NEVER
         if turn is not None:
             for name, row in (("turn.cos", turn.cos), ("turn.sin", turn.sin)):
                 if row.shape != turn.cos.shape or row.dim() != 1 or not 0 < 2 * len(row) <= d:
@@ -164,12 +184,22 @@ class LayerState:
                     raise ValueError(
                         f"{name}: must be {wide} on {pages.device}, is {row.dtype} on {row.device}"
                     )
-        return cls(weights, layout, pages, views, layout.table(Hq, weights.subtract_max), turn)
+            if turn.places.fold_ahead:
+                turned_after = turn.places.length
+        weights = weights.completed(layout, turn)
+        table = layout.table(Hq, weights.subtract_max, turned_after)
+        return cls(weights, layout, pages, views, table, turn)
 
     @property
     def num_heads(self) -> int:
         """Query heads of this rank, Hq."""
         return len(self.weights.log_gate)
+
+    @property
+    def turned_after(self) -> int:
+        """Pages with more tokens map keys by the second of `LolaWeights.key_maps`; 0: none do."""
+        ahead = self.turn is not None and self.turn.places.fold_ahead > 0
+        return self.turn.places.length if ahead and self.turn is not None else 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,6 +78,7 @@ def arguments(
 ) -> tuple[Tensor, ...]:
     """The arguments of the ops in `csrc/ops.h`, in their order."""
     weights = state.weights
-    maps = (weights.feature_map_q, weights.feature_map_k, weights.log_gate)
+    assert weights.key_maps is not None
+    maps = (weights.feature_map_q, weights.key_maps, weights.log_gate)
     saliency = _NO_SALIENCY if weights.saliency is None else weights.saliency
     return (state.pages, state.table, *maps, saliency, q, k, v, *batch, out)

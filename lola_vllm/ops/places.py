@@ -7,6 +7,7 @@ below P: each time the places run out, the origin moves by D positions, which is
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,11 +31,13 @@ class Places:
         length: P, places that there are.
         interval: D, by how many positions a rebase moves the origin; 1 <= D < P.
         score_fade: gamma, see `score_decay`; >= 0.
+        fold_ahead: m, by how many rebases the keys that the hidden state takes are turned ahead.
     """
 
     length: int
     interval: int
     score_fade: float = 0.0
+    fold_ahead: int = 0
 
     @classmethod
     def of(cls, config: LolaLlamaConfig) -> Places | None:
@@ -47,7 +50,7 @@ class Places:
         lola.check_places(length)
         if not lola.rebase_interval:
             return None
-        return cls(length, lola.rebase_interval, lola.score_fade)
+        return cls(length, lola.rebase_interval, lola.score_fade, lola.fold_ahead)
 
     @property
     def decay(self) -> float:
@@ -121,3 +124,22 @@ class Turn:
         one, two, rest = k.split([half, half, k.shape[-1] - 2 * half], dim=-1)
         turned = [one * self.cos + two * self.sin, two * self.cos - one * self.sin]
         return torch.cat([*turned, rest], dim=-1)
+
+    def ahead(self, k: Tensor) -> Tensor:
+        """Keys `[..., d]` as the hidden state takes them from a page that was rebased."""
+        for _ in range(self.places.fold_ahead):
+            k = self.back(k)
+        return k
+
+    def maps_ahead(self, feature_map_k: Tensor) -> Tensor:
+        """Maps `[Hs, d, F]` that give of a key the features of `ahead` of it: (k R) W = k (R W)."""
+        cos, sin = self._angles_ahead
+        half, d = len(cos), feature_map_k.shape[1]
+        one, two, rest = feature_map_k.split([half, half, d - 2 * half], dim=1)
+        return torch.cat([cos * one - sin * two, sin * one + cos * two, rest], dim=1)
+
+    @functools.cached_property
+    def _angles_ahead(self) -> tuple[Tensor, Tensor]:
+        """cos and sin `[R / 2, 1]` of the angles of `fold_ahead` times D positions."""
+        turned = torch.complex(self.cos.double(), self.sin.double()) ** self.places.fold_ahead
+        return turned.real[:, None].to(self.cos.dtype), turned.imag[:, None].to(self.cos.dtype)

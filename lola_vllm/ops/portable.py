@@ -34,7 +34,7 @@ def sre_scores(
     """Self-recall errors of candidates against their pages' hidden states (paper, section 3.2).
 
     Args:
-        k, v: `[B, Hg, E, d]`, k after RoPE. feature_map_k: `[Hs, d, F]`.
+        k, v: `[B, Hg, E, d]`, k after RoPE. feature_map_k: `[Hs, d, F]`, or one for each row.
         H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`. slots: `[B]`, the page of each row.
         empty: `[B]`, bool; the state counts as zero and is not read.
 
@@ -44,7 +44,7 @@ def sre_scores(
     """
     dtype = compute_dtype(k)
     B, Hg, E, _ = k.shape
-    Hs = feature_map_k.shape[0]
+    Hs = feature_map_k.shape[-3]
     v = v.to(dtype)
     k_s = k.to(dtype).repeat_interleave(Hs // Hg, dim=1)  # [B, Hs, E, d]
     v_s = v.repeat_interleave(Hs // Hg, dim=1)
@@ -321,7 +321,8 @@ def _update(state: LayerState, slots: Tensor, n: Tensor, score: Score | None) ->
     keep = ok
     if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
         if score is None:
-            scores = sre_scores(k, v, state.weights.feature_map_k, views.H, views.s, slots, empty)
+            maps = state.weights.maps_of(n, state.turn)
+            scores = sre_scores(k, v, maps, views.H, views.s, slots, empty)
             if w is not None:
                 scores = scores * w
         else:
@@ -353,7 +354,7 @@ def _fold(
     empty: Tensor,
 ) -> None:
     """H += sum phi(k) v^T and s += sum phi(k) over the folded candidates, at most C per set."""
-    layout, views, feature_map_k = state.layout, state.views, state.weights.feature_map_k
+    layout, views = state.layout, state.views
     dtype = compute_dtype(k)
     room = layout.update_interval
     chosen = folded.int().argsort(dim=-1, descending=True, stable=True)[..., :room]
@@ -363,7 +364,7 @@ def _fold(
     k = k.gather(2, index).to(dtype).repeat_interleave(states_per_set, dim=1)
     v = v.gather(2, index).to(dtype).masked_fill(~mask, 0)
     v = v.repeat_interleave(states_per_set, dim=1)
-    phi = feature_map(k, feature_map_k.to(dtype))
+    phi = feature_map(k, state.weights.maps_of(n, state.turn).to(dtype))
     phi = phi.masked_fill(~mask.repeat_interleave(states_per_set, dim=1), 0)
     H, s = _gather_state(views.H, views.s, slots, empty, dtype)
     place = dither(n // layout.update_interval, H.shape[2])[:, None]  # [B, 1, 2F]

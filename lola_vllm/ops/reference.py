@@ -183,7 +183,7 @@ def lola_attention(
             if int8:
                 left = [p for p in moved if p not in window]
                 k_s[:, left] = rounded(k_s[:, left])
-            phi_k[:, moved] = feature_map(k_s[:, moved], feature_map_k)
+            phi_k[:, :t] = feature_map(turn.ahead(k_s[:, :t]), feature_map_k)
             H, s = H * turn.places.decay, s * turn.places.decay
             w[:, [p for p in range(t) if p not in window]] *= turn.places.score_decay
         (sinks if t < config.sink_size else window).append(t)
@@ -205,7 +205,10 @@ def lola_attention(
             if int8:
                 for x in (k_s, v_s):
                     x[:, evicted] = rounded(x[:, evicted])
-                phi_k[:, evicted] = feature_map(k_s[:, evicted], feature_map_k)
+            taken = k_s[:, evicted]
+            if turn is not None and t >= turn.places.length:
+                taken = turn.ahead(taken)
+            phi_k[:, evicted] = feature_map(taken, feature_map_k)
             if saliency is not None:
                 sets = slice(None, None, Hs // Hg)  # a state head of each
                 pairs = k_s[sets, evicted], v_s[sets, evicted]

@@ -10,6 +10,7 @@ import torch
 from lola_vllm.config import LolaConfig
 from lola_vllm.state import (
     DTYPE_CODES,
+    NEVER,
     PAGE_ALIGNMENT,
     PART_ALIGNMENT,
     PARTS,
@@ -171,9 +172,15 @@ def test_the_table_holds_the_layout():
         "num_heads": 12, "num_kv_heads": 2, "num_state_heads": 6, "num_sparse_heads": 2,
         "head_dim": 16, "feature_dim": 6, "window_size": 10, "sparse_cache_size": 5,
         "update_interval": 4, "sink_size": 3, "subtract_max": 1, "has_saliency": 0,
-        "kv_dtype": DTYPE_CODES[torch.bfloat16], "sparse_dtype": DTYPE_CODES[torch.bfloat16],
+        "turned_after": NEVER, "kv_dtype": DTYPE_CODES[torch.bfloat16],
+        "sparse_dtype": DTYPE_CODES[torch.bfloat16],
         "state_dtype": DTYPE_CODES[torch.float32], "page_bytes": page.page_bytes,
     }  # fmt: skip
+    turned = dict(zip(TABLE_FIELDS, page.table(12, True, 96).tolist(), strict=True))
+    assert turned == {
+        **dict(zip(TABLE_FIELDS, page.table(12, True).tolist(), strict=True)),
+        "turned_after": 96,
+    }
     weighed = layout(saliency=True)
     table = dict(zip(TABLE_FIELDS, weighed.table(12, True).tolist(), strict=True))
     assert table["has_saliency"] == 1 and table["saliency"] == weighed.offsets["saliency"]

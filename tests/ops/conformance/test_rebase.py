@@ -42,9 +42,11 @@ def test_prompts_and_decodes_across_rebases(backend, interval, lam, sink):
 
 @pytest.mark.parametrize("interval", [1, 4])
 @pytest.mark.parametrize("lam", [0, 5])
+@pytest.mark.parametrize("ahead", [0, 2])
 @fewer("interpreted", interval=[], lam=[])
-def test_decodes_across_rebases(backend, interval, lam):
-    problem = make_problem(T, config_of(lam, interval), dtype=backend.dtype, places=PLACES)
+def test_decodes_across_rebases(backend, interval, lam, ahead):
+    places = replace(PLACES, fold_ahead=ahead)
+    problem = make_problem(T, config_of(lam, interval), dtype=backend.dtype, places=places)
     backend.check(problem, decode_from=20)
 
 
@@ -65,12 +67,40 @@ def test_scores_fade(backend, interval, saliency, fade):
 
 
 @pytest.mark.prompts
+@pytest.mark.parametrize("interval", [1, 3, 4])
+@pytest.mark.parametrize("lam", [0, 5])
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("saliency", [False, True])
+@fewer("interpreted", interval=[1, 4], lam=[5], ahead=[3], saliency=[True])
+def test_keys_are_folded_ahead(backend, interval, lam, ahead, saliency):
+    config = config_of(lam, interval, saliency=saliency)
+    places = replace(PLACES, fold_ahead=ahead)
+    problem = make_problem(T, config, dtype=backend.dtype, places=places, seed=lam)
+    truth = problem.reference()
+    exact = replace(problem, turn=replace(problem.turn, places=PLACES)).reference()
+    assert not torch.allclose(truth[1].H, exact[1].H, rtol=0.05)  # so it matters
+    for decode_from in (40,) if backend.pace == "interpreted" else (20, 33, 40, T):
+        backend.check(problem, [15], decode_from=decode_from, truth=truth)
+
+
+@pytest.mark.prompts
+@pytest.mark.parametrize("interval", [1, 4])
+@fewer("interpreted", interval=[4])
+def test_keys_are_folded_ahead_of_shared_sets_int8_and_partial_rotary(backend, interval):
+    config = config_of(7, interval, 2, sparse_sharing="kv_head", sparse_dtype="int8")
+    places = replace(PLACES, fold_ahead=2)
+    problem = make_problem(75, config, Hs=6, dtype=backend.dtype, places=places, turned=10)
+    backend.check(problem, [39], decode_from=50)
+
+
+@pytest.mark.prompts
 @pytest.mark.parametrize("seed", range(4))
 @fewer("interpreted", seed=[])
 def test_any_split_gives_the_same_state(backend, seed):
     rng = random.Random(seed)
     interval = rng.choice([1, 4, 5, 8])
-    problem = make_problem(T, config_of(5, interval), dtype=backend.dtype, places=PLACES)
+    places = replace(PLACES, fold_ahead=seed % 2)
+    problem = make_problem(T, config_of(5, interval), dtype=backend.dtype, places=places)
     cuts = rng.sample(range(1, T), 8)
     backend.check(problem, cuts, decode_from=rng.choice([33, 45, T]))
 
@@ -79,7 +109,8 @@ def test_any_split_gives_the_same_state(backend, seed):
 @pytest.mark.parametrize("interval", [1, 4])
 @fewer("interpreted", interval=[4])
 def test_nothing_changes_up_to_the_trained_length(backend, interval):
-    problem = make_problem(32, config_of(5, interval), dtype=backend.dtype, places=PLACES)
+    places = replace(PLACES, fold_ahead=2)
+    problem = make_problem(32, config_of(5, interval), dtype=backend.dtype, places=places)
     for decode_from in (32, 20):
         out, state = backend.run(problem, decode_from=decode_from)
         plain, other = backend.run(replace(problem, turn=None), decode_from=decode_from)
@@ -118,9 +149,9 @@ def test_rows_that_cross_different_points(backend, interval):
     device = backend.device
     # Tokens in the page, new ones, slot.
     batch = [(30, 30, 3), (40, 9, 0), (0, 45, 1), (32, 1, -1), (31, 1, 4), (40, 8, 6), (56, 0, 5)]
-    config = config_of(5, interval)
+    config, places = config_of(5, interval), replace(PLACES, fold_ahead=1)
     rows = [
-        make_problem(old + new, config, dtype=backend.dtype, seed=old, places=PLACES)
+        make_problem(old + new, config, dtype=backend.dtype, seed=old, places=places)
         for old, new, _ in batch
     ]
     rows = [row.of_layer(rows[0]) for row in rows]
@@ -136,7 +167,7 @@ def test_rows_that_cross_different_points(backend, interval):
     out = torch.full_like(q, torch.nan)
     starts = torch.tensor([0, *lengths]).cumsum(0)
     call = PrefillBatch(torch.tensor(slots, device=device), starts, torch.tensor(contexts))
-    rebase.prefill(backend.prefill, state, q, k, v, rebase.cut(PLACES, call), out)
+    rebase.prefill(backend.prefill, state, q, k, v, rebase.cut(places, call), out)
     assert torch.equal(state.pages[5], idle)  # at a point, but with no token after it
     pages = state.pages.cpu()
     state = rows[0].bind(pages)
