@@ -89,9 +89,10 @@ class LolaConfig(BaseModel):
         score_fade: gamma (>= 0): a rebase multiplies the scores of the pairs in the sparse cache by
             `(1 - D / P)^gamma`. 1: they fade as the hidden state does. 0: they never fade, and old
             pairs keep their places.
-        fold_ahead: by how many rebases the keys that the hidden state takes are turned ahead of the
-            exact ones, in a sequence that was rebased; from 0 to `P / D - 1`. 0: as the exact ones,
-            so that the hidden state holds keys at places that later tokens have not reached.
+        fold_ahead: m, by how many rebases the keys that the hidden state takes are turned ahead of
+            the exact ones, in a sequence that was rebased; from 0 to `P / D - 1`. 0: not at all, so
+            that after a rebase the hidden state holds keys at places that tokens have yet to reach.
+            New checkpoints have `P / D / 2`, rounded down.
         num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of
             KV heads (maps tied inside a group). None: as the checkpoint's tensors say.
     """
@@ -286,6 +287,15 @@ def default_rebase_interval(length: int) -> int:
         length: P, the base's `max_position_embeddings`, in tokens.
     """
     return 0 if length % 4 else length // 4
+
+
+def default_fold_ahead(length: int, interval: int) -> int:
+    """`fold_ahead` of a new checkpoint: as many rebases as half of the trained length has.
+
+    Args:
+        length: P, the base's `max_position_embeddings`. interval: D; 0: contexts end at P.
+    """
+    return length // interval // 2 if interval else 0
 
 
 def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:

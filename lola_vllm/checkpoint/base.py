@@ -26,6 +26,7 @@ from lola_vllm.config import (
     LolaConfig,
     LolaConfigError,
     LolaLlamaConfig,
+    default_fold_ahead,
     default_rebase_interval,
     explain_field,
 )
@@ -91,16 +92,20 @@ def config_of(path: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
     return config
 
 
-def rebase_interval(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[str, int]:
-    """The key `rebase_interval` of a new checkpoint, whose keys so far are `lola_config`.
+def rebase_keys(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[str, int]:
+    """`rebase_interval` and `fold_ahead` of a new checkpoint, whose keys so far are `lola_config`.
 
     Raises:
         LolaConfigError: one that does not suit the base's trained length.
     """
-    default = default_rebase_interval(base.max_position_embeddings)
-    keys = {"rebase_interval": default, **lola_config}
-    LolaConfig(**keys).check_places(base.max_position_embeddings)
-    return {"rebase_interval": keys["rebase_interval"]}
+    length = base.max_position_embeddings
+    keys = {"rebase_interval": default_rebase_interval(length), **lola_config}
+    LolaConfig(**keys).check_places(length)
+    interval = keys["rebase_interval"]
+    if not interval:
+        return {"rebase_interval": 0}
+    ahead = keys.get("fold_ahead", default_fold_ahead(length, interval))
+    return {"rebase_interval": interval, "fold_ahead": ahead}
 
 
 def check_base_weights(base: Path, expected: Mapping[str, Shape]) -> None:

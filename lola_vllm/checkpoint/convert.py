@@ -16,7 +16,7 @@ from lola_vllm.checkpoint.base import (
     copy_companions,
     parse_config,
     read_base_config,
-    rebase_interval,
+    rebase_keys,
     write_config,
     write_weights,
 )
@@ -70,7 +70,7 @@ def convert_checkpoint(
         out: where the checkpoint goes; it is written completely or not at all.
         config_overrides: keys of `lola_config` to set, but not `feature_dim` and
             `num_state_heads`, which follow from the file. `mixing` defaults to "lola",
-            `rebase_interval` to a quarter of the base's trained length.
+            `rebase_interval` to a quarter of the base's trained length, `fold_ahead` to 2.
         lora: LoLCATs' second stage; feature maps in it replace those of `distill`. Default:
             `distill`, if that holds adapters.
         lora_alpha: default 2 r. r follows from the file.
@@ -97,7 +97,7 @@ def convert_checkpoint(
 
     raw = read_base_config(base)
     llama = parse_config(base, raw)
-    lola_config |= rebase_interval(llama, lola_config)
+    lola_config |= rebase_keys(llama, lola_config)
     maps = read_distill(distill, llama)
     lora = _lora_file(distill, maps, lora, lora_alpha)
     adapters = read_lora(lora, llama, maps) if lora else Lora({}, {}, 0)

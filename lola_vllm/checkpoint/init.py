@@ -11,7 +11,7 @@ from lola_vllm.checkpoint.base import (
     copy_companions,
     parse_config,
     read_base_config,
-    rebase_interval,
+    rebase_keys,
     write_config,
     write_weights,
 )
@@ -50,7 +50,7 @@ def init_checkpoint(
         out: where the checkpoint goes; it is written completely or not at all.
         config_overrides: keys of `lola_config` to set; others keep LoLA's defaults.
             `feature_dim` defaults to the head size, the only size an identity map can have, and
-            `rebase_interval` to a quarter of the base's trained length.
+            `rebase_interval` to a quarter of the base's trained length, `fold_ahead` to 2.
         state_heads: "kv": one key map per KV head (Hs = Hkv); "query": one per query head.
         force: replace a model that is already at `out`.
 
@@ -97,7 +97,7 @@ def _config_json(
     heads = llama.num_key_value_heads if state_heads == "kv" else llama.num_attention_heads
     lola_config = {
         **config_overrides,
-        **rebase_interval(llama, config_overrides),
+        **rebase_keys(llama, config_overrides),
         "feature_dim": feature_dim,
         "num_state_heads": heads,
     }

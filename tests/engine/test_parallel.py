@@ -15,7 +15,7 @@ import pytest
 from tests.support.engine import engine, prompt_logprobs, state_manager
 from tests.support.tiny import make_tiny, random_prompts
 
-LOLA = {"window_size": 16, "sparse_cache_size": 8, "rebase_interval": 16}
+LOLA = {"window_size": 16, "sparse_cache_size": 8, "rebase_interval": 16, "fold_ahead": 1}
 LENGTH = 64  # that was trained: most prompts are longer
 NEW = 16
 PROMPTS = random_prompts([3, 33, 90, 170], seed=3)

@@ -38,7 +38,7 @@ KINDS = {
 def layer(kind, dtype=torch.float32, seed=0):
     """A problem of three KV heads, and the same of each head alone."""
     config = LolaConfig(**{**BASE, **KINDS[kind]}, sparse_cache_size=(SIZES,))
-    places = Places(64, 16, 1.0) if config.score_fade else None
+    places = Places(64, 16, 1.0, 2) if config.score_fade else None
     Hs = 6 if kind == "shared sets" else None
     problem = make_problem(T, config, Hkv=3, group=4, Hs=Hs, dtype=dtype, seed=seed, places=places)
     alone = []

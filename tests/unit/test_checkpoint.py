@@ -216,6 +216,7 @@ def test_init_keeps_the_base_and_adds_identity_maps(
             "window_size": 16,
             "sink_size": 4,
             "rebase_interval": old["max_position_embeddings"] // 4,
+            "fold_ahead": 2,
             "feature_dim": 8,
             "num_state_heads": 2,
         },

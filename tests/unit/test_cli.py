@@ -41,6 +41,7 @@ def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture
         "update_interval": 4,
         "sink_size": 2,
         "rebase_interval": 1024,
+        "fold_ahead": 1,
         "feature_dim": 8,
         "mixing": "lolcats",
         "state_dtype": "float32",

@@ -7,6 +7,7 @@ from lola_vllm.config import (
     LolaConfig,
     LolaConfigError,
     LolaLlamaConfig,
+    default_fold_ahead,
     default_rebase_interval,
 )
 
@@ -82,6 +83,7 @@ def test_a_state_of_float32_may_be_named():
         ({"rebase_interval": 8}, 8, "rebase_interval = 8: must .* and be less; use 2, or 0"),
         ({"rebase_interval": 16}, 8, "rebase_interval = 16"),
         ({"rebase_interval": 2}, 7, "use 1, or 0 for contexts that end at 7 tokens"),
+        ({"rebase_interval": 2, "fold_ahead": 4}, 8, "fold_ahead = 4: .* use at most 3 "),
         ({"rebase_interval": 2, "sink_size": 7}, 8, "sink_size = 7: .* use at most 6 sinks, or"),
     ],
 )
@@ -89,7 +91,10 @@ def test_rebases_suit_the_trained_length(fields, length, message):
     with pytest.raises(LolaConfigError, match=message):
         LolaConfig(**fields).check_places(length)
     LolaConfig(**{**fields, "rebase_interval": 0}).check_places(length)
-    LolaConfig(rebase_interval=default_rebase_interval(length)).check_places(length)
+    interval = default_rebase_interval(length)
+    ahead = default_fold_ahead(length, interval)
+    LolaConfig(rebase_interval=interval, fold_ahead=ahead).check_places(length)
+    assert ahead * interval == (length // 2 if interval else 0)
 
 
 def test_contexts_without_end_have_a_default_length():

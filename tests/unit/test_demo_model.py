@@ -46,6 +46,7 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
         "sink_size": 4,
         "mixing": "lola",
         "rebase_interval": 2048,
+        "fold_ahead": 2,
         "feature_dim": 64,
         "num_state_heads": 3,
     }
