@@ -126,11 +126,12 @@ def map_of(w_ptr, head, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def key_maps_of(w_ptr, n, SHAPE: tl.constexpr):
-    """The maps of the keys that hidden states take with the n-th token of their page."""
+def first_key_map(n, SHAPE: tl.constexpr):
+    """Where the maps begin of keys that hidden states take with the n-th token of their page."""
+    first = 0
     if SHAPE.TURNED_AFTER > 0:
-        w_ptr = map_of(w_ptr, tl.where(n > SHAPE.TURNED_AFTER, SHAPE.NUM_STATE_HEADS, 0), SHAPE)
-    return w_ptr
+        first = tl.where(n > SHAPE.TURNED_AFTER, SHAPE.NUM_STATE_HEADS, 0)
+    return first
 
 
 @triton.jit

@@ -30,8 +30,8 @@ from lola_vllm.kernels.candidates import (
 )
 from lola_vllm.kernels.common import (
     RECALL_EPS,
+    first_key_map,
     h_of,
-    key_maps_of,
     map_of,
     pairs_of,
     s_of,
@@ -71,15 +71,15 @@ def store_bounds(at, ld: tl.constexpr, low, total, value, features, along, scale
 
 @triton.jit
 def score_pairs(
-    which, ok, maps, ws_ptr, h_at, s_at, saliency_at, pairs_at, bounds_at, directions_at,
-    fresh_at, start, sparse_head, kv_head, cols, num_features, SHAPE: tl.constexpr,
+    which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, saliency_at, pairs_at, bounds_at,
+    directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features, SHAPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores `[len(which)]` of candidates; sets the bounds on them (Lemma 1).
 
-    `maps` are the page's, and pointers `*_at` as well. `fresh_at` is the row's part of the scratch,
-    which takes the bounds of the newcomer, as that has no slot yet. num_features: as in
-    `read_state`.
+    Pointers `*_at` are the page's, and `first_map` says where its maps begin. `fresh_at` is the
+    row's part of the scratch, which takes the bounds of the newcomer, as that has no slot yet.
+    num_features: as in `read_state`.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
@@ -96,7 +96,7 @@ def score_pairs(
     for i in range(SHAPE.STATES_PER_SET):
         head = sparse_head * SHAPE.STATES_PER_SET + i
         error, size, z, square = recall_error(
-            k, v, value, map_of(maps, head, SHAPE), h_of(h_at, head, SHAPE),
+            k, v, value, map_of(wk_ptr, first_map + head, SHAPE), h_of(h_at, head, SHAPE),
             s_of(s_at, head, SHAPE), cols, num_features, SHAPE, PRECISION,
         )  # fmt: skip
         features = tl.where(num_features > 0, tl.sqrt_rn(square), MAX_FEATURE_NORM)
@@ -189,7 +189,7 @@ def bounded_score_kernel(
             kv_head = sparse_head // (SHAPE.NUM_SPARSE_HEADS // SHAPE.NUM_KV_HEADS)
             page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
-            start, maps = window_start(n - C, SHAPE), key_maps_of(wk_ptr, n, SHAPE)
+            start, first_map = window_start(n - C, SHAPE), first_key_map(n, SHAPE)
             # Before the first fold H and s are leftovers, and count as zero.
             num_features = tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
             h_at, s_at = h_ptr + page * state_page, s_ptr + page * state_page
@@ -227,7 +227,7 @@ def bounded_score_kernel(
             which = tl.where(part == 0, LAM, likely)
             ok = which <= tl.where(part == 0, LAM, LAM - 1)
             score = score_pairs(
-                which, ok, maps, ws_ptr, h_at, s_at, saliency_at, pairs_at, bounds_at,
+                which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, saliency_at, pairs_at, bounds_at,
                 directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features, SHAPE,
                 PRECISION,
             )  # fmt: skip
@@ -245,9 +245,9 @@ def bounded_score_kernel(
                 ok = first + part < num_doubtful
                 which = tl.load(doubtful_at + first + part, mask=ok, other=0)
                 score = score_pairs(
-                    which, ok, maps, ws_ptr, h_at, s_at, saliency_at, pairs_at, bounds_at,
-                    directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features,
-                    SHAPE, PRECISION,
+                    which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, saliency_at, pairs_at,
+                    bounds_at, directions_at, fresh_at, start, sparse_head, kv_head, cols,
+                    num_features, SHAPE, PRECISION,
                 )  # fmt: skip
                 tl.store(scores_at + which, score, mask=ok)
 

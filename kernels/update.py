@@ -42,10 +42,10 @@ from lola_vllm.kernels.common import (
     add_dithered,
     dither,
     features,
+    first_key_map,
     h_of,
     int8_numbers,
     int8_scale,
-    key_maps_of,
     map_of,
     num_processors,
     page_shape,
@@ -183,7 +183,7 @@ def score_kernel(
             page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
             start, stop = window_start(n - C, SHAPE), window_start(n, SHAPE)
-            maps = key_maps_of(wk_ptr, n, SHAPE)
+            first_map = first_key_map(n, SHAPE)
 
             e = item % BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
             ok = (e < E) & candidate_ok(e, start, stop, SHAPE)
@@ -208,7 +208,7 @@ def score_kernel(
             for i in range(SHAPE.STATES_PER_SET):
                 head = sparse_head * SHAPE.STATES_PER_SET + i
                 _, size, _, _ = recall_error(
-                    k, v, norm, map_of(maps, head, SHAPE), h_of(h_at, head, SHAPE),
+                    k, v, norm, map_of(wk_ptr, first_map + head, SHAPE), h_of(h_at, head, SHAPE),
                     s_of(s_at, head, SHAPE), cols, num_features, SHAPE, PRECISION,
                 )  # fmt: skip
                 total += size if SHAPE.STATES_PER_SET == 1 else tl.div_rn(size, least)
@@ -286,7 +286,7 @@ def fold_kernel(
             page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
             start, stop = window_start(n - C, SHAPE), window_start(n, SHAPE)
-            maps = key_maps_of(wk_ptr, n, SHAPE)
+            first_map = first_key_map(n, SHAPE)
             overflow = stop - SHAPE.SINK_SIZE > LAM
             # Before the first fold H and s are leftovers, and count as zero.
             live = feats < tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
@@ -327,7 +327,7 @@ def fold_kernel(
             ):
                 head = sparse_head * SHAPE.STATES_PER_SET + half // 2
                 sign = 1.0 - 2.0 * (half % 2)
-                w_at = map_of(maps, head, SHAPE) + cols[:, None] * F + feats[None, :]
+                w_at = map_of(wk_ptr, first_map + head, SHAPE) + cols[:, None] * F + feats[None, :]
                 w = tl.load(w_at, mask=col_ok[:, None] & feat_ok[None, :], other=0.0)
                 h_at = h_of(h_ptr + page * state_page, head, SHAPE) + half % 2 * F * D
                 h_at = h_at + feats[:, None] * D + cols[None, :]
