@@ -3,7 +3,8 @@
 
     python tools/pack_demo_model.py WORK [WORK ...]
 
-Of several runs of stage 2 that began at the same stage 1 it packs the mean: of the maps and window
+WORK is the work directory of a run, or a directory that this program wrote. Of several runs of
+stage 2, which began alike or one where another ended, it packs the mean: of the maps and window
 factors, and of what the adapters add to the weights. That mean has as many ranks as all adapters
 together; it is cut back to the rank of one by its singular values, and what this loses is printed.
 Maps and adapters are stored as bfloat16, window factors as float32.
@@ -43,7 +44,8 @@ def mean_adapters(runs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, fl
 
 def pack(works: list[Path], out: Path) -> None:
     """Write `maps.safetensors` and `lora.safetensors` to a directory."""
-    runs = [load_file(work / "lora.safetensors") for work in works]
+    # Maps of stage 2, if they are there, replace those of stage 1.
+    runs = [load_file(w / "maps.safetensors") | load_file(w / "lora.safetensors") for w in works]
     for work, run in zip(works, runs, strict=True):
         if run.keys() != runs[0].keys():
             raise SystemExit(f"{work}: holds other tensors than {works[0]}")

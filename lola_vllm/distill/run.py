@@ -227,6 +227,8 @@ def fingerprint(
 ) -> str:
     """Hash of all that a stage's result depends on: model, options, tokens and what else it begins
     with, and the stage before."""
+    import torch
+
     digest = hashlib.sha256(before.encode())
     digest.update((base / "config.json").read_bytes())
     for path in sorted(base.glob("*.safetensors")):
@@ -238,7 +240,7 @@ def fingerprint(
                 del chosen[item.name]
     digest.update(json.dumps(chosen, sort_keys=True).encode())
     for tensor in tensors:
-        digest.update(tensor.cpu().float().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SCRIPT = Path(__file__).parents[2] / "tools/pack_demo_model.py"
+MAPS = ("feature_map_q", "window_factors")
 NAMES = ("q_proj.lora_A.default.weight", "q_proj.lora_B.default.weight")
 
 
@@ -60,13 +61,19 @@ def test_files(script: ModuleType, tmp_path: Path) -> None:
         tensors["feature_map_q"] = torch.full((2, 2), float(seed))
         tensors["window_factors"] = torch.full((2,), 0.1 + seed)
         (tmp_path / f"{seed}").mkdir()
+        first = {name: torch.full_like(tensors[name], 9.0) for name in MAPS}  # of stage 1
+        save_file(first, tmp_path / f"{seed}/maps.safetensors")
         save_file(tensors, tmp_path / f"{seed}/lora.safetensors")
     script.pack([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
     maps, lora = (load_file(tmp_path / f"out/{name}.safetensors") for name in ("maps", "lora"))
-    assert set(maps) == {"feature_map_q", "window_factors"} and set(lora) == set(NAMES)
+    assert set(maps) == set(MAPS) and set(lora) == set(NAMES)
     assert maps["feature_map_q"].dtype == torch.bfloat16 and (maps["feature_map_q"] == 0.5).all()
     assert torch.equal(maps["window_factors"], torch.full((2,), 0.6))
     assert all(tensor.dtype == torch.bfloat16 for tensor in lora.values())
+    # What was packed can be packed with others.
+    script.pack([tmp_path / "out", tmp_path / "0"], tmp_path / "again")
+    again = load_file(tmp_path / "again/maps.safetensors")
+    assert (again["feature_map_q"] == 0.25).all()
     save_file({"other": torch.zeros(1)}, tmp_path / "1/lora.safetensors")
     with pytest.raises(SystemExit, match="other tensors"):
         script.pack([tmp_path / "0", tmp_path / "1"], tmp_path / "none")
