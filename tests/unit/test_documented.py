@@ -6,6 +6,7 @@ tests/serving/test_documented.py runs those that ask a server.
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from lola_vllm import cli
+from lola_vllm.checkpoint.calibration import saliency_tensors, save_calibration
+from lola_vllm.config import saliency_size
 from tests.support.documented import COMMANDS, PAGES, ROOT, commands, documented, fate, programs
 from tests.support.families import make_base
 from tests.support.speaking import make_speaking
@@ -92,6 +95,15 @@ def furnish(place: Path, models: Path) -> None:
     shutil.copy(models / "lola" / "config.json", place / "path/to/config.json")
 
 
+def write_calibration(path: Path, base: Path) -> None:
+    """As `lola-vllm calibrate --save` would for a base."""
+    config = json.loads((base / "config.json").read_text())
+    heads, size = config["num_key_value_heads"], saliency_size(config["head_dim"])
+    layers = range(config["num_hidden_layers"])
+    saliency = saliency_tensors([torch.zeros(heads, size) for _ in layers])
+    save_calibration(path, [[8 + i for i in range(heads)] for _ in layers], saliency)
+
+
 def run(command: str, *more: str) -> int:
     program, *words = shlex.split(command)
     assert program.endswith("lola-vllm")
@@ -126,6 +138,7 @@ def test_command(page, command, models, trained, tmp_path, monkeypatch, capsys):
     for name in ("maps.bin", "lora.bin"):
         shutil.copy(trained / name, tmp_path)
     shutil.copytree(trained / "OUT.training", tmp_path / "OUT.training")
+    write_calibration(tmp_path / "calibration.safetensors", models / "base")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     if " serve " in command:
