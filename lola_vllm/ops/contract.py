@@ -23,6 +23,15 @@ from lola_vllm.ops.places import Turn
 from lola_vllm.state import NEVER, TABLE_FIELDS, LayerLayout, StateLayout, StateViews
 
 
+def _scores_fade(turn: Turn | None) -> bool:
+    return turn is not None and turn.places.score_fade > 0
+
+
+def _turned_after(turn: Turn | None) -> int:
+    """Pages with more tokens map keys by the second of `LolaWeights.key_maps`; 0: none do."""
+    return turn.places.length if turn is not None and turn.places.fold_ahead else 0
+
+
 @dataclass(frozen=True)
 class LolaWeights:
     """A layer's LoLA weights on one rank.
@@ -88,10 +97,9 @@ class LolaWeights:
         maps, saliency = self.key_maps, self.saliency
         if maps is None:
             maps = self.feature_map_k[None]
-            if turn is not None and turn.places.fold_ahead:
+            if turn is not None and _turned_after(turn):
                 maps = torch.cat([maps, turn.maps_ahead(self.feature_map_k)[None]])
-        fades = turn is not None and turn.places.score_fade > 0
-        if saliency is None and layout.has_saliency and fades:
+        if saliency is None and layout.has_saliency and _scores_fade(turn):
             shape = layout.num_kv_heads, saliency_size(layout.head_dim)
             wide = torch.promote_types(layout.kv_dtype, torch.float32)
             saliency = self.log_gate.new_zeros(shape, dtype=wide)
@@ -102,8 +110,7 @@ class LolaWeights:
         assert self.key_maps is not None
         if len(self.key_maps) == 1:
             return self.key_maps[0]
-        assert turn is not None
-        return self.key_maps[(n > turn.places.length).long()]
+        return self.key_maps[(n > _turned_after(turn)).long()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +157,9 @@ class LayerState:
                 f"feature_map_k: {Hs} state heads do not lie between the {Hq} query heads, the "
                 f"{layout.num_sparse_heads} sparse sets and the {layout.num_kv_heads} KV heads"
             )
-        fades = turn is not None and turn.places.score_fade > 0
         wide = torch.promote_types(layout.kv_dtype, torch.float32)
         weighed = weights.saliency is not None
-        if layout.has_saliency != weighed and not (layout.has_saliency and fades):
+        if layout.has_saliency != weighed and not (layout.has_saliency and _scores_fade(turn)):
             given = "given" if weighed else "none given"
             raise ValueError(
                 f"saliency: {given}, but the layout has has_saliency = {layout.has_saliency}"
@@ -173,7 +179,6 @@ class LayerState:
                 raise ValueError(f"{name}: must be {wide} and contiguous, is {weight.dtype}")
             if weight.device != pages.device:
                 raise ValueError(f"{name}: on {weight.device}, the pages on {pages.device}")
-        turned_after = NEVER
         if turn is not None:
             for name, row in (("turn.cos", turn.cos), ("turn.sin", turn.sin)):
                 if row.shape != turn.cos.shape or row.dim() != 1 or not 0 < 2 * len(row) <= d:
@@ -184,10 +189,8 @@ class LayerState:
                     raise ValueError(
                         f"{name}: must be {wide} on {pages.device}, is {row.dtype} on {row.device}"
                     )
-            if turn.places.fold_ahead:
-                turned_after = turn.places.length
         weights = weights.completed(layout, turn)
-        table = layout.table(Hq, weights.subtract_max, turned_after)
+        table = layout.table(Hq, weights.subtract_max, _turned_after(turn) or NEVER)
         return cls(weights, layout, pages, views, table, turn)
 
     @property
@@ -198,8 +201,7 @@ class LayerState:
     @property
     def turned_after(self) -> int:
         """Pages with more tokens map keys by the second of `LolaWeights.key_maps`; 0: none do."""
-        ahead = self.turn is not None and self.turn.places.fold_ahead > 0
-        return self.turn.places.length if ahead and self.turn is not None else 0
+        return _turned_after(self.turn)
 
 
 @dataclass(frozen=True, eq=False)
