@@ -315,10 +315,28 @@ QUESTIONS = [
 ]
 
 
+def assert_same_words(mine, theirs):
+    """The same tokens, or up to one where the two likeliest are as good as equally likely.
+
+    bfloat16 rounds a product of 7 rows otherwise than one of 90, and the two likeliest tokens
+    change places where they are closer than that: log-probabilities differ by up to 0.13 here.
+    """
+    ours, whole = (choice["logprobs"]["content"] for choice in (mine, theirs))
+    for a, b in zip(ours, whole, strict=False):
+        assert abs(a["top_logprobs"][0]["logprob"] - b["top_logprobs"][0]["logprob"]) < 0.25, (a, b)
+        if a["token"] != b["token"]:
+            first, second = (token["logprob"] for token in b["top_logprobs"][:2])
+            assert first - second < 0.25, (a, b)
+            return
+    assert mine["message"]["content"] == theirs["message"]["content"]
+    assert mine["finish_reason"] == theirs["finish_reason"]
+
+
 @pytest.mark.parametrize("max_tokens", [60, 8], ids=["to-the-end", "cut"])
 def test_a_chat_by_its_new_messages_equals_the_whole_chat_sent_again(lola_server, max_tokens):
     """The demo model with a real template, whose answers end by themselves or are cut."""
     common = {"temperature": 0, "max_tokens": max_tokens, "return_token_ids": True}
+    common |= {"logprobs": True, "top_logprobs": 2}
     name, messages, before = f"whole-{max_tokens}", [], 0
     for question in QUESTIONS:
         answer = ok(post(lola_server, f"{name}/chat", messages=user(question), **common))
@@ -332,12 +350,11 @@ def test_a_chat_by_its_new_messages_equals_the_whole_chat_sent_again(lola_server
         }
         whole = ok(lola_server.client.post("/v1/chat/completions", json=body))
         assert answer["prompt_token_ids"] == whole["prompt_token_ids"]
-        mine, theirs = answer["choices"][0], whole["choices"][0]
-        assert mine["message"]["content"] == theirs["message"]["content"]
-        assert mine["finish_reason"] == theirs["finish_reason"]
+        assert_same_words(answer["choices"][0], whole["choices"][0])
         assert told(answer)["restored_tokens"] == before
         before = told(answer)["tokens"]
-        messages.append({"role": "assistant", "content": theirs["message"]["content"]})
+        content = answer["choices"][0]["message"]["content"]
+        messages.append({"role": "assistant", "content": content})
     assert "Paris" in messages[1]["content"]
 
 
