@@ -40,6 +40,10 @@ LOLA_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
         "power of the hidden state's fading by which the scores of sparse pairs fade at a rebase; "
         "0: never",
     ),
+    "score_fade_rebases": (
+        int,
+        "rebases at which the score of a pair fades, after which it stays (default: all)",
+    ),
     "fold_ahead": (
         int,
         "rebases by which the keys that the hidden state takes are turned ahead of the exact ones, "

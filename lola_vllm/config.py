@@ -89,6 +89,10 @@ class LolaConfig(BaseModel):
         score_fade: gamma (>= 0): a rebase multiplies the scores of the pairs in the sparse cache by
             `(1 - D / P)^gamma`. 1: they fade as the hidden state does. 0: they never fade, and old
             pairs keep their places.
+        score_fade_rebases: K (>= 1), so many rebases make the score of a pair fade, the first ones
+            that it meets; then the score stays. A pair whose score is
+            `(1 - D / P)^(-gamma K)` times those of newer ones is kept for ever. None: all rebases
+            do, so that every pair leaves the cache in the end.
         fold_ahead: m, by how many rebases the keys that the hidden state takes are turned ahead of
             the exact ones, in a sequence that was rebased; from 0 to `P / D - 1`. 0: not at all, so
             that after a rebase the hidden state holds keys at places that tokens have yet to reach.
@@ -114,6 +118,7 @@ class LolaConfig(BaseModel):
     sparse_dtype: Literal["model", "int8"] = "model"
     rebase_interval: int = PydanticField(default=0, ge=0)
     score_fade: float = PydanticField(default=0.0, ge=0, le=100)
+    score_fade_rebases: int | None = PydanticField(default=None, ge=1)
     fold_ahead: int = PydanticField(default=0, ge=0)
     num_state_heads: int | None = PydanticField(default=None, ge=1)
 

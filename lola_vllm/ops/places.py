@@ -31,12 +31,14 @@ class Places:
         length: P, places that there are.
         interval: D, by how many positions a rebase moves the origin; 1 <= D < P.
         score_fade: gamma, see `score_decay`; >= 0.
+        score_fade_rebases: K, rebases at which the score of a pair fades, 1 or more; None: all.
         fold_ahead: m, by how many rebases the keys that the hidden state takes are turned ahead.
     """
 
     length: int
     interval: int
     score_fade: float = 0.0
+    score_fade_rebases: int | None = None
     fold_ahead: int = 0
 
     @classmethod
@@ -50,7 +52,13 @@ class Places:
         lola.check_places(length)
         if not lola.rebase_interval:
             return None
-        return cls(length, lola.rebase_interval, lola.score_fade, lola.fold_ahead)
+        return cls(
+            length,
+            lola.rebase_interval,
+            lola.score_fade,
+            lola.score_fade_rebases,
+            lola.fold_ahead,
+        )
 
     @property
     def decay(self) -> float:
@@ -66,10 +74,29 @@ class Places:
         """Whether a page of so many tokens is rebased before its next token; bool, or a tensor."""
         return (num_tokens >= self.length) & ((num_tokens - self.length) % self.interval == 0)
 
+    def moves(self, position: Tensor) -> Tensor:
+        """How many rebases come before the tokens at positions (any integer shape)."""
+        return ((position - self.length) // self.interval + 1).clamp(min=0)
+
     def place(self, position: Tensor) -> Tensor:
         """Where the tokens at positions (any integer shape) lie when they are new: below P."""
-        moves = (position - self.length) // self.interval + 1
-        return position - self.interval * moves.clamp(min=0)
+        return position - self.interval * self.moves(position)
+
+    def score_factors(self, position: Tensor, num_tokens: Tensor) -> Tensor:
+        """What the rebase of pages multiplies the scores of sparse pairs by.
+
+        Args:
+            position: of the pairs, any integer shape.
+            num_tokens: that the pages hold, for all of them `due`; broadcasts with `position`.
+
+        Returns:
+            float64: `score_decay`, or 1 for a pair that has faded at `score_fade_rebases` others.
+        """
+        factors = torch.full(position.shape, self.score_decay, device=position.device).double()
+        if self.score_fade_rebases is None:
+            return factors
+        met = self.moves(num_tokens) - self.moves(position)  # this one counts
+        return factors.masked_fill(met > self.score_fade_rebases, 1.0)
 
     def origin(self, num_tokens: int) -> int:
         """By how many positions the origin of a page of so many tokens, 1 or more, has moved."""

@@ -61,7 +61,8 @@ def _rebase_page(state: LayerState, slots: Tensor, num_tokens: Tensor) -> None:
         total[slots] = torch.where(fades, rows * places.decay, rows)
     if places.score_fade and layout.has_saliency:
         w = views.saliency[slots]
-        views.saliency[slots] = torch.where(live[:, None, None], w * places.score_decay, w)
+        factors = places.score_factors(views.positions[slots].long(), n[..., None]).to(w.dtype)
+        views.saliency[slots] = torch.where(live[:, None, None], w * factors, w)
     if views.bounds.numel():
         # Lemma 1 needs sums that only grow. Every score is computed anew at the next update.
         low = views.bounds[slots, :, BOUND_ROWS.index("low")]

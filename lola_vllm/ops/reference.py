@@ -185,7 +185,8 @@ def lola_attention(
                 k_s[:, left] = rounded(k_s[:, left])
             phi_k[:, :t] = feature_map(turn.ahead(k_s[:, :t]), feature_map_k)
             H, s = H * turn.places.decay, s * turn.places.decay
-            w[:, [p for p in range(t) if p not in window]] *= turn.places.score_decay
+            old = torch.tensor([p for p in range(t) if p not in window], device=q.device)
+            w[:, old] *= turn.places.score_factors(old, torch.tensor(t, device=q.device)).to(dtype)
         (sinks if t < config.sink_size else window).append(t)
         for h in range(Hq):
             state_head, sparse_head = h // (Hq // Hs), h // (Hq // Hg)

@@ -49,7 +49,12 @@ def test_tokens_are_those_of_the_float64_recompute(tiny, prompts, expected):
 
 @pytest.mark.parametrize(
     "lola",
-    [{"update_interval": 1}, {"update_interval": 7}, {"score_fade": 2.0}, {"fold_ahead": 2}],
+    [
+        {"update_interval": 1},
+        {"update_interval": 7},
+        {"score_fade": 2.0, "score_fade_rebases": 1},
+        {"fold_ahead": 2},
+    ],
     ids=["1", "7", "scores fade", "keys folded ahead"],
 )
 def test_other_settings_obey_the_recompute(tmp_path, prompts, lola):

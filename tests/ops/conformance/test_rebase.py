@@ -67,6 +67,23 @@ def test_scores_fade(backend, interval, saliency, fade):
 
 
 @pytest.mark.prompts
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("saliency", [False, True])
+@fewer("interpreted", interval=[4], saliency=[True])
+def test_scores_fade_at_a_pairs_first_rebases_only(backend, interval, saliency):
+    config = config_of(5, interval, saliency=saliency, rebase_interval=8, score_fade=2.0)
+    places = replace(PLACES, score_fade=2.0, score_fade_rebases=1)
+    problem = make_problem(T, config, dtype=backend.dtype, places=places, seed=5)
+    truth = problem.reference()
+    for other in (None, 4):  # at all, of which there are 4 here
+        more = replace(places, score_fade_rebases=other)
+        faded = replace(problem, turn=replace(problem.turn, places=more)).reference()
+        assert truth[1].sparse_positions != faded[1].sparse_positions
+    for decode_from in (40,) if backend.pace == "interpreted" else (39, 40, T):
+        backend.check(problem, [15], decode_from=decode_from, truth=truth)
+
+
+@pytest.mark.prompts
 @pytest.mark.parametrize("interval", [1, 3, 4])
 @pytest.mark.parametrize("lam", [0, 5])
 @pytest.mark.parametrize("ahead", [1, 3])
@@ -236,3 +253,20 @@ def test_a_page_is_rebased_once_and_when_its_next_token_comes():
         inner = [n for n in range(context + 1, context + count) if PLACES.due(n)]
         assert ends[1:-1] == inner
         assert all(a < b for a, b in pairwise(ends))
+
+
+def test_a_pair_fades_at_as_many_rebases_as_it_is_told():
+    places = replace(PLACES, score_fade=1.0, score_fade_rebases=2)
+    positions = torch.tensor([0, 31, 32, 39, 40, 100])
+    weights = torch.ones(len(positions))
+    met = []
+    for n in range(200):
+        if places.due(n):
+            there = positions < n
+            factors = places.score_factors(positions, torch.tensor(n))
+            weights = torch.where(there, weights * factors, weights)
+            met.append(n)
+    assert met[:3] == [32, 40, 48]
+    torch.testing.assert_close(weights, torch.full_like(weights, 0.75**2))
+    forever = replace(places, score_fade_rebases=None).score_factors(positions, torch.tensor(192))
+    assert (forever == 0.75).all()
