@@ -3,9 +3,10 @@
 Streams are read in transformers (`reader.py`), in such a process too.
 
 A separate process returns all memory when it ends, and can have environment variables that are
-read only at start-up. `python -m lola_vllm.eval.engine` reads a job on its standard input and
-answers with lines on its standard output, each a JSON object. vLLM's output is kept apart. It is
-shown if the child fails without a message of this package.
+read only at start-up. `python -m lola_vllm.eval.engine` reads a job, one line of JSON, on its
+standard input and answers with lines on its standard output, each a JSON object. It ends when its
+input does, as it does when its parent is killed. vLLM's output is kept apart. It is shown if the
+child fails without a message of this package.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -177,7 +179,9 @@ def main() -> int:
             out.flush()
 
         try:
-            _run(json.load(sys.stdin), emit)
+            job = json.loads(sys.stdin.readline())
+            threading.Thread(target=_end_with_input, daemon=True).start()
+            _run(job, emit)
         except EvalError as error:
             emit({"event": "error", "message": str(error)})
             return USER_ERROR
@@ -188,6 +192,12 @@ def main() -> int:
             emit({"event": "error", "message": f"{type(error).__name__}: {error}"})
             raise
     return 0
+
+
+def _end_with_input() -> None:
+    while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when Python ends
+        pass
+    os._exit(USER_ERROR)  # nobody is left to answer
 
 
 def _run(job: dict[str, Any], emit: Emit) -> None:
@@ -256,8 +266,8 @@ def run_setting(
         assert child.stdin and child.stdout
         try:
             with contextlib.suppress(BrokenPipeError):  # the exit status of the child says more
-                child.stdin.write(json.dumps(job))
-                child.stdin.close()
+                child.stdin.write(json.dumps(job) + "\n")
+                child.stdin.flush()
             for line in child.stdout:
                 if not line.endswith("\n"):
                     break  # the child died while writing
@@ -271,6 +281,8 @@ def run_setting(
             if child.poll() is None:
                 child.kill()
                 child.wait()
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
         if status not in (0, USER_ERROR):
             log.seek(0)
             sys.stderr.writelines(log.readlines()[-LAST_LINES:])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +226,23 @@ def test_on_a_cpu_the_dtype_is_the_fast_one(tmp_path, monkeypatch):
     assert engine._dtype(Setting("a", tmp_path)) == "float32"
     config.write_text('{"dtype": "bfloat16", "quantization_config": {}}')
     assert engine._dtype(Setting("a", tmp_path)) == "auto"
+
+
+def test_a_child_does_not_outlive_its_parent() -> None:
+    """A killed parent cannot stop it, and a long prompt keeps it busy for minutes."""
+    work = "import time; from lola_vllm.eval import engine as e; "
+    work += "e._run = lambda job, emit: (emit(job), time.sleep(300)); e.main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdin and child.stdout
+    with child:
+        try:
+            child.stdin.write('{"event": "here"}\n')
+            child.stdin.flush()
+            assert json.loads(child.stdout.readline()) == {"event": "here"}
+            assert child.poll() is None
+            child.stdin.close()
+            assert child.wait(30) == engine.USER_ERROR
+        finally:
+            child.kill()
