@@ -13,6 +13,7 @@ recall() { # NAME TASKS LENGTHS: the settings of benchmarks/recall/NAME.json
         --tasks "$2" --lengths "$3" --texts models/texts --samples "$SAMPLES" \
         --out "$OUT/$1" --resume
 }
+recall shipped niah-1,niah-2,niah-3,multikey,passkey 1024,2048,4096,8192
 recall main niah-1,niah-2,niah-3,multikey,passkey 1024,2048,4096,8192
 recall ablations niah-1 1024
 recall calibrated niah-1,niah-2 1024,2048,4096

@@ -43,6 +43,7 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
         "update_interval": 16,
         "saliency": True,
         "score_fade": 3.0,
+        "score_fade_rebases": 3,
         "sink_size": 4,
         "mixing": "lola",
         "rebase_interval": 2048,
