@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The recall and perplexity tables of docs/recall.md, from nothing: about four hours on two CPU
+# The recall and perplexity tables of docs/recall.md, from nothing: about half a day on two CPU
 # cores, most of them for the questions in prose of 4,096 and 8,192 tokens.
 #
 #   make recall                results in eval-results/; run it again to go on with an interrupted run
-#   SAMPLES=10 make recall     a quicker look, in about an hour
+#   SAMPLES=10 make recall     a quicker look, in about three hours
 . "$(dirname "$0")/eval_common.sh"
 
 [ -d models/smollm2-untrained ] || lola demo-model --untrained --out models/smollm2-untrained
