@@ -92,7 +92,9 @@ class Places:
         Returns:
             float64: `score_decay`, or 1 for a pair that has faded at `score_fade_rebases` others.
         """
-        factors = torch.full(position.shape, self.score_decay, device=position.device).double()
+        factors = torch.full(
+            position.shape, self.score_decay, dtype=torch.float64, device=position.device
+        )
         if self.score_fade_rebases is None:
             return factors
         met = self.moves(num_tokens) - self.moves(position)  # this one counts
@@ -100,7 +102,7 @@ class Places:
 
     def origin(self, num_tokens: int) -> int:
         """By how many positions the origin of a page of so many tokens, 1 or more, has moved."""
-        return self.interval * max(0, (num_tokens - 1 - self.length) // self.interval + 1)
+        return self.interval * int(self.moves(torch.tensor(num_tokens - 1)))
 
     def exact(self, position: Tensor, num_tokens: int, sink_size: int) -> Tensor:
         """Where exact keys of a page of so many tokens lie, at positions (any integer shape)."""

@@ -270,3 +270,5 @@ def test_a_pair_fades_at_as_many_rebases_as_it_is_told():
     torch.testing.assert_close(weights, torch.full_like(weights, 0.75**2))
     forever = replace(places, score_fade_rebases=None).score_factors(positions, torch.tensor(192))
     assert (forever == 0.75).all()
+    odd = replace(places, score_fade=0.3).score_factors(positions, torch.tensor(32))
+    assert odd.tolist() == [0.75**0.3] * len(positions)  # no rounding to float32
