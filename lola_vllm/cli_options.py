@@ -49,6 +49,11 @@ LOLA_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
         "rebases by which the keys that the hidden state takes are turned ahead of the exact ones, "
         "in contexts beyond the base's trained length",
     ),
+    "far_zone_start": (
+        int,
+        "place from which on exact keys rest that rebases no longer turn (new checkpoints: "
+        "rebase_interval)",
+    ),
     "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
     "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),
     "state_dtype": (str, "storage of the hidden state: float32, no other"),

@@ -97,6 +97,10 @@ class LolaConfig(BaseModel):
             the exact ones, in a sequence that was rebased; from 0 to `P / D - 1`. 0: not at all, so
             that after a rebase the hidden state holds keys at places that tokens have yet to reach.
             New checkpoints have `P / D / 2`, rounded down.
+        far_zone_start: F, first place of the far zone. Rebases turn an exact key back until it lies
+            below F + D, where it rests for ever. From 0 to `P - 2 D`. A larger one keeps old pairs
+            closer to new tokens. New checkpoints have `P - (m + 1) D`, so that pairs rest where
+            the hidden state takes new keys.
         num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of
             KV heads (maps tied inside a group). None: as the checkpoint's tensors say.
     """
@@ -120,6 +124,7 @@ class LolaConfig(BaseModel):
     score_fade: float = PydanticField(default=0.0, ge=0, le=100)
     score_fade_rebases: int | None = PydanticField(default=None, ge=1)
     fold_ahead: int = PydanticField(default=0, ge=0)
+    far_zone_start: int = PydanticField(default=0, ge=0)
     num_state_heads: int | None = PydanticField(default=None, ge=1)
 
     def __init__(self, **data: Any) -> None:
@@ -235,6 +240,12 @@ class LolaConfig(BaseModel):
                 f"below 0; use at most {length // interval - 1} (max_position_embeddings / "
                 "rebase_interval - 1)"
             )
+        if interval and self.far_zone_start > length - 2 * interval:
+            raise LolaConfigError(
+                f"lola_config.far_zone_start = {self.far_zone_start}: old pairs would lie among "
+                f"new tokens; use at most {length - 2 * interval} (max_position_embeddings - 2 * "
+                "rebase_interval)"
+            )
         if interval and self.sink_size > length - interval:
             raise LolaConfigError(
                 f"lola_config.sink_size = {self.sink_size}: sinks keep their places, and after a "
@@ -301,6 +312,17 @@ def default_fold_ahead(length: int, interval: int) -> int:
         length: P, the base's `max_position_embeddings`. interval: D; 0: contexts end at P.
     """
     return length // interval // 2 if interval else 0
+
+
+def default_far_zone_start(length: int, interval: int, ahead: int) -> int:
+    """`far_zone_start` of a new checkpoint: the first place of keys that the hidden state takes.
+
+    Args:
+        length: P, the base's `max_position_embeddings`. interval: D, at least 1.
+        ahead: m, `fold_ahead`. With 0, keys are taken where new tokens lie; the far zone is next
+            to them.
+    """
+    return length - (max(ahead, 1) + 1) * interval
 
 
 def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:

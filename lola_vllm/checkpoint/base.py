@@ -26,6 +26,7 @@ from lola_vllm.config import (
     LolaConfig,
     LolaConfigError,
     LolaLlamaConfig,
+    default_far_zone_start,
     default_fold_ahead,
     default_rebase_interval,
     explain_field,
@@ -93,7 +94,7 @@ def config_of(path: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
 
 
 def rebase_keys(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[str, int]:
-    """`rebase_interval` and `fold_ahead` of a new checkpoint, whose keys so far are `lola_config`.
+    """The keys about rebases of a new checkpoint, whose keys so far are `lola_config`.
 
     Raises:
         LolaConfigError: one that does not suit the base's trained length.
@@ -105,7 +106,8 @@ def rebase_keys(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[s
     if not interval:
         return {"rebase_interval": 0}
     ahead = keys.get("fold_ahead", default_fold_ahead(length, interval))
-    return {"rebase_interval": interval, "fold_ahead": ahead}
+    start = keys.get("far_zone_start", default_far_zone_start(length, interval, ahead))
+    return {"rebase_interval": interval, "fold_ahead": ahead, "far_zone_start": start}
 
 
 def check_base_weights(base: Path, expected: Mapping[str, Shape]) -> None:

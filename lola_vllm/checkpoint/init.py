@@ -50,8 +50,8 @@ def init_checkpoint(
         out: where the checkpoint goes; it is written completely or not at all.
         config_overrides: keys of `lola_config` to set; others keep LoLA's defaults.
             `feature_dim` defaults to the head size, the only size an identity map can have, and
-            `rebase_interval` to a quarter of the base's trained length, and `fold_ahead` to as
-            many rebases as half of it has.
+            `rebase_interval` to a quarter of the base's trained length, `fold_ahead` to as many
+            rebases as half of it has, and `far_zone_start` to where keys are then folded.
         state_heads: "kv": one key map per KV head (Hs = Hkv); "query": one per query head.
         force: replace a model that is already at `out`.
 

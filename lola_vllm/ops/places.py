@@ -33,6 +33,7 @@ class Places:
         score_fade: gamma, see `score_decay`; >= 0.
         score_fade_rebases: K, rebases at which the score of a pair fades, 1 or more; None: all.
         fold_ahead: m, by how many rebases the keys that the hidden state takes are turned ahead.
+        far_zone_start: F, first place of the far zone, whose keys rebases no longer turn.
     """
 
     length: int
@@ -40,6 +41,7 @@ class Places:
     score_fade: float = 0.0
     score_fade_rebases: int | None = None
     fold_ahead: int = 0
+    far_zone_start: int = 0
 
     @classmethod
     def of(cls, config: LolaLlamaConfig) -> Places | None:
@@ -58,6 +60,7 @@ class Places:
             lola.score_fade,
             lola.score_fade_rebases,
             lola.fold_ahead,
+            lola.far_zone_start,
         )
 
     @property
@@ -104,10 +107,21 @@ class Places:
         """By how many positions the origin of a page of so many tokens, 1 or more, has moved."""
         return self.interval * int(self.moves(torch.tensor(num_tokens - 1)))
 
+    def turns(self, position: Tensor, num_tokens: Tensor) -> Tensor:
+        """Whether the rebase of pages turns their exact keys back: those past the far zone.
+
+        Args:
+            position: of the keys, any integer shape; not of sinks, which stay.
+            num_tokens: that the pages hold, for all of them `due`; broadcasts with `position`.
+        """
+        origin = num_tokens - self.length  # of the keys that the pages hold
+        return position - origin >= self.far_zone_start + self.interval
+
     def exact(self, position: Tensor, num_tokens: int, sink_size: int) -> Tensor:
         """Where exact keys of a page of so many tokens lie, at positions (any integer shape)."""
-        origin = self.origin(num_tokens)
-        moved = torch.where(position < origin, position % self.interval, position - origin)
+        place, start = position - self.origin(num_tokens), self.far_zone_start
+        rests = torch.where(position < start, position, start + (position - start) % self.interval)
+        moved = torch.where(place < start, rests, place)
         return torch.where(position < sink_size, position, moved)
 
     def segments(self, context: int, count: int) -> list[int]:

@@ -23,7 +23,7 @@ from lola_vllm.state import BOUND_ROWS
 def rebase(state: State, slots: Tensor, num_tokens: Tensor) -> None:
     """Move the origin of pages by D, in place (`docs/algorithm.md`, section 6).
 
-    Exact keys that are not in the far zone turn back by D positions. H, s and the weights of sparse
+    Exact keys past the far zone turn back by D positions. H, s and the weights of sparse
     pairs' scores fade. Bounds on recall errors are forgotten.
 
     Args:
@@ -42,14 +42,12 @@ def _rebase_page(state: LayerState, slots: Tensor, num_tokens: Tensor) -> None:
     live = slots > 0
     slots = slots.long().clamp(min=0)  # padding writes the null page what it holds
     n = num_tokens.to(device, torch.int64)[:, None]
-    origin = n - places.length  # of the pairs that the pages hold
     row = torch.arange(layout.sink_size + layout.ring_size, device=device)
     ring = n - 1 - (n - 1 - (row - layout.sink_size)) % layout.ring_size
-    held = torch.where(row < layout.sink_size, -1, ring)  # sinks stay
-    exact = live[:, None] & (held - origin >= places.interval)  # [R, rows]
+    exact = live[:, None] & (row >= layout.sink_size) & places.turns(ring, n)  # [R, rows]
     _turn_back(state, views.exact_k, slots, exact[:, None])
     slot = torch.arange(layout.sparse_cache_size, device=device)
-    sparse = views.positions[slots].long() - origin[..., None] >= places.interval
+    sparse = places.turns(views.positions[slots].long(), n[..., None])
     sparse &= (slot < layout.num_sparse(n))[:, None] & live[:, None, None]
     if layout.int8_pairs:
         _turn_int8_back(state, slots, sparse)

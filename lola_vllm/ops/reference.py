@@ -178,7 +178,7 @@ def lola_attention(
 
     for t in range(T):
         if turn is not None and turn.places.due(t):
-            moved = _outside_far_zone(t, config, turn)
+            moved = _past_far_zone(t, config, turn)
             k_s[:, moved] = turn.back(k_s[:, moved])
             if int8:
                 left = [p for p in moved if p not in window]
@@ -229,10 +229,10 @@ def lola_attention(
     return out.to(out_dtype), LolaState(H, s, k_s, v_s, w, per_state_head, sinks + window)
 
 
-def _outside_far_zone(n: int, config: LolaConfig, turn: Turn) -> list[int]:
-    """Positions whose keys a rebase after n tokens turns back: not sinks, place D or more."""
-    origin = n - turn.places.length
-    return [p for p in range(config.sink_size, n) if p - origin >= turn.places.interval]
+def _past_far_zone(n: int, config: LolaConfig, turn: Turn) -> list[int]:
+    """Positions whose keys a rebase after n tokens turns back: not sinks, place F + D or more."""
+    origin, end = n - turn.places.length, turn.places.far_zone_start + turn.places.interval
+    return [p for p in range(config.sink_size, n) if p - origin >= end]
 
 
 def _evict(window: list[int], start: int) -> tuple[list[int], list[int]]:

@@ -26,7 +26,7 @@ _CONFIG_FIELDS = (
     "attention_bias", "mlp_bias", "qkv_bias", "qk_norm", "tie_word_embeddings",
 )  # fmt: skip
 # Keys of lola_config that came after the first files of this format.
-_LATER_KEYS = ("sparse_dtype", "score_fade", "score_fade_rebases", "fold_ahead")
+_LATER_KEYS = ("sparse_dtype", "score_fade", "score_fade_rebases", "fold_ahead", "far_zone_start")
 # So many pieces are read of every tensor: reading all of a large checkpoint may take a minute.
 _PIECES, _PIECE_BYTES = 4, 4096
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

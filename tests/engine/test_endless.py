@@ -53,7 +53,7 @@ def test_tokens_are_those_of_the_float64_recompute(tiny, prompts, expected):
         {"update_interval": 1},
         {"update_interval": 7},
         {"score_fade": 2.0, "score_fade_rebases": 1},
-        {"fold_ahead": 2},
+        {"fold_ahead": 2, "far_zone_start": 16},
     ],
     ids=["1", "7", "scores fade", "keys folded ahead"],
 )

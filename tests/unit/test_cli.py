@@ -42,6 +42,7 @@ def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture
         "sink_size": 2,
         "rebase_interval": 1024,
         "fold_ahead": 1,
+        "far_zone_start": 0,
         "feature_dim": 8,
         "mixing": "lolcats",
         "state_dtype": "float32",

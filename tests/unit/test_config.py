@@ -7,6 +7,7 @@ from lola_vllm.config import (
     LolaConfig,
     LolaConfigError,
     LolaLlamaConfig,
+    default_far_zone_start,
     default_fold_ahead,
     default_rebase_interval,
 )
@@ -84,6 +85,7 @@ def test_a_state_of_float32_may_be_named():
         ({"rebase_interval": 16}, 8, "rebase_interval = 16"),
         ({"rebase_interval": 2}, 7, "use 1, or 0 for contexts that end at 7 tokens"),
         ({"rebase_interval": 2, "fold_ahead": 4}, 8, "fold_ahead = 4: .* use at most 3 "),
+        ({"rebase_interval": 2, "far_zone_start": 5}, 8, "far_zone_start = 5: .* use at most 4 "),
         ({"rebase_interval": 2, "sink_size": 7}, 8, "sink_size = 7: .* use at most 6 sinks, or"),
     ],
 )
@@ -95,6 +97,18 @@ def test_rebases_suit_the_trained_length(fields, length, message):
     ahead = default_fold_ahead(length, interval)
     LolaConfig(rebase_interval=interval, fold_ahead=ahead).check_places(length)
     assert ahead * interval == (length // 2 if interval else 0)
+
+
+@pytest.mark.parametrize(
+    ("interval", "ahead", "start"),
+    [(2, 0, 4), (2, 1, 4), (2, 2, 2), (2, 3, 0), (4, 1, 0), (1, 4, 3)],
+)
+def test_new_checkpoints_let_old_pairs_rest_where_new_keys_are_folded(interval, ahead, start):
+    assert default_far_zone_start(8, interval, ahead) == start
+    config = LolaConfig(rebase_interval=interval, fold_ahead=ahead, far_zone_start=start)
+    config.check_places(8)
+    if ahead:  # the first new token after a rebase
+        assert 8 - interval - ahead * interval == start
 
 
 def test_contexts_without_end_have_a_default_length():

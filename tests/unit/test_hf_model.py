@@ -538,7 +538,7 @@ def test_importing_it_needs_no_vllm() -> None:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lola = {**LOLA, "rebase_interval": 16, "fold_ahead": 2}
+    lola = {**LOLA, "rebase_interval": 16, "fold_ahead": 2, "far_zone_start": 16}
     return make_tiny(tmp_path_factory.mktemp("endless"), lola, max_position_embeddings=64)
 
 

@@ -9,10 +9,17 @@ from lola_vllm.ops.places import Places, Turn
 from tests.support.problem import SLOT, decode, feed, make_problem
 
 
-def places_after(n, P, D, sink):
-    """What algorithm.md says of all positions before the n-th token is processed, written out."""
-    origin = 0 if n <= P else D * ((n - 1 - P) // D + 1)
-    return [p if p < sink else p - origin if p >= origin else p % D for p in range(n)]
+def places_after(n, P, D, sink, start=0):
+    """What algorithm.md says of all positions before the n-th token is processed, step by step."""
+    found = []
+    for length in range(n):
+        if length >= P and (length - P) % D == 0:
+            found = [
+                place - D if p >= sink and place >= start + D else place
+                for p, place in enumerate(found)
+            ]
+        found.append(length if length < P else P - D + (length - P) % D)
+    return found
 
 
 @pytest.mark.parametrize(("P", "D"), [(8, 4), (8, 1), (32, 8), (30, 5), (12, 6)])
@@ -28,15 +35,17 @@ def test_new_tokens_are_placed_below_the_trained_length(P, D):
     assert places.due(torch.arange(5 * P)).nonzero().squeeze(1).tolist() == due
 
 
-@pytest.mark.parametrize(("P", "D"), [(32, 8), (32, 16), (30, 5)])
+@pytest.mark.parametrize(
+    ("P", "D", "start"), [(32, 8, 0), (32, 8, 8), (32, 8, 16), (32, 16, 0), (30, 5, 0), (30, 5, 7)]
+)
 @pytest.mark.parametrize("sink", [0, 3])
 @pytest.mark.parametrize("window", [6, 40])  # 40: longer than what is trained
-def test_exact_keys_are_rope_of_their_places(P, D, sink, window):
+def test_exact_keys_are_rope_of_their_places(P, D, start, sink, window):
     """After every number of tokens; and no key is placed after the newest."""
     config = LolaConfig(
         window_size=window, sparse_cache_size=9, update_interval=4, feature_dim=8, sink_size=sink
     )
-    places = Places(P, D)
+    places = Places(P, D, far_zone_start=start)
     problem = make_problem(3 * P, config, places=places)
     raw = problem.k.clone()
     angles = 10.0 ** -torch.arange(8).double()
@@ -52,12 +61,12 @@ def test_exact_keys_are_rope_of_their_places(P, D, sink, window):
     layout, views = state.layout, state.views
     for n in range(1, 3 * P + 1):
         decode(portable, problem, state, n - 1)
-        now = torch.tensor(places_after(n, P, D, sink))
+        now = torch.tensor(places_after(n, P, D, sink, start))
         assert places.exact(torch.arange(n), n, sink).tolist() == now.tolist()
         assert now.max() == now[-1] < P
         count = int(layout.num_sparse(torch.tensor(n)))
-        start = min(n, int(layout.window_start(torch.tensor(n))))
-        window_positions = torch.arange(start, n)
+        first = min(n, int(layout.window_start(torch.tensor(n))))
+        window_positions = torch.arange(first, n)
         rows = layout.row(window_positions)
         for head in range(2):
             held = views.positions[SLOT, head, :count].long()

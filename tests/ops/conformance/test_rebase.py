@@ -102,10 +102,27 @@ def test_keys_are_folded_ahead(backend, interval, lam, ahead, saliency):
 
 @pytest.mark.prompts
 @pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("start", [3, 16])
+@pytest.mark.parametrize("window", [6, 30])  # 30: the window reaches into the far zone
+@fewer("interpreted", interval=[4], start=[16], window=[6])
+def test_old_pairs_rest_at_the_start_of_the_far_zone(backend, interval, start, window):
+    config = config_of(7, interval, window=window)
+    places = replace(PLACES, fold_ahead=1, far_zone_start=start)
+    problem = make_problem(75, config, dtype=backend.dtype, places=places, seed=start)
+    truth = problem.reference()
+    at_zero = replace(places, far_zone_start=0)
+    other = replace(problem, turn=replace(problem.turn, places=at_zero)).reference()
+    assert not torch.allclose(truth[0][PLACES.length :], other[0][PLACES.length :], rtol=0.05)
+    for decode_from in (50,) if backend.pace == "interpreted" else (33, 50, 75):
+        backend.check(problem, [39], decode_from=decode_from, truth=truth)
+
+
+@pytest.mark.prompts
+@pytest.mark.parametrize("interval", [1, 4])
 @fewer("interpreted", interval=[4])
 def test_keys_are_folded_ahead_of_shared_sets_int8_and_partial_rotary(backend, interval):
     config = config_of(7, interval, 2, sparse_sharing="kv_head", sparse_dtype="int8")
-    places = replace(PLACES, fold_ahead=2)
+    places = replace(PLACES, fold_ahead=2, far_zone_start=8)
     problem = make_problem(75, config, Hs=6, dtype=backend.dtype, places=places, turned=10)
     backend.check(problem, [39], decode_from=50)
 
@@ -116,7 +133,7 @@ def test_keys_are_folded_ahead_of_shared_sets_int8_and_partial_rotary(backend, i
 def test_any_split_gives_the_same_state(backend, seed):
     rng = random.Random(seed)
     interval = rng.choice([1, 4, 5, 8])
-    places = replace(PLACES, fold_ahead=seed % 2)
+    places = replace(PLACES, fold_ahead=seed % 2, far_zone_start=5 * (seed // 2))
     problem = make_problem(T, config_of(5, interval), dtype=backend.dtype, places=places)
     cuts = rng.sample(range(1, T), 8)
     backend.check(problem, cuts, decode_from=rng.choice([33, 45, T]))
@@ -126,7 +143,7 @@ def test_any_split_gives_the_same_state(backend, seed):
 @pytest.mark.parametrize("interval", [1, 4])
 @fewer("interpreted", interval=[4])
 def test_nothing_changes_up_to_the_trained_length(backend, interval):
-    places = replace(PLACES, fold_ahead=2)
+    places = replace(PLACES, fold_ahead=2, far_zone_start=8)
     problem = make_problem(32, config_of(5, interval), dtype=backend.dtype, places=places)
     for decode_from in (32, 20):
         out, state = backend.run(problem, decode_from=decode_from)
