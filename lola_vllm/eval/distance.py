@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.models import Tokenizer
@@ -17,6 +18,10 @@ from lola_vllm.eval.question import Prose, Question, Task
 # Tokens of a prompt that are not its distance, where --lengths does not say: what stands before the
 # needle, and room for the answer. More than a sparse cache of usual size holds.
 PRECEDING = 1024
+# By how many of these tokens the samples of a cell differ, at most. A model with rebases may recall
+# more just after one than just before, so prompts end at all stages between two.
+SPREAD = 2048
+GOLDEN = 0.6180339887498949  # its multiples modulo 1 lie evenly, however many there are
 # What the wording before a needle, the needle and an answer take, at least.
 LEAST_PRECEDING = 256
 TOKENS_PER_UNIT = 20.0
@@ -27,14 +32,14 @@ def grid(lengths: Sequence[int], distances: Sequence[int]) -> list[tuple[int, in
     """The (length, distance) of every cell, short prompts first.
 
     Args:
-        lengths: of prompt and answer; none: each distance and `PRECEDING`.
+        lengths: of prompt and answer; none: each distance, `PRECEDING` and `SPREAD`.
         distances: from needle to question.
 
     Raises:
         EvalError: a distance for which no length has room.
     """
     if not lengths:
-        return [(distance + PRECEDING, distance) for distance in sorted(distances)]
+        return [(distance + PRECEDING + SPREAD, distance) for distance in sorted(distances)]
     for distance in distances:
         if distance + LEAST_PRECEDING > max(lengths):
             raise EvalError(
@@ -73,22 +78,27 @@ def build_prompts_at(
     tokenizer: Tokenizer,
     format: Format = "completion",
     prose: Prose | None = None,
+    spread: int = 0,
 ) -> list[Prompt]:
     """The samples of one cell; see `prompts.build_prompts` for the other arguments.
 
     Args:
         distance: tokens from the needle's value to the prompt's end, as near as whole sentences
             or lines come. A prompt's own is in `Prompt.distance`.
+        spread: by how many tokens of what stands before the needle samples differ, at most. The
+            longest are `length` tokens.
 
     Raises:
         EvalError: `length` has no room for the distance, or the prose is too short or missing.
     """
     if task.needs_prose and prose is None:
         raise EvalError(f"--tasks {task.name}: needs real text; give --texts DIR")
-    return [
-        _build(task, distance, length, index, seed, tokenizer, format, prose)
-        for index in range(samples)
-    ]
+    prompts = []
+    for index in range(samples):
+        own = length - spread + int(spread * (index * GOLDEN % 1))
+        prompt = _build(task, distance, own, index, seed, tokenizer, format, prose)
+        prompts.append(replace(prompt, length=length))
+    return prompts
 
 
 def _build(

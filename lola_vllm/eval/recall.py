@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lola_vllm.cli_options import option
-from lola_vllm.eval.distance import build_prompts_at, grid
+from lola_vllm.eval.distance import SPREAD, build_prompts_at, grid
 from lola_vllm.eval.models import Emit, Model
 from lola_vllm.eval.prompts import Format, Prompt, build_prompts
 from lola_vllm.eval.question import Prose
@@ -98,7 +98,7 @@ class RecallPlan:
     )
     distances: list[int] = option(
         "tokens of text from the needle to the question, in place of random depths; a prompt then "
-        "has its distance and 1,024 tokens more, or each of --lengths that holds it",
+        "has its distance and 1,024 to 3,072 tokens more, or each of --lengths that holds it",
         [],
     )
 
@@ -155,7 +155,9 @@ class RecallPlan:
             for task in tasks:
                 rest = (self.samples, self.seed, model.tokenizer, self.format, prose)
                 if distance:
-                    yield build_prompts_at(task, distance, length, *rest), task.answer_room
+                    spread = 0 if self.lengths else SPREAD
+                    prompts = build_prompts_at(task, distance, length, *rest, spread)
+                    yield prompts, task.answer_room
                 else:
                     yield build_prompts(task, length, *rest), task.answer_room
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from lola_vllm import cli
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.curves import distance_cells, distance_json, lines_of
-from lola_vllm.eval.distance import LEAST_PRECEDING, PRECEDING, build_prompts_at, grid
+from lola_vllm.eval.distance import LEAST_PRECEDING, PRECEDING, SPREAD, build_prompts_at, grid
 from lola_vllm.eval.prompts import Prompt
 from lola_vllm.eval.question import MAX_WORDS, Prose
 from lola_vllm.eval.recall import RecallPlan
@@ -60,6 +61,17 @@ def test_a_longer_prompt_has_more_before_the_needle_alone(prose: Prose) -> None:
         assert b.question.depth > a.question.depth
 
 
+def test_prompts_of_a_cell_end_at_different_stages(prose: Prose) -> None:  # noqa: F811
+    room = TASKS["niah-1"].answer_room
+    longest = 500 + PRECEDING + 400
+    some, more = (at("niah-1", 500, prose, n, length=longest, spread=400) for n in (4, 9))
+    assert more[:4] == some and {prompt.length for prompt in more} == {longest}
+    assert all(abs(prompt.distance - 500) <= UNIT for prompt in more)
+    shorter = sorted(longest - room - len(prompt.ids) for prompt in more)
+    assert shorter[0] < 100 and 300 < shorter[-1] <= 400 + 2 * UNIT
+    assert all(0 <= b - a < 140 for a, b in pairwise(shorter))
+
+
 def test_the_seed_decides(prose: Prose) -> None:  # noqa: F811
     first = at("niah-3", 500, prose)
     assert first == at("niah-3", 500, prose)
@@ -76,7 +88,8 @@ def test_no_room_and_too_little_prose(prose: Prose) -> None:  # noqa: F811
 
 
 def test_grid() -> None:
-    assert grid([], [500, 100]) == [(100 + PRECEDING, 100), (500 + PRECEDING, 500)]
+    more = PRECEDING + SPREAD
+    assert grid([], [500, 100]) == [(100 + more, 100), (500 + more, 500)]
     assert grid([2000, 1000], [100, 900]) == [(1000, 100), (2000, 100), (2000, 900)]
     with pytest.raises(EvalError, match="--distances 900: the longest of --lengths is 1000"):
         grid([1000], [900])
@@ -106,11 +119,12 @@ def test_the_plan_asks_every_cell_once_and_goes_on() -> None:
 
     plan.run(Echo(), note)  # type: ignore[arg-type]
     assert [(s["task"], s["aim"], s["length"]) for s in samples[::3]] == [
-        ("niah-1", 100, 1124), ("passkey", 100, 1124),
-        ("niah-1", 200, 1224), ("passkey", 200, 1224),
+        ("niah-1", 100, 3172), ("passkey", 100, 3172),
+        ("niah-1", 200, 3272), ("passkey", 200, 3272),
     ]  # fmt: skip
     assert sum(plan.cost(sample) for sample in samples) == plan.tokens
-    assert plan.max_length == 1224
+    assert plan.max_length == 3272
+    assert len({sample["prompt_tokens"] for sample in samples[:3]}) == 3
     again = Echo()
     plan.run(again, note, plan.done(samples[:7]))  # type: ignore[arg-type]
     assert again.asked == 5 and samples[12:] == samples[7:12]
@@ -165,7 +179,7 @@ def test_lines_of_several_lengths() -> None:
         (["--distances", "0"], "--distances 0: must be one or more positive"),
         (["--distances", "900", "--lengths", "1000"], "--distances 900: the longest of --lengths"),
         (["--distances", "100", "--tasks", "vt"], "--distances: vt hides its answer in several"),
-        (["--distances", "8000"], "9024 tokens: "),
+        (["--distances", "8000"], "11072 tokens: "),
     ],
 )
 def test_command_line_errors(
