@@ -51,8 +51,8 @@ LOLA_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     ),
     "far_zone_start": (
         int,
-        "place from which on exact keys rest that rebases no longer turn (new checkpoints: "
-        "rebase_interval)",
+        "first of the places where old exact keys rest in contexts beyond the base's trained "
+        "length",
     ),
     "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
     "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),

@@ -97,10 +97,10 @@ class LolaConfig(BaseModel):
             the exact ones, in a sequence that was rebased; from 0 to `P / D - 1`. 0: not at all, so
             that after a rebase the hidden state holds keys at places that tokens have yet to reach.
             New checkpoints have `P / D / 2`, rounded down.
-        far_zone_start: F, first place of the far zone. Rebases turn an exact key back until it lies
-            below F + D, where it rests for ever. From 0 to `P - 2 D`. A larger one keeps old pairs
-            closer to new tokens. New checkpoints have `P - (m + 1) D`, so that pairs rest where
-            the hidden state takes new keys.
+        far_zone_start: F, first place of the far zone. Rebases turn exact keys towards it, until
+            they lie from F to F + D, where they rest for ever. From 0 to `P - 2 D`. A larger one
+            keeps old pairs closer to new tokens. New checkpoints have `3 P / 8`, or `P - 2 D` where
+            that is less.
         num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of
             KV heads (maps tied inside a group). None: as the checkpoint's tensors say.
     """
@@ -314,15 +314,16 @@ def default_fold_ahead(length: int, interval: int) -> int:
     return length // interval // 2 if interval else 0
 
 
-def default_far_zone_start(length: int, interval: int, ahead: int) -> int:
-    """`far_zone_start` of a new checkpoint: the first place of keys that the hidden state takes.
+def default_far_zone_start(length: int, interval: int) -> int:
+    """`far_zone_start` of a new checkpoint: 3/8 of the trained length, if there is room for it.
+
+    Measured on the demo model (`docs/endless.md`). From pairs that are farther back less is
+    recalled, and pairs next to new tokens make these harder to predict.
 
     Args:
         length: P, the base's `max_position_embeddings`. interval: D, at least 1.
-        ahead: m, `fold_ahead`. With 0, keys are taken where new tokens lie; the far zone is next
-            to them.
     """
-    return length - (max(ahead, 1) + 1) * interval
+    return min(3 * length // 8, length - 2 * interval)
 
 
 def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:

@@ -106,7 +106,7 @@ def rebase_keys(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[s
     if not interval:
         return {"rebase_interval": 0}
     ahead = keys.get("fold_ahead", default_fold_ahead(length, interval))
-    start = keys.get("far_zone_start", default_far_zone_start(length, interval, ahead))
+    start = keys.get("far_zone_start", default_far_zone_start(length, interval))
     return {"rebase_interval": interval, "fold_ahead": ahead, "far_zone_start": start}
 
 

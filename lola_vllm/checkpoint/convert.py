@@ -71,7 +71,7 @@ def convert_checkpoint(
         config_overrides: keys of `lola_config` to set, but not `feature_dim` and
             `num_state_heads`, which follow from the file. `mixing` defaults to "lola",
             `rebase_interval` to a quarter of the base's trained length, `fold_ahead` to as many
-            rebases as half of it has, and `far_zone_start` to where keys are then folded.
+            rebases as half of it has, and `far_zone_start` to 3/8 of it.
         lora: LoLCATs' second stage; feature maps in it replace those of `distill`. Default:
             `distill`, if that holds adapters.
         lora_alpha: default 2 r. r follows from the file.

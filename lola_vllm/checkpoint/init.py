@@ -51,7 +51,7 @@ def init_checkpoint(
         config_overrides: keys of `lola_config` to set; others keep LoLA's defaults.
             `feature_dim` defaults to the head size, the only size an identity map can have, and
             `rebase_interval` to a quarter of the base's trained length, `fold_ahead` to as many
-            rebases as half of it has, and `far_zone_start` to where keys are then folded.
+            rebases as half of it has, and `far_zone_start` to 3/8 of it.
         state_heads: "kv": one key map per KV head (Hs = Hkv); "query": one per query head.
         force: replace a model that is already at `out`.
 

@@ -33,7 +33,7 @@ class Places:
         score_fade: gamma, see `score_decay`; >= 0.
         score_fade_rebases: K, rebases at which the score of a pair fades, 1 or more; None: all.
         fold_ahead: m, by how many rebases the keys that the hidden state takes are turned ahead.
-        far_zone_start: F, first place of the far zone, whose keys rebases no longer turn.
+        far_zone_start: F, first place of the far zone, in which old keys come to rest.
     """
 
     length: int
@@ -107,21 +107,26 @@ class Places:
         """By how many positions the origin of a page of so many tokens, 1 or more, has moved."""
         return self.interval * int(self.moves(torch.tensor(num_tokens - 1)))
 
-    def turns(self, position: Tensor, num_tokens: Tensor) -> Tensor:
-        """Whether the rebase of pages turns their exact keys back: those past the far zone.
+    def steps(self, position: Tensor, num_tokens: Tensor) -> Tensor:
+        """By how many D places the rebase of pages turns exact keys back, towards the far zone.
 
         Args:
             position: of the keys, any integer shape; not of sinks, which stay.
             num_tokens: that the pages hold, for all of them `due`; broadcasts with `position`.
+
+        Returns:
+            int64: 1 past the far zone, 0 in it, and -1 before it, where keys turn forward.
         """
-        origin = num_tokens - self.length  # of the keys that the pages hold
-        return position - origin >= self.far_zone_start + self.interval
+        origin, start = num_tokens - self.length, self.far_zone_start  # before this rebase
+        past = position - origin >= start + self.interval
+        return past.long() - (position + origin < start).long()
 
     def exact(self, position: Tensor, num_tokens: int, sink_size: int) -> Tensor:
         """Where exact keys of a page of so many tokens lie, at positions (any integer shape)."""
-        place, start = position - self.origin(num_tokens), self.far_zone_start
-        rests = torch.where(position < start, position, start + (position - start) % self.interval)
-        moved = torch.where(place < start, rests, place)
+        origin, start = self.origin(num_tokens), self.far_zone_start
+        rest = start + (position - start) % self.interval
+        back = torch.where(position - origin < start, rest, position - origin)
+        moved = torch.where(position < start, rest.minimum(position + origin), back)
         return torch.where(position < sink_size, position, moved)
 
     def segments(self, context: int, count: int) -> list[int]:
@@ -163,9 +168,21 @@ class Turn:
 
     def back(self, k: Tensor) -> Tensor:
         """Keys `[..., d]` as RoPE would have left them D positions earlier."""
+        return self._turned(k, self.sin)
+
+    def forward(self, k: Tensor) -> Tensor:
+        """Keys `[..., d]` as RoPE would have left them D positions later."""
+        return self._turned(k, -self.sin)
+
+    def by(self, k: Tensor, steps: Tensor) -> Tensor:
+        """Keys `[..., d]` turned back by `Places.steps` `[...]`."""
+        turned = self._turned(k, self.sin * steps[..., None])
+        return torch.where(steps[..., None] == 0, k, turned)
+
+    def _turned(self, k: Tensor, sin: Tensor) -> Tensor:
         half = len(self.cos)
         one, two, rest = k.split([half, half, k.shape[-1] - 2 * half], dim=-1)
-        turned = [one * self.cos + two * self.sin, two * self.cos - one * self.sin]
+        turned = [one * self.cos + two * sin, two * self.cos - one * sin]
         return torch.cat([*turned, rest], dim=-1)
 
     def ahead(self, k: Tensor) -> Tensor:

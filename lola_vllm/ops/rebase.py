@@ -23,7 +23,7 @@ from lola_vllm.state import BOUND_ROWS
 def rebase(state: State, slots: Tensor, num_tokens: Tensor) -> None:
     """Move the origin of pages by D, in place (`docs/algorithm.md`, section 6).
 
-    Exact keys past the far zone turn back by D positions. H, s and the weights of sparse
+    Exact keys outside the far zone turn towards it by D positions. H, s and the weights of sparse
     pairs' scores fade. Bounds on recall errors are forgotten.
 
     Args:
@@ -44,15 +44,15 @@ def _rebase_page(state: LayerState, slots: Tensor, num_tokens: Tensor) -> None:
     n = num_tokens.to(device, torch.int64)[:, None]
     row = torch.arange(layout.sink_size + layout.ring_size, device=device)
     ring = n - 1 - (n - 1 - (row - layout.sink_size)) % layout.ring_size
-    exact = live[:, None] & (row >= layout.sink_size) & places.turns(ring, n)  # [R, rows]
-    _turn_back(state, views.exact_k, slots, exact[:, None])
+    exact = places.steps(ring, n) * (live[:, None] & (row >= layout.sink_size))  # [R, rows]
+    _turn(state, views.exact_k, slots, exact[:, None])
     slot = torch.arange(layout.sparse_cache_size, device=device)
-    sparse = places.turns(views.positions[slots].long(), n[..., None])
-    sparse &= (slot < layout.num_sparse(n))[:, None] & live[:, None, None]
+    sparse = places.steps(views.positions[slots].long(), n[..., None])
+    sparse *= (slot < layout.num_sparse(n))[:, None] & live[:, None, None]
     if layout.int8_pairs:
-        _turn_int8_back(state, slots, sparse)
+        _turn_int8(state, slots, sparse)
     else:
-        _turn_back(state, views.sparse_k, slots, sparse)
+        _turn(state, views.sparse_k, slots, sparse)
     for total in (views.H, views.s):
         rows = total[slots]
         fades = live.view(-1, *[1] * (rows.dim() - 1))
@@ -69,20 +69,20 @@ def _rebase_page(state: LayerState, slots: Tensor, num_tokens: Tensor) -> None:
         )
 
 
-def _turn_back(state: LayerState, keys: Tensor, slots: Tensor, moves: Tensor) -> None:
-    """Turn keys `[N, heads, rows, d]` of the pages back where `moves [R, heads or 1, rows]`."""
+def _turn(state: LayerState, keys: Tensor, slots: Tensor, steps: Tensor) -> None:
+    """Turn keys `[N, heads, rows, d]` of the pages by `steps [R, heads or 1, rows]`."""
     assert state.turn is not None
     old = keys[slots]
-    new = state.turn.back(old.to(state.turn.cos.dtype)).to(old.dtype)
-    keys[slots] = torch.where(moves[..., None], new, old)
+    keys[slots] = state.turn.by(old.to(state.turn.cos.dtype), steps).to(old.dtype)
 
 
-def _turn_int8_back(state: LayerState, slots: Tensor, moves: Tensor) -> None:
+def _turn_int8(state: LayerState, slots: Tensor, steps: Tensor) -> None:
     """The same of the sparse keys where they are int8: each is rounded again after its turn."""
     assert state.turn is not None
     views = state.views
     old = Int8Rows(views.sparse_k[slots], views.sparse_k_scale[slots])
-    new = quantize(state.turn.back(old.to(state.turn.cos.dtype)))
+    new = quantize(state.turn.by(old.to(state.turn.cos.dtype), steps))
+    moves = steps != 0
     views.sparse_k[slots] = torch.where(moves[..., None], new.numbers, old.numbers)
     views.sparse_k_scale[slots] = torch.where(moves, new.scale, old.scale)
 

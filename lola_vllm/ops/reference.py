@@ -178,10 +178,11 @@ def lola_attention(
 
     for t in range(T):
         if turn is not None and turn.places.due(t):
-            moved = _past_far_zone(t, config, turn)
-            k_s[:, moved] = turn.back(k_s[:, moved])
+            back, forward = _outside_far_zone(t, config, turn)
+            k_s[:, back] = turn.back(k_s[:, back])
+            k_s[:, forward] = turn.forward(k_s[:, forward])
             if int8:
-                left = [p for p in moved if p not in window]
+                left = [p for p in back + forward if p not in window]
                 k_s[:, left] = rounded(k_s[:, left])
             phi_k[:, :t] = feature_map(turn.ahead(k_s[:, :t]), feature_map_k)
             H, s = H * turn.places.decay, s * turn.places.decay
@@ -229,10 +230,11 @@ def lola_attention(
     return out.to(out_dtype), LolaState(H, s, k_s, v_s, w, per_state_head, sinks + window)
 
 
-def _past_far_zone(n: int, config: LolaConfig, turn: Turn) -> list[int]:
-    """Positions whose keys a rebase after n tokens turns back: not sinks, place F + D or more."""
-    origin, end = n - turn.places.length, turn.places.far_zone_start + turn.places.interval
-    return [p for p in range(config.sink_size, n) if p - origin >= end]
+def _outside_far_zone(n: int, config: LolaConfig, turn: Turn) -> tuple[list[int], list[int]]:
+    """Positions whose keys a rebase after n tokens turns: back and forward. Sinks stay."""
+    start, end = turn.places.far_zone_start, turn.places.far_zone_start + turn.places.interval
+    origin, positions = n - turn.places.length, range(config.sink_size, n)
+    return [p for p in positions if p - origin >= end], [p for p in positions if p + origin < start]
 
 
 def _evict(window: list[int], start: int) -> tuple[list[int], list[int]]:

@@ -217,7 +217,7 @@ def test_init_keeps_the_base_and_adds_identity_maps(
             "sink_size": 4,
             "rebase_interval": old["max_position_embeddings"] // 4,
             "fold_ahead": 2,
-            "far_zone_start": old["max_position_embeddings"] // 4,
+            "far_zone_start": 3 * old["max_position_embeddings"] // 8,
             "feature_dim": 8,
             "num_state_heads": 2,
         },

@@ -99,16 +99,10 @@ def test_rebases_suit_the_trained_length(fields, length, message):
     assert ahead * interval == (length // 2 if interval else 0)
 
 
-@pytest.mark.parametrize(
-    ("interval", "ahead", "start"),
-    [(2, 0, 4), (2, 1, 4), (2, 2, 2), (2, 3, 0), (4, 1, 0), (1, 4, 3)],
-)
-def test_new_checkpoints_let_old_pairs_rest_where_new_keys_are_folded(interval, ahead, start):
-    assert default_far_zone_start(8, interval, ahead) == start
-    config = LolaConfig(rebase_interval=interval, fold_ahead=ahead, far_zone_start=start)
-    config.check_places(8)
-    if ahead:  # the first new token after a rebase
-        assert 8 - interval - ahead * interval == start
+@pytest.mark.parametrize(("interval", "start"), [(1, 6), (2, 6), (4, 6), (8, 0)])
+def test_new_checkpoints_have_a_far_zone_before_new_tokens(interval, start):
+    assert default_far_zone_start(16, interval) == start
+    LolaConfig(rebase_interval=interval, far_zone_start=start).check_places(16)
 
 
 def test_contexts_without_end_have_a_default_length():

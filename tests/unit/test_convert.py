@@ -71,8 +71,8 @@ def test_maps_are_added_to_the_base(tmp_path: Path, sharded: bool, tied: bool) -
 
     old, new = (json.loads((path / "config.json").read_text()) for path in (base, out))
     lola_config = {"mixing": "lola", "window_size": 16, "feature_dim": F, "num_state_heads": 4}
-    quarter = old["max_position_embeddings"] // 4
-    lola_config |= {"rebase_interval": quarter, "fold_ahead": 2, "far_zone_start": quarter}
+    P = old["max_position_embeddings"]
+    lola_config |= {"rebase_interval": P // 4, "fold_ahead": 2, "far_zone_start": 3 * P // 8}
     changed = {"model_type": "lola_llama", "architectures": ["LolaLlamaForCausalLM"]}
     assert new == {**old, **changed, "lola_config": lola_config, "auto_map": AUTO_MAP}
     assert (out / "modeling_lola.py").is_file()

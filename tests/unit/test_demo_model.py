@@ -48,7 +48,7 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
         "mixing": "lola",
         "rebase_interval": 2048,
         "fold_ahead": 2,
-        "far_zone_start": 2048,
+        "far_zone_start": 3072,
         "feature_dim": 64,
         "num_state_heads": 3,
     }

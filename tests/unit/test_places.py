@@ -15,7 +15,7 @@ def places_after(n, P, D, sink, start=0):
     for length in range(n):
         if length >= P and (length - P) % D == 0:
             found = [
-                place - D if p >= sink and place >= start + D else place
+                place if p < sink else place - D * (place >= start + D) + D * (place < start)
                 for p, place in enumerate(found)
             ]
         found.append(length if length < P else P - D + (length - P) % D)
