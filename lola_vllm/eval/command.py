@@ -79,9 +79,17 @@ def _perplexity(parser: argparse.ArgumentParser) -> None:
     def run(args: argparse.Namespace) -> int:
         if args.stream:
             block = _positive("--block", args.block, least=8)
-            length = _positive("--stream-length", args.stream_length, least=2 * block)
-            context = _positive("--context", args.context)
-            return _evaluate(args, StreamPlan(str(args.texts), length, block, context, args.mixed))
+            every = _positive("--every", args.every)
+            stream = from_options(
+                StreamPlan,
+                args,
+                texts=str(args.texts),
+                stream_length=_positive(
+                    "--stream-length", args.stream_length, least=2 * block * every
+                ),
+                context=_positive("--context", args.context),
+            )
+            return _evaluate(args, stream)
         plan = from_options(
             PerplexityPlan,
             args,

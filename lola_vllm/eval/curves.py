@@ -131,7 +131,7 @@ def curves(
                     "models of one tokenizer"
                 )
         found[kind] = Curve(
-            block=rows[1]["stop"] - rows[0]["stop"],
+            block=rows[1]["tokens"],
             documents=rows[-1]["documents"],
             nats=_column(rows, "nats"),
             others=None if paired is None else _column([o for o in paired if o], "nats"),

@@ -92,6 +92,12 @@ class StreamPlan:
         4096,
         part="stream",
     )
+    every: int = option(
+        "measure one block of so many, the last of them; a state reads the others as well, and a "
+        "softmax model leaves them out",
+        1,
+        part="stream",
+    )
     mixed: bool = option(
         "one stream of all kinds, their documents in turn, for more tokens than one kind has",
         False,
@@ -114,9 +120,14 @@ class StreamPlan:
         streams = 1 if self.mixed else len(read_held_out(Path(self.texts)))
         return streams * self.stream_length
 
+    @property
+    def _stride(self) -> int:
+        """Tokens from one measured block to the next."""
+        return self.block * self.every
+
     def cost(self, sample: dict[str, Any]) -> int:
         """Tokens that a sample of `run` counts for in `tokens`."""
-        return self.block
+        return self._stride
 
     def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
         """Blocks that `run` need not measure again, given samples of an earlier call."""
@@ -137,11 +148,11 @@ class StreamPlan:
         if not streams:
             raise EvalError(
                 f"--block {self.block}: no kind of text at --texts {self.texts} has the "
-                f"{LEAST_BLOCKS * self.block} held-out tokens of {LEAST_BLOCKS} blocks; ask for "
-                "shorter blocks, give more text, or join the kinds with --mixed"
+                f"{LEAST_BLOCKS * self._stride} held-out tokens of {LEAST_BLOCKS} measured blocks; "
+                "ask for shorter blocks, give more text, or join the kinds with --mixed"
             )
         for stream in streams:
-            blocks = range(len(stream.ids) // self.block)
+            blocks = range(self.every - 1, len(stream.ids) // self.block, self.every)
             wanted = [index for index in blocks if (stream.kind, index) not in done]
             if not wanted:
                 continue
@@ -171,7 +182,8 @@ class StreamPlan:
     def streams(self, tokenizer: Tokenizer) -> Iterator[Stream]:
         """Each kind's held-out documents one after the other, an empty line between them.
 
-        A stream is cut to whole blocks. Kinds with less than `LEAST_BLOCKS` blocks are left out.
+        A stream ends with a measured block. Kinds with less than `LEAST_BLOCKS` of them are left
+        out.
         """
         kinds = read_held_out(Path(self.texts))
         if self.mixed:
@@ -184,9 +196,9 @@ class StreamPlan:
                     break
                 begins.append(len(ids))
                 ids += tokenizer.encode(document + "\n\n", special=False)
-            blocks = min(len(ids), self.stream_length) // self.block
+            blocks = min(len(ids), self.stream_length) // self._stride
             if blocks >= LEAST_BLOCKS:
-                ids = ids[: blocks * self.block]
+                ids = ids[: blocks * self._stride]
                 yield Stream(kind, ids, [begin for begin in begins if begin < len(ids)])
 
 

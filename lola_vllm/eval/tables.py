@@ -102,7 +102,9 @@ def stream_table(records: list[Record], reference: Record | None, plan: StreamPl
     note = (
         "Perplexity by tokens of the stream up to the column's end"
         + ("" if reference is None else ", and times the reference's on the same tokens")
-        + f", blocks of {plan.block:,}. The trend is of "
+        + f", blocks of {plan.block:,}"
+        + (f", one of {plan.every} measured" if plan.every > 1 else "")
+        + ". The trend is of "
         + ("perplexity" if reference is None else "that ratio, where there is one")
         + f". A softmax model sees the {plan.context:,} tokens before each block, read again for "
         "it; a LoLA model has one state from the first token on."

@@ -130,8 +130,9 @@ def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOp
         ),
         ("perplexity --texts t --stream", StreamPlan("t")),
         (
-            "perplexity --texts t --stream --stream-length 64 --block 16 --context 8 --mixed",
-            StreamPlan("t", 64, 16, 8, mixed=True),
+            "perplexity --texts t --stream --stream-length 64 --block 16 --context 8 --every 2 "
+            "--mixed",
+            StreamPlan("t", 64, 16, 8, every=2, mixed=True),
         ),
         ("perplexity --texts t", PerplexityPlan("t")),
         (

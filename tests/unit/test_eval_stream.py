@@ -68,6 +68,20 @@ def read(plan: StreamPlan, model: Any, done: Any = ()) -> list[dict[str, Any]]:
     return samples
 
 
+def test_one_block_of_so_many_is_measured_and_the_stream_ends_with_one(texts: Path) -> None:
+    plan, all_blocks = (StreamPlan(str(texts), 1050, 100, 50, every=n) for n in (3, 1))
+    model = Letters()
+    samples, whole = read(plan, model), read(all_blocks, Letters())
+    assert model.asked[0][1] == [2, 5, 8] and len(model.asked[0][0]) == 900
+    assert model.asked[1][1] == [2, 5] and len(model.asked[1][0]) == 600
+    assert samples == [s for s in whole if s["kind"] == "first" and s["index"] in (2, 5, 8)]
+    assert plan.cost(samples[0]) * len(samples) == 900
+    assert curves(samples, None)["first"].block == 100
+    again = Letters()
+    read(plan, again, plan.done(samples[:1]))
+    assert again.asked[0][1] == [5, 8]
+
+
 def test_a_stream_is_whole_blocks_of_documents_one_after_the_other(texts: Path) -> None:
     plan, model = StreamPlan(str(texts), 1000, 100, 50), Letters()
     samples = read(plan, model)
