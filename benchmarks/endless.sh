@@ -4,17 +4,19 @@
 #
 #   make endless                         results in eval-results/; again to go on where it stopped
 #   LENGTH=131072 make endless           longer streams (default 32,768 tokens)
+#   EVERY=8 make endless                 measure one block of a stream in eight (default: all)
 #   DISTANCES=1000,4000,16000,64000      farther needles (default up to 16,000)
 #   TOKENS=1000000                       a longer text through vLLM and transformers (default 200,000)
 . "$(dirname "$0")/eval_common.sh"
 
 LENGTH=${LENGTH:-32768}
+EVERY=${EVERY:-1}
 DISTANCES=${DISTANCES:-1000,4000,16000}
 TOKENS=${TOKENS:-200000}
 STREAM_TEXTS=${STREAM_TEXTS:-models/texts/anarchism_faq.txt}
 
 # What is compared: places that move by 2,048, and positions that run on past the trained 8,192.
-lola eval perplexity --stream --stream-length "$LENGTH" --texts "$STREAM_TEXTS" \
+lola eval perplexity --stream --stream-length "$LENGTH" --every "$EVERY" --texts "$STREAM_TEXTS" \
     --model models/smollm2-lola --reference models/smollm2-base \
     --sweep benchmarks/recall/endless.json --untrained-positions \
     --out "$OUT/endless-stream" --resume
