@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The curves and tables of docs/endless.md, from nothing: about an hour on two idle CPU cores with
-# the defaults, and a day with those in brackets.
+# The curves and tables of docs/endless.md, from nothing: about four hours on two idle CPU cores with
+# the defaults, most of them for the 50 questions at each distance (SAMPLES=10 asks fewer).
 #
 #   make endless                         results in eval-results/; again to go on where it stopped
 #   LENGTH=131072 make endless           longer streams (default 32,768 tokens)

@@ -15,7 +15,7 @@ from lola_vllm.eval.distance import check_tasks, grid
 from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan, default_lengths
 from lola_vllm.eval.settings import Setting, check, parse_settings, with_positions
-from lola_vllm.eval.stream import StreamPlan, check_reader
+from lola_vllm.eval.stream import LEAST_BLOCKS, StreamPlan, check_reader
 from lola_vllm.eval.tasks import find_tasks
 
 if TYPE_CHECKING:
@@ -80,13 +80,12 @@ def _perplexity(parser: argparse.ArgumentParser) -> None:
         if args.stream:
             block = _positive("--block", args.block, least=8)
             every = _positive("--every", args.every)
+            least = LEAST_BLOCKS * block * every
             stream = from_options(
                 StreamPlan,
                 args,
                 texts=str(args.texts),
-                stream_length=_positive(
-                    "--stream-length", args.stream_length, least=2 * block * every
-                ),
+                stream_length=_positive("--stream-length", args.stream_length, least=least),
                 context=_positive("--context", args.context),
             )
             return _evaluate(args, stream)

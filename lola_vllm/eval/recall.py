@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lola_vllm.cli_options import option
-from lola_vllm.eval.distance import SPREAD, build_prompts_at, grid
+from lola_vllm.eval.distance import PRECEDING, SPREAD, build_prompts_at, grid
 from lola_vllm.eval.models import Emit, Model
 from lola_vllm.eval.prompts import Format, Prompt, build_prompts
 from lola_vllm.eval.question import Prose
@@ -98,7 +98,8 @@ class RecallPlan:
     )
     distances: list[int] = option(
         "tokens of text from the needle to the question, in place of random depths; a prompt then "
-        "has its distance and 1,024 to 3,072 tokens more, or each of --lengths that holds it",
+        f"has its distance and {PRECEDING:,} to {PRECEDING + SPREAD:,} tokens more, or each of "
+        "--lengths that holds it",
         [],
     )
 
