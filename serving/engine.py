@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 # A worker answers between two steps, and a step may be a long prefill.
 ANSWER_LIMIT_S = 60
 
+# Between two looks whether a change of files is over.
+RESULT_POLL_S = 0.01
+
 # Host memory on each rank for the keys and values of a prompt (`keys.py`).
 MAX_RECORD_BYTES = 2**30
 
@@ -243,11 +246,17 @@ class LolaEngine:
                 "engine has sessions of its own; ask a server with one",
             )
         client: Any = self.client
+
+        async def answered() -> Any:
+            call = client.engine_core.call_utility_async
+            answer = await call("lola_sessions", method, arguments)
+            while isinstance(answer, dict) and "operation" in answer:  # files are changed
+                await asyncio.sleep(RESULT_POLL_S)
+                answer = await call("lola_sessions", "result", answer)
+            return answer
+
         try:
-            answer = await asyncio.wait_for(
-                client.engine_core.call_utility_async("lola_sessions", method, arguments),
-                ANSWER_LIMIT_S,
-            )
+            answer = await asyncio.wait_for(answered(), ANSWER_LIMIT_S)
         except TimeoutError:
             raise Unavailable(
                 HTTPStatus.SERVICE_UNAVAILABLE,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs
 
 from lola_vllm.plugin.config_hook import has_store
-from lola_vllm.serving.engine import LolaEngine
+from lola_vllm.serving.engine import LolaEngine, Unavailable
 from lola_vllm.serving.inspector import ROUTE
 from lola_vllm.serving.metrics import LolaMetrics, RefreshMetrics
 from lola_vllm.serving.routes import page, router
@@ -51,8 +51,11 @@ class LolaEndpoints:
         async def with_address(app: FastAPI) -> AsyncIterator[Any]:
             """The inspector's address, after vLLM's list of routes."""
             async with start_up(app) as state:
-                if app.state.lola_engine.is_lola:
+                engine: LolaEngine = app.state.lola_engine
+                if engine.is_lola:
                     logger.info("%s", app.state.lola_inspector)
+                with suppress(Unavailable):  # the store learns how to wake an idle engine
+                    await engine.store_id()
                 yield state
 
         app.router.lifespan_context = with_address

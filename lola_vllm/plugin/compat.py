@@ -156,6 +156,15 @@ def add_engine_method(name: str, function: Callable[..., Any]) -> None:
     setattr(EngineCore, name, function)
 
 
+def wake(engine: Any) -> None:
+    """Have an idle engine core look whether there is work; one in this process looks by itself."""
+    from vllm.v1.engine import EngineCoreRequestType
+
+    queue = getattr(engine, "input_queue", None)
+    if queue is not None:
+        queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+
 def request_blocks(model_runner: Any, request_id: str) -> list[int] | None:
     """Blocks of a request in its order, those it has left behind included.
 

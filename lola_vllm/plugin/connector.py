@@ -15,6 +15,7 @@ step's metadata, outcomes with its output.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -243,11 +244,13 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
 def answer_engine(engine: Any, method: str, arguments: dict[str, Any]) -> Any:
     """The method `lola_sessions` of vLLM's engine core: a call of `SessionManager`.
 
-    Routes in the API server's process call it as a utility of the engine.
+    Routes in the API server's process call it as a utility of the engine. The first call, which
+    `serving/plugin.py` makes at the start, also tells the store how to wake this engine.
     """
     connector = engine.scheduler.get_kv_connector()
     if not isinstance(connector, LolaStateConnector):
         return {"error": "no states are stored", "kind": "unavailable"}
+    connector.scheduling.store.wake = functools.partial(compat.wake, engine)
     return connector.scheduling.manager.call(method, arguments)
 
 

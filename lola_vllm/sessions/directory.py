@@ -1,27 +1,40 @@
-"""The files of a store: what is there, and what other servers put there or took away."""
+"""The files of a store: what is there, and what other servers put there, changed or took away.
+
+A state that somebody deletes leaves an empty file `ID.deleted` for a while. Servers that share the
+directory see in it that the state is to go from their memory too. A file that a write under way
+leaves after the deletion is removed at the next look, so no state comes back.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lola_vllm.sessions.file import (
     StateFileError,
     StateHeader,
+    aside,
     file_name,
     parse_name,
     read_header,
+    read_state,
     remove_partials,
+    write_state,
 )
 from lola_vllm.sessions.fingerprint import Fingerprint
 
 logger = logging.getLogger("vllm.lola")
 
 RESCAN_S = 1.0
+DELETED = ".deleted"
+# For so long the mark of a deletion stays: longer than any write takes.
+DELETED_S = 3600.0
 
 
 @dataclass
@@ -30,12 +43,15 @@ class Scan:
 
     Attributes:
         there: states whose files are complete, of all ranks. new: those of them that were not
-            known, with the time of their last use. refused: file name -> (reason, text) of new
+            known, with the time of their last use. changed: new headers of those that were known.
+            deleted: states that somebody deleted. refused: file name -> (reason, text) of new
             files that cannot be used.
     """
 
     there: set[str] = field(default_factory=set)
     new: list[tuple[StateHeader, float]] = field(default_factory=list)
+    changed: list[StateHeader] = field(default_factory=list)
+    deleted: set[str] = field(default_factory=set)
     refused: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
@@ -59,6 +75,7 @@ class StateDirectory:
             raise PermissionError(f"{self.path}: cannot be written to")
         remove_partials(self.path)
         self._refused: dict[str, int] = {}
+        self._inodes: dict[str, int] = {}  # of the files whose headers were read
         self._stamp: int | None = None
         self._lock = threading.Lock()
 
@@ -77,27 +94,34 @@ class StateDirectory:
         """Look at the directory; None where it cannot be read.
 
         Args:
-            known: states whose headers need not be read again.
+            known: states whose headers are read again only where their file is another one.
         """
         with self._lock:
             try:
                 stamp = self.path.stat().st_mtime_ns
-                names = set(os.listdir(self.path))
+                with os.scandir(self.path) as entries:
+                    inodes = {entry.name: entry.inode() for entry in entries}
             except OSError as error:
                 logger.warning("LoLA sessions: %s cannot be read: %s", self.path, error)
                 return None
             found = Scan()
-            for name in sorted(names):
+            found.deleted = {n.removesuffix(DELETED) for n in inodes if n.endswith(DELETED)}
+            self._inodes = {name: i for name, i in self._inodes.items() if name in inodes}
+            for name in sorted(inodes):
                 parts = parse_name(name)
                 if parts is None or parts[1] != 0 or parts[2] != self.ranks:
                     continue
                 state = parts[0]
-                if not all(path.name in names for path in self.files(state)):
+                if not all(path.name in inodes for path in self.files(state)):
                     continue
-                if state in known:
-                    found.there.add(state)
+                if state in found.deleted:  # it was being written, or could not be removed
+                    with suppress(OSError):
+                        self.unlink([state])
+                elif state not in known or self._inodes.get(name) != inodes[name]:
+                    self._look_at(state, state in known, found)
                 else:
-                    self._look_at(state, found)
+                    found.there.add(state)
+            self._forget_deletions(found.deleted)
             self._stamp = stamp
         return found
 
@@ -107,7 +131,97 @@ class StateDirectory:
             with suppress(OSError):
                 os.utime(path)
 
-    def _look_at(self, state: str, found: Scan) -> None:
+    def complete(self, state: str) -> bool:
+        """Whether the files of all ranks are there."""
+        return all(path.exists() for path in self.files(state))
+
+    def gone(self, state: str) -> bool:
+        """Whether no rank's file is there."""
+        return not any(path.exists() for path in self.files(state))
+
+    def rewrite(self, headers: Sequence[StateHeader]) -> None:
+        """Give states other headers in their files, all of them or, where one fails, none.
+
+        All new files are written aside before the first takes its place, so a full disk changes
+        nothing. The first rank's file is the one that is looked at, so it is replaced last.
+
+        Raises:
+            OSError: a file cannot be written. StateFileError: or cannot be read.
+        """
+        ready: list[tuple[Path, Path]] = []
+        try:
+            for header in headers:
+                for rank, path in reversed(list(enumerate(self.files(header.id)))):
+                    found = read_state(path, self.fingerprint)
+                    new = aside(path)
+                    ready.append((new, path))
+                    write_state(new, replace(header, rank=rank), found.tokens, found.row)
+            for new, path in ready:
+                new.replace(path)
+            self._sync()
+        finally:
+            for new, _ in ready:
+                new.unlink(missing_ok=True)
+
+    def delete(self, states: Iterable[str]) -> None:
+        """Remove states for good: they do not come back, whatever happens next.
+
+        Raises:
+            OSError: a file cannot be removed. It is then still there, and not marked as deleted.
+        """
+        states = list(states)
+        marks = [self._mark(state) for state in states]
+        try:
+            for mark in marks:
+                with suppress(OSError):  # a full disk must not keep what is to be deleted
+                    os.close(os.open(mark, os.O_CREAT | os.O_WRONLY, 0o600))
+            self._sync()
+            self.unlink(states)
+            self._sync()
+        except OSError:
+            for state, mark in zip(states, marks, strict=True):
+                if not self.gone(state):
+                    with suppress(OSError):
+                        mark.unlink()
+            raise
+
+    def unlink(self, states: Iterable[str]) -> None:
+        """Remove the files of states; all are tried.
+
+        Raises:
+            OSError: of the first that is still there.
+        """
+        failed = None
+        for state in states:
+            for path in self.files(state):
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def _mark(self, state: str) -> Path:
+        return self.path / f"{state}{DELETED}"
+
+    def _sync(self) -> None:
+        """Have the disk know the names of the files."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _forget_deletions(self, states: set[str]) -> None:
+        """Remove marks that nobody waits for any more."""
+        for state in states:
+            with suppress(OSError):
+                mark = self._mark(state)
+                if time.time() - mark.stat().st_mtime > DELETED_S:
+                    self.unlink([state])
+                    mark.unlink()
+
+    def _look_at(self, state: str, known: bool, found: Scan) -> None:
         path = self.files(state)[0]
         try:
             stat = path.stat()
@@ -115,15 +229,28 @@ class StateDirectory:
                 return
             header = self._checked(path, state)
         except StateFileError as error:
-            if error.reason != "missing":
-                self._refused[path.name] = stat.st_mtime_ns
-                found.refused[path.name] = (error.reason, error.text)
-                logger.warning("LoLA sessions: %s is not used: %s", path, error.text)
+            if error.reason == "missing":
+                return
+            if known:  # whoever loads it finds out
+                found.there.add(state)
+                return
+            self._refused[path.name] = stat.st_mtime_ns
+            found.refused[path.name] = (error.reason, error.text)
+            logger.warning("LoLA sessions: %s is not used: %s", path, error.text)
             return
         except OSError:  # another server removed it a moment ago
             return
+        except Exception as error:  # one file of whatever content must not hide the others
+            self._refused[path.name] = stat.st_mtime_ns
+            found.refused[path.name] = ("damaged", f"{type(error).__name__}: {error}")
+            logger.warning("LoLA sessions: %s is not used: %s", path, error)
+            return
+        self._inodes[path.name] = stat.st_ino
         found.there.add(state)
-        found.new.append((header, stat.st_mtime))
+        if known:
+            found.changed.append(header)
+        else:
+            found.new.append((header, stat.st_mtime))
 
     def _checked(self, path: Path, state: str) -> StateHeader:
         header = read_header(path)

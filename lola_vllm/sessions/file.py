@@ -146,7 +146,7 @@ def write_state(path: Path, header: StateHeader, tokens: Tokens, row: NDArray[np
         "header_checksum": hashlib.sha256(text.encode()).hexdigest(),
         "checksum": _checksum(text, tokens, row),
     }
-    partial = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
+    partial = aside(path)
     try:
         # Made first, so that nobody else can read it at any time.
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -162,6 +162,11 @@ def write_state(path: Path, header: StateHeader, tokens: Tokens, row: NDArray[np
         with suppress(OSError):
             partial.unlink()
     return size
+
+
+def aside(path: Path) -> Path:
+    """Where a process writes what is to become a file; `remove_partials` knows the name."""
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
 
 
 def read_header(path: Path) -> StateHeader:

@@ -1,60 +1,108 @@
-"""Copies of slots in host memory, made without holding up the device."""
+"""Copies of slots in host memory, made without holding up the device.
+
+A device copies to pinned memory, which torch hands out in powers of two: 16 MiB for a state of
+8.6 MiB. So only a few pinned buffers are used, again and again. A state stays in ordinary memory,
+which takes what it has and no more.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-# Copies on a device that are on their way to the host. Each takes as much memory as a state.
+# Copies on a device that are on their way to the host. Each has a pinned buffer.
 MAX_STAGED = 4
 
 
-class HostRow:
-    """A row of bytes in host memory that a copy may still be filling."""
+class Event(Protocol):
+    """When a copy is complete."""
 
-    def __init__(self, row: Tensor, event: torch.cuda.Event | None = None) -> None:
+    def synchronize(self) -> None:
+        """Wait for it."""
+
+
+class HostRow:
+    """A row of bytes in host memory that a copy may still be filling.
+
+    Args:
+        row: the bytes, or the pinned buffer that `event` says is filled.
+        buffers: takes the buffer back.
+    """
+
+    def __init__(
+        self, row: Tensor, event: Event | None = None, buffers: list[Tensor] | None = None
+    ) -> None:
         self._row, self._event = row, event
+        self._buffers = buffers
+        self._lock = threading.Lock()  # a writer and the engine may wait at once
 
     def wait(self) -> Tensor:
-        """The row `[row_bytes]`, complete."""
-        event = self._event
-        if event is not None:
-            event.synchronize()
-            self._event = None
-        return self._row
+        """The row `[row_bytes]`, complete, in ordinary memory."""
+        with self._lock:
+            if self._event is not None:
+                self._event.synchronize()
+                self._event, buffer = None, self._row
+                self._row = torch.empty_like(buffer, pin_memory=False).copy_(buffer)
+                if self._buffers is not None:
+                    self._buffers.append(buffer)
+            return self._row
 
     def copy_into(self, slot: Tensor) -> None:
         """Fill a slot; the device's later work sees it."""
         slot.copy_(self.wait(), non_blocking=True)
 
 
-_staged: deque[torch.cuda.Event] = deque()
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+class Staging:
+    """Copies of a device's slots, through a few pinned buffers."""
+
+    def __init__(self) -> None:
+        self._under_way: deque[HostRow] = deque()
+        self._free: list[Tensor] = []
+        self._stream: torch.cuda.Stream | None = None
+
+    def copy(self, slot: Tensor) -> HostRow:
+        """A copy of a slot `[row_bytes]` as it is after the work that the device has been given."""
+        while len(self._under_way) >= MAX_STAGED:
+            self._under_way.popleft().wait()
+        buffer = self._buffer(slot)
+        row = HostRow(buffer, self._fill(buffer, slot), self._free)
+        self._under_way.append(row)
+        return row
+
+    def _buffer(self, slot: Tensor) -> Tensor:
+        for i, buffer in enumerate(self._free):
+            if buffer.shape == slot.shape:
+                return self._free.pop(i)
+        return self._pinned(slot)
+
+    def _pinned(self, slot: Tensor) -> Tensor:
+        return torch.empty(slot.shape, dtype=slot.dtype, pin_memory=True)
+
+    def _fill(self, buffer: Tensor, slot: Tensor) -> Event:
+        """Start the copy. The slot may change at once: a copy on the device is made first, in the
+        order of its work, and another stream brings it to the host."""
+        device = slot.device
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        staged = slot.clone()
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        event = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            buffer.copy_(staged, non_blocking=True)
+            staged.record_stream(self._stream)
+            event.record(self._stream)
+        return event
+
+
+_staging: dict[torch.device, Staging] = {}
 
 
 def copy_to_host(slot: Tensor) -> HostRow:
-    """A copy of a slot `[row_bytes]` as it is after the work that the device has been given.
-
-    On a GPU one copy is made there, in the order of its work, so that the slot may change at once.
-    Another stream then brings this copy to pinned host memory.
-    """
-    if slot.device.type != "cuda":
+    """A copy of a slot `[row_bytes]` as it is after the work that the device has been given."""
+    if slot.device.type == "cpu":
         return HostRow(slot.clone())
-    while len(_staged) >= MAX_STAGED:
-        _staged.popleft().synchronize()
-    device = slot.device
-    stream = _streams.get(device)
-    if stream is None:
-        stream = _streams[device] = torch.cuda.Stream(device)
-    staged = slot.clone()
-    stream.wait_stream(torch.cuda.current_stream(device))
-    host = torch.empty(slot.shape, dtype=slot.dtype, pin_memory=True)
-    event = torch.cuda.Event()
-    with torch.cuda.stream(stream):
-        host.copy_(staged, non_blocking=True)
-        staged.record_stream(stream)
-        event.record(stream)
-    _staged.append(event)
-    return HostRow(host, event)
+    return _staging.setdefault(slot.device, Staging()).copy(slot)

@@ -21,6 +21,7 @@ from lola_vllm.sessions.names import (
 from lola_vllm.sessions.orders import DISK, MEMORY, Copy
 from lola_vllm.sessions.store import NotStored, Session, SessionStore
 from lola_vllm.sessions.tiers import Stored
+from lola_vllm.sessions.upkeep import Operation
 
 Answer = dict[str, Any]
 
@@ -46,7 +47,7 @@ class SessionManager:
 
     METHODS = (
         "sessions", "show", "tokens", "fork", "rename", "pin", "delete", "clear", "files", "bring",
-        "stats",
+        "stats", "result",
     )  # fmt: skip
 
     def __init__(self, store: SessionStore) -> None:
@@ -73,10 +74,22 @@ class SessionManager:
         except OSError as error:
             return {"error": f"{type(error).__name__}: {error}", "kind": "unavailable"}
 
+    def result(self, operation: int) -> Any:
+        """What became of a rename, a pin or a deletion that was answered with its number.
+
+        Returns:
+            `{"operation": number}` while it is not over, else what the method answers.
+        """
+        found = self.store.upkeep.find(operation)
+        if found is None:
+            raise SessionError("not-found", f"operation = {operation}: there is none, or no longer")
+        return self._ended(found)
+
     def sessions(self, salt: str | None = None, everyone: bool = False) -> list[Answer]:
         """Sessions, the last used first; `everyone`: of all salts, for the operator."""
         store, hashed = self.store, salt_hash(salt)
         with store.lock:
+            store.expire()
             found = [
                 describe_session(key[1], session)
                 for key, session in store.sessions.items()
@@ -132,37 +145,49 @@ class SessionManager:
             states = store.lookup(Reference(old), salt_hash(salt))
             if (salt_hash(salt), new) in store.sessions:
                 raise SessionError("exists", f"to = {new!r}: there is such a session already")
-            for state in states:
-                store.rewrite(state, session=new)
-        return self.show(new, salt)
+            return self._ended(
+                store.rewrite(states, answer=lambda: self.show(new, salt), session=new)
+            )
 
     def pin(self, reference: str, pinned: bool = True, salt: str | None = None) -> Answer:
         """Keep the newest turn of a session, or the turn that is named, whatever is stored."""
-        store = self.store
+        store, session = self.store, parse_reference(reference).session
         with store.lock:
             states = self._turn(reference, salt)
             if pinned:
-                taken = sum(s.nbytes for s in store.states.values() if s.header.pinned)
-                taken += sum(s.nbytes for s in states if not s.header.pinned)
-                room = max(store.memory.budget, store.disk.budget)
-                if 2 * taken > room:
-                    raise SessionError(
-                        "unavailable",
-                        f"{taken} bytes would be pinned; at most half of {room} can be: unpin "
-                        "another, or raise the budget",
-                    )
-            for state in states:
-                if state.header.pinned != pinned:
-                    store.rewrite(state, pinned=pinned)
-        return self.show(parse_reference(reference).session, salt)
+                self._check_pin(states)
+            changing = [state for state in states if state.header.pinned != pinned]
+            return self._ended(
+                store.rewrite(changing, answer=lambda: self.show(session, salt), pinned=pinned)
+            )
+
+    def _check_pin(self, states: list[Stored]) -> None:
+        """Refuse a pin that would leave others no room.
+
+        Half of a budget can be pinned, and an owner may pin an equal share of this half.
+        """
+        owner = states[0].header.salt
+        for tier in (self.store.memory, self.store.disk):
+            new = sum(s.nbytes for s in states if not s.header.pinned and tier.needs(s))
+            everybody, own = tier.pinned() + new, tier.pinned(owner) + new
+            half = tier.budget // 2
+            share = half // max(1, tier.owners)
+            if new and (everybody > half or own > share):
+                raise SessionError(
+                    "unavailable",
+                    f"{everybody} bytes of {tier.name} would be pinned, {own} of them here; at "
+                    f"most half of {tier.budget} can be, and {share} here: unpin another, or "
+                    "raise the budget",
+                )
 
     def delete(self, reference: str, salt: str | None = None) -> Answer:
-        """Delete a session, or one of its turns: from memory and from the disk."""
+        """Delete a session, or one of its turns: from memory and from the disk.
+
+        It is over when the files are gone. A file that cannot be removed stays listed.
+        """
         with self.store.lock:
             states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
-            for state in states:
-                self.store.forget(state)
-        return {"deleted": len(states)}
+            return self._ended(self.store.delete(states, lambda: {"deleted": len(states)}))
 
     def clear(self) -> Answer:
         """Delete all sessions of this model, whoever they belong to, pinned ones too."""
@@ -216,7 +241,7 @@ class SessionManager:
             boundary=chain.boundary(n).hex(), fingerprint=store.fingerprint.to_dict(),
         )  # fmt: skip
         write_state(store.directory.files(header.id)[0], header, found.tokens, found.row)
-        store.refresh()
+        store.upkeep.refresh()
         return self.show(name, salt)
 
     def stats(self) -> Answer:
@@ -235,6 +260,19 @@ class SessionManager:
                 "seconds": {name: float(value) for name, value in store.seconds.items()},
                 "directory": None if store.directory is None else str(store.directory.path),
             }
+
+    def _ended(self, operation: Operation) -> Any:
+        """The answer of an operation, or its number while it is not over."""
+        if not operation.done:
+            return {"operation": operation.number}
+        if operation.error is not None:
+            raise SessionError(
+                "unavailable",
+                f"the directory cannot be changed, so all is as it was ({operation.error})"
+                if operation.before is not None
+                else f"what could not be removed is still listed ({operation.error})",
+            )
+        return operation.answer()
 
     def _turn(self, reference: str, salt: str | None) -> list[Stored]:
         """The states of a turn: the one that is named, else the newest."""

@@ -51,7 +51,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Copy:
-    """Keep a state under another header too: a fork, another name, a pin."""
+    """Keep a state under another header too: a fork."""
 
     source: str
     header: StateHeader
@@ -76,7 +76,8 @@ class Outcome:
     """What became of an order.
 
     Attributes:
-        event: "saved" or "loaded", each with the tier; "save-failed" or "load-failed".
+        event: "saved" or "loaded", each with the tier; "save-failed", "load-failed" or
+            "drop-failed".
         reason: why it failed, for people. fault: one of `FAULTS`, for counting.
         seconds: it took.
     """

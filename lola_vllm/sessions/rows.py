@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,6 +26,8 @@ from lola_vllm.sessions.host import HostRow, copy_to_host
 from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Drop, Load, Order, Outcome, Save
 
 logger = logging.getLogger("vllm.lola")
+
+_FAILED: dict[type, str] = {Load: "load-failed", Drop: "drop-failed"}
 
 
 class RowKeeper:
@@ -93,7 +94,7 @@ class RowKeeper:
         except Exception as error:  # of the device or of a file system
             logger.warning("LoLA sessions: %s: %s", type(order).__name__, error)
             request = getattr(order, "request", "")
-            event = "load-failed" if isinstance(order, Load) else "save-failed"
+            event = _FAILED.get(type(order), "save-failed")
             tier = DISK if isinstance(order, Drop) else MEMORY
             self._report(order_state(order), event, tier, error, request=request)
 
@@ -213,11 +214,13 @@ class RowKeeper:
         except Exception as error:
             self._report(order.header.id, "save-failed", DISK, error)
         finally:
-            self._copying.discard(order.header.id)  # a second copy replaces a file that is there
+            self._copying.discard(order.header.id)
 
     def _unlink(self, state: str) -> None:
-        with suppress(OSError):
-            self._path(state).unlink()
+        try:
+            self._path(state).unlink(missing_ok=True)
+        except OSError as error:
+            self._report(state, "drop-failed", DISK, error)
 
     # In the reader's thread.
 

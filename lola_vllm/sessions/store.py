@@ -6,7 +6,6 @@ the ranks (`orders.py`), which have the bytes (`rows.py`). It is safe to use fro
 
 from __future__ import annotations
 
-import heapq
 import logging
 import secrets
 import threading
@@ -17,17 +16,20 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lola_vllm.sessions.chain import Chain, PrefixIndex, Tokens, namespace
-from lola_vllm.sessions.directory import RESCAN_S, StateDirectory
+from lola_vllm.sessions.directory import StateDirectory
+from lola_vllm.sessions.expiry import Expiries
 from lola_vllm.sessions.file import StateHeader
 from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.sessions.names import AUTOMATIC, Reference, automatic_name
-from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Drop, Load, Order, Outcome, Save
+from lola_vllm.sessions.orders import DISK, MEMORY, Drop, Load, Order, Outcome, Save
 from lola_vllm.sessions.settings import StoreSettings
 from lola_vllm.sessions.tiers import SessionKey, Stored, Tier
+from lola_vllm.sessions.upkeep import Operation, Upkeep
 
 logger = logging.getLogger("vllm.lola")
 
 WARN_S = 60.0
+TOKEN_BYTES = 4  # of a token id, in memory and in files
 
 
 class NotStored(LookupError):
@@ -88,18 +90,18 @@ class SessionStore:
         self._warned: dict[str, float] = {}
         self._index = PrefixIndex()
         self._orders: list[Order] = []
-        self._expiring: list[tuple[float, str]] = []
-        self._dropped: set[str] = set()  # whose files are about to go
+        self._expiries = Expiries(self.states)
+        self.dropped: set[str] = set()  # whose files are about to go
+        self._asked = False  # for outcomes
+        self.wake: Callable[[], object] = lambda: None  # has an idle engine take the orders
         self.directory: StateDirectory | None = None
-        self._stop = threading.Event()
         if settings.directory is not None:
             self.directory = StateDirectory(settings.directory, fingerprint, ranks)
-            self.refresh()
-            threading.Thread(target=self._watch, name="lola-state-directory", daemon=True).start()
+        self.upkeep = Upkeep(self)
 
     def close(self) -> None:
-        """Stop looking at the directory."""
-        self._stop.set()
+        """Finish what waits, and stop looking at the directory."""
+        self.upkeep.close()
 
     # What a request needs.
 
@@ -110,7 +112,7 @@ class SessionStore:
     def find(self, chain: Chain, longest: int) -> Stored | None:
         """The stored state that covers most of the first `longest` tokens of a text."""
         with self.lock:
-            self._expire()
+            self.expire()
             for state in self._index.prefixes(chain, longest):
                 return self.states[state]
         return None
@@ -145,7 +147,7 @@ class SessionStore:
             NotStored: there is no such session or turn.
         """
         with self.lock:
-            self._expire()
+            self.expire()
             session = self.sessions.get((salt, reference.session))
             if session is None:
                 raise NotStored(f"nothing is stored under {reference.session!r}")
@@ -209,9 +211,10 @@ class SessionStore:
                 if not named or there.session == turn.session:
                     self._use(there)
                     if tail and there.session == turn.session:
-                        self.rewrite(there, kind=kind, tail=list(tail))
+                        # What was said is so, also where the file cannot be told of it.
+                        self.rewrite([there], undo=False, kind=kind, tail=list(tail))
                     return there, False
-            nbytes = self.row_bytes * self.ranks
+            nbytes = self.state_bytes(num_tokens)
             tiers = [tier for tier in (self.memory, self.disk) if tier.fits(nbytes)]
             if not tiers:
                 raise NotStored(
@@ -259,17 +262,27 @@ class SessionStore:
                 keep = MEMORY in state.tiers
             self._orders.append(Load(state.header, slot, request, keep))
 
+    def state_bytes(self, num_tokens: int) -> int:
+        """Bytes of a state after n tokens: pages and token ids, of all ranks."""
+        return self.ranks * (self.row_bytes + TOKEN_BYTES * num_tokens)
+
     # Between the store and the ranks.
 
     @property
     def has_orders(self) -> bool:
-        """Whether orders wait for the ranks."""
-        return bool(self._orders)
+        """Whether orders wait for the ranks, or their outcomes are asked for."""
+        return bool(self._orders) or self._asked
+
+    def ask_for_outcomes(self) -> None:
+        """Have the ranks report soon, though there is nothing else to do."""
+        self._asked = True
+        self.wake()
 
     def take_orders(self) -> list[Order]:
         """The orders since the last call, for every rank to carry out in this order."""
         with self.lock:
-            self._expire()
+            self.expire()
+            self._asked = False
             orders, self._orders = self._orders, []
             return orders
 
@@ -292,9 +305,11 @@ class SessionStore:
                     continue
                 self.failures[outcome.fault] += 1
                 self._warn(outcome)
-                if state is None:
+                if outcome.event == "drop-failed":
+                    self.upkeep.remove_later(outcome.state)
+                elif state is None:
                     continue
-                if outcome.event == "save-failed" and outcome.tier == DISK:
+                elif outcome.event == "save-failed" and outcome.tier == DISK:
                     self._leave(state, self.disk)
                 else:
                     # A file that cannot be read may be another server's business, or come back.
@@ -321,8 +336,7 @@ class SessionStore:
                 bytes.fromhex(header.boundary), header.num_tokens, bytes.fromhex(header.key),
                 state.id,
             )  # fmt: skip
-            if header.expires is not None:
-                heapq.heappush(self._expiring, (header.expires, state.id))
+            self._expiries.add(state)
             self.version += 1
             for tier in tiers:
                 tier.add(state)
@@ -334,17 +348,42 @@ class SessionStore:
         with self.lock:
             tokens = self._tokens.get(state.id)
             tiers = [tier for tier in (self.memory, self.disk) if tier.remove(state)]
-            self._unlist(state)
+            self.unlist(state)
             state.header = replace(state.header, **fields)  # type: ignore[arg-type]
             self.add(state, tiers, tokens)
 
-    def rewrite(self, state: Stored, **fields: object) -> None:
-        """`change`, also in the state's file."""
+    def rewrite(
+        self,
+        states: list[Stored],
+        undo: bool = True,
+        answer: Callable[[], object] = dict,
+        **fields: object,
+    ) -> Operation:
+        """`change`, also in the states' files, soon.
+
+        Args:
+            undo: whether a change that the files cannot take is taken back.
+            answer: what is to be told at the end.
+
+        """
         with self.lock:
-            self.change(state, **fields)
-            if DISK in state.tiers:
-                tokens, memory = self.tokens(state), MEMORY in state.tiers
-                self._orders.append(Copy(state.id, state.header, tokens, memory, True))
+            before = {state.id: state.header for state in states}
+            operation = Operation(states, answer, before, dict(fields), undo)
+            for state in states:
+                self.change(state, **fields)
+            self.upkeep.submit(operation, any(DISK in state.tiers for state in states))
+            return operation
+
+    def delete(self, states: list[Stored], answer: Callable[[], object]) -> Operation:
+        """Drop states everywhere and for good, those with files once these are gone."""
+        with self.lock:
+            there = [state for state in states if DISK in state.tiers]
+            for state in states:
+                if DISK not in state.tiers:
+                    self.forget(state)
+            operation = Operation(there, answer)
+            self.upkeep.submit(operation, bool(there))
+            return operation
 
     def forget(self, state: Stored, keep_file: bool = False) -> None:
         """Drop a state everywhere."""
@@ -355,38 +394,11 @@ class SessionStore:
                         tier.remove(state)
                     else:
                         self._leave(state, tier, last=False)
-            self._unlist(state)
+            self.unlist(state)
 
     def tokens(self, state: Stored) -> Tokens | None:
         """The tokens of a state that is not yet in a file; None where only its file has them."""
         return self._tokens.get(state.id)
-
-    def refresh(self) -> None:
-        """Learn what other servers stored in the directory, and what they removed."""
-        if self.directory is None:
-            return
-        with self.lock:
-            settled = {i for i, s in self.disk.states.items() if len(s.written) == self.ranks}
-            known = set(self.states) | self._dropped
-        scan = self.directory.scan(known)
-        if scan is None:
-            return
-        with self.lock:
-            for reason, _ in scan.refused.values():
-                self.failures[reason] += 1
-            for gone in settled - scan.there:
-                state = self.states.get(gone)
-                if state is not None and DISK in state.tiers:
-                    self.disk.remove(state)
-                    if not state.tiers:
-                        self._unlist(state)
-            self._dropped &= scan.there
-            for header, used in sorted(scan.new, key=lambda found: found[1]):
-                if header.id not in self.states and header.id not in self._dropped:
-                    state = Stored(header, self.row_bytes * self.ranks, used)
-                    state.written.update(range(self.ranks))
-                    self.add(state, [self.disk])
-                    self.counts["adopted"] += 1
 
     def _warn(self, outcome: Outcome) -> None:
         """Log a failure, of each fault one per minute; the metrics count all."""
@@ -399,10 +411,10 @@ class SessionStore:
             outcome.event, outcome.state, outcome.tier, outcome.reason,
         )  # fmt: skip
 
-    def _watch(self) -> None:
-        while not self._stop.wait(RESCAN_S):
-            if self.directory is not None and self.directory.changed():
-                self.refresh()
+    def count_failure(self, fault: str) -> None:
+        """Count a failure that no outcome tells of."""
+        with self.lock:
+            self.failures[fault] += 1
 
     def _use(self, state: Stored) -> None:
         state.used = self.clock()
@@ -428,9 +440,9 @@ class SessionStore:
         if tier.remove(state):
             self._orders.append(Drop(state.id, tier.name))
             if tier is self.disk:
-                self._dropped.add(state.id)
+                self.dropped.add(state.id)
         if last and not state.tiers:
-            self._unlist(state)
+            self.unlist(state)
         else:
             self._release_tokens(state)
 
@@ -438,7 +450,8 @@ class SessionStore:
         if MEMORY not in state.tiers and len(state.written) == self.ranks:
             self._tokens.pop(state.id, None)
 
-    def _unlist(self, state: Stored) -> None:
+    def unlist(self, state: Stored) -> None:
+        """A state has no place any more."""
         if self.states.pop(state.id, None) is None:
             return
         header = state.header
@@ -452,11 +465,12 @@ class SessionStore:
             del self.sessions[state.session]
         self.version += 1
 
-    def _expire(self) -> None:
-        now = self.clock()
-        while self._expiring and self._expiring[0][0] <= now:
-            expires, name = heapq.heappop(self._expiring)
-            state = self.states.get(name)
-            if state is not None and state.header.expires == expires:
+    def expire(self) -> list[str]:
+        """Let states go whose time is over; those of them that had a file."""
+        with self.lock:
+            over = self._expiries.take(self.clock())
+            with_file = [state.id for state in over if DISK in state.tiers]
+            for state in over:
                 self.counts["expired"] += 1
                 self.forget(state)
+            return with_file

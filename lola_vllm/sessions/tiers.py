@@ -2,17 +2,24 @@
 
 Superseded states go first, the least recently used before the others. Then whole sessions go, again
 the least recently used first: half a conversation is of no use. What is pinned stays.
+
+Owners (the hashes of salts) share a budget equally. An owner within its share loses nothing to the
+others unless it was idle for a day. So nobody can push everybody else out.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lola_vllm.sessions.file import StateHeader
+from lola_vllm.sessions.orders import DISK, MEMORY
 
 SessionKey = tuple[str, str]  # hash of the salt, name
+
+# After so many seconds without use an owner's states make room for others.
+IDLE_S = 86_400.0
 
 
 @dataclass(eq=False)
@@ -21,7 +28,7 @@ class Stored:
 
     Attributes:
         tiers: where it is, or will be once the orders for it are carried out.
-        nbytes: of all ranks together. used: seconds since 1970.
+        nbytes: of all ranks together, pages and token ids. used: seconds since 1970.
         superseded: whether its session has gone on from it.
         written: ranks whose files are complete.
     """
@@ -58,6 +65,26 @@ class Tier:
         self.states: dict[str, Stored] = {}
         self._superseded: OrderedDict[str, Stored] = OrderedDict()
         self._sessions: OrderedDict[SessionKey, dict[str, Stored]] = OrderedDict()
+        self._owned: Counter[str] = Counter()  # bytes by owner
+        self._used: dict[str, float] = {}  # when an owner's states were last used
+        self._now = 0.0  # the newest of these
+
+    @property
+    def owners(self) -> int:
+        """Owners that have states here."""
+        return len(self._owned)
+
+    def pinned(self, owner: str | None = None) -> int:
+        """Bytes that are pinned, of all owners or of one."""
+        return sum(
+            state.nbytes
+            for state in self.states.values()
+            if self._stays(state) and owner in (None, state.header.salt)
+        )
+
+    def needs(self, state: Stored) -> bool:
+        """Whether a state would stay here if it were pinned; from memory it may go to its file."""
+        return state.id in self.states and not (self.name == MEMORY and DISK in state.tiers)
 
     def fits(self, nbytes: int) -> bool:
         """Whether a state of this size can be here at all."""
@@ -70,6 +97,7 @@ class Tier:
         self.states[state.id] = state
         state.tiers.add(self.name)
         self.nbytes += state.nbytes
+        self._owned[state.header.salt] += state.nbytes
         self._sessions.setdefault(state.session, {})[state.id] = state
         self.touch(state)
 
@@ -79,6 +107,10 @@ class Tier:
             return False
         state.tiers.discard(self.name)
         self.nbytes -= state.nbytes
+        owner = state.header.salt
+        self._owned[owner] -= state.nbytes
+        if not self._owned[owner]:
+            del self._owned[owner], self._used[owner]
         self._superseded.pop(state.id, None)
         session = self._sessions[state.session]
         del session[state.id]
@@ -91,6 +123,9 @@ class Tier:
         if state.id not in self.states:
             return
         self._sessions.move_to_end(state.session)
+        owner = state.header.salt
+        self._used[owner] = max(state.used, self._used.get(owner, 0.0))
+        self._now = max(self._now, state.used)
         if state.superseded:
             self._superseded[state.id] = state
             self._superseded.move_to_end(state.id)
@@ -110,12 +145,31 @@ class Tier:
             yield from leaving
 
     def _next(self, keep: SessionKey | None) -> list[Stored]:
+        for leaves in (self._is_over_share, lambda owner: True):
+            found = self._first(keep, [owner for owner in self._owned if leaves(owner)])
+            if found:
+                return found
+        return []
+
+    def _stays(self, state: Stored) -> bool:
+        return state.header.pinned and self.needs(state)
+
+    def _is_over_share(self, owner: str) -> bool:
+        """Whether an owner's states make room for others."""
+        idle = self._now - self._used[owner] > IDLE_S
+        return idle or self._owned[owner] * len(self._owned) > self.budget
+
+    def _first(self, keep: SessionKey | None, owners: Iterable[str]) -> list[Stored]:
+        """The states of some owners that leave first."""
+        leaving = frozenset(owners)
         for state in self._superseded.values():
-            if not state.header.pinned:
+            if not self._stays(state) and state.header.salt in leaving:
                 return [state]
         last = []
         for session, states in self._sessions.items():
-            free = [state for state in states.values() if not state.header.pinned]
+            if session[0] not in leaving:
+                continue
+            free = [state for state in states.values() if not self._stays(state)]
             if free and session == keep:
                 last = sorted(free, key=lambda state: state.used)[:1]
             elif free:

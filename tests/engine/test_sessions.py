@@ -86,7 +86,7 @@ def test_names_forks_salts_and_what_is_said(tiny, cold):
     with engine(tiny, **BASE, **store_options()) as llm:
         told = told_of(llm, cold.text, save="agent-7")
         assert (told["session"], told["turn"], told["restored_tokens"]) == ("agent-7", 1, 0)
-        assert told["bytes"] == state_manager(llm).spec.page_size_bytes
+        assert told["bytes"] == state_manager(llm).spec.page_size_bytes + 4 * told["tokens"]
         tokens, told = ask(llm, whole + cold.tail, from_="agent-7", save="agent-7")
         assert tokens == cold(whole + cold.tail)
         assert (told["turn"], told["restored_tokens"], told["reason"]) == (2, len(whole) - 1, None)

@@ -77,10 +77,22 @@ class Server:
                 keeper._reader.submit(int).result()
                 keeper._writer.submit(int).result()
             more = self.step()
-            if not more and not self.store.has_orders:
+            if not more and not self.store.has_orders and self.store.upkeep.idle:
                 return found
             found += more
         raise TimeoutError("the store does not settle")
+
+    def ask(self, method: str, **arguments: Any) -> Any:
+        """What a method of the manager answers in the end, as a route would be told."""
+        answer = self.manager.call(method, arguments)
+        deadline = time.monotonic() + 20
+        while isinstance(answer, dict) and "operation" in answer:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{method} does not end")
+            time.sleep(0.005)
+            self.step()
+            answer = self.manager.call("result", answer)
+        return answer
 
     def say(
         self, tokens: list[int], session: str | None = None, *, kind: str = "answer", **kwargs: Any
@@ -118,6 +130,11 @@ class Server:
         for keeper in self.keepers:
             keeper.close()
         self.store.close()
+
+
+def size_of(num_tokens: int) -> int:
+    """Bytes of a state on one rank."""
+    return ROW + 4 * num_tokens
 
 
 def row_of(tokens: list[int], rank: int = 0) -> torch.Tensor:

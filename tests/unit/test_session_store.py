@@ -15,9 +15,10 @@ from lola_vllm.sessions import (
     parse_reference,
 )
 from lola_vllm.sessions.chain import SPAN, salt_hash
+from lola_vllm.sessions.directory import DELETED
 from lola_vllm.sessions.file import read_header
 from lola_vllm.sessions.settings import parse_bytes
-from tests.support.sessions import FINGERPRINT, ROW, Server, row_of
+from tests.support.sessions import FINGERPRINT, ROW, Server, row_of, size_of
 
 TEXT = list(range(1000, 1700))
 
@@ -121,10 +122,10 @@ def test_names_turns_forks_and_deletion(server):
         for state in server.store.lookup(parse_reference("agent-8@1")):
             server.store.directory.files(state.id)[0].unlink()
         assert manager.call("tokens", {"reference": "agent-8@1"})["kind"] == "not-found"
-    manager.delete("agent-8@3")
-    with pytest.raises(NotStored, match=r"turn 3.*1, 2"):
+    server.ask("delete", reference="agent-8@3")
+    with pytest.raises(NotStored, match=r"turn 3 .* these are: (1, )?2$"):
         ask("agent-8@3")
-    manager.delete("agent-8")
+    server.ask("delete", reference="agent-8")
     server.settle()
     assert [one["session"] for one in manager.sessions()] == ["twig"]
     assert server.restore(TEXT) == 200
@@ -155,19 +156,22 @@ def assert_empty(server):
     assert not store.memory._sessions and not store.disk._superseded
     assert all(keeper.num_rows == keeper.num_waiting == 0 for keeper in server.keepers)
     if store.directory is not None:
-        assert os.listdir(store.directory.path) == []
+        left = [n for n in os.listdir(store.directory.path) if not n.endswith(DELETED)]
+        assert left == []
+    assert store.memory.owners == store.disk.owners == 0
+    assert not store.memory._used and not store.disk._used
 
 
 @pytest.mark.parametrize(("memory", "disk"), [(100, None), (0, 100), (40, 100), (100, 40)])
 def test_ten_thousand_sessions_through_a_budget_of_a_hundred(tmp_path, memory, disk):
     directory = None if disk is None else tmp_path
-    server = Server(directory, memory * ROW, (disk or 0) * ROW)
+    server = Server(directory, memory * size_of(4), (disk or 0) * size_of(4))
     count = 10_000 if disk is None else 1_000  # files take their time
     most = max(memory, disk or 0)
     for i in range(count):
         server.say([i, 1, 2, 3])
-        assert server.store.memory.nbytes <= memory * ROW
-        assert server.store.disk.nbytes <= (disk or 0) * ROW
+        assert server.store.memory.nbytes <= memory * size_of(4)
+        assert server.store.disk.nbytes <= (disk or 0) * size_of(4)
         if disk is not None and i % 50 == 0:
             server.settle()
     server.settle()
@@ -185,7 +189,7 @@ def test_ten_thousand_sessions_through_a_budget_of_a_hundred(tmp_path, memory, d
 
 
 def test_superseded_turns_leave_before_whole_sessions_and_pins_stay():
-    server = Server(memory=4 * ROW)
+    server = Server(memory=4 * size_of(40))
     server.say(TEXT[:10], "old")
     server.say(TEXT[:20], "chat")
     server.say(TEXT[:30], "chat")
@@ -208,7 +212,7 @@ def test_superseded_turns_leave_before_whole_sessions_and_pins_stay():
 
 def test_a_state_that_fits_no_budget_is_not_stored():
     server = Server(memory=ROW - 1)
-    with pytest.raises(NotStored, match=f"takes {ROW} bytes"):
+    with pytest.raises(NotStored, match=f"takes {size_of(10)} bytes"):
         server.say(TEXT[:10])
     assert_empty(server)
 
@@ -250,32 +254,30 @@ def test_two_servers_share_a_directory(tmp_path):
     one.say(TEXT[:100], "a")
     two.say(TEXT[:200], "b")
     one.settle(), two.settle()
-    one.store.refresh(), two.store.refresh()
+    one.store.upkeep.refresh(), two.store.upkeep.refresh()
     assert one.restore(TEXT) == two.restore(TEXT) == 200
-    one.manager.delete("b")
-    one.settle()
+    one.ask("delete", reference="b")
     assert two.restore(TEXT) == 0  # the file is gone, which costs one look
     assert two.store.failures == {"missing": 1}
     assert two.restore(TEXT) == 100
-    two.manager.delete("a")
-    two.settle()
-    one.store.refresh()
+    two.ask("delete", reference="a")
+    one.store.upkeep.refresh()
     assert one.store.states == {}
     one.close(), two.close()
 
 
 def test_a_directory_over_budget_loses_what_no_server_used(tmp_path):
-    one, two = Server(tmp_path, memory=0, disk=3 * ROW), Server(tmp_path, memory=0, disk=3 * ROW)
+    one, two = (Server(tmp_path, memory=0, disk=3 * size_of(10)) for _ in range(2))
     for n in (1, 2, 3):
         one.say([n] * 10)
         one.settle()
-    two.store.refresh()
+    two.store.upkeep.refresh()
     assert two.restore([1] * 11) == 10
     for state in two.store.states.values():  # files have times of whole clocks, tests do not
         state.used = float(state.used)
     two.say([4] * 10)
     two.settle()
-    one.store.refresh()
+    one.store.upkeep.refresh()
     assert len(one.store.states) == 3
     assert one.restore([4] * 11) == one.restore([1] * 11) == 10
     one.close(), two.close()
@@ -321,7 +323,7 @@ def test_a_directory_that_vanishes_loses_nothing_in_memory(tmp_path):
     server.settle()
     assert server.store.failures == {"io": 1}
     assert server.restore(TEXT) == 200 and server.restore(TEXT[:150]) == 100
-    server.store.refresh()
+    server.store.upkeep.refresh()
     assert server.restore(TEXT) == 200
     (tmp_path / "elsewhere").rename(server.store.directory.path)
     server.say(TEXT[:300])
@@ -334,7 +336,7 @@ def test_a_directory_that_vanishes_loses_nothing_in_memory(tmp_path):
 def test_a_slow_disk_does_not_fill_the_memory(tmp_path, monkeypatch):
     from lola_vllm.sessions import rows
 
-    server, gate = Server(tmp_path, memory=3 * ROW), threading.Event()
+    server, gate = Server(tmp_path, memory=3 * size_of(10)), threading.Event()
     server.keepers[0].max_waiting = 5
     write = rows.write_state
     monkeypatch.setattr(rows, "write_state", lambda *args: (gate.wait(20), write(*args))[1])
@@ -380,7 +382,7 @@ def test_threads_use_a_store_at_once(tmp_path):
                 server.manager.call("fork", {"reference": "s-1", "to": f"fork-{i}"})
                 server.manager.call("pin", {"reference": f"fork-{i}"})
                 server.manager.call("delete", {"reference": f"fork-{i - 5}"})
-                server.store.refresh()
+                server.store.upkeep.refresh()
         except Exception as error:
             faults.append(error)
 
@@ -455,7 +457,7 @@ def test_what_was_said_after_a_state_is_kept_with_it(server):
         server.store.chain(TEXT[:80]), 80, "answer", 1, tail=[7],
     )  # fmt: skip
     server.settle()
-    server.store.refresh()
+    server.store.upkeep.refresh()
     told = server.manager.tokens("short")
     assert (told["tokens"], told["tail"], told["kind"]) == (TEXT[:80], [7], "answer")
     assert server.restore([*TEXT[:80], 7, 8]) == 80
