@@ -32,6 +32,8 @@ from lola_vllm.sessions.fingerprint import Fingerprint
 logger = logging.getLogger("vllm.lola")
 
 RESCAN_S = 1.0
+# Scans of a large directory take at most about this share of the time.
+SCAN_SHARE = 0.05
 DELETED = ".deleted"
 # For so long the mark of a deletion stays: longer than any write takes.
 DELETED_S = 3600.0
@@ -77,6 +79,7 @@ class StateDirectory:
         self._refused: dict[str, int] = {}
         self._inodes: dict[str, int] = {}  # of the files whose headers were read
         self._stamp: int | None = None
+        self._rests_until = 0.0
         self._lock = threading.Lock()
 
     def files(self, state: str) -> list[Path]:
@@ -84,7 +87,12 @@ class StateDirectory:
         return [self.path / file_name(state, rank, self.ranks) for rank in range(self.ranks)]
 
     def changed(self) -> bool:
-        """Whether a file came or went since the last scan; False where the directory is gone."""
+        """Whether a file came or went since the last scan; False where the directory is gone.
+
+        False also shortly after a scan that took long, so that scans take a small share of a core.
+        """
+        if time.monotonic() < self._rests_until:
+            return False
         try:
             return self.path.stat().st_mtime_ns != self._stamp
         except OSError:
@@ -96,6 +104,7 @@ class StateDirectory:
         Args:
             known: states whose headers are read again only where their file is another one.
         """
+        began = time.monotonic()
         with self._lock:
             try:
                 stamp = self.path.stat().st_mtime_ns
@@ -112,7 +121,8 @@ class StateDirectory:
                 if parts is None or parts[1] != 0 or parts[2] != self.ranks:
                     continue
                 state = parts[0]
-                if not all(path.name in inodes for path in self.files(state)):
+                names = (file_name(state, rank, self.ranks) for rank in range(1, self.ranks))
+                if not all(other in inodes for other in names):
                     continue
                 if state in found.deleted:  # it was being written, or could not be removed
                     with suppress(OSError):
@@ -123,6 +133,7 @@ class StateDirectory:
                     found.there.add(state)
             self._forget_deletions(found.deleted)
             self._stamp = stamp
+            self._rests_until = time.monotonic() + (time.monotonic() - began) / SCAN_SHARE
         return found
 
     def use(self, state: str) -> None:
