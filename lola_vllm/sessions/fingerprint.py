@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lola_vllm.checkpoint.files import CheckpointError, weight_files
 from lola_vllm.config import LolaLlamaConfig
@@ -27,8 +27,13 @@ _CONFIG_FIELDS = (
 )  # fmt: skip
 # Keys of lola_config that came after the first files of this format.
 _LATER_KEYS = ("sparse_dtype", "score_fade", "score_fade_rebases", "fold_ahead", "far_zone_start")
-# So many pieces are read of every tensor: reading all of a large checkpoint may take a minute.
-_PIECES, _PIECE_BYTES = 4, 4096
+# A checkpoint up to this size is read whole, in a second. Of a larger one, which may take minutes,
+# each tensor shows so many pieces at even distances: a change of more than 1/256 of it in one place
+# is seen, and scattered changes of single rows may not be.
+_WHOLE_BYTES = 2**30
+_PIECES, _PIECE_BYTES = 256, 4096
+_READ_BYTES = 2**20
+_ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
@@ -136,19 +141,25 @@ def model_fingerprint(
 
 
 def adapter_fingerprint(name: str, path: str) -> str:
-    """Name and digest of an adapter's weights.
+    """Name and digest of an adapter: its weights, and the config that says how they are applied.
 
     Raises:
-        CheckpointError: the directory holds no readable weights.
+        CheckpointError: the directory holds no readable weights, or no readable config.
     """
-    return f"{name}:{tensor_digest(Path(path))}"
+    directory = Path(path)
+    config = directory / _ADAPTER_CONFIG
+    weights = tensor_digest(directory)
+    if not config.is_file():
+        raise CheckpointError(f"{directory}: no {_ADAPTER_CONFIG}, so its states cannot be told")
+    return f"{name}:{_adapter_digest(weights, _stamp(config))}"
 
 
 def tensor_digest(directory: Path) -> str:
-    """A digest of a directory's safetensors files.
+    """A digest of a directory's safetensors files, the same on every machine.
 
-    Names, shapes and places of all tensors count, and of each tensor `_PIECES` pieces of its bytes.
-    Reading all of a large checkpoint at every start would take minutes.
+    Names, shapes and places of all tensors count, and the files' bytes: all of them up to
+    `_WHOLE_BYTES`, else `_PIECES` pieces of each tensor. Times of change are not part of it, as a
+    copy has others. They only say that a file need not be read again in this process.
 
     Raises:
         CheckpointError: there are none, or one is damaged.
@@ -156,22 +167,34 @@ def tensor_digest(directory: Path) -> str:
     files = weight_files(directory)
     if not files:
         raise CheckpointError(f"{directory}: no safetensors files, so its states cannot be told")
-    stamps = []
-    for file in files:
-        stat = file.stat()
-        stamps.append((str(file), stat.st_size, stat.st_mtime_ns))
-    return _digest_of(tuple(stamps))
+    return _digest_of(tuple(map(_stamp, files)))
+
+
+class _Stamp(NamedTuple):
+    """A file as it is now; `ctime` also tells of a change that put the old `mtime` back."""
+
+    path: str
+    size: int
+    mtime: int
+    ctime: int
+    inode: int
+
+
+def _stamp(path: Path) -> _Stamp:
+    stat = path.stat()
+    return _Stamp(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 @lru_cache(maxsize=64)
-def _digest_of(stamps: tuple[tuple[str, int, int], ...]) -> str:
+def _digest_of(files: tuple[_Stamp, ...]) -> str:
     found = hashlib.blake2b(digest_size=16)
-    for name, size, _ in stamps:
-        path = Path(name)
+    whole = sum(file.size for file in files) <= _WHOLE_BYTES
+    for stamp in files:
+        path = Path(stamp.path)
         with path.open("rb") as file:
             head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            text = file.read(min(length, size))
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else stamp.size
+            text = file.read(min(length, stamp.size))
             try:
                 header = json.loads(text)
                 places = sorted(v["data_offsets"] for k, v in header.items() if k[:2] != "__")
@@ -180,12 +203,25 @@ def _digest_of(stamps: tuple[tuple[str, int, int], ...]) -> str:
             found.update(path.name.encode())
             header.pop("__metadata__", None)
             found.update(json.dumps(header, sort_keys=True).encode())
+            if whole:
+                while piece := file.read(_READ_BYTES):
+                    found.update(piece)
+                continue
             for start, end in places:
-                step = max(_PIECE_BYTES, (end - start) // _PIECES)
+                step = max(_PIECE_BYTES, -(-(end - start) // _PIECES))
                 for at in range(start, end, step):
                     file.seek(8 + length + at)
                     found.update(file.read(min(_PIECE_BYTES, end - at)))
     return found.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _adapter_digest(weights: str, config: _Stamp) -> str:
+    try:
+        fields = json.loads(Path(config.path).read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{config.path}: not valid JSON ({error})") from None
+    return _short([weights, fields])
 
 
 def _cached(model: str) -> str:
