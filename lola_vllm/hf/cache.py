@@ -28,6 +28,7 @@ from lola_vllm.ops.places import Turn
 from lola_vllm.sessions.chain import Chain, namespace, token_array
 from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
 from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
+from lola_vllm.sessions.names import check_name
 from lola_vllm.state import LayerLayout, SequenceLayout
 
 
@@ -219,6 +220,7 @@ class LolaCache(Cache):
 
         Raises:
             LolaModelError: the cache is empty, or the row has seen another number of tokens.
+            SessionNameError: `session` is no name that a session can have.
             CheckpointError: the model's weights are in no directory, so the state would fit none.
             OSError: the file cannot be written.
         """
@@ -233,7 +235,7 @@ class LolaCache(Cache):
         chain = Chain(namespace(fingerprint.key), ids)
         header = StateHeader(
             id=secrets.token_hex(16),
-            session=session,
+            session=check_name(session),
             turn=1,
             kind="answer",
             num_tokens=n,

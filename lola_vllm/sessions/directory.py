@@ -19,15 +19,14 @@ from pathlib import Path
 from lola_vllm.sessions.file import (
     StateFileError,
     StateHeader,
-    aside,
     file_name,
     parse_name,
     read_header,
     read_state,
-    remove_partials,
     write_state,
 )
 from lola_vllm.sessions.fingerprint import Fingerprint
+from lola_vllm.sessions.partial import aside, is_partial, remove_partials
 
 logger = logging.getLogger("vllm.lola")
 
@@ -47,7 +46,7 @@ class Scan:
         there: states whose files are complete, of all ranks. new: those of them that were not
             known, with the time of their last use. changed: new headers of those that were known.
             deleted: states that somebody deleted. refused: file name -> (reason, text) of new
-            files that cannot be used.
+            files that cannot be used. partials: what killed writers left, which is removed.
     """
 
     there: set[str] = field(default_factory=set)
@@ -55,6 +54,7 @@ class Scan:
     changed: list[StateHeader] = field(default_factory=list)
     deleted: set[str] = field(default_factory=set)
     refused: dict[str, tuple[str, str]] = field(default_factory=dict)
+    partials: int = 0
 
 
 class StateDirectory:
@@ -75,7 +75,6 @@ class StateDirectory:
         self.path.chmod(0o700)
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise PermissionError(f"{self.path}: cannot be written to")
-        remove_partials(self.path)
         self._refused: dict[str, int] = {}
         self._inodes: dict[str, int] = {}  # of the files whose headers were read
         self._stamp: int | None = None
@@ -115,6 +114,8 @@ class StateDirectory:
                 return None
             found = Scan()
             found.deleted = {n.removesuffix(DELETED) for n in inodes if n.endswith(DELETED)}
+            if any(map(is_partial, inodes)):
+                found.partials = remove_partials(self.path)
             self._inodes = {name: i for name, i in self._inodes.items() if name in inodes}
             for name in sorted(inodes):
                 parts = parse_name(name)

@@ -13,26 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import socket
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lola_vllm.sessions.chain import Chain, Tokens, namespace, token_array
 from lola_vllm.sessions.fingerprint import Fingerprint
+from lola_vllm.sessions.header import StateHeader as StateHeader
+from lola_vllm.sessions.partial import write_aside
 
 FORMAT, VERSION = "lola-state", "1"
 SUFFIX = ".lola.safetensors"
 _NAME = re.compile(r"([0-9a-f]{32})\.(\d{1,4})of(\d{1,4})" + re.escape(SUFFIX))
-_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:64]
 
 
 class StateFileError(Exception):
@@ -47,69 +46,6 @@ class StateFileError(Exception):
         super().__init__(f"{path.name}: {text}")
         self.reason = reason
         self.text = text
-
-
-@dataclass(frozen=True)
-class StateHeader:
-    """What a file says of its state.
-
-    Attributes:
-        id: 32 hex digits. session, turn: whose turn it is. kind: "prompt" or "answer": the text at
-            whose end it was taken.
-        num_tokens: n. key, boundary: hex, as in `chain.py`.
-        fingerprint: as `Fingerprint.to_dict`. adapter: empty where none was used. salt: hash.
-        created, expires: seconds since 1970. parent: id of the state it continues.
-        pinned: whether it stays whatever else is stored.
-        tail: tokens that were said after the n: the last one of an answer is sampled, and the model
-            does not read it unless the text goes on.
-        rank, ranks: which part of the state the file has, of how many.
-    """
-
-    id: str
-    session: str
-    turn: int
-    kind: str
-    num_tokens: int
-    key: str
-    boundary: str
-    fingerprint: dict[str, str] = field(repr=False)
-    adapter: str = ""
-    salt: str = ""
-    created: float = 0.0
-    expires: float | None = None
-    parent: str | None = None
-    pinned: bool = False
-    tail: list[int] = field(default_factory=list)
-    rank: int = 0
-    ranks: int = 1
-
-    def to_json(self) -> str:
-        """As it is stored."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> StateHeader:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: a field is missing, unknown or of another type.
-        """
-        values = json.loads(text)
-        if not isinstance(values, dict) or set(values) != {f.name for f in fields(cls)}:
-            raise ValueError("the fields are not those of a state")
-        header = cls(**values)
-        for name, kinds in _TYPES.items():
-            if not isinstance(values[name], kinds) or isinstance(values[name], bool):
-                raise ValueError(f"{name} = {values[name]!r}")
-        return header
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("id", "session", "kind", "key", "boundary", "adapter", "salt"), (str,)),
-    **dict.fromkeys(("turn", "num_tokens", "rank", "ranks"), (int,)),
-    "created": (int, float), "expires": (int, float, type(None)), "parent": (str, type(None)),
-    "fingerprint": (dict,), "tail": (list,),
-}  # fmt: skip
 
 
 class State(NamedTuple):
@@ -136,9 +72,10 @@ def write_state(path: Path, header: StateHeader, tokens: Tokens, row: NDArray[np
 
     Raises:
         OSError: it cannot be written, because the disk is full or the directory is gone.
+        ValueError: a field of the header has a value that nobody would read.
     """
     text = header.to_json()
-    tokens = token_array(tokens)
+    tokens, row = token_array(tokens), np.ascontiguousarray(row)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -146,27 +83,7 @@ def write_state(path: Path, header: StateHeader, tokens: Tokens, row: NDArray[np
         "header_checksum": hashlib.sha256(text.encode()).hexdigest(),
         "checksum": _checksum(text, tokens, row),
     }
-    partial = aside(path)
-    try:
-        # Made first, so that nobody else can read it at any time.
-        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        save_file({"tokens": tokens, "state": row}, str(partial), metadata=metadata)
-        partial.chmod(0o600)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-        partial.replace(path)
-    except SafetensorError as error:  # of its own input and output
-        raise OSError(str(error)) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-    return size
-
-
-def aside(path: Path) -> Path:
-    """Where a process writes what is to become a file; `remove_partials` knows the name."""
-    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
+    return write_aside(path, _container(metadata, {"tokens": tokens, "state": row}))
 
 
 def read_header(path: Path) -> StateHeader:
@@ -213,18 +130,6 @@ def read_state(path: Path, fingerprint: Fingerprint | None = None) -> State:
     return State(header, tokens, row)
 
 
-def remove_partials(directory: Path) -> int:
-    """Remove what processes of this machine left behind when they were killed; how many."""
-    removed = 0
-    for path in directory.glob(f".*.{_HOST}.*.partial"):
-        pid = path.name.split(".")[-2]
-        if pid.isdigit() and not _alive(int(pid)):
-            with suppress(OSError):
-                path.unlink()
-                removed += 1
-    return removed
-
-
 def with_rank(header: StateHeader, rank: int) -> StateHeader:
     """The header of a rank's part."""
     return replace(header, rank=rank)
@@ -258,21 +163,28 @@ class _Opened:
             raise StateFileError(path, "damaged", "the header does not fit its checksum")
         try:
             self.header = StateHeader.from_json(self.text)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise StateFileError(path, "damaged", f"the header cannot be read: {error}") from None
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        """Compare what the container says of its tensors with the header."""
+        for name, dtype in (("tokens", "I32"), ("state", "U8")):
+            try:
+                tensor = self.file.get_slice(name)
+            except SafetensorError as error:
+                raise StateFileError(self.path, "damaged", f"{name}: {error}") from None
+            found, shape = tensor.get_dtype(), tensor.get_shape()
+            wrong = name == "tokens" and shape != [self.header.num_tokens]
+            if found != dtype or len(shape) != 1 or wrong:
+                raise StateFileError(self.path, "damaged", f"{name}: {found} {shape}")
 
     def get(self, name: str) -> Any:
-        """A tensor, checked for its shape and type."""
-        dtype, dims = (
-            (np.int32, (self.header.num_tokens,)) if name == "tokens" else (np.uint8, None)
-        )
+        """A tensor."""
         try:
-            found = self.file.get_tensor(name)
+            return self.file.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise StateFileError(self.path, "damaged", f"{name}: {error}") from None
-        if found.dtype != dtype or found.ndim != 1 or (dims and found.shape != dims):
-            raise StateFileError(self.path, "damaged", f"{name}: {found.dtype} {found.shape}")
-        return found
 
     def __enter__(self) -> _Opened:
         self.file.__enter__()
@@ -290,18 +202,26 @@ def _check_tokens(path: Path, header: StateHeader, tokens: Tokens) -> None:
         raise StateFileError(path, "damaged", "the tokens are not those of the header")
 
 
+def _container(
+    metadata: dict[str, str], tensors: Mapping[str, NDArray[Any]]
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece. The library would write a file of its own making beside
+    it, which a killed server leaves, or make a copy of everything in memory."""
+    head: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        dtype = {np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8"}[tensor.dtype]
+        head[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for tensor in tensors.values():
+        yield tensor.data.cast("B") if tensor.size else b""
+
+
 def _checksum(text: str, tokens: Tokens, row: NDArray[np.uint8]) -> str:
     found = hashlib.sha256(text.encode())
     found.update(np.ascontiguousarray(tokens).data)
     found.update(np.ascontiguousarray(row).data)
     return found.hexdigest()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True

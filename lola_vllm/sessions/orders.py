@@ -15,8 +15,9 @@ from lola_vllm.sessions.file import StateHeader
 MEMORY, DISK = "memory", "disk"
 
 # Why a state could not be saved or loaded, in a word: a `StateFileError`, the operating system
-# ("io"), or a disk that takes longer than states come ("slow").
-FAULTS = ("missing", "unreadable", "damaged", "version", "foreign", "io", "slow")
+# ("io"), a disk that takes longer than states come ("slow"), or a writer that was killed
+# ("partial").
+FAULTS = ("missing", "unreadable", "damaged", "version", "foreign", "io", "slow", "partial")
 
 
 @dataclass(frozen=True)

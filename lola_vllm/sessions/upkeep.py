@@ -178,6 +178,8 @@ class Upkeep:
         with store.lock:
             for reason, _ in scan.refused.values():
                 store.count_failure(reason)
+            if scan.partials:
+                store.failures["partial"] += scan.partials
             for deleted in scan.deleted & store.states.keys():
                 store.forget(store.states[deleted])
             for header in scan.changed:

@@ -1,25 +1,38 @@
 """A state's file is read completely or not at all, and says why not."""
 
+import hashlib
 import json
 import os
 import resource
+import shutil
 import stat
 import struct
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.sessions import StateFileError, StateHeader, read_state, write_state
 from lola_vllm.sessions.chain import Chain, namespace
-from lola_vllm.sessions.file import file_name, parse_name, read_header, read_tokens, remove_partials
+from lola_vllm.sessions.file import (
+    _checksum,
+    file_name,
+    parse_name,
+    read_header,
+    read_tokens,
+)
+from lola_vllm.sessions.partial import _HOST, PARTIAL_AGE_S, is_partial, remove_partials
 from lola_vllm.state import LayerLayout, SequenceLayout, StateLayout
-from tests.support.sessions import FINGERPRINT
+from tests.support.sessions import FINGERPRINT, Server
 
 # Parts with one number for each slot of the sparse cache, or as `bounds` several rows of them.
 PER_PAIR = ("positions", "saliency", "sparse_k_scale", "sparse_v_scale", "bounds")
@@ -88,8 +101,6 @@ def test_a_torn_file_is_found(path, share):
 
 def rewrite(path, **metadata):
     """The same tensors under other metadata."""
-    from safetensors import safe_open
-
     with safe_open(str(path), framework="numpy") as file:
         old = file.metadata()
     save_file(load_file(path), path, metadata={**old, **metadata})
@@ -151,17 +162,194 @@ except OSError as error:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-def test_files_that_a_killed_process_left_are_removed(tmp_path):
-    from lola_vllm.sessions.file import _HOST
-
+def dead_process():
+    """The id of a process of this machine that has ended."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left = tmp_path / f".x.{_HOST}.{dead.pid}.partial"
+    return dead.pid
+
+
+def test_files_that_a_killed_process_left_are_removed(tmp_path):
+    left = tmp_path / f".x.{_HOST}.{dead_process()}.partial"
     others = [tmp_path / f".x.{_HOST}.{os.getpid()}.partial", tmp_path / ".x.other.1.partial"]
     for path in (left, *others):
         path.write_bytes(b"x")
     assert remove_partials(tmp_path) == 1
     assert not left.exists() and all(path.exists() for path in others)
+
+
+def test_what_containers_left_is_removed_when_it_is_old(tmp_path):
+    """Process 1 of a container that is gone is alive to every other, under any name of a host."""
+    names = (
+        ".x.other.1.partial", f".x.{_HOST}.1.partial", f".x.{_HOST}.1-0a1b2c3d.partial",
+        ".tmpa1B2c3",  # of the safetensors library, with which files were written once
+    )  # fmt: skip
+    kept = (".notes", "x.partial", ".tmp", "agent.lola.safetensors")
+    for name in (*names, *kept):
+        (tmp_path / name).write_bytes(b"x")
+    assert remove_partials(tmp_path) == 0
+    for name in (*names, *kept):
+        os.utime(tmp_path / name, (0, time.time() - PARTIAL_AGE_S + 60))
+    assert remove_partials(tmp_path) == 0
+    for name in (*names, *kept):
+        os.utime(tmp_path / name, (0, time.time() - PARTIAL_AGE_S - 60))
+    assert remove_partials(tmp_path) == len(names)
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_writer_that_lives_keeps_its_file_whatever_its_name_and_age(tmp_path, monkeypatch, at):
+    """A slow one of another container, whose process is not seen here; at each part it writes."""
+    from lola_vllm.sessions import partial
+
+    monkeypatch.setattr(os, "getpid", dead_process)
+    found = []
+
+    def parts():
+        for number in range(3):
+            if number == at:
+                (path,) = tmp_path.iterdir()
+                os.utime(path, (0, 0))
+                found.append(remove_partials(tmp_path))
+            yield b"part"
+
+    assert partial.write_aside(tmp_path / "x", parts()) == 12
+    assert found == [0] and (tmp_path / "x").read_bytes() == b"part" * 3
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_writer_that_was_killed_leaves_nothing_that_stays(tmp_path):
+    """A real one, in the middle of a file; the next look at the directory removes and counts."""
+    server = Server(tmp_path)
+    code = f"""
+import os, runpy
+from pathlib import Path
+write_aside = runpy.run_path("lola_vllm/sessions/partial.py")["write_aside"]
+def parts():
+    yield b"x" * 100_000
+    os.kill(os.getpid(), 9)
+    yield b""
+write_aside(Path({str(server.store.directory.path)!r}) / "x.lola.safetensors", parts())
+"""
+    subprocess.run([sys.executable, "-c", code])
+    (name,) = os.listdir(server.store.directory.path)
+    assert is_partial(name)
+    server.store.refresh()
+    assert os.listdir(server.store.directory.path) == []
+    assert server.store.failures == {"partial": 1}
+    server.close()
+
+
+def forged(path, **fields):
+    """The file with other fields in its header, and with checksums that are right."""
+    found = read_state(path)
+    values = {**json.loads(found.header.to_json()), **fields}
+    for name in [name for name, value in values.items() if value is ...]:
+        del values[name]
+    rewrite_header(path, json.dumps(values))
+
+
+def rewrite_header(path, text):
+    """Any text as the header of a file whose checksums are right."""
+    tensors = load_file(path)
+    checksum = _checksum(text, tensors["tokens"], tensors["state"])
+    sha = hashlib.sha256(text.encode()).hexdigest()
+    rewrite(path, header=text, header_checksum=sha, checksum=checksum)
+
+
+PARTS = FINGERPRINT.to_dict()
+WRONG = {
+    "id": ["", "x" * 32, "AB" * 16, "ab" * 15, 7, None, "ab" * 16 + "\n"],
+    "session": ["", "a/b", "../x", "a b", "x" * 65, "\x1b[2J", "a\n", 7, None],
+    "turn": [0, -1, 2**40, 1.5, "1", True, None],
+    "kind": ["", "state", None, 1],
+    "num_tokens": [-1, 0, 299, 301, 2**31, 10**30, 300.0, "300", True, None],
+    "key": ["", "zz" * 16, "ab", None, 3],
+    "boundary": ["", "zz" * 16, "ab", None, 3],
+    "fingerprint": [
+        {}, None, [], "x", {**PARTS, "more": "x"}, {**PARTS, "dtype": 3}, {**PARTS, "dtype": None},
+        {k: v for k, v in PARTS.items() if k != "tensors"}, {**PARTS, "dtype": "\x1b]0;x\x07"},
+    ],
+    "adapter": [None, 3, "a\nb", "x" * 2000],
+    "salt": [None, 3, "alice", "zz" * 16],
+    "created": [-1, "now", None, True, 1e30, float("nan"), float("inf"), -float("inf"), 10**400],
+    "expires": ["never", True, [], float("nan"), float("inf"), 10**400],
+    "parent": ["", "x", 3, "zz" * 16],
+    "pinned": [0, 1, "yes", None, []],
+    "tail": [None, "7", [None], ["7"], [1.5], [-1], [2**31], [True], [[7]], {}],
+    "rank": [-1, 1, 10_000, "0", None, True, 0.0],
+    "ranks": [0, -1, 10**9, "1", None, True],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", sorted(WRONG))
+def test_a_header_that_makes_no_sense_is_damaged_whatever_its_checksum_says(path, field):
+    whole = path.read_bytes()
+    for value in [..., *WRONG[field]]:
+        path.write_bytes(whole)
+        forged(path, **{field: value})
+        for read in (read_header, read_tokens, read_state):
+            assert reason(path, read) == "damaged", value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "null", "NaN", "[" * 100_000, '{"a": ' * 100_000, "\ud800", "1" * 5000]
+)
+def test_a_header_that_is_no_header_is_damaged(path, text):
+    if text == "\ud800":
+        text = json.dumps({**json.loads(header().to_json()), "adapter": text})
+    rewrite_header(path, text)
+    assert reason(path) == reason(path, read_header) == "damaged"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(TOKENS.tolist()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(WRONG)), JSON, min_size=1, max_size=3))
+def test_whatever_a_header_says_it_is_read_or_damaged(tmp_path_factory, fields):
+    path = tmp_path_factory.mktemp("files") / file_name("ab" * 16, 0, 1)
+    write_state(path, header(), TOKENS, ROW)
+    forged(path, **fields)
+    server = Server(path.parent.parent / "root")
+    shutil.copy(path, server.store.directory.path)
+    for read in (read_header, read_tokens, read_state):
+        try:
+            read(path)
+        except StateFileError as error:
+            assert error.reason == "damaged"
+    server.store.refresh()  # what the directory's thread does
+    server.manager.sessions()
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"expires": float("nan")}, {"created": float("inf")}, {"adapter": "a\nb"}]
+)
+def test_what_nobody_would_read_is_not_written(tmp_path, fields):
+    with pytest.raises(ValueError):
+        write_state(tmp_path / "x", replace(header(), **fields), TOKENS, ROW)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_container_of_other_tensors_is_damaged_at_the_header(path):
+    """A server that looks at headers alone would list it, and a request would wait for it."""
+    whole = load_file(path)
+    for tensors in (
+        {"tokens": TOKENS[:-1], "state": ROW}, {"tokens": TOKENS.astype(np.int64), "state": ROW},
+        {"tokens": TOKENS[None], "state": ROW}, {"tokens": TOKENS}, {"state": ROW},
+        {"tokens": TOKENS, "state": ROW[None]}, {"tokens": TOKENS, "state": TOKENS},
+    ):  # fmt: skip
+        write_state(path, header(), TOKENS, ROW)
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata()
+        save_file(tensors, path, metadata=metadata)
+        assert reason(path, read_header) == reason(path) == "damaged"
+    assert set(whole) == {"tokens", "state"}
 
 
 @pytest.mark.parametrize("fields", [{}, {"saliency": True}, {"sparse_dtype": "int8"}])
