@@ -13,6 +13,7 @@ OPTIONS = {
     "--lola-state-ram": "state_ram",
     "--lola-state-dir": "state_dir",
     "--lola-state-disk": "state_disk",
+    "--lola-state-key-file": "state_key_file",
 }
 ADDITIONAL = "--additional-config"
 # Without an option: the states of so many conversations, in a quarter of what the pool may take.
@@ -89,7 +90,9 @@ def read(settings: Mapping[str, Any]) -> StoreSettings:
         CheckpointError: names the option.
     """
     try:
-        return StoreSettings.from_mapping(settings, STORE_KEY)
+        found = StoreSettings.from_mapping(settings, STORE_KEY)
+        found.key()
+        return found
     except StoreSettingsError as error:
         text = str(error)
         for option, name in OPTIONS.items():

@@ -26,6 +26,7 @@ from lola_vllm.ops import (
 from lola_vllm.ops.contract import with_weights
 from lola_vllm.ops.places import Turn
 from lola_vllm.sessions.chain import Chain, namespace, token_array
+from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
 from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
 from lola_vllm.sessions.names import check_name
@@ -210,13 +211,18 @@ class LolaCache(Cache):
         return layer.num_tokens
 
     def save(
-        self, path: str | Path, tokens: Sequence[int] | Tensor, row: int = 0, session: str = "file"
+        self,
+        path: str | Path,
+        tokens: Sequence[int] | Tensor,
+        row: int = 0,
+        session: str = "file",
+        key: StateKey | None = None,
     ) -> int:
         """Write the state of a row to a file, which a server can take up, and return its bytes.
 
         Args:
             path: it is replaced. tokens: ids that the row has seen. row: of the batch.
-            session: name that the file tells.
+            session: name that the file tells. key: to encrypt it with.
 
         Raises:
             LolaModelError: the cache is empty, or the row has seen another number of tokens.
@@ -246,24 +252,28 @@ class LolaCache(Cache):
         )
         state = torch.cat([page[row + 1].cpu() for page in pages if page is not None])
         clean = self._sequence().cleaned(state, n)
-        return write_state(Path(path), header, ids, clean.numpy())
+        return write_state(Path(path), header, ids, clean.numpy(), key)
 
     @classmethod
     def load(
-        cls, path: str | Path, config: LolaLlamaConfig, device: torch.device | str = "cpu"
+        cls,
+        path: str | Path,
+        config: LolaLlamaConfig,
+        device: torch.device | str = "cpu",
+        key: StateKey | None = None,
     ) -> tuple[LolaCache, Tensor]:
         """A cache of one row from a file that `save` or a server wrote.
 
         Args:
-            config: of the model, loaded from its directory.
+            config: of the model, loaded from its directory. key: of an encrypted file.
 
         Returns:
             The cache, and the tokens that it has seen, `[n]` int64.
 
         Raises:
-            StateFileError: the file is damaged, or of another model or dtype.
+            StateFileError: the file is damaged, of another model or dtype, or of another key.
         """
-        found = read_state(Path(path))
+        found = read_state(Path(path), key=key)
         cache = cls(config)
         heads = config.num_key_value_heads
         assert heads is not None  # LlamaConfig fills it in

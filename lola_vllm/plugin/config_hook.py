@@ -21,6 +21,7 @@ from lola_vllm.config import LolaLlamaConfig, heads_divide
 from lola_vllm.ops.places import MAX_LENGTH, Places
 from lola_vllm.plugin import compat, connectors
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes
+from lola_vllm.sessions.cipher import KEY_VARIABLE
 from lola_vllm.sessions.settings import STORE_KEY, StoreSettings, StoreSettingsError
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ def settle_sessions(vllm_config: VllmConfig) -> None:
     try:
         if not isinstance(given, dict):
             raise StoreSettingsError(f"{STORE_KEY} = {given!r}: must be an object")
+        if KEY_VARIABLE in os.environ and "state_key_variable" not in given:
+            given = {**given, "state_key_variable": KEY_VARIABLE}  # its name, for each rank
         settings = StoreSettings.from_mapping(given, STORE_KEY)
+        settings.key()
     except StoreSettingsError as error:
         raise UnsupportedOptionError(f"--additional-config = {given!r}: {error}") from None
     if not settings.enabled and not named:

@@ -123,6 +123,7 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
             parallel.world_size,
             sequence_layout(self._vllm_config, get_tensor_model_parallel_rank()).cleaned,
             max(4, max(WAITING_BYTES, settings.memory // 4) // parallel.world_size // row),
+            settings.key(),
         )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -278,6 +279,7 @@ def open_store(vllm_config: VllmConfig) -> SessionStore:
     store = SessionStore(fingerprint_of(vllm_config), size, settings, ranks)
     where = "" if store.directory is None else f", {store.disk.budget >> 20} MiB in "
     where += "" if store.directory is None else str(store.directory.path)
+    where += ", encrypted" if store.directory is not None and store.directory.key else ""
     logger.info(
         "LoLA sessions: states of %.2f MiB are stored, in %d MiB of memory%s; %d are there",
         size * ranks / 2**20, store.memory.budget >> 20, where, len(store.states),

@@ -3,6 +3,7 @@
 Nothing here imports vLLM. `plugin/connector.py` joins the store to vLLM.
 """
 
+from lola_vllm.sessions.cipher import StateKey, StateKeyError
 from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
 from lola_vllm.sessions.manage import SessionError, SessionManager
 from lola_vllm.sessions.names import Reference, SessionNameError, check_name, parse_reference
@@ -20,6 +21,8 @@ __all__ = [
     "SessionStore",
     "StateFileError",
     "StateHeader",
+    "StateKey",
+    "StateKeyError",
     "StoreSettings",
     "StoreSettingsError",
     "Turn",

@@ -11,11 +11,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import (
     StateFileError,
     StateHeader,
@@ -63,14 +64,20 @@ class StateDirectory:
     No lock is held: files appear complete and disappear at once. A file's time of change is that of
     its last use, so servers agree on what was used least.
 
+    Args:
+        key: of the files; None: they are not encrypted. Others are not used, and stay.
+
     Raises:
         OSError: the directory cannot be made or written to.
     """
 
-    def __init__(self, root: Path, fingerprint: Fingerprint, ranks: int = 1) -> None:
+    def __init__(
+        self, root: Path, fingerprint: Fingerprint, ranks: int = 1, key: StateKey | None = None
+    ) -> None:
         self.path = model_directory(root, fingerprint)
         self.fingerprint = fingerprint
         self.ranks = ranks
+        self.key = key
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path.chmod(0o700)
         if not os.access(self.path, os.W_OK | os.X_OK):
@@ -135,6 +142,7 @@ class StateDirectory:
             self._forget_deletions(found.deleted)
             self._stamp = stamp
             self._rests_until = time.monotonic() + (time.monotonic() - began) / SCAN_SHARE
+        self._tell(found.refused)
         return found
 
     def use(self, state: str) -> None:
@@ -164,10 +172,11 @@ class StateDirectory:
         try:
             for header in headers:
                 for rank, path in reversed(list(enumerate(self.files(header.id)))):
-                    found = read_state(path, self.fingerprint)
+                    found = read_state(path, self.fingerprint, self.key)
                     new = aside(path)
                     ready.append((new, path))
-                    write_state(new, replace(header, rank=rank), found.tokens, found.row)
+                    there = replace(header, rank=rank)
+                    write_state(new, there, found.tokens, found.row, self.key)
             for new, path in ready:
                 new.replace(path)
             self._sync()
@@ -248,14 +257,12 @@ class StateDirectory:
                 return
             self._refused[path.name] = stat.st_mtime_ns
             found.refused[path.name] = (error.reason, error.text)
-            logger.warning("LoLA sessions: %s is not used: %s", path, error.text)
             return
         except OSError:  # another server removed it a moment ago
             return
         except Exception as error:  # one file of whatever content must not hide the others
             self._refused[path.name] = stat.st_mtime_ns
             found.refused[path.name] = ("damaged", f"{type(error).__name__}: {error}")
-            logger.warning("LoLA sessions: %s is not used: %s", path, error)
             return
         self._inodes[path.name] = stat.st_ino
         found.there.add(state)
@@ -264,8 +271,18 @@ class StateDirectory:
         else:
             found.new.append((header, stat.st_mtime))
 
+    def _tell(self, refused: Mapping[str, tuple[str, str]]) -> None:
+        """Log what is not used: a line per reason, as a directory may have been given a key."""
+        for reason in dict.fromkeys(reason for reason, _ in refused.values()):
+            names = [name for name, (other, _) in refused.items() if other == reason]
+            more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
+            logger.warning(
+                "LoLA sessions: %s%s in %s: not used (%s): %s",
+                names[0], more, self.path, reason, refused[names[0]][1],
+            )  # fmt: skip
+
     def _checked(self, path: Path, state: str) -> StateHeader:
-        header = read_header(path)
+        header = read_header(path, self.key)
         if (header.id, header.rank, header.ranks) != (state, 0, self.ranks):
             raise StateFileError(path, "foreign", "it was renamed: the header has another id")
         difference = self.fingerprint.difference(header.fingerprint)

@@ -7,10 +7,15 @@ The file's metadata is `{"format": "lola-state", "version": "1", "header": JSON,
 "checksum"}`. `checksum` is the SHA-256 of the header's text, the tokens and the row. A file is
 written aside and renamed, and only its owner can read it. Whatever is wrong with a file is an error
 with a reason: a state is read completely or not at all.
+
+With a key, the container holds sealed bytes, `tokens` and `state` `[sealed_size] uint8`, and its
+metadata is `{"format", "version", "cipher", "key": check value, "salt": hex, "header": base64 of
+the sealed JSON}` (`cipher.py`). It has no checksums, which would tell of the text.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -25,12 +30,22 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from lola_vllm.sessions.chain import Chain, Tokens, namespace, token_array
+from lola_vllm.sessions.cipher import (
+    CIPHER,
+    HEADER,
+    STATE,
+    TOKENS,
+    FileCipher,
+    StateKey,
+    sealed_size,
+)
 from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.sessions.header import StateHeader as StateHeader
 from lola_vllm.sessions.partial import write_aside
 
 FORMAT, VERSION = "lola-state", "1"
 SUFFIX = ".lola.safetensors"
+_SECTIONS = {"tokens": TOKENS, "state": STATE}
 _NAME = re.compile(r"([0-9a-f]{32})\.(\d{1,4})of(\d{1,4})" + re.escape(SUFFIX))
 
 
@@ -38,8 +53,9 @@ class StateFileError(Exception):
     """A file that cannot be used; `reason` says why in a few words, `text` in a sentence.
 
     Attributes:
-        reason: "missing", "unreadable", "damaged", "version" (of another release) or "foreign" (of
-            another model, dtype, adapter, salt or rank).
+        reason: "missing", "unreadable", "damaged", "version" (of another release), "foreign" (of
+            another model, dtype, adapter, salt or rank), "key" (encrypted with another key, or
+            there is no key here) or "plain" (not encrypted, though there is a key here).
     """
 
     def __init__(self, path: Path, reason: str, text: str) -> None:
@@ -67,8 +83,17 @@ def parse_name(name: str) -> tuple[str, int, int] | None:
     return (match[1], int(match[2]), int(match[3])) if match else None
 
 
-def write_state(path: Path, header: StateHeader, tokens: Tokens, row: NDArray[np.uint8]) -> int:
+def write_state(
+    path: Path,
+    header: StateHeader,
+    tokens: Tokens,
+    row: NDArray[np.uint8],
+    key: StateKey | None = None,
+) -> int:
     """Write a file completely or not at all, and return its bytes.
+
+    Args:
+        key: to encrypt it with; None: it is not encrypted.
 
     Raises:
         OSError: it cannot be written, because the disk is full or the directory is gone.
@@ -76,55 +101,78 @@ def write_state(path: Path, header: StateHeader, tokens: Tokens, row: NDArray[np
     """
     text = header.to_json()
     tokens, row = token_array(tokens), np.ascontiguousarray(row)
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "header": text,
-        "header_checksum": hashlib.sha256(text.encode()).hexdigest(),
-        "checksum": _checksum(text, tokens, row),
+    metadata = {"format": FORMAT, "version": VERSION}
+    sections: dict[str, NDArray[Any]] = {"tokens": tokens, "state": row}
+    if key is None:
+        metadata |= {
+            "header": text,
+            "header_checksum": hashlib.sha256(text.encode()).hexdigest(),
+            "checksum": _checksum(text, tokens, row),
+        }
+        return write_aside(path, _container(metadata, sections))
+    cipher = key.new_file()
+    sealed = b"".join(cipher.seal(HEADER, np.frombuffer(text.encode(), np.uint8)))
+    metadata |= {
+        "cipher": CIPHER,
+        "key": key.check,
+        "salt": cipher.salt.hex(),
+        "header": base64.b64encode(sealed).decode(),
     }
-    return write_aside(path, _container(metadata, {"tokens": tokens, "state": row}))
+    return write_aside(path, _container(metadata, sections, cipher))
 
 
-def read_header(path: Path) -> StateHeader:
+def read_header(path: Path, key: StateKey | None = None) -> StateHeader:
     """The header alone; tokens and row are not looked at.
 
+    Args:
+        key: of the files here; a file that has another or none is refused, and where this is None,
+            one that is encrypted.
+
     Raises:
-        StateFileError: the file is missing, unreadable, damaged or of another version.
+        StateFileError: the file is missing, unreadable, damaged, of another version or of another
+            key.
     """
-    with _Opened(path) as file:
+    with _Opened(path, key) as file:
         return file.header
 
 
-def read_tokens(path: Path) -> Tokens:
+def read_tokens(path: Path, key: StateKey | None = None) -> Tokens:
     """The tokens, compared with the header's key.
 
     Raises:
         StateFileError: as `read_header`.
     """
-    with _Opened(path) as file:
-        tokens = file.get("tokens")
+    with _Opened(path, key) as file:
+        tokens: Tokens = file.get("tokens").view(np.int32)
         _check_tokens(path, file.header, tokens)
         return tokens
 
 
-def read_state(path: Path, fingerprint: Fingerprint | None = None) -> State:
+def read_state(
+    path: Path,
+    fingerprint: Fingerprint | None = None,
+    key: StateKey | None = None,
+    plain: bool = False,
+) -> State:
     """The whole file, compared with its checksum.
 
     Args:
-        fingerprint: of the model that asks; None: of any.
+        fingerprint: of the model that asks; None: of any. key: as in `read_header`.
+        plain: take a file that is not encrypted although there is a key.
 
     Raises:
         StateFileError: as `read_header`, or the file is of another model.
     """
-    with _Opened(path) as file:
+    with _Opened(path, key, plain) as file:
         header = file.header
         if fingerprint is not None:
             difference = fingerprint.difference(header.fingerprint)
             if difference:
                 raise StateFileError(path, "foreign", difference)
-        tokens, row = file.get("tokens"), file.get("state")
-        if _checksum(file.text, tokens, row) != file.metadata.get("checksum"):
+        tokens, row = file.get("tokens").view(np.int32), file.get("state")
+        if file.cipher is None and _checksum(file.text, tokens, row) != file.metadata.get(
+            "checksum"
+        ):
             raise StateFileError(path, "damaged", "the checksum does not fit the content")
         _check_tokens(path, header, tokens)
     return State(header, tokens, row)
@@ -136,9 +184,13 @@ def with_rank(header: StateHeader, rank: int) -> StateHeader:
 
 
 class _Opened:
-    """An open file whose header has been checked."""
+    """An open file whose header has been checked.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        cipher: None for a file that is not encrypted. text: of the header.
+    """
+
+    def __init__(self, path: Path, key: StateKey | None, plain: bool = False) -> None:
         self.path = path
         try:
             if path.is_symlink():
@@ -150,7 +202,6 @@ class _Opened:
         except (OSError, SafetensorError) as error:
             reason = "damaged" if isinstance(error, SafetensorError) else "unreadable"
             raise StateFileError(path, reason, str(error)) from None
-        self.text = self.metadata.get("header", "")
         if self.metadata.get("format") != FORMAT:
             raise StateFileError(path, "foreign", "not a LoLA state")
         if self.metadata.get("version") != VERSION:
@@ -159,32 +210,73 @@ class _Opened:
                 f"version {self.metadata.get('version')} of the format, this release reads "
                 f"{VERSION}",
             )  # fmt: skip
-        if hashlib.sha256(self.text.encode()).hexdigest() != self.metadata.get("header_checksum"):
-            raise StateFileError(path, "damaged", "the header does not fit its checksum")
+        self.cipher = self._cipher(key, plain)
+        self.text = self._header_text()
         try:
             self.header = StateHeader.from_json(self.text)
         except ValueError as error:
             raise StateFileError(path, "damaged", f"the header cannot be read: {error}") from None
         self._check_shapes()
 
+    def get(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a tensor."""
+        try:
+            found = self.file.get_tensor(name).view(np.uint8)
+            return found if self.cipher is None else self.cipher.open(_SECTIONS[name], found)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise StateFileError(self.path, "damaged", f"{name}: {error}") from None
+
+    def _cipher(self, key: StateKey | None, plain: bool) -> FileCipher | None:
+        """What opens the file; None where nothing has to.
+
+        Raises:
+            StateFileError: it has another key than the one that is here, or only one of the two is.
+        """
+        found = self.metadata.get("cipher")
+        if found is None:
+            if key is None or plain:
+                return None
+            raise StateFileError(
+                self.path, "plain", "it is not encrypted, and files here are; it is not used"
+            )
+        if found != CIPHER:
+            raise StateFileError(
+                self.path, "version", f"its cipher is {found!r}, this release reads {CIPHER!r}"
+            )
+        if key is None or self.metadata.get("key") != key.check:
+            here = "there is no key here" if key is None else "the key here is another one"
+            raise StateFileError(self.path, "key", f"it is encrypted, and {here}; it is not used")
+        try:
+            return key.of_file(bytes.fromhex(self.metadata.get("salt", "")))
+        except ValueError as error:
+            raise StateFileError(self.path, "damaged", str(error)) from None
+
+    def _header_text(self) -> str:
+        text = self.metadata.get("header", "")
+        if self.cipher is None:
+            checksum = hashlib.sha256(text.encode()).hexdigest()
+            if checksum != self.metadata.get("header_checksum"):
+                raise StateFileError(self.path, "damaged", "the header does not fit its checksum")
+            return text
+        try:
+            sealed = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+            return self.cipher.open(HEADER, sealed).tobytes().decode()
+        except ValueError as error:
+            raise StateFileError(self.path, "damaged", f"header: {error}") from None
+
     def _check_shapes(self) -> None:
         """Compare what the container says of its tensors with the header."""
-        for name, dtype in (("tokens", "I32"), ("state", "U8")):
+        count = self.header.num_tokens
+        if self.cipher is not None:
+            count = sealed_size(4 * count)
+        for name, kind in (("tokens", "I32" if self.cipher is None else "U8"), ("state", "U8")):
             try:
                 tensor = self.file.get_slice(name)
             except SafetensorError as error:
                 raise StateFileError(self.path, "damaged", f"{name}: {error}") from None
             found, shape = tensor.get_dtype(), tensor.get_shape()
-            wrong = name == "tokens" and shape != [self.header.num_tokens]
-            if found != dtype or len(shape) != 1 or wrong:
+            if found != kind or len(shape) != 1 or (name == "tokens" and shape != [count]):
                 raise StateFileError(self.path, "damaged", f"{name}: {found} {shape}")
-
-    def get(self, name: str) -> Any:
-        """A tensor."""
-        try:
-            return self.file.get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise StateFileError(self.path, "damaged", f"{name}: {error}") from None
 
     def __enter__(self) -> _Opened:
         self.file.__enter__()
@@ -203,21 +295,30 @@ def _check_tokens(path: Path, header: StateHeader, tokens: Tokens) -> None:
 
 
 def _container(
-    metadata: dict[str, str], tensors: Mapping[str, NDArray[Any]]
+    metadata: dict[str, str],
+    sections: Mapping[str, NDArray[Any]],
+    cipher: FileCipher | None = None,
 ) -> Iterator[bytes | memoryview]:
     """A safetensors file, piece by piece. The library would write a file of its own making beside
     it, which a killed server leaves, or make a copy of everything in memory."""
     head: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        dtype = {np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8"}[tensor.dtype]
-        head[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, section in sections.items():
+        shape, kind = list(section.shape), "I32" if section.dtype == np.int32 else "U8"
+        nbytes = section.nbytes
+        if cipher is not None:
+            nbytes = sealed_size(nbytes)
+            shape, kind = [nbytes], "U8"
+        head[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + nbytes]}
+        end += nbytes
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
-    for tensor in tensors.values():
-        yield tensor.data.cast("B") if tensor.size else b""
+    for name, section in sections.items():
+        if cipher is not None:
+            yield from cipher.seal(_SECTIONS[name], section)
+        elif section.size:
+            yield section.data.cast("B")
 
 
 def _checksum(text: str, tokens: Tokens, row: NDArray[np.uint8]) -> str:

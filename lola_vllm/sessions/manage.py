@@ -216,7 +216,8 @@ class SessionManager:
         """Store a state from a file of the same model under a new session.
 
         Args:
-            file: as `files` names it, or as `LolaCache.save` wrote it. It is checked completely.
+            file: as `files` names it, or as `LolaCache.save` wrote it. It is checked completely. A
+                server with a key takes one that has the same key or none, and stores it encrypted.
         """
         store, name = self.store, check_name(session)
         if store.directory is None or store.ranks != 1:
@@ -225,7 +226,8 @@ class SessionManager:
                 "states are brought to servers with a state directory and one rank; this one has "
                 + ("no directory" if store.directory is None else f"{store.ranks} ranks"),
             )
-        found = read_state(Path(file), store.fingerprint)
+        key = store.directory.key
+        found = read_state(Path(file), store.fingerprint, key, plain=True)
         if len(found.row) != store.row_bytes:
             raise SessionError("bad", f"{len(found.row)} bytes of pages, not {store.row_bytes}")
         hashed = salt_hash(salt)
@@ -240,7 +242,7 @@ class SessionManager:
             expires=None, parent=None, pinned=False, key=chain.key(n).hex(),
             boundary=chain.boundary(n).hex(), fingerprint=store.fingerprint.to_dict(),
         )  # fmt: skip
-        write_state(store.directory.files(header.id)[0], header, found.tokens, found.row)
+        write_state(store.directory.files(header.id)[0], header, found.tokens, found.row, key)
         store.upkeep.refresh()
         return self.show(name, salt)
 
@@ -288,7 +290,8 @@ class SessionManager:
         tokens = self.store.tokens(state)
         if tokens is None and self.store.directory is not None:
             try:
-                tokens = read_tokens(self.store.directory.files(state.id)[0])
+                directory = self.store.directory
+                tokens = read_tokens(directory.files(state.id)[0], directory.key)
             except StateFileError as error:
                 if error.reason != "missing":
                     raise

@@ -17,7 +17,10 @@ MEMORY, DISK = "memory", "disk"
 # Why a state could not be saved or loaded, in a word: a `StateFileError`, the operating system
 # ("io"), a disk that takes longer than states come ("slow"), or a writer that was killed
 # ("partial").
-FAULTS = ("missing", "unreadable", "damaged", "version", "foreign", "io", "slow", "partial")
+FAULTS = (
+    "missing", "unreadable", "damaged", "version", "foreign", "key", "plain", "io", "slow",
+    "partial",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.sessions.chain import Tokens
+from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import (
     StateFileError,
     StateHeader,
@@ -42,6 +43,7 @@ class RowKeeper:
             may be of other people's texts.
         max_waiting: states that wait to be written. More are not written: a slow disk must not
             fill the memory.
+        key: to encrypt files with; None: they are not encrypted.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class RowKeeper:
         ranks: int = 1,
         clean: Callable[[Tensor, int], Tensor] | None = None,
         max_waiting: int = 64,
+        key: StateKey | None = None,
     ) -> None:
         self.pool = pool.view(torch.uint8)
         self.fingerprint = fingerprint
@@ -60,6 +63,7 @@ class RowKeeper:
         self.rank, self.ranks = rank, ranks
         self._clean = clean
         self.max_waiting = max_waiting
+        self._key = key
         self._rows: dict[str, HostRow] = {}
         self._writing: dict[str, list[HostRow]] = {}  # an entry per write that waits
         self._copying: set[str] = set()  # states whose file is yet to be made of another
@@ -194,7 +198,8 @@ class RowKeeper:
             host = row.wait()
             if self._clean is not None:
                 host = self._clean(host, header.num_tokens)
-            write_state(self._path(header.id), with_rank(header, self.rank), tokens, host.numpy())
+            path, header = self._path(header.id), with_rank(header, self.rank)
+            write_state(path, header, tokens, host.numpy(), self._key)
             self._done(header.id, "saved", DISK, began)
         except Exception as error:
             self._report(header.id, "save-failed", DISK, error)
@@ -207,9 +212,9 @@ class RowKeeper:
     def _copy_file(self, order: Copy) -> None:
         began = time.monotonic()
         try:
-            found = read_state(self._path(order.source), self.fingerprint)
+            found = read_state(self._path(order.source), self.fingerprint, self._key)
             header = with_rank(order.header, self.rank)
-            write_state(self._path(header.id), header, found.tokens, found.row)
+            write_state(self._path(header.id), header, found.tokens, found.row, self._key)
             self._done(header.id, "saved", DISK, began)
         except Exception as error:
             self._report(order.header.id, "save-failed", DISK, error)
@@ -227,7 +232,7 @@ class RowKeeper:
     def _read_file(self, order: Load) -> None:
         began = time.monotonic()
         try:
-            found = read_state(self._path(order.header.id), self.fingerprint)
+            found = read_state(self._path(order.header.id), self.fingerprint, self._key)
             if (found.header.key, found.header.rank) != (order.header.key, self.rank):
                 raise StateFileError(
                     self._path(order.header.id), "damaged", "it holds another state"

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lola_vllm.sessions.cipher import StateKey, StateKeyError, read_key
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 STORE_KEY = "lola"  # in vLLM's --additional-config
-KEYS = ("state_ram", "state_dir", "state_disk", "state_ttl", "state_min_tokens")
+KEYS = (
+    "state_ram", "state_dir", "state_disk", "state_ttl", "state_min_tokens", "state_key_file",
+    "state_key_variable",
+)  # fmt: skip
 # A shorter text is computed again sooner than its state is read.
 MIN_TOKENS = 64
 DISK_BYTES = 20 * 2**30
@@ -30,6 +35,9 @@ class StoreSettings:
         disk: bytes of the files of one model there.
         ttl: seconds for which a state is kept; None: until others need the room.
         min_tokens: shortest text whose state is stored without being asked for.
+        key_file: of the key that encrypts files; key_variable: the environment variable that has
+            it instead. Both None: files are not encrypted. The key itself is in neither: each
+            process reads it.
     """
 
     memory: int = 0
@@ -37,6 +45,8 @@ class StoreSettings:
     disk: int = DISK_BYTES
     ttl: float | None = None
     min_tokens: int = MIN_TOKENS
+    key_file: Path | None = None
+    key_variable: str | None = None
 
     def __post_init__(self) -> None:
         if self.memory < 0 or self.disk < 0:
@@ -45,11 +55,28 @@ class StoreSettings:
             )
         if self.ttl is not None and not self.ttl > 0:
             raise StoreSettingsError(f"state_ttl = {self.ttl}: must be more than 0 seconds")
+        if self.key_file is not None and self.key_variable is not None:
+            raise StoreSettingsError(
+                f"state_key_file = {self.key_file} and the variable {self.key_variable}: there can "
+                "be one key; remove the option or unset the variable"
+            )
 
     @property
     def enabled(self) -> bool:
         """Whether anything can be stored."""
         return self.memory > 0 or (self.directory is not None and self.disk > 0)
+
+    def key(self) -> StateKey | None:
+        """The key that encrypts files, read anew; None where they are not encrypted.
+
+        Raises:
+            StoreSettingsError: it is not there, or it is no key.
+        """
+        try:
+            return read_key(self.key_file, self.key_variable)
+        except StateKeyError as error:
+            name = "state_key_file" if self.key_variable is None else "state_key_variable"
+            raise StoreSettingsError(f"{STORE_KEY}.{name} = {error}") from None
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any], where: str = "lola") -> StoreSettings:
@@ -66,9 +93,15 @@ class StoreSettings:
                 raise StoreSettingsError(
                     f"{where}.{key}: unknown setting; known: {', '.join(KEYS)}"
                 )
-        directory = given.get("state_dir")
-        if directory is not None and (not isinstance(directory, str) or not directory):
-            raise StoreSettingsError(f"{where}.state_dir = {directory!r}: must be a path")
+        directory, key_file = given.get("state_dir"), given.get("state_key_file")
+        for key, value in (("state_dir", directory), ("state_key_file", key_file)):
+            if value is not None and (not isinstance(value, str) or not value):
+                raise StoreSettingsError(f"{where}.{key} = {value!r}: must be a path")
+        variable = given.get("state_key_variable")
+        if variable is not None and (not isinstance(variable, str) or not variable):
+            raise StoreSettingsError(
+                f"{where}.state_key_variable: must be the name of an environment variable"
+            )
         ttl = given.get("state_ttl")
         minimum = given.get("state_min_tokens", MIN_TOKENS)
         for key, value, kinds in (
@@ -80,6 +113,8 @@ class StoreSettings:
         return cls(
             memory=parse_bytes(given.get("state_ram", 0), f"{where}.state_ram"),
             directory=None if directory is None else Path(directory).expanduser().absolute(),
+            key_file=None if key_file is None else Path(key_file).expanduser().absolute(),
+            key_variable=variable,
             disk=parse_bytes(given.get("state_disk", DISK_BYTES), f"{where}.state_disk"),
             ttl=ttl,
             min_tokens=minimum,

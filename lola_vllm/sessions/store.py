@@ -60,6 +60,7 @@ class SessionStore:
 
     Raises:
         OSError: the directory cannot be used.
+        StoreSettingsError: the key cannot be read.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class SessionStore:
         self.wake: Callable[[], object] = lambda: None  # has an idle engine take the orders
         self.directory: StateDirectory | None = None
         if settings.directory is not None:
-            self.directory = StateDirectory(settings.directory, fingerprint, ranks)
+            self.directory = StateDirectory(settings.directory, fingerprint, ranks, settings.key())
         self.upkeep = Upkeep(self)
 
     def close(self) -> None:

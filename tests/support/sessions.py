@@ -44,13 +44,13 @@ class Server:
         **settings: Any,
     ) -> None:
         self.clock = Clock()
-        self.store = SessionStore(
-            fingerprint, ROW, StoreSettings(memory, directory, disk, **settings), ranks, self.clock
-        )
+        given = StoreSettings(memory, directory, disk, **settings)
+        self.store = SessionStore(fingerprint, ROW, given, ranks, self.clock)
         self.pools = [torch.zeros(slots, ROW, dtype=torch.uint8) for _ in range(ranks)]
         path = None if directory is None else self.store.directory.path
         self.keepers = [
-            RowKeeper(pool, fingerprint, path, rank, ranks) for rank, pool in enumerate(self.pools)
+            RowKeeper(pool, fingerprint, path, rank, ranks, key=given.key())
+            for rank, pool in enumerate(self.pools)
         ]
         self.manager = SessionManager(self.store)
 
