@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lola_vllm import cli
 from lola_vllm.calibrate.options import CalibrateOptions
-from lola_vllm.calibrate.prompts import AFTER, BEFORE, Prompt, asked_for
+from lola_vllm.calibrate.prompts import AFTER, BEFORE, Prompt, asked_for, draw_prompts
 from lola_vllm.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.calibrate.saliency import (
     LAST_TOKENS,
+    PLAIN,
     SKIPPED_TOKENS,
     Asked,
     Read,
@@ -28,10 +29,10 @@ from lola_vllm.calibrate.saliency import (
 )
 from lola_vllm.calibrate.sizes import Gains, divide, divide_among
 from lola_vllm.checkpoint.calibration import load_calibration, saliency_tensors
-from lola_vllm.checkpoint.files import open_weights
+from lola_vllm.checkpoint.files import CheckpointError, open_weights
 from lola_vllm.hf.modeling import LolaLlamaForCausalLM
 from lola_vllm.ops.reference import feature_map, pair_saliency, self_recall_error
-from lola_vllm.texts import SEPARATOR
+from lola_vllm.texts import SEPARATOR, is_held_out
 
 
 @pytest.fixture
@@ -133,6 +134,43 @@ def test_facts_and_plain_text_count_whatever_their_number_is() -> None:
     # Facts are worth 1 in sum and plain text half of it: 0.38 once, then 0.39, 0.14, 0.09.
     assert divide_among([gains], 1, 0) == [[1, 1]]
     assert divide_among([_gains([[1.0, 0, 0], [0, 0, 0]], [[0.0, 0, 0]] * 2)], 1, 0) == [[2, 0]]
+
+
+def test_plain_text_weighs_less_than_facts_among_sizes() -> None:
+    """Both sum to one; the second head's first pair is worth 0.7 of plain text, halved."""
+    gains = _gains([[6.0, 4, 0], [0, 0, 0]], [[0.0, 0, 0], [7.0, 3, 0]])
+    assert PLAIN < 1 and divide_among([gains], 1, 0) == [[2, 0]]
+
+
+def test_plain_text_weighs_less_than_facts_in_the_fit() -> None:
+    """What facts are worth and what plain text is worth are opposites: facts win."""
+    reads = []
+    for i, one in enumerate(_reads(40)):
+        x, of_facts = one.features[:, :, 1], bool(i % 2)
+        worth = ((x > 4) if of_facts else (x < -2)).float() / 2  # the features' mean is 1
+        reads.append(one._replace(worth=worth, of_facts=of_facts))
+    slopes = fit(reads, [40, 40])[:, 1]
+    swapped = fit([x._replace(of_facts=not x.of_facts) for x in reads], [40, 40])[:, 1]
+    assert (slopes > 0.01).all() and (swapped < -0.01).all()
+
+
+def test_held_out_documents_are_not_read(tmp_path: Path, base: Path) -> None:
+    """They are for measuring. Here they are of one letter, and all others of other letters."""
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.randint(1, 64, (40, 400), generator=generator).tolist()
+    read = ["".join(chr(33 + code) for code in codes) for codes in drawn]
+    read = [text for text in read if not is_held_out(text)][:10]
+    kept = [text for text in ("!" * n for n in range(400, 1000)) if is_held_out(text)][:10]
+    mixed = [text for pair in zip(read, kept, strict=True) for text in pair]
+    path = tmp_path / "mixed.txt"
+    path.write_text(SEPARATOR.join(mixed), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    options = CalibrateOptions(prompts=40, prompt_length=300, facts=0)
+    prompts = draw_prompts(path, tokenizer, options)
+    assert len(prompts) == 40 and not any(0 in prompt.ids for prompt in prompts)
+    path.write_text(SEPARATOR.join(kept), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="not held out"):
+        draw_prompts(path, tokenizer, options)
 
 
 def test_attention_is_what_transformers_reports(base: Path) -> None:
