@@ -143,8 +143,9 @@ def _repeats_table(
         of_kind = [by_kind[kind].repeats if kind in by_kind else None for by_kind in found]
         known = [recurrence for recurrence in of_kind if recurrence]
         if known:
-            cloze = [_show_share(r.cloze, r.cloze_ratio) if r else "" for r in of_kind]
-            again = [_show_ratio(r.perplexity[0], r.ratio) if r else "" for r in of_kind]
+            windows = max(by_kind[kind].windows for by_kind in found if kind in by_kind)
+            cloze = [_show_share(r.cloze, r.cloze_ratio, windows) if r else "" for r in of_kind]
+            again = [_show_ratio(r.perplexity[0], r.ratio, windows) if r else "" for r in of_kind]
             rows.append([f"{kind}: cloze", f"{known[0].words}", *cloze])
             rows.append([f"{kind}: repeated", f"{known[0].tokens}", *again])
     if not rows:
@@ -158,14 +159,23 @@ def _repeats_table(
     return [markdown([head, *rows]), note]
 
 
-def _show_share(value: tuple[float, float, float], ratio: tuple[float, float, float] | None) -> str:
-    text = f"{value[0]:.1%}"
-    return text if ratio is None else f"{text}, {ratio[0]:.2f}x [{ratio[1]:.2f}, {ratio[2]:.2f}]"
+_Triple = tuple[float, float, float]
 
 
-def _show_ratio(value: float, ratio: tuple[float, float, float] | None) -> str:
-    text = f"{value:.2f}"
-    return text if ratio is None else f"{text}, {ratio[0]:.3f}x [{ratio[1]:.3f}, {ratio[2]:.3f}]"
+def _show_share(value: _Triple, ratio: _Triple | None, windows: int) -> str:
+    return f"{value[0]:.1%}{_show_times(ratio, 2, windows)}"
+
+
+def _show_ratio(value: float, ratio: _Triple | None, windows: int) -> str:
+    return f"{value:.2f}{_show_times(ratio, 3, windows)}"
+
+
+def _show_times(ratio: _Triple | None, digits: int, windows: int) -> str:
+    """A ratio and its interval, which nothing says where one window alone can be resampled."""
+    if ratio is None:
+        return ""
+    value, low, high = (f"{number:.{digits}f}" for number in ratio)
+    return f", {value}x [{low}, {high}]" if windows > 1 else f", {value}x [-]"
 
 
 def _show(cell: Cell | None) -> str:
@@ -185,10 +195,7 @@ def _show_reading(reading: Reading | None) -> str:
     if reading is None:
         return ""
     text = f"{reading.perplexity[0]:.2f}, {reading.bits_per_byte:.3f} b/B"
-    if reading.ratio is not None:
-        value, low, high = reading.ratio
-        text += f", {value:.3f}x [{low:.3f}, {high:.3f}]"
-    return text
+    return text + _show_times(reading.ratio, 3, reading.windows)
 
 
 def markdown(rows: list[list[str]]) -> str:

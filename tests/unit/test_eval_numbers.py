@@ -177,7 +177,7 @@ def test_recall_table_and_json() -> None:
 
 def test_perplexity_table_compares_with_the_reference_alone() -> None:
     base, lola = records()
-    base.samples, lola.samples = [window("a", 0, 20)], [window("a", 0, 21)]
+    base.samples, lola.samples = ([window("a", i, n) for i in (0, 1)] for n in (20, 21))
     table = perplexity_table([base, lola], base)
     (row,) = [line for line in table.splitlines() if line.startswith("| a")]
     assert row.count("x [") == 1 and "1.105x [1.105, 1.105]" in row
@@ -213,6 +213,16 @@ def test_what_is_said_again_is_compared_with_the_reference() -> None:
         "8", "75.0%", "37.5%, 0.50x [0.50, 0.50]",
     ]  # fmt: skip
     assert "1.82, 1.221x [1.221, 1.221]" in table
+
+
+def test_one_window_has_no_interval() -> None:
+    """Resampled, it is always itself, which would look like a result without any doubt."""
+    base, lola = records()
+    base.samples = [{**window("a", 0, 20), **recalled(2, 4, 4)}]
+    lola.samples = [{**window("a", 0, 21), **recalled(3, 3, 2)}]
+    table = perplexity_table([base, lola], base)
+    assert table.count("x [-]") == 3 and table.count("[") == 3
+    assert "1.105x [-]" in table and "0.50x [-]" in table and "1.221x [-]" in table
 
 
 def test_windows_of_an_older_file_say_nothing_of_repeats() -> None:
