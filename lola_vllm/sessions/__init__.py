@@ -1,15 +1,24 @@
 """Stored states: a memory that outlives the request, the process and the machine.
 
-Nothing here imports vLLM. `plugin/connector.py` joins the store to vLLM.
+Nothing here imports vLLM. `plugin/connector.py` joins the store to vLLM. Importing this package,
+its names and its settings loads no torch, so that the commands that ask a server start at once; the
+other names are imported when they are first asked for.
 """
 
-from lola_vllm.sessions.cipher import StateKey, StateKeyError
-from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
-from lola_vllm.sessions.manage import SessionError, SessionManager
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lola_vllm.sessions.names import Reference, SessionNameError, check_name, parse_reference
-from lola_vllm.sessions.rows import RowKeeper
 from lola_vllm.sessions.settings import StoreSettings, StoreSettingsError
-from lola_vllm.sessions.store import NotStored, SessionStore, Turn
+
+if TYPE_CHECKING:
+    from lola_vllm.sessions.cipher import StateKey, StateKeyError
+    from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
+    from lola_vllm.sessions.manage import SessionError, SessionManager
+    from lola_vllm.sessions.rows import RowKeeper
+    from lola_vllm.sessions.store import NotStored, SessionStore, Turn
 
 __all__ = [
     "NotStored",
@@ -31,3 +40,17 @@ __all__ = [
     "read_state",
     "write_state",
 ]
+_MODULES = {
+    "cipher": ("StateKey", "StateKeyError"),
+    "file": ("StateFileError", "StateHeader", "read_state", "write_state"),
+    "manage": ("SessionError", "SessionManager"),
+    "rows": ("RowKeeper",),
+    "store": ("NotStored", "SessionStore", "Turn"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
