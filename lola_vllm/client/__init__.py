@@ -2,4 +2,12 @@
 
 
 class ClientError(ValueError):
-    """A server that cannot be asked, or that refuses."""
+    """A server that cannot be asked, or that refuses.
+
+    Attributes:
+        status: of HTTP, where a route of the server refuses; None: no route answered.
+    """
+
+    def __init__(self, text: str, status: int | None = None) -> None:
+        super().__init__(text)
+        self.status = status

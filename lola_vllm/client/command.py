@@ -5,16 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lola_vllm.client import ClientError
 
 if TYPE_CHECKING:
     from lola_vllm.client.server import Server
 
 _NAME = "a session, as agent-7"
 _REFERENCE = "a session or a turn of it, as agent-7 or agent-7@3"
+_SUFFIX = ".lola.safetensors"
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def age(text: str) -> float:
+    """Seconds of `90s`, `30m`, `12h` or `7d`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none of these.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be an age as 90s, 30m, 12h or 7d")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def add_sessions(parser: argparse.ArgumentParser) -> None:
@@ -38,17 +57,35 @@ def add_sessions(parser: argparse.ArgumentParser) -> None:
     add("list", "the sessions of the server, the last used first", _list).add_argument(
         "--json", action="store_true", help="JSON instead of a table"
     )
-    add("show", "a session and its states", _show, session=_NAME).add_argument(
-        "--json", action="store_true", help="JSON instead of a table"
-    )
+    show = add("show", "a session and its states, or its text", _show, session=_REFERENCE)
+    how = show.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="JSON instead of a table")
+    how.add_argument(
+        "--text", action="store_true",
+        help="all that was said instead, with the marks of the chat template",
+    )  # fmt: skip
     add("fork", "another session that goes on from this one", _fork, session=_REFERENCE,
         to="name of the new session")  # fmt: skip
-    export = add("export", "write a session's state to a file", _export, session=_REFERENCE,
-                 file="a new file")  # fmt: skip
+    export = add("export", "write a session's state to a file, or those of all sessions", _export)
+    export.add_argument("session", nargs="?", metavar="SESSION", help=_REFERENCE)
+    export.add_argument("file", nargs="?", metavar="FILE", help="a new file")
     export.add_argument("--rank", type=int, default=0, metavar="N", help="of several (default: 0)")
+    export.add_argument(
+        "--all", type=Path, metavar="DIR",
+        help="instead of a session: a file for each session and rank, in this directory",
+    )  # fmt: skip
     add("import", "store a state from a file, where the operator allows it", _import,
         file="as export wrote it", session="name of the new session")  # fmt: skip
-    add("rm", "delete a session, or a turn of it", _rm, session=_REFERENCE)
+    rm = add("rm", "delete a session, a turn of it, or many sessions", _rm)
+    rm.add_argument("session", nargs="?", metavar="SESSION", help=_REFERENCE)
+    many = rm.add_mutually_exclusive_group()
+    many.add_argument(
+        "--older-than", type=age, metavar="AGE",
+        help="instead: sessions that were not used for so long, as 90s, 30m, 12h or 7d; pinned "
+        "ones stay",
+    )  # fmt: skip
+    many.add_argument("--all", action="store_true", help="instead: all sessions, pinned ones too")
+    rm.add_argument("--yes", action="store_true", help="delete many without asking")
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +143,9 @@ def _list(server: Server, args: argparse.Namespace) -> None:
 
 
 def _show(server: Server, args: argparse.Namespace) -> None:
+    if args.text:
+        print(server.text(args.session))
+        return
     found = server.session(args.session)
     if args.json:
         print(json.dumps(found, indent=2))
@@ -127,10 +167,29 @@ def _fork(server: Server, args: argparse.Namespace) -> None:
 
 
 def _export(server: Server, args: argparse.Namespace) -> None:
-    from lola_vllm.client.server import path
+    if args.all is not None:
+        if args.session is not None:
+            raise ClientError(f"--all {args.all}: exports every session; leave {args.session} out")
+        args.all.mkdir(parents=True, exist_ok=True)
+        _each(server.sessions(), "written", lambda one: _export_all(server, one, args.all))
+        return
+    if args.session is None or args.file is None:
+        raise ClientError("name a session and a new file, or all sessions with --all DIR")
+    print(f"{args.file}: {server.state(args.session, Path(args.file), args.rank).bytes:,} bytes")
 
-    where = path(args.session, "state", turn=True) + (f"?rank={args.rank}" if args.rank else "")
-    print(f"{args.file}: {server.download(where, Path(args.file)):,} bytes")
+
+def _export_all(server: Server, name: str, directory: Path) -> str:
+    """Write the files of all ranks of a session; what to say."""
+    written = server.state(name, directory / f"{name}{_SUFFIX}")
+    size = written.bytes
+    for rank in range(1, written.ranks):
+        size += server.state(
+            name, directory / f"{name}.{rank}of{written.ranks}{_SUFFIX}", rank
+        ).bytes
+    if written.ranks > 1:
+        first = directory / f"{name}{_SUFFIX}"
+        first.replace(directory / f"{name}.0of{written.ranks}{_SUFFIX}")
+    return f"{size:,} bytes"
 
 
 def _import(server: Server, args: argparse.Namespace) -> None:
@@ -141,10 +200,60 @@ def _import(server: Server, args: argparse.Namespace) -> None:
 
 
 def _rm(server: Server, args: argparse.Namespace) -> None:
-    from lola_vllm.client.server import path
+    many = args.all or args.older_than is not None
+    if many == (args.session is not None):
+        raise ClientError("name one session, or many with --older-than AGE or --all")
+    if not many:
+        print(f"{args.session}: {server.delete(args.session)} states deleted")
+        return
+    found = server.sessions()
+    if args.older_than is not None:
+        before = time.time() - args.older_than
+        found = [one for one in found if one["used"] < before and not one["pinned"]]
+    if not found:
+        print("no session is that old" if args.older_than is not None else "there is no session")
+        return
+    if not args.yes:
+        pinned = sum(one["pinned"] for one in found)
+        also = f", of which {pinned} pinned" if pinned else ""
+        _confirm(f"delete {len(found)} sessions{also} of {server.url}?")
+    _each(found, "deleted", lambda name: f"{server.delete(name)} states deleted")
 
-    found = server.json("DELETE", path(args.session, turn=True))
-    print(f"{args.session}: {found['deleted']} states deleted")
+
+def _confirm(question: str) -> None:
+    """Ask at a terminal.
+
+    Raises:
+        ClientError: the answer is no, or nobody is there to ask.
+    """
+    if not sys.stdin.isatty():
+        raise ClientError(f"{question} give --yes, as there is no terminal to ask at")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ClientError("nothing was deleted")
+
+
+def _each(sessions: Sequence[Mapping[str, Any]], done: str, act: Callable[[str], str]) -> None:
+    """Do the same with each session, and go on after a refusal.
+
+    Args:
+        done: what happens to a session, for messages. act: takes a name; returns what to say.
+
+    Raises:
+        ClientError: some were refused; the message has the reason of the first.
+    """
+    refused: list[str] = []
+    for name in (one["session"] for one in sessions):
+        try:
+            print(f"{name}: {act(name)}", flush=True)
+        except ClientError as error:
+            if error.status is None:
+                raise
+            if error.status != HTTPStatus.NOT_FOUND:  # else it has gone since, with another one
+                refused.append(f"{name}: {error}")
+    if refused:
+        raise ClientError(
+            f"{len(refused)} of {len(sessions)} sessions are not {done}; {refused[0]}"
+        )
 
 
 def _table(rows: list[tuple[Any, ...]]) -> None:

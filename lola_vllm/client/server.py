@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
 import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from lola_vllm.client import ClientError
 from lola_vllm.sessions.names import Reference, check_name, parse_reference
 
 SESSIONS = "/v1/lola/sessions"
 ANSWER_LIMIT_S = 1800.0  # a long text on a small machine, after other requests
+
+
+class Written(NamedTuple):
+    """A file of a state: its bytes, and the ranks of the model, each of which has a file."""
+
+    bytes: int
+    ranks: int
 
 
 class Server:
@@ -47,6 +56,26 @@ class Server:
         found: dict[str, Any] = self.json("GET", path(name))
         return found
 
+    def find(self, name: str) -> dict[str, Any] | None:
+        """A session with its states; None where there is none of this name."""
+        try:
+            return self.session(name)
+        except ClientError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            return None
+
+    def text(self, session: str) -> str:
+        """All that was said in a session or until a turn of it, with the chat template's marks."""
+        tokens = self.json("GET", path(session, "tokens", turn=True))["tokens"]
+        said: str = self.json("POST", "/detokenize", {"tokens": tokens})["prompt"]
+        return said
+
+    def delete(self, session: str) -> int:
+        """Delete a session or a turn of it; how many states are gone."""
+        deleted: int = self.json("DELETE", path(session, turn=True))["deleted"]
+        return deleted
+
     def json(self, method: str, where: str, body: Any = None) -> Any:
         """The JSON of an answer.
 
@@ -59,22 +88,27 @@ class Server:
             except ValueError:
                 raise ClientError(f"{self.url}{where}: the answer is no JSON") from None
 
-    def events(self, where: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def events(self, where: str, body: Mapping[str, Any]) -> Generator[dict[str, Any]]:
         """The objects of a stream.
 
         Raises:
-            ClientError: as `json`, or the stream ends with an error.
+            ClientError: as `json`, or the stream ends with an error or too early.
         """
+        done = False
         with self.open("POST", where, body) as answer:
             for line in answer:
+                done = done or line.startswith(b"data: [DONE]")
                 if line.startswith(b"data: {"):
                     event = json.loads(line[6:])
                     if "error" in event:
                         raise ClientError(str(event["error"].get("message", event["error"])))
                     yield event
+        if not done:
+            raise self._broke_off(where, "its end is missing")
 
-    def download(self, where: str, file: Path) -> int:
-        """Write an answer to a new file, completely or not at all; its bytes."""
+    def state(self, session: str, file: Path, rank: int = 0) -> Written:
+        """Write a rank's part of a session's state to a new file, completely or not at all."""
+        where = path(session, "state", turn=True) + (f"?rank={rank}" if rank else "")
         with self.open("GET", where) as answer, tempfile.NamedTemporaryFile(
             dir=file.resolve().parent, prefix=f".{file.name}.", delete=False
         ) as partial:  # fmt: skip
@@ -91,7 +125,7 @@ class Server:
                 aside.replace(file)
             finally:
                 aside.unlink(missing_ok=True)
-        return size
+        return Written(size, int(answer.headers.get("X-Lola-Ranks", 1)))
 
     def upload(self, where: str, file: Path) -> Any:
         """Send a file; the JSON of the answer."""
@@ -118,32 +152,43 @@ class Server:
         try:
             answer: IO[bytes] = urllib.request.urlopen(request, timeout=ANSWER_LIMIT_S)
         except urllib.error.HTTPError as error:
-            raise ClientError(self._refusal(where, error)) from None
+            raise self._refusal(where, error) from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise ClientError(
                 f"{self.url}: no server answers there ({reason}); start one with 'lola-vllm serve "
                 "MODEL', or mend the address"
             ) from None
-        with answer:
-            yield answer
+        try:
+            with answer:
+                yield answer
+        except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            raise self._broke_off(where, repr(error)) from None
 
-    def _refusal(self, where: str, error: urllib.error.HTTPError) -> str:
+    def _broke_off(self, where: str, how: str) -> ClientError:
+        return ClientError(
+            f"{self.url}{where}: the answer broke off ({how}); see whether the server runs"
+        )
+
+    def _refusal(self, where: str, error: urllib.error.HTTPError) -> ClientError:
         text = error.read(10_000).decode(errors="replace")
-        if error.code == 401:
-            return f"{self.url}: the server wants its API key; give it in VLLM_API_KEY"
+        if error.code == HTTPStatus.UNAUTHORIZED:
+            return ClientError(
+                f"{self.url}: the server wants its API key; give it in VLLM_API_KEY", error.code
+            )
         try:
             found = json.loads(text)
             found = found.get("error", found)
             text = str(found.get("message") or found.get("detail") or found)
         except (ValueError, AttributeError):
             pass
-        if error.code == 404 and text == "Not Found":
-            return (
+        if error.code == HTTPStatus.NOT_FOUND and text == "Not Found":
+            return ClientError(
                 f"{self.url} has no {where}; start it with 'lola-vllm serve', or with "
                 "VLLM_PLUGINS=lola"
             )
-        return text[:1000] or f"{self.url}{where}: the server answered {error.code}"
+        text = text[:1000] or f"{self.url}{where}: the server answered {error.code}"
+        return ClientError(text, error.code)
 
 
 def path(session: str, verb: str = "", turn: bool = False) -> str:

@@ -52,6 +52,25 @@ def test_sessions_by_command(run, tiny, tmp_path):
     assert "cli-c" not in run("list")
 
 
+    assert run("show", "cli", "--text") == TEXT * 9 + "\n"
+
+
+def test_many_sessions_by_command(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", f"not-{KEY}")
+    mine = [one["session"] for one in tiny.client.get("/v1/lola/sessions").json()["sessions"]]
+    for name in ("many-1", "many-2"):
+        answer = tiny.other.post(f"/v1/lola/sessions/{name}/append", json={"prompt": TEXT * 8})
+        assert answer.status_code == 200, answer.text
+    assert "no session is that old" in run("rm", "--older-than", "1d", "--yes")
+    for _ in range(50):  # until the server has written them
+        words = ["sessions", "export", "--all", str(tmp_path), "--url", tiny.url]
+        if cli.main(words) == 0:
+            break
+    assert {f"many-{i}.lola.safetensors" for i in (1, 2)} <= {p.name for p in tmp_path.iterdir()}
+    assert "many-1: 1 states deleted" in run("rm", "--all", "--yes")
+    assert json.loads(run("list", "--json")) == []
+    kept = [one["session"] for one in tiny.client.get("/v1/lola/sessions").json()["sessions"]]
+    assert kept == mine
 def test_what_is_wrong_is_said(run, tiny, tmp_path, monkeypatch):
     assert "nothing is stored under 'none'" in run("show", "none", status=2)
     assert "1 to 64" in run("rm", "../none", status=2)
