@@ -6,79 +6,170 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from contextlib import closing
+from typing import Any, NamedTuple
 
 from lola_vllm.client import ClientError
 from lola_vllm.client.server import Server, path
 from lola_vllm.sessions.names import check_name
 
+# Tokens of an answer, unless told otherwise: without a bound, vLLM goes on to --max-model-len.
+MAX_TOKENS = 1024
+# vLLM ends an answer whose last tokens are 32 to 128 tokens four times over. A shorter loop is one
+# of 32 or more as well; a row of dashes or zeros is too short to be taken for a loop.
+REPETITION = {"min_pattern_size": 32, "max_pattern_size": 128, "min_count": 4}
+# How long the state at the end of a prompt is waited for after an answer was broken off.
+SETTLE_S = 2.0
+
+
+class Place(NamedTuple):
+    """Where a session is: its last turn (0: it is new), and the tokens that this turn covers."""
+
+    turn: int
+    tokens: int | None
+
 
 def chat(server: Server, session: str | None, options: Mapping[str, Any]) -> int:
     """Read messages from standard input, one a line, and print the answers; until its end.
+
+    At a terminal Ctrl-C ends an answer, and between answers the chat.
 
     Args:
         session: a name; None: a new one. options: fields of a chat completion.
 
     Raises:
         ClientError: the server refuses, or cannot be reached.
+        KeyboardInterrupt: Ctrl-C where messages do not come from a terminal.
     """
     name = f"chat-{secrets.token_hex(4)}" if session is None else check_name(session)
-    there = {found["session"]: found for found in server.sessions()}.get(name)
-    at = (there["turn"], there["tokens"]) if there else (0, None)
-    _note(
-        f"{name}: goes on after turn {at[0]}, {at[1]:,} tokens"
-        if there
-        else f"{name}: a new session; --session {name} goes on with it later"
-    )
     people = sys.stdin.isatty()
+    conversation = _Conversation(server, name, options, people)
     while True:
-        if people:
-            print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            if people:
+                print("> ", end="", flush=True)
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            if not people:
+                raise
+            line = ""
         if not line:
             if people:
                 print()
             return 0
         if line.strip():
-            at = _say(server, name, line.rstrip("\n"), at, options)
+            conversation.say(line.rstrip("\n"))
 
 
-def _say(
-    server: Server, name: str, text: str, at: tuple[int, int | None], options: Mapping[str, Any]
-) -> tuple[int, int]:
-    """Print the answer to a message; the number of the turn and the tokens that it covers."""
-    turn, tokens = at
-    body = {
-        "messages": [{"role": "user", "content": text}],
-        # So that nobody else's turn, and no lost one, is gone on from unnoticed.
-        "turn": turn,
-        "tokens": tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        **options,
-    }
-    began, first = time.monotonic(), None
-    usage: dict[str, Any] = {}
-    told: dict[str, Any] = {}
-    for event in server.events(path(name, "chat"), body):
-        for choice in event.get("choices", ()):
-            delta = choice["delta"]
-            words = (delta.get("reasoning") or "") + (delta.get("content") or "")
-            if words and first is None:
-                first = time.monotonic() - began
-            print(words, end="", flush=True)
-        usage = event.get("usage") or usage
-        told = (event.get("kv_transfer_params") or {}).get("lola") or told
-    print()
-    if not told.get("turn"):
-        raise ClientError(f"{name}: the turn is not stored: {told.get('unsaved') or 'no answer'}")
-    prompt, restored = usage.get("prompt_tokens", 0), told["restored_tokens"]
-    reason = f" ({told['reason']})" if told["reason"] and turn else ""
-    _note(
-        f"turn {told['turn']}: {restored:,} tokens restored{reason}, {prompt - restored:,} read, "
-        f"first word after {first or 0:.2f} s"
-    )
-    return int(told["turn"]), int(told["tokens"])
+class _Conversation:
+    """A session and where it is.
+
+    Args:
+        people: whether Ctrl-C ends an answer only.
+    """
+
+    def __init__(self, server: Server, name: str, options: Mapping[str, Any], people: bool) -> None:
+        self.server, self.name, self.options, self.people = server, name, options, people
+        self.broken: Place | None = None  # before the turn whose answer was broken off
+        found = server.find(name)
+        self.at = Place(0, None) if found is None else Place(found["turn"], found["tokens"])
+        _note(
+            f"{name}: goes on after turn {self.at.turn}, {self.at.tokens:,} tokens"
+            if self.at.turn
+            else f"{name}: a new session; --session {name} goes on with it later"
+        )
+
+    def say(self, text: str) -> None:
+        """Print the answer to a message."""
+        if self.broken is not None:
+            self._follow()  # the server may have read that message since
+            self.broken = None
+        before = self.at
+        body = {
+            "messages": [{"role": "user", "content": text}],
+            # So that nobody else's turn, and no lost one, is gone on from unnoticed.
+            "turn": before.turn,
+            "tokens": before.tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "repetition_detection": REPETITION,
+            **self.options,
+        }
+        began, first, ended = time.monotonic(), None, None
+        usage: dict[str, Any] = {}
+        told: dict[str, Any] = {}
+        try:
+            with closing(self.server.events(path(self.name, "chat"), body)) as events:
+                for event in events:
+                    for choice in event.get("choices", ()):
+                        delta = choice["delta"]
+                        words = (delta.get("reasoning") or "") + (delta.get("content") or "")
+                        if words and first is None:
+                            first = time.monotonic() - began
+                        print(words, end="", flush=True)
+                        ended = choice.get("finish_reason") or ended
+                    usage = event.get("usage") or usage
+                    told = (event.get("kv_transfer_params") or {}).get("lola") or told
+        except KeyboardInterrupt:
+            print()
+            if not self.people:
+                raise
+            self._broken_off()
+            return
+        print()
+        if not told.get("turn"):
+            raise ClientError(
+                f"{self.name}: the turn is not stored: {told.get('unsaved') or 'no answer'}"
+            )
+        self._say_why(ended, usage.get("completion_tokens", 0))
+        if told.get("unsaved"):
+            _note(f"the answer's text is not part of the memory: {told['unsaved']}")
+        prompt, restored = usage.get("prompt_tokens", 0), told["restored_tokens"]
+        reason = f" ({told['reason']})" if told["reason"] and before.turn else ""
+        _note(
+            f"turn {told['turn']}: {restored:,} tokens restored{reason}, {prompt - restored:,} "
+            f"read, first word after {first or 0:.2f} s"
+        )
+        self.at = Place(int(told["turn"]), int(told["tokens"]))
+
+    def _say_why(self, ended: str | None, tokens: int) -> None:
+        """Say why an answer has ended, where it has not come to its end."""
+        if ended == "repetition":
+            _note(f"ended at {tokens:,} tokens: the answer repeats itself")
+        elif ended == "length" and tokens < self.options.get("max_tokens", 0):
+            _note(f"cut at {tokens:,} tokens: the server's --max-model-len is used up")
+        elif ended == "length":
+            _note(f"cut at {tokens:,} tokens; --max-tokens N allows more")
+
+    def _broken_off(self) -> None:
+        """Say what is left of a turn whose answer was broken off.
+
+        Where the server has read the message, it has the state at the end of the prompt, and none
+        of an answer that it was still making.
+        """
+        self.broken, deadline = self.at, time.monotonic() + SETTLE_S
+        kind = self._follow()
+        while kind is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            kind = self._follow()
+        if kind is None:
+            _note("broken off; neither your message nor the answer is part of the memory")
+            return
+        text = "all of the answer is" if kind == "answer" else "the answer's text is not"
+        _note(
+            f"broken off; {text} part of the memory, your message is: turn {self.at.turn}, "
+            f"{self.at.tokens:,} tokens"
+        )
+
+    def _follow(self) -> str | None:
+        """Take the place of the turn that was broken off, if it is stored: where its last state
+        was taken. No other turn is taken: the server refuses to go on, and says why."""
+        assert self.broken is not None
+        found = self.server.find(self.name)
+        if found is None or found["turn"] != self.broken.turn + 1:
+            return None
+        self.at = Place(found["turn"], found["tokens"])
+        return str(found["states"][-1]["kind"])
 
 
 def _note(text: str) -> None:

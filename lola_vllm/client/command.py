@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.client import ClientError
+from lola_vllm.client.chat import MAX_TOKENS, chat
 
 if TYPE_CHECKING:
     from lola_vllm.client.server import Server
@@ -95,12 +96,14 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
         "--session", metavar="NAME", help="to go on with, or a new one (default: a new name)"
     )
     parser.add_argument("--model", metavar="NAME", help="a served name (default: the server's)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer")
+    parser.add_argument(
+        "--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
+        help="at which an answer is cut (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--temperature", type=float, metavar="X", help="0 for the likeliest words")
     _add_key(parser)
 
     def run(args: argparse.Namespace) -> int:
-        from lola_vllm.client.chat import chat
         from lola_vllm.client.server import Server
 
         options = {name: getattr(args, name) for name in ("model", "max_tokens", "temperature")}

@@ -156,6 +156,7 @@ class SchedulerHalf:
         if request.status not in (
             RequestStatus.FINISHED_STOPPED,
             RequestStatus.FINISHED_LENGTH_CAPPED,
+            RequestStatus.FINISHED_REPETITION,
         ):
             ticket.unsaved = ticket.unsaved or "the request did not come to its end"
         elif n > request.num_tokens:

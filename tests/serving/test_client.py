@@ -7,6 +7,8 @@ import re
 import pytest
 
 from lola_vllm import cli
+from lola_vllm.client.chat import chat
+from lola_vllm.client.server import Server
 from tests.support.servers import KEY
 
 TEXT = "the hidden state of the window is read by the model "
@@ -50,8 +52,6 @@ def test_sessions_by_command(run, tiny, tmp_path):
     assert f"cli-c: {tokens:,} tokens" in run("import", str(file), "cli-c")
     assert "1 states deleted" in run("rm", "cli-c")
     assert "cli-c" not in run("list")
-
-
     assert run("show", "cli", "--text") == TEXT * 9 + "\n"
 
 
@@ -71,6 +71,8 @@ def test_many_sessions_by_command(run, tiny, tmp_path, monkeypatch):
     assert json.loads(run("list", "--json")) == []
     kept = [one["session"] for one in tiny.client.get("/v1/lola/sessions").json()["sessions"]]
     assert kept == mine
+
+
 def test_what_is_wrong_is_said(run, tiny, tmp_path, monkeypatch):
     assert "nothing is stored under 'none'" in run("show", "none", status=2)
     assert "1 to 64" in run("rm", "../none", status=2)
@@ -119,3 +121,49 @@ def test_a_chat_goes_on_in_another_terminal(tiny, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", stdin)
     assert cli.main(["chat", tiny.url, "--session", "talk", "--api-key", KEY]) == 2
     assert "'talk' is at turn 5" in capsys.readouterr().err
+
+
+LOOPS = {"logit_bias": {"65": 100.0}, "max_tokens": 400, "temperature": 0}  # one token for ever
+
+
+def test_a_chat_goes_on_after_an_answer_that_loops_or_is_broken_off(tiny, capsys, monkeypatch):
+    """What is kept of an answer is what the note says, and the next message goes on from there."""
+
+    class Keyboard(io.StringIO):
+        def isatty(self):
+            return True
+
+    class Screen(io.StringIO):
+        """At the fifth word somebody presses Ctrl-C."""
+
+        words = 0
+
+        def write(self, text):
+            if text.strip("> \n"):
+                self.words += 1
+                if self.words == 5:
+                    raise KeyboardInterrupt
+            return super().write(text)
+
+    def talk(text, options):
+        monkeypatch.setattr("sys.stdin", Keyboard(text))
+        assert chat(Server(tiny.url, KEY), "loops", options) == 0
+        return capsys.readouterr().err
+
+    notes = talk("Hello.\nAnd?\n", LOOPS)
+    assert notes.count("[ended at 128 tokens: the answer repeats itself]") == 2
+    detail = tiny.client.get("/v1/lola/sessions/loops").json()
+    assert detail["turn"] == 2
+    # The end of the looping answer is stored: the second turn starts from it.
+    (restored,) = re.findall(r"turn 2: ([\d,]+) tokens restored, ", notes)
+    assert int(restored) > 128
+    assert "cut at 20 tokens" in talk("Hm.\n", LOOPS | {"max_tokens": 20})
+
+    monkeypatch.setattr("sys.stdout", Screen())
+    endless = {"ignore_eos": True, "max_tokens": 1500, "repetition_detection": None}
+    notes = talk("Go on.\nOn.\n", LOOPS | endless)
+    monkeypatch.undo()
+    (tokens,) = re.findall(r"is not part of the memory, your message is: turn 4, ([\d,]+)", notes)
+    # From the end of the broken turn's prompt, and nothing of what was said.
+    assert re.search(rf"turn 5: {tokens} tokens restored, \d+ read", notes)
+    tiny.client.delete("/v1/lola/sessions/loops")
