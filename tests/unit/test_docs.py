@@ -78,6 +78,20 @@ def test_the_picture_is_that_of_the_results(theme):
     assert picture.svg(theme) == drawn, "run python -m tools.site.picture"
 
 
+def test_the_picture_and_the_table_of_the_readme_say_the_same():
+    full, lola = picture.lines()
+    table = rows("README.md", "Results")
+    (shipped,) = [cells for name, cells in table.items() if "make serve" in name]
+    (base,) = [cells for name, cells in table.items() if "softmax" in name]
+    for cells, line in ((base, full), (shipped, lola)):
+        shares = ", ".join(f"{line.recall[n]:.0%}".replace("%", " %") for n in (4096, 8192))
+        assert cells[1] == shares
+    assert shipped[0] == f"{lola.mib[8192]:.1f}"
+    alt = re.search('alt="([^"]*)"', (ROOT / "README.md").read_text())[1]
+    for words in (f"{full.mib[8192]:.0f} MiB at 8,192", f"LoLA {lola.mib[8192]:.1f} MiB"):
+        assert words in alt and words in (DOCS / "index.md").read_text()
+
+
 def test_every_parameter_is_documented_with_its_default():
     table = rows("docs/configuration.md", "LoLA parameters")
     fields = LolaConfig.model_fields
