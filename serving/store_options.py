@@ -9,12 +9,38 @@ from typing import Any, NamedTuple
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.sessions.settings import STORE_KEY, StoreSettings, StoreSettingsError
 
+
+class Option(NamedTuple):
+    """An option of `lola-vllm serve`.
+
+    Attributes:
+        setting: its name in `--additional-config`. metavar, help: as `--help` shows them.
+    """
+
+    setting: str
+    metavar: str
+    help: str
+
+
 OPTIONS = {
-    "--lola-state-ram": "state_ram",
-    "--lola-state-dir": "state_dir",
-    "--lola-state-disk": "state_disk",
-    "--lola-state-key-file": "state_key_file",
-}
+    "--lola-state-ram": Option(
+        "state_ram", "BYTES",
+        "memory for stored states, as 2GiB; 0: none (default: 64 states, in a quarter of what "
+        "running states may take)",
+    ),
+    "--lola-state-dir": Option(
+        "state_dir", "DIR",
+        "where states are kept for the next start: whoever can read it can read what was said "
+        "(default: in memory only)",
+    ),
+    "--lola-state-disk": Option(
+        "state_disk", "BYTES", "of the files of one model there (default: 20GiB)"
+    ),
+    "--lola-state-key-file": Option(
+        "state_key_file", "FILE",
+        "a secret that encrypts the files (default: LOLA_VLLM_STATE_KEY, else they are plain)",
+    ),
+}  # fmt: skip
 ADDITIONAL = "--additional-config"
 # Without an option: the states of so many conversations, in a quarter of what the pool may take.
 STATES = 64
@@ -79,7 +105,7 @@ def split(options: Sequence[str]) -> StoreOptions:
         if name == ADDITIONAL:
             additional = _object(value)
         else:
-            given[OPTIONS[name]] = value
+            given[OPTIONS[name].setting] = value
     return StoreOptions(given, rest, additional)
 
 
@@ -95,8 +121,8 @@ def read(settings: Mapping[str, Any]) -> StoreSettings:
         return found
     except StoreSettingsError as error:
         text = str(error)
-        for option, name in OPTIONS.items():
-            text = text.replace(f"{STORE_KEY}.{name}", option)
+        for option, row in OPTIONS.items():
+            text = text.replace(f"{STORE_KEY}.{row.setting}", option)
         raise CheckpointError(text) from None
 
 

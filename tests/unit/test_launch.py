@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lola_vllm import cli
 from lola_vllm.estimate import GIB, estimate
-from lola_vllm.serving import launch
+from lola_vllm.serving import launch, store_options
 from lola_vllm.serving.launch import Machine, plan
 
 STORED = 64 * 76288  # states of the model below
@@ -257,6 +257,33 @@ def test_dry_run_prints_every_choice_with_its_reason(model, capsys, monkeypatch)
     assert "  --max-num-seqs 64\n      32 per core" in out
     assert "VLLM_PLUGINS=lola" in out
     assert out.splitlines()[-1].startswith("running: ") and out.splitlines()[-1].endswith("80")
+
+
+@pytest.mark.parametrize("named", ["a directory", "someone/model"])
+@pytest.mark.parametrize("last", [True, False])
+def test_dry_run_starts_nothing_wherever_it_stands(model, named, last, capsys, monkeypatch):
+    monkeypatch.setattr(launch.os, "execve", lambda *args: pytest.fail("vLLM was started"))
+    monkeypatch.setattr(launch, "this_machine", lambda cores: CPU)
+    name = named if "/" in named else str(model)
+    words = [name, "--port", "80", "--dry-run"] if last else ["--dry-run", name, "--port", "80"]
+    assert cli.main(["serve", *words]) == 0
+    running = capsys.readouterr().out.splitlines()[-1]
+    assert f"serve {name} " in running and running.endswith("--port 80")
+
+
+def test_help_has_the_options_of_the_store_which_may_stand_before_the_model(
+    model, capsys, monkeypatch
+):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, option in store_options.OPTIONS.items():
+        assert f"{name} {option.metavar} {' '.join(option.help.split())}" in text
+    monkeypatch.setattr(launch, "this_machine", lambda cores: CPU)
+    words = ["--lola-state-ram", "1GiB", "--dry-run", str(model), "--lola-state-dir", "/x"]
+    assert cli.main(["serve", *words]) == 0
+    running = capsys.readouterr().out.splitlines()[-1]
+    assert '{"lola": {"state_ram": "1GiB", "state_dir": "/x"}}' in running
 
 
 def test_keys_are_not_printed_but_passed_on(model, capsys, monkeypatch):
