@@ -195,4 +195,4 @@ def summarize(out: Path, config: LolaLlamaConfig, maps: str, also: str = "") -> 
         f"LoLA checkpoint with {maps} feature maps: {out} (window {lola.window_size}, "
         f"sparse cache {sparse_cache(lola)}, sinks {lola.sink_size}){also}"
     )
-    print(f"next: vllm serve {shlex.quote(str(out))}")
+    print(f"next: lola-vllm serve {shlex.quote(str(out))}")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from lola_vllm.checkpoint.base import config_of
-from lola_vllm.checkpoint.families import BASE_MODEL_TYPES, llama_fields
+from lola_vllm.checkpoint.families import BASE_MODEL_TYPES, llama_fields, why_not
 from lola_vllm.checkpoint.files import CheckpointError, read_json
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.cli_options import sparse_cache
@@ -355,7 +355,7 @@ def _read_config(path: Path) -> tuple[LolaLlamaConfig, bool]:
     if raw.get("model_type") not in supported:
         raise CheckpointError(
             f"{path}: model_type {raw.get('model_type')!r} is not supported; "
-            f"supported: {', '.join(supported)}"
+            f"supported: {', '.join(supported)}. {why_not(raw)}"
         )
     for key in (*_REQUIRED, "num_key_value_heads", "head_dim"):
         value = raw.get(key)

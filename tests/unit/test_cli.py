@@ -52,7 +52,7 @@ def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert str(out) in lines[0]
-    assert lines[1] == f"next: vllm serve '{out}'"
+    assert lines[1] == f"next: lola-vllm serve '{out}'"
 
 
 @pytest.mark.parametrize(

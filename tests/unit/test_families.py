@@ -127,6 +127,46 @@ def test_bases_that_cannot_be_are_refused(raw: dict[str, Any], message: str) -> 
         llama_fields(PATH, raw)
 
 
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        ({"model_type": "lola_llama"}, "a LoLA model already"),
+        ({"model_type": "gemma"}, "Gemma scales its embeddings"),
+        ({"model_type": "gemma3_text"}, "from Gemma 2 on with sliding windows"),
+        ({"model_type": "gemma3", "vision_config": {}}, "Gemma scales its embeddings"),
+        ({"model_type": "phi"}, "LayerNorm where a Llama has RMSNorm"),
+        ({"model_type": "phi3"}, "several matrices in one tensor"),
+        ({"model_type": "qwen3_moe"}, "choose among experts"),
+        ({"model_type": "mixtral"}, "choose among experts"),
+        ({"model_type": "deepseek_v3"}, "latent attention"),
+        ({"model_type": "qwen3_next"}, "recurrent already"),
+        ({"model_type": "mamba2"}, "recurrent already"),
+        ({"model_type": "gpt2"}, "no RoPE"),
+        ({"model_type": "smollm3"}, "no RoPE; SmolLM2, which is a Llama, works"),
+        ({"model_type": "olmo2"}, "norms come after"),
+        ({"model_type": "granite"}, "scales embeddings"),
+        ({"model_type": "qwen2_5_vl", "vision_config": {}}, "reads more than text"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "has an encoder"),
+        ({"model_type": "of-next-year"}, "not known to be a Llama's"),
+        ({"model_type": 3}, "config.json has no model_type"),
+        ({}, "config.json has no model_type"),
+    ],
+    ids=lambda value: str(value.get("model_type")) if isinstance(value, dict) else "",
+)
+def test_one_sentence_says_why_and_what_is_nearest(raw: dict[str, Any], why: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        llama_fields(PATH, raw)
+    sentence = str(error.value).partition("supported: llama, mistral, qwen2, qwen3. ")[2]
+    assert why in sentence and sentence.count(".") == 1 + sentence.count("config.json")
+    assert raw.get("model_type") in (None, 3) or " works" in sentence
+
+
+def test_estimate_says_why_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
+    with pytest.raises(CheckpointError, match="several matrices in one tensor"):
+        estimate(tmp_path, {})
+
+
 def test_windows_that_no_layer_uses_are_no_obstacle() -> None:
     """Qwen's switch may be on while its first windowed layer lies beyond the last."""
     raw = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}
