@@ -15,8 +15,9 @@ RUN python3 -m pip install --no-cache-dir "setuptools>=77,<81" wheel ninja \
     && python3 -m pip install --no-cache-dir --no-build-isolation "/src/lola-vllm[demo]" \
     && rm -rf /src
 
-# The base image runs as root; a server needs no such rights.
-RUN useradd --create-home --uid 10001 lola
+# The base image runs as root; a server needs no such rights. A new volume at /states takes owner
+# and mode from here: only the server's user reads states.
+RUN useradd --create-home --uid 10001 lola && install -d -m 700 -o lola /states
 USER lola
 WORKDIR /home/lola
 # In a container 127.0.0.1 is the container alone; -p above says who reaches the server.

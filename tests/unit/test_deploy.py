@@ -125,7 +125,23 @@ def test_the_images_listen_where_the_files_say(compose):
     assert 'ENTRYPOINT ["lola-vllm", "serve"]' in dockerfile
     # Its own default is the container alone, where no published port leads.
     assert "LOLA_VLLM_HOST=0.0.0.0" in dockerfile
-    assert server["command"][1:] == ["--served-model-name", "lola"]
+    assert "--served-model-name=lola" in server["command"]
+
+
+def test_states_are_in_a_volume_that_only_the_server_reads(compose):
+    server = compose["services"]["server"]
+    (directory,) = [
+        part.partition("=")[2] for part in server["command"] if part.startswith("--lola-state-dir=")
+    ]
+    assert f"states:{directory}" in server["volumes"] and "states" in compose["volumes"]
+    assert not any("states" in volume for name, service in compose["services"].items()
+                   for volume in service["volumes"] if name != "server")  # fmt: skip
+    # A new volume has the owner and the mode of the image's directory.
+    lines = (ROOT / server["build"]["dockerfile"]).read_text().splitlines()
+    (made,) = [
+        i for i, line in enumerate(lines) if f"install -d -m 700 -o lola {directory}" in line
+    ]
+    assert made < lines.index("USER lola")
 
 
 def test_grafana_finds_prometheus_and_the_dashboard(compose, dashboard):
