@@ -347,7 +347,9 @@ def _stored(
     value = store.value(ram)
     if value is None:
         return []
-    reason = "states outlive their requests, as you say (docs/sessions.md)"
+    reason = "nothing is stored, as you say"
+    if store_options.stores(value):
+        reason = "states outlive their requests, as you say (docs/sessions.md)"
     if ram and not store.given:
         reason = (
             f"{ram / MIB:.0f} MiB of stored states: a conversation goes on where it stopped;\n"

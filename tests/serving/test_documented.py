@@ -14,12 +14,15 @@ import sys
 import pytest
 
 from lola_vllm import cli
-from tests.support.documented import ROOT, documented, programs
+from lola_vllm.estimate import GIB, estimate
+from lola_vllm.serving import launch
+from tests.support.documented import ROOT, blocks, documented, programs
 from tests.support.servers import KEY
 
 PAGES = sorted({page for page, _ in documented("http")})
 SAID = "the hidden state of the window is read by the model "
 ADDRESS, NAME = "http://127.0.0.1:8000", "smollm2-lola"
+DEMO = f"models/{NAME}"
 
 
 def here(text: str, server) -> str:
@@ -64,6 +67,38 @@ def test_commands_of_a_page_are_answered(page, tiny, tmp_path, monkeypatch):
         assert 0 in (command_line(command, tiny, monkeypatch) for _ in range(tries)), command
     for name in ("agent-7", "agent-8", "agent-9", "my-chat", "pump-log"):
         tiny.client.delete(f"/v1/lola/sessions/{name}")
+
+
+def sample(page: str, words: str) -> str:
+    """The block of code of a page that has these words."""
+    (found,) = [text for _, text in blocks(ROOT / page) if words in text]
+    return found
+
+
+def test_the_sample_of_the_start_is_what_is_printed(monkeypatch):
+    """For the demo model on the machine that the sample names."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(launch.cpu, "_flags", lambda: frozenset({"avx2", "avx512_bf16"}))
+    machine = launch.Machine("cpu", 2, int(17.7 * GIB))
+    printed = [line.strip() for line in str(launch.plan(DEMO, [], machine, {})).splitlines()]
+    shown = sample("docs/serving.md", f"{DEMO}: ").splitlines()
+    assert len(shown) > 20
+    assert [line for line in shown if "..." not in line and line.strip() not in printed] == []
+    left_out = [line for line in printed if line not in [part.strip() for part in shown]]
+    assert len(left_out) <= 6  # where the sample has dots
+
+
+def test_the_sample_of_info_is_an_answer(lola_server):
+    """The same fields, and the demo model's own numbers."""
+    shown = json.loads(sample("docs/serving.md", '"bytes_per_slot"'))
+    answer = lola_server.client.get("/v1/lola/info").json()
+    assert set(shown) == set(answer) and set(shown["slots"]) == set(answer["slots"])
+    assert set(shown["memory"]) == set(answer["memory"])
+    assert set(shown["memory"]["parts"]) == set(answer["memory"]["parts"])
+    assert set(shown["versions"]) == set(answer["versions"])
+    row = next(row for row in estimate(ROOT / DEMO, dtype="bfloat16").rows if row.chosen)
+    assert shown["memory"]["bytes_per_slot"] == row.bytes_per_sequence
+    assert sum(shown["memory"]["parts"].values()) == row.bytes_per_sequence
 
 
 def test_the_programs_for_the_openai_client(tiny, monkeypatch, capsys):

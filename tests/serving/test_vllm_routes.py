@@ -64,6 +64,18 @@ def test_a_call_of_a_tool_can_be_required(lola_server):
         assert call["function"]["name"] == "get_weather"
 
 
+def test_the_schema_of_a_required_call_holds_for_strict_tools(lola_server):
+    """As docs/features.md says: vLLM enforces the arguments of a tool with `strict` only."""
+    schema = PARAMETERS | {"properties": {"city": {"enum": ["Paris", "Rome"]}}}
+    strict = {"name": "get_weather", "parameters": schema, "strict": True}
+    tool = {"type": "function", "function": strict}
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for wanted in ("required", named):
+        choice, _ = chat(lola_server, WEATHER, tools=[tool], tool_choice=wanted)
+        (call,) = choice["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+
+
 @pytest.mark.parametrize("weather", ["sunny", "rainy"])
 def test_what_a_tool_answered_is_read(lola_server, weather):
     function = {"name": "get_weather", "arguments": '{"city": "Paris"}'}

@@ -369,6 +369,16 @@ def test_the_users_store_is_taken(model, options, stored):
     assert ('"a": 1' in "".join(options)) == any("a" in json.loads(value) for value in values)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(["--lola-state-ram", "0"], "nothing is stored"), (["--lola-state-dir", "/x"], "outlive")],
+)
+def test_the_reason_of_a_store_is_true(model, options, reason):
+    (choice,) = [c for c in plan(str(model), options, CPU, {}).options
+                 if c.name == "--additional-config"]  # fmt: skip
+    assert reason in choice.reason
+
+
 def test_a_large_store_takes_from_the_pool(model):
     state = state_bytes(model)
     weights = (model / "model.safetensors").stat().st_size // 2
