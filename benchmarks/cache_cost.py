@@ -1,6 +1,6 @@
 """What the sparse cache and its rescoring cost a whole model: time to first token, decode steps.
 
-    python benchmarks/cache_cost.py --out benchmarks/results/cache_cost.json
+    python benchmarks/cache_cost.py --out eval-results/cache_cost.json
 
 Prefill: the time to the first token of one prompt, with and without a sparse cache. Decode: steps
 of a batch whose sequences all reach their update points at once, so that a step either rescores

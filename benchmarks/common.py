@@ -11,6 +11,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from lola_vllm.eval import summary
+
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
 ENGINES = ("stock", "lola")
@@ -46,10 +48,9 @@ def print_table(results: dict[str, dict[str, float]]) -> None:
 
 
 def write_report(args: Namespace, results: dict[str, Any]) -> None:
-    """Settings, machine and results as JSON, at `args.out` if that is given."""
+    """A summary of settings, machine and results, at `args.out` if that is given."""
     if not args.out:
         return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         k: v.name if isinstance(v, Path) else str(v)  # names, not where they lie here
         for k, v in vars(args).items()
@@ -57,7 +58,7 @@ def write_report(args: Namespace, results: dict[str, Any]) -> None:
     }
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     report = {"settings": settings, "machine": machine, "results": results}
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    summary.write(args.out, report, f"benchmarks/{Path(sys.argv[0]).name}")
 
 
 def cpu_name() -> str:

@@ -2,7 +2,7 @@
 # The curves and tables of docs/endless.md, from nothing: about four hours on two idle CPU cores with
 # the defaults, most of them for the 50 questions at each distance (SAMPLES=10 asks fewer).
 #
-#   make endless                         results in eval-results/; again to go on where it stopped
+#   make endless                         answers and summaries in eval-results/; again to go on
 #   LENGTH=131072 make endless           longer streams (default 32,768 tokens)
 #   EVERY=8 make endless                 measure one block of a stream in eight (default: all)
 #   DISTANCES=1000,4000,16000,64000      farther needles (default up to 16,000)

@@ -1,6 +1,6 @@
 """What becomes of the sums H and s of one head in a hundred million tokens, rebased or not.
 
-    python benchmarks/endless_sums.py --out benchmarks/results/endless-sums.json
+    python benchmarks/endless_sums.py --out eval-results/endless-sums.json
 
 Records features and values of a model on real text, at the places that tokens have after a rebase,
 and folds them again and again, as kernels do: float32 sums, rounded to nearest or with a dither,
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lola_vllm.eval import summary
 from lola_vllm.ops.constants import EXPONENT_BITS
 from lola_vllm.ops.dither import dither
 
@@ -271,8 +272,7 @@ def main() -> None:
         }
         machine = {"cpu": cpu_name(), "python": platform.python_version()}
         report = {"settings": settings, "length": length, "machine": machine, "results": results}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        summary.write(args.out, report, "benchmarks/endless_sums.py")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """LoLA beside stock vLLM on the same model, in one run: start-up, prefill, decode.
 
-    python benchmarks/engine.py --out benchmarks/results/engine.json
+    python benchmarks/engine.py --out eval-results/engine.json
 
 and, where asked for, beside llama.cpp, with weights of fewer bits in all of them:
 

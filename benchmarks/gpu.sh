@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run: tests of the kernels, compute-sanitizer on them, and the
-# benchmarks. Results go to benchmarks/results/gpu/.
+# benchmarks. Results go to eval-results/gpu/.
 #
 #     benchmarks/gpu.sh            all of it
 #     benchmarks/gpu.sh tests      one part: tests, sanitize or bench
@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python}
-OUT=benchmarks/results/gpu
+OUT=${OUT:-eval-results/gpu}
 PART=${1:-all}
 mkdir -p "$OUT"
 

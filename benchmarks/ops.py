@@ -1,6 +1,6 @@
 """The ops against the memory bus: bytes moved, bandwidth reached, ratio to a plain read.
 
-    python benchmarks/ops.py --out benchmarks/results/ops.json
+    python benchmarks/ops.py --out eval-results/ops.json
 
 Each case cycles through more pages than the caches hold, as a model's layers do. The ceilings are
 a multi-threaded read and a copy (bytes read and written) of a large buffer and, on a CPU, reads of
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from pathlib import Path
 import torch
 from op_common import add_layer_options, make_layer, medians_s
 
+from lola_vllm.eval import summary
 from lola_vllm.ops import DecodeBatch, LayerState, PrefillBatch, choose_backend
 
 POOL_BYTES = 192 * 2**20  # beyond the last-level cache of anything this is likely to run on
@@ -207,11 +207,10 @@ def main() -> None:
             print("".join(f"{key:>17}" for key in row))
         print("".join(f"{value:17.2f}" for value in row.values()), flush=True)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         settings = {k: str(v) for k, v in vars(args).items() if k != "out"}
         machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
         report = {"settings": settings, "machine": machine, "results": rows}
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        summary.write(args.out, report, "benchmarks/ops.py")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The pictures of docs/performance.md, from the JSON in benchmarks/results/.
+"""The pictures of docs/performance.md, from the summaries in benchmarks/results/.
 
     python benchmarks/plots.py
 
@@ -22,9 +22,9 @@ STYLES = {"stock": "--", "lola": "-"}
 NAMES = {"stock": "stock vLLM", "lola": "LoLA"}
 
 
-def read(name: str) -> Any:
-    """The results of one file."""
-    return json.loads((RESULTS / name).read_text())["results"]
+def read(name: str) -> list[Any]:
+    """The results of each run of one file."""
+    return [run["results"] for run in json.loads((RESULTS / name).read_text())]
 
 
 def finish(axes: Axes, ticks: list[int], title: str) -> None:
@@ -35,11 +35,11 @@ def finish(axes: Axes, ticks: list[int], title: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def decode_picture(files: list[str]) -> None:
+def decode_picture() -> None:
     """Tokens per second over the context, a line per engine and batch."""
     lines: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
-    for name in files:
-        for engine, cells in read(name).items():
+    for results in read("engine.json")[:2]:
+        for engine, cells in results.items():
             for key, value in cells.items():
                 if key.startswith("decode_tokens_per_s/"):
                     _, context, batch = key.split("/")
@@ -68,11 +68,11 @@ def decode_picture(files: list[str]) -> None:
     figure.savefig(IMAGES / "decode.png", dpi=130)
 
 
-def bandwidth_picture(file: str) -> None:
+def bandwidth_picture() -> None:
     """Bandwidth of the op over the batch, a line per sparse cache size, beside a plain read."""
     lines: dict[int, dict[int, float]] = defaultdict(dict)
     ceiling: dict[int, list[float]] = defaultdict(list)
-    for row in read(file):
+    for row in read("ops.json")[0]:
         if row["interval"] == 64:
             lines[row["lam"]][row["batch"]] = row["gb_per_s"]
             ceiling[row["batch"]].append(row["read_gb_per_s"])
@@ -93,8 +93,8 @@ def bandwidth_picture(file: str) -> None:
 def main() -> None:
     """Draw both."""
     IMAGES.mkdir(parents=True, exist_ok=True)
-    decode_picture(["engine.json", "engine-8k.json"])
-    bandwidth_picture("ops.json")
+    decode_picture()
+    bandwidth_picture()
 
 
 if __name__ == "__main__":

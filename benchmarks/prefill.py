@@ -1,6 +1,6 @@
 """Tokens per second of one layer's prefill op, back ends beside each other in turns.
 
-    python benchmarks/prefill.py --out benchmarks/results/prefill.json
+    python benchmarks/prefill.py --out eval-results/prefill.json
     python benchmarks/prefill.py --device cuda --backends triton xformers
 
 Prompts start from empty pages. Shapes default to Llama-3.1-8B's (Hq 32, Hkv 8, d 128, window and

@@ -1,6 +1,6 @@
 """What prefix caching saves: prompts that begin alike, on LoLA and on stock vLLM.
 
-    python benchmarks/prefix.py --out benchmarks/results/prefix.json
+    python benchmarks/prefix.py --out eval-results/prefix.json
 
 Prompts share their first `--shared` tokens and go on with `--own` of their own. Each engine answers
 them twice with the same flags: without prefix caching, and with it (the first prompt, which finds

@@ -1,6 +1,6 @@
 """What stored states save and cost: a turn after a long text, and decoding with the store on.
 
-    python benchmarks/sessions.py --out benchmarks/results/sessions.json
+    python benchmarks/sessions.py --out eval-results/sessions.json
 
 A conversation has read `--before` tokens. Its next turn of `--turn` tokens is timed to the first
 token, on engines that have the conversation in another way each:

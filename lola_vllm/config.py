@@ -317,7 +317,7 @@ def default_fold_ahead(length: int, interval: int) -> int:
 def default_far_zone_start(length: int, interval: int) -> int:
     """`far_zone_start` of a new checkpoint: 3/8 of the trained length, if there is room for it.
 
-    Measured on the demo model (`docs/endless-choices.md`). From pairs that are farther back less is
+    Measured on the demo model (`docs/choices.md`). From pairs that are farther back less is
     recalled, and pairs next to new tokens make these harder to predict.
 
     Args:

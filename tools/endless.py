@@ -28,7 +28,7 @@ from typing import Any
 
 from lola_vllm import cpu
 from lola_vllm.checkpoint.files import read_json
-from lola_vllm.eval import EvalError
+from lola_vllm.eval import EvalError, summary
 from lola_vllm.eval.models import Tokenizer
 from lola_vllm.eval.reader import PIECE, Run, load
 from lola_vllm.eval.settings import Setting, check, with_positions
@@ -241,7 +241,7 @@ def judge(report: dict[str, Any], args: argparse.Namespace) -> list[str]:
 
 
 def main() -> int:
-    """Measure, print, write the JSON."""
+    """Measure, print, write the JSON and a summary without answers beside it."""
     args = parse()
     try:
         report = measure(args)
@@ -251,6 +251,7 @@ def main() -> int:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        summary.write(args.out.with_suffix(".summary.json"), report, "tools.endless")
     print(json.dumps({key: report[key] for key in ("text", "perplexity", "needles")}, indent=1))
     print("\n".join(report["faults"]) or "no fault")
     return 1 if report["faults"] else 0

@@ -30,6 +30,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from lola_vllm import cpu
+from lola_vllm.eval import summary
 from lola_vllm.eval.models import LocalTokenizer
 from tests.support.engine import GREEDY, engine, state_manager
 from tests.support.memory import memory_mib
@@ -165,8 +166,7 @@ def main() -> int:
     args = parse()
     report = measure(args)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        summary.write(args.out, report, "tools.long_sequence")
     for sample in report["long"]["prefill"]:
         print(json.dumps(sample))
     print({key: report["long"][key] for key in ("decode_ms_per_token", "memory_mib")})

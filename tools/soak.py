@@ -30,6 +30,7 @@ from typing import Any
 import httpx
 import psutil
 
+from lola_vllm.eval import summary
 from tests.support.memory import memory_mib
 from tests.support.servers import Server, serving
 from tests.support.speaking import make_speaking, serve_speaking
@@ -298,8 +299,7 @@ def main() -> int:
     args = parse()
     report = soak(args)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        summary.write(args.out, report, "tools.soak")
     memory = [round(total_mib(sample), 1) for sample in report["samples"]]
     print(f"requests: {report['requests']}\nmemory, MiB: {memory}")
     print("\n".join(report["faults"]) or "no fault")

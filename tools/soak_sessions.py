@@ -26,6 +26,7 @@ from typing import Any
 
 import httpx
 
+from lola_vllm.eval import summary
 from tests.support.servers import BIN, Server, serving
 from tests.support.speaking import make_speaking
 from tools.soak import family_mib
@@ -306,8 +307,7 @@ def main() -> int:
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     report = {"settings": settings, **report, "faults": soak.faults}
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        summary.write(args.out, report, "tools.soak_sessions")
     print(json.dumps(report["seen"], indent=1))
     print("\n".join(soak.faults) or "no fault")
     return 1 if soak.faults else 0

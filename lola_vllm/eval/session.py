@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lola_vllm.eval import EvalError, curves, results, tables
+from lola_vllm.eval import EvalError, curves, results, summary, tables
 from lola_vllm.eval.models import Emit
 from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan
@@ -164,6 +164,11 @@ class Session:
         """Write the JSON; with `soon`, unless that was done a moment ago."""
         if soon and time.monotonic() - self._saved < SAVE_EVERY_S:
             return
+        results.write(self.path, self._report())
+        self._saved = time.monotonic()
+
+    def _report(self) -> dict[str, Any]:
+        """What the JSON says now."""
         if isinstance(self.plan, StreamPlan):
             rows = curves.stream_json(self._begun, self.reference)
         elif isinstance(self.plan, PerplexityPlan):
@@ -172,12 +177,14 @@ class Session:
             rows = curves.distance_json(self._begun)
         else:
             rows = results.recall_json(self._begun)
-        results.write(self.path, {**self._head, "settings": rows})
-        self._saved = time.monotonic()
+        return {**self._head, "settings": rows}
 
     def report(self) -> str:
-        """Write JSON, Markdown and pictures of the results so far; returns the Markdown."""
+        """Write JSON, summary, Markdown and pictures of what there is; returns the Markdown."""
         self.save()
+        name = "perplexity --stream" if isinstance(self.plan, StreamPlan) else self.plan.name
+        path = self.out / f"{self.plan.name}.summary.json"
+        summary.write(path, self._report(), f"lola-vllm eval {name}")
         if isinstance(self.plan, StreamPlan):
             table = tables.stream_table(self._begun, self.reference, self.plan)
         elif isinstance(self.plan, PerplexityPlan):

@@ -148,6 +148,10 @@ def test_recall_over_http(
     assert KEY not in text and server.url not in text
     (row,) = json.loads(text)["settings"]
     assert (row["name"], row["finished"], len(row["samples"])) == ("tiny", True, 12)
+    summary = json.loads((tmp_path / "out" / "recall.summary.json").read_text())
+    (short,) = summary["settings"]
+    assert (summary["made_by"], short["finished"]) == ("lola-vllm eval recall", True)
+    assert [cell["exact"] for cell in short["cells"]] == [6, 6] and "samples" not in short
     asked = [body for path, body in server.requests if path == "/v1/completions"]
     assert all(body["model"] == "tiny" and body["temperature"] == 0 for body in asked)
     assert all(body["prompt"][0] == ord("^") for body in asked)

@@ -2,8 +2,9 @@
 
     python -m tools.site.picture
 
-The numbers are those of benchmarks/results/recall/: bytes as `lola-vllm estimate` computes them,
-and the share of exact answers to RULER's S-NIAH-1. SVG is written for a light and a dark page.
+The numbers are those of benchmarks/results/memory-picture.json: bytes as `lola-vllm estimate`
+computes them, and the share of exact answers to RULER's S-NIAH-1. SVG is written for a light and a
+dark page.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "recall"
+RUNS = ROOT / "benchmarks" / "results" / "memory-picture.json"
 IMAGES = ROOT / "docs" / "images"
 TASK = "niah-1"
 
@@ -47,26 +49,31 @@ class Line:
     recall: dict[int, float]
 
 
-# Name, colour, places of labels, files, each of one setting: the base, and the model as it ships.
+# Name, colour, places of labels, the setting's name in the runs.
 SETTINGS = (
-    ("full KV cache", "stock", (-10, -36, 0), ("teacher", "teacher-long")),
-    (
-        "LoLA", "lola", (20, 32, -12),
-        ("as-it-ships/short", "trained-on/niah-1-4096", "as-it-ships/niah-1-8192"),
-    ),
-)  # fmt: skip
+    ("full KV cache", "stock", (-10, -36, 0), "softmax teacher"),
+    ("LoLA", "lola", (20, 32, -12), "as it ships"),
+)
 
 
 def lines() -> list[Line]:
     """What is drawn, from the results."""
-    return [_line(*setting) for setting in SETTINGS]
+    settings = [setting for run in json.loads(RUNS.read_text()) for setting in run["settings"]]
+    return [_line(*row, settings=settings) for row in SETTINGS]
 
 
-def _line(name: str, color: str, labels: tuple[int, int, int], files: tuple[str, ...]) -> Line:
+def _line(
+    name: str,
+    color: str,
+    labels: tuple[int, int, int],
+    setting: str,
+    settings: list[dict[str, Any]],
+) -> Line:
     mib: dict[int, float] = {}
     recall: dict[int, float] = {}
-    for file in files:
-        (found,) = json.loads((RESULTS / f"{file}.json").read_text())["settings"]
+    for found in settings:
+        if found["name"] != setting:
+            continue
         for cell in found["cells"]:
             if cell["task"] == TASK:
                 recall[cell["length"]] = cell["rate"]

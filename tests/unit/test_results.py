@@ -1,0 +1,104 @@
+"""benchmarks/results/: summaries, of which the tables of the pages are made."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lola_vllm.eval import summary
+from lola_vllm.eval.results import wilson
+from tools.site import picture, result_tables
+from tools.site.summaries import RESULTS, ROOT
+
+MOST_LINES = 3000
+files = pytest.mark.parametrize("file", sorted(RESULTS.iterdir()), ids=lambda path: path.stem)
+
+
+@pytest.mark.parametrize("name", result_tables.PAGES)
+def test_a_pages_tables_are_those_of_the_summaries(name):
+    page = (ROOT / name).read_text()
+    found = [match[1] for match in result_tables.MARK.finditer(page)]
+    assert found and page.count("made by python -m tools.site.result_tables") == len(found)
+    remedy = "run python -m tools.site.result_tables"
+    assert result_tables.with_tables(page) == page, remedy
+
+
+def test_every_table_is_on_one_page():
+    pages = "".join((ROOT / name).read_text() for name in result_tables.PAGES)
+    found = [match[1] for match in result_tables.MARK.finditer(pages)]
+    assert sorted(found) == sorted(result_tables.TABLES)
+
+
+def test_a_changed_summary_changes_the_page(monkeypatch):
+    changed = json.loads((RESULTS / "recall-facts.json").read_text())
+    changed[0]["settings"][0]["cells"][0]["exact"] += 1
+    real = result_tables.runs
+    monkeypatch.setattr(
+        result_tables, "runs", lambda name: changed if name == "recall-facts" else real(name)
+    )
+    page = (ROOT / "docs/recall.md").read_text()
+    assert result_tables.with_tables(page) != page
+
+
+@files
+def test_a_summary_says_what_made_it_and_has_no_answers(file):
+    runs = json.loads(file.read_text())
+    assert file.read_text() == summary.text(runs), "write it with lola_vllm.eval.summary.text"
+    for run in runs:
+        assert run["made_by"] and re.fullmatch(r"20\d\d-\d\d-\d\d", run["date"])
+        assert "answer" not in json.dumps(run).replace("answers_that_differ", "")
+
+
+@files
+def test_intervals_are_those_of_the_counts(file):
+    def cells(value):
+        if isinstance(value, dict):
+            if {"exact", "samples", "low", "high"} <= set(value):
+                yield value
+            value = list(value.values())
+        if isinstance(value, list):
+            for inner in value:
+                yield from cells(inner)
+
+    for cell in cells(json.loads(file.read_text())):
+        expected = wilson(cell["exact"], cell["samples"])
+        assert (cell["low"], cell["high"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_summary_is_shown_and_they_stay_short(monkeypatch):
+    read = set()
+    real = Path.read_text
+
+    def note(path, *args, **kwargs):
+        read.add(path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", note)
+    for make in result_tables.TABLES.values():
+        make()
+    picture.lines()
+    assert {path for path in read if path.parent == RESULTS} == set(RESULTS.iterdir())
+    assert sum(len(real(path).splitlines()) for path in RESULTS.iterdir()) <= MOST_LINES
+
+
+def test_a_summary_leaves_out_answers_only(tmp_path):
+    cell = {"task": "niah-1", "exact": 1, "samples": 3, "low": 0.12345678912, "beyond_window": {}}
+    setting = {"name": "a", "cells": [cell], "samples": [{"answer": "7"}], "sizes": [[1, 2], [3]]}
+    report = {"settings": [setting], "asked": [{"answer": "8"}], "samples": [{"tokens": 9}]}
+    path = tmp_path / "made" / "recall.summary.json"
+    summary.write(path, report, "a test")
+    found = json.loads(path.read_text())
+    assert found.pop("made_by") == "a test" and found.pop("date")
+    kept = {"task": "niah-1", "exact": 1, "samples": 3, "low": 0.123456789}
+    assert found == {
+        "settings": [{"name": "a", "cells": [kept], "sizes": [[1, 2], [3]]}],
+        "samples": [{"tokens": 9}],
+    }
+
+
+def test_a_row_has_a_line_and_numbers_are_not_broken():
+    rows = [{"name": "x" * 60, "sizes": [[number, number] for number in range(200)]}] * 3
+    lines = summary.text(rows).splitlines()
+    assert len(lines) == 2 + 3
+    assert json.loads("\n".join(lines)) == rows

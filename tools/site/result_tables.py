@@ -1,0 +1,401 @@
+"""The tables of results on the pages, from the summaries in benchmarks/results/.
+
+    python -m tools.site.result_tables                           # after a change of a summary
+    python -m tools.site.result_tables recall-facts eval-results/held-out/recall.summary.json
+
+The second form makes a table's file of one or several summaries first: what `lola-vllm eval` and
+the programs of benchmarks/ and tools/ write. A page has a table between two comments, the first of
+which names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lola_vllm.eval import summary
+from lola_vllm.eval.results import wilson
+from lola_vllm.eval.tables import STREAM_COLUMNS
+from tools.site import speed_tables
+from tools.site.summaries import MIB, RESULTS, ROOT, table
+
+BEGIN = "<!-- {}, made by python -m tools.site.result_tables -->\n"
+END = "<!-- end -->\n"
+MARK = re.compile(BEGIN.format("([a-z-]+)").replace(".", r"\.") + "(.*?)" + END, re.S)
+PAGES = (
+    "README.md",
+    "docs/recall.md",
+    "docs/choices.md",
+    "docs/endless.md",
+    "docs/performance.md",
+    "docs/reliability.md",
+)
+
+BASE, SHIPPED, MORE = "softmax base", "as it ships", "3.2 times the pairs"
+PAPER = "the paper's 128 pairs in every layer, earlier weights"
+ROWS = {
+    BASE: "softmax base, full KV cache",
+    SHIPPED: "**as it ships, 8.61 MiB**",
+    MORE: "3.2 times the pairs, 17.2 MiB",
+}
+LENGTHS = (1024, 2048, 4096, 8192)
+TASKS = {
+    "niah-1": "S-NIAH-1, a number in noise",
+    "niah-2": "S-NIAH-2, a number in prose",
+    "niah-3": "S-NIAH-3, a UUID in prose",
+    "multikey": "multikey, one number of four",
+    "passkey": "passkey",
+}
+FACTS = {
+    "fact-name": "a person's name",
+    "fact-date": "a day",
+    "fact-code": "a constant of a program",
+    "fact-place": "where a thing lies",
+}
+
+
+def runs(name: str) -> list[dict[str, Any]]:
+    """The summaries that a table is made of."""
+    found: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def settings(name: str) -> list[dict[str, Any]]:
+    """The settings of all runs of a table; `--reference` is the base."""
+    found = [setting for run in runs(name) for setting in run["settings"]]
+    return [{**row, "name": BASE if row["name"] == "reference" else row["name"]} for row in found]
+
+
+# --- recall
+
+
+def cells(name: str, setting: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """A setting's cells by task and length, or by task and distance where they have one.
+
+    Runs that asked the same with other seeds count together.
+    """
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in settings(name):
+        for cell in row["cells"] if row["name"] == setting else ():
+            key = cell["task"], cell.get("distance", cell["length"])
+            before = found.get(key, {"exact": 0, "samples": 0})
+            found[key] = {part: before[part] + cell[part] for part in ("exact", "samples")}
+    return found
+
+
+def share(cell: dict[str, Any] | None, usual: int, interval: bool = True) -> str:
+    """Exact answers in percent, their number where it is not the usual one; empty for None."""
+    if cell is None:
+        return ""
+    low, high = (round(100 * bound) for bound in wilson(cell["exact"], cell["samples"]))
+    text = f"{100 * cell['exact'] / cell['samples']:.0f} %"
+    if interval:
+        text += f" [{low}, {high}]" if low else f" [0, {high}]"
+    return text if cell["samples"] == usual or not interval else f"{text} of {cell['samples']}"
+
+
+def by_task(
+    name: str, tasks: dict[str, str], lengths: tuple[int, ...], rows: dict[str, str], usual: int
+) -> str:
+    """Settings below each task, lengths beside each other."""
+    lines = [["", "", *(f"{n:,} tokens" if n == lengths[0] else f"{n:,}" for n in lengths)]]
+    found = {setting: cells(name, setting) for setting in rows}
+    for task, title in tasks.items():
+        for setting, label in rows.items():
+            shown = [share(found[setting].get((task, n)), usual) for n in lengths]
+            if any(shown):
+                lines.append([title, label, *shown])
+                title = ""
+    return table(lines)
+
+
+def readme() -> str:
+    """The front page's: exact answers at 4,096 and 8,192 tokens, perplexity."""
+    lines = [
+        [
+            "",
+            "MiB per sequence",
+            "a number in noise",
+            "a number in prose",
+            "one number of four",
+            "a UUID in prose",
+            "perplexity",
+        ]
+    ]
+    names = {
+        BASE: "softmax model, full KV cache",
+        SHIPPED: "**LoLA, the model of `make serve`**",
+        MORE: "LoLA with 3.2 times the pairs",
+        PAPER: PAPER,
+    }
+    kinds = {row["name"]: row["kinds"]["all"] for row in settings("recall-perplexity")}
+    for setting, label in names.items():
+        found = cells("recall-tasks", setting)
+        row = next(row for row in settings("recall-tasks") if row["name"] == setting)
+        sizes = [
+            (row["state_bytes"] or n * row["full_kv_bytes_per_token"]) / MIB for n in LENGTHS[2:]
+        ]
+        shown = (f"{size:.2f}" if size < 10 else f"{size:.3g}" for size in sizes)
+        mib = ", ".join(dict.fromkeys(shown))
+        pairs = [
+            ", ".join(share(found.get((task, n)), 0, interval=False) or "-" for n in LENGTHS[2:])
+            for task in ("niah-1", "niah-2", "multikey", "niah-3")
+        ]
+        pairs = ["" if pair == "-, -" else pair for pair in pairs]
+        ratio = kinds[setting].get("ratio")
+        lines.append([label, mib, *pairs, f"{ratio[0]:.3f}x" if ratio and setting != BASE else ""])
+    return table(lines)
+
+
+def perplexity() -> str:
+    """Perplexity by kind of text, and what texts say again."""
+    by_name = {row["name"]: row["kinds"] for row in settings("recall-perplexity")}
+
+    def ratio(of: list[float], digits: int = 3) -> str:
+        value, low, high = (f"{x:.{digits}f}" for x in of)
+        return f"{value}x [{low}, {high}]"
+
+    lines = [["text", "base", "as it ships, 8.61 MiB", "17.2 MiB"]]
+    for kind, reading in by_name[BASE].items():
+        both = [ratio(by_name[name][kind]["ratio"]) for name in (SHIPPED, MORE)]
+        lines.append([kind.replace("_", " "), f"{reading['perplexity'][0]:.1f}", *both])
+    again = {name: by_name[name]["all"]["repeats"] for name in (BASE, SHIPPED, MORE)}
+    lines.append(
+        [
+            "all, repeated 3-grams",
+            f"{again[BASE]['perplexity'][0]:.1f}",
+            *(ratio(again[name]["ratio"]) for name in (SHIPPED, MORE)),
+        ]
+    )
+    lines.append(
+        [
+            "all, last words that stood before, predicted whole",
+            f"{100 * again[BASE]['cloze'][0]:.0f} %",
+            *(ratio(again[name]["cloze_ratio"], 2) for name in (SHIPPED, MORE)),
+        ]
+    )
+    return table(lines)
+
+
+def choices() -> str:
+    """Decisions, with one number each."""
+    lines = [["decision", "measured by", "with it", "without"]]
+    for row in runs("choices"):
+        both = [value if isinstance(value, str) else share(value, 0) for value in row["found"]]
+        lines.append([row["choice"], row["measured_by"], *both])
+    return table(lines)
+
+
+# --- contexts without end
+
+
+def stream() -> str:
+    """Perplexity along one text, beside the base's."""
+    by_name = {
+        row["name"]: points(row["streams"]["anarchism_faq"]) for row in settings("endless-stream")
+    }
+    lines = [["tokens", *(f"{point['stop']:,}" for point in by_name[BASE])]]
+    for name, found in by_name.items():
+        label = f"**{name}**" if name == SHIPPED else name
+        lines.append([label, *(_point(point, name != BASE) for point in found)])
+    return table(lines)
+
+
+def points(kind: dict[str, Any]) -> list[dict[str, Any]]:
+    """A curve in at most `STREAM_COLUMNS` points of equally many blocks."""
+    found, rows = [], kind["points"]
+    size = -(-len(rows) // STREAM_COLUMNS)
+    for part in (rows[at : at + size] for at in range(0, len(rows), size)):
+        tokens = sum(point["tokens"] for point in part)
+        means = {
+            key: math.exp(sum(p["tokens"] * math.log(p[key]) for p in part) / tokens)
+            for key in ("perplexity", "ratio")
+            if part[0].get(key)
+        }
+        found.append({"stop": part[-1]["stop"], **means})
+    return found
+
+
+def _point(point: dict[str, Any], ratio: bool) -> str:
+    value = point["perplexity"]
+    text = f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+    if not ratio:
+        return text
+    times = point["ratio"]
+    return f"{text}, {times:.2f}x" if times < 10 else f"{text}, {times:,.0f}x"
+
+
+def streams() -> str:
+    """Ratios to the base along several kinds of text."""
+    (row,) = (row for row in settings("endless-streams") if row["name"] != BASE)
+    curves = {kind: points(found) for kind, found in row["streams"].items()}
+    stops = max(curves.values(), key=len)
+    lines = [["tokens", *(f"{point['stop']:,}" for point in stops)]]
+    for kind, curve in curves.items():
+        ratios = [f"{point['ratio']:.2f}x" for point in curve]
+        label = "together" if kind == "all" else kind.replace("_", " ")
+        lines.append([label, *ratios, *[""] * (len(stops) - len(ratios))])
+    return table(lines)
+
+
+def distance() -> str:
+    """Recall by the tokens between needle and question."""
+    found = cells("endless-distance", SHIPPED)
+    lines = [["tokens from needle to question", *(f"{n:,}" for _, n in found)]]
+    lines.append(["**as it ships, 8.61 MiB**", *(share(cell, 10) for cell in found.values())])
+    return table(lines)
+
+
+def depths() -> str:
+    """Needles at random depths, in prompts that end at two stages of a span."""
+    interval = next(row for row in settings("endless-depths"))["lola_config"]["rebase_interval"]
+    names = {SHIPPED: SHIPPED, "far_zone_start 0": "`far_zone_start` 0"}
+    found = [cells("endless-depths", name) for name in names]
+    lines = [["prompt", "tokens after the last rebase", *names.values()]]
+    for key in sorted(found[0]):
+        after = (key[1] - 1) % interval + 1
+        both = [f"{cell[key]['exact']} of {cell[key]['samples']}" for cell in found]
+        lines.append([f"{key[1]:,}", f"{after:,}", *both])
+    return table(lines)
+
+
+def text() -> str:
+    """A text of a million tokens."""
+    (row,) = runs("endless-text")
+    said, times, needles = row["perplexity"], row["samples"], row["needles"]
+    edge, half = row["settings"]["edge"], len(times) // 2
+
+    def time(part: list[dict[str, float]]) -> str:
+        return f"{statistics.median(sample['us_per_token'] for sample in part) / 1000:.2f} ms"
+
+    cost = 100 * (said["last_over_afresh"] - 1)
+    found = [f"{needles[n]['exact']} of {needles[n]['asked']}" for n in needles]
+    return table(
+        [
+            ["", ""],
+            [f"perplexity of the first {edge:,} tokens", f"{said['first']:.2f}"],
+            [f"perplexity of the last {edge:,} tokens", f"{said['last']:.2f}"],
+            [
+                "the same with a new state",
+                f"{said['last_afresh']:.2f}, so the carried state costs {cost:.1f} %",
+            ],
+            [
+                "memory",
+                f"{times[0]['memory_mib']:.0f} MiB at {times[0]['tokens']:,} tokens, "
+                f"{times[9]['memory_mib']:.0f} at {times[9]['tokens']:,}, "
+                f"{times[-1]['memory_mib']:.0f} at the end",
+            ],
+            [
+                "time per token on one core",
+                f"{time(times[:half])} in the first half, {time(times[half:])} in the second",
+            ],
+            *([f"needles after {int(n):,} tokens", f] for n, f in zip(needles, found, strict=True)),
+        ]
+    )
+
+
+def needles() -> str:
+    """Needles in running text, and what a carried state costs."""
+    (row,) = runs("endless-needles")
+    found, said = row["needles"], row["perplexity"]
+    edge = row["settings"]["edge"]
+    after = [f"{int(n):,}" for n in found]
+    return table(
+        [
+            [
+                "",
+                f"needles after {after[0]} tokens",
+                *after[1:],
+                f"perplexity of the last {edge:,} tokens",
+                "over a new state's",
+            ],
+            [
+                "**as it ships**",
+                *(f"{cell['exact']} of {cell['asked']}" for cell in found.values()),
+                f"{said['last']:.2f}",
+                f"{said['last_over_afresh']:.3f}x",
+            ],
+        ]
+    )
+
+
+def sums() -> str:
+    """Rounding of the sums H and s."""
+    results = runs("endless-sums")[0]["results"]
+    intervals = list(dict.fromkeys(row["interval"] for row in results))
+    lines = [["", *(f"update interval {c}" for c in intervals), "pairs in s"]]
+    for rebased in (True, False):
+        for dithered in (True, False):
+            found = [
+                row["samples"][-1]
+                for c in intervals
+                for row in results
+                if row["interval"] == c
+                and (row["decay"] < 1) == rebased
+                and row["dithered"] == dithered
+            ]
+            label = "rebased" if rebased else "not rebased"
+            label += ", with a dither" if dithered else ", rounded to nearest"
+            masses = dict.fromkeys(f"{sample['mass']:,.0f}" for sample in found)
+            errors = [f"{sample['error']:.0e}".replace("e-0", "e-") for sample in found]
+            lines.append([label, *errors, ", ".join(masses)])
+    return table(lines)
+
+
+def follow() -> str:
+    """How soon the sums follow another text."""
+    results = runs("endless-sums")[0]["results"]
+    found = {row["decay"]: row["away_from_the_new_text"] for row in reversed(results)}
+    stops = [point["tokens"] for point in found[1.0]]
+    lines = [["tokens of the new text", *(f"{n:,}" for n in stops)]]
+    for decay, points in sorted(found.items()):
+        label = "rebased" if decay < 1 else "not rebased"
+        lines.append([label, *(f"{point['relative']:.3f}" for point in points)])
+    return table(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "readme-recall": readme,
+    "recall-tasks": partial(by_task, "recall-tasks", TASKS, LENGTHS, ROWS, 20),
+    "recall-facts": partial(
+        by_task, "recall-facts", FACTS, LENGTHS[:2], {BASE: BASE, SHIPPED: "**as it ships**"}, 10
+    ),
+    "recall-perplexity": perplexity,
+    "choices": choices,
+    "endless-stream": stream,
+    "endless-streams": streams,
+    "endless-distance": distance,
+    "endless-depths": depths,
+    "endless-text": text,
+    "endless-needles": needles,
+    "endless-sums": sums,
+    "endless-follow": follow,
+    **{name: partial(make, runs) for name, make in speed_tables.TABLES.items()},
+}
+
+
+def with_tables(page: str) -> str:
+    """The page with the tables of now."""
+    return MARK.sub(lambda found: BEGIN.format(found[1]) + TABLES[found[1]]() + END, page)
+
+
+def main(argv: list[str]) -> None:
+    """Make a table's file if one is named, then the pages."""
+    if argv:
+        name, *files = argv
+        found = [json.loads(Path(file).read_text()) for file in files]
+        (RESULTS / f"{name}.json").write_text(summary.text(found), encoding="utf-8")
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(with_tables(page.read_text()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
