@@ -41,10 +41,6 @@ struct PageLayout {
   LOLA_HOST_DEVICE int64_t sets_per_kv_head() const { return num_sparse_heads / num_kv_heads; }
   LOLA_HOST_DEVICE int64_t kv_head_of(int64_t set) const { return set / sets_per_kv_head(); }
 
-  // Pairs that a sparse set holds at most, and the largest of these numbers.
-  LOLA_HOST_DEVICE int64_t set_size(int64_t /*set*/) const { return sparse_cache_size; }
-  LOLA_HOST_DEVICE int64_t max_set_size() const { return sparse_cache_size; }
-
   // Rows of the window ring, and of exact_k and exact_v: the sinks and the ring.
   LOLA_HOST_DEVICE int64_t ring_size() const { return window_size + update_interval; }
   LOLA_HOST_DEVICE int64_t exact_size() const { return sink_size + ring_size(); }
@@ -72,20 +68,16 @@ struct PageLayout {
   }
 
   // Valid pairs of a sparse set after n tokens.
-  LOLA_HOST_DEVICE int64_t num_sparse(int64_t set, int64_t n) const {
-    const int64_t evicted = window_start(n) - sink_size, size = set_size(set);
-    return evicted < size ? evicted : size;
+  LOLA_HOST_DEVICE int64_t num_sparse(int64_t n) const {
+    const int64_t evicted = window_start(n) - sink_size;
+    return evicted < sparse_cache_size ? evicted : sparse_cache_size;
   }
 
   // Pairs of a sparse set that are in H and s after n tokens.
-  LOLA_HOST_DEVICE int64_t num_folded(int64_t set, int64_t n) const {
-    const int64_t folded = window_start(n) - sink_size - set_size(set);
+  LOLA_HOST_DEVICE int64_t num_folded(int64_t n) const {
+    const int64_t folded = window_start(n) - sink_size - sparse_cache_size;
     return folded > 0 ? folded : 0;
   }
-
-  // The same of every set, as long as all are of one size.
-  LOLA_HOST_DEVICE int64_t num_sparse(int64_t n) const { return num_sparse(0, n); }
-  LOLA_HOST_DEVICE int64_t num_folded(int64_t n) const { return num_folded(0, n); }
 
   // Whether the n-th token is followed by an update that evicts anything.
   LOLA_HOST_DEVICE bool update_due(int64_t n) const {

@@ -58,7 +58,7 @@ struct Page {
 
   // Positions of the pairs of a set.
   int32_t* positions(int64_t set) const {
-    return reinterpret_cast<int32_t*>(data + layout->positions) + set * layout->max_set_size();
+    return reinterpret_cast<int32_t*>(data + layout->positions) + set * layout->sparse_cache_size;
   }
 
   // What multiplies the numbers of keys and values of a set; only where layout->int8_pairs().
@@ -68,7 +68,7 @@ struct Page {
   // What weighs the scores of the pairs of a set; only where layout->has_saliency.
   template <typename T>
   T* saliency(int64_t set) const {
-    return reinterpret_cast<T*>(data + layout->saliency) + set * layout->max_set_size();
+    return reinterpret_cast<T*>(data + layout->saliency) + set * layout->sparse_cache_size;
   }
 
   // The hidden state of a state head, [2F, d] and [2F].
@@ -85,17 +85,17 @@ struct Page {
   // Only where layout->bounded().
   template <typename T>
   ErrorBounds<T> bounds(int64_t state_head) const {
-    const int64_t size = layout->max_set_size(), first = state_head * size;
+    const int64_t size = layout->sparse_cache_size, first = state_head * size;
     return {reinterpret_cast<T*>(data + layout->bounds) + first * kBounds, size,
             reinterpret_cast<int8_t*>(data + layout->directions) + first * layout->head_dim};
   }
 
  private:
   char* sparse(int64_t part, int64_t set, int64_t row) const {
-    return data + part + (set * layout->max_set_size() + row) * layout->sparse_bytes();
+    return data + part + (set * layout->sparse_cache_size + row) * layout->sparse_bytes();
   }
   float* scales(int64_t part, int64_t set) const {
-    return reinterpret_cast<float*>(data + part) + set * layout->max_set_size();
+    return reinterpret_cast<float*>(data + part) + set * layout->sparse_cache_size;
   }
   char* exact(int64_t part, int64_t kv_head, int64_t row) const {
     return data + part + (kv_head * layout->exact_size() + row) * layout->pair_bytes();

@@ -31,10 +31,10 @@ struct Candidates {
         set(at.set),
         kv_head(layout.kv_head_of(at.set)),
         n(at.n),
-        cached(layout.num_sparse(at.set, at.n - layout.update_interval)),
+        cached(layout.num_sparse(at.n - layout.update_interval)),
         start(layout.window_start(at.n - layout.update_interval)),
         count(cached + layout.window_start(at.n) - start),
-        empty(layout.num_folded(at.set, at.n - layout.update_interval) == 0) {}
+        empty(layout.num_folded(at.n - layout.update_interval) == 0) {}
 
   // Key and value of candidate i as T, as they are outside the window, then zeros up to `padded`.
   template <typename T>
@@ -78,7 +78,7 @@ struct Candidates {
 
 // The most candidates that an update of a layer can have.
 inline int64_t max_candidates(const PageLayout& layout) {
-  return layout.max_set_size() + layout.update_interval;
+  return layout.sparse_cache_size + layout.update_interval;
 }
 
 // Features of the candidates of one sparse set, for each of its state heads. The first `known` rows

@@ -41,7 +41,7 @@ void await(const WorkQueue& queue) {
 // Bytes of a page that an item reads, a row and a sparse set, about.
 int64_t item_bytes(const PageLayout& layout) {
   const int64_t exact = (layout.window_size + layout.sink_size) * layout.pair_bytes();
-  const int64_t sparse = layout.max_set_size() * layout.sparse_bytes();
+  const int64_t sparse = layout.sparse_cache_size * layout.sparse_bytes();
   const int64_t state = 2 * layout.feature_dim * size_of(layout.state_dtype);
   return 2 * (exact + sparse) + state * layout.states_per_set() * layout.head_dim;
 }

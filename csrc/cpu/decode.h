@@ -58,7 +58,7 @@ struct DecodeWorkspace {
         update(layout, memory) {
     const int64_t heads = layout.heads_per_set(), dp = round_up<T>(layout.head_dim);
     const int64_t F2 = 2 * layout.feature_dim, Fp = round_up<T>(layout.feature_dim);
-    z = memory.take<T>(heads * round_up<T>(layout.exact_size() + layout.max_set_size() + 1));
+    z = memory.take<T>(heads * round_up<T>(layout.exact_size() + layout.sparse_cache_size + 1));
     y = memory.take<T>(heads * dp);
     sums = memory.take<T>(2 * heads);
     q = memory.take<T>(kMaxTaskSize * dp);
@@ -80,7 +80,7 @@ struct DecodeItem {
   int64_t set, n;
 
   // Whether queries see pairs of the hidden state.
-  bool recalls() const { return !page.is_padding() && page.layout->num_folded(set, n - 1) > 0; }
+  bool recalls() const { return !page.is_padding() && page.layout->num_folded(n - 1) > 0; }
 };
 
 constexpr int kSegments = 5;
@@ -92,7 +92,7 @@ LOLA_INLINE int64_t segments_of(const Call& call, const DecodeItem& item, Segmen
   const int64_t kv = layout.kv_head_of(item.set), position = item.n - 1;
   const int64_t bytes = layout.pair_bytes(), sink = layout.sink_size, ring = layout.ring_size();
   const int64_t start = layout.window_start(position), sinks = position < sink ? position : sink;
-  const int64_t cached = layout.num_sparse(item.set, position);
+  const int64_t cached = layout.num_sparse(position);
   const int64_t in_ring = position > start ? position - start : 0;
   const int64_t head_row = start % ring;
   const int64_t to_end = ring - head_row, before_wrap = in_ring < to_end ? in_ring : to_end;
@@ -137,10 +137,10 @@ int64_t push_reads(const Call& call, const DecodeItem& item, Prefetcher& prefetc
   bytes += prefetcher.push(item.page.s<T>(first), states * F2 * size);
   if (!layout.bounded()) return bytes;
   if (layout.has_saliency) {
-    bytes += prefetcher.push(item.page.saliency<T>(item.set), layout.set_size(item.set) * size);
+    bytes += prefetcher.push(item.page.saliency<T>(item.set), layout.sparse_cache_size * size);
   }
   const ErrorBounds<T> bounds = item.page.bounds<T>(first);
-  const int64_t pairs = states * layout.set_size(item.set);
+  const int64_t pairs = states * layout.sparse_cache_size;
   bytes += prefetcher.push(bounds.rows, pairs * kBounds * size);
   return bytes + prefetcher.push(bounds.directions, pairs * d);
 }

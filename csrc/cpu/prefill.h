@@ -55,7 +55,7 @@ struct PrefillWorkspace {
     const PageLayout& layout = call.layout;
     const int64_t d = layout.head_dim, dp = round_up<T>(d);
     const int64_t F2 = 2 * layout.feature_dim, Fp = round_up<T>(layout.feature_dim);
-    const int64_t keys = layout.max_set_size() + layout.exact_size();
+    const int64_t keys = layout.sparse_cache_size + layout.exact_size();
     const int64_t block = max_block(call), columns = round_up<T>(layout.heads_per_set() * block);
     q = memory.take<T>(columns * dp);
     y = memory.take<T>(columns * dp);
@@ -164,7 +164,7 @@ void mix_block(const Call& call, const QueryBlock& block, PrefillWorkspace<T>& x
   const int64_t d = layout.head_dim, dp = round_up<T>(d), L = block.count;
   const int64_t F = layout.feature_dim, F2 = 2 * F, Fp = round_up<T>(F);
   const int64_t heads = layout.heads_per_set(), phi_stride = feature_stride<T>(layout);
-  const bool recalls = layout.num_folded(block.set, block.position) > 0;
+  const bool recalls = layout.num_folded(block.position) > 0;
   const T* H = nullptr;
   int64_t loaded = -1;
   for (int64_t h = 0; h < heads; ++h) {

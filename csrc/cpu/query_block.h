@@ -17,7 +17,7 @@ struct QueryBlock {
   int64_t first, count;
 
   // Pairs of the cache that the queries see, and the first position of their window.
-  int64_t cached() const { return page.layout->num_sparse(set, position); }
+  int64_t cached() const { return page.layout->num_sparse(position); }
   int64_t window_start() const { return page.layout->window_start(position); }
   // Positions up to here the last query sees.
   int64_t end() const { return position + first + count; }

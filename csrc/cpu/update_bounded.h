@@ -37,12 +37,12 @@ struct BoundedUpdate {
   BoundedUpdate(const PageLayout& layout, Workspace& memory)
       : recall(layout, kRescoreBlock, memory) {
     const int64_t states = layout.states_per_set();
-    scores = memory.take<T>(layout.max_set_size());
+    scores = memory.take<T>(layout.sparse_cache_size);
     sums = memory.take<T>(kRescoreBlock);
     dither = memory.take<T>(round_up<T>(2 * layout.feature_dim));
     newcomer = memory.take<T>(kBounds * states);
     directions = memory.take<int8_t>(layout.head_dim * states);
-    order = memory.take<int32_t>(layout.max_set_size());
+    order = memory.take<int32_t>(layout.sparse_cache_size);
   }
 
   ErrorBounds<T> newcomer_bounds(int64_t j, int64_t d) const {
@@ -110,7 +110,7 @@ void rescore(const Call& call, const Candidates& c, const int32_t* list, int64_t
 // Lower bounds on the scores of a set's cached pairs, into x.scores.
 template <typename T>
 void bound_scores(const Candidates& c, BoundedUpdate<T>& x) {
-  const int64_t states = c.layout.states_per_set(), size = c.layout.set_size(c.set);
+  const int64_t states = c.layout.states_per_set(), size = c.layout.sparse_cache_size;
   for (int64_t j = 0; j < states; ++j) {
     const ErrorBounds<T> b = c.page.bounds<T>(c.set * states + j);
     const T *const low = b.row(kLow), *const value = b.row(kValue);
@@ -156,7 +156,7 @@ int64_t list_up_to(T limit, int64_t count, BoundedUpdate<T>& x) {
 // Makes x.scores, bounds so far, exact wherever they may be the least and below `limit`.
 template <typename T>
 void rescore_doubtful(const Call& call, const Candidates& c, T limit, BoundedUpdate<T>& x) {
-  const int64_t size = c.layout.set_size(c.set);
+  const int64_t size = c.layout.sparse_cache_size;
   const T low = least_score(size, x);
   if (!(low < limit)) return;
   list_up_to(low, size, x);
@@ -175,7 +175,7 @@ void rescore_doubtful(const Call& call, const Candidates& c, T limit, BoundedUpd
 // the youngest also loses a tie.
 template <typename T>
 int64_t loser_slot(const Call& call, const Candidates& c, T newcomer, BoundedUpdate<T>& x) {
-  const int64_t size = c.layout.set_size(c.set);
+  const int64_t size = c.layout.sparse_cache_size;
   bound_scores(c, x);
   rescore_doubtful(call, c, newcomer, x);
   const T low = least_score(size, x);
@@ -249,7 +249,7 @@ void update_bounded(const Call& call, const UpdatePoint& at, BoundedUpdate<T>& x
                     Prefetcher* prefetcher) {
   const Candidates c(at);
   const int64_t states = c.layout.states_per_set(), d = c.layout.head_dim, dp = round_up<T>(d);
-  const int64_t size = c.layout.set_size(c.set);
+  const int64_t size = c.layout.sparse_cache_size;
   const bool folds = c.cached == size;
   const RecallWorkspace<T>& y = x.recall;
   c.load_k(c.cached, y.k, d);

@@ -126,7 +126,7 @@ void score_needed(const Candidates& c, ExactUpdate<T>& x) {
   if (known > 0) {
     for (int64_t i = 0; i < c.count; ++i) x.highest[i] = x.bounds.high[i];
     if (weighs) weigh(x.saliency, c.count, x.highest);
-    const T limit = kth_smallest(x.highest, c.count, c.count - c.layout.set_size(c.set));
+    const T limit = kth_smallest(x.highest, c.count, c.count - c.layout.sparse_cache_size);
     int64_t listed = 0;
     for (int64_t i = 0; i < known; ++i) {
       x.scores[i] = __builtin_inff();
@@ -215,7 +215,7 @@ void find_saliency(const Call& call, const Candidates& c, ExactUpdate<T>& x) {
 // The i-th kept newcomer goes to the i-th slot that is empty or whose pair was folded.
 template <typename T>
 void replace(const Candidates& c, ExactUpdate<T>& x) {
-  const int64_t size = c.layout.set_size(c.set);
+  const int64_t size = c.layout.sparse_cache_size;
   int32_t* const positions = c.page.positions(c.set);
   int64_t slot = 0;
   for (int64_t i = c.cached; i < c.count; ++i) {
@@ -237,7 +237,7 @@ void replace(const Candidates& c, ExactUpdate<T>& x) {
 template <typename T>
 void decide_update(const Call& call, const UpdatePoint& at, ExactUpdate<T>& x) {
   const Candidates c(at);
-  const int64_t size = c.layout.set_size(c.set);
+  const int64_t size = c.layout.sparse_cache_size;
   const int32_t* const cached = c.page.positions(c.set);
   for (int64_t i = 0; i < c.count; ++i) {
     x.positions[i] = i < c.cached ? cached[i] : static_cast<int32_t>(c.start + i - c.cached);

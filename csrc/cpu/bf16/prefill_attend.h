@@ -45,14 +45,14 @@ struct PairWorkspace {
   PairWorkspace() = default;
   PairWorkspace(const PageLayout& layout, int64_t max_columns, Workspace& memory) {
     const int64_t d = layout.head_dim;
-    const int64_t max_keys = layout.max_set_size() + layout.exact_size() + kDotKeys;
+    const int64_t max_keys = layout.sparse_cache_size + layout.exact_size() + kDotKeys;
     k = memory.take<const char*>(max_keys);
     v = memory.take<const char*>(max_keys);
     q_pairs = memory.take<uint32_t>(d / 2 * max_columns);
     v_pairs = memory.take<uint32_t>((max_keys + 1) / 2 * d);
     p = memory.take<uint32_t>(2 * kRemainders);
     z = memory.take<float>(max_keys * kPanelVecs * kLanes<float>);
-    numbers = memory.take<uint16_t>(layout.int8_pairs() ? layout.max_set_size() * d : 0);
+    numbers = memory.take<uint16_t>(layout.int8_pairs() ? layout.sparse_cache_size * d : 0);
   }
 };
 
