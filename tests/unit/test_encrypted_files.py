@@ -309,7 +309,7 @@ def test_files_of_another_key_and_of_none_are_counted_and_neither_used_nor_delet
     ):  # fmt: skip
         caplog.clear()
         server = Server(root, memory=0, key_file=key)
-        server.store.refresh()
+        server.store.upkeep.refresh()
         assert server.store.failures == failures and len(server.store.states) == 2
         found = [n for n in range(3) if server.restore([n, *TEXT])]
         assert found == [(None, key_file, other).index(key)]

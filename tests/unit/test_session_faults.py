@@ -308,7 +308,7 @@ def test_the_thread_survives_whatever_it_finds(tmp_path, monkeypatch):
     server = Server(tmp_path)
     broken = threading.Event()
 
-    def broken_header(path):
+    def broken_header(path, key=None):
         broken.set()
         raise RuntimeError("a header that nobody thought of")
 

@@ -234,7 +234,7 @@ write_aside(Path({str(server.store.directory.path)!r}) / "x.lola.safetensors", p
     subprocess.run([sys.executable, "-c", code])
     (name,) = os.listdir(server.store.directory.path)
     assert is_partial(name)
-    server.store.refresh()
+    server.store.upkeep.refresh()
     assert os.listdir(server.store.directory.path) == []
     assert server.store.failures == {"partial": 1}
     server.close()
@@ -322,7 +322,7 @@ def test_whatever_a_header_says_it_is_read_or_damaged(tmp_path_factory, fields):
             read(path)
         except StateFileError as error:
             assert error.reason == "damaged"
-    server.store.refresh()  # what the directory's thread does
+    server.store.upkeep.refresh()  # what the directory's thread does
     server.manager.sessions()
     server.close()
 
