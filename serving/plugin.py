@@ -67,9 +67,10 @@ class LolaEndpoints:
         assert engine_client is not None  # None only in the server for the task "render"
         engine = LolaEngine(engine_client, str(engine_client.model_config.served_model_name))
         state.lola_engine = engine
+        stores = engine.is_lola and has_store(engine.config)
         keys = args.api_key or [envs.VLLM_API_KEY or ""]
-        state.lola_owners = Owners(keys) if engine.is_lola and has_store(engine.config) else None
-        listen(engine_client, engine.is_lola and _shares(engine.config))
+        state.lola_owners = Owners(keys) if stores else None
+        listen(engine_client, stores and _shares(engine.config), stores)
         state.lola_metrics = LolaMetrics(engine) if engine.is_lola else None
         state.lola_inspector = describe_inspector(args)
 
@@ -78,7 +79,7 @@ def _shares(config: VllmConfig) -> bool:
     """Whether states are stored where prompts begin alike: vLLM's prefix caching does not do it,
     and all requests come to one store."""
     alone = config.parallel_config.data_parallel_size == 1
-    return has_store(config) and alone and not config.cache_config.enable_prefix_caching
+    return alone and not config.cache_config.enable_prefix_caching
 
 
 def describe_inspector(args: Namespace) -> str:

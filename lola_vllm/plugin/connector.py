@@ -95,7 +95,8 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
         self._outcomes: list[Outcome] = []
         if role == KVConnectorRole.SCHEDULER:
             block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-            self.half = SchedulerHalf(open_store(vllm_config), block_size)
+            trained = lola_hf_config(vllm_config).max_position_embeddings
+            self.half = SchedulerHalf(open_store(vllm_config), block_size, trained)
             _local[0] = weakref.ref(self.half)
             compat.add_engine_method("lola_sessions", answer_engine)
 

@@ -15,7 +15,7 @@ from lola_vllm.sessions.chain import salt_hash
 from lola_vllm.sessions.fingerprint import adapter_fingerprint
 from lola_vllm.sessions.manage import SessionManager
 from lola_vllm.sessions.orders import Outcome
-from lola_vllm.sessions.request import Ticket, read_wish
+from lola_vllm.sessions.request import OWN_REQUEST, Ticket, read_wish
 from lola_vllm.sessions.store import NotStored, SessionStore
 from lola_vllm.sessions.tiers import SessionKey, Stored
 
@@ -47,10 +47,12 @@ class SchedulerHalf:
 
     Args:
         store: of this engine. block_size: tokens between two blocks of a request.
+        trained_length: tokens to which the model was trained.
     """
 
-    def __init__(self, store: SessionStore, block_size: int) -> None:
+    def __init__(self, store: SessionStore, block_size: int, trained_length: int) -> None:
         self.store = store
+        self.trained_length = trained_length
         self.manager = SessionManager(store)
         self.block_size = block_size
         self.tickets: dict[str, Ticket] = {}
@@ -61,7 +63,8 @@ class SchedulerHalf:
     @_harmless(None)
     def arrive(self, request: Request) -> None:
         """Read what a request wants."""
-        wish = read_wish(request.kv_transfer_params, request.session_id)
+        own = request.request_id.startswith(OWN_REQUEST)
+        wish = read_wish(request.kv_transfer_params, request.session_id, own)
         adapter = ""
         lora = request.lora_request
         tokens = request.prompt_token_ids
@@ -99,6 +102,10 @@ class SchedulerHalf:
         if ticket is None:
             return 0
         if ticket.session and self._queues[ticket.session][0] != request.request_id:
+            ticket.explain(
+                f"waited for another request of session {ticket.wish.session!r}: one at a time "
+                "goes on with a session; requests that may run together need sessions of their own"
+            )
             return None
         if ticket.version != self.store.version:
             self._look_up(ticket, request)
@@ -153,6 +160,7 @@ class SchedulerHalf:
                 del self._queues[ticket.session]
         copying = False
         n = request.num_computed_tokens
+        ticket.beyond = max(0, request.num_tokens - self.trained_length)
         if request.status not in (
             RequestStatus.FINISHED_STOPPED,
             RequestStatus.FINISHED_LENGTH_CAPPED,

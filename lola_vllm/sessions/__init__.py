@@ -10,7 +10,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lola_vllm.sessions.names import Reference, SessionNameError, check_name, parse_reference
+from lola_vllm.sessions.names import (
+    Reference,
+    SessionNameError,
+    check_name,
+    check_new_name,
+    parse_reference,
+)
 from lola_vllm.sessions.settings import StoreSettings, StoreSettingsError
 
 if TYPE_CHECKING:
@@ -36,6 +42,7 @@ __all__ = [
     "StoreSettingsError",
     "Turn",
     "check_name",
+    "check_new_name",
     "parse_reference",
     "read_state",
     "write_state",

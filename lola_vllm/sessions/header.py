@@ -37,6 +37,8 @@ class StateHeader:
         num_tokens: n. key, boundary: hex, as in `chain.py`.
         fingerprint: as `Fingerprint.to_dict`. adapter: empty where none was used. salt: hash.
         created, expires: seconds since 1970. parent: id of the state it continues.
+        beginning: `key` of the shared beginning that its text goes on from (`serving/sessions/
+            shared.py`); None: none.
         pinned: whether it stays whatever else is stored.
         tail: tokens that were said after the n: the last one of an answer is sampled, and the model
             does not read it unless the text goes on.
@@ -59,6 +61,7 @@ class StateHeader:
     created: Annotated[float, Field(ge=0, lt=_YEAR_10000)] = 0.0
     expires: float | None = None
     parent: _Digest | None = None
+    beginning: _Digest | None = None
     pinned: bool = False
     tail: list[_Count] = field(default_factory=list)
     rank: _Rank = 0

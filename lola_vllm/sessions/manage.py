@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.sessions.chain import Tokens, salt_hash
+from lola_vllm.sessions.beginnings import only_beginnings
+from lola_vllm.sessions.chain import Chain, Tokens, salt_hash
 from lola_vllm.sessions.file import StateFileError, read_state, read_tokens, write_state
 from lola_vllm.sessions.names import (
     Reference,
     SessionNameError,
     check_name,
+    check_new_name,
     parse_reference,
 )
 from lola_vllm.sessions.orders import DISK, MEMORY, Copy
@@ -117,7 +119,7 @@ class SessionManager:
 
     def fork(self, reference: str, to: str, salt: str | None = None) -> Answer:
         """Another session that goes on from a session or one of its turns."""
-        store, name = self.store, check_name(to, "to")
+        store, name = self.store, check_new_name(to, "to")
         with store.lock:
             states = self._turn(reference, salt)
             key = (salt_hash(salt), name)
@@ -140,7 +142,7 @@ class SessionManager:
 
     def rename(self, session: str, to: str, salt: str | None = None) -> Answer:
         """Another name for a session."""
-        store, old, new = self.store, check_name(session), check_name(to, "to")
+        store, old, new = self.store, check_name(session), check_new_name(to, "to")
         with store.lock:
             states = store.lookup(Reference(old), salt_hash(salt))
             if (salt_hash(salt), new) in store.sessions:
@@ -183,10 +185,12 @@ class SessionManager:
     def delete(self, reference: str, salt: str | None = None) -> Answer:
         """Delete a session, or one of its turns: from memory and from the disk.
 
-        It is over when the files are gone. A file that cannot be removed stays listed.
+        The shared beginnings that nothing else goes on from go with it. It is over when the files
+        are gone. A file that cannot be removed stays listed.
         """
         with self.store.lock:
             states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
+            states += only_beginnings(self.store, states, self._text(states))
             return self._ended(self.store.delete(states, lambda: {"deleted": len(states)}))
 
     def clear(self) -> Answer:
@@ -219,7 +223,7 @@ class SessionManager:
             file: as `files` names it, or as `LolaCache.save` wrote it. It is checked completely. A
                 server with a key takes one that has the same key or none, and stores it encrypted.
         """
-        store, name = self.store, check_name(session)
+        store, name = self.store, check_new_name(session)
         if store.directory is None or store.ranks != 1:
             raise SessionError(
                 "unavailable",
@@ -239,7 +243,7 @@ class SessionManager:
         n = len(found.tokens)
         header = replace(
             found.header, id=secrets.token_hex(16), session=name, turn=1, created=now, salt=hashed,
-            expires=None, parent=None, pinned=False, key=chain.key(n).hex(),
+            expires=None, parent=None, beginning=None, pinned=False, key=chain.key(n).hex(),
             boundary=chain.boundary(n).hex(), fingerprint=store.fingerprint.to_dict(),
         )  # fmt: skip
         write_state(store.directory.files(header.id)[0], header, found.tokens, found.row, key)
@@ -298,6 +302,15 @@ class SessionManager:
         if tokens is None:
             raise NotStored(f"the tokens of {state.header.session!r} are not kept")
         return tokens
+
+    def _text(self, states: list[Stored]) -> Chain | None:
+        """The longest of some states' texts; None where it cannot be read."""
+        longest = max(states, key=lambda state: state.header.num_tokens)
+        header = longest.header
+        try:
+            return self.store.chain(self._tokens(longest), header.adapter, header.salt)
+        except (NotStored, StateFileError):
+            return None
 
     def _copy(self, source: Stored, copy: Stored, tokens: Tokens | None) -> None:
         memory, disk = MEMORY in copy.tiers, DISK in copy.tiers

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Mapping
 from typing import NamedTuple
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 AUTOMATIC = "auto-"
+SHARED = "shared-"
+# Names that begin so are the server's own.
+RESERVED = (AUTOMATIC, SHARED)
+MAX_SHOWN = 60
 
 
 class SessionNameError(ValueError):
@@ -34,12 +39,40 @@ def check_name(name: object, field: str = "session") -> str:
         SessionNameError: it is no text of 1 to 64 letters, digits, dots, underscores and dashes.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        shown = repr(name)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
         raise SessionNameError(
-            f"{field} = {shown}: must be 1 to 64 of the characters A-Z a-z 0-9 . _ -"
+            f"{field} = {shown(name)}: must be 1 to 64 of the characters A-Z a-z 0-9 . _ -"
         )
     return name
+
+
+def check_new_name(name: object, field: str = "session") -> str:
+    """Return a name that somebody gives to a session.
+
+    Raises:
+        SessionNameError: as `check_name`, or the name is one that only the server gives.
+    """
+    name = check_name(name, field)
+    if name.startswith(RESERVED):
+        raise SessionNameError(
+            f"{field} = {name!r}: names that begin with {' or '.join(map(repr, RESERVED))} are "
+            "given by the server; take another, or give such a session another name first"
+        )
+    return name
+
+
+def shown(value: object) -> str:
+    """A value of a request, for an error: short, however large the value is."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= MAX_SHOWN else f"{value[:MAX_SHOWN]!r}..."
+    if isinstance(value, Mapping):
+        return f"an object of {len(value)} fields"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)} items"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 def parse_reference(text: object, field: str = "from") -> Reference:
@@ -54,7 +87,7 @@ def parse_reference(text: object, field: str = "from") -> Reference:
         return Reference(name)
     if not re.fullmatch(r"[1-9]\d{0,8}", turn):
         raise SessionNameError(
-            f"{field} = {text!r}: '@' must be followed by the number of a turn, from 1 on"
+            f"{field} = {shown(text)}: '@' must be followed by the number of a turn, from 1 on"
         )
     return Reference(name, int(turn))
 

@@ -11,17 +11,29 @@ read only, and not what was generated after it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lola_vllm.sessions.chain import Chain
-from lola_vllm.sessions.names import Reference, SessionNameError, check_name, parse_reference
+from lola_vllm.sessions.names import (
+    Reference,
+    SessionNameError,
+    check_name,
+    check_new_name,
+    parse_reference,
+    shown,
+)
 from lola_vllm.sessions.store import Turn
 from lola_vllm.sessions.tiers import SessionKey, Stored
 
 FIELD = "lola"
 _KEYS = ("from", "save", "ttl", "answer")
+MAX_FAULTS = 3  # that are told; what follows is not looked at
+# Ids of the requests that the server makes itself, to store shared beginnings. Routes put another
+# word before what a client chooses.
+OWN_REQUEST = "lola-shared-"
 
 
 @dataclass(frozen=True)
@@ -44,42 +56,66 @@ class Wish:
     faults: tuple[str, ...] = ()
 
 
-def read_wish(params: object, session_id: str | None = None) -> Wish:
+def read_wish(params: object, session_id: str | None = None, own: bool = False) -> Wish:
     """Read the `kv_transfer_params` of a request. What is wrong is told in its answer.
 
     A request whose wish has a fault neither restores nor stores: it must not do something else than
-    was meant.
+    was meant. The work does not depend on how much was sent.
+
+    Args:
+        own: whether the request is the server's, which may use names of its own.
     """
     where = f"kv_transfer_params.{FIELD}"
     lola = params.get(FIELD, {}) if isinstance(params, Mapping) else {}
     faults = []
     if not isinstance(lola, Mapping):
-        faults.append(f"{where} = {lola!r}: must be an object")
+        faults.append(f"{where} = {shown(lola)}: must be an object")
         lola = {}
-    for key in lola:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1, cutoff=0.0)[0]
-            faults.append(f"{where}.{key}: unknown key; nearest valid name: {near!r}")
+    for key in _unknown(lola):
+        near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
+        faults.append(f"{where}.{key}: unknown key; nearest valid name: {near!r}")
+        if len(faults) == MAX_FAULTS:
+            return Wish(restore=False, save=False, faults=tuple(faults))
     source, session, ttl = lola.get("from"), lola.get("save"), lola.get("ttl")
+    check = check_name if own else check_new_name
     reference = None
     try:
         if source not in (None, True, False):
             reference = parse_reference(source, f"{where}.from")
         if session in (None, True):
-            session = None if session_id is None else check_name(session_id, "session_id")
+            session = None if session_id is None else check(session_id, "session_id")
         elif session is not False:
-            check_name(session, f"{where}.save")
+            check(session, f"{where}.save")
     except SessionNameError as error:
         faults.append(str(error))
-    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or ttl <= 0):
-        faults.append(f"{where}.ttl = {ttl!r}: must be a number of seconds above 0")
+    if ttl is not None and not _is_time(ttl):
+        faults.append(f"{where}.ttl = {shown(ttl)}: must be a finite number of seconds above 0")
     answer = lola.get("answer", True)
     if not isinstance(answer, bool):
-        faults.append(f"{where}.answer = {answer!r}: must be true or false")
+        faults.append(f"{where}.answer = {shown(answer)}: must be true or false")
     if faults:
-        return Wish(restore=False, save=False, faults=tuple(faults))
+        return Wish(restore=False, save=False, faults=tuple(faults[:MAX_FAULTS]))
     save = session is not False
+    ttl = None if ttl is None else float(ttl)
     return Wish(source is not False, reference, save, session if save else None, ttl, answer)
+
+
+def _unknown(lola: Mapping[Any, Any]) -> Iterator[str]:
+    """Keys that mean nothing, each cut to a length that can be shown and compared."""
+    for key in lola:
+        if key not in _KEYS:
+            yield shown(key)[1:-1] if isinstance(key, str) else shown(key)
+
+
+def _is_time(value: object) -> bool:
+    """Whether a value is a number of seconds that ends some day."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        seconds = float(value)
+    except OverflowError:
+        return False
+    return math.isfinite(seconds) and seconds > 0
 
 
 @dataclass(eq=False)
@@ -91,8 +127,9 @@ class Ticket:
         found: the state to start from, as of `version` of the store.
         parent: the state that its conversation goes on from. turn: where its states go.
         restored: tokens that it did not compute. missed: why nothing was found, as of `version`.
-        reasons: what else there is to say.
+        reasons: what else there is to say, once each.
         stored: its longest stored state. unsaved: why it has none.
+        beyond: tokens that it has beyond the length to which the model was trained.
     """
 
     wish: Wish
@@ -105,9 +142,10 @@ class Ticket:
     turn: Turn | None = None
     restored: int = 0
     missed: str | None = None
-    reasons: list[str] = field(default_factory=list)
+    reasons: dict[str, None] = field(default_factory=dict)
     stored: Stored | None = None
     unsaved: str | None = None
+    beyond: int = 0
 
     @property
     def session(self) -> SessionKey | None:
@@ -116,8 +154,7 @@ class Ticket:
 
     def explain(self, reason: str) -> None:
         """Add something that the client should know."""
-        if reason not in self.reasons:
-            self.reasons.append(reason)
+        self.reasons[reason] = None
 
     def answer(self) -> dict[str, Any]:
         """What the client is told, as `kv_transfer_params` of the answer."""
@@ -130,6 +167,7 @@ class Ticket:
             "tokens": state.header.num_tokens if state else 0,
             "bytes": state.nbytes if state else 0,
             "restored_tokens": self.restored,
+            "beyond_trained_length": self.beyond,
             "reason": "; ".join([*self.reasons, *missed]) or None,
         }
         if state is None or self.unsaved:  # the prompt's end may be stored and the answer's not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,8 +54,10 @@ class StoreSettings:
             raise StoreSettingsError(
                 f"state_ram = {self.memory}, state_disk = {self.disk}: must not be negative"
             )
-        if self.ttl is not None and not self.ttl > 0:
-            raise StoreSettingsError(f"state_ttl = {self.ttl}: must be more than 0 seconds")
+        if self.ttl is not None and not 0 < self.ttl < math.inf:
+            raise StoreSettingsError(
+                f"state_ttl = {self.ttl}: must be a finite number of seconds above 0"
+            )
         if self.key_file is not None and self.key_variable is not None:
             raise StoreSettingsError(
                 f"state_key_file = {self.key_file} and the variable {self.key_variable}: there can "

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from lola_vllm.sessions.beginnings import shared_beginning
 from lola_vllm.sessions.chain import Chain, PrefixIndex, Tokens, namespace
 from lola_vllm.sessions.directory import StateDirectory
 from lola_vllm.sessions.expiry import Expiries
@@ -89,7 +90,7 @@ class SessionStore:
         self.id = secrets.token_hex(8)  # of this store, among those of a machine
         self._tokens: dict[str, Tokens] = {}
         self._warned: dict[str, float] = {}
-        self._index = PrefixIndex()
+        self.index = PrefixIndex()
         self._orders: list[Order] = []
         self._expiries = Expiries(self.states)
         self.dropped: set[str] = set()  # whose files are about to go
@@ -114,7 +115,7 @@ class SessionStore:
         """The stored state that covers most of the first `longest` tokens of a text."""
         with self.lock:
             self.expire()
-            for state in self._index.prefixes(chain, longest):
+            for state in self.index.prefixes(chain, longest):
                 return self.states[state]
         return None
 
@@ -208,7 +209,7 @@ class SessionStore:
         with self.lock:
             key = chain.key(num_tokens)
             named = not turn.session[1].startswith(AUTOMATIC)
-            for there in map(self.states.__getitem__, reversed(self._index.with_key(key))):
+            for there in map(self.states.__getitem__, reversed(self.index.with_key(key))):
                 if not named or there.session == turn.session:
                     self._use(there)
                     if tail and there.session == turn.session:
@@ -238,6 +239,7 @@ class SessionStore:
                 created=now,
                 expires=None if ttl is None else now + ttl,
                 parent=parent.id if parent else None,
+                beginning=shared_beginning(parent),
                 tail=list(tail),
                 ranks=self.ranks,
             )
@@ -333,7 +335,7 @@ class SessionStore:
             self.states[state.id] = state
             if tokens is not None:
                 self._tokens[state.id] = tokens
-            self._index.add(
+            self.index.add(
                 bytes.fromhex(header.boundary), header.num_tokens, bytes.fromhex(header.key),
                 state.id,
             )  # fmt: skip
@@ -457,7 +459,7 @@ class SessionStore:
             return
         header = state.header
         self._tokens.pop(state.id, None)
-        self._index.remove(
+        self.index.remove(
             bytes.fromhex(header.boundary), header.num_tokens, bytes.fromhex(header.key), state.id
         )
         session = self.sessions[state.session]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.datastructures import Headers
 
 from lola_vllm.serving.sessions.shared import SharedStates
+from lola_vllm.serving.sessions.wishes import refusing
 from lola_vllm.sessions.chain import digest
 
 if TYPE_CHECKING:
@@ -81,15 +82,18 @@ def reported() -> dict[str, Any]:
     return found
 
 
-def listen(client: EngineClient, shares: bool = False) -> None:
+def listen(client: EngineClient, shares: bool = False, stores: bool = False) -> None:
     """Let `client.generate` use the owner's salt, and report what the store says.
 
     Args:
         shares: whether prompts that begin alike share stored states (`shared.py`).
+        stores: whether there is a store, of which requests can ask what it refuses (`wishes.py`).
     """
     generate: Callable[..., AsyncIterator[Any]] = client.generate
     if shares:
         generate = SharedStates(generate).generate
+    if stores:
+        generate = refusing(generate)
 
     def generate_owned(prompt: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         outputs = generate(_salted(prompt), *args, **kwargs)

@@ -9,8 +9,8 @@ from typing_extensions import Self
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from lola_vllm.serving.protocol import PromptRequest
-from lola_vllm.sessions import check_name
+from lola_vllm.serving.protocol import MAX_MESSAGES, Prompt, PromptRequest
+from lola_vllm.sessions import check_new_name
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TurnNumber = Annotated[int, Field(ge=0, lt=10**9)]
@@ -120,7 +120,7 @@ class ChangeRequest(BaseModel):
         if self.session is None and self.pinned is None:
             raise ValueError("give 'session' (another name), 'pinned', or both")
         if self.session is not None:
-            check_name(self.session, "session")
+            check_new_name(self.session, "session")
         return self
 
 
@@ -139,7 +139,7 @@ class ForkRequest(BaseModel):
 
     @model_validator(mode="after")
     def _name(self) -> Self:
-        check_name(self.to, "to")
+        check_new_name(self.to, "to")
         return self
 
 
@@ -220,6 +220,16 @@ class _Goes(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _objects(cls, data: Any) -> Any:
+        # vLLM compares each message with its models of all kinds of messages, which is slow.
+        messages = data.get("messages") if isinstance(data, dict) else None
+        if isinstance(messages, list):
+            contents = [m.get("content") for m in messages if isinstance(m, dict)]
+            parts = sum(len(c) for c in contents if isinstance(c, list))
+            if max(len(messages), parts) > MAX_MESSAGES:
+                raise ValueError(
+                    f"messages: {len(messages)}, with {parts} parts in them; at most "
+                    f"{MAX_MESSAGES} are read"
+                )
         # vLLM 0.32 reads keys of it before it has checked that it is an object.
         value = data.get("structured_outputs") if isinstance(data, dict) else None
         if isinstance(value, list | str | int | float):
@@ -252,7 +262,7 @@ class SessionCompletionRequest(_Goes, CompletionRequest):
     """Body of `POST /v1/lola/sessions/{session}/complete`: that of `/v1/completions`, with the new
     text or token ids only."""
 
-    prompt: str | list[Annotated[int, Field(ge=0)]]
+    prompt: Prompt
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"prompt": " The pump is", "max_tokens": 20}]}

@@ -26,10 +26,11 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from lola_vllm.sessions.chain import SPAN, Chain, PrefixIndex, namespace
+from lola_vllm.sessions.names import SHARED
+from lola_vllm.sessions.request import FIELD, OWN_REQUEST, read_wish
 
 logger = logging.getLogger("vllm.lola")
 
-PREFIX = "shared-"
 # Tokens of the prompts that are remembered, 4 bytes each.
 MAX_TOKENS = 2**21
 
@@ -132,7 +133,7 @@ class SharedStates:
     def __init__(self, generate: Generate) -> None:
         self._generate = generate
         self._beginnings = Beginnings()
-        self._reading: dict[bytes, asyncio.Task[None]] = {}
+        self._reading: dict[bytes, asyncio.Task[int]] = {}
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
@@ -140,46 +141,81 @@ class SharedStates:
         """As the engine client's method, with the common part read before."""
         chain = _chain(prompt, sampling_params, kwargs.get("lora_request"))
         point = None if chain is None else self._beginnings.meet(chain)
+        computed = 0  # for this request alone, so it is none that others had computed
         if point is not None:
-            await self._read(point, prompt, kwargs)
+            ttl = read_wish(_transfer(sampling_params)).ttl
+            computed = await self._read(point, prompt, kwargs, ttl)
         outputs = self._generate(prompt, sampling_params, request_id, **kwargs)
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:
-                told = (output.kv_transfer_params or {}).get("lola", {})
+                told = (output.kv_transfer_params or {}).get(FIELD, {})
                 restored = told.get("restored_tokens")
                 if chain and point and restored is not None and restored < point.num_tokens:
                     self._beginnings.forget(chain, restored, point.num_tokens)
+                if computed:
+                    _count_out(output, computed)
                 yield output
 
-    async def _read(self, point: Point, prompt: Mapping[str, Any], options: dict[str, Any]) -> None:
-        """Wait until the state at a place is stored. If that fails, the request goes on without."""
+    async def _read(
+        self, point: Point, prompt: Mapping[str, Any], options: dict[str, Any], ttl: float | None
+    ) -> int:
+        """Wait until the state at a place is stored. If that fails, the request goes on without.
+
+        Returns:
+            Tokens that were computed for this request, and for no other that waits.
+        """
         task = self._reading.get(point.key)
-        if task is None and point.new:
-            task = asyncio.ensure_future(self._store(point, prompt, options))
+        if task is not None:
+            await asyncio.shield(task)
+        elif point.new:
+            task = asyncio.ensure_future(self._store(point, prompt, options, ttl))
             self._reading[point.key] = task
             task.add_done_callback(lambda _: self._reading.pop(point.key, None))
-        if task is not None:
-            await asyncio.shield(task)  # others may wait for it too
+            return await asyncio.shield(task)  # others may wait for it too
+        return 0
 
     async def _store(
-        self, point: Point, prompt: Mapping[str, Any], options: dict[str, Any]
-    ) -> None:
+        self, point: Point, prompt: Mapping[str, Any], options: dict[str, Any], ttl: float | None
+    ) -> int:
+        """Store the state at a place, for as long as the request's own; tokens that it computed."""
         part = {k: v for k, v in prompt.items() if k != "prompt"}
         part["prompt_token_ids"] = list(prompt["prompt_token_ids"][: point.num_tokens])
-        lola = {"save": PREFIX + point.key.hex()[:16], "answer": False}
+        lola = {"save": SHARED + point.key.hex()[:16], "answer": False}
+        if ttl is not None:
+            lola["ttl"] = ttl
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"kv_transfer_params": {"lola": lola}},
+            extra_args={"kv_transfer_params": {FIELD: lola}},
         )
         kept = {name: options[name] for name in ("lora_request", "priority") if name in options}
         try:
-            async for _ in self._generate(part, params, f"lola-{uuid.uuid4().hex}", **kept):
-                pass
+            told: dict[str, Any] = {}
+            name = OWN_REQUEST + uuid.uuid4().hex
+            async for output in self._generate(part, params, name, **kept):
+                told = (output.kv_transfer_params or {}).get(FIELD, {})
         except Exception as error:
             logger.warning("LoLA sessions: the start of a prompt was not stored: %s", error)
+            return 0
+        return point.num_tokens - int(told.get("restored_tokens", 0))
+
+
+def _transfer(params: Any) -> Any:
+    return (params.extra_args or {}).get("kv_transfer_params")
+
+
+def _count_out(output: Any, computed: int) -> None:
+    """What was computed for a request just before it is not cached and not restored."""
+    if output.num_cached_tokens is not None:
+        output.num_cached_tokens = max(0, output.num_cached_tokens - computed)
+    told = (output.kv_transfer_params or {}).get(FIELD, {})
+    if told.get("restored_tokens"):
+        restored = max(0, told["restored_tokens"] - computed)
+        output.kv_transfer_params = {
+            **output.kv_transfer_params, FIELD: {**told, "restored_tokens": restored},
+        }  # fmt: skip
 
 
 def _chain(prompt: Any, params: Any, adapter: Any) -> Chain | None:
@@ -189,7 +225,8 @@ def _chain(prompt: Any, params: Any, adapter: Any) -> Chain | None:
     tokens = prompt.get("prompt_token_ids")
     if not tokens or params.prompt_logprobs is not None or "multi_modal_kwargs" in prompt:
         return None
-    wish = ((params.extra_args or {}).get("kv_transfer_params") or {}).get("lola") or {}
+    transfer = _transfer(params)
+    wish = transfer.get(FIELD) or {} if isinstance(transfer, Mapping) else {}
     if not isinstance(wish, Mapping) or "from" in wish or wish.get("save") is False:
         return None
     name = "" if adapter is None else adapter.lora_name

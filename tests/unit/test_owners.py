@@ -5,8 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from lola_vllm.serving.engine import Unavailable
 from lola_vllm.serving.sessions import owners
+from lola_vllm.serving.sessions.held import hold
 from lola_vllm.serving.sessions.owners import OwnerMiddleware, Owners, listen, owned, reported
+from lola_vllm.sessions import Reference
 
 
 class Client:
@@ -99,3 +102,22 @@ def test_a_route_is_told_what_the_store_said():
     assert asyncio.run(read(False)) == {}
     assert client.closed == 2
     assert owned("s") == "s" and owners._owner.get() is None
+
+
+def test_owners_hold_sessions_of_one_name_at_once_and_an_owner_once():
+    engine = SimpleNamespace(store_id=lambda: asyncio.sleep(0, "test-owners"))
+    reference = Reference("agent-7")
+
+    async def run():
+        held = []
+        for owner in (b"a", b"b"):
+            owners._owner.set(owner)
+            held.append(await hold(engine, reference, None))
+            held.append(await hold(engine, reference, "salt"))
+        with pytest.raises(Unavailable, match="is being written by another request"):
+            await hold(engine, reference, None)
+        for one in held:
+            one.__exit__(None, None, None)
+        (await hold(engine, reference, None)).__exit__(None, None, None)
+
+    asyncio.run(run())

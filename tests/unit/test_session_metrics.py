@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry
 
 from lola_vllm.serving.session_metrics import COUNTERS, GAUGES, SessionMetrics
-from tests.support.sessions import ROW, Server
+from tests.support.sessions import Server, size_of
 
 LABELS = {"model_name": "m", "engine": "0"}
 
@@ -11,7 +11,7 @@ LABELS = {"model_name": "m", "engine": "0"}
 def test_what_the_store_counts_is_told(tmp_path):
     registry = CollectorRegistry()
     metrics = SessionMetrics(LABELS, registry=registry)
-    server = Server(tmp_path, memory=3 * ROW)
+    server = Server(tmp_path, memory=3 * size_of(100), disk=1000 * size_of(100))
 
     def value(name, **labels):
         return registry.get_sample_value(f"lola:{name}", {**LABELS, **labels})
@@ -26,8 +26,8 @@ def test_what_the_store_counts_is_told(tmp_path):
     metrics.update(server.manager.stats())
     metrics.update(server.manager.stats())
     assert value("session_count") == value("session_states") == 6
-    assert value("session_bytes", tier="memory") == 3 * ROW
-    assert value("session_budget_bytes", tier="disk") == 1000 * ROW
+    assert value("session_bytes", tier="memory") == 3 * size_of(100)
+    assert value("session_budget_bytes", tier="disk") == 1000 * size_of(100)
     assert value("session_loads_total", tier="memory") == 1
     assert value("session_loads_total", tier="disk") == 1
     assert value("session_saves_total", tier="memory") == 6

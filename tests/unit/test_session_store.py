@@ -151,7 +151,7 @@ def test_why_a_named_session_was_not_used(server):
 def assert_empty(server):
     store = server.store
     assert not store.states and not store.sessions and not store._tokens
-    assert not store._index._tails and not store._index._states
+    assert not store.index._tails and not store.index._states
     assert store.memory.nbytes == store.disk.nbytes == 0
     assert not store.memory._sessions and not store.disk._superseded
     assert all(keeper.num_rows == keeper.num_waiting == 0 for keeper in server.keepers)

@@ -1,10 +1,16 @@
 """Where in a prompt a state is of use to others."""
 
+import asyncio
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from vllm import SamplingParams
 
-from lola_vllm.serving.sessions.shared import Beginnings
+from lola_vllm.serving.sessions.shared import Beginnings, SharedStates
 from lola_vllm.sessions.chain import SPAN, Chain, namespace
+from lola_vllm.sessions.request import OWN_REQUEST
+from tests.support.sessions import Server
 
 
 def text(seed, n):
@@ -87,3 +93,119 @@ def test_old_prompts_are_forgotten_and_leave_nothing():
     known.max_tokens = 0
     known.meet(chain(SHARED))
     assert not (known._texts or known._through or known._points._tails or known._points._states)
+
+
+class Engine:
+    """An engine client that has stored what its requests said, and restores the longest part."""
+
+    def __init__(self):
+        self.asked, self.stored = [], []
+
+    async def generate(self, prompt, params, request_id, **kwargs):
+        tokens = prompt["prompt_token_ids"]
+        lola = (params.extra_args or {}).get("kv_transfer_params", {}).get("lola", {})
+        self.asked.append((request_id, len(tokens), lola))
+        await asyncio.sleep(0)
+        found = [t for t in self.stored if t == tokens[: len(t)] and len(t) < len(tokens)]
+        restored = max(map(len, found), default=0)
+        self.stored.append(tokens)
+        yield SimpleNamespace(num_cached_tokens=restored, kv_transfer_params=None)
+        yield SimpleNamespace(
+            num_cached_tokens=restored,
+            kv_transfer_params={"lola": {"restored_tokens": restored, "reason": None}},
+        )
+
+
+async def ask(shared, tokens, **lola):
+    """Cached and restored tokens, as a client is told."""
+    params = SamplingParams(extra_args={"kv_transfer_params": {"lola": lola}} if lola else None)
+    async for output in shared.generate({"prompt_token_ids": tokens}, params, "cmpl-1"):
+        final = output
+    return final.num_cached_tokens, final.kv_transfer_params["lola"]["restored_tokens"]
+
+
+def test_what_is_computed_for_a_request_itself_is_not_cached():
+    engine = Engine()
+    shared = SharedStates(engine.generate)
+
+    async def run():
+        first = await ask(shared, [*SHARED, 1000])
+        # Two at once: one computes the common part, the other finds it.
+        second = await asyncio.gather(ask(shared, [*SHARED, 1001]), ask(shared, [*SHARED, 1002]))
+        return first, second, await ask(shared, [*SHARED, 1003])
+
+    first, second, third = asyncio.run(run())
+    assert first == (0, 0) and third == (600, 600)
+    assert sorted(second) == [(0, 0), (600, 600)]
+    own = [asked for asked in engine.asked if asked[0].startswith(OWN_REQUEST)]
+    assert [n for _, n, _ in own] == [600]
+
+
+def test_a_shared_beginning_is_kept_no_longer_than_the_request_says():
+    engine = Engine()
+    shared = SharedStates(engine.generate)
+    asyncio.run(ask(shared, [*SHARED, 1000]))
+    asyncio.run(ask(shared, [*SHARED, 1001], ttl=60))
+    (lola,) = (lola for name, _, lola in engine.asked if name.startswith(OWN_REQUEST))
+    assert lola.pop("save").startswith("shared-")
+    assert lola == {"answer": False, "ttl": 60.0}
+
+
+@pytest.fixture(params=["memory", "disk"])
+def server(request, tmp_path):
+    server = Server(None if request.param == "memory" else tmp_path)
+    yield server
+    server.close()
+
+
+def names(server):
+    return {state.header.session for state in server.store.states.values()}
+
+
+def test_a_shared_beginning_is_deleted_with_the_last_that_goes_on_from_it(server):
+    server.say(SHARED[:300], "shared-1", kind="prompt")
+    server.say(SHARED[:500], "shared-2", kind="prompt")
+    server.say([*SHARED[:500], 1001], "one", kind="prompt")
+    server.say([*SHARED[:500], 1001, *text(1, 50)], "one")
+    server.say([*SHARED[:500], 1002], "two")
+    server.say([*SHARED[:300], 1003], "three")
+    server.say(text(7, 300), "shared-3", kind="prompt")  # of another text
+    server.settle()
+    server.ask("delete", reference="one@1")
+    assert names(server) == {"shared-1", "shared-2", "shared-3", "one", "two", "three"}
+    server.ask("delete", reference="one")
+    assert names(server) == {"shared-1", "shared-2", "shared-3", "two", "three"}
+    server.ask("delete", reference="two")
+    assert names(server) == {"shared-1", "shared-3", "three"}
+    server.ask("delete", reference="three")
+    assert names(server) == {"shared-3"}
+
+
+def test_a_beginning_goes_with_the_first_of_the_prompts_that_had_it(server):
+    """That prompt was read before its beginning was stored, so its states do not name it."""
+    server.say([*SHARED[:500], 1001], "first")
+    server.say(SHARED[:500], "shared-1", kind="prompt")
+    server.settle()
+    server.ask("delete", reference="first")
+    assert names(server) == set()
+
+
+def test_beginnings_of_other_owners_stay(server):
+    server.say(SHARED[:500], "shared-1", kind="prompt", salt="a" * 32)
+    server.say([*SHARED[:500], 1001], "one")
+    server.settle()
+    server.ask("delete", reference="one")
+    assert names(server) == {"shared-1"}
+
+
+def test_the_beginning_survives_the_states_between(server):
+    server.say(SHARED[:300], "shared-1", kind="prompt")
+    server.say([*SHARED[:300], 1001], "one")
+    server.say([*SHARED[:300], 1001, 1002], "one")
+    server.settle()
+    server.ask("delete", reference="one@1")
+    server.say([*SHARED[:300], 1001, 1002, 1003], "one")
+    server.settle()
+    assert {s.header.beginning for s in server.store.states.values()} == {
+        None, server.store.chain(SHARED).key(300).hex()
+    }  # fmt: skip
