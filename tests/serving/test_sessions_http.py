@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from lola_vllm.serving.metrics import REFRESH_S
 from tests.support.servers import KEY
 
@@ -43,8 +45,33 @@ def test_salts_and_wrong_wishes(lola_server):
     assert other["kv_transfer_params"]["lola"]["restored_tokens"] == 0
     same = complete(lola_server, 5 * TEXT + "Salted. Yes.", cache_salt="alice")
     assert same["kv_transfer_params"]["lola"]["restored_tokens"] > 0
-    wrong = complete(lola_server, TEXT, kv_transfer_params={"lola": {"save": "../x"}})
-    assert "save = '../x'" in wrong["kv_transfer_params"]["lola"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers", "words"),
+    [
+        ({"kv_transfer_params": {"lola": {"save": "../x"}}}, {}, "lola.save = '../x'"),
+        ({"kv_transfer_params": {"lola": {"ttl": 0}}}, {}, "lola.ttl = 0: must be a finite"),
+        ({}, {"X-Session-ID": "a b"}, "session_id = 'a b'"),
+        ({"session_id": "auto-1"}, {}, "given by the server"),
+        ({"n": 2}, {"X-Session-ID": "http-3"}, "n = 2: a session goes on with one answer"),
+        ({"n": 2, "stream": True}, {"X-Session-ID": "http-3"}, "n = 2"),
+    ],
+)
+@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
+def test_a_request_whose_conversation_would_be_lost_is_refused(
+    lola_server, route, fields, headers, words
+):
+    body = {"prompt": TEXT} if route == "completions" else {"input": TEXT}
+    if route == "chat/completions":
+        body = {"messages": [{"role": "user", "content": TEXT}]}
+    if route == "responses" and ("n" in fields or "kv_transfer_params" in fields):
+        pytest.skip("it has no such field")
+    answer = lola_server.client.post(
+        f"/v1/{route}", json={"model": "smollm2", **body, **fields}, headers=headers
+    )
+    assert answer.status_code == 400, answer.text
+    assert words in answer.json()["error"]["message"]
 
 
 def test_the_store_is_in_the_metrics(lola_server):

@@ -42,9 +42,13 @@ def make_speaking(out: Path, **fields: Any) -> Path:
 
 
 def serve_speaking(model: Path, name: str) -> list[str]:
-    """The command that serves it under this name; `serving` adds host and port."""
+    """The command that serves it under this name; `serving` adds host and port.
+
+    Stored states are as a plain `lola-vllm serve` has them: with shared beginnings, and without
+    vLLM's prefix caching, which `--block-size` would switch on.
+    """
     return [
         str(BIN / "lola-vllm"), "serve", str(model), "--served-model-name", name,
-        "--enforce-eager", "--dtype", "float32", "--block-size", "64", "--max-model-len", "2048",
+        "--enforce-eager", "--dtype", "float32", "--max-model-len", "2048",
         "--max-num-seqs", "16", "--max-num-batched-tokens", "256",
     ]  # fmt: skip

@@ -1,0 +1,105 @@
+"""Bodies of 10 MB: refused or read in a time that their size explains, and others are answered.
+
+`docs/serving.md` and SECURITY.md state the bounds.
+"""
+
+import json
+import threading
+import time
+
+import pytest
+
+TEN_MB = 10 * 2**20
+JSON = {"Content-Type": "application/json"}
+PROMPT = {"model": "tiny", "prompt": "the window", "max_tokens": 2, "temperature": 0}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+LONGEST_S = 20.0  # parsing takes a fraction of a second; the first fault took 288 s
+
+# Forms whose parts are many, or one that is long.
+FORMS = {
+    "fields": lambda n: {f"{i:08}": 0 for i in range(n // 15)},
+    "list": lambda n: [0] * (n // 3),
+    "texts": lambda n: ["x"] * (n // 5),
+    "text": lambda n: "x" * n,
+    "nested": lambda n: [[0]] * (n // 5),
+}
+# Where this package reads bodies of vLLM's routes.
+WISHES = {
+    "completions": (PROMPT, lambda value: value),
+    "chat/completions": (CHAT, lambda value: {"from": value}),
+}
+OURS = (
+    "memory", "sessions/large/append", "sessions/large/chat", "sessions/large/complete",
+    "sessions/large/fork", "sessions/large",
+)  # fmt: skip
+
+
+def others_wait(server, request):
+    """Seconds of a request, and the longest that small ones of another client took meanwhile."""
+    done, waited = threading.Event(), []
+
+    def small():
+        while not done.is_set():
+            begin = time.monotonic()
+            assert server.other.post("/v1/completions", json=PROMPT).status_code == 200
+            waited.append(time.monotonic() - begin)
+
+    thread = threading.Thread(target=small)
+    thread.start()
+    begin = time.monotonic()
+    try:
+        answer = request()
+    finally:
+        took = time.monotonic() - begin
+        done.set()
+        thread.join()
+    return answer, took, max(waited)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("route", WISHES)
+def test_a_wish_of_ten_megabytes_stops_nobody(tiny, route, form):
+    fields, wish = WISHES[route]
+    lola = {"kv_transfer_params": {"lola": wish(FORMS[form](TEN_MB))}}
+    body = json.dumps({**fields, **lola})
+    assert len(body) > TEN_MB * 0.9
+    answer, took, waited = others_wait(
+        tiny, lambda: tiny.client.post(f"/v1/{route}", content=body, headers=JSON)
+    )
+    assert answer.status_code == 400, answer.text[:300]
+    assert "kv_transfer_params" in answer.text and len(answer.text) < 2_000
+    assert max(took, waited) < LONGEST_S
+
+
+@pytest.mark.parametrize("path", OURS)
+def test_our_routes_read_no_body_of_ten_megabytes(tiny, path):
+    method = tiny.client.patch if path == "sessions/large" else tiny.client.post
+    body = json.dumps({"prompt": "x" * TEN_MB})
+    answer, took, waited = others_wait(
+        tiny, lambda: method(f"/v1/lola/{path}", content=body, headers=JSON)
+    )
+    assert answer.status_code == 413 and "which are read at most" in answer.text
+    assert max(took, waited) < LONGEST_S
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("field", ["messages", "prompt", "other"])
+def test_the_largest_bodies_that_are_read_stop_nobody(tiny, field, form):
+    """Just below the bound of our routes, whatever lies in the field."""
+    body = json.dumps({field: FORMS[form](2**22 - 100)})
+    for path in OURS[1:4]:
+        answer, took, waited = others_wait(
+            tiny, lambda path=path: tiny.client.post(f"/v1/lola/{path}", content=body, headers=JSON)
+        )
+        assert answer.status_code == 400, (path, answer.text[:300])
+        assert len(answer.text) < 2_000
+        assert max(took, waited) < LONGEST_S
+
+
+def test_a_header_of_megabytes_is_refused(tiny):
+    answer = tiny.client.post(
+        "/v1/completions", json=PROMPT, headers={"X-Session-ID": "x" * 60_000}
+    )
+    assert answer.status_code == 400 and len(answer.text) < 2_000
+    found = tiny.client.get("/v1/lola/sessions/" + "x" * 60_000)
+    assert found.status_code == 400 and len(found.text) < 2_000
