@@ -128,6 +128,7 @@ class LolaEngine:
                 bytes_per_slot=self.bytes_per_slot,
                 bytes_per_sequence=per_sequence * self.bytes_per_slot,
                 break_even_tokens=self.sequence.break_even_tokens(per_sequence),
+                full_kv_bytes_per_token=self.sequence.full_kv_bytes_per_token,
             ),
             slots=Slots(
                 total=self.num_slots,

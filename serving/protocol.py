@@ -47,12 +47,14 @@ class Memory(BaseModel):
         parts: of one state, by part; they sum to `bytes_per_slot`.
         bytes_per_slot: one state, all layers. bytes_per_sequence: all slots of a running sequence.
         break_even_tokens: context beyond which a full KV cache would be larger.
+        full_kv_bytes_per_token: what a full KV cache of the same layers takes for a token.
     """
 
     parts: dict[str, int]
     bytes_per_slot: int
     bytes_per_sequence: int
     break_even_tokens: int
+    full_kv_bytes_per_token: int
 
 
 class InfoResponse(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -13,12 +14,13 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
+from lola_vllm.serving import chat, inspector
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine, Unavailable
 from lola_vllm.serving.history import stop_interval
-from lola_vllm.serving.inspector import HEADERS, ROUTE, page_files
 from lola_vllm.serving.prompt import prompt_tokens, token_texts
 from lola_vllm.serving.protocol import InfoResponse, MemoryRequest, MemoryResponse
+from lola_vllm.serving.static import HEADERS, File
 
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status.value: {"model": ErrorResponse}
@@ -66,20 +68,38 @@ async def memory(body: MemoryRequest, raw_request: Request) -> JSONResponse:
 )
 async def old_inspector() -> RedirectResponse:
     """The memory inspector is at /lola/inspector, which no API key covers."""
-    return RedirectResponse(f"../..{ROUTE}")  # relative, as a proxy may have put something before
+    return RedirectResponse(f"../..{inspector.ROUTE}")  # relative, as a proxy may have put something before
 
 
-# The page's files, without an API key: they hold neither a key nor data.
+# The pages' files, without an API key: they hold neither a key nor data.
 page = APIRouter(tags=["lola"])
 
 
-@page.get(ROUTE, response_class=HTMLResponse)
-@page.get(f"{ROUTE}/{{name}}", include_in_schema=False)
-async def inspector(name: str = "") -> Response:
+@page.get("/", response_class=HTMLResponse)
+async def chat_page(raw_request: Request) -> Response:
+    """A chat in the browser, with the memory of its session; of a LoLA model only."""
+    if not _engine(raw_request).is_lola:
+        raise HTTPException(HTTPStatus.NOT_FOUND, HTTPStatus.NOT_FOUND.phrase)
+    return _file(chat.page_files(), "", "the chat")
+
+
+@page.get(f"{chat.ROUTE}/{{name}}", include_in_schema=False)
+async def chat_file(name: str) -> Response:
+    """A file of the chat page."""
+    return _file(chat.page_files(), name, "the chat")
+
+
+@page.get(inspector.ROUTE, response_class=HTMLResponse)
+@page.get(f"{inspector.ROUTE}/{{name}}", include_in_schema=False)
+async def inspector_page(name: str = "") -> Response:
     """The memory inspector: a page that shows what /v1/lola/memory answers."""
-    file = page_files().get(name)
+    return _file(inspector.page_files(), name, "the inspector")
+
+
+def _file(files: Mapping[str, File], name: str, owner: str) -> Response:
+    file = files.get(name)
     if file is None:
-        raise HTTPException(HTTPStatus.NOT_FOUND, f"{name!r:.80}: no file of the inspector")
+        raise HTTPException(HTTPStatus.NOT_FOUND, f"{name!r:.80}: no file of {owner}")
     return Response(file.body, media_type=file.kind, headers=HEADERS)
 
 

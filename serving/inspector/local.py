@@ -21,8 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from lola_vllm.serving.inspector import HEADERS, ROUTE, page_file
+from lola_vllm.serving.inspector import ROUTE, page_file
 from lola_vllm.serving.protocol import MAX_BODY_BYTES
+from lola_vllm.serving.static import HEADERS
 
 PAGE = ROUTE
 MEMORY = "/v1/lola/memory"

@@ -1,7 +1,7 @@
-// Requests to the server that the page came from. The key is sent, and kept nowhere.
+// Requests to the server that the page came from. The key is sent, and is not kept here.
 
 // A proxy may have put something before the route.
-export const server = location.href.split(/[?#]/)[0].replace(/\/lola\/inspector\/?$/, "");
+export const server = location.href.split(/[?#]/)[0].replace(/\/(lola\/inspector\/?)?$/, "");
 
 export class ServerError extends Error {
   constructor(message, status) {
@@ -16,8 +16,8 @@ export function useKey(value) {
   key = value.trim();
 }
 
-export async function request(path, body, signal) {
-  const response = await send(path, body, signal);
+export async function request(path, body, signal, method) {
+  const response = await send(path, body, signal, method);
   return response.json();
 }
 
@@ -28,7 +28,7 @@ export async function* events(path, body, signal) {
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new ServerError("The answer broke off before its end. Does the server run?", 0);
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
@@ -39,12 +39,12 @@ export async function* events(path, body, signal) {
   }
 }
 
-async function send(path, body, signal) {
+async function send(path, body, signal, method = body ? "POST" : "GET") {
   const headers = {};
   if (body) headers["Content-Type"] = "application/json";
   if (key) headers.Authorization = `Bearer ${key}`;
   const response = await fetch(server + path, {
-    method: body ? "POST" : "GET",
+    method,
     headers,
     body: body && JSON.stringify(body),
     signal,
