@@ -68,7 +68,8 @@ async def memory(body: MemoryRequest, raw_request: Request) -> JSONResponse:
 )
 async def old_inspector() -> RedirectResponse:
     """The memory inspector is at /lola/inspector, which no API key covers."""
-    return RedirectResponse(f"../..{inspector.ROUTE}")  # relative, as a proxy may have put something before
+    # Relative, as a proxy may have put something before.
+    return RedirectResponse(f"../..{inspector.ROUTE}")
 
 
 # The pages' files, without an API key: they hold neither a key nor data.

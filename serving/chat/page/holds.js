@@ -36,7 +36,7 @@ export class Holds {
     $("held").textContent = bytes(this.sequence);
     $("full").textContent = bytes(full);
     $("short").textContent =
-      `${words(tokens)} tokens, ${bytes(this.sequence)} (a full KV cache: ${bytes(full)})`;
+      `${words(tokens)} tokens in ${bytes(this.sequence)}; full KV cache ${bytes(full)}`;
     this.draw(tokens, turns);
     this.list(tokens);
   }

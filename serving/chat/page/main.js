@@ -71,8 +71,8 @@ function welcome() {
   const [first, second] = ["p", "p"].map((kind) => document.createElement(kind));
   first.textContent = "Write a message below. The server keeps this chat as a session whose memory " +
     "has one size, however long the chat becomes; only what is new is sent and read.";
-  second.textContent = "The figures tell what the model holds of the chat, beside what a full KV " +
-    "cache would.";
+  second.textContent = "“Memory” shows what the model holds of the chat, and what a full KV cache " +
+    "would hold.";
   const made = document.createElement("div");
   made.id = "welcome";
   made.append(first, second);
@@ -83,8 +83,8 @@ function welcome() {
 
 const chosen = () => decodeURIComponent(location.hash.slice(1));
 
-// Shows the session of a name, from what the server has of it.
-async function open(wanted) {
+// Shows the session of a name, from what the server has of it. Nobody has a new one's name.
+async function open(wanted, isNew = false) {
   opening.abort();
   opening = new AbortController();
   const { signal } = opening;
@@ -94,7 +94,7 @@ async function open(wanted) {
   showNames();
   say("");
   try {
-    const found = await session.find(name, signal);
+    const found = isNew ? null : await session.find(name, signal);
     if (signal.aborted) return;
     if (found) {
       say("Reading what was said …");
@@ -112,9 +112,13 @@ async function open(wanted) {
   }
 }
 
+const openFirst = (known) => known ? open(known) : open(fresh(), true);
+
+// Of a turn with two states, at the end of the prompt and of the answer, the last counts.
 function place(found) {
   at = { turn: found.turn, tokens: found.tokens };
-  turns = found.states.map(({ tokens, bytes: size }) => ({ tokens, bytes: size }));
+  const last = new Map(found.states.map((state) => [state.turn, state]));
+  turns = [...last.values()].map(({ tokens, bytes: size }) => ({ tokens, bytes: size }));
 }
 
 function showSaid(said, cut) {
@@ -151,7 +155,7 @@ async function link() {
 }
 
 $("new").addEventListener("click", () => {
-  open(fresh());
+  open(fresh(), true);
   $("message").focus();
 });
 $("chats").addEventListener("change", () => open($("chats").value));
@@ -182,7 +186,7 @@ $("delete").addEventListener("click", async () => {
   try {
     await session.remove(name);
     forget(name);
-    await open(names()[0] ?? fresh());
+    await openFirst(names()[0]);
   } catch (error) {
     tell(error);
   }
@@ -206,9 +210,10 @@ async function turn(text) {
   $("log").scrollTop = $("log").scrollHeight;
   $("message").value = "";
   const before = at, began = performance.now();
-  let first = null, came = null, drawn = false;
+  let first = null, came = null, frame = 0;
   const draw = () => {
-    drawn = false;
+    cancelAnimationFrame(frame);
+    frame = 0;
     if (came) atEnd(() => theirs.replaceChildren(...answered(came)));
     if (came?.tokens) holds?.show(came.tokens, turns);
   };
@@ -218,8 +223,7 @@ async function turn(text) {
     const { told, ended, usage } = await session.say(name, at, text, most, (now) => {
       came = now;
       if (now.words || now.reasoning) first ??= performance.now() - began;
-      if (!drawn) requestAnimationFrame(draw);
-      drawn = true;
+      frame ||= requestAnimationFrame(draw);
     }, asking.signal);
     draw();
     atEnd(() => finish(told, ended, usage, most, first));
@@ -325,7 +329,7 @@ async function start() {
     tell(error);
     return;
   }
-  await open(chosen() || names()[0] || fresh());
+  await openFirst(chosen() || names()[0]);
   $("message").focus({ preventScroll: true });
 }
 

@@ -1,0 +1,290 @@
+"""The chat page in a real browser: what it says of the session is what the server has."""
+
+import re
+
+import httpx
+import pytest
+
+from lola_vllm.serving.chat import ROUTE, page_files
+from lola_vllm.serving.inspector import ROUTE as INSPECTOR
+from tests.support.axe import findings
+from tests.support.browser import chromium
+from tests.support.inspector import ENTER, PICTURES, SHIFT, TAB
+from tests.support.servers import KEY
+
+DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+@pytest.fixture(scope="module")
+def browser(lola_server):
+    """The page with the key typed in, as a tab keeps it."""
+    with chromium() as running:
+        running.resize(*DESKTOP)
+        running.open(f"{lola_server.url}/")
+        running.wait(lambda: "wants an API key" in running.text("#status"))
+        assert running.run("return document.activeElement.id") == "key"
+        running.type("#key", "wrong")
+        running.keys(TAB)
+        running.wait(lambda: "does not know this API key" in running.text("#status"))
+        running.type("#key", KEY)
+        running.keys(TAB)
+        running.wait(lambda: running.text("#model"))
+        running.wait(lambda: running.text("#status") == "")
+        yield running
+
+
+def value(browser, name):
+    return browser.run("return document.getElementById(arguments[0]).value", name)
+
+
+def hidden(browser, name):
+    return browser.run("return document.getElementById(arguments[0]).hidden", name)
+
+
+def said(browser, kind):
+    script = "return [...document.querySelectorAll(arguments[0])].map((e) => e.innerText)"
+    return browser.run(script, f"#log {kind}")
+
+
+def number(text):
+    return int(text.replace(",", ""))
+
+
+def new_chat(browser, most=24):
+    """A new chat's name; its answers have so many tokens."""
+    browser.click("#new")
+    browser.wait(lambda: browser.run("return !!document.getElementById('welcome')"))
+    browser.type("#max-tokens", str(most))
+    return value(browser, "name")
+
+
+def send(browser, text):
+    browser.type("#message", text)
+    browser.press("#message", ENTER)
+
+
+def ask(browser, text):
+    turns = len(said(browser, ".note"))
+    send(browser, text)
+    browser.wait(lambda: len(said(browser, ".note")) > turns and hidden(browser, "stop"))
+    assert browser.text("#status") == ""
+
+
+def session(server, name):
+    return server.client.get(f"/v1/lola/sessions/{name}").json()
+
+
+def reload(browser):
+    browser.run("document.getElementById('log').replaceChildren(); location.reload()")
+    browser.wait(lambda: browser.text("#model") and not browser.text("#status"))
+
+
+def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(lola_server):
+    answer = httpx.get(f"{lola_server.url}/")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+    for linked in re.findall(r'(?:src|href)="(lola/[^"]+)"', answer.text):
+        assert httpx.get(f"{lola_server.url}/{linked}").status_code == 200, linked
+    for name in set(page_files()) - {""}:
+        file = httpx.get(f"{lola_server.url}{ROUTE}/{name}")
+        assert file.status_code == 200 and file.text
+        # But for the name of SVG's elements, no address, and no text is ever read as HTML.
+        text = file.text.replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"@import|url\(|https?://|innerHTML|insertAdjacentHTML", text), name
+    assert httpx.get(f"{lola_server.url}{ROUTE}/none.js").status_code == 404
+
+
+def test_two_turns_and_what_is_held_of_them(browser, lola_server):
+    name = new_chat(browser)
+    ask(browser, "What is gravity?")
+    ask(browser, f"Say more. {'The miller went to the river. ' * 90}")
+    info = lola_server.client.get("/v1/lola/info").json()
+    found = session(lola_server, name)
+    assert found["turn"] == 2
+    first, second = [note for note in said(browser, ".note") if note.startswith("turn")]
+    one = next(s for s in found["states"] if (s["turn"], s["kind"]) == (1, "answer"))
+    assert first.startswith("turn 1: 0 tokens restored")
+    assert second.startswith(f"turn 2: {one['tokens']:,} tokens restored, ")
+    # Tokens grow and memory does not.
+    assert number(browser.text("#tokens")) == found["tokens"] > 600
+    mib = info["memory"]["bytes_per_sequence"] / 2**20
+    assert browser.text("#held") == f"{mib:.1f} MiB"
+    full = found["tokens"] * info["memory"]["full_kv_bytes_per_token"] / 2**20
+    assert browser.text("#full") == f"{full:.1f} MiB" and full > mib / 2
+    dots = browser.run(
+        "return [...document.querySelectorAll('#chart circle.lola')]"
+        ".map((c) => [+c.getAttribute('cx'), +c.getAttribute('cy')])"
+    )
+    (x1, y1), (x2, y2) = dots
+    assert x2 > x1 + 50 and y1 == pytest.approx(y2, abs=0.1)
+    ends = "return ['y1', 'y2'].map((y) => +document.querySelector(arguments[0]).getAttribute(y))"
+    start, stop = browser.run(ends, "#chart line.lola")
+    assert start == stop == pytest.approx(y1, abs=0.5)
+    start, stop = browser.run(ends, "#chart line.full")
+    assert start - stop > 50
+    # The places are those that the inspector's route counts, to the last layer and head.
+    tokens = lola_server.client.get(f"/v1/lola/sessions/{name}/tokens").json()["tokens"]
+    body = {"prompt": tokens[: found["tokens"]]}
+    memory = lola_server.client.post("/v1/lola/memory", json=body).json()
+    kept = [len(head["positions"]) for layer in memory["layers"] for head in layer["heads"]]
+    past = memory["window_start"] - memory["sinks"]
+    cells = browser.run(
+        "return [...document.querySelectorAll('#places td:nth-child(2)')].map((c) => c.textContent)"
+    )
+    assert cells[:4] == [
+        str(memory["sinks"]),
+        str(memory["num_tokens"] - memory["window_start"]),
+        f"{min(kept):,} to {max(kept):,}",
+        f"{past - max(kept):,} to {past - min(kept):,}",
+    ]
+    assert browser.errors() == []
+    browser.picture(PICTURES / "chat-two-turns.png")
+
+
+def test_an_answer_that_was_cut_is_said_to_be(browser):
+    new_chat(browser, most=3)
+    ask(browser, "Tell me a long story.")
+    assert said(browser, ".cut") == [
+        "Cut at 3 tokens. Say “go on”, or allow more tokens an answer."
+    ]
+
+
+def test_a_reload_goes_on_with_the_stored_session(browser, lola_server):
+    name = new_chat(browser)
+    ask(browser, "My cat is called <b>Minka</b>.\nIs that a good name?")
+    before = said(browser, "article")
+    assert before[0] == "My cat is called <b>Minka</b>.\nIs that a good name?" and before[1]
+    assert not browser.run("return !!document.querySelector('#log b')")
+    tokens = browser.text("#tokens")
+    reload(browser)
+    assert value(browser, "name") == name == value(browser, "chats")
+    assert said(browser, "article") == before and browser.text("#tokens") == tokens
+    browser.type("#max-tokens", "8")
+    ask(browser, "What is my cat called?")
+    assert session(lola_server, name)["turn"] == 2
+    assert said(browser, ".note")[-1].startswith(f"turn 2: {tokens} tokens restored, ")
+    # Only names are kept in this browser, and the key in this tab.
+    kept = browser.run("return JSON.stringify({...localStorage})")
+    assert name in kept and "Minka" not in kept and KEY not in kept
+    href = browser.run("return document.getElementById('inspect').href")
+    assert href.startswith(f"{lola_server.url}{INSPECTOR}#view=")
+
+
+def test_a_turn_that_another_made_is_not_gone_on_from(browser, lola_server):
+    name = new_chat(browser, most=4)
+    ask(browser, "One.")
+    body = {"prompt": " Something else."}
+    assert lola_server.client.post(f"/v1/lola/sessions/{name}/append", json=body).is_success
+    send(browser, "Two.")
+    browser.wait(lambda: browser.text("#status"))
+    # The server's words; the message is not lost.
+    assert "turn" in browser.text("#status") and value(browser, "message") == "Two."
+    assert len(said(browser, "article")) == 2
+    reload(browser)
+    ask(browser, "Two.")
+    assert session(lola_server, name)["turn"] == 3
+
+
+def test_an_answer_is_stopped_and_the_chat_goes_on(browser, lola_server):
+    name = new_chat(browser, most=1024)
+    send(browser, "Write down every number from one to five hundred in words.")
+    browser.wait(lambda: len(said(browser, "article.assistant")[0]) > 20)
+    assert browser.run("return document.getElementById('new').disabled")
+    browser.click("#stop")
+    browser.wait(lambda: hidden(browser, "stop"))
+    (note,) = said(browser, ".note")
+    assert note == "Stopped. Your message is part of the memory, the answer's text is not."
+    found = session(lola_server, name)
+    assert [state["kind"] for state in found["states"]] == ["prompt"]
+    assert number(browser.text("#tokens")) == found["tokens"]
+    browser.type("#max-tokens", "8")
+    ask(browser, "Thank you.")
+    assert session(lola_server, name)["turn"] == 2
+
+
+def test_shift_and_enter_breaks_the_line(browser):
+    new_chat(browser, most=2)
+    browser.type("#message", "one")
+    browser.keys(ENTER, held=SHIFT)
+    browser.keys("t", "w", "o")
+    assert value(browser, "message") == "one\ntwo" and not said(browser, "article")
+    browser.keys(ENTER)
+    browser.wait(lambda: said(browser, ".note"))
+    browser.wait(lambda: hidden(browser, "stop"))
+    assert said(browser, "article")[0] == "one\ntwo"
+
+
+def test_a_chat_is_renamed_chosen_and_deleted(browser, lola_server):
+    old = new_chat(browser, most=2)
+    ask(browser, "Hello.")
+    browser.type("#name", "no such/name")
+    browser.keys(ENTER)
+    browser.wait(lambda: "no such/name" in browser.text("#status"))
+    assert value(browser, "name") == old
+    browser.type("#name", "renamed-chat")
+    browser.keys(ENTER)
+    browser.wait(lambda: value(browser, "chats") == "renamed-chat")
+    assert session(lola_server, "renamed-chat")["turn"] == 1
+    options = "return [...document.querySelectorAll('#chats option')].map((o) => o.value)"
+    assert old not in browser.run(options)
+    other = new_chat(browser)
+    assert browser.run(options)[:2] == [other, "renamed-chat"]
+    browser.run(
+        "const c = document.getElementById('chats'); c.value = 'renamed-chat';"
+        "c.dispatchEvent(new Event('change'))"
+    )
+    browser.wait(lambda: "Hello." in said(browser, "article"))
+    browser.run("window.confirm = () => true")
+    browser.click("#delete")
+    browser.wait(lambda: value(browser, "name") != "renamed-chat")
+    browser.wait(lambda: not browser.text("#status"))
+    assert lola_server.client.get("/v1/lola/sessions/renamed-chat").status_code == 404
+
+
+def test_code_stands_in_blocks_and_nothing_is_read_as_html(browser):
+    text = "Look:\n```python\nif a < b:\n    <img src=x>\n```\n<b>bold</b>\n\n```\nopen"
+    parts = browser.run(
+        "const done = arguments[0]; return import('./lola/chat/blocks.js').then(({ render }) =>"
+        " [...render(done).childNodes].map((e) => [e.tagName, e.textContent, e.innerHTML]))",
+        text,
+    )
+    assert [part[:2] for part in parts] == [
+        ["P", "Look:"],
+        ["PRE", "if a < b:\n    <img src=x>"],
+        ["P", "<b>bold</b>"],
+        ["PRE", "open"],
+    ]
+    assert "&lt;b&gt;" in parts[2][2]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_it_fits_the_screen(browser, size, dark):
+    browser.resize(*size, dark=dark)
+    try:
+        browser.run("location.reload()")
+        browser.wait(lambda: browser.text("#model") and not browser.text("#status"))
+        scrolls = "const e = document.scrollingElement; return [e.scrollWidth, e.scrollHeight]"
+        width, height = browser.run(scrolls)
+        assert width <= size[0] and height <= size[1]
+        bottom = "return document.getElementById('ask').getBoundingClientRect().bottom"
+        assert browser.run(bottom) <= size[1]
+        opened = browser.run("return document.getElementById('memory').open")
+        assert opened == (size == DESKTOP)
+        assert findings(browser) == []
+        if not opened:
+            assert re.search(r"tokens in [\d.]+ MiB; full KV cache", browser.text("#short"))
+            browser.click("#memory summary")
+            assert browser.run(scrolls)[0] <= size[0] and findings(browser) == []
+        browser.picture(PICTURES / f"chat-{size[0]}x{size[1]}{'-dark' * dark}.png")
+    finally:
+        browser.resize(*DESKTOP)
+
+
+def test_names_that_nobody_has_here_are_no_error(browser):
+    url = browser.run("return location.origin")
+    browser.open("about:blank")
+    browser.open(f"{url}/#nobody-was-here")
+    browser.wait(lambda: browser.text("#model") and not browser.text("#status"))
+    assert value(browser, "name") == "nobody-was-here" and browser.text("#tokens") == "0"
