@@ -3,7 +3,7 @@
 import { rangeOf, words } from "../inspector/memory.js";
 
 const $ = (id) => document.getElementById(id);
-const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [340, 180, 52, 8, 10, 34];
+const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [340, 180, 64, 8, 10, 34];
 
 export function bytes(number) {
   const units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
