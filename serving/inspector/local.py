@@ -124,7 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         file = page_file(self.path.split("?")[0])
         if file is not None:
-            self._answer(HTTPStatus.OK, file.kind, file.body, HEADERS)
+            # The pages that it links to are not here.
+            body = file.body.replace(b'<nav id="links"', b'<nav hidden id="links"')
+            self._answer(HTTPStatus.OK, file.kind, body, HEADERS)
         elif READS.fullmatch(self.path):
             # A page of another site cannot read the answer, and cannot send a key.
             self._pass_on(None)

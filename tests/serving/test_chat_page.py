@@ -182,6 +182,13 @@ def test_a_reload_goes_on_with_the_stored_session(browser, lola_server):
     assert name in kept and "Minka" not in kept and KEY not in kept
     href = browser.run("return document.getElementById('inspect').href")
     assert href.startswith(f"{lola_server.url}{INSPECTOR}#view=")
+    # The inspector opens with the last turn, and with the key of this tab.
+    browser.click("#inspect")
+    title = "return document.querySelector('.pane:not([hidden]) h2')?.textContent"
+    browser.wait(lambda: browser.run(title) == f"{name}, turn 2")
+    browser.click("#links a")
+    loaded(browser)
+    assert value(browser, "name") == name
 
 
 def test_a_turn_that_another_made_is_not_gone_on_from(browser, lola_server):

@@ -124,7 +124,12 @@ def test_the_page_and_its_files_need_no_key_and_nothing_from_elsewhere(address):
         assert not re.search(r"(?:src|href)=|@import|url\(|https?://", file.text), name
         assert len(file.text.splitlines()) < 500
     linked = re.findall(r'(?:src|href)="([^"]+)"', answer.text)
-    assert sorted(linked) == ["data:,", "inspector/main.js", "inspector/style.css"]
+    assert sorted(linked) == [
+        "../", "../docs", "data:,",
+        "inspector/base.css", "inspector/main.js", "inspector/style.css",
+    ]  # fmt: skip
+    for name in ("../", "../docs"):
+        assert "text/html" in httpx.get(httpx.URL(address).join(name)).headers["content-type"]
     assert httpx.get(f"{address}/nothing.js").status_code == 404
     assert httpx.get(f"{address}/..%2f__init__.py").status_code == 404
 

@@ -39,6 +39,7 @@ def local(lola_server):
 def test_the_local_page_passes_on_what_it_is_for_and_nothing_else(lola_server, local):
     base = local.removesuffix(PAGE)
     assert httpx.get(base).headers["location"] == PAGE
+    assert '<nav hidden id="links"' in httpx.get(local).text  # what it leads to is not here
     memory = f"{base}/v1/lola/memory"
     assert httpx.post(memory, json={"prompt": "x"}).status_code == 401
     key = {"Authorization": f"Bearer {KEY}"}

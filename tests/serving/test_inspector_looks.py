@@ -11,6 +11,7 @@ from tests.support.inspector import PICTURES, TAB, Page
 from tests.support.servers import KEY
 
 DESKTOP, PHONE = (1280, 800), (390, 844)
+PHONE_HEIGHT = 2500  # of the page with the example on it, at most
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,10 @@ def page(lola_server):
         page.open(lola_server.url + ROUTE)
         browser.wait(lambda: browser.text("#status"))
         browser.picture(PICTURES / "inspector-start-1280x800.png")
+        # What an empty page says, and where it leads.
+        assert browser.text("#intro").count(".") >= 3 and in_view(browser, "#example")
+        links = "return [...document.querySelectorAll('nav a')].map((a) => a.href)"
+        assert browser.run(links) == [f"{lola_server.url}/", f"{lola_server.url}/docs"]
         browser.type("#key", KEY)
         browser.click("#example")
         browser.wait(lambda: browser.text("#verdict"), 120)
@@ -38,6 +43,29 @@ def in_view(browser, selector):
         " && (e === top || e.contains(top))"
     )
     return browser.run(script, selector)
+
+
+def test_the_answer_and_the_found_number_are_above_the_fold(page):
+    browser = page.browser
+    browser.resize(1280, 900)
+    browser.run("scrollTo(0, 0)")
+    for selector in ("#answer", "#verdict", page.token(page.chosen()[0])):
+        assert in_view(browser, selector), selector
+    browser.picture(PICTURES / "inspector-fold-1280x900.png")
+
+
+def test_a_phone_folds_what_is_not_looked_at(page):
+    browser = page.browser
+    browser.resize(*PHONE)
+    browser.run("scrollTo(0, 0)")
+    assert browser.run("return document.scrollingElement.scrollHeight") <= PHONE_HEIGHT
+    shown = "return document.getElementById(arguments[0]).checkVisibility()"
+    assert not browser.run(shown, "prompt") and not browser.run(shown, "keep")
+    browser.click("#asked summary")
+    assert browser.run(shown, "prompt")
+    browser.resize(*DESKTOP)
+    browser.wait(lambda: browser.run(shown, "keep") and browser.run(shown, "prompt"))
+    assert not browser.run("return document.querySelector('#asked summary').checkVisibility()")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -65,11 +93,11 @@ def test_axe_finds_nothing(page, size, dark):
     browser.resize(*size, dark=dark)
     browser.run("scrollTo(0, 0)")
     assert findings(browser) == []
-    browser.click("#keep")
+    browser.run("document.getElementById('keep').click()")  # it may be folded
     page.time(9)
     browser.picture(PICTURES / f"inspector-two-sides-{size[0]}x{size[1]}{'-dark' * dark}.png")
     found = findings(browser)
-    browser.click("#alone")
+    browser.run("document.getElementById('alone').click()")
     page.time(99)
     assert found == []
 

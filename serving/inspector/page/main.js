@@ -102,7 +102,9 @@ async function run(restored = {}) {
       restored.done?.();
     }, restored.read);
   });
-  if (!shown && !signal.aborted) $("result").hidden = true;
+  if (shown || signal.aborted) return;
+  $("result").hidden = true;
+  fold();
 }
 
 function show(memory, restored) {
@@ -112,6 +114,8 @@ function show(memory, restored) {
   const past = Math.max(20, memory.answer.window_start - memory.answer.sinks);
   $("top").max = past;
   $("result").hidden = false;
+  $("intro").hidden = true;
+  fold();
   for (const id of ["answer", "verdict", "kept"]) say("", false, id);
   $("before").hidden = kind() !== "session";
   here.show(memory);
@@ -224,6 +228,18 @@ new ResizeObserver(() => {
   style.setProperty("--controls", `${$("controls").offsetHeight}px`);
 }).observe($("controls"));
 
+// Where the page is narrow, sections are folded once there is something to see.
+const narrow = matchMedia("(max-width: 899px)");
+
+function fold() {
+  for (const part of document.querySelectorAll(".fold")) {
+    part.classList.toggle("narrow", narrow.matches);
+    part.open = !narrow.matches || $("result").hidden;
+  }
+}
+
+narrow.addEventListener("change", fold);
+
 // --- the answer
 
 async function answer() {
@@ -238,7 +254,10 @@ async function answer() {
     const text = await answers.ask(memory, number("max-tokens"), grow, asking.signal);
     const found = answers.judge(memory, text, $("expected").value);
     say(answers.verdict(memory, found), false, "verdict");
-    if (found.span && here.memory.text === memory.text) change({ span: found.span });
+    if (found.span && here.memory.text === memory.text) {
+      change({ span: found.span });
+      here.bring(found.span);
+    }
   }, "verdict");
   asking = null;
   $("answer-run").textContent = "Ask the model";
@@ -329,4 +348,8 @@ async function start() {
 }
 
 addEventListener("hashchange", () => told(restore));
+// The chat page keeps a key for its tab.
+$("key").value = sessionStorage.getItem("lola-key") ?? "";
+useKey($("key").value);
+fold();
 start();

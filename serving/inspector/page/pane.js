@@ -56,6 +56,13 @@ export class Pane {
     this.spans[first].scrollIntoView({ block: "center" });
   }
 
+  // Shows a span in the box of the text, and leaves the page where it is.
+  bring({ first }) {
+    const { text } = this.parts, span = this.spans[first];
+    text.scrollTop += span.getBoundingClientRect().top - text.getBoundingClientRect().top -
+      text.clientHeight / 2;
+  }
+
   paint() {
     if (!this.memory) return;
     const { memory, read } = this;
