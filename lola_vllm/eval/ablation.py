@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_vllm.eval import EvalError
-from lola_vllm.ops import portable
+from lola_vllm.ops import Backend, portable
 from lola_vllm.ops.by_head import by_head
 
 
@@ -69,15 +69,23 @@ def use_score(model: nn.Module, score: portable.Score) -> None:
     from lola_vllm.plugin.attention import LolaAttention
 
     for layer in model.modules():
-        if not isinstance(layer, LolaAttention):
-            continue
-        if layer.ops.name != "torch":
-            raise EvalError(
-                f"--score: the back end {layer.ops.name} knows no other score than sre; set "
-                "LOLA_VLLM_OPS=torch"
-            )
-        layer.ops = replace(
-            layer.ops,
-            decode=by_head(partial(portable.decode, score=score)),
-            prefill=by_head(partial(portable.prefill, score=score)),
+        if isinstance(layer, LolaAttention):
+            layer.ops = with_score(layer.ops, score)
+
+
+def with_score(ops: Backend, score: portable.Score) -> Backend:
+    """The torch back end with another score.
+
+    Raises:
+        EvalError: `ops` is another back end.
+    """
+    if ops.name != "torch":
+        raise EvalError(
+            f"--score: the back end {ops.name} knows no other score than sre; set "
+            "LOLA_VLLM_OPS=torch"
         )
+    return replace(
+        ops,
+        decode=by_head(partial(portable.decode, score=score)),
+        prefill=by_head(partial(portable.prefill, score=score)),
+    )

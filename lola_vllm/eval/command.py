@@ -1,4 +1,4 @@
-"""`lola-vllm eval recall` and `lola-vllm eval perplexity`: options, and what runs when."""
+"""`lola-vllm eval recall`, `copy` and `perplexity`: options, and what runs when."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lola_vllm.cli_options import add_fields, from_options
 from lola_vllm.eval import EvalError
+from lola_vllm.eval.copying import CopyPlan
 from lola_vllm.eval.distance import check_tasks, grid
 from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan, default_lengths
@@ -26,10 +27,11 @@ GUESSED_TOKENS_PER_S = 1000
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the two subcommands."""
+    """Add the subcommands."""
     subparsers = parser.add_subparsers(title="evaluations", required=True, metavar="EVALUATION")
     for name, add, text in (
         ("recall", _recall, "what a model finds again in long prompts, in RULER's form"),
+        ("copy", _copy, "how well a model goes on word by word with passages that it read"),
         ("perplexity", _perplexity, "how well a model predicts real text it was not trained on"),
     ):
         add(subparsers.add_parser(name, help=text, description=text))
@@ -62,6 +64,32 @@ def _recall(parser: argparse.ArgumentParser) -> None:
                 raise EvalError(
                     f"--tasks {task.name}: needs real text; give --texts, or other tasks"
                 )
+        return _evaluate(args, plan)
+
+    parser.set_defaults(run=run)
+
+
+def _copy(parser: argparse.ArgumentParser) -> None:
+    _options(parser, CopyPlan)
+
+    def run(args: argparse.Namespace) -> int:
+        if _is_address(args.model):
+            raise EvalError(
+                f"--model {args.model}: a server reads a text anew for every question; give "
+                "--model a directory"
+            )
+        plan = from_options(
+            CopyPlan,
+            args,
+            texts=str(args.texts),
+            kinds=_words(args.kinds),
+            lengths=_numbers("--lengths", args.lengths),
+            distances=_numbers("--distances", args.distances),
+            samples=_positive("--samples", args.samples),
+            stops=_positive("--stops", args.stops),
+            passages=_positive("--passages", args.passages),
+        )
+        plan.check()
         return _evaluate(args, plan)
 
     parser.set_defaults(run=run)
@@ -153,11 +181,15 @@ def _options(parser: argparse.ArgumentParser, plan: type[Plan]) -> None:
 def _evaluate(args: argparse.Namespace, plan: Plan) -> int:
     """Run all settings, report after each, print the table."""
     _positive("--batch", args.batch)
-    served = args.model.startswith(("http://", "https://"))
+    served = _is_address(args.model)
     table = _evaluate_server(args, plan) if served else _evaluate_directories(args, plan)
     print(table)
     print(f"\nwritten to {args.out}", file=sys.stderr)
     return 0
+
+
+def _is_address(model: str) -> bool:
+    return model.startswith(("http://", "https://"))
 
 
 def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
@@ -175,6 +207,8 @@ def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
         check(setting, _longest(plan, setting))
         if isinstance(plan, StreamPlan):
             check_reader(setting, engine_args)
+        elif isinstance(plan, CopyPlan):
+            check_reader(setting, engine_args, scores=True)
     prints = {model: fingerprint(model) for model in {setting.model for setting in settings}}
     records = [Record(setting, prints[setting.model]) for setting in settings]
     reference = records[0] if args.reference else None
@@ -208,7 +242,7 @@ def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
 
 def _longest(plan: Plan, setting: Setting) -> int:
     """Longest sequence in tokens that a plan gives to a setting's model."""
-    if isinstance(plan, StreamPlan) and not setting.is_lola:
+    if isinstance(plan, StreamPlan | CopyPlan) and not setting.is_lola:
         return plan.softmax_length
     return plan.max_length
 

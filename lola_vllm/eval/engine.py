@@ -1,6 +1,7 @@
 """A model directory in a vLLM engine: one child process per setting of a comparison.
 
-Streams are read in transformers (`reader.py`), in such a process too.
+Streams, and texts of which passages are asked, are read in transformers (`reader.py`), in such a
+process too.
 
 A separate process returns all memory when it ends, and can have environment variables that are
 read only at start-up. `python -m lola_vllm.eval.engine` reads a job, one line of JSON, on its
@@ -28,6 +29,7 @@ from pydantic import ValidationError
 from lola_vllm import cpu
 from lola_vllm.checkpoint.files import read_json
 from lola_vllm.eval import EvalError
+from lola_vllm.eval.copying import CopyPlan
 from lola_vllm.eval.models import Emit, LocalTokenizer, Prediction, Tokenizer
 from lola_vllm.eval.results import Record
 from lola_vllm.eval.session import PLANS, Plan, Session
@@ -204,13 +206,16 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     plan = PLANS[job["plan"]](**job["fields"])
     setting = Setting(**{**job["setting"], "model": Path(job["setting"]["model"])})
     done = {tuple(key) for key in job["done"]}
-    if isinstance(plan, StreamPlan):
+    if isinstance(plan, StreamPlan | CopyPlan):
         from lola_vllm.eval.reader import Reader
 
-        reader = Reader(setting, plan.context, job["engine_args"].get("dtype", _dtype(setting)))
+        dtype = job["engine_args"].get("dtype", _dtype(setting))
+        context = plan.context if isinstance(plan, StreamPlan) else 0
+        reader = Reader(setting, context, dtype, job["batch"])
         emit({"event": "ready", "dtype": reader.dtype})
         plan.run(reader, emit, done)
-        emit({"event": "done", "selections_by_other_score": 0})
+        selections = reader.score.selections if reader.score else 0
+        emit({"event": "done", "selections_by_other_score": selections})
         return
     model = EngineModel(setting, plan.max_length, job["batch"], job["engine_args"])
     emit({"event": "ready", "dtype": model.dtype})

@@ -29,6 +29,10 @@ class Tokenizer(Protocol):
 class LocalTokenizer:
     """The tokenizer of a model directory.
 
+    Attributes:
+        special: ids of tokens that no text contains.
+        has_chat: whether there is a chat template.
+
     Raises:
         EvalError: there is none that transformers can load.
     """
@@ -49,6 +53,8 @@ class LocalTokenizer:
         if not self._tokenizer.encode("The quick brown fox"):
             raise EvalError(f"{path}: its tokenizer gives no tokens; copy tokenizer.json there")
         self._name = path
+        self.special = frozenset(self._tokenizer.all_special_ids)
+        self.has_chat = bool(self._tokenizer.chat_template)
         # Prompts beyond the context length that the tokenizer states are measured on purpose.
         self._tokenizer.model_max_length = 2**62
 
@@ -63,15 +69,19 @@ class LocalTokenizer:
         Raises:
             EvalError: the model has no chat template.
         """
-        if not self._tokenizer.chat_template:
+        if not self.has_chat:
             raise EvalError(
                 f"--format chat: {self._name} has no chat template; use --format completion"
             )
-        messages = [{"role": "user", "content": message}]
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+        text = self.conversation([("user", message)], begun=True)
+        return self.encode(text, special=False)  # the template writes the special tokens
+
+    def conversation(self, messages: list[tuple[str, str]], *, begun: bool) -> str:
+        """See `copy_texts.ChatTokenizer.conversation`."""
+        made = [{"role": role, "content": content} for role, content in messages]
+        return str(
+            self._tokenizer.apply_chat_template(made, tokenize=False, add_generation_prompt=begun)
         )
-        return self.encode(str(text), special=False)  # the template writes the special tokens
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer.decode`."""

@@ -1,4 +1,4 @@
-"""Pictures of recall, over length, depth, bytes and distance, and of streams."""
+"""Pictures of recall, over length, depth, bytes and distance, of copies and of streams."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lola_vllm.eval.copied import copy_cells_of
 from lola_vllm.eval.curves import curves_of, distance_cells, lines_of
 from lola_vllm.eval.results import (
     DEPTH_BINS,
@@ -139,6 +140,64 @@ def plot_distances(records: list[Record], out: Path) -> list[Path]:
         written.append(out / f"recall-distance-{task}.png")
         figure.savefig(written[-1], dpi=DOTS_PER_INCH)
     return written
+
+
+def plot_copies(records: list[Record], reference: Record | None, out: Path) -> list[Path]:
+    """Write a picture per kind and length: exact tokens over distance, and shares of the gain.
+
+    Args:
+        records: of a copy evaluation. reference: one of them, or None. out: an existing directory.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    found = [copy_cells_of(record, reference) for record in records]
+    keys = [key for cells in found for key in cells]
+    written = []
+    for kind, length in dict.fromkeys((kind, length) for kind, length, _ in keys):
+        distances = {d for of, n, d in keys if (of, n) == (kind, length)}
+        of_kind = [
+            {d: cell for (*of, d), cell in cells.items() if of == [kind, length]} for cells in found
+        ]
+        shares = any(cell.gain for cells in of_kind for cell in cells.values())
+        figure = Figure(figsize=(6.4, 6.4 if shares else 4.0), layout="constrained")
+        panels = figure.subplots(1 + shares, 1, sharex=True, squeeze=False)[:, 0]
+        for i, (record, of_line) in enumerate(zip(records, of_kind, strict=True)):
+            place = 0.04 * (i - (len(records) - 1) / 2)
+            style = {"marker": "osD^v<>"[i % 7], "color": f"C{i}", "label": record.setting.name}
+            for axes, part in zip(panels, ("exact", "gain"), strict=False):
+                triples = {d: vars(cell)[part] for d, cell in of_line.items() if vars(cell)[part]}
+                _triples(axes, triples, place, style)
+            floor = {d: cell.floor_exact for d, cell in of_line.items() if cell.floor_exact}
+            name = f"{record.setting.name}, not read"
+            _triples(panels[0], floor, place, {**style, "linestyle": ":", "label": name})
+        _token_ticks(panels[-1], distances)
+        for axes, label in zip(panels, ("exact tokens", "share of the gain"), strict=False):
+            axes.set_ylabel(label)
+            axes.set_ylim(-0.03, 1.06)
+            axes.grid(alpha=0.3)
+            if axes.containers:
+                axes.legend(fontsize=8)
+        panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        panels[0].set_title(f"{kind}, {length:,} tokens: passages begun again", fontsize=10)
+        panels[-1].set_xlabel("tokens from passage to question")
+        written.append(out / f"copy-{kind}-{length}.png")
+        figure.savefig(written[-1], dpi=DOTS_PER_INCH)
+    return written
+
+
+def _triples(axes: Any, triples: dict[int, Any], place: float, style: dict[str, Any]) -> None:
+    """A line of values with their intervals over numbers of tokens, moved aside by 2^`place`."""
+    if not triples:
+        return
+    values, lows, highs = np.array(list(triples.values())).T
+    bars = np.clip([values - lows, highs - values], 0, None)
+    axes.errorbar(np.array(list(triples)) * 2**place, values, yerr=bars, capsize=3, **style)
 
 
 def plot_stream(records: list[Record], reference: Record | None, out: Path) -> list[Path]:

@@ -1,41 +1,50 @@
-"""A model directory in transformers that reads a stream in pieces, its state carried over.
+"""A model directory in transformers that reads a text in pieces, its state carried over.
 
 vLLM has one request per sequence and keeps what it says of every token of a prompt until the last
-one is read. Here a stream of any length takes the memory of one piece. The ops are those that serve
-(`lola_vllm.hf`).
+one is read. Here a text of any length takes the memory of one piece, and several questions are
+asked from one state. The ops are those that serve (`lola_vllm.hf`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import LocalTokenizer, Prediction, Tokenizer
+from lola_vllm.eval.ablation import SCORES, CountedScore, with_score
+from lola_vllm.eval.copying import ASKED, FLOOR, Answers, Stop
+from lola_vllm.eval.models import LocalTokenizer, Prediction
 from lola_vllm.eval.settings import Setting
 
 PIECE = 512  # tokens of a forward; their logits take a row of the vocabulary each
 
 
 class Reader:
-    """See `stream.StreamModel`.
+    """See `stream.StreamModel` and `copying.CopyModel`.
 
     Args:
-        setting: model directory and LoLA parameters.
+        setting: model directory, LoLA parameters and score.
         context: tokens that a softmax model sees before each block.
         dtype: "float32", "bfloat16" and so on, or "auto" for the checkpoint's own.
+        batch: questions at once.
+
+    Attributes:
+        score: other than the self-recall error, by which pairs are kept; None for that.
 
     Raises:
         EvalError: the model cannot be loaded.
     """
 
-    def __init__(self, setting: Setting, context: int, dtype: str) -> None:
-        self.tokenizer: Tokenizer = LocalTokenizer(setting.model)
-        self.is_lola, self.context = setting.is_lola, context
+    def __init__(self, setting: Setting, context: int, dtype: str, batch: int = 8) -> None:
+        self.tokenizer = LocalTokenizer(setting.model)
+        self.is_lola, self.context, self.batch = setting.is_lola, context, batch
+        self.score: CountedScore | None = None
+        if setting.score != "sre":
+            self.score = CountedScore(SCORES[setting.score])
         self._model = load(setting, dtype)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
 
@@ -57,15 +66,44 @@ class Reader:
             else:
                 run.read(ids[start:stop])
 
+    def ask(self, ids: list[int], stops: Sequence[Stop], longest: int) -> list[Answers]:
+        """See `copying.CopyModel.ask`.
+
+        A softmax model sees of a text as many tokens as its positions leave room for, the last.
+        """
+        at = 0
+        if not self.is_lola:
+            room = self._model.config.max_position_embeddings - longest
+            at = max(0, stops[-1].at - room)
+        run, begin = Run(self._model, self.score), at
+        found = []
+        for stop in stops:
+            run.read(ids[at : stop.at])
+            at = stop.at
+            floor = None
+            if not self.is_lola:
+                last = Run(self._model)
+                last.read(ids[max(0, at - FLOOR) : at])
+                floor = last.ask(stop.questions, ASKED, self.batch)
+            answers = run.ask(stop.questions, ASKED, self.batch)
+            found.append(Answers(answers, floor, at - begin))
+        return found
+
 
 class Run:
     """One sequence of a model, which goes on with every call.
 
+    Args:
+        model: of `load`. score: by which a LoLA model keeps pairs; None for the model's own.
+
     Attributes:
         cache: its LoLA state, or its keys and values. seen: tokens read.
+
+    Raises:
+        EvalError: a score, and another back end than torch.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, score: CountedScore | None = None) -> None:
         from transformers import DynamicCache
 
         from lola_vllm.config import MODEL_TYPE
@@ -74,6 +112,9 @@ class Run:
         self._model = model
         is_lola = model.config.model_type == MODEL_TYPE
         self.cache: Any = LolaCache(model.config) if is_lola else DynamicCache()
+        self.is_lola = is_lola
+        if is_lola and score is not None:
+            _keep_by(self.cache, model, score)
         self.seen = 0
         self._next: Tensor | None = None  # [V], logits of the token that comes next
 
@@ -104,6 +145,65 @@ class Run:
         other.cache = copy.deepcopy(self.cache)
         return other
 
+    def ask(self, questions: list[list[int]], last: int, batch: int) -> list[list[Prediction]]:
+        """How well the last tokens of each question are predicted, if it came next.
+
+        The sequence stays as it is.
+
+        Args:
+            questions: of equally many tokens, more than `last`. last: tokens of each that are
+                predicted. batch: questions at once.
+
+        Returns:
+            `last` predictions per question.
+        """
+        found: list[list[Prediction]] = []
+        size = 1 if getattr(self._model.config, "sliding_window", None) else batch
+        for at in range(0, len(questions), size):
+            part = torch.tensor(questions[at : at + size], device=self._model.device)
+            logits = self._ask_rows(part, last) if self.is_lola else self._ask_tree(part, last)
+            for row, ids in zip(logits, part, strict=True):
+                found.append(_predictions(row.float(), ids[-last:]))
+        return found
+
+    @torch.no_grad()
+    def _ask_rows(self, questions: Tensor, last: int) -> Tensor:
+        """Logits `[B, last, V]` of questions `[B, Q]`, each with a copy of the state."""
+        cache = _fork(self.cache)
+        cache.batch_repeat_interleave(len(questions))
+        output = self._model(
+            questions, past_key_values=cache, use_cache=True, logits_to_keep=last + 1
+        )
+        logits: Tensor = output.logits[:, :-1]
+        return logits
+
+    @torch.no_grad()
+    def _ask_tree(self, questions: Tensor, last: int) -> Tensor:
+        """The same of a softmax model: all questions in one row, none of which sees another.
+
+        Keys and values of a long text are too large for a copy each.
+        """
+        count, length = questions.shape
+        device = questions.device
+        own = torch.block_diag(*[torch.ones(length, length, device=device).tril()] * count)
+        sees = torch.nn.functional.pad(own.bool(), (self.seen, 0), value=True)
+        dtype = self._model.dtype
+        mask = torch.zeros(sees.shape, dtype=dtype, device=device)
+        mask = mask.masked_fill(~sees, torch.finfo(dtype).min)
+        places = torch.arange(length, device=device) + self.seen
+        keep = torch.arange(count * length, device=device).view(count, length)[:, -last - 1 : -1]
+        output = self._model(
+            questions.reshape(1, -1),
+            # Alone a question needs no mask but the model's own, which knows of sliding windows.
+            attention_mask=mask[None, None] if count > 1 else None,
+            position_ids=places.repeat(count)[None],
+            past_key_values=_fork(self.cache),
+            use_cache=True,
+            logits_to_keep=keep.flatten(),
+        )
+        logits: Tensor = output.logits[0]
+        return logits.view(count, last, -1)
+
     def answer(self, tokens: int) -> list[int]:
         """The most likely `tokens` tokens from here on, which are read as well.
 
@@ -126,6 +226,25 @@ class Run:
         self.seen += len(ids)
         logits: Tensor = output.logits[0]
         return logits
+
+
+def _fork(cache: Any) -> Any:
+    """A cache that goes on by itself. What it has is shared with `cache`.
+
+    Forwards replace the keys and values of a softmax model. They write into LoLA's pages, which
+    `batch_repeat_interleave` replaces.
+    """
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
+
+
+def _keep_by(cache: Any, model: Any, score: CountedScore) -> None:
+    """Let an empty LoLA cache keep the pairs of largest `score`."""
+    heads, size = model.config.num_key_value_heads, model.config.head_dim
+    for layer in cache.layers:
+        layer.allocate(1, heads, size, model.dtype, model.device)
+        layer.ops = with_score(layer.ops, score)
 
 
 def _predictions(logits: Tensor, targets: Tensor) -> list[Prediction]:

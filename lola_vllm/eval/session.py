@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lola_vllm.eval import EvalError, curves, results, summary, tables
+from lola_vllm.eval import EvalError, copied, curves, results, summary, tables
+from lola_vllm.eval.copying import CopyPlan
 from lola_vllm.eval.models import Emit
 from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan
@@ -25,11 +26,12 @@ SAVE_EVERY_S = 30.0
 # Of the progress bar, in a terminal and in a file.
 REFRESH_S, REFRESH_FILE_S = 0.5, 60.0
 # What every setting is asked, by name.
-Plan: TypeAlias = RecallPlan | PerplexityPlan | StreamPlan
-PLANS: dict[str, type[RecallPlan] | type[PerplexityPlan] | type[StreamPlan]] = {
+Plan: TypeAlias = RecallPlan | PerplexityPlan | StreamPlan | CopyPlan
+PLANS: dict[str, type[Plan]] = {
     RecallPlan.name: RecallPlan,
     PerplexityPlan.name: PerplexityPlan,
     StreamPlan.name: StreamPlan,
+    CopyPlan.name: CopyPlan,
 }
 
 
@@ -173,6 +175,8 @@ class Session:
             rows = curves.stream_json(self._begun, self.reference)
         elif isinstance(self.plan, PerplexityPlan):
             rows = results.perplexity_json(self._begun, self.reference)
+        elif isinstance(self.plan, CopyPlan):
+            rows = copied.copy_json(self._begun, self.reference)
         elif self.plan.distances:
             rows = curves.distance_json(self._begun)
         else:
@@ -189,6 +193,8 @@ class Session:
             table = tables.stream_table(self._begun, self.reference, self.plan)
         elif isinstance(self.plan, PerplexityPlan):
             table = tables.perplexity_table(self._begun, self.reference)
+        elif isinstance(self.plan, CopyPlan):
+            table = tables.copy_table(self._begun, self.reference)
         elif self.plan.distances:
             table = tables.distance_table(self._begun)
         else:
@@ -209,6 +215,8 @@ class Session:
         try:
             if isinstance(self.plan, StreamPlan):
                 plots.plot_stream(self._begun, self.reference, self.out)
+            elif isinstance(self.plan, CopyPlan):
+                plots.plot_copies(self._begun, self.reference, self.out)
             elif self.plan.distances:
                 plots.plot_distances(self._begun, self.out)
             else:

@@ -29,7 +29,8 @@ class StreamModel(Protocol):
         tokenizer: the model's.
     """
 
-    tokenizer: Tokenizer
+    @property
+    def tokenizer(self) -> Tokenizer: ...
 
     def read_blocks(
         self, opening: list[int], ids: list[int], block: int, wanted: Collection[int]
@@ -46,13 +47,16 @@ class StreamModel(Protocol):
         """
 
 
-def check_reader(setting: Setting, engine_args: Mapping[str, Any]) -> None:
+def check_reader(setting: Setting, engine_args: Mapping[str, Any], *, scores: bool = False) -> None:
     """Refuse what vLLM's engine takes and `reader.py` does not.
+
+    Args:
+        setting, engine_args: of the command line. scores: whether other scores are possible.
 
     Raises:
         EvalError: another score than the self-recall error, or arguments other than dtype.
     """
-    if setting.score != "sre":
+    if setting.score != "sre" and not scores:
         raise EvalError(
             f"--score {setting.score}: a stream is read with sre alone; leave it out, or measure "
             "windows without --stream"
@@ -60,8 +64,8 @@ def check_reader(setting: Setting, engine_args: Mapping[str, Any]) -> None:
     for name in engine_args:
         if name != "dtype":
             raise EvalError(
-                f"--engine-args: {name} is of vLLM's engine, and a stream is read in transformers, "
-                "which takes dtype alone; leave it out"
+                f"--engine-args: {name} is of vLLM's engine, and this text is read in "
+                "transformers, which takes dtype alone; leave it out"
             )
 
 

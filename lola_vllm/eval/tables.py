@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lola_vllm.eval.copied import CopyCell, Triple, copy_cells_of
+from lola_vllm.eval.copying import ASKED, FLOOR, GIVEN
 from lola_vllm.eval.curves import Point, curves_of, distance_cells, lines_of
 from lola_vllm.eval.repeats import DISTANCE, NGRAM
 from lola_vllm.eval.results import (
@@ -75,6 +77,55 @@ def distance_table(records: list[Record]) -> str:
         blocks.append(f"### Memory per sequence\n\n{markdown(rows)}")
         blocks.append("By tokens of prompt and answer: MiB, and times a full KV cache's.")
     return "\n\n".join(blocks)
+
+
+def copy_table(records: list[Record], reference: Record | None) -> str:
+    """A Markdown table per kind and length of text: settings by distances."""
+    found = [copy_cells_of(record, reference) for record in records]
+    keys = list(dict.fromkeys(key for cells in found for key in cells))
+    blocks = []
+    for kind, length in dict.fromkeys((kind, length) for kind, length, _ in keys):
+        distances = sorted({d for of, n, d in keys if (of, n) == (kind, length)})
+        rows = [["setting", *(f"{distance:,}" for distance in distances)]]
+        for record, cells in zip(records, found, strict=True):
+            shown = [cells.get((kind, length, d)) for d in distances]
+            rows.append([record.setting.name, *map(_show_copy, shown)])
+            if any(cell and cell.floor_exact for cell in shown):
+                rows.append(["- not read", *map(_show_floor, shown)])
+        first = next(cells for cells in found if (kind, length, distances[0]) in cells)
+        counts = [cell for (of, n, _), cell in first.items() if (of, n) == (kind, length)]
+        asked = f"{min(c.passages for c in counts)} to {max(c.passages for c in counts)} passages"
+        texts = max(cell.texts for cell in counts)
+        title = f"{kind}, {length:,} tokens"
+        blocks.append(f"### {title}\n\n{markdown(rows)}\n\n{texts} texts, {asked} a column.")
+    blocks.append(
+        f"By tokens from a passage to the question: exact ones of the {ASKED} tokens that follow "
+        f"the passage's first {GIVEN}, mean log-probability of a token in parentheses, and the "
+        "share of the reference's gain in log-probability with its 95 % interval over texts. The "
+        f"gain is over what the reference says after the last {FLOOR} tokens alone (not read)."
+    )
+    return "\n\n".join(blocks)
+
+
+def _show_copy(cell: CopyCell | None) -> str:
+    if cell is None:
+        return ""
+    text = _show_exact(cell.exact, cell.logprob)
+    if cell.gain is None:
+        return text
+    value, low, high = cell.gain
+    interval = f"[{low:.2f}, {high:.2f}]" if cell.texts > 1 else "[-]"
+    return f"{text}, {value:.2f}x {interval}"
+
+
+def _show_floor(cell: CopyCell | None) -> str:
+    if cell is None or cell.floor_exact is None or cell.floor_logprob is None:
+        return ""
+    return _show_exact(cell.floor_exact, cell.floor_logprob)
+
+
+def _show_exact(exact: Triple, logprob: Triple) -> str:
+    return f"{exact[0]:.0%} ({logprob[0]:.2f})"
 
 
 STREAM_COLUMNS = 8

@@ -60,12 +60,14 @@ class Source:
             exists is taken; or a source distribution on PyPI.
         licence: of the text, as the package states it.
         read: from the directory of the unpacked package to whole documents.
+        kind: of text: "prose", "documentation" or "code".
     """
 
     name: str
     origin: tuple[str, ...] | PinnedFile
     licence: str
     read: Callable[[Path], list[str]]
+    kind: str = "prose"
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,14 @@ SOURCES: tuple[Source, ...] = (
         tuple(f"python3.{minor}-doc" for minor in (13, 14, 12, 11, 10)),
         "PSF-2.0",
         lambda root: read_html(_pages(root, "*.html", r"genindex.*|search|py-modindex")),
+        "documentation",
     ),
     Source(
         "postgres_docs",
         tuple(f"postgresql-doc-{major}" for major in (17, 18, 16, 15, 14)),
         "PostgreSQL",
         lambda root: read_html(_pages(root, "*.html", "bookindex")),
+        "documentation",
     ),
     Source(
         "debian_handbook",
@@ -130,6 +134,7 @@ SOURCES: tuple[Source, ...] = (
         lambda root: read_html(
             [page for page in _pages(root, "*.html") if page.parent.name == "en-US"], "para"
         ),
+        "documentation",
     ),
     Source(
         "anarchism_faq",
@@ -143,8 +148,14 @@ SOURCES: tuple[Source, ...] = (
         "GPL-1.0-or-later OR Artistic-1.0-Perl",
         # Not English, a table of contents, a table of properties.
         lambda root: read_pod(_pages(root, "*.pod", r"perl(cn|jp|ko|tw|toc|uniprops)")),
+        "documentation",
     ),
 )
+
+
+def kind_of(name: str) -> str:
+    """The kind of a source's text; of a file that is no source's, its own name."""
+    return next((source.kind for source in SOURCES if source.name == name), name)
 
 
 def is_held_out(document: str) -> bool:
