@@ -135,13 +135,17 @@ class CopyPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all texts, at most."""
+        """Tokens of all texts and of the passages that are begun again, at most."""
         kinds = Kinds.read(Path(self.texts), self.kinds).files
-        return len(kinds) * self.samples * sum(self.lengths)
+        return len(kinds) * self.samples * sum(map(self._tokens_of, self.lengths))
 
     def cost(self, sample: dict[str, Any]) -> int:
         """Tokens that a sample of `run` counts for in `tokens`."""
-        return int(sample["length"])
+        return self._tokens_of(sample["length"])
+
+    def _tokens_of(self, length: int) -> int:
+        passages = self.stops * len(self.distances_in(length)) * self.passages
+        return length + passages * PASSAGE
 
     def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
         """Texts that `run` need not read again, given samples of an earlier call."""

@@ -226,6 +226,21 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
 # --- in the parent
 
 
+def make_job(
+    plan: Plan, record: Record, batch: int, engine_args: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a child is told, JSON values only; arguments as of `run_setting`."""
+    setting = record.setting
+    return {
+        "plan": plan.name,
+        "fields": vars(plan),
+        "setting": {**vars(setting), "model": str(setting.model)},
+        "done": sorted(plan.done(record.samples)),
+        "batch": batch,
+        "engine_args": dict(engine_args),
+    }
+
+
 def run_setting(
     plan: Plan,
     record: Record,
@@ -245,14 +260,7 @@ def run_setting(
         EvalError: the setting failed; has the child's message or its exit status.
     """
     setting = record.setting
-    job = {
-        "plan": plan.name,
-        "fields": vars(plan),
-        "setting": {**vars(setting), "model": str(setting.model)},
-        "done": sorted(plan.done(record.samples)),
-        "batch": batch,
-        "engine_args": dict(engine_args),
-    }
+    job = make_job(plan, record, batch, engine_args)
     environment = dict(os.environ)
     if setting.score != "sre":
         environment["LOLA_VLLM_OPS"] = "torch"  # the back end whose score can be changed

@@ -12,6 +12,7 @@ import pytest
 from lola_vllm import cli
 from lola_vllm.cli_options import add_fields, from_options, option
 from lola_vllm.distill.options import DistillOptions
+from lola_vllm.eval.copying import CopyPlan
 from lola_vllm.eval.perplexity import PerplexityPlan
 from lola_vllm.eval.recall import RecallPlan
 from lola_vllm.eval.settings import Setting
@@ -127,6 +128,12 @@ def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOp
         (
             "recall --tasks passkey --distances 100 --lengths 900,800",
             RecallPlan(["passkey"], [800, 900], distances=[100]),
+        ),
+        ("copy --texts t", CopyPlan("t")),
+        (
+            "copy --texts t --kinds code,chat --lengths 900,800 --distances 300 --samples 2 "
+            "--stops 1 --passages 3 --seed 4",
+            CopyPlan("t", ["code", "chat"], [800, 900], [300], 2, 1, 3, 4),
         ),
         ("perplexity --texts t --stream", StreamPlan("t")),
         (
