@@ -296,7 +296,9 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 def _texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="one file a text")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of them (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="some of them (default: all but python_code)"
+    )
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.texts import fetch_texts

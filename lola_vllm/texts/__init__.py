@@ -27,6 +27,7 @@ from pathlib import Path
 
 from lola_vllm.texts.formats import (
     TextFormatError,
+    read_code,
     read_html,
     read_plain,
     read_pod,
@@ -61,6 +62,7 @@ class Source:
         licence: of the text, as the package states it.
         read: from the directory of the unpacked package to whole documents.
         kind: of text: "prose", "documentation" or "code".
+        by_name: whether it is fetched only where it is named. So texts to train on stay the same.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Source:
     licence: str
     read: Callable[[Path], list[str]]
     kind: str = "prose"
+    by_name: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,21 @@ SOURCES: tuple[Source, ...] = (
         # Not English, a table of contents, a table of properties.
         lambda root: read_pod(_pages(root, "*.pod", r"perl(cn|jp|ko|tw|toc|uniprops)")),
         "documentation",
+    ),
+    Source(
+        "python_code",
+        tuple(f"libpython3.{minor}-stdlib" for minor in (13, 14, 12, 11, 10)),
+        "PSF-2.0",
+        # Neither tests nor tables of characters and of help texts.
+        lambda root: read_code(
+            [
+                page
+                for page in _pages(root, "*.py")
+                if not {"test", "tests", "encodings", "pydoc_data"} & {*page.parts}
+            ]
+        ),
+        "code",
+        by_name=True,
     ),
 )
 
@@ -273,7 +291,7 @@ def fetch_texts(
 
     Args:
         out: the directory for `<name>.txt` and `SOURCES.json`, made if need be.
-        only: names of sources; default: all.
+        only: names of sources; default: all but those that are fetched by name.
         sources: the table to choose from.
         report: called with a line when a source is done.
 
@@ -293,7 +311,7 @@ def fetch_texts(
     records = _read_manifest(out)
     chosen, failures = [], []
     for source in sources:
-        if only and source.name not in only:
+        if source.name not in only if only else source.by_name:
             continue
         record = records.get(source.name)
         if record is None or not _is_whole(out, record, source):

@@ -1,8 +1,9 @@
-"""Readers of the formats that `lola_vllm.texts` finds English prose in; standard library alone.
+"""Readers of the formats that `lola_vllm.texts` finds texts in; standard library alone.
 
-Each reader takes the root of an unpacked package and returns whole documents as plain text:
-paragraphs separated by an empty line, with line breaks only in verse. A package that does not have
-the expected form gives a `TextFormatError` or no documents. It never gives a part of them.
+Each reader takes the root of an unpacked package, or its files, and returns whole documents as
+plain text: paragraphs separated by an empty line, with line breaks only in verse and in code. A
+package that does not have the expected form gives a `TextFormatError` or no documents. It never
+gives a part of them.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ def decode(data: bytes) -> str:
 def read_plain(files: Iterable[Path]) -> list[str]:
     """Each file as one document of verse, as editions of Project Gutenberg are laid out."""
     return ["\n\n".join(paragraphs(decode(file.read_bytes()), verse=True)) for file in files]
+
+
+def read_code(files: Iterable[Path]) -> list[str]:
+    """Each file as one document, its lines as they are but for white space at their ends."""
+    lines = ([line.rstrip() for line in decode(file.read_bytes()).splitlines()] for file in files)
+    return ["\n".join(of_file).strip("\n") for of_file in lines]
 
 
 def read_sword(root: Path) -> list[str]:

@@ -36,6 +36,7 @@ from lola_vllm.texts import (
 from lola_vllm.texts.formats import (
     TextFormatError,
     decode,
+    read_code,
     read_html,
     read_plain,
     read_pod,
@@ -188,6 +189,16 @@ def test_plain_text_keeps_verse_and_knows_two_encodings(tmp_path: Path) -> None:
 # --- documents and the split
 
 
+def test_code_keeps_its_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("\n\ndef f(x):  \r\n    y = 1\n\n    return x\n\n\ng = 2\n")
+    (document,) = read_code([tmp_path / "a.py"])
+    assert document == "def f(x):\n    y = 1\n\n    return x\n\n\ng = 2"
+    # Pieces of a file are cut where empty lines are, of which one stays.
+    assert make_documents([document + "\n# a word" * 30]) == [
+        "def f(x):\n    y = 1\n\n    return x\n\ng = 2" + "\n# a word" * 30
+    ]
+
+
 def test_cut_document_at_paragraphs_into_equal_pieces() -> None:
     document = prose(10_000, 0)
     pieces = cut_document(document)
@@ -326,6 +337,14 @@ def test_fetch_writes_texts_and_manifest_once(archive: Path, tmp_path: Path) -> 
     (out / MANIFEST).write_text(json.dumps([dataclasses.asdict(record) for record in stale]))
     assert fetch_texts(out, ["docs"], sources) == records[:1]
     assert [entry["format"] for entry in json.loads((out / MANIFEST).read_text())] == [1, 0]
+
+
+def test_what_is_fetched_by_name_alone(archive: Path, tmp_path: Path) -> None:
+    add_package(archive, "poems", {"usr/c.txt": prose(200, 2)})
+    plain = plain_source("poems", "poems")
+    named = dataclasses.replace(plain, name="more", by_name=True)
+    assert [r.name for r in fetch_texts(tmp_path, sources=[plain, named])] == ["poems"]
+    assert [r.name for r in fetch_texts(tmp_path, ["more"], [plain, named])] == ["more"]
 
 
 def test_fetch_writes_the_others_when_one_fails(archive: Path, tmp_path: Path) -> None:
