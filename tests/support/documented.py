@@ -121,6 +121,7 @@ COMMANDS: dict[str, Fate] = {
     r"lola-vllm eval .*--model http": Fate(
         why="minutes to hours", test="tests/unit/test_eval_server.py"
     ),
+    r"lola-vllm eval copy ": Fate(why="minutes to hours", test="tests/unit/test_eval_copy.py"),
     r"lola-vllm eval \w+ --model models/my-lola ": Fate(
         "engine", why="with fewer and shorter samples", test="tests/engine/test_eval.py"
     ),
