@@ -9,6 +9,7 @@ states of another model, adapter or salt are never found, whatever their tokens 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 
 SPAN = 256  # tokens of a link
 DIGEST_BYTES = 16
+
+# A salt that names the owner of an API key (`owner.py`), as the engine sees it.
+OWNED_SALT = re.compile(r"lola:([0-9a-f]{32}:(?:[0-9a-f]{32})?)")
 
 Tokens = NDArray[np.int32]
 
@@ -31,8 +35,19 @@ def digest(*parts: bytes) -> bytes:
 
 
 def salt_hash(salt: str | None) -> str:
-    """What is stored in place of a cache salt; empty where there is none."""
-    return "" if salt is None else digest(b"lola salt", salt.encode("utf-8", "replace")).hex()
+    """What is stored in place of a cache salt.
+
+    Args:
+        salt: as the engine sees it; None: there is none.
+
+    Returns:
+        Empty where there is none; 32 hex digits; or for a salt of `owner.engine_salt`, the owner's
+        32 hex digits, a colon, and the hash of the caller's own salt.
+    """
+    if salt is None:
+        return ""
+    owned = OWNED_SALT.fullmatch(salt)
+    return owned[1] if owned else digest(b"lola salt", salt.encode("utf-8", "replace")).hex()
 
 
 def token_array(tokens: Sequence[int] | Tokens) -> Tokens:

@@ -35,7 +35,8 @@ class StateHeader:
         id: 32 hex digits. session, turn: whose turn it is. kind: "prompt" or "answer": the text at
             whose end it was taken.
         num_tokens: n. key, boundary: hex, as in `chain.py`.
-        fingerprint: as `Fingerprint.to_dict`. adapter: empty where none was used. salt: hash.
+        fingerprint: as `Fingerprint.to_dict`. adapter: empty where none was used. salt: as
+            `salt_hash` has it.
         created, expires: seconds since 1970. parent: id of the state it continues.
         beginning: `key` of the shared beginning that its text goes on from (`serving/sessions/
             shared.py`); None: none.
@@ -57,7 +58,7 @@ class StateHeader:
     boundary: _Digest
     fingerprint: dict[str, _Shown] = field(repr=False)
     adapter: _Shown = ""
-    salt: Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")] = ""
+    salt: Annotated[str, Field(pattern=r"^([0-9a-f]{32}:)?([0-9a-f]{32})?$")] = ""
     created: Annotated[float, Field(ge=0, lt=_YEAR_10000)] = 0.0
     expires: float | None = None
     parent: _Digest | None = None

@@ -168,7 +168,7 @@ class SessionManager:
 
         Half of a budget can be pinned, and an owner may pin an equal share of this half.
         """
-        owner = states[0].header.salt
+        owner = states[0].owner
         for tier in (self.store.memory, self.store.disk):
             new = sum(s.nbytes for s in states if not s.header.pinned and tier.needs(s))
             everybody, own = tier.pinned() + new, tier.pinned(owner) + new

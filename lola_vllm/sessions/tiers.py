@@ -3,8 +3,9 @@
 Superseded states go first, the least recently used before the others. Then whole sessions go, again
 the least recently used first: half a conversation is of no use. What is pinned stays.
 
-Owners (the hashes of salts) share a budget equally. An owner within its share loses nothing to the
-others unless it was idle for a day. So nobody can push everybody else out.
+Owners share a budget equally: those who have an API key, however many salts they use, and without
+keys those who have a salt of their own. An owner within its share loses nothing to the others
+unless it was idle for a day. So nobody can push everybody else out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 from lola_vllm.sessions.file import StateHeader
 from lola_vllm.sessions.orders import DISK, MEMORY
+from lola_vllm.sessions.owner import salt_owner
 
 SessionKey = tuple[str, str]  # hash of the salt, name
 
@@ -44,6 +46,11 @@ class Stored:
     def id(self) -> str:
         """32 hex digits."""
         return self.header.id
+
+    @property
+    def owner(self) -> str:
+        """Whose share of a budget it takes."""
+        return salt_owner(self.header.salt)
 
     @property
     def session(self) -> SessionKey:
@@ -79,7 +86,7 @@ class Tier:
         return sum(
             state.nbytes
             for state in self.states.values()
-            if self._stays(state) and owner in (None, state.header.salt)
+            if self._stays(state) and owner in (None, state.owner)
         )
 
     def needs(self, state: Stored) -> bool:
@@ -97,7 +104,7 @@ class Tier:
         self.states[state.id] = state
         state.tiers.add(self.name)
         self.nbytes += state.nbytes
-        self._owned[state.header.salt] += state.nbytes
+        self._owned[state.owner] += state.nbytes
         self._sessions.setdefault(state.session, {})[state.id] = state
         self.touch(state)
 
@@ -107,7 +114,7 @@ class Tier:
             return False
         state.tiers.discard(self.name)
         self.nbytes -= state.nbytes
-        owner = state.header.salt
+        owner = state.owner
         self._owned[owner] -= state.nbytes
         if not self._owned[owner]:
             del self._owned[owner], self._used[owner]
@@ -123,7 +130,7 @@ class Tier:
         if state.id not in self.states:
             return
         self._sessions.move_to_end(state.session)
-        owner = state.header.salt
+        owner = state.owner
         self._used[owner] = max(state.used, self._used.get(owner, 0.0))
         self._now = max(self._now, state.used)
         if state.superseded:
@@ -163,11 +170,11 @@ class Tier:
         """The states of some owners that leave first."""
         leaving = frozenset(owners)
         for state in self._superseded.values():
-            if not self._stays(state) and state.header.salt in leaving:
+            if not self._stays(state) and state.owner in leaving:
                 return [state]
         last = []
         for session, states in self._sessions.items():
-            if session[0] not in leaving:
+            if salt_owner(session[0]) not in leaving:
                 continue
             free = [state for state in states.values() if not self._stays(state)]
             if free and session == keep:

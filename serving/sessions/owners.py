@@ -1,9 +1,13 @@
-"""Whose sessions are whose: where a server has several API keys, each has its own.
+"""Whose sessions are whose: each API key has its own.
 
-States and cached prefixes are parted by vLLM's `cache_salt`, which a caller chooses. So with
-several keys the salt that the engine sees is made here, of the key that a request came with and of
-the caller's own salt. A state of one key is then never found by another, whatever route is used.
-With one key, or with none, salts stay as they are.
+States and cached prefixes are parted by vLLM's `cache_salt`, which a caller chooses. So where a
+server has keys, the salt that the engine sees is made here, of the key that a request came with and
+of the caller's own salt. A state of one key is then never found by another, whatever route is used.
+It does not depend on how many keys there are: a second one takes nothing from the first. Without
+keys, salts stay as they are.
+
+vLLM checks the key on some of its routes only. A request on another one, such as `/invocations`,
+may come without a key where there are keys. It is nobody's: it neither restores nor stores.
 
 A middleware notes the key, because vLLM passes no key on to the code that handles a request. The
 engine client's `generate` is the one method that all routes which generate call, so the salt is put
@@ -12,7 +16,8 @@ in there. It also tells a route what the store said in the end, which vLLM leave
 
 from __future__ import annotations
 
-import hashlib
+import copy
+import hmac
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -22,13 +27,20 @@ from starlette.datastructures import Headers
 
 from lola_vllm.serving.sessions.shared import SharedStates
 from lola_vllm.serving.sessions.wishes import refusing
-from lola_vllm.sessions.chain import digest
+from lola_vllm.sessions.owner import engine_salt, owner_of, plain_salt
+from lola_vllm.sessions.request import FIELD
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
     from vllm.engine.protocol import EngineClient
 
-_owner: ContextVar[bytes | None] = ContextVar("lola_owner", default=None)
+NOBODY = "nobody"  # a request without a key, where there are keys
+NO_KEY = (
+    "the request came without one of the server's API keys, so it has no stored states; send "
+    "'Authorization: Bearer KEY'"
+)
+
+_owner: ContextVar[str | None] = ContextVar("lola_owner", default=None)
 _report: ContextVar[dict[str, Any] | None] = ContextVar("lola_report", default=None)
 
 
@@ -36,18 +48,25 @@ class Owners:
     """The API keys of a server.
 
     Args:
-        keys: all of them. One key, or none, has no owners to tell apart.
+        keys: all of them. Without any, no owners are told apart.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
-        digests = {_digest(key) for key in keys if key}
-        self._keys = digests if len(digests) > 1 else set()
+        self._owners = {owner_of(key) for key in keys if key}
 
-    def of(self, authorization: str | None) -> bytes | None:
-        """The owner that a header `Authorization` names; None: nobody that is told apart."""
+    def of(self, authorization: str | None) -> str | None:
+        """The owner that a header `Authorization` names.
+
+        Returns:
+            32 hex digits; `NOBODY` where there are keys and it has none of them; None where there
+            are no keys.
+        """
+        if not self._owners:
+            return None
         scheme, _, key = (authorization or "").partition(" ")
-        found = _digest(key)
-        return found if scheme.lower() == "bearer" and found in self._keys else None
+        found = owner_of(key)
+        known = any([hmac.compare_digest(found, owner) for owner in self._owners])
+        return found if scheme.lower() == "bearer" and known else NOBODY
 
 
 class OwnerMiddleware:
@@ -70,9 +89,7 @@ class OwnerMiddleware:
 def owned(salt: str | None) -> str | None:
     """The salt that the engine sees, for the caller's own salt and the owner of this request."""
     owner = _owner.get()
-    if owner is None:
-        return salt
-    return digest(b"lola owner", owner, b"" if salt is None else b"+" + salt.encode()).hex()
+    return plain_salt(salt) if owner is None else engine_salt(owner, salt)
 
 
 def reported() -> dict[str, Any]:
@@ -95,20 +112,23 @@ def listen(client: EngineClient, shares: bool = False, stores: bool = False) -> 
     if stores:
         generate = refusing(generate)
 
-    def generate_owned(prompt: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        outputs = generate(_salted(prompt), *args, **kwargs)
+    def generate_owned(
+        prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        nobody = _owner.get() == NOBODY
+        if nobody:
+            sampling_params = _without_states(sampling_params)
+        outputs = generate(_salted(prompt), sampling_params, *args, **kwargs)
+        if nobody:
+            outputs = _refusing(outputs)
         report = _report.get()
         return outputs if report is None else _reporting(outputs, report)
 
     client.generate = generate_owned  # type: ignore[method-assign,assignment]
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
 def _salted(prompt: Any) -> Any:
-    if _owner.get() is None:
+    if _owner.get() is None and not _names_an_owner(prompt):
         return prompt
     if isinstance(prompt, str):
         prompt = {"prompt": prompt}
@@ -120,6 +140,32 @@ def _salted(prompt: Any) -> Any:
         raise ValueError(f"a prompt of type {type(prompt).__name__} cannot be given a cache salt")
     prompt.cache_salt = owned(prompt.cache_salt)
     return prompt
+
+
+def _names_an_owner(prompt: Any) -> bool:
+    """Whether the caller's own salt looks like one that is made here."""
+    found = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+    found = found or getattr(prompt, "cache_salt", None)
+    return plain_salt(found) != found
+
+
+def _without_states(params: Any) -> Any:
+    """Sampling parameters with which nothing is restored and nothing stored."""
+    lola = {"kv_transfer_params": {FIELD: {"from": False, "save": False}}}
+    params = copy.copy(params)
+    params.extra_args = {**(params.extra_args or {}), **lola}
+    return params
+
+
+async def _refusing(outputs: Any) -> AsyncIterator[Any]:
+    """The outputs of a request without a key, which say why it has no states."""
+    async with aclosing(outputs):
+        async for output in outputs:
+            told = output.kv_transfer_params or {}
+            if FIELD in told:
+                told = {FIELD: {**told[FIELD], "reason": NO_KEY, "unsaved": NO_KEY}}
+                output.kv_transfer_params = told
+            yield output
 
 
 async def _reporting(outputs: Any, report: dict[str, Any]) -> AsyncIterator[Any]:

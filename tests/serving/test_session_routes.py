@@ -5,9 +5,11 @@ import threading
 import time
 import uuid
 
+import httpx
 import pytest
 
 from lola_vllm import cpu
+from lola_vllm.serving.sessions.owners import NO_KEY
 
 TEXT = "the hidden state of the window is read by the model "
 BASE = "/v1/lola/sessions"
@@ -264,6 +266,27 @@ def test_keys_are_told_apart_on_every_route(tiny):
     # The same name is another session.
     assert ok(tiny.other.post(f"{BASE}/mine/append", json={"prompt": "x"}))["turn"] == 1
     assert said(tiny, "mine") == ids
+
+
+def test_a_request_without_a_key_has_no_stored_states(tiny):
+    """vLLM answers /invocations without a key."""
+    ok(post(tiny, "guarded/append", prompt=TEXT * 4))
+    ids = said(tiny, "guarded")
+    wish = {"from": "guarded", "save": "guarded"}
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-Session-ID": "guarded"}):
+        body = {"model": "tiny", "prompt": [*ids, 5], "max_tokens": 2, "temperature": 0}
+        if "X-Session-ID" not in headers:
+            body["kv_transfer_params"] = {"lola": wish}
+        answer = ok(httpx.post(f"{tiny.url}/invocations", json=body, headers=headers, timeout=60))
+        if not headers:  # vLLM's prefix cache has what others said without a key
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        lola = told(answer)
+        assert (lola["restored_tokens"], lola["turn"], lola["reason"]) == (0, None, NO_KEY)
+        assert lola["unsaved"] == NO_KEY
+    assert said(tiny, "guarded") == ids
+    # With the key it is a route as the others.
+    again = ok(tiny.client.post("/invocations", json=body))
+    assert told(again)["restored_tokens"] == len(ids)
 
 
 def test_salts_part_sessions_of_one_key(tiny):

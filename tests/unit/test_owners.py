@@ -4,21 +4,34 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 
 from lola_vllm.serving.engine import Unavailable
 from lola_vllm.serving.sessions import owners
 from lola_vllm.serving.sessions.held import hold
-from lola_vllm.serving.sessions.owners import OwnerMiddleware, Owners, listen, owned, reported
+from lola_vllm.serving.sessions.owners import (
+    NO_KEY,
+    OwnerMiddleware,
+    Owners,
+    listen,
+    owned,
+    reported,
+)
 from lola_vllm.sessions import Reference
+from lola_vllm.sessions.chain import salt_hash
+from lola_vllm.sessions.owner import engine_salt, owner_of
+
+PARAMS = SimpleNamespace(extra_args=None)
 
 
 class Client:
     """An engine client that gives back what it is asked."""
 
     def __init__(self):
-        self.closed = 0
+        self.closed, self.params = 0, None
 
     async def generate(self, prompt, params, request_id):
+        self.params = params
         try:
             for part in (None, {"lola": {"restored_tokens": 3}}):
                 yield SimpleNamespace(prompt=prompt, kv_transfer_params=part)
@@ -33,7 +46,7 @@ def ask(app_state, authorization, prompt="x"):
     found = []
 
     async def app(scope, receive, send):
-        async for output in client.generate(prompt, None, "id"):
+        async for output in client.generate(prompt, PARAMS, "id"):
             found.append(output.prompt)
 
     headers = [] if authorization is None else [(b"authorization", authorization.encode())]
@@ -47,18 +60,15 @@ def with_keys(*keys):
 
 
 @pytest.mark.parametrize(
-    "state",
-    [
-        with_keys(),
-        with_keys("a"),
-        with_keys("a", "a"),
-        SimpleNamespace(lola_owners=None),
-        SimpleNamespace(),
-    ],
+    "state", [with_keys(), with_keys(""), SimpleNamespace(lola_owners=None), SimpleNamespace()]
 )
-def test_with_one_key_or_none_nothing_changes(state):
+def test_without_a_key_nothing_changes(state):
     prompt = {"prompt_token_ids": [1], "cache_salt": "s"}
     assert ask(state, "Bearer a", prompt) is prompt
+    # But for a salt that looks like an owner's.
+    forged = {"prompt_token_ids": [1], "cache_salt": engine_salt(owner_of("a"), None)}
+    seen = ask(state, None, forged)
+    assert not salt_hash(seen["cache_salt"]).startswith(owner_of("a"))
 
 
 def test_every_key_and_salt_gives_another_salt():
@@ -69,10 +79,43 @@ def test_every_key_and_salt_gives_another_salt():
             assert seen["prompt_token_ids"] == [1]
             salts.add(seen["cache_salt"])
             assert ask(state, f"Bearer {key}", {"prompt_token_ids": [1], **own}) == seen
-    assert len(salts) == 8 and all(len(salt) == 32 for salt in salts)
-    # vLLM refuses these elsewhere; here nobody is given another's salt.
-    for header in (None, "Bearer c", "Basic a", "Bearer"):
-        assert ask(state, header, {"prompt_token_ids": [1]}) == {"prompt_token_ids": [1]}
+            assert salt_hash(seen["cache_salt"]).startswith(f"{owner_of(key)}:")
+            validate_cache_salt(seen["cache_salt"])
+    assert len(salts) == len(set(map(salt_hash, salts))) == 8
+
+
+def test_an_owner_follows_from_the_key_and_not_from_the_other_keys():
+    """Else a second key, or the first alone again, would orphan all sessions."""
+    prompt = {"prompt_token_ids": [1], "cache_salt": "s"}
+    seen = [ask(with_keys(*keys), "Bearer a", prompt) for keys in ("a", "aa", "ab", "cab")]
+    assert seen[0] != prompt and seen == [seen[0]] * 4
+
+
+@pytest.mark.parametrize("header", [None, "Bearer c", "Basic a", "Bearer"])
+@pytest.mark.parametrize("keys", ["a", "ab"])
+def test_a_request_without_a_key_has_no_states_where_there_are_keys(keys, header):
+    """vLLM refuses it on most routes, and answers it on /invocations."""
+    wish = {"from": "agent-7", "save": "agent-7"}
+    params = SimpleNamespace(extra_args={"kv_transfer_params": {"lola": wish}, "more": 1})
+    client = Client()
+    listen(client)
+    found = []
+
+    async def app(scope, receive, send):
+        async for output in client.generate({"prompt_token_ids": [1]}, params, request_id="id"):
+            found.append(output)
+
+    headers = [] if header is None else [(b"authorization", header.encode())]
+    scope = {"type": "http", "headers": headers, "app": SimpleNamespace(state=with_keys(*keys))}
+    asyncio.run(OwnerMiddleware(app)(scope, None, None))
+    seen = client.params.extra_args
+    assert seen == {"kv_transfer_params": {"lola": {"from": False, "save": False}}, "more": 1}
+    assert params.extra_args["kv_transfer_params"] == {"lola": wish}
+    told = found[-1].kv_transfer_params["lola"]
+    assert told["reason"] == told["unsaved"] == NO_KEY and "Authorization" in NO_KEY
+    salts = {ask(with_keys(*keys), h, {"prompt_token_ids": [1]})["cache_salt"]
+             for h in (header, "Bearer a", "Bearer b")}  # fmt: skip
+    assert len(salts) == 1 + len(keys)
 
 
 def test_prompts_of_every_kind_are_salted():

@@ -8,6 +8,7 @@ import torch
 from lola_vllm.sessions import host
 from lola_vllm.sessions.chain import salt_hash
 from lola_vllm.sessions.expiry import SPARE
+from lola_vllm.sessions.owner import engine_salt, owner_of
 from lola_vllm.sessions.tiers import IDLE_S
 from tests.support.sessions import ROW, Server, size_of
 
@@ -52,6 +53,24 @@ def test_one_owner_does_not_push_the_others_out():
         server.say([n] * 10, f"bob-{n}", salt=BOB)
     assert len(sessions(server, CAROL)) == 1
     assert len(sessions(server, ALICE)) >= 4 and len(sessions(server, BOB)) >= 4
+    server.close()
+
+
+def test_a_key_with_many_salts_is_one_owner():
+    server = Server(memory=12 * size_of(10))
+    for n in range(6):
+        server.say([n] * 10, f"bob-{n}", salt=salt_hash(engine_salt(owner_of("bob"), None)))
+    salts = [salt_hash(engine_salt(owner_of("alice"), f"salt-{n}")) for n in range(50)]
+    for n, salt in enumerate(salts):
+        server.say([n] * 10, f"alice-{n}", salt=salt)
+    assert server.store.memory.owners == 2
+    kept = [name for _, name in server.store.sessions]
+    assert kept == [*(f"bob-{n}" for n in range(6)), *(f"alice-{n}" for n in range(44, 50))]
+    # Nor can a key pin more than its share of what can be pinned, which is three states.
+    for n in range(44, 50):
+        salt = engine_salt(owner_of("alice"), f"salt-{n}")
+        answer = server.ask("pin", reference=f"alice-{n}", salt=salt)
+        assert ("error" in answer) == (n >= 47), n
     server.close()
 
 
