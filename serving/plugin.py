@@ -40,7 +40,7 @@ class LolaEndpoints:
     required_tasks: tuple[SupportedTask, ...] | None = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, the middleware that they need, and the inspector line."""
+        """Add the routes, the middleware that they need, and the line that names the pages."""
         for routes in (router, page, *routers):
             app.include_router(routes)
         app.add_middleware(RefreshMetrics)
@@ -49,11 +49,11 @@ class LolaEndpoints:
 
         @asynccontextmanager
         async def with_address(app: FastAPI) -> AsyncIterator[Any]:
-            """The inspector's address, after vLLM's list of routes."""
+            """The pages' addresses, after vLLM's list of routes."""
             async with start_up(app) as state:
                 engine: LolaEngine = app.state.lola_engine
                 if engine.is_lola:
-                    logger.info("%s", app.state.lola_inspector)
+                    logger.info("%s", app.state.lola_pages)
                 with suppress(Unavailable):  # the store learns how to wake an idle engine
                     await engine.store_id()
                 yield state
@@ -72,7 +72,7 @@ class LolaEndpoints:
         state.lola_owners = Owners(keys) if stores else None
         listen(engine_client, stores and _shares(engine.config), stores)
         state.lola_metrics = LolaMetrics(engine) if engine.is_lola else None
-        state.lola_inspector = describe_inspector(args)
+        state.lola_pages = describe_pages(args)
 
 
 def _shares(config: VllmConfig) -> bool:
@@ -82,12 +82,12 @@ def _shares(config: VllmConfig) -> bool:
     return alone and not config.cache_config.enable_prefix_caching
 
 
-def describe_inspector(args: Namespace) -> str:
-    """Where the memory inspector is, for the arguments of a server."""
+def describe_pages(args: Namespace) -> str:
+    """Where the chat and the memory inspector are, for the arguments of a server."""
     if args.uds:
-        return f"LoLA: the memory inspector is {ROUTE} of the socket {args.uds}"
+        return f"LoLA: the chat is / and the memory inspector {ROUTE} of the socket {args.uds}"
     everywhere = args.host in (None, "", "0.0.0.0", "::")
     host = "127.0.0.1" if everywhere else f"[{args.host}]" if ":" in args.host else args.host
-    url = f"{'https' if args.ssl_certfile else 'http'}://{host}:{args.port}"
+    base = f"{'https' if args.ssl_certfile else 'http'}://{host}:{args.port}{args.root_path or ''}"
     asks = " (asks for the API key)" if args.api_key or envs.VLLM_API_KEY else ""
-    return f"LoLA: the memory inspector: {url}{args.root_path or ''}{ROUTE}{asks}"
+    return f"LoLA: chat: {base}/, memory inspector: {base}{ROUTE}{asks}"

@@ -45,6 +45,8 @@ for module in (native, lola_vllm.kernels, lola_vllm.serving.options):
 from lola_vllm.serving.inspector import page_files
 assert (here / "lola_vllm/checkpoint/smollm2/maps.safetensors").stat().st_size > 10**6
 assert b"<html" in page_files()[""].body and "main.js" in page_files()
+from lola_vllm.serving import chat
+assert b"<html" in chat.page_files()[""].body and "main.js" in chat.page_files()
 (found,) = importlib.metadata.distributions(name="lola-vllm", path=[str(here)])
 assert found.version == lola_vllm.__version__
 groups = {entry.group: entry for entry in found.entry_points}

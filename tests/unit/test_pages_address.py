@@ -1,10 +1,14 @@
-"""The address that a server gives for its inspector can be opened on its own machine."""
+"""The addresses that a server gives for its pages can be opened on its own machine."""
 
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
-from lola_vllm.serving.plugin import describe_inspector
+from lola_vllm.serving.plugin import describe_pages
+from lola_vllm.serving.routes import page
 
 PAGE = "/lola/inspector"
 
@@ -26,12 +30,22 @@ def test_address(given, words, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     args = {"host": None, "port": 8000, "uds": None, "ssl_certfile": None, "api_key": None,
             "root_path": None} | given  # fmt: skip
-    line = describe_inspector(Namespace(**args))
+    line = describe_pages(Namespace(**args))
     assert words in line and "SECRET" not in line
+    assert "uds" in given or f"chat: {words.split(PAGE)[0]}/, memory inspector: {words}" in line
 
 
 def test_a_key_in_the_environment_counts(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "SECRET")
     args = Namespace(host=None, port=8000, uds=None, ssl_certfile=None, api_key=None, root_path="")
-    line = describe_inspector(args)
+    line = describe_pages(args)
     assert "(asks for the API key)" in line and "SECRET" not in line
+
+
+@pytest.mark.parametrize(("is_lola", "status"), [(True, 200), (False, 404)])
+def test_the_chat_is_at_the_root_of_lola_models_only(is_lola, status):
+    app = FastAPI()
+    app.include_router(page)
+    app.state.lola_engine = SimpleNamespace(is_lola=is_lola)
+    answer = TestClient(app).get("/")
+    assert answer.status_code == status and ("<html" in answer.text) == is_lola
