@@ -164,10 +164,13 @@ def test_an_answer_that_was_cut_is_said_to_be(browser):
 
 
 def test_a_reload_goes_on_with_the_stored_session(browser, lola_server):
-    name = new_chat(browser)
-    ask(browser, "My cat is called <b>Minka</b>.\nIs that a good name?")
+    name, text = new_chat(browser), "My cat is called <b>Minka</b>.\nIs that a good name?"
+    browser.type("#temperature", "0")
+    ask(browser, text)
     before = said(browser, "article")
-    assert before[0] == "My cat is called <b>Minka</b>.\nIs that a good name?" and before[1]
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": 24, "temperature": 0}
+    answer = lola_server.client.post("/v1/lola/sessions/the-same/chat", json=body).json()
+    assert before == [text, answer["choices"][0]["message"]["content"].strip()]
     assert not browser.run("return !!document.querySelector('#log b')")
     tokens = browser.text("#tokens")
     reload(browser)

@@ -51,6 +51,8 @@ def test_the_answer_and_the_found_number_are_above_the_fold(page):
     browser.run("scrollTo(0, 0)")
     for selector in ("#answer", "#verdict", page.token(page.chosen()[0])):
         assert in_view(browser, selector), selector
+    browser.hover("#find")
+    # Such a picture is the README's.
     browser.picture(PICTURES / "inspector-fold-1280x900.png")
 
 
@@ -82,7 +84,6 @@ def test_it_fits_the_screen_and_controls_stay_in_view(page, size, dark):
     for selector in ("#layer", "#head", "#least", "#top", "#find", "[data-part=time]"):
         assert in_view(browser, selector), selector
     browser.hover("#find")  # and not a token, whose tip would hide others
-    # The picture of the README is inspector-1280x800.png.
     browser.picture(PICTURES / f"inspector-{name}.png")
 
 

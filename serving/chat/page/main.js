@@ -220,7 +220,9 @@ async function turn(text) {
   try {
     if (stopped) await followStopped(0);
     const most = Number($("max-tokens").value);
-    const { told, ended, usage } = await session.say(name, at, text, most, (now) => {
+    const fields = { max_tokens: most };
+    if ($("temperature").value) fields.temperature = Number($("temperature").value);
+    const { told, ended, usage } = await session.say(name, at, text, fields, (now) => {
       came = now;
       if (now.words || now.reasoning) first ??= performance.now() - began;
       frame ||= requestAnimationFrame(draw);

@@ -24,17 +24,17 @@ export async function find(name, signal) {
 export const rename = (name, to) => request(path(name), { session: to }, undefined, "PATCH");
 export const remove = (name) => request(path(name), null, undefined, "DELETE");
 
-// A turn after `at`, { turn, tokens }. `grow` is called with { words, reasoning, tokens } as they
+// A turn after `at`, { turn, tokens }, with `fields` of a chat completion. `grow` is called with { words, reasoning, tokens } as they
 // come. The result is { told, ended, usage }; `told` is what the store says.
-export async function say(name, at, text, maxTokens, grow, signal) {
+export async function say(name, at, text, fields, grow, signal) {
   const body = {
     messages: [{ role: "user", content: text }],
     turn: at.turn, // so that nobody else's turn, and no lost one, is gone on from unnoticed
     tokens: at.tokens,
-    max_tokens: maxTokens,
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
     repetition_detection: REPETITION,
+    ...fields,
   };
   let told = {}, ended = null, usage = {}, words = "", reasoning = "";
   for await (const event of events(path(name, "/chat"), body, signal)) {
