@@ -19,6 +19,17 @@ recall held-out fact-name,fact-date,fact-code,fact-place 1024,2048
 lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \
     --sweep benchmarks/recall/shipped.json --texts models/texts \
     --windows 4 --window-length 2048 --out "$OUT/perplexity" --resume
+# Passages, word by word: conversations are made of the documentation, code has its own directory.
+[ -d models/code ] || lola texts --out models/code --only python_code
+copy() { # NAME TEXTS LENGTHS DISTANCES OPTIONS...
+    lola eval copy --model models/smollm2-lola --reference models/smollm2-base --texts "$2" \
+        --lengths "$3" --distances "$4" --lola-config 'as it ships={}' --batch 28 \
+        --engine-args '{"dtype": "float32"}' --out "$OUT/copy-$1" --resume "${@:5}"
+}
+copy prose models/texts 2000,7000 250,500,1000,2000,3000,4500,6000 --kinds prose --samples 6
+copy kinds models/texts 7000 250,1000,2000,4500 --kinds documentation,chat
+copy code models/code 7000 250,1000,2000,4500
+copy long models/texts 16000 250,1000,2000,4500,7000,12000 --kinds prose
 # The picture of the front page, and the first row of docs/choices.md.
 recall memory niah-1 1024,2048,4096,8192
 recall ablations niah-1 1024

@@ -23,7 +23,7 @@ from typing import Any
 from lola_vllm.eval import summary
 from lola_vllm.eval.results import wilson
 from lola_vllm.eval.tables import STREAM_COLUMNS
-from tools.site import speed_tables
+from tools.site import copy_tables, speed_tables
 from tools.site.summaries import MIB, RESULTS, ROOT, table
 
 BEGIN = "<!-- {}, made by python -m tools.site.result_tables -->\n"
@@ -117,7 +117,7 @@ def by_task(
 
 
 def readme() -> str:
-    """The front page's: exact answers at 4,096 and 8,192 tokens, perplexity."""
+    """The front page's: exact answers at 4,096 and 8,192 tokens, passages, perplexity."""
     lines = [
         [
             "",
@@ -126,6 +126,7 @@ def readme() -> str:
             "a number in prose",
             "one number of four",
             "a UUID in prose",
+            "passages, word by word",
             "perplexity",
         ]
     ]
@@ -135,6 +136,7 @@ def readme() -> str:
         MORE: "LoLA with 3.2 times the pairs",
         PAPER: PAPER,
     }
+    copied = copy_tables.readme(runs)
     kinds = {row["name"]: row["kinds"]["all"] for row in settings("recall-perplexity")}
     for setting, label in names.items():
         found = cells("recall-tasks", setting)
@@ -150,7 +152,9 @@ def readme() -> str:
         ]
         pairs = ["" if pair == "-, -" else pair for pair in pairs]
         ratio = kinds[setting].get("ratio")
-        lines.append([label, mib, *pairs, f"{ratio[0]:.3f}x" if ratio and setting != BASE else ""])
+        said = copied.get("reference" if setting == BASE else setting, "")
+        times = f"{ratio[0]:.3f}x" if ratio and setting != BASE else ""
+        lines.append([label, mib, *pairs, said, times])
     return table(lines)
 
 
@@ -377,7 +381,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "endless-needles": needles,
     "endless-sums": sums,
     "endless-follow": follow,
-    **{name: partial(make, runs) for name, make in speed_tables.TABLES.items()},
+    **{
+        name: partial(make, runs)
+        for name, make in {**copy_tables.TABLES, **speed_tables.TABLES}.items()
+    },
 }
 
 

@@ -1,0 +1,98 @@
+"""Tables of passages that are begun again: docs/recall.md and a column of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tools.site.summaries import table
+
+Runs = Callable[[str], list[dict[str, Any]]]
+Cells = dict[tuple[str, int, int], dict[str, Any]]
+
+NAME = "recall-copy"
+REFERENCE, SHIPPED = "reference", "as it ships"
+PROSE = "prose"
+README_LENGTH, README_DISTANCES = 7000, (250, 2000)
+
+
+def cells(runs: Runs, setting: str) -> Cells:
+    """A setting's cells of all runs by kind, length and distance."""
+    return {
+        (cell["kind"], cell["length"], cell["distance"]): cell
+        for run in runs(NAME)
+        for row in run["settings"]
+        if row["name"] == setting
+        for cell in row["cells"]
+    }
+
+
+def percent(value: float) -> str:
+    """A share in whole percent."""
+    return f"{100 * value:.0f} %"
+
+
+def exact(cell: dict[str, Any] | None, part: str = "") -> str:
+    """Exact tokens, and the mean log-probability of a token; empty for None."""
+    if cell is None:
+        return ""
+    return f"{percent(cell[part + 'exact'][0])} ({cell[part + 'logprob'][0]:.2f})"
+
+
+def gain(cell: dict[str, Any] | None) -> str:
+    """Share of the base's gain with its interval; empty for None and where there is none."""
+    if cell is None or cell["gain"] is None:
+        return ""
+    value, low, high = cell["gain"]
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def columns(distances: list[int]) -> list[str]:
+    """Their names."""
+    first, *others = distances
+    return [f"{first:,} tokens back", *(f"{distance:,}" for distance in others)]
+
+
+def prose(runs: Runs) -> str:
+    """Base, LoLA, floor and share of the gain in prose, by length of text."""
+    base, lola = cells(runs, REFERENCE), cells(runs, SHIPPED)
+    distances = sorted({distance for kind, _, distance in lola if kind == PROSE})
+    lines = [["text", "", *columns(distances)]]
+    for length in sorted({length for kind, length, _ in lola if kind == PROSE}):
+        keys = [(PROSE, length, distance) for distance in distances]
+        rows = {
+            "softmax base": [exact(base.get(key)) for key in keys],
+            "**as it ships, 8.61 MiB**": [exact(lola.get(key)) for key in keys],
+            "floor, not read": [exact(base.get(key), "floor_") for key in keys],
+            "share of the base's gain": [gain(lola.get(key)) for key in keys],
+        }
+        for label, shown in rows.items():
+            title = f"{length:,} tokens" if label == next(iter(rows)) else ""
+            lines.append([title, label, *shown])
+    return table(lines)
+
+
+def kinds(runs: Runs) -> str:
+    """Share of the base's gain by kind and length of text."""
+    found = cells(runs, SHIPPED)
+    distances = sorted({key[2] for key, cell in found.items() if gain(cell)})
+    lines = [["text", "tokens", *columns(distances)]]
+    for kind in dict.fromkeys(kind for kind, _, _ in found):
+        lengths = sorted({length for of, length, _ in found if of == kind})
+        for length in lengths:
+            shown = [gain(found.get((kind, length, distance))) for distance in distances]
+            lines.append([kind if length == lengths[0] else "", f"{length:,}", *shown])
+    return table(lines)
+
+
+def readme(runs: Runs) -> dict[str, str]:
+    """Exact tokens at two distances in prose, by setting."""
+    shown = {}
+    for name in (REFERENCE, SHIPPED):
+        found = cells(runs, name)
+        keys = [(PROSE, README_LENGTH, distance) for distance in README_DISTANCES]
+        shown[name] = ", ".join(percent(found[key]["exact"][0]) for key in keys)
+    return shown
+
+
+TABLES: dict[str, Callable[[Runs], str]] = {NAME: prose, f"{NAME}-kinds": kinds}
