@@ -278,7 +278,10 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     )
     stored = parser.add_argument_group("stored states", "docs/sessions.md says what is kept")
     for name, option in OPTIONS.items():
-        stored.add_argument(name, metavar=option.metavar, help=option.help)
+        if option.metavar is None:
+            stored.add_argument(name, action="store_const", const="", help=option.help)
+        else:
+            stored.add_argument(name, metavar=option.metavar, help=option.help)
 
     def run(args: argparse.Namespace) -> int:
         cpus = os.sched_getaffinity(0)  # before torch is imported
@@ -288,7 +291,11 @@ def _serve(parser: argparse.ArgumentParser) -> None:
         options = [part for part in args.options if part != dry_run]
         dry = args.dry_run or len(options) < len(args.options)
         before = {name: getattr(args, name[2:].replace("-", "_")) for name in OPTIONS}
-        given = [f"{name}={value}" for name, value in before.items() if value is not None]
+        given = [
+            name if OPTIONS[name].metavar is None else f"{name}={value}"
+            for name, value in before.items()
+            if value is not None
+        ]
         return serve(args.model, [*given, *options], cpus, dry_run=dry)
 
     parser.set_defaults(run=run)

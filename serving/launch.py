@@ -27,6 +27,7 @@ from lola_vllm.config import MODEL_TYPE
 from lola_vllm.estimate import DTYPES, GIB, MIB, Row, estimate
 from lola_vllm.serving import store_options
 from lola_vllm.serving.options import given_options, masked, number
+from lola_vllm.sessions.settings import STORE_KEY
 from lola_vllm.state import SequenceLayout
 
 PLUGIN = "lola"
@@ -49,6 +50,8 @@ _OF_CACHING = (
     "prefix-cache-retention-interval",
     "kv-events-config",
 )
+# Settings of the store that say nothing about what is stored.
+_OF_ROUTES = {"allowed_hosts", "list_sessions"}
 _PLUGIN_GROUPS = ("general", "platform", "io_processor", "stat_logger")
 
 
@@ -349,11 +352,17 @@ def _stored(
         return []
     reason = "nothing is stored, as you say"
     if store_options.stores(value):
-        reason = "states outlive their requests, as you say (docs/sessions.md)"
-    if ram and not store.given:
+        settings = store_options.read(json.loads(value)[STORE_KEY])
+        what = "with a name " if settings.store == "named" else ""
+        reason = "states outlive their requests, as you say"
+        if "state_dir" in store.given:
+            reason += f": those of conversations {what}also in {store.given['state_dir']}"
+        reason += ";\n      --lola-store none keeps nothing (docs/privacy.md)"
+    if ram and not store.given.keys() - _OF_ROUTES:
         reason = (
-            f"{ram / MIB:.0f} MiB of stored states: a conversation goes on where it stopped;\n"
-            "      --lola-state-dir keeps them for the next start, --lola-state-ram 0 none"
+            f"{ram / MIB:.0f} MiB of stored states, in memory only: a conversation goes on where "
+            "it\n      stopped; --lola-state-dir keeps those with a name for the next start, "
+            "--lola-store none\n      keeps nothing"
         )
     return [Choice(store_options.ADDITIONAL, value, reason)]
 

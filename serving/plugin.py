@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from vllm import envs
 
 from lola_vllm.plugin.config_hook import has_store
+from lola_vllm.serving.access import Access, AccessMiddleware
 from lola_vllm.serving.engine import LolaEngine, Unavailable
 from lola_vllm.serving.inspector import ROUTE
 from lola_vllm.serving.metrics import LolaMetrics, RefreshMetrics
 from lola_vllm.serving.routes import page, router
 from lola_vllm.serving.sessions import routers
 from lola_vllm.serving.sessions.owners import OwnerMiddleware, Owners, listen
+from lola_vllm.sessions.settings import STORE_KEY, StoreSettings
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -45,6 +47,7 @@ class LolaEndpoints:
             app.include_router(routes)
         app.add_middleware(RefreshMetrics)
         app.add_middleware(OwnerMiddleware)
+        app.add_middleware(AccessMiddleware)
         start_up = app.router.lifespan_context
 
         @asynccontextmanager
@@ -69,10 +72,18 @@ class LolaEndpoints:
         state.lola_engine = engine
         stores = engine.is_lola and has_store(engine.config)
         keys = args.api_key or [envs.VLLM_API_KEY or ""]
+        state.lola_access = Access(keys, _settings(engine.config), args)
         state.lola_owners = Owners(keys) if stores else None
         listen(engine_client, stores and _shares(engine.config), stores)
         state.lola_metrics = LolaMetrics(engine) if engine.is_lola else None
         state.lola_pages = describe_pages(args)
+
+
+def _settings(config: VllmConfig) -> StoreSettings:
+    """The settings of stored states, also where nothing is stored."""
+    additional = config.additional_config
+    given = additional.get(STORE_KEY) if isinstance(additional, dict) else None
+    return StoreSettings.from_mapping(given or {}, STORE_KEY)
 
 
 def _shares(config: VllmConfig) -> bool:

@@ -14,11 +14,12 @@ class Option(NamedTuple):
     """An option of `lola-vllm serve`.
 
     Attributes:
-        setting: its name in `--additional-config`. metavar, help: as `--help` shows them.
+        setting: its name in `--additional-config`. metavar, help: as `--help` shows them; a flag,
+            which is true where it is given, has no metavar.
     """
 
     setting: str
-    metavar: str
+    metavar: str | None
     help: str
 
 
@@ -40,6 +41,21 @@ OPTIONS = {
         "state_key_file", "FILE",
         "a secret that encrypts the files (default: LOLA_VLLM_STATE_KEY, else they are plain)",
     ),
+    "--lola-store": Option(
+        "store", "WHAT",
+        "named: texts without a session's name are kept in memory only, and never in the "
+        "directory; all: there too; none: nothing is kept (default: named)",
+    ),
+    "--lola-allowed-hosts": Option(
+        "allowed_hosts", "NAMES",
+        "hosts, separated by commas, whose requests a server without API keys answers under "
+        "/v1/lola; *: all (default: this machine, and what --host says)",
+    ),
+    "--lola-list-sessions": Option(
+        "list_sessions", None,
+        "let everybody list the sessions of a server without API keys; by its name a session is "
+        "found without it",
+    ),
 }  # fmt: skip
 ADDITIONAL = "--additional-config"
 # Without an option: the states of so many conversations, in a quarter of what the pool may take.
@@ -55,7 +71,7 @@ class StoreOptions(NamedTuple):
         additional: the user's `--additional-config`, which is no longer in `rest`; None: none.
     """
 
-    given: dict[str, str]
+    given: dict[str, str | bool]
     rest: list[str]
     additional: dict[str, Any] | None
 
@@ -63,6 +79,8 @@ class StoreOptions(NamedTuple):
     def memory(self) -> int | None:
         """Bytes of memory that the user gives to the store; None: not said."""
         settings = {**(self.additional or {}).get(STORE_KEY, {}), **self.given}
+        if settings.get("store") == "none":
+            return 0
         return read(settings).memory if "state_ram" in settings else None
 
     def value(self, ram: int | None) -> str | None:
@@ -87,7 +105,7 @@ def split(options: Sequence[str]) -> StoreOptions:
     Raises:
         CheckpointError: an option without a value, or an `--additional-config` that is no object.
     """
-    given: dict[str, str] = {}
+    given: dict[str, str | bool] = {}
     rest: list[str] = []
     additional: dict[str, Any] | None = None
     left = iter(options)
@@ -96,6 +114,11 @@ def split(options: Sequence[str]) -> StoreOptions:
         name = name.replace("_", "-") if name.startswith("--") else name
         if name not in OPTIONS and name != ADDITIONAL:
             rest.append(part)
+            continue
+        if name in OPTIONS and OPTIONS[name].metavar is None:
+            if equals:
+                raise CheckpointError(f"{name} = {value!r}: it takes no value; leave the value out")
+            given[OPTIONS[name].setting] = True
             continue
         if not equals:
             following = next(left, None)

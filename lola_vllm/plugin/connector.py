@@ -278,14 +278,29 @@ def open_store(vllm_config: VllmConfig) -> SessionStore:
     settings, size = store_settings(vllm_config), row_bytes(vllm_config)
     ranks = vllm_config.parallel_config.world_size
     store = SessionStore(fingerprint_of(vllm_config), size, settings, ranks)
-    where = "" if store.directory is None else f", {store.disk.budget >> 20} MiB in "
-    where += "" if store.directory is None else str(store.directory.path)
-    where += ", encrypted" if store.directory is not None and store.directory.key else ""
-    logger.info(
-        "LoLA sessions: states of %.2f MiB are stored, in %d MiB of memory%s; %d are there",
-        size * ranks / 2**20, store.memory.budget >> 20, where, len(store.states),
-    )  # fmt: skip
+    logger.info("LoLA sessions: %s", describe_store(store))
     return store
+
+
+def describe_store(store: SessionStore) -> str:
+    """What is kept, where, and how to keep less, in words."""
+    settings, directory = store.settings, store.directory
+    size = store.row_bytes * store.ranks / 2**20
+    kept = f"states of {size:.2f} MiB, which hold what was said, are kept"
+    if settings.store == "none":
+        return "nothing is kept, as --lola-store none says"
+    places = []
+    if store.memory.budget:
+        places.append(f"of all conversations in {store.memory.budget >> 20} MiB of memory")
+    if directory is not None and store.disk.budget:
+        which = "of all conversations" if settings.store == "all" else "of those with a name"
+        sealed = "encrypted" if directory.key else "not encrypted"
+        budget = store.disk.budget >> 20
+        places.append(f"{which} for the next start in {directory.path} ({budget} MiB, {sealed})")
+    else:
+        places.append("nothing for the next start")
+    off = "--lola-store none keeps nothing, docs/privacy.md has more"
+    return f"{kept}: {', '.join(places)}; {len(store.states)} are there; {off}"
 
 
 def fingerprint_of(vllm_config: VllmConfig) -> Fingerprint:

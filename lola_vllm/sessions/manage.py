@@ -133,7 +133,10 @@ class SessionManager:
                 )  # fmt: skip
                 copy = Stored(header, state.nbytes, now)
                 tokens = self._tokens(state)  # the copy's file is not there yet
-                tiers = [t for t in (store.memory, store.disk) if t.name in state.tiers]
+                due = self._is_due(state, name)
+                tiers = [t for t in store.places(name) if t.name in state.tiers or (
+                    due and t is store.disk
+                )]  # fmt: skip
                 store.add(copy, tiers, tokens)
                 self._copy(state, copy, tokens)
             if key not in store.sessions:
@@ -147,9 +150,17 @@ class SessionManager:
             states = store.lookup(Reference(old), salt_hash(salt))
             if (salt_hash(salt), new) in store.sessions:
                 raise SessionError("exists", f"to = {new!r}: there is such a session already")
-            return self._ended(
-                store.rewrite(states, answer=lambda: self.show(new, salt), session=new)
-            )
+            due = [state for state in states if self._is_due(state, new)]
+            operation = store.rewrite(states, answer=lambda: self.show(new, salt), session=new)
+            for state in due:
+                store.write(state)
+            return self._ended(operation)
+
+    def _is_due(self, state: Stored, name: str) -> bool:
+        """Whether a state is to be written under a name: nobody had named it, so it was not."""
+        settings = self.store.settings
+        unwritten = DISK not in state.tiers and self.store.disk.fits(state.nbytes)
+        return unwritten and settings.may_write(name) > settings.may_write(state.header.session)
 
     def pin(self, reference: str, pinned: bool = True, salt: str | None = None) -> Answer:
         """Keep the newest turn of a session, or the turn that is named, whatever is stored."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 AUTOMATIC = "auto-"
 SHARED = "shared-"
-# Names that begin so are the server's own.
+# Names that begin so are the server's own: conversations without a name, and shared beginnings.
 RESERVED = (AUTOMATIC, SHARED)
 MAX_SHOWN = 60
 
@@ -90,6 +90,11 @@ def parse_reference(text: object, field: str = "from") -> Reference:
             f"{field} = {shown(text)}: '@' must be followed by the number of a turn, from 1 on"
         )
     return Reference(name, int(turn))
+
+
+def is_unnamed(session: str) -> bool:
+    """Whether nobody gave a session this name."""
+    return session.startswith(RESERVED)
 
 
 def automatic_name() -> str:

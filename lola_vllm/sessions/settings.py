@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lola_vllm.sessions.cipher import StateKey, StateKeyError, read_key
+from lola_vllm.sessions.names import is_unnamed
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 STORE_KEY = "lola"  # in vLLM's --additional-config
 KEYS = (
     "state_ram", "state_dir", "state_disk", "state_ttl", "state_min_tokens", "state_key_file",
-    "state_key_variable",
+    "state_key_variable", "store", "allowed_hosts", "list_sessions",
 )  # fmt: skip
+STORED = ("named", "all", "none")
 # A shorter text is computed again sooner than its state is read.
 MIN_TOKENS = 64
 DISK_BYTES = 20 * 2**30
@@ -39,6 +41,10 @@ class StoreSettings:
         key_file: of the key that encrypts files; key_variable: the environment variable that has
             it instead. Both None: files are not encrypted. The key itself is in neither: each
             process reads it.
+        store: "named": texts without a session's name are kept in memory only; "all": they are
+            written to the directory too; "none": nothing is kept.
+        allowed_hosts: names in a request's `Host` that the routes of a server without API keys
+            answer to, beside its own. list_sessions: whether such a server lists its sessions.
     """
 
     memory: int = 0
@@ -48,6 +54,9 @@ class StoreSettings:
     min_tokens: int = MIN_TOKENS
     key_file: Path | None = None
     key_variable: str | None = None
+    store: str = STORED[0]
+    allowed_hosts: tuple[str, ...] = ()
+    list_sessions: bool = False
 
     def __post_init__(self) -> None:
         if self.memory < 0 or self.disk < 0:
@@ -58,6 +67,10 @@ class StoreSettings:
             raise StoreSettingsError(
                 f"state_ttl = {self.ttl}: must be a finite number of seconds above 0"
             )
+        if self.store not in STORED:
+            raise StoreSettingsError(
+                f"{STORE_KEY}.store = {self.store!r}: must be one of {', '.join(STORED)}"
+            )
         if self.key_file is not None and self.key_variable is not None:
             raise StoreSettingsError(
                 f"state_key_file = {self.key_file} and the variable {self.key_variable}: there can "
@@ -67,7 +80,12 @@ class StoreSettings:
     @property
     def enabled(self) -> bool:
         """Whether anything can be stored."""
-        return self.memory > 0 or (self.directory is not None and self.disk > 0)
+        there_is_room = self.memory > 0 or (self.directory is not None and self.disk > 0)
+        return there_is_room and self.store != "none"
+
+    def may_write(self, session: str) -> bool:
+        """Whether states of a session may be in the directory."""
+        return self.store == "all" or not is_unnamed(session)
 
     def key(self) -> StateKey | None:
         """The key that encrypts files, read anew; None where they are not encrypted.
@@ -105,6 +123,16 @@ class StoreSettings:
             raise StoreSettingsError(
                 f"{where}.state_key_variable: must be the name of an environment variable"
             )
+        hosts = given.get("allowed_hosts", ())
+        if isinstance(hosts, str):  # of the command line
+            hosts = [host for host in hosts.replace(",", " ").split() if host]
+        if not isinstance(hosts, list | tuple) or not all(isinstance(h, str) for h in hosts):
+            raise StoreSettingsError(
+                f"{where}.allowed_hosts = {hosts!r}: must be names of hosts, as lola.example.com"
+            )
+        listed = given.get("list_sessions", False)
+        if not isinstance(listed, bool):
+            raise StoreSettingsError(f"{where}.list_sessions = {listed!r}: must be true or false")
         ttl = given.get("state_ttl")
         minimum = given.get("state_min_tokens", MIN_TOKENS)
         for key, value, kinds in (
@@ -121,6 +149,9 @@ class StoreSettings:
             disk=parse_bytes(given.get("state_disk", DISK_BYTES), f"{where}.state_disk"),
             ttl=ttl,
             min_tokens=minimum,
+            store=given.get("store", STORED[0]),
+            allowed_hosts=tuple(hosts),
+            list_sessions=listed,
         )
 
 

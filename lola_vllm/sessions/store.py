@@ -22,7 +22,7 @@ from lola_vllm.sessions.expiry import Expiries
 from lola_vllm.sessions.file import StateHeader
 from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.sessions.names import AUTOMATIC, Reference, automatic_name
-from lola_vllm.sessions.orders import DISK, MEMORY, Drop, Load, Order, Outcome, Save
+from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Drop, Load, Order, Outcome, Save
 from lola_vllm.sessions.settings import StoreSettings
 from lola_vllm.sessions.tiers import SessionKey, Stored, Tier
 from lola_vllm.sessions.upkeep import Operation, Upkeep
@@ -217,7 +217,12 @@ class SessionStore:
                         self.rewrite([there], undo=False, kind=kind, tail=list(tail))
                     return there, False
             nbytes = self.state_bytes(num_tokens)
-            tiers = [tier for tier in (self.memory, self.disk) if tier.fits(nbytes)]
+            tiers = [tier for tier in self.places(turn.session[1]) if tier.fits(nbytes)]
+            if not tiers and self.disk.fits(nbytes):
+                raise NotStored(
+                    "there is no room in memory, and texts without a session's name are not "
+                    "written to the disk; give a name, or start the server with --lola-store all"
+                )
             if not tiers:
                 raise NotStored(
                     f"a state takes {nbytes} bytes, and the budgets are {self.memory.budget} "
@@ -264,6 +269,10 @@ class SessionStore:
                 self._make_room(self.memory, state.session)
                 keep = MEMORY in state.tiers
             self._orders.append(Load(state.header, slot, request, keep))
+
+    def places(self, session: str) -> list[Tier]:
+        """Where states of a session may be: texts that nobody named stay in memory."""
+        return [self.memory, self.disk] if self.settings.may_write(session) else [self.memory]
 
     def state_bytes(self, num_tokens: int) -> int:
         """Bytes of a state after n tokens: pages and token ids, of all ranks."""
@@ -376,6 +385,15 @@ class SessionStore:
                 self.change(state, **fields)
             self.upkeep.submit(operation, any(DISK in state.tiers for state in states))
             return operation
+
+    def write(self, state: Stored) -> None:
+        """Write a state that is in memory only to the directory too, soon."""
+        with self.lock:
+            self.disk.add(state)
+            self._make_room(self.disk, state.session)
+            if DISK in state.tiers:
+                tokens = self._tokens.get(state.id)
+                self._orders.append(Copy(state.id, state.header, tokens, memory=False, disk=True))
 
     def delete(self, states: list[Stored], answer: Callable[[], object]) -> Operation:
         """Drop states everywhere and for good, those with files once these are gone."""

@@ -15,6 +15,7 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from lola_vllm.serving.access import Access
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine, Unavailable
 from lola_vllm.serving.sessions.held import hold
@@ -30,6 +31,7 @@ from lola_vllm.serving.sessions.protocol import (
 from lola_vllm.sessions import Reference, SessionNameError, check_name, parse_reference
 
 PREFIX = "/v1/lola/sessions"
+LIST_OPTION = "--lola-list-sessions"
 UPLOAD = "LOLA_VLLM_STATE_UPLOAD"
 # A file's header and the tensors' names; tokens and pages come on top.
 HEADER_BYTES = 2**20
@@ -54,9 +56,20 @@ Salt = Annotated[
 ]
 
 
-@router.get("", response_model=SessionList, responses=REFUSALS)
+@router.get("", response_model=SessionList, responses={**REFUSALS, 403: {"model": ErrorResponse}})
 async def sessions(raw_request: Request, salt: Salt = None) -> dict[str, Any]:
-    """The caller's sessions, the last used first."""
+    """The caller's sessions, the last used first.
+
+    A server without API keys has one caller, which is everybody. So it answers where its operator
+    lets it.
+    """
+    access: Access | None = getattr(raw_request.app.state, "lola_access", None)
+    if access is not None and not access.lists:
+        raise HTTPException(
+            HTTPStatus.FORBIDDEN,
+            "this server has no API keys, so everybody would see everybody's sessions; ask for one "
+            f"by its name, or start the server with --api-key or {LIST_OPTION}",
+        )
     return {"sessions": await ask(raw_request, "sessions", salt)}
 
 

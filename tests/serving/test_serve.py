@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from lola_vllm.serving.sessions.shared import PREFIX
+from lola_vllm.sessions.chain import Chain, namespace
 from tests.support.servers import BIN, MODEL, Server, serving
 from tests.support.tiny import make_tiny, random_prompts
 
@@ -78,11 +80,33 @@ def test_prompts_that_begin_alike_share_a_state(eager: Server) -> None:
         cold = complete(eager, prompt, kv_transfer_params={"lola": {"from": False, "save": False}})
         assert restored(cold) == 0
         assert cold["choices"][0]["token_ids"] == answer["choices"][0]["token_ids"]
-    listed = eager.client.get("/v1/lola/sessions").json()["sessions"]
-    (session,) = (s for s in listed if s["session"].startswith("shared-") and s["tokens"] == 300)
-    assert session["turns"] == [1]
+    name = PREFIX + Chain(namespace(""), shared).key(300).hex()[:16]
+    session = eager.client.get(f"/v1/lola/sessions/{name}").json()
+    assert (session["tokens"], session["turns"]) == (300, [1])
     salted = complete(eager, prompts[0], cache_salt="another")
     assert restored(salted) == 0
+
+
+def test_without_a_key_nobody_lists_what_others_said(eager: Server) -> None:
+    listed = eager.client.get("/v1/lola/sessions")
+    assert listed.status_code == 403 and "--lola-list-sessions" in listed.text
+    body = {"prompt": [5, 6, 7], "turn": 0}
+    named = "/v1/lola/sessions/by-its-name"
+    assert eager.client.post(f"{named}/append", json=body).status_code == 200
+    assert eager.client.get(f"{named}/tokens").json()["tokens"]
+    for path in (named, f"{named}/tokens", "/v1/lola/info", "/lola/inspector"):
+        foreign = eager.client.get(path, headers={"Host": "evil.example"})
+        assert foreign.status_code == 421, foreign.text
+        assert "--lola-allowed-hosts" in foreign.json()["error"]["message"]
+    assert eager.client.delete(named).status_code == 200
+
+
+def test_the_start_says_what_is_kept(eager: Server) -> None:
+    log = eager.log.read_text()
+    assert "of stored states, in memory only" in log
+    (line,) = (part for part in log.splitlines() if "LoLA sessions: states of" in part)
+    assert "are kept: of all conversations in" in line and "nothing for the next start" in line
+    assert "--lola-store none keeps nothing" in line
 
 
 def test_many_at_once_wait_for_one_to_read_what_they_share(eager: Server) -> None:

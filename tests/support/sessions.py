@@ -44,7 +44,7 @@ class Server:
         **settings: Any,
     ) -> None:
         self.clock = Clock()
-        given = StoreSettings(memory, directory, disk, **settings)
+        given = StoreSettings(memory, directory, disk, **{"store": "all", **settings})
         self.store = SessionStore(fingerprint, ROW, given, ranks, self.clock)
         self.pools = [torch.zeros(slots, ROW, dtype=torch.uint8) for _ in range(ranks)]
         path = None if directory is None else self.store.directory.path

@@ -67,6 +67,7 @@ def test_on_a_gpu_vllm_sizes_the_pool(model):
 # What says that prefix caching is wanted, or leaves no store to take its place.
 CACHING = (
     ["--enable-prefix-caching"], ["--block-size", "64"], ["--lola-state-ram", "0"],
+    ["--lola-store", "none"],
     ["--kv-events-config", "{}"], ["--data-parallel-size", "2"], ["--pipeline-parallel-size", "2"],
 )  # fmt: skip
 
@@ -278,12 +279,14 @@ def test_help_has_the_options_of_the_store_which_may_stand_before_the_model(
         cli.main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     for name, option in store_options.OPTIONS.items():
-        assert f"{name} {option.metavar} {' '.join(option.help.split())}" in text
+        value = f"{option.metavar} " if option.metavar else ""
+        assert f"{name} {value}{' '.join(option.help.split())}" in text
     monkeypatch.setattr(launch, "this_machine", lambda cores: CPU)
-    words = ["--lola-state-ram", "1GiB", "--dry-run", str(model), "--lola-state-dir", "/x"]
-    assert cli.main(["serve", *words]) == 0
+    words = ["--lola-state-ram", "1GiB", "--lola-list-sessions", "--dry-run", str(model)]
+    assert cli.main(["serve", *words, "--lola-state-dir", "/x"]) == 0
     running = capsys.readouterr().out.splitlines()[-1]
-    assert '{"lola": {"state_ram": "1GiB", "state_dir": "/x"}}' in running
+    given = '{"lola": {"state_ram": "1GiB", "list_sessions": true, "state_dir": "/x"}}'
+    assert given in running
 
 
 def test_keys_are_not_printed_but_passed_on(model, capsys, monkeypatch):
@@ -356,6 +359,9 @@ def test_states_are_stored_in_memory_that_the_pool_leaves(model):
         (["--lola-state-dir", "/x"], {"state_ram": STORED, "state_dir": "/x"}),
         (["--additional-config", '{"lola": {"state_ram": 7}, "a": 1}', "--lola_state_disk=1G"],
          {"state_ram": 7, "state_disk": "1G"}),
+        (["--lola-store", "none"], {"store": "none"}),
+        (["--lola-list-sessions", "--lola-allowed-hosts", "a,b"],
+         {"list_sessions": True, "allowed_hosts": "a,b", "state_ram": STORED}),
         (["--kv-transfer-config", "{}"], None),
     ],
 )  # fmt: skip
@@ -371,7 +377,13 @@ def test_the_users_store_is_taken(model, options, stored):
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [(["--lola-state-ram", "0"], "nothing is stored"), (["--lola-state-dir", "/x"], "outlive")],
+    [
+        (["--lola-state-ram", "0"], "nothing is stored"),
+        (["--lola-store=none", "--lola-state-dir", "/x"], "nothing is stored"),
+        (["--lola-state-dir", "/x"], "those of conversations with a name also in /x"),
+        (["--lola-state-dir", "/x", "--lola-store=all"], "those of conversations also in /x"),
+        (["--lola-list-sessions"], "in memory only"),
+    ],
 )
 def test_the_reason_of_a_store_is_true(model, options, reason):
     (choice,) = [c for c in plan(str(model), options, CPU, {}).options
@@ -393,6 +405,8 @@ def test_a_large_store_takes_from_the_pool(model):
     [
         (["--lola-state-ram", "much"], "--lola-state-ram = 'much'"),
         (["--lola-state-dir"], "--lola-state-dir: expects a value"),
+        (["--lola-store", "some"], "--lola-store = 'some': must be one of named, all, none"),
+        (["--lola-list-sessions=1"], "--lola-list-sessions = '1': it takes no value"),
         (["--additional-config", "{"], "--additional-config: not valid JSON"),
         (["--additional-config", '{"lola": 3}'], "must be an object"),
         (["--additional-config", '{"lola": {"ram": 3}}'], "lola.ram: unknown setting"),
