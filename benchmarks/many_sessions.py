@@ -75,14 +75,14 @@ class Texts:
     """
 
     def __init__(self, data: Path, model: Path, seed: int) -> None:
-        from transformers import AutoTokenizer
+        from tokenizers import Tokenizer
 
-        documents = read_documents(data)
+        documents = [text for file in sorted(data.glob("*.txt")) for text in read_documents(file)]
         random.Random(seed).shuffle(documents)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self.tokens: list[int] = []
         for document in documents:
-            self.tokens += tokenizer(document)["input_ids"]
+            self.tokens += tokenizer.encode(document).ids
             if len(self.tokens) > 3_000_000:
                 break
         self._at = 0
