@@ -62,7 +62,7 @@ def prose(runs: Runs) -> str:
         keys = [(PROSE, length, distance) for distance in distances]
         rows = {
             "softmax base": [exact(base.get(key)) for key in keys],
-            "**as it ships, 8.61 MiB**": [exact(lola.get(key)) for key in keys],
+            "**as it ships**": [exact(lola.get(key)) for key in keys],
             "floor, not read": [exact(base.get(key), "floor_") for key in keys],
             "share of the base's gain": [gain(lola.get(key)) for key in keys],
         }
