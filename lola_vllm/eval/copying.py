@@ -32,6 +32,7 @@ FLOOR = 200  # tokens before a question that the floor sees
 BAND = 1.1  # passages for a distance d begin d / BAND to d * BAND tokens before the stop
 STOP_TOKENS = 128  # between two places of a text at which passages are asked
 LEAST_DISTANCE = 250  # a nearer passage could be among the tokens that the floor sees
+ROOM = 128  # tokens for an opening and a question, with what a chat template writes around it
 
 
 class CopyModel(Protocol):
@@ -265,9 +266,6 @@ class CopyPlan:
                     free.difference_update(range(p + GIVEN, p + PASSAGE))
                     found[stop].append((distance, p))
         return found
-
-
-ROOM = 128  # tokens for an opening and a question, more than any chat template takes
 
 
 def _sums(answers: list[list[Prediction]]) -> dict[str, Any]:
