@@ -26,6 +26,7 @@ from lola_vllm.cli_options import (
 from lola_vllm.client.command import add_chat, add_sessions
 from lola_vllm.distill.command import add_options as _distill
 from lola_vllm.eval.command import add_options as _eval
+from lola_vllm.sessions.command import add_states
 
 # Exit statuses as a shell gives them to a process that a signal ended: 128 + the signal's number.
 INTERRUPTED, PIPE_CLOSED = 130, 141
@@ -337,6 +338,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
         "chosen for this machine",
     ),
     "sessions": (add_sessions, "what a server remembers: list, show, fork, export, import, rm"),
+    "states": (
+        add_states,
+        "what a state directory holds, without a server: list by owner, move to a key, rm",
+    ),
     "chat": (add_chat, "talk to a server that keeps the conversation"),
     "texts": (_texts, "get English texts to train and measure on, from Debian packages and PyPI"),
 }

@@ -23,7 +23,7 @@ def tiny(tmp_path_factory):
 
 
 def store_options(directory=None, ram="64MiB", **more):
-    lola = {"state_ram": ram, **more}
+    lola = {"state_ram": ram, "store": "all", **more}
     if directory is not None:
         lola["state_dir"] = str(directory)
     return {"additional_config": {"lola": lola}}

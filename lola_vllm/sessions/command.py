@@ -1,0 +1,193 @@
+"""`lola-vllm states VERB`: a state directory, without a server."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lola_vllm.sessions.estate import Estate, Kept, Who
+
+_WHO = "none, file:PATH, env:NAME, prompt"
+_KEYS = f"API keys: {_WHO}; a file or a variable may have several, one a line"
+_NAMES = 8  # of an owner, in the table
+_PROMPT = "API key: "
+
+
+def add_states(parser: argparse.ArgumentParser) -> None:
+    """Add the verbs of `lola-vllm states`."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--lola-state-dir", type=Path, required=True, metavar="DIR", help="as of the servers"
+    )
+    common.add_argument(
+        "--lola-state-key-file", type=Path, metavar="FILE",
+        help="the secret of encrypted files (default: LOLA_VLLM_STATE_KEY)",
+    )  # fmt: skip
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def add(
+        name: str, text: str, run: Callable[[Estate, argparse.Namespace], int]
+    ) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=text, description=text, parents=[common])
+        verb.set_defaults(run=lambda args: run(_open(args), args))
+        return verb
+
+    listing = add("list", "who has how many states, of which names, and when they were used", _list)
+    listing.add_argument(
+        "--keys", nargs="+", default=[], metavar="WHO", help=f"say what these reach. {_KEYS}"
+    )
+    listing.add_argument("--json", action="store_true", help="JSON instead of a table")
+    move = add("move", "give the states of one owner to another", _move)
+    move.add_argument(
+        "--from", dest="source", required=True, metavar="WHO",
+        help=f"whose they are: {_WHO}, or an owner as 'list' shows it",
+    )  # fmt: skip
+    move.add_argument(
+        "--to", required=True, metavar="WHO", help=f"whose they are to be: {_WHO}; one key"
+    )
+    remove = add("rm", "delete what no given key reaches", _remove)
+    remove.add_argument(
+        "--keep", nargs="+", required=True, metavar="WHO", help=f"whose states stay. {_KEYS}"
+    )
+    remove.add_argument("--yes", action="store_true", help="do not ask before")
+
+
+def read_who(text: str, option: str, shown: bool = False) -> Who:
+    """Whose states are meant.
+
+    Args:
+        text: `none`; `file:PATH` or `env:NAME`, which have API keys; `prompt`, which asks for one.
+        option: what errors call it. shown: whether it may be an owner as `list` shows it.
+
+    Raises:
+        EstateError: it is none of these, or there is no key. The text is not repeated, because it
+            may be a key.
+    """
+    from lola_vllm.sessions.estate import EstateError, Who
+    from lola_vllm.sessions.owner import SHOWN
+
+    if text == "none":
+        return Who(text, none=True)
+    if shown and re.fullmatch(rf"[0-9a-f]{{{SHOWN}}}", text):
+        return Who(text, (text,))
+    kind, _, place = text.partition(":")
+    if text == "prompt":
+        found = getpass.getpass(_PROMPT)
+    elif kind == "file" and place:
+        try:
+            found = Path(place).expanduser().read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise EstateError(f"{option} = {text}: the key cannot be read ({error})") from None
+    elif kind == "env" and place:
+        if place not in os.environ:
+            raise EstateError(f"{option} = {text}: there is no such environment variable")
+        found = os.environ[place]
+    else:
+        owner = ", or an owner as 'list' shows it" if shown else ""
+        raise EstateError(
+            f"{option}: must be {_WHO}{owner}. A key itself is not taken, because other users see "
+            "it in the list of processes"
+        )
+    keys = [line.strip() for line in found.splitlines() if line.strip()]
+    if not keys:
+        raise EstateError(f"{option} = {text}: there is no key in it")
+    return Who.of_keys(text, keys)
+
+
+def _open(args: argparse.Namespace) -> Estate:
+    from lola_vllm.sessions.cipher import KEY_VARIABLE
+    from lola_vllm.sessions.estate import Estate
+    from lola_vllm.sessions.settings import StoreSettings
+
+    variable = KEY_VARIABLE if KEY_VARIABLE in os.environ else None
+    settings = StoreSettings(key_file=args.lola_state_key_file, key_variable=variable)
+    estate = Estate(args.lola_state_dir.expanduser().absolute(), settings.key())
+    for reason, number in sorted(estate.refused.items()):
+        hint = "; give --lola-state-key-file" if reason == "key" and variable is None else ""
+        print(f"lola-vllm: {number} files are not looked at ({reason}{hint})", file=sys.stderr)
+    return estate
+
+
+def _list(estate: Estate, args: argparse.Namespace) -> int:
+    known = [read_who(text, "--keys") for text in args.keys]
+    rows = []
+    for owner, states in estate.owners().items():
+        row = _describe(owner, states)
+        if known:
+            row["reached"] = sum(any(one.has(s.header.salt) for one in known) for s in states)
+        rows.append(row)
+    if args.json:
+        print(json.dumps({"owners": rows}, indent=2))
+        return 0
+    if not rows:
+        print("no states")
+    for row in rows:
+        reached = f", {row['reached']} of them reached" if known else ""
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["used"]))
+        print(
+            f"{row['owner']}: {len(row['sessions'])} sessions, {row['states']} states{reached}, "
+            f"{row['bytes'] / 2**20:.1f} MiB, {row['salts']} salts, last used {used}"
+        )
+        names = row["sessions"][:_NAMES]
+        more = len(row["sessions"]) - len(names)
+        print(f"    {', '.join(names)}" + (f" and {more} more" if more else ""))
+    return 0
+
+
+def _describe(owner: str, states: Sequence[Kept]) -> dict[str, Any]:
+    used: dict[str, float] = {}
+    for state in states:
+        name = state.header.session
+        used[name] = max(used.get(name, 0.0), state.used)
+    return {
+        "owner": owner,
+        "sessions": sorted(used, key=lambda name: -used[name]),
+        "states": len(states),
+        "bytes": sum(state.nbytes for state in states),
+        "salts": len({state.header.salt for state in states}),
+        "used": max(used.values()),
+    }
+
+
+def _move(estate: Estate, args: argparse.Namespace) -> int:
+    from lola_vllm.sessions.estate import EstateError
+
+    source, target = read_who(args.source, "--from", shown=True), read_who(args.to, "--to")
+    if len(target.owners) > 1:
+        raise EstateError(f"--to = {args.to}: it has {len(target.owners)} keys; give one")
+    failed = estate.move(source, None if target.none else target.owners[0])
+    for text in failed:
+        print(f"lola-vllm: not moved: {text}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def _remove(estate: Estate, args: argparse.Namespace) -> int:
+    kept = estate.of([read_who(text, "--keep") for text in args.keep])
+    stay = {(state.model, state.header.id) for state in kept}
+    leaving = [s for s in estate.states if (s.model, s.header.id) not in stay]
+    if not leaving:
+        print("nothing to delete: the given keys reach all states")
+        return 0
+    mib = sum(state.nbytes for state in leaving) / 2**20
+    names = sorted({state.header.session for state in leaving})
+    what = f"{len(leaving)} states of {len(names)} names, {mib:.1f} MiB"
+    print(f"{what}: {', '.join(names[:_NAMES])}" + (", ..." if len(names) > _NAMES else ""))
+    if not args.yes:
+        if not sys.stdin.isatty():
+            print("lola-vllm: nothing was deleted; --yes deletes without asking", file=sys.stderr)
+            return 2
+        if input(f"delete them, and keep {len(kept)} states? [y/N] ").strip().lower() != "y":
+            print("nothing was deleted")
+            return 0
+    estate.delete(leaving)
+    print(f"{len(leaving)} states deleted")
+    return 0

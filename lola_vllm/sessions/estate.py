@@ -1,0 +1,238 @@
+"""A state directory by owners, for its operator: what each has, moving it to a key, deleting it.
+
+No server has to run. One that does sees each state that is moved as a deletion and a new state.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from lola_vllm.sessions.chain import Chain, digest, namespace
+from lola_vllm.sessions.cipher import StateKey
+from lola_vllm.sessions.directory import DELETED, StateDirectory, model_directory
+from lola_vllm.sessions.file import (
+    StateFileError,
+    StateHeader,
+    file_name,
+    parse_name,
+    read_header,
+    read_state,
+    write_state,
+)
+from lola_vllm.sessions.fingerprint import Fingerprint
+from lola_vllm.sessions.owner import former_salt, move_salt, owner_of, salt_owner, shown
+
+_MODEL = re.compile(r"[0-9a-f]{24}")
+
+
+class EstateError(ValueError):
+    """A wish that cannot be met; names the option, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Who:
+    """Whose states are meant.
+
+    Attributes:
+        label: as the operator named them. owners: 32 hex digits, or the first of them; those of
+            API keys. former: salts of these keys in files of release 0.1.0. none: whether states
+            without a key are meant.
+    """
+
+    label: str
+    owners: tuple[str, ...] = ()
+    former: tuple[str, ...] = ()
+    none: bool = False
+
+    @classmethod
+    def of_keys(cls, label: str, keys: Iterable[str]) -> Who:
+        """Those who have one of these API keys."""
+        keys = list(keys)
+        return cls(label, tuple(map(owner_of, keys)), tuple(map(former_salt, keys)))
+
+    def has(self, salt: str) -> bool:
+        """Whether states with this stored salt are theirs."""
+        if salt in self.former:
+            return True
+        owner = salt_owner(salt)
+        if not owner.endswith(":"):
+            return self.none
+        return owner.startswith(self.owners)  # of no owners: False
+
+
+class Kept(NamedTuple):
+    """A state in a directory: whose files are complete.
+
+    Attributes:
+        model: the directory of its model. nbytes: of all ranks' files. used: seconds since 1970.
+    """
+
+    model: Path
+    header: StateHeader
+    nbytes: int
+    used: float
+
+    @property
+    def files(self) -> list[Path]:
+        """One per rank."""
+        ranks = range(self.header.ranks)
+        return [self.model / file_name(self.header.id, rank, self.header.ranks) for rank in ranks]
+
+    @property
+    def session(self) -> tuple[Path, str, str]:
+        """The session that it belongs to."""
+        return (self.model, self.header.salt, self.header.session)
+
+
+class Estate:
+    """All states below a directory.
+
+    Args:
+        root: as `--lola-state-dir`. key: of the files; None: they are not encrypted.
+
+    Attributes:
+        states: those that can be read. refused: reason -> number of files that cannot.
+
+    Raises:
+        EstateError: there is no such directory.
+    """
+
+    def __init__(self, root: Path, key: StateKey | None = None) -> None:
+        if not root.is_dir():
+            raise EstateError(
+                f"--lola-state-dir = {str(root)!r}: no such directory; give the one that the "
+                "servers have"
+            )
+        self.root, self.key = root, key
+        self.states: list[Kept] = []
+        self.refused: Counter[str] = Counter()
+        for model in sorted(root.iterdir()):
+            if _MODEL.fullmatch(model.name) and model.is_dir():
+                self._read(model)
+
+    def owners(self) -> dict[str, list[Kept]]:
+        """States by owner as people are shown it, `none` first."""
+        found: dict[str, list[Kept]] = defaultdict(list)
+        for state in self.states:
+            found[shown(salt_owner(state.header.salt))].append(state)
+        return dict(sorted(found.items(), key=lambda item: (item[0] != "none", item[0])))
+
+    def of(self, who: Sequence[Who]) -> list[Kept]:
+        """The states of these."""
+        return [s for s in self.states if any(one.has(s.header.salt) for one in who)]
+
+    def move(
+        self, source: Who, target: str | None, report: Callable[[str], object] = print
+    ) -> list[str]:
+        """Give states to another owner, session by session; each moves as a whole or stays.
+
+        All files of a session are written anew before an old one is deleted. A move that was
+        interrupted goes on when it is asked for again.
+
+        Args:
+            target: the owner, 32 hex digits; None: nobody, for servers without keys.
+            report: takes a line per session.
+
+        Returns:
+            What could not be moved, in words.
+
+        Raises:
+            OSError: a file cannot be written or removed.
+        """
+        sessions: dict[tuple[Path, str, str], list[Kept]] = defaultdict(list)
+        for state in self.states:
+            sessions[state.session].append(state)
+        failed = []
+        for (model, salt, name), states in list(sessions.items()):
+            if not source.has(salt):
+                continue
+            to = move_salt("" if salt in source.former else salt, target)
+            if to == salt:
+                continue
+            new = {state.header.id: _moved_id(state.header, to) for state in states}
+            there = {state.header.id for state in sessions.get((model, to, name), ())}
+            # Of an earlier move that was interrupted: new files, or old ones that were not removed.
+            if not (there <= set(new.values()) or set(new.values()) <= there):
+                failed.append(f"{name}: the other owner has a session of this name; rename one")
+                continue
+            try:
+                for state in states:
+                    self._write(state, new, to)
+                self._directory(states[0]).delete(list(new))
+            except StateFileError as error:
+                failed.append(f"{name}: {error}")
+                continue
+            report(f"{name}: {len(states)} states moved")
+        return failed
+
+    def delete(self, states: Iterable[Kept]) -> None:
+        """Delete states for good, from the memory of running servers too.
+
+        Raises:
+            OSError: a file cannot be removed.
+        """
+        models: dict[tuple[Path, int], list[Kept]] = defaultdict(list)
+        for state in states:
+            models[state.model, state.header.ranks].append(state)
+        for group in models.values():
+            self._directory(group[0]).delete([state.header.id for state in group])
+
+    def _read(self, model: Path) -> None:
+        names = set(os.listdir(model))
+        for name in sorted(names):
+            parts = parse_name(name)
+            if parts is None or parts[1] != 0 or f"{parts[0]}{DELETED}" in names:
+                continue
+            state, _, ranks = parts
+            files = [model / file_name(state, rank, ranks) for rank in range(ranks)]
+            if not all(path.name in names for path in files):
+                continue  # it is being written
+            try:
+                header = read_header(files[0], self.key)
+                if (header.id, header.ranks) != (state, ranks):
+                    raise StateFileError(files[0], "foreign", "it was renamed")
+                fingerprint = Fingerprint(**header.fingerprint)
+                if model_directory(self.root, fingerprint) != model:
+                    raise StateFileError(files[0], "foreign", "it is of another model")
+                stats = [path.stat() for path in files]
+            except StateFileError as error:
+                self.refused[error.reason] += 1
+                continue
+            except FileNotFoundError:  # a server removed it a moment ago
+                continue
+            nbytes = sum(stat.st_size for stat in stats)
+            self.states.append(Kept(model, header, nbytes, stats[0].st_mtime))
+
+    def _write(self, state: Kept, new: dict[str, str], salt: str) -> None:
+        """Write a state's files under another salt, the first rank's last."""
+        for rank, path in reversed(list(enumerate(state.files))):
+            to = state.model / file_name(new[state.header.id], rank, state.header.ranks)
+            found, stat = read_state(path, key=self.key), path.stat()
+            fingerprint, n = Fingerprint(**found.header.fingerprint), found.header.num_tokens
+            chain = Chain(namespace(fingerprint.key, found.header.adapter, salt), found.tokens)
+            parent = found.header.parent
+            header = replace(
+                found.header,
+                id=new[state.header.id],
+                salt=salt,
+                key=chain.key(n).hex(),
+                boundary=chain.boundary(n).hex(),
+                parent=None if parent is None else new.get(parent, parent),
+            )
+            write_state(to, header, found.tokens, found.row, self.key)
+            os.utime(to, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    def _directory(self, state: Kept) -> StateDirectory:
+        fingerprint = Fingerprint(**state.header.fingerprint)
+        return StateDirectory(self.root, fingerprint, state.header.ranks, self.key)
+
+
+def _moved_id(header: StateHeader, salt: str) -> str:
+    """The id of a state under another salt: the same whenever it is asked for."""
+    return digest(b"lola moved", header.id.encode(), salt.encode()).hex()
