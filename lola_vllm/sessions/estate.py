@@ -215,8 +215,15 @@ class Estate:
             to = state.model / file_name(new[state.header.id], rank, state.header.ranks)
             found, stat = read_state(path, key=self.key), path.stat()
             fingerprint, n = Fingerprint(**found.header.fingerprint), found.header.num_tokens
-            chain = Chain(namespace(fingerprint.key, found.header.adapter, salt), found.tokens)
-            parent = found.header.parent
+            before, chain = (
+                Chain(namespace(fingerprint.key, found.header.adapter, each), found.tokens)
+                for each in (found.header.salt, salt)
+            )
+            parent, beginning = found.header.parent, found.header.beginning
+            shared = None
+            if beginning is not None:  # its key depends on the salt, and only its length is lasting
+                lengths = (k for k in range(n + 1) if before.key(k).hex() == beginning)
+                shared = next((chain.key(k).hex() for k in lengths), None)
             header = replace(
                 found.header,
                 id=new[state.header.id],
@@ -224,6 +231,7 @@ class Estate:
                 key=chain.key(n).hex(),
                 boundary=chain.boundary(n).hex(),
                 parent=None if parent is None else new.get(parent, parent),
+                beginning=shared,
             )
             write_state(to, header, found.tokens, found.row, self.key)
             os.utime(to, ns=(stat.st_atime_ns, stat.st_mtime_ns))

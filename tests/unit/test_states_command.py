@@ -140,6 +140,23 @@ def test_states_that_move_keep_the_time_of_their_last_use(directory):
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
 
 
+def test_a_shared_beginning_is_deleted_with_the_last_session_that_was_moved(tmp_path):
+    server = Server(tmp_path)
+    server.say(TEXT[:300], "shared-0123456789abcdef", kind="prompt")
+    server.say(TEXT[:350], "agent")
+    server.say([*TEXT[:300], 5, 6], "agent-2")
+    server.settle()
+    server.close()
+    assert states(tmp_path, "move", "--from", "none", "--to", "env:ONE") == 0
+    server = Server(tmp_path)
+    assert server.store.disk.owners == 1 and len(server.store.states) == 3
+    mine = engine_salt(owner_of("one"), None)
+    assert server.ask("delete", reference="agent", salt=mine) == {"deleted": 1}
+    assert server.ask("delete", reference="agent-2", salt=mine) == {"deleted": 2}
+    assert list(tmp_path.rglob("*.safetensors")) == []
+    server.close()
+
+
 def test_a_running_server_takes_part_in_a_move(directory):
     server = Server(directory)
     assert server.restore(TEXT[:210]) == 200  # it is in memory too
