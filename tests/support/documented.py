@@ -117,6 +117,9 @@ COMMANDS: dict[str, Fate] = {
     r"lola-vllm calibrate ": Fate(
         why="56 prompts of 2,048 and 4,096 tokens", test="tests/unit/test_calibrate.py"
     ),
+    r"lola-vllm states ": Fate(
+        why="needs a directory of a server", test="tests/unit/test_states_command.py"
+    ),
     # To measure.
     r"lola-vllm eval .*--model http": Fate(
         why="minutes to hours", test="tests/unit/test_eval_server.py"
