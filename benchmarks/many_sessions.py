@@ -33,7 +33,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +221,20 @@ def after_kill(server: Server, said: dict[str, int], killed: str) -> dict[str, f
 
 
 def bytes_in(directory: Path) -> int:
-    """Bytes of all files."""
-    return sum(file.stat().st_size for file in directory.rglob("*.safetensors"))
+    """Bytes of all files; a server may remove some meanwhile."""
+    found = 0
+    for file in _files(directory):
+        with suppress(FileNotFoundError):
+            found += file.stat().st_size
+    return found
 
 
-def lola(args: argparse.Namespace, directory: Path, texts: Texts) -> dict[str, dict[str, float]]:
+Results = dict[str, dict[str, float]]
+
+
+def lola(args: argparse.Namespace, directory: Path, texts: Texts, results: Results) -> None:
     """All measurements of the LoLA server."""
-    results: dict[str, dict[str, float]] = {"start": {}}
+    results["start"] = {}
     command = lola_command(args, directory, 2**50)
     with serving(command, {}) as (server, process, seconds):
         results["start"]["with no file, s"] = seconds
@@ -260,7 +267,6 @@ def lola(args: argparse.Namespace, directory: Path, texts: Texts) -> dict[str, d
             "bytes on disk, GiB": bytes_in(directory) / 2**30,
             "sessions left": len(server.sessions()),
         }
-    return results
 
 
 def _files(directory: Path) -> Iterator[Path]:
@@ -333,9 +339,9 @@ def main() -> None:
     args = parse()
     texts = Texts(args.data, args.model, args.seed)
     directory = Path(tempfile.mkdtemp(dir=args.states))
-    results: dict[str, dict[str, float]] = {}
+    results: Results = {}
     try:
-        results |= lola(args, directory, texts)
+        lola(args, directory, texts, results)
         if args.stock:
             results["stock vLLM"] = stock(args, texts)
         if args.llama:
@@ -343,11 +349,11 @@ def main() -> None:
     except ClientError as error:
         sys.exit(f"a request failed: {error}")
     finally:
+        print(json.dumps(results), file=sys.stderr)
         shutil.rmtree(directory)
     for name, found in results.items():
         for what, value in found.items():
             print(f"{name:12} {what:52} {value:12.2f}")
-    print(json.dumps(results))
     write_report(args, results)
 
 
