@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lola_vllm.client import ClientError
 from lola_vllm.client.chat import MAX_TOKENS, chat
+from lola_vllm.sessions.names import is_unnamed
 
 if TYPE_CHECKING:
     from lola_vllm.client.server import Server
@@ -183,7 +184,13 @@ def _export(server: Server, args: argparse.Namespace) -> None:
 
 def _export_all(server: Server, name: str, directory: Path) -> str:
     """Write the files of all ranks of a session; what to say."""
-    written = server.state(name, directory / f"{name}{_SUFFIX}")
+    try:
+        written = server.state(name, directory / f"{name}{_SUFFIX}")
+    except ClientError as error:
+        # The server keeps what nobody named in memory (--lola-store named), so it has no file.
+        if is_unnamed(name) and "is in memory only" in str(error):
+            return "passed over: without a name it is in memory only"
+        raise
     size = written.bytes
     for rank in range(1, written.ranks):
         size += server.state(
