@@ -108,6 +108,17 @@ def test_all_are_exported(script, run, tmp_path, ranks):
     assert "1 of 3 sessions are not written; old: it is being written" in said
 
 
+def test_what_nobody_named_has_no_file_to_export(script, run, tmp_path):
+    words = "export", "--all", str(tmp_path / "states")
+    for name, status in (("auto-1", 0), ("plan-b", 2)):  # a named one should have a file
+        script.sessions[name] = 1, 10, "answer"
+        script.used[name] = time.time()
+        script.refusals["GET", f"{SESSIONS}/{name}/state"] = 503, f"{name} is in memory only"
+        said = run(*words, status=status)
+        assert "auto-1: passed over: without a name it is in memory only" in said
+    assert "1 of 5 sessions are not written; plan-b" in said
+
+
 @pytest.mark.parametrize("words", [["list"], ["rm", "--all", "--yes"], ["export", "--all", "x"]])
 def test_a_server_that_lists_nobodys_sessions_says_so(script, run, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
