@@ -20,6 +20,7 @@ import json
 import platform
 import sys
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lola_vllm.config import default_rebase_interval
 from lola_vllm.eval import summary
 from lola_vllm.ops.constants import EXPONENT_BITS
 from lola_vllm.ops.dither import dither
@@ -40,24 +42,24 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Block:
-    """The tokens between two rebases.
+    """Tokens of a text; a whole number of blocks is folded between two rebases.
 
     Attributes:
-        phi: `[D, 2F]`, float32, features of keys. v: `[D, c]`, float32, columns of values.
+        phi: `[n, 2F]`, float32, features of keys. v: `[n, c]`, float32, columns of values.
     """
 
     phi: Array
     v: Array
 
     def folds(self, interval: int) -> Array:
-        """`[D / C, 2F, c + 1]`, float32: what each update adds to H and, last column, to s."""
+        """`[n / C, 2F, c + 1]`, float32: what each update adds to H and, last column, to s."""
         one = np.ones((len(self.v), 1), np.float32)
         v = np.concatenate([self.v, one], axis=1).reshape(-1, interval, self.v.shape[1] + 1)
         phi = self.phi.reshape(-1, interval, self.phi.shape[1])
         return np.ascontiguousarray(np.einsum("uif,uic->ufc", phi, v), np.float32)
 
     def predictions(self, sums: Array) -> Array:
-        """`[D, c]`, what sums `[2F, c + 1]` recall for the block's keys, in float64."""
+        """`[n, c]`, what sums `[2F, c + 1]` recall for the block's keys, in float64."""
         found = self.phi.astype(np.float64) @ sums.astype(np.float64)
         return found[:, :-1] / found[:, -1:]
 
@@ -107,14 +109,15 @@ class Run:
     """Sums of one way to fold.
 
     Args:
-        block: that is folded first. length: P. interval: C. decay: of each rebase, 1 for none.
-        dithered: or rounded to nearest.
+        block: that is folded first. length: P. every: D, tokens between two rebases. interval: C.
+        rebased: or not, at any length. dithered: or rounded to nearest.
     """
 
     def __init__(
-        self, block: Block, length: int, interval: int, decay: float, dithered: bool
+        self, block: Block, length: int, every: int, interval: int, rebased: bool, dithered: bool
     ) -> None:
-        self.length, self.interval, self.decay = length, interval, decay
+        self.length, self.every, self.interval = length, every, interval
+        self.decay = 1 - every / length if rebased else 1.0
         self.dithered, self.tokens = dithered, 0
         self.shape = block.phi.shape[1], block.v.shape[1] + 1
         self.sums = np.zeros(self.shape, np.float32)
@@ -122,12 +125,12 @@ class Run:
         self._power = np.zeros(self.sums.size, np.float32)
 
     def feed(self, block: Block, times: int) -> None:
-        """Fold a block so many times, each of them after a rebase where one is due."""
+        """Fold a block so many times, after a rebase where one is due."""
         folds = block.folds(self.interval)
         total = folds.sum(axis=0, dtype=np.float64)
         flat = folds.reshape(len(folds), -1)
         for _ in range(times):
-            if self.tokens >= self.length:
+            if self.tokens >= self.length and (self.tokens - self.length) % self.every == 0:
                 self.sums *= np.float32(self.decay)
                 self.exact *= self.decay
             bits = self._power.view(np.int32)
@@ -146,9 +149,10 @@ class Run:
         """See `Sample`; of the block that is folded."""
         mass, exact = self.sums[:, -1].sum(dtype=np.float64) / 2, self.exact[:, -1].sum() / 2
         p, q = block.predictions(self.sums), block.predictions(self.exact)
-        # A token's part after so many rebases.
-        blocks = min(self.tokens, self.length) // len(block.v)
-        newest = sum(self.decay**i for i in range(blocks)) * len(block.v)
+        size = len(block.v)
+        starts = range(max(0, self.tokens - self.length), self.tokens, size)
+        rebases = [max(0, (start - self.length) // self.every + 1) for start in starts]
+        newest = sum(self.decay ** (rebases[-1] - n) for n in rebases) * size
         return Sample(
             self.tokens,
             float(mass),
@@ -160,20 +164,27 @@ class Run:
 
 
 def simulate(
-    old: Block, new: Block, length: int, tokens: int, interval: int, decay: float, dithered: bool
+    old: Block,
+    new: Block,
+    length: int,
+    every: int,
+    tokens: int,
+    interval: int,
+    rebased: bool,
+    dithered: bool,
 ) -> dict[str, Any]:
-    """Samples at ten times as many tokens each, and how the text after is followed.
+    """Samples at P and at ten times as many tokens each, and how the text after is followed.
 
     Args:
-        old, new: blocks of two texts. length: P. tokens: of the old text.
+        old, new: blocks of two texts. length: P. every: D. tokens: of the old text.
     """
-    run = Run(old, length, interval, decay, dithered)
+    run = Run(old, length, every, interval, rebased, dithered)
     samples, size = [], len(old.v)
-    stops = [10**e for e in range(4, 20) if length < 10**e < tokens] + [tokens]
+    stops = [length, *(10**e for e in range(4, 20) if length < 10**e < tokens), tokens]
     for stop in stops:
         run.feed(old, max(1, round((stop - run.tokens) / size)))
         samples.append(run.sample(old))
-    fresh = Run(new, length, interval, 1.0, dithered)
+    fresh = Run(new, length, every, interval, False, dithered)
     fresh.feed(new, length // size)
     goal = new.predictions(fresh.exact)
     away = {0: _distance(new.predictions(run.sums), goal)}
@@ -181,8 +192,9 @@ def simulate(
         run.feed(new, (times * length - (max(away))) // size)
         away[times * length] = _distance(new.predictions(run.sums), goal)
     return {
+        "length": length,
         "interval": interval,
-        "decay": decay,
+        "decay": run.decay,
         "dithered": dithered,
         "samples": [asdict(sample) for sample in samples],
         "away_from_the_new_text": [
@@ -240,8 +252,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=[Path("models/texts/python_docs.txt"), Path("models/texts/shakespeare_milton.txt")],
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=10**8)
-    parser.add_argument("--rebase-interval", type=int, default=2048, metavar="D")
-    parser.add_argument("--intervals", type=int, nargs="+", default=[64, 1], metavar="C")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[8192, 131072],
+        metavar="P",
+        help="trained lengths; D is a quarter, into which the recorded tokens are repeated",
+    )
+    parser.add_argument("--intervals", type=int, nargs="+", default=[64, 16, 1], metavar="C")
     parser.add_argument("--layer", type=int, default=15)
     parser.add_argument("--head", type=int, default=0, help="a KV head")
     parser.add_argument("--columns", type=int, default=7, help="of H that are computed")
@@ -252,18 +271,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Record, simulate, print, write the JSON."""
     args = parse()
-    length = int(json.loads((args.model / "config.json").read_text())["max_position_embeddings"])
-    shape = (length, args.rebase_interval, args.layer, args.head, args.columns)
+    own = int(json.loads((args.model / "config.json").read_text())["max_position_embeddings"])
+    size = default_rebase_interval(own)
+    for length in args.lengths:
+        if length % (4 * size):
+            sys.exit(f"--lengths {length}: must be a multiple of the model's {4 * size}")
+    shape = (own, size, args.layer, args.head, args.columns)
     old, new = (record(args.model, text, *shape) for text in args.texts)
     results = []
-    for interval in args.intervals:
-        for decay in (1 - args.rebase_interval / length, 1.0):
-            for dithered in (True, False):
-                found = simulate(old, new, length, args.tokens, interval, decay, dithered)
-                results.append(found)
-                last = found["samples"][-1]
-                away = [round(row["relative"], 3) for row in found["away_from_the_new_text"]]
-                print(f"C {interval:3}, decay {decay:4}, dither {dithered!s:5}: {last}, {away}")
+    ways = product(args.lengths, args.intervals, (True, False), (True, False))
+    for length, interval, rebased, dithered in ways:
+        every = default_rebase_interval(length)
+        found = simulate(old, new, length, every, args.tokens, interval, rebased, dithered)
+        results.append(found)
+        last = found["samples"][-1]
+        away = [round(row["relative"], 3) for row in found["away_from_the_new_text"]]
+        print(
+            f"P {length:6}, C {interval:3}, decay {found['decay']:4}, dither {dithered!s:5}: "
+            f"{last}, {away}",
+            flush=True,
+        )
     if args.out:
         settings = {
             "model": args.model.name,
@@ -271,7 +298,7 @@ def main() -> None:
             **{k: v for k, v in vars(args).items() if k not in ("model", "texts", "out")},
         }
         machine = {"cpu": cpu_name(), "python": platform.python_version()}
-        report = {"settings": settings, "length": length, "machine": machine, "results": results}
+        report = {"settings": settings, "length": own, "machine": machine, "results": results}
         summary.write(args.out, report, "benchmarks/endless_sums.py")
 
 

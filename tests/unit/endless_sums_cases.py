@@ -21,7 +21,7 @@ def block(seed: int) -> Block:
 
 @pytest.mark.parametrize("interval", [1, 16])
 def test_a_run_folds_as_the_ops_do(interval: int) -> None:
-    run, text = Run(block(0), LENGTH, interval, 0.75, dithered=True), block(0)
+    run, text = Run(block(0), LENGTH, SIZE, interval, True, dithered=True), block(0)
     run.feed(text, 7)
     H, exact = torch.zeros(16, 4), torch.zeros(16, 4, dtype=torch.float64)
     folds = torch.from_numpy(text.folds(interval))
@@ -40,7 +40,7 @@ def test_a_run_folds_as_the_ops_do(interval: int) -> None:
 
 def test_the_mass_of_a_rebased_state_is_that_of_the_trained_length() -> None:
     text = block(0)
-    run = Run(text, LENGTH, 16, 1 - SIZE / LENGTH, dithered=True)
+    run = Run(text, LENGTH, SIZE, 16, True, dithered=True)
     for n in range(1, 200):
         run.feed(text, 1)
         sample = run.sample(text)
@@ -53,10 +53,10 @@ def test_the_mass_of_a_rebased_state_is_that_of_the_trained_length() -> None:
 
 def test_only_a_rebased_state_follows_another_text() -> None:
     rows = [
-        simulate(block(0), block(1), LENGTH, 20_000, 16, decay, dithered=True)
-        for decay in (0.75, 1.0)
+        simulate(block(0), block(1), LENGTH, SIZE, 20_000, 16, rebased, dithered=True)
+        for rebased in (True, False)
     ]
-    assert [s["tokens"] for s in rows[0]["samples"]] == [9984, 19968]
+    assert [s["tokens"] for s in rows[0]["samples"]] == [256, 9984, 19968]
     away = [[row["relative"] for row in found["away_from_the_new_text"]] for found in rows]
     assert away[0][0] == pytest.approx(away[1][0], rel=1e-3) and away[0][0] > 0.1
     assert away[0][-1] < 0.05 * away[0][0] < 0.5 * away[0][0] < away[1][-1]
