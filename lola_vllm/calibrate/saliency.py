@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from lola_vllm.calibrate.prompts import Prompt
-from lola_vllm.eval.repeats import DISTANCE
 from lola_vllm.ops.constants import RECALL_EPS
 from lola_vllm.ops.reference import feature_map
 
 # First tokens draw attention whatever they are, and the last are in the window.
 SKIPPED_TOKENS = 4
 LAST_TOKENS = 80
+# Attention from at most so many tokens later is near: a window could serve it.
+NEAR_TOKENS = 128
 # One query in so many asks, and all of the last ones, which ask for facts.
 ONE_IN, LAST_QUERIES = 12, 120
 # Attention below this is not worth a pair.
@@ -69,9 +70,9 @@ def far_attention(weights: Tensor, queries: Tensor, num_kv_heads: int) -> Tensor
         weights: `[Hq, n, T]`, softmax attention of n queries. queries: `[n]`, their positions.
 
     Returns:
-        `[Hkv, T]`, over the queries more than `DISTANCE` tokens later and the heads of a group.
+        `[Hkv, T]`, over the queries more than `NEAR_TOKENS` tokens later and the heads of a group.
     """
-    near = queries[:, None] - torch.arange(weights.shape[-1]) <= DISTANCE
+    near = queries[:, None] - torch.arange(weights.shape[-1]) <= NEAR_TOKENS
     far = weights.masked_fill(near, 0).amax(1)  # [Hq, T]
     return far.unflatten(0, (num_kv_heads, -1)).amax(1)
 
