@@ -221,23 +221,37 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--model", type=Path, metavar="DIR",
-        help="a LoLA model of it, to fit saliency to and to write both into",
+        help="a LoLA model of it, to fit saliency to",
     )  # fmt: skip
-    parser.add_argument("--save", type=Path, metavar="FILE", help="a copy of both, as safetensors")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="a copy of --model with the sizes and saliency"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a model at --out")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="both alone, as safetensors")
     add_fields(parser, CalibrateOptions)
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.calibrate.run import calibrate, report
         from lola_vllm.checkpoint import calibration
+        from lola_vllm.checkpoint.files import CheckpointError
+        from lola_vllm.checkpoint.staging import check_output
 
+        inputs = [args.base, args.texts]
+        if args.out is not None:  # before the minutes that calibration takes
+            if args.model is None:
+                raise CheckpointError(
+                    f"--out {args.out}: there is no --model to copy; give one, or --save FILE"
+                )
+            check_output(args.out, force=args.force, inputs=[args.model, *inputs])
         options = from_options(CalibrateOptions, args)
         found = calibrate(args.base, args.texts, options, args.model)
         print(report(found))
         saliency = calibration.saliency_tensors(found.saliency)
-        if args.model is not None:
-            keys = {"sparse_cache_size": found.sizes, "saliency": True}
-            calibration.apply_calibration(args.model, keys, saliency)
-            print(f"written to {args.model}")
+        if args.out is not None:
+            calibration.write_calibrated(
+                args.model, args.out, found.sizes, saliency, force=args.force, inputs=inputs
+            )
+            print(f"{args.out}: {args.model} with these sizes and this saliency")
         if args.save is not None:
             calibration.save_calibration(args.save, found.sizes, saliency)
         return 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from lola_vllm.checkpoint.files import (
     weight_files,
     write_json,
 )
+from lola_vllm.checkpoint.staging import staged_directory
 from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
 
 if TYPE_CHECKING:
@@ -52,13 +53,44 @@ def load_calibration(path: Path) -> tuple[Sizes, dict[str, Tensor]]:
         return json.loads(sizes), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+def write_calibrated(
+    source: Path,
+    out: Path,
+    sizes: Sizes,
+    saliency: Mapping[str, Tensor],
+    *,
+    force: bool = False,
+    inputs: Iterable[Path] = (),
+) -> LolaLlamaConfig:
+    """Write a copy of a LoLA model that has a calibration, completely or not at all.
+
+    Args:
+        source: a directory, of which hidden files are left out.
+        out, force, inputs: as in `staging.check_output`; `source` is one of the inputs.
+        sizes: `lola_config.sparse_cache_size`. saliency: tensors by name.
+
+    Returns:
+        The config of the copy.
+
+    Raises:
+        CheckpointError: `source` is no LoLA model, or `out` may not be written.
+        LolaConfigError: another number of layers.
+    """
+    with staged_directory(out, force=force, inputs=[source, *inputs]) as staging:
+        ignored = shutil.ignore_patterns(".*")
+        shutil.copytree(source, staging, ignore=ignored, dirs_exist_ok=True)
+        keys = {"sparse_cache_size": sizes, "saliency": True}
+        return apply_calibration(staging, keys, saliency)
+
+
 def apply_calibration(
     model: Path, keys: Mapping[str, Any], saliency: Mapping[str, Tensor]
 ) -> LolaLlamaConfig:
-    """Put a calibration into a LoLA model, in place.
+    """Put a calibration into a LoLA model that is being written.
 
     Args:
-        model: a directory. keys: of `lola_config`, which they replace. saliency: tensors by name.
+        model: a directory that nobody reads yet.
+        keys: of `lola_config`, which they replace. saliency: tensors by name.
 
     Returns:
         The config that was written.
@@ -74,7 +106,7 @@ def apply_calibration(
     config = LolaLlamaConfig(**raw)
     config.check_sizes()
     if saliency:
-        _write_tensors(model, saliency)  # first: without the key nobody reads them
+        _write_tensors(model, saliency)
     write_json(path, raw)
     return config
 
@@ -89,14 +121,9 @@ def _write_tensors(model: Path, added: Mapping[str, Tensor]) -> None:
             if _FIRST_MAP not in names:
                 continue
             tensors = {name: file.get_tensor(name) for name in names}
-        with tempfile.NamedTemporaryFile(dir=model, suffix=".partial", delete=False) as aside:
-            written = Path(aside.name)
-        try:
-            save_file({**tensors, **added}, written, metadata)
-            written.chmod(path.stat().st_mode)
-            written.replace(path)
-        finally:
-            written.unlink(missing_ok=True)
+        written = path.with_name(path.name + ".partial")  # `tensors` may be views of `path`
+        save_file({**tensors, **added}, written, metadata)
+        written.replace(path)
         if (model / INDEX_NAME).exists():
             index = read_json(model / INDEX_NAME)
             index["weight_map"].update(dict.fromkeys(added, path.name))

@@ -28,7 +28,11 @@ from lola_vllm.calibrate.saliency import (
     parted,
 )
 from lola_vllm.calibrate.sizes import Gains, divide, divide_among
-from lola_vllm.checkpoint.calibration import load_calibration, saliency_tensors
+from lola_vllm.checkpoint.calibration import (
+    load_calibration,
+    saliency_tensors,
+    write_calibrated,
+)
 from lola_vllm.checkpoint.files import CheckpointError, open_weights
 from lola_vllm.hf.modeling import LolaLlamaForCausalLM
 from lola_vllm.ops.reference import feature_map, pair_saliency, self_recall_error
@@ -338,8 +342,8 @@ def _saliency(model: Path) -> list[torch.Tensor]:
 def test_command_writes_sizes_and_saliency(
     base: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tmp_path / "lola"
-    assert cli.main(["init", "--base", str(base), "--out", str(model)]) == 0
+    source, model = tmp_path / "lola", tmp_path / "calibrated"
+    assert cli.main(["init", "--base", str(base), "--out", str(source)]) == 0
     argv = ["calibrate", "--base", str(base), "--texts", str(texts)]
     argv += [
         "--pairs",
@@ -353,10 +357,15 @@ def test_command_writes_sizes_and_saliency(
         "--facts",
         "0.2",
         "--model",
+        str(source),
+        "--out",
         str(model),
     ]
     argv += ["--save", str(tmp_path / "found.safetensors")]
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
     assert cli.main(argv) == 0
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    assert {path.name for path in model.iterdir()} == set(before)
     out = capsys.readouterr().out
     lola = json.loads((model / "config.json").read_text())["lola_config"]
     sizes = lola["sparse_cache_size"]
@@ -366,16 +375,43 @@ def test_command_writes_sizes_and_saliency(
     assert json.dumps(sizes) in out and "reads from afar" in out
     first = _saliency(model)
     assert all(x.shape == (2, 4 + 8 + 1) and x.dtype == torch.float32 for x in first)
-    assert cli.main(argv) == 0  # once more: the same again
+    assert cli.main(argv) == 2  # there is a model at --out
+    assert "not empty" in capsys.readouterr().err
+    assert cli.main([*argv, "--force"]) == 0  # once more: the same again
     assert json.loads((model / "config.json").read_text())["lola_config"] == lola
     for x, y in zip(first, _saliency(model), strict=True):
         assert x.equal(y)
     saved, tensors = load_calibration(tmp_path / "found.safetensors")
     assert saved == sizes and sorted(tensors) == sorted(saliency_tensors(first))
     assert tensors["model.layers.2.self_attn.saliency"].equal(first[2])
-    assert not list(model.glob("*.partial"))
     served = LolaLlamaForCausalLM.from_pretrained(model)
     assert served.model.layers[1].self_attn.saliency.equal(first[1])
+
+
+def test_out_is_refused_before_anything_is_read(
+    base: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, model = str(tmp_path / "out"), str(base)
+    argv = ["calibrate", "--base", str(base), "--texts", str(texts), "--out"]
+    for more, message in (
+        ([out], f"--out {out}: there is no --model to copy; give one, or --save FILE"),
+        ([model, "--model", model, "--force"], "would replace"),
+        ([str(texts), "--model", model, "--force"], "would replace"),
+    ):
+        assert cli.main([*argv, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert (base / "config.json").is_file() and texts.is_dir() and not Path(out).exists()
+
+
+def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    for folder, kind in ((plain, "llama"), (out, "lola_llama")):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(CheckpointError, match="'llama' is no LoLA model"):
+        write_calibrated(plain, out, [8], {}, force=True)
+    assert json.loads((out / "config.json").read_text()) == {"model_type": "lola_llama"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
 
 
 def test_saliency_is_fitted_to_the_models_own_pairs(
