@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lola_vllm.ops import constants
 from lola_vllm.ops.contract import LayerState
-from lola_vllm.state import StateLayout
+from lola_vllm.state import NEVER, StateLayout
 
 MIN_DOT = 16  # smallest side of a tensor-core product
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,6 +26,7 @@ TILE_BYTES = 16 * 1024  # of keys, and as much of values; two of each are in fli
 MAX_PAGE_BYTES = 2**31  # offsets within a page are 32-bit
 
 FEATURE_BLOCK = tl.constexpr(16)
+NO_PAGE = tl.constexpr(NEVER)  # tokens that no page has
 
 FEATURE_FLOOR = tl.constexpr(constants.FEATURE_FLOOR)
 RECALL_EPS = tl.constexpr(constants.RECALL_EPS)
@@ -54,7 +55,7 @@ class PageShape(NamedTuple):
         NUM_SPARSE_HEADS, HEAD_DIM, FEATURE_DIM: as in `StateLayout`.
         HAS_SALIENCY, INT8_PAIRS: as in `StateLayout`, 1 or 0.
         TURNED_AFTER: pages with more tokens map keys by the second of `LolaWeights.key_maps`;
-            0: there is one for all.
+            `NEVER`: there is one for all.
         RING_SIZE: rows of the window ring. STATES_PER_SET: state heads of a sparse set.
         BLOCK_D, BLOCK_F: powers of two, at least `HEAD_DIM` and `FEATURE_DIM`.
     """
@@ -78,7 +79,7 @@ class PageShape(NamedTuple):
 
 
 @functools.cache
-def page_shape(layout: StateLayout, turned_after: int = 0) -> PageShape:
+def page_shape(layout: StateLayout, turned_after: int = NEVER) -> PageShape:
     """What every kernel takes of a layout.
 
     Args:
@@ -129,7 +130,7 @@ def map_of(w_ptr, head, SHAPE: tl.constexpr):
 def first_key_map(n, SHAPE: tl.constexpr):
     """Where the maps begin of keys that hidden states take with the n-th token of their page."""
     first = 0
-    if SHAPE.TURNED_AFTER > 0:
+    if SHAPE.TURNED_AFTER < NO_PAGE:
         first = tl.where(n > SHAPE.TURNED_AFTER, SHAPE.NUM_STATE_HEADS, 0)
     return first
 

@@ -242,7 +242,7 @@ class StateLayout:
 
         Args:
             num_heads: Hq. subtract_max: as in `LolaWeights`. turned_after: pages with more tokens
-                map keys by the second of `LolaWeights.key_maps`.
+                map keys by the second of `LolaWeights.key_maps`; `NEVER`: none do.
 
         Raises:
             KeyError: keys and values, or H and s, have a dtype that is not in `DTYPE_CODES`.

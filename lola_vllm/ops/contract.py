@@ -28,8 +28,8 @@ def _scores_fade(turn: Turn | None) -> bool:
 
 
 def _turned_after(turn: Turn | None) -> int:
-    """Pages with more tokens map keys by the second of `LolaWeights.key_maps`; 0: none do."""
-    return turn.places.length if turn is not None and turn.places.fold_ahead else 0
+    """Pages with more tokens map keys by the second of `LolaWeights.key_maps`; `NEVER`: none do."""
+    return turn.places.length if turn is not None and turn.places.fold_ahead else NEVER
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class LolaWeights:
         maps, saliency = self.key_maps, self.saliency
         if maps is None:
             maps = self.feature_map_k[None]
-            if turn is not None and _turned_after(turn):
+            if turn is not None and _turned_after(turn) < NEVER:
                 maps = torch.cat([maps, turn.maps_ahead(self.feature_map_k)[None]])
         if saliency is None and layout.has_saliency and _scores_fade(turn):
             shape = layout.num_kv_heads, saliency_size(layout.head_dim)
@@ -190,7 +190,7 @@ class LayerState:
                         f"{name}: must be {wide} on {pages.device}, is {row.dtype} on {row.device}"
                     )
         weights = weights.completed(layout, turn)
-        table = layout.table(Hq, weights.subtract_max, _turned_after(turn) or NEVER)
+        table = layout.table(Hq, weights.subtract_max, _turned_after(turn))
         return cls(weights, layout, pages, views, table, turn)
 
     @property
@@ -200,7 +200,8 @@ class LayerState:
 
     @property
     def turned_after(self) -> int:
-        """Pages with more tokens map keys by the second of `LolaWeights.key_maps`; 0: none do."""
+        """Pages with more tokens map keys by the second of `LolaWeights.key_maps`; `NEVER`: none
+        do."""
         return _turned_after(self.turn)
 
 

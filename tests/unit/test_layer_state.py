@@ -8,7 +8,7 @@ import torch
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import LayerState
 from lola_vllm.ops.places import Places, Turn
-from lola_vllm.state import TABLE_FIELDS
+from lola_vllm.state import NEVER, TABLE_FIELDS
 from tests.support.problem import make_problem
 
 CONFIG = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4, feature_dim=6)
@@ -99,6 +99,17 @@ def test_a_turn_that_does_not_fit_is_named(name, change, words):
     nine = torch.ones(9)
     with pytest.raises(ValueError, match=r"turn.cos: shape \[9\], expected at most 8"):
         LayerState.bind(weights, layout, pages, Turn(turn.places, nine, nine))
+
+
+@pytest.mark.parametrize(("ahead", "after"), [(None, NEVER), (0, NEVER), (1, 32)])
+def test_all_back_ends_read_the_same_number_after_which_keys_are_turned(ahead, after):
+    weights, layout, pages = parts()
+    angles = torch.zeros(8)
+    turn = None if ahead is None else Turn(Places(32, 8, fold_ahead=ahead), angles.cos(), angles)
+    state = LayerState.bind(weights, layout, pages, turn)
+    assert state.turned_after == after
+    assert dict(zip(TABLE_FIELDS, state.table.tolist(), strict=True))["turned_after"] == after
+    assert len(state.weights.key_maps) == (1 if after == NEVER else 2)
 
 
 def test_heads_that_do_not_divide_each_other_are_named():
