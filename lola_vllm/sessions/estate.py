@@ -26,7 +26,7 @@ from lola_vllm.sessions.file import (
     write_state,
 )
 from lola_vllm.sessions.fingerprint import Fingerprint
-from lola_vllm.sessions.owner import former_salt, move_salt, owner_of, salt_owner, shown
+from lola_vllm.sessions.owner import move_salt, owner_of, salt_owner, shown
 
 _MODEL = re.compile(r"[0-9a-f]{24}")
 
@@ -41,25 +41,20 @@ class Who:
 
     Attributes:
         label: as the operator named them. owners: 32 hex digits, or the first of them; those of
-            API keys. former: salts of these keys in files of release 0.1.0. none: whether states
-            without a key are meant.
+            API keys. none: whether states without a key are meant.
     """
 
     label: str
     owners: tuple[str, ...] = ()
-    former: tuple[str, ...] = ()
     none: bool = False
 
     @classmethod
     def of_keys(cls, label: str, keys: Iterable[str]) -> Who:
         """Those who have one of these API keys."""
-        keys = list(keys)
-        return cls(label, tuple(map(owner_of, keys)), tuple(map(former_salt, keys)))
+        return cls(label, tuple(map(owner_of, keys)))
 
     def has(self, salt: str) -> bool:
         """Whether states with this stored salt are theirs."""
-        if salt in self.former:
-            return True
         owner = salt_owner(salt)
         if not owner.endswith(":"):
             return self.none
@@ -152,7 +147,7 @@ class Estate:
         for (model, salt, name), states in list(sessions.items()):
             if not source.has(salt):
                 continue
-            to = move_salt("" if salt in source.former else salt, target)
+            to = move_salt(salt, target)
             if to == salt:
                 continue
             new = {state.header.id: _moved_id(state.header, to) for state in states}

@@ -53,11 +53,6 @@ def move_salt(stored: str, owner: str | None) -> str:
     return own if owner is None else f"{owner}:{own}"
 
 
-def former_salt(key: str) -> str:
-    """What release 0.1.0 stored for a key without a caller's salt, where a server had several."""
-    return salt_hash(digest(b"lola owner", hashlib.sha256(key.encode()).digest(), b"").hex())
-
-
 def shown(owner: str) -> str:
     """An owner for people: the first digits, or `none` for states without a key."""
     return owner[:SHOWN] if owner.endswith(":") else "none"

@@ -158,12 +158,19 @@ class RowKeeper:
         if row is not None:
             if order.memory:
                 self._rows[state] = row
-            if order.disk and order.tokens is not None:
+            if order.disk and order.tokens is not None and not self._better_from_file(order):
                 self._write(order.header, order.tokens, row)
                 return
         if order.disk:  # read and written in the order of the writes before it
             self._copying.add(state)
             self._writer.submit(self._copy_file, order)
+
+    def _better_from_file(self, order: Copy) -> bool:
+        """Whether too many wait to be written, and the source has a file, or will by then: a copy
+        of it takes no memory while it waits."""
+        if len(self._writing) < self.max_waiting:
+            return False
+        return order.source in self._writing or self._path(order.source).exists()
 
     def _drop(self, order: Drop) -> None:
         if order.tier == MEMORY:

@@ -15,7 +15,7 @@ from lola_vllm.sessions import directory, read_state, rows, upkeep
 from lola_vllm.sessions.directory import DELETED
 from lola_vllm.sessions.file import read_header
 from lola_vllm.sessions.orders import MEMORY
-from tests.support.sessions import Server, row_of
+from tests.support.sessions import Server, row_of, size_of
 
 TEXT = list(range(1000, 1700))
 
@@ -139,6 +139,27 @@ def test_a_deletion_is_answered_when_the_files_are_gone(server, tmp_path):
     other = after_a_start(server, tmp_path)
     assert other.store.states == {} and other.restore(TEXT) == 0
     other.close()
+
+
+def test_many_forks_at_once_are_all_written(tmp_path, monkeypatch):
+    """More than may wait in memory; those that would not be written were lost with the memory."""
+    server = Server(tmp_path, memory=3 * size_of(100))
+    server.keepers[0].max_waiting = 2
+    server.say(TEXT[:100], "agent-7")
+    server.settle()
+    gate, write = threading.Event(), rows.write_state
+    monkeypatch.setattr(rows, "write_state", lambda *args: (gate.wait(20), write(*args))[1])
+    for n in range(10):
+        server.manager.fork("agent-7", f"fork-{n}")
+        server.step()
+    assert server.keepers[0].num_waiting <= 2
+    gate.set()
+    server.settle()
+    server.close()
+    monkeypatch.undo()
+    again = Server(tmp_path)
+    assert names(again) == {"agent-7", *(f"fork-{n}" for n in range(10))}
+    again.close()
 
 
 def test_a_write_under_way_does_not_bring_a_deleted_state_back(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from lola_vllm import cli
 from lola_vllm.sessions import estate
 from lola_vllm.sessions.chain import salt_hash
-from lola_vllm.sessions.owner import engine_salt, former_salt, owner_of
+from lola_vllm.sessions.owner import engine_salt, owner_of
 from tests.support.sessions import Server
 
 TEXT = list(range(1000, 1400))
@@ -117,17 +117,6 @@ def test_states_of_no_key_move_to_a_key_and_from_key_to_key(
         assert (
             "files are not looked at (key; give --lola-state-key-file)" in capsys.readouterr().err
         )
-
-
-def test_states_of_a_release_with_other_salts_move_to_their_key(tmp_path):
-    server = Server(tmp_path)
-    server.say(TEXT[:100], "old", salt=former_salt("one"))
-    server.settle()
-    server.close()
-    assert states(tmp_path, "move", "--from", "env:TWO", "--to", "env:TWO") == 0
-    assert found(tmp_path, TEXT[:110], salt("two")) == 0
-    assert states(tmp_path, "move", "--from", "env:ONE", "--to", "env:ONE") == 0
-    assert found(tmp_path, TEXT[:110], salt("one")) == 100
 
 
 def test_states_that_move_keep_the_time_of_their_last_use(directory):
