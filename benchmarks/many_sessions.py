@@ -286,7 +286,7 @@ def stock(args: argparse.Namespace, texts: Texts) -> dict[str, float]:
     command = [
         str(Path(sys.executable).with_name("vllm")), "serve", str(args.stock),
         "--host", "127.0.0.1", "--enforce-eager", "--max-num-seqs", "4",
-        "--max-model-len", "16384", "--served-model-name", "stock",
+        "--max-model-len", "8192", "--served-model-name", "stock",
     ]  # fmt: skip
     draw = random.Random(args.seed)
     firsts, computed = [], []

@@ -15,7 +15,7 @@ from lola_vllm.sessions import directory, read_state, rows, upkeep
 from lola_vllm.sessions.directory import DELETED
 from lola_vllm.sessions.file import read_header
 from lola_vllm.sessions.orders import MEMORY
-from tests.support.sessions import Server, row_of, size_of
+from tests.support.sessions import Server, row_of
 
 TEXT = list(range(1000, 1700))
 
@@ -142,8 +142,8 @@ def test_a_deletion_is_answered_when_the_files_are_gone(server, tmp_path):
 
 
 def test_many_forks_at_once_are_all_written(tmp_path, monkeypatch):
-    """More than may wait in memory; those that would not be written were lost with the memory."""
-    server = Server(tmp_path, memory=3 * size_of(100))
+    """Also more than may wait to be written: they would be lost when they leave the memory."""
+    server = Server(tmp_path)
     server.keepers[0].max_waiting = 2
     server.say(TEXT[:100], "agent-7")
     server.settle()
