@@ -256,11 +256,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--lengths",
         type=int,
         nargs="+",
-        default=[8192, 131072],
+        default=[8192],
         metavar="P",
         help="trained lengths; D is a quarter, into which the recorded tokens are repeated",
     )
-    parser.add_argument("--intervals", type=int, nargs="+", default=[64, 16, 1], metavar="C")
+    parser.add_argument("--intervals", type=int, nargs="+", default=[64, 1], metavar="C")
     parser.add_argument("--layer", type=int, default=15)
     parser.add_argument("--head", type=int, default=0, help="a KV head")
     parser.add_argument("--columns", type=int, default=7, help="of H that are computed")

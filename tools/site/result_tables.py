@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -331,25 +332,26 @@ def needles() -> str:
 
 
 def sums() -> str:
-    """Rounding of the sums H and s."""
-    results = runs("endless-sums")[0]["results"]
+    """Rounding of the sums H and s, at each trained length."""
+    report = runs("endless-sums")[0]
+    results = [{"length": report["length"], **row} for row in report["results"]]
+    lengths = list(dict.fromkeys(row["length"] for row in results))
     intervals = list(dict.fromkeys(row["interval"] for row in results))
     lines = [["", *(f"update interval {c}" for c in intervals), "pairs in s"]]
-    for rebased in (True, False):
-        for dithered in (True, False):
-            found = [
-                row["samples"][-1]
-                for c in intervals
-                for row in results
-                if row["interval"] == c
-                and (row["decay"] < 1) == rebased
-                and row["dithered"] == dithered
-            ]
-            label = "rebased" if rebased else "not rebased"
-            label += ", with a dither" if dithered else ", rounded to nearest"
-            masses = dict.fromkeys(f"{sample['mass']:,.0f}" for sample in found)
-            errors = [f"{sample['error']:.0e}".replace("e-0", "e-") for sample in found]
-            lines.append([label, *errors, ", ".join(masses)])
+    for length, rebased, dithered in product(lengths, (True, False), (True, False)):
+        found = [
+            row["samples"][-1]
+            for c in intervals
+            for row in results
+            if (row["length"], row["interval"], row["dithered"]) == (length, c, dithered)
+            and (row["decay"] < 1) == rebased
+        ]
+        label = "rebased" if rebased else "not rebased"
+        label += ", with a dither" if dithered else ", rounded to nearest"
+        label += f", P = {length:,}" if len(lengths) > 1 else ""
+        masses = dict.fromkeys(f"{sample['mass']:,.0f}" for sample in found)
+        errors = [f"{sample['error']:.0e}".replace("e-0", "e-") for sample in found]
+        lines.append([label, *errors, ", ".join(masses)])
     return table(lines)
 
 
