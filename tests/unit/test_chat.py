@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -153,6 +154,8 @@ def test_ctrl_c_at_a_terminal(script):
     running = subprocess.Popen(
         ["setsid", "--ctty", "--wait", *command],
         stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
+        # Tests that run in the background ignore it, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(theirs)
     seen = ""
