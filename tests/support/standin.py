@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -135,10 +135,13 @@ class _Handler(BaseHTTPRequestHandler):
             script.sessions[name] = (turn + 1, tokens + 10, "prompt")
         elif end != "unread":
             script.sessions[name] = (turn + 1, tokens + 10 + len(words), "answer")
-        for word in words:
-            self._event({"choices": [{"delta": {"content": word}, "finish_reason": None}]})
-        if end in ("hangs", "unread", "kept"):
-            self.connection.recv(1)  # nothing, when the client has left
+        waits = end in ("hangs", "unread", "kept")
+        with suppress(ConnectionError):  # the client may leave in the middle of a word
+            for word in words:
+                self._event({"choices": [{"delta": {"content": word}, "finish_reason": None}]})
+            if waits:
+                self.connection.recv(1)  # nothing, when the client has left
+        if waits:
             script.left.set()
         if end in ("hangs", "unread", "kept", "dies"):
             self.close_connection = True
