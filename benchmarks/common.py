@@ -29,6 +29,11 @@ def run_worker(name: str) -> dict[str, float]:
     return found
 
 
+def tokens(seed: int, count: int) -> list[int]:
+    """Token ids that no other seed begins with."""
+    return [(31 * seed + 7 * i) % 40000 + 100 for i in range(count)]
+
+
 def print_result(result: dict[str, float]) -> None:
     """For `run_worker`."""
     print("RESULT " + json.dumps(result))

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import llamacpp
-from common import ROOT, print_result, run_worker, write_report
+from common import ROOT, print_result, run_worker, tokens, write_report
 
 WORKERS = ("same process", "new process", "prefix caching", "stock", "chat")
 LLAMA = ("llama.cpp", "llama.cpp, new process")
@@ -63,11 +63,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", choices=WORKERS + LLAMA + DECODING, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
-
-
-def tokens(seed: int, count: int) -> list[int]:
-    """Token ids that no other seed begins with."""
-    return [(31 * seed + 7 * i) % 40000 + 100 for i in range(count)]
 
 
 def worker(args: argparse.Namespace) -> dict[str, float]:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, print_result, run_worker, write_report
+from common import ROOT, print_result, run_worker, tokens, write_report
 
 from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import read_header, read_state, write_state
@@ -37,11 +37,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
-
-
-def tokens(seed: int, count: int) -> list[int]:
-    """Token ids that no other seed begins with."""
-    return [(31 * seed + 7 * i) % 40000 + 100 for i in range(count)]
 
 
 def worker(args: argparse.Namespace) -> dict[str, float]:

@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 GUARDED = ("/v1/lola", ROUTE)
 ANY = "*"
 _HERE = ("localhost", "127.0.0.1", "::1")
-_EVERYWHERE = (None, "", "0.0.0.0", "::")
+EVERYWHERE = (  # of --host: all addresses of the machine
+    None,
+    "",
+    "0.0.0.0",
+    "::",
+)
 
 
 class Access:
@@ -50,7 +55,7 @@ class Access:
         self.lists = keyed or settings.list_sessions
         self._any = keyed or bool(args.uds) or ANY in settings.allowed_hosts
         # An address cannot be pointed elsewhere, so any is fine where the server has all of them.
-        self._addresses = args.host in _EVERYWHERE
+        self._addresses = args.host in EVERYWHERE
         hosts = [*_HERE, *settings.allowed_hosts, *([] if self._addresses else [args.host])]
         self._hosts = {name_of(host) for host in hosts}
 

@@ -351,8 +351,8 @@ def _stored(
     if value is None:
         return []
     reason = "nothing is stored, as you say"
-    if store_options.stores(value):
-        settings = store_options.read(json.loads(value)[STORE_KEY])
+    settings = store_options.read(json.loads(value).get(STORE_KEY, {}))
+    if settings.enabled:
         what = "with a name " if settings.store == "named" else ""
         reason = "states outlive their requests, as you say"
         if "state_dir" in store.given:

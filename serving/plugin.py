@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import envs
 
 from lola_vllm.plugin.config_hook import has_store
-from lola_vllm.serving.access import Access, AccessMiddleware
+from lola_vllm.serving.access import EVERYWHERE, Access, AccessMiddleware
 from lola_vllm.serving.engine import LolaEngine, Unavailable
 from lola_vllm.serving.inspector import ROUTE
 from lola_vllm.serving.metrics import LolaMetrics, RefreshMetrics
@@ -97,7 +97,7 @@ def describe_pages(args: Namespace) -> str:
     """Where the chat and the memory inspector are, for the arguments of a server."""
     if args.uds:
         return f"LoLA: the chat is / and the memory inspector {ROUTE} of the socket {args.uds}"
-    everywhere = args.host in (None, "", "0.0.0.0", "::")
+    everywhere = args.host in EVERYWHERE
     host = "127.0.0.1" if everywhere else f"[{args.host}]" if ":" in args.host else args.host
     base = f"{'https' if args.ssl_certfile else 'http'}://{host}:{args.port}{args.root_path or ''}"
     asks = " (asks for the API key)" if args.api_key or envs.VLLM_API_KEY else ""

@@ -8,7 +8,7 @@ left the store.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lola_vllm.sessions.chain import Chain
@@ -28,17 +28,15 @@ def shared_beginning(parent: Stored | None) -> str | None:
 
 
 def only_beginnings(
-    store: SessionStore, states: Sequence[Stored], chain: Chain | None
+    store: SessionStore, states: Sequence[Stored], text: Callable[[], Chain | None]
 ) -> list[Stored]:
     """Shared beginnings of states that are deleted, from which no other stored state goes on.
 
     Args:
-        states: of one owner. chain: of the longest of them; None where its tokens are not known.
+        states: of one owner. text: the longest of their texts, None where its tokens are not
+            known. It may be read from a file, so it is asked for only where there are beginnings.
     """
     with store.lock:
-        going = {state.id for state in states}
-        keys = {state.header.beginning for state in states}
-        prefixes = set() if chain is None else set(store.index.prefixes(chain, len(chain)))
         salt = states[0].header.salt
         shared = [
             state
@@ -46,6 +44,12 @@ def only_beginnings(
             if owner == salt and name.startswith(SHARED)
             for state in session.states.values()
         ]
+        if not shared:
+            return []
+        chain = text()
+        prefixes = set() if chain is None else set(store.index.prefixes(chain, len(chain)))
+        going = {state.id for state in states}
+        keys = {state.header.beginning for state in states}
         found: list[Stored] = []
         # Longer ones first, because they may go on from a shorter one themselves.
         for state in sorted(shared, key=lambda s: -s.header.num_tokens):

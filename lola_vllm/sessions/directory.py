@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lola_vllm.sessions.cipher import StateKey
@@ -22,8 +22,10 @@ from lola_vllm.sessions.file import (
     StateHeader,
     file_name,
     parse_name,
+    rank_files,
     read_header,
     read_state,
+    with_rank,
     write_state,
 )
 from lola_vllm.sessions.fingerprint import Fingerprint
@@ -90,7 +92,7 @@ class StateDirectory:
 
     def files(self, state: str) -> list[Path]:
         """The files of a state, one per rank."""
-        return [self.path / file_name(state, rank, self.ranks) for rank in range(self.ranks)]
+        return rank_files(self.path, state, self.ranks)
 
     def changed(self) -> bool:
         """Whether a file came or went since the last scan; False where the directory is gone.
@@ -175,7 +177,7 @@ class StateDirectory:
                     found = read_state(path, self.fingerprint, self.key)
                     new = aside(path)
                     ready.append((new, path))
-                    there = replace(header, rank=rank)
+                    there = with_rank(header, rank)
                     write_state(new, there, found.tokens, found.row, self.key)
             for new, path in ready:
                 new.replace(path)

@@ -21,6 +21,7 @@ from lola_vllm.sessions.file import (
     StateHeader,
     file_name,
     parse_name,
+    rank_files,
     read_header,
     read_state,
     write_state,
@@ -76,8 +77,7 @@ class Kept(NamedTuple):
     @property
     def files(self) -> list[Path]:
         """One per rank."""
-        ranks = range(self.header.ranks)
-        return [self.model / file_name(self.header.id, rank, self.header.ranks) for rank in ranks]
+        return rank_files(self.model, self.header.id, self.header.ranks)
 
     @property
     def session(self) -> tuple[Path, str, str]:
@@ -185,7 +185,7 @@ class Estate:
             if parts is None or parts[1] != 0 or f"{parts[0]}{DELETED}" in names:
                 continue
             state, _, ranks = parts
-            files = [model / file_name(state, rank, ranks) for rank in range(ranks)]
+            files = rank_files(model, state, ranks)
             if not all(path.name in names for path in files):
                 continue  # it is being written
             try:

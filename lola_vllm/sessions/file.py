@@ -77,6 +77,11 @@ def file_name(state: str, rank: int, ranks: int) -> str:
     return f"{state}.{rank}of{ranks}{SUFFIX}"
 
 
+def rank_files(directory: Path, state: str, ranks: int) -> list[Path]:
+    """The files of all ranks' parts of a state, by rank."""
+    return [directory / file_name(state, rank, ranks) for rank in range(ranks)]
+
+
 def parse_name(name: str) -> tuple[str, int, int] | None:
     """(state, rank, ranks) of a file's name; None for names of other files."""
     match = _NAME.fullmatch(name)

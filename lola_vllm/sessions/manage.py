@@ -6,7 +6,9 @@ Answers are plain dicts and lists, because routes and commands ask from another 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +203,7 @@ class SessionManager:
         """
         with self.store.lock:
             states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
-            states += only_beginnings(self.store, states, self._text(states))
+            states += only_beginnings(self.store, states, partial(self._text, tuple(states)))
             return self._ended(self.store.delete(states, lambda: {"deleted": len(states)}))
 
     def clear(self) -> Answer:
@@ -314,7 +316,7 @@ class SessionManager:
             raise NotStored(f"the tokens of {state.header.session!r} are not kept")
         return tokens
 
-    def _text(self, states: list[Stored]) -> Chain | None:
+    def _text(self, states: Sequence[Stored]) -> Chain | None:
         """The longest of some states' texts; None where it cannot be read."""
         longest = max(states, key=lambda state: state.header.num_tokens)
         header = longest.header

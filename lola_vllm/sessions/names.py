@@ -52,7 +52,7 @@ def check_new_name(name: object, field: str = "session") -> str:
         SessionNameError: as `check_name`, or the name is one that only the server gives.
     """
     name = check_name(name, field)
-    if name.startswith(RESERVED):
+    if is_unnamed(name):
         raise SessionNameError(
             f"{field} = {name!r}: names that begin with {' or '.join(map(repr, RESERVED))} are "
             "given by the server; take another, or give such a session another name first"

@@ -120,7 +120,7 @@ def listen(client: EngineClient, shares: bool = False, stores: bool = False) -> 
             sampling_params = _without_states(sampling_params)
         outputs = generate(_salted(prompt), sampling_params, *args, **kwargs)
         if nobody:
-            outputs = _refusing(outputs)
+            outputs = _telling_why(outputs)
         report = _report.get()
         return outputs if report is None else _reporting(outputs, report)
 
@@ -157,7 +157,7 @@ def _without_states(params: Any) -> Any:
     return params
 
 
-async def _refusing(outputs: Any) -> AsyncIterator[Any]:
+async def _telling_why(outputs: Any) -> AsyncIterator[Any]:
     """The outputs of a request without a key, which say why it has no states."""
     async with aclosing(outputs):
         async for output in outputs:

@@ -25,6 +25,7 @@ import numpy as np
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from lola_vllm.serving.sessions.wishes import transfer_params
 from lola_vllm.sessions.chain import SPAN, Chain, PrefixIndex, namespace
 from lola_vllm.sessions.names import SHARED
 from lola_vllm.sessions.request import FIELD, OWN_REQUEST, read_wish
@@ -143,7 +144,7 @@ class SharedStates:
         point = None if chain is None else self._beginnings.meet(chain)
         computed = 0  # for this request alone, so it is none that others had computed
         if point is not None:
-            ttl = read_wish(_transfer(sampling_params)).ttl
+            ttl = read_wish(transfer_params(sampling_params)).ttl
             computed = await self._read(point, prompt, kwargs, ttl)
         outputs = self._generate(prompt, sampling_params, request_id, **kwargs)
         async with aclosing(outputs):  # type: ignore[type-var]
@@ -202,10 +203,6 @@ class SharedStates:
         return point.num_tokens - int(told.get("restored_tokens", 0))
 
 
-def _transfer(params: Any) -> Any:
-    return (params.extra_args or {}).get("kv_transfer_params")
-
-
 def _count_out(output: Any, computed: int) -> None:
     """What was computed for a request just before it is not cached and not restored."""
     if output.num_cached_tokens is not None:
@@ -225,7 +222,7 @@ def _chain(prompt: Any, params: Any, adapter: Any) -> Chain | None:
     tokens = prompt.get("prompt_token_ids")
     if not tokens or params.prompt_logprobs is not None or "multi_modal_kwargs" in prompt:
         return None
-    transfer = _transfer(params)
+    transfer = transfer_params(params)
     wish = transfer.get(FIELD) or {} if isinstance(transfer, Mapping) else {}
     if not isinstance(wish, Mapping) or "from" in wish or wish.get("save") is False:
         return None

@@ -29,6 +29,11 @@ def refusing(generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., Async
     return generate_checked
 
 
+def transfer_params(params: SamplingParams) -> Any:
+    """The `kv_transfer_params` of a request, as they were sent."""
+    return (params.extra_args or {}).get("kv_transfer_params")
+
+
 def check_wish(params: Any, session_id: str | None) -> None:
     """Refuse a wish with faults, and several answers that would go on with one session.
 
@@ -37,7 +42,7 @@ def check_wish(params: Any, session_id: str | None) -> None:
     """
     if not isinstance(params, SamplingParams):
         return
-    wish = read_wish((params.extra_args or {}).get("kv_transfer_params"), session_id)
+    wish = read_wish(transfer_params(params), session_id)
     if wish.faults:
         raise VLLMValidationError("; ".join(wish.faults), parameter=f"kv_transfer_params.{FIELD}")
     if wish.session is not None and params.n > 1:

@@ -48,9 +48,6 @@ class Letters:
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
 
-    def chat(self, message: str) -> list[int]:
-        raise NotImplementedError
-
     def conversation(self, messages: list[tuple[str, str]], *, begun: bool) -> str:
         said = "".join(f"{role}:{content}{END}" for role, content in messages)
         return said + ("assistant:" if begun else "")
