@@ -88,7 +88,7 @@ sanitize: $(VENV)/.ready
 	cd build/sanitize/lib && \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
-		$(CURDIR)/$(BIN)/pytest tests/ops -k native $(PYTEST_ARGS)
+		$(CURDIR)/$(BIN)/pytest tests/ops -k cpp $(PYTEST_ARGS)
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

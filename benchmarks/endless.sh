@@ -15,7 +15,7 @@ DISTANCES=${DISTANCES:-1000,4000,16000}
 TOKENS=${TOKENS:-200000}
 STREAM_TEXTS=${STREAM_TEXTS:-models/texts/anarchism_faq.txt}
 
-# What is compared: places that move by 2,048, and positions that run on past the trained 8,192.
+# What is compared: contexts that shift by 2,048, and positions that run on past the trained 8,192.
 lola eval perplexity --stream --stream-length "$LENGTH" --every "$EVERY" --texts "$STREAM_TEXTS" \
     --model models/smollm2-lola --reference models/smollm2-base \
     --sweep benchmarks/recall/endless.json --untrained-positions \
@@ -25,7 +25,7 @@ lola eval recall --tasks niah-1 --distances "$DISTANCES" --samples "$SAMPLES" --
     --untrained-positions --out "$OUT/endless-recall" --resume
 .venv/bin/python benchmarks/endless_sums.py --out "$OUT/endless-sums.json"
 .venv/bin/python -m tools.endless --model models/smollm2-lola --texts models/texts \
-    --lola-config '{"rebase_interval": 2048, "sparse_cache_size": 512}' --tokens "$TOKENS" \
+    --lola-config '{"context_shift": 2048, "sparse_cache_size": 512}' --tokens "$TOKENS" \
     --edge $((TOKENS / 10)) --out "$OUT/endless-text.json"
 .venv/bin/python -m tools.long_sequence --model models/smollm2-lola --texts models/texts \
-    --lola-config '{"rebase_interval": 2048}' --tokens "$TOKENS" --out "$OUT/endless-sequence.json"
+    --lola-config '{"context_shift": 2048}' --tokens "$TOKENS" --out "$OUT/endless-sequence.json"

@@ -1,12 +1,12 @@
-"""What becomes of the sums H and s of one head in a hundred million tokens, rebased or not.
+"""What becomes of the sums H and s of one head in a hundred million tokens, shifted or not.
 
     python benchmarks/endless_sums.py --out eval-results/endless-sums.json
 
-Records features and values of a model on real text, at the places that tokens have after a rebase,
-and folds them again and again, as kernels do: float32 sums, rounded to nearest or with a dither,
-multiplied by 1 - D / P at each rebase, or never. float64 sums of the same stand beside them. Every
-pair is folded; a window and a sparse cache would keep some, which changes no sum by more than their
-size. Some columns of H stand for all, as each is a sum of its own.
+Records features and values of a model on real text, at the RoPE positions that tokens have after a
+context shift, and folds them again and again, as kernels do: float32 sums, rounded to nearest or
+with a dither, multiplied by 1 - D / P at each context shift, or never. float64 sums of the same
+stand beside them. Every pair is folded; a window and a sparse cache would keep some, which changes
+no sum by more than their size. Some columns of H stand for all, as each is a sum of its own.
 
 Then another text follows, and the question is how soon predictions are of that one.
 
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lola_vllm.config import default_rebase_interval
+from lola_vllm.config import default_context_shift
 from lola_vllm.eval import summary
 from lola_vllm.ops.constants import EXPONENT_BITS
 from lola_vllm.ops.dither import dither
@@ -42,7 +42,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens of a text; a whole number of blocks is folded between two rebases.
+    """Tokens of a text; a whole number of blocks is folded between two context shifts.
 
     Attributes:
         phi: `[n, 2F]`, float32, features of keys. v: `[n, c]`, float32, columns of values.
@@ -109,15 +109,16 @@ class Run:
     """Sums of one way to fold.
 
     Args:
-        block: that is folded first. length: P. every: D, tokens between two rebases. interval: C.
-        rebased: or not, at any length. dithered: or rounded to nearest.
+        block: that is folded first. length: P. every: D, tokens between two context shifts.
+            interval: C.
+        shifted: or not, at any length. dithered: or rounded to nearest.
     """
 
     def __init__(
-        self, block: Block, length: int, every: int, interval: int, rebased: bool, dithered: bool
+        self, block: Block, length: int, every: int, interval: int, shifted: bool, dithered: bool
     ) -> None:
         self.length, self.every, self.interval = length, every, interval
-        self.decay = 1 - every / length if rebased else 1.0
+        self.decay = 1 - every / length if shifted else 1.0
         self.dithered, self.tokens = dithered, 0
         self.shape = block.phi.shape[1], block.v.shape[1] + 1
         self.sums = np.zeros(self.shape, np.float32)
@@ -125,7 +126,7 @@ class Run:
         self._power = np.zeros(self.sums.size, np.float32)
 
     def feed(self, block: Block, times: int) -> None:
-        """Fold a block so many times, after a rebase where one is due."""
+        """Fold a block so many times, after a context shift where one is due."""
         folds = block.folds(self.interval)
         total = folds.sum(axis=0, dtype=np.float64)
         flat = folds.reshape(len(folds), -1)
@@ -151,8 +152,8 @@ class Run:
         p, q = block.predictions(self.sums), block.predictions(self.exact)
         size = len(block.v)
         starts = range(max(0, self.tokens - self.length), self.tokens, size)
-        rebases = [max(0, (start - self.length) // self.every + 1) for start in starts]
-        newest = sum(self.decay ** (rebases[-1] - n) for n in rebases) * size
+        shifts = [max(0, (start - self.length) // self.every + 1) for start in starts]
+        newest = sum(self.decay ** (shifts[-1] - n) for n in shifts) * size
         return Sample(
             self.tokens,
             float(mass),
@@ -170,7 +171,7 @@ def simulate(
     every: int,
     tokens: int,
     interval: int,
-    rebased: bool,
+    shifted: bool,
     dithered: bool,
 ) -> dict[str, Any]:
     """Samples at P and at ten times as many tokens each, and how the text after is followed.
@@ -178,7 +179,7 @@ def simulate(
     Args:
         old, new: blocks of two texts. length: P. every: D. tokens: of the old text.
     """
-    run = Run(old, length, every, interval, rebased, dithered)
+    run = Run(old, length, every, interval, shifted, dithered)
     samples, size = [], len(old.v)
     stops = [length, *(10**e for e in range(4, 20) if length < 10**e < tokens), tokens]
     for stop in stops:
@@ -272,7 +273,7 @@ def main() -> None:
     """Record, simulate, print, write the JSON."""
     args = parse()
     own = int(json.loads((args.model / "config.json").read_text())["max_position_embeddings"])
-    size = default_rebase_interval(own)
+    size = default_context_shift(own)
     for length in args.lengths:
         if length % (4 * size):
             sys.exit(f"--lengths {length}: must be a multiple of the model's {4 * size}")
@@ -280,9 +281,9 @@ def main() -> None:
     old, new = (record(args.model, text, *shape) for text in args.texts)
     results = []
     ways = product(args.lengths, args.intervals, (True, False), (True, False))
-    for length, interval, rebased, dithered in ways:
-        every = default_rebase_interval(length)
-        found = simulate(old, new, length, every, args.tokens, interval, rebased, dithered)
+    for length, interval, shifted, dithered in ways:
+        every = default_context_shift(length)
+        found = simulate(old, new, length, every, args.tokens, interval, shifted, dithered)
         results.append(found)
         last = found["samples"][-1]
         away = [round(row["relative"], 3) for row in found["away_from_the_new_text"]]

@@ -76,7 +76,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     longest = max(args.contexts) + args.steps + max(args.batches) + 16
     lola = args.worker == "lola"
     overrides: dict[str, Any] = {"lola_config": args.lola_config} if lola else {}
-    endless = lola and LolaLlamaConfig.from_pretrained(args.lola).lola.rebase_interval
+    endless = lola and LolaLlamaConfig.from_pretrained(args.lola).lola.context_shift
     if longest > stock_config(args)["max_position_embeddings"] and not endless:
         overrides["max_position_embeddings"] = longest  # speed is asked, not sense
     llm = LLM(
@@ -96,7 +96,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
         result["mib_per_sequence"] = manager.spec.bytes_per_sequence / MIB
     pool_tokens = scheduler.kv_cache_manager.block_pool.num_gpu_blocks * manager.block_size
     for context in args.contexts:  # in the same pool
-        fit = manager.num_slots if lola else pool_tokens // context
+        fit = manager.num_states if lola else pool_tokens // context
         result[f"sequences_that_fit/{context}"] = fit
 
     engine, counter = llm.llm_engine, iter(range(10**9))

@@ -29,11 +29,11 @@ import sys
 
 import torch
 
-from lola_vllm.ops import native
+from lola_vllm.ops import cpp
 
 if not torch.cuda.is_available():
     sys.exit("torch sees no CUDA device")
-if not native.load():
+if not cpp.load():
     sys.exit("the extension is not built")
 if not torch._C._dispatch_has_kernel_for_dispatch_key("lola::decode", "CUDA"):
     sys.exit("the extension was built without its CUDA kernels")

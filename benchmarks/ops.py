@@ -96,8 +96,8 @@ class Case:
         if lengths is None:
             lengths = torch.full((self.batch,), n, dtype=torch.int32, device=q.device)
             self.lengths[n] = lengths
-        slots = self.groups[self.calls % len(self.groups)]
-        self.ops.decode(self.state, q, k, v, DecodeBatch(slots, lengths), out)
+        state_indices = self.groups[self.calls % len(self.groups)]
+        self.ops.decode(self.state, q, k, v, DecodeBatch(state_indices, lengths), out)
         self.calls += 1
 
     def bytes_read(self, n: int) -> int:

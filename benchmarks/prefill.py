@@ -23,7 +23,7 @@ from op_common import add_layer_options, make_layer, medians_s
 from lola_vllm.ops import Backend, LayerState, PrefillBatch, choose_backend
 from lola_vllm.ops.select import ENV
 
-BACKENDS = {"cpu": ["native", "torch"], "cuda": ["triton", "xformers"]}
+BACKENDS = {"cpu": ["cpp", "torch"], "cuda": ["triton", "xformers"]}
 
 
 def forced(name: str, device: str, dtype: torch.dtype) -> Backend:

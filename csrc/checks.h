@@ -63,8 +63,8 @@ inline void check_shape(const torch::stable::Tensor& t, const char* name, const 
 
 // What both ops take besides the rows of the batch; csrc/ops.h says what they are.
 struct LayerTensors {
-  const torch::stable::Tensor &pages, &layout, &feature_map_q, &feature_map_k, &log_gate, &saliency,
-      &q, &k, &v, &out;
+  const torch::stable::Tensor &pages, &layout, &feature_map_q, &feature_map_k, &log_gate,
+      &importance, &q, &k, &v, &out;
 };
 
 // The layouts of a call's pages, one for each group of KV heads that has a page.
@@ -78,9 +78,9 @@ struct Layouts {
 // contract.py). Throws, naming the argument.
 inline Layouts check_call(const LayerTensors& t, Device device) {
   using torch::headeronly::ScalarType;
-  const bool by_head = device == Device::cpu && t.layout.dim() == 2;
-  const int64_t count = by_head ? t.layout.size(0) : 1;
-  if (by_head) {
+  const bool per_head = device == Device::cpu && t.layout.dim() == 2;
+  const int64_t count = per_head ? t.layout.size(0) : 1;
+  if (per_head) {
     check_shape(t.layout, "layout", "[pages, fields of PageLayout]", {-1, kTableFields});
   } else {
     check_shape(t.layout, "layout", "[fields of PageLayout]", {kTableFields});

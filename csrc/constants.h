@@ -15,9 +15,9 @@ constexpr T kFeatureFloor = T(1e-12);
 template <typename T>
 constexpr T kRecallEps = T(1e-6);
 
-// Largest size of the logarithm of a pair's saliency.
+// Largest size of the logarithm of a pair's importance.
 template <typename T>
-constexpr T kMaxLogSaliency = T(20.0);
+constexpr T kMaxLogImportance = T(20.0);
 
 // Rounding errors that bounds on recall errors allow for (Lemmas 1 and 2): a share of the lengths
 // in a recall error, when a bound is set;

@@ -23,14 +23,14 @@ LOLA_HOST_DEVICE constexpr int64_t size_of(DType t) {
 struct PageLayout {
   int64_t num_heads, num_kv_heads, num_state_heads, num_sparse_heads, head_dim, feature_dim;
   int64_t window_size, sparse_cache_size, update_interval, sink_size;
-  int64_t subtract_max;  // 1: mixing "lolcats"
-  int64_t has_saliency;  // 1: scores are weighed, and pages keep a weight per sparse pair
-  int64_t turned_after;  // pages with more tokens map keys by the second maps
-  DType kv_dtype;        // of keys and values
-  DType sparse_dtype;    // of those in the sparse cache: kv_dtype, or i8 with a scale each
-  DType state_dtype;     // of H and s
+  int64_t subtract_max;       // 1: mixing "lolcats"
+  int64_t has_score_weights;  // 1: scores are weighted, and pages keep a weight per sparse pair
+  int64_t rotated_map_after;  // pages with more tokens map keys by the second maps
+  DType kv_dtype;             // of keys and values
+  DType sparse_dtype;         // of those in the sparse cache: kv_dtype, or i8 with a scale each
+  DType state_dtype;          // of H and s
   int64_t page_bytes;
-  int64_t H, s, positions, saliency, sparse_k_scale, sparse_v_scale, sparse_k, sparse_v;
+  int64_t H, s, positions, score_weights, sparse_k_scale, sparse_v_scale, sparse_k, sparse_v;
   int64_t exact_k, exact_v, bounds, directions;
 
   // Heads of one kind for each of another. They are grouped in order: query head h has the hidden
@@ -45,9 +45,9 @@ struct PageLayout {
   LOLA_HOST_DEVICE int64_t ring_size() const { return window_size + update_interval; }
   LOLA_HOST_DEVICE int64_t exact_size() const { return sink_size + ring_size(); }
 
-  // Numbers of a KV head's saliency weights: of the lengths of a key's rotary pairs, of a value,
+  // Numbers of a KV head's importance weights: of the lengths of a key's rotary pairs, of a value,
   // and a constant.
-  LOLA_HOST_DEVICE int64_t saliency_size() const { return head_dim / 2 + head_dim + 1; }
+  LOLA_HOST_DEVICE int64_t importance_size() const { return head_dim / 2 + head_dim + 1; }
 
   // Bytes of one key or value, and of one in the sparse cache.
   LOLA_HOST_DEVICE int64_t pair_bytes() const { return head_dim * size_of(kv_dtype); }
@@ -85,7 +85,9 @@ struct PageLayout {
   }
 
   // Whether a page keeps bounds on recall errors (docs/algorithm.md, section 3).
-  LOLA_HOST_DEVICE bool bounded() const { return update_interval == 1 && sparse_cache_size > 0; }
+  LOLA_HOST_DEVICE bool keeps_bounds() const {
+    return update_interval == 1 && sparse_cache_size > 0;
+  }
 };
 
 constexpr int64_t kTableFields = 29;

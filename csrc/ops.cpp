@@ -46,13 +46,13 @@ Call part_of(const Call& all, const PageLayout& layout, int64_t i) {
   };
   const int64_t size = size_of(layout.state_dtype), map = layout.head_dim * layout.feature_dim;
   const auto weights_of = [&](const void* weights, int64_t numbers) -> const void* {
-    if (weights == nullptr) return nullptr;  // a layer may have no saliency
+    if (weights == nullptr) return nullptr;  // a layer may have no importance
     return static_cast<const char*>(weights) + i * numbers * size;
   };
   return {layout,
           all.pages,
           all.page_stride,
-          all.slots,
+          all.state_indices,
           heads_of(all.q, layout.num_heads),
           heads_of(all.k, layout.num_kv_heads),
           heads_of(all.v, layout.num_kv_heads),
@@ -60,12 +60,12 @@ Call part_of(const Call& all, const PageLayout& layout, int64_t i) {
           weights_of(all.feature_map_q, layout.num_heads * map),
           weights_of(all.feature_map_k, layout.num_state_heads * map),
           weights_of(all.log_gate, layout.num_heads),
-          weights_of(all.saliency, layout.num_kv_heads * layout.saliency_size()),
+          weights_of(all.importance, layout.num_kv_heads * layout.importance_size()),
           all.layer_state_heads};
 }
 
 // A call for each page of the layer.
-std::vector<Call> check_cpu_call(const LayerTensors& t, const Tensor& slots) {
+std::vector<Call> check_cpu_call(const LayerTensors& t, const Tensor& state_indices) {
   const Layouts layouts = check_call(t, Device::cpu);
   const PageLayout& layout = *layouts.first;
   const DType kv = layout.kv_dtype, wide = kv == DType::f64 ? DType::f64 : DType::f32;
@@ -76,7 +76,7 @@ std::vector<Call> check_cpu_call(const LayerTensors& t, const Tensor& slots) {
   Call call{layout,
             static_cast<char*>(pages.data_ptr()),
             pages.stride(0),
-            check_indices(slots, "slots", "[rows]", slots.size(0)),
+            check_indices(state_indices, "state_indices", "[rows]", state_indices.size(0)),
             check_tokens(t.q, "q", {DType::f32, DType::bf16, DType::f64}),
             check_tokens(t.k, "k", {kv}),
             check_tokens(t.v, "v", {kv}),
@@ -84,11 +84,11 @@ std::vector<Call> check_cpu_call(const LayerTensors& t, const Tensor& slots) {
             t.feature_map_q.data_ptr(),
             t.feature_map_k.data_ptr(),
             t.log_gate.data_ptr(),
-            t.saliency.data_ptr(),
+            t.importance.data_ptr(),
             layouts.count * layout.num_state_heads};
-  for (int64_t row = 0; row < slots.size(0); ++row) {
-    LOLA_CHECK(call.slots[row] < pages.size(0), "slots: entry ", row, " is ", call.slots[row],
-               ", but there are ", pages.size(0), " pages");
+  for (int64_t row = 0; row < state_indices.size(0); ++row) {
+    LOLA_CHECK(call.state_indices[row] < pages.size(0), "state_indices: entry ", row, " is ",
+               call.state_indices[row], ", but there are ", pages.size(0), " pages");
   }
   std::vector<Call> calls;
   for (int64_t i = 0; i < layouts.count; ++i) calls.push_back(part_of(call, layouts.first[i], i));
@@ -98,28 +98,30 @@ std::vector<Call> check_cpu_call(const LayerTensors& t, const Tensor& slots) {
 }  // namespace
 
 void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
-            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& saliency,
-            const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
+            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& importance,
+            const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state_indices,
             const Tensor& seq_lens, const Tensor& out) {
   const std::vector<Call> calls = check_cpu_call(
-      {pages, layout, feature_map_q, feature_map_k, log_gate, saliency, q, k, v, out}, slots);
-  const int64_t rows = slots.size(0);
-  LOLA_CHECK(rows == q.size(0), "slots: ", rows, " rows, but q has ", q.size(0), " tokens");
+      {pages, layout, feature_map_q, feature_map_k, log_gate, importance, q, k, v, out},
+      state_indices);
+  const int64_t rows = state_indices.size(0);
+  LOLA_CHECK(rows == q.size(0), "state_indices: ", rows, " rows, but q has ", q.size(0), " tokens");
   const Indices lengths = check_indices(seq_lens, "seq_lens", "[rows]", rows);
   for (int64_t row = 0; row < rows; ++row) {
-    LOLA_CHECK(calls[0].slots[row] <= 0 || lengths[row] >= 1, "seq_lens: entry ", row, " is ",
-               lengths[row], ", it counts the new token");
+    LOLA_CHECK(calls[0].state_indices[row] <= 0 || lengths[row] >= 1, "seq_lens: entry ", row,
+               " is ", lengths[row], ", it counts the new token");
   }
   if (rows > 0) decode_cpu(calls, rows, lengths);
 }
 
 void prefill(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
-             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& saliency,
-             const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
+             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& importance,
+             const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state_indices,
              const Tensor& query_start_loc, const Tensor& context_lens, const Tensor& out) {
   const std::vector<Call> calls = check_cpu_call(
-      {pages, layout, feature_map_q, feature_map_k, log_gate, saliency, q, k, v, out}, slots);
-  const int64_t rows = slots.size(0);
+      {pages, layout, feature_map_q, feature_map_k, log_gate, importance, q, k, v, out},
+      state_indices);
+  const int64_t rows = state_indices.size(0);
   const Indices starts = check_indices(query_start_loc, "query_start_loc", "[rows + 1]", rows + 1);
   const Indices context = check_indices(context_lens, "context_lens", "[rows]", rows);
   for (int64_t row = 0; row < rows; ++row) {

@@ -9,7 +9,7 @@
 // The ops' arguments as torch is told them.
 #define LOLA_LAYER_SCHEMA                                                         \
   "Tensor(a!) pages, Tensor layout, Tensor feature_map_q, Tensor feature_map_k, " \
-  "Tensor log_gate, Tensor saliency, Tensor q, Tensor k, Tensor v, Tensor slots, "
+  "Tensor log_gate, Tensor importance, Tensor q, Tensor k, Tensor v, Tensor state_indices, "
 #define LOLA_DECODE_SCHEMA "decode(" LOLA_LAYER_SCHEMA "Tensor seq_lens, Tensor(b!) out) -> ()"
 #define LOLA_PREFILL_SCHEMA                                          \
   "prefill(" LOLA_LAYER_SCHEMA                                       \
@@ -26,29 +26,29 @@ namespace lola {
 //                                       other, with offsets from the first one's start
 //   feature_map_q   [Hq, d, F]          float32, or float64 where keys and values are
 //   feature_map_k   [1 or 2, Hs, d, F]  the same; the second is for pages with more than
-//                                       `turned_after` tokens
+//                                       `rotated_map_after` tokens
 //   log_gate        [Hq]                the same
-//   saliency        [Hkv, d/2 + d + 1]  the same; read only where the layout has_saliency
+//   importance      [Hkv, d/2 + d + 1]  the same; read only where the layout has_score_weights
 //   q, out          [T, Hq, d]          float32, bfloat16 or float64 (CUDA: or float16)
 //   k, v            [T, Hkv, d]         dtype of the pages' keys and values
-//   slots           [rows]              int32 or int64, page per row; a row with a slot <= 0 is
+//   state_indices   [rows]              int32 or int64, page per row; a row with 0 or less is
 //                                       padding: its answer is zero and no page is touched
 //
 // decode: row r is token r, and seq_lens [rows] counts it. prefill: row r has the tokens
 // query_start_loc[r] .. query_start_loc[r + 1], after context_lens[r] that are in its page already.
-// Throws, naming the argument, on a wrong shape, dtype or slot.
+// Throws, naming the argument, on a wrong shape, dtype or state index.
 void decode(const torch::stable::Tensor& pages, const torch::stable::Tensor& layout,
             const torch::stable::Tensor& feature_map_q, const torch::stable::Tensor& feature_map_k,
-            const torch::stable::Tensor& log_gate, const torch::stable::Tensor& saliency,
+            const torch::stable::Tensor& log_gate, const torch::stable::Tensor& importance,
             const torch::stable::Tensor& q, const torch::stable::Tensor& k,
-            const torch::stable::Tensor& v, const torch::stable::Tensor& slots,
+            const torch::stable::Tensor& v, const torch::stable::Tensor& state_indices,
             const torch::stable::Tensor& seq_lens, const torch::stable::Tensor& out);
 
 void prefill(const torch::stable::Tensor& pages, const torch::stable::Tensor& layout,
              const torch::stable::Tensor& feature_map_q, const torch::stable::Tensor& feature_map_k,
-             const torch::stable::Tensor& log_gate, const torch::stable::Tensor& saliency,
+             const torch::stable::Tensor& log_gate, const torch::stable::Tensor& importance,
              const torch::stable::Tensor& q, const torch::stable::Tensor& k,
-             const torch::stable::Tensor& v, const torch::stable::Tensor& slots,
+             const torch::stable::Tensor& v, const torch::stable::Tensor& state_indices,
              const torch::stable::Tensor& query_start_loc,
              const torch::stable::Tensor& context_lens, const torch::stable::Tensor& out);
 

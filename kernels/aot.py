@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lola_vllm.kernels import decode, incremental, prefill, update
+from lola_vllm.kernels import decode, prefill, update, update_per_token
 from lola_vllm.kernels.common import page_shape, precision
 from lola_vllm.state import StateLayout
 
@@ -37,7 +37,7 @@ POINTER_TYPES = {
     "stats_ptr": "*fp32",
     "scores_ptr": "*fp32",
     "ws_ptr": "*fp32",
-    "saliency_ptr": "*fp32",
+    "score_weights_ptr": "*fp32",
     "k_scale_ptr": "*fp32",
     "v_scale_ptr": "*fp32",
     "bounds_ptr": "*fp32",
@@ -45,14 +45,14 @@ POINTER_TYPES = {
     "doubtful_ptr": "*i32",
     "fresh_ptr": "*fp32",
     "lse_ptr": "*fp32",
-    "slots_ptr": "*i32",
+    "state_indices_ptr": "*i32",
     "n_ptr": "*i32",
     "lists_ptr": "*i32",
     "chunks_ptr": "*i32",
     "positions_ptr": "*i32",
 }
-TURNED_AFTER = 8192  # of models whose keys are turned ahead, which have a second map
-UNIT_STRIDES = ("slots_stride", "n_stride")  # 1 at run time, which Triton makes a constant
+ROTATED_MAP_AFTER = 8192  # of models with a rotated key map
+UNIT_STRIDES = ("state_indices_stride", "n_stride")  # 1 at run time, which Triton makes a constant
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def llama_8b(sparse_cache_size: int = 512, num_state_heads: int = 8) -> StateLay
 def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
     """Every kernel of the Triton back end as it is launched for a layout.
 
-    Updates also as where each token is followed by one, and as where scores are weighed. All that
-    reads sparse pairs also as where these are int8, with scores weighed.
+    Updates also as where each token is followed by one, and as where scores are weighted. All that
+    reads sparse pairs also as where these are int8, with scores weighted.
     """
     small = replace(layout, int8_pairs=True)
     read = {"PRECISION": precision(layout.kv_dtype)}
@@ -112,7 +112,7 @@ def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
             prefill.NUM_WARPS,
         ),
         *update_kernels(layout),
-        *update_kernels(replace(layout, has_saliency=True), ", weighed"),
+        *update_kernels(replace(layout, has_score_weights=True), ", weighted"),
         Kernel(
             "decode, int8",
             decode.decode_kernel,
@@ -125,7 +125,7 @@ def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
             {**prefill.prefill_constants(small, Hq, False, partial=False), **read},
             prefill.NUM_WARPS,
         ),
-        *update_kernels(replace(small, has_saliency=True), ", int8"),
+        *update_kernels(replace(small, has_score_weights=True), ", int8"),
     ]
 
 
@@ -133,8 +133,8 @@ def update_kernels(layout: StateLayout, note: str = "") -> list[Kernel]:
     """Those of an update, whatever the interval; `note` ends their names."""
     blocks = {"BLOCK_R": update.BLOCK_R, "PRECISION": update.PRECISION}
     each = replace(layout, update_interval=1)  # an update after every token
-    shape = {"SHAPE": page_shape(layout, TURNED_AFTER), **blocks}
-    each_shape = {"SHAPE": page_shape(each, TURNED_AFTER), **blocks}
+    shape = {"SHAPE": page_shape(layout, ROTATED_MAP_AFTER), **blocks}
+    each_shape = {"SHAPE": page_shape(each, ROTATED_MAP_AFTER), **blocks}
     return [
         Kernel(
             "score" + note,
@@ -149,13 +149,13 @@ def update_kernels(layout: StateLayout, note: str = "") -> list[Kernel]:
             update.FOLD_WARPS,
         ),
         Kernel(
-            "score, bounded" + note,
-            incremental.bounded_score_kernel,
-            {**each_shape, **update.bounded_constants(each)},
-            incremental.SCORE_WARPS,
+            "score, per token" + note,
+            update_per_token.per_token_score_kernel,
+            {**each_shape, **update.per_token_constants(each)},
+            update_per_token.SCORE_WARPS,
         ),
         Kernel(
-            "fold, bounded" + note,
+            "fold, per token" + note,
             update.fold_kernel,
             {**each_shape, **update.fold_constants(each)},
             update.FOLD_WARPS,

@@ -63,7 +63,7 @@ def prefill(
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
     check(state, q, k, v, out)
-    R = len(batch.slots)
+    R = len(batch.state_indices)
     for name, size in (("query_start_loc", R + 1), ("context_lens", R)):
         tensor: Tensor = getattr(batch, name)
         if tensor.shape != (size,):

@@ -1,6 +1,6 @@
 """Which rows are at an update point, and the pairs that an update chooses among.
 
-Candidate e of a set is sparse slot e while e < lam, else the (e - lam)-th evicted pair.
+Candidate e of a set is sparse entry e while e < lam, else the (e - lam)-th evicted pair.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -11,30 +11,32 @@ import triton
 import triton.language as tl
 
 from lola_vllm.kernels.common import (
-    MAX_LOG_SALIENCY,
+    MAX_LOG_IMPORTANCE,
     RECALL_EPS,
+    entries_of,
     exact_of,
     exact_row,
+    importance_weights_of,
     int8_numbers,
     int8_scale,
     pairs_of,
     read_state,
-    saliency_weights_of,
-    slots_of,
     window_start,
 )
 
 BLOCK_R = 256  # rows whose token counts are looked at together
-INDEX_ARGS = ("slots_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment
+INDEX_ARGS = ("state_indices_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment
 COUNT_ARGS = ("first_row", "num_rows")  # vary from call to call: no variant for each
 
 
 @triton.jit
-def due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, least, SHAPE: tl.constexpr):
+def due_rows(
+    state_indices_ptr, n_ptr, state_indices_stride, n_stride, rows, end, least, SHAPE: tl.constexpr
+):
     """Which rows are at an update point that leaves more than `least` pairs evicted in all."""
     C: tl.constexpr = SHAPE.UPDATE_INTERVAL
     ok = rows < end
-    page = tl.load(slots_ptr + rows.to(tl.int64) * slots_stride, mask=ok, other=0)
+    page = tl.load(state_indices_ptr + rows.to(tl.int64) * state_indices_stride, mask=ok, other=0)
     n = tl.load(n_ptr + rows.to(tl.int64) * n_stride, mask=ok, other=0).to(tl.int32)
     start, stop = window_start(n - C, SHAPE), window_start(n, SHAPE)
     return (page > 0) & (n % C == 0) & (stop > start) & (stop - SHAPE.SINK_SIZE > least)
@@ -48,7 +50,7 @@ def nth_row(due, rank, rows, nth):
 
 @triton.jit
 def candidate_ok(e, start, stop, SHAPE: tl.constexpr):
-    """Which candidates exist: filled slots, and the pairs at positions from `start` to `stop`.
+    """Which candidates exist: filled entries, and the pairs at positions from `start` to `stop`.
 
     These are the window's starts before and after the update.
     """
@@ -87,7 +89,7 @@ def gather(
         numbers = tl.load(cached[:, None] + cols[None, :], mask=kept, other=0).to(tl.float32)
         x = evicted_rows(exact_at, e, ok, start, kv_head, cols, SHAPE).to(tl.float32)
         x += numbers  # one of them is 0
-        kept_scale = tl.load(slots_of(scale_at, sparse_head, SHAPE) + e, mask=held, other=0.0)
+        kept_scale = tl.load(entries_of(scale_at, sparse_head, SHAPE) + e, mask=held, other=0.0)
         scale = tl.where(held, kept_scale, int8_scale(x))
         # Numbers of 8 bits are whole, and stay what they are at a scale of 1.
         return int8_numbers(x, tl.where(held, 1.0, scale)) * scale[:, None]
@@ -111,7 +113,7 @@ def gather_pairs(pairs_at, e, ok, start, sparse_head, kv_head, cols, SHAPE: tl.c
 
 
 @triton.jit
-def new_saliency(ws_ptr, k, v, exact_k_at, e, ok, start, kv_head, cols, SHAPE: tl.constexpr):
+def new_importance(ws_ptr, k, v, exact_k_at, e, ok, start, kv_head, cols, SHAPE: tl.constexpr):
     """w `[len(e)]` of evicted pairs from their keys and values (`docs/algorithm.md`, section 6).
 
     k and v: as `gather_pairs` gives them; the other arguments as of `gather`. A NaN stays one.
@@ -125,24 +127,25 @@ def new_saliency(ws_ptr, k, v, exact_k_at, e, ok, start, kv_head, cols, SHAPE: t
         scale = int8_scale(whole)
         second = int8_numbers(second, scale) * scale[:, None]
     k = k.to(tl.float32)
-    weights = saliency_weights_of(ws_ptr, kv_head, SHAPE)
+    weights = importance_weights_of(ws_ptr, kv_head, SHAPE)
     a = tl.load(weights + cols, mask=first, other=0.0)
     b = tl.load(weights + HALF + cols, mask=cols < D, other=0.0)
     rho = tl.where(first[None, :], tl.sqrt_rn(k * k + second * second), 0.0)
     log = tl.sum(a[None, :] * rho + b[None, :] * v, 1) + tl.load(weights + HALF + D)
-    log = tl.where(log > MAX_LOG_SALIENCY, MAX_LOG_SALIENCY, log)
-    return tl.exp(tl.where(log < -MAX_LOG_SALIENCY, -MAX_LOG_SALIENCY, log))
+    log = tl.where(log > MAX_LOG_IMPORTANCE, MAX_LOG_IMPORTANCE, log)
+    return tl.exp(tl.where(log < -MAX_LOG_IMPORTANCE, -MAX_LOG_IMPORTANCE, log))
 
 
 @triton.jit
-def candidate_saliency(
-    ws_ptr, saliency_at, k, v, exact_k_at, e, ok, start, sparse_head, kv_head, cols,
+def candidate_importance(
+    ws_ptr, score_weights_at, k, v, exact_k_at, e, ok, start, sparse_head, kv_head, cols,
     SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """w `[len(e)]` of candidates: what the page keeps of cached ones; arguments: `new_saliency`."""
+    """w `[len(e)]` of candidates: what the page keeps of cached ones; arguments:
+    `new_importance`."""
     LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
-    new = new_saliency(ws_ptr, k, v, exact_k_at, e, ok, start, kv_head, cols, SHAPE)
-    kept_at = slots_of(saliency_at, sparse_head, SHAPE) + e
+    new = new_importance(ws_ptr, k, v, exact_k_at, e, ok, start, kv_head, cols, SHAPE)
+    kept_at = entries_of(score_weights_at, sparse_head, SHAPE) + e
     kept = tl.load(kept_at, mask=ok & (e < LAM), other=0.0)
     return tl.where(e < LAM, kept, new)
 

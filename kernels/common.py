@@ -30,7 +30,7 @@ NO_PAGE = tl.constexpr(NEVER)  # tokens that no page has
 
 FEATURE_FLOOR = tl.constexpr(constants.FEATURE_FLOOR)
 RECALL_EPS = tl.constexpr(constants.RECALL_EPS)
-MAX_LOG_SALIENCY = tl.constexpr(constants.MAX_LOG_SALIENCY)
+MAX_LOG_IMPORTANCE = tl.constexpr(constants.MAX_LOG_IMPORTANCE)
 PAIR_MAX = tl.constexpr(float(constants.PAIR_MAX))
 SCALE_STEP = tl.constexpr(1 / constants.PAIR_MAX)
 WHOLE = tl.constexpr(1.5 * 2.0**23)  # a float32 sum with it is a whole number
@@ -53,8 +53,8 @@ class PageShape(NamedTuple):
     Attributes:
         WINDOW_SIZE, SPARSE_CACHE_SIZE, UPDATE_INTERVAL, SINK_SIZE, NUM_KV_HEADS, NUM_STATE_HEADS,
         NUM_SPARSE_HEADS, HEAD_DIM, FEATURE_DIM: as in `StateLayout`.
-        HAS_SALIENCY, INT8_PAIRS: as in `StateLayout`, 1 or 0.
-        TURNED_AFTER: pages with more tokens map keys by the second of `LolaWeights.key_maps`;
+        HAS_SCORE_WEIGHTS, INT8_PAIRS: as in `StateLayout`, 1 or 0.
+        ROTATED_MAP_AFTER: pages with more tokens map keys by the second of `LolaWeights.key_maps`;
             `NEVER`: there is one for all.
         RING_SIZE: rows of the window ring. STATES_PER_SET: state heads of a sparse set.
         BLOCK_D, BLOCK_F: powers of two, at least `HEAD_DIM` and `FEATURE_DIM`.
@@ -69,9 +69,9 @@ class PageShape(NamedTuple):
     NUM_SPARSE_HEADS: int
     HEAD_DIM: int
     FEATURE_DIM: int
-    HAS_SALIENCY: int
+    HAS_SCORE_WEIGHTS: int
     INT8_PAIRS: int
-    TURNED_AFTER: int
+    ROTATED_MAP_AFTER: int
     RING_SIZE: int
     STATES_PER_SET: int
     BLOCK_D: int
@@ -79,11 +79,11 @@ class PageShape(NamedTuple):
 
 
 @functools.cache
-def page_shape(layout: StateLayout, turned_after: int = NEVER) -> PageShape:
+def page_shape(layout: StateLayout, rotated_map_after: int = NEVER) -> PageShape:
     """What every kernel takes of a layout.
 
     Args:
-        turned_after: see `PageShape`.
+        rotated_map_after: see `PageShape`.
     """
     return PageShape(
         WINDOW_SIZE=layout.window_size,
@@ -95,9 +95,9 @@ def page_shape(layout: StateLayout, turned_after: int = NEVER) -> PageShape:
         NUM_SPARSE_HEADS=layout.num_sparse_heads,
         HEAD_DIM=layout.head_dim,
         FEATURE_DIM=layout.feature_dim,
-        HAS_SALIENCY=int(layout.has_saliency),
+        HAS_SCORE_WEIGHTS=int(layout.has_score_weights),
         INT8_PAIRS=int(layout.int8_pairs),
-        TURNED_AFTER=turned_after,
+        ROTATED_MAP_AFTER=rotated_map_after,
         RING_SIZE=layout.ring_size,
         STATES_PER_SET=layout.num_state_heads // layout.num_sparse_heads,
         BLOCK_D=max(MIN_DOT, triton.next_power_of_2(layout.head_dim)),
@@ -130,14 +130,14 @@ def map_of(w_ptr, head, SHAPE: tl.constexpr):
 def first_key_map(n, SHAPE: tl.constexpr):
     """Where the maps begin of keys that hidden states take with the n-th token of their page."""
     first = 0
-    if SHAPE.TURNED_AFTER < NO_PAGE:
-        first = tl.where(n > SHAPE.TURNED_AFTER, SHAPE.NUM_STATE_HEADS, 0)
+    if SHAPE.ROTATED_MAP_AFTER < NO_PAGE:
+        first = tl.where(n > SHAPE.ROTATED_MAP_AFTER, SHAPE.NUM_STATE_HEADS, 0)
     return first
 
 
 @triton.jit
-def saliency_weights_of(ws_ptr, kv_head, SHAPE: tl.constexpr):
-    """Weights of the saliency of a KV head: a `[d // 2]`, b `[d]` and c."""
+def importance_weights_of(ws_ptr, kv_head, SHAPE: tl.constexpr):
+    """Weights of the importance of a KV head: a `[d // 2]`, b `[d]` and c."""
     return ws_ptr + kv_head * (SHAPE.HEAD_DIM // 2 + SHAPE.HEAD_DIM + 1)
 
 
@@ -148,8 +148,8 @@ def exact_of(exact_ptr, kv_head, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def slots_of(ptr, sparse_head, SHAPE: tl.constexpr):
-    """One number per slot of a sparse set, from the page's positions, saliency or scales."""
+def entries_of(ptr, sparse_head, SHAPE: tl.constexpr):
+    """One number per entry of a sparse set, from the page's positions, importance or scales."""
     return ptr + sparse_head * SHAPE.SPARSE_CACHE_SIZE
 
 
@@ -253,7 +253,8 @@ def absorb_cached(
     q, k_at, v_at, k_scale_at, v_scale_at, index, ok, cols, scale, m, norm, acc,
     kv_type: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`absorb` the sparse pairs in the slots `index` `[N]` that are ok, `[N]`; pointers: the set's.
+    """`absorb` the sparse pairs in the entries `index` `[N]` that are ok, `[N]`; pointers: the
+    set's.
 
     kv_type: of the page's exact keys and values.
     """
@@ -384,7 +385,7 @@ class PageStrides(NamedTuple):
 
     Attributes:
         state: of H and s. kv: of exact keys and values. sparse: of those in the sparse cache.
-            words: of positions, saliency, scales and bounds. bytes: of directions.
+            words: of positions, importance, scales and bounds. bytes: of directions.
     """
 
     state: int

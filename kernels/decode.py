@@ -1,10 +1,10 @@
 """One fused decode step in Triton (LoLA, arXiv 2505.23666): write the pair, attend, mix.
 
 A program serves the query heads of one state head of one row. It reads the exact pairs by position
-(sinks, then the window), the sparse slots and the hidden state once, and holds nothing but running
-sums. The new pair comes from k and v and not from the ring, so no program waits for the one that
-writes it. When rows x heads are too few to fill the GPU, the pairs are cut into splits, with one
-more program for the hidden state, and a second kernel merges them.
+(sinks, then the window), the sparse entries and the hidden state once, and holds nothing but
+running sums. The new pair comes from k and v and not from the ring, so no program waits for the one
+that writes it. When rows x heads are too few to fill the GPU, the pairs are cut into splits, with
+one more program for the hidden state, and a second kernel merges them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,6 +20,7 @@ from lola_vllm.kernels.common import (
     MIN_DOT,
     absorb,
     absorb_cached,
+    entries_of,
     exact_of,
     exact_row,
     features,
@@ -34,7 +35,6 @@ from lola_vllm.kernels.common import (
     precision,
     product,
     s_of,
-    slots_of,
     window_start,
 )
 from lola_vllm.ops.contract import DecodeBatch, LayerState
@@ -43,7 +43,7 @@ from lola_vllm.state import StateLayout
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until there are about this many
 MAX_SPLITS = 32
 NUM_WARPS = 4
-INDEX_ARGS = ("slots_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment
+INDEX_ARGS = ("state_indices_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment
 
 
 @triton.jit(do_not_specialize_on_alignment=INDEX_ARGS)
@@ -62,7 +62,7 @@ def decode_kernel(
     v_scale_ptr,
     exact_k_ptr,
     exact_v_ptr,
-    slots_ptr,
+    state_indices_ptr,
     n_ptr,
     partial_ptr,
     stats_ptr,
@@ -74,7 +74,7 @@ def decode_kernel(
     v_head,
     out_row,
     out_head,
-    slots_stride,
+    state_indices_stride,
     n_stride,
     state_page,
     kv_page,
@@ -111,7 +111,7 @@ def decode_kernel(
     q_heads = head * Q + lanes
     out_at = out_ptr + row * out_row + q_heads[:, None] * out_head + cols[None, :]
 
-    page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
+    page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
     n = tl.load(n_ptr + row * n_stride).to(tl.int32)
     if (page <= 0) | (n <= 0):
         if SPLITS == 1:
@@ -134,7 +134,7 @@ def decode_kernel(
         tl.store(exact_k_at + to, k_new, mask=col_ok)
         tl.store(exact_v_at + to, v_new, mask=col_ok)
 
-    # The older pairs in one order: sinks, window, sparse slots. A split is a range of it.
+    # The older pairs in one order: sinks, window, sparse entries. A split is a range of it.
     first = window_start(position, SHAPE)
     num_sinks = tl.minimum(position, SHAPE.SINK_SIZE)
     num_exact = num_sinks + tl.maximum(position - first, 0)
@@ -165,8 +165,8 @@ def decode_kernel(
         sparse_head = head // (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_SPARSE_HEADS)
         sparse_k_at = pairs_of(sparse_k_ptr + page * sparse_page, sparse_head, SHAPE)
         sparse_v_at = pairs_of(sparse_v_ptr + page * sparse_page, sparse_head, SHAPE)
-        k_scale_at = slots_of(k_scale_ptr + page * words_page, sparse_head, SHAPE)
-        v_scale_at = slots_of(v_scale_ptr + page * words_page, sparse_head, SHAPE)
+        k_scale_at = entries_of(k_scale_ptr + page * words_page, sparse_head, SHAPE)
+        v_scale_at = entries_of(v_scale_ptr + page * words_page, sparse_head, SHAPE)
         for j in range(tl.maximum(start, num_exact) - num_exact, stop - num_exact, BLOCK_N):
             index = j + tl.arange(0, BLOCK_N)
             ok = index < stop - num_exact
@@ -219,13 +219,13 @@ def decode_kernel(
 def merge_kernel(
     out_ptr,
     gate_ptr,
-    slots_ptr,
+    state_indices_ptr,
     n_ptr,
     partial_ptr,
     stats_ptr,
     out_row,
     out_head,
-    slots_stride,
+    state_indices_stride,
     n_stride,
     SHAPE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -240,7 +240,7 @@ def merge_kernel(
     cols = tl.arange(0, BLOCK_D)
     col_ok = cols < D
     out_at = out_ptr + row * out_row + head * out_head + cols
-    page = tl.load(slots_ptr + row * slots_stride)
+    page = tl.load(state_indices_ptr + row * state_indices_stride)
     if (page <= 0) | (tl.load(n_ptr + row * n_stride) <= 0):
         zero = tl.zeros([BLOCK_D], tl.float32)
         tl.store(out_at, zero.to(out_ptr.dtype.element_ty), mask=col_ok)
@@ -297,7 +297,7 @@ def attend(
     """
     B, Hq, d = q.shape
     layout, views, weights = state.layout, state.views, state.weights
-    slots, seq_lens = batch
+    state_indices, seq_lens = batch
     pages = page_strides(state)
     if splits > 1:
         partial = torch.empty(B, Hq, splits + 1, d, dtype=torch.float32, device=q.device)
@@ -308,17 +308,16 @@ def attend(
         q, k, v, out, weights.feature_map_q, weights.log_gate,
         views.H, views.s, views.sparse_k, views.sparse_v, views.sparse_k_scale,
         views.sparse_v_scale, views.exact_k, views.exact_v,
-        slots, seq_lens, partial, stats,
+        state_indices, seq_lens, partial, stats,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        out.stride(0), out.stride(1), slots.stride(0), seq_lens.stride(0), pages.state, pages.kv,
-        pages.sparse, pages.words, d**-0.5,
-        **decode_constants(layout, Hq, splits, weights.subtract_max),
-        PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
+        out.stride(0), out.stride(1), state_indices.stride(0), seq_lens.stride(0), pages.state,
+        pages.kv, pages.sparse, pages.words, d**-0.5, **decode_constants(layout, Hq, splits,
+        weights.subtract_max), PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(B * Hq,)](
-            out, weights.log_gate, slots, seq_lens, partial, stats,
-            out.stride(0), out.stride(1), slots.stride(0), seq_lens.stride(0),
+            out, weights.log_gate, state_indices, seq_lens, partial, stats,
+            out.stride(0), out.stride(1), state_indices.stride(0), seq_lens.stride(0),
             **merge_constants(layout, Hq, splits, weights.subtract_max), num_warps=NUM_WARPS,
         )  # fmt: skip
 

@@ -25,6 +25,7 @@ from lola_vllm.kernels.common import (
     MIN_DOT,
     absorb,
     absorb_cached,
+    entries_of,
     exact_of,
     exact_row,
     h_of,
@@ -37,7 +38,6 @@ from lola_vllm.kernels.common import (
     precision,
     read_state,
     s_of,
-    slots_of,
     window_start,
 )
 from lola_vllm.kernels.update import Rows, scratch_buffers, update
@@ -70,7 +70,7 @@ def prefill_kernel(
     v_scale_ptr,
     exact_k_ptr,
     exact_v_ptr,
-    slots_ptr,
+    state_indices_ptr,
     chunks_ptr,
     soft_ptr,
     lse_ptr,
@@ -127,7 +127,7 @@ def prefill_kernel(
     q_ok = query_ok[:, None] & col_ok[None, :]
     tokens = token + queries
     out_at = out_ptr + head * out_head + tokens[:, None] * out_token + cols[None, :]
-    page = tl.load(slots_ptr + chunk).to(tl.int64)
+    page = tl.load(state_indices_ptr + chunk).to(tl.int64)
     if page <= 0:
         zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         tl.store(out_at, zero.to(out_ptr.dtype.element_ty), mask=q_ok)
@@ -186,8 +186,8 @@ def prefill_kernel(
         num_sparse = tl.minimum(first - SHAPE.SINK_SIZE, LAM)
         sparse_k_at = pairs_of(sparse_k_ptr + page * sparse_page, sparse_head, SHAPE)
         sparse_v_at = pairs_of(sparse_v_ptr + page * sparse_page, sparse_head, SHAPE)
-        k_scale_at = slots_of(k_scale_ptr + page * words_page, sparse_head, SHAPE)
-        v_scale_at = slots_of(v_scale_ptr + page * words_page, sparse_head, SHAPE)
+        k_scale_at = entries_of(k_scale_ptr + page * words_page, sparse_head, SHAPE)
+        v_scale_at = entries_of(v_scale_ptr + page * words_page, sparse_head, SHAPE)
         for j in range(0, num_sparse, BLOCK_N):
             index = j + tl.arange(0, BLOCK_N)
             ok = index < num_sparse
@@ -304,7 +304,7 @@ def prefill(
     )
     if not steps:
         return
-    n, page = chunks[3], batch.slots.index_select(0, chunks[4])
+    n, page = chunks[3], batch.state_indices.index_select(0, chunks[4])
 
     d, Hq = q.shape[-1], q.shape[1]
     strides = page_strides(state)

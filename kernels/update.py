@@ -6,10 +6,10 @@ has due is known on the device only; the grid does not depend on it.
 
 - `score_kernel`: self-recall errors of all candidates (cached and evicted pairs) of the due rows.
 - `fold_kernel`: picks the lam best of each sparse set, adds the others to H and s, and puts the
-  kept newcomers into the free slots. One program per row and set, because folding reads the slots
-  that replacing overwrites.
+  kept incoming pairs into the free entries. One program per row and set, because folding reads the
+  entries that replacing overwrites.
 
-With interval 1 the scores come from incremental.py, which computes few of them.
+With interval 1 the scores come from update_per_token.py, which computes few of them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -27,12 +27,12 @@ from lola_vllm.kernels.candidates import (
     BLOCK_R,
     COUNT_ARGS,
     INDEX_ARGS,
+    candidate_importance,
     candidate_ok,
-    candidate_saliency,
     due_rows,
     evicted_rows,
     gather_pairs,
-    new_saliency,
+    new_importance,
     nth_row,
     recall_error,
 )
@@ -41,6 +41,7 @@ from lola_vllm.kernels.common import (
     RECALL_EPS,
     add_dithered,
     dither,
+    entries_of,
     features,
     first_key_map,
     h_of,
@@ -53,17 +54,16 @@ from lola_vllm.kernels.common import (
     pairs_of,
     product,
     s_of,
-    slots_of,
     window_start,
 )
-from lola_vllm.kernels.incremental import (
+from lola_vllm.kernels.update_per_token import (
     BLOCK_P,
     BLOCK_T,
     NUM_BOUNDS,
-    bounded_score_kernel,
+    per_token_score_kernel,
     track_fold,
 )
-from lola_vllm.kernels.incremental import SCORE_WARPS as BOUNDED_SCORE_WARPS
+from lola_vllm.kernels.update_per_token import SCORE_WARPS as PER_TOKEN_SCORE_WARPS
 from lola_vllm.ops.contract import LayerState
 from lola_vllm.state import StateLayout
 
@@ -106,16 +106,17 @@ def select(score, position, ok, overflow, LAM: tl.constexpr):
 
 @triton.jit
 def put(
-    sparse_at, scale_at, exact_at, e, slot, ok, start, sparse_head, kv_head, cols,
+    sparse_at, scale_at, exact_at, e, entry, ok, start, sparse_head, kv_head, cols,
     SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values of evicted pairs into their slots. Returns what they stand for there, float32.
+    """Keys or values of evicted pairs into their entries. Returns what they stand for there,
+    float32.
 
-    Arguments as of `candidates.gather`; e and slot `[M]`.
+    Arguments as of `candidates.gather`; e and entry `[M]`.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     x = evicted_rows(exact_at, e, ok, start, kv_head, cols, SHAPE)
-    to = pairs_of(sparse_at, sparse_head, SHAPE) + (slot * D)[:, None] + cols[None, :]
+    to = pairs_of(sparse_at, sparse_head, SHAPE) + (entry * D)[:, None] + cols[None, :]
     pair_ok = ok[:, None] & (cols < D)[None, :]
     if not SHAPE.INT8_PAIRS:
         tl.store(to, x, mask=pair_ok)
@@ -125,7 +126,7 @@ def put(
         scale = int8_scale(x)
         numbers = int8_numbers(x, scale)
         tl.store(to, numbers.to(tl.int8), mask=pair_ok)
-        tl.store(slots_of(scale_at, sparse_head, SHAPE) + slot, scale, mask=ok)
+        tl.store(entries_of(scale_at, sparse_head, SHAPE) + entry, scale, mask=ok)
         return numbers * scale[:, None]
 
 
@@ -135,17 +136,17 @@ def score_kernel(
     ws_ptr,
     h_ptr,
     s_ptr,
-    saliency_ptr,
+    score_weights_ptr,
     sparse_k_ptr,
     sparse_v_ptr,
     k_scale_ptr,
     v_scale_ptr,
     exact_k_ptr,
     exact_v_ptr,
-    slots_ptr,
+    state_indices_ptr,
     n_ptr,
     scores_ptr,
-    slots_stride,
+    state_indices_stride,
     n_stride,
     state_page,
     kv_page,
@@ -161,7 +162,7 @@ def score_kernel(
     """Scores `[num_rows, Hg, lam + C]`, float32, of the rows whose cache overflows now. Any grid.
 
     SRE where a set has one state head, else the mean over its state heads of SRE / ||v||; with a
-    saliency, times that.
+    importance, times that.
     """
     F: tl.constexpr = SHAPE.FEATURE_DIM
     LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
@@ -173,14 +174,16 @@ def score_kernel(
     end = first_row + num_rows
     for base in range(first_row, end, BLOCK_R):
         rows = base + tl.arange(0, BLOCK_R)
-        due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, LAM, SHAPE)
+        due = due_rows(
+            state_indices_ptr, n_ptr, state_indices_stride, n_stride, rows, end, LAM, SHAPE
+        )
         rank = tl.cumsum(due.to(tl.int32), 0)
         items = tl.sum(due.to(tl.int32), 0) * (SHAPE.NUM_SPARSE_HEADS * BLOCKS)
         for item in range(tl.program_id(0), items, tl.num_programs(0)):
             row = nth_row(due, rank, rows, item // (SHAPE.NUM_SPARSE_HEADS * BLOCKS)).to(tl.int64)
             sparse_head = item // BLOCKS % SHAPE.NUM_SPARSE_HEADS
             kv_head = sparse_head // (SHAPE.NUM_SPARSE_HEADS // SHAPE.NUM_KV_HEADS)
-            page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
+            page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
             start, stop = window_start(n - C, SHAPE), window_start(n, SHAPE)
             first_map = first_key_map(n, SHAPE)
@@ -197,9 +200,9 @@ def score_kernel(
             k, v = gather_pairs(pairs_at, e, ok, start, sparse_head, kv_head, cols, SHAPE)
             # Before the first fold H and s are leftovers, and count as zero.
             num_features = tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
-            if SHAPE.HAS_SALIENCY:  # before the loop, for fewer registers in it
-                weight = candidate_saliency(
-                    ws_ptr, saliency_ptr + page * words_page, k, v, exact_k_at, e, ok, start,
+            if SHAPE.HAS_SCORE_WEIGHTS:  # before the loop, for fewer registers in it
+                weight = candidate_importance(
+                    ws_ptr, score_weights_ptr + page * words_page, k, v, exact_k_at, e, ok, start,
                     sparse_head, kv_head, cols, SHAPE,
                 )  # fmt: skip
             norm = tl.sqrt_rn(tl.sum(v * v, 1))
@@ -214,7 +217,7 @@ def score_kernel(
                 total += size if SHAPE.STATES_PER_SET == 1 else tl.div_rn(size, least)
             if SHAPE.STATES_PER_SET > 1:
                 total = total / SHAPE.STATES_PER_SET
-            if SHAPE.HAS_SALIENCY:
+            if SHAPE.HAS_SCORE_WEIGHTS:
                 total *= weight
             at = scores_ptr + ((row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head) * E + e
             tl.store(at, total, mask=ok)
@@ -227,7 +230,7 @@ def fold_kernel(
     h_ptr,
     s_ptr,
     positions_ptr,
-    saliency_ptr,
+    score_weights_ptr,
     sparse_k_ptr,
     sparse_v_ptr,
     k_scale_ptr,
@@ -236,12 +239,12 @@ def fold_kernel(
     exact_v_ptr,
     bounds_ptr,
     directions_ptr,
-    slots_ptr,
+    state_indices_ptr,
     n_ptr,
     scores_ptr,
     lists_ptr,
     fresh_ptr,
-    slots_stride,
+    state_indices_stride,
     n_stride,
     state_page,
     kv_page,
@@ -255,13 +258,13 @@ def fold_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BOUNDED: tl.constexpr,
+    KEEPS_BOUNDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Select, fold and replace in the rows that are due; scratch lists `[num_rows, Hg, 3, C]`.
 
-    Any grid. The lists hold the candidates to fold, the newcomers to keep, and the free slots.
-    BOUNDED: the scores are of `bounded_score_kernel`, which left `fresh`.
+    Any grid. The lists hold the candidates to fold, the incoming pairs to keep, and the free
+    entries. KEEPS_BOUNDS: the scores are of `per_token_score_kernel`, which left `fresh`.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     F: tl.constexpr = SHAPE.FEATURE_DIM
@@ -276,14 +279,16 @@ def fold_kernel(
     end = first_row + num_rows
     for base in range(first_row, end, BLOCK_R):
         rows = base + tl.arange(0, BLOCK_R)
-        due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, 0, SHAPE)
+        due = due_rows(
+            state_indices_ptr, n_ptr, state_indices_stride, n_stride, rows, end, 0, SHAPE
+        )
         rank = tl.cumsum(due.to(tl.int32), 0)
         items = tl.sum(due.to(tl.int32), 0) * SHAPE.NUM_SPARSE_HEADS
         for item in range(tl.program_id(0), items, tl.num_programs(0)):
             row = nth_row(due, rank, rows, item // SHAPE.NUM_SPARSE_HEADS).to(tl.int64)
             sparse_head = item % SHAPE.NUM_SPARSE_HEADS
             kv_head = sparse_head // (SHAPE.NUM_SPARSE_HEADS // SHAPE.NUM_KV_HEADS)
-            page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
+            page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
             start, stop = window_start(n - C, SHAPE), window_start(n, SHAPE)
             first_map = first_key_map(n, SHAPE)
@@ -291,7 +296,7 @@ def fold_kernel(
             # Before the first fold H and s are leftovers, and count as zero.
             live = feats < tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
             scratch = (row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head
-            positions_at = slots_of(positions_ptr + page * words_page, sparse_head, SHAPE)
+            positions_at = entries_of(positions_ptr + page * words_page, sparse_head, SHAPE)
             exact_k_at, exact_v_at = exact_k_ptr + page * kv_page, exact_v_ptr + page * kv_page
             pairs_at = (
                 sparse_k_ptr + page * sparse_page, sparse_v_ptr + page * sparse_page,
@@ -351,7 +356,7 @@ def fold_kernel(
                 s = tl.load(s_at, mask=live, other=0.0)
                 tl.store(s_at, add_dithered(s, more_s, place), mask=feat_ok)
 
-            if BOUNDED:
+            if KEEPS_BOUNDS:
                 fresh_at = fresh_ptr + scratch * SHAPE.STATES_PER_SET * (NUM_BOUNDS + D)
                 track_fold(
                     bounds_ptr + page * words_page, directions_ptr + page * directions_page,
@@ -359,27 +364,29 @@ def fold_kernel(
                     sparse_head, kv_head, cols, SHAPE, BLOCK_P,
                 )  # fmt: skip
             if LAM > 0:
-                tl.debug_barrier()  # the folded pairs are read: their slots may go
+                tl.debug_barrier()  # the folded pairs are read: their entries may go
                 for c in tl.range(0, num_new, BLOCK_E, num_stages=1):
                     index = c + tl.arange(0, BLOCK_E)
                     some = index < num_new
                     which = tl.load(new_at + index, mask=some, other=LAM)
-                    slot = tl.load(free_at + index, mask=some, other=0)
-                    tl.store(positions_at + slot, start + which - LAM, mask=some)
+                    entry = tl.load(free_at + index, mask=some, other=0)
+                    tl.store(positions_at + entry, start + which - LAM, mask=some)
                     k = put(
-                        pairs_at[0], pairs_at[2], exact_k_at, which, slot, some, start,
+                        pairs_at[0], pairs_at[2], exact_k_at, which, entry, some, start,
                         sparse_head, kv_head, cols, SHAPE,
                     )  # fmt: skip
                     v = put(
-                        pairs_at[1], pairs_at[3], exact_v_at, which, slot, some, start,
+                        pairs_at[1], pairs_at[3], exact_v_at, which, entry, some, start,
                         sparse_head, kv_head, cols, SHAPE,
                     )  # fmt: skip
-                    if SHAPE.HAS_SALIENCY:
-                        w = new_saliency(
+                    if SHAPE.HAS_SCORE_WEIGHTS:
+                        w = new_importance(
                             ws_ptr, k, v, exact_k_at, which, some, start, kv_head, cols, SHAPE
                         )
-                        saliency_at = saliency_ptr + page * words_page
-                        tl.store(slots_of(saliency_at, sparse_head, SHAPE) + slot, w, mask=some)
+                        score_weights_at = score_weights_ptr + page * words_page
+                        tl.store(
+                            entries_of(score_weights_at, sparse_head, SHAPE) + entry, w, mask=some
+                        )
 
 
 class Scratch(NamedTuple):
@@ -396,7 +403,7 @@ class Scratch(NamedTuple):
     fresh: Tensor
 
 
-def bounded(layout: StateLayout) -> bool:
+def keeps_bounds(layout: StateLayout) -> bool:
     """Whether few scores are computed."""
     return layout.update_interval == 1 and layout.sparse_cache_size > 0
 
@@ -405,11 +412,12 @@ class Rows(NamedTuple):
     """The rows that an update looks at.
 
     Attributes:
-        slots, seq_lens: `[>= first + num_rows]`, any integer dtypes: each row's page and tokens.
+        state_indices, seq_lens: `[>= first + num_rows]`, any integer dtypes: each row's page and
+            tokens.
         first, num_rows: the range of rows.
     """
 
-    slots: Tensor
+    state_indices: Tensor
     seq_lens: Tensor
     first: int
     num_rows: int
@@ -423,12 +431,12 @@ def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) 
         score: False where the caller knows that no row's cache overflows.
     """
     layout, views, key_maps = state.layout, state.views, state.weights.key_maps
-    saliency = state.weights.saliency
-    if saliency is None:  # not read: any float32 pointer does
-        saliency = key_maps
+    importance = state.weights.importance
+    if importance is None:  # not read: any float32 pointer does
+        importance = key_maps
     strides = page_strides(state)
-    slots, n, first_row, num_rows = rows
-    own = page_shape(layout, state.turned_after)
+    state_indices, n, first_row, num_rows = rows
+    own = page_shape(layout, state.rotated_map_after)
     shape = {"SHAPE": own, "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
     Hg, lam = layout.num_sparse_heads, layout.sparse_cache_size
     E = lam + layout.update_interval
@@ -440,23 +448,23 @@ def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) 
     )  # fmt: skip
     if not score or lam == 0:
         pass  # all that leaves the window enters the cache, or all is folded
-    elif bounded(layout):
-        bounded_score_kernel[(sets,)](
-            key_maps, saliency, views.H, views.s, views.saliency, *pairs, views.bounds,
-            views.directions, slots, n, scratch.scores, scratch.doubtful, scratch.fresh,
-            slots.stride(0), n.stride(0), *strides, first_row, num_rows, **shape,
-            **bounded_constants(layout), num_warps=BOUNDED_SCORE_WARPS,
+    elif keeps_bounds(layout):
+        per_token_score_kernel[(sets,)](
+            key_maps, importance, views.H, views.s, views.score_weights, *pairs, views.bounds,
+            views.directions, state_indices, n, scratch.scores, scratch.doubtful, scratch.fresh,
+            state_indices.stride(0), n.stride(0), *strides, first_row, num_rows, **shape,
+            **per_token_constants(layout), num_warps=PER_TOKEN_SCORE_WARPS,
         )  # fmt: skip
     else:
         score_kernel[(min(most, num_rows * Hg * triton.cdiv(E, BLOCK_E)),)](
-            key_maps, saliency, views.H, views.s, views.saliency, *pairs, slots, n,
-            scratch.scores, slots.stride(0), n.stride(0), *strides[:-1], first_row, num_rows,
-            **shape, BLOCK_E=BLOCK_E, num_warps=SCORE_WARPS,
+            key_maps, importance, views.H, views.s, views.score_weights, *pairs, state_indices, n,
+            scratch.scores, state_indices.stride(0), n.stride(0), *strides[:-1], first_row,
+            num_rows, **shape, BLOCK_E=BLOCK_E, num_warps=SCORE_WARPS,
         )  # fmt: skip
     fold_kernel[(sets,)](
-        key_maps, saliency, views.H, views.s, views.positions, views.saliency, *pairs,
-        views.bounds, views.directions, slots, n, scratch.scores, scratch.lists, scratch.fresh,
-        slots.stride(0), n.stride(0), *strides, first_row, num_rows, **shape,
+        key_maps, importance, views.H, views.s, views.positions, views.score_weights, *pairs,
+        views.bounds, views.directions, state_indices, n, scratch.scores, scratch.lists,
+        scratch.fresh, state_indices.stride(0), n.stride(0), *strides, first_row, num_rows, **shape,
         **fold_constants(layout), num_warps=FOLD_WARPS,
     )  # fmt: skip
 
@@ -469,20 +477,20 @@ def fold_constants(layout: StateLayout) -> dict[str, int]:
         "BLOCK_E": min(most, max(MIN_DOT, triton.next_power_of_2(interval))),
         "BLOCK_ALL": triton.next_power_of_2(layout.sparse_cache_size + interval),
         "BLOCK_P": BLOCK_P,
-        "BOUNDED": bounded(layout),
+        "KEEPS_BOUNDS": keeps_bounds(layout),
     }
 
 
-def bounded_constants(layout: StateLayout) -> dict[str, int]:
-    """`bounded_score_kernel`'s compile-time arguments beside SHAPE, BLOCK_R and PRECISION."""
-    slots = max(BLOCK_T, triton.next_power_of_2(layout.sparse_cache_size))
-    return {"BLOCK_T": BLOCK_T, "BLOCK_LAM": slots}
+def per_token_constants(layout: StateLayout) -> dict[str, int]:
+    """`per_token_score_kernel`'s compile-time arguments beside SHAPE, BLOCK_R and PRECISION."""
+    entries = max(BLOCK_T, triton.next_power_of_2(layout.sparse_cache_size))
+    return {"BLOCK_T": BLOCK_T, "BLOCK_LAM": entries}
 
 
 def scratch_buffers(layout: StateLayout, num_rows: int, device: torch.device) -> Scratch:
     """Scratch of updates of up to `num_rows` rows."""
     Hg, lam, C = layout.num_sparse_heads, layout.sparse_cache_size, layout.update_interval
-    rows = num_rows if bounded(layout) else 0
+    rows = num_rows if keeps_bounds(layout) else 0
     known = NUM_BOUNDS.value + layout.head_dim
     return Scratch(
         torch.empty(num_rows, Hg, lam + C, dtype=torch.float32, device=device),

@@ -107,7 +107,7 @@ def attend(
     )
     T, Hq, d = q.shape
     Hkv = layout.num_kv_heads
-    page = batch.slots.index_select(0, row).long()
+    page = batch.state_indices.index_select(0, row).long()
     padding = (page <= 0)[:, None, None]
 
     def gather(new: Tensor, store: Tensor) -> Tensor:

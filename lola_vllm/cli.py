@@ -221,10 +221,10 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--model", type=Path, metavar="DIR",
-        help="a LoLA model of it, to fit saliency to",
+        help="a LoLA model of it, to fit importance to",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="a copy of --model with the sizes and saliency"
+        "--out", type=Path, metavar="DIR", help="a copy of --model with the sizes and importance"
     )
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
     parser.add_argument("--save", type=Path, metavar="FILE", help="both alone, as safetensors")
@@ -246,14 +246,14 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
         options = from_options(CalibrateOptions, args)
         found = calibrate(args.base, args.texts, options, args.model)
         print(report(found))
-        saliency = calibration.saliency_tensors(found.saliency)
+        importance = calibration.importance_tensors(found.importance)
         if args.out is not None:
             calibration.write_calibrated(
-                args.model, args.out, found.sizes, saliency, force=args.force, inputs=inputs
+                args.model, args.out, found.sizes, importance, force=args.force, inputs=inputs
             )
-            print(f"{args.out}: {args.model} with these sizes and this saliency")
+            print(f"{args.out}: {args.model} with these sizes and this importance")
         if args.save is not None:
-            calibration.save_calibration(args.save, found.sizes, saliency)
+            calibration.save_calibration(args.save, found.sizes, importance)
         return 0
 
     parser.set_defaults(run=run)

@@ -30,32 +30,33 @@ LOLA_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     ),
     "update_interval": (int, "tokens between two updates (default: the window size)"),
     "sink_size": (int, "first positions that stay exact for ever"),
-    "rebase_interval": (
+    "context_shift": (
         int,
-        "positions by which RoPE's origin moves when the base's trained length is used up (new "
+        "positions by which contexts shift when the base's trained length is used up (new "
         "checkpoints: a quarter of it); 0: contexts end there",
     ),
-    "score_fade": (
+    "score_decay": (
         float,
-        "power of the hidden state's fading by which the scores of sparse pairs fade at a rebase; "
+        "power of the hidden state's decay by which the scores of sparse pairs decay at a context "
+        "shift; "
         "0: never",
     ),
-    "score_fade_rebases": (
+    "score_decay_shifts": (
         int,
-        "rebases at which the score of a pair fades, after which it stays (default: all)",
+        "context shifts at which the score of a pair decays, after which it stays (default: all)",
     ),
-    "fold_ahead": (
+    "fold_rotation": (
         int,
-        "rebases by which the keys that the hidden state takes are turned ahead of the exact ones, "
+        "context shifts by which keys are rotated further before they are folded, "
         "in contexts beyond the base's trained length",
     ),
-    "far_zone_start": (
+    "bucket_start": (
         int,
-        "first of the places where old exact keys rest in contexts beyond the base's trained "
+        "first RoPE position of the bucket of old exact keys in contexts beyond the base's trained "
         "length",
     ),
     "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
-    "mixing": (str, "how softmax and linear parts are weighed: lola or lolcats"),
+    "mixing": (str, "how softmax and linear parts are weighted: lola or lolcats"),
     "state_dtype": (str, "storage of the hidden state: float32, no other"),
     "sparse_sharing": (str, "sparse sets shared inside a KV group: none or kv_head"),
     "sparse_dtype": (

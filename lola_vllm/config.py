@@ -70,37 +70,37 @@ class LolaConfig(BaseModel):
             map's output has 2F entries.
         feature_map: `"softmax"`, the only one so far: `concat(softmax(xW), softmax(-xW))`
             (arXiv 2410.10254).
-        mixing: how exact and linear parts are weighed. `"lola"` weighs exact pairs by `g exp(z)`
+        mixing: how exact and linear parts are weighted. `"lola"` weighs exact pairs by `g exp(z)`
             and the hidden state by `1 - g`; `"lolcats"` by `g exp(z - max z)` and 1.
         state_dtype: dtype of the hidden state H and s. Only `"float32"`: in a narrower sum, folded
             pairs are soon lost to rounding.
         sparse_sharing: `"none"`: one sparse set per state head; `"kv_head"`: one per KV head,
             scored by the mean over its state heads of SRE over the value's norm (changes nothing
             where each KV head has one state head).
-        saliency: in JSON `true` or `false`: whether the choice of sparse pairs weighs a pair's
-            score by a learned number, for which the checkpoint has a tensor `saliency` per layer;
-            false is the paper.
+        importance: in JSON `true` or `false`: whether the choice of sparse pairs multiplies a
+            pair's score by its learned importance, for which the checkpoint has a tensor
+            `importance` per layer; false is the paper.
         sparse_dtype: how pairs are kept that have left the window. `"model"`: in the model's dtype,
             which is the paper; `"int8"`: rounded to 8 bits, with a float32 scale per key and per
             value, which takes half the memory.
-        rebase_interval: D, positions by which the origin of RoPE moves whenever a sequence has no
-            room left in the base's trained length P, `max_position_embeddings`; divides P. 0:
-            never, so that contexts end at P. New checkpoints have a quarter of P.
-        score_fade: gamma (>= 0): a rebase multiplies the scores of the pairs in the sparse cache by
-            `(1 - D / P)^gamma`. 1: they fade as the hidden state does. 0: they never fade, and old
-            pairs keep their places.
-        score_fade_rebases: K (>= 1), so many rebases make the score of a pair fade, the first ones
-            that it meets; then the score stays. A pair whose score is
-            `(1 - D / P)^(-gamma K)` times those of newer ones is kept for ever. None: all rebases
-            do, so that every pair leaves the cache in the end.
-        fold_ahead: m, by how many rebases the keys that the hidden state takes are turned ahead of
-            the exact ones, in a sequence that was rebased; from 0 to `P / D - 1`. 0: not at all, so
-            that after a rebase the hidden state holds keys at places that tokens have yet to reach.
-            New checkpoints have `P / D / 2`, rounded down.
-        far_zone_start: F, first place of the far zone. Rebases turn exact keys towards it, until
-            they lie from F to F + D, where they rest for ever. From 0 to `P - 2 D`. A larger one
-            keeps old pairs closer to new tokens. New checkpoints have `3 P / 8`, or `P - 2 D` where
-            that is less.
+        context_shift: D, positions by which a context shifts whenever a sequence has used up the
+            base's trained length P, `max_position_embeddings`; divides P. 0: never, so that
+            contexts end at P. New checkpoints have a quarter of P.
+        score_decay: gamma (>= 0): a context shift multiplies the scores of the pairs in the sparse
+            cache by `(1 - D / P)^gamma`. 1: they decay as the hidden state does. 0: they never
+            decay, and old pairs stay.
+        score_decay_shifts: K (>= 1), so many context shifts make the score of a pair decay, the
+            first ones that it meets; then the score stays. A pair whose score is
+            `(1 - D / P)^(-gamma K)` times those of newer ones is kept for ever. None: all context
+            shifts do, so that every pair leaves the cache in the end.
+        fold_rotation: m, context shifts by which keys are rotated further before they are folded,
+            in a sequence that was shifted; from 0 to `P / D - 1`. 0: not at all, so that after a
+            context shift the hidden state holds keys at RoPE positions that tokens have yet to
+            reach. New checkpoints have `P / D / 2`, rounded down.
+        bucket_start: F, first RoPE position of the bucket of old keys. Context shifts rotate exact
+            keys towards it, until they lie from F to F + D, where they stay for ever. From 0 to
+            `P - 2 D`. A larger one keeps old pairs closer to new tokens. New checkpoints have
+            `3 P / 8`, or `P - 2 D` where that is less.
         num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of
             KV heads (maps tied inside a group). None: as the checkpoint's tensors say.
     """
@@ -118,13 +118,13 @@ class LolaConfig(BaseModel):
     mixing: Literal["lola", "lolcats"] = "lola"
     state_dtype: Literal["float32"] = "float32"
     sparse_sharing: Literal["none", "kv_head"] = "none"
-    saliency: bool = False
+    importance: bool = False
     sparse_dtype: Literal["model", "int8"] = "model"
-    rebase_interval: int = PydanticField(default=0, ge=0)
-    score_fade: float = PydanticField(default=0.0, ge=0, le=100)
-    score_fade_rebases: int | None = PydanticField(default=None, ge=1)
-    fold_ahead: int = PydanticField(default=0, ge=0)
-    far_zone_start: int = PydanticField(default=0, ge=0)
+    context_shift: int = PydanticField(default=0, ge=0)
+    score_decay: float = PydanticField(default=0.0, ge=0, le=100)
+    score_decay_shifts: int | None = PydanticField(default=None, ge=1)
+    fold_rotation: int = PydanticField(default=0, ge=0)
+    bucket_start: int = PydanticField(default=0, ge=0)
     num_state_heads: int | None = PydanticField(default=None, ge=1)
 
     def __init__(self, **data: Any) -> None:
@@ -218,39 +218,40 @@ class LolaConfig(BaseModel):
 
     @property
     def weighs_scores(self) -> bool:
-        """Whether pages keep, for each sparse pair, a number that multiplies its score."""
-        return self.saliency or (self.score_fade > 0 and self.rebase_interval > 0)
+        """Whether pages keep, for each sparse pair, a weight of its score."""
+        return self.importance or (self.score_decay > 0 and self.context_shift > 0)
 
-    def check_places(self, length: int) -> None:
-        """Raise `LolaConfigError` unless rebases suit a base's trained length P.
+    def check_context_shift(self, length: int) -> None:
+        """Raise `LolaConfigError` unless context shifts suit a base's trained length P.
 
         Args:
             length: P, the model's `max_position_embeddings`, in tokens.
         """
-        interval = self.rebase_interval
+        interval = self.context_shift
         if interval and (length % interval or interval == length):
             raise LolaConfigError(
-                f"lola_config.rebase_interval = {interval}: must divide max_position_embeddings = "
-                f"{length} and be less; use {default_rebase_interval(length) or 1}, or 0 for "
+                f"lola_config.context_shift = {interval}: must divide max_position_embeddings = "
+                f"{length} and be less; use {default_context_shift(length) or 1}, or 0 for "
                 f"contexts that end at {length} tokens"
             )
-        if interval and self.fold_ahead >= length // interval:
+        if interval and self.fold_rotation >= length // interval:
             raise LolaConfigError(
-                f"lola_config.fold_ahead = {self.fold_ahead}: new keys would be turned to places "
-                f"below 0; use at most {length // interval - 1} (max_position_embeddings / "
-                "rebase_interval - 1)"
+                f"lola_config.fold_rotation = {self.fold_rotation}: keys would be rotated to RoPE "
+                f"positions below 0; use at most {length // interval - 1} "
+                "(max_position_embeddings / context_shift - 1)"
             )
-        if interval and self.far_zone_start > length - 2 * interval:
+        if interval and self.bucket_start > length - 2 * interval:
             raise LolaConfigError(
-                f"lola_config.far_zone_start = {self.far_zone_start}: old pairs would lie among "
+                f"lola_config.bucket_start = {self.bucket_start}: old pairs would lie among "
                 f"new tokens; use at most {length - 2 * interval} (max_position_embeddings - 2 * "
-                "rebase_interval)"
+                "context_shift)"
             )
         if interval and self.sink_size > length - interval:
             raise LolaConfigError(
-                f"lola_config.sink_size = {self.sink_size}: sinks keep their places, and after a "
-                f"rebase new tokens lie from {length - interval} on (max_position_embeddings - "
-                f"rebase_interval); use at most {length - interval} sinks, or rebase_interval = 0"
+                f"lola_config.sink_size = {self.sink_size}: sinks keep their RoPE positions, and "
+                f"after a context shift new tokens have those from {length - interval} on "
+                f"(max_position_embeddings - context_shift); use at most {length - interval} "
+                "sinks, or context_shift = 0"
             )
 
     def num_sparse_heads(self, num_state_heads: int, num_kv_heads: int) -> int:
@@ -291,13 +292,13 @@ def _plain(sizes: tuple[int | tuple[int, ...], ...]) -> list[int | list[int]]:
     return [size if isinstance(size, int) else list(size) for size in sizes]
 
 
-def saliency_size(head_dim: int) -> int:
-    """Numbers in a KV head's saliency weights: of d // 2 lengths, of a value, and a constant."""
+def importance_size(head_dim: int) -> int:
+    """Numbers in a KV head's importance weights: of d // 2 lengths, of a value, and a constant."""
     return head_dim // 2 + head_dim + 1
 
 
-def default_rebase_interval(length: int) -> int:
-    """`rebase_interval` of a new checkpoint: a quarter of the trained length, 0 if it has none.
+def default_context_shift(length: int) -> int:
+    """`context_shift` of a new checkpoint: a quarter of the trained length, 0 if it has none.
 
     Args:
         length: P, the base's `max_position_embeddings`, in tokens.
@@ -305,8 +306,9 @@ def default_rebase_interval(length: int) -> int:
     return 0 if length % 4 else length // 4
 
 
-def default_fold_ahead(length: int, interval: int) -> int:
-    """`fold_ahead` of a new checkpoint: as many rebases as half of the trained length has.
+def default_fold_rotation(length: int, interval: int) -> int:
+    """`fold_rotation` of a new checkpoint: as many context shifts as half of the trained length
+    has.
 
     Args:
         length: P, the base's `max_position_embeddings`. interval: D; 0: contexts end at P.
@@ -314,8 +316,8 @@ def default_fold_ahead(length: int, interval: int) -> int:
     return length // interval // 2 if interval else 0
 
 
-def default_far_zone_start(length: int, interval: int) -> int:
-    """`far_zone_start` of a new checkpoint: 3/8 of the trained length, if there is room for it.
+def default_bucket_start(length: int, interval: int) -> int:
+    """`bucket_start` of a new checkpoint: 3/8 of the trained length, if there is room for it.
 
     Measured on the demo model (`docs/choices.md`). From pairs that are farther back less is
     recalled, and pairs next to new tokens make these harder to predict.
@@ -420,7 +422,7 @@ class LolaLlamaConfig(LlamaConfig):
         not. So contexts without end have a default that is long, but costs little.
         """
         length: int = self.max_position_embeddings
-        return max(length, ENDLESS_LENGTH) if self.lola.rebase_interval else length
+        return max(length, ENDLESS_LENGTH) if self.lola.context_shift else length
 
     @property
     def lola(self) -> LolaConfig:

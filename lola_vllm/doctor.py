@@ -34,8 +34,8 @@ import json
 def tell(**facts): print("\\n" + json.dumps(facts), flush=True)
 import torch
 tell(torch=torch.__version__, cuda=torch.version.cuda, gpus=torch.cuda.device_count())
-from lola_vllm.ops import native
-tell(native=native.load(), isa=native.cpu_isa() if native.load() else None)
+from lola_vllm.ops import cpp
+tell(cpp=cpp.load(), isa=cpp.cpu_isa() if cpp.load() else None)
 import vllm
 from vllm import LLM
 tell(vllm=vllm.__version__)
@@ -246,9 +246,9 @@ def check_plugin(probe: Probe, env: Mapping[str, str]) -> Iterator[Finding]:
 def check_ops(probe: Probe) -> Iterator[Finding]:
     """The ops that would serve."""
     facts = probe.facts
-    if facts.get("native"):
+    if facts.get("cpp"):
         yield Finding("ok", "C++ ops", f"built; on this CPU they use {facts['isa']}")
-    elif "native" in facts:
+    elif "cpp" in facts:
         level: Literal["note", "ok"] = "ok" if facts["gpus"] else "note"
         yield Finding(
             level,

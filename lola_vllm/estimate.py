@@ -23,7 +23,7 @@ from lola_vllm.config import (
     MODEL_TYPE,
     LolaConfig,
     LolaLlamaConfig,
-    default_rebase_interval,
+    default_context_shift,
     heads_divide,
 )
 from lola_vllm.state import LayerLayout, SequenceLayout, StateLayout
@@ -216,12 +216,12 @@ def estimate(
     else:  # a base has no maps to look at, and its directory may lack the weights
         num_state_heads = config.lola.num_state_heads or kv_heads
     if not is_lola:  # as `init` makes it
-        interval = default_rebase_interval(config.max_position_embeddings)
-        made = {"feature_dim": config.head_dim, "rebase_interval": interval}
+        interval = default_context_shift(config.max_position_embeddings)
+        made = {"feature_dim": config.head_dim, "context_shift": interval}
         config.lola_config = {**made, **config.lola_config}
     config.lola.check_heads(heads, kv_heads, num_state_heads)
     config.check_sizes()
-    config.lola.check_places(config.max_position_embeddings)
+    config.lola.check_context_shift(config.max_position_embeddings)
     _check_ranks(tensor_parallel_size, heads, kv_heads, num_state_heads)
     config.lola.check_ranks(tensor_parallel_size, kv_heads, num_state_heads)
     config.lola_config = {"num_state_heads": num_state_heads}
@@ -324,10 +324,10 @@ def format_table(result: Estimate) -> str:
 
 def _contexts(config: LolaLlamaConfig) -> str:
     """How long a context may be."""
-    interval = config.lola.rebase_interval
+    interval = config.lola.context_shift
     if not interval:
         return f"contexts of up to {config.max_position_embeddings:,} tokens"
-    return f"contexts without end (rebase interval {interval:,})"
+    return f"contexts without end (context shift interval {interval:,})"
 
 
 def _mark(result: Estimate, row: Row) -> str:

@@ -9,8 +9,8 @@ One page, in this order (each part starts at a multiple of 64 bytes):
 
     H          [Hs, 2F, d]          state dtype    hidden state, sum of phi(k) v^T
     s          [Hs, 2F]             state dtype    normalizer, sum of phi(k)
-    positions  [Hg, lam]            int32          position of each sparse pair (slots unordered)
-    saliency   [Hg, lam]            float32        what weighs the score of each sparse pair
+    positions  [Hg, lam]            int32          position of each sparse pair (entries unordered)
+    score_weights  [Hg, lam]        float32        what multiplies the score of each sparse pair
     sparse_k_scale  [Hg, lam]       float32        what multiplies the numbers of each sparse key
     sparse_v_scale  [Hg, lam]       float32        and value
     sparse_k   [Hg, lam, d]         model dtype    sparse cache; or int8
@@ -22,8 +22,8 @@ One page, in this order (each part starts at a multiple of 64 bytes):
     directions [Hs, lam, d]         int8           direction of v - p when the error was computed
                                                    last, p being what H recalls
 
-`saliency` is empty unless the model has one or scores fade at rebases. A pair's is computed when
-the pair leaves the window, and is 1 there without a saliency. Only rebases change it.
+`score_weights` is empty unless the model has an importance or contexts shift. A pair's is its
+importance when it leaves the window, or 1 without one. Only context shifts change it: scores decay.
 
 The scales are empty unless sparse pairs are int8 (`lola_vllm/ops/int8.py`).
 
@@ -57,8 +57,8 @@ PAGE_ALIGNMENT = 256  # bytes
 
 # The parts of a page, in its order.
 PARTS = (
-    "H", "s", "positions", "saliency", "sparse_k_scale", "sparse_v_scale", "sparse_k", "sparse_v",
-    "exact_k", "exact_v", "bounds", "directions",
+    "H", "s", "positions", "score_weights", "sparse_k_scale", "sparse_v_scale", "sparse_k",
+    "sparse_v", "exact_k", "exact_v", "bounds", "directions",
 )  # fmt: skip
 
 # The rows of `bounds`, as in csrc/bounds.h. `low` bounds the recall error from below. The others
@@ -71,7 +71,8 @@ BOUND_ROWS = ("low", "sum", "value", "features", "along", "scale")
 TABLE_FIELDS = (
     "num_heads", "num_kv_heads", "num_state_heads", "num_sparse_heads", "head_dim", "feature_dim",
     "window_size", "sparse_cache_size", "update_interval", "sink_size", "subtract_max",
-    "has_saliency", "turned_after", "kv_dtype", "sparse_dtype", "state_dtype", "page_bytes", *PARTS,
+    "has_score_weights", "rotated_map_after", "kv_dtype", "sparse_dtype", "state_dtype",
+    "page_bytes", *PARTS,
 )  # fmt: skip
 
 NEVER = 2**62  # as many tokens no page has
@@ -88,7 +89,7 @@ class StateViews(NamedTuple):
     H: Tensor
     s: Tensor
     positions: Tensor
-    saliency: Tensor
+    score_weights: Tensor
     sparse_k_scale: Tensor
     sparse_v_scale: Tensor
     sparse_k: Tensor
@@ -108,8 +109,8 @@ class StateLayout:
         num_kv_heads, num_state_heads, num_sparse_heads: Hkv, Hs, Hg of this rank.
         head_dim: d. feature_dim: F.
         kv_dtype: dtype of keys and values. state_dtype: dtype of H and s.
-        has_saliency: scores are weighed by a saliency or fade at rebases; pages keep the product of
-            both per sparse pair.
+        has_score_weights: scores are weighted by an importance or decay at context shifts; pages
+            keep the product of both per sparse pair.
         int8_pairs: sparse pairs are rounded to int8, and pages keep their scales.
     """
 
@@ -124,7 +125,7 @@ class StateLayout:
     feature_dim: int
     kv_dtype: torch.dtype
     state_dtype: torch.dtype
-    has_saliency: bool = False
+    has_score_weights: bool = False
     int8_pairs: bool = False
 
     @classmethod
@@ -150,7 +151,7 @@ class StateLayout:
             feature_dim=config.feature_dim,
             kv_dtype=kv_dtype,
             state_dtype=state_dtype or getattr(torch, config.state_dtype),
-            has_saliency=config.weighs_scores,
+            has_score_weights=config.weighs_scores,
             int8_pairs=config.sparse_dtype == "int8",
         )
 
@@ -177,7 +178,7 @@ class StateLayout:
             "H": ((self.num_state_heads, features, self.head_dim), self.state_dtype),
             "s": ((self.num_state_heads, features), self.state_dtype),
             "positions": (sparse[:2], torch.int32),
-            "saliency": ((sparse[0], sparse[1] if self.has_saliency else 0), wide),
+            "score_weights": ((sparse[0], sparse[1] if self.has_score_weights else 0), wide),
             "sparse_k_scale": ((sparse[0], scaled), torch.float32),
             "sparse_v_scale": ((sparse[0], scaled), torch.float32),
             "sparse_k": (sparse, self.sparse_dtype),
@@ -237,12 +238,12 @@ class StateLayout:
                 views[name] = part.new_empty(pages.shape[0], *shape, dtype=dtype)
         return StateViews(**views)
 
-    def table(self, num_heads: int, subtract_max: bool, turned_after: int = NEVER) -> Tensor:
+    def table(self, num_heads: int, subtract_max: bool, rotated_map_after: int = NEVER) -> Tensor:
         """The layout as C++ and CUDA read it: int64 `[len(TABLE_FIELDS)]`.
 
         Args:
-            num_heads: Hq. subtract_max: as in `LolaWeights`. turned_after: pages with more tokens
-                map keys by the second of `LolaWeights.key_maps`; `NEVER`: none do.
+            num_heads: Hq. subtract_max: as in `LolaWeights`. rotated_map_after: pages with more
+                tokens use the rotated key map; `NEVER`: none do.
 
         Raises:
             KeyError: keys and values, or H and s, have a dtype that is not in `DTYPE_CODES`.
@@ -252,7 +253,7 @@ class StateLayout:
             **self.offsets,
             "num_heads": num_heads,
             "subtract_max": subtract_max,
-            "turned_after": turned_after,
+            "rotated_map_after": rotated_map_after,
             "kv_dtype": DTYPE_CODES[self.kv_dtype],
             "sparse_dtype": DTYPE_CODES[self.sparse_dtype],
             "state_dtype": DTYPE_CODES[self.state_dtype],
@@ -280,7 +281,7 @@ class StateLayout:
         return self.window_start(n) - self.sink_size
 
     def num_sparse(self, n: Tensor) -> Tensor:
-        """Valid sparse slots after n tokens (slots 0 .. this - 1)."""
+        """Valid sparse entries after n tokens (entries 0 .. this - 1)."""
         return self.num_evicted(n).clamp(max=self.sparse_cache_size)
 
     def num_folded(self, n: Tensor) -> Tensor:
@@ -434,7 +435,7 @@ class SequenceLayout:
     def cleaned(self, row: Tensor, num_tokens: int) -> Tensor:
         """A copy of a state in which every byte that is not valid is zero.
 
-        A slot is never cleared, so such bytes may be of another sequence's texts.
+        A state is never cleared, so such bytes may be of another sequence's texts.
 
         Args:
             row: `[>= row_bytes]` uint8 on the CPU, after `num_tokens` tokens.

@@ -20,7 +20,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from lola_vllm import __version__
 from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
 from lola_vllm.estimate import Row
-from lola_vllm.ops.places import Places
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes, sequence_layout
 from lola_vllm.plugin.config_hook import WORKER_EXTENSION, has_store
 from lola_vllm.serving.protocol import (
@@ -28,7 +28,7 @@ from lola_vllm.serving.protocol import (
     InfoResponse,
     Layer,
     Memory,
-    Slots,
+    States,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class LolaEngine:
         if self.is_lola:
             self.lola = lola_hf_config(self.config).lola
             self.sequence = sequence_layout(self.config)
-            self.places = Places.of(lola_hf_config(self.config))
+            self.schedule = ShiftSchedule.of(lola_hf_config(self.config))
             self.sizes = head_sizes(lola_hf_config(self.config))
             self.num_layers = int(self.config.model_config.hf_config.num_hidden_layers)
             self.states_per_sequence = (
@@ -95,21 +95,21 @@ class LolaEngine:
         return self.sequence.layouts[0]
 
     @property
-    def num_slots(self) -> int:
-        """State slots of one engine; vLLM keeps a block as its null block."""
+    def num_states(self) -> int:
+        """States that fit in one engine; vLLM keeps a block as its null block."""
         blocks = self.config.cache_config.num_gpu_blocks or 0  # the sum over all engines
         return max(0, blocks // self.config.parallel_config.data_parallel_size - 1)
 
     @property
-    def bytes_per_slot(self) -> int:
+    def bytes_per_state(self) -> int:
         """One state on the first rank."""
         return row_bytes(self.config)
 
-    def num_slots_used(self) -> int | None:
-        """Slots that running sequences hold, from vLLM's gauge; None without statistics."""
+    def num_states_used(self) -> int | None:
+        """States that running sequences hold, from vLLM's gauge; None without statistics."""
         # With several API servers the engine reports to one only, so all gauges are read.
         usage = own_metric("vllm:kv_cache_usage_perc", self.model, get_prometheus_registry())
-        return None if usage is None else round(usage * self.num_slots)
+        return None if usage is None else round(usage * self.num_states)
 
     async def info(self) -> InfoResponse:
         """What `GET /v1/lola/info` answers."""
@@ -125,16 +125,16 @@ class LolaEngine:
             num_layers=self.num_layers,
             memory=Memory(
                 parts=row.parts,
-                bytes_per_slot=self.bytes_per_slot,
-                bytes_per_sequence=per_sequence * self.bytes_per_slot,
+                bytes_per_state=self.bytes_per_state,
+                bytes_per_sequence=per_sequence * self.bytes_per_state,
                 break_even_tokens=self.sequence.break_even_tokens(per_sequence),
                 full_kv_bytes_per_token=self.sequence.full_kv_bytes_per_token,
             ),
-            slots=Slots(
-                total=self.num_slots,
+            states=States(
+                total=self.num_states,
                 per_sequence=per_sequence,
-                used=self.num_slots_used(),
-                sequences=self.num_slots // per_sequence,
+                used=self.num_states_used(),
+                sequences=self.num_states // per_sequence,
             ),
             block_size=cache.block_size if cache.enable_prefix_caching else None,
             max_model_len=self.config.model_config.max_model_len,
@@ -209,12 +209,12 @@ class LolaEngine:
                 f"forgotten, history: {num_tokens} tokens; the keys and values of at most {most} "
                 "are kept for them; give a shorter prompt, or leave the two out",
             )
-        if forgotten and self.places is not None and self.places.origin(num_tokens):
+        if forgotten and self.schedule is not None and self.schedule.shifted_by(num_tokens):
             raise Unavailable(
                 HTTPStatus.BAD_REQUEST,
                 f"forgotten = true: the prompt has {num_tokens} tokens, and errors of folded "
-                f"tokens are known up to max_position_embeddings = {self.places.length} only, as "
-                "places move then; leave forgotten out, or give a shorter prompt",
+                f"tokens are known up to max_position_embeddings = {self.schedule.length} only, as "
+                "contexts shift then; leave forgotten out, or give a shorter prompt",
             )
 
     async def sample(self) -> dict[str, float]:

@@ -12,18 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.ops import rebase
+from lola_vllm.ops import context_shift
 from lola_vllm.ops.contract import Backend, LayerState, PrefillBatch
 from lola_vllm.serving.keys import Pairs
 from lola_vllm.state import StateLayout
 
 # Stops along a prompt. Every update is one, unless there are more of them.
 MAX_STOPS = 256
-SLOT = 1  # 0 is padding
+STATE_INDEX = 1  # 0 is padding
 
 
-class Stay(NamedTuple):
-    """A token's stay in a sparse cache.
+class Residency(NamedTuple):
+    """The interval in which a token is in a sparse cache.
 
     Attributes:
         position: of the token. entered: tokens that were read when it entered.
@@ -41,20 +41,20 @@ def stop_interval(layout: StateLayout, num_tokens: int) -> int:
     return C * max(1, -(-num_tokens // (MAX_STOPS * C)))
 
 
-def stays(ops: Backend, state: LayerState, pairs: Pairs) -> list[list[Stay]]:
-    """Per sparse set, the stays of all tokens that are there at a stop, by position.
+def residencies(ops: Backend, state: LayerState, pairs: Pairs) -> list[list[Residency]]:
+    """Per sparse set, when tokens were in its cache, of all that are there at a stop, by position.
 
     Args:
         ops: the layer's. state: of the layer; its pages are not touched.
         pairs: all that it saw.
     """
     layout, device, n = state.layout, state.pages.device, len(pairs.k)
-    pages = torch.zeros(SLOT + 1, layout.page_bytes, dtype=torch.uint8, device=device)
-    own = LayerState.bind(state.weights, layout, pages, state.turn)
-    places = None if state.turn is None else state.turn.places
+    pages = torch.zeros(STATE_INDEX + 1, layout.page_bytes, dtype=torch.uint8, device=device)
+    own = LayerState.bind(state.weights, layout, pages, state.rotation)
+    schedule = None if state.rotation is None else state.rotation.schedule
     k, v = (x.to(device) for x in pairs)
     q = k.new_zeros(n, state.num_heads, layout.head_dim)  # nobody asks
-    slots = torch.tensor([SLOT], dtype=torch.int32, device=device)
+    state_indices = torch.tensor([STATE_INDEX], dtype=torch.int32, device=device)
     entered = torch.zeros(layout.num_sparse_heads, n, dtype=torch.int64)
     left = torch.zeros_like(entered)
     held = torch.zeros_like(entered, dtype=torch.bool)
@@ -62,18 +62,18 @@ def stays(ops: Backend, state: LayerState, pairs: Pairs) -> list[list[Stay]]:
     for start in range(0, n, step):
         stop = min(start + step, n)
         lengths = torch.tensor([0, stop - start], dtype=torch.int32)
-        batch = PrefillBatch(slots, lengths, torch.tensor([start], dtype=torch.int32))
+        batch = PrefillBatch(state_indices, lengths, torch.tensor([start], dtype=torch.int32))
         tokens = slice(start, stop)
-        pieces = rebase.cut(places, batch)
+        segments = context_shift.split_prefill(schedule, batch)
         out = torch.empty_like(q[tokens])
-        rebase.prefill(ops.prefill, own, q[tokens], k[tokens], v[tokens], pieces, out)
+        context_shift.prefill(ops.prefill, own, q[tokens], k[tokens], v[tokens], segments, out)
         now = _held(own, stop, n)
         entered[now & ~held] = stop
         left[held & ~now] = stop
         held = now
     return [
         [
-            Stay(p, int(entered[g, p]), int(left[g, p]) or None)
+            Residency(p, int(entered[g, p]), int(left[g, p]) or None)
             for p in ever.nonzero()[:, 0].tolist()
         ]
         for g, ever in enumerate(entered > 0)
@@ -83,6 +83,6 @@ def stays(ops: Backend, state: LayerState, pairs: Pairs) -> list[list[Stay]]:
 def _held(state: LayerState, num_tokens: int, n: int) -> Tensor:
     """`[Hg, n]` bool: which positions are in the sparse sets of the page after so many tokens."""
     size = int(state.layout.num_sparse(torch.tensor(num_tokens)))
-    positions = state.views.positions[SLOT, :, :size].long().cpu()
+    positions = state.views.positions[STATE_INDEX, :, :size].long().cpu()
     held = torch.zeros(len(positions), n, dtype=torch.bool)
     return held.scatter_(1, positions, True)

@@ -27,7 +27,7 @@ class Pairs(NamedTuple):
     """What a layer saw of a prompt, in host memory.
 
     Attributes:
-        k, v: `[n, Hkv, d]` in the model's dtype; k after RoPE, at the places of new tokens.
+        k, v: `[n, Hkv, d]` in the model's dtype; k after RoPE, at the RoPE positions of new tokens.
     """
 
     k: Tensor
@@ -48,7 +48,8 @@ class KeyRecorder:
         model: its steps are watched from now until `stop`.
         layers: of the model on this rank.
         num_tokens: of the prompt, n.
-        mine: whether a row of a step, with its slot and its tokens after the step, is the prompt's.
+        mine: whether a row of a step, with its state_index and its tokens after the step, is the
+            prompt's.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class KeyRecorder:
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):  # profiling, or a batch cut in two
             return None
-        step = cast(LolaMetadata, metadata[self._layers[0].slots_of])
+        step = cast(LolaMetadata, metadata[self._layers[0].pool_layer])
         starts = list(range(step.num_decodes))
         lengths = [1] * step.num_decodes
         if step.num_prefills:
@@ -112,7 +113,7 @@ class KeyRecorder:
         for row, start, length in zip(all_rows(step), starts, lengths, strict=True):
             first = row.num_tokens - length
             length = min(length, len(self._seen) - first)  # an answer's tokens are not recorded
-            if length > 0 and row.slot > 0 and self._mine(row):
+            if length > 0 and row.state_index > 0 and self._mine(row):
                 return Span(slice(start, start + length), slice(first, first + length))
         return None
 
@@ -120,7 +121,7 @@ class KeyRecorder:
         """Ask the layers for the pairs of a span; None: for nothing."""
         self._span = span
         for layer, pairs in zip(self._layers, self._pairs, strict=True):
-            layer.witness = None if span is None else self._writer(span, pairs)
+            layer.kv_hook = None if span is None else self._writer(span, pairs)
 
     def _writer(self, span: Span, pairs: Pairs) -> Callable[[Tensor, Tensor], None]:
         last = pairs is self._pairs[-1]

@@ -32,10 +32,10 @@ LABELS = ("model_name", "engine")
 
 # Name without "lola:" -> help. Those of `_SAMPLED` appear with the first running sequence.
 GAUGES = {
-    "slots_total": "State slots in the pool",
-    "slots_used": "State slots held by running sequences",
-    "slots_per_sequence": "State slots that a running sequence holds; 2 with prefix caching",
-    "slot_bytes": "Bytes of a state slot on one rank, all layers",
+    "states_total": "States that fit in the pool",
+    "states_used": "States held by running sequences",
+    "states_per_sequence": "States that a running sequence holds; 2 with prefix caching",
+    "state_bytes": "Bytes of a state on one rank, all layers",
     "sparse_fill_ratio": "Filled share of the sparse caches, mean over running sequences",
     "swap_ratio": "Share of the sparse cache that the next update replaces, of a sampled sequence",
 }
@@ -94,9 +94,9 @@ class LolaMetrics:
         self._due = 0.0
         self._refreshing: asyncio.Task[None] | None = None
         for name, value in (
-            ("slots_total", engine.num_slots),
-            ("slots_per_sequence", engine.states_per_sequence),
-            ("slot_bytes", engine.bytes_per_slot),
+            ("states_total", engine.num_states),
+            ("states_per_sequence", engine.states_per_sequence),
+            ("state_bytes", engine.bytes_per_state),
         ):
             self._set(name, value)
 
@@ -111,9 +111,9 @@ class LolaMetrics:
         await asyncio.wait([self._refreshing], timeout=PATIENCE_S)
 
     async def _refresh(self) -> None:
-        used = self.engine.num_slots_used()
+        used = self.engine.num_states_used()
         if used is not None:
-            self._set("slots_used", used)
+            self._set("states_used", used)
         hits = own_metric("vllm:prefix_cache_hits_total", self.engine.model)
         if hits is not None:
             self._hits.inc(max(0.0, hits - self._hits_seen))

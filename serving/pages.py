@@ -1,9 +1,9 @@
 """Copies of running sequences' pages, taken in a worker at the end of a step.
 
-A state changes with every token, and its slot is reused when the sequence ends. So a state must be
-copied in the step that made it. A watch makes this copy. It is a forward hook on the model, which
-is registered only while a copy is requested. It reads the step's own metadata, which says exactly
-which slot holds how many tokens. It replaces nothing of vLLM.
+A state changes with every token, and its block is reused when the sequence ends. So a state
+must be copied in the step that made it. A watch makes this copy. It is a forward hook on the model,
+which is registered only while a copy is requested. It reads the step's own metadata, which says
+exactly which state_index holds how many tokens. It replaces nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MAX_WATCHES = 4
 
 
 class Row(NamedTuple):
-    """A sequence of a step: its slot, and the tokens its state has seen after the step."""
+    """A sequence of a step: its state index, and the tokens its state has seen after the step."""
 
-    slot: int
+    state_index: int
     num_tokens: int
 
 
@@ -97,7 +97,7 @@ class PageWatch:
             row = choose(rows)
             if row is not None:
                 first = self._layers[0]
-                state = first.kv_cache[0][row.slot][None].clone()
+                state = first.kv_cache[0][row.state_index][None].clone()
                 pages = [pages[0] for pages in first.sequence.pages(state)]
                 del self._waiting[key]
                 self._taken[key] = Copy(row.num_tokens, pages, rows)
@@ -110,7 +110,7 @@ class PageWatch:
 
 def step_rows(metadata: LolaMetadata) -> list[Row]:
     """The sequences of a step, decodes first; padding left out. Waits for the device."""
-    return [row for row in all_rows(metadata) if row.slot > 0]
+    return [row for row in all_rows(metadata) if row.state_index > 0]
 
 
 def all_rows(metadata: LolaMetadata) -> list[Row]:
@@ -118,8 +118,8 @@ def all_rows(metadata: LolaMetadata) -> list[Row]:
     rows: list[Row] = []
     if metadata.num_decodes:
         assert metadata.state_indices_tensor_d is not None
-        slots = metadata.state_indices_tensor_d[: metadata.num_decodes, 0].tolist()
-        rows += map(Row, slots, metadata.seq_lens[: metadata.num_decodes].tolist())
+        state_indices = metadata.state_indices_tensor_d[: metadata.num_decodes, 0].tolist()
+        rows += map(Row, state_indices, metadata.seq_lens[: metadata.num_decodes].tolist())
     if metadata.num_prefills:
         assert metadata.state_indices_tensor_p is not None
         assert metadata.query_start_loc_p_cpu is not None

@@ -25,8 +25,8 @@ MAX_MESSAGES = 1_000  # and parts of messages, all together
 MAX_BODY_BYTES = 4 * 2**20  # the characters as UTF-8, and the JSON around them
 
 
-class Slots(BaseModel):
-    """State slots of one engine.
+class States(BaseModel):
+    """States of one engine.
 
     Attributes:
         total: in the pool. per_sequence: held by a running sequence (2 while prefix caching is on).
@@ -44,14 +44,15 @@ class Memory(BaseModel):
     """Memory of a state on one rank, in bytes.
 
     Attributes:
-        parts: of one state, by part; they sum to `bytes_per_slot`.
-        bytes_per_slot: one state, all layers. bytes_per_sequence: all slots of a running sequence.
+        parts: of one state, by part; they sum to `bytes_per_state`.
+        bytes_per_state: one state, all layers. bytes_per_sequence: all states of a running
+            sequence.
         break_even_tokens: context beyond which a full KV cache would be larger.
         full_kv_bytes_per_token: what a full KV cache of the same layers takes for a token.
     """
 
     parts: dict[str, int]
-    bytes_per_slot: int
+    bytes_per_state: int
     bytes_per_sequence: int
     break_even_tokens: int
     full_kv_bytes_per_token: int
@@ -70,7 +71,7 @@ class InfoResponse(BaseModel):
     lola_config: dict[str, Any]
     num_layers: int
     memory: Memory
-    slots: Slots
+    states: States
     block_size: int | None
     max_model_len: int
     tensor_parallel_size: int
@@ -222,7 +223,7 @@ class Head(BaseModel):
     """One sparse set: positions of its tokens, ascending, and their self-recall errors.
 
     Attributes:
-        saliency: what multiplies each error in the choice; null where nothing does.
+        score_weights: what multiplies each error in the choice; null where nothing does.
         forgotten: recall errors of the tokens between sinks and window that are not in the set, in
             order; null unless asked for.
         entered: tokens that were read when each of `positions` entered; null unless the history was
@@ -233,7 +234,7 @@ class Head(BaseModel):
 
     positions: list[int]
     errors: list[float]
-    saliency: list[float] | None = None
+    score_weights: list[float] | None = None
     forgotten: list[float] | None = None
     entered: list[int] | None = None
     gone: list[tuple[int, int, int]] | None = None
@@ -270,9 +271,9 @@ class MemoryResponse(BaseModel):
             n // update_interval * update_interval - window_size, or at the last sink.
         history_interval: tokens between two looks at the sparse caches for `entered` and `gone`: a
             multiple of the update interval; null unless the history was asked for.
-        origin: positions by which rebases have moved the origin of places; 0 where none has.
-        places: where each token lies for RoPE, in the exact memories, after the last one; null
-            while places are positions.
+        shifted_by: positions by which the context has been shifted; 0 where none was.
+        rope_positions: of each token, in the exact memories, after the last one; null while they
+            are the positions.
         error: "sre", or "relative" where state heads share a sparse set (their mean of
             SRE / ||v||).
     """
@@ -288,7 +289,7 @@ class MemoryResponse(BaseModel):
     window_size: int
     update_interval: int
     history_interval: int | None
-    origin: int
-    places: list[int] | None
+    shifted_by: int
+    rope_positions: list[int] | None
     error: str
     layers: list[Layer]

@@ -1,7 +1,7 @@
 """The contents of a page's sparse cache and their recall errors, from its bytes, on any device.
 
 Scores come from the portable `sre_scores`. The ops select by the same numbers, times the
-pairs' saliency where the model has one.
+pairs' importance where the model has one.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lola_vllm.ops import LolaWeights, portable
 from lola_vllm.ops.constants import RECALL_EPS
+from lola_vllm.ops.context_shift import shift_pages
 from lola_vllm.ops.contract import LayerState
 from lola_vllm.ops.int8 import rounded
-from lola_vllm.ops.places import Turn
-from lola_vllm.ops.rebase import rebase
-from lola_vllm.ops.reference import pair_saliency
+from lola_vllm.ops.key_rotation import KeyRotation
+from lola_vllm.ops.reference import pair_importance
 from lola_vllm.serving.keys import Pairs
 from lola_vllm.state import StateLayout, StateViews
 
@@ -32,12 +32,12 @@ class Remembered(NamedTuple):
         positions: `[Hg, S]` int, ascending. errors: `[Hg, S]`, the self-recall errors against the
             page's hidden state (section 3 of `docs/algorithm.md`), relative to the value's norm
             where state heads share a sparse set.
-        saliency: `[Hg, S]`, what multiplies the errors in the choice; None where nothing does.
+        score_weights: `[Hg, S]`, what multiplies the errors in the choice; None where nothing does.
     """
 
     positions: Tensor
     errors: Tensor
-    saliency: Tensor | None
+    score_weights: Tensor | None
 
 
 class Forecast(NamedTuple):
@@ -47,7 +47,7 @@ class Forecast(NamedTuple):
     the page already holds the pairs that will leave the window.
 
     Attributes:
-        swapped: share of the sparse cache that newcomers will replace, 0 to 1.
+        swapped: share of the sparse cache that incoming pairs will replace, 0 to 1.
         kept_error, folded_error: mean SRE / ||v|| of the pairs that will be in the sparse cache and
             of those that will be folded into the hidden state; None where there are none.
     """
@@ -68,8 +68,10 @@ def remembered(page: Tensor, layout: StateLayout, weights: LolaWeights, n: int) 
     positions = views.positions[0, :, :size].long()
     errors = _errors(*_cached(layout, views, size), layout, weights, views, n)
     order = positions.argsort(dim=-1)
-    saliency = views.saliency[0, :, :size].gather(-1, order) if layout.has_saliency else None
-    return Remembered(positions.gather(-1, order), errors.gather(-1, order), saliency)
+    score_weights = (
+        views.score_weights[0, :, :size].gather(-1, order) if layout.has_score_weights else None
+    )
+    return Remembered(positions.gather(-1, order), errors.gather(-1, order), score_weights)
 
 
 def recalled(
@@ -79,7 +81,7 @@ def recalled(
     window. Those of the sparse cache are as in `remembered`.
 
     Args:
-        page, layout, weights: as for `remembered`, of a page that was never rebased.
+        page, layout, weights: as for `remembered`, of a page that was never shifted.
         pairs: all that the layer saw.
     """
     views = layout.views(page[None])
@@ -99,17 +101,21 @@ def recalled(
 
 
 def forecast(
-    page: Tensor, layout: StateLayout, weights: LolaWeights, n: int, turn: Turn | None = None
+    page: Tensor,
+    layout: StateLayout,
+    weights: LolaWeights,
+    n: int,
+    rotation: KeyRotation | None = None,
 ) -> Forecast:
     """The effect of the first update after n tokens; arguments as for `remembered`.
 
     Args:
-        turn: of the layer's rebases, one of which may come before the update.
+        rotation: of the layer's context shifts, one of which may come before the update.
     """
     lam, C = layout.sparse_cache_size, layout.update_interval
     due = torch.tensor((n // C + 1) * C)
-    if turn is not None:
-        page = _rebased(page, layout, weights, range(n, int(due)), turn)
+    if rotation is not None:
+        page = _shifted(page, layout, weights, range(n, int(due)), rotation)
     views = layout.views(page[None])
     # With an interval above the window, the page lacks some of the pairs that will leave.
     start = int(layout.window_start(torch.tensor(n)))
@@ -119,18 +125,18 @@ def forecast(
     share = layout.num_sparse_heads // layout.num_kv_heads
 
     def candidates(cached: Tensor, exact: Tensor) -> Tensor:
-        newcomers = exact[:, :, rows].repeat_interleave(share, dim=1).to(cached.dtype)
+        incoming = exact[:, :, rows].repeat_interleave(share, dim=1).to(cached.dtype)
         if layout.int8_pairs:
-            newcomers = rounded(newcomers)
-        return torch.cat([cached, newcomers], dim=2)
+            incoming = rounded(incoming)
+        return torch.cat([cached, incoming], dim=2)
 
     cached_k, cached_v = _cached(layout, views, size)
     k, v = candidates(cached_k, views.exact_k), candidates(cached_v, views.exact_v)
     errors = scores = _errors(k, v, layout, weights, views, n)  # [Hg, E]
-    if weights.saliency is not None:
-        per_set = weights.saliency.repeat_interleave(share, dim=0)[:, None]
-        new = pair_saliency(k[0, :, size:], v[0, :, size:], per_set)
-        scores = errors * torch.cat([views.saliency[0, :, :size], new], dim=1)
+    if weights.importance is not None:
+        per_set = weights.importance.repeat_interleave(share, dim=0)[:, None]
+        new = pair_importance(k[0, :, size:], v[0, :, size:], per_set)
+        scores = errors * torch.cat([views.score_weights[0, :, :size], new], dim=1)
     num_kept = min(lam, scores.shape[-1])
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept.scatter_(-1, scores.topk(num_kept, dim=-1).indices, True)
@@ -147,23 +153,24 @@ def forecast(
 
 
 def _cached(layout: StateLayout, views: StateViews, size: int) -> tuple[Tensor, Tensor]:
-    """Keys and values `[1, Hg, size, d]` of the first `size` sparse slots of the only page."""
+    """Keys and values `[1, Hg, size, d]` of the first `size` sparse entries of the only page."""
     first = torch.zeros(1, dtype=torch.long, device=views.H.device)
     dtype = portable.compute_dtype(views.exact_k)
     return portable.sparse_pairs(layout, views, first, size, dtype)
 
 
-def _rebased(
-    page: Tensor, layout: StateLayout, weights: LolaWeights, counts: range, turn: Turn
+def _shifted(
+    page: Tensor, layout: StateLayout, weights: LolaWeights, counts: range, rotation: KeyRotation
 ) -> Tensor:
-    """A page as its rebases while it has so many tokens leave it; a copy where there is one."""
-    due = [n for n in counts if turn.places.due(n)]
+    """A page as its context shifts while it has so many tokens leave it; a copy where there is
+    one."""
+    due = [n for n in counts if rotation.schedule.due(n)]
     if not due:
         return page
     pages = torch.stack([torch.zeros_like(page), page])  # the first one is padding
-    state = LayerState.bind(weights, layout, pages, turn)
+    state = LayerState.bind(weights, layout, pages, rotation)
     for n in due:
-        rebase(state, torch.tensor([1], device=page.device), torch.tensor([n]))
+        shift_pages(state, torch.tensor([1], device=page.device), torch.tensor([n]))
     return pages[1]
 
 

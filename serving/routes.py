@@ -38,7 +38,7 @@ router = APIRouter(prefix="/v1/lola", tags=["lola"], route_class=LolaRoute)
 
 @router.get("/info", response_model=InfoResponse, responses=_REFUSALS)
 async def info(raw_request: Request) -> InfoResponse:
-    """The model's LoLA parameters, what its states cost, and the slots there are."""
+    """The model's LoLA parameters, what its states cost, and the states there are."""
     try:
         return await _engine(raw_request).info()
     except Unavailable as error:
@@ -123,11 +123,13 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
         texts = await asyncio.to_thread(token_texts, tokenizer, tokens)
     layout = engine.page
     n, largest = torch.tensor(len(tokens)), max(map(max, engine.sizes))
-    origin = 0 if engine.places is None else engine.places.origin(len(tokens))
-    places = None
-    if engine.places is not None and origin:
+    shifted_by = 0 if engine.schedule is None else engine.schedule.shifted_by(len(tokens))
+    schedule = None
+    if engine.schedule is not None and shifted_by:
         positions = torch.arange(len(tokens))
-        places = engine.places.exact(positions, len(tokens), layout.sink_size).tolist()
+        schedule = engine.schedule.exact_rope_positions(
+            positions, len(tokens), layout.sink_size
+        ).tolist()
     return MemoryResponse(
         model=body.model or engine.model,
         num_tokens=len(tokens),
@@ -140,8 +142,8 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
         window_size=layout.window_size,
         update_interval=layout.update_interval,
         history_interval=stop_interval(layout, len(tokens)) if body.history else None,
-        origin=origin,
-        places=places,
+        shifted_by=shifted_by,
+        schedule=schedule,
         error="sre" if layout.num_state_heads == layout.num_sparse_heads else "relative",
         layers=layers,
     )

@@ -20,12 +20,12 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
-from lola_vllm.ops.by_head import states_of
 from lola_vllm.ops.contract import LayerState
+from lola_vllm.ops.per_kv_head import states_of
 from lola_vllm.plugin import compat
 from lola_vllm.plugin.attention import LolaAttention
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads
-from lola_vllm.serving.history import Stay, stays
+from lola_vllm.serving.history import Residency, residencies
 from lola_vllm.serving.keys import KeyRecorder, Pairs
 from lola_vllm.serving.pages import Copy, PageWatch, Row, Unreadable
 from lola_vllm.serving.recall import Forecast, forecast, recalled, remembered
@@ -36,7 +36,7 @@ Answer = dict[str, Any]
 
 
 def _answering(method: Callable[..., Answer]) -> Callable[..., Answer]:
-    """Turn an exception of a method into an answer."""
+    """KeyRotation an exception of a method into an answer."""
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Answer:
@@ -71,7 +71,7 @@ class LolaWorkerExtension:
                 a request must not start from a cached state.
         """
 
-        def slot(tokens: int) -> int | None:
+        def state_index(tokens: int) -> int | None:
             """Where the request's state is after so many tokens."""
             cache = self.vllm_config.cache_config
             index = 0
@@ -81,7 +81,7 @@ class LolaWorkerExtension:
             return None if blocks is None or len(blocks) <= index else blocks[index]
 
         def choose(rows: list[Row]) -> Row | None:
-            found = slot(num_tokens)
+            found = state_index(num_tokens)
             row = None if found is None else Row(found, num_tokens)
             return row if row in rows else None
 
@@ -93,7 +93,10 @@ class LolaWorkerExtension:
             return {"error": "too many states are being read at once; try again"}
         if record:
             recorders[request_id] = KeyRecorder(
-                self.get_model(), modules, num_tokens, lambda row: slot(row.num_tokens) == row.slot
+                self.get_model(),
+                modules,
+                num_tokens,
+                lambda row: state_index(row.num_tokens) == row.state_index,
             )
         return {}
 
@@ -108,9 +111,9 @@ class LolaWorkerExtension:
         """The sparse caches of a watched request: `{"layers": {index: {head: {...}}}}`.
 
         Indices are the model's, so that the answers of several workers can be put together. A head
-        has `positions`, ascending, their `errors` and, where the model has one, their `saliency`;
-        with `forgotten` and `history` what `protocol.Head` says. Layers of other workers are left
-        out.
+        has `positions`, ascending, their `errors` and, where scores have one, their
+        `score_weights`; with `forgotten` and `history` what `protocol.Head` says. Layers of other
+        workers are left out.
         """
         modules, watch = self._lola()
         copy = watch.take(request_id)
@@ -130,7 +133,7 @@ class LolaWorkerExtension:
                     if forgotten and seen is not None:
                         _add_forgotten(found, state, part, copy.num_tokens, seen)
                     if history and seen is not None:
-                        _add_history(found, stays(module.ops, state, seen))
+                        _add_history(found, residencies(module.ops, state, seen))
                     heads += found
                 answer[index] = {first_head + i: head for i, head in enumerate(heads)}
         return {"layers": answer}
@@ -166,7 +169,7 @@ class LolaWorkerExtension:
         for module, page in zip(modules, copy.pages, strict=True):
             for state, part, _ in _pages_of(module, page, None):
                 forecasts.append(
-                    forecast(part, state.layout, state.weights, copy.num_tokens, state.turn)
+                    forecast(part, state.layout, state.weights, copy.num_tokens, state.rotation)
                 )
         for field in Forecast._fields:
             values = [value for f in forecasts if (value := getattr(f, field)) is not None]
@@ -225,7 +228,7 @@ def _pages_of(
 
 
 def _heads(state: LayerState, page: Tensor, num_tokens: int) -> list[Answer]:
-    """`positions`, `errors` and `saliency` of the sparse sets of a page."""
+    """`positions`, `errors` and `score_weights` of the sparse sets of a page."""
     memory = remembered(page, state.layout, state.weights, num_tokens)
     # Rounded in float64, so that they are printed with few decimals.
     errors = memory.errors.double().round(decimals=5).tolist()
@@ -233,9 +236,9 @@ def _heads(state: LayerState, page: Tensor, num_tokens: int) -> list[Answer]:
         {"positions": positions, "errors": errors[i]}
         for i, positions in enumerate(memory.positions.tolist())
     ]
-    if memory.saliency is not None:
-        for head, saliency in zip(heads, memory.saliency.double(), strict=True):
-            head["saliency"] = saliency.round(decimals=5).tolist()
+    if memory.score_weights is not None:
+        for head, score_weights in zip(heads, memory.score_weights.double(), strict=True):
+            head["score_weights"] = score_weights.round(decimals=5).tolist()
     return heads
 
 
@@ -250,8 +253,8 @@ def _add_forgotten(
         head["forgotten"] = [e for p, e in enumerate(row, start=first) if p not in kept]
 
 
-def _add_history(heads: list[Answer], ever: list[list[Stay]]) -> None:
-    """`entered`, of the tokens that a head holds, and `gone`: the stays that are over."""
+def _add_history(heads: list[Answer], ever: list[list[Residency]]) -> None:
+    """`entered`, of the tokens that a head holds, and `gone`: those that left."""
     for head, found in zip(heads, ever, strict=True):
         entered = {stay.position: stay.entered for stay in found if stay.left is None}
         if list(entered) != head["positions"]:

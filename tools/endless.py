@@ -1,7 +1,7 @@
 """One text of a million tokens: does a model still predict and recall at its end?
 
     python -m tools.endless --model models/smollm2-lola --texts models/texts \
-        --lola-config '{"rebase_interval": 2048}' --out endless.json
+        --lola-config '{"context_shift": 2048}' --out endless.json
 
 Reads one composed text in transformers, with the serving ops and one state. Reports memory and time
 per token in windows, perplexity of the first and of the last tokens, and needles: sentences with a

@@ -4,7 +4,7 @@
 
 Runs in this process on a tiny random model, or on `--model`, with random tokens or, with `--texts`,
 on real text. A model whose positions end has them raised (what it then says means nothing; what it
-costs does); one with a `rebase_interval` is served as it is. Memory is RssAnon + VmSwap. Times are
+costs does); one with a `context_shift` is served as it is. Memory is RssAnon + VmSwap. Times are
 of the processor, which a busy neighbour changes little; those of the clock are told too.
 `tools/endless.py` says whether such a model still predicts and recalls.
 """
@@ -37,7 +37,7 @@ from tests.support.memory import memory_mib
 from tests.support.tiny import make_tiny
 from tools.long_text import compose
 
-LOLA = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4, "rebase_interval": 1024}
+LOLA = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4, "context_shift": 1024}
 DECODES = 64
 
 
@@ -101,9 +101,9 @@ def run(llm: LLM, prompt: list[int], every: int) -> dict[str, Any]:
 
 
 def is_endless(model: Path, lola_config: dict[str, Any]) -> bool:
-    """Whether a model's places move instead of ending."""
+    """Whether a model's contexts shift instead of ending."""
     config = json.loads((model / "config.json").read_text())
-    return bool({**config["lola_config"], **lola_config}.get("rebase_interval"))
+    return bool({**config["lola_config"], **lola_config}.get("context_shift"))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             long = run(llm, ids[: args.tokens], args.every)
             after = run(llm, ids[: args.short], args.every)
             state_bytes = state_manager(llm).spec.bytes_per_sequence
-            assert state_manager(llm).num_slots_in_use == 0
+            assert state_manager(llm).num_states_in_use == 0
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     report = {
         "settings": settings,

@@ -19,7 +19,7 @@ class LongText(NamedTuple):
 
 
 def compose(tokenizer: Tokenizer, path: Path, tokens: int, edge: int) -> LongText:
-    """Documents of all kinds in turn, as many as it takes.
+    """Documents of all kinds, interleaved, as many as it takes.
 
     Held-out documents, which no training has seen, make the first and the last `edge` tokens and as
     much between as there are of them. Others fill the middle. No document is said twice.

@@ -5,8 +5,8 @@
 Starts `lola-vllm serve` on a tiny random model (or `--model`). Several clients stream answers of
 random prompts; some leave while the prompt is computed, some in the middle of the answer, some ask
 the same again. At the end of each interval the clients pause until the server is idle, and memory
-and slots are read. It fails when memory grows, a slot is lost, answers become slower, or a request
-whose answer is known is answered otherwise.
+and states are read. It fails when memory grows, a state is lost, answers become slower, or a
+request whose answer is known is answered otherwise.
 
 Memory is RssAnon + VmSwap of the server's processes: what they have allocated, wherever it lies.
 """
@@ -193,25 +193,25 @@ class Soak:
         before = self.seen.total()
         self.open.set()
         await asyncio.sleep(seconds)
-        loaded = (await self.http.get("/v1/lola/info")).json()["slots"]["used"]
+        loaded = (await self.http.get("/v1/lola/info")).json()["states"]["used"]
         self.open.clear()
         deadline = time.monotonic() + IDLE_LIMIT_S
         used, requests = -1, -1.0
         while self.busy or used or requests:
             assert self.server.process.poll() is None, self.server.log.read_text()[-3000:]
             if time.monotonic() > deadline:
-                self.faults.append(f"not idle: {self.busy} clients, {used} slots, {requests}")
+                self.faults.append(f"not idle: {self.busy} clients, {used} states, {requests}")
                 break
             await asyncio.sleep(0.2)
-            used = (await self.http.get("/v1/lola/info")).json()["slots"]["used"]
+            used = (await self.http.get("/v1/lola/info")).json()["states"]["used"]
             requests = await self._requests_in_server()
         return {
             "requests": self.seen.total() - before,
             "first_token_ms": percentiles(self.first_token),
             "next_token_ms": percentiles(self.next_token),
             "memory_mib": family_mib(self.server.process.pid),
-            "slots_used_in_load": loaded,
-            "slots_used_idle": used,
+            "states_used_in_load": loaded,
+            "states_used_idle": used,
         }
 
     async def _requests_in_server(self) -> float:
@@ -258,8 +258,8 @@ def judge(samples: list[dict[str, Any]], growth_mib: float, drift: float) -> lis
     third = len(samples) // 3
     first, last = samples[:third], samples[-third:]
     faults = []
-    if lost := [s["slots_used_idle"] for s in samples if s["slots_used_idle"] != 0]:
-        faults.append(f"slots in use while idle: {lost}")
+    if lost := [s["states_used_idle"] for s in samples if s["states_used_idle"] != 0]:
+        faults.append(f"states in use while idle: {lost}")
 
     def level(part: list[dict[str, Any]], pick: Any) -> float:
         return statistics.median(pick(sample) for sample in part)

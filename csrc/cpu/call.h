@@ -9,7 +9,7 @@
 
 namespace lola {
 
-// A vector of slots or token counts, int32 or int64.
+// A vector of state indices or token counts, int32 or int64.
 struct Indices {
   const char* data = nullptr;
   bool wide = false;
@@ -65,10 +65,10 @@ struct Page {
   float* sparse_k_scale(int64_t set) const { return scales(layout->sparse_k_scale, set); }
   float* sparse_v_scale(int64_t set) const { return scales(layout->sparse_v_scale, set); }
 
-  // What weighs the scores of the pairs of a set; only where layout->has_saliency.
+  // What weighs the scores of the pairs of a set; only where layout->has_score_weights.
   template <typename T>
-  T* saliency(int64_t set) const {
-    return reinterpret_cast<T*>(data + layout->saliency) + set * layout->sparse_cache_size;
+  T* score_weights(int64_t set) const {
+    return reinterpret_cast<T*>(data + layout->score_weights) + set * layout->sparse_cache_size;
   }
 
   // The hidden state of a state head, [2F, d] and [2F].
@@ -82,7 +82,7 @@ struct Page {
     return reinterpret_cast<T*>(data + layout->s) + state_head * 2 * layout->feature_dim;
   }
 
-  // Only where layout->bounded().
+  // Only where layout->keeps_bounds().
   template <typename T>
   ErrorBounds<T> bounds(int64_t state_head) const {
     const int64_t size = layout->sparse_cache_size, first = state_head * size;
@@ -106,17 +106,17 @@ struct Call {
   const PageLayout& layout;
   char* pages;
   int64_t page_stride;        // bytes
-  Indices slots;              // [rows]
+  Indices state_indices;      // [rows]
   TokenRows q, k, v, out;     // [T, heads, d]
   const void* feature_map_q;  // [Hq, d, F], of the dtype of H and s
   const void* feature_map_k;  // [1 or 2, Hs of the layer, d, F], at the first map of these heads
   const void* log_gate;       // [Hq]
-  const void* saliency;       // [Hkv, saliency_size()], only where layout.has_saliency
+  const void* importance;     // [Hkv, importance_size()], only where layout.has_score_weights
   int64_t layer_state_heads;  // Hs of the layer
 
-  // Slot 0 is vLLM's null block: what has it, or less, is padding.
-  Page page(int64_t slot) const {
-    return {&layout, slot > 0 ? pages + slot * page_stride : nullptr};
+  // State index 0 is vLLM's null block: what has it, or less, is padding.
+  Page page(int64_t state_index) const {
+    return {&layout, state_index > 0 ? pages + state_index * page_stride : nullptr};
   }
 
   // The map of a head, [d, F].
@@ -127,13 +127,13 @@ struct Call {
   // That of the keys that the hidden state of a page takes with its n-th token.
   template <typename T>
   const T* key_map(int64_t state_head, int64_t n) const {
-    const int64_t head = state_head + (n > layout.turned_after ? layer_state_heads : 0);
+    const int64_t head = state_head + (n > layout.rotated_map_after ? layer_state_heads : 0);
     return static_cast<const T*>(feature_map_k) + head * layout.head_dim * layout.feature_dim;
   }
-  // The saliency weights of a KV head: d / 2 of lengths, d of a value, and a constant.
+  // The importance weights of a KV head: d / 2 of lengths, d of a value, and a constant.
   template <typename T>
-  const T* saliency_weights(int64_t kv_head) const {
-    return static_cast<const T*>(saliency) + kv_head * layout.saliency_size();
+  const T* importance_weights(int64_t kv_head) const {
+    return static_cast<const T*>(importance) + kv_head * layout.importance_size();
   }
   template <typename T>
   T gate(int64_t head) const {
@@ -143,7 +143,7 @@ struct Call {
 
 // Consecutive new tokens of one page: all of a row of the batch, or a part of them (a chunk).
 struct NewTokens {
-  int64_t slot;
+  int64_t state_index;
   int64_t token;     // of the first one: its row in q, k, v and out,
   int64_t position;  // and its position in the sequence
   int64_t count;

@@ -17,7 +17,7 @@ struct UpdatePoint {
   int64_t set, n;
 };
 
-// The pairs that an update chooses among: cached ones by slot, then evicted ones by position.
+// The pairs that an update chooses among: cached ones by entry, then evicted ones by position.
 struct Candidates {
   const Page& page;
   const PageLayout& layout;
@@ -48,18 +48,18 @@ struct Candidates {
     load_evicted(page.exact_v(kv_head, exact_row(i)), to, padded);
   }
 
-  // Puts the evicted pair i into a slot; `room` is for d numbers.
+  // Puts the evicted pair i into an entry; `room` is for d numbers.
   template <typename T>
-  LOLA_INLINE void put(int64_t i, int64_t slot, T* room) const {
+  LOLA_INLINE void put(int64_t i, int64_t entry, T* room) const {
     const char *const k = page.exact_k(kv_head, exact_row(i)), *const v = page.exact_v(
                                                                    kv_head, exact_row(i));
-    char *const to_k = page.sparse_k(set, slot), *const to_v = page.sparse_v(set, slot);
+    char *const to_k = page.sparse_k(set, entry), *const to_v = page.sparse_v(set, entry);
     const int64_t d = layout.head_dim;
     if (layout.int8_pairs()) {
       load_row(room, k, layout.kv_dtype, d, d);
-      store_int8_row(room, d, to_k, page.sparse_k_scale(set) + slot);
+      store_int8_row(room, d, to_k, page.sparse_k_scale(set) + entry);
       load_row(room, v, layout.kv_dtype, d, d);
-      store_int8_row(room, d, to_v, page.sparse_v_scale(set) + slot);
+      store_int8_row(room, d, to_v, page.sparse_v_scale(set) + entry);
     } else {
       copy_bytes(to_k, k, layout.pair_bytes());
       copy_bytes(to_v, v, layout.pair_bytes());

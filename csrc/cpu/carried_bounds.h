@@ -74,7 +74,7 @@ struct CarriedBounds {
 
 // Whether scores can be bounded so: one state head per set, and no bounds in the page.
 inline bool carries_bounds(const PageLayout& layout) {
-  return !layout.bounded() && layout.states_per_set() == 1;
+  return !layout.keeps_bounds() && layout.states_per_set() == 1;
 }
 
 // What a fold adds, and what it meets.

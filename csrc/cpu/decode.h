@@ -135,9 +135,9 @@ int64_t push_reads(const Call& call, const DecodeItem& item, Prefetcher& prefetc
   const auto size = static_cast<int64_t>(sizeof(T));
   bytes += prefetcher.push(item.page.H<T>(first), states * F2 * d * size);
   bytes += prefetcher.push(item.page.s<T>(first), states * F2 * size);
-  if (!layout.bounded()) return bytes;
-  if (layout.has_saliency) {
-    bytes += prefetcher.push(item.page.saliency<T>(item.set), layout.sparse_cache_size * size);
+  if (!layout.keeps_bounds()) return bytes;
+  if (layout.has_score_weights) {
+    bytes += prefetcher.push(item.page.score_weights<T>(item.set), layout.sparse_cache_size * size);
   }
   const ErrorBounds<T> bounds = item.page.bounds<T>(first);
   const int64_t pairs = states * layout.sparse_cache_size;
@@ -339,7 +339,7 @@ void decode_item(const Call& call, const DecodeItem& item, const T* phi, DecodeW
 // side, so memory is read in long stretches.
 inline DecodeItem decode_item_at(const Call& call, int64_t i, const Indices& seq_lens) {
   const int64_t row = i / call.layout.num_sparse_heads;
-  return {row, call.page(call.slots[row]), i % call.layout.num_sparse_heads, seq_lens[row]};
+  return {row, call.page(call.state_indices[row]), i % call.layout.num_sparse_heads, seq_lens[row]};
 }
 
 // Takes tasks until none is left. The next one is taken before the last item of a task, so that its
@@ -387,7 +387,7 @@ void decode_tokens(const Call& call, const NewTokens* rows, int64_t begin, int64
   const int64_t sets = call.layout.sets_per_kv_head(), kv_heads = call.layout.num_kv_heads;
   for (int64_t i = begin; i < end; ++i) {
     const NewTokens& row = rows[i / kv_heads];
-    const Page page = call.page(row.slot);
+    const Page page = call.page(row.state_index);
     const int64_t kv = i % kv_heads;
     for (int64_t t = 0; t < row.count; ++t) {
       for (int64_t set = kv * sets; set < (kv + 1) * sets; ++set) {

@@ -74,23 +74,25 @@ void store_int8_row(const T* x, int64_t n, char* to, float* scale) {
 // set, which are read where the layout has them.
 template <typename T>
 LOLA_INLINE void load_sparse_row(const PageLayout& layout, const char* row, const float* scales,
-                                 int64_t slot, T* to, int64_t padded) {
+                                 int64_t entry, T* to, int64_t padded) {
   const int64_t d = layout.head_dim;
   load_row(to, row, layout.sparse_dtype, d, padded);
   if (!layout.int8_pairs()) return;
-  const T scale = static_cast<T>(scales[slot]);
+  const T scale = static_cast<T>(scales[entry]);
   for (int64_t i = 0; i < d; ++i) to[i] *= scale;
 }
 
 template <typename T>
-LOLA_INLINE void load_sparse_k(const Page& page, int64_t set, int64_t slot, T* to, int64_t padded) {
-  load_sparse_row(*page.layout, page.sparse_k(set, slot), page.sparse_k_scale(set), slot, to,
+LOLA_INLINE void load_sparse_k(const Page& page, int64_t set, int64_t entry, T* to,
+                               int64_t padded) {
+  load_sparse_row(*page.layout, page.sparse_k(set, entry), page.sparse_k_scale(set), entry, to,
                   padded);
 }
 
 template <typename T>
-LOLA_INLINE void load_sparse_v(const Page& page, int64_t set, int64_t slot, T* to, int64_t padded) {
-  load_sparse_row(*page.layout, page.sparse_v(set, slot), page.sparse_v_scale(set), slot, to,
+LOLA_INLINE void load_sparse_v(const Page& page, int64_t set, int64_t entry, T* to,
+                               int64_t padded) {
+  load_sparse_row(*page.layout, page.sparse_v(set, entry), page.sparse_v_scale(set), entry, to,
                   padded);
 }
 

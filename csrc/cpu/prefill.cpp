@@ -27,11 +27,11 @@ void prefill_cpu(const std::vector<Call>& calls, int64_t rows, const Indices& qu
   std::vector<NewTokens> new_tokens;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t begin = query_start_loc[r], end = query_start_loc[r + 1];
-    const int64_t slot = calls[0].slots[r];
-    if (slot <= 0) {
+    const int64_t state_index = calls[0].state_indices[r];
+    if (state_index <= 0) {
       for (const Call& call : calls) answer_zero(call, begin, end);
     } else if (end > begin) {
-      new_tokens.push_back({slot, begin, context_lens[r], end - begin});
+      new_tokens.push_back({state_index, begin, context_lens[r], end - begin});
     }
   }
   if (new_tokens.empty()) return;

@@ -11,7 +11,7 @@
 #include "cpu/mix.h"
 #include "cpu/query_block.h"
 #include "cpu/recall.h"
-#include "cpu/update_exact.h"
+#include "cpu/update_interval.h"
 #include "cpu/workspace.h"
 #if LOLA_BF16_DOTS
 #include "cpu/bf16/prefill_attend.h"
@@ -231,9 +231,9 @@ template <typename T>
 int64_t open_updates(const Call& call, char* memory) {
   Workspace workspace(memory);
   const int64_t sets = call.layout.sets_per_kv_head();
-  auto* const updates = workspace.take<ExactUpdate<T>>(sets);
+  auto* const updates = workspace.take<IntervalUpdate<T>>(sets);
   for (int64_t i = 0; i < sets; ++i) {
-    const ExactUpdate<T> x(call.layout, true, workspace);
+    const IntervalUpdate<T> x(call.layout, true, workspace);
     if (memory != nullptr) updates[i] = x;
   }
   return workspace.bytes();
@@ -242,18 +242,18 @@ int64_t open_updates(const Call& call, char* memory) {
 // The update that a chunk ends with, of one set.
 template <typename T>
 void decide_chunk(const Call& call, const NewTokens& chunk, int64_t set, char* memory) {
-  auto* const updates = reinterpret_cast<ExactUpdate<T>*>(memory);
-  decide_update(call, {call.page(chunk.slot), set, chunk.position + chunk.count},
+  auto* const updates = reinterpret_cast<IntervalUpdate<T>*>(memory);
+  decide_update(call, {call.page(chunk.state_index), set, chunk.position + chunk.count},
                 updates[set % call.layout.sets_per_kv_head()]);
 }
 
 // The same of all sets of the KV head.
 template <typename T>
 void commit_chunk(const Call& call, const NewTokens& chunk, int64_t kv_head, char* memory) {
-  auto* const updates = reinterpret_cast<ExactUpdate<T>*>(memory);
+  auto* const updates = reinterpret_cast<IntervalUpdate<T>*>(memory);
   const int64_t sets = call.layout.sets_per_kv_head();
   for (int64_t i = 0; i < sets; ++i) {
-    const UpdatePoint at = {call.page(chunk.slot), kv_head * sets + i,
+    const UpdatePoint at = {call.page(chunk.state_index), kv_head * sets + i,
                             chunk.position + chunk.count};
     commit_update(at, updates[i]);
   }

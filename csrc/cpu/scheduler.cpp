@@ -36,12 +36,12 @@ int64_t useful_threads(const std::vector<Call>& calls, const std::vector<NewToke
 NewTokens next_chunk(const PageLayout& layout, const NewTokens& row, int64_t done) {
   const int64_t position = row.position + done, interval = layout.update_interval;
   const int64_t count = std::min({row.count - done, interval - position % interval, kLongestChunk});
-  return {row.slot, row.token + done, position, count};
+  return {row.state_index, row.token + done, position, count};
 }
 
 // Puts a chunk's new pairs of one KV head in their rows of the exact store.
 void write_pairs(const Call& call, const NewTokens& chunk, int64_t kv_head) {
-  const Page page = call.page(chunk.slot);
+  const Page page = call.page(chunk.state_index);
   const int64_t bytes = call.layout.pair_bytes();
   for (int64_t t = 0; t < chunk.count; ++t) {
     const int64_t row = call.layout.exact_row(chunk.position + t);
@@ -113,8 +113,8 @@ void PrefillScheduler::run_task(const Job& job, int64_t task, char* workspace) c
   if (block == job.blocks) return kernels_.decide(call, job.chunk, set, job.workspace);
   const int64_t first = block * job.block;
   kernels_.attend(call,
-                  {call.page(job.chunk.slot), set, job.chunk.token + first, job.chunk.position,
-                   first, std::min(job.block, job.chunk.count - first)},
+                  {call.page(job.chunk.state_index), set, job.chunk.token + first,
+                   job.chunk.position, first, std::min(job.block, job.chunk.count - first)},
                   workspace);
 }
 

@@ -1,8 +1,8 @@
 // The update of one page and sparse set after a token (docs/algorithm.md, section 3).
 #pragma once
 
-#include "cpu/update_bounded.h"
-#include "cpu/update_exact.h"
+#include "cpu/update_interval.h"
+#include "cpu/update_per_token.h"
 
 LOLA_BEGIN_TARGET();
 namespace lola {
@@ -12,14 +12,14 @@ namespace {
 // What an update needs: of the two ways, the one that a layer's pages are laid out for.
 template <typename T>
 struct UpdateWorkspace {
-  ExactUpdate<T> exact;
-  BoundedUpdate<T> bounded;
+  IntervalUpdate<T> interval;
+  PerTokenUpdate<T> per_token;
 
   UpdateWorkspace(const PageLayout& layout, Workspace& memory) {
-    if (layout.bounded()) {
-      bounded = BoundedUpdate<T>(layout, memory);
+    if (layout.keeps_bounds()) {
+      per_token = PerTokenUpdate<T>(layout, memory);
     } else {
-      exact = ExactUpdate<T>(layout, false, memory);
+      interval = IntervalUpdate<T>(layout, false, memory);
     }
   }
 };
@@ -28,10 +28,10 @@ struct UpdateWorkspace {
 template <typename T>
 void update(const Call& call, const UpdatePoint& at, UpdateWorkspace<T>& x,
             Prefetcher* prefetcher) {
-  if (call.layout.bounded()) return update_bounded(call, at, x.bounded, prefetcher);
-  x.exact.features.known = 0;
-  decide_update(call, at, x.exact);
-  commit_update(at, x.exact);
+  if (call.layout.keeps_bounds()) return update_per_token(call, at, x.per_token, prefetcher);
+  x.interval.features.known = 0;
+  decide_update(call, at, x.interval);
+  commit_update(at, x.interval);
 }
 
 }  // namespace

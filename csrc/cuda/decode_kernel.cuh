@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS, INT8>)
     }
     return;
   }
-  const int64_t page = p.slots[row], position = p.seq_lens[row] - 1;
+  const int64_t page = p.state_indices[row], position = p.seq_lens[row] - 1;
   const Pairs<T> pairs(p, row, page, set, position);
   const bool folded = p.any_folded(position);
   const int keys = (pairs.count + p.splits - 1) / p.splits, key0 = keys * split;

@@ -23,7 +23,7 @@ void launch_update(const Params& p, cudaStream_t stream);
 
 // The same where `incremental`.
 template <typename T>
-void launch_incremental(const Params& p, cudaStream_t stream);
+void launch_update_per_token(const Params& p, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace lola

@@ -75,20 +75,20 @@ void run(const Params& p, bool vectors, cudaStream_t stream) {
   launch_features(p, stream);
   launch_decode<T>(p, vectors, stream);
   if (p.splits > 1) launch_merge(p, stream);
-  if (p.layout.bounded()) {
-    launch_incremental<T>(p, stream);
+  if (p.layout.keeps_bounds()) {
+    launch_update_per_token<T>(p, stream);
   } else {
     launch_update<T>(p, stream);
   }
 }
 
 void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
-            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& saliency,
-            const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slots,
+            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& importance,
+            const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state_indices,
             const Tensor& seq_lens, const Tensor& out) {
   Params p;
   p.layout =
-      *check_call({pages, layout, feature_map_q, feature_map_k, log_gate, saliency, q, k, v, out},
+      *check_call({pages, layout, feature_map_q, feature_map_k, log_gate, importance, q, k, v, out},
                   kDevice)
            .first;
   const PageLayout& x = p.layout;
@@ -106,12 +106,12 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
   p.feature_map_q = static_cast<const float*>(feature_map_q.data_ptr());
   p.feature_map_k = static_cast<const float*>(feature_map_k.data_ptr());
   p.log_gate = static_cast<const float*>(log_gate.data_ptr());
-  p.saliency_weights = static_cast<const float*>(saliency.data_ptr());
+  p.importance_weights = static_cast<const float*>(importance.data_ptr());
   p.pages = static_cast<char*>(pages.data_ptr());
   p.page_stride = pages.stride(0);
   p.num_pages = pages.size(0);
   p.num_rows = q.size(0);
-  p.slots = indices(slots, "slots", p.num_rows);
+  p.state_indices = indices(state_indices, "state_indices", p.num_rows);
   p.seq_lens = indices(seq_lens, "seq_lens", p.num_rows);
   // Blocks, keys and scratch per block are counted in 32 bits; page offsets are not.
   constexpr int64_t kMost = int64_t{1} << 30;

@@ -24,7 +24,7 @@ struct TokenView {
   }
 };
 
-// A vector of slots or lengths, int32 or int64.
+// A vector of state indices or lengths, int32 or int64.
 struct Indices {
   const char* data;
   int64_t stride;
@@ -40,16 +40,17 @@ struct Indices {
 struct Params {
   PageLayout layout;
   TokenView q, k, v, out;
-  DType q_type, out_type;         // k and v are of the pages' type
-  const float* feature_map_q;     // [num_heads, head_dim, feature_dim], contiguous
-  const float* feature_map_k;     // [1 or 2, num_state_heads, head_dim, feature_dim], contiguous
-  const float* log_gate;          // [num_heads]
-  const float* saliency_weights;  // [num_kv_heads, saliency_size()], only where pairs are weighed
+  DType q_type, out_type;      // k and v are of the pages' type
+  const float* feature_map_q;  // [num_heads, head_dim, feature_dim], contiguous
+  const float* feature_map_k;  // [1 or 2, num_state_heads, head_dim, feature_dim], contiguous
+  const float* log_gate;       // [num_heads]
+  const float*
+      importance_weights;  // [num_kv_heads, importance_size()], only where pairs are weighted
   char* pages;
-  int64_t page_stride;      // in bytes
-  Indices slots, seq_lens;  // [num_rows]
-  float* phi;               // [num_rows, num_heads, 2 feature_dim], scratch
-  float* partial;           // [num_rows, num_heads, splits, partial_size()] by sets, scratch
+  int64_t page_stride;              // in bytes
+  Indices state_indices, seq_lens;  // [num_rows]
+  float* phi;                       // [num_rows, num_heads, 2 feature_dim], scratch
+  float* partial;  // [num_rows, num_heads, splits, partial_size()] by sets, scratch
   int* lists;  // [num_rows, num_sparse_heads, list_size()], scratch of updates that shared memory
                // is too small for
   int64_t num_pages, num_rows;
@@ -78,16 +79,16 @@ struct Params {
   __host__ __device__ int heads_per_state() const {
     return num_heads() / static_cast<int>(layout.num_state_heads);
   }
-  // Whether a page keeps a saliency of its sparse pairs, which multiplies their scores.
-  __host__ __device__ bool weighed() const {
-    return layout.has_saliency != 0 && layout.sparse_cache_size > 0;
+  // Whether a page keeps a weight of each sparse pair's score.
+  __host__ __device__ bool weighted() const {
+    return layout.has_score_weights != 0 && layout.sparse_cache_size > 0;
   }
   __host__ __device__ int partial_size() const { return 4 + 2 * head_dim(); }
   // Score, position and mark of each candidate of an update; those to fold and those that arrive;
-  // the saliency of those that are evicted.
+  // the importance of those that are evicted.
   __host__ __device__ int64_t list_size() const {
     return 3 * (layout.sparse_cache_size + layout.update_interval) +
-           (weighed() ? 3 : 2) * layout.update_interval;
+           (weighted() ? 3 : 2) * layout.update_interval;
   }
 
   // --- addresses: where a head's or a set's part of a page starts, and a row of it ---
@@ -95,7 +96,7 @@ struct Params {
   // float32 [head_dim, feature_dim]: the map of the keys that a hidden state takes with the n-th
   // token of its page.
   LOLA_DEVICE const float* key_map(int state, int64_t n) const {
-    const int64_t head = state + (n > layout.turned_after ? layout.num_state_heads : 0);
+    const int64_t head = state + (n > layout.rotated_map_after ? layout.num_state_heads : 0);
     return feature_map_k + head * head_dim() * feature_dim();
   }
   // float32 [2 feature_dim, head_dim].
@@ -109,28 +110,28 @@ struct Params {
   }
   // int32 [sparse_cache_size].
   LOLA_DEVICE int32_t* positions(int64_t page, int set) const {
-    return part<int32_t>(page, layout.positions) + first_slot(set);
+    return part<int32_t>(page, layout.positions) + first_entry(set);
   }
-  // float32 [sparse_cache_size], only where pairs are weighed.
-  LOLA_DEVICE float* saliency(int64_t page, int set) const {
-    return part<float>(page, layout.saliency) + first_slot(set);
+  // float32 [sparse_cache_size], only where pairs are weighted.
+  LOLA_DEVICE float* score_weights(int64_t page, int set) const {
+    return part<float>(page, layout.score_weights) + first_entry(set);
   }
   // float32 [sparse_cache_size], only where the layout has int8_pairs(): what multiplies the
   // numbers of each key, and of each value.
   LOLA_DEVICE float* sparse_k_scale(int64_t page, int set) const {
-    return part<float>(page, layout.sparse_k_scale) + first_slot(set);
+    return part<float>(page, layout.sparse_k_scale) + first_entry(set);
   }
   LOLA_DEVICE float* sparse_v_scale(int64_t page, int set) const {
-    return part<float>(page, layout.sparse_v_scale) + first_slot(set);
+    return part<float>(page, layout.sparse_v_scale) + first_entry(set);
   }
   // [sparse_cache_size, head_dim]; T is int8_t where the layout has int8_pairs().
   template <typename T>
-  LOLA_DEVICE T* sparse_k(int64_t page, int set, int64_t slot = 0) const {
-    return part<T>(page, layout.sparse_k) + (first_slot(set) + slot) * head_dim();
+  LOLA_DEVICE T* sparse_k(int64_t page, int set, int64_t entry = 0) const {
+    return part<T>(page, layout.sparse_k) + (first_entry(set) + entry) * head_dim();
   }
   template <typename T>
-  LOLA_DEVICE T* sparse_v(int64_t page, int set, int64_t slot = 0) const {
-    return part<T>(page, layout.sparse_v) + (first_slot(set) + slot) * head_dim();
+  LOLA_DEVICE T* sparse_v(int64_t page, int set, int64_t entry = 0) const {
+    return part<T>(page, layout.sparse_v) + (first_entry(set) + entry) * head_dim();
   }
   // [sink_size + ring, head_dim].
   template <typename T>
@@ -141,27 +142,27 @@ struct Params {
   LOLA_DEVICE T* exact_v(int64_t page, int kv_head, int64_t row = 0) const {
     return part<T>(page, layout.exact_v) + (first_exact(kv_head) + row) * head_dim();
   }
-  // float32 [kBounds, sparse_cache_size], only where the layout is bounded().
+  // float32 [kBounds, sparse_cache_size], only where the layout keeps_bounds().
   LOLA_DEVICE float* bounds(int64_t page, int state) const {
-    return part<float>(page, layout.bounds) + kBounds * first_slot(state);
+    return part<float>(page, layout.bounds) + kBounds * first_entry(state);
   }
-  // int8 [sparse_cache_size, head_dim], only where the layout is bounded().
-  LOLA_DEVICE int8_t* directions(int64_t page, int state, int64_t slot) const {
-    return part<int8_t>(page, layout.directions) + (first_slot(state) + slot) * head_dim();
+  // int8 [sparse_cache_size, head_dim], only where the layout keeps_bounds().
+  LOLA_DEVICE int8_t* directions(int64_t page, int state, int64_t entry) const {
+    return part<int8_t>(page, layout.directions) + (first_entry(state) + entry) * head_dim();
   }
 
   // --- what a token count says ---
 
   // Whether something was folded into H and s before there were more than n tokens.
   LOLA_DEVICE bool any_folded(int64_t n) const { return layout.num_folded(n) > 0; }
-  // Whether a row has a page. A slot beyond the pool cannot be refused without waiting for the
-  // device: its page is not touched and its answer is NaN.
+  // Whether a row has a page. A state index beyond the pool cannot be refused without waiting for
+  // the device: its page is not touched and its answer is NaN.
   LOLA_DEVICE bool live(int64_t row) const {
-    const int64_t page = slots[row];
+    const int64_t page = state_indices[row];
     return page > 0 && page < num_pages && seq_lens[row] > 0;
   }
   LOLA_DEVICE float answer_of_padding(int64_t row) const {
-    return slots[row] < num_pages ? 0.0f : __uint_as_float(0x7fc00000u);
+    return state_indices[row] < num_pages ? 0.0f : __uint_as_float(0x7fc00000u);
   }
 
  private:
@@ -169,8 +170,8 @@ struct Params {
   LOLA_DEVICE T* part(int64_t page, int64_t offset) const {
     return reinterpret_cast<T*>(pages + page * page_stride + offset);
   }
-  // Slots of the sets, or of the state heads, before this one.
-  LOLA_DEVICE int64_t first_slot(int head) const {
+  // Entries of the sets, or of the state heads, before this one.
+  LOLA_DEVICE int64_t first_entry(int head) const {
     return static_cast<int64_t>(head) * sparse_cache_size();
   }
   LOLA_DEVICE int64_t first_exact(int kv_head) const {

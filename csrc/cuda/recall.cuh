@@ -1,6 +1,6 @@
 // What an update does with candidates, a warp at a time: map keys, their self-recall errors
 //   SRE = || v - phi(k)^T H / (phi(k)^T s + 1e-6) ||    (LoLA, arXiv 2505.23666, section 3.2),
-// and the saliency that weighs these (docs/algorithm.md, section 6).
+// and the importance that weighs these (docs/algorithm.md, section 6).
 #pragma once
 
 #include "cuda/page.cuh"
@@ -50,7 +50,7 @@ LOLA_DEVICE float int8_scale(const T* x, int d, int lane) {
   return reduce<Max>(largest) * kStep + reduce<Sum>(odd);
 }
 
-// Candidates of an update: cached pairs by slot, then evicted ones by position.
+// Candidates of an update: cached pairs by entry, then evicted ones by position.
 template <typename T, bool INT8>
 struct Candidates {
   const Params& p;
@@ -87,30 +87,30 @@ struct Candidates {
       return {i < cached ? p.sparse_v<const T>(page, set, i) : evicted_v(i)};
     }
   }
-  // Puts an evicted pair i into a slot, by `count` threads of whole warps, of which this is number
-  // `thread`.
-  LOLA_DEVICE void put(int i, int slot, int thread, int count) const {
+  // Puts an evicted pair i into an entry, by `count` threads of whole warps, of which this is
+  // number `thread`.
+  LOLA_DEVICE void put(int i, int entry, int thread, int count) const {
     const PairRow<T, INT8> from_k = k(i, thread % kWarp), from_v = v(i, thread % kWarp);
     if constexpr (INT8) {
-      int8_t* const to_k = p.sparse_k<int8_t>(page, set, slot);
-      int8_t* const to_v = p.sparse_v<int8_t>(page, set, slot);
+      int8_t* const to_k = p.sparse_k<int8_t>(page, set, entry);
+      int8_t* const to_v = p.sparse_v<int8_t>(page, set, entry);
       for (int j = thread; j < p.head_dim(); j += count) {
         to_k[j] = static_cast<int8_t>(from_k.number(j));
         to_v[j] = static_cast<int8_t>(from_v.number(j));
       }
       if (thread == 0) {
-        p.sparse_k_scale(page, set)[slot] = from_k.scale;
-        p.sparse_v_scale(page, set)[slot] = from_v.scale;
+        p.sparse_k_scale(page, set)[entry] = from_k.scale;
+        p.sparse_v_scale(page, set)[entry] = from_v.scale;
       }
     } else {
-      T* const to_k = p.sparse_k<T>(page, set, slot);
-      T* const to_v = p.sparse_v<T>(page, set, slot);
+      T* const to_k = p.sparse_k<T>(page, set, entry);
+      T* const to_v = p.sparse_v<T>(page, set, entry);
       for (int j = thread; j < p.head_dim(); j += count) {
         to_k[j] = from_k.x[j];
         to_v[j] = from_v.x[j];
       }
     }
-    if (thread == 0) p.positions(page, set)[slot] = position(i);
+    if (thread == 0) p.positions(page, set)[entry] = position(i);
   }
 
  private:
@@ -130,10 +130,10 @@ LOLA_DEVICE void load_row(float* to, const PairRow<T, INT8>& from, int d, bool v
 
 // w = exp(clamp(a . rho(k) + b . v + c)) of a pair of a KV head. A NaN stays one.
 template <typename T, bool INT8>
-LOLA_DEVICE float pair_saliency(const Params& p, int kv_head, const PairRow<T, INT8>& k,
-                                const PairRow<T, INT8>& v, int lane) {
+LOLA_DEVICE float pair_importance(const Params& p, int kv_head, const PairRow<T, INT8>& k,
+                                  const PairRow<T, INT8>& v, int lane) {
   const int d = p.head_dim(), half = d / 2;
-  const float* const a = p.saliency_weights + kv_head * p.layout.saliency_size();
+  const float* const a = p.importance_weights + kv_head * p.layout.importance_size();
   const float* const b = a + half;
   float sum = 0;
   for (int i = lane; i < d; i += kWarp) sum += b[i] * v[i];
@@ -142,7 +142,7 @@ LOLA_DEVICE float pair_saliency(const Params& p, int kv_head, const PairRow<T, I
     sum += a[i] * sqrtf(x * x + y * y);
   }
   sum = reduce<Sum>(sum) + b[d];
-  constexpr float kMost = kMaxLogSaliency<float>;
+  constexpr float kMost = kMaxLogImportance<float>;
   return expf(sum > kMost ? kMost : sum < -kMost ? -kMost : sum);
 }
 

@@ -18,7 +18,7 @@ struct Shared {
   float* scores;       // [lam + interval], as are the next two
   int *positions, *keep;
   int *folded, *arrived;  // [interval], candidates to fold, and evicted ones to keep, in order
-  float* saliency;        // [interval], of the evicted ones, where pairs are weighed
+  float* importance;      // [interval], of the evicted ones, where pairs are weighted
 
   LOLA_DEVICE Shared(const Params& p, char* memory) {
     k = reinterpret_cast<float*>(memory);
@@ -32,7 +32,7 @@ struct Shared {
     keep = positions + candidates;
     folded = keep + candidates;
     arrived = folded + p.layout.update_interval;
-    saliency = reinterpret_cast<float*>(arrived + p.layout.update_interval);
+    importance = reinterpret_cast<float*>(arrived + p.layout.update_interval);
   }
 };
 
@@ -42,19 +42,19 @@ std::size_t shared_bytes(const Params& p) {
   return (rows + 4 + (p.lists == nullptr ? p.list_size() : 0)) * sizeof(float);
 }
 
-// The saliency of each evicted pair, by a warp at a time.
+// The importance of each evicted pair, by a warp at a time.
 template <typename T, bool INT8>
 LOLA_DEVICE void weigh(const Params& p, const Candidates<T, INT8>& c, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int i = c.cached + warp; i < c.count; i += kWarps) {
-    const float w = pair_saliency(p, c.kv, c.k(i, lane), c.v(i, lane), lane);
-    if (lane == 0) x.saliency[i - c.cached] = w;
+    const float w = pair_importance(p, c.kv, c.k(i, lane), c.v(i, lane), lane);
+    if (lane == 0) x.importance[i - c.cached] = w;
   }
 }
 
 // Scores of all candidates: SRE, or its norm-relative mean over the state heads of a set, times the
-// saliency where pairs are weighed. `fresh`: nothing was folded yet, and H and s hold leftovers.
+// importance where pairs are weighted. `fresh`: nothing was folded yet, and H and s hold leftovers.
 template <typename T, bool INT8>
 LOLA_DEVICE void score(const Params& p, const Candidates<T, INT8>& c, bool fresh, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -92,8 +92,8 @@ LOLA_DEVICE void score(const Params& p, const Candidates<T, INT8>& c, bool fresh
       const int i = first + r;
       if (lane == 0 && i < c.count) {
         float mean = total[r] / static_cast<float>(states);
-        if (p.weighed()) {
-          mean *= i < c.cached ? p.saliency(c.page, c.set)[i] : x.saliency[i - c.cached];
+        if (p.weighted()) {
+          mean *= i < c.cached ? p.score_weights(c.page, c.set)[i] : x.importance[i - c.cached];
         }
         x.scores[i] = mean == mean ? mean : -kMinusInf;
       }
@@ -204,17 +204,17 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T, INT8>& c, int state, 
   }
 }
 
-// The i-th pair that arrives takes the i-th slot that is empty or whose pair was folded.
+// The i-th pair that arrives takes the i-th entry that is empty or whose pair was folded.
 template <typename T, bool INT8>
 LOLA_DEVICE void replace(const Params& p, const Candidates<T, INT8>& c, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   for (int i = warp; i < x.counts[2]; i += kWarps) {
     const int source = x.arrived[i];
-    const int slot = i < x.counts[1] ? x.folded[i] : c.cached + (i - x.counts[1]);
-    c.put(source, slot, lane, kWarp);
-    if (lane == 0 && p.weighed()) {
-      p.saliency(c.page, c.set)[slot] = x.saliency[source - c.cached];
+    const int entry = i < x.counts[1] ? x.folded[i] : c.cached + (i - x.counts[1]);
+    c.put(source, entry, lane, kWarp);
+    if (lane == 0 && p.weighted()) {
+      p.score_weights(c.page, c.set)[entry] = x.importance[source - c.cached];
     }
   }
 }
@@ -226,12 +226,12 @@ __global__ void __launch_bounds__(kThreads, INT8 ? 1 : 2) update_kernel(const Pa
   const int64_t row = blockIdx.x / p.num_sparse_heads();
   if (!p.live(row) || !p.layout.update_due(p.seq_lens[row])) return;
   const int64_t n = p.seq_lens[row];
-  const Candidates<T, INT8> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.num_sparse_heads()),
-                              n);
+  const Candidates<T, INT8> c(p, p.state_indices[row],
+                              static_cast<int>(blockIdx.x % p.num_sparse_heads()), n);
   const Shared x(p, memory);
   for (int i = threadIdx.x; i < c.count; i += kThreads) x.positions[i] = c.position(i);
   const bool fresh = !p.any_folded(n - p.layout.update_interval);
-  if (p.weighed()) {
+  if (p.weighted()) {
     weigh(p, c, x);
     __syncthreads();
   }

@@ -14,7 +14,7 @@ class CalibrateOptions:
 
     pairs: int = option("of a KV head, on average", 128)
     least: int = option("pairs of any KV head", 16)
-    by: Literal["head", "layer"] = option(
+    per: Literal["head", "layer"] = option(
         "a size for each KV head, or one for all heads of a layer", "head"
     )
     prompts: int = option("to read", 56)

@@ -1,4 +1,4 @@
-"""What saliency is fitted to: long prompts, most of which hide facts and ask for them at the end.
+"""What importance is fitted to: long prompts, most of which hide facts and ask for them at the end.
 
 The wording is that of training (`distill/retrieval.py`), which no benchmark shares.
 """

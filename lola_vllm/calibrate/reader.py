@@ -1,4 +1,4 @@
-"""Reads text with a softmax model, and takes notes of what its attention looks back to."""
+"""Reads text with a softmax model, and records what its attention looks back to."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 ATTENTION = "lola_calibration"
 
 
-class Notes(Protocol):
-    """What is noted of a window."""
+class AttentionRecorder(Protocol):
+    """Records the attention of a window."""
 
     def begin(self, ids: Sequence[int]) -> Tensor:
-        """The tokens whose attention is noted, `[n]` int64 in order."""
+        """The tokens whose attention is recorded, `[n]` int64 in order."""
 
     def add(self, layer: int, k: Tensor, v: Tensor, weights: Tensor) -> None:
         """A layer's k (after RoPE) and v `[Hkv, T, d]` and softmax weights `[Hq, n, T]` of the
@@ -24,15 +24,15 @@ class Notes(Protocol):
 
 
 class _Window(NamedTuple):
-    notes: Notes
+    recorder: AttentionRecorder
     queries: Tensor
 
 
 @torch.no_grad()
-def read(model: Any, windows: Iterable[Sequence[int]], notes: Notes) -> None:
+def read(model: Any, windows: Iterable[Sequence[int]], recorder: AttentionRecorder) -> None:
     """Read windows with a model whose attention is `attention`, which must be registered."""
     for ids in windows:
-        window = _Window(notes, notes.begin(ids))
+        window = _Window(recorder, recorder.begin(ids))
         model.model(torch.tensor([list(ids)]), use_cache=False, lola_window=window)
 
 
@@ -45,7 +45,7 @@ def attention(
     lola_window: _Window,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention, `[1, H, T, d]` in and `[1, T, Hq, d]` out, with notes."""
+    """Softmax attention, `[1, H, T, d]` in and `[1, T, Hq, d]` out, recorded."""
     group = q.shape[1] // k.shape[1]
     wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     out = scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)
@@ -53,5 +53,5 @@ def attention(
     logits = q[0, :, queries] @ wide_k[0].mT * q.shape[-1] ** -0.5
     later = torch.arange(q.shape[2]) > queries[:, None]
     weights = logits.masked_fill_(later, -torch.inf).softmax(-1)  # [Hq, n, T]
-    lola_window.notes.add(module.layer_idx, k[0], v[0], weights)
+    lola_window.recorder.add(module.layer_idx, k[0], v[0], weights)
     return out.transpose(1, 2), None

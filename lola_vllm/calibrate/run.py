@@ -2,11 +2,11 @@
 
 A model reads back what it has read before in a few of its heads. The others need few exact pairs.
 Calibration reads prompts with softmax attention, and notes what each head reads from far behind
-(`saliency.py`). Plain text seldom asks for a detail from far back, so most prompts hide facts and
+(`importance.py`). Plain text seldom asks for a detail from far back, so most prompts hide facts and
 ask for them (`prompts.py`).
 
-Which pairs a cache should hold depends on its size, and what a size is worth on which pairs it
-holds. So saliency is fitted twice: roughly to caches of one size, by which the pairs are divided
+Which pairs a cache should hold depends on its size, and what a size adds on which pairs it
+holds. So importance is fitted twice: roughly to caches of one size, by which the pairs are divided
 among the heads (`sizes.py`), and then to caches of these sizes.
 """
 
@@ -20,39 +20,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.calibrate.options import CalibrateOptions
-from lola_vllm.calibrate.prompts import draw_prompts
-from lola_vllm.calibrate.reader import ATTENTION, attention, read
-from lola_vllm.calibrate.saliency import (
+from lola_vllm.calibrate.importance import (
     EPOCHS,
     JUDGED_ONE_IN,
     LAST_TOKENS,
     SKIPPED_TOKENS,
-    Asked,
+    LongRangeAttention,
     fit,
     held,
     parted,
 )
-from lola_vllm.calibrate.sizes import Gains, divide_among
+from lola_vllm.calibrate.options import CalibrateOptions
+from lola_vllm.calibrate.prompts import draw_prompts
+from lola_vllm.calibrate.reader import ATTENTION, attention, read
+from lola_vllm.calibrate.sizes import AttentionGains, divide_among
 from lola_vllm.checkpoint.base import read_base_config
 from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_files
 
-# Of the first fit, whose saliency only serves to find sizes.
+# Of the first fit, whose importance only serves to find sizes.
 FIRST_EPOCHS = EPOCHS // 3
 
 
 class Held(NamedTuple):
-    """What the caches of a layer would hold of what each KV head reads from afar, in prompts that
-    the fit did not see.
+    """How much of each KV head's long-range attention the caches of a layer would hold, in prompts
+    that the fit did not see.
 
     Attributes:
-        worth: `[Hkv]`, all of it, by prompt. alone: `[Hkv]`, what is held if the error alone
-            chooses. weighed: `[Hkv]`, with saliency.
+        total: `[Hkv]`, all of it, by prompt. alone: `[Hkv]`, what is held if the error alone
+            chooses. weighted: `[Hkv]`, with importance.
     """
 
-    worth: Tensor
+    total: Tensor
     alone: Tensor
-    weighed: Tensor
+    weighted: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,26 @@ class Calibration:
 
     Attributes:
         sizes: per layer, its pairs, or those of its KV heads: a `lola_config.sparse_cache_size`.
-        saliency: per layer `[Hkv, d // 2 + d + 1]`, its tensor `saliency`.
+        importance: per layer `[Hkv, d // 2 + d + 1]`, its tensor `importance`.
         held: per layer, what caches of these sizes would hold.
     """
 
     sizes: list[int] | list[list[int]]
-    saliency: list[Tensor]
+    importance: list[Tensor]
     held: list[Held]
 
 
 def calibrate(
     base: Path, texts: Path, options: CalibrateOptions, model: Path | None = None
 ) -> Calibration:
-    """Read prompts with softmax attention, divide the pairs, and fit saliency.
+    """Read prompts with softmax attention, divide the pairs, and fit importance.
 
     Args:
         base: a local directory of the softmax model.
         texts: a file or a directory of files. Held-out documents are not read, so that they stay
             for measuring.
-        model: a LoLA model made of `base`. Saliency is fitted to its keys, values and maps. Without
-            it, to the base's with identity maps. Its linear layers must not be quantized.
+        model: a LoLA model made of `base`. Importance is fitted to its keys, values and maps.
+            Without it, to the base's with identity maps. Its linear layers must not be quantized.
 
     Raises:
         CheckpointError: a model or options that cannot be used, or texts that are too short.
@@ -109,22 +109,22 @@ def calibrate(
         base, dtype=torch.float32, attn_implementation=ATTENTION
     ).eval()
     maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
-    asked = Asked(prompts, maps)
-    read(softmax, [prompt.ids for prompt in prompts], asked)
-    parts = [parted(reads) for reads in asked.reads]
+    recorder = LongRangeAttention(prompts, maps)
+    read(softmax, [prompt.ids for prompt in prompts], recorder)
+    parts = [parted(reads) for reads in recorder.reads]
     gains = []
     for fitted, _ in parts:
-        alike = _of_heads(options.pairs, len(fitted[0].worth))
-        gains.append(Gains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
-    sizes = divide_among(gains, options.pairs, options.least, options.by == "layer")
-    saliency, shares = [], []
+        alike = _of_heads(options.pairs, len(fitted[0].attention))
+        gains.append(AttentionGains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
+    sizes = divide_among(gains, options.pairs, options.least, options.per == "layer")
+    importance, shares = [], []
     for layer, (fitted, judged) in enumerate(parts):
-        of_heads = _of_heads(sizes[layer], len(fitted[0].worth))
-        saliency.append(fit(fitted, of_heads, options.seed))
-        alone, worth = (x / len(judged) for x in held(judged, of_heads, None))
-        weighed = held(judged, of_heads, saliency[-1])[0] / len(judged)
-        shares.append(Held(worth, alone, weighed))
-    return Calibration(sizes, saliency, shares)
+        of_heads = _of_heads(sizes[layer], len(fitted[0].attention))
+        importance.append(fit(fitted, of_heads, options.seed))
+        alone, total = (x / len(judged) for x in held(judged, of_heads, None))
+        weighted = held(judged, of_heads, importance[-1])[0] / len(judged)
+        shares.append(Held(total, alone, weighted))
+    return Calibration(sizes, importance, shares)
 
 
 def _of_heads(sizes: int | list[int], heads: int) -> list[int]:
@@ -169,22 +169,22 @@ def _load_weights(softmax: Any, model: Path) -> list[Tensor]:
 
 
 def report(found: Calibration) -> str:
-    """By layer and KV head, what is read from afar in a prompt, what its cache holds of it with
-    the error alone and with saliency, and its pairs; the sizes as JSON."""
-    lines = ["layer  KV head  pairs  reads from afar  held by error  with saliency"]
+    """Per layer and KV head, the long-range attention in a prompt, what its cache holds of it with
+    the error alone and with importance, and its pairs; the sizes as JSON."""
+    lines = ["layer  KV head  pairs  long-range attention  held by error  with importance"]
     for layer, of_layer in enumerate(found.held):
-        sizes = _of_heads(found.sizes[layer], len(of_layer.worth))
+        sizes = _of_heads(found.sizes[layer], len(of_layer.total))
         heads = zip(sizes, *(x.tolist() for x in of_layer), strict=True)
-        for head, (pairs, worth, *kept) in enumerate(heads):
-            alone, weighed = _shares(worth, *kept)
+        for head, (pairs, total, *kept) in enumerate(heads):
+            alone, weighted = _shares(total, *kept)
             lines.append(
-                f"{layer:5}  {head:7}  {pairs:5}  {worth:15.2f}  {alone:13.0%}  {weighed:13.0%}"
+                f"{layer:5}  {head:7}  {pairs:5}  {total:20.2f}  {alone:13.0%}  {weighted:13.0%}"
             )
     columns = zip(*found.held, strict=True)
-    alone, weighed = _shares(*(sum(float(x.sum()) for x in column) for column in columns))
-    lines.append(f"all heads hold {alone:.0%} by error, {weighed:.0%} with saliency")
+    alone, weighted = _shares(*(sum(float(x.sum()) for x in column) for column in columns))
+    lines.append(f"all heads hold {alone:.0%} by error, {weighted:.0%} with importance")
     return "\n".join([*lines, "", json.dumps({"sparse_cache_size": found.sizes})])
 
 
-def _shares(worth: float, alone: float, weighed: float) -> tuple[float, float]:
-    return alone / max(worth, 1e-9), weighed / max(worth, 1e-9)
+def _shares(total: float, alone: float, weighted: float) -> tuple[float, float]:
+    return alone / max(total, 1e-9), weighted / max(total, 1e-9)

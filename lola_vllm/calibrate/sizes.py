@@ -1,8 +1,8 @@
 """How many pairs each KV head should have.
 
-A head's cache of n pairs holds the n tokens that score highest. Prompts say what each token is
-worth (`saliency.py`), and so what one more pair is worth to the head. Under a fixed sum of pairs
-most is held where the next pair is worth the same to every head.
+A head's cache of n pairs holds the n tokens that score highest. Prompts say how much long-range
+attention each token gets (`importance.py`), and so what one more pair adds to the head. Under a
+fixed sum of pairs most is held where the next pair adds the same to every head.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lola_vllm.calibrate.saliency import PLAIN, Read, scores
+from lola_vllm.calibrate.importance import PLAIN, PromptReads, scores
 
 
-class Gains:
-    """What each further pair of a layer's heads is worth, summed over prompts.
+class AttentionGains:
+    """The attention that each further pair of a layer's heads adds, summed over prompts.
 
     Args:
-        reads: of the layer. weights: its saliency tensor; None: the error alone chooses.
+        reads: of the layer. weights: its importance tensor; None: the error alone chooses.
 
     Attributes:
         facts, plain: `[Hkv, n]` float64, of prompts that ask for facts and of plain text. Column i
-            is the worth of tokens that i others score above.
+            is the attention to tokens that i others score above.
     """
 
-    def __init__(self, reads: Sequence[Read], weights: Tensor | None) -> None:
-        self.facts = self.plain = torch.zeros(len(reads[0].worth), 0, dtype=torch.float64)
+    def __init__(self, reads: Sequence[PromptReads], weights: Tensor | None) -> None:
+        self.facts = self.plain = torch.zeros(len(reads[0].attention), 0, dtype=torch.float64)
         for read in reads:
-            ranked = read.worth.gather(1, scores(read, weights).argsort(-1, descending=True))
+            ranked = read.attention.gather(1, scores(read, weights).argsort(-1, descending=True))
             if read.of_facts:
                 self.facts = _add(self.facts, ranked.double())
             else:
@@ -37,51 +37,52 @@ class Gains:
 
 
 def divide_among(
-    layers: Sequence[Gains], pairs: int, least: int, by_layer: bool = False
+    layers: Sequence[AttentionGains], pairs: int, least: int, per_layer: bool = False
 ) -> list[int] | list[list[int]]:
-    """Sizes by layer and KV head, or by layer alone.
+    """Sizes per layer and KV head, or per layer alone.
 
     Args:
         pairs: of a head, on average. least: of any head.
 
-    Facts and plain text count as in the fit of saliency, whatever their number of prompts is.
+    Facts and plain text count as in the fit of importance, whatever their number of prompts is.
     """
     facts = sum(float(gains.facts.sum()) for gains in layers)
     plain = sum(float(gains.plain.sum()) for gains in layers)
-    worth = []
+    gains_of = []
     for gains in layers:
         total = _add(gains.facts / max(facts, 1e-9), PLAIN * gains.plain / max(plain, 1e-9))
-        worth += [total.sum(0)] if by_layer else list(total)
-    sizes = divide(worth, pairs * len(worth), least)
-    if by_layer:
+        gains_of += [total.sum(0)] if per_layer else list(total)
+    sizes = divide(gains_of, pairs * len(gains_of), least)
+    if per_layer:
         return sizes
     heads = len(sizes) // len(layers)
     return [sizes[i : i + heads] for i in range(0, len(sizes), heads)]
 
 
-def divide(worth: Sequence[Tensor], total: int, least: int) -> list[int]:
+def divide(gains_of: Sequence[Tensor], total: int, least: int) -> list[int]:
     """Sizes of caches that sum to `total`.
 
     Args:
-        worth: for each cache what each further pair is worth, `[n]`. least: of any cache.
+        gains_of: for each cache the attention that each further pair adds, `[n]`.
+        least: of any cache.
 
     Raises:
         ValueError: `total` is less than `least` for each.
     """
-    spare = total - least * len(worth)
+    spare = total - least * len(gains_of)
     if spare < 0:
-        raise ValueError(f"{total} pairs for {len(worth)} caches of {least} or more")
-    # A pair beside which worthier ones stand is reached only with them, so gains that rise are
+        raise ValueError(f"{total} pairs for {len(gains_of)} caches of {least} or more")
+    # A pair beside which better ones stand is reached only with them, so gains that rise are
     # levelled; then the largest gains of all caches are those to take.
-    gains = [_levelled(x.tolist())[least:] for x in worth]
+    gains = [_levelled(x.tolist())[least:] for x in gains_of]
     offers = sorted(
         ((gain, i) for i, of_cache in enumerate(gains) for gain in of_cache if gain > 0),
         key=lambda offer: -offer[0],
     )[:spare]
-    sizes = [least] * len(worth)
+    sizes = [least] * len(gains_of)
     for _, i in offers:
         sizes[i] += 1
-    # What is worth nothing to anyone goes to all alike.
+    # What adds nothing to any cache goes to all alike.
     rest = total - sum(sizes)
     return [size + rest // len(sizes) + (i < rest % len(sizes)) for i, size in enumerate(sizes)]
 

@@ -26,9 +26,9 @@ from lola_vllm.config import (
     LolaConfig,
     LolaConfigError,
     LolaLlamaConfig,
-    default_far_zone_start,
-    default_fold_ahead,
-    default_rebase_interval,
+    default_bucket_start,
+    default_context_shift,
+    default_fold_rotation,
     explain_field,
 )
 
@@ -93,21 +93,21 @@ def config_of(path: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
     return config
 
 
-def rebase_keys(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[str, int]:
-    """The keys about rebases of a new checkpoint, whose keys so far are `lola_config`.
+def context_shift_keys(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[str, int]:
+    """The keys about context shifts of a new checkpoint, whose keys so far are `lola_config`.
 
     Raises:
         LolaConfigError: one that does not suit the base's trained length.
     """
     length = base.max_position_embeddings
-    keys = {"rebase_interval": default_rebase_interval(length), **lola_config}
-    LolaConfig(**keys).check_places(length)
-    interval = keys["rebase_interval"]
+    keys = {"context_shift": default_context_shift(length), **lola_config}
+    LolaConfig(**keys).check_context_shift(length)
+    interval = keys["context_shift"]
     if not interval:
-        return {"rebase_interval": 0}
-    ahead = keys.get("fold_ahead", default_fold_ahead(length, interval))
-    start = keys.get("far_zone_start", default_far_zone_start(length, interval))
-    return {"rebase_interval": interval, "fold_ahead": ahead, "far_zone_start": start}
+        return {"context_shift": 0}
+    ahead = keys.get("fold_rotation", default_fold_rotation(length, interval))
+    start = keys.get("bucket_start", default_bucket_start(length, interval))
+    return {"context_shift": interval, "fold_rotation": ahead, "bucket_start": start}
 
 
 def check_base_weights(base: Path, expected: Mapping[str, Shape]) -> None:

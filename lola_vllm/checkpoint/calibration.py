@@ -1,4 +1,4 @@
-"""What `lola-vllm calibrate` finds, as a file and in a checkpoint: sizes, and saliency."""
+"""What `lola-vllm calibrate` finds, as a file and in a checkpoint: sizes, and importance."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ Sizes = list[int] | list[list[int]]
 _FIRST_MAP = "model.layers.0.self_attn.feature_map_k"
 
 
-def saliency_tensors(saliency: Sequence[Tensor]) -> dict[str, Tensor]:
+def importance_tensors(importance: Sequence[Tensor]) -> dict[str, Tensor]:
     """Each layer's `[Hkv, d // 2 + d + 1]` by its name in a checkpoint."""
-    return {f"model.layers.{i}.self_attn.saliency": weights for i, weights in enumerate(saliency)}
+    return {
+        f"model.layers.{i}.self_attn.importance": weights for i, weights in enumerate(importance)
+    }
 
 
-def save_calibration(path: Path, sizes: Sizes, saliency: Mapping[str, Tensor]) -> None:
-    """Write sizes and the tensors `saliency` to a safetensors file."""
+def save_calibration(path: Path, sizes: Sizes, importance: Mapping[str, Tensor]) -> None:
+    """Write sizes and the tensors `importance` to a safetensors file."""
     from safetensors.torch import save_file
 
-    save_file(dict(saliency), path, {SIZES: json.dumps(sizes)})
+    save_file(dict(importance), path, {SIZES: json.dumps(sizes)})
 
 
 def load_calibration(path: Path) -> tuple[Sizes, dict[str, Tensor]]:
@@ -57,7 +59,7 @@ def write_calibrated(
     source: Path,
     out: Path,
     sizes: Sizes,
-    saliency: Mapping[str, Tensor],
+    importance: Mapping[str, Tensor],
     *,
     force: bool = False,
     inputs: Iterable[Path] = (),
@@ -67,7 +69,7 @@ def write_calibrated(
     Args:
         source: a directory, of which hidden files are left out.
         out, force, inputs: as in `staging.check_output`; `source` is one of the inputs.
-        sizes: `lola_config.sparse_cache_size`. saliency: tensors by name.
+        sizes: `lola_config.sparse_cache_size`. importance: tensors by name.
 
     Returns:
         The config of the copy.
@@ -79,18 +81,18 @@ def write_calibrated(
     with staged_directory(out, force=force, inputs=[source, *inputs]) as staging:
         ignored = shutil.ignore_patterns(".*")
         shutil.copytree(source, staging, ignore=ignored, dirs_exist_ok=True)
-        keys = {"sparse_cache_size": sizes, "saliency": True}
-        return apply_calibration(staging, keys, saliency)
+        keys = {"sparse_cache_size": sizes, "importance": True}
+        return apply_calibration(staging, keys, importance)
 
 
 def apply_calibration(
-    model: Path, keys: Mapping[str, Any], saliency: Mapping[str, Tensor]
+    model: Path, keys: Mapping[str, Any], importance: Mapping[str, Tensor]
 ) -> LolaLlamaConfig:
     """Put a calibration into a LoLA model that is being written.
 
     Args:
         model: a directory that nobody reads yet.
-        keys: of `lola_config`, which they replace. saliency: tensors by name.
+        keys: of `lola_config`, which they replace. importance: tensors by name.
 
     Returns:
         The config that was written.
@@ -105,8 +107,8 @@ def apply_calibration(
     raw["lola_config"] = {**raw.get("lola_config", {}), **keys}
     config = LolaLlamaConfig(**raw)
     config.check_sizes()
-    if saliency:
-        _write_tensors(model, saliency)
+    if importance:
+        _write_tensors(model, importance)
     write_json(path, raw)
     return config
 

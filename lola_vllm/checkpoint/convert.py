@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from lola_vllm.checkpoint.base import (
     check_base_weights,
+    context_shift_keys,
     copy_companions,
     parse_config,
     read_base_config,
-    rebase_keys,
     write_config,
     write_weights,
 )
@@ -70,8 +70,8 @@ def convert_checkpoint(
         out: where the checkpoint goes; it is written completely or not at all.
         config_overrides: keys of `lola_config` to set, but not `feature_dim` and
             `num_state_heads`, which follow from the file. `mixing` defaults to "lola",
-            `rebase_interval` to a quarter of the base's trained length, `fold_ahead` to as many
-            rebases as half of it has, and `far_zone_start` to 3/8 of it.
+            `context_shift` to a quarter of the base's trained length, `fold_rotation` to as many
+            context shifts as half of it has, and `bucket_start` to 3/8 of it.
         lora: LoLCATs' second stage; feature maps in it replace those of `distill`. Default:
             `distill`, if that holds adapters.
         lora_alpha: default 2 r. r follows from the file.
@@ -98,7 +98,7 @@ def convert_checkpoint(
 
     raw = read_base_config(base)
     llama = parse_config(base, raw)
-    lola_config |= rebase_keys(llama, lola_config)
+    lola_config |= context_shift_keys(llama, lola_config)
     maps = read_distill(distill, llama)
     lora = _lora_file(distill, maps, lora, lora_alpha)
     adapters = read_lora(lora, llama, maps) if lora else Lora({}, {}, 0)

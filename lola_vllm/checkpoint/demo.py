@@ -51,16 +51,17 @@ LORA_ALPHA = 32.0
 
 # Of the untrained model.
 DEMO_LOLA_CONFIG = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
-# Of the one that ships, besides its sizes by KV head: 315 pairs on average in the bytes of 128.
+# Of the one that ships, besides its sizes per KV head: 315 pairs on average in the bytes of 128.
 # Pairs of 8 bits take half, and an update every 16 tokens leaves the ring 48 rows shorter.
-# Scores that fade at 3 rebases leave room for newer text, and what stands out stays: a number in
-# noise is still found, and prose is predicted nearly as with scores that fade at all rebases.
+# Scores that fade at 3 context shifts leave room for newer text, and what stands out stays: a
+# number in noise is still found, and prose is predicted nearly as with scores that fade at all
+# context shifts.
 SHIPPED = {
     "update_interval": 16,
     "sparse_dtype": "int8",
-    "saliency": True,
-    "score_fade": 3.0,
-    "score_fade_rebases": 3,
+    "importance": True,
+    "score_decay": 3.0,
+    "score_decay_shifts": 3,
 }
 
 
@@ -136,10 +137,10 @@ def build_demo_model(
 
 
 def _calibrate(model: Path, overrides: Mapping[str, Any]) -> LolaLlamaConfig:
-    """Put in the sizes and the saliency that ship, where nothing else was asked for."""
-    sizes, saliency = load_calibration(DISTILLED / "calibration.safetensors")
+    """Put in the sizes and the importance that ship, where nothing else was asked for."""
+    sizes, importance = load_calibration(DISTILLED / "calibration.safetensors")
     keys = {"sparse_cache_size": sizes, **SHIPPED, **overrides}
-    return apply_calibration(model, keys, saliency if keys["saliency"] else {})
+    return apply_calibration(model, keys, importance if keys["importance"] else {})
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lola_vllm.checkpoint.base import (
     check_base_weights,
+    context_shift_keys,
     copy_companions,
     parse_config,
     read_base_config,
-    rebase_keys,
     write_config,
     write_weights,
 )
@@ -50,8 +50,8 @@ def init_checkpoint(
         out: where the checkpoint goes; it is written completely or not at all.
         config_overrides: keys of `lola_config` to set; others keep LoLA's defaults.
             `feature_dim` defaults to the head size, the only size an identity map can have, and
-            `rebase_interval` to a quarter of the base's trained length, `fold_ahead` to as many
-            rebases as half of it has, and `far_zone_start` to 3/8 of it.
+            `context_shift` to a quarter of the base's trained length, `fold_rotation` to as many
+            context shifts as half of it has, and `bucket_start` to 3/8 of it.
         state_heads: "kv": one key map per KV head (Hs = Hkv); "query": one per query head.
         force: replace a model that is already at `out`.
 
@@ -98,7 +98,7 @@ def _config_json(
     heads = llama.num_key_value_heads if state_heads == "kv" else llama.num_attention_heads
     lola_config = {
         **config_overrides,
-        **rebase_keys(llama, config_overrides),
+        **context_shift_keys(llama, config_overrides),
         "feature_dim": feature_dim,
         "num_state_heads": heads,
     }

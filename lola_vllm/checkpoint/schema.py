@@ -3,7 +3,7 @@
 A LoLA checkpoint is a Hugging Face Llama (or a decoder that differs from it by biases of q, k, v or
 by norms of q and k) plus three tensors per layer under `model.layers.{i}.self_attn.`:
 `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (before the
-sigmoid). A fourth, `saliency [Hkv, d // 2 + d + 1]`, is there where `lola_config.saliency` is
+sigmoid). A fourth, `importance [Hkv, d // 2 + d + 1]`, is there where `lola_config.importance` is
 true, and is not read where it is false.
 """
 
@@ -25,7 +25,7 @@ WINDOW_FACTOR_INIT = -2.1972245773362196  # sigmoid of it is 0.1, where LoLCATs 
 _SHOWN = 10  # faults of a kind that a message lists
 _BUFFER = ".rotary_emb.inv_freq"  # old Llama checkpoints store this; it follows from the config
 _LM_HEAD = "lm_head.weight"
-SALIENCY = ".self_attn.saliency"
+IMPORTANCE = ".self_attn.importance"
 _QK_NORMS = (".self_attn.q_norm.weight", ".self_attn.k_norm.weight")
 
 Shape = tuple[int, ...]
@@ -44,7 +44,7 @@ def expected_tensors(config: LolaLlamaConfig, num_state_heads: int) -> dict[str,
     Raises:
         LolaConfigError: Hkv does not divide Hs, or Hs does not divide Hq.
     """
-    from lola_vllm.config import saliency_size  # here: it loads transformers
+    from lola_vllm.config import importance_size  # here: it loads transformers
 
     lola = config.lola
     hidden, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
@@ -72,7 +72,7 @@ def expected_tensors(config: LolaLlamaConfig, num_state_heads: int) -> dict[str,
         "self_attn.feature_map_q": (Hq, d, F),
         "self_attn.feature_map_k": (num_state_heads, d, F),
         "self_attn.window_factors": (Hq,),
-        **({"self_attn.saliency": (Hkv, saliency_size(d))} if lola.saliency else {}),
+        **({"self_attn.importance": (Hkv, importance_size(d))} if lola.importance else {}),
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
@@ -116,7 +116,7 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[in
     """Raise unless `found` has exactly the expected tensors in the expected shapes.
 
     Ignored in `found`: `rotary_emb.inv_freq` buffers, `lm_head.weight` where embeddings are tied
-    (that is, where it is not expected), and a saliency that the config switches off.
+    (that is, where it is not expected), and an importance that the config switches off.
 
     Args:
         expected: what `expected_tensors` returned.
@@ -129,7 +129,7 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[in
     unexpected = [
         name
         for name in found
-        if name not in expected and name != _LM_HEAD and not name.endswith((_BUFFER, SALIENCY))
+        if name not in expected and name != _LM_HEAD and not name.endswith((_BUFFER, IMPORTANCE))
     ]
     wrong = [
         name
@@ -171,8 +171,10 @@ def _explain_missing(name: str, shape: Shape) -> str:
         return f"{text}; set tie_word_embeddings to true if the model has no output matrix"
     if name.endswith(".bias"):
         return f"{text}; set {_bias_field(name)} to false if the model has no biases"
-    if name.endswith(SALIENCY):
-        return f"{text}; set lola_config.saliency to false if no saliency was fitted to the model"
+    if name.endswith(IMPORTANCE):
+        return (
+            f"{text}; set lola_config.importance to false if no importance was fitted to the model"
+        )
     if name.endswith(_QK_NORMS):
         return f"{text}; set qk_norm to false if the model has no norms of q and k"
     return f"{text}; a file is missing, or config.json is of another model"

@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help="train for the sizes and the saliency that 'lola-vllm calibrate --save' wrote",
+        help="train for the sizes and the importance that 'lola-vllm calibrate --save' wrote",
     )  # fmt: skip
     parser.add_argument(
         "--work-dir", type=Path, metavar="DIR",

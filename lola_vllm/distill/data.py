@@ -90,7 +90,7 @@ def training_rows(
     """Turn sources into rows of token ids.
 
     Documents of a source are shuffled, joined with the end-of-sequence token and cut into rows.
-    Rows are taken from the sources in turn until one is used up. Documents that
+    Rows are taken from the sources interleaved until one is used up. Documents that
     `lola_vllm.texts.is_held_out` keeps for measuring are left out. If all sources together are too
     small, they are repeated in another order, with a warning. Retrieval prompts are spread evenly
     among the rows.
@@ -184,7 +184,7 @@ class _Stream:
 
 
 def _take_turns(streams: Sequence[_Stream], options: RowOptions) -> Iterator[list[int]]:
-    """Rows without end, one from each source in turn while it lasts."""
+    """Rows without end, one from each source, interleaved, while it lasts."""
     rows, warned = 0, False
     while True:
         epochs = [stream.epoch() for stream in streams]

@@ -42,8 +42,8 @@ def distill(
         out: where the checkpoint goes; it is written completely or not at all.
         start: a directory with `maps.safetensors` and `lora.safetensors` of an earlier run, such as
             its `work`. Stage 2 goes on from them, and stage 1 is left out.
-        calibration: what `lola-vllm calibrate --save` wrote. Its sizes and its saliency are trained
-            for, and the checkpoint has them.
+        calibration: what `lola-vllm calibrate --save` wrote. Its sizes and its importance are
+            trained for, and the checkpoint has them.
         work: keeps training states, `maps.safetensors`, `lora.safetensors`, loss curves and
             `distill.json`; default: `out` with ".training" added.
         resume: continue the run in `work`; without it a `work` that holds a run is refused.
@@ -63,14 +63,14 @@ def distill(
         all_maps,
         attach_maps,
         load_base,
+        load_importance,
         load_maps,
-        load_saliency,
     )
     from lola_vllm.distill.transfer import check_row_length
 
-    saliency: dict[str, Tensor] = {}
+    importance: dict[str, Tensor] = {}
     if calibration is not None:
-        sizes, saliency = load_calibration(calibration)
+        sizes, importance = load_calibration(calibration)
         options = _with_sizes(options, sizes, calibration)
     configs = options.configs()  # refuses bad values before anything else happens
     if start is None:
@@ -95,7 +95,7 @@ def distill(
     for config in configs:
         config.check_layers(model.config.num_hidden_layers, model.config.num_key_value_heads)
     attach_maps(model, heads)
-    load_saliency(model, saliency)
+    load_importance(model, importance)
     tokenizer = AutoTokenizer.from_pretrained(base)
 
     def rows(length: int, number: int, seed: int) -> Rows:
@@ -112,13 +112,13 @@ def distill(
 
     losses: dict[str, Any] = {}
     if earlier:
-        begun = {**earlier.maps, **earlier.adapters, **saliency}
+        begun = {**earlier.maps, **earlier.adapters, **importance}
         print_ = fingerprint(base, options, begun.values())
         if _saved(work / MAPS_NAME, print_) is None:
             _save(work / MAPS_NAME, _fitting(earlier.maps, all_maps(model)), print_)
     else:
         first = rows(options.row_length, options.rows, options.seed).tokens
-        print_ = fingerprint(base, options, [first, *saliency.values()])
+        print_ = fingerprint(base, options, [first, *importance.values()])
         if _saved(work / MAPS_NAME, print_) is None:
             losses["transfer"] = _transfer(model, first, work, options, print_)
     load_maps(model, _saved(work / MAPS_NAME, print_) or {})
@@ -137,7 +137,7 @@ def distill(
             losses["finetune"] = tuned.losses
             _save(lora, {**tuned.adapters, **tuned.maps}, print_)
     _report(work, base, data, options, losses)
-    return _write(base, work / MAPS_NAME, lora, out, options, saliency, force)
+    return _write(base, work / MAPS_NAME, lora, out, options, importance, force)
 
 
 class _Earlier(NamedTuple):
@@ -177,13 +177,13 @@ def _fitting(maps: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _with_sizes(options: DistillOptions, sizes: Any, path: Path) -> DistillOptions:
-    """Options to train for a calibration's sizes and saliency."""
+    """Options to train for a calibration's sizes and importance."""
     if "sparse_cache_size" in options.lola_config or options.train_sparse_caches:
         raise CheckpointError(
             f"{path}: holds the sizes of the sparse caches; leave out sparse_cache_size and "
             "train_sparse_caches"
         )
-    keys = {**options.lola_config, "sparse_cache_size": sizes, "saliency": True}
+    keys = {**options.lola_config, "sparse_cache_size": sizes, "importance": True}
     return replace(options, lola_config=keys)
 
 
@@ -205,7 +205,7 @@ def _write(
     lora: Path | None,
     out: Path,
     options: DistillOptions,
-    saliency: Mapping[str, Tensor],
+    importance: Mapping[str, Tensor],
     force: bool,
 ) -> LolaLlamaConfig:
     """The checkpoint, with the calibration that it was trained for."""
@@ -214,12 +214,12 @@ def _write(
     from lola_vllm.checkpoint.staging import staged_directory
 
     keys = dict(options.lola_config)
-    calibrated = {key: keys.pop(key) for key in ("sparse_cache_size", "saliency") if saliency}
+    calibrated = {key: keys.pop(key) for key in ("sparse_cache_size", "importance") if importance}
     with staged_directory(out, force=force, inputs=[base]) as staging:
         config = convert_checkpoint(
             base, maps, staging, keys, lora, lora_alpha=options.lora_alpha if lora else None
         )
-        return apply_calibration(staging, calibrated, saliency) if saliency else config
+        return apply_calibration(staging, calibrated, importance) if importance else config
 
 
 def fingerprint(

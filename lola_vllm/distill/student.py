@@ -72,7 +72,7 @@ def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None
             attention.register_parameter(name, nn.Parameter(eye, requires_grad=False))
         factors = torch.full((config.num_attention_heads,), WINDOW_FACTOR_INIT, device=device)
         attention.register_parameter("window_factors", nn.Parameter(factors, requires_grad=False))
-        attention.register_buffer("saliency", None, persistent=False)
+        attention.register_buffer("importance", None, persistent=False)
         attention.lola_config = None
 
 
@@ -100,12 +100,12 @@ def load_maps(model: Any, tensors: dict[str, Tensor]) -> None:
                 value.copy_(saved)
 
 
-def load_saliency(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Give layers their saliency, by the names that it has in a checkpoint. It is not trained."""
+def load_importance(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give layers their importance, by the names that it has in a checkpoint. It is not trained."""
     for i, layer in enumerate(decoder_layers(model)):
-        weights = tensors.get(f"model.layers.{i}.self_attn.saliency")
+        weights = tensors.get(f"model.layers.{i}.self_attn.importance")
         if weights is not None:
-            layer.self_attn.saliency = weights.to(layer.self_attn.q_proj.weight.device)
+            layer.self_attn.importance = weights.to(layer.self_attn.q_proj.weight.device)
 
 
 @contextmanager
@@ -148,6 +148,6 @@ def _attention(
         module.feature_map_k,
         module.window_factors,
         module.lola_config,
-        saliency=module.saliency,
+        importance=module.importance,
     )
     return out, None

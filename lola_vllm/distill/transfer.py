@@ -136,7 +136,7 @@ def _error(attention: Any, config: LolaConfig, chunks: Tensor) -> Tensor:
     q, k, v, teacher = attention.capture
     maps = (attention.feature_map_q, attention.feature_map_k, attention.window_factors)
     y = lola_attention_parallel(
-        q.float(), k.float(), v.float(), *maps, config, chunks, attention.saliency
+        q.float(), k.float(), v.float(), *maps, config, chunks, attention.importance
     )
     C = config.update_interval
     positions = (chunks[:, None] * C + torch.arange(C, device=chunks.device)).flatten()

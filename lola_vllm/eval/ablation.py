@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lola_vllm.eval import EvalError
 from lola_vllm.ops import Backend, portable
-from lola_vllm.ops.by_head import by_head
+from lola_vllm.ops.per_kv_head import per_kv_head
 
 
 def newest(v: Tensor, positions: Tensor) -> Tensor:
@@ -86,6 +86,6 @@ def with_score(ops: Backend, score: portable.Score) -> Backend:
         )
     return replace(
         ops,
-        decode=by_head(partial(portable.decode, score=score)),
-        prefill=by_head(partial(portable.prefill, score=score)),
+        decode=per_kv_head(partial(portable.decode, score=score)),
+        prefill=per_kv_head(partial(portable.prefill, score=score)),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import Tokenizer, opening_of
+from lola_vllm.eval.models import Tokenizer, prefix_of
 from lola_vllm.eval.settings import read_held_out
 from lola_vllm.texts import kind_of
 
@@ -44,8 +44,8 @@ class Text(NamedTuple):
 
     Attributes:
         kind: of text. source: file that it comes from. number: among those of its kind.
-        ids: `opening` and exactly as many tokens as its length says.
-        opening: number of leading ids that no document contains.
+        ids: `prefix` and exactly as many tokens as its length says.
+        prefix: number of leading ids that no document contains.
         bridge: tokens between the text and a passage that is begun again.
     """
 
@@ -53,7 +53,7 @@ class Text(NamedTuple):
     source: str
     number: int
     ids: list[int]
-    opening: int
+    prefix: int
     bridge: list[int]
 
 
@@ -110,7 +110,7 @@ class Kinds:
         if kind == CHAT:
             yield from self._chats(tokenizer, length, samples, rng)
             return
-        opening = opening_of(tokenizer)
+        prefix = prefix_of(tokenizer)
         bridge = tokenizer.encode("\n", special=False)
         of_file = []
         for name, documents in self.files[kind].items():
@@ -120,7 +120,7 @@ class Kinds:
             of_file.append([(name, piece) for piece in pieces])
         rng.shuffle(of_file)
         for index, (name, piece) in enumerate(_in_turn(of_file)[:samples]):
-            yield Text(kind, name, index, opening + piece, len(opening), bridge)
+            yield Text(kind, name, index, prefix + piece, len(prefix), bridge)
 
     def _chats(
         self, tokenizer: ChatTokenizer, length: int, samples: int, rng: random.Random

@@ -32,7 +32,7 @@ FLOOR = 200  # tokens before a question that the floor sees
 BAND = 1.1  # passages for a distance d begin d / BAND to d * BAND tokens before the stop
 STOP_TOKENS = 128  # between two places of a text at which passages are asked
 LEAST_DISTANCE = 250  # a nearer passage could be among the tokens that the floor sees
-ROOM = 128  # tokens for an opening and a question, with what a chat template writes around it
+ROOM = 128  # tokens for a prefix and a question, with what a chat template writes around it
 
 
 class CopyModel(Protocol):
@@ -243,15 +243,15 @@ class CopyPlan:
         Passages that hold special tokens are left out, and those whose given tokens stand in the
         text more than once: it would not say how they go on.
         """
-        ids, free = text.ids, set(range(text.opening, len(text.ids)))
-        places = range(text.opening, len(ids) - PASSAGE + 1)
-        openings = Counter(tuple(ids[p : p + GIVEN]) for p in places)
-        end = text.opening + length
+        ids, free = text.ids, set(range(text.prefix, len(text.ids)))
+        places = range(text.prefix, len(ids) - PASSAGE + 1)
+        passage_starts = Counter(tuple(ids[p : p + GIVEN]) for p in places)
+        end = text.prefix + length
         stops = [end - STOP_TOKENS * i for i in reversed(range(self.stops))]
         found: dict[int, list[tuple[int, int]]] = {stop: [] for stop in stops}
         for stop in stops:
             for distance in self.distances_in(length):
-                first = max(text.opening, stop - int(distance * BAND))
+                first = max(text.prefix, stop - int(distance * BAND))
                 last = stop - math.ceil(distance / BAND)
                 # Every ASKED-th place, so that as many passages as possible fit in.
                 offset = rng.randrange(min(ASKED, max(1, last - first + 1)))
@@ -259,7 +259,7 @@ class CopyPlan:
                     p
                     for p in range(first + offset, last + 1, ASKED)
                     if free.issuperset(range(p + GIVEN, p + PASSAGE))
-                    and openings[tuple(ids[p : p + GIVEN])] == 1
+                    and passage_starts[tuple(ids[p : p + GIVEN])] == 1
                     and not any(token in special for token in ids[p : p + PASSAGE])
                 ]
                 for p in sorted(rng.sample(choices, min(self.passages, len(choices)))):

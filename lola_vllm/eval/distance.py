@@ -18,8 +18,8 @@ from lola_vllm.eval.question import Prose, Question, Task
 # Tokens of a prompt that are not its distance, where --lengths does not say: what stands before the
 # needle, and room for the answer. More than a sparse cache of usual size holds.
 PRECEDING = 1024
-# By how many of these tokens the samples of a cell differ, at most. A model with rebases may recall
-# more just after one than just before, so prompts end at all stages between two.
+# By how many of these tokens the samples of a cell differ, at most. A model with context shifts may
+# recall more just after one than just before, so prompts end at all stages between two.
 SPREAD = 2048
 GOLDEN = 0.6180339887498949  # its multiples modulo 1 lie evenly, however many there are
 # What the wording before a needle, the needle and an answer take, at least.

@@ -88,7 +88,7 @@ class LocalTokenizer:
         return str(self._tokenizer.decode(ids))
 
 
-def opening_of(tokenizer: Tokenizer) -> list[int]:
+def prefix_of(tokenizer: Tokenizer) -> list[int]:
     """Tokens that a tokenizer puts before a text, such as a beginning-of-sequence token."""
     plain, special = tokenizer.encode("A", special=False), tokenizer.encode("A", special=True)
     return special[: special.index(plain[0])] if plain[0] in special else []

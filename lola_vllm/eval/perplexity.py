@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import Emit, Model, Prediction, Tokenizer, opening_of
+from lola_vllm.eval.models import Emit, Model, Prediction, Tokenizer, prefix_of
 from lola_vllm.eval.repeats import Repeats, find_repeats
 from lola_vllm.eval.settings import read_held_out
 
@@ -61,21 +61,21 @@ class PerplexityPlan:
         Raises:
             EvalError: no kind of text fills a window.
         """
-        opening = opening_of(model.tokenizer)
+        prefix = prefix_of(model.tokenizer)
         pieces = _Pieces(model.tokenizer)
         found = 0
         for kind, documents in read_held_out(Path(self.texts)).items():
-            windows = self._windows(kind, documents, model.tokenizer, len(opening))
+            windows = self._windows(kind, documents, model.tokenizer, len(prefix))
             found += len(windows)
             windows = [(index, ids) for index, ids in windows if (kind, index) not in done]
             for at in range(0, len(windows), model.batch):
                 batch = windows[at : at + model.batch]
-                predictions = model.predictions([opening + ids for _, ids in batch])
+                predictions = model.predictions([prefix + ids for _, ids in batch])
                 rows = []
                 for (index, ids), values in zip(batch, predictions, strict=True):
                     # Tokens that open the text are not counted. Without them the first token is
                     # given, not predicted.
-                    scored = ids if opening else ids[1:]
+                    scored = ids if prefix else ids[1:]
                     row = {
                         "kind": kind,
                         "index": index,

@@ -49,18 +49,18 @@ class Reader:
         self.dtype = str(self._model.dtype).removeprefix("torch.")
 
     def read_blocks(
-        self, opening: list[int], ids: list[int], block: int, wanted: Collection[int]
+        self, prefix: list[int], ids: list[int], block: int, wanted: Collection[int]
     ) -> Iterator[tuple[int, list[Prediction]]]:
         """See `stream.StreamModel.read_blocks`."""
         run = Run(self._model)
-        run.read(opening)
+        run.read(prefix)
         for index in range(max(wanted) + 1):
             start, stop = index * block, (index + 1) * block
             if not self.is_lola:
                 if index not in wanted:
                     continue
                 run = Run(self._model)
-                run.read(opening + ids[max(0, start - self.context) : start])
+                run.read(prefix + ids[max(0, start - self.context) : start])
             if index in wanted:
                 yield index, run.predict(ids[start:stop])
             else:

@@ -203,16 +203,16 @@ class ServerModel:
         return self._each(ask, windows)
 
     def read_blocks(
-        self, opening: list[int], ids: list[int], block: int, wanted: Collection[int]
+        self, prefix: list[int], ids: list[int], block: int, wanted: Collection[int]
     ) -> Iterator[tuple[int, list[Prediction]]]:
         """See `stream.StreamModel.read_blocks`.
 
         The stream up to the last block is one request, as a state lives no longer. The server keeps
         what it says of each token until the last one is read.
         """
-        (values,) = self.predictions([opening + ids[: (max(wanted) + 1) * block]])
-        values = values[len(values) - (max(wanted) + 1) * block :] if opening else values
-        first = 0 if opening else 1  # the stream's first token has no prediction without one
+        (values,) = self.predictions([prefix + ids[: (max(wanted) + 1) * block]])
+        values = values[len(values) - (max(wanted) + 1) * block :] if prefix else values
+        first = 0 if prefix else 1  # the stream's first token has no prediction without one
         for index in sorted(wanted):
             start, stop = max(0, index * block - first), (index + 1) * block - first
             yield index, values[start:stop]

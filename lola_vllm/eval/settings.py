@@ -125,7 +125,7 @@ def check(setting: Setting, max_length: int) -> None:
             "'lola-vllm init', 'convert' or 'demo-model'"
         )
     memory = measure(setting, "bfloat16")  # for its errors as well
-    if memory and memory.lola_config and memory.lola_config.get("rebase_interval"):
+    if memory and memory.lola_config and memory.lola_config.get("context_shift"):
         return  # its positions do not end
     context = setting.positions or config.get("max_position_embeddings")
     if isinstance(context, int) and max_length > context:
@@ -140,11 +140,11 @@ def with_positions(setting: Setting, length: int) -> Setting:
     """The setting, a LoLA model without end of positions being said to take `length` tokens.
 
     Its base was not trained on them, which is what this is to show. A setting whose positions are
-    rebased takes any length as it is, and its base's length decides how.
+    shifted takes any length as it is, and its base's length decides how.
     """
     config = read_model_config(setting.model)
     lola = {**config.get("lola_config", {}), **setting.lola_config}
-    if not setting.is_lola or lola.get("rebase_interval"):
+    if not setting.is_lola or lola.get("context_shift"):
         return setting
     return replace(setting, positions=max(length, config.get("max_position_embeddings") or 0))
 

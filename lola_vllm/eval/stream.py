@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import Emit, Prediction, Tokenizer, opening_of
+from lola_vllm.eval.models import Emit, Prediction, Tokenizer, prefix_of
 from lola_vllm.eval.settings import Setting, read_held_out
 
 LEAST_BLOCKS = 2  # one block has no curve
@@ -33,16 +33,16 @@ class StreamModel(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
     def read_blocks(
-        self, opening: list[int], ids: list[int], block: int, wanted: Collection[int]
+        self, prefix: list[int], ids: list[int], block: int, wanted: Collection[int]
     ) -> Iterator[tuple[int, list[Prediction]]]:
         """How well the tokens of some blocks are predicted.
 
         Args:
-            opening: tokens before the stream, which are not predicted.
+            prefix: tokens before the stream, which are not predicted.
             ids: of the stream, a multiple of `block` tokens. wanted: numbers of blocks.
 
         Yields:
-            Each wanted block's number and a prediction per token, in order. Without an opening the
+            Each wanted block's number and a prediction per token, in order. Without a prefix the
             stream's first token has none.
         """
 
@@ -103,19 +103,19 @@ class StreamPlan:
         part="stream",
     )
     mixed: bool = option(
-        "one stream of all kinds, their documents in turn, for more tokens than one kind has",
+        "one stream of all kinds, their documents interleaved, for more tokens than one kind has",
         False,
         part="stream",
     )
 
     @property
     def max_length(self) -> int:
-        """Longest sequence of a LoLA model in tokens, with an opening."""
+        """Longest sequence of a LoLA model in tokens, with a prefix."""
         return self.stream_length + 1
 
     @property
     def softmax_length(self) -> int:
-        """Longest sequence of a softmax model in tokens, with an opening."""
+        """Longest sequence of a softmax model in tokens, with a prefix."""
         return self.context + self.block + 1
 
     @property
@@ -147,7 +147,7 @@ class StreamPlan:
         Raises:
             EvalError: no kind of text fills two blocks.
         """
-        opening = opening_of(model.tokenizer)
+        prefix = prefix_of(model.tokenizer)
         streams = list(self.streams(model.tokenizer))
         if not streams:
             raise EvalError(
@@ -160,7 +160,7 @@ class StreamPlan:
             wanted = [index for index in blocks if (stream.kind, index) not in done]
             if not wanted:
                 continue
-            read = model.read_blocks(opening, stream.ids, self.block, wanted)
+            read = model.read_blocks(prefix, stream.ids, self.block, wanted)
             for index, values in read:
                 row = self._row(stream, index, values, model.tokenizer)
                 emit({"event": "samples", "samples": [row]})

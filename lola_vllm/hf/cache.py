@@ -21,10 +21,10 @@ from lola_vllm.ops import (
     State,
     bind_layer,
     choose_backend,
-    rebase,
+    context_shift,
 )
 from lola_vllm.ops.contract import with_weights
-from lola_vllm.ops.places import Turn
+from lola_vllm.ops.key_rotation import KeyRotation
 from lola_vllm.sessions.chain import Chain, namespace, token_array
 from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
@@ -92,14 +92,14 @@ class LolaCacheLayer(CacheLayerMixin):
         v: Tensor,
         weights: LolaWeights,
         tokens: NewTokens,
-        turn: Turn | None = None,
+        rotation: KeyRotation | None = None,
     ) -> Tensor:
         """Write the new pairs, answer the new queries, and update where it is due.
 
         Args:
             q: `[B, Q, Hq, d]`, k and v: `[B, Q, Hkv, d]`, q and k after RoPE.
             tokens: which of the columns are tokens.
-            turn: of rebases; None where there are none.
+            rotation: of context shifts; None where there are none.
 
         Returns:
             `[B, Q, Hq, d]` in q's dtype; zeros for padding.
@@ -108,27 +108,33 @@ class LolaCacheLayer(CacheLayerMixin):
             self.lazy_initialization(k, v)
         assert self.pages is not None
         if self.state is None or self.state.pages is not self.pages:
-            self.state = bind_layer(weights, self.layout, self.pages, turn)
+            self.state = bind_layer(weights, self.layout, self.pages, rotation)
         # Weights are of one layer, so their shapes stay.
-        state = with_weights(self.state, weights, turn)
-        places = turn.places if turn is not None else None
-        slots = torch.arange(1, len(q) + 1, device=q.device, dtype=torch.int32)
+        state = with_weights(self.state, weights, rotation)
+        schedule = rotation.schedule if rotation is not None else None
+        state_indices = torch.arange(1, len(q) + 1, device=q.device, dtype=torch.int32)
         seen, self.num_tokens = self.num_tokens, self.num_tokens + tokens.lengths
         self.num_columns += q.shape[1]
         dtype = self.layout.pages[0].kv_dtype  # under autocast q, k and v may differ
         rows_q, rows_k, rows_v = (tokens.pack(x).to(dtype).contiguous() for x in (q, k, v))
         out = torch.empty_like(rows_q)
         if q.shape[1] == 1 and tokens.mask is None:
-            due = rebase.Due.of(places, slots, seen) if places is not None else None
+            due = (
+                context_shift.DueRows.of(schedule, state_indices, seen)
+                if schedule is not None
+                else None
+            )
             if due is not None:
-                rebase.rebase(state, *due)
+                context_shift.shift_pages(state, *due)
             seq_lens = self.num_tokens.to(q.device, torch.int32)
-            self.ops.decode(state, rows_q, rows_k, rows_v, DecodeBatch(slots, seq_lens), out)
+            self.ops.decode(
+                state, rows_q, rows_k, rows_v, DecodeBatch(state_indices, seq_lens), out
+            )
         else:
             starts = torch.nn.functional.pad(tokens.lengths.cumsum(0), (1, 0)).int()
-            batch = PrefillBatch(slots, starts, seen.int())
-            pieces = rebase.cut(places, batch)
-            rebase.prefill(self.ops.prefill, state, rows_q, rows_k, rows_v, pieces, out)
+            batch = PrefillBatch(state_indices, starts, seen.int())
+            segments = context_shift.split_prefill(schedule, batch)
+            context_shift.prefill(self.ops.prefill, state, rows_q, rows_k, rows_v, segments, out)
         return tokens.unpack(out.to(q.dtype), q)
 
     def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -301,5 +307,5 @@ class LolaCache(Cache):
             first.config,
             str(first.config._name_or_path),
             self._sequence().layouts,
-            bounded=first.ops.name != "torch",
+            keeps_bounds=first.ops.name != "torch",
         )

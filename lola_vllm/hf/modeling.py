@@ -23,12 +23,13 @@ from transformers.models.llama.modeling_llama import (
 
 from lola_vllm.checkpoint.remote_code import AUTO_MAP, write_remote_code
 from lola_vllm.checkpoint.schema import WINDOW_FACTOR_INIT, find_num_state_heads
-from lola_vllm.config import LolaLlamaConfig, saliency_size
+from lola_vllm.config import LolaLlamaConfig, importance_size
 from lola_vllm.hf.cache import LolaCache
 from lola_vllm.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.ops import LolaWeights
 from lola_vllm.ops.differentiable import lola_attention_parallel
-from lola_vllm.ops.places import Places, Turn
+from lola_vllm.ops.key_rotation import KeyRotation
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 
 
 class LolaLlamaAttention(LlamaAttention):
@@ -36,8 +37,8 @@ class LolaLlamaAttention(LlamaAttention):
 
     Parameters beside Llama's: `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and
     `window_factors [Hq]` (before the sigmoid); `q_norm` and `k_norm` where the config has
-    `qk_norm`; `saliency [Hkv, d // 2 + d + 1]` (float32, no gradient) where `lola_config` has
-    saliency, else None.
+    `qk_norm`; `importance [Hkv, d // 2 + d + 1]` (float32, no gradient) where `lola_config` has
+    importance, else None.
     """
 
     def __init__(self, config: LolaLlamaConfig, layer_idx: int) -> None:
@@ -56,10 +57,10 @@ class LolaLlamaAttention(LlamaAttention):
         self.feature_map_q = nn.Parameter(torch.empty(heads, d, self.lola.feature_dim))
         self.feature_map_k = nn.Parameter(torch.empty(state_heads, d, self.lola.feature_dim))
         self.window_factors = nn.Parameter(torch.empty(heads))
-        self.saliency: nn.Parameter | None = None
-        if self.lola.saliency:
+        self.importance: nn.Parameter | None = None
+        if self.lola.importance:
             kv_heads = self.v_proj.out_features // d
-            self.saliency = nn.Parameter(torch.empty(kv_heads, saliency_size(d)))
+            self.importance = nn.Parameter(torch.empty(kv_heads, importance_size(d)))
 
     def forward(  # type: ignore[override]  # called by LolaLlamaModel's layers only
         self,
@@ -69,13 +70,13 @@ class LolaLlamaAttention(LlamaAttention):
         past_key_values: LolaCache | None = None,
         *,
         new_tokens: NewTokens,
-        turn: Turn | None = None,
+        rotation: KeyRotation | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states `[B, Q, hidden]` -> the same, and no attention weights.
 
-        `new_tokens` says which columns are padding; `attention_mask` is ignored. `turn` is of
-        rebases.
+        `new_tokens` says which columns are padding; `attention_mask` is ignored. `rotation` is of
+        context shifts.
         """
         q, k, v = self.qkv(hidden_states, position_embeddings)
         if past_key_values is None:
@@ -86,10 +87,10 @@ class LolaLlamaAttention(LlamaAttention):
                 self.feature_map_k.detach(),
                 self.window_factors.detach(),
                 self.lola.mixing,
-                None if self.saliency is None else self.saliency.detach(),
+                None if self.importance is None else self.importance.detach(),
             )
             layer = past_key_values.layers[self.layer_idx]
-            attended = layer.attend(q, k, v, weights, new_tokens, turn)
+            attended = layer.attend(q, k, v, weights, new_tokens, rotation)
             if torch.is_grad_enabled() and q.requires_grad:
                 attended = _NoGradient.apply(attended, q)
         return self.o_proj(attended.flatten(-2)), None
@@ -117,7 +118,7 @@ class LolaLlamaAttention(LlamaAttention):
         order = tokens.tokens_first(q.device)
         if order is not None:
             q, k, v = (_columns(x, order) for x in (q, k, v))
-        out = lola_attention_parallel(q, k, v, *weights, self.lola, saliency=self.saliency)
+        out = lola_attention_parallel(q, k, v, *weights, self.lola, importance=self.importance)
         return out if order is None else _columns(out, order.argsort(1))
 
 
@@ -152,7 +153,7 @@ class LolaLlamaPreTrainedModel(LlamaPreTrainedModel):
     _is_stateful = True  # tokens cannot be removed from a state, so no assisted decoding
     _can_record_outputs = {"hidden_states": LlamaDecoderLayer}  # noqa: RUF012 (transformers' form)
     # The server has them in float32; bfloat16 would change gates and choices.
-    _keep_in_fp32_modules_strict = ["window_factors", "saliency"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["window_factors", "importance"]  # noqa: RUF012
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -166,8 +167,8 @@ class LolaLlamaPreTrainedModel(LlamaPreTrainedModel):
             for weight in (module.feature_map_q, module.feature_map_k):
                 init.copy_(weight, torch.eye(*weight.shape[1:]).expand_as(weight))
             init.constant_(module.window_factors, WINDOW_FACTOR_INIT)
-            if module.saliency is not None:
-                init.zeros_(module.saliency)  # all pairs weigh the same
+            if module.importance is not None:
+                init.zeros_(module.importance)  # all pairs weigh the same
 
 
 class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
@@ -178,7 +179,7 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
             found = find_num_state_heads(config, config.name_or_path)
             config.lola_config = {"num_state_heads": found}
         super().__init__(config)
-        self.places = Places.of(config)
+        self.schedule = ShiftSchedule.of(config)
         for i, layer in enumerate(self.layers):
             layer.self_attn = LolaLlamaAttention(config, i)
         self.post_init()
@@ -198,7 +199,7 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
         Padding (zeros in `attention_mask [B, seen + Q]`, on any side) is left out of the state, and
         positions count tokens only unless `position_ids` says otherwise. The cache is a
         `LolaCache`. `use_cache` defaults to the config's under `torch.no_grad()`, and to False
-        where gradients are recorded, as none flow through a cache. With a `rebase_interval`, rows
+        where gradients are recorded, as none flow through a cache. With a `context_shift`, rows
         may be of any length.
 
         Raises:
@@ -226,17 +227,17 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
             position_ids = tokens.positions(seen, inputs.device)
         else:
             tokens.check_positions(position_ids)
-        turn = None
-        if self.places is not None:
+        rotation = None
+        if self.schedule is not None:
             longest = int(tokens.lengths.max()) if len(tokens.lengths) else 0
-            if past_key_values is None and longest > self.places.length:
+            if past_key_values is None and longest > self.schedule.length:
                 raise LolaModelError(
                     f"a row of {longest} tokens without a cache: beyond max_position_embeddings = "
-                    f"{self.places.length} a row needs one; use_cache=True, which passes on no "
+                    f"{self.schedule.length} a row needs one; use_cache=True, which passes on no "
                     "gradients"
                 )
-            position_ids = self.places.place(position_ids)
-            turn = self._turn(self.places, inputs.device)
+            position_ids = self.schedule.rope_position(position_ids)
+            rotation = self._key_rotation(self.schedule, inputs.device)
         return super().forward(
             input_ids=input_ids,
             # Llama passes a mask with four dimensions on as it is. From others it would make one of
@@ -247,17 +248,17 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             new_tokens=tokens,
-            turn=turn,
+            rotation=rotation,
             **kwargs,
         )
 
-    def _turn(self, places: Places, device: torch.device) -> Turn:
-        """How rebases turn keys, from RoPE itself."""
+    def _key_rotation(self, schedule: ShiftSchedule, device: torch.device) -> KeyRotation:
+        """How a context shift rotates keys, from RoPE itself."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        rows = torch.tensor([[0, places.interval]], device=device)
+        rows = torch.tensor([[0, schedule.interval]], device=device)
         half = self.rotary_emb(torch.empty(1, dtype=wide, device=device), rows)
         cos, sin = (x[0, :, : x.shape[-1] // 2] for x in half)  # the halves are equal
-        return Turn.of_table(places, cos, sin)
+        return KeyRotation.of_table(schedule, cos, sin)
 
 
 class LolaLlamaForCausalLM(LolaLlamaPreTrainedModel, LlamaForCausalLM):

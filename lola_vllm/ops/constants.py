@@ -8,7 +8,7 @@ FEATURE_FLOOR = 1e-12  # least entry of a feature map, as in LoLCATs' code
 RECALL_EPS = 1e-6  # added to phi.s in the self-recall error; also the least ||v|| that divides it
 MAX_FEATURE_NORM = 1.4143  # at least ||phi||, which is at most sqrt(2)
 
-MAX_LOG_SALIENCY = 20.0  # largest size of the logarithm of a pair's saliency
+MAX_LOG_IMPORTANCE = 20.0  # largest size of the logarithm of a pair's importance
 
 # Rounding errors that bounds on recall errors allow for (Lemmas 1 and 2).
 BOUND_SLACK = 2e-5  # of the lengths in a recall error, when a bound is set

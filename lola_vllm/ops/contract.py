@@ -6,8 +6,9 @@ A back end provides two functions that work in place on the pages of a `LayerSta
     prefill(state, q, k, v, batch, out)
 
 Both see each new token, write its pair, answer its query and, at an update point, evict, rescore,
-select and fold. Slot 0 is vLLM's null block: a row with slot <= 0 is padding, reads and writes no
-page, and its output is zero. An op reads of a page only what the row's token count says is valid.
+select and fold. State index 0 is vLLM's null block: a row with 0 or less is padding, reads
+and writes no page, and its output is zero. An op reads of a page only what the row's token count
+says is valid.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lola_vllm.config import saliency_size
-from lola_vllm.ops.places import Turn
+from lola_vllm.config import importance_size
+from lola_vllm.ops.key_rotation import KeyRotation
 from lola_vllm.state import NEVER, TABLE_FIELDS, LayerLayout, StateLayout, StateViews
 
 
-def _scores_fade(turn: Turn | None) -> bool:
-    return turn is not None and turn.places.score_fade > 0
+def _scores_decay(rotation: KeyRotation | None) -> bool:
+    return rotation is not None and rotation.schedule.score_decay > 0
 
 
-def _turned_after(turn: Turn | None) -> int:
-    """Pages with more tokens map keys by the second of `LolaWeights.key_maps`; `NEVER`: none do."""
-    return turn.places.length if turn is not None and turn.places.fold_ahead else NEVER
+def _rotated_map_after(rotation: KeyRotation | None) -> int:
+    """Pages with more tokens use the rotated key map; `NEVER`: none do."""
+    return (
+        rotation.schedule.length
+        if rotation is not None and rotation.schedule.fold_rotation
+        else NEVER
+    )
 
 
 @dataclass(frozen=True)
@@ -41,17 +46,17 @@ class LolaWeights:
         log_gate: `[Hq]`, log g - log(weight of the linear part): logit(g) for mixing "lola",
             log g for "lolcats" (section 4 of `docs/algorithm.md`).
         subtract_max: the "lolcats" mixing weighs exact pairs relative to their largest logit.
-        saliency: `[Hkv, d // 2 + d + 1]` or None, what `reference.pair_saliency` takes.
-        key_maps: `[1 or 2, Hs, d, F]`, what ops map keys by: `feature_map_k`, and where there is a
-            second one, the map for pages that were rebased (`Turn.maps_ahead`). None until weights
-            are bound.
+        importance: `[Hkv, d // 2 + d + 1]` or None, what `reference.pair_importance` takes.
+        key_maps: `[1 or 2, Hs, d, F]`, what ops map keys by: `feature_map_k`, and where contexts
+            shift the rotated key map (`KeyRotation.rotated_map`), for pages that were shifted. None
+            until weights are bound.
     """
 
     feature_map_q: Tensor
     feature_map_k: Tensor
     log_gate: Tensor
     subtract_max: bool
-    saliency: Tensor | None = None
+    importance: Tensor | None = None
     key_maps: Tensor | None = None
 
     @classmethod
@@ -61,19 +66,19 @@ class LolaWeights:
         feature_map_k: Tensor,
         window_factors: Tensor,
         mixing: str,
-        saliency: Tensor | None = None,
+        importance: Tensor | None = None,
     ) -> LolaWeights:
         """From checkpoint tensors; `window_factors [Hq]` are logits of the gate g.
 
-        Maps and saliency are kept in float32 (float64 where the maps are that), in which they are
+        Maps and importance are kept in float32 (float64 where the maps are that), in which they are
         applied.
         """
         wide = torch.promote_types(feature_map_q.dtype, torch.float32)
         factors = window_factors.to(torch.promote_types(window_factors.dtype, torch.float32))
         lolcats = mixing == "lolcats"
         log_gate = torch.nn.functional.logsigmoid(factors) if lolcats else factors
-        saliency = None if saliency is None else saliency.to(wide)
-        return cls(feature_map_q.to(wide), feature_map_k.to(wide), log_gate, lolcats, saliency)
+        importance = None if importance is None else importance.to(wide)
+        return cls(feature_map_q.to(wide), feature_map_k.to(wide), log_gate, lolcats, importance)
 
     def of_head(self, index: int, num_kv_heads: int) -> LolaWeights:
         """The part of KV head `index` of so many."""
@@ -87,30 +92,30 @@ class LolaWeights:
             part(self.feature_map_k),
             part(self.log_gate),
             self.subtract_max,
-            None if self.saliency is None else part(self.saliency),
+            None if self.importance is None else part(self.importance),
             None if self.key_maps is None else part(self.key_maps, 1),
         )
 
-    def completed(self, layout: StateLayout, turn: Turn | None) -> LolaWeights:
-        """With `key_maps`, and with zeros as saliency where scores fade and nothing else weighs
+    def completed(self, layout: StateLayout, rotation: KeyRotation | None) -> LolaWeights:
+        """With `key_maps`, and with zeros as importance where scores decay and nothing else weighs
         them: w = exp(0) for a pair that leaves the window."""
-        maps, saliency = self.key_maps, self.saliency
+        maps, importance = self.key_maps, self.importance
         if maps is None:
             maps = self.feature_map_k[None]
-            if turn is not None and _turned_after(turn) < NEVER:
-                maps = torch.cat([maps, turn.maps_ahead(self.feature_map_k)[None]])
-        if saliency is None and layout.has_saliency and _scores_fade(turn):
-            shape = layout.num_kv_heads, saliency_size(layout.head_dim)
+            if rotation is not None and _rotated_map_after(rotation) < NEVER:
+                maps = torch.cat([maps, rotation.rotated_map(self.feature_map_k)[None]])
+        if importance is None and layout.has_score_weights and _scores_decay(rotation):
+            shape = layout.num_kv_heads, importance_size(layout.head_dim)
             wide = torch.promote_types(layout.kv_dtype, torch.float32)
-            saliency = self.log_gate.new_zeros(shape, dtype=wide)
-        return replace(self, saliency=saliency, key_maps=maps)
+            importance = self.log_gate.new_zeros(shape, dtype=wide)
+        return replace(self, importance=importance, key_maps=maps)
 
-    def maps_of(self, n: Tensor, turn: Turn | None) -> Tensor:
+    def maps_of(self, n: Tensor, rotation: KeyRotation | None) -> Tensor:
         """The key maps of pages that hold n tokens: `[Hs, d, F]`, or `[len(n), Hs, d, F]`."""
         assert self.key_maps is not None
         if len(self.key_maps) == 1:
             return self.key_maps[0]
-        return self.key_maps[(n > _turned_after(turn)).long()]
+        return self.key_maps[(n > _rotated_map_after(rotation)).long()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +128,8 @@ class LayerState:
         views: typed views of the same memory.
         table: `[len(TABLE_FIELDS)]` int64 in host memory: `layout` as the C++ and CUDA ops read it
             (`PageLayout` in `csrc/layout.h`).
-        turn: how a rebase turns keys back; None where places are positions. `ops/rebase.py` does
-            it between the ops.
+        rotation: of keys, by a context shift; None where contexts do not shift.
+            `ops/context_shift.py` does it between the ops.
     """
 
     weights: LolaWeights
@@ -132,13 +137,17 @@ class LayerState:
     pages: Tensor
     views: StateViews
     table: Tensor
-    turn: Turn | None = None
+    rotation: KeyRotation | None = None
 
     @classmethod
     def bind(
-        cls, weights: LolaWeights, layout: StateLayout, pages: Tensor, turn: Turn | None = None
+        cls,
+        weights: LolaWeights,
+        layout: StateLayout,
+        pages: Tensor,
+        rotation: KeyRotation | None = None,
     ) -> LayerState:
-        """Check that weights, layout, pages and turn fit each other.
+        """Check that weights, layout, pages and rotation fit each other.
 
         Args:
             pages: `[N, >= layout.page_bytes]` of a one-byte dtype; the row stride must be a
@@ -146,7 +155,7 @@ class LayerState:
 
         Raises:
             ValueError: the rows of `pages` are too short, a weight or table row has another shape,
-                dtype or device than layout and pages ask for, or saliency is there and should not
+                dtype or device than layout and pages ask for, or importance is there and should not
                 be, or the other way; names the argument.
         """
         views = layout.views(pages)
@@ -158,19 +167,22 @@ class LayerState:
                 f"{layout.num_sparse_heads} sparse sets and the {layout.num_kv_heads} KV heads"
             )
         wide = torch.promote_types(layout.kv_dtype, torch.float32)
-        weighed = weights.saliency is not None
-        if layout.has_saliency != weighed and not (layout.has_saliency and _scores_fade(turn)):
-            given = "given" if weighed else "none given"
+        weighted = weights.importance is not None
+        if layout.has_score_weights != weighted and not (
+            layout.has_score_weights and _scores_decay(rotation)
+        ):
+            given = "given" if weighted else "none given"
             raise ValueError(
-                f"saliency: {given}, but the layout has has_saliency = {layout.has_saliency}"
+                f"importance: {given}, but the layout has has_score_weights = "
+                f"{layout.has_score_weights}"
             )
         shapes: dict[str, tuple[int, ...]] = {
             "feature_map_q": (Hq, d, F),
             "feature_map_k": (Hs, d, F),
             "log_gate": (Hq,),
         }
-        if weights.saliency is not None:
-            shapes["saliency"] = (layout.num_kv_heads, saliency_size(d))
+        if weights.importance is not None:
+            shapes["importance"] = (layout.num_kv_heads, importance_size(d))
         for name, shape in shapes.items():
             weight: Tensor = getattr(weights, name)
             if tuple(weight.shape) != shape:
@@ -179,9 +191,9 @@ class LayerState:
                 raise ValueError(f"{name}: must be {wide} and contiguous, is {weight.dtype}")
             if weight.device != pages.device:
                 raise ValueError(f"{name}: on {weight.device}, the pages on {pages.device}")
-        if turn is not None:
-            for name, row in (("turn.cos", turn.cos), ("turn.sin", turn.sin)):
-                if row.shape != turn.cos.shape or row.dim() != 1 or not 0 < 2 * len(row) <= d:
+        if rotation is not None:
+            for name, row in (("rotation.cos", rotation.cos), ("rotation.sin", rotation.sin)):
+                if row.shape != rotation.cos.shape or row.dim() != 1 or not 0 < 2 * len(row) <= d:
                     raise ValueError(
                         f"{name}: shape {list(row.shape)}, expected at most {d // 2} angles"
                     )
@@ -189,9 +201,9 @@ class LayerState:
                     raise ValueError(
                         f"{name}: must be {wide} on {pages.device}, is {row.dtype} on {row.device}"
                     )
-        weights = weights.completed(layout, turn)
-        table = layout.table(Hq, weights.subtract_max, _turned_after(turn))
-        return cls(weights, layout, pages, views, table, turn)
+        weights = weights.completed(layout, rotation)
+        table = layout.table(Hq, weights.subtract_max, _rotated_map_after(rotation))
+        return cls(weights, layout, pages, views, table, rotation)
 
     @property
     def num_heads(self) -> int:
@@ -199,10 +211,10 @@ class LayerState:
         return len(self.weights.log_gate)
 
     @property
-    def turned_after(self) -> int:
-        """Pages with more tokens map keys by the second of `LolaWeights.key_maps`; `NEVER`: none
+    def rotated_map_after(self) -> int:
+        """Pages with more tokens use the rotated key map; `NEVER`: none
         do."""
-        return _turned_after(self.turn)
+        return _rotated_map_after(self.rotation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,23 +235,23 @@ class HeadStates:
     table: Tensor
 
     @property
-    def turn(self) -> Turn | None:
-        """How a rebase turns keys back, as in `LayerState`."""
-        return self.heads[0].turn
+    def rotation(self) -> KeyRotation | None:
+        """Of keys, by a context shift, as in `LayerState`."""
+        return self.heads[0].rotation
 
 
 State = LayerState | HeadStates
 
 
 def bind_layer(
-    weights: LolaWeights, layout: LayerLayout, pages: Tensor, turn: Turn | None = None
+    weights: LolaWeights, layout: LayerLayout, pages: Tensor, rotation: KeyRotation | None = None
 ) -> State:
     """A layer's state, with one page or with a page per KV head; as `LayerState.bind`."""
     if len(layout.pages) == 1:
-        return LayerState.bind(weights, layout.pages[0], pages, turn)
+        return LayerState.bind(weights, layout.pages[0], pages, rotation)
     count = len(layout.pages)
     heads = tuple(
-        LayerState.bind(weights.of_head(i, count), page, own, turn)
+        LayerState.bind(weights.of_head(i, count), page, own, rotation)
         for i, (page, own) in enumerate(zip(layout.pages, layout.split(pages), strict=True))
     )
     rows = []
@@ -248,18 +260,22 @@ def bind_layer(
         row[TABLE_FIELDS.index("page_bytes") :] += offset  # and the offsets, which follow it
         rows.append(row)
     return HeadStates(
-        weights.completed(layout.pages[0], turn), layout, pages, heads, torch.stack(rows)
+        weights.completed(layout.pages[0], rotation), layout, pages, heads, torch.stack(rows)
     )
 
 
-def with_weights(state: State, weights: LolaWeights, turn: Turn | None) -> State:
+def with_weights(state: State, weights: LolaWeights, rotation: KeyRotation | None) -> State:
     """The same pages with other weights of the same shapes, which are not checked again."""
     if isinstance(state, LayerState):
-        return replace(state, weights=weights.completed(state.layout, turn), turn=turn)
+        return replace(state, weights=weights.completed(state.layout, rotation), rotation=rotation)
     count = len(state.heads)
-    weights = weights.completed(state.heads[0].layout, turn)
+    weights = weights.completed(state.heads[0].layout, rotation)
     heads = tuple(
-        replace(head, weights=weights.of_head(i, count).completed(head.layout, turn), turn=turn)
+        replace(
+            head,
+            weights=weights.of_head(i, count).completed(head.layout, rotation),
+            rotation=rotation,
+        )
         for i, head in enumerate(state.heads)
     )
     return replace(state, weights=weights, heads=heads)
@@ -269,11 +285,11 @@ class DecodeBatch(NamedTuple):
     """The rows of a decode step: one new token each.
 
     Attributes:
-        slots: `[B]` integer, each row's page.
+        state_indices: `[B]` integer, each row's page.
         seq_lens: `[B]` integer; they count the new token, whose position is `seq_lens - 1`.
     """
 
-    slots: Tensor
+    state_indices: Tensor
     seq_lens: Tensor
 
 
@@ -281,14 +297,14 @@ class PrefillBatch(NamedTuple):
     """The rows of a prefill step: a segment of new tokens each.
 
     Attributes:
-        slots: `[R]` integer, each row's page.
+        state_indices: `[R]` integer, each row's page.
         query_start_loc: `[R + 1]` integer in host memory; row r has the tokens from entry r to
             entry r + 1.
         context_lens: `[R]` integer in host memory: tokens that are in each page already. Back ends
             plan from host memory without waiting for the device.
     """
 
-    slots: Tensor
+    state_indices: Tensor
     query_start_loc: Tensor
     context_lens: Tensor
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops.constants import RECALL_EPS
 from lola_vllm.ops.int8 import rounded
-from lola_vllm.ops.reference import feature_map, pair_saliency
+from lola_vllm.ops.reference import feature_map, pair_importance
 
 
 class MemoryPlan(NamedTuple):
@@ -41,7 +41,7 @@ def plan_memory(
     v: Tensor,
     config: LolaConfig,
     num_sparse_heads: int,
-    saliency: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> MemoryPlan:
     """Decide by self-recall error what is cached and what is folded (paper section 3.3).
 
@@ -50,7 +50,7 @@ def plan_memory(
         v: `[B, Hs, T, d]`, the same dtype.
         config: window, sparse cache, interval and sinks are read.
         num_sparse_heads: Hg, which divides Hs.
-        saliency: `[B, Hg, T]`, what multiplies each pair's score; None: nothing does.
+        importance: `[B, Hg, T]`, what multiplies each pair's score; None: nothing does.
 
     Returns:
         The plan for all chunks. The update after the last chunk is left out: nobody sees it.
@@ -78,8 +78,8 @@ def plan_memory(
             out = candidates
             if lam:
                 scores = _scores(phi_k, v, H, s, candidates)
-                if saliency is not None:
-                    scores = scores * saliency.gather(2, candidates)
+                if importance is not None:
+                    scores = scores * importance.gather(2, candidates)
                 order = scores.argsort(dim=-1, descending=True, stable=True)
                 cache = candidates.gather(-1, order[..., :lam].sort(-1).values)
                 out = candidates.gather(-1, order[..., lam:].sort(-1).values)
@@ -124,7 +124,7 @@ def lola_attention_parallel(
     window_factors: Tensor,
     config: LolaConfig,
     chunks: Tensor | None = None,
-    saliency: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """LoLA attention over whole sequences from empty states, with gradients to every tensor.
 
@@ -135,8 +135,8 @@ def lola_attention_parallel(
             the sigmoid.
         config: the parameters of one layer.
         chunks: `[N]` int64, the chunks whose queries to answer; default: all.
-        saliency: `[Hkv, d // 2 + d + 1]`, weights of `pair_saliency`; None: scores are not weighed.
-            It decides a choice, so it gets no gradient.
+        importance: `[Hkv, d // 2 + d + 1]`, weights of `pair_importance`; None: scores are not
+            weighted. It decides a choice, so it gets no gradient.
 
     Returns:
         `[B, T, Hq, d]` in q's dtype; with `chunks`, `[B, N * C, Hq, d]` for the queries of those
@@ -152,7 +152,7 @@ def lola_attention_parallel(
         map_q_of, map_k_of, factors_of = (
             _parts(x, 0, count) for x in (feature_map_q, feature_map_k, window_factors)
         )
-        weights_of = [None] * count if saliency is None else saliency.split(1)
+        weights_of = [None] * count if importance is None else importance.split(1)
         answers = [
             lola_attention_parallel(
                 q_of[i], k_of[i], v_of[i], map_q_of[i], map_k_of[i], factors_of[i], heads[i],
@@ -183,9 +183,9 @@ def lola_attention_parallel(
         phi_k = feature_map(left_k.repeat_interleave(Hs // Hkv, dim=1), map_k)  # [B, Hs, T, 2F]
         v_s = left_v.repeat_interleave(Hs // Hkv, dim=1)
         w = None
-        if saliency is not None:
-            weights = saliency.detach().to(dtype)[:, None]
-            w = pair_saliency(left_k.detach(), left_v.detach(), weights)
+        if importance is not None:
+            weights = importance.detach().to(dtype)[:, None]
+            w = pair_importance(left_k.detach(), left_v.detach(), weights)
             w = w.repeat_interleave(Hg // Hkv, dim=1)
         plan = plan_memory(phi_k.detach(), v_s.detach(), config, Hg, w)
         H, s = _hidden_states(phi_k, v_s, plan.folded)  # [B, Hs, U, 2F, d], [B, Hs, U, 2F]

@@ -19,23 +19,29 @@ from lola_vllm.ops.constants import MAX_CHUNK, RECALL_EPS
 from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 from lola_vllm.ops.dither import add_dithered, dither
 from lola_vllm.ops.int8 import Int8Rows, quantize
-from lola_vllm.ops.reference import feature_map, pair_saliency
+from lola_vllm.ops.reference import feature_map, pair_importance
 from lola_vllm.state import StateLayout, StateViews
 
-# A score in place of the self-recall error and the saliency, for ablations. Takes values
+# A score in place of the self-recall error and the importance, for ablations. Takes values
 # `[B, Hg, E, d]` and positions `[B, Hg, E]` of candidates; returns `[B, Hg, E]`. The candidates of
 # largest score stay exact.
 Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def sre_scores(
-    k: Tensor, v: Tensor, feature_map_k: Tensor, H: Tensor, s: Tensor, slots: Tensor, empty: Tensor
+    k: Tensor,
+    v: Tensor,
+    feature_map_k: Tensor,
+    H: Tensor,
+    s: Tensor,
+    state_indices: Tensor,
+    empty: Tensor,
 ) -> Tensor:
     """Self-recall errors of candidates against their pages' hidden states (paper, section 3.2).
 
     Args:
         k, v: `[B, Hg, E, d]`, k after RoPE. feature_map_k: `[Hs, d, F]`, or one for each row.
-        H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`. slots: `[B]`, the page of each row.
+        H: `[N, Hs, 2F, d]`. s: `[N, Hs, 2F]`. state_indices: `[B]`, the page of each row.
         empty: `[B]`, bool; the state counts as zero and is not read.
 
     Returns:
@@ -49,7 +55,7 @@ def sre_scores(
     k_s = k.to(dtype).repeat_interleave(Hs // Hg, dim=1)  # [B, Hs, E, d]
     v_s = v.repeat_interleave(Hs // Hg, dim=1)
     phi = feature_map(k_s, feature_map_k.to(dtype))  # [B, Hs, E, 2F]
-    H_rows, s_rows = _gather_state(H, s, slots, empty, dtype)
+    H_rows, s_rows = _gather_state(H, s, state_indices, empty, dtype)
     predicted = (phi @ H_rows) / (phi @ s_rows.unsqueeze(-1) + RECALL_EPS)
     errors = (v_s - predicted).norm(dim=-1).view(B, Hg, Hs // Hg, E)
     if Hs == Hg:
@@ -68,14 +74,14 @@ def decode(
 ) -> None:
     """One new token per row; see `contract.DecodeOp`."""
     positions, ones = batch.seq_lens - 1, torch.ones_like(batch.seq_lens)
-    rows = (batch.slots > 0).nonzero().squeeze(1)
-    if len(rows) == len(batch.slots):
-        chunk = Chunk(batch.slots, positions, ones)
+    rows = (batch.state_indices > 0).nonzero().squeeze(1)
+    if len(rows) == len(batch.state_indices):
+        chunk = Chunk(batch.state_indices, positions, ones)
         _step(state, q[:, None], k[:, None], v[:, None], chunk, out[:, None], score)
         return
     live = torch.zeros_like(out[rows])  # padding: compute on the live rows only
     if len(rows):
-        chunk = Chunk(batch.slots[rows], positions[rows], ones[rows])
+        chunk = Chunk(batch.state_indices[rows], positions[rows], ones[rows])
         _step(state, q[rows, None], k[rows, None], v[rows, None], chunk, live[:, None], score)
     out.zero_()
     out[rows] = live
@@ -94,13 +100,15 @@ def prefill(
 
     Each row is cut at the update points of the absolute grid; chunk i of all rows is one step.
     """
-    slots, starts, context_lens = (x.tolist() for x in batch)
+    state_indices, starts, context_lens = (x.tolist() for x in batch)
     chunks_of_row = [
-        _chunks(n, end - start, state.layout.update_interval) if slot > 0 else []
-        for slot, n, start, end in zip(slots, context_lens, starts[:-1], starts[1:], strict=True)
+        _chunks(n, end - start, state.layout.update_interval) if state_index > 0 else []
+        for state_index, n, start, end in zip(
+            state_indices, context_lens, starts[:-1], starts[1:], strict=True
+        )
     ]
-    for row, slot in enumerate(slots):
-        if slot <= 0:
+    for row, state_index in enumerate(state_indices):
+        if state_index <= 0:
             out[starts[row] : starts[row + 1]] = 0
 
     for i in range(max(map(len, chunks_of_row), default=0)):
@@ -114,7 +122,7 @@ def prefill(
         valid = columns < lengths[:, None]
         tokens = torch.where(valid, first[:, None] + columns, first[:, None])  # [B, L]
         answers = torch.empty_like(q[tokens])
-        chunk = Chunk(batch.slots[rows], positions, lengths)
+        chunk = Chunk(batch.state_indices[rows], positions, lengths)
         _step(state, q[tokens], k[tokens], v[tokens], chunk, answers, score)
         out[tokens[valid]] = answers[valid]
 
@@ -139,16 +147,17 @@ class Chunk:
     """New tokens of each row, all of a row within one update interval.
 
     Attributes:
-        slots: `[B]`, pages. positions: `[B]`, of each row's first new token, so the tokens before
+        state_indices: `[B]`, pages. positions: `[B]`, of each row's first new token, so the tokens
+            before
         it. lengths: `[B]`, new tokens. All int64 on the pages' device.
     """
 
-    slots: Tensor
+    state_indices: Tensor
     positions: Tensor
     lengths: Tensor
 
     def __post_init__(self) -> None:
-        for name in ("slots", "positions", "lengths"):
+        for name in ("state_indices", "positions", "lengths"):
             object.__setattr__(self, name, getattr(self, name).long())
 
     @property
@@ -179,14 +188,14 @@ def _step(
     n = chunk.seq_lens
     due = state.layout.update_due(n).nonzero().squeeze(1)
     if len(due):
-        _update(state, chunk.slots[due], n[due], score)
+        _update(state, chunk.state_indices[due], n[due], score)
 
 
 def _write(state: LayerState, k: Tensor, v: Tensor, chunk: Chunk, query_positions: Tensor) -> None:
     """Put the new pairs in their rows of the exact store."""
     columns = torch.arange(k.shape[1], device=k.device)
     b, col = (columns < chunk.lengths[:, None]).nonzero(as_tuple=True)
-    page, row = chunk.slots[b], state.layout.row(query_positions[b, col])
+    page, row = chunk.state_indices[b], state.layout.row(query_positions[b, col])
     state.views.exact_k[page, :, row] = k[b, col]
     state.views.exact_v[page, :, row] = v[b, col]
 
@@ -197,7 +206,7 @@ def _attend(state: LayerState, q: Tensor, chunk: Chunk, query_positions: Tensor)
     B, L, Hq, d = q.shape
     queries = q.to(dtype).transpose(1, 2)  # [B, Hq, L, d]
     layout, views, weights = state.layout, state.views, state.weights
-    slots, positions, n = chunk.slots, chunk.positions, chunk.seq_lens
+    state_indices, positions, n = chunk.state_indices, chunk.positions, chunk.seq_lens
 
     def per_head(x: Tensor, heads: int) -> Tensor:
         """Query heads `[B, Hq, L, n]` under the heads they read: `[B, heads, Hq/heads L, n]`."""
@@ -207,9 +216,9 @@ def _attend(state: LayerState, q: Tensor, chunk: Chunk, query_positions: Tensor)
     exact_rows = min(layout.sink_size + layout.ring_size, layout.sink_size + int(n.max()))
     num_sparse = layout.num_sparse(positions)
     sparse_rows = int(num_sparse.max())
-    exact_k = views.exact_k[slots, :, :exact_rows].to(dtype)
-    exact_v = views.exact_v[slots, :, :exact_rows].to(dtype)
-    sparse_k, sparse_v = sparse_pairs(layout, views, slots, sparse_rows, dtype)
+    exact_k = views.exact_k[state_indices, :, :exact_rows].to(dtype)
+    exact_v = views.exact_v[state_indices, :, :exact_rows].to(dtype)
+    sparse_k, sparse_v = sparse_pairs(layout, views, state_indices, sparse_rows, dtype)
 
     held, held_ok = _held_positions(layout, positions, n, exact_rows)  # [B, R]
     exact_ok = held_ok[:, None] & (held[:, None] <= query_positions[..., None])  # [B, L, R]
@@ -235,7 +244,7 @@ def _attend(state: LayerState, q: Tensor, chunk: Chunk, query_positions: Tensor)
 
     empty = layout.num_folded(positions) == 0
     if not bool(empty.all()):
-        H, s = _gather_state(views.H, views.s, slots, empty, dtype)
+        H, s = _gather_state(views.H, views.s, state_indices, empty, dtype)
         phi_q = feature_map(queries, weights.feature_map_q.to(dtype))  # [B, Hq, L, 2F]
         phi_q = per_head(phi_q, H.shape[1])
         D = (phi_q @ s.unsqueeze(-1)).view(B, Hq, L)
@@ -265,26 +274,30 @@ def _held_positions(
 
 
 def sparse_pairs(
-    layout: StateLayout, views: StateViews, slots: Tensor, rows: int, dtype: torch.dtype
+    layout: StateLayout, views: StateViews, state_indices: Tensor, rows: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values `[B, Hg, rows, d]` of the first `rows` sparse slots of pages `slots [B]`."""
-    k, v = views.sparse_k[slots, :, :rows], views.sparse_v[slots, :, :rows]
+    """Keys and values `[B, Hg, rows, d]` of the first `rows` sparse entries of pages `state_indices
+    [B]`."""
+    k, v = views.sparse_k[state_indices, :, :rows], views.sparse_v[state_indices, :, :rows]
     if not layout.int8_pairs:
         return k.to(dtype), v.to(dtype)
-    k_scale, v_scale = views.sparse_k_scale[slots, :, :rows], views.sparse_v_scale[slots, :, :rows]
+    k_scale, v_scale = (
+        views.sparse_k_scale[state_indices, :, :rows],
+        views.sparse_v_scale[state_indices, :, :rows],
+    )
     return Int8Rows(k, k_scale).to(dtype), Int8Rows(v, v_scale).to(dtype)
 
 
 def _gather_state(
-    H: Tensor, s: Tensor, slots: Tensor, empty: Tensor, dtype: torch.dtype
+    H: Tensor, s: Tensor, state_indices: Tensor, empty: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """H `[B, Hs, 2F, d]` and s `[B, Hs, 2F]` of the rows, zero where nothing was folded in yet."""
-    H_rows = H[slots].to(dtype).masked_fill(empty[:, None, None, None], 0)
-    s_rows = s[slots].to(dtype).masked_fill(empty[:, None, None], 0)
+    H_rows = H[state_indices].to(dtype).masked_fill(empty[:, None, None, None], 0)
+    s_rows = s[state_indices].to(dtype).masked_fill(empty[:, None, None], 0)
     return H_rows, s_rows
 
 
-def _update(state: LayerState, slots: Tensor, n: Tensor, score: Score | None) -> None:
+def _update(state: LayerState, state_indices: Tensor, n: Tensor, score: Score | None) -> None:
     """Evict, rescore, select, fold (paper section 3.3) in pages that just reached n tokens.
 
     Every page loses at least one pair from its window. All cached and evicted pairs are scored
@@ -299,37 +312,41 @@ def _update(state: LayerState, slots: Tensor, n: Tensor, score: Score | None) ->
     sets_per_kv_head = Hg // layout.num_kv_heads
     dtype = compute_dtype(views.exact_k)
     new = [
-        exact[slots[:, None], :, rows].transpose(1, 2).repeat_interleave(sets_per_kv_head, dim=1)
+        exact[state_indices[:, None], :, rows]
+        .transpose(1, 2)
+        .repeat_interleave(sets_per_kv_head, dim=1)
         for exact in (views.exact_k, views.exact_v)
     ]
     new_k, new_v = (quantize(x) if layout.int8_pairs else x for x in new)  # as the page keeps them
     x_k, x_v = new_k.to(dtype), new_v.to(dtype)
-    g_k, g_v = sparse_pairs(layout, views, slots, lam, dtype)
+    g_k, g_v = sparse_pairs(layout, views, state_indices, lam, dtype)
 
     k = torch.cat([g_k, x_k], dim=2)  # [B, Hg, E, d]
     v = torch.cat([g_v, x_v], dim=2)
     g_ok = torch.arange(lam, device=n.device) < layout.num_sparse(n - C)[:, None]
     ok = torch.cat([g_ok, x_ok], dim=1)[:, None].expand(-1, Hg, -1)  # [B, Hg, E]
-    at = torch.cat([views.positions[slots].long(), x_positions[:, None].expand(-1, Hg, -1)], dim=2)
+    at = torch.cat(
+        [views.positions[state_indices].long(), x_positions[:, None].expand(-1, Hg, -1)], dim=2
+    )
     w = None
-    if (weights := state.weights.saliency) is not None:
+    if (weights := state.weights.importance) is not None:
         per_set = weights.to(dtype).repeat_interleave(sets_per_kv_head, dim=0)[:, None]
-        x_w = pair_saliency(x_k, x_v, per_set)
-        w = torch.cat([views.saliency[slots].to(dtype), x_w], dim=2)  # [B, Hg, E]
+        x_w = pair_importance(x_k, x_v, per_set)
+        w = torch.cat([views.score_weights[state_indices].to(dtype), x_w], dim=2)  # [B, Hg, E]
 
     empty = layout.num_folded(n - C) == 0
     keep = ok
     if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
         if score is None:
-            maps = state.weights.maps_of(n, state.turn)
-            scores = sre_scores(k, v, maps, views.H, views.s, slots, empty)
+            maps = state.weights.maps_of(n, state.rotation)
+            scores = sre_scores(k, v, maps, views.H, views.s, state_indices, empty)
             if w is not None:
                 scores = scores * w
         else:
             scores = score(v, at)
         keep = _largest(scores, at, ok, lam)
-        _fold(state, k, v, ok & ~keep, slots, n, empty)
-    _replace(state, new_k, new_v, at, w, keep, slots)
+        _fold(state, k, v, ok & ~keep, state_indices, n, empty)
+    _replace(state, new_k, new_v, at, w, keep, state_indices)
 
 
 def _largest(scores: Tensor, positions: Tensor, ok: Tensor, count: int) -> Tensor:
@@ -349,7 +366,7 @@ def _fold(
     k: Tensor,
     v: Tensor,
     folded: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
     n: Tensor,
     empty: Tensor,
 ) -> None:
@@ -364,12 +381,12 @@ def _fold(
     k = k.gather(2, index).to(dtype).repeat_interleave(states_per_set, dim=1)
     v = v.gather(2, index).to(dtype).masked_fill(~mask, 0)
     v = v.repeat_interleave(states_per_set, dim=1)
-    phi = feature_map(k, state.weights.maps_of(n, state.turn).to(dtype))
+    phi = feature_map(k, state.weights.maps_of(n, state.rotation).to(dtype))
     phi = phi.masked_fill(~mask.repeat_interleave(states_per_set, dim=1), 0)
-    H, s = _gather_state(views.H, views.s, slots, empty, dtype)
+    H, s = _gather_state(views.H, views.s, state_indices, empty, dtype)
     place = dither(n // layout.update_interval, H.shape[2])[:, None]  # [B, 1, 2F]
-    views.H[slots] = add_dithered(H, phi.mT @ v, place.unsqueeze(-1))
-    views.s[slots] = add_dithered(s, phi.sum(2), place)
+    views.H[state_indices] = add_dithered(H, phi.mT @ v, place.unsqueeze(-1))
+    views.s[state_indices] = add_dithered(s, phi.sum(2), place)
 
 
 def _replace(
@@ -379,11 +396,12 @@ def _replace(
     at: Tensor,
     w: Tensor | None,
     keep: Tensor,
-    slots: Tensor,
+    state_indices: Tensor,
 ) -> None:
-    """Write the kept newcomers into the free slots and those of the folded pairs, in order.
+    """Write the kept incoming pairs into the free entries and those of the folded pairs, in order.
 
-    k, v: of the newcomers alone, as the page keeps them, `[B, Hg, C, d]`; `at`, w and keep are of
+    k, v: of the incoming pairs alone, as the page keeps them, `[B, Hg, C, d]`; `at`, w and keep are
+        of
     all candidates.
     """
     views, lam = state.views, state.layout.sparse_cache_size
@@ -399,10 +417,12 @@ def _replace(
         (v, views.sparse_v, views.sparse_v_scale),
     ):
         if isinstance(rows, Int8Rows):
-            scales[slots[b], g, target] = rows.scale[b, g, evicted]
-            to[slots[b], g, target] = rows.numbers[b, g, evicted]
+            scales[state_indices[b], g, target] = rows.scale[b, g, evicted]
+            to[state_indices[b], g, target] = rows.numbers[b, g, evicted]
         else:
-            to[slots[b], g, target] = rows[b, g, evicted]
-    views.positions[slots[b], g, target] = at[b, g, source].int()
+            to[state_indices[b], g, target] = rows[b, g, evicted]
+    views.positions[state_indices[b], g, target] = at[b, g, source].int()
     if w is not None:
-        views.saliency[slots[b], g, target] = w[b, g, source].to(views.saliency.dtype)
+        views.score_weights[state_indices[b], g, target] = w[b, g, source].to(
+            views.score_weights.dtype
+        )

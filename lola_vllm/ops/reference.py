@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops.constants import FEATURE_FLOOR, MAX_LOG_SALIENCY, RECALL_EPS
+from lola_vllm.ops.constants import FEATURE_FLOOR, MAX_LOG_IMPORTANCE, RECALL_EPS
 from lola_vllm.ops.int8 import rounded
-from lola_vllm.ops.places import Turn
+from lola_vllm.ops.key_rotation import KeyRotation
 
 
 @dataclass
@@ -71,7 +71,7 @@ def self_recall_error(phi_k: Tensor, v: Tensor, H: Tensor, s: Tensor) -> Tensor:
     return (v - predicted).norm(dim=-1)
 
 
-def pair_saliency(k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+def pair_importance(k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
     """w = exp(clamp(a . rho(k) + b . v + c, -20, 20)), what multiplies a pair's score.
 
     rho(k) are the lengths of the key's rotary pairs, sqrt(k_i^2 + k_(i + d // 2)^2). RoPE does not
@@ -88,7 +88,7 @@ def pair_saliency(k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
     a, b, c = weights.split([half, d, 1], dim=-1)
     rho = torch.hypot(k[..., :half], k[..., half : 2 * half])
     log = (a * rho).sum(-1) + (b * v).sum(-1) + c.squeeze(-1)
-    return log.clamp(-MAX_LOG_SALIENCY, MAX_LOG_SALIENCY).exp()
+    return log.clamp(-MAX_LOG_IMPORTANCE, MAX_LOG_IMPORTANCE).exp()
 
 
 def mix(
@@ -129,19 +129,21 @@ def lola_attention(
     feature_map_k: Tensor,
     window_factors: Tensor,
     config: LolaConfig,
-    saliency: Tensor | None = None,
-    turn: Turn | None = None,
+    importance: Tensor | None = None,
+    rotation: KeyRotation | None = None,
 ) -> tuple[Tensor, LolaState]:
     """LoLA attention over a whole sequence, causal, from an empty state.
 
     Args:
         q: `[T, Hq, d]`, after RoPE; float32 or float64 (narrower inputs are computed in float32).
-        k, v: `[T, Hkv, d]`, k after RoPE. With `turn`, RoPE was of each token's place.
+        k, v: `[T, Hkv, d]`, k after RoPE. With `rotation`, RoPE was of each token's
+            RoPE position in the shifted context.
         feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`.
         window_factors: `[Hq]`, before the sigmoid.
         config: the algorithm's parameters, of one layer.
-        saliency: `[Hkv, d // 2 + d + 1]`, weights of `pair_saliency`; None: scores are not weighed.
-        turn: rebases, `[d / 2]` angles or fewer; None where places are positions.
+        importance: `[Hkv, d // 2 + d + 1]`, weights of `pair_importance`; None: scores are not
+            weighted.
+        rotation: of keys, by a context shift, `[d / 2]` angles or fewer; None: none comes.
 
     Returns:
         out `[T, Hq, d]` in q's dtype, and the state after the T tokens.
@@ -163,8 +165,8 @@ def lola_attention(
     k_s = k.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1).clone()  # [Hs, T, d]
     v_s = v.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1).clone()
     w = torch.ones(Hg, T, dtype=dtype, device=q.device)
-    if saliency is not None:
-        saliency = saliency.to(dtype).repeat_interleave(Hg // Hkv, dim=0)
+    if importance is not None:
+        importance = importance.to(dtype).repeat_interleave(Hg // Hkv, dim=0)
     int8 = config.sparse_dtype == "int8"
     phi_k = feature_map(k_s, feature_map_k)  # [Hs, T, 2F]
     phi_q = feature_map(q.transpose(0, 1), feature_map_q)  # [Hq, T, 2F]
@@ -177,17 +179,19 @@ def lola_attention(
     out = torch.empty(T, Hq, d, dtype=dtype, device=q.device)
 
     for t in range(T):
-        if turn is not None and turn.places.due(t):
-            back, forward = _outside_far_zone(t, config, turn)
-            k_s[:, back] = turn.back(k_s[:, back])
-            k_s[:, forward] = turn.forward(k_s[:, forward])
+        if rotation is not None and rotation.schedule.due(t):
+            back, forward = _outside_bucket(t, config, rotation)
+            k_s[:, back] = rotation.rotate_back(k_s[:, back])
+            k_s[:, forward] = rotation.rotate_forward(k_s[:, forward])
             if int8:
                 left = [p for p in back + forward if p not in window]
                 k_s[:, left] = rounded(k_s[:, left])
-            phi_k[:, :t] = feature_map(turn.ahead(k_s[:, :t]), feature_map_k)
-            H, s = H * turn.places.decay, s * turn.places.decay
+            phi_k[:, :t] = feature_map(rotation.rotate_for_fold(k_s[:, :t]), feature_map_k)
+            H, s = H * rotation.schedule.decay, s * rotation.schedule.decay
             old = torch.tensor([p for p in range(t) if p not in window], device=q.device)
-            w[:, old] *= turn.places.score_factors(old, torch.tensor(t, device=q.device)).to(dtype)
+            w[:, old] *= rotation.schedule.score_decay_factors(
+                old, torch.tensor(t, device=q.device)
+            ).to(dtype)
         (sinks if t < config.sink_size else window).append(t)
         for h in range(Hq):
             state_head, sparse_head = h // (Hq // Hs), h // (Hq // Hg)
@@ -208,13 +212,13 @@ def lola_attention(
                 for x in (k_s, v_s):
                     x[:, evicted] = rounded(x[:, evicted])
             taken = k_s[:, evicted]
-            if turn is not None and t >= turn.places.length:
-                taken = turn.ahead(taken)
+            if rotation is not None and t >= rotation.schedule.length:
+                taken = rotation.rotate_for_fold(taken)
             phi_k[:, evicted] = feature_map(taken, feature_map_k)
-            if saliency is not None:
+            if importance is not None:
                 sets = slice(None, None, Hs // Hg)  # a state head of each
                 pairs = k_s[sets, evicted], v_s[sets, evicted]
-                w[:, evicted] = pair_saliency(*pairs, saliency[:, None])
+                w[:, evicted] = pair_importance(*pairs, importance[:, None])
             for sparse_head in range(Hg):
                 heads = list(range(sparse_head * (Hs // Hg), (sparse_head + 1) * (Hs // Hg)))
                 candidates = sparse[sparse_head] + evicted
@@ -230,11 +234,18 @@ def lola_attention(
     return out.to(out_dtype), LolaState(H, s, k_s, v_s, w, per_state_head, sinks + window)
 
 
-def _outside_far_zone(n: int, config: LolaConfig, turn: Turn) -> tuple[list[int], list[int]]:
-    """Positions whose keys a rebase after n tokens turns: back and forward. Sinks stay."""
-    start, end = turn.places.far_zone_start, turn.places.far_zone_start + turn.places.interval
-    origin, positions = n - turn.places.length, range(config.sink_size, n)
-    return [p for p in positions if p - origin >= end], [p for p in positions if p + origin < start]
+def _outside_bucket(
+    n: int, config: LolaConfig, rotation: KeyRotation
+) -> tuple[list[int], list[int]]:
+    """Positions whose keys a context shift after n tokens rotates: back and forward. Sinks stay."""
+    start, end = (
+        rotation.schedule.bucket_start,
+        rotation.schedule.bucket_start + rotation.schedule.interval,
+    )
+    shifted, positions = n - rotation.schedule.length, range(config.sink_size, n)
+    return [p for p in positions if p - shifted >= end], [
+        p for p in positions if p + shifted < start
+    ]
 
 
 def _evict(window: list[int], start: int) -> tuple[list[int], list[int]]:

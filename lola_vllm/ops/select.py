@@ -8,14 +8,14 @@ import os
 
 import torch
 
-from lola_vllm.ops import native, portable
-from lola_vllm.ops.by_head import by_head
+from lola_vllm.ops import cpp, portable
 from lola_vllm.ops.contract import Backend
+from lola_vllm.ops.per_kv_head import per_kv_head
 
 logger = logging.getLogger("vllm.lola")
 
 ENV = "LOLA_VLLM_OPS"
-NAMES = ("auto", "torch", "native", "triton", "cuda", "xformers")
+NAMES = ("auto", "torch", "cpp", "triton", "cuda", "xformers")
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
     if wanted not in NAMES:
         raise ValueError(f"{ENV} = {wanted!r}: must be one of {', '.join(NAMES)}")
     makers = {
-        "native": _native,
+        "cpp": _cpp,
         "triton": _triton,
         "torch": _torch,
         # After what always serves, so never chosen or imported unasked: no GPU has measured them
@@ -53,21 +53,21 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
     return backend
 
 
-def _native(device_type: str, dtype: torch.dtype) -> Backend | str:
+def _cpp(device_type: str, dtype: torch.dtype) -> Backend | str:
     """The C++ back end, or why it cannot serve."""
     if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return f"the C++ ops run float32 and bfloat16 on a CPU, not {dtype} on {device_type}"
-    if not native.load():
+    if not cpp.load():
         return (
             "the C++ extension is not built; run 'pip install --no-build-isolation -e .' with "
             "g++ installed"
         )
-    return Backend(f"native ({native.cpu_isa()})", native.decode, native.prefill)
+    return Backend(f"cpp ({cpp.cpu_isa()})", cpp.decode, cpp.prefill)
 
 
 def _torch(device_type: str, dtype: torch.dtype) -> Backend | str:
     """The portable back end."""
-    return Backend("torch", by_head(portable.decode), by_head(portable.prefill))
+    return Backend("torch", per_kv_head(portable.decode), per_kv_head(portable.prefill))
 
 
 def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
@@ -79,7 +79,7 @@ def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
         from lola_vllm.kernels.warmup import warm_up
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install triton"
-    decode, prefill = by_head(kernels.decode), by_head(kernels.prefill)
+    decode, prefill = per_kv_head(kernels.decode), per_kv_head(kernels.prefill)
     return Backend("triton", decode, prefill, warm_up, capturable=True)
 
 
@@ -89,12 +89,12 @@ def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
     if isinstance(kernels, str):
         return kernels
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if not (native.load() and has_kernel("lola::decode", "CUDA")):
+    if not (cpp.load() and has_kernel("lola::decode", "CUDA")):
         return (
             "the CUDA ops are not built; install with nvcc and a CUDA build of torch at hand, "
             "without build isolation"
         )
-    decode = by_head(native.decode)
+    decode = per_kv_head(cpp.decode)
     return Backend("cuda", decode, kernels.prefill, kernels.warm_up, capturable=True)
 
 
@@ -113,6 +113,6 @@ def _xformers(device_type: str, dtype: torch.dtype) -> Backend | str:
     if reason is not None:
         return reason
     return Backend(
-        "xformers", kernels.decode, by_head(xformers_prefill.prefill),
+        "xformers", kernels.decode, per_kv_head(xformers_prefill.prefill),
         xformers_prefill.warm_up, capturable=True,
     )  # fmt: skip

@@ -29,10 +29,11 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
-from lola_vllm.config import LolaLlamaConfig, saliency_size
-from lola_vllm.ops import LolaWeights, State, bind_layer, choose_backend, rebase
-from lola_vllm.ops.by_head import states_of
-from lola_vllm.ops.places import Places, Turn
+from lola_vllm.config import LolaLlamaConfig, importance_size
+from lola_vllm.ops import LolaWeights, State, bind_layer, choose_backend, context_shift
+from lola_vllm.ops.key_rotation import KeyRotation
+from lola_vllm.ops.per_kv_head import states_of
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.backend import LolaMetadata
 from lola_vllm.plugin.cache import first_layer, head_dim, sequence_layout, state_spec
 from lola_vllm.plugin.compat import BACKEND_NAME, rope_rows
@@ -45,8 +46,8 @@ class LolaAttention(nn.Module, MambaBase):
 
     Parameters (this rank's heads): `qkv_proj`, `o_proj`, `feature_map_q [Hq, d, F]`,
     `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (float32, before the sigmoid); `q_norm` and
-    `k_norm` where the config has `qk_norm`; `saliency [Hkv, d // 2 + d + 1]` (float32) where
-    `lola_config` has saliency, else None.
+    `k_norm` where the config has `qk_norm`; `importance [Hkv, d // 2 + d + 1]` (float32) where
+    `lola_config` has importance, else None.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class LolaAttention(nn.Module, MambaBase):
         vllm_config = get_current_vllm_config()
         self.prefix = prefix
         self.lola = config.lola
-        self.places = Places.of(config)
+        self.schedule = ShiftSchedule.of(config)
         tp_size = get_tensor_model_parallel_world_size()
         self.sequence = sequence_layout(vllm_config, get_tensor_model_parallel_rank())
         self.layout = self.sequence.layers[extract_layer_index(prefix) - first_layer(vllm_config)]
@@ -107,16 +108,16 @@ class LolaAttention(nn.Module, MambaBase):
             self.layout.num_state_heads, map_shape, num_state_heads
         )
         self.window_factors = _head_parameter(self.num_heads, (), num_heads, torch.float32)
-        self.saliency: nn.Parameter | None = None
-        if self.lola.saliency:
-            shape = (saliency_size(self.head_dim),)
-            self.saliency = _head_parameter(self.num_kv_heads, shape, num_kv_heads, torch.float32)
+        self.importance: nn.Parameter | None = None
+        if self.lola.importance:
+            shape = (importance_size(self.head_dim),)
+            self.importance = _head_parameter(self.num_kv_heads, shape, num_kv_heads, torch.float32)
 
         self.kv_cache = (torch.tensor([]),)
         self.state: State | None = None
         self.sharing: list[LolaAttention] = []  # of the rank's first layer: all of its layers
         # Sees a step's k and v `[T, Hkv, d]`, after RoPE; only while a prompt's memory is read.
-        self.witness: Callable[[Tensor, Tensor], None] | None = None
+        self.kv_hook: Callable[[Tensor, Tensor], None] | None = None
         self._join(vllm_config)
 
     def _join(self, vllm_config: VllmConfig) -> None:
@@ -128,7 +129,7 @@ class LolaAttention(nn.Module, MambaBase):
         first = next((layer for layer in layers if isinstance(layer, LolaAttention)), self)
         compilation.static_forward_context[self.prefix] = self
         # The rank's first layer has the slots in vLLM's eyes, and binds the others.
-        self.slots_of = first.prefix
+        self.pool_layer = first.prefix
         first.sharing.append(self)
         if compilation.splitting_ops is not None and OP not in compilation.splitting_ops:
             compilation.splitting_ops.append(OP)
@@ -153,21 +154,21 @@ class LolaAttention(nn.Module, MambaBase):
         # Thirty layers of views and slices are a percent of a small model's step: none for nothing.
         q, out = (x.view(-1, self.num_heads, self.head_dim) for x in (q, out))
         k, v = (x.view(-1, self.num_kv_heads, self.head_dim) for x in (k, v))
-        if self.witness is not None:
-            self.witness(k, v)
+        if self.kv_hook is not None:
+            self.kv_hook(k, v)
         if metadata.num_decodes:
             batch = metadata.decode_batch
             rows = (q, k, v, out)
-            if len(batch.slots) < len(q):  # prefills follow
-                stop = len(batch.slots)
+            if len(batch.state_indices) < len(q):  # prefills follow
+                stop = len(batch.state_indices)
                 rows = (q[:stop], k[:stop], v[:stop], out[:stop])
             self.ops.decode(self.state, rows[0], rows[1], rows[2], batch, rows[3])
         if metadata.num_prefills:
             start = metadata.num_decode_tokens
             stop = start + metadata.num_prefill_tokens
             rows = (q[start:stop], k[start:stop], v[start:stop], out[start:stop])
-            pieces = metadata.prefill_pieces
-            rebase.prefill(self.ops.prefill, self.state, *rows[:3], pieces, rows[3])
+            segments = metadata.prefill_segments
+            context_shift.prefill(self.ops.prefill, self.state, *rows[:3], segments, rows[3])
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Take the rank's slots and give each layer its pages.
@@ -201,14 +202,14 @@ class LolaAttention(nn.Module, MambaBase):
             self.feature_map_k.data,
             self.window_factors.data,
             self.lola.mixing,
-            None if self.saliency is None else self.saliency.data,
+            None if self.importance is None else self.importance.data,
         )
-        turn = None
-        if self.places is not None:
+        rotation = None
+        if self.schedule is not None:
             wide = torch.promote_types(self.layout.pages[0].kv_dtype, torch.float32)
-            table = rope_rows(self.rotary_emb, (0, self.places.interval)).to(pages.device, wide)
-            turn = Turn.of_table(self.places, *table.chunk(2, dim=-1))
-        return bind_layer(weights, self.layout, pages, turn)
+            table = rope_rows(self.rotary_emb, (0, self.schedule.interval)).to(pages.device, wide)
+            rotation = KeyRotation.of_table(self.schedule, *table.chunk(2, dim=-1))
+        return bind_layer(weights, self.layout, pages, rotation)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
@@ -225,7 +226,7 @@ class LolaAttention(nn.Module, MambaBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         """A slot as vLLM's pool sees it; None for all but the rank's first layer."""
-        if self.slots_of != self.prefix:
+        if self.pool_layer != self.prefix:
             return None
         base = super().get_kv_cache_spec(vllm_config)
         assert isinstance(base, MambaSpec)
@@ -263,7 +264,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, output: Tensor, layer_name: str)
         return
     assert isinstance(context.attn_metadata, dict)  # a list is for batches cut in two
     layer = context.no_compile_layers[layer_name]
-    layer.attend(q, k, v, output, context.attn_metadata[layer.slots_of])
+    layer.attend(q, k, v, output, context.attn_metadata[layer.pool_layer])
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, output: Tensor, layer_name: str) -> None:

@@ -1,8 +1,8 @@
 """The attention backend that vLLM asks for by name, and the metadata of a step.
 
 vLLM's metadata for short-convolution layers already says what LoLA needs: which rows decode and
-which prefill, their slots, lengths and query offsets. This adds the host-side copies from which a
-prefill is planned without waiting for the device.
+which prefill, their state indices, lengths and query offsets. This adds the host-side copies from
+which a prefill is planned without waiting for the device.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from vllm.v1.attention.backends.short_conv_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from lola_vllm.ops import DecodeBatch, PrefillBatch, choose_backend, rebase
-from lola_vllm.ops.places import Places
+from lola_vllm.ops import DecodeBatch, PrefillBatch, choose_backend, context_shift
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.cache import lola_hf_config
 from lola_vllm.plugin.compat import BACKEND_NAME
 
@@ -40,12 +40,12 @@ class LolaMetadata(ShortConvAttentionMetadata):
     Attributes:
         query_start_loc_p_cpu: `[num_prefills + 1]`, offsets into the prefill tokens.
         context_lens_p_cpu: `[num_prefills]`, tokens already in each row's state.
-        places: the model's; None where places are positions.
+        schedule: the model's; None where contexts do not shift.
     """
 
     query_start_loc_p_cpu: torch.Tensor | None = None
     context_lens_p_cpu: torch.Tensor | None = None
-    places: Places | None = None
+    schedule: ShiftSchedule | None = None
 
     @functools.cached_property
     def decode_batch(self) -> DecodeBatch:
@@ -54,8 +54,8 @@ class LolaMetadata(ShortConvAttentionMetadata):
         Not a field: vLLM copies metadata with other block tables in it.
         """
         assert self.state_indices_tensor_d is not None
-        slots = self.state_indices_tensor_d[:, 0]
-        return DecodeBatch(slots, self.seq_lens[: len(slots)])
+        state_indices = self.state_indices_tensor_d[:, 0]
+        return DecodeBatch(state_indices, self.seq_lens[: len(state_indices)])
 
     @functools.cached_property
     def prefill_batch(self) -> PrefillBatch:
@@ -68,9 +68,9 @@ class LolaMetadata(ShortConvAttentionMetadata):
         )
 
     @functools.cached_property
-    def prefill_pieces(self) -> list[rebase.Piece]:
-        """`prefill_batch` as rebases divide it."""
-        return rebase.cut(self.places, self.prefill_batch)
+    def prefill_segments(self) -> list[context_shift.Segment]:
+        """`prefill_batch` as context shifts divide it."""
+        return context_shift.split_prefill(self.schedule, self.prefill_batch)
 
 
 class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
@@ -84,9 +84,9 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
     needs_causal_conv1d_metadata = False
 
     @functools.cached_property
-    def places(self) -> Places | None:
+    def schedule(self) -> ShiftSchedule | None:
         """The model's."""
-        return Places.of(lola_hf_config(self.vllm_config))
+        return ShiftSchedule.of(lola_hf_config(self.vllm_config))
 
     @classmethod
     def get_cudagraph_support(
@@ -141,28 +141,28 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
             )
             metadata.context_lens_p_cpu = context_lens
             metadata.query_start_loc_p_cpu = query_start_loc
-        metadata.places = self.places
-        if self.places is not None and metadata.num_decodes:
-            self._rebase_decodes(self.places, metadata, common_attn_metadata)
+        metadata.schedule = self.schedule
+        if self.schedule is not None and metadata.num_decodes:
+            self._shift_decodes(self.schedule, metadata, common_attn_metadata)
         return metadata
 
-    def _rebase_decodes(
-        self, places: Places, metadata: LolaMetadata, common: CommonAttentionMetadata
+    def _shift_decodes(
+        self, schedule: ShiftSchedule, metadata: LolaMetadata, common: CommonAttentionMetadata
     ) -> None:
-        """Rebase the pages of the rows whose new token needs it, in all layers of the rank.
+        """Shift the pages of the rows whose new token needs it, in all layers of the rank.
 
         Here and not in the layers, as a CUDA graph may replay these. vLLM has copied states across
         block boundaries before it builds metadata.
         """
-        seq_lens, slots = common.seq_lens_cpu_upper_bound, metadata.state_indices_tensor_d
-        assert seq_lens is not None and slots is not None
+        seq_lens, state_indices = common.seq_lens_cpu_upper_bound, metadata.state_indices_tensor_d
+        assert seq_lens is not None and state_indices is not None
         rows = metadata.num_decodes
-        due = rebase.Due.of(places, slots[:rows, 0], seq_lens[:rows] - 1)
+        due = context_shift.DueRows.of(schedule, state_indices[:rows, 0], seq_lens[:rows] - 1)
         if due is None:
             return
         layers = self.compilation_config.static_forward_context
         for layer in layers[self.layer_names[0]].sharing:
-            rebase.rebase(layer.state, *due)
+            context_shift.shift_pages(layer.state, *due)
 
 
 class LolaAttentionBackend(AttentionBackend):

@@ -1,10 +1,10 @@
 """vLLM's side of the state: the spec of one sequence's state, and the custom block manager.
 
-One block of vLLM's pool is one state slot: a sequence takes one when it is admitted (two while
+One block of vLLM's pool holds one state: a sequence takes one when it is admitted (two while
 prefix caching keeps the state at the last block boundary), keeps it for life, and gives it back at
-the end. Nobody clears a slot: what is valid in it follows from the token count.
+the end. Nobody clears a block: what is valid in it follows from the token count.
 
-A slot is one row of bytes with the pages of all layers. To vLLM it is the page of the first layer
+A state is one row of bytes with the pages of all layers. To vLLM it is the page of the first layer
 alone; the others have no spec, as layers that share another's cache. So layers may have pages of
 different sizes, and vLLM copies a state at once.
 """
@@ -45,7 +45,7 @@ class LolaStateSpec(MambaSpec):
 
     @property
     def states_per_sequence(self) -> int:
-        """Slots that a running sequence holds: 2 while prefix caching is on, else 1."""
+        """States that a running sequence holds: 2 while prefix caching is on, else 1."""
         return 2 if self.mamba_cache_mode == "align" else 1
 
     @property
@@ -55,25 +55,25 @@ class LolaStateSpec(MambaSpec):
 
 
 class LolaStateManager(MambaManager):
-    """The block manager of LoLA's state slots; allocation itself is vLLM's for Mamba states."""
+    """The block manager of LoLA's states; allocation itself is vLLM's for Mamba states."""
 
     def __init__(self, kv_cache_spec: LolaStateSpec, block_pool: BlockPool, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, block_pool, **kwargs)
         self.spec = kv_cache_spec
-        logger.info(describe_pool(kv_cache_spec, self.num_slots))
+        logger.info(describe_pool(kv_cache_spec, self.num_states))
 
     @property
-    def num_slots(self) -> int:
-        """State slots of the pool (vLLM keeps block 0 as its null block)."""
+    def num_states(self) -> int:
+        """States that fit in the pool (vLLM keeps block 0 as its null block)."""
         return self.block_pool.num_gpu_blocks - 1
 
     @property
-    def num_slots_in_use(self) -> int:
-        """Slots held by running sequences; states kept for prefix hits do not count."""
-        return self.num_slots - self.block_pool.get_num_free_blocks()
+    def num_states_in_use(self) -> int:
+        """States held by running sequences; states kept for prefix hits do not count."""
+        return self.num_states - self.block_pool.get_num_free_blocks()
 
 
-def describe_pool(spec: LolaStateSpec, num_slots: int) -> str:
+def describe_pool(spec: LolaStateSpec, num_states: int) -> str:
     """The start-up line: MiB per sequence, sequences that fit, break-even against a full cache."""
     break_even = spec.sequence.break_even_tokens(spec.states_per_sequence)
     states = f"{spec.states_per_sequence} states of " if spec.states_per_sequence > 1 else ""
@@ -82,7 +82,7 @@ def describe_pool(spec: LolaStateSpec, num_slots: int) -> str:
     return (
         f"LoLA: {spec.bytes_per_sequence / MIB:.2f} MiB per sequence whatever its length "
         f"({states}{len(spec.sequence.layers)} layers x {each} KiB, this rank), "
-        f"{num_slots // spec.states_per_sequence} sequences fit; a full KV cache would be larger "
+        f"{num_states // spec.states_per_sequence} sequences fit; a full KV cache would be larger "
         f"beyond {break_even:,} tokens of context (vLLM's line 'KV cache size' counts "
         "--max-model-len tokens for each of these sequences, which is no limit of theirs)"
     )
@@ -107,7 +107,7 @@ def first_layer(vllm_config: VllmConfig) -> int:
 
 
 def row_bytes(vllm_config: VllmConfig) -> int:
-    """Bytes of a slot: the largest state of all ranks."""
+    """Bytes of a state: the largest state of all ranks."""
     parallel = vllm_config.parallel_config
     size, largest = parallel.pipeline_parallel_size, 0
     for tp_rank in range(parallel.tensor_parallel_size):
@@ -160,7 +160,7 @@ def head_dim(config: LolaLlamaConfig) -> int:
 
 
 def state_spec(vllm_config: VllmConfig, **mamba_fields: Any) -> LolaStateSpec:
-    """The spec of a slot; `mamba_fields` are those vLLM gives every Mamba layer."""
+    """The spec of a state; `mamba_fields` are those vLLM gives every Mamba layer."""
     return LolaStateSpec(
         shapes=((row_bytes(vllm_config),),),
         dtypes=(torch.uint8,),

@@ -91,7 +91,7 @@ def register_kv_cache_spec(
 
 
 def register_length() -> None:
-    """Have vLLM allow any `--max-model-len` for models whose places never run out; idempotent."""
+    """Have vLLM allow any `--max-model-len` for models whose contexts shift; idempotent."""
     from vllm.transformers_utils import model_arch_config_convertor as convertors
 
     class LolaModelArchConfigConvertor(convertors.ModelArchConfigConvertorBase):
@@ -100,11 +100,11 @@ def register_length() -> None:
         def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
             """The default `--max-model-len`, and the field that it follows from."""
             config = self.hf_config
-            if not config.lola.rebase_interval:
+            if not config.lola.context_shift:
                 return super().derive_max_model_len_and_key()
             # Up to this a user may go beyond the default. The config hook knows the limit.
             config.model_max_length = sys.maxsize
-            return config.default_length, "lola_config.rebase_interval"
+            return config.default_length, "lola_config.context_shift"
 
     convertors.MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = LolaModelArchConfigConvertor
 
@@ -118,8 +118,8 @@ def rope_rows(rope: Any, positions: tuple[int, ...]) -> Tensor:
     """
     if not hasattr(rope, "_compute_cos_sin_cache"):
         raise LolaConfigError(
-            f"lola_config.rebase_interval: {type(rope).__name__} has several tables, by the "
-            "length of a context, and keys cannot be turned from one to another; set it to 0"
+            f"lola_config.context_shift: {type(rope).__name__} has several tables, by the "
+            "length of a context, and keys cannot be rotated from one to another; set it to 0"
         )
     table: Tensor = rope._compute_cos_sin_cache()
     return table[list(positions)]

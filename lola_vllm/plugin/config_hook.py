@@ -18,7 +18,7 @@ from lola_vllm import cpu
 from lola_vllm.checkpoint.files import open_weights, weight_files
 from lola_vllm.checkpoint.schema import find_num_state_heads
 from lola_vllm.config import LolaLlamaConfig, heads_divide
-from lola_vllm.ops.places import MAX_LENGTH, Places
+from lola_vllm.ops.shift_schedule import MAX_LENGTH, ShiftSchedule
 from lola_vllm.plugin import compat, connectors
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes
 from lola_vllm.sessions.cipher import KEY_VARIABLE
@@ -378,15 +378,15 @@ def announce_places(vllm_config: VllmConfig) -> None:
     """Say that contexts have no end, and how many tokens a request may hold all the same.
 
     Raises:
-        LolaConfigError: a `rebase_interval` that does not suit the model's length.
+        LolaConfigError: a `context_shift` that does not suit the model's length.
     """
-    places = Places.of(lola_hf_config(vllm_config))
-    if places is not None:
+    schedule = ShiftSchedule.of(lola_hf_config(vllm_config))
+    if schedule is not None:
         logger.info(
-            "LoLA: contexts without end: from %s tokens on, places move by %s every %s tokens "
-            "(rebase_interval). vLLM keeps the token ids of a request, at most %s "
+            "LoLA: contexts without end: from %s tokens on, they shift by %s every %s tokens "
+            "(context_shift). vLLM keeps the token ids of a request, at most %s "
             "(--max-model-len)",
-            *(f"{n:,}" for n in (places.length, places.interval, places.interval)),
+            *(f"{n:,}" for n in (schedule.length, schedule.interval, schedule.interval)),
             f"{vllm_config.model_config.max_model_len:,}",
         )
 

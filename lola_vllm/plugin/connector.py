@@ -317,5 +317,5 @@ def fingerprint_of(vllm_config: VllmConfig) -> Fingerprint:
         tensor_parallel=parallel.tensor_parallel_size,
         pipeline_parallel=parallel.pipeline_parallel_size,
         quantization=None if stored_so or model.quantization is None else str(model.quantization),
-        bounded=backend.name != "torch",
+        keeps_bounds=backend.name != "torch",
     )

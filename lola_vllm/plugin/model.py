@@ -31,9 +31,9 @@ from vllm.model_executor.models.llama import (
 from vllm.sequence import IntermediateTensors
 
 from lola_vllm.checkpoint.files import CheckpointError
-from lola_vllm.checkpoint.schema import SALIENCY, check_tensors, expected_tensors
+from lola_vllm.checkpoint.schema import IMPORTANCE, check_tensors, expected_tensors
 from lola_vllm.config import LolaLlamaConfig
-from lola_vllm.ops.places import Places
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.attention import LolaAttention
 from lola_vllm.plugin.cache import row_bytes
 
@@ -50,7 +50,7 @@ class LolaDecoderLayer(LlamaDecoderLayer):
 
 
 class LolaLlamaModel(LlamaModel):
-    """A Llama decoder whose layers see places instead of positions."""
+    """A Llama decoder whose layers see RoPE positions below the trained length."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class LolaLlamaModel(LlamaModel):
         layer_type: type[nn.Module] = LolaDecoderLayer,
     ) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-        self.places = Places.of(cast(LolaLlamaConfig, self.config))
+        self.schedule = ShiftSchedule.of(cast(LolaLlamaConfig, self.config))
 
     def forward(
         self,
@@ -71,8 +71,8 @@ class LolaLlamaModel(LlamaModel):
         **extra_layer_kwargs: Any,
     ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
         """As `LlamaModel.forward`; compiled with it."""
-        if self.places is not None:
-            positions = self.places.place(positions)
+        if self.schedule is not None:
+            positions = self.schedule.rope_position(positions)
         return super().forward(
             input_ids, positions, intermediate_tensors, inputs_embeds, **extra_layer_kwargs
         )
@@ -158,7 +158,7 @@ def _good_tensors(
     takes the names of their modules.
     """
     for name, tensor in weights:
-        if name.endswith(SALIENCY) and name not in expected:
+        if name.endswith(IMPORTANCE) and name not in expected:
             continue  # the config switches it off
         values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 cannot be asked
         if tensor.is_floating_point() and not bool(values.isfinite().all()):

@@ -26,7 +26,7 @@ _CONFIG_FIELDS = (
     "attention_bias", "mlp_bias", "qkv_bias", "qk_norm", "tie_word_embeddings",
 )  # fmt: skip
 # Keys of lola_config that came after the first files of this format.
-_LATER_KEYS = ("sparse_dtype", "score_fade", "score_fade_rebases", "fold_ahead", "far_zone_start")
+_LATER_KEYS = ("sparse_dtype", "score_decay", "score_decay_shifts", "fold_rotation", "bucket_start")
 # A checkpoint up to this size is read whole, in a second. Of a larger one, which may take minutes,
 # each tensor shows so many pieces at even distances: a change of more than 1/256 of it in one place
 # is seen, and scattered changes of single rows may not be.
@@ -94,15 +94,15 @@ def model_fingerprint(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     quantization: str | None = None,
-    bounded: bool = True,
+    keeps_bounds: bool = True,
 ) -> Fingerprint:
     """The fingerprint of a model as it runs.
 
     Args:
         config: with overrides, and with the number of state heads settled. model: its directory,
             or the name under which Hugging Face's cache has it. pages: of every layer, one rank.
-        bounded: whether the ops keep bounds in the pages. It matters at an update interval of 1
-            only, where other ops start from them.
+        keeps_bounds: whether the ops keep bounds in the pages. It matters at an update interval of
+            1 only, where other ops start from them.
 
     Raises:
         CheckpointError: the directory holds no readable weights.
@@ -115,8 +115,8 @@ def model_fingerprint(
         if lola[key] == type(config.lola).model_fields[key].default:
             del lola[key]
     numbers["lola"] = lola
-    if config.lola.rebase_interval:
-        numbers["places"] = config.max_position_embeddings
+    if config.lola.context_shift:
+        numbers["trained_length"] = config.max_position_embeddings
     layout: list[Any] = [
         [
             [name, list(shape), str(dtype)]
@@ -127,7 +127,7 @@ def model_fingerprint(
         for page in pages
     ]
     if any(page.update_interval == 1 and page.sparse_cache_size for page in pages):
-        layout.append(bounded)
+        layout.append(keeps_bounds)
     return Fingerprint(
         config=_short(numbers),
         tensors=tensor_digest(directory) if directory.is_dir() else _cached(model),

@@ -16,7 +16,7 @@ from tests.support.tiny import make_tiny, random_prompts
 
 LOLA = {
     "window_size": 16, "sparse_cache_size": 24, "sink_size": 2, "update_interval": 4,
-    "sparse_dtype": "int8", "rebase_interval": 64, "score_fade": 1.0, "fold_ahead": 1,
+    "sparse_dtype": "int8", "context_shift": 64, "score_decay": 1.0, "fold_rotation": 1,
 }  # fmt: skip
 MARGIN = 0.05
 LENGTHS = [1, 33, 100, 300]

@@ -109,7 +109,7 @@ def test_prefix_hits_never_cross_adapters(tiny, adapters, expected):
         assert hits == [0, 0, 0, whole_blocks, whole_blocks, whole_blocks]
 
 
-def test_too_few_slots_on_a_cpu_are_refused(tiny):
+def test_too_few_adapter_slots_on_a_cpu_are_refused(tiny):
     with pytest.raises(Exception, match="--max-loras = 1"), engine(tiny, **LORA | {"max_loras": 1}):
         pass
 

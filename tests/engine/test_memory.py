@@ -150,7 +150,7 @@ def test_keys_that_were_not_seen_are_missed(tiny):
         model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
         assert not model._forward_pre_hooks and not model._forward_hooks
         layers = [m for m in model.modules() if isinstance(m, LolaAttention)]
-        assert layers and all(layer.witness is None for layer in layers)
+        assert layers and all(layer.kv_hook is None for layer in layers)
 
 
 def test_several_at_once_and_single_layers(tiny, truth):

@@ -177,7 +177,7 @@ def test_overrides_change_one_parameter_and_keep_the_others(tiny):
 def test_the_printed_memory_is_true(tiny):
     """Bytes by hand, against the page, the pool that vLLM allocated and the start-up line."""
     with engine(tiny, kv_cache_memory_bytes=2**20) as llm:
-        spec, slots = state_manager(llm).spec, state_manager(llm).num_slots
+        spec, states = state_manager(llm).spec, state_manager(llm).num_states
         Hs, Hkv, F2, d, f32 = 2, 2, 16, 16, 4
         parts = [
             Hs * F2 * d * f32, Hs * F2 * f32, Hs * 4 * 4,
@@ -188,10 +188,10 @@ def test_the_printed_memory_is_true(tiny):
         assert by_hand <= page < by_hand + 256
         layer_pages = pages(llm)
         assert sum(p.numel() for p in layer_pages) <= 2**20
-        assert all(p.shape == (slots + 1, page) for p in layer_pages)
-        line = describe_pool(spec, slots)
+        assert all(p.shape == (states + 1, page) for p in layer_pages)
+        line = describe_pool(spec, states)
         assert f"{2 * page / 2**20:.2f} MiB per sequence" in line
-        assert f"{slots} sequences fit" in line
+        assert f"{states} sequences fit" in line
         # A full cache of this model: 2 layers x (K + V) x 2 heads x 16 x 4 bytes = 512 per token.
         assert f"beyond {-(-2 * page // 512):,} tokens" in line
 

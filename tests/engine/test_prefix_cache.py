@@ -118,7 +118,7 @@ def test_eviction_forgets_prefixes_and_changes_nothing(tiny):
         assert generate(llm, prompts[-1:], NEW) == expected[-1:]
         assert hits(llm) == boundary(len(prompts[-1]))
         assert generate(llm, prompts, NEW) == expected
-        assert state_manager(llm).num_slots_in_use == 0
+        assert state_manager(llm).num_states_in_use == 0
         assert block_pool(llm).get_num_free_blocks() == 6
 
 

@@ -37,7 +37,7 @@ def llm(request, tiny, drawn_uncut):  # one engine at a time in a process
         enable_prefix_caching=request.param,
     ) as llm:  # fmt: skip
         yield llm
-        assert state_manager(llm).num_slots_in_use == 0
+        assert state_manager(llm).num_states_in_use == 0
 
 
 def copies(llm, **sampling):

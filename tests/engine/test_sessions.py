@@ -153,7 +153,7 @@ def test_many_sessions_leave_nothing_behind(tiny, tmp_path):
         manage(llm, "clear")
         llm.llm_engine.engine_core.engine_core.step()
         keeper(llm)._writer.submit(int).result()
-        assert state_manager(llm).num_slots_in_use == 0
+        assert state_manager(llm).num_states_in_use == 0
         assert block_pool(llm).get_num_free_blocks() == 5
         assert keeper(llm).num_rows == keeper(llm).num_waiting == 0
         assert not list(tmp_path.rglob("*.safetensors"))
@@ -247,7 +247,7 @@ def test_aborts_while_a_state_is_loaded_or_saved(tiny, cold, tmp_path, monkeypat
         core.abort_request(["ends"])
         ask(llm, [1, 2, 3])
         llm.llm_engine.engine_core.engine_core.step()
-        assert state_manager(llm).num_slots_in_use == 0
+        assert state_manager(llm).num_states_in_use == 0
         assert not scheduler(llm).requests
 
 

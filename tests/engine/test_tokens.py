@@ -76,7 +76,7 @@ def test_scheduler_chunks_change_nothing(tiny, prompts, expected, budget):
 
 
 def test_company_changes_nothing(tiny, prompts, expected):
-    """Among 24 others that come and go, with fewer slots than requests."""
+    """Among 24 others that come and go, with fewer states than requests."""
     others = random_prompts([5 + 13 * i for i in range(24)], seed=9)
     with engine(tiny, max_num_batched_tokens=128, max_num_seqs=12) as llm:
         core = llm.llm_engine
@@ -100,7 +100,7 @@ def test_company_changes_nothing(tiny, prompts, expected):
                     answers[output.request_id] = list(output.outputs[0].token_ids)
             step += 1
         assert [answers[f"p{i}"] for i in range(len(prompts))] == expected
-        assert state_manager(llm).num_slots_in_use == 0
+        assert state_manager(llm).num_states_in_use == 0
 
 
 def test_forced_preemption_changes_nothing(tiny, prompts, expected):
@@ -147,12 +147,12 @@ def test_a_poisoned_pool_changes_nothing(tiny, prompts, expected):
         assert [answers[i] for i in range(len(prompts))] == expected
 
 
-def test_reused_slots_equal_fresh_ones(tiny, prompts, expected):
-    """The same few slots serve everyone, twice over."""
+def test_reused_states_equal_fresh_ones(tiny, prompts, expected):
+    """The same few states serve everyone, twice over."""
     with engine(tiny, max_num_batched_tokens=64, max_num_seqs=8, num_gpu_blocks_override=3) as llm:
         for _ in range(2):
             assert generate(llm, prompts, NEW) == expected
-        assert state_manager(llm).num_slots == 2
+        assert state_manager(llm).num_states == 2
         assert scheduler(llm).get_num_unfinished_requests() == 0
 
 

@@ -51,7 +51,7 @@ def test_every_kernel_is_there_and_spills_nothing(compiled):
         ),
         *(
             f"{name}<{t}, {int8}>"
-            for name in ("incremental_kernel", "update_kernel")
+            for name in ("update_per_token_kernel", "update_kernel")
             for t in types
             for int8 in ("false", "true")
         ),
@@ -76,8 +76,8 @@ def test_the_library_registers_the_op(compiled):
     )
     check = f"""
 import ctypes, torch
-from lola_vllm.ops import native
-assert native.load()
+from lola_vllm.ops import cpp
+assert cpp.load()
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 assert not has("lola::decode", "CUDA"), "built in already"
 ctypes.CDLL({str(folder / "stand_in.so")!r}, mode=ctypes.RTLD_GLOBAL)

@@ -14,7 +14,7 @@ from lola_vllm.eval import EvalError, ablation
 from lola_vllm.eval.ablation import SCORES, CountedScore, use_score
 from lola_vllm.ops import Backend, portable
 from lola_vllm.plugin.attention import LolaAttention
-from tests.support.problem import SLOT, decode, make_problem, prefill
+from tests.support.problem import STATE_INDEX, decode, make_problem, prefill
 
 T, ETA, LAM, SINK = 96, 8, 12, 4
 CONFIG = LolaConfig(window_size=ETA, sparse_cache_size=LAM, sink_size=SINK, feature_dim=8)
@@ -36,7 +36,7 @@ def kept(score: str, cuts: tuple[int, ...] = (0, T)) -> list[list[int]]:
             out = prefill(ops, problem, state, start, stop)
         assert out.isfinite().all()
     assert other is None or other.selections > 0
-    return [sorted(row) for row in state.views.positions[SLOT].tolist()]
+    return [sorted(row) for row in state.views.positions[STATE_INDEX].tolist()]
 
 
 def test_newest_keeps_the_last_to_leave_the_window() -> None:
@@ -98,6 +98,6 @@ def test_the_layers_of_a_model_are_given_the_score_and_no_other_layer_is() -> No
 
 
 def test_another_back_end_than_torch_is_refused() -> None:
-    model = nn.Sequential(layer(Backend("native (avx2)", portable.decode, portable.prefill)))
-    with pytest.raises(EvalError, match=r"native \(avx2\) knows no other .* LOLA_VLLM_OPS=torch"):
+    model = nn.Sequential(layer(Backend("cpp (avx2)", portable.decode, portable.prefill)))
+    with pytest.raises(EvalError, match=r"cpp \(avx2\) knows no other .* LOLA_VLLM_OPS=torch"):
         use_score(model, ablation.newest)

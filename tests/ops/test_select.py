@@ -15,11 +15,11 @@ pytestmark = pytest.mark.usefixtures("fresh_choice")
 @pytest.mark.parametrize(
     ("wanted", "dtype", "name"),
     [
-        (None, torch.bfloat16, "native"),
-        (None, torch.float32, "native"),
+        (None, torch.bfloat16, "cpp"),
+        (None, torch.float32, "cpp"),
         (None, torch.float16, "torch"),
         ("torch", torch.float32, "torch"),
-        ("native", torch.float32, "native"),
+        ("cpp", torch.float32, "cpp"),
     ],
 )
 def test_choice(monkeypatch, wanted, dtype, name):
@@ -38,7 +38,7 @@ def test_a_gpu_gets_triton(dtype):
     [
         ("gpu", "cpu", "'gpu': must be one of"),
         ("cuda", "cpu", "on cpu"),
-        ("native", "cuda", "on cuda"),
+        ("cpp", "cuda", "on cuda"),
         ("triton", "cpu", "on cpu"),
         ("xformers", "cpu", "on cpu"),
         ("xformers", "cuda", r"float16 and bfloat16, not torch\.float32"),

@@ -7,15 +7,15 @@ pytest.importorskip("triton")
 
 # Bytes of registers that a thread puts aside, where that could not be avoided yet.
 SPILLED = {
-    ("fold, bounded, weighed", 80): 40,
+    ("fold, per token, weighted", 80): 40,
     ("prefill, int8", 90): 8,
     # Keys of int8 pairs are widened to float32.
     ("score, int8", 80): 104,
     ("score, int8", 90): 112,
     ("score, int8", 100): 96,
-    ("score, bounded, int8", 80): 104,
-    ("score, bounded, int8", 90): 128,
-    ("score, bounded, int8", 100): 64,
+    ("score, per token, int8", 80): 104,
+    ("score, per token, int8", 90): 128,
+    ("score, per token, int8", 100): 64,
 }
 
 

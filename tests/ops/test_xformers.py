@@ -135,12 +135,14 @@ def test_xformers_own_kernels_equal_the_reference(d, dtype):
     problem = problem.to(device)
     state = problem.state()
 
-    def feed(slots, contexts, spans):
+    def feed(state_indices, contexts, spans):
         parts = [torch.cat(x) for x in zip(*(problem.tokens(*span) for span in spans), strict=True)]
         counts = [stop - start for start, stop in spans]
         out = torch.full_like(parts[0], torch.nan)
         starts = torch.tensor([0, *counts]).cumsum(0)
-        batch = PrefillBatch(torch.tensor(slots, device=device), starts, torch.tensor(contexts))
+        batch = PrefillBatch(
+            torch.tensor(state_indices, device=device), starts, torch.tensor(contexts)
+        )
         xformers_prefill.prefill(state, *parts, batch, out)
         return out.double().cpu().split(counts)
 

@@ -84,15 +84,15 @@ def answer(server: Server) -> str:
 
 @pytest.fixture
 def unharmed(tiny_server: Server, known: str) -> Iterator[Server]:
-    """The server; after the test it answers as before and holds no slot."""
+    """The server; after the test it answers as before and holds no state."""
     yield tiny_server
     assert tiny_server.process.poll() is None, tiny_server.log.read_text()[-4000:]
     assert answer(tiny_server) == known
     for _ in range(100):
-        if tiny_server.client.get("/v1/lola/info").json()["slots"]["used"] == 0:
+        if tiny_server.client.get("/v1/lola/info").json()["states"]["used"] == 0:
             return
         httpx.get(f"{tiny_server.url}/health", timeout=5)
-    raise AssertionError("slots are in use though nobody asks for anything")
+    raise AssertionError("states are in use though nobody asks for anything")
 
 
 def check(response: httpx.Response, sent: object, waits: bool = False) -> None:

@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops import DecodeBatch, LayerState, PrefillBatch, native, portable
+from lola_vllm.ops import DecodeBatch, LayerState, PrefillBatch, cpp, portable
 from lola_vllm.state import StateLayout, StateViews
 from tests.support.effort import cases
 from tests.support.problem import Problem, decode, make_problem, prefill
 
-OPS = [pytest.param(portable, id="torch"), pytest.param(native, id="native")]
+OPS = [pytest.param(portable, id="torch"), pytest.param(cpp, id="cpp")]
 # Of sums of a few dozen products: the ops add in another order than the tests do.
 CLOSE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 2e-4}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def extension():
-    assert native.load()
+    assert cpp.load()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -88,20 +88,22 @@ def schedules(draw: st.DrawFn, length: int) -> list[int]:
 
 
 def feed(
-    ops: ModuleType, problem: Problem, state: LayerState, slot: int, start: int, stop: int
+    ops: ModuleType, problem: Problem, state: LayerState, state_index: int, start: int, stop: int
 ) -> Tensor:
     """Tokens `start` to `stop - 1`; a single one as a decode."""
     if stop - start == 1 and start:
-        return decode(ops, problem, state, start, slot)
-    return prefill(ops, problem, state, start, stop, slot)
+        return decode(ops, problem, state, start, state_index)
+    return prefill(ops, problem, state, start, stop, state_index)
 
 
 def feed_all(
-    ops: ModuleType, problem: Problem, state: LayerState, slot: int, ends: list[int]
+    ops: ModuleType, problem: Problem, state: LayerState, state_index: int, ends: list[int]
 ) -> Tensor:
     """A whole sequence in pieces."""
     starts = [0, *ends[:-1]]
-    pieces = [feed(ops, problem, state, slot, a, b) for a, b in zip(starts, ends, strict=True)]
+    pieces = [
+        feed(ops, problem, state, state_index, a, b) for a, b in zip(starts, ends, strict=True)
+    ]
     return torch.cat(pieces)
 
 
@@ -114,21 +116,21 @@ def features(problem: Problem, head: int, positions: list[int]) -> tuple[Tensor,
     return phi, problem.v[positions, head // share].double()
 
 
-def read_sparse(problem: Problem, views: StateViews, slot: int, n: int) -> list[list[int]]:
+def read_sparse(problem: Problem, views: StateViews, state_index: int, n: int) -> list[list[int]]:
     """Positions in each sparse set; their pairs must be those that went in."""
     layout = problem.layout()
     size = int(layout.num_sparse(torch.tensor(n)))
     share = layout.num_sparse_heads // layout.num_kv_heads
     found = []
     for group in range(layout.num_sparse_heads):
-        at = views.positions[slot, group, :size].long()
-        assert torch.equal(views.sparse_k[slot, group, :size], problem.k[at, group // share])
-        assert torch.equal(views.sparse_v[slot, group, :size], problem.v[at, group // share])
+        at = views.positions[state_index, group, :size].long()
+        assert torch.equal(views.sparse_k[state_index, group, :size], problem.k[at, group // share])
+        assert torch.equal(views.sparse_v[state_index, group, :size], problem.v[at, group // share])
         found.append(at.tolist())
     return found
 
 
-def assert_partition(problem: Problem, views: StateViews, slot: int, n: int) -> None:
+def assert_partition(problem: Problem, views: StateViews, state_index: int, n: int) -> None:
     """Each of n positions is in exactly one of sinks, window, sparse cache and hidden state."""
     layout, config = problem.layout(), problem.config
     last_update = n // config.update_interval * config.update_interval
@@ -136,9 +138,9 @@ def assert_partition(problem: Problem, views: StateViews, slot: int, n: int) -> 
     exact = [*range(min(n, config.sink_size)), *range(start, n)]
     rows = layout.row(torch.tensor(exact))
     assert len(set(rows.tolist())) == len(exact)
-    assert torch.equal(views.exact_k[slot, :, rows].transpose(0, 1), problem.k[exact])
-    assert torch.equal(views.exact_v[slot, :, rows].transpose(0, 1), problem.v[exact])
-    sparse = read_sparse(problem, views, slot, n)
+    assert torch.equal(views.exact_k[state_index, :, rows].transpose(0, 1), problem.k[exact])
+    assert torch.equal(views.exact_v[state_index, :, rows].transpose(0, 1), problem.v[exact])
+    sparse = read_sparse(problem, views, state_index, n)
     evicted = set(range(config.sink_size, start))
     for head in range(layout.num_state_heads):
         cached = sparse[head // (layout.num_state_heads // layout.num_sparse_heads)]
@@ -149,10 +151,10 @@ def assert_partition(problem: Problem, views: StateViews, slot: int, n: int) -> 
             phi, v = features(problem, head, folded)
             close = CLOSE[problem.q.dtype]
             torch.testing.assert_close(
-                views.s[slot, head].double(), phi.sum(0), rtol=close, atol=close
+                views.s[state_index, head].double(), phi.sum(0), rtol=close, atol=close
             )
             torch.testing.assert_close(
-                views.H[slot, head].double(), phi.T @ v, rtol=close, atol=close
+                views.H[state_index, head].double(), phi.T @ v, rtol=close, atol=close
             )
 
 
@@ -222,27 +224,27 @@ def test_what_is_kept_is_recalled_no_better_than_what_is_folded(ops, data):
                 assert worst >= best * (1 - close) - close
 
 
-def valid_parts(problem: Problem, views: StateViews, slot: int, n: int) -> dict[str, Tensor]:
+def valid_parts(problem: Problem, views: StateViews, state_index: int, n: int) -> dict[str, Tensor]:
     """Everything in a page that a count of n tokens vouches for, sparse pairs by position."""
     layout, at = problem.layout(), torch.tensor(n)
     sparse = int(layout.num_sparse(at))
-    order = views.positions[slot, :, :sparse].long().argsort(-1)
+    order = views.positions[state_index, :, :sparse].long().argsort(-1)
 
     def by_position(x: Tensor) -> Tensor:
         index = order.unsqueeze(-1).expand(*order.shape, x.shape[-1])
-        return x[slot, :, :sparse].gather(1, index)
+        return x[state_index, :, :sparse].gather(1, index)
 
     exact = [*range(min(n, layout.sink_size)), *range(int(layout.window_start(at)), n)]
     rows = layout.row(torch.tensor(exact))
     parts = {
-        "positions": views.positions[slot, :, :sparse].gather(1, order),
+        "positions": views.positions[state_index, :, :sparse].gather(1, order),
         "sparse_k": by_position(views.sparse_k),
         "sparse_v": by_position(views.sparse_v),
-        "exact_k": views.exact_k[slot, :, rows],
-        "exact_v": views.exact_v[slot, :, rows],
+        "exact_k": views.exact_k[state_index, :, rows],
+        "exact_v": views.exact_v[state_index, :, rows],
     }
     if int(layout.num_folded(at)):
-        parts |= {"H": views.H[slot], "s": views.s[slot]}
+        parts |= {"H": views.H[state_index], "s": views.s[state_index]}
     return {name: part.clone() for name, part in parts.items()}
 
 
@@ -271,12 +273,13 @@ def test_any_split_gives_the_same_state_and_answers(ops, data):
 @cases(short=40, long=2000)
 @given(data=st.data())
 def test_any_batch_gives_the_same_state_and_answers(ops, data):
-    """Rows in any order and any slots, with padding between; the others' pages stay as they are."""
+    """Rows in any order and any state_indices, with padding between; the others' pages stay as they
+    are."""
     case = data.draw(layers(sequences=3, longest=40))
     problems = case.problems
     state = problems[0].state(num_pages=7)
-    slots = data.draw(st.permutations(range(1, 7)), label="slots")[:3]
-    idle = sorted(set(range(7)) - set(slots))
+    state_indices = data.draw(st.permutations(range(1, 7)), label="state_indices")[:3]
+    idle = sorted(set(range(7)) - set(state_indices))
     rows = data.draw(st.permutations([0, 1, 2, None]), label="rows; none is padding")
     context = [data.draw(st.integers(0, len(p.q)), label="prefilled") for p in problems]
     lengths = [0 if row is None else context[row] for row in rows]
@@ -284,8 +287,8 @@ def test_any_batch_gives_the_same_state_and_answers(ops, data):
     def pack(name: str, spans: list[tuple[int, int, int]]) -> Tensor:
         return torch.cat([getattr(problems[r], name)[a:b] for r, a, b in spans])
 
-    def slots_of(rows: list[int | None]) -> Tensor:
-        found = [0 if row is None else slots[row] for row in rows]
+    def state_indices_of(rows: list[int | None]) -> Tensor:
+        found = [0 if row is None else state_indices[row] for row in rows]
         return torch.tensor(found, dtype=torch.int32)
 
     outs: list[list[Tensor]] = [[], [], []]
@@ -296,7 +299,7 @@ def test_any_batch_gives_the_same_state_and_answers(ops, data):
     q, k, v = (pack(name, spans) for name in "qkv")
     out = torch.full_like(q, torch.nan)
     none = torch.zeros(len(live), dtype=torch.long)
-    ops.prefill(state, q, k, v, PrefillBatch(slots_of(live), starts, none), out)
+    ops.prefill(state, q, k, v, PrefillBatch(state_indices_of(live), starts, none), out)
     for row, at, length in zip(live, starts.tolist(), lengths, strict=False):
         if row is not None:
             outs[row].append(out[at : at + length])
@@ -306,7 +309,7 @@ def test_any_batch_gives_the_same_state_and_answers(ops, data):
         spans = [(r or 0, at, at + 1) for r, at in zip(live, counts, strict=True)]
         q, k, v = (pack(name, spans) for name in "qkv")
         out = torch.full_like(q, torch.nan)
-        batch = DecodeBatch(slots_of(live), torch.tensor(counts) + 1)
+        batch = DecodeBatch(state_indices_of(live), torch.tensor(counts) + 1)
         ops.decode(state, q, k, v, batch, out)
         for i, row in enumerate(live):
             if row is None:
@@ -322,7 +325,7 @@ def test_any_batch_gives_the_same_state_and_answers(ops, data):
         expected = feed_all(ops, problem, alone, 1, ends)
         torch.testing.assert_close(torch.cat(outs[row]), expected, rtol=close, atol=close)
         in_batch, by_itself = (
-            valid_parts(problem, state.views, slots[row], n),
+            valid_parts(problem, state.views, state_indices[row], n),
             valid_parts(problem, alone.views, 1, n),
         )
         for name, part in by_itself.items():
@@ -345,9 +348,9 @@ def test_old_bytes_change_no_bit(ops, data):
     state.pages[1] = 0
     feed_all(ops, other, state, 3, data.draw(schedules(len(other.q)), label="the other's"))
     found = [
-        {"out": feed_all(ops, problem, state, slot, ends)}
-        | valid_parts(problem, state.views, slot, n)
-        for slot in (1, 2, 3)
+        {"out": feed_all(ops, problem, state, state_index, ends)}
+        | valid_parts(problem, state.views, state_index, n)
+        for state_index in (1, 2, 3)
     ]
     for name, fresh in found[0].items():
         assert fresh.isfinite().all()

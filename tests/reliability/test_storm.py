@@ -66,7 +66,7 @@ def same(tiny, prompts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
-def test_a_storm_changes_no_answer_and_loses_no_slot(tiny, prompts, expected, same, options):
+def test_a_storm_changes_no_answer_and_loses_no_state(tiny, prompts, expected, same, options):
     with engine(tiny, **options) as llm:
         report = Storm(llm, prompts, expected, seed=7, same=same).run(STEPS)
     print(report)
@@ -102,7 +102,7 @@ def test_one_state_serves_a_crowd(tiny, prompts, expected, caching):
         # One after the other: a step for each piece of a prompt and for each further token.
         assert steps <= sum(-(-len(p) // 32) + few for p in crowd)
         assert [answers[i] for i in range(len(crowd))] == [e[:few] for e in expected[::-1]]
-        assert state_manager(llm).num_slots_in_use == 0
+        assert state_manager(llm).num_states_in_use == 0
         assert block_pool(llm).get_num_free_blocks() == blocks - 1
 
 
@@ -122,7 +122,7 @@ def test_an_abort_leaves_a_prefix_that_a_retry_may_start_from(tiny, prompts, exp
             before = metric(llm, "vllm:prefix_cache_hits")
             assert generate(llm, [prompt], NEW) == [answer]
             hits.append(metric(llm, "vllm:prefix_cache_hits") - before)
-            assert state_manager(llm).num_slots_in_use == 0
+            assert state_manager(llm).num_states_in_use == 0
         assert hits == sorted(hits) and hits[-1] == (len(prompt) - 1) // 32 * 32
         assert len(set(hits)) > 3
 

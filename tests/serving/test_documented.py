@@ -90,14 +90,14 @@ def test_the_sample_of_the_start_is_what_is_printed(monkeypatch):
 
 def test_the_sample_of_info_is_an_answer(lola_server):
     """The same fields, and the demo model's own numbers."""
-    shown = json.loads(sample("docs/serving.md", '"bytes_per_slot"'))
+    shown = json.loads(sample("docs/serving.md", '"bytes_per_state"'))
     answer = lola_server.client.get("/v1/lola/info").json()
-    assert set(shown) == set(answer) and set(shown["slots"]) == set(answer["slots"])
+    assert set(shown) == set(answer) and set(shown["states"]) == set(answer["states"])
     assert set(shown["memory"]) == set(answer["memory"])
     assert set(shown["memory"]["parts"]) == set(answer["memory"]["parts"])
     assert set(shown["versions"]) == set(answer["versions"])
     row = next(row for row in estimate(ROOT / DEMO, dtype="bfloat16").rows if row.chosen)
-    assert shown["memory"]["bytes_per_slot"] == row.bytes_per_sequence
+    assert shown["memory"]["bytes_per_state"] == row.bytes_per_sequence
     assert sum(shown["memory"]["parts"].values()) == row.bytes_per_sequence
 
 

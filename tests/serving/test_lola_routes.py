@@ -90,15 +90,15 @@ def test_info(lola_server):
     info = lola_server.client.get("/v1/lola/info").json()
     assert info["model"] == "smollm2"
     sizes = info["lola_config"]["sparse_cache_size"]
-    assert len(sizes) == 30 and sum(sizes) == 126 * 30 and info["lola_config"]["saliency"] is True
+    assert len(sizes) == 30 and sum(sizes) == 126 * 30 and info["lola_config"]["importance"] is True
     memory = info["memory"]
-    assert sum(memory["parts"].values()) == memory["bytes_per_slot"]
-    assert memory["bytes_per_sequence"] == 2 * memory["bytes_per_slot"]
-    assert info["slots"]["per_sequence"] == 2  # prefix caching is on
-    assert info["slots"]["sequences"] == info["slots"]["total"] // 2 > 0
-    assert info["slots"]["used"] == 0
+    assert sum(memory["parts"].values()) == memory["bytes_per_state"]
+    assert memory["bytes_per_sequence"] == 2 * memory["bytes_per_state"]
+    assert info["states"]["per_sequence"] == 2  # prefix caching is on
+    assert info["states"]["sequences"] == info["states"]["total"] // 2 > 0
+    assert info["states"]["used"] == 0
     assert info["block_size"] == 256
-    assert info["backend"].split()[0] in ("native", "torch")
+    assert info["backend"].split()[0] in ("cpp", "torch")
     assert set(info["versions"]) == {"lola_vllm", "vllm", "torch", "python"}
 
 
@@ -120,10 +120,10 @@ def test_memory_of_a_text(lola_server):
         for head in layer["heads"]:
             positions = head["positions"]
             assert positions == sorted(set(positions))
-            assert len(positions) == len(head["errors"]) == len(head["saliency"]) == lam
+            assert len(positions) == len(head["errors"]) == len(head["score_weights"]) == lam
             assert sinks <= positions[0] and positions[-1] < start
             assert all(error >= 0 for error in head["errors"])
-            assert all(weight > 0 for weight in head["saliency"])
+            assert all(weight > 0 for weight in head["score_weights"])
     held = [head["positions"] for layer in answer["layers"] for head in layer["heads"]]
     assert len({tuple(positions) for positions in held}) > 80  # each head chooses for itself
 
@@ -307,8 +307,8 @@ def test_a_client_that_leaves_holds_no_copy(lola_server):
         leaver.close()
     assert read(lola_server, prompt="Still there?")["num_tokens"] > 2
     deadline = time.monotonic() + 20
-    while lola_server.client.get("/v1/lola/info").json()["slots"]["used"] > 0:
-        assert time.monotonic() < deadline, "a reading that nobody waits for keeps its slot"
+    while lola_server.client.get("/v1/lola/info").json()["states"]["used"] > 0:
+        assert time.monotonic() < deadline, "a reading that nobody waits for keeps its state"
         time.sleep(0.2)
 
 
@@ -323,10 +323,10 @@ def test_metrics(lola_server):
     }  # fmt: skip
     assert not [name for name in found if name.endswith("_created")]
     info = lola_server.client.get("/v1/lola/info").json()
-    assert found["lola:slots_total"] == info["slots"]["total"]
-    assert found["lola:slot_bytes"] == info["memory"]["bytes_per_slot"]
-    assert found["lola:slots_per_sequence"] == 2
-    assert found["lola:slots_used"] == 0
+    assert found["lola:states_total"] == info["states"]["total"]
+    assert found["lola:state_bytes"] == info["memory"]["bytes_per_state"]
+    assert found["lola:states_per_sequence"] == 2
+    assert found["lola:states_used"] == 0
     assert found["lola:sparse_fill_ratio"] == 1
     assert 0 <= found["lola:swap_ratio"] <= 1
     assert 0 < found["lola:recall_error.folded"] < found["lola:recall_error.kept"] * 2
@@ -335,7 +335,7 @@ def test_metrics(lola_server):
     assert metrics(lola_server, wait=False) == found
 
 
-def test_slots_used_while_sequences_run(lola_server):
+def test_states_used_while_sequences_run(lola_server):
     async def busy():
         key = {"Authorization": lola_server.client.headers["Authorization"]}
         async with httpx.AsyncClient(base_url=lola_server.url, headers=key, timeout=120) as client:
@@ -345,7 +345,7 @@ def test_slots_used_while_sequences_run(lola_server):
                 await asyncio.sleep(REFRESH_S)
                 scrape = (await client.get("/metrics")).text
                 info = (await client.get("/v1/lola/info")).json()
-                used = float(re.search(r"lola:slots_used\{.*\} (\S+)", scrape)[1])
+                used = float(re.search(r"lola:states_used\{.*\} (\S+)", scrape)[1])
                 if used >= 3:
                     break
             for task in tasks:
@@ -354,7 +354,7 @@ def test_slots_used_while_sequences_run(lola_server):
             return used, info
 
     used, info = asyncio.run(busy())
-    assert 3 <= used <= 6 and 3 <= info["slots"]["used"] <= 6
+    assert 3 <= used <= 6 and 3 <= info["states"]["used"] <= 6
 
 
 def test_every_metric_of_the_dashboard_and_the_alerts_is_in_a_scrape(lola_server):

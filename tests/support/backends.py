@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lola_vllm.ops import DecodeBatch, LayerState, native, portable
+from lola_vllm.ops import DecodeBatch, LayerState, cpp, portable
 from lola_vllm.ops.contract import DecodeOp, PrefillOp
 from lola_vllm.ops.reference import LolaState
 from tests.support.pages import assert_state_matches
@@ -113,8 +113,8 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("torch", _known(torch.float64, torch.float32, torch.bfloat16, torch.float16)),
-        Backend("native", _CPU),
-        Backend("native-threads", _CPU),
+        Backend("cpp", _CPU),
+        Backend("cpp-threads", _CPU),
         Backend("cuda-emulated", _GPU, (1, 4, 64), prefills=False, pace="emulated"),
         Backend("cuda", _GPU, prefills=False, on_gpu=True),
         Backend("triton", _GPU, (1, 2, 4), on_gpu=True),
@@ -156,7 +156,7 @@ def has_case(item: pytest.Item) -> bool:
             "test_int8_pairs",
             "test_interval_1",
             "test_long_sequences",
-            "test_saliency",
+            "test_importance",
         )
         or params.get("fed") == "tokens"
         or params.get("interval") == 1
@@ -188,13 +188,13 @@ def open_backend(name: str, emulation: Callable[[], Path]) -> Backend:
     if name == "cuda-emulated":
         torch.ops.load_library(str(emulation()))
         return replace(backend, decode=_emulated)
-    if name.startswith(("native", "cuda")):
-        assert native.load(), "the C++ extension is part of a development set-up"
+    if name.startswith(("cpp", "cuda")):
+        assert cpp.load(), "the C++ extension is part of a development set-up"
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         if backend.on_gpu and not has_kernel("lola::decode", "CUDA"):
             pytest.skip("the extension was built without its CUDA kernels")
-        prefill = native.prefill if backend.prefills else portable.prefill
-        return replace(backend, decode=native.decode, prefill=prefill)
+        prefill = cpp.prefill if backend.prefills else portable.prefill
+        return replace(backend, decode=cpp.decode, prefill=prefill)
     from lola_vllm.kernels import backend as kernels
 
     if name == "triton":
@@ -240,7 +240,7 @@ def _emulated(
 ) -> None:
     """`contract.DecodeOp` on the emulated CUDA sources, for a GPU of so many processors."""
     os.environ["LOLA_EMULATED_PROCESSORS"] = str(processors)
-    torch.ops.lola_emulated.decode(*native.arguments(state, q, k, v, batch, out))
+    torch.ops.lola_emulated.decode(*cpp.arguments(state, q, k, v, batch, out))
 
 
 class NoWait(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Long problems in which pairs lose their places again and again, and what must choose alike."""
+"""Long problems in which pairs leave again and again, and what must choose alike."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
 from tests.support.backends import Backend
 from tests.support.pages import assert_bounds_hold, assert_same_choices
-from tests.support.problem import SLOT, Problem, run, with_a_trend
+from tests.support.problem import STATE_INDEX, Problem, run, with_a_trend
 
 # What two runs of the same arithmetic leave in a page to the last bit.
 STORED = (
-    "positions", "saliency", "sparse_k_scale", "sparse_v_scale", "sparse_k", "sparse_v", "H", "s",
+    "positions", "score_weights", "sparse_k_scale", "sparse_v_scale", "sparse_k", "sparse_v", "H",
+    "s",
 )  # fmt: skip
 
 
-def bounded_problem(
+def per_token_problem(
     backend: Backend, T: int, config: LolaConfig, dtype: torch.dtype, d: int
 ) -> Problem:
     """For an interval of 1: long enough, most scores are bounded. Of one head where it is slow."""
@@ -41,5 +42,5 @@ def assert_a_prompt_chooses_as_single_steps(backend: Backend, problem: Problem) 
     _, carried = backend.run(problem, [700])
     _, stepwise = backend.run(problem, decode_from=0)
     for name in STORED:
-        one, two = (getattr(x.views, name)[SLOT] for x in (carried, stepwise))
+        one, two = (getattr(x.views, name)[STATE_INDEX] for x in (carried, stepwise))
         assert torch.equal(one, two), name

@@ -91,7 +91,7 @@ def scheduler(llm: LLM) -> Any:
 
 
 def block_pool(llm: LLM) -> Any:
-    """vLLM's pool of state slots."""
+    """vLLM's pool of states."""
     return scheduler(llm).kv_cache_manager.block_pool
 
 

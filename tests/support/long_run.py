@@ -12,7 +12,7 @@ from lola_vllm.config import LolaConfig
 from lola_vllm.ops import LayerState, portable
 from lola_vllm.ops.reference import feature_map
 from lola_vllm.state import StateLayout, StateViews
-from tests.support.problem import SLOT, Ops, Problem, decode, make_problem, prefill
+from tests.support.problem import STATE_INDEX, Ops, Problem, decode, make_problem, prefill
 
 WARM = 400  # tokens that make the state which is scaled up
 
@@ -26,7 +26,7 @@ class Arrived:
         H: `[Hs]`, the part of H's exact gain that is in its gain, less 1.
         error: `[Hs]`, mean relative error of predictions that came in meanwhile.
         folded: pairs folded meanwhile.
-        state: its page SLOT, in host memory.
+        state: its page STATE_INDEX, in host memory.
     """
 
     s: Tensor
@@ -69,8 +69,8 @@ def gain(
     skipped = folded // step * step
     scale = int(layout.num_folded(torch.tensor(WARM + skipped))) / len(before[0])
     for part in (state.views.H, state.views.s):
-        part[SLOT] = (part[SLOT].double() * scale).to(part.dtype)
-    H, s = (part[SLOT].double().cpu() for part in (state.views.H, state.views.s))
+        part[STATE_INDEX] = (part[STATE_INDEX].double() * scale).to(part.dtype)
+    H, s = (part[STATE_INDEX].double().cpu() for part in (state.views.H, state.views.s))
     T = len(problem.q)
     middle = WARM + int((T - WARM) * prompt)
     if middle > WARM:
@@ -88,10 +88,12 @@ def gain(
         assert old < new
         k, v = (x[sorted(new - old), head].double() for x in (problem.k, problem.v))
         phi = feature_map(k, problem.feature_map_k[head].double())
-        gained, exact = views.H[SLOT, head].double() - H[head], phi.T @ v
-        result["s"].append((views.s[SLOT, head].double() - s[head]).sum() / (2 * len(k)) - 1)
+        gained, exact = views.H[STATE_INDEX, head].double() - H[head], phi.T @ v
+        result["s"].append((views.s[STATE_INDEX, head].double() - s[head]).sum() / (2 * len(k)) - 1)
         result["H"].append((gained * exact).sum() / (exact * exact).sum() - 1)
-        p = (phi @ views.H[SLOT, head].double()) / (phi @ views.s[SLOT, head].double())[:, None]
+        p = (phi @ views.H[STATE_INDEX, head].double()) / (
+            phi @ views.s[STATE_INDEX, head].double()
+        )[:, None]
         q = (phi @ (H[head] + exact)) / (phi @ (s[head] + phi.sum(0)))[:, None]
         result["error"].append(((p - q).norm(dim=-1) / q.norm(dim=-1)).mean())
     parts = {name: torch.stack(values) for name, values in result.items()}
@@ -104,7 +106,7 @@ def folded_of(
     """The tokens folded into each head's state after n, `skipped` more having been claimed."""
     start = int(layout.window_start(torch.tensor(n + skipped))) - skipped
     everyone = []
-    for positions in views.positions[SLOT].tolist():
+    for positions in views.positions[STATE_INDEX].tolist():
         cached = {p - skipped if p >= WARM else p for p in positions}
         everyone.append(set(range(start)) - cached)
         assert len(everyone[-1]) == start - len(positions)

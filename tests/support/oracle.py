@@ -16,10 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lola_vllm.config import LolaLlamaConfig
-from lola_vllm.ops.places import Places, Turn
+from lola_vllm.ops.key_rotation import KeyRotation
 from lola_vllm.ops.reference import lola_attention
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 
-_MAPS = ("feature_map_q", "feature_map_k", "window_factors", "saliency")
+_MAPS = ("feature_map_q", "feature_map_k", "window_factors", "importance")
 
 
 class Oracle:
@@ -36,11 +37,11 @@ class Oracle:
         self.model.load_state_dict({k: v.double() for k, v in tensors.items()}, strict=False)
         self.model.eval()
         self.model.config._attn_implementation = "lola_oracle"
-        length, interval = config.max_position_embeddings, config.lola.rebase_interval
-        turn = None
+        length, interval = config.max_position_embeddings, config.lola.context_shift
+        rotation = None
         if interval:
             angles = interval * self.model.model.rotary_emb.inv_freq.double()
-            turn = Turn(Places.of(config), angles.cos(), angles.sin())
+            rotation = KeyRotation(ShiftSchedule.of(config), angles.cos(), angles.sin())
         self.place = lambda p: (
             p if p < length or not interval else length - interval + (p - length) % interval
         )
@@ -49,13 +50,13 @@ class Oracle:
             module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object
         ) -> tuple[Tensor, None]:
             prefix = f"model.layers.{module.layer_idx}.self_attn"
-            *weights, saliency = (maps.get(f"{prefix}.{name}") for name in _MAPS)
+            *weights, importance = (maps.get(f"{prefix}.{name}") for name in _MAPS)
             out, _state = lola_attention(
                 *(x[0].transpose(0, 1) for x in (q, k, v)),
                 *weights,
                 config.lola.for_layer(module.layer_idx),
-                saliency,
-                turn,
+                importance,
+                rotation,
             )
             return out[None], None
 
@@ -64,8 +65,8 @@ class Oracle:
     @torch.no_grad()
     def logprobs(self, token_ids: list[int]) -> Tensor:
         """One row per position: the distribution of the next token."""
-        places = torch.tensor([[self.place(p) for p in range(len(token_ids))]])
-        output = self.model(torch.tensor([token_ids]), position_ids=places)
+        schedule = torch.tensor([[self.rope_position(p) for p in range(len(token_ids))]])
+        output = self.model(torch.tensor([token_ids]), position_ids=schedule)
         return output.logits[0].log_softmax(-1)
 
 

@@ -9,10 +9,10 @@ from lola_vllm.ops.contract import LayerState
 from lola_vllm.ops.int8 import Int8Rows
 from lola_vllm.ops.reference import LolaState, feature_map
 from lola_vllm.state import StateViews
-from tests.support.problem import SLOT, Problem
+from tests.support.problem import STATE_INDEX, Problem
 
-# How close keys of the reference are that rebases have turned.
-TURNED = {
+# How close keys of the reference are that context shifts have rotated.
+ROTATED = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
     torch.float32: {"rtol": 1e-6, "atol": 1e-6},
     torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
@@ -24,7 +24,7 @@ def assert_state_matches(
     problem: Problem,
     state: LayerState,
     n: int | None = None,
-    slot: int = SLOT,
+    state_index: int = STATE_INDEX,
     expected: LolaState | None = None,
     **tolerance: float,
 ) -> None:
@@ -36,10 +36,10 @@ def assert_state_matches(
     """
 
     def assert_keys(held: Tensor, exact: Tensor) -> None:
-        if problem.turn is None:
+        if problem.rotation is None:
             assert torch.equal(held, exact.to(held.dtype))
-        else:  # rounded at each rebase
-            torch.testing.assert_close(held.double(), exact, **TURNED[problem.k.dtype])
+        else:  # rounded at each context shift
+            torch.testing.assert_close(held.double(), exact, **ROTATED[problem.k.dtype])
 
     n = len(problem.q) if n is None else n
     expected = expected or problem.reference()[1]
@@ -48,21 +48,23 @@ def assert_state_matches(
     share = layout.num_state_heads // layout.num_sparse_heads
     Hkv, Hg = layout.num_kv_heads, layout.num_sparse_heads
     for g in range(Hg):
-        positions = views.positions[slot, g, :num_sparse].long()
+        positions = views.positions[state_index, g, :num_sparse].long()
         assert sorted(positions.tolist()) == expected.sparse_positions[g * share]
         kv = g // (Hg // Hkv)
         held, exact = (
-            [x[slot, g, :num_sparse] for x in (views.sparse_k, views.sparse_v)],
+            [x[state_index, g, :num_sparse] for x in (views.sparse_k, views.sparse_v)],
             [x[g * share, positions] for x in (expected.k, expected.v)],
         )
         if layout.int8_pairs:
-            assert_int8(problem, [x[slot, g, :num_sparse] for x in scales(views)], held, exact)
+            assert_int8(
+                problem, [x[state_index, g, :num_sparse] for x in scales(views)], held, exact
+            )
         else:
             assert_keys(held[0], exact[0])
             assert torch.equal(held[1], problem.v[positions, kv])
-        if layout.has_saliency:
+        if layout.has_score_weights:
             torch.testing.assert_close(
-                views.saliency[slot, g, :num_sparse].double(),
+                views.score_weights[state_index, g, :num_sparse].double(),
                 expected.w[g, positions].double(),
                 rtol=1e-9 if problem.q.dtype == torch.float64 else 1e-4,
                 atol=0,
@@ -73,16 +75,16 @@ def assert_state_matches(
     if len(window):
         rows = layout.row(window)
         first = torch.arange(Hkv) * (layout.num_state_heads // Hkv)  # a state head of each
-        assert_keys(views.exact_k[slot, :, rows], expected.k[first][:, window])
-        assert torch.equal(views.exact_v[slot, :, rows].transpose(0, 1), problem.v[window])
+        assert_keys(views.exact_k[state_index, :, rows], expected.k[first][:, window])
+        assert torch.equal(views.exact_v[state_index, :, rows].transpose(0, 1), problem.v[window])
     assert len(window) + num_sparse + num_folded == n
-    if problem.turn is None:
+    if problem.rotation is None:
         total = expected.s.sum(-1)
         folded = torch.full_like(total, 2.0 * num_folded)
         torch.testing.assert_close(total, folded, rtol=1e-9, atol=1e-9)
     if num_folded:
-        torch.testing.assert_close(views.H[slot].double(), expected.H, **tolerance)
-        torch.testing.assert_close(views.s[slot].double(), expected.s, **tolerance)
+        torch.testing.assert_close(views.H[state_index].double(), expected.H, **tolerance)
+        torch.testing.assert_close(views.s[state_index].double(), expected.s, **tolerance)
 
 
 def scales(views: StateViews) -> tuple[Tensor, Tensor]:
@@ -104,12 +106,13 @@ def assert_int8(
 ) -> None:
     """int8 keys and values `[n, d]` are the reference's to the last bit.
 
-    A key that a rebase turned may be rounded to the next number where the turn is in another dtype.
+    A key that a context shift rotated may be rounded to the next number where the rotation is in
+    another dtype.
     """
     for name, s, x, expected in zip("kv", scale, numbers, exact, strict=True):
         found = Int8Rows(x, s).to(torch.float64)
         close = {"rtol": 1e-6, "atol": 1e-9}
-        if name == "k" and problem.turn is not None and problem.k.dtype != torch.float64:
+        if name == "k" and problem.rotation is not None and problem.k.dtype != torch.float64:
             close = {"rtol": 1e-2, "atol": 1.01 * float(s.max()) if len(s) else 0.0}
         torch.testing.assert_close(found, expected, equal_nan=True, **close)
 
@@ -118,24 +121,24 @@ def assert_unrecallable_stay(problem: Problem, state: LayerState) -> None:
     """The page of an `unrecallable` problem holds the same sparse pairs as the reference."""
     layout = state.layout
     share = layout.num_state_heads // layout.num_sparse_heads
-    positions = [sorted(row) for row in state.views.positions[SLOT].tolist()]
+    positions = [sorted(row) for row in state.views.positions[STATE_INDEX].tolist()]
     assert positions == problem.reference()[1].sparse_positions[::share]
     assert positions[0] == [7, 9, 14]
 
 
 def assert_same_choices(state: LayerState, other: LayerState) -> None:
-    """Two states of a sequence hold the same exact pairs in the same places; H and saliency but
-    rounding."""
+    """Two states of a sequence hold the same exact pairs in the same entries; H and score weights
+    but for rounding."""
     names = ("positions", "sparse_k_scale", "sparse_v_scale", "sparse_k", "sparse_v")
     for name in (*names, "exact_k", "exact_v"):
-        one, two = (getattr(x.views, name)[SLOT] for x in (state, other))
+        one, two = (getattr(x.views, name)[STATE_INDEX] for x in (state, other))
         assert torch.equal(one, two), name
-    for name in ("H", "saliency"):
-        one, two = (getattr(x.views, name)[SLOT] for x in (state, other))
+    for name in ("H", "score_weights"):
+        one, two = (getattr(x.views, name)[STATE_INDEX] for x in (state, other))
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
-def assert_bounds_hold(problem: Problem, state: LayerState, slot: int = SLOT) -> None:
+def assert_bounds_hold(problem: Problem, state: LayerState, state_index: int = STATE_INDEX) -> None:
     """What a page of interval 1 keeps of each sparse pair bounds its recall error, and closely.
 
     After a few hundred folded pairs: most errors must not have been computed at the last update.
@@ -144,13 +147,13 @@ def assert_bounds_hold(problem: Problem, state: LayerState, slot: int = SLOT) ->
     Hs, lam = layout.num_state_heads, layout.sparse_cache_size
     share = Hs // layout.num_sparse_heads
     assert layout.parts["bounds"][0] == (Hs, 6, lam)
-    k, v = (x[slot].repeat_interleave(share, dim=0) for x in sparse_pairs(views))
+    k, v = (x[state_index].repeat_interleave(share, dim=0) for x in sparse_pairs(views))
     phi = feature_map(k, problem.feature_map_k.double())
-    H, s = views.H[slot].double(), views.s[slot].double().unsqueeze(-1)
+    H, s = views.H[state_index].double(), views.s[state_index].double().unsqueeze(-1)
     p = phi @ H / (phi @ s)
     now = (v - p).norm(dim=-1)
-    low, z, value, length, along, scale = views.bounds[slot].double().unbind(1)
-    u = views.directions[slot].double() * scale.unsqueeze(-1)
+    low, z, value, length, along, scale = views.bounds[state_index].double().unbind(1)
+    u = views.directions[state_index].double() * scale.unsqueeze(-1)
     torch.testing.assert_close(u.norm(dim=-1), torch.ones_like(scale), rtol=1e-5, atol=0)
     torch.testing.assert_close((u * v).sum(-1), along, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(value, v.norm(dim=-1), rtol=1e-4, atol=1e-4)

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lola_vllm.config import LolaConfig, saliency_size
-from lola_vllm.ops import rebase
+from lola_vllm.config import LolaConfig, importance_size
+from lola_vllm.ops import context_shift
 from lola_vllm.ops.contract import (
     DecodeBatch,
     DecodeOp,
@@ -19,11 +19,12 @@ from lola_vllm.ops.contract import (
     PrefillBatch,
     PrefillOp,
 )
-from lola_vllm.ops.places import Places, Turn
+from lola_vllm.ops.key_rotation import KeyRotation
 from lola_vllm.ops.reference import LolaState, lola_attention
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.state import StateLayout
 
-SLOT = 2  # the page of a sequence that is alone
+STATE_INDEX = 2  # the page of a sequence that is alone
 
 
 class Ops(Protocol):
@@ -40,8 +41,8 @@ class Problem:
     Attributes:
         q: `[T, Hq, d]`. k, v: `[T, Hkv, d]`.
         feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`. window_factors: `[Hq]`.
-        saliency: `[Hkv, d // 2 + d + 1]` where the config has it, else None.
-        turn: of rebases, in float64; None where there are none.
+        importance: `[Hkv, d // 2 + d + 1]` where the config has it, else None.
+        rotation: of context shifts, in float64; None where there are none.
     """
 
     q: Tensor
@@ -51,15 +52,15 @@ class Problem:
     feature_map_k: Tensor
     window_factors: Tensor
     config: LolaConfig
-    saliency: Tensor | None = None
-    turn: Turn | None = None
+    importance: Tensor | None = None
+    rotation: KeyRotation | None = None
 
     def reference(self) -> tuple[Tensor, LolaState]:
         """The truth, in float64 (from float32 or bfloat16 inputs too)."""
         tensors = (self.q, self.k, self.v, self.feature_map_q, self.feature_map_k)
         doubles = [t.double() for t in (*tensors, self.window_factors)]
-        saliency = None if self.saliency is None else self.saliency.double()
-        return lola_attention(*doubles, self.config, saliency, self.turn)
+        importance = None if self.importance is None else self.importance.double()
+        return lola_attention(*doubles, self.config, importance, self.rotation)
 
     def weights(self) -> LolaWeights:
         """As a layer has them."""
@@ -68,7 +69,7 @@ class Problem:
             self.feature_map_k,
             self.window_factors,
             self.config.mixing,
-            self.saliency,
+            self.importance,
         )
 
     def layout(self) -> StateLayout:
@@ -94,22 +95,24 @@ class Problem:
 
     def bind(self, pages: Tensor) -> LayerState:
         """The layer with pages that are there already."""
-        turn = self.turn
-        if turn is not None:
+        rotation = self.rotation
+        if rotation is not None:
             wide = torch.promote_types(self.k.dtype, torch.float32)
-            turn = replace(
-                turn, cos=turn.cos.to(pages.device, wide), sin=turn.sin.to(pages.device, wide)
+            rotation = replace(
+                rotation,
+                cos=rotation.cos.to(pages.device, wide),
+                sin=rotation.sin.to(pages.device, wide),
             )
-        return LayerState.bind(self.weights(), self.layout(), pages, turn)
+        return LayerState.bind(self.weights(), self.layout(), pages, rotation)
 
     def tokens(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the tokens `start` to `stop - 1`."""
         return self.q[start:stop], self.k[start:stop], self.v[start:stop]
 
     @property
-    def places(self) -> Places | None:
-        """Of its rebases."""
-        return self.turn.places if self.turn is not None else None
+    def schedule(self) -> ShiftSchedule | None:
+        """Of its context shifts."""
+        return self.rotation.schedule if self.rotation is not None else None
 
     def to(self, device: torch.device) -> Problem:
         """The same problem on a device."""
@@ -123,7 +126,7 @@ class Problem:
             feature_map_q=other.feature_map_q,
             feature_map_k=other.feature_map_k,
             window_factors=other.window_factors,
-            saliency=other.saliency,
+            importance=other.importance,
         )
 
 
@@ -138,13 +141,14 @@ def make_problem(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     scale: float = 1.0,
-    places: Places | None = None,
-    turned: int | None = None,
+    schedule: ShiftSchedule | None = None,
+    rotated: int | None = None,
 ) -> Problem:
     """A random problem; `scale` multiplies q and k, so logits grow with its square.
 
     Args:
-        places: of rebases, which turn the first `turned` (default: all) dimensions of a key.
+        schedule: of context shifts, which rotate the first `rotated` (default: all) dimensions of
+            a key.
     """
     gen = torch.Generator().manual_seed(seed)
 
@@ -161,16 +165,16 @@ def make_problem(
     ]
     wide = torch.promote_types(dtype, torch.float32)
     factors = (randn(Hq) - 1).to(wide)
-    saliency = (randn(Hkv, saliency_size(d)) * 0.3).to(wide) if config.saliency else None
-    turn = None
-    if places is not None:
-        angles = places.interval * 10.0 ** -torch.arange((turned or d) // 2).double()
-        turn = Turn(places, angles.cos(), angles.sin())
-    return Problem(*(t.to(dtype) for t in tensors), factors, config, saliency, turn)
+    importance = (randn(Hkv, importance_size(d)) * 0.3).to(wide) if config.importance else None
+    rotation = None
+    if schedule is not None:
+        angles = schedule.interval * 10.0 ** -torch.arange((rotated or d) // 2).double()
+        rotation = KeyRotation(schedule, angles.cos(), angles.sin())
+    return Problem(*(t.to(dtype) for t in tensors), factors, config, importance, rotation)
 
 
 def with_a_trend(T: int, config: LolaConfig, **options: Any) -> Problem:
-    """A problem whose values grow, so that old pairs lose their places again and again."""
+    """A problem whose values grow, so that old pairs leave again and again."""
     problem = make_problem(T, config, **options)
     trend = torch.linspace(1, 3, T).unsqueeze(-1).unsqueeze(-1)
     problem.v *= trend.to(problem.v.dtype)
@@ -206,7 +210,7 @@ def prefill(
     state: LayerState,
     start: int,
     stop: int,
-    slot: int = SLOT,
+    state_index: int = STATE_INDEX,
     skipped: int = 0,
 ) -> Tensor:
     """Answers to the tokens `start` to `stop - 1`, in one call.
@@ -216,12 +220,14 @@ def prefill(
     """
     q, k, v = problem.tokens(start, stop)
     batch = PrefillBatch(
-        torch.tensor([slot], dtype=torch.int32, device=q.device),
+        torch.tensor([state_index], dtype=torch.int32, device=q.device),
         torch.tensor([0, stop - start]),
         torch.tensor([start + skipped]),
     )
     out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
-    rebase.prefill(ops.prefill, state, q, k, v, rebase.cut(problem.places, batch), out)
+    context_shift.prefill(
+        ops.prefill, state, q, k, v, context_shift.split_prefill(problem.schedule, batch), out
+    )
     return out
 
 
@@ -230,20 +236,22 @@ def decode(
     problem: Problem,
     state: LayerState,
     position: int,
-    slot: int = SLOT,
+    state_index: int = STATE_INDEX,
     skipped: int = 0,
 ) -> Tensor:
     """The answer to one token, `[1, Hq, d]`; `skipped` as in `prefill`."""
     q, k, v = problem.tokens(position, position + 1)
     batch = DecodeBatch(
-        torch.tensor([slot], dtype=torch.int32, device=q.device),
+        torch.tensor([state_index], dtype=torch.int32, device=q.device),
         torch.tensor([position + 1 + skipped], dtype=torch.int32, device=q.device),
     )
     out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
-    if problem.places is not None:
-        due = rebase.Due.of(problem.places, batch.slots, torch.tensor([position + skipped]))
+    if problem.schedule is not None:
+        due = context_shift.DueRows.of(
+            problem.schedule, batch.state_indices, torch.tensor([position + skipped])
+        )
         if due is not None:
-            rebase.rebase(state, *due)
+            context_shift.shift_pages(state, *due)
     ops.decode(state, q, k, v, batch, out)
     return out
 
@@ -254,7 +262,7 @@ def feed(
     state: LayerState,
     cuts: Iterable[int] = (),
     decode_from: int | None = None,
-    slot: int = SLOT,
+    state_index: int = STATE_INDEX,
 ) -> Tensor:
     """Answers to a whole sequence, `[T, Hq, d]`.
 
@@ -266,10 +274,10 @@ def feed(
     decode_from = T if decode_from is None else decode_from
     ends = sorted({c for c in cuts if 0 < c < decode_from} | ({decode_from} - {0}))
     answers = [
-        prefill(ops, problem, state, start, stop, slot)
+        prefill(ops, problem, state, start, stop, state_index)
         for start, stop in zip([0, *ends], ends, strict=False)
     ]
-    answers += [decode(ops, problem, state, t, slot) for t in range(decode_from, T)]
+    answers += [decode(ops, problem, state, t, state_index) for t in range(decode_from, T)]
     return torch.cat(answers)
 
 
@@ -291,7 +299,7 @@ def run(
     state = there.state(extra_stride=extra_stride)
     out = feed(ops, there, state, cuts, decode_from).cpu()
     pages = state.pages.cpu()
-    for page in {0, 1, 2, 3} - {SLOT}:
+    for page in {0, 1, 2, 3} - {STATE_INDEX}:
         assert (pages[page] == 0xFF).all(), f"page {page} was touched"
-    assert (pages[SLOT, state.layout.page_bytes :] == 0xFF).all()
+    assert (pages[STATE_INDEX, state.layout.page_bytes :] == 0xFF).all()
     return out, problem.to(torch.device("cpu")).bind(pages)

@@ -144,7 +144,7 @@ class Storm:
         # The longest request alone takes fewer steps than this, however small the pieces.
         assert self._quiet_steps < 400, "requests wait, and none is completed: livelock"
         manager = state_manager(self.llm)
-        assert 0 <= manager.num_slots_in_use <= manager.num_slots
+        assert 0 <= manager.num_states_in_use <= manager.num_states
 
     @contextmanager
     def _poisoned(self) -> Iterator[None]:
@@ -184,8 +184,8 @@ class Storm:
 
     def _assert_idle(self) -> None:
         manager, plan = state_manager(self.llm), scheduler(self.llm)
-        assert manager.num_slots_in_use == 0
-        assert block_pool(self.llm).get_num_free_blocks() == manager.num_slots
+        assert manager.num_states_in_use == 0
+        assert block_pool(self.llm).get_num_free_blocks() == manager.num_states
         assert all(b.ref_cnt == 0 for b in block_pool(self.llm).blocks if not b.is_null)
         assert not plan.requests and not plan.running and not plan.waiting
         assert not manager.req_to_blocks and not manager.num_cached_block

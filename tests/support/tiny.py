@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lola_vllm.config import saliency_size
+from lola_vllm.config import importance_size
 
 VOCAB = 500
 
@@ -50,8 +50,8 @@ def make_tiny(
         tensors[f"{attn}.feature_map_q"] = torch.randn(heads, head_dim, 8) * 0.4
         tensors[f"{attn}.feature_map_k"] = torch.randn(state_heads, head_dim, 8) * 0.4
         tensors[f"{attn}.window_factors"] = torch.randn(heads)
-        if lola_config.get("saliency"):
-            tensors[f"{attn}.saliency"] = torch.randn(kv_heads, saliency_size(head_dim)) * 0.3
+        if lola_config.get("importance"):
+            tensors[f"{attn}.importance"] = torch.randn(kv_heads, importance_size(head_dim)) * 0.3
     out.mkdir(parents=True, exist_ok=True)
     fields = config.to_dict() | {
         "model_type": "lola_llama",

@@ -38,7 +38,7 @@ def test_a_run_folds_as_the_ops_do(interval: int) -> None:
     np.testing.assert_allclose(run.exact, exact.numpy(), rtol=1e-12)
 
 
-def test_the_mass_of_a_rebased_state_is_that_of_the_trained_length() -> None:
+def test_the_mass_of_a_shifted_state_is_that_of_the_trained_length() -> None:
     text = block(0)
     run = Run(text, LENGTH, SIZE, 16, True, dithered=True)
     for n in range(1, 200):
@@ -51,10 +51,10 @@ def test_the_mass_of_a_rebased_state_is_that_of_the_trained_length() -> None:
     assert sample.error < 1e-5 and abs(sample.mass_error) < 1e-5
 
 
-def test_only_a_rebased_state_follows_another_text() -> None:
+def test_only_a_shifted_state_follows_another_text() -> None:
     rows = [
-        simulate(block(0), block(1), LENGTH, SIZE, 20_000, 16, rebased, dithered=True)
-        for rebased in (True, False)
+        simulate(block(0), block(1), LENGTH, SIZE, 20_000, 16, shifted, dithered=True)
+        for shifted in (True, False)
     ]
     assert [s["tokens"] for s in rows[0]["samples"]] == [256, 9984, 19968]
     away = [[row["relative"] for row in found["away_from_the_new_text"]] for found in rows]

@@ -1,4 +1,4 @@
-"""Sizes of the sparse caches, and saliency, measured on text."""
+"""Sizes of the sparse caches, and importance, measured on text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lola_vllm import cli
-from lola_vllm.calibrate.options import CalibrateOptions
-from lola_vllm.calibrate.prompts import AFTER, BEFORE, Prompt, asked_for, draw_prompts
-from lola_vllm.calibrate.reader import ATTENTION, attention, read
-from lola_vllm.calibrate.saliency import (
+from lola_vllm.calibrate.importance import (
     LAST_TOKENS,
     PLAIN,
     SKIPPED_TOKENS,
-    Asked,
-    Read,
+    LongRangeAttention,
+    PromptReads,
     errors_of_others,
     far_attention,
     features,
@@ -27,15 +24,18 @@ from lola_vllm.calibrate.saliency import (
     held,
     parted,
 )
-from lola_vllm.calibrate.sizes import Gains, divide, divide_among
+from lola_vllm.calibrate.options import CalibrateOptions
+from lola_vllm.calibrate.prompts import AFTER, BEFORE, Prompt, asked_for, draw_prompts
+from lola_vllm.calibrate.reader import ATTENTION, attention, read
+from lola_vllm.calibrate.sizes import AttentionGains, divide, divide_among
 from lola_vllm.checkpoint.calibration import (
+    importance_tensors,
     load_calibration,
-    saliency_tensors,
     write_calibrated,
 )
 from lola_vllm.checkpoint.files import CheckpointError, open_weights
 from lola_vllm.hf.modeling import LolaLlamaForCausalLM
-from lola_vllm.ops.reference import feature_map, pair_saliency, self_recall_error
+from lola_vllm.ops.reference import feature_map, pair_importance, self_recall_error
 from lola_vllm.texts import SEPARATOR, is_held_out
 
 
@@ -60,7 +60,7 @@ def base(tmp_path: Path) -> Path:
     return out
 
 
-def test_the_next_pair_of_each_cache_is_worth_the_same() -> None:
+def test_the_next_pair_of_each_cache_adds_the_same() -> None:
     falling = torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0])
     slow = torch.tensor([4.5, 4.2, 3.9, 3.5, 3.1, 0, 0, 0, 0, 0])
     # 9 to 5 of one and 4.5, 4.2 of the other are the largest seven, but each has one at least.
@@ -70,27 +70,27 @@ def test_the_next_pair_of_each_cache_is_worth_the_same() -> None:
 
 def test_pairs_are_as_good_as_any_other_choice() -> None:
     generator = torch.Generator().manual_seed(8)
-    worth = [torch.rand(8, generator=generator).sort(descending=True).values for _ in range(3)]
+    attention = [torch.rand(8, generator=generator).sort(descending=True).values for _ in range(3)]
     for total in range(6, 20):
-        sizes = divide(worth, total, 2)
+        sizes = divide(attention, total, 2)
         assert sum(sizes) == total and min(sizes) >= 2
-        found = sum(float(x[:n].sum()) for x, n in zip(worth, sizes, strict=True))
+        found = sum(float(x[:n].sum()) for x, n in zip(attention, sizes, strict=True))
         best = max(
-            sum(float(x[:n].sum()) for x, n in zip(worth, other, strict=True))
+            sum(float(x[:n].sum()) for x, n in zip(attention, other, strict=True))
             for other in itertools.product(range(2, total + 1), repeat=3)
             if sum(other) == total
         )
         assert found == pytest.approx(best)
 
 
-def test_pairs_that_lead_to_worthier_ones_are_taken_with_them() -> None:
+def test_pairs_that_lead_to_better_ones_are_taken_with_them() -> None:
     late = torch.tensor([0.0, 0, 0, 12])  # 3 a pair for all four, or nothing
     early = torch.tensor([2.0, 2, 2, 2])
     assert divide([late, early], 6, 0) == [4, 2]
     assert divide([late, early * 2], 6, 0) == [2, 4]  # no room for the fourth
 
 
-def test_what_is_worth_nothing_goes_to_all_alike() -> None:
+def test_what_adds_nothing_goes_to_all_alike() -> None:
     assert divide([torch.tensor([1.0, 0]), torch.zeros(3), torch.zeros(2)], 12, 1) == [4, 4, 4]
     assert divide([torch.tensor([1.0, 1]), torch.zeros(3), torch.zeros(2)], 12, 1) == [5, 4, 3]
     assert divide([torch.zeros(0)] * 3, 8, 1) == [3, 3, 2]
@@ -98,26 +98,26 @@ def test_what_is_worth_nothing_goes_to_all_alike() -> None:
         divide([torch.ones(9)] * 4, 30, 10)
 
 
-def _gains(facts: list[list[float]], plain: list[list[float]]) -> Gains:
+def _gains(facts: list[list[float]], plain: list[list[float]]) -> AttentionGains:
     """Of prompts whose errors say in which order tokens are kept: as they stand."""
 
-    def read(worth: list[list[float]], of_facts: bool) -> Read:
-        x = torch.tensor(worth)
-        return Read(torch.zeros(*x.shape, 3), -torch.arange(x.shape[1]) * torch.ones(x.shape), x,
-                    of_facts)  # fmt: skip
+    def read(attention: list[list[float]], of_facts: bool) -> PromptReads:
+        x = torch.tensor(attention)
+        errors = -torch.arange(x.shape[1]) * torch.ones(x.shape)
+        return PromptReads(torch.zeros(*x.shape, 3), errors, x, of_facts)
 
-    return Gains([read(facts, True), read(plain, False), read(facts, True)], None)
+    return AttentionGains([read(facts, True), read(plain, False), read(facts, True)], None)
 
 
-def test_gains_are_the_worth_by_rank() -> None:
+def test_gains_are_the_attention_by_rank() -> None:
     generator = torch.Generator().manual_seed(9)
     reads = [
-        Read(torch.randn(2, n, 3, generator=generator).half(),
+        PromptReads(torch.randn(2, n, 3, generator=generator).half(),
              torch.randn(2, n, generator=generator), torch.rand(2, n, generator=generator), facts)
         for n, facts in ((7, True), (5, True), (6, False))
     ]  # fmt: skip
     weights = torch.randn(2, 4, generator=generator)
-    gains = Gains(reads, weights)
+    gains = AttentionGains(reads, weights)
     assert gains.facts.shape == (2, 7) and gains.plain.shape == (2, 6)
     for kind, of_kind in ((gains.facts, reads[:2]), (gains.plain, reads[2:])):
         for pairs in (1, 3, 5):
@@ -130,29 +130,29 @@ def test_sizes_are_of_heads_or_of_layers() -> None:
     second = _gains([[1.0, 1, 0, 0], [6.0, 5, 4, 3]], [[0.0, 0, 0, 0]] * 2)
     assert divide_among([first, second], 2, 0) == [[3, 0], [1, 4]]
     assert divide_among([first, second], 2, 1) == [[2, 1], [1, 4]]
-    assert divide_among([first, second], 2, 0, by_layer=True) == [1, 3]
+    assert divide_among([first, second], 2, 0, per_layer=True) == [1, 3]
 
 
 def test_facts_and_plain_text_count_whatever_their_number_is() -> None:
     gains = _gains([[1.0, 0, 0], [0.1, 0.1, 0.1]], [[0.0, 0, 0], [70.0, 20, 10]])
-    # Facts are worth 1 in sum and plain text half of it: 0.38 once, then 0.39, 0.14, 0.09.
+    # Facts count 1 in sum and plain text half of it: 0.38 once, then 0.39, 0.14, 0.09.
     assert divide_among([gains], 1, 0) == [[1, 1]]
     assert divide_among([_gains([[1.0, 0, 0], [0, 0, 0]], [[0.0, 0, 0]] * 2)], 1, 0) == [[2, 0]]
 
 
 def test_plain_text_weighs_less_than_facts_among_sizes() -> None:
-    """Both sum to one; the second head's first pair is worth 0.7 of plain text, halved."""
+    """Both sum to one; the second head's first pair adds 0.7 of plain text, halved."""
     gains = _gains([[6.0, 4, 0], [0, 0, 0]], [[0.0, 0, 0], [7.0, 3, 0]])
     assert PLAIN < 1 and divide_among([gains], 1, 0) == [[2, 0]]
 
 
 def test_plain_text_weighs_less_than_facts_in_the_fit() -> None:
-    """What facts are worth and what plain text is worth are opposites: facts win."""
+    """What facts and what plain text ask for are opposites: facts win."""
     reads = []
     for i, one in enumerate(_reads(40)):
         x, of_facts = one.features[:, :, 1], bool(i % 2)
-        worth = ((x > 4) if of_facts else (x < -2)).float() / 2  # the features' mean is 1
-        reads.append(one._replace(worth=worth, of_facts=of_facts))
+        attention = ((x > 4) if of_facts else (x < -2)).float() / 2  # the features' mean is 1
+        reads.append(one._replace(attention=attention, of_facts=of_facts))
     slopes = fit(reads, [40, 40])[:, 1]
     swapped = fit([x._replace(of_facts=not x.of_facts) for x in reads], [40, 40])[:, 1]
     assert (slopes > 0.01).all() and (swapped < -0.01).all()
@@ -256,16 +256,16 @@ def test_features_do_not_depend_on_the_position() -> None:
     assert features(k[:, :7], v[:, :7]).shape == (5, 3 + 7)
 
 
-def _reads(number: int, heads: int = 2, tokens: int = 400) -> list[Read]:
-    """Prompts whose worth follows feature 1 in head 0, and feature 2, reversed, in head 1."""
+def _reads(number: int, heads: int = 2, tokens: int = 400) -> list[PromptReads]:
+    """Prompts whose attention follows feature 1 in head 0, and feature 2, reversed, in head 1."""
     generator = torch.Generator().manual_seed(7)
     found = []
     for i in range(number):
         x = torch.randn(heads, tokens, 6, generator=generator)
         told = torch.stack([x[0, :, 1], -x[1, :, 2]])
-        worth = (told > 1.5).float() * torch.rand(heads, tokens, generator=generator)
+        attention = (told > 1.5).float() * torch.rand(heads, tokens, generator=generator)
         log_errors = 0.2 * torch.randn(heads, tokens, generator=generator)
-        found.append(Read(x.half() * 3 + 1, log_errors, worth, bool(i % 4)))
+        found.append(PromptReads(x.half() * 3 + 1, log_errors, attention, bool(i % 4)))
     return found
 
 
@@ -276,29 +276,29 @@ def test_the_fit_finds_what_is_read() -> None:
     weights = fit(fitted, sizes)
     assert weights.shape == (2, 7) and weights.dtype == torch.float32
     assert weights[0].argmax() == 1 and weights[1, :-1].argmin() == 2
-    kept, worth = held(judged, sizes, weights)
+    kept, total = held(judged, sizes, weights)
     alone, _ = held(judged, sizes, None)
-    oracle = sum(r.worth.sort(-1, descending=True).values[1, :12].sum() for r in judged)
+    oracle = sum(r.attention.sort(-1, descending=True).values[1, :12].sum() for r in judged)
     # By chance a tenth is held, as the errors say nothing here.
-    assert (alone / worth < 0.25).all()
-    assert kept[0] / worth[0] > 0.9 and kept[1] / oracle > 0.6
+    assert (alone / total < 0.25).all()
+    assert kept[0] / total[0] > 0.9 and kept[1] / oracle > 0.6
     # The mean of the log is 0, and what is served is what was fitted.
     x = torch.cat([r.features for r in fitted], dim=1).float()
     log = (x * weights[:, None, :-1]).sum(-1) + weights[:, None, -1]
     assert log.mean(-1).abs().max() < 1e-4
     k, v = x[..., :4], x[..., 2:]
     k = torch.cat([k[..., :2].abs(), torch.zeros_like(k[..., :2])], dim=-1)
-    served = pair_saliency(k, v, weights[:, None]).log()
+    served = pair_importance(k, v, weights[:, None]).log()
     expected = (features(k, v) * weights[:, None, :-1]).sum(-1) + weights[:, None, -1]
     torch.testing.assert_close(served, expected)
     assert fit(fitted, sizes).equal(weights) and not fit(fitted, sizes, 1).equal(weights)
 
 
-def test_a_head_with_nothing_to_choose_has_no_saliency() -> None:
+def test_a_head_with_nothing_to_choose_has_no_importance() -> None:
     weights = fit(_reads(6), [0, 4000])
     assert not weights.any()
-    kept, worth = held(_reads(2), [0, 4000], weights)
-    assert kept[0] == 0 and kept[1] == worth[1]
+    kept, total = held(_reads(2), [0, 4000], weights)
+    assert kept[0] == 0 and kept[1] == total[1]
 
 
 def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> None:
@@ -309,14 +309,14 @@ def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> Non
     ids = torch.randint(64, (320,), generator=torch.Generator().manual_seed(1)).tolist()
     near = [40 <= i < 60 for i in range(320)]
     prompts = [Prompt(ids, None), Prompt(ids, near)]
-    asked = Asked(prompts, [torch.eye(8).repeat(2, 1, 1)] * 3)
-    read(model, [prompt.ids for prompt in prompts], asked)
-    for plain, facts in asked.reads:
+    recorder = LongRangeAttention(prompts, [torch.eye(8).repeat(2, 1, 1)] * 3)
+    read(model, [prompt.ids for prompt in prompts], recorder)
+    for plain, facts in recorder.reads:
         assert plain.features.shape == (2, 320 - SKIPPED_TOKENS - LAST_TOKENS, 12)
         assert not plain.of_facts and facts.of_facts
         inside = torch.tensor(near)[SKIPPED_TOKENS:-LAST_TOKENS]
-        torch.testing.assert_close(facts.worth, plain.worth * inside)
-    assert sum(float(facts.worth.sum()) for _, facts in asked.reads) > 0
+        torch.testing.assert_close(facts.attention, plain.attention * inside)
+    assert sum(float(facts.attention.sum()) for _, facts in recorder.reads) > 0
 
 
 @pytest.fixture
@@ -334,12 +334,12 @@ def texts(tmp_path: Path) -> Path:
     return folder
 
 
-def _saliency(model: Path) -> list[torch.Tensor]:
+def _importance(model: Path) -> list[torch.Tensor]:
     with open_weights(model / "model.safetensors") as file:
-        return [file.get_tensor(f"model.layers.{i}.self_attn.saliency") for i in range(3)]
+        return [file.get_tensor(f"model.layers.{i}.self_attn.importance") for i in range(3)]
 
 
-def test_command_writes_sizes_and_saliency(
+def test_command_writes_sizes_and_importance(
     base: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, model = tmp_path / "lola", tmp_path / "calibrated"
@@ -369,23 +369,23 @@ def test_command_writes_sizes_and_saliency(
     out = capsys.readouterr().out
     lola = json.loads((model / "config.json").read_text())["lola_config"]
     sizes = lola["sparse_cache_size"]
-    assert [len(heads) for heads in sizes] == [2, 2, 2] and lola["saliency"] is True
+    assert [len(heads) for heads in sizes] == [2, 2, 2] and lola["importance"] is True
     flat = [size for heads in sizes for size in heads]
     assert sum(flat) == 240 and min(flat) >= 8 and len(set(flat)) > 1
-    assert json.dumps(sizes) in out and "reads from afar" in out
-    first = _saliency(model)
+    assert json.dumps(sizes) in out and "long-range attention" in out
+    first = _importance(model)
     assert all(x.shape == (2, 4 + 8 + 1) and x.dtype == torch.float32 for x in first)
     assert cli.main(argv) == 2  # there is a model at --out
     assert "not empty" in capsys.readouterr().err
     assert cli.main([*argv, "--force"]) == 0  # once more: the same again
     assert json.loads((model / "config.json").read_text())["lola_config"] == lola
-    for x, y in zip(first, _saliency(model), strict=True):
+    for x, y in zip(first, _importance(model), strict=True):
         assert x.equal(y)
     saved, tensors = load_calibration(tmp_path / "found.safetensors")
-    assert saved == sizes and sorted(tensors) == sorted(saliency_tensors(first))
-    assert tensors["model.layers.2.self_attn.saliency"].equal(first[2])
+    assert saved == sizes and sorted(tensors) == sorted(importance_tensors(first))
+    assert tensors["model.layers.2.self_attn.importance"].equal(first[2])
     served = LolaLlamaForCausalLM.from_pretrained(model)
-    assert served.model.layers[1].self_attn.saliency.equal(first[1])
+    assert served.model.layers[1].self_attn.importance.equal(first[1])
 
 
 def test_out_is_refused_before_anything_is_read(
@@ -414,7 +414,7 @@ def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
 
 
-def test_saliency_is_fitted_to_the_models_own_pairs(
+def test_importance_is_fitted_to_the_models_own_pairs(
     base: Path, texts: Path, tmp_path: Path
 ) -> None:
     from lola_vllm.calibrate.run import calibrate
@@ -430,11 +430,11 @@ def test_saliency_is_fitted_to_the_models_own_pairs(
     options = CalibrateOptions(pairs=40, least=8, prompts=8, prompt_length=300, facts=0)
     of_base, of_other = (calibrate(base, texts, options, x) for x in (None, lola))
     for of_layer in of_base.held:
-        assert (of_layer.alone <= of_layer.worth).all()
-        assert (of_layer.weighed <= of_layer.worth * (1 + 1e-6)).all()
-    assert any(x.any() for x in of_base.saliency)
+        assert (of_layer.alone <= of_layer.total).all()
+        assert (of_layer.weighted <= of_layer.total * (1 + 1e-6)).all()
+    assert any(x.any() for x in of_base.importance)
     assert of_base.sizes == of_other.sizes
-    for x, y in zip(of_base.saliency, of_other.saliency, strict=True):
+    for x, y in zip(of_base.importance, of_other.importance, strict=True):
         torch.testing.assert_close(x[:, :4], y[:, :4], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(x[:, 4:-1], 2 * y[:, 4:-1], rtol=1e-3, atol=1e-5)
 

@@ -105,15 +105,15 @@ def test_schema_is_llama_plus_three_tensors_a_layer(
     }
 
 
-def test_a_saliency_is_expected_where_the_config_says_so() -> None:
-    lola = {**MAPS, "saliency": True}
+def test_an_importance_is_expected_where_the_config_says_so() -> None:
+    lola = {**MAPS, "importance": True}
     expected = expected_tensors(LolaLlamaConfig(lola_config=lola, **TINY), 2)
-    names = [f"model.layers.{i}.self_attn.saliency" for i in range(2)]
+    names = [f"model.layers.{i}.self_attn.importance" for i in range(2)]
     assert {name: expected.pop(name) for name in names} == dict.fromkeys(names, (2, 4 + 8 + 1))
     assert expected == schema()
     with_it = {**schema(), **dict.fromkeys(names, (2, 13))}
     check_tensors(schema(), {**schema(), names[1]: (2, 13)})  # switched off
-    with pytest.raises(CheckpointError, match=r"(?s)missing.*\[2, 13\]; set .*saliency to false"):
+    with pytest.raises(CheckpointError, match=r"(?s)missing.*\[2, 13\]; set .*importance to false"):
         check_tensors(with_it, schema())
     with pytest.raises(CheckpointError, match=r"found \[4, 13\], expected \[2, 13\]"):
         check_tensors(with_it, {**with_it, names[0]: (4, 13)})
@@ -215,9 +215,9 @@ def test_init_keeps_the_base_and_adds_identity_maps(
         "lola_config": {
             "window_size": 16,
             "sink_size": 4,
-            "rebase_interval": old["max_position_embeddings"] // 4,
-            "fold_ahead": 2,
-            "far_zone_start": 3 * old["max_position_embeddings"] // 8,
+            "context_shift": old["max_position_embeddings"] // 4,
+            "fold_rotation": 2,
+            "bucket_start": 3 * old["max_position_embeddings"] // 8,
             "feature_dim": 8,
             "num_state_heads": 2,
         },

@@ -32,7 +32,7 @@ def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture
     out = base.parent / "my lola"
     options = "--window-size 8 --sparse-cache-size 0 --update-interval 4 --sink-size 2"
     options += " --mixing lolcats --state-dtype float32 --sparse-sharing kv_head"
-    options += " --state-heads query --feature-dim 8 --rebase-interval 1024"
+    options += " --state-heads query --feature-dim 8 --context-shift 1024"
     status = cli.main(["init", "--base", str(base), "--out", str(out), *options.split()])
     assert status == 0
     assert json.loads((out / "config.json").read_text())["lola_config"] == {
@@ -40,9 +40,9 @@ def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture
         "sparse_cache_size": 0,
         "update_interval": 4,
         "sink_size": 2,
-        "rebase_interval": 1024,
-        "fold_ahead": 1,
-        "far_zone_start": 0,
+        "context_shift": 1024,
+        "fold_rotation": 1,
+        "bucket_start": 0,
         "feature_dim": 8,
         "mixing": "lolcats",
         "state_dtype": "float32",

@@ -7,9 +7,9 @@ from lola_vllm.config import (
     LolaConfig,
     LolaConfigError,
     LolaLlamaConfig,
-    default_far_zone_start,
-    default_fold_ahead,
-    default_rebase_interval,
+    default_bucket_start,
+    default_context_shift,
+    default_fold_rotation,
 )
 
 
@@ -17,7 +17,7 @@ def test_defaults_are_the_authors():
     config = LolaConfig()
     assert (config.window_size, config.update_interval, config.sink_size) == (64, 64, 0)
     assert (config.mixing, config.state_dtype, config.sparse_sharing) == ("lola", "float32", "none")
-    assert config.saliency is False
+    assert config.importance is False
     assert config.sparse_dtype == "model"
 
 
@@ -40,12 +40,12 @@ def test_the_interval_follows_the_window_unless_it_is_given():
             {"sparse_cache_size": [3, -1]},
             r"sparse_cache_size = \[3, -1\]: must be an integer of at least 0, or a list",
         ),
-        ({"saliency": 1}, "lola_config.saliency = 1: must be a valid boolean"),
+        ({"importance": 1}, "lola_config.importance = 1: must be a valid boolean"),
         ({"sparse_cache_size": []}, "lola_config.sparse_cache_size = "),
         ({"sparse_cache_size": [3, True]}, "lola_config.sparse_cache_size = "),
         ({"update_interval": 0}, "lola_config.update_interval = 0"),
-        ({"rebase_interval": -1}, "lola_config.rebase_interval = -1: must be greater than or"),
-        ({"rebase_interval": 2.0}, "lola_config.rebase_interval = 2.0: must be a valid integer"),
+        ({"context_shift": -1}, "lola_config.context_shift = -1: must be greater than or"),
+        ({"context_shift": 2.0}, "lola_config.context_shift = 2.0: must be a valid integer"),
         ({"mixing": "half"}, "lola_config.mixing = 'half': must be 'lola' or 'lolcats'"),
         ({"sparse_dtype": "int4"}, "lola_config.sparse_dtype = 'int4': must be 'model' or 'int8'"),
         ({"state_dtype": "int8"}, "lola_config.state_dtype = 'int8': must be 'float32'"),
@@ -80,35 +80,35 @@ def test_a_state_of_float32_may_be_named():
 @pytest.mark.parametrize(
     ("fields", "length", "message"),
     [
-        ({"rebase_interval": 3}, 8, "rebase_interval = 3: must divide max_position_embeddings = 8"),
-        ({"rebase_interval": 8}, 8, "rebase_interval = 8: must .* and be less; use 2, or 0"),
-        ({"rebase_interval": 16}, 8, "rebase_interval = 16"),
-        ({"rebase_interval": 2}, 7, "use 1, or 0 for contexts that end at 7 tokens"),
-        ({"rebase_interval": 2, "fold_ahead": 4}, 8, "fold_ahead = 4: .* use at most 3 "),
-        ({"rebase_interval": 2, "far_zone_start": 5}, 8, "far_zone_start = 5: .* use at most 4 "),
-        ({"rebase_interval": 2, "sink_size": 7}, 8, "sink_size = 7: .* use at most 6 sinks, or"),
+        ({"context_shift": 3}, 8, "context_shift = 3: must divide max_position_embeddings = 8"),
+        ({"context_shift": 8}, 8, "context_shift = 8: must .* and be less; use 2, or 0"),
+        ({"context_shift": 16}, 8, "context_shift = 16"),
+        ({"context_shift": 2}, 7, "use 1, or 0 for contexts that end at 7 tokens"),
+        ({"context_shift": 2, "fold_rotation": 4}, 8, "fold_rotation = 4: .* use at most 3 "),
+        ({"context_shift": 2, "bucket_start": 5}, 8, "bucket_start = 5: .* use at most 4 "),
+        ({"context_shift": 2, "sink_size": 7}, 8, "sink_size = 7: .* use at most 6 sinks, or"),
     ],
 )
-def test_rebases_suit_the_trained_length(fields, length, message):
+def test_context_shifts_suit_the_trained_length(fields, length, message):
     with pytest.raises(LolaConfigError, match=message):
-        LolaConfig(**fields).check_places(length)
-    LolaConfig(**{**fields, "rebase_interval": 0}).check_places(length)
-    interval = default_rebase_interval(length)
-    ahead = default_fold_ahead(length, interval)
-    LolaConfig(rebase_interval=interval, fold_ahead=ahead).check_places(length)
+        LolaConfig(**fields).check_context_shift(length)
+    LolaConfig(**{**fields, "context_shift": 0}).check_context_shift(length)
+    interval = default_context_shift(length)
+    ahead = default_fold_rotation(length, interval)
+    LolaConfig(context_shift=interval, fold_rotation=ahead).check_context_shift(length)
     assert ahead * interval == (length // 2 if interval else 0)
 
 
 @pytest.mark.parametrize(("interval", "start"), [(1, 6), (2, 6), (4, 6), (8, 0)])
 def test_new_checkpoints_have_a_far_zone_before_new_tokens(interval, start):
-    assert default_far_zone_start(16, interval) == start
-    LolaConfig(rebase_interval=interval, far_zone_start=start).check_places(16)
+    assert default_bucket_start(16, interval) == start
+    LolaConfig(context_shift=interval, bucket_start=start).check_context_shift(16)
 
 
 def test_contexts_without_end_have_a_default_length():
     config = LolaLlamaConfig(max_position_embeddings=8192)
-    assert (config.lola.rebase_interval, config.default_length) == (0, 8192)
-    config.lola_config = {"rebase_interval": 2048}
+    assert (config.lola.context_shift, config.default_length) == (0, 8192)
+    config.lola_config = {"context_shift": 2048}
     assert config.default_length == 131072
     config.max_position_embeddings = 2**20
     assert config.default_length == 2**20

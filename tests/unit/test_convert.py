@@ -72,7 +72,7 @@ def test_maps_are_added_to_the_base(tmp_path: Path, sharded: bool, tied: bool) -
     old, new = (json.loads((path / "config.json").read_text()) for path in (base, out))
     lola_config = {"mixing": "lola", "window_size": 16, "feature_dim": F, "num_state_heads": 4}
     P = old["max_position_embeddings"]
-    lola_config |= {"rebase_interval": P // 4, "fold_ahead": 2, "far_zone_start": 3 * P // 8}
+    lola_config |= {"context_shift": P // 4, "fold_rotation": 2, "bucket_start": 3 * P // 8}
     changed = {"model_type": "lola_llama", "architectures": ["LolaLlamaForCausalLM"]}
     assert new == {**old, **changed, "lola_config": lola_config, "auto_map": AUTO_MAP}
     assert (out / "modeling_lola.py").is_file()
@@ -309,7 +309,7 @@ def test_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     argv = ["convert", "--base", str(base), "--distill", str(distill), "--out", str(out)]
     options = "--window-size 8 --sparse-cache-size 0 --update-interval 4 --sink-size 2 "
     options += "--mixing lolcats --state-dtype float32 --sparse-sharing kv_head --lora-alpha 32"
-    options += " --rebase-interval 0"
+    options += " --context-shift 0"
     assert cli.main([*argv, "--lora", str(lora), *options.split()]) == 0
     assert json.loads((out / "config.json").read_text())["lola_config"] == {
         "window_size": 8,
@@ -319,7 +319,7 @@ def test_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "mixing": "lolcats",
         "state_dtype": "float32",
         "sparse_sharing": "kv_head",
-        "rebase_interval": 0,
+        "context_shift": 0,
         "feature_dim": F,
         "num_state_heads": 4,
     }

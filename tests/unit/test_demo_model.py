@@ -33,7 +33,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     config = LolaLlamaConfig.from_pretrained(demo / "lola")
     assert read_shapes(demo / "lola") == expected_tensors(config, 3)
-    sizes, saliency = load_calibration(DISTILLED / "calibration.safetensors")
+    sizes, importance = load_calibration(DISTILLED / "calibration.safetensors")
     assert {len(heads) for heads in sizes} == {3} and sum(map(sum, sizes)) == 315 * 90
     assert len(sizes) == 30
     assert config.lola_config == {
@@ -41,19 +41,19 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
         "sparse_cache_size": sizes,
         "sparse_dtype": "int8",
         "update_interval": 16,
-        "saliency": True,
-        "score_fade": 3.0,
-        "score_fade_rebases": 3,
+        "importance": True,
+        "score_decay": 3.0,
+        "score_decay_shifts": 3,
         "sink_size": 4,
         "mixing": "lola",
-        "rebase_interval": 2048,
-        "fold_ahead": 2,
-        "far_zone_start": 3072,
+        "context_shift": 2048,
+        "fold_rotation": 2,
+        "bucket_start": 3072,
         "feature_dim": 64,
         "num_state_heads": 3,
     }
     tensors = load_file(demo / "lola" / "model.safetensors")
-    assert all(tensors[name].equal(weights) for name, weights in saliency.items())
+    assert all(tensors[name].equal(weights) for name, weights in importance.items())
     # In the bytes of 128 pairs as the paper has them.
     pages = [
         LayerLayout.from_config(lola.for_layer(i), 3, 3, 64, torch.bfloat16).page_bytes
@@ -79,9 +79,9 @@ def test_weights_in_fewer_bits_on_request(demo: Path, tmp_path: Path) -> None:
 
 def test_the_paper_s_choice_on_request(tmp_path: Path) -> None:
     config = build_demo_model(
-        tmp_path / "lola", config_overrides={"sparse_cache_size": 128, "saliency": False}
+        tmp_path / "lola", config_overrides={"sparse_cache_size": 128, "importance": False}
     )
-    assert config.lola.sparse_cache_size == 128 and not config.lola.saliency
+    assert config.lola.sparse_cache_size == 128 and not config.lola.importance
     assert read_shapes(tmp_path / "lola") == expected_tensors(config, 3)
 
 

@@ -183,8 +183,8 @@ MINUTES = 26 * 60
 SERVER = 'instance="server:8000", model_name="lola"'
 HEALTHY = {
     'up{job="lola", instance="server:8000"}': f"1x{MINUTES}",
-    f"lola:slots_total{{{SERVER}}}": f"192x{MINUTES}",
-    f"lola:slots_used{{{SERVER}}}": f"20x{MINUTES}",
+    f"lola:states_total{{{SERVER}}}": f"192x{MINUTES}",
+    f"lola:states_used{{{SERVER}}}": f"20x{MINUTES}",
     f"vllm:num_requests_waiting{{{SERVER}}}": f"0x{MINUTES}",
     f"vllm:num_preemptions_total{{{SERVER}}}": f"0x{MINUTES}",
     f'vllm:time_to_first_token_seconds_bucket{{{SERVER}, le="1"}}': f"0+9x{MINUTES}",
@@ -201,12 +201,12 @@ LATE = MINUTES - 60
 TROUBLES = {
     "none": ({}, []),
     "down": ({"up": f"1x{LATE} 0x59"}, ["LolaServerDown"]),
-    "without the plugin": ({"lola:slots_total": "_"}, ["LolaMetricsMissing"]),
+    "without the plugin": ({"lola:states_total": "_"}, ["LolaMetricsMissing"]),
     "full": (
-        {"lola:slots_used": f"190x{MINUTES}", "vllm:num_requests_waiting": f"3x{MINUTES}"},
-        ["LolaSlotsFull"],
+        {"lola:states_used": f"190x{MINUTES}", "vllm:num_requests_waiting": f"3x{MINUTES}"},
+        ["LolaStatesFull"],
     ),
-    "full, but nobody waits": ({"lola:slots_used": f"190x{MINUTES}"}, []),
+    "full, but nobody waits": ({"lola:states_used": f"190x{MINUTES}"}, []),
     "preempting": ({"vllm:num_preemptions_total": f"0+2x{MINUTES}"}, ["LolaPreemptions"]),
     "slow": ({'_bucket{instance="server:8000", model_name="lola", le="1"': f"0+5x{MINUTES}"},
              ["LolaFirstTokenSlow"]),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig, saliency_size
+from lola_vllm.config import LolaConfig, importance_size
 from lola_vllm.ops.differentiable import lola_attention_parallel, plan_memory
 from lola_vllm.ops.int8 import rounded
-from lola_vllm.ops.reference import feature_map, lola_attention, pair_saliency
+from lola_vllm.ops.reference import feature_map, lola_attention, pair_importance
 
 D, F = 6, 5
 CASES = [
@@ -21,20 +21,20 @@ CASES = [
     (7, 2, 2, 2, dict(window_size=64, sparse_cache_size=16, sink_size=4)),
     (3, 2, 1, 1, dict(window_size=2, sparse_cache_size=2, sink_size=9)),
     (26, 4, 2, 2, dict(window_size=4, sparse_cache_size=6, mixing="lolcats", sink_size=1)),
-    (40, 4, 2, 4, dict(window_size=8, sparse_cache_size=7, update_interval=3, saliency=True)),
+    (40, 4, 2, 4, dict(window_size=8, sparse_cache_size=7, update_interval=3, importance=True)),
     (
         41,
         6,
         2,
         6,
-        dict(window_size=4, sparse_cache_size=3, sparse_sharing="kv_head", saliency=True),
+        dict(window_size=4, sparse_cache_size=3, sparse_sharing="kv_head", importance=True),
     ),
     (
         40,
         4,
         2,
         4,
-        dict(window_size=6, sparse_cache_size=5, sink_size=2, saliency=True, sparse_dtype="int8"),
+        dict(window_size=6, sparse_cache_size=5, sink_size=2, importance=True, sparse_dtype="int8"),
     ),
 ]
 
@@ -55,21 +55,21 @@ def problem(T: int, Hq: int, Hkv: int, Hs: int, B: int = 2) -> tuple[torch.Tenso
     )
 
 
-def saliency_of(config: LolaConfig, Hkv: int) -> torch.Tensor | None:
-    if not config.saliency:
+def importance_of(config: LolaConfig, Hkv: int) -> torch.Tensor | None:
+    if not config.importance:
         return None
     generator = torch.Generator().manual_seed(Hkv)
-    return torch.randn(Hkv, saliency_size(D), generator=generator, dtype=torch.float64)
+    return torch.randn(Hkv, importance_size(D), generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("T", "Hq", "Hkv", "Hs", "keys"), CASES)
 def test_equals_the_reference(T: int, Hq: int, Hkv: int, Hs: int, keys: dict) -> None:
     config = LolaConfig(**keys)
     q, k, v, *weights = problem(T, Hq, Hkv, Hs)
-    saliency = saliency_of(config, Hkv)
-    out = lola_attention_parallel(q, k, v, *weights, config, saliency=saliency)
+    importance = importance_of(config, Hkv)
+    out = lola_attention_parallel(q, k, v, *weights, config, importance=importance)
     for row in range(2):
-        expected, _ = lola_attention(q[row], k[row], v[row], *weights, config, saliency)
+        expected, _ = lola_attention(q[row], k[row], v[row], *weights, config, importance)
         torch.testing.assert_close(out[row], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -82,18 +82,18 @@ def test_plan_leaves_the_state_of_the_reference(
     keys_s = k.transpose(1, 2).repeat_interleave(Hs // Hkv, dim=1)
     v_s = v.transpose(1, 2).repeat_interleave(Hs // Hkv, dim=1)
     Hg = config.num_sparse_heads(Hs, Hkv)
-    saliency, w = saliency_of(config, Hkv), None
+    importance, w = importance_of(config, Hkv), None
     if config.sparse_dtype == "int8":
         keys_s, v_s = rounded(keys_s), rounded(v_s)
-    if saliency is not None:
+    if importance is not None:
         pairs = (rounded(k), rounded(v)) if config.sparse_dtype == "int8" else (k, v)
-        w = pair_saliency(*pairs, saliency).transpose(1, 2).repeat_interleave(Hg // Hkv, dim=1)
+        w = pair_importance(*pairs, importance).transpose(1, 2).repeat_interleave(Hg // Hkv, dim=1)
     plan = plan_memory(feature_map(keys_s, fk), v_s, config, Hg, w)
     # What the last chunk sees is the state of the tokens before it.
     n = (T - 1) // config.update_interval * config.update_interval
     for row in range(2):
         tokens = (q[row, :n], k[row, :n], v[row, :n])
-        _, state = lola_attention(*tokens, fq, fk, factors, config, saliency)
+        _, state = lola_attention(*tokens, fq, fk, factors, config, importance)
         for head in range(Hs):
             cached = plan.sparse[row, head // (Hs // Hg), -1]
             assert cached[cached >= 0].tolist() == state.sparse_positions[head]

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from lola_vllm import cli
-from lola_vllm.checkpoint.calibration import saliency_tensors, save_calibration
+from lola_vllm.checkpoint.calibration import importance_tensors, save_calibration
 from lola_vllm.checkpoint.files import CheckpointError
-from lola_vllm.config import LolaConfig, LolaConfigError, saliency_size
+from lola_vllm.config import LolaConfig, LolaConfigError, importance_size
 from lola_vllm.distill.options import DistillOptions
 from lola_vllm.distill.plot import plot_losses
 from lola_vllm.distill.run import distill
 from lola_vllm.distill.student import (
     attach_maps,
     load_base,
+    load_importance,
     load_maps,
-    load_saliency,
     lola_attention,
 )
 from lola_vllm.distill.transfer import check_row_length
@@ -233,13 +233,13 @@ GO_ON = dataclasses.replace(
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(5)
-    saliency = [torch.randn(2, saliency_size(6), generator=generator) for _ in SIZES]
+    importance = [torch.randn(2, importance_size(6), generator=generator) for _ in SIZES]
     path = tmp_path_factory.mktemp("calibration") / "calibration.safetensors"
-    save_calibration(path, SIZES, saliency_tensors(saliency))
+    save_calibration(path, SIZES, importance_tensors(importance))
     return path
 
 
-def test_going_on_with_the_sizes_and_the_saliency_of_a_calibration(
+def test_going_on_with_the_sizes_and_the_importance_of_a_calibration(
     trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
 ) -> None:
     """The second head of the first layer folds nothing of a row."""
@@ -251,10 +251,10 @@ def test_going_on_with_the_sizes_and_the_saliency_of_a_calibration(
     config = distill(base, [str(text)], out, GO_ON, start=work, calibration=calibration)
     lola = LolaConfig(**config.lola_config)
     assert lola.sparse_cache_size == tuple(map(tuple, SIZES))
-    assert lola.saliency
-    saliency = load_file(calibration)
+    assert lola.importance
+    importance = load_file(calibration)
     written = load_file(out / "model.safetensors")
-    assert all(torch.equal(written[name], weights) for name, weights in saliency.items())
+    assert all(torch.equal(written[name], weights) for name, weights in importance.items())
 
     before, after = (load_file(w / "lora.safetensors") for w in (work, tmp_path / "lola.training"))
     assert before.keys() == after.keys()
@@ -264,12 +264,12 @@ def test_going_on_with_the_sizes_and_the_saliency_of_a_calibration(
     attach_maps(student, 2)
     for name, value in student.named_parameters():
         value.data.copy_(written[name])
-    load_saliency(student, saliency)
+    load_importance(student, importance)
     served = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = torch.arange(60)[None] * 7 % 250
     with torch.no_grad(), lola_attention(student, lola):
         torch.testing.assert_close(student(ids).logits, served(ids).logits, rtol=1e-3, atol=1e-3)
-        load_saliency(student, {name: 0 * weights for name, weights in saliency.items()})
+        load_importance(student, {name: 0 * weights for name, weights in importance.items()})
         assert not torch.allclose(student(ids).logits, served(ids).logits, atol=1e-2)
 
 

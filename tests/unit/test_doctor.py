@@ -15,8 +15,8 @@ from lola_vllm import cli, doctor
 from lola_vllm.doctor import Finding, Probe, run_probe
 
 HEALTHY = {
-    "torch": "2.13.0+cpu", "cuda": None, "gpus": 0, "native": True, "isa": "avx2",
-    "vllm": "0.32.0", "active": True, "routes": True, "device": "cpu", "backend": "native (avx2)",
+    "torch": "2.13.0+cpu", "cuda": None, "gpus": 0, "cpp": True, "isa": "avx2",
+    "vllm": "0.32.0", "active": True, "routes": True, "device": "cpu", "backend": "cpp (avx2)",
 }  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def test_routes_that_cannot_be_loaded():
 
 
 def test_ops_not_built_is_a_note_on_a_cpu_only():
-    facts = HEALTHY | {"native": False, "isa": None}
+    facts = HEALTHY | {"cpp": False, "isa": None}
     assert [f.level for f in doctor.check_ops(Probe(facts, ""))] == ["note", "ok"]
     assert [f.level for f in doctor.check_ops(Probe(facts | {"gpus": 1}, ""))] == ["ok", "ok"]
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from lola_vllm import cli
-from lola_vllm.checkpoint.calibration import saliency_tensors, save_calibration
-from lola_vllm.config import saliency_size
+from lola_vllm.checkpoint.calibration import importance_tensors, save_calibration
+from lola_vllm.config import importance_size
 from tests.support.documented import COMMANDS, PAGES, ROOT, commands, documented, fate, programs
 from tests.support.families import make_base
 from tests.support.speaking import make_speaking
@@ -30,7 +30,7 @@ FASTER = shlex.split(
     "--lora-row-length 448 --rows-per-step 2 --retrieval-fraction 0 --dtype float32"
 )
 # Where paths of the pages lead.
-PLACES = {
+SCHEDULE = {
     "models/smollm2-lola": "lola",
     "models/my-lola": "lola",
     "path/to/lola": "lola",
@@ -90,7 +90,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def furnish(place: Path, models: Path) -> None:
     """A directory in which the paths of the pages lead to tiny models."""
-    for name, source in PLACES.items():
+    for name, source in SCHEDULE.items():
         shutil.copytree(models / source, place / name)
     shutil.copy(models / "lola" / "config.json", place / "path/to/config.json")
 
@@ -98,10 +98,10 @@ def furnish(place: Path, models: Path) -> None:
 def write_calibration(path: Path, base: Path) -> None:
     """As `lola-vllm calibrate --save` would for a base."""
     config = json.loads((base / "config.json").read_text())
-    heads, size = config["num_key_value_heads"], saliency_size(config["head_dim"])
+    heads, size = config["num_key_value_heads"], importance_size(config["head_dim"])
     layers = range(config["num_hidden_layers"])
-    saliency = saliency_tensors([torch.zeros(heads, size) for _ in layers])
-    save_calibration(path, [[8 + i for i in range(heads)] for _ in layers], saliency)
+    importance = importance_tensors([torch.zeros(heads, size) for _ in layers])
+    save_calibration(path, [[8 + i for i in range(heads)] for _ in layers], importance)
 
 
 def run(command: str, *more: str) -> int:

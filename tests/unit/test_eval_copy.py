@@ -95,14 +95,14 @@ def test_passages_lie_at_their_distance_and_no_token_is_asked_twice(texts: Path)
     assert [row["source"] for row in rows] == ["jane_austen"] * 2 and len(model.asked) == 2
     for text, stops in model.asked:
         assert len(text) == 1500 and [stop.at for stop in stops] == [1116, 1244, 1372, 1500]
-        openings = Counter(text[p : p + GIVEN] for p in range(len(text)))
+        passage_starts = Counter(text[p : p + GIVEN] for p in range(len(text)))
         asked: set[int] = set()
         for stop in stops:
             backs = []
             for question in stop.questions:
                 assert question[0] == ord("\n") and len(question) == 1 + PASSAGE
                 passage = "".join(map(chr, question[1:]))
-                assert openings[passage[:GIVEN]] == 1
+                assert passage_starts[passage[:GIVEN]] == 1
                 place = text.index(passage)
                 backs.append(stop.at - place)
                 tokens = set(range(place + GIVEN, place + PASSAGE))

@@ -20,13 +20,13 @@ class Letters:
 
     batch = 3
 
-    def __init__(self, opening: str = "") -> None:
+    def __init__(self, prefix: str = "") -> None:
         self.tokenizer = self
-        self.opening = opening
+        self.prefix = prefix
         self.seen: list[str] = []
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        return [ord(c) for c in (self.opening if special else "") + text]
+        return [ord(c) for c in (self.prefix if special else "") + text]
 
     def chat(self, message: str) -> list[int]:
         raise AssertionError
@@ -79,7 +79,7 @@ def test_windows_are_disjoint_pieces_of_held_out_text(texts: Path) -> None:
 
 
 def test_what_opens_a_text_opens_every_window_and_is_not_counted(texts: Path) -> None:
-    model = Letters(opening="^")
+    model = Letters(prefix="^")
     samples = read(PerplexityPlan(str(texts), windows=4, window_length=50), model)
     assert all(len(seen) == 50 and seen[0] == "^" for seen in model.seen)
     assert all(s["tokens"] == 49 and s["nats"] == sum(range(1, 50)) for s in samples)

@@ -51,10 +51,10 @@ def logprobs(found: list[reader.Prediction]) -> torch.Tensor:
     return torch.tensor([value.logprob for value in found])
 
 
-@pytest.mark.parametrize("opening", [[], [7, 8]])
+@pytest.mark.parametrize("prefix", [[], [7, 8]])
 @pytest.mark.parametrize("wanted", [[0, 1, 2, 3], [1, 3]])
 def test_a_lola_model_reads_with_one_state(
-    lola: Path, monkeypatch: pytest.MonkeyPatch, opening: list[int], wanted: list[int]
+    lola: Path, monkeypatch: pytest.MonkeyPatch, prefix: list[int], wanted: list[int]
 ) -> None:
     monkeypatch.setattr(reader, "PIECE", 25)
     (ids,) = random_prompts([4 * BLOCK])
@@ -62,10 +62,10 @@ def test_a_lola_model_reads_with_one_state(
     model = Reader(setting, context=10, dtype="float32")
     whole = load(setting, "float32")
     assert whole.config.lola.sparse_cache_size == 8
-    expected = at_once(whole, opening + ids)
-    found = dict(model.read_blocks(opening, ids, BLOCK, wanted))
+    expected = at_once(whole, prefix + ids)
+    found = dict(model.read_blocks(prefix, ids, BLOCK, wanted))
     assert list(found) == wanted
-    lead = len(opening) - 1
+    lead = len(prefix) - 1
     for index, values in found.items():
         start = max(0, index * BLOCK + lead)
         part = expected[start : (index + 1) * BLOCK + lead]

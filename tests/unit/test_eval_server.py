@@ -308,15 +308,15 @@ def test_what_was_answered_before_a_failure_is_kept(server: FakeServer, tmp_path
     assert recall(server, tmp_path, "--batch", "2", "--resume") == 0
 
 
-@pytest.mark.parametrize("opening", ["", "^"])
-def test_a_stream_is_one_request_cut_into_blocks(server: FakeServer, opening: str) -> None:
-    ids, first = [97] * 40, 0 if opening else 1
-    found = dict(model(server).read_blocks([ord(c) for c in opening], ids, 10, [0, 2]))
+@pytest.mark.parametrize("prefix", ["", "^"])
+def test_a_stream_is_one_request_cut_into_blocks(server: FakeServer, prefix: str) -> None:
+    ids, first = [97] * 40, 0 if prefix else 1
+    found = dict(model(server).read_blocks([ord(c) for c in prefix], ids, 10, [0, 2]))
     ((_, body),) = [request for request in server.requests if request[0] == "/v1/completions"]
-    assert len(body["prompt"]) == len(opening) + 30  # what comes after the last block is not read
+    assert len(body["prompt"]) == len(prefix) + 30  # what comes after the last block is not read
     assert list(found) == [0, 2] and [len(values) for values in found.values()] == [10 - first, 10]
     # The fake server's log-probability of the token at place i of the prompt is -i / 100.
-    at = len(opening)
+    at = len(prefix)
     assert found[0][-1].logprob == pytest.approx(-(9 + at) / 100)
     assert found[2][0].logprob == pytest.approx(-(20 + at) / 100)
     assert found[2][-1].logprob == pytest.approx(-(29 + at) / 100)

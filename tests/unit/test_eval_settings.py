@@ -193,7 +193,7 @@ def test_command_line_errors(
 def test_contexts_without_end_may_be_asked_for(models: Path) -> None:
     with pytest.raises(EvalError, match="takes 4096"):
         check(Setting("row", models / "lola"), 4097)
-    check(Setting("row", models / "lola", {"rebase_interval": 1024}), 4097)
+    check(Setting("row", models / "lola", {"context_shift": 1024}), 4097)
 
 
 def test_an_out_that_is_a_file(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,24 +27,24 @@ from tests.unit.test_eval_settings import LLAMA, LOLA
 class Letters:
     """A model whose tokens are letters; how likely one is depends on its place alone."""
 
-    def __init__(self, opening: str = "") -> None:
-        self.tokenizer, self.opening = self, opening
+    def __init__(self, prefix: str = "") -> None:
+        self.tokenizer, self.prefix = self, prefix
         self.asked: list[tuple[str, list[int]]] = []
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        return [ord(c) for c in (self.opening if special else "") + text]
+        return [ord(c) for c in (self.prefix if special else "") + text]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
 
     def read_blocks(
-        self, opening: list[int], ids: list[int], block: int, wanted: Collection[int]
+        self, prefix: list[int], ids: list[int], block: int, wanted: Collection[int]
     ) -> Iterator[tuple[int, list[Prediction]]]:
-        assert self.decode(opening) == self.opening and len(ids) % block == 0
+        assert self.decode(prefix) == self.prefix and len(ids) % block == 0
         self.asked.append((self.decode(ids), list(wanted)))
         for index in wanted:
             places = range(index * block, (index + 1) * block)
-            yield index, [Prediction(-0.01 * p, True) for p in places if p or opening]
+            yield index, [Prediction(-0.01 * p, True) for p in places if p or prefix]
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_stream_is_whole_blocks_of_documents_one_after_the_other(texts: Path) 
 
 
 def test_what_opens_a_text_opens_the_stream_alone(texts: Path) -> None:
-    model = Letters(opening="^")
+    model = Letters(prefix="^")
     samples = read(StreamPlan(str(texts), 300, 100, 50), model)
     assert [s["tokens"] for s in samples[:3]] == [100] * 3
     assert not any("^" in text for text, _ in model.asked)

@@ -26,7 +26,7 @@ from lola_vllm.sessions.fingerprint import (
 from lola_vllm.state import LayerLayout
 
 LOLA = {"window_size": 32, "sparse_cache_size": 16, "feature_dim": 8, "update_interval": 8}
-ENDLESS = {**LOLA, "rebase_interval": 256}
+ENDLESS = {**LOLA, "context_shift": 256}
 MODEL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
@@ -75,15 +75,15 @@ def rope(**fields: object) -> dict[str, object]:
         ("config", {"fields": rope(rope_theta=500000.0)}),
         ("config", {"fields": rope(rope_type="linear", factor=2.0)}),
         ("config", {"lola": ENDLESS}),
-        ("config", {"lola": {**ENDLESS, "rebase_interval": 128}}),
-        ("config", {"lola": {**ENDLESS, "far_zone_start": 128}}),
-        ("config", {"lola": {**ENDLESS, "score_fade": 2.0}}),
+        ("config", {"lola": {**ENDLESS, "context_shift": 128}}),
+        ("config", {"lola": {**ENDLESS, "bucket_start": 128}}),
+        ("config", {"lola": {**ENDLESS, "score_decay": 2.0}}),
         ("config", {"fields": {"rms_norm_eps": 1e-3}}),
         ("config", {"fields": {"hidden_act": "gelu"}}),
         ("config", {"fields": {"tie_word_embeddings": True}}),
         ("config", {"fields": {"qk_norm": True}}),
         ("config", {"fields": {"qkv_bias": True}}),
-        ("config", {"lola": {**LOLA, "saliency": True}}),
+        ("config", {"lola": {**LOLA, "importance": True}}),
         ("dtype", {"dtype": torch.bfloat16}),
         ("quantization", {"quantization": "fp8"}),
         ("layout", {"lola": {**LOLA, "window_size": 40}}),
@@ -103,7 +103,8 @@ def test_every_part_that_changes_a_number_is_told(
 
 
 def test_the_length_of_contexts_counts_where_positions_come_again(model: Path) -> None:
-    """A rebase moves positions by the trained length; without it a length changes nothing."""
+    """A context shift moves positions by the trained length; without it a length changes
+    nothing."""
     longer: dict[str, object] = {"max_position_embeddings": 2048}
     assert of(model, lola=ENDLESS) != of(model, longer, lola=ENDLESS)
     assert of(model) == of(model, longer)
@@ -120,8 +121,8 @@ def test_every_compared_part_parts_states(name: str) -> None:
 
 def test_bounds_count_where_ops_start_from_them(model: Path) -> None:
     every: dict[str, object] = {**LOLA, "update_interval": 1}
-    assert of(model, lola=every, bounded=True) != of(model, lola=every, bounded=False)
-    assert of(model, bounded=True) == of(model, bounded=False)
+    assert of(model, lola=every, keeps_bounds=True) != of(model, lola=every, keeps_bounds=False)
+    assert of(model, keeps_bounds=True) == of(model, keeps_bounds=False)
 
 
 def edited(model: Path, out: Path, first: float, share: float) -> Path:

@@ -1,4 +1,5 @@
-"""What vLLM may capture, and that a step that replays a graph finds its slots where it was made."""
+"""What vLLM may capture, and that a step that replays a graph finds its state_indices where it was
+made."""
 
 from types import SimpleNamespace
 
@@ -9,8 +10,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from lola_vllm.config import LolaConfig, LolaLlamaConfig
-from lola_vllm.ops import portable, rebase
-from lola_vllm.ops.places import Places
+from lola_vllm.ops import context_shift, portable
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.backend import GRAPHS_ENV, LolaMetadataBuilder
 from tests.support.problem import make_problem, prefill
 
@@ -46,7 +47,7 @@ def test_steps_of_single_tokens_can_be_captured_on_a_gpu(monkeypatch):
     ("wanted", "ops", "device", "words"),
     [
         ("yes", None, "cuda", "must be 'piecewise' or 'full'"),
-        ("full", None, "cpu", "the back end native .* on cpu cannot be captured"),
+        ("full", None, "cpu", "the back end cpp .* on cpu cannot be captured"),
         ("full", "torch", "cuda", "the back end torch on cuda cannot be captured"),
     ],
 )
@@ -61,9 +62,7 @@ def test_what_cannot_be_captured_is_refused(monkeypatch, wanted, ops, device, wo
 def builder(mode, interval=0, state=None):
     layer = SimpleNamespace(state=state)
     layer.sharing = [layer]
-    hf_config = LolaLlamaConfig(
-        max_position_embeddings=64, lola_config={"rebase_interval": interval}
-    )
+    hf_config = LolaLlamaConfig(max_position_embeddings=64, lola_config={"context_shift": interval})
     config = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=hf_config),
         speculative_config=None,
@@ -86,9 +85,9 @@ def builder(mode, interval=0, state=None):
     return made
 
 
-def step(slots, query_lens, context_lens, padded_to=None):
+def step(state_indices, query_lens, context_lens, padded_to=None):
     """A step's rows as the runner hands them over; rows of no token behind them are padding."""
-    padding = (padded_to or len(slots)) - len(slots)
+    padding = (padded_to or len(state_indices)) - len(state_indices)
     query_lens, context_lens = ([*x, *[0] * padding] for x in (query_lens, context_lens))
     starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
     seq_lens = torch.tensor([q + c for q, c in zip(query_lens, context_lens, strict=True)])
@@ -101,15 +100,17 @@ def step(slots, query_lens, context_lens, padded_to=None):
         num_actual_tokens=padded_to or sum(query_lens),
         max_query_len=max(query_lens),
         max_seq_len=int(seq_lens.max()),
-        block_table_tensor=torch.tensor([*slots, *[NULL] * padding], dtype=torch.int32)[:, None],
+        block_table_tensor=torch.tensor([*state_indices, *[NULL] * padding], dtype=torch.int32)[
+            :, None
+        ],
         slot_mapping=torch.zeros(0, dtype=torch.int64),
         is_prefilling=torch.tensor(
-            [c == 0 for c in context_lens[: len(slots)]] + [False] * padding
+            [c == 0 for c in context_lens[: len(state_indices)]] + [False] * padding
         ),
     )
 
 
-def test_a_graphs_slots_stay_in_place_and_padding_has_none():
+def test_a_graphs_state_indices_stay_in_place_and_padding_has_none():
     b = builder(CUDAGraphMode.FULL_DECODE_ONLY)
     captured = b.build(0, step([NULL] * 4, [1] * 4, [1] * 4)).state_indices_tensor_d
     replayed = b.build(0, step([5, 3], [1, 1], [9, 700], padded_to=4))
@@ -119,8 +120,9 @@ def test_a_graphs_slots_stay_in_place_and_padding_has_none():
     assert replayed.seq_lens.tolist() == [10, 701, 0, 0]
 
 
-def test_a_new_prompt_of_one_token_takes_its_own_slot_in_a_graph():
-    """By its shape alone such a step replays a graph of decodes; with the former step's slots it
+def test_a_new_prompt_of_one_token_takes_its_own_state_in_a_graph():
+    """By its shape alone such a step replays a graph of decodes; with the former step's
+    state_indices it
     would write into other sequences."""
     b = builder(CUDAGraphMode.FULL_DECODE_ONLY)
     captured = b.build(0, step([NULL] * 4, [1] * 4, [1] * 4)).state_indices_tensor_d
@@ -132,18 +134,18 @@ def test_a_new_prompt_of_one_token_takes_its_own_slot_in_a_graph():
 
 
 @pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY])
-def test_decodes_that_are_due_are_rebased_before_a_graph_replays(mode):
+def test_decodes_that_are_due_are_shifted_before_a_graph_replays(mode):
     """Once, and no other page: not before, not at other counts, not that of padding."""
     config = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4, feature_dim=8)
-    problem = make_problem(80, config, places=Places(64, 16))
+    problem = make_problem(80, config, schedule=ShiftSchedule(64, 16))
     state = problem.state(num_pages=8)
-    for slot, count in ((5, 64), (3, 65), (4, 63), (6, 80)):
-        prefill(portable, problem, state, 0, count, slot)
+    for state_index, count in ((5, 64), (3, 65), (4, 63), (6, 80)):
+        prefill(portable, problem, state, 0, count, state_index)
     before = state.pages.clone()
     expected = state.pages.clone()
-    for slot, count in ((5, 64), (6, 80)):
+    for state_index, count in ((5, 64), (6, 80)):
         other = problem.bind(expected)
-        rebase.rebase(other, torch.tensor([slot]), torch.tensor([count]))
+        context_shift.shift_pages(other, torch.tensor([state_index]), torch.tensor([count]))
     b = builder(mode, 16, state)
     b.build(0, step([NULL] * 4, [1] * 4, [64] * 4))  # as a capture has it
     assert torch.equal(state.pages, before)

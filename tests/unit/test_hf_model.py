@@ -82,8 +82,8 @@ def pages(cache: LolaCache) -> list[torch.Tensor]:
         {"sparse_cache_size": 0, "sink_size": 0},
         {"sparse_sharing": "kv_head"},
         {"sparse_cache_size": [60, 4]},
-        {"saliency": True, "update_interval": 5},
-        {"sparse_dtype": "int8", "saliency": True},
+        {"importance": True, "update_interval": 5},
+        {"sparse_dtype": "int8", "importance": True},
     ],
     ids=[
         "chunked",
@@ -92,7 +92,7 @@ def pages(cache: LolaCache) -> list[torch.Tensor]:
         "no-cache",
         "shared",
         "a-size-per-layer",
-        "saliency",
+        "importance",
         "int8",
     ],
 )
@@ -369,13 +369,13 @@ def test_a_bfloat16_model_keeps_its_gates(tiny: Path, tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors")[name].dtype == torch.float32
 
 
-def test_a_bfloat16_model_keeps_its_saliency(tmp_path: Path) -> None:
-    directory = make_tiny(tmp_path / "tiny", {**LOLA, "saliency": True})
-    name = "model.layers.1.self_attn.saliency"
+def test_a_bfloat16_model_keeps_its_importance(tmp_path: Path) -> None:
+    directory = make_tiny(tmp_path / "tiny", {**LOLA, "importance": True})
+    name = "model.layers.1.self_attn.importance"
     stored = load_file(directory / "model.safetensors")[name]
     model = load(directory, torch.bfloat16)
-    saliency = model.model.layers[1].self_attn.saliency
-    assert torch.equal(saliency, stored)
+    importance = model.model.layers[1].self_attn.importance
+    assert torch.equal(importance, stored)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(load_file(tmp_path / "saved" / "model.safetensors")[name], stored)
     ids = torch.tensor(random_prompts([90]))
@@ -385,15 +385,15 @@ def test_a_bfloat16_model_keeps_its_saliency(tmp_path: Path) -> None:
     assert bool(whole.isfinite().all()) and bool(cached.isfinite().all())
 
 
-def test_an_unfitted_saliency_weighs_all_pairs_the_same(tmp_path: Path) -> None:
+def test_an_unfitted_importance_weighs_all_pairs_the_same(tmp_path: Path) -> None:
     plain = load(make_tiny(tmp_path, LOLA))
     config = json.loads((tmp_path / "config.json").read_text())
-    config["lola_config"]["saliency"] = True
+    config["lola_config"]["importance"] = True
     (tmp_path / "config.json").write_text(json.dumps(config))
-    weighed = load(tmp_path)
+    weighted = load(tmp_path)
     ids = torch.tensor(random_prompts([90]))
-    assert not weighed.model.layers[0].self_attn.saliency.any()
-    torch.testing.assert_close(weighed(ids).logits, plain(ids).logits, **CLOSE)
+    assert not weighted.model.layers[0].self_attn.importance.any()
+    torch.testing.assert_close(weighted(ids).logits, plain(ids).logits, **CLOSE)
 
 
 def test_state_heads_come_from_the_tensors_where_the_config_is_silent(tmp_path: Path) -> None:
@@ -538,7 +538,7 @@ def test_importing_it_needs_no_vllm() -> None:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lola = {**LOLA, "rebase_interval": 16, "fold_ahead": 2, "far_zone_start": 16}
+    lola = {**LOLA, "context_shift": 16, "fold_rotation": 2, "bucket_start": 16}
     return make_tiny(tmp_path_factory.mktemp("endless"), lola, max_position_embeddings=64)
 
 
@@ -555,7 +555,7 @@ def test_rows_beyond_the_trained_length_are_the_references(endless: Path, cuts: 
 
 
 @torch.no_grad()
-def test_padded_rows_are_rebased_each_in_its_time(endless: Path) -> None:
+def test_padded_rows_are_shifted_each_in_its_time(endless: Path) -> None:
     model, prompts = load(endless), random_prompts([40, 64, 90, 63], seed=12)
     ids, mask = left_padded(prompts)
     answers = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
@@ -572,8 +572,8 @@ def test_without_a_cache_rows_end_at_the_trained_length(endless: Path) -> None:
 
 
 def test_an_interval_that_does_not_suit_the_length_is_refused(endless: Path) -> None:
-    with pytest.raises(LolaConfigError, match="rebase_interval = 24: must divide"):
-        AutoModelForCausalLM.from_pretrained(endless, lola_config={"rebase_interval": 24})
+    with pytest.raises(LolaConfigError, match="context_shift = 24: must divide"):
+        AutoModelForCausalLM.from_pretrained(endless, lola_config={"context_shift": 24})
 
 
 @torch.no_grad()

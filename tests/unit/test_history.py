@@ -8,10 +8,10 @@ import torch
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
-from lola_vllm.ops.places import Places
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.serving import engine, history
 from lola_vllm.serving.engine import LolaEngine, Unavailable
-from lola_vllm.serving.history import stays, stop_interval
+from lola_vllm.serving.history import residencies, stop_interval
 from lola_vllm.serving.keys import Pairs
 from tests.support.problem import with_a_trend
 
@@ -19,22 +19,22 @@ CONFIGS = {
     "interval-is-window": {},
     "paper": {"update_interval": 1},
     "sinks": {"update_interval": 3, "sink_size": 2},
-    "saliency": {"saliency": True},
+    "importance": {"importance": True},
     "no-cache": {"sparse_cache_size": 0},
 }
 
 
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("places", [None, Places(32, 8)], ids=["plain", "rebasing"])
+@pytest.mark.parametrize("schedule", [None, ShiftSchedule(32, 8)], ids=["plain", "shifting"])
 @pytest.mark.parametrize("stops", [256, 10])
-def test_stays_are_the_references_choices(fields, places, stops, monkeypatch):
+def test_residencies_are_the_references_choices(fields, schedule, stops, monkeypatch):
     monkeypatch.setattr(history, "MAX_STOPS", stops)
     n = 75
     config = LolaConfig(**{"window_size": 8, "sparse_cache_size": 12, "feature_dim": 6, **fields})
-    problem = with_a_trend(n, config, places=places)
+    problem = with_a_trend(n, config, schedule=schedule)
     state = problem.state()
     untouched = state.pages.clone()
-    found = stays(portable, state, Pairs(problem.k, problem.v))
+    found = residencies(portable, state, Pairs(problem.k, problem.v))
     assert torch.equal(state.pages, untouched)
     step = stop_interval(problem.layout(), n)
     assert step % problem.layout().update_interval == 0 and n / step <= stops
@@ -55,7 +55,7 @@ def test_stays_are_the_references_choices(fields, places, stops, monkeypatch):
 def test_what_would_take_too_much_memory_is_refused(monkeypatch):
     monkeypatch.setattr(engine, "MAX_RECORD_BYTES", 1000)
     fake = SimpleNamespace(
-        sequence=SimpleNamespace(full_kv_bytes_per_token=10), places=Places(64, 16)
+        sequence=SimpleNamespace(full_kv_bytes_per_token=10), schedule=ShiftSchedule(64, 16)
     )
     with pytest.raises(Unavailable, match="101 tokens; the keys and values of at most 100 are"):
         LolaEngine._check_record(fake, 101, False)

@@ -7,7 +7,8 @@ import torch
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import LayerState
-from lola_vllm.ops.places import Places, Turn
+from lola_vllm.ops.key_rotation import KeyRotation
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.state import NEVER, TABLE_FIELDS
 from tests.support.problem import make_problem
 
@@ -58,25 +59,27 @@ def test_a_weight_that_does_not_fit_is_named(name, change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda w: None, "none given, but the layout has has_saliency = True"),
+        (lambda w: None, "none given, but the layout has has_score_weights = True"),
         (lambda w: w[:, 1:].contiguous(), r"shape \[2, 24\], expected \[2, 25\]"),
         (lambda w: w[:1], r"shape \[1, 25\], expected \[2, 25\]"),
         (lambda w: w.bfloat16(), "must be torch.float32 and contiguous"),
         (lambda w: w.to("meta"), "on meta, the pages on cpu"),
     ],
 )
-def test_a_saliency_that_does_not_fit_is_named(change, words):
-    problem = make_problem(1, CONFIG.model_copy(update={"saliency": True}), dtype=torch.bfloat16)
+def test_an_importance_that_does_not_fit_is_named(change, words):
+    problem = make_problem(1, CONFIG.model_copy(update={"importance": True}), dtype=torch.bfloat16)
     weights, layout, pages = problem.weights(), problem.layout(), problem.state().pages
-    assert LayerState.bind(weights, layout, pages).weights.saliency is weights.saliency
-    with pytest.raises(ValueError, match=f"^saliency: .*{words}"):
-        LayerState.bind(replace(weights, saliency=change(weights.saliency)), layout, pages)
+    assert LayerState.bind(weights, layout, pages).weights.importance is weights.importance
+    with pytest.raises(ValueError, match=f"^importance: .*{words}"):
+        LayerState.bind(replace(weights, importance=change(weights.importance)), layout, pages)
 
 
-def test_a_saliency_that_the_layout_has_no_room_for_is_named():
+def test_an_importance_that_the_layout_has_no_room_for_is_named():
     weights, layout, pages = parts()
-    with pytest.raises(ValueError, match=r"^saliency: given, but the layout has has_saliency = F"):
-        LayerState.bind(replace(weights, saliency=torch.zeros(2, 25)), layout, pages)
+    with pytest.raises(
+        ValueError, match=r"^importance: given, but the layout has has_score_weights = F"
+    ):
+        LayerState.bind(replace(weights, importance=torch.zeros(2, 25)), layout, pages)
 
 
 @pytest.mark.parametrize(
@@ -88,27 +91,31 @@ def test_a_saliency_that_the_layout_has_no_room_for_is_named():
         ("cos", lambda x: x.to("meta"), r"must be torch.float32 on cpu, is torch.float32 on meta"),
     ],
 )
-def test_a_turn_that_does_not_fit_is_named(name, change, words):
+def test_a_rotation_that_does_not_fit_is_named(name, change, words):
     weights, layout, pages = parts()
     angles = torch.arange(8.0)
-    turn = Turn(Places(32, 8), angles.cos(), angles.sin())
-    assert LayerState.bind(weights, layout, pages, turn).turn is turn
-    bad = replace(turn, **{name: change(getattr(turn, name))})
-    with pytest.raises(ValueError, match=rf"^turn.(cos|sin): {words}"):
+    rotation = KeyRotation(ShiftSchedule(32, 8), angles.cos(), angles.sin())
+    assert LayerState.bind(weights, layout, pages, rotation).rotation is rotation
+    bad = replace(rotation, **{name: change(getattr(rotation, name))})
+    with pytest.raises(ValueError, match=rf"^rotation.(cos|sin): {words}"):
         LayerState.bind(weights, layout, pages, bad)
     nine = torch.ones(9)
-    with pytest.raises(ValueError, match=r"turn.cos: shape \[9\], expected at most 8"):
-        LayerState.bind(weights, layout, pages, Turn(turn.places, nine, nine))
+    with pytest.raises(ValueError, match=r"rotation.cos: shape \[9\], expected at most 8"):
+        LayerState.bind(weights, layout, pages, KeyRotation(rotation.schedule, nine, nine))
 
 
 @pytest.mark.parametrize(("ahead", "after"), [(None, NEVER), (0, NEVER), (1, 32)])
-def test_all_back_ends_read_the_same_number_after_which_keys_are_turned(ahead, after):
+def test_all_back_ends_read_the_same_number_after_which_keys_are_rotated(ahead, after):
     weights, layout, pages = parts()
     angles = torch.zeros(8)
-    turn = None if ahead is None else Turn(Places(32, 8, fold_ahead=ahead), angles.cos(), angles)
-    state = LayerState.bind(weights, layout, pages, turn)
-    assert state.turned_after == after
-    assert dict(zip(TABLE_FIELDS, state.table.tolist(), strict=True))["turned_after"] == after
+    rotation = (
+        None
+        if ahead is None
+        else KeyRotation(ShiftSchedule(32, 8, fold_rotation=ahead), angles.cos(), angles)
+    )
+    state = LayerState.bind(weights, layout, pages, rotation)
+    assert state.rotated_map_after == after
+    assert dict(zip(TABLE_FIELDS, state.table.tolist(), strict=True))["rotated_map_after"] == after
     assert len(state.weights.key_maps) == (1 if after == NEVER else 2)
 
 

@@ -68,7 +68,7 @@ def measured(model: Path, texts: Path, *options: str) -> dict[str, Any]:
 
 def test_a_text_beyond_the_models_positions_is_read_and_asked(tmp_path: Path, texts: Path) -> None:
     model = make_speaking(tmp_path / "tiny", max_position_embeddings=256)
-    lola = ["--lola-config", '{"rebase_interval": 64}']
+    lola = ["--lola-config", '{"context_shift": 64}']
     report = measured(model, texts, *lola, "--ask-after", "100", "700")
     assert report["faults"] == [] and not report["untrained_positions"]
     assert [sample["tokens"] for sample in report["samples"]] == list(range(250, 2001, 250))

@@ -17,7 +17,7 @@ class Halves:
 
 
 class Layer:
-    """As much of a LoLA layer as a watch looks at; the first one has the slots of both."""
+    """As much of a LoLA layer as a watch looks at; the first one has the state_indices of both."""
 
     def __init__(self, index):
         self.prefix = f"model.layers.{index}.self_attn"

@@ -6,20 +6,20 @@ import torch
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
 from lola_vllm.ops.int8 import rounded
-from lola_vllm.ops.places import Places
-from lola_vllm.ops.reference import feature_map, pair_saliency, self_recall_error
+from lola_vllm.ops.reference import feature_map, pair_importance, self_recall_error
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.serving import recall
 from lola_vllm.serving.keys import Pairs
 from lola_vllm.serving.recall import forecast, recalled, remembered
-from tests.support.problem import SLOT, make_problem, prefill
+from tests.support.problem import STATE_INDEX, make_problem, prefill
 
 CONFIGS = {
     "interval-is-window": {},
     "paper": {"update_interval": 1},
     "short-interval": {"update_interval": 3, "sink_size": 2},
     "no-cache": {"sparse_cache_size": 0},
-    "saliency": {"saliency": True, "update_interval": 3},
-    "int8": {"sparse_dtype": "int8", "saliency": True, "update_interval": 3},
+    "importance": {"importance": True, "update_interval": 3},
+    "int8": {"sparse_dtype": "int8", "importance": True, "update_interval": 3},
 }
 
 
@@ -32,7 +32,7 @@ def page_after(problem, n):
     """The page `[page_bytes]` after the first n tokens, NaN where nothing was written."""
     state = problem.state()
     prefill(portable, problem, state, 0, n)
-    return state.pages[SLOT], state.layout
+    return state.pages[STATE_INDEX], state.layout
 
 
 def first(problem, n):
@@ -47,19 +47,19 @@ def first(problem, n):
 def test_remembered_is_the_references_cache_with_its_errors(fields, n, Hs):
     problem = problem_of(n, fields, Hs=Hs)
     page, layout = page_after(problem, n)
-    positions, errors, saliency = remembered(page, layout, problem.weights(), n)
+    positions, errors, score_weights = remembered(page, layout, problem.weights(), n)
     _, state = problem.reference()
     assert positions.tolist() == state.sparse_positions
-    assert (saliency is None) == (problem.saliency is None)
+    assert (score_weights is None) == (problem.importance is None)
     for head, held in enumerate(state.sparse_positions):
         kv = head // (Hs // 2)
         k, v = state.k[head, held], state.v[head, held]
         phi = feature_map(k, problem.feature_map_k[head])
         expected = self_recall_error(phi, v, state.H[head], state.s[head])
         torch.testing.assert_close(errors[head], expected, rtol=1e-6, atol=1e-9)
-        if saliency is not None:
-            w = pair_saliency(k, v, problem.saliency[kv])
-            torch.testing.assert_close(saliency[head], w, rtol=1e-6, atol=0)
+        if score_weights is not None:
+            w = pair_importance(k, v, problem.importance[kv])
+            torch.testing.assert_close(score_weights[head], w, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
@@ -87,18 +87,21 @@ def test_recalled_is_the_references_error_of_every_token_that_left_the_window(
 
 @pytest.mark.parametrize("n", [5, 31, 32, 36, 40, 43, 63])
 @pytest.mark.parametrize("interval", [4, 8])
-def test_forecast_sees_a_rebase_that_comes_before_the_update(n, interval):
+def test_forecast_sees_a_context_shift_that_comes_before_the_update(n, interval):
     fields = {"update_interval": interval, "window_size": 8, "sparse_cache_size": 6}
     due = (n // interval + 1) * interval
-    problem = problem_of(due, fields, places=Places(32, 4))
+    problem = problem_of(due, fields, schedule=ShiftSchedule(32, 4))
     page, layout = page_after(problem, n)
     untouched = page.clone()
-    told = forecast(page, layout, problem.weights(), n, problem.turn)
+    told = forecast(page, layout, problem.weights(), n, problem.rotation)
     assert torch.equal(page, untouched)
     last, _ = page_after(problem, due - 1)
-    # Just before the update there is nothing left to foresee but a rebase at that very token.
-    assert told == pytest.approx(forecast(last, layout, problem.weights(), due - 1, problem.turn))
-    if any(problem.places.due(m) for m in range(n, due)) and n > 16:
+    # Just before the update there is nothing left to foresee but a context shift at that very
+    # token.
+    assert told == pytest.approx(
+        forecast(last, layout, problem.weights(), due - 1, problem.rotation)
+    )
+    if any(problem.schedule.due(m) for m in range(n, due)) and n > 16:
         assert told != pytest.approx(forecast(page, layout, problem.weights(), n))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lola_vllm.config import LolaConfig, LolaConfigError
-from lola_vllm.ops.reference import feature_map, lola_attention, pair_saliency, self_recall_error
+from lola_vllm.ops.reference import feature_map, lola_attention, pair_importance, self_recall_error
 from tests.support.problem import full_attention, make_problem, unrecallable
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -173,43 +173,43 @@ def test_scores_that_are_no_numbers_count_as_the_largest(interval, sharing):
     assert len(set(state.sparse_positions[3])) == 3
 
 
-def test_a_saliency_is_what_its_formula_says():
+def test_an_importance_is_what_its_formula_says():
     gen = torch.Generator().manual_seed(0)
     k, v, weights = (torch.randn(n, generator=gen).double() for n in (7, 7, 3 + 7 + 1))
     log = weights[10] + sum(weights[3 + i] * v[i] for i in range(7))
     log += sum(weights[i] * (k[i] ** 2 + k[i + 3] ** 2) ** 0.5 for i in range(3))
-    torch.testing.assert_close(pair_saliency(k, v, weights), log.exp(), **EXACT)
+    torch.testing.assert_close(pair_importance(k, v, weights), log.exp(), **EXACT)
     for bias, least in ((1e4, 20.0), (-1e4, -20.0)):
         weights[10] = bias
-        assert pair_saliency(k, v, weights).log().item() == pytest.approx(least)
-    assert pair_saliency(k, v * torch.nan, weights).isnan()
+        assert pair_importance(k, v, weights).log().item() == pytest.approx(least)
+    assert pair_importance(k, v * torch.nan, weights).isnan()
 
 
-def test_a_saliency_does_not_depend_on_the_position():
-    """RoPE as Llama has it turns the pairs (i, i + d / 2)."""
+def test_an_importance_does_not_depend_on_the_position():
+    """RoPE as Llama has it rotates the pairs (i, i + d / 2)."""
     gen = torch.Generator().manual_seed(0)
     k, v, weights = (torch.randn(n, generator=gen).double() for n in (8, 8, 4 + 8 + 1))
     angle = torch.arange(5).double()[:, None] * 77 / 10 ** torch.arange(4).double()
     cos, sin = (torch.cat([x, x], dim=-1) for x in (angle.cos(), angle.sin()))
-    turned = k * cos + torch.cat([-k[4:], k[:4]]) * sin
-    w = pair_saliency(turned, v.expand(5, -1), weights)
-    torch.testing.assert_close(w, pair_saliency(k, v, weights).expand(5), **EXACT)
+    rotated = k * cos + torch.cat([-k[4:], k[:4]]) * sin
+    w = pair_importance(rotated, v.expand(5, -1), weights)
+    torch.testing.assert_close(w, pair_importance(k, v, weights).expand(5), **EXACT)
 
 
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
-def test_a_pair_of_large_saliency_stays(interval, sharing):
+def test_a_pair_of_large_importance_stays(interval, sharing):
     """However well the hidden state recalls it; in the KV head whose weights say so, alone."""
-    cfg = config(update_interval=interval, sparse_sharing=sharing, saliency=True)
+    cfg = config(update_interval=interval, sparse_sharing=sharing, importance=True)
     problem = make_problem(60, cfg, Hs=6)
-    problem.saliency[:] = 0
+    problem.importance[:] = 0
     plain = problem.reference()[1].sparse_positions
-    assert plain == replace(problem, saliency=None).reference()[1].sparse_positions
+    assert plain == replace(problem, importance=None).reference()[1].sparse_positions
     gone = next(t for t in range(9, 40) if not any(t in held for held in plain))
     problem.k[gone, :, 3], problem.k[gone, :, 3 + 8] = 30.0, 40.0
-    unweighed = replace(problem, saliency=None).reference()[1].sparse_positions
-    assert not any(gone in held for held in unweighed)
-    problem.saliency[1, 3] = 0.3  # 0.3 * 50 = 15
+    unweighted = replace(problem, importance=None).reference()[1].sparse_positions
+    assert not any(gone in held for held in unweighted)
+    problem.importance[1, 3] = 0.3  # 0.3 * 50 = 15
     held = problem.reference()[1].sparse_positions
     assert [gone in positions for positions in held] == [False] * 3 + [True] * 3
 

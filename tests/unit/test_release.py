@@ -37,10 +37,10 @@ esac
 LOOK = """
 import importlib.metadata, pathlib
 import lola_vllm, lola_vllm.kernels, lola_vllm.serving.options
-from lola_vllm.ops import native
+from lola_vllm.ops import cpp
 here = pathlib.Path(lola_vllm.__file__).parents[1]
-assert native.load()
-for module in (native, lola_vllm.kernels, lola_vllm.serving.options):
+assert cpp.load()
+for module in (cpp, lola_vllm.kernels, lola_vllm.serving.options):
     assert pathlib.Path(module.__file__).is_relative_to(here), module
 from lola_vllm.serving.inspector import page_files
 assert (here / "lola_vllm/checkpoint/smollm2/maps.safetensors").stat().st_size > 10**6

@@ -7,10 +7,11 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from lola_vllm.config import LolaConfigError, LolaLlamaConfig
-from lola_vllm.ops.places import Places, Turn
+from lola_vllm.ops.key_rotation import KeyRotation
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.compat import rope_rows
 
-PLACES = Places(4096, 1024)
+SCHEDULE = ShiftSchedule(4096, 1024)
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1e5},
     "llama3": {
@@ -30,14 +31,14 @@ ROPES = {
 def test_keys_turn_as_the_table_of_vllm_has_them(name, dtype):
     with set_current_vllm_config(VllmConfig()):
         rope = get_rope(
-            64, max_position=PLACES.length, rope_parameters=ROPES[name], is_neox_style=True,
+            64, max_position=SCHEDULE.length, rope_parameters=ROPES[name], is_neox_style=True,
             dtype=dtype,
         )  # fmt: skip
-    table = rope_rows(rope, (0, PLACES.interval))
+    table = rope_rows(rope, (0, SCHEDULE.interval))
     assert table.dtype == torch.float32  # whatever the model's
     assert len(table[0]) == rope.rotary_dim == (32 if name == "partial" else 64)
-    turn = Turn.of_table(PLACES, *table.chunk(2, dim=-1))
-    torch.testing.assert_close(turn.cos**2 + turn.sin**2, torch.ones_like(turn.cos))
+    rotation = KeyRotation.of_table(SCHEDULE, *table.chunk(2, dim=-1))
+    torch.testing.assert_close(rotation.cos**2 + rotation.sin**2, torch.ones_like(rotation.cos))
     positions, k = torch.tensor([1024, 2000, 4095]), torch.randn(3, 64)
     full = rope._compute_cos_sin_cache()
 
@@ -46,7 +47,7 @@ def test_keys_turn_as_the_table_of_vllm_has_them(name, dtype):
         return rope.forward_static(at, k.clone(), None, *args)[0]
 
     torch.testing.assert_close(
-        turn.back(turned(positions)), turned(positions - 1024), rtol=1e-3, atol=1e-3
+        rotation.rotate_back(turned(positions)), turned(positions - 1024), rtol=1e-3, atol=1e-3
     )
 
 
@@ -54,21 +55,21 @@ def test_keys_turn_as_the_table_of_vllm_has_them(name, dtype):
 def test_both_runtimes_turn_alike(name):
     config = LolaLlamaConfig(
         hidden_size=128, num_attention_heads=2, head_dim=64, rope_parameters=ROPES[name],
-        max_position_embeddings=PLACES.length,
+        max_position_embeddings=SCHEDULE.length,
     )  # fmt: skip
-    rows = torch.tensor([[0, PLACES.interval]])
+    rows = torch.tensor([[0, SCHEDULE.interval]])
     cos, sin = (x[0, :, :32] for x in LlamaRotaryEmbedding(config)(torch.empty(1), rows))
-    theirs = Turn.of_table(PLACES, cos, sin)
+    theirs = KeyRotation.of_table(SCHEDULE, cos, sin)
     with set_current_vllm_config(VllmConfig()):
         rope = get_rope(
-            64, max_position=PLACES.length, rope_parameters=config.rope_parameters,
+            64, max_position=SCHEDULE.length, rope_parameters=config.rope_parameters,
             is_neox_style=True, dtype=torch.float32,
         )  # fmt: skip
-    ours = Turn.of_table(PLACES, *rope_rows(rope, (0, PLACES.interval)).chunk(2, dim=-1))
+    ours = KeyRotation.of_table(SCHEDULE, *rope_rows(rope, (0, SCHEDULE.interval)).chunk(2, dim=-1))
     torch.testing.assert_close(ours.cos, theirs.cos, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(ours.sin, theirs.sin, rtol=1e-3, atol=1e-3)
 
 
 def test_a_rope_with_several_tables_is_refused():
-    with pytest.raises(LolaConfigError, match=r"rebase_interval: object has several tables.*to 0"):
+    with pytest.raises(LolaConfigError, match=r"context_shift: object has several tables.*to 0"):
         rope_rows(object(), (0, 1))

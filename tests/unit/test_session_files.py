@@ -35,7 +35,7 @@ from lola_vllm.state import LayerLayout, SequenceLayout, StateLayout
 from tests.support.sessions import FINGERPRINT, Server
 
 # Parts with one number for each slot of the sparse cache, or as `bounds` several rows of them.
-PER_PAIR = ("positions", "saliency", "sparse_k_scale", "sparse_v_scale", "bounds")
+PER_PAIR = ("positions", "score_weights", "sparse_k_scale", "sparse_v_scale", "bounds")
 
 TOKENS = np.arange(300, dtype=np.int32)
 ROW = np.random.default_rng(0).integers(0, 256, 4096, dtype=np.uint8)
@@ -352,7 +352,7 @@ def test_a_container_of_other_tensors_is_damaged_at_the_header(path):
     assert set(whole) == {"tokens", "state"}
 
 
-@pytest.mark.parametrize("fields", [{}, {"saliency": True}, {"sparse_dtype": "int8"}])
+@pytest.mark.parametrize("fields", [{}, {"importance": True}, {"sparse_dtype": "int8"}])
 @pytest.mark.parametrize("interval", [1, 8])
 @pytest.mark.parametrize("n", [1, 3, 20, 45, 90])
 def test_a_cleaned_row_has_what_is_valid_and_nothing_else(n, interval, fields):

@@ -74,7 +74,7 @@ def test_no_list_or_table_is_left_as_text(site):
 
 def test_words_can_be_searched(site):
     index = json.loads((site / "search/search_index.json").read_text())
-    found = {entry["location"] for entry in index["docs"] if "saliency" in entry["text"]}
+    found = {entry["location"] for entry in index["docs"] if "importance" in entry["text"]}
     assert {"configuration.html#lola-parameters", "reference/http.html#head"} <= found
 
 
@@ -122,7 +122,7 @@ def test_search_needs_no_server(site, browser):
     browser.resize(1280, 800)
     browser.open(f"file://{site}/reference/cli.html")
     browser.click(".md-search__input")
-    browser.type(".md-search__input", "saliency")
+    browser.type(".md-search__input", "importance")
     script = "return [...document.querySelectorAll('.md-search-result__link')].map((a) => a.href)"
     links = browser.wait(lambda: browser.run(script))
     assert any("/configuration.html" in link for link in links)

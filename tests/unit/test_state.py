@@ -34,7 +34,7 @@ def layout(lam=5, sink=3, interval=4, kv_dtype=torch.bfloat16, **fields):
 @pytest.mark.parametrize("lam", [0, 1, 5])
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
-@pytest.mark.parametrize("fields", [{}, {"saliency": True}, {"sparse_dtype": "int8"}])
+@pytest.mark.parametrize("fields", [{}, {"importance": True}, {"sparse_dtype": "int8"}])
 def test_parts_do_not_overlap_and_are_aligned(lam, kv_dtype, sharing, fields):
     page = layout(lam, kv_dtype=kv_dtype, sparse_sharing=sharing, **fields)
     pool = torch.zeros(3, page.page_bytes + 128, dtype=torch.uint8)
@@ -71,13 +71,13 @@ def test_layers_of_a_sequence_lie_one_after_the_other():
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float64])
-def test_a_saliency_adds_a_number_per_sparse_pair_and_else_nothing(kv_dtype):
-    with_it = layout(kv_dtype=kv_dtype, saliency=True)
+def test_an_importance_adds_a_number_per_sparse_pair_and_else_nothing(kv_dtype):
+    with_it = layout(kv_dtype=kv_dtype, importance=True)
     without = layout(kv_dtype=kv_dtype)
-    assert without.part_bytes["saliency"] == 0
+    assert without.part_bytes["score_weights"] == 0
     wide = torch.promote_types(kv_dtype, torch.float32)
-    assert with_it.parts["saliency"] == ((6, 5), wide)
-    names = [name for name in PARTS if name != "saliency"]
+    assert with_it.parts["score_weights"] == ((6, 5), wide)
+    names = [name for name in PARTS if name != "score_weights"]
     offsets, end = [], 0
     for name in names:
         offsets.append(end)
@@ -171,19 +171,22 @@ def test_the_table_holds_the_layout():
     assert table == {
         "num_heads": 12, "num_kv_heads": 2, "num_state_heads": 6, "num_sparse_heads": 2,
         "head_dim": 16, "feature_dim": 6, "window_size": 10, "sparse_cache_size": 5,
-        "update_interval": 4, "sink_size": 3, "subtract_max": 1, "has_saliency": 0,
-        "turned_after": NEVER, "kv_dtype": DTYPE_CODES[torch.bfloat16],
+        "update_interval": 4, "sink_size": 3, "subtract_max": 1, "has_score_weights": 0,
+        "rotated_map_after": NEVER, "kv_dtype": DTYPE_CODES[torch.bfloat16],
         "sparse_dtype": DTYPE_CODES[torch.bfloat16],
         "state_dtype": DTYPE_CODES[torch.float32], "page_bytes": page.page_bytes,
     }  # fmt: skip
-    turned = dict(zip(TABLE_FIELDS, page.table(12, True, 96).tolist(), strict=True))
-    assert turned == {
+    told = dict(zip(TABLE_FIELDS, page.table(12, True, 96).tolist(), strict=True))
+    assert told == {
         **dict(zip(TABLE_FIELDS, page.table(12, True).tolist(), strict=True)),
-        "turned_after": 96,
+        "rotated_map_after": 96,
     }
-    weighed = layout(saliency=True)
-    table = dict(zip(TABLE_FIELDS, weighed.table(12, True).tolist(), strict=True))
-    assert table["has_saliency"] == 1 and table["saliency"] == weighed.offsets["saliency"]
+    weighted = layout(importance=True)
+    table = dict(zip(TABLE_FIELDS, weighted.table(12, True).tolist(), strict=True))
+    assert (
+        table["has_score_weights"] == 1
+        and table["score_weights"] == weighted.offsets["score_weights"]
+    )
     small = layout(sparse_dtype="int8")
     table = dict(zip(TABLE_FIELDS, small.table(12, True).tolist(), strict=True))
     assert table["sparse_dtype"] == DTYPE_CODES[torch.int8]

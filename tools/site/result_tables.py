@@ -260,10 +260,10 @@ def distance() -> str:
 
 def depths() -> str:
     """Needles at random depths, in prompts that end at two stages of a span."""
-    interval = next(row for row in settings("endless-depths"))["lola_config"]["rebase_interval"]
-    names = {SHIPPED: SHIPPED, "far_zone_start 0": "`far_zone_start` 0"}
+    interval = next(row for row in settings("endless-depths"))["lola_config"]["context_shift"]
+    names = {SHIPPED: SHIPPED, "bucket_start 0": "`bucket_start` 0"}
     found = [cells("endless-depths", name) for name in names]
-    lines = [["prompt", "tokens after the last rebase", *names.values()]]
+    lines = [["prompt", "tokens after the last context shift", *names.values()]]
     for key in sorted(found[0]):
         after = (key[1] - 1) % interval + 1
         both = [f"{cell[key]['exact']} of {cell[key]['samples']}" for cell in found]
@@ -338,15 +338,15 @@ def sums() -> str:
     lengths = list(dict.fromkeys(row["length"] for row in results))
     intervals = list(dict.fromkeys(row["interval"] for row in results))
     lines = [["", *(f"update interval {c}" for c in intervals), "pairs in s"]]
-    for length, rebased, dithered in product(lengths, (True, False), (True, False)):
+    for length, shifted, dithered in product(lengths, (True, False), (True, False)):
         found = [
             row["samples"][-1]
             for c in intervals
             for row in results
             if (row["length"], row["interval"], row["dithered"]) == (length, c, dithered)
-            and (row["decay"] < 1) == rebased
+            and (row["decay"] < 1) == shifted
         ]
-        label = "rebased" if rebased else "not rebased"
+        label = "shifted" if shifted else "not shifted"
         label += ", with a dither" if dithered else ", rounded to nearest"
         label += f", P = {length:,}" if len(lengths) > 1 else ""
         masses = dict.fromkeys(f"{sample['mass']:,.0f}" for sample in found)
@@ -362,7 +362,7 @@ def follow() -> str:
     stops = [point["tokens"] for point in found[1.0]]
     lines = [["tokens of the new text", *(f"{n:,}" for n in stops)]]
     for decay, points in sorted(found.items()):
-        label = "rebased" if decay < 1 else "not rebased"
+        label = "shifted" if decay < 1 else "not shifted"
         lines.append([label, *(f"{point['relative']:.3f}" for point in points)])
     return table(lines)
 

@@ -215,7 +215,7 @@ def sessions(runs: Runs) -> str:
 
 
 def sessions_by_head(runs: Runs) -> str:
-    """The same with sizes by KV head."""
+    """The same with sizes per KV head."""
     return _sessions(runs("sessions")[1]["results"])
 
 
@@ -301,8 +301,8 @@ def soak(runs: Runs) -> str:
         row(label, lambda run, names=names: f"{sum(run['requests'][n] for n in names):,}")
     row("faults", lambda run: f"{len(run['faults'])}")
     row(
-        "slots in use in a pause, at most",
-        lambda run: f"{max(sample['slots_used_idle'] for sample in run['samples'])}",
+        "states in use in a pause, at most",
+        lambda run: f"{max(sample['states_used_idle'] for sample in run['samples'])}",
     )
     row(
         "memory of all processes, MiB: at first, at the end",

@@ -23,7 +23,7 @@ export class Holds {
     this.fullToken = ranks * memory.full_kv_bytes_per_token;
     this.parts = Object.fromEntries(
       Object.entries(memory.parts).map(([name, size]) => [name, ranks * size]));
-    this.states = Math.round(memory.bytes_per_sequence / memory.bytes_per_slot);
+    this.states = Math.round(memory.bytes_per_sequence / memory.bytes_per_state);
     this.even = memory.break_even_tokens;
     this.lola = lola;
     this.sizes = [lola.sparse_cache_size].flat(2);
@@ -83,7 +83,7 @@ export class Holds {
     const kept = this.sizes.map((size) => Math.min(left, size));
     const folded = kept.map((number) => left - number);
     const { sinks: sinkBytes, window: windowBytes, H = 0, s = 0, ...others } = this.parts;
-    const pairs = ["sparse K/V", "positions", "saliency"]
+    const pairs = ["sparse K/V", "positions", "score_weights"]
       .reduce((sum, name) => sum + (others[name] ?? 0), 0);
     const known = sinkBytes + windowBytes + pairs + H + s;
     const all = Object.values(this.parts).reduce((sum, size) => sum + size, 0);

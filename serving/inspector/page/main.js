@@ -292,7 +292,7 @@ $("open").addEventListener("change", () => told(async () => {
   if (!file) return;
   const { answer: found, title, config: theirs } = await readJson(file);
   $("open").value = "";
-  beside(new Memory({ history_interval: null, places: null, ...found }, title, theirs));
+  beside(new Memory({ history_interval: null, rope_positions: null, ...found }, title, theirs));
 }, "kept"));
 $("save").addEventListener("click", () => saveJson({
   title: here.memory.title,

@@ -225,9 +225,9 @@ export class Pane {
     const heads = memory.select(view.layer, view.head);
     const text = answer.texts === null ? "" : `${JSON.stringify(answer.texts[position])}, `;
     const lines = [`${text}position ${position}, id ${answer.tokens[position]}`];
-    if (answer.places && answer.places[position] !== position)
-      lines.push(`its place is ${answer.places[position]}, after the origin moved by ` +
-        `${words(answer.origin)}`);
+    if (answer.rope_positions && answer.rope_positions[position] !== position)
+      lines.push(`its RoPE position is ${answer.rope_positions[position]}, in a context shifted by ` +
+        `${words(answer.shifted_by)}`);
     const where = memory.place(position, read);
     if (where === "unread") lines.push("not read yet");
     else if (where === "sink") lines.push("a sink: exact in every head");

@@ -68,9 +68,9 @@ def emulation(tmp_path_factory, worker_id):
 
 @pytest.fixture
 def backend(request, emulation):
-    """The `Backend` of a case. With more threads than heads, native prefill shares out its work in
+    """The `Backend` of a case. With more threads than heads, C++ prefill shares out its work in
     another way."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(16 if request.param == "native-threads" else 1)
+    torch.set_num_threads(16 if request.param == "cpp-threads" else 1)
     yield open_backend(request.param, emulation)
     torch.set_num_threads(threads)

@@ -13,7 +13,7 @@ from lola_vllm.ops import DecodeBatch, PrefillBatch
 from tests.support.backends import only
 from tests.support.problem import make_problem
 
-COMPILED = ("native", "cuda-emulated", "cuda")  # C++ and CUDA
+COMPILED = ("cpp", "cuda-emulated", "cuda")  # C++ and CUDA
 CHECKING = (*COMPILED, "triton", "triton-interpreted")
 
 
@@ -35,7 +35,7 @@ BAD = {
     "v: dtype": lambda a: {"v": a["v"].double()},
 }
 BAD_BATCH = {
-    "slots: ": lambda b: b._replace(slots=b.slots[:1]),
+    "state_indices: ": lambda b: b._replace(state_indices=b.state_indices[:1]),
     "seq_lens: shape": lambda b: b._replace(seq_lens=b.seq_lens[:1]),
 }
 BAD_FOR_COMPILED = {
@@ -49,7 +49,7 @@ BAD_FOR_COMPILED = {
     "pages: rows": lambda a: {"state": replace(a["state"], pages=a["state"].pages[:, :-256])},
 }
 BAD_BATCH_FOR_COMPILED = {
-    "slots: dtype": lambda b: b._replace(slots=b.slots.float()),
+    "state_indices: dtype": lambda b: b._replace(state_indices=b.state_indices.float()),
     "seq_lens: dtype": lambda b: b._replace(seq_lens=b.seq_lens.float()),
 }
 
@@ -65,11 +65,12 @@ def good(backend):
     """Arguments of a decode that pass, by name."""
     config = LolaConfig(window_size=10, sparse_cache_size=6, update_interval=4, feature_dim=8)
     problem = make_problem(2, config, dtype=torch.float32).to(backend.device)
-    slots = torch.tensor([1, 2], device=backend.device)
+    state_indices = torch.tensor([1, 2], device=backend.device)
     q, k, v = problem.tokens(0, 2)
     arguments = {
         "state": problem.state(), "q": q, "k": k, "v": v,
-        "batch": DecodeBatch(slots, torch.ones_like(slots)), "out": torch.empty_like(q),
+        "batch": DecodeBatch(state_indices, torch.ones_like(state_indices)),
+        "out": torch.empty_like(q),
     }  # fmt: skip
     backend.decode(**arguments)
     return arguments
@@ -83,7 +84,7 @@ def test_a_tensor(backend, good, fault):
         backend.decode(**bad)
     if backend.prefills:
         none = torch.zeros(2, dtype=torch.int64)
-        bad["batch"] = PrefillBatch(good["batch"].slots, torch.tensor([0, 1, 2]), none)
+        bad["batch"] = PrefillBatch(good["batch"].state_indices, torch.tensor([0, 1, 2]), none)
         with pytest.raises((RuntimeError, ValueError), match=f"^{fault}"):
             backend.prefill(**bad)
 
@@ -109,11 +110,11 @@ def test_a_batch_of_a_compiled_op(backend, good, fault):
         backend.decode(**good | {"batch": BAD_BATCH_FOR_COMPILED[fault](good["batch"])})
 
 
-@only("native")
+@only("cpp")
 @pytest.mark.parametrize(
     ("fault", "batch"),
     [
-        ("slots: entry 1 is 4, but there are 4 pages", DecodeBatch([1, 4], [1, 1])),
+        ("state_indices: entry 1 is 4, but there are 4 pages", DecodeBatch([1, 4], [1, 1])),
         ("seq_lens: entry 0 is 0", DecodeBatch([1, 2], [0, 1])),
         ("query_start_loc: entries 1 and 2", PrefillBatch([1, 2], [0, 2, 3], [0, 0])),
         ("query_start_loc: entries 0 and 1", PrefillBatch([1, 2], [1, 0, 2], [0, 0])),
@@ -132,7 +133,7 @@ def test_a_number(backend, good, fault, batch):
 @pytest.mark.parametrize("name", ["query_start_loc", "context_lens"])
 def test_a_count_of_a_prompt(backend, good, name):
     starts, none = torch.tensor([0, 1, 2]), torch.zeros(2, dtype=torch.int64)
-    batch = PrefillBatch(good["batch"].slots, starts, none)
+    batch = PrefillBatch(good["batch"].state_indices, starts, none)
     short = batch._replace(**{name: getattr(batch, name)[:1]})
     with pytest.raises(ValueError, match=f"^{name}: shape"):
         backend.prefill(**good | {"batch": short})

@@ -48,7 +48,8 @@ def test_a_long_window_is_cut_into_bounded_chunks(backend, monkeypatch):
 @pytest.mark.parametrize("wide", [torch.int32, torch.int64])
 @fewer("interpreted", parts=[1, 2], wide=[torch.int32])
 def test_rows_are_independent_and_padding_touches_nothing(backend, wide, parts):
-    """q, k and v are slices of one projection and slots a column of a table, as vLLM has them."""
+    """q, k and v are slices of one projection and state_indices a column of a table, as vLLM has
+    them."""
     backend, device = backend.cut_in(parts), backend.device
     config = LolaConfig(
         window_size=ETA, sparse_cache_size=5, update_interval=7, feature_dim=8, sink_size=2
@@ -58,8 +59,8 @@ def test_rows_are_independent_and_padding_touches_nothing(backend, wide, parts):
     rows = [make_problem(T + 3, config, dtype=backend.dtype, seed=T) for T in counts]
     rows = [row.of_layer(rows[0]) for row in rows]
     state = rows[0].to(device).state(num_pages=8)
-    slots = torch.tensor([[3, 9], [0, 9], [1, 9], [7, 9], [5, 9], [4, 9]], dtype=wide)
-    slots = slots.to(device)[:, 0]
+    state_indices = torch.tensor([[3, 9], [0, 9], [1, 9], [7, 9], [5, 9], [4, 9]], dtype=wide)
+    state_indices = state_indices.to(device)[:, 0]
 
     def pack(first, last):
         """Of each row the tokens `first(count)` to `last(count) - 1`, and answers to be written."""
@@ -73,14 +74,14 @@ def test_rows_are_independent_and_padding_touches_nothing(backend, wide, parts):
     starts = torch.tensor([0, *counts]).cumsum(0)
     *tokens, out = pack(lambda c: 0, lambda c: c)
     nothing = torch.zeros(6, dtype=torch.int32)
-    backend.prefill(state, *tokens, PrefillBatch(slots, starts, nothing), out)
+    backend.prefill(state, *tokens, PrefillBatch(state_indices, starts, nothing), out)
     assert (out[1:15] == 0).all()
     answers = [[x] for x in out.cpu().split(counts)]
     for step in range(3):
         *tokens, out = pack(lambda c, at=step: c + at, lambda c, at=step: c + at + 1)
         seq_lens = torch.tensor(counts, dtype=wide) + step + 1
         seq_lens[1] = 14 * step  # a count means nothing without a page, due for an update or not
-        backend.decode(state, *tokens, DecodeBatch(slots, seq_lens.to(device)), out)
+        backend.decode(state, *tokens, DecodeBatch(state_indices, seq_lens.to(device)), out)
         assert (out[1] == 0).all()
         for row, answer in zip(answers, out.cpu().split(1), strict=True):
             row.append(answer)
@@ -90,7 +91,9 @@ def test_rows_are_independent_and_padding_touches_nothing(backend, wide, parts):
     for i in live:
         expected, final = rows[i].reference()
         torch.testing.assert_close(torch.cat(answers[i]).double(), expected, **backend.close)
-        assert_state_matches(rows[i], state, slot=int(slots[i]), expected=final, **CLOSE)
+        assert_state_matches(
+            rows[i], state, state_index=int(state_indices[i]), expected=final, **CLOSE
+        )
     for page in (0, 2, 6):
         assert (pages[page] == 0xFF).all()
 
@@ -103,7 +106,7 @@ def test_ragged_rows_go_on_with_pages_in_use(backend, lam, sink, Hs):
     config = LolaConfig(
         window_size=ETA, sparse_cache_size=lam, update_interval=7, feature_dim=8, sink_size=sink
     )
-    # Tokens in the page, new ones, slot.
+    # Tokens in the page, new ones, state_index.
     batch = [(13, 20, 3), (25, 9, 0), (0, 16, 1), (8, 30, -1), (41, 1, 4), (1, 30, 6), (7, 0, 5)]
     rows = [
         make_problem(old + new, config, Hs=Hs, dtype=backend.dtype, seed=old)
@@ -111,27 +114,29 @@ def test_ragged_rows_go_on_with_pages_in_use(backend, lam, sink, Hs):
     ]
     rows = [row.of_layer(rows[0]).to(device) for row in rows]
     state = rows[0].state(num_pages=8, extra_stride=64)
-    for row, (old, _, slot) in zip(rows, batch, strict=True):
-        if slot > 0 and old:
-            prefill(backend, row, state, 0, old, slot)
+    for row, (old, _, state_index) in zip(rows, batch, strict=True):
+        if state_index > 0 and old:
+            prefill(backend, row, state, 0, old, state_index)
     parts = [row.tokens(old, old + new) for row, (old, new, _) in zip(rows, batch, strict=True)]
     q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
-    contexts, lengths, slots = (list(x) for x in zip(*batch, strict=True))
+    contexts, lengths, state_indices = (list(x) for x in zip(*batch, strict=True))
     out = torch.full_like(q, torch.nan)
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    call = PrefillBatch(torch.tensor(slots, device=device), starts, torch.tensor(contexts))
+    call = PrefillBatch(torch.tensor(state_indices, device=device), starts, torch.tensor(contexts))
     backend.prefill(state, q, k, v, call, out)
     pages = state.pages.cpu()
     state = rows[0].to(torch.device("cpu")).state(num_pages=8, extra_stride=64)
     state.pages.copy_(pages)
-    for row, answer, (old, _, slot) in zip(rows, out.cpu().split(lengths), batch, strict=True):
-        if slot <= 0:
+    for row, answer, (old, _, state_index) in zip(
+        rows, out.cpu().split(lengths), batch, strict=True
+    ):
+        if state_index <= 0:
             assert (answer == 0).all()
             continue
         row = row.to(torch.device("cpu"))
         expected, final = row.reference()
         torch.testing.assert_close(answer.double(), expected[old:], **backend.close)
-        assert_state_matches(row, state, slot=slot, expected=final, **CLOSE)
+        assert_state_matches(row, state, state_index=state_index, expected=final, **CLOSE)
     assert all((pages[page] == 0xFF).all() for page in (0, 2, 7))
 
 
@@ -146,16 +151,16 @@ def test_hundreds_of_rows(backend):
     there = problem.to(backend.device)
     state = there.state(num_pages=301)
     out = torch.full_like(there.q[tokens], torch.nan)
-    slots = torch.arange(1, 301, device=backend.device)
-    batch = PrefillBatch(slots, starts, torch.zeros(300, dtype=torch.long))
+    state_indices = torch.arange(1, 301, device=backend.device)
+    batch = PrefillBatch(state_indices, starts, torch.zeros(300, dtype=torch.long))
     backend.prefill(state, there.q[tokens], there.k[tokens], there.v[tokens], batch, out)
     expected, final = problem.reference()
     torch.testing.assert_close(out.cpu().double(), expected[tokens], **backend.close)
     pages = state.pages.cpu()
     state = problem.state(num_pages=301)
     state.pages.copy_(pages)
-    for slot in (100, 200, 300):
-        assert_state_matches(problem, state, slot=slot, expected=final, **CLOSE)
+    for state_index in (100, 200, 300):
+        assert_state_matches(problem, state, state_index=state_index, expected=final, **CLOSE)
 
 
 @pytest.mark.parametrize("offset", [0, 1])  # whole vectors, and not

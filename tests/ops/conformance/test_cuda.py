@@ -9,7 +9,7 @@ import torch
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import DecodeBatch
 from tests.support.backends import only
-from tests.support.problem import SLOT, decode, make_problem
+from tests.support.problem import STATE_INDEX, decode, make_problem
 
 ETA = 10
 CUDA = ("cuda-emulated", "cuda")
@@ -17,13 +17,13 @@ CUDA = ("cuda-emulated", "cuda")
 
 @only(*CUDA)
 @pytest.mark.parametrize("parts", [1, 64])
-def test_a_slot_beyond_the_pool_touches_nothing(backend, parts):
+def test_a_state_index_beyond_the_pool_touches_nothing(backend, parts):
     backend = backend.cut_in(parts)
     config = LolaConfig(window_size=200, sparse_cache_size=5, update_interval=1, feature_dim=8)
     problem = make_problem(2, config, d=64, dtype=torch.float32).to(backend.device)
     state, out = problem.state(num_pages=3), torch.zeros_like(problem.q)
-    slots, lengths = (torch.tensor(x, device=backend.device) for x in ([3, 2**33], [1, 1]))
-    backend.decode(state, *problem.tokens(0, 2), DecodeBatch(slots, lengths), out)
+    state_indices, lengths = (torch.tensor(x, device=backend.device) for x in ([3, 2**33], [1, 1]))
+    backend.decode(state, *problem.tokens(0, 2), DecodeBatch(state_indices, lengths), out)
     assert out.isnan().all()
     assert (state.pages == 0xFF).all()
 
@@ -58,7 +58,7 @@ def test_a_captured_graph_replays_updates_without_waiting(backend):
             backend.decode(state, q, k, v, batch, out)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    batch.slots.fill_(SLOT)
+    batch.state_indices.fill_(STATE_INDEX)
     for t in range(60):
         for target, source in zip((q, k, v), problem.tokens(t, t + 1), strict=True):
             target.copy_(source)
@@ -66,5 +66,5 @@ def test_a_captured_graph_replays_updates_without_waiting(backend):
         graph.replay()
         assert torch.equal(out, expected[t])
     for name in ("H", "s", "positions"):
-        replayed, plain = (getattr(x.views, name)[SLOT] for x in (state, expected_state))
+        replayed, plain = (getattr(x.views, name)[STATE_INDEX] for x in (state, expected_state))
         assert torch.equal(replayed, plain)

@@ -6,19 +6,19 @@ import torch
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
 from lola_vllm.ops.int8 import quantize
-from lola_vllm.ops.places import Places
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from tests.support.backends import fewer, only
 from tests.support.choices import (
     assert_a_prompt_chooses_as_single_steps,
     assert_bounds_choose_as_scores,
-    bounded_problem,
+    per_token_problem,
 )
 from tests.support.pages import (
     assert_unrecallable_stay,
 )
-from tests.support.problem import SLOT, make_problem, run, unrecallable, with_a_trend
+from tests.support.problem import STATE_INDEX, make_problem, run, unrecallable, with_a_trend
 
-BOUNDING = only("native", "cuda-emulated", "cuda", "triton", "triton-interpreted")
+BOUNDING = only("cpp", "cuda-emulated", "cuda", "triton", "triton-interpreted")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -46,8 +46,10 @@ def test_equals_the_reference(backend, T, lam, interval):
 @pytest.mark.parametrize("d", [16, 5, 32, 64])  # whole vectors on some machines, and on none
 @fewer("interpreted", d=[5], Hs=[6], sharing=["kv_head"])
 @fewer("emulated", d=[5, 64], Hs=[6])
-def test_heads_head_sizes_sinks_and_saliency(backend, d, Hs, sharing, interval):
-    config = config_of(update_interval=interval, sparse_sharing=sharing, sink_size=3, saliency=True)
+def test_heads_head_sizes_sinks_and_importance(backend, d, Hs, sharing, interval):
+    config = config_of(
+        update_interval=interval, sparse_sharing=sharing, sink_size=3, importance=True
+    )
     T = 31 if backend.pace == "interpreted" else 57
     problem = make_problem(T, config, Hs=Hs, d=d, dtype=backend.dtype, seed=d, scale=(8 / d) ** 0.5)
     decode_from = T - 4 if backend.prefills else 3
@@ -88,11 +90,11 @@ def test_rows_of_zeros_large_numbers_and_small_ones(backend, interval):
     _, state = backend.run(problem, decode_from=27)
     count = int(state.layout.num_sparse(torch.tensor(32)))
     for kv in range(2):
-        at = state.views.positions[SLOT, kv, :count].long()
+        at = state.views.positions[STATE_INDEX, kv, :count].long()
         assert sorted(at.tolist()) == list(range(count))
         for name in "kv":
             numbers, scale = (
-                getattr(state.views, f"sparse_{name}{end}")[SLOT, kv, :count]
+                getattr(state.views, f"sparse_{name}{end}")[STATE_INDEX, kv, :count]
                 for end in ("", "_scale")
             )
             expected = quantize(getattr(problem, name)[at, kv])
@@ -105,13 +107,13 @@ def test_rows_of_zeros_large_numbers_and_small_ones(backend, interval):
 @fewer("interpreted", interval=[5], sharing=["none"])
 def test_scores_that_are_no_numbers_count_as_the_largest(backend, interval, sharing):
     """A row with a NaN or an infinity is all NaN, and nothing else is."""
-    problem = unrecallable(interval, sharing, backend.dtype, sparse_dtype="int8", saliency=True)
+    problem = unrecallable(interval, sharing, backend.dtype, sparse_dtype="int8", importance=True)
     out, state = backend.run(problem, decode_from=20 if backend.prefills else 0)
     assert_unrecallable_stay(problem, state)
     Hg = state.layout.num_sparse_heads
-    for scale in (state.views.sparse_k_scale[SLOT], state.views.sparse_v_scale[SLOT]):
+    for scale in (state.views.sparse_k_scale[STATE_INDEX], state.views.sparse_v_scale[STATE_INDEX]):
         assert scale[Hg // 2 :].isfinite().all()
-    assert state.views.sparse_v_scale[SLOT, 0].isnan().all()
+    assert state.views.sparse_v_scale[STATE_INDEX, 0].isnan().all()
     assert out[:, 3:].isfinite().all()  # of the other KV head
 
 
@@ -119,16 +121,16 @@ def test_scores_that_are_no_numbers_count_as_the_largest(backend, interval, shar
 @pytest.mark.parametrize("interval", [1, 4])
 @pytest.mark.parametrize("lam", [5, 100])
 @fewer("interpreted", interval=[4], lam=[5])
-def test_rebases_round_turned_keys_again(backend, lam, interval):
+def test_context_shifts_round_turned_keys_again(backend, lam, interval):
     config = config_of(sparse_cache_size=lam, update_interval=interval, window_size=6, sink_size=3)
-    places = Places(length=32, interval=8)
-    problem = make_problem(61, config, dtype=backend.dtype, places=places, seed=lam)
+    schedule = ShiftSchedule(length=32, interval=8)
+    problem = make_problem(61, config, dtype=backend.dtype, schedule=schedule, seed=lam)
     if backend.dtype != torch.float64:
         # In float32 another number may be rounded to; what the page holds must be what is used.
         out, state = backend.run(problem, [15], decode_from=45)
         expected, other = run(portable, problem, [15], decode_from=45)
         torch.testing.assert_close(out, expected, **CLOSE)
-        assert torch.equal(state.views.sparse_k[SLOT], other.views.sparse_k[SLOT])
+        assert torch.equal(state.views.sparse_k[STATE_INDEX], other.views.sparse_k[STATE_INDEX])
         return
     truth = problem.reference()
     for decode_from in (39, 40, 61):
@@ -153,15 +155,15 @@ def test_bounds_make_the_choices_of_all_scores(backend, dtype, d, lam, sharing):
         window_size=8, sparse_cache_size=lam, update_interval=1, feature_dim=16,
         sparse_sharing=sharing,
     )  # fmt: skip
-    problem = bounded_problem(backend, T, config, dtype, d)
+    problem = per_token_problem(backend, T, config, dtype, d)
     assert_bounds_choose_as_scores(backend, problem)
 
 
-@only("native")
+@only("cpp")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [32, 20])
 def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
-    """Native prefill carries features and bounds of rounded pairs from update to update."""
+    """C++ prefill carries features and bounds of rounded pairs from update to update."""
     config = config_of(window_size=16, sparse_cache_size=96, feature_dim=16)
     problem = with_a_trend(1500, config, dtype=dtype, d=d, group=1)
     assert_a_prompt_chooses_as_single_steps(backend, problem)

@@ -8,7 +8,7 @@ import torch
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
 from tests.support.backends import fewer
-from tests.support.problem import SLOT, full_attention, make_problem, run
+from tests.support.problem import STATE_INDEX, full_attention, make_problem, run
 
 ETA = 10
 LENGTHS = [1, ETA - 1, ETA, ETA + 1, 2 * ETA + 3, 61]
@@ -22,7 +22,7 @@ def solved(T, lam, interval, group, dtype):
     )
     problem = make_problem(T, config, dtype=dtype, seed=T + lam, group=group)
     _, state = run(portable, problem)
-    return problem, problem.reference(), state.views.positions[SLOT]
+    return problem, problem.reference(), state.views.positions[STATE_INDEX]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -38,8 +38,10 @@ def test_equals_the_reference(backend, T, lam, interval, fed, dtype):
     decode_from = {"prompt": T, "both": T // 2, "tokens": 0}[fed]
     _, state = backend.check(problem, decode_from=decode_from, truth=truth)
     filled = int(state.layout.num_sparse(torch.tensor(T)))
-    found = state.views.positions[SLOT, :, :filled]
-    assert torch.equal(found, positions[:, :filled]), "slots in another order than portable's"
+    found = state.views.positions[STATE_INDEX, :, :filled]
+    assert torch.equal(found, positions[:, :filled]), (
+        "state_indices in another order than portable's"
+    )
 
 
 @pytest.mark.parametrize("lam", [0, 100])

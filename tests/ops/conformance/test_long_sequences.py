@@ -9,7 +9,7 @@ from tests.support.pages import assert_bounds_hold
 
 LONG, LONGEST = 200_000, 10_000_000
 # xformers has no part in updates, and threads share out rows and heads, not sums.
-UPDATING = [n for n in BACKENDS if n not in ("native-threads", "xformers-interpreted")]
+UPDATING = [n for n in BACKENDS if n not in ("cpp-threads", "xformers-interpreted")]
 
 
 def arrived_in(backend, interval, folded, tokens):
@@ -43,7 +43,7 @@ def test_errors_stay_small(backend, interval):
     assert arrived.error_at(LONGEST) < 1e-4
 
 
-@only("native")
+@only("cpp")
 @pytest.mark.parametrize("interval", [1, 64])
 def test_errors_grow_like_the_root_of_the_number_of_folds(backend, interval):
     """Far below the bias of rounding to nearest, which grows like the number."""
@@ -52,7 +52,7 @@ def test_errors_grow_like_the_root_of_the_number_of_folds(backend, interval):
     assert arrived.error_at(LONGEST) < 1e-4
 
 
-@only("native")
+@only("cpp")
 def test_bounds_hold(backend):
     """They know what is folded, and must leave room for how it is rounded."""
     problem = long_problem(1, 10_000, Hkv=1, lam=40)

@@ -6,7 +6,7 @@ import torch
 from lola_vllm.config import LolaConfig
 from tests.support.backends import fewer
 from tests.support.pages import assert_state_matches, assert_unrecallable_stay
-from tests.support.problem import SLOT, make_problem, unrecallable
+from tests.support.problem import STATE_INDEX, make_problem, unrecallable
 
 ETA = 10
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -34,7 +34,7 @@ def test_the_floor_of_features_is_kept_to_the_last_bits(backend, fed):
     _, state = backend.run(problem, decode_from=9 if fed == "prompt" else 0)
     expected = problem.reference()[1].s
     assert expected.min() < 3e-12
-    torch.testing.assert_close(state.views.s[SLOT].double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(state.views.s[STATE_INDEX].double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
@@ -61,7 +61,7 @@ def test_ties_keep_the_older_pair(backend, interval, T, longer, kept, sharing, f
     if sharing == "kv_head":
         kept = [0, 1, 2]
     _, state = backend.run(problem, [5], decode_from=T if fed == "prompt" else 0)
-    positions = state.views.positions[SLOT].sort(-1).values.tolist()
+    positions = state.views.positions[STATE_INDEX].sort(-1).values.tolist()
     assert positions == [kept] * state.layout.num_sparse_heads
     assert_state_matches(problem, state, **CLOSE)
 
@@ -69,13 +69,13 @@ def test_ties_keep_the_older_pair(backend, interval, T, longer, kept, sharing, f
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("fed", ["prompt", "tokens"])
 @fewer("interpreted", fed=["prompt"])
-def test_a_nan_costs_no_neighbour_its_slot(backend, sign, fed):
-    """As many stay as there are slots."""
+def test_a_nan_costs_no_neighbour_its_entry(backend, sign, fed):
+    """As many stay as there are state_indices."""
     config = LolaConfig(window_size=ETA, sparse_cache_size=4, update_interval=5, feature_dim=8)
     problem = make_problem(40, config, dtype=backend.dtype)
     problem.v[3, 0] = torch.tensor(torch.nan).copysign(torch.tensor(sign))
     _, state = backend.run(problem, decode_from=40 if fed == "prompt" else 0)
-    positions = state.views.positions[SLOT]
+    positions = state.views.positions[STATE_INDEX]
     assert (positions[0] == 3).any()
     assert positions.sort(-1).values.tolist() == problem.reference()[1].sparse_positions
 
@@ -88,9 +88,9 @@ def test_nan_scores_never_fill_more_than_the_cache(backend, interval):
     problem.v[2:20] = torch.nan
     _, state = backend.run(problem, decode_from=12 if backend.prefills else 0)
     views = state.views
-    assert all(len(set(row)) == 3 for row in views.positions[SLOT].tolist())
+    assert all(len(set(row)) == 3 for row in views.positions[STATE_INDEX].tolist())
     folded = 2.0 * int(state.layout.num_folded(torch.tensor(25)))
-    torch.testing.assert_close(views.s[SLOT].sum(-1).float(), torch.full((2,), folded))
+    torch.testing.assert_close(views.s[STATE_INDEX].sum(-1).float(), torch.full((2,), folded))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

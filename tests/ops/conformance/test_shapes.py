@@ -10,7 +10,7 @@ from tests.support.backends import fewer, only
 from tests.support.problem import make_problem
 
 ETA = 10
-CPU = ("torch", "native", "native-threads")
+CPU = ("torch", "cpp", "cpp-threads")
 # Group, maps per query head, sharing, mixing, sinks.
 HEADS = list(product([1, 3, 4], [False, True], ["none", "kv_head"], ["lola", "lolcats"], [0, 4]))
 COVERING = [

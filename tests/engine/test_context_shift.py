@@ -12,9 +12,9 @@ from tests.support.tiny import make_tiny, random_prompts
 
 LENGTH, INTERVAL = 64, 16
 LOLA = {
-    "window_size": 8, "sparse_cache_size": 20, "sink_size": 3, "rebase_interval": INTERVAL,
+    "window_size": 8, "sparse_cache_size": 20, "sink_size": 3, "context_shift": INTERVAL,
 }  # fmt: skip
-# Around rebases, across none, one and many; the answers cross more.
+# Around context shifts, across none, one and many; the answers cross more.
 LENGTHS = [1, 50, 63, 64, 65, 79, 80, 81, 96, 130, 200]
 NEW = 40
 
@@ -52,10 +52,10 @@ def test_tokens_are_those_of_the_float64_recompute(tiny, prompts, expected):
     [
         {"update_interval": 1},
         {"update_interval": 7},
-        {"score_fade": 2.0, "score_fade_rebases": 1},
-        {"fold_ahead": 2, "far_zone_start": 16},
+        {"score_decay": 2.0, "score_decay_shifts": 1},
+        {"fold_rotation": 2, "bucket_start": 16},
     ],
-    ids=["1", "7", "scores fade", "keys folded ahead"],
+    ids=["1", "7", "scores decay", "keys folded ahead"],
 )
 def test_other_settings_obey_the_recompute(tmp_path, prompts, lola):
     model = make(tmp_path, **lola)
@@ -66,9 +66,9 @@ def test_other_settings_obey_the_recompute(tmp_path, prompts, lola):
         assert_obeys(oracle, prompt, answer)
 
 
-def test_nothing_is_as_without_rebases(tiny, prompts, expected):
+def test_nothing_is_as_without_context_shifts(tiny, prompts, expected):
     """The tests here would see it if there were none."""
-    overrides = {"lola_config": {"rebase_interval": 0}, "max_position_embeddings": 4096}
+    overrides = {"lola_config": {"context_shift": 0}, "max_position_embeddings": 4096}
     with engine(tiny, max_num_seqs=8, hf_overrides=overrides) as llm:
         plain = generate(llm, prompts, NEW)
     assert plain[0] == expected[0]  # 1 + 40 tokens
@@ -83,7 +83,7 @@ def test_chunks_and_company_change_nothing(tiny, prompts, expected, budget):
 
 
 def test_preemption_and_prefix_hits_change_nothing(tiny, prompts, expected):
-    """Blocks end at rebases and between them."""
+    """Blocks end at context shifts and between them."""
     cached = {"enable_prefix_caching": True, "max_num_seqs": 12}
     for block in (16, 24):
         options = cached | {"block_size": block, "max_num_batched_tokens": 64}
@@ -134,7 +134,7 @@ def test_a_compiled_model_does_the_same(tiny, prompts, expected):
 def test_a_request_may_be_longer_than_the_base(tiny, caplog):
     with caplog.at_level("INFO", logger="vllm.lola"), engine(tiny, max_model_len=None) as llm:
         assert llm.llm_engine.model_config.max_model_len == ENDLESS_LENGTH
-    assert "contexts without end: from 64 tokens on, places move by 16" in caplog.text
+    assert "contexts without end: from 64 tokens on, they shift by 16" in caplog.text
     with engine(tiny, max_model_len=200_000, max_num_seqs=2) as llm:
         assert llm.llm_engine.model_config.max_model_len == 200_000
 
@@ -143,9 +143,9 @@ def test_a_request_may_be_longer_than_the_base(tiny, caplog):
     ("overrides", "length", "words"),
     [
         ({}, 2**31, "--max-model-len = 2147483648 cannot be used.*at most 2147483647"),
-        ({"rebase_interval": 0}, 128, r"max_model_len \(128\) is greater .*=64"),
-        ({"rebase_interval": 24}, 128, "rebase_interval = 24: must divide max_position_embeddings"),
-        ({"rebase_interval": 64}, 128, "rebase_interval = 64: .*and be less; use 16"),
+        ({"context_shift": 0}, 128, r"max_model_len \(128\) is greater .*=64"),
+        ({"context_shift": 24}, 128, "context_shift = 24: must divide max_position_embeddings"),
+        ({"context_shift": 64}, 128, "context_shift = 64: .*and be less; use 16"),
         ({"sink_size": 49}, 128, "sink_size = 49: .*use at most 48 sinks"),
     ],
 )

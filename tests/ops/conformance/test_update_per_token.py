@@ -9,15 +9,15 @@ from tests.support.backends import only
 from tests.support.choices import (
     assert_a_prompt_chooses_as_single_steps,
     assert_bounds_choose_as_scores,
-    bounded_problem,
+    per_token_problem,
 )
-from tests.support.problem import SLOT, make_problem, run, with_a_trend
+from tests.support.problem import STATE_INDEX, make_problem, run, with_a_trend
 
 # Long enough for most scores to be bounded; where sums are rounded to float32, choices between
 # nearly equal scores part some day.
 CASES = [  # T, dtype, head_dim, F, lam, sharing
     *(
-        pytest.param(2500, *case, marks=only("native"))
+        pytest.param(2500, *case, marks=only("cpp"))
         for case in (
             (torch.float32, 16, 16, 32, "none"),
             (torch.float64, 20, 16, 33, "none"),
@@ -50,15 +50,15 @@ def test_the_same_choices_for_thousands_of_tokens(backend, T, dtype, d, F, lam, 
         window_size=8, sparse_cache_size=lam, update_interval=1, feature_dim=F,
         sparse_sharing=sharing,
     )  # fmt: skip
-    problem = bounded_problem(backend, T, config, dtype, d)
+    problem = per_token_problem(backend, T, config, dtype, d)
     assert_bounds_choose_as_scores(backend, problem)
 
 
-@only("native")
+@only("cpp")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [32, 20])
 def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
-    """Native prefill bounds scores at every interval; its steps compute them all."""
+    """C++ prefill bounds scores at every interval; its steps compute them all."""
     config = LolaConfig(window_size=16, sparse_cache_size=96, feature_dim=16)
     problem = with_a_trend(2000, config, dtype=dtype, d=d, group=1)
     assert_a_prompt_chooses_as_single_steps(backend, problem)
@@ -72,5 +72,7 @@ def test_more_pairs_than_shared_memory_holds(backend):
     _, state = backend.run(problem, decode_from=2807)
     assert int(state.layout.num_folded(torch.tensor(2809))) == 4
     _, direct = run(portable, problem)
-    assert torch.equal(direct.views.positions[SLOT], state.views.positions[SLOT])
-    torch.testing.assert_close(direct.views.H[SLOT], state.views.H[SLOT], rtol=1e-4, atol=1e-4)
+    assert torch.equal(direct.views.positions[STATE_INDEX], state.views.positions[STATE_INDEX])
+    torch.testing.assert_close(
+        direct.views.H[STATE_INDEX], state.views.H[STATE_INDEX], rtol=1e-4, atol=1e-4
+    )

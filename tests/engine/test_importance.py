@@ -1,4 +1,4 @@
-"""A model with a saliency: vLLM chooses as the float64 recompute and as transformers do."""
+"""A model with an importance: vLLM chooses as the float64 recompute and as transformers do."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.support.engine import engine, generate, metric
 from tests.support.oracle import Oracle, assert_obeys
 from tests.support.tiny import make_tiny, random_prompts
 
-LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2, "saliency": True}
+LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2, "importance": True}
 NEW = 20
 
 
@@ -58,7 +58,7 @@ def test_logprobs_are_those_of_transformers(tmp_path):
             torch.testing.assert_close(got, row[list(entries)], rtol=0, atol=1e-4)
 
 
-def test_a_prefix_hit_takes_the_saliency_along(tmp_path):
+def test_a_prefix_hit_takes_the_importance_along(tmp_path):
     model = make_tiny(tmp_path, LOLA)
     (shared,) = random_prompts([100], seed=3)
     prompts = [shared + tail for tail in random_prompts([120, 7, 60], seed=4)]
@@ -70,19 +70,19 @@ def test_a_prefix_hit_takes_the_saliency_along(tmp_path):
         assert metric(llm, "vllm:prefix_cache_hits") > 100
 
 
-def test_a_saliency_that_is_not_there_is_named(tmp_path):
+def test_an_importance_that_is_not_there_is_named(tmp_path):
     model = make_tiny(tmp_path, LOLA)
     tensors = load_file(model / "model.safetensors")
-    kept = {name: t for name, t in tensors.items() if not name.endswith("saliency")}
+    kept = {name: t for name, t in tensors.items() if not name.endswith("importance")}
     save_file(kept, model / "model.safetensors")
-    words = r"saliency \[2, 25\]; set lola_config.saliency to false"
+    words = r"importance \[2, 25\]; set lola_config.importance to false"
     with pytest.raises(CheckpointError, match=words), engine(model):
         pass
 
 
-def test_a_saliency_can_be_switched_off(tmp_path):
+def test_an_importance_can_be_switched_off(tmp_path):
     """The checkpoint keeps its tensors; the page has no room for the weights of pairs."""
     model = make_tiny(tmp_path, LOLA)
-    off = {"lola_config": {"saliency": False}}
+    off = {"lola_config": {"importance": False}}
     with engine(model, hf_overrides=off) as llm:
         assert llm.llm_engine is not None

@@ -10,8 +10,8 @@
 #include "cpu/candidates.h"
 #include "cpu/carried_bounds.h"
 #include "cpu/dithered_sum.h"
+#include "cpu/importance.h"
 #include "cpu/recall.h"
-#include "cpu/saliency.h"
 #include "cpu/select.h"
 #include "cpu/workspace.h"
 
@@ -24,14 +24,14 @@ constexpr int64_t kUpdateBlock = 96;  // candidates scored at once: whole tiles,
 
 // What the exact updates of one sparse set need, and what they know from one to the next.
 template <typename T>
-struct ExactUpdate {
+struct IntervalUpdate {
   RecallWorkspace<T> recall;
   Features<T> features;
   CarriedBounds<T> bounds;
   bool carries;                // whether `bounds` is used
   T* scores;                   // [candidates]
   T* highest;                  // [candidates]
-  T* saliency;                 // [candidates], where the layout has it: what weighs their scores
+  T* importance;               // [candidates], where the layout has it: what weighs their scores
   T* block_scores;             // [kUpdateBlock]
   T* sums;                     // [kUpdateBlock]
   T *mean, *s_residual;        // [d padded]
@@ -39,13 +39,13 @@ struct ExactUpdate {
   T* ds;                       // [2F padded]
   T* dither;                   // [2F padded]: of the rows of H
   int32_t *positions, *order;  // [candidates]
-  int32_t* losers;             // [candidates]: the first num_losers, of the update decided last
-  int64_t num_losers = 0;
+  int32_t* folded;             // [candidates]: the first num_folded, of the update decided last
+  int64_t num_folded = 0;
   unsigned char* keep;  // [candidates]
 
-  ExactUpdate() = default;
+  IntervalUpdate() = default;
   // `carry`: whether bounds are carried from update to update, where a layer's can be.
-  ExactUpdate(const PageLayout& layout, bool carry, Workspace& memory)
+  IntervalUpdate(const PageLayout& layout, bool carry, Workspace& memory)
       : recall(layout, kUpdateBlock, memory),
         features(layout, memory),
         carries(carry && carries_bounds(layout)) {
@@ -54,7 +54,7 @@ struct ExactUpdate {
     if (carries) bounds = CarriedBounds<T>(layout, memory);
     scores = memory.take<T>(count);
     highest = memory.take<T>(count);
-    saliency = memory.take<T>(layout.has_saliency ? count : 0);
+    importance = memory.take<T>(layout.has_score_weights ? count : 0);
     block_scores = memory.take<T>(kUpdateBlock);
     sums = memory.take<T>(kUpdateBlock);
     mean = memory.take<T>(dp);
@@ -64,16 +64,16 @@ struct ExactUpdate {
     dither = memory.take<T>(round_up<T>(F2));
     positions = memory.take<int32_t>(count);
     order = memory.take<int32_t>(count);
-    losers = memory.take<int32_t>(count);
+    folded = memory.take<int32_t>(count);
     keep = memory.take<unsigned char>(count);
   }
 };
 
 // Scores of the listed candidates into x.scores: SRE, or the norm-relative mean over a set's state
-// heads, times the saliency. Sets bounds on the SRE where `bound` says so.
+// heads, times the importance. Sets bounds on the SRE where `bound` says so.
 template <typename T>
 void score(const Candidates& c, const int32_t* list, int64_t listed, bool bound,
-           ExactUpdate<T>& x) {
+           IntervalUpdate<T>& x) {
   const int64_t states = c.layout.states_per_set(), d = c.layout.head_dim, dp = round_up<T>(d);
   const int64_t phi_stride = x.features.stride;
   T* const errors = x.recall.errors;
@@ -104,7 +104,7 @@ void score(const Candidates& c, const int32_t* list, int64_t listed, bool bound,
     }
     for (int64_t i = 0; i < size; ++i) {
       const T score = states > 1 ? scores[i] / static_cast<T>(states) : scores[i];
-      x.scores[block[i]] = c.layout.has_saliency ? score * x.saliency[block[i]] : score;
+      x.scores[block[i]] = c.layout.has_score_weights ? score * x.importance[block[i]] : score;
       if (!bound) continue;
       x.bounds.set(block[i], score, x.features.row(0, block[i]),
                    round_up<T>(2 * c.layout.feature_dim), x.recall.predicted + i * dp, dp,
@@ -113,11 +113,11 @@ void score(const Candidates& c, const int32_t* list, int64_t listed, bool bound,
   }
 }
 
-// Scores of all candidates that can lose, infinity for the others.
+// Scores of all candidates that can be folded, infinity for the others.
 template <typename T>
-void score_needed(const Candidates& c, ExactUpdate<T>& x) {
+void score_needed(const Candidates& c, IntervalUpdate<T>& x) {
   const bool carry = x.carries && !c.empty;
-  const bool weighs = c.layout.has_saliency;
+  const bool weighs = c.layout.has_score_weights;
   const int64_t known = carry ? x.bounds.known : 0;
   int32_t* const list = x.order;
   for (int64_t i = known; i < c.count; ++i) list[i - known] = static_cast<int32_t>(i);
@@ -125,12 +125,12 @@ void score_needed(const Candidates& c, ExactUpdate<T>& x) {
   if (!carry) return;
   if (known > 0) {
     for (int64_t i = 0; i < c.count; ++i) x.highest[i] = x.bounds.high[i];
-    if (weighs) weigh(x.saliency, c.count, x.highest);
+    if (weighs) weigh(x.importance, c.count, x.highest);
     const T limit = kth_smallest(x.highest, c.count, c.count - c.layout.sparse_cache_size);
     int64_t listed = 0;
     for (int64_t i = 0; i < known; ++i) {
       x.scores[i] = __builtin_inff();
-      const T low = weighs ? x.bounds.low[i] * x.saliency[i] : x.bounds.low[i];
+      const T low = weighs ? x.bounds.low[i] * x.importance[i] : x.bounds.low[i];
       if (!(low > limit)) list[listed++] = static_cast<int32_t>(i);
     }
     score(c, list, listed, true, x);
@@ -138,16 +138,16 @@ void score_needed(const Candidates& c, ExactUpdate<T>& x) {
   x.bounds.known = c.count;
 }
 
-// H += sum phi(k) v^T and s += sum phi(k) over the losers of update number `update`, for state head
+// H += sum phi(k) v^T and s += sum phi(k) over the folded pairs of update `update`, for state head
 // j of the set. Where they are empty, H and s hold leftovers and are written instead.
 template <typename T>
-void fold(const Candidates& c, int64_t j, int64_t update, ExactUpdate<T>& x) {
+void fold(const Candidates& c, int64_t j, int64_t update, IntervalUpdate<T>& x) {
   const int64_t d = c.layout.head_dim, dp = round_up<T>(d);
   const int64_t F2 = 2 * c.layout.feature_dim, phi_stride = x.features.stride;
   const int64_t state_head = c.set * c.layout.states_per_set() + j;
   T *const stored_s = c.page.s<T>(state_head), *const stored_H = c.page.H<T>(state_head);
-  for (int64_t first = 0; first < x.num_losers; first += kUpdateBlock) {
-    const int64_t left = x.num_losers - first, size = left < kUpdateBlock ? left : kUpdateBlock;
+  for (int64_t first = 0; first < x.num_folded; first += kUpdateBlock) {
+    const int64_t left = x.num_folded - first, size = left < kUpdateBlock ? left : kUpdateBlock;
     const bool write = c.empty && first == 0;
     T *const s = x.recall.s, *const ds = x.ds;
     for (int64_t f = 0; f < round_up<T>(F2); ++f) {
@@ -160,14 +160,14 @@ void fold(const Candidates& c, int64_t j, int64_t update, ExactUpdate<T>& x) {
       load_padded(s, stored_s, F2, round_up<T>(F2));
     }
     for (int64_t i = 0; i < size; ++i) {
-      const T* const from = x.features.row(j, x.losers[first + i]);
+      const T* const from = x.features.row(j, x.folded[first + i]);
       T* const phi = x.recall.phi + i * phi_stride;
       for (int64_t f = 0; f < round_up<T>(F2); f += kLanes<T>) {
         const Vec<T> y = load(from + f);
         store<T>(phi + f, y);
         store<T>(ds + f, load(ds + f) + y);
       }
-      c.load_v(x.losers[first + i], x.recall.v + i * dp, dp);
+      c.load_v(x.folded[first + i], x.recall.v + i * dp, dp);
     }
     gemm_transposed<T>(x.recall.phi, phi_stride, x.recall.v, dp, x.dH, dp, F2, dp, size);
     if (x.carries) {
@@ -200,63 +200,63 @@ void fold(const Candidates& c, int64_t j, int64_t update, ExactUpdate<T>& x) {
   }
 }
 
-// x.saliency of all candidates: the page has that of cached ones.
+// x.importance of all candidates: the page has that of cached ones.
 template <typename T>
-void find_saliency(const Call& call, const Candidates& c, ExactUpdate<T>& x) {
+void find_importance(const Call& call, const Candidates& c, IntervalUpdate<T>& x) {
   const int64_t d = c.layout.head_dim;
-  copy_row(x.saliency, c.page.saliency<T>(c.set), c.cached);
+  copy_row(x.importance, c.page.score_weights<T>(c.set), c.cached);
   for (int64_t i = c.cached; i < c.count; ++i) {
     c.load_k(i, x.recall.k, d);
     c.load_v(i, x.recall.v, d);
-    x.saliency[i] = pair_saliency(call, c.kv_head, x.recall.k, x.recall.v);
+    x.importance[i] = pair_importance(call, c.kv_head, x.recall.k, x.recall.v);
   }
 }
 
-// The i-th kept newcomer goes to the i-th slot that is empty or whose pair was folded.
+// The i-th kept incoming pair goes to the i-th entry that is empty or whose pair was folded.
 template <typename T>
-void replace(const Candidates& c, ExactUpdate<T>& x) {
+void replace(const Candidates& c, IntervalUpdate<T>& x) {
   const int64_t size = c.layout.sparse_cache_size;
   int32_t* const positions = c.page.positions(c.set);
-  int64_t slot = 0;
+  int64_t entry = 0;
   for (int64_t i = c.cached; i < c.count; ++i) {
     if (!x.keep[i]) continue;
-    while (slot < c.cached && x.keep[slot]) ++slot;
-    c.put(i, slot, x.recall.k);
-    for (int64_t j = 0; i < x.features.known && i != slot && j < c.layout.states_per_set(); ++j) {
-      copy_row(x.features.row(j, slot), x.features.row(j, i), x.features.stride);
+    while (entry < c.cached && x.keep[entry]) ++entry;
+    c.put(i, entry, x.recall.k);
+    for (int64_t j = 0; i < x.features.known && i != entry && j < c.layout.states_per_set(); ++j) {
+      copy_row(x.features.row(j, entry), x.features.row(j, i), x.features.stride);
     }
-    if (x.carries && i < x.bounds.known) x.bounds.move(i, slot, round_up<T>(c.layout.head_dim));
-    if (c.layout.has_saliency) c.page.saliency<T>(c.set)[slot] = x.saliency[i];
-    positions[slot++] = x.positions[i];
+    if (x.carries && i < x.bounds.known) x.bounds.move(i, entry, round_up<T>(c.layout.head_dim));
+    if (c.layout.has_score_weights) c.page.score_weights<T>(c.set)[entry] = x.importance[i];
+    positions[entry++] = x.positions[i];
   }
   if (x.features.known > size) x.features.known = size;
   if (x.carries && x.bounds.known > size) x.bounds.known = size;
 }
 
-// Decides an update: x.losers are to be folded. Changes nothing of the page.
+// Decides an update: x.folded are to be folded. Changes nothing of the page.
 template <typename T>
-void decide_update(const Call& call, const UpdatePoint& at, ExactUpdate<T>& x) {
+void decide_update(const Call& call, const UpdatePoint& at, IntervalUpdate<T>& x) {
   const Candidates c(at);
   const int64_t size = c.layout.sparse_cache_size;
   const int32_t* const cached = c.page.positions(c.set);
   for (int64_t i = 0; i < c.count; ++i) {
     x.positions[i] = i < c.cached ? cached[i] : static_cast<int32_t>(c.start + i - c.cached);
   }
-  if (c.layout.has_saliency && size > 0) find_saliency(call, c, x);
+  if (c.layout.has_score_weights && size > 0) find_importance(call, c, x);
   if (c.count > size) map_candidates(call, c, x.recall, kUpdateBlock, x.features);
   if (c.count > size && size > 0) score_needed(c, x);
   select_largest(x.scores, x.positions, c.count, size, x.order, x.keep);
-  x.num_losers = 0;
+  x.num_folded = 0;
   for (int64_t i = 0; i < c.count; ++i) {
-    if (!x.keep[i]) x.losers[x.num_losers++] = static_cast<int32_t>(i);
+    if (!x.keep[i]) x.folded[x.num_folded++] = static_cast<int32_t>(i);
   }
 }
 
 // Carries out what decide_update() found at the same point.
 template <typename T>
-void commit_update(const UpdatePoint& at, ExactUpdate<T>& x) {
+void commit_update(const UpdatePoint& at, IntervalUpdate<T>& x) {
   const Candidates c(at);
-  for (int64_t j = 0; x.num_losers > 0 && j < c.layout.states_per_set(); ++j) {
+  for (int64_t j = 0; x.num_folded > 0 && j < c.layout.states_per_set(); ++j) {
     fold(c, j, at.n / c.layout.update_interval, x);
   }
   replace(c, x);

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lola_vllm.config import LolaConfig, LolaConfigError
-from lola_vllm.ops import DecodeBatch, HeadStates, bind_layer, choose_backend, native, portable
-from lola_vllm.ops.by_head import by_head, states_of
+from lola_vllm.ops import DecodeBatch, HeadStates, bind_layer, choose_backend, cpp, portable
 from lola_vllm.ops.contract import with_weights
 from lola_vllm.ops.differentiable import lola_attention_parallel
-from lola_vllm.ops.places import Places
+from lola_vllm.ops.per_kv_head import per_kv_head, states_of
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.state import LayerLayout, SequenceLayout
 from tests.support.backends import TOLERANCE
 from tests.support.problem import feed, make_problem
@@ -22,15 +22,17 @@ from tests.support.problem import feed, make_problem
 SIZES = (3, 0, 17)
 T = 90
 BASE = {"window_size": 8, "update_interval": 4, "sink_size": 2, "feature_dim": 6}
-PORTABLE = SimpleNamespace(decode=by_head(portable.decode), prefill=by_head(portable.prefill))
+PORTABLE = SimpleNamespace(
+    decode=per_kv_head(portable.decode), prefill=per_kv_head(portable.prefill)
+)
 OPS = [pytest.param(PORTABLE, id="portable")]
-if native.load():
-    OPS.append(pytest.param(native, id="native"))
+if cpp.load():
+    OPS.append(pytest.param(cpp, id="cpp"))
 KINDS = {
     "plain": {},
-    "as the demo model": {"saliency": True, "sparse_dtype": "int8", "score_fade": 3.0},
+    "as the demo model": {"importance": True, "sparse_dtype": "int8", "score_decay": 3.0},
     "every token": {"update_interval": 1},
-    "long interval": {"update_interval": 16, "saliency": True},
+    "long interval": {"update_interval": 16, "importance": True},
     "shared sets": {"sparse_sharing": "kv_head"},
 }
 
@@ -38,9 +40,11 @@ KINDS = {
 def layer(kind, dtype=torch.float32, seed=0):
     """A problem of three KV heads, and the same of each head alone."""
     config = LolaConfig(**{**BASE, **KINDS[kind]}, sparse_cache_size=(SIZES,))
-    places = Places(64, 16, 1.0, 2) if config.score_fade else None
+    schedule = ShiftSchedule(64, 16, 1.0, 2) if config.score_decay else None
     Hs = 6 if kind == "shared sets" else None
-    problem = make_problem(T, config, Hkv=3, group=4, Hs=Hs, dtype=dtype, seed=seed, places=places)
+    problem = make_problem(
+        T, config, Hkv=3, group=4, Hs=Hs, dtype=dtype, seed=seed, schedule=schedule
+    )
     alone = []
     for i, own in enumerate(config.for_heads()):
         queries, states = slice(4 * i, 4 * i + 4), (Hs or 3) // 3
@@ -53,7 +57,7 @@ def layer(kind, dtype=torch.float32, seed=0):
                 feature_map_q=problem.feature_map_q[queries],
                 feature_map_k=problem.feature_map_k[i * states : (i + 1) * states],
                 window_factors=problem.window_factors[queries],
-                saliency=None if problem.saliency is None else problem.saliency[i : i + 1],
+                importance=None if problem.importance is None else problem.importance[i : i + 1],
                 config=own,
             )
         )
@@ -68,11 +72,11 @@ def bind(problem, num_pages=4):
         problem.config, 3, Hs, problem.q.shape[-1], problem.k.dtype, wide
     )
     pages = torch.full((num_pages, layout.page_bytes), 0xFF, dtype=torch.uint8)
-    turn = problem.turn
-    if turn is not None:
+    rotation = problem.rotation
+    if rotation is not None:
         dtype = torch.promote_types(problem.k.dtype, torch.float32)
-        turn = replace(turn, cos=turn.cos.to(dtype), sin=turn.sin.to(dtype))
-    return bind_layer(problem.weights(), layout, pages, turn)
+        rotation = replace(rotation, cos=rotation.cos.to(dtype), sin=rotation.sin.to(dtype))
+    return bind_layer(problem.weights(), layout, pages, rotation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -97,11 +101,11 @@ def test_rows_of_a_batch_do_not_see_each_other(ops):
     """With padding between them, in prefill and in decode."""
     problems = [layer("as the demo model", seed=seed)[0] for seed in (1, 2)]
     weights = problems[0]
-    others = [replace(p.of_layer(weights), turn=weights.turn) for p in problems]
+    others = [replace(p.of_layer(weights), rotation=weights.rotation) for p in problems]
     state, single = bind(weights), bind(weights)
-    for slot, problem in zip((1, 3), others, strict=True):
-        feed(ops, problem, state, slot=slot)
-        feed(ops, problem, single, slot=slot)
+    for state_index, problem in zip((1, 3), others, strict=True):
+        feed(ops, problem, state, state_index=state_index)
+        feed(ops, problem, single, state_index=state_index)
     q, k, v = (
         torch.stack([getattr(others[0], x)[0], getattr(others[0], x)[1], getattr(others[1], x)[2]])
         for x in "qkv"
@@ -113,7 +117,7 @@ def test_rows_of_a_batch_do_not_see_each_other(ops):
     for row in (0, 2):
         alone = torch.full_like(q[:1], torch.nan)
         rows = slice(row, row + 1)
-        one = DecodeBatch(batch.slots[rows], batch.seq_lens[rows])
+        one = DecodeBatch(batch.state_indices[rows], batch.seq_lens[rows])
         ops.decode(single, q[rows], k[rows], v[rows], one, alone)
         assert torch.equal(out[rows], alone)
     assert torch.equal(state.pages[[1, 3]], single.pages[[1, 3]])
@@ -122,12 +126,12 @@ def test_rows_of_a_batch_do_not_see_each_other(ops):
 @pytest.mark.parametrize("kind", ["plain", "as the demo model", "shared sets"])
 def test_training_sees_what_is_served(kind):
     problem, _ = layer(kind, torch.float64)
-    problem = replace(problem, turn=None)
-    config = problem.config.model_copy(update={"score_fade": 0.0})
+    problem = replace(problem, rotation=None)
+    config = problem.config.model_copy(update={"score_decay": 0.0})
     out = lola_attention_parallel(
         *(x[None] for x in (problem.q, problem.k, problem.v)),
         problem.feature_map_q, problem.feature_map_k, problem.window_factors, config,
-        saliency=problem.saliency,
+        importance=problem.importance,
     )[0]  # fmt: skip
     state = bind(replace(problem, config=config))
     served = feed(PORTABLE, problem, state)
@@ -141,7 +145,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def test_triton_takes_each_head():
     from lola_vllm.kernels import backend as kernels
 
-    ops = SimpleNamespace(decode=by_head(kernels.decode), prefill=by_head(kernels.prefill))
+    ops = SimpleNamespace(decode=per_kv_head(kernels.decode), prefill=per_kv_head(kernels.prefill))
     problem, _ = layer("as the demo model")
     out, expected = (
         feed(x, problem, bind(problem), cuts=[30], decode_from=80) for x in (ops, PORTABLE)
@@ -162,7 +166,7 @@ def test_triton_interpreted():
 def test_other_weights_reach_every_head():
     problem, _ = layer("as the demo model")
     other, _ = layer("as the demo model", seed=5)
-    state = with_weights(bind(problem), other.weights(), bind(problem).turn)
+    state = with_weights(bind(problem), other.weights(), bind(problem).rotation)
     fresh = bind(replace(problem.of_layer(other)))
     outs = [feed(PORTABLE, problem, x) for x in (state, fresh)]
     assert torch.equal(*outs)

@@ -1,4 +1,4 @@
-"""Choices by weighed scores: a pair's saliency is stored with it and multiplies its error."""
+"""Choices by weighted scores: a pair's importance is stored with it and multiplies its error."""
 
 from dataclasses import replace
 from itertools import product
@@ -12,22 +12,22 @@ from tests.support.backends import fewer, only
 from tests.support.choices import (
     assert_a_prompt_chooses_as_single_steps,
     assert_bounds_choose_as_scores,
-    bounded_problem,
+    per_token_problem,
 )
 from tests.support.pages import (
     assert_state_matches,
     assert_unrecallable_stay,
 )
-from tests.support.problem import SLOT, make_problem, unrecallable, with_a_trend
+from tests.support.problem import STATE_INDEX, make_problem, unrecallable, with_a_trend
 
 # Back ends that bound scores.
-BOUNDING = only("native", "cuda-emulated", "cuda", "triton", "triton-interpreted")
+BOUNDING = only("cpp", "cuda-emulated", "cuda", "triton", "triton-interpreted")
 ETA = 10
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def config_of(**fields):
-    defaults = {"window_size": ETA, "sparse_cache_size": 6, "feature_dim": 8, "saliency": True}
+    defaults = {"window_size": ETA, "sparse_cache_size": 6, "feature_dim": 8, "importance": True}
     return LolaConfig(**defaults | fields)
 
 
@@ -60,26 +60,26 @@ def test_heads_and_head_sizes(backend, d, Hs, sharing, interval):
 @pytest.mark.parametrize("interval", [1, 8])
 @fewer("interpreted", dtype=[torch.bfloat16], interval=[8])
 def test_dtypes(backend, dtype, interval):
-    """Keys and values are rounded to the dtype; the saliency is of float32."""
+    """Keys and values are rounded to the dtype; the importance is of float32."""
     config = config_of(window_size=8, update_interval=interval)
     problem = make_problem(50, config, d=32, dtype=dtype, scale=0.5, seed=3)
     _, state = backend.check(problem, decode_from=40)
-    assert state.views.saliency.dtype == torch.promote_types(dtype, torch.float32)
+    assert state.views.score_weights.dtype == torch.promote_types(dtype, torch.float32)
 
 
 @pytest.mark.parametrize("bias", [1e4, -1e4, 0.0])
 @fewer("interpreted", bias=[1e4])
-def test_equal_saliencies_change_no_choice(backend, bias):
+def test_equal_importances_change_no_choice(backend, bias):
     """Also beyond the largest, where all are clamped to e^20 or e^-20."""
     problem = make_problem(60, config_of(update_interval=4), dtype=backend.dtype)
-    problem.saliency[:] = 0
-    problem.saliency[:, -1] = bias
+    problem.importance[:] = 0
+    problem.importance[:, -1] = bias
     _, state = backend.check(problem, decode_from=50 if backend.prefills else 0)
-    found = state.views.saliency[SLOT].double()
+    found = state.views.score_weights[STATE_INDEX].double()
     expected = torch.tensor(max(-20.0, min(20.0, bias))).double().exp()
     torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-5, atol=0)
-    plain = replace(problem, saliency=None, config=config_of(update_interval=4, saliency=False))
-    assert state.views.positions[SLOT].sort(-1).values.tolist() == (
+    plain = replace(problem, importance=None, config=config_of(update_interval=4, importance=False))
+    assert state.views.positions[STATE_INDEX].sort(-1).values.tolist() == (
         plain.reference()[1].sparse_positions
     )
 
@@ -88,8 +88,8 @@ def test_equal_saliencies_change_no_choice(backend, bias):
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
 @fewer("interpreted", interval=[1], sharing=["kv_head"])
 def test_scores_that_are_no_numbers_count_as_the_largest(backend, interval, sharing):
-    """An infinite value has a saliency, one that is NaN makes it NaN."""
-    problem = unrecallable(interval, sharing, backend.dtype, saliency=True)
+    """An infinite value has an importance, one that is NaN makes it NaN."""
+    problem = unrecallable(interval, sharing, backend.dtype, importance=True)
     _, state = backend.run(problem, decode_from=20 if backend.prefills else 0)
     assert_unrecallable_stay(problem, state)
 
@@ -100,12 +100,12 @@ def test_rows_are_independent_however_their_prompts_are_cut(backend, interval):
     """Beside padding, in one call for all rows; then again from pages in use, token by token."""
     device = backend.device
     config = config_of(sparse_cache_size=5, update_interval=interval, sink_size=2)
-    counts, slots = [14, 23, 57, 9], [3, 1, 5, 0]
+    counts, state_indices = [14, 23, 57, 9], [3, 1, 5, 0]
     rows = [make_problem(T + 2, config, dtype=backend.dtype, seed=T) for T in counts]
     rows = [row.of_layer(rows[0]) for row in rows]
     there = [row.to(device) for row in rows]
     state = there[0].state(num_pages=7)
-    column = torch.tensor(slots, device=device)
+    column = torch.tensor(state_indices, device=device)
 
     def call(op, spans, batch):
         tokens = [row.tokens(*span) for row, span in zip(there, spans, strict=True)]
@@ -127,14 +127,14 @@ def test_rows_are_independent_however_their_prompts_are_cut(backend, interval):
     pages = state.pages.cpu()
     state = rows[0].state(num_pages=7)
     state.pages.copy_(pages)
-    for i, slot in enumerate(slots):
+    for i, state_index in enumerate(state_indices):
         found = torch.cat([part[i] for part in answers])
-        if slot == 0:
+        if state_index == 0:
             assert (found == 0).all()
             continue
         expected, final = rows[i].reference()
         torch.testing.assert_close(found.double(), expected, **backend.close)
-        assert_state_matches(rows[i], state, slot=slot, expected=final, **CLOSE)
+        assert_state_matches(rows[i], state, state_index=state_index, expected=final, **CLOSE)
     assert all((pages[page] == 0xFF).all() for page in (0, 2, 4, 6))
 
 
@@ -157,17 +157,17 @@ def test_bounds_make_the_choices_of_all_scores(backend, dtype, d, F, lam, sharin
         window_size=8, sparse_cache_size=lam, update_interval=1, feature_dim=F,
         sparse_sharing=sharing,
     )  # fmt: skip
-    problem = bounded_problem(backend, T, config, dtype, d)
-    problem.saliency *= 0.3  # so that errors and saliency both decide
+    problem = per_token_problem(backend, T, config, dtype, d)
+    problem.importance *= 0.3  # so that errors and importance both decide
     assert_bounds_choose_as_scores(backend, problem)
 
 
-@only("native")
+@only("cpp")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [32, 20])
 def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
-    """Native prefill carries bounds from update to update; its steps compute all errors."""
+    """C++ prefill carries bounds from update to update; its steps compute all errors."""
     config = config_of(window_size=16, sparse_cache_size=96, feature_dim=16)
     problem = with_a_trend(2000, config, dtype=dtype, d=d, group=1)
-    problem.saliency *= 0.3
+    problem.importance *= 0.3
     assert_a_prompt_chooses_as_single_steps(backend, problem)

@@ -1,7 +1,7 @@
 // The update of interval 1: one pair is evicted and at most one folded. Each fold lowers bounds on
 // the recall errors of cached pairs (Lemma 1, docs/algorithm.md), and an error is computed anew
-// only where it may be the least (Lemma 3). Where pairs are weighed, bounds and errors are
-// multiplied by the saliency when they are compared.
+// only where it may be the least (Lemma 3). Where pairs are weighted, bounds and errors are
+// multiplied by the importance when they are compared.
 //
 // A block is one row and sparse set. All of it works on one tile of pairs, so that a step with few
 // pairs in doubt is short, and the matrices are read once per tile.
@@ -14,20 +14,20 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kNewcomer = -1;       // in the place of a slot: the pair that is evicted
-constexpr int kLikely = kTile - 1;  // cached pairs in the first tile, beside the newcomer
+constexpr int kIncoming = -1;       // in the place of an entry: the pair that is evicted
+constexpr int kLikely = kTile - 1;  // cached pairs in the first tile, beside the incoming pair
 constexpr float kMost = kDirectionMax;
 static_assert(kTile <= kWarps, "a warp for each pair of a tile");
 
 struct Shared {
   float *k, *v, *phi, *recalled;    // [kTile] rows of whole vectors
   float* parts;                     // sums of products of a tile, in parts of the matrix
-  float *newcomer_rows, *newcomer;  // [states_per_set, kBounds] of the newcomer; its score
-  float* newcomer_saliency;         // where pairs are weighed
+  float *incoming_rows, *incoming;  // [states_per_set, kBounds] of the incoming pair; its score
+  float* incoming_importance;       // where pairs are weighted
   float* scores;                    // [sparse_cache_size], bounds at first
-  int8_t* directions;               // [states_per_set, head_dim] of the newcomer
-  int *tile, *listed, *loser;       // [kTile] slots of the first tile; length of the list; a slot
-  int* list;                        // [sparse_cache_size] slots of pairs in doubt
+  int8_t* directions;               // [states_per_set, head_dim] of the incoming pair
+  int *tile, *listed, *folded;  // [kTile] entries of the first tile; length of the list; an entry
+  int* list;                    // [sparse_cache_size] entries of pairs in doubt
 
   LOLA_DEVICE Shared(const Params& p, char* memory) {
     const int ld = whole_vectors(p.head_dim()), states = p.states_per_set();
@@ -36,14 +36,14 @@ struct Shared {
     recalled = v + kTile * ld;
     phi = recalled + kTile * ld;
     parts = phi + kTile * whole_vectors(2 * p.feature_dim());
-    newcomer_rows = parts + kTile * parts_of(p);
-    newcomer = newcomer_rows + states * kBounds;
-    newcomer_saliency = newcomer + 1;
-    tile = reinterpret_cast<int*>(newcomer_saliency + 1);
+    incoming_rows = parts + kTile * parts_of(p);
+    incoming = incoming_rows + states * kBounds;
+    incoming_importance = incoming + 1;
+    tile = reinterpret_cast<int*>(incoming_importance + 1);
     listed = tile + kTile;
-    loser = listed + 1;
-    directions = reinterpret_cast<int8_t*>(loser + 1);
-    int* const lists = p.lists == nullptr ? loser + 1 + whole_vectors(states * p.head_dim()) / 4
+    folded = listed + 1;
+    directions = reinterpret_cast<int8_t*>(folded + 1);
+    int* const lists = p.lists == nullptr ? folded + 1 + whole_vectors(states * p.head_dim()) / 4
                                           : p.lists + blockIdx.x * p.list_size();
     scores = reinterpret_cast<float*>(lists);
     list = lists + p.sparse_cache_size();
@@ -73,11 +73,12 @@ struct PairBounds {
   int8_t* direction;
 };
 
-LOLA_DEVICE PairBounds bounds_of(const Params& p, int64_t page, int set, int j, int slot,
+LOLA_DEVICE PairBounds bounds_of(const Params& p, int64_t page, int set, int j, int entry,
                                  const Shared& x) {
-  if (slot == kNewcomer) return {x.newcomer_rows + j * kBounds, 1, x.directions + j * p.head_dim()};
+  if (entry == kIncoming)
+    return {x.incoming_rows + j * kBounds, 1, x.directions + j * p.head_dim()};
   const int state = set * p.states_per_set() + j;
-  return {p.bounds(page, state) + slot, p.sparse_cache_size(), p.directions(page, state, slot)};
+  return {p.bounds(page, state) + entry, p.sparse_cache_size(), p.directions(page, state, entry)};
 }
 
 // out[r][n] = sum_i a[r][i] b[i][n] over i < rows, n < width, for the rows of a tile in shared
@@ -167,17 +168,17 @@ LOLA_DEVICE float set_bound(const Params& p, const float* s, bool empty, bool re
   return relative ? error / fmaxf(value, kRecallEps<float>) : error;
 }
 
-// Computes the scores of up to a tile of pairs, whose slots are in shared memory. By the whole
+// Computes the scores of up to a tile of pairs, whose entries are in shared memory. By the whole
 // block.
 template <typename T, bool INT8>
-LOLA_DEVICE void score_tile(const Params& p, const Candidates<T, INT8>& c, const int* slots,
+LOLA_DEVICE void score_tile(const Params& p, const Candidates<T, INT8>& c, const int* entries,
                             int count, bool empty, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, states = p.states_per_set();
   const int ld = whole_vectors(p.head_dim()), phi_ld = whole_vectors(2 * p.feature_dim());
-  const int slot = slots[warp < count ? warp : 0];
+  const int entry = entries[warp < count ? warp : 0];
   if (warp < kTile) {  // the rest of a tile repeats its first pair
-    const int i = slot == kNewcomer ? c.cached : slot;
+    const int i = entry == kIncoming ? c.cached : entry;
     load_row(x.k + warp * ld, c.k(i, lane), p.head_dim(), true, lane);
     load_row(x.v + warp * ld, c.v(i, lane), p.head_dim(), true, lane);
   }
@@ -193,14 +194,14 @@ LOLA_DEVICE void score_tile(const Params& p, const Candidates<T, INT8>& c, const
     if (warp < count) {
       total += set_bound(p, p.s(c.page, state), empty, states > 1, x.phi + warp * phi_ld,
                          x.recalled + warp * ld, x.v + warp * ld,
-                         bounds_of(p, c.page, c.set, j, slot, x), lane);
+                         bounds_of(p, c.page, c.set, j, entry, x), lane);
     }
     __syncthreads();  // before phi is taken for the next head
   }
   if (warp < count && lane == 0) {
-    float* const score = slot == kNewcomer ? x.newcomer : x.scores + slot;
-    if (p.weighed()) {
-      total *= slot == kNewcomer ? *x.newcomer_saliency : p.saliency(c.page, c.set)[slot];
+    float* const score = entry == kIncoming ? x.incoming : x.scores + entry;
+    if (p.weighted()) {
+      total *= entry == kIncoming ? *x.incoming_importance : p.score_weights(c.page, c.set)[entry];
     }
     *score = total == total ? total : -kMinusInf;  // NaN counts as the largest
   }
@@ -217,15 +218,15 @@ LOLA_DEVICE void bound_scores(const Params& p, int64_t page, int set, const Shar
       const float low = at.rows[kLow * at.ld], value = at.rows[kValue * at.ld];
       total += states > 1 ? low / fmaxf(value, kRecallEps<float>) : low;
     }
-    if (p.weighed()) total *= p.saliency(page, set)[i];
+    if (p.weighted()) total *= p.score_weights(page, set)[i];
     x.scores[i] = total == total ? total : kMinusInf;
   }
 }
 
-// Fills the first tile, by one warp: the newcomer, and those that are likely the least of their
-// part of the slots.
+// Fills the first tile, by one warp: the incoming pair, and those that are likely the least of
+// their part of the entries.
 LOLA_DEVICE void first_tile(const Params& p, int likely, int lane, const Shared& x) {
-  if (lane == 0) x.tile[0] = kNewcomer;
+  if (lane == 0) x.tile[0] = kIncoming;
   for (int part = 0; part < likely; ++part) {
     float low = -kMinusInf;
     int at = part;
@@ -236,12 +237,12 @@ LOLA_DEVICE void first_tile(const Params& p, int likely, int lane, const Shared&
       }
     }
     const float least = reduce<Min>(low);
-    const int slot = reduce_max(low == least ? at : 0);
-    if (lane == 0) x.tile[1 + part] = slot;
+    const int entry = reduce_max(low == least ? at : 0);
+    if (lane == 0) x.tile[1 + part] = entry;
   }
 }
 
-// Lists the slots outside the first tile whose score may be `limit` or less, by one warp.
+// Lists the entries outside the first tile whose score may be `limit` or less, by one warp.
 LOLA_DEVICE void list_doubtful(const Params& p, float limit, int tile, int lane, const Shared& x) {
   int listed = 0;
   for (int first = 0; first < p.sparse_cache_size(); first += kWarp) {
@@ -256,36 +257,37 @@ LOLA_DEVICE void list_doubtful(const Params& p, float limit, int tile, int lane,
   if (lane == 0) *x.listed = listed;
 }
 
-// Finds the slot of the pair that loses, by one warp: kNewcomer, which as the youngest also loses a
-// tie, or of the least ones the youngest.
-LOLA_DEVICE void find_loser(const Params& p, const int32_t* positions, int lane, const Shared& x) {
+// Finds the entry of the pair that is folded, by one warp: kIncoming, also at a tie, as it is the
+// youngest, or of the least ones the youngest.
+LOLA_DEVICE void find_folded(const Params& p, const int32_t* positions, int lane, const Shared& x) {
   float least = -kMinusInf;
   for (int i = lane; i < p.sparse_cache_size(); i += kWarp) least = fminf(least, x.scores[i]);
   least = reduce<Min>(least);
-  int youngest = -1, slot = kNewcomer;
-  for (int i = lane; least < *x.newcomer && i < p.sparse_cache_size(); i += kWarp) {
+  int youngest = -1, entry = kIncoming;
+  for (int i = lane; least < *x.incoming && i < p.sparse_cache_size(); i += kWarp) {
     if (x.scores[i] == least && positions[i] > youngest) {
       youngest = positions[i];
-      slot = i;
+      entry = i;
     }
   }
   const int last = reduce_max(youngest);
-  if (youngest == last && (last >= 0 || lane == 0)) *x.loser = slot;
+  if (youngest == last && (last >= 0 || lane == 0)) *x.folded = entry;
 }
 
-// Puts the newcomer into a slot.
+// Puts the incoming pair into an entry.
 template <typename T, bool INT8>
-LOLA_DEVICE void enter(const Params& p, const Candidates<T, INT8>& c, int slot, const Shared& x) {
-  c.put(c.cached, slot, threadIdx.x, kThreads);
+LOLA_DEVICE void enter(const Params& p, const Candidates<T, INT8>& c, int entry, const Shared& x) {
+  c.put(c.cached, entry, threadIdx.x, kThreads);
   for (int i = threadIdx.x; i < p.states_per_set() * p.head_dim(); i += kThreads) {
-    bounds_of(p, c.page, c.set, i / p.head_dim(), slot, x).direction[i % p.head_dim()] =
+    bounds_of(p, c.page, c.set, i / p.head_dim(), entry, x).direction[i % p.head_dim()] =
         x.directions[i];
   }
   for (int i = threadIdx.x; i < p.states_per_set() * kBounds; i += kThreads) {
-    const PairBounds to = bounds_of(p, c.page, c.set, i / kBounds, slot, x);
-    to.rows[i % kBounds * to.ld] = x.newcomer_rows[i];
+    const PairBounds to = bounds_of(p, c.page, c.set, i / kBounds, entry, x);
+    to.rows[i % kBounds * to.ld] = x.incoming_rows[i];
   }
-  if (threadIdx.x == 0 && p.weighed()) p.saliency(c.page, c.set)[slot] = *x.newcomer_saliency;
+  if (threadIdx.x == 0 && p.weighted())
+    p.score_weights(c.page, c.set)[entry] = *x.incoming_importance;
 }
 
 // H += phi v^T and s += phi for the first pair of the tile, in update number `update`.
@@ -345,21 +347,21 @@ LOLA_DEVICE void lower_bounds(const Params& p, int64_t page, int state, const Sh
 
 // Grid: rows x sets.
 template <typename T, bool INT8>
-__global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, 2) update_per_token_kernel(const Params p) {
   LOLA_SHARED(memory);
   const int64_t row = blockIdx.x / p.num_sparse_heads();
   if (!p.live(row) || !p.layout.update_due(p.seq_lens[row])) return;
   const int64_t n = p.seq_lens[row];
-  const Candidates<T, INT8> c(p, p.slots[row], static_cast<int>(blockIdx.x % p.num_sparse_heads()),
-                              n);
+  const Candidates<T, INT8> c(p, p.state_indices[row],
+                              static_cast<int>(blockIdx.x % p.num_sparse_heads()), n);
   const Shared x(p, memory);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const bool empty = !p.any_folded(n - 1), folds = c.cached == p.sparse_cache_size();
 
-  if (warp == kWarps - 1 && p.weighed()) {
-    const float w = pair_saliency(p, c.kv, c.k(c.cached, lane), c.v(c.cached, lane), lane);
-    if (lane == 0) *x.newcomer_saliency = w;
+  if (warp == kWarps - 1 && p.weighted()) {
+    const float w = pair_importance(p, c.kv, c.k(c.cached, lane), c.v(c.cached, lane), lane);
+    if (lane == 0) *x.incoming_importance = w;
   }
   if (folds) bound_scores(p, c.page, c.set, x);
   __syncthreads();
@@ -369,9 +371,9 @@ __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p
   __syncthreads();
   score_tile(p, c, x.tile, 1 + likely, empty, x);
 
-  int slot = c.cached;  // where the newcomer goes
+  int entry = c.cached;  // where the incoming pair goes
   if (folds) {
-    float limit = *x.newcomer;
+    float limit = *x.incoming;
     for (int r = 1; r <= likely; ++r) limit = fminf(limit, x.scores[x.tile[r]]);
     if (warp == 0) list_doubtful(p, limit, 1 + likely, lane, x);
     __syncthreads();
@@ -379,17 +381,17 @@ __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p
       const int left = *x.listed - first;
       score_tile(p, c, x.list + first, left < kTile ? left : kTile, empty, x);
     }
-    if (warp == 0) find_loser(p, p.positions(c.page, c.set), lane, x);
+    if (warp == 0) find_folded(p, p.positions(c.page, c.set), lane, x);
     __syncthreads();
-    slot = *x.loser;
-    if (warp == 0) {  // what will be folded, before the newcomer takes its place
-      const int i = slot == kNewcomer ? c.cached : slot;
+    entry = *x.folded;
+    if (warp == 0) {  // what will be folded, before the incoming pair takes its place
+      const int i = entry == kIncoming ? c.cached : entry;
       load_row(x.k, c.k(i, lane), p.head_dim(), true, lane);
       load_row(x.v, c.v(i, lane), p.head_dim(), true, lane);
     }
     __syncthreads();
   }
-  if (slot != kNewcomer) enter(p, c, slot, x);
+  if (entry != kIncoming) enter(p, c, entry, x);
   __syncthreads();
   for (int j = 0; folds && j < p.states_per_set(); ++j) {
     const int state = c.set * p.states_per_set() + j;
@@ -403,16 +405,17 @@ __global__ void __launch_bounds__(kThreads, 2) incremental_kernel(const Params p
 }  // namespace
 
 template <typename T>
-void launch_incremental(const Params& p, cudaStream_t stream) {
-  launch("decode: update",
-         p.layout.int8_pairs() ? incremental_kernel<T, true> : incremental_kernel<T, false>,
-         dim3(static_cast<unsigned>(p.num_rows * p.num_sparse_heads())), kThreads, shared_bytes(p),
-         stream, p);
+void launch_update_per_token(const Params& p, cudaStream_t stream) {
+  launch(
+      "decode: update",
+      p.layout.int8_pairs() ? update_per_token_kernel<T, true> : update_per_token_kernel<T, false>,
+      dim3(static_cast<unsigned>(p.num_rows * p.num_sparse_heads())), kThreads, shared_bytes(p),
+      stream, p);
 }
 
-template void launch_incremental<Bf16>(const Params&, cudaStream_t);
-template void launch_incremental<F16>(const Params&, cudaStream_t);
-template void launch_incremental<float>(const Params&, cudaStream_t);
+template void launch_update_per_token<Bf16>(const Params&, cudaStream_t);
+template void launch_update_per_token<F16>(const Params&, cudaStream_t);
+template void launch_update_per_token<float>(const Params&, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace lola

@@ -1,7 +1,7 @@
 """Ops for layers whose KV heads have a page each: one call of a back end's op for each head.
 
 KV heads do not see each other, so a layer is what its heads are. The C++ ops on a CPU take all
-heads in one call instead (`native.py`).
+heads in one call instead (`cpp.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lola_vllm.ops.contract import HeadStates, LayerState, Op, State
 B = TypeVar("B")
 
 
-def by_head(op: Op[LayerState, B]) -> Op[State, B]:
+def per_kv_head(op: Op[LayerState, B]) -> Op[State, B]:
     """An op of layers with one page for any layer."""
 
     @functools.wraps(op)

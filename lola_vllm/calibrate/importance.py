@@ -1,15 +1,15 @@
-"""Saliency: what a pair's score is multiplied by, so that the cache holds what will be read.
+"""Importance: what a pair's score is multiplied by, so that the cache holds what will be read.
 
 The self-recall error says what the hidden state cannot recall. It does not say what will be asked
-for. Saliency is the exponential of a linear function, per KV head, of the lengths of the key's
+for. Importance is the exponential of a linear function, per KV head, of the lengths of the key's
 rotary pairs, which do not depend on the position, and of the value (`docs/algorithm.md`,
 section 6).
 
-Its weights are fitted to what the cache is for. Prompts are read with softmax attention, and each
-token is worth the largest attention that it gets from far behind. The fit makes the worth of the
-pairs that a cache of the head's size would keep as large as it can: those whose error times
-saliency is largest. "Would keep" is softened to a sigmoid of the distance from the last one kept,
-so that it has a gradient.
+Its weights are fitted to what the cache is for. Prompts are read with softmax attention, which says
+how much attention each token gets from far behind: its long-range attention. The fit makes the
+long-range attention to the pairs that a cache of the head's size would keep as large as it can:
+those whose error times importance is largest. "Would keep" is softened to a sigmoid of the distance
+from the last one kept, so that it has a gradient.
 """
 
 from __future__ import annotations
@@ -38,27 +38,28 @@ JUDGED_ONE_IN = 5
 # Of the fit: steps per prompt, size of the first step, penalty on standardized weights, share of
 # what plain text reads beside facts, and width of the sigmoid in logarithms of scores.
 EPOCHS, RATE, PENALTY, PLAIN, WIDTH = 6, 0.01, 0.15, 0.5, 0.3
-# Sizes in turn: smaller caches stand for longer texts.
+# Sizes, interleaved: smaller caches stand for longer texts.
 SHARES = (1.0, 0.6, 0.35)
-_LEAST_WORTH = 0.05  # of a prompt to a head; below it a step would be of noise
+_LEAST_TOTAL = 0.05  # of a prompt in a head; below it a step would be of noise
 
 
-class Read(NamedTuple):
-    """What a layer read in a prompt.
+class PromptReads(NamedTuple):
+    """What a layer attends to from far behind in a prompt.
 
     Attributes:
-        features: `[Hkv, n, d // 2 + d]` float16. log_errors, worth: `[Hkv, n]` float32.
-        of_facts: whether only facts that are asked for are worth anything.
+        features: `[Hkv, n, d // 2 + d]` float16. log_errors: `[Hkv, n]` float32.
+        attention: `[Hkv, n]` float32, the largest long-range attention that each token gets.
+        of_facts: whether only attention to facts that are asked for counts.
     """
 
     features: Tensor
     log_errors: Tensor
-    worth: Tensor
+    attention: Tensor
     of_facts: bool
 
 
 def features(k: Tensor, v: Tensor) -> Tensor:
-    """What saliency is linear in: `[..., d]` each -> `[..., d // 2 + d]`."""
+    """What importance is linear in: `[..., d]` each -> `[..., d // 2 + d]`."""
     half = k.shape[-1] // 2
     return torch.cat([torch.hypot(k[..., :half], k[..., half : 2 * half]), v], dim=-1)
 
@@ -98,8 +99,8 @@ def errors_of_others(k: Tensor, v: Tensor, feature_map_k: Tensor) -> Tensor:
     return errors.unflatten(0, (-1, group)).mean(1)
 
 
-class Asked:
-    """Notes of what prompts read from afar.
+class LongRangeAttention:
+    """Records the long-range attention of prompts.
 
     Args:
         prompts: in the order in which they are read. maps: by layer, `[Hs, d, F]`.
@@ -109,49 +110,51 @@ class Asked:
     """
 
     def __init__(self, prompts: Iterable[Prompt], maps: Sequence[Tensor]) -> None:
-        self.reads: list[list[Read]] = [[] for _ in maps]
+        self.reads: list[list[PromptReads]] = [[] for _ in maps]
         self._prompts, self._maps = iter(prompts), maps
         self._asked: list[bool] | None = None
         self._queries = torch.zeros(0, dtype=torch.long)
 
     def begin(self, ids: Sequence[int]) -> Tensor:
-        """See `Notes`."""
+        """See `AttentionRecorder`."""
         self._asked, T = next(self._prompts).asked, len(ids)
         last = range(max(0, T - LAST_QUERIES), T)
         self._queries = torch.tensor(sorted({*range(0, T, ONE_IN), *last}))
         return self._queries
 
     def add(self, layer: int, k: Tensor, v: Tensor, weights: Tensor) -> None:
-        """See `Notes`."""
-        worth = far_attention(weights, self._queries, len(k))
-        worth = worth.where(worth > LEAST_ATTENTION, 0)
+        """See `AttentionRecorder`."""
+        attention = far_attention(weights, self._queries, len(k))
+        attention = attention.where(attention > LEAST_ATTENTION, 0)
         if self._asked is not None:
-            worth = worth * torch.tensor(self._asked)
+            attention = attention * torch.tensor(self._asked)
         kept = slice(SKIPPED_TOKENS, max(SKIPPED_TOKENS, k.shape[1] - LAST_TOKENS))
         errors = errors_of_others(k, v, self._maps[layer])
         self.reads[layer].append(
-            Read(
+            PromptReads(
                 features(k, v)[:, kept].half(),
                 errors.clamp(min=RECALL_EPS).log()[:, kept],
-                worth[:, kept],
+                attention[:, kept],
                 self._asked is not None,
             )
         )
 
 
-def parted(reads: Sequence[Read]) -> tuple[list[Read], list[Read]]:
+def parted(reads: Sequence[PromptReads]) -> tuple[list[PromptReads], list[PromptReads]]:
     """Those to fit to, and those to judge by."""
     judged = reads[JUDGED_ONE_IN - 1 :: JUDGED_ONE_IN]
     return [r for i, r in enumerate(reads, 1) if i % JUDGED_ONE_IN], list(judged)
 
 
-def fit(reads: Sequence[Read], sizes: Sequence[int], seed: int = 0, epochs: int = EPOCHS) -> Tensor:
-    """A layer's saliency tensor, `[Hkv, d // 2 + d + 1]` float32.
+def fit(
+    reads: Sequence[PromptReads], sizes: Sequence[int], seed: int = 0, epochs: int = EPOCHS
+) -> Tensor:
+    """A layer's importance tensor, `[Hkv, d // 2 + d + 1]` float32.
 
     Args:
         reads: to fit to. sizes: pairs of each KV head. epochs: steps per prompt.
 
-    The last column makes the mean of the log of saliency zero.
+    The last column makes the mean of the log of importance zero.
     """
     total = sum(r.features.shape[1] for r in reads)
     mean = torch.stack([r.features.float().sum(1) for r in reads]).sum(0) / total
@@ -163,15 +166,15 @@ def fit(reads: Sequence[Read], sizes: Sequence[int], seed: int = 0, epochs: int 
     pairs = torch.tensor(list(sizes))
     for step in range(steps):
         if step % len(reads) == 0:
-            turns = torch.randperm(len(reads), generator=order).tolist()
-        read = reads[turns[step % len(reads)]]
+            shuffled = torch.randperm(len(reads), generator=order).tolist()
+        read = reads[shuffled[step % len(reads)]]
         adam.param_groups[0]["lr"] = RATE * (1 - step / steps)
         x = (read.features.float() - mean[:, None]) / scale[:, None]
         score = read.log_errors + torch.einsum("hnf,hf->hn", x, slopes)
         kept = (pairs * SHARES[step % len(SHARES)]).long()
         soft = torch.sigmoid((score - _last_kept(score.detach(), kept)) / WIDTH)
-        worth = read.worth.sum(-1)
-        held = (read.worth * soft).sum(-1) / worth.clamp(min=_LEAST_WORTH)
+        available = read.attention.sum(-1)
+        held = (read.attention * soft).sum(-1) / available.clamp(min=_LEAST_TOTAL)
         chosen = (kept > 0) & (kept < score.shape[1])  # else there is nothing to choose
         share = 1.0 if read.of_facts else PLAIN
         loss = PENALTY * slopes.square().sum() - share * (held * chosen).sum()
@@ -182,14 +185,16 @@ def fit(reads: Sequence[Read], sizes: Sequence[int], seed: int = 0, epochs: int 
     return torch.cat([weights, -(weights * mean).sum(-1, keepdim=True)], dim=-1)
 
 
-def held(reads: Iterable[Read], sizes: Sequence[int], weights: Tensor | None) -> tuple[Tensor, ...]:
-    """What caches would hold of what is read from afar.
+def held(
+    reads: Iterable[PromptReads], sizes: Sequence[int], weights: Tensor | None
+) -> tuple[Tensor, ...]:
+    """How much long-range attention caches would hold.
 
     Args:
-        weights: a saliency tensor; None: the error alone chooses.
+        weights: an importance tensor; None: the error alone chooses.
 
     Returns:
-        `[Hkv]` each: the worth that is held, and all of it.
+        `[Hkv]` each: the attention to pairs that are held, and all of it.
     """
     found = torch.zeros(2, len(sizes))
     pairs = torch.tensor(list(sizes))
@@ -197,16 +202,16 @@ def held(reads: Iterable[Read], sizes: Sequence[int], weights: Tensor | None) ->
         chosen = scores(read, weights)
         kept = chosen >= _last_kept(chosen, pairs)
         kept &= (pairs > 0)[:, None]
-        found[0] += (read.worth * kept).sum(-1)
-        found[1] += read.worth.sum(-1)
+        found[0] += (read.attention * kept).sum(-1)
+        found[1] += read.attention.sum(-1)
     return tuple(found)
 
 
-def scores(read: Read, weights: Tensor | None) -> Tensor:
+def scores(read: PromptReads, weights: Tensor | None) -> Tensor:
     """The log of each pair's score `[Hkv, n]`, but for a constant of each head.
 
     Args:
-        weights: a saliency tensor; None: of the error alone.
+        weights: an importance tensor; None: of the error alone.
     """
     if weights is None:
         return read.log_errors

@@ -3,10 +3,11 @@
 One pair is evicted and at most one folded, so only the least score matters. A page keeps a lower
 bound on the recall error of each sparse pair, which every fold lowers (Lemma 1,
 `docs/algorithm.md`). A score is computed only where the bound does not rule the pair out (Lemma 3).
-Where the model has a saliency, the bound is multiplied by it as the score is.
+Where the model has an importance, the bound is multiplied by it as the score is.
 
-- `bounded_score_kernel` takes the place of `update.score_kernel`: one program per row and set.
-- `track_fold`, within `update.fold_kernel`, stores the newcomer's bounds and lowers all others.
+- `per_token_score_kernel` takes the place of `update.score_kernel`: one program per row and set.
+- `track_fold`, within `update.fold_kernel`, stores the incoming pair's bounds and lowers all
+  others.
 
 The rows of `bounds` are `BOUND_ROWS` in `lola_vllm/state.py`.
 """
@@ -21,7 +22,7 @@ import triton.language as tl
 from lola_vllm.kernels.candidates import (
     COUNT_ARGS,
     INDEX_ARGS,
-    candidate_saliency,
+    candidate_importance,
     due_rows,
     gather,
     gather_pairs,
@@ -30,12 +31,12 @@ from lola_vllm.kernels.candidates import (
 )
 from lola_vllm.kernels.common import (
     RECALL_EPS,
+    entries_of,
     first_key_map,
     h_of,
     map_of,
     pairs_of,
     s_of,
-    slots_of,
     window_start,
 )
 from lola_vllm.ops import constants
@@ -71,24 +72,24 @@ def store_bounds(at, ld: tl.constexpr, low, total, value, features, along, scale
 
 @triton.jit
 def score_pairs(
-    which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, saliency_at, pairs_at, bounds_at,
+    which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, score_weights_at, pairs_at, bounds_at,
     directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features, SHAPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores `[len(which)]` of candidates; sets the bounds on them (Lemma 1).
 
     Pointers `*_at` are the page's, and `first_map` says where its maps begin. `fresh_at` is the
-    row's part of the scratch, which takes the bounds of the newcomer, as that has no slot yet.
-    num_features: as in `read_state`.
+    row's part of the scratch, which takes the bounds of the incoming pair, as that has no entry
+    yet. num_features: as in `read_state`.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
     pairs = ok[:, None] & (cols < D)[None, :]
     k, v = gather_pairs(pairs_at, which, ok, start, sparse_head, kv_head, cols, SHAPE)
-    if SHAPE.HAS_SALIENCY:  # before the loop, for fewer registers in it
-        weight = candidate_saliency(
-            ws_ptr, saliency_at, k, v, pairs_at[4], which, ok, start, sparse_head, kv_head, cols,
-            SHAPE,
+    if SHAPE.HAS_SCORE_WEIGHTS:  # before the loop, for fewer registers in it
+        weight = candidate_importance(
+            ws_ptr, score_weights_at, k, v, pairs_at[4], which, ok, start, sparse_head, kv_head,
+            cols, SHAPE,
         )  # fmt: skip
     value = tl.sqrt_rn(tl.sum(v * v, 1))
     cached, new = ok & (which < LAM), ok & (which == LAM)
@@ -114,7 +115,7 @@ def score_pairs(
         low = tl.sum(u * error, 1) * scale - (size + value) * BOUND_SLACK
         along = tl.sum(u * v, 1) * scale
 
-        at = slots_of(bounds_at, head * NUM_BOUNDS, SHAPE) + which
+        at = entries_of(bounds_at, head * NUM_BOUNDS, SHAPE) + which
         store_bounds(at, LAM, low, z, value, features, along, scale, cached)
         at = pairs_of(directions_at, head, SHAPE) + which[:, None] * D + cols[None, :]
         tl.store(at, u.to(tl.int8), mask=cached[:, None] & pairs)
@@ -124,18 +125,18 @@ def score_pairs(
 
         least = tl.where(value < RECALL_EPS, RECALL_EPS, value)
         total += size if SHAPE.STATES_PER_SET == 1 else tl.div_rn(size, least)
-    if SHAPE.HAS_SALIENCY:
+    if SHAPE.HAS_SCORE_WEIGHTS:
         total *= weight
     return tl.where(total != total, float("inf"), total)  # a NaN ranks first, as when sorted
 
 
 @triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
-def bounded_score_kernel(
+def per_token_score_kernel(
     wk_ptr,
     ws_ptr,
     h_ptr,
     s_ptr,
-    saliency_ptr,
+    score_weights_ptr,
     sparse_k_ptr,
     sparse_v_ptr,
     k_scale_ptr,
@@ -144,12 +145,12 @@ def bounded_score_kernel(
     exact_v_ptr,
     bounds_ptr,
     directions_ptr,
-    slots_ptr,
+    state_indices_ptr,
     n_ptr,
     scores_ptr,
     doubtful_ptr,
     fresh_ptr,
-    slots_stride,
+    state_indices_stride,
     n_stride,
     state_page,
     kv_page,
@@ -166,8 +167,9 @@ def bounded_score_kernel(
 ):
     """Scores `[num_rows, Hg, lam + 1]`, float32, of the rows whose cache overflows now. Any grid.
 
-    Exact where they may be the least, else infinite. Scratch: doubtful `[num_rows, Hg, lam]`, slots
-    to look at; fresh `[num_rows, Hs, NUM_BOUNDS + d]`, bounds and direction of the newcomer.
+    Exact where they may be the least, else infinite. Scratch: doubtful `[num_rows, Hg, lam]`,
+    entries to look at; fresh `[num_rows, Hs, NUM_BOUNDS + d]`, bounds and direction of the incoming
+    pair.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     F: tl.constexpr = SHAPE.FEATURE_DIM
@@ -180,14 +182,16 @@ def bounded_score_kernel(
     end = first_row + num_rows
     for base in range(first_row, end, BLOCK_R):
         rows = base + tl.arange(0, BLOCK_R)
-        due = due_rows(slots_ptr, n_ptr, slots_stride, n_stride, rows, end, LAM, SHAPE)
+        due = due_rows(
+            state_indices_ptr, n_ptr, state_indices_stride, n_stride, rows, end, LAM, SHAPE
+        )
         rank = tl.cumsum(due.to(tl.int32), 0)
         items = tl.sum(due.to(tl.int32), 0) * SHAPE.NUM_SPARSE_HEADS
         for item in range(tl.program_id(0), items, tl.num_programs(0)):
             row = nth_row(due, rank, rows, item // SHAPE.NUM_SPARSE_HEADS).to(tl.int64)
             sparse_head = item % SHAPE.NUM_SPARSE_HEADS
             kv_head = sparse_head // (SHAPE.NUM_SPARSE_HEADS // SHAPE.NUM_KV_HEADS)
-            page = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
+            page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
             start, first_map = window_start(n - C, SHAPE), first_key_map(n, SHAPE)
             # Before the first fold H and s are leftovers, and count as zero.
@@ -208,28 +212,29 @@ def bounded_score_kernel(
             bound = tl.zeros([BLOCK_LAM], tl.float32)
             for i in range(SHAPE.STATES_PER_SET):
                 head = sparse_head * SHAPE.STATES_PER_SET + i
-                at = slots_of(bounds_at, head * NUM_BOUNDS, SHAPE) + e
+                at = entries_of(bounds_at, head * NUM_BOUNDS, SHAPE) + e
                 low = tl.load(at + LOW * LAM, mask=e < LAM, other=float("inf"))
                 if SHAPE.STATES_PER_SET > 1:
                     value = tl.load(at + VALUE * LAM, mask=e < LAM, other=1.0)
                     low = low / tl.where(value < RECALL_EPS, RECALL_EPS, value)
                 bound += low
-            if SHAPE.HAS_SALIENCY:
-                saliency_at = saliency_ptr + page * words_page
-                at = slots_of(saliency_at, sparse_head, SHAPE) + e
+            if SHAPE.HAS_SCORE_WEIGHTS:
+                score_weights_at = score_weights_ptr + page * words_page
+                at = entries_of(score_weights_at, sparse_head, SHAPE) + e
                 bound *= tl.load(at, mask=e < LAM, other=1.0)
             else:
-                saliency_at = saliency_ptr  # not read
+                score_weights_at = score_weights_ptr  # not read
             bound = tl.where(bound != bound, float("-inf"), bound)  # nothing is known
 
-            # First the newcomer, and those that are likely the least of their part of the slots.
+            # First the incoming pair, and those that are likely the least of their part of the
+            # entries.
             likely = tl.argmin(tl.reshape(bound, [PARTS, BLOCK_T]), 0) * BLOCK_T + part
             which = tl.where(part == 0, LAM, likely)
             ok = which <= tl.where(part == 0, LAM, LAM - 1)
             score = score_pairs(
-                which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, saliency_at, pairs_at, bounds_at,
-                directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features, SHAPE,
-                PRECISION,
+                which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, score_weights_at, pairs_at,
+                bounds_at, directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features,
+                SHAPE, PRECISION,
             )  # fmt: skip
             limit = tl.min(tl.where(ok, score, float("inf")), 0)
             place = tl.arange(0, PARTS)[:, None] * BLOCK_T + part[None, :]
@@ -245,7 +250,7 @@ def bounded_score_kernel(
                 ok = first + part < num_doubtful
                 which = tl.load(doubtful_at + first + part, mask=ok, other=0)
                 score = score_pairs(
-                    which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, saliency_at, pairs_at,
+                    which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, score_weights_at, pairs_at,
                     bounds_at, directions_at, fresh_at, start, sparse_head, kv_head, cols,
                     num_features, SHAPE, PRECISION,
                 )  # fmt: skip
@@ -257,42 +262,44 @@ def track_fold(
     bounds_at, directions_at, fresh_at, pairs_at, folded_at, free_at, num_folded, num_new, start,
     sparse_head, kv_head, cols, SHAPE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Carries bounds and directions over an update, before slots are replaced.
+    """Carries bounds and directions over an update, before entries are replaced.
 
-    The newcomer's are stored if it takes a slot; the fold lowers all bounds (Lemma 1). Pointers are
-    the page's and the row's; `folded_at` and `free_at` as in `fold_kernel`.
+    The incoming pair's are stored if it takes an entry; the fold lowers all bounds (Lemma 1).
+    Pointers are the page's and the row's; `folded_at` and `free_at` as in `fold_kernel`.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
-    loser = tl.load(folded_at, mask=num_folded > 0, other=LAM)
-    slot = tl.load(free_at, mask=num_new > 0, other=0)
+    folded = tl.load(folded_at, mask=num_folded > 0, other=LAM)
+    entry = tl.load(free_at, mask=num_new > 0, other=0)
     one = tl.zeros([1], tl.int32)
     v = gather(
-        pairs_at[1], pairs_at[3], pairs_at[5], one + loser, one == 0, start, sparse_head, kv_head,
+        pairs_at[1], pairs_at[3], pairs_at[5], one + folded, one == 0, start, sparse_head, kv_head,
         cols, SHAPE,
     ).to(tl.float32)  # fmt: skip
     number, pair = tl.arange(0, 8), tl.arange(0, BLOCK_P)
     overflow, enters = num_folded > 0, num_new > 0
     for i in range(SHAPE.STATES_PER_SET):
         head = sparse_head * SHAPE.STATES_PER_SET + i
-        rows_at = slots_of(bounds_at, head * NUM_BOUNDS, SHAPE)
+        rows_at = entries_of(bounds_at, head * NUM_BOUNDS, SHAPE)
         head_at = pairs_of(directions_at, head, SHAPE)
         known_at = fresh_at + i * (NUM_BOUNDS + D)
-        length = tl.load(rows_at + FEATURES * LAM + loser, mask=loser < LAM, other=0.0)
-        length += tl.load(known_at + FEATURES, mask=loser == tl.where(overflow, LAM, -1), other=0.0)
-        tl.debug_barrier()  # read by all threads: the newcomer may take its place
+        length = tl.load(rows_at + FEATURES * LAM + folded, mask=folded < LAM, other=0.0)
+        length += tl.load(
+            known_at + FEATURES, mask=folded == tl.where(overflow, LAM, -1), other=0.0
+        )
+        tl.debug_barrier()  # read by all threads: the incoming pair may take its place
         # A cache with room is filled unscored: nothing is known of what enters it.
         known = tl.load(
             known_at + number, mask=number < tl.where(overflow, NUM_BOUNDS, 0),
             other=tl.where(number == LOW, float("-inf"), 0.0),
         )  # fmt: skip
         tl.store(
-            rows_at + number * LAM + slot, known, mask=number < tl.where(enters, NUM_BOUNDS, 0)
+            rows_at + number * LAM + entry, known, mask=number < tl.where(enters, NUM_BOUNDS, 0)
         )
         new_u = tl.load(
             known_at + NUM_BOUNDS + cols, mask=cols < tl.where(overflow, D, 0), other=0.0
         )
-        tl.store(head_at + slot * D + cols, new_u.to(tl.int8), mask=cols < tl.where(enters, D, 0))
+        tl.store(head_at + entry * D + cols, new_u.to(tl.int8), mask=cols < tl.where(enters, D, 0))
         tl.debug_barrier()
         for first in tl.range(0, tl.where(overflow, LAM, 0), BLOCK_P, num_stages=1):
             at = first + pair

@@ -10,9 +10,9 @@
 #include "cpu/candidates.h"
 #include "cpu/dithered_sum.h"
 #include "cpu/drift_bounds.h"
+#include "cpu/importance.h"
 #include "cpu/prefetch.h"
 #include "cpu/recall.h"
-#include "cpu/saliency.h"
 #include "cpu/workspace.h"
 
 LOLA_BEGIN_TARGET();
@@ -24,29 +24,29 @@ constexpr int64_t kRescoreBlock = 96;  // pairs scored at once: whole tiles, phi
 
 // What the bounded updates of a sparse set need. They keep nothing: the page holds the bounds.
 template <typename T>
-struct BoundedUpdate {
+struct PerTokenUpdate {
   RecallWorkspace<T> recall;
   T* scores;           // [set]
   T* sums;             // [kRescoreBlock]
   T* dither;           // [2F padded]: of the rows of H
-  T* newcomer;         // [states, kBounds]: bounds of the evicted pair,
+  T* incoming;         // [states, kBounds]: bounds of the evicted pair,
   int8_t* directions;  // [states, d]: and its directions
   int32_t* order;      // [set]
 
-  BoundedUpdate() = default;
-  BoundedUpdate(const PageLayout& layout, Workspace& memory)
+  PerTokenUpdate() = default;
+  PerTokenUpdate(const PageLayout& layout, Workspace& memory)
       : recall(layout, kRescoreBlock, memory) {
     const int64_t states = layout.states_per_set();
     scores = memory.take<T>(layout.sparse_cache_size);
     sums = memory.take<T>(kRescoreBlock);
     dither = memory.take<T>(round_up<T>(2 * layout.feature_dim));
-    newcomer = memory.take<T>(kBounds * states);
+    incoming = memory.take<T>(kBounds * states);
     directions = memory.take<int8_t>(layout.head_dim * states);
     order = memory.take<int32_t>(layout.sparse_cache_size);
   }
 
-  ErrorBounds<T> newcomer_bounds(int64_t j, int64_t d) const {
-    return {newcomer + kBounds * j, 1, directions + d * j};
+  ErrorBounds<T> incoming_bounds(int64_t j, int64_t d) const {
+    return {incoming + kBounds * j, 1, directions + d * j};
   }
 };
 
@@ -55,7 +55,7 @@ struct BoundedUpdate {
 // `to`.
 template <typename T>
 void measure(const Call& call, const Candidates& c, int64_t state_head, int64_t count,
-             const ErrorBounds<T>& to, const int32_t* at, BoundedUpdate<T>& x) {
+             const ErrorBounds<T>& to, const int32_t* at, PerTokenUpdate<T>& x) {
   const int64_t d = c.layout.head_dim, dp = round_up<T>(d);
   const int64_t phi_stride = feature_stride<T>(c.layout);
   const RecallWorkspace<T>& y = x.recall;
@@ -83,7 +83,7 @@ void measure(const Call& call, const Candidates& c, int64_t state_head, int64_t 
 // Computes the listed scores of a set anew.
 template <typename T>
 void rescore(const Call& call, const Candidates& c, const int32_t* list, int64_t listed,
-             BoundedUpdate<T>& x) {
+             PerTokenUpdate<T>& x) {
   const int64_t states = c.layout.states_per_set(), d = c.layout.head_dim, dp = round_up<T>(d);
   for (int64_t first = 0; first < listed; first += kRescoreBlock, list += kRescoreBlock) {
     const int64_t left = listed - first, size = left < kRescoreBlock ? left : kRescoreBlock;
@@ -100,16 +100,16 @@ void rescore(const Call& call, const Candidates& c, const int32_t* list, int64_t
         x.scores[list[i]] = j == 0 ? score : x.scores[list[i]] + score;
       }
     }
-    if (c.layout.has_saliency) {
-      const T* const saliency = c.page.saliency<T>(c.set);
-      for (int64_t i = 0; i < size; ++i) x.scores[list[i]] *= saliency[list[i]];
+    if (c.layout.has_score_weights) {
+      const T* const importance = c.page.score_weights<T>(c.set);
+      for (int64_t i = 0; i < size; ++i) x.scores[list[i]] *= importance[list[i]];
     }
   }
 }
 
 // Lower bounds on the scores of a set's cached pairs, into x.scores.
 template <typename T>
-void bound_scores(const Candidates& c, BoundedUpdate<T>& x) {
+void bound_scores(const Candidates& c, PerTokenUpdate<T>& x) {
   const int64_t states = c.layout.states_per_set(), size = c.layout.sparse_cache_size;
   for (int64_t j = 0; j < states; ++j) {
     const ErrorBounds<T> b = c.page.bounds<T>(c.set * states + j);
@@ -124,12 +124,12 @@ void bound_scores(const Candidates& c, BoundedUpdate<T>& x) {
       x.scores[i] = j == 0 ? score : x.scores[i] + score;
     }
   }
-  if (c.layout.has_saliency) weigh(c.page.saliency<T>(c.set), size, x.scores);
+  if (c.layout.has_score_weights) weigh(c.page.score_weights<T>(c.set), size, x.scores);
 }
 
 // The least of x.scores; a NaN counts as the largest.
 template <typename T>
-T least_score(int64_t count, const BoundedUpdate<T>& x) {
+T least_score(int64_t count, const PerTokenUpdate<T>& x) {
   Vec<T> low = splat(static_cast<T>(__builtin_inff()));
   int64_t i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) low = min(load(x.scores + i), low);
@@ -141,7 +141,7 @@ T least_score(int64_t count, const BoundedUpdate<T>& x) {
 // Lists the indices of x.scores that are at most `limit` in x.order, ascending. Returns their
 // number.
 template <typename T>
-int64_t list_up_to(T limit, int64_t count, BoundedUpdate<T>& x) {
+int64_t list_up_to(T limit, int64_t count, PerTokenUpdate<T>& x) {
   int64_t listed = 0;
   for (int64_t first = 0; first < count; first += kLanes<T>) {
     const int64_t left = count - first, lanes = left < kLanes<T> ? left : kLanes<T>;
@@ -155,7 +155,7 @@ int64_t list_up_to(T limit, int64_t count, BoundedUpdate<T>& x) {
 
 // Makes x.scores, bounds so far, exact wherever they may be the least and below `limit`.
 template <typename T>
-void rescore_doubtful(const Call& call, const Candidates& c, T limit, BoundedUpdate<T>& x) {
+void rescore_doubtful(const Call& call, const Candidates& c, T limit, PerTokenUpdate<T>& x) {
   const int64_t size = c.layout.sparse_cache_size;
   const T low = least_score(size, x);
   if (!(low < limit)) return;
@@ -171,29 +171,29 @@ void rescore_doubtful(const Call& call, const Candidates& c, T limit, BoundedUpd
   rescore(call, c, x.order, listed, x);
 }
 
-// The slot of the pair that loses against a newcomer of this score, or -1: the newcomer, which as
-// the youngest also loses a tie.
+// The entry of the pair that is folded in place of an incoming pair of this score, or -1: the
+// incoming pair itself is folded, as it also is at a tie, being the youngest.
 template <typename T>
-int64_t loser_slot(const Call& call, const Candidates& c, T newcomer, BoundedUpdate<T>& x) {
+int64_t folded_entry(const Call& call, const Candidates& c, T incoming, PerTokenUpdate<T>& x) {
   const int64_t size = c.layout.sparse_cache_size;
   bound_scores(c, x);
-  rescore_doubtful(call, c, newcomer, x);
+  rescore_doubtful(call, c, incoming, x);
   const T low = least_score(size, x);
   const int32_t* const positions = c.page.positions(c.set);
-  if (!(low < newcomer)) return -1;
+  if (!(low < incoming)) return -1;
   const int64_t least = list_up_to(low, size, x);
-  int64_t loser = x.order[0];
+  int64_t folded = x.order[0];
   for (int64_t i = 1; i < least; ++i) {
-    if (positions[x.order[i]] > positions[loser]) loser = x.order[i];
+    if (positions[x.order[i]] > positions[folded]) folded = x.order[i];
   }
-  return loser;
+  return folded;
 }
 
 // H += phi v^T, s += phi for one pair, in update number `update`. Where they are empty, H and s
 // hold leftovers and are written instead.
 template <typename T>
 void fold_one(const Candidates& c, int64_t state_head, int64_t update, const T* phi, const T* v,
-              BoundedUpdate<T>& x, Prefetcher* prefetcher) {
+              PerTokenUpdate<T>& x, Prefetcher* prefetcher) {
   const int64_t d = c.layout.head_dim, dp = round_up<T>(d);
   const int64_t F2 = 2 * c.layout.feature_dim, phi_padded = round_up<T>(F2);
   T *const stored_H = c.page.H<T>(state_head), *const stored_s = c.page.s<T>(state_head);
@@ -229,24 +229,25 @@ void fold_one(const Candidates& c, int64_t state_head, int64_t update, const T* 
   copy_row(stored_s, s, F2);
 }
 
-// Puts the evicted pair with its bounds and its saliency, if there is one, into a slot.
+// Puts the evicted pair with its bounds and its importance, if there is one, into an entry.
 template <typename T>
-void put_newcomer(const Candidates& c, int64_t slot, T saliency, const BoundedUpdate<T>& x) {
+void put_incoming(const Candidates& c, int64_t entry, T importance, const PerTokenUpdate<T>& x) {
   const int64_t d = c.layout.head_dim;
-  c.put(c.cached, slot, x.recall.predicted);
-  c.page.positions(c.set)[slot] = static_cast<int32_t>(c.start);
-  if (c.layout.has_saliency) c.page.saliency<T>(c.set)[slot] = saliency;
+  c.put(c.cached, entry, x.recall.predicted);
+  c.page.positions(c.set)[entry] = static_cast<int32_t>(c.start);
+  if (c.layout.has_score_weights) c.page.score_weights<T>(c.set)[entry] = importance;
   for (int64_t j = 0; j < c.layout.states_per_set(); ++j) {
     const ErrorBounds<T> b = c.page.bounds<T>(c.set * c.layout.states_per_set() + j);
-    for (int64_t r = 0; r < kBounds; ++r) b.rows[r * b.stride + slot] = x.newcomer[kBounds * j + r];
-    copy_row(b.directions + slot * d, x.directions + d * j, d);
+    for (int64_t r = 0; r < kBounds; ++r)
+      b.rows[r * b.stride + entry] = x.incoming[kBounds * j + r];
+    copy_row(b.directions + entry * d, x.directions + d * j, d);
   }
 }
 
 // The update at one point.
 template <typename T>
-void update_bounded(const Call& call, const UpdatePoint& at, BoundedUpdate<T>& x,
-                    Prefetcher* prefetcher) {
+void update_per_token(const Call& call, const UpdatePoint& at, PerTokenUpdate<T>& x,
+                      Prefetcher* prefetcher) {
   const Candidates c(at);
   const int64_t states = c.layout.states_per_set(), d = c.layout.head_dim, dp = round_up<T>(d);
   const int64_t size = c.layout.sparse_cache_size;
@@ -254,25 +255,26 @@ void update_bounded(const Call& call, const UpdatePoint& at, BoundedUpdate<T>& x
   const RecallWorkspace<T>& y = x.recall;
   c.load_k(c.cached, y.k, d);
   c.load_v(c.cached, y.v, dp);
-  const T saliency = c.layout.has_saliency ? pair_saliency(call, c.kv_head, y.k, y.v) : T(1);
-  T newcomer = 0;
+  const T importance =
+      c.layout.has_score_weights ? pair_importance(call, c.kv_head, y.k, y.v) : T(1);
+  T incoming = 0;
   const int32_t only = 0;
   for (int64_t j = 0; j < states; ++j) {
-    const ErrorBounds<T> b = x.newcomer_bounds(j, d);
+    const ErrorBounds<T> b = x.incoming_bounds(j, d);
     measure<T>(call, c, c.set * states + j, 1, b, &only, x);
     const T score = score_of<T, T>(y.errors[0], *b.row(kValue), states > 1);
-    newcomer = j == 0 ? score : newcomer + score;
+    incoming = j == 0 ? score : incoming + score;
   }
-  newcomer *= saliency;
-  if (newcomer != newcomer) newcomer = static_cast<T>(__builtin_inff());  // NaN counts as infinite
+  incoming *= importance;
+  if (incoming != incoming) incoming = static_cast<T>(__builtin_inff());  // NaN counts as infinite
 
-  const int64_t loser = folds ? loser_slot(call, c, newcomer, x) : -1;
-  if (folds) {  // what will be folded, before the newcomer takes its place
-    c.load_k(loser < 0 ? c.cached : loser, y.k, d);
-    c.load_v(loser < 0 ? c.cached : loser, y.v, dp);
+  const int64_t folded = folds ? folded_entry(call, c, incoming, x) : -1;
+  if (folds) {  // what will be folded, before the incoming pair takes its place
+    c.load_k(folded < 0 ? c.cached : folded, y.k, d);
+    c.load_v(folded < 0 ? c.cached : folded, y.v, dp);
   }
-  const int64_t slot = folds ? loser : c.cached;  // where the newcomer goes, if anywhere
-  if (slot >= 0) put_newcomer(c, slot, saliency, x);
+  const int64_t entry = folds ? folded : c.cached;  // where the incoming pair goes, if anywhere
+  if (entry >= 0) put_incoming(c, entry, importance, x);
   for (int64_t j = 0; folds && j < states; ++j) {
     const int64_t state_head = c.set * states + j;
     map_keys(call, state_head, c.n, 1, y, y.phi);

@@ -1,4 +1,4 @@
-"""Memory of prompts beyond the trained length, where places differ from positions."""
+"""Memory of prompts beyond the trained length, where RoPE positions differ from positions."""
 
 import json
 
@@ -15,13 +15,13 @@ LENGTH, INTERVAL, SINKS = 256, 64, 2
 
 
 @pytest.fixture(scope="module")
-def rebasing(tmp_path_factory):
+def shifting(tmp_path_factory):
     """A server of a tiny model that was trained on 256 positions."""
-    directory = tmp_path_factory.mktemp("rebasing")
+    directory = tmp_path_factory.mktemp("shifting")
     model = make_speaking(directory / "tiny", max_position_embeddings=LENGTH)
     file = model / "config.json"
     config = json.loads(file.read_text())
-    config["lola_config"]["rebase_interval"] = INTERVAL
+    config["lola_config"]["context_shift"] = INTERVAL
     file.write_text(json.dumps(config))
     with serving(directory / "log.txt", serve_speaking(model, "tiny")) as running:
         yield running
@@ -32,32 +32,34 @@ def ask(server, n, **options):
     return server.client.post("/v1/lola/memory", json={"prompt": prompt, **options})
 
 
-@pytest.mark.parametrize(("n", "origin"), [(256, 0), (257, 64), (320, 64), (321, 128), (700, 448)])
-def test_places_are_told_once_they_differ(rebasing, n, origin):
-    answer = ask(rebasing, n).json()
-    assert answer["origin"] == origin
-    if origin == 0:
-        assert answer["places"] is None
+@pytest.mark.parametrize(
+    ("n", "shifted_by"), [(256, 0), (257, 64), (320, 64), (321, 128), (700, 448)]
+)
+def test_rope_positions_are_told_once_they_differ(shifting, n, shifted_by):
+    answer = ask(shifting, n).json()
+    assert answer["shifted_by"] == shifted_by
+    if shifted_by == 0:
+        assert answer["rope_positions"] is None
         return
-    assert answer["places"] == [
-        p if p < SINKS else p - origin if p >= origin else p % INTERVAL for p in range(n)
+    assert answer["rope_positions"] == [
+        p if p < SINKS else p - shifted_by if p >= shifted_by else p % INTERVAL for p in range(n)
     ]
-    assert max(answer["places"]) == answer["places"][-1] < LENGTH
+    assert max(answer["rope_positions"]) == answer["rope_positions"][-1] < LENGTH
 
 
-def test_history_goes_through_rebases_and_forgotten_stops_at_them(rebasing):
-    refused = ask(rebasing, 400, forgotten=True)
+def test_history_goes_through_context_shifts_and_forgotten_stops_at_them(shifting):
+    refused = ask(shifting, 400, forgotten=True)
     assert refused.status_code == 400
     message = refused.json()["error"]["message"]
     assert message.startswith("forgotten = true: the prompt has 400 tokens, ")
     assert "max_position_embeddings = 256 " in message
     assert message.endswith("leave forgotten out, or give a shorter prompt")
-    whole = ask(rebasing, 400, history=True).json()
+    whole = ask(shifting, 400, history=True).json()
     assert whole["history_interval"] == 16
     for read in (240, 272, 336, 400):
         (prompt,) = random_prompts([400], seed=8)
         body = {"prompt": prompt[:read]}
-        then = rebasing.client.post("/v1/lola/memory", json=body).json()
+        then = shifting.client.post("/v1/lola/memory", json=body).json()
         for layer, short in zip(whole["layers"], then["layers"], strict=True):
             for head, told in zip(layer["heads"], short["heads"], strict=True):
                 stays = zip(head["positions"], head["entered"], strict=True)
@@ -66,10 +68,10 @@ def test_history_goes_through_rebases_and_forgotten_stops_at_them(rebasing):
                 assert sorted(held) == told["positions"]
 
 
-def test_the_page_tells_of_places_and_of_what_it_cannot_show(rebasing):
+def test_the_page_tells_of_rope_positions_and_of_what_it_cannot_show(shifting):
     with chromium() as browser:
         page = Page(browser)
-        page.open(rebasing.url + ROUTE)
+        page.open(shifting.url + ROUTE)
         page.prompt("the hidden state of a page " * 40)
         browser.click("#run")
         browser.wait(lambda: "A part is left out. forgotten = true: " in browser.text("#status"))
@@ -79,14 +81,14 @@ def test_the_page_tells_of_places_and_of_what_it_cannot_show(rebasing):
         browser.wait(lambda: browser.run(
             "return !document.querySelector('[data-part=time-row]').hidden"
         ))  # fmt: skip
-        answer = rebasing.client.post(
+        answer = shifting.client.post(
             "/v1/lola/memory", json={"prompt": "the hidden state of a page " * 40}
         ).json()
-        assert answer["origin"] > 0
+        assert answer["shifted_by"] > 0
         assert len(page.tokens("held")) == answer["num_tokens"] and len(page.cells()) == 4
         last = answer["num_tokens"] - 1
         browser.hover(page.token(last))
-        assert f"its place is {answer['places'][last]}," in browser.text("#tip")
+        assert f"its RoPE position is {answer['rope_positions'][last]}," in browser.text("#tip")
         assert browser.run(
             "return document.querySelector('#colour option[value=forgotten]').disabled"
         )

@@ -16,7 +16,7 @@ from lola_vllm.ops.contract import DecodeBatch, PrefillBatch, State
 
 logger = logging.getLogger("vllm.lola")
 
-_NO_SALIENCY = torch.empty(0)  # in the place of weights that a layer does not have
+_NO_IMPORTANCE = torch.empty(0)  # in the place of weights that a layer does not have
 ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
@@ -52,7 +52,7 @@ def decode(state: State, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, ou
     """One new token per row, in one pass over the pages; see `contract.DecodeOp`.
 
     Raises:
-        RuntimeError: a wrong shape, dtype or slot; the message names the argument.
+        RuntimeError: a wrong shape, dtype or state index; the message names the argument.
     """
     torch.ops.lola.decode(*arguments(state, q, k, v, batch, out))
 
@@ -63,7 +63,7 @@ def prefill(
     """A segment of new tokens per row, chunk by chunk; see `contract.PrefillOp`.
 
     Raises:
-        RuntimeError: a wrong shape, dtype or slot; the message names the argument.
+        RuntimeError: a wrong shape, dtype or state index; the message names the argument.
     """
     torch.ops.lola.prefill(*arguments(state, q, k, v, batch, out))
 
@@ -80,5 +80,5 @@ def arguments(
     weights = state.weights
     assert weights.key_maps is not None
     maps = (weights.feature_map_q, weights.key_maps, weights.log_gate)
-    saliency = _NO_SALIENCY if weights.saliency is None else weights.saliency
-    return (state.pages, state.table, *maps, saliency, q, k, v, *batch, out)
+    importance = _NO_IMPORTANCE if weights.importance is None else weights.importance
+    return (state.pages, state.table, *maps, importance, q, k, v, *batch, out)

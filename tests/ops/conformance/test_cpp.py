@@ -11,19 +11,19 @@ from tests.support.problem import feed, make_problem, prefill
 ETA = 10
 
 
-@only("native")
+@only("cpp")
 def test_threads_change_no_bit(backend):
     """However prompts are shared out: fewer streams than threads, as many, more."""
     config = LolaConfig(window_size=16, sparse_cache_size=24, feature_dim=8, sink_size=2)
     problem = make_problem(230, config, group=3, d=32, dtype=torch.bfloat16)
-    slots = torch.tensor([3, 1, 2], dtype=torch.int32)
+    state_indices = torch.tensor([3, 1, 2], dtype=torch.int32)
     starts, none = torch.tensor([0, 101, 102, 230]), torch.zeros(3, dtype=torch.int64)
     found = []
     for threads in (1, 2, 3, 7, 16):
         torch.set_num_threads(threads)
         state, out = problem.state(), torch.empty_like(problem.q)
         state.pages.zero_()
-        batch = PrefillBatch(slots, starts, none)
+        batch = PrefillBatch(state_indices, starts, none)
         backend.prefill(state, *problem.tokens(0, 230), batch, out)
         found.append((out, state.pages))
     for out, pages in found[1:]:
@@ -31,7 +31,7 @@ def test_threads_change_no_bit(backend):
         assert torch.equal(pages, found[0][1])
 
 
-@only("native")
+@only("cpp")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [20, 64])
 def test_a_decoded_row_does_not_depend_on_batch_or_threads(backend, dtype, d):
@@ -41,16 +41,16 @@ def test_a_decoded_row_does_not_depend_on_batch_or_threads(backend, dtype, d):
     problem = make_problem(T, config, dtype=dtype, d=d, group=3)
     q, k, v = (torch.randn(rows, *x.shape[1:]).to(dtype) for x in problem.tokens(0, T))
     lengths = torch.tensor([T + 1 - row % 7 * 9 for row in range(rows)])
-    slots, answers = torch.arange(1, rows + 1, dtype=torch.int32), []
+    state_indices, answers = torch.arange(1, rows + 1, dtype=torch.int32), []
     for batch, count in ((1, 1), (rows, 1), (rows, 2), (rows, 5), (7, 3)):
         torch.set_num_threads(count)
         state = problem.state(num_pages=rows + 1)
-        for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
-            prefill(backend, problem, state, 0, length - 1, slot)
+        for state_index, length in zip(state_indices.tolist(), lengths.tolist(), strict=True):
+            prefill(backend, problem, state, 0, length - 1, state_index)
         out = torch.full_like(q, torch.nan)
         for at in range(0, rows, batch):
             part = slice(at, at + batch)
-            step = DecodeBatch(slots[part], lengths[part])
+            step = DecodeBatch(state_indices[part], lengths[part])
             backend.decode(state, q[part], k[part], v[part], step, out[part])
         answers.append((out, state.views.H[1:]))
     for out, H in answers[1:]:
@@ -58,13 +58,13 @@ def test_a_decoded_row_does_not_depend_on_batch_or_threads(backend, dtype, d):
         assert torch.equal(H.view(torch.int32), answers[0][1].view(torch.int32))
 
 
-@only("native")
+@only("cpp")
 def test_page_offsets_are_64_bit(backend):
     """A page that begins 2^31 elements behind the first gives what it gives beside it."""
     config = LolaConfig(window_size=ETA, sparse_cache_size=5, feature_dim=8)
     problem = make_problem(61, config, dtype=torch.float32)
     near = problem.state(num_pages=2)
-    out = feed(backend, problem, near, [17], slot=1)
+    out = feed(backend, problem, near, [17], state_index=1)
     try:
         room = torch.empty(2**33 + near.layout.page_bytes, dtype=torch.uint8)
     except RuntimeError:
@@ -72,5 +72,5 @@ def test_page_offsets_are_64_bit(backend):
     pages = room.as_strided((2, near.layout.page_bytes), (2**33, 1))
     pages[1] = 0xFF
     far = LayerState.bind(problem.weights(), near.layout, pages)
-    assert torch.equal(feed(backend, problem, far, [17], slot=1), out)
+    assert torch.equal(feed(backend, problem, far, [17], state_index=1), out)
     assert torch.equal(far.views.H[1], near.views.H[1])

@@ -13,9 +13,9 @@ namespace {
 // exp(clamp(a . rho(k) + b . v + c, -20, 20)) of a pair k, v [d] of a KV head, where rho are the
 // lengths of the key's rotary pairs. NaN where k or v is.
 template <typename T>
-T pair_saliency(const Call& call, int64_t kv_head, const T* k, const T* v) {
+T pair_importance(const Call& call, int64_t kv_head, const T* k, const T* v) {
   const int64_t d = call.layout.head_dim, half = d / 2;
-  const T *const a = call.saliency_weights<T>(kv_head), *const b = a + half;
+  const T *const a = call.importance_weights<T>(kv_head), *const b = a + half;
   Vec<T> sum{};
   T rest = b[d];  // c, and what fills no vector
   int64_t i = 0;
@@ -29,8 +29,8 @@ T pair_saliency(const Call& call, int64_t kv_head, const T* k, const T* v) {
   for (i = 0; i + kLanes<T> <= d; i += kLanes<T>) sum = fma(load(b + i), load(v + i), sum);
   for (; i < d; ++i) rest += b[i] * v[i];
   T log = reduce<Sum>(sum) + rest;
-  if (log > kMaxLogSaliency<T>) log = kMaxLogSaliency<T>;
-  if (log < -kMaxLogSaliency<T>) log = -kMaxLogSaliency<T>;  // NaN stays
+  if (log > kMaxLogImportance<T>) log = kMaxLogImportance<T>;
+  if (log < -kMaxLogImportance<T>) log = -kMaxLogImportance<T>;  // NaN stays
   return exp(splat(log))[0];
 }
 

@@ -1,0 +1,205 @@
+"""The context shift of pages, which keeps RoPE positions below the base's trained length.
+
+One function for all back ends, in plain torch: it runs once in D tokens of a sequence. It is lazy:
+a page is shifted just before its next token. So a page is a pure function of the token prefix, and
+one that is kept where a context shift is due is the same whether or not the sequence goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lola_vllm.ops.contract import LayerPrefill, LayerState, PrefillBatch, State
+from lola_vllm.ops.int8 import Int8Rows, quantize
+from lola_vllm.ops.per_kv_head import states_of
+from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.state import BOUND_ROWS
+
+
+def shift_pages(state: State, state_indices: Tensor, num_tokens: Tensor) -> None:
+    """Shift the context of pages by D positions, in place (`docs/algorithm.md`, section 6).
+
+    Exact keys outside the bucket of old keys are rotated towards it by D positions. H, s and the
+    weights of sparse pairs' scores decay. Bounds on recall errors are forgotten.
+
+    Args:
+        state: of a layer whose `rotation` is not None.
+        state_indices: `[R]` integer on the pages' device; 0 or less is padding.
+        num_tokens: `[R]` integer, tokens that each page holds; for all of them `ShiftSchedule.due`.
+    """
+    for page in states_of(state):
+        _shift_page(page, state_indices, num_tokens)
+
+
+def _shift_page(state: LayerState, state_indices: Tensor, num_tokens: Tensor) -> None:
+    rotation, layout, views = state.rotation, state.layout, state.views
+    assert rotation is not None
+    schedule, device = rotation.schedule, state.pages.device
+    live = state_indices > 0
+    state_indices = state_indices.long().clamp(min=0)  # padding writes the null page what it holds
+    n = num_tokens.to(device, torch.int64)[:, None]
+    row = torch.arange(layout.sink_size + layout.ring_size, device=device)
+    ring = n - 1 - (n - 1 - (row - layout.sink_size)) % layout.ring_size
+    exact = schedule.rotation_steps(ring, n) * (
+        live[:, None] & (row >= layout.sink_size)
+    )  # [R, rows]
+    _rotate(state, views.exact_k, state_indices, exact[:, None])
+    entry = torch.arange(layout.sparse_cache_size, device=device)
+    sparse = schedule.rotation_steps(views.positions[state_indices].long(), n[..., None])
+    sparse *= (entry < layout.num_sparse(n))[:, None] & live[:, None, None]
+    if layout.int8_pairs:
+        _rotate_int8(state, state_indices, sparse)
+    else:
+        _rotate(state, views.sparse_k, state_indices, sparse)
+    for total in (views.H, views.s):
+        rows = total[state_indices]
+        decays = live.view(-1, *[1] * (rows.dim() - 1))
+        total[state_indices] = torch.where(decays, rows * schedule.decay, rows)
+    if schedule.score_decay and layout.has_score_weights:
+        w = views.score_weights[state_indices]
+        factors = schedule.score_decay_factors(
+            views.positions[state_indices].long(), n[..., None]
+        ).to(w.dtype)
+        views.score_weights[state_indices] = torch.where(live[:, None, None], w * factors, w)
+    if views.bounds.numel():
+        # Lemma 1 needs sums that only grow. Every score is computed anew at the next update.
+        low = views.bounds[state_indices, :, BOUND_ROWS.index("low")]
+        views.bounds[state_indices, :, BOUND_ROWS.index("low")] = torch.where(
+            live[:, None, None], -torch.inf, low
+        )
+
+
+def _rotate(state: LayerState, keys: Tensor, state_indices: Tensor, steps: Tensor) -> None:
+    """Rotate keys `[N, heads, rows, d]` of the pages by `steps [R, heads or 1, rows]`."""
+    assert state.rotation is not None
+    old = keys[state_indices]
+    keys[state_indices] = state.rotation.rotate_by(old.to(state.rotation.cos.dtype), steps).to(
+        old.dtype
+    )
+
+
+def _rotate_int8(state: LayerState, state_indices: Tensor, steps: Tensor) -> None:
+    """The same of the sparse keys where they are int8: each is rounded again after its rotation."""
+    assert state.rotation is not None
+    views = state.views
+    old = Int8Rows(views.sparse_k[state_indices], views.sparse_k_scale[state_indices])
+    new = quantize(state.rotation.rotate_by(old.to(state.rotation.cos.dtype), steps))
+    moves = steps != 0
+    views.sparse_k[state_indices] = torch.where(moves[..., None], new.numbers, old.numbers)
+    views.sparse_k_scale[state_indices] = torch.where(moves, new.scale, old.scale)
+
+
+class DueRows(NamedTuple):
+    """Rows whose pages are shifted before their next token.
+
+    Attributes:
+        state_indices: `[R]` integer on the pages' device. num_tokens: `[R]` int64, tokens in
+            each page, on the same device.
+    """
+
+    state_indices: Tensor
+    num_tokens: Tensor
+
+    @classmethod
+    def of(
+        cls, schedule: ShiftSchedule, state_indices: Tensor, num_tokens: Tensor
+    ) -> DueRows | None:
+        """The rows that are due; None where none is.
+
+        Args:
+            state_indices: `[R]` integer on the pages' device. num_tokens: `[R]` integer in host
+                memory.
+        """
+        rows = schedule.due(num_tokens).nonzero().squeeze(1)
+        if not len(rows):
+            return None
+        return cls(
+            state_indices[rows.to(state_indices.device)],
+            num_tokens[rows].to(state_indices.device, torch.int64),
+        )
+
+
+class Segment(NamedTuple):
+    """A part of a prefill that no context shift divides.
+
+    Attributes:
+        due: what is shifted before it.
+        batch: its rows.
+        spans: where its tokens are in the call, row by row; None: all of them.
+    """
+
+    due: DueRows | None
+    batch: PrefillBatch
+    spans: list[slice] | None
+
+
+def split_prefill(schedule: ShiftSchedule | None, batch: PrefillBatch) -> list[Segment]:
+    """A prefill as its context shifts divide it, the same for all layers.
+
+    In order; one segment where no context shift comes.
+
+    Rows without new tokens are shifted with their next one.
+    """
+    if schedule is None:
+        return [Segment(None, batch, None)]
+    contexts, starts = batch.context_lens.tolist(), batch.query_start_loc.tolist()
+    lengths_of = [
+        schedule.segment_lengths(context, stop - start)
+        for context, start, stop in zip(contexts, starts, starts[1:], strict=False)
+    ]
+    segments = []
+    for number in range(max(map(len, lengths_of), default=0)):
+        rows = [row for row, lengths in enumerate(lengths_of) if number < len(lengths)]
+        skipped = torch.tensor([sum(lengths_of[row][:number]) for row in rows])
+        lengths = torch.tensor([lengths_of[row][number] for row in rows])
+        seen = batch.context_lens[rows] + skipped
+        first = (batch.query_start_loc[rows] + skipped).tolist()
+        spans = [slice(a, a + n) for a, n in zip(first, lengths.tolist(), strict=True)]
+        state_indices = batch.state_indices
+        if len(rows) < len(lengths_of):
+            state_indices = state_indices[torch.tensor(rows, device=state_indices.device)]
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        segment = PrefillBatch(
+            state_indices,
+            offsets.to(batch.query_start_loc.dtype),
+            seen.to(batch.context_lens.dtype),
+        )
+        segments.append(Segment(DueRows.of(schedule, state_indices, seen), segment, spans))
+    if len(segments) < 2:  # as it came, so that nothing is copied
+        return [Segment(segments[0].due if segments else None, batch, None)]
+    return segments
+
+
+def prefill(
+    op: LayerPrefill,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Sequence[Segment],
+    out: Tensor,
+) -> None:
+    """A back end's prefill, and the context shifts between its segments; see
+    `contract.PrefillOp`."""
+    for due, batch, spans in segments:
+        if due is not None:
+            shift_pages(state, *due)
+        if spans is None:
+            op(state, q, k, v, batch, out)
+            continue
+        answers = _take(out, spans)
+        op(state, _take(q, spans), _take(k, spans), _take(v, spans), batch, answers)
+        if len(spans) > 1:
+            lengths = [span.stop - span.start for span in spans]
+            for span, part in zip(spans, answers.split(lengths), strict=True):
+                out[span] = part
+
+
+def _take(x: Tensor, spans: Sequence[slice]) -> Tensor:
+    """The tokens of x `[T, ...]` that lie in the spans; of one span a view."""
+    parts = [x[span] for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
