@@ -13,6 +13,11 @@ text. Forks make `--sessions` of them: a fork is a session with a file of its ow
     start      seconds until the server answers, with all files and with none
     budget     a start with half of the bytes: who leaves, and what is on the disk afterwards
 
+`--scan` measures instead how long a store takes to open a directory of `--sessions` small files,
+with a cold disk and a warm one:
+
+    python benchmarks/many_sessions.py --scan --sessions 10000 --out build/scan.json
+
 `--stock` and `--llama` take `--sample` of the same turns: stock vLLM with prefix caching, which has
 the memory that the LoLA server has, and llama.cpp, which loads and saves a slot's file.
 """
@@ -23,6 +28,7 @@ import argparse
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
@@ -37,16 +43,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from common import MIB, ROOT, write_report
 
 from lola_vllm.client import ClientError
 from lola_vllm.client.server import Server, path
+from lola_vllm.sessions import SessionStore, StoreSettings
+from lola_vllm.sessions.chain import Chain, namespace, token_array
+from lola_vllm.sessions.directory import StateDirectory
+from lola_vllm.sessions.file import StateHeader, write_state
+from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.texts import read_documents
 
 SHORTEST, LONGEST = 500, 8000
 ANSWER = 16  # tokens
 RESTORE_EVERY = 10
+SCAN_ROW, SCANS = 65_536, 3  # bytes of a state, and how often the directory is opened
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,6 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--turn", type=int, default=60, help="new tokens")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--sample", type=int, default=20)
+    parser.add_argument("--scan", action="store_true", help="opening a directory, without a model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)
@@ -281,6 +295,46 @@ def settle(directory: Path) -> None:
         time.sleep(2)
 
 
+def scan(args: argparse.Namespace, root: Path) -> dict[str, float]:
+    """Seconds until a store knows all files of a directory; files of small states, as they need
+    the same work as others before their pages are asked for."""
+    fingerprint = Fingerprint("c" * 32, "t" * 32, "float32", "", "l" * 32, "1x1", "a" * 16, "b" * 16)
+    settings = StoreSettings(directory=root, disk=2**50)
+    row = np.zeros(SCAN_ROW, np.uint8)
+    directory = StateDirectory(root, fingerprint)
+    for i in range(args.sessions):
+        tokens = token_array(range(i, i + SHORTEST))
+        chain = Chain(namespace(fingerprint.key), tokens)
+        state = secrets.token_hex(16)
+        header = StateHeader(
+            state, f"chat-{i}", 1, "answer", len(tokens), chain.key(len(tokens)).hex(),
+            chain.boundary(len(tokens)).hex(), fingerprint.to_dict(), created=time.time(),
+        )  # fmt: skip
+        write_state(directory.files(state)[0], header, tokens, row)
+    seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(SCANS):
+        forget_files(directory.path)
+        for name in seconds:
+            began = time.perf_counter()
+            store = SessionStore(fingerprint, SCAN_ROW, settings)
+            seconds[name].append(time.perf_counter() - began)
+            assert len(store.states) == args.sessions
+            store.close()
+    return {f"{name}, s": statistics.median(taken) for name, taken in seconds.items()}
+
+
+def forget_files(directory: Path) -> None:
+    """Have the system drop what it has of a directory: all caches where that is allowed, else the
+    content of its files."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        for path in directory.iterdir():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def stock(args: argparse.Namespace, texts: Texts) -> dict[str, float]:
     """The same turns in stock vLLM, whose cache holds few of so many conversations."""
     command = [
@@ -337,11 +391,14 @@ def llama(args: argparse.Namespace, directory: Path, texts: Texts) -> dict[str, 
 def main() -> None:
     """Run everything, print it, write the JSON."""
     args = parse()
-    texts = Texts(args.data, args.model, args.seed)
     directory = Path(tempfile.mkdtemp(dir=args.states))
     results: Results = {}
     try:
-        lola(args, directory, texts, results)
+        if args.scan:
+            results["scan"] = scan(args, directory)
+        else:
+            texts = Texts(args.data, args.model, args.seed)
+            lola(args, directory, texts, results)
         if args.stock:
             results["stock vLLM"] = stock(args, texts)
         if args.llama:

@@ -23,6 +23,7 @@ from lola_vllm.sessions.file import (
     file_name,
     parse_name,
     rank_files,
+    read_ahead,
     read_header,
     read_state,
     with_rank,
@@ -126,6 +127,7 @@ class StateDirectory:
             if any(map(is_partial, inodes)):
                 found.partials = remove_partials(self.path)
             self._inodes = {name: i for name, i in self._inodes.items() if name in inodes}
+            unread = []
             for name in sorted(inodes):
                 parts = parse_name(name)
                 if parts is None or parts[1] != 0 or parts[2] != self.ranks:
@@ -138,9 +140,13 @@ class StateDirectory:
                     with suppress(OSError):
                         self.unlink([state])
                 elif state not in known or self._inodes.get(name) != inodes[name]:
-                    self._look_at(state, state in known, found)
+                    unread.append(state)
                 else:
                     found.there.add(state)
+            if len(unread) > 1:
+                read_ahead([self.files(state)[0] for state in unread])
+            for state in unread:
+                self._look_at(state, state in known, found)
             self._forget_deletions(found.deleted)
             self._stamp = stamp
             self._rests_until = time.monotonic() + (time.monotonic() - began) / SCAN_SHARE

@@ -22,6 +22,7 @@ from lola_vllm.sessions.file import (
     file_name,
     parse_name,
     rank_files,
+    read_ahead,
     read_header,
     read_state,
     write_state,
@@ -180,14 +181,17 @@ class Estate:
 
     def _read(self, model: Path) -> None:
         names = set(os.listdir(model))
+        there = []
         for name in sorted(names):
             parts = parse_name(name)
             if parts is None or parts[1] != 0 or f"{parts[0]}{DELETED}" in names:
                 continue
             state, _, ranks = parts
             files = rank_files(model, state, ranks)
-            if not all(path.name in names for path in files):
-                continue  # it is being written
+            if all(path.name in names for path in files):  # else it is being written
+                there.append((state, ranks, files))
+        read_ahead([files[0] for _, _, files in there])
+        for state, ranks, files in there:
             try:
                 header = read_header(files[0], self.key)
                 if (header.id, header.ranks) != (state, ranks):
