@@ -73,7 +73,7 @@ class LolaEndpoints:
         stores = engine.is_lola and has_store(engine.config)
         keys = args.api_key or [envs.VLLM_API_KEY or ""]
         state.lola_access = Access(keys, _settings(engine.config), args)
-        state.lola_owners = Owners(keys) if stores else None
+        state.lola_owners = Owners(keys) if engine.is_lola else None
         listen(engine_client, stores and _shares(engine.config), stores)
         state.lola_metrics = LolaMetrics(engine) if engine.is_lola else None
         state.lola_pages = describe_pages(args)

@@ -6,6 +6,8 @@ of the caller's own salt. A state of one key is then never found by another, wha
 It does not depend on how many keys there are: a second one takes nothing from the first. Without
 keys, salts stay as they are.
 
+The salt also parts what vLLM's prefix cache has, so it is made where nothing is stored too.
+
 vLLM checks the key on some of its routes only. A request on another one, such as `/invocations`,
 may come without a key where there are keys. It is nobody's: it neither restores nor stores.
 
@@ -115,7 +117,7 @@ def listen(client: EngineClient, shares: bool = False, stores: bool = False) -> 
     def generate_owned(
         prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
-        nobody = _owner.get() == NOBODY
+        nobody = stores and _owner.get() == NOBODY
         if nobody:
             sampling_params = _without_states(sampling_params)
         outputs = generate(_salted(prompt), sampling_params, *args, **kwargs)

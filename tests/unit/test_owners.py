@@ -1,11 +1,13 @@
 """API keys are told apart by a salt that the server makes."""
 
 import asyncio
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 
+from lola_vllm.serving import plugin
 from lola_vllm.serving.engine import Unavailable
 from lola_vllm.serving.sessions import owners
 from lola_vllm.serving.sessions.held import hold
@@ -43,6 +45,11 @@ def ask(app_state, authorization, prompt="x"):
     """The prompt as the engine sees it, in a request with this header."""
     client = Client()
     listen(client)
+    return through(client, app_state, authorization, prompt)
+
+
+def through(client, app_state, authorization, prompt):
+    """As `ask`, of a client that listens already."""
     found = []
 
     async def app(scope, receive, send):
@@ -98,7 +105,7 @@ def test_a_request_without_a_key_has_no_states_where_there_are_keys(keys, header
     wish = {"from": "agent-7", "save": "agent-7"}
     params = SimpleNamespace(extra_args={"kv_transfer_params": {"lola": wish}, "more": 1})
     client = Client()
-    listen(client)
+    listen(client, stores=True)
     found = []
 
     async def app(scope, receive, send):
@@ -116,6 +123,26 @@ def test_a_request_without_a_key_has_no_states_where_there_are_keys(keys, header
     salts = {ask(with_keys(*keys), h, {"prompt_token_ids": [1]})["cache_salt"]
              for h in (header, "Bearer a", "Bearer b")}  # fmt: skip
     assert len(salts) == 1 + len(keys)
+
+
+def test_keys_have_cached_prefixes_of_their_own_where_nothing_is_stored(monkeypatch):
+    """vLLM's prefix cache is on there, and would tell one key what another has said."""
+    monkeypatch.setattr(
+        plugin, "LolaEngine", lambda client, _: SimpleNamespace(is_lola=True, config=config)
+    )
+    monkeypatch.setattr(plugin, "LolaMetrics", lambda engine: None)
+    config = SimpleNamespace(kv_transfer_config=None, additional_config={})
+    client, state = Client(), SimpleNamespace()
+    client.model_config = SimpleNamespace(served_model_name="model")
+    args = Namespace(
+        api_key=["a", "b"], host=None, port=8000, uds=None, ssl_certfile=None, root_path=None
+    )
+    asyncio.run(plugin.LolaEndpoints().init_state(client, state, args))
+    salts = set()
+    for header in ("Bearer a", "Bearer b", None):
+        salts.add(through(client, state, header, {"prompt_token_ids": [1]})["cache_salt"])
+        assert client.params is PARAMS  # nothing is asked of a store that is not there
+    assert len(salts) == 3
 
 
 def test_prompts_of_every_kind_are_salted():
