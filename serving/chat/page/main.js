@@ -112,7 +112,8 @@ async function open(wanted, isNew = false) {
   }
 }
 
-const openFirst = (known) => known ? open(known) : open(fresh(), true);
+// Also of a new chat the server is asked: one that stores nothing says so before a message is sent.
+const openFirst = (known) => open(known ?? fresh());
 
 // Of a turn with two states, at the end of the prompt and of the answer, the last counts.
 function place(found) {
@@ -270,6 +271,8 @@ function finish(told, ended, usage, most, first) {
   }
   if (told.unsaved)
     note(`The answer's text is not part of the memory: ${told.unsaved}`, "unsaved");
+  if (told.unwritten)
+    note(`The turn is in the server's memory only: ${told.unwritten}`, "unsaved");
   const restored = told.restored_tokens ?? 0;
   const why = told.reason && at.turn ? ` (${told.reason})` : "";
   note(`turn ${told.turn}: ${words(restored)} tokens restored${why}, ` +
