@@ -124,6 +124,8 @@ class _Conversation:
         self._say_why(ended, usage.get("completion_tokens", 0))
         if told.get("unsaved"):
             _note(f"the answer's text is not part of the memory: {told['unsaved']}")
+        if told.get("unwritten"):
+            _note(f"the turn is in the server's memory only: {told['unwritten']}")
         prompt, restored = usage.get("prompt_tokens", 0), told["restored_tokens"]
         reason = f" ({told['reason']})" if told["reason"] and before.turn else ""
         _note(

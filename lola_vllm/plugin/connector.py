@@ -57,8 +57,6 @@ logger = init_logger("vllm.lola")
 
 NAME = "LolaStateConnector"
 MODULE = "lola_vllm.plugin.connector"
-# States that wait to be written may take so much memory beside the budget, or a quarter of it.
-WAITING_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -123,7 +121,7 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
             rank,
             parallel.world_size,
             sequence_layout(self._vllm_config, get_tensor_model_parallel_rank()).cleaned,
-            max(4, max(WAITING_BYTES, settings.memory // 4) // parallel.world_size // row),
+            settings.max_waiting(row * parallel.world_size),
             settings.key(),
         )
 

@@ -341,6 +341,7 @@ def describe_state(state: Stored) -> Answer:
         "tokens": header.num_tokens,
         "bytes": state.nbytes,
         "tiers": sorted(state.tiers),
+        "unwritten": state.unwritten,
         "created": header.created,
         "used": state.used,
         "expires": header.expires,

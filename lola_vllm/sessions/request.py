@@ -170,6 +170,8 @@ class Ticket:
             "beyond_trained_length": self.beyond,
             "reason": "; ".join([*self.reasons, *missed]) or None,
         }
+        if state is not None and state.unwritten:
+            told["unwritten"] = state.unwritten
         if state is None or self.unsaved:  # the prompt's end may be stored and the answer's not
             told["unsaved"] = self.unsaved
         return {FIELD: told}

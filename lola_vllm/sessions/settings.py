@@ -22,6 +22,8 @@ STORED = ("named", "all", "none")
 # A shorter text is computed again sooner than its state is read.
 MIN_TOKENS = 64
 DISK_BYTES = 20 * 2**30
+# States that wait to be written may take so much memory beside the budget, or a quarter of it.
+WAITING_BYTES = 256 * 2**20
 
 
 class StoreSettingsError(ValueError):
@@ -86,6 +88,14 @@ class StoreSettings:
     def may_write(self, session: str) -> bool:
         """Whether states of a session may be in the directory."""
         return self.store == "all" or not is_unnamed(session)
+
+    def max_waiting(self, state_bytes: int) -> int:
+        """States that may wait to be written, so that a slow disk does not fill the memory.
+
+        Args:
+            state_bytes: of a state, all ranks together.
+        """
+        return max(4, max(WAITING_BYTES, self.memory // 4) // state_bytes)
 
     def key(self) -> StateKey | None:
         """The key that encrypts files, read anew; None where they are not encrypted.

@@ -76,6 +76,7 @@ class SessionStore:
         self.settings = settings
         self.ranks = ranks
         self.row_bytes = row_bytes
+        self.max_waiting = settings.max_waiting(row_bytes * ranks)
         self.clock = clock
         self.lock = threading.RLock()
         self.memory = Tier(MEMORY, settings.memory)
@@ -93,6 +94,7 @@ class SessionStore:
         self.index = PrefixIndex()
         self._orders: list[Order] = []
         self._expiries = Expiries(self.states)
+        self._waiting: set[str] = set()  # states that are yet to be written by a rank
         self.dropped: set[str] = set()  # whose files are about to go
         self._asked = False  # for outcomes
         self.wake: Callable[[], object] = lambda: None  # has an idle engine take the orders
@@ -228,6 +230,13 @@ class SessionStore:
                     f"a state takes {nbytes} bytes, and the budgets are {self.memory.budget} "
                     f"bytes of memory and {self.disk.budget} of disk"
                 )
+            slow = None
+            if self.disk in tiers and len(self._waiting) >= self.max_waiting:
+                slow = f"{len(self._waiting)} states wait to be written: the disk is too slow"
+                self.failures["slow"] += 1
+                tiers.remove(self.disk)
+                if not tiers:
+                    raise NotStored(slow)
             now = self.clock()
             ttl = self.settings.ttl if ttl is None else ttl
             header = StateHeader(
@@ -248,7 +257,7 @@ class SessionStore:
                 tail=list(tail),
                 ranks=self.ranks,
             )
-            state = Stored(header, nbytes, now)
+            state = Stored(header, nbytes, now, unwritten=slow)
             tokens = chain.tokens[:num_tokens]
             self.add(state, tiers, tokens)
             if not state.tiers:
@@ -256,6 +265,8 @@ class SessionStore:
             self._orders.append(
                 Save(header, tokens, slot, MEMORY in state.tiers, DISK in state.tiers, request)
             )
+            if DISK in state.tiers:
+                self._waiting.add(state.id)
             self.counts["saved"] += 1
             return state, True
 
@@ -285,6 +296,11 @@ class SessionStore:
         """Whether orders wait for the ranks, or their outcomes are asked for."""
         return bool(self._orders) or self._asked
 
+    @property
+    def waits_for_disk(self) -> bool:
+        """Whether a state is yet to be written, as far as the ranks have reported."""
+        return bool(self._waiting)
+
     def ask_for_outcomes(self) -> None:
         """Have the ranks report soon, though there is nothing else to do."""
         self._asked = True
@@ -302,6 +318,8 @@ class SessionStore:
         """Add an order."""
         with self.lock:
             self._orders.append(order)
+            if isinstance(order, Copy) and order.disk:
+                self._waiting.add(order.header.id)
 
     def apply(self, outcomes: Iterable[tuple[int, Outcome]]) -> None:
         """Take note of what the ranks report: (rank, outcome)."""
@@ -313,6 +331,9 @@ class SessionStore:
                     self.counts[f"{outcome.event}-{outcome.tier}"] += 1
                     if state and outcome.event == "saved" and outcome.tier == DISK:
                         state.written.add(rank)
+                        if len(state.written) == self.ranks:
+                            state.unwritten = None
+                            self._waiting.discard(state.id)
                         self._release_tokens(state)
                     continue
                 self.failures[outcome.fault] += 1
@@ -322,6 +343,7 @@ class SessionStore:
                 elif state is None:
                     continue
                 elif outcome.event == "save-failed" and outcome.tier == DISK:
+                    state.unwritten = outcome.reason
                     self._leave(state, self.disk)
                 else:
                     # A file that cannot be read may be another server's business, or come back.
@@ -393,7 +415,7 @@ class SessionStore:
             self._make_room(self.disk, state.session)
             if DISK in state.tiers:
                 tokens = self._tokens.get(state.id)
-                self._orders.append(Copy(state.id, state.header, tokens, memory=False, disk=True))
+                self.order(Copy(state.id, state.header, tokens, memory=False, disk=True))
 
     def delete(self, states: list[Stored], answer: Callable[[], object]) -> Operation:
         """Drop states everywhere and for good, those with files once these are gone."""
@@ -415,6 +437,7 @@ class SessionStore:
                         tier.remove(state)
                     else:
                         self._leave(state, tier, last=False)
+            self._waiting.discard(state.id)
             self.unlist(state)
 
     def tokens(self, state: Stored) -> Tokens | None:
@@ -462,6 +485,7 @@ class SessionStore:
             self._orders.append(Drop(state.id, tier.name))
             if tier is self.disk:
                 self.dropped.add(state.id)
+                self._waiting.discard(state.id)
         if last and not state.tiers:
             self.unlist(state)
         else:

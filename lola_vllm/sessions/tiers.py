@@ -32,7 +32,8 @@ class Stored:
         tiers: where it is, or will be once the orders for it are carried out.
         nbytes: of all ranks together, pages and token ids. used: seconds since 1970.
         superseded: whether its session has gone on from it.
-        written: ranks whose files are complete.
+        written: ranks whose files are complete. unwritten: why it has no file, where it should
+            have one; None: it has, will have one, or should not.
     """
 
     header: StateHeader
@@ -41,6 +42,7 @@ class Stored:
     superseded: bool = False
     tiers: set[str] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
+    unwritten: str | None = None
 
     @property
     def id(self) -> str:

@@ -126,6 +126,8 @@ class Upkeep:
         while not self._stop or self._waiting:
             self._awake.wait(RESCAN_S)
             self._awake.clear()
+            if self._store.waits_for_disk:  # an idle engine does not report by itself
+                self._store.ask_for_outcomes()
             for work in (self._expire, self._look, self._operate):
                 try:
                     work()

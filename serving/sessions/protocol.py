@@ -51,6 +51,7 @@ class StoredState(BaseModel):
     Attributes:
         id: 32 hex digits. turn: of the session. kind: "prompt" or "answer": where it was taken.
         tokens: that it covers. bytes: of all ranks. tiers: "memory", "disk".
+        unwritten: why it is in memory only, where it should be on the disk too; null: it is not.
         expires: seconds since 1970. superseded: whether the session has gone on from it.
         adapter: name of a LoRA adapter. parent: id of the state that it continues.
     """
@@ -61,6 +62,7 @@ class StoredState(BaseModel):
     tokens: int
     bytes: int
     tiers: list[str]
+    unwritten: str | None
     created: float
     used: float
     expires: float | None
@@ -174,6 +176,7 @@ class AppendResponse(BaseModel):
         bytes: of its state. restored_tokens: that were not computed again.
         reason: why they are not all that came before; null if they are.
         unsaved: why nothing is stored; null if it is.
+        unwritten: why it is in memory only, where it should be on the disk too; null if it is not.
     """
 
     session: str
@@ -184,6 +187,7 @@ class AppendResponse(BaseModel):
     restored_tokens: int
     reason: str | None
     unsaved: str | None
+    unwritten: str | None
 
 
 _ONE_ANSWER = "a session goes on with one answer; fork it to have several"

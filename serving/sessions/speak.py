@@ -182,7 +182,7 @@ async def _append(reference: Reference, body: AppendRequest, raw_request: Reques
     ):
         final = output
     told = (final.kv_transfer_params or {}).get(FIELD, {}) if final else {}
-    told = {"session": reference.session, "unsaved": None, **told}
+    told = {"session": reference.session, "unsaved": None, "unwritten": None, **told}
     return told | {"tokens": len(tokens), "new_tokens": new}
 
 

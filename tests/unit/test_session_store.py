@@ -17,6 +17,7 @@ from lola_vllm.sessions import (
 from lola_vllm.sessions.chain import SPAN, salt_hash
 from lola_vllm.sessions.directory import DELETED
 from lola_vllm.sessions.file import read_header
+from lola_vllm.sessions.orders import DISK
 from lola_vllm.sessions.settings import parse_bytes
 from tests.support.sessions import FINGERPRINT, ROW, Server, row_of, size_of
 
@@ -337,12 +338,13 @@ def test_a_slow_disk_does_not_fill_the_memory(tmp_path, monkeypatch):
     from lola_vllm.sessions import rows
 
     server, gate = Server(tmp_path, memory=3 * size_of(10)), threading.Event()
-    server.keepers[0].max_waiting = 5
+    server.store.max_waiting = server.keepers[0].max_waiting = 5
     write = rows.write_state
     monkeypatch.setattr(rows, "write_state", lambda *args: (gate.wait(20), write(*args))[1])
     for n in range(20):
-        server.say([n] * 10)
+        state = server.say([n] * 10)
         assert server.keepers[0].num_waiting <= 5 and server.keepers[0].num_rows <= 3
+        assert bool(state.unwritten) == (n >= 5) == (DISK not in state.tiers)
     server.step()
     assert server.store.failures == {"slow": 15}
     gate.set()
@@ -350,6 +352,9 @@ def test_a_slow_disk_does_not_fill_the_memory(tmp_path, monkeypatch):
     kept = (17, 18, 19, 0, 1, 2, 3, 4)  # the newest in memory, the first in files
     assert all(server.restore([n] * 11) for n in kept)
     assert not any(server.restore([n] * 11) for n in range(5, 17))
+    assert not server.say([20] * 10).unwritten and not server.store.failures["io"]
+    server.settle()
+    assert not server.store.waits_for_disk
     server.close()
 
 

@@ -181,6 +181,22 @@ def test_beyond_the_trained_length_the_client_is_told_how_far(half):
         assert finish(half, asked)["beyond_trained_length"] == beyond
 
 
+def test_a_turn_that_a_slow_disk_does_not_take_is_in_memory_and_says_so(tmp_path):
+    server = Server(tmp_path)
+    half = SchedulerHalf(server.store, block_size=1000, trained_length=256)
+    for number, limit in ((1, 4), (2, 0)):
+        server.store.max_waiting = limit
+        asked = request(str(number), [number, *TEXT], "agent")
+        half.arrive(asked)
+        told = finish(half, asked)
+        assert told["turn"] == number and "unsaved" not in told
+        assert told.get("unwritten", "").endswith("the disk is too slow") == (limit == 0)
+    first, second = server.ask("show", session="agent")["states"]
+    assert first["unwritten"] is None and second["unwritten"] == told["unwritten"]
+    assert second["tiers"] == ["memory"]
+    server.close()
+
+
 def test_log_probabilities_of_a_prompt_start_from_no_state(half):
     first = request("1", TEXT)
     half.arrive(first)
