@@ -50,10 +50,10 @@ from common import MIB, ROOT, write_report
 from lola_vllm.client import ClientError
 from lola_vllm.client.server import Server, path
 from lola_vllm.sessions import SessionStore, StoreSettings
-from lola_vllm.sessions.chain import Chain, namespace, token_array
 from lola_vllm.sessions.directory import StateDirectory
 from lola_vllm.sessions.file import StateHeader, write_state
 from lola_vllm.sessions.fingerprint import Fingerprint
+from lola_vllm.sessions.prefix_hash import PrefixHashes, namespace, token_array
 from lola_vllm.texts import read_documents
 
 SHORTEST, LONGEST = 500, 8000
@@ -298,17 +298,19 @@ def settle(directory: Path) -> None:
 def scan(args: argparse.Namespace, root: Path) -> dict[str, float]:
     """Seconds until a store knows all files of a directory; files of small states, as they need
     the same work as others before their pages are asked for."""
-    fingerprint = Fingerprint("c" * 32, "t" * 32, "float32", "", "l" * 32, "1x1", "a" * 16, "b" * 16)
+    fingerprint = Fingerprint(
+        "c" * 32, "t" * 32, "float32", "", "l" * 32, "1x1", "a" * 16, "b" * 16
+    )
     settings = StoreSettings(directory=root, disk=2**50)
     row = np.zeros(SCAN_ROW, np.uint8)
     directory = StateDirectory(root, fingerprint)
     for i in range(args.sessions):
         tokens = token_array(range(i, i + SHORTEST))
-        chain = Chain(namespace(fingerprint.key), tokens)
+        hashes = PrefixHashes(namespace(fingerprint.key), tokens)
         state = secrets.token_hex(16)
         header = StateHeader(
-            state, f"chat-{i}", 1, "answer", len(tokens), chain.key(len(tokens)).hex(),
-            chain.boundary(len(tokens)).hex(), fingerprint.to_dict(), created=time.time(),
+            state, f"chat-{i}", 1, "answer", len(tokens), hashes.prefix_hash(len(tokens)).hex(),
+            hashes.block_hash(len(tokens)).hex(), fingerprint.to_dict(), created=time.time(),
         )  # fmt: skip
         write_state(directory.files(state)[0], header, tokens, row)
     seconds: dict[str, list[float]] = {"cold": [], "warm": []}

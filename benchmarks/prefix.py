@@ -1,4 +1,4 @@
-"""What prefix caching saves: prompts that begin alike, on LoLA and on stock vLLM.
+"""What prefix caching saves: prompts that share a prefix, on LoLA and on stock vLLM.
 
     python benchmarks/prefix.py --out eval-results/prefix.json
 

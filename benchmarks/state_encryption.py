@@ -89,7 +89,7 @@ def _file(file: Path, args: argparse.Namespace, store: dict[str, object]) -> dic
     taken: dict[str, list[float]] = {"write": [], "read": [], "header": []}
     for _ in range(args.runs):
         begin = time.perf_counter()
-        write_state(file, state.header, state.tokens, state.row, key)
+        write_state(file, state.header, state.tokens, state.data, key)
         taken["write"].append(time.perf_counter() - begin)
         begin = time.perf_counter()
         found = read_state(file, None, key)
@@ -97,7 +97,7 @@ def _file(file: Path, args: argparse.Namespace, store: dict[str, object]) -> dic
         begin = time.perf_counter()
         read_header(file, key)
         taken["header"].append(time.perf_counter() - begin)
-    assert np.array_equal(found.row, state.row)
+    assert np.array_equal(found.data, state.data)
     return {f"{name} a file, ms": 1e3 * statistics.median(s) for name, s in taken.items()} | {
         "a file, MiB": file.stat().st_size / 2**20
     }

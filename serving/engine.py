@@ -231,7 +231,7 @@ class LolaEngine:
         """What a method of `sessions.SessionManager` returns, in the engine's process.
 
         Raises:
-            Unavailable: there is no store, or the wish cannot be met; with the status that fits.
+            Unavailable: there is no store, or the request cannot be met; with the status that fits.
         """
         self.check()
         if not has_store(self.config):

@@ -87,7 +87,7 @@ def _settings(config: VllmConfig) -> StoreSettings:
 
 
 def _shares(config: VllmConfig) -> bool:
-    """Whether states are stored where prompts begin alike: vLLM's prefix caching does not do it,
+    """Whether states of shared prefixes are stored: vLLM's prefix caching does not do it,
     and all requests come to one store."""
     alone = config.parallel_config.data_parallel_size == 1
     return alone and not config.cache_config.enable_prefix_caching

@@ -154,7 +154,7 @@ class Client(threading.Thread):
         self._check(said + new, heard, name)
 
     def _ask_without_a_name(self) -> None:
-        """The whole of a session as a prompt, or a beginning that all clients share."""
+        """The whole of a session as a prompt, or a prefix that all clients share."""
         start = [*range(1, 301)]
         if self.known and self.random.random() < 0.5:
             start = self.random.choice([*self.known.values()])[0]
@@ -168,8 +168,8 @@ class Client(threading.Thread):
         """Some answers are computed from nothing as well."""
         if self.random.random() > self.soak.args.check:
             return
-        wish = {"kv_transfer_params": {"lola": {"from": False, "save": False}}, "logprobs": 2}
-        answer = self.http.post("/v1/completions", json=body_of(prompt, len(heard)) | wish)
+        params = {"kv_transfer_params": {"lola": {"from": False, "save": False}}, "logprobs": 2}
+        answer = self.http.post("/v1/completions", json=body_of(prompt, len(heard)) | params)
         cold = read(answer)["choices"][0]
         self.soak.seen["compared"] += 1
         for place, (one, two) in enumerate(zip(heard, cold["token_ids"], strict=True)):

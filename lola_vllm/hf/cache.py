@@ -25,11 +25,11 @@ from lola_vllm.ops import (
 )
 from lola_vllm.ops.contract import with_weights
 from lola_vllm.ops.key_rotation import KeyRotation
-from lola_vllm.sessions.chain import Chain, namespace, token_array
 from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
 from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
 from lola_vllm.sessions.names import check_name
+from lola_vllm.sessions.prefix_hash import PrefixHashes, namespace, token_array
 from lola_vllm.state import LayerLayout, SequenceLayout
 
 
@@ -244,15 +244,15 @@ class LolaCache(Cache):
         if len(ids) != n:
             raise LolaModelError(f"tokens: {len(ids)}, but row {row} has seen {n}")
         fingerprint = self._fingerprint()
-        chain = Chain(namespace(fingerprint.key), ids)
+        hashes = PrefixHashes(namespace(fingerprint.key), ids)
         header = StateHeader(
             id=secrets.token_hex(16),
             session=check_name(session),
             turn=1,
             kind="answer",
             num_tokens=n,
-            key=chain.key(n).hex(),
-            boundary=chain.boundary(n).hex(),
+            prefix_hash=hashes.prefix_hash(n).hex(),
+            block_hash=hashes.block_hash(n).hex(),
             fingerprint=fingerprint.to_dict(),
             created=time.time(),
         )
@@ -291,7 +291,7 @@ class LolaCache(Cache):
         difference = cache._fingerprint().difference(found.header.fingerprint)
         if difference:
             raise StateFileError(Path(path), "foreign", difference)
-        state = torch.from_numpy(found.row)[None].to(device)
+        state = torch.from_numpy(found.data)[None].to(device)
         for layer, pages in zip(cache.layers, cache._sequence().pages(state), strict=True):
             assert layer.pages is not None
             layer.pages[1:] = pages

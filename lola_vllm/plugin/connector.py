@@ -1,8 +1,8 @@
 """The store of states in vLLM: a KV connector whose blocks are whole states.
 
 The scheduler's half looks a prompt up, gives orders, and answers (`session_requests.py`). The
-workers' half has the slots and carries the orders out (`sessions/rows.py`). Orders travel with each
-step's metadata, outcomes with its output.
+workers' half has the pool and carries the orders out (`sessions/transfer.py`). Orders travel with
+each step's metadata, outcomes with its output.
 
 * A state is loaded asynchronously, into the last block of a request that waits for it: in align
   mode vLLM copies blocks before a synchronous load would start.
@@ -40,9 +40,9 @@ from lola_vllm.plugin.session_requests import SchedulerHalf
 from lola_vllm.sessions.directory import model_directory
 from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
 from lola_vllm.sessions.orders import Order, Outcome
-from lola_vllm.sessions.rows import RowKeeper
 from lola_vllm.sessions.settings import StoreSettings
 from lola_vllm.sessions.store import SessionStore
+from lola_vllm.sessions.transfer import TransferWorker
 from lola_vllm.state import SequenceLayout
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self.half: SchedulerHalf | None = None
-        self.keeper: RowKeeper | None = None
+        self.transfer: TransferWorker | None = None
         self._arrived: set[str] = set()
         self._failed: set[str] = set()
         self._copied: set[str] = set()
@@ -106,22 +106,22 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
     # The workers' half.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Take the rank's slots: `[num_blocks, 1, 1, row_bytes]` of bytes, of one layer."""
+        """Take the rank's pool: `[num_blocks, 1, 1, rank_bytes]` of bytes, of one layer."""
         (cache,) = kv_caches.values()
         pool = cache[0] if isinstance(cache, list | tuple) else cache
         settings, parallel = store_settings(self._vllm_config), self._vllm_config.parallel_config
         fingerprint = fingerprint_of(self._vllm_config)
         stage = get_pp_group().rank_in_group
         rank = stage * parallel.tensor_parallel_size + get_tensor_model_parallel_rank()
-        directory, row = settings.directory, pool[0].numel()
-        self.keeper = RowKeeper(
+        directory, rank_bytes = settings.directory, pool[0].numel()
+        self.transfer = TransferWorker(
             pool.flatten(1),
             fingerprint,
             None if directory is None else model_directory(directory, fingerprint),
             rank,
             parallel.world_size,
             sequence_layout(self._vllm_config, get_tensor_model_parallel_rank()).cleaned,
-            settings.max_waiting(row * parallel.world_size),
+            settings.max_waiting(rank_bytes * parallel.world_size),
             settings.key(),
         )
 
@@ -149,15 +149,15 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> SessionOutcomes | None:
         """The rank's outcomes, for the scheduler's half."""
         outcomes, self._outcomes = self._outcomes, []
-        assert self.keeper is not None
-        return SessionOutcomes([(self.keeper.rank, o) for o in outcomes]) if outcomes else None
+        assert self.transfer is not None
+        return SessionOutcomes([(self.transfer.rank, o) for o in outcomes]) if outcomes else None
 
     def _execute(self, orders: Iterable[Order]) -> None:
-        assert self.keeper is not None
+        assert self.transfer is not None
         for order in orders:
-            self.keeper.execute(order)
-        self.keeper.finish_loads()
-        for outcome in self.keeper.take_outcomes():
+            self.transfer.execute(order)
+        self.transfer.finish_loads()
+        for outcome in self.transfer.take_outcomes():
             self._outcomes.append(outcome)
             if outcome.event == "loaded":
                 self._arrived.add(outcome.request)
@@ -169,12 +169,12 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Write what waits to be written."""
-        if self.keeper is not None:
+        if self.transfer is not None:
             half = _local[0]() if _local[0] is not None else None
             if half is not None:  # in one process: no step delivers the last orders
                 self._execute(half.store.take_orders())
-            self.keeper.close()
-            self.keeper = None
+            self.transfer.close()
+            self.transfer = None
         if self.half is not None:
             self.half.store.close()
 
@@ -283,7 +283,7 @@ def open_store(vllm_config: VllmConfig) -> SessionStore:
 def describe_store(store: SessionStore) -> str:
     """What is kept, where, and how to keep less, in words."""
     settings, directory = store.settings, store.directory
-    size = store.row_bytes * store.ranks / 2**20
+    size = store.rank_bytes * store.ranks / 2**20
     kept = f"states of {size:.2f} MiB, which hold what was said, are kept"
     if settings.store == "none":
         return "nothing is kept, as --lola-store none says"

@@ -11,11 +11,11 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from lola_vllm.checkpoint.files import CheckpointError
-from lola_vllm.sessions.chain import salt_hash
 from lola_vllm.sessions.fingerprint import adapter_fingerprint
-from lola_vllm.sessions.manage import SessionManager
+from lola_vllm.sessions.manager import SessionManager
 from lola_vllm.sessions.orders import Outcome
-from lola_vllm.sessions.request import OWN_REQUEST, Ticket, read_wish
+from lola_vllm.sessions.prefix_hash import salt_hash
+from lola_vllm.sessions.request import OWN_REQUEST, RequestState, read_params
 from lola_vllm.sessions.store import NotStored, SessionStore
 from lola_vllm.sessions.tiers import SessionKey, Stored
 
@@ -55,7 +55,7 @@ class SchedulerHalf:
         self.trained_length = trained_length
         self.manager = SessionManager(store)
         self.block_size = block_size
-        self.tickets: dict[str, Ticket] = {}
+        self.request_states: dict[str, RequestState] = {}
         self._prompts: dict[str, Request] = {}  # whose end has not been stored
         # Requests that go on with a session, in the order in which they came.
         self._queues: dict[SessionKey, deque[str]] = {}
@@ -64,7 +64,7 @@ class SchedulerHalf:
     def arrive(self, request: Request) -> None:
         """Read what a request wants."""
         own = request.request_id.startswith(OWN_REQUEST)
-        wish = read_wish(request.kv_transfer_params, request.session_id, own)
+        params = read_params(request.kv_transfer_params, request.session_id, own)
         adapter = ""
         lora = request.lora_request
         tokens = request.prompt_token_ids
@@ -77,54 +77,58 @@ class SchedulerHalf:
         if tokens is None:
             problem = "the prompt is given as embeddings, which no tokens name"
         salt = salt_hash(request.cache_salt)
-        ticket = Ticket(wish, adapter, salt, self.store.chain(tokens or (), adapter, salt))
-        for fault in (*wish.faults, *([problem] if problem else [])):
-            ticket.explain(fault)
-            ticket.unsaved = fault
+        req_state = RequestState(
+            params, adapter, salt, self.store.prefix_hashes(tokens or (), adapter, salt)
+        )
+        for fault in (*params.faults, *([problem] if problem else [])):
+            req_state.explain(fault)
+            req_state.unsaved = fault
         if problem:
-            ticket.wish = read_wish({"lola": {"from": False, "save": False}})
-        elif wish.faults:
+            req_state.params = read_params({"lola": {"from": False, "save": False}})
+        elif params.faults:
             pass
-        elif not wish.restore:
-            ticket.explain("not asked for")
+        elif not params.restore:
+            req_state.explain("not asked for")
         elif request.skip_reading_prefix_cache:
-            ticket.explain("the log-probabilities of all of the prompt were asked for")
-        self.tickets[request.request_id] = ticket
+            req_state.explain("the log-probabilities of all of the prompt were asked for")
+        self.request_states[request.request_id] = req_state
         self._prompts[request.request_id] = request
-        if ticket.session is not None:
-            self._queues.setdefault(ticket.session, deque()).append(request.request_id)
+        if req_state.session is not None:
+            self._queues.setdefault(req_state.session, deque()).append(request.request_id)
 
     @_harmless(0)
     def match(self, request: Request, computed: int) -> int | None:
         """Tokens that a stored state has beyond `computed`; None while another request goes on
         with the same session."""
-        ticket = self.tickets.get(request.request_id)
-        if ticket is None:
+        req_state = self.request_states.get(request.request_id)
+        if req_state is None:
             return 0
-        if ticket.session and self._queues[ticket.session][0] != request.request_id:
-            ticket.explain(
-                f"waited for another request of session {ticket.wish.session!r}: one at a time "
-                "goes on with a session; requests that may run together need sessions of their own"
+        if req_state.session and self._queues[req_state.session][0] != request.request_id:
+            req_state.explain(
+                f"waited for another request of session {req_state.params.session!r}: one at a "
+                "time goes on with a session; requests that may run together need a session each"
             )
             return None
-        if ticket.version != self.store.version:
-            self._look_up(ticket, request)
-        found = ticket.found
-        if found is None or not ticket.wish.restore or request.skip_reading_prefix_cache:
+        if req_state.version != self.store.version:
+            self._look_up(req_state, request)
+        found = req_state.found
+        if found is None or not req_state.params.restore or request.skip_reading_prefix_cache:
             return 0
         if found.header.num_tokens <= computed:
-            ticket.missed = f"the prefix cache has {computed} tokens, which is no less than stored"
+            req_state.missed = (
+                f"the prefix cache has {computed} tokens, which is no less than stored"
+            )
             return 0
         return found.header.num_tokens - computed
 
-    def load(self, request: Request, slot: int) -> None:
+    def load(self, request: Request, state_index: int) -> None:
         """Order the load of the state that was found."""
-        ticket = self.tickets[request.request_id]
-        assert ticket.found is not None
-        ticket.restored = ticket.found.header.num_tokens
-        self.store.load(ticket.found, slot, request.request_id)
+        req_state = self.request_states[request.request_id]
+        assert req_state.found is not None
+        req_state.restored = req_state.found.header.num_tokens
+        self.store.load(req_state.found, state_index, request.request_id)
         self.store.counts["hits"] += 1
-        self.store.counts["restored-tokens"] += ticket.restored
+        self.store.counts["restored-tokens"] += req_state.restored
 
     @_harmless(None)
     def end_prompts(self, scheduled: dict[str, int], block_ids: Any) -> None:
@@ -150,58 +154,58 @@ class SchedulerHalf:
         """
         name = request.request_id
         self._prompts.pop(name, None)
-        ticket = self.tickets.pop(name, None)
-        if ticket is None:
+        req_state = self.request_states.pop(name, None)
+        if req_state is None:
             return False, None
-        if ticket.session is not None:
-            queue = self._queues[ticket.session]
+        if req_state.session is not None:
+            queue = self._queues[req_state.session]
             queue.remove(name)
             if not queue:
-                del self._queues[ticket.session]
+                del self._queues[req_state.session]
         copying = False
         n = request.num_computed_tokens
-        ticket.beyond = max(0, request.num_tokens - self.trained_length)
+        req_state.beyond = max(0, request.num_tokens - self.trained_length)
         if request.status not in (
             RequestStatus.FINISHED_STOPPED,
             RequestStatus.FINISHED_LENGTH_CAPPED,
             RequestStatus.FINISHED_REPETITION,
         ):
-            ticket.unsaved = ticket.unsaved or "the request did not come to its end"
+            req_state.unsaved = req_state.unsaved or "the request did not come to its end"
         elif n > request.num_tokens:
-            ticket.unsaved = ticket.unsaved or "its last tokens are not known"
-        elif ticket.wish.answer:
-            copying = self._save(request, n, "answer", blocks, ticket)
-        return copying, ticket.answer()
+            req_state.unsaved = req_state.unsaved or "its last tokens are not known"
+        elif req_state.params.answer:
+            copying = self._save(request, n, "answer", blocks, req_state)
+        return copying, req_state.answer()
 
     @_harmless(None)
     def note(self, outcomes: list[tuple[int, Outcome]]) -> None:
         """Take note of what the ranks report."""
         for _, outcome in outcomes:
-            if outcome.event == "load-failed" and outcome.request in self.tickets:
-                ticket = self.tickets[outcome.request]
-                ticket.restored = 0
-                ticket.explain(f"a stored state could not be used: {outcome.reason}")
+            if outcome.event == "load-failed" and outcome.request in self.request_states:
+                req_state = self.request_states[outcome.request]
+                req_state.restored = 0
+                req_state.explain(f"a stored state could not be used: {outcome.reason}")
         self.store.apply(outcomes)
 
-    def _look_up(self, ticket: Ticket, request: Request) -> None:
+    def _look_up(self, req_state: RequestState, request: Request) -> None:
         """Find the state to start from, and the conversation that the request goes on with."""
-        ticket.version = self.store.version
-        ticket.found = ticket.missed = None
-        longest = len(ticket.chain) - 1
-        ticket.parent = self.store.find(ticket.chain, longest)
-        source = ticket.wish.source
-        ticket.found = ticket.parent
-        if ticket.found is None and ticket.wish.restore:
-            ticket.missed = "no stored state is of a beginning of this prompt"
+        req_state.version = self.store.version
+        req_state.found = req_state.missed = None
+        longest = len(req_state.hashes) - 1
+        req_state.parent = self.store.find(req_state.hashes, longest)
+        source = req_state.params.source
+        req_state.found = req_state.parent
+        if req_state.found is None and req_state.params.restore:
+            req_state.missed = "no stored state is of a prefix of this prompt"
         if source is None:
             return
         try:
-            ticket.found = self.store.resolve(
-                source, ticket.chain, longest, ticket.adapter, ticket.salt
+            req_state.found = self.store.resolve(
+                source, req_state.hashes, longest, req_state.adapter, req_state.salt
             )
-            ticket.parent = ticket.found
+            req_state.parent = req_state.found
         except NotStored as error:
-            ticket.missed = str(error.args[0])
+            req_state.missed = str(error.args[0])
 
     def _save(
         self,
@@ -209,36 +213,38 @@ class SchedulerHalf:
         n: int,
         kind: str,
         blocks: list[int],
-        ticket: Ticket | None = None,
+        req_state: RequestState | None = None,
     ) -> bool:
         """Order a copy of the state after n tokens; whether one is made."""
-        ticket = ticket or self.tickets[request.request_id]
-        if not ticket.wish.save:
-            ticket.unsaved = ticket.unsaved or "not asked for"
+        req_state = req_state or self.request_states[request.request_id]
+        if not req_state.params.save:
+            req_state.unsaved = req_state.unsaved or "not asked for"
             return False
-        if ticket.wish.session is None and n < self.store.settings.min_tokens:
-            ticket.unsaved = f"{n} tokens are computed again sooner than they are read"
+        if req_state.params.session is None and n < self.store.settings.min_tokens:
+            req_state.unsaved = f"{n} tokens are computed again sooner than they are read"
             return False
         index = (n - 1) // self.block_size
         if not 0 <= index < len(blocks) or blocks[index] == 0:
-            ticket.unsaved = f"no slot holds the state after {n} tokens"
+            req_state.unsaved = f"the pool no longer has the state after {n} tokens"
             return False
-        chain = ticket.chain
+        hashes = req_state.hashes
         tail = request.all_token_ids[n:] if kind == "answer" else ()
-        if kind == "answer" or n > len(chain):
+        if kind == "answer" or n > len(hashes):
             tokens = request.all_token_ids[:n]
-            chain = self.store.chain(tokens, ticket.adapter, ticket.salt)
-        if ticket.turn is None:
-            ticket.turn = self.store.open_turn(ticket.wish.session, ticket.parent, ticket.salt)
-        parent: Stored | None = ticket.parent if ticket.stored is None else ticket.stored
+            hashes = self.store.prefix_hashes(tokens, req_state.adapter, req_state.salt)
+        if req_state.turn is None:
+            req_state.turn = self.store.open_turn(
+                req_state.params.session, req_state.parent, req_state.salt
+            )
+        parent: Stored | None = req_state.parent if req_state.stored is None else req_state.stored
         try:
-            ticket.stored, new = self.store.save(
-                ticket.turn, chain, n, kind, blocks[index],
-                adapter=ticket.adapter, parent=parent, ttl=ticket.wish.ttl,
+            req_state.stored, new = self.store.save(
+                req_state.turn, hashes, n, kind, blocks[index],
+                adapter=req_state.adapter, parent=parent, ttl=req_state.params.ttl,
                 request=request.request_id if kind == "answer" else "", tail=tail,
             )  # fmt: skip
         except NotStored as error:
-            ticket.unsaved = str(error.args[0])
+            req_state.unsaved = str(error.args[0])
             return False
-        ticket.unsaved = None
+        req_state.unsaved = None
         return new

@@ -22,14 +22,13 @@ from lola_vllm.sessions.settings import StoreSettings, StoreSettingsError
 if TYPE_CHECKING:
     from lola_vllm.sessions.cipher import StateKey, StateKeyError
     from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
-    from lola_vllm.sessions.manage import SessionError, SessionManager
-    from lola_vllm.sessions.rows import RowKeeper
+    from lola_vllm.sessions.manager import SessionError, SessionManager
     from lola_vllm.sessions.store import NotStored, SessionStore, Turn
+    from lola_vllm.sessions.transfer import TransferWorker
 
 __all__ = [
     "NotStored",
     "Reference",
-    "RowKeeper",
     "SessionError",
     "SessionManager",
     "SessionNameError",
@@ -40,6 +39,7 @@ __all__ = [
     "StateKeyError",
     "StoreSettings",
     "StoreSettingsError",
+    "TransferWorker",
     "Turn",
     "check_name",
     "check_new_name",
@@ -50,9 +50,9 @@ __all__ = [
 _MODULES = {
     "cipher": ("StateKey", "StateKeyError"),
     "file": ("StateFileError", "StateHeader", "read_state", "write_state"),
-    "manage": ("SessionError", "SessionManager"),
-    "rows": ("RowKeeper",),
+    "manager": ("SessionError", "SessionManager"),
     "store": ("NotStored", "SessionStore", "Turn"),
+    "transfer": ("TransferWorker",),
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lola_vllm.sessions.estate import Estate, Kept, Who
+    from lola_vllm.sessions.inventory import Entry, Inventory, OwnerFilter
 
 _WHO = "none, file:PATH, env:NAME, prompt"
 _KEYS = f"API keys: {_WHO}; a file or a variable may have several, one a line"
@@ -35,7 +35,7 @@ def add_states(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     def add(
-        name: str, text: str, run: Callable[[Estate, argparse.Namespace], int]
+        name: str, text: str, run: Callable[[Inventory, argparse.Namespace], int]
     ) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=text, description=text, parents=[common])
         verb.set_defaults(run=lambda args: run(_open(args), args))
@@ -61,7 +61,7 @@ def add_states(parser: argparse.ArgumentParser) -> None:
     remove.add_argument("--yes", action="store_true", help="do not ask before")
 
 
-def read_who(text: str, option: str, shown: bool = False) -> Who:
+def read_owners(text: str, option: str, shown: bool = False) -> OwnerFilter:
     """Whose states are meant.
 
     Args:
@@ -69,16 +69,17 @@ def read_who(text: str, option: str, shown: bool = False) -> Who:
         option: what errors call it. shown: whether it may be an owner as `list` shows it.
 
     Raises:
-        EstateError: it is none of these, or there is no key. The text is not repeated, because it
+        InventoryError: it is none of these, or there is no key. The text is not repeated, because
+        it
             may be a key.
     """
-    from lola_vllm.sessions.estate import EstateError, Who
+    from lola_vllm.sessions.inventory import InventoryError, OwnerFilter
     from lola_vllm.sessions.owner import SHOWN
 
     if text == "none":
-        return Who(text, none=True)
+        return OwnerFilter(text, none=True)
     if shown and re.fullmatch(rf"[0-9a-f]{{{SHOWN}}}", text):
-        return Who(text, (text,))
+        return OwnerFilter(text, (text,))
     kind, _, place = text.partition(":")
     if text == "prompt":
         found = getpass.getpass(_PROMPT)
@@ -86,41 +87,41 @@ def read_who(text: str, option: str, shown: bool = False) -> Who:
         try:
             found = Path(place).expanduser().read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise EstateError(f"{option} = {text}: the key cannot be read ({error})") from None
+            raise InventoryError(f"{option} = {text}: the key cannot be read ({error})") from None
     elif kind == "env" and place:
         if place not in os.environ:
-            raise EstateError(f"{option} = {text}: there is no such environment variable")
+            raise InventoryError(f"{option} = {text}: there is no such environment variable")
         found = os.environ[place]
     else:
         owner = ", or an owner as 'list' shows it" if shown else ""
-        raise EstateError(
+        raise InventoryError(
             f"{option}: must be {_WHO}{owner}. A key itself is not taken, because other users see "
             "it in the list of processes"
         )
     keys = [line.strip() for line in found.splitlines() if line.strip()]
     if not keys:
-        raise EstateError(f"{option} = {text}: there is no key in it")
-    return Who.of_keys(text, keys)
+        raise InventoryError(f"{option} = {text}: there is no key in it")
+    return OwnerFilter.of_keys(text, keys)
 
 
-def _open(args: argparse.Namespace) -> Estate:
+def _open(args: argparse.Namespace) -> Inventory:
     from lola_vllm.sessions.cipher import KEY_VARIABLE
-    from lola_vllm.sessions.estate import Estate
+    from lola_vllm.sessions.inventory import Inventory
     from lola_vllm.sessions.settings import StoreSettings
 
     variable = KEY_VARIABLE if KEY_VARIABLE in os.environ else None
     settings = StoreSettings(key_file=args.lola_state_key_file, key_variable=variable)
-    estate = Estate(args.lola_state_dir.expanduser().absolute(), settings.key())
-    for reason, number in sorted(estate.refused.items()):
+    inventory = Inventory(args.lola_state_dir.expanduser().absolute(), settings.key())
+    for reason, number in sorted(inventory.refused.items()):
         hint = "; give --lola-state-key-file" if reason == "key" and variable is None else ""
         print(f"lola-vllm: {number} files are not looked at ({reason}{hint})", file=sys.stderr)
-    return estate
+    return inventory
 
 
-def _list(estate: Estate, args: argparse.Namespace) -> int:
-    known = [read_who(text, "--keys") for text in args.keys]
+def _list(inventory: Inventory, args: argparse.Namespace) -> int:
+    known = [read_owners(text, "--keys") for text in args.keys]
     rows = []
-    for owner, states in estate.owners().items():
+    for owner, states in inventory.owners().items():
         row = _describe(owner, states)
         if known:
             row["reached"] = sum(any(one.has(s.header.salt) for one in known) for s in states)
@@ -143,7 +144,7 @@ def _list(estate: Estate, args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(owner: str, states: Sequence[Kept]) -> dict[str, Any]:
+def _describe(owner: str, states: Sequence[Entry]) -> dict[str, Any]:
     used: dict[str, float] = {}
     for state in states:
         name = state.header.session
@@ -158,22 +159,22 @@ def _describe(owner: str, states: Sequence[Kept]) -> dict[str, Any]:
     }
 
 
-def _move(estate: Estate, args: argparse.Namespace) -> int:
-    from lola_vllm.sessions.estate import EstateError
+def _move(inventory: Inventory, args: argparse.Namespace) -> int:
+    from lola_vllm.sessions.inventory import InventoryError
 
-    source, target = read_who(args.source, "--from", shown=True), read_who(args.to, "--to")
+    source, target = read_owners(args.source, "--from", shown=True), read_owners(args.to, "--to")
     if len(target.owners) > 1:
-        raise EstateError(f"--to = {args.to}: it has {len(target.owners)} keys; give one")
-    failed = estate.move(source, None if target.none else target.owners[0])
+        raise InventoryError(f"--to = {args.to}: it has {len(target.owners)} keys; give one")
+    failed = inventory.move(source, None if target.none else target.owners[0])
     for text in failed:
         print(f"lola-vllm: not moved: {text}", file=sys.stderr)
     return 2 if failed else 0
 
 
-def _remove(estate: Estate, args: argparse.Namespace) -> int:
-    kept = estate.of([read_who(text, "--keep") for text in args.keep])
+def _remove(inventory: Inventory, args: argparse.Namespace) -> int:
+    kept = inventory.of([read_owners(text, "--keep") for text in args.keep])
     stay = {(state.model, state.header.id) for state in kept}
-    leaving = [s for s in estate.states if (s.model, s.header.id) not in stay]
+    leaving = [s for s in inventory.states if (s.model, s.header.id) not in stay]
     if not leaving:
         print("nothing to delete: the given keys reach all states")
         return 0
@@ -188,6 +189,6 @@ def _remove(estate: Estate, args: argparse.Namespace) -> int:
         if input(f"delete them, and keep {len(kept)} states? [y/N] ").strip().lower() != "y":
             print("nothing was deleted")
             return 0
-    estate.delete(leaving)
+    inventory.delete(leaving)
     print(f"{len(leaving)} states deleted")
     return 0

@@ -184,7 +184,7 @@ class StateDirectory:
                     new = aside(path)
                     ready.append((new, path))
                     there = with_rank(header, rank)
-                    write_state(new, there, found.tokens, found.row, self.key)
+                    write_state(new, there, found.tokens, found.data, self.key)
             for new, path in ready:
                 new.replace(path)
             self._sync()

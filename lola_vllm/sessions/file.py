@@ -1,10 +1,10 @@
-"""A stored state: a safetensors file with the tokens, the row of pages, a header and checksums.
+"""A stored state: a safetensors file with the tokens, the pages, a header and checksums.
 
     tokens  [n] int32          the tokens that the state has seen
-    state   [row_bytes] uint8  the pages of all layers of one rank, as `SequenceLayout` has them
+    state   [rank_bytes] uint8  the pages of all layers of one rank, as `SequenceLayout` has them
 
-The file's metadata is `{"format": "lola-state", "version": "1", "header": JSON, "header_checksum",
-"checksum"}`. `checksum` is the SHA-256 of the header's text, the tokens and the row. A file is
+The file's metadata is `{"format": "lola-state", "version": "2", "header": JSON, "header_checksum",
+"checksum"}`. `checksum` is the SHA-256 of the header's text, the tokens and the pages. A file is
 written aside and renamed, and only its owner can read it. Whatever is wrong with a file is an error
 with a reason: a state is read completely or not at all.
 
@@ -32,7 +32,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from lola_vllm.sessions.chain import Chain, Tokens, namespace, token_array
 from lola_vllm.sessions.cipher import (
     CIPHER,
     HEADER,
@@ -45,8 +44,9 @@ from lola_vllm.sessions.cipher import (
 from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.sessions.header import StateHeader as StateHeader
 from lola_vllm.sessions.partial import write_aside
+from lola_vllm.sessions.prefix_hash import PrefixHashes, Tokens, namespace, token_array
 
-FORMAT, VERSION = "lola-state", "1"
+FORMAT, VERSION = "lola-state", "2"
 SUFFIX = ".lola.safetensors"
 # Files whose headers are read ahead at once: the requests that a disk is given at a time.
 _READERS = 32
@@ -71,11 +71,12 @@ class StateFileError(Exception):
 
 
 class State(NamedTuple):
-    """What a file holds: its header, tokens `[n]` int32 and row `[row_bytes]` uint8."""
+    """What a file holds: its header, tokens `[n]` int32 and data `[rank_bytes]` uint8,
+    the pages of one rank."""
 
     header: StateHeader
     tokens: Tokens
-    row: NDArray[np.uint8]
+    data: NDArray[np.uint8]
 
 
 def file_name(state: str, rank: int, ranks: int) -> str:
@@ -98,7 +99,7 @@ def write_state(
     path: Path,
     header: StateHeader,
     tokens: Tokens,
-    row: NDArray[np.uint8],
+    data: NDArray[np.uint8],
     key: StateKey | None = None,
 ) -> int:
     """Write a file completely or not at all, and return its bytes.
@@ -111,14 +112,14 @@ def write_state(
         ValueError: a field of the header has a value that nobody would read.
     """
     text = header.to_json()
-    tokens, row = token_array(tokens), np.ascontiguousarray(row)
+    tokens, data = token_array(tokens), np.ascontiguousarray(data)
     metadata = {"format": FORMAT, "version": VERSION}
-    sections: dict[str, NDArray[Any]] = {"tokens": tokens, "state": row}
+    sections: dict[str, NDArray[Any]] = {"tokens": tokens, "state": data}
     if key is None:
         metadata |= {
             "header": text,
             "header_checksum": hashlib.sha256(text.encode()).hexdigest(),
-            "checksum": _checksum(text, tokens, row),
+            "checksum": _checksum(text, tokens, data),
         }
         return write_aside(path, _container(metadata, sections))
     cipher = key.new_file()
@@ -133,7 +134,7 @@ def write_state(
 
 
 def read_header(path: Path, key: StateKey | None = None) -> StateHeader:
-    """The header alone; tokens and row are not looked at.
+    """The header alone; tokens and pages are not looked at.
 
     Args:
         key: of the files here; a file that has another or none is refused, and where this is None,
@@ -201,13 +202,13 @@ def read_state(
             difference = fingerprint.difference(header.fingerprint)
             if difference:
                 raise StateFileError(path, "foreign", difference)
-        tokens, row = file.get("tokens").view(np.int32), file.get("state")
-        if file.cipher is None and _checksum(file.text, tokens, row) != file.metadata.get(
+        tokens, data = file.get("tokens").view(np.int32), file.get("state")
+        if file.cipher is None and _checksum(file.text, tokens, data) != file.metadata.get(
             "checksum"
         ):
             raise StateFileError(path, "damaged", "the checksum does not fit the content")
         _check_tokens(path, header, tokens)
-    return State(header, tokens, row)
+    return State(header, tokens, data)
 
 
 def with_rank(header: StateHeader, rank: int) -> StateHeader:
@@ -320,9 +321,12 @@ class _Opened:
 
 def _check_tokens(path: Path, header: StateHeader, tokens: Tokens) -> None:
     fingerprint = Fingerprint(**header.fingerprint)
-    chain = Chain(namespace(fingerprint.key, header.adapter, header.salt), tokens)
+    hashes = PrefixHashes(namespace(fingerprint.key, header.adapter, header.salt), tokens)
     n = header.num_tokens
-    if (chain.key(n).hex(), chain.boundary(n).hex()) != (header.key, header.boundary):
+    if (hashes.prefix_hash(n).hex(), hashes.block_hash(n).hex()) != (
+        header.prefix_hash,
+        header.block_hash,
+    ):
         raise StateFileError(path, "damaged", "the tokens are not those of the header")
 
 
@@ -353,8 +357,8 @@ def _container(
             yield section.data.cast("B")
 
 
-def _checksum(text: str, tokens: Tokens, row: NDArray[np.uint8]) -> str:
+def _checksum(text: str, tokens: Tokens, data: NDArray[np.uint8]) -> str:
     found = hashlib.sha256(text.encode())
     found.update(np.ascontiguousarray(tokens).data)
-    found.update(np.ascontiguousarray(row).data)
+    found.update(np.ascontiguousarray(data).data)
     return found.hexdigest()

@@ -34,12 +34,12 @@ class StateHeader:
     Attributes:
         id: 32 hex digits. session, turn: whose turn it is. kind: "prompt" or "answer": the text at
             whose end it was taken.
-        num_tokens: n. key, boundary: hex, as in `chain.py`.
+        num_tokens: n. prefix_hash, block_hash: hex, as in `prefix_hash.py`.
         fingerprint: as `Fingerprint.to_dict`. adapter: empty where none was used. salt: as
             `salt_hash` has it.
         created, expires: seconds since 1970. parent: id of the state it continues.
-        beginning: `key` of the shared beginning that its text goes on from (`serving/sessions/
-            shared.py`); None: none.
+        shared_prefix: `prefix_hash` of the shared prefix that its text goes on from
+            (`serving/sessions/prefix_sharing.py`); None: none.
         pinned: whether it stays whatever else is stored.
         tail: tokens that were said after the n: the last one of an answer is sampled, and the model
             does not read it unless the text goes on.
@@ -54,15 +54,15 @@ class StateHeader:
     turn: Annotated[int, Field(ge=1, le=_INT32)]
     kind: Annotated[str, Field(pattern="^(prompt|answer)$")]
     num_tokens: _Count
-    key: _Digest
-    boundary: _Digest
+    prefix_hash: _Digest
+    block_hash: _Digest
     fingerprint: dict[str, _Shown] = field(repr=False)
     adapter: _Shown = ""
     salt: Annotated[str, Field(pattern=r"^([0-9a-f]{32}:)?([0-9a-f]{32})?$")] = ""
     created: Annotated[float, Field(ge=0, lt=_YEAR_10000)] = 0.0
     expires: float | None = None
     parent: _Digest | None = None
-    beginning: _Digest | None = None
+    shared_prefix: _Digest | None = None
     pinned: bool = False
     tail: list[_Count] = field(default_factory=list)
     rank: _Rank = 0

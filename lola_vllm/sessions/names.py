@@ -10,7 +10,7 @@ from typing import NamedTuple
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 AUTOMATIC = "auto-"
 SHARED = "shared-"
-# Names that begin so are the server's own: conversations without a name, and shared beginnings.
+# Names that begin so are the server's own: conversations without a name, and shared prefixes.
 RESERVED = (AUTOMATIC, SHARED)
 MAX_SHOWN = 60
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lola_vllm.sessions.chain import Tokens
 from lola_vllm.sessions.file import StateHeader
+from lola_vllm.sessions.prefix_hash import Tokens
 
 MEMORY, DISK = "memory", "disk"
 
@@ -25,15 +25,16 @@ FAULTS = (
 
 @dataclass(frozen=True)
 class Save:
-    """Copy the state in a slot.
+    """Copy a state of the pool.
 
     Attributes:
-        memory, disk: where to keep it. request: whose end it is; empty while the request goes on.
+        state_index: of it in the pool. memory, disk: where to keep it. request: whose end it is;
+            empty while the request goes on.
     """
 
     header: StateHeader
     tokens: Tokens = field(repr=False)
-    slot: int
+    state_index: int
     memory: bool
     disk: bool
     request: str = ""
@@ -41,14 +42,15 @@ class Save:
 
 @dataclass(frozen=True)
 class Load:
-    """Put a state into a slot, for a request that waits for it.
+    """Put a state into the pool, for a request that waits for it.
 
     Attributes:
-        keep: whether a state that is read from a file is to be kept in memory.
+        state_index: where to. keep: whether a state that is read from a file is to be kept in
+            memory.
     """
 
     header: StateHeader
-    slot: int
+    state_index: int
     request: str
     keep: bool
 

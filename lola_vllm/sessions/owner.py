@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 
-from lola_vllm.sessions.chain import digest, salt_hash
+from lola_vllm.sessions.prefix_hash import digest, salt_hash
 
 # As much of an owner is shown to people. All of it would be enough to forge a salt.
 SHOWN = 16

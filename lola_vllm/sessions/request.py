@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lola_vllm.sessions.chain import Chain
 from lola_vllm.sessions.names import (
     Reference,
     SessionNameError,
@@ -25,19 +24,20 @@ from lola_vllm.sessions.names import (
     parse_reference,
     shown,
 )
+from lola_vllm.sessions.prefix_hash import PrefixHashes
 from lola_vllm.sessions.store import Turn
 from lola_vllm.sessions.tiers import SessionKey, Stored
 
 FIELD = "lola"
 _KEYS = ("from", "save", "ttl", "answer")
 MAX_FAULTS = 3  # that are told; what follows is not looked at
-# Ids of the requests that the server makes itself, to store shared beginnings. Routes put another
+# Ids of the requests that the server makes itself, to store shared prefixes. Routes put another
 # word before what a client chooses.
 OWN_REQUEST = "lola-shared-"
 
 
 @dataclass(frozen=True)
-class Wish:
+class RequestParams:
     """What a request asked for.
 
     Attributes:
@@ -56,10 +56,10 @@ class Wish:
     faults: tuple[str, ...] = ()
 
 
-def read_wish(params: object, session_id: str | None = None, own: bool = False) -> Wish:
+def read_params(params: object, session_id: str | None = None, own: bool = False) -> RequestParams:
     """Read the `kv_transfer_params` of a request. What is wrong is told in its answer.
 
-    A request whose wish has a fault neither restores nor stores: it must not do something else than
+    A request with a fault in them neither restores nor stores: it must not do something else than
     was meant. The work does not depend on how much was sent.
 
     Args:
@@ -75,7 +75,7 @@ def read_wish(params: object, session_id: str | None = None, own: bool = False) 
         near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
         faults.append(f"{where}.{key}: unknown key; nearest valid name: {near!r}")
         if len(faults) == MAX_FAULTS:
-            return Wish(restore=False, save=False, faults=tuple(faults))
+            return RequestParams(restore=False, save=False, faults=tuple(faults))
     source, session, ttl = lola.get("from"), lola.get("save"), lola.get("ttl")
     check = check_name if own else check_new_name
     reference = None
@@ -94,10 +94,12 @@ def read_wish(params: object, session_id: str | None = None, own: bool = False) 
     if not isinstance(answer, bool):
         faults.append(f"{where}.answer = {shown(answer)}: must be true or false")
     if faults:
-        return Wish(restore=False, save=False, faults=tuple(faults[:MAX_FAULTS]))
+        return RequestParams(restore=False, save=False, faults=tuple(faults[:MAX_FAULTS]))
     save = session is not False
     ttl = None if ttl is None else float(ttl)
-    return Wish(source is not False, reference, save, session if save else None, ttl, answer)
+    return RequestParams(
+        source is not False, reference, save, session if save else None, ttl, answer
+    )
 
 
 def _unknown(lola: Mapping[Any, Any]) -> Iterator[str]:
@@ -119,11 +121,11 @@ def _is_time(value: object) -> bool:
 
 
 @dataclass(eq=False)
-class Ticket:
+class RequestState:
     """A running request, as the store sees it.
 
     Attributes:
-        adapter, salt: of its states; `salt` is a hash. chain: of its prompt.
+        adapter, salt: of its states; `salt` is a hash. hashes: of its prompt.
         found: the state to start from, as of `version` of the store.
         parent: the state that its conversation goes on from. turn: where its states go.
         restored: tokens that it did not compute. missed: why nothing was found, as of `version`.
@@ -132,10 +134,10 @@ class Ticket:
         beyond: tokens that it has beyond the length to which the model was trained.
     """
 
-    wish: Wish
+    params: RequestParams
     adapter: str
     salt: str
-    chain: Chain
+    hashes: PrefixHashes
     version: int = -1
     found: Stored | None = None
     parent: Stored | None = None
@@ -150,7 +152,7 @@ class Ticket:
     @property
     def session(self) -> SessionKey | None:
         """The session that only one request at a time goes on with."""
-        return None if self.wish.session is None else (self.salt, self.wish.session)
+        return None if self.params.session is None else (self.salt, self.params.session)
 
     def explain(self, reason: str) -> None:
         """Add something that the client should know."""
@@ -159,7 +161,7 @@ class Ticket:
     def answer(self) -> dict[str, Any]:
         """What the client is told, as `kv_transfer_params` of the answer."""
         state = self.stored
-        name = state.header.session if state else self.wish.session
+        name = state.header.session if state else self.params.session
         missed = [self.missed] if self.missed else []
         told = {
             "session": name,

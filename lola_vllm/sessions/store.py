@@ -1,7 +1,8 @@
 """What is stored: sessions, their turns, and where the state of each is.
 
 The store knows everything about states but their bytes. It decides what is kept and gives orders to
-the ranks (`orders.py`), which have the bytes (`rows.py`). It is safe to use from several threads.
+the ranks (`orders.py`), which have the bytes (`transfer.py`). It is safe to use from several
+threads.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from lola_vllm.sessions.beginnings import shared_beginning
-from lola_vllm.sessions.chain import Chain, PrefixIndex, Tokens, namespace
 from lola_vllm.sessions.directory import StateDirectory
 from lola_vllm.sessions.expiry import Expiries
 from lola_vllm.sessions.file import StateHeader
 from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.sessions.names import AUTOMATIC, Reference, automatic_name
 from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Drop, Load, Order, Outcome, Save
+from lola_vllm.sessions.prefix_hash import PrefixHashes, PrefixIndex, Tokens, namespace
 from lola_vllm.sessions.settings import StoreSettings
+from lola_vllm.sessions.shared_prefixes import shared_prefix_of
 from lola_vllm.sessions.tiers import SessionKey, Stored, Tier
 from lola_vllm.sessions.upkeep import Operation, Upkeep
 
@@ -56,7 +57,7 @@ class SessionStore:
     """States by session and by the tokens that they cover.
 
     Args:
-        fingerprint: of the model. row_bytes: of a state on one rank. ranks: how many share it.
+        fingerprint: of the model. rank_bytes: of a state on one rank. ranks: how many share it.
         settings: budgets and the directory. clock: seconds since 1970.
 
     Raises:
@@ -67,7 +68,7 @@ class SessionStore:
     def __init__(
         self,
         fingerprint: Fingerprint,
-        row_bytes: int,
+        rank_bytes: int,
         settings: StoreSettings,
         ranks: int = 1,
         clock: Callable[[], float] = time.time,
@@ -75,8 +76,8 @@ class SessionStore:
         self.fingerprint = fingerprint
         self.settings = settings
         self.ranks = ranks
-        self.row_bytes = row_bytes
-        self.max_waiting = settings.max_waiting(row_bytes * ranks)
+        self.rank_bytes = rank_bytes
+        self.max_waiting = settings.max_waiting(rank_bytes * ranks)
         self.clock = clock
         self.lock = threading.RLock()
         self.memory = Tier(MEMORY, settings.memory)
@@ -109,20 +110,27 @@ class SessionStore:
 
     # What a request needs.
 
-    def chain(self, tokens: Sequence[int] | Tokens, adapter: str = "", salt: str = "") -> Chain:
-        """The digests of a text, for an adapter and the hash of a salt."""
-        return Chain(namespace(self.fingerprint.key, adapter, salt), tokens)
+    def prefix_hashes(
+        self, tokens: Sequence[int] | Tokens, adapter: str = "", salt: str = ""
+    ) -> PrefixHashes:
+        """The hashes of a text, for an adapter and the hash of a salt."""
+        return PrefixHashes(namespace(self.fingerprint.key, adapter, salt), tokens)
 
-    def find(self, chain: Chain, longest: int) -> Stored | None:
+    def find(self, hashes: PrefixHashes, longest: int) -> Stored | None:
         """The stored state that covers most of the first `longest` tokens of a text."""
         with self.lock:
             self.expire()
-            for state in self.index.prefixes(chain, longest):
+            for state in self.index.prefixes(hashes, longest):
                 return self.states[state]
         return None
 
     def resolve(
-        self, reference: Reference, chain: Chain, longest: int, adapter: str = "", salt: str = ""
+        self,
+        reference: Reference,
+        hashes: PrefixHashes,
+        longest: int,
+        adapter: str = "",
+        salt: str = "",
     ) -> Stored:
         """The state of a session, or of one of its turns, that covers most of a text.
 
@@ -135,7 +143,7 @@ class SessionStore:
                 raise NotStored(f"{reference} was stored with another adapter")
             for state in sorted(states, key=lambda s: -s.header.num_tokens):
                 n = state.header.num_tokens
-                if n <= longest and chain.key(n).hex() == state.header.key:
+                if n <= longest and hashes.prefix_hash(n).hex() == state.header.prefix_hash:
                     return state
             fewest = min(s.header.num_tokens for s in states)
             if fewest > longest:
@@ -184,10 +192,10 @@ class SessionStore:
     def save(
         self,
         turn: Turn,
-        chain: Chain,
+        hashes: PrefixHashes,
         num_tokens: int,
         kind: str,
-        slot: int,
+        state_index: int,
         *,
         adapter: str = "",
         parent: Stored | None = None,
@@ -195,23 +203,23 @@ class SessionStore:
         request: str = "",
         tail: Sequence[int] = (),
     ) -> tuple[Stored, bool]:
-        """Store the state in a slot, which covers the first `num_tokens` of a text.
+        """Store a state of the pool, which covers the first `num_tokens` of a text.
 
         Args:
-            kind: "prompt" or "answer". slot: of the pool of every rank. ttl: seconds.
+            kind: "prompt" or "answer". state_index: in the pool of every rank. ttl: seconds.
             request: as in `Save`. tail: as in `StateHeader`.
 
         Returns:
-            The state, and whether it is new: the slot is then copied in the step that takes the
+            The state, and whether it is new: it is then copied in the step that takes the
             orders, and an outcome for `request` follows. Else it was there already.
 
         Raises:
             NotStored: there is no room.
         """
         with self.lock:
-            key = chain.key(num_tokens)
+            prefix_hash = hashes.prefix_hash(num_tokens)
             named = not turn.session[1].startswith(AUTOMATIC)
-            for there in map(self.states.__getitem__, reversed(self.index.with_key(key))):
+            for there in map(self.states.__getitem__, reversed(self.index.with_hash(prefix_hash))):
                 if not named or there.session == turn.session:
                     self._use(there)
                     if tail and there.session == turn.session:
@@ -219,7 +227,7 @@ class SessionStore:
                         self.rewrite([there], undo=False, kind=kind, tail=list(tail))
                     return there, False
             nbytes = self.state_bytes(num_tokens)
-            tiers = [tier for tier in self.places(turn.session[1]) if tier.fits(nbytes)]
+            tiers = [tier for tier in self.tiers_for(turn.session[1]) if tier.fits(nbytes)]
             if not tiers and self.disk.fits(nbytes):
                 raise NotStored(
                     "there is no room in memory, and texts without a session's name are not "
@@ -245,33 +253,35 @@ class SessionStore:
                 turn=turn.number,
                 kind=kind,
                 num_tokens=num_tokens,
-                key=key.hex(),
-                boundary=chain.boundary(num_tokens).hex(),
+                prefix_hash=prefix_hash.hex(),
+                block_hash=hashes.block_hash(num_tokens).hex(),
                 fingerprint=self.fingerprint.to_dict(),
                 adapter=adapter,
                 salt=turn.session[0],
                 created=now,
                 expires=None if ttl is None else now + ttl,
                 parent=parent.id if parent else None,
-                beginning=shared_beginning(parent),
+                shared_prefix=shared_prefix_of(parent),
                 tail=list(tail),
                 ranks=self.ranks,
             )
             state = Stored(header, nbytes, now, unwritten=slow)
-            tokens = chain.tokens[:num_tokens]
+            tokens = hashes.tokens[:num_tokens]
             self.add(state, tiers, tokens)
             if not state.tiers:
                 raise NotStored("all that is stored is pinned, and the budgets are spent")
             self._orders.append(
-                Save(header, tokens, slot, MEMORY in state.tiers, DISK in state.tiers, request)
+                Save(
+                    header, tokens, state_index, MEMORY in state.tiers, DISK in state.tiers, request
+                )
             )
             if DISK in state.tiers:
                 self._waiting.add(state.id)
             self.counts["saved"] += 1
             return state, True
 
-    def load(self, state: Stored, slot: int, request: str) -> None:
-        """Put a state into a slot; an outcome for `request` follows."""
+    def load(self, state: Stored, state_index: int, request: str) -> None:
+        """Put a state into the pool; an outcome for `request` follows."""
         with self.lock:
             keep = state.id in self.states and self.memory.fits(state.nbytes)
             self._use(state)
@@ -279,15 +289,15 @@ class SessionStore:
                 self.memory.add(state)
                 self._make_room(self.memory, state.session)
                 keep = MEMORY in state.tiers
-            self._orders.append(Load(state.header, slot, request, keep))
+            self._orders.append(Load(state.header, state_index, request, keep))
 
-    def places(self, session: str) -> list[Tier]:
+    def tiers_for(self, session: str) -> list[Tier]:
         """Where states of a session may be: texts that nobody named stay in memory."""
         return [self.memory, self.disk] if self.settings.may_write(session) else [self.memory]
 
     def state_bytes(self, num_tokens: int) -> int:
         """Bytes of a state after n tokens: pages and token ids, of all ranks."""
-        return self.ranks * (self.row_bytes + TOKEN_BYTES * num_tokens)
+        return self.ranks * (self.rank_bytes + TOKEN_BYTES * num_tokens)
 
     # Between the store and the ranks.
 
@@ -367,8 +377,8 @@ class SessionStore:
             if tokens is not None:
                 self._tokens[state.id] = tokens
             self.index.add(
-                bytes.fromhex(header.boundary), header.num_tokens, bytes.fromhex(header.key),
-                state.id,
+                bytes.fromhex(header.block_hash), header.num_tokens,
+                bytes.fromhex(header.prefix_hash), state.id,
             )  # fmt: skip
             self._expiries.add(state)
             self.version += 1
@@ -502,7 +512,10 @@ class SessionStore:
         header = state.header
         self._tokens.pop(state.id, None)
         self.index.remove(
-            bytes.fromhex(header.boundary), header.num_tokens, bytes.fromhex(header.key), state.id
+            bytes.fromhex(header.block_hash),
+            header.num_tokens,
+            bytes.fromhex(header.prefix_hash),
+            state.id,
         )
         session = self.sessions[state.session]
         del session.states[state.id]

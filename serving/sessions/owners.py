@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 
-from lola_vllm.serving.sessions.shared import SharedStates
-from lola_vllm.serving.sessions.wishes import refusing
+from lola_vllm.serving.sessions.prefix_sharing import PrefixSharing
+from lola_vllm.serving.sessions.request_params import checking_params
 from lola_vllm.sessions.owner import engine_salt, owner_of, plain_salt
 from lola_vllm.sessions.request import FIELD
 
@@ -105,14 +105,15 @@ def listen(client: EngineClient, shares: bool = False, stores: bool = False) -> 
     """Let `client.generate` use the owner's salt, and report what the store says.
 
     Args:
-        shares: whether prompts that begin alike share stored states (`shared.py`).
-        stores: whether there is a store, of which requests can ask what it refuses (`wishes.py`).
+        shares: whether prompts with a prefix in common share stored states (`prefix_sharing.py`).
+        stores: whether there is a store, of which requests can ask what it refuses
+            (`request_params.py`).
     """
     generate: Callable[..., AsyncIterator[Any]] = client.generate
     if shares:
-        generate = SharedStates(generate).generate
+        generate = PrefixSharing(generate).generate
     if stores:
-        generate = refusing(generate)
+        generate = checking_params(generate)
 
     def generate_owned(
         prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any

@@ -53,7 +53,7 @@ def test_a_growing_chat_reuses_its_earlier_turns(tiny):
         assert metric(llm, "vllm:prefix_cache_queries") == sum(map(len, prompts))
 
 
-def test_prompts_that_begin_alike_share_what_was_kept(tiny):
+def test_prompts_with_a_common_prefix_share_what_was_kept(tiny):
     """Each goes on for blocks of its own, where vLLM's default policy would find nothing.
 
     A state exists where a step ended: of a prompt alone, at each multiple of the step's budget and

@@ -128,10 +128,10 @@ def half(llm):
     return scheduler(llm).connector.scheduling
 
 
-def keeper(llm):
+def worker(llm):
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    return get_kv_transfer_group().keeper
+    return get_kv_transfer_group().transfer
 
 
 def test_many_sessions_leave_nothing_behind(tiny, tmp_path):
@@ -149,13 +149,13 @@ def test_many_sessions_leave_nothing_behind(tiny, tmp_path):
         store = half(llm).store
         assert store.memory.nbytes <= 10 * state and store.disk.nbytes <= 20 * state
         assert store.counts["evicted-memory"] > 50 and not store.failures
-        assert not half(llm).tickets and not half(llm)._prompts and not half(llm)._queues
+        assert not half(llm).request_states and not half(llm)._prompts and not half(llm)._queues
         manage(llm, "clear")
         llm.llm_engine.engine_core.engine_core.step()
-        keeper(llm)._writer.submit(int).result()
+        worker(llm)._writer.submit(int).result()
         assert state_manager(llm).num_states_in_use == 0
         assert block_pool(llm).get_num_free_blocks() == 5
-        assert keeper(llm).num_rows == keeper(llm).num_waiting == 0
+        assert worker(llm).num_states == worker(llm).num_waiting == 0
         assert not list(tmp_path.rglob("*.safetensors"))
         assert not scheduler(llm).requests
 
@@ -219,16 +219,16 @@ def test_two_requests_of_a_session_take_turns(tiny, cold):
 
 def test_aborts_while_a_state_is_loaded_or_saved(tiny, cold, tmp_path, monkeypatch):
     """A disk that answers when it is told to."""
-    from lola_vllm.sessions import rows
+    from lola_vllm.sessions import transfer
 
     gate = threading.Event()
-    read = rows.read_state
+    read = transfer.read_state
     whole = cold.text + cold.first
     with engine(tiny, **BASE, **store_options(tmp_path, ram="0")) as llm:
         ask(llm, cold.text)
         ask(llm, [1, 2, 3])
-        keeper(llm)._writer.submit(int).result()
-        monkeypatch.setattr(rows, "read_state", lambda *args: (gate.wait(20), read(*args))[1])
+        worker(llm)._writer.submit(int).result()
+        monkeypatch.setattr(transfer, "read_state", lambda *args: (gate.wait(20), read(*args))[1])
         core = llm.llm_engine
         add(core, "gone", whole + cold.tail)
         for _ in range(3):
@@ -388,7 +388,7 @@ def test_transformers_and_the_server_read_each_others_files(tiny, cold, tmp_path
     with engine(tiny, **BASE, **store_options(tmp_path)) as llm, torch.no_grad():
         ask(llm, cold.text, save="here")
         ask(llm, [1, 2, 3])
-        keeper(llm)._writer.submit(int).result()
+        worker(llm)._writer.submit(int).result()
         (path,) = manage(llm, "files", reference="here")["files"]
         cache, tokens = LolaCache.load(path, model.config)
         assert tokens.tolist() == whole[:-1]
@@ -403,7 +403,7 @@ def test_transformers_and_the_server_read_each_others_files(tiny, cold, tmp_path
         cache.save(tmp_path / "second", cold.text[1:151], row=1)
         manage(llm, "clear")
         for name, start in (("state", 0), ("second", 1)):
-            brought = manage(llm, "bring", file=str(tmp_path / name), session=name)
+            brought = manage(llm, "import_file", file=str(tmp_path / name), session=name)
             assert brought.get("tokens") == 150, brought
             tokens, told = ask(llm, cold.text[start:], from_=name)
             assert told["restored_tokens"] == 150

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from lola_vllm import cpu
-from lola_vllm.serving.sessions.manage import UPLOAD
+from lola_vllm.serving.sessions.management import UPLOAD
 from tests.support.servers import BIN, KEY, MODEL, Server, serving
 from tests.support.speaking import make_speaking, serve_speaking
 

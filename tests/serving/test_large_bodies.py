@@ -24,7 +24,7 @@ FORMS = {
     "nested": lambda n: [[0]] * (n // 5),
 }
 # Where this package reads bodies of vLLM's routes.
-WISHES = {
+PARAMS = {
     "completions": (PROMPT, lambda value: value),
     "chat/completions": (CHAT, lambda value: {"from": value}),
 }
@@ -57,10 +57,10 @@ def others_wait(server, request):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("route", WISHES)
-def test_a_wish_of_ten_megabytes_stops_nobody(tiny, route, form):
-    fields, wish = WISHES[route]
-    lola = {"kv_transfer_params": {"lola": wish(FORMS[form](TEN_MB))}}
+@pytest.mark.parametrize("route", PARAMS)
+def test_parameters_of_ten_megabytes_stops_nobody(tiny, route, form):
+    fields, params = PARAMS[route]
+    lola = {"kv_transfer_params": {"lola": params(FORMS[form](TEN_MB))}}
     body = json.dumps({**fields, **lola})
     assert len(body) > TEN_MB * 0.9
     answer, took, waited = others_wait(

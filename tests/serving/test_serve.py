@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lola_vllm.sessions.chain import Chain, namespace
 from lola_vllm.sessions.names import SHARED
+from lola_vllm.sessions.prefix_hash import PrefixHashes, namespace
 from tests.support.servers import BIN, MODEL, Server, serving
 from tests.support.tiny import make_tiny, random_prompts
 
@@ -70,7 +70,7 @@ def test_answers_tell_of_cached_tokens(eager: Server) -> None:
     assert cached == [0, 0, 299]  # the second reads what later ones start from
 
 
-def test_prompts_that_begin_alike_share_a_state(eager: Server) -> None:
+def test_prompts_with_a_common_prefix_share_a_state(eager: Server) -> None:
     """Without prefix caching: the second one stores it, and what is left is computed as ever."""
     (shared,) = random_prompts([300], seed=2)
     prompts = [shared + tail for tail in random_prompts([40, 7, 90], seed=3)]
@@ -80,7 +80,7 @@ def test_prompts_that_begin_alike_share_a_state(eager: Server) -> None:
         cold = complete(eager, prompt, kv_transfer_params={"lola": {"from": False, "save": False}})
         assert restored(cold) == 0
         assert cold["choices"][0]["token_ids"] == answer["choices"][0]["token_ids"]
-    name = SHARED + Chain(namespace(""), shared).key(300).hex()[:16]
+    name = SHARED + PrefixHashes(namespace(""), shared).prefix_hash(300).hex()[:16]
     session = eager.client.get(f"/v1/lola/sessions/{name}").json()
     assert (session["tokens"], session["turns"]) == (300, [1])
     salted = complete(eager, prompts[0], cache_salt="another")

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.sessions import routers
-from lola_vllm.serving.sessions.manage import UPLOAD
+from lola_vllm.serving.sessions.management import UPLOAD
 
 BASE = "/v1/lola/sessions"
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -74,14 +74,14 @@ def test_states_are_taken_where_the_operator_allows_it(client, monkeypatch, allo
 HOLD = """
 import asyncio, sys
 from types import SimpleNamespace
-from lola_vllm.serving.sessions.held import hold
+from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.sessions import Reference
 
 async def store_id():
     return "of-these-tests"
 
 async def main():
-    with await hold(SimpleNamespace(store_id=store_id), Reference("busy"), None):
+    with await lock_session(SimpleNamespace(store_id=store_id), Reference("busy"), None):
         print("held", flush=True)
         sys.stdin.read()
 

@@ -259,7 +259,7 @@ def test_keys_are_told_apart_on_every_route(tiny):
         assert theirs["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         again = ok(tiny.client.post(path, json=body))
         assert theirs["choices"] == again["choices"]
-        # The first may have read the beginning that it shares with the prompt before.
+        # The first may have read the prefix that it shares with the prompt before.
         again = ok(tiny.client.post(path, json=body))
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 40
         assert theirs["choices"] == again["choices"]
@@ -272,11 +272,11 @@ def test_a_request_without_a_key_has_no_stored_states(tiny):
     """vLLM answers /invocations without a key."""
     ok(post(tiny, "guarded/append", prompt=TEXT * 4))
     ids = said(tiny, "guarded")
-    wish = {"from": "guarded", "save": "guarded"}
+    params = {"from": "guarded", "save": "guarded"}
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-Session-ID": "guarded"}):
         body = {"model": "tiny", "prompt": [*ids, 5], "max_tokens": 2, "temperature": 0}
         if "X-Session-ID" not in headers:
-            body["kv_transfer_params"] = {"lola": wish}
+            body["kv_transfer_params"] = {"lola": params}
         answer = ok(httpx.post(f"{tiny.url}/invocations", json=body, headers=headers, timeout=60))
         if not headers:  # vLLM's prefix cache has what others said without a key
             assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

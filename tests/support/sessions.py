@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lola_vllm.sessions import RowKeeper, SessionManager, SessionStore, StoreSettings
+from lola_vllm.sessions import SessionManager, SessionStore, StoreSettings, TransferWorker
 from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.sessions.orders import Outcome
 
@@ -48,8 +48,8 @@ class Server:
         self.store = SessionStore(fingerprint, ROW, given, ranks, self.clock)
         self.pools = [torch.zeros(slots, ROW, dtype=torch.uint8) for _ in range(ranks)]
         path = None if directory is None else self.store.directory.path
-        self.keepers = [
-            RowKeeper(pool, fingerprint, path, rank, ranks, key=given.key())
+        self.workers = [
+            TransferWorker(pool, fingerprint, path, rank, ranks, key=given.key())
             for rank, pool in enumerate(self.pools)
         ]
         self.manager = SessionManager(self.store)
@@ -57,12 +57,12 @@ class Server:
     def step(self) -> list[Outcome]:
         """Deliver the orders, and return what the ranks have to say by now."""
         for order in self.store.take_orders():
-            for keeper in self.keepers:
-                keeper.execute(order)
+            for worker in self.workers:
+                worker.execute(order)
         found = []
-        for rank, keeper in enumerate(self.keepers):
-            keeper.finish_loads()
-            outcomes = keeper.take_outcomes()
+        for rank, worker in enumerate(self.workers):
+            worker.finish_loads()
+            outcomes = worker.take_outcomes()
             self.store.apply((rank, outcome) for outcome in outcomes)
             found += outcomes
         return found
@@ -73,9 +73,9 @@ class Server:
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             # A job that does nothing: what was submitted before it is done.
-            for keeper in self.keepers:
-                keeper._reader.submit(int).result()
-                keeper._writer.submit(int).result()
+            for worker in self.workers:
+                worker._reader.submit(int).result()
+                worker._writer.submit(int).result()
             more = self.step()
             if not more and not self.store.has_orders and self.store.upkeep.idle:
                 return found
@@ -99,20 +99,20 @@ class Server:
     ) -> Any:
         """Store the state after some tokens: a row that depends on them alone."""
         salt, adapter = kwargs.pop("salt", ""), kwargs.pop("adapter", "")
-        chain = self.store.chain(tokens, adapter, salt)
-        parent = self.store.find(chain, len(tokens) - 1)
+        hashes = self.store.prefix_hashes(tokens, adapter, salt)
+        parent = self.store.find(hashes, len(tokens) - 1)
         turn = self.store.open_turn(session, parent, salt)
         for rank, pool in enumerate(self.pools):
             pool[1] = row_of(tokens, rank)
         state, new = self.store.save(
-            turn, chain, len(tokens), kind, 1, adapter=adapter, parent=parent, **kwargs
+            turn, hashes, len(tokens), kind, 1, adapter=adapter, parent=parent, **kwargs
         )
         self.step()
         return state if new else (state, "was there")
 
     def restore(self, tokens: list[int], **kwargs: Any) -> int:
         """Tokens that a prompt need not compute, after a check of the rows that were loaded."""
-        state = self.store.find(self.store.chain(tokens, **kwargs), len(tokens) - 1)
+        state = self.store.find(self.store.prefix_hashes(tokens, **kwargs), len(tokens) - 1)
         if state is None:
             return 0
         self.store.load(state, 2, "request")
@@ -127,8 +127,8 @@ class Server:
 
     def close(self) -> None:
         """As at the end of a server."""
-        for keeper in self.keepers:
-            keeper.close()
+        for worker in self.workers:
+            worker.close()
         self.store.close()
 
 

@@ -44,7 +44,7 @@ def make_speaking(out: Path, **fields: Any) -> Path:
 def serve_speaking(model: Path, name: str) -> list[str]:
     """The command that serves it under this name; `serving` adds host and port.
 
-    Stored states are as a plain `lola-vllm serve` has them: with shared beginnings, and without
+    Stored states are as a plain `lola-vllm serve` has them: with shared prefixes, and without
     vLLM's prefix caching, which `--block-size` would switch on.
     """
     return [

@@ -28,9 +28,9 @@ from lola_vllm.sessions import (
     write_state,
 )
 from lola_vllm.sessions import cipher as ciphers
-from lola_vllm.sessions.chain import Chain, namespace
 from lola_vllm.sessions.cipher import STATE, TOKENS, read_key, sealed_size
 from lola_vllm.sessions.file import file_name, read_header, read_tokens
+from lola_vllm.sessions.prefix_hash import PrefixHashes, namespace
 from tests.support.sessions import FINGERPRINT, Server
 from tests.unit.test_session_files import header as plain_header
 from tests.unit.test_session_files import reason
@@ -68,8 +68,10 @@ def key_file(tmp_path: Path) -> Path:
 
 def header(**fields):
     told = replace(plain_header(TOKENS_IN), adapter="dialect:00", **fields)
-    chain, n = Chain(namespace(FINGERPRINT.key, told.adapter), TOKENS_IN), len(TOKENS_IN)
-    return replace(told, key=chain.key(n).hex(), boundary=chain.boundary(n).hex())
+    hashes, n = PrefixHashes(namespace(FINGERPRINT.key, told.adapter), TOKENS_IN), len(TOKENS_IN)
+    return replace(
+        told, prefix_hash=hashes.prefix_hash(n).hex(), block_hash=hashes.block_hash(n).hex()
+    )
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -80,8 +82,8 @@ def metadata(path: Path) -> dict[str, str]:
 def test_what_was_encrypted_is_read_with_its_key(path):
     found = read_state(path, FINGERPRINT, KEY)
     assert found.header == header() == read_header(path, KEY)
-    assert (found.tokens == TOKENS_IN).all() and (found.row == ROW).all()
-    assert found.tokens.dtype == np.int32 and found.row.flags.writeable
+    assert (found.tokens == TOKENS_IN).all() and (found.data == ROW).all()
+    assert found.tokens.dtype == np.int32 and found.data.flags.writeable
     assert (read_tokens(path, KEY) == TOKENS_IN).all()
     assert path.stat().st_mode & 0o777 == 0o600 and os.listdir(path.parent) == [path.name]
 
@@ -90,7 +92,7 @@ def test_pieces_of_the_size_that_is_used(tmp_path, monkeypatch):
     monkeypatch.undo()
     row = np.random.default_rng(1).integers(0, 256, 2 * 2**20 + 5, dtype=np.uint8)
     size = write_state(tmp_path / "x", header(), TOKENS_IN, row, KEY)
-    assert (read_state(tmp_path / "x", key=KEY).row == row).all()
+    assert (read_state(tmp_path / "x", key=KEY).data == row).all()
     assert 0 < size - len(row) - TOKENS_IN.nbytes < 2500
 
 
@@ -114,7 +116,7 @@ def test_nothing_of_a_text_is_in_its_file(path):
         assert ROW[i : i + 8].tobytes() not in data
     told = header()
     secret = (
-        "agent-7", "answer", "dialect", told.key, told.boundary, told.id, "num_tokens",
+        "agent-7", "answer", "dialect", told.prefix_hash, told.block_hash, told.id, "num_tokens",
         told.fingerprint["config"] + '"', SECRET, KEY._secret.hex(),
     )  # fmt: skip
     for text in secret:
@@ -171,7 +173,7 @@ def test_a_flipped_bit_of_any_byte_is_found(path):
             assert error.reason in ("damaged", "foreign", "version", "key", "plain")
         else:  # hex digits in capitals, and what pads the container's own JSON, say the same
             same = {name: text.lower() for name, text in metadata(path).items()}
-            assert at < start and (found.row == ROW).all()
+            assert at < start and (found.data == ROW).all()
             assert same == {name: text.lower() for name, text in told.items()}
 
 
@@ -327,7 +329,7 @@ def test_a_file_that_is_another_keys_by_now_is_kept(tmp_path, key_file):
     server.settle()
     (path,) = server.store.directory.path.iterdir()
     found = read_state(path, key=KEY)
-    write_state(path, found.header, found.tokens, found.row, OTHER)
+    write_state(path, found.header, found.tokens, found.data, OTHER)
     assert server.restore(TEXT) == 0
     server.settle()
     assert server.store.failures == {"key": 1} and path.exists()
@@ -341,15 +343,15 @@ def test_files_leave_encrypted_and_come_with_the_same_key_or_plain(tmp_path, key
     (sealed,) = server.manager.files("a")["files"]
     assert reason(Path(sealed)) == "key"
     same = Server(tmp_path / "two", memory=0, key_file=key_file)
-    same.manager.bring(sealed, "b")
+    same.manager.import_file(sealed, "b")
     plain = tmp_path / "plain"
     write_state(plain, *read_state(Path(sealed), key=KEY))
-    same.manager.bring(str(plain), "c")
+    same.manager.import_file(str(plain), "c")
     assert same.restore(TEXT) == 100
     for file in same.store.directory.path.iterdir():
         assert metadata(file)["cipher"] and b'"c"' not in file.read_bytes()
     none = Server(tmp_path / "three")
-    answer = none.manager.call("bring", {"file": sealed, "session": "b"})
+    answer = none.manager.call("import_file", {"file": sealed, "session": "b"})
     assert answer["kind"] == "bad" and "encrypted" in answer["error"]
     for one in (server, same, none):
         one.close()

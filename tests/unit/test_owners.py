@@ -10,7 +10,7 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from lola_vllm.serving import plugin
 from lola_vllm.serving.engine import Unavailable
 from lola_vllm.serving.sessions import owners
-from lola_vllm.serving.sessions.held import hold
+from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.owners import (
     NO_KEY,
     OwnerMiddleware,
@@ -20,8 +20,8 @@ from lola_vllm.serving.sessions.owners import (
     reported,
 )
 from lola_vllm.sessions import Reference
-from lola_vllm.sessions.chain import salt_hash
 from lola_vllm.sessions.owner import engine_salt, owner_of
+from lola_vllm.sessions.prefix_hash import salt_hash
 
 PARAMS = SimpleNamespace(extra_args=None)
 
@@ -102,8 +102,8 @@ def test_an_owner_follows_from_the_key_and_not_from_the_other_keys():
 @pytest.mark.parametrize("keys", ["a", "ab"])
 def test_a_request_without_a_key_has_no_states_where_there_are_keys(keys, header):
     """vLLM refuses it on most routes, and answers it on /invocations."""
-    wish = {"from": "agent-7", "save": "agent-7"}
-    params = SimpleNamespace(extra_args={"kv_transfer_params": {"lola": wish}, "more": 1})
+    asked = {"from": "agent-7", "save": "agent-7"}
+    params = SimpleNamespace(extra_args={"kv_transfer_params": {"lola": asked}, "more": 1})
     client = Client()
     listen(client, stores=True)
     found = []
@@ -117,7 +117,7 @@ def test_a_request_without_a_key_has_no_states_where_there_are_keys(keys, header
     asyncio.run(OwnerMiddleware(app)(scope, None, None))
     seen = client.params.extra_args
     assert seen == {"kv_transfer_params": {"lola": {"from": False, "save": False}}, "more": 1}
-    assert params.extra_args["kv_transfer_params"] == {"lola": wish}
+    assert params.extra_args["kv_transfer_params"] == {"lola": asked}
     told = found[-1].kv_transfer_params["lola"]
     assert told["reason"] == told["unsaved"] == NO_KEY and "Authorization" in NO_KEY
     salts = {ask(with_keys(*keys), h, {"prompt_token_ids": [1]})["cache_salt"]
@@ -182,12 +182,12 @@ def test_owners_hold_sessions_of_one_name_at_once_and_an_owner_once():
         held = []
         for owner in (b"a", b"b"):
             owners._owner.set(owner)
-            held.append(await hold(engine, reference, None))
-            held.append(await hold(engine, reference, "salt"))
+            held.append(await lock_session(engine, reference, None))
+            held.append(await lock_session(engine, reference, "salt"))
         with pytest.raises(Unavailable, match="is being written by another request"):
-            await hold(engine, reference, None)
+            await lock_session(engine, reference, None)
         for one in held:
             one.__exit__(None, None, None)
-        (await hold(engine, reference, None)).__exit__(None, None, None)
+        (await lock_session(engine, reference, None)).__exit__(None, None, None)
 
     asyncio.run(run())

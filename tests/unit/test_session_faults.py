@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lola_vllm.sessions import directory, read_state, rows, upkeep
+from lola_vllm.sessions import directory, read_state, transfer, upkeep
 from lola_vllm.sessions.directory import DELETED
 from lola_vllm.sessions.file import read_header
 from lola_vllm.sessions.orders import MEMORY
@@ -112,8 +112,8 @@ def test_a_rename_takes_all_states_of_a_session_or_none(tmp_path, monkeypatch):
 
 def test_a_change_waits_for_a_state_that_is_being_written(tmp_path, monkeypatch):
     server, gate = Server(tmp_path, memory=0), threading.Event()
-    write = rows.write_state
-    monkeypatch.setattr(rows, "write_state", lambda *args: (gate.wait(20), write(*args))[1])
+    write = transfer.write_state
+    monkeypatch.setattr(transfer, "write_state", lambda *args: (gate.wait(20), write(*args))[1])
     state = server.say(TEXT[:100], "agent-7")
     answer = server.manager.rename("agent-7", "agent-8")
     assert "operation" in answer and names(server) == {"agent-8"}
@@ -144,15 +144,15 @@ def test_a_deletion_is_answered_when_the_files_are_gone(server, tmp_path):
 def test_many_forks_at_once_are_all_written(tmp_path, monkeypatch):
     """Also more than may wait to be written: they would be lost when they leave the memory."""
     server = Server(tmp_path)
-    server.keepers[0].max_waiting = 2
+    server.workers[0].max_waiting = 2
     server.say(TEXT[:100], "agent-7")
     server.settle()
-    gate, write = threading.Event(), rows.write_state
-    monkeypatch.setattr(rows, "write_state", lambda *args: (gate.wait(20), write(*args))[1])
+    gate, write = threading.Event(), transfer.write_state
+    monkeypatch.setattr(transfer, "write_state", lambda *args: (gate.wait(20), write(*args))[1])
     for n in range(10):
         server.manager.fork("agent-7", f"fork-{n}")
         server.step()
-    assert server.keepers[0].num_waiting <= 2
+    assert server.workers[0].num_waiting <= 2
     gate.set()
     server.settle()
     server.close()
@@ -164,14 +164,14 @@ def test_many_forks_at_once_are_all_written(tmp_path, monkeypatch):
 
 def test_a_write_under_way_does_not_bring_a_deleted_state_back(tmp_path, monkeypatch):
     server, gate, began = Server(tmp_path, memory=0), threading.Event(), threading.Event()
-    write = rows.write_state
+    write = transfer.write_state
 
     def slow(*args):
         began.set()
         gate.wait(20)
         return write(*args)
 
-    monkeypatch.setattr(rows, "write_state", slow)
+    monkeypatch.setattr(transfer, "write_state", slow)
     server.say(TEXT[:100], "agent-7")
     began.wait(20)
     answer = server.manager.delete("agent-7")
@@ -179,7 +179,7 @@ def test_a_write_under_way_does_not_bring_a_deleted_state_back(tmp_path, monkeyp
         time.sleep(0.005)
         answer = server.manager.call("result", answer)
     gate.set()
-    server.keepers[0]._writer.submit(int).result()
+    server.workers[0]._writer.submit(int).result()
     other = after_a_start(server, tmp_path)  # the server was killed before its next step
     assert other.store.states == {}
     other.close(), server.close()
@@ -220,11 +220,11 @@ def test_what_is_deleted_leaves_the_memory_of_other_servers(tmp_path):
     one.say(TEXT[:100], "agent-7")
     one.settle()
     two.store.upkeep.refresh()
-    assert two.restore(TEXT) == 100 and two.keepers[0].num_rows == 1
+    assert two.restore(TEXT) == 100 and two.workers[0].num_states == 1
     one.ask("delete", reference="agent-7")
     two.store.upkeep.refresh()
     two.settle()
-    assert two.store.states == {} and two.keepers[0].num_rows == 0
+    assert two.store.states == {} and two.workers[0].num_states == 0
     assert two.restore(TEXT) == 0 and not two.store.failures
     one.close(), two.close()
 
@@ -273,7 +273,7 @@ def test_states_expire_on_a_server_without_requests(server):
     assert len(os.listdir(path)) == 1  # with no step of the engine
     assert names(server) == {"agent-8"}
     server.step()
-    assert server.keepers[0].num_rows == (1 if server.store.memory.budget else 0)
+    assert server.workers[0].num_states == (1 if server.store.memory.budget else 0)
 
 
 def test_an_expired_session_is_not_listed():
@@ -377,9 +377,9 @@ def test_a_file_that_cannot_be_read_now_is_not_deleted(tmp_path, monkeypatch):
     server.settle()
 
     def unreadable(path, fingerprint):
-        raise rows.StateFileError(path, "unreadable", "Input/output error")
+        raise transfer.StateFileError(path, "unreadable", "Input/output error")
 
-    monkeypatch.setattr(rows, "read_state", unreadable)
+    monkeypatch.setattr(transfer, "read_state", unreadable)
     assert server.restore(TEXT) == 0
     server.settle()
     monkeypatch.undo()
@@ -393,10 +393,10 @@ def test_a_row_that_was_dropped_is_not_in_memory(tmp_path):
     server = Server(tmp_path)
     state = server.say(TEXT[:100], "agent-7")
     server.settle()
-    assert server.keepers[0].num_rows == 1
+    assert server.workers[0].num_states == 1
     server.store._leave(state, server.store.memory)
     server.step()
-    assert server.keepers[0].num_rows == 0 and MEMORY not in state.tiers
+    assert server.workers[0].num_states == 0 and MEMORY not in state.tiers
     server.close()
 
 
@@ -438,7 +438,7 @@ def test_a_state_that_was_on_disk_is_there_until_it_is_deleted(tmp_path_factory,
         for state in acknowledged:
             (file,) = server.store.directory.files(state)
             found = read_state(file)
-            assert torch.from_numpy(found.row).equal(row_of(found.tokens.tolist()))
+            assert torch.from_numpy(found.data).equal(row_of(found.tokens.tolist()))
             assert state in server.store.states, (verb, fault)
         acknowledged |= {s for s in server.store.disk.states if server.store.directory.complete(s)}
     server.close()
@@ -452,11 +452,11 @@ def arm(patch, server, fault):
             path.with_name(f".{path.name}.other.1.partial").touch()
             raise OSError(getattr(errno, fault), fault)
 
-        patch.setattr(rows, "write_state", fail)
+        patch.setattr(transfer, "write_state", fail)
         patch.setattr(directory, "write_state", fail)
     elif fault == "slow":
         patch.setattr(upkeep, "MAX_OPERATIONS", 0)
-        patch.setattr(server.keepers[0], "max_waiting", 0)
+        patch.setattr(server.workers[0], "max_waiting", 0)
 
 
 def carry_out(server, verb, session, waits):
@@ -482,9 +482,9 @@ def carry_out(server, verb, session, waits):
 
 def kill(server):
     """End a server as a signal does: what waits is not done."""
-    keeper, upkeep = server.keepers[0], server.store.upkeep
-    keeper._writing.clear()
-    for thread in (keeper._writer, keeper._reader):
+    worker, upkeep = server.workers[0], server.store.upkeep
+    worker._writing.clear()
+    for thread in (worker._writer, worker._reader):
         thread.shutdown(wait=True, cancel_futures=True)
     upkeep._waiting.clear()
     upkeep.close()

@@ -22,7 +22,6 @@ from safetensors.numpy import load_file, save_file
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.sessions import StateFileError, StateHeader, read_state, write_state
-from lola_vllm.sessions.chain import Chain, namespace
 from lola_vllm.sessions.file import (
     _checksum,
     file_name,
@@ -31,6 +30,7 @@ from lola_vllm.sessions.file import (
     read_tokens,
 )
 from lola_vllm.sessions.partial import _HOST, PARTIAL_AGE_S, is_partial, remove_partials
+from lola_vllm.sessions.prefix_hash import PrefixHashes, namespace
 from lola_vllm.state import LayerLayout, SequenceLayout, StateLayout
 from tests.support.sessions import FINGERPRINT, Server
 
@@ -42,11 +42,11 @@ ROW = np.random.default_rng(0).integers(0, 256, 4096, dtype=np.uint8)
 
 
 def header(tokens=TOKENS, **fields):
-    chain = Chain(namespace(FINGERPRINT.key), tokens)
+    hashes = PrefixHashes(namespace(FINGERPRINT.key), tokens)
     n = len(tokens)
     return StateHeader(
         id="ab" * 16, session="agent-7", turn=3, kind="answer", num_tokens=n,
-        key=chain.key(n).hex(), boundary=chain.boundary(n).hex(),
+        prefix_hash=hashes.prefix_hash(n).hex(), block_hash=hashes.block_hash(n).hex(),
         fingerprint=FINGERPRINT.to_dict(), **fields,
     )  # fmt: skip
 
@@ -68,7 +68,7 @@ def reason(path, read=read_state, **kwargs):
 def test_what_was_written_is_read(path):
     found = read_state(path, FINGERPRINT)
     assert found.header == header()
-    assert (found.tokens == TOKENS).all() and (found.row == ROW).all()
+    assert (found.tokens == TOKENS).all() and (found.data == ROW).all()
     assert read_header(path) == header() and (read_tokens(path) == TOKENS).all()
     assert parse_name(path.name) == ("ab" * 16, 0, 1)
 
@@ -107,7 +107,7 @@ def rewrite(path, **metadata):
 
 
 def test_other_versions_and_other_files_are_told_apart(path):
-    rewrite(path, version="2")
+    rewrite(path, version="1")
     assert reason(path) == "version"
     save_file({"weight": ROW}, path)
     assert reason(path) == "foreign"
@@ -264,8 +264,8 @@ WRONG = {
     "turn": [0, -1, 2**40, 1.5, "1", True, None],
     "kind": ["", "state", None, 1],
     "num_tokens": [-1, 0, 299, 301, 2**31, 10**30, 300.0, "300", True, None],
-    "key": ["", "zz" * 16, "ab", None, 3],
-    "boundary": ["", "zz" * 16, "ab", None, 3],
+    "prefix_hash": ["", "zz" * 16, "ab", None, 3],
+    "block_hash": ["", "zz" * 16, "ab", None, 3],
     "fingerprint": [
         {}, None, [], "x", {**PARTS, "more": "x"}, {**PARTS, "dtype": 3}, {**PARTS, "dtype": None},
         {k: v for k, v in PARTS.items() if k != "tensors"}, {**PARTS, "dtype": "\x1b]0;x\x07"},

@@ -14,10 +14,10 @@ from lola_vllm.sessions import (
     check_name,
     parse_reference,
 )
-from lola_vllm.sessions.chain import SPAN, salt_hash
 from lola_vllm.sessions.directory import DELETED
 from lola_vllm.sessions.file import read_header
 from lola_vllm.sessions.orders import DISK
+from lola_vllm.sessions.prefix_hash import HASH_BLOCK, salt_hash
 from lola_vllm.sessions.settings import parse_bytes
 from tests.support.sessions import FINGERPRINT, ROW, Server, row_of, size_of
 
@@ -32,7 +32,9 @@ def server(request, tmp_path):
     server.close()
 
 
-@pytest.mark.parametrize("n", [1, 2, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN, 2 * SPAN + 7])
+@pytest.mark.parametrize(
+    "n", [1, 2, HASH_BLOCK - 1, HASH_BLOCK, HASH_BLOCK + 1, 2 * HASH_BLOCK, 2 * HASH_BLOCK + 7]
+)
 def test_a_state_is_found_by_every_text_that_goes_on_from_it(server, n):
     server.say(TEXT[:n])
     assert server.restore(TEXT[: n + 1]) == n
@@ -85,17 +87,17 @@ def test_a_fork_of_a_file_is_restored_before_its_own_file_is_there(tmp_path):
     server.say(TEXT[:100], "agent-7")
     server.settle()
     free = threading.Event()
-    server.keepers[0]._writer.submit(free.wait, 20)
+    server.workers[0]._writer.submit(free.wait, 20)
     server.manager.fork("agent-7", "twig")
     (twig,) = server.store.lookup(parse_reference("twig"))
     server.store.load(twig, 2, "request")
     server.step()
-    server.keepers[0]._reader.submit(int).result()  # all that can be read now
+    server.workers[0]._reader.submit(int).result()  # all that can be read now
     free.set()
     events = [(outcome.event, outcome.state) for outcome in server.settle()]
     assert ("loaded", twig.id) in events and "load-failed" not in dict(events)
     assert server.pools[0][2].equal(row_of(TEXT[:100]))
-    assert not server.keepers[0]._copying
+    assert not server.workers[0]._copying
     server.close()
 
 
@@ -104,8 +106,8 @@ def test_names_turns_forks_and_deletion(server):
         server.say(TEXT[:n], "agent-7")
     server.settle()
     manager = server.manager
-    chain = server.store.chain(TEXT)
-    ask = lambda text: server.store.resolve(parse_reference(text), chain, 699).header  # noqa: E731
+    hashes = server.store.prefix_hashes(TEXT)
+    ask = lambda text: server.store.resolve(parse_reference(text), hashes, 699).header  # noqa: E731
     assert ask("agent-7").num_tokens == 300 and ask("agent-7@2").num_tokens == 200
     manager.fork("agent-7@2", "twig")
     assert manager.tokens("twig")["tokens"] == TEXT[:200]  # before it is written
@@ -137,16 +139,16 @@ def test_names_turns_forks_and_deletion(server):
 
 def test_why_a_named_session_was_not_used(server):
     server.say(TEXT[:100], "agent-7", salt=salt_hash("alice"))
-    chain = server.store.chain([1, *TEXT], salt=salt_hash("alice"))
+    hashes = server.store.prefix_hashes([1, *TEXT], salt=salt_hash("alice"))
     agent = parse_reference("agent-7")
     with pytest.raises(NotStored, match="nothing is stored under 'agent-7'"):
-        server.store.resolve(agent, chain, 100)  # another salt: not told that there is one
+        server.store.resolve(agent, hashes, 100)  # another salt: not told that there is one
     with pytest.raises(NotStored, match="does not begin with the 100 tokens"):
-        server.store.resolve(agent, chain, 200, salt=salt_hash("alice"))
+        server.store.resolve(agent, hashes, 200, salt=salt_hash("alice"))
     with pytest.raises(NotStored, match=r"covers 100 tokens.*only 51"):
-        server.store.resolve(agent, chain, 50, salt=salt_hash("alice"))
+        server.store.resolve(agent, hashes, 50, salt=salt_hash("alice"))
     with pytest.raises(NotStored, match="another adapter"):
-        server.store.resolve(agent, chain, 200, adapter="x", salt=salt_hash("alice"))
+        server.store.resolve(agent, hashes, 200, adapter="x", salt=salt_hash("alice"))
 
 
 def assert_empty(server):
@@ -155,7 +157,7 @@ def assert_empty(server):
     assert not store.index._tails and not store.index._states
     assert store.memory.nbytes == store.disk.nbytes == 0
     assert not store.memory._sessions and not store.disk._superseded
-    assert all(keeper.num_rows == keeper.num_waiting == 0 for keeper in server.keepers)
+    assert all(worker.num_states == worker.num_waiting == 0 for worker in server.workers)
     if store.directory is not None:
         left = [n for n in os.listdir(store.directory.path) if not n.endswith(DELETED)]
         assert left == []
@@ -177,7 +179,7 @@ def test_ten_thousand_sessions_through_a_budget_of_a_hundred(tmp_path, memory, d
             server.settle()
     server.settle()
     assert len(server.store.states) == most
-    assert server.keepers[0].num_rows == memory
+    assert server.workers[0].num_states == memory
     if directory is not None:
         assert len(os.listdir(server.store.directory.path)) == disk
     assert server.restore([count - 1, 1, 2, 3, 4]) == 4
@@ -290,7 +292,7 @@ def test_a_damaged_file_is_counted_and_computed_again(tmp_path, damage):
     server.say(TEXT[:100])
     server.say([7] * 50)
     server.settle()
-    state = server.store.find(server.store.chain(TEXT), 699)
+    state = server.store.find(server.store.prefix_hashes(TEXT), 699)
     path = server.store.directory.files(state.id)[0]
     data = bytearray(path.read_bytes())
     if damage == "flip":
@@ -301,7 +303,7 @@ def test_a_damaged_file_is_counted_and_computed_again(tmp_path, damage):
     elif damage == "remove":
         path.unlink()
     else:
-        other = server.store.find(server.store.chain([7] * 60), 59)
+        other = server.store.find(server.store.prefix_hashes([7] * 60), 59)
         path.write_bytes(server.store.directory.files(other.id)[0].read_bytes())
     assert server.restore(TEXT) == 0
     assert sum(server.store.failures.values()) == 1
@@ -335,15 +337,16 @@ def test_a_directory_that_vanishes_loses_nothing_in_memory(tmp_path):
 
 
 def test_a_slow_disk_does_not_fill_the_memory(tmp_path, monkeypatch):
-    from lola_vllm.sessions import rows
+
+    from lola_vllm.sessions import transfer
 
     server, gate = Server(tmp_path, memory=3 * size_of(10)), threading.Event()
-    server.store.max_waiting = server.keepers[0].max_waiting = 5
-    write = rows.write_state
-    monkeypatch.setattr(rows, "write_state", lambda *args: (gate.wait(20), write(*args))[1])
+    server.store.max_waiting = server.workers[0].max_waiting = 5
+    write = transfer.write_state
+    monkeypatch.setattr(transfer, "write_state", lambda *args: (gate.wait(20), write(*args))[1])
     for n in range(20):
         state = server.say([n] * 10)
-        assert server.keepers[0].num_waiting <= 5 and server.keepers[0].num_rows <= 3
+        assert server.workers[0].num_waiting <= 5 and server.workers[0].num_states <= 3
         assert bool(state.unwritten) == (n >= 5) == (DISK not in state.tiers)
     server.step()
     assert server.store.failures == {"slow": 15}
@@ -367,7 +370,7 @@ def test_all_ranks_or_none(tmp_path):
     server.close()
     server = Server(tmp_path, ranks=2, memory=0)
     assert server.restore(TEXT) == 100
-    state = server.store.find(server.store.chain(TEXT), 699)
+    state = server.store.find(server.store.prefix_hashes(TEXT), 699)
     server.store.directory.files(state.id)[1].unlink()
     assert server.restore(TEXT) == 0
     server.settle()
@@ -414,13 +417,12 @@ def test_bringing_and_taking_away_files(tmp_path):
     server.settle()
     (path,) = server.manager.files("a")["files"]
     other = Server(tmp_path / "two", memory=0)
-    other.manager.bring(path, "b", salt="alice")
+    other.manager.import_file(path, "b", salt="alice")
     assert other.restore(TEXT, salt=salt_hash("alice")) == 100 and other.restore(TEXT) == 0
-    assert other.manager.call("bring", {"file": path, "session": "b", "salt": "alice"})["kind"] == (
-        "exists"
-    )
+    again = other.manager.call("import_file", {"file": path, "session": "b", "salt": "alice"})
+    assert again["kind"] == "exists"
     foreign = Server(tmp_path / "three", fingerprint=replace(FINGERPRINT, dtype="bfloat16"))
-    answer = foreign.manager.call("bring", {"file": path, "session": "b"})
+    answer = foreign.manager.call("import_file", {"file": path, "session": "b"})
     assert answer["kind"] == "bad" and "dtype" in answer["error"]
     for one in (server, other, foreign):
         one.close()
@@ -459,7 +461,7 @@ def test_what_was_said_after_a_state_is_kept_with_it(server):
     server.say(TEXT[:80], "short", kind="prompt")
     state, _ = server.store.save(
         server.store.open_turn("short", None)._replace(number=1),
-        server.store.chain(TEXT[:80]), 80, "answer", 1, tail=[7],
+        server.store.prefix_hashes(TEXT[:80]), 80, "answer", 1, tail=[7],
     )  # fmt: skip
     server.settle()
     server.store.upkeep.refresh()

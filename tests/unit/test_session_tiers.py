@@ -5,10 +5,10 @@ import threading
 import pytest
 import torch
 
-from lola_vllm.sessions import host
-from lola_vllm.sessions.chain import salt_hash
+from lola_vllm.sessions import host_copy
 from lola_vllm.sessions.expiry import SPARE
 from lola_vllm.sessions.owner import engine_salt, owner_of
+from lola_vllm.sessions.prefix_hash import salt_hash
 from lola_vllm.sessions.tiers import IDLE_S
 from tests.support.sessions import ROW, Server, size_of
 
@@ -108,7 +108,7 @@ def test_pinned_sessions_leave_a_small_memory_for_their_files(tmp_path):
         assert "error" not in server.ask("pin", reference=f"s{n}")
         assert server.store.memory.nbytes <= server.store.memory.budget
     server.settle()
-    assert server.keepers[0].num_rows == 2
+    assert server.workers[0].num_states == 2
     for n in range(6):
         assert server.restore([*([n] * 10), 1]) == 10
         assert server.store.memory.nbytes <= server.store.memory.budget
@@ -134,7 +134,7 @@ class Copied(threading.Event):
         assert self.wait(20)
 
 
-class FakeDevice(host.Staging):
+class FakeDevice(host_copy.Staging):
     """Copies to buffers that count as pinned, complete when the test says so."""
 
     def __init__(self):
@@ -166,7 +166,7 @@ def test_states_stay_in_ordinary_memory_of_their_own_size():
         assert row.wait().equal(slot)
         assert row.wait().untyped_storage().nbytes() == ROW + 3
         assert row.wait().data_ptr() not in {b.data_ptr() for b in device._free}
-    assert device.pinned == len(device._free) == host.MAX_STAGED
+    assert device.pinned == len(device._free) == host_copy.MAX_STAGED
 
 
 @pytest.mark.parametrize("waiting", [1, 2])

@@ -7,9 +7,9 @@ import os
 import pytest
 
 from lola_vllm import cli
-from lola_vllm.sessions import estate
-from lola_vllm.sessions.chain import salt_hash
+from lola_vllm.sessions import inventory
 from lola_vllm.sessions.owner import engine_salt, owner_of
+from lola_vllm.sessions.prefix_hash import salt_hash
 from tests.support.sessions import Server
 
 TEXT = list(range(1000, 1400))
@@ -186,9 +186,9 @@ def test_an_interrupted_move_goes_on(directory, monkeypatch, files, at):
 
     with monkeypatch.context() as patch:
         if at == "write_state":
-            patch.setattr(estate, at, failing(estate.write_state))
+            patch.setattr(inventory, at, failing(inventory.write_state))
         else:
-            patch.setattr(estate.StateDirectory, at, failing(estate.StateDirectory.unlink))
+            patch.setattr(inventory.StateDirectory, at, failing(inventory.StateDirectory.unlink))
         stopped = states(directory, "move", "--from", "none", "--to", "env:TWO")
         assert stopped == (2 if left[0] < 0 else 0)
     assert states(directory, "move", "--from", "none", "--to", "env:TWO") == 0

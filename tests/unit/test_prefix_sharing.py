@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 
-from lola_vllm.serving.sessions.shared import Beginnings, SharedStates
-from lola_vllm.sessions.chain import SPAN, Chain, namespace
+from lola_vllm.serving.sessions.prefix_sharing import PrefixSharing, RecentPrompts
+from lola_vllm.sessions.prefix_hash import HASH_BLOCK, PrefixHashes, namespace
 from lola_vllm.sessions.request import OWN_REQUEST
 from tests.support.sessions import Server
 
@@ -17,8 +17,8 @@ def text(seed, n):
     return np.random.default_rng(seed).integers(0, 1000, n).tolist()
 
 
-def chain(tokens, salt="", adapter=""):
-    return Chain(namespace("", adapter, salt), tokens)
+def hashes(tokens, salt="", adapter=""):
+    return PrefixHashes(namespace("", adapter, salt), tokens)
 
 
 def places(point):
@@ -28,71 +28,72 @@ def places(point):
 SHARED = text(0, 600)
 
 
-def test_the_second_prompt_is_parted_and_later_ones_start_there():
-    known = Beginnings()
-    assert known.meet(chain([*SHARED, 1000, *text(1, 300)])) is None
-    assert places(known.meet(chain([*SHARED, 1001, *text(2, 50)]))) == (600, True)
-    point = known.meet(chain([*SHARED, 1002, *text(3, 500)]))
-    assert places(point) == (600, False) and point.key == chain(SHARED).key(600)
+def test_the_second_prompt_is_read_in_parts_and_later_ones_start_there():
+    known = RecentPrompts()
+    assert known.observe(hashes([*SHARED, 1000, *text(1, 300)])) is None
+    assert places(known.observe(hashes([*SHARED, 1001, *text(2, 50)]))) == (600, True)
+    point = known.observe(hashes([*SHARED, 1002, *text(3, 500)]))
+    assert places(point) == (600, False) and point.prefix_hash == hashes(SHARED).prefix_hash(600)
 
 
 def test_a_chat_goes_on_from_the_ends_of_its_prompts():
-    known, said, before = Beginnings(), [], None
+    known, said, before = RecentPrompts(), [], None
     for turn in range(5):
         said = said + text(turn, 400)
-        assert places(known.meet(chain(said))) == before
+        assert places(known.observe(hashes(said))) == before
         before = len(said), False
         said = said + text(50 + turn, 30)  # the answer
 
 
-def test_places_that_save_less_than_a_span_are_left():
-    known = Beginnings()
-    known.meet(chain([*SHARED[: SPAN - 1], 1000]))
-    assert known.meet(chain([*SHARED[: SPAN - 1], 1001])) is None
-    known = Beginnings()
-    known.meet(chain([*SHARED[:SPAN], 1000]))
-    assert places(known.meet(chain([*SHARED[:SPAN], 1001]))) == (SPAN, True)
+def test_places_that_save_less_than_a_block_are_left():
+    known = RecentPrompts()
+    known.observe(hashes([*SHARED[: HASH_BLOCK - 1], 1000]))
+    assert known.observe(hashes([*SHARED[: HASH_BLOCK - 1], 1001])) is None
+    known = RecentPrompts()
+    known.observe(hashes([*SHARED[:HASH_BLOCK], 1000]))
+    assert places(known.observe(hashes([*SHARED[:HASH_BLOCK], 1001]))) == (HASH_BLOCK, True)
     # A little more in common than what is stored.
-    known.meet(chain([*SHARED[: SPAN + 40], 1002]))
-    assert places(known.meet(chain([*SHARED[: SPAN + 40], 1003]))) == (SPAN, False)
+    known.observe(hashes([*SHARED[: HASH_BLOCK + 40], 1002]))
+    assert places(known.observe(hashes([*SHARED[: HASH_BLOCK + 40], 1003]))) == (HASH_BLOCK, False)
 
 
 def test_the_same_prompt_again_leaves_a_token_to_compute():
-    known = Beginnings()
-    known.meet(chain(SHARED))
-    assert places(known.meet(chain(SHARED))) == (599, True)
-    assert places(known.meet(chain(SHARED))) == (599, False)
+    known = RecentPrompts()
+    known.observe(hashes(SHARED))
+    assert places(known.observe(hashes(SHARED))) == (599, True)
+    assert places(known.observe(hashes(SHARED))) == (599, False)
 
 
 @pytest.mark.parametrize("other", [{"salt": "b"}, {"adapter": "b"}])
 def test_salts_and_adapters_share_nothing(other):
-    known = Beginnings()
-    known.meet(chain([*SHARED, 1000]))
-    assert known.meet(chain([*SHARED, 1001], **other)) is None
-    assert places(known.meet(chain([*SHARED, 1001]))) == (600, True)
+    known = RecentPrompts()
+    known.observe(hashes([*SHARED, 1000]))
+    assert known.observe(hashes([*SHARED, 1001], **other)) is None
+    assert places(known.observe(hashes([*SHARED, 1001]))) == (600, True)
 
 
 def test_a_state_that_is_gone_is_stored_again():
-    known = Beginnings()
-    known.meet(chain([*SHARED, 1000]))
-    known.meet(chain([*SHARED, 1001]))
-    again = chain([*SHARED, 1002])
-    assert places(known.meet(again)) == (600, False)
+    known = RecentPrompts()
+    known.observe(hashes([*SHARED, 1000]))
+    known.observe(hashes([*SHARED, 1001]))
+    again = hashes([*SHARED, 1002])
+    assert places(known.observe(again)) == (600, False)
     known.forget(again, above=0, upto=600)
-    assert places(known.meet(chain([*SHARED, 1003]))) == (600, True)
+    assert places(known.observe(hashes([*SHARED, 1003]))) == (600, True)
 
 
 def test_old_prompts_are_forgotten_and_leave_nothing():
-    known = Beginnings(max_tokens=2000)
-    known.meet(chain([*SHARED, 1000]))
+    known = RecentPrompts(max_tokens=2000)
+    known.observe(hashes([*SHARED, 1000]))
     for seed in range(10, 30):
-        known.meet(chain(text(seed, 500 + 10 * seed)))
-    assert known.meet(chain([*SHARED, 1001])) is None
+        known.observe(hashes(text(seed, 500 + 10 * seed)))
+    assert known.observe(hashes([*SHARED, 1001])) is None
     assert known._tokens <= 2000
     assert known._tokens == sum(len(text) for text in known._texts.values())
     known.max_tokens = 0
-    known.meet(chain(SHARED))
-    assert not (known._texts or known._through or known._points._tails or known._points._states)
+    known.observe(hashes(SHARED))
+    points = known._branch_points
+    assert not (known._texts or known._newest or points._tails or points._states)
 
 
 class Engine:
@@ -126,7 +127,7 @@ async def ask(shared, tokens, **lola):
 
 def test_what_is_computed_for_a_request_itself_is_not_cached():
     engine = Engine()
-    shared = SharedStates(engine.generate)
+    shared = PrefixSharing(engine.generate)
 
     async def run():
         first = await ask(shared, [*SHARED, 1000])
@@ -141,9 +142,9 @@ def test_what_is_computed_for_a_request_itself_is_not_cached():
     assert [n for _, n, _ in own] == [600]
 
 
-def test_a_shared_beginning_is_kept_no_longer_than_the_request_says():
+def test_a_shared_prefix_is_kept_no_longer_than_the_request_says():
     engine = Engine()
-    shared = SharedStates(engine.generate)
+    shared = PrefixSharing(engine.generate)
     asyncio.run(ask(shared, [*SHARED, 1000]))
     asyncio.run(ask(shared, [*SHARED, 1001], ttl=60))
     (lola,) = (lola for name, _, lola in engine.asked if name.startswith(OWN_REQUEST))
@@ -162,7 +163,7 @@ def names(server):
     return {state.header.session for state in server.store.states.values()}
 
 
-def test_a_shared_beginning_is_deleted_with_the_last_that_goes_on_from_it(server):
+def test_a_shared_prefix_is_deleted_with_the_last_that_goes_on_from_it(server):
     server.say(SHARED[:300], "shared-1", kind="prompt")
     server.say(SHARED[:500], "shared-2", kind="prompt")
     server.say([*SHARED[:500], 1001], "one", kind="prompt")
@@ -181,8 +182,8 @@ def test_a_shared_beginning_is_deleted_with_the_last_that_goes_on_from_it(server
     assert names(server) == {"shared-3"}
 
 
-def test_a_beginning_goes_with_the_first_of_the_prompts_that_had_it(server):
-    """That prompt was read before its beginning was stored, so its states do not name it."""
+def test_a_prefix_goes_with_the_first_of_the_prompts_that_had_it(server):
+    """That prompt was read before its prefix was stored, so its states do not name it."""
     server.say([*SHARED[:500], 1001], "first")
     server.say(SHARED[:500], "shared-1", kind="prompt")
     server.settle()
@@ -190,7 +191,7 @@ def test_a_beginning_goes_with_the_first_of_the_prompts_that_had_it(server):
     assert names(server) == set()
 
 
-def test_beginnings_of_other_owners_stay(server):
+def test_shared_prefixes_of_other_owners_stay(server):
     server.say(SHARED[:500], "shared-1", kind="prompt", salt="a" * 32)
     server.say([*SHARED[:500], 1001], "one")
     server.settle()
@@ -198,7 +199,7 @@ def test_beginnings_of_other_owners_stay(server):
     assert names(server) == {"shared-1"}
 
 
-def test_the_beginning_survives_the_states_between(server):
+def test_the_prefix_survives_the_states_between(server):
     server.say(SHARED[:300], "shared-1", kind="prompt")
     server.say([*SHARED[:300], 1001], "one")
     server.say([*SHARED[:300], 1001, 1002], "one")
@@ -206,6 +207,6 @@ def test_the_beginning_survives_the_states_between(server):
     server.ask("delete", reference="one@1")
     server.say([*SHARED[:300], 1001, 1002, 1003], "one")
     server.settle()
-    assert {s.header.beginning for s in server.store.states.values()} == {
-        None, server.store.chain(SHARED).key(300).hex()
+    assert {s.header.shared_prefix for s in server.store.states.values()} == {
+        None, server.store.prefix_hashes(SHARED).prefix_hash(300).hex()
     }  # fmt: skip

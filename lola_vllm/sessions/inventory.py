@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lola_vllm.sessions.chain import Chain, digest, namespace
 from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.directory import DELETED, StateDirectory, model_directory
 from lola_vllm.sessions.file import (
@@ -29,16 +28,17 @@ from lola_vllm.sessions.file import (
 )
 from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.sessions.owner import move_salt, owner_of, salt_owner, shown
+from lola_vllm.sessions.prefix_hash import PrefixHashes, digest, namespace
 
 _MODEL = re.compile(r"[0-9a-f]{24}")
 
 
-class EstateError(ValueError):
-    """A wish that cannot be met; names the option, its value and the remedy."""
+class InventoryError(ValueError):
+    """A request that cannot be met; names the option, its value and the remedy."""
 
 
 @dataclass(frozen=True)
-class Who:
+class OwnerFilter:
     """Whose states are meant.
 
     Attributes:
@@ -51,7 +51,7 @@ class Who:
     none: bool = False
 
     @classmethod
-    def of_keys(cls, label: str, keys: Iterable[str]) -> Who:
+    def of_keys(cls, label: str, keys: Iterable[str]) -> OwnerFilter:
         """Those who have one of these API keys."""
         return cls(label, tuple(map(owner_of, keys)))
 
@@ -63,7 +63,7 @@ class Who:
         return owner.startswith(self.owners)  # of no owners: False
 
 
-class Kept(NamedTuple):
+class Entry(NamedTuple):
     """A state in a directory: whose files are complete.
 
     Attributes:
@@ -86,8 +86,8 @@ class Kept(NamedTuple):
         return (self.model, self.header.salt, self.header.session)
 
 
-class Estate:
-    """All states below a directory.
+class Inventory:
+    """The states below a directory.
 
     Args:
         root: as `--lola-state-dir`. key: of the files; None: they are not encrypted.
@@ -96,35 +96,35 @@ class Estate:
         states: those that can be read. refused: reason -> number of files that cannot.
 
     Raises:
-        EstateError: there is no such directory.
+        InventoryError: there is no such directory.
     """
 
     def __init__(self, root: Path, key: StateKey | None = None) -> None:
         if not root.is_dir():
-            raise EstateError(
+            raise InventoryError(
                 f"--lola-state-dir = {str(root)!r}: no such directory; give the one that the "
                 "servers have"
             )
         self.root, self.key = root, key
-        self.states: list[Kept] = []
+        self.states: list[Entry] = []
         self.refused: Counter[str] = Counter()
         for model in sorted(root.iterdir()):
             if _MODEL.fullmatch(model.name) and model.is_dir():
                 self._read(model)
 
-    def owners(self) -> dict[str, list[Kept]]:
+    def owners(self) -> dict[str, list[Entry]]:
         """States by owner as people are shown it, `none` first."""
-        found: dict[str, list[Kept]] = defaultdict(list)
+        found: dict[str, list[Entry]] = defaultdict(list)
         for state in self.states:
             found[shown(salt_owner(state.header.salt))].append(state)
         return dict(sorted(found.items(), key=lambda item: (item[0] != "none", item[0])))
 
-    def of(self, who: Sequence[Who]) -> list[Kept]:
+    def of(self, owners: Sequence[OwnerFilter]) -> list[Entry]:
         """The states of these."""
-        return [s for s in self.states if any(one.has(s.header.salt) for one in who)]
+        return [s for s in self.states if any(one.has(s.header.salt) for one in owners)]
 
     def move(
-        self, source: Who, target: str | None, report: Callable[[str], object] = print
+        self, source: OwnerFilter, target: str | None, report: Callable[[str], object] = print
     ) -> list[str]:
         """Give states to another owner, session by session; each moves as a whole or stays.
 
@@ -141,7 +141,7 @@ class Estate:
         Raises:
             OSError: a file cannot be written or removed.
         """
-        sessions: dict[tuple[Path, str, str], list[Kept]] = defaultdict(list)
+        sessions: dict[tuple[Path, str, str], list[Entry]] = defaultdict(list)
         for state in self.states:
             sessions[state.session].append(state)
         failed = []
@@ -167,13 +167,13 @@ class Estate:
             report(f"{name}: {len(states)} states moved")
         return failed
 
-    def delete(self, states: Iterable[Kept]) -> None:
+    def delete(self, states: Iterable[Entry]) -> None:
         """Delete states for good, from the memory of running servers too.
 
         Raises:
             OSError: a file cannot be removed.
         """
-        models: dict[tuple[Path, int], list[Kept]] = defaultdict(list)
+        models: dict[tuple[Path, int], list[Entry]] = defaultdict(list)
         for state in states:
             models[state.model, state.header.ranks].append(state)
         for group in models.values():
@@ -206,36 +206,36 @@ class Estate:
             except FileNotFoundError:  # a server removed it a moment ago
                 continue
             nbytes = sum(stat.st_size for stat in stats)
-            self.states.append(Kept(model, header, nbytes, stats[0].st_mtime))
+            self.states.append(Entry(model, header, nbytes, stats[0].st_mtime))
 
-    def _write(self, state: Kept, new: dict[str, str], salt: str) -> None:
+    def _write(self, state: Entry, new: dict[str, str], salt: str) -> None:
         """Write a state's files under another salt, the first rank's last."""
         for rank, path in reversed(list(enumerate(state.files))):
             to = state.model / file_name(new[state.header.id], rank, state.header.ranks)
             found, stat = read_state(path, key=self.key), path.stat()
             fingerprint, n = Fingerprint(**found.header.fingerprint), found.header.num_tokens
-            before, chain = (
-                Chain(namespace(fingerprint.key, found.header.adapter, each), found.tokens)
+            before, hashes = (
+                PrefixHashes(namespace(fingerprint.key, found.header.adapter, each), found.tokens)
                 for each in (found.header.salt, salt)
             )
-            parent, beginning = found.header.parent, found.header.beginning
+            parent, named = found.header.parent, found.header.shared_prefix
             shared = None
-            if beginning is not None:  # its key depends on the salt, and only its length is lasting
-                lengths = (k for k in range(n + 1) if before.key(k).hex() == beginning)
-                shared = next((chain.key(k).hex() for k in lengths), None)
+            if named is not None:  # its hash depends on the salt, and only its length is lasting
+                lengths = (k for k in range(n + 1) if before.prefix_hash(k).hex() == named)
+                shared = next((hashes.prefix_hash(k).hex() for k in lengths), None)
             header = replace(
                 found.header,
                 id=new[state.header.id],
                 salt=salt,
-                key=chain.key(n).hex(),
-                boundary=chain.boundary(n).hex(),
+                prefix_hash=hashes.prefix_hash(n).hex(),
+                block_hash=hashes.block_hash(n).hex(),
                 parent=None if parent is None else new.get(parent, parent),
-                beginning=shared,
+                shared_prefix=shared,
             )
-            write_state(to, header, found.tokens, found.row, self.key)
+            write_state(to, header, found.tokens, found.data, self.key)
             os.utime(to, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
-    def _directory(self, state: Kept) -> StateDirectory:
+    def _directory(self, state: Entry) -> StateDirectory:
         fingerprint = Fingerprint(**state.header.fingerprint)
         return StateDirectory(self.root, fingerprint, state.header.ranks, self.key)
 

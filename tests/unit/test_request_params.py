@@ -1,4 +1,4 @@
-"""What requests want of the store: read in bounded time, and refused in words."""
+"""What requests ask of the store: read in bounded time, and refused in words."""
 
 import re
 import time
@@ -9,8 +9,8 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from lola_vllm.plugin.session_requests import SchedulerHalf
-from lola_vllm.serving.sessions.wishes import check_wish
-from lola_vllm.sessions.request import MAX_FAULTS, OWN_REQUEST, Ticket, read_wish
+from lola_vllm.serving.sessions.request_params import check_params
+from lola_vllm.sessions.request import MAX_FAULTS, OWN_REQUEST, RequestState, read_params
 from lola_vllm.sessions.settings import StoreSettings, StoreSettingsError
 from tests.support.sessions import Server
 
@@ -18,8 +18,8 @@ LONG = "x" * 3_000_000
 MANY = {f"{n:06}": 0 for n in range(200_000)}
 
 
-def wish(**lola):
-    return read_wish({"lola": lola})
+def parsed(**lola):
+    return read_params({"lola": lola})
 
 
 @pytest.mark.parametrize(
@@ -43,32 +43,32 @@ def wish(**lola):
     ids=str.format("{}", "keys key list text number from object turn save names ttl ttls "
                    "answer all").split(),
 )  # fmt: skip
-def test_a_wish_of_megabytes_is_read_at_once_and_shortly_refused(lola):
+def test_parameters_of_megabytes_are_read_at_once_and_shortly_refused(lola):
     begin = time.thread_time()
-    found = read_wish({"lola": lola})
-    ticket = Ticket(found, "", "", None)
+    found = read_params({"lola": lola})
+    req_state = RequestState(found, "", "", None)
     for fault in found.faults:
-        ticket.explain(fault)
-    text = ticket.answer()["lola"]["reason"]
+        req_state.explain(fault)
+    text = req_state.answer()["lola"]["reason"]
     assert time.thread_time() - begin < 0.05
     assert 1 <= len(found.faults) <= MAX_FAULTS and len(text) < 600
     assert not found.restore and not found.save
 
 
-def test_a_ticket_says_a_thing_once_however_often_it_happens():
-    ticket = Ticket(wish(), "", "", None)
+def test_a_request_state_says_a_thing_once_however_often_it_happens():
+    req_state = RequestState(parsed(), "", "", None)
     begin = time.thread_time()
     for n in range(200_000):
-        ticket.explain(str(n % 100_000))
+        req_state.explain(str(n % 100_000))
     assert time.thread_time() - begin < 1
-    assert len(ticket.reasons) == 100_000
+    assert len(req_state.reasons) == 100_000
 
 
 @pytest.mark.parametrize(
     "ttl", [float("nan"), float("inf"), -float("inf"), 0, -1, True, "1", 10**400]
 )
 def test_times_that_never_end_are_refused(ttl):
-    (fault,) = wish(ttl=ttl).faults
+    (fault,) = parsed(ttl=ttl).faults
     assert "ttl = " in fault and "a finite number of seconds above 0" in fault
     if isinstance(ttl, float):
         with pytest.raises(StoreSettingsError, match="finite number of seconds"):
@@ -76,23 +76,23 @@ def test_times_that_never_end_are_refused(ttl):
 
 
 def test_times_that_end_are_taken():
-    assert wish(ttl=3).ttl == 3.0 and wish(ttl=0.5).ttl == 0.5 and wish().ttl is None
+    assert parsed(ttl=3).ttl == 3.0 and parsed(ttl=0.5).ttl == 0.5 and parsed().ttl is None
 
 
 @pytest.mark.parametrize("name", ["auto-1234", "shared-1234"])
 def test_names_of_the_server_are_not_given_by_users(name, tmp_path):
     words = "given by the server; take another"
-    assert words in wish(save=name).faults[0]
-    assert words in read_wish(None, name).faults[0]
-    assert not wish(**{"from": name}).faults  # what is stored under it may be gone on from
-    assert read_wish({"lola": {"save": name}}, own=True).session == name
+    assert words in parsed(save=name).faults[0]
+    assert words in read_params(None, name).faults[0]
+    assert not parsed(**{"from": name}).faults  # what is stored under it may be gone on from
+    assert read_params({"lola": {"save": name}}, own=True).session == name
     server = Server(tmp_path)
     server.say([1] * 100, "mine")
     server.settle()
     for method, arguments in (
         ("fork", {"reference": "mine", "to": name}),
         ("rename", {"session": "mine", "to": name}),
-        ("bring", {"file": "x", "session": name}),
+        ("import_file", {"file": "x", "session": name}),
     ):
         answer = server.manager.call(method, arguments)
         assert answer["kind"] == "bad" and words in answer["error"]
@@ -115,7 +115,7 @@ def params(n=1, **lola):
 )
 def test_a_request_that_would_lose_its_conversation_is_refused(given, session_id, words):
     with pytest.raises(VLLMValidationError, match=re.escape(words)):
-        check_wish(given, session_id)
+        check_params(given, session_id)
 
 
 def test_other_requests_are_left_alone():
@@ -123,13 +123,13 @@ def test_other_requests_are_left_alone():
         (params(), None), (params(), "a"), (params(n=2), None), (params(n=2, save=False), "a"),
         (SamplingParams(), None), (object(), "../x"),
     ):  # fmt: skip
-        check_wish(given, session_id)
+        check_params(given, session_id)
 
 
 def request(name, tokens, session=None, **fields):
     """A request as vLLM's scheduler has it."""
     return SimpleNamespace(
-        request_id=name, kv_transfer_params=fields.pop("wish", None), session_id=session,
+        request_id=name, kv_transfer_params=fields.pop("params", None), session_id=session,
         lora_request=None, prompt_token_ids=tokens, cache_salt=None, num_prompt_tokens=len(tokens),
         skip_reading_prefix_cache=fields.pop("logprobs", False), num_computed_tokens=len(tokens),
         num_tokens=len(tokens) + 1, all_token_ids=[*tokens, 5], **fields,
@@ -211,10 +211,10 @@ def test_log_probabilities_of_a_prompt_start_from_no_state(half):
     assert told["restored_tokens"] == 0 and "log-probabilities" in told["reason"]
 
 
-def test_only_the_servers_own_requests_store_shared_beginnings(half):
+def test_only_the_servers_own_requests_store_shared_prefixes(half):
     lola = {"lola": {"save": "shared-1", "answer": False}}
-    own = request(f"{OWN_REQUEST}1", TEXT, wish=lola)
-    theirs = request("cmpl-1", TEXT, wish=lola)
+    own = request(f"{OWN_REQUEST}1", TEXT, params=lola)
+    theirs = request("cmpl-1", TEXT, params=lola)
     for asked in (own, theirs):
         half.arrive(asked)
         asked.num_computed_tokens = 0

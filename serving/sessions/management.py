@@ -1,4 +1,4 @@
-"""Routes to list, show, rename, pin, fork, delete, take away and bring sessions."""
+"""Routes to list, show, rename, pin, fork, delete, export and import sessions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from lola_vllm.serving.access import Access
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine, Unavailable
-from lola_vllm.serving.sessions.held import hold
+from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.protocol import (
     ChangeRequest,
@@ -135,13 +135,13 @@ async def fork(session: str, body: ForkRequest, raw_request: Request, salt: Salt
     response_class=FileResponse,
     responses={**REFUSALS, 200: {"content": _BINARY}},
 )
-async def take(
+async def export_state(
     session: str,
     raw_request: Request,
     salt: Salt = None,
     rank: Annotated[int, Query(ge=0, description="Whose part, with several ranks.")] = 0,
 ) -> FileResponse:
-    """The file of a session's state: to keep, or to bring to another server of the model."""
+    """The file of a session's state: to keep, or to import in another server of the model."""
     reference = reference_of(session)
     found = await ask(raw_request, "files", salt, reference=str(reference))
     files = [Path(path) for path in found["files"]]
@@ -168,7 +168,7 @@ upload_router = APIRouter()
     responses={**REFUSALS, 403: {"model": ErrorResponse}, 413: {"model": ErrorResponse}},
     openapi_extra={"requestBody": {"required": True, "content": _BINARY}},
 )
-async def bring(session: str, raw_request: Request, salt: Salt = None) -> Any:
+async def import_state(session: str, raw_request: Request, salt: Salt = None) -> Any:
     """Store a state from a file under a new session, where the operator allows it."""
     name = name_of(session)
     if os.environ.get(UPLOAD) != "1":
@@ -191,7 +191,7 @@ async def bring(session: str, raw_request: Request, salt: Salt = None) -> Any:
                 )
             file.write(part)
         file.flush()
-        return await ask(raw_request, "bring", salt, file=file.name, session=name)
+        return await ask(raw_request, "import_file", salt, file=file.name, session=name)
 
 
 router.include_router(upload_router)
@@ -217,7 +217,7 @@ async def ask(
     if method != "stats":
         arguments["salt"] = owned(salt)
     try:
-        with nullcontext() if writes is None else await hold(engine, writes, salt):
+        with nullcontext() if writes is None else await lock_session(engine, writes, salt):
             return await engine.sessions(method, **arguments)
     except Unavailable as error:
         raise HTTPException(error.status, str(error)) from None

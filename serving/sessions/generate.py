@@ -32,8 +32,8 @@ from vllm.sampling_params import RequestOutputKind
 from lola_vllm.serving.bodies import LolaRoute, refusal
 from lola_vllm.serving.engine import LolaEngine, Unavailable
 from lola_vllm.serving.prompt import prompt_tokens, text_tokens
-from lola_vllm.serving.sessions.held import hold
-from lola_vllm.serving.sessions.manage import (
+from lola_vllm.serving.sessions.lock import lock_session
+from lola_vllm.serving.sessions.management import (
     PREFIX,
     REFUSALS,
     engine_of,
@@ -46,7 +46,7 @@ from lola_vllm.serving.sessions.protocol import (
     SessionChatRequest,
     SessionCompletionRequest,
 )
-from lola_vllm.serving.sessions.seam import Said, continuation
+from lola_vllm.serving.sessions.template_boundary import Transcript, continuation
 from lola_vllm.sessions.request import FIELD
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ async def append(session: str, raw_request: Request, body: AppendRequest) -> Any
     """Read text, token ids or messages at the end of a session. Nothing is generated."""
     reference = reference_of(session)
     try:
-        with await hold(engine_of(raw_request), reference, body.cache_salt):
+        with await lock_session(engine_of(raw_request), reference, body.cache_salt):
             return await _append(reference, body, raw_request)
     except Unavailable as error:
         raise HTTPException(error.status, str(error)) from None
@@ -91,10 +91,12 @@ async def append(session: str, raw_request: Request, body: AppendRequest) -> Any
 async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> Any:
     """Answer new messages of a session, as /v1/chat/completions does with all of its messages."""
 
-    async def go_on(said: Said | None, lola: dict[str, Any]) -> Any:
+    async def go_on(transcript: Transcript | None, lola: dict[str, Any]) -> Any:
         params: dict[str, Any] = {FIELD: lola}
-        if said is not None:
-            tokens = await continuation(body, said, raw_request, _special(engine_of(raw_request)))
+        if transcript is not None:
+            tokens = await continuation(
+                body, transcript, raw_request, _special(engine_of(raw_request))
+            )
             _check_length(tokens, engine_of(raw_request))
             params["prompt_token_ids"] = tokens
         request = body.model_copy(update={"kv_transfer_params": params})
@@ -111,13 +113,13 @@ async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> 
 async def complete(session: str, raw_request: Request, body: SessionCompletionRequest) -> Any:
     """Go on with new text of a session, as /v1/completions does with all of its text."""
 
-    async def go_on(said: Said | None, lola: dict[str, Any]) -> Any:
+    async def go_on(transcript: Transcript | None, lola: dict[str, Any]) -> Any:
         prompt = body.prompt
         if not prompt:
             raise Unavailable(HTTPStatus.BAD_REQUEST, "prompt is empty; give text or token ids")
-        if said is not None:
+        if transcript is not None:
             new = await text_tokens(prompt, raw_request) if isinstance(prompt, str) else prompt
-            prompt = said.before(_special(engine_of(raw_request))) + new
+            prompt = transcript.before(_special(engine_of(raw_request))) + new
             _check_length(prompt, engine_of(raw_request))
         params = {FIELD: lola}
         request = body.model_copy(update={"prompt": prompt, "kv_transfer_params": params})
@@ -130,43 +132,45 @@ async def _answer(
     session: str,
     raw_request: Request,
     body: SessionChatRequest | SessionCompletionRequest,
-    go_on: Callable[[Said | None, dict[str, Any]], Any],
+    go_on: Callable[[Transcript | None, dict[str, Any]], Any],
     kind: str,
 ) -> Response:
-    """Hold the session, and let vLLM answer.
+    """Lock the session, and let vLLM answer.
 
     Args:
-        go_on: makes vLLM's answer from what was said, None for a new session, and what is asked of
-            the store. kind: of the objects in vLLM's stream.
+        go_on: makes vLLM's answer from what the session has seen, None for a new session, and what
+            is asked of the store. kind: of the objects in vLLM's stream.
     """
     reference, engine = reference_of(session), engine_of(raw_request)
-    with ExitStack() as held:
+    with ExitStack() as lock:
         try:
-            held.enter_context(await hold(engine, reference, body.cache_salt))
-            said = await _said(engine, reference, body)
+            lock.enter_context(await lock_session(engine, reference, body.cache_salt))
+            transcript = await _transcript(engine, reference, body)
             report = reported()
-            answer: Response = await go_on(said, _wish(reference, said, body.ttl))
+            answer: Response = await go_on(transcript, _params(reference, transcript, body.ttl))
         except Unavailable as error:
             raise HTTPException(error.status, str(error)) from None
         if isinstance(answer, StreamingResponse):
-            still = held.pop_all()
+            still = lock.pop_all()
             answer.body_iterator = _with_report(answer.body_iterator, report, engine, kind, still)
-            return _Holding(answer, still)
+            return _LockedStream(answer, still)
         return answer
 
 
 async def _append(reference: Reference, body: AppendRequest, raw_request: Request) -> Any:
     engine = engine_of(raw_request)
-    said = await _said(engine, reference, body)
-    before = [] if said is None else said.before(_special(engine))
-    if body.messages is not None and said is not None:
-        tokens = await _messages(body, said, raw_request)
+    transcript = await _transcript(engine, reference, body)
+    before = [] if transcript is None else transcript.before(_special(engine))
+    if body.messages is not None and transcript is not None:
+        tokens = await _messages(body, transcript, raw_request)
         new = len(tokens) - len(before)
     else:
-        read = await prompt_tokens(body, raw_request, engine, begins=said is None, adapters=True)
+        read = await prompt_tokens(
+            body, raw_request, engine, begins=transcript is None, adapters=True
+        )
         tokens, new = before + read, len(read)
     _check_length(tokens, engine)
-    wish = _wish(reference, said, body.ttl) | {"answer": False}
+    params = _params(reference, transcript, body.ttl) | {"answer": False}
     final = None
     async for output in engine.client.generate(
         tokens_input(tokens, cache_salt=body.cache_salt),
@@ -175,7 +179,7 @@ async def _append(reference: Reference, body: AppendRequest, raw_request: Reques
             temperature=0.0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"kv_transfer_params": {FIELD: wish}},
+            extra_args={"kv_transfer_params": {FIELD: params}},
         ),
         f"lola-append-{uuid.uuid4().hex}",
         lora_request=raw_request.app.state.openai_serving_models.lora_requests.get(body.model),
@@ -186,7 +190,7 @@ async def _append(reference: Reference, body: AppendRequest, raw_request: Reques
     return told | {"tokens": len(tokens), "new_tokens": new}
 
 
-async def _messages(body: AppendRequest, said: Said, raw_request: Request) -> list[int]:
+async def _messages(body: AppendRequest, transcript: Transcript, raw_request: Request) -> list[int]:
     try:
         request = ChatCompletionRequest.model_validate(
             {"model": body.model, "messages": body.messages, "add_generation_prompt": False}
@@ -194,14 +198,14 @@ async def _messages(body: AppendRequest, said: Said, raw_request: Request) -> li
     except ValidationError as error:
         message = refusal(error.errors())[0]
         raise Unavailable(HTTPStatus.BAD_REQUEST, message) from None
-    return await continuation(request, said, raw_request, _special(engine_of(raw_request)))
+    return await continuation(request, transcript, raw_request, _special(engine_of(raw_request)))
 
 
-async def _said(
+async def _transcript(
     engine: LolaEngine,
     reference: Reference,
     body: AppendRequest | SessionChatRequest | SessionCompletionRequest,
-) -> Said | None:
+) -> Transcript | None:
     """What a session has seen; None for a new one.
 
     Raises:
@@ -215,32 +219,34 @@ async def _said(
         if error.status != HTTPStatus.NOT_FOUND or not new:
             raise
         return None
-    said = Said(found["turn"], found["kind"], found["tokens"], found["tail"])
-    if expected not in (None, said.turn):
+    transcript = Transcript(found["turn"], found["kind"], found["tokens"], found["tail"])
+    if expected not in (None, transcript.turn):
         raise Unavailable(
             HTTPStatus.CONFLICT,
-            f"turn = {expected}: {str(reference)!r} is at turn {said.turn}; look at what it says, "
-            f"or fork {reference.session}@{expected}" if expected else
+            f"turn = {expected}: {str(reference)!r} is at turn {transcript.turn}; look at "
+            f"what it says, or fork {reference.session}@{expected}" if expected else
             f"turn = 0: there is a session {reference.session!r} already; take another name",
         )  # fmt: skip
-    if body.tokens not in (None, len(said.tokens)):
+    if body.tokens not in (None, len(transcript.tokens)):
         raise Unavailable(
             HTTPStatus.CONFLICT,
-            f"tokens = {body.tokens}: turn {said.turn} of {reference.session!r} covers "
-            f"{len(said.tokens)}, as its {said.kind} is the last that was kept; look at what it "
-            "says, and send what is missing again",
+            f"tokens = {body.tokens}: turn {transcript.turn} of {reference.session!r} covers "
+            f"{len(transcript.tokens)}, as its {transcript.kind} is the last that was kept; look "
+            "at what it says, and send what is missing again",
         )
-    return said
+    return transcript
 
 
-def _wish(reference: Reference, said: Said | None, ttl: float | None) -> dict[str, Any]:
+def _params(
+    reference: Reference, transcript: Transcript | None, ttl: float | None
+) -> dict[str, Any]:
     """`kv_transfer_params.lola` of a request."""
-    wish: dict[str, Any] = {"save": reference.session}
-    if said is not None:
-        wish["from"] = f"{reference.session}@{said.turn}"
+    params: dict[str, Any] = {"save": reference.session}
+    if transcript is not None:
+        params["from"] = f"{reference.session}@{transcript.turn}"
     if ttl is not None:
-        wish["ttl"] = ttl
-    return wish
+        params["ttl"] = ttl
+    return params
 
 
 def _check_length(tokens: list[int], engine: LolaEngine) -> None:
@@ -266,36 +272,36 @@ def _special(engine: LolaEngine) -> list[int]:
 
 
 async def _with_report(
-    events: Any, report: dict[str, Any], engine: LolaEngine, kind: str, held: ExitStack
+    events: Any, report: dict[str, Any], engine: LolaEngine, kind: str, lock: ExitStack
 ) -> AsyncIterator[Any]:
     """A stream of events, with what the store says before its end, at which the session is free:
     a client that has read it may go on at once."""
     async for event in events:
         text = event if isinstance(event, str) else bytes(event).decode()
         if text.startswith(_DONE) and report:
-            said = {
+            last = {
                 "id": f"lola-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
                 "model": engine.model, "choices": [], "kv_transfer_params": report,
             }  # fmt: skip
-            yield f"data: {json.dumps(said)}\n\n"
+            yield f"data: {json.dumps(last)}\n\n"
         if text.startswith(_DONE):
-            held.close()
+            lock.close()
         yield event
 
 
-class _Holding(StreamingResponse):
-    """A stream that holds a session until it has ended, or its reader has left."""
+class _LockedStream(StreamingResponse):
+    """A stream that locks a session until it has ended, or its reader has left."""
 
-    def __init__(self, answer: StreamingResponse, held: ExitStack) -> None:
+    def __init__(self, answer: StreamingResponse, lock: ExitStack) -> None:
         super().__init__(
             answer.body_iterator,
             answer.status_code,
             media_type=answer.media_type,
             background=answer.background,
         )
-        self._held = held
+        self._lock = lock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-        with self._held:
+        with self._lock:
             await super().__call__(scope, receive, send)

@@ -1,4 +1,4 @@
-"""What people do with sessions: list, look, fork, rename, pin, delete, bring and take away.
+"""What people do with sessions: list, look, fork, rename, pin, delete, export and import.
 
 Answers are plain dicts and lists, because routes and commands ask from another process.
 """
@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.sessions.beginnings import only_beginnings
-from lola_vllm.sessions.chain import Chain, Tokens, salt_hash
 from lola_vllm.sessions.file import StateFileError, read_state, read_tokens, write_state
 from lola_vllm.sessions.names import (
     Reference,
@@ -23,6 +21,8 @@ from lola_vllm.sessions.names import (
     parse_reference,
 )
 from lola_vllm.sessions.orders import DISK, MEMORY, Copy
+from lola_vllm.sessions.prefix_hash import PrefixHashes, Tokens, salt_hash
+from lola_vllm.sessions.shared_prefixes import orphaned_prefixes
 from lola_vllm.sessions.store import NotStored, Session, SessionStore
 from lola_vllm.sessions.tiers import Stored
 from lola_vllm.sessions.upkeep import Operation
@@ -31,7 +31,7 @@ Answer = dict[str, Any]
 
 
 class SessionError(Exception):
-    """A wish that cannot be met.
+    """A request that cannot be met.
 
     Attributes:
         kind: "bad" (a wrong argument), "not-found", "exists" or "unavailable".
@@ -50,8 +50,8 @@ class SessionManager:
     """
 
     METHODS = (
-        "sessions", "show", "tokens", "fork", "rename", "pin", "delete", "clear", "files", "bring",
-        "stats", "result",
+        "sessions", "show", "tokens", "fork", "rename", "pin", "delete", "clear", "files",
+        "import_file", "stats", "result",
     )  # fmt: skip
 
     def __init__(self, store: SessionStore) -> None:
@@ -136,7 +136,7 @@ class SessionManager:
                 copy = Stored(header, state.nbytes, now)
                 tokens = self._tokens(state)  # the copy's file is not there yet
                 due = self._is_due(state, name)
-                tiers = [t for t in store.places(name) if t.name in state.tiers or (
+                tiers = [t for t in store.tiers_for(name) if t.name in state.tiers or (
                     due and t is store.disk
                 )]  # fmt: skip
                 store.add(copy, tiers, tokens)
@@ -198,12 +198,12 @@ class SessionManager:
     def delete(self, reference: str, salt: str | None = None) -> Answer:
         """Delete a session, or one of its turns: from memory and from the disk.
 
-        The shared beginnings that nothing else goes on from go with it. It is over when the files
+        The shared prefixes that nothing else goes on from go with it. It is over when the files
         are gone. A file that cannot be removed stays listed.
         """
         with self.store.lock:
             states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
-            states += only_beginnings(self.store, states, partial(self._text, tuple(states)))
+            states += orphaned_prefixes(self.store, states, partial(self._text, tuple(states)))
             return self._ended(self.store.delete(states, lambda: {"deleted": len(states)}))
 
     def clear(self) -> Answer:
@@ -229,7 +229,7 @@ class SessionManager:
             )
         return describe_state(state) | {"files": [str(path) for path in paths]}
 
-    def bring(self, file: str, session: str, salt: str | None = None) -> Answer:
+    def import_file(self, file: str, session: str, salt: str | None = None) -> Answer:
         """Store a state from a file of the same model under a new session.
 
         Args:
@@ -240,26 +240,27 @@ class SessionManager:
         if store.directory is None or store.ranks != 1:
             raise SessionError(
                 "unavailable",
-                "states are brought to servers with a state directory and one rank; this one has "
+                "states are imported by servers with a state directory and one rank; this one has "
                 + ("no directory" if store.directory is None else f"{store.ranks} ranks"),
             )
         key = store.directory.key
         found = read_state(Path(file), store.fingerprint, key, plain=True)
-        if len(found.row) != store.row_bytes:
-            raise SessionError("bad", f"{len(found.row)} bytes of pages, not {store.row_bytes}")
+        if len(found.data) != store.rank_bytes:
+            raise SessionError("bad", f"{len(found.data)} bytes of pages, not {store.rank_bytes}")
         hashed = salt_hash(salt)
         with store.lock:
             if (hashed, name) in store.sessions:
                 raise SessionError("exists", f"session = {name!r}: there is such a session already")
         now = store.clock()
-        chain = store.chain(found.tokens, found.header.adapter, hashed)
+        hashes = store.prefix_hashes(found.tokens, found.header.adapter, hashed)
         n = len(found.tokens)
         header = replace(
             found.header, id=secrets.token_hex(16), session=name, turn=1, created=now, salt=hashed,
-            expires=None, parent=None, beginning=None, pinned=False, key=chain.key(n).hex(),
-            boundary=chain.boundary(n).hex(), fingerprint=store.fingerprint.to_dict(),
+            expires=None, parent=None, shared_prefix=None, pinned=False,
+            prefix_hash=hashes.prefix_hash(n).hex(), block_hash=hashes.block_hash(n).hex(),
+            fingerprint=store.fingerprint.to_dict(),
         )  # fmt: skip
-        write_state(store.directory.files(header.id)[0], header, found.tokens, found.row, key)
+        write_state(store.directory.files(header.id)[0], header, found.tokens, found.data, key)
         store.upkeep.refresh()
         return self.show(name, salt)
 
@@ -271,7 +272,7 @@ class SessionManager:
                 "store": store.id,
                 "sessions": len(store.sessions),
                 "states": len(store.states),
-                "state_bytes": store.row_bytes * store.ranks,
+                "state_bytes": store.rank_bytes * store.ranks,
                 "bytes": {MEMORY: store.memory.nbytes, DISK: store.disk.nbytes},
                 "budget": {MEMORY: store.memory.budget, DISK: store.disk.budget},
                 "counts": dict(store.counts),
@@ -316,12 +317,12 @@ class SessionManager:
             raise NotStored(f"the tokens of {state.header.session!r} are not kept")
         return tokens
 
-    def _text(self, states: Sequence[Stored]) -> Chain | None:
+    def _text(self, states: Sequence[Stored]) -> PrefixHashes | None:
         """The longest of some states' texts; None where it cannot be read."""
         longest = max(states, key=lambda state: state.header.num_tokens)
         header = longest.header
         try:
-            return self.store.chain(self._tokens(longest), header.adapter, header.salt)
+            return self.store.prefix_hashes(self._tokens(longest), header.adapter, header.salt)
         except (NotStored, StateFileError):
             return None
 

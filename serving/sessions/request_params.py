@@ -1,4 +1,4 @@
-"""Requests whose wish cannot be met are refused before they run.
+"""Requests with parameters for the store that cannot be met are refused before they run.
 
 A request says what it wants of the store in `kv_transfer_params.lola`, and names its session there
 or by a session id. vLLM passes both on to the engine unread. The engine runs such a request without
@@ -14,16 +14,18 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from lola_vllm.sessions.request import FIELD, read_wish
+from lola_vllm.sessions.request import FIELD, read_params
 
 
-def refusing(generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+def checking_params(
+    generate: Callable[..., AsyncIterator[Any]],
+) -> Callable[..., AsyncIterator[Any]]:
     """The engine client's `generate`, which refuses before it makes an iterator."""
 
     def generate_checked(
         prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
-        check_wish(sampling_params, kwargs.get("session_id"))
+        check_params(sampling_params, kwargs.get("session_id"))
         return generate(prompt, sampling_params, *args, **kwargs)
 
     return generate_checked
@@ -34,21 +36,21 @@ def transfer_params(params: SamplingParams) -> Any:
     return (params.extra_args or {}).get("kv_transfer_params")
 
 
-def check_wish(params: Any, session_id: str | None) -> None:
-    """Refuse a wish with faults, and several answers that would go on with one session.
+def check_params(sampling_params: Any, session_id: str | None) -> None:
+    """Refuse parameters with faults, and several answers that would go on with one session.
 
     Raises:
         VLLMValidationError: names the field, the value and the remedy.
     """
-    if not isinstance(params, SamplingParams):
+    if not isinstance(sampling_params, SamplingParams):
         return
-    wish = read_wish(transfer_params(params), session_id)
-    if wish.faults:
-        raise VLLMValidationError("; ".join(wish.faults), parameter=f"kv_transfer_params.{FIELD}")
-    if wish.session is not None and params.n > 1:
+    params = read_params(transfer_params(sampling_params), session_id)
+    if params.faults:
+        raise VLLMValidationError("; ".join(params.faults), parameter=f"kv_transfer_params.{FIELD}")
+    if params.session is not None and sampling_params.n > 1:
         raise VLLMValidationError(
-            f"n = {params.n}: a session goes on with one answer, and this request goes on with "
-            f"{wish.session!r}; fork it to have several",
+            f"n = {sampling_params.n}: a session goes on with one answer, and this request goes on "
+            f"with {params.session!r}; fork it to have several",
             parameter="n",
-            value=params.n,
+            value=sampling_params.n,
         )

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lola_vllm.sessions.chain import Tokens
 from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import (
     StateFileError,
@@ -23,23 +22,24 @@ from lola_vllm.sessions.file import (
     write_state,
 )
 from lola_vllm.sessions.fingerprint import Fingerprint
-from lola_vllm.sessions.host import HostRow, copy_to_host
+from lola_vllm.sessions.host_copy import HostCopy, copy_to_host
 from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Drop, Load, Order, Outcome, Save
+from lola_vllm.sessions.prefix_hash import Tokens
 
 logger = logging.getLogger("vllm.lola")
 
 _FAILED: dict[type, str] = {Load: "load-failed", Drop: "drop-failed"}
 
 
-class RowKeeper:
+class TransferWorker:
     """Carries out the orders of a store on one rank.
 
     Orders come from one thread. Files are read and written by two others.
 
     Args:
-        pool: the rank's slots `[num_blocks, row_bytes]` of bytes.
+        pool: the rank's states `[num_blocks, rank_bytes]` of bytes.
         fingerprint: of the model. directory: for files; None: no files.
-        clean: a copy of a row whose bytes that are not valid after n tokens are zero; such bytes
+        clean: a copy of a state whose bytes that are not valid after n tokens are zero; such bytes
             may be of other people's texts.
         max_waiting: states that wait to be written. More are not written: a slow disk must not
             fill the memory.
@@ -64,20 +64,20 @@ class RowKeeper:
         self._clean = clean
         self.max_waiting = max_waiting
         self._key = key
-        self._rows: dict[str, HostRow] = {}
-        self._writing: dict[str, list[HostRow]] = {}  # an entry per write that waits
+        self._states: dict[str, HostCopy] = {}
+        self._writing: dict[str, list[HostCopy]] = {}  # an entry per write that waits
         self._copying: set[str] = set()  # states whose file is yet to be made of another
         self._reading: set[str] = set()  # states to keep in memory once they are read
-        self._read: list[tuple[Load, HostRow, float]] = []
+        self._read: list[tuple[Load, HostCopy, float]] = []
         self._outcomes: list[Outcome] = []
         self._lock = threading.Lock()
         self._writer = ThreadPoolExecutor(1, "lola-state-writer")
         self._reader = ThreadPoolExecutor(1, "lola-state-reader")
 
     @property
-    def num_rows(self) -> int:
+    def num_states(self) -> int:
         """States in memory."""
-        return len(self._rows)
+        return len(self._states)
 
     @property
     def num_waiting(self) -> int:
@@ -103,14 +103,14 @@ class RowKeeper:
             self._report(order_state(order), event, tier, error, request=request)
 
     def finish_loads(self) -> None:
-        """Put states that were read from files into their slots."""
+        """Put states that were read from files into the pool."""
         with self._lock:
             ready, self._read = self._read, []
-        for order, row, began in ready:
+        for order, data, began in ready:
             if order.header.id in self._reading:
                 self._reading.discard(order.header.id)
-                self._rows[order.header.id] = row
-            self._put(order, row, DISK, began)
+                self._states[order.header.id] = data
+            self._put(order, data, DISK, began)
 
     def take_outcomes(self) -> list[Outcome]:
         """What happened since the last call."""
@@ -122,23 +122,23 @@ class RowKeeper:
         """Write what waits, and stop the threads."""
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
-        self._rows.clear()
+        self._states.clear()
 
     def _save(self, order: Save) -> None:
         began = time.monotonic()
-        row = copy_to_host(self.pool[order.slot])
+        data = copy_to_host(self.pool[order.state_index])
         state = order.header.id
         if order.memory:
-            self._rows[state] = row
+            self._states[state] = data
         self._done(state, "saved", MEMORY, began, order.request)
         if order.disk:
-            self._write(order.header, order.tokens, row)
+            self._write(order.header, order.tokens, data)
 
     def _load(self, order: Load) -> None:
         state = order.header.id
-        row = self._row(state)
-        if row is not None:
-            self._put(order, row, MEMORY, time.monotonic())
+        data = self._in_memory(state)
+        if data is not None:
+            self._put(order, data, MEMORY, time.monotonic())
         elif self.directory is None:
             self._report(state, "load-failed", MEMORY, None, "it is no longer kept", order.request)
         else:
@@ -148,18 +148,18 @@ class RowKeeper:
             thread = self._writer if state in self._copying else self._reader
             thread.submit(self._read_file, order)
 
-    def _put(self, order: Load, row: HostRow, tier: str, began: float) -> None:
-        row.copy_into(self.pool[order.slot])
+    def _put(self, order: Load, data: HostCopy, tier: str, began: float) -> None:
+        data.copy_into(self.pool[order.state_index])
         self._done(order.header.id, "loaded", tier, began, order.request)
 
     def _copy(self, order: Copy) -> None:
-        row = self._row(order.source)
+        data = self._in_memory(order.source)
         state = order.header.id
-        if row is not None:
+        if data is not None:
             if order.memory:
-                self._rows[state] = row
+                self._states[state] = data
             if order.disk and order.tokens is not None and not self._better_from_file(order):
-                self._write(order.header, order.tokens, row)
+                self._write(order.header, order.tokens, data)
                 return
         if order.disk:  # read and written in the order of the writes before it
             self._copying.add(state)
@@ -174,24 +174,24 @@ class RowKeeper:
 
     def _drop(self, order: Drop) -> None:
         if order.tier == MEMORY:
-            self._rows.pop(order.state, None)
+            self._states.pop(order.state, None)
             self._reading.discard(order.state)
             return
         self._writing.pop(order.state, None)
         # After the write that may be going on, in the same thread.
         self._writer.submit(self._unlink, order.state)
 
-    def _write(self, header: StateHeader, tokens: Tokens, row: HostRow) -> None:
+    def _write(self, header: StateHeader, tokens: Tokens, data: HostCopy) -> None:
         if len(self._writing) >= self.max_waiting:
             text = f"{self.max_waiting} states wait to be written: the disk is too slow"
             self._report(header.id, "save-failed", DISK, None, text, fault="slow")
             return
         with self._lock:
-            self._writing.setdefault(header.id, []).append(row)
+            self._writing.setdefault(header.id, []).append(data)
         self._writer.submit(self._write_file, header, tokens)
 
-    def _row(self, state: str) -> HostRow | None:
-        return self._rows.get(state) or next(iter(self._writing.get(state, ())), None)
+    def _in_memory(self, state: str) -> HostCopy | None:
+        return self._states.get(state) or next(iter(self._writing.get(state, ())), None)
 
     # In the writer's thread.
 
@@ -199,10 +199,10 @@ class RowKeeper:
         waiting = self._writing.get(header.id)
         if waiting is None:  # dropped meanwhile
             return
-        row = waiting[0]
+        data = waiting[0]
         began = time.monotonic()
         try:
-            host = row.wait()
+            host = data.wait()
             if self._clean is not None:
                 host = self._clean(host, header.num_tokens)
             path, header = self._path(header.id), with_rank(header, self.rank)
@@ -221,7 +221,7 @@ class RowKeeper:
         try:
             found = read_state(self._path(order.source), self.fingerprint, self._key)
             header = with_rank(order.header, self.rank)
-            write_state(self._path(header.id), header, found.tokens, found.row, self._key)
+            write_state(self._path(header.id), header, found.tokens, found.data, self._key)
             self._done(header.id, "saved", DISK, began)
         except Exception as error:
             self._report(order.header.id, "save-failed", DISK, error)
@@ -240,17 +240,20 @@ class RowKeeper:
         began = time.monotonic()
         try:
             found = read_state(self._path(order.header.id), self.fingerprint, self._key)
-            if (found.header.key, found.header.rank) != (order.header.key, self.rank):
+            if (found.header.prefix_hash, found.header.rank) != (
+                order.header.prefix_hash,
+                self.rank,
+            ):
                 raise StateFileError(
                     self._path(order.header.id), "damaged", "it holds another state"
                 )
-            if len(found.row) != self.pool.shape[1]:
+            if len(found.data) != self.pool.shape[1]:
                 raise StateFileError(
                     self._path(order.header.id), "foreign",
-                    f"{len(found.row)} bytes of pages, {self.pool.shape[1]} here",
+                    f"{len(found.data)} bytes of pages, {self.pool.shape[1]} here",
                 )  # fmt: skip
             with self._lock:
-                self._read.append((order, HostRow(torch.from_numpy(found.row)), began))
+                self._read.append((order, HostCopy(torch.from_numpy(found.data)), began))
         except Exception as error:
             self._reading.discard(order.header.id)
             self._report(order.header.id, "load-failed", DISK, error, request=order.request)

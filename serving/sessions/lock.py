@@ -1,6 +1,6 @@
 """One request at a time writes a session, in all API processes of a server.
 
-A session is held by binding a Unix socket of its name in Linux's abstract namespace. Only one
+A session is locked by binding a Unix socket of its name in Linux's abstract namespace. Only one
 socket can have a name, and the system drops it with the process that bound it. So a process that
 ends in the middle of a request leaves nothing behind.
 """
@@ -17,32 +17,32 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 
 from lola_vllm.serving.engine import Unavailable
 from lola_vllm.serving.sessions.owners import owned
-from lola_vllm.sessions.chain import digest, salt_hash
+from lola_vllm.sessions.prefix_hash import digest, salt_hash
 
 if TYPE_CHECKING:
     from lola_vllm.serving.engine import LolaEngine
     from lola_vllm.sessions import Reference
 
 
-async def hold(
+async def lock_session(
     engine: LolaEngine, reference: Reference, salt: str | None
 ) -> AbstractContextManager[object]:
-    """Hold a session until the context ends.
+    """Lock a session until the context ends.
 
     Args:
         salt: the caller's.
 
     Raises:
-        Unavailable: another request holds it, or there is no store.
+        Unavailable: another request has the lock, or there is no store.
     """
     validate_cache_salt(salt)
     store = await engine.store_id()
     key = digest(salt_hash(owned(salt)).encode(), reference.session.encode())
-    held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        held.bind(f"\0lola-vllm/{store}/{key.hex()}")
+        lock.bind(f"\0lola-vllm/{store}/{key.hex()}")
     except OSError as error:
-        held.close()
+        lock.close()
         if error.errno != errno.EADDRINUSE:
             raise
         raise Unavailable(
@@ -50,4 +50,4 @@ async def hold(
             f"{reference.session!r} is being written by another request; wait for its answer, or "
             "fork the session before",
         ) from None
-    return closing(held)
+    return closing(lock)

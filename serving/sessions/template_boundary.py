@@ -29,7 +29,7 @@ _ANSWER = "Zq7wLola3vXn"
 _BEFORE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
 
 
-class Said(NamedTuple):
+class Transcript(NamedTuple):
     """What a session has seen.
 
     Attributes:
@@ -54,12 +54,15 @@ class Said(NamedTuple):
 
 
 async def continuation(
-    request: ChatCompletionRequest, said: Said, raw_request: Request, special: Sequence[int]
+    request: ChatCompletionRequest,
+    transcript: Transcript,
+    raw_request: Request,
+    special: Sequence[int],
 ) -> list[int]:
     """The tokens of a session and of new messages.
 
     Args:
-        request: the new messages, and how to render them. special: as in `Said.before`.
+        request: the new messages, and how to render them. special: as in `Transcript.before`.
 
     Raises:
         Unavailable: the template refuses the messages, or changes what an assistant says.
@@ -72,13 +75,13 @@ async def continuation(
             "the chat template ends an assistant's turn differently when messages follow; send the "
             "whole chat to /v1/chat/completions with session_id",
         )
-    if said.kind != "answer":
+    if transcript.kind != "answer":
         opening = (await _after_answer(request, raw_request, []))[len(end) :]
         start = await text_tokens(opening, raw_request) if opening else []
-        if not start or said.tokens[-len(start) :] != start:  # nobody's turn is open
+        if not start or transcript.tokens[-len(start) :] != start:  # nobody's turn is open
             new = new[len(end) :]
     tokens = await text_tokens(new, raw_request)
-    return said.before(special) + tokens
+    return transcript.before(special) + tokens
 
 
 async def _after_answer(

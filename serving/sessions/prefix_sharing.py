@@ -1,14 +1,14 @@
-"""States where prompts begin alike: a system prompt, or a document that is asked about again.
+"""States of shared prefixes: a system prompt, or a document that is asked about again.
 
-The store has a state at the end of each prompt and of each answer. Two prompts that begin alike and
-end differently share none of these. So the server remembers the prompts of late. The second prompt
-that begins like an earlier one is read in two parts. The first ends where the two part, and its
+The store has a state at the end of each prompt and of each answer. Two prompts with a
+prefix in common share none of these. So the server remembers the recent prompts. The second prompt
+with a prefix of an earlier one is read in two parts. The first ends where the two branch, and its
 state is stored under the name `shared-...`. Prompts that follow start from it. Nothing is computed
 twice.
 
 This takes the place of vLLM's prefix caching, which would keep a second state for each running
-sequence. The engine's `generate` is the one method that all routes which generate call, so the
-parting is done in front of it (`owners.listen`).
+sequence. The engine's `generate` is the one method that all routes which generate call, so
+prompts are read in parts in front of it (`owners.listen`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import numpy as np
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from lola_vllm.serving.sessions.wishes import transfer_params
-from lola_vllm.sessions.chain import SPAN, Chain, PrefixIndex, namespace
+from lola_vllm.serving.sessions.request_params import transfer_params
 from lola_vllm.sessions.names import SHARED
-from lola_vllm.sessions.request import FIELD, OWN_REQUEST, read_wish
+from lola_vllm.sessions.prefix_hash import HASH_BLOCK, PrefixHashes, PrefixIndex, namespace
+from lola_vllm.sessions.request import FIELD, OWN_REQUEST, read_params
 
 logger = logging.getLogger("vllm.lola")
 
@@ -38,20 +38,20 @@ MAX_TOKENS = 2**21
 Generate = Callable[..., AsyncIterator[Any]]
 
 
-class Point(NamedTuple):
-    """A place in a prompt where a state is stored, or is to be stored now.
+class BranchPoint(NamedTuple):
+    """Where prompts branch: a state is stored there, or is to be stored now.
 
     Attributes:
-        num_tokens: before it. key: of these tokens. new: nobody has stored it yet.
+        num_tokens: before it. prefix_hash: of these tokens. new: nobody has stored it yet.
     """
 
     num_tokens: int
-    key: bytes
+    prefix_hash: bytes
     new: bool
 
 
-class Beginnings:
-    """The prompts of late, and the places in them where states are stored.
+class RecentPrompts:
+    """The recent prompts, and where in them states are stored.
 
     Args:
         max_tokens: of all prompts together; the oldest are forgotten.
@@ -59,72 +59,74 @@ class Beginnings:
 
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self.max_tokens = max_tokens
-        self._texts: OrderedDict[bytes, Chain] = OrderedDict()  # by key; each ends in a point
-        self._through: dict[bytes, bytes] = {}  # boundary -> the newest text that goes through it
-        self._points = PrefixIndex()
+        self._texts: OrderedDict[bytes, PrefixHashes] = (
+            OrderedDict()
+        )  # by prefix hash; each ends in a branch point
+        self._newest: dict[bytes, bytes] = {}  # block hash -> the newest text with this block
+        self._branch_points = PrefixIndex()
         self._tokens = 0
 
-    def meet(self, chain: Chain) -> Point | None:
-        """Take a prompt in, and say from which place in it a state is of use.
+    def observe(self, hashes: PrefixHashes) -> BranchPoint | None:
+        """Take a prompt in, and say from which branch point a state is of use.
 
-        A new place pays if it saves `SPAN` tokens or more.
+        A new one pays if it saves `HASH_BLOCK` tokens or more.
         """
-        longest = min(self._common(chain), len(chain) - 1)
-        known = next((int(n) for n in self._points.prefixes(chain, longest)), 0)
+        longest = min(self._common(hashes), len(hashes) - 1)
+        known = next((int(n) for n in self._branch_points.prefixes(hashes, longest)), 0)
         point = None
-        if longest - known >= SPAN:
-            self._add(chain.prefix(longest))
-            point = Point(longest, chain.key(longest), True)
+        if longest - known >= HASH_BLOCK:
+            self._add(hashes.prefix(longest))
+            point = BranchPoint(longest, hashes.prefix_hash(longest), True)
         elif known:
-            point = Point(known, chain.key(known), False)
-        self._add(chain)
+            point = BranchPoint(known, hashes.prefix_hash(known), False)
+        self._add(hashes)
         return point
 
-    def forget(self, chain: Chain, above: int, upto: int) -> None:
+    def forget(self, hashes: PrefixHashes, above: int, upto: int) -> None:
         """States of a text with more than `above` and at most `upto` tokens are not stored."""
-        for n in map(int, list(self._points.prefixes(chain, upto))):
+        for n in map(int, list(self._branch_points.prefixes(hashes, upto))):
             if n > above:
-                self._drop(chain.key(n))
+                self._drop(hashes.prefix_hash(n))
 
-    def _common(self, chain: Chain) -> int:
-        """Tokens that a prompt has in common with an earlier one, at least `SPAN`, or 0."""
-        for link in range(len(chain) // SPAN, 0, -1):
-            text = self._through.get(chain.boundary(link * SPAN))
+    def _common(self, hashes: PrefixHashes) -> int:
+        """Tokens that a prompt has in common with an earlier one, at least `HASH_BLOCK`, or 0."""
+        for block in range(len(hashes) // HASH_BLOCK, 0, -1):
+            text = self._newest.get(hashes.block_hash(block * HASH_BLOCK))
             if text is not None:
                 theirs = self._texts[text].tokens
-                start, stop = link * SPAN, min(len(chain), len(theirs))
-                differ = np.flatnonzero(chain.tokens[start:stop] != theirs[start:stop])
+                start, stop = block * HASH_BLOCK, min(len(hashes), len(theirs))
+                differ = np.flatnonzero(hashes.tokens[start:stop] != theirs[start:stop])
                 return start + int(differ[0]) if len(differ) else stop
         return 0
 
-    def _add(self, chain: Chain) -> None:
-        n = len(chain)
-        if n < SPAN:
+    def _add(self, hashes: PrefixHashes) -> None:
+        n = len(hashes)
+        if n < HASH_BLOCK:
             return
-        key = chain.key(n)
+        key = hashes.prefix_hash(n)
         self._drop(key)
-        self._texts[key] = chain
+        self._texts[key] = hashes
         self._tokens += n
-        self._points.add(chain.boundary(n), n, key, str(n))
-        for link in range(1, n // SPAN + 1):
-            self._through[chain.boundary(link * SPAN)] = key
+        self._branch_points.add(hashes.block_hash(n), n, key, str(n))
+        for block in range(1, n // HASH_BLOCK + 1):
+            self._newest[hashes.block_hash(block * HASH_BLOCK)] = key
         while self._tokens > self.max_tokens:
             self._drop(next(iter(self._texts)))
 
     def _drop(self, key: bytes) -> None:
-        chain = self._texts.pop(key, None)
-        if chain is None:
+        hashes = self._texts.pop(key, None)
+        if hashes is None:
             return
-        n = len(chain)
+        n = len(hashes)
         self._tokens -= n
-        self._points.remove(chain.boundary(n), n, key, str(n))
-        for link in range(1, n // SPAN + 1):
-            boundary = chain.boundary(link * SPAN)
-            if self._through.get(boundary) == key:
-                del self._through[boundary]
+        self._branch_points.remove(hashes.block_hash(n), n, key, str(n))
+        for block in range(1, n // HASH_BLOCK + 1):
+            block_hash = hashes.block_hash(block * HASH_BLOCK)
+            if self._newest.get(block_hash) == key:
+                del self._newest[block_hash]
 
 
-class SharedStates:
+class PrefixSharing:
     """Reads the common part of prompts first, where its state is not stored yet.
 
     Args:
@@ -133,55 +135,65 @@ class SharedStates:
 
     def __init__(self, generate: Generate) -> None:
         self._generate = generate
-        self._beginnings = Beginnings()
+        self._recent = RecentPrompts()
         self._reading: dict[bytes, asyncio.Task[int]] = {}
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncIterator[Any]:
         """As the engine client's method, with the common part read before."""
-        chain = _chain(prompt, sampling_params, kwargs.get("lora_request"))
-        point = None if chain is None else self._beginnings.meet(chain)
+        hashes = _prompt_hashes(prompt, sampling_params, kwargs.get("lora_request"))
+        point = None if hashes is None else self._recent.observe(hashes)
         computed = 0  # for this request alone, so it is none that others had computed
         if point is not None:
-            ttl = read_wish(transfer_params(sampling_params)).ttl
+            ttl = read_params(transfer_params(sampling_params)).ttl
             computed = await self._read(point, prompt, kwargs, ttl)
         outputs = self._generate(prompt, sampling_params, request_id, **kwargs)
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:
                 told = (output.kv_transfer_params or {}).get(FIELD, {})
                 restored = told.get("restored_tokens")
-                if chain and point and restored is not None and restored < point.num_tokens:
-                    self._beginnings.forget(chain, restored, point.num_tokens)
+                if hashes and point and restored is not None and restored < point.num_tokens:
+                    self._recent.forget(hashes, restored, point.num_tokens)
                 if computed:
                     _count_out(output, computed)
                 yield output
 
     async def _read(
-        self, point: Point, prompt: Mapping[str, Any], options: dict[str, Any], ttl: float | None
+        self,
+        point: BranchPoint,
+        prompt: Mapping[str, Any],
+        options: dict[str, Any],
+        ttl: float | None,
     ) -> int:
-        """Wait until the state at a place is stored. If that fails, the request goes on without.
+        """Wait until the state at a branch point is stored. If that fails, the request goes on
+        without.
 
         Returns:
             Tokens that were computed for this request, and for no other that waits.
         """
-        task = self._reading.get(point.key)
+        task = self._reading.get(point.prefix_hash)
         if task is not None:
             await asyncio.shield(task)
         elif point.new:
             task = asyncio.ensure_future(self._store(point, prompt, options, ttl))
-            self._reading[point.key] = task
-            task.add_done_callback(lambda _: self._reading.pop(point.key, None))
+            self._reading[point.prefix_hash] = task
+            task.add_done_callback(lambda _: self._reading.pop(point.prefix_hash, None))
             return await asyncio.shield(task)  # others may wait for it too
         return 0
 
     async def _store(
-        self, point: Point, prompt: Mapping[str, Any], options: dict[str, Any], ttl: float | None
+        self,
+        point: BranchPoint,
+        prompt: Mapping[str, Any],
+        options: dict[str, Any],
+        ttl: float | None,
     ) -> int:
-        """Store the state at a place, for as long as the request's own; tokens that it computed."""
+        """Store the state at a branch point, for as long as the request's own; tokens that it
+        computed."""
         part = {k: v for k, v in prompt.items() if k != "prompt"}
         part["prompt_token_ids"] = list(prompt["prompt_token_ids"][: point.num_tokens])
-        lola = {"save": SHARED + point.key.hex()[:16], "answer": False}
+        lola = {"save": SHARED + point.prefix_hash.hex()[:16], "answer": False}
         if ttl is not None:
             lola["ttl"] = ttl
         params = SamplingParams(
@@ -215,16 +227,16 @@ def _count_out(output: Any, computed: int) -> None:
         }  # fmt: skip
 
 
-def _chain(prompt: Any, params: Any, adapter: Any) -> Chain | None:
-    """The digests of a request's prompt; None where nothing is to be stored or restored."""
+def _prompt_hashes(prompt: Any, params: Any, adapter: Any) -> PrefixHashes | None:
+    """The hashes of a request's prompt; None where nothing is to be stored or restored."""
     if not isinstance(prompt, Mapping) or not isinstance(params, SamplingParams):
         return None
     tokens = prompt.get("prompt_token_ids")
     if not tokens or params.prompt_logprobs is not None or "multi_modal_kwargs" in prompt:
         return None
     transfer = transfer_params(params)
-    wish = transfer.get(FIELD) or {} if isinstance(transfer, Mapping) else {}
-    if not isinstance(wish, Mapping) or "from" in wish or wish.get("save") is False:
+    lola = transfer.get(FIELD) or {} if isinstance(transfer, Mapping) else {}
+    if not isinstance(lola, Mapping) or "from" in lola or lola.get("save") is False:
         return None
     name = "" if adapter is None else adapter.lora_name
-    return Chain(namespace("", name, prompt.get("cache_salt") or ""), tokens)
+    return PrefixHashes(namespace("", name, prompt.get("cache_salt") or ""), tokens)
