@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fastapi import HTTPException
 from prometheus_client import REGISTRY, CollectorRegistry
 from vllm import SamplingParams
 from vllm import __version__ as vllm_version
@@ -54,19 +55,11 @@ SESSION_STATUS = {
 }
 
 
-class Unavailable(Exception):
-    """Something that this server cannot answer, with the HTTP status that says so."""
-
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class LolaEngine:
     """Questions to the engine about LoLA's states.
 
     Raises:
-        Unavailable: (every method) if this engine cannot answer.
+        HTTPException: (every method) this engine cannot answer; vLLM gives it the form of its errors.
     """
 
     def __init__(self, client: EngineClient, model: str) -> None:
@@ -167,7 +160,7 @@ class LolaEngine:
         self.check()
         reason = self.readable()
         if reason:
-            raise Unavailable(HTTPStatus.NOT_IMPLEMENTED, reason)
+            raise HTTPException(HTTPStatus.NOT_IMPLEMENTED, reason)
         record = forgotten or history
         if record:
             self._check_record(len(tokens), forgotten)
@@ -204,13 +197,13 @@ class LolaEngine:
         size = num_tokens * self.sequence.full_kv_bytes_per_token
         if size > MAX_RECORD_BYTES:
             most = MAX_RECORD_BYTES // self.sequence.full_kv_bytes_per_token
-            raise Unavailable(
+            raise HTTPException(
                 HTTPStatus.BAD_REQUEST,
                 f"forgotten, history: {num_tokens} tokens; the keys and values of at most {most} "
                 "are kept for them; give a shorter prompt, or leave the two out",
             )
         if forgotten and self.schedule is not None and self.schedule.shifted_by(num_tokens):
-            raise Unavailable(
+            raise HTTPException(
                 HTTPStatus.BAD_REQUEST,
                 f"forgotten = true: the prompt has {num_tokens} tokens, and errors of folded "
                 f"tokens are known up to max_position_embeddings = {self.schedule.length} only, as "
@@ -231,17 +224,17 @@ class LolaEngine:
         """What a method of `sessions.SessionManager` returns, in the engine's process.
 
         Raises:
-            Unavailable: there is no store, or the request cannot be met; with the status that fits.
+            HTTPException: there is no store, or the request cannot be met; with the status that fits.
         """
         self.check()
         if not has_store(self.config):
-            raise Unavailable(
+            raise HTTPException(
                 HTTPStatus.NOT_IMPLEMENTED,
                 "this server stores no states; start it with lola-vllm serve, or with "
                 """--additional-config '{"lola": {"state_ram": "1GiB"}}'""",
             )
         if self.config.parallel_config.data_parallel_size > 1:
-            raise Unavailable(
+            raise HTTPException(
                 HTTPStatus.NOT_IMPLEMENTED,
                 f"--data-parallel-size = {self.config.parallel_config.data_parallel_size}: each "
                 "engine has sessions of its own; ask a server with one",
@@ -259,29 +252,29 @@ class LolaEngine:
         try:
             answer = await asyncio.wait_for(answered(), ANSWER_LIMIT_S)
         except TimeoutError:
-            raise Unavailable(
+            raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 f"the engine did not answer within {ANSWER_LIMIT_S} s; try again when it has less "
                 "to do",
             ) from None
         if isinstance(answer, dict) and "error" in answer:
-            raise Unavailable(SESSION_STATUS[answer["kind"]], answer["error"])
+            raise HTTPException(SESSION_STATUS[answer["kind"]], answer["error"])
         return answer
 
     async def store_id(self) -> str:
         """What tells the store of this server from those of others on the machine.
 
         Raises:
-            Unavailable: as `sessions` does.
+            HTTPException: as `sessions` does.
         """
         if self._store_id is None:
             self._store_id = str((await self.sessions("stats"))["store"])
         return self._store_id
 
     def check(self) -> None:
-        """Raise `Unavailable` unless the served model is a LoLA model."""
+        """Raise `HTTPException` unless the served model is a LoLA model."""
         if not self.is_lola:
-            raise Unavailable(
+            raise HTTPException(
                 HTTPStatus.NOT_IMPLEMENTED,
                 f"{self.model} is not a LoLA model; serve one to use /v1/lola "
                 "(lola-vllm init makes one from a Llama)",
@@ -309,14 +302,14 @@ class LolaEngine:
                 self.client.collective_rpc(method, args=args), ANSWER_LIMIT_S
             )
         except TimeoutError:
-            raise Unavailable(
+            raise HTTPException(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 f"the engine did not answer {method} within {ANSWER_LIMIT_S} s; try again when it "
                 "has less to do",
             ) from None
         for answer in answers:
             if "error" in answer:
-                raise Unavailable(HTTPStatus.SERVICE_UNAVAILABLE, answer["error"])
+                raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, answer["error"])
         return answers
 
     def _later(self, work: Any) -> None:

@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from fastapi import HTTPException
 from vllm import envs
 
 from lola_vllm.plugin.config_hook import has_store
 from lola_vllm.serving.access import EVERYWHERE, Access, AccessMiddleware
-from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.inspector import ROUTE
 from lola_vllm.serving.metrics import LolaMetrics, RefreshMetrics
 from lola_vllm.serving.routes import page, router
@@ -57,7 +58,7 @@ class LolaEndpoints:
                 engine: LolaEngine = app.state.lola_engine
                 if engine.is_lola:
                     logger.info("%s", app.state.lola_pages)
-                with suppress(Unavailable):  # the store learns how to wake an idle engine
+                with suppress(HTTPException):  # the store learns how to wake an idle engine
                     await engine.store_id()
                 yield state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from fastapi import HTTPException
 from pydantic import ValidationError
 from vllm.config import ModelConfig
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -16,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers import TokenizeParams
 
 from lola_vllm.serving.bodies import refusal
-from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.protocol import MAX_PROMPT_TOKENS, PromptRequest
 
 if TYPE_CHECKING:
@@ -67,13 +68,13 @@ async def prompt_tokens(
         adapters: whether the model may be the name of an adapter.
 
     Raises:
-        Unavailable: an unknown model, no tokenizer, a chat that the template refuses, token ids
+        HTTPException: an unknown model, no tokenizer, a chat that the template refuses, token ids
             that are no ids, or a prompt that is empty or too long.
     """
     models = raw_request.app.state.openai_serving_models
     known = body.model is None or models.is_base_model(body.model)
     if not known and not (adapters and body.model in models.lora_requests):
-        raise Unavailable(
+        raise HTTPException(
             HTTPStatus.NOT_FOUND,
             f"model = {body.model!r} is not served; leave it out or use {engine.model!r}",
         )
@@ -91,15 +92,15 @@ async def prompt_tokens(
     vocabulary = engine.config.model_config.get_vocab_size()
     for token in ids or ():  # an invalid id would be an index out of range in the engine
         if not 0 <= token < vocabulary:
-            raise Unavailable(
+            raise HTTPException(
                 HTTPStatus.BAD_REQUEST,
                 f"prompt: token id {token} is none of 0 to {vocabulary - 1}",
             )
     return tokens
 
 
-def _wrong_length(body: PromptRequest, length: str, limit: int) -> Unavailable:
-    return Unavailable(
+def _wrong_length(body: PromptRequest, length: str, limit: int) -> HTTPException:
+    return HTTPException(
         HTTPStatus.BAD_REQUEST,
         f"{body.source}: {length}; from 1 to {limit} tokens can be read",
     )
@@ -109,7 +110,7 @@ async def _tokenized(
     body: PromptRequest, raw_request: Request, engine: LolaEngine, begins: bool
 ) -> list[int]:
     if engine.client.renderer.tokenizer is None:
-        raise Unavailable(
+        raise HTTPException(
             HTTPStatus.BAD_REQUEST,
             "the server has no tokenizer (--skip-tokenizer-init); give token ids as prompt",
         )
@@ -131,9 +132,9 @@ async def _tokenized(
         message = refusal(error.errors())[0]
         if not message.startswith(body.source):
             message = f"{body.source}: {message}"
-        raise Unavailable(HTTPStatus.BAD_REQUEST, message) from None
+        raise HTTPException(HTTPStatus.BAD_REQUEST, message) from None
     if isinstance(answer, ErrorResponse):
-        raise Unavailable(HTTPStatus(answer.error.code), answer.error.message)
+        raise HTTPException(HTTPStatus(answer.error.code), answer.error.message)
     tokens: list[int] = answer.tokens
     return tokens
 
@@ -142,12 +143,12 @@ async def text_tokens(text: str, raw_request: Request) -> list[int]:
     """Token ids of a text that goes on with another one.
 
     Raises:
-        Unavailable: it is too long.
+        HTTPException: it is too long.
     """
     request = _Text(prompt=text, add_special_tokens=False)
     answer = await raw_request.app.state.serving_tokenization.create_tokenize(request, raw_request)
     if isinstance(answer, ErrorResponse):
-        raise Unavailable(HTTPStatus(answer.error.code), answer.error.message)
+        raise HTTPException(HTTPStatus(answer.error.code), answer.error.message)
     tokens: list[int] = answer.tokens
     return tokens
 

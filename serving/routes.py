@@ -16,7 +16,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_c
 
 from lola_vllm.serving import chat, inspector
 from lola_vllm.serving.bodies import LolaRoute
-from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.history import stop_interval
 from lola_vllm.serving.prompt import prompt_tokens, token_texts
 from lola_vllm.serving.protocol import InfoResponse, MemoryRequest, MemoryResponse
@@ -39,10 +39,7 @@ router = APIRouter(prefix="/v1/lola", tags=["lola"], route_class=LolaRoute)
 @router.get("/info", response_model=InfoResponse, responses=_REFUSALS)
 async def info(raw_request: Request) -> InfoResponse:
     """The model's LoLA parameters, what its states cost, and the states there are."""
-    try:
-        return await _engine(raw_request).info()
-    except Unavailable as error:
-        raise HTTPException(error.status, str(error)) from None
+    return await _engine(raw_request).info()
 
 
 @router.post(
@@ -57,10 +54,7 @@ async def memory(body: MemoryRequest, raw_request: Request) -> JSONResponse:
 
     The prompt runs as an ordinary request for one token.
     """
-    try:
-        return JSONResponse((await _memory(body, raw_request)).model_dump())
-    except Unavailable as error:
-        raise HTTPException(error.status, str(error)) from None
+    return JSONResponse((await _memory(body, raw_request)).model_dump())
 
 
 @router.get(
@@ -109,7 +103,7 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
     engine.check()
     for layer in body.layers or ():
         if layer not in range(engine.num_layers):
-            raise Unavailable(
+            raise HTTPException(
                 HTTPStatus.BAD_REQUEST, f"layers: {layer} is none of 0 to {engine.num_layers - 1}"
             )
     validate_cache_salt(body.cache_salt)

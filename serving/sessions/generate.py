@@ -30,7 +30,7 @@ from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
 from lola_vllm.serving.bodies import LolaRoute, refusal
-from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.prompt import prompt_tokens, text_tokens
 from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.management import (
@@ -76,11 +76,8 @@ router = APIRouter(
 async def append(session: str, raw_request: Request, body: AppendRequest) -> Any:
     """Read text, token ids or messages at the end of a session. Nothing is generated."""
     reference = reference_of(session)
-    try:
-        with await lock_session(engine_of(raw_request), reference, body.cache_salt):
-            return await _append(reference, body, raw_request)
-    except Unavailable as error:
-        raise HTTPException(error.status, str(error)) from None
+    with await lock_session(engine_of(raw_request), reference, body.cache_salt):
+        return await _append(reference, body, raw_request)
 
 
 @router.post(
@@ -116,7 +113,7 @@ async def complete(session: str, raw_request: Request, body: SessionCompletionRe
     async def go_on(transcript: Transcript | None, lola: dict[str, Any]) -> Any:
         prompt = body.prompt
         if not prompt:
-            raise Unavailable(HTTPStatus.BAD_REQUEST, "prompt is empty; give text or token ids")
+            raise HTTPException(HTTPStatus.BAD_REQUEST, "prompt is empty; give text or token ids")
         if transcript is not None:
             new = await text_tokens(prompt, raw_request) if isinstance(prompt, str) else prompt
             prompt = transcript.before(_special(engine_of(raw_request))) + new
@@ -143,13 +140,10 @@ async def _answer(
     """
     reference, engine = reference_of(session), engine_of(raw_request)
     with ExitStack() as lock:
-        try:
-            lock.enter_context(await lock_session(engine, reference, body.cache_salt))
-            transcript = await _transcript(engine, reference, body)
-            report = reported()
-            answer: Response = await go_on(transcript, _params(reference, transcript, body.ttl))
-        except Unavailable as error:
-            raise HTTPException(error.status, str(error)) from None
+        lock.enter_context(await lock_session(engine, reference, body.cache_salt))
+        transcript = await _transcript(engine, reference, body)
+        report = reported()
+        answer: Response = await go_on(transcript, _params(reference, transcript, body.ttl))
         if isinstance(answer, StreamingResponse):
             still = lock.pop_all()
             answer.body_iterator = _with_report(answer.body_iterator, report, engine, kind, still)
@@ -197,7 +191,7 @@ async def _messages(body: AppendRequest, transcript: Transcript, raw_request: Re
         )
     except ValidationError as error:
         message = refusal(error.errors())[0]
-        raise Unavailable(HTTPStatus.BAD_REQUEST, message) from None
+        raise HTTPException(HTTPStatus.BAD_REQUEST, message) from None
     return await continuation(request, transcript, raw_request, _special(engine_of(raw_request)))
 
 
@@ -209,26 +203,26 @@ async def _transcript(
     """What a session has seen; None for a new one.
 
     Raises:
-        Unavailable: it is not at the turn or has not the tokens that the body names, or is gone.
+        HTTPException: it is not at the turn or has not the tokens that the body names, or is gone.
     """
     salt, expected = owned(body.cache_salt), body.turn
     try:
         found = await engine.sessions("tokens", reference=str(reference), salt=salt)
-    except Unavailable as error:
+    except HTTPException as error:
         new = reference.turn is None and not expected and not body.tokens
-        if error.status != HTTPStatus.NOT_FOUND or not new:
+        if error.status_code != HTTPStatus.NOT_FOUND or not new:
             raise
         return None
     transcript = Transcript(found["turn"], found["kind"], found["tokens"], found["tail"])
     if expected not in (None, transcript.turn):
-        raise Unavailable(
+        raise HTTPException(
             HTTPStatus.CONFLICT,
             f"turn = {expected}: {str(reference)!r} is at turn {transcript.turn}; look at "
             f"what it says, or fork {reference.session}@{expected}" if expected else
             f"turn = 0: there is a session {reference.session!r} already; take another name",
         )  # fmt: skip
     if body.tokens not in (None, len(transcript.tokens)):
-        raise Unavailable(
+        raise HTTPException(
             HTTPStatus.CONFLICT,
             f"tokens = {body.tokens}: turn {transcript.turn} of {reference.session!r} covers "
             f"{len(transcript.tokens)}, as its {transcript.kind} is the last that was kept; look "
@@ -252,7 +246,7 @@ def _params(
 def _check_length(tokens: list[int], engine: LolaEngine) -> None:
     limit = int(engine.config.model_config.max_model_len)
     if len(tokens) >= limit:
-        raise Unavailable(
+        raise HTTPException(
             HTTPStatus.BAD_REQUEST,
             f"the session would have {len(tokens)} tokens, and fewer than {limit} "
             "(--max-model-len) are served; send less, or start another session",
@@ -260,7 +254,7 @@ def _check_length(tokens: list[int], engine: LolaEngine) -> None:
     vocabulary = engine.config.model_config.get_vocab_size()
     for token in tokens:  # an invalid id would be an index out of range in the engine
         if not 0 <= token < vocabulary:
-            raise Unavailable(
+            raise HTTPException(
                 HTTPStatus.BAD_REQUEST,
                 f"prompt: token id {token} is none of 0 to {vocabulary - 1}",
             )

@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager, closing
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from fastapi import HTTPException
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 
-from lola_vllm.serving.engine import Unavailable
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.sessions.prefix_hash import digest, salt_hash
 
@@ -33,7 +33,7 @@ async def lock_session(
         salt: the caller's.
 
     Raises:
-        Unavailable: another request has the lock, or there is no store.
+        HTTPException: another request has the lock, or there is no store.
     """
     validate_cache_salt(salt)
     store = await engine.store_id()
@@ -45,7 +45,7 @@ async def lock_session(
         lock.close()
         if error.errno != errno.EADDRINUSE:
             raise
-        raise Unavailable(
+        raise HTTPException(
             HTTPStatus.CONFLICT,
             f"{reference.session!r} is being written by another request; wait for its answer, or "
             "fork the session before",

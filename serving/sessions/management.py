@@ -17,7 +17,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from lola_vllm.serving.access import Access
 from lola_vllm.serving.bodies import LolaRoute
-from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.protocol import (
@@ -216,11 +216,8 @@ async def ask(
     engine = engine_of(raw_request)
     if method != "stats":
         arguments["salt"] = owned(salt)
-    try:
-        with nullcontext() if writes is None else await lock_session(engine, writes, salt):
-            return await engine.sessions(method, **arguments)
-    except Unavailable as error:
-        raise HTTPException(error.status, str(error)) from None
+    with nullcontext() if writes is None else await lock_session(engine, writes, salt):
+        return await engine.sessions(method, **arguments)
 
 
 def engine_of(raw_request: Request) -> LolaEngine:

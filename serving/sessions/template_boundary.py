@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastapi import HTTPException
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from lola_vllm.serving.engine import Unavailable
 from lola_vllm.serving.prompt import text_tokens
 
 if TYPE_CHECKING:
@@ -65,12 +65,12 @@ async def continuation(
         request: the new messages, and how to render them. special: as in `Transcript.before`.
 
     Raises:
-        Unavailable: the template refuses the messages, or changes what an assistant says.
+        HTTPException: the template refuses the messages, or changes what an assistant says.
     """
     new = await _after_answer(request, raw_request, request.messages)
     end = await _after_answer(request, raw_request, [], prompt=False)
     if not new.startswith(end):
-        raise Unavailable(
+        raise HTTPException(
             HTTPStatus.NOT_IMPLEMENTED,
             "the chat template ends an assistant's turn differently when messages follow; send the "
             "whole chat to /v1/chat/completions with session_id",
@@ -103,11 +103,11 @@ async def _after_answer(
     copy = request.model_copy(update=fields)
     rendered = await raw_request.app.state.openai_serving_chat.render_chat_request(copy)
     if isinstance(rendered, ErrorResponse):
-        raise Unavailable(HTTPStatus(rendered.error.code), rendered.error.message)
+        raise HTTPException(HTTPStatus(rendered.error.code), rendered.error.message)
     text = str(rendered[1][0].get("prompt") or "")
     _, found, after = text.partition(_ANSWER)
     if not found:
-        raise Unavailable(
+        raise HTTPException(
             HTTPStatus.NOT_IMPLEMENTED,
             "the chat template does not write what an assistant says as it is; send the whole "
             "chat to /v1/chat/completions with session_id",

@@ -8,9 +8,10 @@ import time
 
 import httpx
 import pytest
+from fastapi import HTTPException
 
 from lola_vllm.serving import engine as engine_module
-from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.metrics import GAUGES, REFRESH_S
 from tests.support.dashboard import queried
 
@@ -288,9 +289,11 @@ class Silent:
 
 def test_an_engine_that_does_not_answer_is_unavailable(monkeypatch):
     monkeypatch.setattr(engine_module, "ANSWER_LIMIT_S", 0.01)
-    with pytest.raises(Unavailable, match=r"did not answer lola_describe within 0\.01 s") as error:
+    with pytest.raises(
+        HTTPException, match=r"did not answer lola_describe within 0\.01 s"
+    ) as error:
         asyncio.run(LolaEngine(Silent(), "model")._ask("lola_describe"))
-    assert error.value.status == 503
+    assert error.value.status_code == 503
 
 
 def test_a_client_that_leaves_holds_no_copy(lola_server):

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fastapi import HTTPException
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import portable
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.serving import engine, history
-from lola_vllm.serving.engine import LolaEngine, Unavailable
+from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.history import residencies, stop_interval
 from lola_vllm.serving.keys import Pairs
 from tests.support.problem import with_a_trend
@@ -57,10 +58,10 @@ def test_what_would_take_too_much_memory_is_refused(monkeypatch):
     fake = SimpleNamespace(
         sequence=SimpleNamespace(full_kv_bytes_per_token=10), schedule=ShiftSchedule(64, 16)
     )
-    with pytest.raises(Unavailable, match="101 tokens; the keys and values of at most 100 are"):
+    with pytest.raises(HTTPException, match="101 tokens; the keys and values of at most 100 are"):
         LolaEngine._check_record(fake, 101, False)
     LolaEngine._check_record(fake, 100, False)
     limit = r"forgotten = true: .* 65 tokens, .*max_position_embeddings = 64 "
-    with pytest.raises(Unavailable, match=limit):
+    with pytest.raises(HTTPException, match=limit):
         LolaEngine._check_record(fake, 65, True)
     LolaEngine._check_record(fake, 64, True)

@@ -5,10 +5,10 @@ from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
+from fastapi import HTTPException
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 
 from lola_vllm.serving import plugin
-from lola_vllm.serving.engine import Unavailable
 from lola_vllm.serving.sessions import owners
 from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.owners import (
@@ -184,7 +184,7 @@ def test_owners_hold_sessions_of_one_name_at_once_and_an_owner_once():
             owners._owner.set(owner)
             held.append(await lock_session(engine, reference, None))
             held.append(await lock_session(engine, reference, "salt"))
-        with pytest.raises(Unavailable, match="is being written by another request"):
+        with pytest.raises(HTTPException, match="is being written by another request"):
             await lock_session(engine, reference, None)
         for one in held:
             one.__exit__(None, None, None)
