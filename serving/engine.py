@@ -59,7 +59,8 @@ class LolaEngine:
     """Questions to the engine about LoLA's states.
 
     Raises:
-        HTTPException: (every method) this engine cannot answer; vLLM gives it the form of its errors.
+        HTTPException: (every method) this engine cannot answer; vLLM gives it the form of its
+        errors.
     """
 
     def __init__(self, client: EngineClient, model: str) -> None:
@@ -224,7 +225,8 @@ class LolaEngine:
         """What a method of `sessions.SessionManager` returns, in the engine's process.
 
         Raises:
-            HTTPException: there is no store, or the request cannot be met; with the status that fits.
+            HTTPException: there is no store, or the request cannot be met; with the status that
+            fits.
         """
         self.check()
         if not has_store(self.config):

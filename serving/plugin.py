@@ -21,7 +21,8 @@ from lola_vllm.serving.inspector import ROUTE
 from lola_vllm.serving.metrics import LolaMetrics, RefreshMetrics
 from lola_vllm.serving.routes import page, router
 from lola_vllm.serving.sessions import routers
-from lola_vllm.serving.sessions.owners import OwnerMiddleware, Owners, listen
+from lola_vllm.serving.sessions.owners import OwnerMiddleware, Owners
+from lola_vllm.serving.sessions.wrappers import wrap_generate
 from lola_vllm.sessions.settings import STORE_KEY, StoreSettings
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class LolaEndpoints:
         keys = args.api_key or [envs.VLLM_API_KEY or ""]
         state.lola_access = Access(keys, _settings(engine.config), args)
         state.lola_owners = Owners(keys) if engine.is_lola else None
-        listen(engine_client, stores and _shares(engine.config), stores)
+        wrap_generate(engine_client, stores and _shares(engine.config), stores)
         state.lola_metrics = LolaMetrics(engine) if engine.is_lola else None
         state.lola_pages = describe_pages(args)
 

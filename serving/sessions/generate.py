@@ -39,13 +39,14 @@ from lola_vllm.serving.sessions.management import (
     engine_of,
     reference_of,
 )
-from lola_vllm.serving.sessions.owners import owned, reported
+from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.protocol import (
     AppendRequest,
     AppendResponse,
     SessionChatRequest,
     SessionCompletionRequest,
 )
+from lola_vllm.serving.sessions.reporting import reported
 from lola_vllm.serving.sessions.template_boundary import Transcript, continuation
 from lola_vllm.sessions.request import FIELD
 

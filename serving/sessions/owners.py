@@ -13,28 +13,27 @@ may come without a key where there are keys. It is nobody's: it neither restores
 
 A middleware notes the key, because vLLM passes no key on to the code that handles a request. The
 engine client's `generate` is the one method that all routes which generate call, so the salt is put
-in there. It also tells a route what the store said in the end, which vLLM leaves out of streams.
+in there.
 """
 
 from __future__ import annotations
 
 import copy
 import hmac
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 
-from lola_vllm.serving.sessions.prefix_sharing import PrefixSharing
-from lola_vllm.serving.sessions.request_params import checking_params
 from lola_vllm.sessions.owner import engine_salt, owner_of, plain_salt
 from lola_vllm.sessions.request import FIELD
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
-    from vllm.engine.protocol import EngineClient
+
+    from lola_vllm.serving.sessions.wrappers import Generate
 
 NOBODY = "nobody"  # a request without a key, where there are keys
 NO_KEY = (
@@ -43,7 +42,6 @@ NO_KEY = (
 )
 
 _owner: ContextVar[str | None] = ContextVar("lola_owner", default=None)
-_report: ContextVar[dict[str, Any] | None] = ContextVar("lola_report", default=None)
 
 
 class Owners:
@@ -94,40 +92,22 @@ def owned(salt: str | None) -> str | None:
     return plain_salt(salt) if owner is None else engine_salt(owner, salt)
 
 
-def reported() -> dict[str, Any]:
-    """A dict that gets the `kv_transfer_params` of the answer to this request."""
-    found: dict[str, Any] = {}
-    _report.set(found)
-    return found
-
-
-def listen(client: EngineClient, shares: bool = False, stores: bool = False) -> None:
-    """Let `client.generate` use the owner's salt, and report what the store says.
+def with_owners(generate: Generate, stores: bool) -> Generate:
+    """The engine client's `generate`, with the owner's salt.
 
     Args:
-        shares: whether prompts with a prefix in common share stored states (`prefix_sharing.py`).
-        stores: whether there is a store, of which requests can ask what it refuses
-            (`request_params.py`).
+        stores: whether there is a store, which requests without a key must not reach.
     """
-    generate: Callable[..., AsyncIterator[Any]] = client.generate
-    if shares:
-        generate = PrefixSharing(generate).generate
-    if stores:
-        generate = checking_params(generate)
 
     def generate_owned(
         prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
-        nobody = stores and _owner.get() == NOBODY
-        if nobody:
-            sampling_params = _without_states(sampling_params)
-        outputs = generate(_salted(prompt), sampling_params, *args, **kwargs)
-        if nobody:
-            outputs = _telling_why(outputs)
-        report = _report.get()
-        return outputs if report is None else _reporting(outputs, report)
+        if not stores or _owner.get() != NOBODY:
+            return generate(_salted(prompt), sampling_params, *args, **kwargs)
+        sampling_params = _without_states(sampling_params)
+        return _telling_why(generate(_salted(prompt), sampling_params, *args, **kwargs))
 
-    client.generate = generate_owned  # type: ignore[method-assign,assignment]
+    return generate_owned
 
 
 def _salted(prompt: Any) -> Any:
@@ -168,11 +148,4 @@ async def _telling_why(outputs: Any) -> AsyncIterator[Any]:
             if FIELD in told:
                 told = {FIELD: {**told[FIELD], "reason": NO_KEY, "unsaved": NO_KEY}}
                 output.kv_transfer_params = told
-            yield output
-
-
-async def _reporting(outputs: Any, report: dict[str, Any]) -> AsyncIterator[Any]:
-    async with aclosing(outputs):
-        async for output in outputs:
-            report.update(output.kv_transfer_params or {})
             yield output

@@ -8,7 +8,7 @@ twice.
 
 This takes the place of vLLM's prefix caching, which would keep a second state for each running
 sequence. The engine's `generate` is the one method that all routes which generate call, so
-prompts are read in parts in front of it (`owners.listen`).
+prompts are read in parts in front of it (`wrappers.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import asyncio
 import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from vllm import SamplingParams
@@ -30,12 +30,13 @@ from lola_vllm.sessions.names import SHARED
 from lola_vllm.sessions.prefix_hash import HASH_BLOCK, PrefixHashes, PrefixIndex, namespace
 from lola_vllm.sessions.request import FIELD, OWN_REQUEST, read_params
 
+if TYPE_CHECKING:
+    from lola_vllm.serving.sessions.wrappers import Generate
+
 logger = logging.getLogger("vllm.lola")
 
 # Tokens of the prompts that are remembered, 4 bytes each.
 MAX_TOKENS = 2**21
-
-Generate = Callable[..., AsyncIterator[Any]]
 
 
 class BranchPoint(NamedTuple):
@@ -149,7 +150,7 @@ class PrefixSharing:
             ttl = read_params(transfer_params(sampling_params)).ttl
             computed = await self._read(point, prompt, kwargs, ttl)
         outputs = self._generate(prompt, sampling_params, request_id, **kwargs)
-        async with aclosing(outputs):  # type: ignore[type-var]
+        async with aclosing(outputs):
             async for output in outputs:
                 told = (output.kv_transfer_params or {}).get(FIELD, {})
                 restored = told.get("restored_tokens")

@@ -8,18 +8,19 @@ answer 400 instead.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
 
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from lola_vllm.sessions.request import FIELD, read_params
 
+if TYPE_CHECKING:
+    from lola_vllm.serving.sessions.wrappers import Generate
 
-def checking_params(
-    generate: Callable[..., AsyncIterator[Any]],
-) -> Callable[..., AsyncIterator[Any]]:
+
+def checking_params(generate: Generate) -> Generate:
     """The engine client's `generate`, which refuses before it makes an iterator."""
 
     def generate_checked(

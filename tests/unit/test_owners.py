@@ -15,10 +15,10 @@ from lola_vllm.serving.sessions.owners import (
     NO_KEY,
     OwnerMiddleware,
     Owners,
-    listen,
     owned,
-    reported,
 )
+from lola_vllm.serving.sessions.reporting import reported
+from lola_vllm.serving.sessions.wrappers import wrap_generate
 from lola_vllm.sessions import Reference
 from lola_vllm.sessions.owner import engine_salt, owner_of
 from lola_vllm.sessions.prefix_hash import salt_hash
@@ -44,12 +44,12 @@ class Client:
 def ask(app_state, authorization, prompt="x"):
     """The prompt as the engine sees it, in a request with this header."""
     client = Client()
-    listen(client)
+    wrap_generate(client)
     return through(client, app_state, authorization, prompt)
 
 
 def through(client, app_state, authorization, prompt):
-    """As `ask`, of a client that listens already."""
+    """As `ask`, of a client whose `generate` is wrapped."""
     found = []
 
     async def app(scope, receive, send):
@@ -105,7 +105,7 @@ def test_a_request_without_a_key_has_no_states_where_there_are_keys(keys, header
     asked = {"from": "agent-7", "save": "agent-7"}
     params = SimpleNamespace(extra_args={"kv_transfer_params": {"lola": asked}, "more": 1})
     client = Client()
-    listen(client, stores=True)
+    wrap_generate(client, stores=True)
     found = []
 
     async def app(scope, receive, send):
@@ -157,7 +157,7 @@ def test_prompts_of_every_kind_are_salted():
 
 def test_a_route_is_told_what_the_store_said():
     client = Client()
-    listen(client)
+    wrap_generate(client)
 
     async def read(all_of_it):
         found = reported()

@@ -1,0 +1,38 @@
+"""What the store says of a request, for the route that asked: vLLM leaves it out of streams."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lola_vllm.serving.sessions.wrappers import Generate
+
+_report: ContextVar[dict[str, Any] | None] = ContextVar("lola_report", default=None)
+
+
+def reported() -> dict[str, Any]:
+    """A dict that gets the `kv_transfer_params` of the answer to this request."""
+    found: dict[str, Any] = {}
+    _report.set(found)
+    return found
+
+
+def with_report(generate: Generate) -> Generate:
+    """The engine client's `generate`, which fills the dict of `reported`."""
+
+    def generate_reporting(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        outputs = generate(*args, **kwargs)
+        report = _report.get()
+        return outputs if report is None else _reporting(outputs, report)
+
+    return generate_reporting
+
+
+async def _reporting(outputs: Any, report: dict[str, Any]) -> AsyncIterator[Any]:
+    async with aclosing(outputs):
+        async for output in outputs:
+            report.update(output.kv_transfer_params or {})
+            yield output
