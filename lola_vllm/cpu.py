@@ -1,4 +1,4 @@
-"""The dtype in which a CPU multiplies fast, and how much of its memory states may take.
+"""The dtype in which a CPU multiplies fast.
 
 `lola-vllm serve`, plain `vllm serve`, evaluations and the doctor all use these functions. Imports
 neither torch nor vLLM.
@@ -18,11 +18,6 @@ ISA_ENV = "LOLA_VLLM_CPU_ISA"
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 # Values of LOLA_VLLM_CPU_ISA for a CPU without these flags.
 _WITHOUT = ("baseline", "avx2", "avx512")
-
-GIB = 2**30
-# Memory of Python, torch and vLLM: API server, engine and first rank; each further rank.
-SERVER_BYTES = 3 * GIB
-RANK_BYTES = GIB
 
 
 def bfloat16_flag(env: Mapping[str, str] = os.environ) -> str | None:
@@ -52,35 +47,6 @@ def preferred_dtype(config: Mapping[str, Any], env: Mapping[str, str] = os.envir
     if bfloat16_flag(env):
         return "bfloat16"
     return "float32" if env.get(ISA_ENV) in _WITHOUT or _flags() else None
-
-
-def weight_bytes(files: int, config: Mapping[str, Any], dtype: str) -> int:
-    """Bytes of a model's weights in memory.
-
-    Args:
-        files: bytes of its weight files. config: its `config.json`. dtype: that it runs in.
-    """
-    sizes = {"float16": 2, "bfloat16": 2, "float32": 4}
-    stored = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    if "quantization_config" in config or not {stored, dtype} <= set(sizes):
-        return files
-    return files * sizes[dtype] // sizes[stored]
-
-
-def room_for_states(free: int, weights: int, ranks: int = 1, stored: int = 0) -> int:
-    """Bytes that the states of one rank may take on a CPU.
-
-    All ranks of a machine together take at most half of what weights and processes leave of the
-    free memory, so that the machine stays usable. Stored states are in the other half, and more of
-    them reduce the first.
-
-    Args:
-        free: memory that is free before the server starts, in bytes.
-        weights: bytes of the weights, all ranks of this machine together.
-        ranks: vLLM's workers on this machine. stored: bytes for stored states.
-    """
-    left = free - weights - SERVER_BYTES - (ranks - 1) * RANK_BYTES
-    return max(0, min(left // 2, left - stored)) // ranks
 
 
 def _flags() -> frozenset[str]:

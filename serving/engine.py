@@ -23,7 +23,8 @@ from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
 from lola_vllm.estimate import Row
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes, sequence_layout
-from lola_vllm.plugin.config_hook import WORKER_EXTENSION, has_store
+from lola_vllm.plugin.config_hook import WORKER_EXTENSION
+from lola_vllm.plugin.connectors import has_store
 from lola_vllm.serving.protocol import (
     Head,
     InfoResponse,

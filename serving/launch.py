@@ -28,13 +28,12 @@ from lola_vllm.estimate import DTYPES, GIB, MIB, Row, estimate
 from lola_vllm.serving import store_options
 from lola_vllm.serving.options import given_options, masked, number
 from lola_vllm.sessions.settings import STORE_KEY
+from lola_vllm.sizing import Pool, cpu_room, gpu_room, weight_bytes
 from lola_vllm.state import SequenceLayout
 
 PLUGIN = "lola"
 # Address to listen on without --host; the images set it.
 HOST_ENV = "LOLA_VLLM_HOST"
-# Memory of Python, torch, vLLM, activations and CUDA graphs on a GPU.
-GPU_OVERHEAD = 3 * GIB
 GPU_UTILIZATION = 0.9
 # Limits of sequences per core and per machine. More sequences would only wait for each other.
 SEQUENCES_PER_CORE = 32
@@ -140,7 +139,7 @@ def plan(
         if "served-model-name" not in given and name:
             reason = "the directory's name, for requests and metrics"
             chosen.insert(0, Choice("--served-model-name", name, reason))
-        weights = cpu.weight_bytes(
+        weights = weight_bytes(
             sum(file.stat().st_size for file in weight_files(directory)), config, dtype
         )
         stored = _stored(store, row, weights, given, machine)
@@ -286,24 +285,21 @@ def _numbers(
     caching = "no-enable-prefix-caching" not in given and given.get(
         "enable-prefix-caching", ""
     ).lower() not in ("false", "0")
-    state = _ranks(given).state_bytes(row.sequence)
-    # A running sequence holds its own state and the last one at a block boundary. On a CPU the pool
-    # has one more per sequence, for prefixes that may be requested again.
-    states = (3 if machine.device == "cpu" else 2) if caching else 1
+    pool = Pool.of(_ranks(given).state_bytes(row.sequence), machine.device, caching)
     sized = "kv-cache-memory-bytes" in given or "VLLM_CPU_KVCACHE_SPACE" in env
     room, where = _room(weights, given, machine, stored)
-    pool = number(given.get("kv-cache-memory-bytes"))
-    if pool:
-        room, where = pool, "your --kv-cache-memory-bytes"
-    unknown = sized and not pool
+    asked = number(given.get("kv-cache-memory-bytes"))
+    if asked:
+        room, where = asked, "your --kv-cache-memory-bytes"
+    unknown = sized and not asked
     chosen = []
 
     wanted = number(given.get("max-num-seqs"))
-    fits = (room // state - 1) // states  # one more is vLLM's null block
+    fits = pool.sequences_in(room)
     if fits < 1 and not unknown:
         raise CheckpointError(
             f"{where}: {max(0, room) / MIB:.0f} MiB are left for states and one sequence takes "
-            f"{(states + 1) * state / MIB:.0f} MiB; free memory, use --no-enable-prefix-caching, "
+            f"{pool.bytes_for(1) / MIB:.0f} MiB; free memory, use --no-enable-prefix-caching, "
             "or a smaller sparse_cache_size"
         )
     if "max-num-seqs" not in given:
@@ -319,11 +315,11 @@ def _numbers(
     if caching and "block-size" not in given:
         chosen.append(_block_size(config, row, given))
     if machine.device == "cpu" and not sized and wanted:
-        of = f"{states} states" if states > 1 else "one state"
+        of = f"{pool.per_sequence} states" if pool.per_sequence > 1 else "one state"
         chosen.append(
             Choice(
                 "--kv-cache-memory-bytes",
-                str((states * min(wanted, fits) + 1) * state),
+                str(pool.bytes_for(min(wanted, fits))),
                 f"{of} for each of {min(wanted, fits)} sequences, and vLLM's null block",
             )
         )
@@ -382,14 +378,14 @@ def _room(
         workers = max(1, ranks.replicas * ranks.per_model // ranks.nodes)
         all_weights = workers * weights // ranks.per_model
         stored *= ranks.replicas
-        room = cpu.room_for_states(machine.memory, all_weights, workers, stored)
+        room = cpu_room(machine.memory, all_weights, workers, stored)
         each = f", shared by {workers} ranks," if workers > 1 else ""
         return room, f"half of what weights and processes leave of the memory{each}"
     try:
         utilization = float(given["gpu-memory-utilization"])
     except (KeyError, ValueError):
         utilization = GPU_UTILIZATION
-    room = int(machine.memory * utilization) - weights // ranks.per_model - GPU_OVERHEAD
+    room = gpu_room(machine.memory, utilization, weights // ranks.per_model)
     return room, f"{utilization:.0%} of the GPU"
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import HTTPException
 from vllm import envs
 
-from lola_vllm.plugin.config_hook import has_store
+from lola_vllm.plugin.connectors import has_store
 from lola_vllm.serving.access import EVERYWHERE, Access, AccessMiddleware
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.inspector import ROUTE

@@ -1,13 +1,10 @@
-"""What vLLM asks of a model before anything is allocated: settle defaults, refuse what is wrong.
-
-Every refusal names the option, its value and the remedy, and comes at start-up.
-"""
+"""What vLLM asks of a model before anything is allocated: settle defaults, refuse what is wrong."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -15,14 +12,22 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from lola_vllm import cpu
-from lola_vllm.checkpoint.files import open_weights, weight_files
+from lola_vllm.checkpoint.files import weight_files
 from lola_vllm.checkpoint.schema import find_num_state_heads
-from lola_vllm.config import LolaLlamaConfig, heads_divide
-from lola_vllm.ops.shift_schedule import MAX_LENGTH, ShiftSchedule
-from lola_vllm.plugin import compat, connectors
-from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes
+from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.plugin import compat
+from lola_vllm.plugin.cache import lola_hf_config, row_bytes
+from lola_vllm.plugin.connectors import CONNECTOR, CONNECTOR_MODULE, has_store
+from lola_vllm.plugin.refusals import (
+    UnsupportedOptionError,
+    check_parallel_heads,
+    check_prefill_room,
+    check_weight_files,
+    refuse,
+)
 from lola_vllm.sessions.cipher import KEY_VARIABLE
 from lola_vllm.sessions.settings import STORE_KEY, StoreSettings, StoreSettingsError
+from lola_vllm.sizing import Pool, cpu_room, weight_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,21 +44,6 @@ CPU_WORKER = "lola_vllm.plugin.cpu_worker.LolaCPUWorker"
 # What the routes under /v1/lola ask of the workers. A name, for vLLM imports it in each of them.
 WORKER_EXTENSION = "lola_vllm.serving.worker.LolaWorkerExtension"
 
-# The connector of stored states. Names, as above.
-CONNECTOR, CONNECTOR_MODULE = "LolaStateConnector", "lola_vllm.plugin.connector"
-
-
-class UnsupportedOptionError(ValueError):
-    """A vLLM option that cannot work with LoLA's state."""
-
-
-class Refusal(NamedTuple):
-    """An option, the value it was given, and why it cannot be."""
-
-    option: str
-    value: object
-    reason: str
-
 
 class LolaModelConfig(VerifyAndUpdateConfig):
     """vLLM's hook for the architecture `LolaLlamaForCausalLM`."""
@@ -63,11 +53,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         """Check the options, then settle the number of state heads and the block size."""
         compat.warn_of_untested_vllm()
         settle_sessions(vllm_config)
-        for refusal in refusals(vllm_config):
-            raise UnsupportedOptionError(
-                f"{refusal.option} = {refusal.value!r} cannot be used with a LoLA model: "
-                f"{refusal.reason}"
-            )
+        refuse(vllm_config)
         check_weight_files(vllm_config)
         hf_config = lola_hf_config(vllm_config)
         num_state_heads = find_num_state_heads(hf_config, vllm_config.model_config.model)
@@ -136,125 +122,6 @@ def settle_sessions(vllm_config: VllmConfig) -> None:
     )
 
 
-def has_store(vllm_config: VllmConfig) -> bool:
-    """Whether states are stored."""
-    transfer = vllm_config.kv_transfer_config
-    return transfer is not None and transfer.kv_connector == CONNECTOR
-
-
-def refusals(vllm_config: VllmConfig) -> list[Refusal]:
-    """The options in use that do not know LoLA's state."""
-    found = []
-    if vllm_config.speculative_config is not None:
-        found.append(
-            Refusal(
-                "--speculative-config",
-                vllm_config.speculative_config.method,
-                "rejected draft tokens would stay in the state; remove the option",
-            )
-        )
-    transfer = vllm_config.kv_transfer_config
-    if transfer is not None and not has_store(vllm_config):
-        reason = connectors.unfit(transfer.kv_connector, vllm_config)
-        if reason:
-            found.append(Refusal("--kv-transfer-config", transfer.kv_connector, reason))
-    offloaded = vllm_config.cache_config.kv_offloading_size
-    if offloaded is not None:
-        reason = connectors.unfit(connectors.offloading_connector(vllm_config), vllm_config)
-        if has_store(vllm_config):
-            reason = "LoLA's store is in the place of vLLM's connector; remove one of the two"
-        if reason:
-            found.append(Refusal("--kv-offloading-size", offloaded, reason))
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype not in ("auto", "bfloat16"):
-        found.append(
-            Refusal(
-                "--kv-cache-dtype",
-                cache_dtype,
-                "keys and values are kept in the model's dtype, and the hidden state in float32; "
-                "use 'auto'",
-            )
-        )
-    length = vllm_config.model_config.max_model_len
-    if length > MAX_LENGTH:
-        found.append(
-            Refusal(
-                "--max-model-len",
-                length,
-                f"a page holds positions as 32-bit numbers; use at most {MAX_LENGTH}",
-            )
-        )
-    parallel = vllm_config.parallel_config
-    if parallel.decode_context_parallel_size > 1:
-        found.append(
-            Refusal(
-                "--decode-context-parallel-size",
-                parallel.decode_context_parallel_size,
-                "a state is not a list of tokens that could be split; use 1",
-            )
-        )
-    if parallel.enable_dbo:
-        found.append(
-            Refusal("--enable-dbo", True, "a step's rows are not cut in two; remove the option")
-        )
-    return found + cpu_refusals(vllm_config)
-
-
-def cpu_refusals(vllm_config: VllmConfig) -> list[Refusal]:
-    """Options with which vLLM 0.32 itself, on a CPU, fails later or answers wrongly."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return []
-    found = []
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    if stages > 1 and vllm_config.model_config.enforce_eager:
-        found.append(
-            Refusal(
-                "--pipeline-parallel-size",
-                stages,
-                "on a CPU, vLLM makes the tensors that stages hand over while it compiles, and "
-                "would fail at the first request; drop --enforce-eager",
-            )
-        )
-    lora = vllm_config.lora_config
-    if lora is not None and lora.max_loras == 1:
-        found.append(
-            Refusal(
-                "--max-loras",
-                lora.max_loras,
-                "on a CPU, vLLM applies the adapter in its last slot to requests for the base "
-                "model that share a batch with adapters; use one more than there are adapters",
-            )
-        )
-    return found
-
-
-def check_weight_files(vllm_config: VllmConfig) -> None:
-    """Raise `CheckpointError` for a damaged safetensors file of a local model.
-
-    vLLM would find it too, but not say which file it is.
-    """
-    model = Path(vllm_config.model_config.model)
-    if vllm_config.load_config.load_format in ("auto", "hf", "safetensors") and model.is_dir():
-        for path in weight_files(model):
-            with open_weights(path):
-                pass
-
-
-def check_parallel_heads(config: LolaLlamaConfig, tp_size: int) -> None:
-    """Raise unless the heads divide among the tensor-parallel ranks, with the same answers."""
-    heads, kv_heads = config.num_attention_heads, num_kv_heads(config)
-    state_heads = config.lola.num_state_heads or heads
-    if not heads_divide(tp_size, heads, kv_heads, state_heads):
-        raise UnsupportedOptionError(
-            f"--tensor-parallel-size = {tp_size}: the model's {heads} query heads, {state_heads} "
-            f"state heads and {kv_heads} KV heads cannot be divided among {tp_size} ranks; use a "
-            f"divisor of {kv_heads}"
-        )
-    config.lola.check_ranks(tp_size, kv_heads, state_heads)
-
-
 def settle_block_size(vllm_config: VllmConfig) -> None:
     """Choose how many tokens lie between two cached states, when prefix caching is on.
 
@@ -283,35 +150,11 @@ def settle_block_size(vllm_config: VllmConfig) -> None:
     check_prefill_room(vllm_config)
 
 
-def check_prefill_room(vllm_config: VllmConfig) -> None:
-    """Raise unless a step that is full of decodes has room for a block of a new prompt.
-
-    With prefix caching vLLM ends the pieces of a prompt at block boundaries. Where the decodes of
-    others leave less than a block of a step's budget, the prompt waits for as long as they run.
-    """
-    block_size = vllm_config.cache_config.block_size
-    scheduler = vllm_config.scheduler_config
-    option, budget = "--max-num-batched-tokens", scheduler.max_num_batched_tokens
-    scheduled = scheduler.max_num_scheduled_tokens  # what the scheduler goes by, where it is given
-    if scheduled is not None and scheduled <= budget:
-        option, budget = "--max-num-scheduled-tokens", scheduled
-    # Where no piece could be as long as a block, vLLM lets them end anywhere.
-    piece = min(budget, scheduler.long_prefill_token_threshold or budget)
-    enough = block_size + scheduler.max_num_seqs - 1
-    if block_size <= piece and budget < enough:
-        raise UnsupportedOptionError(
-            f"{option} = {budget}: with prefix caching in blocks of {block_size} "
-            f"tokens a prompt would wait while {scheduler.max_num_seqs - 1} others decode; "
-            f"use at least {enough}, or fewer than {block_size}, or a smaller --block-size or "
-            "--max-num-seqs"
-        )
-
-
 def settle_cpu_memory(vllm_config: VllmConfig) -> None:
     """On a CPU, size the state pool for `max_num_seqs` sequences when the user has not sized it.
 
     vLLM would take nearly all of the machine's memory, which a fixed state has no use for. At
-    most what `cpu.room_for_states` leaves is taken, but enough for one sequence.
+    most what `cpu_room` leaves is taken, but enough for one sequence.
     """
     from vllm.platforms import current_platform
 
@@ -322,13 +165,10 @@ def settle_cpu_memory(vllm_config: VllmConfig) -> None:
         or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     ):
         return
-    state_bytes = row_bytes(vllm_config)
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-    # Two states per running sequence while prefix caching is on, and one to keep for later hits;
-    # one more is vLLM's null block.
-    states = 3 if cache.enable_prefix_caching else 1
-    room = max(_cpu_room(vllm_config), (states + 1) * state_bytes)
-    cache.kv_cache_memory_bytes = min((states * max_num_seqs + 1) * state_bytes, room)
+    pool = Pool.of(row_bytes(vllm_config), "cpu", bool(cache.enable_prefix_caching))
+    room = max(_cpu_room(vllm_config), pool.bytes_for(1))
+    cache.kv_cache_memory_bytes = min(pool.bytes_for(max_num_seqs), room)
     logger.info(
         "LoLA state pool: %.2f GiB, for --max-num-seqs %d (set --kv-cache-memory-bytes to change)",
         cache.kv_cache_memory_bytes / 2**30,
@@ -343,7 +183,7 @@ def _cpu_room(vllm_config: VllmConfig) -> int:
     path = Path(model.model)
     files = sum(f.stat().st_size for f in weight_files(path)) if path.is_dir() else 0
     dtype = str(model.dtype).removeprefix("torch.")
-    weights = cpu.weight_bytes(files, model.hf_config.to_dict(), dtype)
+    weights = weight_bytes(files, model.hf_config.to_dict(), dtype)
     free = psutil.virtual_memory().available
     stored = 0
     if has_store(vllm_config):
@@ -351,7 +191,7 @@ def _cpu_room(vllm_config: VllmConfig) -> int:
         given = vllm_config.kv_transfer_config.kv_connector_extra_config
         engines = max(1, parallel.data_parallel_size_local)
         stored = engines * StoreSettings.from_mapping(given).memory
-    return cpu.room_for_states(free, workers * weights // parallel.world_size, workers, stored)
+    return cpu_room(free, workers * weights // parallel.world_size, workers, stored)
 
 
 def warn_of_slow_dtype(vllm_config: VllmConfig) -> None:

@@ -55,9 +55,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.lola")
 
-NAME = "LolaStateConnector"
-MODULE = "lola_vllm.plugin.connector"
-
 
 @dataclass
 class SessionMetadata(KVConnectorMetadata):

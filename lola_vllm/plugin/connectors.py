@@ -1,6 +1,6 @@
-"""Which of vLLM's own KV connectors can move LoLA's states, and why the others cannot.
+"""LoLA's own KV connector by name, and which of vLLM's can move LoLA's states.
 
-To them a state is the block of a Mamba layer. The reasons are from the sources of vLLM 0.32; none
+To vLLM's a state is the block of a Mamba layer. The reasons are from the sources of vLLM 0.32; none
 of these connectors has been run with a LoLA model, as each needs a GPU or a service.
 """
 
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+# The connector of stored states. Names, as vLLM imports it where it is needed.
+CONNECTOR, CONNECTOR_MODULE = "LolaStateConnector", "lola_vllm.plugin.connector"
 
 # They move whole blocks of Mamba layers.
 ON_GPU = ("OffloadingConnector",)
@@ -33,6 +36,12 @@ _REASONS = {
     "MultiConnector": "a state travels by one connector",
 }
 REMEDY = "remove the option; LoLA's own store is --additional-config '{\"lola\": {...}}'"
+
+
+def has_store(vllm_config: VllmConfig) -> bool:
+    """Whether states are stored."""
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == CONNECTOR
 
 
 def unfit(name: str | None, vllm_config: VllmConfig) -> str | None:

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import EngineArgs
 
-from lola_vllm import cpu
 from lola_vllm.config import LolaConfigError, LolaLlamaConfig
 from lola_vllm.plugin import config_hook
 from lola_vllm.plugin.cache import describe_pool
-from lola_vllm.plugin.config_hook import UnsupportedOptionError, check_parallel_heads
+from lola_vllm.plugin.refusals import UnsupportedOptionError, check_parallel_heads
+from lola_vllm.sizing import GIB, RANK_BYTES, SERVER_BYTES
 from tests.support.engine import GREEDY, engine, generate, pages, state_manager
 from tests.support.tiny import make_tiny, random_prompts
 
@@ -107,11 +107,11 @@ def test_on_a_cpu_the_ranks_share_half_of_the_free_memory(tiny, monkeypatch, ran
         monkeypatch.setattr(config_hook, "psutil", memory)
         return config_of(tiny, **options).cache_config.kv_cache_memory_bytes
 
-    plenty = pool(100 * cpu.GIB)
+    plenty = pool(100 * GIB)
     state = plenty // (3 * 64 + 1)
     assert plenty == (3 * 64 + 1) * state
     weights = (tiny / "model.safetensors").stat().st_size
-    needed = weights + cpu.SERVER_BYTES + (ranks - 1) * cpu.RANK_BYTES
+    needed = weights + SERVER_BYTES + (ranks - 1) * RANK_BYTES
     assert pool(needed + 200 * state * ranks) == 100 * state
     assert pool(0) == 4 * state  # one sequence; vLLM says what is missing
 

@@ -1,9 +1,9 @@
-"""What the CPU multiplies fast, and how much of its memory states may take."""
+"""What the CPU multiplies fast."""
 
 import pytest
 
 from lola_vllm import cpu
-from lola_vllm.cpu import GIB, bfloat16_flag, preferred_dtype, room_for_states, weight_bytes
+from lola_vllm.cpu import bfloat16_flag, preferred_dtype
 
 AVX2 = "flags\t\t: fpu sse2 avx2 fma\n"
 ZEN4 = "flags\t\t: fpu sse2 avx2 fma avx512f avx512_bf16\n"
@@ -64,21 +64,3 @@ def test_a_system_that_does_not_tell(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "nothing")
     assert bfloat16_flag({}) is None
     assert preferred_dtype({}, {}) is None
-
-
-def test_weights_grow_with_the_dtype():
-    assert weight_bytes(100, {"dtype": "bfloat16"}, "float32") == 200
-    assert weight_bytes(100, {"torch_dtype": "float32"}, "bfloat16") == 50
-    assert weight_bytes(100, {"dtype": "bfloat16"}, "float16") == 100
-    assert weight_bytes(100, {}, "float32") == 100
-    quantized = {"dtype": "bfloat16", "quantization_config": {}}
-    assert weight_bytes(100, quantized, "float32") == 100
-
-
-def test_all_ranks_together_take_half_of_what_is_left():
-    free, weights = 20 * GIB, GIB
-    assert room_for_states(free, weights) == 8 * GIB
-    for ranks in (2, 4):
-        left = free - weights - cpu.SERVER_BYTES - (ranks - 1) * cpu.RANK_BYTES
-        assert ranks * room_for_states(free, weights, ranks) == left // 2
-    assert room_for_states(GIB, weights) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from lola_vllm import cli
 from lola_vllm.config import LolaConfig
-from lola_vllm.plugin import config_hook
+from lola_vllm.plugin import config_hook, refusals
 from tools.site import config_table, picture
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_every_environment_variable_is_documented():
 
 
 def test_every_refusal_is_documented():
-    source = inspect.getsource(config_hook)
+    source = inspect.getsource(config_hook) + inspect.getsource(refusals)
     options = set(re.findall(r'Refusal\(\s*"(--[a-z-]+)"', source))
     options |= set(re.findall(r'f"(--[a-z-]+) = \{', source))
     options |= set(re.findall(r'option, \w+ = "(--[a-z-]+)"', source))

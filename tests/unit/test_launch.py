@@ -12,6 +12,7 @@ from lola_vllm import cli
 from lola_vllm.estimate import GIB, estimate
 from lola_vllm.serving import launch, store_options
 from lola_vllm.serving.launch import Machine, plan
+from lola_vllm.sizing import RANK_BYTES, SERVER_BYTES
 
 STORED = 64 * 76288  # states of the model below
 CPU = Machine("cpu", 2, 16 * GIB)
@@ -91,7 +92,7 @@ def test_memory_bounds_the_sequences(model):
     state = state_bytes(model)
     weights = (model / "model.safetensors").stat().st_size // 2  # float32, served as bfloat16
     # Half of what is left holds ten sequences of three states, the null block, and a bit.
-    memory = launch.cpu.SERVER_BYTES + weights + 2 * (31 * state + state // 2)
+    memory = SERVER_BYTES + weights + 2 * (31 * state + state // 2)
     machine = Machine("cpu", 8, memory)
     found = chosen(model, "--enable-prefix-caching", machine=machine)
     assert found["--max-num-seqs"] == "10"
@@ -146,7 +147,7 @@ def test_ranks_of_a_machine_share_the_room(model):
 
     def pool(*options, ranks=1, copies=1):
         """Bytes that all ranks take, with just too little memory for 64 sequences."""
-        processes = launch.cpu.SERVER_BYTES + (ranks - 1) * launch.cpu.RANK_BYTES
+        processes = SERVER_BYTES + (ranks - 1) * RANK_BYTES
         memory = processes + copies * weights + 200 * state
         found = chosen(model, *options, machine=Machine("cpu", 8, memory))
         return ranks * int(found["--kv-cache-memory-bytes"])
@@ -341,10 +342,10 @@ def test_states_are_stored_in_memory_that_the_pool_leaves(model):
     ram = json.loads(found["--additional-config"])["lola"]["state_ram"]
     assert ram == 64 * state_bytes(model)
     weights = (model / "model.safetensors").stat().st_size // 2
-    memory = launch.cpu.SERVER_BYTES + weights + 2 * 40 * state_bytes(model)
+    memory = SERVER_BYTES + weights + 2 * 40 * state_bytes(model)
     found = chosen(model, machine=Machine("cpu", 8, memory))
     assert json.loads(found["--additional-config"])["lola"]["state_ram"] == 10 * state_bytes(model)
-    memory = launch.cpu.SERVER_BYTES + weights + 2 * 7 * state_bytes(model)
+    memory = SERVER_BYTES + weights + 2 * 7 * state_bytes(model)
     assert "--additional-config" not in chosen(model, machine=Machine("cpu", 8, memory))
     found = chosen(model, machine=GPU._replace(host=64 * GIB))
     assert json.loads(found["--additional-config"])["lola"]["state_ram"] == ram
@@ -394,7 +395,7 @@ def test_the_reason_of_a_store_is_true(model, options, reason):
 def test_a_large_store_takes_from_the_pool(model):
     state = state_bytes(model)
     weights = (model / "model.safetensors").stat().st_size // 2
-    memory = launch.cpu.SERVER_BYTES + weights + 2 * 31 * state
+    memory = SERVER_BYTES + weights + 2 * 31 * state
     machine = Machine("cpu", 8, memory)
     found = chosen(model, "--lola-state-ram", str(47 * state), machine=machine)
     assert int(found["--kv-cache-memory-bytes"]) <= 15 * state
