@@ -1,7 +1,6 @@
 """The contents of a page's sparse cache and their recall errors, from its bytes, on any device.
 
-Scores come from the portable `sre_scores`. The ops select by the same numbers, times the
-pairs' importance where the model has one.
+Errors come from the portable `sre_scores`. What an update does with them is left to the layer's op.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from torch import Tensor
 from lola_vllm.ops import LolaWeights, portable
 from lola_vllm.ops.constants import RECALL_EPS
 from lola_vllm.ops.context_shift import shift_pages
-from lola_vllm.ops.contract import LayerState
+from lola_vllm.ops.contract import Backend, LayerState, PrefillBatch
 from lola_vllm.ops.int8 import rounded
 from lola_vllm.ops.key_rotation import KeyRotation
-from lola_vllm.ops.reference import pair_importance
 from lola_vllm.serving.keys import Pairs
 from lola_vllm.state import StateLayout, StateViews
 
@@ -44,7 +42,8 @@ class Forecast(NamedTuple):
     """The effect of the next update on a page, averaged over its sparse sets.
 
     It can be computed before the update. An update scores against the hidden state before it, and
-    the page already holds the pairs that will leave the window.
+    the page already holds the pairs that will leave the window. All is None where the update
+    interval is above the window, as the page then lacks some of these.
 
     Attributes:
         swapped: share of the sparse cache that incoming pairs will replace, 0 to 1.
@@ -52,7 +51,7 @@ class Forecast(NamedTuple):
             of those that will be folded into the hidden state; None where there are none.
     """
 
-    swapped: float
+    swapped: float | None
     kept_error: float | None
     folded_error: float | None
 
@@ -100,27 +99,26 @@ def recalled(
     return torch.cat(errors, dim=1)
 
 
-def forecast(
-    page: Tensor,
-    layout: StateLayout,
-    weights: LolaWeights,
-    n: int,
-    rotation: KeyRotation | None = None,
-) -> Forecast:
-    """The effect of the first update after n tokens; arguments as for `remembered`.
+def forecast(ops: Backend, state: LayerState, page: Tensor, n: int) -> Forecast:
+    """The effect of the first update after n tokens.
+
+    The layer's own op makes the update, on a copy of the page.
 
     Args:
-        rotation: of the layer's context shifts, one of which may come before the update.
+        ops: the layer's. state: of the layer; its pages are not touched.
+        page: `[page_bytes]`, raw bytes after n tokens. It is not changed.
     """
+    layout, weights = state.layout, state.weights
     lam, C = layout.sparse_cache_size, layout.update_interval
-    due = torch.tensor((n // C + 1) * C)
-    if rotation is not None:
-        page = _shifted(page, layout, weights, range(n, int(due)), rotation)
+    if layout.window_size < C:
+        return Forecast(None, None, None)
+    due = (n // C + 1) * C
+    if state.rotation is not None:  # a context shift may come before the update
+        page = _shifted(page, layout, weights, range(n, due), state.rotation)
     views = layout.views(page[None])
-    # With an interval above the window, the page lacks some of the pairs that will leave.
-    start = int(layout.window_start(torch.tensor(n)))
-    stop = min(int(layout.window_start(due)), n)
-    rows = layout.row(torch.arange(start, max(start, stop), device=page.device))
+    start, stop = (int(layout.window_start(torch.tensor(m))) for m in (n, due))
+    leaving = torch.arange(start, max(start, min(stop, n)), device=page.device)
+    rows = layout.row(leaving)
     size = int(layout.num_sparse(torch.tensor(n)))
     share = layout.num_sparse_heads // layout.num_kv_heads
 
@@ -132,24 +130,38 @@ def forecast(
 
     cached_k, cached_v = _cached(layout, views, size)
     k, v = candidates(cached_k, views.exact_k), candidates(cached_v, views.exact_v)
-    errors = scores = _errors(k, v, layout, weights, views, n)  # [Hg, E]
-    if weights.importance is not None:
-        per_set = weights.importance.repeat_interleave(share, dim=0)[:, None]
-        new = pair_importance(k[0, :, size:], v[0, :, size:], per_set)
-        scores = errors * torch.cat([views.score_weights[0, :, :size], new], dim=1)
-    num_kept = min(lam, scores.shape[-1])
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    kept.scatter_(-1, scores.topk(num_kept, dim=-1).indices, True)
-    free = lam - size
-    entering = kept[:, size:].sum(-1).float()
-    relative = errors
+    errors = _errors(k, v, layout, weights, views, n)  # [Hg, E]
     if layout.num_state_heads == layout.num_sparse_heads:  # else they are relative already
-        relative = errors / v[0].norm(dim=-1).clamp(min=RECALL_EPS)
+        errors = errors / v[0].norm(dim=-1).clamp(min=RECALL_EPS)
+    positions = views.positions[0, :, :size].long()
+    positions = torch.cat([positions, leaving.expand(len(positions), -1)], dim=1)
+    kept = (positions[:, :, None] == _updated(ops, state, page, due)[:, None]).any(-1)
+    entering = kept[:, size:].sum(-1).float()
     return Forecast(
-        swapped=float((entering - free).clamp(min=0).mean()) / lam if lam else 0.0,
-        kept_error=_mean(relative[kept]),
-        folded_error=_mean(relative[~kept]),
+        swapped=float((entering - (lam - size)).clamp(min=0).mean()) / lam if lam else 0.0,
+        kept_error=_mean(errors[kept]),
+        folded_error=_mean(errors[~kept]),
     )
+
+
+def _updated(ops: Backend, state: LayerState, page: Tensor, due: int) -> Tensor:
+    """Positions `[Hg, S]` in the sparse sets of a page after its update at `due` tokens.
+
+    The tokens until then are left out, and a token of zeros completes the interval: they do not
+    leave the window in this update.
+    """
+    layout = state.layout
+    pages = torch.stack([torch.zeros_like(page), page])  # the first one is padding
+    own = LayerState.bind(state.weights, layout, pages, state.rotation)
+    q, k = (
+        own.views.exact_k.new_zeros(1, heads, layout.head_dim)
+        for heads in (state.num_heads, layout.num_kv_heads)
+    )
+    index, ends = torch.ones(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    batch = PrefillBatch(index.to(page.device), ends, torch.tensor([due - 1], dtype=torch.int32))
+    ops.prefill(own, q, k, k, batch, torch.empty_like(q))
+    size = int(layout.num_sparse(torch.tensor(due)))
+    return own.views.positions[1, :, :size].long()
 
 
 def _cached(layout: StateLayout, views: StateViews, size: int) -> tuple[Tensor, Tensor]:

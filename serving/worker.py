@@ -168,9 +168,7 @@ class LolaWorkerExtension:
         forecasts = []
         for module, page in zip(modules, copy.pages, strict=True):
             for state, part, _ in _pages_of(module, page, None):
-                forecasts.append(
-                    forecast(part, state.layout, state.weights, copy.num_tokens, state.rotation)
-                )
+                forecasts.append(forecast(module.ops, state, part, copy.num_tokens))
         for field in Forecast._fields:
             values = [value for f in forecasts if (value := getattr(f, field)) is not None]
             if values:

@@ -1,5 +1,7 @@
 """What is read from a page: its sparse cache with errors, and what its next update will do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -85,24 +87,30 @@ def test_recalled_is_the_references_error_of_every_token_that_left_the_window(
         torch.testing.assert_close(errors[head], expected, rtol=1e-6, atol=1e-9)
 
 
+def test_nothing_is_foretold_where_the_page_lacks_pairs_that_will_leave():
+    problem = problem_of(20, {"update_interval": 12})
+    page, _ = page_after(problem, 20)
+    assert set(forecast(portable, problem.state(), page, 20)) == {None}
+
+
 @pytest.mark.parametrize("n", [5, 31, 32, 36, 40, 43, 63])
 @pytest.mark.parametrize("interval", [4, 8])
 def test_forecast_sees_a_context_shift_that_comes_before_the_update(n, interval):
     fields = {"update_interval": interval, "window_size": 8, "sparse_cache_size": 6}
     due = (n // interval + 1) * interval
     problem = problem_of(due, fields, schedule=ShiftSchedule(32, 4))
-    page, layout = page_after(problem, n)
+    page, _ = page_after(problem, n)
     untouched = page.clone()
-    told = forecast(page, layout, problem.weights(), n, problem.rotation)
+    state = problem.state()
+    told = forecast(portable, state, page, n)
     assert torch.equal(page, untouched)
     last, _ = page_after(problem, due - 1)
     # Just before the update there is nothing left to foresee but a context shift at that very
     # token.
-    assert told == pytest.approx(
-        forecast(last, layout, problem.weights(), due - 1, problem.rotation)
-    )
+    assert told == pytest.approx(forecast(portable, state, last, due - 1))
     if any(problem.schedule.due(m) for m in range(n, due)) and n > 16:
-        assert told != pytest.approx(forecast(page, layout, problem.weights(), n))
+        unshifted = replace(state, rotation=None)
+        assert told != pytest.approx(forecast(portable, unshifted, page, n))
 
 
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
@@ -114,7 +122,7 @@ def test_forecast_is_what_the_next_update_does(fields, n, sharing):
     due = (n // C + 1) * C
     problem = problem_of(due, fields, Hs=6)
     page, layout = page_after(problem, n)
-    told = forecast(page, layout, problem.weights(), n)
+    told = forecast(portable, problem.state(), page, n)
 
     before = first(problem, n).reference()[1]
     after = problem.reference()[1]
