@@ -31,7 +31,7 @@ class Clock:
 
 
 class Server:
-    """A store with one or more ranks of a pool of slots."""
+    """A store with one or more ranks, each with a pool of states."""
 
     def __init__(
         self,
@@ -39,14 +39,14 @@ class Server:
         memory: int = 100 * ROW,
         disk: int = 1000 * ROW,
         ranks: int = 1,
-        slots: int = 4,
+        pool_size: int = 4,
         fingerprint: Fingerprint = FINGERPRINT,
         **settings: Any,
     ) -> None:
         self.clock = Clock()
         given = StoreSettings(memory, directory, disk, **{"store": "all", **settings})
         self.store = SessionStore(fingerprint, ROW, given, ranks, self.clock)
-        self.pools = [torch.zeros(slots, ROW, dtype=torch.uint8) for _ in range(ranks)]
+        self.pools = [torch.zeros(pool_size, ROW, dtype=torch.uint8) for _ in range(ranks)]
         path = None if directory is None else self.store.directory.path
         self.workers = [
             TransferWorker(pool, fingerprint, path, rank, ranks, key=given.key())
