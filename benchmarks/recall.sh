@@ -30,6 +30,14 @@ copy prose models/texts 2000,7000 250,500,1000,2000,3000,4500,6000 --kinds prose
 copy kinds models/texts 7000 250,1000,2000,4500 --kinds documentation,chat
 copy code models/code 7000 250,1000,2000,4500
 copy long models/texts 16000 250,1000,2000,4500,7000,12000 --kinds prose
+# What was said in a conversation.
+chat() { # LENGTH
+    lola eval recall --model models/smollm2-lola --reference models/smollm2-base \
+        --texts models/texts --tasks chat-fact,chat-name,chat-instruction,chat-code \
+        --lengths "$1" --samples 20 --lola-config 'as it ships={}' --out "$OUT/chat-$1" --resume
+}
+chat 2000
+chat 7000
 # The picture of the front page, and the first row of docs/choices.md.
 recall memory niah-1 1024,2048,4096,8192
 recall ablations niah-1 1024

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.cli_options import add_fields, from_options
-from lola_vllm.eval import EvalError
+from lola_vllm.eval import EvalError, chats
+from lola_vllm.eval.chat_facts import CHAT_TASKS
+from lola_vllm.eval.chats import ChatPlan
 from lola_vllm.eval.copying import CopyPlan
 from lola_vllm.eval.distance import check_tasks, grid
 from lola_vllm.eval.perplexity import PerplexityPlan
@@ -42,11 +44,12 @@ def _recall(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(lengths=None, distances=None)  # with distances, lengths may be left out
 
     def run(args: argparse.Namespace) -> int:
-        tasks = find_tasks(_words(args.tasks))
-        distances = [] if args.distances is None else _numbers("--distances", args.distances)
-        lengths = [] if distances else default_lengths()
-        if args.lengths is not None:
-            lengths = _numbers("--lengths", args.lengths)
+        words = _words(args.tasks)
+        if CHAT_TASKS.keys() & words:
+            return _evaluate(args, _chat_plan(args, words))
+        tasks = find_tasks(words)
+        distances = _numbers_or("--distances", args.distances, [])
+        lengths = _numbers_or("--lengths", args.lengths, [] if distances else default_lengths())
         if distances:
             check_tasks(tasks)
             grid(lengths, distances)  # refuses those that no length holds
@@ -69,15 +72,34 @@ def _recall(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _chat_plan(args: argparse.Namespace, words: list[str]) -> ChatPlan:
+    """What `eval recall` asks of conversations."""
+    others = [word for word in words if word not in CHAT_TASKS]
+    if others:
+        raise EvalError(
+            f"--tasks {', '.join(others)}: the tasks of conversations are "
+            f"{', '.join(CHAT_TASKS)}, which share their text; give others a call of their own"
+        )
+    if args.texts is None:
+        raise EvalError(f"--tasks {words[0]}: needs real text; give --texts")
+    _refuse_server(args)
+    plan = ChatPlan(
+        list(dict.fromkeys(words)),
+        _numbers_or("--lengths", args.lengths, chats.default_lengths()),
+        _numbers_or("--distances", args.distances, chats.default_distances()),
+        str(args.texts),
+        _positive("--samples", args.samples),
+        args.seed,
+    )
+    plan.check()
+    return plan
+
+
 def _copy(parser: argparse.ArgumentParser) -> None:
     _options(parser, CopyPlan)
 
     def run(args: argparse.Namespace) -> int:
-        if _is_address(args.model):
-            raise EvalError(
-                f"--model {args.model}: a server reads a text anew for every question; give "
-                "--model a directory"
-            )
+        _refuse_server(args)
         plan = from_options(
             CopyPlan,
             args,
@@ -192,6 +214,15 @@ def _is_address(model: str) -> bool:
     return model.startswith(("http://", "https://"))
 
 
+def _refuse_server(args: argparse.Namespace) -> None:
+    """Raise `EvalError` where a server cannot be asked."""
+    if _is_address(args.model):
+        raise EvalError(
+            f"--model {args.model}: a server reads a text anew for every question; give "
+            "--model a directory"
+        )
+
+
 def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
     from lola_vllm.eval.engine import run_directories
     from lola_vllm.eval.results import Record, fingerprint
@@ -207,7 +238,7 @@ def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
         check(setting, _longest(plan, setting))
         if isinstance(plan, StreamPlan):
             check_reader(setting, engine_args)
-        elif isinstance(plan, CopyPlan):
+        elif isinstance(plan, CopyPlan | ChatPlan):
             check_reader(setting, engine_args, scores=True)
     prints = {model: fingerprint(model) for model in {setting.model for setting in settings}}
     records = [Record(setting, prints[setting.model]) for setting in settings]
@@ -268,6 +299,10 @@ def _numbers(option: str, text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise EvalError(f"{option} {text}: must be one or more positive numbers")
     return sorted(set(numbers))
+
+
+def _numbers_or(option: str, text: str | None, default: list[int]) -> list[int]:
+    return default if text is None else _numbers(option, text)
 
 
 def _positive(option: str, value: int, least: int = 1) -> int:

@@ -1,7 +1,7 @@
 """A model directory in a vLLM engine: one child process per setting of a comparison.
 
-Streams, and texts of which passages are asked, are read in transformers (`reader.py`), in such a
-process too.
+Streams, conversations and texts of which passages are asked are read in transformers (`reader.py`),
+in such a process too.
 
 A separate process returns all memory when it ends, and can have environment variables that are
 read only at start-up. `python -m lola_vllm.eval.engine` reads a job, one line of JSON, on its
@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from lola_vllm import cpu
 from lola_vllm.checkpoint.files import read_json
 from lola_vllm.eval import EvalError
+from lola_vllm.eval.chats import ChatPlan
 from lola_vllm.eval.copying import CopyPlan
 from lola_vllm.eval.models import Emit, LocalTokenizer, Prediction, Tokenizer
 from lola_vllm.eval.results import Record
@@ -206,7 +207,7 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     plan = PLANS[job["plan"]](**job["fields"])
     setting = Setting(**{**job["setting"], "model": Path(job["setting"]["model"])})
     done = {tuple(key) for key in job["done"]}
-    if isinstance(plan, StreamPlan | CopyPlan):
+    if isinstance(plan, StreamPlan | CopyPlan | ChatPlan):
         from lola_vllm.eval.reader import Reader
 
         dtype = job["engine_args"].get("dtype", _dtype(setting))

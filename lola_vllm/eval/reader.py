@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.ablation import SCORES, CountedScore, with_score
+from lola_vllm.eval.chats import Pause
 from lola_vllm.eval.copying import ASKED, FLOOR, Answers, Stop
 from lola_vllm.eval.models import LocalTokenizer, Prediction
 from lola_vllm.eval.settings import Setting
@@ -24,7 +25,7 @@ PIECE = 512  # tokens of a forward; their logits take a row of the vocabulary ea
 
 
 class Reader:
-    """See `stream.StreamModel` and `copying.CopyModel`.
+    """See `stream.StreamModel`, `copying.CopyModel` and `chats.ChatModel`.
 
     Args:
         setting: model directory, LoLA parameters and score.
@@ -87,6 +88,16 @@ class Reader:
                 floor = last.ask(stop.questions, ASKED, self.batch)
             answers = run.ask(stop.questions, ASKED, self.batch)
             found.append(Answers(answers, floor, at - begin))
+        return found
+
+    def answers(self, ids: list[int], pauses: Sequence[Pause]) -> list[list[list[Prediction]]]:
+        """See `chats.ChatModel.answers`."""
+        run, at, found = Run(self._model, self.score), 0, []
+        for pause in pauses:
+            run.read(ids[at : pause.at])
+            at = pause.at
+            asked = [(question + answer, len(answer)) for question, answer in pause.questions]
+            found.append([run.ask([whole], last, 1)[0] for whole, last in asked])
         return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lola_vllm.cli_options import option
+from lola_vllm.eval.chat_facts import CHAT_TASKS
 from lola_vllm.eval.distance import PRECEDING, SPREAD, build_prompts_at, grid
 from lola_vllm.eval.models import Emit, Model
 from lola_vllm.eval.prompts import Format, Prompt, build_prompts
@@ -81,7 +82,8 @@ class RecallPlan:
     name: ClassVar[str] = "recall"
 
     tasks: list[str] = option(
-        f"of {', '.join(TASKS)}", ["niah-1", "niah-2", "niah-3", "passkey", "multikey", "vt"]
+        f"of {', '.join([*TASKS, *CHAT_TASKS])}",
+        ["niah-1", "niah-2", "niah-3", "passkey", "multikey", "vt"],
     )
     lengths: list[int] = option("tokens of prompt and answer together", default_lengths())
     samples: int = option("per task and length", 50)

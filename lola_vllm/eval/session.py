@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lola_vllm.eval import EvalError, copied, curves, results, summary, tables
+from lola_vllm.eval.chats import ChatPlan
 from lola_vllm.eval.copying import CopyPlan
 from lola_vllm.eval.models import Emit
 from lola_vllm.eval.perplexity import PerplexityPlan
@@ -26,13 +27,18 @@ SAVE_EVERY_S = 30.0
 # Of the progress bar, in a terminal and in a file.
 REFRESH_S, REFRESH_FILE_S = 0.5, 60.0
 # What every setting is asked, by name.
-Plan: TypeAlias = RecallPlan | PerplexityPlan | StreamPlan | CopyPlan
+Plan: TypeAlias = RecallPlan | PerplexityPlan | StreamPlan | CopyPlan | ChatPlan
 PLANS: dict[str, type[Plan]] = {
     RecallPlan.name: RecallPlan,
     PerplexityPlan.name: PerplexityPlan,
     StreamPlan.name: StreamPlan,
     CopyPlan.name: CopyPlan,
+    ChatPlan.name: ChatPlan,
 }
+
+
+# Of `lola-vllm eval`, where it is not the plan's name.
+COMMANDS = {StreamPlan.name: "perplexity --stream", ChatPlan.name: "recall"}
 
 
 class Session:
@@ -186,7 +192,7 @@ class Session:
     def report(self) -> str:
         """Write JSON, summary, Markdown and pictures of what there is; returns the Markdown."""
         self.save()
-        name = "perplexity --stream" if isinstance(self.plan, StreamPlan) else self.plan.name
+        name = COMMANDS.get(self.plan.name, self.plan.name)
         path = self.out / f"{self.plan.name}.summary.json"
         summary.write(path, self._report(), f"lola-vllm eval {name}")
         if isinstance(self.plan, StreamPlan):

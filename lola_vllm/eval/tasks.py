@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lola_vllm.eval import EvalError
+from lola_vllm.eval.chat_facts import CHAT_TASKS
 from lola_vllm.eval.facts import (
     FactDraw,
     date_of_opening,
@@ -353,7 +354,8 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
     """
     for name in names:
         if name not in TASKS:
-            raise EvalError(f"--tasks: {name!r} is no task; choose from {', '.join(TASKS)}")
+            known = ", ".join([*TASKS, *CHAT_TASKS])
+            raise EvalError(f"--tasks: {name!r} is no task; choose from {known}")
     if not names:
         raise EvalError(f"--tasks: name at least one of {', '.join(TASKS)}")
     return [TASKS[name] for name in dict.fromkeys(names)]
