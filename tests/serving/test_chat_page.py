@@ -29,8 +29,8 @@ def browser(lola_server):
         running.type("#key", KEY)
         running.keys(TAB)
         running.wait(lambda: running.text("#model"))
-        running.wait(lambda: running.text("#status") == "")
-        running.errors()  # those of the wrong key
+        running.wait(lambda: running.text("#tokens") and running.text("#status") == "")
+        running.errors()  # those of the wrong key, and that nobody has the new chat's name
         yield running
 
 
