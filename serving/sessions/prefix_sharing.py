@@ -1,14 +1,13 @@
 """States of shared prefixes: a system prompt, or a document that is asked about again.
 
-The store has a state at the end of each prompt and of each answer. Two prompts with a
-prefix in common share none of these. So the server remembers the recent prompts. The second prompt
-with a prefix of an earlier one is read in two parts. The first ends where the two branch, and its
-state is stored under the name `shared-...`. Prompts that follow start from it. Nothing is computed
-twice.
+The store has a state at the end of each prompt and of each answer. Two prompts with a prefix in
+common share none of these. So the server remembers the recent prompts. The second prompt that shares
+a prefix with an earlier one is read in two parts. The first ends where the two branch, and its state
+is stored under the name `shared-...`. Prompts that follow start from it. Nothing is computed twice.
 
 This takes the place of vLLM's prefix caching, which would keep a second state for each running
-sequence. The engine's `generate` is the one method that all routes which generate call, so
-prompts are read in parts in front of it (`wrappers.py`).
+sequence. The engine's `generate` is the one method that all routes which generate call, so prompts
+are read in parts in front of it (`wrappers.py`).
 """
 
 from __future__ import annotations
@@ -60,9 +59,8 @@ class RecentPrompts:
 
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self.max_tokens = max_tokens
-        self._texts: OrderedDict[bytes, PrefixHashes] = (
-            OrderedDict()
-        )  # by prefix hash; each ends in a branch point
+        # By prefix hash; each text ends in a branch point.
+        self._texts: OrderedDict[bytes, PrefixHashes] = OrderedDict()
         self._newest: dict[bytes, bytes] = {}  # block hash -> the newest text with this block
         self._branch_points = PrefixIndex()
         self._tokens = 0
