@@ -33,8 +33,8 @@ from lola_vllm.eval.models import Tokenizer
 from lola_vllm.eval.reader import PIECE, Run, load
 from lola_vllm.eval.settings import Setting, check, with_positions
 from lola_vllm.eval.tasks import NEEDLE, NEEDLE_ANSWER, draw_key
-from tests.support.memory import memory_mib
 from tools.long_text import compose
+from tools.support.memory import memory_mib
 
 ANSWER_TOKENS = 16
 QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text? "

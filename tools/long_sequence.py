@@ -32,10 +32,9 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from lola_vllm import cpu
 from lola_vllm.eval import summary
 from lola_vllm.eval.models import LocalTokenizer
-from tests.support.engine import GREEDY, engine, state_manager
-from tests.support.memory import memory_mib
-from tests.support.tiny import make_tiny
 from tools.long_text import compose
+from tools.support.memory import memory_mib
+from tools.support.tiny import make_tiny
 
 LOLA = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4, "context_shift": 1024}
 DECODES = 64
@@ -69,7 +68,7 @@ def random_text(tokens: int) -> list[int]:
 def run(llm: LLM, prompt: list[int], every: int) -> dict[str, Any]:
     """Prefill a prompt and decode after it."""
     tokens, core = len(prompt), llm.llm_engine
-    params = SamplingParams(max_tokens=DECODES, **GREEDY)
+    params = SamplingParams(max_tokens=DECODES, temperature=0.0, ignore_eos=True, detokenize=False)
     core.add_request(str(tokens), TokensPrompt(prompt_token_ids=prompt), params)
     request = next(
         iter(core.engine_core.engine_core.scheduler.requests.values())
@@ -117,17 +116,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ids = random_text(max(args.tokens, 3 * args.short))
         if args.texts:  # of the model's tokenizer, which the tiny one has not
             ids = compose(LocalTokenizer(model), args.texts, args.tokens, args.tokens // 10).ids
-        with engine(
-            model, max_model_len=longest, hf_overrides=overrides, max_num_seqs=1,
-            num_gpu_blocks_override=3, max_num_batched_tokens=2048,
+        llm = LLM(
+            str(model), skip_tokenizer_init=True, enforce_eager=True, enable_prefix_caching=False,
             dtype=(cpu.preferred_dtype({}) or "auto") if args.model else "float32",
-        ) as llm:  # fmt: skip
-            run(llm, ids[: 3 * args.short], args.every)
-            short = run(llm, ids[: args.short], args.every)
-            long = run(llm, ids[: args.tokens], args.every)
-            after = run(llm, ids[: args.short], args.every)
-            state_bytes = state_manager(llm).spec.bytes_per_sequence
-            assert state_manager(llm).num_states_in_use == 0
+            max_model_len=longest, max_num_seqs=1, max_num_batched_tokens=2048,
+            num_gpu_blocks_override=3, kv_cache_memory_bytes=64 * 2**20, hf_overrides=overrides,
+        )  # fmt: skip
+        run(llm, ids[: 3 * args.short], args.every)
+        short = run(llm, ids[: args.short], args.every)
+        long = run(llm, ids[: args.tokens], args.every)
+        after = run(llm, ids[: args.short], args.every)
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        states = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+        state_bytes = states.spec.bytes_per_sequence
+        assert states.num_states_in_use == 0
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     report = {
         "settings": settings,

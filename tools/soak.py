@@ -31,9 +31,9 @@ import httpx
 import psutil
 
 from lola_vllm.eval import summary
-from tests.support.memory import memory_mib
-from tests.support.servers import Server, serving
-from tests.support.speaking import make_speaking, serve_speaking
+from tools.support.memory import memory_mib
+from tools.support.server_process import Server, serving
+from tools.support.speaking import make_speaking, serve_speaking
 
 NAME = "soaked"
 IDLE_LIMIT_S = 60

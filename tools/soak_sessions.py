@@ -27,9 +27,9 @@ from typing import Any
 import httpx
 
 from lola_vllm.eval import summary
-from tests.support.servers import BIN, Server, serving
-from tests.support.speaking import make_speaking
 from tools.soak import family_mib
+from tools.support.server_process import BIN, Server, serving
+from tools.support.speaking import make_speaking
 
 NAME = "soaked"
 ROUTE = "/v1/lola/sessions"

@@ -8,7 +8,7 @@ from lola_vllm.config import ENDLESS_LENGTH
 from lola_vllm.hf import LolaLlamaForCausalLM
 from tests.support.engine import GREEDY, block_pool, engine, generate, metric, pages
 from tests.support.oracle import Oracle, assert_obeys
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LENGTH, INTERVAL = 64, 16
 LOLA = {

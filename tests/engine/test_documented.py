@@ -13,8 +13,8 @@ from lola_vllm.eval import engine
 from lola_vllm.texts import SEPARATOR
 from tests.support.documented import ROOT, documented, programs
 from tests.support.families import make_base
-from tests.support.speaking import make_speaking
-from tests.support.tiny import VOCAB
+from tools.support.speaking import make_speaking
+from tools.support.tiny import VOCAB
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/howto/python.md"])

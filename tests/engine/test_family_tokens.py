@@ -6,7 +6,7 @@ import torch
 from lola_vllm.checkpoint.init import init_checkpoint
 from tests.support.engine import engine, generate
 from tests.support.families import FAMILIES, make_base
-from tests.support.tiny import random_prompts
+from tools.support.tiny import random_prompts
 
 NEW = 16
 PROMPTS = [[token % 300 for token in p] for p in random_prompts([1, 20, 63, 64, 150, 257], seed=3)]

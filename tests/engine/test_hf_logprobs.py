@@ -13,7 +13,7 @@ import lola_vllm.hf
 from lola_vllm.checkpoint.init import init_checkpoint
 from tests.support.engine import engine
 from tests.support.families import FAMILIES, make_base
-from tests.support.tiny import random_prompts
+from tools.support.tiny import random_prompts
 
 LOLA = {"window_size": 32, "sparse_cache_size": 48, "sink_size": 2}
 PROMPTS = [[token % 300 for token in p] for p in random_prompts([2, 33, 64, 150, 257], seed=3)]

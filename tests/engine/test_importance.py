@@ -10,7 +10,7 @@ import lola_vllm.hf
 from lola_vllm.checkpoint import CheckpointError
 from tests.support.engine import engine, generate, metric
 from tests.support.oracle import Oracle, assert_obeys
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2, "importance": True}
 NEW = 20

@@ -12,7 +12,7 @@ from vllm import SamplingParams, TokensPrompt
 
 import lola_vllm.hf  # noqa: F401  (makes transformers know LoLA models)
 from tests.support.engine import GREEDY, engine, metric, prompt_logprobs
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {
     "window_size": 16, "sparse_cache_size": 24, "sink_size": 2, "update_interval": 4,

@@ -11,7 +11,7 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 
 from tests.support.engine import GREEDY, engine, generate, metric
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 8}
 TARGETS = [f"self_attn.{x}_proj" for x in "qkvo"]

@@ -10,7 +10,7 @@ from lola_vllm.serving.engine import head_sizes, joined
 from tests.support import oracle as oracle_module
 from tests.support.engine import GREEDY, engine, metric, scheduler
 from tests.support.oracle import Oracle
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 # The heads of the first layer have a page each.
 LOLA = {"window_size": 16, "sparse_cache_size": [[24, 10], 24], "sink_size": 2}

@@ -15,7 +15,7 @@ from lola_vllm.plugin.cache import describe_pool
 from lola_vllm.plugin.refusals import UnsupportedOptionError, check_parallel_heads
 from lola_vllm.sizing import GIB, RANK_BYTES, SERVER_BYTES
 from tests.support.engine import GREEDY, engine, generate, pages, state_manager
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 8, "sparse_cache_size": 4}
 # A step of eight sequences has room for a block of a late prompt from 32 + 7 tokens on.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.engine import engine, prompt_logprobs, state_manager
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 8, "context_shift": 16, "fold_rotation": 1}
 LENGTH = 64  # that was trained: most prompts are longer

@@ -4,7 +4,7 @@ import pytest
 from vllm import SamplingParams, TokensPrompt
 
 from tests.support.engine import GREEDY, block_pool, engine, generate, metric, state_manager
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 BLOCK, NEW = 32, 20

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lola_vllm.checkpoint.quantize import quantize_checkpoint
 from tests.support.engine import engine, prompt_logprobs
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 8}
 WIDE = {"hf_overrides": {"lola_config": {"window_size": 256}}}

@@ -10,7 +10,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.support.engine import GREEDY, engine, prompt_logprobs, state_manager
 from tests.support.oracle import Oracle
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24}
 PROMPTS = random_prompts([1, 16, 45, 130, 222], seed=8)

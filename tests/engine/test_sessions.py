@@ -9,7 +9,7 @@ import pytest
 from vllm import SamplingParams, TokensPrompt
 
 from tests.support.engine import GREEDY, block_pool, engine, scheduler, state_manager
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 NEW = 12
@@ -311,7 +311,7 @@ sys.path[:0] = [{root!r}]
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from tests.engine.test_sessions import BASE, ask, store_options
 from tests.support.engine import engine
-from tests.support.tiny import random_prompts
+from tools.support.tiny import random_prompts
 from lola_vllm.sessions import file
 replace = file.Path.replace
 def slow(self, *args):

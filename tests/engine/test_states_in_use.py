@@ -4,7 +4,7 @@ import pytest
 from vllm import SamplingParams, TokensPrompt
 
 from tests.support.engine import GREEDY, engine, metric, state_manager
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 BLOCK = 32
 

@@ -14,7 +14,7 @@ from tests.support.engine import (
     state_manager,
 )
 from tests.support.oracle import Oracle, assert_obeys
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 32, "sparse_cache_size": 48}
 LENGTHS = [1, 2, 31, 32, 33, 64, 65, 100, 128, 150, 257, 300]

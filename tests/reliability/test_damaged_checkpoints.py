@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.engine import engine
-from tests.support.tiny import make_tiny
+from tools.support.tiny import make_tiny
 
 LOLA = {"window_size": 8, "sparse_cache_size": 4}
 LAYER = "model.layers.1."

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 
 from tests.support.effort import cases
-from tests.support.servers import Server, serving
-from tests.support.speaking import make_speaking, serve_speaking
+from tools.support.server_process import Server, serving
+from tools.support.speaking import make_speaking, serve_speaking
 
 NAME = "tiny"
 KNOWN = {

@@ -7,7 +7,7 @@ from tests.support.effort import LONG
 from tests.support.engine import GREEDY, block_pool, engine, generate, metric, state_manager
 from tests.support.oracle import Oracle
 from tests.support.storm import Storm
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 NEW = 24

@@ -11,8 +11,9 @@ import pytest
 
 from lola_vllm import cpu
 from lola_vllm.serving.sessions.management import UPLOAD
-from tests.support.servers import BIN, KEY, MODEL, Server, serving
-from tests.support.speaking import make_speaking, serve_speaking
+from tests.support.servers import KEY, MODEL
+from tools.support.server_process import BIN, Server, serving
+from tools.support.speaking import make_speaking, serve_speaking
 
 # Switches of other routes, so that these are tested on the same servers. The parser of reasoning
 # knows its parts by words, for which no tokenizer needs tokens of its own.

@@ -7,9 +7,9 @@ import pytest
 from lola_vllm.serving.inspector import ROUTE
 from tests.support.browser import chromium
 from tests.support.inspector import Page
-from tests.support.servers import serving
-from tests.support.speaking import make_speaking, serve_speaking
-from tests.support.tiny import random_prompts
+from tools.support.server_process import serving
+from tools.support.speaking import make_speaking, serve_speaking
+from tools.support.tiny import random_prompts
 
 LENGTH, INTERVAL, SINKS = 256, 64, 2
 

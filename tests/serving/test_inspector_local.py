@@ -13,7 +13,8 @@ from lola_vllm.serving.inspector import page_file
 from lola_vllm.serving.inspector.local import COMPLETIONS, MEMORY, PAGE, Inspector, InspectorError
 from lola_vllm.serving.protocol import MAX_BODY_BYTES
 from tests.support.browser import chromium
-from tests.support.servers import BIN, KEY
+from tests.support.servers import KEY
+from tools.support.server_process import BIN
 
 
 @pytest.fixture(scope="module")

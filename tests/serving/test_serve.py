@@ -13,8 +13,9 @@ import pytest
 
 from lola_vllm.sessions.names import SHARED
 from lola_vllm.sessions.prefix_hash import PrefixHashes, namespace
-from tests.support.servers import BIN, MODEL, Server, serving
-from tests.support.tiny import make_tiny, random_prompts
+from tests.support.servers import MODEL
+from tools.support.server_process import BIN, Server, serving
+from tools.support.tiny import make_tiny, random_prompts
 
 # One piece, several, and more than a window and an update.
 PROMPTS = random_prompts([3, 40, 150])

@@ -1,1 +1,1 @@
-"""What several tests share: problems for the ops, tiny models, engines, servers, a browser."""
+"""What several tests share: problems for the ops, back ends, engines, a browser."""

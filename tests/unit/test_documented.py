@@ -21,8 +21,8 @@ from lola_vllm.checkpoint.calibration import importance_tensors, save_calibratio
 from lola_vllm.config import importance_size
 from tests.support.documented import COMMANDS, PAGES, ROOT, commands, documented, fate, programs
 from tests.support.families import make_base
-from tests.support.speaking import make_speaking
-from tests.support.tiny import VOCAB
+from tools.support.speaking import make_speaking
+from tools.support.tiny import VOCAB
 
 # After the options of a page, so that a training takes seconds.
 FASTER = shlex.split(

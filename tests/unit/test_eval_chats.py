@@ -28,8 +28,8 @@ from lola_vllm.eval.results import Record
 from lola_vllm.eval.settings import Setting
 from lola_vllm.texts import SEPARATOR, is_held_out
 from tests.support.families import make_base
-from tests.support.speaking import make_speaking
-from tests.support.tiny import random_prompts
+from tools.support.speaking import make_speaking
+from tools.support.tiny import random_prompts
 
 END = "<end>"
 TASKS = list(CHAT_TASKS)

@@ -26,8 +26,8 @@ from lola_vllm.eval.tables import copy_table
 from lola_vllm.ops import select
 from lola_vllm.texts import SEPARATOR, is_held_out
 from tests.support.families import make_base
-from tests.support.speaking import make_speaking
-from tests.support.tiny import random_prompts
+from tools.support.speaking import make_speaking
+from tools.support.tiny import random_prompts
 
 END = "\x03"
 

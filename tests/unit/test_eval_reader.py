@@ -11,8 +11,8 @@ import torch
 from lola_vllm.eval import EvalError, reader
 from lola_vllm.eval.reader import Reader, Run, load
 from lola_vllm.eval.settings import Setting
-from tests.support.speaking import make_speaking
-from tests.support.tiny import VOCAB, random_prompts
+from tools.support.speaking import make_speaking
+from tools.support.tiny import VOCAB, random_prompts
 
 BLOCK = 60
 

@@ -21,7 +21,7 @@ from lola_vllm.hf import LolaCache, LolaLlamaForCausalLM, LolaModelError
 from lola_vllm.sessions import StateFileError
 from tests.support.families import FAMILIES, make_base
 from tests.support.oracle import Oracle
-from tests.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import make_tiny, random_prompts
 
 # The heads of the first layer have a page each.
 LOLA = {"window_size": 16, "sparse_cache_size": [[24, 9], 24], "sink_size": 2}

@@ -10,9 +10,9 @@ import pytest
 
 from lola_vllm.eval import EvalError
 from lola_vllm.texts import SEPARATOR, is_held_out
-from tests.support.speaking import make_speaking
 from tools import endless
 from tools.long_text import compose
+from tools.support.speaking import make_speaking
 
 
 class Letters:

@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.support.servers import BIN
-from tests.support.tiny import VOCAB, make_tiny
+from tools.support.server_process import BIN
+from tools.support.tiny import VOCAB, make_tiny
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 END = "<|end|>"
