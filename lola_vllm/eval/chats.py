@@ -103,10 +103,10 @@ class ChatPlan:
         """Tokens of all conversations."""
         return sum(self.lengths) * self.samples
 
-    def cost(self, sample: dict[str, Any]) -> float:
+    def cost(self, sample: dict[str, Any]) -> int:
         """Tokens that a sample of `run` counts for in `tokens`."""
         length = int(sample["length"])
-        return length / (len(self.tasks) * len(self.distances_in(length)))
+        return length // (len(self.tasks) * len(self.distances_in(length)))
 
     def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
         """Conversations that `run` need not read again, given samples of an earlier call."""

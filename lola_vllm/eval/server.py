@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lola_vllm.eval import EvalError
+from lola_vllm.eval.chats import ChatPlan
 from lola_vllm.eval.copying import CopyPlan
 from lola_vllm.eval.models import LocalTokenizer, Prediction, Tokenizer
 from lola_vllm.eval.session import Session
@@ -244,7 +245,7 @@ def run_server(session: Session, model: ServerModel) -> str:
         EvalError: lengths that the server does not take, or a request that failed.
     """
     plan = session.plan
-    assert not isinstance(plan, CopyPlan)  # the command refuses it
+    assert not isinstance(plan, CopyPlan | ChatPlan)  # the command refuses it
     if model.max_length is not None and plan.max_length > model.max_length:
         raise EvalError(
             f"a length of {plan.max_length} tokens: the server takes {model.max_length} "

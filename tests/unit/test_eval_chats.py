@@ -156,7 +156,7 @@ def test_answers_count_by_distance_and_what_is_done_is_not_read_again(texts: Pat
         for task in plan.tasks
         for distance in (DISTANCES if length == 2500 else DISTANCES[:2])
     }
-    assert sum(map(plan.cost, rows)) == pytest.approx(plan.tokens)
+    assert sum(map(plan.cost, rows)) == pytest.approx(plan.tokens, rel=0.01)
     again = Words(reach=600)
     first = [row for row in rows if (row["length"], row["index"]) != (2500, 1)]
     assert rows_of(plan, again, plan.done(first)) == [r for r in rows if r not in first]
