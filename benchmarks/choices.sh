@@ -5,16 +5,16 @@
 #   make choices      models in models/small-*, results in eval-results/choices
 . "$(dirname "$0")/eval_common.sh"
 
-train() { # NAME OPTIONS: stage 1 only, 32,768 tokens
+train() { # NAME SINKS MIXING OPTIONS: stage 1 only, 32,768 tokens
     [ -d "models/small-$1" ] || lola distill --base models/smollm2-base --data models/texts \
         --out "models/small-$1" --work-dir "models/small-$1.training" --resume \
-        --window-size 64 --sparse-cache-size 128 --train-sparse-caches 0,128 \
+        --lola-config "{\"sink_size\": $2, \"mixing\": \"$3\"}" --train-sparse-caches 0,128 \
         --rows 16 --row-length 2048 --steps-per-row 6 --queries-per-step 512 --learning-rate 3e-2 \
-        --retrieval-fraction 0.25 --lora-rows 0 "${@:2}"
+        --retrieval-fraction 0.25 --lora-rows 0 "${@:4}"
 }
-train kv --sink-size 4
-train query --sink-size 4 --state-heads query
-train nosinks --sink-size 0
-train lolcats --sink-size 4 --mixing lolcats
+train kv 4 lola
+train query 4 lola --state-heads query
+train nosinks 0 lola
+train lolcats 4 lolcats
 lola eval recall --model models/small-kv --sweep benchmarks/recall/choices.json \
     --tasks niah-1 --lengths 1024 --samples "$SAMPLES" --out "$OUT/choices" --resume

@@ -37,10 +37,11 @@ def make_layer(
         window_size=args.window,
         sparse_cache_size=lam,
         update_interval=interval,
-        feature_dim=args.feature_dim,
     )
     Hq, Hs, d = args.heads, args.state_heads, args.head_dim
-    layout = StateLayout.from_config(config, args.kv_heads, Hs, d, getattr(torch, args.dtype))
+    layout = StateLayout.from_config(
+        config, args.kv_heads, Hs, d, args.feature_dim, getattr(torch, args.dtype)
+    )
     maps = [torch.randn(h, d, args.feature_dim, generator=gen) * 0.3 for h in (Hq, Hs)]
     weights = LolaWeights.prepare(
         *(m.to(args.device) for m in maps), torch.full((Hq,), -2.2, device=args.device), "lola"

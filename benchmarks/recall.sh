@@ -7,6 +7,8 @@
 #   SAMPLES=10 make recall     a quicker look, in about three hours
 . "$(dirname "$0")/eval_common.sh"
 
+[ -d models/smollm2-uncalibrated ] ||
+    lola demo-model --uncalibrated --out models/smollm2-uncalibrated
 [ -d models/smollm2-untrained ] || lola demo-model --untrained --out models/smollm2-untrained
 
 recall() { # NAME TASKS LENGTHS: the settings of benchmarks/recall/NAME.json

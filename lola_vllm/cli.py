@@ -17,10 +17,9 @@ from lola_vllm.checkpoint.families import BASE_NAMES
 from lola_vllm.cli_options import (
     Parser,
     add_fields,
-    add_lola_options,
+    add_lola_config,
     add_state_heads,
     from_options,
-    lola_config_of,
     summarize,
 )
 from lola_vllm.client.command import add_chat, add_sessions
@@ -38,13 +37,14 @@ def _init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help=_BASE)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
-    add_state_heads(add_lola_options(parser), "kv", "kv")
+    add_lola_config(parser)
+    add_state_heads(parser, "kv", "kv")
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.checkpoint.init import init_checkpoint
 
         config = init_checkpoint(
-            args.base, args.out, lola_config_of(args), args.state_heads, force=args.force
+            args.base, args.out, args.lola_config, args.state_heads, force=args.force
         )
         summarize(args.out, config, "untrained")
         return 0
@@ -73,7 +73,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
-    add_lola_options(parser, without=("feature_dim",))
+    add_lola_config(parser)
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.checkpoint.convert import convert_checkpoint
@@ -83,7 +83,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
             args.base,
             args.distill,
             args.out,
-            lola_config_of(args),
+            args.lola_config,
             args.lora,
             lora_alpha=args.lora_alpha,
             force=args.force,
@@ -110,9 +110,15 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
         "--untrained", action="store_true", help="identity maps, not the distilled ones"
     )
     parser.add_argument(
+        "--uncalibrated",
+        action="store_true",
+        help="without the sizes per KV head and the importance, as in the paper",
+    )
+    parser.add_argument(
         "--weights", choices=("int8", "int4"), help="of the linear layers (default: bfloat16)"
     )
-    add_state_heads(add_lola_options(parser), "kv", "kv")
+    add_lola_config(parser)
+    add_state_heads(parser, "kv", "kv")
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.checkpoint.demo import build_demo_model
@@ -121,9 +127,10 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
             args.out,
             args.wheel,
             base_out=args.base_out,
-            config_overrides=lola_config_of(args),
+            config_overrides=args.lola_config,
             state_heads=args.state_heads,
             untrained=args.untrained,
+            calibrated=not args.uncalibrated,
             weights=args.weights,
             force=args.force,
         )
@@ -157,7 +164,14 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="numbers of one such rank"
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-    add_state_heads(add_lola_options(parser), None, "as the model says; of a base: kv")
+    add_lola_config(parser)
+    add_state_heads(parser, None, "as the tensors say; without them: kv")
+    parser.add_argument(
+        "--feature-dim",
+        type=int,
+        metavar="N",
+        help="columns of a feature map (default: as the tensors say; without them: the head size)",
+    )
 
     def run(args: argparse.Namespace) -> int:
         import json
@@ -166,8 +180,9 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
 
         result = estimate(
             args.model,
-            lola_config_of(args),
+            args.lola_config,
             state_heads=args.state_heads,
+            feature_dim=args.feature_dim,
             dtype=args.dtype,
             tensor_parallel_size=args.tensor_parallel_size,
             memory_gib=args.memory_gib,

@@ -4,67 +4,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from lola_vllm.config import LolaConfig, LolaLlamaConfig
-
-
-def sizes(text: str) -> int | list[int]:
-    """A number, or several with commas."""
-    numbers = [int(part) for part in text.split(",")]
-    return numbers if len(numbers) > 1 else numbers[0]
-
-
-# Options that set a key of lola_config. Their values are checked there, not here.
-LOLA_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "window_size": (int, "pairs kept exactly after every update, in tokens"),
-    "sparse_cache_size": (
-        sizes,
-        "exact pairs kept by self-recall error, or one such number per layer, with commas; 0 is "
-        "LoLCATs",
-    ),
-    "update_interval": (int, "tokens between two updates (default: the window size)"),
-    "sink_size": (int, "first positions that stay exact for ever"),
-    "context_shift": (
-        int,
-        "positions by which contexts shift when the base's trained length is used up (new "
-        "checkpoints: a quarter of it); 0: contexts end there",
-    ),
-    "score_decay": (
-        float,
-        "power of the hidden state's decay by which the scores of sparse pairs decay at a context "
-        "shift; "
-        "0: never",
-    ),
-    "score_decay_shifts": (
-        int,
-        "context shifts at which the score of a pair decays, after which it stays (default: all)",
-    ),
-    "fold_rotation": (
-        int,
-        "context shifts by which keys are rotated further before they are folded, "
-        "in contexts beyond the base's trained length",
-    ),
-    "bucket_start": (
-        int,
-        "first RoPE position of the bucket of old exact keys in contexts beyond the base's trained "
-        "length",
-    ),
-    "feature_dim": (int, "columns of a feature map (init, demo-model: the head size, no other)"),
-    "mixing": (str, "how softmax and linear parts are weighted: lola or lolcats"),
-    "state_dtype": (str, "storage of the hidden state: float32, no other"),
-    "sparse_sharing": (str, "sparse sets shared inside a KV group: none or kv_head"),
-    "sparse_dtype": (
-        str,
-        "how pairs outside the window are kept: model (in the model's dtype) or int8 (twice as "
-        "many in the same memory)",
-    ),
-}
 
 
 T = TypeVar("T")
@@ -150,19 +98,29 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unrecognized option: {name}{hint}")
 
 
-def add_lola_options(
-    parser: argparse.ArgumentParser, without: Collection[str] = ()
-) -> argparse._ArgumentGroup:
-    """One option per key of `lola_config`, those in `without` left out."""
-    group = parser.add_argument_group("LoLA options", "keys of lola_config in config.json")
-    for key, (kind, text) in LOLA_OPTIONS.items():
-        if key not in without:
-            metavar = "NAME" if kind is str else "N"
-            group.add_argument(f"--{key.replace('_', '-')}", type=kind, metavar=metavar, help=text)
-    return group
+def add_lola_config(parser: argparse._ActionsContainer) -> None:
+    """`--lola-config`; its keys and values are checked in `LolaConfig`, not here."""
+    parser.add_argument(
+        "--lola-config",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help='keys of lola_config to set, such as \'{"window_size": 64, "sink_size": 4}\'; '
+        "docs/configuration.md has them",
+    )
 
 
-def add_state_heads(group: argparse._ArgumentGroup, default: str | None, named: str) -> None:
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text}: must be an object, such as {{}}")
+    return value
+
+
+def add_state_heads(group: argparse._ActionsContainer, default: str | None, named: str) -> None:
     """`--state-heads`; `named` says in the help what the default is."""
     group.add_argument(
         "--state-heads",
@@ -170,12 +128,6 @@ def add_state_heads(group: argparse._ArgumentGroup, default: str | None, named: 
         default=default,
         help=f"key feature maps: one per KV head or one per query head (default: {named})",
     )
-
-
-def lola_config_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The keys of `lola_config` that the user gave."""
-    given = {key: getattr(args, key, None) for key in LOLA_OPTIONS}
-    return {key: value for key, value in given.items() if value is not None}
 
 
 def sparse_cache(lola: LolaConfig) -> str:

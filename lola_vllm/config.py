@@ -8,23 +8,38 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
 from pydantic import Field as PydanticField
 from transformers import LlamaConfig
 
+from lola_vllm.compact_json import compact_lists
+
 MODEL_TYPE = "lola_llama"
 ARCHITECTURE = "LolaLlamaForCausalLM"
 ENDLESS_LENGTH = 131_072  # tokens; 160 MiB of token ids for vLLM's 256 sequences
 
+_FACTS = "_lola_facts"  # name of the attribute
 
-# Why `state_dtype` has one value, and what to do.
-NARROW_STATE = (
-    ". With fewer bits folds are lost: bfloat16 rounds the hidden state to 8 bits at each of them, "
-    "and after some hundreds a new pair changes nothing. Remove the key or set it to 'float32'; "
-    "the state takes more memory then, `lola-vllm estimate` says how much"
-)
+# Keys that config.json no longer has, and what says it now.
+_TENSORS_SAY = "the checkpoint's tensors say it; remove the key"
+_SHIFT_SAYS = "it follows from context_shift and max_position_embeddings; remove the key"
+_CONSTANT = "it is a constant of the method; remove the key"
+REMOVED_KEYS = {
+    "feature_dim": _TENSORS_SAY,
+    "num_state_heads": _TENSORS_SAY,
+    "saliency": f"{_TENSORS_SAY}, and make the model again, as the tensor is named importance",
+    "feature_map": "there is one feature map; remove the key",
+    "state_dtype": "the hidden state is in float32, as narrower sums lose folded pairs; "
+    "remove the key",
+    "rebase_interval": "its name is context_shift",
+    "fold_ahead": _SHIFT_SAYS,
+    "far_zone_start": _SHIFT_SAYS,
+    "score_fade": _CONSTANT,
+    "score_fade_rebases": _CONSTANT,
+}
 
 
 class LolaConfigError(ValueError):
@@ -58,74 +73,47 @@ class LolaConfig(BaseModel):
     """Parameters of LoLA attention (arXiv 2505.23666).
 
     Attributes:
-        window_size: eta, tokens in the window after every update (>= 1); their pairs are exact.
-        sparse_cache_size: lambda, exact pairs per sparse set, those that the hidden state recalls
-            worst (>= 0); 0 sends every evicted pair to the hidden state, which is LoLCATs. A number
-            is for every layer, as in the paper. A list has a number per layer, or in its place a
-            list with a number per KV head.
-        update_interval: C, tokens between two updates, counted from position 0 (>= 1).
-            Default `window_size` (the authors' code); 1 is the paper's recurrence.
+        window_size: eta, newest tokens whose pairs stay exact after every update (>= 1). A larger
+            one predicts better and costs memory and time for every sequence.
         sink_size: first positions of a sequence that stay exact for ever (>= 0); not in the paper.
-        feature_dim: F, columns of a feature map (>= 1); must fit the checkpoint's tensors. The
-            map's output has 2F entries.
-        feature_map: `"softmax"`, the only one so far: `concat(softmax(xW), softmax(-xW))`
-            (arXiv 2410.10254).
-        mixing: how exact and linear parts are weighted. `"lola"` weighs exact pairs by `g exp(z)`
-            and the hidden state by `1 - g`; `"lolcats"` by `g exp(z - max z)` and 1.
-        state_dtype: dtype of the hidden state H and s. Only `"float32"`: in a narrower sum, folded
-            pairs are soon lost to rounding.
-        sparse_sharing: `"none"`: one sparse set per state head; `"kv_head"`: one per KV head,
-            scored by the mean over its state heads of SRE over the value's norm (changes nothing
-            where each KV head has one state head).
-        importance: in JSON `true` or `false`: whether the choice of sparse pairs multiplies a
-            pair's score by its learned importance, for which the checkpoint has a tensor
-            `importance` per layer; false is the paper.
+            A few of them cost nearly nothing and help recall a great deal.
+        sparse_cache_size: lambda, older pairs per sparse set that are kept exact, those that the
+            hidden state recalls worst (>= 0). More of them recall more and cost memory and time;
+            0 keeps none, which is LoLCATs. A number is for every layer, as in the paper. A list
+            has a number per layer, or in its place a list with a number per KV head, as
+            `lola-vllm calibrate` finds them.
+        update_interval: C, tokens between two updates, counted from position 0 (>= 1). The page
+            holds C pairs beside the window. A short one leaves memory for other pairs, and a long
+            one updates less often. Default `window_size` (the authors' code); 1 is the paper's
+            recurrence.
         sparse_dtype: how pairs are kept that have left the window. `"model"`: in the model's dtype,
             which is the paper; `"int8"`: rounded to 8 bits, with a float32 scale per key and per
-            value, which takes half the memory.
-        context_shift: D, positions by which a context shifts whenever a sequence has used up the
-            base's trained length P, `max_position_embeddings`; divides P. 0: never, so that
-            contexts end at P. New checkpoints have a quarter of P.
-        score_decay: gamma (>= 0): a context shift multiplies the scores of the pairs in the sparse
-            cache by `(1 - D / P)^gamma`. 1: they decay as the hidden state does. 0: they never
-            decay, and old pairs stay.
-        score_decay_shifts: K (>= 1), so many context shifts make the score of a pair decay, the
-            first ones that it meets; then the score stays. A pair whose score is
-            `(1 - D / P)^(-gamma K)` times those of newer ones is kept for ever. None: all context
-            shifts do, so that every pair leaves the cache in the end.
-        fold_rotation: m, context shifts by which keys are rotated further before they are folded,
-            in a sequence that was shifted; from 0 to `P / D - 1`. 0: not at all, so that after a
-            context shift the hidden state holds keys at RoPE positions that tokens have yet to
-            reach. New checkpoints have `P / D / 2`, rounded down.
-        bucket_start: F, first RoPE position of the bucket of old keys. Context shifts rotate exact
-            keys towards it, until they lie from F to F + D, where they stay for ever. From 0 to
-            `P - 2 D`. A larger one keeps old pairs closer to new tokens. New checkpoints have
-            `3 P / 8`, or `P - 2 D` where that is less.
-        num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of
-            KV heads (maps tied inside a group). None: as the checkpoint's tensors say.
+            value, so that nearly twice as many fit the same memory.
+        mixing: how exact pairs and hidden state are weighed in an answer. `"lola"` weighs exact
+            pairs by `g exp(z)` and the hidden state by `1 - g`; `"lolcats"` by `g exp(z - max z)`
+            and 1. Use the one that the feature maps were trained with.
+        context_shift: D, positions by which a context shifts back whenever a sequence has used up
+            the base's trained length P, `max_position_embeddings`; divides P. 0: never, so that
+            contexts end at P. New checkpoints have a quarter of P, and contexts without end. At
+            each shift the hidden state keeps `1 - D / P` of its weight.
+        sparse_sharing: `"none"`: one sparse set per state head; `"kv_head"`: one per KV head,
+            scored by the mean over its state heads of SRE over the value's norm. It saves memory
+            where maps are per query head, and changes nothing where each KV head has one state
+            head.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     window_size: int = PydanticField(default=64, ge=1)
+    sink_size: int = PydanticField(default=0, ge=0)
     sparse_cache_size: Annotated[
         int | tuple[int | tuple[int, ...], ...], PlainValidator(_sparse_cache_size)
     ] = 128
     update_interval: int = PydanticField(default=0, ge=1)
-    sink_size: int = PydanticField(default=0, ge=0)
-    feature_dim: int = PydanticField(default=64, ge=1)
-    feature_map: Literal["softmax"] = "softmax"
-    mixing: Literal["lola", "lolcats"] = "lola"
-    state_dtype: Literal["float32"] = "float32"
-    sparse_sharing: Literal["none", "kv_head"] = "none"
-    importance: bool = False
     sparse_dtype: Literal["model", "int8"] = "model"
+    mixing: Literal["lola", "lolcats"] = "lola"
     context_shift: int = PydanticField(default=0, ge=0)
-    score_decay: float = PydanticField(default=0.0, ge=0, le=100)
-    score_decay_shifts: int | None = PydanticField(default=None, ge=1)
-    fold_rotation: int = PydanticField(default=0, ge=0)
-    bucket_start: int = PydanticField(default=0, ge=0)
-    num_state_heads: int | None = PydanticField(default=None, ge=1)
+    sparse_sharing: Literal["none", "kv_head"] = "none"
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -216,11 +204,6 @@ class LolaConfig(BaseModel):
                     f"{num_kv_heads} KV heads; give one per KV head, or one number for all"
                 )
 
-    @property
-    def weighs_scores(self) -> bool:
-        """Whether pages keep, for each sparse pair, a weight of its score."""
-        return self.importance or (self.score_decay > 0 and self.context_shift > 0)
-
     def check_context_shift(self, length: int) -> None:
         """Raise `LolaConfigError` unless context shifts suit a base's trained length P.
 
@@ -233,18 +216,6 @@ class LolaConfig(BaseModel):
                 f"lola_config.context_shift = {interval}: must divide max_position_embeddings = "
                 f"{length} and be less; use {default_context_shift(length) or 1}, or 0 for "
                 f"contexts that end at {length} tokens"
-            )
-        if interval and self.fold_rotation >= length // interval:
-            raise LolaConfigError(
-                f"lola_config.fold_rotation = {self.fold_rotation}: keys would be rotated to RoPE "
-                f"positions below 0; use at most {length // interval - 1} "
-                "(max_position_embeddings / context_shift - 1)"
-            )
-        if interval and self.bucket_start > length - 2 * interval:
-            raise LolaConfigError(
-                f"lola_config.bucket_start = {self.bucket_start}: old pairs would lie among "
-                f"new tokens; use at most {length - 2 * interval} (max_position_embeddings - 2 * "
-                "context_shift)"
             )
         if interval and self.sink_size > length - interval:
             raise LolaConfigError(
@@ -267,7 +238,7 @@ class LolaConfig(BaseModel):
             )
         if num_heads % num_state_heads or num_state_heads % num_kv_heads:
             raise LolaConfigError(
-                f"lola_config.num_state_heads = {num_state_heads}: feature_map_k must have a head "
+                f"feature_map_k has {num_state_heads} heads: it must have one "
                 f"per query head ({num_heads}) or per KV head ({num_kv_heads})"
             )
 
@@ -306,28 +277,6 @@ def default_context_shift(length: int) -> int:
     return 0 if length % 4 else length // 4
 
 
-def default_fold_rotation(length: int, interval: int) -> int:
-    """`fold_rotation` of a new checkpoint: as many context shifts as half of the trained length
-    has.
-
-    Args:
-        length: P, the base's `max_position_embeddings`. interval: D; 0: contexts end at P.
-    """
-    return length // interval // 2 if interval else 0
-
-
-def default_bucket_start(length: int, interval: int) -> int:
-    """`bucket_start` of a new checkpoint: 3/8 of the trained length, if there is room for it.
-
-    Measured on the demo model (`docs/choices.md`). From pairs that are farther back less is
-    recalled, and pairs next to new tokens make these harder to predict.
-
-    Args:
-        length: P, the base's `max_position_embeddings`. interval: D, at least 1.
-    """
-    return min(3 * length // 8, length - 2 * interval)
-
-
 def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads: int) -> bool:
     """Whether tensor-parallel ranks can divide the heads, as vLLM divides them.
 
@@ -348,7 +297,9 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"]) or "lola_config"
-        if fault["type"] == "extra_forbidden":
+        if name in REMOVED_KEYS:
+            lines.append(f"lola_config.{name}: no longer a key; {REMOVED_KEYS[name]}")
+        elif fault["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
             lines.append(
                 f"lola_config.{name}: unknown key; nearest valid name: {near[0]!r}; "
@@ -357,8 +308,7 @@ def _explain(error: ValidationError) -> str:
         else:
             allowed = fault["msg"].replace("Input should be", "must be")
             allowed = allowed.removeprefix("Value error, ")
-            more = NARROW_STATE if name == "state_dtype" else ""
-            lines.append(f"lola_config.{name} = {fault['input']!r}: {allowed}{more}")
+            lines.append(f"lola_config.{name} = {fault['input']!r}: {allowed}")
     return "\n".join(lines)
 
 
@@ -366,6 +316,22 @@ def explain_field(error: Exception) -> str:
     """What transformers says of a field of `config.json`: its name, its value, and its type."""
     found = re.search(r"Field '(\w+)' expected (.+), got \w+ \(value: (.+)\)", str(error))
     return f"{found[1]} = {found[3]}: must be of type {found[2]}" if found else str(error)
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """What a checkpoint's tensors say, so that `config.json` need not repeat it.
+
+    Attributes:
+        feature_dim: F, columns of a feature map; the map's output has 2F entries.
+        num_state_heads: Hs, heads of `feature_map_k`: the number of query heads (LoLCATs) or of KV
+            heads (maps tied inside a group).
+        importance: whether each layer has a tensor `importance`.
+    """
+
+    feature_dim: int
+    num_state_heads: int
+    importance: bool = False
 
 
 class LolaLlamaConfig(LlamaConfig):
@@ -377,6 +343,8 @@ class LolaLlamaConfig(LlamaConfig):
 
     Assigning `lola_config` merges into what is there, so `--hf-overrides
     '{"lola_config": {"window_size": 32}}'` changes one parameter and keeps the others.
+
+    `facts` is what the tensors say. It is no part of `config.json`: who reads the tensors sets it.
     """
 
     model_type = MODEL_TYPE
@@ -403,6 +371,34 @@ class LolaLlamaConfig(LlamaConfig):
         elif name in ("qkv_bias", "qk_norm") and not isinstance(value, bool):
             raise LolaConfigError(f"{name} = {value!r}: must be true or false")
         super().__setattr__(name, value)
+
+    @property
+    def facts(self) -> TensorFacts:
+        """What the tensors say; until they are read, what `lola-vllm init` would write."""
+        found = self.__dict__.get(_FACTS)
+        if found is None:
+            kv_heads, d = self.num_key_value_heads, self.head_dim
+            assert isinstance(kv_heads, int) and isinstance(d, int)  # LlamaConfig fills both in
+            return TensorFacts(d, kv_heads)
+        assert isinstance(found, TensorFacts)
+        return found
+
+    @facts.setter
+    def facts(self, found: TensorFacts) -> None:
+        self.__dict__[_FACTS] = found
+
+    @property
+    def has_facts(self) -> bool:
+        """Whether somebody has set `facts`."""
+        return _FACTS in self.__dict__
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `config.json` has it."""
+        return {key: value for key, value in super().to_dict().items() if key != _FACTS}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The text of `config.json`."""
+        return compact_lists(super().to_json_string(use_diff))
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -345,7 +345,7 @@ def _look_at_model(model: Path) -> int:
         LOLA_TENSORS,
         check_tensors,
         expected_tensors,
-        find_num_state_heads,
+        settle_facts,
     )
     from lola_vllm.config import MODEL_TYPE
 
@@ -376,7 +376,8 @@ def _look_at_model(model: Path) -> int:
     try:
         if not weight_files(model):
             raise _ModelFault(f"{model}: no safetensors files there", again)
-        expected = expected_tensors(config, find_num_state_heads(config, model))
+        settle_facts(config, model)
+        expected = expected_tensors(config)
         found = read_shapes(model)
         if "quantization_config" in raw:  # packed weights have names and shapes of their own
             expected = {k: v for k, v in expected.items() if k.endswith(LOLA_TENSORS)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 from lola_vllm.checkpoint.base import config_of
 from lola_vllm.checkpoint.families import BASE_MODEL_TYPES, llama_fields, why_not
 from lola_vllm.checkpoint.files import CheckpointError, read_json
-from lola_vllm.checkpoint.schema import find_num_state_heads
+from lola_vllm.checkpoint.schema import settle_facts
 from lola_vllm.cli_options import sparse_cache
 from lola_vllm.config import (
     MODEL_TYPE,
@@ -176,6 +176,7 @@ def estimate(
     overrides: Mapping[str, Any] | None = None,
     *,
     state_heads: Literal["kv", "query"] | None = None,
+    feature_dim: int | None = None,
     dtype: str = "bfloat16",
     tensor_parallel_size: int = 1,
     memory_gib: float | None = None,
@@ -186,8 +187,8 @@ def estimate(
     Args:
         model: a `config.json` or the directory it is in, of a LoLA model or a plain Llama.
         overrides: keys of `lola_config` that replace the config's.
-        state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq). Default: as config or tensors say; if
-            neither does, "query", as LoLCATs trains them. For a base: "kv" with F equal to the head
+        state_heads: "kv" (Hs = Hkv) or "query" (Hs = Hq). feature_dim: F. Default: as the tensors
+            beside the config say; without tensors and for a base: "kv" with F equal to the head
             size, as `init` makes them.
         dtype: of keys and values: "bfloat16", "float16" or "float32".
         tensor_parallel_size: ranks that share the heads.
@@ -203,28 +204,32 @@ def estimate(
         raise CheckpointError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
     if memory_gib is not None and not 0 < memory_gib < float("inf"):
         raise CheckpointError(f"memory_gib = {memory_gib}: must be a positive number")
+    if feature_dim is not None and feature_dim < 1:
+        raise CheckpointError(f"feature_dim = {feature_dim}: must be at least 1")
     if context is not None and context < 1:
         raise CheckpointError(f"context = {context}: must be at least 1 token")
     config, is_lola = _read_config(model / "config.json" if model.is_dir() else model)
     config.lola_config = dict(overrides or {})  # merges
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     assert isinstance(kv_heads, int)  # LlamaConfig fills it in
+    if is_lola:
+        settle_facts(config, model if model.is_dir() else model.parent)
+    else:  # as `init` makes it
+        interval = default_context_shift(config.max_position_embeddings)
+        config.lola_config = {"context_shift": interval, **config.lola_config}
+    num_state_heads = config.facts.num_state_heads
     if state_heads is not None:
         num_state_heads = {"kv": kv_heads, "query": heads}[state_heads]
-    elif is_lola:
-        num_state_heads = find_num_state_heads(config, model)
-    else:  # a base has no maps to look at, and its directory may lack the weights
-        num_state_heads = config.lola.num_state_heads or kv_heads
-    if not is_lola:  # as `init` makes it
-        interval = default_context_shift(config.max_position_embeddings)
-        made = {"feature_dim": config.head_dim, "context_shift": interval}
-        config.lola_config = {**made, **config.lola_config}
+    config.facts = replace(
+        config.facts,
+        num_state_heads=num_state_heads,
+        feature_dim=feature_dim or config.facts.feature_dim,
+    )
     config.lola.check_heads(heads, kv_heads, num_state_heads)
     config.check_sizes()
     config.lola.check_context_shift(config.max_position_embeddings)
     _check_ranks(tensor_parallel_size, heads, kv_heads, num_state_heads)
     config.lola.check_ranks(tensor_parallel_size, kv_heads, num_state_heads)
-    config.lola_config = {"num_state_heads": num_state_heads}
     lola = config.lola
 
     names = {heads: ", per query head", kv_heads: ", per KV head"}
@@ -243,7 +248,9 @@ def estimate(
                 num_kv_heads=max(1, kv_heads // tensor_parallel_size),
                 num_state_heads=max(1, Hs // tensor_parallel_size),
                 head_dim=int(config.head_dim or 0),
+                feature_dim=config.facts.feature_dim,
                 kv_dtype=DTYPES[dtype],
+                importance=config.facts.importance,
             )
             for index in range(config.num_hidden_layers)
         )
@@ -278,7 +285,7 @@ def format_table(result: Estimate) -> str:
     lines = [
         f"{result.model}: {config.num_hidden_layers} layers, {config.num_attention_heads} query "
         f"and {config.num_key_value_heads} KV heads of size {config.head_dim}, F "
-        f"{lola.feature_dim}, K/V {result.dtype}, hidden state {lola.state_dtype}",
+        f"{config.facts.feature_dim}, K/V {result.dtype}, hidden state float32",
         f"window {lola.window_size}, sparse cache {sparse_cache(lola)}, update interval "
         f"{lola.update_interval}, sinks {lola.sink_size}, {_contexts(config)}",
         "",
@@ -327,7 +334,7 @@ def _contexts(config: LolaLlamaConfig) -> str:
     interval = config.lola.context_shift
     if not interval:
         return f"contexts of up to {config.max_position_embeddings:,} tokens"
-    return f"contexts without end (context shift interval {interval:,})"
+    return f"contexts without end (context shift {interval:,})"
 
 
 def _mark(result: Estimate, row: Row) -> str:
@@ -336,7 +343,7 @@ def _mark(result: Estimate, row: Row) -> str:
         return ""
     if not result.is_base:
         return " (this config)"
-    as_init = result.lola.feature_dim == result.config.head_dim
+    as_init = result.config.facts.feature_dim == result.config.head_dim
     return " (as init makes it)" if as_init else " (these options)"
 
 

@@ -135,10 +135,16 @@ class StateLayout:
         num_kv_heads: int,
         num_state_heads: int,
         head_dim: int,
+        feature_dim: int,
         kv_dtype: torch.dtype,
-        state_dtype: torch.dtype | None = None,
+        importance: bool = False,
     ) -> StateLayout:
-        """Layout for the head counts of one rank; `state_dtype` overrides the config's (tests)."""
+        """Layout for the head counts of one rank.
+
+        Args:
+            config: of one layer or head. importance: whether the layer has importance weights.
+            The others: as the attributes. H and s are float64 where keys and values are.
+        """
         return cls(
             window_size=config.window_size,
             sparse_cache_size=config.sparse_pairs,
@@ -148,10 +154,10 @@ class StateLayout:
             num_state_heads=num_state_heads,
             num_sparse_heads=config.num_sparse_heads(num_state_heads, num_kv_heads),
             head_dim=head_dim,
-            feature_dim=config.feature_dim,
+            feature_dim=feature_dim,
             kv_dtype=kv_dtype,
-            state_dtype=state_dtype or getattr(torch, config.state_dtype),
-            has_score_weights=config.weighs_scores,
+            state_dtype=torch.promote_types(kv_dtype, torch.float32),
+            has_score_weights=importance or config.context_shift > 0,
             int8_pairs=config.sparse_dtype == "int8",
         )
 
@@ -341,8 +347,9 @@ class LayerLayout:
         num_kv_heads: int,
         num_state_heads: int,
         head_dim: int,
+        feature_dim: int,
         kv_dtype: torch.dtype,
-        state_dtype: torch.dtype | None = None,
+        importance: bool = False,
         first_kv_head: int = 0,
     ) -> LayerLayout:
         """Layout for the heads of one rank.
@@ -357,8 +364,8 @@ class LayerLayout:
         return cls(
             tuple(
                 StateLayout.from_config(
-                    head, num_kv_heads // share, num_state_heads // share, head_dim, kv_dtype,
-                    state_dtype,
+                    head, num_kv_heads // share, num_state_heads // share, head_dim, feature_dim,
+                    kv_dtype, importance,
                 )
                 for head in own
             )

@@ -357,7 +357,7 @@ def joined(
 def head_sizes(config: LolaLlamaConfig) -> list[list[int]]:
     """Pairs that each sparse set of each layer of a model holds at most."""
     lola, kv_heads = config.lola, num_kv_heads(config)
-    sets = lola.num_sparse_heads(lola.num_state_heads or config.num_attention_heads, kv_heads)
+    sets = lola.num_sparse_heads(config.facts.num_state_heads, kv_heads)
     return [lola.for_layer(i).set_sizes(sets) for i in range(config.num_hidden_layers)]
 
 

@@ -205,7 +205,7 @@ class LolaWorkerExtension:
     def _first_sparse_head(self) -> int:
         """Index in the whole model of this rank's first sparse set."""
         config = lola_hf_config(self.vllm_config)
-        heads = config.lola.num_state_heads or config.num_attention_heads
+        heads = config.facts.num_state_heads
         total = config.lola.num_sparse_heads(heads, num_kv_heads(config))
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
         return get_tensor_model_parallel_rank() * total // ranks

@@ -6,6 +6,6 @@ Importing this package loads neither torch nor vLLM.
 """
 
 from lola_vllm.checkpoint.files import CheckpointError
-from lola_vllm.checkpoint.schema import check_tensors, expected_tensors, find_num_state_heads
+from lola_vllm.checkpoint.schema import check_tensors, expected_tensors, read_facts
 
-__all__ = ["CheckpointError", "check_tensors", "expected_tensors", "find_num_state_heads"]
+__all__ = ["CheckpointError", "check_tensors", "expected_tensors", "read_facts"]

@@ -26,9 +26,7 @@ from lola_vllm.config import (
     LolaConfig,
     LolaConfigError,
     LolaLlamaConfig,
-    default_bucket_start,
     default_context_shift,
-    default_fold_rotation,
     explain_field,
 )
 
@@ -93,8 +91,8 @@ def config_of(path: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
     return config
 
 
-def context_shift_keys(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[str, int]:
-    """The keys about context shifts of a new checkpoint, whose keys so far are `lola_config`.
+def with_context_shift(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys `lola_config` of a new checkpoint, and `context_shift` if it is not among them.
 
     Raises:
         LolaConfigError: one that does not suit the base's trained length.
@@ -102,12 +100,7 @@ def context_shift_keys(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) ->
     length = base.max_position_embeddings
     keys = {"context_shift": default_context_shift(length), **lola_config}
     LolaConfig(**keys).check_context_shift(length)
-    interval = keys["context_shift"]
-    if not interval:
-        return {"context_shift": 0}
-    ahead = keys.get("fold_rotation", default_fold_rotation(length, interval))
-    start = keys.get("bucket_start", default_bucket_start(length, interval))
-    return {"context_shift": interval, "fold_rotation": ahead, "bucket_start": start}
+    return keys
 
 
 def check_base_weights(base: Path, expected: Mapping[str, Shape]) -> None:

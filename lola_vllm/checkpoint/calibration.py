@@ -16,6 +16,7 @@ from lola_vllm.checkpoint.files import (
     weight_files,
     write_json,
 )
+from lola_vllm.checkpoint.schema import settle_facts
 from lola_vllm.checkpoint.staging import staged_directory
 from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
 
@@ -81,8 +82,7 @@ def write_calibrated(
     with staged_directory(out, force=force, inputs=[source, *inputs]) as staging:
         ignored = shutil.ignore_patterns(".*")
         shutil.copytree(source, staging, ignore=ignored, dirs_exist_ok=True)
-        keys = {"sparse_cache_size": sizes, "importance": True}
-        return apply_calibration(staging, keys, importance)
+        return apply_calibration(staging, {"sparse_cache_size": sizes}, importance)
 
 
 def apply_calibration(
@@ -110,6 +110,7 @@ def apply_calibration(
     if importance:
         _write_tensors(model, importance)
     write_json(path, raw)
+    settle_facts(config, model)
     return config
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from lola_vllm.checkpoint.base import (
     check_base_weights,
-    context_shift_keys,
     copy_companions,
     parse_config,
     read_base_config,
+    with_context_shift,
     write_config,
     write_weights,
 )
@@ -35,15 +35,14 @@ from lola_vllm.checkpoint.schema import (
     expected_tensors,
 )
 from lola_vllm.checkpoint.staging import check_output, staged_directory
-from lola_vllm.config import LolaConfig, LolaLlamaConfig
+from lola_vllm.compact_json import compact_lists
+from lola_vllm.config import LolaConfig, LolaLlamaConfig, TensorFacts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Default of alpha / r, which LoRA files do not have: LoLCATs trained 16 / 8, and 8 / 4 for 405B.
 LORA_SCALE = 2.0
-
-_FROM_FILE = ("feature_dim", "num_state_heads")
 
 
 def convert_checkpoint(
@@ -68,10 +67,8 @@ def convert_checkpoint(
         distill: LoLCATs' first stage, feature maps and window factors. Adapters may be in the
             same file; they are merged if so.
         out: where the checkpoint goes; it is written completely or not at all.
-        config_overrides: keys of `lola_config` to set, but not `feature_dim` and
-            `num_state_heads`, which follow from the file. `mixing` defaults to "lola",
-            `context_shift` to a quarter of the base's trained length, `fold_rotation` to as many
-            context shifts as half of it has, and `bucket_start` to 3/8 of it.
+        config_overrides: keys of `lola_config` to set. `mixing` defaults to "lola",
+            `context_shift` to a quarter of the base's trained length.
         lora: LoLCATs' second stage; feature maps in it replace those of `distill`. Default:
             `distill`, if that holds adapters.
         lora_alpha: default 2 r. r follows from the file.
@@ -86,9 +83,6 @@ def convert_checkpoint(
             may not be replaced.
         LolaConfigError: overrides that are not valid.
     """
-    for key in _FROM_FILE:
-        if key in config_overrides:
-            raise CheckpointError(f"{key} follows from {distill.name}; leave it out")
     if lora_alpha is not None and not math.isfinite(lora_alpha):
         raise CheckpointError(f"lora_alpha = {lora_alpha}: must be a finite number")
     lola_config = {"mixing": "lola", **config_overrides}
@@ -98,15 +92,15 @@ def convert_checkpoint(
 
     raw = read_base_config(base)
     llama = parse_config(base, raw)
-    lola_config |= context_shift_keys(llama, lola_config)
+    lola_config = with_context_shift(llama, lola_config)
     maps = read_distill(distill, llama)
     lora = _lora_file(distill, maps, lora, lora_alpha)
     adapters = read_lora(lora, llama, maps) if lora else Lora({}, {}, 0)
     alpha = LORA_SCALE * adapters.rank if lora_alpha is None else lora_alpha
-    lola_config |= {"feature_dim": maps.feature_dim, "num_state_heads": maps.num_state_heads}
     raw["lola_config"] = lola_config
     config = parse_config(base, raw)
-    expected = expected_tensors(config, maps.num_state_heads)
+    config.facts = TensorFacts(maps.feature_dim, maps.num_state_heads)
+    expected = expected_tensors(config)
     check_base_weights(base, expected)
     trained = {**maps.tensors, **adapters.maps}
 
@@ -121,7 +115,9 @@ def convert_checkpoint(
         copy_companions(base, staging)
         write_weights(base, staging, expected, layer_maps, merged)
         check_tensors(expected, read_shapes(staging))
-        options = dict(config_overrides)
+        options: dict[str, str] = {}
+        if config_overrides:
+            options["lola_config"] = json.dumps(dict(config_overrides))
         files = {"distill": distill}
         if lora:
             if lora != distill:
@@ -229,7 +225,7 @@ Licence of the base: {terms or "not stated in its card or config; look it up bef
 ## lola_config
 
 ```json
-{json.dumps(lola_config, indent=2)}
+{compact_lists(json.dumps(lola_config, indent=2))}
 ```
 """
 

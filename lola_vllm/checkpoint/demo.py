@@ -53,16 +53,7 @@ LORA_ALPHA = 32.0
 DEMO_LOLA_CONFIG = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
 # Of the one that ships, besides its sizes per KV head: 315 pairs on average in the bytes of 128.
 # Pairs of 8 bits take half, and an update every 16 tokens leaves the ring 48 rows shorter.
-# Scores that fade at 3 context shifts leave room for newer text, and what stands out stays: a
-# number in noise is still found, and prose is predicted nearly as with scores that fade at all
-# context shifts.
-SHIPPED = {
-    "update_interval": 16,
-    "sparse_dtype": "int8",
-    "importance": True,
-    "score_decay": 3.0,
-    "score_decay_shifts": 3,
-}
+SHIPPED = {"update_interval": 16, "sparse_dtype": "int8"}
 
 
 def build_demo_model(
@@ -74,6 +65,7 @@ def build_demo_model(
     config_overrides: Mapping[str, Any] | None = None,
     state_heads: StateHeads = "kv",
     untrained: bool = False,
+    calibrated: bool = True,
     weights: Weights | None = None,
     force: bool = False,
 ) -> LolaLlamaConfig:
@@ -89,6 +81,8 @@ def build_demo_model(
         state_heads: as in `init_checkpoint`; the distilled maps are of "kv".
         untrained: identity maps and the base's own weights, as `init_checkpoint` writes them,
             instead of the distilled ones.
+        calibrated: with the sizes per KV head and the importance that ship. Without them every
+            cache has 128 pairs, chosen by the recall error alone, as in the paper.
         weights: of the linear layers of `out`, as in `quantize_checkpoint`; default: `dtype`.
         force: replace models that are already at `out` and `base_out`.
 
@@ -126,7 +120,8 @@ def build_demo_model(
                 lora_alpha=LORA_ALPHA,
                 notes=(DISTILLED / "CARD.md").read_text(encoding="utf-8"),
             )
-            config = _calibrate(lola, config_overrides or {})
+            if calibrated:
+                config = _calibrate(lola, config_overrides or {})
         if weights:
             quantize_checkpoint(lola, out, weights, force=force)
         else:
@@ -140,7 +135,7 @@ def _calibrate(model: Path, overrides: Mapping[str, Any]) -> LolaLlamaConfig:
     """Put in the sizes and the importance that ship, where nothing else was asked for."""
     sizes, importance = load_calibration(DISTILLED / "calibration.safetensors")
     keys = {"sparse_cache_size": sizes, **SHIPPED, **overrides}
-    return apply_calibration(model, keys, importance if keys["importance"] else {})
+    return apply_calibration(model, keys, importance)
 
 
 @contextmanager

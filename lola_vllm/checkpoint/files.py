@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lola_vllm.compact_json import compact_lists
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -34,8 +36,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` the way Hugging Face does: two spaces and a newline at the end."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `value` the way Hugging Face does: two spaces and a newline at the end.
+
+    Lists of numbers take as few lines as they need.
+    """
+    text = compact_lists(json.dumps(value, indent=2, ensure_ascii=False))
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def weight_files(model_dir: Path) -> list[Path]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lola_vllm.checkpoint.base import (
     check_base_weights,
-    context_shift_keys,
     copy_companions,
     parse_config,
     read_base_config,
+    with_context_shift,
     write_config,
     write_weights,
 )
@@ -23,7 +23,7 @@ from lola_vllm.checkpoint.schema import (
     expected_tensors,
 )
 from lola_vllm.checkpoint.staging import staged_directory
-from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.config import LolaLlamaConfig, TensorFacts
 
 if TYPE_CHECKING:
     import torch
@@ -48,10 +48,8 @@ def init_checkpoint(
     Args:
         base: a Llama, Mistral, Qwen2 or Qwen3 directory, sharded or not, embeddings tied or not.
         out: where the checkpoint goes; it is written completely or not at all.
-        config_overrides: keys of `lola_config` to set; others keep LoLA's defaults.
-            `feature_dim` defaults to the head size, the only size an identity map can have, and
-            `context_shift` to a quarter of the base's trained length, `fold_rotation` to as many
-            context shifts as half of it has, and `bucket_start` to 3/8 of it.
+        config_overrides: keys of `lola_config` to set; others keep LoLA's defaults, but for
+            `context_shift`, a quarter of the base's trained length.
         state_heads: "kv": one key map per KV head (Hs = Hkv); "query": one per query head.
         force: replace a model that is already at `out`.
 
@@ -65,7 +63,10 @@ def init_checkpoint(
     """
     config_json = _config_json(base, config_overrides, state_heads)
     config = parse_config(base, config_json)
-    expected = expected_tensors(config, config_json["lola_config"]["num_state_heads"])
+    assert isinstance(config.head_dim, int) and isinstance(config.num_key_value_heads, int)
+    heads = config.num_key_value_heads if state_heads == "kv" else config.num_attention_heads
+    config.facts = TensorFacts(config.head_dim, heads)
+    expected = expected_tensors(config)
     # The base is checked before gigabytes are copied, and the result before it is moved to `out`.
     check_base_weights(base, expected)
 
@@ -86,23 +87,8 @@ def _config_json(
     """The base's `config.json`, field by field, with LoLA's three changes."""
     if state_heads not in get_args(StateHeads):
         raise CheckpointError(f"state_heads = {state_heads!r}: must be 'kv' or 'query'")
-    if "num_state_heads" in config_overrides:
-        raise CheckpointError("num_state_heads follows from state_heads; give that instead")
     raw = read_base_config(base)
-    llama = parse_config(base, raw)
-    feature_dim = config_overrides.get("feature_dim", llama.head_dim)
-    if feature_dim != llama.head_dim:
-        raise CheckpointError(
-            f"feature_dim = {feature_dim}: identity maps need the head size, {llama.head_dim}"
-        )
-    heads = llama.num_key_value_heads if state_heads == "kv" else llama.num_attention_heads
-    lola_config = {
-        **config_overrides,
-        **context_shift_keys(llama, config_overrides),
-        "feature_dim": feature_dim,
-        "num_state_heads": heads,
-    }
-    return {**raw, "lola_config": lola_config}
+    return {**raw, "lola_config": with_context_shift(parse_config(base, raw), config_overrides)}
 
 
 def _identity_maps(

@@ -147,7 +147,7 @@ def read_lora(path: Path, config: LolaLlamaConfig, maps: Maps) -> Lora:
     # Any linear may have an adapter, but a linear that has one must have one in every layer.
     modules = list(dict.fromkeys(k.rpartition(".")[0] for k in file.kinds if ".lora_" in k))
     shapes: dict[str, Shape] = {}
-    linears = expected_tensors(config, config.num_attention_heads)
+    linears = expected_tensors(config)
     for module in modules:
         out_size, in_size = linears[f"model.layers.0.{module}.weight"]
         rank = _rank(file, module)

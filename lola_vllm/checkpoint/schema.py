@@ -3,8 +3,8 @@
 A LoLA checkpoint is a Hugging Face Llama (or a decoder that differs from it by biases of q, k, v or
 by norms of q and k) plus three tensors per layer under `model.layers.{i}.self_attn.`:
 `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (before the
-sigmoid). A fourth, `importance [Hkv, d // 2 + d + 1]`, is there where `lola_config.importance` is
-true, and is not read where it is false.
+sigmoid). A fourth, `importance [Hkv, d // 2 + d + 1]`, is there where `lola-vllm calibrate` has
+fitted it. What the tensors say of themselves, `TensorFacts`, is not repeated in `config.json`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_files
+from lola_vllm.checkpoint.files import CheckpointError, read_shapes, weight_files
 
 if TYPE_CHECKING:
-    from lola_vllm.config import LolaLlamaConfig
+    from lola_vllm.config import LolaLlamaConfig, TensorFacts
 
 LOLA_TENSORS = ("feature_map_q", "feature_map_k", "window_factors")
 WINDOW_FACTOR_INIT = -2.1972245773362196  # sigmoid of it is 0.1, where LoLCATs starts training
@@ -26,17 +26,18 @@ _SHOWN = 10  # faults of a kind that a message lists
 _BUFFER = ".rotary_emb.inv_freq"  # old Llama checkpoints store this; it follows from the config
 _LM_HEAD = "lm_head.weight"
 IMPORTANCE = ".self_attn.importance"
+_KEY_MAP = ".self_attn.feature_map_k"
 _QK_NORMS = (".self_attn.q_norm.weight", ".self_attn.k_norm.weight")
 
 Shape = tuple[int, ...]
 
 
-def expected_tensors(config: LolaLlamaConfig, num_state_heads: int) -> dict[str, Shape]:
+def expected_tensors(config: LolaLlamaConfig) -> dict[str, Shape]:
     """Every tensor that a checkpoint of this config must have, in the order of the layers.
 
     Args:
         config: the whole `config.json`; `head_dim` counts, not `hidden_size / num_attention_heads`.
-        num_state_heads: Hs, the heads of `feature_map_k`; see `find_num_state_heads`.
+            Its `facts` say what LoLA's tensors are like.
 
     Returns:
         Shape per tensor name. `lm_head.weight` is left out where embeddings are tied.
@@ -46,11 +47,11 @@ def expected_tensors(config: LolaLlamaConfig, num_state_heads: int) -> dict[str,
     """
     from lola_vllm.config import importance_size  # here: it loads transformers
 
-    lola = config.lola
+    facts = config.facts
     hidden, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
-    Hq, Hkv, F = config.num_attention_heads, config.num_key_value_heads, lola.feature_dim
+    Hq, Hkv, F = config.num_attention_heads, config.num_key_value_heads, facts.feature_dim
     assert isinstance(d, int) and isinstance(Hkv, int)  # LlamaConfig fills both in
-    lola.check_heads(Hq, Hkv, num_state_heads)
+    config.lola.check_heads(Hq, Hkv, facts.num_state_heads)
 
     linears = {
         "self_attn.q_proj": ((Hq * d, hidden), config.qkv_bias),
@@ -70,9 +71,9 @@ def expected_tensors(config: LolaLlamaConfig, num_state_heads: int) -> dict[str,
         layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
     layer |= {
         "self_attn.feature_map_q": (Hq, d, F),
-        "self_attn.feature_map_k": (num_state_heads, d, F),
+        "self_attn.feature_map_k": (facts.num_state_heads, d, F),
         "self_attn.window_factors": (Hq,),
-        **({"self_attn.importance": (Hkv, importance_size(d))} if lola.importance else {}),
+        **({"self_attn.importance": (Hkv, importance_size(d))} if facts.importance else {}),
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
@@ -86,37 +87,72 @@ def expected_tensors(config: LolaLlamaConfig, num_state_heads: int) -> dict[str,
     return tensors
 
 
-def find_num_state_heads(config: LolaLlamaConfig, model_dir: str | Path) -> int:
-    """Hs of a checkpoint: `lola_config.num_state_heads`, else the heads of a `feature_map_k`.
+def read_facts(model: str | Path, revision: str | None = None) -> TensorFacts | None:
+    """What a model's tensors say, from the headers of its safetensors files alone.
 
     Args:
-        config: the whole `config.json`.
-        model_dir: a local model directory, of which only safetensors headers are read. Anything
-            else, such as a hub id, is ignored.
+        model: a local directory, or the name of a repository on the Hugging Face hub, of which at
+            most the headers are downloaded. revision: of the repository.
 
     Returns:
-        Hs; the number of query heads if neither source says (LoLCATs' own layout).
+        None for a directory whose files have no feature maps, or that has none.
 
     Raises:
-        CheckpointError: a damaged file or index.
+        CheckpointError: a damaged file or index, or a name that is neither.
     """
-    if config.lola.num_state_heads is not None:
-        return config.lola.num_state_heads
-    model_dir = Path(model_dir)
-    if model_dir.is_dir():
-        for path in weight_files(model_dir):
-            with open_weights(path) as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open has no __iter__)
-                    if name.endswith(".self_attn.feature_map_k"):
-                        return int(file.get_slice(name).get_shape()[0])
-    return config.num_attention_heads
+    directory = Path(model)
+    return facts_of(read_shapes(directory) if directory.is_dir() else _hub_shapes(model, revision))
+
+
+def facts_of(shapes: Mapping[str, Sequence[int]]) -> TensorFacts | None:
+    """What tensors of these shapes say; None: they have no feature maps."""
+    from lola_vllm.config import TensorFacts  # here: it loads transformers
+
+    for name, shape in shapes.items():
+        if name.endswith(_KEY_MAP) and len(shape) == 3:
+            importance = any(other.endswith(IMPORTANCE) for other in shapes)
+            return TensorFacts(shape[2], shape[0], importance)
+    return None
+
+
+def settle_facts(config: LolaLlamaConfig, model: str | Path, revision: str | None = None) -> None:
+    """Set `config.facts` from a model's tensors, unless somebody has; see `read_facts`."""
+    if not config.has_facts:
+        found = read_facts(model, revision)
+        if found is not None:
+            config.facts = found
+
+
+def _hub_shapes(name: str | Path, revision: str | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of a repository's tensors: of Hugging Face's cache, or from the hub."""
+    from huggingface_hub import get_safetensors_metadata, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
+
+    try:
+        cached = snapshot_download(str(name), revision=revision, local_files_only=True)
+        if weight_files(Path(cached)):
+            return read_shapes(Path(cached))
+    except (OSError, ValueError):
+        pass  # not there, or not all of it
+    try:
+        found = get_safetensors_metadata(str(name), revision=revision)
+    except (OSError, ValueError, HfHubHTTPError, NotASafetensorsRepoError) as error:
+        raise CheckpointError(
+            f"{name}: no directory, and the headers of its safetensors files cannot be read from "
+            f"the Hugging Face hub ({error}); download the model and give its directory"
+        ) from error
+    return {
+        tensor: tuple(info.shape)
+        for file in found.files_metadata.values()
+        for tensor, info in file.tensors.items()
+    }
 
 
 def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[int]]) -> None:
     """Raise unless `found` has exactly the expected tensors in the expected shapes.
 
     Ignored in `found`: `rotary_emb.inv_freq` buffers, `lm_head.weight` where embeddings are tied
-    (that is, where it is not expected), and an importance that the config switches off.
+    (that is, where it is not expected).
 
     Args:
         expected: what `expected_tensors` returned.
@@ -129,7 +165,7 @@ def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[in
     unexpected = [
         name
         for name in found
-        if name not in expected and name != _LM_HEAD and not name.endswith((_BUFFER, IMPORTANCE))
+        if name not in expected and name != _LM_HEAD and not name.endswith(_BUFFER)
     ]
     wrong = [
         name
@@ -172,9 +208,7 @@ def _explain_missing(name: str, shape: Shape) -> str:
     if name.endswith(".bias"):
         return f"{text}; set {_bias_field(name)} to false if the model has no biases"
     if name.endswith(IMPORTANCE):
-        return (
-            f"{text}; set lola_config.importance to false if no importance was fitted to the model"
-        )
+        return f"{text}; other layers have theirs: make the model again with `lola-vllm calibrate`"
     if name.endswith(_QK_NORMS):
         return f"{text}; set qk_norm to false if the model has no norms of q and k"
     return f"{text}; a file is missing, or config.json is of another model"
@@ -200,11 +234,11 @@ def _explain_shape(name: str, found: Shape, expected: Shape) -> str:
     remedies = []
     if name.endswith(("feature_map_q", "feature_map_k")) and len(found) == len(expected):
         if found[0] != expected[0] and name.endswith("feature_map_k"):
-            remedies.append(f"set lola_config.num_state_heads to {found[0]}")
+            remedies.append("other layers have another number of state heads")
         elif found[0] != expected[0]:
             remedies.append("feature_map_q has one head per query head (num_attention_heads)")
         if found[1] != expected[1]:
             remedies.append(f"its rows are the head size, head_dim = {expected[1]}")
         if found[-1] != expected[-1]:
-            remedies.append(f"set lola_config.feature_dim to {found[-1]}")
+            remedies.append("all maps of a model must have as many columns")
     return f"{text}; {', '.join(remedies) or 'config.json is of another model'}"

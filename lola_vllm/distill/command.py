@@ -7,10 +7,9 @@ from pathlib import Path
 
 from lola_vllm.cli_options import (
     add_fields,
-    add_lola_options,
+    add_lola_config,
     add_state_heads,
     from_options,
-    lola_config_of,
     summarize,
 )
 from lola_vllm.distill.options import FINETUNE, LOLA, TRANSFER, DistillOptions
@@ -47,8 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_fields(group, DistillOptions, TRANSFER)
     group = parser.add_argument_group("stage 2, LoRA")
     add_fields(group, DistillOptions, FINETUNE)
-    group = add_lola_options(parser, without=("feature_dim",))
-    add_state_heads(group, DistillOptions.state_heads, DistillOptions.state_heads)
+    add_lola_config(parser)
+    add_state_heads(parser, DistillOptions.state_heads, DistillOptions.state_heads)
     add_fields(group, DistillOptions, LOLA)
     parser.set_defaults(run=_run)
 
@@ -57,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
     from lola_vllm.distill.run import distill
 
     options = from_options(
-        DistillOptions, args, lola_config=lola_config_of(args), state_heads=args.state_heads
+        DistillOptions, args, lola_config=args.lola_config, state_heads=args.state_heads
     )
     config = distill(
         args.base,

@@ -183,8 +183,7 @@ def _with_sizes(options: DistillOptions, sizes: Any, path: Path) -> DistillOptio
             f"{path}: holds the sizes of the sparse caches; leave out sparse_cache_size and "
             "train_sparse_caches"
         )
-    keys = {**options.lola_config, "sparse_cache_size": sizes, "importance": True}
-    return replace(options, lola_config=keys)
+    return replace(options, lola_config={**options.lola_config, "sparse_cache_size": sizes})
 
 
 def _transfer(
@@ -214,7 +213,7 @@ def _write(
     from lola_vllm.checkpoint.staging import staged_directory
 
     keys = dict(options.lola_config)
-    calibrated = {key: keys.pop(key) for key in ("sparse_cache_size", "importance") if importance}
+    calibrated = {"sparse_cache_size": keys.pop("sparse_cache_size")} if importance else {}
     with staged_directory(out, force=force, inputs=[base]) as staging:
         config = convert_checkpoint(
             base, maps, staging, keys, lora, lora_alpha=options.lora_alpha if lora else None

@@ -67,14 +67,15 @@ class LolaCacheLayer(CacheLayerMixin):
         self, batch: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Allocate a page per row, for keys and values `[num_kv_heads, head_dim]` of `dtype`."""
-        state_dtype = getattr(torch, self.lola.state_dtype)
+        facts = self.config.facts
         self.layout = LayerLayout.from_config(
             self.lola,
             num_kv_heads=num_kv_heads,
-            num_state_heads=self.lola.num_state_heads or self.config.num_attention_heads,
+            num_state_heads=facts.num_state_heads,
             head_dim=head_dim,
+            feature_dim=facts.feature_dim,
             kv_dtype=dtype,
-            state_dtype=torch.float64 if dtype == torch.float64 else state_dtype,
+            importance=facts.importance,
         )
         self.ops = choose_backend(device.type, dtype)
         self.num_tokens = torch.zeros(batch, dtype=torch.int64)

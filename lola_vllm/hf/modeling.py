@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from lola_vllm.checkpoint.remote_code import AUTO_MAP, write_remote_code
-from lola_vllm.checkpoint.schema import WINDOW_FACTOR_INIT, find_num_state_heads
+from lola_vllm.checkpoint.schema import WINDOW_FACTOR_INIT, settle_facts
 from lola_vllm.config import LolaLlamaConfig, importance_size
 from lola_vllm.hf.cache import LolaCache
 from lola_vllm.hf.tokens import LolaModelError, NewTokens
@@ -37,8 +37,8 @@ class LolaLlamaAttention(LlamaAttention):
 
     Parameters beside Llama's: `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and
     `window_factors [Hq]` (before the sigmoid); `q_norm` and `k_norm` where the config has
-    `qk_norm`; `importance [Hkv, d // 2 + d + 1]` (float32, no gradient) where `lola_config` has
-    importance, else None.
+    `qk_norm`; `importance [Hkv, d // 2 + d + 1]` (float32, no gradient) where the checkpoint
+    has it, else None.
     """
 
     def __init__(self, config: LolaLlamaConfig, layer_idx: int) -> None:
@@ -53,12 +53,13 @@ class LolaLlamaAttention(LlamaAttention):
         if config.qk_norm:
             self.q_norm = LlamaRMSNorm(d, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(d, eps=config.rms_norm_eps)
-        state_heads = self.lola.num_state_heads or heads
-        self.feature_map_q = nn.Parameter(torch.empty(heads, d, self.lola.feature_dim))
-        self.feature_map_k = nn.Parameter(torch.empty(state_heads, d, self.lola.feature_dim))
+        facts = config.facts
+        self.feature_map_q = nn.Parameter(torch.empty(heads, d, facts.feature_dim))
+        maps_k = torch.empty(facts.num_state_heads, d, facts.feature_dim)
+        self.feature_map_k = nn.Parameter(maps_k)
         self.window_factors = nn.Parameter(torch.empty(heads))
         self.importance: nn.Parameter | None = None
-        if self.lola.importance:
+        if facts.importance:
             kv_heads = self.v_proj.out_features // d
             self.importance = nn.Parameter(torch.empty(kv_heads, importance_size(d)))
 
@@ -175,9 +176,8 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
     """Llama's decoder with LoLA attention in every layer."""
 
     def __init__(self, config: LolaLlamaConfig) -> None:
-        if config.lola.num_state_heads is None and config.name_or_path:
-            found = find_num_state_heads(config, config.name_or_path)
-            config.lola_config = {"num_state_heads": found}
+        if config.name_or_path:
+            settle_facts(config, config.name_or_path)
         super().__init__(config)
         self.schedule = ShiftSchedule.of(config)
         for i, layer in enumerate(self.layers):

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 # Tokens of a sequence: pages and ops count positions in 32 bits.
 MAX_LENGTH = 2**31 - 1
 
+# Of models that are served: how fast scores of sparse pairs decay, and at how many context shifts.
+# Measured on the demo model (`docs/choices.md`).
+SCORE_DECAY, SCORE_DECAY_SHIFTS = 3.0, 3
+
 Numbers = TypeVar("Numbers", int, Tensor)
 
 
@@ -47,6 +51,9 @@ class ShiftSchedule:
     def of(cls, config: LolaLlamaConfig) -> ShiftSchedule | None:
         """That of a model; None where contexts do not shift.
 
+        Keys are rotated by half of the trained length before they are folded, and the bucket of old
+        keys starts at 3/8 of it, if there is room (`docs/choices.md`).
+
         Raises:
             LolaConfigError: an interval that does not suit the model's length.
         """
@@ -54,13 +61,14 @@ class ShiftSchedule:
         lola.check_context_shift(length)
         if not lola.context_shift:
             return None
+        interval = lola.context_shift
         return cls(
             length,
-            lola.context_shift,
-            lola.score_decay,
-            lola.score_decay_shifts,
-            lola.fold_rotation,
-            lola.bucket_start,
+            interval,
+            SCORE_DECAY,
+            SCORE_DECAY_SHIFTS,
+            fold_rotation=length // interval // 2,
+            bucket_start=min(3 * length // 8, length - 2 * interval),
         )
 
     @property

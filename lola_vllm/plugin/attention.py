@@ -47,7 +47,7 @@ class LolaAttention(nn.Module, MambaBase):
     Parameters (this rank's heads): `qkv_proj`, `o_proj`, `feature_map_q [Hq, d, F]`,
     `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (float32, before the sigmoid); `q_norm` and
     `k_norm` where the config has `qk_norm`; `importance [Hkv, d // 2 + d + 1]` (float32) where
-    `lola_config` has importance, else None.
+    the checkpoint has it, else None.
     """
 
     def __init__(
@@ -101,15 +101,15 @@ class LolaAttention(nn.Module, MambaBase):
             rope_parameters=getattr(config, "rope_parameters", None),
             is_neox_style=True,
         )
-        map_shape = (self.head_dim, self.lola.feature_dim)
-        num_state_heads = self.lola.num_state_heads or num_heads
+        facts = config.facts
+        map_shape = (self.head_dim, facts.feature_dim)
         self.feature_map_q = _head_parameter(self.num_heads, map_shape, num_heads)
         self.feature_map_k = _head_parameter(
-            self.layout.num_state_heads, map_shape, num_state_heads
+            self.layout.num_state_heads, map_shape, facts.num_state_heads
         )
         self.window_factors = _head_parameter(self.num_heads, (), num_heads, torch.float32)
         self.importance: nn.Parameter | None = None
-        if self.lola.importance:
+        if facts.importance:
             shape = (importance_size(self.head_dim),)
             self.importance = _head_parameter(self.num_kv_heads, shape, num_kv_heads, torch.float32)
 

@@ -126,16 +126,18 @@ def layer_layouts(vllm_config: VllmConfig, tp_rank: int = 0) -> tuple[LayerLayou
     assert isinstance(kv_dtype, torch.dtype)  # vLLM has resolved "auto" and other names
     tp_size = vllm_config.parallel_config.tensor_parallel_size
     lola = config.lola
-    num_state_heads = lola.num_state_heads or config.num_attention_heads
-    lola.check_heads(config.num_attention_heads, kv_heads, num_state_heads)
+    facts = config.facts
+    lola.check_heads(config.num_attention_heads, kv_heads, facts.num_state_heads)
     config.check_sizes()
     return tuple(
         LayerLayout.from_config(
             lola.for_layer(index),
             num_kv_heads=max(1, kv_heads // tp_size),
-            num_state_heads=max(1, num_state_heads // tp_size),
+            num_state_heads=max(1, facts.num_state_heads // tp_size),
             head_dim=head_dim(config),
+            feature_dim=facts.feature_dim,
             kv_dtype=kv_dtype,
+            importance=facts.importance,
             first_kv_head=tp_rank * kv_heads // tp_size,
         )
         for index in range(config.num_hidden_layers)

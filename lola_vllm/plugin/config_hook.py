@@ -13,7 +13,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from lola_vllm import cpu
 from lola_vllm.checkpoint.files import weight_files
-from lola_vllm.checkpoint.schema import find_num_state_heads
+from lola_vllm.checkpoint.schema import settle_facts
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin import compat
 from lola_vllm.plugin.cache import lola_hf_config, row_bytes
@@ -50,15 +50,15 @@ class LolaModelConfig(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Check the options, then settle the number of state heads and the block size."""
+        """Check the options, then read what the tensors say and settle the block size."""
         compat.warn_of_untested_vllm()
         settle_sessions(vllm_config)
         refuse(vllm_config)
         check_weight_files(vllm_config)
         hf_config = lola_hf_config(vllm_config)
-        num_state_heads = find_num_state_heads(hf_config, vllm_config.model_config.model)
-        hf_config.lola_config = {"num_state_heads": num_state_heads}
-        announce_places(vllm_config)
+        model = vllm_config.model_config
+        settle_facts(hf_config, model.model, model.revision)
+        announce_context_shift(vllm_config)
         check_parallel_heads(hf_config, vllm_config.parallel_config.tensor_parallel_size)
         settle_block_size(vllm_config)
         settle_cpu_memory(vllm_config)
@@ -214,7 +214,7 @@ def warn_of_slow_dtype(vllm_config: VllmConfig) -> None:
         )
 
 
-def announce_places(vllm_config: VllmConfig) -> None:
+def announce_context_shift(vllm_config: VllmConfig) -> None:
     """Say that contexts have no end, and how many tokens a request may hold all the same.
 
     Raises:

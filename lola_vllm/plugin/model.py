@@ -31,7 +31,7 @@ from vllm.model_executor.models.llama import (
 from vllm.sequence import IntermediateTensors
 
 from lola_vllm.checkpoint.files import CheckpointError
-from lola_vllm.checkpoint.schema import IMPORTANCE, check_tensors, expected_tensors
+from lola_vllm.checkpoint.schema import check_tensors, expected_tensors
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.attention import LolaAttention
@@ -121,8 +121,7 @@ class LolaLlamaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMa
             CheckpointError: tensors missing, unexpected, of the wrong shape, or not finite.
         """
         config = cast(LolaLlamaConfig, self.config)
-        num_state_heads = config.lola.num_state_heads or config.num_attention_heads
-        expected = expected_tensors(config, num_state_heads)
+        expected = expected_tensors(config)
         found: dict[str, tuple[int, ...]] = {}
         packed: set[str] = set()
         loaded = super().load_weights(
@@ -158,8 +157,6 @@ def _good_tensors(
     takes the names of their modules.
     """
     for name, tensor in weights:
-        if name.endswith(IMPORTANCE) and name not in expected:
-            continue  # the config switches it off
         values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 cannot be asked
         if tensor.is_floating_point() and not bool(values.isfinite().all()):
             raise CheckpointError(f"{name}: holds values that are not finite (NaN or infinity)")

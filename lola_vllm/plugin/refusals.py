@@ -143,7 +143,7 @@ def check_weight_files(vllm_config: VllmConfig) -> None:
 def check_parallel_heads(config: LolaLlamaConfig, tp_size: int) -> None:
     """Raise unless the heads divide among the tensor-parallel ranks, with the same answers."""
     heads, kv_heads = config.num_attention_heads, num_kv_heads(config)
-    state_heads = config.lola.num_state_heads or heads
+    state_heads = config.facts.num_state_heads
     if not heads_divide(tp_size, heads, kv_heads, state_heads):
         raise UnsupportedOptionError(
             f"--tensor-parallel-size = {tp_size}: the model's {heads} query heads, {state_heads} "

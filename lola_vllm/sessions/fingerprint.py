@@ -25,8 +25,6 @@ _CONFIG_FIELDS = (
     "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters",
     "attention_bias", "mlp_bias", "qkv_bias", "qk_norm", "tie_word_embeddings",
 )  # fmt: skip
-# Keys of lola_config that came after the first files of this format.
-_LATER_KEYS = ("sparse_dtype", "score_decay", "score_decay_shifts", "fold_rotation", "bucket_start")
 # A checkpoint up to this size is read whole, in a second. Of a larger one, which may take minutes,
 # each tensor shows so many pieces at even distances: a change of more than 1/256 of it in one place
 # is seen, and scattered changes of single rows may not be.
@@ -99,8 +97,8 @@ def model_fingerprint(
     """The fingerprint of a model as it runs.
 
     Args:
-        config: with overrides, and with the number of state heads settled. model: its directory,
-            or the name under which Hugging Face's cache has it. pages: of every layer, one rank.
+        config: with overrides. model: its directory, or the name under which Hugging Face's cache
+            has it. pages: of every layer, one rank.
         keeps_bounds: whether the ops keep bounds in the pages. It matters at an update interval of
             1 only, where other ops start from them.
 
@@ -110,11 +108,7 @@ def model_fingerprint(
     directory = Path(model)
     numbers = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
     numbers["head_dim"] = pages[0].head_dim
-    lola = config.lola.model_dump() | {"num_state_heads": None}
-    for key in _LATER_KEYS:  # at its default: states of before there was the key stay valid
-        if lola[key] == type(config.lola).model_fields[key].default:
-            del lola[key]
-    numbers["lola"] = lola
+    numbers["lola"] = config.lola.model_dump()
     if config.lola.context_shift:
         numbers["trained_length"] = config.max_position_embeddings
     layout: list[Any] = [

@@ -1,9 +1,10 @@
 """States of shared prefixes: a system prompt, or a document that is asked about again.
 
 The store has a state at the end of each prompt and of each answer. Two prompts with a prefix in
-common share none of these. So the server remembers the recent prompts. The second prompt that shares
-a prefix with an earlier one is read in two parts. The first ends where the two branch, and its state
-is stored under the name `shared-...`. Prompts that follow start from it. Nothing is computed twice.
+common share none of these. So the server remembers the recent prompts. The second prompt that
+shares a prefix with an earlier one is read in two parts. The first ends where the two branch, and
+its state is stored under the name `shared-...`. Prompts that follow start from it. Nothing is
+computed twice.
 
 This takes the place of vLLM's prefix caching, which would keep a second state for each running
 sequence. The engine's `generate` is the one method that all routes which generate call, so prompts

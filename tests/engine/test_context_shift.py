@@ -52,10 +52,9 @@ def test_tokens_are_those_of_the_float64_recompute(tiny, prompts, expected):
     [
         {"update_interval": 1},
         {"update_interval": 7},
-        {"score_decay": 2.0, "score_decay_shifts": 1},
-        {"fold_rotation": 2, "bucket_start": 16},
+        {"context_shift": 32},
     ],
-    ids=["1", "7", "scores decay", "keys folded ahead"],
+    ids=["1", "7", "two shifts a length"],
 )
 def test_other_settings_obey_the_recompute(tmp_path, prompts, lola):
     model = make(tmp_path, **lola)

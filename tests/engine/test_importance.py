@@ -12,7 +12,7 @@ from tests.support.engine import engine, generate, metric
 from tests.support.oracle import Oracle, assert_obeys
 from tools.support.tiny import make_tiny, random_prompts
 
-LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2, "importance": True}
+LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 NEW = 20
 
 
@@ -26,7 +26,7 @@ NEW = 20
     ids=["chunked", "paper", "shared"],
 )
 def test_tokens_obey_the_recompute_however_prompts_are_cut(tmp_path, lola, state_heads):
-    model = make_tiny(tmp_path, {**LOLA, **lola}, state_heads=state_heads)
+    model = make_tiny(tmp_path, {**LOLA, **lola}, state_heads=state_heads, importance=True)
     prompts = random_prompts([1, 33, 100, 257], seed=5)
     oracle, answers = Oracle(model), []
     for budget in (2048, 64):
@@ -39,7 +39,7 @@ def test_tokens_obey_the_recompute_however_prompts_are_cut(tmp_path, lola, state
 
 @torch.no_grad()
 def test_logprobs_are_those_of_transformers(tmp_path):
-    model_dir = make_tiny(tmp_path, LOLA)
+    model_dir = make_tiny(tmp_path, LOLA, importance=True)
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     assert isinstance(model, lola_vllm.hf.LolaLlamaForCausalLM)
     prompts = random_prompts([33, 150], seed=6)
@@ -59,7 +59,7 @@ def test_logprobs_are_those_of_transformers(tmp_path):
 
 
 def test_a_prefix_hit_takes_the_importance_along(tmp_path):
-    model = make_tiny(tmp_path, LOLA)
+    model = make_tiny(tmp_path, LOLA, importance=True)
     (shared,) = random_prompts([100], seed=3)
     prompts = [shared + tail for tail in random_prompts([120, 7, 60], seed=4)]
     with engine(model, max_num_seqs=8) as llm:
@@ -70,19 +70,11 @@ def test_a_prefix_hit_takes_the_importance_along(tmp_path):
         assert metric(llm, "vllm:prefix_cache_hits") > 100
 
 
-def test_an_importance_that_is_not_there_is_named(tmp_path):
-    model = make_tiny(tmp_path, LOLA)
+def test_an_importance_that_some_layers_lack_is_named(tmp_path):
+    model = make_tiny(tmp_path, LOLA, importance=True)
     tensors = load_file(model / "model.safetensors")
-    kept = {name: t for name, t in tensors.items() if not name.endswith("importance")}
+    kept = {name: t for name, t in tensors.items() if not name.endswith("1.self_attn.importance")}
     save_file(kept, model / "model.safetensors")
-    words = r"importance \[2, 25\]; set lola_config.importance to false"
+    words = r"importance \[2, 25\]; other layers have theirs"
     with pytest.raises(CheckpointError, match=words), engine(model):
         pass
-
-
-def test_an_importance_can_be_switched_off(tmp_path):
-    """The checkpoint keeps its tensors; the page has no room for the weights of pairs."""
-    model = make_tiny(tmp_path, LOLA)
-    off = {"lola_config": {"importance": False}}
-    with engine(model, hf_overrides=off) as llm:
-        assert llm.llm_engine is not None

@@ -16,7 +16,7 @@ from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {
     "window_size": 16, "sparse_cache_size": 24, "sink_size": 2, "update_interval": 4,
-    "sparse_dtype": "int8", "context_shift": 64, "score_decay": 1.0, "fold_rotation": 1,
+    "sparse_dtype": "int8", "context_shift": 64,
 }  # fmt: skip
 MARGIN = 0.05
 LENGTHS = [1, 33, 100, 300]

@@ -1,6 +1,5 @@
 """Options that do not know LoLA's state are refused at start-up; checkpoints load strictly."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import EngineArgs
 
-from lola_vllm.config import LolaConfigError, LolaLlamaConfig
+from lola_vllm.config import LolaConfigError, LolaLlamaConfig, TensorFacts
 from lola_vllm.plugin import config_hook
 from lola_vllm.plugin.cache import describe_pool
 from lola_vllm.plugin.refusals import UnsupportedOptionError, check_parallel_heads
@@ -49,7 +48,7 @@ def tiny(tmp_path):
         ({"enable_sleep_mode": True}, "Sleep mode is not supported on current platform"),
         ({"hf_overrides": {"lola_config": {"windw_size": 4}}}, "nearest valid name: 'window_size'"),
         ({"hf_overrides": {"lola_config": {"mixing": "half"}}}, "lola_config.mixing = 'half'"),
-        ({"hf_overrides": {"lola_config": {"num_state_heads": 3}}}, "num_state_heads = 3"),
+        ({"hf_overrides": {"lola_config": {"feature_dim": 8}}}, "feature_dim: no longer a key"),
         (CACHED | {"max_num_batched_tokens": 36}, "--max-num-batched-tokens = 36"),
         (CACHED | {"max_num_scheduled_tokens": 36}, "--max-num-scheduled-tokens = 36"),
         (CACHED | {"max_num_scheduled_tokens": 64, "max_num_batched_tokens": 38},
@@ -144,7 +143,7 @@ NORM = "model.norm.weight"
         (lambda t: t.pop(MAP), [MAP, "missing"]),
         (lambda t: t.pop(NORM), [NORM, "missing"]),
         (lambda t: t.update(extra=torch.ones(1)), ["extra", "unexpected"]),
-        (lambda t: t.update({MAP: torch.ones(4, 16, 8)}), [MAP, "num_state_heads"]),
+        (lambda t: t.update({MAP: torch.ones(4, 16, 8)}), [MAP, "number of state heads"]),
         (lambda t: t.update({NORM: torch.ones(63)}), [NORM, "63", "64"]),
         (lambda t: t[MAP].fill_(torch.nan), [MAP, "not finite"]),
     ],
@@ -160,11 +159,7 @@ def test_a_wrong_checkpoint_stops_start_up_and_names_the_tensor(tiny, change, wo
 
 def test_state_heads_are_read_from_the_checkpoint(tmp_path):
     for heads in (2, 4):
-        model = make_tiny(tmp_path / str(heads), LOLA, state_heads=heads)
-        config = json.loads((model / "config.json").read_text())
-        del config["lola_config"]["num_state_heads"]
-        (model / "config.json").write_text(json.dumps(config))
-        with engine(model) as llm:
+        with engine(make_tiny(tmp_path / str(heads), LOLA, state_heads=heads)) as llm:
             assert state_manager(llm).spec.sequence.layers[0].num_state_heads == heads
 
 
@@ -217,9 +212,9 @@ def test_a_bfloat16_model_runs(tiny):
 )
 def test_heads_must_divide_among_the_ranks(heads, kv_heads, state_heads, tp_size, ok):
     config = LolaLlamaConfig(
-        hidden_size=16 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        lola_config={"num_state_heads": state_heads},
+        hidden_size=16 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads
     )  # fmt: skip
+    config.facts = TensorFacts(16, state_heads)
     if ok:
         check_parallel_heads(config, tp_size)
     else:
@@ -228,10 +223,11 @@ def test_heads_must_divide_among_the_ranks(heads, kv_heads, state_heads, tp_size
 
 
 def test_ranks_must_not_part_a_shared_sparse_set():
-    lola = {"num_state_heads": 32, "sparse_sharing": "kv_head"}
     config = LolaLlamaConfig(
-        hidden_size=512, num_attention_heads=32, num_key_value_heads=8, lola_config=lola
-    )
+        hidden_size=512, num_attention_heads=32, num_key_value_heads=8,
+        lola_config={"sparse_sharing": "kv_head"},
+    )  # fmt: skip
+    config.facts = TensorFacts(16, 32)
     check_parallel_heads(config, 8)
     with pytest.raises(LolaConfigError, match=r"sparse_sharing = 'kv_head'.*16 tensor-parallel"):
         check_parallel_heads(config, 16)

@@ -15,7 +15,7 @@ import pytest
 from tests.support.engine import engine, prompt_logprobs, state_manager
 from tools.support.tiny import make_tiny, random_prompts
 
-LOLA = {"window_size": 16, "sparse_cache_size": 8, "context_shift": 16, "fold_rotation": 1}
+LOLA = {"window_size": 16, "sparse_cache_size": 8, "context_shift": 16}
 LENGTH = 64  # that was trained: most prompts are longer
 NEW = 16
 PROMPTS = random_prompts([3, 33, 90, 170], seed=3)
@@ -47,10 +47,10 @@ def assert_half_a_page(one, two):
     ids=["a-state-per-query-head", "ranks-share-the-kv-head"],
 )
 def test_tensor_parallel_ranks_answer_as_one(tmp_path, kv_heads, state_heads):
-    lola = {**LOLA, "importance": True}
     model = make_tiny(
-        tmp_path, lola, kv_heads=kv_heads, state_heads=state_heads, max_position_embeddings=LENGTH
-    )
+        tmp_path, LOLA, kv_heads=kv_heads, state_heads=state_heads, importance=True,
+        max_position_embeddings=LENGTH,
+    )  # fmt: skip
     one, two = answers(model), answers(model, tensor_parallel_size=2)
     assert_same(one, two)
     if kv_heads == 2:

@@ -50,7 +50,7 @@ def test_tokens_are_those_of_the_float64_recompute(tiny, prompts, expected):
     [
         {"update_interval": 1, "sink_size": 4},
         {"update_interval": 7, "mixing": "lolcats"},
-        {"sparse_cache_size": 0, "state_dtype": "float32"},
+        {"sparse_cache_size": 0},
         {"sparse_cache_size": [90, 5]},
     ],
     ids=["paper-sinks", "interval-7-lolcats", "no-cache", "a-size-per-layer"],

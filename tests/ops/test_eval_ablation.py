@@ -17,7 +17,7 @@ from lola_vllm.plugin.attention import LolaAttention
 from tests.support.problem import STATE_INDEX, decode, make_problem, prefill
 
 T, ETA, LAM, SINK = 96, 8, 12, 4
-CONFIG = LolaConfig(window_size=ETA, sparse_cache_size=LAM, sink_size=SINK, feature_dim=8)
+CONFIG = LolaConfig(window_size=ETA, sparse_cache_size=LAM, sink_size=SINK)
 EVICTED = range(SINK, T - ETA)
 
 

@@ -21,7 +21,7 @@ from tests.support.problem import feed, make_problem
 
 SIZES = (3, 0, 17)
 T = 90
-BASE = {"window_size": 8, "update_interval": 4, "sink_size": 2, "feature_dim": 6}
+BASE = {"window_size": 8, "update_interval": 4, "sink_size": 2}
 PORTABLE = SimpleNamespace(
     decode=per_kv_head(portable.decode), prefill=per_kv_head(portable.prefill)
 )
@@ -30,20 +30,30 @@ if cpp.load():
     OPS.append(pytest.param(cpp, id="cpp"))
 KINDS = {
     "plain": {},
-    "as the demo model": {"importance": True, "sparse_dtype": "int8", "score_decay": 3.0},
+    "as the demo model": {"sparse_dtype": "int8", "context_shift": 16},
     "every token": {"update_interval": 1},
-    "long interval": {"update_interval": 16, "importance": True},
+    "long interval": {"update_interval": 16},
     "shared sets": {"sparse_sharing": "kv_head"},
 }
+WEIGHTED = ("as the demo model", "long interval")  # with an importance
 
 
 def layer(kind, dtype=torch.float32, seed=0):
     """A problem of three KV heads, and the same of each head alone."""
     config = LolaConfig(**{**BASE, **KINDS[kind]}, sparse_cache_size=(SIZES,))
-    schedule = ShiftSchedule(64, 16, 1.0, 2) if config.score_decay else None
+    schedule = ShiftSchedule(64, 16, 1.0, 2) if config.context_shift else None
     Hs = 6 if kind == "shared sets" else None
     problem = make_problem(
-        T, config, Hkv=3, group=4, Hs=Hs, dtype=dtype, seed=seed, schedule=schedule
+        T,
+        config,
+        Hkv=3,
+        group=4,
+        Hs=Hs,
+        F=6,
+        importance=kind in WEIGHTED,
+        dtype=dtype,
+        seed=seed,
+        schedule=schedule,
     )
     alone = []
     for i, own in enumerate(config.for_heads()):
@@ -67,10 +77,10 @@ def layer(kind, dtype=torch.float32, seed=0):
 def bind(problem, num_pages=4):
     """The layer with pages that are NaN."""
     Hs = len(problem.feature_map_k)
-    wide = torch.float64 if problem.q.dtype == torch.float64 else None
     layout = LayerLayout.from_config(
-        problem.config, 3, Hs, problem.q.shape[-1], problem.k.dtype, wide
-    )
+        problem.config, 3, Hs, problem.q.shape[-1], 6, problem.k.dtype,
+        importance=problem.importance is not None,
+    )  # fmt: skip
     pages = torch.full((num_pages, layout.page_bytes), 0xFF, dtype=torch.uint8)
     rotation = problem.rotation
     if rotation is not None:
@@ -127,7 +137,7 @@ def test_rows_of_a_batch_do_not_see_each_other(ops):
 def test_training_sees_what_is_served(kind):
     problem, _ = layer(kind, torch.float64)
     problem = replace(problem, rotation=None)
-    config = problem.config.model_copy(update={"score_decay": 0.0})
+    config = problem.config.model_copy(update={"context_shift": 0})
     out = lola_attention_parallel(
         *(x[None] for x in (problem.q, problem.k, problem.v)),
         problem.feature_map_q, problem.feature_map_k, problem.window_factors, config,
@@ -175,14 +185,14 @@ def test_other_weights_reach_every_head():
 def test_a_layer_of_equal_heads_has_one_page():
     config = LolaConfig(**BASE, sparse_cache_size=[[5, 5, 5], [5, 5, 6], 5])
     layouts = [
-        LayerLayout.from_config(config.for_layer(i), 3, 3, 16, torch.float32) for i in range(3)
+        LayerLayout.from_config(config.for_layer(i), 3, 3, 16, 6, torch.float32) for i in range(3)
     ]
     assert [len(layout.pages) for layout in layouts] == [1, 3, 1]
     assert layouts[0] == layouts[2] and layouts[1].sizes == [5, 5, 6]
     assert layouts[1].page_bytes == sum(page.page_bytes for page in layouts[1].pages)
     sequence = SequenceLayout(tuple(layouts))
     assert sequence.row_bytes == sum(page.page_bytes for page in sequence.layouts)
-    rank = LayerLayout.from_config(config.for_layer(1), 1, 1, 16, torch.float32, first_kv_head=2)
+    rank = LayerLayout.from_config(config.for_layer(1), 1, 1, 16, 6, torch.float32, first_kv_head=2)
     assert rank.sizes == [6]
 
 

@@ -24,9 +24,7 @@ def test_every_query_sees_sinks_window_and_what_precedes_it_in_its_piece():
     from lola_vllm.kernels.xformers_prefill import plan_gather
 
     for interval, sink, eta in ((1, 0, 3), (3, 2, 5), (8, 4, 8), (7, 0, 2)):
-        config = LolaConfig(
-            window_size=eta, update_interval=interval, sink_size=sink, feature_dim=4
-        )
+        config = LolaConfig(window_size=eta, update_interval=interval, sink_size=sink)
         layout = make_problem(1, config).layout()
         lengths, contexts = torch.tensor([17, 0, 1, 40, 6]), torch.tensor([0, 3, 29, 11, 1])
         starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
@@ -54,7 +52,7 @@ def test_every_query_sees_sinks_window_and_what_precedes_it_in_its_piece():
                 assert found == expected, (interval, sink, eta, row, n)
 
 
-SUITED = LolaConfig(window_size=16, update_interval=4, sparse_cache_size=8, feature_dim=8)
+SUITED = LolaConfig(window_size=16, update_interval=4, sparse_cache_size=8)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +127,8 @@ def test_xformers_own_kernels_equal_the_reference(d, dtype):
 
     if reason := xformers_prefill.missing():
         pytest.skip(reason)
-    config = LolaConfig(window_size=64, sparse_cache_size=32, feature_dim=32, sink_size=4)
-    problem = make_problem(500, config, Hkv=2, group=4, d=d, dtype=dtype)
+    config = LolaConfig(window_size=64, sparse_cache_size=32, sink_size=4)
+    problem = make_problem(500, config, Hkv=2, group=4, d=d, F=32, dtype=dtype)
     expected, device = problem.reference()[0], torch.device("cuda")
     problem = problem.to(device)
     state = problem.state()

@@ -58,7 +58,6 @@ def layers(draw: st.DrawFn, sequences: int = 1, longest: int = 70) -> Case:
         sink_size=draw(st.integers(0, 5), label="sink_size"),
         mixing=draw(st.sampled_from(["lola", "lolcats"]), label="mixing"),
         sparse_sharing=draw(st.sampled_from(["none", "kv_head"]), label="sparse_sharing"),
-        feature_dim=8,
     )
     per_query = draw(st.booleans(), label="maps per query head")
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), label="dtype")

@@ -475,7 +475,7 @@ def test_the_reading_is_saved_and_opened_again(shown, memory, lola_server, tmp_p
         f"{max(sizes):,} pairs, an update every {memory['update_interval']} tokens."
     )
     # A reading of a server with other settings.
-    saved["lola_config"] = {**config, "sparse_cache_size": 32, "importance": False}
+    saved["lola_config"] = {**config, "sparse_cache_size": 32, "mixing": "lolcats"}
     for layer in saved["memory"]["layers"]:
         layer["sparse_cache_size"] = 32
         layer["sparse_cache_sizes"] = [32] * 3
@@ -486,9 +486,9 @@ def test_the_reading_is_saved_and_opened_again(shown, memory, lola_server, tmp_p
     browser.wait(lambda: browser.text(".pane:nth-of-type(2) h2") == "Text, smaller.json")
     one, two = browser.run(settings)
     assert "sparse caches of 32 pairs" in two
-    assert two.endswith(" Unlike the other side: sparse_cache_size 32, importance false.")
+    assert two.endswith(" Unlike the other side: sparse_cache_size 32, mixing lolcats.")
     assert one.endswith(
-        f"sparse_cache_size {min(sizes):,} to {max(sizes):,} by layer, importance true."
+        f"sparse_cache_size {min(sizes):,} to {max(sizes):,} by layer, mixing lola."
     )
     lost = {p for layer in memory["layers"] for h in layer["heads"] for p in h["positions"][32:]}
     assert {p for p, level in enumerate(shown.levels()) if level} <= lost

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lola_vllm.config import LolaConfig
@@ -18,13 +20,21 @@ STORED = (
 
 
 def per_token_problem(
-    backend: Backend, T: int, config: LolaConfig, dtype: torch.dtype, d: int
+    backend: Backend, T: int, config: LolaConfig, dtype: torch.dtype, d: int, **options: Any
 ) -> Problem:
     """For an interval of 1: long enough, most scores are bounded. Of one head where it is slow."""
     group = 2 if config.sparse_sharing == "kv_head" else 1
     Hkv = 1 if backend.pace == "interpreted" else 2
     return with_a_trend(
-        T, config, dtype=dtype, d=d, Hkv=Hkv, group=group, Hs=Hkv * group, scale=(16 / d) ** 0.5
+        T,
+        config,
+        dtype=dtype,
+        d=d,
+        Hkv=Hkv,
+        group=group,
+        Hs=Hkv * group,
+        scale=(16 / d) ** 0.5,
+        **options,
     )
 
 

@@ -42,10 +42,8 @@ class Arrived:
 
 def long_problem(interval: int, tokens: int, Hkv: int = 2, lam: int = 5) -> Problem:
     """A problem of WARM + tokens tokens whose values have a mean."""
-    config = LolaConfig(
-        window_size=8, sparse_cache_size=lam, update_interval=interval, feature_dim=16
-    )
-    problem = make_problem(WARM + tokens, config, Hkv=Hkv, group=1, d=16, dtype=torch.float32)
+    config = LolaConfig(window_size=8, sparse_cache_size=lam, update_interval=interval)
+    problem = make_problem(WARM + tokens, config, Hkv=Hkv, group=1, d=16, F=16, dtype=torch.float32)
     gen = torch.Generator().manual_seed(1)
     problem.v += torch.randn(Hkv, 16, generator=gen)
     return problem

@@ -41,7 +41,7 @@ class Problem:
     Attributes:
         q: `[T, Hq, d]`. k, v: `[T, Hkv, d]`.
         feature_map_q: `[Hq, d, F]`. feature_map_k: `[Hs, d, F]`. window_factors: `[Hq]`.
-        importance: `[Hkv, d // 2 + d + 1]` where the config has it, else None.
+        importance: `[Hkv, d // 2 + d + 1]`, or None.
         rotation: of context shifts, in float64; None where there are none.
     """
 
@@ -79,8 +79,9 @@ class Problem:
             num_kv_heads=self.k.shape[1],
             num_state_heads=self.feature_map_k.shape[0],
             head_dim=self.q.shape[-1],
+            feature_dim=self.feature_map_k.shape[-1],
             kv_dtype=self.k.dtype,
-            state_dtype=torch.float64 if self.q.dtype == torch.float64 else None,
+            importance=self.importance is not None,
         )
 
     def state(self, num_pages: int = 4, extra_stride: int = 0) -> LayerState:
@@ -138,6 +139,8 @@ def make_problem(
     group: int = 3,
     Hs: int | None = None,
     d: int = 16,
+    F: int = 8,
+    importance: bool = False,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     scale: float = 1.0,
@@ -155,7 +158,7 @@ def make_problem(
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=gen, dtype=torch.float64)
 
-    Hq, F = Hkv * group, config.feature_dim
+    Hq = Hkv * group
     tensors = [
         randn(T, Hq, d) * scale,
         randn(T, Hkv, d) * scale,
@@ -165,12 +168,12 @@ def make_problem(
     ]
     wide = torch.promote_types(dtype, torch.float32)
     factors = (randn(Hq) - 1).to(wide)
-    importance = (randn(Hkv, importance_size(d)) * 0.3).to(wide) if config.importance else None
+    weights = (randn(Hkv, importance_size(d)) * 0.3).to(wide) if importance else None
     rotation = None
     if schedule is not None:
         angles = schedule.interval * 10.0 ** -torch.arange((rotated or d) // 2).double()
         rotation = KeyRotation(schedule, angles.cos(), angles.sin())
-    return Problem(*(t.to(dtype) for t in tensors), factors, config, importance, rotation)
+    return Problem(*(t.to(dtype) for t in tensors), factors, config, weights, rotation)
 
 
 def with_a_trend(T: int, config: LolaConfig, **options: Any) -> Problem:
@@ -181,16 +184,18 @@ def with_a_trend(T: int, config: LolaConfig, **options: Any) -> Problem:
     return problem
 
 
-def unrecallable(interval: int, sharing: str, dtype: torch.dtype, **fields: Any) -> Problem:
+def unrecallable(
+    interval: int, sharing: str, dtype: torch.dtype, importance: bool = False, **fields: Any
+) -> Problem:
     """Four pairs of KV head 0 whose scores are NaN or infinite, for a cache of three.
 
     Whatever the interval, the oldest three are what stays of that head: 7, 9 and 14.
     """
     config = LolaConfig(
-        window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8,
+        window_size=4, sparse_cache_size=3, update_interval=interval,
         sparse_sharing=sharing, **fields,
     )  # fmt: skip
-    problem = make_problem(40, config, Hs=6, dtype=dtype)
+    problem = make_problem(40, config, Hs=6, dtype=dtype, importance=importance)
     problem.v[[7, 14, 16], 0] = torch.nan
     problem.v[9, 0] = torch.inf
     return problem

@@ -26,7 +26,6 @@ def _plain_pairs(demo: Path) -> Path:
     config = json.loads((demo / "config.json").read_text())
     config["lola_config"] |= {
         "sparse_cache_size": SIZES, "update_interval": 64, "sparse_dtype": "model",
-        "score_decay": 0.0,
     }  # fmt: skip
     staged = Path(tempfile.mkdtemp(dir=demo.parent))
     staged.chmod(0o755)

@@ -28,6 +28,7 @@ from lola_vllm.calibrate.options import CalibrateOptions
 from lola_vllm.calibrate.prompts import AFTER, BEFORE, Prompt, asked_for, draw_prompts
 from lola_vllm.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.calibrate.sizes import AttentionGains, divide, divide_among
+from lola_vllm.checkpoint import read_facts
 from lola_vllm.checkpoint.calibration import (
     importance_tensors,
     load_calibration,
@@ -369,7 +370,7 @@ def test_command_writes_sizes_and_importance(
     out = capsys.readouterr().out
     lola = json.loads((model / "config.json").read_text())["lola_config"]
     sizes = lola["sparse_cache_size"]
-    assert [len(heads) for heads in sizes] == [2, 2, 2] and lola["importance"] is True
+    assert [len(heads) for heads in sizes] == [2, 2, 2] and read_facts(model).importance
     flat = [size for heads in sizes for size in heads]
     assert sum(flat) == 240 and min(flat) >= 8 and len(set(flat)) > 1
     assert json.dumps(sizes) in out and "long-range attention" in out

@@ -20,13 +20,14 @@ from lola_vllm.checkpoint import (
     CheckpointError,
     check_tensors,
     expected_tensors,
-    find_num_state_heads,
+    read_facts,
 )
 from lola_vllm.checkpoint.files import read_shapes, weight_files
 from lola_vllm.checkpoint.init import init_checkpoint
 from lola_vllm.checkpoint.remote_code import AUTO_MAP
+from lola_vllm.checkpoint.schema import settle_facts
 from lola_vllm.checkpoint.staging import staged_directory
-from lola_vllm.config import LolaConfigError, LolaLlamaConfig
+from lola_vllm.config import LolaConfigError, LolaLlamaConfig, TensorFacts
 
 # head_dim differs from hidden_size / num_attention_heads on purpose
 TINY = {
@@ -39,7 +40,7 @@ TINY = {
     "head_dim": 8,
     "tie_word_embeddings": False,
 }
-MAPS = {"feature_dim": 8}
+FACTS = TensorFacts(8, 2)
 
 
 def make_llama(path: Path, *, sharded: bool = False, **changes: object) -> Path:
@@ -91,7 +92,9 @@ def test_schema_is_llama_plus_three_tensors_a_layer(
     plain = {name: tuple(t.shape) for name, t in llama.state_dict().items()}
     if tied:
         del plain["lm_head.weight"]
-    expected = expected_tensors(LolaLlamaConfig(lola_config=MAPS, **fields), 2)
+    config = LolaLlamaConfig(**fields)
+    config.facts = FACTS
+    expected = expected_tensors(config)
     added = {name: shape for name, shape in expected.items() if name not in plain}
     assert plain.items() <= expected.items()
     assert added == {
@@ -105,27 +108,27 @@ def test_schema_is_llama_plus_three_tensors_a_layer(
     }
 
 
-def test_an_importance_is_expected_where_the_config_says_so() -> None:
-    lola = {**MAPS, "importance": True}
-    expected = expected_tensors(LolaLlamaConfig(lola_config=lola, **TINY), 2)
+def test_an_importance_is_expected_where_there_is_one() -> None:
+    expected = schema(TensorFacts(8, 2, importance=True))
     names = [f"model.layers.{i}.self_attn.importance" for i in range(2)]
     assert {name: expected.pop(name) for name in names} == dict.fromkeys(names, (2, 4 + 8 + 1))
     assert expected == schema()
     with_it = {**schema(), **dict.fromkeys(names, (2, 13))}
-    check_tensors(schema(), {**schema(), names[1]: (2, 13)})  # switched off
-    with pytest.raises(CheckpointError, match=r"(?s)missing.*\[2, 13\]; set .*importance to false"):
+    with pytest.raises(CheckpointError, match=r"(?s)missing.*\[2, 13\]; other layers have theirs"):
         check_tensors(with_it, schema())
     with pytest.raises(CheckpointError, match=r"found \[4, 13\], expected \[2, 13\]"):
         check_tensors(with_it, {**with_it, names[0]: (4, 13)})
 
 
 def test_schema_refuses_heads_that_do_not_divide() -> None:
-    with pytest.raises(LolaConfigError, match="num_state_heads = 3"):
-        expected_tensors(LolaLlamaConfig(lola_config=MAPS, **TINY), 3)
+    with pytest.raises(LolaConfigError, match="feature_map_k has 3 heads"):
+        schema(TensorFacts(8, 3))
 
 
-def schema() -> dict[str, tuple[int, ...]]:
-    return expected_tensors(LolaLlamaConfig(lola_config=MAPS, **TINY), 2)
+def schema(facts: TensorFacts = FACTS) -> dict[str, tuple[int, ...]]:
+    config = LolaLlamaConfig(**TINY)
+    config.facts = facts
+    return expected_tensors(config)
 
 
 def test_exact_tensors_pass_and_known_extras_are_ignored() -> None:
@@ -139,9 +142,9 @@ def test_exact_tensors_pass_and_known_extras_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "remedy"),
     [
-        ("feature_map_k", (4, 8, 8), "set lola_config.num_state_heads to 4"),
-        ("feature_map_k", (2, 8, 16), "set lola_config.feature_dim to 16"),
-        ("feature_map_q", (4, 8, 16), "set lola_config.feature_dim to 16"),
+        ("feature_map_k", (4, 8, 8), "another number of state heads"),
+        ("feature_map_k", (2, 8, 16), "as many columns"),
+        ("feature_map_q", (4, 8, 16), "as many columns"),
         ("feature_map_q", (2, 8, 8), "one head per query head"),
         ("feature_map_q", (4, 16, 8), "head_dim = 8"),
         ("window_factors", (1, 4, 1, 1), "another model"),
@@ -216,10 +219,6 @@ def test_init_keeps_the_base_and_adds_identity_maps(
             "window_size": 16,
             "sink_size": 4,
             "context_shift": old["max_position_embeddings"] // 4,
-            "fold_rotation": 2,
-            "bucket_start": 3 * old["max_position_embeddings"] // 8,
-            "feature_dim": 8,
-            "num_state_heads": 2,
         },
         "auto_map": AUTO_MAP,
     }
@@ -243,8 +242,8 @@ def test_index_covers_every_tensor(tmp_path: Path) -> None:
 def test_biases_and_query_heads(tmp_path: Path) -> None:
     base = make_llama(tmp_path / "base", attention_bias=True, mlp_bias=True)
     config = init_checkpoint(base, tmp_path / "lola", {}, "query")
-    assert config.lola.num_state_heads == 4
-    assert read_shapes(tmp_path / "lola") == expected_tensors(config, 4)
+    assert config.facts == TensorFacts(8, 4) == read_facts(tmp_path / "lola")
+    assert read_shapes(tmp_path / "lola") == expected_tensors(config)
 
 
 def test_superfluous_tensors_of_the_base_are_dropped(tmp_path: Path) -> None:
@@ -254,7 +253,7 @@ def test_superfluous_tensors_of_the_base_are_dropped(tmp_path: Path) -> None:
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, base / "model.safetensors")
     config = init_checkpoint(base, tmp_path / "lola", {})
-    assert read_shapes(tmp_path / "lola") == expected_tensors(config, 2)
+    assert read_shapes(tmp_path / "lola") == expected_tensors(config)
 
 
 def test_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:
@@ -341,10 +340,9 @@ def test_a_truncated_shard_is_named(tmp_path: Path, byte: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "state_heads", "message"),
     [
-        ({"feature_dim": 16}, "kv", "feature_dim = 16.*head size, 8"),
+        ({"feature_dim": 16}, "kv", "feature_dim: no longer a key; the checkpoint's tensors"),
         ({"window_siz": 16}, "kv", "window_siz.*'window_size'"),
         ({"window_size": 0}, "kv", "window_size = 0"),
-        ({"num_state_heads": 2}, "kv", "state_heads"),
         ({}, "heads", "state_heads = 'heads'"),
     ],
 )
@@ -427,22 +425,60 @@ def test_a_failed_swap_puts_the_old_model_back(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-# ---- the number of state heads
+# ---- what tensors say
 
 
 @pytest.mark.parametrize("sharded", [True, False])
-def test_state_heads_come_from_the_header(tmp_path: Path, sharded: bool) -> None:
+def test_facts_come_from_the_headers(tmp_path: Path, sharded: bool) -> None:
     out = tmp_path / "lola"
     init_checkpoint(make_llama(tmp_path / "base", sharded=sharded), out, {})
-    silent = LolaLlamaConfig(lola_config=MAPS, **TINY)
-    assert find_num_state_heads(silent, out) == 2
-    assert find_num_state_heads(silent, str(out)) == 2
-    told = LolaLlamaConfig(lola_config={**MAPS, "num_state_heads": 4}, **TINY)
-    assert find_num_state_heads(told, out) == 4
+    assert read_facts(out) == read_facts(str(out)) == FACTS
+    config = LolaLlamaConfig.from_pretrained(out)
+    settle_facts(config, out)
+    assert config.has_facts and config.facts == FACTS
+    config.facts = TensorFacts(8, 4)
+    settle_facts(config, out)  # somebody has read them
+    assert config.facts.num_state_heads == 4
 
 
-def test_state_heads_default_to_query_heads(tmp_path: Path) -> None:
-    config = LolaLlamaConfig(lola_config=MAPS, **TINY)
-    assert find_num_state_heads(config, tmp_path) == 4
-    assert find_num_state_heads(config, "someone/model-on-the-hub") == 4
-    assert find_num_state_heads(config, make_llama(tmp_path / "base")) == 4
+def test_without_maps_facts_are_those_of_init(tmp_path: Path) -> None:
+    config = LolaLlamaConfig(**TINY)
+    for model in (tmp_path, make_llama(tmp_path / "base")):
+        assert read_facts(model) is None
+        settle_facts(config, model)
+        assert not config.has_facts and config.facts == FACTS
+
+
+def test_facts_of_a_hub_model_come_from_its_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+
+    out = tmp_path / "lola"
+    init_checkpoint(make_llama(tmp_path / "base", sharded=True), out, {})
+    asked = []
+
+    def metadata(name: str, *, revision: str | None) -> SafetensorsRepoMetadata:
+        asked.append((name, revision))
+        files = {}
+        for path in weight_files(out):
+            with safe_open(path, "pt") as file:
+                infos = {
+                    tensor: TensorInfo("F32", file.get_slice(tensor).get_shape(), (0, 0))
+                    for tensor in file.keys()  # noqa: SIM118
+                }
+            files[path.name] = SafetensorsFileMetadata({}, infos)
+        return SafetensorsRepoMetadata(None, True, {}, files)
+
+    def nothing(*_: object, **__: object) -> None:
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+    assert read_facts("someone/model", "main") == FACTS and asked == [("someone/model", "main")]
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", nothing)
+    with pytest.raises(CheckpointError, match=r"someone/model: .*download the model and give its"):
+        read_facts("someone/model")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(out))
+    assert read_facts("someone/model") == FACTS  # of the cache

@@ -12,6 +12,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lola_vllm import cli
+from lola_vllm.checkpoint import read_facts
+from lola_vllm.config import TensorFacts
 
 
 @pytest.fixture
@@ -30,25 +32,20 @@ def base(tmp_path: Path) -> Path:
 
 def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = base.parent / "my lola"
-    options = "--window-size 8 --sparse-cache-size 0 --update-interval 4 --sink-size 2"
-    options += " --mixing lolcats --state-dtype float32 --sparse-sharing kv_head"
-    options += " --state-heads query --feature-dim 8 --context-shift 1024"
-    status = cli.main(["init", "--base", str(base), "--out", str(out), *options.split()])
-    assert status == 0
-    assert json.loads((out / "config.json").read_text())["lola_config"] == {
+    lola = {
         "window_size": 8,
         "sparse_cache_size": 0,
         "update_interval": 4,
         "sink_size": 2,
         "context_shift": 1024,
-        "fold_rotation": 1,
-        "bucket_start": 0,
-        "feature_dim": 8,
         "mixing": "lolcats",
-        "state_dtype": "float32",
         "sparse_sharing": "kv_head",
-        "num_state_heads": 4,
     }
+    options = ["--state-heads", "query", "--lola-config", json.dumps(lola)]
+    status = cli.main(["init", "--base", str(base), "--out", str(out), *options])
+    assert status == 0
+    assert json.loads((out / "config.json").read_text())["lola_config"] == lola
+    assert read_facts(out) == TensorFacts(8, 4)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert str(out) in lines[0]
@@ -59,9 +56,12 @@ def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture
     ("options", "message"),
     [
         (["--base", "nowhere"], "nowhere: no such directory"),
-        (["--window-size", "0"], "lola_config.window_size = 0"),
-        (["--mixing", "both"], "lola_config.mixing = 'both': must be 'lola' or 'lolcats'"),
-        (["--feature-dim", "16"], "feature_dim = 16"),
+        (["--lola-config", '{"window_size": 0}'], "lola_config.window_size = 0"),
+        (
+            ["--lola-config", '{"mixing": "both"}'],
+            "lola_config.mixing = 'both': must be 'lola' or 'lolcats'",
+        ),
+        (["--lola-config", '{"feature_dim": 8}'], "lola_config.feature_dim: no longer a key"),
     ],
 )
 def test_user_errors_are_one_message_and_status_2(
@@ -85,7 +85,14 @@ def test_force(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["nonsense"], ["init"], ["init", "--window-size", "x"], ["demo-model"]]
+    "argv",
+    [
+        [],
+        ["nonsense"],
+        ["init"],
+        ["init", "--base", "b", "--out", "o", "--lola-config", "x"],
+        ["demo-model"],
+    ],
 )
 def test_malformed_command_lines(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -96,10 +103,10 @@ def test_malformed_command_lines(argv: list[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("init --base b --out o --windw-size 3", "--windw-size; did you mean --window-size?"),
+        ("init --base b --out o --lola-confg {}", "--lola-confg; did you mean --lola-config?"),
         ("convert --distil=f --basse b --out o", "--basse; did you mean --base?"),
         ("distill --dta x --base b --out o", "--dta; did you mean --data?"),
-        ("demo-model --out o --sinksize 4", "--sinksize; did you mean --sink-size?"),
+        ("demo-model --out o --untraind", "--untraind; did you mean --untrained?"),
         ("estimate m --memory-gb 3", "--memory-gb; did you mean --memory-gib?"),
         ("eval recall --model m --lenghts 512", "--lenghts; did you mean --lengths?"),
         ("texts --out o --zzz", "--zzz; see lola-vllm texts --help"),

@@ -93,7 +93,8 @@ def made_by(monkeypatch: pytest.MonkeyPatch, command: str, target: str, at: int)
         ("", DistillOptions()),
         (
             "--rows 3 --learning-rate 1 --lora-rank 2 --lora-loss next-token --dtype float32 "
-            "--gradient-checkpointing --train-windows 4,8 --state-heads query --window-size 4",
+            "--gradient-checkpointing --train-windows 4,8 --state-heads query "
+            '--lola-config {"window_size":4}',
             DistillOptions(
                 rows=3,
                 learning_rate=1.0,

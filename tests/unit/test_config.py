@@ -1,23 +1,25 @@
 """`lola_config`: validated once, refused with the field, the value and the remedy."""
 
+import copy
+import json
+
 import pytest
 from transformers import AutoConfig
 
 from lola_vllm.config import (
+    REMOVED_KEYS,
     LolaConfig,
     LolaConfigError,
     LolaLlamaConfig,
-    default_bucket_start,
+    TensorFacts,
     default_context_shift,
-    default_fold_rotation,
 )
 
 
 def test_defaults_are_the_authors():
     config = LolaConfig()
     assert (config.window_size, config.update_interval, config.sink_size) == (64, 64, 0)
-    assert (config.mixing, config.state_dtype, config.sparse_sharing) == ("lola", "float32", "none")
-    assert config.importance is False
+    assert (config.mixing, config.sparse_sharing) == ("lola", "none")
     assert config.sparse_dtype == "model"
 
 
@@ -40,7 +42,6 @@ def test_the_interval_follows_the_window_unless_it_is_given():
             {"sparse_cache_size": [3, -1]},
             r"sparse_cache_size = \[3, -1\]: must be an integer of at least 0, or a list",
         ),
-        ({"importance": 1}, "lola_config.importance = 1: must be a valid boolean"),
         ({"sparse_cache_size": []}, "lola_config.sparse_cache_size = "),
         ({"sparse_cache_size": [3, True]}, "lola_config.sparse_cache_size = "),
         ({"update_interval": 0}, "lola_config.update_interval = 0"),
@@ -48,12 +49,6 @@ def test_the_interval_follows_the_window_unless_it_is_given():
         ({"context_shift": 2.0}, "lola_config.context_shift = 2.0: must be a valid integer"),
         ({"mixing": "half"}, "lola_config.mixing = 'half': must be 'lola' or 'lolcats'"),
         ({"sparse_dtype": "int4"}, "lola_config.sparse_dtype = 'int4': must be 'model' or 'int8'"),
-        ({"state_dtype": "int8"}, "lola_config.state_dtype = 'int8': must be 'float32'"),
-        (
-            {"state_dtype": "bfloat16"},
-            "lola_config.state_dtype = 'bfloat16': .*folds are lost.*8 bits.*Remove the key or set "
-            "it to 'float32'.*lola-vllm estimate",
-        ),
     ],
 )
 def test_bad_values_are_named(fields, message):
@@ -73,8 +68,16 @@ def test_a_sparse_cache_may_have_a_size_per_layer():
         config.sparse_pairs  # noqa: B018
 
 
-def test_a_state_of_float32_may_be_named():
-    assert LolaConfig(state_dtype="float32") == LolaConfig()
+@pytest.mark.parametrize("name", REMOVED_KEYS)
+def test_a_key_of_before_is_refused_with_what_says_it_now(name):
+    with pytest.raises(LolaConfigError) as error:
+        LolaConfig(**{name: None})
+    assert str(error.value).startswith(f"lola_config.{name}: no longer a key; ")
+    assert name not in LolaConfig.model_fields
+
+
+def test_eight_keys_do():
+    assert len(LolaConfig.model_fields) == 8
 
 
 @pytest.mark.parametrize(
@@ -84,8 +87,6 @@ def test_a_state_of_float32_may_be_named():
         ({"context_shift": 8}, 8, "context_shift = 8: must .* and be less; use 2, or 0"),
         ({"context_shift": 16}, 8, "context_shift = 16"),
         ({"context_shift": 2}, 7, "use 1, or 0 for contexts that end at 7 tokens"),
-        ({"context_shift": 2, "fold_rotation": 4}, 8, "fold_rotation = 4: .* use at most 3 "),
-        ({"context_shift": 2, "bucket_start": 5}, 8, "bucket_start = 5: .* use at most 4 "),
         ({"context_shift": 2, "sink_size": 7}, 8, "sink_size = 7: .* use at most 6 sinks, or"),
     ],
 )
@@ -93,16 +94,7 @@ def test_context_shifts_suit_the_trained_length(fields, length, message):
     with pytest.raises(LolaConfigError, match=message):
         LolaConfig(**fields).check_context_shift(length)
     LolaConfig(**{**fields, "context_shift": 0}).check_context_shift(length)
-    interval = default_context_shift(length)
-    ahead = default_fold_rotation(length, interval)
-    LolaConfig(context_shift=interval, fold_rotation=ahead).check_context_shift(length)
-    assert ahead * interval == (length // 2 if interval else 0)
-
-
-@pytest.mark.parametrize(("interval", "start"), [(1, 6), (2, 6), (4, 6), (8, 0)])
-def test_new_checkpoints_have_a_far_zone_before_new_tokens(interval, start):
-    assert default_bucket_start(16, interval) == start
-    LolaConfig(context_shift=interval, bucket_start=start).check_context_shift(16)
+    LolaConfig(context_shift=default_context_shift(length)).check_context_shift(length)
 
 
 def test_contexts_without_end_have_a_default_length():
@@ -134,6 +126,29 @@ def test_round_trip_through_transformers_keeps_llama_fields_and_the_object(tmp_p
     assert loaded.lola == LolaConfig(sink_size=4)
 
 
+def test_facts_of_tensors_are_no_part_of_the_file(tmp_path):
+    config = LolaLlamaConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
+    assert not config.has_facts and config.facts == TensorFacts(16, 2)
+    config.facts = TensorFacts(8, 6, True)
+    assert copy.deepcopy(config).facts == config.facts == TensorFacts(8, 6, True)
+    config.save_pretrained(tmp_path)
+    assert "facts" not in (tmp_path / "config.json").read_text()
+    assert not LolaLlamaConfig.from_pretrained(tmp_path).has_facts
+
+
+def test_sizes_of_all_heads_take_few_lines(tmp_path):
+    sizes = [[18, 400, 20 + i] for i in range(30)]
+    config = LolaLlamaConfig(lola_config={"sparse_cache_size": sizes, "sink_size": 4})
+    config.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert json.loads(text)["lola_config"]["sparse_cache_size"] == sizes
+    lines = [line for line in text.splitlines() if "400" in line]
+    assert len(lines) < 7 and max(map(len, lines)) <= 100
+    assert all(
+        line.strip(" ,").startswith("[") and line.strip(" ,").endswith("]") for line in lines
+    )
+
+
 def test_assignment_merges_and_is_checked():
     config = LolaLlamaConfig(lola_config={"sink_size": 4, "window_size": 32})
     config.lola_config = {"window_size": 16}
@@ -150,7 +165,7 @@ def test_state_heads_lie_between_kv_and_query_heads(heads, ok):
     if ok:
         LolaConfig().check_heads(9, 3, heads)
     else:
-        with pytest.raises(LolaConfigError, match=f"num_state_heads = {heads}"):
+        with pytest.raises(LolaConfigError, match=f"feature_map_k has {heads} heads"):
             LolaConfig().check_heads(9, 3, heads)
 
 

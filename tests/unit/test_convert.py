@@ -21,7 +21,7 @@ from lola_vllm.checkpoint import expected_tensors
 from lola_vllm.checkpoint.convert import convert_checkpoint
 from lola_vllm.checkpoint.files import read_shapes, weight_files
 from lola_vllm.checkpoint.remote_code import AUTO_MAP
-from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.config import LolaLlamaConfig, TensorFacts
 from lola_vllm.ops.reference import lola_attention
 from tests.support.lolcats_files import (
     ROWS,
@@ -66,13 +66,13 @@ def test_maps_are_added_to_the_base(tmp_path: Path, sharded: bool, tied: bool) -
         assert factors.dtype == torch.float32
         assert torch.equal(factors, tensors[f"{attn}window_factors"].flatten().float())
     assert not after
-    assert read_shapes(out) == expected_tensors(config, 4)
+    assert config.facts == TensorFacts(F, 4)
+    assert read_shapes(out) == expected_tensors(config)
     assert not config.tie_word_embeddings or "lm_head.weight" not in read_shapes(out)
 
     old, new = (json.loads((path / "config.json").read_text()) for path in (base, out))
-    lola_config = {"mixing": "lola", "window_size": 16, "feature_dim": F, "num_state_heads": 4}
-    P = old["max_position_embeddings"]
-    lola_config |= {"context_shift": P // 4, "fold_rotation": 2, "bucket_start": 3 * P // 8}
+    lola_config = {"mixing": "lola", "window_size": 16}
+    lola_config |= {"context_shift": old["max_position_embeddings"] // 4}
     changed = {"model_type": "lola_llama", "architectures": ["LolaLlamaForCausalLM"]}
     assert new == {**old, **changed, "lola_config": lola_config, "auto_map": AUTO_MAP}
     assert (out / "modeling_lola.py").is_file()
@@ -214,8 +214,8 @@ def test_state_heads_follow_from_the_file_and_wide_maps_are_cast(
 ) -> None:
     tensors = {name: t.float() for name, t in distill_tensors(Hs=2).items()}
     config = convert_checkpoint(base, save(tmp_path / "d.pt", tensors), tmp_path / "lola", {})
-    assert config.lola.num_state_heads == 2
-    assert read_shapes(tmp_path / "lola") == expected_tensors(config, 2)
+    assert config.facts.num_state_heads == 2
+    assert read_shapes(tmp_path / "lola") == expected_tensors(config)
     dtypes = {t.dtype for n, t in read_tensors(tmp_path / "lola").items() if "feature" in n}
     assert dtypes == {torch.bfloat16}
 
@@ -272,7 +272,7 @@ def test_the_model_card_says_what_went_in(base: Path, tmp_path: Path) -> None:
         assert f"`{path.name}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}`" in card
     assert (
         "lola-vllm convert --base base --distill 'my distill.pt' --lora lora.safetensors "
-        "--sink-size 4 --lora-alpha 6 --out DIR" in card
+        "--lola-config '{\"sink_size\": 4}' --lora-alpha 6 --out DIR" in card
     )
     assert '"sink_size": 4' in card and '"mixing": "lola"' in card
     metadata = yaml.safe_load(card.split("---")[1])
@@ -307,22 +307,18 @@ def test_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     lora = save(tmp_path / "l.pt", lora_tensors())
     out = tmp_path / "lola"
     argv = ["convert", "--base", str(base), "--distill", str(distill), "--out", str(out)]
-    options = "--window-size 8 --sparse-cache-size 0 --update-interval 4 --sink-size 2 "
-    options += "--mixing lolcats --state-dtype float32 --sparse-sharing kv_head --lora-alpha 32"
-    options += " --context-shift 0"
-    assert cli.main([*argv, "--lora", str(lora), *options.split()]) == 0
-    assert json.loads((out / "config.json").read_text())["lola_config"] == {
+    lola = {
         "window_size": 8,
         "sparse_cache_size": 0,
         "update_interval": 4,
         "sink_size": 2,
         "mixing": "lolcats",
-        "state_dtype": "float32",
         "sparse_sharing": "kv_head",
         "context_shift": 0,
-        "feature_dim": F,
-        "num_state_heads": 4,
     }
+    options = ["--lora-alpha", "32", "--lola-config", json.dumps(lola)]
+    assert cli.main([*argv, "--lora", str(lora), *options]) == 0
+    assert json.loads((out / "config.json").read_text())["lola_config"] == lola
     lines = capsys.readouterr().out.splitlines()
     assert "LoLCATs feature maps" in lines[0] and "LoRA merged" in lines[0]
     assert cli.main(argv) == 2
@@ -364,7 +360,9 @@ def test_memory_stays_within_two_shards_of_the_8b_layout(tmp_path: Path) -> None
     base, out = tmp_path / "base", tmp_path / "lola"
     base.mkdir()
     LlamaConfig(**sizes).save_pretrained(base)
-    shapes = expected_tensors(LolaLlamaConfig(**sizes), 32)
+    model = LolaLlamaConfig(**sizes)
+    model.facts = TensorFacts(F, 32)
+    shapes = expected_tensors(model)
     weight_map, shard_bytes = {}, 0
     for i in range(3):
         names = [n for n in shapes if f"layers.{i}." in n or (i == 0 and "layers" not in n)]
@@ -392,7 +390,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
             [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
         )
         config = LolaLlamaConfig.from_pretrained(out)
-        assert read_shapes(out) == expected_tensors(config, 32)
+        assert read_shapes(out) == expected_tensors(config)
     finally:
         shutil.rmtree(out, ignore_errors=True)  # 1.3 GB
     assert shard_bytes > 400e6

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lola_vllm.checkpoint import CheckpointError, expected_tensors
+from lola_vllm.checkpoint import CheckpointError, expected_tensors, read_facts
 from lola_vllm.checkpoint.calibration import load_calibration
 from lola_vllm.checkpoint.demo import DISTILLED, WHEEL_NAME, build_demo_model
 from lola_vllm.checkpoint.files import read_shapes
-from lola_vllm.config import LolaConfig, LolaLlamaConfig
+from lola_vllm.config import LolaConfig, LolaLlamaConfig, TensorFacts
 from lola_vllm.state import LayerLayout
 
 
@@ -32,7 +32,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     config = LolaLlamaConfig.from_pretrained(demo / "lola")
-    assert read_shapes(demo / "lola") == expected_tensors(config, 3)
+    config.facts = TensorFacts(64, 3, importance=True)
+    assert read_shapes(demo / "lola") == expected_tensors(config)
     sizes, importance = load_calibration(DISTILLED / "calibration.safetensors")
     assert {len(heads) for heads in sizes} == {3} and sum(map(sum, sizes)) == 315 * 90
     assert len(sizes) == 30
@@ -41,25 +42,19 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
         "sparse_cache_size": sizes,
         "sparse_dtype": "int8",
         "update_interval": 16,
-        "importance": True,
-        "score_decay": 3.0,
-        "score_decay_shifts": 3,
         "sink_size": 4,
         "mixing": "lola",
         "context_shift": 2048,
-        "fold_rotation": 2,
-        "bucket_start": 3072,
-        "feature_dim": 64,
-        "num_state_heads": 3,
     }
     tensors = load_file(demo / "lola" / "model.safetensors")
     assert all(tensors[name].equal(weights) for name, weights in importance.items())
     # In the bytes of 128 pairs as the paper has them.
     pages = [
-        LayerLayout.from_config(lola.for_layer(i), 3, 3, 64, torch.bfloat16).page_bytes
-        for lola in (config.lola, LolaConfig(sink_size=4, feature_dim=64, sparse_cache_size=128))
+        LayerLayout.from_config(lola.for_layer(i), 3, 3, 64, 64, torch.bfloat16).page_bytes
+        for lola in (config.lola, LolaConfig(sink_size=4, sparse_cache_size=128))
         for i in range(30)
     ]
+    assert len((demo / "lola" / "config.json").read_text().splitlines()) < 60  # a screen
     assert 0.99 < sum(pages[:30]) / sum(pages[30:]) < 1.005
     assert {path.name for path in demo.iterdir()} == {"base", "lola"}
     card = (demo / "lola" / "README.md").read_text()
@@ -78,11 +73,10 @@ def test_weights_in_fewer_bits_on_request(demo: Path, tmp_path: Path) -> None:
 
 
 def test_the_paper_s_choice_on_request(tmp_path: Path) -> None:
-    config = build_demo_model(
-        tmp_path / "lola", config_overrides={"sparse_cache_size": 128, "importance": False}
-    )
-    assert config.lola.sparse_cache_size == 128 and not config.lola.importance
-    assert read_shapes(tmp_path / "lola") == expected_tensors(config, 3)
+    config = build_demo_model(tmp_path / "lola", calibrated=False)
+    assert (config.lola.sparse_cache_size, config.lola.sparse_dtype) == (128, "model")
+    assert read_facts(tmp_path / "lola") == config.facts == TensorFacts(64, 3)
+    assert read_shapes(tmp_path / "lola") == expected_tensors(config)
 
 
 def test_what_ships_is_small() -> None:

@@ -21,20 +21,20 @@ CASES = [
     (7, 2, 2, 2, dict(window_size=64, sparse_cache_size=16, sink_size=4)),
     (3, 2, 1, 1, dict(window_size=2, sparse_cache_size=2, sink_size=9)),
     (26, 4, 2, 2, dict(window_size=4, sparse_cache_size=6, mixing="lolcats", sink_size=1)),
-    (40, 4, 2, 4, dict(window_size=8, sparse_cache_size=7, update_interval=3, importance=True)),
+    (40, 4, 2, 4, dict(window_size=8, sparse_cache_size=7, update_interval=3, weighted=True)),
     (
         41,
         6,
         2,
         6,
-        dict(window_size=4, sparse_cache_size=3, sparse_sharing="kv_head", importance=True),
+        dict(window_size=4, sparse_cache_size=3, sparse_sharing="kv_head", weighted=True),
     ),
     (
         40,
         4,
         2,
         4,
-        dict(window_size=6, sparse_cache_size=5, sink_size=2, importance=True, sparse_dtype="int8"),
+        dict(window_size=6, sparse_cache_size=5, sink_size=2, weighted=True, sparse_dtype="int8"),
     ),
 ]
 
@@ -55,18 +55,19 @@ def problem(T: int, Hq: int, Hkv: int, Hs: int, B: int = 2) -> tuple[torch.Tenso
     )
 
 
-def importance_of(config: LolaConfig, Hkv: int) -> torch.Tensor | None:
-    if not config.importance:
-        return None
+def split(keys: dict, Hkv: int) -> tuple[LolaConfig, torch.Tensor | None]:
+    """The parameters of a case, and importance weights where it is weighted."""
+    keys = dict(keys)
+    weighted = keys.pop("weighted", False)
     generator = torch.Generator().manual_seed(Hkv)
-    return torch.randn(Hkv, importance_size(D), generator=generator, dtype=torch.float64)
+    weights = torch.randn(Hkv, importance_size(D), generator=generator, dtype=torch.float64)
+    return LolaConfig(**keys), weights if weighted else None
 
 
 @pytest.mark.parametrize(("T", "Hq", "Hkv", "Hs", "keys"), CASES)
 def test_equals_the_reference(T: int, Hq: int, Hkv: int, Hs: int, keys: dict) -> None:
-    config = LolaConfig(**keys)
+    config, importance = split(keys, Hkv)
     q, k, v, *weights = problem(T, Hq, Hkv, Hs)
-    importance = importance_of(config, Hkv)
     out = lola_attention_parallel(q, k, v, *weights, config, importance=importance)
     for row in range(2):
         expected, _ = lola_attention(q[row], k[row], v[row], *weights, config, importance)
@@ -77,12 +78,12 @@ def test_equals_the_reference(T: int, Hq: int, Hkv: int, Hs: int, keys: dict) ->
 def test_plan_leaves_the_state_of_the_reference(
     T: int, Hq: int, Hkv: int, Hs: int, keys: dict
 ) -> None:
-    config = LolaConfig(**keys)
+    config, importance = split(keys, Hkv)
     q, k, v, fq, fk, factors = problem(T, Hq, Hkv, Hs)
     keys_s = k.transpose(1, 2).repeat_interleave(Hs // Hkv, dim=1)
     v_s = v.transpose(1, 2).repeat_interleave(Hs // Hkv, dim=1)
     Hg = config.num_sparse_heads(Hs, Hkv)
-    importance, w = importance_of(config, Hkv), None
+    w = None
     if config.sparse_dtype == "int8":
         keys_s, v_s = rounded(keys_s), rounded(v_s)
     if importance is not None:

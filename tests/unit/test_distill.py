@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lola_vllm import cli
 from lola_vllm.checkpoint.calibration import importance_tensors, save_calibration
 from lola_vllm.checkpoint.files import CheckpointError
-from lola_vllm.config import LolaConfig, LolaConfigError, importance_size
+from lola_vllm.config import LolaConfig, LolaConfigError, TensorFacts, importance_size
 from lola_vllm.distill.options import DistillOptions
 from lola_vllm.distill.plot import plot_losses
 from lola_vllm.distill.run import distill
@@ -134,7 +134,7 @@ def test_it_learns(trained: Path, base: Path, text: Path) -> None:
 
 def test_the_checkpoint_holds_what_was_trained(trained: Path, base: Path) -> None:
     config = json.loads((trained / "config.json").read_text())
-    expected = {**LOLA, "mixing": "lola", "feature_dim": 6, "num_state_heads": 2}
+    expected = {**LOLA, "mixing": "lola"}
     assert {key: config["lola_config"][key] for key in expected} == expected
     tensors, plain = load_file(trained / "model.safetensors"), load_file(base / "model.safetensors")
     work = trained.with_name("lola.training")
@@ -201,7 +201,7 @@ def test_ctrl_c_and_going_on_by_the_command(
     from lola_vllm.distill import transfer
 
     options = "--rows 2 --row-length 32 --lora-rows 0 --retrieval-fraction 0 --dtype float32 "
-    options += "--window-size 8 --sparse-cache-size 4"
+    options += '--lola-config {"window_size":8,"sparse_cache_size":4}'
     argv = ["distill", "--base", str(base), "--data", str(text), "--out", str(tmp_path / "lola")]
     argv += options.split()
     train_layer = transfer._train_layer
@@ -251,7 +251,7 @@ def test_going_on_with_the_sizes_and_the_importance_of_a_calibration(
     config = distill(base, [str(text)], out, GO_ON, start=work, calibration=calibration)
     lola = LolaConfig(**config.lola_config)
     assert lola.sparse_cache_size == tuple(map(tuple, SIZES))
-    assert lola.importance
+    assert config.facts == TensorFacts(6, 2, importance=True)
     importance = load_file(calibration)
     written = load_file(out / "model.safetensors")
     assert all(torch.equal(written[name], weights) for name, weights in importance.items())
@@ -309,7 +309,7 @@ def test_answers_and_so_many_other_tokens_are_compared() -> None:
 def test_the_least_row_that_folds(lola: dict[str, int], least: int) -> None:
     """By the layout's own count of folded pairs, as the row's last query sees it."""
     config = LolaConfig(**lola)
-    layout = StateLayout.from_config(config, 1, 1, 6, torch.float32)
+    layout = StateLayout.from_config(config, 1, 1, 6, 6, torch.float32)
     C = config.update_interval
     seen = torch.arange(least + 1) // C * C  # tokens at the last update before a position
     folded = layout.num_folded(seen)

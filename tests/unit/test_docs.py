@@ -98,8 +98,8 @@ def test_every_parameter_is_documented_with_its_default():
     assert [key.strip("`") for key in table] == list(fields)
     for key, (default, _) in table.items():
         name = key.strip("`")
-        if name in ("update_interval", "num_state_heads"):  # theirs follow from other things
-            assert default in ("`window_size`", "as the tensors say")
+        if name == "update_interval":  # it follows from another
+            assert default == "`window_size`"
         else:
             assert default.strip('`"') == str(fields[name].default), key
 

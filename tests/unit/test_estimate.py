@@ -42,8 +42,8 @@ def chosen(result: Estimate) -> Row:
 
 def test_llama_8b_by_hand(tmp_path: Path) -> None:
     """eta 64, lam 512, F 64: K and V rows of 128 x 2 bytes, H of 128 x 128 x 4 bytes a head."""
-    lola = {"sparse_cache_size": 512, "feature_dim": 64}
-    result = estimate(write(tmp_path), lola, state_heads="query")
+    lola = {"sparse_cache_size": 512, "context_shift": 0}
+    result = estimate(write(tmp_path), lola, state_heads="query", feature_dim=64)
     window = 32 * 8 * 128 * 2 * 256 / MIB  # 64 pairs stay, and up to 64 more arrive
     assert window == 16
     by_hand = {
@@ -94,9 +94,9 @@ def test_bytes_are_those_of_the_layout(
         "sparse_cache_size": 9,
         "update_interval": interval,
         "sink_size": sink,
-        "feature_dim": 5,
+        "context_shift": 0,
     }
-    result = estimate(write(tmp_path), lola, dtype=dtype, tensor_parallel_size=ranks)
+    result = estimate(write(tmp_path), lola, feature_dim=5, dtype=dtype, tensor_parallel_size=ranks)
     kv, torch_dtype = max(1, 8 // ranks), getattr(torch, dtype)
     layouts = [(32, "none"), (32, "kv_head"), (8, "none")]
     if ranks > 8:  # the heads that share a set would be parted
@@ -104,7 +104,7 @@ def test_bytes_are_those_of_the_layout(
     for row, (heads, sharing) in zip(result.rows, layouts, strict=True):
         config = LolaConfig(**lola, sparse_sharing=sharing)
         Hs = max(1, heads // ranks)
-        layout = StateLayout.from_config(config, kv, Hs, 128, torch_dtype)
+        layout = StateLayout.from_config(config, kv, Hs, 128, 5, torch_dtype)
         assert row.layout == layout
         assert row.bytes_per_sequence == 32 * layout.page_bytes == sum(row.parts.values())
         row_bytes = 32 * kv * 128 * 2 * torch_dtype.itemsize
@@ -166,12 +166,10 @@ def test_a_size_per_layer_moves_bytes_between_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lola", "state_heads", "name"),
     [
-        ({}, None, "Hs = 32, per query head"),
+        ({}, None, "Hs = 8, per KV head"),
         ({}, "kv", "Hs = 8, per KV head"),
-        ({"num_state_heads": 8}, None, "Hs = 8, per KV head"),
-        ({"num_state_heads": 8}, "query", "Hs = 32, per query head"),
-        ({"num_state_heads": 16}, None, "Hs = 16"),
-        ({"sparse_sharing": "kv_head"}, None, "Hs = 32, per query head, shared sparse sets"),
+        ({}, "query", "Hs = 32, per query head"),
+        ({"sparse_sharing": "kv_head"}, "query", "Hs = 32, per query head, shared sparse sets"),
         ({"sparse_sharing": "kv_head"}, "kv", "Hs = 8, per KV head"),
     ],
 )
@@ -181,7 +179,7 @@ def test_the_layout_of_the_config_is_marked(
     path = write(tmp_path, model_type="lola_llama", lola_config=lola)
     result = estimate(path, state_heads=state_heads)  # type: ignore[arg-type]
     assert chosen(result).name == name
-    assert len(result.rows) == (4 if name == "Hs = 16" else 3)
+    assert len(result.rows) == 3
     assert f"{name} (this config)" in format_table(result)
 
 
@@ -192,9 +190,17 @@ def test_without_groups_there_is_one_layout(tmp_path: Path) -> None:
 
 def test_state_heads_come_from_the_tensors_of_a_lola_model(tmp_path: Path) -> None:
     write(tmp_path, model_type="lola_llama", lola_config={})
-    maps = {"model.layers.0.self_attn.feature_map_k": torch.zeros(8, 128, 64)}
+    maps = {"model.layers.0.self_attn.feature_map_k": torch.zeros(16, 128, 64)}
     save_file(maps, tmp_path / "model.safetensors")
-    assert chosen(estimate(tmp_path)).layout.num_state_heads == 8
+    for path in (tmp_path, tmp_path / "config.json"):
+        result = estimate(path)
+        assert chosen(result).name == "Hs = 16" and len(result.rows) == 4
+        layout = chosen(result).layout
+        assert (layout.num_state_heads, layout.feature_dim) == (16, 64)
+        assert not layout.has_score_weights
+    maps |= {"model.layers.0.self_attn.importance": torch.zeros(8, 193)}
+    save_file(maps, tmp_path / "model.safetensors")
+    assert chosen(estimate(tmp_path)).layout.has_score_weights
 
 
 def test_the_weights_of_a_plain_llama_are_not_looked_at(tmp_path: Path) -> None:
@@ -207,14 +213,15 @@ def test_the_weights_of_a_plain_llama_are_not_looked_at(tmp_path: Path) -> None:
 def test_a_base_is_shown_as_init_would_make_it(tmp_path: Path) -> None:
     result = estimate(write(tmp_path))
     assert chosen(result).name == "Hs = 8, per KV head"
-    assert result.lola.feature_dim == 128  # the head size
-    # window 16, cache 64/4, H 8 x 256 x 128 x 4, s 8 x 256 x 4, positions 8 x 128 x 4, 32 layers
-    by_hand = 16 + 16 + 32 + 0.25 + 0.125
+    assert result.config.facts.feature_dim == 128  # the head size
+    # window 16, cache 64/4, H 8 x 256 x 128 x 4, s 8 x 256 x 4, positions 8 x 128 x 4, and as many
+    # score weights, 32 layers
+    by_hand = 16 + 16 + 32 + 0.25 + 0.125 + 0.125
     assert chosen(result).bytes_per_sequence / MIB == by_hand
     table = format_table(result)
     assert "C Hs = 8, per KV head (as init makes it)" in table
     assert "--state-heads query --feature-dim 64" in table
-    lolcats = format_table(estimate(tmp_path, {"feature_dim": 64}, state_heads="query"))
+    lolcats = format_table(estimate(tmp_path, state_heads="query", feature_dim=64))
     assert "A Hs = 32, per query head (these options)" in lolcats
 
 
@@ -262,7 +269,7 @@ def test_options_replace_the_keys_of_the_config(tmp_path: Path) -> None:
         ({"head_dim": 1.5}, "head_dim = 1.5"),
         ({"hidden_act": 7}, "config.json: hidden_act = 7: must be of type str$"),
         ({"lola_config": {"window_siz": 3}}, "window_siz.*'window_size'"),
-        ({"lola_config": {"num_state_heads": 3}}, "num_state_heads = 3"),
+        ({"lola_config": {"num_state_heads": 3}}, "num_state_heads: no longer a key"),
         ({"lola_config": 3}, "lola_config = 3"),
     ],
 )
@@ -290,6 +297,7 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         ({"memory_gib": 0.0}, "memory_gib = 0"),
         ({"memory_gib": float("nan")}, "memory_gib = nan"),
         ({"context": 0}, "context = 0: must be at least 1 token"),
+        ({"feature_dim": 0}, "feature_dim = 0: must be at least 1"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size = 0"),
         ({"tensor_parallel_size": 3}, "tensor_parallel_size = 3.*use a divisor of 8"),
         ({"tensor_parallel_size": 64}, "tensor_parallel_size = 64"),
@@ -308,15 +316,16 @@ def test_state_heads_that_ranks_cannot_share(tmp_path: Path) -> None:
     shared = {"sparse_sharing": "kv_head"}
     with pytest.raises(LolaConfigError, match=r"'kv_head': .*4 tensor-parallel ranks"):
         estimate(path, shared, state_heads="query", tensor_parallel_size=4)
-    with pytest.raises(CheckpointError, match="12 query, 2 KV and 6 state heads"):
-        estimate(path, {"num_state_heads": 6}, tensor_parallel_size=4)
+    with pytest.raises(CheckpointError, match="12 query, 2 KV and 12 state heads"):
+        estimate(path, state_heads="query", tensor_parallel_size=8)
 
 
 # ---- the command
 
 
 def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["estimate", str(write(tmp_path)), "--sparse-cache-size", "512", "--memory-gib", "24"]
+    lola = '{"sparse_cache_size": 512, "context_shift": 0}'
+    argv = ["estimate", str(write(tmp_path)), "--lola-config", lola, "--memory-gib", "24"]
     argv += ["--feature-dim", "64"]
     assert cli.main(argv) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -334,10 +343,10 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path)
-    options = "--json --window-size 32 --sink-size 4 --tensor-parallel-size 4 --dtype float16"
-    assert cli.main(["estimate", str(path), *options.split(), "--state-heads", "kv"]) == 0
-    found = json.loads(capsys.readouterr().out)
     lola = {"window_size": 32, "sink_size": 4}
+    options = "--json --tensor-parallel-size 4 --dtype float16 --state-heads kv --lola-config"
+    assert cli.main(["estimate", str(path), *options.split(), json.dumps(lola)]) == 0
+    found = json.loads(capsys.readouterr().out)
     result = estimate(
         path, lola, state_heads="kv", tensor_parallel_size=4, dtype="float16", memory_gib=None
     )

@@ -30,7 +30,7 @@ LLAMA = {
 LOLA = {
     **LLAMA,
     "model_type": "lola_llama",
-    "lola_config": {"window_size": 16, "feature_dim": 16, "num_state_heads": 2},
+    "lola_config": {"window_size": 16},
 }
 
 

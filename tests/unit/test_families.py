@@ -32,7 +32,7 @@ def test_the_schema_is_the_stock_model_and_its_maps(
     config = init_checkpoint(tmp_path / "base", tmp_path / "lola", {})
     assert (config.qkv_bias, config.qk_norm) == (family == "qwen2", family == "qwen3")
     written = load_file(tmp_path / "lola" / "model.safetensors")
-    assert {name: tuple(t.shape) for name, t in written.items()} == expected_tensors(config, 2)
+    assert {name: tuple(t.shape) for name, t in written.items()} == expected_tensors(config)
     assert ("lm_head.weight" in written) != tied
     for name, tensor in written.items():
         if name in stock:
@@ -70,7 +70,7 @@ def test_convert_merges_into_every_family(tmp_path: Path, family: str) -> None:
         save(tmp_path / "lora.pt", adapters),
     )
     written = load_file(tmp_path / "lola" / "model.safetensors")
-    assert {name: tuple(t.shape) for name, t in written.items()} == expected_tensors(config, 2)
+    assert {name: tuple(t.shape) for name, t in written.items()} == expected_tensors(config)
     for name, tensor in stock.items():
         linear = name.split(".")[-2]
         if linear in rows and name.endswith("weight"):
@@ -186,7 +186,7 @@ def test_biases_and_norms_that_the_config_denies_are_named(tmp_path: Path) -> No
     found = read_shapes(tmp_path / "lola")
     config.qk_norm, config.qkv_bias = False, True
     with pytest.raises(CheckpointError) as error:
-        check_tensors(expected_tensors(config, 2), found)
+        check_tensors(expected_tensors(config), found)
     assert "self_attn.q_norm.weight; set qk_norm to true" in str(error.value)
     assert "self_attn.v_proj.bias [32]; set qkv_bias to false" in str(error.value)
 

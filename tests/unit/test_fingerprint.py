@@ -25,7 +25,7 @@ from lola_vllm.sessions.fingerprint import (
 )
 from lola_vllm.state import LayerLayout
 
-LOLA = {"window_size": 32, "sparse_cache_size": 16, "feature_dim": 8, "update_interval": 8}
+LOLA = {"window_size": 32, "sparse_cache_size": 16, "update_interval": 8}
 ENDLESS = {**LOLA, "context_shift": 256}
 MODEL = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -57,7 +57,7 @@ def of(
     config = LolaLlamaConfig(**{**MODEL, **(fields or {})}, lola_config=lola or LOLA)
     layout = LayerLayout.from_config(
         config.lola, config.num_key_value_heads, config.num_attention_heads,
-        getattr(config, "head_dim", None) or 8, dtype,
+        getattr(config, "head_dim", None) or 8, 8, dtype,
     )  # fmt: skip
     pages = list(layout.pages) * config.num_hidden_layers
     return model_fingerprint(config, str(model), pages, **options)
@@ -76,14 +76,12 @@ def rope(**fields: object) -> dict[str, object]:
         ("config", {"fields": rope(rope_type="linear", factor=2.0)}),
         ("config", {"lola": ENDLESS}),
         ("config", {"lola": {**ENDLESS, "context_shift": 128}}),
-        ("config", {"lola": {**ENDLESS, "bucket_start": 128}}),
-        ("config", {"lola": {**ENDLESS, "score_decay": 2.0}}),
         ("config", {"fields": {"rms_norm_eps": 1e-3}}),
         ("config", {"fields": {"hidden_act": "gelu"}}),
         ("config", {"fields": {"tie_word_embeddings": True}}),
         ("config", {"fields": {"qk_norm": True}}),
         ("config", {"fields": {"qkv_bias": True}}),
-        ("config", {"lola": {**LOLA, "importance": True}}),
+        ("config", {"lola": {**LOLA, "mixing": "lolcats"}}),
         ("dtype", {"dtype": torch.bfloat16}),
         ("quantization", {"quantization": "fp8"}),
         ("layout", {"lola": {**LOLA, "window_size": 40}}),

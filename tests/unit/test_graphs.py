@@ -136,7 +136,7 @@ def test_a_new_prompt_of_one_token_takes_its_own_state_in_a_graph():
 @pytest.mark.parametrize("mode", [CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY])
 def test_decodes_that_are_due_are_shifted_before_a_graph_replays(mode):
     """Once, and no other page: not before, not at other counts, not that of padding."""
-    config = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4, feature_dim=8)
+    config = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4)
     problem = make_problem(80, config, schedule=ShiftSchedule(64, 16))
     state = problem.state(num_pages=8)
     for state_index, count in ((5, 64), (3, 65), (4, 63), (6, 80)):

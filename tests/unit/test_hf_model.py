@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 from lola_vllm.checkpoint.init import init_checkpoint
-from lola_vllm.config import LolaConfigError, LolaLlamaConfig
+from lola_vllm.config import LolaConfigError, LolaLlamaConfig, TensorFacts
 from lola_vllm.hf import LolaCache, LolaLlamaForCausalLM, LolaModelError
 from lola_vllm.sessions import StateFileError
 from tests.support.families import FAMILIES, make_base
@@ -82,8 +81,8 @@ def pages(cache: LolaCache) -> list[torch.Tensor]:
         {"sparse_cache_size": 0, "sink_size": 0},
         {"sparse_sharing": "kv_head"},
         {"sparse_cache_size": [60, 4]},
-        {"importance": True, "update_interval": 5},
-        {"sparse_dtype": "int8", "importance": True},
+        {"weighted": True, "update_interval": 5},
+        {"sparse_dtype": "int8", "weighted": True},
     ],
     ids=[
         "chunked",
@@ -98,7 +97,9 @@ def pages(cache: LolaCache) -> list[torch.Tensor]:
 )
 @pytest.mark.parametrize("state_heads", [2, 4])
 def test_logits_are_the_references(tmp_path: Path, lola: dict[str, Any], state_heads: int) -> None:
-    directory = make_tiny(tmp_path, {**LOLA, **lola}, state_heads=state_heads)
+    lola = dict(lola)
+    weighted = lola.pop("weighted", False)
+    directory = make_tiny(tmp_path, {**LOLA, **lola}, state_heads=state_heads, importance=weighted)
     model, ids = load(directory), torch.tensor(random_prompts([131], seed=4))
     truth = Oracle(directory).logprobs(ids[0].tolist())
     whole = model(ids)
@@ -370,7 +371,7 @@ def test_a_bfloat16_model_keeps_its_gates(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_bfloat16_model_keeps_its_importance(tmp_path: Path) -> None:
-    directory = make_tiny(tmp_path / "tiny", {**LOLA, "importance": True})
+    directory = make_tiny(tmp_path / "tiny", LOLA, importance=True)
     name = "model.layers.1.self_attn.importance"
     stored = load_file(directory / "model.safetensors")[name]
     model = load(directory, torch.bfloat16)
@@ -387,20 +388,20 @@ def test_a_bfloat16_model_keeps_its_importance(tmp_path: Path) -> None:
 
 def test_an_unfitted_importance_weighs_all_pairs_the_same(tmp_path: Path) -> None:
     plain = load(make_tiny(tmp_path, LOLA))
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["lola_config"]["importance"] = True
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    weighted = load(tmp_path)
+    config = LolaLlamaConfig.from_pretrained(tmp_path)
+    config.facts = TensorFacts(8, 2, importance=True)
+    weighted = AutoModelForCausalLM.from_pretrained(
+        tmp_path, config=config, dtype=torch.float64
+    ).eval()
     ids = torch.tensor(random_prompts([90]))
     assert not weighted.model.layers[0].self_attn.importance.any()
     torch.testing.assert_close(weighted(ids).logits, plain(ids).logits, **CLOSE)
 
 
-def test_state_heads_come_from_the_tensors_where_the_config_is_silent(tmp_path: Path) -> None:
-    directory = make_tiny(tmp_path, {**LOLA, "num_state_heads": None}, state_heads=2)
-    model = load(directory)
+def test_state_heads_come_from_the_tensors(tmp_path: Path) -> None:
+    model = load(make_tiny(tmp_path, LOLA, state_heads=2))
     assert model.model.layers[0].self_attn.feature_map_k.shape == (2, 16, 8)
-    assert model.config.lola.num_state_heads == 2
+    assert model.config.facts == TensorFacts(8, 2)
 
 
 def test_untrained_maps_are_lolcats_starting_point(tmp_path: Path) -> None:
@@ -538,7 +539,7 @@ def test_importing_it_needs_no_vllm() -> None:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lola = {**LOLA, "context_shift": 16, "fold_rotation": 2, "bucket_start": 16}
+    lola = {**LOLA, "context_shift": 16}
     return make_tiny(tmp_path_factory.mktemp("endless"), lola, max_position_embeddings=64)
 
 

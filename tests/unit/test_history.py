@@ -20,19 +20,19 @@ CONFIGS = {
     "interval-is-window": {},
     "paper": {"update_interval": 1},
     "sinks": {"update_interval": 3, "sink_size": 2},
-    "importance": {"importance": True},
+    "importance": {},
     "no-cache": {"sparse_cache_size": 0},
 }
 
 
-@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("schedule", [None, ShiftSchedule(32, 8)], ids=["plain", "shifting"])
 @pytest.mark.parametrize("stops", [256, 10])
-def test_residencies_are_the_references_choices(fields, schedule, stops, monkeypatch):
+def test_residencies_are_the_references_choices(kind, schedule, stops, monkeypatch):
     monkeypatch.setattr(history, "MAX_STOPS", stops)
     n = 75
-    config = LolaConfig(**{"window_size": 8, "sparse_cache_size": 12, "feature_dim": 6, **fields})
-    problem = with_a_trend(n, config, schedule=schedule)
+    config = LolaConfig(**{"window_size": 8, "sparse_cache_size": 12, **CONFIGS[kind]})
+    problem = with_a_trend(n, config, F=6, importance=kind == "importance", schedule=schedule)
     state = problem.state()
     untouched = state.pages.clone()
     found = residencies(portable, state, Pairs(problem.k, problem.v))

@@ -12,7 +12,7 @@ from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.state import NEVER, TABLE_FIELDS
 from tests.support.problem import make_problem
 
-CONFIG = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4, feature_dim=6)
+CONFIG = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4)
 
 
 def parts(dtype=torch.bfloat16, **heads):
@@ -67,7 +67,7 @@ def test_a_weight_that_does_not_fit_is_named(name, change, words):
     ],
 )
 def test_an_importance_that_does_not_fit_is_named(change, words):
-    problem = make_problem(1, CONFIG.model_copy(update={"importance": True}), dtype=torch.bfloat16)
+    problem = make_problem(1, CONFIG, importance=True, dtype=torch.bfloat16)
     weights, layout, pages = problem.weights(), problem.layout(), problem.state().pages
     assert LayerState.bind(weights, layout, pages).weights.importance is weights.importance
     with pytest.raises(ValueError, match=f"^importance: .*{words}"):

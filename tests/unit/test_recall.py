@@ -20,14 +20,15 @@ CONFIGS = {
     "paper": {"update_interval": 1},
     "short-interval": {"update_interval": 3, "sink_size": 2},
     "no-cache": {"sparse_cache_size": 0},
-    "importance": {"importance": True, "update_interval": 3},
-    "int8": {"sparse_dtype": "int8", "importance": True, "update_interval": 3},
+    "importance": {"update_interval": 3},
+    "int8": {"sparse_dtype": "int8", "update_interval": 3},
 }
+WEIGHTED = ("importance", "int8")
 
 
-def problem_of(T, fields, **heads):
-    config = LolaConfig(**{"window_size": 8, "sparse_cache_size": 12, "feature_dim": 6, **fields})
-    return make_problem(T, config, **heads)
+def problem_of(T, fields, **options):
+    config = LolaConfig(**{"window_size": 8, "sparse_cache_size": 12, **fields})
+    return make_problem(T, config, F=6, **options)
 
 
 def page_after(problem, n):
@@ -43,11 +44,11 @@ def first(problem, n):
     return type(problem)(**fields)
 
 
-@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("n", [1, 8, 9, 20, 21, 40, 77])
 @pytest.mark.parametrize("Hs", [2, 6])
-def test_remembered_is_the_references_cache_with_its_errors(fields, n, Hs):
-    problem = problem_of(n, fields, Hs=Hs)
+def test_remembered_is_the_references_cache_with_its_errors(kind, n, Hs):
+    problem = problem_of(n, CONFIGS[kind], Hs=Hs, importance=kind in WEIGHTED)
     page, layout = page_after(problem, n)
     positions, errors, score_weights = remembered(page, layout, problem.weights(), n)
     _, state = problem.reference()
@@ -64,14 +65,14 @@ def test_remembered_is_the_references_cache_with_its_errors(fields, n, Hs):
             torch.testing.assert_close(score_weights[head], w, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("Hs", [2, 6])
 def test_recalled_is_the_references_error_of_every_token_that_left_the_window(
-    fields, Hs, monkeypatch
+    kind, Hs, monkeypatch
 ):
     monkeypatch.setattr(recall, "MAX_SCORED", 7)
     n = 77
-    problem = problem_of(n, fields, Hs=Hs)
+    problem = problem_of(n, CONFIGS[kind], Hs=Hs, importance=kind in WEIGHTED)
     page, layout = page_after(problem, n)
     errors = recalled(page, layout, problem.weights(), n, Pairs(problem.k, problem.v))
     _, state = problem.reference()
@@ -113,14 +114,14 @@ def test_forecast_sees_a_context_shift_that_comes_before_the_update(n, interval)
         assert told != pytest.approx(forecast(portable, unshifted, page, n))
 
 
-@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("n", [1, 15, 31, 32, 40, 64])
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
-def test_forecast_is_what_the_next_update_does(fields, n, sharing):
-    fields = {**fields, "sparse_sharing": sharing}
+def test_forecast_is_what_the_next_update_does(kind, n, sharing):
+    fields = {**CONFIGS[kind], "sparse_sharing": sharing}
     C = fields.get("update_interval", 8)
     due = (n // C + 1) * C
-    problem = problem_of(due, fields, Hs=6)
+    problem = problem_of(due, fields, Hs=6, importance=kind in WEIGHTED)
     page, layout = page_after(problem, n)
     told = forecast(portable, problem.state(), page, n)
 

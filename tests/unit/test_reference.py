@@ -13,7 +13,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def config(**kwargs):
-    return LolaConfig(**{"window_size": 8, "sparse_cache_size": 5, "feature_dim": 8, **kwargs})
+    return LolaConfig(**{"window_size": 8, "sparse_cache_size": 5, **kwargs})
 
 
 @pytest.mark.parametrize("mixing", ["lola", "lolcats"])

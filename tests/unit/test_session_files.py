@@ -352,15 +352,15 @@ def test_a_container_of_other_tensors_is_damaged_at_the_header(path):
     assert set(whole) == {"tokens", "state"}
 
 
-@pytest.mark.parametrize("fields", [{}, {"importance": True}, {"sparse_dtype": "int8"}])
+@pytest.mark.parametrize("fields", [{}, {"context_shift": 16}, {"sparse_dtype": "int8"}])
 @pytest.mark.parametrize("interval", [1, 8])
 @pytest.mark.parametrize("n", [1, 3, 20, 45, 90])
 def test_a_cleaned_row_has_what_is_valid_and_nothing_else(n, interval, fields):
     config = LolaConfig(
-        window_size=16, sparse_cache_size=24, sink_size=2, feature_dim=8,
+        window_size=16, sparse_cache_size=24, sink_size=2,
         update_interval=interval, **fields,
     )  # fmt: skip
-    layout = StateLayout.from_config(config, 2, 2, 16, torch.float32)
+    layout = StateLayout.from_config(config, 2, 2, 16, 8, torch.float32)
     sequence = SequenceLayout((LayerLayout((layout,)),) * 2)
     row = torch.randint(1, 256, (sequence.row_bytes + 64,), dtype=torch.uint8)
     clean = sequence.cleaned(row, n)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
+from lola_vllm.config import LolaConfig, LolaLlamaConfig
 from lola_vllm.ops import portable
 from lola_vllm.ops.key_rotation import KeyRotation
-from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.ops.shift_schedule import SCORE_DECAY, SCORE_DECAY_SHIFTS, ShiftSchedule
 from tests.support.problem import STATE_INDEX, decode, feed, make_problem
 
 
@@ -46,9 +46,7 @@ def test_new_tokens_have_rope_positions_below_the_trained_length(P, D):
 @pytest.mark.parametrize("window", [6, 40])  # 40: longer than what is trained
 def test_exact_keys_are_rope_of_their_rope_positions(P, D, start, sink, window):
     """After every number of tokens; and no key comes after the newest."""
-    config = LolaConfig(
-        window_size=window, sparse_cache_size=9, update_interval=4, feature_dim=8, sink_size=sink
-    )
+    config = LolaConfig(window_size=window, sparse_cache_size=9, update_interval=4, sink_size=sink)
     schedule = ShiftSchedule(P, D, bucket_start=start)
     problem = make_problem(3 * P, config, schedule=schedule)
     raw = problem.k.clone()
@@ -83,12 +81,21 @@ def test_exact_keys_are_rope_of_their_rope_positions(P, D, start, sink, window):
             )
 
 
+@pytest.mark.parametrize(("D", "further", "start"), [(1, 8, 6), (2, 4, 6), (4, 2, 6), (8, 1, 0)])
+def test_the_schedule_of_a_model_follows_from_its_length(D, further, start):
+    """Lemma 5 asks for room before the RoPE positions of new tokens, and m < P / D."""
+    config = LolaLlamaConfig(max_position_embeddings=16, lola_config={"context_shift": D})
+    schedule = ShiftSchedule.of(config)
+    assert schedule == ShiftSchedule(16, D, SCORE_DECAY, SCORE_DECAY_SHIFTS, further, start)
+    assert schedule.bucket_start <= 16 - 2 * D and schedule.fold_rotation < 16 // D
+    config.lola_config = {"context_shift": 0}
+    assert ShiftSchedule.of(config) is None
+
+
 def test_the_mass_of_the_hidden_state_stays_below_that_of_the_trained_length():
     """Lemma 6: C divides D, and C does not."""
     for interval, bound in ((4, 1.0), (5, 1 + 5 / 8)):
-        config = LolaConfig(
-            window_size=4, sparse_cache_size=0, update_interval=interval, feature_dim=8
-        )
+        config = LolaConfig(window_size=4, sparse_cache_size=0, update_interval=interval)
         problem = make_problem(400, config, schedule=ShiftSchedule(32, 8))
         state = problem.state()
         feed(portable, problem, state)

@@ -23,18 +23,18 @@ from lola_vllm.state import (
 HEADER = Path(__file__).parents[2] / "csrc" / "layout.h"
 
 
-def layout(lam=5, sink=3, interval=4, kv_dtype=torch.bfloat16, **fields):
+def layout(lam=5, sink=3, interval=4, kv_dtype=torch.bfloat16, importance=False, **fields):
     config = LolaConfig(
         window_size=10, sparse_cache_size=lam, update_interval=interval, sink_size=sink,
-        feature_dim=6, **fields,
+        **fields,
     )  # fmt: skip
-    return StateLayout.from_config(config, 2, 6, 16, kv_dtype)
+    return StateLayout.from_config(config, 2, 6, 16, 6, kv_dtype, importance)
 
 
 @pytest.mark.parametrize("lam", [0, 1, 5])
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
-@pytest.mark.parametrize("fields", [{}, {"importance": True}, {"sparse_dtype": "int8"}])
+@pytest.mark.parametrize("fields", [{}, {"context_shift": 4}, {"sparse_dtype": "int8"}])
 def test_parts_do_not_overlap_and_are_aligned(lam, kv_dtype, sharing, fields):
     page = layout(lam, kv_dtype=kv_dtype, sparse_sharing=sharing, **fields)
     pool = torch.zeros(3, page.page_bytes + 128, dtype=torch.uint8)
@@ -105,7 +105,7 @@ def test_bytes_of_the_8b_layouts():
 
     def mib(state_heads, sharing):
         config = LolaConfig(sparse_cache_size=512, sparse_sharing=sharing)
-        page = StateLayout.from_config(config, 8, state_heads, 128, torch.bfloat16)
+        page = StateLayout.from_config(config, 8, state_heads, 128, 64, torch.bfloat16)
         positions = page.part_bytes["positions"]
         return 32 * (sum(page.part_bytes.values()) - positions) / 2**20
 

@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 BEGIN = "<!-- made by python -m tools.site.config_table -->\n"
 END = "<!-- end -->\n"
 # Defaults that follow from something else.
-FOLLOWS = {"update_interval": "`window_size`", "num_state_heads": "as the tensors say"}
+FOLLOWS = {"update_interval": "`window_size`"}
 
 
 def table() -> str:

@@ -261,7 +261,7 @@ def distance() -> str:
 def depths() -> str:
     """Needles at random depths, in prompts that end at two stages of a span."""
     interval = next(row for row in settings("endless-depths"))["lola_config"]["context_shift"]
-    names = {SHIPPED: SHIPPED, "bucket_start 0": "`bucket_start` 0"}
+    names = {SHIPPED: SHIPPED, "bucket_start 0": "bucket of old keys at 0"}
     found = [cells("endless-depths", name) for name in names]
     lines = [["prompt", "tokens after the last context shift", *names.values()]]
     for key in sorted(found[0]):

@@ -24,6 +24,7 @@ def make_tiny(
     kv_heads: int = 2,
     head_dim: int = 16,
     layers: int = 2,
+    importance: bool = False,
     max_position_embeddings: int = 4096,
     seed: int = 0,
 ) -> Path:
@@ -50,12 +51,12 @@ def make_tiny(
         tensors[f"{attn}.feature_map_q"] = torch.randn(heads, head_dim, 8) * 0.4
         tensors[f"{attn}.feature_map_k"] = torch.randn(state_heads, head_dim, 8) * 0.4
         tensors[f"{attn}.window_factors"] = torch.randn(heads)
-        if lola_config.get("importance"):
+        if importance:
             tensors[f"{attn}.importance"] = torch.randn(kv_heads, importance_size(head_dim)) * 0.3
     out.mkdir(parents=True, exist_ok=True)
     fields = config.to_dict() | {
         "model_type": "lola_llama",
-        "lola_config": {"feature_dim": 8, "num_state_heads": state_heads, **lola_config},
+        "lola_config": lola_config,
     }
     (out / "config.json").write_text(json.dumps(fields, indent=1))
     save_file(tensors, out / "model.safetensors")

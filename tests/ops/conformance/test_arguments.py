@@ -63,7 +63,7 @@ def unknown_dtype(state):
 @pytest.fixture
 def good(backend):
     """Arguments of a decode that pass, by name."""
-    config = LolaConfig(window_size=10, sparse_cache_size=6, update_interval=4, feature_dim=8)
+    config = LolaConfig(window_size=10, sparse_cache_size=6, update_interval=4)
     problem = make_problem(2, config, dtype=torch.float32).to(backend.device)
     state_indices = torch.tensor([1, 2], device=backend.device)
     q, k, v = problem.tokens(0, 2)
@@ -141,7 +141,7 @@ def test_a_count_of_a_prompt(backend, good, name):
 
 @only("cuda-emulated", "cuda")
 def test_a_head_that_is_too_large(backend):
-    config = LolaConfig(window_size=10, sparse_cache_size=6, feature_dim=8)
+    config = LolaConfig(window_size=10, sparse_cache_size=6)
     problem = make_problem(1, config, d=640, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"^q: head size 640"):
         backend.run(problem, decode_from=0)

@@ -21,7 +21,7 @@ RANDOM = list(range(8))
 @pytest.mark.prompts
 @pytest.mark.parametrize("cuts, decode_from", SPLITS, ids=lambda x: str(x))
 def test_any_split_gives_the_same_state(backend, cuts, decode_from):
-    config = LolaConfig(window_size=ETA, sparse_cache_size=8, update_interval=7, feature_dim=8)
+    config = LolaConfig(window_size=ETA, sparse_cache_size=8, update_interval=7)
     problem = make_problem(60, config, group=1, dtype=backend.dtype)
     backend.check(problem, cuts, decode_from=decode_from)
 
@@ -30,7 +30,7 @@ def test_any_split_gives_the_same_state(backend, cuts, decode_from):
 @pytest.mark.parametrize("seed", RANDOM)
 @fewer("interpreted", seed=[])
 def test_any_random_split_gives_the_same_state(backend, seed):
-    config = LolaConfig(window_size=ETA, sparse_cache_size=8, update_interval=7, feature_dim=8)
+    config = LolaConfig(window_size=ETA, sparse_cache_size=8, update_interval=7)
     problem = make_problem(90, config, dtype=backend.dtype)
     rng = random.Random(seed)
     cuts = rng.sample(range(1, 90), rng.randrange(0, 20))
@@ -40,7 +40,7 @@ def test_any_random_split_gives_the_same_state(backend, seed):
 @only("torch")
 def test_a_long_window_is_cut_into_bounded_chunks(backend, monkeypatch):
     monkeypatch.setattr(portable, "MAX_CHUNK", 16)
-    config = LolaConfig(window_size=50, sparse_cache_size=8, feature_dim=8)
+    config = LolaConfig(window_size=50, sparse_cache_size=8)
     backend.check(make_problem(160, config))
 
 
@@ -51,9 +51,7 @@ def test_rows_are_independent_and_padding_touches_nothing(backend, wide, parts):
     """q, k and v are slices of one projection and state_indices a column of a table, as vLLM has
     them."""
     backend, device = backend.cut_in(parts), backend.device
-    config = LolaConfig(
-        window_size=ETA, sparse_cache_size=5, update_interval=7, feature_dim=8, sink_size=2
-    )
+    config = LolaConfig(window_size=ETA, sparse_cache_size=5, update_interval=7, sink_size=2)
     counts = [1, 14, 9, 10, 23, 57]  # row 1 is padding, and at an update point
     live = (0, 2, 3, 4, 5)
     rows = [make_problem(T + 3, config, dtype=backend.dtype, seed=T) for T in counts]
@@ -103,9 +101,7 @@ def test_rows_are_independent_and_padding_touches_nothing(backend, wide, parts):
 def test_ragged_rows_go_on_with_pages_in_use(backend, lam, sink, Hs):
     """Beside padding that claims tokens of a page of NaN."""
     device = backend.device
-    config = LolaConfig(
-        window_size=ETA, sparse_cache_size=lam, update_interval=7, feature_dim=8, sink_size=sink
-    )
+    config = LolaConfig(window_size=ETA, sparse_cache_size=lam, update_interval=7, sink_size=sink)
     # Tokens in the page, new ones, state_index.
     batch = [(13, 20, 3), (25, 9, 0), (0, 16, 1), (8, 30, -1), (41, 1, 4), (1, 30, 6), (7, 0, 5)]
     rows = [
@@ -143,8 +139,8 @@ def test_ragged_rows_go_on_with_pages_in_use(backend, lam, sink, Hs):
 @pytest.mark.prompts
 def test_hundreds_of_rows(backend):
     """More than one look at the token counts takes in Triton; few are due at once."""
-    config = LolaConfig(window_size=2, sparse_cache_size=1, update_interval=3, feature_dim=2)
-    problem = make_problem(9, config, group=1, Hkv=1, d=4, dtype=backend.dtype)
+    config = LolaConfig(window_size=2, sparse_cache_size=1, update_interval=3)
+    problem = make_problem(9, config, group=1, Hkv=1, d=4, F=2, dtype=backend.dtype)
     counts = torch.where(torch.arange(300) % 100 == 99, 9, 4)
     tokens = torch.cat([torch.arange(c) for c in counts.tolist()])
     starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
@@ -167,7 +163,7 @@ def test_hundreds_of_rows(backend):
 @fewer("interpreted", offset=[1])
 def test_inputs_may_be_strided_and_unaligned(backend, offset):
     """q, k and v of vLLM are slices of one projection."""
-    config = LolaConfig(window_size=ETA, sparse_cache_size=6, update_interval=4, feature_dim=8)
+    config = LolaConfig(window_size=ETA, sparse_cache_size=6, update_interval=4)
     problem = make_problem(24, config, d=64, dtype=torch.bfloat16)
     expected, _ = backend.run(problem, decode_from=18)
     fused = torch.cat([x.flatten(1) for x in problem.tokens(0, 24)], 1)

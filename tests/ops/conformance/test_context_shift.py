@@ -21,7 +21,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 def config_of(lam=5, interval=4, sink=3, window=6, **others):
     return LolaConfig(
-        window_size=window, sparse_cache_size=lam, update_interval=interval, feature_dim=8,
+        window_size=window, sparse_cache_size=lam, update_interval=interval,
         sink_size=sink, **others,
     )  # fmt: skip
 
@@ -58,9 +58,11 @@ def test_decodes_across_context_shifts(backend, interval, lam, further):
 )  # 20: a pair of before a context shift has hardly a chance
 @fewer("interpreted", interval=[4], importance=[False], decay=[20.0])
 def test_scores_decay(backend, interval, importance, decay):
-    config = config_of(5, interval, importance=importance, context_shift=8, score_decay=decay)
+    config = config_of(5, interval, context_shift=8)
     schedule = replace(SCHEDULE, score_decay=decay)
-    problem = make_problem(T, config, dtype=backend.dtype, schedule=schedule, seed=3)
+    problem = make_problem(
+        T, config, importance=importance, dtype=backend.dtype, schedule=schedule, seed=3
+    )
     truth = problem.reference()
     steady = replace(problem, rotation=replace(problem.rotation, schedule=SCHEDULE)).reference()
     assert truth[1].sparse_positions != steady[1].sparse_positions  # so a choice depends on it
@@ -73,9 +75,11 @@ def test_scores_decay(backend, interval, importance, decay):
 @pytest.mark.parametrize("importance", [False, True])
 @fewer("interpreted", interval=[4], importance=[True])
 def test_scores_decay_at_a_pairs_first_context_shifts_only(backend, interval, importance):
-    config = config_of(5, interval, importance=importance, context_shift=8, score_decay=2.0)
+    config = config_of(5, interval, context_shift=8)
     schedule = replace(SCHEDULE, score_decay=2.0, score_decay_shifts=1)
-    problem = make_problem(T, config, dtype=backend.dtype, schedule=schedule, seed=5)
+    problem = make_problem(
+        T, config, importance=importance, dtype=backend.dtype, schedule=schedule, seed=5
+    )
     truth = problem.reference()
     for other in (None, 4):  # at all, of which there are 4 here
         more = replace(schedule, score_decay_shifts=other)
@@ -92,9 +96,11 @@ def test_scores_decay_at_a_pairs_first_context_shifts_only(backend, interval, im
 @pytest.mark.parametrize("importance", [False, True])
 @fewer("interpreted", interval=[1, 4], lam=[5], further=[3], importance=[True])
 def test_keys_are_rotated_further_for_folds(backend, interval, lam, further, importance):
-    config = config_of(lam, interval, importance=importance)
+    config = config_of(lam, interval)
     schedule = replace(SCHEDULE, fold_rotation=further)
-    problem = make_problem(T, config, dtype=backend.dtype, schedule=schedule, seed=lam)
+    problem = make_problem(
+        T, config, importance=importance, dtype=backend.dtype, schedule=schedule, seed=lam
+    )
     truth = problem.reference()
     exact = replace(problem, rotation=replace(problem.rotation, schedule=SCHEDULE)).reference()
     assert not torch.allclose(truth[1].H, exact[1].H, rtol=0.05)  # so it matters

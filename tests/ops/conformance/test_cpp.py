@@ -14,7 +14,7 @@ ETA = 10
 @only("cpp")
 def test_threads_change_no_bit(backend):
     """However prompts are shared out: fewer streams than threads, as many, more."""
-    config = LolaConfig(window_size=16, sparse_cache_size=24, feature_dim=8, sink_size=2)
+    config = LolaConfig(window_size=16, sparse_cache_size=24, sink_size=2)
     problem = make_problem(230, config, group=3, d=32, dtype=torch.bfloat16)
     state_indices = torch.tensor([3, 1, 2], dtype=torch.int32)
     starts, none = torch.tensor([0, 101, 102, 230]), torch.zeros(3, dtype=torch.int64)
@@ -36,9 +36,9 @@ def test_threads_change_no_bit(backend):
 @pytest.mark.parametrize("d", [20, 64])
 def test_a_decoded_row_does_not_depend_on_batch_or_threads(backend, dtype, d):
     """Bit by bit: threads take turns, and the rows of a turn share their feature maps."""
-    config = LolaConfig(window_size=ETA, sparse_cache_size=21, update_interval=5, feature_dim=24)
+    config = LolaConfig(window_size=ETA, sparse_cache_size=21, update_interval=5)
     rows, T = 41, 60
-    problem = make_problem(T, config, dtype=dtype, d=d, group=3)
+    problem = make_problem(T, config, dtype=dtype, d=d, F=24, group=3)
     q, k, v = (torch.randn(rows, *x.shape[1:]).to(dtype) for x in problem.tokens(0, T))
     lengths = torch.tensor([T + 1 - row % 7 * 9 for row in range(rows)])
     state_indices, answers = torch.arange(1, rows + 1, dtype=torch.int32), []
@@ -61,7 +61,7 @@ def test_a_decoded_row_does_not_depend_on_batch_or_threads(backend, dtype, d):
 @only("cpp")
 def test_page_offsets_are_64_bit(backend):
     """A page that begins 2^31 elements behind the first gives what it gives beside it."""
-    config = LolaConfig(window_size=ETA, sparse_cache_size=5, feature_dim=8)
+    config = LolaConfig(window_size=ETA, sparse_cache_size=5)
     problem = make_problem(61, config, dtype=torch.float32)
     near = problem.state(num_pages=2)
     out = feed(backend, problem, near, [17], state_index=1)

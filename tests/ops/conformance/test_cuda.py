@@ -19,7 +19,7 @@ CUDA = ("cuda-emulated", "cuda")
 @pytest.mark.parametrize("parts", [1, 64])
 def test_a_state_index_beyond_the_pool_touches_nothing(backend, parts):
     backend = backend.cut_in(parts)
-    config = LolaConfig(window_size=200, sparse_cache_size=5, update_interval=1, feature_dim=8)
+    config = LolaConfig(window_size=200, sparse_cache_size=5, update_interval=1)
     problem = make_problem(2, config, d=64, dtype=torch.float32).to(backend.device)
     state, out = problem.state(num_pages=3), torch.zeros_like(problem.q)
     state_indices, lengths = (torch.tensor(x, device=backend.device) for x in ([3, 2**33], [1, 1]))
@@ -32,15 +32,15 @@ def test_a_state_index_beyond_the_pool_touches_nothing(backend, parts):
 @pytest.mark.parametrize("parts", [1, 64])
 def test_more_candidates_than_shared_memory_holds(backend, parts):
     """The lists of an update that long lie in memory, one per row and set."""
-    config = LolaConfig(window_size=5, sparse_cache_size=20, update_interval=1700, feature_dim=4)
-    problem = make_problem(1701, config, group=2, d=4, dtype=torch.float32)
+    config = LolaConfig(window_size=5, sparse_cache_size=20, update_interval=1700)
+    problem = make_problem(1701, config, group=2, d=4, F=4, dtype=torch.float32)
     backend.cut_in(parts).check(problem, decode_from=1698)
 
 
 @only("cuda", "triton")
 def test_a_captured_graph_replays_updates_without_waiting(backend):
     """One graph serves steps that update and steps that do not, and no launch synchronizes."""
-    config = LolaConfig(window_size=ETA, sparse_cache_size=6, update_interval=4, feature_dim=8)
+    config = LolaConfig(window_size=ETA, sparse_cache_size=6, update_interval=4)
     problem = make_problem(60, config, d=64, dtype=torch.bfloat16).to(backend.device)
     expected_state = problem.state()
     expected = [decode(backend, problem, expected_state, t) for t in range(60)]

@@ -1,6 +1,7 @@
 """Choices by weighted scores: a pair's importance is stored with it and multiplies its error."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -26,8 +27,11 @@ ETA = 10
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
+weighted_problem = partial(make_problem, importance=True)
+
+
 def config_of(**fields):
-    defaults = {"window_size": ETA, "sparse_cache_size": 6, "feature_dim": 8, "importance": True}
+    defaults = {"window_size": ETA, "sparse_cache_size": 6}
     return LolaConfig(**defaults | fields)
 
 
@@ -39,7 +43,7 @@ def config_of(**fields):
 def test_equals_the_reference(backend, T, lam, interval):
     """First evictions, a cache that is not full and one that is, and none."""
     config = config_of(sparse_cache_size=lam, update_interval=interval)
-    problem = make_problem(T, config, dtype=backend.dtype, seed=T + lam, group=1)
+    problem = weighted_problem(T, config, dtype=backend.dtype, seed=T + lam, group=1)
     truth = problem.reference()
     for decode_from in (T, T // 2) if backend.pace == "interpreted" else (T, T // 2, 0):
         backend.check(problem, decode_from=decode_from, truth=truth)
@@ -51,7 +55,7 @@ def test_equals_the_reference(backend, T, lam, interval):
 @fewer("interpreted", d=[5], Hs=[6], sharing=["kv_head"])
 def test_heads_and_head_sizes(backend, d, Hs, sharing, interval):
     config = config_of(update_interval=interval, sparse_sharing=sharing, sink_size=3)
-    problem = make_problem(57, config, Hs=Hs, d=d, dtype=backend.dtype, seed=d)
+    problem = weighted_problem(57, config, Hs=Hs, d=d, dtype=backend.dtype, seed=d)
     decode_from = 50 if backend.prefills else 3
     backend.check(problem, [2, 5, 6, 25], decode_from=decode_from, extra_stride=192)
 
@@ -62,7 +66,7 @@ def test_heads_and_head_sizes(backend, d, Hs, sharing, interval):
 def test_dtypes(backend, dtype, interval):
     """Keys and values are rounded to the dtype; the importance is of float32."""
     config = config_of(window_size=8, update_interval=interval)
-    problem = make_problem(50, config, d=32, dtype=dtype, scale=0.5, seed=3)
+    problem = weighted_problem(50, config, d=32, dtype=dtype, scale=0.5, seed=3)
     _, state = backend.check(problem, decode_from=40)
     assert state.views.score_weights.dtype == torch.promote_types(dtype, torch.float32)
 
@@ -71,14 +75,14 @@ def test_dtypes(backend, dtype, interval):
 @fewer("interpreted", bias=[1e4])
 def test_equal_importances_change_no_choice(backend, bias):
     """Also beyond the largest, where all are clamped to e^20 or e^-20."""
-    problem = make_problem(60, config_of(update_interval=4), dtype=backend.dtype)
+    problem = weighted_problem(60, config_of(update_interval=4), dtype=backend.dtype)
     problem.importance[:] = 0
     problem.importance[:, -1] = bias
     _, state = backend.check(problem, decode_from=50 if backend.prefills else 0)
     found = state.views.score_weights[STATE_INDEX].double()
     expected = torch.tensor(max(-20.0, min(20.0, bias))).double().exp()
     torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-5, atol=0)
-    plain = replace(problem, importance=None, config=config_of(update_interval=4, importance=False))
+    plain = replace(problem, importance=None)
     assert state.views.positions[STATE_INDEX].sort(-1).values.tolist() == (
         plain.reference()[1].sparse_positions
     )
@@ -101,7 +105,7 @@ def test_rows_are_independent_however_their_prompts_are_cut(backend, interval):
     device = backend.device
     config = config_of(sparse_cache_size=5, update_interval=interval, sink_size=2)
     counts, state_indices = [14, 23, 57, 9], [3, 1, 5, 0]
-    rows = [make_problem(T + 2, config, dtype=backend.dtype, seed=T) for T in counts]
+    rows = [weighted_problem(T + 2, config, dtype=backend.dtype, seed=T) for T in counts]
     rows = [row.of_layer(rows[0]) for row in rows]
     there = [row.to(device) for row in rows]
     state = there[0].state(num_pages=7)
@@ -154,10 +158,10 @@ def test_bounds_make_the_choices_of_all_scores(backend, dtype, d, F, lam, sharin
     """At an interval of 1, long enough for most scores to be bounded."""
     T = {"full": 400 if backend.on_gpu else 2000, "emulated": 400, "interpreted": 100}[backend.pace]
     config = config_of(
-        window_size=8, sparse_cache_size=lam, update_interval=1, feature_dim=F,
+        window_size=8, sparse_cache_size=lam, update_interval=1,
         sparse_sharing=sharing,
     )  # fmt: skip
-    problem = per_token_problem(backend, T, config, dtype, d)
+    problem = per_token_problem(backend, T, config, dtype, d, F=F, importance=True)
     problem.importance *= 0.3  # so that errors and importance both decide
     assert_bounds_choose_as_scores(backend, problem)
 
@@ -167,7 +171,7 @@ def test_bounds_make_the_choices_of_all_scores(backend, dtype, d, F, lam, sharin
 @pytest.mark.parametrize("d", [32, 20])
 def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
     """C++ prefill carries bounds from update to update; its steps compute all errors."""
-    config = config_of(window_size=16, sparse_cache_size=96, feature_dim=16)
-    problem = with_a_trend(2000, config, dtype=dtype, d=d, group=1)
+    config = config_of(window_size=16, sparse_cache_size=96)
+    problem = with_a_trend(2000, config, dtype=dtype, d=d, F=16, group=1, importance=True)
     problem.importance *= 0.3
     assert_a_prompt_chooses_as_single_steps(backend, problem)

@@ -23,7 +23,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def config_of(**fields):
-    defaults = {"window_size": 10, "sparse_cache_size": 6, "feature_dim": 8, "sparse_dtype": "int8"}
+    defaults = {"window_size": 10, "sparse_cache_size": 6, "sparse_dtype": "int8"}
     return LolaConfig(**defaults | fields)
 
 
@@ -47,11 +47,11 @@ def test_equals_the_reference(backend, T, lam, interval):
 @fewer("interpreted", d=[5], Hs=[6], sharing=["kv_head"])
 @fewer("emulated", d=[5, 64], Hs=[6])
 def test_heads_head_sizes_sinks_and_importance(backend, d, Hs, sharing, interval):
-    config = config_of(
-        update_interval=interval, sparse_sharing=sharing, sink_size=3, importance=True
-    )
+    config = config_of(update_interval=interval, sparse_sharing=sharing, sink_size=3)
     T = 31 if backend.pace == "interpreted" else 57
-    problem = make_problem(T, config, Hs=Hs, d=d, dtype=backend.dtype, seed=d, scale=(8 / d) ** 0.5)
+    problem = make_problem(
+        T, config, Hs=Hs, d=d, importance=True, dtype=backend.dtype, seed=d, scale=(8 / d) ** 0.5
+    )
     decode_from = T - 4 if backend.prefills else 3
     backend.check(problem, [2, 5, 6, 25], decode_from=decode_from, extra_stride=192)
 
@@ -152,10 +152,10 @@ def test_bounds_make_the_choices_of_all_scores(backend, dtype, d, lam, sharing):
     """At an interval of 1, long enough for most scores to be bounded."""
     T = {"full": 400 if backend.on_gpu else 1500, "emulated": 400, "interpreted": 100}[backend.pace]
     config = config_of(
-        window_size=8, sparse_cache_size=lam, update_interval=1, feature_dim=16,
+        window_size=8, sparse_cache_size=lam, update_interval=1,
         sparse_sharing=sharing,
     )  # fmt: skip
-    problem = per_token_problem(backend, T, config, dtype, d)
+    problem = per_token_problem(backend, T, config, dtype, d, F=16)
     assert_bounds_choose_as_scores(backend, problem)
 
 
@@ -164,6 +164,6 @@ def test_bounds_make_the_choices_of_all_scores(backend, dtype, d, lam, sharing):
 @pytest.mark.parametrize("d", [32, 20])
 def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
     """C++ prefill carries features and bounds of rounded pairs from update to update."""
-    config = config_of(window_size=16, sparse_cache_size=96, feature_dim=16)
-    problem = with_a_trend(1500, config, dtype=dtype, d=d, group=1)
+    config = config_of(window_size=16, sparse_cache_size=96)
+    problem = with_a_trend(1500, config, dtype=dtype, d=d, F=16, group=1)
     assert_a_prompt_chooses_as_single_steps(backend, problem)

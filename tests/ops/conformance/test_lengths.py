@@ -17,9 +17,7 @@ LENGTHS = [1, ETA - 1, ETA, ETA + 1, 2 * ETA + 3, 61]
 @functools.cache
 def solved(T, lam, interval, group, dtype):
     """A problem, the reference's answers and state, and the sparse positions of portable's page."""
-    config = LolaConfig(
-        window_size=ETA, sparse_cache_size=lam, update_interval=interval, feature_dim=8
-    )
+    config = LolaConfig(window_size=ETA, sparse_cache_size=lam, update_interval=interval)
     problem = make_problem(T, config, dtype=dtype, seed=T + lam, group=group)
     _, state = run(portable, problem)
     return problem, problem.reference(), state.views.positions[STATE_INDEX]
@@ -46,7 +44,7 @@ def test_equals_the_reference(backend, T, lam, interval, fed, dtype):
 
 @pytest.mark.parametrize("lam", [0, 100])
 def test_a_window_or_cache_that_holds_everything_is_full_attention(backend, lam):
-    config = LolaConfig(window_size=5 if lam else 50, sparse_cache_size=lam, feature_dim=8)
+    config = LolaConfig(window_size=5 if lam else 50, sparse_cache_size=lam)
     problem = make_problem(40, config, dtype=backend.dtype, d=64)
     out, _ = backend.run(problem, [33], decode_from=37 if backend.prefills else 0)
     torch.testing.assert_close(out.double(), full_attention(problem), **backend.close)

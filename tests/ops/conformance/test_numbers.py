@@ -16,9 +16,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 @pytest.mark.parametrize("parts", [1, 2, 4])
 @fewer("interpreted", parts=[1, 2])
 def test_extreme_logits_stay_finite(backend, mixing, parts):
-    config = LolaConfig(
-        window_size=ETA, sparse_cache_size=5, update_interval=3, feature_dim=8, mixing=mixing
-    )
+    config = LolaConfig(window_size=ETA, sparse_cache_size=5, update_interval=3, mixing=mixing)
     problem = make_problem(40, config, dtype=torch.float32, scale=6.0)
     logits = torch.einsum("qhd,khd->hqk", problem.q[:, ::3], problem.k) / 4
     assert logits.abs().max() > 100
@@ -29,7 +27,7 @@ def test_extreme_logits_stay_finite(backend, mixing, parts):
 
 @pytest.mark.parametrize("fed", ["prompt", "tokens"])
 def test_the_floor_of_features_is_kept_to_the_last_bits(backend, fed):
-    config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=3, feature_dim=8)
+    config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=3)
     problem = make_problem(9, config, dtype=torch.float32, scale=40.0)
     _, state = backend.run(problem, decode_from=9 if fed == "prompt" else 0)
     expected = problem.reference()[1].s
@@ -52,7 +50,7 @@ def test_ties_keep_the_older_pair(backend, interval, T, longer, kept, sharing, f
     """Equal values, as equal tokens have them in layer 0, have exactly equal errors against an
     empty state. Where sets are shared, errors are relative and tie whatever the values."""
     config = LolaConfig(
-        window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8,
+        window_size=4, sparse_cache_size=3, update_interval=interval,
         sparse_sharing=sharing,
     )  # fmt: skip
     problem = make_problem(T, config, dtype=backend.dtype, Hs=6)
@@ -71,7 +69,7 @@ def test_ties_keep_the_older_pair(backend, interval, T, longer, kept, sharing, f
 @fewer("interpreted", fed=["prompt"])
 def test_a_nan_costs_no_neighbour_its_entry(backend, sign, fed):
     """As many stay as there are state_indices."""
-    config = LolaConfig(window_size=ETA, sparse_cache_size=4, update_interval=5, feature_dim=8)
+    config = LolaConfig(window_size=ETA, sparse_cache_size=4, update_interval=5)
     problem = make_problem(40, config, dtype=backend.dtype)
     problem.v[3, 0] = torch.tensor(torch.nan).copysign(torch.tensor(sign))
     _, state = backend.run(problem, decode_from=40 if fed == "prompt" else 0)
@@ -83,7 +81,7 @@ def test_a_nan_costs_no_neighbour_its_entry(backend, sign, fed):
 @pytest.mark.parametrize("interval", [1, 8])
 @fewer("interpreted", interval=[8])
 def test_nan_scores_never_fill_more_than_the_cache(backend, interval):
-    config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=interval, feature_dim=8)
+    config = LolaConfig(window_size=4, sparse_cache_size=3, update_interval=interval)
     problem = make_problem(25, config, dtype=backend.dtype)
     problem.v[2:20] = torch.nan
     _, state = backend.run(problem, decode_from=12 if backend.prefills else 0)

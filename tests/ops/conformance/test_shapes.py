@@ -30,7 +30,7 @@ COVERING = [
 def test_head_layouts_mixings_and_sinks(backend, heads):
     group, per_query_head, sharing, mixing, sink = heads
     config = LolaConfig(
-        window_size=ETA, sparse_cache_size=6, update_interval=4, feature_dim=8,
+        window_size=ETA, sparse_cache_size=6, update_interval=4,
         sparse_sharing=sharing, mixing=mixing, sink_size=sink,
     )  # fmt: skip
     Hs = 2 * group if per_query_head else 2
@@ -44,7 +44,7 @@ def test_head_layouts_mixings_and_sinks(backend, heads):
 def test_a_shared_set_of_several_states(backend, Hs):
     """CUDA: heads that a block takes at once ask different hidden states."""
     config = LolaConfig(
-        window_size=ETA, sparse_cache_size=6, update_interval=4, feature_dim=8,
+        window_size=ETA, sparse_cache_size=6, update_interval=4,
         sparse_sharing="kv_head",
     )  # fmt: skip
     for group in (6, 12):
@@ -60,10 +60,8 @@ def test_a_shared_set_of_several_states(backend, Hs):
 def test_odd_sizes(backend, d, F, lam, window, interval):
     """No powers of two, full tiles, an interval longer than the window."""
     T = window + 2 * max(interval, lam) + 5
-    config = LolaConfig(
-        window_size=window, sparse_cache_size=lam, update_interval=interval, feature_dim=F
-    )
-    problem = make_problem(T, config, d=d, group=2, Hkv=1, dtype=backend.dtype, seed=d)
+    config = LolaConfig(window_size=window, sparse_cache_size=lam, update_interval=interval)
+    problem = make_problem(T, config, d=d, F=F, group=2, Hkv=1, dtype=backend.dtype, seed=d)
     backend.check(problem, decode_from=T - 3)
 
 
@@ -72,15 +70,15 @@ def test_odd_sizes(backend, d, F, lam, window, interval):
 @pytest.mark.parametrize("group", [1, 3, 9])  # CUDA: one head, some, more than a block takes
 @fewer("interpreted", d=[])
 def test_head_sizes_and_dtypes(backend, d, group, dtype):
-    config = LolaConfig(window_size=40, sparse_cache_size=6, update_interval=4, feature_dim=33)
-    problem = make_problem(56, config, Hkv=1, group=group, d=d, dtype=dtype, scale=0.5)
+    config = LolaConfig(window_size=40, sparse_cache_size=6, update_interval=4)
+    problem = make_problem(56, config, Hkv=1, group=group, d=d, F=33, dtype=dtype, scale=0.5)
     backend.check(problem, decode_from=51)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits(backend, dtype):
     """In the interpreter products cut float32 off to bfloat16, where a GPU rounds."""
-    config = LolaConfig(window_size=8, sparse_cache_size=4, feature_dim=8)
+    config = LolaConfig(window_size=8, sparse_cache_size=4)
     problem = make_problem(50, config, dtype=dtype, seed=1)
     backend.check(problem, decode_from=30)
 
@@ -90,7 +88,7 @@ def test_16_bits(backend, dtype):
 @pytest.mark.parametrize("group", [1, 3, 5])
 def test_bfloat16_prompts(backend, d, group):
     """With avx512_bf16, heads of whole vectors are multiplied as bfloat16."""
-    config = LolaConfig(window_size=37, sparse_cache_size=53, feature_dim=8, sink_size=3)
+    config = LolaConfig(window_size=37, sparse_cache_size=53, sink_size=3)
     problem = make_problem(260, config, group=group, d=d, dtype=torch.bfloat16, scale=2.0)
     for cuts in ([], [1, 38, 39, 150]):
         backend.check(problem, cuts)
@@ -102,8 +100,8 @@ def test_bfloat16_prompts_are_rounded_once(backend):
 
     Softmax weights of 8 bits would make one in seven another.
     """
-    config = LolaConfig(window_size=64, sparse_cache_size=64, feature_dim=16)
-    problem = make_problem(300, config, group=3, d=64, dtype=torch.bfloat16)
+    config = LolaConfig(window_size=64, sparse_cache_size=64)
+    problem = make_problem(300, config, group=3, d=64, F=16, dtype=torch.bfloat16)
     out, _ = backend.run(problem)
     expected, _ = problem.reference()
     assert (out != expected.to(torch.bfloat16)).float().mean() < 0.03
@@ -114,9 +112,7 @@ def test_bfloat16_prompts_are_rounded_once(backend):
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5])
 def test_bfloat16_decode(backend, d, group):
     """With avx512_bf16, logits of heads of whole vectors are products of bfloat16."""
-    config = LolaConfig(
-        window_size=13, sparse_cache_size=11, update_interval=5, feature_dim=8, sink_size=3
-    )
+    config = LolaConfig(window_size=13, sparse_cache_size=11, update_interval=5, sink_size=3)
     problem = make_problem(70, config, group=group, d=d, dtype=torch.bfloat16, scale=2.0)
     backend.check(problem, decode_from=9)
 
@@ -128,16 +124,16 @@ def test_bfloat16_decode(backend, d, group):
 def test_feature_sizes_and_parts(backend, F, parts, mixing):
     """Keys and rows of H are split among processors, and the parts merged."""
     config = LolaConfig(
-        window_size=150, sparse_cache_size=70, update_interval=50, feature_dim=F, sink_size=3,
+        window_size=150, sparse_cache_size=70, update_interval=50, sink_size=3,
         mixing=mixing,
     )  # fmt: skip
-    problem = make_problem(301, config, Hkv=1, group=2, d=64, dtype=backend.dtype, scale=0.5)
+    problem = make_problem(301, config, Hkv=1, group=2, d=64, F=F, dtype=backend.dtype, scale=0.5)
     backend.cut_in(parts).check(problem, decode_from=298)
 
 
 @pytest.mark.parametrize("parts", [1, 4, 64])
 @fewer("interpreted", parts=[])
 def test_an_almost_empty_page_is_split(backend, parts):
-    config = LolaConfig(window_size=300, sparse_cache_size=70, update_interval=5, feature_dim=16)
-    problem = make_problem(3, config, d=64, dtype=torch.bfloat16)
+    config = LolaConfig(window_size=300, sparse_cache_size=70, update_interval=5)
+    problem = make_problem(3, config, d=64, F=16, dtype=torch.bfloat16)
     backend.cut_in(parts).check(problem, decode_from=0)

@@ -14,7 +14,7 @@ ETA = 10
 
 
 def config_of(**fields):
-    return LolaConfig(**{"window_size": ETA, "feature_dim": 8, **fields})
+    return LolaConfig(**{"window_size": ETA, **fields})
 
 
 @only("triton-interpreted")

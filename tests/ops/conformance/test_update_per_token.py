@@ -47,10 +47,10 @@ CASES = [  # T, dtype, head_dim, F, lam, sharing
 @pytest.mark.parametrize("T, dtype, d, F, lam, sharing", CASES)
 def test_the_same_choices_for_thousands_of_tokens(backend, T, dtype, d, F, lam, sharing):
     config = LolaConfig(
-        window_size=8, sparse_cache_size=lam, update_interval=1, feature_dim=F,
+        window_size=8, sparse_cache_size=lam, update_interval=1,
         sparse_sharing=sharing,
     )  # fmt: skip
-    problem = per_token_problem(backend, T, config, dtype, d)
+    problem = per_token_problem(backend, T, config, dtype, d, F=F)
     assert_bounds_choose_as_scores(backend, problem)
 
 
@@ -59,16 +59,16 @@ def test_the_same_choices_for_thousands_of_tokens(backend, T, dtype, d, F, lam, 
 @pytest.mark.parametrize("d", [32, 20])
 def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
     """C++ prefill bounds scores at every interval; its steps compute them all."""
-    config = LolaConfig(window_size=16, sparse_cache_size=96, feature_dim=16)
-    problem = with_a_trend(2000, config, dtype=dtype, d=d, group=1)
+    config = LolaConfig(window_size=16, sparse_cache_size=96)
+    problem = with_a_trend(2000, config, dtype=dtype, d=d, F=16, group=1)
     assert_a_prompt_chooses_as_single_steps(backend, problem)
 
 
 @only("cuda-emulated", "cuda")
 def test_more_pairs_than_shared_memory_holds(backend):
     """Scores and lists of a cache that large lie in memory; after a prefill all are computed."""
-    config = LolaConfig(window_size=5, sparse_cache_size=2800, update_interval=1, feature_dim=4)
-    problem = make_problem(2809, config, Hkv=1, group=1, d=4, dtype=torch.float32)
+    config = LolaConfig(window_size=5, sparse_cache_size=2800, update_interval=1)
+    problem = make_problem(2809, config, Hkv=1, group=1, d=4, F=4, dtype=torch.float32)
     _, state = backend.run(problem, decode_from=2807)
     assert int(state.layout.num_folded(torch.tensor(2809))) == 4
     _, direct = run(portable, problem)
