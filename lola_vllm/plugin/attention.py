@@ -128,7 +128,7 @@ class LolaAttention(nn.Module, MambaBase):
         layers = compilation.static_forward_context.values()
         first = next((layer for layer in layers if isinstance(layer, LolaAttention)), self)
         compilation.static_forward_context[self.prefix] = self
-        # The rank's first layer has the slots in vLLM's eyes, and binds the others.
+        # The rank's first layer has the blocks in vLLM's eyes, and binds the others.
         self.pool_layer = first.prefix
         first.sharing.append(self)
         if compilation.splitting_ops is not None and OP not in compilation.splitting_ops:
@@ -171,7 +171,7 @@ class LolaAttention(nn.Module, MambaBase):
             context_shift.prefill(self.ops.prefill, self.state, *rows[:3], segments, rows[3])
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Take the rank's slots and give each layer its pages.
+        """Take the rank's blocks and give each layer its pages.
 
         Args:
             kv_cache: `[num_blocks, 1, 1, row_bytes]` int8.
@@ -225,7 +225,7 @@ class LolaAttention(nn.Module, MambaBase):
         return (torch.uint8,)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
-        """A slot as vLLM's pool sees it; None for all but the rank's first layer."""
+        """A block as vLLM's pool sees it; None for all but the rank's first layer."""
         if self.pool_layer != self.prefix:
             return None
         base = super().get_kv_cache_spec(vllm_config)
