@@ -223,7 +223,8 @@ class Head(BaseModel):
     """One sparse set: positions of its tokens, ascending, and their self-recall errors.
 
     Attributes:
-        score_weights: what multiplies each error in the choice; null where nothing does.
+        score_weights: importance times decay, which multiply each error in the choice; null where
+            nothing does.
         forgotten: recall errors of the tokens between sinks and window that are not in the set, in
             order; null unless asked for.
         entered: tokens that were read when each of `positions` entered; null unless the history was

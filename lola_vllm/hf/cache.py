@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from lola_vllm.checkpoint.schema import settle_facts
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.ops import (
@@ -198,6 +199,8 @@ class LolaCache(Cache):
     layers: list[LolaCacheLayer]  # type: ignore[assignment]  # narrower than transformers'
 
     def __init__(self, config: LolaLlamaConfig) -> None:
+        if config.name_or_path:
+            settle_facts(config, config.name_or_path)  # a config that no model has seen
         layers = range(config.num_hidden_layers)
         super().__init__(layers=[LolaCacheLayer(config, index) for index in layers])
 

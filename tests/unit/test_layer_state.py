@@ -17,7 +17,7 @@ CONFIG = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4)
 
 def parts(dtype=torch.bfloat16, **heads):
     """Weights, layout and pages that fit each other."""
-    problem = make_problem(1, CONFIG, dtype=dtype, **{"Hs": 6, **heads})
+    problem = make_problem(1, CONFIG, F=6, dtype=dtype, **{"Hs": 6, **heads})
     return problem.weights(), problem.layout(), problem.state().pages
 
 
@@ -67,7 +67,7 @@ def test_a_weight_that_does_not_fit_is_named(name, change, words):
     ],
 )
 def test_an_importance_that_does_not_fit_is_named(change, words):
-    problem = make_problem(1, CONFIG, importance=True, dtype=torch.bfloat16)
+    problem = make_problem(1, CONFIG, F=6, importance=True, dtype=torch.bfloat16)
     weights, layout, pages = problem.weights(), problem.layout(), problem.state().pages
     assert LayerState.bind(weights, layout, pages).weights.importance is weights.importance
     with pytest.raises(ValueError, match=f"^importance: .*{words}"):

@@ -200,8 +200,8 @@ def test_an_importance_does_not_depend_on_the_position():
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
 def test_a_pair_of_large_importance_stays(interval, sharing):
     """However well the hidden state recalls it; in the KV head whose weights say so, alone."""
-    cfg = config(update_interval=interval, sparse_sharing=sharing, importance=True)
-    problem = make_problem(60, cfg, Hs=6)
+    cfg = config(update_interval=interval, sparse_sharing=sharing)
+    problem = make_problem(60, cfg, Hs=6, importance=True)
     problem.importance[:] = 0
     plain = problem.reference()[1].sparse_positions
     assert plain == replace(problem, importance=None).reference()[1].sparse_positions
