@@ -361,7 +361,7 @@ def test_memory_stays_within_two_shards_of_the_8b_layout(tmp_path: Path) -> None
     base.mkdir()
     LlamaConfig(**sizes).save_pretrained(base)
     model = LolaLlamaConfig(**sizes)
-    model.facts = TensorFacts(F, 32)
+    model.facts = TensorFacts(64, 32)
     shapes = expected_tensors(model)
     weight_map, shard_bytes = {}, 0
     for i in range(3):
@@ -389,8 +389,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
         result = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
         )
-        config = LolaLlamaConfig.from_pretrained(out)
-        assert read_shapes(out) == expected_tensors(config)
+        assert read_shapes(out) == shapes
     finally:
         shutil.rmtree(out, ignore_errors=True)  # 1.3 GB
     assert shard_bytes > 400e6
