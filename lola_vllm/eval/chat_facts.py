@@ -18,8 +18,8 @@ _NAME_WORDS = (
     "Yvonne Zachary"
 )
 _ROLE_WORDS = (
-    "dentist plumber tutor landlord notary gardener tailor accountant carpenter optician florist "
-    "electrician mechanic lawyer nurse veterinarian"
+    "dentist plumber tutor landlord notary gardener tailor carpenter florist mechanic lawyer nurse "
+    "veterinarian"
 )
 _TOWN_WORDS = (
     "Lisbon Oslo Vienna Prague Dublin Athens Warsaw Geneva Hamburg Seville Naples Bergen Krakow "
@@ -29,27 +29,22 @@ _PURCHASE_WORDS = (
     "raincoat bookshelf microscope lawnmower sofa printer tent sewing-machine telescope freezer "
     "skateboard typewriter wheelbarrow mattress trombone"
 )
-_FOOD_WORDS = (
-    "peanuts shrimp mushrooms strawberries celery walnuts garlic lentils oysters tomatoes rhubarb "
-    "cabbage almonds mustard"
-)
 _RELATIVE_WORDS = "aunt uncle cousin nephew niece grandmother grandfather godmother"
 _WORD_WORDS = (
     "tulip volcano saxophone penguin avocado tornado zeppelin giraffe marathon igloo pyramid "
     "waffle kangaroo submarine trampoline cactus"
 )
-_KIND_WORDS = "report summary overview forecast headline memo"
 _CODE_WORDS = (
     "retry batch queue worker upload session thumbnail invoice scanner backup timeout payload"
 )
 _LIMIT_WORDS = "LIMIT SIZE DELAY COUNT WIDTH DEPTH"
 (
-    NAMES, ROLES, TOWNS, PURCHASES, FOODS, RELATIVES, WORDS, KINDS, CODE, LIMITS,
+    NAMES, ROLES, TOWNS, PURCHASES, RELATIVES, WORDS, CODE, LIMITS,
 ) = (
     tuple(words.split())
     for words in (
-        _NAME_WORDS, _ROLE_WORDS, _TOWN_WORDS, _PURCHASE_WORDS, _FOOD_WORDS, _RELATIVE_WORDS,
-        _WORD_WORDS, _KIND_WORDS, _CODE_WORDS, _LIMIT_WORDS,
+        _NAME_WORDS, _ROLE_WORDS, _TOWN_WORDS, _PURCHASE_WORDS, _RELATIVE_WORDS,
+        _WORD_WORDS, _CODE_WORDS, _LIMIT_WORDS,
     )
 )  # fmt: skip
 
@@ -71,21 +66,21 @@ def purchase(rng: random.Random) -> Fact:
     """What something cost."""
     thing, price = rng.choice(PURCHASES), str(rng.randint(101, 999))
     return Fact(
-        f"Yesterday I bought a {thing} and paid {price} euros.",
-        f"How much did I pay for the {thing}?",
-        f"For the {thing} you paid",
+        f"For my new {thing} I paid {price} euros, by the way.",
+        f"How much did I pay for my new {thing}?",
+        f"For your new {thing} you paid",
         price,
     )
 
 
-def food(rng: random.Random) -> Fact:
-    """What somebody cannot eat."""
-    who, what = rng.choice(RELATIVES), rng.choice(FOODS)
+def floor(rng: random.Random) -> Fact:
+    """How high somebody lives."""
+    who, number = rng.choice(RELATIVES), str(rng.randint(11, 98))
     return Fact(
-        f"I must not forget that my {who} cannot eat {what}.",
-        f"What can my {who} not eat?",
-        f"Your {who} cannot eat",
-        what,
+        f"I must call my {who}, who lives on floor {number} of a tower.",
+        f"On which floor does my {who} live?",
+        f"Your {who} lives on floor",
+        number,
     )
 
 
@@ -111,58 +106,47 @@ def parcel(rng: random.Random) -> Fact:
     )
 
 
-def role(rng: random.Random) -> Fact:
-    """Who has a role."""
-    what, name = rng.choice(ROLES), rng.choice(NAMES)
+def work(rng: random.Random) -> Fact:
+    """What somebody is."""
+    name, what = rng.choice(NAMES), rng.choice(ROLES)
     return Fact(
-        f"Our new {what} is called {name}, and we met this morning.",
-        f"What is our new {what} called?",
-        f"Your new {what} is called",
-        name,
+        f"This morning I met {name}. You know, {name} works as a {what} here.",
+        f"What does {name} do for a living?",
+        f"{name} works as a",
+        what,
     )
 
 
-def spouse(rng: random.Random) -> Fact:
-    """Whom somebody married."""
-    who, name = rng.choice(RELATIVES), rng.choice(NAMES)
+def move(rng: random.Random) -> Fact:
+    """Where somebody lives."""
+    name, town = rng.choice(NAMES), rng.choice(TOWNS)
     return Fact(
-        f"Did I tell you that my {who} has married {name}?",
-        f"Whom has my {who} married?",
-        f"Your {who} has married",
-        name,
+        f"Did I tell you that {name} has moved to {town}?",
+        f"Where does {name} live now?",
+        f"{name} has moved to",
+        town,
     )
 
 
-def lender(rng: random.Random) -> Fact:
-    """Whose a thing is."""
-    thing, name = rng.choice(PURCHASES), rng.choice(NAMES)
+def loan(rng: random.Random) -> Fact:
+    """What somebody has borrowed."""
+    name, thing = rng.choice(NAMES), rng.choice(PURCHASES)
     return Fact(
-        f"The {thing} in my hall belongs to {name}, who needs it back.",
-        f"To whom does the {thing} in my hall belong?",
-        f"The {thing} in your hall belongs to",
-        name,
+        f"Last week {name} borrowed my {thing}, and I need it back.",
+        f"What did {name} borrow from me last week?",
+        f"Last week {name} borrowed your",
+        thing,
     )
 
 
-def visitor(rng: random.Random) -> Fact:
-    """Who comes from somewhere."""
-    town, name = rng.choice(TOWNS), rng.choice(NAMES)
+def birth(rng: random.Random) -> Fact:
+    """When somebody was born."""
+    name, year = rng.choice(NAMES), str(rng.randint(1931, 1999))
     return Fact(
-        f"On Friday the train from {town} brings {name}, whom I have not seen for years.",
-        f"Whom does the train from {town} bring on Friday?",
-        f"On Friday the train from {town} brings",
-        name,
-    )
-
-
-def cook(rng: random.Random) -> Fact:
-    """Who brings a dish."""
-    what, name = rng.choice(FOODS), rng.choice(NAMES)
-    return Fact(
-        f"For the party the {what} will come from {name}, and I bring the drinks.",
-        f"From whom will the {what} for the party come?",
-        f"For the party the {what} will come from",
-        name,
+        f"I have just heard that {name} was born in {year}.",
+        f"In which year was {name} born?",
+        f"{name} was born in",
+        year,
     )
 
 
@@ -177,13 +161,13 @@ def pet_name(rng: random.Random) -> Fact:
     )
 
 
-def last_word(rng: random.Random) -> Fact:
-    """With which word to end an answer."""
-    kind, word = rng.choice(KINDS), rng.choice(WORDS)
+def greeting(rng: random.Random) -> Fact:
+    """How to greet somebody."""
+    what, word = rng.choice(ROLES), rng.choice(WORDS)
     return Fact(
-        f'From now on, end every {kind} with the word "{word}".',
-        f"Please write a short {kind}.",
-        f'All is well. I end every {kind} with the word "',
+        f'From now on, greet our {what} with "{word}".',
+        f"Please write a greeting to our {what}.",
+        f'I greet our {what} with "',
         word,
     )
 
@@ -222,13 +206,13 @@ def constant(rng: random.Random) -> Fact:
     )
 
 
-def last_line(rng: random.Random) -> Fact:
-    """The last line of a function."""
+def function(rng: random.Random) -> Fact:
+    """A number in a function."""
     name, factor = f"{rng.choice(CODE)}_cost", str(rng.randint(1001, 9999))
     return Fact(
         f"I wrote this:\n```python\ndef {name}(n):\n    return {factor} * n\n```\n",
-        f"How does my function {name} end?",
-        f"Your function {name} ends with `return",
+        f"Please show me my function {name} again.",
+        f"```python\ndef {name}(n):\n    return",
         factor,
     )
 
@@ -248,13 +232,15 @@ class ChatTask(NamedTuple):
 CHAT_TASKS = {
     task.name: task
     for task in (
-        ChatTask("chat-fact", "what users tell in passing", (train, purchase, food, house, parcel)),
-        ChatTask("chat-name", "a person's name", (role, spouse, lender, visitor, cook)),
+        ChatTask(
+            "chat-fact", "what users tell about themselves", (train, purchase, floor, house, parcel)
+        ),
+        ChatTask("chat-name", "what users tell about a person", (work, move, loan, birth)),
         ChatTask(
             "chat-instruction",
             "what to say from now on",
-            (pet_name, last_word, signature, file_name),
+            (pet_name, greeting, signature, file_name),
         ),
-        ChatTask("chat-code", "a number in a block of code", (constant, last_line)),
+        ChatTask("chat-code", "a number in a block of code", (constant, function)),
     )
 }
