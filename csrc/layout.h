@@ -22,7 +22,7 @@ LOLA_HOST_DEVICE constexpr int64_t size_of(DType t) {
 // fields are byte offsets of the parts in a page; every part is contiguous.
 struct PageLayout {
   int64_t num_heads, num_kv_heads, num_state_heads, num_sparse_heads, head_dim, feature_dim;
-  int64_t window_size, sparse_cache_size, update_interval, sink_size;
+  int64_t window_size, sparse_cache_size, recent_size, update_interval, sink_size;
   int64_t subtract_max;       // 1: mixing "lolcats"
   int64_t has_score_weights;  // 1: scores are weighted, and pages keep a weight per sparse pair
   int64_t rotated_map_after;  // pages with more tokens map keys by the second maps
@@ -86,11 +86,11 @@ struct PageLayout {
 
   // Whether a page keeps bounds on recall errors (docs/algorithm.md, section 3).
   LOLA_HOST_DEVICE bool keeps_bounds() const {
-    return update_interval == 1 && sparse_cache_size > 0;
+    return update_interval == 1 && sparse_cache_size > 0 && recent_size == 0;
   }
 };
 
-constexpr int64_t kTableFields = 29;
+constexpr int64_t kTableFields = 30;
 static_assert(sizeof(PageLayout) == kTableFields * sizeof(int64_t));
 
 }  // namespace lola

@@ -62,6 +62,7 @@ class PageShape(NamedTuple):
 
     WINDOW_SIZE: int
     SPARSE_CACHE_SIZE: int
+    RECENT_SIZE: int
     UPDATE_INTERVAL: int
     SINK_SIZE: int
     NUM_KV_HEADS: int
@@ -88,6 +89,7 @@ def page_shape(layout: StateLayout, rotated_map_after: int = NEVER) -> PageShape
     return PageShape(
         WINDOW_SIZE=layout.window_size,
         SPARSE_CACHE_SIZE=layout.sparse_cache_size,
+        RECENT_SIZE=layout.recent_size,
         UPDATE_INTERVAL=layout.update_interval,
         SINK_SIZE=layout.sink_size,
         NUM_KV_HEADS=layout.num_kv_heads,

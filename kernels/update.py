@@ -312,6 +312,8 @@ def fold_kernel(
                 position = tl.where(e < LAM, held, position)
             scored = ok & (e < tl.where(overflow, E, 0))
             score = tl.load(scores_ptr + scratch * E + e, mask=scored, other=0.0)
+            if SHAPE.RECENT_SIZE > 0:
+                score = tl.where(position >= stop - SHAPE.RECENT_SIZE, float("inf"), score)
             keep = select(score, position, ok, overflow, LAM)
 
             folded, free = ok & (keep == 0), (e < LAM) & (keep == 0)
@@ -403,11 +405,6 @@ class Scratch(NamedTuple):
     fresh: Tensor
 
 
-def keeps_bounds(layout: StateLayout) -> bool:
-    """Whether few scores are computed."""
-    return layout.update_interval == 1 and layout.sparse_cache_size > 0
-
-
 class Rows(NamedTuple):
     """The rows that an update looks at.
 
@@ -448,7 +445,7 @@ def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) 
     )  # fmt: skip
     if not score or lam == 0:
         pass  # all that leaves the window enters the cache, or all is folded
-    elif keeps_bounds(layout):
+    elif layout.keeps_bounds:
         per_token_score_kernel[(sets,)](
             key_maps, importance, views.H, views.s, views.score_weights, *pairs, views.bounds,
             views.directions, state_indices, n, scratch.scores, scratch.doubtful, scratch.fresh,
@@ -477,7 +474,7 @@ def fold_constants(layout: StateLayout) -> dict[str, int]:
         "BLOCK_E": min(most, max(MIN_DOT, triton.next_power_of_2(interval))),
         "BLOCK_ALL": triton.next_power_of_2(layout.sparse_cache_size + interval),
         "BLOCK_P": BLOCK_P,
-        "KEEPS_BOUNDS": keeps_bounds(layout),
+        "KEEPS_BOUNDS": layout.keeps_bounds,
     }
 
 
@@ -490,7 +487,7 @@ def per_token_constants(layout: StateLayout) -> dict[str, int]:
 def scratch_buffers(layout: StateLayout, num_rows: int, device: torch.device) -> Scratch:
     """Scratch of updates of up to `num_rows` rows."""
     Hg, lam, C = layout.num_sparse_heads, layout.sparse_cache_size, layout.update_interval
-    rows = num_rows if keeps_bounds(layout) else 0
+    rows = num_rows if layout.keeps_bounds else 0
     known = NUM_BOUNDS.value + layout.head_dim
     return Scratch(
         torch.empty(num_rows, Hg, lam + C, dtype=torch.float32, device=device),

@@ -46,7 +46,10 @@ class LolaConfigError(ValueError):
     """A `lola_config` that cannot be used; the message names field, value and remedy."""
 
 
-def _sparse_cache_size(value: Any) -> int | tuple[int | tuple[int, ...], ...]:
+Sizes = int | tuple[int | tuple[int, ...], ...]
+
+
+def _sizes(value: Any) -> Sizes:
     """As `LolaConfig.sparse_cache_size` has it; lists become tuples."""
 
     def is_size(x: Any) -> bool:
@@ -82,6 +85,10 @@ class LolaConfig(BaseModel):
             0 keeps none, which is LoLCATs. A number is for every layer, as in the paper. A list
             has a number per layer, or in its place a list with a number per KV head, as
             `lola-vllm calibrate` finds them.
+        recent_size: of the pairs in a sparse set, the newest so many stay whatever the hidden state
+            recalls (>= 0, at most `sparse_cache_size`). They let a model go on word by word with
+            what it read last, and need no scores. They leave less room for what is older. A number
+            or a list as there; 0 is the paper.
         update_interval: C, tokens between two updates, counted from position 0 (>= 1). The page
             holds C pairs beside the window. A short one leaves memory for other pairs, and a long
             one updates less often. Default `window_size` (the authors' code); 1 is the paper's
@@ -106,9 +113,8 @@ class LolaConfig(BaseModel):
 
     window_size: int = PydanticField(default=64, ge=1)
     sink_size: int = PydanticField(default=0, ge=0)
-    sparse_cache_size: Annotated[
-        int | tuple[int | tuple[int, ...], ...], PlainValidator(_sparse_cache_size)
-    ] = 128
+    sparse_cache_size: Annotated[Sizes, PlainValidator(_sizes)] = 128
+    recent_size: Annotated[Sizes, PlainValidator(_sizes)] = 0
     update_interval: int = PydanticField(default=0, ge=1)
     sparse_dtype: Literal["model", "int8"] = "model"
     mixing: Literal["lola", "lolcats"] = "lola"
@@ -148,6 +154,20 @@ class LolaConfig(BaseModel):
         return self.sparse_cache_size
 
     @property
+    def recent_pairs(self) -> int:
+        """`recent_size` of one layer or head, or of all where they are equal.
+
+        Raises:
+            LolaConfigError: it is a list.
+        """
+        if not isinstance(self.recent_size, int):
+            raise LolaConfigError(
+                f"lola_config.recent_size = {_plain(self.recent_size)}: a number per layer or "
+                "head; use for_layer(index) and for_heads() for their parameters"
+            )
+        return self.recent_size
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """All numbers of `sparse_cache_size`: of layers, and of the heads of layers that have a
         number for each."""
@@ -160,49 +180,60 @@ class LolaConfig(BaseModel):
     def for_layer(self, index: int) -> LolaConfig:
         """The parameters of layer `index` alone.
 
-        Its `sparse_cache_size` is a number, or a tuple with one tuple, of its KV heads' numbers.
+        Its `sparse_cache_size` and `recent_size` are a number each, or each a tuple with one tuple,
+        of its KV heads' numbers.
         """
-        if isinstance(self.sparse_cache_size, int):
-            return self
-        size = self.sparse_cache_size[index]
-        if not isinstance(size, int) and len(set(size)) == 1:
-            size = size[0]  # one page serves all heads
-        return self.model_copy(
-            update={"sparse_cache_size": size if isinstance(size, int) else (size,)}
-        )
+        size, recent = (_of_layer(x, index) for x in (self.sparse_cache_size, self.recent_size))
+        sizes: Sizes = size if isinstance(size, int) else (size,)
+        recents: Sizes = recent if isinstance(recent, int) else (recent,)
+        if isinstance(size, tuple) and isinstance(recent, int):
+            recents = ((recent,) * len(size),)
+        if isinstance(recent, tuple) and isinstance(size, int):
+            sizes = ((size,) * len(recent),)
+        return self.model_copy(update={"sparse_cache_size": sizes, "recent_size": recents})
 
     def for_heads(self) -> tuple[LolaConfig, ...]:
         """Of the parameters of one layer (`for_layer`) those of its KV heads, where they differ in
-        `sparse_cache_size`; else only itself, which is for all heads."""
-        if isinstance(self.sparse_cache_size, int):
+        their sizes; else only itself, which is for all heads."""
+        if isinstance(self.sparse_cache_size, int) or isinstance(self.recent_size, int):
             return (self,)
-        (sizes,) = self.sparse_cache_size
-        assert not isinstance(sizes, int)
-        return tuple(self.model_copy(update={"sparse_cache_size": size}) for size in sizes)
+        (sizes,), (recents,) = self.sparse_cache_size, self.recent_size
+        assert isinstance(sizes, tuple) and isinstance(recents, tuple)
+        return tuple(
+            self.model_copy(update={"sparse_cache_size": size, "recent_size": recent})
+            for size, recent in zip(sizes, recents, strict=True)
+        )
 
-    def set_sizes(self, num_sparse_heads: int) -> list[int]:
-        """Of the parameters of one layer, what each of so many sparse sets holds at most."""
+    def of_sets(self, num_sparse_heads: int) -> list[LolaConfig]:
+        """Of the parameters of one layer, those of each of so many sparse sets."""
         heads = self.for_heads()
-        share = num_sparse_heads // len(heads)
-        return [head.sparse_pairs for head in heads for _ in range(share)]
+        return [head for head in heads for _ in range(num_sparse_heads // len(heads))]
 
     def check_layers(self, num_layers: int, num_kv_heads: int) -> None:
-        """Raise `LolaConfigError` unless lists have as many numbers as the model has layers, and
-        lists in them as many as a layer has KV heads."""
-        sizes = self.sparse_cache_size
-        if isinstance(sizes, int):
-            return
-        if len(sizes) != num_layers:
-            raise LolaConfigError(
-                f"lola_config.sparse_cache_size: {len(sizes)} numbers for {num_layers} layers; "
-                "give one per layer, or one number for all"
-            )
-        for index, size in enumerate(sizes):
-            if not isinstance(size, int) and len(size) != num_kv_heads:
+        """Raise `LolaConfigError` unless lists have as many numbers as the model has layers, lists
+        in them as many as a layer has KV heads, and no head more recent pairs than pairs."""
+        for name in ("sparse_cache_size", "recent_size"):
+            sizes: Sizes = getattr(self, name)
+            if isinstance(sizes, int):
+                continue
+            if len(sizes) != num_layers:
                 raise LolaConfigError(
-                    f"lola_config.sparse_cache_size, layer {index}: {len(size)} numbers for "
-                    f"{num_kv_heads} KV heads; give one per KV head, or one number for all"
+                    f"lola_config.{name}: {len(sizes)} numbers for {num_layers} layers; give one "
+                    "per layer, or one number for all"
                 )
+            for index, size in enumerate(sizes):
+                if not isinstance(size, int) and len(size) != num_kv_heads:
+                    raise LolaConfigError(
+                        f"lola_config.{name}, layer {index}: {len(size)} numbers for "
+                        f"{num_kv_heads} KV heads; give one per KV head, or one number for all"
+                    )
+        for index in range(num_layers):
+            for head in self.for_layer(index).for_heads():
+                if head.recent_pairs > head.sparse_pairs:
+                    raise LolaConfigError(
+                        f"lola_config.recent_size, layer {index}: {head.recent_pairs} of "
+                        f"{head.sparse_pairs} pairs; use at most the sparse_cache_size"
+                    )
 
     def check_context_shift(self, length: int) -> None:
         """Raise `LolaConfigError` unless context shifts suit a base's trained length P.
@@ -256,6 +287,12 @@ class LolaConfig(BaseModel):
                 f"({num_state_heads} state heads, {num_kv_heads} KV heads); use a "
                 f"tensor-parallel size that divides {num_kv_heads}, or sparse_sharing = 'none'"
             )
+
+
+def _of_layer(sizes: Sizes, index: int) -> int | tuple[int, ...]:
+    """The number of a layer, or those of its KV heads where they differ."""
+    size = sizes if isinstance(sizes, int) else sizes[index]
+    return size if isinstance(size, int) or len(set(size)) > 1 else size[0]
 
 
 def _plain(sizes: tuple[int | tuple[int, ...], ...]) -> list[int | list[int]]:

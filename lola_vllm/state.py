@@ -27,9 +27,9 @@ importance when it leaves the window, or 1 without one. Only context shifts chan
 
 The scales are empty unless sparse pairs are int8 (`lola_vllm/ops/int8.py`).
 
-`bounds` and `directions` are empty unless C = 1. With them the kernels choose without computing
-every score at every token (Lemma 1, `docs/algorithm.md`). The portable back end computes every
-score and does not touch them.
+`bounds` and `directions` are empty unless C = 1 and no pair stays because it is recent. With them
+the kernels choose without computing every score at every token (Lemma 1, `docs/algorithm.md`). The
+portable back end computes every score and does not touch them.
 
 The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
 ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).
@@ -70,9 +70,9 @@ BOUND_ROWS = ("low", "sum", "value", "features", "along", "scale")
 # of `PARTS` stands for the byte offset of that part in the page.
 TABLE_FIELDS = (
     "num_heads", "num_kv_heads", "num_state_heads", "num_sparse_heads", "head_dim", "feature_dim",
-    "window_size", "sparse_cache_size", "update_interval", "sink_size", "subtract_max",
-    "has_score_weights", "rotated_map_after", "kv_dtype", "sparse_dtype", "state_dtype",
-    "page_bytes", *PARTS,
+    "window_size", "sparse_cache_size", "recent_size", "update_interval", "sink_size",
+    "subtract_max", "has_score_weights", "rotated_map_after", "kv_dtype", "sparse_dtype",
+    "state_dtype", "page_bytes", *PARTS,
 )  # fmt: skip
 
 NEVER = 2**62  # as many tokens no page has
@@ -105,7 +105,7 @@ class StateLayout:
     """Shapes, dtypes and byte offsets of one page.
 
     Attributes:
-        window_size, sparse_cache_size, update_interval, sink_size: as in `LolaConfig`.
+        window_size, sparse_cache_size, recent_size, update_interval, sink_size: as in `LolaConfig`.
         num_kv_heads, num_state_heads, num_sparse_heads: Hkv, Hs, Hg of this rank.
         head_dim: d. feature_dim: F.
         kv_dtype: dtype of keys and values. state_dtype: dtype of H and s.
@@ -127,6 +127,7 @@ class StateLayout:
     state_dtype: torch.dtype
     has_score_weights: bool = False
     int8_pairs: bool = False
+    recent_size: int = 0
 
     @classmethod
     def from_config(
@@ -159,7 +160,13 @@ class StateLayout:
             state_dtype=torch.promote_types(kv_dtype, torch.float32),
             has_score_weights=importance or config.context_shift > 0,
             int8_pairs=config.sparse_dtype == "int8",
+            recent_size=config.recent_pairs,
         )
+
+    @property
+    def keeps_bounds(self) -> bool:
+        """Whether a page keeps bounds on recall errors: updates after each token need few."""
+        return self.update_interval == 1 and self.sparse_cache_size > 0 and not self.recent_size
 
     @property
     def ring_size(self) -> int:
@@ -177,7 +184,7 @@ class StateLayout:
         exact = (self.num_kv_heads, self.sink_size + self.ring_size, self.head_dim)
         sparse = (self.num_sparse_heads, self.sparse_cache_size, self.head_dim)
         features = 2 * self.feature_dim
-        bounded = self.sparse_cache_size if self.update_interval == 1 else 0
+        bounded = self.sparse_cache_size if self.keeps_bounds else 0
         scaled = self.sparse_cache_size if self.int8_pairs else 0
         wide = torch.promote_types(self.kv_dtype, torch.float32)
         return {

@@ -23,6 +23,7 @@ struct Candidates {
   const PageLayout& layout;
   int64_t set, kv_head, n;
   int64_t cached, start, count;  // `start` is the position of the first evicted pair
+  int64_t first_recent;          // pairs from this position on stay, whatever their score is
   bool empty;                    // H and s hold nothing yet
 
   explicit Candidates(const UpdatePoint& at)
@@ -34,6 +35,7 @@ struct Candidates {
         cached(layout.num_sparse(at.n - layout.update_interval)),
         start(layout.window_start(at.n - layout.update_interval)),
         count(cached + layout.window_start(at.n) - start),
+        first_recent(layout.window_start(at.n) - layout.recent_size),
         empty(layout.num_folded(at.n - layout.update_interval) == 0) {}
 
   // Key and value of candidate i as T, as they are outside the window, then zeros up to `padded`.
@@ -102,6 +104,25 @@ struct Features {
     return rows + (j * rows_per_state + i) * stride;
   }
 };
+
+// Fills the rows of the listed candidates, in blocks of up to `block`.
+template <typename T>
+void map_listed(const Call& call, const Candidates& c, const int32_t* list, int64_t listed,
+                const RecallWorkspace<T>& x, int64_t block, const Features<T>& features) {
+  const int64_t d = c.layout.head_dim, states = c.layout.states_per_set();
+  for (int64_t first = 0; first < listed; first += block, list += block) {
+    const int64_t left = listed - first, size = left < block ? left : block;
+    const bool adjacent = list[size - 1] - list[0] == size - 1;  // lists ascend
+    for (int64_t i = 0; i < size; ++i) c.load_k(list[i], x.k + i * d, d);
+    for (int64_t j = 0; j < states; ++j) {
+      T* const phi = adjacent ? features.row(j, list[0]) : x.phi;
+      map_keys(call, c.set * states + j, c.n, size, x, phi);
+      for (int64_t i = 0; i < size && !adjacent; ++i) {
+        copy_row(features.row(j, list[i]), phi + i * features.stride, features.stride);
+      }
+    }
+  }
+}
 
 // Fills the rows of candidates from features.known on, in blocks of up to `block`.
 template <typename T>

@@ -26,6 +26,7 @@ struct CarriedBounds {
   T* phi_squared;  // ||phi||^2
   T* z;            // phi . s
   T *low, *high;   // bounds on the score
+  unsigned char* is_set;  // 0: of a pair that was recent so far, and has no bounds
   int64_t known = 0;
 
   CarriedBounds() = default;
@@ -37,6 +38,7 @@ struct CarriedBounds {
     z = memory.take<T>(count);
     low = memory.take<T>(count);
     high = memory.take<T>(count);
+    is_set = memory.take<unsigned char>(count);
   }
 
   // Notes the score just computed of candidate i, n = phi^T H and z. The slack is far beyond
@@ -56,14 +58,24 @@ struct CarriedBounds {
     error[i] = slack;
     phi_squared[i] = reduce<Sum>(square);
     z[i] = phi_dot_s;
+    is_set[i] = 1;
     low[i] = score - slack;
     high[i] = score + slack;
+  }
+
+  // Candidate i has no bounds. What stands in their place stays finite.
+  LOLA_INLINE void unset(int64_t i, int64_t dp) {
+    for (int64_t j = 0; j < dp; j += kLanes<T>) store<T>(estimate + i * dp + j, Vec<T>{});
+    error[i] = phi_squared[i] = low[i] = high[i] = 0;
+    z[i] = 1;
+    is_set[i] = 0;
   }
 
   LOLA_INLINE void move(int64_t from, int64_t to, int64_t dp) {
     for (int64_t j = 0; j < dp; j += kLanes<T>) {
       store<T>(estimate + to * dp + j, load(estimate + from * dp + j));
     }
+    is_set[to] = is_set[from];
     error[to] = error[from];
     phi_squared[to] = phi_squared[from];
     z[to] = z[from];
@@ -107,6 +119,9 @@ void carry_bounds(const Candidates& c, const T* features, int64_t phi_stride, co
   const T inverse_s_squared = T(1) / (s_length * s_length);  // a = z times this
   for (int64_t first = 0; first < b.known; first += 4) {
     const int64_t left = b.known - first, rows = left < 4 ? left : 4;
+    bool any = false;
+    for (int64_t r = 0; r < rows; ++r) any = any || b.is_set[first + r];
+    if (!any) continue;
     Vec<T> products[4], differences[4];
     T S[4], inverse_z[4], z[4], squared_distance[4];
 #pragma GCC unroll 4

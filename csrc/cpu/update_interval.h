@@ -29,6 +29,7 @@ struct IntervalUpdate {
   Features<T> features;
   CarriedBounds<T> bounds;
   bool carries;                // whether `bounds` is used
+  bool keeps_features;         // from update to update, of all candidates
   T* scores;                   // [candidates]
   T* highest;                  // [candidates]
   T* importance;               // [candidates], where the layout has it: what weighs their scores
@@ -44,11 +45,12 @@ struct IntervalUpdate {
   unsigned char* keep;  // [candidates]
 
   IntervalUpdate() = default;
-  // `carry`: whether bounds are carried from update to update, where a layer's can be.
+  // `carry`: whether features are kept from update to update, and bounds, where a layer's can be.
   IntervalUpdate(const PageLayout& layout, bool carry, Workspace& memory)
       : recall(layout, kUpdateBlock, memory),
         features(layout, memory),
-        carries(carry && carries_bounds(layout)) {
+        carries(carry && carries_bounds(layout)),
+        keeps_features(carry) {
     const int64_t count = max_candidates(layout), dp = round_up<T>(layout.head_dim);
     const int64_t F2 = 2 * layout.feature_dim;
     if (carries) bounds = CarriedBounds<T>(layout, memory);
@@ -113,29 +115,54 @@ void score(const Candidates& c, const int32_t* list, int64_t listed, bool bound,
   }
 }
 
-// Scores of all candidates that can be folded, infinity for the others.
+// Lists the candidates that are not recent in x.order, ascending. Returns their number.
 template <typename T>
-void score_needed(const Candidates& c, IntervalUpdate<T>& x) {
+int64_t list_old(const Candidates& c, IntervalUpdate<T>& x) {
+  int64_t listed = 0;
+  for (int64_t i = 0; i < c.count; ++i) {
+    if (x.positions[i] < c.first_recent) x.order[listed++] = static_cast<int32_t>(i);
+  }
+  return listed;
+}
+
+// Scores of all candidates that can be folded, infinity for the others. `old` says how many are
+// not recent; their list is in x.order.
+template <typename T>
+void score_needed(const Candidates& c, int64_t old, IntervalUpdate<T>& x) {
   const bool carry = x.carries && !c.empty;
   const bool weighs = c.layout.has_score_weights;
-  const int64_t known = carry ? x.bounds.known : 0;
-  int32_t* const list = x.order;
-  for (int64_t i = known; i < c.count; ++i) list[i - known] = static_cast<int32_t>(i);
-  score(c, list, c.count - known, carry, x);
-  if (!carry) return;
-  if (known > 0) {
-    for (int64_t i = 0; i < c.count; ++i) x.highest[i] = x.bounds.high[i];
-    if (weighs) weigh(x.importance, c.count, x.highest);
-    const T limit = kth_smallest(x.highest, c.count, c.count - c.layout.sparse_cache_size);
-    int64_t listed = 0;
-    for (int64_t i = 0; i < known; ++i) {
-      x.scores[i] = __builtin_inff();
-      const T low = weighs ? x.bounds.low[i] * x.importance[i] : x.bounds.low[i];
-      if (!(low > limit)) list[listed++] = static_cast<int32_t>(i);
-    }
-    score(c, list, listed, true, x);
+  const int64_t known = carry ? x.bounds.known : 0, dp = round_up<T>(c.layout.head_dim);
+  const bool all_fold = old == c.count - c.layout.sparse_cache_size;
+  unsigned char* const scored = x.keep;  // which select_largest() fills later
+  for (int64_t i = 0; i < c.count; ++i) {
+    x.scores[i] = __builtin_inff();
+    scored[i] = 0;
+    if (carry && i >= known) x.bounds.unset(i, dp);
   }
-  x.bounds.known = c.count;
+  if (carry) x.bounds.known = c.count;
+  int32_t* const list = x.order;
+  int64_t listed = 0;
+  for (int64_t j = 0; j < old; ++j) {
+    const int32_t i = list[j];
+    if (all_fold) x.scores[i] = 0;
+    if (all_fold || (carry && x.bounds.is_set[i])) continue;
+    list[listed++] = i;
+    scored[i] = 1;
+  }
+  score(c, list, listed, carry, x);
+  if (known == 0 || all_fold) return;
+  for (int64_t i = 0; i < c.count; ++i) {
+    x.highest[i] = x.positions[i] < c.first_recent ? x.bounds.high[i] : T(__builtin_inff());
+  }
+  if (weighs) weigh(x.importance, c.count, x.highest);
+  const T limit = kth_smallest(x.highest, c.count, c.count - c.layout.sparse_cache_size);
+  listed = 0;
+  for (int64_t i = 0; i < known; ++i) {
+    if (scored[i] || x.positions[i] >= c.first_recent) continue;
+    const T low = weighs ? x.bounds.low[i] * x.importance[i] : x.bounds.low[i];
+    if (!(low > limit)) list[listed++] = static_cast<int32_t>(i);
+  }
+  score(c, list, listed, true, x);
 }
 
 // H += sum phi(k) v^T and s += sum phi(k) over the folded pairs of update `update`, for state head
@@ -243,8 +270,15 @@ void decide_update(const Call& call, const UpdatePoint& at, IntervalUpdate<T>& x
     x.positions[i] = i < c.cached ? cached[i] : static_cast<int32_t>(c.start + i - c.cached);
   }
   if (c.layout.has_score_weights && size > 0) find_importance(call, c, x);
-  if (c.count > size) map_candidates(call, c, x.recall, kUpdateBlock, x.features);
-  if (c.count > size && size > 0) score_needed(c, x);
+  if (c.count > size) {
+    const int64_t old = list_old(c, x);
+    if (x.keeps_features) {
+      map_candidates(call, c, x.recall, kUpdateBlock, x.features);
+    } else {
+      map_listed(call, c, x.order, old, x.recall, kUpdateBlock, x.features);
+    }
+    if (size > 0) score_needed(c, old, x);
+  }
   select_largest(x.scores, x.positions, c.count, size, x.order, x.keep);
   x.num_folded = 0;
   for (int64_t i = 0; i < c.count; ++i) {

@@ -60,6 +60,7 @@ LOLA_DEVICE void score(const Params& p, const Candidates<T, INT8>& c, bool fresh
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, states = p.states_per_set();
   const int ld = whole_vectors(p.head_dim()), last = c.count - 1;
+  const int64_t first_recent = p.layout.window_start(c.n) - p.layout.recent_size;
   float* const k = x.k + warp * kTile * ld;
   float* const phi = x.phi + warp * kTile * whole_vectors(2 * p.feature_dim());
   for (int first = warp * kTile; first < c.count; first += kBatch) {
@@ -95,7 +96,8 @@ LOLA_DEVICE void score(const Params& p, const Candidates<T, INT8>& c, bool fresh
         if (p.weighted()) {
           mean *= i < c.cached ? p.score_weights(c.page, c.set)[i] : x.importance[i - c.cached];
         }
-        x.scores[i] = mean == mean ? mean : -kMinusInf;
+        const bool recent = c.position(i) >= first_recent;
+        x.scores[i] = mean == mean && !recent ? mean : -kMinusInf;
       }
     }
     __syncwarp();  // before the next tile takes k and phi

@@ -80,6 +80,7 @@ def plan_memory(
                 scores = _scores(phi_k, v, H, s, candidates)
                 if importance is not None:
                     scores = scores * importance.gather(2, candidates)
+                scores = scores.masked_fill(candidates >= stop - config.recent_pairs, torch.inf)
                 order = scores.argsort(dim=-1, descending=True, stable=True)
                 cache = candidates.gather(-1, order[..., :lam].sort(-1).values)
                 out = candidates.gather(-1, order[..., lam:].sort(-1).values)

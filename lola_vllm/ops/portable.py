@@ -344,6 +344,8 @@ def _update(state: LayerState, state_indices: Tensor, n: Tensor, score: Score | 
                 scores = scores * w
         else:
             scores = score(v, at)
+        recent = at >= (stop - layout.recent_size)[:, None, None]
+        scores = scores.masked_fill(recent, torch.inf)
         keep = _largest(scores, at, ok, lam)
         _fold(state, k, v, ok & ~keep, state_indices, n, empty)
     _replace(state, new_k, new_v, at, w, keep, state_indices)

@@ -160,7 +160,7 @@ def lola_attention(
     Hkv, Hs = k.shape[1], feature_map_k.shape[0]
     config.check_heads(Hq, Hkv, Hs)
     Hg = config.num_sparse_heads(Hs, Hkv)
-    eta, C, sizes = config.window_size, config.update_interval, config.set_sizes(Hg)
+    eta, C, of_sets = config.window_size, config.update_interval, config.of_sets(Hg)
 
     k_s = k.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1).clone()  # [Hs, T, d]
     v_s = v.repeat_interleave(Hs // Hkv, dim=1).transpose(0, 1).clone()
@@ -224,7 +224,10 @@ def lola_attention(
                 candidates = sparse[sparse_head] + evicted
                 scores = _scores(phi_k, v_s, H, s, heads, candidates)
                 scores = scores * w[sparse_head, candidates]
-                kept, folded = _select(candidates, scores, sizes[sparse_head])
+                first_recent = t + 1 - eta - of_sets[sparse_head].recent_pairs
+                newest = torch.tensor(candidates, dtype=torch.int64) >= first_recent
+                scores = scores.masked_fill(newest.to(scores.device), torch.inf)
+                kept, folded = _select(candidates, scores, of_sets[sparse_head].sparse_pairs)
                 sparse[sparse_head] = kept
                 for h in heads:
                     H[h] += phi_k[h, folded].T @ v_s[h, folded]

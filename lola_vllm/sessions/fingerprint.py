@@ -117,10 +117,10 @@ def model_fingerprint(
             for name, (shape, dtype) in page.parts.items()
             if page.int8_pairs or name not in ("sparse_k_scale", "sparse_v_scale")
         ]
-        + [page.window_size, page.update_interval, page.sink_size]
+        + [page.window_size, page.recent_size, page.update_interval, page.sink_size]
         for page in pages
     ]
-    if any(page.update_interval == 1 and page.sparse_cache_size for page in pages):
+    if any(page.keeps_bounds for page in pages):
         layout.append(keeps_bounds)
     return Fingerprint(
         config=_short(numbers),

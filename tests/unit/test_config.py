@@ -76,8 +76,34 @@ def test_a_key_of_before_is_refused_with_what_says_it_now(name):
     assert name not in LolaConfig.model_fields
 
 
-def test_eight_keys_do():
-    assert len(LolaConfig.model_fields) == 8
+def test_nine_keys_do():
+    assert len(LolaConfig.model_fields) == 9
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"recent_size": [1, 2]}, "recent_size: 2 numbers for 3 layers"),
+        ({"recent_size": [1, [2], 3]}, "recent_size, layer 1: 1 numbers for 2 KV heads"),
+        ({"recent_size": 9}, "recent_size, layer 0: 9 of 8 pairs; use at most"),
+        ({"recent_size": [8, [8, 9], 8]}, "recent_size, layer 1: 9 of 8 pairs"),
+        ({"sparse_cache_size": [8, 8, [8, 2]], "recent_size": 3}, "layer 2: 3 of 2 pairs"),
+    ],
+)
+def test_recent_pairs_suit_the_sizes(fields, message):
+    with pytest.raises(LolaConfigError, match=message):
+        LolaConfig(**{"sparse_cache_size": 8, **fields}).check_layers(3, 2)
+
+
+def test_a_layer_has_recent_pairs_of_its_own():
+    config = LolaConfig(sparse_cache_size=[8, [8, 9]], recent_size=[[1, 2], 3])
+    layers = [config.for_layer(i).for_heads() for i in range(2)]
+    assert [[(x.sparse_pairs, x.recent_pairs) for x in heads] for heads in layers] == [
+        [(8, 1), (8, 2)],
+        [(8, 3), (9, 3)],
+    ]
+    alike = LolaConfig(sparse_cache_size=[8, [9, 9]], recent_size=[2, [3, 3]])
+    assert [alike.for_layer(i).recent_pairs for i in range(2)] == [2, 3]
 
 
 @pytest.mark.parametrize(

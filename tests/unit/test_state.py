@@ -165,13 +165,14 @@ def test_the_table_is_the_struct_of_the_header():
 
 
 def test_the_table_holds_the_layout():
-    page = layout(lam=5, sink=3, interval=4, sparse_sharing="kv_head")
+    page = layout(lam=5, sink=3, interval=4, sparse_sharing="kv_head", recent_size=2)
     table = dict(zip(TABLE_FIELDS, page.table(12, True).tolist(), strict=True))
     assert {name: table.pop(name) for name in PARTS} == page.offsets
     assert table == {
         "num_heads": 12, "num_kv_heads": 2, "num_state_heads": 6, "num_sparse_heads": 2,
         "head_dim": 16, "feature_dim": 6, "window_size": 10, "sparse_cache_size": 5,
-        "update_interval": 4, "sink_size": 3, "subtract_max": 1, "has_score_weights": 0,
+        "recent_size": 2, "update_interval": 4, "sink_size": 3, "subtract_max": 1,
+        "has_score_weights": 0,
         "rotated_map_after": NEVER, "kv_dtype": DTYPE_CODES[torch.bfloat16],
         "sparse_dtype": DTYPE_CODES[torch.bfloat16],
         "state_dtype": DTYPE_CODES[torch.float32], "page_bytes": page.page_bytes,
