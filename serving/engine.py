@@ -358,7 +358,10 @@ def head_sizes(config: LolaLlamaConfig) -> list[list[int]]:
     """Pairs that each sparse set of each layer of a model holds at most."""
     lola, kv_heads = config.lola, num_kv_heads(config)
     sets = lola.num_sparse_heads(config.facts.num_state_heads, kv_heads)
-    return [lola.for_layer(i).set_sizes(sets) for i in range(config.num_hidden_layers)]
+    return [
+        [x.sparse_pairs for x in lola.for_layer(i).of_sets(sets)]
+        for i in range(config.num_hidden_layers)
+    ]
 
 
 def own_metric(name: str, model: str, registry: CollectorRegistry = REGISTRY) -> float | None:

@@ -14,6 +14,9 @@ class CalibrateOptions:
 
     pairs: int = option("of a KV head, on average", 128)
     least: int = option("pairs of any KV head", 16)
+    recent: int = option(
+        "more pairs of a KV head, on average, for its newest tokens; heads that copy share them", 0
+    )
     per: Literal["head", "layer"] = option(
         "a size for each KV head, or one for all heads of a layer", "head"
     )

@@ -6,7 +6,7 @@ The wording is that of training (`distill/retrieval.py`), which no benchmark sha
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,17 +34,7 @@ def draw_prompts(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list
         CheckpointError: texts that are too short, or a tokenizer that makes no such prompts.
     """
     rng = random.Random(f"{options.seed}/prompts")
-    files = sorted(texts.glob("*.txt")) if texts.is_dir() else [texts]
-    kinds = [[t for t in read_documents(file) if not is_held_out(t)] for file in files]
-    kinds = [documents for documents in kinds if documents]
-    if not kinds:
-        raise CheckpointError(f"--texts {texts}: no document that is not held out")
-
-    def text(length: int) -> str:
-        document = rng.choice(rng.choice(kinds))
-        start = rng.randrange(max(1, len(document) - length))
-        return document[start : start + length]
-
+    text = _source(texts, rng)
     found = []
     for number in range(options.prompts):
         length = options.prompt_length // (1 if number // 4 % 2 else 2)
@@ -59,7 +49,33 @@ def draw_prompts(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list
     return found
 
 
-def _plain(text: Any, tokenizer: Any, length: int, texts: Path) -> list[int]:
+def draw_plain(texts: Path, tokenizer: Any, length: int, count: int, seed: int) -> list[list[int]]:
+    """Token ids of so many plain texts of `length` tokens that are not held out.
+
+    Raises:
+        CheckpointError: texts that are too short.
+    """
+    text = _source(texts, random.Random(f"{seed}/plain"))
+    return [_plain(text, tokenizer, length, texts) for _ in range(count)]
+
+
+def _source(texts: Path, rng: random.Random) -> Callable[[int], str]:
+    """Draws a text of so many characters, of every kind of text equally often."""
+    files = sorted(texts.glob("*.txt")) if texts.is_dir() else [texts]
+    kinds = [[t for t in read_documents(file) if not is_held_out(t)] for file in files]
+    kinds = [documents for documents in kinds if documents]
+    if not kinds:
+        raise CheckpointError(f"--texts {texts}: no document that is not held out")
+
+    def text(length: int) -> str:
+        document = rng.choice(rng.choice(kinds))
+        start = rng.randrange(max(1, len(document) - length))
+        return document[start : start + length]
+
+    return text
+
+
+def _plain(text: Callable[[int], str], tokenizer: Any, length: int, texts: Path) -> list[int]:
     for _ in range(_TRIES):
         # A token has two characters or more on average, so this is enough of a long text.
         ids: list[int] = tokenizer.encode(text(16 * length), add_special_tokens=False)[:length]

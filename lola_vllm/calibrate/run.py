@@ -8,11 +8,15 @@ ask for them (`prompts.py`).
 Which pairs a cache should hold depends on its size, and what a size adds on which pairs it
 holds. So importance is fitted twice: roughly to caches of one size, by which the pairs are divided
 among the heads (`sizes.py`), and then to caches of these sizes.
+
+With `--recent` some heads have recent pairs besides: those that go on with a passage word by word
+(`copying.py`).
 """
 
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lola_vllm.calibrate.copying import CopyingAttention, divide_recent, repeat_passages
 from lola_vllm.calibrate.importance import (
     EPOCHS,
     JUDGED_ONE_IN,
@@ -31,14 +36,16 @@ from lola_vllm.calibrate.importance import (
     parted,
 )
 from lola_vllm.calibrate.options import CalibrateOptions
-from lola_vllm.calibrate.prompts import draw_prompts
+from lola_vllm.calibrate.prompts import draw_plain, draw_prompts
 from lola_vllm.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.calibrate.sizes import AttentionGains, divide_among
 from lola_vllm.checkpoint.base import read_base_config
+from lola_vllm.checkpoint.calibration import Sizes
 from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_files
 
 # Of the first fit, whose importance only serves to find sizes.
 FIRST_EPOCHS = EPOCHS // 3
+COPYING_PROMPTS = 8  # that find the heads which copy
 
 
 class Held(NamedTuple):
@@ -60,12 +67,15 @@ class Calibration:
     """What `calibrate` found.
 
     Attributes:
-        sizes: per layer, its pairs, or those of its KV heads: a `lola_config.sparse_cache_size`.
+        sizes: per layer, its pairs, or those of its KV heads: a `lola_config.sparse_cache_size`,
+            the recent ones included.
+        recent: per layer, or for each of its KV heads: a `lola_config.recent_size`.
         importance: per layer `[Hkv, d // 2 + d + 1]`, its tensor `importance`.
-        held: per layer, what caches of these sizes would hold.
+        held: per layer, what the pairs that are not recent would hold.
     """
 
-    sizes: list[int] | list[list[int]]
+    sizes: Sizes
+    recent: Sizes
     importance: list[Tensor]
     held: list[Held]
 
@@ -90,6 +100,8 @@ def calibrate(
         raise CheckpointError(
             f"--pairs = {options.pairs}: must be at least --least = {options.least}, and that 0"
         )
+    if options.recent < 0:
+        raise CheckpointError(f"--recent = {options.recent}: must be at least 0")
     if not 0 <= options.facts <= 1:
         raise CheckpointError(f"--facts = {options.facts:g}: must be between 0 and 1")
     if options.prompts < JUDGED_ONE_IN:
@@ -109,6 +121,7 @@ def calibrate(
         base, dtype=torch.float32, attn_implementation=ATTENTION
     ).eval()
     maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
+    recent = _find_recent(softmax, tokenizer, texts, options)
     recorder = LongRangeAttention(prompts, maps)
     read(softmax, [prompt.ids for prompt in prompts], recorder)
     parts = [parted(reads) for reads in recorder.reads]
@@ -124,7 +137,35 @@ def calibrate(
         alone, total = (x / len(judged) for x in held(judged, of_heads, None))
         weighted = held(judged, of_heads, importance[-1])[0] / len(judged)
         shares.append(Held(total, alone, weighted))
-    return Calibration(sizes, importance, shares)
+    return Calibration(_added(sizes, recent), recent, importance, shares)
+
+
+def _find_recent(softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOptions) -> Sizes:
+    """Recent pairs of layers or heads."""
+    config = softmax.config
+    if not options.recent:
+        return [0] * config.num_hidden_layers
+    rng = random.Random(f"{options.seed}/passages")
+    plain = draw_plain(texts, tokenizer, options.prompt_length, COPYING_PROMPTS, options.seed)
+    prompts = [repeat_passages(ids, rng) for ids in plain]
+    recorder = CopyingAttention([starts for _, starts in prompts], config.num_hidden_layers)
+    read(softmax, [ids for ids, _ in prompts], recorder)
+    recent = divide_recent(recorder.shares, options.recent)
+    if options.per == "layer":
+        return [round(sum(heads) / len(heads)) for heads in recent]
+    return recent
+
+
+def _added(sizes: Sizes, more: Sizes) -> Sizes:
+    """Sums by layer, or by layer and head where either has heads."""
+    pairs: list[Any] = list(zip(sizes, more, strict=True))
+    heads = max((len(x) for pair in pairs for x in pair if isinstance(x, list)), default=0)
+    if not heads:
+        return [one + other for one, other in pairs]
+    return [
+        [x + y for x, y in zip(_of_heads(one, heads), _of_heads(other, heads), strict=True)]
+        for one, other in pairs
+    ]
 
 
 def _of_heads(sizes: int | list[int], heads: int) -> list[int]:
@@ -171,19 +212,22 @@ def _load_weights(softmax: Any, model: Path) -> list[Tensor]:
 def report(found: Calibration) -> str:
     """Per layer and KV head, the long-range attention in a prompt, what its cache holds of it with
     the error alone and with importance, and its pairs; the sizes as JSON."""
-    lines = ["layer  KV head  pairs  long-range attention  held by error  with importance"]
+    lines = ["layer  KV head  pairs  recent  long-range attention  held by error  with importance"]
     for layer, of_layer in enumerate(found.held):
-        sizes = _of_heads(found.sizes[layer], len(of_layer.total))
-        heads = zip(sizes, *(x.tolist() for x in of_layer), strict=True)
-        for head, (pairs, total, *kept) in enumerate(heads):
+        count = len(of_layer.total)
+        sizes, recents = (_of_heads(x[layer], count) for x in (found.sizes, found.recent))
+        heads = zip(sizes, recents, *(x.tolist() for x in of_layer), strict=True)
+        for head, (pairs, recent, total, *kept) in enumerate(heads):
             alone, weighted = _shares(total, *kept)
             lines.append(
-                f"{layer:5}  {head:7}  {pairs:5}  {total:20.2f}  {alone:13.0%}  {weighted:13.0%}"
+                f"{layer:5}  {head:7}  {pairs:5}  {recent:6}  {total:20.2f}  {alone:13.0%}  "
+                f"{weighted:13.0%}"
             )
-    columns = zip(*found.held, strict=True)
-    alone, weighted = _shares(*(sum(float(x.sum()) for x in column) for column in columns))
+    of_all = (sum(float(x.sum()) for x in column) for column in zip(*found.held, strict=True))
+    alone, weighted = _shares(*of_all)
     lines.append(f"all heads hold {alone:.0%} by error, {weighted:.0%} with importance")
-    return "\n".join([*lines, "", json.dumps({"sparse_cache_size": found.sizes})])
+    keys = {"sparse_cache_size": found.sizes, "recent_size": found.recent}
+    return "\n".join([*lines, "", json.dumps(keys)])
 
 
 def _shares(total: float, alone: float, weighted: float) -> tuple[float, float]:

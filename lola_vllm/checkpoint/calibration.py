@@ -23,7 +23,7 @@ from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-SIZES = "sparse_cache_size"  # in the file's metadata, as JSON
+KEYS = ("sparse_cache_size", "recent_size")  # in the file's metadata, as JSON
 # As `lola_config.sparse_cache_size` has them.
 Sizes = list[int] | list[list[int]]
 _FIRST_MAP = "model.layers.0.self_attn.feature_map_k"
@@ -36,30 +36,35 @@ def importance_tensors(importance: Sequence[Tensor]) -> dict[str, Tensor]:
     }
 
 
-def save_calibration(path: Path, sizes: Sizes, importance: Mapping[str, Tensor]) -> None:
-    """Write sizes and the tensors `importance` to a safetensors file."""
+def save_calibration(
+    path: Path, sizes: Mapping[str, Sizes], importance: Mapping[str, Tensor]
+) -> None:
+    """Write sizes, by key of `lola_config`, and the tensors `importance` to a safetensors file."""
     from safetensors.torch import save_file
 
-    save_file(dict(importance), path, {SIZES: json.dumps(sizes)})
+    save_file(dict(importance), path, {key: json.dumps(sizes[key]) for key in KEYS})
 
 
-def load_calibration(path: Path) -> tuple[Sizes, dict[str, Tensor]]:
+def load_calibration(path: Path) -> tuple[dict[str, Sizes], dict[str, Tensor]]:
     """What `save_calibration` wrote.
 
     Raises:
         CheckpointError: another kind of file, or a damaged one.
     """
     with open_weights(path) as file:
-        sizes = (file.metadata() or {}).get(SIZES)
-        if sizes is None:
-            raise CheckpointError(f"{path}: holds no sizes; make it with 'lola-vllm calibrate'")
-        return json.loads(sizes), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        held = file.metadata() or {}
+        if not all(key in held for key in KEYS):
+            raise CheckpointError(
+                f"{path}: holds no {' and '.join(KEYS)}; make it with 'lola-vllm calibrate'"
+            )
+        sizes = {key: json.loads(held[key]) for key in KEYS}
+        return sizes, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def write_calibrated(
     source: Path,
     out: Path,
-    sizes: Sizes,
+    sizes: Mapping[str, Sizes],
     importance: Mapping[str, Tensor],
     *,
     force: bool = False,
@@ -70,7 +75,7 @@ def write_calibrated(
     Args:
         source: a directory, of which hidden files are left out.
         out, force, inputs: as in `staging.check_output`; `source` is one of the inputs.
-        sizes: `lola_config.sparse_cache_size`. importance: tensors by name.
+        sizes: by key of `lola_config`. importance: tensors by name.
 
     Returns:
         The config of the copy.
@@ -82,7 +87,7 @@ def write_calibrated(
     with staged_directory(out, force=force, inputs=[source, *inputs]) as staging:
         ignored = shutil.ignore_patterns(".*")
         shutil.copytree(source, staging, ignore=ignored, dirs_exist_ok=True)
-        return apply_calibration(staging, {"sparse_cache_size": sizes}, importance)
+        return apply_calibration(staging, sizes, importance)
 
 
 def apply_calibration(

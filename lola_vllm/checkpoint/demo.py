@@ -134,7 +134,7 @@ def build_demo_model(
 def _calibrate(model: Path, overrides: Mapping[str, Any]) -> LolaLlamaConfig:
     """Put in the sizes and the importance that ship, where nothing else was asked for."""
     sizes, importance = load_calibration(DISTILLED / "calibration.safetensors")
-    keys = {"sparse_cache_size": sizes, **SHIPPED, **overrides}
+    keys = {**sizes, **SHIPPED, **overrides}
     return apply_calibration(model, keys, importance)
 
 

@@ -176,14 +176,14 @@ def _fitting(maps: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, T
     return maps
 
 
-def _with_sizes(options: DistillOptions, sizes: Any, path: Path) -> DistillOptions:
+def _with_sizes(options: DistillOptions, sizes: Mapping[str, Any], path: Path) -> DistillOptions:
     """Options to train for a calibration's sizes and importance."""
-    if "sparse_cache_size" in options.lola_config or options.train_sparse_caches:
+    if options.lola_config.keys() & sizes.keys() or options.train_sparse_caches:
         raise CheckpointError(
-            f"{path}: holds the sizes of the sparse caches; leave out sparse_cache_size and "
+            f"{path}: holds the sizes of the sparse caches; leave out {', '.join(sizes)} and "
             "train_sparse_caches"
         )
-    return replace(options, lola_config={**options.lola_config, "sparse_cache_size": sizes})
+    return replace(options, lola_config={**options.lola_config, **sizes})
 
 
 def _transfer(
@@ -208,12 +208,12 @@ def _write(
     force: bool,
 ) -> LolaLlamaConfig:
     """The checkpoint, with the calibration that it was trained for."""
-    from lola_vllm.checkpoint.calibration import apply_calibration
+    from lola_vllm.checkpoint.calibration import KEYS, apply_calibration
     from lola_vllm.checkpoint.convert import convert_checkpoint
     from lola_vllm.checkpoint.staging import staged_directory
 
     keys = dict(options.lola_config)
-    calibrated = {"sparse_cache_size": keys.pop("sparse_cache_size")} if importance else {}
+    calibrated = {key: keys.pop(key) for key in KEYS if importance and key in keys}
     with staged_directory(out, force=force, inputs=[base]) as staging:
         config = convert_checkpoint(
             base, maps, staging, keys, lora, lora_alpha=options.lora_alpha if lora else None

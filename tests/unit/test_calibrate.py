@@ -346,22 +346,9 @@ def test_command_writes_sizes_and_importance(
     source, model = tmp_path / "lola", tmp_path / "calibrated"
     assert cli.main(["init", "--base", str(base), "--out", str(source)]) == 0
     argv = ["calibrate", "--base", str(base), "--texts", str(texts)]
-    argv += [
-        "--pairs",
-        "40",
-        "--least",
-        "8",
-        "--prompts",
-        "8",
-        "--prompt-length",
-        "300",
-        "--facts",
-        "0.2",
-        "--model",
-        str(source),
-        "--out",
-        str(model),
-    ]
+    argv += ["--pairs", "40", "--least", "8", "--recent", "6", "--prompts", "8"]
+    argv += ["--prompt-length", "300", "--facts", "0.2"]
+    argv += ["--model", str(source), "--out", str(model)]
     argv += ["--save", str(tmp_path / "found.safetensors")]
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     assert cli.main(argv) == 0
@@ -372,8 +359,12 @@ def test_command_writes_sizes_and_importance(
     sizes = lola["sparse_cache_size"]
     assert [len(heads) for heads in sizes] == [2, 2, 2] and read_facts(model).importance
     flat = [size for heads in sizes for size in heads]
+    recent = [size for heads in lola["recent_size"] for size in heads]
+    assert 30 < sum(recent) <= 36 and len(set(recent) - {0}) == 1
+    flat = [size - newest for size, newest in zip(flat, recent, strict=True)]
     assert sum(flat) == 240 and min(flat) >= 8 and len(set(flat)) > 1
-    assert json.dumps(sizes) in out and "long-range attention" in out
+    assert json.dumps(sizes) in out and json.dumps(lola["recent_size"]) in out
+    assert "long-range attention" in out
     first = _importance(model)
     assert all(x.shape == (2, 4 + 8 + 1) and x.dtype == torch.float32 for x in first)
     assert cli.main(argv) == 2  # there is a model at --out
@@ -383,7 +374,8 @@ def test_command_writes_sizes_and_importance(
     for x, y in zip(first, _importance(model), strict=True):
         assert x.equal(y)
     saved, tensors = load_calibration(tmp_path / "found.safetensors")
-    assert saved == sizes and sorted(tensors) == sorted(importance_tensors(first))
+    assert saved == {key: lola[key] for key in ("sparse_cache_size", "recent_size")}
+    assert sorted(tensors) == sorted(importance_tensors(first))
     assert tensors["model.layers.2.self_attn.importance"].equal(first[2])
     served = LolaLlamaForCausalLM.from_pretrained(model)
     assert served.model.layers[1].self_attn.importance.equal(first[1])
@@ -410,7 +402,7 @@ def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(CheckpointError, match="'llama' is no LoLA model"):
-        write_calibrated(plain, out, [8], {}, force=True)
+        write_calibrated(plain, out, {"sparse_cache_size": [8]}, {}, force=True)
     assert json.loads((out / "config.json").read_text()) == {"model_type": "lola_llama"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
 
@@ -444,6 +436,7 @@ def test_importance_is_fitted_to_the_models_own_pairs(
     ("options", "message"),
     [
         (["--pairs", "4"], "--pairs = 4: must be at least --least = 16"),
+        (["--recent", "-1"], "--recent = -1: must be at least 0"),
         (["--prompts", "4"], "--prompts = 4: must be at least 5"),
         (["--facts", "2"], "--facts = 2: must be between 0 and 1"),
         (

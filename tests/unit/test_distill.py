@@ -222,6 +222,7 @@ def test_ctrl_c_and_going_on_by_the_command(
 
 
 SIZES = [[4, 90], [2, 4]]
+RECENT = [[1, 0], [0, 3]]
 GO_ON = dataclasses.replace(
     OPTIONS,
     lola_config={"window_size": 8, "sink_size": 2, "sparse_dtype": "int8"},
@@ -235,7 +236,8 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(5)
     importance = [torch.randn(2, importance_size(6), generator=generator) for _ in SIZES]
     path = tmp_path_factory.mktemp("calibration") / "calibration.safetensors"
-    save_calibration(path, SIZES, importance_tensors(importance))
+    sizes = {"sparse_cache_size": SIZES, "recent_size": RECENT}
+    save_calibration(path, sizes, importance_tensors(importance))
     return path
 
 
@@ -251,6 +253,7 @@ def test_going_on_with_the_sizes_and_the_importance_of_a_calibration(
     config = distill(base, [str(text)], out, GO_ON, start=work, calibration=calibration)
     lola = LolaConfig(**config.lola_config)
     assert lola.sparse_cache_size == tuple(map(tuple, SIZES))
+    assert lola.recent_size == tuple(map(tuple, RECENT))
     assert config.facts == TensorFacts(6, 2, importance=True)
     importance = load_file(calibration)
     written = load_file(out / "model.safetensors")
