@@ -22,7 +22,7 @@ GIVEN = 8  # of them whose attention does not count: they may stand at other pla
 PASSAGES = 12  # of a prompt
 LEAST_DISTANCE = 150  # tokens from a passage to its repeat, so that no window serves it
 # Heads that copy hold this share of the attention of all heads to the passages.
-COPYING_SHARE = 0.7
+COPYING_SHARE = 0.75
 
 
 def repeat_passages(ids: Sequence[int], rng: random.Random) -> tuple[list[int], list[int]]:

@@ -52,6 +52,6 @@ def test_shares_are_the_attention_to_the_first_place() -> None:
 
 
 def test_heads_that_copy_have_equally_many_recent_pairs() -> None:
-    shares = [torch.tensor([0.4, 0.01]), torch.tensor([0.02, 0.35]), torch.tensor([0.1, 0.12])]
+    shares = [torch.tensor([0.4, 0.01]), torch.tensor([0.02, 0.4]), torch.tensor([0.07, 0.1])]
     assert divide_recent(shares, 100) == [[300, 0], [0, 300], [0, 0]]
     assert divide_recent([torch.tensor([1.0])], 7) == [[7]]

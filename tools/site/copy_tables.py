@@ -11,16 +11,17 @@ Runs = Callable[[str], list[dict[str, Any]]]
 Cells = dict[tuple[str, int, int], dict[str, Any]]
 
 NAME = "recall-copy"
+RECENT = "recall-recent"
 REFERENCE, SHIPPED = "reference", "as it ships"
 PROSE = "prose"
 README_LENGTH, README_DISTANCES = 7000, (250, 2000)
 
 
-def cells(runs: Runs, setting: str) -> Cells:
+def cells(runs: Runs, setting: str, name: str = NAME) -> Cells:
     """A setting's cells of all runs by kind, length and distance."""
     return {
         (cell["kind"], cell["length"], cell["distance"]): cell
-        for run in runs(NAME)
+        for run in runs(name)
         for row in run["settings"]
         if row["name"] == setting
         for cell in row["cells"]
@@ -95,4 +96,20 @@ def readme(runs: Runs) -> dict[str, str]:
     return shown
 
 
-TABLES: dict[str, Callable[[Runs], str]] = {NAME: prose, f"{NAME}-kinds": kinds}
+def recent(runs: Runs) -> str:
+    """Share of the base's gain in prose by setting: which pairs are kept."""
+    names = [row["name"] for run in runs(RECENT) for row in run["settings"]]
+    found = {name: cells(runs, name, RECENT) for name in names if name != REFERENCE}
+    distances = sorted({distance for of_one in found.values() for _, _, distance in of_one})
+    lines = [["pairs that stay", *columns(distances)]]
+    for name, of_one in found.items():
+        by_distance = {distance: cell for (_, _, distance), cell in of_one.items()}
+        lines.append([name, *(gain(by_distance.get(distance)) for distance in distances)])
+    return table(lines)
+
+
+TABLES: dict[str, Callable[[Runs], str]] = {
+    NAME: prose,
+    f"{NAME}-kinds": kinds,
+    RECENT: recent,
+}
