@@ -12,7 +12,7 @@ Cells = dict[tuple[str, int, int], dict[str, Any]]
 
 NAME = "recall-copy"
 RECENT = "recall-recent"
-REFERENCE, SHIPPED = "reference", "as it ships"
+REFERENCE, SHIPPED, BEFORE = "reference", "as it ships", "without recent pairs"
 PROSE = "prose"
 README_LENGTH, README_DISTANCES = 7000, (250, 2000)
 
@@ -56,7 +56,7 @@ def columns(distances: list[int]) -> list[str]:
 
 def prose(runs: Runs) -> str:
     """Base, LoLA, floor and share of the gain in prose, by length of text."""
-    base, lola = cells(runs, REFERENCE), cells(runs, SHIPPED)
+    base, lola, before = (cells(runs, name) for name in (REFERENCE, SHIPPED, BEFORE))
     distances = sorted({distance for kind, _, distance in lola if kind == PROSE})
     lines = [["text", "", *columns(distances)]]
     for length in sorted({length for kind, length, _ in lola if kind == PROSE}):
@@ -65,7 +65,8 @@ def prose(runs: Runs) -> str:
             "softmax base": [exact(base.get(key)) for key in keys],
             "**as it ships**": [exact(lola.get(key)) for key in keys],
             "floor, not read": [exact(base.get(key), "floor_") for key in keys],
-            "share of the base's gain": [gain(lola.get(key)) for key in keys],
+            "**share of the base's gain**": [gain(lola.get(key)) for key in keys],
+            "share without recent pairs": [gain(before.get(key)) for key in keys],
         }
         for label, shown in rows.items():
             title = f"{length:,} tokens" if label == next(iter(rows)) else ""
@@ -75,21 +76,24 @@ def prose(runs: Runs) -> str:
 
 def kinds(runs: Runs) -> str:
     """Share of the base's gain by kind and length of text."""
-    found = cells(runs, SHIPPED)
-    distances = sorted({key[2] for key, cell in found.items() if gain(cell)})
-    lines = [["text", "tokens", *columns(distances)]]
-    for kind in dict.fromkeys(kind for kind, _, _ in found):
-        lengths = sorted({length for of, length, _ in found if of == kind})
-        for length in lengths:
-            shown = [gain(found.get((kind, length, distance))) for distance in distances]
-            lines.append([kind if length == lengths[0] else "", f"{length:,}", *shown])
+    found = {name: cells(runs, name) for name in (SHIPPED, BEFORE)}
+    keys = [key for of_one in found.values() for key, cell in of_one.items() if gain(cell)]
+    distances = sorted({distance for _, _, distance in keys})
+    lines = [["text", "tokens", "", *columns(distances)]]
+    for kind, length in sorted({key[:2] for key in keys}, key=lambda key: (key[0] != PROSE, key)):
+        title = [kind, f"{length:,}"]
+        for name, of_one in found.items():
+            shown = [gain(of_one.get((kind, length, distance))) for distance in distances]
+            if any(shown):
+                lines.append([*title, f"**{name}**" if name == SHIPPED else name, *shown])
+                title = ["", ""]
     return table(lines)
 
 
 def readme(runs: Runs) -> dict[str, str]:
     """Exact tokens at two distances in prose, by setting."""
     shown = {}
-    for name in (REFERENCE, SHIPPED):
+    for name in (REFERENCE, SHIPPED, BEFORE):
         found = cells(runs, name)
         keys = [(PROSE, README_LENGTH, distance) for distance in README_DISTANCES]
         shown[name] = ", ".join(percent(found[key]["exact"][0]) for key in keys)
