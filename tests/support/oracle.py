@@ -42,7 +42,7 @@ class Oracle:
         if interval:
             angles = interval * self.model.model.rotary_emb.inv_freq.double()
             rotation = KeyRotation(ShiftSchedule.of(config), angles.cos(), angles.sin())
-        self.place = lambda p: (
+        self.rope_position = lambda p: (
             p if p < length or not interval else length - interval + (p - length) % interval
         )
 
@@ -65,8 +65,8 @@ class Oracle:
     @torch.no_grad()
     def logprobs(self, token_ids: list[int]) -> Tensor:
         """One row per position: the distribution of the next token."""
-        schedule = torch.tensor([[self.rope_position(p) for p in range(len(token_ids))]])
-        output = self.model(torch.tensor([token_ids]), position_ids=schedule)
+        positions = torch.tensor([[self.rope_position(p) for p in range(len(token_ids))]])
+        output = self.model(torch.tensor([token_ids]), position_ids=positions)
         return output.logits[0].log_softmax(-1)
 
 
