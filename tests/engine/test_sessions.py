@@ -135,7 +135,7 @@ def worker(llm):
 
 
 def test_many_sessions_leave_nothing_behind(tiny, tmp_path):
-    """More sessions than the budgets hold, more requests than slots: no slot, row or file stays."""
+    """More sessions than the budgets hold, more requests than blocks: nothing of them stays."""
     prompts = random_prompts([70 + i % 7 for i in range(60)], seed=7)
     state = 34816
     options = store_options(tmp_path, ram=str(10 * state), state_disk=str(20 * state))
@@ -162,7 +162,7 @@ def test_many_sessions_leave_nothing_behind(tiny, tmp_path):
 
 @pytest.mark.parametrize("options", [BASE, CACHED], ids=["plain", "prefix-caching"])
 def test_restored_requests_are_preempted_and_answer_the_same(tiny, options):
-    """More sequences than slots; each is restored, thrown out, and restored again."""
+    """More sequences than blocks; each is restored, thrown out, and restored again."""
     texts = random_prompts([100 + 10 * i for i in range(6)], seed=11)
     with engine(tiny, **BASE) as llm:
         first = [ask(llm, text)[0] for text in texts]

@@ -15,7 +15,7 @@ STEPS = 5000 if LONG else 250
 CACHED = {"enable_prefix_caching": True, "block_size": 32}
 ENGINES = {
     "chunked": {"max_num_batched_tokens": 37, "max_num_seqs": 6, "num_gpu_blocks_override": 9},
-    "two-slots": {"max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 3},
+    "two-blocks": {"max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 3},
     "caching": {
         **CACHED, "max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 30,
     },
@@ -128,7 +128,7 @@ def test_an_abort_leaves_a_prefix_that_a_retry_may_start_from(tiny, prompts, exp
 
 
 def test_old_states_change_no_bit_of_the_logprobs(tiny, prompts):
-    """Slots of a fresh pool against the same slots after they have served others."""
+    """Blocks of a fresh pool against the same blocks after they have served others."""
     params = SamplingParams(max_tokens=4, prompt_logprobs=0, logprobs=3, **GREEDY)
 
     def numbers(llm):

@@ -1,7 +1,7 @@
 """A storm of requests on an engine in this process: arrivals, aborts, retries, poisoned memory.
 
 Every answer that is completed must be that of its request alone, nothing may be written to a state
-that nobody holds, and afterwards every slot must be free.
+that nobody holds, and afterwards every block must be free.
 """
 
 from __future__ import annotations

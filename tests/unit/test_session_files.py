@@ -34,7 +34,7 @@ from lola_vllm.sessions.prefix_hash import PrefixHashes, namespace
 from lola_vllm.state import LayerLayout, SequenceLayout, StateLayout
 from tests.support.sessions import FINGERPRINT, Server
 
-# Parts with one number for each slot of the sparse cache, or as `bounds` several rows of them.
+# Parts with one number for each entry of the sparse cache, or as `bounds` several rows of them.
 PER_PAIR = ("positions", "score_weights", "sparse_k_scale", "sparse_v_scale", "bounds")
 
 TOKENS = np.arange(300, dtype=np.int32)
@@ -372,10 +372,10 @@ def test_a_cleaned_row_has_what_is_valid_and_nothing_else(n, interval, fields):
     for name in layout.parts:
         if name in ("H", "s", "exact_k", "exact_v") or not getattr(old, name).numel():
             continue
-        # Only the rows of bounds have their slots in the last dimension.
-        slots = -1 if name in PER_PAIR else -2
+        # Only the rows of bounds have their entries in the last dimension.
+        entries = -1 if name in PER_PAIR else -2
         (kept, rest), (stored, _) = (
-            getattr(views, name)[0].split([k, 24 - k], dim=slots) for views in (new, old)
+            getattr(views, name)[0].split([k, 24 - k], dim=entries) for views in (new, old)
         )
         assert kept.contiguous().view(torch.uint8).equal(stored.contiguous().view(torch.uint8))
         assert not rest.contiguous().view(torch.uint8).any()

@@ -141,12 +141,12 @@ class FakeDevice(host_copy.Staging):
         super().__init__()
         self.pinned, self.copies = 0, []
 
-    def _pinned(self, slot):
+    def _pinned(self, block):
         self.pinned += 1
-        return torch.empty_like(slot)
+        return torch.empty_like(block)
 
-    def _fill(self, buffer, slot):
-        buffer.copy_(slot)
+    def _fill(self, buffer, block):
+        buffer.copy_(block)
         self.copies.append(Copied())
         return self.copies[-1]
 
@@ -154,16 +154,16 @@ class FakeDevice(host_copy.Staging):
 def test_states_stay_in_ordinary_memory_of_their_own_size():
     """Pinned buffers are rounded up to powers of two, so only a few are used."""
     device = FakeDevice()
-    slots = [torch.full((ROW + 3,), n, dtype=torch.uint8) for n in range(40)]
+    blocks = [torch.full((ROW + 3,), n, dtype=torch.uint8) for n in range(40)]
     rows = []
-    for slot in slots:
+    for block in blocks:
         for copy in device.copies:
             copy.set()
-        rows.append(device.copy(slot))
+        rows.append(device.copy(block))
     for copy in device.copies:
         copy.set()
-    for slot, row in zip(slots, rows, strict=True):
-        assert row.wait().equal(slot)
+    for block, row in zip(blocks, rows, strict=True):
+        assert row.wait().equal(block)
         assert row.wait().untyped_storage().nbytes() == ROW + 3
         assert row.wait().data_ptr() not in {b.data_ptr() for b in device._free}
     assert device.pinned == len(device._free) == host_copy.MAX_STAGED
