@@ -377,7 +377,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "readme-recall": readme,
     "recall-tasks": partial(by_task, "recall-tasks", TASKS, LENGTHS, ROWS, 20),
     "recall-facts": partial(
-        by_task, "recall-facts", FACTS, LENGTHS[:2], {BASE: BASE, SHIPPED: "**as it ships**"}, 10
+        by_task, "recall-facts", FACTS, LENGTHS[:2], {BASE: BASE, BEFORE: BEFORE}, 10
     ),
     "recall-perplexity": perplexity,
     "choices": choices,
