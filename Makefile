@@ -1,5 +1,6 @@
 # make serve   set up, build, make the demo model on first use, serve it on 127.0.0.1:8000
 # make test    set up, build, run every test (WORKERS at once, 2 GB of memory for each)
+# make quick   unit tests but for the slow ones, and a seventh of the cases of two back ends
 # make recall  measure recall and perplexity of the demo model, as docs/recall.md shows them
 # make endless measure perplexity along long texts, recall over distance, and sums over 10^8 tokens
 # make choices train small models that differ in one choice each, and measure their recall
@@ -22,7 +23,8 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup serve test docs recall endless choices lint tidy sanitize compile_commands format clean
+.PHONY: setup serve test quick docs recall endless choices lint tidy sanitize compile_commands \
+	format clean
 
 setup: $(VENV)/.ready
 
@@ -49,9 +51,15 @@ serve: $(VENV)/.serves | $(MODEL)
 	@echo
 	$(BIN)/lola-vllm serve $(MODEL) --host $(HOST) --port $(PORT)
 
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=10
+
 test: $(VENV)/.ready | models/smollm2-lola
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --durations=10 \
-		$(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+# Each 7th case: a prime, so that every value of a parameter is in some case.
+quick: $(VENV)/.ready | models/smollm2-lola
+	$(PYTEST) -m "not slow" tests/unit tests/ops/conformance \
+		--backend torch --backend cpp --every 7 $(PYTEST_ARGS)
 
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

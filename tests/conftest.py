@@ -36,5 +36,9 @@ def fresh_choice(monkeypatch):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", help="the back end of tests/ops/conformance")
-    parser.addoption("--every", type=int, default=1, help="run each N-th of its cases")
+    parser.addoption(
+        "--backend",
+        action="append",
+        help="the back end of tests/ops/conformance; may be given several times",
+    )
+    parser.addoption("--every", type=int, default=1, help="run each N-th case of that suite")

@@ -30,6 +30,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     config = LolaLlamaConfig.from_pretrained(demo / "lola")
     config.facts = TensorFacts(64, 3, importance=True)
@@ -65,6 +66,7 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     assert "license: apache-2.0" in card
 
 
+@pytest.mark.slow
 def test_weights_in_fewer_bits_on_request(demo: Path, tmp_path: Path) -> None:
     build_demo_model(tmp_path / "lola", weights="int8")
     size = sum(path.stat().st_size for path in (tmp_path / "lola").glob("*.safetensors"))
@@ -75,6 +77,7 @@ def test_weights_in_fewer_bits_on_request(demo: Path, tmp_path: Path) -> None:
     assert (DISTILLED / "CARD.md").read_text() in card
 
 
+@pytest.mark.slow
 def test_the_paper_s_choice_on_request(tmp_path: Path) -> None:
     config = build_demo_model(tmp_path / "lola", calibrated=False)
     assert (config.lola.sparse_cache_size, config.lola.sparse_dtype) == (128, "model")
@@ -86,6 +89,7 @@ def test_what_ships_is_small() -> None:
     assert sum(path.stat().st_size for path in DISTILLED.iterdir()) <= 8 * 2**20
 
 
+@pytest.mark.slow
 def test_the_distilled_model_is_neither_the_base_nor_untrained(demo: Path) -> None:
     trained, base = (load_file(demo / name / "model.safetensors") for name in ("lola", "base"))
     for i in range(30):
@@ -100,6 +104,7 @@ def test_the_distilled_model_is_neither_the_base_nor_untrained(demo: Path) -> No
     assert trained["model.norm.weight"].equal(base["model.norm.weight"])
 
 
+@pytest.mark.slow
 def test_untrained_on_request(tmp_path: Path) -> None:
     build_demo_model(tmp_path / "lola", untrained=True, state_heads="query")
     tensors = load_file(tmp_path / "lola" / "model.safetensors")
@@ -112,6 +117,7 @@ def test_state_heads_of_the_distilled_maps_are_fixed(tmp_path: Path) -> None:
         build_demo_model(tmp_path / "lola", state_heads="query")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lola", "base"])
 def test_demo_tokenizer_and_chat_template(demo: Path, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo / name)
@@ -125,6 +131,7 @@ def test_demo_tokenizer_and_chat_template(demo: Path, name: str) -> None:
     assert tokenizer.decode(tokenizer("Größe 12\n\n3").input_ids) == "Größe 12\n\n3"
 
 
+@pytest.mark.slow
 def test_demo_base_writes_sense(demo: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo / "base")
     model = AutoModelForCausalLM.from_pretrained(demo / "base")

@@ -57,6 +57,7 @@ def model(tmp_path):
     return tmp_path / "lola"
 
 
+@pytest.mark.slow
 def test_this_installation_is_healthy(healthy):
     assert healthy.error == ""
     assert set(healthy.facts) == set(HEALTHY)

@@ -157,6 +157,7 @@ def test_another_key_and_no_key_are_told_as_such(path, read, tmp_path):
     assert read_state(tmp_path / "plain", key=KEY, plain=True).header.session == "agent-7"
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_of_any_byte_is_found(path):
     """Where it is in the container's own words, the file may be foreign or of another version."""
     whole = path.read_bytes()

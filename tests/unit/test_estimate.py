@@ -363,6 +363,7 @@ def test_errors_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert captured.err.startswith("lola-vllm: error: ") and captured.out == ""
 
 
+@pytest.mark.slow
 def test_vllm_is_not_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from lola_vllm.cli import main; "

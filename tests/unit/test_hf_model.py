@@ -156,6 +156,7 @@ def test_gradients_reach_every_weight(model: Any) -> None:
     model.zero_grad()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_torch_compile_changes_nothing(tiny: Path) -> None:
     model, ids = load(tiny), torch.tensor(random_prompts([60]))
@@ -443,6 +444,7 @@ LOAD = (
 )
 
 
+@pytest.mark.slow
 def test_trust_remote_code_in_a_process_that_knows_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,6 +470,7 @@ def test_trust_remote_code_in_a_process_that_knows_nothing(
     )
 
 
+@pytest.mark.slow
 def test_without_trust_transformers_says_what_to_do(tmp_path: Path) -> None:
     make_base(tmp_path / "base", "llama")
     init_checkpoint(tmp_path / "base", tmp_path / "lola", LOLA)
@@ -491,6 +494,7 @@ TOKENIZE = NOT_INSTALLED + (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "load",
     [
@@ -516,6 +520,7 @@ def test_the_tokenizer_needs_no_package(
     assert result.stdout.splitlines()[-1:] == ["True [0, 1]"], result.stderr
 
 
+@pytest.mark.slow
 def test_the_model_without_the_package_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -529,6 +534,7 @@ def test_the_model_without_the_package_says_what_is_missing(
     assert "lola_vllm" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_importing_it_needs_no_vllm() -> None:
     result = run("import sys, lola_vllm.hf; print('vllm' in sys.modules)")
     assert result.stdout.strip() == "False", result.stderr

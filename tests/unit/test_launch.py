@@ -319,6 +319,7 @@ def test_it_gives_the_process_to_vllm(model, monkeypatch):
     assert "lola" in environment["VLLM_PLUGINS"]
 
 
+@pytest.mark.slow
 def test_vllm_gets_every_core_though_torch_leaves_this_process_fewer(model):
     """With OMP_NUM_THREADS = 1, importing torch binds the process to one core."""
     code = (

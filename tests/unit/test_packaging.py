@@ -35,6 +35,7 @@ def test_stops_where_the_extension_is_required():
     assert "no C++ compiler found (no-such-compiler)" in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "package", ["lola_vllm", "lola_vllm.ops", "lola_vllm.kernels", "lola_vllm.serving"]
 )
@@ -46,6 +47,7 @@ def test_packages_are_installed(package):
     assert run.stdout.strip() == package, run.stderr
 
 
+@pytest.mark.slow
 def test_every_data_file_of_serving_is_part_of_a_build(tmp_path):
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
     subprocess.run(

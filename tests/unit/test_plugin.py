@@ -28,6 +28,7 @@ def test_importing_the_package_loads_nothing_heavy():
     assert result.stdout.strip() == "[]", result.stderr
 
 
+@pytest.mark.slow
 def test_registering_twice_does_no_harm_and_keeps_vllms_own_specs():
     result = run(
         "import lola_vllm\n"

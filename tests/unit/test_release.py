@@ -74,6 +74,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "dist"
 
 
+@pytest.mark.slow
 def test_the_sdist_holds_every_source(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -92,6 +93,7 @@ def test_the_sdist_holds_every_source(built):
     assert not {name for name in names if name.endswith((".so", ".pyc"))}
 
 
+@pytest.mark.slow
 def test_the_wheel_installs_alone(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     assert wheel.name.startswith(f"lola_vllm-{lola_vllm.__version__}-cp310-abi3-linux")

@@ -35,6 +35,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_pages_load_nothing_from_other_sites(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 30
@@ -47,6 +48,7 @@ def test_pages_load_nothing_from_other_sites(site):
         assert not re.search(r"(url\(|@import )['\"]?(https?:)?//", style.read_text()), style
 
 
+@pytest.mark.slow
 def test_the_reference_has_every_command_route_and_field(site):
     commands = (site / "reference/cli.html").read_text()
     assert not [name for name in cli.COMMANDS if f'id="lola-vllm-{name}"' not in commands]
@@ -63,6 +65,7 @@ def test_the_reference_has_every_command_route_and_field(site):
     assert 'id="lolacacheload"' in python and 'id="estimate"' in python
 
 
+@pytest.mark.slow
 def test_no_list_or_table_is_left_as_text(site):
     """GitHub sees a list right below a sentence, and MkDocs does not."""
     for page in site.rglob("*.html"):
@@ -72,6 +75,7 @@ def test_no_list_or_table_is_left_as_text(site):
         assert left is None, (page.name, prose[left.start() - 80 : left.end() + 80])
 
 
+@pytest.mark.slow
 def test_words_can_be_searched(site):
     index = json.loads((site / "search/search_index.json").read_text())
     found = {entry["location"] for entry in index["docs"] if "importance" in entry["text"]}
@@ -97,6 +101,7 @@ SETTLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     ["index", "tutorial", "sessions", "configuration", "reference/cli", "reference/http"],
@@ -118,6 +123,7 @@ def test_axe_finds_nothing(site, browser, page):
         assert findings(browser) == [], (size, scheme)
 
 
+@pytest.mark.slow
 def test_search_needs_no_server(site, browser):
     browser.resize(1280, 800)
     browser.open(f"file://{site}/reference/cli.html")

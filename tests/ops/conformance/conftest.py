@@ -1,6 +1,17 @@
 """One suite for all back ends: each case runs for each back end that it is about.
 
-An ordinary run takes the back ends that share a process; `--backend NAME` takes one.
+To add a case, write a test with the fixture `backend` in the file of its subject. Make a problem,
+`make_problem(tokens, config, dtype=backend.dtype)`, and call `backend.check(problem, cuts,
+decode_from=...)`: the prompt is cut there, then tokens are decoded, and answers and page must be
+those of the float64 reference. A parameter named `dtype` or `parts` takes the values that the back
+end knows. `@only`, `@fewer` and `@pytest.mark.prompts` say which back ends a case is about.
+
+To add a back end, give `BACKENDS` in tests/support/backends.py a row: its dtypes with tolerances,
+its ops, and its pace if a CPU emulates it. If it needs a build, a device or a library, give
+`open_backend` a branch, which skips where that is missing. All cases then run for it.
+
+An ordinary run takes the back ends that share a process. `--backend NAME`, once or several times,
+takes these alone; `--every N` takes each N-th case, N prime to the lengths of parameters.
 `test_interpreted.py` and `test_instruction_sets.py` run the suite again in processes of their own.
 """
 
@@ -20,8 +31,7 @@ HERE = Path(__file__).parent
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        name = metafunc.config.getoption("--backend")
-        names = [name] if name else IN_PROCESS
+        names = metafunc.config.getoption("--backend") or IN_PROCESS
         gpu = {n: [pytest.mark.gpu] if BACKENDS[n].on_gpu else [] for n in names}
         params = [pytest.param(n, marks=gpu[n]) for n in names]
         metafunc.parametrize("backend", params, indirect=True)
@@ -33,19 +43,17 @@ def pytest_make_parametrize_id(val):
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what is no case of a back end; with `--backend`, what asks for none, and all
-    but each `--every`-th case."""
+    but each `--every`-th case. Tests of other folders stay."""
 
-    def stays(item):
-        if not item.path.is_relative_to(HERE):
-            return True
+    def is_case(item):
         if "backend" not in item.fixturenames:
             return not config.getoption("--backend")
         return has_case(item)
 
-    kept = [item for item in items if stays(item)][:: config.getoption("--every")]
-    chosen = set(kept)
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = kept
+    suite = [item for item in items if item.path.is_relative_to(HERE)]
+    left_out = set(suite) - set([*filter(is_case, suite)][:: config.getoption("--every")])
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
