@@ -1,5 +1,5 @@
 // What a page keeps of each sparse pair and state head where the update interval is 1, so that an
-// update computes few recall errors anew (Lemma 1, docs/algorithm.md). Free of torch: kernels
+// update computes few recall errors anew (Lemma 1, docs/bounds.md). Free of torch: kernels
 // include it.
 #pragma once
 

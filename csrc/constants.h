@@ -1,4 +1,4 @@
-// Numeric constants of the algorithm and of its bounds; docs/algorithm.md, section 3, says why.
+// Numeric constants of the algorithm and of its bounds; docs/bounds.md says why.
 // Their Python form is lola_vllm/ops/constants.py; a test compares the two. Free of torch: CPU and
 // CUDA kernels include it. A template parameter T is the type that a kernel computes in.
 #pragma once

@@ -84,7 +84,7 @@ struct PageLayout {
     return n % update_interval == 0 && window_start(n) > window_start(n - update_interval);
   }
 
-  // Whether a page keeps bounds on recall errors (docs/algorithm.md, section 3).
+  // Whether a page keeps bounds on recall errors (docs/bounds.md).
   LOLA_HOST_DEVICE bool keeps_bounds() const {
     return update_interval == 1 && sparse_cache_size > 0 && recent_size == 0;
   }

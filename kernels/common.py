@@ -229,7 +229,7 @@ def dither(update, f):
 
 @triton.jit
 def add_dithered(total, added, dither):
-    """total + added, rounded with a dither (Lemma 4, `docs/algorithm.md`)."""
+    """total + added, rounded with a dither (Lemma 4, `docs/bounds.md`)."""
     power = (total.to(tl.int32, bitcast=True) & EXPONENT_BITS).to(tl.float32, bitcast=True)
     return total + (added + power * dither)
 

@@ -2,7 +2,7 @@
 
 One pair is evicted and at most one folded, so only the least score matters. A page keeps a lower
 bound on the recall error of each sparse pair, which every fold lowers (Lemma 1,
-`docs/algorithm.md`). A score is computed only where the bound does not rule the pair out (Lemma 3).
+`docs/bounds.md`). A score is computed only where the bound does not rule the pair out (Lemma 3).
 Where the model has an importance, the bound is multiplied by it as the score is.
 
 - `per_token_score_kernel` takes the place of `update.score_kernel`: one program per row and set.

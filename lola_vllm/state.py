@@ -28,7 +28,7 @@ importance when it leaves the window, or 1 without one. Only context shifts chan
 The scales are empty unless sparse pairs are int8 (`lola_vllm/ops/int8.py`).
 
 `bounds` and `directions` are empty unless C = 1 and no pair stays because it is recent. With them
-the kernels choose without computing every score at every token (Lemma 1, `docs/algorithm.md`). The
+the kernels choose without computing every score at every token (Lemma 1, `docs/bounds.md`). The
 portable back end computes every score and does not touch them.
 
 The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are

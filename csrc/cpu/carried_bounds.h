@@ -1,5 +1,5 @@
 // Bounds on scores that are carried from update to update, so that an update computes anew only
-// those that can decide it (Lemmas 2 and 3 of docs/algorithm.md, section 3): updates of prefill,
+// those that can decide it (Lemmas 2 and 3 of docs/bounds.md): updates of prefill,
 // where the interval is above 1.
 //
 // A fold adds dH and ds to H and s. The estimate q of a pair's prediction p follows it with

@@ -1,5 +1,5 @@
 // Bounds on the recall errors of cached pairs between two computations of them (Lemma 1 of
-// docs/algorithm.md, section 3): updates of interval 1. A page keeps them.
+// docs/bounds.md): updates of interval 1. A page keeps them.
 //
 // With u the direction of v - p when that was computed last, the error is at least
 // low = u . (v - p), which starts as the error itself. A fold of phi_l and v_l lowers it to

@@ -180,7 +180,7 @@ struct Params {
 };
 
 // sum + added, rounded with the dither of row f of H, or of s[f], in update number `update`
-// (Lemma 4, docs/algorithm.md). An update that is added in several parts gives each part rows of
+// (Lemma 4, docs/bounds.md). An update that is added in several parts gives each part rows of
 // its own.
 LOLA_DEVICE float add_dithered(float sum, float added, int64_t update, int f) {
   const unsigned place =

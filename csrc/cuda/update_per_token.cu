@@ -1,5 +1,5 @@
 // The update of interval 1: one pair is evicted and at most one folded. Each fold lowers bounds on
-// the recall errors of cached pairs (Lemma 1, docs/algorithm.md), and an error is computed anew
+// the recall errors of cached pairs (Lemma 1, docs/bounds.md), and an error is computed anew
 // only where it may be the least (Lemma 3). Where pairs are weighted, bounds and errors are
 // multiplied by the importance when they are compared.
 //
@@ -119,7 +119,7 @@ LOLA_DEVICE void map_tile(const Params& p, const float* W, int count, const Shar
   __syncthreads();
 }
 
-// Sets the bound on a pair's recall error (Lemma 1, docs/algorithm.md), by one warp. Returns the
+// Sets the bound on a pair's recall error (Lemma 1, docs/bounds.md), by one warp. Returns the
 // error, or its ratio to ||v|| where `relative`. `recalled` is phi^T H; `empty`: nothing was folded
 // yet, and H and s hold leftovers.
 LOLA_DEVICE float set_bound(const Params& p, const float* s, bool empty, bool relative,

@@ -1,4 +1,4 @@
-"""Numeric constants of the algorithm and of its bounds; `docs/algorithm.md`, section 3, says why.
+"""Numeric constants of the algorithm and of its bounds; `docs/bounds.md` says why.
 
 The C++ and CUDA kernels have them in `csrc/constants.h`; a test compares the two. The rows of a
 page's `bounds` are in `lola_vllm/state.py` and `csrc/bounds.h`. Imports nothing.

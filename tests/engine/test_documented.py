@@ -71,7 +71,8 @@ def tutorial(tmp_path_factory):
     make_base(base, "llama", vocab_size=VOCAB, head_dim=32)  # the least that vLLM has on CPUs
     for file in lola.glob("*token*"):
         shutil.copy(file, base)
-    words = (ROOT / "docs/algorithm.md").read_text().split("\n\n")
+    words = "".join((ROOT / f"docs/{name}.md").read_text() for name in ("algorithm", "bounds"))
+    words = words.split("\n\n")
     (place / "models/texts").mkdir()
     (place / "models/texts/words.txt").write_text(SEPARATOR.join(words))
     return place

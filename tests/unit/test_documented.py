@@ -83,7 +83,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in lola.glob("*token*"):
         shutil.copy(file, out / "base")
     (out / "texts").mkdir()
-    words = [(ROOT / "docs" / name).read_text() for name in ("algorithm.md", "design.md")]
+    words = [(ROOT / "docs" / name).read_text() for name in ("algorithm.md", "bounds.md")]
     (out / "texts" / "words.txt").write_text("\n\n".join(words))
     return out
 

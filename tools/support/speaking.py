@@ -32,8 +32,9 @@ def make_speaking(out: Path, **fields: Any) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = (Path(__file__).parents[2] / "docs" / "algorithm.md").read_text()
-    tokenizer.train_from_iterator([words], trainer)
+    docs = Path(__file__).parents[2] / "docs"
+    words = [(docs / name).read_text() for name in ("algorithm.md", "bounds.md")]
+    tokenizer.train_from_iterator(words, trainer)
     assert tokenizer.get_vocab_size() == VOCAB
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, chat_template=TEMPLATE
