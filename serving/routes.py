@@ -118,10 +118,10 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
     layout = engine.page
     n, largest = torch.tensor(len(tokens)), max(map(max, engine.sizes))
     shifted_by = 0 if engine.schedule is None else engine.schedule.shifted_by(len(tokens))
-    schedule = None
+    rope_positions = None
     if engine.schedule is not None and shifted_by:
         positions = torch.arange(len(tokens))
-        schedule = engine.schedule.exact_rope_positions(
+        rope_positions = engine.schedule.exact_rope_positions(
             positions, len(tokens), layout.sink_size
         ).tolist()
     return MemoryResponse(
@@ -137,7 +137,7 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
         update_interval=layout.update_interval,
         history_interval=stop_interval(layout, len(tokens)) if body.history else None,
         shifted_by=shifted_by,
-        schedule=schedule,
+        rope_positions=rope_positions,
         error="sre" if layout.num_state_heads == layout.num_sparse_heads else "relative",
         layers=layers,
     )
