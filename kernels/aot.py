@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lola_vllm.kernels import decode, prefill, update, update_per_token
+from lola_vllm.kernels.candidates import BLOCK_R
 from lola_vllm.kernels.common import page_shape, precision
 from lola_vllm.state import StateLayout
 
@@ -131,7 +132,7 @@ def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
 
 def update_kernels(layout: StateLayout, note: str = "") -> list[Kernel]:
     """Those of an update, whatever the interval; `note` ends their names."""
-    blocks = {"BLOCK_R": update.BLOCK_R, "PRECISION": update.PRECISION}
+    blocks = {"BLOCK_R": BLOCK_R, "PRECISION": update.PRECISION}
     each = replace(layout, update_interval=1)  # an update after every token
     shape = {"SHAPE": page_shape(layout, ROTATED_MAP_AFTER), **blocks}
     each_shape = {"SHAPE": page_shape(each, ROTATED_MAP_AFTER), **blocks}

@@ -123,7 +123,7 @@ async def _tokenized(
         else:
             request = _Chat(
                 model=body.model,
-                messages=body.messages,
+                messages=list(body.messages),
                 add_generation_prompt=getattr(body, "add_generation_prompt", False),
             )
         # Parts of messages are checked only here.

@@ -148,7 +148,8 @@ class PrefixSharing:
         if point is not None:
             ttl = read_params(transfer_params(sampling_params)).ttl
             computed = await self._read(point, prompt, kwargs, ttl)
-        outputs = self._generate(prompt, sampling_params, request_id, **kwargs)
+        # An async generator, which vLLM types as an iterator.
+        outputs: Any = self._generate(prompt, sampling_params, request_id, **kwargs)
         async with aclosing(outputs):
             async for output in outputs:
                 told = (output.kv_transfer_params or {}).get(FIELD, {})
