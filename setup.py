@@ -148,6 +148,7 @@ setup(
         "lola_vllm.checkpoint": ["smollm2/*"],  # the demo model's maps and adapters
         "lola_vllm.serving": DATA,
     },
+    exclude_package_data={"": ["README.md"]},  # of a folder: for readers of the repository
     long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
     long_description_content_type="text/markdown",
     **extension(),

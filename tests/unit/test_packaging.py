@@ -56,11 +56,12 @@ def test_every_data_file_of_serving_is_part_of_a_build(tmp_path):
     data = [
         path.relative_to(ROOT)
         for path in (ROOT / "serving").rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and path.name != "README.md"
     ]
     assert len(data) >= 3
     for path in data:
         assert (tmp_path / "lib" / "lola_vllm" / path).is_file(), path
+    assert not list((tmp_path / "lib").rglob("README.md"))  # of folders: for the repository alone
 
 
 def test_make_serve_starts_our_front_and_its_example_names_the_model():

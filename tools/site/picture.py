@@ -104,16 +104,16 @@ def _elements(color: dict[str, str]) -> Iterator[str]:
         f'fill="{color["text"]}">'
     )
     yield "<title>Memory over context, and how often a hidden number is found</title>"
-    yield _text(LEFT, 20, "Memory of one sequence, MiB (logarithmic)", weight="600")
-    yield _text(LEFT, 42, "at each dot: hidden numbers found (RULER S-NIAH-1)", fill=color["faint"])
+    yield text(LEFT, 20, "Memory of one sequence, MiB (logarithmic)", weight="600")
+    yield text(LEFT, 42, "at each dot: hidden numbers found (RULER S-NIAH-1)", fill=color["faint"])
     for mib in MIB:
         y = _y(mib)
         yield f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{color["grid"]}"/>'
-        yield _text(LEFT - 8, y + 5, str(mib), anchor="end", fill=color["faint"])
+        yield text(LEFT - 8, y + 5, str(mib), anchor="end", fill=color["faint"])
     for length in LENGTHS:
-        yield _text(_x(length), BOTTOM + 22, f"{length:,}", anchor="middle", fill=color["faint"])
+        yield text(_x(length), BOTTOM + 22, f"{length:,}", anchor="middle", fill=color["faint"])
     middle = (LEFT + WIDTH - RIGHT) / 2
-    yield _text(middle, BOTTOM + 46, "tokens of context", anchor="middle", fill=color["faint"])
+    yield text(middle, BOTTOM + 46, "tokens of context", anchor="middle", fill=color["faint"])
     for line in lines():
         yield from _line_elements(line, color[line.color])
     yield "</svg>"
@@ -128,14 +128,15 @@ def _line_elements(line: Line, stroke: str) -> Iterator[str]:
         x, y = _x(length), _y(line.mib[length])
         yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{stroke}"/>'
         words = f"{share:.0%}".replace("%", " %")
-        yield _text(x, y + share_below, words, anchor="middle", fill=stroke)
+        yield text(x, y + share_below, words, anchor="middle", fill=stroke)
     last = LENGTHS[-1]
     name = f"{line.name}: {line.mib[last]:.1f} MiB at {last:,}"
     x, y = _x(last) + name_right, _y(line.mib[last]) + name_below
-    yield _text(x, y, name, anchor="end", weight="600", fill=stroke)
+    yield text(x, y, name, anchor="end", weight="600", fill=stroke)
 
 
-def _text(x: float, y: float, words: str, **how: str) -> str:
+def text(x: float, y: float, words: str, **how: str) -> str:
+    """An element of SVG; `how`: its anchor, weight and fill."""
     names = {"anchor": "text-anchor", "weight": "font-weight", "fill": "fill"}
     attributes = "".join(f' {names[key]}="{value}"' for key, value in how.items())
     return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{words}</text>'

@@ -1,0 +1,134 @@
+"""The picture of docs/design.md: what lies where and what uses what, in docs/images/code-*.svg.
+
+    python -m tools.site.code_map
+
+A box is a folder or a file. It may use the boxes of all bands below its own, and in its own band
+those that an arrow leads to. tests/unit/test_code_map.py compares this with the imports of the
+code. SVG is written for a light and a dark page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tools.site.picture import COLORS, IMAGES, text
+
+WIDTH = 700
+TOP, HEAD, BOX, GAP = 8, 24, 52, 14  # heights: above all, of a band's title, of a box, below it
+BAND = HEAD + BOX + GAP
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of the code: its path in the repository, a few words, left edge and width."""
+
+    path: str
+    words: str
+    x: int
+    width: int
+
+
+# From the top: what is said of a band, and its boxes from the left.
+BANDS = (
+    ("the command line", (Box("lola_vllm/cli.py", "lola-vllm VERB", 20, 660),)),
+    ("what the verbs do", (
+        Box("lola_vllm/client/", "asks a server", 20, 116),
+        Box("lola_vllm/doctor.py", "finds faults", 148, 112),
+        Box("lola_vllm/eval/", "measures", 272, 112),
+        Box("lola_vllm/calibrate/", "divides the pairs", 396, 136),
+        Box("lola_vllm/distill/", "trains", 564, 116),
+    )),
+    ("where models run", (
+        Box("serving/", "HTTP: routes, sessions, pages", 20, 230),
+        Box("lola_vllm/plugin/", "the model in vLLM", 282, 170),
+        Box("lola_vllm/hf/", "the model in transformers", 464, 216),
+    )),
+    ("files and sizes", (
+        Box("lola_vllm/sessions/", "stored states", 20, 116),
+        Box("lola_vllm/checkpoint/", "files of models", 168, 130),
+        Box("lola_vllm/estimate.py", "bytes of a sequence", 330, 170),
+        Box("lola_vllm/sizing.py", "of the pool", 512, 168),
+    )),
+    ("the method", (
+        Box("kernels/", "Triton", 20, 150),
+        Box("lola_vllm/ops/", "reference, contract, plain torch", 202, 266),
+        Box("csrc/", "C++ and CUDA", 500, 180),
+    )),
+    ("parameters, and the page", (
+        Box("lola_vllm/state.py", "every byte of a page", 20, 200),
+        Box("lola_vllm/config.py", "LolaConfig", 252, 200),
+        Box("lola_vllm/cli_options.py", "options of several verbs", 484, 196),
+    )),
+    ("what uses nothing else here", (
+        Box("lola_vllm/texts/", "English to train on", 20, 200),
+        Box("lola_vllm/compact_json.py", "the text of config.json", 252, 200),
+        Box("lola_vllm/cpu.py", "in which dtype a CPU is fast", 464, 216),
+    )),
+)  # fmt: skip
+# Who uses whom within a band. `ops/` loads the compiled `csrc/`; the others are imports.
+USES = (
+    ("lola_vllm/calibrate/", "lola_vllm/distill/"),
+    ("serving/", "lola_vllm/plugin/"),
+    ("lola_vllm/sessions/", "lola_vllm/checkpoint/"),
+    ("lola_vllm/estimate.py", "lola_vllm/checkpoint/"),
+    ("kernels/", "lola_vllm/ops/"),
+    ("lola_vllm/ops/", "kernels/"),
+    ("lola_vllm/ops/", "csrc/"),
+    ("lola_vllm/state.py", "lola_vllm/config.py"),
+    ("lola_vllm/cli_options.py", "lola_vllm/config.py"),
+)
+
+
+def svg(theme: str) -> str:
+    """The picture for a "light" or a "dark" page."""
+    return "\n".join(_elements(COLORS[theme])) + "\n"
+
+
+def _elements(color: dict[str, str]) -> Iterator[str]:
+    height = TOP + BAND * len(BANDS)
+    yield (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" role="img" font-family="system-ui, sans-serif" font-size="14" '
+        f'fill="{color["text"]}">'
+    )
+    yield "<title>A part of the code uses what is below it, and what an arrow leads to</title>"
+    for at, (title, row) in enumerate(BANDS):
+        top = TOP + at * BAND
+        yield text(20, top + 16, title, fill=color["faint"])
+        for box in row:
+            yield from _box(box, top + HEAD, color)
+        for user, used in USES:
+            ends = [[box for box in row if box.path == path] for path in (user, used)]
+            if all(ends):
+                yield _arrow(*ends[0], *ends[1], top + HEAD + BOX / 2, color["lola"])
+    yield "</svg>"
+
+
+def _box(box: Box, top: int, color: dict[str, str]) -> Iterator[str]:
+    edge = color["stock"] if "/" not in box.path.rstrip("/") else color["grid"]
+    yield (
+        f'<rect x="{box.x}" y="{top}" width="{box.width}" height="{BOX}" rx="6" fill="none" '
+        f'stroke="{edge}" stroke-width="1.5"/>'
+    )
+    middle = box.x + box.width / 2
+    name = box.path.removeprefix("lola_vllm/")
+    yield text(middle, top + 22, name, anchor="middle", weight="600")
+    yield text(middle, top + 41, box.words, anchor="middle", fill=color["faint"])
+
+
+def _arrow(user: Box, used: Box, y: float, stroke: str) -> str:
+    """From box to box where they lie beside each other; where both use each other it has two heads,
+    each drawn by one of the two."""
+    right = used.x > user.x
+    start = user.x + user.width + 7 if right else user.x - 7
+    end, back = (used.x - 3, -7) if right else (used.x + used.width + 3, 7)
+    return (
+        f'<path d="M{start} {y:.0f}H{end}m{back} -5l{-back} 5l{back} 5" fill="none" '
+        f'stroke="{stroke}" stroke-width="2"/>'
+    )
+
+
+if __name__ == "__main__":
+    for theme in COLORS:
+        (IMAGES / f"code-{theme}.svg").write_text(svg(theme), encoding="utf-8")
