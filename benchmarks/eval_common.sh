@@ -3,6 +3,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 lola() { .venv/bin/lola-vllm "$@"; }
 SAMPLES=${SAMPLES:-50}
+SEED=${SEED:-1} # 0 is for choosing
 OUT=${OUT:-eval-results}
 
 [ -d models/texts ] || lola texts --out models/texts

@@ -13,7 +13,7 @@
 
 recall() { # NAME TASKS LENGTHS: the settings of benchmarks/recall/NAME.json
     lola eval recall --model models/smollm2-lola --sweep "benchmarks/recall/$1.json" \
-        --tasks "$2" --lengths "$3" --texts models/texts --samples "$SAMPLES" \
+        --tasks "$2" --lengths "$3" --texts models/texts --samples "$SAMPLES" --seed "$SEED" \
         --out "$OUT/$1" --resume
 }
 recall shipped niah-1,niah-2,niah-3,multikey,passkey 1024,2048,4096,8192
@@ -25,13 +25,18 @@ lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base
 [ -d models/code ] || lola texts --out models/code --only python_code
 copy() { # NAME TEXTS LENGTHS DISTANCES OPTIONS...
     lola eval copy --model models/smollm2-lola --reference models/smollm2-base --texts "$2" \
-        --lengths "$3" --distances "$4" --lola-config 'as it ships={}' --batch 28 \
+        --lengths "$3" --distances "$4" --lola-config 'as it ships={}' --batch 28 --seed "$SEED" \
         --engine-args '{"dtype": "float32"}' --out "$OUT/copy-$1" --resume "${@:5}"
 }
 copy prose models/texts 2000,7000 250,500,1000,2000,3000,4500,6000 --kinds prose --samples 6
 copy kinds models/texts 7000 250,1000,2000,4500 --kinds documentation,chat
 copy code models/code 7000 250,1000,2000,4500
 copy long models/texts 16000 250,1000,2000,4500,7000,12000 --kinds prose
+# Which pairs stay: sizes and recent pairs, with the importance that ships.
+lola eval copy --model models/smollm2-lola --reference models/smollm2-base --texts models/texts \
+    --lengths 7000 --distances 250,500,1000,2000,4500 --kinds prose --samples 3 --stops 2 \
+    --passages 6 --sweep benchmarks/recall/recent.json --batch 28 \
+    --engine-args '{"dtype": "float32"}' --out "$OUT/copy-recent" --resume
 # What was said in a conversation.
 chat() { # LENGTH
     lola eval recall --model models/smollm2-lola --reference models/smollm2-base \

@@ -86,7 +86,7 @@ class LolaConfig(BaseModel):
             has a number per layer, or in its place a list with a number per KV head, as
             `lola-vllm calibrate` finds them.
         recent_size: of the pairs in a sparse set, the newest so many stay whatever the hidden state
-            recalls (>= 0, at most `sparse_cache_size`). They let a model go on word by word with
+            recalls (>= 0; all where there are fewer). They let a model go on word by word with
             what it read last, and need no scores. They leave less room for what is older. A number
             or a list as there; 0 is the paper.
         update_interval: C, tokens between two updates, counted from position 0 (>= 1). The page
@@ -155,17 +155,18 @@ class LolaConfig(BaseModel):
 
     @property
     def recent_pairs(self) -> int:
-        """`recent_size` of one layer or head, or of all where they are equal.
+        """Recent pairs of one layer or head, or of all where they are equal: `recent_size`, at most
+        `sparse_cache_size`.
 
         Raises:
-            LolaConfigError: it is a list.
+            LolaConfigError: one of the two is a list.
         """
         if not isinstance(self.recent_size, int):
             raise LolaConfigError(
                 f"lola_config.recent_size = {_plain(self.recent_size)}: a number per layer or "
                 "head; use for_layer(index) and for_heads() for their parameters"
             )
-        return self.recent_size
+        return min(self.recent_size, self.sparse_pairs)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -211,7 +212,7 @@ class LolaConfig(BaseModel):
 
     def check_layers(self, num_layers: int, num_kv_heads: int) -> None:
         """Raise `LolaConfigError` unless lists have as many numbers as the model has layers, lists
-        in them as many as a layer has KV heads, and no head more recent pairs than pairs."""
+        in them as many as a layer has KV heads."""
         for name in ("sparse_cache_size", "recent_size"):
             sizes: Sizes = getattr(self, name)
             if isinstance(sizes, int):
@@ -226,13 +227,6 @@ class LolaConfig(BaseModel):
                     raise LolaConfigError(
                         f"lola_config.{name}, layer {index}: {len(size)} numbers for "
                         f"{num_kv_heads} KV heads; give one per KV head, or one number for all"
-                    )
-        for index in range(num_layers):
-            for head in self.for_layer(index).for_heads():
-                if head.recent_pairs > head.sparse_pairs:
-                    raise LolaConfigError(
-                        f"lola_config.recent_size, layer {index}: {head.recent_pairs} of "
-                        f"{head.sparse_pairs} pairs; use at most the sparse_cache_size"
                     )
 
     def check_context_shift(self, length: int) -> None:

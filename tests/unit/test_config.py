@@ -85,12 +85,9 @@ def test_nine_keys_do():
     [
         ({"recent_size": [1, 2]}, "recent_size: 2 numbers for 3 layers"),
         ({"recent_size": [1, [2], 3]}, "recent_size, layer 1: 1 numbers for 2 KV heads"),
-        ({"recent_size": 9}, "recent_size, layer 0: 9 of 8 pairs; use at most"),
-        ({"recent_size": [8, [8, 9], 8]}, "recent_size, layer 1: 9 of 8 pairs"),
-        ({"sparse_cache_size": [8, 8, [8, 2]], "recent_size": 3}, "layer 2: 3 of 2 pairs"),
     ],
 )
-def test_recent_pairs_suit_the_sizes(fields, message):
+def test_recent_pairs_have_a_number_for_each_layer_or_head(fields, message):
     with pytest.raises(LolaConfigError, match=message):
         LolaConfig(**{"sparse_cache_size": 8, **fields}).check_layers(3, 2)
 
@@ -102,6 +99,9 @@ def test_a_layer_has_recent_pairs_of_its_own():
         [(8, 1), (8, 2)],
         [(8, 3), (9, 3)],
     ]
+    small = LolaConfig(sparse_cache_size=[8, [8, 2]], recent_size=3)
+    assert [x.recent_pairs for x in small.for_layer(1).for_heads()] == [3, 2]
+    assert LolaConfig(sparse_cache_size=4, recent_size=[9, 1]).for_layer(0).recent_pairs == 4
     alike = LolaConfig(sparse_cache_size=[8, [9, 9]], recent_size=[2, [3, 3]])
     assert [alike.for_layer(i).recent_pairs for i in range(2)] == [2, 3]
 
