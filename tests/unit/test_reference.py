@@ -240,6 +240,6 @@ def test_feature_map_rows_sum_to_two_and_stay_positive():
 def test_heads_that_do_not_divide_are_refused():
     problem = make_problem(5, config(), Hkv=2, group=3, Hs=4)
     with pytest.raises(
-        LolaConfigError, match=r"num_state_heads = 4.*query head .6. or per KV head"
+        LolaConfigError, match=r"feature_map_k has 4 heads.*query head .6. or per KV head"
     ):
         problem.reference()

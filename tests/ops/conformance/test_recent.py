@@ -12,7 +12,7 @@ ETA = 6
 
 
 def config_of(**fields):
-    defaults = {"window_size": ETA, "sparse_cache_size": 12, "feature_dim": 8, "recent_size": 5}
+    defaults = {"window_size": ETA, "sparse_cache_size": 12, "recent_size": 5}
     return LolaConfig(**defaults | fields)
 
 
@@ -23,8 +23,10 @@ def config_of(**fields):
 @fewer("interpreted", recent=[5], interval=[4], importance=[True])
 def test_equals_the_reference(backend, recent, interval, importance):
     """With fewer recent pairs than a set holds, and with as many."""
-    config = config_of(recent_size=recent, update_interval=interval, importance=importance)
-    problem = make_problem(75, config, dtype=backend.dtype, seed=recent + interval)
+    config = config_of(recent_size=recent, update_interval=interval)
+    problem = make_problem(
+        75, config, importance=importance, dtype=backend.dtype, seed=recent + interval
+    )
     truth = problem.reference()
     for decode_from in (75, 40) if backend.prefills else (0,):
         _, state = backend.check(problem, decode_from=decode_from, truth=truth)
@@ -38,10 +40,8 @@ def test_equals_the_reference(backend, recent, interval, importance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @fewer("interpreted", sharing=["kv_head"], dtype=[torch.bfloat16])
 def test_heads_and_pairs_of_8_bits(backend, sharing, dtype):
-    config = config_of(
-        sparse_sharing=sharing, sparse_dtype="int8", update_interval=4, sink_size=3, importance=True
-    )
-    problem = make_problem(57, config, Hs=6, d=24, dtype=dtype, scale=0.5, seed=4)
+    config = config_of(sparse_sharing=sharing, sparse_dtype="int8", update_interval=4, sink_size=3)
+    problem = make_problem(57, config, Hs=6, d=24, importance=True, dtype=dtype, scale=0.5, seed=4)
     decode_from = 40 if backend.prefills else 3
     backend.check(problem, [2, 5, 6, 25], decode_from=decode_from, extra_stride=192)
 
@@ -51,9 +51,7 @@ def test_heads_and_pairs_of_8_bits(backend, sharing, dtype):
 @pytest.mark.parametrize("recent", [40, 96])
 def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, recent):
     """C++ prefill carries bounds of pairs that are no longer recent; steps score those alone."""
-    config = config_of(
-        window_size=16, sparse_cache_size=96, feature_dim=16, recent_size=recent, importance=True
-    )
-    problem = with_a_trend(2000, config, dtype=dtype, d=32, group=1)
+    config = config_of(window_size=16, sparse_cache_size=96, recent_size=recent)
+    problem = with_a_trend(2000, config, dtype=dtype, d=32, F=16, group=1, importance=True)
     problem.importance *= 0.3
     assert_a_prompt_chooses_as_single_steps(backend, problem)
