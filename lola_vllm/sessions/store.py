@@ -328,7 +328,8 @@ class SessionStore:
         """Add an order."""
         with self.lock:
             self._orders.append(order)
-            if isinstance(order, Copy) and order.disk:
+            # Above the limit the ranks copy the source's file, which takes no memory meanwhile.
+            if isinstance(order, Copy) and order.disk and len(self._waiting) < self.max_waiting:
                 self._waiting.add(order.header.id)
 
     def apply(self, outcomes: Iterable[tuple[int, Outcome]]) -> None:

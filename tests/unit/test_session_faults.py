@@ -144,7 +144,7 @@ def test_a_deletion_is_answered_when_the_files_are_gone(server, tmp_path):
 def test_many_forks_at_once_are_all_written(tmp_path, monkeypatch):
     """Also more than may wait to be written: they would be lost when they leave the memory."""
     server = Server(tmp_path)
-    server.workers[0].max_waiting = 2
+    server.store.max_waiting = server.workers[0].max_waiting = 2
     server.say(TEXT[:100], "agent-7")
     server.settle()
     gate, write = threading.Event(), transfer.write_state
@@ -153,12 +153,15 @@ def test_many_forks_at_once_are_all_written(tmp_path, monkeypatch):
         server.manager.fork("agent-7", f"fork-{n}")
         server.step()
     assert server.workers[0].num_waiting <= 2
+    assert len(server.store._waiting) <= 2  # those that are copied from a file do not count
     gate.set()
+    server.settle()
+    assert not server.say([7] * 100, "after").unwritten
     server.settle()
     server.close()
     monkeypatch.undo()
     again = Server(tmp_path)
-    assert names(again) == {"agent-7", *(f"fork-{n}" for n in range(10))}
+    assert names(again) == {"agent-7", "after", *(f"fork-{n}" for n in range(10))}
     again.close()
 
 
