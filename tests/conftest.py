@@ -18,8 +18,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByModule(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             module = nodeid.split("::", 1)[0]
-            folder = module.rpartition("/")[0]
-            return folder if folder.endswith("serving") else module
+            return "tests/serving" if module.startswith("tests/serving/") else module
 
     return ByModule(config, log)
 

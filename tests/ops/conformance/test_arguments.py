@@ -1,6 +1,6 @@
 """Wrong arguments of an op raise, and the message begins with the argument's name.
 
-`LayerState.bind` checks weights and pages (tests/unit/test_layer_state.py).
+`LayerState.bind` checks weights and pages (tests/unit/ops/test_contract.py).
 """
 
 from dataclasses import replace

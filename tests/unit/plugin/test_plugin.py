@@ -13,7 +13,7 @@ import zmq
 from lola_vllm.plugin import compat
 from lola_vllm.plugin.compat import SUPPORTED, UnsupportedVllmError, check_vllm_version
 
-PACKAGE = Path(__file__).parents[2] / "lola_vllm"
+PACKAGE = Path(__file__).parents[3] / "lola_vllm"
 
 
 def run(code):

@@ -32,8 +32,8 @@ from lola_vllm.sessions.cipher import STATE, TOKENS, read_key, sealed_size
 from lola_vllm.sessions.file import file_name, read_header, read_tokens
 from lola_vllm.sessions.prefix_hash import PrefixHashes, namespace
 from tests.support.sessions import FINGERPRINT, Server
-from tests.unit.test_session_files import header as plain_header
-from tests.unit.test_session_files import reason
+from tests.unit.sessions.test_file import header as plain_header
+from tests.unit.sessions.test_file import reason
 
 SECRET = "0123456789abcdef" * 4
 KEY, OTHER = StateKey(SECRET.encode()), StateKey(b"another secret of 32 characters!")

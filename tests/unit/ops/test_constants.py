@@ -9,7 +9,7 @@ from lola_vllm.ops import constants
 from lola_vllm.ops.reference import feature_map
 from lola_vllm.state import BOUND_ROWS
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = Path(__file__).parents[3] / "csrc"
 
 
 def snake(name):

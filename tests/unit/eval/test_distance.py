@@ -20,7 +20,7 @@ from lola_vllm.eval.results import Record
 from lola_vllm.eval.settings import Memory, Setting
 from lola_vllm.eval.tables import distance_table
 from lola_vllm.eval.tasks import TASKS
-from tests.unit.test_eval_tasks import Words, prose  # noqa: F401  (a fixture)
+from tests.unit.eval.test_tasks import Words, prose  # noqa: F401  (a fixture)
 
 ONE_PLACE = [name for name, task in TASKS.items() if not task.several_places]
 UNIT = MAX_WORDS + 30  # tokens of a sentence or a line, at most
@@ -185,7 +185,7 @@ def test_lines_of_several_lengths() -> None:
 def test_command_line_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    from tests.unit.test_eval_settings import LOLA
+    from tests.unit.eval.test_settings import LOLA
 
     (tmp_path / "config.json").write_text(json.dumps(LOLA))
     argv = ["eval", "recall", "--model", str(tmp_path), "--tasks", "niah-1"]

@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     code = f"""
 import resource, sys, numpy as np
 sys.path.insert(0, {str(os.getcwd())!r})
-from tests.unit.test_session_files import header, TOKENS
+from tests.unit.sessions.test_file import header, TOKENS
 from lola_vllm.sessions import write_state
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))

@@ -267,7 +267,7 @@ def test_the_command_compares_settings(
         engine._run(json.loads(json.dumps(job)), emit)
 
     monkeypatch.setattr(engine, "run_setting", here)
-    pages = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+    pages = sorted((Path(__file__).parents[3] / "docs").glob("*.md"))
     paragraphs = [part for page in pages for part in page.read_text().split("\n\n")]
     (tmp_path / "perl_docs.txt").write_text(SEPARATOR.join(paragraphs), encoding="utf-8")
     out = tmp_path / "out"

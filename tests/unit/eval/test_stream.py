@@ -21,7 +21,7 @@ from lola_vllm.eval.settings import Setting, check, with_positions
 from lola_vllm.eval.stream import MIXED, StreamPlan
 from lola_vllm.eval.tables import stream_table
 from lola_vllm.texts import SEPARATOR, is_held_out
-from tests.unit.test_eval_settings import LLAMA, LOLA
+from tests.unit.eval.test_settings import LLAMA, LOLA
 
 
 class Letters:

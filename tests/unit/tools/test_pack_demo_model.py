@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-SCRIPT = Path(__file__).parents[2] / "tools/pack_demo_model.py"
+SCRIPT = Path(__file__).parents[3] / "tools/pack_demo_model.py"
 MAPS = ("feature_map_q", "window_factors")
 NAMES = ("q_proj.lora_A.default.weight", "q_proj.lora_B.default.weight")
 

@@ -18,7 +18,7 @@ from tests.support.inspector import PICTURES
 from tools.site import docstrings
 
 pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "check_vllm.py"
+SCRIPT = Path(__file__).parents[3] / "tools" / "check_vllm.py"
 INSTALLED = Path(find_spec("vllm").origin).parents[1]
 
 CHANGES = {
