@@ -3,8 +3,8 @@
     python -m tools.site.code_map
 
 A box is a folder or a file. It may use the boxes of all bands below its own, and in its own band
-those that an arrow leads to. tests/unit/test_code_map.py compares this with the imports of the
-code. SVG is written for a light and a dark page.
+those that an arrow leads to. tests/unit/tools/site/test_code_map.py compares this with the imports
+of the code. SVG is written for a light and a dark page.
 """
 
 from __future__ import annotations
