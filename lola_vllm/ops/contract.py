@@ -96,16 +96,22 @@ class LolaWeights:
             None if self.key_maps is None else part(self.key_maps, 1),
         )
 
-    def completed(self, layout: StateLayout, rotation: KeyRotation | None) -> LolaWeights:
+    def completed(
+        self, layout: StateLayout, rotation: KeyRotation | None, pages: int = 1
+    ) -> LolaWeights:
         """With `key_maps`, and with zeros as importance where scores decay and nothing else weighs
-        them: w = exp(0) for a pair that leaves the window."""
+        them: w = exp(0) for a pair that leaves the window.
+
+        Args:
+            layout: of a page. pages: that the weights are of.
+        """
         maps, importance = self.key_maps, self.importance
         if maps is None:
             maps = self.feature_map_k[None]
             if rotation is not None and _rotated_map_after(rotation) < NEVER:
                 maps = torch.cat([maps, rotation.rotated_map(self.feature_map_k)[None]])
         if importance is None and layout.has_score_weights and _scores_decay(rotation):
-            shape = layout.num_kv_heads, importance_size(layout.head_dim)
+            shape = pages * layout.num_kv_heads, importance_size(layout.head_dim)
             wide = torch.promote_types(layout.kv_dtype, torch.float32)
             importance = self.log_gate.new_zeros(shape, dtype=wide)
         return replace(self, importance=importance, key_maps=maps)
@@ -260,7 +266,7 @@ def bind_layer(
         row[TABLE_FIELDS.index("page_bytes") :] += offset  # and the offsets, which follow it
         rows.append(row)
     return HeadStates(
-        weights.completed(layout.pages[0], rotation), layout, pages, heads, torch.stack(rows)
+        weights.completed(layout.pages[0], rotation, count), layout, pages, heads, torch.stack(rows)
     )
 
 
@@ -269,7 +275,7 @@ def with_weights(state: State, weights: LolaWeights, rotation: KeyRotation | Non
     if isinstance(state, LayerState):
         return replace(state, weights=weights.completed(state.layout, rotation), rotation=rotation)
     count = len(state.heads)
-    weights = weights.completed(state.heads[0].layout, rotation)
+    weights = weights.completed(state.heads[0].layout, rotation, count)
     heads = tuple(
         replace(
             head,

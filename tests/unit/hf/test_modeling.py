@@ -416,7 +416,7 @@ def test_untrained_maps_are_lolcats_starting_point(tmp_path: Path) -> None:
     for model in (load(tmp_path), fresh):
         attention = model.model.layers[1].self_attn
         for weight in (attention.feature_map_q, attention.feature_map_k):
-            assert torch.equal(weight, torch.eye(16, 8, dtype=weight.dtype).expand_as(weight))
+            assert torch.equal(weight, torch.eye(16, dtype=weight.dtype).expand_as(weight))
         torch.testing.assert_close(attention.window_factors.sigmoid().mean().item(), 0.1)
 
 

@@ -14,7 +14,7 @@ from lola_vllm.serving import launch, store_options
 from lola_vllm.serving.launch import Machine, plan
 from lola_vllm.sizing import RANK_BYTES, SERVER_BYTES
 
-STORED = 64 * 76288  # states of the model below
+STORED = 64 * 78336  # states of the model below
 CPU = Machine("cpu", 2, 16 * GIB)
 AVX2 = {"LOLA_VLLM_CPU_ISA": "avx2"}  # a CPU without bfloat16 instructions
 GPU = Machine("cuda", 16, 80 * GIB)
