@@ -181,25 +181,22 @@ class LolaConfig(BaseModel):
     def for_layer(self, index: int) -> LolaConfig:
         """The parameters of layer `index` alone.
 
-        Its `sparse_cache_size` and `recent_size` are a number each, or each a tuple with one tuple,
-        of its KV heads' numbers.
+        Its `sparse_cache_size` and `recent_size` are a number each, or a tuple with one tuple, of
+        its KV heads' numbers.
         """
-        size, recent = (_of_layer(x, index) for x in (self.sparse_cache_size, self.recent_size))
-        sizes: Sizes = size if isinstance(size, int) else (size,)
-        recents: Sizes = recent if isinstance(recent, int) else (recent,)
-        if isinstance(size, tuple) and isinstance(recent, int):
-            recents = ((recent,) * len(size),)
-        if isinstance(recent, tuple) and isinstance(size, int):
-            sizes = ((size,) * len(recent),)
-        return self.model_copy(update={"sparse_cache_size": sizes, "recent_size": recents})
+        own = (_of_layer(sizes, index) for sizes in (self.sparse_cache_size, self.recent_size))
+        size, recent = (x if isinstance(x, int) else (x,) for x in own)
+        return self.model_copy(update={"sparse_cache_size": size, "recent_size": recent})
 
     def for_heads(self) -> tuple[LolaConfig, ...]:
         """Of the parameters of one layer (`for_layer`) those of its KV heads, where they differ in
         their sizes; else only itself, which is for all heads."""
-        if isinstance(self.sparse_cache_size, int) or isinstance(self.recent_size, int):
+        both = self.sparse_cache_size, self.recent_size
+        if all(isinstance(x, int) for x in both):
             return (self,)
-        (sizes,), (recents,) = self.sparse_cache_size, self.recent_size
-        assert isinstance(sizes, tuple) and isinstance(recents, tuple)
+        own = [_of_layer(x, 0) for x in both]
+        heads = max(len(x) for x in own if isinstance(x, tuple))
+        sizes, recents = ((x,) * heads if isinstance(x, int) else x for x in own)
         return tuple(
             self.model_copy(update={"sparse_cache_size": size, "recent_size": recent})
             for size, recent in zip(sizes, recents, strict=True)

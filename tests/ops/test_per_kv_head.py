@@ -34,6 +34,8 @@ KINDS = {
     "every token": {"update_interval": 1},
     "long interval": {"update_interval": 16},
     "shared sets": {"sparse_sharing": "kv_head"},
+    "shifts alone": {"context_shift": 16},
+    "recent pairs": {"recent_size": ((0, 2, 3),), "sparse_dtype": "int8"},
 }
 WEIGHTED = ("as the demo model", "long interval")  # with an importance
 
@@ -173,9 +175,10 @@ def test_triton_interpreted():
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-4000:] + done.stderr
 
 
-def test_other_weights_reach_every_head():
-    problem, _ = layer("as the demo model")
-    other, _ = layer("as the demo model", seed=5)
+@pytest.mark.parametrize("kind", ["as the demo model", "shifts alone"])
+def test_other_weights_reach_every_head(kind):
+    problem, _ = layer(kind)
+    other, _ = layer(kind, seed=5)
     state = with_weights(bind(problem), other.weights(), bind(problem).rotation)
     fresh = bind(replace(problem.of_layer(other)))
     outs = [feed(PORTABLE, problem, x) for x in (state, fresh)]
