@@ -10,7 +10,6 @@ are timed in turns, in `--rounds` pairs of processes.
 from __future__ import annotations
 
 import argparse
-import os
 import secrets
 import statistics
 import tempfile
@@ -40,8 +39,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def worker(args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of turns in an engine whose states are in files."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    """Milliseconds of turns in an engine whose states are in files.
+
+    The engine has a process of its own, as a server's has: its loop sleeps while a state is read.
+    In one process with the caller it does not, and holds the lock that decryption needs.
+    """
     from vllm import LLM, SamplingParams, TokensPrompt
 
     with tempfile.TemporaryDirectory() as directory:

@@ -21,11 +21,11 @@ namespace {
 // Of a sparse set's candidates, the first `known`.
 template <typename T>
 struct CarriedBounds {
-  T* estimate;     // [candidates, d padded]: q,
-  T* error;        // at most this far from p: e
-  T* phi_squared;  // ||phi||^2
-  T* z;            // phi . s
-  T *low, *high;   // bounds on the score
+  T* estimate;            // [candidates, d padded]: q,
+  T* error;               // at most this far from p: e
+  T* phi_squared;         // ||phi||^2
+  T* z;                   // phi . s
+  T *low, *high;          // bounds on the score
   unsigned char* is_set;  // 0: of a pair that was recent so far, and has no bounds
   int64_t known = 0;
 
