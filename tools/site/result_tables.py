@@ -258,7 +258,7 @@ def streams() -> str:
 
 def distance() -> str:
     """Recall by the tokens between needle and question."""
-    found = cells("endless-distance", SHIPPED)
+    found = cells("endless-distance", BEFORE)
     lines = [["tokens from needle to question", *(f"{n:,}" for _, n in found)]]
     lines.append(["without recent pairs, 8.61 MiB", *(share(cell, 10) for cell in found.values())])
     return table(lines)
@@ -267,7 +267,7 @@ def distance() -> str:
 def depths() -> str:
     """Needles at random depths, in prompts that end at two stages of a span."""
     interval = next(row for row in settings("endless-depths"))["lola_config"]["context_shift"]
-    names = {SHIPPED: SHIPPED, "bucket_start 0": "bucket of old keys at 0"}
+    names = {BEFORE: BEFORE, "bucket_start 0": "bucket of old keys at 0"}
     found = [cells("endless-depths", name) for name in names]
     lines = [["prompt", "tokens after the last context shift", *names.values()]]
     for key in sorted(found[0]):
