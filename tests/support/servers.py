@@ -25,7 +25,8 @@ def _plain_pairs(demo: Path) -> Path:
         return out
     config = json.loads((demo / "config.json").read_text())
     config["lola_config"] |= {
-        "sparse_cache_size": SIZES, "update_interval": 64, "sparse_dtype": "model",
+        "sparse_cache_size": SIZES, "recent_size": 0, "update_interval": 64,
+        "sparse_dtype": "model",
     }  # fmt: skip
     staged = Path(tempfile.mkdtemp(dir=demo.parent))
     staged.chmod(0o755)

@@ -186,7 +186,7 @@ export class Memory {
       JSON.stringify(this.config[key]) !== JSON.stringify(other.config[key]));
     const by = (found) => found.some(Array.isArray) ? "layer and head" : "layer";
     const value = (found) => Array.isArray(found) ? `${rangeOf(found.flat())} by ${by(found)}`
-      : JSON.stringify(found) ?? "none";
+      : typeof found === "string" ? found : JSON.stringify(found) ?? "none";
     return keys.map((key) => `${key} ${value(this.config[key])}`).join(", ");
   }
 
