@@ -124,23 +124,6 @@ void map_listed(const Call& call, const Candidates& c, const int32_t* list, int6
   }
 }
 
-// Fills the rows of candidates from features.known on, in blocks of up to `block`.
-template <typename T>
-void map_candidates(const Call& call, const Candidates& c, const RecallWorkspace<T>& x,
-                    int64_t block, Features<T>& features) {
-  const int64_t d = c.layout.head_dim, states = c.layout.states_per_set();
-  for (int64_t first = features.known; first < c.count; first += block) {
-    const int64_t left = c.count - first, size = left < block ? left : block;
-    for (int64_t i = 0; i < size; ++i) {
-      c.load_k(first + i, x.k + i * d, d);
-    }
-    for (int64_t j = 0; j < states; ++j) {
-      map_keys(call, c.set * states + j, c.n, size, x, features.row(j, first));
-    }
-  }
-  features.known = c.count;
-}
-
 }  // namespace
 }  // namespace LOLA_ISA
 }  // namespace lola

@@ -271,10 +271,15 @@ void decide_update(const Call& call, const UpdatePoint& at, IntervalUpdate<T>& x
   }
   if (c.layout.has_score_weights && size > 0) find_importance(call, c, x);
   if (c.count > size) {
-    const int64_t old = list_old(c, x);
     if (x.keeps_features) {
-      map_candidates(call, c, x.recall, kUpdateBlock, x.features);
-    } else {
+      for (int64_t i = x.features.known; i < c.count; ++i) {
+        x.order[i - x.features.known] = static_cast<int32_t>(i);
+      }
+      map_listed(call, c, x.order, c.count - x.features.known, x.recall, kUpdateBlock, x.features);
+      x.features.known = c.count;
+    }
+    const int64_t old = list_old(c, x);
+    if (!x.keeps_features) {
       map_listed(call, c, x.order, old, x.recall, kUpdateBlock, x.features);
     }
     if (size > 0) score_needed(c, old, x);
