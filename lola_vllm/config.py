@@ -146,12 +146,7 @@ class LolaConfig(BaseModel):
             LolaConfigError: it is a list; take the parameters of a layer from `for_layer`, and
                 those of its heads from `for_heads`.
         """
-        if not isinstance(self.sparse_cache_size, int):
-            raise LolaConfigError(
-                f"lola_config.sparse_cache_size = {_plain(self.sparse_cache_size)}: a number per "
-                "layer or head; use for_layer(index) and for_heads() for their parameters"
-            )
-        return self.sparse_cache_size
+        return _only("sparse_cache_size", self.sparse_cache_size)
 
     @property
     def recent_pairs(self) -> int:
@@ -161,12 +156,7 @@ class LolaConfig(BaseModel):
         Raises:
             LolaConfigError: one of the two is a list.
         """
-        if not isinstance(self.recent_size, int):
-            raise LolaConfigError(
-                f"lola_config.recent_size = {_plain(self.recent_size)}: a number per layer or "
-                "head; use for_layer(index) and for_heads() for their parameters"
-            )
-        return min(self.recent_size, self.sparse_pairs)
+        return min(_only("recent_size", self.recent_size), self.sparse_pairs)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -286,9 +276,15 @@ def _of_layer(sizes: Sizes, index: int) -> int | tuple[int, ...]:
     return size if isinstance(size, int) or len(set(size)) > 1 else size[0]
 
 
-def _plain(sizes: tuple[int | tuple[int, ...], ...]) -> list[int | list[int]]:
-    """Sizes as JSON has them."""
-    return [size if isinstance(size, int) else list(size) for size in sizes]
+def _only(key: str, sizes: Sizes) -> int:
+    """The number of a key that could be a list; raises `LolaConfigError` where it is one."""
+    if isinstance(sizes, int):
+        return sizes
+    plain = [size if isinstance(size, int) else list(size) for size in sizes]
+    raise LolaConfigError(
+        f"lola_config.{key} = {plain}: a number per layer or head; use for_layer(index) and "
+        "for_heads() for their parameters"
+    )
 
 
 def importance_size(head_dim: int) -> int:

@@ -342,7 +342,8 @@ class LayerLayout:
     for each of them, one after the other, where their sparse caches differ in size.
 
     Attributes:
-        pages: one, or one per KV head in order. They differ in `sparse_cache_size` alone.
+        pages: one, or one per KV head in order. They differ in `sparse_cache_size` and
+            `recent_size` alone.
     """
 
     pages: tuple[StateLayout, ...]
