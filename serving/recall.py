@@ -15,7 +15,6 @@ from lola_vllm.ops.constants import RECALL_EPS
 from lola_vllm.ops.context_shift import shift_pages
 from lola_vllm.ops.contract import Backend, LayerState, PrefillBatch
 from lola_vllm.ops.int8 import rounded
-from lola_vllm.ops.key_rotation import KeyRotation
 from lola_vllm.serving.keys import Pairs
 from lola_vllm.state import StateLayout, StateViews
 
@@ -114,7 +113,7 @@ def forecast(ops: Backend, state: LayerState, page: Tensor, n: int) -> Forecast:
         return Forecast(None, None, None)
     due = (n // C + 1) * C
     if state.rotation is not None:  # a context shift may come before the update
-        page = _shifted(page, layout, weights, range(n, due), state.rotation)
+        page = _shifted(state, page, range(n, due))
     views = layout.views(page[None])
     start, stop = (int(layout.window_start(torch.tensor(m))) for m in (n, due))
     leaving = torch.arange(start, max(start, min(stop, n)), device=page.device)
@@ -150,9 +149,7 @@ def _updated(ops: Backend, state: LayerState, page: Tensor, due: int) -> Tensor:
     The tokens until then are left out, and a token of zeros completes the interval: they do not
     leave the window in this update.
     """
-    layout = state.layout
-    pages = torch.stack([torch.zeros_like(page), page])  # the first one is padding
-    own = LayerState.bind(state.weights, layout, pages, state.rotation)
+    layout, own = state.layout, _with_copy(state, page)
     q, k = (
         own.views.exact_k.new_zeros(1, heads, layout.head_dim)
         for heads in (state.num_heads, layout.num_kv_heads)
@@ -171,19 +168,23 @@ def _cached(layout: StateLayout, views: StateViews, size: int) -> tuple[Tensor, 
     return portable.sparse_pairs(layout, views, first, size, dtype)
 
 
-def _shifted(
-    page: Tensor, layout: StateLayout, weights: LolaWeights, counts: range, rotation: KeyRotation
-) -> Tensor:
+def _with_copy(state: LayerState, page: Tensor) -> LayerState:
+    """The layer with pages of its own: padding, and a copy of a page at state index 1."""
+    pages = torch.stack([torch.zeros_like(page), page])
+    return LayerState.bind(state.weights, state.layout, pages, state.rotation)
+
+
+def _shifted(state: LayerState, page: Tensor, counts: range) -> Tensor:
     """A page as its context shifts while it has so many tokens leave it; a copy where there is
     one."""
-    due = [n for n in counts if rotation.schedule.due(n)]
+    assert state.rotation is not None
+    due = [n for n in counts if state.rotation.schedule.due(n)]
     if not due:
         return page
-    pages = torch.stack([torch.zeros_like(page), page])  # the first one is padding
-    state = LayerState.bind(weights, layout, pages, rotation)
+    own = _with_copy(state, page)
     for n in due:
-        shift_pages(state, torch.tensor([1], device=page.device), torch.tensor([n]))
-    return pages[1]
+        shift_pages(own, torch.tensor([1], device=page.device), torch.tensor([n]))
+    return own.pages[1]
 
 
 def _errors(
