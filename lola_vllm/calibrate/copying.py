@@ -54,7 +54,7 @@ class CopyingAttention:
     """
 
     def __init__(self, starts: Sequence[Sequence[int]], num_layers: int) -> None:
-        self.shares: list[Tensor] = [torch.zeros(0)] * num_layers
+        self.shares: list[Tensor] = [torch.zeros(())] * num_layers
         self._prompts, self._starts = iter(starts), starts
         self._of_prompt: Sequence[int] = ()
 
@@ -75,8 +75,7 @@ class CopyingAttention:
             ]
         )  # [PASSAGES, Hq]
         of_heads = found.mean(0).unflatten(0, (len(k), -1)).amax(1)
-        sum_so_far = self.shares[layer] if len(self.shares[layer]) else torch.zeros(len(k))
-        self.shares[layer] = sum_so_far + of_heads / len(self._starts)
+        self.shares[layer] = self.shares[layer] + of_heads / len(self._starts)
 
 
 def divide_recent(shares: Sequence[Tensor], pairs: int) -> list[list[int]]:

@@ -61,11 +61,6 @@ class Pause(NamedTuple):
     questions: list[tuple[list[int], list[int]]]
 
 
-def default_lengths() -> list[int]:
-    """Of conversations: one that fits in the demo model's state, and one that does not."""
-    return [2000, 7000]
-
-
 def default_distances() -> list[int]:
     """Tokens from what was said to the end of the conversation."""
     return [250, 500, 1000, 2000, 4000]

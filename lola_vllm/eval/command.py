@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.cli_options import add_fields, from_options
-from lola_vllm.eval import EvalError, chats
+from lola_vllm.eval import EvalError, chats, copying
 from lola_vllm.eval.chat_facts import CHAT_TASKS
 from lola_vllm.eval.chats import ChatPlan
 from lola_vllm.eval.copying import CopyPlan
@@ -85,7 +85,7 @@ def _chat_plan(args: argparse.Namespace, words: list[str]) -> ChatPlan:
     _refuse_server(args)
     plan = ChatPlan(
         list(dict.fromkeys(words)),
-        _numbers_or("--lengths", args.lengths, chats.default_lengths()),
+        _numbers_or("--lengths", args.lengths, copying.default_lengths()),
         _numbers_or("--distances", args.distances, chats.default_distances()),
         str(args.texts),
         _positive("--samples", args.samples),
