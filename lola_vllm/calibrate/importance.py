@@ -64,18 +64,19 @@ def features(k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([torch.hypot(k[..., :half], k[..., half : 2 * half]), v], dim=-1)
 
 
-def far_attention(weights: Tensor, queries: Tensor, num_kv_heads: int) -> Tensor:
+def far_attention(weights: Tensor, queries: Tensor, near: Tensor) -> Tensor:
     """The largest attention that each token gets from far behind.
 
     Args:
         weights: `[Hq, n, T]`, softmax attention of n queries. queries: `[n]`, their positions.
+        near: `[Hkv]`, attention from at most so many tokens later does not count.
 
     Returns:
-        `[Hkv, T]`, over the queries more than `NEAR_TOKENS` tokens later and the heads of a group.
+        `[Hkv, T]`, over the queries that are further away and the heads of a group.
     """
-    near = queries[:, None] - torch.arange(weights.shape[-1]) <= NEAR_TOKENS
-    far = weights.masked_fill(near, 0).amax(1)  # [Hq, T]
-    return far.unflatten(0, (num_kv_heads, -1)).amax(1)
+    distances = queries[:, None] - torch.arange(weights.shape[-1])
+    of_heads = weights.unflatten(0, (len(near), -1))  # [Hkv, group, n, T]
+    return of_heads.masked_fill(distances <= near[:, None, None, None], 0).amax((1, 2))
 
 
 def errors_of_others(k: Tensor, v: Tensor, feature_map_k: Tensor) -> Tensor:
@@ -104,14 +105,22 @@ class LongRangeAttention:
 
     Args:
         prompts: in the order in which they are read. maps: by layer, `[Hs, d, F]`.
+        recent: by layer, recent pairs of its KV heads. Attention to tokens that are nearer than
+            these does not count, as no choice has to serve it.
 
     Attributes:
         reads: by layer, of all prompts.
     """
 
-    def __init__(self, prompts: Iterable[Prompt], maps: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        prompts: Iterable[Prompt],
+        maps: Sequence[Tensor],
+        recent: Sequence[int | list[int]],
+    ) -> None:
         self.reads: list[list[PromptReads]] = [[] for _ in maps]
         self._prompts, self._maps = iter(prompts), maps
+        self._near = [torch.tensor(sizes).clamp(min=NEAR_TOKENS) for sizes in recent]
         self._asked: list[bool] | None = None
         self._queries = torch.zeros(0, dtype=torch.long)
 
@@ -124,7 +133,8 @@ class LongRangeAttention:
 
     def add(self, layer: int, k: Tensor, v: Tensor, weights: Tensor) -> None:
         """See `AttentionRecorder`."""
-        attention = far_attention(weights, self._queries, len(k))
+        near = self._near[layer].expand(len(k))
+        attention = far_attention(weights, self._queries, near)
         attention = attention.where(attention > LEAST_ATTENTION, 0)
         if self._asked is not None:
             attention = attention * torch.tensor(self._asked)

@@ -122,7 +122,7 @@ def calibrate(
     ).eval()
     maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
     recent = _find_recent(softmax, tokenizer, texts, options)
-    recorder = LongRangeAttention(prompts, maps)
+    recorder = LongRangeAttention(prompts, maps, recent)
     read(softmax, [prompt.ids for prompt in prompts], recorder)
     parts = [parted(reads) for reads in recorder.reads]
     gains = []

@@ -206,9 +206,10 @@ def test_far_attention_is_the_largest_from_far_behind() -> None:
     generator = torch.Generator().manual_seed(3)
     weights = torch.rand(4, 150, 150, generator=generator)
     queries = torch.tensor([5, 130, 140, 149])
-    found = far_attention(weights[:, queries], queries, 2)
-    for head, token in ((0, 0), (0, 11), (1, 3), (1, 20), (1, 21), (0, 149)):
-        far = [q for q in queries.tolist() if q - token > 128]
+    near = [128, 100]
+    found = far_attention(weights[:, queries], queries, torch.tensor(near))
+    for head, token in ((0, 0), (0, 11), (0, 12), (1, 3), (1, 21), (1, 40), (1, 49), (0, 149)):
+        far = [q for q in queries.tolist() if q - token > near[head]]
         of_group = weights[2 * head : 2 * head + 2, far, token]
         assert found[head, token] == (of_group.max() if far else 0)
 
@@ -310,7 +311,7 @@ def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> Non
     ids = torch.randint(64, (320,), generator=torch.Generator().manual_seed(1)).tolist()
     near = [40 <= i < 60 for i in range(320)]
     prompts = [Prompt(ids, None), Prompt(ids, near)]
-    recorder = LongRangeAttention(prompts, [torch.eye(8).repeat(2, 1, 1)] * 3)
+    recorder = LongRangeAttention(prompts, [torch.eye(8).repeat(2, 1, 1)] * 3, [0, 150, [0, 250]])
     read(model, [prompt.ids for prompt in prompts], recorder)
     for plain, facts in recorder.reads:
         assert plain.features.shape == (2, 320 - SKIPPED_TOKENS - LAST_TOKENS, 12)
@@ -318,6 +319,12 @@ def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> Non
         inside = torch.tensor(near)[SKIPPED_TOKENS:-LAST_TOKENS]
         torch.testing.assert_close(facts.attention, plain.attention * inside)
     assert sum(float(facts.attention.sum()) for _, facts in recorder.reads) > 0
+    # What the recent pairs of a head serve does not count: the last tokens are 250 behind token 69.
+    of_all = [plain.attention for plain, _ in recorder.reads]
+    assert (of_all[0][:, 160 - SKIPPED_TOKENS :] > 0).any()
+    assert (of_all[2][1, 70 - SKIPPED_TOKENS :] == 0).all()
+    assert (of_all[2][0, 70 - SKIPPED_TOKENS :] > 0).any()
+    assert (of_all[1][:, 170 - SKIPPED_TOKENS :] == 0).all()
 
 
 @pytest.fixture
