@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lola_vllm.ops import (
     choose_backend,
     context_shift,
 )
+from lola_vllm.ops.compose import ComposeError
 from lola_vllm.ops.contract import with_weights
 from lola_vllm.ops.key_rotation import KeyRotation
 from lola_vllm.sessions.cipher import StateKey
@@ -32,6 +33,9 @@ from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
 from lola_vllm.sessions.names import check_name
 from lola_vllm.sessions.prefix_hash import PrefixHashes, namespace, token_array
 from lola_vllm.state import LayerLayout, SequenceLayout
+
+if TYPE_CHECKING:
+    from lola_vllm.hf.modeling import LolaLlamaForCausalLM
 
 
 class LolaCacheLayer(CacheLayerMixin):
@@ -193,6 +197,11 @@ class LolaCacheLayer(CacheLayerMixin):
         self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
 
+def _pages(layer: LolaCacheLayer) -> Tensor:
+    assert layer.pages is not None
+    return layer.pages
+
+
 class LolaCache(Cache):
     """The state of a batch of sequences in every layer. Its size does not depend on lengths."""
 
@@ -219,6 +228,53 @@ class LolaCache(Cache):
                 "start a new LolaCache"
             )
         return layer.num_tokens
+
+    @classmethod
+    def compose(cls, caches: Sequence[LolaCache], model: LolaLlamaForCausalLM) -> LolaCache:
+        """One cache of documents that were read apart, as if they stood one behind the other.
+
+        `docs/algorithm.md`, section 8, says what is exact. The caches stay as they are.
+
+        Args:
+            caches: of one row each, in the order of the documents; empty ones are left out.
+            model: the one that has read them.
+
+        Raises:
+            LolaModelError: a cache of several rows, or of another model or dtype.
+            ComposeError: no document, or one that is too short.
+        """
+        read = [cache for cache in caches if cache.get_seq_length()]
+        for number, cache in enumerate(read):
+            first = cache.layers[0]
+            if first.batch_size != 1:
+                raise LolaModelError(
+                    f"caches[{number}] has {first.batch_size} rows; compose takes one of each: use "
+                    "batch_select_indices on a copy"
+                )
+            if first.config.to_dict() != model.config.to_dict():
+                raise LolaModelError(
+                    f"caches[{number}] is of another model or other parameters than `model`"
+                )
+            if cache.sequence != read[0].sequence:
+                raise LolaModelError(
+                    f"caches[{number}] holds {first.layout.pages[0].kv_dtype}, and the first "
+                    f"{read[0].layers[0].layout.pages[0].kv_dtype}: read all in one dtype"
+                )
+        if not read:
+            raise ComposeError("no document to compose: no cache has seen tokens")
+        sequence, composed = read[0].sequence, cls(model.config)
+        rows = [cache.rows()[0] for cache in read]
+        lengths = [int(cache.layers[0].num_tokens) for cache in read]
+        row, n = model.model.composer(sequence).compose(rows, lengths)
+        for layer, like, page in zip(
+            composed.layers, read[0].layers, sequence.pages(row[None]), strict=True
+        ):
+            layout, device = like.layout.pages[0], _pages(like).device
+            heads = like.layout.num_kv_heads
+            layer.allocate(1, heads, layout.head_dim, layout.kv_dtype, device)
+            _pages(layer)[1:] = page
+            layer.num_tokens[:] = layer.num_columns = n
+        return composed
 
     def save(
         self,
@@ -261,7 +317,7 @@ class LolaCache(Cache):
             created=time.time(),
         )
         state = torch.cat([page[row + 1].cpu() for page in pages if page is not None])
-        clean = self._sequence().cleaned(state, n)
+        clean = self.sequence.cleaned(state, n)
         return write_state(Path(path), header, ids, clean.numpy(), key)
 
     @classmethod
@@ -296,20 +352,26 @@ class LolaCache(Cache):
         if difference:
             raise StateFileError(Path(path), "foreign", difference)
         state = torch.from_numpy(found.data)[None].to(device)
-        for layer, pages in zip(cache.layers, cache._sequence().pages(state), strict=True):
+        for layer, pages in zip(cache.layers, cache.sequence.pages(state), strict=True):
             assert layer.pages is not None
             layer.pages[1:] = pages
             layer.num_tokens[:] = layer.num_columns = len(found.tokens)
         return cache, torch.from_numpy(found.tokens).long()
 
-    def _sequence(self) -> SequenceLayout:
+    @property
+    def sequence(self) -> SequenceLayout:
+        """The layout of a state; there is one once the cache has seen tokens."""
         return SequenceLayout(tuple(layer.layout for layer in self.layers))
+
+    def rows(self) -> Tensor:
+        """The states of all rows `[B, row_bytes]` uint8, copied to host memory."""
+        return torch.cat([_pages(layer)[1:].cpu() for layer in self.layers], dim=1)
 
     def _fingerprint(self) -> Fingerprint:
         first = self.layers[0]
         return model_fingerprint(
             first.config,
             str(first.config._name_or_path),
-            self._sequence().layouts,
+            self.sequence.layouts,
             keeps_bounds=first.ops.name != "torch",
         )

@@ -27,9 +27,12 @@ from lola_vllm.config import LolaLlamaConfig, importance_size
 from lola_vllm.hf.cache import LolaCache
 from lola_vllm.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.ops import LolaWeights
+from lola_vllm.ops.compose import Composer
 from lola_vllm.ops.differentiable import lola_attention_parallel
 from lola_vllm.ops.key_rotation import KeyRotation
+from lola_vllm.ops.rope_table import RopeTable
 from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.state import SequenceLayout
 
 
 class LolaLlamaAttention(LlamaAttention):
@@ -83,18 +86,21 @@ class LolaLlamaAttention(LlamaAttention):
         if past_key_values is None:
             attended = self._attend_whole(q, k, v, new_tokens)
         else:
-            weights = LolaWeights.prepare(
-                self.feature_map_q.detach(),
-                self.feature_map_k.detach(),
-                self.window_factors.detach(),
-                self.lola.mixing,
-                None if self.importance is None else self.importance.detach(),
-            )
             layer = past_key_values.layers[self.layer_idx]
-            attended = layer.attend(q, k, v, weights, new_tokens, rotation)
+            attended = layer.attend(q, k, v, self.lola_weights(), new_tokens, rotation)
             if torch.is_grad_enabled() and q.requires_grad:
                 attended = _NoGradient.apply(attended, q)
         return self.o_proj(attended.flatten(-2)), None
+
+    def lola_weights(self) -> LolaWeights:
+        """The layer's weights as the ops take them, without gradients."""
+        return LolaWeights.prepare(
+            self.feature_map_q.detach(),
+            self.feature_map_k.detach(),
+            self.window_factors.detach(),
+            self.lola.mixing,
+            None if self.importance is None else self.importance.detach(),
+        )
 
     def qkv(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
@@ -255,10 +261,37 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
     def _key_rotation(self, schedule: ShiftSchedule, device: torch.device) -> KeyRotation:
         """How a context shift rotates keys, from RoPE itself."""
         wide = torch.promote_types(self.dtype, torch.float32)
-        rows = torch.tensor([[0, schedule.interval]], device=device)
-        half = self.rotary_emb(torch.empty(1, dtype=wide, device=device), rows)
-        cos, sin = (x[0, :, : x.shape[-1] // 2] for x in half)  # the halves are equal
+        cos, sin = self._rope_rows(torch.tensor([0, schedule.interval], device=device), wide)
         return KeyRotation.of_table(schedule, cos, sin)
+
+    def _rope_rows(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin `[n, R / 2]` of RoPE at positions `[n]`."""
+        like = torch.empty(1, dtype=dtype, device=positions.device)
+        both = self.rotary_emb(like, positions[None])
+        cos, sin = (x[0, :, : x.shape[-1] // 2] for x in both)  # the halves are equal
+        return cos, sin
+
+    def composer(self, sequence: SequenceLayout) -> Composer:
+        """What composes states of this model, in host memory, with its weights as they are.
+
+        Args:
+            sequence: the layout of a state.
+
+        Raises:
+            LolaModelError: RoPE's table depends on the length of a context.
+        """
+        if self.rotary_emb.rope_type in ("dynamic", "longrope"):
+            raise LolaModelError(
+                f"rope_type = {self.rotary_emb.rope_type!r}: it has several tables, by the length "
+                "of a context, and keys cannot be rotated from one to another"
+            )
+        wide, device = torch.promote_types(self.dtype, torch.float32), self.device
+        positions = torch.arange(self.config.max_position_embeddings, device=device)
+        rope = RopeTable.of_rows(*self._rope_rows(positions, wide))
+        rotation = None if self.schedule is None else self._key_rotation(self.schedule, device)
+        modules = (layer.self_attn for layer in self.layers)
+        weights = [m.lola_weights() for m in modules if isinstance(m, LolaLlamaAttention)]
+        return Composer(sequence, weights, rope, rotation)
 
 
 class LolaLlamaForCausalLM(LolaLlamaPreTrainedModel, LlamaForCausalLM):

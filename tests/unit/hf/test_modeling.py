@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 from lola_vllm.checkpoint.init import init_checkpoint
 from lola_vllm.config import LolaConfigError, LolaLlamaConfig, TensorFacts
 from lola_vllm.hf import LolaCache, LolaLlamaForCausalLM, LolaModelError
+from lola_vllm.ops.compose import ComposeError
 from lola_vllm.sessions import StateFileError
 from tests.support.families import FAMILIES, make_base
 from tests.support.oracle import Oracle
@@ -597,3 +598,62 @@ def test_a_state_of_int8_pairs_is_of_no_other_model(tmp_path: Path) -> None:
     model.config.lola_config = {"sparse_dtype": "model"}
     with pytest.raises(StateFileError, match="another model config"):
         LolaCache.load(tmp_path / "state", model.config)
+
+
+# ---- documents that were read apart
+
+
+@torch.no_grad()
+def read(model: Any, ids: list[int]) -> LolaCache:
+    found: LolaCache = model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+    return found
+
+
+@torch.no_grad()
+def test_composed_documents_go_on_as_one_sequence(model: Any) -> None:
+    """Of documents whose first layer holds everything, that layer is the one of reading them in a
+    row; one document is itself."""
+    documents = [[*random_prompts([n], seed=n)[0]] for n in (48, 64, 37)]
+    caches = [read(model, ids) for ids in documents]
+    before = [layer.pages.clone() for cache in caches for layer in cache.layers]
+    composed = LolaCache.compose([LolaCache(model.config), *caches], model)
+    assert composed.get_seq_length() == 48 + 64 + 37
+    after = [layer.pages for cache in caches for layer in cache.layers]
+    assert all(map(torch.equal, before, after))
+    again = LolaCache.compose(caches, model)
+    assert all(map(torch.equal, pages(composed), pages(again)))
+    one = LolaCache.compose(caches[:1], model)
+    assert all(map(torch.equal, pages(one), pages(caches[0])))
+    step = model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=composed, use_cache=True)
+    assert bool(step.logits.isfinite().all())
+    assert composed.get_seq_length() == 48 + 64 + 37 + 3
+
+
+@torch.no_grad()
+def test_composed_documents_that_fit_are_read_in_one_layer_as_in_a_row(tmp_path: Path) -> None:
+    """Keys of the first layer depend on their own token and its position alone."""
+    fields = {"window_size": 16, "sparse_cache_size": 500, "sink_size": 2, "update_interval": 8}
+    one_layer = load(make_tiny(tmp_path, fields, layers=1))
+    documents = [random_prompts([n], seed=n)[0] for n in (48, 64, 37)]
+    composed = LolaCache.compose([read(one_layer, ids) for ids in documents], one_layer)
+    whole = read(one_layer, [token for ids in documents for token in ids])
+    new = torch.tensor([[5, 6, 7]])
+    logits = [
+        one_layer(input_ids=new, past_key_values=cache, use_cache=True).logits
+        for cache in (composed, whole)
+    ]
+    torch.testing.assert_close(*logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_what_cannot_be_composed_is_refused(model: Any, endless: Path) -> None:
+    one, other = read(model, list(range(40))), read(load(endless), list(range(40)))
+    with pytest.raises(ComposeError, match="no cache has seen tokens"):
+        LolaCache.compose([LolaCache(model.config)], model)
+    with pytest.raises(LolaModelError, match=r"caches\[1\] is of another model"):
+        LolaCache.compose([one, other], model)
+    with pytest.raises(LolaModelError, match=r"caches\[0\] has 2 rows"):
+        two = model(input_ids=torch.tensor([[1, 2], [3, 4]]), use_cache=True).past_key_values
+        LolaCache.compose([two, one], model)
+    with pytest.raises(ComposeError, match=r"document 1 has 15 tokens"):
+        LolaCache.compose([read(model, list(range(15))), one], model)
