@@ -105,8 +105,8 @@ class LongRangeAttention:
 
     Args:
         prompts: in the order in which they are read. maps: by layer, `[Hs, d, F]`.
-        recent: by layer, recent pairs of its KV heads. Attention to tokens that are nearer than
-            these does not count, as no choice has to serve it.
+        near: by layer, for each of its KV heads or one for all: attention from at most so many
+            tokens later does not count, nor from `NEAR_TOKENS`.
 
     Attributes:
         reads: by layer, of all prompts.
@@ -116,11 +116,11 @@ class LongRangeAttention:
         self,
         prompts: Iterable[Prompt],
         maps: Sequence[Tensor],
-        recent: Sequence[int | list[int]],
+        near: Sequence[Sequence[int]],
     ) -> None:
         self.reads: list[list[PromptReads]] = [[] for _ in maps]
         self._prompts, self._maps = iter(prompts), maps
-        self._near = [torch.tensor(sizes).clamp(min=NEAR_TOKENS) for sizes in recent]
+        self._near = [torch.tensor(list(x)).clamp(min=NEAR_TOKENS) for x in near]
         self._asked: list[bool] | None = None
         self._queries = torch.zeros(0, dtype=torch.long)
 

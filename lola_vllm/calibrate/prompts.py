@@ -50,13 +50,19 @@ def draw_prompts(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list
 
 
 def draw_plain(texts: Path, tokenizer: Any, length: int, count: int, seed: int) -> list[list[int]]:
-    """Token ids of so many plain texts of `length` tokens that are not held out.
+    """Token ids of so many plain texts of `length` tokens, each of documents that are not held out.
 
     Raises:
-        CheckpointError: texts that are too short.
+        CheckpointError: texts without such a document.
     """
     text = _source(texts, random.Random(f"{seed}/plain"))
-    return [_plain(text, tokenizer, length, texts) for _ in range(count)]
+    found = []
+    for _ in range(count):
+        ids: list[int] = []
+        while len(ids) < length:  # few documents are as long as this
+            ids += tokenizer.encode(text(16 * length), add_special_tokens=False)
+        found.append(ids[:length])
+    return found
 
 
 def _source(texts: Path, rng: random.Random) -> Callable[[int], str]:

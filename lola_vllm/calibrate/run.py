@@ -24,7 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.calibrate.copying import CopyingAttention, divide_recent, repeat_passages
+from lola_vllm.calibrate.copying import (
+    LEAST_DISTANCE,
+    PASSAGE,
+    PASSAGES,
+    CopyingAttention,
+    divide_recent,
+    repeat_passages,
+)
 from lola_vllm.calibrate.importance import (
     EPOCHS,
     JUDGED_ONE_IN,
@@ -122,7 +129,10 @@ def calibrate(
     ).eval()
     maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
     recent = _find_recent(softmax, tokenizer, texts, options)
-    recorder = LongRangeAttention(prompts, maps, recent)
+    # Beyond more recent pairs than this the prompts would show too little to fit to.
+    most = options.prompt_length // 2
+    near = [[min(size, most) for size in _of_heads(sizes, 1)] for sizes in recent]
+    recorder = LongRangeAttention(prompts, maps, near)
     read(softmax, [prompt.ids for prompt in prompts], recorder)
     parts = [parted(reads) for reads in recorder.reads]
     gains = []
@@ -145,12 +155,19 @@ def _find_recent(softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOp
     config = softmax.config
     if not options.recent:
         return [0] * config.num_hidden_layers
+    length = min(2 * options.prompt_length, config.max_position_embeddings - PASSAGES * PASSAGE)
+    if length <= LEAST_DISTANCE + PASSAGE:
+        raise CheckpointError(
+            f"--recent = {options.recent}: max_position_embeddings = "
+            f"{config.max_position_embeddings} of the base leaves no room to repeat passages; "
+            "use --recent 0"
+        )
     rng = random.Random(f"{options.seed}/passages")
-    plain = draw_plain(texts, tokenizer, options.prompt_length, COPYING_PROMPTS, options.seed)
+    plain = draw_plain(texts, tokenizer, length, COPYING_PROMPTS, options.seed)
     prompts = [repeat_passages(ids, rng) for ids in plain]
-    recorder = CopyingAttention([starts for _, starts in prompts], config.num_hidden_layers)
+    recorder = CopyingAttention([starts for _, starts in prompts], length, config.num_hidden_layers)
     read(softmax, [ids for ids, _ in prompts], recorder)
-    recent = divide_recent(recorder.shares, options.recent)
+    recent = divide_recent(recorder.attention, options.recent)
     if options.per == "layer":
         return [round(sum(heads) / len(heads)) for heads in recent]
     return recent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from lola_vllm.calibrate.copying import (
@@ -12,6 +13,8 @@ from lola_vllm.calibrate.copying import (
     PASSAGE,
     PASSAGES,
     CopyingAttention,
+    class_end,
+    distance_class,
     divide_recent,
     repeat_passages,
 )
@@ -28,11 +31,19 @@ def test_passages_stand_in_the_text_and_again_at_its_end() -> None:
     assert min(distances) >= LEAST_DISTANCE and max(distances) > 1000
 
 
-def test_shares_are_the_attention_to_the_first_place() -> None:
-    """Two KV heads of two query heads: one query head of the second copies half the time."""
-    ids = list(range(600))
+def test_classes_of_distance_double() -> None:
+    assert [distance_class(d) for d in (0, 150, 299, 301, 599, 601, 4799, 4801)] == [
+        *(0, 0, 0, 1, 1, 2, 4, 5)
+    ]
+    assert [class_end(i) for i in range(3)] == [300, 600, 1200]
+
+
+def test_attention_to_the_first_place_by_distance() -> None:
+    """Two KV heads of two query heads: one query head of the second copies half the time what
+    stands less than 300 tokens before the end."""
+    ids = list(range(1000))
     prompts = [repeat_passages(ids, random.Random(seed)) for seed in range(2)]
-    recorder = CopyingAttention([starts for _, starts in prompts], num_layers=2)
+    recorder = CopyingAttention([starts for _, starts in prompts], 1000, num_layers=2)
     k = torch.zeros(2, len(prompts[0][0]), 4)
     for found, starts in prompts:
         queries = recorder.begin(found)
@@ -41,17 +52,29 @@ def test_shares_are_the_attention_to_the_first_place() -> None:
         for row, query in enumerate(queries.tolist()):
             passage, token = divmod(query - len(ids), PASSAGE)
             assert token >= GIVEN
-            weights[3, row, starts[passage] + token] = 0.5
+            if starts[passage] > 1000 - 300:
+                weights[3, row, starts[passage] + token] = 0.5
             weights[:, row, 0] += 0.25
         for layer in range(2):
             recorder.add(layer, k, k, weights if layer else torch.zeros_like(weights))
-    assert not recorder.shares[0].any()
-    first = sum(at == 0 for _, starts in prompts for at in starts) / (2 * PASSAGES)
-    expected = torch.tensor([0.25 * first, 0.5 + 0.25 * first])
-    torch.testing.assert_close(recorder.shares[1], expected)
+    nothing, found = recorder.attention
+    assert found.shape == (3, 2) and not nothing.any()
+    near, middle, far = found.tolist()
+    assert near == [0, 0.5] and middle == [0, 0]
+    of_far = [at for _, starts in prompts for at in starts if 1000 - at >= 600]
+    expected = 0.25 * sum(at == 0 for at in of_far) / len(of_far)
+    assert far == pytest.approx([expected] * 2)
 
 
-def test_heads_that_copy_have_equally_many_recent_pairs() -> None:
-    shares = [torch.tensor([0.4, 0.01]), torch.tensor([0.02, 0.4]), torch.tensor([0.07, 0.1])]
-    assert divide_recent(shares, 100) == [[300, 0], [0, 300], [0, 0]]
-    assert divide_recent([torch.tensor([1.0])], 7) == [[7]]
+def test_heads_have_recent_pairs_as_far_as_they_are_needed() -> None:
+    attention = [
+        torch.tensor([[400.0, 10], [400, 10], [450, 0], [500, 0], [0, 0]]),
+        torch.tensor([[300.0, 290], [380, 210], [300, 50], [400, 0], [0, 0]]),
+    ]
+    assert divide_recent(attention, 0) == [[0, 0], [0, 0]]
+    # R = 400. To hold three quarters, the last head is needed up to 300 tokens, and two more are
+    # up to R. To hold half, up to 2 R, the third is needed up to 600 only.
+    assert divide_recent(attention, 425) == [[800, 0], [600, 300]]
+    # There is no more to give beyond what was asked for.
+    assert divide_recent(attention, 10**6) == [[2400, 0], [2400, 300]]
+    assert divide_recent([torch.tensor([[1.0]])], 7) == [[6]]  # R is whole, and doubled
