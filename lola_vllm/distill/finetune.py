@@ -8,7 +8,7 @@ next-token loss is an option. The teacher is the same model with adapters and Lo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig
+from lola_vllm.distill.average import RunningMean
+from lola_vllm.distill.data import Rows
 from lola_vllm.distill.options import DistillOptions
 from lola_vllm.distill.state import read_state, write_state
 from lola_vllm.distill.student import (
@@ -39,8 +41,8 @@ class Finetuned(NamedTuple):
     """The results of stage 2.
 
     Attributes:
-        adapters: LoRA matrices under PEFT's names, float32.
-        maps: feature maps and window factors under the names of a LoLA checkpoint.
+        adapters: LoRA matrices under PEFT's names, float32; with `average`, their mean.
+        maps: feature maps and window factors under the names of a LoLA checkpoint, likewise.
         losses: of each step.
     """
 
@@ -51,8 +53,7 @@ class Finetuned(NamedTuple):
 
 def finetune(
     model: Any,
-    rows: Tensor,
-    answers: Tensor,
+    parts: Sequence[Rows],
     work: Path,
     options: DistillOptions,
     *,
@@ -63,7 +64,8 @@ def finetune(
 
     Args:
         model: from `load_base`, with maps; it is wrapped by PEFT and changed in place.
-        rows: `[N, T]` token ids. answers: `[N, T]` bool, the tokens that `answer_weight` is for.
+        parts: rows of token ids, and which tokens `answer_weight` is for. The rows of a part are
+            trained on in an order that is drawn, and parts one after the other.
         work: directory of the training state, from which an interrupted run continues.
         options: of stage 2; each row draws one of their `configs`.
         fingerprint: of everything that the result depends on.
@@ -71,7 +73,7 @@ def finetune(
 
     Raises:
         CheckpointError: a training state of another run, one that cannot be written, adapters
-            to begin with that do not fit, or a loss that is not finite.
+            to begin with that do not fit, a loss that is not finite, or an `average` out of range.
     """
     from accelerate import Accelerator
     from peft import LoraConfig, get_peft_model
@@ -102,7 +104,9 @@ def finetune(
             value.requires_grad_(True)
         groups.append({"params": maps, "lr": options.map_learning_rate})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    rows = _in_order(parts, options.seed)
     steps = max(1, len(rows) // options.rows_per_step)
+    mean = RunningMean(options.average, steps)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     configs = options.configs()
@@ -111,25 +115,31 @@ def finetune(
     if state:
         losses = list(state.meta["losses"])
         _restore(model, adapters, optimizer, state.tensors)
+        mean.restore(state.tensors)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    done = len(losses) * options.rows_per_step
-    with tqdm(total=len(rows), initial=done, unit="row", desc="LoRA") as bar:
+    lengths = [len(tokens) for tokens, _ in rows]
+    done = sum(lengths[: len(losses) * options.rows_per_step])
+    # By tokens, as rows may differ in length.
+    with tqdm(
+        total=sum(lengths), initial=done, unit="tok", unit_scale=True, desc="LoRA"
+    ) as bar:
         for step in range(len(losses), steps):
             # A generator per step, so that a resumed run draws what an uninterrupted one would.
             generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
             optimizer.zero_grad()
             total = 0.0
-            for row in _rows_of_step(step, len(rows), options):
+            first = step * options.rows_per_step
+            for tokens, answers in rows[first : first + options.rows_per_step]:
                 config = configs[int(torch.randint(len(configs), (), generator=generator))]
-                compared = _compared(answers[row], options.loss_tokens, generator)
+                compared = _compared(answers, options.loss_tokens, generator)
                 loss = _loss(
-                    model, accelerator, rows[row].to(model.device), answers[row], compared,
+                    model, accelerator, tokens.to(model.device), answers, compared,
                     config, options,
                 )  # fmt: skip
                 accelerator.backward(loss / options.rows_per_step)
                 total += loss.item() / options.rows_per_step
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-                bar.update()
+                bar.update(len(tokens))
             if not math.isfinite(total):
                 raise CheckpointError(
                     f"step {step}: the loss is {total}; try a smaller learning rate, and go on "
@@ -141,10 +151,11 @@ def finetune(
                 group["lr"] = rate * _share(step, steps)
             optimizer.step()
             losses.append(total)
+            mean.add(step, {**adapters, **all_maps(model)})
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-                _save(work, fingerprint, model, adapters, optimizer, losses)
+                _save(work, fingerprint, model, adapters, optimizer, losses, mean)
     result = {name: value.detach().float().cpu() for name, value in adapters.items()}
-    return Finetuned(result, all_maps(model), losses)
+    return Finetuned(mean.of(result), mean.of(all_maps(model)), losses)
 
 
 def _share(step: int, steps: int) -> float:
@@ -155,10 +166,13 @@ def _share(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _rows_of_step(step: int, num_rows: int, options: DistillOptions) -> list[int]:
-    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(options.seed))
-    first = step * options.rows_per_step
-    return order[first : first + options.rows_per_step].tolist()
+def _in_order(parts: Sequence[Rows], seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and answers of each row, `[T]`, in the order of training."""
+    found = []
+    for part in parts:
+        order = torch.randperm(len(part.tokens), generator=torch.Generator().manual_seed(seed))
+        found += [(part.tokens[row], part.answers[row]) for row in order.tolist()]
+    return found
 
 
 def _compared(answers: Tensor, number: int, generator: torch.Generator) -> Tensor:
@@ -242,9 +256,10 @@ def _save(
     adapters: dict[str, nn.Parameter],
     optimizer: Any,
     losses: list[float],
+    mean: RunningMean,
 ) -> None:
     tensors: dict[str, Tensor] = {n: value.detach().cpu() for n, value in adapters.items()}
-    tensors |= all_maps(model)
+    tensors |= {**all_maps(model), **mean.saved()}
     for key, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{key}.{name}": value for name, value in values.items()}
     write_state(work, STATE, fingerprint, tensors, {"losses": losses})

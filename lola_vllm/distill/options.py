@@ -49,6 +49,12 @@ class DistillOptions:
 
     lora_rows: int = option("rows of tokens; 0 leaves the stage out", 512, part=FINETUNE)
     lora_row_length: int = option("tokens of a row", 1024, part=FINETUNE)
+    lora_last_row_length: int = option(
+        "tokens of the last row, to which rows grow by doubling, with as many tokens of each "
+        "length; 0: all rows are alike",
+        0,
+        part=FINETUNE,
+    )
     lora_rank: int = option("rank of the adapters on q, k, v and o", 8, part=FINETUNE)
     lora_learning_rate: float = option(
         "AdamW's for the adapters, after a warm-up falling to a tenth", 1e-3, part=FINETUNE
@@ -61,6 +67,12 @@ class DistillOptions:
         "tokens of a row, drawn at random, whose predictions are compared, besides those of "
         "synthetic answers; 0: all",
         0,
+        part=FINETUNE,
+    )
+    average: float = option(
+        "share of the steps, the last ones, after which the weights are taken; their mean is the "
+        "result. 0: the weights after the last step",
+        0.0,
         part=FINETUNE,
     )
     rows_per_step: int = option("rows whose gradients make a step", 4, part=FINETUNE)
@@ -94,6 +106,33 @@ class DistillOptions:
     def lora_alpha(self) -> int:
         """The adapters' scale is this over their rank: 2, as LoLCATs trains."""
         return 2 * self.lora_rank
+
+    def lora_lengths(self) -> list[tuple[int, int]]:
+        """Tokens of a row of stage 2 and the number of such rows, in the order of training.
+
+        Raises:
+            CheckpointError: a last length that doubling does not reach, or too few rows.
+        """
+        from lola_vllm.checkpoint.files import CheckpointError
+
+        length, last = self.lora_row_length, self.lora_last_row_length
+        if not last:
+            return [(length, self.lora_rows)]
+        doublings = (last // length).bit_length() - 1
+        if last < length or length << doublings != last:
+            raise CheckpointError(
+                f"lora_last_row_length = {last}: must be lora_row_length = {length} times a power "
+                f"of two, such as {length << max(doublings, 1)}"
+            )
+        parts = 2 ** (doublings + 1) - 1  # twice as long rows are half as many
+        counts = [self.lora_rows * 2**i // parts for i in range(doublings + 1)][::-1]
+        if not counts[-1]:
+            raise CheckpointError(
+                f"lora_rows = {self.lora_rows}: rows that grow from {length} to {last} tokens are "
+                f"{parts} or more"
+            )
+        counts[0] += self.lora_rows - sum(counts)
+        return [(length << i, count) for i, count in enumerate(counts)]
 
     def configs(self) -> list[LolaConfig]:
         """The settings to train for."""

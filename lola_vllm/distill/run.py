@@ -58,6 +58,7 @@ def distill(
 
     from lola_vllm.checkpoint.calibration import load_calibration
     from lola_vllm.checkpoint.staging import check_output
+    from lola_vllm.distill.average import RunningMean
     from lola_vllm.distill.data import RowOptions, training_rows
     from lola_vllm.distill.student import (
         all_maps,
@@ -81,6 +82,8 @@ def distill(
         # Heads whose caches hold all of a row keep the maps that they begin with.
         every = start is None
         check_row_length("lora_row_length", options.lora_row_length, configs, every_head=every)
+        lengths = options.lora_lengths()
+        RunningMean(options.average, 1)  # refuses what is no share
     check_output(out, inputs=[base], force=force)
     earlier = _earlier(start) if start else None
     work = _work_directory(work or out.with_name(out.name + ".training"), resume)
@@ -124,14 +127,18 @@ def distill(
     load_maps(model, _saved(work / MAPS_NAME, print_) or {})
     lora = None
     if options.lora_rows:
-        second = rows(options.lora_row_length, options.lora_rows, options.seed + 1)
-        print_ = fingerprint(base, options, [second.tokens], print_)
+        # Other text in every part; seeds near each other are those of other runs.
+        parts = [
+            rows(length, count, options.seed + 1 + 1_000_003 * part)
+            for part, (length, count) in enumerate(lengths)
+        ]
+        print_ = fingerprint(base, options, [part.tokens for part in parts], print_)
         lora = work / LORA_NAME
         if _saved(lora, print_) is None:
             from lola_vllm.distill.finetune import finetune
 
             tuned = finetune(
-                model, second.tokens, second.answers, work, options,
+                model, parts, work, options,
                 fingerprint=print_, start=earlier.adapters if earlier else None,
             )  # fmt: skip
             losses["finetune"] = tuned.losses
