@@ -136,7 +136,9 @@ def finetune(
                     model, accelerator, tokens.to(model.device), answers, compared,
                     config, options,
                 )  # fmt: skip
-                accelerator.backward(loss / options.rows_per_step)
+                # Gradient checkpointing computes activations again, with the same attention.
+                with lola_attention(model, config):
+                    accelerator.backward(loss / options.rows_per_step)
                 total += loss.item() / options.rows_per_step
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
                 bar.update(len(tokens))

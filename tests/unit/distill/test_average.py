@@ -122,5 +122,21 @@ def test_a_run_gives_the_mean_of_its_weights_also_after_an_interruption(
     assert all(torch.equal(lora[name], again[name]) for name in lora)
 
 
+def test_gradient_checkpointing_trains_the_same(base: Path, text: Path, tmp_path: Path) -> None:
+    results = []
+    for checkpointing in (False, True):
+        options = dataclasses.replace(
+            OPTIONS, rows=2, lora_rows=4, gradient_checkpointing=checkpointing
+        )
+        out = tmp_path / str(checkpointing)
+        distill(base, [str(text)], out, options)
+        results.append(load_file(out.with_name(f"{out.name}.training") / "lora.safetensors"))
+    plain, twice = results
+    moved = [name for name in plain if "lora_B" in name and plain[name].any()]
+    assert moved
+    for name in plain:
+        torch.testing.assert_close(plain[name], twice[name], rtol=2e-2, atol=1e-4)
+
+
 def _stop() -> None:
     raise KeyboardInterrupt
