@@ -25,6 +25,7 @@ from lola_vllm.cli_options import (
 from lola_vllm.client.command import add_chat, add_sessions
 from lola_vllm.distill.command import add_options as _distill
 from lola_vllm.eval.command import add_options as _eval
+from lola_vllm.linearize.command import add_options as _linearize
 from lola_vllm.sessions.command import add_states
 
 # Exit statuses as a shell gives them to a process that a signal ended: 128 + the signal's number.
@@ -351,6 +352,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "init": (_init, "make a LoLA checkpoint from a base, with untrained identity feature maps"),
     "convert": (_convert, "make a LoLA checkpoint from a base and what LoLCATs trained for it"),
     "distill": (_distill, "train feature maps and adapters for a base: a LoLA checkpoint"),
+    "linearize": (
+        _linearize,
+        "make a LoLA model of a base: texts, training, calibration, evaluation and card",
+    ),
     "demo-model": (
         _demo_model,
         "make a small LoLA checkpoint to try (SmolLM2-135M-Instruct; window 64, sparse cache 128 "

@@ -80,7 +80,8 @@ def finetune(
     from transformers import set_seed
 
     set_seed(options.seed)
-    accelerator = Accelerator(mixed_precision="bf16" if model.dtype == torch.bfloat16 else "no")
+    # Without its mixed precision, which is one for all runs of a process; see `_autocast`.
+    accelerator = Accelerator()
     lora = LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
@@ -120,9 +121,7 @@ def finetune(
     lengths = [len(tokens) for tokens, _ in rows]
     done = sum(lengths[: len(losses) * options.rows_per_step])
     # By tokens, as rows may differ in length.
-    with tqdm(
-        total=sum(lengths), initial=done, unit="tok", unit_scale=True, desc="LoRA"
-    ) as bar:
+    with tqdm(total=sum(lengths), initial=done, unit="tok", unit_scale=True, desc="LoRA") as bar:
         for step in range(len(losses), steps):
             # A generator per step, so that a resumed run draws what an uninterrupted one would.
             generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
@@ -133,7 +132,7 @@ def finetune(
                 config = configs[int(torch.randint(len(configs), (), generator=generator))]
                 compared = _compared(answers, options.loss_tokens, generator)
                 loss = _loss(
-                    model, accelerator, tokens.to(model.device), answers, compared,
+                    model, tokens.to(model.device), answers, compared,
                     config, options,
                 )  # fmt: skip
                 # Gradient checkpointing computes activations again, with the same attention.
@@ -189,7 +188,6 @@ def _compared(answers: Tensor, number: int, generator: torch.Generator) -> Tenso
 
 def _loss(
     model: Any,
-    accelerator: Any,
     row: Tensor,
     answers: Tensor,
     compared: Tensor,
@@ -199,9 +197,9 @@ def _loss(
     """Weighted mean over those of a row's predictions that are compared."""
     ids = row.long()[None]
     base = model.get_base_model()
-    with torch.no_grad(), model.disable_adapter(), accelerator.autocast():
+    with torch.no_grad(), model.disable_adapter(), _autocast(base):
         wanted = base.model(ids).last_hidden_state[0] if options.lora_loss == "teacher" else None
-    with accelerator.autocast(), lola_attention(model, config):
+    with _autocast(base), lola_attention(model, config):
         hidden = base.model(ids).last_hidden_state[0]
         compared = compared.to(hidden.device)
         weights = 1 + (options.answer_weight - 1) * answers.to(hidden.device)[compared + 1].float()
@@ -213,6 +211,13 @@ def _loss(
             )
             total = total + (each * weight).sum()
     return total / weights.sum()
+
+
+def _autocast(base: Any) -> torch.autocast:
+    """Products in bfloat16 where the base's weights are, with the adapters in float32."""
+    return torch.autocast(
+        base.device.type, dtype=torch.bfloat16, enabled=base.dtype == torch.bfloat16
+    )
 
 
 def _token_losses(

@@ -110,6 +110,9 @@ COMMANDS: dict[str, Fate] = {
     r"lola-vllm quantize ": Fate("cli"),
     r"lola-vllm convert ": Fate("cli"),
     r"lola-vllm distill ": Fate("cli", why="with fewer and shorter rows"),
+    r"lola-vllm linearize ": Fate(
+        why="trains for hours", test="tests/unit/linearize/test_linearize.py"
+    ),
     r"lola-vllm demo-model ": Fate(
         why="needs a wheel of 90 MB", test="tests/unit/checkpoint/test_demo.py"
     ),

@@ -32,6 +32,9 @@ class Box:
 # From the top: what is said of a band, and its boxes from the left.
 BANDS = (
     ("the command line", (Box("lola_vllm/cli.py", "lola-vllm VERB", 20, 660),)),
+    ("several verbs in a row", (
+        Box("lola_vllm/linearize/", "a LoLA model of a base", 20, 660),
+    )),
     ("what the verbs do", (
         Box("lola_vllm/client/", "asks a server", 20, 116),
         Box("lola_vllm/doctor.py", "finds faults", 148, 112),

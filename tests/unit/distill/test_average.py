@@ -93,9 +93,9 @@ def test_a_run_gives_the_mean_of_its_weights_also_after_an_interruption(
         seen.append({name: value.detach().float().clone() for name, value in tensors.items()})
         add(self, step, tensors)
 
-    def measured(model: object, accelerator: object, row: torch.Tensor, *rest: object) -> object:
+    def measured(model: object, row: torch.Tensor, *rest: object) -> object:
         lengths.append(len(row))
-        return loss(model, accelerator, row, *rest)
+        return loss(model, row, *rest)
 
     monkeypatch.setattr(RunningMean, "add", looking)
     monkeypatch.setattr(finetune, "_loss", measured)

@@ -1,0 +1,1 @@
+"""`lola-vllm linearize`: a LoLA model of any supported base, by one command."""

@@ -1,0 +1,149 @@
+"""What a recipe costs: tokens, hours, memory and disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.linearize.memory import activation_bytes, parameters
+from lola_vllm.linearize.recipe import Recipe, state_bytes, to_json
+
+# A calibration reads its prompts, and fits importance for about as long again.
+CALIBRATION_FACTOR = 2.0
+GIB, MIB = 2**30, 2**20
+
+# Stages in their order, with the words of the plan.
+STAGES: dict[str, str] = {
+    "texts": "texts",
+    "transfer": "attention transfer",
+    "lora": "LoRA",
+    "calibrate": "calibration",
+    "train-on": "training on",
+    "recalibrate": "calibration of the result",
+    "evaluate": "evaluation",
+    "card": "model and card",
+}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds that a token takes on this machine, in all layers.
+
+    Attributes:
+        forward: read by the softmax model. transfer: trained on in stage 1.
+        lora: trained on in stage 2. on: trained on for a calibration.
+    """
+
+    forward: float
+    transfer: float
+    lora: float
+    on: float
+
+
+def stage_tokens(recipe: Recipe, kinds: int) -> dict[str, int]:
+    """Tokens that each stage reads.
+
+    Args:
+        kinds: of text, each of which is measured.
+    """
+    calibration = int(recipe.calibration_prompts * recipe.calibration_prompt_length * 0.75)
+    calibration += 8 * recipe.calibration_prompt_length if recipe.recent_pairs else 0
+    recall = len(recipe.evaluation_tasks) * recipe.evaluation_samples
+    evaluation = recall * sum(recipe.evaluation_lengths)
+    evaluation += kinds * recipe.evaluation_windows * recipe.evaluation_window_length
+    return {
+        "transfer": recipe.transfer_tokens,
+        "lora": recipe.lora_tokens,
+        "calibrate": calibration,
+        "train-on": recipe.on_tokens,
+        "recalibrate": calibration,
+        "evaluate": 2 * evaluation,  # the base and the model
+    }
+
+
+def stage_seconds(recipe: Recipe, speed: Speed, kinds: int) -> dict[str, float]:
+    """Seconds that each stage takes at a measured speed."""
+    of_token = {
+        "transfer": speed.transfer,
+        "lora": speed.lora,
+        "calibrate": CALIBRATION_FACTOR * speed.forward,
+        "train-on": speed.on,
+        "recalibrate": CALIBRATION_FACTOR * speed.forward,
+        "evaluate": speed.forward,
+    }
+    return {name: n * of_token[name] for name, n in stage_tokens(recipe, kinds).items()}
+
+
+def scale_to(hours: float, recipe: Recipe, speed: Speed, kinds: int) -> float:
+    """The factor on the tokens of training with which all stages take so many hours.
+
+    Args:
+        hours: of all stages. recipe: of scale 1.
+
+    Raises:
+        CheckpointError: too few hours; names the least number.
+    """
+    seconds = stage_seconds(recipe, speed, kinds)
+    trains = sum(seconds[name] for name in ("transfer", "lora", "train-on"))
+    rest = sum(seconds.values()) - trains
+    scale = (hours * 3600 - rest) / trains
+    least = 0.02  # below it a stage is a few rows
+    if scale < least:
+        raise CheckpointError(
+            f"--hours {hours:g}: calibration and evaluation take {rest / 3600:.2f} on this "
+            f"machine, and little is left to train; give {(rest + least * trains) / 3600:.2f} or "
+            "more, or fewer prompts and samples by --recipe"
+        )
+    return scale
+
+
+def peak_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
+    """Memory of the largest stage, about."""
+    d, heads = int(config.head_dim or 0), config.num_attention_heads
+    kv_heads = config.num_key_value_heads or heads
+    weights = parameters(config)
+    width = 2 if recipe.dtype == "bfloat16" else 4
+    row = recipe.transfer_row_length
+    transfer = weights * width + 4 * 4 * row * d * (heads + kv_heads)
+    transfer += 12 * recipe.transfer_queries * heads * (row + 4 * d)
+    lora = weights * width + activation_bytes(
+        config, recipe, whole=not recipe.gradient_checkpointing
+    )
+    on = 2 * weights * width if recipe.dtype == "bfloat16" else 0  # float32 while it trains on
+    pair = 3 * d + 8  # features of a key and a value in float16, error and attention in float32
+    read = stage_tokens(recipe, 0)["calibrate"] * config.num_hidden_layers * kv_heads * pair
+    return max(transfer, lora + on, 4 * weights + read)
+
+
+def disk_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
+    """What the working directory takes at most, and the model, about."""
+    hidden = 2 * recipe.transfer_tokens * config.hidden_size
+    hidden *= 2 if recipe.dtype == "bfloat16" else 4
+    return hidden + 4 * 2 * parameters(config)  # models of stages, in bfloat16
+
+
+def format_plan(
+    base: Path, config: LolaLlamaConfig, recipe: Recipe, speed: Speed, kinds: int
+) -> str:
+    """The text that `--dry-run` prints."""
+    tokens, seconds = stage_tokens(recipe, kinds), stage_seconds(recipe, speed, kinds)
+    lines = [f"{'stage':26}  {'tokens':>10}  {'hours':>6}"]
+    for name, title in STAGES.items():
+        if name in tokens:
+            lines.append(f"{title:26}  {tokens[name]:10,}  {seconds[name] / 3600:6.2f}")
+    total = sum(tokens.values())
+    lines.append(f"{'all':26}  {total:10,}  {sum(seconds.values()) / 3600:6.2f}")
+    state = state_bytes(base, recipe.served(), recipe.pairs)
+    lines += [
+        "",
+        f"a sequence of the model takes {state / MIB:.2f} MiB whatever its length: "
+        f"{recipe.scored_pairs} pairs of a KV head by score and {recipe.recent_pairs} recent ones",
+        f"training needs about {peak_bytes(config, recipe) / GIB:.1f} GiB of memory and "
+        f"{disk_bytes(config, recipe) / GIB:.1f} GiB of disk",
+        "",
+        json.dumps(to_json(recipe)),
+    ]
+    return "\n".join(lines)
