@@ -27,7 +27,7 @@ LEAST_DISTANCE = 150  # tokens from a passage to its repeat, so that no window s
 CLASS_FACTOR = 2
 # Up to a distance R, heads that hold `NEAR_SHARE` of all heads' attention to a passage have it in
 # their recent pairs. Up to `FAR` times R, heads that hold `FAR_SHARE` of it.
-NEAR_SHARE, FAR_SHARE, FAR = 0.75, 0.5, 2
+NEAR_SHARE, FAR_SHARE, FAR = 0.72, 0.6, 2
 
 
 def repeat_passages(ids: Sequence[int], rng: random.Random) -> tuple[list[int], list[int]]:

@@ -68,12 +68,12 @@ def test_attention_to_the_first_place_by_distance() -> None:
 
 def test_heads_have_recent_pairs_as_far_as_they_are_needed() -> None:
     attention = [
-        torch.tensor([[400.0, 10], [400, 10], [450, 0], [500, 0], [0, 0]]),
-        torch.tensor([[300.0, 290], [380, 210], [300, 50], [400, 0], [0, 0]]),
+        torch.tensor([[400.0, 10], [400, 10], [490, 0], [500, 0], [0, 0]]),
+        torch.tensor([[300.0, 290], [380, 210], [260, 50], [300, 0], [0, 0]]),
     ]
     assert divide_recent(attention, 0) == [[0, 0], [0, 0]]
-    # R = 400. To hold three quarters, the last head is needed up to 300 tokens, and two more are
-    # up to R. To hold half, up to 2 R, the third is needed up to 600 only.
+    # R = 400. For the near share, the last head is needed up to 300 tokens, and two more up to R.
+    # For the far share, up to 2 R, the third is needed up to 600 only.
     assert divide_recent(attention, 425) == [[800, 0], [600, 300]]
     # There is no more to give beyond what was asked for.
     assert divide_recent(attention, 10**6) == [[2400, 0], [2400, 300]]
