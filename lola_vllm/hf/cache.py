@@ -212,6 +212,7 @@ class LolaCache(Cache):
             settle_facts(config, config.name_or_path)  # a config that no model has seen
         layers = range(config.num_hidden_layers)
         super().__init__(layers=[LolaCacheLayer(config, index) for index in layers])
+        self.composed = False  # of documents read apart: not the state of reading its tokens
 
     def num_tokens(self, batch: int) -> Tensor:
         """Tokens that each of `batch` rows has seen, `[batch]` int64 in host memory.
@@ -263,6 +264,7 @@ class LolaCache(Cache):
         if not read:
             raise ComposeError("no document to compose: no cache has seen tokens")
         sequence, composed = read[0].sequence, cls(model.config)
+        composed.composed = len(read) > 1 or read[0].composed
         rows = [cache.rows()[0] for cache in read]
         lengths = [int(cache.layers[0].num_tokens) for cache in read]
         row, n = model.model.composer(sequence).compose(rows, lengths)
@@ -304,9 +306,12 @@ class LolaCache(Cache):
         if len(ids) != n:
             raise LolaModelError(f"tokens: {len(ids)}, but row {row} has seen {n}")
         fingerprint = self._fingerprint()
-        hashes = PrefixHashes(namespace(fingerprint.key), ids)
+        new = secrets.token_hex(16)
+        composed = new if self.composed else None
+        hashes = PrefixHashes(namespace(fingerprint.key, composed=composed), ids)
         header = StateHeader(
-            id=secrets.token_hex(16),
+            id=new,
+            composed=composed,
             session=check_name(session),
             turn=1,
             kind="answer",
@@ -341,6 +346,7 @@ class LolaCache(Cache):
         """
         found = read_state(Path(path), key=key)
         cache = cls(config)
+        cache.composed = found.header.composed is not None
         heads = config.num_key_value_heads
         assert heads is not None  # LlamaConfig fills it in
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -7,7 +7,7 @@ which work in place on the pages -> output projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,10 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from lola_vllm.config import LolaLlamaConfig, importance_size
 from lola_vllm.ops import LolaWeights, State, bind_layer, choose_backend, context_shift
+from lola_vllm.ops.compose import Composer
 from lola_vllm.ops.key_rotation import KeyRotation
 from lola_vllm.ops.per_kv_head import states_of
+from lola_vllm.ops.rope_table import RopeTable
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.backend import LolaMetadata
 from lola_vllm.plugin.cache import first_layer, head_dim, sequence_layout, state_spec
@@ -68,6 +70,7 @@ class LolaAttention(nn.Module, MambaBase):
         self.prefix = prefix
         self.lola = config.lola
         self.schedule = ShiftSchedule.of(config)
+        self.trained_length = int(config.max_position_embeddings)
         tp_size = get_tensor_model_parallel_world_size()
         self.sequence = sequence_layout(vllm_config, get_tensor_model_parallel_rank())
         self.layout = self.sequence.layers[extract_layer_index(prefix) - first_layer(vllm_config)]
@@ -237,6 +240,21 @@ class LolaAttention(nn.Module, MambaBase):
             mamba_type=base.mamba_type,
             mamba_cache_mode=base.mamba_cache_mode,
         )
+
+
+def composer_of(layers: Sequence[LolaAttention]) -> Composer:
+    """What composes states of a rank's layers, in host memory.
+
+    Raises:
+        LolaConfigError: RoPE's table depends on the length of a context.
+    """
+    first = layers[0]
+    states = [layer.state for layer in layers if layer.state is not None]
+    wide = torch.promote_types(first.layout.pages[0].kv_dtype, torch.float32)
+    table = rope_rows(first.rotary_emb, range(first.trained_length)).to(wide)
+    rope = RopeTable.of_rows(*table.chunk(2, dim=-1))
+    weights = [state.weights for state in states]
+    return Composer(first.sequence, weights, rope, states[0].rotation)
 
 
 def _head_parameter(

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
@@ -110,7 +110,7 @@ def register_length() -> None:
 
 
 @functools.cache  # layers share their RoPE
-def rope_rows(rope: Any, positions: tuple[int, ...]) -> Tensor:
+def rope_rows(rope: Any, positions: Sequence[int]) -> Tensor:
     """Rows `[len(positions), R]` of a RoPE table: cosines, then sines of R / 2 angles.
 
     Raises:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from lola_vllm.ops import choose_backend
+from lola_vllm.ops.compose import Composition
+from lola_vllm.ops.shift_schedule import MAX_LENGTH, ShiftSchedule
 from lola_vllm.plugin import compat
+from lola_vllm.plugin.attention import LolaAttention, composer_of
 from lola_vllm.plugin.cache import layer_layouts, lola_hf_config, row_bytes, sequence_layout
 from lola_vllm.plugin.session_requests import SchedulerHalf
 from lola_vllm.sessions.directory import model_directory
@@ -120,7 +123,14 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
             sequence_layout(self._vllm_config, get_tensor_model_parallel_rank()).cleaned,
             settings.max_waiting(rank_bytes * parallel.world_size),
             settings.key(),
+            self._composed,
         )
+
+    def _composed(self, states: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
+        """The state of documents one behind the other, with the model's weights as they are."""
+        modules = self._vllm_config.compilation_config.static_forward_context.values()
+        layers = [module for module in modules if isinstance(module, LolaAttention)]
+        return composer_of(layers).compose(states, lengths)[0]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing: loads are orders."""
@@ -273,6 +283,14 @@ def open_store(vllm_config: VllmConfig) -> SessionStore:
     settings, size = store_settings(vllm_config), row_bytes(vllm_config)
     ranks = vllm_config.parallel_config.world_size
     store = SessionStore(fingerprint_of(vllm_config), size, settings, ranks)
+    config, page = lola_hf_config(vllm_config), sequence_layout(vllm_config).layouts[0]
+    schedule = ShiftSchedule.of(config)
+    longest = MAX_LENGTH if schedule is not None else config.max_position_embeddings
+
+    def offsets(lengths: Sequence[int]) -> Sequence[int]:
+        return Composition.of(page, lengths, schedule, longest).offsets
+
+    store.offsets = offsets
     logger.info("LoLA sessions: %s", describe_store(store))
     return store
 

@@ -203,7 +203,7 @@ class SchedulerHalf:
             req_state.found = self.store.resolve(
                 source, req_state.hashes, longest, req_state.adapter, req_state.salt
             )
-            req_state.parent = req_state.found
+            req_state.parent, req_state.missed = req_state.found, None
         except NotStored as error:
             req_state.missed = str(error.args[0])
 
@@ -228,10 +228,11 @@ class SchedulerHalf:
             req_state.unsaved = f"the pool no longer has the state after {n} tokens"
             return False
         hashes = req_state.hashes
+        composed = req_state.parent.header.composed if req_state.parent else None
         tail = request.all_token_ids[n:] if kind == "answer" else ()
-        if kind == "answer" or n > len(hashes):
+        if kind == "answer" or n > len(hashes) or composed is not None:
             tokens = request.all_token_ids[:n]
-            hashes = self.store.prefix_hashes(tokens, req_state.adapter, req_state.salt)
+            hashes = self.store.prefix_hashes(tokens, req_state.adapter, req_state.salt, composed)
         if req_state.turn is None:
             req_state.turn = self.store.open_turn(
                 req_state.params.session, req_state.parent, req_state.salt

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.sessions.names import (
+    MAX_SOURCES,
     Reference,
     SessionNameError,
     check_name,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lola_vllm.sessions.transfer import TransferWorker
 
 __all__ = [
+    "MAX_SOURCES",
     "NotStored",
     "Reference",
     "SessionError",

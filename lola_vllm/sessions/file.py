@@ -3,7 +3,7 @@
     tokens  [n] int32          the tokens that the state has seen
     state   [rank_bytes] uint8  the pages of all layers of one rank, as `SequenceLayout` has them
 
-The file's metadata is `{"format": "lola-state", "version": "2", "header": JSON, "header_checksum",
+The file's metadata is `{"format": "lola-state", "version": "3", "header": JSON, "header_checksum",
 "checksum"}`. `checksum` is the SHA-256 of the header's text, the tokens and the pages. A file is
 written aside and renamed, and only its owner can read it. Whatever is wrong with a file is an error
 with a reason: a state is read completely or not at all.
@@ -46,7 +46,7 @@ from lola_vllm.sessions.header import StateHeader as StateHeader
 from lola_vllm.sessions.partial import write_aside
 from lola_vllm.sessions.prefix_hash import PrefixHashes, Tokens, namespace, token_array
 
-FORMAT, VERSION = "lola-state", "2"
+FORMAT, VERSION = "lola-state", "3"
 SUFFIX = ".lola.safetensors"
 # Files whose headers are read ahead at once: the requests that a disk is given at a time.
 _READERS = 32
@@ -321,7 +321,8 @@ class _Opened:
 
 def _check_tokens(path: Path, header: StateHeader, tokens: Tokens) -> None:
     fingerprint = Fingerprint(**header.fingerprint)
-    hashes = PrefixHashes(namespace(fingerprint.key, header.adapter, header.salt), tokens)
+    start = namespace(fingerprint.key, header.adapter, header.salt, header.composed)
+    hashes = PrefixHashes(start, tokens)
     n = header.num_tokens
     if (hashes.prefix_hash(n).hex(), hashes.block_hash(n).hex()) != (
         header.prefix_hash,

@@ -43,6 +43,8 @@ class StateHeader:
         pinned: whether it stays whatever else is stored.
         tail: tokens that were said after the n: the last one of an answer is sampled, and the model
             does not read it unless the text goes on.
+        composed: id of the composed state that it is or goes on from; None: there is none.
+        made_of: the sessions and turns of which that was composed, in order.
         rank, ranks: which part of the state the file has, of how many.
     """
 
@@ -65,6 +67,10 @@ class StateHeader:
     shared_prefix: _Digest | None = None
     pinned: bool = False
     tail: list[_Count] = field(default_factory=list)
+    composed: _Digest | None = None
+    made_of: list[Annotated[str, Field(pattern=f"^{NAME.pattern}@[1-9][0-9]{{0,8}}$")]] = field(
+        default_factory=list
+    )
     rank: _Rank = 0
     ranks: _Rank = 1
 

@@ -215,7 +215,10 @@ class Inventory:
             found, stat = read_state(path, key=self.key), path.stat()
             fingerprint, n = Fingerprint(**found.header.fingerprint), found.header.num_tokens
             before, hashes = (
-                PrefixHashes(namespace(fingerprint.key, found.header.adapter, each), found.tokens)
+                PrefixHashes(
+                    namespace(fingerprint.key, found.header.adapter, each, found.header.composed),
+                    found.tokens,
+                )
                 for each in (found.header.salt, salt)
             )
             parent, named = found.header.parent, found.header.shared_prefix

@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lola_vllm.sessions.composing import compose, composed_of
 from lola_vllm.sessions.file import StateFileError, read_state, read_tokens, write_state
 from lola_vllm.sessions.names import (
+    MAX_SOURCES,
     Reference,
     SessionNameError,
     check_name,
@@ -50,8 +52,8 @@ class SessionManager:
     """
 
     METHODS = (
-        "sessions", "show", "tokens", "fork", "rename", "pin", "delete", "clear", "files",
-        "import_file", "stats", "result",
+        "sessions", "show", "tokens", "fork", "compose", "rename", "pin", "delete", "clear",
+        "files", "import_file", "stats", "result",
     )  # fmt: skip
 
     def __init__(self, store: SessionStore) -> None:
@@ -145,6 +147,32 @@ class SessionManager:
                 raise SessionError("unavailable", "the budgets have no room for another session")
         return self.show(name, salt)
 
+    def compose(
+        self, sources: list[str], to: str, salt: str | None = None, ttl: float | None = None
+    ) -> Answer:
+        """A new session made of others, or of turns of them, as if their texts stood one behind the
+        other.
+
+        Args:
+            sources: in the order of the texts. ttl: seconds that it is kept; no longer than any of
+                the sources.
+        """
+        store, name = self.store, check_new_name(to)
+        if not 1 <= len(sources) <= MAX_SOURCES:
+            raise SessionError(
+                "bad", f"from: {len(sources)} sessions; give 1 to {MAX_SOURCES} to compose"
+            )
+        with store.lock:
+            if (salt_hash(salt), name) in store.sessions:
+                raise SessionError("exists", f"session = {name!r}: there is such a session already")
+            states = [self._longest(source, salt) for source in sources]
+            tokens = [self._tokens(state) for state in states]
+            try:
+                compose(store, states, tokens, name, salt_hash(salt), ttl)
+            except ValueError as error:
+                raise SessionError("bad", str(error)) from None
+        return self.show(name, salt)
+
     def rename(self, session: str, to: str, salt: str | None = None) -> Answer:
         """Another name for a session."""
         store, old, new = self.store, check_name(session), check_new_name(to, "to")
@@ -199,12 +227,16 @@ class SessionManager:
         """Delete a session, or one of its turns: from memory and from the disk.
 
         The shared prefixes that nothing else goes on from go with it. It is over when the files
-        are gone. A file that cannot be removed stays listed.
+        are gone. A file that cannot be removed stays listed. Sessions that were composed of it
+        stay, and are named.
         """
         with self.store.lock:
             states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
+            name = states[0].header.session
             states += orphaned_prefixes(self.store, states, partial(self._text, tuple(states)))
-            return self._ended(self.store.delete(states, lambda: {"deleted": len(states)}))
+            left = [s for s in composed_of(self.store, salt_hash(salt), name) if s != name]
+            answer = {"deleted": len(states), **({"composed": left} if left else {})}
+            return self._ended(self.store.delete(states, lambda: answer))
 
     def clear(self) -> Answer:
         """Delete all sessions of this model, whoever they belong to, pinned ones too."""
@@ -252,7 +284,9 @@ class SessionManager:
             if (hashed, name) in store.sessions:
                 raise SessionError("exists", f"session = {name!r}: there is such a session already")
         now = store.clock()
-        hashes = store.prefix_hashes(found.tokens, found.header.adapter, hashed)
+        hashes = store.prefix_hashes(
+            found.tokens, found.header.adapter, hashed, found.header.composed
+        )
         n = len(found.tokens)
         header = replace(
             found.header, id=secrets.token_hex(16), session=name, turn=1, created=now, salt=hashed,
@@ -322,7 +356,9 @@ class SessionManager:
         longest = max(states, key=lambda state: state.header.num_tokens)
         header = longest.header
         try:
-            return self.store.prefix_hashes(self._tokens(longest), header.adapter, header.salt)
+            return self.store.prefix_hashes(
+                self._tokens(longest), header.adapter, header.salt, header.composed
+            )
         except (NotStored, StateFileError):
             return None
 
@@ -364,6 +400,7 @@ def describe_session(name: str, session: Session) -> Answer:
             other.header.turn for other in states
         )),
         "bytes": sum(state.nbytes for state in states),
+        "made_of": next((s.header.made_of for s in states if s.header.made_of), []),
         "created": min(state.header.created for state in states),
         "used": max(state.used for state in states),
         "pinned": any(state.header.pinned for state in states),

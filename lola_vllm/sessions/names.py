@@ -13,6 +13,7 @@ SHARED = "shared-"
 # Names that begin so are the server's own: conversations without a name, and shared prefixes.
 RESERVED = (AUTOMATIC, SHARED)
 MAX_SHOWN = 60
+MAX_SOURCES = 64  # sessions that are composed to one
 
 
 class SessionNameError(ValueError):

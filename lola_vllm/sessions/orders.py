@@ -67,6 +67,22 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Compose:
+    """Compose states to one.
+
+    Attributes:
+        sources: ids of the states, in the order of their documents. lengths: tokens of each.
+    """
+
+    sources: tuple[str, ...]
+    lengths: tuple[int, ...]
+    header: StateHeader
+    tokens: Tokens = field(repr=False)
+    memory: bool
+    disk: bool
+
+
+@dataclass(frozen=True)
 class Drop:
     """Forget a state in one place."""
 
@@ -74,7 +90,7 @@ class Drop:
     tier: str
 
 
-Order = Save | Load | Copy | Drop
+Order = Save | Load | Copy | Compose | Drop
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 A prefix of n tokens has two hashes, chained as vLLM chains those of its blocks. The block hash
 covers the tokens up to the last multiple of `HASH_BLOCK`: it is made of the block hash before and
 of the next `HASH_BLOCK` tokens. The prefix hash covers the block hash and the tokens after it. The
-first block hash is made of the namespace: model, adapter and salt. So states of another model,
-adapter or salt are never found, whatever their tokens are.
+first block hash is made of the namespace: model, adapter, salt and, where texts were composed, the
+composed state. So states of another model, adapter or salt are never found, whatever their tokens
+are.
 """
 
 from __future__ import annotations
@@ -95,9 +96,17 @@ class PrefixHashes:
         return digest(self.block_hash(n), self.tokens[start:n].tobytes())
 
 
-def namespace(fingerprint: str, adapter: str = "", salt: str = "") -> bytes:
-    """What the hashes of a model, an adapter and the hash of a salt start from."""
-    return digest(fingerprint.encode(), adapter.encode(), salt.encode())
+def namespace(
+    fingerprint: str, adapter: str = "", salt: str = "", composed: str | None = None
+) -> bytes:
+    """What the hashes of a model, an adapter and the hash of a salt start from.
+
+    Args:
+        composed: the composed state that a text goes on from; such a state is not the one that
+            reading the same tokens gives, and no text finds it unless it names its session.
+    """
+    parts = [fingerprint, adapter, salt] + ([] if composed is None else [composed])
+    return digest(*(part.encode() for part in parts))
 
 
 class PrefixIndex:

@@ -80,7 +80,12 @@ def read_params(params: object, session_id: str | None = None, own: bool = False
     check = check_name if own else check_new_name
     reference = None
     try:
-        if source not in (None, True, False):
+        if isinstance(source, list):
+            faults.append(
+                f"{where}.from = {shown(source)}: a request starts from one session; make one of "
+                "several with POST /v1/lola/sessions/{new}/compose, and name that"
+            )
+        elif source not in (None, True, False):
             reference = parse_reference(source, f"{where}.from")
         if session in (None, True):
             session = None if session_id is None else check(session_id, "session_id")

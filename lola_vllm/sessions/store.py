@@ -21,7 +21,17 @@ from lola_vllm.sessions.expiry import Expiries
 from lola_vllm.sessions.file import StateHeader
 from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.sessions.names import AUTOMATIC, Reference, automatic_name
-from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Drop, Load, Order, Outcome, Save
+from lola_vllm.sessions.orders import (
+    DISK,
+    MEMORY,
+    Compose,
+    Copy,
+    Drop,
+    Load,
+    Order,
+    Outcome,
+    Save,
+)
 from lola_vllm.sessions.prefix_hash import PrefixHashes, PrefixIndex, Tokens, namespace
 from lola_vllm.sessions.settings import StoreSettings
 from lola_vllm.sessions.shared_prefixes import shared_prefix_of
@@ -43,6 +53,10 @@ class Turn(NamedTuple):
 
     session: SessionKey
     number: int
+
+
+def _no_composing(_lengths: Sequence[int]) -> Sequence[int]:
+    raise ValueError("the states of this store are not composed")
 
 
 @dataclass(eq=False)
@@ -99,6 +113,8 @@ class SessionStore:
         self.dropped: set[str] = set()  # whose files are about to go
         self._asked = False  # for outcomes
         self.wake: Callable[[], object] = lambda: None  # has an idle engine take the orders
+        # Where documents of so many tokens begin when they are composed (`composing.py`).
+        self.offsets: Callable[[Sequence[int]], Sequence[int]] = _no_composing
         self.directory: StateDirectory | None = None
         if settings.directory is not None:
             self.directory = StateDirectory(settings.directory, fingerprint, ranks, settings.key())
@@ -111,10 +127,14 @@ class SessionStore:
     # What a request needs.
 
     def prefix_hashes(
-        self, tokens: Sequence[int] | Tokens, adapter: str = "", salt: str = ""
+        self,
+        tokens: Sequence[int] | Tokens,
+        adapter: str = "",
+        salt: str = "",
+        composed: str | None = None,
     ) -> PrefixHashes:
-        """The hashes of a text, for an adapter and the hash of a salt."""
-        return PrefixHashes(namespace(self.fingerprint.key, adapter, salt), tokens)
+        """The hashes of a text, for an adapter, the hash of a salt, and a composed state."""
+        return PrefixHashes(namespace(self.fingerprint.key, adapter, salt, composed), tokens)
 
     def find(self, hashes: PrefixHashes, longest: int) -> Stored | None:
         """The stored state that covers most of the first `longest` tokens of a text."""
@@ -142,8 +162,13 @@ class SessionStore:
             if not states:
                 raise NotStored(f"{reference} was stored with another adapter")
             for state in sorted(states, key=lambda s: -s.header.num_tokens):
-                n = state.header.num_tokens
-                if n <= longest and hashes.prefix_hash(n).hex() == state.header.prefix_hash:
+                n, composed = state.header.num_tokens, state.header.composed
+                if n > longest:
+                    continue
+                own = hashes
+                if composed is not None:  # it is found by its session's name alone
+                    own = self.prefix_hashes(hashes.tokens[:n], adapter, salt, composed)
+                if own.prefix_hash(n).hex() == state.header.prefix_hash:
                     return state
             fewest = min(s.header.num_tokens for s in states)
             if fewest > longest:
@@ -263,6 +288,8 @@ class SessionStore:
                 parent=parent.id if parent else None,
                 shared_prefix=shared_prefix_of(parent),
                 tail=list(tail),
+                composed=parent.header.composed if parent else None,
+                made_of=list(parent.header.made_of) if parent else [],
                 ranks=self.ranks,
             )
             state = Stored(header, nbytes, now, unwritten=slow)
@@ -329,7 +356,8 @@ class SessionStore:
         with self.lock:
             self._orders.append(order)
             # Above the limit the ranks copy the source's file, which takes no memory meanwhile.
-            if isinstance(order, Copy) and order.disk and len(self._waiting) < self.max_waiting:
+            room = len(self._waiting) < self.max_waiting
+            if isinstance(order, Copy | Compose) and order.disk and room:
                 self._waiting.add(order.header.id)
 
     def apply(self, outcomes: Iterable[tuple[int, Outcome]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from lola_vllm.sessions.file import (
 )
 from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.sessions.host_copy import HostCopy, copy_to_host
-from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Drop, Load, Order, Outcome, Save
+from lola_vllm.sessions.orders import DISK, MEMORY, Compose, Copy, Drop, Load, Order, Outcome, Save
 from lola_vllm.sessions.prefix_hash import Tokens
 
 logger = logging.getLogger("vllm.lola")
@@ -44,6 +44,7 @@ class TransferWorker:
         max_waiting: states that wait to be written. More are not written: a slow disk must not
             fill the memory.
         key: to encrypt files with; None: they are not encrypted.
+        compose: the state of documents one behind the other, from theirs and their tokens.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class TransferWorker:
         clean: Callable[[Tensor, int], Tensor] | None = None,
         max_waiting: int = 64,
         key: StateKey | None = None,
+        compose: Callable[[Sequence[Tensor], Sequence[int]], Tensor] | None = None,
     ) -> None:
         self.pool = pool.view(torch.uint8)
         self.fingerprint = fingerprint
@@ -64,6 +66,7 @@ class TransferWorker:
         self._clean = clean
         self.max_waiting = max_waiting
         self._key = key
+        self._composed = compose
         self._states: dict[str, HostCopy] = {}
         self._writing: dict[str, list[HostCopy]] = {}  # an entry per write that waits
         self._copying: set[str] = set()  # states whose file is yet to be made of another
@@ -93,6 +96,8 @@ class TransferWorker:
                 self._load(order)
             elif isinstance(order, Copy):
                 self._copy(order)
+            elif isinstance(order, Compose):
+                self._compose(order)
             else:
                 self._drop(order)
         except Exception as error:  # of the device or of a file system
@@ -139,7 +144,7 @@ class TransferWorker:
         data = self._in_memory(state)
         if data is not None:
             self._put(order, data, MEMORY, time.monotonic())
-        elif self.directory is None:
+        elif self.directory is None and state not in self._copying:
             self._report(state, "load-failed", MEMORY, None, "it is no longer kept", order.request)
         else:
             if order.keep:
@@ -164,6 +169,14 @@ class TransferWorker:
         if order.disk:  # read and written in the order of the writes before it
             self._copying.add(state)
             self._writer.submit(self._copy_file, order)
+
+    def _compose(self, order: Compose) -> None:
+        state = order.header.id
+        sources = [self._in_memory(source) for source in order.sources]
+        if order.memory:
+            self._reading.add(state)
+        self._copying.add(state)
+        self._writer.submit(self._compose_states, order, sources)
 
     def _better_from_file(self, order: Copy) -> bool:
         """Whether too many wait to be written, and the source has a file, or will by then: a copy
@@ -228,6 +241,35 @@ class TransferWorker:
         finally:
             self._copying.discard(order.header.id)
 
+    def _compose_states(self, order: Compose, sources: Sequence[HostCopy | None]) -> None:
+        began = time.monotonic()
+        header = with_rank(order.header, self.rank)
+        try:
+            if self._composed is None:
+                raise ValueError("this rank composes no states")
+            rows = [
+                torch.from_numpy(read_state(self._path(name), self.fingerprint, self._key).data)
+                if data is None
+                else data.wait()
+                for name, data in zip(order.sources, sources, strict=True)
+            ]
+            row = self._composed(rows, order.lengths)
+            if header.id in self._reading:  # nobody has dropped it
+                self._reading.discard(header.id)
+                self._states[header.id] = HostCopy(row)
+                self._done(header.id, "saved", MEMORY, began)
+            if order.disk:
+                write_state(self._path(header.id), header, order.tokens, row.numpy(), self._key)
+                self._done(header.id, "saved", DISK, began)
+        except Exception as error:
+            self._reading.discard(header.id)
+            if order.disk and header.id in self._states:
+                self._report(header.id, "save-failed", DISK, error)
+            else:
+                self._report(header.id, "save-failed", MEMORY, error)
+        finally:
+            self._copying.discard(header.id)
+
     def _unlink(self, state: str) -> None:
         try:
             self._path(state).unlink(missing_ok=True)
@@ -239,6 +281,11 @@ class TransferWorker:
     def _read_file(self, order: Load) -> None:
         began = time.monotonic()
         try:
+            data = self._in_memory(order.header.id)  # composed meanwhile
+            if data is not None:
+                with self._lock:
+                    self._read.append((order, data, began))
+                return
             found = read_state(self._path(order.header.id), self.fingerprint, self._key)
             if (found.header.prefix_hash, found.header.rank) != (
                 order.header.prefix_hash,

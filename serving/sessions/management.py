@@ -22,6 +22,7 @@ from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.protocol import (
     ChangeRequest,
+    ComposeRequest,
     Deleted,
     ForkRequest,
     SessionDetail,
@@ -128,6 +129,30 @@ async def fork(session: str, body: ForkRequest, raw_request: Request, salt: Salt
     """Another session that goes on from a session or a turn of it."""
     reference = str(reference_of(session))
     return await ask(raw_request, "fork", salt, reference=reference, to=body.to)
+
+
+@router.post(
+    "/{session}/compose",
+    response_model=SessionDetail,
+    responses=REFUSALS,
+    dependencies=[Depends(validate_json_request)],
+)
+async def compose(
+    session: str, body: ComposeRequest, raw_request: Request, salt: Salt = None
+) -> Any:
+    """A new session made of others, as if their texts stood one behind the other."""
+    name = name_of(session)
+    if engine_of(raw_request).config.cache_config.enable_prefix_caching:
+        # It finds states by their tokens alone, and those of composed texts are others.
+        raise HTTPException(
+            HTTPStatus.NOT_IMPLEMENTED,
+            "sessions are composed where prefix caching is off; start the server without "
+            "--enable-prefix-caching",
+        )
+    return await ask(
+        raw_request, "compose", salt, writes=Reference(name), sources=body.sources, to=name,
+        ttl=body.ttl,
+    )  # fmt: skip
 
 
 @router.get(

@@ -10,7 +10,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from lola_vllm.serving.protocol import MAX_MESSAGES, Prompt, PromptRequest
-from lola_vllm.sessions import check_new_name
+from lola_vllm.sessions import MAX_SOURCES, check_new_name, parse_reference
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TurnNumber = Annotated[int, Field(ge=0, lt=10**9)]
@@ -23,6 +23,7 @@ class SessionSummary(BaseModel):
     Attributes:
         session: its name. turn: the number of its last turn. turns: those that are kept.
         tokens: that its last turn covers. bytes: of all its states.
+        made_of: the sessions and turns of which it was composed, in order.
         created, used: seconds since 1970. pinned: whether a turn of it stays whatever is stored.
     """
 
@@ -31,6 +32,7 @@ class SessionSummary(BaseModel):
     turns: list[int]
     tokens: int
     bytes: int
+    made_of: list[str]
     created: float
     used: float
     pinned: bool
@@ -39,7 +41,8 @@ class SessionSummary(BaseModel):
         json_schema_extra={
             "example": {
                 "session": "agent-7", "turn": 3, "turns": [2, 3], "tokens": 1893,
-                "bytes": 36126720, "created": 1790000000.0, "used": 1790000060.5, "pinned": False,
+                "bytes": 36126720, "made_of": [], "created": 1790000000.0, "used": 1790000060.5,
+                "pinned": False,
             }
         }
     )  # fmt: skip
@@ -97,9 +100,14 @@ class SessionTokens(BaseModel):
 
 
 class Deleted(BaseModel):
-    """Answer of `DELETE /v1/lola/sessions/{session}`: how many states are gone."""
+    """Answer of `DELETE /v1/lola/sessions/{session}`.
+
+    Attributes:
+        deleted: states that are gone. composed: sessions that were composed of it, and stay.
+    """
 
     deleted: int
+    composed: list[str] = []
 
 
 class ChangeRequest(BaseModel):
@@ -142,6 +150,29 @@ class ForkRequest(BaseModel):
     @model_validator(mode="after")
     def _name(self) -> Self:
         check_new_name(self.to, "to")
+        return self
+
+
+class ComposeRequest(BaseModel):
+    """Body of `POST /v1/lola/sessions/{session}/compose`.
+
+    Attributes:
+        sources: `from`, sessions or turns of them, in the order of their texts.
+        ttl: seconds that the new session is kept; no longer than any of them.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"from": ["manual", "faq@2", "changes"]}]},
+    )
+
+    sources: list[str] = Field(alias="from", min_length=1, max_length=MAX_SOURCES)
+    ttl: Seconds | None = None
+
+    @model_validator(mode="after")
+    def _references(self) -> Self:
+        for source in self.sources:
+            parse_reference(source, "from")
         return self
 
 

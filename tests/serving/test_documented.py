@@ -65,7 +65,7 @@ def test_commands_of_a_page_are_answered(page, tiny, tmp_path, monkeypatch):
             continue
         tries = 50 if " export " in command else 1  # until the server has written the state
         assert 0 in (command_line(command, tiny, monkeypatch) for _ in range(tries)), command
-    for name in ("agent-7", "agent-8", "agent-9", "my-chat", "pump-log"):
+    for name in ("agent-7", "agent-8", "agent-9", "my-chat", "pump-log", "pumps"):
         tiny.client.delete(f"/v1/lola/sessions/{name}")
 
 

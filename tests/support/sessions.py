@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,12 @@ class Server:
         self.pools = [torch.zeros(pool_size, ROW, dtype=torch.uint8) for _ in range(ranks)]
         path = None if directory is None else self.store.directory.path
         self.workers = [
-            TransferWorker(pool, fingerprint, path, rank, ranks, key=given.key())
+            TransferWorker(
+                pool, fingerprint, path, rank, ranks, key=given.key(), compose=composed_row
+            )
             for rank, pool in enumerate(self.pools)
         ]
+        self.store.offsets = offsets
         self.manager = SessionManager(self.store)
 
     def step(self) -> list[Outcome]:
@@ -130,6 +134,21 @@ class Server:
         for worker in self.workers:
             worker.close()
         self.store.close()
+
+
+def offsets(lengths: Sequence[int]) -> list[int]:
+    """Documents begin at multiples of 8, and all but the last have 8 tokens or more."""
+    if any(n < 8 for n in lengths[:-1]):
+        raise ValueError("a document is too short")
+    return [sum(n // 8 * 8 for n in lengths[:i]) for i in range(len(lengths))]
+
+
+def composed_row(rows: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
+    """A row that depends on the rows, their lengths and their order."""
+    total = torch.zeros(ROW, dtype=torch.uint8)
+    for row, n in zip(rows, lengths, strict=True):
+        total = total * 3 + row + n % 256
+    return total
 
 
 def size_of(num_tokens: int) -> int:

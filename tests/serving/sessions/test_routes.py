@@ -410,3 +410,23 @@ def test_clients_that_send_everything_again_compute_their_new_tokens_only(lola_s
         cached = answer["usage"]["input_tokens_details"]["cached_tokens"]
         assert (cached > 20) == (len(counts) > 1), (cached, counts)
     assert counts[0] == 0 and 20 < counts[1] < counts[2]
+
+
+def test_a_session_is_made_of_others(tiny):
+    for name, text in (("one", TEXT * 8), ("two", "a window is read " * 9)):
+        ok(post(tiny, f"made-{name}/append", prompt=text))
+    body = {"from": ["made-one", "made-two@1"], "ttl": 600}
+    made = ok(post(tiny, "made/compose", **body))
+    assert made["made_of"] == ["made-one@1", "made-two@1"] and made["turn"] == 1
+    expires = made["states"][0]["expires"]
+    assert expires == pytest.approx(time.time() + 600, abs=60)
+    answer = ok(post(tiny, "made/complete", model="tiny", prompt=TEXT, **GREEDY))
+    assert told(answer)["restored_tokens"] == made["tokens"]
+    assert ok(tiny.client.get(f"{BASE}/made"))["made_of"] == made["made_of"]
+    refused(post(tiny, "made/compose", **body), 409, "there is such a session")
+    refused(post(tiny, "other/compose", **{"from": ["gone"]}), 404, "nothing is stored")
+    refused(post(tiny, "other/compose", **{"from": ["a@b"]}), 400, "from = 'a@b'")
+    hers = tiny.other.post(f"{BASE}/other/compose", json={"from": ["made-one"]})
+    refused(hers, 404, "nothing is stored")
+    gone = ok(tiny.client.delete(f"{BASE}/made-one"))
+    assert gone["composed"] == ["made"]

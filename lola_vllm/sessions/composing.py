@@ -1,0 +1,104 @@
+"""A session made of others: their states, composed as if their texts stood one behind the other.
+
+The ranks do it (`transfer.py`). Here is what the store has to know of it: which states, how many of
+whose tokens, and until when the result may be kept.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from lola_vllm.sessions.file import StateHeader
+from lola_vllm.sessions.names import check_new_name
+from lola_vllm.sessions.orders import DISK, MEMORY, Compose
+from lola_vllm.sessions.prefix_hash import Tokens
+from lola_vllm.sessions.store import NotStored, SessionStore
+from lola_vllm.sessions.tiers import Stored
+
+# The position of each document's first token, for their numbers of tokens; ValueError: they cannot
+# be composed.
+Offsets = Callable[[Sequence[int]], Sequence[int]]
+
+
+def compose(
+    store: SessionStore,
+    states: Sequence[Stored],
+    tokens: Sequence[Tokens],
+    to: str,
+    salt: str,
+    ttl: float | None = None,
+) -> Stored:
+    """Order the composition of states, as the first turn of a new session.
+
+    The result is kept no longer than any of the states would be.
+
+    Args:
+        tokens: of each state. salt: hash of the owner's. ttl: seconds.
+
+    Raises:
+        ValueError: they are of several adapters, or cannot be composed; says why.
+        NotStored: there is no room.
+    """
+    name = check_new_name(to)
+    adapters = {state.header.adapter for state in states}
+    if len(adapters) > 1:
+        names = ", ".join(sorted(repr(adapter.partition(":")[0]) for adapter in adapters))
+        raise ValueError(f"from: the sessions were read with several adapters ({names}); use one")
+    lengths = [state.header.num_tokens for state in states]
+    offsets = store.offsets(lengths)
+    ends = [*offsets[1:], offsets[-1] + lengths[-1]]
+    text = np.concatenate(
+        [ids[: end - start] for ids, start, end in zip(tokens, offsets, ends, strict=True)]
+    )
+    n, new = len(text), secrets.token_hex(16)
+    hashes = store.prefix_hashes(text, states[0].header.adapter, salt, new)
+    now = store.clock()
+    ttl = store.settings.ttl if ttl is None else ttl
+    times = [state.header.expires for state in states] + [None if ttl is None else now + ttl]
+    ends_at = [time for time in times if time is not None]
+    header = StateHeader(
+        id=new,
+        session=name,
+        turn=1,
+        kind="prompt",
+        num_tokens=n,
+        prefix_hash=hashes.prefix_hash(n).hex(),
+        block_hash=hashes.block_hash(n).hex(),
+        fingerprint=store.fingerprint.to_dict(),
+        adapter=states[0].header.adapter,
+        salt=salt,
+        created=now,
+        expires=min(ends_at, default=None),
+        composed=new,
+        made_of=[f"{state.header.session}@{state.header.turn}" for state in states],
+        ranks=store.ranks,
+    )
+    nbytes = store.state_bytes(n)
+    state = Stored(header, nbytes, now)
+    tiers = [tier for tier in store.tiers_for(name) if tier.fits(nbytes)]
+    store.add(state, tiers, text)
+    if not state.tiers:
+        store.unlist(state)
+        raise NotStored("the budgets have no room for another session")
+    sources = tuple(source.id for source in states)
+    store.order(
+        Compose(sources, tuple(lengths), header, text, MEMORY in state.tiers, DISK in state.tiers)
+    )
+    store.counts["composed"] += 1
+    return state
+
+
+def composed_of(store: SessionStore, salt: str, session: str) -> list[str]:
+    """Sessions of an owner that were composed of a session, by name."""
+    found = set()
+    for (owner, name), other in store.sessions.items():
+        if owner == salt and any(
+            source.partition("@")[0] == session
+            for state in other.states.values()
+            for source in state.header.made_of
+        ):
+            found.add(name)
+    return sorted(found)

@@ -1,0 +1,157 @@
+"""Sessions made of others: what is found, kept, refused and told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lola_vllm.sessions import NotStored, parse_reference
+from lola_vllm.sessions.file import read_state
+from lola_vllm.sessions.prefix_hash import salt_hash
+from tests.support.sessions import ROW, Server, composed_row, row_of
+
+ONE, TWO = list(range(100, 130)), list(range(500, 541))
+BOTH = ONE[:24] + TWO  # a document begins at a multiple of 8
+
+
+@pytest.fixture(params=["memory", "disk", "both"])
+def server(request: Any, tmp_path: Path) -> Iterator[Server]:
+    directory = None if request.param == "memory" else tmp_path
+    server = Server(directory, memory=0 if request.param == "disk" else 100 * ROW)
+    server.say(ONE, "one")
+    server.say(TWO, "two")
+    server.settle()
+    yield server
+    server.close()
+
+
+def loaded(server: Server, session: str, prompt: list[int], salt: str = "") -> Any:
+    """The row that a prompt starts from, and how many tokens it covers."""
+    hashes = server.store.prefix_hashes(prompt, "", salt)
+    state = server.store.resolve(parse_reference(session), hashes, len(prompt) - 1, "", salt)
+    server.store.load(state, 2, "request")
+    outcomes = server.settle()
+    assert not [outcome for outcome in outcomes if "failed" in outcome.event]
+    return server.pools[0][2], state.header.num_tokens
+
+
+def test_it_goes_on_from_the_composed_state(server: Server) -> None:
+    shown = server.ask("compose", sources=["one", "two@1"], to="both")
+    assert shown["made_of"] == ["one@1", "two@1"] and shown["tokens"] == len(BOTH)
+    assert server.ask("tokens", reference="both")["tokens"] == BOTH
+    row, n = loaded(server, "both", [*BOTH, 7])  # the composition has not been waited for
+    assert n == len(BOTH) == 24 + 41
+    assert row.equal(composed_row([row_of(ONE), row_of(TWO)], [30, 41]))
+    server.ask("compose", sources=["two", "one"], to="turned")
+    row, n = loaded(server, "turned", [*TWO[:40], *ONE, 7])
+    assert row.equal(composed_row([row_of(TWO), row_of(ONE)], [41, 30]))
+
+
+def test_no_other_text_finds_it(server: Server) -> None:
+    """The state of reading the same tokens is another one."""
+    server.ask("compose", sources=["one", "two"], to="both")
+    server.settle()
+    assert server.restore([*BOTH, 7]) == 0
+    server.say(BOTH, "read")
+    assert server.restore([*BOTH, 7]) == len(BOTH)
+    row, _ = loaded(server, "both", [*BOTH, 7])
+    assert not row.equal(row_of(BOTH))
+    with pytest.raises(NotStored, match="does not begin"):
+        loaded(server, "both", [0, *BOTH])
+
+
+def test_what_goes_on_from_it_remembers_it(server: Server) -> None:
+    server.ask("compose", sources=["one", "two"], to="both")
+    server.settle()
+    (parent,) = server.store.lookup(parse_reference("both"))
+    longer = [*BOTH, 7, 8, 9]
+    hashes = server.store.prefix_hashes(longer, "", "", parent.header.composed)
+    turn = server.store.open_turn("both", parent)
+    server.store.save(turn, hashes, len(longer), "answer", 1, parent=parent)
+    server.settle()
+    assert server.ask("show", session="both")["made_of"] == ["one@1", "two@1"]
+    assert server.store.find(server.store.prefix_hashes([*longer, 1]), len(longer)) is None
+    assert loaded(server, "both", [*longer, 1])[1] == len(longer)
+    server.ask("fork", reference="both", to="twig")
+    assert loaded(server, "twig", [*longer, 1])[1] == len(longer)
+    server.ask("compose", sources=["both", "one"], to="more")
+    assert server.ask("show", session="more")["made_of"] == ["both@2", "one@1"]
+
+
+def test_a_session_is_named_when_what_it_was_made_of_goes(server: Server) -> None:
+    server.ask("compose", sources=["one", "two"], to="both")
+    server.settle()
+    assert server.ask("delete", reference="one") == {"deleted": 1, "composed": ["both"]}
+    assert loaded(server, "both", [*BOTH, 7])[1] == len(BOTH)
+    assert server.ask("delete", reference="both") == {"deleted": 1}
+
+
+def test_it_is_kept_no_longer_than_its_parts(server: Server) -> None:
+    server.say([1, 2, 3, 4, 5, 6, 7, 8], "short", ttl=60.0)
+    server.settle()
+    server.ask("compose", sources=["short", "two"], to="both")
+    server.ask("compose", sources=["one", "two"], to="soon", ttl=30.0)
+    server.settle()
+    server.clock.now += 31
+    assert "error" in server.ask("show", session="soon")
+    assert "error" not in server.ask("show", session="both")
+    server.clock.now += 31
+    assert "error" in server.ask("show", session="both")
+
+
+def test_what_cannot_be_composed_is_refused(server: Server) -> None:
+    server.say([1, 2, 3], "tiny")
+    server.say(ONE, "adapted", adapter="lora:1")
+    server.say(TWO, "hers", salt=salt_hash("alice"))
+    server.settle()
+
+    def kind(*sources: str, to: str = "new") -> Any:
+        answer = server.ask("compose", sources=list(sources), to=to)
+        assert "error" in answer
+        return answer["kind"]
+
+    assert kind("one", "gone") == "not-found"
+    assert kind("one", "hers") == "not-found"
+    assert kind("one", "two@2") == "not-found"
+    assert kind("one", "two", to="one") == "exists"
+    assert kind("one", "adapted") == "bad"
+    assert kind("tiny", "one") == "bad"
+    assert kind() == "bad"
+    assert kind("one", to="auto-1") == "bad"
+    assert "error" in server.ask("show", session="new")
+
+
+def test_a_file_of_it_is_one_of_a_composed_state(tmp_path: Path) -> None:
+    server = Server(tmp_path / "a")
+    server.say(ONE, "one")
+    server.say(TWO, "two")
+    server.ask("compose", sources=["one", "two"], to="both")
+    server.settle()
+    (file,) = server.ask("files", reference="both")["files"]
+    found = read_state(Path(file))
+    assert found.tokens.tolist() == BOTH and found.header.composed == found.header.id
+    other = Server(tmp_path / "b")
+    other.ask("import_file", file=file, session="copy")
+    other.settle()
+    assert other.restore([*BOTH, 7]) == 0
+    assert loaded(other, "copy", [*BOTH, 7])[1] == len(BOTH)
+    again = Server(tmp_path / "a")  # after a restart
+    assert loaded(again, "both", [*BOTH, 7])[1] == len(BOTH)
+    for each in (server, other, again):
+        each.close()
+
+
+def test_a_composition_that_fails_is_gone(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    server.say(ONE, "one")
+    server.say(TWO, "two")
+    server.settle()
+    server.workers[0]._composed = None
+    server.ask("compose", sources=["one", "two"], to="both")
+    events = {outcome.event: outcome.reason for outcome in server.settle()}
+    assert "composes no states" in events["save-failed"]
+    assert "error" in server.ask("show", session="both")
+    server.close()
