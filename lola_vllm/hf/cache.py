@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class LolaCacheLayer(CacheLayerMixin):
     Attributes:
         num_tokens: `[B]` int64 in host memory, tokens that each page has seen.
         num_columns: columns that each row has seen, padding included: transformers' length.
+        query_hook: sees the queries of each forward, `[B, Q, Hq, d]` after RoPE; None: nobody does.
     """
 
     is_croppable = False
@@ -53,6 +54,7 @@ class LolaCacheLayer(CacheLayerMixin):
         super().__init__()
         self.config = config
         self.lola = config.lola.for_layer(index)
+        self.query_hook: Callable[[Tensor], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -113,6 +115,8 @@ class LolaCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         assert self.pages is not None
+        if self.query_hook is not None:
+            self.query_hook(q)
         if self.state is None or self.state.pages is not self.pages:
             self.state = bind_layer(weights, self.layout, self.pages, rotation)
         # Weights are of one layer, so their shapes stay.

@@ -271,6 +271,22 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
         cos, sin = (x[0, :, : x.shape[-1] // 2] for x in both)  # the halves are equal
         return cos, sin
 
+    def rope_table(self) -> RopeTable:
+        """RoPE at every position of the trained length, in host memory.
+
+        Raises:
+            LolaModelError: it depends on the length of a context.
+        """
+        if self.rotary_emb.rope_type in ("dynamic", "longrope"):
+            raise LolaModelError(
+                f"rope_type = {self.rotary_emb.rope_type!r}: it has several tables, by the length "
+                "of a context, and keys cannot be rotated from one to another"
+            )
+        wide = torch.promote_types(self.dtype, torch.float32)
+        positions = torch.arange(self.config.max_position_embeddings, device=self.device)
+        cos, sin = self._rope_rows(positions, wide)
+        return RopeTable.of_rows(cos.cpu(), sin.cpu())
+
     def composer(self, sequence: SequenceLayout) -> Composer:
         """What composes states of this model, in host memory, with its weights as they are.
 
@@ -280,15 +296,8 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
         Raises:
             LolaModelError: RoPE's table depends on the length of a context.
         """
-        if self.rotary_emb.rope_type in ("dynamic", "longrope"):
-            raise LolaModelError(
-                f"rope_type = {self.rotary_emb.rope_type!r}: it has several tables, by the length "
-                "of a context, and keys cannot be rotated from one to another"
-            )
-        wide, device = torch.promote_types(self.dtype, torch.float32), self.device
-        positions = torch.arange(self.config.max_position_embeddings, device=device)
-        rope = RopeTable.of_rows(*self._rope_rows(positions, wide))
-        rotation = None if self.schedule is None else self._key_rotation(self.schedule, device)
+        rope = self.rope_table()
+        rotation = None if self.schedule is None else self._key_rotation(self.schedule, self.device)
         modules = (layer.self_attn for layer in self.layers)
         weights = [m.lola_weights() for m in modules if isinstance(m, LolaLlamaAttention)]
         return Composer(sequence, weights, rope, rotation)

@@ -36,11 +36,12 @@ BANDS = (
         Box("lola_vllm/linearize/", "a LoLA model of a base", 20, 660),
     )),
     ("what the verbs do", (
-        Box("lola_vllm/client/", "asks a server", 20, 116),
-        Box("lola_vllm/doctor.py", "finds faults", 148, 112),
-        Box("lola_vllm/eval/", "measures", 272, 112),
-        Box("lola_vllm/calibrate/", "divides the pairs", 396, 136),
-        Box("lola_vllm/distill/", "trains", 564, 116),
+        Box("lola_vllm/client/", "asks a server", 20, 100),
+        Box("lola_vllm/doctor.py", "finds faults", 126, 100),
+        Box("lola_vllm/eval/", "measures", 232, 86),
+        Box("lola_vllm/library/", "finds documents", 324, 118),
+        Box("lola_vllm/calibrate/", "divides the pairs", 448, 124),
+        Box("lola_vllm/distill/", "trains", 600, 80),
     )),
     ("where models run", (
         Box("serving/", "HTTP: routes, sessions, pages", 20, 230),

@@ -1,0 +1,163 @@
+"""The keys of a document in the heads that hold many pairs.
+
+A state has the pairs of all heads, and H and s. To ask which documents a question reads, the keys
+of the few heads that hold most pairs are enough, at a byte a number. They are kept apart, so that
+choosing among a thousand documents reads no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from lola_vllm.ops.int8 import Int8Rows, quantize
+from lola_vllm.ops.portable import compute_dtype
+from lola_vllm.ops.rope_table import RopeTable
+from lola_vllm.sessions.partial import write_aside
+from lola_vllm.state import SequenceLayout, StateLayout
+
+# A reading head holds at least this share of the pairs that the largest head holds.
+READING_SHARE = 0.25
+
+
+class KeysError(ValueError):
+    """Keys that cannot be taken or read; the message says what to do."""
+
+
+class ReadingHead(NamedTuple):
+    """A sparse set that holds many pairs.
+
+    Attributes:
+        layer, kv_head: of the model (of this rank). page: its index among all pages of a state.
+        sparse_head: in its page.
+    """
+
+    layer: int
+    kv_head: int
+    page: int
+    sparse_head: int
+
+
+def reading_heads(sequence: SequenceLayout) -> list[ReadingHead]:
+    """The heads of a model whose keys are kept, in order."""
+    found, page_index = [], 0
+    largest = max(page.sparse_cache_size for page in sequence.layouts)
+    for layer, layout in enumerate(sequence.layers):
+        kv_head = 0
+        for page in layout.pages:
+            if page.sparse_cache_size >= max(1, READING_SHARE * largest):
+                share = page.num_sparse_heads // page.num_kv_heads
+                found += [
+                    ReadingHead(layer, kv_head + i // share, page_index, i)
+                    for i in range(page.num_sparse_heads)
+                ]
+            kv_head += page.num_kv_heads
+            page_index += 1
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentKeys:
+    """Keys of a document, rotated so that it ends just before position 0.
+
+    Attributes:
+        num_tokens: of the document. keys: of each reading head, `[m, d]` int8 with scales `[m]`.
+        positions: of each, `[m]` int64, in the document.
+    """
+
+    num_tokens: int
+    keys: tuple[Int8Rows, ...]
+    positions: tuple[Tensor, ...]
+
+    @classmethod
+    def of_state(
+        cls, sequence: SequenceLayout, row: Tensor, num_tokens: int, rope: RopeTable
+    ) -> DocumentKeys:
+        """The exact keys of a state: of its sparse caches and its window, sinks aside.
+
+        Args:
+            row: `[>= row_bytes]` uint8 on the CPU. num_tokens: that it has seen.
+            rope: of the model, in the dtype of sums.
+
+        Raises:
+            KeysError: the document is longer than the trained length.
+        """
+        if num_tokens > len(rope.cos):
+            raise KeysError(
+                f"a document of {num_tokens} tokens: at most {len(rope.cos)}, the trained length, "
+                "are read as one; read it in parts"
+            )
+        pages, starts, at = sequence.layouts, [], 0
+        for page in pages:
+            starts.append(at)
+            at += page.page_bytes
+        keys, positions = [], []
+        for head in reading_heads(sequence):
+            page, start = pages[head.page], starts[head.page]
+            own = row[start : start + page.page_bytes][None]
+            found, where = _exact_keys(page, own, head.sparse_head, num_tokens)
+            keys.append(quantize(rope.move(found, torch.tensor(-num_tokens))))
+            positions.append(where)
+        return cls(num_tokens, tuple(keys), tuple(positions))
+
+    def write(self, path: Path) -> int:
+        """Write them to a file, which only its owner can read, and return its bytes."""
+        tensors: dict[str, Tensor] = {"num_tokens": torch.tensor(self.num_tokens)}
+        for i, (keys, positions) in enumerate(zip(self.keys, self.positions, strict=True)):
+            tensors |= {
+                f"keys.{i}": keys.numbers.contiguous(),
+                f"scale.{i}": keys.scale.contiguous(),
+                f"positions.{i}": positions.int().contiguous(),
+            }
+        return write_aside(path, [save(tensors)])
+
+    @classmethod
+    def read(cls, path: Path) -> DocumentKeys:
+        """Those of a file.
+
+        Raises:
+            KeysError: it is none, or damaged.
+        """
+        try:
+            tensors = load_file(path)
+            count = sum(name.startswith("keys.") for name in tensors)
+            keys = [Int8Rows(tensors[f"keys.{i}"], tensors[f"scale.{i}"]) for i in range(count)]
+            positions = [tensors[f"positions.{i}"].long() for i in range(count)]
+            return cls(int(tensors["num_tokens"]), tuple(keys), tuple(positions))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise KeysError(f"{path.name}: not the keys of a document ({error})") from None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys, their scales and positions."""
+        return sum(keys.numbers.numel() + 8 * len(keys.scale) for keys in self.keys)
+
+
+def _exact_keys(
+    page: StateLayout, pages: Tensor, sparse_head: int, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Keys `[m, d]` of a sparse set and of the window beside it, by position, and positions."""
+    views, n = page.views(pages), torch.tensor(num_tokens)
+    m = int(page.num_sparse(n))
+    dtype = compute_dtype(views.exact_k)
+    sparse = views.sparse_k[0, sparse_head, :m]
+    if page.int8_pairs:
+        sparse = Int8Rows(sparse, views.sparse_k_scale[0, sparse_head, :m]).to(dtype)
+    window = torch.arange(min(int(page.window_start(n)), num_tokens), num_tokens)
+    kv_head = sparse_head * page.num_kv_heads // page.num_sparse_heads
+    keys = torch.cat([sparse.to(dtype), views.exact_k[0, kv_head, page.row(window)].to(dtype)])
+    positions = torch.cat([views.positions[0, sparse_head, :m].long(), window])
+    order = positions.argsort()
+    return keys[order], positions[order]
+
+
+def total_bytes(documents: Sequence[DocumentKeys]) -> int:
+    """Bytes of the keys of documents."""
+    return sum(document.nbytes for document in documents)
