@@ -44,7 +44,10 @@ def make_layer(
     )
     maps = [torch.randn(h, d, args.feature_dim, generator=gen) * 0.3 for h in (Hq, Hs)]
     weights = LolaWeights.prepare(
-        *(m.to(args.device) for m in maps), torch.full((Hq,), -2.2, device=args.device), "lola"
+        *(m.to(args.device) for m in maps),
+        torch.full((Hq,), -2.2, device=args.device),
+        "lola",
+        args.kv_heads,
     )
     return layout, weights
 

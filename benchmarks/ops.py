@@ -28,6 +28,7 @@ from op_common import add_layer_options, make_layer, medians_s
 
 from lola_vllm.eval import summary
 from lola_vllm.ops import DecodeBatch, LayerState, PrefillBatch, choose_backend
+from lola_vllm.state import LayerLayout
 
 POOL_BYTES = 192 * 2**20  # beyond the last-level cache of anything this is likely to run on
 FRESH = 64  # tokens per sequence until the same ones come again
@@ -46,7 +47,7 @@ class Case:
         pages = max(batch, POOL_BYTES // self.layout.page_bytes // batch * batch) + 1
         device = torch.device(args.device)
         pool = torch.empty(pages, self.layout.page_bytes, dtype=torch.uint8, device=device)
-        self.state = LayerState.bind(weights, self.layout, pool)
+        self.state = LayerState.bind(weights, LayerLayout((self.layout,)), pool)
         self.ops = choose_backend(device.type, dtype)
 
         # A full cache and a hidden state in use, at the start of an interval.

@@ -22,6 +22,7 @@ from op_common import add_layer_options, make_layer, medians_s
 
 from lola_vllm.ops import Backend, LayerState, PrefillBatch, choose_backend
 from lola_vllm.ops.select import ENV
+from lola_vllm.state import LayerLayout
 
 BACKENDS = {"cpu": ["cpp", "torch"], "cuda": ["triton", "xformers"]}
 
@@ -40,7 +41,7 @@ def prompts(args: argparse.Namespace, tokens: int, rows: int) -> Callable[[Backe
     Hq, Hkv, d = args.heads, args.kv_heads, args.head_dim
     dtype, device = layout.kv_dtype, torch.device(args.device)
     pool = torch.zeros(rows + 1, layout.page_bytes, dtype=torch.uint8, device=device)
-    state = LayerState.bind(weights, layout, pool)
+    state = LayerState.bind(weights, LayerLayout((layout,)), pool)
     # As in the model, queries, keys and values are parts of one product's rows.
     product = torch.randn(rows * tokens, Hq + 2 * Hkv, d, generator=gen).to(device, dtype)
     q, k, v = product.split([Hq, Hkv, Hkv], dim=1)

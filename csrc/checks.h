@@ -67,7 +67,7 @@ struct LayerTensors {
       &importance, &q, &k, &v, &out;
 };
 
-// The layouts of a call's pages, one for each group of KV heads that has a page.
+// The layouts of a call's pages, one for each group of KV heads that share a page.
 struct Layouts {
   const PageLayout* first;
   int64_t count;
@@ -78,13 +78,8 @@ struct Layouts {
 // contract.py). Throws, naming the argument.
 inline Layouts check_call(const LayerTensors& t, Device device) {
   using torch::headeronly::ScalarType;
-  const bool per_head = device == Device::cpu && t.layout.dim() == 2;
-  const int64_t count = per_head ? t.layout.size(0) : 1;
-  if (per_head) {
-    check_shape(t.layout, "layout", "[pages, fields of PageLayout]", {-1, kTableFields});
-  } else {
-    check_shape(t.layout, "layout", "[fields of PageLayout]", {kTableFields});
-  }
+  check_shape(t.layout, "layout", "[groups, fields of PageLayout]", {-1, kTableFields});
+  const int64_t count = t.layout.size(0);
   LOLA_CHECK(count > 0 && t.layout.scalar_type() == ScalarType::Long && t.layout.is_contiguous(),
              "layout: must be int64 and contiguous");
   const PageLayout& a = *static_cast<const PageLayout*>(t.layout.data_ptr());

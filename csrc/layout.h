@@ -18,8 +18,8 @@ LOLA_HOST_DEVICE constexpr int64_t size_of(DType t) {
   return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::i8 ? 1 : 2;
 }
 
-// The table that `StateLayout.table` makes, field by field (`TABLE_FIELDS`). The last twelve
-// fields are byte offsets of the parts in a page; every part is contiguous.
+// A row of the table that `LayerLayout.table` makes, field by field (`TABLE_FIELDS`). The last
+// twelve fields are byte offsets of the parts in the layer's bytes; every part is contiguous.
 struct PageLayout {
   int64_t num_heads, num_kv_heads, num_state_heads, num_sparse_heads, head_dim, feature_dim;
   int64_t window_size, sparse_cache_size, recent_size, update_interval, sink_size;
@@ -29,7 +29,7 @@ struct PageLayout {
   DType kv_dtype;             // of keys and values
   DType sparse_dtype;         // of those in the sparse cache: kv_dtype, or i8 with a scale each
   DType state_dtype;          // of H and s
-  int64_t page_bytes;
+  int64_t page_bytes;         // where the page ends in the layer's bytes
   int64_t H, s, positions, score_weights, sparse_k_scale, sparse_v_scale, sparse_k, sparse_v;
   int64_t exact_k, exact_v, bounds, directions;
 

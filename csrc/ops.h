@@ -21,14 +21,14 @@ namespace lola {
 // What both ops take:
 //
 //   pages           [N, >= page_bytes]  bytes
-//   layout          [fields]            int64, host memory; `PageLayout` in csrc/layout.h. On a CPU
-//                                       also [Hkv, fields]: a page per KV head, one after the
-//                                       other, with offsets from the first one's start
+//   layout          [groups, fields]    int64, host memory; a `PageLayout` (csrc/layout.h) for each
+//                                       group of KV heads that share a page: one, or one per KV
+//                                       head, with offsets from the first page's start
 //   feature_map_q   [Hq, d, F]          float32, or float64 where keys and values are
 //   feature_map_k   [1 or 2, Hs, d, F]  the same; the second is for pages with more than
 //                                       `rotated_map_after` tokens
 //   log_gate        [Hq]                the same
-//   importance      [Hkv, d/2 + d + 1]  the same; read only where the layout has_score_weights
+//   importance      [Hkv, d/2 + d + 1]  the same; [0, ..] unless the layout has_score_weights
 //   q, out          [T, Hq, d]          float32, bfloat16 or float64 (CUDA: or float16)
 //   k, v            [T, Hkv, d]         dtype of the pages' keys and values
 //   state_indices   [rows]              int32 or int64, page per row; a row with 0 or less is

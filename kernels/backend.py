@@ -13,11 +13,13 @@ from lola_vllm.kernels import prefill as prefill_kernels
 from lola_vllm.kernels.common import check
 from lola_vllm.kernels.prefill import SoftmaxPart
 from lola_vllm.kernels.update import Rows, scratch_buffers, update
-from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
+from lola_vllm.ops.contract import DecodeBatch, HeadGroup, PrefillBatch
+from lola_vllm.ops.per_group import per_group
 
 
+@per_group
 def decode(
-    state: LayerState,
+    group: HeadGroup,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -33,20 +35,21 @@ def decode(
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
-    check(state, q, k, v, out)
+    check(group, q, k, v, out)
     B = len(q)
     for name, tensor in batch._asdict().items():
         if tensor.shape != (B,):
             raise ValueError(f"{name}: shape {list(tensor.shape)}, expected [{B}]")
     if B == 0:
         return
-    splits = splits or decode_kernels.choose_splits(state.layout, B, q.device)
-    decode_kernels.attend(state, q, k, v, batch, out, splits)
-    update(state, Rows(*batch, 0, B), scratch_buffers(state.layout, B, q.device))
+    splits = splits or decode_kernels.choose_splits(group.layout, B, q.device)
+    decode_kernels.attend(group, q, k, v, batch, out, splits)
+    update(group, Rows(*batch, 0, B), scratch_buffers(group.layout, B, q.device))
 
 
+@per_group
 def prefill(
-    state: LayerState,
+    group: HeadGroup,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -62,7 +65,7 @@ def prefill(
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
-    check(state, q, k, v, out)
+    check(group, q, k, v, out)
     R = len(batch.state_indices)
     for name, size in (("query_start_loc", R + 1), ("context_lens", R)):
         tensor: Tensor = getattr(batch, name)
@@ -70,4 +73,4 @@ def prefill(
             raise ValueError(f"{name}: shape {list(tensor.shape)}, expected [{size}]")
         if tensor.device.type != "cpu":
             raise ValueError(f"{name}: on {tensor.device}, must be in host memory")
-    prefill_kernels.prefill(state, q, k, v, batch, out, softmax)
+    prefill_kernels.prefill(group, q, k, v, batch, out, softmax)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lola_vllm.ops import constants
-from lola_vllm.ops.contract import LayerState
+from lola_vllm.ops.contract import HeadGroup
 from lola_vllm.state import NEVER, StateLayout
 
 MIN_DOT = 16  # smallest side of a tensor-core product
@@ -397,23 +397,23 @@ class PageStrides(NamedTuple):
     bytes: int
 
 
-def page_strides(state: LayerState) -> PageStrides:
+def page_strides(group: HeadGroup) -> PageStrides:
     """The page stride of a layer's pool, in elements of each part."""
-    stride, layout = state.pages.stride(0), state.layout
+    stride, layout = group.pages.stride(0), group.layout
     return PageStrides(
         stride // layout.state_dtype.itemsize, stride // layout.kv_dtype.itemsize,
         stride // layout.sparse_dtype.itemsize, stride // 4, stride,
     )  # fmt: skip
 
 
-def check(state: LayerState, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+def check(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     """Whether the kernels can take the tensors.
 
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
-    layout = state.layout
-    Hq, Hkv, d = state.num_heads, layout.num_kv_heads, layout.head_dim
+    layout = group.layout
+    Hq, Hkv, d = group.weights.num_heads, layout.num_kv_heads, layout.head_dim
     for name, tensor, shape in (
         ("q", q, (len(q), Hq, d)),
         ("k", k, (len(q), Hkv, d)),
@@ -426,8 +426,8 @@ def check(state: LayerState, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> No
             raise ValueError(f"{name}: dtype {tensor.dtype}, expected one of {DTYPES}")
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name}: the last dimension must be contiguous")
-        if tensor.device != state.pages.device:
-            raise ValueError(f"{name}: on {tensor.device}, the pages on {state.pages.device}")
+        if tensor.device != group.pages.device:
+            raise ValueError(f"{name}: on {tensor.device}, the pages on {group.pages.device}")
     if layout.kv_dtype not in DTYPES:
         raise ValueError(f"kv_dtype: {layout.kv_dtype}, expected one of {DTYPES}")
     if layout.state_dtype != torch.float32:

@@ -37,7 +37,7 @@ from lola_vllm.kernels.common import (
     s_of,
     window_start,
 )
-from lola_vllm.ops.contract import DecodeBatch, LayerState
+from lola_vllm.ops.contract import DecodeBatch, HeadGroup
 from lola_vllm.state import StateLayout
 
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until there are about this many
@@ -282,7 +282,7 @@ def choose_splits(layout: StateLayout, num_rows: int, device: torch.device) -> i
 
 
 def attend(
-    state: LayerState,
+    group: HeadGroup,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -296,9 +296,9 @@ def attend(
         splits: parts that a row's pairs are cut into (`choose_splits`).
     """
     B, Hq, d = q.shape
-    layout, views, weights = state.layout, state.views, state.weights
+    layout, views, weights = group.layout, group.views, group.weights
     state_indices, seq_lens = batch
-    pages = page_strides(state)
+    pages = page_strides(group)
     if splits > 1:
         partial = torch.empty(B, Hq, splits + 1, d, dtype=torch.float32, device=q.device)
         stats = torch.empty(B, Hq, splits + 1, 2, dtype=torch.float32, device=q.device)

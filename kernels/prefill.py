@@ -41,7 +41,7 @@ from lola_vllm.kernels.common import (
     window_start,
 )
 from lola_vllm.kernels.update import Rows, scratch_buffers, update
-from lola_vllm.ops.contract import LayerState, PrefillBatch
+from lola_vllm.ops.contract import HeadGroup, PrefillBatch
 from lola_vllm.state import StateLayout
 
 MAX_BLOCK_M = 32  # queries per program; 64 spill registers on sm_80 at d = 128
@@ -51,7 +51,7 @@ Ints = npt.NDArray[np.int64]
 
 # Attends every token to its chunk, window and sinks: (state, q, k, v, batch) -> output
 # `[T, Hq, d]`, contiguous, and its log-sum-exp `[Hq, T]` float32, whose rows are contiguous.
-SoftmaxPart = Callable[[LayerState, Tensor, Tensor, Tensor, PrefillBatch], tuple[Tensor, Tensor]]
+SoftmaxPart = Callable[[HeadGroup, Tensor, Tensor, Tensor, PrefillBatch], tuple[Tensor, Tensor]]
 
 
 @triton.jit(do_not_specialize=("lse_head", "first_chunk", "num_blocks", "num_chunks"))
@@ -281,7 +281,7 @@ def plan_chunks(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) 
 
 
 def prefill(
-    state: LayerState,
+    group: HeadGroup,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -295,7 +295,7 @@ def prefill(
         softmax: what attends chunk, window and sinks, for weights without `subtract_max`; None:
             the steps' own kernel.
     """
-    layout, views, weights = state.layout, state.views, state.weights
+    layout, views, weights = group.layout, group.views, group.weights
     steps, chunks = _plan_on(
         q.device,
         layout,
@@ -307,12 +307,12 @@ def prefill(
     n, page = chunks[3], batch.state_indices.index_select(0, chunks[4])
 
     d, Hq = q.shape[-1], q.shape[1]
-    strides = page_strides(state)
+    strides = page_strides(group)
     own = prefill_constants(layout, Hq, weights.subtract_max, softmax is not None)
     if softmax is None:
         soft, lse, lse_head = out, weights.log_gate, 0  # not read
     else:  # before the first step: it writes into the ring
-        soft, lse = softmax(state, q, k, v, batch)
+        soft, lse = softmax(group, q, k, v, batch)
         lse_head = lse.stride(0)
     scratch = scratch_buffers(layout, max(step.count for step in steps), q.device)
     for step in steps:
@@ -329,7 +329,7 @@ def prefill(
             PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
         )  # fmt: skip
         if step.update:
-            update(state, Rows(page, n, step.first, step.count), scratch, step.score)
+            update(group, Rows(page, n, step.first, step.count), scratch, step.score)
 
 
 def block_m(layout: StateLayout) -> int:

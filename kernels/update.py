@@ -64,7 +64,7 @@ from lola_vllm.kernels.update_per_token import (
     track_fold,
 )
 from lola_vllm.kernels.update_per_token import SCORE_WARPS as PER_TOKEN_SCORE_WARPS
-from lola_vllm.ops.contract import LayerState
+from lola_vllm.ops.contract import HeadGroup
 from lola_vllm.state import StateLayout
 
 BLOCK_E = 32  # candidates scored, folded or replaced at a time
@@ -420,20 +420,18 @@ class Rows(NamedTuple):
     num_rows: int
 
 
-def update(state: LayerState, rows: Rows, scratch: Scratch, score: bool = True) -> None:
+def update(group: HeadGroup, rows: Rows, scratch: Scratch, score: bool = True) -> None:
     """Evict, rescore, select, fold and replace in the rows that are at an update point.
 
     Args:
         scratch: from `scratch_buffers`.
         score: False where the caller knows that no row's cache overflows.
     """
-    layout, views, key_maps = state.layout, state.views, state.weights.key_maps
-    importance = state.weights.importance
-    if importance is None:  # not read: any float32 pointer does
-        importance = key_maps
-    strides = page_strides(state)
+    layout, views, key_maps = group.layout, group.views, group.weights.key_maps
+    importance = group.weights.importance
+    strides = page_strides(group)
     state_indices, n, first_row, num_rows = rows
-    own = page_shape(layout, state.rotated_map_after)
+    own = page_shape(layout, group.weights.rotated_map_after)
     shape = {"SHAPE": own, "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
     Hg, lam = layout.num_sparse_heads, layout.sparse_cache_size
     E = lam + layout.update_interval

@@ -21,7 +21,7 @@ from xformers.ops import fmha
 from lola_vllm.kernels import backend
 from lola_vllm.kernels.prefill import Ints, on_device, plan_chunks
 from lola_vllm.kernels.warmup import warm_up as warm_up_with
-from lola_vllm.ops.contract import LayerState, PrefillBatch
+from lola_vllm.ops.contract import HeadGroup, LayerState, PrefillBatch
 from lola_vllm.state import StateLayout
 
 logger = logging.getLogger("vllm.lola")
@@ -85,7 +85,7 @@ def _gather_on(
 
 
 def attend(
-    state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch
+    group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every token to its chunk, window and sinks: a `prefill.SoftmaxPart`.
 
@@ -98,7 +98,7 @@ def attend(
     Raises:
         RuntimeError: xformers has no kernel for this GPU.
     """
-    layout, views = state.layout, state.views
+    layout, views = group.layout, group.views
     mask, source, (at, row, exact) = _gather_on(
         q.device,
         layout,
@@ -135,16 +135,17 @@ def attend(
 
 
 def prefill(
-    state: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
+    layer: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
 ) -> None:
     """A segment of new tokens per row; see `contract.PrefillOp`. By Triton alone where `unsuited`.
 
     Raises:
         ValueError: as `backend.prefill`. RuntimeError: as `attend`.
     """
-    same = q.dtype == k.dtype == v.dtype == state.layout.kv_dtype
-    suited = same and unsuited(state.layout, state.weights.subtract_max) is None
-    backend.prefill(state, q, k, v, batch, out, attend if suited else None)
+    page = layer.layout.pages[0]  # others differ in their sparse sets alone
+    same = q.dtype == k.dtype == v.dtype == page.kv_dtype
+    suited = same and unsuited(page, layer.weights.subtract_max) is None
+    backend.prefill(layer, q, k, v, batch, out, attend if suited else None)
 
 
 # Compiles the variants that `prefill` and Triton's decode ask for; see `contract.WarmUp`.

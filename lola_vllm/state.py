@@ -66,8 +66,8 @@ PARTS = (
 # ||phi||, u.v, and 1 / length of u as it is stored.
 BOUND_ROWS = ("low", "sum", "value", "features", "along", "scale")
 
-# What `StateLayout.table` holds: the fields of `PageLayout` in csrc/layout.h, in its order. A name
-# of `PARTS` stands for the byte offset of that part in the page.
+# What a row of `LayerLayout.table` holds: the fields of `PageLayout` in csrc/layout.h, in its
+# order. A name of `PARTS` stands for the byte offset of that part in the layer's bytes.
 TABLE_FIELDS = (
     "num_heads", "num_kv_heads", "num_state_heads", "num_sparse_heads", "head_dim", "feature_dim",
     "window_size", "sparse_cache_size", "recent_size", "update_interval", "sink_size",
@@ -236,11 +236,7 @@ class StateLayout:
         Raises:
             ValueError: the rows are too short or not bytes.
         """
-        if pages.dtype.itemsize != 1 or pages.shape[1] < self.page_bytes:
-            raise ValueError(
-                f"pages {tuple(pages.shape)} of {pages.dtype}: need rows of at least "
-                f"{self.page_bytes} bytes"
-            )
+        _check_bytes(pages, self.page_bytes)
         offsets, nbytes = self.offsets, self.part_bytes
         views = {}
         for name, (shape, dtype) in self.parts.items():
@@ -251,28 +247,27 @@ class StateLayout:
                 views[name] = part.new_empty(pages.shape[0], *shape, dtype=dtype)
         return StateViews(**views)
 
-    def table(self, num_heads: int, subtract_max: bool, rotated_map_after: int = NEVER) -> Tensor:
-        """The layout as C++ and CUDA read it: int64 `[len(TABLE_FIELDS)]`.
+    def table_row(
+        self, num_heads: int, subtract_max: bool, rotated_map_after: int, offset: int
+    ) -> list[int]:
+        """A row of `LayerLayout.table`: a number for each of `TABLE_FIELDS`.
 
         Args:
-            num_heads: Hq. subtract_max: as in `LolaWeights`. rotated_map_after: pages with more
-                tokens use the rotated key map; `NEVER`: none do.
-
-        Raises:
-            KeyError: keys and values, or H and s, have a dtype that is not in `DTYPE_CODES`.
+            num_heads: of the page. offset: of the page in the layer's bytes, which is in the parts'
+                offsets and in `page_bytes`, where the page ends.
         """
         numbers = {
             **self.__dict__,
-            **self.offsets,
+            **{name: offset + start for name, start in self.offsets.items()},
             "num_heads": num_heads,
             "subtract_max": subtract_max,
             "rotated_map_after": rotated_map_after,
             "kv_dtype": DTYPE_CODES[self.kv_dtype],
             "sparse_dtype": DTYPE_CODES[self.sparse_dtype],
             "state_dtype": DTYPE_CODES[self.state_dtype],
-            "page_bytes": self.page_bytes,
+            "page_bytes": offset + self.page_bytes,
         }
-        return torch.tensor([int(numbers[name]) for name in TABLE_FIELDS])
+        return [int(numbers[name]) for name in TABLE_FIELDS]
 
     def row(self, position: Tensor) -> Tensor:
         """Row of `exact_k` / `exact_v` that holds a position, any integer shape."""
@@ -409,6 +404,25 @@ class LayerLayout:
         """What one token takes in a full KV cache of the same layer."""
         return sum(page.full_kv_bytes_per_token for page in self.pages)
 
+    def table(self, num_heads: int, subtract_max: bool, rotated_map_after: int = NEVER) -> Tensor:
+        """The layout as C++ and CUDA read it: int64 `[len(pages), len(TABLE_FIELDS)]`, with offsets
+        in the layer's bytes.
+
+        Args:
+            num_heads: Hq. subtract_max: as in `LolaWeights`. rotated_map_after: pages with more
+                tokens use the rotated key map; `NEVER`: none do.
+
+        Raises:
+            KeyError: keys and values, or H and s, have a dtype that is not in `DTYPE_CODES`.
+        """
+        own = num_heads // len(self.pages)
+        return torch.tensor(
+            [
+                page.table_row(own, subtract_max, rotated_map_after, offset)
+                for page, offset in zip(self.pages, self.offsets, strict=True)
+            ]
+        )
+
     def split(self, rows: Tensor) -> list[Tensor]:
         """The bytes of each page `[..., page_bytes]`, views of `rows [..., >= page_bytes]`."""
         return _cut(rows, self.pages)
@@ -468,7 +482,15 @@ class SequenceLayout:
 def _cut(rows: Tensor, parts: Sequence[StateLayout | LayerLayout]) -> list[Tensor]:
     """Views of rows `[..., bytes]`, one for each of the parts, which lie one after the other."""
     sizes = [part.page_bytes for part in parts]
+    _check_bytes(rows, sum(sizes))
     return list(rows[..., : sum(sizes)].split(sizes, dim=-1))
+
+
+def _check_bytes(pages: Tensor, nbytes: int) -> None:
+    if pages.dtype.itemsize != 1 or pages.shape[-1] < nbytes:
+        raise ValueError(
+            f"pages {tuple(pages.shape)} of {pages.dtype}: need rows of at least {nbytes} bytes"
+        )
 
 
 def _align(nbytes: int, alignment: int) -> int:

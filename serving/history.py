@@ -15,7 +15,6 @@ from torch import Tensor
 from lola_vllm.ops import context_shift
 from lola_vllm.ops.contract import Backend, LayerState, PrefillBatch
 from lola_vllm.serving.keys import Pairs
-from lola_vllm.state import StateLayout
 
 # Stops along a prompt. Every update is one, unless there are more of them.
 MAX_STOPS = 256
@@ -35,36 +34,33 @@ class Residency(NamedTuple):
     left: int | None
 
 
-def stop_interval(layout: StateLayout, num_tokens: int) -> int:
+def stop_interval(update_interval: int, num_tokens: int) -> int:
     """Tokens between two stops: the update interval, or a multiple of it for long prompts."""
-    C = layout.update_interval
-    return C * max(1, -(-num_tokens // (MAX_STOPS * C)))
+    return update_interval * max(1, -(-num_tokens // (MAX_STOPS * update_interval)))
 
 
-def residencies(ops: Backend, state: LayerState, pairs: Pairs) -> list[list[Residency]]:
+def residencies(ops: Backend, layer: LayerState, pairs: Pairs) -> list[list[Residency]]:
     """Per sparse set, when tokens were in its cache, of all that are there at a stop, by position.
 
     Args:
-        ops: the layer's. state: of the layer; its pages are not touched.
-        pairs: all that it saw.
+        ops: the layer's. layer: its pages are not touched. pairs: all that it saw.
     """
-    layout, device, n = state.layout, state.pages.device, len(pairs.k)
+    layout, device, n = layer.layout, layer.pages.device, len(pairs.k)
     pages = torch.zeros(STATE_INDEX + 1, layout.page_bytes, dtype=torch.uint8, device=device)
-    own = LayerState.bind(state.weights, layout, pages, state.rotation)
-    schedule = None if state.rotation is None else state.rotation.schedule
+    own = LayerState.bind(layer.weights, layout, pages)
     k, v = (x.to(device) for x in pairs)
-    q = k.new_zeros(n, state.num_heads, layout.head_dim)  # nobody asks
+    q = k.new_zeros(n, layer.weights.num_heads, k.shape[-1])  # nobody asks
     state_indices = torch.tensor([STATE_INDEX], dtype=torch.int32, device=device)
-    entered = torch.zeros(layout.num_sparse_heads, n, dtype=torch.int64)
+    entered = torch.zeros(len(layout.sizes), n, dtype=torch.int64)
     left = torch.zeros_like(entered)
     held = torch.zeros_like(entered, dtype=torch.bool)
-    step = stop_interval(layout, n)
+    step = stop_interval(layout.pages[0].update_interval, n)
     for start in range(0, n, step):
         stop = min(start + step, n)
         lengths = torch.tensor([0, stop - start], dtype=torch.int32)
         batch = PrefillBatch(state_indices, lengths, torch.tensor([start], dtype=torch.int32))
         tokens = slice(start, stop)
-        segments = context_shift.split_prefill(schedule, batch)
+        segments = context_shift.split_prefill(own.schedule, batch)
         out = torch.empty_like(q[tokens])
         context_shift.prefill(ops.prefill, own, q[tokens], k[tokens], v[tokens], segments, out)
         now = _held(own, stop, n)
@@ -80,9 +76,11 @@ def residencies(ops: Backend, state: LayerState, pairs: Pairs) -> list[list[Resi
     ]
 
 
-def _held(state: LayerState, num_tokens: int, n: int) -> Tensor:
-    """`[Hg, n]` bool: which positions are in the sparse sets of the page after so many tokens."""
-    size = int(state.layout.num_sparse(torch.tensor(num_tokens)))
-    positions = state.views.positions[STATE_INDEX, :, :size].long().cpu()
-    held = torch.zeros(len(positions), n, dtype=torch.bool)
-    return held.scatter_(1, positions, True)
+def _held(layer: LayerState, num_tokens: int, n: int) -> Tensor:
+    """`[Hg, n]` bool: which positions are in a layer's sparse sets after so many tokens."""
+    held = []
+    for group in layer.groups:
+        size = int(group.layout.num_sparse(torch.tensor(num_tokens)))
+        positions = group.views.positions[STATE_INDEX, :, :size].long().cpu()
+        held.append(torch.zeros(len(positions), n, dtype=torch.bool).scatter_(1, positions, True))
+    return torch.cat(held)

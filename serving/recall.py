@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.ops import LolaWeights, portable
+from lola_vllm.ops import portable
 from lola_vllm.ops.constants import RECALL_EPS
-from lola_vllm.ops.context_shift import shift_pages
-from lola_vllm.ops.contract import Backend, LayerState, PrefillBatch
+from lola_vllm.ops.context_shift import shift_due
+from lola_vllm.ops.contract import Backend, HeadGroup, LayerState, PrefillBatch
 from lola_vllm.ops.int8 import rounded
 from lola_vllm.serving.keys import Pairs
 from lola_vllm.state import StateLayout, StateViews
@@ -55,16 +55,17 @@ class Forecast(NamedTuple):
     folded_error: float | None
 
 
-def remembered(page: Tensor, layout: StateLayout, weights: LolaWeights, n: int) -> Remembered:
+def remembered(group: HeadGroup, page: Tensor, n: int) -> Remembered:
     """The sparse cache of a page that has seen n tokens.
 
     Args:
-        page: `[>= page_bytes]`, raw bytes. weights: the layer's.
+        group: whose pages are not touched. page: `[>= page_bytes]`, raw bytes of such a page.
     """
+    layout = group.layout
     views = layout.views(page[None])
     size = int(layout.num_sparse(torch.tensor(n)))
     positions = views.positions[0, :, :size].long()
-    errors = _errors(*_cached(layout, views, size), layout, weights, views, n)
+    errors = _errors(group, views, n, n, *_cached(layout, views, size))
     order = positions.argsort(dim=-1)
     score_weights = (
         views.score_weights[0, :, :size].gather(-1, order) if layout.has_score_weights else None
@@ -72,16 +73,15 @@ def remembered(page: Tensor, layout: StateLayout, weights: LolaWeights, n: int) 
     return Remembered(positions.gather(-1, order), errors.gather(-1, order), score_weights)
 
 
-def recalled(
-    page: Tensor, layout: StateLayout, weights: LolaWeights, n: int, pairs: Pairs
-) -> Tensor:
+def recalled(group: HeadGroup, page: Tensor, n: int, pairs: Pairs) -> Tensor:
     """Recall errors of all tokens that left the window: `[Hg, E]`, of positions from sinks to the
     window. Those of the sparse cache are as in `remembered`.
 
     Args:
-        page, layout, weights: as for `remembered`, of a page that was never shifted.
-        pairs: all that the layer saw.
+        group, page: as for `remembered`, of a page that was never shifted.
+        pairs: all that the group saw.
     """
+    layout = group.layout
     views = layout.views(page[None])
     errors = [page.new_empty(layout.num_sparse_heads, 0, dtype=torch.float32)]
     stop = int(layout.window_start(torch.tensor(n)))
@@ -94,26 +94,24 @@ def recalled(
         )
         if layout.int8_pairs:
             k, v = (rounded(x.to(portable.compute_dtype(x))) for x in (k, v))
-        errors.append(_errors(k, v, layout, weights, views, n))
+        errors.append(_errors(group, views, n, n, k, v))
     return torch.cat(errors, dim=1)
 
 
-def forecast(ops: Backend, state: LayerState, page: Tensor, n: int) -> Forecast:
+def forecast(ops: Backend, group: HeadGroup, page: Tensor, n: int) -> Forecast:
     """The effect of the first update after n tokens.
 
     The layer's own op makes the update, on a copy of the page.
 
     Args:
-        ops: the layer's. state: of the layer; its pages are not touched.
-        page: `[page_bytes]`, raw bytes after n tokens. It is not changed.
+        ops: the layer's. group, page: as for `remembered`; the page is not changed.
     """
-    layout, weights = state.layout, state.weights
+    layout = group.layout
     lam, C = layout.sparse_cache_size, layout.update_interval
     if layout.window_size < C:
         return Forecast(None, None, None)
     due = (n // C + 1) * C
-    if state.rotation is not None:  # a context shift may come before the update
-        page = _shifted(state, page, range(n, due))
+    page = _shifted(group, page, range(n, due))  # a context shift may come before the update
     views = layout.views(page[None])
     start, stop = (int(layout.window_start(torch.tensor(m))) for m in (n, due))
     leaving = torch.arange(start, max(start, min(stop, n)), device=page.device)
@@ -129,12 +127,12 @@ def forecast(ops: Backend, state: LayerState, page: Tensor, n: int) -> Forecast:
 
     cached_k, cached_v = _cached(layout, views, size)
     k, v = candidates(cached_k, views.exact_k), candidates(cached_v, views.exact_v)
-    errors = _errors(k, v, layout, weights, views, n)  # [Hg, E]
+    errors = _errors(group, views, n, due, k, v)  # [Hg, E]
     if layout.num_state_heads == layout.num_sparse_heads:  # else they are relative already
         errors = errors / v[0].norm(dim=-1).clamp(min=RECALL_EPS)
     positions = views.positions[0, :, :size].long()
     positions = torch.cat([positions, leaving.expand(len(positions), -1)], dim=1)
-    kept = (positions[:, :, None] == _updated(ops, state, page, due)[:, None]).any(-1)
+    kept = (positions[:, :, None] == _updated(ops, group, page, due)[:, None]).any(-1)
     entering = kept[:, size:].sum(-1).float()
     return Forecast(
         swapped=float((entering - (lam - size)).clamp(min=0).mean()) / lam if lam else 0.0,
@@ -143,22 +141,22 @@ def forecast(ops: Backend, state: LayerState, page: Tensor, n: int) -> Forecast:
     )
 
 
-def _updated(ops: Backend, state: LayerState, page: Tensor, due: int) -> Tensor:
+def _updated(ops: Backend, group: HeadGroup, page: Tensor, due: int) -> Tensor:
     """Positions `[Hg, S]` in the sparse sets of a page after its update at `due` tokens.
 
     The tokens until then are left out, and a token of zeros completes the interval: they do not
     leave the window in this update.
     """
-    layout, own = state.layout, _with_copy(state, page)
+    layout, own = group.layout, _with_copy(group, page)
     q, k = (
-        own.views.exact_k.new_zeros(1, heads, layout.head_dim)
-        for heads in (state.num_heads, layout.num_kv_heads)
+        group.views.exact_k.new_zeros(1, heads, layout.head_dim)
+        for heads in (group.weights.num_heads, layout.num_kv_heads)
     )
     index, ends = torch.ones(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
     batch = PrefillBatch(index.to(page.device), ends, torch.tensor([due - 1], dtype=torch.int32))
     ops.prefill(own, q, k, k, batch, torch.empty_like(q))
     size = int(layout.num_sparse(torch.tensor(due)))
-    return own.views.positions[1, :, :size].long()
+    return own.groups[0].views.positions[1, :, :size].long()
 
 
 def _cached(layout: StateLayout, views: StateViews, size: int) -> tuple[Tensor, Tensor]:
@@ -168,32 +166,29 @@ def _cached(layout: StateLayout, views: StateViews, size: int) -> tuple[Tensor, 
     return portable.sparse_pairs(layout, views, first, size, dtype)
 
 
-def _with_copy(state: LayerState, page: Tensor) -> LayerState:
-    """The layer with pages of its own: padding, and a copy of a page at state index 1."""
-    pages = torch.stack([torch.zeros_like(page), page])
-    return LayerState.bind(state.weights, state.layout, pages, state.rotation)
+def _with_copy(group: HeadGroup, page: Tensor) -> LayerState:
+    """These heads with pages of their own: padding, and a copy of a page at state index 1."""
+    return group.alone(torch.stack([torch.zeros_like(page), page]))
 
 
-def _shifted(state: LayerState, page: Tensor, counts: range) -> Tensor:
-    """A page as its context shifts while it has so many tokens leave it; a copy where there is
-    one."""
-    assert state.rotation is not None
-    due = [n for n in counts if state.rotation.schedule.due(n)]
-    if not due:
-        return page
-    own = _with_copy(state, page)
-    for n in due:
-        shift_pages(own, torch.tensor([1], device=page.device), torch.tensor([n]))
+def _shifted(group: HeadGroup, page: Tensor, counts: range) -> Tensor:
+    """A copy of a page as its context shifts while it has so many tokens leave it."""
+    own, index = _with_copy(group, page), torch.ones(1, dtype=torch.int32, device=page.device)
+    for n in counts:
+        shift_due([own], index, torch.tensor([n]))
     return own.pages[1]
 
 
-def _errors(
-    k: Tensor, v: Tensor, layout: StateLayout, weights: LolaWeights, views: StateViews, n: int
-) -> Tensor:
-    """Recall errors `[Hg, E]` of candidates k, v `[1, Hg, E, d]` of the only page in `views`."""
+def _errors(group: HeadGroup, views: StateViews, n: int, due: int, k: Tensor, v: Tensor) -> Tensor:
+    """Recall errors `[Hg, E]` of candidates k, v `[1, Hg, E, d]`, as an update scores them.
+
+    Args:
+        views: of a page alone, after n tokens. due: tokens at the update, n or more.
+    """
     first = torch.zeros(1, dtype=torch.long, device=k.device)
-    empty = (layout.num_folded(torch.tensor([n])) == 0).to(k.device)
-    return portable.sre_scores(k, v, weights.feature_map_k, views.H, views.s, first, empty)[0]
+    empty = (group.layout.num_folded(torch.tensor([n])) == 0).to(k.device)
+    maps = group.weights.maps_of(torch.tensor([due], device=k.device))
+    return portable.sre_scores(k, v, maps, views.H, views.s, first, empty)[0]
 
 
 def _mean(x: Tensor) -> float | None:

@@ -135,7 +135,9 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
         sparse_cache_size=largest,
         window_size=layout.window_size,
         update_interval=layout.update_interval,
-        history_interval=stop_interval(layout, len(tokens)) if body.history else None,
+        history_interval=stop_interval(layout.update_interval, len(tokens))
+        if body.history
+        else None,
         shifted_by=shifted_by,
         rope_positions=rope_positions,
         error="sre" if layout.num_state_heads == layout.num_sparse_heads else "relative",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
-from lola_vllm.ops.contract import LayerState
-from lola_vllm.ops.per_kv_head import states_of
+from lola_vllm.ops.contract import HeadGroup
 from lola_vllm.plugin import compat
 from lola_vllm.plugin.attention import LolaAttention
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads
@@ -36,7 +35,7 @@ Answer = dict[str, Any]
 
 
 def _answering(method: Callable[..., Answer]) -> Callable[..., Answer]:
-    """KeyRotation an exception of a method into an answer."""
+    """Turn an exception of a method into an answer."""
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Answer:
@@ -127,14 +126,15 @@ class LolaWorkerExtension:
         for module, page, pairs in zip(modules, copy.pages, recorded, strict=True):
             index = extract_layer_index(module.prefix)
             if layers is None or index in layers:
+                assert module.state is not None
                 heads: list[Answer] = []
-                for state, part, seen in _pages_of(module, page, pairs):
-                    found = _heads(state, part, copy.num_tokens)
+                for group, part, seen in _parts_of(module, page, pairs):
+                    found = _heads(group, part, copy.num_tokens)
                     if forgotten and seen is not None:
-                        _add_forgotten(found, state, part, copy.num_tokens, seen)
-                    if history and seen is not None:
-                        _add_history(found, residencies(module.ops, state, seen))
+                        _add_forgotten(found, group, part, copy.num_tokens, seen)
                     heads += found
+                if history and pairs is not None:
+                    _add_history(heads, residencies(module.ops, module.state, pairs))
                 answer[index] = {first_head + i: head for i, head in enumerate(heads)}
         return {"layers": answer}
 
@@ -167,8 +167,8 @@ class LolaWorkerExtension:
             answer["sparse_fill"] = filled / room
         forecasts = []
         for module, page in zip(modules, copy.pages, strict=True):
-            for state, part, _ in _pages_of(module, page, None):
-                forecasts.append(forecast(module.ops, state, part, copy.num_tokens))
+            for group, part, _ in _parts_of(module, page, None):
+                forecasts.append(forecast(module.ops, group, part, copy.num_tokens))
         for field in Forecast._fields:
             values = [value for f in forecasts if (value := getattr(f, field)) is not None]
             if values:
@@ -211,23 +211,21 @@ class LolaWorkerExtension:
         return get_tensor_model_parallel_rank() * total // ranks
 
 
-def _pages_of(
+def _parts_of(
     module: LolaAttention, page: Tensor, pairs: Pairs | None
-) -> list[tuple[LayerState, Tensor, Pairs | None]]:
-    """Each page in a layer's bytes, with the state that it belongs to and what its heads saw."""
+) -> Iterator[tuple[HeadGroup, Tensor, Pairs | None]]:
+    """The head groups of a layer, each with its part of the layer's bytes and what it saw."""
     assert module.state is not None
-    states, parts = states_of(module.state), module.layout.split(page)
-    if pairs is None or len(states) == 1:
-        return [(state, part, pairs) for state, part in zip(states, parts, strict=True)]
-    return [
-        (state, part, Pairs(pairs.k[:, i : i + 1], pairs.v[:, i : i + 1]))
-        for i, (state, part) in enumerate(zip(states, parts, strict=True))
-    ]
+    groups, parts = module.state.groups, module.layout.split(page)
+    share = module.num_kv_heads // len(groups)
+    for i, (group, part) in enumerate(zip(groups, parts, strict=True)):
+        own = slice(i * share, (i + 1) * share)
+        yield group, part, None if pairs is None else Pairs(pairs.k[:, own], pairs.v[:, own])
 
 
-def _heads(state: LayerState, page: Tensor, num_tokens: int) -> list[Answer]:
+def _heads(group: HeadGroup, page: Tensor, num_tokens: int) -> list[Answer]:
     """`positions`, `errors` and `score_weights` of the sparse sets of a page."""
-    memory = remembered(page, state.layout, state.weights, num_tokens)
+    memory = remembered(group, page, num_tokens)
     # Rounded in float64, so that they are printed with few decimals.
     errors = memory.errors.double().round(decimals=5).tolist()
     heads: list[Answer] = [
@@ -241,13 +239,13 @@ def _heads(state: LayerState, page: Tensor, num_tokens: int) -> list[Answer]:
 
 
 def _add_forgotten(
-    heads: list[Answer], state: LayerState, page: Tensor, num_tokens: int, pairs: Pairs
+    heads: list[Answer], group: HeadGroup, page: Tensor, num_tokens: int, pairs: Pairs
 ) -> None:
     """`forgotten`: the errors of all tokens between sinks and window that a head does not hold."""
-    errors = recalled(page, state.layout, state.weights, num_tokens, pairs)
+    errors = recalled(group, page, num_tokens, pairs)
     for head, row in zip(heads, errors.double().round(decimals=5).tolist(), strict=True):
         kept = set(head["positions"])
-        first = state.layout.sink_size
+        first = group.layout.sink_size
         head["forgotten"] = [e for p, e in enumerate(row, start=first) if p not in kept]
 
 

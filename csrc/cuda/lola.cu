@@ -82,44 +82,35 @@ void run(const Params& p, bool vectors, cudaStream_t stream) {
   }
 }
 
-void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
-            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& importance,
-            const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state_indices,
-            const Tensor& seq_lens, const Tensor& out) {
-  Params p;
-  p.layout =
-      *check_call({pages, layout, feature_map_q, feature_map_k, log_gate, importance, q, k, v, out},
-                  kDevice)
-           .first;
+// The part of a call for group `i` of its layer: its heads of tokens and weights.
+Params part_of(Params p, const PageLayout& layout, int64_t i) {
+  const auto skip = [&](TokenView& view, DType type, int64_t heads) {
+    view.data += i * heads * view.head_stride * size_of(type);
+  };
+  skip(p.q, p.q_type, layout.num_heads);
+  skip(p.k, layout.kv_dtype, layout.num_kv_heads);
+  skip(p.v, layout.kv_dtype, layout.num_kv_heads);
+  skip(p.out, p.out_type, layout.num_heads);
+  const int64_t map = layout.head_dim * layout.feature_dim;
+  p.layout = layout;
+  p.feature_map_q += i * layout.num_heads * map;
+  p.feature_map_k += i * layout.num_state_heads * map;
+  p.log_gate += i * layout.num_heads;
+  if (layout.has_score_weights) {
+    p.importance_weights += i * layout.num_kv_heads * layout.importance_size();
+  }
+  return p;
+}
+
+// The answers and updates of one group. `q` says where scratch is allocated.
+void decode_group(Params p, const Tensor& q) {
   const PageLayout& x = p.layout;
-  LOLA_CHECK(x.head_dim <= kMaxHeadDim, "q: head size ", x.head_dim, ", at most ", kMaxHeadDim);
-  LOLA_CHECK(x.kv_dtype != DType::f64 && x.state_dtype == DType::f32,
-             "layout: keys and values must be float32, bfloat16 or float16, and H and s float32");
-  p.q = tokens(q, "q");
-  p.k = tokens(k, "k");
-  p.v = tokens(v, "v");
-  p.out = tokens(out, "out");
-  p.q_type = check_float(q, "q", {DType::f32, DType::bf16, DType::f16});
-  p.out_type = check_float(out, "out", {DType::f32, DType::bf16, DType::f16});
-  check_float(k, "k", {x.kv_dtype});
-  check_float(v, "v", {x.kv_dtype});
-  p.feature_map_q = static_cast<const float*>(feature_map_q.data_ptr());
-  p.feature_map_k = static_cast<const float*>(feature_map_k.data_ptr());
-  p.log_gate = static_cast<const float*>(log_gate.data_ptr());
-  p.importance_weights = static_cast<const float*>(importance.data_ptr());
-  p.pages = static_cast<char*>(pages.data_ptr());
-  p.page_stride = pages.stride(0);
-  p.num_pages = pages.size(0);
-  p.num_rows = q.size(0);
-  p.state_indices = indices(state_indices, "state_indices", p.num_rows);
-  p.seq_lens = indices(seq_lens, "seq_lens", p.num_rows);
   // Blocks, keys and scratch per block are counted in 32 bits; page offsets are not.
   constexpr int64_t kMost = int64_t{1} << 30;
   const int64_t pairs = x.sink_size + x.ring_size() + x.sparse_cache_size;
   LOLA_CHECK(pairs < kMost && x.num_heads * p.num_rows < kMost && 2 * x.feature_dim < kMost,
              "q: ", p.num_rows, " rows of ", x.num_heads, " heads over ", pairs,
              " pairs are too many for one launch");
-  if (p.num_rows == 0) return;
 
   // Parts of a page start at multiples of 64 bytes.
   const int64_t pair_bytes = size_of(x.kv_dtype);
@@ -131,10 +122,6 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
       pages_aligned && x.head_dim * pair_bytes % 16 == 0 && view_aligned(p.k) && view_aligned(p.v);
   p.direction_words = pages_aligned && x.head_dim % 16 == 0;
 
-  const int device = q.get_device_index();
-#ifndef LOLA_EMULATE
-  const torch::stable::accelerator::DeviceGuard guard(device);
-#endif
   p.splits = num_splits(p);
   const Tensor phi = torch::stable::new_empty(q, {p.num_rows, p.num_heads(), 2 * p.feature_dim()},
                                               ScalarType::Float);
@@ -147,13 +134,52 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
   const Tensor lists =
       torch::stable::new_empty(q, {p.num_rows, p.num_sparse_heads(), list}, ScalarType::Int);
   p.lists = list == 0 ? nullptr : static_cast<int*>(lists.data_ptr());
-  const cudaStream_t stream = current_stream(device);
+  const cudaStream_t stream = current_stream(q.get_device_index());
   if (x.kv_dtype == DType::bf16) {
     run<Bf16>(p, vectors, stream);
   } else if (x.kv_dtype == DType::f16) {
     run<F16>(p, vectors, stream);
   } else {
     run<float>(p, vectors, stream);
+  }
+}
+
+void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
+            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& importance,
+            const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state_indices,
+            const Tensor& seq_lens, const Tensor& out) {
+  const Layouts layouts = check_call(
+      {pages, layout, feature_map_q, feature_map_k, log_gate, importance, q, k, v, out}, kDevice);
+  const PageLayout& x = *layouts.first;
+  LOLA_CHECK(x.head_dim <= kMaxHeadDim, "q: head size ", x.head_dim, ", at most ", kMaxHeadDim);
+  LOLA_CHECK(x.kv_dtype != DType::f64 && x.state_dtype == DType::f32,
+             "layout: keys and values must be float32, bfloat16 or float16, and H and s float32");
+  Params p;
+  p.q = tokens(q, "q");
+  p.k = tokens(k, "k");
+  p.v = tokens(v, "v");
+  p.out = tokens(out, "out");
+  p.q_type = check_float(q, "q", {DType::f32, DType::bf16, DType::f16});
+  p.out_type = check_float(out, "out", {DType::f32, DType::bf16, DType::f16});
+  check_float(k, "k", {x.kv_dtype});
+  check_float(v, "v", {x.kv_dtype});
+  p.feature_map_q = static_cast<const float*>(feature_map_q.data_ptr());
+  p.feature_map_k = static_cast<const float*>(feature_map_k.data_ptr());
+  p.layer_state_heads = layouts.count * x.num_state_heads;
+  p.log_gate = static_cast<const float*>(log_gate.data_ptr());
+  p.importance_weights = static_cast<const float*>(importance.data_ptr());
+  p.pages = static_cast<char*>(pages.data_ptr());
+  p.page_stride = pages.stride(0);
+  p.num_pages = pages.size(0);
+  p.num_rows = q.size(0);
+  p.state_indices = indices(state_indices, "state_indices", p.num_rows);
+  p.seq_lens = indices(seq_lens, "seq_lens", p.num_rows);
+  if (p.num_rows == 0) return;
+#ifndef LOLA_EMULATE
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+#endif
+  for (int64_t i = 0; i < layouts.count; ++i) {
+    decode_group(part_of(p, layouts.first[i], i), q);
   }
 }
 

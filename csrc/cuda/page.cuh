@@ -1,6 +1,6 @@
-// The argument of the kernels: a layer's weights and state pages, and the rows of a call. Addresses
-// within a page are formed here alone. The layout is that of csrc/layout.h and lola_vllm/state.py;
-// csrc/ops.h states the contract.
+// The argument of the kernels: a head group's weights and state pages, and the rows of a call.
+// Addresses within a page are formed here alone. The layout is that of csrc/layout.h and
+// lola_vllm/state.py; csrc/ops.h states the contract.
 #pragma once
 
 #include "bounds.h"
@@ -42,7 +42,9 @@ struct Params {
   TokenView q, k, v, out;
   DType q_type, out_type;      // k and v are of the pages' type
   const float* feature_map_q;  // [num_heads, head_dim, feature_dim], contiguous
-  const float* feature_map_k;  // [1 or 2, num_state_heads, head_dim, feature_dim], contiguous
+  const float* feature_map_k;  // [1 or 2, layer_state_heads, head_dim, feature_dim], contiguous, at
+                               // the first map of these heads
+  int64_t layer_state_heads;   // state heads of the layer
   const float* log_gate;       // [num_heads]
   const float*
       importance_weights;  // [num_kv_heads, importance_size()], only where pairs are weighted
@@ -96,7 +98,7 @@ struct Params {
   // float32 [head_dim, feature_dim]: the map of the keys that a hidden state takes with the n-th
   // token of its page.
   LOLA_DEVICE const float* key_map(int state, int64_t n) const {
-    const int64_t head = state + (n > layout.rotated_map_after ? layout.num_state_heads : 0);
+    const int64_t head = state + (n > layout.rotated_map_after ? layer_state_heads : 0);
     return feature_map_k + head * head_dim() * feature_dim();
   }
   // float32 [2 feature_dim, head_dim].

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lola_vllm.eval import EvalError
 from lola_vllm.ops import Backend, portable
-from lola_vllm.ops.per_kv_head import per_kv_head
 
 
 def newest(v: Tensor, positions: Tensor) -> Tensor:
@@ -86,6 +85,6 @@ def with_score(ops: Backend, score: portable.Score) -> Backend:
         )
     return replace(
         ops,
-        decode=per_kv_head(partial(portable.decode, score=score)),
-        prefill=per_kv_head(partial(portable.prefill, score=score)),
+        decode=partial(portable.decode, score=score),
+        prefill=partial(portable.prefill, score=score),
     )

@@ -17,16 +17,13 @@ from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.ops import (
     DecodeBatch,
+    LayerState,
     LolaWeights,
     PrefillBatch,
-    State,
-    bind_layer,
     choose_backend,
     context_shift,
 )
 from lola_vllm.ops.compose import ComposeError
-from lola_vllm.ops.contract import with_weights
-from lola_vllm.ops.key_rotation import KeyRotation
 from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import StateFileError, StateHeader, read_state, write_state
 from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
@@ -61,7 +58,7 @@ class LolaCacheLayer(CacheLayerMixin):
         """Forget every row; the next forward may have another batch size."""
         self.is_initialized = False
         self.pages: Tensor | None = None
-        self.state: State | None = None
+        self.state: LayerState | None = None
         self.num_tokens = torch.zeros(0, dtype=torch.int64)
         self.num_columns = 0
 
@@ -100,14 +97,12 @@ class LolaCacheLayer(CacheLayerMixin):
         v: Tensor,
         weights: LolaWeights,
         tokens: NewTokens,
-        rotation: KeyRotation | None = None,
     ) -> Tensor:
         """Write the new pairs, answer the new queries, and update where it is due.
 
         Args:
             q: `[B, Q, Hq, d]`, k and v: `[B, Q, Hkv, d]`, q and k after RoPE.
             tokens: which of the columns are tokens.
-            rotation: of context shifts; None where there are none.
 
         Returns:
             `[B, Q, Hq, d]` in q's dtype; zeros for padding.
@@ -118,10 +113,9 @@ class LolaCacheLayer(CacheLayerMixin):
         if self.query_hook is not None:
             self.query_hook(q)
         if self.state is None or self.state.pages is not self.pages:
-            self.state = bind_layer(weights, self.layout, self.pages, rotation)
+            self.state = LayerState.bind(weights, self.layout, self.pages)
         # Weights are of one layer, so their shapes stay.
-        state = with_weights(self.state, weights, rotation)
-        schedule = rotation.schedule if rotation is not None else None
+        layer = self.state.with_weights(weights)
         state_indices = torch.arange(1, len(q) + 1, device=q.device, dtype=torch.int32)
         seen, self.num_tokens = self.num_tokens, self.num_tokens + tokens.lengths
         self.num_columns += q.shape[1]
@@ -129,22 +123,14 @@ class LolaCacheLayer(CacheLayerMixin):
         rows_q, rows_k, rows_v = (tokens.pack(x).to(dtype).contiguous() for x in (q, k, v))
         out = torch.empty_like(rows_q)
         if q.shape[1] == 1 and tokens.mask is None:
-            due = (
-                context_shift.DueRows.of(schedule, state_indices, seen)
-                if schedule is not None
-                else None
-            )
-            if due is not None:
-                context_shift.shift_pages(state, *due)
-            seq_lens = self.num_tokens.to(q.device, torch.int32)
-            self.ops.decode(
-                state, rows_q, rows_k, rows_v, DecodeBatch(state_indices, seq_lens), out
-            )
+            context_shift.shift_due([layer], state_indices, seen)
+            batch = DecodeBatch(state_indices, self.num_tokens.to(q.device, torch.int32))
+            self.ops.decode(layer, rows_q, rows_k, rows_v, batch, out)
         else:
             starts = torch.nn.functional.pad(tokens.lengths.cumsum(0), (1, 0)).int()
-            batch = PrefillBatch(state_indices, starts, seen.int())
-            segments = context_shift.split_prefill(schedule, batch)
-            context_shift.prefill(self.ops.prefill, state, rows_q, rows_k, rows_v, segments, out)
+            prompt = PrefillBatch(state_indices, starts, seen.int())
+            segments = context_shift.split_prefill(layer.schedule, prompt)
+            context_shift.prefill(self.ops.prefill, layer, rows_q, rows_k, rows_v, segments, out)
         return tokens.unpack(out.to(q.dtype), q)
 
     def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

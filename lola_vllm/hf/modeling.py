@@ -87,19 +87,21 @@ class LolaLlamaAttention(LlamaAttention):
             attended = self._attend_whole(q, k, v, new_tokens)
         else:
             layer = past_key_values.layers[self.layer_idx]
-            attended = layer.attend(q, k, v, self.lola_weights(), new_tokens, rotation)
+            attended = layer.attend(q, k, v, self.lola_weights(rotation), new_tokens)
             if torch.is_grad_enabled() and q.requires_grad:
                 attended = _NoGradient.apply(attended, q)
         return self.o_proj(attended.flatten(-2)), None
 
-    def lola_weights(self) -> LolaWeights:
-        """The layer's weights as the ops take them, without gradients."""
+    def lola_weights(self, rotation: KeyRotation | None) -> LolaWeights:
+        """The layer's weights as ops take them, without gradients; `rotation` as in `forward`."""
         return LolaWeights.prepare(
             self.feature_map_q.detach(),
             self.feature_map_k.detach(),
             self.window_factors.detach(),
             self.lola.mixing,
+            self.v_proj.out_features // self.head_dim,
             None if self.importance is None else self.importance.detach(),
+            rotation,
         )
 
     def qkv(
@@ -299,8 +301,8 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
         rope = self.rope_table()
         rotation = None if self.schedule is None else self._key_rotation(self.schedule, self.device)
         modules = (layer.self_attn for layer in self.layers)
-        weights = [m.lola_weights() for m in modules if isinstance(m, LolaLlamaAttention)]
-        return Composer(sequence, weights, rope, rotation)
+        weights = [m.lola_weights(rotation) for m in modules if isinstance(m, LolaLlamaAttention)]
+        return Composer(sequence, weights, rope)
 
 
 class LolaLlamaForCausalLM(LolaLlamaPreTrainedModel, LlamaForCausalLM):

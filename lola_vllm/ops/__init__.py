@@ -3,23 +3,19 @@
 from lola_vllm.ops.contract import (
     Backend,
     DecodeBatch,
-    HeadStates,
+    HeadGroup,
     LayerState,
     LolaWeights,
     PrefillBatch,
-    State,
-    bind_layer,
 )
 from lola_vllm.ops.select import choose_backend
 
 __all__ = [
     "Backend",
     "DecodeBatch",
-    "HeadStates",
+    "HeadGroup",
     "LayerState",
     "LolaWeights",
     "PrefillBatch",
-    "State",
-    "bind_layer",
     "choose_backend",
 ]

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lola_vllm.ops.constants import RECALL_EPS
-from lola_vllm.ops.contract import LolaWeights, bind_layer
+from lola_vllm.ops.contract import LolaWeights
 from lola_vllm.ops.int8 import Int8Rows, quantize
-from lola_vllm.ops.key_rotation import KeyRotation
-from lola_vllm.ops.per_kv_head import states_of
 from lola_vllm.ops.portable import compute_dtype
 from lola_vllm.ops.reference import feature_map, pair_importance
 from lola_vllm.ops.rope_table import RopeTable
@@ -155,33 +152,23 @@ class Composer:
 
     Args:
         sequence: the layout of a state. weights: of each of its layers. rope: the model's.
-        rotation: of keys, by a context shift; None where contexts do not shift.
     """
 
     def __init__(
-        self,
-        sequence: SequenceLayout,
-        weights: Sequence[LolaWeights],
-        rope: RopeTable,
-        rotation: KeyRotation | None,
+        self, sequence: SequenceLayout, weights: Sequence[LolaWeights], rope: RopeTable
     ) -> None:
         self.sequence = sequence
         self.rope = RopeTable(rope.cos.cpu(), rope.sin.cpu())
-        if rotation is not None:
-            rotation = replace(rotation, cos=rotation.cos.cpu(), sin=rotation.sin.cpu())
+        rotation = weights[0].rotation
         self.schedule = None if rotation is None else rotation.schedule
-        nothing = sequence.pages(torch.empty(1, sequence.row_bytes, dtype=torch.uint8))
-        states = [
-            page
-            for own, layout, pages in zip(weights, sequence.layers, nothing, strict=True)
-            for page in states_of(bind_layer(_on_host(own), layout, pages, rotation))
-        ]
-        starts = [0, *accumulate(state.layout.page_bytes for state in states)]
         alike: dict[StateLayout, list[tuple[int, LolaWeights]]] = {}
-        for state, start in zip(states, starts, strict=False):
-            alike.setdefault(state.layout, []).append((start, state.weights))
-        after = states[0].rotated_map_after
-        self._groups = [PageGroup.of(layout, pages, after) for layout, pages in alike.items()]
+        start = 0
+        for own, layer in zip(weights, sequence.layers, strict=True):
+            for i, page in enumerate(layer.pages):
+                part = _on_host(own.of_group(i, len(layer.pages)))
+                alike.setdefault(page, []).append((start, part))
+                start += page.page_bytes
+        self._groups = [PageGroup.of(layout, pages) for layout, pages in alike.items()]
 
     def composition(self, lengths: Sequence[int]) -> Composition:
         """Where documents of so many tokens stand.
@@ -246,26 +233,26 @@ class PageGroup:
     Attributes:
         starts: byte of a state at which each begins.
         key_maps: `[1 or 2, heads, d, F]` of the state heads of all pages (`LolaWeights.key_maps`).
-        importance: `[KV heads of all pages, d // 2 + d + 1]`, or None.
-        rotated_map_after: as in `LayerState`.
+        importance: `[KV heads of all pages, d // 2 + d + 1]`; as in `LolaWeights`.
+        rotated_map_after: as in `LolaWeights`.
     """
 
     layout: StateLayout
     starts: tuple[int, ...]
     key_maps: Tensor
-    importance: Tensor | None
+    importance: Tensor
     rotated_map_after: int
 
     @classmethod
-    def of(
-        cls, layout: StateLayout, pages: Sequence[tuple[int, LolaWeights]], after: int
-    ) -> PageGroup:
+    def of(cls, layout: StateLayout, pages: Sequence[tuple[int, LolaWeights]]) -> PageGroup:
         """Of pages with their starts and weights."""
-        maps = [own.key_maps for _, own in pages if own.key_maps is not None]
-        found = [own.importance for _, own in pages if own.importance is not None]
-        starts = tuple(start for start, _ in pages)
+        starts, weights = zip(*pages, strict=True)
         return cls(
-            layout, starts, torch.cat(maps, dim=1), torch.cat(found) if found else None, after
+            layout,
+            starts,
+            torch.cat([own.key_maps for own in weights], dim=1),
+            torch.cat([own.importance for own in weights]),
+            weights[0].rotated_map_after,
         )
 
     def compose(
@@ -373,7 +360,7 @@ class PageGroup:
         v = view.exact_v[:, rows.source].repeat_interleave(share, dim=0)
         kept_k, kept_v = (quantize(x) if self.layout.int8_pairs else x for x in (k, v))
         w = view.score_weights[:, :0]
-        if self.importance is not None:
+        if self.layout.has_score_weights:
             per_set = self.importance.to(dtype).repeat_interleave(share, dim=0)[:, None]
             w = pair_importance(kept_k.to(dtype), kept_v.to(dtype), per_set)
         return Pairs(kept_k, kept_v, rows.labels.expand(len(k), -1), w)

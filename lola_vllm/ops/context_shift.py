@@ -13,32 +13,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.ops.contract import LayerPrefill, LayerState, PrefillBatch, State
+from lola_vllm.ops.contract import HeadGroup, LayerState, PrefillBatch, PrefillOp
 from lola_vllm.ops.int8 import Int8Rows, quantize
-from lola_vllm.ops.per_kv_head import states_of
+from lola_vllm.ops.key_rotation import KeyRotation
 from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.state import BOUND_ROWS
+from lola_vllm.state import BOUND_ROWS, StateViews
 
 
-def shift_pages(state: State, state_indices: Tensor, num_tokens: Tensor) -> None:
+def shift_pages(layer: LayerState, state_indices: Tensor, num_tokens: Tensor) -> None:
     """Shift the context of pages by D positions, in place (`docs/algorithm.md`, section 6).
 
     Exact keys outside the bucket of old keys are rotated towards it by D positions. H, s and the
     weights of sparse pairs' scores decay. Bounds on recall errors are forgotten.
 
     Args:
-        state: of a layer whose `rotation` is not None.
+        layer: one whose contexts shift.
         state_indices: `[R]` integer on the pages' device; 0 or less is padding.
         num_tokens: `[R]` integer, tokens that each page holds; for all of them `ShiftSchedule.due`.
     """
-    for page in states_of(state):
-        _shift_page(page, state_indices, num_tokens)
+    for group in layer.groups:
+        _shift_group(group, state_indices, num_tokens)
 
 
-def _shift_page(state: LayerState, state_indices: Tensor, num_tokens: Tensor) -> None:
-    rotation, layout, views = state.rotation, state.layout, state.views
+def _shift_group(group: HeadGroup, state_indices: Tensor, num_tokens: Tensor) -> None:
+    rotation, layout, views = group.weights.rotation, group.layout, group.views
     assert rotation is not None
-    schedule, device = rotation.schedule, state.pages.device
+    schedule, device = rotation.schedule, group.pages.device
     live = state_indices > 0
     state_indices = state_indices.long().clamp(min=0)  # padding writes the null page what it holds
     n = num_tokens.to(device, torch.int64)[:, None]
@@ -47,14 +47,14 @@ def _shift_page(state: LayerState, state_indices: Tensor, num_tokens: Tensor) ->
     exact = schedule.rotation_steps(ring, n) * (
         live[:, None] & (row >= layout.sink_size)
     )  # [R, rows]
-    _rotate(state, views.exact_k, state_indices, exact[:, None])
+    _rotate(rotation, views.exact_k, state_indices, exact[:, None])
     entry = torch.arange(layout.sparse_cache_size, device=device)
     sparse = schedule.rotation_steps(views.positions[state_indices].long(), n[..., None])
     sparse *= (entry < layout.num_sparse(n))[:, None] & live[:, None, None]
     if layout.int8_pairs:
-        _rotate_int8(state, state_indices, sparse)
+        _rotate_int8(rotation, views, state_indices, sparse)
     else:
-        _rotate(state, views.sparse_k, state_indices, sparse)
+        _rotate(rotation, views.sparse_k, state_indices, sparse)
     for total in (views.H, views.s):
         rows = total[state_indices]
         decays = live.view(-1, *[1] * (rows.dim() - 1))
@@ -73,21 +73,18 @@ def _shift_page(state: LayerState, state_indices: Tensor, num_tokens: Tensor) ->
         )
 
 
-def _rotate(state: LayerState, keys: Tensor, state_indices: Tensor, steps: Tensor) -> None:
+def _rotate(rotation: KeyRotation, keys: Tensor, state_indices: Tensor, steps: Tensor) -> None:
     """Rotate keys `[N, heads, rows, d]` of the pages by `steps [R, heads or 1, rows]`."""
-    assert state.rotation is not None
     old = keys[state_indices]
-    keys[state_indices] = state.rotation.rotate_by(old.to(state.rotation.cos.dtype), steps).to(
-        old.dtype
-    )
+    keys[state_indices] = rotation.rotate_by(old.to(rotation.cos.dtype), steps).to(old.dtype)
 
 
-def _rotate_int8(state: LayerState, state_indices: Tensor, steps: Tensor) -> None:
+def _rotate_int8(
+    rotation: KeyRotation, views: StateViews, state_indices: Tensor, steps: Tensor
+) -> None:
     """The same of the sparse keys where they are int8: each is rounded again after its rotation."""
-    assert state.rotation is not None
-    views = state.views
     old = Int8Rows(views.sparse_k[state_indices], views.sparse_k_scale[state_indices])
-    new = quantize(state.rotation.rotate_by(old.to(state.rotation.cos.dtype), steps))
+    new = quantize(rotation.rotate_by(old.to(rotation.cos.dtype), steps))
     moves = steps != 0
     views.sparse_k[state_indices] = torch.where(moves[..., None], new.numbers, old.numbers)
     views.sparse_k_scale[state_indices] = torch.where(moves, new.scale, old.scale)
@@ -121,6 +118,20 @@ class DueRows(NamedTuple):
             state_indices[rows.to(state_indices.device)],
             num_tokens[rows].to(state_indices.device, torch.int64),
         )
+
+
+def shift_due(layers: Sequence[LayerState], state_indices: Tensor, num_tokens: Tensor) -> None:
+    """Shift the pages whose next token needs it: what comes before a decode.
+
+    Args:
+        layers: of one model. state_indices: `[R]` integer on the pages' device.
+        num_tokens: `[R]` integer in host memory, without the new tokens.
+    """
+    schedule = layers[0].schedule
+    due = None if schedule is None else DueRows.of(schedule, state_indices, num_tokens)
+    if due is not None:
+        for layer in layers:
+            shift_pages(layer, *due)
 
 
 class Segment(NamedTuple):
@@ -175,8 +186,8 @@ def split_prefill(schedule: ShiftSchedule | None, batch: PrefillBatch) -> list[S
 
 
 def prefill(
-    op: LayerPrefill,
-    state: State,
+    op: PrefillOp,
+    layer: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -187,12 +198,12 @@ def prefill(
     `contract.PrefillOp`."""
     for due, batch, spans in segments:
         if due is not None:
-            shift_pages(state, *due)
+            shift_pages(layer, *due)
         if spans is None:
-            op(state, q, k, v, batch, out)
+            op(layer, q, k, v, batch, out)
             continue
         answers = _take(out, spans)
-        op(state, _take(q, spans), _take(k, spans), _take(v, spans), batch, answers)
+        op(layer, _take(q, spans), _take(k, spans), _take(v, spans), batch, answers)
         if len(spans) > 1:
             lengths = [span.stop - span.start for span in spans]
             for span, part in zip(spans, answers.split(lengths), strict=True):

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lola_vllm.ops.contract import DecodeBatch, PrefillBatch, State
+from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 
 logger = logging.getLogger("vllm.lola")
 
-_NO_IMPORTANCE = torch.empty(0)  # in the place of weights that a layer does not have
 ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
@@ -48,28 +47,30 @@ def cpu_isa() -> str:
     return ISA_NAMES[torch.ops.lola.cpu_isa_level()]
 
 
-def decode(state: State, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor) -> None:
+def decode(
+    layer: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor
+) -> None:
     """One new token per row, in one pass over the pages; see `contract.DecodeOp`.
 
     Raises:
         RuntimeError: a wrong shape, dtype or state index; the message names the argument.
     """
-    torch.ops.lola.decode(*arguments(state, q, k, v, batch, out))
+    torch.ops.lola.decode(*arguments(layer, q, k, v, batch, out))
 
 
 def prefill(
-    state: State, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
+    layer: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
 ) -> None:
     """A segment of new tokens per row, chunk by chunk; see `contract.PrefillOp`.
 
     Raises:
         RuntimeError: a wrong shape, dtype or state index; the message names the argument.
     """
-    torch.ops.lola.prefill(*arguments(state, q, k, v, batch, out))
+    torch.ops.lola.prefill(*arguments(layer, q, k, v, batch, out))
 
 
 def arguments(
-    state: State,
+    layer: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -77,8 +78,6 @@ def arguments(
     out: Tensor,
 ) -> tuple[Tensor, ...]:
     """The arguments of the ops in `csrc/ops.h`, in their order."""
-    weights = state.weights
-    assert weights.key_maps is not None
-    maps = (weights.feature_map_q, weights.key_maps, weights.log_gate)
-    importance = _NO_IMPORTANCE if weights.importance is None else weights.importance
-    return (state.pages, state.table, *maps, importance, q, k, v, *batch, out)
+    w = layer.weights
+    weights = (w.feature_map_q, w.key_maps, w.log_gate, w.importance)
+    return (layer.pages, layer.table, *weights, q, k, v, *batch, out)

@@ -36,6 +36,22 @@ class KeyRotation:
         scale = cos[0]
         return cls(schedule, (cos[1] / scale).contiguous(), (sin[1] / scale).contiguous())
 
+    def check(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Whether it fits keys of `head_dim` numbers.
+
+        Raises:
+            ValueError: `cos` or `sin` has another shape, dtype or device; names it.
+        """
+        for name, row in (("rotation.cos", self.cos), ("rotation.sin", self.sin)):
+            if row.shape != self.cos.shape or row.dim() != 1 or not 0 < 2 * len(row) <= head_dim:
+                raise ValueError(
+                    f"{name}: shape {list(row.shape)}, expected at most {head_dim // 2} angles"
+                )
+            if row.dtype != dtype or row.device != device:
+                raise ValueError(
+                    f"{name}: must be {dtype} on {device}, is {row.dtype} on {row.device}"
+                )
+
     def rotate_back(self, k: Tensor) -> Tensor:
         """Keys `[..., d]` as RoPE would have left them D positions earlier."""
         return self._rotated(k, self.sin)

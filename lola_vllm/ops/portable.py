@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lola_vllm.ops.constants import MAX_CHUNK, RECALL_EPS
-from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
+from lola_vllm.ops.contract import DecodeBatch, HeadGroup, PrefillBatch
 from lola_vllm.ops.dither import add_dithered, dither
 from lola_vllm.ops.int8 import Int8Rows, quantize
+from lola_vllm.ops.per_group import per_group
 from lola_vllm.ops.reference import feature_map, pair_importance
 from lola_vllm.state import StateLayout, StateViews
 
@@ -63,8 +64,9 @@ def sre_scores(
     return (errors / v.norm(dim=-1).clamp(min=RECALL_EPS).unsqueeze(2)).mean(2)
 
 
+@per_group
 def decode(
-    state: LayerState,
+    group: HeadGroup,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -77,18 +79,19 @@ def decode(
     rows = (batch.state_indices > 0).nonzero().squeeze(1)
     if len(rows) == len(batch.state_indices):
         chunk = Chunk(batch.state_indices, positions, ones)
-        _step(state, q[:, None], k[:, None], v[:, None], chunk, out[:, None], score)
+        _step(group, q[:, None], k[:, None], v[:, None], chunk, out[:, None], score)
         return
     live = torch.zeros_like(out[rows])  # padding: compute on the live rows only
     if len(rows):
         chunk = Chunk(batch.state_indices[rows], positions[rows], ones[rows])
-        _step(state, q[rows, None], k[rows, None], v[rows, None], chunk, live[:, None], score)
+        _step(group, q[rows, None], k[rows, None], v[rows, None], chunk, live[:, None], score)
     out.zero_()
     out[rows] = live
 
 
+@per_group
 def prefill(
-    state: LayerState,
+    group: HeadGroup,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -102,7 +105,7 @@ def prefill(
     """
     state_indices, starts, context_lens = (x.tolist() for x in batch)
     chunks_of_row = [
-        _chunks(n, end - start, state.layout.update_interval) if state_index > 0 else []
+        _chunks(n, end - start, group.layout.update_interval) if state_index > 0 else []
         for state_index, n, start, end in zip(
             state_indices, context_lens, starts[:-1], starts[1:], strict=True
         )
@@ -123,7 +126,7 @@ def prefill(
         tokens = torch.where(valid, first[:, None] + columns, first[:, None])  # [B, L]
         answers = torch.empty_like(q[tokens])
         chunk = Chunk(batch.state_indices[rows], positions, lengths)
-        _step(state, q[tokens], k[tokens], v[tokens], chunk, answers, score)
+        _step(group, q[tokens], k[tokens], v[tokens], chunk, answers, score)
         out[tokens[valid]] = answers[valid]
 
 
@@ -148,8 +151,7 @@ class Chunk:
 
     Attributes:
         state_indices: `[B]`, pages. positions: `[B]`, of each row's first new token, so the tokens
-            before
-        it. lengths: `[B]`, new tokens. All int64 on the pages' device.
+            before it. lengths: `[B]`, new tokens. All int64 on the pages' device.
     """
 
     state_indices: Tensor
@@ -167,7 +169,7 @@ class Chunk:
 
 
 def _step(
-    state: LayerState,
+    group: HeadGroup,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -183,29 +185,29 @@ def _step(
     """
     columns = torch.arange(q.shape[1], device=q.device)
     query_positions = chunk.positions[:, None] + columns  # [B, L]
-    _write(state, k, v, chunk, query_positions)
-    out.copy_(_attend(state, q, chunk, query_positions))
+    _write(group, k, v, chunk, query_positions)
+    out.copy_(_attend(group, q, chunk, query_positions))
     n = chunk.seq_lens
-    due = state.layout.update_due(n).nonzero().squeeze(1)
+    due = group.layout.update_due(n).nonzero().squeeze(1)
     if len(due):
-        _update(state, chunk.state_indices[due], n[due], score)
+        _update(group, chunk.state_indices[due], n[due], score)
 
 
-def _write(state: LayerState, k: Tensor, v: Tensor, chunk: Chunk, query_positions: Tensor) -> None:
+def _write(group: HeadGroup, k: Tensor, v: Tensor, chunk: Chunk, query_positions: Tensor) -> None:
     """Put the new pairs in their rows of the exact store."""
     columns = torch.arange(k.shape[1], device=k.device)
     b, col = (columns < chunk.lengths[:, None]).nonzero(as_tuple=True)
-    page, row = chunk.state_indices[b], state.layout.row(query_positions[b, col])
-    state.views.exact_k[page, :, row] = k[b, col]
-    state.views.exact_v[page, :, row] = v[b, col]
+    page, row = chunk.state_indices[b], group.layout.row(query_positions[b, col])
+    group.views.exact_k[page, :, row] = k[b, col]
+    group.views.exact_v[page, :, row] = v[b, col]
 
 
-def _attend(state: LayerState, q: Tensor, chunk: Chunk, query_positions: Tensor) -> Tensor:
+def _attend(group: HeadGroup, q: Tensor, chunk: Chunk, query_positions: Tensor) -> Tensor:
     """Answers `[B, L, Hq, d]` to the queries of a chunk, its own pairs already written."""
     dtype = compute_dtype(q)
     B, L, Hq, d = q.shape
     queries = q.to(dtype).transpose(1, 2)  # [B, Hq, L, d]
-    layout, views, weights = state.layout, state.views, state.weights
+    layout, views, weights = group.layout, group.views, group.weights
     state_indices, positions, n = chunk.state_indices, chunk.positions, chunk.seq_lens
 
     def per_head(x: Tensor, heads: int) -> Tensor:
@@ -297,13 +299,13 @@ def _gather_state(
     return H_rows, s_rows
 
 
-def _update(state: LayerState, state_indices: Tensor, n: Tensor, score: Score | None) -> None:
+def _update(group: HeadGroup, state_indices: Tensor, n: Tensor, score: Score | None) -> None:
     """Evict, rescore, select, fold (paper section 3.3) in pages that just reached n tokens.
 
     Every page loses at least one pair from its window. All cached and evicted pairs are scored
     against H and s as before this update; the lam largest stay exact, the rest are folded in.
     """
-    layout, views = state.layout, state.views
+    layout, views = group.layout, group.views
     C, lam, Hg = layout.update_interval, layout.sparse_cache_size, layout.num_sparse_heads
     start, stop = layout.window_start(n - C), layout.window_start(n)
     x_positions = start[:, None] + torch.arange(C, device=n.device)  # [B, C]
@@ -329,8 +331,10 @@ def _update(state: LayerState, state_indices: Tensor, n: Tensor, score: Score | 
         [views.positions[state_indices].long(), x_positions[:, None].expand(-1, Hg, -1)], dim=2
     )
     w = None
-    if (weights := state.weights.importance) is not None:
-        per_set = weights.to(dtype).repeat_interleave(sets_per_kv_head, dim=0)[:, None]
+    if layout.has_score_weights:
+        per_set = group.weights.importance.to(dtype).repeat_interleave(sets_per_kv_head, dim=0)[
+            :, None
+        ]
         x_w = pair_importance(x_k, x_v, per_set)
         w = torch.cat([views.score_weights[state_indices].to(dtype), x_w], dim=2)  # [B, Hg, E]
 
@@ -338,7 +342,7 @@ def _update(state: LayerState, state_indices: Tensor, n: Tensor, score: Score | 
     keep = ok
     if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
         if score is None:
-            maps = state.weights.maps_of(n, state.rotation)
+            maps = group.weights.maps_of(n)
             scores = sre_scores(k, v, maps, views.H, views.s, state_indices, empty)
             if w is not None:
                 scores = scores * w
@@ -347,8 +351,8 @@ def _update(state: LayerState, state_indices: Tensor, n: Tensor, score: Score | 
         recent = at >= (stop - layout.recent_size)[:, None, None]
         scores = scores.masked_fill(recent, torch.inf)
         keep = _largest(scores, at, ok, lam)
-        _fold(state, k, v, ok & ~keep, state_indices, n, empty)
-    _replace(state, new_k, new_v, at, w, keep, state_indices)
+        _fold(group, k, v, ok & ~keep, state_indices, n, empty)
+    _replace(group, new_k, new_v, at, w, keep, state_indices)
 
 
 def _largest(scores: Tensor, positions: Tensor, ok: Tensor, count: int) -> Tensor:
@@ -364,7 +368,7 @@ def _largest(scores: Tensor, positions: Tensor, ok: Tensor, count: int) -> Tenso
 
 
 def _fold(
-    state: LayerState,
+    group: HeadGroup,
     k: Tensor,
     v: Tensor,
     folded: Tensor,
@@ -373,7 +377,7 @@ def _fold(
     empty: Tensor,
 ) -> None:
     """H += sum phi(k) v^T and s += sum phi(k) over the folded candidates, at most C per set."""
-    layout, views = state.layout, state.views
+    layout, views = group.layout, group.views
     dtype = compute_dtype(k)
     room = layout.update_interval
     chosen = folded.int().argsort(dim=-1, descending=True, stable=True)[..., :room]
@@ -383,7 +387,7 @@ def _fold(
     k = k.gather(2, index).to(dtype).repeat_interleave(states_per_set, dim=1)
     v = v.gather(2, index).to(dtype).masked_fill(~mask, 0)
     v = v.repeat_interleave(states_per_set, dim=1)
-    phi = feature_map(k, state.weights.maps_of(n, state.rotation).to(dtype))
+    phi = feature_map(k, group.weights.maps_of(n).to(dtype))
     phi = phi.masked_fill(~mask.repeat_interleave(states_per_set, dim=1), 0)
     H, s = _gather_state(views.H, views.s, state_indices, empty, dtype)
     place = dither(n // layout.update_interval, H.shape[2])[:, None]  # [B, 1, 2F]
@@ -392,7 +396,7 @@ def _fold(
 
 
 def _replace(
-    state: LayerState,
+    group: HeadGroup,
     k: Tensor | Int8Rows,
     v: Tensor | Int8Rows,
     at: Tensor,
@@ -402,11 +406,11 @@ def _replace(
 ) -> None:
     """Write the kept incoming pairs into the free entries and those of the folded pairs, in order.
 
-    k, v: of the incoming pairs alone, as the page keeps them, `[B, Hg, C, d]`; `at`, w and keep are
-        of
-    all candidates.
+    Args:
+        k, v: `[B, Hg, C, d]`, of the incoming pairs alone, as the page keeps them.
+        at, w, keep: of all candidates.
     """
-    views, lam = state.views, state.layout.sparse_cache_size
+    views, lam = group.views, group.layout.sparse_cache_size
     new = keep[..., lam:]
     room = min(lam, new.shape[-1])
     free = keep[..., :lam].int().argsort(dim=-1, stable=True)[..., :room]

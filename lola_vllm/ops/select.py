@@ -10,7 +10,6 @@ import torch
 
 from lola_vllm.ops import cpp, portable
 from lola_vllm.ops.contract import Backend
-from lola_vllm.ops.per_kv_head import per_kv_head
 
 logger = logging.getLogger("vllm.lola")
 
@@ -67,7 +66,7 @@ def _cpp(device_type: str, dtype: torch.dtype) -> Backend | str:
 
 def _torch(device_type: str, dtype: torch.dtype) -> Backend | str:
     """The portable back end."""
-    return Backend("torch", per_kv_head(portable.decode), per_kv_head(portable.prefill))
+    return Backend("torch", portable.decode, portable.prefill)
 
 
 def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
@@ -79,8 +78,7 @@ def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
         from lola_vllm.kernels.warmup import warm_up
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install triton"
-    decode, prefill = per_kv_head(kernels.decode), per_kv_head(kernels.prefill)
-    return Backend("triton", decode, prefill, warm_up, capturable=True)
+    return Backend("triton", kernels.decode, kernels.prefill, warm_up, capturable=True)
 
 
 def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
@@ -94,8 +92,7 @@ def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
             "the CUDA ops are not built; install with nvcc and a CUDA build of torch at hand, "
             "without build isolation"
         )
-    decode = per_kv_head(cpp.decode)
-    return Backend("cuda", decode, kernels.prefill, kernels.warm_up, capturable=True)
+    return Backend("cuda", cpp.decode, kernels.prefill, kernels.warm_up, capturable=True)
 
 
 def _xformers(device_type: str, dtype: torch.dtype) -> Backend | str:
@@ -113,6 +110,6 @@ def _xformers(device_type: str, dtype: torch.dtype) -> Backend | str:
     if reason is not None:
         return reason
     return Backend(
-        "xformers", kernels.decode, per_kv_head(xformers_prefill.prefill),
-        xformers_prefill.warm_up, capturable=True,
+        "xformers", kernels.decode, xformers_prefill.prefill, xformers_prefill.warm_up,
+        capturable=True,
     )  # fmt: skip

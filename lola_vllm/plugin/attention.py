@@ -30,10 +30,9 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from lola_vllm.config import LolaLlamaConfig, importance_size
-from lola_vllm.ops import LolaWeights, State, bind_layer, choose_backend, context_shift
+from lola_vllm.ops import LayerState, LolaWeights, choose_backend, context_shift
 from lola_vllm.ops.compose import Composer
 from lola_vllm.ops.key_rotation import KeyRotation
-from lola_vllm.ops.per_kv_head import states_of
 from lola_vllm.ops.rope_table import RopeTable
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.backend import LolaMetadata
@@ -117,7 +116,7 @@ class LolaAttention(nn.Module, MambaBase):
             self.importance = _head_parameter(self.num_kv_heads, shape, num_kv_heads, torch.float32)
 
         self.kv_cache = (torch.tensor([]),)
-        self.state: State | None = None
+        self.state: LayerState | None = None
         self.sharing: list[LolaAttention] = []  # of the rank's first layer: all of its layers
         # Sees a step's k and v `[T, Hkv, d]`, after RoPE; only while a prompt's memory is read.
         self.kv_hook: Callable[[Tensor, Tensor], None] | None = None
@@ -191,28 +190,29 @@ class LolaAttention(nn.Module, MambaBase):
         self.ops = choose_backend(pages.device.type, self.layout.pages[0].kv_dtype)
         self.state = self._bind(pages)
         if self.ops.warm_up is not None:
-            for page in states_of(self.state):
-                self.ops.warm_up(page)
+            self.ops.warm_up(self.state)
 
     def weights_changed(self) -> None:
         """Take new parameters into use; before the pages are there, nothing is to be done."""
         if self.state is not None:
             self.state = self._bind(self.state.pages)
 
-    def _bind(self, pages: Tensor) -> State:
-        weights = LolaWeights.prepare(
-            self.feature_map_q.data,
-            self.feature_map_k.data,
-            self.window_factors.data,
-            self.lola.mixing,
-            None if self.importance is None else self.importance.data,
-        )
+    def _bind(self, pages: Tensor) -> LayerState:
         rotation = None
         if self.schedule is not None:
             wide = torch.promote_types(self.layout.pages[0].kv_dtype, torch.float32)
             table = rope_rows(self.rotary_emb, (0, self.schedule.interval)).to(pages.device, wide)
             rotation = KeyRotation.of_table(self.schedule, *table.chunk(2, dim=-1))
-        return bind_layer(weights, self.layout, pages, rotation)
+        weights = LolaWeights.prepare(
+            self.feature_map_q.data,
+            self.feature_map_k.data,
+            self.window_factors.data,
+            self.lola.mixing,
+            self.num_kv_heads,
+            None if self.importance is None else self.importance.data,
+            rotation,
+        )
+        return LayerState.bind(weights, self.layout, pages)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
@@ -249,12 +249,11 @@ def composer_of(layers: Sequence[LolaAttention]) -> Composer:
         LolaConfigError: RoPE's table depends on the length of a context.
     """
     first = layers[0]
-    states = [layer.state for layer in layers if layer.state is not None]
     wide = torch.promote_types(first.layout.pages[0].kv_dtype, torch.float32)
     table = rope_rows(first.rotary_emb, range(first.trained_length)).to(wide)
     rope = RopeTable.of_rows(*table.chunk(2, dim=-1))
-    weights = [state.weights for state in states]
-    return Composer(first.sequence, weights, rope, states[0].rotation)
+    weights = [layer.state.weights for layer in layers if layer.state is not None]
+    return Composer(first.sequence, weights, rope)
 
 
 def _head_parameter(

@@ -143,12 +143,10 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
             metadata.query_start_loc_p_cpu = query_start_loc
         metadata.schedule = self.schedule
         if self.schedule is not None and metadata.num_decodes:
-            self._shift_decodes(self.schedule, metadata, common_attn_metadata)
+            self._shift_decodes(metadata, common_attn_metadata)
         return metadata
 
-    def _shift_decodes(
-        self, schedule: ShiftSchedule, metadata: LolaMetadata, common: CommonAttentionMetadata
-    ) -> None:
+    def _shift_decodes(self, metadata: LolaMetadata, common: CommonAttentionMetadata) -> None:
         """Shift the pages of the rows whose new token needs it, in all layers of the rank.
 
         Here and not in the layers, as a CUDA graph may replay these. vLLM has copied states across
@@ -157,12 +155,9 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
         seq_lens, state_indices = common.seq_lens_cpu_upper_bound, metadata.state_indices_tensor_d
         assert seq_lens is not None and state_indices is not None
         rows = metadata.num_decodes
-        due = context_shift.DueRows.of(schedule, state_indices[:rows, 0], seq_lens[:rows] - 1)
-        if due is None:
-            return
-        layers = self.compilation_config.static_forward_context
-        for layer in layers[self.layer_names[0]].sharing:
-            context_shift.shift_pages(layer.state, *due)
+        first = self.compilation_config.static_forward_context[self.layer_names[0]]
+        layers = [layer.state for layer in first.sharing]
+        context_shift.shift_due(layers, state_indices[:rows, 0], seq_lens[:rows] - 1)
 
 
 class LolaAttentionBackend(AttentionBackend):

@@ -168,7 +168,7 @@ def test_every_position_is_in_exactly_one_memory(ops, data):
     for stop in data.draw(schedules(len(problem.q))):
         out = feed(ops, problem, state, 2, start, stop)
         assert out.isfinite().all()
-        assert_partition(problem, state.views, 2, stop)
+        assert_partition(problem, state.groups[0].views, 2, stop)
         start = stop
 
 
@@ -209,7 +209,7 @@ def test_what_is_kept_is_recalled_no_better_than_what_is_folded(ops, data):
         feed(ops, problem, state, 2, n - piece, n)
         start, stop = (int(layout.window_start(torch.tensor(m))) for m in (n - interval, n))
         old = read_sparse(problem, before, 2, n - interval)
-        new = read_sparse(problem, state.views, 2, n)
+        new = read_sparse(problem, state.groups[0].views, 2, n)
         empty = int(layout.num_folded(torch.tensor(n - interval))) == 0
         for group in range(layout.num_sparse_heads):
             candidates = old[group] + list(range(start, stop))
@@ -259,7 +259,7 @@ def test_any_split_gives_the_same_state_and_answers(ops, data):
         state = problem.state()
         ends = data.draw(schedules(n), label="ends of the pieces")
         out = feed_all(ops, problem, state, 1, ends)
-        found.append({"out": out} | valid_parts(problem, state.views, 1, n))
+        found.append({"out": out} | valid_parts(problem, state.groups[0].views, 1, n))
     first, second = found
     assert first.keys() == second.keys()
     for name in ("positions", "sparse_k", "sparse_v", "exact_k", "exact_v"):
@@ -324,8 +324,8 @@ def test_any_batch_gives_the_same_state_and_answers(ops, data):
         expected = feed_all(ops, problem, alone, 1, ends)
         torch.testing.assert_close(torch.cat(outs[row]), expected, rtol=close, atol=close)
         in_batch, by_itself = (
-            valid_parts(problem, state.views, state_indices[row], n),
-            valid_parts(problem, alone.views, 1, n),
+            valid_parts(problem, state.groups[0].views, state_indices[row], n),
+            valid_parts(problem, alone.groups[0].views, 1, n),
         )
         for name, part in by_itself.items():
             if name in ("H", "s"):
@@ -348,7 +348,7 @@ def test_old_bytes_change_no_bit(ops, data):
     feed_all(ops, other, state, 3, data.draw(schedules(len(other.q)), label="the other's"))
     found = [
         {"out": feed_all(ops, problem, state, state_index, ends)}
-        | valid_parts(problem, state.views, state_index, n)
+        | valid_parts(problem, state.groups[0].views, state_index, n)
         for state_index in (1, 2, 3)
     ]
     for name, fresh in found[0].items():

@@ -66,9 +66,12 @@ def gain(
     step = lcm(layout.ring_size, layout.update_interval)
     skipped = folded // step * step
     scale = int(layout.num_folded(torch.tensor(WARM + skipped))) / len(before[0])
-    for part in (state.views.H, state.views.s):
+    for part in (state.groups[0].views.H, state.groups[0].views.s):
         part[STATE_INDEX] = (part[STATE_INDEX].double() * scale).to(part.dtype)
-    H, s = (part[STATE_INDEX].double().cpu() for part in (state.views.H, state.views.s))
+    H, s = (
+        part[STATE_INDEX].double().cpu()
+        for part in (state.groups[0].views.H, state.groups[0].views.s)
+    )
     T = len(problem.q)
     middle = WARM + int((T - WARM) * prompt)
     if middle > WARM:
@@ -78,7 +81,7 @@ def gain(
     pages = state.pages.cpu()
     problem = problem.to(torch.device("cpu"))
     state = LayerState.bind(problem.weights(), layout, pages)
-    views = state.views
+    views = state.groups[0].views
     after = folded_of(problem, layout, views, T, skipped)
 
     result: dict[str, list[Tensor]] = {"s": [], "H": [], "error": []}

@@ -43,7 +43,7 @@ def assert_state_matches(
 
     n = len(problem.q) if n is None else n
     expected = expected or problem.reference()[1]
-    layout, views, n_t = state.layout, state.views, torch.tensor(n)
+    layout, views, n_t = state.groups[0].layout, state.groups[0].views, torch.tensor(n)
     num_sparse, num_folded = int(layout.num_sparse(n_t)), int(layout.num_folded(n_t))
     share = layout.num_state_heads // layout.num_sparse_heads
     Hkv, Hg = layout.num_kv_heads, layout.num_sparse_heads
@@ -119,9 +119,9 @@ def assert_int8(
 
 def assert_unrecallable_stay(problem: Problem, state: LayerState) -> None:
     """The page of an `unrecallable` problem holds the same sparse pairs as the reference."""
-    layout = state.layout
+    layout = state.groups[0].layout
     share = layout.num_state_heads // layout.num_sparse_heads
-    positions = [sorted(row) for row in state.views.positions[STATE_INDEX].tolist()]
+    positions = [sorted(row) for row in state.groups[0].views.positions[STATE_INDEX].tolist()]
     assert positions == problem.reference()[1].sparse_positions[::share]
     assert positions[0] == [7, 9, 14]
 
@@ -143,7 +143,7 @@ def assert_bounds_hold(problem: Problem, state: LayerState, state_index: int = S
 
     After a few hundred folded pairs: most errors must not have been computed at the last update.
     """
-    layout, views = state.layout, state.views
+    layout, views = state.groups[0].layout, state.groups[0].views
     Hs, lam = layout.num_state_heads, layout.sparse_cache_size
     share = Hs // layout.num_sparse_heads
     assert layout.parts["bounds"][0] == (Hs, 6, lam)

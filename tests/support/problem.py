@@ -22,7 +22,7 @@ from lola_vllm.ops.contract import (
 from lola_vllm.ops.key_rotation import KeyRotation
 from lola_vllm.ops.reference import LolaState, lola_attention
 from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.state import StateLayout
+from lola_vllm.state import LayerLayout, StateLayout
 
 STATE_INDEX = 2  # the page of a sequence that is alone
 
@@ -69,7 +69,9 @@ class Problem:
             self.feature_map_k,
             self.window_factors,
             self.config.mixing,
+            self.k.shape[1],
             self.importance,
+            self._rotation(),
         )
 
     def layout(self) -> StateLayout:
@@ -81,7 +83,7 @@ class Problem:
             head_dim=self.q.shape[-1],
             feature_dim=self.feature_map_k.shape[-1],
             kv_dtype=self.k.dtype,
-            importance=self.importance is not None,
+            importance=self.importance is not None or self.rotation is not None,
         )
 
     def state(self, num_pages: int = 4, extra_stride: int = 0) -> LayerState:
@@ -96,15 +98,15 @@ class Problem:
 
     def bind(self, pages: Tensor) -> LayerState:
         """The layer with pages that are there already."""
-        rotation = self.rotation
-        if rotation is not None:
-            wide = torch.promote_types(self.k.dtype, torch.float32)
-            rotation = replace(
-                rotation,
-                cos=rotation.cos.to(pages.device, wide),
-                sin=rotation.sin.to(pages.device, wide),
-            )
-        return LayerState.bind(self.weights(), self.layout(), pages, rotation)
+        return LayerState.bind(self.weights(), LayerLayout((self.layout(),)), pages)
+
+    def _rotation(self) -> KeyRotation | None:
+        """As a layer has it: in float32, or in float64 where keys are."""
+        if self.rotation is None:
+            return None
+        wide = torch.promote_types(self.k.dtype, torch.float32)
+        cos, sin = (x.to(self.k.device, wide) for x in (self.rotation.cos, self.rotation.sin))
+        return replace(self.rotation, cos=cos, sin=sin)
 
     def tokens(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of the tokens `start` to `stop - 1`."""
@@ -251,12 +253,7 @@ def decode(
         torch.tensor([position + 1 + skipped], dtype=torch.int32, device=q.device),
     )
     out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
-    if problem.schedule is not None:
-        due = context_shift.DueRows.of(
-            problem.schedule, batch.state_indices, torch.tensor([position + skipped])
-        )
-        if due is not None:
-            context_shift.shift_pages(state, *due)
+    context_shift.shift_due([state], batch.state_indices, torch.tensor([position + skipped]))
     ops.decode(state, q, k, v, batch, out)
     return out
 

@@ -34,11 +34,11 @@ def attention(query, key, value, attn_bias=None, **options):
     return out.permute(2, 0, 1, 3)[None].to(query.dtype).contiguous(), lse[None].float()
 
 
-def prefill(state, q, k, v, batch, out):
+def prefill(layer, q, k, v, batch, out):
     """`contract.PrefillOp` by xformers, which is asked wherever a layer is suited."""
     before = len(calls)
-    xformers_prefill.prefill(state, q, k, v, batch, out)
-    suited = xformers_prefill.unsuited(state.layout, state.weights.subtract_max) is None
+    xformers_prefill.prefill(layer, q, k, v, batch, out)
+    suited = xformers_prefill.unsuited(layer.layout.pages[0], layer.weights.subtract_max) is None
     assert len(calls) - before == suited
 
 

@@ -164,9 +164,15 @@ def test_the_table_is_the_struct_of_the_header():
     }
 
 
+def row(page, *told):
+    """The only row of the table of a layer with one page, by field."""
+    (numbers,) = LayerLayout((page,)).table(*told).tolist()
+    return dict(zip(TABLE_FIELDS, numbers, strict=True))
+
+
 def test_the_table_holds_the_layout():
     page = layout(lam=5, sink=3, interval=4, sparse_sharing="kv_head", recent_size=2)
-    table = dict(zip(TABLE_FIELDS, page.table(12, True).tolist(), strict=True))
+    table = row(page, 12, True)
     assert {name: table.pop(name) for name in PARTS} == page.offsets
     assert table == {
         "num_heads": 12, "num_kv_heads": 2, "num_state_heads": 6, "num_sparse_heads": 2,
@@ -177,18 +183,23 @@ def test_the_table_holds_the_layout():
         "sparse_dtype": DTYPE_CODES[torch.bfloat16],
         "state_dtype": DTYPE_CODES[torch.float32], "page_bytes": page.page_bytes,
     }  # fmt: skip
-    told = dict(zip(TABLE_FIELDS, page.table(12, True, 96).tolist(), strict=True))
-    assert told == {
-        **dict(zip(TABLE_FIELDS, page.table(12, True).tolist(), strict=True)),
-        "rotated_map_after": 96,
-    }
+    assert row(page, 12, True, 96) == {**row(page, 12, True), "rotated_map_after": 96}
     weighted = layout(importance=True)
-    table = dict(zip(TABLE_FIELDS, weighted.table(12, True).tolist(), strict=True))
+    table = row(weighted, 12, True)
     assert (
         table["has_score_weights"] == 1
         and table["score_weights"] == weighted.offsets["score_weights"]
     )
     small = layout(sparse_dtype="int8")
-    table = dict(zip(TABLE_FIELDS, small.table(12, True).tolist(), strict=True))
+    table = row(small, 12, True)
     assert table["sparse_dtype"] == DTYPE_CODES[torch.int8]
     assert table["sparse_v_scale"] == small.offsets["sparse_v_scale"]
+
+
+def test_the_table_of_a_layer_has_a_row_for_each_page():
+    pages = (layout(lam=5), layout(lam=9))
+    first, second = LayerLayout(pages).table(24, False).tolist()
+    assert first == list(row(pages[0], 12, False).values())
+    own = row(pages[1], 12, False)
+    moved = {name: pages[0].page_bytes + own[name] for name in ("page_bytes", *PARTS)}
+    assert dict(zip(TABLE_FIELDS, second, strict=True)) == own | moved

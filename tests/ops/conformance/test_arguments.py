@@ -10,6 +10,7 @@ import torch
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import DecodeBatch, PrefillBatch
+from lola_vllm.state import LayerLayout
 from tests.support.backends import only
 from tests.support.problem import make_problem
 
@@ -42,11 +43,11 @@ BAD_FOR_COMPILED = {
     "q: shape": lambda a: {"q": a["q"][0]},
     "q: dtype": lambda a: {"q": a["q"].int()},
     "out: dtype": lambda a: {"out": a["out"].int()},
-    "layout: shape": lambda a: {"state": replace(a["state"], table=a["state"].table[:-1])},
-    "layout: must be int64": lambda a: {"state": replace(a["state"], table=a["state"].table.int())},
-    "layout: keys and values": lambda a: {"state": unknown_dtype(a["state"])},
-    "pages: shape": lambda a: {"state": replace(a["state"], pages=a["state"].pages[0])},
-    "pages: rows": lambda a: {"state": replace(a["state"], pages=a["state"].pages[:, :-256])},
+    "layout: shape": lambda a: {"layer": replace(a["layer"], table=a["layer"].table[:, :-1])},
+    "layout: must be int64": lambda a: {"layer": replace(a["layer"], table=a["layer"].table.int())},
+    "layout: keys and values": lambda a: {"layer": unknown_dtype(a["layer"])},
+    "pages: shape": lambda a: {"layer": replace(a["layer"], pages=a["layer"].pages[0])},
+    "pages: rows": lambda a: {"layer": replace(a["layer"], pages=a["layer"].pages[:, :-256])},
 }
 BAD_BATCH_FOR_COMPILED = {
     "state_indices: dtype": lambda b: b._replace(state_indices=b.state_indices.float()),
@@ -54,10 +55,11 @@ BAD_BATCH_FOR_COMPILED = {
 }
 
 
-def unknown_dtype(state):
+def unknown_dtype(layer):
     """H and s said to be bfloat16, which no op keeps."""
-    layout = replace(state.layout, state_dtype=torch.bfloat16)
-    return replace(state, table=layout.table(state.num_heads, False))
+    page = replace(layer.groups[0].layout, state_dtype=torch.bfloat16)
+    table = LayerLayout((page,)).table(layer.weights.num_heads, False)
+    return replace(layer, table=table)
 
 
 @pytest.fixture
@@ -68,11 +70,11 @@ def good(backend):
     state_indices = torch.tensor([1, 2], device=backend.device)
     q, k, v = problem.tokens(0, 2)
     arguments = {
-        "state": problem.state(), "q": q, "k": k, "v": v,
+        "layer": problem.state(), "q": q, "k": k, "v": v,
         "batch": DecodeBatch(state_indices, torch.ones_like(state_indices)),
         "out": torch.empty_like(q),
     }  # fmt: skip
-    backend.decode(**arguments)
+    backend.decode(*arguments.values())
     return arguments
 
 
@@ -81,33 +83,33 @@ def good(backend):
 def test_a_tensor(backend, good, fault):
     bad = good | BAD[fault](good)
     with pytest.raises((RuntimeError, ValueError), match=f"^{fault}"):
-        backend.decode(**bad)
+        backend.decode(*bad.values())
     if backend.prefills:
         none = torch.zeros(2, dtype=torch.int64)
         bad["batch"] = PrefillBatch(good["batch"].state_indices, torch.tensor([0, 1, 2]), none)
         with pytest.raises((RuntimeError, ValueError), match=f"^{fault}"):
-            backend.prefill(**bad)
+            backend.prefill(*bad.values())
 
 
 @only(*CHECKING)
 @pytest.mark.parametrize("fault", BAD_BATCH)
 def test_a_batch(backend, good, fault):
     with pytest.raises((RuntimeError, ValueError), match=f"^{fault}"):
-        backend.decode(**good | {"batch": BAD_BATCH[fault](good["batch"])})
+        backend.decode(*(good | {"batch": BAD_BATCH[fault](good["batch"])}).values())
 
 
 @only(*COMPILED)
 @pytest.mark.parametrize("fault", BAD_FOR_COMPILED)
 def test_a_tensor_of_a_compiled_op(backend, good, fault):
     with pytest.raises(RuntimeError, match=f"^{fault}"):
-        backend.decode(**good | BAD_FOR_COMPILED[fault](good))
+        backend.decode(*(good | BAD_FOR_COMPILED[fault](good)).values())
 
 
 @only(*COMPILED)
 @pytest.mark.parametrize("fault", BAD_BATCH_FOR_COMPILED)
 def test_a_batch_of_a_compiled_op(backend, good, fault):
     with pytest.raises(RuntimeError, match=f"^{fault}"):
-        backend.decode(**good | {"batch": BAD_BATCH_FOR_COMPILED[fault](good["batch"])})
+        backend.decode(*(good | {"batch": BAD_BATCH_FOR_COMPILED[fault](good["batch"])}).values())
 
 
 @only("cpp")
@@ -126,7 +128,7 @@ def test_a_batch_of_a_compiled_op(backend, good, fault):
 def test_a_number(backend, good, fault, batch):
     op = backend.decode if isinstance(batch, DecodeBatch) else backend.prefill
     with pytest.raises(RuntimeError, match=f"^{fault}"):
-        op(**good | {"batch": type(batch)(*map(torch.tensor, batch))})
+        op(*(good | {"batch": type(batch)(*map(torch.tensor, batch))}).values())
 
 
 @only("triton", "triton-interpreted")
@@ -136,7 +138,7 @@ def test_a_count_of_a_prompt(backend, good, name):
     batch = PrefillBatch(good["batch"].state_indices, starts, none)
     short = batch._replace(**{name: getattr(batch, name)[:1]})
     with pytest.raises(ValueError, match=f"^{name}: shape"):
-        backend.prefill(**good | {"batch": short})
+        backend.prefill(*(good | {"batch": short}).values())
 
 
 @only("cuda-emulated", "cuda")

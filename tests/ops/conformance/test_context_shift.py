@@ -249,9 +249,7 @@ def test_rows_decode_as_each_alone(backend, interval):
     q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
     state_indices_t, seen = torch.tensor(state_indices, device=device), torch.tensor(counts)
     out = torch.full_like(q, torch.nan)
-    due = context_shift.DueRows.of(schedule, state_indices_t, seen)
-    assert due is not None
-    context_shift.shift_pages(state, *due)
+    context_shift.shift_due([state], state_indices_t, seen)
     backend.decode(state, q, k, v, DecodeBatch(state_indices_t, (seen + 1).to(device)), out)
     pages = state.pages.cpu()
     for row, n, state_index, answer in zip(there, counts, state_indices, out.cpu(), strict=True):

@@ -52,7 +52,7 @@ def test_a_decoded_row_does_not_depend_on_batch_or_threads(backend, dtype, d):
             part = slice(at, at + batch)
             step = DecodeBatch(state_indices[part], lengths[part])
             backend.decode(state, q[part], k[part], v[part], step, out[part])
-        answers.append((out, state.views.H[1:]))
+        answers.append((out, state.groups[0].views.H[1:]))
     for out, H in answers[1:]:
         assert torch.equal(out, answers[0][0])
         assert torch.equal(H.view(torch.int32), answers[0][1].view(torch.int32))
@@ -73,4 +73,4 @@ def test_page_offsets_are_64_bit(backend):
     pages[1] = 0xFF
     far = LayerState.bind(problem.weights(), near.layout, pages)
     assert torch.equal(feed(backend, problem, far, [17], state_index=1), out)
-    assert torch.equal(far.views.H[1], near.views.H[1])
+    assert torch.equal(far.groups[0].views.H[1], near.groups[0].views.H[1])

@@ -68,7 +68,7 @@ def test_dtypes(backend, dtype, interval):
     config = config_of(window_size=8, update_interval=interval)
     problem = weighted_problem(50, config, d=32, dtype=dtype, scale=0.5, seed=3)
     _, state = backend.check(problem, decode_from=40)
-    assert state.views.score_weights.dtype == torch.promote_types(dtype, torch.float32)
+    assert state.groups[0].views.score_weights.dtype == torch.promote_types(dtype, torch.float32)
 
 
 @pytest.mark.parametrize("bias", [1e4, -1e4, 0.0])
@@ -79,11 +79,11 @@ def test_equal_importances_change_no_choice(backend, bias):
     problem.importance[:] = 0
     problem.importance[:, -1] = bias
     _, state = backend.check(problem, decode_from=50 if backend.prefills else 0)
-    found = state.views.score_weights[STATE_INDEX].double()
+    found = state.groups[0].views.score_weights[STATE_INDEX].double()
     expected = torch.tensor(max(-20.0, min(20.0, bias))).double().exp()
     torch.testing.assert_close(found, expected.expand_as(found), rtol=1e-5, atol=0)
     plain = replace(problem, importance=None)
-    assert state.views.positions[STATE_INDEX].sort(-1).values.tolist() == (
+    assert state.groups[0].views.positions[STATE_INDEX].sort(-1).values.tolist() == (
         plain.reference()[1].sparse_positions
     )
 

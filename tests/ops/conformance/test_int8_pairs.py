@@ -88,13 +88,13 @@ def test_rows_of_zeros_large_numbers_and_small_ones(backend, interval):
     problem.v[10] = 1e-44  # below the least that a scale can be
     problem.v[11] *= 1e-37
     _, state = backend.run(problem, decode_from=27)
-    count = int(state.layout.num_sparse(torch.tensor(32)))
+    count = int(state.groups[0].layout.num_sparse(torch.tensor(32)))
     for kv in range(2):
-        at = state.views.positions[STATE_INDEX, kv, :count].long()
+        at = state.groups[0].views.positions[STATE_INDEX, kv, :count].long()
         assert sorted(at.tolist()) == list(range(count))
         for name in "kv":
             numbers, scale = (
-                getattr(state.views, f"sparse_{name}{end}")[STATE_INDEX, kv, :count]
+                getattr(state.groups[0].views, f"sparse_{name}{end}")[STATE_INDEX, kv, :count]
                 for end in ("", "_scale")
             )
             expected = quantize(getattr(problem, name)[at, kv])
@@ -110,10 +110,13 @@ def test_scores_that_are_no_numbers_count_as_the_largest(backend, interval, shar
     problem = unrecallable(interval, sharing, backend.dtype, sparse_dtype="int8", importance=True)
     out, state = backend.run(problem, decode_from=20 if backend.prefills else 0)
     assert_unrecallable_stay(problem, state)
-    Hg = state.layout.num_sparse_heads
-    for scale in (state.views.sparse_k_scale[STATE_INDEX], state.views.sparse_v_scale[STATE_INDEX]):
+    Hg = state.groups[0].layout.num_sparse_heads
+    for scale in (
+        state.groups[0].views.sparse_k_scale[STATE_INDEX],
+        state.groups[0].views.sparse_v_scale[STATE_INDEX],
+    ):
         assert scale[Hg // 2 :].isfinite().all()
-    assert state.views.sparse_v_scale[STATE_INDEX, 0].isnan().all()
+    assert state.groups[0].views.sparse_v_scale[STATE_INDEX, 0].isnan().all()
     assert out[:, 3:].isfinite().all()  # of the other KV head
 
 
@@ -130,7 +133,9 @@ def test_context_shifts_round_turned_keys_again(backend, lam, interval):
         out, state = backend.run(problem, [15], decode_from=45)
         expected, other = run(portable, problem, [15], decode_from=45)
         torch.testing.assert_close(out, expected, **CLOSE)
-        assert torch.equal(state.views.sparse_k[STATE_INDEX], other.views.sparse_k[STATE_INDEX])
+        assert torch.equal(
+            state.groups[0].views.sparse_k[STATE_INDEX], other.groups[0].views.sparse_k[STATE_INDEX]
+        )
         return
     truth = problem.reference()
     for decode_from in (39, 40, 61):

@@ -20,7 +20,7 @@ def solved(T, lam, interval, group, dtype):
     config = LolaConfig(window_size=ETA, sparse_cache_size=lam, update_interval=interval)
     problem = make_problem(T, config, dtype=dtype, seed=T + lam, group=group)
     _, state = run(portable, problem)
-    return problem, problem.reference(), state.views.positions[STATE_INDEX]
+    return problem, problem.reference(), state.groups[0].views.positions[STATE_INDEX]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -35,8 +35,8 @@ def test_equals_the_reference(backend, T, lam, interval, fed, dtype):
     problem, truth, positions = solved(T, lam, interval, group, dtype)
     decode_from = {"prompt": T, "both": T // 2, "tokens": 0}[fed]
     _, state = backend.check(problem, decode_from=decode_from, truth=truth)
-    filled = int(state.layout.num_sparse(torch.tensor(T)))
-    found = state.views.positions[STATE_INDEX, :, :filled]
+    filled = int(state.groups[0].layout.num_sparse(torch.tensor(T)))
+    found = state.groups[0].views.positions[STATE_INDEX, :, :filled]
     assert torch.equal(found, positions[:, :filled]), (
         "state_indices in another order than portable's"
     )

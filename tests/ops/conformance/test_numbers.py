@@ -32,7 +32,9 @@ def test_the_floor_of_features_is_kept_to_the_last_bits(backend, fed):
     _, state = backend.run(problem, decode_from=9 if fed == "prompt" else 0)
     expected = problem.reference()[1].s
     assert expected.min() < 3e-12
-    torch.testing.assert_close(state.views.s[STATE_INDEX].double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        state.groups[0].views.s[STATE_INDEX].double(), expected, rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("sharing", ["none", "kv_head"])
@@ -59,8 +61,8 @@ def test_ties_keep_the_older_pair(backend, interval, T, longer, kept, sharing, f
     if sharing == "kv_head":
         kept = [0, 1, 2]
     _, state = backend.run(problem, [5], decode_from=T if fed == "prompt" else 0)
-    positions = state.views.positions[STATE_INDEX].sort(-1).values.tolist()
-    assert positions == [kept] * state.layout.num_sparse_heads
+    positions = state.groups[0].views.positions[STATE_INDEX].sort(-1).values.tolist()
+    assert positions == [kept] * state.groups[0].layout.num_sparse_heads
     assert_state_matches(problem, state, **CLOSE)
 
 
@@ -73,7 +75,7 @@ def test_a_nan_costs_no_neighbour_its_entry(backend, sign, fed):
     problem = make_problem(40, config, dtype=backend.dtype)
     problem.v[3, 0] = torch.tensor(torch.nan).copysign(torch.tensor(sign))
     _, state = backend.run(problem, decode_from=40 if fed == "prompt" else 0)
-    positions = state.views.positions[STATE_INDEX]
+    positions = state.groups[0].views.positions[STATE_INDEX]
     assert (positions[0] == 3).any()
     assert positions.sort(-1).values.tolist() == problem.reference()[1].sparse_positions
 
@@ -85,9 +87,9 @@ def test_nan_scores_never_fill_more_than_the_cache(backend, interval):
     problem = make_problem(25, config, dtype=backend.dtype)
     problem.v[2:20] = torch.nan
     _, state = backend.run(problem, decode_from=12 if backend.prefills else 0)
-    views = state.views
+    views = state.groups[0].views
     assert all(len(set(row)) == 3 for row in views.positions[STATE_INDEX].tolist())
-    folded = 2.0 * int(state.layout.num_folded(torch.tensor(25)))
+    folded = 2.0 * int(state.groups[0].layout.num_folded(torch.tensor(25)))
     torch.testing.assert_close(views.s[STATE_INDEX].sum(-1).float(), torch.full((2,), folded))
 
 

@@ -30,8 +30,8 @@ def test_equals_the_reference(backend, recent, interval, importance):
     truth = problem.reference()
     for decode_from in (75, 40) if backend.prefills else (0,):
         _, state = backend.check(problem, decode_from=decode_from, truth=truth)
-    found = state.views.positions[STATE_INDEX].sort(-1).values
-    end = int(state.layout.window_start(torch.tensor(75)))
+    found = state.groups[0].views.positions[STATE_INDEX].sort(-1).values
+    end = int(state.groups[0].layout.window_start(torch.tensor(75)))
     newest = torch.arange(end - recent, end, dtype=found.dtype, device=found.device)
     assert (found[:, -recent:] == newest).all()
 

@@ -76,15 +76,14 @@ def test_start_up_launches_all_variants_and_touches_no_page(backend, launched):
     state = problem.state()
     for _ in range(2):  # once for layers that are alike
         warmup.warm_up(state)
-    most = decode.choose_splits(state.layout, 1, state.pages.device)
+    layout, device = state.groups[0].layout, state.pages.device
+    most = decode.choose_splits(layout, 1, device)
     assert most > 2
     splits = [last for name, last in launched if name == "attend"]
-    wanted = {decode.choose_splits(state.layout, n, state.pages.device) for n in range(1, 300)}
+    wanted = {decode.choose_splits(layout, n, device) for n in range(1, 300)}
     assert set(splits) == wanted
     assert len(splits) == most.bit_length() and len(launched) == len(splits) + 1
-    lolcats = dataclasses.replace(
-        state, weights=dataclasses.replace(state.weights, subtract_max=True)
-    )
+    lolcats = state.with_weights(dataclasses.replace(state.weights, subtract_max=True))
     warmup.warm_up(lolcats)  # the other mixing is compiled as well
     assert len(launched) == 2 * len(splits) + 2
     assert (state.pages == 0xFF).all()

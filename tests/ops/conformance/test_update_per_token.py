@@ -70,9 +70,14 @@ def test_more_pairs_than_shared_memory_holds(backend):
     config = LolaConfig(window_size=5, sparse_cache_size=2800, update_interval=1)
     problem = make_problem(2809, config, Hkv=1, group=1, d=4, F=4, dtype=torch.float32)
     _, state = backend.run(problem, decode_from=2807)
-    assert int(state.layout.num_folded(torch.tensor(2809))) == 4
+    assert int(state.groups[0].layout.num_folded(torch.tensor(2809))) == 4
     _, direct = run(portable, problem)
-    assert torch.equal(direct.views.positions[STATE_INDEX], state.views.positions[STATE_INDEX])
+    assert torch.equal(
+        direct.groups[0].views.positions[STATE_INDEX], state.groups[0].views.positions[STATE_INDEX]
+    )
     torch.testing.assert_close(
-        direct.views.H[STATE_INDEX], state.views.H[STATE_INDEX], rtol=1e-4, atol=1e-4
+        direct.groups[0].views.H[STATE_INDEX],
+        state.groups[0].views.H[STATE_INDEX],
+        rtol=1e-4,
+        atol=1e-4,
     )

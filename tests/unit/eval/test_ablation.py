@@ -36,7 +36,7 @@ def kept(score: str, cuts: tuple[int, ...] = (0, T)) -> list[list[int]]:
             out = prefill(ops, problem, state, start, stop)
         assert out.isfinite().all()
     assert other is None or other.selections > 0
-    return [sorted(row) for row in state.views.positions[STATE_INDEX].tolist()]
+    return [sorted(row) for row in state.groups[0].views.positions[STATE_INDEX].tolist()]
 
 
 def test_newest_keeps_the_last_to_leave_the_window() -> None:

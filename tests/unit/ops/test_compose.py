@@ -46,10 +46,7 @@ def documents(lengths: list[int], config: LolaConfig, **options: Any) -> list[Pr
 def composer(problem: Problem, length: int = 4096) -> Composer:
     sequence = SequenceLayout((LayerLayout((problem.layout(),)),))
     wide = torch.promote_types(problem.k.dtype, torch.float32)
-    rotation = problem.rotation
-    if rotation is not None:
-        rotation = replace(rotation, cos=rotation.cos.to(wide), sin=rotation.sin.to(wide))
-    return Composer(sequence, [problem.weights()], rope(length, wide), rotation)
+    return Composer(sequence, [problem.weights()], rope(length, wide))
 
 
 def compose(problems: list[Problem], ops: Any = portable) -> tuple[Tensor, int]:
@@ -299,7 +296,7 @@ def test_the_backends_go_on_alike_from_it(interval: int) -> None:
         )
         ops.prefill(state, more.q, more.k, more.v, batch, out)
         answers.append(out)
-        pages.append(state.views.positions[STATE_INDEX].sort(-1).values)
+        pages.append(state.groups[0].views.positions[STATE_INDEX].sort(-1).values)
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
     assert torch.equal(*pages)
 
@@ -326,7 +323,7 @@ def test_a_page_per_head_gives_what_the_heads_alone_give(sizes: tuple[int, int])
         rows.append([run(portable, head)[1].pages[STATE_INDEX] for head in heads])
     layer = LayerLayout(tuple(heads[0].layout() for heads, _ in alone))
     weights = documents([48], config, Hkv=2, importance=True)[0].weights()
-    both = Composer(SequenceLayout((layer,)), [weights], rope(), None)
+    both = Composer(SequenceLayout((layer,)), [weights], rope())
     page, n = both.compose([torch.cat(pair) for pair in zip(*rows, strict=True)], [48, 64, 39])
     for part, (_, (expected, count)) in zip(layer.split(page), alone, strict=True):
         assert n == count

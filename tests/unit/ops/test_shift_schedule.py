@@ -60,7 +60,7 @@ def test_exact_keys_are_rope_of_their_rope_positions(P, D, start, sink, window):
     for x in (problem.q, problem.k):
         x.copy_(rope(x, schedule.rope_position(torch.arange(3 * P))))
     state = problem.state()
-    layout, views = state.layout, state.views
+    layout, views = state.groups[0].layout, state.groups[0].views
     for n in range(1, 3 * P + 1):
         decode(portable, problem, state, n - 1)
         now = torch.tensor(rope_positions_after(n, P, D, sink, start))
@@ -99,7 +99,7 @@ def test_the_mass_of_the_hidden_state_stays_below_that_of_the_trained_length():
         problem = make_problem(400, config, schedule=ShiftSchedule(32, 8))
         state = problem.state()
         feed(portable, problem, state)
-        total = state.views.s[STATE_INDEX].sum(-1)
+        total = state.groups[0].views.s[STATE_INDEX].sum(-1)
         assert (total < 2 * 32 * bound).all() and (total > 32).all()
 
 

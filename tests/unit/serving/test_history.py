@@ -37,8 +37,8 @@ def test_residencies_are_the_references_choices(kind, schedule, stops, monkeypat
     untouched = state.pages.clone()
     found = residencies(portable, state, Pairs(problem.k, problem.v))
     assert torch.equal(state.pages, untouched)
-    step = stop_interval(problem.layout(), n)
-    assert step % problem.layout().update_interval == 0 and n / step <= stops
+    step = stop_interval(config.update_interval, n)
+    assert step % config.update_interval == 0 and n / step <= stops
     for read in [*range(step, n, step), n]:
         cut = replace(problem, **{name: getattr(problem, name)[:read] for name in "qkv"})
         _, expected = cut.reference()

@@ -32,10 +32,11 @@ def problem_of(T, fields, **options):
 
 
 def page_after(problem, n):
-    """The page `[page_bytes]` after the first n tokens, NaN where nothing was written."""
-    state = problem.state()
-    prefill(portable, problem, state, 0, n)
-    return state.pages[STATE_INDEX], state.layout
+    """The page `[page_bytes]` after the first n tokens, NaN where nothing was written, and the
+    heads that it is of."""
+    layer = problem.state()
+    prefill(portable, problem, layer, 0, n)
+    return layer.pages[STATE_INDEX], layer.groups[0]
 
 
 def first(problem, n):
@@ -49,8 +50,8 @@ def first(problem, n):
 @pytest.mark.parametrize("Hs", [2, 6])
 def test_remembered_is_the_references_cache_with_its_errors(kind, n, Hs):
     problem = problem_of(n, CONFIGS[kind], Hs=Hs, importance=kind in WEIGHTED)
-    page, layout = page_after(problem, n)
-    positions, errors, score_weights = remembered(page, layout, problem.weights(), n)
+    page, group = page_after(problem, n)
+    positions, errors, score_weights = remembered(group, page, n)
     _, state = problem.reference()
     assert positions.tolist() == state.sparse_positions
     assert (score_weights is None) == (problem.importance is None)
@@ -65,6 +66,22 @@ def test_remembered_is_the_references_cache_with_its_errors(kind, n, Hs):
             torch.testing.assert_close(score_weights[head], w, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("n", [33, 47, 90])
+def test_errors_of_a_page_that_was_shifted_are_those_that_its_updates_compare(n):
+    """The hidden state then has keys that were rotated before they were folded."""
+    schedule = ShiftSchedule(32, 8, fold_rotation=2)
+    problem = problem_of(n, {"update_interval": 4}, schedule=schedule)
+    page, group = page_after(problem, n)
+    positions, errors, _ = remembered(group, page, n)
+    _, state = problem.reference()
+    assert positions.tolist() == state.sparse_positions
+    for head, held in enumerate(state.sparse_positions):
+        k, v = problem.rotation.rotate_for_fold(state.k[head, held]), state.v[head, held]
+        phi = feature_map(k, problem.feature_map_k[head])
+        expected = self_recall_error(phi, v, state.H[head], state.s[head])
+        torch.testing.assert_close(errors[head], expected, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("Hs", [2, 6])
 def test_recalled_is_the_references_error_of_every_token_that_left_the_window(
@@ -73,8 +90,9 @@ def test_recalled_is_the_references_error_of_every_token_that_left_the_window(
     monkeypatch.setattr(recall, "MAX_SCORED", 7)
     n = 77
     problem = problem_of(n, CONFIGS[kind], Hs=Hs, importance=kind in WEIGHTED)
-    page, layout = page_after(problem, n)
-    errors = recalled(page, layout, problem.weights(), n, Pairs(problem.k, problem.v))
+    page, group = page_after(problem, n)
+    layout = group.layout
+    errors = recalled(group, page, n, Pairs(problem.k, problem.v))
     _, state = problem.reference()
     left = list(range(layout.sink_size, int(layout.window_start(torch.tensor(n)))))
     assert errors.shape == (Hs, len(left)) and len(left) > 50
@@ -90,8 +108,8 @@ def test_recalled_is_the_references_error_of_every_token_that_left_the_window(
 
 def test_nothing_is_foretold_where_the_page_lacks_pairs_that_will_leave():
     problem = problem_of(20, {"update_interval": 12})
-    page, _ = page_after(problem, 20)
-    assert set(forecast(portable, problem.state(), page, 20)) == {None}
+    page, group = page_after(problem, 20)
+    assert set(forecast(portable, group, page, 20)) == {None}
 
 
 @pytest.mark.parametrize("n", [5, 31, 32, 36, 40, 43, 63])
@@ -100,17 +118,16 @@ def test_forecast_sees_a_context_shift_that_comes_before_the_update(n, interval)
     fields = {"update_interval": interval, "window_size": 8, "sparse_cache_size": 6}
     due = (n // interval + 1) * interval
     problem = problem_of(due, fields, schedule=ShiftSchedule(32, 4))
-    page, _ = page_after(problem, n)
+    page, group = page_after(problem, n)
     untouched = page.clone()
-    state = problem.state()
-    told = forecast(portable, state, page, n)
+    told = forecast(portable, group, page, n)
     assert torch.equal(page, untouched)
     last, _ = page_after(problem, due - 1)
     # Just before the update there is nothing left to foresee but a context shift at that very
     # token.
-    assert told == pytest.approx(forecast(portable, state, last, due - 1))
+    assert told == pytest.approx(forecast(portable, group, last, due - 1))
     if any(problem.schedule.due(m) for m in range(n, due)) and n > 16:
-        unshifted = replace(state, rotation=None)
+        unshifted = replace(group, weights=replace(group.weights, rotation=None))
         assert told != pytest.approx(forecast(portable, unshifted, page, n))
 
 
@@ -122,12 +139,12 @@ def test_forecast_is_what_the_next_update_does(kind, n, sharing):
     C = fields.get("update_interval", 8)
     due = (n // C + 1) * C
     problem = problem_of(due, fields, Hs=6, importance=kind in WEIGHTED)
-    page, layout = page_after(problem, n)
-    told = forecast(portable, problem.state(), page, n)
+    page, group = page_after(problem, n)
+    told = forecast(portable, group, page, n)
 
     before = first(problem, n).reference()[1]
     after = problem.reference()[1]
-    lam = layout.sparse_cache_size
+    lam = group.layout.sparse_cache_size
     replaced = [
         len(set(old) - set(new))
         for old, new in zip(before.sparse_positions, after.sparse_positions, strict=True)

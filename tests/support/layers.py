@@ -1,0 +1,79 @@
+"""Layers whose KV heads have sparse caches of different sizes, and so a page each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lola_vllm.config import LolaConfig
+from lola_vllm.ops import LayerState
+from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.state import LayerLayout
+from tests.support.problem import Problem, make_problem
+
+SIZES = (3, 0, 17)
+T = 90
+BASE: dict[str, int] = {"window_size": 8, "update_interval": 4, "sink_size": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "as the demo model": {"sparse_dtype": "int8", "context_shift": 16},
+    "every token": {"update_interval": 1},
+    "long interval": {"update_interval": 16},
+    "shared sets": {"sparse_sharing": "kv_head"},
+    "shifts alone": {"context_shift": 16},
+    "recent pairs": {"recent_size": ((0, 2, 3),), "sparse_dtype": "int8"},
+}
+WEIGHTED = ("as the demo model", "long interval")  # with an importance
+
+
+def layer(
+    kind: str, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Problem, list[Problem]]:
+    """A problem of three KV heads, and the same of each head alone."""
+    config = LolaConfig(**{**BASE, **KINDS[kind]}, sparse_cache_size=(SIZES,))
+    schedule = ShiftSchedule(64, 16, 1.0, 2) if config.context_shift else None
+    Hs = 6 if kind == "shared sets" else None
+    problem = make_problem(
+        T,
+        config,
+        Hkv=3,
+        group=4,
+        Hs=Hs,
+        F=6,
+        importance=kind in WEIGHTED,
+        dtype=dtype,
+        seed=seed,
+        schedule=schedule,
+    )
+    alone = []
+    for i, own in enumerate(config.for_heads()):
+        queries, states = slice(4 * i, 4 * i + 4), (Hs or 3) // 3
+        alone.append(
+            replace(
+                problem,
+                q=problem.q[:, queries],
+                k=problem.k[:, i : i + 1],
+                v=problem.v[:, i : i + 1],
+                feature_map_q=problem.feature_map_q[queries],
+                feature_map_k=problem.feature_map_k[i * states : (i + 1) * states],
+                window_factors=problem.window_factors[queries],
+                importance=None if problem.importance is None else problem.importance[i : i + 1],
+                config=own,
+            )
+        )
+    return problem, alone
+
+
+def bind(problem: Problem, num_pages: int = 4) -> LayerState:
+    """The layer with pages that are NaN."""
+    Hs = len(problem.feature_map_k)
+    layout = LayerLayout.from_config(
+        problem.config, 3, Hs, problem.q.shape[-1], 6, problem.k.dtype,
+        importance=problem.importance is not None,
+    )  # fmt: skip
+    pages = torch.full(
+        (num_pages, layout.page_bytes), 0xFF, dtype=torch.uint8, device=problem.q.device
+    )
+    return LayerState.bind(problem.weights(), layout, pages)
