@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import platform
 import uuid
-from collections.abc import Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,10 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from lola_vllm import __version__
-from lola_vllm.config import MODEL_TYPE, LolaLlamaConfig
+from lola_vllm.config import MODEL_TYPE
 from lola_vllm.estimate import Row
 from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads, row_bytes, sequence_layout
+from lola_vllm.plugin.cache import lola_hf_config, row_bytes, sequence_layout
 from lola_vllm.plugin.config_hook import WORKER_EXTENSION
 from lola_vllm.plugin.connectors import has_store
 from lola_vllm.serving.protocol import (
@@ -78,7 +77,6 @@ class LolaEngine:
             self.lola = lola_hf_config(self.config).lola
             self.sequence = sequence_layout(self.config)
             self.schedule = ShiftSchedule.of(lola_hf_config(self.config))
-            self.sizes = head_sizes(lola_hf_config(self.config))
             self.num_layers = int(self.config.model_config.hf_config.num_hidden_layers)
             self.states_per_sequence = (
                 2 if self.config.cache_config.mamba_cache_mode == "align" else 1
@@ -191,8 +189,7 @@ class LolaEngine:
             except BaseException:  # a disconnected client cancels this; the copy must not stay
                 self._later(self._ask("lola_drop", request_id))
                 raise
-        evicted = int(self.page.num_evicted(torch.tensor(len(tokens))))
-        return joined([answer["layers"] for answer in answers], self.sizes, evicted)
+        return joined([answer["layers"] for answer in answers])
 
     def _check_record(self, num_tokens: int, forgotten: bool) -> None:
         """Refuse what cannot be answered from the keys and values of a prompt."""
@@ -327,15 +324,8 @@ class LolaEngine:
             task.exception()  # the request has reported its error; this one is dropped
 
 
-def joined(
-    answers: list[dict[Any, Any]], sizes: Sequence[Sequence[int]], evicted: int
-) -> list[Layer]:
-    """One list of layers from the layers and heads of several workers.
-
-    Args:
-        answers: of the workers. sizes: of every layer, as `head_sizes` has them.
-        evicted: tokens that have left the window.
-    """
+def joined(answers: list[dict[Any, Any]]) -> list[Layer]:
+    """One list of layers from the layers and heads of several workers."""
     heads: dict[int, dict[int, Head]] = {}
     for answer in answers:
         for layer, found in answer.items():
@@ -343,24 +333,8 @@ def joined(
                 {int(head): Head(**memory) for head, memory in found.items()}
             )
     return [
-        Layer(
-            layer=layer,
-            sparse_cache_size=max(sizes[layer]),
-            sparse_cache_sizes=list(sizes[layer]),
-            folded=max(0, evicted - max(sizes[layer])),
-            heads=[heads[layer][head] for head in sorted(heads[layer])],
-        )
+        Layer(layer=layer, heads=[heads[layer][head] for head in sorted(heads[layer])])
         for layer in sorted(heads)
-    ]
-
-
-def head_sizes(config: LolaLlamaConfig) -> list[list[int]]:
-    """Pairs that each sparse set of each layer of a model holds at most."""
-    lola, kv_heads = config.lola, num_kv_heads(config)
-    sets = lola.num_sparse_heads(config.facts.num_state_heads, kv_heads)
-    return [
-        [x.sparse_pairs for x in lola.for_layer(i).of_sets(sets)]
-        for i in range(config.num_hidden_layers)
     ]
 
 

@@ -220,9 +220,11 @@ class MemoryRequest(PromptRequest):
 
 
 class Head(BaseModel):
-    """One sparse set: positions of its tokens, ascending, and their self-recall errors.
+    """What one sparse set holds, and how full it is.
 
     Attributes:
+        sparse_cache_size: pairs that it can hold. folded: tokens in its hidden state.
+        positions: of the tokens that it holds, ascending. errors: their self-recall errors.
         score_weights: importance times decay, which multiply each error in the choice; null where
             nothing does.
         forgotten: recall errors of the tokens between sinks and window that are not in the set, in
@@ -233,6 +235,8 @@ class Head(BaseModel):
             tokens were read when it entered and when it left; null as `entered`.
     """
 
+    sparse_cache_size: int
+    folded: int
     positions: list[int]
     errors: list[float]
     score_weights: list[float] | None = None
@@ -242,17 +246,9 @@ class Head(BaseModel):
 
 
 class Layer(BaseModel):
-    """The sparse sets of a layer, in order.
-
-    Attributes:
-        sparse_cache_sizes: what each head can hold. sparse_cache_size: the most of them.
-        folded: tokens in the hidden state of each head, the least of them.
-    """
+    """The sparse sets of a layer, in order."""
 
     layer: int
-    sparse_cache_size: int
-    sparse_cache_sizes: list[int]
-    folded: int
     heads: list[Head]
 
 
@@ -266,8 +262,6 @@ class MemoryResponse(BaseModel):
         tokens: ids. texts: what each adds to the text; empty where it only starts a character, and
             null for a server without a tokenizer.
         sinks: first positions that stay exact. window_start: first position of the window.
-        folded: tokens in the hidden state of each head, the least of all layers.
-        sparse_cache_size: what a head can hold, the most of all layers.
         window_size, update_interval: the model's: after n tokens the window starts at
             n // update_interval * update_interval - window_size, or at the last sink.
         history_interval: tokens between two looks at the sparse caches for `entered` and `gone`: a
@@ -285,8 +279,6 @@ class MemoryResponse(BaseModel):
     texts: list[str] | None
     sinks: int
     window_start: int
-    folded: int
-    sparse_cache_size: int
     window_size: int
     update_interval: int
     history_interval: int | None

@@ -116,7 +116,6 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
     if tokenizer is not None:  # in a thread, because a long prompt takes a while
         texts = await asyncio.to_thread(token_texts, tokenizer, tokens)
     layout = engine.page
-    n, largest = torch.tensor(len(tokens)), max(map(max, engine.sizes))
     shifted_by = 0 if engine.schedule is None else engine.schedule.shifted_by(len(tokens))
     rope_positions = None
     if engine.schedule is not None and shifted_by:
@@ -130,9 +129,7 @@ async def _memory(body: MemoryRequest, raw_request: Request) -> MemoryResponse:
         tokens=tokens,
         texts=texts,
         sinks=min(len(tokens), layout.sink_size),
-        window_start=int(layout.window_start(n)),
-        folded=max(0, int(layout.num_evicted(n)) - largest),
-        sparse_cache_size=largest,
+        window_start=int(layout.window_start(torch.tensor(len(tokens)))),
         window_size=layout.window_size,
         update_interval=layout.update_interval,
         history_interval=stop_interval(layout.update_interval, len(tokens))

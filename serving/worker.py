@@ -26,7 +26,8 @@ from lola_vllm.plugin.attention import LolaAttention
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads
 from lola_vllm.serving.history import Residency, residencies
 from lola_vllm.serving.keys import KeyRecorder, Pairs
-from lola_vllm.serving.pages import Copy, PageWatch, Row, Unreadable
+from lola_vllm.serving.pages import PageWatch, Row, StateCopy, Unreadable
+from lola_vllm.serving.protocol import Head
 from lola_vllm.serving.recall import Forecast, forecast, recalled, remembered
 
 SAMPLE = "sample"  # the watch of `lola_sample`; request ids are longer
@@ -110,14 +111,12 @@ class LolaWorkerExtension:
         """The sparse caches of a watched request: `{"layers": {index: {head: {...}}}}`.
 
         Indices are the model's, so that the answers of several workers can be put together. A head
-        has `positions`, ascending, their `errors` and, where scores have one, their
-        `score_weights`; with `forgotten` and `history` what `protocol.Head` says. Layers of other
-        workers are left out.
+        is a `protocol.Head`. Layers of other workers are left out.
         """
         modules, watch = self._lola()
         copy = watch.take(request_id)
         recorder = self._take_recorder(request_id)
-        if not isinstance(copy, Copy):
+        if not isinstance(copy, StateCopy):
             reason = copy.reason if isinstance(copy, Unreadable) else "no step of it was seen"
             return {"error": f"the state could not be read: {reason}"}
         first_head = self._first_sparse_head()
@@ -126,15 +125,7 @@ class LolaWorkerExtension:
         for module, page, pairs in zip(modules, copy.pages, recorded, strict=True):
             index = extract_layer_index(module.prefix)
             if layers is None or index in layers:
-                assert module.state is not None
-                heads: list[Answer] = []
-                for group, part, seen in _parts_of(module, page, pairs):
-                    found = _heads(group, part, copy.num_tokens)
-                    if forgotten and seen is not None:
-                        _add_forgotten(found, group, part, copy.num_tokens, seen)
-                    heads += found
-                if history and pairs is not None:
-                    _add_history(heads, residencies(module.ops, module.state, pairs))
+                heads = _heads(module, page, copy.num_tokens, pairs, forgotten, history)
                 answer[index] = {first_head + i: head for i, head in enumerate(heads)}
         return {"layers": answer}
 
@@ -156,7 +147,7 @@ class LolaWorkerExtension:
         modules, watch = self._lola()
         copy = watch.take(SAMPLE)
         watch.add(SAMPLE, _any_row)
-        if not isinstance(copy, Copy):
+        if not isinstance(copy, StateCopy):
             return {}
         answer: Answer = {"sequences": len(copy.rows)}
         layouts = modules[0].sequence.layouts
@@ -223,42 +214,62 @@ def _parts_of(
         yield group, part, None if pairs is None else Pairs(pairs.k[:, own], pairs.v[:, own])
 
 
-def _heads(group: HeadGroup, page: Tensor, num_tokens: int) -> list[Answer]:
-    """`positions`, `errors` and `score_weights` of the sparse sets of a page."""
-    memory = remembered(group, page, num_tokens)
-    # Rounded in float64, so that they are printed with few decimals.
-    errors = memory.errors.double().round(decimals=5).tolist()
-    heads: list[Answer] = [
-        {"positions": positions, "errors": errors[i]}
-        for i, positions in enumerate(memory.positions.tolist())
-    ]
-    if memory.score_weights is not None:
-        for head, score_weights in zip(heads, memory.score_weights.double(), strict=True):
-            head["score_weights"] = score_weights.round(decimals=5).tolist()
-    return heads
-
-
-def _add_forgotten(
-    heads: list[Answer], group: HeadGroup, page: Tensor, num_tokens: int, pairs: Pairs
-) -> None:
-    """`forgotten`: the errors of all tokens between sinks and window that a head does not hold."""
-    errors = recalled(group, page, num_tokens, pairs)
-    for head, row in zip(heads, errors.double().round(decimals=5).tolist(), strict=True):
-        kept = set(head["positions"])
-        first = group.layout.sink_size
-        head["forgotten"] = [e for p, e in enumerate(row, start=first) if p not in kept]
-
-
-def _add_history(heads: list[Answer], ever: list[list[Residency]]) -> None:
-    """`entered`, of the tokens that a head holds, and `gone`: those that left."""
-    for head, found in zip(heads, ever, strict=True):
-        entered = {stay.position: stay.entered for stay in found if stay.left is None}
-        if list(entered) != head["positions"]:
-            raise ValueError(
-                "history: the choices that were made again are not those of the state; leave it out"
+def _heads(
+    module: LolaAttention,
+    page: Tensor,
+    num_tokens: int,
+    pairs: Pairs | None,
+    forgotten: bool,
+    history: bool,
+) -> list[Answer]:
+    """What each sparse set of a layer holds, as `protocol.Head` has it, in order."""
+    heads: list[Head] = []
+    for group, part, seen in _parts_of(module, page, pairs):
+        memory, layout = remembered(group, part, num_tokens), group.layout
+        folded = int(layout.num_folded(torch.tensor(num_tokens)))
+        found = [
+            Head(
+                sparse_cache_size=layout.sparse_cache_size,
+                folded=folded,
+                positions=positions,
+                errors=errors,
             )
-        head["entered"] = [entered[position] for position in head["positions"]]
-        head["gone"] = [list(stay) for stay in found if stay.left is not None]
+            for positions, errors in zip(
+                memory.positions.tolist(), _rounded(memory.errors), strict=True
+            )
+        ]
+        if memory.score_weights is not None:
+            for head, weights in zip(found, _rounded(memory.score_weights), strict=True):
+                head.score_weights = weights
+        if forgotten and seen is not None:
+            errors = _rounded(recalled(group, part, num_tokens, seen))
+            for head, row in zip(found, errors, strict=True):
+                kept = set(head.positions)
+                of = enumerate(row, start=layout.sink_size)
+                head.forgotten = [error for position, error in of if position not in kept]
+        heads += found
+    if history and pairs is not None:
+        assert module.state is not None
+        for head, ever in zip(heads, residencies(module.ops, module.state, pairs), strict=True):
+            _add_history(head, ever)
+    return [head.model_dump() for head in heads]
+
+
+def _rounded(x: Tensor) -> list[list[float]]:
+    """In float64, so that they are printed with few decimals."""
+    rows: list[list[float]] = x.double().round(decimals=5).tolist()
+    return rows
+
+
+def _add_history(head: Head, ever: list[Residency]) -> None:
+    """`entered`, of the tokens that a head holds, and `gone`: those that left."""
+    entered = {stay.position: stay.entered for stay in ever if stay.left is None}
+    if list(entered) != head.positions:
+        raise ValueError(
+            "history: the choices that were made again are not those of the state; leave it out"
+        )
+    head.entered = [entered[position] for position in head.positions]
+    head.gone = [(stay.position, stay.entered, stay.left) for stay in ever if stay.left is not None]
 
 
 def _any_row(rows: list[Row]) -> Row | None:

@@ -5,8 +5,7 @@ from vllm import SamplingParams, TokensPrompt
 
 from lola_vllm.ops.reference import feature_map, self_recall_error
 from lola_vllm.plugin.attention import LolaAttention
-from lola_vllm.plugin.cache import lola_hf_config
-from lola_vllm.serving.engine import head_sizes, joined
+from lola_vllm.serving.engine import joined
 from tests.support import oracle as oracle_module
 from tests.support.engine import GREEDY, engine, metric, scheduler
 from tests.support.oracle import Oracle
@@ -212,16 +211,15 @@ def test_answers_of_several_workers_make_one(tiny, truth, options):
         send(llm, "m", prompt)
         run(llm)
         answers = llm.collective_rpc("lola_memory", args=("m", None))
-        sizes = head_sizes(lola_hf_config(llm.llm_engine.vllm_config))
-        evicted = 90 // 16 * 16 - 16 - 2
-        layers = joined([answer["layers"] for answer in answers], sizes, evicted)
+        layers = joined([answer["layers"] for answer in answers])
     assert [layer.layer for layer in layers] == [0, 1]
     assert [[head.positions for head in layer.heads] for layer in layers] == truth(prompt)
+    left = 90 // 16 * 16 - 16 - 2
+    heads = [head for layer in layers for head in layer.heads]
+    assert all(head.folded == left - head.sparse_cache_size > 0 for head in heads)
 
 
 def test_ranks_that_share_a_head_tell_of_it_once():
-    head = {"positions": [3], "errors": [0.5]}
-    (layer,) = joined([{7: {0: head}}, {7: {0: head, 1: head}}], [[128, 100]] * 8, 320)
-    assert (layer.sparse_cache_size, layer.folded) == (128, 320 - 128)
-    assert layer.sparse_cache_sizes == [128, 100]
+    head = {"sparse_cache_size": 128, "folded": 192, "positions": [3], "errors": [0.5]}
+    (layer,) = joined([{7: {0: head}}, {7: {0: head, 1: head}}])
     assert layer.layer == 7 and len(layer.heads) == 2

@@ -1,6 +1,6 @@
 // What a sequence holds after so many tokens: numbers, a chart beside a full KV cache, and places.
 
-import { rangeOf, words } from "../inspector/memory.js";
+import { partsOf, rangeOf, words } from "../inspector/memory.js";
 
 const $ = (id) => document.getElementById(id);
 const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [340, 180, 64, 8, 10, 34];
@@ -74,14 +74,11 @@ export class Holds {
       `${words(tokens)} tokens`);
   }
 
-  // Where the tokens are: the same arithmetic as in docs/algorithm.md, by the sizes of the heads.
+  // Where the tokens are, by the sizes of the heads.
   list(tokens) {
-    const { window_size: window, update_interval: step, sink_size: most } = this.lola;
-    const sinks = Math.min(tokens, most);
-    const start = Math.max(most, Math.floor(tokens / step) * step - window);
-    const left = Math.max(0, Math.min(tokens, start) - sinks);
-    const kept = this.sizes.map((size) => Math.min(left, size));
-    const folded = kept.map((number) => left - number);
+    const settings = { ...this.lola, sinks: this.lola.sink_size };
+    const heads = this.sizes.map((size) => partsOf(tokens, settings, size));
+    const [{ sinks, window }] = heads;
     const { sinks: sinkBytes, window: windowBytes, H = 0, s = 0, ...others } = this.parts;
     const pairs = ["sparse K/V", "positions", "score_weights"]
       .reduce((sum, name) => sum + (others[name] ?? 0), 0);
@@ -89,9 +86,9 @@ export class Holds {
     const all = Object.values(this.parts).reduce((sum, size) => sum + size, 0);
     const rows = [
       ["sinks, exact", words(sinks), sinkBytes],
-      ["window, exact", words(tokens - sinks - left), windowBytes],
-      ["sparse pairs, exact", rangeOf(kept), pairs],
-      ["hidden state, summed", rangeOf(folded), H + s],
+      ["window, exact", words(window), windowBytes],
+      ["sparse pairs, exact", rangeOf(heads.map(({ kept }) => kept)), pairs],
+      ["hidden state, summed", rangeOf(heads.map(({ folded }) => folded)), H + s],
     ];
     if (all > known) rows.push(["the rest", "", all - known]);
     $("places").replaceChildren(...rows.map(([name, number, size]) => {
@@ -108,7 +105,7 @@ export class Holds {
     }));
     $("places-note").textContent = (this.states > 1
       ? `A running sequence holds ${this.states} such states. ` : "") +
-      (left ? "Each head has every token in one of the four places."
+      (tokens > sinks + window ? "Each head has every token in one of the four places."
         : "Nothing has left the window yet.");
   }
 }

@@ -7,8 +7,20 @@ export function rangeOf(numbers) {
   return low === high ? words(low) : `${words(low)} to ${words(high)}`;
 }
 
-// What each head of a layer can hold; readings saved by older servers have one number for all.
-const sizesOf = (layer) => layer.sparse_cache_sizes ?? [layer.sparse_cache_size];
+// First position of the window after so many tokens, sinks aside.
+function windowStart(read, { update_interval: C, window_size: window, sinks }) {
+  return Math.max(sinks, Math.floor(read / C) * C - window);
+}
+
+// Where the first tokens of a text are in a head that holds `size` pairs: the parts add up to `read`.
+export function partsOf(read, settings, size) {
+  const sinks = Math.min(read, settings.sinks);
+  const left = Math.max(0, Math.min(read, windowStart(read, settings)) - sinks);
+  const kept = Math.min(left, size);
+  return { sinks, kept, folded: left - kept, window: read - sinks - left, size };
+}
+
+const sizesOf = (layer) => layer.heads.map((head) => head.sparse_cache_size);
 
 export class Memory {
   // `config` is the server's `lola_config`, null where it is not known.
@@ -41,8 +53,7 @@ export class Memory {
   }
 
   windowStart(read) {
-    const { update_interval: C, window_size: window, sinks } = this.answer;
-    return Math.max(sinks, Math.floor(read / C) * C - window);
+    return windowStart(read, this.answer);
   }
 
   // Where a token is after so many tokens: "sink", "past", "window" or "unread".
@@ -171,12 +182,7 @@ export class Memory {
 
   // What each head of a layer holds after so many tokens: the parts add up to `read`.
   parts(layer, read) {
-    const sinks = Math.min(read, this.answer.sinks);
-    const left = Math.max(0, Math.min(read, this.windowStart(read)) - sinks);
-    return sizesOf(layer).map((size) => {
-      const kept = Math.min(left, size);
-      return { sinks, kept, folded: left - kept, window: read - sinks - left, size };
-    });
+    return sizesOf(layer).map((size) => partsOf(read, this.answer, size));
   }
 
   // Keys of lola_config that have other values in another reading, with those of this one.

@@ -188,10 +188,11 @@ def test_the_summary_adds_up(shown, memory):
     for (index, sinks, kept, folded, window, room), layer in zip(
         rows, memory["layers"], strict=True
     ):
+        head = layer["heads"][0]
         assert (index, folded, room) == (
-            layer["layer"], layer["folded"], layer["sparse_cache_size"]
+            layer["layer"], head["folded"], head["sparse_cache_size"]
         )  # fmt: skip
-        assert kept == len(layer["heads"][0]["positions"])
+        assert kept == len(head["positions"])
         assert sinks + kept + folded + window == memory["num_tokens"]
 
 
@@ -468,7 +469,7 @@ def test_the_reading_is_saved_and_opened_again(shown, memory, lola_server, tmp_p
     assert shown.held(1) == counts(memory)
     settings = "return [...document.querySelectorAll('.settings')].map((p) => p.textContent)"
     one, two = browser.run(settings)
-    sizes = [layer["sparse_cache_size"] for layer in memory["layers"]]
+    sizes = [layer["heads"][0]["sparse_cache_size"] for layer in memory["layers"]]
     assert one == two
     assert one == (
         f"smollm2: window of {memory['window_size']}, 4 sinks, sparse caches of {min(sizes):,} to "
@@ -477,9 +478,8 @@ def test_the_reading_is_saved_and_opened_again(shown, memory, lola_server, tmp_p
     # A reading of a server with other settings.
     saved["lola_config"] = {**config, "sparse_cache_size": 32, "mixing": "lolcats"}
     for layer in saved["memory"]["layers"]:
-        layer["sparse_cache_size"] = 32
-        layer["sparse_cache_sizes"] = [32] * 3
         for head in layer["heads"]:
+            head["sparse_cache_size"] = 32
             head["positions"] = head["positions"][:32]
     (tmp_path / "smaller.json").write_text(json.dumps(saved))
     browser.press("#open", str(tmp_path / "smaller.json"))
