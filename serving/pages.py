@@ -31,7 +31,7 @@ class Row(NamedTuple):
     num_tokens: int
 
 
-class Copy(NamedTuple):
+class StateCopy(NamedTuple):
     """One sequence's state: a page `[page_bytes]` per layer, after `num_tokens` tokens.
 
     Attributes:
@@ -59,7 +59,7 @@ class PageWatch:
         self._model = model
         self._layers = layers
         self._waiting: dict[str, Choose] = {}
-        self._taken: dict[str, Copy | Unreadable] = {}
+        self._taken: dict[str, StateCopy | Unreadable] = {}
         self._hook: Any = None
 
     def add(self, key: str, choose: Choose) -> bool:
@@ -71,7 +71,7 @@ class PageWatch:
             self._hook = self._model.register_forward_hook(self._after_step)
         return True
 
-    def take(self, key: str) -> Copy | Unreadable | None:
+    def take(self, key: str) -> StateCopy | Unreadable | None:
         """Return the copy for a key and stop waiting for it; None if there was no such step."""
         self._waiting.pop(key, None)
         self._remove_idle_hook()
@@ -100,7 +100,7 @@ class PageWatch:
                 state = first.kv_cache[0][row.state_index][None].clone()
                 pages = [pages[0] for pages in first.sequence.pages(state)]
                 del self._waiting[key]
-                self._taken[key] = Copy(row.num_tokens, pages, rows)
+                self._taken[key] = StateCopy(row.num_tokens, pages, rows)
 
     def _remove_idle_hook(self) -> None:
         if self._hook is not None and not self._waiting:

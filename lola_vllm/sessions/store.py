@@ -7,7 +7,6 @@ threads.
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from lola_vllm.sessions.directory import StateDirectory
 from lola_vllm.sessions.expiry import Expiries
+from lola_vllm.sessions.failure_log import FailureLog
 from lola_vllm.sessions.file import StateHeader
 from lola_vllm.sessions.fingerprint import Fingerprint
 from lola_vllm.sessions.names import AUTOMATIC, Reference, automatic_name
@@ -38,9 +38,6 @@ from lola_vllm.sessions.shared_prefixes import shared_prefix_of
 from lola_vllm.sessions.tiers import SessionKey, Stored, Tier
 from lola_vllm.sessions.upkeep import Operation, Upkeep
 
-logger = logging.getLogger("vllm.lola")
-
-WARN_S = 60.0
 TOKEN_BYTES = 4  # of a token id, in memory and in files
 
 
@@ -101,11 +98,11 @@ class SessionStore:
         self.sessions: dict[SessionKey, Session] = {}
         self.counts: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
+        self._failure_log = FailureLog()
         self.seconds: dict[str, float] = defaultdict(float)
         self.version = 0  # of what can be found
         self.id = secrets.token_hex(8)  # of this store, among those of a machine
         self._tokens: dict[str, Tokens] = {}
-        self._warned: dict[str, float] = {}
         self.index = PrefixIndex()
         self._orders: list[Order] = []
         self._expiries = Expiries(self.states)
@@ -376,7 +373,7 @@ class SessionStore:
                         self._release_tokens(state)
                     continue
                 self.failures[outcome.fault] += 1
-                self._warn(outcome)
+                self._failure_log.take(outcome)
                 if outcome.event == "drop-failed":
                     self.upkeep.remove_later(outcome.state)
                 elif state is None:
@@ -437,7 +434,6 @@ class SessionStore:
         Args:
             undo: whether a change that the files cannot take is taken back.
             answer: what is to be told at the end.
-
         """
         with self.lock:
             before = {state.id: state.header for state in states}
@@ -482,17 +478,6 @@ class SessionStore:
     def tokens(self, state: Stored) -> Tokens | None:
         """The tokens of a state that is not yet in a file; None where only its file has them."""
         return self._tokens.get(state.id)
-
-    def _warn(self, outcome: Outcome) -> None:
-        """Log a failure, of each fault one per minute; the metrics count all."""
-        now = time.monotonic()
-        if now - self._warned.get(outcome.fault, -WARN_S) < WARN_S:
-            return
-        self._warned[outcome.fault] = now
-        logger.warning(
-            "LoLA sessions: %s of state %s (%s): %s",
-            outcome.event, outcome.state, outcome.tier, outcome.reason,
-        )  # fmt: skip
 
     def count_failure(self, fault: str) -> None:
         """Count a failure that no outcome tells of."""

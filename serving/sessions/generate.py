@@ -46,7 +46,7 @@ from lola_vllm.serving.sessions.protocol import (
     SessionChatRequest,
     SessionCompletionRequest,
 )
-from lola_vllm.serving.sessions.reporting import reported
+from lola_vllm.serving.sessions.reporting import reported, told
 from lola_vllm.serving.sessions.template_boundary import Transcript, continuation
 from lola_vllm.sessions.request import FIELD
 
@@ -180,9 +180,9 @@ async def _append(reference: Reference, body: AppendRequest, raw_request: Reques
         lora_request=raw_request.app.state.openai_serving_models.lora_requests.get(body.model),
     ):
         final = output
-    told = (final.kv_transfer_params or {}).get(FIELD, {}) if final else {}
-    told = {"session": reference.session, "unsaved": None, "unwritten": None, **told}
-    return told | {"tokens": len(tokens), "new_tokens": new}
+    said = told(final) if final else {}
+    said = {"session": reference.session, "unsaved": None, "unwritten": None, **said}
+    return said | {"tokens": len(tokens), "new_tokens": new}
 
 
 async def _messages(body: AppendRequest, transcript: Transcript, raw_request: Request) -> list[int]:

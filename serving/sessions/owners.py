@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 
+from lola_vllm.serving.sessions.reporting import told
 from lola_vllm.sessions.owner import engine_salt, owner_of, plain_salt
 from lola_vllm.sessions.request import FIELD
 
@@ -144,8 +145,7 @@ async def _telling_why(outputs: Any) -> AsyncIterator[Any]:
     """The outputs of a request without a key, which say why it has no states."""
     async with aclosing(outputs):
         async for output in outputs:
-            told = output.kv_transfer_params or {}
-            if FIELD in told:
-                told = {FIELD: {**told[FIELD], "reason": NO_KEY, "unsaved": NO_KEY}}
-                output.kv_transfer_params = told
+            if said := told(output):
+                said = {**said, "reason": NO_KEY, "unsaved": NO_KEY}
+                output.kv_transfer_params = {FIELD: said}
             yield output

@@ -25,6 +25,7 @@ import numpy as np
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from lola_vllm.serving.sessions.reporting import told
 from lola_vllm.serving.sessions.request_params import transfer_params
 from lola_vllm.sessions.names import SHARED
 from lola_vllm.sessions.prefix_hash import HASH_BLOCK, PrefixHashes, PrefixIndex, namespace
@@ -152,8 +153,7 @@ class PrefixSharing:
         outputs: Any = self._generate(prompt, sampling_params, request_id, **kwargs)
         async with aclosing(outputs):
             async for output in outputs:
-                told = (output.kv_transfer_params or {}).get(FIELD, {})
-                restored = told.get("restored_tokens")
+                restored = told(output).get("restored_tokens")
                 if hashes and point and restored is not None and restored < point.num_tokens:
                     self._recent.forget(hashes, restored, point.num_tokens)
                 if computed:
@@ -206,25 +206,25 @@ class PrefixSharing:
         )
         kept = {name: options[name] for name in ("lora_request", "priority") if name in options}
         try:
-            told: dict[str, Any] = {}
+            restored = 0
             name = OWN_REQUEST + uuid.uuid4().hex
             async for output in self._generate(part, params, name, **kept):
-                told = (output.kv_transfer_params or {}).get(FIELD, {})
+                restored = int(told(output).get("restored_tokens", 0))
         except Exception as error:
             logger.warning("LoLA sessions: the start of a prompt was not stored: %s", error)
             return 0
-        return point.num_tokens - int(told.get("restored_tokens", 0))
+        return point.num_tokens - restored
 
 
 def _count_out(output: Any, computed: int) -> None:
     """What was computed for a request just before it is not cached and not restored."""
     if output.num_cached_tokens is not None:
         output.num_cached_tokens = max(0, output.num_cached_tokens - computed)
-    told = (output.kv_transfer_params or {}).get(FIELD, {})
-    if told.get("restored_tokens"):
-        restored = max(0, told["restored_tokens"] - computed)
+    said = told(output)
+    if said.get("restored_tokens"):
+        restored = max(0, said["restored_tokens"] - computed)
         output.kv_transfer_params = {
-            **output.kv_transfer_params, FIELD: {**told, "restored_tokens": restored},
+            **output.kv_transfer_params, FIELD: {**said, "restored_tokens": restored},
         }  # fmt: skip
 
 

@@ -7,10 +7,18 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from lola_vllm.sessions.request import FIELD
+
 if TYPE_CHECKING:
     from lola_vllm.serving.sessions.wrappers import Generate
 
 _report: ContextVar[dict[str, Any] | None] = ContextVar("lola_report", default=None)
+
+
+def told(output: Any) -> dict[str, Any]:
+    """What an output of the engine says of its states; empty where it says nothing."""
+    found: dict[str, Any] = (output.kv_transfer_params or {}).get(FIELD, {})
+    return found
 
 
 def reported() -> dict[str, Any]:

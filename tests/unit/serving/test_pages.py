@@ -5,7 +5,7 @@ import torch
 
 from lola_vllm.plugin import compat
 from lola_vllm.serving import pages
-from lola_vllm.serving.pages import MAX_WATCHES, Copy, PageWatch, Row, Unreadable
+from lola_vllm.serving.pages import MAX_WATCHES, PageWatch, Row, StateCopy, Unreadable
 
 
 class Halves:
@@ -81,7 +81,7 @@ def test_it_waits_for_its_sequence_and_for_a_real_step(model, watch, step):
     step([Row(1, 6)])
     assert model._forward_hooks
     step([Row(1, 7)])
-    assert isinstance(watch.take("a"), Copy)
+    assert isinstance(watch.take("a"), StateCopy)
 
 
 def test_giving_up_removes_the_hook(model, watch, step):
