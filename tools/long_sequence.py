@@ -56,6 +56,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.texts and not args.model:
         parser.error("--texts: the tiny model has no tokenizer; give --model as well")
+    least = max(2 * args.every, 3 * args.short)
+    if args.tokens < least:
+        parser.error(
+            f"--tokens {args.tokens}: two samples of --every {args.every} are compared, and 3 times "
+            f"--short {args.short} are read for warmth; give {least} or more, or less of these"
+        )
     return args
 
 
@@ -113,7 +119,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         overrides: dict[str, Any] = {"lola_config": args.lola_config}
         if not is_endless(model, args.lola_config):
             overrides["max_position_embeddings"] = longest
-        ids = random_text(max(args.tokens, 3 * args.short))
+        ids = random_text(args.tokens)
         if args.texts:  # of the model's tokenizer, which the tiny one has not
             ids = compose(LocalTokenizer(model), args.texts, args.tokens, args.tokens // 10).ids
         llm = LLM(
