@@ -1,6 +1,6 @@
 """The contents of a page's sparse cache and their recall errors, from its bytes, on any device.
 
-Errors come from the portable `sre_scores`. What an update does with them is left to the layer's op.
+Errors come from `portable.recall_errors`. What an update does with them is left to the layer's op.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _errors(group: HeadGroup, views: StateViews, n: int, due: int, k: Tensor, v:
     first = torch.zeros(1, dtype=torch.long, device=k.device)
     empty = (group.layout.num_folded(torch.tensor([n])) == 0).to(k.device)
     maps = group.weights.maps_of(torch.tensor([due], device=k.device))
-    return portable.sre_scores(k, v, maps, views.H, views.s, first, empty)[0]
+    return portable.recall_errors(k, v, maps, views.H, views.s, first, empty)[0]
 
 
 def _mean(x: Tensor) -> float | None:

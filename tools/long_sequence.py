@@ -59,8 +59,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     least = max(2 * args.every, 3 * args.short)
     if args.tokens < least:
         parser.error(
-            f"--tokens {args.tokens}: two samples of --every {args.every} are compared, and 3 times "
-            f"--short {args.short} are read for warmth; give {least} or more, or less of these"
+            f"--tokens {args.tokens}: two samples of --every {args.every} are compared, and 3 "
+            f"times --short {args.short} are read for warmth; give {least} or more"
         )
     return args
 

@@ -29,7 +29,7 @@ from lola_vllm.state import StateLayout, StateViews
 Score = Callable[[Tensor, Tensor], Tensor]
 
 
-def sre_scores(
+def recall_errors(
     k: Tensor,
     v: Tensor,
     feature_map_k: Tensor,
@@ -343,7 +343,7 @@ def _update(group: HeadGroup, state_indices: Tensor, n: Tensor, score: Score | N
     if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
         if score is None:
             maps = group.weights.maps_of(n)
-            scores = sre_scores(k, v, maps, views.H, views.s, state_indices, empty)
+            scores = recall_errors(k, v, maps, views.H, views.s, state_indices, empty)
             if w is not None:
                 scores = scores * w
         else:
