@@ -11,7 +11,7 @@ from lola_vllm.ops.differentiable import lola_attention_parallel
 from lola_vllm.state import LayerLayout, SequenceLayout
 from tests.support.backends import TOLERANCE
 from tests.support.layers import BASE, T, bind, layer
-from tests.support.problem import feed
+from tests.support.problem import feed, make_problem
 
 
 @pytest.mark.parametrize("kind", ["plain", "as the demo model", "shared sets"])
@@ -87,3 +87,18 @@ def test_sizes_that_do_not_fit_the_model(sizes, words):
 def test_sizes_that_are_none(sizes):
     with pytest.raises(LolaConfigError, match="must be an integer of at least 0, or a list"):
         LolaConfig(sparse_cache_size=sizes)
+
+
+def test_a_stored_state_holds_nothing_of_who_had_its_page_before():
+    # Updates after each token: the C++ ops keep bounds in the page, the portable ones none.
+    config = LolaConfig(**{**BASE, "update_interval": 1}, sparse_cache_size=5)
+    problem = make_problem(T, config, F=6)
+    rows = []
+    for byte in (0, 0x3C):
+        state = problem.state()
+        state.pages.fill_(byte)
+        feed(portable, problem, state)
+        sequence = SequenceLayout((state.layout,))
+        rows.append(sequence.cleaned(state.pages[2], T))
+    assert state.groups[0].views.bounds.numel()
+    assert torch.equal(*rows)
