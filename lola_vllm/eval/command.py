@@ -176,7 +176,7 @@ def _options(parser: argparse.ArgumentParser, plan: type[Plan]) -> None:
     )  # fmt: skip
     group.add_argument(
         "--sweep", type=Path, metavar="FILE", help="JSON list of rows: name, and optionally model, "
-        "lola_config, score"
+        "lola_config, score, without"
     )  # fmt: skip
     group.add_argument(
         "--reference", type=Path, metavar="DIR", help="a model to compare with, such as the plain "
@@ -230,7 +230,7 @@ def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
 
     engine_args = _json_object("--engine-args", args.engine_args)
     settings = parse_settings(
-        Path(args.model), args.lola_config, args.sweep, args.score, args.reference
+        Path(args.model), args.lola_config, args.sweep, args.score, args.reference, args.without
     )
     if args.untrained_positions:
         settings = [with_positions(setting, plan.max_length) for setting in settings]
@@ -254,7 +254,7 @@ def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
     from lola_vllm.eval.server import ServerModel, run_server
     from lola_vllm.eval.session import Session
 
-    for option in ("lola_config", "sweep", "reference", "untrained_positions"):
+    for option in ("lola_config", "sweep", "reference", "untrained_positions", "without"):
         if getattr(args, option):
             raise EvalError(
                 f"--{option.replace('_', '-')}: a running server cannot be changed; start it "

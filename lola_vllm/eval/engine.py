@@ -105,6 +105,10 @@ class EngineModel:
 
             self._score = CountedScore(SCORES[setting.score])
             self._llm.apply_model(partial(use_score, score=self._score))
+        if setting.without:
+            from lola_vllm.eval.ablation import leave_out
+
+            self._llm.apply_model(partial(leave_out, without=setting.without))
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
 
     @property

@@ -18,6 +18,8 @@ MAX_WORDS = 40
 # stand between two sentences most of the time.
 _QUOTES = "\"'\u2018\u2019\u201c\u201d"
 _SENTENCE_END = re.compile(rf"(?<=[.!?])[{_QUOTES})\]]*\s+(?=[{_QUOTES}(\[]?[A-Z0-9])")
+# A word in small letters, of a length that most have, which is no part of another one.
+_WORD = re.compile(r"(?<![\w'-])[a-z]{4,10}(?![\w'-])")
 
 
 def split_sentences(document: str) -> list[str]:
@@ -46,6 +48,7 @@ class Prose:
         self._documents = [sentences for sentences in self._documents if sentences]
         if not self._documents:
             raise EvalError("--texts: the documents hold no sentence; give plain English prose")
+        self._words: list[str] = []  # found when first asked for
         self._weights = [len(sentences) for sentences in self._documents]
 
     def __len__(self) -> int:
@@ -56,6 +59,16 @@ class Prose:
         """A random document, longer ones more often, and a random sentence of it."""
         (document,) = rng.choices(range(len(self._documents)), weights=self._weights)
         return document, rng.randrange(len(self._documents[document]))
+
+    def words(self) -> list[str]:
+        """The different words of all documents in small letters, 4 to 10 of them, sorted."""
+        if not self._words:
+            found: set[str] = set()
+            for sentences in self._documents:
+                for sentence in sentences:
+                    found.update(_WORD.findall(sentence))
+            self._words = sorted(found)
+        return self._words
 
     def read(self, start: tuple[int, int], count: int) -> list[str]:
         """`count` sentences from `start` on."""

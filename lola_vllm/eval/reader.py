@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.ablation import SCORES, CountedScore, with_score
+from lola_vllm.eval.ablation import SCORES, CountedScore, leave_out, with_score
 from lola_vllm.eval.chats import Pause
 from lola_vllm.eval.copying import ASKED, FLOOR, Answers, Stop
 from lola_vllm.eval.models import LocalTokenizer, Prediction
@@ -47,6 +47,8 @@ class Reader:
         if setting.score != "sre":
             self.score = CountedScore(SCORES[setting.score])
         self._model = load(setting, dtype)
+        if setting.without:
+            leave_out(self._model, setting.without)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
 
     def read_blocks(

@@ -50,6 +50,7 @@ class Record:
             "fingerprint": self.fingerprint,
             "overrides": self.setting.lola_config,
             "score": self.setting.score,
+            "without": self.setting.without or None,
             "positions": self.setting.positions,
         }
 

@@ -11,7 +11,7 @@ from typing import Any
 from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
 
-_KEYS = ("name", "model", "lola_config", "score")
+_KEYS = ("name", "model", "lola_config", "score", "without")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Setting:
     Attributes:
         name: of the row. model: its directory. lola_config: keys that replace the checkpoint's.
         score: which evicted pairs stay exact; see `lola_vllm.eval.ablation` for all but "sre".
+        without: parts that are left out; see `lola_vllm.eval.ablation.leave_out`.
         positions: that the model is said to take; None: as many as its config says.
     """
 
@@ -32,6 +33,7 @@ class Setting:
         "but sre run on the torch back end",
         "sre",
     )
+    without: str = option("ablation: leave out hidden-state, importance, or both with a comma", "")
     positions: int | None = None
 
     @property
@@ -113,12 +115,13 @@ def check(setting: Setting, max_length: int) -> None:
         EvalError: LoLA parameters for a model without LoLA, an unknown score, or a length beyond
             the model's context. LolaConfigError: parameters that are not valid.
     """
-    from lola_vllm.eval.ablation import SCORES
+    from lola_vllm.eval.ablation import SCORES, parts_of
 
+    parts = parts_of(setting.without)
     if setting.score not in ("sre", *SCORES):
         raise EvalError(f"score = {setting.score!r}: must be one of sre, {', '.join(SCORES)}")
     config = read_model_config(setting.model)
-    if not setting.is_lola and (setting.lola_config or setting.score != "sre"):
+    if not setting.is_lola and (setting.lola_config or setting.score != "sre" or parts):
         raise EvalError(
             f"setting {setting.name!r}: {setting.model} is a {config.get('model_type')} model, "
             "which has no lola_config and no sparse cache; make a LoLA checkpoint with "
@@ -150,7 +153,12 @@ def with_positions(setting: Setting, length: int) -> Setting:
 
 
 def parse_settings(
-    model: Path, configs: Sequence[str], sweep: Path | None, score: str, reference: Path | None
+    model: Path,
+    configs: Sequence[str],
+    sweep: Path | None,
+    score: str,
+    reference: Path | None,
+    without: str = "",
 ) -> list[Setting]:
     """The rows that a command line asks for.
 
@@ -166,11 +174,11 @@ def parse_settings(
         EvalError: an option or a file that cannot be read, or names that repeat.
     """
     settings = [] if reference is None else [Setting("reference", reference)]
-    settings += [_parse_config(model, text, score) for text in configs]
+    settings += [_parse_config(model, text, score, without) for text in configs]
     if sweep is not None:
-        settings += _read_sweep(sweep, model, score)
+        settings += _read_sweep(sweep, model, score, without)
     if not configs and sweep is None:
-        settings.append(Setting("model", model, {}, score))
+        settings.append(Setting("model", model, {}, score, without))
     names = [setting.name for setting in settings]
     for name in names:
         if names.count(name) > 1:
@@ -180,7 +188,7 @@ def parse_settings(
     return settings
 
 
-def _parse_config(model: Path, text: str, score: str) -> Setting:
+def _parse_config(model: Path, text: str, score: str, without: str) -> Setting:
     # "=" may occur in the name, and inside the object.
     head, brace, rest = text.partition("{")
     name, equals, start = head.rpartition("=")
@@ -194,10 +202,10 @@ def _parse_config(model: Path, text: str, score: str) -> Setting:
         ) from None
     if not isinstance(config, dict):
         raise EvalError(f"--lola-config {text!r}: must be a JSON object")
-    return Setting(name, model, config, score)
+    return Setting(name, model, config, score, without)
 
 
-def _read_sweep(path: Path, model: Path, score: str) -> list[Setting]:
+def _read_sweep(path: Path, model: Path, score: str, without: str) -> list[Setting]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -215,7 +223,13 @@ def _read_sweep(path: Path, model: Path, score: str) -> list[Setting]:
         if not isinstance(config, dict):
             raise EvalError(f"--sweep {path}: {name}: lola_config = {config!r}: must be an object")
         settings.append(
-            Setting(name, Path(row.get("model", model)), config, row.get("score", score))
+            Setting(
+                name,
+                Path(row.get("model", model)),
+                config,
+                row.get("score", score),
+                str(row.get("without", without)),
+            )
         )
     return settings
 

@@ -17,6 +17,14 @@ from typing import Literal
 
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.chat_facts import CHAT_TASKS
+from lola_vllm.eval.counting import (
+    COMMON_ROOM,
+    COMMON_WORDS,
+    FREQUENT_ROOM,
+    LEAST_FREQUENT,
+    draw_common_words,
+    draw_frequent_words,
+)
 from lola_vllm.eval.facts import (
     FactDraw,
     date_of_opening,
@@ -45,6 +53,13 @@ NEEDLE_PROMPT = (
     "What is the special magic {kind} for {key} mentioned in the provided text?"
 )
 NEEDLE_ANSWER = "The special magic {kind} for {key} mentioned in the provided text is"
+# Where several values are asked for.
+NEEDLES_PROMPT = (
+    "Some special magic {kind}s are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {kind}s afterwards.\n{context}\n"
+    "What are all the special magic {kind}s for {key} mentioned in the provided text?"
+)
+NEEDLES_ANSWER = "The special magic {kind}s for {key} mentioned in the provided text are"
 
 PASS_KEY = "The pass key is {key}. Remember it. {key} is the pass key."
 PASS_KEY_PROMPT = (
@@ -99,25 +114,30 @@ class NeedleDraw:
         haystack: "noise": one line of five sentences, repeated; "prose": real text; "needles":
             nothing but lines like the needle, with other keys.
         value: a number of 7 digits, or a uuid.
-        keys: needles hidden, of which the first is asked for.
+        keys: that are hidden, of which the first `queries` are asked for.
+        values: of each key, in a needle each.
+        queries: keys that are asked for.
+        key: two words, or a uuid.
     """
 
     haystack: Literal["noise", "prose", "needles"]
     value: Literal["number", "uuid"] = "number"
     keys: int = 1
+    values: int = 1
+    queries: int = 1
+    key: Literal["words", "uuid"] = "words"
 
     def __call__(self, rng: random.Random, depth: float, length: int, prose: Prose | None) -> Draft:
         keys: list[str] = []
         while len(keys) < self.keys:
-            key = draw_key(rng)
+            key = self._draw_key(rng)
             if key not in keys:
                 keys.append(key)
-        values = [self._draw_value(rng) for _ in keys]
-        depths = [depth, *(rng.random() for _ in keys[1:])]
-        needles = [
-            (where, self._needle(key, value))
-            for where, key, value in zip(depths, keys, values, strict=True)
-        ]
+        pairs = [(key, self._draw_value(rng)) for key in keys for _ in range(self.values)]
+        depths = [depth, *(rng.random() for _ in pairs[1:])]
+        needles = [(where, self._needle(*pair)) for where, pair in zip(depths, pairs, strict=True)]
+        asked = keys[: self.queries]
+        values = [value for key, value in pairs if key in asked]
         start = prose.start(rng) if prose and self.haystack == "prose" else (0, 0)
         others = random.Random(rng.random())
 
@@ -128,7 +148,7 @@ class NeedleDraw:
                 assert prose is not None
                 return prose.read(start, units)
             while len(distractors) < units:
-                key = draw_key(others)
+                key = self._draw_key(others)
                 if key not in keys:
                     distractors.append(self._needle(key, self._draw_value(others)))
             return distractors[:units]
@@ -138,16 +158,18 @@ class NeedleDraw:
         def draft(units: int) -> Question:
             mixed, found = hide(lines(units), needles)
             separator = " " if self.haystack == "prose" else "\n"
-            return needle_question(
-                separator.join(mixed), self.value, keys[0], values[0], depth=found[0]
-            )
+            context = separator.join(mixed)
+            if len(values) == 1:
+                return needle_question(context, self.value, keys[0], values[0], depth=found[0])
+            return needles_question(context, self.value, asked, values, depth=found[0])
 
         return draft
 
+    def _draw_key(self, rng: random.Random) -> str:
+        return draw_key(rng) if self.key == "words" else draw_uuid(rng)
+
     def _draw_value(self, rng: random.Random) -> str:
-        if self.value == "number":
-            return str(rng.randint(10**6, 10**7 - 1))
-        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+        return str(rng.randint(10**6, 10**7 - 1)) if self.value == "number" else draw_uuid(rng)
 
     def _needle(self, key: str, value: str) -> str:
         return NEEDLE.format(kind=self.value, key=key, value=value)
@@ -158,12 +180,30 @@ def draw_key(rng: random.Random) -> str:
     return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
 
 
+def draw_uuid(rng: random.Random) -> str:
+    """A random uuid of version 4."""
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
 def needle_question(context: str, kind: str, key: str, value: str, *, depth: float) -> Question:
     """The question for the value of `key`, given the text that hides it."""
     return Question(
         text=NEEDLE_PROMPT.format(kind=kind, context=context, key=key),
         answer_prefix=NEEDLE_ANSWER.format(kind=kind, key=key),
         expected=(value,),
+        depth=depth,
+    )
+
+
+def needles_question(
+    context: str, kind: str, keys: Sequence[str], values: Sequence[str], *, depth: float
+) -> Question:
+    """The question for all values of one or more keys, given the text that hides them."""
+    key = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
+    return Question(
+        text=NEEDLES_PROMPT.format(kind=kind, context=context, key=key),
+        answer_prefix=NEEDLES_ANSWER.format(kind=kind, key=key),
+        expected=tuple(values),
         depth=depth,
     )
 
@@ -282,6 +322,8 @@ def draw_chain(rng: random.Random, depth: float, length: int, prose: Prose | Non
 # Room for an answer: 7 digits, a uuid's 36 characters or five names, in tokenizers that take a
 # token per digit, and some words before them. RULER leaves 128 tokens (30 for chains).
 _NUMBER_ROOM, _UUID_ROOM, _CHAIN_ROOM, _FACT_ROOM = 24, 56, 48, 24
+# Four numbers, which models that repeat the keys need; the keys of `multiquery` are long.
+_NUMBERS_ROOM = 96
 
 TASKS = {
     task.name: task
@@ -319,6 +361,45 @@ TASKS = {
             "RULER MK-NIAH-2: one number in a text of nothing but such needles",
             NeedleDraw("needles"),
             _NUMBER_ROOM,
+        ),
+        Task(
+            "multikey-3",
+            "RULER MK-NIAH-3: one uuid under a uuid in a text of nothing but such needles",
+            NeedleDraw("needles", value="uuid", key="uuid"),
+            _UUID_ROOM,
+        ),
+        Task(
+            "multivalue",
+            "RULER MV-NIAH: four 7-digit numbers of one key in real prose",
+            NeedleDraw("prose", values=4),
+            _NUMBERS_ROOM,
+            needs_prose=True,
+            several_places=True,
+        ),
+        Task(
+            "multiquery",
+            "RULER MQ-NIAH: the 7-digit numbers of four keys in real prose",
+            NeedleDraw("prose", keys=4, queries=4),
+            _NUMBERS_ROOM,
+            needs_prose=True,
+            several_places=True,
+        ),
+        Task(
+            "cwe",
+            "RULER common words extraction: the ten words that stand most often in a list",
+            draw_common_words,
+            COMMON_ROOM,
+            minimum_units=COMMON_WORDS + 1,
+            needs_prose=True,
+            several_places=True,
+        ),
+        Task(
+            "fwe",
+            "RULER frequent words extraction: the three most frequent of coded words",
+            draw_frequent_words,
+            FREQUENT_ROOM,
+            minimum_units=LEAST_FREQUENT,
+            several_places=True,
         ),
         *(
             Task(

@@ -71,6 +71,15 @@ def test_settings(models: Path) -> None:
         Setting("kv", Path("elsewhere"), {}, "norm"),
         Setting("last", lola, {}, "newest"),
     ]
+    found = parse(models, "as is={}", sweep=[{"name": "H off", "without": "hidden-state"}])
+    assert [setting.without for setting in found] == ["", "hidden-state"]
+
+
+def test_parts_are_left_out_of_lola_models_that_have_them(models: Path) -> None:
+    with pytest.raises(EvalError, match="'window' is no part"):
+        check(Setting("x", models / "lola", without="window"), 8)
+    with pytest.raises(EvalError, match="has no lola_config and no sparse cache"):
+        check(Setting("x", models / "llama", without="hidden-state"), 8)
 
 
 @pytest.mark.parametrize(

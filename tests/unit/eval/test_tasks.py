@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -9,6 +10,13 @@ from collections import Counter
 import pytest
 
 from lola_vllm.eval import EvalError, tasks
+from lola_vllm.eval.counting import (
+    LONG_FORM,
+    SHORT_FORM,
+    coded_text,
+    common_question,
+    frequent_question,
+)
 from lola_vllm.eval.prompts import Prompt, build_prompts
 from lola_vllm.eval.question import MAX_WORDS, Prose, hide, split_sentences
 from lola_vllm.eval.tasks import (
@@ -18,10 +26,12 @@ from lola_vllm.eval.tasks import (
     chain_text,
     find_tasks,
     needle_question,
+    needles_question,
     num_units,
 )
 
 SAMPLES = 20
+COUNTING = ("cwe", "fwe")  # whose answer is no needle
 
 
 class Words:
@@ -50,11 +60,12 @@ class Words:
 @pytest.fixture(scope="module")
 def prose() -> Prose:
     rng = random.Random(5)
+    syllables = ["ba", "do", "fi", "gu", "ke", "lo", "mi", "na", "ru"]
+    vocabulary = ["".join(parts) for parts in itertools.product(syllables, repeat=3)]
     documents = []
     for _ in range(4):
         sentences = [
-            " ".join(["The", *rng.choices(["tree", "house", "road", "sees"], k=rng.randint(3, 30))])
-            for _ in range(200)
+            " ".join(["The", *rng.choices(vocabulary, k=rng.randint(3, 30))]) for _ in range(200)
         ]
         documents.append(". ".join(sentences) + ".")
     return Prose(documents)
@@ -73,7 +84,8 @@ def test_prompt_and_answer_fill_the_length_and_never_exceed_it(
     name: str, length: int, format: str, prose: Prose
 ) -> None:
     limit = length - TASKS[name].answer_room
-    unit = MAX_WORDS + 30  # a sentence or a line, with the largest needle that may move past it
+    # A sentence or a line, with the largest needle that may move past it.
+    unit = 110 if name == "multikey-3" else MAX_WORDS + 30
     for prompt in prompts(name, length, prose, format=format):
         assert limit - unit < len(prompt.ids) <= limit
 
@@ -90,6 +102,8 @@ def test_answers_are_in_the_text_once_and_begin_is_in_the_prompt(name: str, pros
             # The pass key is said twice; all but the last name of a chain are assigned on.
             if name == "passkey":
                 assert occurrences == 2
+            elif name in COUNTING:
+                assert occurrences > 1
             elif name == "vt":
                 assert occurrences == (1 if expected == question.expected[-1] else 2)
             else:
@@ -111,7 +125,7 @@ def test_the_seed_decides_everything(name: str, prose: Prose) -> None:
     assert prompts(name, 768, prose, seed=3) != prompts(name, 768, prose, seed=4)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in COUNTING])
 def test_depths_cover_the_haystack_evenly_in_mixed_order(name: str, prose: Prose) -> None:
     depths = [prompt.question.depth for prompt in prompts(name, 4096, prose)]
     assert all(0 <= depth < 1 for depth in depths)
@@ -149,6 +163,79 @@ def test_multikey_hides_four_different_keys_and_asks_for_one(prose: Prose) -> No
         assert dict(needles)[key] == prompt.question.expected[0]
         asked[[k for k, _ in needles].index(key)] += 1
     assert len(asked) == 4  # the one asked for is not always the first
+
+
+def needles_of(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"magic numbers for (\S+) is: (\d+)\.", text)
+
+
+def test_multivalue_asks_for_all_values_of_one_key(prose: Prose) -> None:
+    for prompt in prompts("multivalue", 1024, prose):
+        needles = needles_of(prompt.question.text)
+        assert len(needles) == 4 and len({key for key, _ in needles}) == 1
+        assert {value for _, value in needles} == set(prompt.question.expected)
+        assert prompt.question.text.endswith(
+            f"What are all the special magic numbers for {needles[0][0]} mentioned in the provided "
+            "text?"
+        )
+
+
+def test_multiquery_asks_for_the_values_of_four_keys(prose: Prose) -> None:
+    for prompt in prompts("multiquery", 1024, prose):
+        needles = dict(needles_of(prompt.question.text))
+        (asked,) = re.findall(r"numbers for ([^\n]+) mentioned", prompt.question.text)
+        keys = asked.replace(", and ", ", ").split(", ")
+        assert len(keys) == 4 and [needles[key] for key in keys] == list(prompt.question.expected)
+
+
+def test_multikey_3_hides_a_uuid_among_uuids(prose: Prose) -> None:
+    uuid = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    for prompt in prompts("multikey-3", 2048, prose):
+        lines = prompt.question.text.split("\n")[1:-1]
+        form = rf"One of the special magic uuids for ({uuid}) is: ({uuid})\."
+        pairs = dict(re.fullmatch(form, line).groups() for line in lines)  # type: ignore[union-attr]
+        assert len(pairs) == len(lines) > 10
+        (key,) = re.findall(rf"magic uuid for ({uuid}) mentioned", prompt.question.text)
+        assert (pairs[key],) == prompt.question.expected
+
+
+@pytest.mark.parametrize("length, times", [(2048, (6, 1)), (6144, (30, 3))])
+def test_ten_words_of_a_list_are_the_most_common(
+    length: int, times: tuple[int, int], prose: Prose
+) -> None:
+    for prompt in build_prompts(TASKS["cwe"], length, 2, 0, Words(), prose=prose):
+        whole = prompt.question.text
+        example, text = whole[: whole.rindex("Below is")], whole[whole.rindex("Below is") :]
+        assert example.startswith("Below is a numbered list") and example.endswith("\n")
+        listed = re.findall(r"\d+\. ([a-z]+)", text)
+        counts = Counter(listed)
+        most = {word for word, _ in counts.most_common(10)}
+        assert most == set(prompt.question.expected)
+        assert {counts[word] for word in most} == {times[0]}
+        assert {n for word, n in counts.items() if word not in most} == {times[1]}
+        # The example is solved.
+        solved = re.findall(r"\d+\. ([a-z]+)", example.partition("Answer:")[2])
+        shown = Counter(re.findall(r"\d+\. ([a-z]+)", example.partition("Answer:")[0]))
+        assert set(solved) == {word for word, _ in shown.most_common(10)}
+
+
+def test_a_list_needs_more_words_than_there_are() -> None:
+    few = Prose(["The house sees a road. A tree stands there."])
+    with pytest.raises(
+        EvalError, match=r"cwe: .* 20 different words, and the held-out prose has 6;"
+    ):
+        build_prompts(TASKS["cwe"], 1024, 1, 0, Words(), prose=few)
+
+
+@pytest.mark.parametrize("length", [512, 2048, 8192])
+def test_three_coded_words_are_the_most_frequent_but_for_the_dots(length: int) -> None:
+    for prompt in build_prompts(TASKS["fwe"], length, 3, 0, Words()):
+        text = prompt.question.text.split("coded words. ")[1].split("\nQuestion:")[0]
+        ranked = Counter(text.split()).most_common()
+        assert ranked[0][0] == "..."
+        assert [word for word, _ in ranked[1:4]] == list(prompt.question.expected)
+        assert ranked[3][1] > ranked[4][1]
+        assert all(re.fullmatch("[a-z]{6}", word) for word, _ in ranked[1:])
 
 
 def test_values_look_as_in_ruler(prose: Prose) -> None:
@@ -263,6 +350,56 @@ class TestAgainstLmEval:
             assert ours.text == sample["input"]
             assert ours.answer_prefix == sample["gen_prefix"]
             assert list(ours.expected) == sample["outputs"]
+
+    @pytest.mark.parametrize("options", [{"num_needle_v": 4}, {"num_needle_q": 4}])
+    def test_several_needles(self, tokenizer: object, options: dict[str, int]) -> None:
+        """In noise, as their essays are not there."""
+        niah = self._import("niah_utils")
+        samples = niah.generate_samples(
+            niah.get_haystack(type_haystack="repeat"), max_seq_length=1024, template=niah.TEMPLATE,
+            type_haystack="repeat", type_needle_k="words", type_needle_v="numbers",
+            num_samples=5, TOKENIZER=tokenizer, **options,
+        )  # fmt: skip
+        for sample in samples:
+            found = re.findall(r"magic numbers for (.+) is: (\d+)\.", sample["input"])
+            keys = list(dict.fromkeys(
+                next(key for key, value in found if value == wanted) for wanted in sample["outputs"]
+            ))  # fmt: skip
+            context = sample["input"].partition("\n")[2].rpartition("\n")[0]
+            ours = needles_question(context, "number", keys, sample["outputs"], depth=0)
+            assert ours.text == sample["input"]
+            assert ours.answer_prefix == sample["gen_prefix"]
+            assert list(ours.expected) == sample["outputs"]
+
+    @pytest.mark.parametrize("length", [2048, 4096])
+    def test_common_words(self, tokenizer: object, length: int) -> None:
+        cwe = self._import("cwe_utils")
+        example, text, common = cwe.generate_input_output(60, length)
+        (times, others), (few, rest), size = LONG_FORM if length >= 4096 else SHORT_FORM
+        for whole, of_common, of_other, number in (
+            (text, times, others, 60),
+            (example, few, rest, size),
+        ):
+            context = whole.split("the most often.\n")[-1].split("often.\n")[-1]
+            listed = re.findall(r"\d+\. (.+?)(?= \d+\. |\nQuestion)", context)
+            counts = Counter(listed)
+            assert sorted(counts.values()) == [of_other] * (number - 10) + [of_common] * 10
+        listed = re.findall(r"\d+\. (.+?)(?= \d+\. |\nQuestion)", text.split("often.\n")[-1])
+        ours = common_question(listed, common)
+        assert f"{ours.text} {ours.answer_prefix}" == text
+        assert list(ours.expected) == common
+
+    def test_frequent_words(self, tokenizer: object) -> None:
+        fwe = self._import("fwe_utils")
+        text, answer, size = fwe.generate_input_output(1024, tokenizer, vocab_size=40)
+        words = text.split("coded words. ")[1].split("\nQuestion:")[0].split()
+        vocabulary = [word for word, _ in Counter(words).most_common()]
+        ours = frequent_question(words, ["...", *answer, *vocabulary])
+        assert f"{ours.text} {ours.answer_prefix}" == text
+        assert list(ours.expected) == answer
+        counts = sorted(Counter(words).values(), reverse=True)
+        known = Counter(coded_text([str(rank) for rank in range(40)], size))
+        assert counts == sorted(known.values(), reverse=True)
 
     def test_chains(self, tokenizer: object) -> None:
         vt = self._import("vt_utils")
