@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from lola_vllm.calibrate.run import COPYING_PROMPTS
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.linearize.memory import activation_bytes, parameters
@@ -50,7 +51,8 @@ def stage_tokens(recipe: Recipe, kinds: int) -> dict[str, int]:
         kinds: of text, each of which is measured.
     """
     calibration = int(recipe.calibration_prompts * recipe.calibration_prompt_length * 0.75)
-    calibration += 8 * recipe.calibration_prompt_length if recipe.recent_pairs else 0
+    if recipe.recent_pairs:  # to find the heads that copy
+        calibration += COPYING_PROMPTS * 2 * recipe.calibration_prompt_length
     recall = len(recipe.evaluation_tasks) * recipe.evaluation_samples
     evaluation = recall * sum(recipe.evaluation_lengths)
     evaluation += kinds * recipe.evaluation_windows * recipe.evaluation_window_length

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lola_vllm.calibrate.copying import LEAST_DISTANCE, PASSAGE, PASSAGES
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig
 from lola_vllm.linearize.memory import activation_bytes
@@ -37,7 +38,8 @@ class Recipe:
             of P if that is less), 4, 16 (at most the window) and "int8".
         scored_pairs, recent_pairs: of a KV head, on average: chosen by score, and the newest. As
             many as `--memory` has room for, in the proportion of the demo model, 125 to 288;
-            without it 413 together, or P / 16 if that is less.
+            without it 413 together, or P / 16 if that is less. No recent ones where P has no room
+            for the prompts that find the heads which copy (750 tokens).
         seed: of all that is drawn.
         dtype: of the base's weights in the first two stages: the one in which the machine is fast.
         retrieval_fraction: share of rows that hide facts and ask for them, in these stages.
@@ -190,6 +192,8 @@ def derive(
     if memory_mib is not None:
         pairs = pairs_in(base, served, memory_mib)
     scored = max(1, round(pairs * SCORED / (SCORED + RECENT)))
+    if length <= LEAST_DISTANCE + PASSAGE + PASSAGES * PASSAGE:
+        scored = pairs
     few = 1 << round(math.log2(max(1, pairs / 3)))
     caches = (0, few, 4 * few)
     folding = 4 * window + 4 * few + 4  # two windows, two intervals, cache and sinks

@@ -380,8 +380,8 @@ class TestAgainstLmEval:
             (text, times, others, 60),
             (example, few, rest, size),
         ):
-            context = whole.split("the most often.\n")[-1].split("often.\n")[-1]
-            listed = re.findall(r"\d+\. (.+?)(?= \d+\. |\nQuestion)", context)
+            context = whole.split("often.\n")[-1].split("\nQuestion")[0]
+            listed = re.findall(r"\d+\. (.+?)(?= \d+\. |$)", context)
             counts = Counter(listed)
             assert sorted(counts.values()) == [of_other] * (number - 10) + [of_common] * 10
         listed = re.findall(r"\d+\. (.+?)(?= \d+\. |\nQuestion)", text.split("often.\n")[-1])

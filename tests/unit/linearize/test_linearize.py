@@ -34,7 +34,7 @@ FAST = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
+    return write_base(tmp_path_factory.mktemp("base"), max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_is_not(
     sizes = [size for layer in config["sparse_cache_size"] for size in layer]
     recipe = state["recipe"]
     # Recent pairs are rounded in each head.
-    assert recipe["scored_pairs"] + recipe["recent_pairs"] == 32
-    assert sum(sizes) / len(sizes) == pytest.approx(32, abs=0.5)
+    assert recipe["scored_pairs"] + recipe["recent_pairs"] == 64
+    assert sum(sizes) / len(sizes) == pytest.approx(64, abs=0.5)
     card = (tmp_path / "lola" / "README.md").read_text()
     assert "one (CC0-1.0)" in card and "| attention transfer | 1,024 |" in card
     assert json.dumps(recipe) in card and "all heads hold" in card
@@ -122,7 +122,7 @@ def test_a_model_with_biases_is_made_and_served(command: list[str], tmp_path: Pa
 
     import lola_vllm.hf  # noqa: F401  # registers the model
 
-    qwen = write_base(tmp_path / "qwen", "qwen2")
+    qwen = write_base(tmp_path / "qwen", "qwen2", max_position_embeddings=1024)
     command[command.index("--base") + 1] = str(qwen)
     assert cli.main(command) == 0
     assert json.loads((tmp_path / "lola" / "config.json").read_text())["qkv_bias"]
