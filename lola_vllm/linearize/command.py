@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--memory", type=float, metavar="MIB",
-        help="of a sequence of the model, whatever its length (default: 413 pairs in a KV head, or "
+        help="of a sequence of the model, whatever its length (default: 427 pairs in a KV head, or "
         "one for 16 tokens of the trained length)",
     )  # fmt: skip
     parser.add_argument(

@@ -19,7 +19,7 @@ from lola_vllm.config import LolaConfig
 from lola_vllm.linearize.memory import activation_bytes
 
 # Of the demo model: pairs of a KV head, on average, that scores choose, and newest ones.
-SCORED, RECENT = 125, 288
+SCORED, RECENT = 49, 378
 # A pair for so many tokens of the trained length: a cache that holds most of it is no cache.
 LENGTH_PER_PAIR = 16
 # Tokens that the stages of the demo model read.
@@ -37,8 +37,8 @@ class Recipe:
         window_size, sink_size, update_interval, sparse_dtype: keys of `lola_config`. 64 (an eighth
             of P if that is less), 4, 16 (at most the window) and "int8".
         scored_pairs, recent_pairs: of a KV head, on average: chosen by score, and the newest. As
-            many as `--memory` has room for, in the proportion of the demo model, 125 to 288;
-            without it 413 together, or P / 16 if that is less. No recent ones where P has no room
+            many as `--memory` has room for, in the proportion of the demo model, 49 to 378;
+            without it 427 together, or P / 16 if that is less. No recent ones where P has no room
             for the prompts that find the heads which copy (750 tokens).
         seed: of all that is drawn.
         dtype: of the base's weights in the first two stages: the one in which the machine is fast.
@@ -163,7 +163,7 @@ def derive(
     Args:
         base: a local directory of the softmax model.
         text_bytes: of all texts to train on.
-        memory_mib: of a sequence, in MiB; None: of 413 pairs in a KV head.
+        memory_mib: of a sequence, in MiB; None: of 427 pairs in a KV head.
         scale: factor on the tokens of the stages that train.
         dtype: in which the machine is fast: "bfloat16" or "float32".
         free_bytes: memory of the machine or the GPU that is free.

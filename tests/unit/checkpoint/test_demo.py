@@ -39,8 +39,8 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     pairs, recent = sizes["sparse_cache_size"], sizes["recent_size"]
     assert len(pairs) == len(recent) == 30 and {len(heads) for heads in pairs + recent} == {3}
     newest = [size for heads in recent for size in heads]
-    assert sum(map(sum, pairs)) - sum(newest) == 125 * 90
-    assert 287 * 90 < sum(newest) <= 288 * 90 and len(set(newest)) == 2
+    assert sum(map(sum, pairs)) - sum(newest) == 49 * 90
+    assert 377 * 90 < sum(newest) <= 378 * 90 and max(newest) == 4170
     assert config.lola_config == {
         "window_size": 64,
         **sizes,
@@ -52,14 +52,14 @@ def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
     }
     tensors = load_file(demo / "lola" / "model.safetensors")
     assert all(tensors[name].equal(weights) for name, weights in importance.items())
-    # In 1.14 times the bytes of 128 pairs as the paper has them.
+    # In 1.16 times the bytes of 128 pairs as the paper has them.
     pages = [
         LayerLayout.from_config(lola.for_layer(i), 3, 3, 64, 64, torch.bfloat16).page_bytes
         for lola in (config.lola, LolaConfig(sink_size=4, sparse_cache_size=128))
         for i in range(30)
     ]
     assert len((demo / "lola" / "config.json").read_text().splitlines()) < 64  # a screen
-    assert 1.13 < sum(pages[:30]) / sum(pages[30:]) < 1.15
+    assert 1.15 < sum(pages[:30]) / sum(pages[30:]) < 1.17
     assert {path.name for path in demo.iterdir()} == {"base", "lola"}
     card = (demo / "lola" / "README.md").read_text()
     assert (DISTILLED / "CARD.md").read_text() in card
