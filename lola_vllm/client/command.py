@@ -214,7 +214,7 @@ def _rm(server: Server, args: argparse.Namespace) -> None:
     if many == (args.session is not None):
         raise ClientError("name one session, or many with --older-than AGE or --all")
     if not many:
-        print(f"{args.session}: {server.delete(args.session)} states deleted")
+        print(f"{args.session}: {server.delete(args.session)}")
         return
     found = server.sessions()
     if args.older_than is not None:
@@ -227,7 +227,7 @@ def _rm(server: Server, args: argparse.Namespace) -> None:
         pinned = sum(one["pinned"] for one in found)
         also = f", of which {pinned} pinned" if pinned else ""
         _confirm(f"delete {len(found)} sessions{also} of {server.url}?")
-    _each(found, "deleted", lambda name: f"{server.delete(name)} states deleted")
+    _each(found, "deleted", server.delete)
 
 
 def _confirm(question: str) -> None:

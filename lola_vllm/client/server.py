@@ -71,10 +71,13 @@ class Server:
         said: str = self.json("POST", "/detokenize", {"tokens": tokens})["prompt"]
         return said
 
-    def delete(self, session: str) -> int:
-        """Delete a session or a turn of it; how many states are gone."""
-        deleted: int = self.json("DELETE", path(session, turn=True))["deleted"]
-        return deleted
+    def delete(self, session: str) -> str:
+        """Delete a session or a turn of it; what is gone and what stays, in words."""
+        answer = self.json("DELETE", path(session, turn=True))
+        said = f"{answer['deleted']} states deleted"
+        if composed := answer.get("composed"):
+            said += f"; what was composed of it stays: {', '.join(composed)}"
+        return said
 
     def json(self, method: str, where: str, body: Any = None) -> Any:
         """The JSON of an answer.

@@ -23,6 +23,7 @@ class Script:
             nothing is kept; "kept": the same, and all is kept; "dies": the connection breaks.
         sessions: (turn, tokens, kind) by name. bodies: of the messages. refusals: status and
             message by method and path. texts: of sessions. used: when, by name. deleted: names.
+            composed: sessions that are made of one, by its name.
     """
 
     url: str = ""
@@ -34,6 +35,7 @@ class Script:
     used: dict[str, float] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
     deleted: list[str] = field(default_factory=list)
+    composed: dict[str, list[str]] = field(default_factory=dict)
     ranks: int = 1
     left: threading.Event = field(default_factory=threading.Event)
 
@@ -106,7 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command == "DELETE":
             script.deleted.append(name)
             del script.sessions[name]
-            self._send({"deleted": 2})
+            left = script.composed.get(name)
+            self._send({"deleted": 2, **({"composed": left} if left else {})})
         elif verb == "tokens":
             self._send({"session": name, "turn": 1, "tokens": list(script.texts[name].encode())})
         elif verb == "state":

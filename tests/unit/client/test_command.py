@@ -43,6 +43,13 @@ def test_old_sessions_are_deleted_and_pinned_ones_stay(script, run):
     assert script.deleted == ["old"]
 
 
+def test_what_was_composed_of_a_session_is_named(script, run):
+    script.composed["old"] = ["both", "more"]
+    assert run("rm", "old") == (
+        "old: 2 states deleted; what was composed of it stays: both, more\n"
+    )
+
+
 def test_all_are_deleted_after_a_yes(script, run, monkeypatch):
     class Keyboard(io.StringIO):
         def isatty(self):
