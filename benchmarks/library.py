@@ -114,10 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     neutral = queries_of(reader.model, caches[0], encode(NEUTRAL))
     found: dict[str, float] = {f"{score} first": 0 for score in SCORES}
     found |= {f"{score} among three": 0 for score in SCORES}
-    answers: dict[str, float] = {"alone": 0, "composed": 0, "in a row": 0}
-    seconds: dict[str, float] = dict.fromkeys(
-        ("read one", "choose", "compose", "first token", "in a row"), 0.0
-    )
+    answers: dict[str, float] = {"alone": 0, "composed": 0}
+    timed = ["read one", "choose", "compose", "first token"] + ["in a row"] * args.in_a_row
+    seconds = dict.fromkeys(timed, 0.0)
     for number in range(args.questions):
         right = chance.randrange(1, args.documents)
         key, digits = (
@@ -155,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
             began = time.perf_counter()
             row = reader.read([token for i in best for token in texts[i]])[0]
             seconds["in a row"] += time.perf_counter() - began
-            answers["in a row"] += digits in reader.ask(row, question)[0]
+            right_answer = digits in reader.ask(row, question)[0]
+            answers["in a row"] = answers.get("in a row", 0) + right_answer
         print(number + 1, right, best[::-1], repr(answer), found, answers, flush=True)
     result = found | {f"answers {name}": count for name, count in answers.items()}
     result |= {f"{name} s": total / args.questions for name, total in seconds.items()}
