@@ -131,7 +131,7 @@ def test_without_the_hidden_state_answers_are_of_the_exact_pairs(ops: object) ->
     for each in (problem, bare):
         state = each.state()
         outs.append(prefill(ops, each, state, 0, T + 1)[-1])  # type: ignore[arg-type]
-        caches.append(state.views.positions[STATE_INDEX].sort(-1).values)
+        caches.append(state.groups[0].views.positions[STATE_INDEX].sort(-1).values)
     assert caches[0].equal(caches[1])  # the choice is the same
     group = problem.q.shape[1] // problem.k.shape[1]
     for head in range(problem.q.shape[1]):
@@ -150,7 +150,7 @@ def test_without_importance_the_error_alone_chooses() -> None:
     for problem in (weighted, alone, without(weighted, "importance")):
         state = problem.state()
         prefill(portable, problem, state, 0, T)
-        found.append(state.views.positions[STATE_INDEX].sort(-1).values.tolist())
+        found.append(state.groups[0].views.positions[STATE_INDEX].sort(-1).values.tolist())
     assert found[1] == found[2] != found[0]
     both = without(weighted, "importance, hidden-state")
     assert (both.window_factors > 50).all() and not both.importance.any()  # type: ignore[union-attr]
