@@ -90,7 +90,8 @@ def attend(
     """Softmax attention of every token to its chunk, window and sinks: a `prefill.SoftmaxPart`.
 
     Args:
-        state, q, k, v, batch: as in `contract.PrefillOp`.
+        group: the heads, and `[T, Hq, d]` q and `[T, Hkv, d]` k and v of these heads alone.
+        batch: as in `contract.PrefillBatch`.
 
     Returns:
         `[T, Hq, d]` in the model's dtype, and its log-sum-exp `[Hq, T]` in float32.

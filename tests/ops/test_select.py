@@ -58,8 +58,8 @@ def test_with_xformers_all_but_prefill_is_triton(monkeypatch):
     monkeypatch.setattr(xformers_prefill, "missing", lambda: None)
     chosen = choose_backend("cuda", torch.bfloat16)
     assert chosen.name == "xformers" and chosen.capturable
-    assert chosen.decode.__wrapped__ is backend.decode
-    assert chosen.prefill.__wrapped__ is xformers_prefill.prefill
+    assert chosen.decode is backend.decode
+    assert chosen.prefill is xformers_prefill.prefill
     assert chosen.warm_up is xformers_prefill.warm_up
 
 

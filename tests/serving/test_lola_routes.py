@@ -25,7 +25,7 @@ ROUTES = [
     ("GET", "/v1/lola/inspector"),
     ("GET", "/v1/lola/sessions"),
     *((method, SESSION) for method in ("GET", "PATCH", "DELETE")),
-    *(("POST", f"{SESSION}/{verb}") for verb in ("fork", "append", "complete", "chat")),
+    *(("POST", f"{SESSION}/{verb}") for verb in ("fork", "compose", "append", "complete", "chat")),
     ("GET", f"{SESSION}/tokens"),
     ("GET", f"{SESSION}/state"),
     ("PUT", f"{SESSION}/state"),

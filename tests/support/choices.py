@@ -52,5 +52,5 @@ def assert_a_prompt_chooses_as_single_steps(backend: Backend, problem: Problem) 
     _, carried = backend.run(problem, [700])
     _, stepwise = backend.run(problem, decode_from=0)
     for name in STORED:
-        one, two = (getattr(x.views, name)[STATE_INDEX] for x in (carried, stepwise))
+        one, two = (getattr(x.groups[0].views, name)[STATE_INDEX] for x in (carried, stepwise))
         assert torch.equal(one, two), name

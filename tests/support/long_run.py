@@ -80,7 +80,7 @@ def gain(
         decode(ops, problem, state, position, skipped=skipped)
     pages = state.pages.cpu()
     problem = problem.to(torch.device("cpu"))
-    state = LayerState.bind(problem.weights(), layout, pages)
+    state = problem.bind(pages)
     views = state.groups[0].views
     after = folded_of(problem, layout, views, T, skipped)
 

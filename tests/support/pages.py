@@ -131,10 +131,10 @@ def assert_same_choices(state: LayerState, other: LayerState) -> None:
     but for rounding."""
     names = ("positions", "sparse_k_scale", "sparse_v_scale", "sparse_k", "sparse_v")
     for name in (*names, "exact_k", "exact_v"):
-        one, two = (getattr(x.views, name)[STATE_INDEX] for x in (state, other))
+        one, two = (getattr(x.groups[0].views, name)[STATE_INDEX] for x in (state, other))
         assert torch.equal(one, two), name
     for name in ("H", "score_weights"):
-        one, two = (getattr(x.views, name)[STATE_INDEX] for x in (state, other))
+        one, two = (getattr(x.groups[0].views, name)[STATE_INDEX] for x in (state, other))
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 

@@ -154,7 +154,10 @@ def test_any_split_gives_the_same_state(backend, seed):
 @fewer("interpreted", interval=[4])
 def test_nothing_changes_up_to_the_trained_length(backend, interval):
     schedule = replace(SCHEDULE, fold_rotation=2, bucket_start=8)
-    problem = make_problem(32, config_of(5, interval), dtype=backend.dtype, schedule=schedule)
+    # With an importance pages have room for weights of scores whether contexts shift or not.
+    problem = make_problem(
+        32, config_of(5, interval), dtype=backend.dtype, schedule=schedule, importance=True
+    )
     for decode_from in (32, 20):
         out, state = backend.run(problem, decode_from=decode_from)
         plain, other = backend.run(replace(problem, rotation=None), decode_from=decode_from)

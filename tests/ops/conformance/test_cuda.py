@@ -66,5 +66,7 @@ def test_a_captured_graph_replays_updates_without_waiting(backend):
         graph.replay()
         assert torch.equal(out, expected[t])
     for name in ("H", "s", "positions"):
-        replayed, plain = (getattr(x.views, name)[STATE_INDEX] for x in (state, expected_state))
+        replayed, plain = (
+            getattr(x.groups[0].views, name)[STATE_INDEX] for x in (state, expected_state)
+        )
         assert torch.equal(replayed, plain)
