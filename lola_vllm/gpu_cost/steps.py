@@ -1,0 +1,345 @@
+"""A decode step and a prompt of a model: parts, launches, and what must be done in order.
+
+Launches are those of the host code: `csrc/cuda/lola.cu` (decode), `kernels/decode.py`,
+`kernels/update.py` and `kernels/prefill.py`. A back end calls them for each head group of a layer.
+The other designs are not built: in them all heads of a layer share every launch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.gpu_cost.gpus import Chain, Cost, Gpu, Part, Unit
+from lola_vllm.gpu_cost.work import (
+    FOLDS,
+    SCORES,
+    SPARSE,
+    STATE,
+    TOKENS,
+    WINDOW,
+    Work,
+    attended,
+    chunks_of,
+    map_bytes,
+    shift_work,
+    state_bytes,
+    updated,
+)
+from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.state import LayerLayout, SequenceLayout, StateLayout
+
+# Designs. Those of today call every kernel for each head group.
+STOCK, TODAY_CUDA, TODAY_TRITON, ALL_HEADS = "stock", "today, CUDA", "today, Triton", "all heads"
+LOOP, PARALLEL, SPREAD = "loop", "loop, attend", "spread, attend"
+DECODE_DESIGNS = (STOCK, TODAY_CUDA, TODAY_TRITON, ALL_HEADS)
+PREFILL_DESIGNS = (STOCK, TODAY_TRITON, ALL_HEADS, LOOP, PARALLEL, SPREAD)
+
+WEIGHTS, HEAD, FULL_KV, SELECT, SHIFT = (
+    "weights",
+    "LM head",
+    "full KV",
+    "selection",
+    "context shift",
+)
+# vLLM's Llama without attention: two norms with their additions, four products of matrices, RoPE,
+# the activation; around the layers the embedding, the last norm and the LM head.
+LAYER_LAUNCHES, MODEL_LAUNCHES = 8, 3
+STOCK_LAUNCHES = 2  # keys and values into the cache, flash attention; one more joins splits
+GOAL_DECODE_LAUNCHES = 3  # attention, scores, selection with folds
+# Operators of torch in `context_shift._shift_group`, and those more where pairs are int8.
+SHIFT_LAUNCHES, INT8_SHIFT_LAUNCHES = 91, 20
+GOAL_SHIFT_LAUNCHES = 2  # for all layers
+STEP_TOKENS = 8192  # of prompts in a step of vLLM, which reads the weights once
+SEGMENT = 256  # tokens between copies of H, of a prompt whose attention is a launch of its own
+SPREAD_BLOCKS = 8  # the largest cluster of blocks that runs on every GPU with clusters
+ATTEND_ROWS = 32  # queries of a block in `kernels/prefill.py`
+
+# Which units a design's parts use. The order of scores decides, so plain TF32 will not do there.
+TENSOR: dict[str, Unit] = {STATE: "tf32", SCORES: "tf32x3", FOLDS: "tf32x3", SELECT: "fp32"}
+VECTOR: dict[str, Unit] = dict.fromkeys((WINDOW, SPARSE, STATE, SCORES, FOLDS, SELECT), "fp32")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is counted of a model.
+
+    Attributes:
+        sequence: its state. num_heads: Hq. layer_weights: numbers in the matrices of all layers.
+        head_weights: those of the LM head. weight_bytes: of a number.
+        schedule: of its context shifts.
+    """
+
+    sequence: SequenceLayout
+    num_heads: int
+    layer_weights: int
+    head_weights: int
+    weight_bytes: int
+    schedule: ShiftSchedule | None
+
+    @classmethod
+    def of(cls, config: LolaLlamaConfig, sequence: SequenceLayout) -> Model:
+        """Of a config, with all of its heads; biases and norms are left out."""
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        kv_heads, d = config.num_key_value_heads, int(config.head_dim or 0)
+        assert kv_heads is not None  # LlamaConfig fills it in
+        attention = hidden * d * (2 * heads + 2 * kv_heads)
+        layer = attention + 3 * hidden * config.intermediate_size
+        item = sequence.layouts[0].kv_dtype.itemsize
+        schedule = ShiftSchedule.of(config)
+        layers = config.num_hidden_layers
+        return cls(sequence, heads, layers * layer, config.vocab_size * hidden, item, schedule)
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights, if the LM head is tied."""
+        return (self.layer_weights + self.head_weights) * self.weight_bytes
+
+    @property
+    def groups(self) -> int:
+        """Head groups of all layers."""
+        return len(self.sequence.layouts)
+
+    def heads_of(self, layer: LayerLayout) -> int:
+        """Query heads of each of its pages."""
+        return self.num_heads // len(layer.pages)
+
+    def pages(self) -> Counter[tuple[StateLayout, int]]:
+        """How often each page occurs, with its query heads."""
+        return Counter(
+            (page, self.heads_of(layer)) for layer in self.sequence.layers for page in layer.pages
+        )
+
+
+class _Sums:
+    """Bytes, flops and chain by part."""
+
+    def __init__(self) -> None:
+        self.work: dict[str, tuple[float, float]] = {}
+        self.chain: dict[str, Chain] = {}
+
+    def add(self, name: str, nbytes: float, flops: float = 0.0) -> None:
+        old = self.work.get(name, (0.0, 0.0))
+        self.work[name] = (old[0] + nbytes, old[1] + flops)
+
+    def follow(self, name: str, flops: float, nbytes: float = 0.0, steps: float = 0.0) -> None:
+        """More that comes after what is in the chain of a part."""
+        old = self.chain.get(name, Chain())
+        self.chain[name] = Chain(old.flops + flops, old.bytes + nbytes, old.steps + steps)
+
+    def parts(self, units: Mapping[str, Unit], wide: bool) -> tuple[Part, ...]:
+        """wide: the model is float32, and tensor cores do not serve it."""
+        return tuple(
+            Part(
+                name, *work, "fp32" if wide else units.get(name, "bf16"),
+                self.chain.get(name, Chain()),
+            )
+            for name, work in self.work.items()
+        )  # fmt: skip
+
+
+def decode(model: Model, gpu: Gpu, batch: int, context: int, design: str) -> Cost:
+    """A step of `batch` sequences of `context` tokens: the mean over an update interval.
+
+    Args:
+        design: one of `DECODE_DESIGNS`. CUDA graphs hold all but LoLA's attention, as by default,
+            and all of "stock" and "all heads".
+    """
+    sums, layers = _Sums(), len(model.sequence.layers)
+    _weights(sums, model, batch, batch, steps=1)
+    graph, host = float(LAYER_LAUNCHES * layers + MODEL_LAUNCHES), 0.0
+    first = model.sequence.layouts[0]
+    if design == STOCK:
+        sums.add(FULL_KV, *_full_kv(model, batch, context))
+        splits = batch * model.sequence.layers[0].num_kv_heads < gpu.processors
+        graph += layers * (STOCK_LAUNCHES + splits)
+        return Cost(design, sums.parts({}, first.kv_dtype == torch.float32), graph, host)
+
+    C = first.update_interval
+    starts = torch.arange(context - 1, context - 1 + C)
+    for (page, heads), count in model.pages().items():
+        works = attended(page, heads, starts, torch.ones_like(starts))
+        works |= updated(page, starts + 1, skip_recent=design == ALL_HEADS)
+        for name, work in works.items():
+            sums.add(name, *(count * batch * float(x.mean()) for x in work))
+        sums.add(STATE, count * map_bytes(page, heads))
+        if design == ALL_HEADS:
+            continue
+        # A step is as late as its longest update: one block for a row and set selects and folds,
+        # and with CUDA computes the scores.
+        some_due = min(1.0, batch / C) * count
+        cuda = design == TODAY_CUDA
+        for name in (SCORES, FOLDS) if cuda else (FOLDS,):
+            nbytes, flops = (some_due * float(x.max()) / page.num_sparse_heads for x in works[name])
+            sums.follow(name, flops, nbytes)
+        if cuda and not page.keeps_bounds:  # `select` of update.cu compares all with all
+            pairs = min(page.sparse_cache_size, int(page.num_evicted(torch.tensor(context))))
+            compared = 2.0 * (pairs + C) ** 2
+            sums.add(SELECT, 0.0, count * batch / C * page.num_sparse_heads * compared)
+            sums.follow(SELECT, compared * some_due)
+        host += count * decode_launches(page, batch, gpu, cuda=cuda)
+    if design == ALL_HEADS:
+        graph += layers * GOAL_DECODE_LAUNCHES
+    if model.schedule is not None and context >= model.schedule.length:
+        host += _shift(sums, model, batch / model.schedule.interval, design == ALL_HEADS)
+    units = VECTOR if design == TODAY_CUDA else TENSOR
+    return Cost(design, sums.parts(units, first.kv_dtype == torch.float32), graph, host)
+
+
+def prefill(model: Model, gpu: Gpu, rows: int, tokens: int, design: str) -> Cost:
+    """Prompts of `tokens` tokens from empty states, all in one call; the host starts all kernels.
+
+    Memory is read once where what a launch comes back to fits L2, and else once for each chunk.
+
+    Args:
+        design: one of `PREFILL_DESIGNS`. "all heads": three launches for each chunk. "loop": a
+            block per row and KV head does all of its chunks in one launch. "loop, attend": that
+            block computes scores, choices and folds; a second, parallel launch attends, from copies
+            of H after every `SEGMENT` tokens. "spread, attend": besides, `SPREAD_BLOCKS` blocks
+            share the scores of a row and KV head, and wait for each other once more a chunk.
+    """
+    sums, layers = _Sums(), len(model.sequence.layers)
+    total = rows * tokens
+    _weights(sums, model, total, rows, steps=-(-total // STEP_TOKENS))
+    host = float(LAYER_LAUNCHES * layers + MODEL_LAUNCHES)
+    wide = model.sequence.layouts[0].kv_dtype == torch.float32
+    if design == STOCK:
+        for layer in model.sequence.layers:
+            d, item = layer.pages[0].head_dim, layer.pages[0].kv_dtype.itemsize
+            moved = (2 * model.num_heads + 4 * layer.num_kv_heads) * d * item
+            sums.add(TOKENS, total * moved)
+            sums.add(FULL_KV, 0.0, rows * model.num_heads * 4.0 * d * tokens * (tokens + 1) / 2)
+        return Cost(design, sums.parts({}, wide), 0.0, host + layers * STOCK_LAUNCHES)
+
+    segments = 1
+    if model.schedule is not None:
+        segments = len(model.schedule.segment_lengths(0, tokens))
+    goal = design in (LOOP, PARALLEL, SPREAD)
+    for layer, count in Counter(model.sequence.layers).items():
+        heads, chains = model.heads_of(layer), []
+        for page in layer.pages:
+            starts, lengths = chunks_of(page, tokens)
+            works = attended(page, heads, starts, lengths)
+            works |= updated(page, starts + lengths, skip_recent=goal)
+            held = page.page_bytes if design == TODAY_TRITON else layer.page_bytes
+            for name, work in works.items():
+                again = name == TOKENS or rows * held > gpu.l2_bytes
+                nbytes = work.bytes.sum() if again else work.bytes.max()
+                sums.add(name, count * rows * float(nbytes), count * rows * float(work.flops.sum()))
+            sums.add(STATE, count * map_bytes(page, heads))
+            if design in (PARALLEL, SPREAD):
+                _segments(sums, page, heads, tokens, count * rows)
+            chains.append(_chain(page, heads, lengths, works, design))
+            if design == TODAY_TRITON:
+                host += count * prefill_launches(page, starts, lengths)
+        if design == ALL_HEADS:
+            host += count * max(
+                prefill_launches(page, *chunks_of(page, tokens)) for page in layer.pages
+            )
+        elif goal:
+            host += count * segments * (1 if design == LOOP else 2)
+        for name in chains[0]:
+            parts = torch.stack([chain[name] for chain in chains])  # [pages, 3, chunks]
+            if design == TODAY_TRITON:  # group after group
+                longest = parts.sum(dim=(0, 2))
+            elif design == ALL_HEADS:  # a chunk waits for the longest of its heads
+                longest = parts.amax(0).sum(1)
+            else:
+                longest = parts.sum(2).amax(0)
+            sums.follow(name, *(count * float(x) for x in longest))
+    if segments > 1:
+        host += _shift(sums, model, rows * (segments - 1), goal, calls=segments - 1)
+    return Cost(design, sums.parts(TENSOR, wide), 0.0, host)
+
+
+def decode_launches(page: StateLayout, batch: int, gpu: Gpu, *, cuda: bool) -> int:
+    """Kernels of a decode step of a head group, as the host code starts them."""
+    pairs = page.sink_size + page.ring_size + page.sparse_cache_size
+    if cuda:  # features, attention, update; `num_splits` of lola.cu
+        blocks = batch * page.num_sparse_heads
+        split = blocks < 2 * gpu.processors and (pairs + 2 * page.feature_dim) // 64 > 1
+        return 3 + split
+    programs = 2 * gpu.processors // (batch * page.num_state_heads)  # `choose_splits`
+    tile = 16384 // (page.kv_dtype.itemsize << (page.head_dim - 1).bit_length())
+    split = min(programs, -(-pairs // min(64, max(16, tile)))) > 1
+    return 2 + split + (page.sparse_cache_size > 0)
+
+
+def prefill_launches(page: StateLayout, starts: Tensor, lengths: Tensor) -> int:
+    """Kernels of a prompt in a head group: for each chunk attention, and at an update scores, where
+    a cache overflows, and folds."""
+    n = starts + lengths
+    due = page.update_due(n)
+    scores = due & (page.num_evicted(n) > page.sparse_cache_size)
+    return int(len(n) + due.sum() + (scores.sum() if page.sparse_cache_size else 0))
+
+
+def _weights(sums: _Sums, model: Model, tokens: int, answers: int, steps: int) -> None:
+    """steps: times that the weights are read."""
+    nbytes = steps * model.weight_bytes
+    sums.add(WEIGHTS, nbytes * model.layer_weights, 2.0 * tokens * model.layer_weights)
+    sums.add(HEAD, nbytes * model.head_weights, 2.0 * answers * model.head_weights)
+
+
+def _full_kv(model: Model, batch: int, context: int) -> tuple[float, float]:
+    read = float(batch * context * model.sequence.full_kv_bytes_per_token)
+    layers = model.sequence.layers
+    flops = 4.0 * model.num_heads * layers[0].pages[0].head_dim * len(layers)
+    return read, flops * batch * context
+
+
+def _shift(
+    sums: _Sums, model: Model, times: float, goal: bool, calls: float | None = None
+) -> float:
+    """Adds `times` context shifts of a sequence; their launches, in `calls` calls."""
+    for page in model.sequence.layouts:
+        nbytes, flops = shift_work(page)
+        sums.add(SHIFT, times * nbytes, times * flops)
+    of_pages = (
+        SHIFT_LAUNCHES + INT8_SHIFT_LAUNCHES * page.int8_pairs for page in model.sequence.layouts
+    )
+    launches = GOAL_SHIFT_LAUNCHES if goal else sum(of_pages)
+    return (min(1.0, times) if calls is None else calls) * launches
+
+
+def _segments(sums: _Sums, page: StateLayout, heads: int, tokens: int, rows: int) -> None:
+    """What attention as a launch of its own adds.
+
+    Copies of H and s are written and read. A query meets the pairs of its own segment, half of it
+    on average, by logits or features.
+    """
+    copies = tokens // SEGMENT
+    sums.add(STATE, rows * copies * 2.0 * state_bytes(page))
+    own = rows * heads * tokens * min(SEGMENT, tokens) / 2
+    sums.add(SPARSE, 0.0, own * (4.0 * page.head_dim + 4 * page.feature_dim))
+
+
+def _chain(
+    page: StateLayout, heads: int, lengths: Tensor, works: Mapping[str, Work], design: str
+) -> dict[str, Tensor]:
+    """What a block does of a row's chunks: flops, bytes and steps, `[3, chunks]`, by part."""
+    steps = torch.zeros(len(lengths), dtype=torch.float64)
+
+    def share(names: Iterable[str], of_flops: Tensor | int, of_bytes: int) -> Tensor:
+        flops = sum((works[name].flops for name in names), steps) / of_flops
+        nbytes = sum((works[name].bytes for name in names), steps) / of_bytes
+        return torch.stack([flops, nbytes, steps])
+
+    kv = page.num_kv_heads
+    chain = {FOLDS: share([FOLDS], page.num_sparse_heads, page.num_sparse_heads)}
+    if design in (TODAY_TRITON, ALL_HEADS):  # a block attends 32 queries of a head
+        blocks = -(-lengths // ATTEND_ROWS)
+        return chain | {name: share([name], heads * blocks, kv) for name in (WINDOW, SPARSE, STATE)}
+    chain = {name: share([name], kv, kv) for name in (SCORES, FOLDS)}
+    chain[FOLDS][2] = 1.0  # a step between chunks
+    if design == SPREAD:
+        chain[SCORES] /= SPREAD_BLOCKS
+        chain[SCORES][2] = (works[SCORES].flops > 0).double()
+    if design == LOOP:
+        chain |= {name: share([name], kv, kv) for name in (WINDOW, SPARSE, STATE)}
+    return chain
