@@ -172,7 +172,10 @@ def _with_copy(group: HeadGroup, page: Tensor) -> LayerState:
 
 
 def _shifted(group: HeadGroup, page: Tensor, counts: range) -> Tensor:
-    """A copy of a page as its context shifts while it has so many tokens leave it."""
+    """A page as its context shifts while it has so many tokens leave it; a copy where it shifts."""
+    rotation = group.weights.rotation
+    if rotation is None or not any(map(rotation.schedule.due, counts)):
+        return page
     own, index = _with_copy(group, page), torch.ones(1, dtype=torch.int32, device=page.device)
     for n in counts:
         shift_due([own], index, torch.tensor([n]))

@@ -8,7 +8,6 @@ with this project, in `smollm2/`; together they make a LoLA checkpoint.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from lola_vllm.checkpoint.convert import convert_checkpoint
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.gguf import read_gguf
 from lola_vllm.checkpoint.init import StateHeads, init_checkpoint
-from lola_vllm.checkpoint.quantize import Weights, quantize_checkpoint
+from lola_vllm.checkpoint.quantize import Weights, move_checkpoint
 from lola_vllm.checkpoint.staging import check_output, staged_directory
 from lola_vllm.checkpoint.wheels import PinnedWheel, cached_wheel
 from lola_vllm.config import LolaLlamaConfig
@@ -122,12 +121,7 @@ def build_demo_model(
             )
             if calibrated:
                 config = _calibrate(lola, config_overrides or {})
-        if weights:
-            quantize_checkpoint(lola, out, weights, force=force)
-        else:
-            with staged_directory(out, force=force) as staging:
-                for path in lola.iterdir():
-                    shutil.move(path, staging)
+        move_checkpoint(lola, out, weights, force=force)
         return config
 
 

@@ -86,6 +86,27 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
         write_json(staging / "config.json", _config(config, weights))
 
 
+def move_checkpoint(
+    source: Path, out: Path, weights: Weights | None = None, *, force: bool = False
+) -> None:
+    """Put a checkpoint that was made aside at `out`, completely or not at all.
+
+    Args:
+        source: a directory that is not needed afterwards. weights: of the linear layers, as in
+            `quantize_checkpoint`; None: as they are.
+        force: replace a model that is already at `out`.
+
+    Raises:
+        CheckpointError: `out` may not be replaced.
+    """
+    if weights:
+        quantize_checkpoint(source, out, weights, force=force)
+        return
+    with staged_directory(out, force=force) as staging:
+        for path in source.iterdir():
+            shutil.move(path, staging)
+
+
 def faster_weights(model: Path) -> Weights | None:
     """The `weights` that would decode faster on this machine's CPU; None if none would.
 

