@@ -185,6 +185,7 @@ class LayerState:
         groups: its heads, in order, as those that share a page.
         table: `[len(groups), len(TABLE_FIELDS)]` int64 in host memory: `layout` as the C++ and CUDA
             ops read it (`PageLayout` in `csrc/layout.h`).
+        device_table: `table` on the device of the pages, for kernels that take all groups at once.
     """
 
     weights: LolaWeights
@@ -192,6 +193,7 @@ class LayerState:
     pages: Tensor
     groups: tuple[HeadGroup, ...]
     table: Tensor
+    device_table: Tensor
 
     @classmethod
     def bind(cls, weights: LolaWeights, layout: LayerLayout, pages: Tensor) -> LayerState:
@@ -215,7 +217,7 @@ class LayerState:
             HeadGroup(weights.of_group(i, len(parts)), *part) for i, part in enumerate(parts)
         )
         table = layout.table(weights.num_heads, weights.subtract_max, weights.rotated_map_after)
-        return cls(weights, layout, pages, groups, table)
+        return cls(weights, layout, pages, groups, table, table.to(pages.device))
 
     def with_weights(self, weights: LolaWeights) -> LayerState:
         """The same pages with other weights of the same shapes, which are not checked again."""
