@@ -1,154 +1,81 @@
 """States of documents that were read apart, composed into the state of one sequence.
 
-The documents stand one behind the other (`docs/algorithm.md`, section 8). In plain torch on states
-in host memory: it runs once for a set of documents.
+The documents stand one behind the other (`composition.py`, and `docs/algorithm.md`, section 8). In
+plain torch on states in host memory: it runs once for a set of documents.
+
+Sparse sets differ in size. A few hold thousands of pairs and many hold a few, so pairs lie one
+behind the other in flat tensors: what is done to each pair alone is done to those of several small
+sets at once, and products of matrices set by set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lola_vllm.ops.constants import RECALL_EPS
+from lola_vllm.ops.composition import ComposeError, Composition, Rows
+from lola_vllm.ops.constants import FEATURE_FLOOR, RECALL_EPS
 from lola_vllm.ops.contract import LolaWeights
 from lola_vllm.ops.int8 import Int8Rows, quantize
-from lola_vllm.ops.portable import compute_dtype
-from lola_vllm.ops.reference import feature_map, pair_importance
+from lola_vllm.ops.reference import pair_importance
 from lola_vllm.ops.rope_table import RopeTable
-from lola_vllm.ops.shift_schedule import MAX_LENGTH, ShiftSchedule
-from lola_vllm.state import BOUND_ROWS, SequenceLayout, StateLayout, StateViews
+from lola_vllm.ops.shift_schedule import MAX_LENGTH
+from lola_vllm.ops.state_parts import Bytes, StateParts
+from lola_vllm.state import BOUND_ROWS, SequenceLayout
+
+__all__ = ["ComposeError", "Composer", "Composition"]
+
+# Pairs of small sets that are looked at together: as many as a processor's cache holds.
+RUN_PAIRS = 4096
 
 
-class ComposeError(ValueError):
-    """States that cannot be composed; the message names what is wrong and the remedy."""
-
-
-class Rows(NamedTuple):
-    """Exact pairs of a document that its page's exact store holds.
+class Pairs(NamedTuple):
+    """Pairs of sparse sets, as pages keep them, of one set after the other.
 
     Attributes:
-        source: `[m]`, their rows. positions: `[m]`, in the document. labels: `[m]`, in the
-            composition.
+        k, v: `[m, d]`. labels: `[m]`. w: `[m]`, weights of scores; `[0]` where there are none.
     """
 
-    source: Tensor
-    positions: Tensor
+    k: Tensor | Int8Rows
+    v: Tensor | Int8Rows
     labels: Tensor
+    w: Tensor
 
-    def of(self, chosen: Tensor) -> Rows:
-        """Those of a mask `[m]`."""
-        return Rows(*(x[chosen] for x in self))
+    def each(self, change: Callable[[Tensor], Tensor]) -> Pairs:
+        """With the same change to all tensors."""
+        k, v = (
+            Int8Rows(*map(change, x)) if isinstance(x, Int8Rows) else change(x)
+            for x in (self.k, self.v)
+        )
+        return Pairs(k, v, change(self.labels), change(self.w))
+
+    def of(self, chosen: Tensor) -> Pairs:
+        """Those at indices `[n]`."""
+        return self.each(lambda rows: rows.index_select(0, chosen) if len(rows) else rows)
 
 
-@dataclass(frozen=True)
-class Composition:
-    """Where the tokens of documents stand when they are one sequence.
-
-    A document begins at a multiple of the update interval, as its window would not be one of the
-    composition elsewhere. So the tokens of a document, but for the last one, count up to its last
-    multiple of the interval. The pairs of the fewer than C tokens behind it take part all the same.
+class Run(NamedTuple):
+    """Sparse sets that are composed together, because the same is to be done to all of them.
 
     Attributes:
-        sink_size: of the model. schedule: of its context shifts; None: there are none.
-        lengths: tokens of each document. offsets: position of its first token.
-        evicted: pairs that have left its window.
-        num_tokens, num_evicted: of the composition.
-        kept, pooled: of each document, exact pairs that stay in the exact store, and that compete
-            for the sparse caches.
+        sets: their indices. sizes: how many pairs compete for each. room: entries for them.
+        folds: whether others are folded, or else lost. known: whether something was folded before.
     """
 
-    sink_size: int
-    schedule: ShiftSchedule | None
-    lengths: tuple[int, ...]
-    offsets: tuple[int, ...]
-    evicted: tuple[int, ...]
-    num_tokens: int
-    num_evicted: int
-    kept: tuple[Rows, ...]
-    pooled: tuple[Rows, ...]
-
-    @classmethod
-    def of(
-        cls,
-        layout: StateLayout,
-        lengths: Sequence[int],
-        schedule: ShiftSchedule | None = None,
-        longest: int = MAX_LENGTH,
-    ) -> Composition:
-        """The composition of documents of so many tokens, 1 or more each.
-
-        Args:
-            layout: of any page of the model. schedule: of context shifts; None: there are none.
-            longest: tokens that a sequence can have.
-
-        Raises:
-            ComposeError: no document, one that is too short, or more tokens than `longest`.
-        """
-        C, sink = layout.update_interval, layout.sink_size
-        if not lengths:
-            raise ComposeError("no document to compose; give one or more that are not empty")
-        shortest = max(C, sink)
-        for index, n in enumerate(lengths[:-1]):
-            if n // C * C < shortest:
-                least = -(-shortest // C) * C
-                raise ComposeError(
-                    f"document {index + 1} has {n} tokens: those before the last one need at least "
-                    f"{least}; read it with another one in one document, or put it last"
-                )
-        offsets = [0]
-        for n in lengths[:-1]:
-            offsets.append(offsets[-1] + n // C * C)
-        total = offsets[-1] + lengths[-1]
-        if total > longest:
-            raise ComposeError(
-                f"the documents have {total} tokens together, and a sequence has at most {longest} "
-                "here; compose fewer"
-            )
-        start = int(layout.window_start(torch.tensor(total)))
-        kept, pooled, evicted = [], [], []
-        for index, (n, offset) in enumerate(zip(lengths, offsets, strict=True)):
-            last = index == len(lengths) - 1
-            window = int(layout.window_start(torch.tensor(n)))
-            evicted.append(window - sink)
-            held = torch.tensor([*range(min(sink, n)), *range(min(window, n), n)])
-            labels = held + offset
-            stays = (labels >= start) & ((held < n // C * C) | last)
-            if index == 0:
-                stays |= held < sink
-            rows = Rows(layout.row(held), held, labels)
-            kept.append(rows.of(stays))
-            left = rows.of(~stays)
-            pooled.append(left._replace(labels=left.labels.clamp(max=start - 1)))
-        return cls(
-            sink, schedule, tuple(lengths), tuple(offsets), tuple(evicted), total, start - sink,
-            tuple(kept), tuple(pooled),
-        )  # fmt: skip
-
-    def moves(self, index: int, positions: Tensor, labels: Tensor) -> Tensor:
-        """By how many RoPE positions exact keys of a document go on, int64: `[]` where all go on by
-        the same number, else as `positions`.
-
-        Args:
-            index: of the document. positions: of the keys in it, any shape. labels: in the
-                composition, of the same shape.
-        """
-        if self.schedule is None or self.num_tokens <= self.schedule.length:
-            by = labels - positions
-            offset = self.offsets[index]
-            return torch.tensor(offset) if bool((by == offset).all()) else by
-        there, here = (
-            self.schedule.exact_rope_positions(x, n, self.sink_size)
-            for x, n in ((labels, self.num_tokens), (positions, self.lengths[index]))
-        )
-        return there - here
+    sets: list[int]
+    sizes: list[int]
+    room: list[int]
+    folds: bool
+    known: bool
 
 
 class Composer:
-    """Composes the states of one rank of a model.
+    """Composes the states of one rank of a model. It has a copy of the weights that it needs.
 
     Args:
         sequence: the layout of a state. weights: of each of its layers. rope: the model's.
@@ -161,14 +88,18 @@ class Composer:
         self.rope = RopeTable(rope.cos.cpu(), rope.sin.cpu())
         rotation = weights[0].rotation
         self.schedule = None if rotation is None else rotation.schedule
-        alike: dict[StateLayout, list[tuple[int, LolaWeights]]] = {}
-        start = 0
-        for own, layer in zip(weights, sequence.layers, strict=True):
-            for i, page in enumerate(layer.pages):
-                part = _on_host(own.of_group(i, len(layer.pages)))
-                alike.setdefault(page, []).append((start, part))
-                start += page.page_bytes
-        self._groups = [PageGroup.of(layout, pages) for layout, pages in alike.items()]
+        self._rotated_map_after = weights[0].rotated_map_after
+        pages = sequence.layouts
+        self._layout, self._parts = pages[0], StateParts(pages)
+        # Of all pages: `lam` of each sparse set, and state heads, sparse sets per KV head.
+        self._lam = [page.sparse_cache_size for page in pages for _ in range(page.num_sparse_heads)]
+        self._share = self._layout.num_state_heads // self._layout.num_sparse_heads
+        self._per_kv = self._layout.num_sparse_heads // self._layout.num_kv_heads
+        self._kv_heads = range(len(self._lam) // self._per_kv)
+        # [1 or 2, state heads, d, F] and [KV heads, d // 2 + d + 1], in the dtype of sums
+        self._maps = torch.cat([own.key_maps.cpu() for own in weights], dim=1)
+        self._importance = torch.cat([own.importance.cpu() for own in weights])
+        self._dtype = torch.promote_types(self._layout.kv_dtype, torch.float32)
 
     def composition(self, lengths: Sequence[int]) -> Composition:
         """Where documents of so many tokens stand.
@@ -177,7 +108,7 @@ class Composer:
             ComposeError: they cannot be composed.
         """
         longest = MAX_LENGTH if self.schedule is not None else len(self.rope.cos)
-        return Composition.of(self._groups[0].layout, lengths, self.schedule, longest)
+        return Composition.of(self._layout, lengths, self.schedule, longest)
 
     @torch.no_grad()
     def compose(self, states: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, int]:
@@ -198,261 +129,321 @@ class Composer:
         composition = self.composition([n for _, n in full])
         if len(full) == 1:
             return self.sequence.cleaned(full[0][0], composition.num_tokens), full[0][1]
+        rows = [row.numpy() for row, _ in full]
         out = torch.zeros(self.sequence.row_bytes, dtype=torch.uint8)
-        for group in self._groups:
-            group.compose(composition, [row for row, _ in full], out, self.rope)
+        evicted = self._exact_store(composition, rows, out.numpy())
+        for run in self._runs(composition):
+            self._sparse_sets(composition, run, rows, evicted, out.numpy())
+        self._forget_bounds(composition, out)
         return out, composition.num_tokens
 
+    def _exact_store(self, composition: Composition, rows: Sequence[Bytes], out: Bytes) -> Pairs:
+        """Write the exact store, and return the pairs that leave the documents' own, `[sets, m,
+        ...]`."""
+        heads, size = self._kv_heads, self._layout.sink_size + self._layout.ring_size
+        counts = [size] * len(heads)
+        shape = len(heads), size, self._layout.head_dim
+        stores = [torch.zeros(shape, dtype=self._layout.kv_dtype) for _ in "kv"]
+        left_k, left_v = [], []
+        for index, row in enumerate(rows):
+            k, v = (
+                self._parts.take([row], name, heads, [counts]).unflatten(0, (-1, size))
+                for name in ("exact_k", "exact_v")
+            )
+            kept, left = composition.kept[index], composition.pooled[index]
+            at = self._layout.row(kept.labels)
+            stores[0][:, at] = self._moved(k, composition, index, kept)
+            stores[1][:, at] = v[:, kept.source]
+            left_k.append(self._moved(k, composition, index, left))
+            left_v.append(v[:, left.source])
+        for name, store in zip(("exact_k", "exact_v"), stores, strict=True):
+            self._parts.put(out, name, heads, counts, store.flatten(0, 1))
+        labels = torch.cat([left.labels for left in composition.pooled])
+        return self._as_sparse(torch.cat(left_k, dim=1), torch.cat(left_v, dim=1), labels)
 
-def _on_host(weights: LolaWeights) -> LolaWeights:
-    moved = {name: x.cpu() for name, x in vars(weights).items() if isinstance(x, Tensor)}
-    return replace(weights, **moved)  # type: ignore[arg-type]  # all of them are tensors
+    def _moved(self, k: Tensor, composition: Composition, index: int, rows: Rows) -> Tensor:
+        """Exact keys `[KV heads, m, d]` at their places in the composition."""
+        by = composition.moves(index, rows.positions, rows.labels)
+        return self.rope.move(k[:, rows.source].to(self._dtype), by).to(k.dtype)
 
+    def _as_sparse(self, k: Tensor, v: Tensor, labels: Tensor) -> Pairs:
+        """Pairs `[KV heads, m, d]` that leave the exact store, as they come into a sparse cache:
+        those of each sparse set, `[sets, m, ...]`."""
+        kept_k, kept_v = (quantize(x) if self._layout.int8_pairs else x for x in (k, v))
+        w = self._importance.new_empty(len(k), 0)
+        if self._layout.has_score_weights:
+            pairs = kept_k.to(self._dtype), kept_v.to(self._dtype)
+            w = pair_importance(*pairs, self._importance.to(self._dtype)[:, None])
+        found = Pairs(kept_k, kept_v, labels.expand(len(k), -1), w)
+        return found.each(lambda x: x.repeat_interleave(self._per_kv, dim=0))
 
-class Pairs(NamedTuple):
-    """Pairs of sparse sets, as pages keep them.
+    def _runs(self, composition: Composition) -> Iterator[Run]:
+        """All sparse sets: small ones together, large ones alone."""
+        leaving = sum(len(rows.labels) for rows in composition.pooled)
+        open_runs: dict[tuple[bool, bool], Run] = {}
+        for index, lam in enumerate(self._lam):
+            room = min(composition.num_evicted, lam)
+            size = leaving + sum(min(n, lam) for n in composition.evicted)
+            folds = composition.num_evicted > lam
+            kind = folds, folds and max(composition.evicted) > lam
+            run = open_runs.pop(kind, None)
+            if run is not None and sum(run.sizes) + size > RUN_PAIRS:
+                yield run
+                run = None
+            run = Run([], [], [], *kind) if run is None else run
+            for numbers, number in zip(run[:3], (index, size, room), strict=True):
+                numbers.append(number)
+            open_runs[kind] = run
+        yield from open_runs.values()
 
-    Attributes:
-        k, v: `[G, m, d]` of G sets. labels: `[G, m]`. w: `[G, m]`, weights of scores; `[G, 0]`
-            where there are none.
-    """
-
-    k: Tensor | Int8Rows
-    v: Tensor | Int8Rows
-    labels: Tensor
-    w: Tensor
-
-
-Hidden = tuple[Tensor, Tensor]  # H `[heads, 2F, d]` and s `[heads, 2F]`
-
-
-@dataclass(frozen=True, eq=False)
-class PageGroup:
-    """The pages of a state that have one layout, which are composed together.
-
-    Attributes:
-        starts: byte of a state at which each begins.
-        key_maps: `[1 or 2, heads, d, F]` of the state heads of all pages (`LolaWeights.key_maps`).
-        importance: `[KV heads of all pages, d // 2 + d + 1]`; as in `LolaWeights`.
-        rotated_map_after: as in `LolaWeights`.
-    """
-
-    layout: StateLayout
-    starts: tuple[int, ...]
-    key_maps: Tensor
-    importance: Tensor
-    rotated_map_after: int
-
-    @classmethod
-    def of(cls, layout: StateLayout, pages: Sequence[tuple[int, LolaWeights]]) -> PageGroup:
-        """Of pages with their starts and weights."""
-        starts, weights = zip(*pages, strict=True)
-        return cls(
-            layout,
-            starts,
-            torch.cat([own.key_maps for own in weights], dim=1),
-            torch.cat([own.importance for own in weights]),
-            weights[0].rotated_map_after,
-        )
-
-    def compose(
-        self, composition: Composition, states: Sequence[Tensor], out: Tensor, rope: RopeTable
+    def _sparse_sets(
+        self,
+        composition: Composition,
+        run: Run,
+        rows: Sequence[Bytes],
+        evicted: Pairs,
+        out: Bytes,
     ) -> None:
-        """Write the pages of a composition.
-
-        Args:
-            states: `[>= row_bytes]` uint8, of two documents or more. out: `[row_bytes]` uint8.
-            rope: in the dtype of sums.
-        """
-        layout = self.layout
-        views = [self._views(row) for row in states]
-        pages = torch.zeros(len(self.starts), layout.page_bytes, dtype=torch.uint8)
-        to = layout.views(pages)
-
-        def put(part: Tensor, where: Any, values: Tensor) -> None:
-            part[:, :, where] = values.unflatten(0, part.shape[:2]).to(part.dtype)
-
-        dtype = compute_dtype(to.exact_k)
-        for index, view in enumerate(views):
-            rows = composition.kept[index]
-            by = composition.moves(index, rows.positions, rows.labels)
-            at = layout.row(rows.labels)
-            put(to.exact_k, at, rope.move(view.exact_k[:, rows.source].to(dtype), by))
-            put(to.exact_v, at, view.exact_v[:, rows.source])
-        parts = []
-        for index, view in enumerate(views):
-            parts.append(self._cached(composition, index, view, rope))
-            parts.append(self._evicted(composition, index, view, rope))
-        pool = _joined(parts)
-        room = min(composition.num_evicted, layout.sparse_cache_size)
-        hidden = None
-        if composition.num_evicted > room:
-            both = zip(views, composition.evicted, strict=True)
-            hidden = _sums(layout, views[0], [view for view, n in both if n > room])
-        if hidden is not None or pool.labels.shape[1] > room:
-            pool, hidden = self._choose(composition, pool, room, hidden)
+        """Write the sparse caches and the hidden states of a run."""
+        counts = [[min(n, self._lam[i]) for i in run.sets] for n in composition.evicted]
+        index = slice(run.sets[0], run.sets[-1] + 1) if len(run.sets) == 1 else run.sets
+        left = evicted.each(lambda x: x[index].flatten(0, 1))
+        pool = _joined(self._cached(composition, rows, run.sets, counts), left)
+        if len(run.sets) > 1:
+            each = [*counts, [evicted.labels.shape[1]] * len(run.sets)]
+            pool = pool.of(_by_set(np.array(each)))
+        heads = [i * self._share + j for j in range(self._share) for i in run.sets]
+        hidden = self._sums(composition, run, rows, heads) if run.folds else None
+        if run.folds or run.sizes != run.room:
+            pool, hidden = self._choose(composition, run, pool, heads, hidden)
         if hidden is not None:
             H, s = hidden
-            if composition.schedule is not None:
+            if self.schedule is not None:
                 # The mass that a context shift leaves; models have met no sums of more pairs.
-                most = 2.0 * composition.schedule.length
+                most = 2.0 * self.schedule.length
                 scale = (most / s.sum(-1, keepdim=True)).clamp(max=1)
                 H, s = H * scale.unsqueeze(-1), s * scale
-            put(to.H, slice(None), H)
-            put(to.s, slice(None), s)
-        assert pool.labels.shape[1] == room, f"{pool.labels.shape[1]} pairs for {room} entries"
-        entries = slice(room)
-        for pairs, numbers, scales in (
-            (pool.k, to.sparse_k, to.sparse_k_scale),
-            (pool.v, to.sparse_v, to.sparse_v_scale),
-        ):
+            features = [s.shape[1]] * len(heads)
+            self._parts.put(out, "H", heads, features, H)
+            self._parts.put(out, "s", heads, features, s)
+        whole = {"positions": pool.labels}
+        for name, pairs in (("sparse_k", pool.k), ("sparse_v", pool.v)):
             if isinstance(pairs, Int8Rows):
-                put(numbers, entries, pairs.numbers)
-                put(scales, entries, pairs.scale)
+                whole |= {name: pairs.numbers, f"{name}_scale": pairs.scale}
             else:
-                put(numbers, entries, pairs)
-        put(to.positions, entries, pool.labels)
-        if layout.has_score_weights:
-            put(to.score_weights, entries, pool.w)
-        if layout.keeps_bounds:
-            # Nothing is known of errors: every score is computed anew at the next update.
-            to.bounds[:, :, BOUND_ROWS.index("low"), entries] = -torch.inf
-        for start, page in zip(self.starts, pages, strict=True):
-            out[start : start + layout.page_bytes] = page
-
-    def _views(self, row: Tensor) -> StateViews:
-        """Parts of a state's pages, with the heads of all pages in dim 0."""
-        size = self.layout.page_bytes
-        cuts = [row[start : start + size] for start in self.starts]
-        pages = cuts[0][None] if len(cuts) == 1 else torch.stack(cuts)
-        return StateViews(*(part.flatten(0, 1) for part in self.layout.views(pages)))
+                whole[name] = pairs
+        if self._layout.has_score_weights:
+            whole["score_weights"] = pool.w
+        for name, values in whole.items():
+            self._parts.put(out, name, run.sets, run.room, values)
 
     def _cached(
-        self, composition: Composition, index: int, view: StateViews, rope: RopeTable
+        self,
+        composition: Composition,
+        rows: Sequence[Bytes],
+        sets: list[int],
+        counts: list[list[int]],
     ) -> Pairs:
-        """The pairs in a document's sparse caches, at their places in the composition."""
-        m = min(composition.evicted[index], self.layout.sparse_cache_size)
-        positions = view.positions[:, :m].long()
-        labels = positions + composition.offsets[index]
-        by = composition.moves(index, positions, labels)
-        w = view.score_weights[:, :m]
-        if not self.layout.int8_pairs:
-            dtype = compute_dtype(view.sparse_k)
-            moved = rope.move(view.sparse_k[:, :m].to(dtype), by).to(view.sparse_k.dtype)
-            return Pairs(moved, view.sparse_v[:, :m], labels, w)
-        k = Int8Rows(view.sparse_k[:, :m], view.sparse_k_scale[:, :m])
-        v = Int8Rows(view.sparse_v[:, :m], view.sparse_v_scale[:, :m])
-        if bool(by.any()):
-            new = quantize(rope.move(k.to(compute_dtype(view.exact_k)), by))
-            k = new if not by.dim() else _where(by != 0, new, k)
-        return Pairs(k, v, labels, w)
+        """The pairs in the documents' sparse caches, at their places in the composition."""
 
-    def _evicted(
-        self, composition: Composition, index: int, view: StateViews, rope: RopeTable
-    ) -> Pairs:
-        """The pairs that leave a document's exact store, as they come into a sparse cache."""
-        rows = composition.pooled[index]
-        share = self.layout.num_sparse_heads // self.layout.num_kv_heads
-        dtype = compute_dtype(view.exact_k)
-        by = composition.moves(index, rows.positions, rows.labels)
-        k = rope.move(view.exact_k[:, rows.source].to(dtype), by).to(view.exact_k.dtype)
-        k = k.repeat_interleave(share, dim=0)
-        v = view.exact_v[:, rows.source].repeat_interleave(share, dim=0)
-        kept_k, kept_v = (quantize(x) if self.layout.int8_pairs else x for x in (k, v))
-        w = view.score_weights[:, :0]
-        if self.layout.has_score_weights:
-            per_set = self.importance.to(dtype).repeat_interleave(share, dim=0)[:, None]
-            w = pair_importance(kept_k.to(dtype), kept_v.to(dtype), per_set)
-        return Pairs(kept_k, kept_v, rows.labels.expand(len(k), -1), w)
+        def take(name: str) -> Tensor:
+            return self._parts.take(rows, name, sets, counts)
+
+        k, scales = take("sparse_k"), take("sparse_k_scale") if self._layout.int8_pairs else None
+        moved, labels, sizes = [], [], [sum(own) for own in counts]
+        for index, where in enumerate(take("positions").long().split_with_sizes(sizes)):
+            labels.append(where + composition.offsets[index])
+            by = composition.moves(index, where, labels[-1])
+            at = slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+            moved.append(
+                self._rotated(k[at] if scales is None else Int8Rows(k[at], scales[at]), by)
+            )
+        v: Tensor | Int8Rows = take("sparse_v")
+        if isinstance(v, Tensor) and scales is not None:
+            v = Int8Rows(v, take("sparse_v_scale"))
+        w = take("score_weights") if self._layout.has_score_weights else self._importance[:0, 0]
+        return Pairs(_cat(moved), v, torch.cat(labels), w)
+
+    def _rotated(self, k: Tensor | Int8Rows, by: Tensor) -> Tensor | Int8Rows:
+        """Keys `[m, d]` of sparse caches so many positions later; rounded again where they move."""
+        if not isinstance(k, Int8Rows):
+            return self.rope.move(k.to(self._dtype), by).to(k.dtype)
+        if not bool(by.any()):
+            return k
+        new = quantize(self.rope.move(k.to(self._dtype), by))
+        if not by.dim():
+            return new
+        moves = by != 0
+        return Int8Rows(
+            torch.where(moves.unsqueeze(-1), new.numbers, k.numbers),
+            torch.where(moves, new.scale, k.scale),
+        )
+
+    def _sums(
+        self, composition: Composition, run: Run, rows: Sequence[Bytes], heads: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """H `[heads, 2F, d]` and s `[heads, 2F]` of documents in which something was folded, added
+        up."""
+        size, lam = 2 * self._layout.feature_dim, [self._lam[i // self._share] for i in heads]
+        dtype = self._layout.state_dtype
+        H = torch.zeros(len(heads), size, self._layout.head_dim, dtype=dtype)
+        s = torch.zeros(len(heads), size, dtype=dtype)
+        for row, n in zip(rows, composition.evicted, strict=True):
+            folded = [i for i, most in enumerate(lam) if n > most]
+            if not folded:
+                continue
+            of = [heads[i] for i in folded]
+            own_H, own_s = (
+                self._parts.take([row], name, of, [[size] * len(of)]).unflatten(0, (-1, size))
+                for name in ("H", "s")
+            )
+            if len(folded) == len(heads):
+                H += own_H
+                s += own_s
+            else:
+                H[folded] += own_H
+                s[folded] += own_s
+        return H, s
 
     def _choose(
-        self, composition: Composition, pool: Pairs, room: int, hidden: Hidden | None
-    ) -> tuple[Pairs, Hidden | None]:
+        self,
+        composition: Composition,
+        run: Run,
+        pool: Pairs,
+        heads: list[int],
+        hidden: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Pairs, tuple[Tensor, Tensor] | None]:
         """The pairs of largest score, as many as there is room for, and the hidden state with the
-        others folded in. Where nothing was folded, the others are lost.
+        others folded in. Where nothing is folded, the others are lost.
 
         Scores are those of an update, but recent pairs are not preferred: they would all be the
         last document's.
         """
-        layout = self.layout
-        share = layout.num_state_heads // layout.num_sparse_heads
-        dtype = torch.promote_types(layout.kv_dtype, torch.float32)
-        v = pool.v.to(dtype)
-        norms = v.norm(dim=-1)
-        phi: Tensor | None = None
-        if hidden is None:
-            scores = norms if share == 1 else torch.ones_like(norms)
-        else:
-            rotated = composition.num_tokens > self.rotated_map_after
-            maps = self.key_maps[-1 if rotated else 0].to(dtype)
-            phi = feature_map(pool.k.to(dtype).repeat_interleave(share, dim=0), maps)
+        maps = self._maps[-1 if composition.num_tokens > self._rotated_map_after else 0]
+        v, phis = pool.v.to(self._dtype), list[Tensor]()
+        norms = errors = _lengths(v)
+        count = len(run.sets)
+        by_share = [heads[j * count : (j + 1) * count] for j in range(self._share)]
+        if run.known and hidden is not None:
+            k = pool.k.to(self._dtype)
+            phis = [_features(k, run.sizes, [maps[h] for h in of]) for of in by_share]
+            errors = torch.stack(
+                [
+                    _lengths(v - _recalled(phi, run.sizes, *(x[j * count :] for x in hidden)))
+                    for j, phi in enumerate(phis)
+                ]
+            )
+        scores = errors  # where nothing was folded yet, the state recalls zeros
+        if self._share > 1:
+            scores = errors / norms.clamp(min=RECALL_EPS)
+        if scores.dim() > 1:
+            scores = scores.mean(0)
+        if len(pool.w):
+            scores = scores * pool.w.to(self._dtype)
+        stays = _largest(scores.nan_to_num(nan=torch.inf, posinf=torch.inf), run)
+        kept, rest = (torch.from_numpy(np.flatnonzero(x)) for x in (stays, ~stays))
+        if hidden is not None:
             H, s = hidden
-            predicted = phi @ H
-            predicted /= phi @ s.unsqueeze(-1) + RECALL_EPS
-            errors = (v.repeat_interleave(share, dim=0) - predicted).norm(dim=-1)
-            errors = errors.unflatten(0, (-1, share))
-            scores = errors[:, 0]
-            if share > 1:
-                scores = (errors / norms.clamp(min=RECALL_EPS).unsqueeze(1)).mean(1)
-        if pool.w.numel():
-            scores = scores * pool.w.to(dtype)
-        scores = scores.masked_fill(scores.isnan(), torch.inf)
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        kept = order[:, :room].sort(-1).values
-        if hidden is not None and phi is not None:
-            stays = torch.zeros_like(scores, dtype=torch.bool).scatter(1, kept, True).unsqueeze(-1)
-            # It is cheaper to add zeros than to gather what is folded.
-            phi = phi.masked_fill(stays.repeat_interleave(share, dim=0), 0)
-            v = v.masked_fill(stays, 0).repeat_interleave(share, dim=0)
-            hidden = H + phi.mT @ v, s + phi.sum(1)
-        return _taken(pool, kept), hidden
+            sizes = [size - room for size, room in zip(run.sizes, run.room, strict=True)]
+            folded_v = v.index_select(0, rest)
+            left = None if phis else pool.of(rest).k.to(self._dtype)
+            for j, of in enumerate(by_share):
+                if left is None:
+                    phi = phis[j].index_select(0, rest)
+                else:
+                    phi = _features(left, sizes, [maps[h] for h in of])
+                pairs = zip(
+                    phi.split_with_sizes(sizes), folded_v.split_with_sizes(sizes), strict=True
+                )
+                for i, (features, values) in enumerate(pairs, start=j * count):
+                    H[i].addmm_(features.mT, values)
+                    s[i] += features.sum(0)
+        return pool.of(kept), hidden
+
+    def _forget_bounds(self, composition: Composition, out: Tensor) -> None:
+        """Nothing is known of errors: every score is computed anew at the next update."""
+        at = 0
+        for page in self.sequence.layouts:
+            if page.keeps_bounds:
+                room = min(composition.num_evicted, page.sparse_cache_size)
+                bounds = page.views(out[None, at : at + page.page_bytes]).bounds
+                bounds[:, :, BOUND_ROWS.index("low"), :room] = -torch.inf
+            at += page.page_bytes
 
 
-def _sums(layout: StateLayout, like: StateViews, views: Sequence[StateViews]) -> Hidden:
-    """H and s of pages in which something was folded, added up."""
-    H = torch.zeros(like.H.shape, dtype=layout.state_dtype)
-    s = torch.zeros(like.s.shape, dtype=layout.state_dtype)
-    for view in views:
-        H += view.H
-        s += view.s
-    return H, s
+def _features(k: Tensor, sizes: list[int], maps: Sequence[Tensor]) -> Tensor:
+    """`reference.feature_map` of keys `[m, d]` of several sets, each with its own map `[d, F]`:
+    `[m, 2F]`."""
+    F = maps[0].shape[1]
+    phi = k.new_empty(len(k), 2 * F)
+    for rows, to, weight in zip(
+        k.split_with_sizes(sizes), phi[:, :F].split_with_sizes(sizes), maps, strict=True
+    ):
+        torch.mm(rows, weight.to(k.dtype), out=to)
+    torch.neg(phi[:, :F], out=phi[:, F:])
+    return phi.unflatten(1, (2, F)).softmax(-1).flatten(1).clamp_(min=FEATURE_FLOOR)
 
 
-def _where(mask: Tensor, one: Int8Rows, other: Int8Rows) -> Int8Rows:
-    return Int8Rows(
-        torch.where(mask.unsqueeze(-1), one.numbers, other.numbers),
-        torch.where(mask, one.scale, other.scale),
+def _recalled(phi: Tensor, sizes: list[int], H: Tensor, s: Tensor) -> Tensor:
+    """What hidden states, one of each set, recall of its pairs: `[m, d]`."""
+    found, mass = phi.new_empty(len(phi), H.shape[-1]), phi.new_empty(len(phi))
+    outs = zip(
+        phi.split_with_sizes(sizes),
+        found.split_with_sizes(sizes),
+        mass.split_with_sizes(sizes),
+        strict=True,
     )
+    for i, (features, to, sum_to) in enumerate(outs):
+        torch.mm(features, H[i], out=to)
+        torch.mv(features, s[i], out=sum_to)
+    found /= (mass + RECALL_EPS).unsqueeze(-1)
+    return found
 
 
-def _joined(parts: Sequence[Pairs]) -> Pairs:
-    """All pairs, by label."""
+def _lengths(x: Tensor) -> Tensor:
+    """Of rows `[m, d]`."""
+    return torch.linalg.vecdot(x, x).sqrt_()
 
-    def cat(rows: Sequence[Tensor | Int8Rows]) -> Tensor | Int8Rows:
-        if isinstance(rows[0], Int8Rows):
-            both = zip(*rows, strict=True)
-            return Int8Rows(*(torch.cat(list(x), dim=1) for x in both))
-        return torch.cat(rows, dim=1)  # type: ignore[arg-type]
 
+def _largest(scores: Tensor, run: Run) -> np.ndarray:
+    """A mask `[m]` of the pairs of largest score, as many as there is room for in each set. Equal
+    ones in their order."""
+    stays = np.zeros(len(scores), dtype=bool)
+    at = 0
+    for size, room in zip(run.sizes, run.room, strict=True):
+        own, mask = scores.numpy()[at : at + size], stays[at : at + size]
+        at += size
+        if room:
+            least = np.partition(own, size - room)[size - room]
+            np.greater(own, least, out=mask)
+            mask[np.flatnonzero(own == least)[: room - int(mask.sum())]] = True
+    return stays
+
+
+def _by_set(counts: NDArray[np.int64]) -> Tensor:
+    """Indices that bring rows which lie part by part, and in each set by set, into the order of
+    sets, and in each of parts.
+
+    Args:
+        counts: `[parts, sets]`, of rows.
+    """
+    ends = counts.cumsum().reshape(counts.shape)
+    starts, sizes = (ends - counts).T.flatten(), counts.T.flatten()
+    into = np.repeat(starts - (sizes.cumsum() - sizes), sizes)
+    return torch.from_numpy(into + np.arange(len(into)))
+
+
+def _joined(one: Pairs, other: Pairs) -> Pairs:
+    """Pairs behind others."""
     return Pairs(
-        cat([part.k for part in parts]),
-        cat([part.v for part in parts]),
-        torch.cat([part.labels for part in parts], dim=1),
-        torch.cat([part.w for part in parts], dim=1),
+        _cat([one.k, other.k]),
+        _cat([one.v, other.v]),
+        torch.cat([one.labels, other.labels]),
+        torch.cat([one.w, other.w]),
     )
 
 
-def _taken(pool: Pairs, chosen: Tensor) -> Pairs:
-    """The pairs at `chosen [G, m]`."""
-    count = pool.labels.shape[1]
-    flat = (chosen + count * torch.arange(len(chosen)).unsqueeze(-1)).flatten()
-
-    def take(rows: Tensor) -> Tensor:
-        if not rows.shape[1]:
-            return rows
-        return rows.flatten(0, 1).index_select(0, flat).unflatten(0, chosen.shape)
-
-    def take_rows(rows: Tensor | Int8Rows) -> Tensor | Int8Rows:
-        return Int8Rows(*map(take, rows)) if isinstance(rows, Int8Rows) else take(rows)
-
-    return Pairs(take_rows(pool.k), take_rows(pool.v), take(pool.labels), take(pool.w))
+def _cat(rows: Sequence[Tensor | Int8Rows]) -> Tensor | Int8Rows:
+    if isinstance(rows[0], Int8Rows):
+        return Int8Rows(*(torch.cat(list(x)) for x in zip(*rows, strict=True)))
+    return torch.cat(rows)  # type: ignore[arg-type]

@@ -33,8 +33,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from lola_vllm.ops import choose_backend
-from lola_vllm.ops.compose import Composition
+from lola_vllm.ops import LayerState, choose_backend
+from lola_vllm.ops.compose import Composer
+from lola_vllm.ops.composition import Composition
 from lola_vllm.ops.shift_schedule import MAX_LENGTH, ShiftSchedule
 from lola_vllm.plugin import compat
 from lola_vllm.plugin.attention import LolaAttention, composer_of
@@ -91,6 +92,9 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
         self._failed: set[str] = set()
         self._copied: set[str] = set()
         self._outcomes: list[Outcome] = []
+        # Made when it is first needed, and anew when the layers took new weights into use.
+        self._composer: Composer | None = None
+        self._bound: list[LayerState | None] = []
         if role == KVConnectorRole.SCHEDULER:
             block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             trained = lola_hf_config(vllm_config).max_position_embeddings
@@ -130,7 +134,12 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
         """The state of documents one behind the other, with the model's weights as they are."""
         modules = self._vllm_config.compilation_config.static_forward_context.values()
         layers = [module for module in modules if isinstance(module, LolaAttention)]
-        return composer_of(layers).compose(states, lengths)[0]
+        bound = [layer.state for layer in layers]
+        if self._composer is None or any(
+            x is not y for x, y in zip(bound, self._bound, strict=True)
+        ):
+            self._bound, self._composer = bound, composer_of(layers)
+        return self._composer.compose(states, lengths)[0]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing: loads are orders."""
