@@ -22,9 +22,9 @@ from common import ROOT, write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.hf import LolaCache
+from lola_vllm.hf.question import queries_of
 from lola_vllm.library.choose import NEUTRAL, ScoreName, choose
 from lola_vllm.library.keys import DocumentKeys, reading_heads
-from lola_vllm.library.question import queries_of
 
 WORDS = [
     *("amber", "brook", "cedar", "dawn", "ember", "fjord", "grove", "heron", "iris", "jade"),

@@ -31,12 +31,13 @@ ScoreName = Literal["contrast", "share"]
 
 
 class Place(NamedTuple):
-    """Tokens `first` to `last - 1` of a document, and the share of attention that they get of what
-    the document gets."""
+    """Tokens `first` to `last - 1` of a document, the share of attention that they get of what the
+    document gets, and the one of them that gets most."""
 
     first: int
     last: int
     share: float
+    peak: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def choose(
 
     Args:
         queries: of the question. neutral: of a question about nothing (`NEUTRAL`), read after the
-            same document. documents: gone through twice where it is a sequence, else kept.
+            same document. documents: gone through once where it is a sequence, else kept.
         top: how many.
 
     Raises:
@@ -105,12 +106,12 @@ def choose(
     documents = documents if isinstance(documents, Sequence) else list(documents)
     if not documents:
         raise ValueError("no documents to choose from; add some")
-    asked = [look(queries, keys) for keys in documents]
+    looks = [(look(queries, keys), look(neutral, keys)) for keys in documents]
+    asked, idle = ([pair[i] for pair in looks] for i in range(2))
     total = torch.stack([x.lse for x in asked]).logsumexp(0)
     shares = torch.stack([(x.lse - total).exp().mean() for x in asked])
     scores = shares
     if score == "contrast":
-        idle = [look(neutral, keys) for keys in documents]
         idle_total = torch.stack([x.lse for x in idle]).logsumexp(0)
         scores = torch.stack(
             [
@@ -153,6 +154,6 @@ def places(
         starts = [place.first for place in found if place.first > peak]
         first = max(0, peak - PLACE_TOKENS, *ends)
         last = min(keys.num_tokens, peak + PLACE_TOKENS + 1, *starts)
-        found.append(Place(first, last, float(weights[first:last].sum()) / whole))
+        found.append(Place(first, last, float(weights[first:last].sum()) / whole, peak))
         weights[first:last] = 0
     return tuple(sorted(found, key=lambda place: -place.share))

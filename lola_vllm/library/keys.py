@@ -7,24 +7,29 @@ choosing among a thousand documents reads no state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lola_vllm.ops.int8 import Int8Rows, quantize
 from lola_vllm.ops.portable import compute_dtype
 from lola_vllm.ops.rope_table import RopeTable
+from lola_vllm.sessions.cipher import KEYS, SALT_BYTES, StateKey
 from lola_vllm.sessions.partial import write_aside
 from lola_vllm.state import SequenceLayout, StateLayout
 
+_SEALED = b"lola-keys\n"  # begins a file that is encrypted, before its salt
+
 # A reading head holds at least this share of the pairs that the largest head holds.
 READING_SHARE = 0.25
+_PAIR_BYTES = 8  # of a pair's scale and position
 
 
 class KeysError(ValueError):
@@ -60,6 +65,38 @@ def reading_heads(sequence: SequenceLayout) -> list[ReadingHead]:
                 ]
             kv_head += page.num_kv_heads
             page_index += 1
+    return found
+
+
+def key_bytes(sequence: SequenceLayout, num_tokens: int) -> int:
+    """Bytes of the keys of a document, their scales and positions."""
+    n, total = torch.tensor(num_tokens), 0
+    pages = sequence.layouts
+    for head in reading_heads(sequence):
+        page = pages[head.page]
+        window = num_tokens - min(int(page.window_start(n)), num_tokens)
+        total += (int(page.num_sparse(n)) + window) * (page.head_dim + _PAIR_BYTES)
+    return total
+
+
+def queries_in(
+    sequence: SequenceLayout, seen: Mapping[int, Tensor], before: int, rope: RopeTable
+) -> list[Tensor]:
+    """A question's queries in each reading head, as if its first token stood at position 0.
+
+    Args:
+        seen: layer -> `[T, Hq, d]`, its queries after RoPE, of every layer that has such a head.
+        before: tokens before the question. rope: of the model, in the dtype of sums.
+
+    Returns:
+        Of each reading head, `[T, G, d]` on the CPU: T tokens, G query heads that read it.
+    """
+    found = []
+    for head in reading_heads(sequence):
+        q = seen[head.layer]
+        group = q.shape[1] // sequence.layers[head.layer].num_kv_heads
+        own = q[:, head.kv_head * group : (head.kv_head + 1) * group].to("cpu", rope.cos.dtype)
+        found.append(rope.move(own, torch.tensor(-before)))
     return found
 
 
@@ -107,8 +144,12 @@ class DocumentKeys:
             positions.append(where)
         return cls(num_tokens, tuple(keys), tuple(positions))
 
-    def write(self, path: Path) -> int:
-        """Write them to a file, which only its owner can read, and return its bytes."""
+    def write(self, path: Path, key: StateKey | None = None) -> int:
+        """Write them to a file, which only its owner can read, and return its bytes.
+
+        Args:
+            key: to encrypt it with; None: it is not encrypted.
+        """
         tensors: dict[str, Tensor] = {"num_tokens": torch.tensor(self.num_tokens)}
         for i, (keys, positions) in enumerate(zip(self.keys, self.positions, strict=True)):
             tensors |= {
@@ -116,28 +157,45 @@ class DocumentKeys:
                 f"scale.{i}": keys.scale.contiguous(),
                 f"positions.{i}": positions.int().contiguous(),
             }
-        return write_aside(path, [save(tensors)])
+        data = save(tensors)
+        if key is None:
+            return write_aside(path, [data])
+        cipher = key.new_file()
+        sealed = cipher.seal(KEYS, np.frombuffer(data, np.uint8))
+        return write_aside(path, [_SEALED + cipher.salt, *sealed])
 
     @classmethod
-    def read(cls, path: Path) -> DocumentKeys:
+    def read(cls, path: Path, key: StateKey | None = None) -> DocumentKeys:
         """Those of a file.
 
+        Args:
+            key: that it was encrypted with; None: it was not.
+
         Raises:
-            KeysError: it is none, or damaged.
+            KeysError: it is none, or damaged, or has another key.
         """
         try:
-            tensors = load_file(path)
+            data = path.read_bytes()
+            if key is not None:
+                start, end = len(_SEALED), len(_SEALED) + SALT_BYTES
+                if not data.startswith(_SEALED):
+                    raise KeysError(f"{path.name}: it is not encrypted, and files here are")
+                cipher = key.of_file(data[start:end])
+                data = cipher.open(KEYS, np.frombuffer(data[end:], np.uint8)).tobytes()
+            tensors = load(data)
             count = sum(name.startswith("keys.") for name in tensors)
             keys = [Int8Rows(tensors[f"keys.{i}"], tensors[f"scale.{i}"]) for i in range(count)]
             positions = [tensors[f"positions.{i}"].long() for i in range(count)]
             return cls(int(tensors["num_tokens"]), tuple(keys), tuple(positions))
-        except (OSError, SafetensorError, KeyError) as error:
+        except KeysError:
+            raise
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise KeysError(f"{path.name}: not the keys of a document ({error})") from None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys, their scales and positions."""
-        return sum(keys.numbers.numel() + 8 * len(keys.scale) for keys in self.keys)
+        return sum(k.numbers.numel() + _PAIR_BYTES * len(k.scale) for k in self.keys)
 
 
 def _exact_keys(

@@ -120,6 +120,8 @@ class LolaAttention(nn.Module, MambaBase):
         self.sharing: list[LolaAttention] = []  # of the rank's first layer: all of its layers
         # Sees a step's k and v `[T, Hkv, d]`, after RoPE; only while a prompt's memory is read.
         self.kv_hook: Callable[[Tensor, Tensor], None] | None = None
+        # Sees its q `[T, Hq, d]`, after RoPE; only while a library is asked.
+        self.query_hook: Callable[[Tensor], None] | None = None
         self._join(vllm_config)
 
     def _join(self, vllm_config: VllmConfig) -> None:
@@ -158,6 +160,8 @@ class LolaAttention(nn.Module, MambaBase):
         k, v = (x.view(-1, self.num_kv_heads, self.head_dim) for x in (k, v))
         if self.kv_hook is not None:
             self.kv_hook(k, v)
+        if self.query_hook is not None:
+            self.query_hook(q)
         if metadata.num_decodes:
             batch = metadata.decode_batch
             rows = (q, k, v, out)
@@ -248,12 +252,19 @@ def composer_of(layers: Sequence[LolaAttention]) -> Composer:
     Raises:
         LolaConfigError: RoPE's table depends on the length of a context.
     """
-    first = layers[0]
-    wide = torch.promote_types(first.layout.pages[0].kv_dtype, torch.float32)
-    table = rope_rows(first.rotary_emb, range(first.trained_length)).to(wide)
-    rope = RopeTable.of_rows(*table.chunk(2, dim=-1))
     weights = [layer.state.weights for layer in layers if layer.state is not None]
-    return Composer(first.sequence, weights, rope)
+    return Composer(layers[0].sequence, weights, rope_of(layers[0]))
+
+
+def rope_of(layer: LolaAttention) -> RopeTable:
+    """RoPE's angles in the trained length, in host memory and in the dtype of sums.
+
+    Raises:
+        LolaConfigError: the table depends on the length of a context.
+    """
+    wide = torch.promote_types(layer.layout.pages[0].kv_dtype, torch.float32)
+    table = rope_rows(layer.rotary_emb, range(layer.trained_length)).to("cpu", wide)
+    return RopeTable.of_rows(*table.chunk(2, dim=-1))
 
 
 def _head_parameter(

@@ -33,12 +33,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
+from lola_vllm.library.keys import DocumentKeys, key_bytes
+from lola_vllm.library.shelf import KeyShelf
 from lola_vllm.ops import LayerState, choose_backend
 from lola_vllm.ops.compose import Composer
 from lola_vllm.ops.composition import Composition
+from lola_vllm.ops.rope_table import RopeTable
 from lola_vllm.ops.shift_schedule import MAX_LENGTH, ShiftSchedule
 from lola_vllm.plugin import compat
-from lola_vllm.plugin.attention import LolaAttention, composer_of
+from lola_vllm.plugin.attention import LolaAttention, composer_of, rope_of
 from lola_vllm.plugin.cache import layer_layouts, lola_hf_config, row_bytes, sequence_layout
 from lola_vllm.plugin.session_requests import SchedulerHalf
 from lola_vllm.sessions.directory import model_directory
@@ -95,6 +98,7 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
         # Made when it is first needed, and anew when the layers took new weights into use.
         self._composer: Composer | None = None
         self._bound: list[LayerState | None] = []
+        self._rope: RopeTable | None = None
         if role == KVConnectorRole.SCHEDULER:
             block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             trained = lola_hf_config(vllm_config).max_position_embeddings
@@ -128,12 +132,27 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
             settings.max_waiting(rank_bytes * parallel.world_size),
             settings.key(),
             self._composed,
+            KeyShelf(
+                self._keys_of,
+                None if directory is None else model_directory(directory, fingerprint),
+                settings.key(),
+            ),
         )
+
+    def _keys_of(self, row: torch.Tensor, num_tokens: int) -> DocumentKeys:
+        """The keys of a library's document, of a state of this rank."""
+        layer = self._layers()[0]
+        if self._rope is None:
+            self._rope = rope_of(layer)
+        return DocumentKeys.of_state(layer.sequence, row, num_tokens, self._rope)
+
+    def _layers(self) -> list[LolaAttention]:
+        modules = self._vllm_config.compilation_config.static_forward_context.values()
+        return [module for module in modules if isinstance(module, LolaAttention)]
 
     def _composed(self, states: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
         """The state of documents one behind the other, with the model's weights as they are."""
-        modules = self._vllm_config.compilation_config.static_forward_context.values()
-        layers = [module for module in modules if isinstance(module, LolaAttention)]
+        layers = self._layers()
         bound = [layer.state for layer in layers]
         if self._composer is None or any(
             x is not y for x, y in zip(bound, self._bound, strict=True)
@@ -291,8 +310,15 @@ def open_store(vllm_config: VllmConfig) -> SessionStore:
     """
     settings, size = store_settings(vllm_config), row_bytes(vllm_config)
     ranks = vllm_config.parallel_config.world_size
-    store = SessionStore(fingerprint_of(vllm_config), size, settings, ranks)
-    config, page = lola_hf_config(vllm_config), sequence_layout(vllm_config).layouts[0]
+    sequence = sequence_layout(vllm_config)
+    store = SessionStore(
+        fingerprint_of(vllm_config),
+        size,
+        settings,
+        ranks,
+        key_bytes=functools.partial(key_bytes, sequence),
+    )
+    config, page = lola_hf_config(vllm_config), sequence.layouts[0]
     schedule = ShiftSchedule.of(config)
     longest = MAX_LENGTH if schedule is not None else config.max_position_embeddings
 

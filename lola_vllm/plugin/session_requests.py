@@ -15,7 +15,7 @@ from lola_vllm.sessions.fingerprint import adapter_fingerprint
 from lola_vllm.sessions.manager import SessionManager
 from lola_vllm.sessions.orders import Outcome
 from lola_vllm.sessions.prefix_hash import salt_hash
-from lola_vllm.sessions.request import OWN_REQUEST, RequestState, read_params
+from lola_vllm.sessions.request import OWN_REQUESTS, RequestState, read_params
 from lola_vllm.sessions.store import NotStored, SessionStore
 from lola_vllm.sessions.tiers import SessionKey, Stored
 
@@ -63,7 +63,7 @@ class SchedulerHalf:
     @_harmless(None)
     def arrive(self, request: Request) -> None:
         """Read what a request wants."""
-        own = request.request_id.startswith(OWN_REQUEST)
+        own = request.request_id.startswith(OWN_REQUESTS)
         params = read_params(request.kv_transfer_params, request.session_id, own)
         adapter = ""
         lora = request.lora_request
@@ -243,6 +243,7 @@ class SchedulerHalf:
                 req_state.turn, hashes, n, kind, blocks[index],
                 adapter=req_state.adapter, parent=parent, ttl=req_state.params.ttl,
                 request=request.request_id if kind == "answer" else "", tail=tail,
+                part=req_state.params.part,
             )  # fmt: skip
         except NotStored as error:
             req_state.unsaved = str(error.args[0])

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 
 CIPHER = "AES-256-GCM by 1 MiB"
 KEY_VARIABLE = "LOLA_VLLM_STATE_KEY"
-HEADER, TOKENS, STATE = range(3)  # sections of a file
+HEADER, TOKENS, STATE, KEYS = range(4)  # sections of a file
 
-_PIECE, _TAG, _SALT = 2**20, 16, 32  # bytes
+_PIECE, _TAG = 2**20, 16  # bytes
+SALT_BYTES = 32
 _LEAST, _MOST = 32, 4096  # bytes of a secret
 _CONTEXT = f"lola-state {CIPHER}".encode()
 
@@ -66,7 +67,7 @@ class StateKey:
 
     def new_file(self) -> FileCipher:
         """For a file that is about to be written."""
-        return self.of_file(secrets.token_bytes(_SALT))
+        return self.of_file(secrets.token_bytes(SALT_BYTES))
 
     def of_file(self, salt: bytes) -> FileCipher:
         """For a file that tells this salt.
@@ -74,7 +75,7 @@ class StateKey:
         Raises:
             ValueError: no file has such a salt.
         """
-        if len(salt) != _SALT:
+        if len(salt) != SALT_BYTES:
             raise ValueError(f"the salt has {len(salt)} bytes")
         return FileCipher(salt, self._derive(salt, b"lola state file", 32))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lola_vllm.sessions.file import StateHeader
-from lola_vllm.sessions.names import check_new_name
+from lola_vllm.sessions.names import check_name
 from lola_vllm.sessions.orders import DISK, MEMORY, Compose
 from lola_vllm.sessions.prefix_hash import Tokens
 from lola_vllm.sessions.store import NotStored, SessionStore
@@ -42,7 +42,7 @@ def compose(
         ValueError: they are of several adapters, or cannot be composed; says why.
         NotStored: there is no room.
     """
-    name = check_new_name(to)
+    name = check_name(to)
     adapters = {state.header.adapter for state in states}
     if len(adapters) > 1:
         names = ", ".join(sorted(repr(adapter.partition(":")[0]) for adapter in adapters))

@@ -18,9 +18,11 @@ from pathlib import Path
 
 from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import (
+    KEYS_SUFFIX,
     StateFileError,
     StateHeader,
     file_name,
+    keys_file,
     parse_name,
     rank_files,
     read_ahead,
@@ -126,6 +128,7 @@ class StateDirectory:
             found.deleted = {n.removesuffix(DELETED) for n in inodes if n.endswith(DELETED)}
             if any(map(is_partial, inodes)):
                 found.partials = remove_partials(self.path)
+            self._remove_keys(inodes)
             self._inodes = {name: i for name, i in self._inodes.items() if name in inodes}
             unread = []
             for name in sorted(inodes):
@@ -222,13 +225,24 @@ class StateDirectory:
         """
         failed = None
         for state in states:
-            for path in self.files(state):
+            for path in (*self.files(state), keys_file(self.path, state)):
                 try:
                     path.unlink(missing_ok=True)
                 except OSError as error:
                     failed = failed or error
         if failed is not None:
             raise failed
+
+    def _remove_keys(self, names: Iterable[str]) -> None:
+        """Remove keys that a killed server left without their state."""
+        files = set(names)
+        for name in files:
+            state = name.removesuffix(KEYS_SUFFIX)
+            if state != name and file_name(state, 0, self.ranks) not in files:
+                with suppress(OSError):
+                    path = self.path / name
+                    if time.time() - path.stat().st_mtime > DELETED_S:
+                        path.unlink()
 
     def _mark(self, state: str) -> Path:
         return self.path / f"{state}{DELETED}"

@@ -48,6 +48,7 @@ from lola_vllm.sessions.prefix_hash import PrefixHashes, Tokens, namespace, toke
 
 FORMAT, VERSION = "lola-state", "3"
 SUFFIX = ".lola.safetensors"
+KEYS_SUFFIX = ".lola.keys"
 # Files whose headers are read ahead at once: the requests that a disk is given at a time.
 _READERS = 32
 _HEAD_BYTES = 8192  # of a file that hold its header, unless it is a very long one
@@ -87,6 +88,12 @@ def file_name(state: str, rank: int, ranks: int) -> str:
 def rank_files(directory: Path, state: str, ranks: int) -> list[Path]:
     """The files of all ranks' parts of a state, by rank."""
     return [directory / file_name(state, rank, ranks) for rank in range(ranks)]
+
+
+def keys_file(directory: Path, state: str) -> Path:
+    """The file of the keys of a library's document, beside that of its state
+    (`library/shelf.py`). It goes with the state."""
+    return directory / f"{state}{KEYS_SUFFIX}"
 
 
 def parse_name(name: str) -> tuple[str, int, int] | None:

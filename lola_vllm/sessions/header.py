@@ -45,6 +45,7 @@ class StateHeader:
             does not read it unless the text goes on.
         composed: id of the composed state that it is or goes on from; None: there is none.
         made_of: the sessions and turns of which that was composed, in order.
+        library, document: of which it is a part; empty: of none. part, parts: which, of how many.
         rank, ranks: which part of the state the file has, of how many.
     """
 
@@ -71,6 +72,10 @@ class StateHeader:
     made_of: list[Annotated[str, Field(pattern=f"^{NAME.pattern}@[1-9][0-9]{{0,8}}$")]] = field(
         default_factory=list
     )
+    library: Annotated[str, Field(pattern=f"^({NAME.pattern})?$")] = ""
+    document: _Shown = ""
+    part: _Count = 0
+    parts: _Count = 0
     rank: _Rank = 0
     ranks: _Rank = 1
 

@@ -14,7 +14,16 @@ from typing import Any
 
 from lola_vllm.sessions.composing import compose, composed_of
 from lola_vllm.sessions.file import StateFileError, read_state, read_tokens, write_state
+from lola_vllm.sessions.libraries import (
+    describe_libraries,
+    describe_library,
+    documents_of,
+    made_of_parts,
+    name_of_answer,
+    parts_of,
+)
 from lola_vllm.sessions.names import (
+    LIBRARY,
     MAX_SOURCES,
     Reference,
     SessionNameError,
@@ -53,7 +62,8 @@ class SessionManager:
 
     METHODS = (
         "sessions", "show", "tokens", "fork", "compose", "rename", "pin", "delete", "clear",
-        "files", "import_file", "stats", "result",
+        "files", "import_file", "stats", "result", "libraries", "library", "compose_parts",
+        "remove_documents",
     )  # fmt: skip
 
     def __init__(self, store: SessionStore) -> None:
@@ -92,14 +102,17 @@ class SessionManager:
         return self._ended(found)
 
     def sessions(self, salt: str | None = None, everyone: bool = False) -> list[Answer]:
-        """Sessions, the last used first; `everyone`: of all salts, for the operator."""
+        """Sessions, the last used first; `everyone`: of all salts, for the operator.
+
+        An owner's libraries are listed by `libraries`.
+        """
         store, hashed = self.store, salt_hash(salt)
         with store.lock:
             store.expire()
             found = [
                 describe_session(key[1], session)
                 for key, session in store.sessions.items()
-                if everyone or key[0] == hashed
+                if everyone or (key[0] == hashed and not key[1].startswith(LIBRARY))
             ]
         return sorted(found, key=lambda one: -one["used"])
 
@@ -133,7 +146,7 @@ class SessionManager:
                 now = store.clock()
                 header = replace(
                     state.header, id=secrets.token_hex(16), session=name, turn=1, created=now,
-                    parent=state.id, pinned=False,
+                    parent=state.id, pinned=False, library="", document="", part=0, parts=0,
                 )  # fmt: skip
                 copy = Stored(header, state.nbytes, now)
                 tokens = self._tokens(state)  # the copy's file is not there yet
@@ -165,13 +178,58 @@ class SessionManager:
         with store.lock:
             if (salt_hash(salt), name) in store.sessions:
                 raise SessionError("exists", f"session = {name!r}: there is such a session already")
-            states = [self._longest(source, salt) for source in sources]
-            tokens = [self._tokens(state) for state in states]
-            try:
-                compose(store, states, tokens, name, salt_hash(salt), ttl)
-            except ValueError as error:
-                raise SessionError("bad", str(error)) from None
+            self._compose(sources, name, salt, ttl)
         return self.show(name, salt)
+
+    def _compose(
+        self, sources: Sequence[str], name: str, salt: str | None, ttl: float | None
+    ) -> None:
+        states = [self._longest(source, salt) for source in sources]
+        tokens = [self._tokens(state) for state in states]
+        try:
+            compose(self.store, states, tokens, name, salt_hash(salt), ttl)
+        except ValueError as error:
+            raise SessionError("bad", str(error)) from None
+
+    def libraries(self, salt: str | None = None) -> list[Answer]:
+        """The libraries of an owner, by name."""
+        return describe_libraries(self.store, salt_hash(salt))
+
+    def library(self, library: str, salt: str | None = None) -> Answer:
+        """A library, its documents by title, and the parts of each."""
+        return describe_library(self.store, salt_hash(salt), check_name(library, "library"))
+
+    def compose_parts(
+        self, sources: list[str], salt: str | None = None, ttl: float | None = None
+    ) -> Answer:
+        """The session of parts of documents, in the order of their texts. It is made once.
+
+        Args:
+            sources: sessions of parts. ttl: seconds that it is kept, from now on where it is made.
+        """
+        store = self.store
+        with store.lock:
+            parts = [self._longest(source, salt) for source in sources]
+            name = name_of_answer(parts)
+            if (salt_hash(salt), name) not in store.sessions:
+                self._compose(sources, name, salt, ttl)
+        return self.show(name, salt)
+
+    def remove_documents(
+        self, library: str, document: str | None = None, salt: str | None = None
+    ) -> Answer:
+        """Delete a document of a library, or all of them, for good.
+
+        What was composed of its parts to answer questions goes too. Sessions that somebody composed
+        of them, or went on with, stay, and are named.
+        """
+        store, hashed = self.store, salt_hash(salt)
+        with store.lock:
+            parts = parts_of(store, hashed, check_name(library, "library"))
+            leaving = parts if document is None else documents_of(parts, library, document)
+            answers, others = made_of_parts(store, hashed, leaving)
+            answer = {"deleted": len(leaving), **({"composed": others} if others else {})}
+            return self._ended(store.delete(leaving + answers, lambda: answer))
 
     def rename(self, session: str, to: str, salt: str | None = None) -> Answer:
         """Another name for a session."""
@@ -291,6 +349,7 @@ class SessionManager:
         header = replace(
             found.header, id=secrets.token_hex(16), session=name, turn=1, created=now, salt=hashed,
             expires=None, parent=None, shared_prefix=None, pinned=False,
+            library="", document="", part=0, parts=0,
             prefix_hash=hashes.prefix_hash(n).hex(), block_hash=hashes.block_hash(n).hex(),
             fingerprint=store.fingerprint.to_dict(),
         )  # fmt: skip

@@ -10,14 +10,32 @@ from typing import NamedTuple
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 AUTOMATIC = "auto-"
 SHARED = "shared-"
+LIBRARY = "library-"
 # Names that begin so are the server's own: conversations without a name, and shared prefixes.
-RESERVED = (AUTOMATIC, SHARED)
+UNNAMED = (AUTOMATIC, SHARED)
+# So are the parts of a library's documents, and what is composed of them to answer a question.
+RESERVED = (*UNNAMED, LIBRARY)
+MAX_TITLE = 200  # characters of a document's name
+MAX_PARTS = 10_000  # of a document
 MAX_SHOWN = 60
 MAX_SOURCES = 64  # sessions that are composed to one
 
 
 class SessionNameError(ValueError):
     """A name that no session can have, or a reference that cannot be read."""
+
+
+class Part(NamedTuple):
+    """A part of a library's document: a session of its own.
+
+    Attributes:
+        library: its name, as a session's. document: its title. part: from 1 on. parts: of it.
+    """
+
+    library: str
+    document: str
+    part: int = 1
+    parts: int = 1
 
 
 class Reference(NamedTuple):
@@ -53,12 +71,27 @@ def check_new_name(name: object, field: str = "session") -> str:
         SessionNameError: as `check_name`, or the name is one that only the server gives.
     """
     name = check_name(name, field)
-    if is_unnamed(name):
+    if name.startswith(RESERVED):
         raise SessionNameError(
             f"{field} = {name!r}: names that begin with {' or '.join(map(repr, RESERVED))} are "
             "given by the server; take another, or give such a session another name first"
         )
     return name
+
+
+def check_title(title: object, field: str = "document") -> str:
+    """Return the name of a library's document.
+
+    Raises:
+        SessionNameError: it is no text of 1 to 200 characters, or has one that acts in a terminal.
+    """
+    acts = isinstance(title, str) and re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", title)
+    if not isinstance(title, str) or not 1 <= len(title) <= MAX_TITLE or acts:
+        raise SessionNameError(
+            f"{field} = {shown(title)}: must be 1 to {MAX_TITLE} characters without control "
+            "characters"
+        )
+    return title
 
 
 def shown(value: object) -> str:
@@ -95,7 +128,7 @@ def parse_reference(text: object, field: str = "from") -> Reference:
 
 def is_unnamed(session: str) -> bool:
     """Whether nobody gave a session this name."""
-    return session.startswith(RESERVED)
+    return session.startswith(UNNAMED)
 
 
 def automatic_name() -> str:

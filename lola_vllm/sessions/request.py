@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lola_vllm.sessions.names import (
+    Part,
     Reference,
     SessionNameError,
     check_name,
@@ -30,10 +31,13 @@ from lola_vllm.sessions.tiers import SessionKey, Stored
 
 FIELD = "lola"
 _KEYS = ("from", "save", "ttl", "answer")
+_OWN_KEYS = (*_KEYS, "part")  # of the requests that the server makes itself
 MAX_FAULTS = 3  # that are told; what follows is not looked at
-# Ids of the requests that the server makes itself, to store shared prefixes. Routes put another
-# word before what a client chooses.
+# Ids of the requests that the server makes itself, to store shared prefixes and to read documents.
+# Routes put another word before what a client chooses.
 OWN_REQUEST = "lola-shared-"
+LIBRARY_REQUEST = "lola-library-"
+OWN_REQUESTS = (OWN_REQUEST, LIBRARY_REQUEST)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class RequestParams:
         restore: whether to start from a stored state. source: the one it names.
         save: whether to store its states. session: under which name, None: nobody's.
         ttl: seconds. answer: whether what is generated belongs to the session.
+        part: of a library's document, which is read.
         faults: what of it could not be understood.
     """
 
@@ -53,6 +58,7 @@ class RequestParams:
     session: str | None = None
     ttl: float | None = None
     answer: bool = True
+    part: Part | None = None
     faults: tuple[str, ...] = ()
 
 
@@ -71,7 +77,7 @@ def read_params(params: object, session_id: str | None = None, own: bool = False
     if not isinstance(lola, Mapping):
         faults.append(f"{where} = {shown(lola)}: must be an object")
         lola = {}
-    for key in _unknown(lola):
+    for key in _unknown(lola, _OWN_KEYS if own else _KEYS):
         near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
         faults.append(f"{where}.{key}: unknown key; nearest valid name: {near!r}")
         if len(faults) == MAX_FAULTS:
@@ -102,15 +108,16 @@ def read_params(params: object, session_id: str | None = None, own: bool = False
         return RequestParams(restore=False, save=False, faults=tuple(faults[:MAX_FAULTS]))
     save = session is not False
     ttl = None if ttl is None else float(ttl)
+    part = Part(*lola["part"]) if own and "part" in lola else None
     return RequestParams(
-        source is not False, reference, save, session if save else None, ttl, answer
+        source is not False, reference, save, session if save else None, ttl, answer, part
     )
 
 
-def _unknown(lola: Mapping[Any, Any]) -> Iterator[str]:
+def _unknown(lola: Mapping[Any, Any], known: tuple[str, ...]) -> Iterator[str]:
     """Keys that mean nothing, each cut to a length that can be shown and compared."""
     for key in lola:
-        if key not in _KEYS:
+        if key not in known:
             yield shown(key)[1:-1] if isinstance(key, str) else shown(key)
 
 

@@ -20,7 +20,7 @@ from lola_vllm.sessions.expiry import Expiries
 from lola_vllm.sessions.failure_log import FailureLog
 from lola_vllm.sessions.file import StateHeader
 from lola_vllm.sessions.fingerprint import Fingerprint
-from lola_vllm.sessions.names import AUTOMATIC, Reference, automatic_name
+from lola_vllm.sessions.names import AUTOMATIC, Part, Reference, automatic_name
 from lola_vllm.sessions.orders import (
     DISK,
     MEMORY,
@@ -70,6 +70,7 @@ class SessionStore:
     Args:
         fingerprint: of the model. rank_bytes: of a state on one rank. ranks: how many share it.
         settings: budgets and the directory. clock: seconds since 1970.
+        key_bytes: of the keys of a library's document of so many tokens (`library/keys.py`).
 
     Raises:
         OSError: the directory cannot be used.
@@ -83,6 +84,7 @@ class SessionStore:
         settings: StoreSettings,
         ranks: int = 1,
         clock: Callable[[], float] = time.time,
+        key_bytes: Callable[[int], int] = lambda _: 0,
     ) -> None:
         self.fingerprint = fingerprint
         self.settings = settings
@@ -90,6 +92,7 @@ class SessionStore:
         self.rank_bytes = rank_bytes
         self.max_waiting = settings.max_waiting(rank_bytes * ranks)
         self.clock = clock
+        self.key_bytes = key_bytes
         self.lock = threading.RLock()
         self.memory = Tier(MEMORY, settings.memory)
         on_disk = settings.directory is not None
@@ -224,12 +227,13 @@ class SessionStore:
         ttl: float | None = None,
         request: str = "",
         tail: Sequence[int] = (),
+        part: Part | None = None,
     ) -> tuple[Stored, bool]:
         """Store a state of the pool, which covers the first `num_tokens` of a text.
 
         Args:
             kind: "prompt" or "answer". state_index: in the pool of every rank. ttl: seconds.
-            request: as in `Save`. tail: as in `StateHeader`.
+            request: as in `Save`. tail: as in `StateHeader`. part: of a library's document.
 
         Returns:
             The state, and whether it is new: it is then copied in the step that takes the
@@ -248,7 +252,7 @@ class SessionStore:
                         # What was said is so, also where the file cannot be told of it.
                         self.rewrite([there], undo=False, kind=kind, tail=list(tail))
                     return there, False
-            nbytes = self.state_bytes(num_tokens)
+            nbytes = self.state_bytes(num_tokens, part is not None)
             tiers = [tier for tier in self.tiers_for(turn.session[1]) if tier.fits(nbytes)]
             if not tiers and self.disk.fits(nbytes):
                 raise NotStored(
@@ -287,6 +291,7 @@ class SessionStore:
                 tail=list(tail),
                 composed=parent.header.composed if parent else None,
                 made_of=list(parent.header.made_of) if parent else [],
+                **({} if part is None else part._asdict()),
                 ranks=self.ranks,
             )
             state = Stored(header, nbytes, now, unwritten=slow)
@@ -319,9 +324,14 @@ class SessionStore:
         """Where states of a session may be: texts that nobody named stay in memory."""
         return [self.memory, self.disk] if self.settings.may_write(session) else [self.memory]
 
-    def state_bytes(self, num_tokens: int) -> int:
-        """Bytes of a state after n tokens: pages and token ids, of all ranks."""
-        return self.ranks * (self.rank_bytes + TOKEN_BYTES * num_tokens)
+    def state_bytes(self, num_tokens: int, document: bool = False) -> int:
+        """Bytes of a state after n tokens: pages and token ids, of all ranks.
+
+        Args:
+            document: whether it is of a library, whose keys are kept beside it.
+        """
+        keys = self.key_bytes(num_tokens) if document else 0
+        return self.ranks * (self.rank_bytes + TOKEN_BYTES * num_tokens) + keys
 
     # Between the store and the ranks.
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from lola_vllm.sessions.file import (
     StateFileError,
     StateHeader,
     file_name,
+    keys_file,
     read_state,
     with_rank,
     write_state,
@@ -29,6 +31,20 @@ from lola_vllm.sessions.prefix_hash import Tokens
 logger = logging.getLogger("vllm.lola")
 
 _FAILED: dict[type, str] = {Load: "load-failed", Drop: "drop-failed"}
+
+
+class Shelf(Protocol):
+    """Where the keys of a library's documents are kept (`library/shelf.py`). Used by several
+    threads."""
+
+    def add(self, state: str, row: Tensor, num_tokens: int, disk: bool) -> object:
+        """Take those of a state `[rank_bytes]` after so many tokens; in a file where it has one."""
+
+    def find(self, state: str) -> object | None:
+        """Those of a state; None where they are not kept."""
+
+    def drop(self, state: str) -> None:
+        """Forget what is in memory."""
 
 
 class TransferWorker:
@@ -45,6 +61,7 @@ class TransferWorker:
             fill the memory.
         key: to encrypt files with; None: they are not encrypted.
         compose: the state of documents one behind the other, from theirs and their tokens.
+        shelf: for the keys of a library's documents; None: there are none.
     """
 
     def __init__(
@@ -58,6 +75,7 @@ class TransferWorker:
         max_waiting: int = 64,
         key: StateKey | None = None,
         compose: Callable[[Sequence[Tensor], Sequence[int]], Tensor] | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         self.pool = pool.view(torch.uint8)
         self.fingerprint = fingerprint
@@ -67,6 +85,7 @@ class TransferWorker:
         self.max_waiting = max_waiting
         self._key = key
         self._composed = compose
+        self._shelf = shelf
         self._states: dict[str, HostCopy] = {}
         self._writing: dict[str, list[HostCopy]] = {}  # an entry per write that waits
         self._copying: set[str] = set()  # states whose file is yet to be made of another
@@ -138,6 +157,30 @@ class TransferWorker:
         self._done(state, "saved", MEMORY, began, order.request)
         if order.disk:
             self._write(order.header, order.tokens, data)
+        if order.header.library and self._shelf is not None:
+            self._writer.submit(self._take_keys, order.header, data, order.disk)
+
+    def document_keys(self, state: str, num_tokens: int) -> object:
+        """The keys of a library's document: kept, or taken from its state once more.
+
+        Any thread may ask.
+
+        Raises:
+            StateFileError, OSError: the state is no longer kept.
+        """
+        if self._shelf is None:
+            raise FileNotFoundError("the keys of documents are not kept here")
+        found = self._shelf.find(state)
+        if found is None:
+            data, on_disk = self._in_memory(state), self.directory is not None
+            if data is not None:
+                row = data.wait()
+                on_disk = on_disk and self._path(state).exists()
+            else:
+                read = read_state(self._path(state), self.fingerprint, self._key)
+                row = torch.from_numpy(read.data)
+            found = self._shelf.add(state, row, num_tokens, on_disk)
+        return found
 
     def _load(self, order: Load) -> None:
         state = order.header.id
@@ -189,6 +232,8 @@ class TransferWorker:
         if order.tier == MEMORY:
             self._states.pop(order.state, None)
             self._reading.discard(order.state)
+            if self._shelf is not None:
+                self._shelf.drop(order.state)
             return
         self._writing.pop(order.state, None)
         # After the write that may be going on, in the same thread.
@@ -228,6 +273,14 @@ class TransferWorker:
                 waiting.pop(0)
                 if not waiting and self._writing.get(header.id) is waiting:
                     del self._writing[header.id]
+
+    def _take_keys(self, header: StateHeader, data: HostCopy, disk: bool) -> None:
+        try:
+            assert self._shelf is not None
+            if header.id in self._states or self._path(header.id).exists():  # not dropped meanwhile
+                self._shelf.add(header.id, data.wait(), header.num_tokens, disk)
+        except Exception as error:  # they are taken again when a question needs them
+            logger.warning("LoLA sessions: the keys of a document were not kept: %s", error)
 
     def _copy_file(self, order: Copy) -> None:
         began = time.monotonic()
@@ -272,7 +325,11 @@ class TransferWorker:
 
     def _unlink(self, state: str) -> None:
         try:
-            self._path(state).unlink(missing_ok=True)
+            path = self._path(state)
+            path.unlink(missing_ok=True)
+            if self._shelf is not None:
+                self._shelf.drop(state)
+                keys_file(path.parent, state).unlink(missing_ok=True)
         except OSError as error:
             self._report(state, "drop-failed", DISK, error)
 

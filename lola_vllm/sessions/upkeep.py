@@ -195,7 +195,9 @@ class Upkeep:
             store.dropped &= scan.there
             for header, used in sorted(scan.new, key=lambda found: found[1]):
                 if header.id not in store.states and header.id not in store.dropped:
-                    state = Stored(header, store.state_bytes(header.num_tokens), used)
+                    state = Stored(
+                        header, store.state_bytes(header.num_tokens, bool(header.library)), used
+                    )
                     state.written.update(range(store.ranks))
                     store.add(state, [store.disk])
                     store.counts["adopted"] += 1

@@ -36,17 +36,19 @@ BANDS = (
         Box("lola_vllm/linearize/", "a LoLA model of a base", 20, 660),
     )),
     ("what the verbs do", (
-        Box("lola_vllm/client/", "asks a server", 20, 100),
-        Box("lola_vllm/doctor.py", "finds faults", 126, 100),
-        Box("lola_vllm/eval/", "measures", 232, 86),
-        Box("lola_vllm/library/", "finds documents", 324, 118),
-        Box("lola_vllm/calibrate/", "divides the pairs", 448, 124),
+        Box("lola_vllm/client/", "asks a server", 20, 120),
+        Box("lola_vllm/doctor.py", "finds faults", 156, 120),
+        Box("lola_vllm/eval/", "measures", 292, 120),
+        Box("lola_vllm/calibrate/", "divides the pairs", 428, 140),
         Box("lola_vllm/distill/", "trains", 600, 80),
     )),
     ("where models run", (
         Box("serving/", "HTTP: routes, sessions, pages", 20, 230),
         Box("lola_vllm/plugin/", "the model in vLLM", 282, 170),
         Box("lola_vllm/hf/", "the model in transformers", 464, 216),
+    )),
+    ("many documents", (
+        Box("lola_vllm/library/", "finds those that a question reads", 20, 660),
     )),
     ("files and sizes", (
         Box("lola_vllm/sessions/", "stored states", 20, 108),

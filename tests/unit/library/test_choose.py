@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lola_vllm.hf import LolaCache
+from lola_vllm.hf.question import queries_of
 from lola_vllm.library.choose import HEAD_TOKENS, choose, look, places
 from lola_vllm.library.keys import DocumentKeys, KeysError, reading_heads, total_bytes
-from lola_vllm.library.question import queries_of
 from lola_vllm.ops.int8 import quantize
 from tools.support.tiny import make_tiny, random_prompts
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lola_vllm.hf import LolaCache, LolaLlamaForCausalLM
-from lola_vllm.library.keys import reading_heads
+from lola_vllm.hf.cache import LolaCache
+from lola_vllm.hf.modeling import LolaLlamaForCausalLM
+from lola_vllm.library.keys import queries_in, reading_heads
 
 
 @torch.no_grad()
@@ -52,11 +53,4 @@ def queries_of(
         cache.layers[layer].query_hook = recorder(layer)
     ids = torch.tensor([list(question)], device=model.device)
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    rope = model.model.rope_table()
-    found = []
-    for head in heads:
-        q = seen[head.layer]
-        group = q.shape[1] // after.sequence.layers[head.layer].num_kv_heads
-        own = q[:, head.kv_head * group : (head.kv_head + 1) * group].to(rope.cos.dtype)
-        found.append(rope.move(own, torch.tensor(-n)))
-    return found
+    return queries_in(after.sequence, seen, n, model.model.rope_table())

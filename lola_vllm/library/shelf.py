@@ -1,0 +1,97 @@
+"""Where a server keeps the keys of its libraries' documents, apart from their states.
+
+They are in a file beside that of the state, and those that were used last in memory too. Where a
+state has no file, its keys are in memory as long as it is. They can always be taken from the state
+again, so nothing is lost where a file is damaged or missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from lola_vllm.library.keys import DocumentKeys, KeysError
+from lola_vllm.sessions.cipher import StateKey
+from lola_vllm.sessions.file import keys_file
+
+logger = logging.getLogger("vllm.lola")
+
+# Of keys in memory that have a file as well: those of 250 documents of 2,000 tokens of the demo
+# model.
+CACHE_BYTES = 512 * 2**20
+
+
+class KeyShelf:
+    """Keys of documents by the id of their state. Several threads may use it.
+
+    Args:
+        of_state: the keys of a state `[rank_bytes]` after so many tokens.
+        directory: of the files; None: there are none. key: that encrypts them; None: nothing does.
+    """
+
+    def __init__(
+        self,
+        of_state: Callable[[Tensor, int], DocumentKeys],
+        directory: Path | None = None,
+        key: StateKey | None = None,
+    ) -> None:
+        self._of_state = of_state
+        self._directory, self._key = directory, key
+        self._lock = threading.Lock()
+        self._held: dict[str, DocumentKeys] = {}
+        self._cached: OrderedDict[str, DocumentKeys] = OrderedDict()
+
+    def add(self, state: str, row: Tensor, num_tokens: int, disk: bool) -> DocumentKeys:
+        """Take and keep the keys of a state.
+
+        Args:
+            disk: whether the state has a file, or will have one; so have its keys then.
+
+        Raises:
+            KeysError: the document is longer than the trained length. OSError: of the file.
+        """
+        keys = self._of_state(row, num_tokens)
+        if disk and self._directory is not None:
+            keys.write(keys_file(self._directory, state), self._key)
+            self._cache(state, keys)
+        else:
+            with self._lock:
+                self._held[state] = keys
+        return keys
+
+    def find(self, state: str) -> DocumentKeys | None:
+        """The keys of a state; None where they have to be taken from it."""
+        with self._lock:
+            found = self._held.get(state) or self._cached.get(state)
+            if state in self._cached:
+                self._cached.move_to_end(state)
+        if found is None and self._directory is not None:
+            path = keys_file(self._directory, state)
+            try:
+                found = DocumentKeys.read(path, self._key) if path.exists() else None
+            except KeysError as error:
+                logger.warning("LoLA: %s; the keys are taken from the state again", error)
+            if found is not None:
+                self._cache(state, found)
+        return found
+
+    def drop(self, state: str) -> None:
+        """Forget the keys of a state in memory."""
+        with self._lock:
+            self._held.pop(state, None)
+            self._cached.pop(state, None)
+
+    def _cache(self, state: str, keys: DocumentKeys) -> None:
+        with self._lock:
+            self._cached[state] = keys
+            self._cached.move_to_end(state)
+            while len(self._cached) > 1 and self._nbytes() > CACHE_BYTES:
+                self._cached.popitem(last=False)
+
+    def _nbytes(self) -> int:
+        return sum(keys.nbytes for keys in self._cached.values())

@@ -1,0 +1,64 @@
+"""Texts in parts, and sentences of them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from lola_vllm.library.choose import HEAD_TOKENS
+from lola_vllm.library.parts import sentence_at, split_text
+
+
+def count(text: str) -> int:
+    """A token is a word here, or six characters of one."""
+    return sum(-(-len(word) // 6) for word in text.split())
+
+
+def words(number: int, seed: int = 0) -> list[str]:
+    chance = random.Random(seed)
+    return [f"w{chance.randrange(1000)}" for _ in range(number)]
+
+
+def without_overlap(parts: list[str], text: str) -> str:
+    """The parts put together again, where each but the first begins with the end of another."""
+    found = parts[0]
+    for part in parts[1:]:
+        size = next(n for n in range(len(part), -1, -1) if found.endswith(part[:n]))
+        assert count(part[:size]) >= HEAD_TOKENS
+        found += part[size:]
+    return found
+
+
+@pytest.mark.parametrize("border", ["\n\n", "\n", ". ", " "])
+def test_parts_are_all_of_the_text(border: str) -> None:
+    text = border.join(" ".join(words(30, seed)) for seed in range(40))
+    parts = split_text(text, 300, count)
+    assert len(parts) > 3 and max(map(count, parts)) <= 300
+    assert without_overlap(parts, text) == text
+
+
+def test_a_text_is_cut_between_paragraphs() -> None:
+    paragraphs = [" ".join(words(70, seed)) for seed in range(9)]
+    parts = split_text("\n\n".join(paragraphs), 300, count)
+    assert all(part.rstrip().endswith(tuple(paragraphs)) for part in parts)
+    assert parts[0].rstrip() == "\n\n".join(paragraphs[:4])
+
+
+def test_a_short_text_is_one_part_and_a_long_word_is_cut() -> None:
+    assert split_text("One. Two.", 300, count) == ["One. Two."]
+    assert split_text(" \n\n ", 300, count) == []
+    parts = split_text("x" * 9000, 300, count)
+    assert len(parts) > 4 and max(map(count, parts)) <= 300 and set("".join(parts)) == {"x"}
+
+
+def test_the_sentence_at_a_place() -> None:
+    text = "The roses stand. The gate\ncode is 44! Is it?\n\nA new paragraph"
+    for word, sentence in (
+        ("roses", "The roses stand."),
+        ("gate", "The gate code is 44!"), ("44", "The gate code is 44!"),
+        ("it", "Is it?"), ("new", "A new paragraph"),
+    ):  # fmt: skip
+        assert sentence_at(text, text.index(word)) == sentence
+    long = "word " * 1000
+    assert 0 < len(sentence_at(long, 2500)) <= 500

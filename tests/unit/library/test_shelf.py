@@ -1,0 +1,76 @@
+"""Keys on a shelf: in files, in memory, encrypted, and taken again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lola_vllm.library import shelf as module
+from lola_vllm.library.keys import DocumentKeys, KeysError
+from lola_vllm.library.shelf import KeyShelf
+from lola_vllm.ops.int8 import quantize
+from lola_vllm.sessions.cipher import StateKey
+from lola_vllm.sessions.file import keys_file
+
+ROW = torch.zeros(8, dtype=torch.uint8)
+
+
+def keys_of(_row: Tensor, num_tokens: int) -> DocumentKeys:
+    generator = torch.Generator().manual_seed(num_tokens)
+    keys = quantize(torch.randn(num_tokens, 16, generator=generator))
+    return DocumentKeys(num_tokens, (keys,), (torch.arange(num_tokens),))
+
+
+def same(one: DocumentKeys | None, other: DocumentKeys) -> bool:
+    return one is not None and all(
+        torch.equal(a, b)
+        for x, y in zip(one.keys, other.keys, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
+
+
+@pytest.mark.parametrize("key", [None, StateKey(b"k" * 32)], ids=["plain", "sealed"])
+def test_they_come_back_from_their_file(tmp_path: Path, key: StateKey | None) -> None:
+    KeyShelf(keys_of, tmp_path, key).add("a" * 32, ROW, 20, disk=True)
+    assert same(KeyShelf(keys_of, tmp_path, key).find("a" * 32), keys_of(ROW, 20))
+    path = keys_file(tmp_path, "a" * 32)
+    assert path.stat().st_mode & 0o777 == 0o600
+    plain = keys_of(ROW, 20).keys[0].numbers.numpy().tobytes()
+    assert (plain in path.read_bytes()) is (key is None)
+    path.write_bytes(path.read_bytes()[:-9])  # a file that was cut is no file
+    assert KeyShelf(keys_of, tmp_path, key).find("a" * 32) is None
+
+
+def test_a_file_with_another_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    keys_of(ROW, 20).write(path, StateKey(b"k" * 32))
+    for key in (None, StateKey(b"x" * 32)):
+        with pytest.raises(KeysError):
+            DocumentKeys.read(path, key)
+    keys_of(ROW, 20).write(path)
+    with pytest.raises(KeysError, match="not encrypted"):
+        DocumentKeys.read(path, StateKey(b"k" * 32))
+
+
+def test_without_a_file_they_are_held_until_they_are_dropped(tmp_path: Path) -> None:
+    kept = KeyShelf(keys_of, tmp_path)
+    kept.add("a" * 32, ROW, 20, disk=False)
+    assert not list(tmp_path.iterdir())
+    assert same(kept.find("a" * 32), keys_of(ROW, 20))
+    kept.drop("a" * 32)
+    assert kept.find("a" * 32) is None
+
+
+def test_those_with_a_file_leave_memory_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CACHE_BYTES", 2 * keys_of(ROW, 20).nbytes)
+    kept = KeyShelf(keys_of, tmp_path)
+    for name in "abc":
+        kept.add(name * 32, ROW, 20, disk=True)
+    keys_file(tmp_path, "a" * 32).unlink()
+    keys_file(tmp_path, "c" * 32).unlink()
+    assert kept.find("a" * 32) is None and kept.find("c" * 32) is not None

@@ -1,0 +1,106 @@
+"""Libraries in the store: what is listed, composed once, expired and deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lola_vllm.sessions.file import KEYS_SUFFIX, keys_file
+from lola_vllm.sessions.names import Part
+from lola_vllm.sessions.prefix_hash import salt_hash
+from tests.support.sessions import ROW, Server
+
+ONE, TWO, THREE = list(range(100, 140)), list(range(500, 541)), list(range(700, 760))
+
+
+@pytest.fixture(params=["memory", "both"])
+def server(request: Any, tmp_path: Path) -> Iterator[Server]:
+    directory = None if request.param == "memory" else tmp_path
+    server = Server(directory, memory=100 * ROW)
+    read(server, "library-1", ONE, Part("pumps", "a.md", 1, 2))
+    read(server, "library-2", TWO, Part("pumps", "a.md", 2, 2))
+    read(server, "library-3", THREE, Part("pumps", "b.md"))
+    server.settle()
+    yield server
+    server.close()
+
+
+def read(server: Server, session: str, tokens: list[int], part: Part, **options: Any) -> None:
+    server.say(tokens, session, kind="prompt", part=part, **options)
+
+
+def test_a_library_is_its_parts(server: Server) -> None:
+    (summary,) = server.ask("libraries")
+    assert (summary["library"], summary["documents"], summary["parts"]) == ("pumps", 2, 3)
+    assert summary["tokens"] == len(ONE) + len(TWO) + len(THREE)
+    one, two = server.ask("library", library="pumps")["documents"]
+    assert [(p["part"], p["session"]) for p in one["parts"]] == [(1, "library-1"), (2, "library-2")]
+    assert one["complete"] and two["complete"] and two["document"] == "b.md"
+    assert server.ask("sessions") == [] and len(server.ask("sessions", everyone=True)) == 3
+    server.ask("delete", reference="library-1")
+    one, _ = server.ask("library", library="pumps")["documents"]
+    assert not one["complete"]
+    assert server.ask("library", library="valves")["kind"] == "not-found"
+
+
+def test_parts_are_composed_once(server: Server) -> None:
+    made = server.ask("compose_parts", sources=["library-1", "library-3"])
+    assert made["made_of"] == ["library-1@1", "library-3@1"]
+    assert (
+        server.ask("compose_parts", sources=["library-1", "library-3"])["session"]
+        == made["session"]
+    )
+    assert server.store.counts["composed"] == 1
+    turned = server.ask("compose_parts", sources=["library-3", "library-1"], ttl=60)
+    assert turned["session"] != made["session"] and turned["states"][0]["expires"]
+
+
+def test_a_deleted_document_takes_the_answers_along(server: Server) -> None:
+    made = server.ask("compose_parts", sources=["library-2", "library-3"])["session"]
+    other = server.ask("compose_parts", sources=["library-3"])["session"]
+    server.ask("compose", sources=["library-1"], to="mine")
+    server.settle()
+    directory = server.store.directory
+    ids = {name: s.id for s in server.store.states.values() for name in [s.header.session]}
+    if directory is not None:
+        keys_file(directory.path, ids["library-1"]).write_bytes(b"keys")
+    gone = server.ask("remove_documents", library="pumps", document="a.md")
+    assert gone == {"deleted": 2, "composed": ["mine"]}
+    left = {one["session"] for one in server.ask("sessions", everyone=True)}
+    assert left == {"library-3", "mine", other} and made not in left
+    server.settle()
+    if directory is not None:
+        assert not [p for p in directory.path.iterdir() if p.name.endswith(KEYS_SUFFIX)]
+        assert not any(path.exists() for path in directory.files(ids["library-1"]))
+    assert server.ask("remove_documents", library="pumps", document="a.md")["kind"] == "not-found"
+    server.ask("remove_documents", library="pumps")
+    assert server.ask("libraries") == []
+
+
+def test_owners_see_their_own(server: Server) -> None:
+    read(server, "library-9", ONE, Part("pumps", "theirs"), salt=salt_hash("other"))
+    (theirs,) = server.ask("library", library="pumps", salt="other")["documents"]
+    assert theirs["document"] == "theirs"
+    assert server.ask("remove_documents", library="pumps", salt="other") == {"deleted": 1}
+    assert server.ask("libraries")[0]["parts"] == 3
+
+
+def test_a_fork_of_a_part_is_no_part(server: Server) -> None:
+    server.ask("fork", reference="library-3", to="mine")
+    server.settle()
+    assert server.ask("libraries")[0]["parts"] == 3
+    assert [one["session"] for one in server.ask("sessions")] == ["mine"]
+
+
+def test_libraries_are_there_after_a_restart(tmp_path: Path) -> None:
+    server = Server(tmp_path, memory=100 * ROW)
+    read(server, "library-1", ONE, Part("pumps", "Pümpe / 1"))
+    server.settle()
+    server.close()
+    again = Server(tmp_path, memory=100 * ROW)
+    (document,) = again.ask("library", library="pumps")["documents"]
+    assert document["document"] == "Pümpe / 1" and document["complete"]
+    again.close()
