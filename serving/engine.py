@@ -110,7 +110,7 @@ class LolaEngine:
         row = Row("", True, self.sequence, None)
         per_sequence = self.states_per_sequence
         if self._backend is None and self.readable() is None:
-            self._backend = (await self._ask("lola_describe"))[0]["backend"]
+            self._backend = (await self.ask_workers("lola_describe"))[0]["backend"]
         cache = self.config.cache_config
         return InfoResponse(
             model=self.model,
@@ -168,7 +168,7 @@ class LolaEngine:
         async with self._reading:
             request_id = f"lola-memory-{uuid.uuid4().hex}"
             try:
-                await self._ask("lola_watch", request_id, len(tokens), record)
+                await self.ask_workers("lola_watch", request_id, len(tokens), record)
                 async for _ in self.client.generate(
                     tokens_input(tokens, cache_salt=cache_salt),
                     SamplingParams(
@@ -185,9 +185,11 @@ class LolaEngine:
                     request_id,
                 ):
                     pass
-                answers = await self._ask("lola_memory", request_id, layers, forgotten, history)
+                answers = await self.ask_workers(
+                    "lola_memory", request_id, layers, forgotten, history
+                )
             except BaseException:  # a disconnected client cancels this; the copy must not stay
-                self._later(self._ask("lola_drop", request_id))
+                self.later(self.ask_workers("lola_drop", request_id))
                 raise
         return joined([answer["layers"] for answer in answers])
 
@@ -211,7 +213,7 @@ class LolaEngine:
 
     async def sample(self) -> dict[str, float]:
         """The workers' samples of a running sequence since the last call, averaged over workers."""
-        answers = await self._ask("lola_sample")
+        answers = await self.ask_workers("lola_sample")
         fields = {field for answer in answers for field in answer}
         return {
             field: sum(values) / len(values)
@@ -295,7 +297,7 @@ class LolaEngine:
             )
         return None
 
-    async def _ask(self, method: str, *args: Any) -> list[dict[str, Any]]:
+    async def ask_workers(self, method: str, *args: Any) -> list[dict[str, Any]]:
         """Every worker's answer to a method of `LolaWorkerExtension`."""
         try:
             answers = await asyncio.wait_for(
@@ -312,7 +314,7 @@ class LolaEngine:
                 raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, answer["error"])
         return answers
 
-    def _later(self, work: Any) -> None:
+    def later(self, work: Any) -> None:
         """Run a coroutine in the background."""
         task = asyncio.ensure_future(work)
         self._cleanups.add(task)

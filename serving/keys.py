@@ -99,23 +99,7 @@ class KeyRecorder:
             self._show(None)
 
     def _span_of_step(self) -> Span | None:
-        metadata = get_forward_context().attn_metadata
-        if not isinstance(metadata, dict):  # profiling, or a batch cut in two
-            return None
-        step = cast(LolaMetadata, metadata[self._layers[0].pool_layer])
-        starts = list(range(step.num_decodes))
-        lengths = [1] * step.num_decodes
-        if step.num_prefills:
-            assert step.query_start_loc_p_cpu is not None
-            offsets = step.query_start_loc_p_cpu
-            starts += (offsets[:-1] + step.num_decode_tokens).tolist()
-            lengths += offsets.diff().tolist()
-        for row, start, length in zip(all_rows(step), starts, lengths, strict=True):
-            first = row.num_tokens - length
-            length = min(length, len(self._seen) - first)  # an answer's tokens are not recorded
-            if length > 0 and row.state_index > 0 and self._mine(row):
-                return Span(slice(start, start + length), slice(first, first + length))
-        return None
+        return span_of_step(self._layers[0], len(self._seen), self._mine)
 
     def _show(self, span: Span | None) -> None:
         """Ask the layers for the pairs of a span; None: for nothing."""
@@ -133,3 +117,28 @@ class KeyRecorder:
                 self._seen[span.positions] = True
 
         return write
+
+
+def span_of_step(layer: LolaAttention, num_tokens: int, mine: Callable[[Row], bool]) -> Span | None:
+    """The tokens of the running step that belong to a prompt; None: there are none.
+
+    Args:
+        layer: any of the model. num_tokens: of the prompt. mine: as for `KeyRecorder`.
+    """
+    metadata = get_forward_context().attn_metadata
+    if not isinstance(metadata, dict):  # profiling, or a batch cut in two
+        return None
+    step = cast(LolaMetadata, metadata[layer.pool_layer])
+    starts = list(range(step.num_decodes))
+    lengths = [1] * step.num_decodes
+    if step.num_prefills:
+        assert step.query_start_loc_p_cpu is not None
+        offsets = step.query_start_loc_p_cpu
+        starts += (offsets[:-1] + step.num_decode_tokens).tolist()
+        lengths += offsets.diff().tolist()
+    for row, start, length in zip(all_rows(step), starts, lengths, strict=True):
+        first = row.num_tokens - length
+        length = min(length, num_tokens - first)  # an answer's tokens are not recorded
+        if length > 0 and row.state_index > 0 and mine(row):
+            return Span(slice(start, start + length), slice(first, first + length))
+    return None

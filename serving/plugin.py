@@ -18,6 +18,7 @@ from lola_vllm.plugin.connectors import has_store
 from lola_vllm.serving.access import EVERYWHERE, Access, AccessMiddleware
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.inspector import ROUTE
+from lola_vllm.serving.library.routes import router as library_router
 from lola_vllm.serving.metrics import LolaMetrics, RefreshMetrics
 from lola_vllm.serving.routes import page, router
 from lola_vllm.serving.sessions import routers
@@ -45,7 +46,7 @@ class LolaEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, the middleware that they need, and the line that names the pages."""
-        for routes in (router, page, *routers):
+        for routes in (router, page, *routers, library_router):
             app.include_router(routes)
         app.add_middleware(RefreshMetrics)
         app.add_middleware(OwnerMiddleware)

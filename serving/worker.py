@@ -26,6 +26,7 @@ from lola_vllm.plugin.attention import LolaAttention
 from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads
 from lola_vllm.serving.history import Residency, residencies
 from lola_vllm.serving.keys import KeyRecorder, Pairs
+from lola_vllm.serving.library.librarian import Librarian
 from lola_vllm.serving.pages import PageWatch, Row, StateCopy, Unreadable
 from lola_vllm.serving.protocol import Head
 from lola_vllm.serving.recall import Forecast, forecast, recalled, remembered
@@ -71,17 +72,8 @@ class LolaWorkerExtension:
                 a request must not start from a cached state.
         """
 
-        def state_index(tokens: int) -> int | None:
-            """Where the request's state is after so many tokens."""
-            cache = self.vllm_config.cache_config
-            index = 0
-            if cache.mamba_cache_mode == "align" and cache.mamba_block_size:
-                index = (tokens - 1) // cache.mamba_block_size
-            blocks = compat.request_blocks(self.model_runner, request_id)
-            return None if blocks is None or len(blocks) <= index else blocks[index]
-
         def choose(rows: list[Row]) -> Row | None:
-            found = state_index(num_tokens)
+            found = self._state_index(request_id, num_tokens)
             row = None if found is None else Row(found, num_tokens)
             return row if row in rows else None
 
@@ -96,7 +88,7 @@ class LolaWorkerExtension:
                 self.get_model(),
                 modules,
                 num_tokens,
-                lambda row: state_index(row.num_tokens) == row.state_index,
+                lambda row: self._is_of(request_id, row),
             )
         return {}
 
@@ -165,6 +157,61 @@ class LolaWorkerExtension:
             if values:
                 answer[field] = statistics.fmean(values)
         return answer
+
+    @_answering
+    def lola_hear(self, request_id: str, name: str, first: int, num_tokens: int) -> Answer:
+        """As `Librarian.hear`."""
+        return self._librarian().hear(
+            request_id, name, first, num_tokens, lambda row: self._is_of(request_id, row)
+        )
+
+    @_answering
+    def lola_heard(self, request_id: str) -> Answer:
+        """As `Librarian.heard`."""
+        return self._librarian().heard(request_id)
+
+    @_answering
+    def lola_knows(self, name: str) -> Answer:
+        """As `Librarian.knows`: `{"knows"}`."""
+        return {"knows": self._librarian().knows(name)}
+
+    @_answering
+    def lola_find(
+        self, question: str, neutral: str, documents: list[tuple[str, int]], top: int
+    ) -> Answer:
+        """As `Librarian.find`."""
+        return self._librarian().find(question, neutral, documents, top)
+
+    @_answering
+    def lola_found(self, question: str) -> Answer:
+        """As `Librarian.found`."""
+        return self._librarian().found(question)
+
+    @_answering
+    def lola_unhear(self, name: str) -> Answer:
+        """As `Librarian.drop`."""
+        self._librarian().drop(name)
+        return {}
+
+    def _librarian(self) -> Librarian:
+        found: Librarian | None = getattr(self, "_lola_librarian", None)
+        if found is None:
+            found = Librarian(self.get_model(), self._lola()[0])
+            self._lola_librarian = found
+        return found
+
+    def _state_index(self, request_id: str, num_tokens: int) -> int | None:
+        """Where a request's state is after so many tokens."""
+        cache = self.vllm_config.cache_config
+        index = 0
+        if cache.mamba_cache_mode == "align" and cache.mamba_block_size:
+            index = (num_tokens - 1) // cache.mamba_block_size
+        blocks = compat.request_blocks(self.model_runner, request_id)
+        return None if blocks is None or len(blocks) <= index else blocks[index]
+
+    def _is_of(self, request_id: str, row: Row) -> bool:
+        """Whether a row of a step is a request's."""
+        return self._state_index(request_id, row.num_tokens) == row.state_index
 
     def _lola(self) -> tuple[list[LolaAttention], PageWatch]:
         """This worker's layers, in order, and the watch over their pages."""

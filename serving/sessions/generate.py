@@ -93,9 +93,9 @@ async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> 
         params: dict[str, Any] = {FIELD: lola}
         if transcript is not None:
             tokens = await continuation(
-                body, transcript, raw_request, _special(engine_of(raw_request))
+                body, transcript, raw_request, special_ids(engine_of(raw_request))
             )
-            _check_length(tokens, engine_of(raw_request))
+            check_length(tokens, engine_of(raw_request))
             params["prompt_token_ids"] = tokens
         request = body.model_copy(update={"kv_transfer_params": params})
         return await create_chat_completion(request, raw_request)
@@ -117,8 +117,8 @@ async def complete(session: str, raw_request: Request, body: SessionCompletionRe
             raise HTTPException(HTTPStatus.BAD_REQUEST, "prompt is empty; give text or token ids")
         if transcript is not None:
             new = await text_tokens(prompt, raw_request) if isinstance(prompt, str) else prompt
-            prompt = transcript.before(_special(engine_of(raw_request))) + new
-            _check_length(prompt, engine_of(raw_request))
+            prompt = transcript.before(special_ids(engine_of(raw_request))) + new
+            check_length(prompt, engine_of(raw_request))
         params = {FIELD: lola}
         request = body.model_copy(update={"prompt": prompt, "kv_transfer_params": params})
         return await create_completion(request, raw_request)
@@ -155,7 +155,7 @@ async def _answer(
 async def _append(reference: Reference, body: AppendRequest, raw_request: Request) -> Any:
     engine = engine_of(raw_request)
     transcript = await _transcript(engine, reference, body)
-    before = [] if transcript is None else transcript.before(_special(engine))
+    before = [] if transcript is None else transcript.before(special_ids(engine))
     if body.messages is not None and transcript is not None:
         tokens = await _messages(body, transcript, raw_request)
         new = len(tokens) - len(before)
@@ -164,7 +164,7 @@ async def _append(reference: Reference, body: AppendRequest, raw_request: Reques
             body, raw_request, engine, begins=transcript is None, adapters=True
         )
         tokens, new = before + read, len(read)
-    _check_length(tokens, engine)
+    check_length(tokens, engine)
     params = _params(reference, transcript, body.ttl) | {"answer": False}
     final = None
     async for output in engine.client.generate(
@@ -193,7 +193,7 @@ async def _messages(body: AppendRequest, transcript: Transcript, raw_request: Re
     except ValidationError as error:
         message = refusal(error.errors())[0]
         raise HTTPException(HTTPStatus.BAD_REQUEST, message) from None
-    return await continuation(request, transcript, raw_request, _special(engine_of(raw_request)))
+    return await continuation(request, transcript, raw_request, special_ids(engine_of(raw_request)))
 
 
 async def _transcript(
@@ -244,7 +244,12 @@ def _params(
     return params
 
 
-def _check_length(tokens: list[int], engine: LolaEngine) -> None:
+def check_length(tokens: list[int], engine: LolaEngine) -> None:
+    """Refuse token ids that are too many for the model, or that are none of it.
+
+    Raises:
+        HTTPException: 400.
+    """
     limit = int(engine.config.model_config.max_model_len)
     if len(tokens) >= limit:
         raise HTTPException(
@@ -261,7 +266,8 @@ def _check_length(tokens: list[int], engine: LolaEngine) -> None:
             )
 
 
-def _special(engine: LolaEngine) -> list[int]:
+def special_ids(engine: LolaEngine) -> list[int]:
+    """Ids of the tokenizer that stand for no text."""
     tokenizer = engine.client.renderer.tokenizer
     return [] if tokenizer is None else list(tokenizer.all_special_ids)
 

@@ -64,13 +64,7 @@ async def sessions(raw_request: Request, salt: Salt = None) -> dict[str, Any]:
     A server without API keys has one caller, which is everybody. So it answers where its operator
     lets it.
     """
-    access: Access | None = getattr(raw_request.app.state, "lola_access", None)
-    if access is not None and not access.lists:
-        raise HTTPException(
-            HTTPStatus.FORBIDDEN,
-            "this server has no API keys, so everybody would see everybody's sessions; ask for one "
-            f"by its name, or start the server with --api-key or {LIST_OPTION}",
-        )
+    check_listing(raw_request)
     return {"sessions": await ask(raw_request, "sessions", salt)}
 
 
@@ -243,6 +237,21 @@ async def ask(
         arguments["salt"] = owned(salt)
     with nullcontext() if writes is None else await lock_session(engine, writes, salt):
         return await engine.sessions(method, **arguments)
+
+
+def check_listing(raw_request: Request) -> None:
+    """Refuse to list what belongs to everybody.
+
+    Raises:
+        HTTPException: 403.
+    """
+    access: Access | None = getattr(raw_request.app.state, "lola_access", None)
+    if access is not None and not access.lists:
+        raise HTTPException(
+            HTTPStatus.FORBIDDEN,
+            "this server has no API keys, so everybody would see everybody's sessions; ask for one "
+            f"by its name, or start the server with --api-key or {LIST_OPTION}",
+        )
 
 
 def engine_of(raw_request: Request) -> LolaEngine:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from lola_vllm.sessions.request import FIELD, read_params
+from lola_vllm.sessions.request import FIELD, OWN_REQUESTS, read_params
 
 if TYPE_CHECKING:
     from lola_vllm.serving.sessions.wrappers import Generate
@@ -26,7 +26,9 @@ def checking_params(generate: Generate) -> Generate:
     def generate_checked(
         prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncIterator[Any]:
-        check_params(sampling_params, kwargs.get("session_id"))
+        request_id = str(args[0] if args else kwargs.get("request_id", ""))
+        own = request_id.startswith(OWN_REQUESTS)
+        check_params(sampling_params, kwargs.get("session_id"), own)
         return generate(prompt, sampling_params, *args, **kwargs)
 
     return generate_checked
@@ -37,15 +39,18 @@ def transfer_params(params: SamplingParams) -> Any:
     return (params.extra_args or {}).get("kv_transfer_params")
 
 
-def check_params(sampling_params: Any, session_id: str | None) -> None:
+def check_params(sampling_params: Any, session_id: str | None, own: bool = False) -> None:
     """Refuse parameters with faults, and several answers that would go on with one session.
+
+    Args:
+        own: whether the request is the server's, which may use names of its own.
 
     Raises:
         VLLMValidationError: names the field, the value and the remedy.
     """
     if not isinstance(sampling_params, SamplingParams):
         return
-    params = read_params(transfer_params(sampling_params), session_id)
+    params = read_params(transfer_params(sampling_params), session_id, own)
     if params.faults:
         raise VLLMValidationError("; ".join(params.faults), parameter=f"kv_transfer_params.{FIELD}")
     if params.session is not None and sampling_params.n > 1:

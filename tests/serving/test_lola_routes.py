@@ -291,7 +291,7 @@ def test_an_engine_that_does_not_answer_is_unavailable(monkeypatch):
     with pytest.raises(
         HTTPException, match=r"did not answer lola_describe within 0\.01 s"
     ) as error:
-        asyncio.run(LolaEngine(Silent(), "model")._ask("lola_describe"))
+        asyncio.run(LolaEngine(Silent(), "model").ask_workers("lola_describe"))
     assert error.value.status_code == 503
 
 

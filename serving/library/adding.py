@@ -1,0 +1,172 @@
+"""Documents are added to a library: each part of one is read, as a request of the server's own."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from fastapi import HTTPException
+from vllm import SamplingParams
+from vllm.inputs import tokens_input
+from vllm.sampling_params import RequestOutputKind
+
+from lola_vllm.library.choose import HEAD_TOKENS
+from lola_vllm.library.parts import PART_TOKENS, split_text
+from lola_vllm.serving.engine import LolaEngine
+from lola_vllm.serving.sessions.owners import owned
+from lola_vllm.serving.sessions.reporting import told
+from lola_vllm.sessions.names import LIBRARY, MAX_PARTS, Part
+from lola_vllm.sessions.request import FIELD, LIBRARY_REQUEST
+
+if TYPE_CHECKING:
+    from lola_vllm.serving.library.protocol import AddRequest
+
+
+def check_libraries(engine: LolaEngine) -> None:
+    """Refuse what needs libraries where there can be none.
+
+    Raises:
+        HTTPException: 501, with the reason and the remedy.
+    """
+    engine.check()
+    reason = engine.readable()
+    parallel = engine.config.parallel_config
+    if reason is None and parallel.world_size > 1:
+        reason = f"libraries need a model on one rank, and this one has {parallel.world_size}"
+    if reason is None and engine.config.cache_config.enable_prefix_caching:
+        # It finds states by their tokens alone, and those of composed texts are others.
+        reason = "libraries need prefix caching off; start without --enable-prefix-caching"
+    if reason is None and engine.client.renderer.tokenizer is None:
+        reason = "the server has no tokenizer (--skip-tokenizer-init), and documents are texts"
+    if reason is not None:
+        raise HTTPException(HTTPStatus.NOT_IMPLEMENTED, reason)
+
+
+async def cut(engine: LolaEngine, body: AddRequest) -> list[list[int]]:
+    """The token ids of each part of a document.
+
+    Raises:
+        HTTPException: parts that are too long for the model, too many, or a text that is too short
+        to be composed with others.
+    """
+    longest = most_tokens(engine) - 4 * HEAD_TOKENS
+    most = min(PART_TOKENS, longest) if body.part_tokens is None else body.part_tokens
+    if most > longest:
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST,
+            f"part_tokens = {body.part_tokens}: at most {longest} leave room for a question",
+        )
+    tokenizer: Any = engine.client.renderer.tokenizer
+
+    def encoded(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def work() -> list[list[int]]:
+        texts = split_text(body.text, most, lambda text: len(encoded(text)))
+        return [list(tokenizer.encode(text)) for text in texts]
+
+    parts = await asyncio.to_thread(work)  # a long text takes a while
+    least = max(engine.page.update_interval, engine.page.sink_size)
+    if not parts or len(parts[0]) < least:
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST,
+            f"text: {len(parts[0]) if parts else 0} tokens, and a document needs {least} or more; "
+            "put it into one document with another",
+        )
+    if len(parts) > MAX_PARTS:
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST, f"text: {len(parts)} parts, and at most {MAX_PARTS} are read"
+        )
+    return parts
+
+
+def most_tokens(engine: LolaEngine) -> int:
+    """The longest that a part and a question can be together: what the model was trained on."""
+    trained = int(engine.config.model_config.hf_config.max_position_embeddings)
+    return min(trained, int(engine.config.model_config.max_model_len) - 1)
+
+
+async def make_place(engine: LolaEngine, library: str, body: AddRequest) -> None:
+    """Remove the document that is replaced.
+
+    Raises:
+        HTTPException: 409, there is one and it is not to be replaced.
+    """
+    try:
+        found = await engine.sessions("library", library=library, salt=owned(body.cache_salt))
+    except HTTPException as error:
+        if error.status_code != HTTPStatus.NOT_FOUND:
+            raise
+        return
+    if body.document not in {document["document"] for document in found["documents"]}:
+        return
+    if not body.replace:
+        raise HTTPException(
+            HTTPStatus.CONFLICT,
+            f"document = {body.document!r}: there is such a document in {library!r} already; send "
+            '"replace": true, or take another title',
+        )
+    await _remove(engine, library, body)
+
+
+async def read_parts(
+    engine: LolaEngine, library: str, body: AddRequest, parts: list[list[int]]
+) -> AsyncIterator[dict[str, Any]]:
+    """Read the parts of a document, one after the other, and tell of each.
+
+    A document of which a part cannot be stored is not there at all.
+
+    Raises:
+        HTTPException: a part was not stored.
+    """
+    complete = False
+    try:
+        for number, tokens in enumerate(parts, start=1):
+            part = Part(library, body.document, number, len(parts))
+            session = await _read(engine, part, tokens, body)
+            complete = number == len(parts)
+            yield {
+                "part": number, "parts": len(parts), "session": session, "tokens": len(tokens)
+            }  # fmt: skip
+    finally:
+        if not complete:
+            engine.later(_remove(engine, library, body))
+
+
+async def _read(engine: LolaEngine, part: Part, tokens: list[int], body: AddRequest) -> str:
+    session = f"{LIBRARY}{secrets.token_hex(12)}"
+    params = {"from": False, "save": session, "answer": False, "part": list(part)}
+    if body.ttl is not None:
+        params["ttl"] = body.ttl
+    final = None
+    async for output in engine.client.generate(
+        tokens_input(tokens, cache_salt=body.cache_salt),
+        SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"kv_transfer_params": {FIELD: params}},
+        ),
+        f"{LIBRARY_REQUEST}{uuid.uuid4().hex}",
+    ):
+        final = output
+    said = told(final) if final else {}
+    reason = said.get("unsaved") or said.get("unwritten")
+    if said.get("session") != session or reason:
+        raise HTTPException(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            f"part {part.part} of {part.parts} was not stored ({reason or said.get('reason')}); "
+            "the document is not in the library",
+        )
+    return session
+
+
+async def _remove(engine: LolaEngine, library: str, body: AddRequest) -> None:
+    salt = owned(body.cache_salt)
+    await engine.sessions("remove_documents", library=library, document=body.document, salt=salt)

@@ -1,0 +1,188 @@
+"""What a question reads of a library, and what is composed to answer it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+from fastapi import HTTPException
+from vllm import SamplingParams
+from vllm.inputs import tokens_input
+from vllm.sampling_params import RequestOutputKind
+
+from lola_vllm.library.choose import NEUTRAL
+from lola_vllm.library.parts import sentence_at
+from lola_vllm.serving.engine import LolaEngine
+from lola_vllm.serving.library.adding import most_tokens
+from lola_vllm.serving.library.protocol import ANSWER_TTL
+from lola_vllm.serving.sessions.owners import owned
+from lola_vllm.sessions.request import FIELD, LIBRARY_REQUEST
+
+POLL_S = 0.02  # between two looks whether documents were found
+MARGIN_CHARS = 400  # around what is read most, in which its sentence is looked for
+
+
+class KnownPart(NamedTuple):
+    """A part of a library: as `protocol.DocumentPart`, with the id of its state."""
+
+    document: str
+    part: int
+    parts: int
+    session: str
+    id: str
+    tokens: int
+
+
+async def find(
+    engine: LolaEngine, library: str, question: str, top: int, salt: str | None
+) -> list[dict[str, Any]]:
+    """The parts that a question reads, the most first, as `protocol.Source` has them.
+
+    Args:
+        salt: the caller's.
+
+    Raises:
+        HTTPException: there is no such library, or the question is too long.
+    """
+    found = await engine.sessions("library", library=library, salt=owned(salt))
+    parts = [
+        KnownPart(document["document"], part["part"], len(document["parts"]), part["session"],
+                  part["id"], part["tokens"])
+        for document in found["documents"] for part in document["parts"]
+    ]  # fmt: skip
+    room = most_tokens(engine)
+    asked = await _encoded(engine, f"\n{question.strip()}")
+    # A question is read after a document, as it is when it follows one.
+    anchor = max(parts, key=lambda part: (part.tokens, part.id))
+    if anchor.tokens + len(asked) > room:
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST,
+            f"question: {len(asked)} tokens; at most {room - anchor.tokens} can be read after a "
+            "document",
+        )
+    neutral = f"neutral-{anchor.id}"
+    (known,) = await engine.ask_workers("lola_knows", neutral)
+    if not known["knows"]:
+        await _hear(engine, neutral, anchor, await _encoded(engine, NEUTRAL), salt)
+    name = f"question-{uuid.uuid4().hex}"
+    try:
+        await _hear(engine, name, anchor, asked, salt)
+        states = [(part.id, part.tokens) for part in parts]
+        await engine.ask_workers("lola_find", name, neutral, states, top)
+        answer: dict[str, Any] = {}
+        while "choices" not in answer:
+            await asyncio.sleep(POLL_S)
+            (answer,) = await engine.ask_workers("lola_found", name)
+    except BaseException:  # a disconnected client cancels this
+        engine.later(engine.ask_workers("lola_unhear", name))
+        raise
+    return [
+        await _source(engine, parts[choice["document"]], choice, salt)
+        for choice in answer["choices"]
+    ]
+
+
+async def compose(
+    engine: LolaEngine,
+    sources: list[dict[str, Any]],
+    room: int,
+    salt: str | None,
+    session: str | None = None,
+    ttl: float | None = None,
+) -> str:
+    """The session of the parts that a question reads; what is read most comes last, nearest to it.
+
+    Args:
+        sources: of `find`; those that there is no room for are removed. room: for tokens.
+        session: its name; None: the server's, for parts that are asked again.
+        ttl: seconds that it is kept.
+    """
+    ends = list(itertools.accumulate(source["tokens"] for source in sources))
+    while len(ends) > 1 and ends[-1] > room:
+        ends.pop()
+        sources.pop()
+    names = [source["session"] for source in reversed(sources)]
+    given: dict[str, Any] = {"sources": names, "salt": owned(salt)}
+    if session is None:
+        ttl = ANSWER_TTL if ttl is None else ttl
+        made = await engine.sessions("compose_parts", **given, ttl=ttl)
+    else:
+        made = await engine.sessions("compose", **given, to=session, ttl=ttl)
+    return str(made["session"])
+
+
+async def _hear(
+    engine: LolaEngine, name: str, anchor: KnownPart, tokens: list[int], salt: str | None
+) -> None:
+    """Read tokens behind a part, and keep their queries under a name."""
+    said = await engine.sessions("tokens", reference=anchor.session, salt=owned(salt))
+    before: list[int] = said["tokens"]
+    prompt, request_id = before + tokens, f"{LIBRARY_REQUEST}{uuid.uuid4().hex}"
+    while True:  # layers show their queries of one request at a time
+        (answer,) = await engine.ask_workers(
+            "lola_hear", request_id, name, len(before), len(prompt)
+        )
+        if not answer.get("busy"):
+            break
+        await asyncio.sleep(POLL_S)
+    try:
+        async for _ in engine.client.generate(
+            tokens_input(prompt, cache_salt=salt),
+            SamplingParams(
+                max_tokens=1,
+                temperature=0.0,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args={"kv_transfer_params": {FIELD: {"from": anchor.session, "save": False}}},
+            ),
+            request_id,
+        ):
+            pass
+        await engine.ask_workers("lola_heard", request_id)
+    except BaseException:
+        engine.later(engine.ask_workers("lola_unhear", request_id))
+        raise
+
+
+async def _source(
+    engine: LolaEngine, part: KnownPart, choice: dict[str, Any], salt: str | None
+) -> dict[str, Any]:
+    said = await engine.sessions("tokens", reference=part.session, salt=owned(salt))
+    sentence, places = await asyncio.to_thread(
+        _texts, engine.client.renderer.tokenizer, said["tokens"], choice["places"]
+    )
+    return {
+        "document": part.document, "part": part.part, "parts": part.parts,
+        "session": part.session, "tokens": part.tokens, "score": choice["score"],
+        "share": choice["share"], "sentence": sentence, "places": places,
+    }  # fmt: skip
+
+
+def _texts(
+    tokenizer: Any, tokens: list[int], places: list[list[Any]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """The sentence that is read most, and the texts of places."""
+
+    def decoded(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    shown = [
+        {"text": decoded(tokens[first:last]), "share": share} for first, last, share, _ in places
+    ]
+    if not places:
+        return "", shown
+    peak = int(places[0][3])
+    before, after = decoded(tokens[:peak]), decoded(tokens[peak : peak + 200])
+    if len(before) > MARGIN_CHARS:  # from a whole word on
+        before = before[-MARGIN_CHARS:].partition(" ")[2]
+    return sentence_at(before + after[:MARGIN_CHARS], len(before)), shown
+
+
+async def _encoded(engine: LolaEngine, text: str) -> list[int]:
+    tokenizer: Any = engine.client.renderer.tokenizer
+    ids: list[int] = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
+    return ids

@@ -1,0 +1,217 @@
+"""Bodies and answers of the routes under /v1/lola/libraries."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+from lola_vllm.library.choose import HEAD_TOKENS
+from lola_vllm.serving.protocol import MAX_PROMPT_CHARS
+from lola_vllm.serving.sessions.protocol import (
+    Seconds,
+    SessionChatRequest,
+    SessionCompletionRequest,
+)
+from lola_vllm.sessions import check_new_name
+from lola_vllm.sessions.names import check_title
+
+MAX_TOP = 16  # parts that a question may read
+# What was composed to answer a question is kept so long, for the next one that reads the same.
+ANSWER_TTL = 3600.0
+
+
+class LibrarySummary(BaseModel):
+    """A library.
+
+    Attributes:
+        documents, parts: how many. tokens, bytes: of all states, with their keys.
+        created, used: seconds since 1970.
+    """
+
+    library: str
+    documents: int
+    parts: int
+    tokens: int
+    bytes: int
+    created: float
+    used: float
+
+
+class LibraryList(BaseModel):
+    """Answer of `GET /v1/lola/libraries`: by name."""
+
+    libraries: list[LibrarySummary]
+
+
+class DocumentPart(BaseModel):
+    """A part of a document: which, the session that is its state, and the tokens it was read
+    with."""
+
+    part: int
+    session: str
+    tokens: int
+
+
+class Document(BaseModel):
+    """A document of a library.
+
+    Attributes:
+        document: its title. complete: whether all of its parts are still kept.
+        created, expires: seconds since 1970.
+    """
+
+    document: str
+    complete: bool
+    tokens: int
+    bytes: int
+    created: float
+    expires: float | None
+    parts: list[DocumentPart]
+
+
+class LibraryDetail(BaseModel):
+    """A library with its documents, by title; the rest as in `LibrarySummary`."""
+
+    library: str
+    documents: list[Document]
+    parts: int
+    tokens: int
+    bytes: int
+    created: float
+    used: float
+
+
+class AddRequest(BaseModel):
+    """Body of `POST /v1/lola/libraries/{library}/documents`.
+
+    Attributes:
+        document: its title. text: of it. part_tokens: of each part, at most; default: 2,000, or as
+            many as the server's --max-model-len has room for.
+        ttl: seconds that it is kept. cache_salt: as of requests. replace: a document of this title.
+        stream: answer with an event for each part that was read.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"document": "pump.md", "text": "The pump of hall 2 ..."}]},
+    )
+
+    document: str
+    text: str = Field(min_length=1, max_length=MAX_PROMPT_CHARS)
+    part_tokens: int | None = Field(default=None, ge=4 * HEAD_TOKENS)
+    ttl: Seconds | None = None
+    cache_salt: str | None = None
+    replace: bool = False
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        check_title(self.document)
+        try:
+            self.text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("text: half of a surrogate pair, which is no character") from None
+        return self
+
+
+class Removed(BaseModel):
+    """What a deletion answers.
+
+    Attributes:
+        deleted: parts that are gone. composed: sessions that were composed of some, and stay.
+    """
+
+    deleted: int
+    composed: list[str] = []
+
+
+class SourcePlace(BaseModel):
+    """Text that a question reads, and its share of the attention that its document gets."""
+
+    text: str
+    share: float
+
+
+class Source(BaseModel):
+    """A part of a document that an answer is made of.
+
+    Attributes:
+        part, parts: which, of how many. session: its state. score: that it was chosen by.
+        share: of the attention that all parts of the library get. sentence: that is read most.
+        places: that are read, the most first.
+    """
+
+    document: str
+    part: int
+    parts: int
+    session: str
+    score: float
+    share: float
+    sentence: str
+    places: list[SourcePlace]
+
+
+class Found(BaseModel):
+    """Answer of `POST /v1/lola/libraries/{library}/find`: what a question reads, the most first."""
+
+    sources: list[Source]
+
+
+class FindRequest(BaseModel):
+    """Body of `POST /v1/lola/libraries/{library}/find`.
+
+    Attributes:
+        question: what to look for. top: parts to find.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"question": "When does the pump start?"}]},
+    )
+
+    question: str = Field(min_length=1, max_length=10_000)
+    top: int = Field(default=3, ge=1, le=MAX_TOP)
+    cache_salt: str | None = None
+
+
+class _Asks(BaseModel):
+    """What questions add to the requests of sessions."""
+
+    question: Annotated[str, Field(max_length=10_000)] | None = Field(
+        default=None, description="What to look for; default: the last message, or the prompt."
+    )
+    top: int = Field(default=3, ge=1, le=MAX_TOP, description="Parts that are read.")
+    session: str | None = Field(
+        default=None, description="A new session that goes on from the answer."
+    )
+
+    @model_validator(mode="after")
+    def _new(self) -> Self:
+        for name in ("turn", "tokens"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: a question to a library begins a session; leave it out")
+        if self.session is not None:
+            check_new_name(self.session, "session")
+        return self
+
+
+class LibraryChatRequest(_Asks, SessionChatRequest):
+    """Body of `POST /v1/lola/libraries/{library}/chat`: that of `/v1/chat/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"messages": [{"role": "user", "content": "When does the pump start?"}]}]
+        }
+    )
+
+
+class LibraryCompletionRequest(_Asks, SessionCompletionRequest):
+    """Body of `POST /v1/lola/libraries/{library}/complete`: that of `/v1/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": "\nQuestion: When does the pump start?\nAnswer:"}]
+        }
+    )

@@ -1,0 +1,266 @@
+"""Routes under /v1/lola/libraries: to keep documents, and to ask them."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.responses import Response
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+from vllm.entrypoints.openai.completion.api_router import create_completion
+from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+
+from lola_vllm.library.choose import HEAD_TOKENS
+from lola_vllm.serving.bodies import LolaRoute
+from lola_vllm.serving.engine import LolaEngine
+from lola_vllm.serving.library import asking
+from lola_vllm.serving.library.adding import (
+    check_libraries,
+    cut,
+    make_place,
+    most_tokens,
+    read_parts,
+)
+from lola_vllm.serving.library.protocol import (
+    AddRequest,
+    Document,
+    FindRequest,
+    Found,
+    LibraryChatRequest,
+    LibraryCompletionRequest,
+    LibraryDetail,
+    LibraryList,
+    Removed,
+)
+from lola_vllm.serving.prompt import text_tokens
+from lola_vllm.serving.sessions.generate import check_length, special_ids
+from lola_vllm.serving.sessions.management import REFUSALS, Salt, ask, check_listing, engine_of
+from lola_vllm.serving.sessions.owners import owned
+from lola_vllm.serving.sessions.reporting import reported
+from lola_vllm.serving.sessions.template_boundary import Transcript, continuation
+from lola_vllm.sessions import SessionNameError, check_name
+from lola_vllm.sessions.request import FIELD
+
+PREFIX = "/v1/lola/libraries"
+_STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
+_DONE = "data: [DONE]"
+ANSWER_TOKENS = 512  # that there is room for after the parts, unless a request says
+
+router = APIRouter(prefix=PREFIX, tags=["lola"], route_class=LolaRoute)
+json_body = [Depends(validate_json_request)]
+
+
+@router.get("", response_model=LibraryList, responses=REFUSALS)
+async def libraries(raw_request: Request, salt: Salt = None) -> dict[str, Any]:
+    """The caller's libraries, by name; where sessions are listed."""
+    check_listing(raw_request)
+    return {"libraries": await ask(raw_request, "libraries", salt)}
+
+
+@router.get("/{library}", response_model=LibraryDetail, responses=REFUSALS)
+async def show(library: str, raw_request: Request, salt: Salt = None) -> Any:
+    """A library with its documents."""
+    return await ask(raw_request, "library", salt, library=_name(library))
+
+
+@router.delete("/{library}", response_model=Removed, responses=REFUSALS)
+async def delete(library: str, raw_request: Request, salt: Salt = None) -> Any:
+    """Delete a library with all of its documents."""
+    return await ask(raw_request, "remove_documents", salt, library=_name(library))
+
+
+@router.delete("/{library}/documents/{document:path}", response_model=Removed, responses=REFUSALS)
+async def remove(library: str, document: str, raw_request: Request, salt: Salt = None) -> Any:
+    """Delete a document, and what was composed of it to answer questions."""
+    return await ask(
+        raw_request, "remove_documents", salt, library=_name(library), document=document
+    )
+
+
+@router.post(
+    "/{library}/documents",
+    response_model=None,
+    responses={**REFUSALS, 200: {"model": Document, **_STREAM}},
+    dependencies=json_body,
+)
+@with_cancellation
+async def add(library: str, raw_request: Request, body: AddRequest) -> Any:
+    """Read a document, in parts, and keep what was read. A library begins with its first."""
+    name, engine = _name(library), engine_of(raw_request)
+    check_libraries(engine)
+    validate_cache_salt(body.cache_salt)
+    parts = await cut(engine, body)
+    await make_place(engine, name, body)
+    if body.stream:
+        return StreamingResponse(_events(engine, name, body, parts), media_type="text/event-stream")
+    async for _ in read_parts(engine, name, body, parts):
+        pass
+    return await _document(engine, name, body)
+
+
+@router.post("/{library}/find", response_model=Found, responses=REFUSALS, dependencies=json_body)
+async def find(library: str, raw_request: Request, body: FindRequest) -> Any:
+    """What a question reads of a library, and nothing is generated."""
+    engine = engine_of(raw_request)
+    check_libraries(engine)
+    validate_cache_salt(body.cache_salt)
+    sources = await asking.find(engine, _name(library), body.question, body.top, body.cache_salt)
+    return {"sources": sources}
+
+
+@router.post(
+    "/{library}/chat",
+    response_model=None,
+    responses={**REFUSALS, 200: {"model": ChatCompletionResponse, **_STREAM}},
+    dependencies=json_body,
+)
+async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> Any:
+    """Answer messages from what they read of a library, and name the sources."""
+    engine = engine_of(raw_request)
+    question = body.question or _last_text(body.messages)
+    transcript, params, sources = await _read(engine, library, body, question)
+    tokens = await continuation(body, transcript, raw_request, special_ids(engine))
+    check_length(tokens, engine)
+    request = body.model_copy(
+        update={"kv_transfer_params": {FIELD: params, "prompt_token_ids": tokens}}
+    )
+    report = reported()
+    answer = await create_chat_completion(request, raw_request)
+    return _with_sources(answer, sources, report, engine, "chat.completion.chunk")
+
+
+@router.post(
+    "/{library}/complete",
+    response_model=None,
+    responses={**REFUSALS, 200: {"model": CompletionResponse, **_STREAM}},
+    dependencies=json_body,
+)
+async def complete(library: str, raw_request: Request, body: LibraryCompletionRequest) -> Any:
+    """Go on with a text from what it reads of a library, and name the sources."""
+    engine = engine_of(raw_request)
+    if not isinstance(body.prompt, str) or not body.prompt.strip():
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST, "prompt: must be a text, which is asked of the library"
+        )
+    transcript, params, sources = await _read(engine, library, body, body.question or body.prompt)
+    tokens = transcript.tokens + await text_tokens(body.prompt, raw_request)
+    check_length(tokens, engine)
+    request = body.model_copy(update={"prompt": tokens, "kv_transfer_params": {FIELD: params}})
+    report = reported()
+    answer = await create_completion(request, raw_request)
+    return _with_sources(answer, sources, report, engine, "text_completion")
+
+
+async def _read(
+    engine: LolaEngine,
+    library: str,
+    body: LibraryChatRequest | LibraryCompletionRequest,
+    question: str,
+) -> tuple[Transcript, dict[str, Any], list[dict[str, Any]]]:
+    """What was composed for a question, what is asked of the store, and the sources."""
+    name, salt = _name(library), body.cache_salt
+    check_libraries(engine)
+    validate_cache_salt(salt)
+    sources = await asking.find(engine, name, question, body.top, salt)
+    answer = getattr(body, "max_completion_tokens", None) or body.max_tokens or ANSWER_TOKENS
+    room = most_tokens(engine) - min(answer, ANSWER_TOKENS) - 2 * HEAD_TOKENS - len(question) // 2
+    session = await asking.compose(engine, sources, room, salt, body.session, body.ttl)
+    said = await engine.sessions("tokens", reference=session, salt=owned(salt))
+    transcript = Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])
+    params: dict[str, Any] = {"from": session, "save": body.session or False}
+    if body.session and body.ttl is not None:
+        params["ttl"] = body.ttl
+    return transcript, params, sources
+
+
+def _with_sources(
+    answer: Response,
+    sources: list[dict[str, Any]],
+    report: dict[str, Any],
+    engine: LolaEngine,
+    kind: str,
+) -> Response:
+    """vLLM's answer, with the sources: a field of it, or of the last event before the end."""
+    if isinstance(answer, StreamingResponse):
+        answer.body_iterator = _stream(answer.body_iterator, sources, report, engine, kind)
+    elif isinstance(answer, JSONResponse) and answer.status_code == HTTPStatus.OK:
+        return JSONResponse(json.loads(bytes(answer.body)) | {"sources": sources})
+    return answer
+
+
+async def _stream(
+    events: Any,
+    sources: list[dict[str, Any]],
+    report: dict[str, Any],
+    engine: LolaEngine,
+    kind: str,
+) -> AsyncIterator[Any]:
+    async for event in events:
+        text = event if isinstance(event, str) else bytes(event).decode()
+        if text.startswith(_DONE):
+            last = {
+                "id": f"lola-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
+                "model": engine.model, "choices": [], "sources": sources,
+                "kv_transfer_params": report,
+            }  # fmt: skip
+            yield f"data: {json.dumps(last)}\n\n"
+        yield event
+
+
+async def _events(
+    engine: LolaEngine, library: str, body: AddRequest, parts: list[list[int]]
+) -> AsyncIterator[str]:
+    """An event for each part that was read, and one for the document."""
+    try:
+        async for part in read_parts(engine, library, body, parts):
+            yield f"data: {json.dumps(part)}\n\n"
+        yield f"data: {json.dumps(await _document(engine, library, body))}\n\n"
+    except HTTPException as error:
+        refused = {"message": error.detail, "code": error.status_code}
+        yield f"data: {json.dumps({'error': refused})}\n\n"
+    yield f"{_DONE}\n\n"
+
+
+async def _document(engine: LolaEngine, library: str, body: AddRequest) -> dict[str, Any]:
+    found = await engine.sessions("library", library=library, salt=owned(body.cache_salt))
+    for document in found["documents"]:
+        if document["document"] == body.document:
+            return Document.model_validate(document).model_dump()
+    raise HTTPException(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        f"document = {body.document!r}: the budgets have no room for all of its parts; raise "
+        "--lola-state-ram, or give the server a --lola-state-dir",
+    )
+
+
+def _name(library: str) -> str:
+    try:
+        return check_name(library, "library")
+    except SessionNameError as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
+
+
+def _last_text(messages: list[Any]) -> str:
+    """What the last message says.
+
+    Raises:
+        HTTPException: no text.
+    """
+    content = messages[-1].get("content") if messages else None
+    if isinstance(content, list):
+        content = " ".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str) or not content.strip():
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST,
+            "messages: the last one has no text to ask; give 'question', or a text",
+        )
+    return content

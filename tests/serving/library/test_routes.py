@@ -1,0 +1,164 @@
+"""Libraries over HTTP: documents are read in parts, found, composed, answered from, and deleted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tools.support.server_process import Server
+
+BASE = "/v1/lola/libraries"
+# Words of the tokenizer's own texts, so that a part has few tokens.
+GARDEN = "The hidden state of the window is read by the model in the garden. " * 40
+HARBOUR = "A sparse cache holds the pairs of the largest score at the harbour. " * 12
+GREEDY = {"temperature": 0, "max_tokens": 6}
+
+
+def ok(response: httpx.Response) -> Any:
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def refused(response: httpx.Response, status: int, words: str) -> None:
+    assert response.status_code == status, response.text
+    assert words in response.json()["error"]["message"], response.text
+
+
+def add(server: Server, library: str, document: str, text: str, **body: Any) -> Any:
+    body = {"document": document, "text": text, "part_tokens": 240, **body}
+    return server.client.post(f"{BASE}/{library}/documents", json=body)
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny: Server) -> Server:
+    """The library `shelf`, of two documents."""
+    ok(add(tiny, "shelf", "garden.txt", GARDEN))
+    ok(add(tiny, "shelf", "a path/harbour.txt", HARBOUR, ttl=3000))
+    return tiny
+
+
+def test_documents_are_read_in_parts(shelf: Server) -> None:
+    found = ok(shelf.client.get(f"{BASE}/shelf"))
+    garden, harbour = sorted(found["documents"], key=lambda one: -one["tokens"])
+    assert (garden["document"], harbour["document"]) == ("garden.txt", "a path/harbour.txt")
+    assert garden["complete"] and len(garden["parts"]) > 1 and garden["expires"] is None
+    assert all(part["tokens"] <= 240 for part in garden["parts"])
+    assert [part["part"] for part in garden["parts"]] == [*range(1, len(garden["parts"]) + 1)]
+    assert harbour["expires"] > harbour["created"] + 2900
+    (summary,) = (
+        one for one in ok(shelf.client.get(BASE))["libraries"] if one["library"] == "shelf"
+    )
+    assert summary["documents"] == 2 and summary["parts"] == found["parts"]
+    # They are sessions, which nobody sees among their own, or writes to.
+    name = garden["parts"][0]["session"]
+    sessions = ok(shelf.client.get("/v1/lola/sessions"))["sessions"]
+    assert name not in {one["session"] for one in sessions}
+    assert ok(shelf.client.get(f"/v1/lola/sessions/{name}/tokens"))["tokens"]
+    body = {"model": "tiny", "prompt": "x", "kv_transfer_params": {"lola": {"save": name}}}
+    refused(shelf.client.post("/v1/completions", json=body), 400, "are given by the server")
+
+
+def test_an_answer_names_its_sources(shelf: Server) -> None:
+    question = {"messages": [{"role": "user", "content": "What is at the harbour?"}], **GREEDY}
+    answer = ok(shelf.client.post(f"{BASE}/shelf/chat", json={**question, "top": 2}))
+    sources = answer["sources"]
+    assert len(sources) == 2 and answer["choices"][0]["message"]["content"]
+    assert sources[0]["score"] >= sources[1]["score"]
+    for source in sources:
+        text = GARDEN if source["document"] == "garden.txt" else HARBOUR
+        assert source["sentence"] and source["sentence"] in " ".join(text.split())
+        assert 0 < source["share"] < 1 and source["places"][0]["share"] > 0
+    told = answer["kv_transfer_params"]["lola"]
+    read = sum(source["tokens"] for source in sources)
+    # A part but the last counts up to a multiple of the update interval, 8.
+    assert 0 <= read - told["restored_tokens"] < 8 and told["reason"] is None
+    # The same parts are composed once, and the answer is the same as a stream.
+    with shelf.client.stream(
+        "POST", f"{BASE}/shelf/chat", json={**question, "top": 2, "stream": True}
+    ) as stream:
+        events = [line[6:] for line in stream.iter_lines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    *words, last = map(json.loads, events[:-1])
+    assert last["sources"] == sources and last["kv_transfer_params"]["lola"]["reason"] is None
+    said = "".join(w["choices"][0]["delta"].get("content") or "" for w in words if w["choices"])
+    assert said == answer["choices"][0]["message"]["content"]
+    found = ok(
+        shelf.client.post(
+            f"{BASE}/shelf/find", json={"question": "What is at the harbour?", "top": 2}
+        )
+    )
+    assert [one["session"] for one in found["sources"]] == [one["session"] for one in sources]
+
+
+def test_a_session_goes_on_from_an_answer(shelf: Server) -> None:
+    body = {"prompt": "The harbour is", "session": "talk", "top": 1, **GREEDY}
+    first = ok(shelf.client.post(f"{BASE}/shelf/complete", json=body))
+    (source,) = first["sources"]
+    shown = ok(shelf.client.get("/v1/lola/sessions/talk"))
+    assert shown["made_of"] == [f"{source['session']}@1"]
+    refused(shelf.client.post(f"{BASE}/shelf/complete", json=body), 409, "'talk'")
+    body = {"prompt": " so", **GREEDY}
+    more = ok(shelf.client.post("/v1/lola/sessions/talk/complete", json=body))
+    assert more["kv_transfer_params"]["lola"]["restored_tokens"] >= source["tokens"]
+
+
+def test_owners_have_libraries_of_their_own(shelf: Server) -> None:
+    refused(shelf.other.get(f"{BASE}/shelf"), 404, "no library 'shelf'")
+    refused(
+        shelf.other.post(f"{BASE}/shelf/find", json={"question": "What?"}),
+        404,
+        "no library 'shelf'",
+    )
+    assert ok(shelf.other.get(BASE))["libraries"] == []
+
+
+def test_a_document_is_replaced_and_deleted_for_good(tiny: Server) -> None:
+    ok(add(tiny, "gone", "one", HARBOUR))
+    refused(add(tiny, "gone", "one", GARDEN), 409, '"replace": true')
+    body = {"document": "one", "text": GARDEN, "part_tokens": 240, "replace": True}
+    where = f"{BASE}/gone/documents"
+    with tiny.client.stream("POST", where, json={**body, "stream": True}) as stream:
+        lines = [line[6:] for line in stream.iter_lines() if line.startswith("data: ")]
+    *parts, document = map(json.loads, lines[:-1])
+    assert [part["part"] for part in parts] == [*range(1, len(parts) + 1)]
+    assert document["complete"] and len(document["parts"]) == len(parts) > 1
+    ok(add(tiny, "gone", "two", HARBOUR))
+    ask = {"prompt": "The harbour is", "top": 2, **GREEDY}
+    answer = ok(tiny.client.post(f"{BASE}/gone/complete", json=ask))
+    ok(tiny.client.post(f"{BASE}/gone/complete", json={**ask, "session": "kept"}))
+    used = {source["document"] for source in answer["sources"]}
+    sessions = [source["session"] for source in answer["sources"]]
+    gone = ok(tiny.client.delete(f"{BASE}/gone/documents/{sorted(used)[0]}"))
+    assert gone["composed"] == ["kept"] and gone["deleted"] >= 1
+    left = {one["document"] for one in ok(tiny.client.get(f"{BASE}/gone"))["documents"]}
+    assert left == {"one", "two"} - {sorted(used)[0]}
+    ok(tiny.client.delete(f"{BASE}/gone"))
+    refused(tiny.client.get(f"{BASE}/gone"), 404, "no library 'gone'")
+    for session in sessions:
+        assert tiny.client.get(f"/v1/lola/sessions/{session}").status_code == 404
+    assert ok(tiny.client.get("/v1/lola/sessions/kept"))["made_of"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"document": "x\ny"}, "control characters"),
+        ({"text": "short"}, "needs"),
+        ({"part_tokens": 9000}, "part_tokens = 9000"),
+        ({"part_tokens": 10}, "part_tokens"),
+        ({"titel": "x"}, "titel"),
+    ],
+)
+def test_documents_with_faults_are_refused(tiny: Server, body: dict[str, Any], words: str) -> None:
+    given = {"document": "d", "text": HARBOUR} | body
+    refused(tiny.client.post(f"{BASE}/wrong/documents", json=given), 400, words)
+    refused(tiny.client.get(f"{BASE}/wrong"), 404, "no library 'wrong'")
+
+
+def test_a_server_that_composes_nothing_says_so(lola_server: Server) -> None:
+    body = {"document": "d", "text": HARBOUR}
+    response = lola_server.client.post(f"{BASE}/x/documents", json=body)
+    refused(response, 501, "--enable-prefix-caching")
