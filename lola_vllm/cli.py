@@ -24,6 +24,7 @@ from lola_vllm.cli_options import (
     summarize,
 )
 from lola_vllm.client.command import add_chat, add_sessions
+from lola_vllm.client.library import add_library
 from lola_vllm.distill.command import add_options as _distill
 from lola_vllm.eval.command import add_options as _eval
 from lola_vllm.linearize.command import add_options as _linearize
@@ -423,6 +424,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "states": (
         add_states,
         "what a state directory holds, without a server: list by owner, move to a key, rm",
+    ),
+    "library": (
+        add_library,
+        "documents that a server reads once, and questions to all of them: add, list, ask, remove",
     ),
     "chat": (add_chat, "talk to a server that keeps the conversation"),
     "texts": (_texts, "get English texts to train and measure on, from Debian packages and PyPI"),

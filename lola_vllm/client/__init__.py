@@ -1,4 +1,4 @@
-"""Commands that talk to a running server: `lola-vllm sessions` and `lola-vllm chat`."""
+"""Commands that talk to a running server: `lola-vllm sessions`, `library` and `chat`."""
 
 
 class ClientError(ValueError):

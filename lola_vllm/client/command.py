@@ -44,7 +44,7 @@ def add_sessions(parser: argparse.ArgumentParser) -> None:
     common.add_argument(
         "--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)"
     )
-    _add_key(common)
+    add_key(common)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     def add(
@@ -102,25 +102,27 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
         help="at which an answer is cut (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--temperature", type=float, metavar="X", help="0 for the likeliest words")
-    _add_key(parser)
+    add_key(parser)
 
     def run(args: argparse.Namespace) -> int:
         from lola_vllm.client.server import Server
 
         options = {name: getattr(args, name) for name in ("model", "max_tokens", "temperature")}
         given = {name: value for name, value in options.items() if value is not None}
-        return chat(Server(args.url, _key(args)), args.session, given)
+        return chat(Server(args.url, key_of(args)), args.session, given)
 
     parser.set_defaults(run=run)
 
 
-def _add_key(parser: argparse.ArgumentParser) -> None:
+def add_key(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the API key."""
     parser.add_argument(
         "--api-key", metavar="KEY", help="default: VLLM_API_KEY, which other users do not see"
     )
 
 
-def _key(args: argparse.Namespace) -> str | None:
+def key_of(args: argparse.Namespace) -> str | None:
+    """The API key of a command line or of the environment."""
     key: str | None = args.api_key or os.environ.get("VLLM_API_KEY")
     return key
 
@@ -128,7 +130,7 @@ def _key(args: argparse.Namespace) -> str | None:
 def _run(verb: Callable[[Server, argparse.Namespace], None], args: argparse.Namespace) -> int:
     from lola_vllm.client.server import Server
 
-    verb(Server(args.url, _key(args)), args)
+    verb(Server(args.url, key_of(args)), args)
     return 0
 
 
@@ -139,11 +141,11 @@ def _list(server: Server, args: argparse.Namespace) -> None:
         return
     rows = [("session", "turn", "tokens", "MiB", "last used", "")]
     rows += [
-        (s["session"], s["turn"], f"{s['tokens']:,}", _mib(s["bytes"]), _ago(s["used"]),
+        (s["session"], s["turn"], f"{s['tokens']:,}", mib(s["bytes"]), ago(s["used"]),
          "pinned" if s["pinned"] else "")
         for s in found
     ]  # fmt: skip
-    _table(rows)
+    table(rows)
 
 
 def _show(server: Server, args: argparse.Namespace) -> None:
@@ -156,11 +158,11 @@ def _show(server: Server, args: argparse.Namespace) -> None:
         return
     rows = [("turn", "taken after", "tokens", "MiB", "where", "made", "")]
     rows += [
-        (s["turn"], s["kind"], f"{s['tokens']:,}", _mib(s["bytes"]), "+".join(s["tiers"]),
-         _ago(s["created"]), "pinned" if s["pinned"] else "")
+        (s["turn"], s["kind"], f"{s['tokens']:,}", mib(s["bytes"]), "+".join(s["tiers"]),
+         ago(s["created"]), "pinned" if s["pinned"] else "")
         for s in found["states"]
     ]  # fmt: skip
-    _table(rows)
+    table(rows)
 
 
 def _fork(server: Server, args: argparse.Namespace) -> None:
@@ -266,7 +268,7 @@ def _each(sessions: Sequence[Mapping[str, Any]], done: str, act: Callable[[str],
         )
 
 
-def _table(rows: list[tuple[Any, ...]]) -> None:
+def table(rows: list[tuple[Any, ...]]) -> None:
     """Print rows, with the first as their head; numbers end below each other."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -279,11 +281,13 @@ def _table(rows: list[tuple[Any, ...]]) -> None:
         print("  ".join(parts).rstrip())
 
 
-def _mib(nbytes: int) -> str:
+def mib(nbytes: int) -> str:
+    """Bytes in MiB."""
     return f"{nbytes / 2**20:.1f}"
 
 
-def _ago(moment: float) -> str:
+def ago(moment: float) -> str:
+    """How long a moment, in seconds since 1970, is ago."""
     seconds = max(0.0, time.time() - moment)
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= size:

@@ -150,6 +150,9 @@ COMMANDS: dict[str, Fate] = {
     r"lola-vllm doctor ": Fate(why="of this machine", test="tests/unit/test_doctor.py"),
     r"lola-vllm inspector ": Fate(why="serves a page", test="tests/serving/inspector/test_page.py"),
     r"curl ": Fate("http"),
+    r"lola-vllm library ": Fate(
+        why="reads long texts", test="tests/serving/library/test_routes.py"
+    ),
     r"(?:\.venv/bin/)?lola-vllm (?:sessions|chat) ": Fate("http"),
 }
 

@@ -1,0 +1,125 @@
+"""Files and folders as documents: a title and a text each. PDF and HTML by the extra `library`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lola_vllm.client import ClientError
+
+_EXTRA = "install it with pip install 'lola-vllm[library]'"
+_HTML = (".html", ".htm", ".xhtml")
+_PDF = (".pdf",)
+# What a folder's files may be called; a file that is named is read whatever it is called.
+_TEXT = (
+    ".txt", ".md", ".rst", ".adoc", ".org", ".tex", ".log", ".csv", ".json", ".toml", ".yaml",
+    ".yml", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".sh", "",
+)  # fmt: skip
+# Parts of a page that say nothing of what it is about.
+_LEFT_OUT = ("script", "style", "nav", "noscript", "template", "svg", "head")
+# Elements that begin a paragraph.
+_BLOCKS = (
+    "p", "div", "section", "article", "li", "dt", "dd", "pre", "blockquote", "tr", "table", "h1",
+    "h2", "h3", "h4", "h5", "h6", "hr", "figure",
+)  # fmt: skip
+
+
+class FileText(NamedTuple):
+    """A document: its title in a library, and its text."""
+
+    title: str
+    text: str
+
+
+def files_of(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """The files that are meant, with their titles: a file's name, or its path in a folder.
+
+    Raises:
+        ClientError: a path that is not there, a folder without readable files, or two files of one
+            title.
+    """
+    found: list[tuple[Path, str]] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(_inside(path))
+            if not inside:
+                raise ClientError(f"{path}: no file in it is text, HTML or PDF; name the files")
+            found += [(file, file.relative_to(path).as_posix()) for file in inside]
+        elif path.is_file():
+            found.append((path, path.name))
+        else:
+            raise ClientError(f"{path}: there is no such file or folder")
+    titles = [title for _, title in found]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ClientError(f"two files are called {title!r}; add them from the folder above")
+    return found
+
+
+def read_file(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ClientError: it has none, or the extra is not installed that reads it.
+    """
+    suffix = path.suffix.lower()
+    text = _pdf(path) if suffix in _PDF else _decoded(path)
+    if suffix in _HTML:
+        text = _html(path, text)
+    if not text.strip():
+        scanned = "; a scan has pictures of text, which are not read" if suffix in _PDF else ""
+        raise ClientError(f"{path}: it has no text{scanned}")
+    return text
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and path.suffix.lower() in (*_TEXT, *_HTML, *_PDF):
+            yield path
+
+
+def _decoded(path: Path) -> str:
+    data = path.read_bytes()
+    if b"\0" in data[:8192] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ClientError(f"{path}: it is no text; PDF and HTML are known by .pdf and .html")
+    for encoding in ("utf-8-sig", "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    return data.decode("latin-1")
+
+
+def _pdf(path: Path) -> str:
+    try:
+        from pypdf import PdfReader
+        from pypdf.errors import PyPdfError
+    except ImportError:
+        raise ClientError(f"{path}: PDF needs the package pypdf; {_EXTRA}") from None
+    try:
+        return "\n\n".join(page.extract_text() for page in PdfReader(path).pages)
+    except PyPdfError as error:
+        raise ClientError(f"{path}: the PDF cannot be read ({error})") from None
+
+
+def _html(path: Path, page: str) -> str:
+    try:
+        from bs4 import BeautifulSoup
+    except ImportError:
+        raise ClientError(f"{path}: HTML needs the package beautifulsoup4; {_EXTRA}") from None
+    soup = BeautifulSoup(page, "html.parser")
+    title = soup.title.get_text(" ", strip=True) if soup.title else ""
+    for element in soup.find_all(_LEFT_OUT):
+        element.decompose()
+    for line in soup.find_all("br"):
+        line.replace_with("\n")
+    for block in soup.find_all(_BLOCKS):
+        block.insert_before("\n\n")
+        block.insert_after("\n\n")
+    kept = [line.strip() for line in soup.get_text().splitlines()]
+    paragraphs = "\n".join(kept)
+    while "\n\n\n" in paragraphs:
+        paragraphs = paragraphs.replace("\n\n\n", "\n\n")
+    return f"{title}\n\n{paragraphs.strip()}" if title else paragraphs.strip()

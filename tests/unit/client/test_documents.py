@@ -1,0 +1,71 @@
+"""Files and folders as documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lola_vllm.client import ClientError
+from lola_vllm.client.documents import files_of, read_file
+
+PAGE = """<html><head><title>Pumps</title><style>p {}</style></head><body><nav>Home</nav>
+<h1>Hall 2</h1><p>The pump <b>starts</b> at<br>14:03.</p><ul><li>one</li><li>two</li></ul>
+<script>x = 1</script></body></html>"""
+
+
+def test_a_folder_is_its_texts_by_path(tmp_path: Path) -> None:
+    for name in ("b.md", "a/c.txt", "a/.hidden/d.txt", "a/picture.png", "a/e.HTML"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [title for _, title in files_of([tmp_path])] == ["a/c.txt", "a/e.HTML", "b.md"]
+    assert files_of([tmp_path / "a/picture.png"])[0][1] == "picture.png"
+    with pytest.raises(ClientError, match=r"called 'b\.md'"):
+        files_of([tmp_path, tmp_path / "b.md"])
+    with pytest.raises(ClientError, match="no such file"):
+        files_of([tmp_path / "z"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ClientError, match="no file in it"):
+        files_of([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("\ufeffStraße".encode(), "Straße"),
+        ("Straße".encode("utf-16"), "Straße"),
+        ("Straße".encode("latin-1"), "Straße"),
+    ],
+)
+def test_texts_in_several_encodings(tmp_path: Path, data: bytes, text: str) -> None:
+    (tmp_path / "t.txt").write_bytes(data)
+    assert read_file(tmp_path / "t.txt") == text
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.bin").write_bytes(b"\x7fELF\0\0")
+    with pytest.raises(ClientError, match="it is no text"):
+        read_file(tmp_path / "t.bin")
+    (tmp_path / "t.txt").write_text(" \n")
+    with pytest.raises(ClientError, match="it has no text"):
+        read_file(tmp_path / "t.txt")
+
+
+def test_html(tmp_path: Path) -> None:
+    pytest.importorskip("bs4")
+    (tmp_path / "p.html").write_text(PAGE)
+    assert read_file(tmp_path / "p.html") == (
+        "Pumps\n\nHall 2\n\nThe pump starts at\n14:03.\n\none\n\ntwo"
+    )
+
+
+def test_pdf(tmp_path: Path) -> None:
+    pypdf = pytest.importorskip("pypdf")
+    writer = pypdf.PdfWriter()
+    writer.add_blank_page(100, 100)
+    writer.write(tmp_path / "p.pdf")
+    with pytest.raises(ClientError, match="a scan has pictures"):
+        read_file(tmp_path / "p.pdf")
+    (tmp_path / "q.pdf").write_bytes(b"no pdf")
+    with pytest.raises(ClientError, match="cannot be read"):
+        read_file(tmp_path / "q.pdf")
