@@ -28,10 +28,10 @@ copy() { # NAME TEXTS LENGTHS DISTANCES OPTIONS...
         --lengths "$3" --distances "$4" --lola-config 'as it ships={}' --batch 28 --seed "$SEED" \
         --engine-args '{"dtype": "float32"}' --out "$OUT/copy-$1" --resume "${@:5}"
 }
-copy prose models/texts 2000,7000 250,500,1000,2000,3000,4500,6000 --kinds prose --samples 6
-copy kinds models/texts 7000 250,1000,2000,4500 --kinds documentation,chat
-copy code models/code 7000 250,1000,2000,4500
-copy long models/texts 16000 250,1000,2000,4500,7000,12000 --kinds prose
+copy prose models/texts 2000,7000 250,500,1000,2000,3000,4000,6000 --kinds prose --samples 5
+copy kinds models/texts 7000 250,500,1000,2000,3000,4000 --kinds documentation,chat --samples 3
+copy code models/code 7000 250,500,1000,2000,3000,4000 --samples 3
+copy long models/texts 100000 250,500,1000,2000,4000 --kinds prose
 # Which pairs stay: sizes and recent pairs, with the importance that ships.
 lola eval copy --model models/smollm2-lola --reference models/smollm2-base --texts models/texts \
     --lengths 7000 --distances 250,500,1000,2000,4500 --kinds prose --samples 3 --stops 2 \

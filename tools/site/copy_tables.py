@@ -41,10 +41,13 @@ def exact(cell: dict[str, Any] | None, part: str = "") -> str:
 
 
 def gain(cell: dict[str, Any] | None) -> str:
-    """Share of the base's gain with its interval; empty for None and where there is none."""
+    """Share of the base's gain with its interval over texts, which one text has not; empty for None
+    and where there is none."""
     if cell is None or cell["gain"] is None:
         return ""
     value, low, high = cell["gain"]
+    if low == high:
+        return f"{value:.2f}"
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -69,6 +72,8 @@ def prose(runs: Runs) -> str:
             "share without recent pairs": [gain(before.get(key)) for key in keys],
         }
         for label, shown in rows.items():
+            if not any(shown):
+                continue
             title = f"{length:,} tokens" if label == next(iter(rows)) else ""
             lines.append([title, label, *shown])
     return table(lines)
