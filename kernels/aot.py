@@ -12,6 +12,7 @@ import argparse
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,38 +23,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lola_vllm.kernels import decode, prefill, update, update_per_token
+from lola_vllm.kernels import decode, prefill, shift, update, update_per_token
 from lola_vllm.kernels.candidates import BLOCK_R
-from lola_vllm.kernels.common import page_shape, precision
-from lola_vllm.state import StateLayout
+from lola_vllm.kernels.layer import layer_shape, precision
+from lola_vllm.ops.shift_schedule import SCORE_DECAY, SCORE_DECAY_SHIFTS, ShiftSchedule
+from lola_vllm.state import LayerLayout, StateLayout
 
 ARCHS = (80, 90, 100)
 # Bytes of shared memory that one program may have (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 POINTER_TYPES = {
-    "h_ptr": "*fp32",
-    "s_ptr": "*fp32",
-    "gate_ptr": "*fp32",
-    "partial_ptr": "*fp32",
-    "stats_ptr": "*fp32",
-    "scores_ptr": "*fp32",
-    "ws_ptr": "*fp32",
-    "score_weights_ptr": "*fp32",
-    "k_scale_ptr": "*fp32",
-    "v_scale_ptr": "*fp32",
-    "bounds_ptr": "*fp32",
-    "directions_ptr": "*i8",
-    "doubtful_ptr": "*i32",
-    "fresh_ptr": "*fp32",
-    "lse_ptr": "*fp32",
+    "pages_ptr": "*u8",
+    "table_ptr": "*i64",
+    "rows_ptr": "*i32",
     "state_indices_ptr": "*i32",
     "n_ptr": "*i32",
     "lists_ptr": "*i32",
-    "chunks_ptr": "*i32",
-    "positions_ptr": "*i32",
+    "doubtful_ptr": "*i32",
 }
+MODEL_POINTERS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "soft_ptr")  # others are of float32
+FLOATS = ("scale", "decay", "score_decay")
 ROTATED_MAP_AFTER = 8192  # of models with a rotated key map
-UNIT_STRIDES = ("state_indices_stride", "n_stride")  # 1 at run time, which Triton makes a constant
 
 
 @dataclass(frozen=True)
@@ -79,68 +69,76 @@ class Usage:
     cubin: bytes = field(repr=False)
 
 
-def llama_8b(sparse_cache_size: int = 512, num_state_heads: int = 8) -> StateLayout:
-    """The page of Llama-3.1-8B: 32 query and 8 KV heads of 128, window 64, F 64, bfloat16."""
-    return StateLayout(
+def llama_8b(sparse_cache_size: int = 512, num_state_heads: int = 8) -> LayerLayout:
+    """A layer of Llama-3.1-8B: 32 query and 8 KV heads of 128, window 64, F 64, bfloat16."""
+    page = StateLayout(
         window_size=64, sparse_cache_size=sparse_cache_size, update_interval=64, sink_size=0,
         num_kv_heads=8, num_state_heads=num_state_heads, num_sparse_heads=num_state_heads,
         head_dim=128, feature_dim=64, kv_dtype=torch.bfloat16, state_dtype=torch.float32,
     )  # fmt: skip
+    return LayerLayout((page,))
 
 
-def kernels(layout: StateLayout, Hq: int = 32, splits: int = 8) -> list[Kernel]:
+def kernels(layout: LayerLayout, Hq: int = 32) -> list[Kernel]:
     """Every kernel of the Triton back end as it is launched for a layout.
 
     Updates also as where each token is followed by one, and as where scores are weighted. All that
     reads sparse pairs also as where these are int8, with scores weighted.
     """
-    small = replace(layout, int8_pairs=True)
-    read = {"PRECISION": precision(layout.kv_dtype)}
-    whole = decode.decode_constants(layout, Hq, 1, False)
-    split = decode.decode_constants(layout, Hq, splits, False)
-    merge = decode.merge_constants(layout, Hq, splits, False)
-    whole_prefill = prefill.prefill_constants(layout, Hq, False, partial=False)
-    partial_prefill = prefill.prefill_constants(layout, Hq, False, partial=True)
+    weighted = _with(layout, has_score_weights=True)
+    small = _with(weighted, int8_pairs=True)
+    kv_dtype = layout.pages[0].kv_dtype
+    read = {"PRECISION": precision(kv_dtype)}
+
+    def decoding(own: LayerLayout, split: bool, note: str) -> Kernel:
+        constants = {**decode.decode_constants(own, Hq, split, False), **read}
+        return Kernel("decode" + note, decode.decode_kernel, constants, decode.NUM_WARPS)
+
+    def reading(own: LayerLayout, partial: bool, note: str) -> Kernel:
+        constants = prefill.prefill_constants(own, Hq, False, partial, ROTATED_MAP_AFTER)
+        name = "prefill" + note
+        return Kernel(name, prefill.prefill_kernel, {**constants, **read}, prefill.NUM_WARPS)
+
+    def shifting(own: LayerLayout, note: str) -> Kernel:
+        schedule = ShiftSchedule(2048, 512, SCORE_DECAY, SCORE_DECAY_SHIFTS, bucket_start=768)
+        d = own.pages[0].head_dim
+        constants = {
+            "SHAPE": layer_shape(own, Hq, ROTATED_MAP_AFTER),
+            "SCHEDULE": shift.shift_shape(schedule, d // 2, d),
+            "HAS_BOUNDS": update.has_bounds(own),
+            "BLOCK_N": shift.BLOCK_N,
+        }
+        return Kernel("shift" + note, shift.shift_kernel, constants, shift.NUM_WARPS)
+
+    merge = decode.merge_constants(layout, Hq, False)
     return [
-        Kernel("decode", decode.decode_kernel, {**whole, **read}, decode.NUM_WARPS),
-        Kernel("decode, split", decode.decode_kernel, {**split, **read}, decode.NUM_WARPS),
+        decoding(layout, False, ""),
+        decoding(layout, True, ", split"),
         Kernel("merge", decode.merge_kernel, merge, decode.NUM_WARPS),
-        Kernel("prefill", prefill.prefill_kernel, {**whole_prefill, **read}, prefill.NUM_WARPS),
-        Kernel(
-            "prefill, partial",
-            prefill.prefill_kernel,
-            {**partial_prefill, **read},
-            prefill.NUM_WARPS,
-        ),
-        *update_kernels(layout),
-        *update_kernels(replace(layout, has_score_weights=True), ", weighted"),
-        Kernel(
-            "decode, int8",
-            decode.decode_kernel,
-            {**decode.decode_constants(small, Hq, 1, False), **read},
-            decode.NUM_WARPS,
-        ),
-        Kernel(
-            "prefill, int8",
-            prefill.prefill_kernel,
-            {**prefill.prefill_constants(small, Hq, False, partial=False), **read},
-            prefill.NUM_WARPS,
-        ),
-        *update_kernels(replace(small, has_score_weights=True), ", int8"),
+        reading(layout, False, ""),
+        reading(layout, True, ", partial"),
+        reading(_with(layout, update_interval=1), False, ", per token"),
+        *update_kernels(layout, Hq),
+        *update_kernels(weighted, Hq, ", weighted"),
+        decoding(small, False, ", int8"),
+        reading(small, False, ", int8"),
+        *update_kernels(small, Hq, ", int8"),
+        shifting(layout, ""),
+        shifting(small, ", int8"),
     ]
 
 
-def update_kernels(layout: StateLayout, note: str = "") -> list[Kernel]:
+def update_kernels(layout: LayerLayout, Hq: int, note: str = "") -> list[Kernel]:
     """Those of an update, whatever the interval; `note` ends their names."""
     blocks = {"BLOCK_R": BLOCK_R, "PRECISION": update.PRECISION}
-    each = replace(layout, update_interval=1)  # an update after every token
-    shape = {"SHAPE": page_shape(layout, ROTATED_MAP_AFTER), **blocks}
-    each_shape = {"SHAPE": page_shape(each, ROTATED_MAP_AFTER), **blocks}
+    each = _with(layout, update_interval=1)  # an update after every token
+    shape = {"SHAPE": layer_shape(layout, Hq, ROTATED_MAP_AFTER), **blocks}
+    each_shape = {"SHAPE": layer_shape(each, Hq, ROTATED_MAP_AFTER), **blocks}
     return [
         Kernel(
             "score" + note,
             update.score_kernel,
-            {**shape, "BLOCK_E": update.BLOCK_E},
+            {**shape, "BLOCK_E": update.score_block(layout)},
             update.SCORE_WARPS,
         ),
         Kernel(
@@ -152,7 +150,11 @@ def update_kernels(layout: StateLayout, note: str = "") -> list[Kernel]:
         Kernel(
             "score, per token" + note,
             update_per_token.per_token_score_kernel,
-            {**each_shape, **update.per_token_constants(each)},
+            {
+                **each_shape,
+                "BLOCK_P": update_per_token.BLOCK_P,
+                "BLOCK_T": update_per_token.BLOCK_T,
+            },
             update_per_token.SCORE_WARPS,
         ),
         Kernel(
@@ -164,27 +166,29 @@ def update_kernels(layout: StateLayout, note: str = "") -> list[Kernel]:
     ]
 
 
+def _with(layout: LayerLayout, **fields: Any) -> LayerLayout:
+    """The layout with other fields of its pages."""
+    return LayerLayout(tuple(replace(page, **fields) for page in layout.pages))
+
+
 def source(kernel: Kernel) -> ASTSource:
     """The kernel with the argument types and alignments that a launch would give it."""
     signature: dict[str, str] = {}
-    constexprs = dict(kernel.constants)
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(kernel.function.params):
         name = parameter.name
-        if name in UNIT_STRIDES:
-            constexprs[name] = 1
-        if parameter.is_constexpr or name in UNIT_STRIDES:
+        if parameter.is_constexpr:
             signature[name] = "constexpr"
             continue
         if name.endswith("_ptr"):
-            int8 = name.startswith("sparse_") and kernel.constants["SHAPE"].INT8_PAIRS
-            signature[name] = "*i8" if int8 else POINTER_TYPES.get(name, "*bf16")
+            usual = "*bf16" if name in MODEL_POINTERS else "*fp32"
+            signature[name] = POINTER_TYPES.get(name, usual)
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
         free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
-        if name != "scale" and not free:
+        if name not in FLOATS and not free:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel.function, signature, constexprs, attributes)
+    return ASTSource(kernel.function, signature, dict(kernel.constants), attributes)
 
 
 def compile_kernel(kernel: Kernel, arch: int) -> Usage:
@@ -204,11 +208,12 @@ def compile_kernel(kernel: Kernel, arch: int) -> Usage:
         path.write_bytes(cubin)
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", text)  # of the kernel, and functions it calls
+    if not found:
         raise RuntimeError(f"{kernel.name}, sm_{arch}: no resource usage in {text!r}")
     return Usage(
-        kernel.name, arch, kernel.num_warps, int(found[1]), int(found[2]),
+        kernel.name, arch, kernel.num_warps, max(int(regs) for regs, _ in found),
+        max(int(stack) for _, stack in found),
         int(compiled.metadata.shared), cubin,
     )  # fmt: skip
 
@@ -221,14 +226,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--state-heads", type=int, choices=(8, 32), default=8)
     options = parser.parse_args(arguments)
     layout = llama_8b(options.sparse, options.state_heads)
-    print("| kernel | arch | warps | registers | stack bytes | shared bytes |")
-    print("|---|---|---|---|---|---|")
+    print("| kernel | arch | warps | registers | stack bytes | shared bytes | seconds |")
+    print("|---|---|---|---|---|---|---|")
     for kernel in kernels(layout):
         for arch in options.arch:
+            begin = time.process_time()
             u = compile_kernel(kernel, arch)
+            seconds = time.process_time() - begin
             print(
                 f"| {u.kernel} | sm_{arch} | {u.num_warps} | {u.registers} | {u.stack} "
-                f"| {u.shared} |",
+                f"| {u.shared} | {seconds:.1f} |",
                 flush=True,
             )
 

@@ -10,16 +10,14 @@ from torch import Tensor
 
 from lola_vllm.kernels import decode as decode_kernels
 from lola_vllm.kernels import prefill as prefill_kernels
-from lola_vllm.kernels.common import check
+from lola_vllm.kernels.layer import check
 from lola_vllm.kernels.prefill import SoftmaxPart
-from lola_vllm.kernels.update import Rows, scratch_buffers, update
-from lola_vllm.ops.contract import DecodeBatch, HeadGroup, PrefillBatch
-from lola_vllm.ops.per_group import per_group
+from lola_vllm.kernels.update import scratch_buffers, update
+from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 
 
-@per_group
 def decode(
-    group: HeadGroup,
+    layer: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -35,21 +33,20 @@ def decode(
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
-    check(group, q, k, v, out)
+    check(layer, q, k, v, out)
     B = len(q)
     for name, tensor in batch._asdict().items():
         if tensor.shape != (B,):
             raise ValueError(f"{name}: shape {list(tensor.shape)}, expected [{B}]")
     if B == 0:
         return
-    splits = splits or decode_kernels.choose_splits(group.layout, B, q.device)
-    decode_kernels.attend(group, q, k, v, batch, out, splits)
-    update(group, Rows(*batch, 0, B), scratch_buffers(group.layout, B, q.device))
+    splits = splits or decode_kernels.choose_splits(layer.layout, B, q.device)
+    decode_kernels.attend(layer, q, k, v, batch, out, splits)
+    update(layer, *batch, scratch_buffers(layer.layout, B, q.device))
 
 
-@per_group
 def prefill(
-    group: HeadGroup,
+    layer: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -65,7 +62,7 @@ def prefill(
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
-    check(group, q, k, v, out)
+    check(layer, q, k, v, out)
     R = len(batch.state_indices)
     for name, size in (("query_start_loc", R + 1), ("context_lens", R)):
         tensor: Tensor = getattr(batch, name)
@@ -73,4 +70,4 @@ def prefill(
             raise ValueError(f"{name}: shape {list(tensor.shape)}, expected [{size}]")
         if tensor.device.type != "cpu":
             raise ValueError(f"{name}: on {tensor.device}, must be in host memory")
-    prefill_kernels.prefill(group, q, k, v, batch, out, softmax)
+    prefill_kernels.prefill(layer, q, k, v, batch, out, softmax)

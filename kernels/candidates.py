@@ -13,20 +13,30 @@ import triton.language as tl
 from lola_vllm.kernels.common import (
     MAX_LOG_IMPORTANCE,
     RECALL_EPS,
+    int8_numbers,
+    int8_scale,
+    read_state,
+)
+from lola_vllm.kernels.layer import (
+    EXACT_K,
+    EXACT_V,
+    SPARSE_K,
+    SPARSE_K_SCALE,
+    SPARSE_V,
+    SPARSE_V_SCALE,
     entries_of,
     exact_of,
     exact_row,
+    group_of,
     importance_weights_of,
-    int8_numbers,
-    int8_scale,
     pairs_of,
-    read_state,
     window_start,
 )
 
 BLOCK_R = 256  # rows whose token counts are looked at together
 INDEX_ARGS = ("state_indices_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment
-COUNT_ARGS = ("first_row", "num_rows")  # vary from call to call: no variant for each
+# Numbers that vary from layer to layer and from call to call: no variant for each.
+COUNT_ARGS = ("num_rows", "most", "least", "state_indices_stride", "n_stride")
 
 
 @triton.jit
@@ -49,81 +59,97 @@ def nth_row(due, rank, rows, nth):
 
 
 @triton.jit
-def candidate_ok(e, start, stop, SHAPE: tl.constexpr):
+def set_of(table_ptr, sparse_head, SHAPE: tl.constexpr):
+    """Where a sparse set of the layer is: its group's row of the table, its KV head in the layer,
+    and its KV head and itself in the group."""
+    kv_head = sparse_head // SHAPE.SETS_PER_KV_HEAD
+    group_at, own_kv_head = group_of(table_ptr, kv_head)
+    own_set = own_kv_head * SHAPE.SETS_PER_KV_HEAD + sparse_head % SHAPE.SETS_PER_KV_HEAD
+    return group_at, kv_head, own_kv_head, own_set
+
+
+@triton.jit
+def set_at(page_at, group_at, sparse_head, kv_head, lam, SHAPE: tl.constexpr):
+    """Where a set's keys, values and their scales are, and the exact keys and values of its KV
+    head. Heads are counted in their group."""
+    return (
+        pairs_of(page_at, group_at, SPARSE_K, sparse_head, lam, SHAPE),
+        pairs_of(page_at, group_at, SPARSE_V, sparse_head, lam, SHAPE),
+        entries_of(page_at, group_at, SPARSE_K_SCALE, sparse_head, lam),
+        entries_of(page_at, group_at, SPARSE_V_SCALE, sparse_head, lam),
+        exact_of(page_at, group_at, EXACT_K, kv_head, SHAPE),
+        exact_of(page_at, group_at, EXACT_V, kv_head, SHAPE),
+    )
+
+
+@triton.jit
+def candidate_ok(e, start, stop, lam, SHAPE: tl.constexpr):
     """Which candidates exist: filled entries, and the pairs at positions from `start` to `stop`.
 
     These are the window's starts before and after the update.
     """
-    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
-    return (e < tl.minimum(start - SHAPE.SINK_SIZE, LAM)) | ((e >= LAM) & (start + e - LAM < stop))
+    return (e < tl.minimum(start - SHAPE.SINK_SIZE, lam)) | ((e >= lam) & (start + e - lam < stop))
 
 
 @triton.jit
-def evicted_rows(exact_at, e, ok, start, kv_head, cols, SHAPE: tl.constexpr):
+def evicted_rows(exact_at, e, ok, start, lam, cols, SHAPE: tl.constexpr):
     """Keys or values `[len(e), BLOCK_D]` of evicted pairs as the window holds them.
 
-    Zero where not ok or e < lam. exact_at: the page's. start: as in `candidate_ok`.
+    Zero where not ok or e < lam. exact_at: the KV head's. start: as in `candidate_ok`.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
-    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
-    row = exact_row(start + e - LAM, SHAPE)
-    at = (exact_of(exact_at, kv_head, SHAPE) + row * D)[:, None] + cols[None, :]
-    return tl.load(at, mask=(ok & (e >= LAM))[:, None] & (cols < D)[None, :], other=0.0)
+    row = exact_row(start + e - lam, SHAPE)
+    at = exact_at + (row * D)[:, None] + cols[None, :]
+    return tl.load(at, mask=(ok & (e >= lam))[:, None] & (cols < D)[None, :], other=0.0)
 
 
 @triton.jit
-def gather(
-    sparse_at, scale_at, exact_at, e, ok, start, sparse_head, kv_head, cols, SHAPE: tl.constexpr
-):
+def gather(sparse_at, scale_at, exact_at, e, ok, start, lam, cols, SHAPE: tl.constexpr):
     """Keys or values `[len(e), BLOCK_D]` of candidates, zero where not ok.
 
     In their dtype, or where pairs are int8 as what they stand for, in float32. Pointers `*_at` are
-    the page's. start: as in `candidate_ok`.
+    the set's. start: as in `candidate_ok`.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
-    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
-    cached = pairs_of(sparse_at, sparse_head, SHAPE) + e * D
+    cached = sparse_at + e * D
     if SHAPE.INT8_PAIRS:
-        held = ok & (e < LAM)
+        held = ok & (e < lam)
         kept = held[:, None] & (cols < D)[None, :]
         numbers = tl.load(cached[:, None] + cols[None, :], mask=kept, other=0).to(tl.float32)
-        x = evicted_rows(exact_at, e, ok, start, kv_head, cols, SHAPE).to(tl.float32)
+        x = evicted_rows(exact_at, e, ok, start, lam, cols, SHAPE).to(tl.float32)
         x += numbers  # one of them is 0
-        kept_scale = tl.load(entries_of(scale_at, sparse_head, SHAPE) + e, mask=held, other=0.0)
+        kept_scale = tl.load(scale_at + e, mask=held, other=0.0)
         scale = tl.where(held, kept_scale, int8_scale(x))
         # Numbers of 8 bits are whole, and stay what they are at a scale of 1.
         return int8_numbers(x, tl.where(held, 1.0, scale)) * scale[:, None]
     else:
-        row = exact_row(start + e - LAM, SHAPE)
-        evicted = exact_of(exact_at, kv_head, SHAPE) + row * D
-        at = tl.where(e < LAM, cached, evicted)[:, None] + cols[None, :]
+        evicted = exact_at + exact_row(start + e - lam, SHAPE) * D
+        at = tl.where(e < lam, cached, evicted)[:, None] + cols[None, :]
         return tl.load(at, mask=ok[:, None] & (cols < D)[None, :], other=0.0)
 
 
 @triton.jit
-def gather_pairs(pairs_at, e, ok, start, sparse_head, kv_head, cols, SHAPE: tl.constexpr):
-    """Keys of candidates as `gather` gives them, and values in float32.
-
-    pairs_at: the page's sparse keys, values and their scales, and exact keys and values.
-    """
-    sparse_k_at, sparse_v_at, k_scale_at, v_scale_at, exact_k_at, exact_v_at = pairs_at
-    k = gather(sparse_k_at, k_scale_at, exact_k_at, e, ok, start, sparse_head, kv_head, cols, SHAPE)
-    v = gather(sparse_v_at, v_scale_at, exact_v_at, e, ok, start, sparse_head, kv_head, cols, SHAPE)
+def gather_pairs(pairs_at, e, ok, start, lam, cols, SHAPE: tl.constexpr):
+    """Keys of candidates as `gather` gives them, and values in float32; pairs_at: of `set_at`."""
+    k_at, v_at, k_scale_at, v_scale_at, exact_k_at, exact_v_at = pairs_at
+    k = gather(k_at, k_scale_at, exact_k_at, e, ok, start, lam, cols, SHAPE)
+    v = gather(v_at, v_scale_at, exact_v_at, e, ok, start, lam, cols, SHAPE)
     return k, v.to(tl.float32)
 
 
 @triton.jit
-def new_importance(ws_ptr, k, v, exact_k_at, e, ok, start, kv_head, cols, SHAPE: tl.constexpr):
+def new_importance(ws_ptr, k, v, exact_k_at, e, ok, start, lam, kv_head, cols, SHAPE: tl.constexpr):
     """w `[len(e)]` of evicted pairs from their keys and values (`docs/algorithm.md`, section 6).
 
-    k and v: as `gather_pairs` gives them; the other arguments as of `gather`. A NaN stays one.
+    k and v: as `gather_pairs` gives them; kv_head: of the layer; the other arguments as of
+    `gather`. A NaN stays one.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     HALF: tl.constexpr = D // 2
     first = cols < HALF  # of a rotary pair; the second entry is HALF columns on
-    second = evicted_rows(exact_k_at, e, ok, start, kv_head, cols + HALF, SHAPE).to(tl.float32)
+    second = evicted_rows(exact_k_at, e, ok, start, lam, cols + HALF, SHAPE).to(tl.float32)
     if SHAPE.INT8_PAIRS:
-        whole = evicted_rows(exact_k_at, e, ok, start, kv_head, cols, SHAPE).to(tl.float32)
+        whole = evicted_rows(exact_k_at, e, ok, start, lam, cols, SHAPE).to(tl.float32)
         scale = int8_scale(whole)
         second = int8_numbers(second, scale) * scale[:, None]
     k = k.to(tl.float32)
@@ -138,16 +164,13 @@ def new_importance(ws_ptr, k, v, exact_k_at, e, ok, start, kv_head, cols, SHAPE:
 
 @triton.jit
 def candidate_importance(
-    ws_ptr, score_weights_at, k, v, exact_k_at, e, ok, start, sparse_head, kv_head, cols,
-    SHAPE: tl.constexpr,
-):  # fmt: skip
-    """w `[len(e)]` of candidates: what the page keeps of cached ones; arguments:
+    ws_ptr, weights_at, k, v, exact_k_at, e, ok, start, lam, kv_head, cols, SHAPE: tl.constexpr
+):
+    """w `[len(e)]` of candidates: what the page keeps of cached ones, at `weights_at`; arguments:
     `new_importance`."""
-    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
-    new = new_importance(ws_ptr, k, v, exact_k_at, e, ok, start, kv_head, cols, SHAPE)
-    kept_at = entries_of(score_weights_at, sparse_head, SHAPE) + e
-    kept = tl.load(kept_at, mask=ok & (e < LAM), other=0.0)
-    return tl.where(e < LAM, kept, new)
+    new = new_importance(ws_ptr, k, v, exact_k_at, e, ok, start, lam, kv_head, cols, SHAPE)
+    kept = tl.load(weights_at + e, mask=ok & (e < lam), other=0.0)
+    return tl.where(e < lam, kept, new)
 
 
 @triton.jit

@@ -1,32 +1,18 @@
-"""What LoLA's Triton kernels share: positions, feature maps, online softmax and the final mixture.
+"""What LoLA's Triton kernels share: feature maps, rounding, online softmax and the final mixture.
 
-Kernels address a page by its index times the page stride (64 bits) plus an offset within the page,
-whose parts are contiguous as `StateLayout.views` cuts them. Sums are made in float32.
+Sums are made in float32.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from lola_vllm.ops import constants
-from lola_vllm.ops.contract import HeadGroup
-from lola_vllm.state import NEVER, StateLayout
-
-MIN_DOT = 16  # smallest side of a tensor-core product
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TILE_BYTES = 16 * 1024  # of keys, and as much of values; two of each are in flight
-MAX_PAGE_BYTES = 2**31  # offsets within a page are 32-bit
 
 FEATURE_BLOCK = tl.constexpr(16)
-NO_PAGE = tl.constexpr(NEVER)  # tokens that no page has
 
 FEATURE_FLOOR = tl.constexpr(constants.FEATURE_FLOOR)
 RECALL_EPS = tl.constexpr(constants.RECALL_EPS)
@@ -42,143 +28,6 @@ EXPONENT_BITS = tl.constexpr(constants.EXPONENT_BITS)
 # The interpreter multiplies bfloat16 operands as the integers that store them. Products of
 # widened operands are what tensor cores compute, so there it widens first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-class PageShape(NamedTuple):
-    """A page's counts and the padded sides of tiles, as kernels take them: `SHAPE`, one constexpr.
-
-    A field that is part of a tensor's shape goes through a local constexpr first: Triton 3.6 takes
-    no plain int there.
-
-    Attributes:
-        WINDOW_SIZE, SPARSE_CACHE_SIZE, UPDATE_INTERVAL, SINK_SIZE, NUM_KV_HEADS, NUM_STATE_HEADS,
-        NUM_SPARSE_HEADS, HEAD_DIM, FEATURE_DIM: as in `StateLayout`.
-        HAS_SCORE_WEIGHTS, INT8_PAIRS: as in `StateLayout`, 1 or 0.
-        ROTATED_MAP_AFTER: pages with more tokens map keys by the second of `LolaWeights.key_maps`;
-            `NEVER`: there is one for all.
-        RING_SIZE: rows of the window ring. STATES_PER_SET: state heads of a sparse set.
-        BLOCK_D, BLOCK_F: powers of two, at least `HEAD_DIM` and `FEATURE_DIM`.
-    """
-
-    WINDOW_SIZE: int
-    SPARSE_CACHE_SIZE: int
-    RECENT_SIZE: int
-    UPDATE_INTERVAL: int
-    SINK_SIZE: int
-    NUM_KV_HEADS: int
-    NUM_STATE_HEADS: int
-    NUM_SPARSE_HEADS: int
-    HEAD_DIM: int
-    FEATURE_DIM: int
-    HAS_SCORE_WEIGHTS: int
-    INT8_PAIRS: int
-    ROTATED_MAP_AFTER: int
-    RING_SIZE: int
-    STATES_PER_SET: int
-    BLOCK_D: int
-    BLOCK_F: int
-
-
-@functools.cache
-def page_shape(layout: StateLayout, rotated_map_after: int = NEVER) -> PageShape:
-    """What every kernel takes of a layout.
-
-    Args:
-        rotated_map_after: see `PageShape`.
-    """
-    return PageShape(
-        WINDOW_SIZE=layout.window_size,
-        SPARSE_CACHE_SIZE=layout.sparse_cache_size,
-        RECENT_SIZE=layout.recent_size,
-        UPDATE_INTERVAL=layout.update_interval,
-        SINK_SIZE=layout.sink_size,
-        NUM_KV_HEADS=layout.num_kv_heads,
-        NUM_STATE_HEADS=layout.num_state_heads,
-        NUM_SPARSE_HEADS=layout.num_sparse_heads,
-        HEAD_DIM=layout.head_dim,
-        FEATURE_DIM=layout.feature_dim,
-        HAS_SCORE_WEIGHTS=int(layout.has_score_weights),
-        INT8_PAIRS=int(layout.int8_pairs),
-        ROTATED_MAP_AFTER=rotated_map_after,
-        RING_SIZE=layout.ring_size,
-        STATES_PER_SET=layout.num_state_heads // layout.num_sparse_heads,
-        BLOCK_D=max(MIN_DOT, triton.next_power_of_2(layout.head_dim)),
-        BLOCK_F=max(MIN_DOT, triton.next_power_of_2(layout.feature_dim)),
-    )
-
-
-# --- addresses: the only places where a head's part of a page is found ---
-
-
-@triton.jit
-def h_of(h_ptr, head, SHAPE: tl.constexpr):
-    """H of a state head, from the page's."""
-    return h_ptr + head * 2 * SHAPE.FEATURE_DIM * SHAPE.HEAD_DIM
-
-
-@triton.jit
-def s_of(s_ptr, head, SHAPE: tl.constexpr):
-    """s of a state head, from the page's."""
-    return s_ptr + head * 2 * SHAPE.FEATURE_DIM
-
-
-@triton.jit
-def map_of(w_ptr, head, SHAPE: tl.constexpr):
-    """The feature map of a head."""
-    return w_ptr + head * SHAPE.HEAD_DIM * SHAPE.FEATURE_DIM
-
-
-@triton.jit
-def first_key_map(n, SHAPE: tl.constexpr):
-    """Where the maps begin of keys that hidden states take with the n-th token of their page."""
-    first = 0
-    if SHAPE.ROTATED_MAP_AFTER < NO_PAGE:
-        first = tl.where(n > SHAPE.ROTATED_MAP_AFTER, SHAPE.NUM_STATE_HEADS, 0)
-    return first
-
-
-@triton.jit
-def importance_weights_of(ws_ptr, kv_head, SHAPE: tl.constexpr):
-    """Weights of the importance of a KV head: a `[d // 2]`, b `[d]` and c."""
-    return ws_ptr + kv_head * (SHAPE.HEAD_DIM // 2 + SHAPE.HEAD_DIM + 1)
-
-
-@triton.jit
-def exact_of(exact_ptr, kv_head, SHAPE: tl.constexpr):
-    """Sinks and window ring of a KV head, from the page's keys or values."""
-    return exact_ptr + kv_head * (SHAPE.SINK_SIZE + SHAPE.RING_SIZE) * SHAPE.HEAD_DIM
-
-
-@triton.jit
-def entries_of(ptr, sparse_head, SHAPE: tl.constexpr):
-    """One number per entry of a sparse set, from the page's positions, importance or scales."""
-    return ptr + sparse_head * SHAPE.SPARSE_CACHE_SIZE
-
-
-@triton.jit
-def pairs_of(ptr, sparse_head, SHAPE: tl.constexpr):
-    """Keys or values of a sparse set, or directions of a state head, from the page's."""
-    return ptr + sparse_head * SHAPE.SPARSE_CACHE_SIZE * SHAPE.HEAD_DIM
-
-
-# --- positions ---
-
-
-@triton.jit
-def window_start(n, SHAPE: tl.constexpr):
-    """First position of the window after n tokens: `StateLayout.window_start`."""
-    C: tl.constexpr = SHAPE.UPDATE_INTERVAL
-    return tl.maximum(n // C * C - SHAPE.WINDOW_SIZE, SHAPE.SINK_SIZE)
-
-
-@triton.jit
-def exact_row(position, SHAPE: tl.constexpr):
-    """Row of the exact store that holds a position: `StateLayout.row`."""
-    ring = SHAPE.SINK_SIZE + position % SHAPE.RING_SIZE
-    return tl.where(position < SHAPE.SINK_SIZE, position, ring)
-
-
-# --- feature maps, rounding, attention ---
 
 
 @triton.jit
@@ -252,14 +101,11 @@ def absorb(q, k, v, ok, scale, m, norm, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def absorb_cached(
-    q, k_at, v_at, k_scale_at, v_scale_at, index, ok, cols, scale, m, norm, acc,
-    kv_type: tl.constexpr, SHAPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`absorb` the sparse pairs in the entries `index` `[N]` that are ok, `[N]`; pointers: the
-    set's.
-
-    kv_type: of the page's exact keys and values.
-    """
+    q, pairs_at, index, ok, cols, scale, m, norm, acc, SHAPE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`absorb` the sparse pairs in the entries `index` `[N]` that are ok, `[N]`; pairs_at: as in
+    `candidates.set_at`."""
+    k_at, v_at, k_scale_at, v_scale_at, _, _ = pairs_at
     at = index[:, None] * SHAPE.HEAD_DIM + cols[None, :]
     tile_ok = ok[:, None] & (cols < SHAPE.HEAD_DIM)[None, :]
     k = tl.load(k_at + at, mask=tile_ok, other=0)
@@ -271,7 +117,7 @@ def absorb_cached(
         # logits and weights, those of values over the largest, so that 16 bits hold the weights.
         k_scale = tl.load(k_scale_at + index, mask=ok, other=0.0)
         v_scale = tl.load(v_scale_at + index, mask=ok, other=0.0)
-        k, v = k.to(tl.float32).to(kv_type), v.to(tl.float32).to(kv_type)
+        k, v = k.to(tl.float32).to(SHAPE.KV_TYPE), v.to(tl.float32).to(SHAPE.KV_TYPE)
         z = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
         z = product(q, tl.trans(k), z, PRECISION) * scale * k_scale[None, :]
         z = tl.where(ok[None, :], z, float("-inf"))
@@ -281,7 +127,7 @@ def absorb_cached(
         largest = tl.max(v_scale, 0)
         share = v_scale / tl.where(largest > 0, largest, 1.0)
         more = tl.zeros([q.shape[0], cols.shape[0]], tl.float32)
-        more = product((p * share[None, :]).to(kv_type), v, more, PRECISION)
+        more = product((p * share[None, :]).to(SHAPE.KV_TYPE), v, more, PRECISION)
         return top, norm * decay + tl.sum(p, 1), acc * decay[:, None] + more * largest
 
 
@@ -365,80 +211,3 @@ def mix(m, norm, y_soft, y_lin, log_D, log_gate, SUBTRACT_MAX: tl.constexpr):
         lse += m
     r = 1.0 / (1.0 + tl.exp(log_D - lse - log_gate))
     return r[:, None] * y_soft + (1.0 - r)[:, None] * y_lin
-
-
-def pairs_per_tile(layout: StateLayout) -> int:
-    """Keys and values that an attending program takes at a time, BLOCK_N."""
-    row = page_shape(layout).BLOCK_D * layout.kv_dtype.itemsize
-    return min(64, max(MIN_DOT, TILE_BYTES // row))
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied to answer queries of a dtype.
-
-    TF32 keeps more bits than a 16-bit model's outputs have. Float32 models get three TF32 products
-    of split operands, float32's accuracy on tensor cores.
-    """
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
-class PageStrides(NamedTuple):
-    """Strides of a pool's pages, in elements.
-
-    Attributes:
-        state: of H and s. kv: of exact keys and values. sparse: of those in the sparse cache.
-            words: of positions, importance, scales and bounds. bytes: of directions.
-    """
-
-    state: int
-    kv: int
-    sparse: int
-    words: int
-    bytes: int
-
-
-def page_strides(group: HeadGroup) -> PageStrides:
-    """The page stride of a layer's pool, in elements of each part."""
-    stride, layout = group.pages.stride(0), group.layout
-    return PageStrides(
-        stride // layout.state_dtype.itemsize, stride // layout.kv_dtype.itemsize,
-        stride // layout.sparse_dtype.itemsize, stride // 4, stride,
-    )  # fmt: skip
-
-
-def check(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """Whether the kernels can take the tensors.
-
-    Raises:
-        ValueError: a shape, dtype, stride or device that does not fit; names the argument.
-    """
-    layout = group.layout
-    Hq, Hkv, d = group.weights.num_heads, layout.num_kv_heads, layout.head_dim
-    for name, tensor, shape in (
-        ("q", q, (len(q), Hq, d)),
-        ("k", k, (len(q), Hkv, d)),
-        ("v", v, (len(q), Hkv, d)),
-        ("out", out, (len(q), Hq, d)),
-    ):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: shape {list(tensor.shape)}, expected {list(shape)}")
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name}: dtype {tensor.dtype}, expected one of {DTYPES}")
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name}: the last dimension must be contiguous")
-        if tensor.device != group.pages.device:
-            raise ValueError(f"{name}: on {tensor.device}, the pages on {group.pages.device}")
-    if layout.kv_dtype not in DTYPES:
-        raise ValueError(f"kv_dtype: {layout.kv_dtype}, expected one of {DTYPES}")
-    if layout.state_dtype != torch.float32:
-        raise ValueError(f"state_dtype: {layout.state_dtype}, expected torch.float32")
-    if layout.page_bytes >= MAX_PAGE_BYTES:
-        raise ValueError(f"layout: pages of {layout.page_bytes} bytes, 2 GiB or more")
-
-
-@functools.cache
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 1 on a CPU, where programs run one after another."""
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

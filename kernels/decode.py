@@ -16,29 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lola_vllm.kernels.common import (
+from lola_vllm.kernels.candidates import set_at, set_of
+from lola_vllm.kernels.common import absorb, absorb_cached, features, mix, product
+from lola_vllm.kernels.layer import (
+    EXACT_K,
+    EXACT_V,
     MIN_DOT,
-    absorb,
-    absorb_cached,
-    entries_of,
     exact_of,
     exact_row,
-    features,
     h_of,
+    layer_shape,
     map_of,
-    mix,
+    num_entries,
     num_processors,
-    page_shape,
-    page_strides,
-    pairs_of,
     pairs_per_tile,
     precision,
-    product,
     s_of,
     window_start,
 )
-from lola_vllm.ops.contract import DecodeBatch, HeadGroup
-from lola_vllm.state import StateLayout
+from lola_vllm.ops.contract import DecodeBatch, LayerState
+from lola_vllm.state import LayerLayout
 
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until there are about this many
 MAX_SPLITS = 32
@@ -46,7 +43,10 @@ NUM_WARPS = 4
 INDEX_ARGS = ("state_indices_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment
 
 
-@triton.jit(do_not_specialize_on_alignment=INDEX_ARGS)
+@triton.jit(
+    do_not_specialize=("state_indices_stride", "n_stride"),
+    do_not_specialize_on_alignment=INDEX_ARGS,
+)
 def decode_kernel(
     q_ptr,
     k_ptr,
@@ -54,14 +54,8 @@ def decode_kernel(
     out_ptr,
     wq_ptr,
     gate_ptr,
-    h_ptr,
-    s_ptr,
-    sparse_k_ptr,
-    sparse_v_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    exact_k_ptr,
-    exact_v_ptr,
+    pages_ptr,
+    table_ptr,
     state_indices_ptr,
     n_ptr,
     partial_ptr,
@@ -74,37 +68,32 @@ def decode_kernel(
     v_head,
     out_row,
     out_head,
+    page_stride,
     state_indices_stride,
     n_stride,
-    state_page,
-    kv_page,
-    sparse_page,
-    words_page,
     scale,
     SHAPE: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SUBTRACT_MAX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (B * Hs, 1), or (B * Hs, SPLITS + 1) with the last part for the hidden state.
+    """Grid (B * Hs, 1), or with SPLIT (B * Hs, splits + 1), the last part for the hidden state.
 
-    With splits, writes softmax sums and y_lin to partial `[B, Hq, SPLITS + 1, d]` and (m, norm), or
-    log D in place of m, to stats `[B, Hq, SPLITS + 1, 2]`, both float32.
+    With splits, writes softmax sums and y_lin to partial `[B, Hq, splits + 1, d]` and (m, norm), or
+    log D in place of m, to stats `[B, Hq, splits + 1, 2]`, both float32.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     F: tl.constexpr = SHAPE.FEATURE_DIM
-    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
     BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
     BLOCK_F: tl.constexpr = SHAPE.BLOCK_F
-    Q: tl.constexpr = NUM_HEADS // SHAPE.NUM_STATE_HEADS
+    Q: tl.constexpr = SHAPE.NUM_HEADS // SHAPE.NUM_STATE_HEADS
     # State heads that share a KV head run side by side, so that L2 serves all but the first.
     row = (tl.program_id(0) // SHAPE.NUM_STATE_HEADS).to(tl.int64)
     head = tl.program_id(0) % SHAPE.NUM_STATE_HEADS
     part = tl.program_id(1)
-    kv_head = head // (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_KV_HEADS)
+    splits = tl.num_programs(1) - 1 if SPLIT else 1
     cols, lanes = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Q)
     col_ok, lane_ok = cols < D, lanes < Q
     q_ok = lane_ok[:, None] & col_ok[None, :]
@@ -114,21 +103,23 @@ def decode_kernel(
     page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
     n = tl.load(n_ptr + row * n_stride).to(tl.int32)
     if (page <= 0) | (n <= 0):
-        if SPLITS == 1:
+        if not SPLIT:
             zero = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
             tl.store(out_at, zero.to(out_ptr.dtype.element_ty), mask=q_ok)
         return
 
-    kv_type = exact_k_ptr.dtype.element_ty
+    group_at, kv_head, own_kv_head, own_set = set_of(table_ptr, head // SHAPE.STATES_PER_SET, SHAPE)
+    lam = num_entries(group_at)
+    page_at = pages_ptr + page * page_stride
     q_at = q_ptr + row * q_row + head * Q * q_head
     q = tl.load(q_at + lanes[:, None] * q_head + cols[None, :], mask=q_ok, other=0.0)
     k_at, v_at = k_ptr + row * k_row + kv_head * k_head, v_ptr + row * v_row + kv_head * v_head
-    k_new = tl.load(k_at + cols, mask=col_ok, other=0.0).to(kv_type)
-    v_new = tl.load(v_at + cols, mask=col_ok, other=0.0).to(kv_type)
+    k_new = tl.load(k_at + cols, mask=col_ok, other=0.0).to(SHAPE.KV_TYPE)
+    v_new = tl.load(v_at + cols, mask=col_ok, other=0.0).to(SHAPE.KV_TYPE)
 
     position = n - 1
-    exact_k_at = exact_of(exact_k_ptr + page * kv_page, kv_head, SHAPE)
-    exact_v_at = exact_of(exact_v_ptr + page * kv_page, kv_head, SHAPE)
+    exact_k_at = exact_of(page_at, group_at, EXACT_K, own_kv_head, SHAPE)
+    exact_v_at = exact_of(page_at, group_at, EXACT_V, own_kv_head, SHAPE)
     if (part == 0) & (head % (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_KV_HEADS) == 0):
         to = exact_row(position, SHAPE) * D + cols
         tl.store(exact_k_at + to, k_new, mask=col_ok)
@@ -138,8 +129,8 @@ def decode_kernel(
     first = window_start(position, SHAPE)
     num_sinks = tl.minimum(position, SHAPE.SINK_SIZE)
     num_exact = num_sinks + tl.maximum(position - first, 0)
-    total = num_exact + tl.minimum(first - SHAPE.SINK_SIZE, LAM)
-    span = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N
+    total = num_exact + tl.minimum(first - SHAPE.SINK_SIZE, lam)
+    span = tl.cdiv(tl.cdiv(total, splits), BLOCK_N) * BLOCK_N
     start = tl.minimum(part * span, total)
     stop = tl.minimum(start + span, total)
 
@@ -161,24 +152,18 @@ def decode_kernel(
         v = tl.load(exact_v_at + at, mask=tile_ok, other=0.0)
         m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
 
-    if LAM > 0:
-        sparse_head = head // (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_SPARSE_HEADS)
-        sparse_k_at = pairs_of(sparse_k_ptr + page * sparse_page, sparse_head, SHAPE)
-        sparse_v_at = pairs_of(sparse_v_ptr + page * sparse_page, sparse_head, SHAPE)
-        k_scale_at = entries_of(k_scale_ptr + page * words_page, sparse_head, SHAPE)
-        v_scale_at = entries_of(v_scale_ptr + page * words_page, sparse_head, SHAPE)
-        for j in range(tl.maximum(start, num_exact) - num_exact, stop - num_exact, BLOCK_N):
-            index = j + tl.arange(0, BLOCK_N)
-            ok = index < stop - num_exact
-            m, norm, acc = absorb_cached(
-                q, sparse_k_at, sparse_v_at, k_scale_at, v_scale_at, index, ok, cols, scale, m,
-                norm, acc, kv_type, SHAPE, PRECISION,
-            )  # fmt: skip
+    pairs_at = set_at(page_at, group_at, own_set, own_kv_head, lam, SHAPE)
+    for j in range(tl.maximum(start, num_exact) - num_exact, stop - num_exact, BLOCK_N):
+        index = j + tl.arange(0, BLOCK_N)
+        ok = index < stop - num_exact
+        m, norm, acc = absorb_cached(
+            q, pairs_at, index, ok, cols, scale, m, norm, acc, SHAPE, PRECISION
+        )
 
     y_lin = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     log_D = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    linear_here = (SPLITS == 1) | (part == SPLITS)
-    if linear_here & (first - SHAPE.SINK_SIZE > LAM):  # something was folded in before this token
+    linear_here = part == (splits if SPLIT else 0)
+    if linear_here & (first - SHAPE.SINK_SIZE > lam):  # something was folded in before this token
         feats = tl.arange(0, BLOCK_F)
         feat_ok = feats < F
         w_ok = col_ok[:, None] & feat_ok[None, :]
@@ -188,9 +173,10 @@ def decode_kernel(
             w = tl.load(w_at, mask=w_ok, other=0.0).to(tl.float32)
             x = tl.load(q_at + i * q_head + cols, mask=col_ok, other=0.0).to(tl.float32)
             y = tl.where(lanes[:, None] == i, tl.sum(x[:, None] * w, 0)[None, :], y)
-        h_at = h_of(h_ptr + page * state_page, head, SHAPE)
+        own = own_set * SHAPE.STATES_PER_SET + head % SHAPE.STATES_PER_SET
+        h_at = h_of(page_at, group_at, own, SHAPE)
         h_at = h_at + feats[:, None] * D + cols[None, :]
-        s_at = s_of(s_ptr + page * state_page, head, SHAPE) + feats
+        s_at = s_of(page_at, group_at, own, SHAPE) + feats
         tile_ok = feat_ok[:, None] & col_ok[None, :]
         phi = features(y, feat_ok)
         h = tl.load(h_at, mask=tile_ok, other=0.0)
@@ -202,20 +188,23 @@ def decode_kernel(
         z += tl.sum(phi * tl.load(s_at + F, mask=feat_ok, other=0.0)[None, :], 1)
         y_lin, log_D = y_lin / z[:, None], tl.log(z)
 
-    if SPLITS == 1:
+    if not SPLIT:
         log_gate = tl.load(gate_ptr + q_heads, mask=lane_ok, other=0.0).to(tl.float32)
         y = mix(m, norm, acc / norm[:, None], y_lin, log_D, log_gate, SUBTRACT_MAX)
         tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=q_ok)
     else:
-        at = (row * NUM_HEADS + q_heads) * (SPLITS + 1) + part
-        acc = tl.where(part == SPLITS, y_lin, acc)
-        m = tl.where(part == SPLITS, log_D, m)
+        at = (row * SHAPE.NUM_HEADS + q_heads) * (splits + 1) + part
+        acc = tl.where(part == splits, y_lin, acc)
+        m = tl.where(part == splits, log_D, m)
         tl.store(partial_ptr + at[:, None] * D + cols[None, :], acc, mask=q_ok)
         tl.store(stats_ptr + at * 2, m, mask=lane_ok)
         tl.store(stats_ptr + at * 2 + 1, norm, mask=lane_ok)
 
 
-@triton.jit(do_not_specialize_on_alignment=INDEX_ARGS)
+@triton.jit(
+    do_not_specialize=("state_indices_stride", "n_stride", "splits"),
+    do_not_specialize_on_alignment=INDEX_ARGS,
+)
 def merge_kernel(
     out_ptr,
     gate_ptr,
@@ -227,16 +216,16 @@ def merge_kernel(
     out_head,
     state_indices_stride,
     n_stride,
+    splits,
     SHAPE: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    SPLITS: tl.constexpr,
     SUBTRACT_MAX: tl.constexpr,
 ):
-    """Join the splits of `decode_kernel`, mix, and write the output. Grid (B * Hq,)."""
+    """Join up to BLOCK_S splits of `decode_kernel`, mix, and write the output. Grid (B * Hq,)."""
     D: tl.constexpr = SHAPE.HEAD_DIM
     BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    row, head = (tl.program_id(0) // NUM_HEADS).to(tl.int64), tl.program_id(0) % NUM_HEADS
+    row = (tl.program_id(0) // SHAPE.NUM_HEADS).to(tl.int64)
+    head = tl.program_id(0) % SHAPE.NUM_HEADS
     cols = tl.arange(0, BLOCK_D)
     col_ok = cols < D
     out_at = out_ptr + row * out_row + head * out_head + cols
@@ -246,8 +235,8 @@ def merge_kernel(
         tl.store(out_at, zero.to(out_ptr.dtype.element_ty), mask=col_ok)
         return
     parts = tl.arange(0, BLOCK_S)
-    part_ok = parts < SPLITS
-    base = (row * NUM_HEADS + head) * (SPLITS + 1)
+    part_ok = parts < splits
+    base = (row * SHAPE.NUM_HEADS + head) * (splits + 1)
     m = tl.load(stats_ptr + (base + parts) * 2, mask=part_ok, other=float("-inf"))
     norm = tl.load(stats_ptr + (base + parts) * 2 + 1, mask=part_ok, other=0.0)
     top = tl.max(m, 0)  # finite: the new token is in part 0
@@ -259,8 +248,8 @@ def merge_kernel(
         other=0.0,
     )
     y_soft = tl.sum(sums * weight[:, None], 0) / total
-    y_lin = tl.load(partial_ptr + (base + SPLITS) * D + cols, mask=col_ok, other=0.0)
-    log_D = tl.load(stats_ptr + (base + SPLITS) * 2 + tl.zeros([1], tl.int32))
+    y_lin = tl.load(partial_ptr + (base + splits) * D + cols, mask=col_ok, other=0.0)
+    log_D = tl.load(stats_ptr + (base + splits) * 2 + tl.zeros([1], tl.int32))
     log_gate = tl.load(gate_ptr + head).to(tl.float32)
     y = mix(
         top, total + tl.zeros([1], tl.float32), y_soft[None, :], y_lin[None, :], log_D, log_gate,
@@ -269,20 +258,21 @@ def merge_kernel(
     tl.store(out_at[None, :], y.to(out_ptr.dtype.element_ty), mask=col_ok[None, :])
 
 
-def choose_splits(layout: StateLayout, num_rows: int, device: torch.device) -> int:
+def choose_splits(layout: LayerLayout, num_rows: int, device: torch.device) -> int:
     """Parts that a row's pairs are cut into: a power of two from shapes alone, 1 when B is large.
 
-    Bounded by the tiles that a full page has.
+    Bounded by the tiles that the largest of a full layer's heads has.
     """
+    page = layout.pages[0]
     programs = max(1, num_rows * layout.num_state_heads)
     wanted = PROGRAMS_PER_PROCESSOR * num_processors(device) // programs
-    pairs = layout.sink_size + layout.ring_size + layout.sparse_cache_size
+    pairs = page.sink_size + page.ring_size + max(layout.sizes)
     limit = min(MAX_SPLITS, wanted, triton.cdiv(pairs, pairs_per_tile(layout)))
     return 1 << max(0, limit.bit_length() - 1)
 
 
 def attend(
-    group: HeadGroup,
+    layer: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -293,57 +283,49 @@ def attend(
     """Write the new pairs and answer the queries; no update. Shapes as in `contract.DecodeOp`.
 
     Args:
-        splits: parts that a row's pairs are cut into (`choose_splits`).
+        splits: parts that a row's pairs are cut into (`choose_splits`), at most `MAX_SPLITS`.
     """
     B, Hq, d = q.shape
-    layout, views, weights = group.layout, group.views, group.weights
+    layout, pages, weights = layer.layout, layer.pages, layer.weights
     state_indices, seq_lens = batch
-    pages = page_strides(group)
     if splits > 1:
         partial = torch.empty(B, Hq, splits + 1, d, dtype=torch.float32, device=q.device)
         stats = torch.empty(B, Hq, splits + 1, 2, dtype=torch.float32, device=q.device)
     else:  # not used: any float32 pointer does
         partial = stats = weights.log_gate
     decode_kernel[(B * layout.num_state_heads, splits + 1 if splits > 1 else 1)](
-        q, k, v, out, weights.feature_map_q, weights.log_gate,
-        views.H, views.s, views.sparse_k, views.sparse_v, views.sparse_k_scale,
-        views.sparse_v_scale, views.exact_k, views.exact_v,
+        q, k, v, out, weights.feature_map_q, weights.log_gate, pages, layer.device_table,
         state_indices, seq_lens, partial, stats,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        out.stride(0), out.stride(1), state_indices.stride(0), seq_lens.stride(0), pages.state,
-        pages.kv, pages.sparse, pages.words, d**-0.5, **decode_constants(layout, Hq, splits,
-        weights.subtract_max), PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
+        out.stride(0), out.stride(1), pages.stride(0), state_indices.stride(0), seq_lens.stride(0),
+        d**-0.5, **decode_constants(layout, Hq, splits > 1, weights.subtract_max),
+        PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(B * Hq,)](
             out, weights.log_gate, state_indices, seq_lens, partial, stats,
-            out.stride(0), out.stride(1), state_indices.stride(0), seq_lens.stride(0),
-            **merge_constants(layout, Hq, splits, weights.subtract_max), num_warps=NUM_WARPS,
+            out.stride(0), out.stride(1), state_indices.stride(0), seq_lens.stride(0), splits,
+            **merge_constants(layout, Hq, weights.subtract_max), num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
 def decode_constants(
-    layout: StateLayout, Hq: int, splits: int, subtract_max: bool
+    layout: LayerLayout, Hq: int, split: bool, subtract_max: bool
 ) -> dict[str, object]:
     """`decode_kernel`'s compile-time arguments, all but PRECISION."""
     return {
-        "SHAPE": page_shape(layout),
-        "NUM_HEADS": Hq,
+        "SHAPE": layer_shape(layout, Hq),
         "BLOCK_Q": max(MIN_DOT, triton.next_power_of_2(Hq // layout.num_state_heads)),
         "BLOCK_N": pairs_per_tile(layout),
-        "SPLITS": splits,
+        "SPLIT": split,
         "SUBTRACT_MAX": subtract_max,
     }
 
 
-def merge_constants(
-    layout: StateLayout, Hq: int, splits: int, subtract_max: bool
-) -> dict[str, object]:
+def merge_constants(layout: LayerLayout, Hq: int, subtract_max: bool) -> dict[str, object]:
     """`merge_kernel`'s compile-time arguments."""
     return {
-        "SHAPE": page_shape(layout),
-        "NUM_HEADS": Hq,
-        "BLOCK_S": triton.next_power_of_2(splits),
-        "SPLITS": splits,
+        "SHAPE": layer_shape(layout, Hq),
+        "BLOCK_S": MAX_SPLITS,
         "SUBTRACT_MAX": subtract_max,
     }

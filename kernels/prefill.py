@@ -1,9 +1,14 @@
-"""Prefill in Triton (LoLA, arXiv 2505.23666): segments of new tokens, an update interval at a time.
+"""Prefill in Triton (LoLA, arXiv 2505.23666): segments of new tokens, all in one launch.
 
-The host cuts every row at its update points (the grid is absolute, so any split of a prompt cuts
-alike) from counts it holds, without waiting for the device. Chunk i of all rows is one step: one
-attend launch, then the update kernels. Within a chunk the window's start, the sparse cache and the
-hidden state stand still, so its queries differ only in how much of the chunk itself they see.
+A program takes a KV head of a row through the row's tokens, an update interval at a time: it
+attends a chunk's queries, writes the chunk's pairs, scores, selects and folds, and goes on with the
+next chunk. Within a chunk the window's start, the sparse cache and the hidden state stand still, so
+its queries differ only in how much of the chunk itself they see. The grid of update points is
+absolute, so any split of a prompt cuts alike.
+
+A page's parts are read by other threads than wrote them. Only the program itself writes what it
+reads, as KV heads do not see each other, so a barrier of its threads orders the two: it makes what
+they wrote to global memory visible to each other.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +17,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,138 +25,71 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lola_vllm.kernels.common import (
+from lola_vllm.kernels.candidates import set_at
+from lola_vllm.kernels.common import absorb, absorb_cached, mix, read_state
+from lola_vllm.kernels.fold import fold_set, score_tile
+from lola_vllm.kernels.layer import (
+    EXACT_K,
+    EXACT_V,
     MIN_DOT,
-    absorb,
-    absorb_cached,
-    entries_of,
+    RECENT_SIZE,
     exact_of,
     exact_row,
+    group_of,
     h_of,
+    layer_shape,
     map_of,
-    mix,
-    page_shape,
-    page_strides,
-    pairs_of,
+    num_entries,
     pairs_per_tile,
     precision,
-    read_state,
     s_of,
     window_start,
 )
-from lola_vllm.kernels.update import Rows, scratch_buffers, update
-from lola_vllm.ops.contract import HeadGroup, PrefillBatch
-from lola_vllm.state import StateLayout
+from lola_vllm.kernels.update import PRECISION as UPDATE_PRECISION
+from lola_vllm.kernels.update import fold_constants, score_block, scratch_buffers
+from lola_vllm.kernels.update_per_token import BLOCK_T, NUM_BOUNDS, score_bounded
+from lola_vllm.ops.contract import LayerState, PrefillBatch
+from lola_vllm.state import LayerLayout
 
-MAX_BLOCK_M = 32  # queries per program; 64 spill registers on sm_80 at d = 128
-NUM_WARPS = 4
+MAX_BLOCK_M = 32  # queries attended at a time
+NUM_WARPS = 8  # four would spill registers in updates at d = 128
 
-Ints = npt.NDArray[np.int64]
-
-# Attends every token to its chunk, window and sinks: (state, q, k, v, batch) -> output
+# Attends every token to its chunk, window and sinks: (layer, q, k, v, batch) -> output
 # `[T, Hq, d]`, contiguous, and its log-sum-exp `[Hq, T]` float32, whose rows are contiguous.
-SoftmaxPart = Callable[[HeadGroup, Tensor, Tensor, Tensor, PrefillBatch], tuple[Tensor, Tensor]]
+SoftmaxPart = Callable[[LayerState, Tensor, Tensor, Tensor, PrefillBatch], tuple[Tensor, Tensor]]
 
 
-@triton.jit(do_not_specialize=("lse_head", "first_chunk", "num_blocks", "num_chunks"))
-def prefill_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    wq_ptr,
-    gate_ptr,
-    h_ptr,
-    s_ptr,
-    sparse_k_ptr,
-    sparse_v_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    exact_k_ptr,
-    exact_v_ptr,
-    state_indices_ptr,
-    chunks_ptr,
-    soft_ptr,
-    lse_ptr,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    out_token,
-    out_head,
-    state_page,
-    kv_page,
-    sparse_page,
-    words_page,
-    lse_head,
-    first_chunk,
-    num_blocks,
-    num_chunks,
-    scale,
-    SHAPE: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SUBTRACT_MAX: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Attend a block of queries of one chunk and query head, and write the block's pairs.
+@triton.jit
+def attend_block(
+    q_at, out_at, soft_at, lse_at, k_at, v_at, wq_ptr, gate_ptr, page_at, group_at, head,
+    own_kv_head, position, length, m0, q_token, k_token, v_token, out_token, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTRACT_MAX: tl.constexpr,
+    PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Answer the queries of a head from the m0-th token of a chunk on.
 
-    Grid (chunks of the step * num_blocks, Hq). chunks `[3, num_chunks]` int32: first token in the
-    batch, its position, tokens. PARTIAL: soft and lse hold a `SoftmaxPart`'s results, and only the
-    sparse cache and the hidden state are left to add; else neither is read.
+    Pointers q_at to v_at are the head's and its KV head's, of the chunk's first token, which has
+    the position; length: tokens of the chunk. head: of the layer, own_kv_head of the group.
     """
-    tl.static_assert(not (PARTIAL and SUBTRACT_MAX))  # a log-sum-exp does not tell the maximum
     D: tl.constexpr = SHAPE.HEAD_DIM
-    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
     BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    chunk = first_chunk + tl.program_id(0) // num_blocks
-    head = tl.program_id(1)
-    kv_head, state_head = (
-        head // (NUM_HEADS // SHAPE.NUM_KV_HEADS),
-        head // (NUM_HEADS // SHAPE.NUM_STATE_HEADS),
-    )
-    token = tl.load(chunks_ptr + chunk).to(tl.int64)
-    position = tl.load(chunks_ptr + num_chunks + chunk)
-    length = tl.load(chunks_ptr + 2 * num_chunks + chunk)
-    m0 = tl.program_id(0) % num_blocks * BLOCK_M
-    if m0 >= length:
-        return
     queries = m0 + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     query_ok, col_ok = queries < length, cols < D
     q_ok = query_ok[:, None] & col_ok[None, :]
-    tokens = token + queries
-    out_at = out_ptr + head * out_head + tokens[:, None] * out_token + cols[None, :]
-    page = tl.load(state_indices_ptr + chunk).to(tl.int64)
-    if page <= 0:
-        zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        tl.store(out_at, zero.to(out_ptr.dtype.element_ty), mask=q_ok)
-        return
-
-    kv_type = exact_k_ptr.dtype.element_ty
-    q_at = q_ptr + head * q_head + tokens[:, None] * q_token + cols[None, :]
-    q = tl.load(q_at, mask=q_ok, other=0.0)
-    k_at, v_at = k_ptr + kv_head * k_head, v_ptr + kv_head * v_head
-    exact_k_at = exact_of(exact_k_ptr + page * kv_page, kv_head, SHAPE)
-    exact_v_at = exact_of(exact_v_ptr + page * kv_page, kv_head, SHAPE)
-    if head % (NUM_HEADS // SHAPE.NUM_KV_HEADS) == 0:
-        # No program of this launch reads these rows: the ring has room for window and chunk.
-        k = tl.load(k_at + tokens[:, None] * k_token + cols[None, :], mask=q_ok, other=0.0)
-        v = tl.load(v_at + tokens[:, None] * v_token + cols[None, :], mask=q_ok, other=0.0)
-        to = exact_row(position + queries, SHAPE)[:, None] * D + cols[None, :]
-        tl.store(exact_k_at + to, k.to(kv_type), mask=q_ok)
-        tl.store(exact_v_at + to, v.to(kv_type), mask=q_ok)
+    q = tl.load(q_at + queries[:, None] * q_token + cols[None, :], mask=q_ok, other=0.0)
+    lam = num_entries(group_at)
+    heads_of_kv = SHAPE.NUM_HEADS // SHAPE.NUM_KV_HEADS
+    own_set = head % heads_of_kv // (SHAPE.NUM_HEADS // SHAPE.NUM_SPARSE_HEADS)
+    own_set += own_kv_head * SHAPE.SETS_PER_KV_HEAD
+    pairs_at = set_at(page_at, group_at, own_set, own_kv_head, lam, SHAPE)
 
     first = window_start(position, SHAPE)
     if PARTIAL:
-        m = tl.load(lse_ptr + head * lse_head + tokens, mask=query_ok, other=0.0)
+        m = tl.load(lse_at + queries, mask=query_ok, other=0.0)
         norm = tl.full([BLOCK_M], 1.0, tl.float32)
-        soft_at = soft_ptr + (tokens[:, None] * NUM_HEADS + head) * D + cols[None, :]
-        acc = tl.load(soft_at, mask=q_ok, other=0.0).to(tl.float32)
+        at = queries[:, None] * (SHAPE.NUM_HEADS * D) + cols[None, :]
+        acc = tl.load(soft_at + at, mask=q_ok, other=0.0).to(tl.float32)
     else:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         norm = tl.zeros([BLOCK_M], tl.float32)
@@ -163,9 +100,10 @@ def prefill_kernel(
             index = j + tl.arange(0, BLOCK_N)
             ok = (index[None, :] <= queries[:, None]) & (index < length)[None, :]
             tile_ok = (index < length)[:, None] & col_ok[None, :]
-            at = (token + index)[:, None]
-            k = tl.load(k_at + at * k_token + cols[None, :], mask=tile_ok, other=0.0).to(kv_type)
-            v = tl.load(v_at + at * v_token + cols[None, :], mask=tile_ok, other=0.0).to(kv_type)
+            at = index[:, None]
+            k = tl.load(k_at + at * k_token + cols[None, :], mask=tile_ok, other=0.0)
+            v = tl.load(v_at + at * v_token + cols[None, :], mask=tile_ok, other=0.0)
+            k, v = k.to(SHAPE.KV_TYPE), v.to(SHAPE.KV_TYPE)
             m, norm, acc = absorb(q, k, v, ok, scale, m, norm, acc, PRECISION)
 
         # Sinks and window from before the chunk: every query sees them all.
@@ -177,111 +115,188 @@ def prefill_kernel(
             at = tl.where(index < num_sinks, index, first + index - num_sinks)
             at = exact_row(at, SHAPE)[:, None] * D + cols[None, :]
             tile_ok = ok[:, None] & col_ok[None, :]
-            k = tl.load(exact_k_at + at, mask=tile_ok, other=0.0)
-            v = tl.load(exact_v_at + at, mask=tile_ok, other=0.0)
+            k = tl.load(pairs_at[4] + at, mask=tile_ok, other=0.0)
+            v = tl.load(pairs_at[5] + at, mask=tile_ok, other=0.0)
             m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
 
-    if LAM > 0:
-        sparse_head = head // (NUM_HEADS // SHAPE.NUM_SPARSE_HEADS)
-        num_sparse = tl.minimum(first - SHAPE.SINK_SIZE, LAM)
-        sparse_k_at = pairs_of(sparse_k_ptr + page * sparse_page, sparse_head, SHAPE)
-        sparse_v_at = pairs_of(sparse_v_ptr + page * sparse_page, sparse_head, SHAPE)
-        k_scale_at = entries_of(k_scale_ptr + page * words_page, sparse_head, SHAPE)
-        v_scale_at = entries_of(v_scale_ptr + page * words_page, sparse_head, SHAPE)
-        for j in range(0, num_sparse, BLOCK_N):
-            index = j + tl.arange(0, BLOCK_N)
-            ok = index < num_sparse
-            m, norm, acc = absorb_cached(
-                q, sparse_k_at, sparse_v_at, k_scale_at, v_scale_at, index, ok, cols, scale, m,
-                norm, acc, kv_type, SHAPE, PRECISION,
-            )  # fmt: skip
+    num_sparse = tl.minimum(first - SHAPE.SINK_SIZE, lam)
+    for j in range(0, num_sparse, BLOCK_N):
+        index = j + tl.arange(0, BLOCK_N)
+        m, norm, acc = absorb_cached(
+            q, pairs_at, index, index < num_sparse, cols, scale, m, norm, acc, SHAPE, PRECISION
+        )
 
     y = acc / norm[:, None]
-    if first - SHAPE.SINK_SIZE > LAM:  # something was folded in before this chunk
+    if first - SHAPE.SINK_SIZE > lam:  # something was folded in before this chunk
+        own = head % heads_of_kv // (SHAPE.NUM_HEADS // SHAPE.NUM_STATE_HEADS)
+        own += own_kv_head * (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_KV_HEADS)
         y_lin, z, _ = read_state(
-            q, map_of(wq_ptr, head, SHAPE), h_of(h_ptr + page * state_page, state_head, SHAPE),
-            s_of(s_ptr + page * state_page, state_head, SHAPE), cols, SHAPE.FEATURE_DIM, SHAPE,
-            PRECISION,
+            q, map_of(wq_ptr, head, SHAPE), h_of(page_at, group_at, own, SHAPE),
+            s_of(page_at, group_at, own, SHAPE), cols, SHAPE.FEATURE_DIM, SHAPE, PRECISION,
         )  # fmt: skip
         log_gate = tl.load(gate_ptr + head).to(tl.float32)
         y = mix(m, norm, y, y_lin / z[:, None], tl.log(z), log_gate, SUBTRACT_MAX)
-    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=q_ok)
+    at = queries[:, None] * out_token + cols[None, :]
+    tl.store(out_at + at, y.to(out_at.dtype.element_ty), mask=q_ok)
 
 
-@dataclass(frozen=True)
-class Step:
-    """A range of the plan's chunks, one per row that still has some.
+@triton.jit
+def write_pairs(k_at, v_at, exact_k_at, exact_v_at, position, length, m0, k_token, v_token,
+                SHAPE: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """Keep keys and values of a chunk from its m0-th token on; arguments as of `attend_block`."""
+    index, cols = m0 + tl.arange(0, BLOCK_M), tl.arange(0, SHAPE.BLOCK_D)
+    ok = (index < length)[:, None] & (cols < SHAPE.HEAD_DIM)[None, :]
+    k = tl.load(k_at + index[:, None] * k_token + cols[None, :], mask=ok, other=0.0)
+    v = tl.load(v_at + index[:, None] * v_token + cols[None, :], mask=ok, other=0.0)
+    to = exact_row(position + index, SHAPE)[:, None] * SHAPE.HEAD_DIM + cols[None, :]
+    tl.store(exact_k_at + to, k.to(SHAPE.KV_TYPE), mask=ok)
+    tl.store(exact_v_at + to, v.to(SHAPE.KV_TYPE), mask=ok)
 
-    Attributes:
-        first, count: the range. longest: tokens of its longest chunk.
-        update: some row reaches an update point. score: some row's cache overflows there.
+
+@triton.jit(
+    do_not_specialize=("lse_head", "num_rows", "most", "state_indices_stride"),
+    do_not_specialize_on_alignment=("state_indices_ptr",),
+)
+def prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    wq_ptr,
+    gate_ptr,
+    wk_ptr,
+    ws_ptr,
+    pages_ptr,
+    table_ptr,
+    state_indices_ptr,
+    rows_ptr,
+    soft_ptr,
+    lse_ptr,
+    scores_ptr,
+    lists_ptr,
+    doubtful_ptr,
+    fresh_ptr,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    out_token,
+    out_head,
+    page_stride,
+    state_indices_stride,
+    lse_head,
+    num_rows,
+    most,
+    scale,
+    SHAPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SUBTRACT_MAX: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCORE_BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    KEEPS_BOUNDS: tl.constexpr,
+    UPDATE_PRECISION: tl.constexpr,
+):
+    """Grid (num_rows * Hkv,). rows: of `rows_on`. Scratch as of updates of so many rows.
+
+    PARTIAL: soft and lse hold a `SoftmaxPart`'s results, and only the sparse cache and the hidden
+    state are left to add; else neither is read. most: entries of the largest set. SCORE_BLOCK:
+    candidates scored at a time; BLOCK_E and those after it as in `update.fold_kernel`.
     """
+    tl.static_assert(not (PARTIAL and SUBTRACT_MAX))  # a log-sum-exp does not tell the maximum
+    D: tl.constexpr = SHAPE.HEAD_DIM
+    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
+    C: tl.constexpr = SHAPE.UPDATE_INTERVAL
+    HEADS: tl.constexpr = SHAPE.NUM_HEADS // SHAPE.NUM_KV_HEADS
+    # The first update point that evicts a pair.
+    FIRST_DUE: tl.constexpr = (SHAPE.WINDOW_SIZE + SHAPE.SINK_SIZE + C) // C * C
+    row, kv_head = tl.program_id(0) // SHAPE.NUM_KV_HEADS, tl.program_id(0) % SHAPE.NUM_KV_HEADS
+    token = tl.load(rows_ptr + row).to(tl.int64)
+    position = tl.load(rows_ptr + num_rows + row)
+    end = position + tl.load(rows_ptr + 2 * num_rows + row)
+    nth = tl.load(rows_ptr + 3 * num_rows + row).to(tl.int64)
+    page = tl.load(state_indices_ptr + nth * state_indices_stride).to(tl.int64)
+    if page <= 0:
+        cols = tl.arange(0, BLOCK_D)
+        zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32).to(out_ptr.dtype.element_ty)
+        for m0 in tl.range(0, end - position, BLOCK_M, num_stages=1):
+            tokens = m0 + tl.arange(0, BLOCK_M)
+            ok = (tokens < end - position)[:, None] & (cols < D)[None, :]
+            at = (token + tokens)[:, None] * out_token + cols[None, :]
+            for i in range(HEADS):
+                tl.store(out_ptr + (kv_head * HEADS + i) * out_head + at, zero, mask=ok)
+        return
 
-    first: int
-    count: int
-    longest: int
-    update: bool
-    score: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Chunks of a ragged batch, ordered by step.
-
-    Attributes:
-        chunks: `[5, P]`: first token in the batch, its position, tokens, tokens seen after the
-            chunk, row.
-        steps: launches, in order.
-    """
-
-    chunks: Ints
-    steps: list[Step]
-
-
-def plan_chunks(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) -> Plan:
-    """Cut a ragged batch at its update points.
-
-    Args:
-        query_start_loc: `[R + 1]`. context_lens: `[R]`.
-
-    A chunk ends at the next update point that evicts something, so a prompt's first chunk may span
-    several intervals; sinks, window and chunk together always fit the exact store.
-    """
-    eta, C, sink = layout.window_size, layout.update_interval, layout.sink_size
-    lengths = np.diff(query_start_loc)
-    ends = context_lens + lengths
-    first_due = -(-(eta + sink + 1) // C) * C  # no earlier point evicts
-    due = np.maximum((context_lens // C + 1) * C, first_due)
-    counts = np.where(lengths > 0, 1 + np.maximum(-(-(ends - due) // C), 0), 0)
-
-    rows = np.repeat(np.arange(len(lengths)), counts)
-    step = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    order = np.argsort(step, kind="stable")
-    rows, step = rows[order], step[order]
-    starts = np.where(step == 0, context_lens[rows], due[rows] + (step - 1) * C)
-    stops = np.minimum(ends[rows], due[rows] + step * C)
-    tokens = query_start_loc[rows] + starts - context_lens[rows]
-    chunks = np.stack([tokens, starts, stops - starts, stops, rows])
-
-    sizes = np.bincount(step) if len(step) else np.zeros(0, np.int64)
-    firsts = np.cumsum(sizes) - sizes
-    update_here = (stops % C == 0) & (stops >= first_due)
-    overflow = update_here & (stops - eta - sink > layout.sparse_cache_size)
-    steps = [
-        Step(
-            int(first),
-            int(size),
-            int(chunks[2, first : first + size].max()),
-            bool(update_here[first : first + size].any()),
-            bool(overflow[first : first + size].any()),
-        )
-        for first, size in zip(firsts, sizes, strict=True)
-    ]
-    return Plan(chunks, steps)
+    group_at, own_kv_head = group_of(table_ptr, kv_head)
+    lam = num_entries(group_at)
+    recent = tl.load(group_at + RECENT_SIZE)
+    page_at = pages_ptr + page * page_stride
+    exact_k_at = exact_of(page_at, group_at, EXACT_K, own_kv_head, SHAPE)
+    exact_v_at = exact_of(page_at, group_at, EXACT_V, own_kv_head, SHAPE)
+    while position < end:
+        stop = tl.minimum(tl.maximum(position // C * C + C, FIRST_DUE), end)
+        length = stop - position
+        k_at, v_at = k_ptr + kv_head * k_head + token * k_token, v_ptr + kv_head * v_head
+        v_at += token * v_token
+        for m0 in tl.range(0, length, BLOCK_M, num_stages=1):
+            # The ring has room for window and chunk, so attending reads none of these rows.
+            write_pairs(
+                k_at, v_at, exact_k_at, exact_v_at, position, length, m0, k_token, v_token, SHAPE,
+                BLOCK_M,
+            )  # fmt: skip
+            for i in tl.range(0, HEADS, num_stages=1):
+                head = kv_head * HEADS + i
+                attend_block(
+                    q_ptr + head * q_head + token * q_token,
+                    out_ptr + head * out_head + token * out_token,
+                    soft_ptr + (token * SHAPE.NUM_HEADS + head) * D,
+                    lse_ptr + head * lse_head + token, k_at, v_at, wq_ptr, gate_ptr, page_at,
+                    group_at, head, own_kv_head, position, length, m0, q_token, k_token, v_token,
+                    out_token, scale, SHAPE, BLOCK_M, BLOCK_N, SUBTRACT_MAX, PARTIAL, PRECISION,
+                )  # fmt: skip
+        if (stop % C == 0) & (stop >= FIRST_DUE):
+            tl.debug_barrier()  # the page is read, and the chunk's pairs are written
+            for i in tl.range(0, SHAPE.SETS_PER_KV_HEAD, num_stages=1):
+                sparse_head = kv_head * SHAPE.SETS_PER_KV_HEAD + i
+                own_set = own_kv_head * SHAPE.SETS_PER_KV_HEAD + i
+                scratch = (row * SHAPE.NUM_SPARSE_HEADS + sparse_head).to(tl.int64)
+                scores_at = scores_ptr + scratch * (most + C)
+                fresh_at = fresh_ptr + scratch * SHAPE.STATES_PER_SET * (NUM_BOUNDS + D)
+                overflow = window_start(stop, SHAPE) - SHAPE.SINK_SIZE > lam
+                scored = overflow & (lam > 0)
+                if KEEPS_BOUNDS:
+                    if scored & (recent == 0):
+                        score_bounded(
+                            wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
+                            own_kv_head, stop, scores_at, doubtful_ptr + scratch * most, fresh_at,
+                            SHAPE, BLOCK_P, BLOCK_T, UPDATE_PRECISION,
+                        )  # fmt: skip
+                    scored = scored & (recent > 0)
+                for first in tl.range(0, tl.where(scored, lam + C, 0), SCORE_BLOCK, num_stages=1):
+                    score_tile(
+                        wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
+                        own_kv_head, stop, first, scores_at, SHAPE, SCORE_BLOCK, UPDATE_PRECISION,
+                    )  # fmt: skip
+                tl.debug_barrier()  # scores are read by other threads than wrote them
+                fold_set(
+                    wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head,
+                    stop, scores_at, lists_ptr + scratch * 3 * C, fresh_at, SHAPE, BLOCK_E, BLOCK_A,
+                    BLOCK_P, KEEPS_BOUNDS, UPDATE_PRECISION,
+                )  # fmt: skip
+        tl.debug_barrier()  # what the next chunk reads is written, and what it overwrites is read
+        token += length
+        position = stop
 
 
 def prefill(
-    group: HeadGroup,
+    layer: LayerState,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -293,73 +308,79 @@ def prefill(
 
     Args:
         softmax: what attends chunk, window and sinks, for weights without `subtract_max`; None:
-            the steps' own kernel.
+            the kernel itself.
     """
-    layout, views, weights = group.layout, group.views, group.weights
-    steps, chunks = _plan_on(
+    layout, weights, pages = layer.layout, layer.weights, layer.pages
+    rows = rows_on(
         q.device,
-        layout,
         batch.query_start_loc.numpy().astype(np.int64).tobytes(),
         batch.context_lens.numpy().astype(np.int64).tobytes(),
     )
-    if not steps:
+    num_rows = rows.shape[1]
+    if not num_rows:
         return
-    n, page = chunks[3], batch.state_indices.index_select(0, chunks[4])
-
-    d, Hq = q.shape[-1], q.shape[1]
-    strides = page_strides(group)
-    own = prefill_constants(layout, Hq, weights.subtract_max, softmax is not None)
+    d, Hq, state_indices = q.shape[-1], q.shape[1], batch.state_indices
     if softmax is None:
         soft, lse, lse_head = out, weights.log_gate, 0  # not read
-    else:  # before the first step: it writes into the ring
-        soft, lse = softmax(group, q, k, v, batch)
+    else:  # before the kernel, which writes into the ring
+        soft, lse = softmax(layer, q, k, v, batch)
         lse_head = lse.stride(0)
-    scratch = scratch_buffers(layout, max(step.count for step in steps), q.device)
-    for step in steps:
-        num_blocks = triton.cdiv(step.longest, block_m(layout))
-        prefill_kernel[(step.count * num_blocks, Hq)](
-            q, k, v, out, weights.feature_map_q, weights.log_gate,
-            views.H, views.s, views.sparse_k, views.sparse_v, views.sparse_k_scale,
-            views.sparse_v_scale, views.exact_k, views.exact_v,
-            page, chunks, soft, lse,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            out.stride(0), out.stride(1), strides.state, strides.kv, strides.sparse,
-            strides.words, lse_head,
-            step.first, num_blocks, chunks.shape[1], d**-0.5, **own,
-            PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
-        )  # fmt: skip
-        if step.update:
-            update(group, Rows(page, n, step.first, step.count), scratch, step.score)
+    scratch = scratch_buffers(layout, num_rows, q.device)
+    prefill_kernel[(num_rows * layout.num_kv_heads,)](
+        q, k, v, out, weights.feature_map_q, weights.log_gate, weights.key_maps,
+        weights.importance, pages, layer.device_table, state_indices, rows, soft, lse, *scratch,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        out.stride(0), out.stride(1), pages.stride(0), state_indices.stride(0), lse_head, num_rows,
+        max(layout.sizes), d**-0.5,
+        **prefill_constants(
+            layout, Hq, weights.subtract_max, softmax is not None, weights.rotated_map_after
+        ),
+        PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
-def block_m(layout: StateLayout) -> int:
-    """Queries per program: as many as a chunk has that spans an update interval, within limits."""
-    return min(MAX_BLOCK_M, max(MIN_DOT, triton.next_power_of_2(layout.update_interval)))
+def block_m(layout: LayerLayout) -> int:
+    """Queries attended at a time: as many as a chunk has that spans an update interval, within
+    limits."""
+    page = layout.pages[0]
+    most = MIN_DOT if page.head_dim > 64 else MAX_BLOCK_M  # 32 spill registers at d = 128
+    return min(most, max(MIN_DOT, triton.next_power_of_2(page.update_interval)))
 
 
 def prefill_constants(
-    layout: StateLayout, Hq: int, subtract_max: bool, partial: bool
+    layout: LayerLayout, Hq: int, subtract_max: bool, partial: bool, rotated_map_after: int
 ) -> dict[str, object]:
     """`prefill_kernel`'s compile-time arguments, all but PRECISION."""
     return {
-        "SHAPE": page_shape(layout),
-        "NUM_HEADS": Hq,
+        "SHAPE": layer_shape(layout, Hq, rotated_map_after),
         "BLOCK_M": block_m(layout),
         "BLOCK_N": pairs_per_tile(layout),
         "SUBTRACT_MAX": subtract_max,
         "PARTIAL": partial,
+        "SCORE_BLOCK": score_block(layout),
+        "BLOCK_T": BLOCK_T,
+        "UPDATE_PRECISION": UPDATE_PRECISION,
+        **fold_constants(layout),
     }
 
 
-@functools.lru_cache(maxsize=4)
-def _plan_on(
-    device: torch.device, layout: StateLayout, query_start_loc: bytes, context_lens: bytes
-) -> tuple[list[Step], Tensor]:
-    """The plan's steps and its chunks on a device, made once for all layers of a model's step."""
-    plan = plan_chunks(
-        np.frombuffer(query_start_loc, np.int64), np.frombuffer(context_lens, np.int64), layout
-    )
-    return plan.steps, on_device(plan.chunks.astype(np.int32), device)
+@functools.lru_cache(maxsize=64)  # the segments that context shifts cut a step into
+def rows_on(device: torch.device, query_start_loc: bytes, context_lens: bytes) -> Tensor:
+    """The rows of a batch that have tokens, on a device, made once for all layers of a model's
+    step: the longest first, so that the last programs to start are short.
+
+    Args:
+        query_start_loc, context_lens: as in `contract.PrefillBatch`, bytes of int64.
+
+    Returns:
+        `[4, rows]` int32: first token, tokens before the segment, tokens of it, row of the batch.
+    """
+    starts = np.frombuffer(query_start_loc, np.int64)
+    lengths = np.diff(starts)
+    order = np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths > 0)]
+    rows = np.stack([starts[:-1], np.frombuffer(context_lens, np.int64), lengths])
+    ordered = np.concatenate([rows[:, order], order[None]])
+    return on_device(np.ascontiguousarray(ordered, np.int32), device)
 
 
 def on_device(array: npt.NDArray[np.integer], device: torch.device) -> Tensor:

@@ -28,14 +28,21 @@ from lola_vllm.kernels.candidates import (
     gather_pairs,
     nth_row,
     recall_error,
+    set_at,
+    set_of,
 )
-from lola_vllm.kernels.common import (
-    RECALL_EPS,
+from lola_vllm.kernels.common import RECALL_EPS
+from lola_vllm.kernels.layer import (
+    BOUNDS,
+    DIRECTIONS,
+    RECENT_SIZE,
+    SCORE_WEIGHTS,
     entries_of,
     first_key_map,
     h_of,
     map_of,
-    pairs_of,
+    num_entries,
+    part_of,
     s_of,
     window_start,
 )
@@ -55,12 +62,24 @@ MAX_FEATURE_NORM = tl.constexpr(constants.MAX_FEATURE_NORM)
 DIRECTION_MAX = tl.constexpr(float(constants.DIRECTION_MAX))
 
 BLOCK_T = 16  # pairs scored at a time: the smallest side of a tensor-core product
-BLOCK_P = 64  # pairs whose bounds are lowered at a time
+BLOCK_P = 64  # pairs whose bounds are lowered at a time; times BLOCK_T, those looked at together
 SCORE_WARPS = 8
 
 
 @triton.jit
-def store_bounds(at, ld: tl.constexpr, low, total, value, features, along, scale, ok):
+def bounds_of(page_at, group_at, state_head, lam):
+    """The bounds on the pairs of a state head of a group."""
+    return part_of(page_at, group_at, BOUNDS, tl.float32) + state_head * NUM_BOUNDS * lam
+
+
+@triton.jit
+def directions_of(page_at, group_at, state_head, lam, SHAPE: tl.constexpr):
+    """The directions of a state head of a group."""
+    return part_of(page_at, group_at, DIRECTIONS, tl.int8) + state_head * lam * SHAPE.HEAD_DIM
+
+
+@triton.jit
+def store_bounds(at, ld, low, total, value, features, along, scale, ok):
     """Row r of the bounds of each pair to at + r ld."""
     tl.store(at + LOW * ld, low, mask=ok)
     tl.store(at + SUM * ld, total, mask=ok)
@@ -72,33 +91,37 @@ def store_bounds(at, ld: tl.constexpr, low, total, value, features, along, scale
 
 @triton.jit
 def score_pairs(
-    which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, score_weights_at, pairs_at, bounds_at,
-    directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features, SHAPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    which, ok, wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head, n,
+    fresh_at, SHAPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores `[len(which)]` of candidates; sets the bounds on them (Lemma 1).
 
-    Pointers `*_at` are the page's, and `first_map` says where its maps begin. `fresh_at` is the
-    row's part of the scratch, which takes the bounds of the incoming pair, as that has no entry
-    yet. num_features: as in `read_state`.
+    Heads: of the layer, and `own_*` of the group. `fresh_at` is the set's part of the scratch,
+    which takes the bounds of the incoming pair, as that has no entry yet.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
-    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
+    cols = tl.arange(0, SHAPE.BLOCK_D)
+    lam = num_entries(group_at)
+    start, first_map = window_start(n - SHAPE.UPDATE_INTERVAL, SHAPE), first_key_map(n, SHAPE)
+    # Before the first fold H and s are leftovers, and count as zero.
+    num_features = tl.where(start - SHAPE.SINK_SIZE > lam, SHAPE.FEATURE_DIM, 0)
     pairs = ok[:, None] & (cols < D)[None, :]
-    k, v = gather_pairs(pairs_at, which, ok, start, sparse_head, kv_head, cols, SHAPE)
+    pairs_at = set_at(page_at, group_at, own_set, own_kv_head, lam, SHAPE)
+    k, v = gather_pairs(pairs_at, which, ok, start, lam, cols, SHAPE)
     if SHAPE.HAS_SCORE_WEIGHTS:  # before the loop, for fewer registers in it
         weight = candidate_importance(
-            ws_ptr, score_weights_at, k, v, pairs_at[4], which, ok, start, sparse_head, kv_head,
-            cols, SHAPE,
+            ws_ptr, entries_of(page_at, group_at, SCORE_WEIGHTS, own_set, lam), k, v, pairs_at[4],
+            which, ok, start, lam, kv_head, cols, SHAPE,
         )  # fmt: skip
     value = tl.sqrt_rn(tl.sum(v * v, 1))
-    cached, new = ok & (which < LAM), ok & (which == LAM)
+    cached, new = ok & (which < lam), ok & (which == lam)
     total = tl.zeros([which.shape[0]], tl.float32)
     for i in range(SHAPE.STATES_PER_SET):
-        head = sparse_head * SHAPE.STATES_PER_SET + i
+        own = own_set * SHAPE.STATES_PER_SET + i
+        w_at = map_of(wk_ptr, first_map + sparse_head * SHAPE.STATES_PER_SET + i, SHAPE)
         error, size, z, square = recall_error(
-            k, v, value, map_of(wk_ptr, first_map + head, SHAPE), h_of(h_at, head, SHAPE),
-            s_of(s_at, head, SHAPE), cols, num_features, SHAPE, PRECISION,
+            k, v, value, w_at, h_of(page_at, group_at, own, SHAPE),
+            s_of(page_at, group_at, own, SHAPE), cols, num_features, SHAPE, PRECISION,
         )  # fmt: skip
         features = tl.where(num_features > 0, tl.sqrt_rn(square), MAX_FEATURE_NORM)
 
@@ -115,9 +138,9 @@ def score_pairs(
         low = tl.sum(u * error, 1) * scale - (size + value) * BOUND_SLACK
         along = tl.sum(u * v, 1) * scale
 
-        at = entries_of(bounds_at, head * NUM_BOUNDS, SHAPE) + which
-        store_bounds(at, LAM, low, z, value, features, along, scale, cached)
-        at = pairs_of(directions_at, head, SHAPE) + which[:, None] * D + cols[None, :]
+        at = bounds_of(page_at, group_at, own, lam) + which
+        store_bounds(at, lam, low, z, value, features, along, scale, cached)
+        at = directions_of(page_at, group_at, own, lam, SHAPE) + which[:, None] * D + cols[None, :]
         tl.store(at, u.to(tl.int8), mask=cached[:, None] & pairs)
         at = fresh_at + i * (NUM_BOUNDS + D) + tl.zeros_like(which)
         store_bounds(at, 1, low, z, value, features, along, scale, new)
@@ -130,162 +153,154 @@ def score_pairs(
     return tl.where(total != total, float("inf"), total)  # a NaN ranks first, as when sorted
 
 
+@triton.jit
+def bound_on(page_at, group_at, own_set, e, lam, SHAPE: tl.constexpr):
+    """What the scores of the entries e of a set are at least; infinite beyond the last."""
+    bound = tl.zeros_like(e).to(tl.float32)
+    for i in range(SHAPE.STATES_PER_SET):
+        at = bounds_of(page_at, group_at, own_set * SHAPE.STATES_PER_SET + i, lam) + e
+        low = tl.load(at + LOW * lam, mask=e < lam, other=float("inf"))
+        if SHAPE.STATES_PER_SET > 1:
+            value = tl.load(at + VALUE * lam, mask=e < lam, other=1.0)
+            low = low / tl.where(value < RECALL_EPS, RECALL_EPS, value)
+        bound += low
+    if SHAPE.HAS_SCORE_WEIGHTS:
+        at = entries_of(page_at, group_at, SCORE_WEIGHTS, own_set, lam) + e
+        bound *= tl.load(at, mask=e < lam, other=1.0)
+    return tl.where(bound != bound, float("-inf"), bound)  # nothing is known
+
+
+@triton.jit
+def score_bounded(
+    wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head, n, scores_at,
+    doubtful_at, fresh_at, SHAPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores `[lam + 1]` of a set whose cache overflows: exact where they may be the least, else
+    infinite. Heads and fresh_at as of `score_pairs`; doubtful `[lam]`, scratch: entries to look at.
+    """
+    lam = num_entries(group_at)
+    rank, part = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_T)
+    # First the incoming pair, and those that are likely the least of their part of the entries.
+    lowest = tl.full([BLOCK_T], float("inf"), tl.float32)
+    likely = tl.full([BLOCK_T], -1, tl.int32)
+    for base in tl.range(0, lam, BLOCK_P * BLOCK_T, num_stages=1):
+        e = base + rank[:, None] * BLOCK_T + part[None, :]
+        bound = bound_on(page_at, group_at, own_set, e, lam, SHAPE)
+        here, at = tl.min(bound, 0, return_indices=True)
+        better = (here < lowest) | (likely < 0)
+        likely = tl.where(better, base + at * BLOCK_T + part, likely)
+        lowest = tl.where(better, here, lowest)
+    which = tl.where(part == 0, lam, likely)
+    ok = which <= tl.where(part == 0, lam, lam - 1)
+    score = score_pairs(
+        which, ok, wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head, n,
+        fresh_at, SHAPE, PRECISION,
+    )  # fmt: skip
+    limit = tl.min(tl.where(ok, score, float("inf")), 0)
+    num_doubtful = 0  # whose bounds are as they were; those just scored are not looked at
+    for base in tl.range(0, lam, BLOCK_P * BLOCK_T, num_stages=1):
+        e = base + rank[:, None] * BLOCK_T + part[None, :]
+        done = (e == likely[None, :]) & (part > 0)[None, :]
+        bound = bound_on(page_at, group_at, own_set, e, lam, SHAPE)
+        doubtful = tl.reshape((e < lam) & (bound <= limit) & (done == 0), [BLOCK_P * BLOCK_T])
+        e = tl.reshape(e, [BLOCK_P * BLOCK_T])
+        nth = num_doubtful + tl.cumsum(doubtful.to(tl.int32), 0) - 1
+        tl.store(doubtful_at + nth, e, mask=doubtful)
+        tl.store(scores_at + e, float("inf"), mask=e < lam)
+        num_doubtful += tl.sum(doubtful.to(tl.int32), 0)
+    tl.debug_barrier()  # lists and scores are written by other threads, too
+    tl.store(scores_at + which, score, mask=ok)
+    for first in tl.range(0, num_doubtful, BLOCK_T, num_stages=1):
+        ok = first + part < num_doubtful
+        which = tl.load(doubtful_at + first + part, mask=ok, other=0)
+        score = score_pairs(
+            which, ok, wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
+            own_kv_head, n, fresh_at, SHAPE, PRECISION,
+        )  # fmt: skip
+        tl.store(scores_at + which, score, mask=ok)
+
+
 @triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
 def per_token_score_kernel(
     wk_ptr,
     ws_ptr,
-    h_ptr,
-    s_ptr,
-    score_weights_ptr,
-    sparse_k_ptr,
-    sparse_v_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    exact_k_ptr,
-    exact_v_ptr,
-    bounds_ptr,
-    directions_ptr,
+    pages_ptr,
+    table_ptr,
     state_indices_ptr,
     n_ptr,
     scores_ptr,
     doubtful_ptr,
     fresh_ptr,
+    page_stride,
     state_indices_stride,
     n_stride,
-    state_page,
-    kv_page,
-    sparse_page,
-    words_page,
-    directions_page,
-    first_row,
     num_rows,
+    most,
+    least,
     SHAPE: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_LAM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores `[num_rows, Hg, lam + 1]`, float32, of the rows whose cache overflows now. Any grid.
+    """`score_bounded` of the sets with bounds whose cache overflows now. Any grid.
 
-    Exact where they may be the least, else infinite. Scratch: doubtful `[num_rows, Hg, lam]`,
-    entries to look at; fresh `[num_rows, Hs, NUM_BOUNDS + d]`, bounds and direction of the incoming
-    pair.
+    Arguments as of `update.score_kernel`. Scratch: `update.Scratch`.
     """
-    D: tl.constexpr = SHAPE.HEAD_DIM
-    F: tl.constexpr = SHAPE.FEATURE_DIM
-    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
-    C: tl.constexpr = SHAPE.UPDATE_INTERVAL
-    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    PARTS: tl.constexpr = BLOCK_LAM // BLOCK_T
-    cols, part = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
-    e = tl.arange(0, BLOCK_LAM)
-    end = first_row + num_rows
-    for base in range(first_row, end, BLOCK_R):
+    for base in range(0, num_rows, BLOCK_R):
         rows = base + tl.arange(0, BLOCK_R)
         due = due_rows(
-            state_indices_ptr, n_ptr, state_indices_stride, n_stride, rows, end, LAM, SHAPE
+            state_indices_ptr, n_ptr, state_indices_stride, n_stride, rows, num_rows, least, SHAPE
         )
         rank = tl.cumsum(due.to(tl.int32), 0)
         items = tl.sum(due.to(tl.int32), 0) * SHAPE.NUM_SPARSE_HEADS
         for item in range(tl.program_id(0), items, tl.num_programs(0)):
             row = nth_row(due, rank, rows, item // SHAPE.NUM_SPARSE_HEADS).to(tl.int64)
             sparse_head = item % SHAPE.NUM_SPARSE_HEADS
-            kv_head = sparse_head // (SHAPE.NUM_SPARSE_HEADS // SHAPE.NUM_KV_HEADS)
-            page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
+            group_at, kv_head, own_kv_head, own_set = set_of(table_ptr, sparse_head, SHAPE)
+            lam = num_entries(group_at)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
-            start, first_map = window_start(n - C, SHAPE), first_key_map(n, SHAPE)
-            # Before the first fold H and s are leftovers, and count as zero.
-            num_features = tl.where(start - SHAPE.SINK_SIZE > LAM, F, 0)
-            h_at, s_at = h_ptr + page * state_page, s_ptr + page * state_page
-            exact_k_at, exact_v_at = exact_k_ptr + page * kv_page, exact_v_ptr + page * kv_page
-            pairs_at = (
-                sparse_k_ptr + page * sparse_page, sparse_v_ptr + page * sparse_page,
-                k_scale_ptr + page * words_page, v_scale_ptr + page * words_page,
-                exact_k_at, exact_v_at,
-            )  # fmt: skip
-            bounds_at = bounds_ptr + page * words_page
-            directions_at = directions_ptr + page * directions_page
-            scratch = (row - first_row) * SHAPE.NUM_SPARSE_HEADS + sparse_head
-            fresh_at = fresh_ptr + scratch * SHAPE.STATES_PER_SET * (NUM_BOUNDS + D)
-            scores_at, doubtful_at = scores_ptr + scratch * (LAM + 1), doubtful_ptr + scratch * LAM
-
-            bound = tl.zeros([BLOCK_LAM], tl.float32)
-            for i in range(SHAPE.STATES_PER_SET):
-                head = sparse_head * SHAPE.STATES_PER_SET + i
-                at = entries_of(bounds_at, head * NUM_BOUNDS, SHAPE) + e
-                low = tl.load(at + LOW * LAM, mask=e < LAM, other=float("inf"))
-                if SHAPE.STATES_PER_SET > 1:
-                    value = tl.load(at + VALUE * LAM, mask=e < LAM, other=1.0)
-                    low = low / tl.where(value < RECALL_EPS, RECALL_EPS, value)
-                bound += low
-            if SHAPE.HAS_SCORE_WEIGHTS:
-                score_weights_at = score_weights_ptr + page * words_page
-                at = entries_of(score_weights_at, sparse_head, SHAPE) + e
-                bound *= tl.load(at, mask=e < LAM, other=1.0)
-            else:
-                score_weights_at = score_weights_ptr  # not read
-            bound = tl.where(bound != bound, float("-inf"), bound)  # nothing is known
-
-            # First the incoming pair, and those that are likely the least of their part of the
-            # entries.
-            likely = tl.argmin(tl.reshape(bound, [PARTS, BLOCK_T]), 0) * BLOCK_T + part
-            which = tl.where(part == 0, LAM, likely)
-            ok = which <= tl.where(part == 0, LAM, LAM - 1)
-            score = score_pairs(
-                which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, score_weights_at, pairs_at,
-                bounds_at, directions_at, fresh_at, start, sparse_head, kv_head, cols, num_features,
-                SHAPE, PRECISION,
-            )  # fmt: skip
-            limit = tl.min(tl.where(ok, score, float("inf")), 0)
-            place = tl.arange(0, PARTS)[:, None] * BLOCK_T + part[None, :]
-            done = tl.reshape((place == likely[None, :]) & (part > 0)[None, :], [BLOCK_LAM])
-            doubtful = (e < LAM) & (bound <= limit) & (done == 0)
-            tl.store(doubtful_at + tl.cumsum(doubtful.to(tl.int32), 0) - 1, e, mask=doubtful)
-            tl.store(scores_at + e, float("inf"), mask=e < LAM)
-            tl.debug_barrier()  # lists and scores are written by other threads, too
-            tl.store(scores_at + which, score, mask=ok)
-
-            num_doubtful = tl.sum(doubtful.to(tl.int32), 0)
-            for first in tl.range(0, num_doubtful, BLOCK_T, num_stages=1):
-                ok = first + part < num_doubtful
-                which = tl.load(doubtful_at + first + part, mask=ok, other=0)
-                score = score_pairs(
-                    which, ok, wk_ptr, first_map, ws_ptr, h_at, s_at, score_weights_at, pairs_at,
-                    bounds_at, directions_at, fresh_at, start, sparse_head, kv_head, cols,
-                    num_features, SHAPE, PRECISION,
+            bounded = (lam > 0) & (tl.load(group_at + RECENT_SIZE) == 0)
+            if bounded & (window_start(n, SHAPE) - SHAPE.SINK_SIZE > lam):
+                page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
+                scratch = row * SHAPE.NUM_SPARSE_HEADS + sparse_head
+                known = SHAPE.STATES_PER_SET * (NUM_BOUNDS + SHAPE.HEAD_DIM)
+                score_bounded(
+                    wk_ptr, ws_ptr, pages_ptr + page * page_stride, group_at, sparse_head, kv_head,
+                    own_set, own_kv_head, n, scores_ptr + scratch * (most + SHAPE.UPDATE_INTERVAL),
+                    doubtful_ptr + scratch * most, fresh_ptr + scratch * known, SHAPE, BLOCK_P,
+                    BLOCK_T, PRECISION,
                 )  # fmt: skip
-                tl.store(scores_at + which, score, mask=ok)
 
 
 @triton.jit
 def track_fold(
-    bounds_at, directions_at, fresh_at, pairs_at, folded_at, free_at, num_folded, num_new, start,
-    sparse_head, kv_head, cols, SHAPE: tl.constexpr, BLOCK_P: tl.constexpr,
+    page_at, group_at, fresh_at, pairs_at, folded_at, free_at, num_folded, num_new, start, own_set,
+    lam, cols, SHAPE: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Carries bounds and directions over an update, before entries are replaced.
 
     The incoming pair's are stored if it takes an entry; the fold lowers all bounds (Lemma 1).
-    Pointers are the page's and the row's; `folded_at` and `free_at` as in `fold_kernel`.
+    Pointers and heads as in `fold.fold_set`.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
-    LAM: tl.constexpr = SHAPE.SPARSE_CACHE_SIZE
-    folded = tl.load(folded_at, mask=num_folded > 0, other=LAM)
+    folded = tl.load(folded_at, mask=num_folded > 0, other=lam)
     entry = tl.load(free_at, mask=num_new > 0, other=0)
     one = tl.zeros([1], tl.int32)
     v = gather(
-        pairs_at[1], pairs_at[3], pairs_at[5], one + folded, one == 0, start, sparse_head, kv_head,
-        cols, SHAPE,
-    ).to(tl.float32)  # fmt: skip
+        pairs_at[1], pairs_at[3], pairs_at[5], one + folded, one == 0, start, lam, cols, SHAPE
+    ).to(tl.float32)
     number, pair = tl.arange(0, 8), tl.arange(0, BLOCK_P)
     overflow, enters = num_folded > 0, num_new > 0
     for i in range(SHAPE.STATES_PER_SET):
-        head = sparse_head * SHAPE.STATES_PER_SET + i
-        rows_at = entries_of(bounds_at, head * NUM_BOUNDS, SHAPE)
-        head_at = pairs_of(directions_at, head, SHAPE)
+        head = own_set * SHAPE.STATES_PER_SET + i
+        rows_at = bounds_of(page_at, group_at, head, lam)
+        head_at = directions_of(page_at, group_at, head, lam, SHAPE)
         known_at = fresh_at + i * (NUM_BOUNDS + D)
-        length = tl.load(rows_at + FEATURES * LAM + folded, mask=folded < LAM, other=0.0)
+        length = tl.load(rows_at + FEATURES * lam + folded, mask=folded < lam, other=0.0)
         length += tl.load(
-            known_at + FEATURES, mask=folded == tl.where(overflow, LAM, -1), other=0.0
+            known_at + FEATURES, mask=folded == tl.where(overflow, lam, -1), other=0.0
         )
         tl.debug_barrier()  # read by all threads: the incoming pair may take its place
         # A cache with room is filled unscored: nothing is known of what enters it.
@@ -294,25 +309,25 @@ def track_fold(
             other=tl.where(number == LOW, float("-inf"), 0.0),
         )  # fmt: skip
         tl.store(
-            rows_at + number * LAM + entry, known, mask=number < tl.where(enters, NUM_BOUNDS, 0)
+            rows_at + number * lam + entry, known, mask=number < tl.where(enters, NUM_BOUNDS, 0)
         )
         new_u = tl.load(
             known_at + NUM_BOUNDS + cols, mask=cols < tl.where(overflow, D, 0), other=0.0
         )
         tl.store(head_at + entry * D + cols, new_u.to(tl.int8), mask=cols < tl.where(enters, D, 0))
         tl.debug_barrier()
-        for first in tl.range(0, tl.where(overflow, LAM, 0), BLOCK_P, num_stages=1):
+        for first in tl.range(0, tl.where(overflow, lam, 0), BLOCK_P, num_stages=1):
             at = first + pair
-            ok = at < LAM
+            ok = at < lam
             u = tl.load(
                 head_at + at[:, None] * D + cols[None, :], mask=ok[:, None] & (cols < D)[None, :],
                 other=0,
             ).to(tl.float32)  # fmt: skip
-            there = tl.sum(u * v, 1) * tl.load(rows_at + SCALE * LAM + at, mask=ok, other=0.0)
-            low = tl.load(rows_at + LOW * LAM + at, mask=ok, other=0.0)
-            along = tl.load(rows_at + ALONG * LAM + at, mask=ok, other=0.0)
-            total = tl.load(rows_at + SUM * LAM + at, mask=ok, other=1.0)
-            c = tl.load(rows_at + FEATURES * LAM + at, mask=ok, other=0.0) * length
+            there = tl.sum(u * v, 1) * tl.load(rows_at + SCALE * lam + at, mask=ok, other=0.0)
+            low = tl.load(rows_at + LOW * lam + at, mask=ok, other=0.0)
+            along = tl.load(rows_at + ALONG * lam + at, mask=ok, other=0.0)
+            total = tl.load(rows_at + SUM * lam + at, mask=ok, other=1.0)
+            c = tl.load(rows_at + FEATURES * lam + at, mask=ok, other=0.0) * length
             ahead = there - (along - low)
             low = tl.where(ahead > 0, low - c / (total + c) * BOUND_FACTOR * ahead, low)
-            tl.store(rows_at + LOW * LAM + at, low, mask=ok)
+            tl.store(rows_at + LOW * lam + at, low, mask=ok)

@@ -4,51 +4,54 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import torch
 
 from lola_vllm.kernels import backend
 from lola_vllm.kernels.decode import choose_splits
-from lola_vllm.ops.contract import DecodeBatch, HeadGroup, LayerState, PrefillBatch, PrefillOp
-from lola_vllm.state import StateLayout
+from lola_vllm.kernels.layer import layer_shape
+from lola_vllm.kernels.shift import shift_layers
+from lola_vllm.kernels.update import has_bounds, has_scores
+from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch, PrefillOp
 
 logger = logging.getLogger("vllm.lola")
 
-_compiled: set[tuple[PrefillOp, bool, StateLayout, int, torch.device]] = set()
+_compiled: set[tuple[Any, ...]] = set()
 
 
 def warm_up(layer: LayerState, prefill: PrefillOp = backend.prefill) -> None:
     """Launch every kernel variant that a layer's steps can ask for, on rows of padding alone.
 
-    Such rows read and write no page. Head groups that are alike share their variants, so only the
-    first of them takes time.
+    Such rows read and write no page. Layers that differ in the sizes of their sparse sets alone
+    share their variants, so only the first of them takes time.
 
     Args:
         prefill: the back end's.
     """
-    for group in layer.groups:
-        _warm_up(group, prefill)
-
-
-def _warm_up(group: HeadGroup, prefill: PrefillOp) -> None:
-    device, layout, num_heads = group.pages.device, group.layout, group.weights.num_heads
-    variants = (prefill, group.weights.subtract_max, layout, num_heads, device)
+    device, layout, weights = layer.pages.device, layer.layout, layer.weights
+    num_heads, page = weights.num_heads, layout.pages[0]
+    splits = choose_splits(layout, 1, device)
+    variants = (
+        prefill, weights.subtract_max, layer_shape(layout, num_heads, weights.rotated_map_after),
+        splits > 1, has_bounds(layout), has_scores(layout), device,
+    )  # fmt: skip
     if variants in _compiled:
         return
     _compiled.add(variants)
     begin = time.perf_counter()
-    d, Hkv = layout.head_dim, layout.num_kv_heads
+    d, Hkv = page.head_dim, layout.num_kv_heads
     # As in the model, queries, keys and values are parts of one product's rows.
-    row = torch.zeros(1, num_heads + 2 * Hkv, d, dtype=layout.kv_dtype, device=device)
+    row = torch.zeros(1, num_heads + 2 * Hkv, d, dtype=page.kv_dtype, device=device)
     q, k, v = row.split([num_heads, Hkv, Hkv], dim=1)
-    out = torch.empty(1, num_heads, d, dtype=layout.kv_dtype, device=device)
+    out = torch.empty(1, num_heads, d, dtype=page.kv_dtype, device=device)
     nobody = torch.zeros(1, dtype=torch.int32, device=device)
-    layer, splits = group.alone(group.pages), choose_splits(layout, 1, device)
-    while splits >= 1:  # powers of two: all that larger batches choose
-        backend.decode(layer, q, k, v, DecodeBatch(nobody, nobody + 1), out, splits)
-        splits //= 2
+    for parts in {splits, 1}:
+        backend.decode(layer, q, k, v, DecodeBatch(nobody, nobody + 1), out, parts)
     batch = PrefillBatch(nobody, torch.tensor([0, 1]), torch.tensor([0]))
     prefill(layer, q, k, v, batch, out)
+    if weights.rotation is not None:
+        shift_layers([layer], nobody, nobody.long())
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     logger.info("LoLA kernels are compiled, which took %.1f s", time.perf_counter() - begin)

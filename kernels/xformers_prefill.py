@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from torch import Tensor
 from xformers.ops import fmha
 
 from lola_vllm.kernels import backend
-from lola_vllm.kernels.prefill import Ints, on_device, plan_chunks
+from lola_vllm.kernels.chunks import Ints, plan_chunks
+from lola_vllm.kernels.prefill import on_device
 from lola_vllm.kernels.warmup import warm_up as warm_up_with
-from lola_vllm.ops.contract import HeadGroup, LayerState, PrefillBatch
+from lola_vllm.ops.contract import LayerState, PrefillBatch
 from lola_vllm.state import StateLayout
 
 logger = logging.getLogger("vllm.lola")
@@ -53,8 +54,7 @@ class Gather:
 
 def plan_gather(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) -> Gather:
     """From counts alone; query_start_loc `[R + 1]`, context_lens `[R]`."""
-    chunks = plan_chunks(query_start_loc, context_lens, layout).chunks
-    token, position, length, _, row = chunks[:, np.argsort(chunks[0])]
+    token, position, length, row = plan_chunks(query_start_loc, context_lens, layout)
     start = layout.window_start(torch.from_numpy(position)).numpy()
     window = np.minimum(start, position)  # where it starts
     sinks = np.minimum(position, layout.sink_size)
@@ -68,6 +68,12 @@ def plan_gather(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) 
     source[old] = 0
     exact = layout.row(torch.from_numpy(at[old])).numpy()
     return Gather(length, pairs, source, np.stack([old, row[chunk][old], exact]))
+
+
+@functools.cache
+def _window_of(page: StateLayout) -> StateLayout:
+    """The same for all layers and heads of a model: what `plan_gather` asks is of the window."""
+    return replace(page, sparse_cache_size=0, recent_size=0)
 
 
 @functools.lru_cache(maxsize=4)
@@ -85,13 +91,12 @@ def _gather_on(
 
 
 def attend(
-    group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch
+    layer: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every token to its chunk, window and sinks: a `prefill.SoftmaxPart`.
 
     Args:
-        group: the heads, and `[T, Hq, d]` q and `[T, Hkv, d]` k and v of these heads alone.
-        batch: as in `contract.PrefillBatch`.
+        layer, q, k, v, batch: as in `contract.PrefillOp`.
 
     Returns:
         `[T, Hq, d]` in the model's dtype, and its log-sum-exp `[Hq, T]` in float32.
@@ -99,32 +104,31 @@ def attend(
     Raises:
         RuntimeError: xformers has no kernel for this GPU.
     """
-    layout, views = group.layout, group.views
     mask, source, (at, row, exact) = _gather_on(
         q.device,
-        layout,
+        _window_of(layer.layout.pages[0]),
         batch.query_start_loc.numpy().astype(np.int64).tobytes(),
         batch.context_lens.numpy().astype(np.int64).tobytes(),
     )
     T, Hq, d = q.shape
-    Hkv = layout.num_kv_heads
+    Hkv = layer.layout.num_kv_heads
     page = batch.state_indices.index_select(0, row).long()
     padding = (page <= 0)[:, None, None]
 
-    def gather(new: Tensor, store: Tensor) -> Tensor:
+    def gather(new: Tensor, stores: list[Tensor]) -> Tensor:
         """`[1, N, Hkv, Hq / Hkv, d]`, one copy for all query heads of a KV head."""
         pairs = new.index_select(0, source)
         if len(at):
             # A page that is nobody's may hold NaN, which must not depend on masks to stay there.
-            old = store[page.clamp(min=0), :, exact].masked_fill(padding, 0)
-            pairs.index_copy_(0, at, old)
+            old = torch.cat([store[page.clamp(min=0), :, exact] for store in stores], 1)
+            pairs.index_copy_(0, at, old.masked_fill(padding, 0))
         return pairs[None, :, :, None].expand(1, -1, -1, Hq // Hkv, -1)
 
     try:
         out, lse = fmha.memory_efficient_attention_partial(
             q.unflatten(1, (Hkv, Hq // Hkv))[None],
-            gather(k, views.exact_k),
-            gather(v, views.exact_v),
+            gather(k, [group.views.exact_k for group in layer.groups]),
+            gather(v, [group.views.exact_v for group in layer.groups]),
             attn_bias=mask,
         )
     except NotImplementedError as error:

@@ -1,8 +1,8 @@
 """A decode step and a prompt of a model: parts, launches, and what must be done in order.
 
-Launches are those of the host code: `csrc/cuda/lola.cu` (decode), `kernels/decode.py`,
-`kernels/update.py` and `kernels/prefill.py`. A back end calls them for each head group of a layer.
-The other designs are not built: in them all heads of a layer share every launch.
+Launches are those of the host code: `csrc/cuda/lola.cu` (decode), called for each head group of a
+layer, and `kernels/decode.py`, `kernels/update.py` and `kernels/prefill.py`, called for a layer.
+The other designs are not built.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lola_vllm.gpu_cost.work import (
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.state import LayerLayout, SequenceLayout, StateLayout
 
-# Designs. Those of today call every kernel for each head group.
+# Designs.
 STOCK, TODAY_CUDA, TODAY_TRITON, ALL_HEADS = "stock", "today, CUDA", "today, Triton", "all heads"
 LOOP, PARALLEL, SPREAD = "loop", "loop, attend", "spread, attend"
 DECODE_DESIGNS = (STOCK, TODAY_CUDA, TODAY_TRITON, ALL_HEADS)
@@ -52,9 +52,7 @@ WEIGHTS, HEAD, FULL_KV, SELECT, SHIFT = (
 LAYER_LAUNCHES, MODEL_LAUNCHES = 8, 3
 STOCK_LAUNCHES = 2  # keys and values into the cache, flash attention; one more joins splits
 GOAL_DECODE_LAUNCHES = 3  # attention, scores, selection with folds
-# Operators of torch in `context_shift._shift_group`, and those more where pairs are int8.
-SHIFT_LAUNCHES, INT8_SHIFT_LAUNCHES = 91, 20
-GOAL_SHIFT_LAUNCHES = 2  # for all layers
+SHIFT_LAUNCHES = 2  # a copy of the table and `kernels/shift.py`
 STEP_TOKENS = 8192  # of prompts in a step of vLLM, which reads the weights once
 SEGMENT = 256  # tokens between copies of H, of a prompt whose attention is a launch of its own
 SPREAD_BLOCKS = 8  # the largest cluster of blocks that runs on every GPU with clusters
@@ -109,12 +107,6 @@ class Model:
         """Query heads of each of its pages."""
         return self.num_heads // len(layer.pages)
 
-    def pages(self) -> Counter[tuple[StateLayout, int]]:
-        """How often each page occurs, with its query heads."""
-        return Counter(
-            (page, self.heads_of(layer)) for layer in self.sequence.layers for page in layer.pages
-        )
-
 
 class _Sums:
     """Bytes, flops and chain by part."""
@@ -162,31 +154,43 @@ def decode(model: Model, gpu: Gpu, batch: int, context: int, design: str) -> Cos
 
     C = first.update_interval
     starts = torch.arange(context - 1, context - 1 + C)
-    for (page, heads), count in model.pages().items():
-        works = attended(page, heads, starts, torch.ones_like(starts))
-        works |= updated(page, starts + 1, skip_recent=design == ALL_HEADS)
-        for name, work in works.items():
-            sums.add(name, *(count * batch * float(x.mean()) for x in work))
-        sums.add(STATE, count * map_bytes(page, heads))
-        if design == ALL_HEADS:
-            continue
-        # A step is as late as its longest update: one block for a row and set selects and folds,
-        # and with CUDA computes the scores.
-        some_due = min(1.0, batch / C) * count
-        cuda = design == TODAY_CUDA
-        for name in (SCORES, FOLDS) if cuda else (FOLDS,):
-            nbytes, flops = (some_due * float(x.max()) / page.num_sparse_heads for x in works[name])
-            sums.follow(name, flops, nbytes)
-        if cuda and not page.keeps_bounds:  # `select` of update.cu compares all with all
-            pairs = min(page.sparse_cache_size, int(page.num_evicted(torch.tensor(context))))
-            compared = 2.0 * (pairs + C) ** 2
-            sums.add(SELECT, 0.0, count * batch / C * page.num_sparse_heads * compared)
-            sums.follow(SELECT, compared * some_due)
-        host += count * decode_launches(page, batch, gpu, cuda=cuda)
+    cuda = design == TODAY_CUDA
+    for layer, count in Counter(model.sequence.layers).items():
+        heads, some_due = model.heads_of(layer), min(1.0, batch / C) * count
+        folds = []
+        for page in layer.pages:
+            works = attended(page, heads, starts, torch.ones_like(starts))
+            works |= updated(page, starts + 1, skip_recent=design == ALL_HEADS)
+            for name, work in works.items():
+                sums.add(name, *(count * batch * float(x.mean()) for x in work))
+            sums.add(STATE, count * map_bytes(page, heads))
+            # A step is as late as its longest update: one block for a row and set selects and
+            # folds, and with CUDA computes the scores.
+            longest = {
+                name: [some_due * float(x.max()) / page.num_sparse_heads for x in works[name]]
+                for name in (SCORES, FOLDS)
+            }
+            folds.append(longest[FOLDS])
+            if not cuda:
+                continue
+            host += count * cuda_launches(page, batch, gpu)
+            for name, (nbytes, flops) in longest.items():  # group after group
+                sums.follow(name, flops, nbytes)
+            if not page.keeps_bounds:  # `select` of update.cu compares all with all
+                pairs = min(page.sparse_cache_size, int(page.num_evicted(torch.tensor(context))))
+                compared = 2.0 * (pairs + C) ** 2
+                sums.add(SELECT, 0.0, count * batch / C * page.num_sparse_heads * compared)
+                sums.follow(SELECT, compared * some_due)
+        if design == TODAY_TRITON:
+            nbytes, flops = (max(numbers) for numbers in zip(*folds, strict=True))
+            sums.follow(FOLDS, flops, nbytes)
+            host += count * triton_launches(layer, batch, gpu)
     if design == ALL_HEADS:
         graph += layers * GOAL_DECODE_LAUNCHES
     if model.schedule is not None and context >= model.schedule.length:
-        host += _shift(sums, model, batch / model.schedule.interval, design == ALL_HEADS)
+        times = batch / model.schedule.interval
+        _shift(sums, model, times)
+        host += min(1.0, times) * SHIFT_LAUNCHES  # for all layers
     units = VECTOR if design == TODAY_CUDA else TENSOR
     return Cost(design, sums.parts(units, first.kv_dtype == torch.float32), graph, host)
 
@@ -198,7 +202,8 @@ def prefill(model: Model, gpu: Gpu, rows: int, tokens: int, design: str) -> Cost
 
     Args:
         design: one of `PREFILL_DESIGNS`. "all heads": three launches for each chunk. "loop": a
-            block per row and KV head does all of its chunks in one launch. "loop, attend": that
+            block per row and KV head does all of its chunks in one launch; that of today reads
+            pairs for each query head, and scores recent ones. "loop, attend": that
             block computes scores, choices and folds; a second, parallel launch attends, from copies
             of H after every `SEGMENT` tokens. "spread, attend": besides, `SPREAD_BLOCKS` blocks
             share the scores of a row and KV head, and wait for each other once more a chunk.
@@ -219,60 +224,62 @@ def prefill(model: Model, gpu: Gpu, rows: int, tokens: int, design: str) -> Cost
     segments = 1
     if model.schedule is not None:
         segments = len(model.schedule.segment_lengths(0, tokens))
-    goal = design in (LOOP, PARALLEL, SPREAD)
     for layer, count in Counter(model.sequence.layers).items():
         heads, chains = model.heads_of(layer), []
         for page in layer.pages:
             starts, lengths = chunks_of(page, tokens)
             works = attended(page, heads, starts, lengths)
-            works |= updated(page, starts + lengths, skip_recent=goal)
-            held = page.page_bytes if design == TODAY_TRITON else layer.page_bytes
+            works |= updated(page, starts + lengths, skip_recent=design != TODAY_TRITON)
             for name, work in works.items():
-                again = name == TOKENS or rows * held > gpu.l2_bytes
+                again = name == TOKENS or rows * layer.page_bytes > gpu.l2_bytes
                 nbytes = work.bytes.sum() if again else work.bytes.max()
                 sums.add(name, count * rows * float(nbytes), count * rows * float(work.flops.sum()))
             sums.add(STATE, count * map_bytes(page, heads))
             if design in (PARALLEL, SPREAD):
                 _segments(sums, page, heads, tokens, count * rows)
             chains.append(_chain(page, heads, lengths, works, design))
-            if design == TODAY_TRITON:
-                host += count * prefill_launches(page, starts, lengths)
         if design == ALL_HEADS:
             host += count * max(
-                prefill_launches(page, *chunks_of(page, tokens)) for page in layer.pages
+                chunk_launches(page, *chunks_of(page, tokens)) for page in layer.pages
             )
-        elif goal:
-            host += count * segments * (1 if design == LOOP else 2)
+        else:
+            host += count * segments * (2 if design in (PARALLEL, SPREAD) else 1)
         for name in chains[0]:
             parts = torch.stack([chain[name] for chain in chains])  # [pages, 3, chunks]
-            if design == TODAY_TRITON:  # group after group
-                longest = parts.sum(dim=(0, 2))
-            elif design == ALL_HEADS:  # a chunk waits for the longest of its heads
-                longest = parts.amax(0).sum(1)
-            else:
-                longest = parts.sum(2).amax(0)
+            # With a launch for each chunk, a chunk waits for the longest of its heads.
+            longest = parts.amax(0).sum(1) if design == ALL_HEADS else parts.sum(2).amax(0)
             sums.follow(name, *(count * float(x) for x in longest))
     if segments > 1:
-        host += _shift(sums, model, rows * (segments - 1), goal, calls=segments - 1)
+        _shift(sums, model, rows * (segments - 1))
+        host += layers * (segments - 1) * SHIFT_LAUNCHES
     return Cost(design, sums.parts(TENSOR, wide), 0.0, host)
 
 
-def decode_launches(page: StateLayout, batch: int, gpu: Gpu, *, cuda: bool) -> int:
-    """Kernels of a decode step of a head group, as the host code starts them."""
+def cuda_launches(page: StateLayout, batch: int, gpu: Gpu) -> int:
+    """Kernels of a decode step of a head group in CUDA: features, attention, which is joined where
+    it is split, and update (`num_splits` of lola.cu)."""
     pairs = page.sink_size + page.ring_size + page.sparse_cache_size
-    if cuda:  # features, attention, update; `num_splits` of lola.cu
-        blocks = batch * page.num_sparse_heads
-        split = blocks < 2 * gpu.processors and (pairs + 2 * page.feature_dim) // 64 > 1
-        return 3 + split
-    programs = 2 * gpu.processors // (batch * page.num_state_heads)  # `choose_splits`
+    blocks = batch * page.num_sparse_heads
+    split = blocks < 2 * gpu.processors and (pairs + 2 * page.feature_dim) // 64 > 1
+    return 3 + split
+
+
+def triton_launches(layer: LayerLayout, batch: int, gpu: Gpu) -> int:
+    """Kernels of a decode step of a layer in Triton: attention, which is joined where it is split
+    (`choose_splits`), scores, where bounds are kept apart from the others, and folds."""
+    page = layer.pages[0]
+    pairs = page.sink_size + page.ring_size + max(layer.sizes)
+    programs = 2 * gpu.processors // (batch * layer.num_state_heads)
     tile = 16384 // (page.kv_dtype.itemsize << (page.head_dim - 1).bit_length())
     split = min(programs, -(-pairs // min(64, max(16, tile)))) > 1
-    return 2 + split + (page.sparse_cache_size > 0)
+    bounded = any(page.keeps_bounds for page in layer.pages)
+    scored = any(page.sparse_cache_size and not page.keeps_bounds for page in layer.pages)
+    return 2 + split + bounded + scored
 
 
-def prefill_launches(page: StateLayout, starts: Tensor, lengths: Tensor) -> int:
-    """Kernels of a prompt in a head group: for each chunk attention, and at an update scores, where
-    a cache overflows, and folds."""
+def chunk_launches(page: StateLayout, starts: Tensor, lengths: Tensor) -> int:
+    """Kernels of a prompt if they are started for each chunk: attention, and at an update scores,
+    where a cache overflows, and folds."""
     n = starts + lengths
     due = page.update_due(n)
     scores = due & (page.num_evicted(n) > page.sparse_cache_size)
@@ -293,18 +300,11 @@ def _full_kv(model: Model, batch: int, context: int) -> tuple[float, float]:
     return read, flops * batch * context
 
 
-def _shift(
-    sums: _Sums, model: Model, times: float, goal: bool, calls: float | None = None
-) -> float:
-    """Adds `times` context shifts of a sequence; their launches, in `calls` calls."""
+def _shift(sums: _Sums, model: Model, times: float) -> None:
+    """Adds `times` context shifts of a sequence."""
     for page in model.sequence.layouts:
         nbytes, flops = shift_work(page)
         sums.add(SHIFT, times * nbytes, times * flops)
-    of_pages = (
-        SHIFT_LAUNCHES + INT8_SHIFT_LAUNCHES * page.int8_pairs for page in model.sequence.layouts
-    )
-    launches = GOAL_SHIFT_LAUNCHES if goal else sum(of_pages)
-    return (min(1.0, times) if calls is None else calls) * launches
 
 
 def _segments(sums: _Sums, page: StateLayout, heads: int, tokens: int, rows: int) -> None:
@@ -332,14 +332,17 @@ def _chain(
 
     kv = page.num_kv_heads
     chain = {FOLDS: share([FOLDS], page.num_sparse_heads, page.num_sparse_heads)}
-    if design in (TODAY_TRITON, ALL_HEADS):  # a block attends 32 queries of a head
-        blocks = -(-lengths // ATTEND_ROWS)
+    blocks = -(-lengths // ATTEND_ROWS)
+    if design == ALL_HEADS:  # a block attends 32 queries of a head
         return chain | {name: share([name], heads * blocks, kv) for name in (WINDOW, SPARSE, STATE)}
     chain = {name: share([name], kv, kv) for name in (SCORES, FOLDS)}
     chain[FOLDS][2] = 1.0  # a step between chunks
     if design == SPREAD:
         chain[SCORES] /= SPREAD_BLOCKS
         chain[SCORES][2] = (works[SCORES].flops > 0).double()
-    if design == LOOP:
+    if design in (TODAY_TRITON, LOOP):
         chain |= {name: share([name], kv, kv) for name in (WINDOW, SPARSE, STATE)}
+    if design == TODAY_TRITON:  # which comes back to all of it for 32 queries of a head
+        for name in (WINDOW, SPARSE, STATE):
+            chain[name][1] *= blocks * (heads // kv)
     return chain

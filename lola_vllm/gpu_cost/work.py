@@ -113,7 +113,7 @@ def shift_work(page: StateLayout) -> tuple[float, float]:
 
 def chunks_of(page: StateLayout, tokens: int) -> tuple[Tensor, Tensor]:
     """Starts and lengths of the chunks of a prompt from an empty state, as `plan_chunks` of
-    `kernels/prefill.py` cuts it: the first lasts until an update evicts something."""
+    `kernels/chunks.py` cuts it: the first lasts until an update evicts something."""
     C = page.update_interval
     first = -(-(page.window_size + page.sink_size + 1) // C) * C
     starts = torch.tensor([0, *range(first, tokens, C)])

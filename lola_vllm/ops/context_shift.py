@@ -1,7 +1,8 @@
 """The context shift of pages, which keeps RoPE positions below the base's trained length.
 
-One function for all back ends, in plain torch: it runs once in D tokens of a sequence. It is lazy:
-a page is shifted just before its next token. So a page is a pure function of the token prefix, and
+In plain torch, or by the back end where it has an op for all layers in one launch, as those of GPUs
+have. It runs once in D tokens of a sequence, and is lazy: a page is shifted just before its next
+token. So a page is a pure function of the token prefix, and
 one that is kept where a context shift is due is the same whether or not the sequence goes on.
 """
 
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lola_vllm.ops import select
 from lola_vllm.ops.contract import HeadGroup, LayerState, PrefillBatch, PrefillOp
 from lola_vllm.ops.int8 import Int8Rows, quantize
 from lola_vllm.ops.key_rotation import KeyRotation
@@ -31,8 +33,20 @@ def shift_pages(layer: LayerState, state_indices: Tensor, num_tokens: Tensor) ->
         state_indices: `[R]` integer on the pages' device; 0 or less is padding.
         num_tokens: `[R]` integer, tokens that each page holds; for all of them `ShiftSchedule.due`.
     """
-    for group in layer.groups:
-        _shift_group(group, state_indices, num_tokens)
+    shift_layers([layer], state_indices, num_tokens)
+
+
+def shift_layers(layers: Sequence[LayerState], state_indices: Tensor, num_tokens: Tensor) -> None:
+    """`shift_pages` in all layers of a model; num_tokens on the pages' device."""
+    first = layers[0]
+    if first.pages.is_cuda:
+        ops = select.choose_backend("cuda", first.layout.pages[0].kv_dtype)
+        if ops.shift is not None:
+            ops.shift(layers, state_indices, num_tokens.to(first.pages.device))
+            return
+    for layer in layers:
+        for group in layer.groups:
+            _shift_group(group, state_indices, num_tokens)
 
 
 def _shift_group(group: HeadGroup, state_indices: Tensor, num_tokens: Tensor) -> None:
@@ -130,8 +144,7 @@ def shift_due(layers: Sequence[LayerState], state_indices: Tensor, num_tokens: T
     schedule = layers[0].schedule
     due = None if schedule is None else DueRows.of(schedule, state_indices, num_tokens)
     if due is not None:
-        for layer in layers:
-            shift_pages(layer, *due)
+        shift_layers(layers, *due)
 
 
 class Segment(NamedTuple):

@@ -13,7 +13,7 @@ says is valid.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -277,6 +277,8 @@ class Op(Protocol[B]):
 
 DecodeOp = Op[DecodeBatch]
 PrefillOp = Op[PrefillBatch]
+# The layers of a model, and the pages to shift with the tokens that each holds.
+ShiftOp = Callable[[Sequence["LayerState"], Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,7 @@ class Backend:
         name: for the log. decode, prefill: the ops.
         warm_up: compiles what a layer's steps can ask for, before the first of them; it touches no
             page.
+        shift: `context_shift.shift_layers` on the device; None: in plain torch.
         capturable: `decode` launches the same kernels whatever the token counts and waits for
             nothing, so that a CUDA graph can hold it.
     """
@@ -295,4 +298,5 @@ class Backend:
     decode: DecodeOp
     prefill: PrefillOp
     warm_up: Callable[[LayerState], None] | None = None
+    shift: ShiftOp | None = None
     capturable: bool = False

@@ -75,10 +75,13 @@ def _triton(device_type: str, dtype: torch.dtype) -> Backend | str:
         return f"the Triton kernels run on CUDA devices, not {dtype} on {device_type}"
     try:
         from lola_vllm.kernels import backend as kernels
+        from lola_vllm.kernels.shift import shift_layers
         from lola_vllm.kernels.warmup import warm_up
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install triton"
-    return Backend("triton", kernels.decode, kernels.prefill, warm_up, capturable=True)
+    return Backend(
+        "triton", kernels.decode, kernels.prefill, warm_up, shift_layers, capturable=True
+    )
 
 
 def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
@@ -92,7 +95,9 @@ def _cuda(device_type: str, dtype: torch.dtype) -> Backend | str:
             "the CUDA ops are not built; install with nvcc and a CUDA build of torch at hand, "
             "without build isolation"
         )
-    return Backend("cuda", cpp.decode, kernels.prefill, kernels.warm_up, capturable=True)
+    return Backend(
+        "cuda", cpp.decode, kernels.prefill, kernels.warm_up, kernels.shift, capturable=True
+    )
 
 
 def _xformers(device_type: str, dtype: torch.dtype) -> Backend | str:
@@ -111,5 +116,5 @@ def _xformers(device_type: str, dtype: torch.dtype) -> Backend | str:
         return reason
     return Backend(
         "xformers", kernels.decode, xformers_prefill.prefill, xformers_prefill.warm_up,
-        capturable=True,
+        kernels.shift, capturable=True,
     )  # fmt: skip

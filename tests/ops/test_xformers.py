@@ -95,8 +95,7 @@ def test_a_refusal_of_xformers_itself_says_what_to_do():
     problem = make_problem(3, SUITED, dtype=torch.float16)
     batch = PrefillBatch(torch.tensor([1]), torch.tensor([0, 3]), torch.tensor([0]))
     with pytest.raises(RuntimeError, match=r"^LOLA_VLLM_OPS = 'xformers': .* unset the variable"):
-        (group,) = problem.state().groups
-        xformers_prefill.attend(group, problem.q, problem.k, problem.v, batch)
+        xformers_prefill.attend(problem.state(), problem.q, problem.k, problem.v, batch)
 
 
 @pytest.mark.parametrize("mixing", ["lola", "lolcats"])

@@ -199,6 +199,9 @@ def open_backend(name: str, emulation: Callable[[], Path]) -> Backend:
 
     if name == "triton":
         return replace(backend, decode=kernels.decode, prefill=kernels.prefill)
+    from tests.support import interpreter
+
+    interpreter.install()
     prefill = kernels.prefill
     if name == "xformers-interpreted":
         from tests.support import xformers_standin

@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from lola_vllm.config import LolaConfig
-from tests.support.backends import only
-from tests.support.problem import make_problem
+from lola_vllm.ops import LayerState, context_shift, portable
+from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.state import LayerLayout, SequenceLayout
+from tests.support.backends import fewer, only
+from tests.support.layers import BASE, SIZES
+from tests.support.problem import STATE_INDEX, feed, make_problem
 
 ETA = 10
 
@@ -29,22 +33,28 @@ def test_splits_follow_the_shapes(backend, monkeypatch):
 
 @only("triton-interpreted")
 def test_pieces_end_at_the_update_points(backend):
-    from lola_vllm.kernels import prefill
+    from lola_vllm.kernels.chunks import plan_chunks
 
     layout = make_problem(1, config_of(update_interval=7, sink_size=2)).layout()
     start, context = torch.tensor([0, 30, 30, 31, 60]).numpy(), torch.tensor([0, 5, 27, 8]).numpy()
-    plan = prefill.plan_chunks(start, context, layout)
-    token, position, length, stop, row = plan.chunks
+    token, position, length, row = plan_chunks(start, context, layout)
     # eta + sinks + 1 = 13, so 14 is the first point at which a pair leaves the window.
-    assert list(zip(row, position, stop, strict=True)) == [
-        (0, 0, 14), (2, 27, 28), (3, 8, 14), (0, 14, 21), (3, 14, 21), (0, 21, 28), (3, 21, 28),
-        (0, 28, 30), (3, 28, 35), (3, 35, 37),
+    assert list(zip(row, position, position + length, strict=True)) == [
+        (0, 0, 14), (0, 14, 21), (0, 21, 28), (0, 28, 30), (2, 27, 28), (3, 8, 14), (3, 14, 21),
+        (3, 21, 28), (3, 28, 35), (3, 35, 37),
     ]  # fmt: skip
-    assert (length == stop - position).all()
     assert (token == start[row] + position - context[row]).all()
-    assert [(s.first, s.count, s.longest, s.update) for s in plan.steps] == [
-        (0, 3, 14, True), (3, 2, 7, True), (5, 2, 7, True), (7, 2, 7, True), (9, 1, 2, False)
-    ]  # fmt: skip
+
+
+@only("triton-interpreted")
+def test_the_longest_rows_start_first_and_empty_ones_never(backend):
+    from lola_vllm.kernels.prefill import rows_on
+
+    starts, contexts = torch.tensor([0, 3, 3, 8]), torch.tensor([5, 0, 9])
+    device = torch.device("cpu")
+    rows = rows_on(device, starts.numpy().tobytes(), contexts.numpy().tobytes())
+    # First token, tokens before, tokens, row of the batch.
+    assert rows.T.tolist() == [[3, 9, 5, 2], [0, 5, 3, 0]]
 
 
 @pytest.fixture
@@ -76,14 +86,71 @@ def test_start_up_launches_all_variants_and_touches_no_page(backend, launched):
     state = problem.state()
     for _ in range(2):  # once for layers that are alike
         warmup.warm_up(state)
-    layout, device = state.groups[0].layout, state.pages.device
+    layout, device = state.layout, state.pages.device
     most = decode.choose_splits(layout, 1, device)
     assert most > 2
+    # However many splits there are, they are one variant.
     splits = [last for name, last in launched if name == "attend"]
-    wanted = {decode.choose_splits(layout, n, device) for n in range(1, 300)}
-    assert set(splits) == wanted
-    assert len(splits) == most.bit_length() and len(launched) == len(splits) + 1
+    assert sorted(splits) == [1, most] and len(launched) == 3
+    smaller = problem.config.model_copy(update={"sparse_cache_size": 190})
+    warmup.warm_up(dataclasses.replace(problem, config=smaller).state())
+    assert len(launched) == 3
     lolcats = state.with_weights(dataclasses.replace(state.weights, subtract_max=True))
     warmup.warm_up(lolcats)  # the other mixing is compiled as well
-    assert len(launched) == 2 * len(splits) + 2
+    assert len(launched) == 6
     assert (state.pages == 0xFF).all()
+
+
+SHIFTS = {
+    "sizes by head, int8": {"sparse_cache_size": (SIZES,), "sparse_dtype": "int8"},
+    "partial rotary, int8": {"sparse_cache_size": 7, "sparse_dtype": "int8"},
+    "every token": {"sparse_cache_size": (SIZES,), "update_interval": 1},
+    "recent pairs": {"sparse_cache_size": (SIZES,), "recent_size": ((0, 0, 3),)},
+    "shared sets": {"sparse_cache_size": 9, "sparse_sharing": "kv_head"},
+}
+
+
+@only("triton-interpreted")
+@pytest.mark.parametrize("kind", SHIFTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@fewer("interpreted", dtype=[torch.float32])
+def test_a_context_shift_of_all_layers_is_one_launch_and_that_of_torch(backend, kind, dtype):
+    from lola_vllm.kernels import shift
+
+    schedule = ShiftSchedule(64, 16, 1.0, 2, bucket_start=16)
+    config = LolaConfig(**{**BASE, "context_shift": 16, **SHIFTS[kind]})
+    problems = [
+        make_problem(
+            80, config, Hkv=3, group=2, Hs=6 if kind == "shared sets" else 3, F=6, dtype=dtype,
+            seed=seed, schedule=schedule, rotated=10 if kind.startswith("partial") else None,
+        )
+        for seed in range(2)
+    ]  # fmt: skip
+    layout = LayerLayout.from_config(config, 3, len(problems[0].feature_map_k), 16, 6, dtype)
+    sequence = SequenceLayout((layout, layout))
+    pool = torch.full((4, sequence.row_bytes), 0xFF, dtype=torch.uint8)
+    pools = pool, pool.clone()
+    torchs, tritons = (
+        [
+            LayerState.bind(problem.weights(), layout, pages)
+            for problem, pages in zip(problems, sequence.pages(own), strict=True)
+        ]
+        for own in pools
+    )
+    for problem, layer in zip(problems, torchs, strict=True):
+        feed(portable, problem, layer)
+    pools[1].copy_(pools[0])
+    rows, counts = torch.tensor([STATE_INDEX, 0]).int(), torch.tensor([80, 80])
+    context_shift.shift_layers(torchs, rows, counts)
+    before = sequence.cleaned(pools[1][STATE_INDEX], 80)
+    launches = []
+    launch = shift.shift_kernel.run
+    shift.shift_kernel.run = lambda *args, **options: launches.append(launch(*args, **options))
+    try:
+        shift.shift_layers(tritons, rows, counts)
+    finally:
+        shift.shift_kernel.run = launch
+    assert len(launches) == 1
+    expected, found = (sequence.cleaned(own[STATE_INDEX], 80) for own in pools)
+    assert torch.equal(found, expected) and not torch.equal(found, before)
+    assert (pools[1][[0, 1, 3]] == 0xFF).all()

@@ -106,9 +106,9 @@ def test_a_context_shift_moves_keys_and_sums_twice():
 @pytest.mark.parametrize("tokens", [1, 5, 6, 7, 40, 41])
 def test_chunks_are_those_of_the_prefill_kernel(tokens: int):
     pytest.importorskip("triton")
-    from lola_vllm.kernels.prefill import plan_chunks
+    from lola_vllm.kernels.chunks import plan_chunks
 
     plan = plan_chunks(np.array([0, tokens]), np.array([0]), page())
     starts, lengths = chunks_of(page(), tokens)
-    assert starts.tolist() == plan.chunks[1].tolist()
-    assert lengths.tolist() == plan.chunks[2].tolist()
+    assert starts.tolist() == plan[1].tolist()
+    assert lengths.tolist() == plan[2].tolist()
