@@ -123,7 +123,12 @@ class Message(TypedDict):
     content: NotRequired[Content | None]
 
 
-def _check_utf8(field: str, text: str) -> None:
+def check_utf8(field: str, text: str) -> None:
+    """Refuse a text that cannot be written as UTF-8.
+
+    Raises:
+        ValueError: names the field and the character.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -177,8 +182,8 @@ class PromptRequest(BaseModel):
         if parts > MAX_MESSAGES:
             raise ValueError(f"messages: {parts} parts; at most {MAX_MESSAGES} are read")
         for text in self._texts():
-            _check_utf8(self.source, text)
-        _check_utf8("cache_salt", self.cache_salt or "")
+            check_utf8(self.source, text)
+        check_utf8("cache_salt", self.cache_salt or "")
         characters = sum(map(len, self._texts()))
         if characters > MAX_PROMPT_CHARS:
             raise ValueError(

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from lola_vllm.library.choose import HEAD_TOKENS
-from lola_vllm.serving.protocol import MAX_PROMPT_CHARS
+from lola_vllm.serving.protocol import MAX_PROMPT_CHARS, check_utf8
 from lola_vllm.serving.sessions.protocol import (
     Seconds,
     SessionChatRequest,
@@ -109,10 +109,8 @@ class AddRequest(BaseModel):
     @model_validator(mode="after")
     def _readable(self) -> Self:
         check_title(self.document)
-        try:
-            self.text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("text: half of a surrogate pair, which is no character") from None
+        check_utf8("text", self.text)
+        check_utf8("cache_salt", self.cache_salt or "")
         return self
 
 
@@ -174,6 +172,12 @@ class FindRequest(BaseModel):
     question: str = Field(min_length=1, max_length=10_000)
     top: int = Field(default=3, ge=1, le=MAX_TOP)
     cache_salt: str | None = None
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        check_utf8("question", self.question)
+        check_utf8("cache_salt", self.cache_salt or "")
+        return self
 
 
 class _Asks(BaseModel):

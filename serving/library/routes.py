@@ -17,6 +17,7 @@ from vllm.entrypoints.openai.chat_completion.api_router import create_chat_compl
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from lola_vllm.library.choose import HEAD_TOKENS
@@ -42,6 +43,7 @@ from lola_vllm.serving.library.protocol import (
     Removed,
 )
 from lola_vllm.serving.prompt import text_tokens
+from lola_vllm.serving.protocol import check_utf8
 from lola_vllm.serving.sessions.generate import check_length, special_ids
 from lola_vllm.serving.sessions.management import REFUSALS, Salt, ask, check_listing, engine_of
 from lola_vllm.serving.sessions.owners import owned
@@ -59,7 +61,7 @@ router = APIRouter(prefix=PREFIX, tags=["lola"], route_class=LolaRoute)
 json_body = [Depends(validate_json_request)]
 
 
-@router.get("", response_model=LibraryList, responses=REFUSALS)
+@router.get("", response_model=LibraryList, responses={**REFUSALS, 403: {"model": ErrorResponse}})
 async def libraries(raw_request: Request, salt: Salt = None) -> dict[str, Any]:
     """The caller's libraries, by name; where sessions are listed."""
     check_listing(raw_request)
@@ -170,6 +172,11 @@ async def _read(
     name, salt = _name(library), body.cache_salt
     check_libraries(engine)
     validate_cache_salt(salt)
+    try:
+        check_utf8("question", question)
+        check_utf8("cache_salt", salt or "")
+    except ValueError as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
     sources = await asking.find(engine, name, question, body.top, salt)
     answer = getattr(body, "max_completion_tokens", None) or body.max_tokens or ANSWER_TOKENS
     room = most_tokens(engine) - min(answer, ANSWER_TOKENS) - 2 * HEAD_TOKENS - len(question) // 2
@@ -255,9 +262,11 @@ def _last_text(messages: list[Any]) -> str:
     Raises:
         HTTPException: no text.
     """
-    content = messages[-1].get("content") if messages else None
+    last = messages[-1] if messages else None
+    content = last.get("content") if isinstance(last, dict) else None
     if isinstance(content, list):
-        content = " ".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = " ".join(text for text in texts if isinstance(text, str))
     if not isinstance(content, str) or not content.strip():
         raise HTTPException(
             HTTPStatus.BAD_REQUEST,
