@@ -84,6 +84,11 @@ struct PageLayout {
     return n % update_interval == 0 && window_start(n) > window_start(n - update_interval);
   }
 
+  // Keys and rows of H that a decode step of a set reads, at most.
+  LOLA_HOST_DEVICE int64_t step_work() const {
+    return exact_size() + sparse_cache_size + 2 * feature_dim;
+  }
+
   // Whether a page keeps bounds on recall errors (docs/bounds.md).
   LOLA_HOST_DEVICE bool keeps_bounds() const {
     return update_interval == 1 && sparse_cache_size > 0 && recent_size == 0;

@@ -97,7 +97,7 @@ std::vector<Call> check_cpu_call(const LayerTensors& t, const Tensor& state_indi
 
 }  // namespace
 
-void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
+void decode(const Tensor& pages, const Tensor& layout, const Tensor&, const Tensor& feature_map_q,
             const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& importance,
             const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state_indices,
             const Tensor& seq_lens, const Tensor& out) {
@@ -114,7 +114,7 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
   if (rows > 0) decode_cpu(calls, rows, lengths);
 }
 
-void prefill(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
+void prefill(const Tensor& pages, const Tensor& layout, const Tensor&, const Tensor& feature_map_q,
              const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& importance,
              const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state_indices,
              const Tensor& query_start_loc, const Tensor& context_lens, const Tensor& out) {

@@ -7,9 +7,10 @@
 #include <cstdint>
 
 // The ops' arguments as torch is told them.
-#define LOLA_LAYER_SCHEMA                                                         \
-  "Tensor(a!) pages, Tensor layout, Tensor feature_map_q, Tensor feature_map_k, " \
-  "Tensor log_gate, Tensor importance, Tensor q, Tensor k, Tensor v, Tensor state_indices, "
+#define LOLA_LAYER_SCHEMA                                                                    \
+  "Tensor(a!) pages, Tensor layout, Tensor device_layout, Tensor feature_map_q, "            \
+  "Tensor feature_map_k, Tensor log_gate, Tensor importance, Tensor q, Tensor k, Tensor v, " \
+  "Tensor state_indices, "
 #define LOLA_DECODE_SCHEMA "decode(" LOLA_LAYER_SCHEMA "Tensor seq_lens, Tensor(b!) out) -> ()"
 #define LOLA_PREFILL_SCHEMA                                          \
   "prefill(" LOLA_LAYER_SCHEMA                                       \
@@ -24,6 +25,9 @@ namespace lola {
 //   layout          [groups, fields]    int64, host memory; a `PageLayout` (csrc/layout.h) for each
 //                                       group of KV heads that share a page: one, or one per KV
 //                                       head, with offsets from the first page's start
+//   device_layout   the same on the device of the pages, where the kernels of a GPU read it: a
+//   table
+//                   as an argument of kernels would bound the groups of a layer
 //   feature_map_q   [Hq, d, F]          float32, or float64 where keys and values are
 //   feature_map_k   [1 or 2, Hs, d, F]  the same; the second is for pages with more than
 //                                       `rotated_map_after` tokens
@@ -38,17 +42,19 @@ namespace lola {
 // query_start_loc[r] .. query_start_loc[r + 1], after context_lens[r] that are in its page already.
 // Throws, naming the argument, on a wrong shape, dtype or state index.
 void decode(const torch::stable::Tensor& pages, const torch::stable::Tensor& layout,
-            const torch::stable::Tensor& feature_map_q, const torch::stable::Tensor& feature_map_k,
-            const torch::stable::Tensor& log_gate, const torch::stable::Tensor& importance,
-            const torch::stable::Tensor& q, const torch::stable::Tensor& k,
-            const torch::stable::Tensor& v, const torch::stable::Tensor& state_indices,
-            const torch::stable::Tensor& seq_lens, const torch::stable::Tensor& out);
+            const torch::stable::Tensor& device_layout, const torch::stable::Tensor& feature_map_q,
+            const torch::stable::Tensor& feature_map_k, const torch::stable::Tensor& log_gate,
+            const torch::stable::Tensor& importance, const torch::stable::Tensor& q,
+            const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+            const torch::stable::Tensor& state_indices, const torch::stable::Tensor& seq_lens,
+            const torch::stable::Tensor& out);
 
 void prefill(const torch::stable::Tensor& pages, const torch::stable::Tensor& layout,
-             const torch::stable::Tensor& feature_map_q, const torch::stable::Tensor& feature_map_k,
-             const torch::stable::Tensor& log_gate, const torch::stable::Tensor& importance,
-             const torch::stable::Tensor& q, const torch::stable::Tensor& k,
-             const torch::stable::Tensor& v, const torch::stable::Tensor& state_indices,
+             const torch::stable::Tensor& device_layout, const torch::stable::Tensor& feature_map_q,
+             const torch::stable::Tensor& feature_map_k, const torch::stable::Tensor& log_gate,
+             const torch::stable::Tensor& importance, const torch::stable::Tensor& q,
+             const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+             const torch::stable::Tensor& state_indices,
              const torch::stable::Tensor& query_start_loc,
              const torch::stable::Tensor& context_lens, const torch::stable::Tensor& out);
 

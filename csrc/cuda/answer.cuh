@@ -35,7 +35,7 @@ struct Answer {
   }
 
   // The joint mixture, section 4 of docs/algorithm.md.
-  LOLA_DEVICE float value(const Params& p, int64_t head, bool folded) const {
+  LOLA_DEVICE float value(const Group& p, int64_t head, bool folded) const {
     const float exact = soft / total;
     if (!folded) return exact;
     const float lse = logf(total) + (p.layout.subtract_max != 0 ? 0.0f : largest * kLn2);
@@ -44,16 +44,8 @@ struct Answer {
   }
 };
 
-LOLA_DEVICE void answer(const Params& p, int64_t row, int64_t head, int at, float x) {
+LOLA_DEVICE void answer(const Group& p, int64_t row, int64_t head, int at, float x) {
   store_any(p.out.data, p.out_type, p.out.offset(row, head) + at, x);
-}
-
-// Partial answer of a head: largest, total, normal, unused, soft[d], linear[d].
-LOLA_DEVICE float* partial_row(const Params& p, int64_t row, int64_t head, int split) {
-  const int64_t set = head / p.heads_per_set(), h = head % p.heads_per_set();
-  return p.partial +
-         (((row * p.num_sparse_heads() + set) * p.splits + split) * p.heads_per_set() + h) *
-             p.partial_size();
 }
 
 }  // namespace cuda

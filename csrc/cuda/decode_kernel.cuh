@@ -27,27 +27,28 @@ constexpr int kDecodeBlocks = HEADS > 4 || (D == 0 && INT8) ? 2
 template <typename T>
 struct Pairs {
   int cached, sinks, in_ring, count;
-  int64_t first_row, ring, sink;
+  int first_row, ring, sink;
   const T *sparse_k, *sparse_v, *exact_k, *exact_v, *new_k, *new_v;
   const int8_t *numbers_k, *numbers_v;  // where cached pairs are int8, with these scales
-  const float *scale_k, *scale_v;
+  const float* scale_k;
+  int scale_v;  // from there on
 
-  LOLA_DEVICE Pairs(const Params& p, int64_t row, int64_t page, int set, int64_t position) {
+  LOLA_DEVICE Pairs(const Group& p, int64_t row, int64_t page, int set, int64_t position) {
     const int kv = set / p.sets_per_kv_head();
     const int64_t start = p.layout.window_start(position);
     cached = static_cast<int>(p.layout.num_sparse(position));
     sinks = static_cast<int>(position < p.layout.sink_size ? position : p.layout.sink_size);
     in_ring = static_cast<int>(position > start ? position - start : 0);
     count = cached + sinks + in_ring + 1;
-    ring = p.layout.ring_size();
-    sink = p.layout.sink_size;
-    first_row = start % ring;
+    ring = static_cast<int>(p.layout.ring_size());
+    sink = static_cast<int>(p.layout.sink_size);
+    first_row = static_cast<int>(start % ring);
     sparse_k = p.sparse_k<const T>(page, set);
     sparse_v = p.sparse_v<const T>(page, set);
     numbers_k = p.sparse_k<const int8_t>(page, set);
     numbers_v = p.sparse_v<const int8_t>(page, set);
     scale_k = p.sparse_k_scale(page, set);
-    scale_v = p.sparse_v_scale(page, set);
+    scale_v = static_cast<int>(p.sparse_v_scale(page, set) - scale_k);
     exact_k = p.exact_k<const T>(page, kv);
     exact_v = p.exact_v<const T>(page, kv);
     new_k = p.k.at<const T>(row, kv);
@@ -60,13 +61,13 @@ struct Pairs {
       *k = sparse_k + i * d;
       *v = sparse_v + i * d;
     } else if (i < count - 1) {
-      int64_t at = i - cached;
+      int at = i - cached;
       if (at >= sinks) {
         at = first_row + (at - sinks);
         at = sink + (at < ring ? at : at - ring);
       }
-      *k = exact_k + at * d;
-      *v = exact_v + at * d;
+      *k = exact_k + int64_t{at} * d;
+      *v = exact_v + int64_t{at} * d;
     } else {
       *k = new_k;
       *v = new_v;
@@ -82,7 +83,7 @@ struct HeadRange {
 // Softmax over the pairs of a split. Each warp leaves, per head, its largest logit (of base 2) and
 // sum in stats[warp][h][0 .. 2) and its weighted values in soft[warp][h][0 .. d).
 template <typename T, int D, int HEADS, bool INT8>
-LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
+LOLA_DEVICE void attend(const Group& p, int64_t row, int set, HeadRange heads,
                         const Pairs<T>& pairs, int begin, int end, float* soft, float* stats) {
   using R = Row<T, D>;
   constexpr int kGroups = kDecodeThreads / R::kLanes;
@@ -108,15 +109,14 @@ LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
 
   for (int base = begin; base < end; base += kGroups * kUnroll) {
     typename R::Raw k[kUnroll], v[kUnroll];
-    float z[kUnroll][HEADS], k_scale[kUnroll], v_scale[kUnroll];  // scales: only of int8 pairs
+    float z[kUnroll][HEADS], v_scale[kUnroll];  // scales: only of int8 pairs
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = base + u * kGroups + group;
       const bool ok = i < end;
       if constexpr (INT8) {
         const bool cached = ok && i < pairs.cached;
-        k_scale[u] = cached ? pairs.scale_k[i] : 1.0f;
-        v_scale[u] = cached ? pairs.scale_v[i] : 1.0f;
+        v_scale[u] = cached ? pairs.scale_k[pairs.scale_v + i] : 1.0f;
         if (cached) {
           k[u] = R::load_numbers(pairs.numbers_k + static_cast<int64_t>(i) * d, lane, d, true);
           v[u] = R::load_numbers(pairs.numbers_v + static_cast<int64_t>(i) * d, lane, d, true);
@@ -130,14 +130,17 @@ LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const bool ok = base + u * kGroups + group < end;
+      const int at = base + u * kGroups + group;
+      const bool ok = at < end;
+      float k_scale = 1;
+      if constexpr (INT8) k_scale = ok && at < pairs.cached ? pairs.scale_k[at] : 1.0f;
 #pragma unroll
       for (int h = 0; h < HEADS; ++h) {
         float dot = 0;
 #pragma unroll
         for (int i = 0; i < R::kElements; ++i) dot += q[h][i] * R::get(k[u], i);
         dot = reduce<Sum, 1, R::kLanes>(dot);
-        if constexpr (INT8) dot *= k_scale[u];
+        if constexpr (INT8) dot *= k_scale;
         z[u][h] = ok ? dot : kMinusInf;
       }
     }
@@ -185,7 +188,7 @@ LOLA_DEVICE void attend(const Params& p, int64_t row, int set, HeadRange heads,
 // phi^T H and phi^T s over the rows of H of a split, whose features stand in phi[f - begin][h].
 // Each warp leaves its sums in linear[warp][h][0 .. d) and stats[warp][h][2].
 template <int D, int HEADS>
-LOLA_DEVICE void read_out(const Params& p, int64_t page, int set, HeadRange heads, int begin,
+LOLA_DEVICE void read_out(const Group& p, int64_t page, int set, HeadRange heads, int begin,
                           int end, const float* phi, float* linear, float* stats) {
   using R = Row<float, D>;
   constexpr int kGroups = kDecodeThreads / R::kLanes;
@@ -241,31 +244,34 @@ LOLA_DEVICE void read_out(const Params& p, int64_t page, int set, HeadRange head
 }
 
 inline std::size_t decode_shared(const Params& p, int heads) {
-  const std::size_t features = (2 * p.feature_dim() + p.splits - 1) / p.splits;
-  return heads * (kDecodeWarps * (2 * p.head_dim() + 4) + features) * sizeof(float);
+  // All features: a small group is not divided where another is.
+  return heads * (kDecodeWarps * (2 * p.head_dim() + 4) + 2 * p.feature_dim()) * sizeof(float);
 }
 
-// Grid: (rows x sets, splits).
+// Grid: (rows x sets of the layer, splits).
 template <typename T, int D, int HEADS, bool INT8>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS, INT8>)
-    decode_kernel(const Params p) {
+    decode_kernel(const Params params) {
   LOLA_SHARED(memory);
-  const int thread = threadIdx.x, split = blockIdx.y, d = D > 0 ? D : p.head_dim();
-  const int set = static_cast<int>(blockIdx.x % p.num_sparse_heads()),
-            num_heads = p.heads_per_set();
-  const int64_t row = blockIdx.x / p.num_sparse_heads();
-  const int head0 = set * num_heads;
-  if (!p.live(row)) {
-    if (p.splits > 1) return;  // the merge answers
+  const int of_layer = static_cast<int>(blockIdx.x % params.layer_sets());
+  const int row = static_cast<int>(blockIdx.x / params.layer_sets());
+  const int thread = threadIdx.x, split = blockIdx.y;
+  const Group whole(params, of_layer / params.num_sparse_heads());
+  if (split >= whole.own_splits()) return;
+  const int set = of_layer % params.num_sparse_heads(), num_heads = params.heads_per_set();
+  const int d = D > 0 ? D : params.head_dim(), head0 = set * num_heads;
+  if (!params.live(row)) {
+    if (params.splits > 1) return;  // the merge answers
     for (int i = thread; i < num_heads * d; i += kDecodeThreads) {
-      answer(p, row, head0 + i / d, i % d, p.answer_of_padding(row));
+      answer(whole, row, head0 + i / d, i % d, params.answer_of_padding(row));
     }
     return;
   }
-  const int64_t page = p.state_indices[row], position = p.seq_lens[row] - 1;
-  const Pairs<T> pairs(p, row, page, set, position);
-  const bool folded = p.any_folded(position);
-  const int keys = (pairs.count + p.splits - 1) / p.splits, key0 = keys * split;
+  const int64_t position = params.seq_lens[row] - 1;
+  const Pairs<T> pairs(whole, row, params.state_indices[row], set, position);
+  const bool folded = whole.any_folded(position);
+  const int keys = (pairs.count + whole.own_splits() - 1) / whole.own_splits();
+  const int key0 = keys * split;
   const int key1 = key0 + keys < pairs.count ? key0 + keys : pairs.count;
 
   float* const soft = reinterpret_cast<float*>(memory);    // [warps, HEADS, d]
@@ -275,18 +281,19 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS, INT8>)
   for (int first = 0; first < num_heads; first += HEADS) {
     const int left = num_heads - first;
     const HeadRange heads = {first, left < HEADS ? left : HEADS};
-    attend<T, D, HEADS, INT8>(p, row, set, heads, pairs, key0, key1, soft, stats);
+    attend<T, D, HEADS, INT8>(whole, row, set, heads, pairs, key0, key1, soft, stats);
     // Not before the softmax, which needs the registers.
-    const int features = (2 * p.feature_dim() + p.splits - 1) / p.splits, f0 = features * split;
+    const Group p(params, anew(of_layer) / params.num_sparse_heads());
+    const int splits = p.own_splits();
+    const int features = (2 * p.feature_dim() + splits - 1) / splits, f0 = features * split;
     const int f1 = f0 + features < 2 * p.feature_dim() ? f0 + features : 2 * p.feature_dim();
     for (int i = thread; folded && i < (f1 - f0) * heads.count; i += kDecodeThreads) {
       const int h = i / (f1 - f0), f = i % (f1 - f0);
-      phi[f * HEADS + h] =
-          p.phi[(row * p.num_heads() + head0 + first + h) * 2 * p.feature_dim() + f0 + f];
+      phi[f * HEADS + h] = p.phi_of(row, head0 + first + h)[f0 + f];
     }
     __syncthreads();
     if (folded) {
-      read_out<D, HEADS>(p, page, set, heads, f0, f1, phi, linear, stats);
+      read_out<D, HEADS>(p, p.state_indices[row], set, heads, f0, f1, phi, linear, stats);
       __syncthreads();
     }
     for (int i = thread; i < heads.count * d; i += kDecodeThreads) {
@@ -297,11 +304,11 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS, INT8>)
         sum.add(stats + part * 4, soft[part * d + at], folded,
                 folded ? linear[part * d + at] : 0.0f);
       }
-      const int64_t head = head0 + first + h;
+      const int head = head0 + first + h;
       if (p.splits == 1) {
         answer(p, row, head, at, sum.value(p, head, folded));
       } else {
-        float* const out = partial_row(p, row, head, split);
+        float* const out = p.partial_of(row, head, split);
         out[4 + at] = sum.soft;
         if (folded) out[4 + d + at] = sum.linear;
         if (at == 0) sum.store_stats(out, folded);
@@ -310,21 +317,22 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, HEADS, INT8>)
     __syncthreads();  // before the next heads take the memory
   }
 
-  const int sets = p.sets_per_kv_head();
+  const int sets = params.sets_per_kv_head(), kv = set / sets;
   if (split == 0 && set % sets == 0) {
-    const int64_t at = p.layout.exact_row(position);
-    T* const k = p.exact_k<T>(page, set / sets, at);
-    T* const v = p.exact_v<T>(page, set / sets, at);
+    const Group p(params, anew(of_layer) / params.num_sparse_heads());
+    const int64_t page = p.state_indices[row], at = p.layout.exact_row(p.seq_lens[row] - 1);
+    T *const k = p.exact_k<T>(page, kv, at), *const v = p.exact_v<T>(page, kv, at);
+    const T *const new_k = p.k.at<const T>(row, kv), *const new_v = p.v.at<const T>(row, kv);
     for (int i = thread; i < d; i += kDecodeThreads) {
-      k[i] = pairs.new_k[i];
-      v[i] = pairs.new_v[i];
+      k[i] = new_k[i];
+      v[i] = new_v[i];
     }
   }
 }
 
 template <typename T, bool INT8>
 void launch_decode_as(const Params& p, bool vectors, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(p.num_rows * p.num_sparse_heads()),
+  const dim3 grid(static_cast<unsigned>(p.num_rows * p.layer_sets()),
                   static_cast<unsigned>(p.splits));
   const auto run = [&](auto kernel, int heads) {
     launch("decode", kernel, grid, kDecodeThreads, decode_shared(p, heads), stream, p);

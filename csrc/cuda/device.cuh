@@ -227,6 +227,15 @@ LOLA_DEVICE void feature_map(const float* y, int F, float* phi, int lane) {
   }
 }
 
+// The same number, which the compiler does not know to be the same: what follows from it is
+// computed anew where it is used, and takes no registers until then.
+LOLA_DEVICE int anew(int x) {
+#ifndef LOLA_EMULATE
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // --- launch ---
 
 #ifndef LOLA_EMULATE

@@ -3,7 +3,9 @@
 // A block runs on one OS thread; its CUDA threads are fibers that switch only at barriers and warp
 // exchanges. Warps and lanes take turns in random order and a warp runs as far as it can, so that a
 // missing barrier shows as a wrong result. Blocks run in random order. Shared memory starts as NaN
-// and ends in a guard that is checked. What this cannot show: hardware limits, races of blocks.
+// and ends in a guard that is checked. Launches are counted, and can be captured as in a CUDA
+// graph: then nothing runs until a replay, which shows what the host has read of the device's data.
+// What this cannot show: hardware limits, races of blocks.
 #pragma once
 
 #include <setjmp.h>
@@ -14,6 +16,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <utility>
@@ -74,6 +77,9 @@ inline uint64_t progress = 0;  // barrier arrivals and exits: a pass without any
 inline void (*run_body)(void*) = nullptr;
 inline void* body = nullptr;
 inline std::mt19937 random{20240601};
+inline int64_t launches = 0;  // so far
+inline bool capturing = false;
+inline std::vector<std::function<void()>> graph;  // what a replay does
 
 __attribute__((noinline)) inline void yield() {
   if (_setjmp(current->state) == 0) _longjmp(scheduler, 1);
@@ -183,6 +189,11 @@ inline int __shfl_xor_sync(unsigned, int x, int mask) {
   using namespace lola::emulate;
   return bits_of<int>(exchange(bits_of<uint32_t>(x), threadIdx.x % 32 ^ mask));
 }
+inline int __shfl_up_sync(unsigned, int x, unsigned by) {
+  using namespace lola::emulate;
+  const unsigned lane = threadIdx.x % 32;
+  return bits_of<int>(exchange(bits_of<uint32_t>(x), lane < by ? lane : lane - by));
+}
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   lola::emulate::Warp& warp = lola::emulate::warps[threadIdx.x / 32];
   const unsigned parity = lola::emulate::current->parity % 2;
@@ -191,6 +202,11 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   for (int i = 0; i < 32; ++i) votes |= warp.values[parity][i] << i;
   return votes;
 }
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
+inline int atomicAdd(int* p, int x) { return (*p += x) - x; }  // fibers switch at barriers alone
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __uint_as_float(unsigned x) { return lola::emulate::bits_of<float>(x); }
 inline unsigned __float_as_uint(float x) { return lola::emulate::bits_of<unsigned>(x); }
@@ -237,8 +253,8 @@ inline int num_processors() {
 }
 
 template <typename... Args>
-void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, std::size_t shared,
-            cudaStream_t, Args... args) {
+void run(const char* name, void (*kernel)(Args...), dim3 grid, int threads, std::size_t shared,
+         Args... args) {
   namespace em = lola::emulate;
   auto call = [&] { kernel(args...); };
   em::body = &call;
@@ -258,6 +274,17 @@ void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, s
       LOLA_CHECK(em::shared_memory[i] == static_cast<char>(0xff), name,
                  ": wrote beyond its shared memory");
     }
+  }
+}
+
+template <typename... Args>
+void launch(const char* name, void (*kernel)(Args...), dim3 grid, int threads, std::size_t shared,
+            cudaStream_t, Args... args) {
+  ++lola::emulate::launches;
+  if (lola::emulate::capturing) {
+    lola::emulate::graph.push_back([=] { run(name, kernel, grid, threads, shared, args...); });
+  } else {
+    run(name, kernel, grid, threads, shared, args...);
   }
 }
 

@@ -14,11 +14,13 @@ std::size_t shared_bytes(const Params& p) {
   return kRows * (p.head_dim() + parts * p.feature_dim()) * sizeof(float);
 }
 
-// Grid: heads x tiles of rows.
-__global__ void __launch_bounds__(kThreads) features_kernel(const Params p) {
+// Grid: heads of the layer x tiles of rows.
+__global__ void __launch_bounds__(kThreads) features_kernel(const Params params) {
   LOLA_SHARED(memory);
-  const int thread = threadIdx.x, head = static_cast<int>(blockIdx.x % p.num_heads());
-  const int64_t first = static_cast<int64_t>(blockIdx.x / p.num_heads()) * kRows;
+  const int thread = threadIdx.x, of_layer = static_cast<int>(blockIdx.x % params.layer_heads());
+  const Group p(params, of_layer / params.num_heads());
+  const int head = of_layer % p.num_heads();
+  const int64_t first = static_cast<int64_t>(blockIdx.x / p.layer_heads()) * kRows;
   bool active[kRows], any = false;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -43,8 +45,7 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const Params p) {
             part = thread / width;
   const int span = (p.head_dim() + parts - 1) / parts, begin = part * span;
   const int end = begin + span < p.head_dim() ? begin + span : p.head_dim();
-  const float* const W =
-      p.feature_map_q + static_cast<int64_t>(head) * p.head_dim() * p.feature_dim();
+  const float* const W = p.query_map(head);
   for (int f = thread % width; f < p.feature_dim(); f += width) {
     float sum[kRows] = {};
 #pragma unroll 8
@@ -68,14 +69,13 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const Params p) {
     mine[f] = sum;
   }
   __syncwarp();
-  feature_map(mine, p.feature_dim(), p.phi + (row * p.num_heads() + head) * 2 * p.feature_dim(),
-              lane);
+  feature_map(mine, p.feature_dim(), p.phi_of(row, head), lane);
 }
 
 }  // namespace
 
 void launch_features(const Params& p, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((p.num_rows + kRows - 1) / kRows * p.num_heads());
+  const auto blocks = static_cast<unsigned>((p.num_rows + kRows - 1) / kRows * p.layer_heads());
   launch("decode: feature maps", features_kernel, dim3(blocks), kThreads, shared_bytes(p), stream,
          p);
 }

@@ -14,14 +14,21 @@ void launch_features(const Params& p, cudaStream_t stream);
 template <typename T>
 void launch_decode(const Params& p, bool vectors, cudaStream_t stream);
 
-// Joins the partial answers.
+// Candidates whose scores a block computes at once.
+constexpr int kScoreBatch = 32;
+
+// Joins the partial answers, where `launch_score` does not.
 void launch_merge(const Params& p, cudaStream_t stream);
+
+// Before an update: the scores of its candidates. Joins the partial answers where `splits` > 1.
+template <typename T>
+void launch_score(const Params& p, cudaStream_t stream);
 
 // The update of every row whose token count is due for one. T as above.
 template <typename T>
 void launch_update(const Params& p, cudaStream_t stream);
 
-// The same where `incremental`.
+// Scores and update of the groups that `updates_per_token`, to which the two before do nothing.
 template <typename T>
 void launch_update_per_token(const Params& p, cudaStream_t stream);
 

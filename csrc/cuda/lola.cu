@@ -12,7 +12,17 @@
 
 #include "checks.h"
 #include "cuda/launch.cuh"
+#include "cuda/update_scratch.cuh"
 #include "ops.h"
+
+#ifdef LOLA_EMULATE
+namespace lola {
+namespace emulate {
+// Scratch of captured launches, which torch keeps in a graph's own pool.
+static std::vector<torch::stable::Tensor> held;
+}  // namespace emulate
+}  // namespace lola
+#endif
 
 namespace lola {
 namespace cuda {
@@ -36,7 +46,8 @@ cudaStream_t current_stream(int device) {
 constexpr int64_t kBlocksPerProcessor = 2;  // fewer leave processors idle: split the state
 constexpr int64_t kSplitRows = 64;          // keys and rows of H that are worth a block
 constexpr int64_t kMaxSplits = 32;
-constexpr int64_t kSharedList = 8192;  // longer lists of an update lie in memory
+constexpr int64_t kMaxScoreBlocks = 4096;  // most leave at once, which is not free
+constexpr int64_t kSharedList = 8192;      // longer lists of an update per token lie in memory
 
 TokenView tokens(const Tensor& t, const char* name) {
   LOLA_CHECK(t.size(2) <= 1 || t.stride(2) == 1, name,
@@ -59,57 +70,71 @@ bool aligned(const void* data, std::initializer_list<int64_t> strides) {
   return ok;
 }
 
-// Blocks that one row and set is divided among: as many as fill the device.
-int num_splits(const Params& p) {
-  const int64_t blocks = p.num_rows * p.num_sparse_heads(),
-                wanted = kBlocksPerProcessor * num_processors();
-  if (blocks >= wanted) return 1;
-  const int64_t work = p.layout.sink_size + p.layout.window_size + p.layout.update_interval +
-                       p.sparse_cache_size() + 2 * p.feature_dim();
-  const int64_t most = std::clamp<int64_t>(work / kSplitRows, 1, kMaxSplits);
-  return static_cast<int>(std::min((wanted + blocks - 1) / blocks, most));
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Divides rows and sets among blocks: as many as fill the device, each with as many keys and rows
+// of H as the others.
+void plan_splits(Params& p, const Layouts& layouts) {
+  int64_t total = 0, longest = 0;
+  for (int64_t i = 0; i < layouts.count; ++i) {
+    const int64_t work = layouts.first[i].step_work();
+    total += work * p.num_rows * p.num_sparse_heads();
+    longest = std::max(longest, work);
+  }
+  const int64_t wanted = kBlocksPerProcessor * num_processors();
+  const int64_t share = p.num_rows * p.layer_sets() < wanted ? ceil_div(total, wanted) : longest;
+  const int64_t each = std::max({share, ceil_div(longest, kMaxSplits), kSplitRows});
+  p.split_work = static_cast<int>(each);
+  p.splits = static_cast<int>(ceil_div(longest, each));
+}
+
+// Divides the scores of a row and set among blocks: as many as fill the device when one row in an
+// interval is due.
+void plan_scores(Params& p, int64_t candidates) {
+  const int64_t blocks = p.num_rows * p.layer_sets();
+  const int64_t due = std::max<int64_t>(blocks / p.layout.update_interval, p.layer_sets());
+  const int64_t most = std::min(ceil_div(candidates, kScoreBatch), kMaxScoreBlocks / blocks);
+  const int64_t wanted = ceil_div(kBlocksPerProcessor * num_processors(), due);
+  p.score_parts = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1)));
 }
 
 template <typename T>
-void run(const Params& p, bool vectors, cudaStream_t stream) {
+void run(const Params& p, bool vectors, bool per_token, bool per_interval, cudaStream_t stream) {
   launch_features(p, stream);
   launch_decode<T>(p, vectors, stream);
-  if (p.splits > 1) launch_merge(p, stream);
-  if (p.layout.keeps_bounds()) {
-    launch_update_per_token<T>(p, stream);
-  } else {
+  if (per_interval) {
+    launch_score<T>(p, stream);
     launch_update<T>(p, stream);
+  } else if (p.splits > 1) {
+    launch_merge(p, stream);
   }
+  if (per_token) launch_update_per_token<T>(p, stream);
 }
 
-// The part of a call for group `i` of its layer: its heads of tokens and weights.
-Params part_of(Params p, const PageLayout& layout, int64_t i) {
-  const auto skip = [&](TokenView& view, DType type, int64_t heads) {
-    view.data += i * heads * view.head_stride * size_of(type);
-  };
-  skip(p.q, p.q_type, layout.num_heads);
-  skip(p.k, layout.kv_dtype, layout.num_kv_heads);
-  skip(p.v, layout.kv_dtype, layout.num_kv_heads);
-  skip(p.out, p.out_type, layout.num_heads);
-  const int64_t map = layout.head_dim * layout.feature_dim;
-  p.layout = layout;
-  p.feature_map_q += i * layout.num_heads * map;
-  p.feature_map_k += i * layout.num_state_heads * map;
-  p.log_gate += i * layout.num_heads;
-  if (layout.has_score_weights) {
-    p.importance_weights += i * layout.num_kv_heads * layout.importance_size();
-  }
-  return p;
-}
-
-// The answers and updates of one group. `q` says where scratch is allocated.
-void decode_group(Params p, const Tensor& q) {
+// The answers and updates of a layer. `q` says where scratch is allocated.
+void decode_layer(Params p, const Layouts& layouts, const Tensor& q) {
   const PageLayout& x = p.layout;
+  int64_t pairs = 0, candidates = 0;
+  bool per_token = false, per_interval = false;
+  p.list_stride = p.shared_list = 0;
+  for (int64_t i = 0; i < layouts.count; ++i) {
+    const PageLayout& group = layouts.first[i];
+    pairs = std::max(pairs, group.exact_size() + group.sparse_cache_size);
+    if (updates_per_token(group)) {
+      const int64_t list = 2 * group.sparse_cache_size;
+      (list <= kSharedList ? p.shared_list : p.list_stride) =
+          std::max(list <= kSharedList ? p.shared_list : p.list_stride, list);
+      per_token = true;
+    } else {
+      candidates = std::max(candidates, group.sparse_cache_size + group.update_interval);
+      p.list_stride = std::max(p.list_stride, UpdateScratch::size(group));
+      per_interval = true;
+    }
+  }
   // Blocks, keys and scratch per block are counted in 32 bits; page offsets are not.
   constexpr int64_t kMost = int64_t{1} << 30;
-  const int64_t pairs = x.sink_size + x.ring_size() + x.sparse_cache_size;
-  LOLA_CHECK(pairs < kMost && x.num_heads * p.num_rows < kMost && 2 * x.feature_dim < kMost,
-             "q: ", p.num_rows, " rows of ", x.num_heads, " heads over ", pairs,
+  LOLA_CHECK(pairs < kMost && p.layer_heads() * p.num_rows < kMost && 2 * x.feature_dim < kMost,
+             "q: ", p.num_rows, " rows of ", p.layer_heads(), " heads over ", pairs,
              " pairs are too many for one launch");
 
   // Parts of a page start at multiples of 64 bytes.
@@ -122,32 +147,44 @@ void decode_group(Params p, const Tensor& q) {
       pages_aligned && x.head_dim * pair_bytes % 16 == 0 && view_aligned(p.k) && view_aligned(p.v);
   p.direction_words = pages_aligned && x.head_dim % 16 == 0;
 
-  p.splits = num_splits(p);
-  const Tensor phi = torch::stable::new_empty(q, {p.num_rows, p.num_heads(), 2 * p.feature_dim()},
+  plan_splits(p, layouts);
+  plan_scores(p, candidates);
+  const int64_t sets = p.layer_sets();
+  const Tensor phi = torch::stable::new_empty(q, {p.num_rows, p.layer_heads(), 2 * p.feature_dim()},
                                               ScalarType::Float);
   const Tensor partial = torch::stable::new_empty(
-      q, {p.splits > 1 ? p.num_rows * p.num_heads() : 0, p.splits, p.partial_size()},
+      q, {p.splits > 1 ? p.num_rows * p.layer_heads() : 0, p.splits, p.partial_size()},
       ScalarType::Float);
+  const Tensor lists =
+      torch::stable::new_empty(q, {p.num_rows, sets, p.list_stride}, ScalarType::Int);
   p.phi = static_cast<float*>(phi.data_ptr());
   p.partial = static_cast<float*>(partial.data_ptr());
-  const int64_t list = p.list_size() <= kSharedList ? 0 : p.list_size();
-  const Tensor lists =
-      torch::stable::new_empty(q, {p.num_rows, p.num_sparse_heads(), list}, ScalarType::Int);
-  p.lists = list == 0 ? nullptr : static_cast<int*>(lists.data_ptr());
+  p.lists = static_cast<int*>(lists.data_ptr());
+#ifdef LOLA_EMULATE
+  if (emulate::capturing) emulate::held.insert(emulate::held.end(), {phi, partial, lists});
+#endif
   const cudaStream_t stream = current_stream(q.get_device_index());
   if (x.kv_dtype == DType::bf16) {
-    run<Bf16>(p, vectors, stream);
+    run<Bf16>(p, vectors, per_token, per_interval, stream);
   } else if (x.kv_dtype == DType::f16) {
-    run<F16>(p, vectors, stream);
+    run<F16>(p, vectors, per_token, per_interval, stream);
   } else {
-    run<float>(p, vectors, stream);
+    run<float>(p, vectors, per_token, per_interval, stream);
   }
 }
 
-void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map_q,
-            const Tensor& feature_map_k, const Tensor& log_gate, const Tensor& importance,
-            const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state_indices,
-            const Tensor& seq_lens, const Tensor& out) {
+// The layout table where kernels read it.
+const PageLayout* device_table(const Tensor& t, int64_t count) {
+  check_shape(t, "device_layout", "[groups, fields of PageLayout]", {count, kTableFields}, kDevice);
+  LOLA_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous(),
+             "device_layout: must be int64 and contiguous");
+  return static_cast<const PageLayout*>(t.data_ptr());
+}
+
+void decode(const Tensor& pages, const Tensor& layout, const Tensor& device_layout,
+            const Tensor& feature_map_q, const Tensor& feature_map_k, const Tensor& log_gate,
+            const Tensor& importance, const Tensor& q, const Tensor& k, const Tensor& v,
+            const Tensor& state_indices, const Tensor& seq_lens, const Tensor& out) {
   const Layouts layouts = check_call(
       {pages, layout, feature_map_q, feature_map_k, log_gate, importance, q, k, v, out}, kDevice);
   const PageLayout& x = *layouts.first;
@@ -155,6 +192,9 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
   LOLA_CHECK(x.kv_dtype != DType::f64 && x.state_dtype == DType::f32,
              "layout: keys and values must be float32, bfloat16 or float16, and H and s float32");
   Params p;
+  p.layout = x;
+  p.table = device_table(device_layout, layouts.count);
+  p.num_groups = static_cast<int>(layouts.count);
   p.q = tokens(q, "q");
   p.k = tokens(k, "k");
   p.v = tokens(v, "v");
@@ -165,7 +205,6 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
   check_float(v, "v", {x.kv_dtype});
   p.feature_map_q = static_cast<const float*>(feature_map_q.data_ptr());
   p.feature_map_k = static_cast<const float*>(feature_map_k.data_ptr());
-  p.layer_state_heads = layouts.count * x.num_state_heads;
   p.log_gate = static_cast<const float*>(log_gate.data_ptr());
   p.importance_weights = static_cast<const float*>(importance.data_ptr());
   p.pages = static_cast<char*>(pages.data_ptr());
@@ -178,9 +217,7 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
 #ifndef LOLA_EMULATE
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
 #endif
-  for (int64_t i = 0; i < layouts.count; ++i) {
-    decode_group(part_of(p, layouts.first[i], i), q);
-  }
+  decode_layer(p, layouts, q);
 }
 
 }  // namespace
@@ -188,10 +225,42 @@ void decode(const Tensor& pages, const Tensor& layout, const Tensor& feature_map
 }  // namespace lola
 
 #ifdef LOLA_EMULATE
+namespace lola {
+namespace emulate {
+namespace {
+
+int64_t launches_so_far() { return launches; }
+
+// Launches are captured from now on, or no more; what was captured before is forgotten.
+void capture(bool on) {
+  capturing = on;
+  if (!on) return;
+  graph.clear();
+  held.clear();
+}
+
+void replay() {
+  for (const auto& run : graph) run();
+}
+
+}  // namespace
+}  // namespace emulate
+}  // namespace lola
+
 // lola::decode under a name of its own.
-STABLE_TORCH_LIBRARY(lola_emulated, m) { m.def(LOLA_DECODE_SCHEMA); }
+STABLE_TORCH_LIBRARY(lola_emulated, m) {
+  m.def(LOLA_DECODE_SCHEMA);
+  m.def("launches() -> int");
+  m.def("capture(bool on) -> ()");
+  m.def("replay() -> ()");
+}
 STABLE_TORCH_LIBRARY_IMPL(lola_emulated, CPU, m) {
   m.impl("decode", TORCH_BOX(&lola::cuda::decode));
+}
+STABLE_TORCH_LIBRARY_IMPL(lola_emulated, CompositeExplicitAutograd, m) {
+  m.impl("launches", TORCH_BOX(&lola::emulate::launches_so_far));
+  m.impl("capture", TORCH_BOX(&lola::emulate::capture));
+  m.impl("replay", TORCH_BOX(&lola::emulate::replay));
 }
 #else
 STABLE_TORCH_LIBRARY_IMPL(lola, CUDA, m) { m.impl("decode", TORCH_BOX(&lola::cuda::decode)); }

@@ -1,6 +1,6 @@
-// The argument of the kernels: a head group's weights and state pages, and the rows of a call.
-// Addresses within a page are formed here alone. The layout is that of csrc/layout.h and
-// lola_vllm/state.py; csrc/ops.h states the contract.
+// The argument of the kernels, a layer and the rows of a call, and what a block takes of it: one
+// head group. Addresses within a page are formed here alone. The layout is that of csrc/layout.h
+// and lola_vllm/state.py; csrc/ops.h states the contract.
 #pragma once
 
 #include "bounds.h"
@@ -36,27 +36,38 @@ struct Indices {
   }
 };
 
-// The argument of every kernel, passed by value: a captured graph holds all of it.
+// Whether update_per_token.cu does the updates of a group: its pages keep bounds, or it has no
+// cache.
+__host__ __device__ constexpr bool updates_per_token(const PageLayout& x) {
+  return x.update_interval == 1 && x.recent_size == 0;
+}
+
+// The argument of every kernel, passed by value: a captured graph holds all of it but the table,
+// which lies in device memory because a layer may have any number of groups.
 struct Params {
-  PageLayout layout;
+  PageLayout layout;        // of the first group; what groups differ in is read of the table
+  const PageLayout* table;  // [num_groups], in device memory
+  int num_groups;
   TokenView q, k, v, out;
   DType q_type, out_type;      // k and v are of the pages' type
-  const float* feature_map_q;  // [num_heads, head_dim, feature_dim], contiguous
-  const float* feature_map_k;  // [1 or 2, layer_state_heads, head_dim, feature_dim], contiguous, at
-                               // the first map of these heads
-  int64_t layer_state_heads;   // state heads of the layer
-  const float* log_gate;       // [num_heads]
-  const float*
-      importance_weights;  // [num_kv_heads, importance_size()], only where pairs are weighted
+  const float* feature_map_q;  // [layer_heads, head_dim, feature_dim], contiguous
+  const float* feature_map_k;  // [1 or 2, layer_state_heads, head_dim, feature_dim], contiguous
+  const float* log_gate;       // [layer_heads]
+  const float* importance_weights;  // [KV heads of the layer, importance_size()], only where pairs
+                                    // are weighted
   char* pages;
   int64_t page_stride;              // in bytes
   Indices state_indices, seq_lens;  // [num_rows]
-  float* phi;                       // [num_rows, num_heads, 2 feature_dim], scratch
-  float* partial;  // [num_rows, num_heads, splits, partial_size()] by sets, scratch
-  int* lists;  // [num_rows, num_sparse_heads, list_size()], scratch of updates that shared memory
-               // is too small for
+  float* phi;                       // [num_rows, layer_heads, 2 feature_dim], scratch
+  float* partial;  // [num_rows, layer_sets, splits, heads_per_set, partial_size()], scratch
+  int* lists;      // [num_rows, layer_sets, list_stride], scratch of updates
+  int64_t list_stride;
+  int64_t
+      shared_list;  // entries of the longest list of an update per token that shared memory holds
   int64_t num_pages, num_rows;
-  int splits;
+  int splits;            // blocks that a row and set is divided among, at most
+  int split_work;        // keys and rows of H for each of them
+  int score_parts;       // blocks that share the scores of a row and set
   bool direction_words;  // rows of directions start at multiples of 16 bytes
 
   // Counts, which `decode` in lola.cu checks to fit 32 bits.
@@ -66,9 +77,12 @@ struct Params {
   }
   __host__ __device__ int head_dim() const { return static_cast<int>(layout.head_dim); }
   __host__ __device__ int feature_dim() const { return static_cast<int>(layout.feature_dim); }
-  __host__ __device__ int sparse_cache_size() const {
-    return static_cast<int>(layout.sparse_cache_size);
+  // Query heads, state heads and sparse sets of the layer.
+  __host__ __device__ int layer_heads() const { return num_groups * num_heads(); }
+  __host__ __device__ int layer_state_heads() const {
+    return num_groups * static_cast<int>(layout.num_state_heads);
   }
+  __host__ __device__ int layer_sets() const { return num_groups * num_sparse_heads(); }
   // Query heads and state heads of a sparse set, sparse sets of a KV head, query heads of a state
   // head.
   __host__ __device__ int heads_per_set() const { return num_heads() / num_sparse_heads(); }
@@ -81,82 +95,8 @@ struct Params {
   __host__ __device__ int heads_per_state() const {
     return num_heads() / static_cast<int>(layout.num_state_heads);
   }
-  // Whether a page keeps a weight of each sparse pair's score.
-  __host__ __device__ bool weighted() const {
-    return layout.has_score_weights != 0 && layout.sparse_cache_size > 0;
-  }
   __host__ __device__ int partial_size() const { return 4 + 2 * head_dim(); }
-  // Score, position and mark of each candidate of an update; those to fold and those that arrive;
-  // the importance of those that are evicted.
-  __host__ __device__ int64_t list_size() const {
-    return 3 * (layout.sparse_cache_size + layout.update_interval) +
-           (weighted() ? 3 : 2) * layout.update_interval;
-  }
 
-  // --- addresses: where a head's or a set's part of a page starts, and a row of it ---
-
-  // float32 [head_dim, feature_dim]: the map of the keys that a hidden state takes with the n-th
-  // token of its page.
-  LOLA_DEVICE const float* key_map(int state, int64_t n) const {
-    const int64_t head = state + (n > layout.rotated_map_after ? layer_state_heads : 0);
-    return feature_map_k + head * head_dim() * feature_dim();
-  }
-  // float32 [2 feature_dim, head_dim].
-  LOLA_DEVICE float* H(int64_t page, int state, int row = 0) const {
-    return part<float>(page, layout.H) +
-           (static_cast<int64_t>(state) * (2 * feature_dim()) + row) * head_dim();
-  }
-  // float32 [2 feature_dim].
-  LOLA_DEVICE float* s(int64_t page, int state) const {
-    return part<float>(page, layout.s) + static_cast<int64_t>(state) * (2 * feature_dim());
-  }
-  // int32 [sparse_cache_size].
-  LOLA_DEVICE int32_t* positions(int64_t page, int set) const {
-    return part<int32_t>(page, layout.positions) + first_entry(set);
-  }
-  // float32 [sparse_cache_size], only where pairs are weighted.
-  LOLA_DEVICE float* score_weights(int64_t page, int set) const {
-    return part<float>(page, layout.score_weights) + first_entry(set);
-  }
-  // float32 [sparse_cache_size], only where the layout has int8_pairs(): what multiplies the
-  // numbers of each key, and of each value.
-  LOLA_DEVICE float* sparse_k_scale(int64_t page, int set) const {
-    return part<float>(page, layout.sparse_k_scale) + first_entry(set);
-  }
-  LOLA_DEVICE float* sparse_v_scale(int64_t page, int set) const {
-    return part<float>(page, layout.sparse_v_scale) + first_entry(set);
-  }
-  // [sparse_cache_size, head_dim]; T is int8_t where the layout has int8_pairs().
-  template <typename T>
-  LOLA_DEVICE T* sparse_k(int64_t page, int set, int64_t entry = 0) const {
-    return part<T>(page, layout.sparse_k) + (first_entry(set) + entry) * head_dim();
-  }
-  template <typename T>
-  LOLA_DEVICE T* sparse_v(int64_t page, int set, int64_t entry = 0) const {
-    return part<T>(page, layout.sparse_v) + (first_entry(set) + entry) * head_dim();
-  }
-  // [sink_size + ring, head_dim].
-  template <typename T>
-  LOLA_DEVICE T* exact_k(int64_t page, int kv_head, int64_t row = 0) const {
-    return part<T>(page, layout.exact_k) + (first_exact(kv_head) + row) * head_dim();
-  }
-  template <typename T>
-  LOLA_DEVICE T* exact_v(int64_t page, int kv_head, int64_t row = 0) const {
-    return part<T>(page, layout.exact_v) + (first_exact(kv_head) + row) * head_dim();
-  }
-  // float32 [kBounds, sparse_cache_size], only where the layout keeps_bounds().
-  LOLA_DEVICE float* bounds(int64_t page, int state) const {
-    return part<float>(page, layout.bounds) + kBounds * first_entry(state);
-  }
-  // int8 [sparse_cache_size, head_dim], only where the layout keeps_bounds().
-  LOLA_DEVICE int8_t* directions(int64_t page, int state, int64_t entry) const {
-    return part<int8_t>(page, layout.directions) + (first_entry(state) + entry) * head_dim();
-  }
-
-  // --- what a token count says ---
-
-  // Whether something was folded into H and s before there were more than n tokens.
-  LOLA_DEVICE bool any_folded(int64_t n) const { return layout.num_folded(n) > 0; }
   // Whether a row has a page. A state index beyond the pool cannot be refused without waiting for
   // the device: its page is not touched and its answer is NaN.
   LOLA_DEVICE bool live(int64_t row) const {
@@ -166,11 +106,127 @@ struct Params {
   LOLA_DEVICE float answer_of_padding(int64_t row) const {
     return state_indices[row] < num_pages ? 0.0f : __uint_as_float(0x7fc00000u);
   }
+};
+
+// One head group of a layer. All heads are counted from the group's first.
+struct Group : Params {
+  const PageLayout* own;  // its row of the table
+  int first_head, first_state, first_set;
+
+  LOLA_DEVICE Group(const Params& all, int index) : Params(all), own(all.table + index) {
+    layout.sparse_cache_size = number(&PageLayout::sparse_cache_size);
+    layout.recent_size = number(&PageLayout::recent_size);
+    first_head = index * num_heads();
+    first_state = index * static_cast<int>(layout.num_state_heads);
+    first_set = index * num_sparse_heads();
+    const int first_kv_head = index * static_cast<int>(layout.num_kv_heads);
+    skip(q, q_type, first_head);
+    skip(k, layout.kv_dtype, first_kv_head);
+    skip(v, layout.kv_dtype, first_kv_head);
+    skip(out, out_type, first_head);
+    log_gate += first_head;
+    if (layout.has_score_weights != 0) {
+      importance_weights += first_kv_head * layout.importance_size();
+    }
+  }
+
+  LOLA_DEVICE int sparse_cache_size() const { return static_cast<int>(layout.sparse_cache_size); }
+  // Whether a page keeps a weight of each sparse pair's score.
+  LOLA_DEVICE bool weighted() const {
+    return layout.has_score_weights != 0 && layout.sparse_cache_size > 0;
+  }
+  // Blocks that a row and set of this group is divided among.
+  LOLA_DEVICE int own_splits() const {
+    const int wanted = static_cast<int>((layout.step_work() + split_work - 1) / split_work);
+    return wanted < splits ? wanted : splits;
+  }
+
+  // --- scratch ---
+
+  LOLA_DEVICE float* phi_of(int64_t row, int head) const {
+    return phi + (row * layer_heads() + first_head + head) * 2 * feature_dim();
+  }
+  // Partial answer of a head: largest, total, normal, unused, soft[d], linear[d].
+  LOLA_DEVICE float* partial_of(int64_t row, int head, int split) const {
+    const int64_t set = first_set + head / heads_per_set(), h = head % heads_per_set();
+    return partial +
+           (((row * layer_sets() + set) * splits + split) * heads_per_set() + h) * partial_size();
+  }
+
+  // --- addresses: where a head's or a set's part of a page starts, and a row of it ---
+
+  // float32 [head_dim, feature_dim].
+  LOLA_DEVICE const float* query_map(int head) const {
+    return feature_map_q + static_cast<int64_t>(first_head + head) * head_dim() * feature_dim();
+  }
+  // float32 [head_dim, feature_dim]: the map of the keys that a hidden state takes with the n-th
+  // token of its page.
+  LOLA_DEVICE const float* key_map(int state, int64_t n) const {
+    const int64_t head =
+        first_state + state + (n > layout.rotated_map_after ? layer_state_heads() : 0);
+    return feature_map_k + head * head_dim() * feature_dim();
+  }
+  // float32 [2 feature_dim, head_dim].
+  LOLA_DEVICE float* H(int64_t page, int state, int row = 0) const {
+    return part<float>(page, &PageLayout::H) +
+           (static_cast<int64_t>(state) * (2 * feature_dim()) + row) * head_dim();
+  }
+  // float32 [2 feature_dim].
+  LOLA_DEVICE float* s(int64_t page, int state) const {
+    return part<float>(page, &PageLayout::s) + static_cast<int64_t>(state) * (2 * feature_dim());
+  }
+  // int32 [sparse_cache_size].
+  LOLA_DEVICE int32_t* positions(int64_t page, int set) const {
+    return part<int32_t>(page, &PageLayout::positions) + first_entry(set);
+  }
+  // float32 [sparse_cache_size], only where pairs are weighted.
+  LOLA_DEVICE float* score_weights(int64_t page, int set) const {
+    return part<float>(page, &PageLayout::score_weights) + first_entry(set);
+  }
+  // float32 [sparse_cache_size], only where the layout has int8_pairs(): what multiplies the
+  // numbers of each key, and of each value.
+  LOLA_DEVICE float* sparse_k_scale(int64_t page, int set) const {
+    return part<float>(page, &PageLayout::sparse_k_scale) + first_entry(set);
+  }
+  LOLA_DEVICE float* sparse_v_scale(int64_t page, int set) const {
+    return part<float>(page, &PageLayout::sparse_v_scale) + first_entry(set);
+  }
+  // [sparse_cache_size, head_dim]; T is int8_t where the layout has int8_pairs().
+  template <typename T>
+  LOLA_DEVICE T* sparse_k(int64_t page, int set, int64_t entry = 0) const {
+    return part<T>(page, &PageLayout::sparse_k) + (first_entry(set) + entry) * head_dim();
+  }
+  template <typename T>
+  LOLA_DEVICE T* sparse_v(int64_t page, int set, int64_t entry = 0) const {
+    return part<T>(page, &PageLayout::sparse_v) + (first_entry(set) + entry) * head_dim();
+  }
+  // [sink_size + ring, head_dim].
+  template <typename T>
+  LOLA_DEVICE T* exact_k(int64_t page, int kv_head, int64_t row = 0) const {
+    return part<T>(page, &PageLayout::exact_k) + (first_exact(kv_head) + row) * head_dim();
+  }
+  template <typename T>
+  LOLA_DEVICE T* exact_v(int64_t page, int kv_head, int64_t row = 0) const {
+    return part<T>(page, &PageLayout::exact_v) + (first_exact(kv_head) + row) * head_dim();
+  }
+  // float32 [kBounds, sparse_cache_size], only where the layout keeps_bounds().
+  LOLA_DEVICE float* bounds(int64_t page, int state) const {
+    return part<float>(page, &PageLayout::bounds) + kBounds * first_entry(state);
+  }
+  // int8 [sparse_cache_size, head_dim], only where the layout keeps_bounds().
+  LOLA_DEVICE int8_t* directions(int64_t page, int state, int64_t entry) const {
+    return part<int8_t>(page, &PageLayout::directions) + (first_entry(state) + entry) * head_dim();
+  }
+
+  // --- what a token count says ---
+
+  // Whether something was folded into H and s before there were more than n tokens.
+  LOLA_DEVICE bool any_folded(int64_t n) const { return layout.num_folded(n) > 0; }
 
  private:
   template <typename T>
-  LOLA_DEVICE T* part(int64_t page, int64_t offset) const {
-    return reinterpret_cast<T*>(pages + page * page_stride + offset);
+  LOLA_DEVICE T* part(int64_t page, int64_t PageLayout::* offset) const {
+    return reinterpret_cast<T*>(pages + page * page_stride + number(offset));
   }
   // Entries of the sets, or of the state heads, before this one.
   LOLA_DEVICE int64_t first_entry(int head) const {
@@ -178,6 +234,12 @@ struct Params {
   }
   LOLA_DEVICE int64_t first_exact(int kv_head) const {
     return kv_head * (layout.sink_size + layout.ring_size());
+  }
+  // A field of this group. A plain load, which stays where it is used: 12 offsets would take 24
+  // registers, and loads that the compiler may move made kernels spill.
+  LOLA_DEVICE int64_t number(int64_t PageLayout::* field) const { return own->*field; }
+  LOLA_DEVICE static void skip(TokenView& view, DType type, int heads) {
+    view.data += heads * view.head_stride * size_of(type);
   }
 };
 

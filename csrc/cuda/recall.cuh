@@ -53,18 +53,18 @@ LOLA_DEVICE float int8_scale(const T* x, int d, int lane) {
 // Candidates of an update: cached pairs by entry, then evicted ones by position.
 template <typename T, bool INT8>
 struct Candidates {
-  const Params& p;
-  int64_t page, n, start;
-  int set, kv, cached, count;
+  const Group& p;
+  int64_t page, n;
+  int start, set, kv, cached, count;  // start: position of the first evicted pair
 
-  LOLA_DEVICE Candidates(const Params& params, int64_t page_, int set_, int64_t n_)
-      : p(params), page(page_), n(n_), set(set_), kv(set_ / params.sets_per_kv_head()) {
-    start = p.layout.window_start(n - p.layout.update_interval);
+  LOLA_DEVICE Candidates(const Group& group, int64_t page_, int set_, int64_t n_)
+      : p(group), page(page_), n(n_), set(set_), kv(set_ / group.sets_per_kv_head()) {
+    start = static_cast<int>(p.layout.window_start(n - p.layout.update_interval));
     cached = static_cast<int>(p.layout.num_sparse(n - p.layout.update_interval));
     count = cached + static_cast<int>(p.layout.window_start(n) - start);
   }
   LOLA_DEVICE int position(int i) const {
-    return i < cached ? p.positions(page, set)[i] : static_cast<int>(start) + i - cached;
+    return i < cached ? p.positions(page, set)[i] : start + i - cached;
   }
   // Key and value of candidate i, for a whole warp.
   LOLA_DEVICE PairRow<T, INT8> k(int i, int lane) const {
@@ -130,7 +130,7 @@ LOLA_DEVICE void load_row(float* to, const PairRow<T, INT8>& from, int d, bool v
 
 // w = exp(clamp(a . rho(k) + b . v + c)) of a pair of a KV head. A NaN stays one.
 template <typename T, bool INT8>
-LOLA_DEVICE float pair_importance(const Params& p, int kv_head, const PairRow<T, INT8>& k,
+LOLA_DEVICE float pair_importance(const Group& p, int kv_head, const PairRow<T, INT8>& k,
                                   const PairRow<T, INT8>& v, int lane) {
   const int d = p.head_dim(), half = d / 2;
   const float* const a = p.importance_weights + kv_head * p.layout.importance_size();
@@ -180,7 +180,7 @@ LOLA_DEVICE void multiply(const float* a, int lda, const float* b, int64_t ldb, 
 
 // phi [kTile][whole_vectors(2F)] of the kTile keys in k [kTile][whole_vectors(d)], zero-padded,
 // under the map W of their state head.
-LOLA_DEVICE void map_keys(const Params& p, const float* W, const float* k, float* phi, int lane) {
+LOLA_DEVICE void map_keys(const Group& p, const float* W, const float* k, float* phi, int lane) {
   const int ld = whole_vectors(2 * p.feature_dim());
   for (int f0 = 0; f0 < p.feature_dim(); f0 += 2 * kWarp) {
     float y[kTile][2] = {};
@@ -216,10 +216,10 @@ LOLA_DEVICE void norms(const PairRow<T, INT8> (&v)[kTile], int d, int lane, floa
 
 // Errors of kTile candidates against one state head.
 template <typename T, bool INT8>
-LOLA_DEVICE void recall_errors(const Params& p, int64_t page, int state, const float* phi,
+LOLA_DEVICE void recall_errors(const Group& p, int64_t page, int state, const float* phi,
                                const PairRow<T, INT8> (&v)[kTile], int lane,
                                float (&errors)[kTile]) {
-  constexpr int kColumns = 4;
+  constexpr int kColumns = 2;  // more take registers that `score_kernel` does not have
   const int F2 = 2 * p.feature_dim(), ld = whole_vectors(F2);
   const float* const H = p.H(page, state);
   const float* const s = p.s(page, state);

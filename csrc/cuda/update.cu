@@ -1,8 +1,10 @@
-// The update (LoLA, arXiv 2505.23666, section 3.3): evict, rescore all cached and evicted pairs,
-// keep the lam largest, fold the rest into H and s. A block is one row and sparse set; it leaves at
-// once unless its row is due, so that the launch is the same at every step.
+// The update (LoLA, arXiv 2505.23666, section 3.3): evict, rescore all cached and evicted pairs
+// (score.cu), keep the lam largest, fold the rest into H and s. A block is one row and sparse set;
+// it leaves at once unless its row is due, so that the launch is the same at every step.
 #include "cuda/launch.cuh"
 #include "cuda/recall.cuh"
+#include "cuda/select.cuh"
+#include "cuda/update_scratch.cuh"
 
 namespace lola {
 namespace cuda {
@@ -15,132 +17,83 @@ constexpr int kBatch = kWarps * kTile;  // candidates of a block at once
 struct Shared {
   float *k, *v, *phi;  // [kBatch] rows of whole vectors
   int* counts;         // numbers of folded, of these in the cache, of arrived
-  float* scores;       // [lam + interval], as are the next two
-  int *positions, *keep;
-  int *folded, *arrived;  // [interval], candidates to fold, and evicted ones to keep, in order
-  float* importance;      // [interval], of the evicted ones, where pairs are weighted
+  int* warp_counts;    // [kWarps, 3], the same of each warp's candidates
+  SelectMemory select;
 
-  LOLA_DEVICE Shared(const Params& p, char* memory) {
-    k = reinterpret_cast<float*>(memory);
-    v = k + kBatch * whole_vectors(p.head_dim());
-    phi = v + kBatch * whole_vectors(p.head_dim());
-    counts = reinterpret_cast<int*>(phi + kBatch * whole_vectors(2 * p.feature_dim()));
-    int* const lists = p.lists == nullptr ? counts + 4 : p.lists + blockIdx.x * p.list_size();
-    const int64_t candidates = p.sparse_cache_size() + p.layout.update_interval;
-    scores = reinterpret_cast<float*>(lists);
-    positions = lists + candidates;
-    keep = positions + candidates;
-    folded = keep + candidates;
-    arrived = folded + p.layout.update_interval;
-    importance = reinterpret_cast<float*>(arrived + p.layout.update_interval);
+  LOLA_DEVICE Shared(const Group& p, char* memory)
+      : k(reinterpret_cast<float*>(memory)),
+        v(k + kBatch * whole_vectors(p.head_dim())),
+        phi(v + kBatch * whole_vectors(p.head_dim())),
+        counts(reinterpret_cast<int*>(phi + kBatch * whole_vectors(2 * p.feature_dim()))),
+        warp_counts(counts + 4),
+        select(warp_counts + 3 * kWarps) {}
+
+  static std::size_t bytes(const Params& p) {
+    const std::size_t rows =
+        kBatch * (2 * whole_vectors(p.head_dim()) + whole_vectors(2 * p.feature_dim()));
+    return (rows + 4 + 3 * kWarps + SelectMemory::kSize) * sizeof(float);
   }
 };
 
-std::size_t shared_bytes(const Params& p) {
-  const std::size_t rows =
-      kBatch * (2 * whole_vectors(p.head_dim()) + whole_vectors(2 * p.feature_dim()));
-  return (rows + 4 + (p.lists == nullptr ? p.list_size() : 0)) * sizeof(float);
+// What an update keeps: all, none, or the candidates from a key on.
+struct Choice {
+  bool all, none;
+  uint64_t threshold;
+};
+
+template <typename T, bool INT8>
+LOLA_DEVICE Choice choose(const Group& p, const Candidates<T, INT8>& c, const Shared& x,
+                          const UpdateScratch& scratch) {
+  const int lam = p.sparse_cache_size();
+  if (c.count <= lam || lam == 0) return {lam > 0, lam == 0, 0};
+  const auto score = [&](int i) { return scratch.scores[i]; };
+  const auto position = [&](int i) { return c.position(i); };
+  return {false, false, select_threshold(c.count, lam, kThreads, score, position, x.select)};
 }
 
-// The importance of each evicted pair, by a warp at a time.
+// Lists what is folded and what enters the cache, in the order of candidates. Each warp has a part
+// of them, which it goes through twice: to count, and to list.
 template <typename T, bool INT8>
-LOLA_DEVICE void weigh(const Params& p, const Candidates<T, INT8>& c, const Shared& x) {
+LOLA_DEVICE void list(const Candidates<T, INT8>& c, const Choice& choice, const Shared& x,
+                      const UpdateScratch& scratch) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int i = c.cached + warp; i < c.count; i += kWarps) {
-    const float w = pair_importance(p, c.kv, c.k(i, lane), c.v(i, lane), lane);
-    if (lane == 0) x.importance[i - c.cached] = w;
-  }
-}
-
-// Scores of all candidates: SRE, or its norm-relative mean over the state heads of a set, times the
-// importance where pairs are weighted. `fresh`: nothing was folded yet, and H and s hold leftovers.
-template <typename T, bool INT8>
-LOLA_DEVICE void score(const Params& p, const Candidates<T, INT8>& c, bool fresh, const Shared& x) {
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, states = p.states_per_set();
-  const int ld = whole_vectors(p.head_dim()), last = c.count - 1;
-  const int64_t first_recent = p.layout.window_start(c.n) - p.layout.recent_size;
-  float* const k = x.k + warp * kTile * ld;
-  float* const phi = x.phi + warp * kTile * whole_vectors(2 * p.feature_dim());
-  for (int first = warp * kTile; first < c.count; first += kBatch) {
-    PairRow<T, INT8> v[kTile];
-#pragma unroll
-    for (int r = 0; r < kTile; ++r) {
-      const int i = first + r < c.count ? first + r : last;  // the rest of a tile repeats the last
-      v[r] = c.v(i, lane);
-      if (!fresh) load_row(k + r * ld, c.k(i, lane), p.head_dim(), true, lane);
-    }
-    __syncwarp();
-    float lengths[kTile], total[kTile] = {};
-    if (fresh || states > 1) norms(v, p.head_dim(), lane, lengths);
-    for (int j = 0; j < states; ++j) {
-      float errors[kTile];
-      if (fresh) {
-        for (int r = 0; r < kTile; ++r) errors[r] = lengths[r];
-      } else {
-        const int state = c.set * states + j;
-        map_keys(p, p.key_map(state, c.n), k, phi, lane);
-        recall_errors(p, c.page, state, phi, v, lane, errors);
-      }
-      // Divided before they are summed: against an empty state each ratio is exactly 1, a tie.
-      for (int r = 0; r < kTile; ++r) {
-        total[r] += states == 1 ? errors[r] : errors[r] / fmaxf(lengths[r], kRecallEps<float>);
-      }
-    }
-    for (int r = 0; r < kTile; ++r) {
-      // NaN counts as the largest: ranks need a total order.
-      const int i = first + r;
-      if (lane == 0 && i < c.count) {
-        float mean = total[r] / static_cast<float>(states);
-        if (p.weighted()) {
-          mean *= i < c.cached ? p.score_weights(c.page, c.set)[i] : x.importance[i - c.cached];
-        }
-        const bool recent = c.position(i) >= first_recent;
-        x.scores[i] = mean == mean && !recent ? mean : -kMinusInf;
-      }
-    }
-    __syncwarp();  // before the next tile takes k and phi
-  }
-}
-
-// Marks the candidates to keep: those of rank below lam, ties to the older position.
-LOLA_DEVICE void select(int count, int lam, const Shared& x) {
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    bool keep = count <= lam;
-    if (!keep && lam > 0) {
-      const float score = x.scores[i];
-      const int position = x.positions[i];
-      int rank = 0;
-      for (int j = 0; j < count; ++j) {
-        const float other = x.scores[j];
-        rank += other > score || (other == score && x.positions[j] < position);
-      }
-      keep = rank < lam;
-    }
-    x.keep[i] = keep;
-  }
-}
-
-// Lists what is folded and what enters the cache, by the first warp.
-LOLA_DEVICE void list(int count, int cached, const Shared& x) {
-  const int lane = static_cast<int>(threadIdx.x);
   const unsigned before = (1u << lane) - 1;
+  const int span = (c.count + kThreads - 1) / kThreads * kWarp, begin = warp * span;
+  const int end = begin + span < c.count ? begin + span : c.count;
   int folded = 0, from_cache = 0, arrived = 0;
-  for (int first = 0; first < count; first += kWarp) {
-    const int i = first + lane;
-    const bool folds = i < count && !x.keep[i];
-    const bool arrives = i < count && x.keep[i] && i >= cached;
-    const unsigned folds_of = __ballot_sync(kAllLanes, folds);
-    const unsigned leaves_of = __ballot_sync(kAllLanes, folds && i < cached);
-    const unsigned arrives_of = __ballot_sync(kAllLanes, arrives);
-    if (folds) x.folded[folded + __popc(folds_of & before)] = i;
-    if (arrives) x.arrived[arrived + __popc(arrives_of & before)] = i;
-    folded += __popc(folds_of);
-    from_cache += __popc(leaves_of);
-    arrived += __popc(arrives_of);
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int first = begin; first < end; first += kWarp) {
+      const int i = first + lane;
+      bool keep = choice.all;
+      if (i < end && !choice.all && !choice.none) {
+        keep = rank_key(scratch.scores[i], c.position(i)) >= choice.threshold;
+      }
+      const bool folds = i < end && !keep, arrives = i < end && keep && i >= c.cached;
+      const unsigned folds_of = __ballot_sync(kAllLanes, folds);
+      const unsigned leaves_of = __ballot_sync(kAllLanes, folds && i < c.cached);
+      const unsigned arrives_of = __ballot_sync(kAllLanes, arrives);
+      if (pass == 1 && folds) scratch.folded[folded + __popc(folds_of & before)] = i;
+      if (pass == 1 && arrives) scratch.arrived[arrived + __popc(arrives_of & before)] = i;
+      folded += __popc(folds_of);
+      from_cache += __popc(leaves_of);
+      arrived += __popc(arrives_of);
+    }
+    if (pass == 1) break;
+    if (lane == 0) {
+      x.warp_counts[3 * warp] = folded;
+      x.warp_counts[3 * warp + 1] = from_cache;
+      x.warp_counts[3 * warp + 2] = arrived;
+    }
+    __syncthreads();
+    folded = from_cache = arrived = 0;
+    for (int other = 0; other < warp; ++other) {
+      folded += x.warp_counts[3 * other];
+      from_cache += x.warp_counts[3 * other + 1];
+      arrived += x.warp_counts[3 * other + 2];
+    }
   }
-  if (lane == 0) {
+  if (warp == kWarps - 1 && lane == 0) {
     x.counts[0] = folded;
     x.counts[1] = from_cache;
     x.counts[2] = arrived;
@@ -150,8 +103,8 @@ LOLA_DEVICE void list(int count, int cached, const Shared& x) {
 // H += sum phi(k) v^T and s += sum phi(k) over the folded candidates of update number `update`, for
 // one state head. `fresh`: H and s hold leftovers and are written instead.
 template <typename T, bool INT8>
-LOLA_DEVICE void fold(const Params& p, const Candidates<T, INT8>& c, int state, int64_t update,
-                      int count, bool fresh, const Shared& x) {
+LOLA_DEVICE void fold(const Group& p, const Candidates<T, INT8>& c, int state, int64_t update,
+                      int count, bool fresh, const Shared& x, const int* folded) {
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const int d = p.head_dim(), ld = whole_vectors(d), F2 = 2 * p.feature_dim(),
             phi_ld = whole_vectors(F2);
@@ -161,7 +114,7 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T, INT8>& c, int state, 
     const int size = count - first < kBatch ? count - first : kBatch;
     for (int r = 0; r < kTile; ++r) {
       const int i = warp * kTile + r;
-      const int candidate = x.folded[i < size ? first + i : first];
+      const int candidate = folded[i < size ? first + i : first];
       load_row(x.k + i * ld, c.k(candidate, lane), d, i < size, lane);
       load_row(x.v + i * ld, c.v(candidate, lane), d, i < size, lane);
     }
@@ -208,12 +161,13 @@ LOLA_DEVICE void fold(const Params& p, const Candidates<T, INT8>& c, int state, 
 
 // The i-th pair that arrives takes the i-th entry that is empty or whose pair was folded.
 template <typename T, bool INT8>
-LOLA_DEVICE void replace(const Params& p, const Candidates<T, INT8>& c, const Shared& x) {
+LOLA_DEVICE void replace(const Group& p, const Candidates<T, INT8>& c, const int* counts,
+                         const UpdateScratch& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int i = warp; i < x.counts[2]; i += kWarps) {
+  for (int i = warp; i < counts[2]; i += kWarps) {
     const int source = x.arrived[i];
-    const int entry = i < x.counts[1] ? x.folded[i] : c.cached + (i - x.counts[1]);
+    const int entry = i < counts[1] ? x.folded[i] : c.cached + (i - counts[1]);
     c.put(source, entry, lane, kWarp);
     if (lane == 0 && p.weighted()) {
       p.score_weights(c.page, c.set)[entry] = x.importance[source - c.cached];
@@ -221,33 +175,28 @@ LOLA_DEVICE void replace(const Params& p, const Candidates<T, INT8>& c, const Sh
   }
 }
 
-// Grid: rows x sets.
+// Grid: rows x sets of the layer.
 template <typename T, bool INT8>
-__global__ void __launch_bounds__(kThreads, INT8 ? 1 : 2) update_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, INT8 ? 1 : 2) update_kernel(const Params params) {
   LOLA_SHARED(memory);
-  const int64_t row = blockIdx.x / p.num_sparse_heads();
+  const int64_t row = blockIdx.x / params.layer_sets();
+  const int of_layer = static_cast<int>(blockIdx.x % params.layer_sets());
+  const Group p(params, of_layer / params.num_sparse_heads());
+  if (updates_per_token(p.layout)) return;
   if (!p.live(row) || !p.layout.update_due(p.seq_lens[row])) return;
   const int64_t n = p.seq_lens[row];
-  const Candidates<T, INT8> c(p, p.state_indices[row],
-                              static_cast<int>(blockIdx.x % p.num_sparse_heads()), n);
+  const int set = of_layer % p.num_sparse_heads();
+  const Candidates<T, INT8> c(p, p.state_indices[row], set, n);
+  const UpdateScratch scratch(p, row, set);
   const Shared x(p, memory);
-  for (int i = threadIdx.x; i < c.count; i += kThreads) x.positions[i] = c.position(i);
   const bool fresh = !p.any_folded(n - p.layout.update_interval);
-  if (p.weighted()) {
-    weigh(p, c, x);
-    __syncthreads();
-  }
-  if (c.count > p.sparse_cache_size() && p.sparse_cache_size() > 0)
-    score(p, c, fresh, x);  // else nothing is to be chosen
-  __syncthreads();
-  select(c.count, p.sparse_cache_size(), x);
-  __syncthreads();
-  if (threadIdx.x < kWarp) list(c.count, c.cached, x);
+  list(c, choose(p, c, x, scratch), x, scratch);
   __syncthreads();
   for (int j = 0; j < p.states_per_set(); ++j) {
-    fold(p, c, c.set * p.states_per_set() + j, n / p.layout.update_interval, x.counts[0], fresh, x);
+    fold(p, c, set * p.states_per_set() + j, n / p.layout.update_interval, x.counts[0], fresh, x,
+         scratch.folded);
   }
-  replace(p, c, x);  // only now: what was folded is overwritten
+  replace(p, c, x.counts, scratch);  // only now: what was folded is overwritten
 }
 
 }  // namespace
@@ -255,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, INT8 ? 1 : 2) update_kernel(const Pa
 template <typename T>
 void launch_update(const Params& p, cudaStream_t stream) {
   launch("decode: update", p.layout.int8_pairs() ? update_kernel<T, true> : update_kernel<T, false>,
-         dim3(static_cast<unsigned>(p.num_rows * p.num_sparse_heads())), kThreads, shared_bytes(p),
+         dim3(static_cast<unsigned>(p.num_rows * p.layer_sets())), kThreads, Shared::bytes(p),
          stream, p);
 }
 

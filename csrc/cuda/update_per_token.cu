@@ -29,7 +29,7 @@ struct Shared {
   int *tile, *listed, *folded;  // [kTile] entries of the first tile; length of the list; an entry
   int* list;                    // [sparse_cache_size] entries of pairs in doubt
 
-  LOLA_DEVICE Shared(const Params& p, char* memory) {
+  LOLA_DEVICE Shared(const Group& p, char* memory) {
     const int ld = whole_vectors(p.head_dim()), states = p.states_per_set();
     k = reinterpret_cast<float*>(memory);
     v = k + kTile * ld;
@@ -43,8 +43,9 @@ struct Shared {
     listed = tile + kTile;
     folded = listed + 1;
     directions = reinterpret_cast<int8_t*>(folded + 1);
-    int* const lists = p.lists == nullptr ? folded + 1 + whole_vectors(states * p.head_dim()) / 4
-                                          : p.lists + blockIdx.x * p.list_size();
+    int* const lists = 2 * p.sparse_cache_size() <= p.shared_list
+                           ? folded + 1 + whole_vectors(states * p.head_dim()) / 4
+                           : p.lists + blockIdx.x * p.list_stride;
     scores = reinterpret_cast<float*>(lists);
     list = lists + p.sparse_cache_size();
   }
@@ -56,12 +57,11 @@ struct Shared {
 };
 
 std::size_t shared_bytes(const Params& p) {
-  const std::size_t states = p.states_per_set(),
-                    lists = p.lists == nullptr ? 2 * p.sparse_cache_size() : 0;
+  const std::size_t states = p.states_per_set();
   return (kTile * (3 * whole_vectors(p.head_dim()) + whole_vectors(2 * p.feature_dim()) +
                    Shared::parts_of(p)) +
           states * kBounds + 4 + kTile +
-          whole_vectors(static_cast<int>(states) * p.head_dim()) / 4 + lists) *
+          whole_vectors(static_cast<int>(states) * p.head_dim()) / 4 + p.shared_list) *
          sizeof(float);
 }
 
@@ -73,7 +73,7 @@ struct PairBounds {
   int8_t* direction;
 };
 
-LOLA_DEVICE PairBounds bounds_of(const Params& p, int64_t page, int set, int j, int entry,
+LOLA_DEVICE PairBounds bounds_of(const Group& p, int64_t page, int set, int j, int entry,
                                  const Shared& x) {
   if (entry == kIncoming)
     return {x.incoming_rows + j * kBounds, 1, x.directions + j * p.head_dim()};
@@ -110,7 +110,7 @@ LOLA_DEVICE void product(const float* a, int lda, const float* b, int64_t ldb, i
 
 // Features of the first `count` keys of x.k under the map W of their state head. By the whole
 // block.
-LOLA_DEVICE void map_tile(const Params& p, const float* W, int count, const Shared& x) {
+LOLA_DEVICE void map_tile(const Group& p, const float* W, int count, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp, ld = whole_vectors(2 * p.feature_dim());
   product(x.k, whole_vectors(p.head_dim()), W, p.feature_dim(), p.head_dim(), p.feature_dim(),
           x.parts, x.phi, ld);
@@ -122,7 +122,7 @@ LOLA_DEVICE void map_tile(const Params& p, const float* W, int count, const Shar
 // Sets the bound on a pair's recall error (Lemma 1, docs/bounds.md), by one warp. Returns the
 // error, or its ratio to ||v|| where `relative`. `recalled` is phi^T H; `empty`: nothing was folded
 // yet, and H and s hold leftovers.
-LOLA_DEVICE float set_bound(const Params& p, const float* s, bool empty, bool relative,
+LOLA_DEVICE float set_bound(const Group& p, const float* s, bool empty, bool relative,
                             const float* phi, const float* recalled, const float* v,
                             const PairBounds& to, int lane) {
   float sum = 0, features = 0;
@@ -171,7 +171,7 @@ LOLA_DEVICE float set_bound(const Params& p, const float* s, bool empty, bool re
 // Computes the scores of up to a tile of pairs, whose entries are in shared memory. By the whole
 // block.
 template <typename T, bool INT8>
-LOLA_DEVICE void score_tile(const Params& p, const Candidates<T, INT8>& c, const int* entries,
+LOLA_DEVICE void score_tile(const Group& p, const Candidates<T, INT8>& c, const int* entries,
                             int count, bool empty, const Shared& x) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, states = p.states_per_set();
@@ -209,7 +209,7 @@ LOLA_DEVICE void score_tile(const Params& p, const Candidates<T, INT8>& c, const
 }
 
 // Lower bounds on the scores of the cached pairs. Nothing is known of one whose bound is NaN.
-LOLA_DEVICE void bound_scores(const Params& p, int64_t page, int set, const Shared& x) {
+LOLA_DEVICE void bound_scores(const Group& p, int64_t page, int set, const Shared& x) {
   const int states = p.states_per_set();
   for (int i = threadIdx.x; i < p.sparse_cache_size(); i += kThreads) {
     float total = 0;
@@ -225,7 +225,7 @@ LOLA_DEVICE void bound_scores(const Params& p, int64_t page, int set, const Shar
 
 // Fills the first tile, by one warp: the incoming pair, and those that are likely the least of
 // their part of the entries.
-LOLA_DEVICE void first_tile(const Params& p, int likely, int lane, const Shared& x) {
+LOLA_DEVICE void first_tile(const Group& p, int likely, int lane, const Shared& x) {
   if (lane == 0) x.tile[0] = kIncoming;
   for (int part = 0; part < likely; ++part) {
     float low = -kMinusInf;
@@ -243,7 +243,7 @@ LOLA_DEVICE void first_tile(const Params& p, int likely, int lane, const Shared&
 }
 
 // Lists the entries outside the first tile whose score may be `limit` or less, by one warp.
-LOLA_DEVICE void list_doubtful(const Params& p, float limit, int tile, int lane, const Shared& x) {
+LOLA_DEVICE void list_doubtful(const Group& p, float limit, int tile, int lane, const Shared& x) {
   int listed = 0;
   for (int first = 0; first < p.sparse_cache_size(); first += kWarp) {
     const int i = first + lane;
@@ -259,7 +259,7 @@ LOLA_DEVICE void list_doubtful(const Params& p, float limit, int tile, int lane,
 
 // Finds the entry of the pair that is folded, by one warp: kIncoming, also at a tie, as it is the
 // youngest, or of the least ones the youngest.
-LOLA_DEVICE void find_folded(const Params& p, const int32_t* positions, int lane, const Shared& x) {
+LOLA_DEVICE void find_folded(const Group& p, const int32_t* positions, int lane, const Shared& x) {
   float least = -kMinusInf;
   for (int i = lane; i < p.sparse_cache_size(); i += kWarp) least = fminf(least, x.scores[i]);
   least = reduce<Min>(least);
@@ -276,7 +276,7 @@ LOLA_DEVICE void find_folded(const Params& p, const int32_t* positions, int lane
 
 // Puts the incoming pair into an entry.
 template <typename T, bool INT8>
-LOLA_DEVICE void enter(const Params& p, const Candidates<T, INT8>& c, int entry, const Shared& x) {
+LOLA_DEVICE void enter(const Group& p, const Candidates<T, INT8>& c, int entry, const Shared& x) {
   c.put(c.cached, entry, threadIdx.x, kThreads);
   for (int i = threadIdx.x; i < p.states_per_set() * p.head_dim(); i += kThreads) {
     bounds_of(p, c.page, c.set, i / p.head_dim(), entry, x).direction[i % p.head_dim()] =
@@ -291,7 +291,7 @@ LOLA_DEVICE void enter(const Params& p, const Candidates<T, INT8>& c, int entry,
 }
 
 // H += phi v^T and s += phi for the first pair of the tile, in update number `update`.
-LOLA_DEVICE void fold_one(const Params& p, int64_t page, int state, int64_t update, bool empty,
+LOLA_DEVICE void fold_one(const Group& p, int64_t page, int state, int64_t update, bool empty,
                           const Shared& x) {
   const int thread = threadIdx.x;
   for (int f = thread / kWarp; f < 2 * p.feature_dim(); f += kWarps) {
@@ -324,7 +324,7 @@ LOLA_DEVICE float along(const int8_t* u, const float* v, int d, bool words, int 
 
 // Lowers the bounds of a head's pairs by what the fold of the first pair of the tile can have
 // moved.
-LOLA_DEVICE void lower_bounds(const Params& p, int64_t page, int state, const Shared& x) {
+LOLA_DEVICE void lower_bounds(const Group& p, int64_t page, int state, const Shared& x) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int group = static_cast<int>(threadIdx.x) / kAcross, member = lane % kAcross;
   float square = 0;
@@ -345,15 +345,17 @@ LOLA_DEVICE void lower_bounds(const Params& p, int64_t page, int state, const Sh
   }
 }
 
-// Grid: rows x sets.
+// Grid: rows x sets of the layer.
 template <typename T, bool INT8>
-__global__ void __launch_bounds__(kThreads, 2) update_per_token_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, 2) update_per_token_kernel(const Params params) {
   LOLA_SHARED(memory);
-  const int64_t row = blockIdx.x / p.num_sparse_heads();
+  const int64_t row = blockIdx.x / params.layer_sets();
+  const int of_layer = static_cast<int>(blockIdx.x % params.layer_sets());
+  const Group p(params, of_layer / params.num_sparse_heads());
+  if (!updates_per_token(p.layout)) return;
   if (!p.live(row) || !p.layout.update_due(p.seq_lens[row])) return;
   const int64_t n = p.seq_lens[row];
-  const Candidates<T, INT8> c(p, p.state_indices[row],
-                              static_cast<int>(blockIdx.x % p.num_sparse_heads()), n);
+  const Candidates<T, INT8> c(p, p.state_indices[row], of_layer % p.num_sparse_heads(), n);
   const Shared x(p, memory);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -409,8 +411,8 @@ void launch_update_per_token(const Params& p, cudaStream_t stream) {
   launch(
       "decode: update",
       p.layout.int8_pairs() ? update_per_token_kernel<T, true> : update_per_token_kernel<T, false>,
-      dim3(static_cast<unsigned>(p.num_rows * p.num_sparse_heads())), kThreads, shared_bytes(p),
-      stream, p);
+      dim3(static_cast<unsigned>(p.num_rows * p.layer_sets())), kThreads, shared_bytes(p), stream,
+      p);
 }
 
 template void launch_update_per_token<Bf16>(const Params&, cudaStream_t);

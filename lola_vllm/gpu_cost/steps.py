@@ -1,8 +1,8 @@
 """A decode step and a prompt of a model: parts, launches, and what must be done in order.
 
-Launches are those of the host code: `csrc/cuda/lola.cu` (decode), called for each head group of a
-layer, and `kernels/decode.py`, `kernels/update.py` and `kernels/prefill.py`, called for a layer.
-The other designs are not built.
+Launches are those of the host code, which starts them for a layer: `csrc/cuda/lola.cu` (decode,
+`cuda.py`), `kernels/decode.py`, `kernels/update.py` and `kernels/prefill.py`. The other designs are
+not built.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.gpu_cost import cuda
 from lola_vllm.gpu_cost.gpus import Chain, Cost, Gpu, Part, Unit
 from lola_vllm.gpu_cost.work import (
     FOLDS,
@@ -154,7 +155,6 @@ def decode(model: Model, gpu: Gpu, batch: int, context: int, design: str) -> Cos
 
     C = first.update_interval
     starts = torch.arange(context - 1, context - 1 + C)
-    cuda = design == TODAY_CUDA
     for layer, count in Counter(model.sequence.layers).items():
         heads, some_due = model.heads_of(layer), min(1.0, batch / C) * count
         folds = []
@@ -165,28 +165,16 @@ def decode(model: Model, gpu: Gpu, batch: int, context: int, design: str) -> Cos
                 sums.add(name, *(count * batch * float(x.mean()) for x in work))
             sums.add(STATE, count * map_bytes(page, heads))
             # A step is as late as its longest update: one block for a row and set selects and
-            # folds, and with CUDA computes the scores.
-            longest = {
-                name: [some_due * float(x.max()) / page.num_sparse_heads for x in works[name]]
-                for name in (SCORES, FOLDS)
-            }
-            folds.append(longest[FOLDS])
-            if not cuda:
-                continue
-            host += count * cuda_launches(page, batch, gpu)
-            for name, (nbytes, flops) in longest.items():  # group after group
-                sums.follow(name, flops, nbytes)
-            if not page.keeps_bounds:  # `select` of update.cu compares all with all
-                pairs = min(page.sparse_cache_size, int(page.num_evicted(torch.tensor(context))))
-                compared = 2.0 * (pairs + C) ** 2
-                sums.add(SELECT, 0.0, count * batch / C * page.num_sparse_heads * compared)
-                sums.follow(SELECT, compared * some_due)
+            # folds.
+            folds.append([some_due * float(x.max()) / page.num_sparse_heads for x in works[FOLDS]])
         if design == TODAY_TRITON:
             nbytes, flops = (max(numbers) for numbers in zip(*folds, strict=True))
             sums.follow(FOLDS, flops, nbytes)
             host += count * triton_launches(layer, batch, gpu)
     if design == ALL_HEADS:
         graph += layers * GOAL_DECODE_LAUNCHES
+    if design == TODAY_CUDA:
+        host += _updates_of_cuda(sums, model, batch, context, gpu)
     if model.schedule is not None and context >= model.schedule.length:
         times = batch / model.schedule.interval
         _shift(sums, model, times)
@@ -255,13 +243,31 @@ def prefill(model: Model, gpu: Gpu, rows: int, tokens: int, design: str) -> Cost
     return Cost(design, sums.parts(TENSOR, wide), 0.0, host)
 
 
-def cuda_launches(page: StateLayout, batch: int, gpu: Gpu) -> int:
-    """Kernels of a decode step of a head group in CUDA: features, attention, which is joined where
-    it is split, and update (`num_splits` of lola.cu)."""
-    pairs = page.sink_size + page.ring_size + page.sparse_cache_size
-    blocks = batch * page.num_sparse_heads
-    split = blocks < 2 * gpu.processors and (pairs + 2 * page.feature_dim) // 64 > 1
-    return 3 + split
+def _updates_of_cuda(sums: _Sums, model: Model, batch: int, context: int, gpu: Gpu) -> float:
+    """Adds what one block of a row and set does in order, in the longest head of a layer: a part of
+    the scores, the choice, the folds. Launches of all layers."""
+    launches = 0.0
+    for layer, count in Counter(model.sequence.layers).items():
+        C = layer.pages[0].update_interval
+        n, longest = torch.arange(context, context + C), dict.fromkeys((SCORES, FOLDS), (0.0, 0.0))
+        chosen, some_due = 0.0, min(1.0, batch / C) * count
+        for page in layer.pages:
+            works, sets = updated(page, n, skip_recent=False), page.num_sparse_heads
+            blocks = 1 if cuda.updates_per_token(page) else cuda.score_parts(layer, batch, gpu)
+            for name, share in ((SCORES, sets * blocks), (FOLDS, sets)):
+                nbytes, flops = (float(x.max()) / share for x in works[name])
+                longest[name] = max(longest[name], (flops, nbytes))
+            if not cuda.updates_per_token(page):
+                pairs = min(page.sparse_cache_size, int(page.num_evicted(torch.tensor(context))))
+                each = float(cuda.SELECT_PASSES * cuda.SELECT_INSTRUCTIONS * (pairs + C))
+                sums.add(SELECT, 0.0, count * batch / C * sets * each)
+                chosen = max(chosen, each)
+        for name, (flops, nbytes) in longest.items():
+            sums.follow(name, some_due * flops, some_due * nbytes)
+        if chosen:
+            sums.follow(SELECT, some_due * chosen)
+        launches += count * cuda.decode_launches(layer, batch, gpu)
+    return launches
 
 
 def triton_launches(layer: LayerLayout, batch: int, gpu: Gpu) -> int:

@@ -51,7 +51,7 @@ def test_every_kernel_is_there_and_spills_nothing(compiled):
         ),
         *(
             f"{name}<{t}, {int8}>"
-            for name in ("update_per_token_kernel", "update_kernel")
+            for name in ("update_per_token_kernel", "update_kernel", "score_kernel")
             for t in types
             for int8 in ("false", "true")
         ),

@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "shared sets": {"sparse_sharing": "kv_head"},
     "shifts alone": {"context_shift": 16},
     "recent pairs": {"recent_size": ((0, 2, 3),), "sparse_dtype": "int8"},
+    "every token, recent pairs": {"recent_size": ((0, 0, 3),), "update_interval": 1},
 }
 WEIGHTED = ("as the demo model", "long interval")  # with an importance
 

@@ -3,13 +3,16 @@ compiles the same sources as plain C++ (csrc/cuda/emulate.h) and runs blocks, wa
 the CPU: it covers the arithmetic, the indexing, the launch geometry and missing barriers, but no
 hardware."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops import DecodeBatch
 from tests.support.backends import only
-from tests.support.problem import STATE_INDEX, decode, make_problem
+from tests.support.layers import KINDS, bind, layer
+from tests.support.problem import STATE_INDEX, decode, feed, make_problem, prefill
 
 ETA = 10
 CUDA = ("cuda-emulated", "cuda")
@@ -35,6 +38,60 @@ def test_more_candidates_than_shared_memory_holds(backend, parts):
     config = LolaConfig(window_size=5, sparse_cache_size=20, update_interval=1700)
     problem = make_problem(1701, config, group=2, d=4, F=4, dtype=torch.float32)
     backend.cut_in(parts).check(problem, decode_from=1698)
+
+
+@only("cuda-emulated")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parts", [1, 64])
+def test_a_layer_is_four_launches_whatever_its_sizes(backend, kind, parts):
+    """Each head has a group, and all groups share the launches."""
+    backend = backend.cut_in(parts)
+    problem, alone = layer(kind)
+    ops = torch.ops.lola_emulated
+
+    def launches(state, of):
+        before = ops.launches()
+        decode(backend, of, state, 0)
+        return ops.launches() - before
+
+    assert len(bind(problem).groups) == 3
+    together = launches(bind(problem), problem)
+    both = kind == "every token, recent pairs"  # two kinds of updates
+    assert together == max(launches(own.state(), own) for own in alone) + both
+    assert 3 <= together <= 4 + both
+
+
+@only("cuda-emulated")
+@pytest.mark.parametrize("kind", ["as the demo model", "every token"])
+@pytest.mark.parametrize("parts", [1, 64])
+def test_a_captured_step_is_planned_without_the_devices_data(backend, kind, parts):
+    """What a graph holds serves every later step: rows that update, and rows that do not."""
+    backend, ops = backend.cut_in(parts), torch.ops.lola_emulated
+    problem, _ = layer(kind)
+    expected_state, state = bind(problem), bind(problem)
+    length = 48  # before the first context shift
+    expected = feed(backend, problem, expected_state, decode_from=24)[24:length]
+    prefill(backend, problem, state, 0, 24)
+    q, k, v = (torch.full_like(x, torch.nan) for x in problem.tokens(0, 1))
+    out = torch.full_like(q, torch.nan)
+    batch = DecodeBatch(*(torch.full((1,), -(2**31), dtype=torch.int32) for _ in range(2)))
+    hidden = state.device_table.clone()
+    table = replace(state, device_table=hidden)
+    truth = hidden.clone()
+    hidden.fill_(-1)
+    ops.capture(True)
+    try:
+        backend.decode(table, q, k, v, batch, out)
+    finally:
+        ops.capture(False)
+    hidden.copy_(truth)
+    batch.state_indices.fill_(STATE_INDEX)
+    for t in range(24, length):
+        for target, source in zip((q, k, v), problem.tokens(t, t + 1), strict=True):
+            target.copy_(source)
+        batch.seq_lens.fill_(t + 1)
+        ops.replay()
+        assert torch.equal(out[0], expected[t - 24])
 
 
 @only("cuda", "triton")

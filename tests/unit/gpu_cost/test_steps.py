@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lola_vllm.config import LolaConfig
+from lola_vllm.gpu_cost import cuda
 from lola_vllm.gpu_cost.gpus import GPUS
 from lola_vllm.gpu_cost.steps import (
     ALL_HEADS,
@@ -23,7 +24,6 @@ from lola_vllm.gpu_cost.steps import (
     TODAY_TRITON,
     Model,
     chunk_launches,
-    cuda_launches,
     decode,
     prefill,
     triton_launches,
@@ -122,27 +122,36 @@ def test_splits_are_those_of_the_triton_host_code(started: Started, rows: int, h
 
 
 def test_launches_of_a_step_are_those_of_the_cuda_host_code():
-    """`run` of lola.cu starts features, attention and one update; and merges where it splits."""
+    """`run` of lola.cu; tests/ops/conformance/test_cuda.py counts them."""
     source = (ROOT / "csrc/cuda/lola.cu").read_text()
     (body,) = re.findall(r"^void run\(.*?^}", source, re.MULTILINE | re.DOTALL)
     started = re.findall(r"launch_\w+", body)
     assert started == [
-        "launch_features", "launch_decode", "launch_merge", "launch_update_per_token",
-        "launch_update",
+        "launch_features", "launch_decode", "launch_score", "launch_update", "launch_merge",
+        "launch_update_per_token",
     ]  # fmt: skip
-    assert "splits > 1) launch_merge" in body and "else" in body
-    (page,) = model().sequence.layers[0].pages
-    assert cuda_launches(page, 1, H100) == 4
-    assert cuda_launches(page, 200, H100) == 3
+    (layer,) = set(model().sequence.layers)
+    assert cuda.decode_launches(layer, 1, H100) == cuda.decode_launches(layer, 200, H100) == 4
+    (layer,) = set(model(interval=1).sequence.layers)
+    assert cuda.decode_launches(layer, 1, H100) == 4
+    assert cuda.decode_launches(layer, 200, H100) == 3
 
 
-def test_groups_multiply_the_launches_of_cuda_alone():
+def test_constants_are_those_of_the_cuda_host_code():
+    source = (ROOT / "csrc/cuda/lola.cu").read_text() + (ROOT / "csrc/cuda/launch.cuh").read_text()
+    for name in ("BLOCKS_PER_PROCESSOR", "SPLIT_ROWS", "MAX_SPLITS", "SCORE_BATCH",
+                 "MAX_SCORE_BLOCKS"):  # fmt: skip
+        there = "k" + name.title().replace("_", "")
+        (value,) = re.findall(rf"constexpr int(?:64_t)? {there} = (\d+);", source)
+        assert int(value) == getattr(cuda, name)
+
+
+def test_groups_share_the_launches_of_today():
     equal, apart = model(), model((((100, 128)),) * 4)
     assert (equal.groups, apart.groups) == (4, 8)
-    few, many = (decode(m, H100, 1, 4096, TODAY_CUDA).host_launches for m in (equal, apart))
-    assert many == 2 * few == 8 * 4
-    few, many = (decode(m, H100, 1, 4096, TODAY_TRITON).host_launches for m in (equal, apart))
-    assert many == few == 4 * 4
+    for design in (TODAY_CUDA, TODAY_TRITON):
+        few, many = (decode(m, H100, 1, 4096, design).host_launches for m in (equal, apart))
+        assert many == few == 4 * 4
     assert decode(apart, H100, 1, 4096, ALL_HEADS).launches == 4 * (8 + 3) + 3
     around = 4 * 8 + 3
     for m in (equal, apart):

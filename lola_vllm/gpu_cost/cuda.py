@@ -1,0 +1,50 @@
+"""How `csrc/cuda/lola.cu` divides a decode step of a layer: launches, and blocks for each row."""
+
+from __future__ import annotations
+
+from lola_vllm.gpu_cost.gpus import Gpu
+from lola_vllm.state import LayerLayout, StateLayout
+
+# As in lola.cu.
+BLOCKS_PER_PROCESSOR, SPLIT_ROWS, MAX_SPLITS = 2, 64, 32
+SCORE_BATCH, MAX_SCORE_BLOCKS = 32, 4096
+# Digits of a key by which `select.cuh` narrows the candidates down, at most; and instructions that
+# each of them takes of a candidate.
+SELECT_PASSES, SELECT_INSTRUCTIONS = 8, 8
+
+
+def decode_launches(layer: LayerLayout, batch: int, gpu: Gpu) -> int:
+    """Kernels of a decode step, for all heads: features and attention; scores and update, of which
+    the first joins splits too; or a merge of splits and the update per token."""
+    per_token = [updates_per_token(page) for page in layer.pages]
+    if all(per_token):
+        return 3 + (splits(layer, batch, gpu) > 1)
+    return 4 + any(per_token)
+
+
+def updates_per_token(page: StateLayout) -> bool:
+    """Whether `update_per_token.cu` does the updates of a head group."""
+    return page.update_interval == 1 and not page.recent_size
+
+
+def splits(layer: LayerLayout, batch: int, gpu: Gpu) -> int:
+    """Blocks that a row and set is divided among, at most (`plan_splits`)."""
+    works = [
+        page.sink_size + page.ring_size + page.sparse_cache_size + 2 * page.feature_dim
+        for page in layer.pages
+    ]
+    total = batch * sum(
+        work * page.num_sparse_heads for work, page in zip(works, layer.pages, strict=True)
+    )
+    wanted, longest = BLOCKS_PER_PROCESSOR * gpu.processors, max(works)
+    share = -(-total // wanted) if batch * len(layer.sizes) < wanted else longest
+    return -(-longest // max(share, -(-longest // MAX_SPLITS), SPLIT_ROWS))
+
+
+def score_parts(layer: LayerLayout, batch: int, gpu: Gpu) -> int:
+    """Blocks that share the scores of a row and set (`plan_scores`)."""
+    sets, interval = len(layer.sizes), layer.pages[0].update_interval
+    due = max(batch * sets // interval, sets)
+    candidates = max(page.sparse_cache_size for page in layer.pages) + interval
+    most = max(1, min(-(-candidates // SCORE_BATCH), MAX_SCORE_BLOCKS // (batch * sets)))
+    return min(max(1, -(-BLOCKS_PER_PROCESSOR * gpu.processors // due)), most)
