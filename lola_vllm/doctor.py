@@ -50,6 +50,11 @@ from vllm.platforms import current_platform
 tell(device=current_platform.device_type)
 from lola_vllm.ops import choose_backend
 tell(backend=choose_backend(current_platform.device_type, torch.bfloat16).name)
+from lola_vllm.ops.self_check import examine_all
+tables = examine_all(torch.device(current_platform.device_type), torch.bfloat16)
+tell(checks={
+    name: [(str(line), line.ok) for line in lines] for name, lines in tables.items()
+})
 """
 
 
@@ -260,6 +265,23 @@ def check_ops(probe: Probe) -> Iterator[Finding]:
         yield Finding("ok", "back end", f"{facts['backend']} on {facts['device']}")
     elif "device" in facts:  # only a bad LOLA_VLLM_OPS can have failed
         yield Finding("fault", "back end", _last_line(probe.error), "unset LOLA_VLLM_OPS")
+    yield from _check_results(facts.get("checks", {}))
+
+
+def _check_results(checks: Mapping[str, list[tuple[str, bool]]]) -> Iterator[Finding]:
+    """What each back end does differently from plain torch, step by step."""
+    for name, lines in checks.items():
+        faults = [text for text, ok in lines if not ok]
+        table = "".join(f"\n       {'     ' if ok else 'FAULT'}  {text}" for text, ok in lines)
+        if faults:
+            yield Finding(
+                "fault",
+                "self-check",
+                f"{name} is wrong here, so a server uses another back end:{table}",
+                "report this table, and what torch says of the device",
+            )
+        else:
+            yield Finding("ok", "self-check", f"{name} does as plain torch does:{table}")
 
 
 def check_environment(probe: Probe, env: Mapping[str, str]) -> Iterator[Finding]:

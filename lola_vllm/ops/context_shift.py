@@ -44,6 +44,11 @@ def shift_layers(layers: Sequence[LayerState], state_indices: Tensor, num_tokens
         if ops.shift is not None:
             ops.shift(layers, state_indices, num_tokens.to(first.pages.device))
             return
+    shift_in_torch(layers, state_indices, num_tokens)
+
+
+def shift_in_torch(layers: Sequence[LayerState], state_indices: Tensor, num_tokens: Tensor) -> None:
+    """`shift_layers` whatever the back end."""
     for layer in layers:
         for group in layer.groups:
             _shift_group(group, state_indices, num_tokens)

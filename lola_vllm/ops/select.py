@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -15,6 +16,10 @@ logger = logging.getLogger("vllm.lola")
 
 ENV = "LOLA_VLLM_OPS"
 NAMES = ("auto", "torch", "cpp", "triton", "cuda", "xformers")
+# Who serves in the place of a back end that failed its self-check (`self_check.py`).
+NEXT = {"cpp": "torch", "cuda": "triton", "xformers": "triton", "triton": "torch"}
+
+_failed: set[str] = set()  # in this process
 
 
 @functools.cache
@@ -31,7 +36,34 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
     wanted = os.environ.get(ENV, "auto")
     if wanted not in NAMES:
         raise ValueError(f"{ENV} = {wanted!r}: must be one of {', '.join(NAMES)}")
-    makers = {
+    if wanted == "auto":
+        order = [name for name in _makers() if name not in _failed]
+    else:
+        chosen = _makers()[wanted](device_type, dtype)
+        if isinstance(chosen, str):
+            raise ValueError(f"{ENV} = {wanted!r}: {chosen}; or unset it")
+        order = [name for name in _from(wanted) if name not in _failed]
+    made = (_makers()[name](device_type, dtype) for name in order)
+    backend = next(b for b in made if isinstance(b, Backend))
+    logger.info("LoLA ops on %s: %s", device_type, backend.name)
+    return backend
+
+
+def next_backend(failed: Backend, device_type: str, dtype: torch.dtype) -> Backend:
+    """What serves in the place of a back end, from now on and in the whole process."""
+    _failed.add(failed.name.split()[0])
+    choose_backend.cache_clear()
+    return choose_backend(device_type, dtype)
+
+
+def backends(device_type: str, dtype: torch.dtype) -> list[Backend]:
+    """All that this machine has for a device, in the order in which they are chosen."""
+    made = (make(device_type, dtype) for make in _makers().values())
+    return [backend for backend in made if isinstance(backend, Backend)]
+
+
+def _makers() -> dict[str, Callable[[str, torch.dtype], Backend | str]]:
+    return {
         "cpp": _cpp,
         "triton": _triton,
         "torch": _torch,
@@ -40,16 +72,14 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> Backend:
         "cuda": _cuda,
         "xformers": _xformers,
     }
-    if wanted == "auto":
-        made = (make(device_type, dtype) for make in makers.values())
-        backend = next(b for b in made if isinstance(b, Backend))
-    else:
-        chosen = makers[wanted](device_type, dtype)
-        if isinstance(chosen, str):
-            raise ValueError(f"{ENV} = {wanted!r}: {chosen}; or unset it")
-        backend = chosen
-    logger.info("LoLA ops on %s: %s", device_type, backend.name)
-    return backend
+
+
+def _from(name: str) -> list[str]:
+    """A back end and those that serve in its place, in order."""
+    names = [name]
+    while names[-1] in NEXT:
+        names.append(NEXT[names[-1]])
+    return names
 
 
 def _cpp(device_type: str, dtype: torch.dtype) -> Backend | str:

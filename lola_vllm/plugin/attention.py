@@ -30,12 +30,13 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from lola_vllm.config import LolaLlamaConfig, importance_size
-from lola_vllm.ops import LayerState, LolaWeights, choose_backend, context_shift
+from lola_vllm.ops import Backend, LayerState, LolaWeights, choose_backend, context_shift
 from lola_vllm.ops.compose import Composer
 from lola_vllm.ops.key_rotation import KeyRotation
 from lola_vllm.ops.rope_table import RopeTable
+from lola_vllm.ops.self_check import serving_backend
 from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.plugin.backend import LolaMetadata
+from lola_vllm.plugin.backend import LolaMetadata, check_capture
 from lola_vllm.plugin.cache import first_layer, head_dim, sequence_layout, state_spec
 from lola_vllm.plugin.compat import BACKEND_NAME, rope_rows
 
@@ -117,6 +118,7 @@ class LolaAttention(nn.Module, MambaBase):
 
         self.kv_cache = (torch.tensor([]),)
         self.state: LayerState | None = None
+        self.ops: Backend  # with the state
         self.sharing: list[LolaAttention] = []  # of the rank's first layer: all of its layers
         # Sees a step's k and v `[T, Hkv, d]`, after RoPE; only while a prompt's memory is read.
         self.kv_hook: Callable[[Tensor, Tensor], None] | None = None
@@ -177,7 +179,7 @@ class LolaAttention(nn.Module, MambaBase):
             context_shift.prefill(self.ops.prefill, self.state, *rows[:3], segments, rows[3])
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Take the rank's blocks and give each layer its pages.
+        """Take the rank's blocks, give each layer its pages, and compile and check what they need.
 
         Args:
             kv_cache: `[num_blocks, 1, 1, row_bytes]` int8.
@@ -186,15 +188,16 @@ class LolaAttention(nn.Module, MambaBase):
         """
         rows = kv_cache.squeeze(dim=(1, 2))
         self.kv_cache = (rows,)
+        states = []
         for layer, pages in zip(self.sharing, self.sequence.pages(rows), strict=True):
-            layer.take_pages(pages)
-
-    def take_pages(self, pages: Tensor) -> None:
-        """Take this layer's pages, `[num_blocks, page_bytes]`, and compile what they need."""
-        self.ops = choose_backend(pages.device.type, self.layout.pages[0].kv_dtype)
-        self.state = self._bind(pages)
-        if self.ops.warm_up is not None:
-            self.ops.warm_up(self.state)
+            layer.state = layer._bind(pages)
+            states.append(layer.state)
+        ops = serving_backend(
+            choose_backend(rows.device.type, self.layout.pages[0].kv_dtype), states
+        )
+        check_capture(ops, rows.device.type)  # another one may have to serve
+        for layer in self.sharing:
+            layer.ops = ops
 
     def weights_changed(self) -> None:
         """Take new parameters into use; before the pages are there, nothing is to be done."""

@@ -25,12 +25,25 @@ from vllm.v1.attention.backends.short_conv_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from lola_vllm.ops import DecodeBatch, PrefillBatch, choose_backend, context_shift
+from lola_vllm.ops import Backend, DecodeBatch, PrefillBatch, choose_backend, context_shift
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.cache import lola_hf_config
 from lola_vllm.plugin.compat import BACKEND_NAME
 
 GRAPHS_ENV = "LOLA_VLLM_CUDA_GRAPHS"
+
+
+def check_capture(backend: Backend, device: str) -> None:
+    """Whether whole steps can be captured, where that is wanted.
+
+    Raises:
+        ValueError: they cannot, by this back end.
+    """
+    if os.environ.get(GRAPHS_ENV) == "full" and not backend.capturable:
+        raise ValueError(
+            f"{GRAPHS_ENV} = 'full': the back end {backend.name} on {device} cannot be "
+            "captured, only triton and cuda on a GPU can; unset it"
+        )
 
 
 @dataclass
@@ -104,12 +117,7 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
         if wanted == "piecewise":
             return AttentionCGSupport.NEVER
         device = vllm_config.device_config.device_type
-        backend = choose_backend(device, vllm_config.model_config.dtype)
-        if not backend.capturable:
-            raise ValueError(
-                f"{GRAPHS_ENV} = 'full': the back end {backend.name} on {device} cannot be "
-                "captured, only triton and cuda on a GPU can; unset it"
-            )
+        check_capture(choose_backend(device, vllm_config.model_config.dtype), device)
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(
@@ -152,6 +160,8 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
         Here and not in the layers, as a CUDA graph may replay these. vLLM has copied states across
         block boundaries before it builds metadata.
         """
+        # Without rejected drafts the upper bound is what a row has.
+        assert self.vllm_config.speculative_config is None, "a state takes no token back"
         seq_lens, state_indices = common.seq_lens_cpu_upper_bound, metadata.state_indices_tensor_d
         assert seq_lens is not None and state_indices is not None
         rows = metadata.num_decodes
