@@ -19,9 +19,9 @@ constexpr int kDecodeWarps = kDecodeThreads / kWarp;
 
 // Blocks a processor holds at once: bounds the registers, so that nothing is spilled.
 template <int D, int HEADS, bool INT8>
-constexpr int kDecodeBlocks = HEADS > 4 || (D == 0 && INT8) ? 2
-                              : D == 0 || HEADS > 1         ? 3
-                                                            : 4;
+constexpr int kDecodeBlocks = HEADS > 4 || (INT8 && (D == 0 || (HEADS > 1 && D > 64))) ? 2
+                              : D == 0 || HEADS > 1                                    ? 3
+                                                                                       : 4;
 
 // The pairs a query sees, in one numbering: sparse cache, sinks, window, the new one.
 template <typename T>

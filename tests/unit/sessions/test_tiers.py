@@ -169,6 +169,29 @@ def test_states_stay_in_ordinary_memory_of_their_own_size():
     assert device.pinned == len(device._free) == host_copy.MAX_STAGED
 
 
+def test_what_is_pinned_does_not_grow_with_what_is_stored(monkeypatch):
+    """Counted at torch's allocator, which rounds what is pinned up to a power of two."""
+    pinned, real = [], torch.empty
+
+    def empty(*args, pin_memory=False, **options):
+        made = real(*args, **options)
+        if pin_memory:
+            pinned.append(1 << (made.nbytes - 1).bit_length())
+        return made
+
+    class Device(FakeDevice):
+        _pinned = host_copy.Staging._pinned
+
+    monkeypatch.setattr(torch, "empty", empty)
+    device, rows = Device(), []
+    for n in range(60):
+        rows.append(device.copy(torch.full((ROW + 3,), n, dtype=torch.uint8)))
+        device.copies[-1].set()
+    held = [row.wait() for row in rows]
+    assert sum(pinned) <= host_copy.MAX_STAGED * 2 * (ROW + 3)
+    assert sum(x.untyped_storage().nbytes() for x in held) == 60 * (ROW + 3)  # what is budgeted
+
+
 @pytest.mark.parametrize("waiting", [1, 2])
 def test_a_row_may_be_waited_for_by_several_threads(waiting):
     device = FakeDevice()
