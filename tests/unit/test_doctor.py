@@ -17,6 +17,7 @@ from lola_vllm.doctor import Finding, Probe, run_probe
 HEALTHY = {
     "torch": "2.13.0+cpu", "cuda": None, "gpus": 0, "cpp": True, "isa": "avx2",
     "vllm": "0.32.0", "active": True, "routes": True, "device": "cpu", "backend": "cpp (avx2)",
+    "checks": {"cpp (avx2)": [["decode: answer of KV head 1 differs by 3.0e-07", True]]},
 }  # fmt: skip
 
 
@@ -142,8 +143,16 @@ def test_routes_that_cannot_be_loaded():
 
 def test_ops_not_built_is_a_note_on_a_cpu_only():
     facts = HEALTHY | {"cpp": False, "isa": None}
-    assert [f.level for f in doctor.check_ops(Probe(facts, ""))] == ["note", "ok"]
-    assert [f.level for f in doctor.check_ops(Probe(facts | {"gpus": 1}, ""))] == ["ok", "ok"]
+    assert [f.level for f in doctor.check_ops(Probe(facts, ""))] == ["note", "ok", "ok"]
+    assert [f.level for f in doctor.check_ops(Probe(facts | {"gpus": 1}, ""))] == ["ok"] * 3
+
+
+def test_a_back_end_that_is_wrong_here_is_a_fault_with_its_table():
+    lines = [["decode: answer of KV head 1 differs by 3.0e-07", True], ["update: H differs", False]]
+    probe = Probe(HEALTHY | {"checks": {"cuda": lines, "triton": lines[:1]}}, "")
+    ((subject, text, remedy),) = faults(doctor.check_ops(probe))
+    assert subject == "self-check" and text.startswith("cuda is wrong here")
+    assert "FAULT  update: H differs" in text and lines[0][0] in text and "report" in remedy
 
 
 def test_a_back_end_that_cannot_serve():
