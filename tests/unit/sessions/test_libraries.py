@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from lola_vllm.sessions.file import KEYS_SUFFIX, keys_file
+from lola_vllm.sessions.file import KEYS_SUFFIX, StateFileError, keys_file
 from lola_vllm.sessions.names import Part
 from lola_vllm.sessions.prefix_hash import salt_hash
-from tests.support.sessions import ROW, Server
+from tests.support.sessions import ROW, Server, row_of
 
 ONE, TWO, THREE = list(range(100, 140)), list(range(500, 541)), list(range(700, 760))
 
@@ -104,3 +107,57 @@ def test_libraries_are_there_after_a_restart(tmp_path: Path) -> None:
     (document,) = again.ask("library", library="pumps")["documents"]
     assert document["document"] == "Pümpe / 1" and document["complete"]
     again.close()
+
+
+class Keys:
+    """A shelf that notes what it gets."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[Tensor, int, bool]] = {}
+
+    def add(self, state: str, row: Tensor, num_tokens: int, disk: bool) -> object:
+        self.kept[state] = (row.clone(), num_tokens, disk)
+        return self.kept[state]
+
+    def find(self, state: str) -> object | None:
+        return self.kept.get(state)
+
+    def drop(self, state: str) -> None:
+        self.kept.pop(state, None)
+
+
+def test_keys_are_taken_when_a_part_is_stored_and_when_they_are_missing(server: Server) -> None:
+    (worker,) = server.workers
+    worker._shelf = keys = Keys()
+    on_disk = server.store.directory is not None
+    server.say(ONE, "library-8", kind="prompt", part=Part("valves", "c.md"))
+    server.say(TWO, "talk")
+    server.settle()
+    (kept,) = keys.kept.values()
+    assert torch.equal(kept[0], row_of(ONE)) and kept[1:] == (len(ONE), on_disk)
+    (part,) = server.ask("library", library="valves")["documents"][0]["parts"]
+    keys.kept.clear()
+    found = worker.document_keys(part["id"], len(ONE))
+    assert found is keys.kept[part["id"]] and torch.equal(found[0], row_of(ONE))
+    assert found[1:] == (len(ONE), on_disk)
+    if on_disk:  # and from the file
+        keys.kept.clear()
+        worker._states.clear()
+        assert torch.equal(worker.document_keys(part["id"], len(ONE))[0], row_of(ONE))
+    server.ask("remove_documents", library="valves")
+    server.settle()
+    assert not keys.kept
+    with pytest.raises((OSError, StateFileError)):
+        worker.document_keys(part["id"], len(ONE))
+
+
+def test_keys_without_a_state_are_removed_after_a_while(tmp_path: Path) -> None:
+    server = Server(tmp_path, memory=100 * ROW)
+    assert server.store.directory is not None
+    old, new = (keys_file(server.store.directory.path, c * 32) for c in "ab")
+    for path in (old, new):
+        path.write_bytes(b"keys")
+    os.utime(old, (1, 1))
+    server.store.directory.scan(set())
+    assert not old.exists() and new.exists()
+    server.close()
