@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from lola_vllm.client import ClientError
 
+# Of a document that is sent at once; a server takes 4 MiB, in which a character may have 4 bytes.
+MAX_CHARS = 900_000
 _EXTRA = "install it with pip install 'lola-vllm[library]'"
 _HTML = (".html", ".htm", ".xhtml")
 _PDF = (".pdf",)
@@ -55,6 +57,19 @@ def files_of(paths: Sequence[Path]) -> list[tuple[Path, str]]:
         if titles.count(title) > 1:
             raise ClientError(f"two files are called {title!r}; add them from the folder above")
     return found
+
+
+def documents_of(title: str, text: str) -> list[FileText]:
+    """A text as one document, or as several where it is too long for one, cut behind paragraphs."""
+    texts = []
+    while len(text) > MAX_CHARS:
+        end = max(text.rfind("\n\n", MAX_CHARS // 2, MAX_CHARS), MAX_CHARS // 2)
+        texts.append(text[:end])
+        text = text[end:]
+    texts.append(text)
+    if len(texts) == 1:
+        return [FileText(title, text)]
+    return [FileText(f"{title} ({i} of {len(texts)})", part) for i, part in enumerate(texts, 1)]
 
 
 def read_file(path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lola_vllm.client import ClientError
 from lola_vllm.client.command import add_key, ago, key_of, mib, table
-from lola_vllm.client.documents import files_of, read_file
+from lola_vllm.client.documents import documents_of, files_of, read_file
 from lola_vllm.sessions.names import check_name
 
 if TYPE_CHECKING:
@@ -90,16 +90,10 @@ def _add(server: Server, args: argparse.Namespace) -> int:
     given = {name: value for name, value in options.items() if value is not None}
     refused = 0
     for number, (path, title) in enumerate(files, start=1):
-        before = f"{number} of {len(files)}  {title}"
         try:
-            body = {"document": title, "text": read_file(path), "stream": True, **given}
-            with closing(server.events(where, body)) as events:
-                for event in events:
-                    if isinstance(event.get("parts"), int):
-                        _draw(before, event["part"], event["parts"])
-                    else:
-                        added = event
-            _line(f"{title}: {added['tokens']:,} tokens, parts: {len(added['parts'])}")
+            for name, text in documents_of(title, read_file(path)):
+                before = f"{number} of {len(files)}  {name}"
+                _add_text(server, where, before, {"document": name, "text": text, **given})
         except ClientError as error:
             if error.status not in (HTTPStatus.BAD_REQUEST, HTTPStatus.CONFLICT, None):
                 raise
@@ -108,6 +102,17 @@ def _add(server: Server, args: argparse.Namespace) -> int:
     if refused:
         print(f"{refused} of {len(files)} documents were not added", file=sys.stderr)
     return 2 if refused else 0
+
+
+def _add_text(server: Server, where: str, before: str, body: dict[str, Any]) -> None:
+    """Add a document, and draw how far it is."""
+    with closing(server.events(where, {**body, "stream": True})) as events:
+        for event in events:
+            if isinstance(event.get("parts"), int):
+                _draw(before, event["part"], event["parts"])
+            else:
+                added = event
+    _line(f"{body['document']}: {added['tokens']:,} tokens, parts: {len(added['parts'])}")
 
 
 def _draw(before: str, done: int, of: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lola_vllm.client import ClientError
-from lola_vllm.client.documents import files_of, read_file
+from lola_vllm.client.documents import MAX_CHARS, documents_of, files_of, read_file
 
 PAGE = """<html><head><title>Pumps</title><style>p {}</style></head><body><nav>Home</nav>
 <h1>Hall 2</h1><p>The pump <b>starts</b> at<br>14:03.</p><ul><li>one</li><li>two</li></ul>
@@ -69,3 +69,15 @@ def test_pdf(tmp_path: Path) -> None:
     (tmp_path / "q.pdf").write_bytes(b"no pdf")
     with pytest.raises(ClientError, match="cannot be read"):
         read_file(tmp_path / "q.pdf")
+
+
+def test_a_very_long_text_is_several_documents() -> None:
+    assert documents_of("t", "short") == [("t", "short")]
+    text = "x" * 1000 + "\n\n"
+    whole = text * (2 * MAX_CHARS // len(text))
+    found = documents_of("t", whole)
+    assert [one.title for one in found] == ["t (1 of 2)", "t (2 of 2)"]
+    assert "".join(one.text for one in found) == whole
+    assert all(len(one.text) <= MAX_CHARS for one in found)
+    assert all(one.text.startswith("\n\n") for one in found[1:])
+    assert "".join(one.text for one in documents_of("t", "y" * 2_000_000)) == "y" * 2_000_000
