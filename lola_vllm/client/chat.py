@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lola_vllm.client import ClientError
 from lola_vllm.client.server import Server, path
+from lola_vllm.client.sources import library_path, source_lines
 from lola_vllm.sessions.names import check_name
 
 # Tokens of an answer, unless told otherwise: without a bound, vLLM goes on to --max-model-len.
@@ -29,21 +30,25 @@ class Place(NamedTuple):
     tokens: int | None
 
 
-def chat(server: Server, session: str | None, options: Mapping[str, Any]) -> int:
+def chat(
+    server: Server, session: str | None, options: Mapping[str, Any], library: str | None = None
+) -> int:
     """Read messages from standard input, one a line, and print the answers; until its end.
 
     At a terminal Ctrl-C ends an answer, and between answers the chat.
 
     Args:
-        session: a name; None: a new one. options: fields of a chat completion.
+        session: a name; None: a new one. options: fields of a chat completion. library: which the
+            first message is asked of; the session goes on from what it reads of it.
 
     Raises:
-        ClientError: the server refuses, or cannot be reached.
+        ClientError: the server refuses, or cannot be reached, or the session that is to begin with
+            a library has begun.
         KeyboardInterrupt: Ctrl-C where messages do not come from a terminal.
     """
     name = f"chat-{secrets.token_hex(4)}" if session is None else check_name(session)
     people = sys.stdin.isatty()
-    conversation = _Conversation(server, name, options, people)
+    conversation = _Conversation(server, name, options, people, library)
     while True:
         try:
             if people:
@@ -65,14 +70,27 @@ class _Conversation:
     """A session and where it is.
 
     Args:
-        people: whether Ctrl-C ends an answer only.
+        people: whether Ctrl-C ends an answer only. library: as of `chat`.
     """
 
-    def __init__(self, server: Server, name: str, options: Mapping[str, Any], people: bool) -> None:
+    def __init__(
+        self,
+        server: Server,
+        name: str,
+        options: Mapping[str, Any],
+        people: bool,
+        library: str | None,
+    ) -> None:
         self.server, self.name, self.options, self.people = server, name, options, people
+        self.library = library  # until it was asked
         self.broken: Place | None = None  # before the turn whose answer was broken off
         found = server.find(name)
         self.at = Place(0, None) if found is None else Place(found["turn"], found["tokens"])
+        if library is not None and self.at.turn:
+            raise ClientError(
+                f"--library {library}: a library begins a session, and {name} is at turn "
+                f"{self.at.turn}; give a new --session"
+            )
         _note(
             f"{name}: goes on after turn {self.at.turn}, {self.at.tokens:,} tokens"
             if self.at.turn
@@ -85,11 +103,13 @@ class _Conversation:
             self._follow()  # the server may have read that message since
             self.broken = None
         before = self.at
+        where, place = path(self.name, "chat"), before._asdict()
+        if self.library is not None:
+            where, place = library_path(self.library, "chat"), {"session": self.name}
         body = {
             "messages": [{"role": "user", "content": text}],
             # So that nobody else's turn, and no lost one, is gone on from unnoticed.
-            "turn": before.turn,
-            "tokens": before.tokens,
+            **place,
             "stream": True,
             "stream_options": {"include_usage": True},
             "repetition_detection": REPETITION,
@@ -98,8 +118,9 @@ class _Conversation:
         began, first, ended = time.monotonic(), None, None
         usage: dict[str, Any] = {}
         told: dict[str, Any] = {}
+        sources: list[dict[str, Any]] = []
         try:
-            with closing(self.server.events(path(self.name, "chat"), body)) as events:
+            with closing(self.server.events(where, body)) as events:
                 for event in events:
                     for choice in event.get("choices", ()):
                         delta = choice["delta"]
@@ -109,6 +130,7 @@ class _Conversation:
                         print(words, end="", flush=True)
                         ended = choice.get("finish_reason") or ended
                     usage = event.get("usage") or usage
+                    sources = event.get("sources", sources)
                     told = (event.get("kv_transfer_params") or {}).get("lola") or told
         except KeyboardInterrupt:
             print()
@@ -126,6 +148,9 @@ class _Conversation:
             _note(f"the answer's text is not part of the memory: {told['unsaved']}")
         if told.get("unwritten"):
             _note(f"the turn is in the server's memory only: {told['unwritten']}")
+        self.library = None
+        for line in source_lines(sources):
+            _note(line)
         prompt, restored = usage.get("prompt_tokens", 0), told["restored_tokens"]
         reason = f" ({told['reason']})" if told["reason"] and before.turn else ""
         _note(
@@ -150,10 +175,19 @@ class _Conversation:
         of an answer that it was still making.
         """
         self.broken, deadline = self.at, time.monotonic() + SETTLE_S
+        library, self.library = self.library, None
+        if library is not None:  # what is composed for the question is a turn before it
+            self.broken = Place(self.at.turn + 1, None)
         kind = self._follow()
         while kind is None and time.monotonic() < deadline:
             time.sleep(0.05)
             kind = self._follow()
+        if kind is None and library is not None:
+            found = self.server.find(self.name)
+            if found is None:
+                self.library = library
+            else:
+                self.at = Place(found["turn"], found["tokens"])
         if kind is None:
             _note("broken off; neither your message nor the answer is part of the memory")
             return

@@ -96,6 +96,10 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--session", metavar="NAME", help="to go on with, or a new one (default: a new name)"
     )
+    parser.add_argument(
+        "--library", metavar="LIBRARY",
+        help="to ask the first message of; a new session goes on from what it reads",
+    )  # fmt: skip
     parser.add_argument("--model", metavar="NAME", help="a served name (default: the server's)")
     parser.add_argument(
         "--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
@@ -109,7 +113,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 
         options = {name: getattr(args, name) for name in ("model", "max_tokens", "temperature")}
         given = {name: value for name, value in options.items() if value is not None}
-        return chat(Server(args.url, key_of(args)), args.session, given)
+        return chat(Server(args.url, key_of(args)), args.session, given, args.library)
 
     parser.set_defaults(run=run)
 

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 from lola_vllm.client import ClientError
 from lola_vllm.client.command import add_key, ago, key_of, mib, table
 from lola_vllm.client.documents import documents_of, files_of, read_file
-from lola_vllm.sessions.names import check_name
+from lola_vllm.client.sources import LIBRARIES, library_path, source_lines
 
 if TYPE_CHECKING:
     from lola_vllm.client.server import Server
 
-LIBRARIES = "/v1/lola/libraries"
 MAX_TOKENS = 300  # of an answer, unless told otherwise
 _BAR = 24  # characters
 _LIBRARY = "its name, as a session's"
@@ -73,15 +72,6 @@ def add_library(parser: argparse.ArgumentParser) -> None:
     remove = verb("remove", "delete a library, or documents of it", _remove)
     remove.add_argument("library", metavar="LIBRARY", help=_LIBRARY)
     remove.add_argument("documents", nargs="*", metavar="DOCUMENT", help="titles (default: all)")
-
-
-def library_path(library: str, verb: str = "") -> str:
-    """The route of a library.
-
-    Raises:
-        SessionNameError: none can have this name.
-    """
-    return f"{LIBRARIES}/{check_name(library, 'library')}" + (f"/{verb}" if verb else "")
 
 
 def _add(server: Server, args: argparse.Namespace) -> int:
@@ -169,7 +159,7 @@ def _ask(server: Server, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        _sources(found["sources"])
+        print(*source_lines(found["sources"]), sep="\n")
     return 0
 
 
@@ -182,15 +172,8 @@ def _stream(server: Server, library: str, body: dict[str, Any]) -> int:
             for choice in event["choices"]:
                 print(choice["delta"].get("content") or "", end="", flush=True)
     print("\n")
-    _sources(sources)
+    print(*source_lines(sources), sep="\n")
     return 0
-
-
-def _sources(sources: list[dict[str, Any]]) -> None:
-    for number, source in enumerate(sources, start=1):
-        part = f", part {source['part']} of {source['parts']}" if source["parts"] > 1 else ""
-        print(f"[{number}] {source['document']}{part} ({source['share']:.0%} of the attention)")
-        print(f"    {source['sentence']}")
 
 
 def _remove(server: Server, args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 SESSIONS = "/v1/lola/sessions"
+LIBRARIES = "/v1/lola/libraries"
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Script:
             nothing is kept; "kept": the same, and all is kept; "dies": the connection breaks.
         sessions: (turn, tokens, kind) by name. bodies: of the messages. refusals: status and
             message by method and path. texts: of sessions. used: when, by name. deleted: names.
-            composed: sessions that are made of one, by its name.
+            composed: sessions that are made of one, by its name. sources: of a library's answers.
     """
 
     url: str = ""
@@ -36,6 +37,7 @@ class Script:
     pinned: set[str] = field(default_factory=set)
     deleted: list[str] = field(default_factory=list)
     composed: dict[str, list[str]] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
     ranks: int = 1
     left: threading.Event = field(default_factory=threading.Event)
 
@@ -100,7 +102,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send({"prompt": bytes(body["tokens"]).decode()})
             return
         name, _, verb = where.removeprefix(f"{SESSIONS}/").partition("/")
-        if verb == "chat":
+        if where.startswith(LIBRARIES):  # a session is composed, and then it is asked
+            script.bodies.append(body)
+            script.sessions[body["session"]] = 1, 40, "prompt"
+            self._speak(body["session"], script.sources)
+        elif verb == "chat":
             script.bodies.append(body)
             self._speak(name)
         elif name not in script.sessions:
@@ -127,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
         self.wfile.flush()
 
-    def _speak(self, name: str) -> None:
+    def _speak(self, name: str, sources: list[dict[str, Any]] | None = None) -> None:
         script = self.script
         words, end = script.answers.pop(0)
         turn, tokens, _ = script.sessions.get(name, (0, 0, "answer"))
@@ -154,7 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._event({"choices": [], "usage": usage})
         told = {"session": name, "turn": turn + 1, "tokens": tokens + 10 + len(words),
                 "restored_tokens": tokens, "reason": None}  # fmt: skip
-        self._event({"choices": [], "kv_transfer_params": {"lola": told}})
+        found = {} if sources is None else {"sources": sources}
+        self._event({"choices": [], "kv_transfer_params": {"lola": told}, **found})
         self._chunk(b"data: [DONE]\n\n")
         self.wfile.write(b"0\r\n\r\n")
 

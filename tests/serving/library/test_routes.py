@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from typing import Any
 
 import httpx
 import pytest
 
+from lola_vllm import cli
+from tests.support.servers import KEY
 from tools.support.server_process import Server
 
 BASE = "/v1/lola/libraries"
@@ -103,6 +107,19 @@ def test_a_session_goes_on_from_an_answer(shelf: Server) -> None:
     body = {"prompt": " so", **GREEDY}
     more = ok(shelf.client.post("/v1/lola/sessions/talk/complete", json=body))
     assert more["kv_transfer_params"]["lola"]["restored_tokens"] >= source["tokens"]
+
+
+def test_a_chat_begins_with_a_library(
+    shelf: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is at the harbour?\nAnd then?\n"))
+    words = ["chat", shelf.url, "--api-key", KEY, "--library", "shelf", "--session", "walk"]
+    assert cli.main([*words, "--temperature", "0", "--max-tokens", "4"]) == 0
+    answers, notes = capsys.readouterr()
+    assert answers.strip() and notes.count("of the attention") >= 2
+    assert re.search(r"turn 2: [\d,]+ tokens restored, .*turn 3: ", notes, re.S)
+    shown = ok(shelf.client.get("/v1/lola/sessions/walk"))
+    assert shown["turns"] == [1, 2, 3] and shown["made_of"]
 
 
 def test_owners_have_libraries_of_their_own(shelf: Server) -> None:

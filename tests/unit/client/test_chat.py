@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+import lola_vllm.client.chat as chat_module
 from lola_vllm import cli
 from lola_vllm.cli import INTERRUPTED
 from tests.support.standin import SESSIONS, standing_in
@@ -73,6 +74,45 @@ def test_an_answer_whose_connection_breaks_is_no_traceback(script, say):
     status, out, notes = say("x\n")
     assert status == 2 and out.strip() == "a"
     assert "the answer broke off (its end is missing)" in notes and "Traceback" not in notes
+
+
+def test_the_first_message_is_asked_of_a_library(script, say):
+    script.answers = [(["a"], "stop"), (["b"], "stop")]
+    script.sources = [
+        {"document": "pump.md", "part": 2, "parts": 3, "share": 0.61, "sentence": "It is blue."},
+        {"document": "oil.md", "part": 1, "parts": 1, "share": 0.2, "sentence": "Oil is not."},
+    ]
+    status, out, notes = say("x\ny\n", "--library", "manuals")
+    assert status == 0 and out == "a\nb\n"
+    first, second = script.bodies
+    assert first["session"] == "talk" and "turn" not in first
+    assert (second["turn"], second["tokens"]) == (2, 51) and "session" not in second
+    assert "[[1] pump.md, part 2 of 3 (61% of the attention)]" in notes
+    assert "[    It is blue.]" in notes and notes.count("of the attention") == 2
+    status, _, notes = say("z\n", "--library", "manuals")
+    assert status == 2 and "a library begins a session, and talk is at turn 3" in notes
+
+
+@pytest.mark.parametrize(
+    ("end", "asked_again", "turn"), [("unread", False, 1), ("hangs", False, 2)]
+)
+def test_a_librarys_answer_that_is_broken_off(script, capsys, monkeypatch, end, asked_again, turn):
+    script.answers = [(["a"], end), (["b"], "stop")]
+    monkeypatch.setattr("lola_vllm.client.chat.SETTLE_S", 0.1)
+    monkeypatch.setattr("sys.stdin", Keyboard("x\ny\n"))
+    real = chat_module.Server.events
+
+    def events(self, where, body):
+        for number, event in enumerate(real(self, where, body)):
+            yield event
+            if len(script.bodies) == 1 and number == 0:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_module.Server, "events", events)
+    assert cli.main(["chat", script.url, "--session", "talk", "--library", "manuals"]) == 0
+    notes = capsys.readouterr().err
+    assert ("neither your message" in notes) == (turn == 1)
+    assert ("session" in script.bodies[1]) == asked_again and script.bodies[1]["turn"] == turn
 
 
 class Keyboard(io.StringIO):
