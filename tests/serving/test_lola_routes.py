@@ -19,6 +19,7 @@ NEEDLE = "The code of the vault is 73192."
 STORY = "The miller went to the river and the river went to the sea. " * 30
 PROMPT = f"{STORY}{NEEDLE} {STORY}"
 SESSION = "/v1/lola/sessions/{session}"
+LIBRARY = "/v1/lola/libraries/{library}"
 ROUTES = [
     ("GET", "/v1/lola/info"),
     ("POST", "/v1/lola/memory"),
@@ -29,6 +30,10 @@ ROUTES = [
     ("GET", f"{SESSION}/tokens"),
     ("GET", f"{SESSION}/state"),
     ("PUT", f"{SESSION}/state"),
+    ("GET", "/v1/lola/libraries"),
+    *((method, LIBRARY) for method in ("GET", "DELETE")),
+    *(("POST", f"{LIBRARY}/{verb}") for verb in ("documents", "find", "chat", "complete")),
+    ("DELETE", f"{LIBRARY}/documents/{{document}}"),
 ]
 
 

@@ -98,14 +98,14 @@ def test_an_answer_names_its_sources(shelf: Server) -> None:
 
 
 def test_a_session_goes_on_from_an_answer(shelf: Server) -> None:
-    body = {"prompt": "The harbour is", "session": "talk", "top": 1, **GREEDY}
+    body = {"prompt": "The harbour is", "session": "on", "top": 1, **GREEDY}
     first = ok(shelf.client.post(f"{BASE}/shelf/complete", json=body))
     (source,) = first["sources"]
-    shown = ok(shelf.client.get("/v1/lola/sessions/talk"))
+    shown = ok(shelf.client.get("/v1/lola/sessions/on"))
     assert shown["made_of"] == [f"{source['session']}@1"]
-    refused(shelf.client.post(f"{BASE}/shelf/complete", json=body), 409, "'talk'")
+    refused(shelf.client.post(f"{BASE}/shelf/complete", json=body), 409, "'on'")
     body = {"prompt": " so", **GREEDY}
-    more = ok(shelf.client.post("/v1/lola/sessions/talk/complete", json=body))
+    more = ok(shelf.client.post("/v1/lola/sessions/on/complete", json=body))
     assert more["kv_transfer_params"]["lola"]["restored_tokens"] >= source["tokens"]
 
 
