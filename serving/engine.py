@@ -31,9 +31,11 @@ from lola_vllm.serving.protocol import (
     Memory,
     States,
 )
+from lola_vllm.sessions.request import FIELD
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
+    from vllm.outputs import RequestOutput
 
     from lola_vllm.state import StateLayout
 
@@ -169,22 +171,11 @@ class LolaEngine:
             request_id = f"lola-memory-{uuid.uuid4().hex}"
             try:
                 await self.ask_workers("lola_watch", request_id, len(tokens), record)
-                async for _ in self.client.generate(
-                    tokens_input(tokens, cache_salt=cache_salt),
-                    SamplingParams(
-                        max_tokens=1,
-                        temperature=0.0,
-                        detokenize=False,
-                        output_kind=RequestOutputKind.FINAL_ONLY,
-                        skip_reading_prefix_cache=record,
-                        # Nobody goes on from here.
-                        extra_args={"kv_transfer_params": {"lola": lola}}
-                        if has_store(self.config)
-                        else None,
-                    ),
-                    request_id,
-                ):
-                    pass
+                # Nobody goes on from here.
+                params = lola if has_store(self.config) else None
+                await self.read(
+                    tokens, request_id, params, cache_salt, skip_reading_prefix_cache=record
+                )
                 answers = await self.ask_workers(
                     "lola_memory", request_id, layers, forgotten, history
                 )
@@ -192,6 +183,38 @@ class LolaEngine:
                 self.later(self.ask_workers("lola_drop", request_id))
                 raise
         return joined([answer["layers"] for answer in answers])
+
+    async def read(
+        self,
+        tokens: list[int],
+        request_id: str,
+        params: dict[str, Any] | None,
+        cache_salt: str | None = None,
+        skip_reading_prefix_cache: bool | None = None,
+        **options: Any,
+    ) -> RequestOutput | None:
+        """Read a prompt, as a request of one token that nobody sees, and return its output.
+
+        Args:
+            tokens: ids of the prompt. params: of the store, None: nothing is asked of it.
+            cache_salt, skip_reading_prefix_cache: as vLLM has them. options: of `generate`.
+        """
+        final = None
+        async for output in self.client.generate(
+            tokens_input(tokens, cache_salt=cache_salt),
+            SamplingParams(
+                max_tokens=1,
+                temperature=0.0,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_reading_prefix_cache=skip_reading_prefix_cache,
+                extra_args=None if params is None else {"kv_transfer_params": {FIELD: params}},
+            ),
+            request_id,
+            **options,
+        ):
+            final = output
+        return final
 
     def _check_record(self, num_tokens: int, forgotten: bool) -> None:
         """Refuse what cannot be answered from the keys and values of a prompt."""

@@ -10,9 +10,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
-from vllm import SamplingParams
-from vllm.inputs import tokens_input
-from vllm.sampling_params import RequestOutputKind
 
 from lola_vllm.library.choose import HEAD_TOKENS
 from lola_vllm.library.parts import PART_TOKENS, split_text
@@ -20,7 +17,7 @@ from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.reporting import told
 from lola_vllm.sessions.names import LIBRARY, MAX_PARTS, Part
-from lola_vllm.sessions.request import FIELD, LIBRARY_REQUEST
+from lola_vllm.sessions.request import LIBRARY_REQUEST
 
 if TYPE_CHECKING:
     from lola_vllm.serving.library.protocol import AddRequest
@@ -143,19 +140,8 @@ async def _read(engine: LolaEngine, part: Part, tokens: list[int], body: AddRequ
     params = {"from": False, "save": session, "answer": False, "part": list(part)}
     if body.ttl is not None:
         params["ttl"] = body.ttl
-    final = None
-    async for output in engine.client.generate(
-        tokens_input(tokens, cache_salt=body.cache_salt),
-        SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"kv_transfer_params": {FIELD: params}},
-        ),
-        f"{LIBRARY_REQUEST}{uuid.uuid4().hex}",
-    ):
-        final = output
+    request_id = f"{LIBRARY_REQUEST}{uuid.uuid4().hex}"
+    final = await engine.read(tokens, request_id, params, body.cache_salt)
     said = told(final) if final else {}
     reason = said.get("unsaved") or said.get("unwritten")
     if said.get("session") != session or reason:

@@ -9,9 +9,6 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from fastapi import HTTPException
-from vllm import SamplingParams
-from vllm.inputs import tokens_input
-from vllm.sampling_params import RequestOutputKind
 
 from lola_vllm.library.choose import NEUTRAL
 from lola_vllm.library.parts import sentence_at
@@ -19,7 +16,7 @@ from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.adding import most_tokens
 from lola_vllm.serving.library.protocol import ANSWER_TTL
 from lola_vllm.serving.sessions.owners import owned
-from lola_vllm.sessions.request import FIELD, LIBRARY_REQUEST
+from lola_vllm.sessions.request import LIBRARY_REQUEST
 
 POLL_S = 0.02  # between two looks whether documents were found
 MARGIN_CHARS = 400  # around what is read most, in which its sentence is looked for
@@ -129,18 +126,7 @@ async def _hear(
             break
         await asyncio.sleep(POLL_S)
     try:
-        async for _ in engine.client.generate(
-            tokens_input(prompt, cache_salt=salt),
-            SamplingParams(
-                max_tokens=1,
-                temperature=0.0,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args={"kv_transfer_params": {FIELD: {"from": anchor.session, "save": False}}},
-            ),
-            request_id,
-        ):
-            pass
+        await engine.read(prompt, request_id, {"from": anchor.session, "save": False}, salt)
         await engine.ask_workers("lola_heard", request_id)
     except BaseException:
         engine.later(engine.ask_workers("lola_unhear", request_id))

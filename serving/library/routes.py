@@ -45,11 +45,17 @@ from lola_vllm.serving.library.protocol import (
 from lola_vllm.serving.prompt import text_tokens
 from lola_vllm.serving.protocol import check_utf8
 from lola_vllm.serving.sessions.generate import check_length, special_ids
-from lola_vllm.serving.sessions.management import REFUSALS, Salt, ask, check_listing, engine_of
+from lola_vllm.serving.sessions.management import (
+    REFUSALS,
+    Salt,
+    ask,
+    check_listing,
+    engine_of,
+    name_of,
+)
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.reporting import reported
 from lola_vllm.serving.sessions.template_boundary import Transcript, continuation
-from lola_vllm.sessions import SessionNameError, check_name
 from lola_vllm.sessions.request import FIELD
 
 PREFIX = "/v1/lola/libraries"
@@ -71,20 +77,24 @@ async def libraries(raw_request: Request, salt: Salt = None) -> dict[str, Any]:
 @router.get("/{library}", response_model=LibraryDetail, responses=REFUSALS)
 async def show(library: str, raw_request: Request, salt: Salt = None) -> Any:
     """A library with its documents."""
-    return await ask(raw_request, "library", salt, library=_name(library))
+    return await ask(raw_request, "library", salt, library=name_of(library, "library"))
 
 
 @router.delete("/{library}", response_model=Removed, responses=REFUSALS)
 async def delete(library: str, raw_request: Request, salt: Salt = None) -> Any:
     """Delete a library with all of its documents."""
-    return await ask(raw_request, "remove_documents", salt, library=_name(library))
+    return await ask(raw_request, "remove_documents", salt, library=name_of(library, "library"))
 
 
 @router.delete("/{library}/documents/{document:path}", response_model=Removed, responses=REFUSALS)
 async def remove(library: str, document: str, raw_request: Request, salt: Salt = None) -> Any:
     """Delete a document, and what was composed of it to answer questions."""
     return await ask(
-        raw_request, "remove_documents", salt, library=_name(library), document=document
+        raw_request,
+        "remove_documents",
+        salt,
+        library=name_of(library, "library"),
+        document=document,
     )
 
 
@@ -97,7 +107,7 @@ async def remove(library: str, document: str, raw_request: Request, salt: Salt =
 @with_cancellation
 async def add(library: str, raw_request: Request, body: AddRequest) -> Any:
     """Read a document, in parts, and keep what was read. A library begins with its first."""
-    name, engine = _name(library), engine_of(raw_request)
+    name, engine = name_of(library, "library"), engine_of(raw_request)
     check_libraries(engine)
     validate_cache_salt(body.cache_salt)
     parts = await cut(engine, body)
@@ -115,7 +125,9 @@ async def find(library: str, raw_request: Request, body: FindRequest) -> Any:
     engine = engine_of(raw_request)
     check_libraries(engine)
     validate_cache_salt(body.cache_salt)
-    sources = await asking.find(engine, _name(library), body.question, body.top, body.cache_salt)
+    sources = await asking.find(
+        engine, name_of(library, "library"), body.question, body.top, body.cache_salt
+    )
     return {"sources": sources}
 
 
@@ -169,7 +181,7 @@ async def _read(
     question: str,
 ) -> tuple[Transcript, dict[str, Any], list[dict[str, Any]]]:
     """What was composed for a question, what is asked of the store, and the sources."""
-    name, salt = _name(library), body.cache_salt
+    name, salt = name_of(library, "library"), body.cache_salt
     check_libraries(engine)
     validate_cache_salt(salt)
     try:
@@ -247,13 +259,6 @@ async def _document(engine: LolaEngine, library: str, body: AddRequest) -> dict[
         f"document = {body.document!r}: the budgets have no room for all of its parts; raise "
         "--lola-state-ram, or give the server a --lola-state-dir",
     )
-
-
-def _name(library: str) -> str:
-    try:
-        return check_name(library, "library")
-    except SessionNameError as error:
-        raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
 
 
 def _last_text(messages: list[Any]) -> str:

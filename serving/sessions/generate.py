@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
-from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionRequest,
@@ -26,8 +25,6 @@ from vllm.entrypoints.openai.chat_completion.protocol import (
 from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
-from vllm.inputs import tokens_input
-from vllm.sampling_params import RequestOutputKind
 
 from lola_vllm.serving.bodies import LolaRoute, refusal
 from lola_vllm.serving.engine import LolaEngine
@@ -166,20 +163,13 @@ async def _append(reference: Reference, body: AppendRequest, raw_request: Reques
         tokens, new = before + read, len(read)
     check_length(tokens, engine)
     params = _params(reference, transcript, body.ttl) | {"answer": False}
-    final = None
-    async for output in engine.client.generate(
-        tokens_input(tokens, cache_salt=body.cache_salt),
-        SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"kv_transfer_params": {FIELD: params}},
-        ),
+    final = await engine.read(
+        tokens,
         f"lola-append-{uuid.uuid4().hex}",
+        params,
+        body.cache_salt,
         lora_request=raw_request.app.state.openai_serving_models.lora_requests.get(body.model),
-    ):
-        final = output
+    )
     said = told(final) if final else {}
     said = {"session": reference.session, "unsaved": None, "unwritten": None, **said}
     return said | {"tokens": len(tokens), "new_tokens": new}

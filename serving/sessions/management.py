@@ -260,10 +260,10 @@ def engine_of(raw_request: Request) -> LolaEngine:
     return engine
 
 
-def name_of(session: str) -> str:
-    """A session's name from a path."""
+def name_of(name: str, field: str = "session") -> str:
+    """A session's name from a path, or that of what else is named so."""
     try:
-        return check_name(session)
+        return check_name(name, field)
     except SessionNameError as error:
         raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
 
