@@ -44,6 +44,7 @@ MOST_PAIRS, MOST_PAIRS_PER_TOKEN = 80, 16
 ALLOWED = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 ALLOWED_FLOAT32 = 2e-3
 ALLOWED_INT8 = 2e-2  # a step of the rounding, where a rotated key lies between two
+PORTABLE = Backend("torch", portable.decode, portable.prefill)
 NULL, LIVE, FRESH, OTHER = range(4)  # pages; the first and the last must not be touched
 SEEDS = (0, 1)
 
@@ -133,7 +134,7 @@ def check(backend: Backend, layer: LayerState, seed: int = 0) -> list[Line]:
     expected, found = problem.state(), problem.state()
     lines = []
     for step in problem.steps():
-        truth = step.run(portable, expected)
+        truth = step.run(PORTABLE, expected)
         try:
             answers = step.run(backend, found)
             if found.pages.is_cuda:
@@ -349,8 +350,7 @@ def _shift_due(ops: Backend, state: LayerState, pages: Tensor, held: list[int]) 
 
 
 def _shift(ops: Backend, state: LayerState, due: context_shift.DueRows) -> None:
-    # The portable back end is a module without one.
-    (getattr(ops, "shift", None) or context_shift.shift_in_torch)([state], *due)
+    (ops.shift or context_shift.shift_in_torch)([state], *due)
 
 
 def _trimmed(page: StateLayout, index: int) -> StateLayout:
