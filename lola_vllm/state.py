@@ -461,6 +461,10 @@ class SequenceLayout:
         """Each layer's pages `[N, page_bytes]`, views of `rows [N, >= row_bytes]` of bytes."""
         return _cut(rows, self.layers)
 
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """The bytes of each of `layouts`, views of `rows [..., >= row_bytes]`."""
+        return _cut(rows, self.layouts)
+
     def cleaned(self, row: Tensor, num_tokens: int) -> Tensor:
         """A copy of a state in which every byte that is not valid is zero.
 

@@ -7,7 +7,7 @@ choosing among a thousand documents reads no state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -131,15 +131,12 @@ class DocumentKeys:
                 f"a document of {num_tokens} tokens: at most {len(rope.cos)}, the trained length, "
                 "are read as one; read it in parts"
             )
-        pages, starts, at = sequence.layouts, [], 0
-        for page in pages:
-            starts.append(at)
-            at += page.page_bytes
+        pages, rows = sequence.layouts, sequence.split(row[None])
         keys, positions = [], []
         for head in reading_heads(sequence):
-            page, start = pages[head.page], starts[head.page]
-            own = row[start : start + page.page_bytes][None]
-            found, where = _exact_keys(page, own, head.sparse_head, num_tokens)
+            found, where = _exact_keys(
+                pages[head.page], rows[head.page], head.sparse_head, num_tokens
+            )
             keys.append(quantize(rope.move(found, torch.tensor(-num_tokens))))
             positions.append(where)
         return cls(num_tokens, tuple(keys), tuple(positions))
@@ -216,6 +213,6 @@ def _exact_keys(
     return keys[order], positions[order]
 
 
-def total_bytes(documents: Sequence[DocumentKeys]) -> int:
+def total_bytes(documents: Iterable[DocumentKeys]) -> int:
     """Bytes of the keys of documents."""
     return sum(document.nbytes for document in documents)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lola_vllm.library.keys import DocumentKeys, KeysError
+from lola_vllm.library.keys import DocumentKeys, KeysError, total_bytes
 from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import keys_file
 
@@ -90,8 +90,5 @@ class KeyShelf:
         with self._lock:
             self._cached[state] = keys
             self._cached.move_to_end(state)
-            while len(self._cached) > 1 and self._nbytes() > CACHE_BYTES:
+            while len(self._cached) > 1 and total_bytes(self._cached.values()) > CACHE_BYTES:
                 self._cached.popitem(last=False)
-
-    def _nbytes(self) -> int:
-        return sum(keys.nbytes for keys in self._cached.values())

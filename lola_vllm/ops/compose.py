@@ -362,13 +362,11 @@ class Composer:
 
     def _forget_bounds(self, composition: Composition, out: Tensor) -> None:
         """Nothing is known of errors: every score is computed anew at the next update."""
-        at = 0
-        for page in self.sequence.layouts:
+        pages = self.sequence.layouts
+        for page, own in zip(pages, self.sequence.split(out[None]), strict=True):
             if page.keeps_bounds:
                 room = min(composition.num_evicted, page.sparse_cache_size)
-                bounds = page.views(out[None, at : at + page.page_bytes]).bounds
-                bounds[:, :, BOUND_ROWS.index("low"), :room] = -torch.inf
-            at += page.page_bytes
+                page.views(own).bounds[:, :, BOUND_ROWS.index("low"), :room] = -torch.inf
 
 
 def _features(k: Tensor, sizes: list[int], maps: Sequence[Tensor]) -> Tensor:
