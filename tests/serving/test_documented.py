@@ -58,6 +58,11 @@ def test_commands_of_a_page_are_answered(page, tiny, tmp_path, monkeypatch):
         for _ in range(3):
             said = tiny.client.post("/v1/lola/sessions/agent-7/append", json={"prompt": SAID})
             assert said.status_code == 200, said.text
+    library = "/v1/lola/libraries/pages"
+    if page == "docs/library.md":  # `lola-vllm library add` has its own tests
+        document = {"document": "docker.md", "text": SAID * 8}
+        said = tiny.client.post(f"{library}/documents", json=document)
+        assert said.status_code == 200, said.text
     for _, command in [found for found in documented("http") if found[0] == page]:
         command = here(command, tiny)
         if command.startswith("curl "):
@@ -67,6 +72,7 @@ def test_commands_of_a_page_are_answered(page, tiny, tmp_path, monkeypatch):
         assert 0 in (command_line(command, tiny, monkeypatch) for _ in range(tries)), command
     for name in ("agent-7", "agent-8", "agent-9", "my-chat", "pump-log", "pumps"):
         tiny.client.delete(f"/v1/lola/sessions/{name}")
+    tiny.client.delete(library)
 
 
 def sample(page: str, words: str) -> str:
