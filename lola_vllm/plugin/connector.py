@@ -46,6 +46,7 @@ from lola_vllm.plugin.cache import layer_layouts, lola_hf_config, row_bytes, seq
 from lola_vllm.plugin.session_requests import SchedulerHalf
 from lola_vllm.sessions.directory import model_directory
 from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
+from lola_vllm.sessions.host_copy import staging_bytes
 from lola_vllm.sessions.orders import Order, Outcome
 from lola_vllm.sessions.settings import StoreSettings
 from lola_vllm.sessions.store import SessionStore
@@ -307,9 +308,12 @@ def open_store(vllm_config: VllmConfig) -> SessionStore:
 
     Raises:
         OSError: its directory cannot be used.
+        StoreSettingsError: its memory is too little for copies from a device.
     """
     settings, size = store_settings(vllm_config), row_bytes(vllm_config)
     ranks = vllm_config.parallel_config.world_size
+    if vllm_config.device_config.device_type != "cpu":
+        settings = settings.without(ranks * staging_bytes(size))
     sequence = sequence_layout(vllm_config)
     store = SessionStore(
         fingerprint_of(vllm_config),

@@ -18,6 +18,15 @@ from torch import Tensor
 MAX_STAGED = 4
 
 
+def staging_bytes(rank_bytes: int) -> int:
+    """Pinned bytes of a device's buffers.
+
+    Args:
+        rank_bytes: of a state on one rank.
+    """
+    return MAX_STAGED * (1 << (rank_bytes - 1).bit_length())
+
+
 class Event(Protocol):
     """When a copy is complete."""
 

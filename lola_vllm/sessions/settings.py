@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,19 @@ class StoreSettings:
         """Whether anything can be stored."""
         there_is_room = self.memory > 0 or (self.directory is not None and self.disk > 0)
         return there_is_room and self.store != "none"
+
+    def without(self, staging: int) -> StoreSettings:
+        """The same, less the bytes of memory that copies from a device pass through.
+
+        Raises:
+            StoreSettingsError: there is memory for states, and no more of it than that.
+        """
+        if 0 < self.memory <= staging:
+            raise StoreSettingsError(
+                f"state_ram = {self.memory}: copies from the device pass through {staging} bytes "
+                f"of it; give more than {staging}, or 0 to keep no states in memory"
+            )
+        return replace(self, memory=max(0, self.memory - staging))
 
     def may_write(self, session: str) -> bool:
         """Whether states of a session may be in the directory."""

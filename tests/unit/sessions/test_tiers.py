@@ -9,6 +9,7 @@ from lola_vllm.sessions import host_copy
 from lola_vllm.sessions.expiry import SPARE
 from lola_vllm.sessions.owner import engine_salt, owner_of
 from lola_vllm.sessions.prefix_hash import salt_hash
+from lola_vllm.sessions.settings import StoreSettings, StoreSettingsError
 from lola_vllm.sessions.tiers import IDLE_S
 from tests.support.sessions import ROW, Server, size_of
 
@@ -188,8 +189,19 @@ def test_what_is_pinned_does_not_grow_with_what_is_stored(monkeypatch):
         rows.append(device.copy(torch.full((ROW + 3,), n, dtype=torch.uint8)))
         device.copies[-1].set()
     held = [row.wait() for row in rows]
-    assert sum(pinned) <= host_copy.MAX_STAGED * 2 * (ROW + 3)
+    assert sum(pinned) == host_copy.staging_bytes(ROW + 3)
     assert sum(x.untyped_storage().nbytes() for x in held) == 60 * (ROW + 3)  # what is budgeted
+
+
+def test_staging_is_part_of_the_memory_for_states():
+    size = ROW + 3
+    staging = host_copy.staging_bytes(size)
+    assert staging == host_copy.MAX_STAGED * 2 ** (size - 1).bit_length()
+    given = StoreSettings(memory=staging + 5 * size)
+    assert given.without(staging).memory == 5 * size
+    assert StoreSettings().without(staging).memory == 0
+    with pytest.raises(StoreSettingsError, match=f"state_ram = {staging}: .* more than {staging}"):
+        StoreSettings(memory=staging).without(staging)
 
 
 @pytest.mark.parametrize("waiting", [1, 2])
