@@ -22,6 +22,8 @@ from lola_vllm.linearize.memory import activation_bytes
 SCORED, RECENT = 49, 378
 # A pair for so many tokens of the trained length: a cache that holds most of it is no cache.
 LENGTH_PER_PAIR = 16
+# The demo model's smaller sparse cache in training. Larger ones need longer rows.
+MOST_FEW = 128
 # Tokens that the stages of the demo model read.
 TRANSFER_TOKENS, LORA_TOKENS, ON_TOKENS = 393_216, 393_216, 225_280
 # Rows of attention transfer are as long as the trained length, while there are so many of them.
@@ -51,8 +53,9 @@ class Recipe:
         transfer_steps_per_row, transfer_queries, transfer_learning_rate: 7, 512 and 0.03.
 
         train_windows: what stages 1 and 2 train for: the window, and twice that.
-        train_sparse_caches: 0, the power of two that is nearest to a third of all pairs, and four
-            times that. So maps are used to much and to little in the hidden state.
+        train_sparse_caches: 0, the power of two that is nearest to a third of all pairs, at most
+            128, and four times that. So maps are used to much and to little in the hidden state,
+            and rows need not be long to fold something, however much memory there is.
 
         lora_tokens: of stage 2: 393,216, scaled likewise.
         lora_row_length, lora_last_row_length: the least power of two in which all of these fold
@@ -194,7 +197,7 @@ def derive(
     scored = max(1, round(pairs * SCORED / (SCORED + RECENT)))
     if length <= LEAST_DISTANCE + PASSAGE + PASSAGES * PASSAGE:
         scored = pairs
-    few = 1 << round(math.log2(max(1, pairs / 3)))
+    few = min(MOST_FEW, 1 << round(math.log2(max(1, pairs / 3))))
     caches = (0, few, 4 * few)
     folding = 4 * window + 4 * few + 4  # two windows, two intervals, cache and sinks
     first = min(length, _power_above(folding))

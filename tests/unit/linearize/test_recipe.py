@@ -73,6 +73,8 @@ def test_memory_is_used_up_and_no_more(tmp_path: Path, mib: float) -> None:
     made = derive(base, text_bytes=TEXTS, memory_mib=mib)
     assert made.pairs == pairs
     assert made.scored_pairs / pairs == pytest.approx(49 / 427, abs=0.01)
+    rows = made.lora_row_length, made.lora_last_row_length, made.on_row_length
+    assert rows == (1024, 4096, 2048)  # more memory needs no longer rows
 
 
 def test_rows_of_a_long_base_are_fewer_and_longer(tmp_path: Path) -> None:
