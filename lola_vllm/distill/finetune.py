@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig
 from lola_vllm.distill.average import RunningMean
 from lola_vllm.distill.data import Rows
+from lola_vllm.distill.loss import token_loss
 from lola_vllm.distill.options import DistillOptions
 from lola_vllm.distill.state import read_state, write_state
 from lola_vllm.distill.student import (
@@ -33,7 +33,6 @@ from lola_vllm.distill.student import (
 
 STATE = "finetune"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-LOSS_BLOCK = 256  # tokens whose logits exist at once
 SAVE_EVERY = 10  # steps between two training states
 
 
@@ -203,13 +202,10 @@ def _loss(
         hidden = base.model(ids).last_hidden_state[0]
         compared = compared.to(hidden.device)
         weights = 1 + (options.answer_weight - 1) * answers.to(hidden.device)[compared + 1].float()
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for at, weight in zip(compared.split(LOSS_BLOCK), weights.split(LOSS_BLOCK), strict=True):
-            args = (base.lm_head, hidden[at], None if wanted is None else wanted[at])
-            each = torch.utils.checkpoint.checkpoint(
-                _token_losses, *args, ids[0, at + 1], use_reentrant=False
-            )
-            total = total + (each * weight).sum()
+        total = token_loss(
+            base.lm_head, hidden[compared], None if wanted is None else wanted[compared],
+            ids[0, compared + 1], weights,
+        )  # fmt: skip
     return total / weights.sum()
 
 
@@ -218,20 +214,6 @@ def _autocast(base: Any) -> torch.autocast:
     return torch.autocast(
         base.device.type, dtype=torch.bfloat16, enabled=base.dtype == torch.bfloat16
     )
-
-
-def _token_losses(
-    head: nn.Linear, hidden: Tensor, teacher: Tensor | None, targets: Tensor
-) -> Tensor:
-    """Per token `[n]`: KL(teacher || student), or the next token's negative log-likelihood."""
-    logits = head(hidden).float()
-    if teacher is None:
-        return nn.functional.cross_entropy(logits, targets, reduction="none")
-    with torch.no_grad():
-        wanted = head(teacher).float().log_softmax(-1)
-    return nn.functional.kl_div(
-        logits.log_softmax(-1), wanted, log_target=True, reduction="none"
-    ).sum(-1)
 
 
 def _no_dropout(model: Any) -> None:

@@ -37,10 +37,10 @@ def activation_bytes(config: LolaLlamaConfig, recipe: Recipe, *, whole: bool) ->
         (recipe.on_row_length, recipe.pairs, recipe.update_interval),
     ):
         seen = min(length, exact + 2 * recipe.window_size)
-        gathered = 8 * kv_heads * d * seen / interval  # keys and values of each chunk, float32
-        scores = 12 * heads * seen
-        features = 16 * d * (heads + kv_heads) + 16 * d * d * kv_heads / interval
-        token = plain + gathered + scores + features
+        listed = 16 * kv_heads * seen / interval  # where the pairs of each chunk are, int64
+        # Queries, keys, values, features and answers in float32, and H of each chunk.
+        features = 56 * d * (heads + kv_heads) + 16 * d * d * kv_heads / interval
+        token = plain + listed + features
         kept = layers * token if whole else token + layers * D * width
         found = max(found, int(length * kept))
     return found

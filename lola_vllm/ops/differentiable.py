@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops.constants import RECALL_EPS
+from lola_vllm.ops.exact_attention import exact_attention
 from lola_vllm.ops.int8 import rounded
 from lola_vllm.ops.reference import feature_map, pair_importance
 
@@ -199,10 +200,11 @@ def lola_attention_parallel(
         index = _exact_pairs(positions, cached, T, config)  # [B, Hg, N, S]
         in_order = index.clamp(min=0)
         in_order[..., min(config.sink_size, T) :][..., : cached.shape[-1]] += first_left
-        logits, v_exact = _exact(rows, all_k, all_v, positions, index, in_order)
-        lse = logits.logsumexp(-1)  # [B, Hq, N, C]
-        p = (logits - lse.unsqueeze(-1)).exp()
-        y = _per_query_head(_per_head(p, Hg) @ v_exact, Hq)
+        exact = exact_attention(_per_head(rows, Hg), all_k, all_v, positions, index, in_order)
+        y = _per_query_head(exact.y, Hq)
+        lse, largest = (
+            _per_query_head(x.unsqueeze(-1), Hq).squeeze(-1) for x in (exact.lse, exact.largest)
+        )  # [B, Hq, N, C]
 
         phi_q = feature_map(rows, map_q[:, None])  # [B, Hq, N, C, 2F]
         by_state = _per_head(phi_q, Hs)
@@ -213,7 +215,7 @@ def lola_attention_parallel(
         y_lin = _per_query_head(by_state @ H[:, :, wanted], Hq) / safe.unsqueeze(-1)
         log_gate = torch.nn.functional.logsigmoid(factors)
         if config.mixing == "lolcats":
-            lse = lse - logits.amax(-1)
+            lse = lse - largest
         else:
             log_gate = log_gate - torch.nn.functional.logsigmoid(-factors)
         r = torch.sigmoid(lse + log_gate[:, None, None] - safe.log()).masked_fill(empty, 1)
@@ -248,33 +250,6 @@ def _exact_pairs(positions: Tensor, cached: Tensor, T: int, config: LolaConfig) 
     window = positions[:, :1] - eta + torch.arange(eta + C, device=device)  # [N, eta + C]
     window = window.masked_fill((window < config.sink_size) | (window >= T), -1)
     return torch.cat([sinks.expand(shape), cached, window.expand(shape)], dim=-1)
-
-
-def _exact(
-    queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, index: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Logits over sinks, sparse cache and window, and the values beside them.
-
-    Args:
-        queries: `[B, Hq, N, C, d]` at `positions` `[N, C]`. keys, values: `[B, Hkv, R, d]`.
-        index: `[B, Hg, N, S]`, positions of pairs, -1 where there is none. rows: the same shape,
-            where they are among the R.
-
-    Returns:
-        logits `[B, Hq, N, C, S]`, -inf where a query does not see a pair, and values
-        `[B, Hg, N, S, d]`.
-    """
-    Hq, d = queries.shape[1], queries.shape[-1]
-    B, Hg, N, S = index.shape
-    share = Hg // keys.shape[1]
-    seen = (index >= 0).unsqueeze(3) & (index.unsqueeze(3) <= positions[:, :, None])
-    flat = rows.view(B, Hg, N * S)
-    k_exact = _take(keys.repeat_interleave(share, dim=1), flat).view(B, Hg, N, S, d)
-    v_exact = _take(values.repeat_interleave(share, dim=1), flat).view(B, Hg, N, S, d)
-    logits = _per_query_head(_per_head(queries, Hg) @ k_exact.mT, Hq) * d**-0.5
-    seen = seen.repeat_interleave(Hq // Hg, dim=1)
-    # A query past the end of the sequence sees whatever the last one sees, so no row is all -inf.
-    return logits.masked_fill(~seen, -torch.inf), v_exact
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:

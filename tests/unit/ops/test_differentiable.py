@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lola_vllm.config import LolaConfig, importance_size
+from lola_vllm.ops import exact_attention
 from lola_vllm.ops.differentiable import lola_attention_parallel, plan_memory
 from lola_vllm.ops.int8 import rounded
 from lola_vllm.ops.reference import feature_map, lola_attention, pair_importance
@@ -145,3 +146,20 @@ def test_half_precision_in_and_out_and_large_logits() -> None:
     assert out.dtype == torch.bfloat16 and bool(out.isfinite().all())
     out = lola_attention_parallel(q * 40, k * 40, v, *(w * 100 for w in weights), config)
     assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("block", [1, 300])
+@pytest.mark.parametrize("T, Hq, Hkv, Hs, keys", [CASES[1], CASES[2], CASES[7]])
+def test_blocks_of_chunks_change_nothing(monkeypatch, block, T, Hq, Hkv, Hs, keys):
+    """Neither answers nor gradients, whatever number of chunks is attended at a time."""
+    config, weights = split(keys, Hkv)
+
+    def run() -> list[torch.Tensor]:
+        inputs = [x.requires_grad_() for x in problem(T, Hq, Hkv, Hs)]
+        y = lola_attention_parallel(*inputs, config, importance=weights)
+        return [y, *torch.autograd.grad((y * y.detach().cos()).sum(), inputs)]
+
+    whole = run()
+    monkeypatch.setattr(exact_attention, "BLOCK_LOGITS", block)
+    for found, expected in zip(run(), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
