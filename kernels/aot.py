@@ -39,7 +39,7 @@ POINTER_TYPES = {
     "state_indices_ptr": "*i32",
     "n_ptr": "*i32",
     "lists_ptr": "*i32",
-    "doubtful_ptr": "*i32",
+    "listed_ptr": "*i32",
 }
 MODEL_POINTERS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "soft_ptr")  # others are of float32
 FLOATS = ("scale", "decay", "score_decay")

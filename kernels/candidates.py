@@ -92,6 +92,14 @@ def candidate_ok(e, start, stop, lam, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def position_of(positions_at, e, start, stop, lam, SHAPE: tl.constexpr):
+    """Which candidates e exist, and their positions. positions_at: of the set's entries."""
+    ok = (e < lam + SHAPE.UPDATE_INTERVAL) & candidate_ok(e, start, stop, lam, SHAPE)
+    held = tl.load(positions_at + e, mask=ok & (e < lam), other=0)
+    return ok, tl.where(e < lam, held, start + e - lam)
+
+
+@triton.jit
 def evicted_rows(exact_at, e, ok, start, lam, cols, SHAPE: tl.constexpr):
     """Keys or values `[len(e), BLOCK_D]` of evicted pairs as the window holds them.
 

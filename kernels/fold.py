@@ -41,58 +41,81 @@ from lola_vllm.kernels.layer import (
     s_of,
     window_start,
 )
-from lola_vllm.kernels.selection import choose
+from lola_vllm.kernels.selection import choose, list_older
 from lola_vllm.kernels.update_per_token import track_fold
 
 
 @triton.jit
 def score_tile(
-    wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head, n, first,
-    scores_at, SHAPE: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head, n, e, ok,
+    scores_at, SHAPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the candidates from `first` on of a set whose cache overflows, to scores_at + e.
+    """Scores of the candidates e that are ok of a set whose cache overflows, to scores_at + e.
 
     SRE where a set has one state head, else the mean over its state heads of SRE / ||v||; with a
-    importance, times that. Recent pairs stay whatever theirs are: a tile of them is left out.
-    Heads: of the layer, and `own_*` of the group.
+    importance, times that. Heads: of the layer, and `own_*` of the group.
     """
     C: tl.constexpr = SHAPE.UPDATE_INTERVAL
     cols = tl.arange(0, SHAPE.BLOCK_D)
     lam = num_entries(group_at)
+    start = window_start(n - C, SHAPE)
+    pairs_at = set_at(page_at, group_at, own_set, own_kv_head, lam, SHAPE)
+    first_map = first_key_map(n, SHAPE)
+    k, v = gather_pairs(pairs_at, e, ok, start, lam, cols, SHAPE)
+    # Before the first fold H and s are leftovers, and count as zero.
+    num_features = tl.where(start - SHAPE.SINK_SIZE > lam, SHAPE.FEATURE_DIM, 0)
+    if SHAPE.HAS_SCORE_WEIGHTS:  # before the loop, for fewer registers in it
+        weight = candidate_importance(
+            ws_ptr, entries_of(page_at, group_at, SCORE_WEIGHTS, own_set, lam), k, v,
+            pairs_at[4], e, ok, start, lam, kv_head, cols, SHAPE,
+        )  # fmt: skip
+    norm = tl.sqrt_rn(tl.sum(v * v, 1))
+    least = tl.where(norm < RECALL_EPS, RECALL_EPS, norm)
+    total = tl.zeros([e.shape[0]], tl.float32)
+    for i in range(SHAPE.STATES_PER_SET):
+        own = own_set * SHAPE.STATES_PER_SET + i
+        w_at = map_of(wk_ptr, first_map + sparse_head * SHAPE.STATES_PER_SET + i, SHAPE)
+        _, size, _, _ = recall_error(
+            k, v, norm, w_at, h_of(page_at, group_at, own, SHAPE),
+            s_of(page_at, group_at, own, SHAPE), cols, num_features, SHAPE, PRECISION,
+        )  # fmt: skip
+        total += size if SHAPE.STATES_PER_SET == 1 else tl.div_rn(size, least)
+    if SHAPE.STATES_PER_SET > 1:
+        total = total / SHAPE.STATES_PER_SET
+    if SHAPE.HAS_SCORE_WEIGHTS:
+        total *= weight
+    tl.store(scores_at + e, total, mask=ok)
+
+
+@triton.jit
+def score_set(
+    wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head, n, scores_at,
+    listed_at, SHAPE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`score_tile` of all candidates but recent ones, which stay whatever their scores are.
+
+    listed `[lam + C]`, scratch: those that are not recent, where there are any.
+    """
+    lam = num_entries(group_at)
     recent = tl.load(group_at + RECENT_SIZE).to(tl.int32)
-    start, stop = window_start(n - C, SHAPE), window_start(n, SHAPE)
-    e = first + tl.arange(0, BLOCK_E)
-    ok = (e < lam + C) & candidate_ok(e, start, stop, lam, SHAPE)
-    positions_at = part_of(page_at, group_at, POSITIONS, tl.int32) + own_set * lam
-    held = tl.load(positions_at + e, mask=ok & (e < lam), other=0)
-    position = tl.where(e < lam, held, start + e - lam)
-    if tl.sum((ok & (position < stop - recent)).to(tl.int32), 0) > 0:
-        pairs_at = set_at(page_at, group_at, own_set, own_kv_head, lam, SHAPE)
-        first_map = first_key_map(n, SHAPE)
-        k, v = gather_pairs(pairs_at, e, ok, start, lam, cols, SHAPE)
-        # Before the first fold H and s are leftovers, and count as zero.
-        num_features = tl.where(start - SHAPE.SINK_SIZE > lam, SHAPE.FEATURE_DIM, 0)
-        if SHAPE.HAS_SCORE_WEIGHTS:  # before the loop, for fewer registers in it
-            weight = candidate_importance(
-                ws_ptr, entries_of(page_at, group_at, SCORE_WEIGHTS, own_set, lam), k, v,
-                pairs_at[4], e, ok, start, lam, kv_head, cols, SHAPE,
-            )  # fmt: skip
-        norm = tl.sqrt_rn(tl.sum(v * v, 1))
-        least = tl.where(norm < RECALL_EPS, RECALL_EPS, norm)
-        total = tl.zeros([BLOCK_E], tl.float32)
-        for i in range(SHAPE.STATES_PER_SET):
-            own = own_set * SHAPE.STATES_PER_SET + i
-            w_at = map_of(wk_ptr, first_map + sparse_head * SHAPE.STATES_PER_SET + i, SHAPE)
-            _, size, _, _ = recall_error(
-                k, v, norm, w_at, h_of(page_at, group_at, own, SHAPE),
-                s_of(page_at, group_at, own, SHAPE), cols, num_features, SHAPE, PRECISION,
-            )  # fmt: skip
-            total += size if SHAPE.STATES_PER_SET == 1 else tl.div_rn(size, least)
-        if SHAPE.STATES_PER_SET > 1:
-            total = total / SHAPE.STATES_PER_SET
-        if SHAPE.HAS_SCORE_WEIGHTS:
-            total *= weight
-        tl.store(scores_at + e, total, mask=ok)
+    start, stop = window_start(n - SHAPE.UPDATE_INTERVAL, SHAPE), window_start(n, SHAPE)
+    count = lam + SHAPE.UPDATE_INTERVAL
+    if recent > 0:
+        positions_at = part_of(page_at, group_at, POSITIONS, tl.int32) + own_set * lam
+        count = list_older(
+            positions_at, listed_at, start, stop, lam, recent, SHAPE, BLOCK_A
+        )  # fmt: skip
+        tl.debug_barrier()  # the list is read by other threads than wrote it
+    for first in tl.range(0, count, BLOCK_E, num_stages=1, disable_licm=True):
+        index = first + tl.arange(0, BLOCK_E)
+        listed = tl.load(listed_at + index, mask=index < tl.where(recent > 0, count, 0), other=0)
+        e = tl.where(recent > 0, listed, index)
+        ok = (index < count) & candidate_ok(e, start, stop, lam, SHAPE)
+        score_tile(
+            wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head, n, e, ok,
+            scores_at, SHAPE, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -154,7 +177,9 @@ def fold_set(
     # Before the first fold H and s are leftovers, and count as zero.
     live = feats < tl.where(start - SHAPE.SINK_SIZE > lam, F, 0)
     # Two halves of the features for each state head, so that a half of H fits registers.
-    for half in tl.range(0, tl.where(num_folded > 0, 2 * SHAPE.STATES_PER_SET, 0), num_stages=1):
+    for half in tl.range(
+        0, tl.where(num_folded > 0, 2 * SHAPE.STATES_PER_SET, 0), num_stages=1, disable_licm=True
+    ):
         sign = 1.0 - 2.0 * (half % 2)
         w_at = map_of(wk_ptr, first_map + sparse_head * SHAPE.STATES_PER_SET + half // 2, SHAPE)
         w_at = w_at + cols[:, None] * F + feats[None, :]

@@ -9,6 +9,9 @@ absolute, so any split of a prompt cuts alike.
 A page's parts are read by other threads than wrote them. Only the program itself writes what it
 reads, as KV heads do not see each other, so a barrier of its threads orders the two: it makes what
 they wrote to global memory visible to each other.
+
+Loops around the phases of a chunk hoist nothing (`disable_licm`): what one phase hoists would keep
+registers from all others, which spill then.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from lola_vllm.kernels.candidates import set_at
 from lola_vllm.kernels.common import absorb, absorb_cached, mix, read_state
-from lola_vllm.kernels.fold import fold_set, score_tile
+from lola_vllm.kernels.fold import fold_set, score_set
 from lola_vllm.kernels.layer import (
     EXACT_K,
     EXACT_V,
@@ -174,7 +177,7 @@ def prefill_kernel(
     lse_ptr,
     scores_ptr,
     lists_ptr,
-    doubtful_ptr,
+    listed_ptr,
     fresh_ptr,
     q_token,
     q_head,
@@ -226,7 +229,7 @@ def prefill_kernel(
     if page <= 0:
         cols = tl.arange(0, BLOCK_D)
         zero = tl.zeros([BLOCK_M, BLOCK_D], tl.float32).to(out_ptr.dtype.element_ty)
-        for m0 in tl.range(0, end - position, BLOCK_M, num_stages=1):
+        for m0 in tl.range(0, end - position, BLOCK_M, num_stages=1, disable_licm=True):
             tokens = m0 + tl.arange(0, BLOCK_M)
             ok = (tokens < end - position)[:, None] & (cols < D)[None, :]
             at = (token + tokens)[:, None] * out_token + cols[None, :]
@@ -240,18 +243,18 @@ def prefill_kernel(
     page_at = pages_ptr + page * page_stride
     exact_k_at = exact_of(page_at, group_at, EXACT_K, own_kv_head, SHAPE)
     exact_v_at = exact_of(page_at, group_at, EXACT_V, own_kv_head, SHAPE)
-    while position < end:
+    while tl.condition(position < end, disable_licm=True):
         stop = tl.minimum(tl.maximum(position // C * C + C, FIRST_DUE), end)
         length = stop - position
         k_at, v_at = k_ptr + kv_head * k_head + token * k_token, v_ptr + kv_head * v_head
         v_at += token * v_token
-        for m0 in tl.range(0, length, BLOCK_M, num_stages=1):
+        for m0 in tl.range(0, length, BLOCK_M, num_stages=1, disable_licm=True):
             # The ring has room for window and chunk, so attending reads none of these rows.
             write_pairs(
                 k_at, v_at, exact_k_at, exact_v_at, position, length, m0, k_token, v_token, SHAPE,
                 BLOCK_M,
             )  # fmt: skip
-            for i in tl.range(0, HEADS, num_stages=1):
+            for i in tl.range(0, HEADS, num_stages=1, disable_licm=True):
                 head = kv_head * HEADS + i
                 attend_block(
                     q_ptr + head * q_head + token * q_token,
@@ -263,11 +266,12 @@ def prefill_kernel(
                 )  # fmt: skip
         if (stop % C == 0) & (stop >= FIRST_DUE):
             tl.debug_barrier()  # the page is read, and the chunk's pairs are written
-            for i in tl.range(0, SHAPE.SETS_PER_KV_HEAD, num_stages=1):
+            for i in tl.range(0, SHAPE.SETS_PER_KV_HEAD, num_stages=1, disable_licm=True):
                 sparse_head = kv_head * SHAPE.SETS_PER_KV_HEAD + i
                 own_set = own_kv_head * SHAPE.SETS_PER_KV_HEAD + i
                 scratch = (row * SHAPE.NUM_SPARSE_HEADS + sparse_head).to(tl.int64)
                 scores_at = scores_ptr + scratch * (most + C)
+                listed_at = listed_ptr + scratch * (most + C)
                 fresh_at = fresh_ptr + scratch * SHAPE.STATES_PER_SET * (NUM_BOUNDS + D)
                 overflow = window_start(stop, SHAPE) - SHAPE.SINK_SIZE > lam
                 scored = overflow & (lam > 0)
@@ -275,14 +279,15 @@ def prefill_kernel(
                     if scored & (recent == 0):
                         score_bounded(
                             wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
-                            own_kv_head, stop, scores_at, doubtful_ptr + scratch * most, fresh_at,
-                            SHAPE, BLOCK_P, BLOCK_T, UPDATE_PRECISION,
+                            own_kv_head, stop, scores_at, listed_at, fresh_at, SHAPE, BLOCK_P,
+                            BLOCK_T, UPDATE_PRECISION,
                         )  # fmt: skip
                     scored = scored & (recent > 0)
-                for first in tl.range(0, tl.where(scored, lam + C, 0), SCORE_BLOCK, num_stages=1):
-                    score_tile(
+                if scored:
+                    score_set(
                         wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
-                        own_kv_head, stop, first, scores_at, SHAPE, SCORE_BLOCK, UPDATE_PRECISION,
+                        own_kv_head, stop, scores_at, listed_at, SHAPE, SCORE_BLOCK, BLOCK_A,
+                        UPDATE_PRECISION,
                     )  # fmt: skip
                 tl.debug_barrier()  # scores are read by other threads than wrote them
                 fold_set(

@@ -1,4 +1,5 @@
-"""Which pairs of a sparse set stay: the lam of largest score, found in passes over all candidates.
+"""Which pairs of a sparse set are scored, and which stay: the lam of largest score, found in passes
+over all candidates.
 
 The passes build the least score that stays, eight bits at a time, from histograms of the bits of
 the scores (radix selection): O(candidates), and no bound on their number is compiled in.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lola_vllm.kernels.candidates import candidate_ok
+from lola_vllm.kernels.candidates import position_of
 
 BLOCK_A = 1024  # candidates looked at together
 DIGIT_BITS = tl.constexpr(8)
@@ -27,9 +28,7 @@ def ranked(scores_at, positions_at, e, start, stop, lam, recent, overflow, SHAPE
     Scores are not negative, so their bits order as they do. A NaN ranks first, as when sorted, and
     so does a recent pair. Without overflow scores are not read. Pointers: the set's.
     """
-    ok = (e < lam + SHAPE.UPDATE_INTERVAL) & candidate_ok(e, start, stop, lam, SHAPE)
-    held = tl.load(positions_at + e, mask=ok & (e < lam), other=0)
-    position = tl.where(e < lam, held, start + e - lam)
+    ok, position = position_of(positions_at, e, start, stop, lam, SHAPE)
     scored = ok & (e < tl.where(overflow & (lam > 0), LARGEST, 0))
     score = tl.load(scores_at + e, mask=scored, other=0.0)
     first = (score != score) | (position >= stop - recent)
@@ -69,6 +68,23 @@ def nth_largest(
         equal = tl.sum(tl.where(digits == digit, counts, 0), 0)
         found = found | (digit << shift)
     return found, equal, count
+
+
+@triton.jit
+def list_older(
+    positions_at, listed_at, start, stop, lam, recent, SHAPE: tl.constexpr, BLOCK_A: tl.constexpr
+):
+    """Lists the candidates that are not recent. Returns their number; readers wait for all
+    threads."""
+    count = 0
+    for base in tl.range(0, lam + SHAPE.UPDATE_INTERVAL, BLOCK_A, num_stages=1):
+        e = base + tl.arange(0, BLOCK_A)
+        ok, position = position_of(positions_at, e, start, stop, lam, SHAPE)
+        older = ok & (position < stop - recent)
+        nth = count + tl.cumsum(older.to(tl.int32), 0) - 1
+        tl.store(listed_at + nth, e, mask=older)
+        count += tl.sum(older.to(tl.int32), 0)
+    return count
 
 
 @triton.jit

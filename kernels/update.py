@@ -23,14 +23,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lola_vllm.kernels.candidates import BLOCK_R, COUNT_ARGS, INDEX_ARGS, due_rows, nth_row, set_of
+from lola_vllm.kernels.candidates import (
+    BLOCK_R,
+    COUNT_ARGS,
+    INDEX_ARGS,
+    due_rows,
+    nth_row,
+    position_of,
+    set_of,
+)
 from lola_vllm.kernels.fold import fold_set, score_tile
 from lola_vllm.kernels.layer import (
     MIN_DOT,
+    POSITIONS,
     RECENT_SIZE,
     layer_shape,
     num_entries,
     num_processors,
+    part_of,
     window_start,
 )
 from lola_vllm.kernels.selection import BLOCK_A
@@ -96,11 +106,20 @@ def score_kernel(
             if here:
                 page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
                 scratch = row * SHAPE.NUM_SPARSE_HEADS + sparse_head
-                score_tile(
-                    wk_ptr, ws_ptr, pages_ptr + page * page_stride, group_at, sparse_head, kv_head,
-                    own_set, own_kv_head, n, first, scores_ptr + scratch * (most + C), SHAPE,
-                    BLOCK_E, PRECISION,
-                )  # fmt: skip
+                page_at = pages_ptr + page * page_stride
+                positions_at = part_of(page_at, group_at, POSITIONS, tl.int32) + own_set * lam
+                e = first + tl.arange(0, BLOCK_E)
+                stop = window_start(n, SHAPE)
+                ok, position = position_of(
+                    positions_at, e, window_start(n - C, SHAPE), stop, lam, SHAPE
+                )
+                # Recent pairs stay whatever their scores are: a tile of them is left out.
+                recent = tl.load(group_at + RECENT_SIZE).to(tl.int32)
+                if tl.sum((ok & (position < stop - recent)).to(tl.int32), 0) > 0:
+                    score_tile(
+                        wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
+                        own_kv_head, n, e, ok, scores_ptr + scratch * (most + C), SHAPE, PRECISION,
+                    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
@@ -160,13 +179,14 @@ class Scratch(NamedTuple):
     """What kernels of an update leave for the next one, for `num_rows` rows.
 
     scores `[num_rows, Hg, most + C]`, float32, with `most` entries in the largest set. lists
-    `[num_rows, Hg, 3, C]`, int32. Where scores are bounded also doubtful `[num_rows, Hg, most]`,
-    int32, and fresh `[num_rows, Hs, NUM_BOUNDS + d]`, float32; else both are empty.
+    `[num_rows, Hg, 3, C]`, int32. Where scores are bounded fresh `[num_rows, Hs, NUM_BOUNDS + d]`,
+    float32. Where they are, or some pairs are recent, listed `[num_rows, Hg, most + C]`, int32: the
+    candidates that are scored in one program. Else both are empty.
     """
 
     scores: Tensor
     lists: Tensor
-    doubtful: Tensor
+    listed: Tensor
     fresh: Tensor
 
 
@@ -190,7 +210,7 @@ def update(layer: LayerState, state_indices: Tensor, seq_lens: Tensor, scratch: 
     strides = layer.pages.stride(0), state_indices.stride(0), seq_lens.stride(0), num_rows
     if has_bounds(layout):
         per_token_score_kernel[(sets,)](
-            *common, scratch.doubtful, scratch.fresh, *strides, max(sizes), min(sizes), **shape,
+            *common, scratch.listed, scratch.fresh, *strides, max(sizes), min(sizes), **shape,
             BLOCK_P=BLOCK_P, BLOCK_T=BLOCK_T, num_warps=PER_TOKEN_SCORE_WARPS,
         )  # fmt: skip
     if has_scores(layout):
@@ -239,10 +259,11 @@ def scratch_buffers(layout: LayerLayout, num_rows: int, device: torch.device) ->
     page, sizes = layout.pages[0], layout.sizes
     Hg, most, C = len(sizes), max(sizes), page.update_interval
     rows = num_rows if has_bounds(layout) else 0
+    listed = num_rows if any(page.recent_size for page in layout.pages) else rows
     known = NUM_BOUNDS.value + page.head_dim
     return Scratch(
         torch.empty(num_rows, Hg, most + C, dtype=torch.float32, device=device),
         torch.empty(num_rows, Hg, 3, C, dtype=torch.int32, device=device),
-        torch.empty(rows, Hg, most, dtype=torch.int32, device=device),
+        torch.empty(listed, Hg, most + C, dtype=torch.int32, device=device),
         torch.empty(rows, layout.num_state_heads, known, dtype=torch.float32, device=device),
     )

@@ -173,11 +173,11 @@ def bound_on(page_at, group_at, own_set, e, lam, SHAPE: tl.constexpr):
 @triton.jit
 def score_bounded(
     wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head, n, scores_at,
-    doubtful_at, fresh_at, SHAPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
+    listed_at, fresh_at, SHAPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores `[lam + 1]` of a set whose cache overflows: exact where they may be the least, else
-    infinite. Heads and fresh_at as of `score_pairs`; doubtful `[lam]`, scratch: entries to look at.
+    infinite. Heads and fresh_at as of `score_pairs`; listed `[lam]`, scratch: entries to look at.
     """
     lam = num_entries(group_at)
     rank, part = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_T)
@@ -206,14 +206,14 @@ def score_bounded(
         doubtful = tl.reshape((e < lam) & (bound <= limit) & (done == 0), [BLOCK_P * BLOCK_T])
         e = tl.reshape(e, [BLOCK_P * BLOCK_T])
         nth = num_doubtful + tl.cumsum(doubtful.to(tl.int32), 0) - 1
-        tl.store(doubtful_at + nth, e, mask=doubtful)
+        tl.store(listed_at + nth, e, mask=doubtful)
         tl.store(scores_at + e, float("inf"), mask=e < lam)
         num_doubtful += tl.sum(doubtful.to(tl.int32), 0)
     tl.debug_barrier()  # lists and scores are written by other threads, too
     tl.store(scores_at + which, score, mask=ok)
     for first in tl.range(0, num_doubtful, BLOCK_T, num_stages=1):
         ok = first + part < num_doubtful
-        which = tl.load(doubtful_at + first + part, mask=ok, other=0)
+        which = tl.load(listed_at + first + part, mask=ok, other=0)
         score = score_pairs(
             which, ok, wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
             own_kv_head, n, fresh_at, SHAPE, PRECISION,
@@ -230,7 +230,7 @@ def per_token_score_kernel(
     state_indices_ptr,
     n_ptr,
     scores_ptr,
-    doubtful_ptr,
+    listed_ptr,
     fresh_ptr,
     page_stride,
     state_indices_stride,
@@ -266,10 +266,11 @@ def per_token_score_kernel(
                 page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
                 scratch = row * SHAPE.NUM_SPARSE_HEADS + sparse_head
                 known = SHAPE.STATES_PER_SET * (NUM_BOUNDS + SHAPE.HEAD_DIM)
+                candidates = most + SHAPE.UPDATE_INTERVAL
                 score_bounded(
                     wk_ptr, ws_ptr, pages_ptr + page * page_stride, group_at, sparse_head, kv_head,
-                    own_set, own_kv_head, n, scores_ptr + scratch * (most + SHAPE.UPDATE_INTERVAL),
-                    doubtful_ptr + scratch * most, fresh_ptr + scratch * known, SHAPE, BLOCK_P,
+                    own_set, own_kv_head, n, scores_ptr + scratch * candidates,
+                    listed_ptr + scratch * candidates, fresh_ptr + scratch * known, SHAPE, BLOCK_P,
                     BLOCK_T, PRECISION,
                 )  # fmt: skip
 

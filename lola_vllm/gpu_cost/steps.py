@@ -191,10 +191,10 @@ def prefill(model: Model, gpu: Gpu, rows: int, tokens: int, design: str) -> Cost
     Args:
         design: one of `PREFILL_DESIGNS`. "all heads": three launches for each chunk. "loop": a
             block per row and KV head does all of its chunks in one launch; that of today reads
-            pairs for each query head, and scores recent ones. "loop, attend": that
-            block computes scores, choices and folds; a second, parallel launch attends, from copies
-            of H after every `SEGMENT` tokens. "spread, attend": besides, `SPREAD_BLOCKS` blocks
-            share the scores of a row and KV head, and wait for each other once more a chunk.
+            pairs for each query head. "loop, attend": that block computes scores, choices and
+            folds; a second, parallel launch attends, from copies of H after every `SEGMENT` tokens.
+            "spread, attend": besides, `SPREAD_BLOCKS` blocks share the scores of a row and KV head,
+            and wait for each other once more a chunk.
     """
     sums, layers = _Sums(), len(model.sequence.layers)
     total = rows * tokens
@@ -217,7 +217,7 @@ def prefill(model: Model, gpu: Gpu, rows: int, tokens: int, design: str) -> Cost
         for page in layer.pages:
             starts, lengths = chunks_of(page, tokens)
             works = attended(page, heads, starts, lengths)
-            works |= updated(page, starts + lengths, skip_recent=design != TODAY_TRITON)
+            works |= updated(page, starts + lengths, skip_recent=True)
             for name, work in works.items():
                 again = name == TOKENS or rows * layer.page_bytes > gpu.l2_bytes
                 nbytes = work.bytes.sum() if again else work.bytes.max()

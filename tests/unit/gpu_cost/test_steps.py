@@ -222,11 +222,24 @@ def test_sequential_designs_wait_for_the_largest_head():
         assert free < waits
 
 
-def test_recent_pairs_are_scored_today_and_not_in_the_other_designs():
+def test_decode_scores_recent_pairs_today_and_not_in_the_other_designs():
     recent = model(2048, recent=1500)
     today, better = (decode(recent, H100, 64, 8192, d) for d in (TODAY_TRITON, ALL_HEADS))
     flops = [next(p for p in cost.parts if p.name == "scores").flops for cost in (today, better)]
     assert flops[1] / flops[0] == pytest.approx((2048 + 16 - 1500) / (2048 + 16))
+
+
+def test_no_prompt_scores_recent_pairs():
+    flops = {
+        recent: [
+            next(p for p in prefill(model(2048, recent=recent), H100, 1, 8192, design).parts
+                 if p.name == "scores").flops
+            for design in (TODAY_TRITON, LOOP)
+        ]
+        for recent in (0, 1500)
+    }  # fmt: skip
+    assert flops[0][0] == flops[0][1]
+    assert flops[1500] == pytest.approx([flops[0][0] * (2064 - 1500) / 2064] * 2)
 
 
 def test_a_float32_model_uses_no_tensor_cores():
