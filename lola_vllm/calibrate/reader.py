@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
 
 ATTENTION = "lola_calibration"
 
@@ -29,9 +30,15 @@ class _Window(NamedTuple):
 
 
 @torch.no_grad()
-def read(model: Any, windows: Iterable[Sequence[int]], recorder: AttentionRecorder) -> None:
-    """Read windows with a model whose attention is `attention`, which must be registered."""
-    for ids in windows:
+def read(
+    model: Any, windows: Sequence[Sequence[int]], recorder: AttentionRecorder, what: str
+) -> None:
+    """Read windows with a model whose attention is `attention`, which must be registered.
+
+    Args:
+        what: is read, for the progress bar.
+    """
+    for ids in tqdm(windows, desc=what, unit="prompt"):
         window = _Window(recorder, recorder.begin(ids))
         model.model(torch.tensor([list(ids)]), use_cache=False, lola_window=window)
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lola_vllm.calibrate.copying import (
     LEAST_DISTANCE,
@@ -133,15 +134,15 @@ def calibrate(
     most = options.prompt_length // 2
     near = [[min(size, most) for size in _of_heads(sizes, 1)] for sizes in recent]
     recorder = LongRangeAttention(prompts, maps, near)
-    read(softmax, [prompt.ids for prompt in prompts], recorder)
+    read(softmax, [prompt.ids for prompt in prompts], recorder, "reading")
     parts = [parted(reads) for reads in recorder.reads]
     gains = []
-    for fitted, _ in parts:
+    for fitted, _ in tqdm(parts, desc="sizes", unit="layer"):
         alike = _of_heads(options.pairs, len(fitted[0].attention))
         gains.append(AttentionGains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
     sizes = divide_among(gains, options.pairs, options.least, options.per == "layer")
     importance, shares = [], []
-    for layer, (fitted, judged) in enumerate(parts):
+    for layer, (fitted, judged) in enumerate(tqdm(parts, desc="importance", unit="layer")):
         of_heads = _of_heads(sizes[layer], len(fitted[0].attention))
         importance.append(fit(fitted, of_heads, options.seed))
         alone, total = (x / len(judged) for x in held(judged, of_heads, None))
@@ -166,7 +167,7 @@ def _find_recent(softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOp
     plain = draw_plain(texts, tokenizer, length, COPYING_PROMPTS, options.seed)
     prompts = [repeat_passages(ids, rng) for ids in plain]
     recorder = CopyingAttention([starts for _, starts in prompts], length, config.num_hidden_layers)
-    read(softmax, [ids for ids, _ in prompts], recorder)
+    read(softmax, [ids for ids, _ in prompts], recorder, "heads that copy")
     recent = divide_recent(recorder.attention, options.recent)
     if options.per == "layer":
         return [round(sum(heads) / len(heads)) for heads in recent]

@@ -197,7 +197,7 @@ def test_attention_is_what_transformers_reports(base: Path) -> None:
     transformers.AttentionInterface.register(ATTENTION, attention)
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ATTENTION).eval()
     kept = Kept()
-    read(model, [ids], kept)
+    read(model, [ids], kept, "reading")
     for found, expected in zip(kept.weights, attentions, strict=True):
         torch.testing.assert_close(found, expected[0, :, [3, 50, 69]], rtol=1e-4, atol=1e-6)
 
@@ -313,7 +313,7 @@ def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> Non
     prompts = [Prompt(ids, None), Prompt(ids, near)]
     maps = [torch.eye(8).repeat(2, 1, 1)] * 3
     recorder = LongRangeAttention(prompts, maps, [[0], [150], [0, 250]])
-    read(model, [prompt.ids for prompt in prompts], recorder)
+    read(model, [prompt.ids for prompt in prompts], recorder, "reading")
     for plain, facts in recorder.reads:
         assert plain.features.shape == (2, 320 - SKIPPED_TOKENS - LAST_TOKENS, 12)
         assert not plain.of_facts and facts.of_facts
