@@ -1,23 +1,24 @@
 """How often a question finds its document among many, and what is answered from what was found.
 
-    python benchmarks/library.py --documents 32 --questions 32 --seed 1 --dir /tmp/library-32
+    python benchmarks/library.py --documents 128 --seed 1 --text shakespeare_milton --dir /tmp/lib-1
 
 Documents are passages of a text, each read once: `--dir` gets its state and its keys, and goes on
-where it was left when the same command is run again. Questions are about something hidden in one of
-them, a number or a fact in people's words (`--kind facts`). Each is asked
+where it was left when the same command is run again. Each hides a number and a fact in people's
+words, and there is a question about either. It is asked of shelves of several sizes: of 8
+documents, that which stands among the same 8, and so on. `--answers` are asked
 
 - of the document alone;
-- of the three that `lola_vllm.library.choose` finds, composed;
+- of what `lola_vllm.library.choose` finds among `--answers-of` documents, composed: the first, the
+  first two, and the first three;
 - with `--in-a-row`, of these three, read in a row anew;
 - with `--stock`, of a stock model that reads the three that BM25 finds (the package bm25s).
 
-Questions of seed 0 chose between the scores; others report.
+Seeds 0, 10 and above chose the score; others report. Seconds are of the processor.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from collections import defaultdict
@@ -32,10 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.hf import LolaCache
 from lola_vllm.hf.question import queries_of
-from lola_vllm.library.choose import NEUTRAL, ScoreName, choose
+from lola_vllm.library.choose import choose
 from lola_vllm.library.keys import DocumentKeys, reading_heads
 
-SCORES: tuple[ScoreName, ...] = ("contrast", "share")
 TOP = 3
 ANSWER_TOKENS = {"needles": 9, "facts": 24}
 
@@ -45,10 +45,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "models/smollm2-lola")
     parser.add_argument("--text", default="jane_austen", help="a file of models/texts")
-    parser.add_argument("--kind", choices=tuple(ANSWER_TOKENS), default="needles")
-    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--documents", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=2000, help="of each document")
-    parser.add_argument("--questions", type=int, default=8, help="--documents or fewer")
+    parser.add_argument("--shelves", type=int, nargs="+", default=[8, 32, 128, 1000])
+    parser.add_argument("--questions", type=int, default=32, help="of each kind")
+    parser.add_argument("--answers", type=int, default=0, help="of each kind")
+    parser.add_argument("--answers-of", type=int, default=32, help="documents to choose from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, required=True, help="for states, keys and answers")
     parser.add_argument(
@@ -59,8 +61,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stock", type=Path, help="a stock model, to read what BM25 finds")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    if args.questions > args.documents:
-        parser.error(f"--questions {args.questions}: at most one for each of --documents")
+    if not 0 < args.questions <= args.documents:
+        parser.error(f"--questions {args.questions}: from 1 to --documents, {args.documents}")
+    if args.answers > args.questions:
+        parser.error(f"--answers {args.answers}: at most --questions, {args.questions}")
+    args.shelves = [size for size in args.shelves if size <= args.documents]
     return args
 
 
@@ -86,9 +91,9 @@ class Reader:
 
     def ask(self, cache: Any, question: list[int], new: int) -> tuple[str, float]:
         """The answer, and the seconds to its first token."""
-        began = time.perf_counter()
+        began = time.process_time()
         cache, token = self.read(question, cache)
-        first, tokens = time.perf_counter() - began, [token]
+        first, tokens = time.process_time() - began, [token]
         while len(tokens) < new:
             cache, token = self.read(tokens[-1:], cache)
             tokens.append(token)
@@ -134,9 +139,9 @@ class Shelf(Sequence[DocumentKeys]):
             keys = self.directory / f"{index}.keys"
             if keys.exists():
                 continue
-            began = time.perf_counter()
+            began = time.process_time()
             cache = self.state(index)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
             if not self.drop:
                 cache.save(self.directory / f"{index}.lola.safetensors", ids)
             row = cache.rows()[0]
@@ -149,6 +154,24 @@ class Shelf(Sequence[DocumentKeys]):
         return sum(path.stat().st_size for path in self.directory.glob(pattern))
 
 
+class Group(Sequence[DocumentKeys]):
+    """Those of a shelf that stand beside a document, so many together."""
+
+    def __init__(self, shelf: Shelf, document: int, size: int) -> None:
+        self.shelf, self.start = shelf, document // size * size
+        self.stop = min(self.start + size, len(shelf))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @overload
+    def __getitem__(self, index: int) -> DocumentKeys: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[DocumentKeys]: ...
+    def __getitem__(self, index: int | slice) -> DocumentKeys | Sequence[DocumentKeys]:
+        return self.shelf[range(self.start, self.stop)[index]]  # type: ignore[call-overload, no-any-return]
+
+
 class Search:
     """BM25 over the texts, and a stock model that reads what it finds."""
 
@@ -156,14 +179,22 @@ class Search:
         import bm25s  # type: ignore[import-not-found,unused-ignore]
 
         self._bm25s, self.texts, self.reader = bm25s, texts, Reader(model)
-        self._index = bm25s.BM25()
-        self._index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False))
+        self._indices: dict[tuple[int, int], Any] = {}
 
-    def find(self, question: str) -> list[int]:
+    def find(self, question: str, group: Group) -> list[int]:
         """The documents of largest score, the best first."""
+        at = group.start, group.stop
+        if at not in self._indices:
+            self._indices[at] = self._bm25s.BM25()
+            texts = self.texts[slice(*at)]
+            self._indices[at].index(
+                self._bm25s.tokenize(texts, stopwords="en", show_progress=False),
+                show_progress=False,
+            )
         words = self._bm25s.tokenize(question, stopwords="en", show_progress=False)
-        found, _ = self._index.retrieve(words, k=min(TOP, len(self.texts)), show_progress=False)
-        return [int(index) for index in found[0]]
+        top = min(TOP, len(group))
+        found, _ = self._indices[at].retrieve(words, k=top, show_progress=False)
+        return [int(index) + group.start for index in found[0]]
 
     def ask(self, best: list[int], question: str, new: int) -> tuple[str, float]:
         """The answer to texts, the best last, and the seconds to its first token."""
@@ -175,11 +206,9 @@ def rows_of(
     args: argparse.Namespace, shelf: Shelf, search: Search | None, done: int
 ) -> Iterator[dict[str, Any]]:
     """What became of each question that was not asked yet."""
-    reader, questions = shelf.reader, shelf.corpus.questions
     anchor = shelf.state(0)
-    neutral = queries_of(reader.model, anchor, reader.encode(NEUTRAL))
-    for question in questions[done:]:
-        yield _asked(args, shelf, search, question, anchor, neutral)
+    for question in shelf.corpus.questions[done : 2 * args.questions]:
+        yield _asked(args, shelf, search, question, anchor)
 
 
 def _asked(
@@ -188,54 +217,81 @@ def _asked(
     search: Search | None,
     question: Question,
     anchor: LolaCache,
-    neutral: list[torch.Tensor],
 ) -> dict[str, Any]:
-    reader, right, new = shelf.reader, question.document, ANSWER_TOKENS[args.kind]
-    ids, row, seconds = reader.encode(question.text), dict[str, Any](), dict[str, float]()
+    reader, right = shelf.reader, question.document
+    ids, seconds = reader.encode(question.text), dict[str, float]()
+    row: dict[str, Any] = {"kind": question.kind}
+    began = time.process_time()
+    queries = queries_of(reader.model, anchor, ids)
+    seconds["question"] = time.process_time() - began
+    for size in args.shelves:
+        group = Group(shelf, right, size)
+        began = time.process_time()
+        found = choose(queries, group, TOP)
+        seconds[f"choose of {size}"] = time.process_time() - began
+        order = [group.start + choice.document for choice in found]
+        row |= _where(f"{{}} of {size}", order, right)
+        if search is not None:
+            row |= _where(f"bm25 {{}} of {size}", search.find(question.text, group), right)
+        if size == args.answers_of and right < args.answers:
+            row["scores"] = [choice.score for choice in found]
+            _answer(args, shelf, search, question, order, group, row, seconds)
+    return row | {"seconds": seconds}
+
+
+def _where(name: str, order: list[int], right: int) -> dict[str, bool]:
+    return {name.format("first"): order[0] == right, name.format("among three"): right in order}
+
+
+def _answer(
+    args: argparse.Namespace,
+    shelf: Shelf,
+    search: Search | None,
+    question: Question,
+    order: list[int],
+    group: Group,
+    row: dict[str, Any],
+    seconds: dict[str, float],
+) -> None:
+    """Ask, and put what was answered into the row."""
+    reader, new = shelf.reader, ANSWER_TOKENS[question.kind]
+    ids = reader.encode(question.text)
+    found = seconds["question"] + seconds[f"choose of {args.answers_of}"]
 
     def answered(name: str, answer: str, first: float) -> None:
         row[f"answer {name}"] = answer
         row[f"exact {name}"] = question.answer.lower() in answer.lower()
         seconds[f"first token {name}"] = first
 
-    began = time.perf_counter()
-    queries = queries_of(reader.model, anchor, ids)
-    found = {score: choose(queries, neutral, shelf, TOP, score) for score in SCORES}
-    seconds["choose"] = (time.perf_counter() - began) / len(SCORES)
-    for score, choices in found.items():
-        order = [choice.document for choice in choices]
-        row |= {f"{score} first": order[0] == right, f"{score} among three": right in order}
-    answered("alone", *reader.ask(shelf.state(right), ids, new))
-    best = [choice.document for choice in found["contrast"]][::-1]  # the best one last
-    began = time.perf_counter()
-    caches = [shelf.state(i) for i in best]
-    seconds["load"] = 0.0 if shelf.drop else time.perf_counter() - began
-    began = time.perf_counter()
-    composed = LolaCache.compose(caches, reader.model)
-    seconds["compose"] = time.perf_counter() - began
-    answer, first = reader.ask(copy.deepcopy(composed), ids, new)
-    before = seconds["choose"] + seconds["load"] + seconds["compose"]
-    answered("composed", answer, before + first)
+    answered("alone", *reader.ask(shelf.state(question.document), ids, new))
+    for count in range(1, len(order) + 1):
+        began = time.process_time()
+        caches = [shelf.state(i) for i in reversed(order[:count])]  # the best one last
+        if shelf.drop:
+            began = time.process_time()
+        cache = caches[0] if count == 1 else LolaCache.compose(caches, reader.model)
+        made = time.process_time() - began
+        answer, first = reader.ask(cache, ids, new)
+        answered(f"of {count}", answer, found + made + first)
     if args.in_a_row:
-        began = time.perf_counter()
-        texts = [token for i in best for token in shelf.corpus.documents[i]]
+        began = time.process_time()
+        texts = [token for i in reversed(order) for token in shelf.corpus.documents[i]]
         cache, _ = reader.read(texts, LolaCache(reader.model.config))
-        took = time.perf_counter() - began
+        took = time.process_time() - began
         answer, first = reader.ask(cache, ids, new)
         answered("in a row", answer, took + first)
     if search is not None:
-        began = time.perf_counter()
-        order = search.find(question.text)
-        took = time.perf_counter() - began
-        row |= {"bm25 first": order[0] == right, "bm25 among three": right in order}
-        answer, first = search.ask(order, question.text, new)
+        began = time.process_time()
+        best = search.find(question.text, group)
+        took = time.process_time() - began
+        answer, first = search.ask(best, question.text, new)
         answered("bm25 and stock", answer, took + first)
-    return row | {"seconds": seconds}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse(argv)
+    torch.set_num_threads(1)  # seconds are of one core
     settings = {
         name: str(value)
         for name, value in vars(args).items()
@@ -248,16 +304,13 @@ def main(argv: list[str] | None = None) -> None:
     noted.write_text(json.dumps(settings))
     reader = Reader(args.model)
     text = (ROOT / f"models/texts/{args.text}.txt").read_text()
-    corpus = make(
-        text, reader.encode, documents=args.documents, tokens=args.tokens,
-        questions=args.questions, kind=args.kind, seed=args.seed,
-    )  # fmt: skip
+    corpus = make(text, reader.encode, documents=args.documents, tokens=args.tokens, seed=args.seed)
     shelf = Shelf(reader, corpus, args.dir, args.drop_states)
     reading = shelf.fill()
     texts = [reader.tokenizer.decode(ids) for ids in corpus.documents]
     search = Search(args.stock, texts) if args.stock else None
     lines = answers.read_text().splitlines() if answers.exists() else []
-    rows = [json.loads(line) for line in lines][: args.questions]
+    rows = [json.loads(line) for line in lines][: 2 * args.questions]
     with answers.open("a") as file:
         for row in rows_of(args, shelf, search, len(rows)):
             rows.append(row)
@@ -274,20 +327,23 @@ def main(argv: list[str] | None = None) -> None:
         "text MiB": sum(len(text.encode()) for text in texts) / len(texts) / 2**20,
     }
     for name, value in result.items():
-        print(f"{name:32} {value:10.3f}")
+        print(f"{name:40} {value:10.3f}")
     write_report(args, result)
 
 
 def summed(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How many questions had each property, and the mean seconds."""
+    """How many questions of each kind had each property, and the mean seconds."""
     result: dict[str, float] = defaultdict(float)
+    times: dict[str, list[float]] = defaultdict(list)
     for row in rows:
+        result[f"{row['kind']} questions"] += 1
+        result[f"{row['kind']} answers"] += "scores" in row
         for name, value in row.items():
             if isinstance(value, bool):
-                result[name] += value
+                result[f"{row['kind']} {name}"] += value
         for name, value in row["seconds"].items():
-            result[f"{name} s"] += value / len(rows)
-    return {"questions": len(rows), **result}
+            times[name].append(value)
+    return dict(result) | {f"{name} s": sum(of) / len(of) for name, of in times.items()}
 
 
 if __name__ == "__main__":

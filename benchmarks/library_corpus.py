@@ -11,18 +11,28 @@ WORDS = [
     *("kelp", "lotus", "maple", "north", "ocean", "pearl", "quartz", "river", "stone", "tulip"),
     *("umber", "violet", "willow", "yarrow", "zephyr"),
 ]
-# (what is hidden, question): the first is of seed 0, which chose the score.
-NEEDLES = (
+# (what is hidden, question). Those of development chose how documents are found; no seed that
+# reports asks them.
+DEVELOPMENT_NEEDLES = (
     (
         " One of the special magic numbers for {key} is: {number}.",
         "\nWhat is the special magic number for {key} mentioned in the provided text? The special "
         "magic number for {key} mentioned in the provided text is",
     ),
     (
-        " The telephone number of the {key} office is {number}.",
-        "\nQuestion: Which number do I dial to reach the {key} office?\nAnswer: The telephone "
-        "number of the {key} office is",
+        " The password of the {key} vault is {number}.",
+        "\nI am to open the {key} vault and I have forgotten its password. It is",
     ),
+    (
+        " Invoice {number} went to the {key} company.",
+        "\nQuestion: Which invoice did the {key} company get?\nAnswer: The invoice that the {key} "
+        "company got has the number",
+    ),
+)
+NEEDLE = (
+    " The telephone number of the {key} office is {number}.",
+    "\nQuestion: Which number do I dial to reach the {key} office?\nAnswer: The telephone "
+    "number of the {key} office is",
 )
 NAMES = [
     *("Abernathy", "Birtwhistle", "Colquhoun", "Dunwoody", "Eastlake", "Fothergill", "Garsdale"),
@@ -57,62 +67,88 @@ FACTS = (
     ("Judge {name} wears a green scarf to every trial.",
      "What colour is the scarf that Judge {name} wears in court?", "green"),
 )  # fmt: skip
+DEVELOPMENT_FACTS = (
+    ("Widow {name} sold her piano to pay for a new roof.",
+     "What did Widow {name} sell?", "piano"),
+    ("The {name} brothers built their mill beside the waterfall.",
+     "Near what did the {name} brothers put up a mill?", "waterfall"),
+    ("Colonel {name} eats nothing but porridge on Sundays.",
+     "What is Colonel {name}'s only food on a Sunday?", "porridge"),
+    ("The letter to {name} was hidden inside a hollow candle.",
+     "In what was the letter for {name} concealed?", "candle"),
+    ("Miss {name} teaches Greek to the children of fishermen.",
+     "What language do pupils learn from Miss {name}?", "greek"),
+    ("The ship of {name} sank with a cargo of pepper.",
+     "What was on board when {name}'s ship went down?", "pepper"),
+    ("Old {name} sleeps in the barn because of his snoring.",
+     "For what reason does Old {name} spend his nights in the barn?", "snor"),
+    ("Cousin {name} won a white horse at cards.",
+     "What did Cousin {name} gain by gambling?", "horse"),
+    ("The {name} bakery closes in February.",
+     "In which month is the {name} bakery shut?", "february"),
+    ("Sister {name} mends clocks better than anyone in the valley.",
+     "What does Sister {name} know how to repair?", "clock"),
+    ("Lord {name} had his portrait painted in Vienna.",
+     "Where did an artist paint Lord {name}?", "vienna"),
+    ("The {name} garden is famous for its yellow tulips.",
+     "Which flowers have made the {name} garden well known?", "tulip"),
+)  # fmt: skip
 
 
 class Question(NamedTuple):
-    """A question: of which document, its text, and what a right answer has in it."""
+    """A question: of which document, about what ("needles" or "facts"), its text, and what a right
+    answer has in it."""
 
     document: int
+    kind: str
     text: str
     answer: str
 
 
 class Corpus(NamedTuple):
-    """Token ids of each document, and the questions."""
+    """Token ids of each document, and the questions: the two of the first document, and so on."""
 
     documents: list[list[int]]
     questions: list[Question]
 
 
+def development(seed: int) -> bool:
+    """Whether a seed is one of those that chose how documents are found."""
+    return seed == 0 or seed >= 10
+
+
 def make(
-    text: str,
-    encode: Callable[[str], list[int]],
-    *,
-    documents: int,
-    tokens: int,
-    questions: int,
-    kind: str,
-    seed: int,
+    text: str, encode: Callable[[str], list[int]], *, documents: int, tokens: int, seed: int
 ) -> Corpus:
-    """Passages of a text; each question is about something hidden in another one of them.
+    """Passages of a text. Each hides a number of seven digits and a fact in people's words, and
+    there is a question about either. The numbers of all documents stand in the same sentence.
 
     Args:
-        documents, tokens: how many, and how long each. questions: `documents` or fewer.
-        kind: "needles" (a number of seven digits) or "facts" (in people's words).
+        documents, tokens: how many, 288 or fewer, and how long each.
     """
     chance = random.Random(seed)
-    passages = []
-    for _ in range(documents):
-        start = chance.randrange(len(text) - 8 * tokens)
-        passages.append(encode(text[start : start + 8 * tokens])[:tokens])
-    asked = []
+    needle, facts = NEEDLE, FACTS
+    if development(seed):
+        needle, facts = DEVELOPMENT_NEEDLES[seed % 3], DEVELOPMENT_FACTS
     subjects = [f"{a}-{b}" for a in WORDS for b in WORDS]
     chance.shuffle(subjects)
-    names = [(fact, name) for fact in FACTS for name in NAMES]
-    chance.shuffle(names)
-    for number, right in enumerate(chance.sample(range(documents), questions)):
-        if kind == "needles":
-            hidden, question = NEEDLES[0 if seed == 0 else 1]
-            answer = str(chance.randrange(10**6, 10**7))
-            fields = {"key": subjects[number], "number": answer}
-            hidden, question = hidden.format(**fields), question.format(**fields)
-        else:
-            (hidden, question, answer), name = names[number]
-            hidden = " " + hidden.format(name=name)
-            question = f"\nQuestion: {question.format(name=name)}\nAnswer:"
-        ids = encode(hidden)
-        room = tokens - len(ids)
-        place = int(room * chance.random())
-        passages[right] = passages[right][:place] + ids + passages[right][place:room]
-        asked.append(Question(right, question, answer))
-    return Corpus(passages, asked)
+    told = [(fact, name) for fact in facts for name in NAMES]
+    chance.shuffle(told)
+    passages, questions = [], []
+    for number, key, (fact, name) in zip(range(documents), subjects, told, strict=False):
+        digits = str(chance.randrange(10**6, 10**7))
+        hidden, question = (x.format(key=key, number=digits) for x in needle)
+        questions.append(Question(number, "needles", question, digits))
+        hidden_fact, question, answer = (x.format(name=name) for x in fact)
+        question = f"\nQuestion: {question}\nAnswer:"
+        questions.append(Question(number, "facts", question, answer))
+        pieces = [encode(hidden), encode(f" {hidden_fact}")]
+        chance.shuffle(pieces)
+        room = tokens - sum(map(len, pieces))
+        start = chance.randrange(len(text) - 8 * tokens)
+        passage = encode(text[start : start + 8 * tokens])[:room]
+        first, second = sorted(int(room * chance.random()) for _ in pieces)
+        passages.append(
+            passage[:first] + pieces[0] + passage[first:second] + pieces[1] + passage[second:]
+        )
+    return Corpus(passages, questions)

@@ -171,16 +171,9 @@ class LolaWorkerExtension:
         return self._librarian().heard(request_id)
 
     @_answering
-    def lola_knows(self, name: str) -> Answer:
-        """As `Librarian.knows`: `{"knows"}`."""
-        return {"knows": self._librarian().knows(name)}
-
-    @_answering
-    def lola_find(
-        self, question: str, neutral: str, documents: list[tuple[str, int]], top: int
-    ) -> Answer:
+    def lola_find(self, question: str, documents: list[tuple[str, int]], top: int) -> Answer:
         """As `Librarian.find`."""
-        return self._librarian().find(question, neutral, documents, top)
+        return self._librarian().find(question, documents, top)
 
     @_answering
     def lola_found(self, question: str) -> Answer:

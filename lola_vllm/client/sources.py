@@ -23,5 +23,5 @@ def source_lines(sources: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Two lines for each source: what it is, and the sentence that is read most."""
     for number, source in enumerate(sources, start=1):
         part = f", part {source['part']} of {source['parts']}" if source["parts"] > 1 else ""
-        yield f"[{number}] {source['document']}{part} ({source['share']:.0%} of the attention)"
+        yield f"[{number}] {source['document']}{part} ({source['share']:.0%})"
         yield f"    {source['sentence']}"

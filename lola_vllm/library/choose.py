@@ -1,38 +1,38 @@
 """Which of many documents a question reads, and where.
 
-The tokens of the question attend to the pairs of all documents at once, each document as if it
-stood just before the question. Two scores say how much they read of one (`docs/library.md`):
-
-- `share`: the part of their attention that it gets, as a mean over tokens and heads;
-- `contrast`: the largest attention that one of its pairs gets, over the one that a neutral question
-  gives to any of its pairs, as a logarithm, summed over heads. What draws every question, such as
-  the newest or the strangest token, does not count.
+The tokens of the question attend to the pairs of all documents, each document as if it stood just
+before the question. What draws every question, such as the strangest token, draws it in every
+document. So what counts is the **excess**: by how much the logit of a pair is above the largest one
+of a document, as a mean over all documents. Cubes of excesses are summed, so a few query heads that
+find what a token asks for outweigh many that read anything. The tokens have to find it in one
+place: a score is that of the best `PLACE_TOKENS` neighbours of a document (`docs/library.md`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lola_vllm.library.keys import DocumentKeys
 
-# First tokens of a document that no question is meant to read: all documents begin with a few that
-# draw attention whatever is asked.
-HEAD_TOKENS = 40
-NEUTRAL = "\nWhat is mentioned in the provided text? The thing that is mentioned in the text is"
+BLOCK_TOKENS = 16
+PLACE_TOKENS = 2 * BLOCK_TOKENS  # two neighbouring blocks
+POWER = 3  # of an excess
 PLACES = 3  # of a document that are told
-PLACE_TOKENS = 32  # on both sides of what is read most, that belong to a place
-
-ScoreName = Literal["contrast", "share"]
+# More documents than these are looked at in a few heads first: those that have most in some
+# documents of all.
+CANDIDATES = 32
+SAMPLE = 8
+LEADING = 2
 
 
 class Place(NamedTuple):
-    """Tokens `first` to `last - 1` of a document, the share of attention that they get of what the
-    document gets, and the one of them that gets most."""
+    """Tokens `first` to `last - 1` of a document, the share that they have of its excess, and the
+    one of them that has most."""
 
     first: int
     last: int
@@ -45,8 +45,8 @@ class Choice:
     """A document that a question reads.
 
     Attributes:
-        document: its index. score: as `choose` was told. share: of the attention that all documents
-            get. places: that are read most, the first the most.
+        document: its index. score: of its best place, 0 or more. share: of the scores of all
+            documents that were chosen. places: that are read most, the first the most.
     """
 
     document: int
@@ -55,96 +55,120 @@ class Choice:
     places: tuple[Place, ...]
 
 
-class Look(NamedTuple):
-    """What a question's tokens see of a document in each reading head.
+def look(
+    queries: Sequence[Tensor], keys: DocumentKeys, heads: Sequence[int] | None = None
+) -> Tensor:
+    """The largest logit `[N, T, G]` that each query of a question (`question.queries_of`) gives to
+    a pair of a document, in each of N reading heads.
 
-    Attributes:
-        lse: `[N, T, G]`, logarithms of the sums of exp(logits). largest: `[N, T, G]`, logits.
+    Args:
+        heads: those that are looked at; None: all.
     """
-
-    lse: Tensor
-    largest: Tensor
-
-
-def look(queries: Sequence[Tensor], keys: DocumentKeys) -> Look:
-    """See a document with the queries of a question (`question.queries_of`)."""
-    pairs = [_logits(q, keys, head) for head, q in enumerate(queries)]
-    return Look(
-        torch.stack([logits.logsumexp(-1) for logits in pairs]),
-        torch.stack([logits.amax(-1) for logits in pairs]),
-    )
+    heads = range(len(queries)) if heads is None else heads
+    return torch.stack([_logits(queries[head], keys, head).amax(-1) for head in heads])
 
 
 def _logits(q: Tensor, keys: DocumentKeys, head: int) -> Tensor:
-    """Logits `[T, G, m]` of a question's queries `[T, G, d]` to the keys of a head; minus infinity
-    for a document's first tokens, unless it has no others."""
-    k = keys.keys[head].to(q.dtype)
-    logits = q @ k.mT * q.shape[-1] ** -0.5
-    hidden = keys.positions[head] < HEAD_TOKENS
-    return logits if bool(hidden.all()) else logits.masked_fill(hidden, -torch.inf)
+    """Logits `[T, G, m]` of a question's queries `[T, G, d]` to the keys of a head."""
+    numbers, scale = keys.keys[head]
+    queries = q.flatten(0, 1) * q.shape[-1] ** -0.5
+    logits = (queries @ numbers.to(q.dtype).mT).mul_(scale.to(q.dtype))
+    return logits.unflatten(0, q.shape[:2])
 
 
 def choose(
-    queries: Sequence[Tensor],
-    neutral: Sequence[Tensor],
-    documents: Iterable[DocumentKeys],
-    top: int = 3,
-    score: ScoreName = "contrast",
+    queries: Sequence[Tensor], documents: Iterable[DocumentKeys], top: int = 3
 ) -> list[Choice]:
     """The documents that a question reads most, the most first. Equal ones in their order.
 
     Args:
-        queries: of the question. neutral: of a question about nothing (`NEUTRAL`), read after the
-            same document. documents: gone through once where it is a sequence, else kept.
+        queries: of the question. documents: gone through once, and the best of them once more,
+            where it is a sequence; else they are kept.
         top: how many.
 
     Raises:
-        ValueError: no document, or an unknown score.
+        ValueError: no document.
     """
-    if score not in ("contrast", "share"):
-        raise ValueError(f"score = {score!r}: must be 'contrast' or 'share'")
     documents = documents if isinstance(documents, Sequence) else list(documents)
     if not documents:
         raise ValueError("no documents to choose from; add some")
-    looks = [(look(queries, keys), look(neutral, keys)) for keys in documents]
-    asked, idle = ([pair[i] for pair in looks] for i in range(2))
-    total = torch.stack([x.lse for x in asked]).logsumexp(0)
-    shares = torch.stack([(x.lse - total).exp().mean() for x in asked])
-    scores = shares
-    if score == "contrast":
-        idle_total = torch.stack([x.lse for x in idle]).logsumexp(0)
-        scores = torch.stack(
-            [
-                (_peaks(x.largest, total) / _peaks(y.largest, idle_total)).log().sum()
-                for x, y in zip(asked, idle, strict=True)
-            ]
-        )
-    order = scores.argsort(descending=True, stable=True)[:top].tolist()
+    indices: Sequence[int] = range(len(documents))
+    if len(indices) > max(CANDIDATES, top):
+        indices = _candidates(queries, documents, max(CANDIDATES, top))
+    few = [documents[index] for index in indices]
+    largest = torch.stack([look(queries, keys) for keys in few])
+    if len(few) > 1:
+        usual = largest.mean(0)
+    else:  # it is compared with itself, place by place
+        largest_of = _by_block(queries, few[0])
+        usual = largest_of.where(largest_of.isfinite(), torch.nan).nanmean(-1)
+    # No place of a document has more than the best pairs of each query, wherever they are.
+    bounds = _cubes(largest - usual).mean((1, 2, 3))
+    found: list[tuple[float, int]] = []
+    for index in bounds.argsort(descending=True, stable=True).tolist():
+        if len(found) >= top and float(bounds[index]) < found[top - 1][0]:
+            break
+        found.append((_score(queries, few[index], usual), index))
+        found.sort(key=lambda scored: (-scored[0], scored[1]))
+    del found[top:]
+    total = sum(score for score, _ in found)
     return [
-        Choice(i, float(scores[i]), float(shares[i]), places(queries, neutral, documents[i]))
-        for i in order
+        Choice(
+            indices[index],
+            score,
+            score / total if total else 1 / len(found),
+            places(queries, usual, few[index]),
+        )
+        for score, index in found
     ]
 
 
-def _peaks(largest: Tensor, total: Tensor) -> Tensor:
-    """The largest attention that a pair gets in each head `[N]`, of the token that gives most, as a
-    mean over the query heads."""
-    tiny = torch.finfo(largest.dtype).tiny
-    return (largest - total).exp().amax(1).mean(-1).clamp(min=tiny)
+def _candidates(
+    queries: Sequence[Tensor], documents: Sequence[DocumentKeys], count: int
+) -> list[int]:
+    """The documents that have most in the heads in which this question finds most, in order."""
+    every = -(-len(documents) // SAMPLE)
+    sample = torch.stack([look(queries, documents[i]) for i in range(0, len(documents), every)])
+    by_head = _cubes(sample - sample.mean(0)).mean((0, 2, 3))
+    heads = by_head.topk(min(LEADING, len(by_head))).indices.tolist()
+    largest = torch.stack([look(queries, keys, heads) for keys in documents])
+    bounds = _cubes(largest - largest.mean(0)).mean((1, 2, 3))
+    return sorted(bounds.argsort(descending=True, stable=True)[:count].tolist())
 
 
-def places(
-    queries: Sequence[Tensor], neutral: Sequence[Tensor], keys: DocumentKeys
-) -> tuple[Place, ...]:
-    """The places of a document that a question reads more than a neutral one does.
+def _cubes(excess: Tensor) -> Tensor:
+    return excess.clamp_(min=0).pow_(POWER)
 
-    Attention within the document, summed over heads and tokens, less that of the neutral question.
+
+def _by_block(queries: Sequence[Tensor], keys: DocumentKeys) -> Tensor:
+    """The largest logit of each block of a document, `[N, T, G, blocks]`; minus infinity where a
+    head has no pair. There are two blocks or more."""
+    blocks = max(2, -(-keys.num_tokens // BLOCK_TOKENS))
+    found = []
+    for head, q in enumerate(queries):
+        at = (keys.positions[head] // BLOCK_TOKENS).expand(*q.shape[:2], -1)
+        largest = q.new_full((*q.shape[:2], blocks), -torch.inf)
+        found.append(largest.scatter_reduce_(-1, at, _logits(q, keys, head), "amax"))
+    return torch.stack(found)
+
+
+def _score(queries: Sequence[Tensor], keys: DocumentKeys, usual: Tensor) -> float:
+    """Of the best place of a document."""
+    largest = _by_block(queries, keys)
+    pairs = torch.maximum(largest[..., 1:], largest[..., :-1])
+    return float(_cubes(pairs - usual.unsqueeze(-1)).mean((0, 1, 2)).amax())
+
+
+def places(queries: Sequence[Tensor], usual: Tensor, keys: DocumentKeys) -> tuple[Place, ...]:
+    """The places of a document that a question reads more than it usually reads anything.
+
+    Args:
+        usual: `[N, T, G]`, the largest logit of a document, as a mean over documents.
     """
     weights = torch.zeros(keys.num_tokens, dtype=queries[0].dtype)
-    for head, (q, other) in enumerate(zip(queries, neutral, strict=True)):
-        more = _logits(q, keys, head).softmax(-1).mean((0, 1))
-        more = more - _logits(other, keys, head).softmax(-1).mean((0, 1))
-        weights.index_add_(0, keys.positions[head], more.clamp(min=0))
+    for head, q in enumerate(queries):
+        excess = _cubes(_logits(q, keys, head) - usual[head].unsqueeze(-1)).sum((0, 1))
+        weights.index_add_(0, keys.positions[head], excess)
     whole = float(weights.sum())
     found: list[Place] = []
     while whole > 0 and len(found) < PLACES and bool((weights > 0).any()):

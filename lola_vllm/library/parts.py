@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from lola_vllm.library.choose import HEAD_TOKENS
-
 # Three documents of so many tokens share a state of the demo model well (docs/library.md).
 PART_TOKENS = 2000
+# Of a part that the next one begins with.
+SHARED_TOKENS = 40
 # Where a text may be cut, the best places first: behind paragraphs, lines, sentences and words.
 _BORDERS = (r"\n\s*\n", r"\n", r"(?<=[.!?])\s+", r"\s+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
@@ -18,14 +18,14 @@ MAX_SENTENCE = 500  # characters that are shown
 def split_text(text: str, most: int, count: Callable[[str], int]) -> list[str]:
     """Cut a text into parts of about `most` tokens, at paragraph borders where there are some.
 
-    A part but the first begins with the end of the one before, of `choose.HEAD_TOKENS` tokens or
-    more: no question reads the first tokens of a document, so they are those that another part has.
+    A part but the first begins with the end of the one before, of `SHARED_TOKENS` tokens or
+    more, so that what stands at a border is whole in one of the two.
 
     Args:
-        most: tokens of a part, 4 times `HEAD_TOKENS` or more. count: tokens of a text.
+        most: tokens of a part, 4 times `SHARED_TOKENS` or more. count: tokens of a text.
     """
     parts, part, size = list[str](), "", 0
-    for piece, tokens in _pieces(text, most - 2 * HEAD_TOKENS, count, 0):
+    for piece, tokens in _pieces(text, most - 2 * SHARED_TOKENS, count, 0):
         if part.strip() and size + tokens > most:
             parts.append(part)
             part = _end_of(part, count)
@@ -55,13 +55,13 @@ def _pieces(
 
 
 def _end_of(part: str, count: Callable[[str], int]) -> str:
-    """The last words of a part, of `HEAD_TOKENS` tokens or more where it has so many."""
-    size = 4 * HEAD_TOKENS
-    while size < len(part) and count(part[-size:]) < HEAD_TOKENS:
-        size += HEAD_TOKENS
+    """The last words of a part, of `SHARED_TOKENS` tokens or more where it has so many."""
+    size = 4 * SHARED_TOKENS
+    while size < len(part) and count(part[-size:]) < SHARED_TOKENS:
+        size += SHARED_TOKENS
     end = part[-size:]
     first = re.search(r"\s", end)
-    if len(end) < len(part) and first is not None and count(end[first.end() :]) >= HEAD_TOKENS:
+    if len(end) < len(part) and first is not None and count(end[first.end() :]) >= SHARED_TOKENS:
         return end[first.end() :]
     return end
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
 
-from lola_vllm.library.choose import HEAD_TOKENS
-from lola_vllm.library.parts import PART_TOKENS, split_text
+from lola_vllm.library.parts import PART_TOKENS, SHARED_TOKENS, split_text
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.reporting import told
@@ -50,7 +49,7 @@ async def cut(engine: LolaEngine, body: AddRequest) -> list[list[int]]:
         HTTPException: parts that are too long for the model, too many, or a text that is too short
         to be composed with others.
     """
-    longest = most_tokens(engine) - 4 * HEAD_TOKENS
+    longest = most_tokens(engine) - 4 * SHARED_TOKENS
     most = min(PART_TOKENS, longest) if body.part_tokens is None else body.part_tokens
     if most > longest:
         raise HTTPException(

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from fastapi import HTTPException
 
-from lola_vllm.library.choose import NEUTRAL
 from lola_vllm.library.parts import sentence_at
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.adding import most_tokens
@@ -60,15 +59,11 @@ async def find(
             f"question: {len(asked)} tokens; at most {room - anchor.tokens} can be read after a "
             "document",
         )
-    neutral = f"neutral-{anchor.id}"
-    (known,) = await engine.ask_workers("lola_knows", neutral)
-    if not known["knows"]:
-        await _hear(engine, neutral, anchor, await _encoded(engine, NEUTRAL), salt)
     name = f"question-{uuid.uuid4().hex}"
     try:
         await _hear(engine, name, anchor, asked, salt)
         states = [(part.id, part.tokens) for part in parts]
-        await engine.ask_workers("lola_find", name, neutral, states, top)
+        await engine.ask_workers("lola_find", name, states, top)
         answer: dict[str, Any] = {}
         while "choices" not in answer:
             await asyncio.sleep(POLL_S)

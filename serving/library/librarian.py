@@ -89,28 +89,20 @@ class Librarian:
             self._heard.popitem(last=False)
         return {}
 
-    def knows(self, name: str) -> bool:
-        """Whether queries are kept under a name."""
-        return name in self._heard
-
-    def find(
-        self, question: str, neutral: str, documents: Sequence[tuple[str, int]], top: int
-    ) -> Answer:
+    def find(self, question: str, documents: Sequence[tuple[str, int]], top: int) -> Answer:
         """Start to look for the documents that a question reads.
 
         Args:
-            question, neutral: names of queries that are kept. documents: id of the state and
-                tokens of each part. top: how many to find.
+            question: name of queries that are kept. documents: id of the state and tokens of each
+                part. top: how many to find.
         """
         if len(self._finding) >= MAX_AT_ONCE:
             return {"error": "too many questions are asked at once; try again"}
-        if neutral in self._heard:
-            self._heard.move_to_end(neutral)
-        asked, idle = self._heard.pop(question, None), self._heard.get(neutral)
-        if asked is None or idle is None:
+        asked = self._heard.pop(question, None)
+        if asked is None:
             return {"error": "the question was not heard; ask again"}
         shelf = _Documents(documents)
-        self._finding[question] = self._thread.submit(choose, asked, idle, shelf, top)
+        self._finding[question] = self._thread.submit(choose, asked, shelf, top)
         return {}
 
     def found(self, question: str) -> Answer:

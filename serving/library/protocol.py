@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
-from lola_vllm.library.choose import HEAD_TOKENS
+from lola_vllm.library.parts import SHARED_TOKENS
 from lola_vllm.serving.protocol import MAX_PROMPT_CHARS, check_utf8
 from lola_vllm.serving.sessions.protocol import (
     Seconds,
@@ -100,7 +100,7 @@ class AddRequest(BaseModel):
 
     document: str
     text: str = Field(min_length=1, max_length=MAX_PROMPT_CHARS)
-    part_tokens: int | None = Field(default=None, ge=4 * HEAD_TOKENS)
+    part_tokens: int | None = Field(default=None, ge=4 * SHARED_TOKENS)
     ttl: Seconds | None = None
     cache_salt: str | None = None
     replace: bool = False
@@ -126,7 +126,7 @@ class Removed(BaseModel):
 
 
 class SourcePlace(BaseModel):
-    """Text that a question reads, and its share of the attention that its document gets."""
+    """Text that a question reads, and its share of what the question reads of its document."""
 
     text: str
     share: float
@@ -137,7 +137,7 @@ class Source(BaseModel):
 
     Attributes:
         part, parts: which, of how many. session: its state. score: that it was chosen by.
-        share: of the attention that all parts of the library get. sentence: that is read most.
+        share: of the scores of all parts that were found. sentence: that is read most.
         places: that are read, the most first.
     """
 

@@ -20,7 +20,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
-from lola_vllm.library.choose import HEAD_TOKENS
+from lola_vllm.library.parts import SHARED_TOKENS
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library import asking
@@ -191,7 +191,7 @@ async def _read(
         raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
     sources = await asking.find(engine, name, question, body.top, salt)
     answer = getattr(body, "max_completion_tokens", None) or body.max_tokens or ANSWER_TOKENS
-    room = most_tokens(engine) - min(answer, ANSWER_TOKENS) - 2 * HEAD_TOKENS - len(question) // 2
+    room = most_tokens(engine) - min(answer, ANSWER_TOKENS) - 2 * SHARED_TOKENS - len(question) // 2
     session = await asking.compose(engine, sources, room, salt, body.session, body.ttl)
     said = await engine.sessions("tokens", reference=session, salt=owned(salt))
     transcript = Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])

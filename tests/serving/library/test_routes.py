@@ -116,7 +116,7 @@ def test_a_chat_begins_with_a_library(
     words = ["chat", shelf.url, "--api-key", KEY, "--library", "shelf", "--session", "walk"]
     assert cli.main([*words, "--temperature", "0", "--max-tokens", "4"]) == 0
     answers, notes = capsys.readouterr()
-    assert answers.strip() and notes.count("of the attention") >= 2
+    assert answers.strip() and len(re.findall(r"^\[\d\] .*\(\d+%\)$", notes, re.M)) >= 2
     assert re.search(r"turn 2: [\d,]+ tokens restored, .*turn 3: ", notes, re.S)
     shown = ok(shelf.client.get("/v1/lola/sessions/walk"))
     assert shown["turns"] == [1, 2, 3] and shown["made_of"]

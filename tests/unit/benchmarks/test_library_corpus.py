@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from library_corpus import make
+from library_corpus import DEVELOPMENT_FACTS, FACTS, development, make
 
 TEXT = "".join(chr(97 + i * i % 26) for i in range(40_000))
 
@@ -17,16 +15,21 @@ def encode(text: str) -> list[int]:
     return list(text.encode())
 
 
-@pytest.mark.parametrize("kind", ["needles", "facts"])
-def test_each_question_is_about_another_document_that_holds_its_answer(kind: str) -> None:
-    options = {"documents": 9, "tokens": 300, "questions": 9, "kind": kind, "seed": 1}
+def test_each_document_hides_a_number_and_a_fact_that_are_asked_for() -> None:
+    options = {"documents": 9, "tokens": 300, "seed": 1}
     corpus = make(TEXT, encode, **options)
-    assert sorted(question.document for question in corpus.questions) == list(range(9))
+    texts = [bytes(ids).decode() for ids in corpus.documents]
+    assert [len(text) for text in texts] == [300] * 9
+    asked = [(question.document, question.kind) for question in corpus.questions]
+    assert asked == [(i, kind) for i in range(9) for kind in ("needles", "facts")]
     for question in corpus.questions:
-        text = bytes(corpus.documents[question.document]).decode()
-        assert question.answer in text.lower() and len(text) == 300
-        others = [bytes(ids).decode().lower() for ids in corpus.documents]
-        if kind == "needles":
-            assert sum(question.answer in other for other in others) == 1
+        assert question.answer in texts[question.document].lower()
+        if question.kind == "needles":
+            assert sum(question.answer in text for text in texts) == 1
     assert make(TEXT, encode, **options) == corpus
     assert make(TEXT, encode, **{**options, "seed": 2}) != corpus
+
+
+def test_no_seed_that_reports_asks_what_chose_the_score() -> None:
+    assert [development(seed) for seed in (0, 1, 2, 3, 10)] == [True, False, False, False, True]
+    assert not {answer for *_, answer in FACTS} & {answer for *_, answer in DEVELOPMENT_FACTS}

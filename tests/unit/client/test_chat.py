@@ -87,8 +87,8 @@ def test_the_first_message_is_asked_of_a_library(script, say):
     first, second = script.bodies
     assert first["session"] == "talk" and "turn" not in first
     assert (second["turn"], second["tokens"]) == (2, 51) and "session" not in second
-    assert "[[1] pump.md, part 2 of 3 (61% of the attention)]" in notes
-    assert "[    It is blue.]" in notes and notes.count("of the attention") == 2
+    assert "[[1] pump.md, part 2 of 3 (61%)]" in notes
+    assert "[    It is blue.]" in notes and notes.count("%)]") == 2
     status, _, notes = say("z\n", "--library", "manuals")
     assert status == 2 and "a library begins a session, and talk is at turn 3" in notes
 

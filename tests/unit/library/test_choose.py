@@ -12,7 +12,16 @@ from transformers import AutoModelForCausalLM
 
 from lola_vllm.hf import LolaCache
 from lola_vllm.hf.question import queries_of
-from lola_vllm.library.choose import HEAD_TOKENS, choose, look, places
+from lola_vllm.library.choose import (
+    BLOCK_TOKENS,
+    CANDIDATES,
+    PLACE_TOKENS,
+    POWER,
+    SAMPLE,
+    choose,
+    look,
+    places,
+)
 from lola_vllm.library.keys import DocumentKeys, KeysError, reading_heads, total_bytes
 from lola_vllm.ops.int8 import quantize
 from tools.support.tiny import make_tiny, random_prompts
@@ -71,12 +80,9 @@ def test_logits_are_those_of_the_model(model: Any) -> None:
     m = int(page.num_sparse(torch.tensor(75)))
     window = torch.arange(int(page.window_start(torch.tensor(75))), 75)
     k = torch.cat([views.sparse_k[1, 0, :m], views.exact_k[1, 0, page.row(window)]])
-    where = torch.cat([views.positions[1, 0, :m].long(), window])
-    expected = (q @ k.mT / 4).masked_fill(where < HEAD_TOKENS, -torch.inf)
-    found = look(queries, keys)
+    expected = (q @ k.mT / 4).amax(-1)
     # A byte a number: keys are rounded to 1/127 of their largest.
-    torch.testing.assert_close(found.lse[2], expected.logsumexp(-1), rtol=0, atol=0.05)
-    torch.testing.assert_close(found.largest[2], expected.amax(-1), rtol=0, atol=0.05)
+    torch.testing.assert_close(look(queries, keys)[2], expected, rtol=0, atol=0.05)
 
 
 def test_keys_are_written_and_read(model: Any, tmp_path: Path) -> None:
@@ -106,15 +112,12 @@ def test_what_cannot_be_chosen_from_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="no tokens"):
         queries_of(model, near, [])
     with pytest.raises(ValueError, match="no documents"):
-        choose([torch.zeros(1, 1, 4)], [torch.zeros(1, 1, 4)], [])
-    keys = made({})
-    with pytest.raises(ValueError, match="score = 'best'"):
-        choose([torch.zeros(1, 1, 4)], [torch.zeros(1, 1, 4)], [keys], score="best")  # type: ignore[arg-type]
+        choose([torch.zeros(1, 1, 4)], [])
 
 
 # ---- documents that are made by hand: one head, keys of four numbers
 
-WHAT, DRAWS = torch.tensor([9.0, 0, 0, 0]), torch.tensor([0, 9.0, 0, 0])
+ONE, TWO, DRAWS = 9 * torch.eye(4)[:3]
 
 
 def made(at: dict[int, Tensor], tokens: int = 300) -> DocumentKeys:
@@ -126,35 +129,96 @@ def made(at: dict[int, Tensor], tokens: int = 300) -> DocumentKeys:
     return DocumentKeys(tokens, (quantize(keys),), (torch.arange(tokens),))
 
 
+def asked(*tokens: Tensor) -> list[Tensor]:
+    """The queries of a question: `[tokens, 1 query head, 4]`."""
+    return [torch.stack(tokens)[:, None] / 2]
+
+
+def by_definition(queries: list[Tensor], documents: list[DocumentKeys]) -> list[float]:
+    """Scores, pair by pair."""
+    (q,) = queries
+    logits = [(q @ keys.keys[0].to(torch.float32).mT / 2)[:, 0] for keys in documents]
+    usual = torch.stack([x.amax(-1) for x in logits]).mean(0)
+    return [
+        max(
+            float(((x[:, at : at + PLACE_TOKENS].amax(-1) - usual).clamp(min=0) ** POWER).mean())
+            for at in range(0, max(1, x.shape[-1] - BLOCK_TOKENS), BLOCK_TOKENS)
+        )
+        for x in logits
+    ]
+
+
 def test_the_document_that_a_question_reads_is_first_and_its_place_is_told() -> None:
-    question = [torch.stack([WHAT, DRAWS / 3])[:, None] / 2]  # [2 tokens, 1 head, 4]
-    neutral = [torch.stack([DRAWS, DRAWS])[:, None] / 2]
+    question = asked(ONE, TWO)
     documents = [
         made({}, 300),
-        made({200: 1.2 * DRAWS, 205: 1.2 * DRAWS, 210: 1.2 * DRAWS}, 301),  # draws any question
-        made({120: WHAT, 260: 0.8 * WHAT, 10: 3 * WHAT}, 302),
-        made({3: 3 * WHAT}, 303),  # among the first tokens, which do not count
+        made({200: ONE, 40: TWO}, 301),  # what is asked for, but not in one place
+        made({120: ONE, 126: 0.9 * TWO}, 302),
+        made({10: TWO}, 303),
     ]
-    best = choose(question, neutral, documents, top=2)
-    assert best[0].document == 2
-    assert best[0].places[0].first <= 120 < best[0].places[0].last
+    best = choose(question, documents, top=2)
+    assert [choice.document for choice in best] == [2, 1]
+    place = best[0].places[0]
+    assert place.first <= 120 < place.last and place.peak == 120
     assert sum(place.share for place in best[0].places) <= 1 + 1e-5
     assert best[0].score > best[1].score
-    shares = choose(question, neutral, documents, top=4, score="share")
-    assert shares[0].document == 2
-    assert sum(choice.share for choice in shares) == pytest.approx(1)
+    assert sum(choice.share for choice in best) == pytest.approx(1)
 
 
 def test_what_draws_every_question_does_not_count() -> None:
-    question = [torch.stack([WHAT / 2, DRAWS])[:, None]]
-    neutral = [torch.stack([DRAWS, DRAWS])[:, None]]
-    documents = [made({200: 2 * DRAWS, 100: WHAT / 3}), made({100: WHAT / 2})]
-    assert choose(question, neutral, documents, top=1, score="share")[0].document == 0
-    assert choose(question, neutral, documents, top=1)[0].document == 1
+    documents = [made({200: DRAWS, 100: ONE / 3}), made({80: DRAWS, 100: ONE / 2})]
+    assert choose(asked(ONE / 2, DRAWS), documents, top=1)[0].document == 1
+
+
+def test_scores_are_those_of_the_definition() -> None:
+    """Only documents that may be among the first are looked at place by place; none is missed."""
+    gen = torch.Generator().manual_seed(1)
+    documents = [
+        made({at: 9 * torch.randn(4, generator=gen) for at in range(3, size, 13)}, size)
+        for size in (7, 16, 33, *range(200, 229))
+    ]
+    queries = asked(*(3 * torch.randn(5, 4, generator=gen)))
+    scores = by_definition(queries, documents)
+    order = sorted(range(len(documents)), key=lambda i: -scores[i])
+    found = choose(queries, iter(documents), top=5)
+    assert [choice.document for choice in found] == order[:5]
+    assert [choice.score for choice in found] == pytest.approx([scores[i] for i in order[:5]])
+
+
+def test_of_many_documents_those_that_lead_in_a_few_heads_are_candidates() -> None:
+    """Four heads, of which the third and the fourth find what is asked for."""
+    dull = [made({}, 150)] * (4 * CANDIDATES)
+    right = {5: made({50: ONE, 55: TWO}, 150), 90: made({50: 0.8 * ONE, 55: TWO}, 150)}
+    documents = [
+        DocumentKeys(
+            one.num_tokens,
+            (*2 * dull[0].keys, *2 * right.get(i, one).keys),
+            (*2 * dull[0].positions, *2 * right.get(i, one).positions),
+        )
+        for i, one in enumerate(dull)
+    ]
+    seen = list[int]()
+
+    class Counted(list[DocumentKeys]):
+        def __getitem__(self, index: Any) -> Any:
+            seen.append(index)
+            return super().__getitem__(index)
+
+    found = choose(4 * asked(ONE, TWO), Counted(documents), top=2)
+    assert [choice.document for choice in found] == [5, 90]
+    assert len(seen) <= CANDIDATES + SAMPLE  # of which all heads are looked at
+
+
+def test_a_document_alone_is_compared_with_itself() -> None:
+    (only,) = choose(
+        asked(ONE, DRAWS), [made({120: ONE, **dict.fromkeys(range(0, 300, 9), DRAWS)})]
+    )
+    assert (only.document, only.share) == (0, 1) and only.places[0].peak == 120
+    (only,) = choose(asked(ONE), [made({}, 5)])
+    assert only.document == 0 and only.share == 1
 
 
 def test_places_do_not_overlap_and_end_with_the_document() -> None:
-    question, neutral = [(WHAT / 2)[None, None]], [(DRAWS / 2)[None, None]]
-    document = made({60: WHAT, 80: WHAT, 100: WHAT, 299: WHAT})
-    found = sorted(places(question, neutral, document))
+    document = made({60: ONE, 80: ONE, 100: ONE, 299: ONE})
+    found = sorted(places(asked(ONE), torch.zeros(1, 1, 1), document))
     assert [(place.first, place.last) for place in found] == [(28, 93), (93, 133), (267, 300)]

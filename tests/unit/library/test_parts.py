@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from lola_vllm.library.choose import HEAD_TOKENS
-from lola_vllm.library.parts import sentence_at, split_text
+from lola_vllm.library.parts import SHARED_TOKENS, sentence_at, split_text
 
 
 def count(text: str) -> int:
@@ -25,7 +24,7 @@ def without_overlap(parts: list[str], text: str) -> str:
     found = parts[0]
     for part in parts[1:]:
         size = next(n for n in range(len(part), -1, -1) if found.endswith(part[:n]))
-        assert count(part[:size]) >= HEAD_TOKENS
+        assert count(part[:size]) >= SHARED_TOKENS
         found += part[size:]
     return found
 
