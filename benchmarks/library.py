@@ -11,9 +11,10 @@ documents, that which stands among the same 8, and so on. `--answers` are asked
 - of what `lola_vllm.library.choose` finds among `--answers-of` documents, composed: the first, the
   first two, and the first three;
 - with `--in-a-row`, of these three, read in a row anew;
-- with `--stock`, of a stock model that reads the three that BM25 finds (the package bm25s).
+- with `--stock`, of a stock model that reads the three that BM25 finds.
 
-Seeds 0, 10 and above chose the score; others report. Seconds are of the processor.
+With `--bm25` (the package bm25s) each question is looked for by its words too. Seeds 0, 10 and
+above chose the score; others report. Seconds are of the processor.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="keep keys alone, and read a chosen document again; its time is not counted",
     )  # fmt: skip
     parser.add_argument("--in-a-row", action="store_true")
+    parser.add_argument("--bm25", action="store_true", help="beside it; --stock needs it")
     parser.add_argument("--stock", type=Path, help="a stock model, to read what BM25 finds")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
@@ -65,6 +67,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--questions {args.questions}: from 1 to --documents, {args.documents}")
     if args.answers > args.questions:
         parser.error(f"--answers {args.answers}: at most --questions, {args.questions}")
+    if args.stock and not args.bm25:
+        parser.error(f"--stock {args.stock}: reads what BM25 finds; add --bm25")
     args.shelves = [size for size in args.shelves if size <= args.documents]
     return args
 
@@ -173,12 +177,13 @@ class Group(Sequence[DocumentKeys]):
 
 
 class Search:
-    """BM25 over the texts, and a stock model that reads what it finds."""
+    """BM25 over the texts, and a stock model, if there is one, that reads what it finds."""
 
-    def __init__(self, model: Path, texts: list[str]) -> None:
+    def __init__(self, model: Path | None, texts: list[str]) -> None:
         import bm25s  # type: ignore[import-not-found,unused-ignore]
 
-        self._bm25s, self.texts, self.reader = bm25s, texts, Reader(model)
+        self._bm25s, self.texts = bm25s, texts
+        self.reader = Reader(model) if model else None
         self._indices: dict[tuple[int, int], Any] = {}
 
     def find(self, question: str, group: Group) -> list[int]:
@@ -198,6 +203,7 @@ class Search:
 
     def ask(self, best: list[int], question: str, new: int) -> tuple[str, float]:
         """The answer to texts, the best last, and the seconds to its first token."""
+        assert self.reader is not None
         text = "\n\n".join(self.texts[i] for i in reversed(best)) + question
         return self.reader.ask(None, self.reader.encode(text), new)
 
@@ -280,7 +286,7 @@ def _answer(
         took = time.process_time() - began
         answer, first = reader.ask(cache, ids, new)
         answered("in a row", answer, took + first)
-    if search is not None:
+    if search is not None and search.reader is not None:
         began = time.process_time()
         best = search.find(question.text, group)
         took = time.process_time() - began
@@ -308,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     shelf = Shelf(reader, corpus, args.dir, args.drop_states)
     reading = shelf.fill()
     texts = [reader.tokenizer.decode(ids) for ids in corpus.documents]
-    search = Search(args.stock, texts) if args.stock else None
+    search = Search(args.stock, texts) if args.bm25 else None
     lines = answers.read_text().splitlines() if answers.exists() else []
     rows = [json.loads(line) for line in lines][: 2 * args.questions]
     with answers.open("a") as file:
