@@ -5,13 +5,14 @@
 Documents are passages of a text, each read once: `--dir` gets its state and its keys, and goes on
 where it was left when the same command is run again. Each hides a number and a fact in people's
 words, and there is a question about either. It is asked of shelves of several sizes: of 8
-documents, that which stands among the same 8, and so on. `--answers` are asked
+documents, that which stands among the same 8, and so on. The first `--exact` of either kind are
+answered, each from
 
-- of the document alone;
-- of what `lola_vllm.library.choose` finds among `--answers-of` documents, composed: the first, the
-  first two, and the first three;
-- with `--in-a-row`, of these three, read in a row anew;
-- with `--stock`, of a stock model that reads the three that BM25 finds.
+- the document alone;
+- what `lola_vllm.library.choose` finds among `--exact-of` documents: the first, the first three
+  composed, and what ships, which is one of the two;
+- with `--in-a-row`, these three, read in a row anew;
+- with `--stock`, the text of the three that BM25 finds, which a stock model reads.
 
 With `--bm25` (the package bm25s) each question is looked for by its words too. Seeds 0, 10 and
 above chose the score; others report. Seconds are of the processor.
@@ -34,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.hf import LolaCache
 from lola_vllm.hf.question import queries_of
-from lola_vllm.library.choose import choose
+from lola_vllm.library.choose import choose, stands_out
 from lola_vllm.library.keys import DocumentKeys, reading_heads
 
 TOP = 3
@@ -48,10 +49,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", default="jane_austen", help="a file of models/texts")
     parser.add_argument("--documents", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=2000, help="of each document")
-    parser.add_argument("--shelves", type=int, nargs="+", default=[8, 32, 128, 1000])
+    parser.add_argument("--shelves", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--questions", type=int, default=32, help="of each kind")
-    parser.add_argument("--answers", type=int, default=0, help="of each kind")
-    parser.add_argument("--answers-of", type=int, default=32, help="documents to choose from")
+    parser.add_argument("--exact", type=int, default=0, help="of each kind")
+    parser.add_argument("--exact-of", type=int, default=32, help="documents to choose from")
+    parser.add_argument("--time-of", type=int, help="documents that choosing is timed among too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dir", type=Path, required=True, help="for states, keys and answers")
     parser.add_argument(
@@ -65,8 +67,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 < args.questions <= args.documents:
         parser.error(f"--questions {args.questions}: from 1 to --documents, {args.documents}")
-    if args.answers > args.questions:
-        parser.error(f"--answers {args.answers}: at most --questions, {args.questions}")
+    if args.exact > args.questions:
+        parser.error(f"--exact {args.exact}: at most --questions, {args.questions}")
     if args.stock and not args.bm25:
         parser.error(f"--stock {args.stock}: reads what BM25 finds; add --bm25")
     args.shelves = [size for size in args.shelves if size <= args.documents]
@@ -159,11 +161,15 @@ class Shelf(Sequence[DocumentKeys]):
 
 
 class Group(Sequence[DocumentKeys]):
-    """Those of a shelf that stand beside a document, so many together."""
+    """Those of a shelf that stand beside a document, so many together.
 
-    def __init__(self, shelf: Shelf, document: int, size: int) -> None:
+    Args:
+        repeat: until there are so many, documents stand there again; to take times.
+    """
+
+    def __init__(self, shelf: Shelf, document: int, size: int, repeat: bool = False) -> None:
         self.shelf, self.start = shelf, document // size * size
-        self.stop = min(self.start + size, len(shelf))
+        self.stop = self.start + size if repeat else min(self.start + size, len(shelf))
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -173,7 +179,9 @@ class Group(Sequence[DocumentKeys]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[DocumentKeys]: ...
     def __getitem__(self, index: int | slice) -> DocumentKeys | Sequence[DocumentKeys]:
-        return self.shelf[range(self.start, self.stop)[index]]  # type: ignore[call-overload, no-any-return]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.shelf[range(self.start, self.stop)[index] % len(self.shelf)]
 
 
 class Search:
@@ -239,7 +247,7 @@ def _asked(
         row |= _where(f"{{}} of {size}", order, right)
         if search is not None:
             row |= _where(f"bm25 {{}} of {size}", search.find(question.text, group), right)
-        if size == args.answers_of and right < args.answers:
+        if size == args.exact_of and right < args.exact:
             row["scores"] = [choice.score for choice in found]
             _answer(args, shelf, search, question, order, group, row, seconds)
     return row | {"seconds": seconds}
@@ -262,7 +270,7 @@ def _answer(
     """Ask, and put what was answered into the row."""
     reader, new = shelf.reader, ANSWER_TOKENS[question.kind]
     ids = reader.encode(question.text)
-    found = seconds["question"] + seconds[f"choose of {args.answers_of}"]
+    found = seconds["question"] + seconds[f"choose of {args.exact_of}"]
 
     def answered(name: str, answer: str, first: float) -> None:
         row[f"answer {name}"] = answer
@@ -270,7 +278,7 @@ def _answer(
         seconds[f"first token {name}"] = first
 
     answered("alone", *reader.ask(shelf.state(question.document), ids, new))
-    for count in range(1, len(order) + 1):
+    for count in dict.fromkeys((1, len(order))):
         began = time.process_time()
         caches = [shelf.state(i) for i in reversed(order[:count])]  # the best one last
         if shelf.drop:
@@ -279,6 +287,8 @@ def _answer(
         made = time.process_time() - began
         answer, first = reader.ask(cache, ids, new)
         answered(f"of {count}", answer, found + made + first)
+    ships = f"of {1 if stands_out(row['scores']) else len(order)}"
+    answered("as it ships", row[f"answer {ships}"], seconds[f"first token {ships}"])
     if args.in_a_row:
         began = time.process_time()
         texts = [token for i in reversed(order) for token in shelf.corpus.documents[i]]
@@ -332,6 +342,12 @@ def main(argv: list[str] | None = None) -> None:
         "state MiB": shelf.nbytes("*.lola.safetensors") / len(shelf) / 2**20,
         "text MiB": sum(len(text.encode()) for text in texts) / len(texts) / 2**20,
     }
+    if args.time_of:
+        ids = reader.encode(corpus.questions[0].text)
+        queries = queries_of(reader.model, shelf.state(0), ids)
+        began = time.process_time()
+        choose(queries, Group(shelf, 0, args.time_of, repeat=True), TOP)
+        result[f"choose of {args.time_of} s"] = time.process_time() - began
     for name, value in result.items():
         print(f"{name:40} {value:10.3f}")
     write_report(args, result)
@@ -343,7 +359,7 @@ def summed(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     times: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         result[f"{row['kind']} questions"] += 1
-        result[f"{row['kind']} answers"] += "scores" in row
+        result[f"{row['kind']} asked"] += "scores" in row
         for name, value in row.items():
             if isinstance(value, bool):
                 result[f"{row['kind']} {name}"] += value

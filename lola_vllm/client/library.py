@@ -61,7 +61,12 @@ def add_library(parser: argparse.ArgumentParser) -> None:
     ask = verb("ask", "a question to a library; the answer names its sources", _ask)
     ask.add_argument("library", metavar="LIBRARY", help=_LIBRARY)
     ask.add_argument("question", metavar="QUESTION", help="in words")
-    ask.add_argument("--top", type=int, metavar="N", help="parts that are read (default: 3)")
+    ask.add_argument(
+        "--top",
+        type=int,
+        metavar="N",
+        help="parts that are read (default: 3, or one that stands out)",
+    )
     ask.add_argument("--session", metavar="NAME", help="a new one, to go on with in chat")
     ask.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
                      help="of the answer (default: %(default)s)")  # fmt: skip

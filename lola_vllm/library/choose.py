@@ -28,6 +28,8 @@ PLACES = 3  # of a document that are told
 CANDIDATES = 32
 SAMPLE = 8
 LEADING = 2
+FOUND = 3  # documents that an answer is made of, unless the first stands out
+STANDS_OUT = 0.7  # the first does where the second has less than this share of its score
 
 
 class Place(NamedTuple):
@@ -77,7 +79,7 @@ def _logits(q: Tensor, keys: DocumentKeys, head: int) -> Tensor:
 
 
 def choose(
-    queries: Sequence[Tensor], documents: Iterable[DocumentKeys], top: int = 3
+    queries: Sequence[Tensor], documents: Iterable[DocumentKeys], top: int = FOUND
 ) -> list[Choice]:
     """The documents that a question reads most, the most first. Equal ones in their order.
 
@@ -97,11 +99,7 @@ def choose(
         indices = _candidates(queries, documents, max(CANDIDATES, top))
     few = [documents[index] for index in indices]
     largest = torch.stack([look(queries, keys) for keys in few])
-    if len(few) > 1:
-        usual = largest.mean(0)
-    else:  # it is compared with itself, place by place
-        largest_of = _by_block(queries, few[0])
-        usual = largest_of.where(largest_of.isfinite(), torch.nan).nanmean(-1)
+    usual = largest.mean(0) if len(few) > 1 else _own(queries, few[0])
     # No place of a document has more than the best pairs of each query, wherever they are.
     bounds = _cubes(largest - usual).mean((1, 2, 3))
     found: list[tuple[float, int]] = []
@@ -121,6 +119,11 @@ def choose(
         )
         for score, index in found
     ]
+
+
+def stands_out(scores: Sequence[float]) -> bool:
+    """Whether the first of the documents that were chosen is the one to answer from, alone."""
+    return len(scores) < 2 or scores[1] < STANDS_OUT * scores[0]
 
 
 def _candidates(
@@ -152,6 +155,13 @@ def _by_block(queries: Sequence[Tensor], keys: DocumentKeys) -> Tensor:
     return torch.stack(found)
 
 
+def _own(queries: Sequence[Tensor], keys: DocumentKeys) -> Tensor:
+    """What is usual `[N, T, G]` where there is nothing else to compare a document with: the
+    largest logit of its blocks, as a mean over them."""
+    largest = _by_block(queries, keys)
+    return largest.where(largest.isfinite(), torch.nan).nanmean(-1)
+
+
 def _score(queries: Sequence[Tensor], keys: DocumentKeys, usual: Tensor) -> float:
     """Of the best place of a document."""
     largest = _by_block(queries, keys)
@@ -160,15 +170,15 @@ def _score(queries: Sequence[Tensor], keys: DocumentKeys, usual: Tensor) -> floa
 
 
 def places(queries: Sequence[Tensor], usual: Tensor, keys: DocumentKeys) -> tuple[Place, ...]:
-    """The places of a document that a question reads more than it usually reads anything.
+    """The places of a document that a question reads more than it usually reads anything; where
+    there are none, more than it reads the rest of the document.
 
     Args:
         usual: `[N, T, G]`, the largest logit of a document, as a mean over documents.
     """
-    weights = torch.zeros(keys.num_tokens, dtype=queries[0].dtype)
-    for head, q in enumerate(queries):
-        excess = _cubes(_logits(q, keys, head) - usual[head].unsqueeze(-1)).sum((0, 1))
-        weights.index_add_(0, keys.positions[head], excess)
+    weights = _excesses(queries, usual, keys)
+    if not bool((weights > 0).any()):
+        weights = _excesses(queries, _own(queries, keys), keys)
     whole = float(weights.sum())
     found: list[Place] = []
     while whole > 0 and len(found) < PLACES and bool((weights > 0).any()):
@@ -181,3 +191,12 @@ def places(queries: Sequence[Tensor], usual: Tensor, keys: DocumentKeys) -> tupl
         found.append(Place(first, last, float(weights[first:last].sum()) / whole, peak))
         weights[first:last] = 0
     return tuple(sorted(found, key=lambda place: -place.share))
+
+
+def _excesses(queries: Sequence[Tensor], usual: Tensor, keys: DocumentKeys) -> Tensor:
+    """Cubes of excesses at each token of a document, `[num_tokens]`, summed over queries."""
+    found = torch.zeros(keys.num_tokens, dtype=queries[0].dtype)
+    for head, q in enumerate(queries):
+        excess = _cubes(_logits(q, keys, head) - usual[head].unsqueeze(-1)).sum((0, 1))
+        found.index_add_(0, keys.positions[head], excess)
+    return found

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
+from lola_vllm.library.choose import FOUND
 from lola_vllm.library.parts import SHARED_TOKENS
 from lola_vllm.serving.protocol import MAX_PROMPT_CHARS, check_utf8
 from lola_vllm.serving.sessions.protocol import (
@@ -170,7 +171,7 @@ class FindRequest(BaseModel):
     )
 
     question: str = Field(min_length=1, max_length=10_000)
-    top: int = Field(default=3, ge=1, le=MAX_TOP)
+    top: int = Field(default=FOUND, ge=1, le=MAX_TOP)
     cache_salt: str | None = None
 
     @model_validator(mode="after")
@@ -186,7 +187,10 @@ class _Asks(BaseModel):
     question: Annotated[str, Field(max_length=10_000)] | None = Field(
         default=None, description="What to look for; default: the last message, or the prompt."
     )
-    top: int = Field(default=3, ge=1, le=MAX_TOP, description="Parts that are read.")
+    top: int | None = Field(
+        default=None, ge=1, le=MAX_TOP,
+        description="Parts that are read; default: 3, or the first alone where it stands out.",
+    )  # fmt: skip
     session: str | None = Field(
         default=None, description="A new session that goes on from the answer."
     )

@@ -20,6 +20,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
+from lola_vllm.library.choose import FOUND, stands_out
 from lola_vllm.library.parts import SHARED_TOKENS
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine
@@ -189,7 +190,9 @@ async def _read(
         check_utf8("cache_salt", salt or "")
     except ValueError as error:
         raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
-    sources = await asking.find(engine, name, question, body.top, salt)
+    sources = await asking.find(engine, name, question, body.top or FOUND, salt)
+    if body.top is None and stands_out([source["score"] for source in sources]):
+        del sources[1:]
     answer = getattr(body, "max_completion_tokens", None) or body.max_tokens or ANSWER_TOKENS
     room = most_tokens(engine) - min(answer, ANSWER_TOKENS) - 2 * SHARED_TOKENS - len(question) // 2
     session = await asking.compose(engine, sources, room, salt, body.session, body.ttl)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,7 @@ from lola_vllm.library.choose import (
     choose,
     look,
     places,
+    stands_out,
 )
 from lola_vllm.library.keys import DocumentKeys, KeysError, reading_heads, total_bytes
 from lola_vllm.ops.int8 import quantize
@@ -97,6 +99,9 @@ def test_keys_are_written_and_read(model: Any, tmp_path: Path) -> None:
     assert all(map(torch.equal, keys.positions, found.positions))
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(KeysError, match="keys: not the keys of a document"):
+        DocumentKeys.read(file)
+    file.write_bytes(save({"num_tokens": torch.tensor(3), "keys.0": torch.zeros(3, 4)}))
+    with pytest.raises(KeysError, match="other tensors"):
         DocumentKeys.read(file)
     with pytest.raises(KeysError, match="gone"):
         DocumentKeys.read(tmp_path / "gone")
@@ -182,7 +187,9 @@ def test_scores_are_those_of_the_definition() -> None:
     order = sorted(range(len(documents)), key=lambda i: -scores[i])
     found = choose(queries, iter(documents), top=5)
     assert [choice.document for choice in found] == order[:5]
-    assert [choice.score for choice in found] == pytest.approx([scores[i] for i in order[:5]])
+    assert [choice.score for choice in found] == pytest.approx(
+        [scores[i] for i in order[:5]], rel=1e-4
+    )
 
 
 def test_of_many_documents_those_that_lead_in_a_few_heads_are_candidates() -> None:
@@ -216,6 +223,20 @@ def test_a_document_alone_is_compared_with_itself() -> None:
     assert (only.document, only.share) == (0, 1) and only.places[0].peak == 120
     (only,) = choose(asked(ONE), [made({}, 5)])
     assert only.document == 0 and only.share == 1
+    # So are documents of which none has more than the other.
+    pair = choose(asked(ONE), [made({120: ONE})] * 2)
+    assert [choice.score for choice in pair] == [0, 0] and sum(choice.share for choice in pair) == 1
+    assert [choice.places[0].peak for choice in pair] == [120, 120]
+
+
+def test_one_document_answers_where_it_stands_out() -> None:
+    question = asked(ONE, TWO)
+    near = [made({120: ONE}), made({120: 0.95 * ONE}), made({}), made({})]
+    far = [made({120: ONE}), made({120: 0.5 * ONE}), made({}), made({})]
+    assert [
+        stands_out([choice.score for choice in choose(question, documents)])
+        for documents in (near, far, near[:1])
+    ] == [False, True, True]
 
 
 def test_places_do_not_overlap_and_end_with_the_document() -> None:
