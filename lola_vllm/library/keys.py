@@ -7,14 +7,14 @@ choosing among a thousand documents reads no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -34,6 +34,28 @@ _PAIR_BYTES = 8  # of a pair's scale and position
 
 class KeysError(ValueError):
     """Keys that cannot be taken or read; the message says what to do."""
+
+
+T = TypeVar("T")
+
+
+class _Each(Sequence[T]):
+    """Something of each reading head, taken anew each time it is asked for."""
+
+    def __init__(self, count: int, take: Callable[[int], T]) -> None:
+        self._count, self._take = count, take
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._take(range(self._count)[index])
 
 
 class ReadingHead(NamedTuple):
@@ -110,8 +132,8 @@ class DocumentKeys:
     """
 
     num_tokens: int
-    keys: tuple[Int8Rows, ...]
-    positions: tuple[Tensor, ...]
+    keys: Sequence[Int8Rows]
+    positions: Sequence[Tensor]
 
     @classmethod
     def of_state(
@@ -165,6 +187,8 @@ class DocumentKeys:
     def read(cls, path: Path, key: StateKey | None = None) -> DocumentKeys:
         """Those of a file.
 
+        One that is not encrypted is read head by head, when a head is looked at.
+
         Args:
             key: that it was encrypted with; None: it was not.
 
@@ -172,22 +196,33 @@ class DocumentKeys:
             KeysError: it is none, or damaged, or has another key.
         """
         try:
+            if key is None:
+                file = safe_open(path, "pt")
+                return cls._of_tensors(set(file.keys()), file.get_tensor)
             data = path.read_bytes()
-            if key is not None:
-                start, end = len(_SEALED), len(_SEALED) + SALT_BYTES
-                if not data.startswith(_SEALED):
-                    raise KeysError(f"{path.name}: it is not encrypted, and files here are")
-                cipher = key.of_file(data[start:end])
-                data = cipher.open(KEYS, np.frombuffer(data[end:], np.uint8)).tobytes()
-            tensors = load(data)
-            count = sum(name.startswith("keys.") for name in tensors)
-            keys = [Int8Rows(tensors[f"keys.{i}"], tensors[f"scale.{i}"]) for i in range(count)]
-            positions = [tensors[f"positions.{i}"].long() for i in range(count)]
-            return cls(int(tensors["num_tokens"]), tuple(keys), tuple(positions))
+            start, end = len(_SEALED), len(_SEALED) + SALT_BYTES
+            if not data.startswith(_SEALED):
+                raise KeysError(f"{path.name}: it is not encrypted, and files here are")
+            cipher = key.of_file(data[start:end])
+            tensors = load(cipher.open(KEYS, np.frombuffer(data[end:], np.uint8)).tobytes())
+            return cls._of_tensors(set(tensors), tensors.__getitem__)
         except KeysError:
             raise
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise KeysError(f"{path.name}: not the keys of a document ({error})") from None
+
+    @classmethod
+    def _of_tensors(cls, names: set[str], tensor: Callable[[str], Tensor]) -> DocumentKeys:
+        """Those of a file's tensors, which are taken when they are needed."""
+        count = sum(name.startswith("keys.") for name in names)
+        expected = {f"{part}.{i}" for part in ("keys", "scale", "positions") for i in range(count)}
+        if names != expected | {"num_tokens"}:
+            raise KeyError("other tensors than those of keys")
+        return cls(
+            int(tensor("num_tokens")),
+            _Each(count, lambda i: Int8Rows(tensor(f"keys.{i}"), tensor(f"scale.{i}"))),
+            _Each(count, lambda i: tensor(f"positions.{i}").long()),
+        )
 
     @property
     def nbytes(self) -> int:

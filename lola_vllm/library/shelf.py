@@ -1,7 +1,8 @@
 """Where a server keeps the keys of its libraries' documents, apart from their states.
 
-They are in a file beside that of the state, and those that were used last in memory too. Where a
-state has no file, its keys are in memory as long as it is. They can always be taken from the state
+They are in a file beside that of the state, from which the heads are read that are looked at; what
+is encrypted is opened whole, and kept in memory where it was used last. Where a state has no file,
+its keys are in memory as long as it is. They can always be taken from the state
 again, so nothing is lost where a file is damaged or missing.
 """
 
@@ -21,8 +22,8 @@ from lola_vllm.sessions.file import keys_file
 
 logger = logging.getLogger("vllm.lola")
 
-# Of keys in memory that have a file as well: those of 250 documents of 2,000 tokens of the demo
-# model.
+# Of keys in memory that have an encrypted file as well: those of 350 documents of 2,000 tokens of
+# the demo model.
 CACHE_BYTES = 512 * 2**20
 
 
@@ -87,6 +88,8 @@ class KeyShelf:
             self._cached.pop(state, None)
 
     def _cache(self, state: str, keys: DocumentKeys) -> None:
+        if self._key is None:  # the system keeps what is read of files
+            return
         with self._lock:
             self._cached[state] = keys
             self._cached.move_to_end(state)
