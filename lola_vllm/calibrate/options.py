@@ -25,4 +25,7 @@ class CalibrateOptions:
     facts: float = option(
         "share of the prompts that hide facts in text and ask for them at the end", 0.75
     )
+    dtype: Literal["float32", "bfloat16"] = option(
+        "of the softmax model's weights; bfloat16 reads faster where the machine has it", "float32"
+    )
     seed: int = option("of the choice of prompts", 0)

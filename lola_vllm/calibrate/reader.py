@@ -21,7 +21,7 @@ class AttentionRecorder(Protocol):
 
     def add(self, layer: int, k: Tensor, v: Tensor, weights: Tensor) -> None:
         """A layer's k (after RoPE) and v `[Hkv, T, d]` and softmax weights `[Hq, n, T]` of the
-        tokens that `begin` named."""
+        tokens that `begin` named, all float32."""
 
 
 class _Window(NamedTuple):
@@ -57,8 +57,8 @@ def attention(
     wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     out = scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)
     queries = lola_window.queries
-    logits = q[0, :, queries] @ wide_k[0].mT * q.shape[-1] ** -0.5
+    logits = q[0, :, queries].float() @ wide_k[0].float().mT * q.shape[-1] ** -0.5
     later = torch.arange(q.shape[2]) > queries[:, None]
     weights = logits.masked_fill_(later, -torch.inf).softmax(-1)  # [Hq, n, T]
-    lola_window.recorder.add(module.layer_idx, k[0], v[0], weights)
+    lola_window.recorder.add(module.layer_idx, k[0].float(), v[0].float(), weights)
     return out.transpose(1, 2), None

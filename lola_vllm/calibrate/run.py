@@ -126,7 +126,7 @@ def calibrate(
         )
     transformers.AttentionInterface.register(ATTENTION, attention)
     softmax = transformers.AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, attn_implementation=ATTENTION
+        base, dtype=getattr(torch, options.dtype), attn_implementation=ATTENTION
     ).eval()
     maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
     recent = _find_recent(softmax, tokenizer, texts, options)

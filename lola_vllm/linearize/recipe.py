@@ -43,7 +43,8 @@ class Recipe:
             without it 427 together, or P / 16 if that is less. No recent ones where P has no room
             for the prompts that find the heads which copy (750 tokens).
         seed: of all that is drawn.
-        dtype: of the base's weights in the first two stages: the one in which the machine is fast.
+        dtype: of the base's weights in the first two stages and in calibrations: the one in which
+            the machine is fast.
         retrieval_fraction: share of rows that hide facts and ask for them, in these stages.
 
         transfer_tokens: of stage 1, attention transfer: 393,216 times the scale that `--hours`

@@ -83,6 +83,7 @@ def calibrate_options(recipe: Recipe) -> CalibrateOptions:
         prompts=recipe.calibration_prompts,
         prompt_length=recipe.calibration_prompt_length,
         facts=recipe.calibration_facts,
+        dtype=cast(Any, recipe.dtype),
         seed=recipe.seed,
     )
 

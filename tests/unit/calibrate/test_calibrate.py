@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -435,6 +436,10 @@ def test_importance_is_fitted_to_the_models_own_pairs(
         assert (of_layer.weighted <= of_layer.total * (1 + 1e-6)).all()
     assert any(x.any() for x in of_base.importance)
     assert of_base.sizes == of_other.sizes
+    in_bfloat16 = calibrate(base, texts, dataclasses.replace(options, dtype="bfloat16"))
+    for x, y in zip(in_bfloat16.held, of_base.held, strict=True):
+        torch.testing.assert_close(x.total, y.total, rtol=0.05, atol=0.05)
+    assert all(x.dtype == torch.float32 for x in in_bfloat16.importance)
     for x, y in zip(of_base.importance, of_other.importance, strict=True):
         torch.testing.assert_close(x[:, :4], y[:, :4], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(x[:, 4:-1], 2 * y[:, 4:-1], rtol=1e-3, atol=1e-5)
