@@ -95,11 +95,13 @@ def choose(
     if not documents:
         raise ValueError("no documents to choose from; add some")
     indices: Sequence[int] = range(len(documents))
+    usual: Tensor | None = None
     if len(indices) > max(CANDIDATES, top):
-        indices = _candidates(queries, documents, max(CANDIDATES, top))
+        indices, usual = _candidates(queries, documents, max(CANDIDATES, top))
     few = [documents[index] for index in indices]
     largest = torch.stack([look(queries, keys) for keys in few])
-    usual = largest.mean(0) if len(few) > 1 else _own(queries, few[0])
+    if usual is None:
+        usual = largest.mean(0) if len(few) > 1 else _own(queries, few[0])
     # No place of a document has more than the best pairs of each query, wherever they are.
     bounds = _cubes(largest - usual).mean((1, 2, 3))
     found: list[tuple[float, int]] = []
@@ -128,15 +130,21 @@ def stands_out(scores: Sequence[float]) -> bool:
 
 def _candidates(
     queries: Sequence[Tensor], documents: Sequence[DocumentKeys], count: int
-) -> list[int]:
-    """The documents that have most in the heads in which this question finds most, in order."""
+) -> tuple[Sequence[int], Tensor]:
+    """The documents that have most in the heads in which this question finds most, in order, and
+    what is usual `[N, T, G]`: in these heads of all documents, in the others of the sample.
+
+    The candidates do not say what is usual: they are those that have the question's words.
+    """
     every = -(-len(documents) // SAMPLE)
     sample = torch.stack([look(queries, documents[i]) for i in range(0, len(documents), every)])
     by_head = _cubes(sample - sample.mean(0)).mean((0, 2, 3))
     heads = by_head.topk(min(LEADING, len(by_head))).indices.tolist()
     largest = torch.stack([look(queries, keys, heads) for keys in documents])
-    bounds = _cubes(largest - largest.mean(0)).mean((1, 2, 3))
-    return sorted(bounds.argsort(descending=True, stable=True)[:count].tolist())
+    usual = sample.mean(0)
+    usual[heads] = largest.mean(0)
+    bounds = _cubes(largest - usual[heads]).mean((1, 2, 3))
+    return sorted(bounds.argsort(descending=True, stable=True)[:count].tolist()), usual
 
 
 def _cubes(excess: Tensor) -> Tensor:

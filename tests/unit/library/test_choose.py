@@ -175,12 +175,14 @@ def test_what_draws_every_question_does_not_count() -> None:
     assert choose(asked(ONE / 2, DRAWS), documents, top=1)[0].document == 1
 
 
-def test_scores_are_those_of_the_definition() -> None:
-    """Only documents that may be among the first are looked at place by place; none is missed."""
+@pytest.mark.parametrize("many", [0, CANDIDATES])
+def test_scores_are_those_of_the_definition(many: int) -> None:
+    """Of one head, and of few documents or many. Only those that may be among the first are looked
+    at place by place; none is missed."""
     gen = torch.Generator().manual_seed(1)
     documents = [
         made({at: 9 * torch.randn(4, generator=gen) for at in range(3, size, 13)}, size)
-        for size in (7, 16, 33, *range(200, 229))
+        for size in (7, 16, 33, *range(200, 229 + many))
     ]
     queries = asked(*(3 * torch.randn(5, 4, generator=gen)))
     scores = by_definition(queries, documents)
