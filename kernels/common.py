@@ -149,20 +149,46 @@ def int8_numbers(x, scale):
 
 
 @triton.jit
+def mapped(x, w_ptr, by_head, cols, block, SHAPE: tl.constexpr, PRECISION: tl.constexpr):
+    """xW `[M, len(block)]` of some columns of W, as of `read_state`."""
+    F: tl.constexpr = SHAPE.FEATURE_DIM
+    w_at = w_ptr + cols[:, None] * F + block[None, :]
+    w_ok = (cols < SHAPE.HEAD_DIM)[:, None] & (block < F)[None, :]
+    if by_head is None:
+        w = tl.load(w_at, mask=w_ok, other=0.0)
+        return product(x, w, tl.zeros([x.shape[0], block.shape[0]], tl.float32), PRECISION)
+    else:  # the rows of each head by its own map, so that no product is of rows of others
+        x_at, ok, stride, num_heads = by_head
+        ROWS: tl.constexpr = x_at.shape[0]
+        HEADS: tl.constexpr = x.shape[0] // ROWS
+        heads = tl.arange(0, HEADS)[:, None, None]
+        y = tl.zeros([HEADS, ROWS, block.shape[0]], tl.float32)
+        for i in tl.range(0, num_heads, num_stages=1):
+            rows = tl.load(x_at + i * stride, mask=ok, other=0.0)
+            w = tl.load(w_at + i * SHAPE.HEAD_DIM * F, mask=w_ok, other=0.0)
+            own = product(rows, w, tl.zeros([ROWS, block.shape[0]], tl.float32), PRECISION)
+            y = tl.where(heads == i, own[None, :, :], y)
+        return tl.reshape(y, [x.shape[0], block.shape[0]])
+
+
+@triton.jit
 def read_state(
-    x, w_ptr, h_ptr, s_ptr, cols, num_features, SHAPE: tl.constexpr, PRECISION: tl.constexpr
-):
-    """phi(x) H `[M, BLOCK_D]`, phi(x) s and ||phi(x)||^2 `[M]` of one head, x `[M, BLOCK_D]`.
+    x, w_ptr, h_ptr, s_ptr, cols, num_features, SHAPE: tl.constexpr, PRECISION: tl.constexpr,
+    by_head=None,
+):  # fmt: skip
+    """phi(x) H `[M, BLOCK_D]`, phi(x) s and ||phi(x)||^2 `[M]` of a state head, x `[M, BLOCK_D]`.
 
     Pointers are the head's. num_features is F, or 0 to count the state as zero and not read it.
     W and H are read in blocks of features, as whole ones would not fit the registers as operands.
     So y = xW is formed twice, once for the limits of its softmax.
+
+    by_head: None, or where x holds rows of several query heads, head by head: pointers to those of
+    the first `[rows, BLOCK_D]`, which of them are ok, the stride to the next head's, and how many
+    heads there are. w_ptr is of the first then.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     F: tl.constexpr = SHAPE.FEATURE_DIM
     col_ok = cols < D
-    w_at = w_ptr + cols[:, None] * F
-    none = tl.zeros([x.shape[0], FEATURE_BLOCK], tl.float32)
     # Softmax limits of both halves first: y's maximum and -y's, and sums of exponentials.
     up_top = tl.full([x.shape[0]], float("-inf"), tl.float32)
     down_top = up_top
@@ -171,8 +197,7 @@ def read_state(
     for f in tl.range(0, num_features, FEATURE_BLOCK, num_stages=1):
         block = f + tl.arange(0, FEATURE_BLOCK)
         ok = block < F
-        w = tl.load(w_at + block[None, :], mask=col_ok[:, None] & ok[None, :], other=0.0)
-        y = product(x, w, none, PRECISION)
+        y = mapped(x, w_ptr, by_head, cols, block, SHAPE, PRECISION)
         up_top, up_norm = widen(y, ok, up_top, up_norm)
         down_top, down_norm = widen(-y, ok, down_top, down_norm)
 
@@ -182,8 +207,7 @@ def read_state(
     for f in tl.range(0, num_features, FEATURE_BLOCK, num_stages=1):
         block = f + tl.arange(0, FEATURE_BLOCK)
         ok = block < F
-        w = tl.load(w_at + block[None, :], mask=col_ok[:, None] & ok[None, :], other=0.0)
-        y = product(x, w, none, PRECISION)
+        y = mapped(x, w_ptr, by_head, cols, block, SHAPE, PRECISION)
         h_at = h_ptr + block[:, None] * D + cols[None, :]
         h_ok = ok[:, None] & col_ok[None, :]
         up = clamped_exp(y, up_top, up_norm, ok)

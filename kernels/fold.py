@@ -190,7 +190,7 @@ def fold_set(
         s_at = s_of(page_at, group_at, own, SHAPE) + half % 2 * F + feats
         more_h = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
         more_s = tl.zeros([BLOCK_F], tl.float32)
-        for c in tl.range(0, num_folded, BLOCK_E, num_stages=1):
+        for c in tl.range(0, num_folded, BLOCK_E, num_stages=1, disable_licm=True):
             index = c + tl.arange(0, BLOCK_E)
             some = index < num_folded
             which = tl.load(folded_at + index, mask=some, other=0)

@@ -54,7 +54,7 @@ from lola_vllm.kernels.update_per_token import BLOCK_T, NUM_BOUNDS, score_bounde
 from lola_vllm.ops.contract import LayerState, PrefillBatch
 from lola_vllm.state import LayerLayout
 
-MAX_BLOCK_M = 32  # queries attended at a time
+MAX_BLOCK_M = 64  # queries attended at a time
 NUM_WARPS = 8  # four would spill registers in updates at d = 128
 
 # Attends every token to its chunk, window and sinks: (layer, q, k, v, batch) -> output
@@ -64,23 +64,34 @@ SoftmaxPart = Callable[[LayerState, Tensor, Tensor, Tensor, PrefillBatch], tuple
 
 @triton.jit
 def attend_block(
-    q_at, out_at, soft_at, lse_at, k_at, v_at, wq_ptr, gate_ptr, page_at, group_at, head,
-    own_kv_head, position, length, m0, q_token, k_token, v_token, out_token, scale,
-    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTRACT_MAX: tl.constexpr,
-    PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    q_at, out_at, soft_at, lse_at, k_at, v_at, wq_ptr, gate_ptr, page_at, group_at, head, num_heads,
+    own_kv_head, position, length, m0, q_token, q_head, k_token, v_token, out_token, out_head,
+    lse_head, scale,
+    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TILE_HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUBTRACT_MAX: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Answer the queries of a head from the m0-th token of a chunk on.
+    """Answer queries of heads that share a state head, from the m0-th token of a chunk on.
 
-    Pointers q_at to v_at are the head's and its KV head's, of the chunk's first token, which has
-    the position; length: tokens of the chunk. head: of the layer, own_kv_head of the group.
+    The tile's BLOCK_M rows are those of num_heads heads, at most TILE_HEADS, head by head: so their
+    pairs and H are read once. Pointers q_at to v_at are the first head's and its KV head's, of the
+    chunk's first token, which has the position; length: tokens of the chunk. head: the first of
+    them in the layer, own_kv_head: in the group.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    queries = m0 + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_D)
-    query_ok, col_ok = queries < length, cols < D
+    TOKENS: tl.constexpr = BLOCK_M // TILE_HEADS
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    lane, queries = rows // TOKENS, m0 + rows % TOKENS
+    query_ok, col_ok = (queries < length) & (lane < num_heads), cols < D
     q_ok = query_ok[:, None] & col_ok[None, :]
-    q = tl.load(q_at + queries[:, None] * q_token + cols[None, :], mask=q_ok, other=0.0)
+    from_q = q_at + (lane * q_head + queries * q_token)[:, None] + cols[None, :]
+    q = tl.load(from_q, mask=q_ok, other=0.0)
+    if TILE_HEADS > 1:
+        tokens = m0 + tl.arange(0, TOKENS)
+        of_first = q_at + tokens[:, None] * q_token + cols[None, :]
+        by_head = (of_first, (tokens < length)[:, None] & col_ok[None, :], q_head, num_heads)
+    else:
+        by_head: tl.constexpr = None  # type: ignore[no-redef]
     lam = num_entries(group_at)
     heads_of_kv = SHAPE.NUM_HEADS // SHAPE.NUM_KV_HEADS
     own_set = head % heads_of_kv // (SHAPE.NUM_HEADS // SHAPE.NUM_SPARSE_HEADS)
@@ -89,9 +100,9 @@ def attend_block(
 
     first = window_start(position, SHAPE)
     if PARTIAL:
-        m = tl.load(lse_at + queries, mask=query_ok, other=0.0)
+        m = tl.load(lse_at + lane * lse_head + queries, mask=query_ok, other=0.0)
         norm = tl.full([BLOCK_M], 1.0, tl.float32)
-        at = queries[:, None] * (SHAPE.NUM_HEADS * D) + cols[None, :]
+        at = (queries * SHAPE.NUM_HEADS + lane)[:, None] * D + cols[None, :]
         acc = tl.load(soft_at + at, mask=q_ok, other=0.0).to(tl.float32)
     else:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -99,7 +110,7 @@ def attend_block(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
         # The chunk itself, causal. Its first tile holds its first pair, which every query sees.
-        for j in range(0, tl.minimum(length, m0 + BLOCK_M), BLOCK_N):
+        for j in range(0, tl.minimum(length, m0 + TOKENS), BLOCK_N):
             index = j + tl.arange(0, BLOCK_N)
             ok = (index[None, :] <= queries[:, None]) & (index < length)[None, :]
             tile_ok = (index < length)[:, None] & col_ok[None, :]
@@ -135,12 +146,12 @@ def attend_block(
         own += own_kv_head * (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_KV_HEADS)
         y_lin, z, _ = read_state(
             q, map_of(wq_ptr, head, SHAPE), h_of(page_at, group_at, own, SHAPE),
-            s_of(page_at, group_at, own, SHAPE), cols, SHAPE.FEATURE_DIM, SHAPE, PRECISION,
+            s_of(page_at, group_at, own, SHAPE), cols, SHAPE.FEATURE_DIM, SHAPE, PRECISION, by_head,
         )  # fmt: skip
-        log_gate = tl.load(gate_ptr + head).to(tl.float32)
+        log_gate = tl.load(gate_ptr + head + lane, mask=lane < num_heads, other=0.0).to(tl.float32)
         y = mix(m, norm, y, y_lin / z[:, None], tl.log(z), log_gate, SUBTRACT_MAX)
-    at = queries[:, None] * out_token + cols[None, :]
-    tl.store(out_at + at, y.to(out_at.dtype.element_ty), mask=q_ok)
+    to = out_at + (lane * out_head + queries * out_token)[:, None] + cols[None, :]
+    tl.store(to, y.to(out_at.dtype.element_ty), mask=q_ok)
 
 
 @triton.jit
@@ -195,6 +206,7 @@ def prefill_kernel(
     scale,
     SHAPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SUBTRACT_MAX: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -210,14 +222,18 @@ def prefill_kernel(
     """Grid (num_rows * Hkv,). rows: of `rows_on`. Scratch as of updates of so many rows.
 
     PARTIAL: soft and lse hold a `SoftmaxPart`'s results, and only the sparse cache and the hidden
-    state are left to add; else neither is read. most: entries of the largest set. SCORE_BLOCK:
-    candidates scored at a time; BLOCK_E and those after it as in `update.fold_kernel`.
+    state are left to add; else neither is read. most: entries of the largest set. BLOCK_M and
+    TILE_HEADS: of `tile_of`. SCORE_BLOCK: candidates scored at a time; BLOCK_E and those after it
+    as in `update.fold_kernel`.
     """
     tl.static_assert(not (PARTIAL and SUBTRACT_MAX))  # a log-sum-exp does not tell the maximum
     D: tl.constexpr = SHAPE.HEAD_DIM
     BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
     C: tl.constexpr = SHAPE.UPDATE_INTERVAL
     HEADS: tl.constexpr = SHAPE.NUM_HEADS // SHAPE.NUM_KV_HEADS
+    TOKENS: tl.constexpr = BLOCK_M // TILE_HEADS
+    HEADS_OF_STATE: tl.constexpr = SHAPE.NUM_HEADS // SHAPE.NUM_STATE_HEADS
+    TILES: tl.constexpr = (HEADS_OF_STATE + TILE_HEADS - 1) // TILE_HEADS
     # The first update point that evicts a pair.
     FIRST_DUE: tl.constexpr = (SHAPE.WINDOW_SIZE + SHAPE.SINK_SIZE + C) // C * C
     row, kv_head = tl.program_id(0) // SHAPE.NUM_KV_HEADS, tl.program_id(0) % SHAPE.NUM_KV_HEADS
@@ -248,21 +264,26 @@ def prefill_kernel(
         length = stop - position
         k_at, v_at = k_ptr + kv_head * k_head + token * k_token, v_ptr + kv_head * v_head
         v_at += token * v_token
-        for m0 in tl.range(0, length, BLOCK_M, num_stages=1, disable_licm=True):
+        for m0 in tl.range(0, length, TOKENS, num_stages=1, disable_licm=True):
             # The ring has room for window and chunk, so attending reads none of these rows.
             write_pairs(
                 k_at, v_at, exact_k_at, exact_v_at, position, length, m0, k_token, v_token, SHAPE,
-                BLOCK_M,
+                TOKENS,
             )  # fmt: skip
-            for i in tl.range(0, HEADS, num_stages=1, disable_licm=True):
-                head = kv_head * HEADS + i
+            for i in tl.range(
+                0, HEADS // HEADS_OF_STATE * TILES, num_stages=1, disable_licm=True
+            ):  # fmt: skip
+                of_state = i % TILES * TILE_HEADS
+                head = kv_head * HEADS + i // TILES * HEADS_OF_STATE + of_state
                 attend_block(
                     q_ptr + head * q_head + token * q_token,
                     out_ptr + head * out_head + token * out_token,
                     soft_ptr + (token * SHAPE.NUM_HEADS + head) * D,
                     lse_ptr + head * lse_head + token, k_at, v_at, wq_ptr, gate_ptr, page_at,
-                    group_at, head, own_kv_head, position, length, m0, q_token, k_token, v_token,
-                    out_token, scale, SHAPE, BLOCK_M, BLOCK_N, SUBTRACT_MAX, PARTIAL, PRECISION,
+                    group_at, head, tl.minimum(HEADS_OF_STATE - of_state, TILE_HEADS), own_kv_head,
+                    position, length, m0, q_token, q_head, k_token, v_token, out_token, out_head,
+                    lse_head, scale, SHAPE, BLOCK_M, TILE_HEADS, BLOCK_N, SUBTRACT_MAX, PARTIAL,
+                    PRECISION,
                 )  # fmt: skip
         if (stop % C == 0) & (stop >= FIRST_DUE):
             tl.debug_barrier()  # the page is read, and the chunk's pairs are written
@@ -344,21 +365,28 @@ def prefill(
     )  # fmt: skip
 
 
-def block_m(layout: LayerLayout) -> int:
-    """Queries attended at a time: as many as a chunk has that spans an update interval, within
-    limits."""
+def tile_of(layout: LayerLayout, Hq: int) -> tuple[int, int]:
+    """Queries attended at a time, BLOCK_M, and of how many heads they are, TILE_HEADS.
+
+    First as many tokens as a chunk has that spans an update interval, within limits, then heads
+    that share a state head.
+    """
     page = layout.pages[0]
-    most = MIN_DOT if page.head_dim > 64 else MAX_BLOCK_M  # 32 spill registers at d = 128
-    return min(most, max(MIN_DOT, triton.next_power_of_2(page.update_interval)))
+    most = MAX_BLOCK_M // 2 if page.head_dim > 64 else MAX_BLOCK_M  # 64 spill registers at d = 128
+    tokens = min(most, max(MIN_DOT, triton.next_power_of_2(page.update_interval)))
+    heads = min(most // tokens, triton.next_power_of_2(Hq // layout.num_state_heads))
+    return tokens * heads, heads
 
 
 def prefill_constants(
     layout: LayerLayout, Hq: int, subtract_max: bool, partial: bool, rotated_map_after: int
 ) -> dict[str, object]:
     """`prefill_kernel`'s compile-time arguments, all but PRECISION."""
+    BLOCK_M, TILE_HEADS = tile_of(layout, Hq)
     return {
         "SHAPE": layer_shape(layout, Hq, rotated_map_after),
-        "BLOCK_M": block_m(layout),
+        "BLOCK_M": BLOCK_M,
+        "TILE_HEADS": TILE_HEADS,
         "BLOCK_N": pairs_per_tile(layout),
         "SUBTRACT_MAX": subtract_max,
         "PARTIAL": partial,

@@ -57,7 +57,7 @@ SHIFT_LAUNCHES = 2  # a copy of the table and `kernels/shift.py`
 STEP_TOKENS = 8192  # of prompts in a step of vLLM, which reads the weights once
 SEGMENT = 256  # tokens between copies of H, of a prompt whose attention is a launch of its own
 SPREAD_BLOCKS = 8  # the largest cluster of blocks that runs on every GPU with clusters
-ATTEND_ROWS = 32  # queries of a block in `kernels/prefill.py`
+ATTEND_ROWS = 32  # queries of a block of a launch per chunk
 
 # Which units a design's parts use. The order of scores decides, so plain TF32 will not do there.
 TENSOR: dict[str, Unit] = {STATE: "tf32", SCORES: "tf32x3", FOLDS: "tf32x3", SELECT: "fp32"}
@@ -191,7 +191,7 @@ def prefill(model: Model, gpu: Gpu, rows: int, tokens: int, design: str) -> Cost
     Args:
         design: one of `PREFILL_DESIGNS`. "all heads": three launches for each chunk. "loop": a
             block per row and KV head does all of its chunks in one launch; that of today reads
-            pairs for each query head. "loop, attend": that block computes scores, choices and
+            pairs for each tile of queries. "loop, attend": that block computes scores, choices and
             folds; a second, parallel launch attends, from copies of H after every `SEGMENT` tokens.
             "spread, attend": besides, `SPREAD_BLOCKS` blocks share the scores of a row and KV head,
             and wait for each other once more a chunk.
@@ -348,7 +348,24 @@ def _chain(
         chain[SCORES][2] = (works[SCORES].flops > 0).double()
     if design in (TODAY_TRITON, LOOP):
         chain |= {name: share([name], kv, kv) for name in (WINDOW, SPARSE, STATE)}
-    if design == TODAY_TRITON:  # which comes back to all of it for 32 queries of a head
-        for name in (WINDOW, SPARSE, STATE):
-            chain[name][1] *= blocks * (heads // kv)
+    if design == TODAY_TRITON:  # which comes back to all of it for each tile of queries
+        tokens, tile_heads = attend_tile(page, heads)
+        tiles = -(-lengths // tokens) * -(-heads // page.num_state_heads // tile_heads)
+        # Tiles whose heads share a set or a KV head, of several state heads, read the same pairs.
+        chain[STATE][1] *= tiles
+        chain[SPARSE][1] *= tiles * (page.num_state_heads // page.num_sparse_heads)
+        chain[WINDOW][1] *= tiles * (page.num_state_heads // kv)
     return chain
+
+
+def attend_tile(page: StateLayout, num_heads: int) -> tuple[int, int]:
+    """Tokens, and query heads of a state head, that prefill attends at a time: as `tile_of` of
+    `kernels/prefill.py`."""
+    most = 32 if page.head_dim > 64 else 64
+    tokens = min(most, max(16, _power_of_two(page.update_interval)))
+    return tokens, min(most // tokens, _power_of_two(num_heads // page.num_state_heads))
+
+
+def _power_of_two(x: int) -> int:
+    """The least that is at least x."""
+    return 1 << (x - 1).bit_length()

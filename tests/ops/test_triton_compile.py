@@ -9,8 +9,11 @@ pytest.importorskip("triton")
 # and sm_100.
 SPILLED = {
     # Between the phases of a chunk, what one of them needs waits for the others.
-    "prefill, per token": (48, 104, 112),
-    "prefill, int8": (0, 16, 120),
+    "prefill": (16, 0, 0),
+    "prefill, per token": (48, 80, 112),
+    "prefill, int8": (40, 64, 128),
+    "fold, per token": (16, 0, 0),
+    "fold, per token, weighted": (16, 0, 0),
     "score, per token": (48, 56, 96),
     "score, per token, weighted": (72, 56, 112),
     "score, per token, int8": (112, 72, 96),

@@ -65,6 +65,16 @@ def test_odd_sizes(backend, d, F, lam, window, interval):
     backend.check(problem, decode_from=T - 3)
 
 
+@pytest.mark.prompts
+@pytest.mark.parametrize("mixing", ["lola", "lolcats"])
+def test_more_heads_and_tokens_than_a_tile(backend, mixing):
+    """Triton: a tile of prefill holds 16 tokens of four query heads of the six, and the first chunk
+    is longer."""
+    config = LolaConfig(window_size=18, sparse_cache_size=6, update_interval=5, mixing=mixing)
+    problem = make_problem(40, config, Hkv=1, group=6, d=24, dtype=backend.dtype)
+    backend.check(problem, [3, 33], decode_from=40, extra_stride=192)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [64, 96, 128, 24, 5])  # whole vectors and not
 @pytest.mark.parametrize("group", [1, 3, 9])  # CUDA: one head, some, more than a block takes

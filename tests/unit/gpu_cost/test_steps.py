@@ -23,6 +23,7 @@ from lola_vllm.gpu_cost.steps import (
     TODAY_CUDA,
     TODAY_TRITON,
     Model,
+    attend_tile,
     chunk_launches,
     decode,
     prefill,
@@ -240,6 +241,28 @@ def test_no_prompt_scores_recent_pairs():
     }  # fmt: skip
     assert flops[0][0] == flops[0][1]
     assert flops[1500] == pytest.approx([flops[0][0] * (2064 - 1500) / 2064] * 2)
+
+
+@pytest.mark.parametrize("d", [16, 64, 128])
+@pytest.mark.parametrize("interval", [1, 16, 17, 64, 100])
+@pytest.mark.parametrize("heads, states", [(4, 4), (6, 2), (12, 2)])
+def test_tiles_of_a_prompt_are_those_of_the_kernel(d: int, interval: int, heads: int, states: int):
+    pytest.importorskip("triton")
+    from lola_vllm.kernels.prefill import tile_of
+
+    config = LolaConfig(update_interval=interval)
+    layer = LayerLayout.from_config(config, 2, states, d, 32, torch.bfloat16)
+    tokens, own = attend_tile(layer.pages[0], heads)
+    assert tile_of(layer, heads) == (tokens * own, own)
+
+
+def test_heads_that_share_a_tile_read_pairs_once():
+    """Two query heads a KV head, and chunks of 16 tokens: one tile."""
+    today, loop = (prefill(model(2048), H100, 1, 8192, design) for design in (TODAY_TRITON, LOOP))
+    assert today.seconds(H100) == loop.seconds(H100)
+    apart = model(2048, interval=256)
+    today, loop = (prefill(apart, H100, 1, 8192, design) for design in (TODAY_TRITON, LOOP))
+    assert today.seconds(H100) > loop.seconds(H100)
 
 
 def test_a_float32_model_uses_no_tensor_cores():
