@@ -24,7 +24,7 @@ from typing import Any
 from lola_vllm.eval import summary
 from lola_vllm.eval.results import wilson
 from lola_vllm.eval.tables import STREAM_COLUMNS
-from tools.site import chat_tables, copy_tables, speed_tables, store_tables
+from tools.site import chat_tables, copy_tables, library_tables, speed_tables, store_tables
 from tools.site.summaries import MIB, RESULTS, ROOT, table
 
 BEGIN = "<!-- {}, made by python -m tools.site.result_tables -->\n"
@@ -35,6 +35,7 @@ PAGES = (
     "docs/recall.md",
     "docs/choices.md",
     "docs/endless.md",
+    "docs/library.md",
     "docs/performance.md",
     "docs/reliability.md",
 )
@@ -391,7 +392,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "endless-follow": follow,
     **{
         name: partial(make, runs)
-        for part in (chat_tables, copy_tables, speed_tables, store_tables)
+        for part in (chat_tables, copy_tables, library_tables, speed_tables, store_tables)
         for name, make in part.TABLES.items()
     },
 }

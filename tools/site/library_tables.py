@@ -1,0 +1,88 @@
+"""Tables of libraries: docs/library.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tools.site.summaries import table
+
+Runs = Callable[[str], list[dict[str, Any]]]
+
+KINDS = {"needles": "a number", "facts": "a fact"}
+FOUND = {
+    "first": "the model's own heads, first",
+    "among three": "the model's own heads, among three",
+    "bm25 first": "BM25, first",
+    "bm25 among three": "BM25, among three",
+}
+EXACT = {
+    "alone": "the right document alone",
+    "of 1": "the first that was found",
+    "of 3": "the first three, composed",
+    "as it ships": "as it ships: one of the two",
+    "bm25 and stock": "stock model, reading the three that BM25 finds",
+}
+SECONDS = {
+    "read one": "reading a document of 2,000 tokens, once",
+    "question": "the question's queries, read behind a document",
+    "choose of 8": "choosing among 8 documents",
+    "choose of 32": "choosing among 32",
+    "choose of 128": "choosing among 128",
+    "choose of 1000": "choosing among 1,000, which are the same 128 again and again",
+    "first token alone": "first token of the document alone, whose state is at hand",
+    "first token as it ships": "first token with choosing among 32, loading and composing",
+    "first token bm25 and stock": "first token of the stock model, reading three documents",
+}
+
+
+def _sum(results: list[dict[str, float]], name: str) -> int:
+    return round(sum(found.get(name, 0) for found in results))
+
+
+def found(runs: Runs) -> str:
+    """Questions whose document is found, by the size of the shelf; all seeds together."""
+    results = [run["results"] for run in runs("library")]
+    sizes = sorted(
+        {int(name.rsplit(" ", 1)[1]) for one in results for name in one if " first of " in name}
+    )
+    lines = [["asked for", "found by", *(f"of {size} documents" for size in sizes)]]
+    for kind, label in KINDS.items():
+        for how, by in FOUND.items():
+            cells = []
+            for size in sizes:
+                name = f"{kind} {how} of {size}"
+                asked = [one for one in results if name in one]
+                cells.append(f"{_sum(asked, name)} of {_sum(asked, f'{kind} questions')}")
+            lines.append([label, by, *cells])
+            label = ""
+    return table(lines)
+
+
+def exact(runs: Runs) -> str:
+    """Exact answers."""
+    results = [run["results"] for run in runs("library")]
+    lines = [["made of", *KINDS.values()]]
+    for how, label in EXACT.items():
+        cells = []
+        for kind in KINDS:
+            asked = [one for one in results if f"{kind} exact {how}" in one]
+            count = _sum(asked, f"{kind} asked")
+            cells.append(f"{_sum(asked, f'{kind} exact {how}')} of {count}" if count else "")
+        if any(cells):
+            lines.append([label, *cells])
+    return table(lines)
+
+
+def seconds(runs: Runs) -> str:
+    """Seconds of one core, and bytes."""
+    results = [run["results"] for run in runs("library")]
+    lines = [["", "seconds of one core"]]
+    for name, label in SECONDS.items():
+        values = [one[f"{name} s"] for one in results if f"{name} s" in one]
+        if values:
+            lines.append([label, f"{sum(values) / len(values):.2f}"])
+    return table(lines)
+
+
+TABLES = {"library-found": found, "library-exact": exact, "library-seconds": seconds}
