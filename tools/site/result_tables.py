@@ -259,9 +259,11 @@ def streams() -> str:
 
 def distance() -> str:
     """Recall by the tokens between needle and question."""
-    found = cells("endless-distance", BEFORE)
-    lines = [["tokens from needle to question", *(f"{n:,}" for _, n in found)]]
-    lines.append(["without recent pairs, 8.61 MiB", *(share(cell, 10) for cell in found.values())])
+    found = {name: cells("endless-distance", name) for name in (SHIPPED, BEFORE)}
+    asked = sorted({key for row in found.values() for key in row})
+    lines = [["tokens from needle to question", *(f"{n:,}" for _, n in asked)]]
+    for name, row in found.items():
+        lines.append([ROWS[name], *(share(row[key], 10) if key in row else "" for key in asked)])
     return table(lines)
 
 
