@@ -12,8 +12,8 @@ from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.linearize.memory import activation_bytes, parameters
 from lola_vllm.linearize.recipe import Recipe, state_bytes, to_json
 
-# A calibration reads long prompts, notes what they attend to, and fits importance. A token takes 2.5
-# times as long as in a forward pass of a row of training, measured with a base of 0.5B on a CPU.
+# A calibration reads long prompts, notes what they attend to, and fits importance. A token takes
+# 2.5 times as long as in a forward pass of a row of training: measured with a base of 0.5B, CPU.
 CALIBRATION_FACTOR = 2.5
 GIB, MIB = 2**30, 2**20
 
