@@ -38,13 +38,14 @@ lola eval copy --model models/smollm2-lola --reference models/smollm2-base --tex
     --passages 6 --sweep benchmarks/recall/recent.json --batch 28 \
     --engine-args '{"dtype": "float32"}' --out "$OUT/copy-recent" --resume
 # What was said in a conversation.
-chat() { # LENGTH
-    lola eval recall --model models/smollm2-lola --reference models/smollm2-base \
-        --texts models/texts --tasks chat-fact,chat-name,chat-instruction,chat-code \
-        --lengths "$1" --samples 20 --lola-config 'as it ships={}' --out "$OUT/chat-$1" --resume
+chat() { # LENGTH SAMPLES [OPTION...]
+    lola eval recall --model models/smollm2-lola --texts models/texts \
+        --tasks chat-fact,chat-name,chat-instruction,chat-code --lengths "$1" --samples "$2" \
+        --lola-config 'as it ships={}' --out "$OUT/chat-$1" --resume "${@:3}"
 }
-chat 2000
-chat 7000
+chat 2000 20 --reference models/smollm2-base
+chat 7000 20 --reference models/smollm2-base
+chat 30000 6 # more than the base can read
 # The picture of the front page, and the first row of docs/choices.md.
 recall memory niah-1 1024,2048,4096,8192
 recall ablations niah-1 1024

@@ -28,14 +28,17 @@ def said(runs: Runs) -> str:
         for row in run["settings"]
         for cell in row["cells"]
     }
-    columns = sorted({key[2:] for key in found})
-    titles = [f"{length:,} tokens, {distance:,} back" for length, distance in columns]
-    lines = [["what was said", "", *titles]]
+    distances = sorted({key[3] for key in found})
+    head = ["what was said", "conversation", "", *(f"{x:,} back" for x in distances)]
+    lines = [head]
     for task, what in TASKS.items():
-        for name, label in SETTINGS.items():
-            cells = [found.get((name, task, *column)) for column in columns]
-            shown = ["" if x is None else f"{x['exact']} of {x['samples']}" for x in cells]
-            lines.append([what if name == "reference" else "", label, *shown])
+        for length in sorted({key[2] for key in found}):
+            for name, label in SETTINGS.items():
+                cells = [found.get((name, task, length, x)) for x in distances]
+                if any(cells):  # a base takes no conversation beyond its trained length
+                    shown = ["" if x is None else f"{x['exact']} of {x['samples']}" for x in cells]
+                    lines.append([what, f"{length:,} tokens", label, *shown])
+                    what = ""
     return table(lines)
 
 
