@@ -26,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from common import ROOT, write_report
@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lola_vllm.hf import LolaCache
 from lola_vllm.hf.question import queries_of
 from lola_vllm.library.choose import choose, stands_out
-from lola_vllm.library.keys import DocumentKeys, reading_heads
+from lola_vllm.library.keys import DocumentKeys, Fetched, reading_heads
 
 TOP = 3
 ANSWER_TOKENS = {"needles": 9, "facts": 24}
@@ -106,27 +106,16 @@ class Reader:
         return self.tokenizer.decode(tokens), first
 
 
-class Shelf(Sequence[DocumentKeys]):
+class Shelf(Fetched[DocumentKeys]):
     """Documents that were read: their keys in files, and their states, unless these are dropped."""
 
     def __init__(self, reader: Reader, corpus: Corpus, directory: Path, drop: bool) -> None:
         self.reader, self.corpus, self.drop = reader, corpus, drop
         self.directory = directory
+        super().__init__(
+            len(corpus.documents), lambda index: DocumentKeys.read(directory / f"{index}.keys")
+        )
         self.rope = reader.model.model.rope_table()
-
-    def __len__(self) -> int:
-        return len(self.corpus.documents)
-
-    @overload
-    def __getitem__(self, index: int) -> DocumentKeys: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[DocumentKeys]: ...
-    def __getitem__(self, index: int | slice) -> DocumentKeys | Sequence[DocumentKeys]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return DocumentKeys.read(self.directory / f"{index}.keys")
 
     def state(self, index: int) -> LolaCache:
         """That of a document."""
@@ -160,7 +149,7 @@ class Shelf(Sequence[DocumentKeys]):
         return sum(path.stat().st_size for path in self.directory.glob(pattern))
 
 
-class Group(Sequence[DocumentKeys]):
+class Group(Fetched[DocumentKeys]):
     """Those of a shelf that stand beside a document, so many together.
 
     Args:
@@ -168,20 +157,9 @@ class Group(Sequence[DocumentKeys]):
     """
 
     def __init__(self, shelf: Shelf, document: int, size: int, repeat: bool = False) -> None:
-        self.shelf, self.start = shelf, document // size * size
-        self.stop = self.start + size if repeat else min(self.start + size, len(shelf))
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    @overload
-    def __getitem__(self, index: int) -> DocumentKeys: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[DocumentKeys]: ...
-    def __getitem__(self, index: int | slice) -> DocumentKeys | Sequence[DocumentKeys]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self.shelf[range(self.start, self.stop)[index] % len(self.shelf)]
+        self.start = start = document // size * size
+        self.stop = start + size if repeat else min(start + size, len(shelf))
+        super().__init__(self.stop - start, lambda i: shelf[(start + i) % len(shelf)])
 
 
 class Search:

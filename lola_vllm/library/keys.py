@@ -39,8 +39,12 @@ class KeysError(ValueError):
 T = TypeVar("T")
 
 
-class _Each(Sequence[T]):
-    """Something of each reading head, taken anew each time it is asked for."""
+class Fetched(Sequence[T]):
+    """What is not kept: each is fetched anew when it is asked for.
+
+    Args:
+        count: how many there are. take: fetches one, by its index from 0 on.
+    """
 
     def __init__(self, count: int, take: Callable[[int], T]) -> None:
         self._count, self._take = count, take
@@ -220,8 +224,8 @@ class DocumentKeys:
             raise KeyError("other tensors than those of keys")
         return cls(
             int(tensor("num_tokens")),
-            _Each(count, lambda i: Int8Rows(tensor(f"keys.{i}"), tensor(f"scale.{i}"))),
-            _Each(count, lambda i: tensor(f"positions.{i}").long()),
+            Fetched(count, lambda i: Int8Rows(tensor(f"keys.{i}"), tensor(f"scale.{i}"))),
+            Fetched(count, lambda i: tensor(f"positions.{i}").long()),
         )
 
     @property

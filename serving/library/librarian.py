@@ -10,13 +10,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from lola_vllm.library.choose import Choice, choose
-from lola_vllm.library.keys import DocumentKeys, queries_in
+from lola_vllm.library.keys import DocumentKeys, Fetched, queries_in
 from lola_vllm.plugin.attention import LolaAttention, rope_of
 from lola_vllm.plugin.connector import LolaStateConnector
 from lola_vllm.serving.library.queries import QueryRecorder
@@ -101,7 +101,7 @@ class Librarian:
         asked = self._heard.pop(question, None)
         if asked is None:
             return {"error": "the question was not heard; ask again"}
-        shelf = _Documents(documents)
+        shelf = _fetched(documents)
         self._finding[question] = self._thread.submit(choose, asked, shelf, top)
         return {}
 
@@ -136,25 +136,15 @@ class Librarian:
             future.cancel()
 
 
-class _Documents(Sequence[DocumentKeys]):
+def _fetched(parts: Sequence[tuple[str, int]]) -> Fetched[DocumentKeys]:
     """Keys of documents, fetched one at a time."""
+    connector = get_kv_transfer_group()
+    assert isinstance(connector, LolaStateConnector) and connector.transfer is not None
+    transfer: TransferWorker = connector.transfer
 
-    def __init__(self, parts: Sequence[tuple[str, int]]) -> None:
-        self._parts = parts
-        connector = get_kv_transfer_group()
-        assert isinstance(connector, LolaStateConnector) and connector.transfer is not None
-        self._transfer: TransferWorker = connector.transfer
+    def keys(index: int) -> DocumentKeys:
+        found = transfer.document_keys(*parts[index])
+        assert isinstance(found, DocumentKeys)
+        return found
 
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    @overload
-    def __getitem__(self, index: int) -> DocumentKeys: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[DocumentKeys]: ...
-    def __getitem__(self, index: int | slice) -> DocumentKeys | Sequence[DocumentKeys]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        keys = self._transfer.document_keys(*self._parts[index])
-        assert isinstance(keys, DocumentKeys)
-        return keys
+    return Fetched(len(parts), keys)
