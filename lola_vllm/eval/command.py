@@ -63,7 +63,7 @@ def _recall(parser: argparse.ArgumentParser) -> None:
             texts=None if args.texts is None else str(args.texts),
         )
         for task in tasks:
-            if task.needs_prose and args.texts is None:
+            if task.needs is not None and args.texts is None:
                 raise EvalError(
                     f"--tasks {task.name}: needs real text; give --texts, or other tasks"
                 )

@@ -11,7 +11,7 @@ import random
 import string
 
 from lola_vllm.eval import EvalError
-from lola_vllm.eval.question import Draft, Prose, Question
+from lola_vllm.eval.question import Draft, Prose, Question, RealText
 
 COMMON_PROMPT = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -44,13 +44,15 @@ FREQUENT_ROOM = 50  # RULER's
 LEAST_FREQUENT = 60
 
 
-def draw_common_words(rng: random.Random, depth: float, length: int, prose: Prose | None) -> Draft:
+def draw_common_words(
+    rng: random.Random, depth: float, length: int, text: RealText | None
+) -> Draft:
     """Draw a list in which ten words stand more often than the others; see `Draw`.
 
     A unit is a word of the list's vocabulary. `depth` has no meaning here.
     """
-    assert prose is not None
-    words = prose.words()
+    assert isinstance(text, Prose)
+    words = text.words()
     (common, other), example_times, example_size = LONG_FORM if length >= LONG_FROM else SHORT_FORM
     seed = rng.random()
     example = common_example(random.Random(rng.random()), words, example_times, example_size)
@@ -109,7 +111,7 @@ def common_example(rng: random.Random, words: list[str], times: tuple[int, int],
 
 
 def draw_frequent_words(
-    rng: random.Random, depth: float, length: int, prose: Prose | None
+    rng: random.Random, depth: float, length: int, text: RealText | None
 ) -> Draft:
     """Draw a text of coded words whose frequencies fall as 1 / rank squared; see `Draw`.
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.models import Tokenizer
 from lola_vllm.eval.prompts import Format, Prompt, distance_of, encode
-from lola_vllm.eval.question import Prose, Question, Task
+from lola_vllm.eval.question import Question, RealText, Task
 
 # Tokens of a prompt that are not its distance, where --lengths does not say: what stands before the
 # needle, and room for the answer. More than a sparse cache of usual size holds.
@@ -77,7 +77,7 @@ def build_prompts_at(
     seed: int,
     tokenizer: Tokenizer,
     format: Format = "completion",
-    prose: Prose | None = None,
+    text: RealText | None = None,
     spread: int = 0,
 ) -> list[Prompt]:
     """The samples of one cell; see `prompts.build_prompts` for the other arguments.
@@ -89,14 +89,13 @@ def build_prompts_at(
             longest are `length` tokens.
 
     Raises:
-        EvalError: `length` has no room for the distance, or the prose is too short or missing.
+        EvalError: `length` has no room for the distance, or the text is too short or missing.
     """
-    if task.needs_prose and prose is None:
-        raise EvalError(f"--tasks {task.name}: needs real text; give --texts DIR")
+    task.check(text)
     prompts = []
     for index in range(samples):
         own = length - spread + int(spread * (index * GOLDEN % 1))
-        prompt = _build(task, distance, own, index, seed, tokenizer, format, prose)
+        prompt = _build(task, distance, own, index, seed, tokenizer, format, text)
         prompts.append(replace(prompt, length=length))
     return prompts
 
@@ -109,21 +108,21 @@ def _build(
     seed: int,
     tokenizer: Tokenizer,
     format: Format,
-    prose: Prose | None,
+    text: RealText | None,
 ) -> Prompt:
     limit = length - task.answer_room
 
     def draft(before: int, after: int) -> Question:
         units = before + after
-        if task.needs_prose and prose is not None and units > len(prose):
+        if task.needs is not None and text is not None and units > len(text):
             raise EvalError(
-                f"--distances {distance}: {task.name} takes more than {units:,} sentences in a "
-                f"prompt of {length:,} tokens, and the held-out documents at --texts have "
-                f"{len(prose):,}, which would be said again; give more text, or take niah-1"
+                f"--distances {distance}: {task.name} takes more than {units:,} sentences or "
+                f"pieces in a prompt of {length:,} tokens, and the held-out documents at --texts "
+                f"have {len(text):,}, which would be said again; give more text, or take niah-1"
             )
         # The same seed each time, so that needle and text stay the same.
         rng = random.Random(f"{seed}/{task.name}/{length}/{distance}/{index}")
-        return task.draw(rng, (before + 0.5) / units, length, prose)(units)
+        return task.draw(rng, (before + 0.5) / units, length, text)(units)
 
     # Sentences differ in length, and which ones follow the needle depends on how many stand before
     # it. So both numbers are corrected until they fit, and the best pair is kept.

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lola_vllm.eval.question import Draft, Prose, Question, hide
+from lola_vllm.eval.question import Draft, Question, RealText, hide
 
 _FIRST_WORDS = (
     "Agnes Albert Beatrix Bernard Clara Conrad Dorothy Edgar Edith Felix Flora Gilbert Greta "
@@ -124,12 +124,14 @@ class FactDraw:
 
     fact: Callable[[random.Random], Fact]
 
-    def __call__(self, rng: random.Random, depth: float, length: int, prose: Prose | None) -> Draft:
-        assert prose is not None
-        fact, start = self.fact(rng), prose.start(rng)
+    def __call__(
+        self, rng: random.Random, depth: float, length: int, text: RealText | None
+    ) -> Draft:
+        assert text is not None
+        fact, start = self.fact(rng), text.start(rng)
 
         def draft(units: int) -> Question:
-            mixed, (found,) = hide(prose.read(start, units), [(depth, fact.sentence)])
+            mixed, (found,) = hide(text.read(start, units), [(depth, fact.sentence)])
             return Question(
                 text=f"{' '.join(mixed)}\n\n{fact.question}",
                 answer_prefix=fact.begun,

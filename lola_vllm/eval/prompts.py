@@ -8,7 +8,7 @@ from typing import Literal
 
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.models import Tokenizer
-from lola_vllm.eval.question import Draft, Prose, Question, Task
+from lola_vllm.eval.question import Draft, Question, RealText, Task
 
 Format = Literal["completion", "chat"]
 
@@ -41,7 +41,7 @@ def build_prompts(
     seed: int,
     tokenizer: Tokenizer,
     format: Format = "completion",
-    prose: Prose | None = None,
+    text: RealText | None = None,
 ) -> list[Prompt]:
     """The samples of one cell.
 
@@ -53,13 +53,12 @@ def build_prompts(
         seed: with task, length, samples and tokenizer it determines every prompt.
         tokenizer: counts the tokens. format: plain text, or the model's chat template with the
             answer begun.
-        prose: for tasks that need it.
+        text: of the kind that the task needs, if it needs any.
 
     Raises:
-        EvalError: `length` has no room for the smallest question, or prose is missing.
+        EvalError: `length` has no room for the smallest question, or the text is missing.
     """
-    if task.needs_prose and prose is None:
-        raise EvalError(f"--tasks {task.name}: needs real text; give --texts DIR")
+    task.check(text)
     slices = list(range(samples))
     random.Random(f"{seed}/{task.name}/{length}/depths").shuffle(slices)
     prompts = []
@@ -67,7 +66,7 @@ def build_prompts(
         # Seeded by text, which Python hashes the same way in every process.
         rng = random.Random(f"{seed}/{task.name}/{length}/{index}")
         depth = (slices[index] + rng.random()) / samples
-        draft = task.draw(rng, depth, length, prose)
+        draft = task.draw(rng, depth, length, text)
         question, ids = _longest(task, draft, length, tokenizer, format)
         distance = distance_of(question, tokenizer)
         prompts.append(Prompt(task.name, length, index, ids, question, distance))
@@ -77,7 +76,7 @@ def build_prompts(
 def distance_of(question: Question, tokenizer: Tokenizer) -> int:
     """Tokens from the earliest needed mention to the prompt's end; see `Prompt`."""
     # Each part counts from its last mention. The earliest of these is the start.
-    start = min(question.text.rindex(part) for part in question.expected)
+    start = min(question.text.rindex(part) for part in question.needed or question.expected)
     return len(tokenizer.encode(f"{question.text[start:]} {question.answer_prefix}", special=False))
 
 

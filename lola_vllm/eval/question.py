@@ -33,32 +33,62 @@ def split_sentences(document: str) -> list[str]:
     return pieces
 
 
-class Prose:
-    """Sentences of several documents, read on from a random place.
+class RealText:
+    """Units of several documents, read on from a random place. Each kind of text has its own.
 
     Args:
         documents: texts; one after the other, and from the start again after the last.
 
     Raises:
-        EvalError: there is no sentence in them.
+        EvalError: there is no unit in them.
+
+    Attributes:
+        what: the kind, in a word.
     """
 
+    what = "text"
+
     def __init__(self, documents: list[str]) -> None:
-        self._documents = [split_sentences(document) for document in documents]
-        self._documents = [sentences for sentences in self._documents if sentences]
+        self._documents = [units for text in documents if (units := self.split(text))]
         if not self._documents:
-            raise EvalError("--texts: the documents hold no sentence; give plain English prose")
-        self._words: list[str] = []  # found when first asked for
-        self._weights = [len(sentences) for sentences in self._documents]
+            raise EvalError(f"--texts: the documents hold no {self.what}; give some")
+        self._weights = [len(units) for units in self._documents]
+
+    def split(self, document: str) -> list[str]:
+        """A document's units, between which something can be hidden."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
-        """Sentences of all documents."""
+        """Units of all documents."""
         return sum(self._weights)
 
     def start(self, rng: random.Random) -> tuple[int, int]:
-        """A random document, longer ones more often, and a random sentence of it."""
+        """A random document, longer ones more often, and a random unit of it."""
         (document,) = rng.choices(range(len(self._documents)), weights=self._weights)
         return document, rng.randrange(len(self._documents[document]))
+
+    def read(self, start: tuple[int, int], count: int) -> list[str]:
+        """`count` units from `start` on."""
+        document, unit = start
+        found = self._documents[document][unit : unit + count]
+        while len(found) < count:
+            document = (document + 1) % len(self._documents)
+            found += self._documents[document][: count - len(found)]
+        return found
+
+
+class Prose(RealText):
+    """Sentences of several documents, read on from a random place; see `RealText`."""
+
+    what = "prose"
+
+    def __init__(self, documents: list[str]) -> None:
+        super().__init__(documents)
+        self._words: list[str] = []  # found when first asked for
+
+    def split(self, document: str) -> list[str]:
+        """See `RealText`."""
+        return split_sentences(document)
 
     def words(self) -> list[str]:
         """The different words of all documents in small letters, 4 to 10 of them, sorted."""
@@ -69,15 +99,6 @@ class Prose:
                     found.update(_WORD.findall(sentence))
             self._words = sorted(found)
         return self._words
-
-    def read(self, start: tuple[int, int], count: int) -> list[str]:
-        """`count` sentences from `start` on."""
-        document, sentence = start
-        found = self._documents[document][sentence : sentence + count]
-        while len(found) < count:
-            document = (document + 1) % len(self._documents)
-            found += self._documents[document][: count - len(found)]
-        return found
 
 
 # --- what all tasks share
@@ -91,12 +112,14 @@ class Question:
         text: haystack and question. answer_prefix: how the answer is begun for the model.
         expected: strings that the answer must hold.
         depth: share of the haystack before what is asked for, 0 <= depth < 1.
+        needed: parts of the text that the answer needs, where those are not `expected` itself.
     """
 
     text: str
     answer_prefix: str
     expected: tuple[str, ...]
     depth: float
+    needed: tuple[str, ...] = ()
 
 
 # From a number of haystack units (lines or sentences) to the question. What is random was drawn
@@ -111,11 +134,11 @@ class Draw(Protocol):
         rng: its only source of randomness.
         depth: where the needle that is asked for should lie, 0 <= depth < 1.
         length: tokens of the whole prompt, for tasks that scale more than the haystack.
-        prose: real text, for the tasks that say they need it.
+        text: real text of the kind that the task says it needs.
     """
 
     def __call__(
-        self, rng: random.Random, depth: float, length: int, prose: Prose | None
+        self, rng: random.Random, depth: float, length: int, text: RealText | None
     ) -> Draft: ...
 
 
@@ -127,7 +150,7 @@ class Task:
         name: on the command line. about: one line for people.
         draw: see `Draw`. minimum_units: smallest haystack.
         answer_room: tokens left free for the answer within the prompt's length.
-        needs_prose: whether `draw` must be given prose.
+        needs: the kind of real text that `draw` must be given; None: none.
         several_places: whether the answer is hidden in more than one place.
     """
 
@@ -136,8 +159,17 @@ class Task:
     draw: Draw
     answer_room: int
     minimum_units: int = 1
-    needs_prose: bool = False
+    needs: type[RealText] | None = None
     several_places: bool = False
+
+    def check(self, text: RealText | None) -> None:
+        """Refuse text of another kind than `needs`.
+
+        Raises:
+            EvalError: it is missing, or of another kind.
+        """
+        if self.needs is not None and not isinstance(text, self.needs):
+            raise EvalError(f"--tasks {self.name}: needs real {self.needs.what}; give --texts DIR")
 
 
 def hide(haystack: list[str], needles: list[tuple[float, str]]) -> tuple[list[str], list[float]]:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lola_vllm.cli_options import option
+from lola_vllm.eval import EvalError
 from lola_vllm.eval.chat_facts import CHAT_TASKS
+from lola_vllm.eval.code_calls import Code
 from lola_vllm.eval.distance import PRECEDING, SPREAD, build_prompts_at, grid
 from lola_vllm.eval.models import Emit, Model
 from lola_vllm.eval.prompts import Format, Prompt, build_prompts
-from lola_vllm.eval.question import Prose
+from lola_vllm.eval.question import RealText
 from lola_vllm.eval.settings import read_held_out
 from lola_vllm.eval.tasks import TASKS, find_tasks
+from lola_vllm.texts import kind_of
 
 # --- scores: RULER's string match, and the right share of an answer that is partly right
 
@@ -92,7 +95,7 @@ class RecallPlan:
         "plain text, or the model's chat template with the answer begun", "completion"
     )
     texts: str | None = option(
-        "prose to hide needles in, for niah-2, niah-3 and multikey: a directory that 'lola-vllm "
+        "real text, for tasks that hide something in prose or code: a directory that 'lola-vllm "
         "texts' wrote, or a file",
         None,
         type=Path,
@@ -138,7 +141,7 @@ class RecallPlan:
                 `model.batch` questions are answered. done: see the method of that name.
 
         Raises:
-            EvalError: a length without room for a question, or no prose where it is needed.
+            EvalError: a length without room for a question, or no text where it is needed.
         """
         for prompts, room in self._cells(model):
             todo = [p for p in prompts if (p.task, p.length, p.aim, p.index) not in done]
@@ -150,19 +153,38 @@ class RecallPlan:
 
     def _cells(self, model: Model) -> Iterator[tuple[list[Prompt], int]]:
         tasks = find_tasks(self.tasks)
-        prose = None
-        if self.texts is not None and any(task.needs_prose for task in tasks):
-            kinds = read_held_out(Path(self.texts))
-            prose = Prose([document for documents in kinds.values() for document in documents])
+        needed = {task.needs for task in tasks if task.needs is not None}
+        texts = self._texts(needed) if self.texts is not None else {}
         for length, distance in self.cells:
             for task in tasks:
-                rest = (self.samples, self.seed, model.tokenizer, self.format, prose)
+                text = texts.get(task.needs) if task.needs is not None else None
+                rest = (self.samples, self.seed, model.tokenizer, self.format, text)
                 if distance:
                     spread = 0 if self.lengths else SPREAD
                     prompts = build_prompts_at(task, distance, length, *rest, spread)
                     yield prompts, task.answer_room
                 else:
                     yield build_prompts(task, length, *rest), task.answer_room
+
+    def _texts(self, needed: Collection[type[RealText]]) -> dict[type[RealText], RealText]:
+        """Held-out text by its kind: all of `texts`, or its code where code is needed."""
+        assert self.texts is not None
+        of_files = read_held_out(Path(self.texts)) if needed else {}
+        texts: dict[type[RealText], RealText] = {}
+        for kind in needed:
+            documents = [
+                document
+                for name, documents in of_files.items()
+                for document in documents
+                if kind is not Code or kind_of(name) == Code.what
+            ]
+            if not documents:
+                raise EvalError(
+                    f"--texts {self.texts}: has no {kind.what}, only {', '.join(of_files)}; "
+                    "'lola-vllm texts --help' says what there is"
+                )
+            texts[kind] = kind(documents)
+        return texts
 
 
 def _row(prompt: Prompt, answer: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Literal
 
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.chat_facts import CHAT_TASKS
+from lola_vllm.eval.code_calls import CALL_ROOM, CallDraw, Code
 from lola_vllm.eval.counting import (
     COMMON_ROOM,
     COMMON_WORDS,
@@ -32,7 +33,7 @@ from lola_vllm.eval.facts import (
     place_of_thing,
     value_in_code,
 )
-from lola_vllm.eval.question import Draft, Prose, Question, Task, hide
+from lola_vllm.eval.question import Draft, Prose, Question, RealText, Task, hide
 
 # --- wording
 
@@ -127,7 +128,9 @@ class NeedleDraw:
     queries: int = 1
     key: Literal["words", "uuid"] = "words"
 
-    def __call__(self, rng: random.Random, depth: float, length: int, prose: Prose | None) -> Draft:
+    def __call__(
+        self, rng: random.Random, depth: float, length: int, text: RealText | None
+    ) -> Draft:
         keys: list[str] = []
         while len(keys) < self.keys:
             key = self._draw_key(rng)
@@ -138,15 +141,15 @@ class NeedleDraw:
         needles = [(where, self._needle(*pair)) for where, pair in zip(depths, pairs, strict=True)]
         asked = keys[: self.queries]
         values = [value for key, value in pairs if key in asked]
-        start = prose.start(rng) if prose and self.haystack == "prose" else (0, 0)
+        start = text.start(rng) if text and self.haystack == "prose" else (0, 0)
         others = random.Random(rng.random())
 
         def lines(units: int) -> list[str]:
             if self.haystack == "noise":
                 return [NOISE_LINE] * units
             if self.haystack == "prose":
-                assert prose is not None
-                return prose.read(start, units)
+                assert text is not None
+                return text.read(start, units)
             while len(distractors) < units:
                 key = self._draw_key(others)
                 if key not in keys:
@@ -208,7 +211,7 @@ def needles_question(
     )
 
 
-def draw_pass_key(rng: random.Random, depth: float, length: int, prose: Prose | None) -> Draft:
+def draw_pass_key(rng: random.Random, depth: float, length: int, text: RealText | None) -> Draft:
     """The pass key of 5 digits in repeated noise (arXiv 2305.16300); see `Draw`."""
     key = str(rng.randint(10**4, 10**5 - 1))
 
@@ -297,7 +300,7 @@ def solved_example(rng: random.Random, lines: int) -> str:
     return f"{question.text} {question.answer_prefix} {' '.join(names)}\n\n\n\n"
 
 
-def draw_chain(rng: random.Random, depth: float, length: int, prose: Prose | None) -> Draft:
+def draw_chain(rng: random.Random, depth: float, length: int, text: RealText | None) -> Draft:
     """Draw a chain; see `Draw`. `depth` is where its first assignment stands.
 
     The others follow at random places after it.
@@ -339,14 +342,14 @@ TASKS = {
             "RULER S-NIAH-2: a 7-digit number in real prose",
             NeedleDraw("prose"),
             _NUMBER_ROOM,
-            needs_prose=True,
+            needs=Prose,
         ),
         Task(
             "niah-3",
             "RULER S-NIAH-3: a uuid in real prose",
             NeedleDraw("prose", value="uuid"),
             _UUID_ROOM,
-            needs_prose=True,
+            needs=Prose,
         ),
         Task("passkey", "a 5-digit pass key in repeated noise", draw_pass_key, _NUMBER_ROOM),
         Task(
@@ -354,7 +357,7 @@ TASKS = {
             "RULER MK-NIAH-1: one of four 7-digit numbers in real prose",
             NeedleDraw("prose", keys=4),
             _NUMBER_ROOM,
-            needs_prose=True,
+            needs=Prose,
         ),
         Task(
             "multikey-2",
@@ -373,7 +376,7 @@ TASKS = {
             "RULER MV-NIAH: four 7-digit numbers of one key in real prose",
             NeedleDraw("prose", values=4),
             _NUMBERS_ROOM,
-            needs_prose=True,
+            needs=Prose,
             several_places=True,
         ),
         Task(
@@ -381,7 +384,7 @@ TASKS = {
             "RULER MQ-NIAH: the 7-digit numbers of four keys in real prose",
             NeedleDraw("prose", keys=4, queries=4),
             _NUMBERS_ROOM,
-            needs_prose=True,
+            needs=Prose,
             several_places=True,
         ),
         Task(
@@ -390,7 +393,7 @@ TASKS = {
             draw_common_words,
             COMMON_ROOM,
             minimum_units=COMMON_WORDS + 1,
-            needs_prose=True,
+            needs=Prose,
             several_places=True,
         ),
         Task(
@@ -407,7 +410,7 @@ TASKS = {
                 f"held out: {about} in real prose",
                 FactDraw(fact),
                 _FACT_ROOM,
-                needs_prose=True,
+                needs=Prose,
             )
             for name, about, fact in (
                 ("name", "a person's name", name_of_keeper),
@@ -415,6 +418,13 @@ TASKS = {
                 ("code", "a constant of a program", value_in_code),
                 ("place", "where a thing was hidden", place_of_thing),
             )
+        ),
+        Task(
+            "code-call",
+            "a call in held-out code, by the names of parameters that its definition has",
+            CallDraw(draw_key),
+            CALL_ROOM,
+            needs=Code,
         ),
         Task(
             "vt",

@@ -20,9 +20,9 @@ from lola_vllm.eval.results import Record
 from lola_vllm.eval.settings import Memory, Setting
 from lola_vllm.eval.tables import distance_table
 from lola_vllm.eval.tasks import TASKS
-from tests.unit.eval.test_tasks import Words, prose  # noqa: F401  (a fixture)
+from tests.unit.eval.test_tasks import IN_PROSE, Words, prose  # noqa: F401  (a fixture)
 
-ONE_PLACE = [name for name, task in TASKS.items() if not task.several_places]
+ONE_PLACE = [name for name in IN_PROSE if not TASKS[name].several_places]
 UNIT = MAX_WORDS + 30  # tokens of a sentence or a line, at most
 TWO_UUIDS = 130  # of a needle with a UUID under a UUID, of which all of that task's text is
 
@@ -30,7 +30,7 @@ TWO_UUIDS = 130  # of a needle with a UUID under a UUID, of which all of that ta
 def at(name: str, distance: int, text: Prose, samples: int = 4, **options: Any) -> list[Prompt]:
     length = options.pop("length", distance + PRECEDING)
     return build_prompts_at(
-        TASKS[name], distance, length, samples, 0, Words(), prose=text, **options
+        TASKS[name], distance, length, samples, 0, Words(), text=text, **options
     )
 
 
@@ -85,7 +85,7 @@ def test_no_room_and_too_little_prose(prose: Prose) -> None:  # noqa: F811
         at("niah-1", 300, prose, length=320)
     with pytest.raises(EvalError, match=r"--distances 900: niah-2 takes .* which would be said"):
         at("niah-2", 900, Prose(["One sentence. Another one. A third."]))
-    with pytest.raises(EvalError, match="needs real text"):
+    with pytest.raises(EvalError, match="needs real prose"):
         build_prompts_at(TASKS["niah-2"], 100, 900, 1, 0, Words())
 
 
