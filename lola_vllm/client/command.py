@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lola_vllm.client import ClientError
 from lola_vllm.client.chat import MAX_TOKENS, chat
+from lola_vllm.client.options import Verb, add_key, add_verbs, server_of
 from lola_vllm.sessions.names import is_unnamed
 
 if TYPE_CHECKING:
@@ -40,21 +40,13 @@ def age(text: str) -> float:
 
 def add_sessions(parser: argparse.ArgumentParser) -> None:
     """Add the verbs of `lola-vllm sessions`."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)"
-    )
-    add_key(common)
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    verb = add_verbs(parser)
 
-    def add(
-        name: str, text: str, run: Callable[[Server, argparse.Namespace], None], **options: str
-    ) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=text, description=text, parents=[common])
+    def add(name: str, text: str, run: Verb, **options: str) -> argparse.ArgumentParser:
+        added = verb(name, text, run)
         for option, help_text in options.items():
-            verb.add_argument(option, metavar=option.upper(), help=help_text)
-        verb.set_defaults(run=lambda args: _run(run, args))
-        return verb
+            added.add_argument(option, metavar=option.upper(), help=help_text)
+        return added
 
     add("list", "the sessions of the server, the last used first", _list).add_argument(
         "--json", action="store_true", help="JSON instead of a table"
@@ -109,33 +101,11 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     add_key(parser)
 
     def run(args: argparse.Namespace) -> int:
-        from lola_vllm.client.server import Server
-
         options = {name: getattr(args, name) for name in ("model", "max_tokens", "temperature")}
         given = {name: value for name, value in options.items() if value is not None}
-        return chat(Server(args.url, key_of(args)), args.session, given, args.library)
+        return chat(server_of(args), args.session, given, args.library)
 
     parser.set_defaults(run=run)
-
-
-def add_key(parser: argparse.ArgumentParser) -> None:
-    """Add the option of the API key."""
-    parser.add_argument(
-        "--api-key", metavar="KEY", help="default: VLLM_API_KEY, which other users do not see"
-    )
-
-
-def key_of(args: argparse.Namespace) -> str | None:
-    """The API key of a command line or of the environment."""
-    key: str | None = args.api_key or os.environ.get("VLLM_API_KEY")
-    return key
-
-
-def _run(verb: Callable[[Server, argparse.Namespace], None], args: argparse.Namespace) -> int:
-    from lola_vllm.client.server import Server
-
-    verb(Server(args.url, key_of(args)), args)
-    return 0
 
 
 def _list(server: Server, args: argparse.Namespace) -> None:

@@ -6,15 +6,15 @@ import argparse
 import json
 import sys
 import urllib.parse
-from collections.abc import Callable
 from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.client import ClientError
-from lola_vllm.client.command import add_key, ago, key_of, mib, table
+from lola_vllm.client.command import ago, mib, table
 from lola_vllm.client.documents import documents_of, files_of, read_file
+from lola_vllm.client.options import add_verbs
 from lola_vllm.client.sources import LIBRARIES, library_path, source_lines
 
 if TYPE_CHECKING:
@@ -27,26 +27,7 @@ _LIBRARY = "its name, as a session's"
 
 def add_library(parser: argparse.ArgumentParser) -> None:
     """Add the verbs of `lola-vllm library`."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)"
-    )
-    add_key(common)
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-
-    def verb(
-        name: str, text: str, run: Callable[[Server, argparse.Namespace], int]
-    ) -> argparse.ArgumentParser:
-        found = verbs.add_parser(name, help=text, description=text, parents=[common])
-
-        def start(args: argparse.Namespace) -> int:
-            from lola_vllm.client.server import Server
-
-            return run(Server(args.url, key_of(args)), args)
-
-        found.set_defaults(run=start)
-        return found
-
+    verb = add_verbs(parser)
     add = verb("add", "read files and folders into a library, each once", _add)
     add.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="text, HTML or PDF")
     add.add_argument("--name", required=True, metavar="LIBRARY", help=_LIBRARY)
