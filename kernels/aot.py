@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lola_vllm.kernels import decode, prefill, shift, update, update_per_token
+from lola_vllm.kernels import decode, prefill, shift, update
 from lola_vllm.kernels.candidates import BLOCK_R
 from lola_vllm.kernels.layer import layer_shape, precision
 from lola_vllm.ops.shift_schedule import SCORE_DECAY, SCORE_DECAY_SHIFTS, ShiftSchedule
@@ -110,11 +110,9 @@ def kernels(layout: LayerLayout, Hq: int = 32) -> list[Kernel]:
         }
         return Kernel("shift" + note, shift.shift_kernel, constants, shift.NUM_WARPS)
 
-    merge = decode.merge_constants(layout, Hq, False)
     return [
         decoding(layout, False, ""),
         decoding(layout, True, ", split"),
-        Kernel("merge", decode.merge_kernel, merge, decode.NUM_WARPS),
         reading(layout, False, ""),
         reading(layout, True, ", partial"),
         reading(_with(layout, update_interval=1), False, ", per token"),
@@ -130,40 +128,30 @@ def kernels(layout: LayerLayout, Hq: int = 32) -> list[Kernel]:
 
 def update_kernels(layout: LayerLayout, Hq: int, note: str = "") -> list[Kernel]:
     """Those of an update, whatever the interval; `note` ends their names."""
-    blocks = {"BLOCK_R": BLOCK_R, "PRECISION": update.PRECISION}
     each = _with(layout, update_interval=1)  # an update after every token
-    shape = {"SHAPE": layer_shape(layout, Hq, ROTATED_MAP_AFTER), **blocks}
-    each_shape = {"SHAPE": layer_shape(each, Hq, ROTATED_MAP_AFTER), **blocks}
-    return [
-        Kernel(
-            "score" + note,
-            update.score_kernel,
-            {**shape, "BLOCK_E": update.score_block(layout)},
-            update.SCORE_WARPS,
-        ),
-        Kernel(
-            "fold" + note,
-            update.fold_kernel,
-            {**shape, **update.fold_constants(layout)},
-            update.FOLD_WARPS,
-        ),
-        Kernel(
-            "score, per token" + note,
-            update_per_token.per_token_score_kernel,
-            {
-                **each_shape,
-                "BLOCK_P": update_per_token.BLOCK_P,
-                "BLOCK_T": update_per_token.BLOCK_T,
-            },
-            update_per_token.SCORE_WARPS,
-        ),
-        Kernel(
-            "fold, per token" + note,
-            update.fold_kernel,
-            {**each_shape, **update.fold_constants(each)},
-            update.FOLD_WARPS,
-        ),
-    ]
+    found = []
+    for own, kind in ((layout, ""), (each, ", per token"), (_halves(each), ", some per token")):
+        shape = {
+            "SHAPE": layer_shape(own, Hq, ROTATED_MAP_AFTER),
+            "BLOCK_R": BLOCK_R,
+            "PRECISION": update.PRECISION,
+        }
+        scores = {**shape, **update.score_constants(own)}
+        found.append(Kernel("score" + kind + note, update.score_kernel, scores, update.SCORE_WARPS))
+        if len(own.pages) == 1:  # folds of sets with bounds serve all
+            folds = {**shape, **update.fold_constants(own), **update.join_constants(False)}
+            found.append(Kernel("fold" + kind + note, update.fold_kernel, folds, update.FOLD_WARPS))
+    return found
+
+
+def _halves(layout: LayerLayout) -> LayerLayout:
+    """The layout in two pages, of which one keeps recent pairs."""
+    (page,) = layout.pages
+    half = replace(
+        page, num_kv_heads=page.num_kv_heads // 2, num_state_heads=page.num_state_heads // 2,
+        num_sparse_heads=page.num_sparse_heads // 2,
+    )  # fmt: skip
+    return LayerLayout((half, replace(half, recent_size=half.sparse_cache_size // 4)))
 
 
 def _with(layout: LayerLayout, **fields: Any) -> LayerLayout:

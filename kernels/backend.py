@@ -12,6 +12,7 @@ from lola_vllm.kernels import decode as decode_kernels
 from lola_vllm.kernels import prefill as prefill_kernels
 from lola_vllm.kernels.layer import check
 from lola_vllm.kernels.prefill import SoftmaxPart
+from lola_vllm.kernels.splits import choose_splits
 from lola_vllm.kernels.update import scratch_buffers, update
 from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 
@@ -40,9 +41,9 @@ def decode(
             raise ValueError(f"{name}: shape {list(tensor.shape)}, expected [{B}]")
     if B == 0:
         return
-    splits = splits or decode_kernels.choose_splits(layer.layout, B, q.device)
-    decode_kernels.attend(layer, q, k, v, batch, out, splits)
-    update(layer, *batch, scratch_buffers(layer.layout, B, q.device))
+    splits = splits or choose_splits(layer.layout, B, q.device)
+    parts = decode_kernels.attend(layer, q, k, v, batch, out, splits)
+    update(layer, *batch, scratch_buffers(layer.layout, B, q.device), parts)
 
 
 def prefill(

@@ -36,7 +36,9 @@ from lola_vllm.kernels.layer import (
 BLOCK_R = 256  # rows whose token counts are looked at together
 INDEX_ARGS = ("state_indices_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment
 # Numbers that vary from layer to layer and from call to call: no variant for each.
-COUNT_ARGS = ("num_rows", "most", "least", "state_indices_stride", "n_stride")
+COUNT_ARGS = (
+    "num_rows", "most", "least", "blocks", "splits", "state_indices_stride", "n_stride",
+)  # fmt: skip
 
 
 @triton.jit

@@ -4,7 +4,7 @@ A program serves the query heads of one state head of one row. It reads the exac
 (sinks, then the window), the sparse entries and the hidden state once, and holds nothing but
 running sums. The new pair comes from k and v and not from the ring, so no program waits for the one
 that writes it. When rows x heads are too few to fill the GPU, the pairs are cut into splits, with
-one more program for the hidden state, and a second kernel merges them.
+one more program for the hidden state, and the launch of folds joins them (`splits.py`).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -28,17 +28,15 @@ from lola_vllm.kernels.layer import (
     layer_shape,
     map_of,
     num_entries,
-    num_processors,
     pairs_per_tile,
     precision,
     s_of,
     window_start,
 )
+from lola_vllm.kernels.splits import Parts
 from lola_vllm.ops.contract import DecodeBatch, LayerState
 from lola_vllm.state import LayerLayout
 
-PROGRAMS_PER_PROCESSOR = 2  # splits are added until there are about this many
-MAX_SPLITS = 32
 NUM_WARPS = 4
 INDEX_ARGS = ("state_indices_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment
 
@@ -201,76 +199,6 @@ def decode_kernel(
         tl.store(stats_ptr + at * 2 + 1, norm, mask=lane_ok)
 
 
-@triton.jit(
-    do_not_specialize=("state_indices_stride", "n_stride", "splits"),
-    do_not_specialize_on_alignment=INDEX_ARGS,
-)
-def merge_kernel(
-    out_ptr,
-    gate_ptr,
-    state_indices_ptr,
-    n_ptr,
-    partial_ptr,
-    stats_ptr,
-    out_row,
-    out_head,
-    state_indices_stride,
-    n_stride,
-    splits,
-    SHAPE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    SUBTRACT_MAX: tl.constexpr,
-):
-    """Join up to BLOCK_S splits of `decode_kernel`, mix, and write the output. Grid (B * Hq,)."""
-    D: tl.constexpr = SHAPE.HEAD_DIM
-    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    row = (tl.program_id(0) // SHAPE.NUM_HEADS).to(tl.int64)
-    head = tl.program_id(0) % SHAPE.NUM_HEADS
-    cols = tl.arange(0, BLOCK_D)
-    col_ok = cols < D
-    out_at = out_ptr + row * out_row + head * out_head + cols
-    page = tl.load(state_indices_ptr + row * state_indices_stride)
-    if (page <= 0) | (tl.load(n_ptr + row * n_stride) <= 0):
-        zero = tl.zeros([BLOCK_D], tl.float32)
-        tl.store(out_at, zero.to(out_ptr.dtype.element_ty), mask=col_ok)
-        return
-    parts = tl.arange(0, BLOCK_S)
-    part_ok = parts < splits
-    base = (row * SHAPE.NUM_HEADS + head) * (splits + 1)
-    m = tl.load(stats_ptr + (base + parts) * 2, mask=part_ok, other=float("-inf"))
-    norm = tl.load(stats_ptr + (base + parts) * 2 + 1, mask=part_ok, other=0.0)
-    top = tl.max(m, 0)  # finite: the new token is in part 0
-    weight = tl.exp(m - top)
-    total = tl.sum(norm * weight, 0)
-    sums = tl.load(
-        partial_ptr + (base + parts)[:, None] * D + cols[None, :],
-        mask=part_ok[:, None] & col_ok[None, :],
-        other=0.0,
-    )
-    y_soft = tl.sum(sums * weight[:, None], 0) / total
-    y_lin = tl.load(partial_ptr + (base + splits) * D + cols, mask=col_ok, other=0.0)
-    log_D = tl.load(stats_ptr + (base + splits) * 2 + tl.zeros([1], tl.int32))
-    log_gate = tl.load(gate_ptr + head).to(tl.float32)
-    y = mix(
-        top, total + tl.zeros([1], tl.float32), y_soft[None, :], y_lin[None, :], log_D, log_gate,
-        SUBTRACT_MAX,
-    )  # fmt: skip
-    tl.store(out_at[None, :], y.to(out_ptr.dtype.element_ty), mask=col_ok[None, :])
-
-
-def choose_splits(layout: LayerLayout, num_rows: int, device: torch.device) -> int:
-    """Parts that a row's pairs are cut into: a power of two from shapes alone, 1 when B is large.
-
-    Bounded by the tiles that the largest of a full layer's heads has.
-    """
-    page = layout.pages[0]
-    programs = max(1, num_rows * layout.num_state_heads)
-    wanted = PROGRAMS_PER_PROCESSOR * num_processors(device) // programs
-    pairs = page.sink_size + page.ring_size + max(layout.sizes)
-    limit = min(MAX_SPLITS, wanted, triton.cdiv(pairs, pairs_per_tile(layout)))
-    return 1 << max(0, limit.bit_length() - 1)
-
-
 def attend(
     layer: LayerState,
     q: Tensor,
@@ -279,11 +207,14 @@ def attend(
     batch: DecodeBatch,
     out: Tensor,
     splits: int,
-) -> None:
+) -> Parts:
     """Write the new pairs and answer the queries; no update. Shapes as in `contract.DecodeOp`.
 
     Args:
         splits: parts that a row's pairs are cut into (`choose_splits`), at most `MAX_SPLITS`.
+
+    Returns:
+        What `update` joins, where there are several.
     """
     B, Hq, d = q.shape
     layout, pages, weights = layer.layout, layer.pages, layer.weights
@@ -301,12 +232,7 @@ def attend(
         d**-0.5, **decode_constants(layout, Hq, splits > 1, weights.subtract_max),
         PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
     )  # fmt: skip
-    if splits > 1:
-        merge_kernel[(B * Hq,)](
-            out, weights.log_gate, state_indices, seq_lens, partial, stats,
-            out.stride(0), out.stride(1), state_indices.stride(0), seq_lens.stride(0), splits,
-            **merge_constants(layout, Hq, weights.subtract_max), num_warps=NUM_WARPS,
-        )  # fmt: skip
+    return Parts(out, weights.log_gate, partial, stats, splits)
 
 
 def decode_constants(
@@ -318,14 +244,5 @@ def decode_constants(
         "BLOCK_Q": max(MIN_DOT, triton.next_power_of_2(Hq // layout.num_state_heads)),
         "BLOCK_N": pairs_per_tile(layout),
         "SPLIT": split,
-        "SUBTRACT_MAX": subtract_max,
-    }
-
-
-def merge_constants(layout: LayerLayout, Hq: int, subtract_max: bool) -> dict[str, object]:
-    """`merge_kernel`'s compile-time arguments."""
-    return {
-        "SHAPE": layer_shape(layout, Hq),
-        "BLOCK_S": MAX_SPLITS,
         "SUBTRACT_MAX": subtract_max,
     }

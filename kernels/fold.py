@@ -151,7 +151,7 @@ def fold_set(
 
     Pointers `*_at` but the page's are the set's part of the scratch (`update.Scratch`): scores,
     lists `[3, C]` of the candidates to fold, the incoming pairs to keep and the free entries, and
-    where KEEPS_BOUNDS what `per_token_score_kernel` left for sets with bounds.
+    where KEEPS_BOUNDS what `score_bounded` left for sets with bounds.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     F: tl.constexpr = SHAPE.FEATURE_DIM

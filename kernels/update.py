@@ -7,9 +7,11 @@ has due is known on the device only; the grid does not depend on it. Both take a
 - `score_kernel`: self-recall errors of all candidates (cached and evicted pairs) of the due rows.
 - `fold_kernel`: picks the lam best of each sparse set, adds the others to H and s, and puts the
   kept incoming pairs into the free entries. One program per row and set, because folding reads the
-  entries that replacing overwrites.
+  entries that replacing overwrites. It also joins the parts of answers where attention was split:
+  in a launch that a step has in any case, that costs no other.
 
-With interval 1 the scores come from update_per_token.py, which computes few of them.
+With interval 1 the scores come from update_per_token.py, which computes few of them. Sets of a
+layer with recent pairs have all of theirs computed, in the same launch.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -44,13 +46,8 @@ from lola_vllm.kernels.layer import (
     window_start,
 )
 from lola_vllm.kernels.selection import BLOCK_A
-from lola_vllm.kernels.update_per_token import (
-    BLOCK_P,
-    BLOCK_T,
-    NUM_BOUNDS,
-    per_token_score_kernel,
-)
-from lola_vllm.kernels.update_per_token import SCORE_WARPS as PER_TOKEN_SCORE_WARPS
+from lola_vllm.kernels.splits import MAX_SPLITS, Parts, join
+from lola_vllm.kernels.update_per_token import BLOCK_P, BLOCK_T, NUM_BOUNDS, score_bounded
 from lola_vllm.ops.contract import LayerState
 from lola_vllm.state import LayerLayout
 
@@ -70,23 +67,31 @@ def score_kernel(
     state_indices_ptr,
     n_ptr,
     scores_ptr,
+    listed_ptr,
+    fresh_ptr,
     page_stride,
     state_indices_stride,
     n_stride,
     num_rows,
     most,
     least,
+    blocks,
     SHAPE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    KEEPS_BOUNDS: tl.constexpr,
+    KEEPS_NONE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Scores `[num_rows, Hg, most + C]`, float32, of the sets whose cache overflows now. Any grid.
 
-    most, least: entries of the largest and of the smallest set.
+    most, least: entries of the largest and of the smallest set. blocks: programs' work that a set
+    is cut into. KEEPS_BOUNDS, KEEPS_NONE: some sets have bounds on scores, which one program takes
+    (`score_bounded`), and some have none.
     """
     C: tl.constexpr = SHAPE.UPDATE_INTERVAL
-    blocks = tl.cdiv(most + C, BLOCK_E)
     for base in range(0, num_rows, BLOCK_R):
         rows = base + tl.arange(0, BLOCK_R)
         due = due_rows(
@@ -94,32 +99,43 @@ def score_kernel(
         )
         rank = tl.cumsum(due.to(tl.int32), 0)
         items = tl.sum(due.to(tl.int32), 0) * (SHAPE.NUM_SPARSE_HEADS * blocks)
-        for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        # Where sets of both kinds are scored, neither hoists what the other has no registers for.
+        for item in tl.range(
+            tl.program_id(0), items, tl.num_programs(0), disable_licm=KEEPS_BOUNDS and KEEPS_NONE
+        ):
             row = nth_row(due, rank, rows, item // (SHAPE.NUM_SPARSE_HEADS * blocks)).to(tl.int64)
             sparse_head, first = item // blocks % SHAPE.NUM_SPARSE_HEADS, item % blocks * BLOCK_E
             group_at, kv_head, own_kv_head, own_set = set_of(table_ptr, sparse_head, SHAPE)
             lam = num_entries(group_at)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
-            here = (lam > 0) & (first < lam + C) & (window_start(n, SHAPE) - SHAPE.SINK_SIZE > lam)
-            if C == 1:  # sets with bounds are `per_token_score_kernel`'s
-                here = here & (tl.load(group_at + RECENT_SIZE) > 0)
-            if here:
-                page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
-                scratch = row * SHAPE.NUM_SPARSE_HEADS + sparse_head
-                page_at = pages_ptr + page * page_stride
-                positions_at = part_of(page_at, group_at, POSITIONS, tl.int32) + own_set * lam
-                e = first + tl.arange(0, BLOCK_E)
-                stop = window_start(n, SHAPE)
-                ok, position = position_of(
-                    positions_at, e, window_start(n - C, SHAPE), stop, lam, SHAPE
-                )
-                # Recent pairs stay whatever their scores are: a tile of them is left out.
-                recent = tl.load(group_at + RECENT_SIZE).to(tl.int32)
-                if tl.sum((ok & (position < stop - recent)).to(tl.int32), 0) > 0:
-                    score_tile(
+            stop = window_start(n, SHAPE)
+            here = (lam > 0) & (first < lam + C) & (stop - SHAPE.SINK_SIZE > lam)
+            page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
+            page_at = pages_ptr + page * page_stride
+            scratch = row * SHAPE.NUM_SPARSE_HEADS + sparse_head
+            scores_at = scores_ptr + scratch * (most + C)
+            recent = tl.load(group_at + RECENT_SIZE).to(tl.int32)
+            if KEEPS_BOUNDS:
+                if here & (recent == 0) & (first == 0):
+                    known = SHAPE.STATES_PER_SET * (NUM_BOUNDS + SHAPE.HEAD_DIM)
+                    score_bounded(
                         wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
-                        own_kv_head, n, e, ok, scores_ptr + scratch * (most + C), SHAPE, PRECISION,
+                        own_kv_head, n, scores_at, listed_ptr + scratch * (most + C),
+                        fresh_ptr + scratch * known, SHAPE, BLOCK_P, BLOCK_T, PRECISION,
                     )  # fmt: skip
+                here = here & (recent > 0)
+            if KEEPS_NONE:  # noqa: SIM102 (a constant, and a number of run time)
+                if here:
+                    positions_at = part_of(page_at, group_at, POSITIONS, tl.int32) + own_set * lam
+                    e = first + tl.arange(0, BLOCK_E)
+                    start = window_start(n - C, SHAPE)
+                    ok, position = position_of(positions_at, e, start, stop, lam, SHAPE)
+                    # Recent pairs stay whatever their scores are: a tile of them is left out.
+                    if tl.sum((ok & (position < stop - recent)).to(tl.int32), 0) > 0:
+                        score_tile(
+                            wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
+                            own_kv_head, n, e, ok, scores_at, SHAPE, PRECISION,
+                        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
@@ -133,25 +149,44 @@ def fold_kernel(
     scores_ptr,
     lists_ptr,
     fresh_ptr,
+    out_ptr,
+    gate_ptr,
+    partial_ptr,
+    stats_ptr,
     page_stride,
     state_indices_stride,
     n_stride,
     num_rows,
     most,
+    out_row,
+    out_head,
+    splits,
     SHAPE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_P: tl.constexpr,
     KEEPS_BOUNDS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    SUBTRACT_MAX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Select, fold and replace in the rows that are due. Any grid.
+    """Select, fold and replace in the rows that are due, and join the parts of answers. Any grid.
 
     most: entries of the largest set. KEEPS_BOUNDS: scores of sets without recent pairs are of
-    `per_token_score_kernel`, which left `fresh`.
+    `score_bounded`, which left `fresh`. out and those after it: of `splits.Parts`.
     """
     C: tl.constexpr = SHAPE.UPDATE_INTERVAL
+    # From the last program on, as folds are the first programs' work.
+    joins = tl.where(splits > 1, num_rows * SHAPE.NUM_HEADS, 0)
+    last = tl.num_programs(0) - 1 - tl.program_id(0)
+    for item in tl.range(
+        last, joins, tl.num_programs(0), num_stages=1, disable_licm=True
+    ):  # fmt: skip
+        join(
+            item, out_ptr, gate_ptr, state_indices_ptr, n_ptr, partial_ptr, stats_ptr, out_row,
+            out_head, state_indices_stride, n_stride, splits, SHAPE, MAX_SPLITS, SUBTRACT_MAX,
+        )  # fmt: skip
     for base in range(0, num_rows, BLOCK_R):
         rows = base + tl.arange(0, BLOCK_R)
         due = due_rows(
@@ -159,7 +194,10 @@ def fold_kernel(
         )
         rank = tl.cumsum(due.to(tl.int32), 0)
         items = tl.sum(due.to(tl.int32), 0) * SHAPE.NUM_SPARSE_HEADS
-        for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        # What is hoisted would keep registers from folds, which spill then.
+        for item in tl.range(
+            tl.program_id(0), items, tl.num_programs(0), num_stages=1, disable_licm=True
+        ):  # fmt: skip
             row = nth_row(due, rank, rows, item // SHAPE.NUM_SPARSE_HEADS).to(tl.int64)
             sparse_head = item % SHAPE.NUM_SPARSE_HEADS
             group_at, kv_head, own_kv_head, own_set = set_of(table_ptr, sparse_head, SHAPE)
@@ -190,39 +228,38 @@ class Scratch(NamedTuple):
     fresh: Tensor
 
 
-def update(layer: LayerState, state_indices: Tensor, seq_lens: Tensor, scratch: Scratch) -> None:
-    """Evict, rescore, select, fold and replace in the rows that are at an update point.
+def update(
+    layer: LayerState, state_indices: Tensor, seq_lens: Tensor, scratch: Scratch, parts: Parts
+) -> None:
+    """Evict, rescore, select, fold and replace in the rows that are at an update point, and join
+    the parts of answers.
 
     Args:
         state_indices, seq_lens: `[B]`, any integer dtypes: each row's page and tokens.
-        scratch: from `scratch_buffers`.
+        scratch: from `scratch_buffers`. parts: from `decode.attend`.
     """
     layout, weights = layer.layout, layer.weights
     num_rows, sizes = len(state_indices), layout.sizes
     own = layer_shape(layout, weights.num_heads, weights.rotated_map_after)
     shape = {"SHAPE": own, "BLOCK_R": BLOCK_R, "PRECISION": PRECISION}
     most = PROGRAMS_PER_PROCESSOR * num_processors(layer.pages.device)
-    sets = min(most, num_rows * len(sizes))
     common = (
         weights.key_maps, weights.importance, layer.pages, layer.device_table, state_indices,
         seq_lens, scratch.scores,
     )  # fmt: skip
     strides = layer.pages.stride(0), state_indices.stride(0), seq_lens.stride(0), num_rows
-    if has_bounds(layout):
-        per_token_score_kernel[(sets,)](
-            *common, scratch.listed, scratch.fresh, *strides, max(sizes), min(sizes), **shape,
-            BLOCK_P=BLOCK_P, BLOCK_T=BLOCK_T, num_warps=PER_TOKEN_SCORE_WARPS,
+    if has_bounds(layout) or has_scores(layout):
+        tiles = triton.cdiv(max(sizes) + own.UPDATE_INTERVAL, score_block(layout))
+        blocks = tiles if has_scores(layout) else 1
+        score_kernel[(min(most, num_rows * len(sizes) * blocks),)](
+            *common, scratch.listed, scratch.fresh, *strides, max(sizes), min(sizes), blocks,
+            **shape, **score_constants(layout), num_warps=SCORE_WARPS,
         )  # fmt: skip
-    if has_scores(layout):
-        block = score_block(layout)
-        tiles = triton.cdiv(max(sizes) + own.UPDATE_INTERVAL, block)
-        score_kernel[(min(most, num_rows * len(sizes) * tiles),)](
-            *common, *strides, max(sizes), min(sizes), **shape, BLOCK_E=block,
-            num_warps=SCORE_WARPS,
-        )  # fmt: skip
-    fold_kernel[(sets,)](
-        *common, scratch.lists, scratch.fresh, *strides, max(sizes), **shape,
-        **fold_constants(layout), num_warps=FOLD_WARPS,
+    joins = num_rows * own.NUM_HEADS if parts.splits > 1 else 0
+    fold_kernel[(min(most, num_rows * len(sizes) + joins),)](
+        *common, scratch.lists, scratch.fresh, *parts[:-1], *strides, max(sizes),
+        parts.out.stride(0), parts.out.stride(1), parts.splits, **shape, **fold_constants(layout),
+        **join_constants(weights.subtract_max), num_warps=FOLD_WARPS,
     )  # fmt: skip
 
 
@@ -241,8 +278,24 @@ def score_block(layout: LayerLayout) -> int:
     return MIN_DOT if layout.pages[0].head_dim > 64 else BLOCK_E
 
 
+def score_constants(layout: LayerLayout) -> dict[str, int]:
+    """`score_kernel`'s compile-time arguments beside SHAPE, BLOCK_R and PRECISION."""
+    return {
+        "BLOCK_E": score_block(layout),
+        "BLOCK_P": BLOCK_P,
+        "BLOCK_T": BLOCK_T,
+        "KEEPS_BOUNDS": has_bounds(layout),
+        "KEEPS_NONE": has_scores(layout),
+    }
+
+
+def join_constants(subtract_max: bool) -> dict[str, int]:
+    """What `fold_kernel` takes at compile time for `join`."""
+    return {"MAX_SPLITS": MAX_SPLITS, "SUBTRACT_MAX": subtract_max}
+
+
 def fold_constants(layout: LayerLayout) -> dict[str, int]:
-    """`fold_kernel`'s compile-time arguments beside SHAPE, BLOCK_R and PRECISION."""
+    """What `fold_set` takes at compile time, beside SHAPE and PRECISION."""
     page = layout.pages[0]
     interval = page.update_interval  # pairs folded at an update
     most = MIN_DOT if page.int8_pairs else score_block(layout)  # int8 keys are widened to float32

@@ -5,7 +5,7 @@ bound on the recall error of each sparse pair, which every fold lowers (Lemma 1,
 `docs/bounds.md`). A score is computed only where the bound does not rule the pair out (Lemma 3).
 Where the model has an importance, the bound is multiplied by it as the score is.
 
-- `per_token_score_kernel` takes the place of `update.score_kernel`: one program per row and set.
+- `score_bounded`, within `update.score_kernel`: one program per row and set.
 - `track_fold`, within `update.fold_kernel`, stores the incoming pair's bounds and lowers all
   others.
 
@@ -20,22 +20,16 @@ import triton
 import triton.language as tl
 
 from lola_vllm.kernels.candidates import (
-    COUNT_ARGS,
-    INDEX_ARGS,
     candidate_importance,
-    due_rows,
     gather,
     gather_pairs,
-    nth_row,
     recall_error,
     set_at,
-    set_of,
 )
 from lola_vllm.kernels.common import RECALL_EPS
 from lola_vllm.kernels.layer import (
     BOUNDS,
     DIRECTIONS,
-    RECENT_SIZE,
     SCORE_WEIGHTS,
     entries_of,
     first_key_map,
@@ -63,7 +57,6 @@ DIRECTION_MAX = tl.constexpr(float(constants.DIRECTION_MAX))
 
 BLOCK_T = 16  # pairs scored at a time: the smallest side of a tensor-core product
 BLOCK_P = 64  # pairs whose bounds are lowered at a time; times BLOCK_T, those looked at together
-SCORE_WARPS = 8
 
 
 @triton.jit
@@ -219,60 +212,6 @@ def score_bounded(
             own_kv_head, n, fresh_at, SHAPE, PRECISION,
         )  # fmt: skip
         tl.store(scores_at + which, score, mask=ok)
-
-
-@triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
-def per_token_score_kernel(
-    wk_ptr,
-    ws_ptr,
-    pages_ptr,
-    table_ptr,
-    state_indices_ptr,
-    n_ptr,
-    scores_ptr,
-    listed_ptr,
-    fresh_ptr,
-    page_stride,
-    state_indices_stride,
-    n_stride,
-    num_rows,
-    most,
-    least,
-    SHAPE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`score_bounded` of the sets with bounds whose cache overflows now. Any grid.
-
-    Arguments as of `update.score_kernel`. Scratch: `update.Scratch`.
-    """
-    for base in range(0, num_rows, BLOCK_R):
-        rows = base + tl.arange(0, BLOCK_R)
-        due = due_rows(
-            state_indices_ptr, n_ptr, state_indices_stride, n_stride, rows, num_rows, least, SHAPE
-        )
-        rank = tl.cumsum(due.to(tl.int32), 0)
-        items = tl.sum(due.to(tl.int32), 0) * SHAPE.NUM_SPARSE_HEADS
-        for item in range(tl.program_id(0), items, tl.num_programs(0)):
-            row = nth_row(due, rank, rows, item // SHAPE.NUM_SPARSE_HEADS).to(tl.int64)
-            sparse_head = item % SHAPE.NUM_SPARSE_HEADS
-            group_at, kv_head, own_kv_head, own_set = set_of(table_ptr, sparse_head, SHAPE)
-            lam = num_entries(group_at)
-            n = tl.load(n_ptr + row * n_stride).to(tl.int32)
-            bounded = (lam > 0) & (tl.load(group_at + RECENT_SIZE) == 0)
-            if bounded & (window_start(n, SHAPE) - SHAPE.SINK_SIZE > lam):
-                page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
-                scratch = row * SHAPE.NUM_SPARSE_HEADS + sparse_head
-                known = SHAPE.STATES_PER_SET * (NUM_BOUNDS + SHAPE.HEAD_DIM)
-                candidates = most + SHAPE.UPDATE_INTERVAL
-                score_bounded(
-                    wk_ptr, ws_ptr, pages_ptr + page * page_stride, group_at, sparse_head, kv_head,
-                    own_set, own_kv_head, n, scores_ptr + scratch * candidates,
-                    listed_ptr + scratch * candidates, fresh_ptr + scratch * known, SHAPE, BLOCK_P,
-                    BLOCK_T, PRECISION,
-                )  # fmt: skip
 
 
 @triton.jit

@@ -170,7 +170,7 @@ def decode(model: Model, gpu: Gpu, batch: int, context: int, design: str) -> Cos
         if design == TODAY_TRITON:
             nbytes, flops = (max(numbers) for numbers in zip(*folds, strict=True))
             sums.follow(FOLDS, flops, nbytes)
-            host += count * triton_launches(layer, batch, gpu)
+            host += count * triton_launches(layer)
     if design == ALL_HEADS:
         graph += layers * GOAL_DECODE_LAUNCHES
     if design == TODAY_CUDA:
@@ -270,17 +270,10 @@ def _updates_of_cuda(sums: _Sums, model: Model, batch: int, context: int, gpu: G
     return launches
 
 
-def triton_launches(layer: LayerLayout, batch: int, gpu: Gpu) -> int:
-    """Kernels of a decode step of a layer in Triton: attention, which is joined where it is split
-    (`choose_splits`), scores, where bounds are kept apart from the others, and folds."""
-    page = layer.pages[0]
-    pairs = page.sink_size + page.ring_size + max(layer.sizes)
-    programs = 2 * gpu.processors // (batch * layer.num_state_heads)
-    tile = 16384 // (page.kv_dtype.itemsize << (page.head_dim - 1).bit_length())
-    split = min(programs, -(-pairs // min(64, max(16, tile)))) > 1
-    bounded = any(page.keeps_bounds for page in layer.pages)
-    scored = any(page.sparse_cache_size and not page.keeps_bounds for page in layer.pages)
-    return 2 + split + bounded + scored
+def triton_launches(layer: LayerLayout) -> int:
+    """Kernels of a decode step of a layer in Triton: attention, scores where some set has entries,
+    and folds, which join attention where it is split."""
+    return 2 + any(layer.sizes)
 
 
 def chunk_launches(page: StateLayout, starts: Tensor, lengths: Tensor) -> int:

@@ -60,13 +60,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """For a GPU of 132 processors."""
     from triton.runtime.jit import JITFunction
 
-    from lola_vllm.kernels import decode, update
+    from lola_vllm.kernels import splits, update
 
     found = Launches()
     monkeypatch.setattr(
         JITFunction, "run", lambda kernel, *args, **options: found.run(kernel, *args, **options)
     )
-    for module in (decode, update):
+    for module in (splits, update):
         monkeypatch.setattr(module, "num_processors", lambda device: 132)
     return found
 
@@ -148,13 +148,30 @@ def test_requests_ask_for_no_variant_that_the_warm_up_did_not(launches, monkeypa
     assert launches.variants <= compiled
 
 
+STEPS = {
+    "interval 16": {},
+    "int8": {"sparse_dtype": "int8"},
+    "interval 1": {"update_interval": 1},
+    "interval 1, recent pairs of some heads": {"update_interval": 1, "recent_size": ((0, 9, 0),)},
+}
+
+
 @pytest.mark.parametrize("sizes", [SMALL, LARGE])
-def test_a_decode_step_is_four_launches_a_layer_and_three_for_many_rows(launches, sizes):
-    for layer in layers_of(sizes):
-        for rows, joined in ((1, ["merge_kernel"]), (300, [])):
+@pytest.mark.parametrize("fields", STEPS.values(), ids=STEPS)
+def test_a_decode_step_is_three_launches_a_layer(launches, sizes, fields):
+    """Also where its pairs are split among programs, as those of few rows are."""
+    for layer in layers_of(sizes, **fields):
+        for rows in (1, 8, 300):
             launches.names.clear()
             decode(layer, rows)
-            assert launches.names == ["decode_kernel", *joined, "score_kernel", "fold_kernel"]
+            assert launches.names == ["decode_kernel", "score_kernel", "fold_kernel"]
+
+
+def test_a_decode_step_without_sparse_entries_is_two_launches_a_layer(launches):
+    for rows in (1, 300):
+        launches.names.clear()
+        decode(layers_of(((0, 0, 0),))[0], rows)
+        assert launches.names == ["decode_kernel", "fold_kernel"]
 
 
 @pytest.mark.parametrize("sizes", [SMALL, LARGE])

@@ -10,9 +10,11 @@ from lola_vllm.config import LolaConfig
 from lola_vllm.ops import LayerState, context_shift, portable
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.state import LayerLayout, SequenceLayout
+from tests.support import layers
 from tests.support.backends import fewer, only
 from tests.support.layers import BASE, SIZES
 from tests.support.problem import STATE_INDEX, feed, make_problem
+from tests.support.problem import decode as step
 
 ETA = 10
 
@@ -23,11 +25,11 @@ def config_of(**fields):
 
 @only("triton-interpreted")
 def test_splits_follow_the_shapes(backend, monkeypatch):
-    from lola_vllm.kernels import aot, decode
+    from lola_vllm.kernels import aot, splits
 
-    monkeypatch.setattr(decode, "num_processors", lambda device: 132)
+    monkeypatch.setattr(splits, "num_processors", lambda device: 132)
     page, device = aot.llama_8b(), torch.device("cpu")
-    counts = [decode.choose_splits(page, rows, device) for rows in (1, 4, 16, 17, 512)]
+    counts = [splits.choose_splits(page, rows, device) for rows in (1, 4, 16, 17, 512)]
     assert counts == [8, 8, 2, 1, 1]  # 640 pairs are 10 tiles; two programs per processor
 
 
@@ -60,16 +62,16 @@ def test_the_longest_rows_start_first_and_empty_ones_never(backend):
 @pytest.fixture
 def launched(monkeypatch):
     """Launches of decode's and prefill's kernels: which, and their last argument."""
-    from lola_vllm.kernels import decode, prefill, warmup
+    from lola_vllm.kernels import decode, prefill, splits, warmup
 
     monkeypatch.setattr(warmup, "_compiled", set())
-    monkeypatch.setattr(decode, "num_processors", lambda device: 132)
+    monkeypatch.setattr(splits, "num_processors", lambda device: 132)
     found = []
     plain = {"attend": decode.attend, "prefill": prefill.prefill}
 
     def counted(name, *args):
         found.append((name, args[-1]))
-        plain[name](*args)
+        return plain[name](*args)
 
     monkeypatch.setattr(decode, "attend", partial(counted, "attend"))
     monkeypatch.setattr(prefill, "prefill", partial(counted, "prefill"))
@@ -78,7 +80,7 @@ def launched(monkeypatch):
 
 @only("triton-interpreted")
 def test_start_up_launches_all_variants_and_touches_no_page(backend, launched):
-    from lola_vllm.kernels import decode, warmup
+    from lola_vllm.kernels import splits, warmup
 
     problem = make_problem(
         1, config_of(sparse_cache_size=200, update_interval=5), dtype=torch.float32
@@ -87,11 +89,11 @@ def test_start_up_launches_all_variants_and_touches_no_page(backend, launched):
     for _ in range(2):  # once for layers that are alike
         warmup.warm_up(state)
     layout, device = state.layout, state.pages.device
-    most = decode.choose_splits(layout, 1, device)
+    most = splits.choose_splits(layout, 1, device)
     assert most > 2
     # However many splits there are, they are one variant.
-    splits = [last for name, last in launched if name == "attend"]
-    assert sorted(splits) == [1, most] and len(launched) == 3
+    found = [last for name, last in launched if name == "attend"]
+    assert sorted(found) == [1, most] and len(launched) == 3
     smaller = problem.config.model_copy(update={"sparse_cache_size": 190})
     warmup.warm_up(dataclasses.replace(problem, config=smaller).state())
     assert len(launched) == 3
@@ -154,3 +156,20 @@ def test_a_context_shift_of_all_layers_is_one_launch_and_that_of_torch(backend, 
     expected, found = (sequence.cleaned(own[STATE_INDEX], 80) for own in pools)
     assert torch.equal(found, expected) and not torch.equal(found, before)
     assert (pools[1][[0, 1, 3]] == 0xFF).all()
+
+
+@only("triton-interpreted")
+@pytest.mark.parametrize("parts", [1, 4])
+def test_one_launch_scores_sets_with_and_without_bounds(backend, parts):
+    """Of interval 1, where some heads keep recent pairs; and the last launch joins the parts."""
+    problem, _ = layers.layer("every token, recent pairs")
+    state, other = layers.bind(problem), layers.bind(problem)
+    feed(portable, dataclasses.replace(problem, q=problem.q[:80]), state)
+    other.pages.copy_(state.pages)
+    for t in range(80, 86):
+        out = step(backend.cut_in(parts), problem, state, t)
+        torch.testing.assert_close(out, step(portable, problem, other, t), **backend.close)
+    for own, there in zip(state.groups, other.groups, strict=True):
+        for name in ("positions", "H", "s"):
+            found, expected = (getattr(g.views, name)[STATE_INDEX] for g in (own, there))
+            torch.testing.assert_close(found, expected, **backend.close)
