@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 KEYS = ("sparse_cache_size", "recent_size")  # in the file's metadata, as JSON
 # As `lola_config.sparse_cache_size` has them.
 Sizes = list[int] | list[list[int]]
+_CARD_TITLE = "\n## Calibration"
 _FIRST_MAP = "model.layers.0.self_attn.feature_map_k"
 
 
@@ -87,7 +88,9 @@ def write_calibrated(
     with staged_directory(out, force=force, inputs=[source, *inputs]) as staging:
         ignored = shutil.ignore_patterns(".*")
         shutil.copytree(source, staging, ignore=ignored, dirs_exist_ok=True)
-        return apply_calibration(staging, sizes, importance)
+        config = apply_calibration(staging, sizes, importance)
+        _write_card(staging / "README.md", sizes)
+        return config
 
 
 def apply_calibration(
@@ -117,6 +120,23 @@ def apply_calibration(
     write_json(path, raw)
     settle_facts(config, model)
     return config
+
+
+def _write_card(card: Path, sizes: Mapping[str, Sizes]) -> None:
+    """Say in a model card, if there is one, which sizes the calibration found.
+
+    What the card says of an earlier calibration goes.
+    """
+    if not card.is_file():
+        return
+    before, _, rest = card.read_text(encoding="utf-8").partition(_CARD_TITLE)
+    _, following, after = rest.partition("\n## ")
+    found = "".join(f"    {json.dumps({key: size})}\n" for key, size in sizes.items())
+    card.write_text(
+        f"{before.rstrip()}\n{_CARD_TITLE}\n\n`lola-vllm calibrate` divided the pairs among the KV "
+        f"heads and fitted which to keep. It added to `lola_config`:\n\n{found}{following}{after}",
+        encoding="utf-8",
+    )
 
 
 def _write_tensors(model: Path, added: Mapping[str, Tensor]) -> None:

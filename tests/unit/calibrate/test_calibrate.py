@@ -416,6 +416,25 @@ def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
 
 
+def test_the_card_of_a_calibrated_model_has_its_sizes_once(base: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    assert cli.main(["init", "--base", str(base), "--out", str(plain)]) == 0
+    card = plain / "README.md"
+    card.write_text("# A model\n\n## lola_config\n\nnothing\n", encoding="utf-8")
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    layers = json.loads((plain / "config.json").read_text())["num_hidden_layers"]
+    write_calibrated(plain, once, {"sparse_cache_size": [7] * layers}, {})
+    first = (once / "README.md").read_text(encoding="utf-8")
+    assert first.startswith(card.read_text(encoding="utf-8"))
+    assert f'{{"sparse_cache_size": {[7] * layers}}}' in first
+    # Of a model with further sections, only what an earlier calibration found is replaced.
+    (once / "README.md").write_text(f"{first}\n## Measured\n\nwell\n", encoding="utf-8")
+    write_calibrated(once, twice, {"sparse_cache_size": [9] * layers}, {})
+    second = (twice / "README.md").read_text(encoding="utf-8")
+    assert second.count("## Calibration") == 1 and "## Measured\n\nwell" in second
+    assert f"{[9] * layers}" in second and f"{[7] * layers}" not in second
+
+
 def test_importance_is_fitted_to_the_models_own_pairs(
     base: Path, texts: Path, tmp_path: Path
 ) -> None:
