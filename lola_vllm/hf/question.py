@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def queries_of(
     """
     if not question:
         raise ValueError("the question has no tokens; ask something")
-    cache, heads = copy.deepcopy(after), reading_heads(after.sequence)
+    heads = reading_heads(after.sequence)
+    last = max(head.layer for head in heads)
     n, length = after.get_seq_length(), model.config.max_position_embeddings
     if n + len(question) > length:
         raise ValueError(
@@ -46,11 +48,23 @@ def queries_of(
     def recorder(layer: int) -> Any:
         def record(q: Tensor) -> None:
             seen[layer] = q[0].cpu()  # [T, Hq, d]
+            if layer == last:
+                raise _Heard
 
         return record
 
+    cache = copy.copy(after)  # the layers before the last one get new tokens, the others nothing
+    cache.layers = [
+        copy.deepcopy(own) if layer < last else copy.copy(own)
+        for layer, own in enumerate(after.layers)
+    ]
     for layer in {head.layer for head in heads}:
         cache.layers[layer].query_hook = recorder(layer)
     ids = torch.tensor([list(question)], device=model.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    with suppress(_Heard):
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return queries_in(after.sequence, seen, n, model.model.rope_table())
+
+
+class _Heard(Exception):
+    """All queries have been seen: the layers behind are not needed."""

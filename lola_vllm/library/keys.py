@@ -7,7 +7,8 @@ choosing among a thousand documents reads no state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar, overload
@@ -27,9 +28,13 @@ from lola_vllm.state import SequenceLayout, StateLayout
 
 _SEALED = b"lola-keys\n"  # begins a file that is encrypted, before its salt
 
-# A reading head holds at least this share of the pairs that the largest head holds.
+# A reading head holds at least this share of the pairs that the largest head holds, and lies in
+# this share of the layers: those behind find nothing that is not found before (docs/library.md).
 READING_SHARE = 0.25
+READING_LAYERS = 2 / 3
 _PAIR_BYTES = 8  # of a pair's scale and position
+# Of a file: those of all heads, one behind the other. So one is opened in the time of a head.
+_TENSORS = {"num_tokens", "counts", "keys", "scale", "positions"}
 
 
 class KeysError(ValueError):
@@ -78,8 +83,9 @@ class ReadingHead(NamedTuple):
 
 def reading_heads(sequence: SequenceLayout) -> list[ReadingHead]:
     """The heads of a model whose keys are kept, in order."""
-    found, page_index = [], 0
+    found, page_index = list[ReadingHead](), 0
     largest = max(page.sparse_cache_size for page in sequence.layouts)
+    layers = math.ceil(READING_LAYERS * len(sequence.layers))
     for layer, layout in enumerate(sequence.layers):
         kv_head = 0
         for page in layout.pages:
@@ -91,7 +97,7 @@ def reading_heads(sequence: SequenceLayout) -> list[ReadingHead]:
                 ]
             kv_head += page.num_kv_heads
             page_index += 1
-    return found
+    return [head for head in found if head.layer < layers] or found
 
 
 def key_bytes(sequence: SequenceLayout, num_tokens: int) -> int:
@@ -173,13 +179,14 @@ class DocumentKeys:
         Args:
             key: to encrypt it with; None: it is not encrypted.
         """
-        tensors: dict[str, Tensor] = {"num_tokens": torch.tensor(self.num_tokens)}
-        for i, (keys, positions) in enumerate(zip(self.keys, self.positions, strict=True)):
-            tensors |= {
-                f"keys.{i}": keys.numbers.contiguous(),
-                f"scale.{i}": keys.scale.contiguous(),
-                f"positions.{i}": positions.int().contiguous(),
-            }
+        counts = [len(positions) for positions in self.positions]
+        tensors = {
+            "num_tokens": torch.tensor(self.num_tokens),
+            "counts": torch.tensor(counts),
+            "keys": torch.cat([keys.numbers for keys in self.keys]),
+            "scale": torch.cat([keys.scale for keys in self.keys]),
+            "positions": torch.cat(list(self.positions)).int(),
+        }
         data = save(tensors)
         if key is None:
             return write_aside(path, [data])
@@ -191,7 +198,8 @@ class DocumentKeys:
     def read(cls, path: Path, key: StateKey | None = None) -> DocumentKeys:
         """Those of a file.
 
-        One that is not encrypted is read head by head, when a head is looked at.
+        One that is not encrypted is mapped into memory, and read head by head, when a head is
+        looked at.
 
         Args:
             key: that it was encrypted with; None: it was not.
@@ -212,20 +220,21 @@ class DocumentKeys:
             return cls._of_tensors(set(tensors), tensors.__getitem__)
         except KeysError:
             raise
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise KeysError(f"{path.name}: not the keys of a document ({error})") from None
 
     @classmethod
     def _of_tensors(cls, names: set[str], tensor: Callable[[str], Tensor]) -> DocumentKeys:
         """Those of a file's tensors, which are taken when they are needed."""
-        count = sum(name.startswith("keys.") for name in names)
-        expected = {f"{part}.{i}" for part in ("keys", "scale", "positions") for i in range(count)}
-        if names != expected | {"num_tokens"}:
+        if names != _TENSORS:
             raise KeyError("other tensors than those of keys")
+        counts: list[int] = tensor("counts").tolist()
+        numbers, scales, positions = (
+            tensor(name).split_with_sizes(counts) for name in ("keys", "scale", "positions")
+        )
+        keys = tuple(map(Int8Rows, numbers, scales))
         return cls(
-            int(tensor("num_tokens")),
-            Fetched(count, lambda i: Int8Rows(tensor(f"keys.{i}"), tensor(f"scale.{i}"))),
-            Fetched(count, lambda i: tensor(f"positions.{i}").long()),
+            int(tensor("num_tokens")), keys, Fetched(len(keys), lambda i: positions[i].long())
         )
 
     @property
@@ -250,8 +259,3 @@ def _exact_keys(
     positions = torch.cat([views.positions[0, sparse_head, :m].long(), window])
     order = positions.argsort()
     return keys[order], positions[order]
-
-
-def total_bytes(documents: Iterable[DocumentKeys]) -> int:
-    """Bytes of the keys of documents."""
-    return sum(document.nbytes for document in documents)

@@ -1,7 +1,7 @@
 """Where a server keeps the keys of its libraries' documents, apart from their states.
 
-They are in a file beside that of the state, from which the heads are read that are looked at; what
-is encrypted is opened whole, and kept in memory where it was used last. Where a state has no file,
+They are in a file beside that of the state, which is mapped into memory and stays open; what is
+encrypted is opened whole, and kept in memory where it was used last. Where a state has no file,
 its keys are in memory as long as it is. They can always be taken from the state
 again, so nothing is lost where a file is damaged or missing.
 """
@@ -16,15 +16,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lola_vllm.library.keys import DocumentKeys, KeysError, total_bytes
+from lola_vllm.library.keys import DocumentKeys, KeysError
 from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import keys_file
 
 logger = logging.getLogger("vllm.lola")
 
-# Of keys in memory that have an encrypted file as well: those of 350 documents of 2,000 tokens of
+# Of keys in memory that have an encrypted file as well: those of 700 documents of 2,000 tokens of
 # the demo model.
 CACHE_BYTES = 512 * 2**20
+# Files that stay open, each a mapping of this process.
+MAX_OPEN = 8192
 
 
 class KeyShelf:
@@ -46,6 +48,7 @@ class KeyShelf:
         self._lock = threading.Lock()
         self._held: dict[str, DocumentKeys] = {}
         self._cached: OrderedDict[str, DocumentKeys] = OrderedDict()
+        self._cached_bytes = 0
 
     def add(self, state: str, row: Tensor, num_tokens: int, disk: bool) -> DocumentKeys:
         """Take and keep the keys of a state.
@@ -59,7 +62,8 @@ class KeyShelf:
         keys = self._of_state(row, num_tokens)
         if disk and self._directory is not None:
             keys.write(keys_file(self._directory, state), self._key)
-            self._cache(state, keys)
+            if self._key is not None:  # else they are mapped when they are asked for
+                self._cache(state, keys)
         else:
             with self._lock:
                 self._held[state] = keys
@@ -85,13 +89,18 @@ class KeyShelf:
         """Forget the keys of a state in memory."""
         with self._lock:
             self._held.pop(state, None)
-            self._cached.pop(state, None)
+            self._forget(state)
 
     def _cache(self, state: str, keys: DocumentKeys) -> None:
-        if self._key is None:  # the system keeps what is read of files
-            return
+        sealed = self._key is not None
         with self._lock:
+            self._forget(state)
             self._cached[state] = keys
-            self._cached.move_to_end(state)
-            while len(self._cached) > 1 and total_bytes(self._cached.values()) > CACHE_BYTES:
-                self._cached.popitem(last=False)
+            self._cached_bytes += keys.nbytes if sealed else 0
+            while len(self._cached) > (1 if self._cached_bytes > CACHE_BYTES else MAX_OPEN):
+                self._forget(next(iter(self._cached)))
+
+    def _forget(self, state: str) -> None:
+        keys = self._cached.pop(state, None)
+        if keys is not None and self._key is not None:
+            self._cached_bytes -= keys.nbytes

@@ -15,6 +15,8 @@ FOUND = {
     "among three": "the model's own heads, among three",
     "bm25 first": "BM25, first",
     "bm25 among three": "BM25, among three",
+    "embedding first": "a sentence model, first",
+    "embedding among three": "a sentence model, among three",
 }
 EXACT = {
     "alone": "the right document alone",
@@ -25,6 +27,7 @@ EXACT = {
 }
 SECONDS = {
     "read one": "reading a document of 2,000 tokens, once",
+    "embed one": "a sentence model's vectors of a document, once",
     "question": "the question's queries, read behind a document",
     "choose of 8": "choosing among 8 documents",
     "choose of 32": "choosing among 32",
@@ -53,7 +56,10 @@ def found(runs: Runs) -> str:
             for size in sizes:
                 name = f"{kind} {how} of {size}"
                 asked = [one for one in results if name in one]
-                cells.append(f"{_sum(asked, name)} of {_sum(asked, f'{kind} questions')}")
+                count = _sum(asked, f"{kind} questions")
+                cells.append(f"{_sum(asked, name)} of {count}" if asked else "")
+            if not any(cells):
+                continue
             lines.append([label, by, *cells])
             label = ""
     return table(lines)
@@ -82,6 +88,10 @@ def seconds(runs: Runs) -> str:
         values = [one[f"{name} s"] for one in results if f"{name} s" in one]
         if values:
             lines.append([label, f"{sum(values) / len(values):.2f}"])
+    both = [[one.get(f"first token {of} s") for of in ("as it ships", "alone")] for one in results]
+    ratios = [ships / alone for ships, alone in both if ships and alone]
+    mean = sum(ratios) / len(ratios)
+    lines.append(["the same, times that of the document alone", f"{mean:.1f}"])
     return table(lines)
 
 

@@ -67,12 +67,25 @@ def test_without_a_file_they_are_held_until_they_are_dropped(tmp_path: Path) -> 
 def test_those_with_a_file_leave_memory_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that had to be opened stay, as many as there is room for; others are read of files."""
+    """Those that had to be opened stay, as many as there is room for."""
     monkeypatch.setattr(module, "CACHE_BYTES", 2 * keys_of(ROW, 20).nbytes)
-    for key, stay in ((StateKey(b"k" * 32), "bc"), (None, "")):
-        kept = KeyShelf(keys_of, tmp_path, key)
-        for name in "abc":
-            kept.add(name * 32, ROW, 20, disk=True)
-        for name in "abc":
-            keys_file(tmp_path, name * 32).unlink()
-        assert [name for name in "abc" if kept.find(name * 32) is not None] == [*stay]
+    kept = KeyShelf(keys_of, tmp_path, StateKey(b"k" * 32))
+    for name in "abc":
+        kept.add(name * 32, ROW, 20, disk=True)
+    for name in "abc":
+        keys_file(tmp_path, name * 32).unlink()
+    assert [name for name in "abc" if kept.find(name * 32) is not None] == ["b", "c"]
+
+
+def test_files_stay_open_until_they_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_OPEN", 2)
+    kept = KeyShelf(keys_of, tmp_path)
+    for name in "abc":
+        kept.add(name * 32, ROW, 20, disk=True)
+        assert kept.find(name * 32) is kept.find(name * 32)
+    kept.drop("c" * 32)
+    for name in "abc":
+        keys_file(tmp_path, name * 32).unlink()
+    assert [name for name in "abc" if same(kept.find(name * 32), keys_of(ROW, 20))] == ["b"]
