@@ -89,16 +89,3 @@ def compose(
     )
     store.counts["composed"] += 1
     return state
-
-
-def composed_of(store: SessionStore, salt: str, session: str) -> list[str]:
-    """Sessions of an owner that were composed of a session, by name."""
-    found = set()
-    for (owner, name), other in store.sessions.items():
-        if owner == salt and any(
-            source.partition("@")[0] == session
-            for state in other.states.values()
-            for source in state.header.made_of
-        ):
-            found.add(name)
-    return sorted(found)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.sessions.composing import compose, composed_of
+from lola_vllm.sessions.composing import compose
 from lola_vllm.sessions.file import StateFileError, read_state, read_tokens, write_state
 from lola_vllm.sessions.libraries import (
     describe_libraries,
@@ -202,10 +202,12 @@ class SessionManager:
     def compose_parts(
         self, sources: list[str], salt: str | None = None, ttl: float | None = None
     ) -> Answer:
-        """The session of parts of documents, in the order of their texts. It is made once.
+        """The session that the server composes of others for a request, in the order of their
+        texts. It is made once.
 
         Args:
-            sources: sessions of parts. ttl: seconds that it is kept, from now on where it is made.
+            sources: sessions, or turns of them. ttl: seconds that it is kept, from now on where it
+                is made.
         """
         store = self.store
         with store.lock:
@@ -285,16 +287,17 @@ class SessionManager:
         """Delete a session, or one of its turns: from memory and from the disk.
 
         The shared prefixes that nothing else goes on from go with it. It is over when the files
-        are gone. A file that cannot be removed stays listed. Sessions that were composed of it
-        stay, and are named.
+        are gone. A file that cannot be removed stays listed. What the server composed of it for a
+        request goes too. Sessions that somebody composed of it stay, and are named.
         """
         with self.store.lock:
             states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
             name = states[0].header.session
+            answers, others = made_of_parts(self.store, salt_hash(salt), states)
             states += orphaned_prefixes(self.store, states, partial(self._text, tuple(states)))
-            left = [s for s in composed_of(self.store, salt_hash(salt), name) if s != name]
+            left = [other for other in others if other != name]
             answer = {"deleted": len(states), **({"composed": left} if left else {})}
-            return self._ended(self.store.delete(states, lambda: answer))
+            return self._ended(self.store.delete(states + answers, lambda: answer))
 
     def clear(self) -> Answer:
         """Delete all sessions of this model, whoever they belong to, pinned ones too."""

@@ -13,7 +13,7 @@ from fastapi import HTTPException
 from lola_vllm.library.parts import sentence_at
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.adding import most_tokens
-from lola_vllm.serving.library.protocol import ANSWER_TTL
+from lola_vllm.serving.sessions.composed_start import COMPOSED_TTL
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.sessions.request import LIBRARY_REQUEST
 
@@ -99,7 +99,7 @@ async def compose(
     names = [source["session"] for source in reversed(sources)]
     given: dict[str, Any] = {"sources": names, "salt": owned(salt)}
     if session is None:
-        ttl = ANSWER_TTL if ttl is None else ttl
+        ttl = COMPOSED_TTL if ttl is None else ttl
         made = await engine.sessions("compose_parts", **given, ttl=ttl)
     else:
         made = await engine.sessions("compose", **given, to=session, ttl=ttl)

@@ -19,8 +19,6 @@ from lola_vllm.sessions import check_new_name
 from lola_vllm.sessions.names import check_title
 
 MAX_TOP = 16  # parts that a question may read
-# What was composed to answer a question is kept so long, for the next one that reads the same.
-ANSWER_TTL = 3600.0
 
 
 class LibrarySummary(BaseModel):

@@ -136,13 +136,7 @@ async def compose(
 ) -> Any:
     """A new session made of others, as if their texts stood one behind the other."""
     name = name_of(session)
-    if engine_of(raw_request).config.cache_config.enable_prefix_caching:
-        # It finds states by their tokens alone, and those of composed texts are others.
-        raise HTTPException(
-            HTTPStatus.NOT_IMPLEMENTED,
-            "sessions are composed where prefix caching is off; start the server without "
-            "--enable-prefix-caching",
-        )
+    check_composing(engine_of(raw_request))
     return await ask(
         raw_request, "compose", salt, writes=Reference(name), sources=body.sources, to=name,
         ttl=body.ttl,
@@ -237,6 +231,21 @@ async def ask(
         arguments["salt"] = owned(salt)
     with nullcontext() if writes is None else await lock_session(engine, writes, salt):
         return await engine.sessions(method, **arguments)
+
+
+def check_composing(engine: LolaEngine) -> None:
+    """Refuse to compose sessions where their states would be found by their texts alone.
+
+    Raises:
+        HTTPException: 501.
+    """
+    if engine.config.cache_config.enable_prefix_caching:
+        # It finds states by their tokens alone, and those of composed texts are others.
+        raise HTTPException(
+            HTTPStatus.NOT_IMPLEMENTED,
+            "sessions are composed where prefix caching is off; start the server without "
+            "--enable-prefix-caching",
+        )
 
 
 def check_listing(raw_request: Request) -> None:

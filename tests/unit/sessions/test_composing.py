@@ -63,6 +63,17 @@ def test_no_other_text_finds_it(server: Server) -> None:
         loaded(server, "both", [0, *BOTH])
 
 
+def test_what_was_composed_for_a_request_goes_with_its_sources(server: Server) -> None:
+    made = server.ask("compose_parts", sources=["one", "two@1"])["session"]
+    server.ask("compose", sources=["one", "two"], to="both")
+    server.settle()
+    assert made not in {one["session"] for one in server.ask("sessions")}
+    gone = server.ask("delete", reference="two")
+    assert gone["composed"] == ["both"]
+    with pytest.raises(NotStored):
+        server.store.lookup(parse_reference(made))
+
+
 def test_what_goes_on_from_it_remembers_it(server: Server) -> None:
     server.ask("compose", sources=["one", "two"], to="both")
     server.settle()
