@@ -196,3 +196,6 @@ def test_a_server_that_composes_nothing_says_so(lola_server: Server) -> None:
     body = {"document": "d", "text": HARBOUR}
     response = lola_server.client.post(f"{BASE}/x/documents", json=body)
     refused(response, 501, "--enable-prefix-caching")
+    lola = {"from": ["one", "two"]}
+    body = {"model": "smollm2", "prompt": "x", "kv_transfer_params": {"lola": lola}}
+    refused(lola_server.client.post("/v1/completions", json=body), 501, "--enable-prefix-caching")
