@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lola_vllm.kernels import decode, prefill, shift, update
+from lola_vllm.kernels import attend, decode, prefill, shift, update
 from lola_vllm.kernels.candidates import BLOCK_R
 from lola_vllm.kernels.layer import layer_shape, precision
 from lola_vllm.ops.shift_schedule import SCORE_DECAY, SCORE_DECAY_SHIFTS, ShiftSchedule
@@ -40,6 +40,7 @@ POINTER_TYPES = {
     "n_ptr": "*i32",
     "lists_ptr": "*i32",
     "listed_ptr": "*i32",
+    "kept_positions_ptr": "*i32",
 }
 MODEL_POINTERS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "soft_ptr")  # others are of float32
 FLOATS = ("scale", "decay", "score_decay")
@@ -94,10 +95,14 @@ def kernels(layout: LayerLayout, Hq: int = 32) -> list[Kernel]:
         constants = {**decode.decode_constants(own, Hq, split, False), **read}
         return Kernel("decode" + note, decode.decode_kernel, constants, decode.NUM_WARPS)
 
-    def reading(own: LayerLayout, partial: bool, note: str) -> Kernel:
-        constants = prefill.prefill_constants(own, Hq, False, partial, ROTATED_MAP_AFTER)
+    def reading(own: LayerLayout, partial: bool, note: str, apart: bool = False) -> Kernel:
+        constants = prefill.prefill_constants(own, Hq, False, partial, ROTATED_MAP_AFTER, apart)
         name = "prefill" + note
         return Kernel(name, prefill.prefill_kernel, {**constants, **read}, prefill.NUM_WARPS)
+
+    def attending(own: LayerLayout, note: str) -> Kernel:
+        constants = {**prefill.attend_constants(own, Hq, False), **read}
+        return Kernel("attend" + note, attend.attend_kernel, constants, attend.NUM_WARPS)
 
     def shifting(own: LayerLayout, note: str) -> Kernel:
         schedule = ShiftSchedule(2048, 512, SCORE_DECAY, SCORE_DECAY_SHIFTS, bucket_start=768)
@@ -115,11 +120,15 @@ def kernels(layout: LayerLayout, Hq: int = 32) -> list[Kernel]:
         decoding(layout, True, ", split"),
         reading(layout, False, ""),
         reading(layout, True, ", partial"),
+        reading(layout, False, ", apart", True),
+        attending(layout, ""),
         reading(_with(layout, update_interval=1), False, ", per token"),
         *update_kernels(layout, Hq),
         *update_kernels(weighted, Hq, ", weighted"),
         decoding(small, False, ", int8"),
         reading(small, False, ", int8"),
+        reading(small, False, ", apart, int8", True),
+        attending(small, ", int8"),
         *update_kernels(small, Hq, ", int8"),
         shifting(layout, ""),
         shifting(small, ", int8"),

@@ -54,11 +54,13 @@ def prefill(
     batch: PrefillBatch,
     out: Tensor,
     softmax: SoftmaxPart | None = None,
+    apart: bool | None = None,
 ) -> None:
     """A segment of new tokens per row, from an empty or a live page; see `contract.PrefillOp`.
 
     Args:
         softmax: what attends chunk, window and sinks (`prefill.prefill`); None: Triton too.
+        apart: as of `prefill.prefill`.
 
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
@@ -71,4 +73,4 @@ def prefill(
             raise ValueError(f"{name}: shape {list(tensor.shape)}, expected [{size}]")
         if tensor.device.type != "cpu":
             raise ValueError(f"{name}: on {tensor.device}, must be in host memory")
-    prefill_kernels.prefill(layer, q, k, v, batch, out, softmax)
+    prefill_kernels.prefill(layer, q, k, v, batch, out, softmax, apart)

@@ -113,22 +113,33 @@ def absorb_cached(
     if not SHAPE.INT8_PAIRS:
         return absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
     else:
-        # Numbers of 8 bits are multiplied as they are: every dtype holds them. The scales multiply
-        # logits and weights, those of values over the largest, so that 16 bits hold the weights.
         k_scale = tl.load(k_scale_at + index, mask=ok, other=0.0)
         v_scale = tl.load(v_scale_at + index, mask=ok, other=0.0)
-        k, v = k.to(tl.float32).to(SHAPE.KV_TYPE), v.to(tl.float32).to(SHAPE.KV_TYPE)
-        z = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
-        z = product(q, tl.trans(k), z, PRECISION) * scale * k_scale[None, :]
-        z = tl.where(ok[None, :], z, float("-inf"))
-        top = tl.maximum(m, tl.max(z, 1))
-        p = tl.exp(z - top[:, None])
-        decay = tl.exp(m - top)
-        largest = tl.max(v_scale, 0)
-        share = v_scale / tl.where(largest > 0, largest, 1.0)
-        more = tl.zeros([q.shape[0], cols.shape[0]], tl.float32)
-        more = product((p * share[None, :]).to(SHAPE.KV_TYPE), v, more, PRECISION)
-        return top, norm * decay + tl.sum(p, 1), acc * decay[:, None] + more * largest
+        k, v = k.to(tl.float32), v.to(tl.float32)
+        return absorb_int8(q, k, v, k_scale, v_scale, ok, scale, m, norm, acc, SHAPE, PRECISION)
+
+
+@triton.jit
+def absorb_int8(
+    q, k, v, k_scale, v_scale, ok, scale, m, norm, acc, SHAPE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`absorb` pairs whose numbers `[N, BLOCK_D]`, float32, stand for what their scales say.
+
+    Numbers of 8 bits are multiplied as they are: every dtype holds them. The scales multiply logits
+    and weights, those of values over the largest, so that 16 bits hold the weights.
+    """
+    k, v = k.to(SHAPE.KV_TYPE), v.to(SHAPE.KV_TYPE)
+    z = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
+    z = product(q, tl.trans(k), z, PRECISION) * scale * k_scale[None, :]
+    z = tl.where(ok[None, :], z, float("-inf"))
+    top = tl.maximum(m, tl.max(z, 1))
+    p = tl.exp(z - top[:, None])
+    decay = tl.exp(m - top)
+    largest = tl.max(v_scale, 0)
+    share = v_scale / tl.where(largest > 0, largest, 1.0)
+    more = tl.zeros([q.shape[0], v.shape[1]], tl.float32)
+    more = product((p * share[None, :]).to(SHAPE.KV_TYPE), v, more, PRECISION)
+    return top, norm * decay + tl.sum(p, 1), acc * decay[:, None] + more * largest
 
 
 @triton.jit

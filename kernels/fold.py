@@ -145,13 +145,15 @@ def put(sparse_at, scale_at, exact_at, e, entry, ok, start, lam, cols, SHAPE: tl
 def fold_set(
     wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head, n, scores_at,
     lists_at, fresh_at, SHAPE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCK_P: tl.constexpr, KEEPS_BOUNDS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, KEEPS_BOUNDS: tl.constexpr, PRECISION: tl.constexpr, kept_at=None,
 ):  # fmt: skip
     """Choose, fold and replace in a set at an update point. Heads as of `score_tile`.
 
     Pointers `*_at` but the page's are the set's part of the scratch (`update.Scratch`): scores,
     lists `[3, C]` of the candidates to fold, the incoming pairs to keep and the free entries, and
     where KEEPS_BOUNDS what `score_bounded` left for sets with bounds.
+
+    kept_at: None, or where H and s of the set's state heads are stored besides.
     """
     D: tl.constexpr = SHAPE.HEAD_DIM
     F: tl.constexpr = SHAPE.FEATURE_DIM
@@ -201,9 +203,16 @@ def fold_set(
             more_s += tl.sum(phi, 0)
         place = dither(n // C, half % 2 * F + feats)
         h = tl.load(h_at, mask=live[:, None] & col_ok[None, :], other=0.0)
-        tl.store(h_at, add_dithered(h, more_h, place[:, None]), mask=tile_ok)
+        h = add_dithered(h, more_h, place[:, None])
+        tl.store(h_at, h, mask=tile_ok)
         s = tl.load(s_at, mask=live, other=0.0)
-        tl.store(s_at, add_dithered(s, more_s, place), mask=feat_ok)
+        s = add_dithered(s, more_s, place)
+        tl.store(s_at, s, mask=feat_ok)
+        if kept_at is not None:
+            kept_h_at, kept_s_at = kept_at
+            to = half * F * D + feats[:, None] * D + cols[None, :]
+            tl.store(kept_h_at + to, h, mask=tile_ok)
+            tl.store(kept_s_at + half * F + feats, s, mask=feat_ok)
 
     if KEEPS_BOUNDS:  # noqa: SIM102 (a constant, and a number of run time)
         if (lam > 0) & (recent == 0):  # `StateLayout.keeps_bounds`

@@ -1,10 +1,9 @@
-"""Prefill in Triton (LoLA, arXiv 2505.23666): segments of new tokens, all in one launch.
+"""Prefill in Triton (LoLA, arXiv 2505.23666): segments of new tokens, in one launch or two.
 
 A program takes a KV head of a row through the row's tokens, an update interval at a time: it
 attends a chunk's queries, writes the chunk's pairs, scores, selects and folds, and goes on with the
-next chunk. Within a chunk the window's start, the sparse cache and the hidden state stand still, so
-its queries differ only in how much of the chunk itself they see. The grid of update points is
-absolute, so any split of a prompt cuts alike.
+next chunk. Where rows are few it attends none: `attend.py` does, in a launch after this one. The
+grid of update points is absolute, so any split of a prompt cuts alike.
 
 A page's parts are read by other threads than wrote them. Only the program itself writes what it
 reads, as KV heads do not see each other, so a barrier of its threads orders the two: it makes what
@@ -20,6 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,24 +28,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lola_vllm.kernels.candidates import set_at
-from lola_vllm.kernels.common import absorb, absorb_cached, mix, read_state
+from lola_vllm.kernels.attend import NUM_WARPS as ATTEND_WARPS
+from lola_vllm.kernels.attend import (
+    Kept,
+    attend_block,
+    attend_kernel,
+    attends_apart,
+    kept_buffers,
+    num_chunks,
+    tile_of,
+)
 from lola_vllm.kernels.fold import fold_set, score_set
 from lola_vllm.kernels.layer import (
     EXACT_K,
     EXACT_V,
-    MIN_DOT,
+    POSITIONS,
     RECENT_SIZE,
     exact_of,
     exact_row,
     group_of,
-    h_of,
     layer_shape,
-    map_of,
     num_entries,
     pairs_per_tile,
+    part_of,
     precision,
-    s_of,
     window_start,
 )
 from lola_vllm.kernels.update import PRECISION as UPDATE_PRECISION
@@ -54,104 +60,11 @@ from lola_vllm.kernels.update_per_token import BLOCK_T, NUM_BOUNDS, score_bounde
 from lola_vllm.ops.contract import LayerState, PrefillBatch
 from lola_vllm.state import LayerLayout
 
-MAX_BLOCK_M = 64  # queries attended at a time
 NUM_WARPS = 8  # four would spill registers in updates at d = 128
 
 # Attends every token to its chunk, window and sinks: (layer, q, k, v, batch) -> output
 # `[T, Hq, d]`, contiguous, and its log-sum-exp `[Hq, T]` float32, whose rows are contiguous.
 SoftmaxPart = Callable[[LayerState, Tensor, Tensor, Tensor, PrefillBatch], tuple[Tensor, Tensor]]
-
-
-@triton.jit
-def attend_block(
-    q_at, out_at, soft_at, lse_at, k_at, v_at, wq_ptr, gate_ptr, page_at, group_at, head, num_heads,
-    own_kv_head, position, length, m0, q_token, q_head, k_token, v_token, out_token, out_head,
-    lse_head, scale,
-    SHAPE: tl.constexpr, BLOCK_M: tl.constexpr, TILE_HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SUBTRACT_MAX: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Answer queries of heads that share a state head, from the m0-th token of a chunk on.
-
-    The tile's BLOCK_M rows are those of num_heads heads, at most TILE_HEADS, head by head: so their
-    pairs and H are read once. Pointers q_at to v_at are the first head's and its KV head's, of the
-    chunk's first token, which has the position; length: tokens of the chunk. head: the first of
-    them in the layer, own_kv_head: in the group.
-    """
-    D: tl.constexpr = SHAPE.HEAD_DIM
-    BLOCK_D: tl.constexpr = SHAPE.BLOCK_D
-    TOKENS: tl.constexpr = BLOCK_M // TILE_HEADS
-    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    lane, queries = rows // TOKENS, m0 + rows % TOKENS
-    query_ok, col_ok = (queries < length) & (lane < num_heads), cols < D
-    q_ok = query_ok[:, None] & col_ok[None, :]
-    from_q = q_at + (lane * q_head + queries * q_token)[:, None] + cols[None, :]
-    q = tl.load(from_q, mask=q_ok, other=0.0)
-    if TILE_HEADS > 1:
-        tokens = m0 + tl.arange(0, TOKENS)
-        of_first = q_at + tokens[:, None] * q_token + cols[None, :]
-        by_head = (of_first, (tokens < length)[:, None] & col_ok[None, :], q_head, num_heads)
-    else:
-        by_head: tl.constexpr = None  # type: ignore[no-redef]
-    lam = num_entries(group_at)
-    heads_of_kv = SHAPE.NUM_HEADS // SHAPE.NUM_KV_HEADS
-    own_set = head % heads_of_kv // (SHAPE.NUM_HEADS // SHAPE.NUM_SPARSE_HEADS)
-    own_set += own_kv_head * SHAPE.SETS_PER_KV_HEAD
-    pairs_at = set_at(page_at, group_at, own_set, own_kv_head, lam, SHAPE)
-
-    first = window_start(position, SHAPE)
-    if PARTIAL:
-        m = tl.load(lse_at + lane * lse_head + queries, mask=query_ok, other=0.0)
-        norm = tl.full([BLOCK_M], 1.0, tl.float32)
-        at = (queries * SHAPE.NUM_HEADS + lane)[:, None] * D + cols[None, :]
-        acc = tl.load(soft_at + at, mask=q_ok, other=0.0).to(tl.float32)
-    else:
-        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        norm = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-        # The chunk itself, causal. Its first tile holds its first pair, which every query sees.
-        for j in range(0, tl.minimum(length, m0 + TOKENS), BLOCK_N):
-            index = j + tl.arange(0, BLOCK_N)
-            ok = (index[None, :] <= queries[:, None]) & (index < length)[None, :]
-            tile_ok = (index < length)[:, None] & col_ok[None, :]
-            at = index[:, None]
-            k = tl.load(k_at + at * k_token + cols[None, :], mask=tile_ok, other=0.0)
-            v = tl.load(v_at + at * v_token + cols[None, :], mask=tile_ok, other=0.0)
-            k, v = k.to(SHAPE.KV_TYPE), v.to(SHAPE.KV_TYPE)
-            m, norm, acc = absorb(q, k, v, ok, scale, m, norm, acc, PRECISION)
-
-        # Sinks and window from before the chunk: every query sees them all.
-        num_sinks = tl.minimum(position, SHAPE.SINK_SIZE)
-        num_exact = num_sinks + tl.maximum(position - first, 0)
-        for j in range(0, num_exact, BLOCK_N):
-            index = j + tl.arange(0, BLOCK_N)
-            ok = index < num_exact
-            at = tl.where(index < num_sinks, index, first + index - num_sinks)
-            at = exact_row(at, SHAPE)[:, None] * D + cols[None, :]
-            tile_ok = ok[:, None] & col_ok[None, :]
-            k = tl.load(pairs_at[4] + at, mask=tile_ok, other=0.0)
-            v = tl.load(pairs_at[5] + at, mask=tile_ok, other=0.0)
-            m, norm, acc = absorb(q, k, v, ok[None, :], scale, m, norm, acc, PRECISION)
-
-    num_sparse = tl.minimum(first - SHAPE.SINK_SIZE, lam)
-    for j in range(0, num_sparse, BLOCK_N):
-        index = j + tl.arange(0, BLOCK_N)
-        m, norm, acc = absorb_cached(
-            q, pairs_at, index, index < num_sparse, cols, scale, m, norm, acc, SHAPE, PRECISION
-        )
-
-    y = acc / norm[:, None]
-    if first - SHAPE.SINK_SIZE > lam:  # something was folded in before this chunk
-        own = head % heads_of_kv // (SHAPE.NUM_HEADS // SHAPE.NUM_STATE_HEADS)
-        own += own_kv_head * (SHAPE.NUM_STATE_HEADS // SHAPE.NUM_KV_HEADS)
-        y_lin, z, _ = read_state(
-            q, map_of(wq_ptr, head, SHAPE), h_of(page_at, group_at, own, SHAPE),
-            s_of(page_at, group_at, own, SHAPE), cols, SHAPE.FEATURE_DIM, SHAPE, PRECISION, by_head,
-        )  # fmt: skip
-        log_gate = tl.load(gate_ptr + head + lane, mask=lane < num_heads, other=0.0).to(tl.float32)
-        y = mix(m, norm, y, y_lin / z[:, None], tl.log(z), log_gate, SUBTRACT_MAX)
-    to = out_at + (lane * out_head + queries * out_token)[:, None] + cols[None, :]
-    tl.store(to, y.to(out_at.dtype.element_ty), mask=q_ok)
 
 
 @triton.jit
@@ -167,8 +80,21 @@ def write_pairs(k_at, v_at, exact_k_at, exact_v_at, position, length, m0, k_toke
     tl.store(exact_v_at + to, v.to(SHAPE.KV_TYPE), mask=ok)
 
 
+@triton.jit
+def keep_positions(
+    page_at, group_at, own_set, position, to, SHAPE: tl.constexpr, BLOCK_A: tl.constexpr
+):
+    """Copy the positions of a set's entries as a chunk that begins at the position finds them."""
+    lam = num_entries(group_at)
+    num_sparse = tl.minimum(window_start(position, SHAPE) - SHAPE.SINK_SIZE, lam)
+    positions_at = part_of(page_at, group_at, POSITIONS, tl.int32) + own_set * lam
+    for base in tl.range(0, num_sparse, BLOCK_A, num_stages=1):
+        e = base + tl.arange(0, BLOCK_A)
+        tl.store(to + e, tl.load(positions_at + e, mask=e < num_sparse), mask=e < num_sparse)
+
+
 @triton.jit(
-    do_not_specialize=("lse_head", "num_rows", "most", "state_indices_stride"),
+    do_not_specialize=("lse_head", "num_rows", "most", "per_row", "state_indices_stride"),
     do_not_specialize_on_alignment=("state_indices_ptr",),
 )
 def prefill_kernel(
@@ -190,6 +116,9 @@ def prefill_kernel(
     lists_ptr,
     listed_ptr,
     fresh_ptr,
+    kept_h_ptr,
+    kept_s_ptr,
+    kept_positions_ptr,
     q_token,
     q_head,
     k_token,
@@ -203,6 +132,7 @@ def prefill_kernel(
     lse_head,
     num_rows,
     most,
+    per_row,
     scale,
     SHAPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -218,6 +148,7 @@ def prefill_kernel(
     BLOCK_T: tl.constexpr,
     KEEPS_BOUNDS: tl.constexpr,
     UPDATE_PRECISION: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """Grid (num_rows * Hkv,). rows: of `rows_on`. Scratch as of updates of so many rows.
 
@@ -225,6 +156,9 @@ def prefill_kernel(
     state are left to add; else neither is read. most: entries of the largest set. BLOCK_M and
     TILE_HEADS: of `tile_of`. SCORE_BLOCK: candidates scored at a time; BLOCK_E and those after it
     as in `update.fold_kernel`.
+
+    APART: nothing is attended, and kept, of `attend.Kept` with per_row chunks for each row, is
+    written. Else it is not used.
     """
     tl.static_assert(not (PARTIAL and SUBTRACT_MAX))  # a log-sum-exp does not tell the maximum
     D: tl.constexpr = SHAPE.HEAD_DIM
@@ -264,27 +198,37 @@ def prefill_kernel(
         length = stop - position
         k_at, v_at = k_ptr + kv_head * k_head + token * k_token, v_ptr + kv_head * v_head
         v_at += token * v_token
+        if APART:
+            chunk = row.to(tl.int64) * per_row
+            chunk += tl.where(position == 0, 0, (position - FIRST_DUE) // C + 1)
+            kept_at = kept_positions_ptr + (chunk * SHAPE.NUM_SPARSE_HEADS) * most
+            for i in tl.range(0, SHAPE.SETS_PER_KV_HEAD, num_stages=1, disable_licm=True):
+                keep_positions(
+                    page_at, group_at, own_kv_head * SHAPE.SETS_PER_KV_HEAD + i, position,
+                    kept_at + (kv_head * SHAPE.SETS_PER_KV_HEAD + i) * most, SHAPE, BLOCK_A,
+                )  # fmt: skip
         for m0 in tl.range(0, length, TOKENS, num_stages=1, disable_licm=True):
             # The ring has room for window and chunk, so attending reads none of these rows.
             write_pairs(
                 k_at, v_at, exact_k_at, exact_v_at, position, length, m0, k_token, v_token, SHAPE,
                 TOKENS,
             )  # fmt: skip
-            for i in tl.range(
-                0, HEADS // HEADS_OF_STATE * TILES, num_stages=1, disable_licm=True
-            ):  # fmt: skip
-                of_state = i % TILES * TILE_HEADS
-                head = kv_head * HEADS + i // TILES * HEADS_OF_STATE + of_state
-                attend_block(
-                    q_ptr + head * q_head + token * q_token,
-                    out_ptr + head * out_head + token * out_token,
-                    soft_ptr + (token * SHAPE.NUM_HEADS + head) * D,
-                    lse_ptr + head * lse_head + token, k_at, v_at, wq_ptr, gate_ptr, page_at,
-                    group_at, head, tl.minimum(HEADS_OF_STATE - of_state, TILE_HEADS), own_kv_head,
-                    position, length, m0, q_token, q_head, k_token, v_token, out_token, out_head,
-                    lse_head, scale, SHAPE, BLOCK_M, TILE_HEADS, BLOCK_N, SUBTRACT_MAX, PARTIAL,
-                    PRECISION,
-                )  # fmt: skip
+            if not APART:
+                for i in tl.range(
+                    0, HEADS // HEADS_OF_STATE * TILES, num_stages=1, disable_licm=True
+                ):  # fmt: skip
+                    of_state = i % TILES * TILE_HEADS
+                    head = kv_head * HEADS + i // TILES * HEADS_OF_STATE + of_state
+                    attend_block(
+                        q_ptr + head * q_head + token * q_token,
+                        out_ptr + head * out_head + token * out_token,
+                        soft_ptr + (token * SHAPE.NUM_HEADS + head) * D,
+                        lse_ptr + head * lse_head + token, k_at, v_at, wq_ptr, gate_ptr, page_at,
+                        group_at, head, tl.minimum(HEADS_OF_STATE - of_state, TILE_HEADS),
+                        own_kv_head, position, length, m0, q_token, q_head, k_token, v_token,
+                        out_token, out_head, lse_head, scale, SHAPE, BLOCK_M, TILE_HEADS, BLOCK_N,
+                        SUBTRACT_MAX, PARTIAL, PRECISION,
+                    )  # fmt: skip
         if (stop % C == 0) & (stop >= FIRST_DUE):
             tl.debug_barrier()  # the page is read, and the chunk's pairs are written
             for i in tl.range(0, SHAPE.SETS_PER_KV_HEAD, num_stages=1, disable_licm=True):
@@ -311,10 +255,17 @@ def prefill_kernel(
                         UPDATE_PRECISION,
                     )  # fmt: skip
                 tl.debug_barrier()  # scores are read by other threads than wrote them
+                if APART:  # what the next chunk meets
+                    chunk = row.to(tl.int64) * per_row + (stop - FIRST_DUE) // C + 1
+                    state = chunk * SHAPE.NUM_STATE_HEADS + sparse_head * SHAPE.STATES_PER_SET
+                    kept_s_at = kept_s_ptr + state * 2 * SHAPE.FEATURE_DIM
+                    kept_states_at = (kept_h_ptr + state * 2 * SHAPE.FEATURE_DIM * D, kept_s_at)
+                else:
+                    kept_states_at: tl.constexpr = None  # type: ignore[no-redef]
                 fold_set(
                     wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head,
                     stop, scores_at, lists_ptr + scratch * 3 * C, fresh_at, SHAPE, BLOCK_E, BLOCK_A,
-                    BLOCK_P, KEEPS_BOUNDS, UPDATE_PRECISION,
+                    BLOCK_P, KEEPS_BOUNDS, UPDATE_PRECISION, kept_states_at,
                 )  # fmt: skip
         tl.debug_barrier()  # what the next chunk reads is written, and what it overwrites is read
         token += length
@@ -329,19 +280,19 @@ def prefill(
     batch: PrefillBatch,
     out: Tensor,
     softmax: SoftmaxPart | None = None,
+    apart: bool | None = None,
 ) -> None:
     """A segment of new tokens per row, its arguments checked; shapes as in `contract.PrefillOp`.
 
     Args:
         softmax: what attends chunk, window and sinks, for weights without `subtract_max`; None:
-            the kernel itself.
+            the kernel itself. apart: rows from their first tokens on are attended in a launch of
+            its own; None: where they are few (`attend.attends_apart`).
     """
     layout, weights, pages = layer.layout, layer.weights, layer.pages
-    rows = rows_on(
-        q.device,
-        batch.query_start_loc.numpy().astype(np.int64).tobytes(),
-        batch.context_lens.numpy().astype(np.int64).tobytes(),
-    )
+    starts = batch.query_start_loc.numpy().astype(np.int64)
+    contexts = batch.context_lens.numpy().astype(np.int64)
+    rows = rows_on(q.device, starts.tobytes(), contexts.tobytes())
     num_rows = rows.shape[1]
     if not num_rows:
         return
@@ -352,47 +303,68 @@ def prefill(
         soft, lse = softmax(layer, q, k, v, batch)
         lse_head = lse.stride(0)
     scratch = scratch_buffers(layout, num_rows, q.device)
+    chunks = num_chunks(layout.pages[0], int(np.diff(starts).max()))
+    if softmax is not None or contexts.any():
+        apart = False
+    elif apart is None:
+        apart = attends_apart(layout, num_rows, chunks, q.device)
+    per_row = chunks + 1
+    if apart:
+        kept = kept_buffers(layout, num_rows * per_row, q.device)
+    else:  # not used
+        kept = Kept(weights.log_gate, weights.log_gate, rows)
+    shared = prefill_constants(
+        layout, Hq, weights.subtract_max, softmax is not None, weights.rotated_map_after, apart
+    )
+    precise = precision(q.dtype)
     prefill_kernel[(num_rows * layout.num_kv_heads,)](
         q, k, v, out, weights.feature_map_q, weights.log_gate, weights.key_maps,
         weights.importance, pages, layer.device_table, state_indices, rows, soft, lse, *scratch,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        *kept, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         out.stride(0), out.stride(1), pages.stride(0), state_indices.stride(0), lse_head, num_rows,
-        max(layout.sizes), d**-0.5,
-        **prefill_constants(
-            layout, Hq, weights.subtract_max, softmax is not None, weights.rotated_map_after
-        ),
-        PRECISION=precision(q.dtype), num_warps=NUM_WARPS,
+        max(layout.sizes), per_row, d**-0.5, **shared, PRECISION=precise, num_warps=NUM_WARPS,
     )  # fmt: skip
+    if apart:
+        constants = attend_constants(layout, Hq, weights.subtract_max)
+        tiles = triton.cdiv(Hq // layout.num_state_heads, constants["TILE_HEADS"])
+        attend_kernel[(num_rows * per_row, layout.num_state_heads * tiles)](
+            q, k, v, out, weights.feature_map_q, weights.log_gate, layer.device_table,
+            state_indices, rows, *kept, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
+            v.stride(0), v.stride(1), out.stride(0), out.stride(1), state_indices.stride(0),
+            num_rows, per_row, max(layout.sizes), d**-0.5, **constants, PRECISION=precise,
+            num_warps=ATTEND_WARPS,
+        )  # fmt: skip
 
 
-def tile_of(layout: LayerLayout, Hq: int) -> tuple[int, int]:
-    """Queries attended at a time, BLOCK_M, and of how many heads they are, TILE_HEADS.
-
-    First as many tokens as a chunk has that spans an update interval, within limits, then heads
-    that share a state head.
-    """
-    page = layout.pages[0]
-    most = MAX_BLOCK_M // 2 if page.head_dim > 64 else MAX_BLOCK_M  # 64 spill registers at d = 128
-    tokens = min(most, max(MIN_DOT, triton.next_power_of_2(page.update_interval)))
-    heads = min(most // tokens, triton.next_power_of_2(Hq // layout.num_state_heads))
-    return tokens * heads, heads
-
-
-def prefill_constants(
-    layout: LayerLayout, Hq: int, subtract_max: bool, partial: bool, rotated_map_after: int
-) -> dict[str, object]:
-    """`prefill_kernel`'s compile-time arguments, all but PRECISION."""
+def attend_constants(layout: LayerLayout, Hq: int, subtract_max: bool) -> dict[str, Any]:
+    """`attend_kernel`'s compile-time arguments, all but PRECISION."""
     BLOCK_M, TILE_HEADS = tile_of(layout, Hq)
     return {
-        "SHAPE": layer_shape(layout, Hq, rotated_map_after),
+        "SHAPE": layer_shape(layout, Hq),
         "BLOCK_M": BLOCK_M,
         "TILE_HEADS": TILE_HEADS,
         "BLOCK_N": pairs_per_tile(layout),
         "SUBTRACT_MAX": subtract_max,
+    }
+
+
+def prefill_constants(
+    layout: LayerLayout,
+    Hq: int,
+    subtract_max: bool,
+    partial: bool,
+    rotated_map_after: int,
+    apart: bool,
+) -> dict[str, Any]:
+    """`prefill_kernel`'s compile-time arguments, all but PRECISION."""
+    return {
+        **attend_constants(layout, Hq, subtract_max),
+        "SHAPE": layer_shape(layout, Hq, rotated_map_after),
         "PARTIAL": partial,
         "SCORE_BLOCK": score_block(layout),
         "BLOCK_T": BLOCK_T,
         "UPDATE_PRECISION": UPDATE_PRECISION,
+        "APART": apart,
         **fold_constants(layout),
     }
 

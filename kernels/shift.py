@@ -7,6 +7,7 @@ What it does to a page is `ops/context_shift.py`'s, which is the same in plain t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ from lola_vllm.kernels.layer import (
 from lola_vllm.kernels.update_per_token import LOW, bounds_of
 from lola_vllm.ops.contract import LayerState
 from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.state import PARTS, TABLE_FIELDS
+from lola_vllm.state import PARTS, TABLE_FIELDS, LayerLayout
 
 BLOCK_N = 32  # keys rotated, or rows of H scaled, at a time
 NUM_PARTS = 8  # programs that share a head of a page
@@ -271,15 +272,25 @@ def head_table(layers: Sequence[LayerState]) -> Tensor:
     Rows are those of `LayerState.table`, with offsets from the first layer's bytes. The last field
     is the head's number in its group.
     """
-    start, rows = layers[0].pages.data_ptr(), []
-    offsets = len(TABLE_FIELDS) - len(PARTS)
-    for layer in layers:
-        heads = layer.layout.pages[0].num_kv_heads
-        own = torch.nn.functional.pad(layer.table, (0, 1)).repeat_interleave(heads, 0)
-        own[:, offsets:-1] += layer.pages.data_ptr() - start
+    pages = layers[0].pages
+    offsets = tuple(layer.pages.data_ptr() - pages.data_ptr() for layer in layers)
+    return _table_of(pages.device, tuple(layer.layout for layer in layers), offsets)
+
+
+@functools.lru_cache(maxsize=256)  # of all layers of a model, and of each
+def _table_of(
+    device: torch.device, layouts: tuple[LayerLayout, ...], offsets: tuple[int, ...]
+) -> Tensor:
+    """`head_table`, copied to a device once."""
+    rows, first_part = [], len(TABLE_FIELDS) - len(PARTS)
+    for layout, offset in zip(layouts, offsets, strict=True):
+        heads = layout.pages[0].num_kv_heads
+        table = layout.table(layout.num_state_heads, False)  # of which shifts read sizes and parts
+        own = torch.nn.functional.pad(table, (0, 1)).repeat_interleave(heads, 0)
+        own[:, first_part:-1] += offset
         own[:, -1] = torch.arange(len(own)) % heads
         rows.append(own)
     table = torch.cat(rows)
-    if layers[0].pages.is_cuda:  # only pinned memory is copied without waiting
-        table = table.pin_memory().to(layers[0].pages.device, non_blocking=True)
+    if device.type == "cuda":  # only pinned memory is copied without waiting
+        table = table.pin_memory().to(device, non_blocking=True)
     return table

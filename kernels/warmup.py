@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lola_vllm.kernels import backend
+from lola_vllm.kernels.attend import attends_apart
 from lola_vllm.kernels.layer import layer_shape
 from lola_vllm.kernels.shift import shift_layers
 from lola_vllm.kernels.splits import choose_splits
@@ -32,9 +33,10 @@ def warm_up(layer: LayerState, prefill: PrefillOp = backend.prefill) -> None:
     device, layout, weights = layer.pages.device, layer.layout, layer.weights
     num_heads, page = weights.num_heads, layout.pages[0]
     splits = choose_splits(layout, 1, device)
+    apart = attends_apart(layout, 1, 2, device)
     variants = (
         prefill, weights.subtract_max, layer_shape(layout, num_heads, weights.rotated_map_after),
-        splits > 1, has_bounds(layout), has_scores(layout), device,
+        splits > 1, apart, has_bounds(layout), has_scores(layout), device,
     )  # fmt: skip
     if variants in _compiled:
         return
@@ -50,6 +52,8 @@ def warm_up(layer: LayerState, prefill: PrefillOp = backend.prefill) -> None:
         backend.decode(layer, q, k, v, DecodeBatch(nobody, nobody + 1), out, parts)
     batch = PrefillBatch(nobody, torch.tensor([0, 1]), torch.tensor([0]))
     prefill(layer, q, k, v, batch, out)
+    if apart:
+        backend.prefill(layer, q, k, v, batch, out, apart=True)
     if weights.rotation is not None:
         shift_layers([layer], nobody, nobody.long())
     if device.type == "cuda":

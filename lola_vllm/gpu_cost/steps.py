@@ -37,9 +37,9 @@ from lola_vllm.state import LayerLayout, SequenceLayout, StateLayout
 
 # Designs.
 STOCK, TODAY_CUDA, TODAY_TRITON, ALL_HEADS = "stock", "today, CUDA", "today, Triton", "all heads"
-LOOP, PARALLEL, SPREAD = "loop", "loop, attend", "spread, attend"
+LOOP, SPREAD = "loop", "spread, attend"
 DECODE_DESIGNS = (STOCK, TODAY_CUDA, TODAY_TRITON, ALL_HEADS)
-PREFILL_DESIGNS = (STOCK, TODAY_TRITON, ALL_HEADS, LOOP, PARALLEL, SPREAD)
+PREFILL_DESIGNS = (STOCK, TODAY_TRITON, ALL_HEADS, LOOP, SPREAD)
 
 WEIGHTS, HEAD, FULL_KV, SELECT, SHIFT = (
     "weights",
@@ -53,9 +53,9 @@ WEIGHTS, HEAD, FULL_KV, SELECT, SHIFT = (
 LAYER_LAUNCHES, MODEL_LAUNCHES = 8, 3
 STOCK_LAUNCHES = 2  # keys and values into the cache, flash attention; one more joins splits
 GOAL_DECODE_LAUNCHES = 3  # attention, scores, selection with folds
-SHIFT_LAUNCHES = 2  # a copy of the table and `kernels/shift.py`
+SHIFT_LAUNCHES = 1  # `kernels/shift.py`
 STEP_TOKENS = 8192  # of prompts in a step of vLLM, which reads the weights once
-SEGMENT = 256  # tokens between copies of H, of a prompt whose attention is a launch of its own
+MAX_KEPT_BYTES = 2**28  # of a layer, where the attention of a prompt is a launch of its own
 SPREAD_BLOCKS = 8  # the largest cluster of blocks that runs on every GPU with clusters
 ATTEND_ROWS = 32  # queries of a block of a launch per chunk
 
@@ -190,11 +190,11 @@ def prefill(model: Model, gpu: Gpu, rows: int, tokens: int, design: str) -> Cost
 
     Args:
         design: one of `PREFILL_DESIGNS`. "all heads": three launches for each chunk. "loop": a
-            block per row and KV head does all of its chunks in one launch; that of today reads
-            pairs for each tile of queries. "loop, attend": that block computes scores, choices and
-            folds; a second, parallel launch attends, from copies of H after every `SEGMENT` tokens.
-            "spread, attend": besides, `SPREAD_BLOCKS` blocks share the scores of a row and KV head,
-            and wait for each other once more a chunk.
+            block per row and KV head does all of its chunks in one launch. That of today reads
+            pairs for each tile of queries; where rows are few (`attends_apart`) it computes scores,
+            choices and folds alone, and a second launch attends, from copies of H at each chunk.
+            "spread, attend": so in any case, and `SPREAD_BLOCKS` blocks share the scores of a row
+            and KV head, and wait for each other once more a chunk.
     """
     sums, layers = _Sums(), len(model.sequence.layers)
     total = rows * tokens
@@ -214,6 +214,8 @@ def prefill(model: Model, gpu: Gpu, rows: int, tokens: int, design: str) -> Cost
         segments = len(model.schedule.segment_lengths(0, tokens))
     for layer, count in Counter(model.sequence.layers).items():
         heads, chains = model.heads_of(layer), []
+        few = design == TODAY_TRITON and attends_apart(layer, rows, tokens, gpu)
+        apart = design == SPREAD or (few and segments == 1)
         for page in layer.pages:
             starts, lengths = chunks_of(page, tokens)
             works = attended(page, heads, starts, lengths)
@@ -223,15 +225,18 @@ def prefill(model: Model, gpu: Gpu, rows: int, tokens: int, design: str) -> Cost
                 nbytes = work.bytes.sum() if again else work.bytes.max()
                 sums.add(name, count * rows * float(nbytes), count * rows * float(work.flops.sum()))
             sums.add(STATE, count * map_bytes(page, heads))
-            if design in (PARALLEL, SPREAD):
-                _segments(sums, page, heads, tokens, count * rows)
-            chains.append(_chain(page, heads, lengths, works, design))
+            if apart:  # copies are written and read
+                copies = 2.0 * count * rows * len(lengths)
+                sums.add(STATE, copies * state_bytes(page))
+                sums.add(SPARSE, copies * list_bytes(page))
+            chains.append(_chain(page, heads, lengths, works, design, apart))
         if design == ALL_HEADS:
             host += count * max(
                 chunk_launches(page, *chunks_of(page, tokens)) for page in layer.pages
             )
         else:
-            host += count * segments * (2 if design in (PARALLEL, SPREAD) else 1)
+            # Today only sequences from their first token on are attended apart.
+            host += count * (segments * 2 if design == SPREAD else segments + few)
         for name in chains[0]:
             parts = torch.stack([chain[name] for chain in chains])  # [pages, 3, chunks]
             # With a launch for each chunk, a chunk waits for the longest of its heads.
@@ -306,20 +311,28 @@ def _shift(sums: _Sums, model: Model, times: float) -> None:
         sums.add(SHIFT, times * nbytes, times * flops)
 
 
-def _segments(sums: _Sums, page: StateLayout, heads: int, tokens: int, rows: int) -> None:
-    """What attention as a launch of its own adds.
+def attends_apart(layer: LayerLayout, rows: int, tokens: int, gpu: Gpu) -> bool:
+    """As of `kernels/attend.py`: whether the attention of prompts is a launch of its own."""
+    page = layer.pages[0]
+    chunks, sizes = len(chunks_of(page, tokens)[0]), layer.sizes
+    if chunks < 2 or rows * layer.num_kv_heads >= gpu.processors:
+        return False
+    state = layer.num_state_heads * 2 * page.feature_dim * (page.head_dim + 1)
+    return rows * (chunks + 1) * 4 * (state + len(sizes) * max(sizes)) <= MAX_KEPT_BYTES
 
-    Copies of H and s are written and read. A query meets the pairs of its own segment, half of it
-    on average, by logits or features.
-    """
-    copies = tokens // SEGMENT
-    sums.add(STATE, rows * copies * 2.0 * state_bytes(page))
-    own = rows * heads * tokens * min(SEGMENT, tokens) / 2
-    sums.add(SPARSE, 0.0, own * (4.0 * page.head_dim + 4 * page.feature_dim))
+
+def list_bytes(page: StateLayout) -> int:
+    """Of the positions that a chunk keeps of its sets, where they are full."""
+    return 4 * page.num_sparse_heads * page.sparse_cache_size
 
 
 def _chain(
-    page: StateLayout, heads: int, lengths: Tensor, works: Mapping[str, Work], design: str
+    page: StateLayout,
+    heads: int,
+    lengths: Tensor,
+    works: Mapping[str, Work],
+    design: str,
+    apart: bool,
 ) -> dict[str, Tensor]:
     """What a block does of a row's chunks: flops, bytes and steps, `[3, chunks]`, by part."""
     steps = torch.zeros(len(lengths), dtype=torch.float64)
@@ -339,8 +352,11 @@ def _chain(
     if design == SPREAD:
         chain[SCORES] /= SPREAD_BLOCKS
         chain[SCORES][2] = (works[SCORES].flops > 0).double()
-    if design in (TODAY_TRITON, LOOP):
-        chain |= {name: share([name], kv, kv) for name in (WINDOW, SPARSE, STATE)}
+    if apart:  # the loop copies positions, and writes H and s once more
+        copied = state_bytes(page) * (works[FOLDS].flops > 0) + 2.0 * list_bytes(page)
+        chain[FOLDS][1] += copied / page.num_sparse_heads
+        return chain
+    chain |= {name: share([name], kv, kv) for name in (WINDOW, SPARSE, STATE)}
     if design == TODAY_TRITON:  # which comes back to all of it for each tile of queries
         tokens, tile_heads = attend_tile(page, heads)
         tiles = -(-lengths // tokens) * -(-heads // page.num_state_heads // tile_heads)

@@ -10,8 +10,10 @@ pytest.importorskip("triton")
 SPILLED = {
     # Between the phases of a chunk, what one of them needs waits for the others.
     "prefill": (16, 0, 0),
+    "prefill, apart": (32, 40, 72),  # beside that, pointers to what is kept
     "prefill, per token": (48, 80, 112),
     "prefill, int8": (40, 64, 128),
+    "prefill, apart, int8": (8, 40, 72),
     "fold, per token": (8, 0, 0),
     "fold, per token, weighted": (8, 0, 0),
     "score, per token": (48, 56, 96),

@@ -60,13 +60,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """For a GPU of 132 processors."""
     from triton.runtime.jit import JITFunction
 
-    from lola_vllm.kernels import splits, update
+    from lola_vllm.kernels import attend, splits, update
 
     found = Launches()
     monkeypatch.setattr(
         JITFunction, "run", lambda kernel, *args, **options: found.run(kernel, *args, **options)
     )
-    for module in (splits, update):
+    for module in (attend, splits, update):
         monkeypatch.setattr(module, "num_processors", lambda device: 132)
     return found
 
@@ -108,13 +108,13 @@ def decode(layer: LayerState, rows: int) -> None:
     backend.decode(layer, q, k, v, batch, out)
 
 
-def prefill(layer: LayerState, lengths: Sequence[int]) -> None:
+def prefill(layer: LayerState, lengths: Sequence[int], before: int = 0) -> None:
     from lola_vllm.kernels import backend
 
     q, k, v, out = tokens(sum(lengths))
     starts = torch.tensor([0, *lengths]).cumsum(0)
     rows = len(lengths)
-    batch = PrefillBatch(torch.ones(rows).int(), starts, torch.zeros(rows, dtype=torch.long))
+    batch = PrefillBatch(torch.ones(rows).int(), starts, torch.full((rows,), before))
     backend.prefill(layer, q, k, v, batch, out)
 
 
@@ -175,7 +175,7 @@ def test_a_decode_step_without_sparse_entries_is_two_launches_a_layer(launches):
 
 
 @pytest.mark.parametrize("sizes", [SMALL, LARGE])
-@pytest.mark.parametrize("lengths", [[2048], [2048] * 4, [1], [9, 300]])
+@pytest.mark.parametrize("lengths", [[1], [48] * 200, [2048] * 44])
 def test_a_prompt_is_one_launch_a_layer(launches, sizes, lengths):
     for layer in layers_of(sizes):
         launches.names.clear()
@@ -184,11 +184,37 @@ def test_a_prompt_is_one_launch_a_layer(launches, sizes, lengths):
 
 
 @pytest.mark.parametrize("sizes", [SMALL, LARGE])
-def test_a_context_shift_is_one_launch_for_all_layers(launches, sizes):
-    from lola_vllm.kernels.shift import shift_layers
+@pytest.mark.parametrize("lengths", [[2048], [2048] * 4, [9, 300]])
+def test_prompts_of_few_rows_are_two_launches_a_layer(launches, sizes, lengths):
+    """The second attends all chunks; it needs keys and values of the whole sequence."""
+    for layer in layers_of(sizes):
+        launches.names.clear()
+        prefill(layer, lengths)
+        assert launches.names == ["prefill_kernel", "attend_kernel"]
+        launches.names.clear()
+        prefill(layer, lengths, before=16)
+        assert launches.names == ["prefill_kernel"]
 
-    shift_layers(layers_of(sizes, context_shift=256), torch.tensor([1]), torch.tensor([1024]))
-    assert launches.names == ["shift_kernel"]
+
+def test_what_a_prompt_keeps_of_its_chunks_is_bounded(launches):
+    """With an interval of 1 a prompt has as many chunks as tokens."""
+    (layer,) = layers_of(((512, 512, 512),), update_interval=1)
+    prefill(layer, [512])
+    prefill(layer, [8192])
+    assert launches.names == ["prefill_kernel", "attend_kernel", "prefill_kernel"]
+
+
+@pytest.mark.parametrize("sizes", [SMALL, LARGE])
+def test_a_context_shift_is_one_launch_for_all_layers(launches, sizes):
+    from lola_vllm.kernels import shift
+
+    shift._table_of.cache_clear()
+    layers = layers_of(sizes, context_shift=256)
+    for _ in range(2):
+        launches.names.clear()
+        shift.shift_layers(layers, torch.tensor([1]), torch.tensor([1024]))
+        assert launches.names == ["shift_kernel"]
+    assert shift._table_of.cache_info().misses == 1  # no copy of the table with each
 
 
 def test_the_rows_of_a_step_are_copied_once_for_all_layers(launches):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lola_vllm.config import LolaConfig
-from lola_vllm.ops import LayerState, context_shift, portable
+from lola_vllm.ops import LayerState, PrefillBatch, context_shift, portable
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.state import LayerLayout, SequenceLayout
 from tests.support import layers
@@ -173,3 +173,22 @@ def test_one_launch_scores_sets_with_and_without_bounds(backend, parts):
         for name in ("positions", "H", "s"):
             found, expected = (getattr(g.views, name)[STATE_INDEX] for g in (own, there))
             torch.testing.assert_close(found, expected, **backend.close)
+
+
+@only("triton-interpreted")
+@pytest.mark.parametrize("kind", ["as the demo model", "shared sets", "recent pairs"])
+def test_attention_in_a_launch_of_its_own_is_that_within_the_loop(backend, kind):
+    """Bit for bit, of two prompts and padding between them."""
+    from lola_vllm.kernels import backend as kernels
+
+    problem, _ = layers.layer(kind)
+    lengths, found = (45, 7, 23), []
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v = problem.tokens(0, sum(lengths))
+    batch = PrefillBatch(torch.tensor([1, 0, 3]), starts, torch.zeros(3, dtype=torch.long))
+    for apart in (False, True):
+        state, out = layers.bind(problem), torch.full_like(q, torch.nan)
+        kernels.prefill(state, q, k, v, batch, out, apart=apart)
+        found.append((out, state.pages))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert (found[1][0][45:52] == 0).all() and found[1][0].isfinite().all()

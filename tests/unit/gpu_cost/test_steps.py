@@ -16,7 +16,6 @@ from lola_vllm.gpu_cost.steps import (
     ALL_HEADS,
     DECODE_DESIGNS,
     LOOP,
-    PARALLEL,
     PREFILL_DESIGNS,
     SPREAD,
     STOCK,
@@ -24,6 +23,7 @@ from lola_vllm.gpu_cost.steps import (
     TODAY_TRITON,
     Model,
     attend_tile,
+    attends_apart,
     chunk_launches,
     decode,
     prefill,
@@ -64,19 +64,19 @@ class Started:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     pytest.importorskip("triton")
+    from lola_vllm.kernels import attend, splits, update
     from lola_vllm.kernels import decode as decode_kernels
     from lola_vllm.kernels import prefill as prefill_kernels
-    from lola_vllm.kernels import splits, update
 
     kernel = Started()
     for module, names in {
         decode_kernels: ("decode_kernel",),
-        prefill_kernels: ("prefill_kernel",),
+        prefill_kernels: ("prefill_kernel", "attend_kernel"),
         update: ("score_kernel", "fold_kernel"),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, kernel)
-    for module in (splits, update):
+    for module in (attend, splits, update):
         monkeypatch.setattr(module, "num_processors", lambda device: H100.processors)
     return kernel
 
@@ -97,17 +97,22 @@ def test_launches_of_a_step_are_those_of_the_triton_host_code(
 
 
 @pytest.mark.parametrize("kind", ["as the demo model", "every token", "recent pairs"])
-@pytest.mark.parametrize("tokens", [5, 90])
-def test_a_prompt_is_one_launch_of_the_triton_host_code(started: Started, kind: str, tokens: int):
+@pytest.mark.parametrize("rows, tokens", [(1, 5), (1, 90), (43, 90), (44, 90)])
+def test_a_prompt_is_one_launch_of_the_triton_host_code_and_two_of_few_rows(
+    started: Started, kind: str, rows: int, tokens: int
+):
     """For all heads and chunks; and one more where contexts shift between its segments."""
     from lola_vllm.kernels import backend
 
     problem, _ = layers.layer(kind)
     state = layers.bind(problem)
-    q, k, v = problem.tokens(0, tokens)
-    batch = PrefillBatch(torch.tensor([1]), torch.tensor([0, tokens]), torch.tensor([0]))
+    q, k, v = (x.repeat(rows, 1, 1) for x in problem.tokens(0, tokens))
+    starts = torch.arange(rows + 1) * tokens
+    batch = PrefillBatch(torch.ones(rows).int(), starts, torch.zeros(rows, dtype=torch.long))
     backend.prefill(state, q, k, v, batch, torch.empty_like(q))
-    assert started.count == 1
+    apart = attends_apart(state.layout, rows, tokens, H100)
+    assert apart == (rows < 44 and tokens > 5)  # three KV heads, 132 processors
+    assert started.count == 1 + apart
 
 
 def test_launches_of_a_step_are_those_of_the_cuda_host_code():
@@ -144,12 +149,13 @@ def test_groups_share_the_launches_of_today():
     assert decode(apart, H100, 1, 4096, ALL_HEADS).launches == 4 * (8 + 3) + 3
     around = 4 * 8 + 3
     for m in (equal, apart):
-        assert prefill(m, H100, 1, 2048, TODAY_TRITON).launches == around + 4
+        assert prefill(m, H100, 1, 2048, TODAY_TRITON).launches == around + 8
+        assert prefill(m, H100, 200, 2048, TODAY_TRITON).launches == around + 4
     (page,) = equal.sequence.layers[0].pages
     chunks = chunk_launches(page, *chunks_of(page, 2048))
     assert prefill(equal, H100, 1, 2048, ALL_HEADS).launches == around + 4 * chunks
     assert prefill(apart, H100, 1, 2048, LOOP).launches == around + 4
-    assert prefill(apart, H100, 1, 2048, PARALLEL).launches == around + 8
+    assert prefill(apart, H100, 1, 2048, SPREAD).launches == around + 8
 
 
 def test_weights_and_full_kv_by_hand():
@@ -203,7 +209,7 @@ def test_sequential_designs_wait_for_the_largest_head():
     spread = prefill(apart, H100, 1, 8192, SPREAD)
     faster = next(p for p in spread.parts if p.name == "scores").seconds(H100)
     assert scores[0] / 8 < faster < scores[0]
-    attends = prefill(apart, H100, 1, 8192, PARALLEL)
+    attends = prefill(apart, H100, 1, 8192, TODAY_TRITON)
     for name in ("sparse K/V", "H and s", "window and sinks"):
         waits, free = (
             next(p for p in cost.parts if p.name == name).seconds(H100) for cost in (one, attends)
@@ -245,12 +251,15 @@ def test_tiles_of_a_prompt_are_those_of_the_kernel(d: int, interval: int, heads:
 
 
 def test_heads_that_share_a_tile_read_pairs_once():
-    """Two query heads a KV head, and chunks of 16 tokens: one tile."""
-    today, loop = (prefill(model(2048), H100, 1, 8192, design) for design in (TODAY_TRITON, LOOP))
-    assert today.seconds(H100) == loop.seconds(H100)
+    """Two query heads a KV head, and chunks of 16 tokens: one tile. As many rows as fill the GPU,
+    which are attended within the loop."""
+    one = dataclasses.replace(H100, processors=2)
+    today, loop = (prefill(model(2048), one, 1, 8192, design) for design in (TODAY_TRITON, LOOP))
+    assert today.seconds(one) == loop.seconds(one)
     apart = model(2048, interval=256)
-    today, loop = (prefill(apart, H100, 1, 8192, design) for design in (TODAY_TRITON, LOOP))
-    assert today.seconds(H100) > loop.seconds(H100)
+    today, loop = (prefill(apart, one, 1, 8192, design) for design in (TODAY_TRITON, LOOP))
+    assert today.seconds(one) >= loop.seconds(one)
+    assert today.bytes == loop.bytes
 
 
 def test_a_float32_model_uses_no_tensor_cores():
