@@ -34,7 +34,9 @@ SECONDS = {
     "choose of 128": "choosing among 128",
     "choose of 1000": "choosing among 1,000, which are the same 128 again and again",
     "first token alone": "first token of the document alone, whose state is at hand",
-    "first token as it ships": "first token with choosing among 32, loading and composing",
+    "first token of 1": "first token of the first that was found, with choosing and loading",
+    "first token of 3": "first token of three, with choosing, loading and composing",
+    "first token as it ships": "first token as it ships: one of the two",
     "first token bm25 and stock": "first token of the stock model, reading three documents",
 }
 
