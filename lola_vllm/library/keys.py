@@ -22,6 +22,7 @@ from torch import Tensor
 from lola_vllm.ops.int8 import Int8Rows, quantize
 from lola_vllm.ops.portable import compute_dtype
 from lola_vllm.ops.rope_table import RopeTable
+from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.sessions.cipher import KEYS, SALT_BYTES, StateKey
 from lola_vllm.sessions.partial import write_aside
 from lola_vllm.state import SequenceLayout, StateLayout
@@ -147,31 +148,45 @@ class DocumentKeys:
 
     @classmethod
     def of_state(
-        cls, sequence: SequenceLayout, row: Tensor, num_tokens: int, rope: RopeTable
+        cls,
+        sequence: SequenceLayout,
+        row: Tensor,
+        num_tokens: int,
+        rope: RopeTable,
+        newest: int | None = None,
+        schedule: ShiftSchedule | None = None,
     ) -> DocumentKeys:
         """The exact keys of a state: of its sparse caches and its window, sinks aside.
 
         Args:
             row: `[>= row_bytes]` uint8 on the CPU. num_tokens: that it has seen.
             rope: of the model, in the dtype of sums.
+            newest: of its tokens, how many are the document; None: all.
+            schedule: of context shifts, for a state of more tokens than the trained length.
 
         Raises:
             KeysError: the document is longer than the trained length.
         """
-        if num_tokens > len(rope.cos):
+        own = num_tokens if newest is None else min(newest, num_tokens)
+        if own > len(rope.cos):
             raise KeysError(
-                f"a document of {num_tokens} tokens: at most {len(rope.cos)}, the trained length, "
+                f"a document of {own} tokens: at most {len(rope.cos)}, the trained length, "
                 "are read as one; read it in parts"
             )
         pages, rows = sequence.layouts, sequence.split(row[None])
         keys, positions = [], []
         for head in reading_heads(sequence):
-            found, where = _exact_keys(
-                pages[head.page], rows[head.page], head.sparse_head, num_tokens
-            )
-            keys.append(quantize(rope.move(found, torch.tensor(-num_tokens))))
-            positions.append(where)
-        return cls(num_tokens, tuple(keys), tuple(positions))
+            page = pages[head.page]
+            found, where = _exact_keys(page, rows[head.page], head.sparse_head, num_tokens)
+            found, where = found[where >= num_tokens - own], where[where >= num_tokens - own]
+            stand = where
+            if schedule is not None:
+                stand = schedule.exact_rope_positions(where, num_tokens, page.sink_size)
+            by = where - num_tokens - stand
+            found = rope.move(rope.move(found, by // 2), by - by // 2)  # each by less than P
+            keys.append(quantize(found))
+            positions.append(where - (num_tokens - own))
+        return cls(own, tuple(keys), tuple(positions))
 
     def write(self, path: Path, key: StateKey | None = None) -> int:
         """Write them to a file, which only its owner can read, and return its bytes.
