@@ -21,8 +21,8 @@ from lola_vllm.serving.inspector import ROUTE
 from lola_vllm.serving.library.routes import router as library_router
 from lola_vllm.serving.metrics import LolaMetrics, RefreshMetrics
 from lola_vllm.serving.routes import page, router
-from lola_vllm.serving.sessions import routers
 from lola_vllm.serving.sessions.owners import OwnerMiddleware, Owners
+from lola_vllm.serving.sessions.routing import routers
 from lola_vllm.serving.sessions.wrappers import wrap_generate
 from lola_vllm.sessions.settings import STORE_KEY, StoreSettings
 

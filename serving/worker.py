@@ -171,9 +171,15 @@ class LolaWorkerExtension:
         return self._librarian().heard(request_id)
 
     @_answering
-    def lola_find(self, question: str, documents: list[tuple[str, int]], top: int) -> Answer:
+    def lola_find(
+        self,
+        question: str,
+        documents: list[tuple[str, int]],
+        top: int,
+        newest: tuple[str, int, int] | None = None,
+    ) -> Answer:
         """As `Librarian.find`."""
-        return self._librarian().find(question, documents, top)
+        return self._librarian().find(question, documents, top, newest)
 
     @_answering
     def lola_found(self, question: str) -> Answer:

@@ -33,13 +33,14 @@ class KeyShelf:
     """Keys of documents by the id of their state. Several threads may use it.
 
     Args:
-        of_state: the keys of a state `[rank_bytes]` after so many tokens.
+        of_state: the keys of a state `[rank_bytes]` after so many tokens; all, or of so many of the
+            newest.
         directory: of the files; None: there are none. key: that encrypts them; None: nothing does.
     """
 
     def __init__(
         self,
-        of_state: Callable[[Tensor, int], DocumentKeys],
+        of_state: Callable[[Tensor, int, int | None], DocumentKeys],
         directory: Path | None = None,
         key: StateKey | None = None,
     ) -> None:
@@ -59,7 +60,7 @@ class KeyShelf:
         Raises:
             KeysError: the document is longer than the trained length. OSError: of the file.
         """
-        keys = self._of_state(row, num_tokens)
+        keys = self._of_state(row, num_tokens, None)
         if disk and self._directory is not None:
             keys.write(keys_file(self._directory, state), self._key)
             if self._key is not None:  # else they are mapped when they are asked for
@@ -68,6 +69,10 @@ class KeyShelf:
             with self._lock:
                 self._held[state] = keys
         return keys
+
+    def newest(self, row: Tensor, num_tokens: int, count: int) -> DocumentKeys:
+        """The keys of so many tokens at the end of a text, which are not kept."""
+        return self._of_state(row, num_tokens, count)
 
     def find(self, state: str) -> DocumentKeys | None:
         """The keys of a state; None where they have to be taken from it."""

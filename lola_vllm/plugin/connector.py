@@ -140,12 +140,15 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
             ),
         )
 
-    def _keys_of(self, row: torch.Tensor, num_tokens: int) -> DocumentKeys:
-        """The keys of a library's document, of a state of this rank."""
+    def _keys_of(
+        self, row: torch.Tensor, num_tokens: int, newest: int | None = None
+    ) -> DocumentKeys:
+        """The keys of a library's document, of a state of this rank; or of the newest tokens."""
         layer = self._layers()[0]
         if self._rope is None:
             self._rope = rope_of(layer)
-        return DocumentKeys.of_state(layer.sequence, row, num_tokens, self._rope)
+        schedule = ShiftSchedule.of(lola_hf_config(self._vllm_config))
+        return DocumentKeys.of_state(layer.sequence, row, num_tokens, self._rope, newest, schedule)
 
     def _layers(self) -> list[LolaAttention]:
         modules = self._vllm_config.compilation_config.static_forward_context.values()

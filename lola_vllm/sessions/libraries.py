@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from lola_vllm.sessions.names import LIBRARY
+from lola_vllm.sessions.names import LIBRARY, PAST
 from lola_vllm.sessions.prefix_hash import digest
 from lola_vllm.sessions.store import NotStored, SessionStore
 from lola_vllm.sessions.tiers import Stored
@@ -45,8 +45,9 @@ def documents_of(parts: Sequence[Stored], library: str, document: str) -> list[S
 
 
 def describe_libraries(store: SessionStore, salt: str) -> list[dict[str, Any]]:
-    """The libraries of an owner, by name."""
-    by_name = groupby(_parts(store, salt), key=lambda state: state.header.library)
+    """The libraries of an owner, by name; sessions' own segments are in none of these."""
+    parts = [state for state in _parts(store, salt) if state.header.library != PAST]
+    by_name = groupby(parts, key=lambda state: state.header.library)
     return [_summary(name, list(states)) for name, states in by_name]
 
 

@@ -32,6 +32,7 @@ from lola_vllm.sessions.names import (
     parse_reference,
 )
 from lola_vllm.sessions.orders import DISK, MEMORY, Copy
+from lola_vllm.sessions.past import expiring_apart, segments_of, segments_under
 from lola_vllm.sessions.prefix_hash import PrefixHashes, Tokens, salt_hash
 from lola_vllm.sessions.shared_prefixes import orphaned_prefixes
 from lola_vllm.sessions.store import NotStored, Session, SessionStore
@@ -63,7 +64,7 @@ class SessionManager:
     METHODS = (
         "sessions", "show", "tokens", "fork", "compose", "rename", "pin", "delete", "clear",
         "files", "import_file", "stats", "result", "libraries", "library", "compose_parts",
-        "remove_documents",
+        "remove_documents", "past",
     )  # fmt: skip
 
     def __init__(self, store: SessionStore) -> None:
@@ -233,6 +234,32 @@ class SessionManager:
             answer = {"deleted": len(leaving), **({"composed": others} if others else {})}
             return self._ended(store.delete(leaving + answers, lambda: answer))
 
+    def past(self, reference: str, size: int, salt: str | None = None) -> Answer:
+        """The state of a session, and the segments of its text that are kept, by number from 0 on.
+
+        They are kept as long as the session. Those of another text are deleted.
+
+        Args:
+            size: tokens of a segment.
+        """
+        store = self.store
+        with store.lock:
+            newest = self._longest(reference, salt)
+            found = segments_of(store, newest, self._tokens(newest), size)
+            if found.stale:
+                store.delete(found.stale, dict)
+            due = expiring_apart(found, newest)
+            if due:
+                store.rewrite(due, undo=False, expires=newest.header.expires)
+            return {
+                "id": newest.id,
+                "tokens": newest.header.num_tokens,
+                "segments": [
+                    {"segment": number, "session": state.header.session, "id": state.id}
+                    for number, state in sorted(found.kept.items())
+                ],
+            }
+
     def rename(self, session: str, to: str, salt: str | None = None) -> Answer:
         """Another name for a session."""
         store, old, new = self.store, check_name(session), check_new_name(to, "to")
@@ -241,6 +268,9 @@ class SessionManager:
             if (salt_hash(salt), new) in store.sessions:
                 raise SessionError("exists", f"to = {new!r}: there is such a session already")
             due = [state for state in states if self._is_due(state, new)]
+            segments = segments_under(store, salt_hash(salt), old)
+            if segments:
+                store.rewrite(segments, undo=False, document=new)
             operation = store.rewrite(states, answer=lambda: self.show(new, salt), session=new)
             for state in due:
                 store.write(state)
@@ -293,8 +323,12 @@ class SessionManager:
         with self.store.lock:
             states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
             name = states[0].header.session
-            answers, others = made_of_parts(self.store, salt_hash(salt), states)
+            segments = []
+            if len(states) == len(self.store.sessions[(salt_hash(salt), name)].states):
+                segments = segments_under(self.store, salt_hash(salt), name)
+            answers, others = made_of_parts(self.store, salt_hash(salt), states + segments)
             states += orphaned_prefixes(self.store, states, partial(self._text, tuple(states)))
+            states += segments
             left = [other for other in others if other != name]
             answer = {"deleted": len(states), **({"composed": left} if left else {})}
             return self._ended(self.store.delete(states + answers, lambda: answer))

@@ -40,6 +40,9 @@ class Shelf(Protocol):
     def add(self, state: str, row: Tensor, num_tokens: int, disk: bool) -> object:
         """Take those of a state `[rank_bytes]` after so many tokens; in a file where it has one."""
 
+    def newest(self, row: Tensor, num_tokens: int, count: int) -> object:
+        """Those of so many tokens at the end of a text."""
+
     def find(self, state: str) -> object | None:
         """Those of a state; None where they are not kept."""
 
@@ -172,15 +175,25 @@ class TransferWorker:
             raise FileNotFoundError("the keys of documents are not kept here")
         found = self._shelf.find(state)
         if found is None:
-            data, on_disk = self._in_memory(state), self.directory is not None
-            if data is not None:
-                row = data.wait()
+            on_disk = self.directory is not None
+            if self._in_memory(state) is not None:
                 on_disk = on_disk and self._path(state).exists()
-            else:
-                read = read_state(self._path(state), self.fingerprint, self._key)
-                row = torch.from_numpy(read.data)
-            found = self._shelf.add(state, row, num_tokens, on_disk)
+            found = self._shelf.add(state, self._row(state), num_tokens, on_disk)
         return found
+
+    def newest_keys(self, state: str, num_tokens: int, count: int) -> object:
+        """The keys of so many tokens at the end of what a state has seen; as `document_keys`."""
+        if self._shelf is None:
+            raise FileNotFoundError("the keys of documents are not kept here")
+        return self._shelf.newest(self._row(state), num_tokens, count)
+
+    def _row(self, state: str) -> Tensor:
+        """A state's bytes, from memory or its file."""
+        data = self._in_memory(state)
+        if data is not None:
+            return data.wait()
+        read = read_state(self._path(state), self.fingerprint, self._key)
+        return torch.from_numpy(read.data)
 
     def _load(self, order: Load) -> None:
         state = order.header.id

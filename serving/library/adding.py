@@ -124,7 +124,7 @@ async def read_parts(
     try:
         for number, tokens in enumerate(parts, start=1):
             part = Part(library, body.document, number, len(parts))
-            session = await _read(engine, part, tokens, body)
+            session = await read_part(engine, part, tokens, body.ttl, body.cache_salt)
             complete = number == len(parts)
             yield {
                 "part": number, "parts": len(parts), "session": session, "tokens": len(tokens)
@@ -134,13 +134,23 @@ async def read_parts(
             engine.later(_remove(engine, library, body))
 
 
-async def _read(engine: LolaEngine, part: Part, tokens: list[int], body: AddRequest) -> str:
+async def read_part(
+    engine: LolaEngine, part: Part, tokens: list[int], ttl: float | None, salt: str | None
+) -> str:
+    """Read a part, apart from all else, and return the session that is its state.
+
+    Args:
+        ttl: seconds that it is kept. salt: the caller's.
+
+    Raises:
+        HTTPException: it was not stored.
+    """
     session = f"{LIBRARY}{secrets.token_hex(12)}"
     params = {"from": False, "save": session, "answer": False, "part": list(part)}
-    if body.ttl is not None:
-        params["ttl"] = body.ttl
+    if ttl is not None:
+        params["ttl"] = ttl
     request_id = f"{LIBRARY_REQUEST}{uuid.uuid4().hex}"
-    final = await engine.read(tokens, request_id, params, body.cache_salt)
+    final = await engine.read(tokens, request_id, params, salt)
     said = told(final) if final else {}
     reason = said.get("unsaved") or said.get("unwritten")
     if said.get("session") != session or reason:

@@ -49,6 +49,23 @@ async def find(
                   part["id"], part["tokens"])
         for document in found["documents"] for part in document["parts"]
     ]  # fmt: skip
+    return await find_among(engine, parts, question, top, salt)
+
+
+async def find_among(
+    engine: LolaEngine,
+    parts: list[KnownPart],
+    question: str,
+    top: int,
+    salt: str | None,
+    newest: tuple[str, int, int] | None = None,
+) -> list[dict[str, Any]]:
+    """As `find`, of parts that are known.
+
+    Args:
+        newest: the end of a text, which may be found too, as `Librarian.find` takes it. It is no
+            source: of the sources only those come back that are read more than it.
+    """
     room = most_tokens(engine)
     asked = await _encoded(engine, f"\n{question.strip()}")
     # A question is read after a document, as it is when it follows one.
@@ -63,7 +80,7 @@ async def find(
     try:
         await _hear(engine, name, anchor, asked, salt)
         states = [(part.id, part.tokens) for part in parts]
-        await engine.ask_workers("lola_find", name, states, top)
+        await engine.ask_workers("lola_find", name, states, top, newest)
         answer: dict[str, Any] = {}
         while "choices" not in answer:
             await asyncio.sleep(POLL_S)
@@ -71,9 +88,11 @@ async def find(
     except BaseException:  # a disconnected client cancels this
         engine.later(engine.ask_workers("lola_unhear", name))
         raise
+    choices = answer["choices"]
+    ends = [i for i, choice in enumerate(choices) if choice["document"] == len(parts)]
     return [
         await _source(engine, parts[choice["document"]], choice, salt)
-        for choice in answer["choices"]
+        for choice in choices[: ends[0] if ends else None]
     ]
 
 
@@ -167,3 +186,22 @@ async def _encoded(engine: LolaEngine, text: str) -> list[int]:
     tokenizer: Any = engine.client.renderer.tokenizer
     ids: list[int] = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
     return ids
+
+
+def last_text(messages: list[Any]) -> str:
+    """What the last message says.
+
+    Raises:
+        HTTPException: no text.
+    """
+    last = messages[-1] if messages else None
+    content = last.get("content") if isinstance(last, dict) else None
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = " ".join(text for text in texts if isinstance(text, str))
+    if not isinstance(content, str) or not content.strip():
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST,
+            "messages: the last one has no text to ask; give 'question', or a text",
+        )
+    return content

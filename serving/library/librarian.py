@@ -89,19 +89,26 @@ class Librarian:
             self._heard.popitem(last=False)
         return {}
 
-    def find(self, question: str, documents: Sequence[tuple[str, int]], top: int) -> Answer:
+    def find(
+        self,
+        question: str,
+        documents: Sequence[tuple[str, int]],
+        top: int,
+        newest: tuple[str, int, int] | None = None,
+    ) -> Answer:
         """Start to look for the documents that a question reads.
 
         Args:
             question: name of queries that are kept. documents: id of the state and tokens of each
-                part. top: how many to find.
+                part. top: how many to find. newest: one more document: id of a state, its tokens,
+                and how many of the newest of these.
         """
         if len(self._finding) >= MAX_AT_ONCE:
             return {"error": "too many questions are asked at once; try again"}
         asked = self._heard.pop(question, None)
         if asked is None:
             return {"error": "the question was not heard; ask again"}
-        shelf = _fetched(documents)
+        shelf = _fetched(documents, newest)
         self._finding[question] = self._thread.submit(choose, asked, shelf, top)
         return {}
 
@@ -136,15 +143,20 @@ class Librarian:
             future.cancel()
 
 
-def _fetched(parts: Sequence[tuple[str, int]]) -> Fetched[DocumentKeys]:
-    """Keys of documents, fetched one at a time."""
+def _fetched(
+    parts: Sequence[tuple[str, int]], newest: tuple[str, int, int] | None
+) -> Fetched[DocumentKeys]:
+    """Keys of documents, fetched one at a time; the last of a text's newest tokens."""
     connector = get_kv_transfer_group()
     assert isinstance(connector, LolaStateConnector) and connector.transfer is not None
     transfer: TransferWorker = connector.transfer
 
     def keys(index: int) -> DocumentKeys:
-        found = transfer.document_keys(*parts[index])
+        if index == len(parts) and newest is not None:
+            found = transfer.newest_keys(*newest)
+        else:
+            found = transfer.document_keys(*parts[index])
         assert isinstance(found, DocumentKeys)
         return found
 
-    return Fetched(len(parts), keys)
+    return Fetched(len(parts) + (newest is not None), keys)

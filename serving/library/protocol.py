@@ -195,7 +195,7 @@ class _Asks(BaseModel):
 
     @model_validator(mode="after")
     def _new(self) -> Self:
-        for name in ("turn", "tokens"):
+        for name in ("turn", "tokens", "recall"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: a question to a library begins a session; leave it out")
         if self.session is not None:

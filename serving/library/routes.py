@@ -141,7 +141,7 @@ async def find(library: str, raw_request: Request, body: FindRequest) -> Any:
 async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> Any:
     """Answer messages from what they read of a library, and name the sources."""
     engine = engine_of(raw_request)
-    question = body.question or _last_text(body.messages)
+    question = body.question or asking.last_text(body.messages)
     transcript, params, sources = await _read(engine, library, body, question)
     tokens = await continuation(body, transcript, raw_request, special_ids(engine))
     check_length(tokens, engine)
@@ -262,22 +262,3 @@ async def _document(engine: LolaEngine, library: str, body: AddRequest) -> dict[
         f"document = {body.document!r}: the budgets have no room for all of its parts; raise "
         "--lola-state-ram, or give the server a --lola-state-dir",
     )
-
-
-def _last_text(messages: list[Any]) -> str:
-    """What the last message says.
-
-    Raises:
-        HTTPException: no text.
-    """
-    last = messages[-1] if messages else None
-    content = last.get("content") if isinstance(last, dict) else None
-    if isinstance(content, list):
-        texts = [part.get("text") for part in content if isinstance(part, dict)]
-        content = " ".join(text for text in texts if isinstance(text, str))
-    if not isinstance(content, str) or not content.strip():
-        raise HTTPException(
-            HTTPStatus.BAD_REQUEST,
-            "messages: the last one has no text to ask; give 'question', or a text",
-        )
-    return content

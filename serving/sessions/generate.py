@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastapi import APIRouter, Depends, HTTPException, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import (
@@ -28,6 +28,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_c
 
 from lola_vllm.serving.bodies import LolaRoute, refusal
 from lola_vllm.serving.engine import LolaEngine
+from lola_vllm.serving.library.asking import last_text
 from lola_vllm.serving.prompt import prompt_tokens, text_tokens
 from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.management import (
@@ -37,14 +38,15 @@ from lola_vllm.serving.sessions.management import (
     reference_of,
 )
 from lola_vllm.serving.sessions.owners import owned
+from lola_vllm.serving.sessions.past import Recalled, forget, recall
 from lola_vllm.serving.sessions.protocol import (
     AppendRequest,
     AppendResponse,
     SessionChatRequest,
     SessionCompletionRequest,
 )
-from lola_vllm.serving.sessions.reporting import reported, told
-from lola_vllm.serving.sessions.template_boundary import Transcript, continuation
+from lola_vllm.serving.sessions.reporting import reported, spoken, told
+from lola_vllm.serving.sessions.template_boundary import Transcript, continuation, ending
 from lola_vllm.sessions.request import FIELD
 
 if TYPE_CHECKING:
@@ -86,18 +88,23 @@ async def append(session: str, raw_request: Request, body: AppendRequest) -> Any
 async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> Any:
     """Answer new messages of a session, as /v1/chat/completions does with all of its messages."""
 
-    async def go_on(transcript: Transcript | None, lola: dict[str, Any]) -> Any:
+    special = special_ids(engine_of(raw_request))
+
+    async def prompt(transcript: Transcript) -> list[int]:
+        return await continuation(body, transcript, raw_request, special)
+
+    async def generate(tokens: list[int] | None, lola: dict[str, Any]) -> Any:
         params: dict[str, Any] = {FIELD: lola}
-        if transcript is not None:
-            tokens = await continuation(
-                body, transcript, raw_request, special_ids(engine_of(raw_request))
-            )
-            check_length(tokens, engine_of(raw_request))
+        if tokens is not None:
             params["prompt_token_ids"] = tokens
         request = body.model_copy(update={"kv_transfer_params": params})
         return await create_chat_completion(request, raw_request)
 
-    return await _answer(session, raw_request, body, go_on, "chat.completion.chunk")
+    async def end() -> list[int]:
+        return await ending(body, raw_request)
+
+    how = _How(prompt, generate, end, "chat.completion.chunk")
+    return await _answer(session, raw_request, body, how)
 
 
 @router.post(
@@ -108,45 +115,128 @@ async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> 
 async def complete(session: str, raw_request: Request, body: SessionCompletionRequest) -> Any:
     """Go on with new text of a session, as /v1/completions does with all of its text."""
 
-    async def go_on(transcript: Transcript | None, lola: dict[str, Any]) -> Any:
-        prompt = body.prompt
-        if not prompt:
-            raise HTTPException(HTTPStatus.BAD_REQUEST, "prompt is empty; give text or token ids")
-        if transcript is not None:
-            new = await text_tokens(prompt, raw_request) if isinstance(prompt, str) else prompt
-            prompt = transcript.before(special_ids(engine_of(raw_request))) + new
-            check_length(prompt, engine_of(raw_request))
-        params = {FIELD: lola}
-        request = body.model_copy(update={"prompt": prompt, "kv_transfer_params": params})
-        return await create_completion(request, raw_request)
+    async def prompt(transcript: Transcript) -> list[int]:
+        text = body.prompt
+        new = await text_tokens(text, raw_request) if isinstance(text, str) else text
+        return transcript.before(special_ids(engine_of(raw_request))) + new
 
-    return await _answer(session, raw_request, body, go_on, "text_completion")
+    async def generate(tokens: list[int] | None, lola: dict[str, Any]) -> Any:
+        update = {"prompt": tokens or body.prompt, "kv_transfer_params": {FIELD: lola}}
+        return await create_completion(body.model_copy(update=update), raw_request)
+
+    async def end() -> list[int]:
+        return []
+
+    if not body.prompt:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "prompt is empty; give text or token ids")
+    return await _answer(session, raw_request, body, _How(prompt, generate, end, "text_completion"))
+
+
+class _How(NamedTuple):
+    """How a route answers.
+
+    Attributes:
+        prompt: the tokens of a session and of what is new. generate: vLLM's answer to tokens, None
+            where the session is new, and to what is asked of the store. end: tokens that end an
+            answer. kind: of the objects in vLLM's stream.
+    """
+
+    prompt: Callable[[Transcript], Awaitable[list[int]]]
+    generate: Callable[[list[int] | None, dict[str, Any]], Awaitable[Any]]
+    end: Callable[[], Awaitable[list[int]]]
+    kind: str
 
 
 async def _answer(
     session: str,
     raw_request: Request,
     body: SessionChatRequest | SessionCompletionRequest,
-    go_on: Callable[[Transcript | None, dict[str, Any]], Any],
-    kind: str,
+    how: _How,
 ) -> Response:
-    """Lock the session, and let vLLM answer.
-
-    Args:
-        go_on: makes vLLM's answer from what the session has seen, None for a new session, and what
-            is asked of the store. kind: of the objects in vLLM's stream.
-    """
+    """Lock the session, and let vLLM answer."""
     reference, engine = reference_of(session), engine_of(raw_request)
     with ExitStack() as lock:
         lock.enter_context(await lock_session(engine, reference, body.cache_salt))
         transcript = await _transcript(engine, reference, body)
+        recalled = await _recalled(engine, reference, transcript, body)
         report = reported()
-        answer: Response = await go_on(transcript, _params(reference, transcript, body.ttl))
+        params, finish = _params(reference, transcript, body.ttl), None
+        if recalled is not None and transcript is not None:
+            finish = _Finish(engine, how, transcript, recalled, params, body.cache_salt, report)
+            lock.callback(finish.forget)
+            params = {"from": recalled.session, "save": False}
+        now = transcript if recalled is None else recalled.transcript
+        tokens = None if now is None else await how.prompt(now)
+        if tokens is not None:
+            check_length(tokens, engine)
+        answer: Response = await how.generate(tokens, params)
         if isinstance(answer, StreamingResponse):
             still = lock.pop_all()
-            answer.body_iterator = _with_report(answer.body_iterator, report, engine, kind, still)
+            answer.body_iterator = _with_report(
+                answer.body_iterator, report, engine, how.kind, still, finish
+            )
             return _LockedStream(answer, still)
+        if finish is not None and answer.status_code == HTTPStatus.OK:
+            await finish()
+            said = json.loads(bytes(answer.body)) | {"kv_transfer_params": report}
+            return JSONResponse(said)
         return answer
+
+
+async def _recalled(
+    engine: LolaEngine,
+    reference: Reference,
+    transcript: Transcript | None,
+    body: SessionChatRequest | SessionCompletionRequest,
+) -> Recalled | None:
+    """What a request that recalls is asked of, in place of the session; None: the session."""
+    if body.recall is None:
+        return None
+    if isinstance(body, SessionChatRequest):
+        question = last_text(body.messages)
+    elif isinstance(body.prompt, str):
+        question = body.prompt
+    else:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "recall: prompt must be a text")
+    if transcript is None:
+        return None
+    return await recall(engine, reference.session, transcript, question, body.cache_salt)
+
+
+class _Finish:
+    """Reads a question and its answer at the end of the session, which neither has seen: they were
+    said behind a segment that came back."""
+
+    def __init__(
+        self,
+        engine: LolaEngine,
+        how: _How,
+        transcript: Transcript,
+        recalled: Recalled,
+        params: dict[str, Any],
+        salt: str | None,
+        report: dict[str, Any],
+    ) -> None:
+        self._engine, self._how, self._transcript = engine, how, transcript
+        self._recalled, self._params = recalled, params
+        self._salt, self._report = salt, report
+        self._said = spoken()
+
+    async def __call__(self) -> None:
+        """Read, and put what the store says of it into the report."""
+        special = special_ids(self._engine)
+        said = self._said[:-1] if self._said and self._said[-1] in special else list(self._said)
+        tokens = await self._how.prompt(self._transcript) + said + await self._how.end()
+        check_length(tokens, self._engine)
+        params = self._params | {"answer": False}
+        request_id = f"lola-append-{uuid.uuid4().hex}"
+        final = await self._engine.read(tokens, request_id, params, self._salt)
+        found = told(final) if final else {}
+        self._report[FIELD] = found | {"recalled": self._recalled.said}
+
+    def forget(self) -> None:
+        """Delete what was composed, in the background."""
+        self._engine.later(forget(self._engine, self._recalled, self._salt))
 
 
 async def _append(reference: Reference, body: AppendRequest, raw_request: Request) -> Any:
@@ -263,12 +353,19 @@ def special_ids(engine: LolaEngine) -> list[int]:
 
 
 async def _with_report(
-    events: Any, report: dict[str, Any], engine: LolaEngine, kind: str, lock: ExitStack
+    events: Any,
+    report: dict[str, Any],
+    engine: LolaEngine,
+    kind: str,
+    lock: ExitStack,
+    finish: _Finish | None,
 ) -> AsyncIterator[Any]:
     """A stream of events, with what the store says before its end, at which the session is free:
     a client that has read it may go on at once."""
     async for event in events:
         text = event if isinstance(event, str) else bytes(event).decode()
+        if text.startswith(_DONE) and finish is not None:
+            await finish()
         if text.startswith(_DONE) and report:
             last = {
                 "id": f"lola-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),

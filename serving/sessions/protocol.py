@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
@@ -250,6 +250,10 @@ class _Goes(BaseModel):
     tokens: TurnTokens | None = Field(
         default=None,
         description="Tokens that the session covers, as the answer of its last turn said.",
+    )
+    recall: Literal["segments"] | None = Field(
+        default=None,
+        description="Whether a segment of the session's own text comes back for the answer.",
     )
 
     @model_validator(mode="before")

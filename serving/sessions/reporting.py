@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lola_vllm.serving.sessions.wrappers import Generate
 
 _report: ContextVar[dict[str, Any] | None] = ContextVar("lola_report", default=None)
+_said: ContextVar[list[int] | None] = ContextVar("lola_said", default=None)
 
 
 def told(output: Any) -> dict[str, Any]:
@@ -28,19 +29,31 @@ def reported() -> dict[str, Any]:
     return found
 
 
+def spoken() -> list[int]:
+    """A list that gets the tokens of the answer to this request, as long as it is generated."""
+    found: list[int] = []
+    _said.set(found)
+    return found
+
+
 def with_report(generate: Generate) -> Generate:
     """The engine client's `generate`, which fills the dict of `reported`."""
 
     def generate_reporting(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         outputs = generate(*args, **kwargs)
-        report = _report.get()
-        return outputs if report is None else _reporting(outputs, report)
+        report, said = _report.get(), _said.get()
+        _said.set(None)  # of the first request alone
+        return outputs if report is None else _reporting(outputs, report, said)
 
     return generate_reporting
 
 
-async def _reporting(outputs: Any, report: dict[str, Any]) -> AsyncIterator[Any]:
+async def _reporting(
+    outputs: Any, report: dict[str, Any], said: list[int] | None
+) -> AsyncIterator[Any]:
     async with aclosing(outputs):
         async for output in outputs:
             report.update(output.kv_transfer_params or {})
+            if said is not None and output.outputs:
+                said += output.outputs[0].token_ids
             yield output

@@ -84,6 +84,12 @@ async def continuation(
     return transcript.before(special) + tokens
 
 
+async def ending(request: ChatCompletionRequest, raw_request: Request) -> list[int]:
+    """The tokens that the template writes where an assistant's turn ends."""
+    text = await _after_answer(request, raw_request, [], prompt=False)
+    return await text_tokens(text, raw_request) if text else []
+
+
 async def _after_answer(
     request: ChatCompletionRequest,
     raw_request: Request,

@@ -32,7 +32,7 @@ def openapi() -> dict[str, Any]:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
     from lola_vllm.serving.routes import router
-    from lola_vllm.serving.sessions import routers
+    from lola_vllm.serving.sessions.routing import routers
 
     app = FastAPI()
     for routes in (router, *routers):

@@ -40,6 +40,18 @@ SECONDS = {
     "first token bm25 and stock": "first token of the stock model, reading three documents",
 }
 
+# Of a text's own past: what is asked, and its names at once and later.
+PAST = {
+    "the segment read apart, alone": ("apart", ""),
+    "the text as it is then": ("at once", "present"),
+    "the segment, and behind it the text": ("", "apart, present"),
+    "the text, and behind it the segment": ("", "present, apart"),
+    "the text, and behind it its state at the segment's end": ("", "present, kept"),
+    "the text, and behind it another segment with a number": ("beside another", ""),
+    "**as it ships: the text, and behind it what the question finds**": ("recalled", "recalled"),
+    "found: the right segment of all so far": ("found", "found"),
+}
+
 
 def _sum(results: list[dict[str, float]], name: str) -> int:
     return round(sum(found.get(name, 0) for found in results))
@@ -97,4 +109,24 @@ def seconds(runs: Runs) -> str:
     return table(lines)
 
 
-TABLES = {"library-found": found, "library-exact": exact, "library-seconds": seconds}
+def past(runs: Runs) -> str:
+    """Exact answers from a text's own past; all seeds together."""
+    results = [run["results"] for run in runs("past")]
+    asked = _sum(results, "questions")
+    names = [name.rsplit(", ", 1) for one in results for name in one if name.endswith(" back")]
+    backs = sorted({int(back.removesuffix(" back")) for _, back in names})
+    heads = ("at once" if not back else f"{back:,} tokens later" for back in backs)
+    lines = [["asked of", *heads]]
+    for label, (at_once, later) in PAST.items():
+        cells = []
+        for back in backs:
+            name = later if back else at_once
+            cells.append(f"{_sum(results, f'{name}, {back} back')} of {asked}" if name else "")
+        lines.append([label, *cells])
+    return table(lines)
+
+
+TABLES = {
+    "library-found": found, "library-exact": exact, "library-seconds": seconds,
+    "library-past": past,
+}  # fmt: skip

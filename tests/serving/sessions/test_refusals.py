@@ -9,8 +9,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from lola_vllm.serving.engine import LolaEngine
-from lola_vllm.serving.sessions import routers
 from lola_vllm.serving.sessions.management import UPLOAD
+from lola_vllm.serving.sessions.routing import routers
 
 BASE = "/v1/lola/sessions"
 CHAT = {"messages": [{"role": "user", "content": "x"}]}

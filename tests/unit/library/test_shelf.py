@@ -18,7 +18,8 @@ from lola_vllm.sessions.file import keys_file
 ROW = torch.zeros(8, dtype=torch.uint8)
 
 
-def keys_of(_row: Tensor, num_tokens: int) -> DocumentKeys:
+def keys_of(_row: Tensor, num_tokens: int, newest: int | None = None) -> DocumentKeys:
+    num_tokens = num_tokens if newest is None else newest
     generator = torch.Generator().manual_seed(num_tokens)
     keys = quantize(torch.randn(num_tokens, 16, generator=generator))
     return DocumentKeys(num_tokens, (keys,), (torch.arange(num_tokens),))
@@ -89,3 +90,9 @@ def test_files_stay_open_until_they_are_dropped(
     for name in "abc":
         keys_file(tmp_path, name * 32).unlink()
     assert [name for name in "abc" if same(kept.find(name * 32), keys_of(ROW, 20))] == ["b"]
+
+
+def test_those_of_the_newest_tokens_are_not_kept(tmp_path: Path) -> None:
+    kept = KeyShelf(keys_of, tmp_path)
+    assert same(kept.newest(ROW, 20, 7), keys_of(ROW, 7))
+    assert not kept._held and not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from lola_vllm.serving.access import Access, AccessMiddleware
 from lola_vllm.serving.inspector import ROUTE
 from lola_vllm.serving.routes import page, router
-from lola_vllm.serving.sessions import routers
+from lola_vllm.serving.sessions.routing import routers
 from lola_vllm.sessions.settings import StoreSettings
 
 SESSIONS = "/v1/lola/sessions"

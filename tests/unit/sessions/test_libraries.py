@@ -119,6 +119,9 @@ class Keys:
         self.kept[state] = (row.clone(), num_tokens, disk)
         return self.kept[state]
 
+    def newest(self, row: Tensor, num_tokens: int, count: int) -> object:
+        return row.clone(), num_tokens, count
+
     def find(self, state: str) -> object | None:
         return self.kept.get(state)
 
@@ -144,6 +147,9 @@ def test_keys_are_taken_when_a_part_is_stored_and_when_they_are_missing(server: 
         keys.kept.clear()
         worker._states.clear()
         assert torch.equal(worker.document_keys(part["id"], len(ONE))[0], row_of(ONE))
+    keys.kept.clear()
+    row, *numbers = worker.newest_keys(part["id"], len(ONE), 7)  # of memory, or of the file
+    assert torch.equal(row, row_of(ONE)) and numbers == [len(ONE), 7] and not keys.kept
     server.ask("remove_documents", library="valves")
     server.settle()
     assert not keys.kept

@@ -1,0 +1,113 @@
+"""A session's own past: the segment of its text that a question reads comes back for the answer.
+
+The text of a session is cut into segments, and each is read once more, apart, before the first
+question after its end. A question is asked of the present and, next to it, of the segment that it
+reads most; where that is the text's end, of the present alone. What came back is no part of the
+session: the question and its answer are read at its end (`docs/library.md`).
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastapi import HTTPException
+
+from lola_vllm.library.parts import PART_TOKENS, SHARED_TOKENS
+from lola_vllm.serving.library.adding import check_libraries, most_tokens, read_part
+from lola_vllm.serving.library.asking import KnownPart, find_among
+from lola_vllm.serving.library.protocol import ANSWER_TTL
+from lola_vllm.serving.sessions.owners import owned
+from lola_vllm.serving.sessions.template_boundary import Transcript
+from lola_vllm.sessions.names import PAST, Part
+
+if TYPE_CHECKING:
+    from lola_vllm.serving.engine import LolaEngine
+
+
+class Recalled(NamedTuple):
+    """What a question is asked of.
+
+    Attributes:
+        session: the server's own, composed of the present and a segment. transcript: of it.
+        said: what the answer tells of the segment.
+    """
+
+    session: str
+    transcript: Transcript
+    said: dict[str, Any]
+
+
+def segment_tokens(engine: LolaEngine) -> int:
+    """Tokens of a segment: as many as a state holds well, and as leave room for a question."""
+    interval = engine.page.update_interval
+    longest = min(PART_TOKENS, most_tokens(engine) // 4)
+    size = longest // interval * interval
+    if size < max(interval, engine.page.sink_size, 2 * SHARED_TOKENS):
+        raise HTTPException(
+            HTTPStatus.NOT_IMPLEMENTED,
+            f"recall: segments of {size} tokens are too short; start the server with a longer "
+            "--max-model-len",
+        )
+    return size
+
+
+async def recall(
+    engine: LolaEngine,
+    session: str,
+    transcript: Transcript,
+    question: str,
+    salt: str | None,
+) -> Recalled | None:
+    """What to ask a question of; None: the session alone, as it is short, its end is what the
+    question reads, or there is no room for a segment in the server's longest context.
+
+    Args:
+        transcript: of the session. salt: the caller's.
+
+    Raises:
+        HTTPException: there can be no libraries here, or a segment could not be stored.
+    """
+    check_libraries(engine)
+    size = segment_tokens(engine)
+    count, left = divmod(len(transcript.tokens), size)
+    room = int(engine.config.model_config.max_model_len) - len(transcript.tokens) - size
+    if not count or room < len(question):  # a token has a character or more
+        return None
+    present = f"{session}@{transcript.turn}"
+    asked = {"reference": present, "size": size, "salt": owned(salt)}
+    found = await engine.sessions("past", **asked)
+    there = {segment["segment"] for segment in found["segments"]}
+    for number in sorted(set(range(count)) - there):
+        part = Part(PAST, session, number + 1, number + 1)
+        tokens = transcript.tokens[number * size : (number + 1) * size]
+        await read_part(engine, part, tokens, None, salt)
+    if len(there) < count:
+        found = await engine.sessions("past", **asked)
+    parts = [
+        KnownPart(session, segment["segment"] + 1, count, segment["session"], segment["id"], size)
+        for segment in found["segments"]
+    ]
+    newest = (found["id"], found["tokens"], left) if left else None
+    sources = await find_among(engine, parts, question, 1, salt, newest) if parts else []
+    if not sources:
+        return None
+    (source,) = sources
+    made = await engine.sessions(
+        "compose_parts", sources=[present, source["session"]], salt=owned(salt), ttl=ANSWER_TTL
+    )
+    said = await engine.sessions("tokens", reference=made["session"], salt=owned(salt))
+    first = (source["part"] - 1) * size
+    return Recalled(
+        made["session"],
+        Transcript(said["turn"], said["kind"], said["tokens"], said["tail"]),
+        {
+            "first": first, "last": first + size, "score": source["score"],
+            "sentence": source["sentence"],
+        },
+    )  # fmt: skip
+
+
+async def forget(engine: LolaEngine, recalled: Recalled, salt: str | None) -> None:
+    """Delete what was composed for a question."""
+    await engine.sessions("delete", reference=recalled.session, salt=owned(salt))

@@ -1,0 +1,101 @@
+"""Segments of a session's text in the store: which are its own, and where they go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lola_vllm.sessions.names import PAST, Part, Reference
+from lola_vllm.sessions.past import TOLERANCE_S
+from lola_vllm.sessions.prefix_hash import salt_hash
+from tests.support.sessions import ROW, Server
+
+TEXT, SIZE = list(range(100, 190)), 40
+
+
+@pytest.fixture(params=["memory", "both"])
+def server(request: Any, tmp_path: Path) -> Iterator[Server]:
+    server = Server(None if request.param == "memory" else tmp_path, memory=100 * ROW)
+    server.say(TEXT, "chat")
+    for number in (0, 1):
+        keep(server, number, TEXT[number * SIZE : (number + 1) * SIZE])
+    server.settle()
+    yield server
+    server.close()
+
+
+def keep(server: Server, number: int, tokens: list[int], session: str = "chat", **more: Any) -> Any:
+    part = Part(PAST, session, number + 1, number + 1)
+    name = f"library-{session}-{number}-{len(server.store.states)}"
+    return server.say(tokens, name, kind="prompt", part=part, **more)
+
+
+def segments(server: Server, session: str = "chat", **more: Any) -> list[int]:
+    found = server.ask("past", reference=session, size=SIZE, **more)
+    server.settle()
+    return [segment["segment"] for segment in found["segments"]]
+
+
+def test_a_session_has_its_segments(server: Server) -> None:
+    found = server.ask("past", reference="chat", size=SIZE)
+    assert found["tokens"] == len(TEXT) and found["id"] in server.store.states
+    assert [one["session"] for one in found["segments"]] == ["library-chat-0-1", "library-chat-1-2"]
+    assert server.ask("libraries") == []
+    assert server.ask("past", reference="none", size=SIZE)["kind"] == "not-found"
+    server.say(TEXT, "chat", salt=salt_hash("other"))
+    assert segments(server, salt="other") == []
+
+
+def test_segments_of_another_text_are_deleted(server: Server) -> None:
+    keep(server, 1, TEXT[1 : SIZE + 1])  # of no segment
+    keep(server, 2, TEXT[-SIZE:])  # one that is not complete
+    keep(server, 0, TEXT[: SIZE - 8])
+    count = len(server.store.states)
+    assert segments(server) == [0, 1]
+    assert len(server.store.states) == count - 3
+    server.say([7, *TEXT], "chat")  # the session says something else now
+    assert segments(server) == []
+    assert not [s for s in server.store.states.values() if s.header.library == PAST]
+
+
+@pytest.mark.parametrize("ttl", [None, 50.0, 5000.0])
+def test_segments_expire_with_their_session(server: Server, ttl: float | None) -> None:
+    server.say([*TEXT, 1], "chat", ttl=ttl)
+    assert segments(server) == [0, 1]
+    (until,) = {s.header.expires for s in server.store.lookup(Reference("chat"))[1:]}
+    own = {s.header.expires for s in server.store.states.values() if s.header.library == PAST}
+    assert own == {until}
+    if ttl is None:
+        return
+    server.clock.now += ttl - 1
+    assert segments(server) == [0, 1]
+    server.say([*TEXT, 1, 2], "chat", ttl=ttl + TOLERANCE_S)
+    assert segments(server) == [0, 1]
+    server.clock.now += 2
+    server.store.expire()
+    assert segments(server) == [0, 1]
+
+
+def test_segments_are_renamed_and_deleted_with_their_session(server: Server) -> None:
+    made = server.ask("compose_parts", sources=["chat", "library-chat-0-1"])["session"]
+    other = keep(server, 0, TEXT[:SIZE], session="other").header.session
+    server.ask("rename", session="chat", to="talk")
+    server.settle()
+    assert segments(server, "talk") == [0, 1]
+    server.say([*TEXT, 1], "talk")
+    server.ask("delete", reference="talk@1")  # one of two turns
+    server.settle()
+    assert segments(server, "talk") == [0, 1]
+    answer = server.ask("delete", reference="talk")
+    assert answer == {"deleted": 3}  # a turn and two segments
+    left = {one["session"] for one in server.ask("sessions", everyone=True)}
+    assert left == {other} and made not in left
+
+
+def test_a_fork_has_none_yet(server: Server) -> None:
+    server.ask("fork", reference="chat", to="fork")
+    server.settle()
+    assert segments(server, "fork") == [] and segments(server) == [0, 1]
