@@ -245,6 +245,10 @@ class SessionManager:
         store = self.store
         with store.lock:
             newest = self._longest(reference, salt)
+            if newest.header.adapter:  # segments are read without
+                raise SessionError(
+                    "bad", f"recall: {reference} has an adapter, and is asked alone; leave it out"
+                )
             found = segments_of(store, newest, self._tokens(newest), size)
             if found.stale:
                 store.delete(found.stale, dict)

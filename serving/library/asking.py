@@ -69,7 +69,7 @@ async def find_among(
     room = most_tokens(engine)
     asked = await _encoded(engine, f"\n{question.strip()}")
     # A question is read after a document, as it is when it follows one.
-    anchor = max(parts, key=lambda part: (part.tokens, part.id))
+    anchor = max(parts, key=lambda part: part.tokens)  # the first of several
     if anchor.tokens + len(asked) > room:
         raise HTTPException(
             HTTPStatus.BAD_REQUEST,

@@ -88,9 +88,8 @@ async def append(session: str, raw_request: Request, body: AppendRequest) -> Any
 async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> Any:
     """Answer new messages of a session, as /v1/chat/completions does with all of its messages."""
 
-    special = special_ids(engine_of(raw_request))
-
     async def prompt(transcript: Transcript) -> list[int]:
+        special = special_ids(engine_of(raw_request))
         return await continuation(body, transcript, raw_request, special)
 
     async def generate(tokens: list[int] | None, lola: dict[str, Any]) -> Any:
