@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def keep(server: Server, number: int, tokens: list[int], session: str = "chat", 
     return server.say(tokens, name, kind="prompt", part=part, **more)
 
 
+def eventually(server: Server, what: Callable[[], bool]) -> bool:
+    """Whether it is so soon: files are removed by a thread."""
+    deadline = time.monotonic() + 20
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.01)
+        server.step()
+    return what()
+
+
 def segments(server: Server, session: str = "chat", **more: Any) -> list[int]:
     found = server.ask("past", reference=session, size=SIZE, **more)
     server.settle()
@@ -61,10 +71,12 @@ def test_segments_of_another_text_are_deleted(server: Server) -> None:
     keep(server, 0, TEXT[: SIZE - 8])
     count = len(server.store.states)
     assert segments(server) == [0, 1]
-    assert len(server.store.states) == count - 3
+    assert eventually(server, lambda: len(server.store.states) == count - 3)
     server.say([7, *TEXT], "chat")  # the session says something else now
     assert segments(server) == []
-    assert not [s for s in server.store.states.values() if s.header.library == PAST]
+    assert eventually(
+        server, lambda: all(s.header.library != PAST for s in server.store.states.values())
+    )
 
 
 @pytest.mark.parametrize("ttl", [None, 50.0, 5000.0])
