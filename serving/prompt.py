@@ -176,3 +176,25 @@ def token_texts(tokenizer: Any, tokens: list[int]) -> list[str]:
             texts.append(text)
             before, pending = pending, []
     return texts
+
+
+def check_length(tokens: list[int], engine: LolaEngine) -> None:
+    """Refuse token ids that are too many for the model, or that are none of it.
+
+    Raises:
+        HTTPException: 400.
+    """
+    limit = int(engine.config.model_config.max_model_len)
+    if len(tokens) >= limit:
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST,
+            f"the session would have {len(tokens)} tokens, and fewer than {limit} "
+            "(--max-model-len) are served; send less, or start another session",
+        )
+    vocabulary = engine.config.model_config.get_vocab_size()
+    for token in tokens:  # an invalid id would be an index out of range in the engine
+        if not 0 <= token < vocabulary:
+            raise HTTPException(
+                HTTPStatus.BAD_REQUEST,
+                f"prompt: token id {token} is none of 0 to {vocabulary - 1}",
+            )

@@ -43,9 +43,9 @@ from lola_vllm.serving.library.protocol import (
     LibraryList,
     Removed,
 )
-from lola_vllm.serving.prompt import text_tokens
+from lola_vllm.serving.prompt import check_length, text_tokens
 from lola_vllm.serving.protocol import check_utf8
-from lola_vllm.serving.sessions.generate import check_length, special_ids
+from lola_vllm.serving.sessions.generate import special_ids
 from lola_vllm.serving.sessions.management import (
     REFUSALS,
     Salt,

@@ -21,7 +21,7 @@ from fastapi import HTTPException
 from vllm import SamplingParams
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
-from lola_vllm.serving.sessions.generate import check_length
+from lola_vllm.serving.prompt import check_length
 from lola_vllm.serving.sessions.management import check_composing
 from lola_vllm.serving.sessions.request_params import check_params, transfer_params
 from lola_vllm.sessions.names import MAX_SOURCES, SessionNameError, parse_reference

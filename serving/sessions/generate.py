@@ -29,7 +29,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_c
 from lola_vllm.serving.bodies import LolaRoute, refusal
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.asking import last_text
-from lola_vllm.serving.prompt import prompt_tokens, text_tokens
+from lola_vllm.serving.prompt import check_length, prompt_tokens, text_tokens
 from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.management import (
     PREFIX,
@@ -321,28 +321,6 @@ def _params(
     if ttl is not None:
         params["ttl"] = ttl
     return params
-
-
-def check_length(tokens: list[int], engine: LolaEngine) -> None:
-    """Refuse token ids that are too many for the model, or that are none of it.
-
-    Raises:
-        HTTPException: 400.
-    """
-    limit = int(engine.config.model_config.max_model_len)
-    if len(tokens) >= limit:
-        raise HTTPException(
-            HTTPStatus.BAD_REQUEST,
-            f"the session would have {len(tokens)} tokens, and fewer than {limit} "
-            "(--max-model-len) are served; send less, or start another session",
-        )
-    vocabulary = engine.config.model_config.get_vocab_size()
-    for token in tokens:  # an invalid id would be an index out of range in the engine
-        if not 0 <= token < vocabulary:
-            raise HTTPException(
-                HTTPStatus.BAD_REQUEST,
-                f"prompt: token id {token} is none of 0 to {vocabulary - 1}",
-            )
 
 
 def special_ids(engine: LolaEngine) -> list[int]:

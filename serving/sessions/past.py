@@ -16,7 +16,7 @@ from fastapi import HTTPException
 from lola_vllm.library.parts import PART_TOKENS, SHARED_TOKENS
 from lola_vllm.serving.library.adding import check_libraries, most_tokens, read_part
 from lola_vllm.serving.library.asking import KnownPart, find_among
-from lola_vllm.serving.library.protocol import ANSWER_TTL
+from lola_vllm.serving.sessions.composed_start import COMPOSED_TTL
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.template_boundary import Transcript
 from lola_vllm.sessions.names import PAST, Part
@@ -94,7 +94,7 @@ async def recall(
         return None
     (source,) = sources
     made = await engine.sessions(
-        "compose_parts", sources=[present, source["session"]], salt=owned(salt), ttl=ANSWER_TTL
+        "compose_parts", sources=[present, source["session"]], salt=owned(salt), ttl=COMPOSED_TTL
     )
     said = await engine.sessions("tokens", reference=made["session"], salt=owned(salt))
     first = (source["part"] - 1) * size
