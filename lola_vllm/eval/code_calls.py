@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.question import Draft, Question, RealText, hide
+from lola_vllm.texts import kind_of
 
 # Parameters and lines of a function that is asked for.
 LEAST_PARAMETERS, MOST_PARAMETERS, MOST_LINES = 2, 6, 24
@@ -77,6 +78,11 @@ class Code(RealText):
                 "--texts: the held-out code defines no function of "
                 f"{LEAST_PARAMETERS} to {MOST_PARAMETERS} parameters; give more Python"
             )
+
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        """See `RealText`."""
+        return kind_of(name) == cls.what
 
     def split(self, document: str) -> list[str]:
         """What stands between empty lines, at most `PIECE_LINES` long."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,7 +34,7 @@ def split_sentences(document: str) -> list[str]:
     return pieces
 
 
-class RealText:
+class RealText(ABC):
     """Units of several documents, read on from a random place. Each kind of text has its own.
 
     Args:
@@ -54,9 +55,14 @@ class RealText:
             raise EvalError(f"--texts: the documents hold no {self.what}; give some")
         self._weights = [len(units) for units in self._documents]
 
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        """Whether the documents of a file of this name, without ending, are text of this kind."""
+        return True
+
+    @abstractmethod
     def split(self, document: str) -> list[str]:
         """A document's units, between which something can be hidden."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         """Units of all documents."""

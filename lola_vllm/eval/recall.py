@@ -11,14 +11,12 @@ from typing import Any, ClassVar
 from lola_vllm.cli_options import option
 from lola_vllm.eval import EvalError
 from lola_vllm.eval.chat_facts import CHAT_TASKS
-from lola_vllm.eval.code_calls import Code
 from lola_vllm.eval.distance import PRECEDING, SPREAD, build_prompts_at, grid
 from lola_vllm.eval.models import Emit, Model
 from lola_vllm.eval.prompts import Format, Prompt, build_prompts
 from lola_vllm.eval.question import RealText
 from lola_vllm.eval.settings import read_held_out
 from lola_vllm.eval.tasks import TASKS, find_tasks
-from lola_vllm.texts import kind_of
 
 # --- scores: RULER's string match, and the right share of an answer that is partly right
 
@@ -167,7 +165,7 @@ class RecallPlan:
                     yield build_prompts(task, length, *rest), task.answer_room
 
     def _texts(self, needed: Collection[type[RealText]]) -> dict[type[RealText], RealText]:
-        """Held-out text by its kind: all of `texts`, or its code where code is needed."""
+        """Held-out text by its kind, of the files that each kind takes."""
         assert self.texts is not None
         of_files = read_held_out(Path(self.texts)) if needed else {}
         texts: dict[type[RealText], RealText] = {}
@@ -176,7 +174,7 @@ class RecallPlan:
                 document
                 for name, documents in of_files.items()
                 for document in documents
-                if kind is not Code or kind_of(name) == Code.what
+                if kind.takes(name)
             ]
             if not documents:
                 raise EvalError(

@@ -65,22 +65,34 @@ def composing(generate: Generate, engine: LolaEngine) -> Generate:
         salt = prompt.get("cache_salt")
         try:
             check_composing(engine)
-            made = await engine.sessions(
-                "compose_parts", sources=sources, salt=salt, ttl=COMPOSED_TTL
-            )
-            said = await engine.sessions("tokens", reference=made["session"], salt=salt)
+            session, said = await compose_for_request(engine, sources, salt)
             tokens = said["tokens"] + list(prompt["prompt_token_ids"])
             check_length(tokens, engine)
         except HTTPException as error:  # which a stream would tell as an error of the server's
             raise GracefulHTTPError(str(error.detail), HTTPStatus(error.status_code)) from None
         after = {name: value for name, value in prompt.items() if name != "prompt"}
         after["prompt_token_ids"] = tokens
-        outputs: Any = generate(after, _starting(params, made["session"]), *args, **kwargs)
+        outputs: Any = generate(after, _starting(params, session), *args, **kwargs)
         async with aclosing(outputs):
             async for output in outputs:
                 yield output
 
     return generate_composed
+
+
+async def compose_for_request(
+    engine: LolaEngine, sources: list[str], salt: str | None
+) -> tuple[str, dict[str, Any]]:
+    """The server's own session that is composed of others, and its transcript.
+
+    Args:
+        salt: as `owners.owned` has it.
+
+    Raises:
+        HTTPException: a session that is missing, or sessions that do not go together.
+    """
+    made = await engine.sessions("compose_parts", sources=sources, salt=salt, ttl=COMPOSED_TTL)
+    return made["session"], await engine.sessions("tokens", reference=made["session"], salt=salt)
 
 
 def _sources(sampling_params: Any) -> list[str] | None:

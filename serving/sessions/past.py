@@ -16,7 +16,7 @@ from fastapi import HTTPException
 from lola_vllm.library.parts import PART_TOKENS, SHARED_TOKENS
 from lola_vllm.serving.library.adding import check_libraries, most_tokens, read_part
 from lola_vllm.serving.library.asking import KnownPart, find_among
-from lola_vllm.serving.sessions.composed_start import COMPOSED_TTL
+from lola_vllm.serving.sessions.composed_start import compose_for_request
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.template_boundary import Transcript
 from lola_vllm.sessions.names import PAST, Part
@@ -93,13 +93,10 @@ async def recall(
     if not sources:
         return None
     (source,) = sources
-    made = await engine.sessions(
-        "compose_parts", sources=[present, source["session"]], salt=owned(salt), ttl=COMPOSED_TTL
-    )
-    said = await engine.sessions("tokens", reference=made["session"], salt=owned(salt))
+    composed, said = await compose_for_request(engine, [present, source["session"]], owned(salt))
     first = (source["part"] - 1) * size
     return Recalled(
-        made["session"],
+        composed,
         Transcript(said["turn"], said["kind"], said["tokens"], said["tail"]),
         {
             "first": first, "last": first + size, "score": source["score"],

@@ -15,6 +15,7 @@ from lola_vllm.hf import past as past_module
 from lola_vllm.hf.past import STATES, Past
 from lola_vllm.library.choose import Choice, flat, look
 from lola_vllm.library.keys import DocumentKeys, queries_in, reading_heads
+from tests.unit.library.test_choose import read
 from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {
@@ -29,13 +30,6 @@ TEXT, QUESTION = random_prompts([SEGMENT * 7 + 20, 6], seed=5)
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = make_tiny(tmp_path_factory.mktemp("tiny"), LOLA, max_position_embeddings=256)
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def read(model: Any, ids: Sequence[int]) -> LolaCache:
-    cache = LolaCache(model.config)
-    model(input_ids=torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
-    return cache
 
 
 def bytes_of(cache: LolaCache) -> Tensor:

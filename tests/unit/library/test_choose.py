@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @torch.no_grad()
-def read(model: Any, ids: list[int]) -> LolaCache:
+def read(model: Any, ids: Sequence[int]) -> LolaCache:
     cache = LolaCache(model.config)
-    model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
     return cache
 
 
