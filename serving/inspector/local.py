@@ -28,8 +28,15 @@ from lola_vllm.serving.static import HEADERS
 PAGE = ROUTE
 MEMORY = "/v1/lola/memory"
 COMPLETIONS = "/v1/completions"
-# What the page reads: facts about the server, the list of sessions, the tokens of one or of a turn.
-READS = re.compile(r"/v1/lola/info|/v1/lola/sessions(/[A-Za-z0-9._-]{1,64}(@[0-9]{1,9})?/tokens)?")
+LIBRARIES = "/v1/lola/libraries"
+_NAME = r"[A-Za-z0-9._-]{1,64}"
+# What the page reads: facts about the server, the lists of sessions and libraries, the tokens of a
+# session or of a turn.
+READS = re.compile(
+    rf"/v1/lola/info|{LIBRARIES}|/v1/lola/sessions(/{_NAME}(@[0-9]{{1,9}})?/tokens)?"
+)
+# What it asks: memory, answers, and questions to a library.
+ASKS = re.compile(rf"{MEMORY}|{COMPLETIONS}|{LIBRARIES}/{_NAME}/chat")
 ANSWER_LIMIT_S = 300
 PART_BYTES = 2**16
 JSON = "application/json"
@@ -141,10 +148,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         length = self.headers.get("Content-Length", "")
         # A page of another site cannot send this content type without a preflight request.
-        known = self.path in (MEMORY, COMPLETIONS)
+        known = ASKS.fullmatch(self.path) is not None
         known = known and self.headers.get_content_type() == "application/json"
         if not known or not length.isdigit():
-            message = f"only JSON for {MEMORY} and {COMPLETIONS} is passed on"
+            message = (
+                f"only JSON for {MEMORY}, {COMPLETIONS} and {LIBRARIES}/NAME/chat is passed on"
+            )
             self._refuse(HTTPStatus.BAD_REQUEST, message)
             return
         if int(length) > MAX_BODY_BYTES:

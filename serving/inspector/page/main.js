@@ -4,6 +4,7 @@ import { request, useKey } from "./api.js";
 import * as answers from "./answer.js";
 import { EXAMPLE } from "./example.js";
 import { Heatmap } from "./heatmap.js";
+import * as libraries from "./library.js";
 import { fromLink, readJson, saveJson, toLink } from "./link.js";
 import { Memory, words } from "./memory.js";
 import { Pane, tenth } from "./pane.js";
@@ -25,7 +26,9 @@ const [here, there] = panes;
 const heatmap = new Heatmap($("heatmap"), $("heat-note"));
 let config = null; // the server's lola_config
 let asking = null; // what stops the answer that is coming
+let hearing = null; // and that of a library
 let reading = new AbortController(); // and the reading: a newer one takes its place
+let source = null; // the one of a library's answer whose text is shown
 
 function say(text, error = false, where = "status") {
   $(where).textContent = text;
@@ -86,15 +89,20 @@ async function detail(tokens, signal) {
   return null;
 }
 
-async function run(restored = {}) {
-  asking?.abort();
-  reading.abort();
+// `asks` has what is read; without it, the form has.
+async function run(restored = {}, asks = null) {
+  stop();
+  if (!asks) {
+    $("told").hidden = true;
+    source = null;
+  }
   reading = new AbortController();
   const { signal } = reading;
   say("Reading …");
   let shown = false;
   await told(async () => {
-    const asked = await body(kind(), $("prompt").value, $("session").value, $("turn").value);
+    const asked = await (asks?.() ??
+      body(kind(), $("prompt").value, $("session").value, $("turn").value));
     await read(here, asked, (memory) => {
       shown = true;
       say("");
@@ -105,6 +113,10 @@ async function run(restored = {}) {
   if (shown || signal.aborted) return;
   $("result").hidden = true;
   fold();
+}
+
+function stop() {
+  for (const one of [asking, hearing, reading]) one?.abort();
 }
 
 function show(memory, restored) {
@@ -131,7 +143,9 @@ function showHere() {
 
 $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
-  run();
+  if (hearing) hush();
+  else if (kind() === "library") question();
+  else run();
 });
 
 $("ask").addEventListener("keydown", (event) => {
@@ -156,8 +170,13 @@ function fill({ kind: kindOf = "prompt", prompt = "" }) {
 }
 
 function showKind() {
-  const stored = kind() === "session";
+  const stored = kind() === "session", library = kind() === "library";
   $("stored").hidden = !stored;
+  $("shelf").hidden = !library;
+  $("library").disabled = !library; // else what it lacks would hold up the form
+  $("prompt-name").textContent = library ? "Question" : "Prompt";
+  if (!library) hush();
+  $("run").textContent = hearing ? "Stop" : library ? "Ask the library" : "Show memory";
   $("typed").hidden = stored;
   $("prompt").required = !stored;
 }
@@ -166,6 +185,7 @@ for (const radio of document.querySelectorAll("[name=kind]"))
   radio.addEventListener("change", () => {
     showKind();
     if (kind() === "session") told(openSessions);
+    if (kind() === "library") told(openLibraries);
   });
 
 async function openSessions() {
@@ -175,6 +195,65 @@ async function openSessions() {
 }
 
 $("session").addEventListener("change", () => listTurns($("session").value, $("turn")));
+
+// --- a library
+
+async function openLibraries() {
+  const names = await libraries.listLibraries($("libraries"));
+  if (names?.length && !$("library").value) $("library").value = names[0];
+  say(names === null ? "This server does not list its libraries. Type the name of one."
+    : names.length ? "" : "The server has no libraries. docs/library.md tells how to make one.");
+}
+
+// Asks a library what the form has. The sources; none if there is no answer.
+async function question() {
+  stop();
+  const mine = hearing = new AbortController();
+  source = null;
+  $("intro").hidden = $("result").hidden = $("sources-title").hidden = true;
+  $("told").hidden = false;
+  for (const id of ["told-answer", "opened"]) say("", false, id);
+  libraries.listSources($("sources"), []);
+  fold();
+  showKind();
+  say("Asking …");
+  let sources = [];
+  const done = await told(async () => {
+    const grow = (text) => say(text, false, "told-answer");
+    sources = await libraries.ask($("library").value, $("prompt").value, grow,
+      mine.signal);
+    libraries.listSources($("sources"), sources, (one) => openSource(one));
+    $("sources-title").hidden = !sources.length;
+    say("");
+  });
+  if (hearing !== mine) return []; // a newer one has the page
+  if (!done && !$("told-answer").textContent) $("told").hidden = true;
+  hearing = null;
+  showKind();
+  return sources;
+}
+
+function hush() {
+  if (!hearing) return;
+  hearing.abort();
+  say("Stopped.");
+}
+
+// Reads the part that a source is of, and chooses its sentence there.
+async function openSource(one, restored) {
+  source = one;
+  say("", false, "opened");
+  const done = () => {
+    const span = libraries.spanOf(here.memory, one);
+    say(span ? `${libraries.titleOf(one)}: its sentence is chosen in the text below.`
+      : `${libraries.titleOf(one)}: its sentence does not stand in the text as it is told.`,
+    false, "opened");
+    change({ span });
+    if (span) here.scrollTo(span);
+  };
+  await run(restored ?? { done }, async () =>
+    [{ prompt: await tokensOf(one.session) }, libraries.titleOf(one)]);
+}
 
 // --- what is shown
 
@@ -307,7 +386,8 @@ $("save").addEventListener("click", () => saveJson({
 
 $("link").addEventListener("click", () => told(async () => {
   const ask = { kind: kind(), prompt: $("prompt").value, session: $("session").value,
-    turn: $("turn").value, detail: $("detail").checked, expected: $("expected").value };
+    turn: $("turn").value, library: $("library").value, source: source?.session,
+    detail: $("detail").checked, expected: $("expected").value };
   if (ask.kind === "session") ask.prompt = "";
   const hash = await toLink({ ask, view: { ...view }, read: here.read });
   history.replaceState(null, "", hash);
@@ -327,7 +407,12 @@ async function restore() {
     listTurns($("session").value, $("turn"));
     $("turn").value = state.ask.turn;
   }
-  await run(state);
+  if (state.ask.kind !== "library") return run(state);
+  $("library").value = state.ask.library;
+  const sources = await question();
+  const one = sources.find(({ session }) => session === state.ask.source);
+  if (one) return openSource(one, state);
+  if (sources.length) say("What the link shows is not among the sources now.", false, "opened");
 }
 
 // --- at the start
@@ -343,8 +428,9 @@ async function probe() {
 
 // Once it answers, the view of the address is restored.
 async function start() {
-  if (!await probe()) $("key").focus();
-  else if (!here.memory) await told(restore);
+  if (!await probe()) return $("key").focus();
+  if (kind() === "library" && $("result").hidden) await told(openLibraries);
+  if (!here.memory) await told(restore);
 }
 
 addEventListener("hashchange", () => told(restore));
