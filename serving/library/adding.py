@@ -13,6 +13,7 @@ from fastapi import HTTPException
 
 from lola_vllm.library.parts import PART_TOKENS, SHARED_TOKENS, split_text
 from lola_vllm.serving.engine import LolaEngine
+from lola_vllm.serving.sessions.management import check_composing
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.reporting import told
 from lola_vllm.sessions.names import LIBRARY, MAX_PARTS, Part
@@ -33,13 +34,11 @@ def check_libraries(engine: LolaEngine) -> None:
     parallel = engine.config.parallel_config
     if reason is None and parallel.world_size > 1:
         reason = f"libraries need a model on one rank, and this one has {parallel.world_size}"
-    if reason is None and engine.config.cache_config.enable_prefix_caching:
-        # It finds states by their tokens alone, and those of composed texts are others.
-        reason = "libraries need prefix caching off; start without --enable-prefix-caching"
     if reason is None and engine.client.renderer.tokenizer is None:
         reason = "the server has no tokenizer (--skip-tokenizer-init), and documents are texts"
     if reason is not None:
         raise HTTPException(HTTPStatus.NOT_IMPLEMENTED, reason)
+    check_composing(engine)
 
 
 async def cut(engine: LolaEngine, body: AddRequest) -> list[list[int]]:

@@ -234,7 +234,7 @@ async def ask(
 
 
 def check_composing(engine: LolaEngine) -> None:
-    """Refuse to compose sessions where their states would be found by their texts alone.
+    """Refuse what composes sessions, as libraries do, where states are found by their texts alone.
 
     Raises:
         HTTPException: 501.
@@ -243,8 +243,8 @@ def check_composing(engine: LolaEngine) -> None:
         # It finds states by their tokens alone, and those of composed texts are others.
         raise HTTPException(
             HTTPStatus.NOT_IMPLEMENTED,
-            "sessions are composed where prefix caching is off; start the server without "
-            "--enable-prefix-caching",
+            "sessions are composed, as for an answer from a library, where prefix caching is off; "
+            "start the server without --enable-prefix-caching",
         )
 
 

@@ -193,9 +193,14 @@ def test_documents_with_faults_are_refused(tiny: Server, body: dict[str, Any], w
 
 
 def test_a_server_that_composes_nothing_says_so(lola_server: Server) -> None:
-    body = {"document": "d", "text": HARBOUR}
-    response = lola_server.client.post(f"{BASE}/x/documents", json=body)
-    refused(response, 501, "--enable-prefix-caching")
+    client, document = lola_server.client, {"document": "d", "text": HARBOUR}
     lola = {"from": ["one", "two"]}
-    body = {"model": "smollm2", "prompt": "x", "kv_transfer_params": {"lola": lola}}
-    refused(lola_server.client.post("/v1/completions", json=body), 501, "--enable-prefix-caching")
+    completion = {"model": "smollm2", "prompt": "x", "kv_transfer_params": {"lola": lola}}
+    answers = [
+        client.post(f"{BASE}/x/documents", json=document),
+        client.post("/v1/completions", json=completion),
+        client.post("/v1/lola/sessions/both/compose", json=lola),
+    ]
+    for answer in answers:
+        refused(answer, 501, "--enable-prefix-caching")
+    assert len({answer.json()["error"]["message"] for answer in answers}) == 1
