@@ -31,7 +31,11 @@ class Place(NamedTuple):
 
 
 def chat(
-    server: Server, session: str | None, options: Mapping[str, Any], library: str | None = None
+    server: Server,
+    session: str | None,
+    options: Mapping[str, Any],
+    library: str | None = None,
+    recall: bool = False,
 ) -> int:
     """Read messages from standard input, one a line, and print the answers; until its end.
 
@@ -39,7 +43,8 @@ def chat(
 
     Args:
         session: a name; None: a new one. options: fields of a chat completion. library: which the
-            first message is asked of; the session goes on from what it reads of it.
+            first message is asked of; the session goes on from what it reads of it. recall: whether
+            a segment of the chat's own text comes back for each other message.
 
     Raises:
         ClientError: the server refuses, or cannot be reached, or the session that is to begin with
@@ -48,7 +53,7 @@ def chat(
     """
     name = f"chat-{secrets.token_hex(4)}" if session is None else check_name(session)
     people = sys.stdin.isatty()
-    conversation = _Conversation(server, name, options, people, library)
+    conversation = _Conversation(server, name, options, people, library, recall)
     while True:
         try:
             if people:
@@ -70,7 +75,7 @@ class _Conversation:
     """A session and where it is.
 
     Args:
-        people: whether Ctrl-C ends an answer only. library: as of `chat`.
+        people: whether Ctrl-C ends an answer only. library, recall: as of `chat`.
     """
 
     def __init__(
@@ -80,8 +85,10 @@ class _Conversation:
         options: Mapping[str, Any],
         people: bool,
         library: str | None,
+        recall: bool,
     ) -> None:
         self.server, self.name, self.options, self.people = server, name, options, people
+        self.recall = {"recall": "segments"} if recall else {}
         self.library = library  # until it was asked
         self.broken: Place | None = None  # before the turn whose answer was broken off
         found = server.find(name)
@@ -103,7 +110,7 @@ class _Conversation:
             self._follow()  # the server may have read that message since
             self.broken = None
         before = self.at
-        where, place = path(self.name, "chat"), before._asdict()
+        where, place = path(self.name, "chat"), before._asdict() | self.recall
         if self.library is not None:
             where, place = library_path(self.library, "chat"), {"session": self.name}
         body = {
@@ -152,6 +159,10 @@ class _Conversation:
         for line in source_lines(sources):
             _note(line)
         prompt, restored = usage.get("prompt_tokens", 0), told["restored_tokens"]
+        if recalled := told.get("recalled"):
+            first_token, last_token = recalled["first"], recalled["last"] - 1
+            prompt -= recalled["last"] - recalled["first"]  # which is no part of the session
+            _note(f"recalled tokens {first_token:,} to {last_token:,}: {recalled['sentence']}")
         reason = f" ({told['reason']})" if told["reason"] and before.turn else ""
         _note(
             f"turn {told['turn']}: {restored:,} tokens restored{reason}, {prompt - restored:,} "

@@ -92,6 +92,10 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
         "--library", metavar="LIBRARY",
         help="to ask the first message of; a new session goes on from what it reads",
     )  # fmt: skip
+    parser.add_argument(
+        "--recall", action="store_true",
+        help="bring back, for each message, the segment of the chat's own text that it asks about",
+    )  # fmt: skip
     parser.add_argument("--model", metavar="NAME", help="a served name (default: the server's)")
     parser.add_argument(
         "--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
@@ -103,7 +107,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     def run(args: argparse.Namespace) -> int:
         options = {name: getattr(args, name) for name in ("model", "max_tokens", "temperature")}
         given = {name: value for name, value in options.items() if value is not None}
-        return chat(server_of(args), args.session, given, args.library)
+        return chat(server_of(args), args.session, given, args.library, args.recall)
 
     parser.set_defaults(run=run)
 

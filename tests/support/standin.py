@@ -25,6 +25,7 @@ class Script:
         sessions: (turn, tokens, kind) by name. bodies: of the messages. refusals: status and
             message by method and path. texts: of sessions. used: when, by name. deleted: names.
             composed: sessions that are made of one, by its name. sources: of a library's answers.
+        recalled: the segment that comes back for who recalls.
     """
 
     url: str = ""
@@ -38,6 +39,7 @@ class Script:
     deleted: list[str] = field(default_factory=list)
     composed: dict[str, list[str]] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
+    recalled: dict[str, Any] | None = None
     ranks: int = 1
     left: threading.Event = field(default_factory=threading.Event)
 
@@ -108,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._speak(body["session"], script.sources)
         elif verb == "chat":
             script.bodies.append(body)
-            self._speak(name)
+            self._speak(name, recalled=script.recalled if body.get("recall") else None)
         elif name not in script.sessions:
             self._refuse(404, f"nothing is stored under {name!r}")
         elif self.command == "DELETE":
@@ -133,7 +135,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
         self.wfile.flush()
 
-    def _speak(self, name: str, sources: list[dict[str, Any]] | None = None) -> None:
+    def _speak(
+        self,
+        name: str,
+        sources: list[dict[str, Any]] | None = None,
+        recalled: dict[str, Any] | None = None,
+    ) -> None:
         script = self.script
         words, end = script.answers.pop(0)
         turn, tokens, _ = script.sessions.get(name, (0, 0, "answer"))
@@ -156,10 +163,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self._event({"choices": [{"delta": {"content": ""}, "finish_reason": end}]})
-        usage = {"prompt_tokens": tokens + 10, "completion_tokens": len(words)}
+        again = recalled["last"] - recalled["first"] if recalled else 0
+        usage = {"prompt_tokens": again + tokens + 10, "completion_tokens": len(words)}
         self._event({"choices": [], "usage": usage})
         told = {"session": name, "turn": turn + 1, "tokens": tokens + 10 + len(words),
-                "restored_tokens": tokens, "reason": None}  # fmt: skip
+                "restored_tokens": tokens, "reason": None,
+                **({"recalled": recalled} if recalled else {})}  # fmt: skip
         found = {} if sources is None else {"sources": sources}
         self._event({"choices": [], "kv_transfer_params": {"lola": told}, **found})
         self._chunk(b"data: [DONE]\n\n")

@@ -210,19 +210,21 @@ async function turn(text) {
   const theirs = bubble("assistant");
   $("log").scrollTop = $("log").scrollHeight;
   $("message").value = "";
-  const before = at, began = performance.now();
+  const before = at, began = performance.now(), recalls = $("recall").checked;
   let first = null, came = null, frame = 0;
   const draw = () => {
     cancelAnimationFrame(frame);
     frame = 0;
     if (came) atEnd(() => theirs.replaceChildren(...answered(came)));
-    if (came?.tokens) holds?.show(came.tokens, turns);
+    // A segment that comes back is counted in them until the answer has ended.
+    if (came?.tokens && !recalls) holds?.show(came.tokens, turns);
   };
   try {
     if (stopped) await followStopped(0);
     const most = Number($("max-tokens").value);
     const fields = { max_tokens: most };
     if ($("temperature").value) fields.temperature = Number($("temperature").value);
+    if (recalls) fields.recall = "segments";
     const { told, ended, usage } = await session.say(name, at, text, fields, (now) => {
       came = now;
       if (now.words || now.reasoning) first ??= performance.now() - began;
@@ -274,9 +276,15 @@ function finish(told, ended, usage, most, first) {
   if (told.unwritten)
     note(`The turn is in the server's memory only: ${told.unwritten}`, "unsaved");
   const restored = told.restored_tokens ?? 0;
+  let prompt = usage.prompt_tokens ?? 0;
+  if (told.recalled) {
+    const { first: from, last: end, sentence } = told.recalled;
+    prompt -= end - from; // which is no part of the chat
+    note(`recalled tokens ${words(from)} to ${words(end - 1)}: ${sentence}`);
+  }
   const why = told.reason && at.turn ? ` (${told.reason})` : "";
   note(`turn ${told.turn}: ${words(restored)} tokens restored${why}, ` +
-    `${words((usage.prompt_tokens ?? 0) - restored)} read, first word after ` +
+    `${words(prompt - restored)} read, first word after ` +
     `${((first ?? 0) / 1000).toFixed(2)} s, ${bytes(told.bytes)} stored`);
   at = { turn: told.turn, tokens: told.tokens };
   turns.push({ tokens: told.tokens, bytes: told.bytes });

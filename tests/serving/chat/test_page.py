@@ -209,6 +209,17 @@ def test_a_turn_that_another_made_is_not_gone_on_from(browser, lola_server):
     assert session(lola_server, name)["turn"] == 3
 
 
+def test_a_server_that_cannot_recall_says_why(browser, lola_server):
+    new_chat(browser, most=2)
+    browser.click("#recall")
+    ask(browser, "One.")  # of a new chat there is nothing to recall
+    send(browser, "Two.")
+    browser.wait(lambda: "--enable-prefix-caching" in browser.text("#status"))
+    assert value(browser, "message") == "Two."
+    browser.click("#recall")
+    ask(browser, "Two.")
+
+
 def test_an_answer_is_stopped_and_the_chat_goes_on(browser, lola_server):
     name = new_chat(browser, most=1024)
     browser.run(  # an answer that does not end before it is stopped

@@ -93,6 +93,27 @@ def test_the_first_message_is_asked_of_a_library(script, say):
     assert status == 2 and "a library begins a session, and talk is at turn 3" in notes
 
 
+def test_a_segment_that_comes_back_is_named_and_not_counted(script, say):
+    script.sessions["talk"] = 3, 5000, "answer"
+    script.answers = [(["a"], "stop"), (["b"], "stop"), (["c"], "stop")]
+    script.recalled = {"first": 2000, "last": 4000, "score": 3.5, "sentence": "It is blue."}
+    status, out, notes = say("x\n", "--recall")
+    assert status == 0 and out == "a\n"
+    assert script.bodies[0]["recall"] == "segments" and script.bodies[0]["turn"] == 3
+    assert "[recalled tokens 2,000 to 3,999: It is blue.]" in notes
+    assert "[turn 4: 5,000 tokens restored, 10 read" in notes
+    script.recalled = None  # nothing comes back
+    assert "recalled" not in say("y\n", "--recall")[2]
+    say("z\n")
+    assert "recall" not in script.bodies[2]
+
+
+def test_a_library_that_begins_a_chat_is_not_recalled_from(script, say):
+    script.answers = [(["a"], "stop"), (["b"], "stop")]
+    assert say("x\ny\n", "--library", "manuals", "--recall")[0] == 0
+    assert ["recall" in body for body in script.bodies] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("end", "asked_again", "turn"), [("unread", False, 1), ("hangs", False, 2)]
 )

@@ -1,0 +1,51 @@
+"""The chat page recalls: a segment of the chat's own text comes back for an answer."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.serving.chat.test_page import ask, said, session, value
+from tests.serving.sessions.test_past import QUESTION, SEGMENT, SESSIONS, TEXT, ok
+from tests.support.browser import chromium
+from tests.support.inspector import TAB
+from tests.support.servers import KEY
+
+NAME = "recalled-on-the-page"
+
+
+@pytest.fixture
+def browser(tiny):
+    ok(tiny.client.post(f"{SESSIONS}/{NAME}/append", json={"prompt": TEXT}))
+    with chromium() as running:
+        running.open(f"{tiny.url}/#{NAME}")
+        running.type("#key", KEY)
+        running.keys(TAB)
+        running.wait(lambda: running.text("#tokens") and running.text("#status") == "")
+        running.errors()  # those of no key
+        running.type("#max-tokens", "4")
+        running.type("#temperature", "0")
+        yield running
+    tiny.client.delete(f"{SESSIONS}/{NAME}")
+
+
+def notes_of(browser, text):
+    before = len(said(browser, ".note"))
+    ask(browser, text)
+    browser.wait(lambda: said(browser, ".note")[-1].startswith("turn "))
+    return said(browser, ".note")[before:]
+
+
+def test_what_came_back_is_named_and_not_counted(browser, tiny):
+    covered = session(tiny, NAME)["tokens"]
+    assert not browser.run("return document.getElementById('recall').checked")
+    assert not [note for note in notes_of(browser, QUESTION) if note.startswith("recalled")]
+    browser.click("#recall")
+    before, notes = session(tiny, NAME)["tokens"], notes_of(browser, QUESTION)
+    recalled = next(note for note in notes if note.startswith("recalled"))
+    assert recalled.startswith(f"recalled tokens 0 to {SEGMENT - 1}: ")
+    assert recalled.partition(": ")[2] in TEXT
+    found = session(tiny, NAME)
+    assert found["turn"] == 3 and found["tokens"] > before > covered
+    read = int(notes[-1].partition(" restored, ")[2].split()[0])
+    assert 0 < read < 100 < SEGMENT
+    assert browser.text("#tokens") == f"{found['tokens']:,}" and value(browser, "name") == NAME
