@@ -206,6 +206,7 @@ template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
+inline void __threadfence() {}                                 // blocks run one after another
 inline int atomicAdd(int* p, int x) { return (*p += x) - x; }  // fibers switch at barriers alone
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __uint_as_float(unsigned x) { return lola::emulate::bits_of<float>(x); }

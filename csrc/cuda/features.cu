@@ -1,5 +1,5 @@
-// Feature maps of the queries, before decode: a block maps a few rows with one head's matrix, so
-// that the matrices are not read once per row.
+// Feature maps of the queries, before decode, and cleared counters for the update after it: a block
+// maps a few rows with one head's matrix, so that the matrices are not read once per row.
 #include "cuda/launch.cuh"
 
 namespace lola {
@@ -21,6 +21,9 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const Params params)
   const Group p(params, of_layer / params.num_heads());
   const int head = of_layer % p.num_heads();
   const int64_t first = static_cast<int64_t>(blockIdx.x / p.layer_heads()) * kRows;
+  if (head % p.heads_per_set() == 0 && thread < kRows && first + thread < p.num_rows) {
+    p.arrivals[(first + thread) * p.layer_sets() + p.first_set + head / p.heads_per_set()] = 0;
+  }
   bool active[kRows], any = false;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {

@@ -6,7 +6,7 @@
 namespace lola {
 namespace cuda {
 
-// Writes phi(q) of every row whose page has folded pairs to `phi`.
+// Writes phi(q) of every row whose page has folded pairs to `phi`, and clears `arrivals`.
 void launch_features(const Params& p, cudaStream_t stream);
 
 // Writes the new pairs and the answers, or partial answers where `splits` > 1. T: the type of keys
@@ -17,18 +17,12 @@ void launch_decode(const Params& p, bool vectors, cudaStream_t stream);
 // Candidates whose scores a block computes at once.
 constexpr int kScoreBatch = 32;
 
-// Joins the partial answers, where `launch_score` does not.
-void launch_merge(const Params& p, cudaStream_t stream);
-
-// Before an update: the scores of its candidates. Joins the partial answers where `splits` > 1.
-template <typename T>
-void launch_score(const Params& p, cudaStream_t stream);
-
-// The update of every row whose token count is due for one. T as above.
+// The update of every row whose token count is due for one; `merging` blocks join the partial
+// answers. T as above.
 template <typename T>
 void launch_update(const Params& p, cudaStream_t stream);
 
-// Scores and update of the groups that `updates_per_token`, to which the two before do nothing.
+// The same of the groups that `updates_per_token`, to which the launch before does nothing.
 template <typename T>
 void launch_update_per_token(const Params& p, cudaStream_t stream);
 

@@ -99,14 +99,13 @@ void plan_scores(Params& p, int64_t candidates) {
 }
 
 template <typename T>
-void run(const Params& p, bool vectors, bool per_token, bool per_interval, cudaStream_t stream) {
+void run(Params p, bool vectors, bool per_token, bool per_interval, cudaStream_t stream) {
   launch_features(p, stream);
   launch_decode<T>(p, vectors, stream);
+  p.merging = p.splits > 1 ? static_cast<int>(p.num_rows) * p.layer_heads() : 0;
   if (per_interval) {
-    launch_score<T>(p, stream);
     launch_update<T>(p, stream);
-  } else if (p.splits > 1) {
-    launch_merge(p, stream);
+    p.merging = 0;
   }
   if (per_token) launch_update_per_token<T>(p, stream);
 }
@@ -156,10 +155,11 @@ void decode_layer(Params p, const Layouts& layouts, const Tensor& q) {
       q, {p.splits > 1 ? p.num_rows * p.layer_heads() : 0, p.splits, p.partial_size()},
       ScalarType::Float);
   const Tensor lists =
-      torch::stable::new_empty(q, {p.num_rows, sets, p.list_stride}, ScalarType::Int);
+      torch::stable::new_empty(q, {p.num_rows * sets * (p.list_stride + 1)}, ScalarType::Int);
   p.phi = static_cast<float*>(phi.data_ptr());
   p.partial = static_cast<float*>(partial.data_ptr());
   p.lists = static_cast<int*>(lists.data_ptr());
+  p.arrivals = p.lists + p.num_rows * sets * p.list_stride;
 #ifdef LOLA_EMULATE
   if (emulate::capturing) emulate::held.insert(emulate::held.end(), {phi, partial, lists});
 #endif

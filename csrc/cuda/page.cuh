@@ -61,6 +61,7 @@ struct Params {
   float* phi;                       // [num_rows, layer_heads, 2 feature_dim], scratch
   float* partial;  // [num_rows, layer_sets, splits, heads_per_set, partial_size()], scratch
   int* lists;      // [num_rows, layer_sets, list_stride], scratch of updates
+  int* arrivals;   // [num_rows, layer_sets], scratch: blocks that have computed their scores
   int64_t list_stride;
   int64_t
       shared_list;  // entries of the longest list of an update per token that shared memory holds
@@ -68,6 +69,7 @@ struct Params {
   int splits;            // blocks that a row and set is divided among, at most
   int split_work;        // keys and rows of H for each of them
   int score_parts;       // blocks that share the scores of a row and set
+  int merging;           // blocks of a launch of updates that join the partial answers
   bool direction_words;  // rows of directions start at multiples of 16 bytes
 
   // Counts, which `decode` in lola.cu checks to fit 32 bits.

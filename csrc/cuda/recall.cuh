@@ -125,6 +125,7 @@ struct Candidates {
 // A row of d elements as floats with zeros up to whole vectors; zeros alone where it is not valid.
 template <typename T, bool INT8>
 LOLA_DEVICE void load_row(float* to, const PairRow<T, INT8>& from, int d, bool valid, int lane) {
+#pragma unroll 1  // registers of `update_kernel`
   for (int i = lane; i < whole_vectors(d); i += kWarp) to[i] = valid && i < d ? from[i] : 0.0f;
 }
 
@@ -219,11 +220,12 @@ template <typename T, bool INT8>
 LOLA_DEVICE void recall_errors(const Group& p, int64_t page, int state, const float* phi,
                                const PairRow<T, INT8> (&v)[kTile], int lane,
                                float (&errors)[kTile]) {
-  constexpr int kColumns = 2;  // more take registers that `score_kernel` does not have
+  constexpr int kColumns = 2;  // more take registers that `update_kernel` does not have
   const int F2 = 2 * p.feature_dim(), ld = whole_vectors(F2);
   const float* const H = p.H(page, state);
   const float* const s = p.s(page, state);
   float scale[kTile] = {}, sum[kTile] = {};
+#pragma unroll 1  // registers, too
   for (int f = lane; f < F2; f += kWarp) {
     const float x = s[f];
 #pragma unroll

@@ -1,8 +1,14 @@
 // The update (LoLA, arXiv 2505.23666, section 3.3): evict, rescore all cached and evicted pairs
-// (score.cu), keep the lam largest, fold the rest into H and s. A block is one row and sparse set;
-// it leaves at once unless its row is due, so that the launch is the same at every step.
+// (score.cuh), keep the lam largest, fold the rest into H and s. Blocks share the scores of a row
+// and sparse set, and the last of them chooses and folds. They leave at once unless their row is
+// due, so that the launch is the same at every step. Where rows are split, this launch joins their
+// answers too: it waits for the same one, and a launch costs more than the work.
+#include <algorithm>
+
 #include "cuda/launch.cuh"
+#include "cuda/merge.cuh"
 #include "cuda/recall.cuh"
+#include "cuda/score.cuh"
 #include "cuda/select.cuh"
 #include "cuda/update_scratch.cuh"
 
@@ -13,6 +19,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBatch = kWarps * kTile;  // candidates of a block at once
+static_assert(kBatch == kScoreBatch);
 
 struct Shared {
   float *k, *v, *phi;  // [kBatch] rows of whole vectors
@@ -175,19 +182,57 @@ LOLA_DEVICE void replace(const Group& p, const Candidates<T, INT8>& c, const int
   }
 }
 
-// Grid: rows x sets of the layer.
+// Whether this block is the last of `parts` to come here, which then sees what the others wrote.
+// `flag`: an int of shared memory that is free on both sides.
+LOLA_DEVICE bool comes_last(int* arrived, int parts, int* flag) {
+  __syncthreads();
+  if (parts == 1) return true;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *flag = atomicAdd(arrived, 1) == parts - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  const bool last = *flag;
+  __syncthreads();
+  return last;
+}
+
+// Of which row and set, counted in the layer, a block scores which part.
+struct Share {
+  int row, layer_set, of_layer, part;
+
+  LOLA_DEVICE explicit Share(const Params& p) {
+    const int block = anew(static_cast<int>(blockIdx.x)) - p.merging;
+    of_layer = block / p.score_parts;
+    part = block % p.score_parts;
+    row = of_layer / p.layer_sets();
+    layer_set = of_layer % p.layer_sets();
+  }
+};
+
+// Whether the row of this block is due, and its part scored.
 template <typename T, bool INT8>
-__global__ void __launch_bounds__(kThreads, INT8 ? 1 : 2) update_kernel(const Params params) {
-  LOLA_SHARED(memory);
-  const int64_t row = blockIdx.x / params.layer_sets();
-  const int of_layer = static_cast<int>(blockIdx.x % params.layer_sets());
-  const Group p(params, of_layer / params.num_sparse_heads());
-  if (updates_per_token(p.layout)) return;
-  if (!p.live(row) || !p.layout.update_due(p.seq_lens[row])) return;
-  const int64_t n = p.seq_lens[row];
-  const int set = of_layer % p.num_sparse_heads();
-  const Candidates<T, INT8> c(p, p.state_indices[row], set, n);
-  const UpdateScratch scratch(p, row, set);
+LOLA_DEVICE bool scored(const Params& params, char* memory) {
+  const Share x(params);
+  const Group p(params, x.layer_set / params.num_sparse_heads());
+  if (updates_per_token(p.layout)) return false;
+  if (!p.live(x.row) || !p.layout.update_due(p.seq_lens[x.row])) return false;
+  const int set = x.layer_set % p.num_sparse_heads();
+  const Candidates<T, INT8> c(p, p.state_indices[x.row], set, p.seq_lens[x.row]);
+  score(p, c, x.row, x.part, memory);
+  return true;
+}
+
+// What follows when all parts are scored.
+template <typename T, bool INT8>
+LOLA_DEVICE void choose_and_fold(const Params& params, char* memory) {
+  const Share of(params);
+  const Group p(params, of.layer_set / params.num_sparse_heads());
+  const int set = of.layer_set % p.num_sparse_heads();
+  const int64_t n = p.seq_lens[of.row];
+  const Candidates<T, INT8> c(p, p.state_indices[of.row], set, n);
+  const UpdateScratch scratch(p, of.row, set);
   const Shared x(p, memory);
   const bool fresh = !p.any_folded(n - p.layout.update_interval);
   list(c, choose(p, c, x, scratch), x, scratch);
@@ -199,12 +244,29 @@ __global__ void __launch_bounds__(kThreads, INT8 ? 1 : 2) update_kernel(const Pa
   replace(p, c, x.counts, scratch);  // only now: what was folded is overwritten
 }
 
+// Grid: rows x query heads of the layer where rows are split, then rows x sets of the layer x
+// parts.
+template <typename T, bool INT8>
+__global__ void __launch_bounds__(kThreads, INT8 ? 1 : 2) update_kernel(const Params params) {
+  LOLA_SHARED(memory);
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < params.merging) {
+    merge(params, block / params.layer_heads(), block % params.layer_heads());
+    return;
+  }
+  if (!scored<T, INT8>(params, memory)) return;
+  int* const arrived = params.arrivals + Share(params).of_layer;
+  if (!comes_last(arrived, params.score_parts, reinterpret_cast<int*>(memory))) return;
+  choose_and_fold<T, INT8>(params, memory);
+}
+
 }  // namespace
 
 template <typename T>
 void launch_update(const Params& p, cudaStream_t stream) {
+  const int64_t blocks = p.merging + p.num_rows * p.layer_sets() * p.score_parts;
   launch("decode: update", p.layout.int8_pairs() ? update_kernel<T, true> : update_kernel<T, false>,
-         dim3(static_cast<unsigned>(p.num_rows * p.layer_sets())), kThreads, Shared::bytes(p),
+         dim3(static_cast<unsigned>(blocks)), kThreads, std::max(score_bytes(p), Shared::bytes(p)),
          stream, p);
 }
 

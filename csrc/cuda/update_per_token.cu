@@ -6,6 +6,7 @@
 // A block is one row and sparse set. All of it works on one tile of pairs, so that a step with few
 // pairs in doubt is short, and the matrices are read once per tile.
 #include "cuda/launch.cuh"
+#include "cuda/merge.cuh"
 #include "cuda/recall.cuh"
 
 namespace lola {
@@ -345,12 +346,19 @@ LOLA_DEVICE void lower_bounds(const Group& p, int64_t page, int state, const Sha
   }
 }
 
-// Grid: rows x sets of the layer.
+// Grid: rows x query heads of the layer where this launch joins answers, then rows x sets of the
+// layer.
 template <typename T, bool INT8>
 __global__ void __launch_bounds__(kThreads, 2) update_per_token_kernel(const Params params) {
   LOLA_SHARED(memory);
-  const int64_t row = blockIdx.x / params.layer_sets();
-  const int of_layer = static_cast<int>(blockIdx.x % params.layer_sets());
+  int block = static_cast<int>(blockIdx.x);
+  if (block < params.merging) {
+    merge(params, block / params.layer_heads(), block % params.layer_heads());
+    return;
+  }
+  block -= params.merging;
+  const int64_t row = block / params.layer_sets();
+  const int of_layer = block % params.layer_sets();
   const Group p(params, of_layer / params.num_sparse_heads());
   if (!updates_per_token(p.layout)) return;
   if (!p.live(row) || !p.layout.update_due(p.seq_lens[row])) return;
@@ -411,8 +419,8 @@ void launch_update_per_token(const Params& p, cudaStream_t stream) {
   launch(
       "decode: update",
       p.layout.int8_pairs() ? update_per_token_kernel<T, true> : update_per_token_kernel<T, false>,
-      dim3(static_cast<unsigned>(p.num_rows * p.layer_sets())), kThreads, shared_bytes(p), stream,
-      p);
+      dim3(static_cast<unsigned>(p.merging + p.num_rows * p.layer_sets())), kThreads,
+      shared_bytes(p), stream, p);
 }
 
 template void launch_update_per_token<Bf16>(const Params&, cudaStream_t);

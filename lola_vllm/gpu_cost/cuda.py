@@ -13,13 +13,10 @@ SCORE_BATCH, MAX_SCORE_BLOCKS = 32, 4096
 SELECT_PASSES, SELECT_INSTRUCTIONS = 8, 8
 
 
-def decode_launches(layer: LayerLayout, batch: int, gpu: Gpu) -> int:
-    """Kernels of a decode step, for all heads: features and attention; scores and update, of which
-    the first joins splits too; or a merge of splits and the update per token."""
-    per_token = [updates_per_token(page) for page in layer.pages]
-    if all(per_token):
-        return 3 + (splits(layer, batch, gpu) > 1)
-    return 4 + any(per_token)
+def decode_launches(layer: LayerLayout) -> int:
+    """Kernels of a decode step, for all heads: features, attention and update, whose blocks join
+    splits; and the update per token, where heads have both kinds of updates."""
+    return 2 + len({updates_per_token(page) for page in layer.pages})
 
 
 def updates_per_token(page: StateLayout) -> bool:

@@ -271,7 +271,7 @@ def _updates_of_cuda(sums: _Sums, model: Model, batch: int, context: int, gpu: G
             sums.follow(name, some_due * flops, some_due * nbytes)
         if chosen:
             sums.follow(SELECT, some_due * chosen)
-        launches += count * cuda.decode_launches(layer, batch, gpu)
+        launches += count * cuda.decode_launches(layer)
     return launches
 
 

@@ -42,7 +42,6 @@ def test_every_kernel_is_there_and_spills_nothing(compiled):
     sizes = {(0, 1), *((d, heads) for d in (64, 96, 128) for heads in (1, 4, 8))}
     assert names == {
         "features_kernel",
-        "merge_kernel",
         *(
             f"decode_kernel<{t}, {d}, {heads}, {int8}>"
             for t in types
@@ -51,7 +50,7 @@ def test_every_kernel_is_there_and_spills_nothing(compiled):
         ),
         *(
             f"{name}<{t}, {int8}>"
-            for name in ("update_per_token_kernel", "update_kernel", "score_kernel")
+            for name in ("update_per_token_kernel", "update_kernel")
             for t in types
             for int8 in ("false", "true")
         ),
