@@ -59,7 +59,7 @@ def prefill(
     """A segment of new tokens per row, from an empty or a live page; see `contract.PrefillOp`.
 
     Args:
-        softmax: what attends chunk, window and sinks (`prefill.prefill`); None: Triton too.
+        softmax: what attends chunk, window and sinks (`prefill.prefill`); None: Triton.
         apart: as of `prefill.prefill`.
 
     Raises:

@@ -285,9 +285,9 @@ def prefill(
     """A segment of new tokens per row, its arguments checked; shapes as in `contract.PrefillOp`.
 
     Args:
-        softmax: what attends chunk, window and sinks, for weights without `subtract_max`; None:
-            the kernel itself. apart: rows from their first tokens on are attended in a launch of
-            its own; None: where they are few (`attend.attends_apart`).
+        softmax: what attends chunk, window and sinks where the kernel else does, for weights
+            without `subtract_max`. apart: rows from their first tokens on are attended in a launch
+            of its own; None: where they are few (`attend.attends_apart`).
     """
     layout, weights, pages = layer.layout, layer.weights, layer.pages
     starts = batch.query_start_loc.numpy().astype(np.int64)
@@ -297,17 +297,19 @@ def prefill(
     if not num_rows:
         return
     d, Hq, state_indices = q.shape[-1], q.shape[1], batch.state_indices
+    chunks = num_chunks(layout.pages[0], int(np.diff(starts).max()))
+    if contexts.any():
+        apart = False
+    elif apart is None:
+        apart = attends_apart(layout, num_rows, chunks, q.device)
+    if apart:
+        softmax = None
     if softmax is None:
         soft, lse, lse_head = out, weights.log_gate, 0  # not read
     else:  # before the kernel, which writes into the ring
         soft, lse = softmax(layer, q, k, v, batch)
         lse_head = lse.stride(0)
     scratch = scratch_buffers(layout, num_rows, q.device)
-    chunks = num_chunks(layout.pages[0], int(np.diff(starts).max()))
-    if softmax is not None or contexts.any():
-        apart = False
-    elif apart is None:
-        apart = attends_apart(layout, num_rows, chunks, q.device)
     per_row = chunks + 1
     if apart:
         kept = kept_buffers(layout, num_rows * per_row, q.device)

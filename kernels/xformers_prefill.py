@@ -3,7 +3,8 @@
 What a query sees of its own chunk, the window and the sinks hangs on no update. So all chunks of a
 batch are attended to those pairs in one call, before the first step, on copies that lie in a row;
 the steps' kernel goes on from the output and its log-sum-exp with the sparse cache and the hidden
-state, as partial attentions are merged (arXiv 2402.05099). Importing this module imports xformers.
+state, as partial attentions are merged (arXiv 2402.05099). Triton attends prompts from their first
+tokens on, of few rows, without it (`attend.attends_apart`). Importing this module imports xformers.
 """
 
 from __future__ import annotations

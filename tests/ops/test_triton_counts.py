@@ -108,14 +108,16 @@ def decode(layer: LayerState, rows: int) -> None:
     backend.decode(layer, q, k, v, batch, out)
 
 
-def prefill(layer: LayerState, lengths: Sequence[int], before: int = 0) -> None:
+def prefill(
+    layer: LayerState, lengths: Sequence[int], before: int = 0, softmax: Any = None
+) -> None:
     from lola_vllm.kernels import backend
 
     q, k, v, out = tokens(sum(lengths))
     starts = torch.tensor([0, *lengths]).cumsum(0)
     rows = len(lengths)
     batch = PrefillBatch(torch.ones(rows).int(), starts, torch.full((rows,), before))
-    backend.prefill(layer, q, k, v, batch, out)
+    backend.prefill(layer, q, k, v, batch, out, softmax)
 
 
 def served(layers: list[LayerState]) -> None:
@@ -194,6 +196,22 @@ def test_prompts_of_few_rows_are_two_launches_a_layer(launches, sizes, lengths):
         launches.names.clear()
         prefill(layer, lengths, before=16)
         assert launches.names == ["prefill_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "before", "asked"), [([2048], 0, 0), ([2048] * 44, 0, 1), ([9, 300], 16, 1)]
+)
+def test_the_softmax_part_is_asked_where_it_would_be_in_the_loop(launches, lengths, before, asked):
+    calls = []
+
+    def softmax(layer, q, k, v, batch):
+        calls.append(batch)
+        return torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
+
+    (layer,) = layers_of(((512, 512, 512),))
+    prefill(layer, lengths, before, softmax)
+    assert len(calls) == asked
+    assert launches.names == ["prefill_kernel"] + ["attend_kernel"] * (not asked)
 
 
 def test_what_a_prompt_keeps_of_its_chunks_is_bounded(launches):
