@@ -10,6 +10,7 @@ which names it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -407,10 +408,15 @@ def with_tables(page: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Make a table's file if one is named, then the pages."""
-    if argv:
-        name, *files = argv
-        found = [json.loads(Path(file).read_text()) for file in files]
-        (RESULTS / f"{name}.json").write_text(summary.text(found), encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", nargs="?", help="of the table whose file is made first")
+    parser.add_argument("files", nargs="*", type=Path, help="summaries that it is made of")
+    args = parser.parse_args(argv)
+    if args.name:
+        if not args.files:
+            parser.error(f"files: none for {args.name!r}; name the summaries it is made of")
+        found = [json.loads(file.read_text()) for file in args.files]
+        (RESULTS / f"{args.name}.json").write_text(summary.text(found), encoding="utf-8")
     for name in PAGES:
         page = ROOT / name
         page.write_text(with_tables(page.read_text()))
