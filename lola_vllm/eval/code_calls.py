@@ -20,7 +20,7 @@ from lola_vllm.eval.question import Draft, Question, RealText, hide
 from lola_vllm.texts import kind_of
 
 # Parameters and lines of a function that is asked for.
-LEAST_PARAMETERS, MOST_PARAMETERS, MOST_LINES = 2, 6, 24
+LEAST_PARAMETERS, MOST_PARAMETERS, MOST_LINES = 3, 6, 24
 # A list or a text without empty lines is cut into pieces of so many lines.
 PIECE_LINES = 16
 CALL_ROOM = 64  # tokens of six names, each said twice
@@ -140,7 +140,7 @@ class CallDraw:
         definition, start = rng.choice(text.definitions), text.start(rng)
         name = self.key(rng).replace("-", "_")
         source = definition.renamed(name)
-        arguments = ", ".join(f"{name}={name}" for name in definition.parameters)
+        first, *others = (f"{name}={name}" for name in definition.parameters)
 
         def draft(units: int) -> Question:
             pieces = text.read(start, units)
@@ -151,10 +151,11 @@ class CallDraw:
             mixed, (found,) = hide(pieces, [(depth, needle)])
             return Question(
                 text="\n\n".join([*mixed, EXAMPLE]),
-                answer_prefix=f"{name}(",
-                expected=(f"{arguments})",),
+                answer_prefix=f"{name}({first},",
+                expected=(", ".join(others) + ")",),
                 depth=found,
                 needed=(needle,),
+                begins=True,
             )
 
         return draft

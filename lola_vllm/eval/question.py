@@ -119,6 +119,7 @@ class Question:
         expected: strings that the answer must hold.
         depth: share of the haystack before what is asked for, 0 <= depth < 1.
         needed: parts of the text that the answer needs, where those are not `expected` itself.
+        begins: the answer must begin with what is expected.
     """
 
     text: str
@@ -126,6 +127,7 @@ class Question:
     expected: tuple[str, ...]
     depth: float
     needed: tuple[str, ...] = ()
+    begins: bool = False
 
 
 # From a number of haystack units (lines or sentences) to the question. What is random was drawn

@@ -38,10 +38,12 @@ class Score:
     share: float
 
 
-def judge(expected: Sequence[str], answer: str) -> Score:
-    """Score the model's `answer` against the strings it should hold."""
-    answer = answer.lower()
-    found = [text.lower() in answer for text in expected]
+def judge(expected: Sequence[str], answer: str, begins: bool = False) -> Score:
+    """Score the model's `answer` against the strings it should hold, or begin with."""
+    answer = answer.lower().lstrip()
+    found = [
+        answer.startswith(text.lower()) if begins else text.lower() in answer for text in expected
+    ]
     match = sum(found) / len(expected)
     shares = [
         1.0 if hit else _best_share(text.lower(), answer)
@@ -187,7 +189,7 @@ class RecallPlan:
 
 def _row(prompt: Prompt, answer: str) -> dict[str, Any]:
     """A sample's line in the results."""
-    score = judge(prompt.question.expected, answer)
+    score = judge(prompt.question.expected, answer, prompt.question.begins)
     aim = {"aim": prompt.aim} if prompt.aim else {}
     return {
         "task": prompt.task,

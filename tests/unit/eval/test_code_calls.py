@@ -25,9 +25,9 @@ CLASS = '''class Road{i}:
 
     length = {i}
 
-    def joined(self, stone{i}, river{i}=3):
-        # Both are added.
-        return stone{i} + river{i} + self.length
+    def joined(self, stone{i}, river{i}, wood{i}=3):
+        # All are added.
+        return stone{i} + river{i} + wood{i} + self.length
 
     @property
     def alone(self):
@@ -50,26 +50,26 @@ def test_definitions_are_those_that_a_call_by_name_can_be_asked_of() -> None:
     text = """
 import os
 
-async def late(a, b): pass
-def one(a): pass
+async def late(a, b, c): pass
+def two(a, b): pass
 def many(a, b, c, d, e, f, g): pass
-def rest(a, *b): pass
-def named(a, *, b): pass
-def good(a, b: int = 2) -> int:
+def rest(a, b, c, *d): pass
+def named(a, b, *, c): pass
+def good(a, b: int = 2, c=None) -> int:
     return a
 
 class Form:
     @classmethod
-    def made(cls, x, y):
+    def made(cls, x, y, z):
         return cls(x, y)
 """
     found = {d.name: d for d in definitions(text)}
     assert set(found) == {"good", "made"}
-    assert found["made"].parameters == ("x", "y")
-    assert found["made"].source == "def made(x, y):\n    return cls(x, y)"
-    assert found["good"].renamed("odd_end").startswith("def odd_end(a, b: int = 2) -> int:")
-    assert definitions("def broken(a, b:") == []
-    long = "def long(a, b):\n" + "    a = b\n" * 60
+    assert found["made"].parameters == ("x", "y", "z")
+    assert found["made"].source == "def made(x, y, z):\n    return cls(x, y)"
+    assert found["good"].renamed("odd_end").startswith("def odd_end(a, b: int = 2, c=None) -> int:")
+    assert definitions("def broken(a, b, c:") == []
+    long = "def long(a, b, c):\n" + "    a = b\n" * 60
     assert definitions(long) == []
 
 
@@ -77,10 +77,12 @@ def test_a_question_calls_a_function_of_the_text_whose_name_stands_there_once(co
     names = set()
     for prompt in build_prompts(TASK, 1500, 12, 0, Words(), "completion", code):
         question = prompt.question
-        name = question.answer_prefix.removesuffix("(")
+        name, _, begun = question.answer_prefix.partition("(")
         (defined,) = re.findall(rf"def {name}\(([^)]*)\)", question.text)
         parameters = [part.split("=")[0].strip() for part in defined.split(",")]
-        assert question.expected == (", ".join(f"{p}={p}" for p in parameters) + ")",)
+        first, *others = (f"{p}={p}" for p in parameters)
+        assert begun == f"{first}," and question.begins
+        assert question.expected == (", ".join(others) + ")",)
         # Its definition alone has the name, so nothing else says which parameters they are.
         assert len(re.findall(rf"\b{name}\b", question.text)) == 1
         # What is asked for is the last line of code that Python understands.
@@ -110,9 +112,10 @@ def test_prompts_fill_their_length_and_distances_are_met(code: Code) -> None:
 
 def test_an_answer_must_name_all_parameters_in_order() -> None:
     expected = ("left=left, right=right)",)
-    assert judge(expected, "left=left, right=right)\n\nmore").exact
-    assert not judge(expected, "right=right, left=left)").exact
-    assert not judge(expected, "left=left, right=1)").exact
+    assert judge(expected, " left=left, right=right)\n\nmore", begins=True).exact
+    assert not judge(expected, "right=right, left=left)", begins=True).exact
+    assert not judge(expected, "left=left, right=1)", begins=True).exact
+    assert not judge(expected, "up=up, left=left, right=right)", begins=True).exact
 
 
 def test_code_is_cut_into_pieces_between_empty_lines() -> None:
@@ -120,7 +123,7 @@ def test_code_is_cut_into_pieces_between_empty_lines() -> None:
     first, second, third = Code.split(Code.__new__(Code), text)
     assert first == "a = 1\nb = 2"
     assert len(second.split("\n")) == PIECE_LINES and third == f"line{PIECE_LINES}"
-    with pytest.raises(EvalError, match="defines no function of 2 to 6 parameters"):
+    with pytest.raises(EvalError, match="defines no function of 3 to 6 parameters"):
         Code(["x = 1"])
 
 
