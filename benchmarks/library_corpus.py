@@ -11,6 +11,19 @@ WORDS = [
     *("kelp", "lotus", "maple", "north", "ocean", "pearl", "quartz", "river", "stone", "tulip"),
     *("umber", "violet", "willow", "yarrow", "zephyr"),
 ]
+# For more documents than the words and names above tell apart, the same and these.
+MANY = 288
+MORE_WORDS = [
+    "basalt",
+    "clover",
+    "dune",
+    "falcon",
+    "garnet",
+    "harbor",
+    "indigo",
+    "juniper",
+    "meadow",
+]
 # (what is hidden, question). Those of development chose how documents are found; no seed that
 # reports asks them.
 DEVELOPMENT_NEEDLES = (
@@ -39,6 +52,11 @@ NAMES = [
     *("Heathcote", "Inchbald", "Jessup", "Kilbride", "Lathbury", "Mountjoy", "Netherby", "Ormsby"),
     *("Pettigrew", "Quarles", "Ravenhill", "Saltmarsh", "Thistlewood", "Umfraville", "Vavasour"),
     *("Wetherell", "Yarborough"),
+]
+MORE_NAMES = [
+    first + last
+    for first in ("Ash", "Brad", "Cole", "Farn", "Hazel", "Lang", "Mar", "North", "Sten", "Wool")
+    for last in ("bury", "combe", "field", "ford", "ham", "ley", "thorpe")
 ]
 # (what is hidden, a question in other words, what a right answer says)
 FACTS = (
@@ -124,16 +142,26 @@ def make(
     there is a question about either. The numbers of all documents stand in the same sentence.
 
     Args:
-        documents, tokens: how many, 288 or fewer, and how long each.
+        documents, tokens: how many, 1,128 or fewer, and how long each.
+
+    Raises:
+        ValueError: more documents than there are names, or a text that is too short.
     """
     chance = random.Random(seed)
     needle, facts = NEEDLE, FACTS
     if development(seed):
         needle, facts = DEVELOPMENT_NEEDLES[seed % 3], DEVELOPMENT_FACTS
-    subjects = [f"{a}-{b}" for a in WORDS for b in WORDS]
+    words, names = WORDS, NAMES
+    if documents > MANY:
+        words, names = WORDS + MORE_WORDS, NAMES + MORE_NAMES
+    subjects = [f"{a}-{b}" for a in words for b in words]
     chance.shuffle(subjects)
-    told = [(fact, name) for fact in facts for name in NAMES]
+    told = [(fact, name) for fact in facts for name in names]
     chance.shuffle(told)
+    if documents > min(len(subjects), len(told)):
+        raise ValueError(f"documents = {documents}: there are names for {len(told)} at most")
+    if len(text) < 8 * tokens:
+        raise ValueError(f"text: {len(text)} characters, a document takes {8 * tokens}")
     passages, questions = [], []
     for number, key, (fact, name) in zip(range(documents), subjects, told, strict=False):
         digits = str(chance.randrange(10**6, 10**7))

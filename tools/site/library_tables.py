@@ -33,7 +33,7 @@ SECONDS = {
     "choose of 8": "choosing among 8 documents",
     "choose of 32": "choosing among 32",
     "choose of 128": "choosing among 128",
-    "choose of 1000": "choosing among 1,000",
+    "choose of 1000": "choosing among 1,000, which are the same 128 again and again",
     "first token alone": "first token of the document alone, whose state is at hand",
     "first token of 1": "first token of the first that was found, with choosing and loading",
     "first token of 3": "first token of three, with choosing, loading and composing",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from library_corpus import DEVELOPMENT_FACTS, FACTS, development, make
 
@@ -28,6 +30,16 @@ def test_each_document_hides_a_number_and_a_fact_that_are_asked_for() -> None:
             assert sum(question.answer in text for text in texts) == 1
     assert make(TEXT, encode, **options) == corpus
     assert make(TEXT, encode, **{**options, "seed": 2}) != corpus
+
+
+def test_a_thousand_documents_have_a_name_each() -> None:
+    corpus = make(TEXT, encode, documents=1000, tokens=200, seed=3)
+    assert len(corpus.documents) == 1000
+    assert len({question.text for question in corpus.questions}) == 2000
+    with pytest.raises(ValueError, match="documents = 1200: there are names for 1128 at most"):
+        make(TEXT, encode, documents=1200, tokens=200, seed=3)
+    with pytest.raises(ValueError, match="text: 10 characters, a document takes 1600"):
+        make("x" * 10, encode, documents=1, tokens=200, seed=3)
 
 
 def test_no_seed_that_reports_asks_what_chose_the_score() -> None:
