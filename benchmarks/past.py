@@ -146,11 +146,18 @@ class Text:
         assert found is not None
         return found.document
 
-    @torch.no_grad()
+    def recalled(self, question: Question, count: int) -> bool:
+        """Whether what a question recalls after so many were read answers it."""
+        recalled = self.go_to(count).recall(self.reader.encode(question.text))
+        return self.answers(recalled.cache, question)
+
     def exact(self, question: Question, *caches: LolaCache) -> bool:
-        """Whether the likeliest tokens behind a question are the number, asked of one state or of
-        several, composed in this order."""
-        cache = LolaCache.compose(caches, self.reader.model)  # of one: a copy
+        """Whether one state answers a question, or several, composed in this order."""
+        return self.answers(LolaCache.compose(caches, self.reader.model), question)  # one: a copy
+
+    @torch.no_grad()
+    def answers(self, cache: LolaCache, question: Question) -> bool:
+        """Whether the likeliest tokens behind a question are the number. It is read in `cache`."""
         asked = self.reader.encode(question.text)
         answer = self.reader.encode(f" {question.answer}")
         out = self.reader.model(
@@ -175,9 +182,9 @@ def newest(args: argparse.Namespace, text: Text, question: Question) -> dict[str
         "at once": text.exact(question, present),
         "beside another": text.exact(question, present, other),
     }
-    found = text.found(question, at + 1)
     return row | {
-        "found": found == at, "recalled": text.exact(question, present, text.apart(found))
+        "found": text.found(question, at + 1) == at,
+        "recalled": text.recalled(question, at + 1),
     }  # fmt: skip
 
 
@@ -191,11 +198,10 @@ def later(args: argparse.Namespace, text: Text, question: Question, back: int) -
         "apart, present": text.exact(question, apart, present),
         "present, kept": text.exact(question, present, text.kept(at)),
     }
-    found = text.found(question, until + 1)
-    row["found"], row["recalled"] = found == at, row["present, apart"]
-    if found != at:
-        row["recalled"] = text.exact(question, present, text.apart(found))
-    return row
+    return row | {
+        "found": text.found(question, until + 1) == at,
+        "recalled": text.recalled(question, until + 1),
+    }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

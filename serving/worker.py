@@ -176,10 +176,11 @@ class LolaWorkerExtension:
         question: str,
         documents: list[tuple[str, int]],
         top: int,
-        newest: tuple[str, int, int] | None = None,
+        rest: tuple[str, int, int] | None = None,
+        newest: int = 0,
     ) -> Answer:
         """As `Librarian.find`."""
-        return self._librarian().find(question, documents, top, newest)
+        return self._librarian().find(question, documents, top, rest, newest)
 
     @_answering
     def lola_found(self, question: str) -> Answer:

@@ -20,6 +20,7 @@ from lola_vllm.hf.tokens import LolaModelError
 from lola_vllm.library.choose import Choice, choose
 from lola_vllm.library.keys import DocumentKeys
 from lola_vllm.library.parts import PART_TOKENS
+from lola_vllm.library.past import TOP, Found, comes_back
 
 STATES = 4  # of segments that came back, which are kept for the next question
 
@@ -98,9 +99,9 @@ class Past:
         return logits
 
     def recall(self, question: Sequence[int]) -> Recalled:
-        """What to ask a question of: the present, and behind it the segment that the question reads
-        most. Where that is the one that is not complete yet, or the text has none, the present
-        alone.
+        """What to ask a question of: the present, and behind it the complete segment that the
+        question reads most. Where newer text has what it reads, or the text has no complete
+        segment, the present alone.
 
         A segment that comes back is read once more, apart. The text stays as it is.
 
@@ -112,26 +113,33 @@ class Past:
         """
         if not self.tokens:
             raise LolaModelError("nothing was read yet; read a text first")
-        found = self.find(question)
-        if found is None or found.document == len(self.keys):
-            return Recalled(copy.deepcopy(self.cache), None, None, found)
-        first = found.document * self.segment_tokens
-        cache = LolaCache.compose([self.cache, self._segment(found.document)], self.model)
-        return Recalled(cache, first, first + self.segment_tokens, found)
+        found = self._found(question)
+        read = [Found(one.document, one.score, one.own) for one in found]
+        index = comes_back(read, len(self.keys)) if found else None
+        if index is None:
+            return Recalled(copy.deepcopy(self.cache), None, None, None)
+        best = found[index]
+        first = best.document * self.segment_tokens
+        cache = LolaCache.compose([self.cache, self._segment(best.document)], self.model)
+        return Recalled(cache, first, first + self.segment_tokens, best)
 
     def find(self, question: Sequence[int]) -> Choice | None:
-        """The segment that a question reads most; one past the complete ones is that which is not
-        complete yet. None: there is no complete one.
+        """The complete segment that a question reads most; None: there is none.
 
         Raises:
             ValueError: no question, or one that is too long.
         """
+        return next((x for x in self._found(question) if x.document < len(self.keys)), None)
+
+    def _found(self, question: Sequence[int]) -> list[Choice]:
+        """What a question reads, the most first; one past the complete segments is the rest."""
         if self.first is None:
-            return None
-        shelf = list(self.keys)
-        if len(self.tokens) % self.segment_tokens:
-            shelf.append(self._newest(len(self.tokens) % self.segment_tokens))
-        return choose(queries_of(self.model, self.first, question), shelf, 1)[0]
+            return []
+        shelf, rest = list(self.keys), len(self.tokens) % self.segment_tokens
+        if rest:
+            shelf.append(self._newest(rest))
+        newest = 2 if rest else 1  # the last segment, and what follows it
+        return choose(queries_of(self.model, self.first, question), shelf, TOP, newest)
 
     def _newest(self, count: int) -> DocumentKeys:
         """The keys of so many tokens at the end of the text."""

@@ -50,13 +50,16 @@ class Choice:
 
     Attributes:
         document: its index. score: of its best place, 0 or more. share: of the scores of all
-            documents that were chosen. places: that are read most, the first the most.
+            documents that were chosen. places: that are read most, the first the most. own: the
+            share of its score that is left where only what is above the logits of newer documents
+            counts; 1 where none is newer.
     """
 
     document: int
     score: float
     share: float
     places: tuple[Place, ...]
+    own: float = 1.0
 
 
 def look(
@@ -85,14 +88,17 @@ def flat(q: Tensor) -> Tensor:
 
 
 def choose(
-    queries: Sequence[Tensor], documents: Iterable[DocumentKeys], top: int = FOUND
+    queries: Sequence[Tensor],
+    documents: Iterable[DocumentKeys],
+    top: int = FOUND,
+    newest: int = 0,
 ) -> list[Choice]:
     """The documents that a question reads most, the most first. Equal ones in their order.
 
     Args:
         queries: of the question, `[T, G, d]` in each reading head.
         documents: where there are many, the best of them are gone through once more.
-        top: how many.
+        top: how many. newest: so many, at the end and in this order, are newer than the others.
 
     Raises:
         ValueError: no document.
@@ -120,12 +126,21 @@ def choose(
         found.sort(key=lambda scored: (-scored[0], scored[1]))
     del found[top:]
     total = sum(score for score, _ in found)
+    newer = {i: look(queries, documents[i]) for i in range(len(documents) - newest, len(documents))}
+
+    def own(score: float, index: int) -> float:
+        others = [found for i, found in newer.items() if i > indices[index]]
+        if not others or not score:
+            return 1.0
+        return _score(blocks[index], torch.stack([usual, *others]).amax(0)) / count / score
+
     return [
         Choice(
             indices[index],
             score,
             score / total if total else 1 / len(found),
             places(queries, usual, few[index], blocks[index]),
+            own(score, index),
         )
         for score, index in found
     ]

@@ -49,22 +49,23 @@ async def find(
                   part["id"], part["tokens"])
         for document in found["documents"] for part in document["parts"]
     ]  # fmt: skip
-    return await find_among(engine, parts, question, top, salt)
+    choices = await choose_among(engine, parts, question, top, salt)
+    return [await source_of(engine, parts[choice["document"]], choice, salt) for choice in choices]
 
 
-async def find_among(
+async def choose_among(
     engine: LolaEngine,
     parts: list[KnownPart],
     question: str,
     top: int,
     salt: str | None,
-    newest: tuple[str, int, int] | None = None,
+    rest: tuple[str, int, int] | None = None,
+    newest: int = 0,
 ) -> list[dict[str, Any]]:
-    """As `find`, of parts that are known.
+    """What a question reads of parts that are known, the most first, as `Librarian.found` has it.
 
     Args:
-        newest: the end of a text, which may be found too, as `Librarian.find` takes it. It is no
-            source: of the sources only those come back that are read more than it.
+        rest, newest: as `Librarian.find` takes them.
     """
     room = most_tokens(engine)
     asked = await _encoded(engine, f"\n{question.strip()}")
@@ -80,7 +81,7 @@ async def find_among(
     try:
         await _hear(engine, name, anchor, asked, salt)
         states = [(part.id, part.tokens) for part in parts]
-        await engine.ask_workers("lola_find", name, states, top, newest)
+        await engine.ask_workers("lola_find", name, states, top, rest, newest)
         answer: dict[str, Any] = {}
         while "choices" not in answer:
             await asyncio.sleep(POLL_S)
@@ -88,12 +89,8 @@ async def find_among(
     except BaseException:  # a disconnected client cancels this
         engine.later(engine.ask_workers("lola_unhear", name))
         raise
-    choices = answer["choices"]
-    ends = [i for i, choice in enumerate(choices) if choice["document"] == len(parts)]
-    return [
-        await _source(engine, parts[choice["document"]], choice, salt)
-        for choice in choices[: ends[0] if ends else None]
-    ]
+    choices: list[dict[str, Any]] = answer["choices"]
+    return choices
 
 
 async def compose(
@@ -147,9 +144,10 @@ async def _hear(
         raise
 
 
-async def _source(
+async def source_of(
     engine: LolaEngine, part: KnownPart, choice: dict[str, Any], salt: str | None
 ) -> dict[str, Any]:
+    """A part that was chosen, as `protocol.Source` has it."""
     said = await engine.sessions("tokens", reference=part.session, salt=owned(salt))
     sentence, places = await asyncio.to_thread(
         _texts, engine.client.renderer.tokenizer, said["tokens"], choice["places"]

@@ -94,27 +94,29 @@ class Librarian:
         question: str,
         documents: Sequence[tuple[str, int]],
         top: int,
-        newest: tuple[str, int, int] | None = None,
+        rest: tuple[str, int, int] | None = None,
+        newest: int = 0,
     ) -> Answer:
         """Start to look for the documents that a question reads.
 
         Args:
             question: name of queries that are kept. documents: id of the state and tokens of each
-                part. top: how many to find. newest: one more document: id of a state, its tokens,
-                and how many of the newest of these.
+                part. top: how many to find. rest: one more document: id of a state, its tokens,
+                and how many of the newest of these. newest: so many documents at the end are newer
+                than the others.
         """
         if len(self._finding) >= MAX_AT_ONCE:
             return {"error": "too many questions are asked at once; try again"}
         asked = self._heard.pop(question, None)
         if asked is None:
             return {"error": "the question was not heard; ask again"}
-        shelf = _fetched(documents, newest)
-        self._finding[question] = self._thread.submit(choose, asked, shelf, top)
+        shelf = _fetched(documents, rest)
+        self._finding[question] = self._thread.submit(choose, asked, shelf, top, newest)
         return {}
 
     def found(self, question: str) -> Answer:
         """`{}` while it is looked for, else `{"choices": [...]}`, the most read first: `document`
-        (its index), `score`, `share` and `places`, each first, last, share and peak."""
+        (its index), `score`, `share`, `own` and `places`, each first, last, share and peak."""
         future = self._finding.get(question)
         if future is None:
             return {"error": "nothing is looked for"}
@@ -126,6 +128,7 @@ class Librarian:
                 "document": choice.document,
                 "score": choice.score,
                 "share": choice.share,
+                "own": choice.own,
                 "places": [list(place) for place in choice.places],
             }
             for choice in future.result()
@@ -144,7 +147,7 @@ class Librarian:
 
 
 def _fetched(
-    parts: Sequence[tuple[str, int]], newest: tuple[str, int, int] | None
+    parts: Sequence[tuple[str, int]], rest: tuple[str, int, int] | None
 ) -> Fetched[DocumentKeys]:
     """Keys of documents, fetched one at a time; the last of a text's newest tokens."""
     connector = get_kv_transfer_group()
@@ -152,11 +155,11 @@ def _fetched(
     transfer: TransferWorker = connector.transfer
 
     def keys(index: int) -> DocumentKeys:
-        if index == len(parts) and newest is not None:
-            found = transfer.newest_keys(*newest)
+        if index == len(parts) and rest is not None:
+            found = transfer.newest_keys(*rest)
         else:
             found = transfer.document_keys(*parts[index])
         assert isinstance(found, DocumentKeys)
         return found
 
-    return Fetched(len(parts) + (newest is not None), keys)
+    return Fetched(len(parts) + (rest is not None), keys)

@@ -2,8 +2,9 @@
 
 The text of a session is cut into segments, and each is read once more, apart, before the first
 question after its end. A question is asked of the present and, next to it, of the segment that it
-reads most; where that is the text's end, of the present alone. What came back is no part of the
-session: the question and its answer are read at its end (`docs/library.md`).
+reads most; where newer text has what it reads, of the present alone (`lola_vllm.library.past`).
+What came back is no part of the session: the question and its answer are read at its end
+(`docs/library.md`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastapi import HTTPException
 
 from lola_vllm.library.parts import PART_TOKENS, SHARED_TOKENS
+from lola_vllm.library.past import TOP, Found, comes_back
 from lola_vllm.serving.library.adding import check_libraries, most_tokens, read_part
-from lola_vllm.serving.library.asking import KnownPart, find_among
+from lola_vllm.serving.library.asking import KnownPart, choose_among, source_of
 from lola_vllm.serving.sessions.composed_start import compose_for_request
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.template_boundary import Transcript
@@ -59,8 +61,8 @@ async def recall(
     question: str,
     salt: str | None,
 ) -> Recalled | None:
-    """What to ask a question of; None: the session alone, as it is short, its end is what the
-    question reads, or there is no room for a segment in the server's longest context.
+    """What to ask a question of; None: the session alone, as it is short, newer text has what
+    the question reads, or there is no room for a segment in the server's longest context.
 
     Args:
         transcript: of the session. salt: the caller's.
@@ -88,11 +90,16 @@ async def recall(
         KnownPart(session, segment["segment"] + 1, count, segment["session"], segment["id"], size)
         for segment in found["segments"]
     ]
-    newest = (found["id"], found["tokens"], left) if left else None
-    sources = await find_among(engine, parts, question, 1, salt, newest) if parts else []
-    if not sources:
+    if not parts:
         return None
-    (source,) = sources
+    rest = (found["id"], found["tokens"], left) if left else None
+    newest = 2 if left else 1  # the last segment, and what follows it
+    choices = await choose_among(engine, parts, question, TOP, salt, rest, newest)
+    read = [Found(choice["document"], choice["score"], choice["own"]) for choice in choices]
+    index = comes_back(read, len(parts))
+    if index is None:
+        return None
+    source = await source_of(engine, parts[choices[index]["document"]], choices[index], salt)
     composed, said = await compose_for_request(engine, [present, source["session"]], owned(salt))
     first = (source["part"] - 1) * size
     return Recalled(

@@ -49,8 +49,24 @@ PAST = {
     "the text, and behind it the segment": ("", "present, apart"),
     "the text, and behind it its state at the segment's end": ("", "present, kept"),
     "the text, and behind it another segment with a number": ("beside another", ""),
-    "**as it ships: the text, and behind it what the question finds**": ("recalled", "recalled"),
+    "**as it ships: the text and what the question finds**": ("recalled", "recalled"),
     "found: the right segment of all so far": ("found", "found"),
+}
+
+
+# And what is asked where newer text tells something in the same words.
+NEWER = {
+    "past": "what the segment tells; newer text tells another thing",
+    "update": "what newer text tells anew",
+    "present": "what only newer text tells",
+}
+OF = {"number": "a number", "fact": "a fact"}
+NEWER_HOW = {
+    "alone": "the text alone",
+    "behind": "the text, and behind it the segment",
+    "before": "the segment, and behind it the text",
+    "recalled": "**as it ships**",
+    "apart": "the segment alone",
 }
 
 
@@ -140,7 +156,26 @@ def past(runs: Runs) -> str:
     return table(lines)
 
 
+def newer(runs: Runs) -> str:
+    """Exact answers where newer text tells something in the same words; all seeds together."""
+    results = [run["results"] for run in runs("past-newer")]
+    lines = [["asked for", "", *NEWER_HOW.values()]]
+    for kind, label in NEWER.items():
+        for of, what in OF.items():
+            about = f"{kind}, {of}"
+            asked = _sum(results, about)
+            cells = [
+                f"{_sum(results, f'{about}, {how}')} of {asked}"
+                if any(f"{about}, {how}" in one for one in results)
+                else ""
+                for how in NEWER_HOW
+            ]
+            lines.append([label, what, *cells])
+            label = ""
+    return table(lines)
+
+
 TABLES = {
     "library-found": found, "library-exact": exact, "library-seconds": seconds,
-    "library-past": past,
+    "library-past": past, "library-past-newer": newer,
 }  # fmt: skip

@@ -15,6 +15,7 @@ from lola_vllm.hf import past as past_module
 from lola_vllm.hf.past import STATES, Past
 from lola_vllm.library.choose import Choice, flat, look
 from lola_vllm.library.keys import DocumentKeys, queries_in, reading_heads
+from lola_vllm.library.past import OWN
 from tests.unit.library.test_choose import read
 from tools.support.tiny import make_tiny, random_prompts
 
@@ -37,13 +38,19 @@ def bytes_of(cache: LolaCache) -> Tensor:
     return cache.sequence.cleaned(cache.rows()[0], cache.get_seq_length())
 
 
-def finds(monkeypatch: pytest.MonkeyPatch, segment: int) -> list[Sequence[DocumentKeys]]:
-    """Every question finds this segment from now on; what it was found among."""
+def finds(
+    monkeypatch: pytest.MonkeyPatch, *read: tuple[int, float, float]
+) -> list[Sequence[DocumentKeys]]:
+    """Every question finds segments of these scores from now on, of which a share is their own;
+    what they were found among."""
     seen: list[Sequence[DocumentKeys]] = []
 
-    def choose(queries: Any, documents: Sequence[DocumentKeys], top: int) -> list[Choice]:
+    def choose(
+        queries: Any, documents: Sequence[DocumentKeys], top: int, newest: int
+    ) -> list[Choice]:
         seen.append(documents)
-        return [Choice(segment, 1.0, 1.0, ())]
+        assert newest == (2 if len(documents) == 8 else 1)
+        return [Choice(segment, score, score, (), own) for segment, score, own in read[:top]]
 
     monkeypatch.setattr(past_module, "choose", choose)
     return seen
@@ -107,7 +114,7 @@ def test_a_segment_comes_back_behind_the_present(
     past = Past(model, SEGMENT)
     past.read(TEXT)
     before = bytes_of(past.cache)
-    seen = finds(monkeypatch, 2)
+    seen = finds(monkeypatch, (7, 4.0, 1.0), (2, 3.0, OWN))
     recalled = past.recall(QUESTION)
     assert [keys.num_tokens for keys in seen[0]] == [SEGMENT] * 7 + [20]
     assert (recalled.first, recalled.last) == (2 * SEGMENT, 3 * SEGMENT)
@@ -128,18 +135,31 @@ def logits_behind(model: Any, cache: LolaCache) -> Tensor:
     return logits
 
 
-def test_the_newest_segment_is_the_present(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "found", [[(2, 4.0, OWN / 2), (7, 3.0, 1.0)], [(7, 4.0, 1.0), (2, 1.0, 1.0)]]
+)
+def test_the_present_is_asked_alone_where_newer_text_has_what_is_asked(
+    model: Any, monkeypatch: pytest.MonkeyPatch, found: list[tuple[int, float, float]]
+) -> None:
+    past = Past(model, SEGMENT)
+    past.read(TEXT)
+    finds(monkeypatch, *found)
+    best = past.find(QUESTION)
+    assert best is not None and best.document == 2
+    recalled = past.recall(QUESTION)
+    assert recalled.first is recalled.last is recalled.choice is None
+    assert torch.equal(bytes_of(recalled.cache), bytes_of(past.cache))
+
+
+def test_before_a_segment_is_complete_the_present_is_asked_alone(model: Any) -> None:
     past = Past(model, SEGMENT)
     past.read(TEXT[:20])
-    recalled = past.recall(QUESTION)  # nothing is complete yet
-    assert recalled.first is None and recalled.choice is None
-    past.read(TEXT[20:])
-    finds(monkeypatch, 7)
+    assert past.find(QUESTION) is None
     recalled = past.recall(QUESTION)
-    assert recalled.first is recalled.last is None and recalled.choice is not None
+    assert recalled.first is recalled.last is recalled.choice is None
     assert torch.equal(bytes_of(recalled.cache), bytes_of(past.cache))
     logits_behind(model, recalled.cache)
-    assert past.cache.get_seq_length() == len(TEXT)  # the answer is the caller's
+    assert past.cache.get_seq_length() == 20  # the answer is the caller's
 
 
 def test_segments_that_came_back_are_kept_for_a_while(
@@ -148,7 +168,7 @@ def test_segments_that_came_back_are_kept_for_a_while(
     past = Past(model, SEGMENT)
     past.read(TEXT)
     for segment in [*range(STATES), 0, STATES]:
-        finds(monkeypatch, segment)
+        finds(monkeypatch, (segment, 1.0, 1.0))
         past.recall(QUESTION)
     assert list(past._apart) == [*range(2, STATES), 0, STATES]
 

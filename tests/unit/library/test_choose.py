@@ -205,6 +205,25 @@ def test_scores_are_those_of_the_definition(many: int) -> None:
     )
 
 
+@pytest.mark.parametrize("many", [CANDIDATES - 4, 2 * CANDIDATES])
+@pytest.mark.parametrize(
+    ("newer", "own"),
+    [({}, 1), ({9: 2 * TWO}, 0.5), ({9: ONE, 80: TWO}, 0), ({9: ONE / 2, 80: TWO / 2}, 0.14)],
+    ids=["nothing", "one word", "both", "both, less"],
+)
+def test_what_a_document_has_that_newer_ones_lack(
+    newer: dict[int, Tensor], own: float, many: int
+) -> None:
+    documents = [made({200: ONE, 190: TWO}), *[made({}, 290)] * many, made(newer, 310)]
+    best = next(x for x in choose(asked(ONE, TWO), documents, 4, 1) if x.document == 0)
+    assert best.own == pytest.approx(own, abs=0.09)
+    # Neither without newer ones, nor of the newest itself.
+    assert all(choice.own == 1 for choice in choose(asked(ONE, TWO), documents, 4))
+    last = [documents[-1], *documents[1:-1], documents[0]]
+    newest = choose(asked(ONE, TWO), last, 4, 1)
+    assert all(choice.own == 1 for choice in newest if choice.document == len(last) - 1)
+
+
 def test_of_many_documents_those_that_lead_in_a_few_heads_are_candidates() -> None:
     """Four heads, of which the third and the fourth find what is asked for."""
     dull = [made({}, 150)] * (4 * CANDIDATES)
