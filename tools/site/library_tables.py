@@ -14,8 +14,10 @@ KINDS = {"needles": "a number", "facts": "a fact"}
 FOUND = {
     "first": "the model's own heads, first",
     "among three": "the model's own heads, among three",
-    "bm25 first": "BM25, first",
-    "bm25 among three": "BM25, among three",
+    "bm25 first": "BM25 by the whole prompt, first",
+    "bm25 among three": "BM25 by the whole prompt, among three",
+    "bm25 alone first": "BM25 by the question alone, first",
+    "bm25 alone among three": "BM25 by the question alone, among three",
     "embedding first": "a sentence model, first",
     "embedding among three": "a sentence model, among three",
 }
@@ -33,7 +35,7 @@ SECONDS = {
     "choose of 8": "choosing among 8 documents",
     "choose of 32": "choosing among 32",
     "choose of 128": "choosing among 128",
-    "choose of 1000": "choosing among 1,000, which are the same 128 again and again",
+    "choose of 1000": "choosing among 1,000",
     "first token alone": "first token of the document alone, whose state is at hand",
     "first token of 1": "first token of the first that was found, with choosing and loading",
     "first token of 3": "first token of three, with choosing, loading and composing",
@@ -80,7 +82,7 @@ def found(runs: Runs) -> str:
     sizes = sorted(
         {int(name.rsplit(" ", 1)[1]) for one in results for name in one if " first of " in name}
     )
-    lines = [["asked for", "found by", *(f"of {size} documents" for size in sizes)]]
+    lines = [["asked for", "found by", *(f"of {size:,} documents" for size in sizes)]]
     for kind, label in KINDS.items():
         for how, by in FOUND.items():
             cells = []

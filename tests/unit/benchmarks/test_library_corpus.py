@@ -28,6 +28,8 @@ def test_each_document_hides_a_number_and_a_fact_that_are_asked_for() -> None:
         assert question.answer in texts[question.document].lower()
         if question.kind == "needles":
             assert sum(question.answer in text for text in texts) == 1
+        assert question.words.endswith("?") and question.words in question.text
+        assert "Question" not in question.words and "\n" not in question.words
     assert make(TEXT, encode, **options) == corpus
     assert make(TEXT, encode, **{**options, "seed": 2}) != corpus
 
