@@ -14,15 +14,7 @@ WORDS = [
 # For more documents than the words and names above tell apart, the same and these.
 MANY = 288
 MORE_WORDS = [
-    "basalt",
-    "clover",
-    "dune",
-    "falcon",
-    "garnet",
-    "harbor",
-    "indigo",
-    "juniper",
-    "meadow",
+    *("basalt", "clover", "dune", "falcon", "garnet", "harbor", "indigo", "juniper", "meadow"),
 ]
 # (what is hidden, question). Those of development chose how documents are found; no seed that
 # reports asks them.
@@ -163,8 +155,8 @@ def make(
     chance.shuffle(subjects)
     told = [(fact, name) for fact in facts for name in names]
     chance.shuffle(told)
-    if documents > min(len(subjects), len(told)):
-        raise ValueError(f"documents = {documents}: there are names for {len(told)} at most")
+    if documents > (most := min(len(subjects), len(told))):
+        raise ValueError(f"documents = {documents}: there are names for {most} at most")
     if len(text) < 8 * tokens:
         raise ValueError(f"text: {len(text)} characters, a document takes {8 * tokens}")
     passages, questions = [], []

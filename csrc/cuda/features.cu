@@ -1,5 +1,5 @@
-// Feature maps of the queries, before decode, and cleared counters for the update after it: a block
-// maps a few rows with one head's matrix, so that the matrices are not read once per row.
+// Feature maps of the queries, before decode: a block maps a few rows with one head's matrix, so
+// that the matrices are not read once per row. It also clears what the update counts in.
 #include "cuda/launch.cuh"
 
 namespace lola {

@@ -6,8 +6,11 @@
 namespace lola {
 namespace cuda {
 
-// The answer of a row and query head, of so many in the layer, by a block.
-LOLA_DEVICE void merge(const Params& params, int64_t row, int of_layer) {
+// Whether this block is one of `merging`; it then gives the answer of a row and query head.
+LOLA_DEVICE bool merged(const Params& params) {
+  const int block = static_cast<int>(blockIdx.x);
+  if (block >= params.merging) return false;
+  const int row = block / params.layer_heads(), of_layer = block % params.layer_heads();
   const Group p(params, of_layer / params.num_heads());
   const int head = of_layer % p.num_heads(), splits = p.own_splits();
   const bool live = p.live(row), folded = live && p.any_folded(p.seq_lens[row] - 1);
@@ -23,6 +26,7 @@ LOLA_DEVICE void merge(const Params& params, int64_t row, int of_layer) {
     }
     answer(p, row, head, at, sum.value(p, head, folded));
   }
+  return true;
 }
 
 }  // namespace cuda

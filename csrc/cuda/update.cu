@@ -249,12 +249,7 @@ LOLA_DEVICE void choose_and_fold(const Params& params, char* memory) {
 template <typename T, bool INT8>
 __global__ void __launch_bounds__(kThreads, INT8 ? 1 : 2) update_kernel(const Params params) {
   LOLA_SHARED(memory);
-  const int block = static_cast<int>(blockIdx.x);
-  if (block < params.merging) {
-    merge(params, block / params.layer_heads(), block % params.layer_heads());
-    return;
-  }
-  if (!scored<T, INT8>(params, memory)) return;
+  if (merged(params) || !scored<T, INT8>(params, memory)) return;
   int* const arrived = params.arrivals + Share(params).of_layer;
   if (!comes_last(arrived, params.score_parts, reinterpret_cast<int*>(memory))) return;
   choose_and_fold<T, INT8>(params, memory);

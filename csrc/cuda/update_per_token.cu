@@ -351,12 +351,8 @@ LOLA_DEVICE void lower_bounds(const Group& p, int64_t page, int state, const Sha
 template <typename T, bool INT8>
 __global__ void __launch_bounds__(kThreads, 2) update_per_token_kernel(const Params params) {
   LOLA_SHARED(memory);
-  int block = static_cast<int>(blockIdx.x);
-  if (block < params.merging) {
-    merge(params, block / params.layer_heads(), block % params.layer_heads());
-    return;
-  }
-  block -= params.merging;
+  if (merged(params)) return;
+  const int block = static_cast<int>(blockIdx.x) - params.merging;
   const int64_t row = block / params.layer_sets();
   const int of_layer = block % params.layer_sets();
   const Group p(params, of_layer / params.num_sparse_heads());

@@ -6,8 +6,7 @@ from lola_vllm.gpu_cost.gpus import Gpu
 from lola_vllm.state import LayerLayout, StateLayout
 
 # As in lola.cu.
-BLOCKS_PER_PROCESSOR, SPLIT_ROWS, MAX_SPLITS = 2, 64, 32
-SCORE_BATCH, MAX_SCORE_BLOCKS = 32, 4096
+BLOCKS_PER_PROCESSOR, SCORE_BATCH, MAX_SCORE_BLOCKS = 2, 32, 4096
 # Digits of a key by which `select.cuh` narrows the candidates down, at most; and instructions that
 # each of them takes of a candidate.
 SELECT_PASSES, SELECT_INSTRUCTIONS = 8, 8
@@ -22,20 +21,6 @@ def decode_launches(layer: LayerLayout) -> int:
 def updates_per_token(page: StateLayout) -> bool:
     """Whether `update_per_token.cu` does the updates of a head group."""
     return page.update_interval == 1 and not page.recent_size
-
-
-def splits(layer: LayerLayout, batch: int, gpu: Gpu) -> int:
-    """Blocks that a row and set is divided among, at most (`plan_splits`)."""
-    works = [
-        page.sink_size + page.ring_size + page.sparse_cache_size + 2 * page.feature_dim
-        for page in layer.pages
-    ]
-    total = batch * sum(
-        work * page.num_sparse_heads for work, page in zip(works, layer.pages, strict=True)
-    )
-    wanted, longest = BLOCKS_PER_PROCESSOR * gpu.processors, max(works)
-    share = -(-total // wanted) if batch * len(layer.sizes) < wanted else longest
-    return -(-longest // max(share, -(-longest // MAX_SPLITS), SPLIT_ROWS))
 
 
 def score_parts(layer: LayerLayout, batch: int, gpu: Gpu) -> int:

@@ -20,7 +20,7 @@ from lola_vllm.hf.tokens import LolaModelError
 from lola_vllm.library.choose import Choice, choose
 from lola_vllm.library.keys import DocumentKeys
 from lola_vllm.library.parts import PART_TOKENS
-from lola_vllm.library.past import TOP, Found, comes_back
+from lola_vllm.library.past import TOP, Found, comes_back, newest
 
 STATES = 4  # of segments that came back, which are kept for the next question
 
@@ -32,7 +32,7 @@ class Recalled(NamedTuple):
         cache: the present, with a segment behind it if one came back. It is the caller's: what is
             read in it is not in the text.
         first, last: the segment, tokens `first` to `last - 1` of the text; None: none came back.
-        choice: how it was found, with places from `first` on.
+        choice: how it was found, with places from `first` on; None as well.
     """
 
     cache: LolaCache
@@ -138,8 +138,7 @@ class Past:
         shelf, rest = list(self.keys), len(self.tokens) % self.segment_tokens
         if rest:
             shelf.append(self._newest(rest))
-        newest = 2 if rest else 1  # the last segment, and what follows it
-        return choose(queries_of(self.model, self.first, question), shelf, TOP, newest)
+        return choose(queries_of(self.model, self.first, question), shelf, TOP, newest(rest > 0))
 
     def _newest(self, count: int) -> DocumentKeys:
         """The keys of so many tokens at the end of the text."""

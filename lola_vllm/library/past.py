@@ -30,6 +30,12 @@ class Found(NamedTuple):
     own: float
 
 
+def newest(rest: bool) -> int:
+    """How many documents at the end of a text are newer than the others: the last segment, and the
+    `rest` that follows it."""
+    return 2 if rest else 1
+
+
 def comes_back(found: Sequence[Found], segments: int) -> int | None:
     """The index in what was found of the segment that comes back; None: none does.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastapi import HTTPException
 
 from lola_vllm.library.parts import PART_TOKENS, SHARED_TOKENS
-from lola_vllm.library.past import TOP, Found, comes_back
+from lola_vllm.library.past import TOP, Found, comes_back, newest
 from lola_vllm.serving.library.adding import check_libraries, most_tokens, read_part
 from lola_vllm.serving.library.asking import KnownPart, choose_among, source_of
 from lola_vllm.serving.sessions.composed_start import compose_for_request
@@ -93,8 +93,7 @@ async def recall(
     if not parts:
         return None
     rest = (found["id"], found["tokens"], left) if left else None
-    newest = 2 if left else 1  # the last segment, and what follows it
-    choices = await choose_among(engine, parts, question, TOP, salt, rest, newest)
+    choices = await choose_among(engine, parts, question, TOP, salt, rest, newest(left > 0))
     read = [Found(choice["document"], choice["score"], choice["own"]) for choice in choices]
     index = comes_back(read, len(parts))
     if index is None:

@@ -76,6 +76,12 @@ def _sum(results: list[dict[str, float]], name: str) -> int:
     return round(sum(found.get(name, 0) for found in results))
 
 
+def _right(results: list[dict[str, float]], name: str, of: str) -> str:
+    """How many were right, of so many in those results that say it; empty where none does."""
+    asked = [one for one in results if name in one]
+    return f"{_sum(asked, name)} of {_sum(asked, of)}" if asked else ""
+
+
 def found(runs: Runs) -> str:
     """Questions whose document is found, by the size of the shelf; all seeds together."""
     results = [run["results"] for run in runs("library")]
@@ -85,12 +91,9 @@ def found(runs: Runs) -> str:
     lines = [["asked for", "found by", *(f"of {size:,} documents" for size in sizes)]]
     for kind, label in KINDS.items():
         for how, by in FOUND.items():
-            cells = []
-            for size in sizes:
-                name = f"{kind} {how} of {size}"
-                asked = [one for one in results if name in one]
-                count = _sum(asked, f"{kind} questions")
-                cells.append(f"{_sum(asked, name)} of {count}" if asked else "")
+            cells = [
+                _right(results, f"{kind} {how} of {size}", f"{kind} questions") for size in sizes
+            ]
             if not any(cells):
                 continue
             lines.append([label, by, *cells])
@@ -116,11 +119,7 @@ def exact(runs: Runs) -> str:
     results = _with_stock(runs)
     lines = [["made of", *KINDS.values()]]
     for how, label in EXACT.items():
-        cells = []
-        for kind in KINDS:
-            asked = [one for one in results if f"{kind} exact {how}" in one]
-            count = _sum(asked, f"{kind} asked")
-            cells.append(f"{_sum(asked, f'{kind} exact {how}')} of {count}" if count else "")
+        cells = [_right(results, f"{kind} exact {how}", f"{kind} asked") for kind in KINDS]
         if any(cells):
             lines.append([label, *cells])
     return table(lines)
@@ -165,13 +164,7 @@ def newer(runs: Runs) -> str:
     for kind, label in NEWER.items():
         for of, what in OF.items():
             about = f"{kind}, {of}"
-            asked = _sum(results, about)
-            cells = [
-                f"{_sum(results, f'{about}, {how}')} of {asked}"
-                if any(f"{about}, {how}" in one for one in results)
-                else ""
-                for how in NEWER_HOW
-            ]
+            cells = [_right(results, f"{about}, {how}", about) for how in NEWER_HOW]
             lines.append([label, what, *cells])
             label = ""
     return table(lines)

@@ -38,7 +38,6 @@ export async function say(name, at, text, fields, grow, signal) {
   };
   let told = {}, ended = null, usage = {}, words = "", reasoning = "";
   for await (const event of events(path(name, "/chat"), body, signal)) {
-    if (event.error) throw new Error(event.error.message ?? String(event.error));
     for (const { delta, finish_reason } of event.choices ?? []) {
       words += delta.content ?? "";
       reasoning += delta.reasoning ?? "";

@@ -13,7 +13,6 @@ export async function ask(memory, maxTokens, grow, signal) {
     stream: true,
   };
   for await (const event of events("/v1/completions", body, signal)) {
-    if (event.error) throw new Error(event.error.message ?? String(event.error));
     text += event.choices?.[0]?.text ?? "";
     grow(text);
   }

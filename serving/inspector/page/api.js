@@ -34,7 +34,10 @@ export async function* events(path, body, signal) {
     for (const line of lines) {
       const data = line.startsWith("data:") ? line.slice(5).trim() : "";
       if (data === "[DONE]") return;
-      if (data) yield JSON.parse(data);
+      if (!data) continue;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message ?? String(event.error));
+      yield event;
     }
   }
 }

@@ -33,7 +33,6 @@ export async function ask(library, question, grow, signal) {
   let text = "", sources = [];
   try {
     for await (const event of events(`${PATH}/${library}/chat`, body, signal)) {
-      if (event.error) throw new Error(event.error.message ?? String(event.error));
       sources = event.sources ?? sources;
       text += event.choices?.[0]?.delta?.content ?? "";
       grow(text);

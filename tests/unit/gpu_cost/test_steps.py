@@ -130,8 +130,7 @@ def test_launches_of_a_step_are_those_of_the_cuda_host_code():
 
 def test_constants_are_those_of_the_cuda_host_code():
     source = (ROOT / "csrc/cuda/lola.cu").read_text() + (ROOT / "csrc/cuda/launch.cuh").read_text()
-    for name in ("BLOCKS_PER_PROCESSOR", "SPLIT_ROWS", "MAX_SPLITS", "SCORE_BATCH",
-                 "MAX_SCORE_BLOCKS"):  # fmt: skip
+    for name in ("BLOCKS_PER_PROCESSOR", "SCORE_BATCH", "MAX_SCORE_BLOCKS"):
         there = "k" + name.title().replace("_", "")
         (value,) = re.findall(rf"constexpr int(?:64_t)? {there} = (\d+);", source)
         assert int(value) == getattr(cuda, name)
