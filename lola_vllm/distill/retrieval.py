@@ -31,6 +31,9 @@ MIN_LENGTH = 128  # tokens that always have room for one fact and one question
 _TRIES = 50
 _MAX_FACTS = 8
 _MAX_QUESTIONS = 4
+_SEVERAL = (
+    0.2  # share of prompts whose key has several values, or that ask for several keys at once
+)
 
 # Names of values, by kind. Digits are most frequent, because context does not help to guess them.
 _LABELS = {
@@ -56,6 +59,14 @@ _STATEMENTS = (
     "Here is the {label} for {key}: {value}.",
     "[{key}] {label} = {value}",
 )
+# Of a key that has several values.
+_STATEMENTS_OF_SEVERAL = (
+    "{key} has the {label} {value}.",
+    "{value} is among the {label}s of {key}.",
+    "A {label} for {key}: {value}.",
+    "Add {value} to the {label}s of {key}.",
+    "Another {label} of {key} is {value}.",
+)
 _INTRODUCTIONS = (
     "",
     "",
@@ -76,6 +87,14 @@ _COMPLETIONS = (
     ("Recall the {label} for {key}:", " "),
     ("[{key}]", " {label} = "),
 )
+# For several values in one answer.
+_COMPLETIONS_OF_SEVERAL = (
+    ("Which {label}s does the text give for {key}?", " The {label}s for {key} are "),
+    ("Question: List every {label} of {key}.\n", "Answer: "),
+    ("Q: What are the {label}s of {key}?\n", "A: "),
+    ("As mentioned before,", " the {label}s of {key} are "),
+    ("Recall every {label} for {key}:", " "),
+)
 _CHAT_QUESTIONS = (
     "What is the {label} for {key}?",
     "Which {label} does the text give for {key}?",
@@ -84,11 +103,22 @@ _CHAT_QUESTIONS = (
     "According to the text, what is the {label} of {key}?",
     "I need the {label} for {key}.",
 )
+_CHAT_QUESTIONS_OF_SEVERAL = (
+    "What are the {label}s of {key}?",
+    "Tell me every {label} that the text gives for {key}.",
+    "List the {label}s of {key}, and nothing else.",
+    "I need all {label}s for {key}.",
+)
 _CHAT_ANSWERS = (
     "{value}",
     "The {label} for {key} is {value}.",
     "The {label} of {key} is {value}.",
     "It is {value}.",
+)
+_CHAT_ANSWERS_OF_SEVERAL = (
+    "{value}",
+    "The {label}s of {key} are {value}.",
+    "They are {value}.",
 )
 
 
@@ -107,11 +137,34 @@ class RetrievalRow(NamedTuple):
 class _Fact:
     key: str
     label: str
+    kind: str
     value: str
 
-    def fill(self, template: str, with_value: bool = True) -> str:
-        value = self.value if with_value else "{value}"
-        return template.format(key=self.key, label=self.label, value=value)
+
+class _Question(NamedTuple):
+    """Facts of one label that one answer gives. Several have one key, or a key each."""
+
+    facts: list[_Fact]
+
+    def fill(self, template: str) -> str:
+        """The template with the keys and the label; `{value}` stays."""
+        keys = _join(list(dict.fromkeys(fact.key for fact in self.facts)))[0]
+        return template.format(key=keys, label=self.facts[0].label, value="{value}")
+
+    @property
+    def values(self) -> list[str]:
+        return [fact.value for fact in self.facts]
+
+
+def _join(items: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    """`a, b and c`, and where each item is in it, as (start, end) in characters."""
+    text, spans = "", []
+    for at, item in enumerate(items):
+        if at:
+            text += " and " if at == len(items) - 1 else ", "
+        spans.append((len(text), len(text) + len(item)))
+        text += item
+    return text, spans
 
 
 class _Text(NamedTuple):
@@ -163,6 +216,7 @@ def retrieval_row(
 
 
 def _draw_facts(rng: random.Random, few: bool) -> list[_Fact]:
+    """Facts in the order of the text. Sometimes the first one's key has more values."""
     count = 1 if few else rng.choice((1, 1, 2, 3, 4, rng.randint(1, _MAX_FACTS)))
     kind = rng.choices(tuple(_KIND_WEIGHTS), tuple(_KIND_WEIGHTS.values()))[0]
     label = rng.choice(_LABELS[kind])
@@ -174,8 +228,30 @@ def _draw_facts(rng: random.Random, few: bool) -> list[_Fact]:
             kind = rng.choices(tuple(_KIND_WEIGHTS), tuple(_KIND_WEIGHTS.values()))[0]
             label = rng.choice(_LABELS[kind])
         key = key_of(rng)
-        facts.setdefault(key, _Fact(key, label, _value(kind, digits, rng)))
-    return list(facts.values())
+        facts.setdefault(key, _Fact(key, label, kind, _value(kind, digits, rng)))
+    drawn = list(facts.values())
+    if not few and rng.random() < _SEVERAL:
+        first = drawn[0]
+        for _ in range(rng.randint(1, _MAX_QUESTIONS - 1)):
+            value = _value(first.kind, digits, rng)
+            if all(value != fact.value for fact in drawn):
+                drawn.append(_Fact(first.key, first.label, first.kind, value))
+        rng.shuffle(drawn)
+    return drawn
+
+
+def _draw_questions(rng: random.Random, facts: list[_Fact]) -> list[_Question]:
+    """Values of one key are asked for together, and sometimes those of several keys."""
+    by_key: dict[str, list[_Fact]] = {}
+    for fact in facts:
+        by_key.setdefault(fact.key, []).append(fact)
+    keys = rng.sample(list(by_key), min(len(by_key), rng.randint(1, _MAX_QUESTIONS)))
+    questions = [_Question(by_key[key]) for key in keys]
+    first = questions[0].facts[0]
+    if len(by_key) == len(facts) and rng.random() < _SEVERAL:
+        alike = [fact for question in questions for fact in question.facts]
+        return [_Question([fact for fact in alike if fact.label == first.label])]
+    return questions
 
 
 def _pair_of_words(rng: random.Random) -> str:
@@ -232,52 +308,63 @@ def _draw_frame(
     tokenizer: PreTrainedTokenizerBase, facts: list[_Fact], rng: random.Random
 ) -> _Frame:
     introduction = rng.choice(_INTRODUCTIONS).format(label=facts[0].label)
-    statement = rng.choice(_STATEMENTS)
-    asked = rng.sample(facts, min(len(facts), rng.randint(1, _MAX_QUESTIONS)))
-    statements = [fact.fill(statement) for fact in facts]
+    repeated = len({fact.key for fact in facts}) < len(facts)
+    statement = rng.choice(_STATEMENTS_OF_SEVERAL if repeated else _STATEMENTS)
+    statements = [
+        statement.format(key=fact.key, label=fact.label, value=fact.value) for fact in facts
+    ]
+    questions = _draw_questions(rng, facts)
     if tokenizer.chat_template is not None and rng.random() < 0.5:
-        questions = [fact.fill(rng.choice(_CHAT_QUESTIONS)) for fact in asked]
-        answer = rng.choice(_CHAT_ANSWERS)
-        answers = [fact.fill(answer, with_value=False) for fact in asked]
-        values = [fact.value for fact in asked]
-        return _Frame(
-            lambda text: _chat(tokenizer, introduction + text, questions, answers, values),
-            statements,
-        )
-    question, lead = rng.choice(_COMPLETIONS)
-    pairs = [(fact.fill(question) + fact.fill(lead), fact.value) for fact in asked]
+        one, several = rng.choice(_CHAT_ANSWERS), rng.choice(_CHAT_ANSWERS_OF_SEVERAL)
+        turns = []
+        for question in questions:
+            lone = len(question.facts) == 1
+            asked = rng.choice(_CHAT_QUESTIONS if lone else _CHAT_QUESTIONS_OF_SEVERAL)
+            answer = question.fill(one if lone else several)
+            turns.append(_Turn(question.fill(asked), answer, question.values))
+        return _Frame(lambda text: _chat(tokenizer, introduction + text, turns), statements)
+    forms = rng.choice(_COMPLETIONS), rng.choice(_COMPLETIONS_OF_SEVERAL)
+    turns = []
+    for question in questions:
+        asked, lead = forms[len(question.facts) > 1]
+        turns.append(_Turn(question.fill(asked), question.fill(lead), question.values))
     gap = rng.choice(("\n", "\n\n"))
-    return _Frame(lambda text: _plain(introduction + text, pairs, gap), statements)
+    return _Frame(lambda text: _plain(introduction + text, turns, gap), statements)
 
 
-def _plain(text: str, pairs: list[tuple[str, str]], gap: str) -> _Text:
+class _Turn(NamedTuple):
+    """A question and its answer: what leads to the values, or a text with `{value}` for them."""
+
+    question: str
+    answer: str
+    values: list[str]
+
+
+def _plain(text: str, turns: list[_Turn], gap: str) -> _Text:
     text, spans = text.rstrip() + "\n\n", []
-    for question, value in pairs:
-        text += question
-        spans.append((len(text), len(text) + len(value)))
-        text += value + gap
+    for question, lead, values in turns:
+        text += question + lead
+        joined, parts = _join(values)
+        spans += [(len(text) + start, len(text) + end) for start, end in parts]
+        text += joined + gap
     return _Text(text.rstrip(), spans, False)
 
 
-def _chat(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    questions: list[str],
-    answers: list[str],
-    values: list[str],
-) -> _Text:
+def _chat(tokenizer: PreTrainedTokenizerBase, text: str, turns: list[_Turn]) -> _Text:
     messages = []
-    for at, (question, answer, value) in enumerate(zip(questions, answers, values, strict=True)):
+    for at, (question, answer, values) in enumerate(turns):
         asked = question if at else f"{text.strip()}\n\n{question}"
         messages.append({"role": "user", "content": asked})
-        messages.append({"role": "assistant", "content": answer.format(value=value)})
+        said = answer.format(value=_join(values)[0])
+        messages.append({"role": "assistant", "content": said})
     try:
         rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
         spans, at = [], 0
-        for question, answer, value in zip(questions, answers, values, strict=True):
-            at = rendered.index(answer.format(value=value), rendered.index(question, at))
+        for question, answer, values in turns:
+            joined, parts = _join(values)
+            at = rendered.index(answer.format(value=joined), rendered.index(question, at))
             at += answer.index("{value}")
-            spans.append((at, at + len(value)))
+            spans += [(at + start, at + end) for start, end in parts]
     except Exception as error:  # raised by Jinja or by the template itself
         raise RetrievalError(
             f"the chat template does not render a plain conversation ({error}); "
@@ -295,7 +382,7 @@ def _fit(
     rng: random.Random,
 ) -> RetrievalRow | None:
     """As much of the haystack as fits, with facts at random depths; None if nothing fits."""
-    depths = [rng.random() for _ in facts]
+    depths = sorted(rng.random() for _ in facts)
     ends = _sentence_ends(tokenizer, haystack)
     room = length - len(_encode(tokenizer, frame.finish(" ".join(frame.statements)))[0])
     while room >= 0:
