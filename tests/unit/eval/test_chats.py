@@ -204,10 +204,14 @@ def test_no_wording_is_one_of_training_and_calibration(texts: Path, tmp_path: Pa
     rng = random.Random(2)
     trained = [
         part
-        for name in ("_STATEMENTS", "_INTRODUCTIONS", "_CHAT_QUESTIONS", "_CHAT_ANSWERS")
+        for name in (
+            *("_STATEMENTS", "_STATEMENTS_OF_SEVERAL", "_INTRODUCTIONS", "_CHAT_QUESTIONS"),
+            *("_CHAT_QUESTIONS_OF_SEVERAL", "_CHAT_ANSWERS", "_CHAT_ANSWERS_OF_SEVERAL"),
+        )
         for part in getattr(retrieval, name)
     ]
-    trained += [" ".join(pair) for pair in retrieval._COMPLETIONS]
+    for pairs in (retrieval._COMPLETIONS, retrieval._COMPLETIONS_OF_SEVERAL):
+        trained += [" ".join(pair) for pair in pairs]
     trained += [tokenizer.decode(retrieval_row(tokenizer, 700, rng).tokens) for _ in range(60)]
     known = set().union(*map(runs, trained))
     assert len(known) > 500
