@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lola_vllm.linearize.recipe import Recipe, state_bytes, to_json
 # A calibration reads long prompts, notes what they attend to, and fits importance. A token takes
 # 2.5 times as long as in a forward pass of a row of training: measured with a base of 0.5B, CPU.
 CALIBRATION_FACTOR = 2.5
+LEAST_SCALE, MOST_SCALE = 0.02, 100.0  # of `scale_to`; below the first a stage is a few rows
 GIB, MIB = 2**30, 2**20
 
 # Stages in their order, with the words of the plan.
@@ -80,27 +82,30 @@ def stage_seconds(recipe: Recipe, speed: Speed, kinds: int) -> dict[str, float]:
     return {name: n * of_token[name] for name, n in stage_tokens(recipe, kinds).items()}
 
 
-def scale_to(hours: float, recipe: Recipe, speed: Speed, kinds: int) -> float:
-    """The factor on the tokens of training with which all stages take so many hours.
+def scale_to(hours: float, seconds_of: Callable[[float], float]) -> float:
+    """The scale of a recipe (`derive`) with which all stages take so many hours.
 
     Args:
-        hours: of all stages. recipe: of scale 1.
+        hours: of all stages.
+        seconds_of: what a recipe of a scale takes; it must not fall.
 
     Raises:
         CheckpointError: too few hours; names the least number.
     """
-    seconds = stage_seconds(recipe, speed, kinds)
-    trains = sum(seconds[name] for name in ("transfer", "lora", "train-on"))
-    rest = sum(seconds.values()) - trains
-    scale = (hours * 3600 - rest) / trains
-    least = 0.02  # below it a stage is a few rows
-    if scale < least:
+    wanted = hours * 3600
+    if seconds_of(LEAST_SCALE) > wanted:
         raise CheckpointError(
-            f"--hours {hours:g}: calibration and evaluation take {rest / 3600:.2f} on this "
-            f"machine, and little is left to train; give {(rest + least * trains) / 3600:.2f} or "
-            "more, or fewer prompts and samples by --recipe"
+            f"--hours {hours:g}: the least that trains anything takes "
+            f"{seconds_of(LEAST_SCALE) / 3600:.2f} on this machine; give more, or fewer prompts "
+            "and samples by --recipe"
         )
-    return scale
+    low, high = LEAST_SCALE, 2 * LEAST_SCALE
+    while seconds_of(high) < wanted and high < MOST_SCALE:  # texts may hold too little for more
+        low, high = high, 2 * high
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if seconds_of(middle) <= wanted else (low, middle)
+    return low
 
 
 def peak_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
@@ -115,10 +120,9 @@ def peak_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
     lora = weights * width + activation_bytes(
         config, recipe, whole=not recipe.gradient_checkpointing
     )
-    on = 2 * weights * width if recipe.dtype == "bfloat16" else 0  # float32 while it trains on
     pair = 3 * d + 8  # features of a key and a value in float16, error and attention in float32
     read = stage_tokens(recipe, 0)["calibrate"] * config.num_hidden_layers * kv_heads * pair
-    return max(transfer, lora + on, 4 * weights + read)
+    return max(transfer, lora, 4 * weights + read)
 
 
 def disk_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:

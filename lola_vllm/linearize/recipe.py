@@ -27,7 +27,11 @@ MOST_FEW = 128
 # Tokens that the stages of the demo model read.
 TRANSFER_TOKENS, LORA_TOKENS, ON_TOKENS = 393_216, 393_216, 225_280
 # Rows of attention transfer are as long as the trained length, while there are so many of them.
-LEAST_ROWS, LONGEST_ROW = 12, 32_768
+LEAST_ROWS, LONGEST_ROW = 6, 32_768
+# Prompts of a calibration, needles of a cell, windows of a text: of the demo model, and at least.
+PROMPTS, LEAST_PROMPTS = 56, 24
+SAMPLES, LEAST_SAMPLES = 10, 4
+WINDOWS, LEAST_WINDOWS = 4, 2
 BYTES_PER_TOKEN = 4  # of English, about
 
 
@@ -43,13 +47,13 @@ class Recipe:
             without it 427 together, or P / 16 if that is less. No recent ones where P has no room
             for the prompts that find the heads which copy (750 tokens).
         seed: of all that is drawn.
-        dtype: of the base's weights in the first two stages and in calibrations: the one in which
-            the machine is fast.
-        retrieval_fraction: share of rows that hide facts and ask for them, in these stages.
+        dtype: of the base's weights: the one in which the machine is fast. Maps and adapters are
+            float32.
+        retrieval_fraction: share of rows that hide facts and ask for them, in the first two stages.
 
         transfer_tokens: of stage 1, attention transfer: 393,216 times the scale that `--hours`
             gives, at most as many as the texts have.
-        transfer_row_length: the largest power of two of which there are 12 rows, at most P and
+        transfer_row_length: the largest power of two of which there are 6 rows, at most P and
             32,768: maps of shorter rows answer wrongly beyond them.
         transfer_steps_per_row, transfer_queries, transfer_learning_rate: 7, 512 and 0.03.
 
@@ -69,7 +73,8 @@ class Recipe:
             would take more than half of the free memory.
 
         calibration_prompts, calibration_prompt_length, calibration_facts: 56 prompts of 4,096
-            tokens or half of it, at most P; 0.75 of them ask for facts.
+            tokens or half of it, at most P; 0.75 of them ask for facts. Less time scales the number
+            too, to 24 at least.
         calibration_least: pairs of any KV head, 16 or half of `scored_pairs` if that is less.
 
         on_tokens: of training on for the calibration: 225,280, scaled likewise.
@@ -79,9 +84,10 @@ class Recipe:
         on_average: 1, the mean of all steps: it lies between the weights before and after.
 
         evaluation_tasks, evaluation_lengths, evaluation_samples: needles in noise and in prose, at
-            1,024, 2,048 and 4,096 tokens as far as P reaches, 10 each; 0 samples leave them out.
+            1,024, 2,048 and 4,096 tokens as far as P reaches, 10 each (4 in little time); 0 samples
+            leave them out.
         evaluation_windows, evaluation_window_length: of held-out text for perplexity, of each kind:
-            4 of 2,048 tokens, at most half of P; 0 windows leave it out.
+            4 of 2,048 tokens (2 in little time), at most half of P; 0 windows leave it out.
     """
 
     window_size: int
@@ -168,7 +174,8 @@ def derive(
         base: a local directory of the softmax model.
         text_bytes: of all texts to train on.
         memory_mib: of a sequence, in MiB; None: of 427 pairs in a KV head.
-        scale: factor on the tokens of the stages that train.
+        scale: factor on the tokens of the stages that train; below 1 also on the prompts of
+            calibrations and the questions of the evaluation.
         dtype: in which the machine is fast: "bfloat16" or "float32".
         free_bytes: memory of the machine or the GPU that is free.
 
@@ -207,6 +214,9 @@ def derive(
     def tokens(number: int, least: int) -> int:
         return max(least, min(int(number * scale), at_most))
 
+    def fewer(number: int, least: int) -> int:
+        return max(least, round(number * min(1.0, scale)))
+
     transfer = tokens(TRANSFER_TOKENS, 2 * first)
     row = _power_below(min(length, LONGEST_ROW, max(2 * first, transfer // LEAST_ROWS)))
     prompt = min(4096, length)
@@ -234,7 +244,7 @@ def derive(
         rows_per_step=2,
         lora_average=0.5,
         gradient_checkpointing=False,
-        calibration_prompts=56,
+        calibration_prompts=fewer(PROMPTS, LEAST_PROMPTS),
         calibration_prompt_length=prompt,
         calibration_facts=0.75,
         calibration_least=min(16, max(1, scored // 2)),
@@ -248,8 +258,8 @@ def derive(
         on_average=1.0,
         evaluation_tasks=("niah-1", "niah-2"),
         evaluation_lengths=tuple(n for n in (1024, 2048, 4096) if n <= length) or (length,),
-        evaluation_samples=10,
-        evaluation_windows=4,
+        evaluation_samples=fewer(SAMPLES, LEAST_SAMPLES),
+        evaluation_windows=fewer(WINDOWS, LEAST_WINDOWS),
         evaluation_window_length=min(2048, length // 2),
     )
     crowded = 2 * activation_bytes(config, recipe, whole=True) > free_bytes

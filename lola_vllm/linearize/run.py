@@ -167,8 +167,20 @@ def _plan(
     made = derived(1.0)
     say("timing a row of each kind")
     speed = measure_speed(base, made)
-    if hours is not None:
-        made = derived(plan.scale_to(hours, made, speed, kinds))
+    if hours is None:
+        return made, speed
+
+    def scaled() -> Recipe:
+        def seconds_of(scale: float) -> float:
+            return sum(plan.stage_seconds(derived(scale), speed, kinds).values())
+
+        return derived(plan.scale_to(hours, seconds_of))
+
+    timed, made = made, scaled()
+    if made.transfer_row_length != timed.transfer_row_length:
+        say(f"timing rows of {made.transfer_row_length:,} tokens, whose tokens take less time")
+        speed = measure_speed(base, made)
+        made = scaled()
     return made, speed
 
 

@@ -59,7 +59,7 @@ def on_options(recipe: Recipe, sizes: Mapping[str, Any] | None = None) -> Distil
     return DistillOptions(
         retrieval_fraction=recipe.on_retrieval_fraction,
         seed=recipe.seed + 1,
-        dtype="float32",  # steps are small beside bfloat16's
+        dtype=cast(Any, recipe.dtype),
         lora_rows=max(recipe.rows_per_step, recipe.on_tokens // recipe.on_row_length),
         lora_row_length=recipe.on_row_length,
         lora_rank=recipe.lora_rank,

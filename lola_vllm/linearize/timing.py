@@ -42,11 +42,8 @@ def measure_speed(base: Path, recipe: Recipe) -> Speed:
     mapped = spent / row.shape[1] * layers / min(_LAYERS, layers)
     sizes = unlike(model.config.num_key_value_heads, layers, recipe.pairs)
     found = []
-    for dtype, options in (
-        (recipe.dtype, lora_options(recipe)),
-        ("float32", on_options(recipe, {"sparse_cache_size": sizes})),
-    ):
-        model = _model(base, dtype, device)
+    for options in (lora_options(recipe), on_options(recipe, {"sparse_cache_size": sizes})):
+        model = _model(base, recipe.dtype, device)
         rows = _row(model, recipe.on_row_length)
         one = replace(options, rows_per_step=1, average=0.0)
         with tempfile.TemporaryDirectory() as work:

@@ -109,14 +109,30 @@ def test_text_and_hours_bound_the_tokens(smollm2: Path) -> None:
     half = derive(smollm2, text_bytes=TEXTS, scale=0.5)
     assert half.lora_tokens == 393_216 // 2
     speed = Speed(forward=1e-3, transfer=2e-2, lora=3e-2, on=3e-2)
-    whole = derive(smollm2, text_bytes=TEXTS)
-    for hours in (2.0, 12.0):
-        scale = plan.scale_to(hours, whole, speed, 8)
+
+    def seconds_of(scale: float) -> float:
         made = derive(smollm2, text_bytes=TEXTS, scale=scale)
-        seconds = sum(plan.stage_seconds(made, speed, 8).values())
-        assert seconds / 3600 == pytest.approx(hours, rel=0.02)
-    with pytest.raises(CheckpointError, match=r"--hours 0.1: .* give [\d.]+ or more"):
-        plan.scale_to(0.1, whole, speed, 8)
+        return sum(plan.stage_seconds(made, speed, 8).values())
+
+    for hours in (2.0, 12.0):
+        scale = plan.scale_to(hours, seconds_of)
+        assert seconds_of(scale) / 3600 == pytest.approx(hours, rel=0.02)
+    with pytest.raises(CheckpointError, match=r"--hours 0.1: .* takes 0\.\d+ on this machine"):
+        plan.scale_to(0.1, seconds_of)
+    # More hours than the texts have tokens for.
+    made = derive(smollm2, text_bytes=400_000, scale=plan.scale_to(1e6, seconds_of))
+    assert made.lora_tokens == 100_000
+
+
+def test_little_time_also_takes_fewer_prompts_and_questions(tmp_path: Path) -> None:
+    base = write(tmp_path / "qwen", QWEN)
+    whole, less, more = (derive(base, text_bytes=TEXTS, scale=scale) for scale in (1, 0.3, 5))
+    for made, numbers in ((whole, (56, 10, 4)), (less, (24, 4, 2)), (more, (56, 10, 4))):
+        assert numbers == (
+            made.calibration_prompts, made.evaluation_samples, made.evaluation_windows,
+        )  # fmt: skip
+    # Rows stay long where there are enough of them.
+    assert (transfer_options(less).rows, less.transfer_row_length) == (7, 16384)
 
 
 def test_rows_that_grow_have_the_tokens_asked_for() -> None:
