@@ -31,9 +31,8 @@ MIN_LENGTH = 128  # tokens that always have room for one fact and one question
 _TRIES = 50
 _MAX_FACTS = 8
 _MAX_QUESTIONS = 4
-_SEVERAL = (
-    0.2  # share of prompts whose key has several values, or that ask for several keys at once
-)
+# Share of prompts whose key has several values; of the others, that ask for several keys at once.
+_SEVERAL = 0.2
 
 # Names of values, by kind. Digits are most frequent, because context does not help to guess them.
 _LABELS = {
@@ -141,21 +140,6 @@ class _Fact:
     value: str
 
 
-class _Question(NamedTuple):
-    """Facts of one label that one answer gives. Several have one key, or a key each."""
-
-    facts: list[_Fact]
-
-    def fill(self, template: str) -> str:
-        """The template with the keys and the label; `{value}` stays."""
-        keys = _join(list(dict.fromkeys(fact.key for fact in self.facts)))[0]
-        return template.format(key=keys, label=self.facts[0].label, value="{value}")
-
-    @property
-    def values(self) -> list[str]:
-        return [fact.value for fact in self.facts]
-
-
 def _join(items: list[str]) -> tuple[str, list[tuple[int, int]]]:
     """`a, b and c`, and where each item is in it, as (start, end) in characters."""
     text, spans = "", []
@@ -240,17 +224,16 @@ def _draw_facts(rng: random.Random, few: bool) -> list[_Fact]:
     return drawn
 
 
-def _draw_questions(rng: random.Random, facts: list[_Fact]) -> list[_Question]:
-    """Values of one key are asked for together, and sometimes those of several keys."""
+def _draw_questions(rng: random.Random, facts: list[_Fact]) -> list[list[_Fact]]:
+    """The facts that each answer gives: those of one key, and sometimes of several keys."""
     by_key: dict[str, list[_Fact]] = {}
     for fact in facts:
         by_key.setdefault(fact.key, []).append(fact)
     keys = rng.sample(list(by_key), min(len(by_key), rng.randint(1, _MAX_QUESTIONS)))
-    questions = [_Question(by_key[key]) for key in keys]
-    first = questions[0].facts[0]
+    questions = [by_key[key] for key in keys]
     if len(by_key) == len(facts) and rng.random() < _SEVERAL:
-        alike = [fact for question in questions for fact in question.facts]
-        return [_Question([fact for fact in alike if fact.label == first.label])]
+        first = questions[0][0]
+        return [[fact for (fact,) in questions if fact.label == first.label]]
     return questions
 
 
@@ -318,51 +301,59 @@ def _draw_frame(
         one, several = rng.choice(_CHAT_ANSWERS), rng.choice(_CHAT_ANSWERS_OF_SEVERAL)
         turns = []
         for question in questions:
-            lone = len(question.facts) == 1
+            lone = len(question) == 1
             asked = rng.choice(_CHAT_QUESTIONS if lone else _CHAT_QUESTIONS_OF_SEVERAL)
-            answer = question.fill(one if lone else several)
-            turns.append(_Turn(question.fill(asked), answer, question.values))
+            turns.append(_turn(question, asked, one if lone else several))
         return _Frame(lambda text: _chat(tokenizer, introduction + text, turns), statements)
     forms = rng.choice(_COMPLETIONS), rng.choice(_COMPLETIONS_OF_SEVERAL)
-    turns = []
-    for question in questions:
-        asked, lead = forms[len(question.facts) > 1]
-        turns.append(_Turn(question.fill(asked), question.fill(lead), question.values))
+    turns = [_turn(question, *forms[len(question) > 1]) for question in questions]
     gap = rng.choice(("\n", "\n\n"))
     return _Frame(lambda text: _plain(introduction + text, turns, gap), statements)
 
 
 class _Turn(NamedTuple):
-    """A question and its answer: what leads to the values, or a text with `{value}` for them."""
+    """A question and its answer: what leads to the values, or a text with `{value}` for them.
+
+    `values` are as the answer joins them, and `spans` where each is in that, in characters.
+    """
 
     question: str
     answer: str
-    values: list[str]
+    values: str
+    spans: list[tuple[int, int]]
+
+
+def _turn(facts: list[_Fact], question: str, answer: str) -> _Turn:
+    """Templates, filled with the keys and the label of the facts."""
+    names = {
+        "key": _join(list(dict.fromkeys(fact.key for fact in facts)))[0],
+        "label": facts[0].label,
+        "value": "{value}",
+    }
+    values = _join([fact.value for fact in facts])
+    return _Turn(question.format(**names), answer.format(**names), *values)
 
 
 def _plain(text: str, turns: list[_Turn], gap: str) -> _Text:
     text, spans = text.rstrip() + "\n\n", []
-    for question, lead, values in turns:
+    for question, lead, values, parts in turns:
         text += question + lead
-        joined, parts = _join(values)
         spans += [(len(text) + start, len(text) + end) for start, end in parts]
-        text += joined + gap
+        text += values + gap
     return _Text(text.rstrip(), spans, False)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str, turns: list[_Turn]) -> _Text:
     messages = []
-    for at, (question, answer, values) in enumerate(turns):
+    for at, (question, answer, values, _) in enumerate(turns):
         asked = question if at else f"{text.strip()}\n\n{question}"
         messages.append({"role": "user", "content": asked})
-        said = answer.format(value=_join(values)[0])
-        messages.append({"role": "assistant", "content": said})
+        messages.append({"role": "assistant", "content": answer.format(value=values)})
     try:
         rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
         spans, at = [], 0
-        for question, answer, values in turns:
-            joined, parts = _join(values)
-            at = rendered.index(answer.format(value=joined), rendered.index(question, at))
+        for question, answer, values, parts in turns:
+            at = rendered.index(answer.format(value=values), rendered.index(question, at))
             at += answer.index("{value}")
             spans += [(at + start, at + end) for start, end in parts]
     except Exception as error:  # raised by Jinja or by the template itself

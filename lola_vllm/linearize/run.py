@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,7 @@ def _plan(
 ) -> tuple[Recipe, Speed]:
     """The recipe, scaled to the hours by the measured speed."""
     from lola_vllm.linearize.stages import check
-    from lola_vllm.linearize.timing import measure_speed
+    from lola_vllm.linearize.timing import measure_speed, measure_transfer
 
     def derived(scale: float) -> Recipe:
         made = recipe.derive(
@@ -179,7 +179,7 @@ def _plan(
     timed, made = made, scaled()
     if made.transfer_row_length != timed.transfer_row_length:
         say(f"timing rows of {made.transfer_row_length:,} tokens, whose tokens take less time")
-        speed = measure_speed(base, made)
+        speed = replace(speed, transfer=measure_transfer(base, made))
         made = scaled()
     return made, speed
 

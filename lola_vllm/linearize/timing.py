@@ -29,17 +29,13 @@ def measure_speed(base: Path, recipe: Recipe) -> Speed:
     Raises:
         CheckpointError: a base that cannot be loaded.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     model = _model(base, recipe.dtype, device)
     layers = model.config.num_hidden_layers
     row = _row(model, recipe.on_row_length).tokens
     with torch.no_grad():
         forward = _seconds(lambda: model.model(row.long().to(device))) / row.shape[1]
-    of_stage_1 = transfer_options(recipe)
-    row = _row(model, recipe.transfer_row_length).tokens
-    with _first_layers(model), tempfile.TemporaryDirectory() as work:
-        spent = _seconds(lambda: transfer(model, row, Path(work), of_stage_1, fingerprint="-"))
-    mapped = spent / row.shape[1] * layers / min(_LAYERS, layers)
+    mapped = _transfer_seconds(model, recipe)
     sizes = unlike(model.config.num_key_value_heads, layers, recipe.pairs)
     found = []
     for options in (lora_options(recipe), on_options(recipe, {"sparse_cache_size": sizes})):
@@ -54,6 +50,28 @@ def measure_speed(base: Path, recipe: Recipe) -> Speed:
             )
         found.append(spent / recipe.on_row_length)
     return Speed(forward, mapped, *found)
+
+
+def measure_transfer(base: Path, recipe: Recipe) -> float:
+    """`Speed.transfer` alone, for another length of its rows.
+
+    Raises:
+        CheckpointError: a base that cannot be loaded.
+    """
+    return _transfer_seconds(_model(base, recipe.dtype, _device()), recipe)
+
+
+def _transfer_seconds(model: Any, recipe: Recipe) -> float:
+    """Of a token of a row of stage 1, in all layers."""
+    options, layers = transfer_options(recipe), model.config.num_hidden_layers
+    row = _row(model, recipe.transfer_row_length).tokens
+    with _first_layers(model), tempfile.TemporaryDirectory() as work:
+        spent = _seconds(lambda: transfer(model, row, Path(work), options, fingerprint="-"))
+    return spent / row.shape[1] * layers / min(_LAYERS, layers)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _model(base: Path, dtype: str, device: str) -> Any:
