@@ -155,14 +155,16 @@ def share(
         part, whole: `[W]`, one number per window. seed: of the resampling over windows.
 
     Returns:
-        Value, and the 2.5 and 97.5 percentiles; NaN where the sum of `whole` is 0.
+        Value, and the 2.5 and 97.5 percentiles; NaN where the sum of `whole` is 0, and an infinite
+        percentile where it is 0 in many resamples.
     """
     if not whole.sum():
         return math.nan, math.nan, math.nan
     picks = np.random.default_rng(seed).integers(0, len(part), size=(RESAMPLES, len(part)))
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample may ask for nothing
         shares = part[picks].sum(axis=1) / whole[picks].sum(axis=1)
-    low, high = np.nanpercentile(shares, [2.5, 97.5])
+    # Between two infinite shares, linear interpolation would give NaN.
+    low, high = np.nanpercentile(shares, [2.5, 97.5], method="nearest")
     return float(part.sum() / whole.sum()), float(low), float(high)
 
 

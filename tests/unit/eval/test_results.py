@@ -236,6 +236,11 @@ def test_share_of_sums_and_its_interval() -> None:
     assert all(map(math.isnan, share(part, 0 * whole)))
 
 
+def test_a_share_of_what_resamples_lack_has_no_upper_bound() -> None:
+    value, low, high = share(np.array([1.0, 1.0]), np.array([0.0, 1.0]))
+    assert (value, low, high) == (2.0, 1.0, math.inf)
+
+
 def test_markdown_lines_up() -> None:
     assert markdown([["a", "bcd"], ["long name", "1"]]).splitlines() == [
         "| a         | bcd |",
