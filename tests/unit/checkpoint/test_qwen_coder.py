@@ -12,9 +12,13 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm import cli
-from lola_vllm.checkpoint import CheckpointError
-from lola_vllm.checkpoint.qwen_coder import PARTS, build_qwen_coder, join_parts
-from lola_vllm.config import LolaLlamaConfig
+from lola_vllm.checkpoint import CheckpointError, demo, expected_tensors
+from lola_vllm.checkpoint.calibration import load_calibration
+from lola_vllm.checkpoint.files import read_shapes
+from lola_vllm.checkpoint.qwen_coder import DISTILLED, PARTS, build_qwen_coder, join_parts
+from lola_vllm.checkpoint.shipped import CALIBRATED
+from lola_vllm.config import LolaLlamaConfig, TensorFacts
+from lola_vllm.hf import LolaLlamaForCausalLM
 
 
 def write_part(folder: Path, number: int, data: bytes, inside: int | None = None) -> Path:
@@ -66,28 +70,44 @@ def test_a_single_wheel_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 CACHE = Path(os.environ.get("LOLA_VLLM_CACHE") or Path.home() / ".cache" / "lola-vllm")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+def test_what_ships_is_small() -> None:
+    assert {path.name for path in DISTILLED.iterdir()} == {
+        path.name for path in demo.DISTILLED.iterdir()
+    }
+    assert sum(path.stat().st_size for path in DISTILLED.iterdir()) <= 8 * 2**20
+
+
+NEEDS_WHEELS = pytest.mark.skipif(
     not all((CACHE / part.name).is_file() for part in PARTS),
     reason="490 MB of wheels are not in the cache; lola-vllm demo-model --base downloads them",
 )
-def test_it_writes_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+
+@pytest.mark.slow
+@NEEDS_WHEELS
+def test_it_writes_code(tmp_path: Path) -> None:
     lola, base = tmp_path / "lola", tmp_path / "base"
     argv = ["demo-model", "--base", "qwen2.5-coder-0.5b", "--out", str(lola)]
     assert cli.main([*argv, "--base-out", str(base)]) == 0
-    assert f"lola-vllm linearize --base {base} --out DIR" in capsys.readouterr().out
     config = LolaLlamaConfig.from_pretrained(lola)
     assert config.qkv_bias and config.num_key_value_heads == 2
     assert config.max_position_embeddings == 32768
     assert config.rope_parameters["rope_theta"] == 1e6
+    config.facts = TensorFacts(64, 2, importance=True)
+    assert read_shapes(lola) == expected_tensors(config)
+    sizes, _ = load_calibration(DISTILLED / "calibration.safetensors")
+    assert config.lola_config.items() >= {**sizes, **CALIBRATED}.items()
     plain = json.loads((base / "config.json").read_text())
     assert (plain["model_type"], plain["rms_norm_eps"]) == ("qwen2", 1e-6)
     card = (base / "README.md").read_text()
     assert "Apache-2.0" in card and "carry no licence text" in card
+    card = (lola / "README.md").read_text()
+    assert "license: apache-2.0" in card and (DISTILLED / "CARD.md").read_text() in card
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert tokenizer("<|im_end|>").input_ids == [tokenizer.eos_token_id]
     assert "<|im_start|>" in tokenizer.chat_template and "tools" in tokenizer.chat_template
-    model = AutoModelForCausalLM.from_pretrained(base)
-    prompt = tokenizer("def fibonacci(n):\n", return_tensors="pt")
-    written = model.generate(**prompt, max_new_tokens=8, do_sample=False)
-    assert "if n <= 0:" in tokenizer.decode(written[0])
+    for kind, path in ((AutoModelForCausalLM, base), (LolaLlamaForCausalLM, lola)):
+        model = kind.from_pretrained(path)
+        prompt = tokenizer("def fibonacci(n):\n", return_tensors="pt")
+        written = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+        assert "if n <= 0:" in tokenizer.decode(written[0])

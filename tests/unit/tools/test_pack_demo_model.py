@@ -78,3 +78,24 @@ def test_files(script: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="other tensors"):
         script.pack([tmp_path / "0", tmp_path / "1"], tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_of_a_linearized_model(script: ModuleType, tmp_path: Path) -> None:
+    A, B = adapters(0)
+    model, work = tmp_path / "model", tmp_path / "model.training"
+    for folder in (model, work / "training-on"):
+        folder.mkdir(parents=True)
+    save_file({name: torch.ones(2) for name in MAPS}, work / "training-on/maps.safetensors")
+    save_file(dict(zip(NAMES, (A, B), strict=True)), work / "training-on/lora.safetensors")
+    (model / "README.md").write_text("# Model\n\nMore.\n\n## How it was made\n\nWith care.\n")
+    with pytest.raises(SystemExit, match="not finished by lola-vllm linearize"):
+        script.pack_linearized(model, tmp_path / "out")
+    (work / "calibration-2.safetensors").write_bytes(b"calibration")
+    script.pack_linearized(model, tmp_path / "out")
+    assert {path.name: path.stat().st_size > 0 for path in (tmp_path / "out").iterdir()} == {
+        name: True
+        for name in (
+            "maps.safetensors", "lora.safetensors", "calibration.safetensors", "CARD.md"
+        )
+    }  # fmt: skip
+    assert (tmp_path / "out/CARD.md").read_text() == "## How it was made\n\nWith care.\n"
