@@ -2,6 +2,7 @@
 # make test    set up, build, run every test (WORKERS at once, 2 GB of memory for each)
 # make quick   unit tests but for the slow ones, and a seventh of the cases of two back ends
 # make recall  measure recall and perplexity of the demo model, as docs/recall.md shows them
+# make recall-qwen        the same of the second model, as docs/linearize.md shows it
 # make endless measure perplexity along long texts, recall over distance, and sums over 10^8 tokens
 # make choices train small models that differ in one choice each, and measure their recall
 # make docs    the documentation as a site, in build/site
@@ -23,7 +24,7 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup serve test quick docs recall endless choices lint tidy sanitize compile_commands \
+.PHONY: setup serve test quick docs recall recall-qwen endless choices lint tidy sanitize compile_commands \
 	format clean
 
 setup: $(VENV)/.ready
@@ -42,6 +43,10 @@ $(VENV)/.ready: $(VENV)/.serves
 
 models/smollm2-lola: $(wildcard lola_vllm/checkpoint/smollm2/*) | $(VENV)/.serves
 	$(BIN)/lola-vllm demo-model --out $@ --base-out models/smollm2-base --force
+
+models/qwen-lola: $(wildcard lola_vllm/checkpoint/qwen2_5_coder/*) | $(VENV)/.serves
+	$(BIN)/lola-vllm demo-model --base qwen2.5-coder-0.5b --out $@ --base-out models/qwen-base \
+		--force
 
 serve: $(VENV)/.serves | $(MODEL)
 	@echo
@@ -67,6 +72,9 @@ docs: $(VENV)/.ready
 
 recall: $(VENV)/.ready | models/smollm2-lola
 	benchmarks/recall.sh
+
+recall-qwen: $(VENV)/.ready | models/qwen-lola
+	benchmarks/qwen.sh
 
 endless: $(VENV)/.ready | models/smollm2-lola
 	benchmarks/endless.sh

@@ -43,7 +43,9 @@ assert cpp.load()
 for module in (cpp, lola_vllm.kernels, lola_vllm.serving.options):
     assert pathlib.Path(module.__file__).is_relative_to(here), module
 from lola_vllm.serving.inspector import page_files
-assert (here / "lola_vllm/checkpoint/smollm2/maps.safetensors").stat().st_size > 10**6
+for name in ("smollm2", "qwen2_5_coder"):
+    maps = here / "lola_vllm/checkpoint" / name / "maps.safetensors"
+    assert maps.stat().st_size > 10**6
 assert b"<html" in page_files()[""].body and "main.js" in page_files()
 from lola_vllm.serving import chat
 assert b"<html" in chat.page_files()[""].body and "main.js" in chat.page_files()

@@ -26,7 +26,10 @@ FILES = {
     "CONTRIBUTING.md": "project/contributing.md",
     "SECURITY.md": "project/security.md",
     "lola_vllm/checkpoint/smollm2/CARD.md": "project/demo-model.md",
+    "lola_vllm/checkpoint/qwen2_5_coder/CARD.md": "project/second-model.md",
 }
+# Of those that are a part of a model's card.
+TITLES = {"project/demo-model.md": "The demo model", "project/second-model.md": "The second model"}
 _SITE = {**FILES, **{page: page for page in REFERENCE}}
 _REPOSITORY = {page: name for name, page in FILES.items()}
 _LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(?=\))")
@@ -38,8 +41,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=make()))
     for name, page in FILES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
-        if not text.startswith("# "):  # a part of a model's card
-            text = f"# The demo model\n\n{text}"
+        if page in TITLES:
+            text = f"# {TITLES[page]}\n\n{text}"
         files.append(File.generated(config, page, content=text))
     return files
 
