@@ -24,8 +24,8 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup serve test quick docs recall recall-qwen endless choices lint tidy sanitize compile_commands \
-	format clean
+.PHONY: setup serve test quick docs recall recall-qwen endless choices lint tidy sanitize \
+	compile_commands format clean
 
 setup: $(VENV)/.ready
 

@@ -5,31 +5,26 @@
 #   make recall-qwen    answers and summaries in eval-results/; run it again to go on
 . "$(dirname "$0")/eval_common.sh"
 
-[ -d models/code ] || lola texts --out models/code --only python_code
 # The texts of its training, of which other documents are asked for.
 [ -d models/qwen-texts ] || lola texts --out models/qwen-texts
 [ -f models/qwen-texts/python_code.txt ] || lola texts --out models/qwen-texts --only python_code
 
-recall() { # NAME SWEEP SAMPLES TASKS LENGTHS TEXTS OPTION...: with seeds 1 to 3
+recall() { # NAME SWEEP SAMPLES TASKS LENGTHS OPTION...: with seeds 1 to 3
     for seed in 1 2 3; do
         lola eval recall --model models/qwen-lola --sweep "benchmarks/recall/$2.json" \
-            --samples "$3" --tasks "$4" --lengths "$5" --texts "$6" --seed "$seed" --batch 2 \
-            --out "$OUT/qwen-$1-$seed" --resume "${@:7}"
+            --samples "$3" --tasks "$4" --lengths "$5" --texts models/qwen-texts --seed "$seed" --batch 2 \
+            --out "$OUT/qwen-$1-$seed" --resume "${@:6}"
     done
 }
-recall needles qwen 2 niah-1,niah-2 4096,8192,16384 models/qwen-texts
-recall tasks qwen 3 niah-3,multikey,multivalue,multiquery,vt 4096 models/qwen-texts
+recall needles qwen 2 niah-1,niah-2 4096,8192,16384
+recall tasks qwen 3 niah-3,multikey,multivalue,multiquery,vt 4096
 # What each part does, and what training alone changes.
-recall parts qwen-parts 3 multiquery,vt 4096 models/qwen-texts
+recall parts qwen-parts 3 multiquery,vt 4096
 # A line of code that needs a definition read so many tokens before.
-recall code qwen 3 code-call 4096,10240 models/code --distances 2000,8000
+recall code qwen 3 code-call 4096,10240 --distances 2000,8000
 lola eval perplexity --model models/qwen-lola --reference models/qwen-base \
     --lola-config 'as it ships={}' --texts models/qwen-texts --seed "$SEED" \
     --windows 2 --window-length 4096 --out "$OUT/qwen-perplexity" --resume
-for kind in prose code; do
-    texts=models/texts
-    [ $kind = prose ] || texts=models/code
-    lola eval copy --model models/qwen-lola --reference models/qwen-base --texts $texts \
-        --kinds $kind --lengths 10000 --distances 250,500,1000,2000,4000,8000 --samples 2 \
-        --lola-config 'as it ships={}' --batch 28 --seed "$SEED" --out "$OUT/qwen-copy-$kind" --resume
-done
+lola eval copy --model models/qwen-lola --reference models/qwen-base --texts models/qwen-texts \
+    --kinds prose,code --lengths 10000 --distances 250,500,1000,2000,4000,8000 --samples 2 \
+    --lola-config 'as it ships={}' --batch 28 --seed "$SEED" --out "$OUT/qwen-copy" --resume

@@ -24,8 +24,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lola_vllm.linearize.card import TITLE
+from lola_vllm.linearize.run import ON, SECOND, default_work
+
 ROOT = Path(__file__).parents[1]
-HOW = "## How it was made"  # where the notes of `linearize` begin in a card
 
 
 def mean_adapters(runs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, float]:
@@ -81,17 +83,17 @@ def pack_linearized(model: Path, out: Path) -> None:
     """Write all that `checkpoint.shipped` reads to a directory.
 
     Args:
-        model: of `lola-vllm linearize`, which left `model` + ".training" beside it.
+        model: of `lola-vllm linearize`, with its working directory beside it.
     """
-    work = model.with_name(model.name + ".training")
+    work = default_work(model)
     card = model / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    calibration = work / "calibration-2.safetensors"
-    if HOW not in text or not calibration.is_file():
+    calibration = work / SECOND
+    if TITLE not in text or not calibration.is_file():
         raise SystemExit(f"{model}: not finished by lola-vllm linearize with {work}")
-    pack([work / "training-on"], out)
+    pack([work / ON], out)
     shutil.copyfile(calibration, out / "calibration.safetensors")
-    (out / "CARD.md").write_text(text[text.index(HOW) :], encoding="utf-8")
+    (out / "CARD.md").write_text(text[text.index(TITLE) :], encoding="utf-8")
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from lola_vllm.linearize.plan import STAGES
 from lola_vllm.linearize.recipe import Recipe, to_json
 from lola_vllm.texts import MANIFEST
 
+TITLE = "## How it was made"
+
 
 def card_notes(
     recipe: Recipe,
@@ -31,7 +33,7 @@ def card_notes(
         if name in tokens
     )
     measured = "\n\n".join(tables) or "Nothing was measured: the recipe leaves it out."
-    return f"""## How it was made
+    return f"""{TITLE}
 
 `lola-vllm linearize` trained feature maps, window factors and LoRA adapters (rank
 {recipe.lora_rank}, on q, k, v and o). The teacher is the base itself, so nothing of another model

