@@ -12,8 +12,8 @@
 recall() { # NAME SWEEP SAMPLES TASKS LENGTHS OPTION...: with seeds 1 to 3
     for seed in 1 2 3; do
         lola eval recall --model models/qwen-lola --sweep "benchmarks/recall/$2.json" \
-            --samples "$3" --tasks "$4" --lengths "$5" --texts models/qwen-texts --seed "$seed" --batch 2 \
-            --out "$OUT/qwen-$1-$seed" --resume "${@:6}"
+            --samples "$3" --tasks "$4" --lengths "$5" --texts models/qwen-texts --seed "$seed" \
+            --batch 2 --out "$OUT/qwen-$1-$seed" --resume "${@:6}"
     done
 }
 recall needles qwen 2 niah-1,niah-2 4096,8192,16384

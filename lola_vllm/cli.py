@@ -12,7 +12,7 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lola_vllm.checkpoint.families import BASE_NAMES
 from lola_vllm.cli_options import (
@@ -29,6 +29,9 @@ from lola_vllm.distill.command import add_options as _distill
 from lola_vllm.eval.command import add_options as _eval
 from lola_vllm.linearize.command import add_options as _linearize
 from lola_vllm.sessions.command import add_states
+
+if TYPE_CHECKING:
+    from lola_vllm.checkpoint.shipped import BuildOptions
 
 # Exit statuses as a shell gives them to a process that a signal ended: 128 + the signal's number.
 INTERRUPTED, PIPE_CLOSED = 130, 141
@@ -130,7 +133,7 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
     add_state_heads(parser, "kv", "kv")
 
     def run(args: argparse.Namespace) -> int:
-        options: dict[str, Any] = {
+        options: BuildOptions = {
             "base_out": args.base_out,
             "config_overrides": args.lola_config,
             "state_heads": args.state_heads,

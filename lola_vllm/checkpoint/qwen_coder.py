@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.gguf import read_gguf
-from lola_vllm.checkpoint.init import StateHeads
-from lola_vllm.checkpoint.quantize import Weights
-from lola_vllm.checkpoint.shipped import build_shipped
+from lola_vllm.checkpoint.shipped import BuildOptions, build_shipped
 from lola_vllm.checkpoint.wheels import PinnedWheel, cached_wheel
 from lola_vllm.config import LolaLlamaConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 BASE_NAME = "Qwen2.5-Coder-0.5B-Instruct"
 VERSION = "0.9.0"
@@ -57,21 +58,13 @@ DISTILLED = Path(__file__).parent / "qwen2_5_coder"  # CARD.md there says how it
 
 def build_qwen_coder(
     out: Path,
-    *,
-    base_out: Path | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
-    state_heads: StateHeads = "kv",
-    untrained: bool = False,
-    calibrated: bool = True,
-    weights: Weights | None = None,
-    force: bool = False,
+    **options: Unpack[BuildOptions],
 ) -> LolaLlamaConfig:
     """Download Qwen2.5-Coder-0.5B-Instruct and write it as a LoLA checkpoint.
 
     Args:
         out: where the LoLA checkpoint goes.
-        base_out, config_overrides, state_heads, untrained, calibrated, weights, force: as in
-            `demo.build_demo_model`. The plain base takes 1.3 GB; `weights` are bfloat16 by
+        options: of `BuildOptions`. The plain base takes 1.3 GB; `weights` are bfloat16 by
             default.
 
     Returns:
@@ -82,19 +75,7 @@ def build_qwen_coder(
             replaced, or an option that needs `untrained`.
         LolaConfigError: overrides that are not valid.
     """
-    return build_shipped(
-        DISTILLED,
-        _unpack,
-        out,
-        base_name=BASE_NAME,
-        base_out=base_out,
-        config_overrides=config_overrides,
-        state_heads=state_heads,
-        untrained=untrained,
-        calibrated=calibrated,
-        weights=weights,
-        force=force,
-    )
+    return build_shipped(DISTILLED, _unpack, out, base_name=BASE_NAME, **options)
 
 
 def _unpack(base: Path) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lola_vllm.checkpoint.calibration import apply_calibration, load_calibration
 from lola_vllm.checkpoint.convert import convert_checkpoint
@@ -26,6 +26,30 @@ UNCALIBRATED = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}
 # With one, besides its sizes per KV head. Pairs of 8 bits take half, and an update every 16 tokens
 # leaves the ring 48 rows shorter.
 CALIBRATED = {"update_interval": 16, "sparse_dtype": "int8"}
+
+
+class BuildOptions(TypedDict, total=False):
+    """Options of a model that ships.
+
+    Attributes:
+        base_out: keep the plain base here, to compare with stock vLLM.
+        config_overrides: keys of `lola_config` that replace the model's own.
+        state_heads: as in `init_checkpoint`; the maps that ship are of "kv", the default.
+        untrained: identity maps and the base's own weights, as `init_checkpoint` writes them,
+            instead of the distilled ones.
+        calibrated: with the sizes per KV head and the importance that ship (default). Without them
+            every cache has 128 pairs, chosen by the recall error alone, as in the paper.
+        weights: of the linear layers of `out`, as in `quantize_checkpoint`; default: the base's.
+        force: replace models that are already at `out` and `base_out`.
+    """
+
+    base_out: Path | None
+    config_overrides: Mapping[str, Any] | None
+    state_heads: StateHeads
+    untrained: bool
+    calibrated: bool
+    weights: Weights | None
+    force: bool
 
 
 def build_shipped(
@@ -50,7 +74,7 @@ def build_shipped(
         out: where the LoLA checkpoint goes.
         base_name: of the base, which the model card shows.
         base_out, config_overrides, state_heads, untrained, calibrated, weights, force: as in
-            `demo.build_demo_model`; the default of `weights` is the base's dtype.
+            `BuildOptions`.
 
     Returns:
         The config that was written to `out`.

@@ -25,6 +25,7 @@ PUBLIC = {
     "lola_vllm.checkpoint.init": ["init_checkpoint"],
     "lola_vllm.checkpoint.convert": ["convert_checkpoint"],
     "lola_vllm.checkpoint.quantize": ["quantize_checkpoint"],
+    "lola_vllm.checkpoint.shipped": ["BuildOptions"],
     "lola_vllm.checkpoint.demo": ["build_demo_model"],
     "lola_vllm.checkpoint.qwen_coder": ["build_qwen_coder"],
     "lola_vllm.distill.run": ["distill"],
