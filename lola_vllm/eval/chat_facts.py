@@ -1,7 +1,7 @@
 """What users say in the middle of a conversation, and how they ask for it later.
 
 Neither the wording nor the names and values are those of training and calibration
-(`distill/retrieval.py`), of RULER or of `facts.py`.
+(`distill/retrieval_facts.py`), of RULER or of `facts.py`.
 """
 
 from __future__ import annotations

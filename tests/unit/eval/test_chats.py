@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lola_vllm import cli
-from lola_vllm.distill import retrieval
+from lola_vllm.distill import retrieval, retrieval_facts
 from lola_vllm.distill.retrieval import retrieval_row
 from lola_vllm.eval import EvalError, chat_facts, engine
 from lola_vllm.eval.chat_facts import CHAT_TASKS
@@ -185,7 +185,7 @@ def test_no_sentence_names_a_label_of_training() -> None:
     assert len(LISTS) == 8
     for words in LISTS:
         assert len(words) == len(set(words)) >= 6
-    labels = {label for labels in retrieval._LABELS.values() for label in labels}
+    labels = {label for labels in retrieval_facts.LABELS.values() for label in labels}
     rng = random.Random(1)
     for task in CHAT_TASKS.values():
         for form in task.forms:
@@ -198,16 +198,16 @@ def test_no_wording_is_one_of_training_and_calibration(texts: Path, tmp_path: Pa
     """Both draw `retrieval_row`."""
     tokenizer = AutoTokenizer.from_pretrained(make_speaking(tmp_path / "model"))
     rng = random.Random(2)
-    trained = [
-        part
-        for name in (
-            *("_STATEMENTS", "_STATEMENTS_OF_SEVERAL", "_INTRODUCTIONS", "_CHAT_QUESTIONS"),
-            *("_CHAT_QUESTIONS_OF_SEVERAL", "_CHAT_ANSWERS", "_CHAT_ANSWERS_OF_SEVERAL"),
-        )
-        for part in getattr(retrieval, name)
+    templates = [
+        template
+        for module in (retrieval, retrieval_facts)
+        for name, value in vars(module).items()
+        if name.startswith("_") and isinstance(value, tuple)
+        for template in value
     ]
-    for pairs in (retrieval._COMPLETIONS, retrieval._COMPLETIONS_OF_SEVERAL):
-        trained += [" ".join(pair) for pair in pairs]
+    assert len(templates) > 50
+    # Of a completion, the question and what begins the answer.
+    trained = [part if isinstance(part, str) else " ".join(part) for part in templates]
     trained += [tokenizer.decode(retrieval_row(tokenizer, 700, rng).tokens) for _ in range(60)]
     known = set().union(*map(runs, trained))
     assert len(known) > 500
