@@ -4,8 +4,8 @@
     python -m tools.site.result_tables recall-facts eval-results/held-out/recall.summary.json
 
 The second form makes a table's file of one or several summaries first: what `lola-vllm eval` and
-the programs of benchmarks/ and tools/ write. A page has a table between two comments, the first of
-which names it.
+the programs of benchmarks/ and tools/ write. Recall that was asked with several seeds counts
+together. A page has a table between two comments, the first of which names it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lola_vllm.eval import summary
 from lola_vllm.eval.results import wilson
 from lola_vllm.eval.tables import STREAM_COLUMNS
 from tools.site import chat_tables, copy_tables, library_tables, speed_tables, store_tables
-from tools.site.summaries import MIB, RESULTS, ROOT, table
+from tools.site.summaries import MIB, RESULTS, ROOT, pooled, table
 
 BEGIN = "<!-- {}, made by python -m tools.site.result_tables -->\n"
 END = "<!-- end -->\n"
@@ -428,7 +428,7 @@ def main(argv: list[str]) -> None:
     if args.name:
         if not args.files:
             parser.error(f"files: none for {args.name!r}; name the summaries it is made of")
-        found = [json.loads(file.read_text()) for file in args.files]
+        found = pooled([json.loads(file.read_text()) for file in args.files])
         (RESULTS / f"{args.name}.json").write_text(summary.text(found), encoding="utf-8")
     for name in PAGES:
         page = ROOT / name

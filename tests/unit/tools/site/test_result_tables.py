@@ -9,9 +9,9 @@ import pytest
 from lola_vllm.eval import summary
 from lola_vllm.eval.results import wilson
 from tools.site import picture, result_tables
-from tools.site.summaries import RESULTS, ROOT
+from tools.site.summaries import RESULTS, ROOT, pooled
 
-MOST_LINES = 4100
+MOST_LINES = 3900
 files = pytest.mark.parametrize("file", sorted(RESULTS.iterdir()), ids=lambda path: path.stem)
 
 
@@ -102,3 +102,31 @@ def test_a_row_has_a_line_and_numbers_are_not_broken():
     lines = summary.text(rows).splitlines()
     assert len(lines) == 2 + 3
     assert json.loads("\n".join(lines)) == rows
+
+
+def recall_run(seed, exact, **plan):
+    samples = 3
+    low, high = wilson(exact, samples)
+    cell = {"task": "vt", "exact": exact, "samples": samples, "low": low, "high": high}
+    cell |= {"match": exact / 3, "share": exact / 3, "rate": exact / 3}
+    setting = {"name": "a", "fingerprint": "f", "seconds": 2.0, "cells": [cell]}
+    plan = {"tasks": ["vt"], "seed": seed, **plan}
+    run = {"evaluation": "recall", "plan": plan, "batch": 2, "machine": {"cores": 2}}
+    return {**run, "date": f"2026-01-0{seed}", "settings": [setting]}
+
+
+def test_seeds_of_the_same_questions_count_together():
+    other = recall_run(1, 1, tasks=["niah-1"])
+    stream = {"evaluation": "stream", "plan": {"seed": 1}}
+    first, same, *rest = pooled([recall_run(1, 1), other, recall_run(2, 3), stream, stream])
+    assert same == other and rest == [stream, stream]
+    assert first["plan"]["seed"] == [1, 2] and first["date"] == "2026-01-02"
+    (setting,) = first["settings"]
+    (cell,) = setting["cells"]
+    assert (cell["exact"], cell["samples"], setting["seconds"]) == (4, 6, 4.0)
+    assert (cell["low"], cell["high"]) == wilson(4, 6) and cell["rate"] == pytest.approx(2 / 3)
+    changed = recall_run(2, 1)
+    changed["settings"][0]["fingerprint"] = "another"
+    assert len(pooled([recall_run(1, 1), changed])) == 2
+    with pytest.raises(ValueError, match="count twice"):
+        pooled([recall_run(1, 1), recall_run(1, 2)])
