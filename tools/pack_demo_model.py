@@ -24,8 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lola_vllm.distill.state import default_work
 from lola_vllm.linearize.card import TITLE
-from lola_vllm.linearize.run import ON, SECOND, default_work
+from lola_vllm.linearize.run import ON, SECOND
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lola_vllm.checkpoint.files import CheckpointError, open_weights
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.distill.options import FINETUNE, DistillOptions
+from lola_vllm.distill.state import default_work, open_work, read_state, write_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +87,8 @@ def distill(
         RunningMean(options.average, 1)  # refuses what is no share
     check_output(out, inputs=[base], force=force)
     earlier = _earlier(start) if start else None
-    work = _work_directory(work or out.with_name(out.name + ".training"), resume)
+    work = work or default_work(out)
+    open_work(work, resume=resume)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_base(base, _dtype(options.dtype)).to(device)
     heads = {
@@ -258,26 +260,13 @@ def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def _work_directory(work: Path, resume: bool) -> Path:
-    if not resume and work.is_dir() and any(work.iterdir()):
-        raise CheckpointError(
-            f"{work}: holds an earlier run; go on with it by --resume, or name another --work-dir"
-        )
-    work.mkdir(parents=True, exist_ok=True)
-    return work
-
-
 def _saved(path: Path, print_: str) -> dict[str, Tensor] | None:
-    from lola_vllm.distill.state import read_state
-
     state = read_state(path.parent, path.stem, print_)
     return state.tensors if state else None
 
 
 def _save(path: Path, tensors: dict[str, Tensor], print_: str) -> None:
     import torch
-
-    from lola_vllm.distill.state import write_state
 
     narrow = {
         name: value.to(torch.float32 if name.endswith("window_factors") else torch.bfloat16)

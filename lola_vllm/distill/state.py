@@ -1,14 +1,15 @@
-"""Training states on disk, from which an interrupted run continues."""
+"""Working directories, and training states in them, from which an interrupted run continues."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lola_vllm.checkpoint.files import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TrainingState(NamedTuple):
@@ -16,6 +17,24 @@ class TrainingState(NamedTuple):
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
+
+
+def default_work(out: Path) -> Path:
+    """The working directory of a run that names none."""
+    return out.with_name(out.name + ".training")
+
+
+def open_work(work: Path, *, resume: bool) -> None:
+    """Make a working directory, or go on with one.
+
+    Raises:
+        CheckpointError: it holds something, without `resume`.
+    """
+    if not resume and work.is_dir() and any(work.iterdir()):
+        raise CheckpointError(
+            f"{work}: holds an earlier run; go on with it by --resume, or name another --work-dir"
+        )
+    work.mkdir(parents=True, exist_ok=True)
 
 
 def write_state(

@@ -15,6 +15,7 @@ from lola_vllm import cpu
 from lola_vllm.checkpoint.base import parse_config, read_base_config
 from lola_vllm.checkpoint.files import CheckpointError, read_json
 from lola_vllm.checkpoint.staging import check_output, staged_directory
+from lola_vllm.distill.state import default_work
 from lola_vllm.linearize import plan, recipe
 from lola_vllm.linearize.plan import STAGES, Speed
 from lola_vllm.linearize.recipe import Recipe
@@ -113,11 +114,6 @@ def linearize(
         _stage(state, name, say, action)
     _clean(work)
     return parse_config(out, read_json(out / "config.json"))
-
-
-def default_work(out: Path) -> Path:
-    """The working directory of a run that names none."""
-    return out.with_name(out.name + ".training")
 
 
 def _after(later: str, name: str, state: WorkState) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.distill.state import open_work
 
 NAME = "linearize.json"
 
@@ -53,11 +54,7 @@ def open_state(work: Path, inputs: Mapping[str, Any], *, resume: bool) -> WorkSt
             that is damaged.
     """
     path = work / NAME
-    if not resume and work.is_dir() and any(work.iterdir()):
-        raise CheckpointError(
-            f"{work}: holds an earlier run; go on with it by --resume, or name another --work-dir"
-        )
-    work.mkdir(parents=True, exist_ok=True)
+    open_work(work, resume=resume)
     if not path.is_file():
         return WorkState(work, dict(inputs))
     try:
