@@ -70,6 +70,13 @@ SECOND_ROWS = {
     "the base with the same LoRA": "the base with the same LoRA",
     SHIPPED: "**as it ships, 9.59 MiB**",
 }
+# The demo model that `lola-vllm linearize` makes, docs/linearize.md.
+REMADE = "made by the command"
+REMADE_ROWS = {
+    BASE: "softmax base, full KV cache",
+    SHIPPED: "as it ships",
+    REMADE: f"**{REMADE}**",
+}
 FACTS = {
     "fact-name": "a person's name",
     "fact-date": "a day",
@@ -397,6 +404,14 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "recall-perplexity": perplexity,
     "second-recall": partial(by_task, "second-recall", SECOND, (4096, 8192, 16384), SECOND_ROWS, 9),
+    "remade-recall": partial(
+        by_task,
+        "remade-recall",
+        {name: title for name, title in TASKS.items() if name != "passkey"} | FACTS,
+        LENGTHS[:3],
+        REMADE_ROWS,
+        12,
+    ),
     "choices": choices,
     "endless-stream": stream,
     "endless-streams": streams,
