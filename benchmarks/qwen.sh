@@ -6,7 +6,7 @@
 . "$(dirname "$0")/eval_common.sh"
 
 # The texts of its training, of which other documents are asked for.
-[ -d models/qwen-texts ] || lola texts --out models/qwen-texts
+[ -d models/qwen-texts ] || cp -r models/texts models/qwen-texts
 [ -f models/qwen-texts/python_code.txt ] || lola texts --out models/qwen-texts --only python_code
 
 recall() { # NAME SWEEP SAMPLES TASKS LENGTHS OPTION...: with seeds 1 to 3

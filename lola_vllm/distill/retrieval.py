@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from lola_vllm.distill.retrieval_facts import Asked, Turn, draw_asked
+from lola_vllm.distill.retrieval_facts import Turn, draw_asked
 from lola_vllm.distill.retrieval_words import SENTENCES
 
 if TYPE_CHECKING:
@@ -81,9 +81,7 @@ def retrieval_row(
             "need a fast tokenizer (tokenizer.json), or set retrieval_fraction to 0"
         )
     for attempt in range(_TRIES):
-        is_chat = tokenizer.chat_template is not None and rng.random() < 0.5
-        few = length < 2 * MIN_LENGTH or attempt > 0
-        frame = _draw_frame(tokenizer, draw_asked(rng, is_chat=is_chat, few=few), is_chat, rng)
+        frame = _draw_frame(tokenizer, rng, few=length < 2 * MIN_LENGTH or attempt > 0)
         row = _fit(tokenizer, length, frame, _haystack(rng, length, real_text), rng)
         if row is not None:
             return row
@@ -117,16 +115,14 @@ class _Frame(NamedTuple):
     statements: list[str]
 
 
-def _draw_frame(
-    tokenizer: PreTrainedTokenizerBase, asked: Asked, is_chat: bool, rng: random.Random
-) -> _Frame:
-    introduction = rng.choice(_INTRODUCTIONS).format(label=asked.label)
+def _draw_frame(tokenizer: PreTrainedTokenizerBase, rng: random.Random, few: bool) -> _Frame:
+    is_chat = tokenizer.chat_template is not None and rng.random() < 0.5
+    label, statements, turns = draw_asked(rng, is_chat=is_chat, few=few)
+    introduction = rng.choice(_INTRODUCTIONS).format(label=label)
     if is_chat:
-        return _Frame(
-            lambda text: _chat(tokenizer, introduction + text, asked.turns), asked.statements
-        )
+        return _Frame(lambda text: _chat(tokenizer, introduction + text, turns), statements)
     gap = rng.choice(("\n", "\n\n"))
-    return _Frame(lambda text: _plain(introduction + text, asked.turns, gap), asked.statements)
+    return _Frame(lambda text: _plain(introduction + text, turns, gap), statements)
 
 
 def _plain(text: str, turns: list[Turn], gap: str) -> _Text:

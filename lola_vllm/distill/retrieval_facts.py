@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import string
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lola_vllm.distill.retrieval_words import (
@@ -170,7 +170,7 @@ def draw_asked(rng: random.Random, *, is_chat: bool, few: bool) -> Asked:
         is_chat: questions and answers are messages, not a text that goes on.
         few: there is room for one fact alone.
     """
-    form = "facts" if few else rng.choices(list(FORMS), list(FORMS.values()))[0]
+    form = "facts" if few else _weighted(rng, FORMS)
     if form == "chain":
         return _draw_chain(rng, is_chat)
     facts = _draw_facts(rng, form, 1 if few else _draw_count(rng, form))
@@ -191,6 +191,10 @@ def draw_asked(rng: random.Random, *, is_chat: bool, few: bool) -> Asked:
         names = {"key": _join(keys)[0], "label": asked[0].label}
         turns.append(_turn([fact.value for fact in asked], templates, names))
     return Asked(facts[0].label, statements, turns)
+
+
+def _weighted(rng: random.Random, weights: Mapping[str, float]) -> str:
+    return rng.choices(tuple(weights), tuple(weights.values()))[0]
 
 
 def _turn(values: Sequence[str], templates: tuple[str, str], names: dict[str, Any]) -> Turn:
@@ -221,16 +225,14 @@ def _draw_count(rng: random.Random, form: str) -> int:
 
 def _draw_facts(rng: random.Random, form: str, count: int) -> list[_Fact]:
     """Facts in the order of the text, of so many keys."""
-    kind = rng.choices(tuple(_KIND_WEIGHTS), tuple(_KIND_WEIGHTS.values()))[0]
-    label = rng.choice(LABELS[kind])
+    kind, label = _draw_label(rng)
     key_of = rng.choice((_pair_of_words, _name, _code, lambda rng: "the " + _pair_of_words(rng)))
     digits = rng.randint(4, 10)
     facts: dict[str, _Fact] = {}
     while len(facts) < count:
         # Seldom: with equal labels the key decides and not the label.
         if form != "several keys" and rng.random() < 0.3:
-            kind = rng.choices(tuple(_KIND_WEIGHTS), tuple(_KIND_WEIGHTS.values()))[0]
-            label = rng.choice(LABELS[kind])
+            kind, label = _draw_label(rng)
         key = key_of(rng)
         facts.setdefault(key, _Fact(key, label, kind, _value(kind, digits, rng)))
     drawn = list(facts.values())
@@ -243,6 +245,12 @@ def _draw_facts(rng: random.Random, form: str, count: int) -> list[_Fact]:
                 more -= 1
         rng.shuffle(drawn)
     return drawn
+
+
+def _draw_label(rng: random.Random) -> tuple[str, str]:
+    """A kind of values, and a name for one of them."""
+    kind = _weighted(rng, _KIND_WEIGHTS)
+    return kind, rng.choice(LABELS[kind])
 
 
 def _draw_questions(rng: random.Random, facts: list[_Fact], form: str) -> list[list[_Fact]]:
@@ -276,10 +284,10 @@ def _draw_chain(rng: random.Random, is_chat: bool) -> Asked:
     chain = _chain(form, label, names[:count], number)
     # Of another length, so that the two numbers differ.
     other = _chain(form, label, names[count:], _value("digits", digits + 1, rng))
-    owners = [chain] * len(chain) + [other] * len(other)
-    rng.shuffle(owners)
-    left = {id(chain): iter(chain), id(other): iter(other)}
-    statements = [next(left[id(owner)]) for owner in owners]
+    order = [0] * len(chain) + [1] * len(other)
+    rng.shuffle(order)
+    left = iter(chain), iter(other)
+    statements = [next(left[which]) for which in order]
     templates = rng.choice(_CHAIN_COMPLETIONS)
     if is_chat:
         templates = rng.choice(_CHAIN_CHAT_QUESTIONS), rng.choice(_CHAIN_CHAT_ANSWERS)

@@ -59,23 +59,22 @@ TASKS = {
     "multikey": "multikey, one number of four",
     "passkey": "passkey",
 }
-# Of the second model, docs/linearize.md.
-SECOND = {name: title for name, title in TASKS.items() if name != "passkey"} | {
+# Of docs/linearize.md: the second model, and the demo model that the command there makes.
+NEEDLES = {name: title for name, title in TASKS.items() if name != "passkey"}
+SECOND = NEEDLES | {
     "multivalue": "multivalue, four numbers of one key",
     "multiquery": "multiquery, the numbers of four keys",
     "vt": "variable tracking",
 }
 SECOND_ROWS = {
-    BASE: "softmax base, full KV cache",
+    BASE: ROWS[BASE],
     "the base with the same LoRA": "the base with the same LoRA",
     SHIPPED: "**as it ships, 9.59 MiB**",
 }
-# The demo model that `lola-vllm linearize` makes, docs/linearize.md.
-REMADE = "made by the command"
 REMADE_ROWS = {
-    BASE: "softmax base, full KV cache",
+    BASE: ROWS[BASE],
     SHIPPED: "as it ships",
-    REMADE: f"**{REMADE}**",
+    "made by the command": "**made by the command**",
 }
 FACTS = {
     "fact-name": "a person's name",
@@ -405,12 +404,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall-perplexity": perplexity,
     "second-recall": partial(by_task, "second-recall", SECOND, (4096, 8192, 16384), SECOND_ROWS, 9),
     "remade-recall": partial(
-        by_task,
-        "remade-recall",
-        {name: title for name, title in TASKS.items() if name != "passkey"} | FACTS,
-        LENGTHS[:3],
-        REMADE_ROWS,
-        12,
+        by_task, "remade-recall", NEEDLES | FACTS, LENGTHS[:3], REMADE_ROWS, 12
     ),
     "choices": choices,
     "endless-stream": stream,
