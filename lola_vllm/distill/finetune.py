@@ -29,6 +29,7 @@ from lola_vllm.distill.student import (
     layer_maps,
     load_maps,
     lola_attention,
+    map_groups,
 )
 
 STATE = "finetune"
@@ -97,12 +98,15 @@ def finetune(
     adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
     if start is not None:
         _begin_with(adapters, start)
-    maps = [value for layer in decoder_layers(model) for value in layer_maps(layer).values()]
-    groups = [{"params": list(adapters.values()), "lr": options.lora_learning_rate}]
+    groups: list[dict[str, Any]] = [
+        {"params": list(adapters.values()), "lr": options.lora_learning_rate}
+    ]
     if options.map_learning_rate > 0:
-        for value in maps:
+        layers = decoder_layers(model)
+        for value in (value for layer in layers for value in layer_maps(layer).values()):
             value.requires_grad_(True)
-        groups.append({"params": maps, "lr": options.map_learning_rate})
+        groups += map_groups(layers, options.map_learning_rate, options.window_factor_rate)
+    rates = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rows = _in_order(parts, options.seed)
     steps = max(1, len(rows) // options.rows_per_step)
@@ -146,8 +150,7 @@ def finetune(
                     "from the last training state"
                 )
             nn.utils.clip_grad_norm_(trained, 1.0)
-            rates = (options.lora_learning_rate, options.map_learning_rate)
-            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _share(step, steps)
             optimizer.step()
             losses.append(total)

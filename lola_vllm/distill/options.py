@@ -36,6 +36,9 @@ class DistillOptions:
     dtype: Literal["bfloat16", "float32"] = option(
         "of the base's weights while training", "bfloat16"
     )
+    window_factor_rate: float = option(
+        "learning rate of the window factors, as a multiple of that of the feature maps", 10.0
+    )
 
     rows: int = option(
         "rows of tokens; one pass is made over them in every layer", 256, part=TRANSFER

@@ -6,7 +6,7 @@ RoPE, biases and q/k norms stay those of the model, and this code is the same fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lola_vllm.checkpoint.base import read_base_config
-from lola_vllm.checkpoint.schema import WINDOW_FACTOR_INIT
 from lola_vllm.config import LolaConfig
 from lola_vllm.ops.differentiable import lola_attention_parallel
 
@@ -70,7 +69,8 @@ def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None
         ):
             eye = torch.eye(d, F, device=device).repeat(heads, 1, 1)
             attention.register_parameter(name, nn.Parameter(eye, requires_grad=False))
-        factors = torch.full((config.num_attention_heads,), WINDOW_FACTOR_INIT, device=device)
+        # 0.5 after the sigmoid: heads end anywhere between 0 and 1, as far from either end.
+        factors = torch.zeros(config.num_attention_heads, device=device)
         attention.register_parameter("window_factors", nn.Parameter(factors, requires_grad=False))
         attention.register_buffer("importance", None, persistent=False)
         attention.lola_config = None
@@ -79,6 +79,28 @@ def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None
 def layer_maps(layer: Any) -> dict[str, nn.Parameter]:
     """The three trainable tensors of a layer, by name."""
     return {name: getattr(layer.self_attn, name) for name in MAP_NAMES}
+
+
+def map_groups(
+    layers: Iterable[Any], learning_rate: float, window_factor_rate: float
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: the feature maps of some layers, and their window factors.
+
+    Adam's step is about the learning rate whatever the gradient is. An entry of a feature map has
+    few hundredths to go, the logit of a window factor several units, so it has larger steps.
+
+    Args:
+        learning_rate: of the feature maps.
+        window_factor_rate: times that is the learning rate of the window factors.
+    """
+    maps = [layer_maps(layer) for layer in layers]
+    return [
+        {"params": [of[name] for of in maps for name in MAP_NAMES[:2]], "lr": learning_rate},
+        {
+            "params": [of[MAP_NAMES[2]] for of in maps],
+            "lr": learning_rate * window_factor_rate,
+        },
+    ]
 
 
 def all_maps(model: Any) -> dict[str, Tensor]:

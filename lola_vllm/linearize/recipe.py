@@ -50,6 +50,7 @@ class Recipe:
         dtype: of the base's weights: the one in which the machine is fast. Maps and adapters are
             float32.
         retrieval_fraction: share of rows that hide facts and ask for them, in the first two stages.
+        window_factor_rate: 10. Learning rate of the window factors, over that of the feature maps.
 
         transfer_tokens: of stage 1, attention transfer: 393,216 times the scale that `--hours`
             gives, at most as many as the texts have.
@@ -99,6 +100,7 @@ class Recipe:
     seed: int
     dtype: str
     retrieval_fraction: float
+    window_factor_rate: float
 
     transfer_tokens: int
     transfer_row_length: int
@@ -227,6 +229,7 @@ def derive(
         seed=0,
         dtype=dtype,
         retrieval_fraction=0.25,
+        window_factor_rate=10.0,
         transfer_tokens=max(transfer, row),
         transfer_row_length=row,
         transfer_steps_per_row=7,

@@ -14,6 +14,7 @@ def transfer_options(recipe: Recipe) -> DistillOptions:
     """Of stage 1 alone."""
     return DistillOptions(
         retrieval_fraction=recipe.retrieval_fraction,
+        window_factor_rate=recipe.window_factor_rate,
         seed=recipe.seed,
         dtype=cast(Any, recipe.dtype),
         rows=max(1, recipe.transfer_tokens // recipe.transfer_row_length),
@@ -58,6 +59,7 @@ def on_options(recipe: Recipe, sizes: Mapping[str, Any] | None = None) -> Distil
     """
     return DistillOptions(
         retrieval_fraction=recipe.on_retrieval_fraction,
+        window_factor_rate=recipe.window_factor_rate,
         seed=recipe.seed + 1,
         dtype=cast(Any, recipe.dtype),
         lora_rows=max(recipe.rows_per_step, recipe.on_tokens // recipe.on_row_length),

@@ -132,6 +132,40 @@ def test_it_learns(trained: Path, base: Path, text: Path) -> None:
     assert divergence(model, text) < 0.8 * before
 
 
+@pytest.mark.parametrize("rate", [0.0, 5.0])
+def test_window_factors_have_steps_of_their_own(
+    rate: float, base: Path, text: Path, tmp_path: Path
+) -> None:
+    """They begin with logit 0. Adam's first step is the learning rate, whatever the gradient."""
+    once = dict(rows=1, steps_per_row=1, lora_rows=0, learning_rate=1e-3)
+    options = dataclasses.replace(OPTIONS, window_factor_rate=rate, **once)
+    distill(base, [str(text)], tmp_path / "lola", options)
+    maps = load_file(tmp_path / "lola.training" / "maps.safetensors")
+    for layer in range(2):
+        factors = maps[f"model.layers.{layer}.self_attn.window_factors"]
+        torch.testing.assert_close(factors.abs(), torch.full((4,), 1e-3 * rate))
+        moved = maps[f"model.layers.{layer}.self_attn.feature_map_q"] - torch.eye(6)
+        assert 0 < moved.abs().max() < 2e-3
+
+
+def test_factors_of_the_second_stage_have_steps_of_their_own(
+    trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
+) -> None:
+    rates = dict(lora_learning_rate=0.0, map_learning_rate=1e-3, average=0.0)
+    once = dataclasses.replace(
+        GO_ON, window_factor_rate=20.0, lora_rows=GO_ON.rows_per_step, **rates
+    )
+    work = trained.with_name("lola.training")
+    distill(base, [str(text)], tmp_path / "lola", once, start=work, calibration=calibration)
+    before, after = (load_file(w / "lora.safetensors") for w in (work, tmp_path / "lola.training"))
+    for name in before:
+        if name.endswith("window_factors"):
+            moved = (after[name] - before[name]).abs()
+            moved = moved[moved > 0]  # a head whose cache is as long as a row folds nothing
+            assert len(moved) > 0
+            torch.testing.assert_close(moved, torch.full_like(moved, 0.02), rtol=0, atol=1e-4)
+
+
 def test_the_checkpoint_holds_what_was_trained(trained: Path, base: Path) -> None:
     config = json.loads((trained / "config.json").read_text())
     expected = {**LOLA, "mixing": "lola"}
