@@ -61,11 +61,12 @@ TASKS = {
 }
 # Of docs/linearize.md: the second model, and the demo model that the command there makes.
 NEEDLES = {name: title for name, title in TASKS.items() if name != "passkey"}
-SECOND = NEEDLES | {
+SEVERAL = {
     "multivalue": "multivalue, four numbers of one key",
     "multiquery": "multiquery, the numbers of four keys",
     "vt": "variable tracking",
 }
+SECOND = NEEDLES | SEVERAL
 SECOND_ROWS = {
     BASE: ROWS[BASE],
     "the base with the same LoRA": "the base with the same LoRA",
@@ -108,8 +109,10 @@ def cells(name: str, setting: str) -> dict[tuple[str, int], dict[str, Any]]:
     for row in settings(name):
         for cell in row["cells"] if row["name"] == setting else ():
             key = cell["task"], cell.get("distance", cell["length"])
-            before = found.get(key, {"exact": 0, "samples": 0})
+            before = found.get(key, {"exact": 0, "samples": 0, "matched": 0})
             found[key] = {part: before[part] + cell[part] for part in ("exact", "samples")}
+            matched = cell.get("match", 0) * cell["samples"]  # questions' shares together
+            found[key]["matched"] = before["matched"] + matched
     return found
 
 
@@ -132,7 +135,11 @@ def by_task(
     found = {setting: cells(name, setting) for setting in rows}
     for task, title in tasks.items():
         for setting, label in rows.items():
-            shown = [share(found[setting].get((task, n)), usual) for n in lengths]
+            of = [found[setting].get((task, n)) for n in lengths]
+            shown = [share(cell, usual) for cell in of]
+            if task in SEVERAL:  # an answer has several strings, and may have some of them
+                parts = (f", {100 * c['matched'] / c['samples']:.0f} %" if c else "" for c in of)
+                shown = [text + part for text, part in zip(shown, parts, strict=True)]
             if any(shown):
                 lines.append([title, label, *shown])
                 title = ""
