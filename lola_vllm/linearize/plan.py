@@ -13,9 +13,10 @@ from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.linearize.memory import activation_bytes, parameters
 from lola_vllm.linearize.recipe import Recipe, state_bytes, to_json
 
-# A calibration reads long prompts, notes what they attend to, and fits importance. A token takes
-# 2.5 times as long as in a forward pass of a row of training: measured with a base of 0.5B, CPU.
-CALIBRATION_FACTOR = 2.5
+# Seconds of a token over those of a forward pass of a row of training, measured on CPUs. A
+# calibration reads long prompts, notes what they attend to, and fits importance: 1.5 (0.5B) and
+# 1.75 (135M). Answers and perplexity take 2.5 (0.5B, whose vocabulary is large) and 1.1 (135M).
+CALIBRATION_FACTOR, EVALUATION_FACTOR = 1.7, 1.8
 LEAST_SCALE, MOST_SCALE = 0.02, 100.0  # of `scale_to`; below the first a stage is a few rows
 GIB, MIB = 2**30, 2**20
 
@@ -77,7 +78,7 @@ def stage_seconds(recipe: Recipe, speed: Speed, kinds: int) -> dict[str, float]:
         "calibrate": CALIBRATION_FACTOR * speed.forward,
         "train-on": speed.on,
         "recalibrate": CALIBRATION_FACTOR * speed.forward,
-        "evaluate": speed.forward,
+        "evaluate": EVALUATION_FACTOR * speed.forward,
     }
     return {name: n * of_token[name] for name, n in stage_tokens(recipe, kinds).items()}
 
