@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recall tables of docs/linearize.md, of Qwen2.5-Coder-0.5B, from nothing: some six hours on two
+# The recall tables of docs/linearize.md, of Qwen2.5-Coder-0.5B, from nothing: some nine hours on two
 # CPU cores. docs/evaluation.md, "Results on these pages", says how the summaries become the tables.
 #
 #   make recall-qwen    answers and summaries in eval-results/; run it again to go on
@@ -18,8 +18,9 @@ recall() { # NAME SWEEP SAMPLES TASKS LENGTHS OPTION...: with seeds 1 to 3
 }
 recall needles qwen 2 niah-1,niah-2 4096,8192,16384
 recall tasks qwen 3 niah-3,multikey,multivalue,multiquery,vt 4096
+recall longer qwen 3 niah-3,multikey,multivalue,multiquery,vt 8192
 # What each part does, and what training alone changes.
-recall parts qwen-parts 3 multiquery,vt 4096
+recall parts qwen-parts 3 multivalue,multiquery,vt 4096
 # A line of code that needs a definition read so many tokens before.
 recall code qwen 3 code-call 4096,10240 --distances 2000,8000
 lola eval perplexity --model models/qwen-lola --reference models/qwen-base \
