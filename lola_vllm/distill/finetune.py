@@ -26,10 +26,10 @@ from lola_vllm.distill.state import read_state, write_state
 from lola_vllm.distill.student import (
     all_maps,
     decoder_layers,
-    layer_maps,
     load_maps,
     lola_attention,
     map_groups,
+    scale_rates,
 )
 
 STATE = "finetune"
@@ -102,11 +102,11 @@ def finetune(
         {"params": list(adapters.values()), "lr": options.lora_learning_rate}
     ]
     if options.map_learning_rate > 0:
-        layers = decoder_layers(model)
-        for value in (value for layer in layers for value in layer_maps(layer).values()):
+        groups += map_groups(
+            decoder_layers(model), options.map_learning_rate, options.window_factor_rate
+        )
+        for value in (value for group in groups[1:] for value in group["params"]):
             value.requires_grad_(True)
-        groups += map_groups(layers, options.map_learning_rate, options.window_factor_rate)
-    rates = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rows = _in_order(parts, options.seed)
     steps = max(1, len(rows) // options.rows_per_step)
@@ -150,8 +150,7 @@ def finetune(
                     "from the last training state"
                 )
             nn.utils.clip_grad_norm_(trained, 1.0)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * _share(step, steps)
+            scale_rates(optimizer, _share(step, steps))
             optimizer.step()
             losses.append(total)
             mean.add(step, {**adapters, **all_maps(model)})

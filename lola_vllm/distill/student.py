@@ -87,20 +87,27 @@ def map_groups(
     """Parameter groups for an optimizer: the feature maps of some layers, and their window factors.
 
     Adam's step is about the learning rate whatever the gradient is. An entry of a feature map has
-    few hundredths to go, the logit of a window factor several units, so it has larger steps.
+    hundredths to go, the logit of a window factor several units, so it has larger steps.
 
     Args:
         learning_rate: of the feature maps.
         window_factor_rate: times that is the learning rate of the window factors.
     """
-    maps = [layer_maps(layer) for layer in layers]
+    maps, factors = [], []
+    for layer in layers:
+        attention = layer.self_attn
+        maps += [attention.feature_map_q, attention.feature_map_k]
+        factors.append(attention.window_factors)
     return [
-        {"params": [of[name] for of in maps for name in MAP_NAMES[:2]], "lr": learning_rate},
-        {
-            "params": [of[MAP_NAMES[2]] for of in maps],
-            "lr": learning_rate * window_factor_rate,
-        },
+        {"params": maps, "lr": learning_rate},
+        {"params": factors, "lr": learning_rate * window_factor_rate},
     ]
+
+
+def scale_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Set every group's learning rate to this share of the one that it began with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
 
 
 def all_maps(model: Any) -> dict[str, Tensor]:

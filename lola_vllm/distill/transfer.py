@@ -22,7 +22,14 @@ from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig
 from lola_vllm.distill.options import DistillOptions
 from lola_vllm.distill.state import read_state, write_state
-from lola_vllm.distill.student import all_maps, decoder_layers, layer_maps, load_maps, map_groups
+from lola_vllm.distill.student import (
+    all_maps,
+    decoder_layers,
+    layer_maps,
+    load_maps,
+    map_groups,
+    scale_rates,
+)
 from lola_vllm.ops.differentiable import lola_attention_parallel
 
 STATE = "transfer"
@@ -92,7 +99,6 @@ def _train_layer(
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + index)
     total = len(hidden) * options.steps_per_row
     groups = map_groups([layer], options.learning_rate, options.window_factor_rate)
-    rates = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for value in maps.values():
         value.requires_grad_(True)
@@ -113,9 +119,7 @@ def _train_layer(
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(maps.values(), 1.0)
-            share = 0.5 * (1 + math.cos(math.pi * len(losses) / total))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * share
+            scale_rates(optimizer, 0.5 * (1 + math.cos(math.pi * len(losses) / total)))
             optimizer.step()
             losses.append(loss.item())
         if not math.isfinite(losses[-1]):

@@ -26,7 +26,7 @@ from lola_vllm.eval import summary
 from lola_vllm.eval.results import wilson
 from lola_vllm.eval.tables import STREAM_COLUMNS
 from tools.site import chat_tables, copy_tables, library_tables, speed_tables, store_tables
-from tools.site.summaries import MIB, RESULTS, ROOT, pooled, table
+from tools.site.summaries import MIB, RESULTS, ROOT, pool_cells, pooled, table
 
 BEGIN = "<!-- {}, made by python -m tools.site.result_tables -->\n"
 END = "<!-- end -->\n"
@@ -109,22 +109,24 @@ def cells(name: str, setting: str) -> dict[tuple[str, int], dict[str, Any]]:
     for row in settings(name):
         for cell in row["cells"] if row["name"] == setting else ():
             key = cell["task"], cell.get("distance", cell["length"])
-            before = found.get(key, {"exact": 0, "samples": 0, "matched": 0})
-            found[key] = {part: before[part] + cell[part] for part in ("exact", "samples")}
-            matched = cell.get("match", 0) * cell["samples"]  # questions' shares together
-            found[key]["matched"] = before["matched"] + matched
+            found[key] = pool_cells([found[key], cell]) if key in found else cell
     return found
 
 
 def share(cell: dict[str, Any] | None, usual: int, interval: bool = True) -> str:
-    """Exact answers in percent, their number where it is not the usual one; empty for None."""
+    """Exact answers in percent, their number where it is not the usual one; empty for None.
+
+    RULER's score follows where an answer has several strings, of which it may have some.
+    """
     if cell is None:
         return ""
     low, high = (round(100 * bound) for bound in wilson(cell["exact"], cell["samples"]))
     text = f"{100 * cell['exact'] / cell['samples']:.0f} %"
     if interval:
         text += f" [{low}, {high}]" if low else f" [0, {high}]"
-    return text if cell["samples"] == usual or not interval else f"{text} of {cell['samples']}"
+    if interval and cell["samples"] != usual:
+        text += f" of {cell['samples']}"
+    return f"{text}, {100 * cell['match']:.0f} %" if cell.get("task") in SEVERAL else text
 
 
 def by_task(
@@ -135,11 +137,7 @@ def by_task(
     found = {setting: cells(name, setting) for setting in rows}
     for task, title in tasks.items():
         for setting, label in rows.items():
-            of = [found[setting].get((task, n)) for n in lengths]
-            shown = [share(cell, usual) for cell in of]
-            if task in SEVERAL:  # an answer has several strings, and may have some of them
-                parts = (f", {100 * c['matched'] / c['samples']:.0f} %" if c else "" for c in of)
-                shown = [text + part for text, part in zip(shown, parts, strict=True)]
+            shown = [share(found[setting].get((task, n)), usual) for n in lengths]
             if any(shown):
                 lines.append([title, label, *shown])
                 title = ""

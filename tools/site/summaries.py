@@ -51,7 +51,7 @@ def _pool(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         raise ValueError(f"seeds {seeds} of one evaluation: the same questions would count twice")
     settings = []
     for same in zip(*(run["settings"] for run in runs), strict=True):
-        cells = [_pool_cells(cells) for cells in zip(*(s["cells"] for s in same), strict=True)]
+        cells = [pool_cells(cells) for cells in zip(*(s["cells"] for s in same), strict=True)]
         seconds = round(sum(setting["seconds"] for setting in same), 1)
         settings.append({**same[0], "seconds": seconds, "cells": cells})
     return {
@@ -62,11 +62,12 @@ def _pool(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     }
 
 
-def _pool_cells(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of all, and their interval. All have as many samples, so means are means of theirs."""
+def pool_cells(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The cells of one question to one setting as one: counts of all, their interval, means."""
     exact, samples = (sum(cell[key] for cell in cells) for key in ("exact", "samples"))
     low, high = wilson(exact, samples)
     means = {
-        key: sum(cell[key] for cell in cells) / len(cells) for key in ("match", "share", "rate")
+        key: sum(cell[key] * cell["samples"] for cell in cells) / samples
+        for key in ("match", "share", "rate")
     }
     return {**cells[0], "samples": samples, "exact": exact, "low": low, "high": high, **means}
