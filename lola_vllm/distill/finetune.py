@@ -41,7 +41,8 @@ class Finetuned(NamedTuple):
     """The results of stage 2.
 
     Attributes:
-        adapters: LoRA matrices under PEFT's names, float32; with `average`, their mean.
+        adapters: LoRA matrices under PEFT's names, float32; with `average`, their mean. The B are
+            scaled by `lora_kept`.
         maps: feature maps and window factors under the names of a LoLA checkpoint, likewise.
         losses: of each step.
     """
@@ -156,8 +157,9 @@ def finetune(
             mean.add(step, {**adapters, **all_maps(model)})
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
                 _save(work, fingerprint, model, adapters, optimizer, losses, mean)
-    result = {name: value.detach().float().cpu() for name, value in adapters.items()}
-    return Finetuned(mean.of(result), mean.of(all_maps(model)), losses)
+    result = mean.of({name: value.detach().float().cpu() for name, value in adapters.items()})
+    kept = {n: x * options.lora_kept if ".lora_B." in n else x for n, x in result.items()}
+    return Finetuned(kept, mean.of(all_maps(model)), losses)
 
 
 def _share(step: int, steps: int) -> float:

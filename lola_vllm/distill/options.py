@@ -78,6 +78,9 @@ class DistillOptions:
         0.0,
         part=FINETUNE,
     )
+    lora_kept: float = option(
+        "share of what the adapters add to the weights that the result keeps", 1.0, part=FINETUNE
+    )
     rows_per_step: int = option("rows whose gradients make a step", 4, part=FINETUNE)
     lora_loss: Literal["teacher", "next-token"] = option(
         "divergence from the base model's distribution (default), or LoLCATs' own loss",

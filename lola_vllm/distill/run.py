@@ -85,6 +85,8 @@ def distill(
         check_row_length("lora_row_length", options.lora_row_length, configs, every_head=every)
         lengths = options.lora_lengths()
         RunningMean(options.average, 1)  # refuses what is no share
+        if not 0 <= options.lora_kept <= 1:
+            raise CheckpointError(f"lora_kept = {options.lora_kept:g}: must be from 0 to 1")
     check_output(out, inputs=[base], force=force)
     earlier = _earlier(start) if start else None
     work = work or default_work(out)

@@ -52,7 +52,7 @@ def decoder_layers(model: Any) -> list[Any]:
 
 
 def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None) -> None:
-    """Give every layer LoLCATs' starting point: identity maps, window factors of -2.197.
+    """Give every layer a starting point: LoLCATs' identity maps, and logits of window factors of 0.
 
     They become float32 parameters of `self_attn`: `feature_map_q [Hq, d, F]`,
     `feature_map_k [Hs, d, F]` and `window_factors [Hq]`.

@@ -83,6 +83,8 @@ class Recipe:
         on_retrieval_fraction, on_answer_weight, on_loss_tokens, on_learning_rate,
             on_map_learning_rate: 0.6, 8, 384, 0.0008 and 0.001.
         on_average: 1, the mean of all steps: it lies between the weights before and after.
+        on_lora_kept: 0.5. Share of what all training adds to the projections that the model keeps:
+            a model between the base and the fine-tuned one (WiSE-FT, arXiv 2109.01903, section 3).
 
         evaluation_tasks, evaluation_lengths, evaluation_samples: needles in noise and in prose, at
             1,024, 2,048 and 4,096 tokens as far as P reaches, 10 each (4 in little time); 0 samples
@@ -135,6 +137,7 @@ class Recipe:
     on_learning_rate: float
     on_map_learning_rate: float
     on_average: float
+    on_lora_kept: float
 
     evaluation_tasks: tuple[str, ...]
     evaluation_lengths: tuple[int, ...]
@@ -259,6 +262,7 @@ def derive(
         on_learning_rate=8e-4,
         on_map_learning_rate=1e-3,
         on_average=1.0,
+        on_lora_kept=0.5,
         evaluation_tasks=("niah-1", "niah-2"),
         evaluation_lengths=tuple(n for n in (1024, 2048, 4096) if n <= length) or (length,),
         evaluation_samples=fewer(SAMPLES, LEAST_SAMPLES),

@@ -71,6 +71,7 @@ def on_options(recipe: Recipe, sizes: Mapping[str, Any] | None = None) -> Distil
         loss_tokens=recipe.on_loss_tokens,
         rows_per_step=recipe.rows_per_step,
         average=recipe.on_average,
+        lora_kept=recipe.on_lora_kept,
         gradient_checkpointing=recipe.gradient_checkpointing,
         lola_config={**recipe.served(), **(sizes or {})},
     )

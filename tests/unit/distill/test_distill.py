@@ -322,6 +322,20 @@ def test_going_on_begins_where_the_earlier_run_ended(
         assert torch.equal(after[name], value), name
 
 
+def test_a_share_of_what_the_adapters_add_is_kept(
+    trained: Path, base: Path, text: Path, calibration: Path, tmp_path: Path
+) -> None:
+    work, found = trained.with_name("lola.training"), {}
+    for kept in (1.0, 0.25):
+        out = tmp_path / f"lola-{kept:g}"
+        once = dataclasses.replace(GO_ON, lora_kept=kept, lora_rows=GO_ON.rows_per_step)
+        distill(base, [str(text)], out, once, start=work, calibration=calibration)
+        found[kept] = load_file(out.with_name(f"{out.name}.training") / "lora.safetensors")
+    for name, whole in found[1.0].items():
+        share = 0.25 if ".lora_B." in name else 1.0  # exact in bfloat16
+        assert torch.equal(found[0.25][name], whole * share), name
+
+
 def test_answers_and_so_many_other_tokens_are_compared() -> None:
     from lola_vllm.distill.finetune import _compared
 
@@ -432,6 +446,7 @@ def test_refusals_of_going_on(
 
     refused("maps.safetensors: no such file", start=tmp_path)
     refused("lora_A.* is .*and must be .*--lora-rank", changes={"lora_rank": 3})
+    refused("lora_kept = 1.5: must be from 0 to 1", changes={"lora_kept": 1.5})
     refused("feature_map_k.* must be .*--state-heads", changes={"state_heads": "query"})
     refused("leave out sparse_cache_size", changes={"lola_config": LOLA})
     refused("leave out sparse_cache_size", changes={"train_sparse_caches": (0, 4)})

@@ -58,6 +58,7 @@ def test_the_demo_model_has_what_it_was_trained_with(smollm2: Path) -> None:
     assert stage_2.lora_lengths() == [(1024, 128), (2048, 64), (4096, 32)]
     on = on_options(made)
     assert (on.lora_rows, on.lora_row_length, on.loss_tokens) == (110, 2048, 384)
+    assert (stage_2.lora_kept, on.lora_kept) == (1, 0.5)
     # The state of what `make serve` serves, and the memory that gives the same.
     assert state_bytes(smollm2, made.served(), 427) / 2**20 == pytest.approx(9.99, abs=0.01)
     same = derive(smollm2, text_bytes=TEXTS, memory_mib=10.0)
