@@ -26,6 +26,11 @@ recall code qwen 3 code-call 4096,10240 --distances 2000,8000
 lola eval perplexity --model models/qwen-lola --reference models/qwen-base \
     --lola-config 'as it ships={}' --texts models/qwen-texts --seed "$SEED" \
     --windows 2 --window-length 4096 --out "$OUT/qwen-perplexity" --resume
+# Another language than the English that it was trained on.
+[ -f models/other/debian_handbook_fr.txt ] || lola texts --out models/other --only debian_handbook_fr
+lola eval perplexity --model models/qwen-lola --reference models/qwen-base \
+    --lola-config 'as it ships={}' --texts models/other/debian_handbook_fr.txt --seed "$SEED" \
+    --windows 4 --window-length 4096 --out "$OUT/qwen-perplexity-other" --resume
 lola eval copy --model models/qwen-lola --reference models/qwen-base --texts models/qwen-texts \
     --kinds prose,code --lengths 10000 --distances 250,500,1000,2000,4000,8000 --samples 2 \
     --lola-config 'as it ships={}' --batch 28 --seed "$SEED" --out "$OUT/qwen-copy" --resume

