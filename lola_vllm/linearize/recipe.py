@@ -315,7 +315,17 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> Recipe:
-    """What `to_json` gave."""
+    """What `to_json` gave.
+
+    Raises:
+        CheckpointError: of a version whose recipe has other fields.
+    """
+    other = sorted({item.name for item in fields(Recipe)} ^ values.keys())
+    if other:
+        raise CheckpointError(
+            f"the run was begun by another version, whose recipe differs in {', '.join(other)}; go "
+            "on with that version, or begin anew with another --work-dir"
+        )
     made: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
     }

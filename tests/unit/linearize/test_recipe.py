@@ -161,6 +161,14 @@ def test_an_expert_overrides(smollm2: Path) -> None:
     assert from_json(json.loads(json.dumps(to_json(changed)))) == changed
 
 
+def test_a_recipe_of_another_version(smollm2: Path) -> None:
+    values = to_json(derive(smollm2, text_bytes=TEXTS))
+    before = {**values, "lora_warm_up": 0.1}
+    del before["on_lora_kept"]
+    with pytest.raises(CheckpointError, match=r"another version.* lora_warm_up, on_lora_kept; go"):
+        from_json(before)
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
