@@ -67,10 +67,14 @@ SEVERAL = {
     "vt": "variable tracking",
 }
 SECOND = NEEDLES | SEVERAL
-SECOND_ROWS = {
-    BASE: ROWS[BASE],
-    "the base with the same LoRA": "the base with the same LoRA",
-    SHIPPED: "**as it ships, 9.59 MiB**",
+LORA = "the base with the same LoRA"
+SECOND_ROWS = {BASE: ROWS[BASE], LORA: LORA, SHIPPED: "**as it ships, 9.59 MiB**"}
+PARTS_ROWS = {
+    **SECOND_ROWS,
+    "the paper's form": "the paper's form, 547 pairs in every head",
+    "hidden state off": "hidden state off",
+    "sparse cache off": "sparse cache off",
+    "window alone": "window alone",
 }
 REMADE_ROWS = {
     BASE: ROWS[BASE],
@@ -141,6 +145,17 @@ def by_task(
             if any(shown):
                 lines.append([title, label, *shown])
                 title = ""
+    return table(lines)
+
+
+def by_setting(
+    name: str, tasks: dict[str, str], length: int, rows: dict[str, str], usual: int
+) -> str:
+    """Settings below, tasks of one length beside each other."""
+    lines = [["", *tasks.values()]]
+    for setting, label in rows.items():
+        found = cells(name, setting)
+        lines.append([label, *(share(found.get((task, length)), usual) for task in tasks)])
     return table(lines)
 
 
@@ -408,6 +423,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "recall-perplexity": perplexity,
     "second-recall": partial(by_task, "second-recall", SECOND, (4096, 8192, 16384), SECOND_ROWS, 9),
+    "second-parts": partial(by_setting, "second-recall", SEVERAL, 4096, PARTS_ROWS, 9),
     "remade-recall": partial(
         by_task, "remade-recall", NEEDLES | FACTS, LENGTHS[:3], REMADE_ROWS, 12
     ),
