@@ -23,13 +23,11 @@ recall longer qwen 3 niah-3,multikey,multivalue,multiquery,vt 8192
 recall parts qwen-parts 3 multivalue,multiquery,vt 4096
 # A line of code that needs a definition read so many tokens before.
 recall code qwen 3 code-call 4096,10240 --distances 2000,8000
+# What each part does to perplexity, over the same windows.
 lola eval perplexity --model models/qwen-lola --reference models/qwen-base \
-    --lola-config 'as it ships={}' --texts models/qwen-texts --seed "$SEED" \
-    --windows 2 --window-length 4096 --out "$OUT/qwen-perplexity" --resume
-# What each part does to perplexity.
-lola eval perplexity --model models/qwen-lola --reference models/qwen-base \
-    --sweep benchmarks/recall/qwen-parts.json --texts models/qwen-texts --seed "$SEED" \
-    --windows 1 --window-length 4096 --out "$OUT/qwen-perplexity-parts" --resume
+    --lola-config 'as it ships={}' --sweep benchmarks/recall/qwen-parts.json \
+    --texts models/qwen-texts --seed "$SEED" \
+    --windows 1 --window-length 4096 --out "$OUT/qwen-perplexity" --resume
 # Another language than the English that it was trained on.
 [ -f models/other/debian_handbook_fr.txt ] || lola texts --out models/other --only debian_handbook_fr
 lola eval perplexity --model models/qwen-lola --reference models/qwen-base \

@@ -26,8 +26,7 @@ lola texts --out models/other --only python_code debian_handbook_fr
 lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \
     --lola-config 'as it ships={}' --texts models/other \
     --windows 4 --window-length 2048 --out "$OUT/perplexity-other" --resume
-# Passages, word by word: conversations are made of the documentation, code has its own directory.
-[ -d models/code ] || lola texts --out models/code --only python_code
+# Passages, word by word: conversations are made of the documentation.
 copy() { # NAME TEXTS LENGTHS DISTANCES OPTIONS...
     lola eval copy --model models/smollm2-lola --reference models/smollm2-base --texts "$2" \
         --lengths "$3" --distances "$4" --lola-config 'as it ships={}' --batch 28 --seed "$SEED" \
@@ -35,7 +34,7 @@ copy() { # NAME TEXTS LENGTHS DISTANCES OPTIONS...
 }
 copy prose models/texts 2000,7000 250,500,1000,2000,3000,4000,6000 --kinds prose --samples 5
 copy kinds models/texts 7000 250,500,1000,2000,3000,4000 --kinds documentation,chat --samples 3
-copy code models/code 7000 250,500,1000,2000,3000,4000 --samples 3
+copy code models/other 7000 250,500,1000,2000,3000,4000 --kinds code --samples 3
 copy long models/texts 100000 250,500,1000,2000,4000 --kinds prose
 # Which pairs stay: sizes and recent pairs, with the importance that ships.
 lola eval copy --model models/smollm2-lola --reference models/smollm2-base --texts models/texts \
