@@ -17,6 +17,17 @@ recall() { # NAME TASKS LENGTHS: the settings of benchmarks/recall/NAME.json
         --out "$OUT/$1" --resume
 }
 recall shipped niah-1,niah-2,niah-3,multikey,passkey 1024,2048,4096,8192
+# What each part does, and what training alone changes.
+parts() { # VERB NAME SEED OPTION...
+    lola eval "$1" --model models/smollm2-lola --reference models/smollm2-base \
+        --lola-config 'as it ships={}' --sweep benchmarks/recall/demo-parts.json \
+        --texts models/texts --seed "$3" --out "$OUT/$2" --resume "${@:4}"
+}
+for seed in 1 2 3; do
+    parts recall "parts-$seed" "$seed" \
+        --tasks niah-2,multikey,multivalue --lengths 2048,4096 --samples 4
+done
+parts perplexity perplexity-parts 1 --windows 2 --window-length 2048
 recall held-out fact-name,fact-date,fact-code,fact-place 1024,2048
 lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \
     --sweep benchmarks/recall/shipped.json --texts models/texts \

@@ -76,6 +76,13 @@ PARTS_ROWS = {
     "sparse cache off": "sparse cache off",
     "window alone": "window alone",
 }
+# Of docs/recall.md: the demo model without its parts.
+DEMO_PARTS_ROWS = {
+    **PARTS_ROWS,
+    SHIPPED: ROWS[SHIPPED],
+    "the paper's form": "the paper's form, 233 pairs in every head",
+}
+DEMO_PARTS = {name: SECOND[name] for name in ("niah-2", "multikey", "multivalue")}
 REMADE_ROWS = {
     BASE: ROWS[BASE],
     SHIPPED: "as it ships",
@@ -421,6 +428,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall-facts": partial(
         by_task, "recall-facts", FACTS, LENGTHS[:2], {BASE: BASE, BEFORE: BEFORE}, 10
     ),
+    "recall-parts": partial(by_task, "recall-parts", DEMO_PARTS, LENGTHS[1:3], DEMO_PARTS_ROWS, 12),
     "recall-perplexity": perplexity,
     "second-recall": partial(by_task, "second-recall", SECOND, (4096, 8192, 16384), SECOND_ROWS, 9),
     "second-parts": partial(by_setting, "second-recall", SEVERAL, 4096, PARTS_ROWS, 9),
