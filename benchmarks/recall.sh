@@ -27,7 +27,7 @@ for seed in 1 2 3; do
     parts recall "parts-$seed" "$seed" \
         --tasks niah-2,multikey,multivalue --lengths 2048,4096 --samples 4
 done
-parts perplexity perplexity-parts 1 --windows 2 --window-length 2048
+parts perplexity perplexity-parts "$SEED" --windows 2 --window-length 2048
 recall held-out fact-name,fact-date,fact-code,fact-place 1024,2048
 lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \
     --sweep benchmarks/recall/shipped.json --texts models/texts \
