@@ -6,15 +6,14 @@ that a choice pair by pair does not serve them. Their newest pairs stay instead.
 
 Passages of a text are begun again at its end. How much of its attention a head gives to the first
 place of the passage says whether it copies. Many heads copy what stood near, and few of them what
-stood far away. So each head has recent pairs up to the distance at which the others no longer need
-its help.
+stood far away. The recent pairs are divided so that as much as can be copied is, near and far.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,9 +24,13 @@ PASSAGES = 24  # of a prompt
 LEAST_DISTANCE = 150  # tokens from a passage to its repeat, so that no window serves it
 # Distances in a class differ by a factor of two at most.
 CLASS_FACTOR = 2
-# Up to a distance R, heads that hold `NEAR_SHARE` of all heads' attention to a passage have it in
-# their recent pairs. Up to `FAR` times R, heads that hold `FAR_SHARE` of it.
-NEAR_SHARE, FAR_SHARE, FAR = 0.72, 0.6, 2
+# How well a passage is copied depends on the share of all heads' attention to it that recent pairs
+# hold: as well as with all of it where they hold enough, and not at all with less than a part of
+# that. How much is enough differs from model to model.
+ENOUGH = (0.9, 0.8, 0.7, 0.6)
+NOTHING = 0.31  # of enough
+# How much a class of distances counts, against the next nearer one.
+DECAY = 0.75
 
 
 def repeat_passages(ids: Sequence[int], rng: random.Random) -> tuple[list[int], list[int]]:
@@ -98,43 +101,91 @@ class CopyingAttention:
         return [sums / self._counts.clamp(min=1)[:, None] for sums in self._sums]
 
 
-def divide_recent(attention: Sequence[Tensor], pairs: int) -> list[list[int]]:
-    """Recent pairs by layer and KV head.
+def divide_recent(
+    attention: Sequence[Tensor], pairs: int, longest: int, enough: float
+) -> list[list[int]]:
+    """Recent pairs by layer and KV head, such that passages are copied best.
+
+    Each step gives one head as many pairs as reach to the end of a class, where that adds most for
+    each pair. One head alone may add nothing, where passages need several. So the steps are tried
+    from many beginnings: the n heads that copy most from a class hold all of it and of the nearer
+    ones.
 
     Args:
-        attention: as `CopyingAttention` has it. pairs: of a head, on average over all.
+        attention: as `CopyingAttention` has it. pairs: of a head, on average over all. longest:
+            tokens from a passage to its repeat, at most. No head needs more pairs. enough: share of
+            the attention to a passage with which it is copied as well as with all of it.
 
     Returns:
-        Sizes that sum to `pairs` for each head, or to less if the heads that copy do not need as
-        many. R (see `NEAR_SHARE`) is as large as this sum allows.
+        Sizes that sum to `pairs` for each head, or to less if more would add nothing.
     """
-    of_all = torch.cat(list(attention), dim=1)
-    near, far = _reach(of_all, NEAR_SHARE), _reach(of_all, FAR_SHARE)
+    of_all = torch.cat(list(attention), dim=1).double()
+    classes, heads = of_all.shape
+    shares = of_all / of_all.sum(1, keepdim=True).clamp(min=1e-12)
+    reached = torch.tensor([0] + [min(int(class_end(i)), longest) for i in range(classes)])
+    starts = torch.tensor([LEAST_DISTANCE, *reached[1:-1].tolist()])
+    counts = DECAY ** torch.arange(classes).double() * (reached[1:] / starts).log2().clamp(min=0)
+    best, most = torch.zeros(heads, dtype=torch.long), -1.0
+    for levels in _beginnings(shares, enough):
+        if int(reached[levels].sum()) > pairs * heads:
+            continue
+        while _raise_one(levels, shares, counts, reached, pairs * heads, enough):
+            pass
+        copied = float(counts @ _copied(_held(levels, shares), enough))
+        if copied > most:
+            best, most = reached[levels], copied
+    return [part.tolist() for part in best.split([x.shape[1] for x in attention])]
 
-    def sizes(R: int) -> Tensor:
-        return torch.maximum(near.clamp(max=R), far.clamp(max=FAR * R)).long()
 
-    least, most, total = 0, int(class_end(len(of_all) - 1)), pairs * of_all.shape[1]
-    while least < most:  # the largest R whose sizes fit
-        middle = (least + most + 1) // 2
-        if int(sizes(middle).sum()) <= total:
-            least = middle
-        else:
-            most = middle - 1
-    return [part.tolist() for part in sizes(least).split([x.shape[1] for x in attention])]
+def _beginnings(shares: Tensor, enough: float) -> Iterator[Tensor]:
+    """Levels to begin with: none, and for each class those of 1, 2, ... heads that together hold
+    enough of it at most."""
+    classes, heads = shares.shape
+    yield torch.zeros(heads, dtype=torch.long)
+    for of_class, number in zip(shares, range(1, classes + 1), strict=True):
+        ranked, order = of_class.sort(descending=True, stable=True)
+        for n in range(1, 1 + int((ranked.cumsum(0) - ranked < enough).sum())):
+            levels = torch.zeros(heads, dtype=torch.long)
+            levels[order[:n]] = number
+            yield levels
 
 
-def _reach(attention: Tensor, share: float) -> Tensor:
-    """Up to which distance `[heads]` a head is needed to hold a share of the attention.
+def _copied(held: Tensor, enough: float) -> Tensor:
+    """How well passages are copied of whose attention recent pairs hold a share."""
+    missing = (enough - held).clamp(min=0) / (enough - NOTHING * enough)
+    return (1 - missing**2).clamp(min=0)
+
+
+def _held(levels: Tensor, shares: Tensor) -> Tensor:
+    """What recent pairs hold of the attention `[classes, heads]`, by class.
 
     Args:
-        attention: `[classes, heads]`.
+        levels: `[heads]`, how many classes the recent pairs of a head reach across.
     """
-    order = attention.argsort(dim=1, descending=True)
-    ranked = attention.gather(1, order)
-    before = ranked.cumsum(1) - ranked
-    needed = torch.zeros_like(attention, dtype=torch.bool)
-    needed.scatter_(1, order, before < share * ranked.sum(1, keepdim=True))
-    classes = needed.long().cumprod(0).sum(0)  # without a gap, from the nearest on
-    ends = [0.0, *(class_end(i) for i in range(len(attention)))]
-    return torch.tensor(ends)[classes]
+    return (shares * (torch.arange(len(shares))[:, None] < levels)).sum(1)
+
+
+def _raise_one(
+    levels: Tensor, shares: Tensor, counts: Tensor, reached: Tensor, total: int, enough: float
+) -> bool:
+    """Raise, in place, the level of the head where this adds most for each pair; whether any adds.
+
+    Args:
+        levels, shares: as for `_held`. counts: `[classes]`, of a class. reached: `[classes + 1]`,
+            pairs of a level. total: pairs of all heads, at most. enough: as for `divide_recent`.
+    """
+    held = _held(levels, shares)
+    now, used = counts @ _copied(held, enough), reached[levels].sum()
+    best, at = 0.0, (-1, 0)
+    for level in range(1, len(reached)):
+        number = torch.arange(len(shares))[:, None]
+        added = shares * ((number >= levels) & (number < level))
+        gains = counts @ _copied(held[:, None] + added, enough) - now
+        costs = reached[level] - reached[levels]
+        allowed = (costs > 0) & (used + costs <= total) & (gains > 1e-9)
+        of_pair = torch.where(allowed, gains / costs.clamp(min=1), 0.0)
+        if float(of_pair.max()) > best:
+            best, at = float(of_pair.max()), (int(of_pair.argmax()), level)
+    if best:
+        levels[at[0]] = at[1]
+    return best > 0

@@ -10,12 +10,13 @@ holds. So importance is fitted twice: roughly to caches of one size, by which th
 among the heads (`sizes.py`), and then to caches of these sizes.
 
 With `--recent` some heads have recent pairs besides: those that go on with a passage word by word
-(`copying.py`).
+(`copying.py`). Divisions of them are tried (`trials.py`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lola_vllm.calibrate.copying import (
+    ENOUGH,
     LEAST_DISTANCE,
     PASSAGE,
     PASSAGES,
@@ -47,6 +49,7 @@ from lola_vllm.calibrate.options import CalibrateOptions
 from lola_vllm.calibrate.prompts import draw_plain, draw_prompts
 from lola_vllm.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.calibrate.sizes import AttentionGains, divide_among
+from lola_vllm.calibrate.trials import RECENT_ATTENTION, passage_log_probs, recent_attention
 from lola_vllm.checkpoint.base import read_base_config
 from lola_vllm.checkpoint.calibration import Sizes
 from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_files
@@ -54,6 +57,7 @@ from lola_vllm.checkpoint.files import CheckpointError, open_weights, weight_fil
 # Of the first fit, whose importance only serves to find sizes.
 FIRST_EPOCHS = EPOCHS // 3
 COPYING_PROMPTS = 8  # that find the heads which copy
+TRIED_PROMPTS = 4  # of them that divisions of recent pairs are tried with
 
 
 class Held(NamedTuple):
@@ -133,20 +137,23 @@ def calibrate(
     # Beyond more recent pairs than this the prompts would show too little to fit to.
     most = options.prompt_length // 2
     near = [[min(size, most) for size in _of_heads(sizes, 1)] for sizes in recent]
+    # What heads that copy do not need goes to the pairs that scores choose.
+    of_heads = [size for sizes in recent for size in _of_heads(sizes, 1)]
+    pairs = options.pairs + max(0, options.recent - math.ceil(sum(of_heads) / len(of_heads)))
     recorder = LongRangeAttention(prompts, maps, near)
     read(softmax, [prompt.ids for prompt in prompts], recorder, "reading")
     parts = [parted(reads) for reads in recorder.reads]
     gains = []
     for fitted, _ in tqdm(parts, desc="sizes", unit="layer"):
-        alike = _of_heads(options.pairs, len(fitted[0].attention))
+        alike = _of_heads(pairs, len(fitted[0].attention))
         gains.append(AttentionGains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
-    sizes = divide_among(gains, options.pairs, options.least, options.per == "layer")
+    sizes = divide_among(gains, pairs, options.least, options.per == "layer")
     importance, shares = [], []
     for layer, (fitted, judged) in enumerate(tqdm(parts, desc="importance", unit="layer")):
-        of_heads = _of_heads(sizes[layer], len(fitted[0].attention))
-        importance.append(fit(fitted, of_heads, options.seed))
-        alone, total = (x / len(judged) for x in held(judged, of_heads, None))
-        weighted = held(judged, of_heads, importance[-1])[0] / len(judged)
+        own = _of_heads(sizes[layer], len(fitted[0].attention))
+        importance.append(fit(fitted, own, options.seed))
+        alone, total = (x / len(judged) for x in held(judged, own, None))
+        weighted = held(judged, own, importance[-1])[0] / len(judged)
         shares.append(Held(total, alone, weighted))
     return Calibration(_added(sizes, recent), recent, importance, shares)
 
@@ -168,10 +175,31 @@ def _find_recent(softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOp
     prompts = [repeat_passages(ids, rng) for ids in plain]
     recorder = CopyingAttention([starts for _, starts in prompts], length, config.num_hidden_layers)
     read(softmax, [ids for ids, _ in prompts], recorder, "heads that copy")
-    recent = divide_recent(recorder.attention, options.recent)
+    longest = length + PASSAGES * PASSAGE  # the last repeat stands after all the others
+    recent = _best_division(
+        softmax,
+        [ids for ids, _ in prompts[:TRIED_PROMPTS]],
+        [divide_recent(recorder.attention, options.recent, longest, share) for share in ENOUGH],
+    )
     if options.per == "layer":
         return [round(sum(heads) / len(heads)) for heads in recent]
     return recent
+
+
+def _best_division(
+    softmax: Any, prompts: list[list[int]], divisions: list[list[list[int]]]
+) -> list[list[int]]:
+    """The division of recent pairs with which repeated passages are copied best."""
+    distinct = [x for i, x in enumerate(divisions) if x not in divisions[:i]]
+    if len(distinct) == 1:
+        return distinct[0]
+    import transformers
+
+    transformers.AttentionInterface.register(RECENT_ATTENTION, recent_attention)
+    softmax.set_attn_implementation(RECENT_ATTENTION)
+    found = passage_log_probs(softmax, prompts, distinct)
+    softmax.set_attn_implementation(ATTENTION)
+    return distinct[int(found.argmax())]
 
 
 def _added(sizes: Sizes, more: Sizes) -> Sizes:

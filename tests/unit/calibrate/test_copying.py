@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from lola_vllm.calibrate.copying import (
+    DECAY,
+    ENOUGH,
     GIVEN,
     LEAST_DISTANCE,
+    NOTHING,
     PASSAGE,
     PASSAGES,
     CopyingAttention,
@@ -66,15 +72,44 @@ def test_attention_to_the_first_place_by_distance() -> None:
     assert far == pytest.approx([expected] * 2)
 
 
-def test_heads_have_recent_pairs_as_far_as_they_are_needed() -> None:
+def test_no_head_has_more_recent_pairs_than_it_is_needed_for() -> None:
     attention = [
-        torch.tensor([[400.0, 10], [400, 10], [490, 0], [500, 0], [0, 0]]),
-        torch.tensor([[300.0, 290], [380, 210], [260, 50], [300, 0], [0, 0]]),
+        torch.tensor([[0.8, 0], [0.8, 0], [0, 0]]),
+        torch.tensor([[0, 0.2]] * 2 + [[0, 1]]),
     ]
-    assert divide_recent(attention, 0) == [[0, 0], [0, 0]]
-    # R = 400. For the near share, the last head is needed up to 300 tokens, and two more up to R.
-    # For the far share, up to 2 R, the third is needed up to 600 only.
-    assert divide_recent(attention, 425) == [[800, 0], [600, 300]]
-    # There is no more to give beyond what was asked for.
-    assert divide_recent(attention, 10**6) == [[2400, 0], [2400, 300]]
-    assert divide_recent([torch.tensor([[1.0]])], 7) == [[6]]  # R is whole, and doubled
+    assert divide_recent(attention, 0, 1000, 0.8) == [[0, 0], [0, 0]]
+    # The first head holds as much as is enough of the nearer classes, up to 600 tokens. Only the
+    # last head serves the third, which ends with the prompt.
+    assert divide_recent(attention, 10**6, 1000, 0.8) == [[600, 0], [0, 1000]]
+    assert divide_recent(attention, 150, 1000, 0.8) == [[600, 0], [0, 0]]
+    assert divide_recent(attention, 74, 1000, 0.8) == [[0, 0], [0, 0]]
+
+
+def test_far_passages_are_copied_by_heads_together() -> None:
+    """Three heads give the far passages a third of the attention each: one alone copies nothing,
+    so that no single step leads there."""
+    attention = [torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 1]])]
+    assert divide_recent(attention, 525, 600, 0.8) == [[300, 600, 600, 600]]
+    assert divide_recent(attention, 524, 600, 0.8) == [[300, 600, 600, 0]]
+
+
+@pytest.mark.parametrize("enough", ENOUGH)
+@pytest.mark.parametrize("seed", range(5))
+def test_no_division_copies_much_more(seed: int, enough: float) -> None:
+    attention = torch.rand(3, 4, generator=torch.Generator().manual_seed(seed)) ** 2
+    shares = attention / attention.sum(1, keepdim=True)
+    ends = [0, 300, 600, 1000]
+
+    def copied(sizes: Sequence[int]) -> float:
+        total = 0.0
+        for i, width in enumerate((1, 1, math.log2(1000 / 600))):
+            held = sum(float(shares[i, h]) for h in range(4) if sizes[h] >= ends[i + 1])
+            missing = max(0.0, enough - held) / (enough - NOTHING * enough)
+            total += width * DECAY**i * max(0.0, 1 - missing**2)
+        return total
+
+    for pairs in (100, 250, 400, 700):
+        allowed = (x for x in itertools.product(ends, repeat=4) if sum(x) <= 4 * pairs)
+        (found,) = divide_recent([attention], pairs, 1000, enough)
+        assert sum(found) <= 4 * pairs
+        assert copied(found) >= 0.8 * max(map(copied, allowed))
