@@ -43,9 +43,11 @@ def repeat_passages(ids: Sequence[int], rng: random.Random) -> tuple[list[int], 
         Token ids, and where in the text each passage begins. Their distances from the end of the
         text are spread evenly over orders of magnitude.
     """
+    magnitudes = [(i + rng.random()) / PASSAGES for i in range(PASSAGES)]
+    rng.shuffle(magnitudes)
     starts = []
-    for _ in range(PASSAGES):
-        distance = LEAST_DISTANCE * (len(ids) / LEAST_DISTANCE) ** rng.random()
+    for magnitude in magnitudes:
+        distance = LEAST_DISTANCE * (len(ids) / LEAST_DISTANCE) ** magnitude
         starts.append(min(max(0, len(ids) - int(distance)), len(ids) - PASSAGE))
     return list(ids) + [i for at in starts for i in ids[at : at + PASSAGE]], starts
 
