@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lola_vllm.calibrate.run import COPYING_PROMPTS
+from lola_vllm.calibrate.copying import ENOUGH, PASSAGE, PASSAGES
+from lola_vllm.calibrate.run import COPYING_PROMPTS, TRIED_PROMPTS
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaLlamaConfig
 from lola_vllm.linearize.memory import activation_bytes, parameters
@@ -55,8 +56,9 @@ def stage_tokens(recipe: Recipe, kinds: int) -> dict[str, int]:
         kinds: of text, each of which is measured.
     """
     calibration = int(recipe.calibration_prompts * recipe.calibration_prompt_length * 0.75)
-    if recipe.recent_pairs:  # to find the heads that copy
-        calibration += COPYING_PROMPTS * 2 * recipe.calibration_prompt_length
+    if recipe.recent_pairs:  # to find the heads that copy, and to try divisions of recent pairs
+        calibration += (COPYING_PROMPTS + TRIED_PROMPTS) * 2 * recipe.calibration_prompt_length
+        calibration += TRIED_PROMPTS * len(ENOUGH) * PASSAGES * PASSAGE
     recall = len(recipe.evaluation_tasks) * recipe.evaluation_samples
     evaluation = recall * sum(recipe.evaluation_lengths)
     evaluation += kinds * recipe.evaluation_windows * recipe.evaluation_window_length
