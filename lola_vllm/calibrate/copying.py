@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 PASSAGE = 24  # tokens of a passage that stand in the text twice
 GIVEN = 8  # of them whose attention does not count: they may stand at other places, too
 PASSAGES = 24  # of a prompt
+REPEATED = PASSAGES * PASSAGE  # tokens at the end of a prompt
 LEAST_DISTANCE = 150  # tokens from a passage to its repeat, so that no window serves it
 # Distances in a class differ by a factor of two at most.
 CLASS_FACTOR = 2
@@ -50,6 +51,11 @@ def repeat_passages(ids: Sequence[int], rng: random.Random) -> tuple[list[int], 
         distance = LEAST_DISTANCE * (len(ids) / LEAST_DISTANCE) ** magnitude
         starts.append(min(max(0, len(ids) - int(distance)), len(ids) - PASSAGE))
     return list(ids) + [i for at in starts for i in ids[at : at + PASSAGE]], starts
+
+
+def counted_tokens() -> Tensor:
+    """The tokens of repeated passages that count, `[n]` int64, from the first repeat on."""
+    return torch.arange(REPEATED).view(PASSAGES, PASSAGE)[:, GIVEN:].flatten()
 
 
 def distance_class(distance: int) -> int:
@@ -83,9 +89,7 @@ class CopyingAttention:
     def begin(self, ids: Sequence[int]) -> Tensor:
         """See `AttentionRecorder`."""
         self._of_prompt = next(self._prompts)
-        first = len(ids) - PASSAGES * PASSAGE
-        repeats = torch.arange(first, len(ids)).view(PASSAGES, PASSAGE)
-        return repeats[:, GIVEN:].flatten()
+        return len(ids) - REPEATED + counted_tokens()
 
     def add(self, layer: int, k: Tensor, v: Tensor, weights: Tensor) -> None:
         """See `AttentionRecorder`."""
@@ -127,15 +131,22 @@ def divide_recent(
     reached = torch.tensor([0] + [min(int(class_end(i)), longest) for i in range(classes)])
     starts = torch.tensor([LEAST_DISTANCE, *reached[1:-1].tolist()])
     counts = DECAY ** torch.arange(classes).double() * (reached[1:] / starts).log2().clamp(min=0)
+
+    def copied(held: Tensor) -> Tensor:
+        """How much is copied of passages of whose attention recent pairs hold so much, `[classes]`
+        or `[classes, n]`."""
+        missing = (enough - held).clamp(min=0) / (enough - NOTHING * enough)
+        return counts @ (1 - missing**2).clamp(min=0)
+
     best, most = torch.zeros(heads, dtype=torch.long), -1.0
     for levels in _beginnings(shares, enough):
         if int(reached[levels].sum()) > pairs * heads:
             continue
-        while _raise_one(levels, shares, counts, reached, pairs * heads, enough):
+        while _raise_one(levels, shares, reached, pairs * heads, copied):
             pass
-        copied = float(counts @ _copied(_held(levels, shares), enough))
-        if copied > most:
-            best, most = reached[levels], copied
+        of_all_classes = float(copied(_held(levels, shares)))
+        if of_all_classes > most:
+            best, most = reached[levels], of_all_classes
     return [part.tolist() for part in best.split([x.shape[1] for x in attention])]
 
 
@@ -152,12 +163,6 @@ def _beginnings(shares: Tensor, enough: float) -> Iterator[Tensor]:
             yield levels
 
 
-def _copied(held: Tensor, enough: float) -> Tensor:
-    """How well passages are copied of whose attention recent pairs hold a share."""
-    missing = (enough - held).clamp(min=0) / (enough - NOTHING * enough)
-    return (1 - missing**2).clamp(min=0)
-
-
 def _held(levels: Tensor, shares: Tensor) -> Tensor:
     """What recent pairs hold of the attention `[classes, heads]`, by class.
 
@@ -168,21 +173,25 @@ def _held(levels: Tensor, shares: Tensor) -> Tensor:
 
 
 def _raise_one(
-    levels: Tensor, shares: Tensor, counts: Tensor, reached: Tensor, total: int, enough: float
+    levels: Tensor,
+    shares: Tensor,
+    reached: Tensor,
+    total: int,
+    copied: Callable[[Tensor], Tensor],
 ) -> bool:
     """Raise, in place, the level of the head where this adds most for each pair; whether any adds.
 
     Args:
-        levels, shares: as for `_held`. counts: `[classes]`, of a class. reached: `[classes + 1]`,
-            pairs of a level. total: pairs of all heads, at most. enough: as for `divide_recent`.
+        levels, shares: as for `_held`. reached: `[classes + 1]`, pairs of a level. total: pairs of
+            all heads, at most. copied: how much is, by what recent pairs hold of each class.
     """
     held = _held(levels, shares)
-    now, used = counts @ _copied(held, enough), reached[levels].sum()
+    now, used = copied(held), reached[levels].sum()
+    number = torch.arange(len(shares))[:, None]
     best, at = 0.0, (-1, 0)
     for level in range(1, len(reached)):
-        number = torch.arange(len(shares))[:, None]
         added = shares * ((number >= levels) & (number < level))
-        gains = counts @ _copied(held[:, None] + added, enough) - now
+        gains = copied(held[:, None] + added) - now
         costs = reached[level] - reached[levels]
         allowed = (costs > 0) & (used + costs <= total) & (gains > 1e-9)
         of_pair = torch.where(allowed, gains / costs.clamp(min=1), 0.0)

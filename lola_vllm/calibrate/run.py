@@ -30,7 +30,7 @@ from lola_vllm.calibrate.copying import (
     ENOUGH,
     LEAST_DISTANCE,
     PASSAGE,
-    PASSAGES,
+    REPEATED,
     CopyingAttention,
     divide_recent,
     repeat_passages,
@@ -136,10 +136,11 @@ def calibrate(
     recent = _find_recent(softmax, tokenizer, texts, options)
     # Beyond more recent pairs than this the prompts would show too little to fit to.
     most = options.prompt_length // 2
-    near = [[min(size, most) for size in _of_heads(sizes, 1)] for sizes in recent]
+    by_layer = [_of_heads(sizes, 1) for sizes in recent]
+    near = [[min(size, most) for size in of_heads] for of_heads in by_layer]
     # What heads that copy do not need goes to the pairs that scores choose.
-    of_heads = [size for sizes in recent for size in _of_heads(sizes, 1)]
-    pairs = options.pairs + max(0, options.recent - math.ceil(sum(of_heads) / len(of_heads)))
+    mean = sum(map(sum, by_layer)) / sum(map(len, by_layer))
+    pairs = options.pairs + max(0, options.recent - math.ceil(mean))
     recorder = LongRangeAttention(prompts, maps, near)
     read(softmax, [prompt.ids for prompt in prompts], recorder, "reading")
     parts = [parted(reads) for reads in recorder.reads]
@@ -163,7 +164,7 @@ def _find_recent(softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOp
     config = softmax.config
     if not options.recent:
         return [0] * config.num_hidden_layers
-    length = min(2 * options.prompt_length, config.max_position_embeddings - PASSAGES * PASSAGE)
+    length = min(2 * options.prompt_length, config.max_position_embeddings - REPEATED)
     if length <= LEAST_DISTANCE + PASSAGE:
         raise CheckpointError(
             f"--recent = {options.recent}: max_position_embeddings = "
@@ -175,7 +176,7 @@ def _find_recent(softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOp
     prompts = [repeat_passages(ids, rng) for ids in plain]
     recorder = CopyingAttention([starts for _, starts in prompts], length, config.num_hidden_layers)
     read(softmax, [ids for ids, _ in prompts], recorder, "heads that copy")
-    longest = length + PASSAGES * PASSAGE  # the last repeat stands after all the others
+    longest = length + REPEATED  # the last repeat stands after all the others
     recent = _best_division(
         softmax,
         [ids for ids, _ in prompts[:TRIED_PROMPTS]],

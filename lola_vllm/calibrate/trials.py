@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from lola_vllm.calibrate.copying import GIVEN, PASSAGE, PASSAGES
+from lola_vllm.calibrate.copying import REPEATED, counted_tokens
 
 RECENT_ATTENTION = "lola_calibration_recent"
 WINDOW, SINKS = 64, 4  # that every head sees
@@ -36,21 +36,20 @@ def passage_log_probs(
         divisions: each the recent pairs by layer and KV head.
 
     Returns:
-        `[divisions]` float64, the mean log-probability of the passages' tokens but the first
-        `GIVEN` of each.
+        `[divisions]` float64, the mean log-probability of the passages' `counted_tokens`.
     """
     found = torch.zeros(len(divisions), dtype=torch.float64)
-    asked = torch.arange(PASSAGES * PASSAGE).view(PASSAGES, PASSAGE)[:, GIVEN:].flatten()
+    asked = counted_tokens()
     for ids in tqdm(prompts, desc="recent pairs", unit="prompt"):
-        length = len(ids) - PASSAGES * PASSAGE
-        text, passages = torch.tensor([list(ids)]).split([length, len(ids) - length], dim=1)
+        length = len(ids) - REPEATED
+        text, passages = torch.tensor([list(ids)]).split([length, REPEATED], dim=1)
         cache = model.model(text, use_cache=True).past_key_values
         positions = torch.arange(length, len(ids))[None]
         for i, division in enumerate(divisions):
             hidden = model.model(
                 passages, past_key_values=cache, position_ids=positions, lola_recent=division
             ).last_hidden_state[0]
-            cache.crop(length - len(ids))  # negative: so many tokens are removed
+            cache.crop(-REPEATED)  # so many tokens are removed
             logits = model.lm_head(hidden[asked - 1]).float()
             says = logits.log_softmax(-1).gather(1, passages[0, asked][:, None])
             found[i] += says.double().mean() / len(prompts)

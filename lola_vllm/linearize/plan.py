@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lola_vllm.calibrate.copying import ENOUGH, PASSAGE, PASSAGES
+from lola_vllm.calibrate.copying import ENOUGH, REPEATED
 from lola_vllm.calibrate.run import COPYING_PROMPTS, TRIED_PROMPTS
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaLlamaConfig
@@ -55,10 +55,10 @@ def stage_tokens(recipe: Recipe, kinds: int) -> dict[str, int]:
     Args:
         kinds: of text, each of which is measured.
     """
-    calibration = int(recipe.calibration_prompts * recipe.calibration_prompt_length * 0.75)
-    if recipe.recent_pairs:  # to find the heads that copy, and to try divisions of recent pairs
-        calibration += (COPYING_PROMPTS + TRIED_PROMPTS) * 2 * recipe.calibration_prompt_length
-        calibration += TRIED_PROMPTS * len(ENOUGH) * PASSAGES * PASSAGE
+    calibration = _recorded_tokens(recipe)
+    if recipe.recent_pairs:  # to try divisions of them
+        calibration += TRIED_PROMPTS * 2 * recipe.calibration_prompt_length
+        calibration += TRIED_PROMPTS * len(ENOUGH) * REPEATED
     recall = len(recipe.evaluation_tasks) * recipe.evaluation_samples
     evaluation = recall * sum(recipe.evaluation_lengths)
     evaluation += kinds * recipe.evaluation_windows * recipe.evaluation_window_length
@@ -70,6 +70,14 @@ def stage_tokens(recipe: Recipe, kinds: int) -> dict[str, int]:
         "recalibrate": calibration,
         "evaluate": 2 * evaluation,  # the base and the model
     }
+
+
+def _recorded_tokens(recipe: Recipe) -> int:
+    """Tokens that a calibration reads to record what attention looks back to."""
+    tokens = int(recipe.calibration_prompts * recipe.calibration_prompt_length * 0.75)
+    if recipe.recent_pairs:  # to find the heads that copy
+        tokens += COPYING_PROMPTS * 2 * recipe.calibration_prompt_length
+    return tokens
 
 
 def stage_seconds(recipe: Recipe, speed: Speed, kinds: int) -> dict[str, float]:
@@ -124,7 +132,7 @@ def peak_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
         config, recipe, whole=not recipe.gradient_checkpointing
     )
     pair = 3 * d + 8  # features of a key and a value in float16, error and attention in float32
-    read = stage_tokens(recipe, 0)["calibrate"] * config.num_hidden_layers * kv_heads * pair
+    read = _recorded_tokens(recipe) * config.num_hidden_layers * kv_heads * pair
     return max(transfer, lora, 4 * weights + read)
 
 

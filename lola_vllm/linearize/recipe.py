@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.calibrate.copying import LEAST_DISTANCE, PASSAGE, PASSAGES
+from lola_vllm.calibrate.copying import LEAST_DISTANCE, PASSAGE, REPEATED
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.config import LolaConfig
 from lola_vllm.linearize.memory import activation_bytes
@@ -208,7 +208,7 @@ def derive(
     if memory_mib is not None:
         pairs = pairs_in(base, served, memory_mib)
     scored = max(1, round(pairs * SCORED / (SCORED + RECENT)))
-    if length <= LEAST_DISTANCE + PASSAGE + PASSAGES * PASSAGE:
+    if length <= LEAST_DISTANCE + PASSAGE + REPEATED:
         scored = pairs
     few = min(MOST_FEW, 1 << round(math.log2(max(1, pairs / 3))))
     caches = (0, few, 4 * few)
