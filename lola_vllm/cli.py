@@ -180,14 +180,6 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, metavar="N", help="length in tokens to compare with stock vLLM at"
     )
     parser.add_argument(
-        "--gpu",
-        metavar="NAME",
-        help="what a step and a prompt would take on h100, a100, l4 or 4090, by count",
-    )
-    parser.add_argument(
-        "--batch", type=int, metavar="N", help="with --gpu: sequences of a decode step (default: 1)"
-    )
-    parser.add_argument(
         "--dtype", default="bfloat16", metavar="NAME", help="of keys and values (default: bfloat16)"
     )
     parser.add_argument(
@@ -217,8 +209,6 @@ def _estimate(parser: argparse.ArgumentParser) -> None:
             tensor_parallel_size=args.tensor_parallel_size,
             memory_gib=args.memory_gib,
             context=args.context,
-            gpu=args.gpu,
-            batch=args.batch,
         )
         print(json.dumps(result.to_json(), indent=2) if args.json else format_table(result))
         return 0

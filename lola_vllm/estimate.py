@@ -1,7 +1,6 @@
 """What a LoLA model's sequences cost in memory, from its `config.json` alone.
 
 Needs no GPU, no weights and no vLLM. Bytes come from `StateLayout`, which the server allocates by.
-`gpu_cost/` adds the time that a GPU would take.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from lola_vllm.config import (
     default_context_shift,
     heads_divide,
 )
-from lola_vllm.gpu_cost.report import GpuCost, format_cost, gpu_cost
 from lola_vllm.state import LayerLayout, SequenceLayout, StateLayout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -125,7 +123,6 @@ class Estimate:
         contexts: lengths in tokens that a full KV cache is worked out for.
         is_base: whether the model is a base, whose layout is the one that `init` would choose.
         rows: the layout that the config asks for, and the others that are possible.
-        gpu: a decode step and prompts of the layout that the config asks for, if a GPU was named.
     """
 
     model: Path
@@ -137,7 +134,6 @@ class Estimate:
     contexts: tuple[int, ...]
     is_base: bool
     rows: list[Row]
-    gpu: GpuCost | None = None
 
     @property
     def full_kv_bytes(self) -> dict[int, int]:
@@ -172,7 +168,6 @@ class Estimate:
             "stock_sequences": self.stock_sequences
             and {str(tokens): number for tokens, number in self.stock_sequences.items()},
             "layouts": [row.to_json() for row in self.rows],
-            "gpu": self.gpu and self.gpu.to_json(),
         }
 
 
@@ -186,8 +181,6 @@ def estimate(
     tensor_parallel_size: int = 1,
     memory_gib: float | None = None,
     context: int | None = None,
-    gpu: str | None = None,
-    batch: int | None = None,
 ) -> Estimate:
     """Work out what a sequence costs.
 
@@ -200,10 +193,7 @@ def estimate(
         dtype: of keys and values: "bfloat16", "float16" or "float32".
         tensor_parallel_size: ranks that share the heads.
         memory_gib: room for the states on a rank, in GiB.
-        context: a length in tokens to work out a full KV cache for, beside `CONTEXTS`. With `gpu`
-            also that of prompts and of the sequences of a step; default: the first of `CONTEXTS`.
-        gpu: "h100", "a100", "l4" or "4090", to work out the time of a decode step and of prompts.
-        batch: sequences of the decode step, with `gpu`; default 1.
+        context: a length in tokens to work out a full KV cache for, beside `CONTEXTS`.
 
     Raises:
         CheckpointError: a config that is missing, not a Llama's, or lacks its sizes, or an
@@ -218,13 +208,6 @@ def estimate(
         raise CheckpointError(f"feature_dim = {feature_dim}: must be at least 1")
     if context is not None and context < 1:
         raise CheckpointError(f"context = {context}: must be at least 1 token")
-    if batch is not None and gpu is None:
-        raise CheckpointError(f"batch = {batch}: is of the step on a GPU; name one with gpu")
-    if gpu is not None and tensor_parallel_size > 1:
-        raise CheckpointError(
-            f"gpu = {gpu!r}: times are of one GPU, not of {tensor_parallel_size} ranks; leave out "
-            "tensor_parallel_size"
-        )
     config, is_lola = _read_config(model / "config.json" if model.is_dir() else model)
     config.lola_config = dict(overrides or {})  # merges
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -280,13 +263,6 @@ def estimate(
             )
         )
     contexts = tuple(sorted({*CONTEXTS, context or CONTEXTS[0]}))
-    cost = None
-    if gpu is not None:
-        (own,) = (row.sequence for row in rows if row.chosen)
-        try:
-            cost = gpu_cost(config, own, gpu, 1 if batch is None else batch, context or CONTEXTS[0])
-        except ValueError as error:
-            raise CheckpointError(str(error)) from None
     return Estimate(
         model,
         config,
@@ -297,7 +273,6 @@ def estimate(
         contexts,
         is_base=not is_lola,
         rows=rows,
-        gpu=cost,
     )
 
 
@@ -351,8 +326,6 @@ def format_table(result: Estimate) -> str:
         lines.append(
             "LoLCATs trains maps per query head with F 64: --state-heads query --feature-dim 64."
         )
-    if result.gpu is not None:
-        lines += ["", format_cost(result.gpu)]
     return "\n".join(lines)
 
 

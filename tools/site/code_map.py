@@ -53,9 +53,8 @@ BANDS = (
     ("files and sizes", (
         Box("lola_vllm/sessions/", "stored states", 20, 108),
         Box("lola_vllm/checkpoint/", "files of models", 152, 116),
-        Box("lola_vllm/estimate.py", "bytes of a sequence", 292, 144),
-        Box("lola_vllm/gpu_cost/", "time on a GPU", 460, 108),
-        Box("lola_vllm/sizing.py", "of the pool", 592, 88),
+        Box("lola_vllm/estimate.py", "bytes of a sequence", 292, 200),
+        Box("lola_vllm/sizing.py", "memory of the pool", 516, 164),
     )),
     ("the method", (
         Box("kernels/", "Triton", 20, 150),
@@ -79,7 +78,6 @@ USES = (
     ("serving/", "lola_vllm/plugin/"),
     ("lola_vllm/sessions/", "lola_vllm/checkpoint/"),
     ("lola_vllm/estimate.py", "lola_vllm/checkpoint/"),
-    ("lola_vllm/estimate.py", "lola_vllm/gpu_cost/"),
     ("kernels/", "lola_vllm/ops/"),
     ("lola_vllm/ops/", "kernels/"),
     ("lola_vllm/ops/", "csrc/"),

@@ -347,19 +347,7 @@ def soak_sessions(runs: Runs) -> str:
     return table(lines)
 
 
-def cost_model(runs: Runs) -> str:
-    """The counts of the cost model beside the ops of a CPU."""
-    (run,) = runs("cost-model")
-    lines = [["pairs of a KV head", "", "predicted, us", "measured, us", "predicted / measured"]]
-    for row in run["results"]:
-        what = "a prompt" if row["what"] == "prompt" else f"a decode step, batch {row['batch']}"
-        times = [f"{row[key]:,.0f}" for key in ("predicted_us", "measured_us")]
-        lines.append([f"{row['lam']:,}", what, *times, f"{row['predicted_over_measured']:.2f}"])
-    return table(lines)
-
-
 TABLES = {
-    "cost-model": cost_model,
     "engine": engine,
     "cache-cost": cache_cost,
     "ops": ops,
