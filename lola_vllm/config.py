@@ -23,24 +23,6 @@ ENDLESS_LENGTH = 131_072  # tokens; 160 MiB of token ids for vLLM's 256 sequence
 
 _FACTS = "_lola_facts"  # name of the attribute
 
-# Keys that config.json no longer has, and what says it now.
-_TENSORS_SAY = "the checkpoint's tensors say it; remove the key"
-_SHIFT_SAYS = "it follows from context_shift and max_position_embeddings; remove the key"
-_CONSTANT = "it is a constant of the method; remove the key"
-REMOVED_KEYS = {
-    "feature_dim": _TENSORS_SAY,
-    "num_state_heads": _TENSORS_SAY,
-    "saliency": f"{_TENSORS_SAY}, and make the model again, as the tensor is named importance",
-    "feature_map": "there is one feature map; remove the key",
-    "state_dtype": "the hidden state is in float32, as narrower sums lose folded pairs; "
-    "remove the key",
-    "rebase_interval": "its name is context_shift",
-    "fold_ahead": _SHIFT_SAYS,
-    "far_zone_start": _SHIFT_SAYS,
-    "score_fade": _CONSTANT,
-    "score_fade_rebases": _CONSTANT,
-}
-
 
 class LolaConfigError(ValueError):
     """A `lola_config` that cannot be used; the message names field, value and remedy."""
@@ -321,9 +303,7 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"]) or "lola_config"
-        if name in REMOVED_KEYS:
-            lines.append(f"lola_config.{name}: no longer a key; {REMOVED_KEYS[name]}")
-        elif fault["type"] == "extra_forbidden":
+        if fault["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
             lines.append(
                 f"lola_config.{name}: unknown key; nearest valid name: {near[0]!r}; "

@@ -30,17 +30,14 @@ PATIENCE_S = 2.0  # a scrape does not wait longer; it then reports the earlier v
 
 LABELS = ("model_name", "engine")
 
-# Name without "lola:" -> help. Those of `_SAMPLED` appear with the first running sequence.
+# Name without "lola:" -> help. `sparse_fill_ratio` appears with the first running sequence.
 GAUGES = {
     "states_total": "States that fit in the pool",
     "states_used": "States held by running sequences",
     "states_per_sequence": "States that a running sequence holds; 2 with prefix caching",
     "state_bytes": "Bytes of a state on one rank, all layers",
     "sparse_fill_ratio": "Filled share of the sparse caches, mean over running sequences",
-    "swap_ratio": "Share of the sparse cache that the next update replaces, of a sampled sequence",
 }
-_SAMPLED = {"sparse_fill": "sparse_fill_ratio", "swapped": "swap_ratio"}
-_ERRORS = {"kept_error": "kept", "folded_error": "folded"}
 
 
 class _Counter(Counter):
@@ -60,22 +57,16 @@ class LolaMetrics:
         self.engine = engine
         self._labels = {"model_name": engine.model, "engine": "0"}
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
+        def gauge(name: str, text: str) -> Gauge:
             return Gauge(
                 f"lola:{name}",
                 text,
-                (*LABELS, *labels),
+                LABELS,
                 registry=registry,
                 multiprocess_mode="mostrecent",  # with several API servers: the one just scraped
             )
 
         self._gauges = {name: gauge(name, text) for name, text in GAUGES.items()}
-        self._recall_error = gauge(
-            "recall_error",
-            "Mean self-recall error over the value's norm, of a sampled sequence: of the pairs "
-            "that the next update keeps and of those that it folds",
-            "pairs",
-        )
         self._samples = _Counter(
             "lola:samples", "Sequences sampled", LABELS, registry=registry
         ).labels(**self._labels)
@@ -132,12 +123,8 @@ class LolaMetrics:
             return
         if "sequences" in sample:
             self._samples.inc()
-        for field, name in _SAMPLED.items():
-            if field in sample:
-                self._set(name, sample[field])
-        for field, pairs in _ERRORS.items():
-            if field in sample:
-                self._recall_error.labels(**self._labels, pairs=pairs).set(sample[field])
+        if "sparse_fill" in sample:
+            self._set("sparse_fill_ratio", sample["sparse_fill"])
 
     def _set(self, name: str, value: float) -> None:
         self._gauges[name].labels(**self._labels).set(value)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from fastapi import APIRouter, Depends, HTTPException, Request
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
@@ -55,15 +55,6 @@ async def memory(body: MemoryRequest, raw_request: Request) -> JSONResponse:
     The prompt runs as an ordinary request for one token.
     """
     return JSONResponse((await _memory(body, raw_request)).model_dump())
-
-
-@router.get(
-    "/inspector", status_code=HTTPStatus.TEMPORARY_REDIRECT, response_class=RedirectResponse
-)
-async def old_inspector() -> RedirectResponse:
-    """The memory inspector is at /lola/inspector, which no API key covers."""
-    # Relative, as a proxy may have put something before.
-    return RedirectResponse(f"../..{inspector.ROUTE}")
 
 
 # The pages' files, without an API key: they hold neither a key nor data.

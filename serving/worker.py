@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import random
-import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,7 +28,7 @@ from lola_vllm.serving.keys import KeyRecorder, Pairs
 from lola_vllm.serving.library.librarian import Librarian
 from lola_vllm.serving.pages import PageWatch, Row, StateCopy, Unreadable
 from lola_vllm.serving.protocol import Head
-from lola_vllm.serving.recall import Forecast, forecast, recalled, remembered
+from lola_vllm.serving.recall import recalled, remembered
 
 SAMPLE = "sample"  # the watch of `lola_sample`; request ids are longer
 
@@ -133,8 +132,7 @@ class LolaWorkerExtension:
         """A sample of one running sequence, from the first step after the previous call.
 
         Returns:
-            `{}` if there was no step, else `sequences`, their mean `sparse_fill` (0 to 1), and of
-            one of them, chosen at random, the `Forecast`, averaged over the layers.
+            `{}` if there was no step, else `sequences` and their mean `sparse_fill` (0 to 1).
         """
         modules, watch = self._lola()
         copy = watch.take(SAMPLE)
@@ -148,14 +146,6 @@ class LolaWorkerExtension:
         if room:
             filled = sum(int(layout.num_sparse(num_tokens).sum()) for layout in layouts)
             answer["sparse_fill"] = filled / room
-        forecasts = []
-        for module, page in zip(modules, copy.pages, strict=True):
-            for group, part, _ in _parts_of(module, page, None):
-                forecasts.append(forecast(module.ops, group, part, copy.num_tokens))
-        for field in Forecast._fields:
-            values = [value for f in forecasts if (value := getattr(f, field)) is not None]
-            if values:
-                answer[field] = statistics.fmean(values)
         return answer
 
     @_answering

@@ -182,8 +182,6 @@ def test_watching_changes_no_answer_and_leaves_nothing_behind(tiny):
         sample = ask(llm, "lola_sample")
         assert sample["sequences"] == 1
         assert 0 < sample["sparse_fill"] <= 1
-        assert 0 <= sample["swapped"] <= 1
-        assert sample["kept_error"] > 0 and sample["folded_error"] > 0
         assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
 
 

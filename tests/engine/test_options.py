@@ -48,7 +48,7 @@ def tiny(tmp_path):
         ({"enable_sleep_mode": True}, "Sleep mode is not supported on current platform"),
         ({"hf_overrides": {"lola_config": {"windw_size": 4}}}, "nearest valid name: 'window_size'"),
         ({"hf_overrides": {"lola_config": {"mixing": "half"}}}, "lola_config.mixing = 'half'"),
-        ({"hf_overrides": {"lola_config": {"feature_dim": 8}}}, "feature_dim: no longer a key"),
+        ({"hf_overrides": {"lola_config": {"feature_dim": 8}}}, "feature_dim: unknown key"),
         (CACHED | {"max_num_batched_tokens": 36}, "--max-num-batched-tokens = 36"),
         (CACHED | {"max_num_scheduled_tokens": 36}, "--max-num-scheduled-tokens = 36"),
         (CACHED | {"max_num_scheduled_tokens": 64, "max_num_batched_tokens": 38},

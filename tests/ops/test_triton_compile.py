@@ -32,12 +32,12 @@ ARCHS = (80, 90, 100)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_compile_and_fit(arch):
     """Llama-3.1-8B's shapes in bfloat16: machine code, within the architecture's limits."""
-    from lola_vllm.kernels import aot
+    from tools import compile_triton
 
-    for kernel in aot.kernels(aot.llama_8b()):
-        usage = aot.compile_kernel(kernel, arch)
+    for kernel in compile_triton.kernels(compile_triton.llama_8b()):
+        usage = compile_triton.compile_kernel(kernel, arch)
         assert usage.cubin.startswith(b"\x7fELF"), kernel.name
-        assert usage.shared <= aot.SHARED_LIMIT[arch], kernel.name
+        assert usage.shared <= compile_triton.SHARED_LIMIT[arch], kernel.name
         # 65536 registers per processor; local memory would make the kernels wait for DRAM.
         assert usage.registers * usage.num_warps * 32 <= 65536, kernel.name
         spilled = SPILLED.get(kernel.name, (0, 0, 0))[ARCHS.index(arch)]

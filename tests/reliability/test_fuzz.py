@@ -45,7 +45,7 @@ GOOD: dict[str, dict[str, Any]] = {
 ROUTES = [
     ("POST", "/v1/lola/memory"),
     ("GET", "/v1/lola/info"),
-    ("GET", "/lola/inspector"),  # to which /v1/lola/inspector leads
+    ("GET", "/lola/inspector"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
     ("GET", "/v1/models"),

@@ -23,7 +23,6 @@ LIBRARY = "/v1/lola/libraries/{library}"
 ROUTES = [
     ("GET", "/v1/lola/info"),
     ("POST", "/v1/lola/memory"),
-    ("GET", "/v1/lola/inspector"),
     ("GET", "/v1/lola/sessions"),
     *((method, SESSION) for method in ("GET", "PATCH", "DELETE")),
     *(("POST", f"{SESSION}/{verb}") for verb in ("fork", "compose", "append", "complete", "chat")),
@@ -325,7 +324,6 @@ def test_metrics(lola_server):
     found = metrics(lola_server)
     assert set(found) >= {
         *(f"lola:{name}" for name in GAUGES),
-        "lola:recall_error.kept", "lola:recall_error.folded",
         "lola:samples_total", "lola:prefix_hit_tokens_total",
     }  # fmt: skip
     assert not [name for name in found if name.endswith("_created")]
@@ -335,8 +333,6 @@ def test_metrics(lola_server):
     assert found["lola:states_per_sequence"] == 2
     assert found["lola:states_used"] == 0
     assert found["lola:sparse_fill_ratio"] == 1
-    assert 0 <= found["lola:swap_ratio"] <= 1
-    assert 0 < found["lola:recall_error.folded"] < found["lola:recall_error.kept"] * 2
     assert found["lola:samples_total"] >= 1
     # A scrape at once repeats what is known: no second sample was asked for.
     assert metrics(lola_server, wait=False) == found

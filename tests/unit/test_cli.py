@@ -61,7 +61,7 @@ def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture
             ["--lola-config", '{"mixing": "both"}'],
             "lola_config.mixing = 'both': must be 'lola' or 'lolcats'",
         ),
-        (["--lola-config", '{"feature_dim": 8}'], "lola_config.feature_dim: no longer a key"),
+        (["--lola-config", '{"feature_dim": 8}'], "lola_config.feature_dim: unknown key"),
     ],
 )
 def test_user_errors_are_one_message_and_status_2(

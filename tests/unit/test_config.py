@@ -7,7 +7,6 @@ import pytest
 from transformers import AutoConfig
 
 from lola_vllm.config import (
-    REMOVED_KEYS,
     LolaConfig,
     LolaConfigError,
     LolaLlamaConfig,
@@ -66,14 +65,6 @@ def test_a_sparse_cache_may_have_a_size_per_layer():
         config.check_layers(4, 1)
     with pytest.raises(LolaConfigError, match="use for_layer"):
         config.sparse_pairs  # noqa: B018
-
-
-@pytest.mark.parametrize("name", REMOVED_KEYS)
-def test_a_key_of_before_is_refused_with_what_says_it_now(name):
-    with pytest.raises(LolaConfigError) as error:
-        LolaConfig(**{name: None})
-    assert str(error.value).startswith(f"lola_config.{name}: no longer a key; ")
-    assert name not in LolaConfig.model_fields
 
 
 def test_nine_keys_do():

@@ -269,7 +269,7 @@ def test_options_replace_the_keys_of_the_config(tmp_path: Path) -> None:
         ({"head_dim": 1.5}, "head_dim = 1.5"),
         ({"hidden_act": 7}, "config.json: hidden_act = 7: must be of type str$"),
         ({"lola_config": {"window_siz": 3}}, "window_siz.*'window_size'"),
-        ({"lola_config": {"num_state_heads": 3}}, "num_state_heads: no longer a key"),
+        ({"lola_config": {"num_state_heads": 3}}, "num_state_heads: unknown key"),
         ({"lola_config": 3}, "lola_config = 3"),
     ],
 )

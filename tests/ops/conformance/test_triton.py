@@ -25,10 +25,11 @@ def config_of(**fields):
 
 @only("triton-interpreted")
 def test_splits_follow_the_shapes(backend, monkeypatch):
-    from lola_vllm.kernels import aot, splits
+    from lola_vllm.kernels import splits
+    from tools.compile_triton import llama_8b
 
     monkeypatch.setattr(splits, "num_processors", lambda device: 132)
-    page, device = aot.llama_8b(), torch.device("cpu")
+    page, device = llama_8b(), torch.device("cpu")
     counts = [splits.choose_splits(page, rows, device) for rows in (1, 4, 16, 17, 512)]
     assert counts == [8, 8, 2, 1, 1]  # 640 pairs are 10 tiles; two programs per processor
 

@@ -340,7 +340,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path, byte: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "state_heads", "message"),
     [
-        ({"feature_dim": 16}, "kv", "feature_dim: no longer a key; the checkpoint's tensors"),
+        ({"feature_dim": 16}, "kv", "feature_dim: unknown key"),
         ({"window_siz": 16}, "kv", "window_siz.*'window_size'"),
         ({"window_size": 0}, "kv", "window_size = 0"),
         ({}, "heads", "state_heads = 'heads'"),

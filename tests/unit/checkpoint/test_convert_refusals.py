@@ -265,8 +265,8 @@ def test_bad_alpha(base: Path, alpha: float, lora: object, message: str) -> None
     [
         ({"window_siz": 4}, "window_siz.*'window_size'"),
         ({"mixing": "both"}, "mixing = 'both'"),
-        ({"feature_dim": 8}, "feature_dim: no longer a key"),
-        ({"num_state_heads": 4}, "num_state_heads: no longer a key"),
+        ({"feature_dim": 8}, "feature_dim: unknown key"),
+        ({"num_state_heads": 4}, "num_state_heads: unknown key"),
     ],
 )
 def test_bad_options(base: Path, tmp_path: Path, overrides: dict, message: str) -> None:

@@ -190,10 +190,6 @@ HEALTHY = {
     f'vllm:time_to_first_token_seconds_bucket{{{SERVER}, le="1"}}': f"0+9x{MINUTES}",
     f'vllm:time_to_first_token_seconds_bucket{{{SERVER}, le="40"}}': f"0+10x{MINUTES}",
     f'vllm:time_to_first_token_seconds_bucket{{{SERVER}, le="+Inf"}}': f"0+10x{MINUTES}",
-    f'lola:recall_error{{{SERVER}, pairs="kept"}}': f"1.2x{MINUTES}",
-    f'lola:recall_error{{{SERVER}, pairs="folded"}}': f"0.4x{MINUTES}",
-    f"lola:swap_ratio{{{SERVER}}}": f"0.2x{MINUTES}",
-    f"lola:samples_total{{{SERVER}}}": f"0+4x{MINUTES}",
     f'lola:session_failures_total{{{SERVER}, reason="foreign"}}': f"0+1x{MINUTES}",
     f'lola:session_failures_total{{{SERVER}, reason="io"}}': f"0x{MINUTES}",
 }
@@ -210,10 +206,7 @@ TROUBLES = {
     "preempting": ({"vllm:num_preemptions_total": f"0+2x{MINUTES}"}, ["LolaPreemptions"]),
     "slow": ({'_bucket{instance="server:8000", model_name="lola", le="1"': f"0+5x{MINUTES}"},
              ["LolaFirstTokenSlow"]),
-    "not finite": ({'pairs="folded"': f"0.4x{LATE}" + " NaN" * 59}, ["LolaStateNotFinite"]),
-    "untrained": ({'pairs="folded"': f"1.3x{MINUTES}"}, ["LolaRecallErrorHigh"]),
     "full disk": ({'reason="io"': f"0x{LATE} 0+1x59"}, ["LolaStatesNotStored"]),
-    "other texts": ({"lola:swap_ratio": f"0.2x{LATE - 60} 0.9x119"}, ["LolaSwapsUnusual"]),
 }  # fmt: skip
 
 

@@ -1,6 +1,4 @@
-"""What is read from a page: its sparse cache with errors, and what its next update will do."""
-
-from dataclasses import replace
+"""What is read from a page: its sparse cache with errors."""
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from lola_vllm.ops.reference import feature_map, pair_importance, self_recall_er
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.serving import recall
 from lola_vllm.serving.keys import Pairs
-from lola_vllm.serving.recall import forecast, recalled, remembered
+from lola_vllm.serving.recall import recalled, remembered
 from tests.support.problem import STATE_INDEX, make_problem, prefill
 
 CONFIGS = {
@@ -37,12 +35,6 @@ def page_after(problem, n):
     layer = problem.state()
     prefill(portable, problem, layer, 0, n)
     return layer.pages[STATE_INDEX], layer.groups[0]
-
-
-def first(problem, n):
-    """The same problem cut to n tokens."""
-    fields = vars(problem) | {name: getattr(problem, name)[:n] for name in "qkv"}
-    return type(problem)(**fields)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -104,69 +96,3 @@ def test_recalled_is_the_references_error_of_every_token_that_left_the_window(
         phi = feature_map(k, problem.feature_map_k[head])
         expected = self_recall_error(phi, v, state.H[head], state.s[head])
         torch.testing.assert_close(errors[head], expected, rtol=1e-6, atol=1e-9)
-
-
-def test_nothing_is_foretold_where_the_page_lacks_pairs_that_will_leave():
-    problem = problem_of(20, {"update_interval": 12})
-    page, group = page_after(problem, 20)
-    assert set(forecast(portable, group, page, 20)) == {None}
-
-
-@pytest.mark.parametrize("n", [5, 31, 32, 36, 40, 43, 63])
-@pytest.mark.parametrize("interval", [4, 8])
-def test_forecast_sees_a_context_shift_that_comes_before_the_update(n, interval):
-    fields = {"update_interval": interval, "window_size": 8, "sparse_cache_size": 6}
-    due = (n // interval + 1) * interval
-    problem = problem_of(due, fields, schedule=ShiftSchedule(32, 4))
-    page, group = page_after(problem, n)
-    untouched = page.clone()
-    told = forecast(portable, group, page, n)
-    assert torch.equal(page, untouched)
-    last, _ = page_after(problem, due - 1)
-    # Just before the update there is nothing left to foresee but a context shift at that very
-    # token.
-    assert told == pytest.approx(forecast(portable, group, last, due - 1))
-    if any(problem.schedule.due(m) for m in range(n, due)) and n > 16:
-        unshifted = replace(group, weights=replace(group.weights, rotation=None))
-        assert told != pytest.approx(forecast(portable, unshifted, page, n))
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("n", [1, 15, 31, 32, 40, 64])
-@pytest.mark.parametrize("sharing", ["none", "kv_head"])
-def test_forecast_is_what_the_next_update_does(kind, n, sharing):
-    fields = {**CONFIGS[kind], "sparse_sharing": sharing}
-    C = fields.get("update_interval", 8)
-    due = (n // C + 1) * C
-    problem = problem_of(due, fields, Hs=6, importance=kind in WEIGHTED)
-    page, group = page_after(problem, n)
-    told = forecast(portable, group, page, n)
-
-    before = first(problem, n).reference()[1]
-    after = problem.reference()[1]
-    lam = group.layout.sparse_cache_size
-    replaced = [
-        len(set(old) - set(new))
-        for old, new in zip(before.sparse_positions, after.sparse_positions, strict=True)
-    ]
-    if lam:
-        assert told.swapped == pytest.approx(sum(replaced) / len(replaced) / lam)
-    else:
-        assert told.swapped == 0 and told.kept_error is None
-
-    kept, folded = [], []
-    for head in range(6):
-        evicted = set(before.window_positions) - set(after.window_positions)
-        candidates = sorted(evicted | set(before.sparse_positions[head]))
-        if not candidates:
-            continue
-        v = after.v[head, candidates]
-        phi = feature_map(after.k[head, candidates], problem.feature_map_k[head])
-        errors = self_recall_error(phi, v, before.H[head], before.s[head]) / v.norm(dim=-1)
-        for position, error in zip(candidates, errors.tolist(), strict=True):
-            (kept if position in after.sparse_positions[head] else folded).append(error)
-    for mean, values in ((told.kept_error, kept), (told.folded_error, folded)):
-        if values:
-            assert mean == pytest.approx(sum(values) / len(values), rel=1e-6)
-        else:
-            assert mean is None

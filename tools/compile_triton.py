@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time, without a GPU, and print what each needs of one.
 
-    python -m lola_vllm.kernels.aot [--arch 80 90 100] [--sparse 512]
+    python -m tools.compile_triton [--arch 80 90 100] [--sparse 512]
 
 Shapes are those of Llama-3.1-8B in bfloat16 with H and s in float32. Registers and stack bytes
 (what did not fit in registers) come from the machine code, shared memory from the compiler.
