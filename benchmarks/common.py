@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_vllm.eval import summary
+from lola_vllm.eval.results import fingerprint
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -53,7 +54,10 @@ def print_table(results: dict[str, dict[str, float]]) -> None:
 
 
 def write_report(args: Namespace, results: dict[str, Any]) -> None:
-    """A summary of settings, machine and results, at `args.out` if that is given."""
+    """A summary of settings, models, machine and results, at `args.out` if that is given.
+
+    Options that name a model directory are told by its fingerprint too, as `lola-vllm eval` does.
+    """
     if not args.out:
         return
     settings = {
@@ -61,8 +65,13 @@ def write_report(args: Namespace, results: dict[str, Any]) -> None:
         for k, v in vars(args).items()
         if k not in ("out", "worker")
     }
+    models = {
+        k: fingerprint(v)
+        for k, v in vars(args).items()
+        if isinstance(v, Path) and (v / "config.json").is_file()
+    }
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-    report = {"settings": settings, "machine": machine, "results": results}
+    report = {"settings": settings, "models": models, "machine": machine, "results": results}
     summary.write(args.out, report, f"benchmarks/{Path(sys.argv[0]).name}")
 
 

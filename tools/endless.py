@@ -31,6 +31,7 @@ from lola_vllm.checkpoint.files import read_json
 from lola_vllm.eval import EvalError, summary
 from lola_vllm.eval.models import Tokenizer
 from lola_vllm.eval.reader import PIECE, Run, load
+from lola_vllm.eval.results import fingerprint
 from lola_vllm.eval.settings import Setting, check, with_positions
 from lola_vllm.eval.tasks import NEEDLE, NEEDLE_ANSWER, draw_key
 from tools.long_text import compose
@@ -204,6 +205,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     report = {
         "settings": settings,
+        "fingerprint": fingerprint(args.model),
         "text": text.about,
         "untrained_positions": setting.positions is not None,
         "samples": reading.samples,
