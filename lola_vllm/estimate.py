@@ -232,7 +232,7 @@ def estimate(
     config.lola.check_ranks(tensor_parallel_size, kv_heads, num_state_heads)
     lola = config.lola
 
-    names = {heads: ", per query head", kv_heads: ", per KV head"}
+    names = {heads: ", one per query head", kv_heads: ", one per KV head"}
     chosen = (num_state_heads, lola.num_sparse_heads(num_state_heads, kv_heads))
     rows = []
     # Dicts keep the order and drop duplicates. With Hs = Hkv there is nothing to share.
@@ -240,7 +240,7 @@ def estimate(
         shared = Hg != Hs
         if shared and kv_heads % tensor_parallel_size:  # see LolaConfig.check_ranks
             continue
-        name = f"Hs = {Hs}{names.get(Hs, '')}"
+        name = f"{Hs} state heads{names.get(Hs, '')}"
         parameters = lola.model_copy(update={"sparse_sharing": "kv_head" if shared else "none"})
         pages = (
             LayerLayout.from_config(
@@ -256,7 +256,7 @@ def estimate(
         )
         rows.append(
             Row(
-                name=f"{name}, shared sparse sets" if shared else name,
+                name=f"{name}, with one sparse cache per KV head" if shared else name,
                 chosen=(Hs, Hg) == chosen,
                 sequence=SequenceLayout(tuple(pages)),
                 memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
@@ -289,7 +289,8 @@ def format_table(result: Estimate) -> str:
         f"window {lola.window_size}, sparse cache {sparse_cache(lola)}, update interval "
         f"{lola.update_interval}, sinks {lola.sink_size}, {_contexts(config)}",
         "",
-        *(f"{_letter(i)} {row.name}{_mark(result, row)}" for i, row in enumerate(rows)),
+        "Layouts of the state, a column each:",
+        *(f"  {_letter(i)}: {row.name}{_mark(result, row)}" for i, row in enumerate(rows)),
         "",
     ]
     table = [[f"MiB per sequence{rank}", *(_letter(i) for i in range(len(rows)))]]

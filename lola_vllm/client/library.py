@@ -34,7 +34,12 @@ def add_library(parser: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--part-tokens", type=int, metavar="N", help="of each part of a long text (default: 2,000)"
     )
-    add.add_argument("--ttl", type=float, metavar="SECONDS", help="that it is kept (default: on)")
+    add.add_argument(
+        "--ttl",
+        type=float,
+        metavar="SECONDS",
+        help="after how long documents are deleted (default: the server's state_ttl)",
+    )
     add.add_argument("--replace", action="store_true", help="documents of the same title")
     show = verb("list", "the libraries of the server, or the documents of one", _list)
     show.add_argument("library", nargs="?", metavar="LIBRARY", help=_LIBRARY)

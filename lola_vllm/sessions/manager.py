@@ -168,7 +168,7 @@ class SessionManager:
         other.
 
         Args:
-            sources: in the order of the texts. ttl: seconds that it is kept; no longer than any of
+            sources: in the order of the texts. ttl: seconds for which it is kept; no longer than any of
                 the sources.
         """
         store, name = self.store, check_new_name(to)
@@ -207,7 +207,7 @@ class SessionManager:
         texts. It is made once.
 
         Args:
-            sources: sessions, or turns of them. ttl: seconds that it is kept, from now on where it
+            sources: sessions, or turns of them. ttl: seconds for which it is kept, from now on where it
                 is made.
         """
         store = self.store

@@ -139,7 +139,7 @@ async def read_part(
     """Read a part, apart from all else, and return the session that is its state.
 
     Args:
-        ttl: seconds that it is kept. salt: the caller's.
+        ttl: seconds for which it is kept. salt: the caller's.
 
     Raises:
         HTTPException: it was not stored.

@@ -106,7 +106,7 @@ async def compose(
     Args:
         sources: of `find`; those that there is no room for are removed. room: for tokens.
         session: its name; None: the server's, for parts that are asked again.
-        ttl: seconds that it is kept.
+        ttl: seconds for which it is kept.
     """
     ends = list(itertools.accumulate(source["tokens"] for source in sources))
     while len(ends) > 1 and ends[-1] > room:

@@ -47,19 +47,19 @@ def test_llama_8b_by_hand(tmp_path: Path) -> None:
     window = 32 * 8 * 128 * 2 * 256 / MIB  # 64 pairs stay, and up to 64 more arrive
     assert window == 16
     by_hand = {
-        "Hs = 32, per query head": {
+        "32 state heads, one per query head": {
             "sparse K/V": 32 * 32 * 512 * 2 * 256 / MIB,
             "H": 32 * 32 * 128 * 128 * 4 / MIB,
             "s": 32 * 32 * 128 * 4 / MIB,
             "positions": 32 * 32 * 512 * 4 / MIB,
         },
-        "Hs = 32, per query head, shared sparse sets": {
+        "32 state heads, one per query head, with one sparse cache per KV head": {
             "sparse K/V": 32 * 8 * 512 * 2 * 256 / MIB,
             "H": 32 * 32 * 128 * 128 * 4 / MIB,
             "s": 32 * 32 * 128 * 4 / MIB,
             "positions": 32 * 8 * 512 * 4 / MIB,
         },
-        "Hs = 8, per KV head": {
+        "8 state heads, one per KV head": {
             "sparse K/V": 32 * 8 * 512 * 2 * 256 / MIB,
             "H": 32 * 8 * 128 * 128 * 4 / MIB,
             "s": 32 * 8 * 128 * 4 / MIB,
@@ -79,7 +79,7 @@ def test_llama_8b_by_hand(tmp_path: Path) -> None:
     assert result.full_kv_bytes == {4096: 512 * MIB, 32768: 4096 * MIB, 131072: 16384 * MIB}
     # a token takes 128 KiB: 338.5 MiB / 128 KiB = 2708
     assert [row.sequence.break_even_tokens() for row in result.rows] == [2708, 1160, 773]
-    assert chosen(result).name == "Hs = 32, per query head"
+    assert chosen(result).name == "32 state heads, one per query head"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -166,11 +166,15 @@ def test_a_size_per_layer_moves_bytes_between_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lola", "state_heads", "name"),
     [
-        ({}, None, "Hs = 8, per KV head"),
-        ({}, "kv", "Hs = 8, per KV head"),
-        ({}, "query", "Hs = 32, per query head"),
-        ({"sparse_sharing": "kv_head"}, "query", "Hs = 32, per query head, shared sparse sets"),
-        ({"sparse_sharing": "kv_head"}, "kv", "Hs = 8, per KV head"),
+        ({}, None, "8 state heads, one per KV head"),
+        ({}, "kv", "8 state heads, one per KV head"),
+        ({}, "query", "32 state heads, one per query head"),
+        (
+            {"sparse_sharing": "kv_head"},
+            "query",
+            "32 state heads, one per query head, with one sparse cache per KV head",
+        ),
+        ({"sparse_sharing": "kv_head"}, "kv", "8 state heads, one per KV head"),
     ],
 )
 def test_the_layout_of_the_config_is_marked(
@@ -194,7 +198,7 @@ def test_state_heads_come_from_the_tensors_of_a_lola_model(tmp_path: Path) -> No
     save_file(maps, tmp_path / "model.safetensors")
     for path in (tmp_path, tmp_path / "config.json"):
         result = estimate(path)
-        assert chosen(result).name == "Hs = 16" and len(result.rows) == 4
+        assert chosen(result).name == "16 state heads" and len(result.rows) == 4
         layout = chosen(result).layout
         assert (layout.num_state_heads, layout.feature_dim) == (16, 64)
         assert not layout.has_score_weights
@@ -212,17 +216,17 @@ def test_the_weights_of_a_plain_llama_are_not_looked_at(tmp_path: Path) -> None:
 
 def test_a_base_is_shown_as_init_would_make_it(tmp_path: Path) -> None:
     result = estimate(write(tmp_path))
-    assert chosen(result).name == "Hs = 8, per KV head"
+    assert chosen(result).name == "8 state heads, one per KV head"
     assert result.config.facts.feature_dim == 128  # the head size
     # window 16, cache 64/4, H 8 x 256 x 128 x 4, s 8 x 256 x 4, positions 8 x 128 x 4, and as many
     # score weights, 32 layers
     by_hand = 16 + 16 + 32 + 0.25 + 0.125 + 0.125
     assert chosen(result).bytes_per_sequence / MIB == by_hand
     table = format_table(result)
-    assert "C Hs = 8, per KV head (as init makes it)" in table
+    assert "\n  C: 8 state heads, one per KV head (as init makes it)\n" in table
     assert "--state-heads query --feature-dim 64" in table
     lolcats = format_table(estimate(tmp_path, state_heads="query", feature_dim=64))
-    assert "A Hs = 32, per query head (these options)" in lolcats
+    assert "\n  A: 32 state heads, one per query head (these options)\n" in lolcats
 
 
 @pytest.mark.parametrize(

@@ -208,8 +208,8 @@ export class Memory {
     const all = this.answer.layers.flatMap((layer) => this.parts(layer, read));
     const range = (name) => rangeOf(all.map((parts) => parts[name]));
     const counts = this.counts(this.heads, read);
-    let nowhere = 0;
-    for (let p = 0; p < read; p++) if (this.place(p, read) === "past" && !counts[p]) nowhere++;
+    let folded = 0;
+    for (let p = 0; p < read; p++) if (this.place(p, read) === "past" && !counts[p]) folded++;
     const many = new Set(all.map((parts) => parts.kept)).size > 1;
     const total = `${words(read)} ${read === 1 ? "token" : "tokens"}`;
     const idle = all.every((parts) => !parts.folded)
@@ -218,6 +218,6 @@ export class Memory {
     return `${total}. Each head: ${range("sinks")} sinks, ${range("kept")} kept, ` +
       `${range("folded")} folded, ${range("window")} in the window` +
       `${many ? " (kept and folded add up in each head, see below)" : ""}; ` +
-      `${words(nowhere)} ${nowhere === 1 ? "token is" : "tokens are"} exact nowhere.${idle}`;
+      `${words(folded)} ${folded === 1 ? "token is" : "tokens are"} folded in every head.${idle}`;
   }
 }

@@ -178,8 +178,8 @@ def test_the_summary_adds_up(shown, memory):
         kept, folded = said["kept"][end], said["folded"][1 - end]
         assert said["sinks"][0] + kept + folded + said["in the"][0] == memory["num_tokens"]
     past = range(memory["sinks"], memory["window_start"])
-    nowhere = sum(counts(memory)[p] == 0 for p in past)
-    assert re.search(rf"; {nowhere} tokens? (are|is) exact nowhere", summary)
+    folded = sum(counts(memory)[p] == 0 for p in past)
+    assert re.search(rf"; {folded} tokens? (are|is) folded in every head", summary)
     rows = shown.browser.run(
         "return [...document.querySelectorAll('.pane:not([hidden]) tbody tr')]"
         ".map((row) => [...row.cells].map((cell) => +cell.textContent.replace(',', '')))"
