@@ -224,7 +224,7 @@ def _refuse_server(args: argparse.Namespace) -> None:
 
 
 def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
-    from lola_vllm.eval.engine import run_directories
+    from lola_vllm.eval.engine import dtype_of, run_directories
     from lola_vllm.eval.results import Record, fingerprint
     from lola_vllm.eval.session import Session
 
@@ -245,7 +245,10 @@ def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
     reference = records[0] if args.reference else None
     session = Session(args.out, plan, records, reference, args.batch)
     session.begin(resume=args.resume, force=args.force)
-    _say_cost(len(records), plan.tokens)
+    models = ", ".join(dict.fromkeys(setting.model.name for setting in settings))
+    dtypes = " and ".join(dict.fromkeys(dtype_of(s, engine_args) for s in settings))
+    loads = f"{models} on the {_device()} in {dtypes}, each loaded before its bar moves"
+    _say(loads, plan, len(settings))
     return run_directories(session, args.batch, engine_args)
 
 
@@ -267,7 +270,7 @@ def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
     record = Record(Setting(model.name, Path(model.name)))
     session = Session(args.out, plan, [record], None, args.batch)
     session.begin(resume=args.resume, force=args.force)
-    _say_cost(1, plan.tokens)
+    _say(f"{model.name} at {args.model}", plan, 1)
     return run_server(session, model)
 
 
@@ -278,13 +281,37 @@ def _longest(plan: Plan, setting: Setting) -> int:
     return plan.max_length
 
 
-def _say_cost(settings: int, tokens: int) -> None:
-    minutes = settings * tokens / GUESSED_TOKENS_PER_S / 60
+def _say(models: str, plan: Plan, settings: int) -> None:
+    """Tell what is about to run, in one line: an engine takes a minute until its bar moves."""
+    minutes = settings * plan.tokens / GUESSED_TOKENS_PER_S / 60
+    each = f" for each of {settings} settings" if settings > 1 else ""
     print(
-        f"{settings} settings x {tokens:,} tokens, at most: about {minutes:,.0f} minutes if the "
-        f"machine reads {GUESSED_TOKENS_PER_S:,} tokens/s; the bar will tell",
+        f"{models}: {_asked(plan)}{each}, about {minutes:,.0f} minutes at "
+        f"{GUESSED_TOKENS_PER_S:,} tokens/s",
         file=sys.stderr,
     )
+
+
+def _asked(plan: Plan) -> str:
+    """What a setting is asked, in words."""
+    if isinstance(plan, RecallPlan):
+        questions = len(plan.cells) * len(plan.tasks) * plan.samples
+        what, lengths = f"{questions:,} questions", [length for length, _ in plan.cells]
+    elif isinstance(plan, PerplexityPlan):
+        what, lengths = f"up to {plan.windows} windows of each text", [plan.window_length]
+    elif isinstance(plan, StreamPlan):
+        what, lengths = "a stream of each text", [plan.stream_length]
+    elif isinstance(plan, ChatPlan):
+        what, lengths = f"{plan.samples} conversations of each length", plan.lengths
+    else:
+        what, lengths = f"up to {plan.samples} texts of each kind and length", plan.lengths
+    return f"{what} ({', '.join(f'{n:,}' for n in lengths)} tokens)"
+
+
+def _device() -> str:
+    import torch
+
+    return "GPU" if torch.cuda.is_available() else "CPU"
 
 
 def _words(text: str) -> list[str]:

@@ -74,7 +74,7 @@ class EngineModel:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
-        dtype = engine_args.get("dtype", _dtype(setting))
+        dtype = dtype_of(setting, engine_args)
         self.batch = batch
         self.tokenizer: Tokenizer = LocalTokenizer(setting.model)
         overrides: dict[str, Any] = {}
@@ -142,10 +142,15 @@ class EngineModel:
         return list(self._llm.generate(requests, params, use_tqdm=False))
 
 
-def _dtype(setting: Setting) -> str:
-    """The choice of `lola-vllm serve`: the fast dtype of a CPU, on other devices vLLM's choice."""
+def dtype_of(setting: Setting, engine_args: Mapping[str, Any]) -> str:
+    """The dtype that is asked for, or the choice of `lola-vllm serve`.
+
+    That is the fast dtype of a CPU, and "auto" on other devices, where vLLM chooses.
+    """
     import torch
 
+    if "dtype" in engine_args:
+        return str(engine_args["dtype"])
     if torch.cuda.is_available():
         return "auto"
     return cpu.preferred_dtype(read_json(setting.model / "config.json")) or "auto"
@@ -214,7 +219,7 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     if isinstance(plan, StreamPlan | CopyPlan | ChatPlan):
         from lola_vllm.eval.reader import Reader
 
-        dtype = job["engine_args"].get("dtype", _dtype(setting))
+        dtype = dtype_of(setting, job["engine_args"])
         context = plan.context if isinstance(plan, StreamPlan) else 0
         reader = Reader(setting, context, dtype, job["batch"])
         emit({"event": "ready", "dtype": reader.dtype})

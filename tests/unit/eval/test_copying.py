@@ -360,7 +360,11 @@ def test_with_another_score_the_cache_is_a_longer_window(
 
 
 def test_the_command_compares_settings_and_goes_on(
-    lola: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lola: Path,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In this process; that settings run in one of their own is tested with the other tasks."""
     ran = []
@@ -380,6 +384,9 @@ def test_the_command_compares_settings_and_goes_on(
     argv += ["--kinds", "chat"]
     argv += ["--lola-config", 'all={"window_size": 512}']
     assert cli.main(argv) == 0
+    models = f"{base.name}, {lola.name} on the CPU in float32, each loaded before its bar moves"
+    texts = "up to 1 texts of each kind and length (300, 500 tokens) for each of 2 settings"
+    assert capsys.readouterr().err.startswith(f"{models}: {texts}, about 0 minutes")
     assert cli.main([*argv, "--lola-config", "as it is={}", "--resume"]) == 0
     assert ran == ["reference", "all", "as it is"]  # what was asked before is not asked again
     found = json.loads((tmp_path / "out" / "copy.json").read_text())["settings"]

@@ -143,7 +143,10 @@ def test_recall_over_http(
     server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert recall(server, tmp_path / "out", "--batch", "3") == 0
-    assert "| tiny    | 100% [61%, 100%] | 100% [61%, 100%] |" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "| tiny    | 100% [61%, 100%] | 100% [61%, 100%] |" in said.out
+    line = f"tiny at {server.url}: 12 questions (1,024, 2,048 tokens), about"
+    assert said.err.startswith(line)
     text = (tmp_path / "out" / "recall.json").read_text()
     assert KEY not in text and server.url not in text
     (row,) = json.loads(text)["settings"]
