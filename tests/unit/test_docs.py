@@ -11,7 +11,8 @@ import pytest
 from lola_vllm import cli
 from lola_vllm.config import LolaConfig
 from lola_vllm.plugin import config_hook, refusals
-from tools.site import config_table, picture
+from tools.site import config_table, front_tables, picture, result_tables
+from tools.site.summaries import BASE, SHIPPED, of_both
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -78,15 +79,15 @@ def test_the_picture_is_that_of_the_results(theme):
     assert picture.svg(theme) == drawn, "run python -m tools.site.picture"
 
 
-def test_the_picture_and_the_table_of_the_readme_say_the_same():
+def test_the_picture_and_the_tables_say_the_same():
     full, lola = picture.lines()
+    runs = [run for name in front_tables.DEMO for run in result_tables.runs(name)]
+    _, alone = of_both(runs, (BASE, SHIPPED))
+    for name, line in ((BASE, full), (SHIPPED, lola)):
+        found = {n: cell["rate"] for (task, n), cell in alone[name].items() if task == "niah-1"}
+        assert found == line.recall
     table = rows("README.md", "Results")
-    (shipped,) = [cells for name, cells in table.items() if "make serve" in name]
-    (base,) = [cells for name, cells in table.items() if "softmax" in name]
-    for cells, line in ((base, full), (shipped, lola)):
-        shares = ", ".join(f"{line.recall[n]:.0%}".replace("%", " %") for n in (4096, 8192))
-        assert cells[1] == shares
-    assert shipped[0] == f"{lola.mib[8192]:.3g}"
+    assert table["**SmolLM2-135M as LoLA**"][0] == f"{lola.mib[8192]:.3g}"
     alt = re.search('alt="([^"]*)"', (ROOT / "README.md").read_text())[1]
     for words in (f"{full.mib[8192]:.0f} MiB at 8,192", f"LoLA {lola.mib[8192]:.1f} MiB"):
         assert words in alt and words in (DOCS / "index.md").read_text()

@@ -1,4 +1,4 @@
-"""Tables of passages that are begun again: docs/recall.md and a column of the README."""
+"""Tables of passages that are begun again: docs/recall.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ NAME = "recall-copy"
 RECENT = "recall-recent"
 REFERENCE, SHIPPED, BEFORE = "reference", "as it ships", "without recent pairs"
 PROSE, ALL = "prose", "all"
-README_LENGTH, README_DISTANCES = 7000, (250, 2000)
 
 
 def cells(runs: Runs, setting: str, name: str = NAME) -> Cells:
@@ -94,16 +93,6 @@ def kinds(runs: Runs) -> str:
                 lines.append([*title, f"**{name}**" if name == SHIPPED else name, *shown])
                 title = ["", ""]
     return table(lines)
-
-
-def readme(runs: Runs) -> dict[str, str]:
-    """Exact tokens at two distances in prose, by setting."""
-    shown = {}
-    for name in (REFERENCE, SHIPPED, BEFORE):
-        found = cells(runs, name)
-        keys = [(PROSE, README_LENGTH, distance) for distance in README_DISTANCES]
-        shown[name] = ", ".join(percent(found[key]["exact"][0]) for key in keys)
-    return shown
 
 
 def recent(runs: Runs) -> str:

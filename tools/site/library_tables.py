@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tools.site.summaries import table
+from tools.site.summaries import same_model, table
 
 Runs = Callable[[str], list[dict[str, Any]]]
 
@@ -72,6 +72,18 @@ NEWER_HOW = {
 }
 
 
+def _results(runs: Runs, name: str) -> list[dict[str, float]]:
+    """What the runs of a summary found, which count together.
+
+    Raises:
+        ValueError: they are of several models.
+    """
+    found = runs(name)
+    for role in {role for run in found for role in run.get("models", {})}:
+        same_model([run.get("models", {}).get(role) for run in found], f"{name}, --{role}")
+    return [run["results"] for run in found]
+
+
 def _sum(results: list[dict[str, float]], name: str) -> int:
     return round(sum(found.get(name, 0) for found in results))
 
@@ -84,7 +96,7 @@ def _right(results: list[dict[str, float]], name: str, of: str) -> str:
 
 def found(runs: Runs) -> str:
     """Questions whose document is found, by the size of the shelf; all seeds together."""
-    results = [run["results"] for run in runs("library")]
+    results = _results(runs, "library")
     sizes = sorted(
         {int(name.rsplit(" ", 1)[1]) for one in results for name in one if " first of " in name}
     )
@@ -104,10 +116,10 @@ def found(runs: Runs) -> str:
 def _with_stock(runs: Runs) -> list[dict[str, float]]:
     """The results, and of the runs that asked the same of a stock model what it says of that."""
     of_stock = (
-        {name: value for name, value in run["results"].items() if _is_of_stock(name)}
-        for run in runs("library-stock")
+        {name: value for name, value in one.items() if _is_of_stock(name)}
+        for one in _results(runs, "library-stock")
     )
-    return [*(run["results"] for run in runs("library")), *of_stock]
+    return [*_results(runs, "library"), *of_stock]
 
 
 def _is_of_stock(name: str) -> bool:
@@ -142,7 +154,7 @@ def seconds(runs: Runs) -> str:
 
 def past(runs: Runs) -> str:
     """Exact answers from a text's own past; all seeds together."""
-    results = [run["results"] for run in runs("past")]
+    results = _results(runs, "past")
     asked = _sum(results, "questions")
     names = [name.rsplit(", ", 1) for one in results for name in one if name.endswith(" back")]
     backs = sorted({int(back.removesuffix(" back")) for _, back in names})
@@ -159,7 +171,7 @@ def past(runs: Runs) -> str:
 
 def newer(runs: Runs) -> str:
     """Exact answers where newer text tells something in the same words; all seeds together."""
-    results = [run["results"] for run in runs("past-newer")]
+    results = _results(runs, "past-newer")
     lines = [["asked for", "", *NEWER_HOW.values()]]
     for kind, label in NEWER.items():
         for of, what in OF.items():

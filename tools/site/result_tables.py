@@ -25,8 +25,26 @@ from typing import Any
 from lola_vllm.eval import summary
 from lola_vllm.eval.results import wilson
 from lola_vllm.eval.tables import STREAM_COLUMNS
-from tools.site import chat_tables, copy_tables, library_tables, speed_tables, store_tables
-from tools.site.summaries import MIB, RESULTS, ROOT, pool_cells, pooled, table
+from tools.site import (
+    chat_tables,
+    copy_tables,
+    front_tables,
+    library_tables,
+    speed_tables,
+    store_tables,
+)
+from tools.site.summaries import (
+    BASE,
+    RESULTS,
+    ROOT,
+    SHIPPED,
+    Cells,
+    asked,
+    of_both,
+    pooled,
+    table,
+    together,
+)
 
 BEGIN = "<!-- {}, made by python -m tools.site.result_tables -->\n"
 END = "<!-- end -->\n"
@@ -42,14 +60,11 @@ PAGES = (
     "docs/reliability.md",
 )
 
-BASE, SHIPPED, MORE = "softmax base", "as it ships", "3.2 times the pairs"
 BEFORE = "without recent pairs"
-PAPER = "the paper's 128 pairs in every layer, earlier weights"
 ROWS = {
     BASE: "softmax base, full KV cache",
     SHIPPED: "**as it ships, 9.99 MiB**",
     BEFORE: "without recent pairs, 8.61 MiB",
-    MORE: "3.2 times the pairs of that, 17.2 MiB",
 }
 LENGTHS = (1024, 2048, 4096, 8192)
 TASKS = {
@@ -57,16 +72,13 @@ TASKS = {
     "niah-2": "S-NIAH-2, a number in prose",
     "niah-3": "S-NIAH-3, a UUID in prose",
     "multikey": "multikey, one number of four",
-    "passkey": "passkey",
 }
-# Of docs/linearize.md: the second model, and the demo model that the command there makes.
-NEEDLES = {name: title for name, title in TASKS.items() if name != "passkey"}
 SEVERAL = {
     "multivalue": "multivalue, four numbers of one key",
     "multiquery": "multiquery, the numbers of four keys",
     "vt": "variable tracking",
 }
-SECOND = NEEDLES | SEVERAL
+SECOND = TASKS | SEVERAL  # of docs/linearize.md: what the second model was asked
 LORA = "the base with the same LoRA"
 SECOND_ROWS = {BASE: ROWS[BASE], LORA: LORA, SHIPPED: "**as it ships, 9.59 MiB**"}
 PARTS_ROWS = {
@@ -111,17 +123,12 @@ def settings(name: str) -> list[dict[str, Any]]:
 # --- recall
 
 
-def cells(name: str, setting: str) -> dict[tuple[str, int], dict[str, Any]]:
+def cells(name: str, setting: str) -> Cells:
     """A setting's cells by task and length, or by task and distance where they have one.
 
     Runs that asked the same with other seeds count together.
     """
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in settings(name):
-        for cell in row["cells"] if row["name"] == setting else ():
-            key = cell["task"], cell.get("distance", cell["length"])
-            found[key] = pool_cells([found[key], cell]) if key in found else cell
-    return found
+    return together(asked(runs(name), setting))
 
 
 def share(cell: dict[str, Any] | None, usual: int, interval: bool = True) -> str:
@@ -144,15 +151,31 @@ def by_task(
     name: str, tasks: dict[str, str], lengths: tuple[int, ...], rows: dict[str, str], usual: int
 ) -> str:
     """Settings below each task, lengths beside each other."""
+    found = {label: cells(name, setting) for setting, label in rows.items()}
+    return below(found, tasks, lengths, usual)
+
+
+def below(
+    found: dict[str, Cells], tasks: dict[str, str], lengths: tuple[int, ...], usual: int
+) -> str:
+    """Rows by their labels below each task, lengths beside each other."""
     lines = [["", "", *(f"{n:,} tokens" if n == lengths[0] else f"{n:,}" for n in lengths)]]
-    found = {setting: cells(name, setting) for setting in rows}
     for task, title in tasks.items():
-        for setting, label in rows.items():
-            shown = [share(found[setting].get((task, n)), usual) for n in lengths]
+        for label, of_row in found.items():
+            shown = [share(of_row.get((task, n)), usual) for n in lengths]
             if any(shown):
                 lines.append([title, label, *shown])
                 title = ""
     return table(lines)
+
+
+def demo() -> str:
+    """The demo model and its base: what both were asked, and what one of them was asked alone."""
+    names = (BASE, SHIPPED)
+    both, alone = of_both([run for name in front_tables.DEMO for run in runs(name)], names)
+    rows = {ROWS[name]: both[name] for name in names}
+    rows |= {f"{name}, other questions": alone[name] for name in names}
+    return below(rows, TASKS, LENGTHS, 12)
 
 
 def by_setting(
@@ -166,49 +189,6 @@ def by_setting(
     return table(lines)
 
 
-def readme() -> str:
-    """The front page's: exact answers at 4,096 and 8,192 tokens, passages, perplexity."""
-    lines = [
-        [
-            "",
-            "MiB per sequence",
-            "a number in noise",
-            "a number in prose",
-            "one number of four",
-            "a UUID in prose",
-            "passages, word by word",
-            "perplexity",
-        ]
-    ]
-    names = {
-        BASE: "softmax model, full KV cache",
-        SHIPPED: "**LoLA, the model of `make serve`**",
-        BEFORE: "LoLA without recent pairs",
-        MORE: "the same with 3.2 times the pairs",
-        PAPER: PAPER,
-    }
-    copied = copy_tables.readme(runs)
-    kinds = {row["name"]: row["kinds"]["all"] for row in settings("recall-perplexity")}
-    for setting, label in names.items():
-        found = cells("recall-tasks", setting)
-        row = next(row for row in settings("recall-tasks") if row["name"] == setting)
-        sizes = [
-            (row["state_bytes"] or n * row["full_kv_bytes_per_token"]) / MIB for n in LENGTHS[2:]
-        ]
-        shown = (f"{size:.2f}" if size < 10 else f"{size:.3g}" for size in sizes)
-        mib = ", ".join(dict.fromkeys(shown))
-        pairs = [
-            ", ".join(share(found.get((task, n)), 0, interval=False) or "-" for n in LENGTHS[2:])
-            for task in ("niah-1", "niah-2", "multikey", "niah-3")
-        ]
-        pairs = ["" if pair == "-, -" else pair for pair in pairs]
-        ratio = kinds[setting].get("ratio")
-        said = copied.get("reference" if setting == BASE else setting, "")
-        times = f"{ratio[0]:.3f}x" if ratio and setting != BASE else ""
-        lines.append([label, mib, *pairs, said, times])
-    return table(lines)
-
-
 def perplexity() -> str:
     """Perplexity by kind of text, and what texts say again."""
     by_name = {row["name"]: row["kinds"] for row in settings("recall-perplexity")}
@@ -217,10 +197,8 @@ def perplexity() -> str:
         value, low, high = (f"{x:.{digits}f}" for x in of)
         return f"{value}x [{low}, {high}]"
 
-    names = (SHIPPED, BEFORE, MORE)
-    lines = [
-        ["text", "base", "as it ships, 9.99 MiB", "without recent pairs, 8.61 MiB", "17.2 MiB"]
-    ]
+    names = (SHIPPED, BEFORE)
+    lines = [["text", "base", "as it ships, 9.99 MiB", "without recent pairs, 8.61 MiB"]]
     for kind, reading in by_name[BASE].items():
         every = [ratio(by_name[name][kind]["ratio"]) for name in names]
         lines.append([kind.replace("_", " "), f"{reading['perplexity'][0]:.1f}", *every])
@@ -377,7 +355,7 @@ def needles() -> str:
                 "over a new state's",
             ],
             [
-                "**as it ships**",
+                "before it had recent pairs",
                 *(f"{cell['exact']} of {cell['asked']}" for cell in found.values()),
                 f"{said['last']:.2f}",
                 f"{said['last_over_afresh']:.3f}x",
@@ -422,9 +400,9 @@ def follow() -> str:
     return table(lines)
 
 
+PARTS = (chat_tables, copy_tables, front_tables, library_tables, speed_tables, store_tables)
 TABLES: dict[str, Callable[[], str]] = {
-    "readme-recall": readme,
-    "recall-tasks": partial(by_task, "recall-tasks", TASKS, LENGTHS, ROWS, 20),
+    "recall-tasks": demo,
     "recall-facts": partial(
         by_task, "recall-facts", FACTS, LENGTHS[:2], {BASE: BASE, BEFORE: BEFORE}, 10
     ),
@@ -432,9 +410,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall-perplexity": perplexity,
     "second-recall": partial(by_task, "second-recall", SECOND, (4096, 8192, 16384), SECOND_ROWS, 9),
     "second-parts": partial(by_setting, "second-recall", SEVERAL, 4096, PARTS_ROWS, 9),
-    "remade-recall": partial(
-        by_task, "remade-recall", NEEDLES | FACTS, LENGTHS[:3], REMADE_ROWS, 12
-    ),
+    "remade-recall": partial(by_task, "remade-recall", TASKS | FACTS, LENGTHS[:3], REMADE_ROWS, 12),
     "choices": choices,
     "endless-stream": stream,
     "endless-streams": streams,
@@ -444,11 +420,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "endless-needles": needles,
     "endless-sums": sums,
     "endless-follow": follow,
-    **{
-        name: partial(make, runs)
-        for part in (chat_tables, copy_tables, library_tables, speed_tables, store_tables)
-        for name, make in part.TABLES.items()
-    },
+    **{name: partial(make, runs) for part in PARTS for name, make in part.TABLES.items()},
 }
 
 

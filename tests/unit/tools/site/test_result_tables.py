@@ -8,8 +8,8 @@ import pytest
 
 from lola_vllm.eval import summary
 from lola_vllm.eval.results import wilson
-from tools.site import picture, result_tables
-from tools.site.summaries import RESULTS, ROOT, pooled
+from tools.site import library_tables, picture, result_tables
+from tools.site.summaries import RESULTS, ROOT, asked, of_both, pooled, together
 
 MOST_LINES = 4400
 files = pytest.mark.parametrize("file", sorted(RESULTS.iterdir()), ids=lambda path: path.stem)
@@ -130,3 +130,47 @@ def test_seeds_of_the_same_questions_count_together():
     assert len(pooled([recall_run(1, 1), changed])) == 2
     with pytest.raises(ValueError, match="count twice"):
         pooled([recall_run(1, 1), recall_run(1, 2)])
+
+
+def test_what_both_were_asked_counts_and_what_one_was_asked_alone_does_not():
+    base, other = recall_run(1, 3, samples=3), recall_run(2, 1, samples=3)
+    for run, name in ((base, "softmax base"), (other, "softmax base")):
+        run["settings"][0]["name"] = name
+    ships = recall_run(1, 2, samples=3)
+    for run in (base, other, ships):
+        run["settings"][0]["cells"][0]["length"] = 2048
+    both, alone = of_both([base, other, ships], ["softmax base", "a"])
+    counts = {name: (cell["exact"], cell["samples"]) for name, (cell,) in cells_of(both)}
+    assert counts == {"softmax base": (3, 3), "a": (2, 3)}
+    assert [cell["exact"] for cell in alone["softmax base"].values()] == [1] and not alone["a"]
+    # Of another number of samples the same seed hides things elsewhere: it is another question.
+    ships["plan"]["samples"] = 4
+    both, alone = of_both([base, other, ships], ["softmax base", "a"])
+    assert not both["a"] and [cell["exact"] for cell in alone["a"].values()] == [2]
+
+
+def cells_of(found):
+    return [(name, list(cells.values())) for name, cells in found.items()]
+
+
+@pytest.mark.parametrize(
+    ("seed", "fingerprint", "message"),
+    [(1, "f", "count twice"), (2, "g", "vt at 2048: of the models f, g; leave")],
+)
+def test_no_question_counts_twice_and_no_other_model(seed, fingerprint, message):
+    runs = [recall_run(1, 1, samples=3), recall_run(seed, 2, samples=4)]
+    runs[1]["settings"][0]["fingerprint"] = fingerprint
+    for run in runs:
+        run["settings"][0]["cells"][0]["length"] = 2048
+    with pytest.raises(ValueError, match=message):
+        together(asked(runs, "a"))
+
+
+def test_libraries_of_two_models_do_not_count_together():
+    def runs(*models):
+        results = {"questions": 6, "found, 0 back": 5}
+        return lambda name: [{"results": results, "models": {"model": of}} for of in models]
+
+    assert "10 of 12" in library_tables.past(runs("f", "f"))
+    with pytest.raises(ValueError, match="past, --model: of the models f, g"):
+        library_tables.past(runs("f", "g"))
