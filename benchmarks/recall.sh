@@ -11,12 +11,12 @@
     lola demo-model --uncalibrated --out models/smollm2-uncalibrated
 [ -d models/smollm2-untrained ] || lola demo-model --untrained --out models/smollm2-untrained
 
-recall() { # NAME TASKS LENGTHS: the settings of benchmarks/recall/NAME.json
-    lola eval recall --model models/smollm2-lola --sweep "benchmarks/recall/$1.json" \
-        --tasks "$2" --lengths "$3" --texts models/texts --samples "$SAMPLES" --seed "$SEED" \
+recall() { # NAME SWEEP TASKS LENGTHS: the settings of benchmarks/recall/SWEEP.json
+    lola eval recall --model models/smollm2-lola --sweep "benchmarks/recall/$2.json" \
+        --tasks "$3" --lengths "$4" --texts models/texts --samples "$SAMPLES" --seed "$SEED" \
         --out "$OUT/$1" --resume
 }
-recall shipped niah-1,niah-2,niah-3,multikey,passkey 1024,2048,4096,8192
+recall shipped shipped niah-1,niah-2,niah-3,multikey 1024,2048,4096,8192
 # What each part does, and what training alone changes.
 parts() { # VERB NAME SEED OPTION...
     lola eval "$1" --model models/smollm2-lola --reference models/smollm2-base \
@@ -28,7 +28,7 @@ for seed in 1 2 3; do
         --tasks niah-2,multikey,multivalue --lengths 2048,4096 --samples 4
 done
 parts perplexity perplexity-parts "$SEED" --windows 2 --window-length 2048
-recall held-out fact-name,fact-date,fact-code,fact-place 1024,2048
+recall held-out shipped fact-name,fact-date,fact-code,fact-place 1024,2048
 lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \
     --sweep benchmarks/recall/shipped.json --texts models/texts \
     --windows 4 --window-length 2048 --out "$OUT/perplexity" --resume
@@ -62,5 +62,5 @@ chat 2000 20 --reference models/smollm2-base
 chat 7000 20 --reference models/smollm2-base
 chat 30000 6 # more than the base can read
 # The picture of the front page, and the first row of docs/choices.md.
-recall memory niah-1 1024,2048,4096,8192
-recall ablations niah-1 1024
+recall memory memory niah-1 1024,2048,4096,8192
+recall ablations ablations niah-1 1024
