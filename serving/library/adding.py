@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
 import uuid
 from collections.abc import AsyncIterator
 from http import HTTPStatus
@@ -56,16 +57,22 @@ async def cut(engine: LolaEngine, body: AddRequest) -> list[list[int]]:
             f"part_tokens = {body.part_tokens}: at most {longest} leave room for a question",
         )
     tokenizer: Any = engine.client.renderer.tokenizer
+    left = threading.Event()
 
     def encoded(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        if left.is_set():
+            raise InterruptedError("nobody waits for the parts")
+        return list(tokenizer.encode(text))
 
     def work() -> list[list[int]]:
-        texts = split_text(body.text, most, lambda text: len(encoded(text)))
-        return [list(tokenizer.encode(text)) for text in texts]
+        return [
+            encoded(text) for text in split_text(body.text, most, lambda text: len(encoded(text)))
+        ]
 
-    parts = await asyncio.to_thread(work)  # a long text takes a while
+    try:
+        parts = await asyncio.to_thread(work)  # a long text takes a while
+    finally:
+        left.set()  # a client that leaves cancels this, and the thread goes on else
     least = max(engine.page.update_interval, engine.page.sink_size)
     if not parts or len(parts[0]) < least:
         raise HTTPException(

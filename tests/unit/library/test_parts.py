@@ -51,6 +51,35 @@ def test_a_short_text_is_one_part_and_a_long_word_is_cut() -> None:
     assert len(parts) > 4 and max(map(count, parts)) <= 300 and set("".join(parts)) == {"x"}
 
 
+DENSE = {
+    "line ends": "\n" * 40_000,
+    "line ends in a text": "x" + "\n" * 40_000 + "x",
+    "short lines": "a\n" * 20_000,
+    "blanks": "a" + " " * 40_000 + "b",
+    "a word": "x" * 40_000,
+    "of four bytes": "\U0001f600\U0001f9ff" * 10_000,
+    "sparse and dense": ("\n" * 3_000 + "word " * 400 + "字" * 1_000) * 8,
+}
+
+
+@pytest.mark.parametrize("text", DENSE.values(), ids=DENSE)
+@pytest.mark.parametrize("most", [4 * SHARED_TOKENS, 2_000])
+def test_the_work_is_bounded_by_the_length_whatever_stands_in_a_text(text: str, most: int) -> None:
+    """Each four line ends are a token, a blank is a part of one, and each other byte is one."""
+    calls, counted = 0, 0
+
+    def tokens(part: str) -> int:
+        nonlocal calls, counted
+        calls, counted = calls + 1, counted + len(part)
+        words = part.replace("\n" * 4, "t").replace(" " * 80, "t").replace(" ", "")
+        return len(words.encode())
+
+    parts = split_text(text, most, tokens)
+    assert calls <= 40 * (len(parts) + 1) and counted <= 20 * len(text)
+    assert all(0 < tokens(part) <= most for part in parts)
+    assert set("".join(parts)) >= {letter for letter in text if letter.strip()}
+
+
 def test_the_sentence_at_a_place() -> None:
     text = "The roses stand. The gate\ncode is 44! Is it?\n\nA new paragraph"
     for word, sentence in (
