@@ -214,8 +214,14 @@ class TransferWorker:
         self._done(order.header.id, "loaded", tier, began, order.request)
 
     def _copy(self, order: Copy) -> None:
-        data = self._in_memory(order.source)
         state = order.header.id
+        if order.source in self._copying:  # in the writer's thread, where it is made before
+            if order.memory:
+                self._reading.add(state)
+            self._copying.add(state)
+            self._writer.submit(self._copy_made, order)
+            return
+        data = self._in_memory(order.source)
         if data is not None:
             if order.memory:
                 self._states[state] = data
@@ -242,15 +248,22 @@ class TransferWorker:
         return order.source in self._writing or self._path(order.source).exists()
 
     def _drop(self, order: Drop) -> None:
+        if order.tier == MEMORY and order.state in self._copying:
+            # After what is made of it, in the same thread.
+            self._writer.submit(self._forget, order.state)
+            return
         if order.tier == MEMORY:
-            self._states.pop(order.state, None)
-            self._reading.discard(order.state)
-            if self._shelf is not None:
-                self._shelf.drop(order.state)
+            self._forget(order.state)
             return
         self._writing.pop(order.state, None)
         # After the write that may be going on, in the same thread.
         self._writer.submit(self._unlink, order.state)
+
+    def _forget(self, state: str) -> None:
+        self._states.pop(state, None)
+        self._reading.discard(state)
+        if self._shelf is not None:
+            self._shelf.drop(state)
 
     def _write(self, header: StateHeader, tokens: Tokens, data: HostCopy) -> None:
         if len(self._writing) >= self.max_waiting:
@@ -307,12 +320,33 @@ class TransferWorker:
         finally:
             self._copying.discard(order.header.id)
 
+    def _copy_made(self, order: Copy) -> None:
+        """Copy a state that was made in this thread."""
+        state, data = order.header.id, self._in_memory(order.source)
+        try:
+            if data is not None and order.memory and state in self._reading:
+                self._states[state] = data
+            if data is not None and order.disk and order.tokens is not None:
+                with self._lock:
+                    self._writing.setdefault(state, []).append(data)
+                self._write_file(order.header, order.tokens)
+            elif order.disk:
+                self._copy_file(order)
+            elif data is None:
+                text = "what it is a copy of could not be made"
+                self._report(state, "save-failed", MEMORY, None, text)
+        finally:
+            self._reading.discard(state)
+            self._copying.discard(state)
+
     def _compose_states(self, order: Compose, sources: Sequence[HostCopy | None]) -> None:
         began = time.monotonic()
         header = with_rank(order.header, self.rank)
         try:
             if self._composed is None:
                 raise ValueError("this rank composes no states")
+            made = (self._in_memory(name) for name in order.sources)  # composed meanwhile
+            sources = [data or other for data, other in zip(sources, made, strict=True)]
             rows = [
                 torch.from_numpy(read_state(self._path(name), self.fingerprint, self._key).data)
                 if data is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,28 @@ def test_it_goes_on_from_the_composed_state(server: Server) -> None:
     server.ask("compose", sources=["two", "one"], to="turned")
     row, n = loaded(server, "turned", [*TWO[:40], *ONE, 7])
     assert row.equal(composed_row([row_of(TWO), row_of(ONE)], [41, 30]))
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_what_is_made_of_a_composition_waits_for_it(server: Server, deleted: bool) -> None:
+    """Also where the composition is deleted before it is made."""
+    free = threading.Event()
+    server.workers[0]._writer.submit(free.wait, 20)
+    server.ask("compose", sources=["one", "two"], to="both")
+    server.ask("fork", reference="both", to="twig")
+    server.ask("compose", sources=["both", "one"], to="three")
+    server.step()
+    if deleted and server.store.directory is None:  # of files, the deletion waits by itself
+        server.ask("delete", reference="both")
+        server.step()
+    free.set()
+    server.settle()
+    row, n = loaded(server, "twig", [*BOTH, 7])
+    made = composed_row([row_of(ONE), row_of(TWO)], [30, 41])
+    assert n == len(BOTH) and row.equal(made)
+    row, n = loaded(server, "three", [*BOTH[:64], *ONE, 7])
+    assert n == 94 and row.equal(composed_row([made, row_of(ONE)], [65, 30]))
+    assert not server.workers[0]._copying and not server.workers[0]._reading
 
 
 def test_no_other_text_finds_it(server: Server) -> None:
