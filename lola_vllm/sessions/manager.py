@@ -15,28 +15,29 @@ from typing import Any
 from lola_vllm.sessions.composing import compose
 from lola_vllm.sessions.file import StateFileError, read_state, read_tokens, write_state
 from lola_vllm.sessions.libraries import (
+    all_parts,
     describe_libraries,
     describe_library,
-    documents_of,
     made_of_parts,
     name_of_answer,
-    parts_of,
+    replaced_parts,
 )
 from lola_vllm.sessions.names import (
     LIBRARY,
     MAX_SOURCES,
     Reference,
     SessionNameError,
+    addition_of,
     check_name,
     check_new_name,
     parse_reference,
 )
 from lola_vllm.sessions.orders import DISK, MEMORY, Copy
-from lola_vllm.sessions.past import expiring_apart, segments_of, segments_under
+from lola_vllm.sessions.past import expiring_apart, is_of, segments_of, segments_under
 from lola_vllm.sessions.prefix_hash import PrefixHashes, Tokens, salt_hash
 from lola_vllm.sessions.shared_prefixes import orphaned_prefixes
-from lola_vllm.sessions.store import NotStored, Session, SessionStore
-from lola_vllm.sessions.tiers import Stored
+from lola_vllm.sessions.store import NotStored, SessionStore
+from lola_vllm.sessions.tiers import SessionKey, Stored
 from lola_vllm.sessions.upkeep import Operation
 
 Answer = dict[str, Any]
@@ -111,8 +112,8 @@ class SessionManager:
         with store.lock:
             store.expire()
             found = [
-                describe_session(key[1], session)
-                for key, session in store.sessions.items()
+                describe_session(store, key)
+                for key in store.sessions
                 if everyone or (key[0] == hashed and not key[1].startswith(LIBRARY))
             ]
         return sorted(found, key=lambda one: -one["used"])
@@ -122,7 +123,7 @@ class SessionManager:
         name = check_name(session)
         with self.store.lock:
             states = self.store.lookup(Reference(name), salt_hash(salt))
-            found = describe_session(name, self.store.sessions[(salt_hash(salt), name)])
+            found = describe_session(self.store, (salt_hash(salt), name))
             return found | {"states": [describe_state(state) for state in states]}
 
     def tokens(self, reference: str, salt: str | None = None) -> Answer:
@@ -197,8 +198,17 @@ class SessionManager:
         return describe_libraries(self.store, salt_hash(salt))
 
     def library(self, library: str, salt: str | None = None) -> Answer:
-        """A library, its documents by title, and the parts of each."""
-        return describe_library(self.store, salt_hash(salt), check_name(library, "library"))
+        """A library, its documents by title, and the parts of each.
+
+        What newer additions have replaced is deleted.
+        """
+        store, hashed, name = self.store, salt_hash(salt), check_name(library, "library")
+        with store.lock:
+            replaced = replaced_parts(store, hashed, name)
+            if replaced:
+                answers, _ = made_of_parts(store, hashed, replaced)
+                store.delete(replaced + answers, dict)
+            return describe_library(store, hashed, name)
 
     def compose_parts(
         self, sources: list[str], salt: str | None = None, ttl: float | None = None
@@ -219,17 +229,25 @@ class SessionManager:
         return self.show(name, salt)
 
     def remove_documents(
-        self, library: str, document: str | None = None, salt: str | None = None
+        self,
+        library: str,
+        document: str | None = None,
+        salt: str | None = None,
+        addition: str | None = None,
     ) -> Answer:
         """Delete a document of a library, or all of them, for good.
 
         What was composed of its parts to answer questions goes too. Sessions that somebody composed
         of them, or went on with, stay, and are named.
+
+        Args:
+            addition: 24 hex digits: its parts alone.
         """
         store, hashed = self.store, salt_hash(salt)
         with store.lock:
-            parts = parts_of(store, hashed, check_name(library, "library"))
-            leaving = parts if document is None else documents_of(parts, library, document)
+            leaving = all_parts(store, hashed, check_name(library, "library"), document)
+            if addition is not None:
+                leaving = [s for s in leaving if addition_of(s.header.session) == addition]
             answers, others = made_of_parts(store, hashed, leaving)
             answer = {"deleted": len(leaving), **({"composed": others} if others else {})}
             return self._ended(store.delete(leaving + answers, lambda: answer))
@@ -273,8 +291,8 @@ class SessionManager:
                 raise SessionError("exists", f"to = {new!r}: there is such a session already")
             due = [state for state in states if self._is_due(state, new)]
             segments = segments_under(store, salt_hash(salt), old)
-            if segments:
-                store.rewrite(segments, undo=False, document=new)
+            if segments:  # before their session: without one they are dropped at the next start
+                store.rewrite(segments, document=new)
             operation = store.rewrite(states, answer=lambda: self.show(new, salt), session=new)
             for state in due:
                 store.write(state)
@@ -327,15 +345,25 @@ class SessionManager:
         with self.store.lock:
             states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
             name = states[0].header.session
-            segments = []
-            if len(states) == len(self.store.sessions[(salt_hash(salt), name)].states):
-                segments = segments_under(self.store, salt_hash(salt), name)
+            segments = self._segments_without(name, salt_hash(salt), states)
             answers, others = made_of_parts(self.store, salt_hash(salt), states + segments)
             states += orphaned_prefixes(self.store, states, partial(self._text, tuple(states)))
             states += segments
             left = [other for other in others if other != name]
             answer = {"deleted": len(states), **({"composed": left} if left else {})}
             return self._ended(self.store.delete(states + answers, lambda: answer))
+
+    def _segments_without(self, session: str, salt: str, leaving: Sequence[Stored]) -> list[Stored]:
+        """The segments of a session that are not of the text that is left without some states."""
+        store, found = self.store, segments_under(self.store, salt, session)
+        left = [s for s in store.lookup(Reference(session), salt) if s not in leaving]
+        if not left or not found:
+            return found
+        try:
+            text = self._tokens(left[-1])
+        except (NotStored, StateFileError):
+            return found
+        return [segment for segment in found if not is_of(store, segment, text)]
 
     def clear(self) -> Answer:
         """Delete all sessions of this model, whoever they belong to, pinned ones too."""
@@ -489,11 +517,12 @@ def describe_state(state: Stored) -> Answer:
     }
 
 
-def describe_session(name: str, session: Session) -> Answer:
+def describe_session(store: SessionStore, key: SessionKey) -> Answer:
     """A session for people."""
-    states = list(session.states.values())
+    session = store.sessions[key]
+    states, segments = list(session.states.values()), segments_under(store, *key)
     return {
-        "session": name,
+        "session": key[1],
         "turn": session.last_turn,
         "turns": sorted({state.header.turn for state in states}),
         "tokens": max(s.header.num_tokens for s in states if s.header.turn == max(
@@ -504,4 +533,6 @@ def describe_session(name: str, session: Session) -> Answer:
         "created": min(state.header.created for state in states),
         "used": max(state.used for state in states),
         "pinned": any(state.header.pinned for state in states),
+        "segments": len(segments),
+        "segment_bytes": sum(state.nbytes for state in segments),
     }  # fmt: skip

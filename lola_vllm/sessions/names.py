@@ -39,6 +39,22 @@ class Part(NamedTuple):
     parts: int = 1
 
 
+def part_session(addition: str, number: int | None = None) -> str:
+    """The session of a part of a document.
+
+    Args:
+        addition: 24 hex digits, the same for all parts that were read at once. number: which part;
+            None: of a document that has no other version.
+    """
+    return f"{LIBRARY}{addition}" + ("" if number is None else f"-{number}")
+
+
+def addition_of(session: str) -> str:
+    """What tells the parts of one addition of a document from those of another; empty: nothing."""
+    found = re.fullmatch(rf"{LIBRARY}([0-9a-f]{{24}})-\d+", session)
+    return "" if found is None else found[1]
+
+
 class Reference(NamedTuple):
     """A session and, where one is asked for, a turn of it."""
 

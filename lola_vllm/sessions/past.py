@@ -2,14 +2,14 @@
 
 They are parts of documents of a library of the server's own, `names.PAST`: a session's document has
 its name, and its parts are numbered as the segments. So owners, budgets and encryption are those of
-libraries. A segment counts only while its tokens are the session's.
+libraries. A segment counts only while its tokens are the session's. It expires with the session,
+and goes with it however that goes.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from lola_vllm.sessions.names import PAST
 from lola_vllm.sessions.prefix_hash import Tokens
 from lola_vllm.sessions.store import SessionStore
 from lola_vllm.sessions.tiers import Stored
@@ -32,11 +32,21 @@ def segments_under(store: SessionStore, salt: str, session: str) -> list[Stored]
         salt: hash of the owner's.
     """
     with store.lock:
-        return [
-            state for state in store.states.values()
-            if state.header.salt == salt
-            and (state.header.library, state.header.document) == (PAST, session)
-        ]  # fmt: skip
+        return list(store.segments.get((salt, session), {}).values())
+
+
+def is_of(store: SessionStore, segment: Stored, tokens: Tokens) -> bool:
+    """Whether a segment is of a text.
+
+    Args:
+        tokens: of the text.
+    """
+    header, n = segment.header, segment.header.num_tokens
+    own = tokens[(header.part - 1) * n : header.part * n]
+    if len(own) < n:
+        return False
+    hashes = store.prefix_hashes(own, header.adapter, header.salt)
+    return hashes.prefix_hash(n).hex() == header.prefix_hash
 
 
 def segments_of(store: SessionStore, newest: Stored, tokens: Tokens, size: int) -> Segments:
@@ -50,12 +60,8 @@ def segments_of(store: SessionStore, newest: Stored, tokens: Tokens, size: int) 
     stale: list[Stored] = []
     for state in segments_under(store, header.salt, header.session):
         number = state.header.part - 1
-        own = tokens[number * size : (number + 1) * size]
-        same = len(own) == size == state.header.num_tokens and number not in kept
-        if same:
-            hashes = store.prefix_hashes(own, header.adapter, header.salt)
-            same = hashes.prefix_hash(size).hex() == state.header.prefix_hash
-        if same:
+        same = state.header.num_tokens == size and number not in kept
+        if same and is_of(store, state, tokens):
             kept[number] = state
         else:
             stale.append(state)

@@ -20,7 +20,7 @@ from lola_vllm.sessions.expiry import Expiries
 from lola_vllm.sessions.failure_log import FailureLog
 from lola_vllm.sessions.file import StateHeader
 from lola_vllm.sessions.fingerprint import Fingerprint
-from lola_vllm.sessions.names import AUTOMATIC, Part, Reference, automatic_name
+from lola_vllm.sessions.names import AUTOMATIC, PAST, Part, Reference, automatic_name
 from lola_vllm.sessions.orders import (
     DISK,
     MEMORY,
@@ -99,6 +99,8 @@ class SessionStore:
         self.disk = Tier(DISK, settings.disk if on_disk else 0)
         self.states: dict[str, Stored] = {}
         self.sessions: dict[SessionKey, Session] = {}
+        # Of a session, by id: segments of its text (`past.py`), which go with it.
+        self.segments: dict[SessionKey, dict[str, Stored]] = defaultdict(dict)
         self.counts: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self._failure_log = FailureLog()
@@ -273,6 +275,9 @@ class SessionStore:
                     raise NotStored(slow)
             now = self.clock()
             ttl = self.settings.ttl if ttl is None else ttl
+            expires = None if ttl is None else now + ttl
+            if part is not None and part.library == PAST:
+                expires = self._newest((turn.session[0], part.document)).header.expires
             header = StateHeader(
                 id=secrets.token_hex(16),
                 session=turn.session[1],
@@ -285,7 +290,7 @@ class SessionStore:
                 adapter=adapter,
                 salt=turn.session[0],
                 created=now,
-                expires=None if ttl is None else now + ttl,
+                expires=expires,
                 parent=parent.id if parent else None,
                 shared_prefix=shared_prefix_of(parent),
                 tail=list(tail),
@@ -410,6 +415,8 @@ class SessionStore:
             state.superseded = header.turn < session.last_turn
             session.states[state.id] = state
             self.states[state.id] = state
+            if header.library == PAST:
+                self.segments[(header.salt, header.document)][state.id] = state
             if tokens is not None:
                 self._tokens[state.id] = tokens
             self.index.add(
@@ -428,7 +435,7 @@ class SessionStore:
         with self.lock:
             tokens = self._tokens.get(state.id)
             tiers = [tier for tier in (self.memory, self.disk) if tier.remove(state)]
-            self.unlist(state)
+            self._unlist(state)
             state.header = replace(state.header, **fields)  # type: ignore[arg-type]
             self.add(state, tiers, tokens)
 
@@ -530,7 +537,33 @@ class SessionStore:
             self._tokens.pop(state.id, None)
 
     def unlist(self, state: Stored) -> None:
-        """A state has no place any more."""
+        """A state has no place any more. With the last one of a session its segments go."""
+        self._unlist(state)
+        if state.session not in self.sessions:
+            self._forget_segments(state.session)
+
+    def forget_orphans(self) -> None:
+        """Drop segments that a killed server left without their session."""
+        with self.lock:
+            for key in [key for key in self.segments if key not in self.sessions]:
+                self._forget_segments(key)
+
+    def _forget_segments(self, session: SessionKey) -> None:
+        for segment in list(self.segments.get(session, {}).values()):
+            self.forget(segment)
+
+    def _newest(self, key: SessionKey) -> Stored:
+        """The longest state of a session's last turn.
+
+        Raises:
+            NotStored: there is no such session.
+        """
+        if key not in self.sessions:
+            raise NotStored(f"nothing is stored under {key[1]!r}")
+        states = self.sessions[key].states.values()
+        return max(states, key=lambda s: (s.header.turn, s.header.num_tokens))
+
+    def _unlist(self, state: Stored) -> None:
         if self.states.pop(state.id, None) is None:
             return
         header = state.header
@@ -541,6 +574,11 @@ class SessionStore:
             bytes.fromhex(header.prefix_hash),
             state.id,
         )
+        if header.library == PAST:
+            own = self.segments[(header.salt, header.document)]
+            del own[state.id]
+            if not own:
+                del self.segments[(header.salt, header.document)]
         session = self.sessions[state.session]
         del session.states[state.id]
         if not session.states:

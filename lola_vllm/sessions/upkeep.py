@@ -34,7 +34,7 @@ MAX_OPERATIONS = 1000
 # A file that could not be removed is tried again after so long.
 RETRY_S = 60.0
 # Fields of a header that servers change in a file.
-_CHANGED = ("session", "turn", "kind", "tail", "pinned", "expires")
+_CHANGED = ("session", "document", "turn", "kind", "tail", "pinned", "expires")
 
 
 @dataclass(eq=False)
@@ -71,6 +71,7 @@ class Upkeep:
         self._stuck: set[str] = set()  # whose files could not be removed
         self._retried = time.monotonic()
         self.refresh()
+        store.forget_orphans()
         self._thread = threading.Thread(target=self._run, name="lola-state-upkeep", daemon=True)
         self._thread.start()
 

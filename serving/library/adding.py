@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import threading
 import uuid
 from collections.abc import AsyncIterator
@@ -17,7 +16,7 @@ from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.sessions.management import check_composing
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.reporting import told
-from lola_vllm.sessions.names import LIBRARY, MAX_PARTS, Part
+from lola_vllm.sessions.names import MAX_PARTS, Part, part_session
 from lola_vllm.sessions.request import LIBRARY_REQUEST
 
 if TYPE_CHECKING:
@@ -93,35 +92,38 @@ def most_tokens(engine: LolaEngine) -> int:
     return min(trained, int(engine.config.model_config.max_model_len) - 1)
 
 
-async def make_place(engine: LolaEngine, library: str, body: AddRequest) -> None:
-    """Remove the document that is replaced.
+async def check_place(engine: LolaEngine, library: str, body: AddRequest) -> None:
+    """Refuse a document of which there is one, unless it is to be replaced.
 
     Raises:
-        HTTPException: 409, there is one and it is not to be replaced.
+        HTTPException: 409.
     """
+    if body.replace:
+        return
     try:
         found = await engine.sessions("library", library=library, salt=owned(body.cache_salt))
     except HTTPException as error:
         if error.status_code != HTTPStatus.NOT_FOUND:
             raise
         return
-    if body.document not in {document["document"] for document in found["documents"]}:
-        return
-    if not body.replace:
+    if body.document in {document["document"] for document in found["documents"]}:
         raise HTTPException(
             HTTPStatus.CONFLICT,
             f"document = {body.document!r}: there is such a document in {library!r} already; send "
             '"replace": true, or take another title',
         )
-    await _remove(engine, library, body)
 
 
 async def read_parts(
-    engine: LolaEngine, library: str, body: AddRequest, parts: list[list[int]]
+    engine: LolaEngine, library: str, body: AddRequest, parts: list[list[int]], addition: str
 ) -> AsyncIterator[dict[str, Any]]:
     """Read the parts of a document, one after the other, and tell of each.
 
-    A document of which a part cannot be stored is not there at all.
+    With the last of them the document is there, in place of one of its title. If a part cannot be
+    stored, those before it go, and the document that was there stays.
+
+    Args:
+        addition: as of `part_session`.
 
     Raises:
         HTTPException: a part was not stored.
@@ -130,28 +132,39 @@ async def read_parts(
     try:
         for number, tokens in enumerate(parts, start=1):
             part = Part(library, body.document, number, len(parts))
-            session = await read_part(engine, part, tokens, body.ttl, body.cache_salt)
+            name = part_session(addition, number)
+            session = await read_part(engine, part, name, tokens, body.ttl, body.cache_salt)
             complete = number == len(parts)
             yield {
                 "part": number, "parts": len(parts), "session": session, "tokens": len(tokens)
             }  # fmt: skip
     finally:
         if not complete:
-            engine.later(_remove(engine, library, body))
+            drop_addition(engine, library, body, addition)
+
+
+def drop_addition(engine: LolaEngine, library: str, body: AddRequest, addition: str) -> None:
+    """Delete the parts of an addition, in the background."""
+    gone = {"library": library, "document": body.document, "addition": addition}
+    engine.later(engine.sessions("remove_documents", **gone, salt=owned(body.cache_salt)))
 
 
 async def read_part(
-    engine: LolaEngine, part: Part, tokens: list[int], ttl: float | None, salt: str | None
+    engine: LolaEngine,
+    part: Part,
+    session: str,
+    tokens: list[int],
+    ttl: float | None,
+    salt: str | None,
 ) -> str:
     """Read a part, apart from all else, and return the session that is its state.
 
     Args:
-        ttl: seconds for which it is kept. salt: the caller's.
+        session: `part_session`. ttl: seconds for which it is kept. salt: the caller's.
 
     Raises:
         HTTPException: it was not stored.
     """
-    session = f"{LIBRARY}{secrets.token_hex(12)}"
     params = {"from": False, "save": session, "answer": False, "part": list(part)}
     if ttl is not None:
         params["ttl"] = ttl
@@ -166,8 +179,3 @@ async def read_part(
             "the document is not in the library",
         )
     return session
-
-
-async def _remove(engine: LolaEngine, library: str, body: AddRequest) -> None:
-    salt = owned(body.cache_salt)
-    await engine.sessions("remove_documents", library=library, document=body.document, salt=salt)

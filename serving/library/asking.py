@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
+from collections.abc import AsyncIterator, Set
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -49,8 +51,39 @@ async def find(
                   part["id"], part["tokens"])
         for document in found["documents"] for part in document["parts"]
     ]  # fmt: skip
-    choices = await choose_among(engine, parts, question, top, salt)
-    return [await source_of(engine, parts[choice["document"]], choice, salt) for choice in choices]
+    async with deleted_meanwhile(engine, library, {part.session for part in parts}, salt):
+        choices = await choose_among(engine, parts, question, top, salt)
+        return [
+            await source_of(engine, parts[choice["document"]], choice, salt) for choice in choices
+        ]
+
+
+@asynccontextmanager
+async def deleted_meanwhile(
+    engine: LolaEngine, library: str, sessions: Set[str], salt: str | None
+) -> AsyncIterator[None]:
+    """Say so where a question fails because a part that it reads is gone.
+
+    Args:
+        sessions: of the parts.
+
+    Raises:
+        HTTPException: 409.
+    """
+    try:
+        yield
+    except HTTPException as error:
+        documents: list[dict[str, Any]] = []
+        with suppress(HTTPException):  # the library is gone too
+            documents = (await engine.sessions("library", library=library, salt=owned(salt)))[
+                "documents"
+            ]
+        if sessions <= {part["session"] for one in documents for part in one["parts"]}:
+            raise
+        raise HTTPException(
+            HTTPStatus.CONFLICT,
+            "a document was deleted or replaced while the question was asked; ask again",
+        ) from error
 
 
 async def choose_among(

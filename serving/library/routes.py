@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -27,8 +30,9 @@ from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library import asking
 from lola_vllm.serving.library.adding import (
     check_libraries,
+    check_place,
     cut,
-    make_place,
+    drop_addition,
     most_tokens,
     read_parts,
 )
@@ -45,7 +49,8 @@ from lola_vllm.serving.library.protocol import (
 )
 from lola_vllm.serving.prompt import check_length, text_tokens
 from lola_vllm.serving.protocol import check_utf8
-from lola_vllm.serving.sessions.generate import special_ids
+from lola_vllm.serving.sessions.generate import LockedStream, special_ids
+from lola_vllm.serving.sessions.lock import lock_document
 from lola_vllm.serving.sessions.management import (
     REFUSALS,
     Salt,
@@ -57,6 +62,7 @@ from lola_vllm.serving.sessions.management import (
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.reporting import reported
 from lola_vllm.serving.sessions.template_boundary import Transcript, continuation
+from lola_vllm.sessions.names import addition_of
 from lola_vllm.sessions.request import FIELD
 
 PREFIX = "/v1/lola/libraries"
@@ -110,14 +116,18 @@ async def add(library: str, raw_request: Request, body: AddRequest) -> Any:
     """Read a document, in parts, and keep what was read. A library begins with its first."""
     name, engine = name_of(library, "library"), engine_of(raw_request)
     check_libraries(engine)
-    validate_cache_salt(body.cache_salt)
-    parts = await cut(engine, body)
-    await make_place(engine, name, body)
-    if body.stream:
-        return StreamingResponse(_events(engine, name, body, parts), media_type="text/event-stream")
-    async for _ in read_parts(engine, name, body, parts):
-        pass
-    return await _document(engine, name, body)
+    with ExitStack() as lock:
+        lock.enter_context(await lock_document(engine, name, body.document, body.cache_salt))
+        await check_place(engine, name, body)
+        parts = await cut(engine, body)
+        addition = secrets.token_hex(12)
+        if body.stream:
+            events = _events(engine, name, body, parts, addition)
+            stream = StreamingResponse(events, media_type="text/event-stream")
+            return LockedStream(stream, lock.pop_all())
+        async for _ in read_parts(engine, name, body, parts, addition):
+            pass
+        return await _document(engine, name, body, addition)
 
 
 @router.post("/{library}/find", response_model=Found, responses=REFUSALS, dependencies=json_body)
@@ -143,13 +153,14 @@ async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> 
     engine = engine_of(raw_request)
     question = body.question or asking.last_text(body.messages)
     transcript, params, sources = await _read(engine, library, body, question)
-    tokens = await continuation(body, transcript, raw_request, special_ids(engine))
-    check_length(tokens, engine)
-    request = body.model_copy(
-        update={"kv_transfer_params": {FIELD: params, "prompt_token_ids": tokens}}
-    )
-    report = reported()
-    answer = await create_chat_completion(request, raw_request)
+    async with _kept_if_answered(engine, body) as answered:
+        tokens = await continuation(body, transcript, raw_request, special_ids(engine))
+        check_length(tokens, engine)
+        request = body.model_copy(
+            update={"kv_transfer_params": {FIELD: params, "prompt_token_ids": tokens}}
+        )
+        report = reported()
+        answer = answered(await create_chat_completion(request, raw_request))
     return _with_sources(answer, sources, report, engine, "chat.completion.chunk")
 
 
@@ -167,11 +178,12 @@ async def complete(library: str, raw_request: Request, body: LibraryCompletionRe
             HTTPStatus.BAD_REQUEST, "prompt: must be a text, which is asked of the library"
         )
     transcript, params, sources = await _read(engine, library, body, body.question or body.prompt)
-    tokens = transcript.tokens + await text_tokens(body.prompt, raw_request)
-    check_length(tokens, engine)
-    request = body.model_copy(update={"prompt": tokens, "kv_transfer_params": {FIELD: params}})
-    report = reported()
-    answer = await create_completion(request, raw_request)
+    async with _kept_if_answered(engine, body) as answered:
+        tokens = transcript.tokens + await text_tokens(body.prompt, raw_request)
+        check_length(tokens, engine)
+        request = body.model_copy(update={"prompt": tokens, "kv_transfer_params": {FIELD: params}})
+        report = reported()
+        answer = answered(await create_completion(request, raw_request))
     return _with_sources(answer, sources, report, engine, "text_completion")
 
 
@@ -195,13 +207,42 @@ async def _read(
         del sources[1:]
     answer = getattr(body, "max_completion_tokens", None) or body.max_tokens or ANSWER_TOKENS
     room = most_tokens(engine) - min(answer, ANSWER_TOKENS) - 2 * SHARED_TOKENS - len(question) // 2
-    session = await asking.compose(engine, sources, room, salt, body.session, body.ttl)
+    read = {source["session"] for source in sources}
+    async with asking.deleted_meanwhile(engine, name, read, salt):
+        session = await asking.compose(engine, sources, room, salt, body.session, body.ttl)
     said = await engine.sessions("tokens", reference=session, salt=owned(salt))
     transcript = Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])
     params: dict[str, Any] = {"from": session, "save": body.session or False}
     if body.session and body.ttl is not None:
         params["ttl"] = body.ttl
     return transcript, params, sources
+
+
+@asynccontextmanager
+async def _kept_if_answered(
+    engine: LolaEngine, body: LibraryChatRequest | LibraryCompletionRequest
+) -> AsyncIterator[Callable[[Response], Response]]:
+    """Delete the session that was made for a question where that is refused.
+
+    Yields:
+        What takes vLLM's answer, and gives it back.
+    """
+    refused = True
+
+    def answered(answer: Response) -> Response:
+        nonlocal refused
+        refused = answer is not None and answer.status_code != HTTPStatus.OK  # None: nobody waits
+        return answer
+
+    try:
+        yield answered
+    except asyncio.CancelledError:  # the client has left, and may go on later
+        refused = False
+        raise
+    finally:
+        if refused and body.session is not None:
+            with suppress(HTTPException):
+                await engine.sessions("delete", reference=body.session, salt=owned(body.cache_salt))
 
 
 def _with_sources(
@@ -239,24 +280,28 @@ async def _stream(
 
 
 async def _events(
-    engine: LolaEngine, library: str, body: AddRequest, parts: list[list[int]]
+    engine: LolaEngine, library: str, body: AddRequest, parts: list[list[int]], addition: str
 ) -> AsyncIterator[str]:
     """An event for each part that was read, and one for the document."""
     try:
-        async for part in read_parts(engine, library, body, parts):
+        async for part in read_parts(engine, library, body, parts, addition):
             yield f"data: {json.dumps(part)}\n\n"
-        yield f"data: {json.dumps(await _document(engine, library, body))}\n\n"
+        yield f"data: {json.dumps(await _document(engine, library, body, addition))}\n\n"
     except HTTPException as error:
         refused = {"message": error.detail, "code": error.status_code}
         yield f"data: {json.dumps({'error': refused})}\n\n"
     yield f"{_DONE}\n\n"
 
 
-async def _document(engine: LolaEngine, library: str, body: AddRequest) -> dict[str, Any]:
+async def _document(
+    engine: LolaEngine, library: str, body: AddRequest, addition: str
+) -> dict[str, Any]:
+    """The document that was added, in place of what it replaces."""
     found = await engine.sessions("library", library=library, salt=owned(body.cache_salt))
     for document in found["documents"]:
-        if document["document"] == body.document:
+        if addition_of(document["parts"][0]["session"]) == addition:
             return Document.model_validate(document).model_dump()
+    drop_addition(engine, library, body, addition)
     raise HTTPException(
         HTTPStatus.SERVICE_UNAVAILABLE,
         f"document = {body.document!r}: the budgets have no room for all of its parts; raise "

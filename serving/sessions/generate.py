@@ -174,7 +174,7 @@ async def _answer(
             answer.body_iterator = _with_report(
                 answer.body_iterator, report, engine, how.kind, still, finish
             )
-            return _LockedStream(answer, still)
+            return LockedStream(answer, still)
         if finish is not None and answer.status_code == HTTPStatus.OK:
             await finish()
             said = json.loads(bytes(answer.body)) | {"kv_transfer_params": report}
@@ -354,8 +354,8 @@ async def _with_report(
         yield event
 
 
-class _LockedStream(StreamingResponse):
-    """A stream that locks a session until it has ended, or its reader has left."""
+class LockedStream(StreamingResponse):
+    """A stream that holds a lock until it has ended, or its reader has left."""
 
     def __init__(self, answer: StreamingResponse, lock: ExitStack) -> None:
         super().__init__(

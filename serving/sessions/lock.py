@@ -1,4 +1,4 @@
-"""One request at a time writes a session, in all API processes of a server.
+"""One request at a time writes a session or adds a document, in all API processes of a server.
 
 A session is locked by binding a Unix socket of its name in Linux's abstract namespace. Only one
 socket can have a name, and the system drops it with the process that bound it. So a process that
@@ -35,9 +35,34 @@ async def lock_session(
     Raises:
         HTTPException: another request has the lock, or there is no store.
     """
+    return await _lock(
+        engine,
+        reference.session,
+        salt,
+        f"{reference.session!r} is being written by another request; wait for its answer, or fork "
+        "the session before",
+    )
+
+
+async def lock_document(
+    engine: LolaEngine, library: str, document: str, salt: str | None
+) -> AbstractContextManager[object]:
+    """Lock a title of a library, as `lock_session` does."""
+    return await _lock(
+        engine,
+        f"{library}/{document}",
+        salt,
+        f"document = {document!r}: another request is adding it to {library!r}; wait for its "
+        "answer, or take another title",
+    )
+
+
+async def _lock(
+    engine: LolaEngine, name: str, salt: str | None, refusal: str
+) -> AbstractContextManager[object]:
     validate_cache_salt(salt)
     store = await engine.store_id()
-    key = digest(salt_hash(owned(salt)).encode(), reference.session.encode())
+    key = digest(salt_hash(owned(salt)).encode(), name.encode())
     lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         lock.bind(f"\0lola-vllm/{store}/{key.hex()}")
@@ -45,9 +70,5 @@ async def lock_session(
         lock.close()
         if error.errno != errno.EADDRINUSE:
             raise
-        raise HTTPException(
-            HTTPStatus.CONFLICT,
-            f"{reference.session!r} is being written by another request; wait for its answer, or "
-            "fork the session before",
-        ) from None
+        raise HTTPException(HTTPStatus.CONFLICT, refusal) from None
     return closing(lock)

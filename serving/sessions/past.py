@@ -9,6 +9,7 @@ What came back is no part of the session: the question and its answer are read a
 
 from __future__ import annotations
 
+import secrets
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from lola_vllm.serving.library.asking import KnownPart, choose_among, source_of
 from lola_vllm.serving.sessions.composed_start import compose_for_request
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.template_boundary import Transcript
-from lola_vllm.sessions.names import PAST, Part
+from lola_vllm.sessions.names import PAST, Part, part_session
 
 if TYPE_CHECKING:
     from lola_vllm.serving.engine import LolaEngine
@@ -83,7 +84,7 @@ async def recall(
     for number in sorted(set(range(count)) - there):
         part = Part(PAST, session, number + 1, number + 1)
         tokens = transcript.tokens[number * size : (number + 1) * size]
-        await read_part(engine, part, tokens, None, salt)
+        await read_part(engine, part, part_session(secrets.token_hex(12)), tokens, None, salt)
     if len(there) < count:
         found = await engine.sessions("past", **asked)
     parts = [

@@ -25,6 +25,8 @@ class SessionSummary(BaseModel):
         tokens: that its last turn covers. bytes: of all its states.
         made_of: the sessions and turns of which it was composed, in order.
         created, used: seconds since 1970. pinned: whether a turn of it stays whatever is stored.
+        segments, segment_bytes: of its text, which were read apart to come back for questions; they
+            go with the session.
     """
 
     session: str
@@ -36,13 +38,15 @@ class SessionSummary(BaseModel):
     created: float
     used: float
     pinned: bool
+    segments: int
+    segment_bytes: int
 
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
                 "session": "agent-7", "turn": 3, "turns": [2, 3], "tokens": 1893,
                 "bytes": 36126720, "made_of": [], "created": 1790000000.0, "used": 1790000060.5,
-                "pinned": False,
+                "pinned": False, "segments": 0, "segment_bytes": 0,
             }
         }
     )  # fmt: skip

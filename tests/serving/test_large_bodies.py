@@ -96,6 +96,31 @@ def test_the_largest_bodies_that_are_read_stop_nobody(tiny, field, form):
         assert max(took, waited) < LONGEST_S
 
 
+@pytest.mark.parametrize("text", ["\n" * 900_000, "a\n" * 450_000], ids=["line ends", "lines"])
+def test_a_long_text_of_short_lines_stops_nobody(tiny, text):
+    """Each line end was counted apart, and a run of them was searched again for each."""
+    documents = "libraries/large/documents"
+    small = "A sparse cache holds the pairs of the largest score at the harbour. " * 4
+    if tiny.client.get("/v1/lola/libraries/large").status_code == 404:
+        added = {"document": "small", "text": small}
+        assert tiny.client.post(f"/v1/lola/{documents}", json=added).status_code == 200
+    said = {"messages": [{"role": "user", "content": f"{text}x"}], "max_tokens": 2}
+    bodies = {
+        "sessions/lines/append": {"prompt": text},
+        "sessions/lines/chat": said,
+        "memory": {"prompt": text},
+        "libraries/large/chat": said,
+    }
+    if not text.strip():  # there is nothing to read in it
+        bodies[documents] = {"document": "lines", "text": text}
+    for path, body in bodies.items():
+        answer, took, waited = others_wait(
+            tiny, lambda path=path, body=body: tiny.client.post(f"/v1/lola/{path}", json=body)
+        )
+        assert answer.status_code == 400, (path, answer.text[:300])
+        assert max(took, waited) < LONGEST_S, path
+
+
 def test_a_header_of_megabytes_is_refused(tiny):
     answer = tiny.client.post(
         "/v1/completions", json=PROMPT, headers={"X-Session-ID": "x" * 60_000}

@@ -20,14 +20,19 @@ ROW = 512
 
 
 class Clock:
-    """A clock that a test sets."""
+    """A clock that a test sets.
+
+    Attributes:
+        now: seconds since 1970. tick: that pass with each look, so that no two uses are at the same
+            time; 0 where a test must not depend on how often the store looks.
+    """
 
     def __init__(self) -> None:
-        self.now = 1_000_000.0
+        self.now, self.tick = 1_000_000.0, 0.001
 
     def __call__(self) -> float:
         """Seconds since 1970."""
-        self.now += 0.001  # no two uses at the same time
+        self.now += self.tick
         return self.now
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -174,6 +177,71 @@ def test_a_document_is_replaced_and_deleted_for_good(tiny: Server) -> None:
     for session in sessions:
         assert tiny.client.get(f"/v1/lola/sessions/{session}").status_code == 404
     assert ok(tiny.client.get("/v1/lola/sessions/kept"))["made_of"]
+
+
+def sizes(server: Server, library: str, document: str = "one") -> list[int]:
+    """Tokens of the parts of a document, which is whole."""
+    found = ok(server.client.get(f"{BASE}/{library}"))["documents"]
+    (one,) = (one for one in found if one["document"] == document)
+    assert one["complete"]
+    return [part["tokens"] for part in one["parts"]]
+
+
+def test_a_document_stays_until_the_new_one_is_whole(tiny: Server) -> None:
+    ok(add(tiny, "anew", "one", HARBOUR))
+    before = sizes(tiny, "anew")
+    body = {"document": "one", "text": GARDEN, "part_tokens": 240, "replace": True, "stream": True}
+    where = f"{BASE}/anew/documents"
+    with tiny.client.stream("POST", where, json=body) as stream:
+        next(stream.iter_lines())
+        assert sizes(tiny, "anew") == before  # and the client leaves
+    deadline = time.monotonic() + 60
+    answer = add(tiny, "anew", "one", GARDEN)
+    while "is adding it" in answer.text and time.monotonic() < deadline:
+        time.sleep(0.05)
+        answer = add(tiny, "anew", "one", GARDEN)
+    refused(answer, 409, '"replace": true')
+    assert sizes(tiny, "anew") == before
+    with tiny.client.stream("POST", where, json=body) as stream:
+        assert "[DONE]" in stream.read().decode()
+    assert len(sizes(tiny, "anew")) > len(before)
+
+
+def test_two_requests_that_add_a_title_do_not_mix_their_parts(tiny: Server) -> None:
+    begin = threading.Barrier(2)
+
+    def one(text: str) -> httpx.Response:
+        begin.wait()
+        response: httpx.Response = add(tiny, "both", "one", text)
+        return response
+
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(one, (GARDEN, GARDEN[::-1])))
+    assert sorted(answer.status_code for answer in answers) == [200, 409]
+    (added,) = (answer.json() for answer in answers if answer.status_code == 200)
+    assert [part["tokens"] for part in added["parts"]] == sizes(tiny, "both")
+
+
+def test_a_refused_question_leaves_no_session(shelf: Server) -> None:
+    ask = {"prompt": "The harbour is", "session": "refused", "top": 1, **GREEDY}
+    chat = {"messages": [{"role": "user", "content": "Where?"}], "session": "refused", **GREEDY}
+    too_long = "What is at the harbour? " * 400
+    for library, route, body, status in (
+        ("shelf", "complete", {**ask, "model": "none"}, 404),
+        ("shelf", "complete", {**ask, "prompt": too_long, "question": "What?"}, 400),
+        ("shelf", "complete", {**ask, "temperature": -1}, 400),
+        ("nowhere", "complete", ask, 404),
+        ("shelf", "chat", {**chat, "model": "none"}, 404),
+        ("shelf", "chat", {**chat, "messages": [{"role": "user", "content": too_long}],
+                           "question": "What?"}, 400),
+        ("shelf", "chat", {**chat, "stream": True, "model": "none"}, 404),
+    ):  # fmt: skip
+        answer = shelf.client.post(f"{BASE}/{library}/{route}", json=body)
+        assert answer.status_code == status, (route, body, answer.text)
+        assert shelf.client.get("/v1/lola/sessions/refused").status_code == 404, (route, body)
+    ok(shelf.client.post(f"{BASE}/shelf/complete", json=ask))
+    refused(shelf.client.post(f"{BASE}/shelf/complete", json={**ask, "model": "none"}), 409, "'ref")
+    assert shelf.client.get("/v1/lola/sessions/refused").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.sessions.file import KEYS_SUFFIX, StateFileError, keys_file
-from lola_vllm.sessions.names import Part
+from lola_vllm.sessions.names import Part, part_session
 from lola_vllm.sessions.prefix_hash import salt_hash
 from tests.support.sessions import ROW, Server, row_of
 
@@ -81,6 +81,51 @@ def test_a_deleted_document_takes_the_answers_along(server: Server) -> None:
     assert server.ask("remove_documents", library="pumps", document="a.md")["kind"] == "not-found"
     server.ask("remove_documents", library="pumps")
     assert server.ask("libraries") == []
+
+
+def test_a_document_is_replaced_when_the_new_one_is_whole(server: Server) -> None:
+    """Until then the old one is asked, and afterwards nothing of it is left."""
+    add = lambda addition, number, tokens: read(  # noqa: E731
+        server, part_session(addition * 24, number), tokens, Part("pumps", "c.md", number, 2)
+    )
+
+    def shown() -> list[int]:
+        (document,) = (
+            one for one in server.ask("library", library="pumps")["documents"]
+            if one["document"] == "c.md"
+        )  # fmt: skip
+        assert document["complete"]
+        return [part["tokens"] for part in document["parts"]]
+
+    add("a", 1, ONE)
+    add("a", 2, TWO)
+    made = server.ask("compose_parts", sources=[part_session("a" * 24, 2)])["session"]
+    server.settle()
+    add("b", 1, TWO[:20])
+    assert shown() == [len(ONE), len(TWO)]
+    # An addition that is given up leaves the document that is there.
+    gone = {"library": "pumps", "document": "c.md", "addition": "b" * 24}
+    assert server.ask("remove_documents", **gone) == {"deleted": 1}
+    assert server.ask("remove_documents", **gone) == {"deleted": 0}
+    add("c", 1, THREE[:30])
+    assert shown() == [len(ONE), len(TWO)]
+    add("c", 2, THREE[30:])
+    assert server.ask("libraries")[0]["parts"] == 5
+    assert shown() == [30, len(THREE) - 30]
+    server.settle()
+    left = {one["session"] for one in server.ask("sessions", everyone=True)}
+    parts = {part_session("c" * 24, number) for number in (1, 2)}
+    assert left == {"library-1", "library-2", "library-3", *parts} and made not in left
+
+
+def test_two_additions_of_a_title_do_not_mix_their_parts(server: Server) -> None:
+    for number, one, other in ((1, ONE, TWO), (2, THREE[:40], THREE[40:])):
+        for addition, tokens in (("a", one), ("b", other)):
+            name = part_session(addition * 24, number)
+            read(server, name, tokens[::-1], Part("pumps", "d.md", number, 2))
+    *_, document = server.ask("library", library="pumps")["documents"]
+    assert [part["tokens"] for part in document["parts"]] == [len(TWO), len(THREE[40:])]
+    assert document["complete"] and server.ask("libraries")[0]["documents"] == 3
 
 
 def test_owners_see_their_own(server: Server) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from lola_vllm.sessions import NotStored
 from lola_vllm.sessions.names import PAST, Part, Reference
 from lola_vllm.sessions.past import TOLERANCE_S
 from lola_vllm.sessions.prefix_hash import salt_hash
-from tests.support.sessions import ROW, Server
+from tests.support.sessions import ROW, Server, size_of
 
 TEXT, SIZE = list(range(100, 190)), 40
 
@@ -81,6 +82,7 @@ def test_segments_of_another_text_are_deleted(server: Server) -> None:
 
 @pytest.mark.parametrize("ttl", [None, 50.0, 5000.0])
 def test_segments_expire_with_their_session(server: Server, ttl: float | None) -> None:
+    server.clock.tick = 0  # a slow disk has the store look more often
     server.say([*TEXT, 1], "chat", ttl=ttl)
     assert segments(server) == [0, 1]
     (until,) = {s.header.expires for s in server.store.lookup(Reference("chat"))[1:]}
@@ -97,8 +99,91 @@ def test_segments_expire_with_their_session(server: Server, ttl: float | None) -
     assert segments(server) == [0, 1]
 
 
+@pytest.mark.parametrize("ttl", [None, 50.0])
+def test_a_segment_is_born_with_the_time_of_its_session(server: Server, ttl: float | None) -> None:
+    """A server that is killed before the next look leaves none that stays."""
+    session = server.say([*TEXT, 1], "brief", ttl=ttl)
+    segment = keep(server, 0, TEXT[:SIZE], session="brief")
+    assert segment.header.expires == session.header.expires
+    with pytest.raises(NotStored, match="nothing is stored under 'gone'"):
+        keep(server, 0, TEXT[:SIZE], session="gone")
+
+
+def test_segments_go_when_their_session_is_evicted(tmp_path: Path) -> None:
+    server = Server(memory=size_of(len(TEXT)) + 2 * size_of(SIZE))
+    server.say(TEXT, "chat")
+    keep(server, 0, TEXT[:SIZE])
+    keep(server, 1, TEXT[SIZE : 2 * SIZE])
+    server.say(TEXT[::-1], "other")  # takes the place of the session that was used least
+    assert {state.header.session for state in server.store.states.values()} == {"other"}
+    server.settle()
+    assert server.workers[0].num_states == 1
+    server.close()
+
+
+def test_segments_go_when_their_session_expires(server: Server) -> None:
+    server.say(TEXT[::-1], "brief", ttl=50)
+    keep(server, 0, TEXT[::-1][:SIZE], session="brief")
+    server.say([7, *TEXT[::-1]], "brief", ttl=20)  # ends before the turn that it goes on from
+    server.settle()
+    server.clock.now += 60
+    server.store.expire()
+    server.settle()
+    assert segments(server) == [0, 1]
+    left = {state.header.document for state in server.store.states.values()}
+    assert left == {"", "chat"}
+
+
+def test_a_killed_server_leaves_no_segment_without_its_session(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    session = server.say(TEXT, "chat")
+    segment = keep(server, 0, TEXT[:SIZE])
+    server.settle()
+    server.close()
+    (file,), directory = server.store.directory.files(session.id), server.store.directory
+    file.unlink()  # what it had done of a deletion, or of an eviction
+    again = Server(tmp_path)
+    assert not again.store.states
+    again.settle()
+    assert directory.gone(segment.id)
+    again.close()
+
+
+def test_another_server_learns_that_segments_were_renamed(tmp_path: Path) -> None:
+    server, other = Server(tmp_path), Server(tmp_path)
+    server.say(TEXT, "chat")
+    keep(server, 0, TEXT[:SIZE])
+    server.settle()
+    other.store.upkeep.refresh()
+    assert segments(other) == [0]
+    server.ask("rename", session="chat", to="talk")
+    server.settle()
+    other.store.upkeep.refresh()
+    assert segments(other, "talk") == [0] and segments(server, "talk") == [0]
+    server.close()
+    other.close()
+
+
+def test_segments_of_a_deleted_turn_go(server: Server) -> None:
+    server.say([*TEXT, *range(900, 950)], "chat")
+    keep(server, 2, [*TEXT[2 * SIZE :], *range(900, 930)])
+    assert segments(server) == [0, 1, 2]
+    assert server.ask("delete", reference="chat@2") == {"deleted": 2}
+    assert segments(server) == [0, 1]
+
+
+def test_their_owner_sees_that_they_exist(server: Server) -> None:
+    nbytes = 2 * server.store.state_bytes(SIZE, True)
+    (listed,) = server.ask("sessions")
+    shown = server.ask("show", session="chat")
+    for one in (listed, shown):
+        assert (one["segments"], one["segment_bytes"]) == (2, nbytes)
+    assert server.ask("sessions", salt="other") == []
+
+
 def test_segments_are_renamed_and_deleted_with_their_session(server: Server) -> None:
     made = server.ask("compose_parts", sources=["chat", "library-chat-0-1"])["session"]
+    server.say(TEXT[:-1], "other")
     other = keep(server, 0, TEXT[:SIZE], session="other").header.session
     server.ask("rename", session="chat", to="talk")
     server.settle()
@@ -110,7 +195,7 @@ def test_segments_are_renamed_and_deleted_with_their_session(server: Server) -> 
     answer = server.ask("delete", reference="talk")
     assert answer == {"deleted": 3}  # a turn and two segments
     left = {one["session"] for one in server.ask("sessions", everyone=True)}
-    assert left == {other} and made not in left
+    assert left == {"other", other} and made not in left
 
 
 def test_a_fork_has_none_yet(server: Server) -> None:
