@@ -1,5 +1,7 @@
 """Commands that talk to a running server: `lola-vllm sessions`, `library` and `chat`."""
 
+from lola_vllm.client.terminal import harmless
+
 
 class ClientError(ValueError):
     """A server that cannot be asked, or that refuses.
@@ -9,5 +11,5 @@ class ClientError(ValueError):
     """
 
     def __init__(self, text: str, status: int | None = None) -> None:
-        super().__init__(text)
+        super().__init__(harmless(text))  # it may quote what a server says
         self.status = status

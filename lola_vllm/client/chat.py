@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from lola_vllm.client import ClientError
 from lola_vllm.client.server import Server, path
 from lola_vllm.client.sources import library_path, source_lines
+from lola_vllm.client.terminal import print
 from lola_vllm.sessions.names import check_name
 
 # Tokens of an answer, unless told otherwise: without a bound, vLLM goes on to --max-model-len.
@@ -221,5 +222,4 @@ class _Conversation:
 
 def _note(text: str) -> None:
     """Something about the conversation: apart from it, so that answers can be piped."""
-    dim = "\033[2m{}\033[0m" if sys.stderr.isatty() else "{}"
-    print(dim.format(f"[{text}]"), file=sys.stderr, flush=True)
+    print(f"[{text}]", file=sys.stderr, flush=True, dim=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lola_vllm.client import ClientError
 from lola_vllm.client.chat import MAX_TOKENS, chat
 from lola_vllm.client.options import Verb, add_key, add_verbs, server_of
+from lola_vllm.client.terminal import harmless, print
 from lola_vllm.sessions.names import is_unnamed
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ def _each(sessions: Sequence[Mapping[str, Any]], done: str, act: Callable[[str],
 
 def table(rows: list[tuple[Any, ...]]) -> None:
     """Print rows, with the first as their head; numbers end below each other."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[harmless(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numbers = [all(c[:1].isdigit() for c in column[1:]) for column in zip(*cells, strict=True)]
     for row in cells:

@@ -16,6 +16,7 @@ from lola_vllm.client.command import ago, mib, table
 from lola_vllm.client.documents import documents_of, files_of, read_file
 from lola_vllm.client.options import add_verbs
 from lola_vllm.client.sources import LIBRARIES, library_path, source_lines
+from lola_vllm.client.terminal import print
 
 if TYPE_CHECKING:
     from lola_vllm.client.server import Server
@@ -101,11 +102,11 @@ def _draw(before: str, done: int, of: int) -> None:
     if sys.stdout.isatty():
         filled = _BAR * done // of
         bar = "█" * filled + "·" * (_BAR - filled)
-        print(f"\r\033[K{before}  {bar} {done} of {of} parts", end="", flush=True)
+        print(f"{before}  {bar} {done} of {of} parts", end="", flush=True, over=True)
 
 
 def _line(text: str) -> None:
-    print(("\r\033[K" if sys.stdout.isatty() else "") + text, flush=True)
+    print(text, flush=True, over=True)
 
 
 def _list(server: Server, args: argparse.Namespace) -> int:
