@@ -121,7 +121,7 @@ def _list(server: Server, args: argparse.Namespace) -> None:
     rows = [("session", "turn", "tokens", "MiB", "last used", "")]
     rows += [
         (s["session"], s["turn"], f"{s['tokens']:,}", mib(s["bytes"]), ago(s["used"]),
-         "pinned" if s["pinned"] else "")
+         " ".join(["pinned"] * s["pinned"] + [f"+{n} segments" for n in [s["segments"]] if n]))
         for s in found
     ]  # fmt: skip
     table(rows)

@@ -36,6 +36,7 @@ class Script:
     texts: dict[str, str] = field(default_factory=dict)
     used: dict[str, float] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
+    segments: dict[str, int] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
     composed: dict[str, list[str]] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Script:
                  "created": 0.0, "pinned": False}  # fmt: skip
         return {"session": name, "turn": turn, "turns": [turn], "tokens": tokens, "bytes": 2**20,
                 "created": 0.0, "used": self.used.get(name, 0.0), "pinned": name in self.pinned,
+                "segments": self.segments.get(name, 0),
                 "states": [state]}  # fmt: skip
 
 

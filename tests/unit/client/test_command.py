@@ -126,6 +126,12 @@ def test_what_nobody_named_has_no_file_to_export(script, run, tmp_path):
     assert "1 of 5 sessions are not written; plan-b" in said
 
 
+def test_a_list_says_which_sessions_have_segments(script, run):
+    script.segments["kept"] = 3
+    rows = {line.split()[0]: line for line in run("list").splitlines()}
+    assert rows["kept"].endswith("pinned +3 segments") and "segments" not in rows["new"]
+
+
 @pytest.mark.parametrize("words", [["list"], ["rm", "--all", "--yes"], ["export", "--all", "x"]])
 def test_a_server_that_lists_nobodys_sessions_says_so(script, run, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
