@@ -29,6 +29,39 @@ class Written(NamedTuple):
     ranks: int
 
 
+class _EarlyAnswer(http.client.HTTPConnection):
+    """A connection whose server may answer, and close, before all of a body is sent.
+
+    A server that refuses a file does not read it. The rest of the body then fails to be sent, while
+    the refusal is there to be read.
+    """
+
+    def endheaders(self, *args: Any, **options: Any) -> None:
+        """Send the headers and the body, or as much of the body as the server takes."""
+        try:
+            super().endheaders(*args, **options)
+        except (BrokenPipeError, ConnectionResetError):
+            if self.sock is None:  # it was not connected
+                raise
+
+
+class _EarlyAnswerTLS(_EarlyAnswer, http.client.HTTPSConnection):
+    """The same for https."""
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_EarlyAnswer, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_EarlyAnswerTLS, req)
+
+
+_OPENER = urllib.request.build_opener(_Http, _Https)
+
+
 class Server:
     """A running server.
 
@@ -153,20 +186,27 @@ class Server:
             self.url + where, data=data, headers=headers, method=method
         )
         try:
-            answer: IO[bytes] = urllib.request.urlopen(request, timeout=ANSWER_LIMIT_S)
+            answer: IO[bytes] = _OPENER.open(request, timeout=ANSWER_LIMIT_S)
         except urllib.error.HTTPError as error:
             raise self._refusal(where, error) from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise ClientError(
-                f"{self.url}: no server answers there ({reason}); start one with 'lola-vllm serve "
-                "MODEL', or mend the address"
-            ) from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise self._no_answer(getattr(error, "reason", error)) from None
         try:
             with answer:
                 yield answer
         except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
             raise self._broke_off(where, repr(error)) from None
+
+    def _no_answer(self, reason: object) -> ClientError:
+        if isinstance(reason, ConnectionRefusedError):
+            return ClientError(
+                f"{self.url}: no server answers there ({reason}); start one with 'lola-vllm serve "
+                "MODEL', or mend the address"
+            )
+        return ClientError(
+            f"{self.url}: the request was not answered ({reason}); see whether the address is "
+            "right and the server runs"
+        )
 
     def _broke_off(self, where: str, how: str) -> ClientError:
         return ClientError(
