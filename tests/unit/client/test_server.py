@@ -57,7 +57,7 @@ def test_who_closes_without_an_answer_is_not_called_no_server(answer, tmp_path):
 def test_only_a_refused_connection_is_no_server():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         free = listening.getsockname()[1]
-    with pytest.raises(ClientError, match="no server answers there .*lola-vllm serve"):
+    with pytest.raises(ClientError, match=r"no server answers there .*lola-vllm serve"):
         Server(f"http://127.0.0.1:{free}").sessions()
-    with pytest.raises(ClientError, match="was not answered .*address is right"):
+    with pytest.raises(ClientError, match=r"was not answered .*address is right"):
         Server("http://no-such-host.invalid").sessions()
