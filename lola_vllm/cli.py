@@ -399,7 +399,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "sessions": (add_sessions, "what a server remembers: list, show, fork, export, import, rm"),
     "states": (
         add_states,
-        "what a state directory holds, without a server: list by owner, move to a key, rm",
+        "what a state directory holds, without a server: list by owner, move to a key, rm, encrypt",
     ),
     "library": (
         add_library,

@@ -55,13 +55,14 @@ class LolaEndpoints:
 
         @asynccontextmanager
         async def with_address(app: FastAPI) -> AsyncIterator[Any]:
-            """The pages' addresses, after vLLM's list of routes."""
+            """The pages' addresses, and what of the directory is not read, after vLLM's routes."""
             async with start_up(app) as state:
                 engine: LolaEngine = app.state.lola_engine
                 if engine.is_lola:
                     logger.info("%s", app.state.lola_pages)
                 with suppress(HTTPException):  # the store learns how to wake an idle engine
-                    await engine.store_id()
+                    for line in (await engine.sessions("stats"))["unread"]:
+                        logger.warning("LoLA sessions: %s", line)
                 yield state
 
         app.router.lifespan_context = with_address

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar, overload
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
@@ -23,11 +22,9 @@ from lola_vllm.ops.int8 import Int8Rows, quantize
 from lola_vllm.ops.portable import compute_dtype
 from lola_vllm.ops.rope_table import RopeTable
 from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.sessions.cipher import KEYS, SALT_BYTES, StateKey
+from lola_vllm.sessions.cipher import StateKey, is_sealed, open_file, sealed_file
 from lola_vllm.sessions.partial import write_aside
 from lola_vllm.state import SequenceLayout, StateLayout
-
-_SEALED = b"lola-keys\n"  # begins a file that is encrypted, before its salt
 
 # A reading head holds at least this share of the pairs that the largest head holds, and lies in
 # this share of the layers: those behind find nothing that is not found before (docs/library.md).
@@ -203,11 +200,7 @@ class DocumentKeys:
             "positions": torch.cat(list(self.positions)).int(),
         }
         data = save(tensors)
-        if key is None:
-            return write_aside(path, [data])
-        cipher = key.new_file()
-        sealed = cipher.seal(KEYS, np.frombuffer(data, np.uint8))
-        return write_aside(path, [_SEALED + cipher.salt, *sealed])
+        return write_aside(path, [data] if key is None else sealed_file(data, key))
 
     @classmethod
     def read(cls, path: Path, key: StateKey | None = None) -> DocumentKeys:
@@ -227,11 +220,9 @@ class DocumentKeys:
                 file = safe_open(path, "pt")
                 return cls._of_tensors(set(file.keys()), file.get_tensor)
             data = path.read_bytes()
-            start, end = len(_SEALED), len(_SEALED) + SALT_BYTES
-            if not data.startswith(_SEALED):
+            if not is_sealed(data):
                 raise KeysError(f"{path.name}: it is not encrypted, and files here are")
-            cipher = key.of_file(data[start:end])
-            tensors = load(cipher.open(KEYS, np.frombuffer(data[end:], np.uint8)).tobytes())
+            tensors = load(open_file(data, key))
             return cls._of_tensors(set(tensors), tensors.__getitem__)
         except KeysError:
             raise

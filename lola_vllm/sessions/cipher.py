@@ -28,6 +28,7 @@ HEADER, TOKENS, STATE, KEYS = range(4)  # sections of a file
 
 _PIECE, _TAG = 2**20, 16  # bytes
 SALT_BYTES = 32
+_SEALED = b"lola-keys\n"  # begins a file that is sealed as a whole, before its salt
 _LEAST, _MOST = 32, 4096  # bytes of a secret
 _CONTEXT = f"lola-state {CIPHER}".encode()
 
@@ -136,6 +137,29 @@ class FileCipher:
 
 def _nonce(section: int, index: int, last: bool) -> bytes:
     return struct.pack(">BBHQ", section, last, 0, index)
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether these are the bytes of a file that was sealed as a whole."""
+    return data.startswith(_SEALED)
+
+
+def sealed_file(data: bytes, key: StateKey) -> Iterator[bytes]:
+    """A file of a document's keys that is sealed as a whole, piece by piece."""
+    cipher = key.new_file()
+    yield _SEALED + cipher.salt
+    yield from cipher.seal(KEYS, np.frombuffer(data, np.uint8))
+
+
+def open_file(data: bytes, key: StateKey) -> bytes:
+    """What `sealed_file` sealed.
+
+    Raises:
+        ValueError: it was changed, or sealed with another key, or is no such file.
+    """
+    start, end = len(_SEALED), len(_SEALED) + SALT_BYTES
+    sealed = np.frombuffer(data[end:], np.uint8)
+    return key.of_file(data[start:end]).open(KEYS, sealed).tobytes()
 
 
 def sealed_size(nbytes: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lola_vllm.sessions.cipher import StateKey
     from lola_vllm.sessions.inventory import Entry, Inventory, OwnerFilter
 
 _WHO = "none, file:PATH, env:NAME, prompt"
@@ -35,10 +37,10 @@ def add_states(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     def add(
-        name: str, text: str, run: Callable[[Inventory, argparse.Namespace], int]
+        name: str, text: str, run: Callable[[argparse.Namespace], int]
     ) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=text, description=text, parents=[common])
-        verb.set_defaults(run=lambda args: run(_open(args), args))
+        verb.set_defaults(run=run)
         return verb
 
     listing = add("list", "who has how many states, of which names, and when they were used", _list)
@@ -54,10 +56,15 @@ def add_states(parser: argparse.ArgumentParser) -> None:
     move.add_argument(
         "--to", required=True, metavar="WHO", help=f"whose they are to be: {_WHO}; one key"
     )
-    remove = add("rm", "delete what no given key reaches", _remove)
+    add("encrypt", "encrypt the files that were written without a key, each at once", _encrypt)
+    remove = add("rm", "delete what no given key reaches, or all", _remove)
+    what = remove.add_mutually_exclusive_group(required=True)
+    what.add_argument("--keep", nargs="+", metavar="WHO", help=f"whose states stay. {_KEYS}")
+    what.add_argument("--all", action="store_true", help="no states stay")
     remove.add_argument(
-        "--keep", nargs="+", required=True, metavar="WHO", help=f"whose states stay. {_KEYS}"
-    )
+        "--unread", action="store_true",
+        help="delete what cannot be read too, whoever's it is: of another key, or damaged",
+    )  # fmt: skip
     remove.add_argument("--yes", action="store_true", help="do not ask before")
 
 
@@ -104,21 +111,34 @@ def read_owners(text: str, option: str, shown: bool = False) -> OwnerFilter:
     return OwnerFilter.of_keys(text, keys)
 
 
-def _open(args: argparse.Namespace) -> Inventory:
+def _key(args: argparse.Namespace) -> StateKey | None:
     from lola_vllm.sessions.cipher import KEY_VARIABLE
-    from lola_vllm.sessions.inventory import Inventory
     from lola_vllm.sessions.settings import StoreSettings
 
     variable = KEY_VARIABLE if KEY_VARIABLE in os.environ else None
-    settings = StoreSettings(key_file=args.lola_state_key_file, key_variable=variable)
-    inventory = Inventory(args.lola_state_dir.expanduser().absolute(), settings.key())
-    for reason, number in sorted(inventory.refused.items()):
-        hint = "; give --lola-state-key-file" if reason == "key" and variable is None else ""
-        print(f"lola-vllm: {number} files are not looked at ({reason}{hint})", file=sys.stderr)
+    return StoreSettings(key_file=args.lola_state_key_file, key_variable=variable).key()
+
+
+def _open(args: argparse.Namespace) -> Inventory:
+    """The states of the directory; what cannot be read is told."""
+    from lola_vllm.sessions.encrypting import unread_words
+    from lola_vllm.sessions.inventory import Inventory
+
+    key = _key(args)
+    inventory = Inventory(_root(args), key)
+    counts = {reason: len(files) for reason, files in inventory.unread.items()}
+    for line in unread_words(counts, key is not None, inventory.root):
+        print(f"lola-vllm: {line}", file=sys.stderr)
     return inventory
 
 
-def _list(inventory: Inventory, args: argparse.Namespace) -> int:
+def _root(args: argparse.Namespace) -> Path:
+    root: Path = args.lola_state_dir.expanduser().absolute()
+    return root
+
+
+def _list(args: argparse.Namespace) -> int:
+    inventory = _open(args)
     known = [read_owners(text, "--keys") for text in args.keys]
     rows = []
     for owner, states in inventory.owners().items():
@@ -130,7 +150,7 @@ def _list(inventory: Inventory, args: argparse.Namespace) -> int:
         print(json.dumps({"owners": rows}, indent=2))
         return 0
     if not rows:
-        print("no states")
+        print("no states that can be read" if inventory.unread else "no states")
     for row in rows:
         reached = f", {row['reached']} of them reached" if known else ""
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["used"]))
@@ -159,8 +179,10 @@ def _describe(owner: str, states: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def _move(inventory: Inventory, args: argparse.Namespace) -> int:
+def _move(args: argparse.Namespace) -> int:
     from lola_vllm.sessions.inventory import InventoryError
+
+    inventory = _open(args)
 
     source, target = read_owners(args.source, "--from", shown=True), read_owners(args.to, "--to")
     if len(target.owners) > 1:
@@ -171,16 +193,42 @@ def _move(inventory: Inventory, args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def _remove(inventory: Inventory, args: argparse.Namespace) -> int:
-    kept = inventory.of([read_owners(text, "--keep") for text in args.keep])
+def _encrypt(args: argparse.Namespace) -> int:
+    from lola_vllm.sessions.encrypting import encrypt
+    from lola_vllm.sessions.inventory import InventoryError
+
+    key = _key(args)
+    if key is None:
+        raise InventoryError(
+            "no key to encrypt with: give --lola-state-key-file, a file that `openssl rand -hex "
+            "32` wrote, for example"
+        )
+    done = encrypt(_root(args), key)
+    for text in done.failed:
+        print(f"lola-vllm: not encrypted: {text}", file=sys.stderr)
+    print(f"{done.files} files encrypted; {done.before} were encrypted before")
+    return 2 if done.failed else 0
+
+
+def _remove(args: argparse.Namespace) -> int:
+    inventory = _open(args)
+    kept = inventory.of([read_owners(text, "--keep") for text in args.keep or ()])
     stay = {(state.model, state.header.id) for state in kept}
     leaving = [s for s in inventory.states if (s.model, s.header.id) not in stay]
-    if not leaving:
-        print("nothing to delete: the given keys reach all states")
-        return 0
+    unread = sorted(itertools.chain(*inventory.unread.values()))
+    for path in unread:
+        fate = "it goes too" if args.unread else "it stays; --unread deletes it too"
+        print(f"{path.relative_to(inventory.root)}: cannot be read; {fate}")
+    also = unread if args.unread else []
+    status = 2 if args.all and len(also) < len(unread) else 0
+    if not leaving and not also:
+        why = "no state can be read" if args.all else "the given keys reach all states"
+        print(f"nothing to delete: {why}")
+        return status
     mib = sum(state.nbytes for state in leaving) / 2**20
     names = sorted({state.header.session for state in leaving})
     what = f"{len(leaving)} states of {len(names)} names, {mib:.1f} MiB"
+    what += f", and {len(also)} that cannot be read" if also else ""
     print(f"{what}: {', '.join(names[:_NAMES])}" + (", ..." if len(names) > _NAMES else ""))
     if not args.yes:
         if not sys.stdin.isatty():
@@ -190,5 +238,7 @@ def _remove(inventory: Inventory, args: argparse.Namespace) -> int:
             print("nothing was deleted")
             return 0
     inventory.delete(leaving)
-    print(f"{len(leaving)} states deleted")
-    return 0
+    if also:
+        inventory.delete_unread()
+    print(f"{len(leaving) + len(also)} states deleted")
+    return status

@@ -5,10 +5,12 @@ No server has to run. One that does sees each state that is moved as a deletion 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from lola_vllm.sessions.file import (
     StateFileError,
     StateHeader,
     file_name,
+    keys_file,
     parse_name,
     rank_files,
     read_ahead,
@@ -93,24 +96,19 @@ class Inventory:
         root: as `--lola-state-dir`. key: of the files; None: they are not encrypted.
 
     Attributes:
-        states: those that can be read. refused: reason -> number of files that cannot.
+        states: those that can be read. unread: those that cannot: the files of their first ranks,
+            by the reason of `StateFileError`.
 
     Raises:
         InventoryError: there is no such directory.
     """
 
     def __init__(self, root: Path, key: StateKey | None = None) -> None:
-        if not root.is_dir():
-            raise InventoryError(
-                f"--lola-state-dir = {str(root)!r}: no such directory; give the one that the "
-                "servers have"
-            )
         self.root, self.key = root, key
         self.states: list[Entry] = []
-        self.refused: Counter[str] = Counter()
-        for model in sorted(root.iterdir()):
-            if _MODEL.fullmatch(model.name) and model.is_dir():
-                self._read(model)
+        self.unread: dict[str, list[Path]] = defaultdict(list)
+        for model in model_directories(root):
+            self._read(model)
 
     def owners(self) -> dict[str, list[Entry]]:
         """States by owner as people are shown it, `none` first."""
@@ -179,6 +177,21 @@ class Inventory:
         for group in models.values():
             self._directory(group[0]).delete([state.header.id for state in group])
 
+    def delete_unread(self) -> None:
+        """Delete what cannot be read for good, with the other ranks' files and the keys.
+
+        Raises:
+            OSError: a file cannot be removed.
+        """
+        for first in itertools.chain(*self.unread.values()):
+            named = parse_name(first.name)
+            assert named is not None  # as `_read` found it by its name
+            state, _, ranks = named
+            with suppress(OSError):  # a full disk must not keep what is to be deleted
+                first.with_name(f"{state}{DELETED}").touch(0o600)
+            for path in (*rank_files(first.parent, state, ranks), keys_file(first.parent, state)):
+                path.unlink(missing_ok=True)
+
     def _read(self, model: Path) -> None:
         names = set(os.listdir(model))
         there = []
@@ -201,7 +214,7 @@ class Inventory:
                     raise StateFileError(files[0], "foreign", "it is of another model")
                 stats = [path.stat() for path in files]
             except StateFileError as error:
-                self.refused[error.reason] += 1
+                self.unread[error.reason].append(files[0])
                 continue
             except FileNotFoundError:  # a server removed it a moment ago
                 continue
@@ -241,6 +254,22 @@ class Inventory:
     def _directory(self, state: Entry) -> StateDirectory:
         fingerprint = Fingerprint(**state.header.fingerprint)
         return StateDirectory(self.root, fingerprint, state.header.ranks, self.key)
+
+
+def model_directories(root: Path) -> list[Path]:
+    """The directories of models below a state directory.
+
+    Raises:
+        InventoryError: there is no such directory.
+    """
+    if not root.is_dir():
+        raise InventoryError(
+            f"--lola-state-dir = {str(root)!r}: no such directory; give the one that the servers "
+            "have"
+        )
+    return [
+        path for path in sorted(root.iterdir()) if _MODEL.fullmatch(path.name) and path.is_dir()
+    ]
 
 
 def _moved_id(header: StateHeader, salt: str) -> str:

@@ -441,6 +441,7 @@ class SessionManager:
                 "failures": dict(store.failures),
                 "seconds": {name: float(value) for name, value in store.seconds.items()},
                 "directory": None if store.directory is None else str(store.directory.path),
+                "unread": store.unread(),
             }
 
     def _ended(self, operation: Operation) -> Any:

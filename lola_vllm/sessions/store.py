@@ -12,10 +12,12 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lola_vllm.sessions.directory import StateDirectory
+from lola_vllm.sessions.encrypting import KEY_FAULTS, plain_writer, unread_words
 from lola_vllm.sessions.expiry import Expiries
 from lola_vllm.sessions.failure_log import FailureLog
 from lola_vllm.sessions.file import StateHeader
@@ -118,13 +120,24 @@ class SessionStore:
         # Where documents of so many tokens begin when they are composed (`composing.py`).
         self.offsets: Callable[[Sequence[int]], Sequence[int]] = _no_composing
         self.directory: StateDirectory | None = None
+        self._held = ExitStack()  # until the store is closed
         if settings.directory is not None:
             self.directory = StateDirectory(settings.directory, fingerprint, ranks, settings.key())
+            if self.directory.key is None:
+                self._held.enter_context(plain_writer(self.directory.path))
         self.upkeep = Upkeep(self)
 
     def close(self) -> None:
         """Finish what waits, and stop looking at the directory."""
         self.upkeep.close()
+        self._held.close()
+
+    def unread(self) -> list[str]:
+        """Which states of the directory its key does not fit, and the remedy, in words."""
+        if self.directory is None or self.settings.directory is None:
+            return []
+        counts = {reason: self.failures[reason] for reason in KEY_FAULTS if self.failures[reason]}
+        return unread_words(counts, self.directory.key is not None, self.settings.directory)
 
     # What a request needs.
 

@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from lola_vllm.serving.plugin import describe_pages
+from lola_vllm.serving.plugin import LolaEndpoints, describe_pages
 from lola_vllm.serving.routes import page
 
 PAGE = "/lola/inspector"
@@ -49,3 +49,20 @@ def test_the_chat_is_at_the_root_of_lola_models_only(is_lola, status):
     app.state.lola_engine = SimpleNamespace(is_lola=is_lola)
     answer = TestClient(app).get("/")
     assert answer.status_code == status and ("<html" in answer.text) == is_lola
+
+
+def test_what_is_not_read_is_said_at_the_end_of_the_start(caplog):
+    async def sessions(method):
+        assert method == "stats"
+        return {"unread": ["3 states are not read in /states: not encrypted"]}
+
+    app = FastAPI()
+    LolaEndpoints().attach_router(app)
+    app.state.lola_engine = SimpleNamespace(is_lola=True, sessions=sessions)
+    app.state.lola_pages = "LoLA: chat: http://127.0.0.1:8000/"
+    with caplog.at_level("INFO", "vllm.lola"), TestClient(app):
+        lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        app.state.lola_pages,
+        "LoLA sessions: 3 states are not read in /states: not encrypted",
+    ]
