@@ -317,7 +317,9 @@ def _params(
     """`kv_transfer_params.lola` of a request."""
     params: dict[str, Any] = {"save": reference.session}
     if transcript is not None:
-        params["from"] = f"{reference.session}@{transcript.turn}"
+        # The next messages may leave out the end of a prompt that nobody answered (`continuation`).
+        turn = f"@{transcript.turn}" if transcript.kind == "answer" else ""
+        params["from"] = f"{reference.session}{turn}"
     if ttl is not None:
         params["ttl"] = ttl
     return params

@@ -7,7 +7,8 @@ is what the session goes on with: the end of the assistant's turn, and the new m
     <|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\nANSWER | <|im_end|>\n<|im_start|>user\n...
 
 The session may have a part of the end already, because the model said `<|im_end|>` itself. Where it
-ends with messages that were only read, the end of an answer is left out.
+ends with messages that were only read, the end of an answer is left out. Where nothing was kept of
+an answer, its beginning is left out too, so that no empty answer stands between two messages.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ async def continuation(
 ) -> list[int]:
     """The tokens of a session and of new messages.
 
+    They begin with the session's, but for the beginning of an answer of which nothing was kept.
+
     Args:
         request: the new messages, and how to render them. special: as in `Transcript.before`.
 
@@ -75,13 +78,14 @@ async def continuation(
             "the chat template ends an assistant's turn differently when messages follow; send the "
             "whole chat to /v1/chat/completions with session_id",
         )
+    before = transcript.before(special)
     if transcript.kind != "answer":
+        new = new[len(end) :]
         opening = (await _after_answer(request, raw_request, []))[len(end) :]
         start = await text_tokens(opening, raw_request) if opening else []
-        if not start or transcript.tokens[-len(start) :] != start:  # nobody's turn is open
-            new = new[len(end) :]
-    tokens = await text_tokens(new, raw_request)
-    return transcript.before(special) + tokens
+        if start and before[-len(start) :] == start:
+            before = before[: -len(start)]
+    return before + await text_tokens(new, raw_request)
 
 
 async def ending(request: ChatCompletionRequest, raw_request: Request) -> list[int]:
