@@ -35,8 +35,14 @@ export class Holds {
     $("tokens").textContent = words(tokens);
     $("held").textContent = bytes(this.sequence);
     $("full").textContent = bytes(full);
+    const less = tokens < this.even;
+    $("crossing").textContent = less
+      ? `A full KV cache would be smaller up to ${words(this.even)} tokens: ` +
+        `${words(this.even - tokens)} to go.`
+      : `A full KV cache would be larger from ${words(this.even)} tokens on.`;
     $("short").textContent =
-      `${words(tokens)} tokens in ${bytes(this.sequence)}; full KV cache ${bytes(full)}`;
+      `${words(tokens)} tokens in ${bytes(this.sequence)}; full KV cache ${bytes(full)}, ` +
+      `${less ? "smaller up to" : "larger from"} ${words(this.even)} tokens`;
     this.draw(tokens, turns);
     this.list(tokens);
   }

@@ -1,11 +1,12 @@
 // Puts the parts of the chat page together: which session, what is said, and what is held of it.
 
 import { request, useKey } from "../inspector/api.js";
+import { listLibraries, titleOf } from "../inspector/library.js";
 import { toLink } from "../inspector/link.js";
 import { words } from "../inspector/memory.js";
+import { CHATS, LIBRARIES, forget, names, remember } from "../inspector/names.js";
 import { render } from "./blocks.js";
 import { Holds, bytes } from "./holds.js";
-import { forget, fresh, names, remember } from "./names.js";
 import * as session from "./session.js";
 
 const $ = (id) => document.getElementById(id);
@@ -21,7 +22,8 @@ let holds = null; // null until the server has told its sizes
 let name = "";
 let at = { turn: 0, tokens: null }; // the session's last turn, and the tokens that it covers
 let turns = []; // { tokens, bytes } of its states
-let stopped = null; // where it was before a turn that was stopped and is not stored yet
+let stopped = null; // the number of a turn that was stopped and is not stored yet
+let editing = null; // what is to be replaced: { mine, from }, a message and where it went on from
 let asking = null; // what stops the answer that is coming
 let opening = new AbortController(); // and the opening of a session: a newer one takes its place
 
@@ -45,7 +47,8 @@ function tell(error) {
 function bubble(role, text = "") {
   const made = document.createElement("article");
   made.className = role || "past";
-  made.setAttribute("aria-label", { user: "You", assistant: "The model" }[role] ?? "Said before");
+  const who = { system: "System prompt", user: "You", assistant: "The model" };
+  made.setAttribute("aria-label", who[role] ?? "Said before");
   made.append(render(text));
   $("log").append(made);
   return made;
@@ -56,6 +59,41 @@ function note(text, kind = "") {
   made.className = `note ${kind}`;
   made.textContent = text;
   $("log").append(made);
+}
+
+// What can be done with a message and its answer. `from` is where they went on from.
+function offer(mine, text, from) {
+  const made = document.createElement("div");
+  made.className = "actions";
+  const add = (label, act) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = label;
+    button.setAttribute("aria-label", `${label}: ${text.slice(0, 60)}`);
+    button.addEventListener("click", () => asking || act());
+    made.append(button);
+  };
+  add("Edit", () => {
+    edit({ mine, from });
+    $("message").value = text;
+    $("message").focus();
+  });
+  add("Regenerate", () => {
+    edit({ mine, from });
+    turn(text);
+  });
+  $("log").append(made);
+}
+
+function edit(what) {
+  editing = what;
+  $("editing").hidden = !what;
+  showSystem();
+}
+
+// The system prompt can be changed where a chat begins, and again with its first message.
+function showSystem() {
+  $("system").readOnly = Boolean(editing ? editing.from.turn : at.turn);
 }
 
 // Changes the log, and keeps its end in view where it was.
@@ -81,6 +119,11 @@ function welcome() {
 
 // --- which session
 
+function fresh() {
+  const random = crypto.getRandomValues(new Uint8Array(4));
+  return `chat-${[...random].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
+}
+
 const chosen = () => decodeURIComponent(location.hash.slice(1));
 
 // Shows the session of a name, from what the server has of it. Nobody has a new one's name.
@@ -89,6 +132,8 @@ async function open(wanted, isNew = false) {
   opening = new AbortController();
   const { signal } = opening;
   [name, at, turns, stopped] = [wanted, { turn: 0, tokens: null }, [], null];
+  for (const id of ["system", "library"]) $(id).value = "";
+  edit(null);
   history.replaceState(null, "", `#${encodeURIComponent(name)}`);
   welcome();
   showNames();
@@ -99,10 +144,10 @@ async function open(wanted, isNew = false) {
     if (found) {
       say("Reading what was said …");
       place(found);
-      remember(name);
+      remember(CHATS, name);
       const { said, cut } = await session.messages(name);
       if (signal.aborted) return;
-      showSaid(said, cut);
+      showSaid(said, cut, session.before(found));
       say("");
     }
     showNames();
@@ -122,24 +167,33 @@ function place(found) {
   turns = [...last.values()].map(({ tokens, bytes: size }) => ({ tokens, bytes: size }));
 }
 
-function showSaid(said, cut) {
+// `from` is where the last message went on from, null where that is not known.
+function showSaid(said, cut, from) {
   $("log").replaceChildren();
   if (cut) note(`${words(cut)} earlier tokens are not shown. The memory has read them.`);
-  for (const { role, text } of said)
-    if (text.trim()) bubble(role, text);
+  let last = null;
+  for (const { role, text } of said) {
+    const made = text.trim() ? bubble(role, text) : null;
+    if (made && role === "system") $("system").value = text;
+    if (made && role === "user") last = { made, text };
+  }
   if (said.at(-1)?.role === "assistant" && !said.at(-1).text.trim())
     note("This answer was stopped; its text is not part of the memory.");
+  const alone = !cut && said.filter(({ role }) => role === "user").length === 1;
+  const before = from ?? (alone && { turn: 0, tokens: null });
+  if (last && before) offer(last.made, last.text, before);
   $("log").scrollTop = $("log").scrollHeight;
 }
 
 function showNames() {
-  const known = names();
+  const known = names(CHATS);
   const options = known.map((other) => new Option(other, other));
   if (!known.includes(name)) options.unshift(new Option(`${name} (new)`, name));
   $("chats").replaceChildren(...options);
   $("chats").value = name;
   $("name").value = name;
   $("delete").hidden = !at.turn;
+  showSystem();
 }
 
 function showMemory(tokens = at.tokens ?? 0) {
@@ -170,7 +224,7 @@ $("name").addEventListener("change", async () => {
   try {
     if (at.turn) {
       await session.rename(old, to);
-      remember(to, old);
+      remember(CHATS, to, old);
       name = to;
       history.replaceState(null, "", `#${encodeURIComponent(name)}`);
       say("");
@@ -186,8 +240,8 @@ $("delete").addEventListener("click", async () => {
   if (!confirm(`Delete ${name}? The server forgets all that was said in it.`)) return;
   try {
     await session.remove(name);
-    forget(name);
-    await openFirst(names()[0]);
+    forget(CHATS, name);
+    await openFirst(names(CHATS)[0]);
   } catch (error) {
     tell(error);
   }
@@ -201,47 +255,78 @@ function busy(is) {
   for (const id of ["new", "chats", "name", "delete"]) $(id).disabled = is;
 }
 
+// What a message sends: a system prompt where it begins a chat, and where it asks.
+function fieldsOf(text, from) {
+  const begins = !from.turn && $("system").value.trim();
+  const system = begins ? [{ role: "system", content: $("system").value }] : [];
+  const fields = { messages: [...system, { role: "user", content: text }] };
+  fields.max_tokens = Number($("max-tokens").value);
+  if ($("temperature").value) fields.temperature = Number($("temperature").value);
+  if ($("library").value) fields.library = $("library").value;
+  else if ($("recall").checked) fields.recall = "segments";
+  return fields;
+}
+
+// Sends a message: the next one, or in the place of the one that is replaced.
 async function turn(text) {
   asking = new AbortController();
   busy(true);
   say("");
+  await (stopped && followStopped(0).catch(tell));
+  const replaced = editing, from = replaced?.from ?? at;
   $("welcome")?.remove();
+  if (replaced) {
+    while (replaced.mine.nextSibling) replaced.mine.nextSibling.remove();
+    if (!from.turn) $("log").replaceChildren();
+    replaced.mine.remove();
+  }
+  const fields = fieldsOf(text, from);
+  edit(null);
+  const system = fields.messages.slice(0, -1).map(({ role, content }) => bubble(role, content));
   const mine = bubble("user", text);
   const theirs = bubble("assistant");
   $("log").scrollTop = $("log").scrollHeight;
   $("message").value = "";
-  const before = at, began = performance.now(), recalls = $("recall").checked;
+  const began = performance.now(), most = fields.max_tokens;
+  const adds = fields.recall || fields.library; // text that comes back, and is counted in the tokens
   let first = null, came = null, frame = 0;
   const draw = () => {
     cancelAnimationFrame(frame);
     frame = 0;
     if (came) atEnd(() => theirs.replaceChildren(...answered(came)));
-    // A segment that comes back is counted in them until the answer has ended.
-    if (came?.tokens && !recalls) holds?.show(came.tokens, turns);
+    if (came?.tokens && !adds) holds?.show(came.tokens, turns);
   };
   try {
-    if (stopped) await followStopped(0);
-    const most = Number($("max-tokens").value);
-    const fields = { max_tokens: most };
-    if ($("temperature").value) fields.temperature = Number($("temperature").value);
-    if (recalls) fields.recall = "segments";
-    const { told, ended, usage } = await session.say(name, at, text, fields, (now) => {
+    if (!from.turn && at.turn) { // nothing is before the message: the chat begins anew
+      await session.remove(name);
+      [at, turns] = [from, []];
+    }
+    const answer = await session.say(name, at, from, fields, (now) => {
       came = now;
       if (now.words || now.reasoning) first ??= performance.now() - began;
       frame ||= requestAnimationFrame(draw);
     }, asking.signal);
     draw();
-    atEnd(() => finish(told, ended, usage, most, first));
+    atEnd(() => {
+      finish(answer, most, first, from);
+      offer(mine, text, from);
+    });
+    if (fields.library) remember(LIBRARIES, fields.library);
   } catch (error) {
     draw();
-    if (error.name === "AbortError") await stop(before);
-    else {
+    if (error.name === "AbortError") {
+      await stop(at.turn + (session.composes(from, fields) ? 2 : 1));
+      offer(mine, text, from);
+    } else if (replaced && !came?.words) {
+      await open(name); // what was to be replaced
+      $("message").value ||= text;
+      tell(error);
+    } else {
       tell(error);
       if (came?.words) note("The answer broke off. Reload the page to go on from what is stored.");
       else {
         // Nothing was answered: the message may be corrected and sent again.
-        mine.remove();
-        theirs.remove();
+        for (const made of [...system, mine, theirs]) made.remove();
         $("message").value ||= text;
         if (!$("log").children.length) welcome();
       }
@@ -263,7 +348,7 @@ function answered({ words: text, reasoning }) {
 }
 
 // Takes the place of a turn that is stored, and says what there is to say about it.
-function finish(told, ended, usage, most, first) {
+function finish({ told, ended, usage, sources }, most, first, from) {
   const tokens = usage.completion_tokens ?? 0;
   if (CUT[ended]) note(CUT[ended](tokens, most), "cut");
   if (!told.turn) {
@@ -282,19 +367,23 @@ function finish(told, ended, usage, most, first) {
     prompt -= end - from; // which is no part of the chat
     note(`recalled tokens ${words(from)} to ${words(end - 1)}: ${sentence}`);
   }
+  for (const [index, one] of sources.entries())
+    note(`[${index + 1}] ${titleOf(one)} (${Math.round(one.share * 100)} %)` +
+      (one.sentence ? `: ${one.sentence}` : ""));
+  if (sources.length && from.turn) prompt -= sources[0].tokens; // nor is what was found
   const why = told.reason && at.turn ? ` (${told.reason})` : "";
   note(`turn ${told.turn}: ${words(restored)} tokens restored${why}, ` +
     `${words(prompt - restored)} read, first word after ` +
     `${((first ?? 0) / 1000).toFixed(2)} s, ${bytes(told.bytes)} stored`);
   at = { turn: told.turn, tokens: told.tokens };
   turns.push({ tokens: told.tokens, bytes: told.bytes });
-  remember(name);
+  remember(CHATS, name);
 }
 
 // Where the server has read the message, it has the state at the end of the prompt, and none of an
 // answer that it was still making.
-async function stop(before) {
-  stopped = before;
+async function stop(number) {
+  stopped = number;
   say("Stopping …");
   try {
     const kind = await followStopped();
@@ -315,7 +404,7 @@ async function followStopped(wait) {
   }
   stopped = null;
   place(found);
-  remember(name);
+  remember(CHATS, name);
   return found.states.at(-1).kind;
 }
 
@@ -330,6 +419,7 @@ $("message").addEventListener("keydown", (event) => {
   $("ask").requestSubmit();
 });
 $("stop").addEventListener("click", () => asking?.abort());
+$("cancel").addEventListener("click", () => edit(null));
 
 // --- at the start
 
@@ -342,7 +432,9 @@ async function start() {
     tell(error);
     return;
   }
-  await openFirst(chosen() || names()[0]);
+  // A server without libraries, or without a store, has none to offer.
+  listLibraries($("libraries")).catch(() => {});
+  await openFirst(chosen() || names(CHATS)[0]);
   $("message").focus({ preventScroll: true });
 }
 

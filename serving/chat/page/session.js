@@ -24,64 +24,87 @@ export async function find(name, signal) {
 export const rename = (name, to) => request(path(name), { session: to }, undefined, "PATCH");
 export const remove = (name) => request(path(name), null, undefined, "DELETE");
 
-// A turn after `at`, { turn, tokens }, with `fields` of a chat completion. `grow` is called with { words, reasoning, tokens } as they
-// come. The result is { told, ended, usage }; `told` is what the store says.
-export async function say(name, at, text, fields, grow, signal) {
+// Whether a turn begins a chat with what it reads of a library, which is a turn of its own.
+export const composes = (from, { library }) => !from.turn && library;
+
+// A turn after `from`, { turn, tokens }, which is the last one or one before it. `fields` are those
+// of a chat completion, with its messages and the `library` that is asked. `grow` is called with
+// { words, reasoning, tokens } as they come. The result is { told, ended, usage, sources }; `told` is
+// what the store says.
+export async function say(name, last, from, fields, grow, signal) {
+  const begins = composes(from, fields);
+  const { library, ...others } = fields;
+  const where = begins ? `/v1/lola/libraries/${encodeURIComponent(library)}/chat`
+    : path(from.turn < last.turn ? `${name}@${from.turn}` : name, "/chat");
+  // So that nobody else's turn, and no lost one, is gone on from unnoticed.
+  const place = begins ? { session: name } : { turn: from.turn, tokens: from.tokens };
   const body = {
-    messages: [{ role: "user", content: text }],
-    turn: at.turn, // so that nobody else's turn, and no lost one, is gone on from unnoticed
-    tokens: at.tokens,
+    ...place,
+    ...(begins ? others : fields),
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
     repetition_detection: REPETITION,
-    ...fields,
   };
-  let told = {}, ended = null, usage = {}, words = "", reasoning = "";
-  for await (const event of events(path(name, "/chat"), body, signal)) {
+  let told = {}, ended = null, usage = {}, sources = [], words = "", reasoning = "";
+  for await (const event of events(where, body, signal)) {
     for (const { delta, finish_reason } of event.choices ?? []) {
       words += delta.content ?? "";
       reasoning += delta.reasoning ?? "";
       ended = finish_reason ?? ended;
     }
     usage = event.usage ?? usage;
+    sources = event.sources ?? sources;
     told = event.kv_transfer_params?.lola ?? told;
     grow({ words, reasoning, tokens: usage.total_tokens });
   }
-  return { told, ended, usage };
+  return { told, ended, usage, sources };
 }
 
-// The turn after one whose answer was stopped, null while it is not stored. Another turn is not
+// The turn of this number, whose answer was stopped, null while it is not stored. Another turn is not
 // taken: the server refuses to go on from there, and says why.
-export async function followed(name, before, wait = SETTLE_MS) {
+export async function followed(name, turn, wait = SETTLE_MS) {
   const deadline = Date.now() + wait;
   for (;;) {
     const found = await find(name);
-    if (found?.turn === before.turn + 1) return found;
+    if (found?.turn === turn) return found;
     if (Date.now() >= deadline) return null;
     await new Promise((done) => setTimeout(done, 100));
   }
 }
 
+// Where a session was before its last turn, { turn, tokens }; null where that is not kept.
+export function before({ turn, states }) {
+  const ids = new Map(states.map((state) => [state.id, state]));
+  let state = states.at(-1);
+  while (state?.turn === turn) state = ids.get(state.parent);
+  return state ? { turn: state.turn, tokens: state.tokens } : null;
+}
+
 // --- what was said
 
+const PROBE = "Zq7wlola1";
 let marks = null; // what the chat template writes between messages
 
-// A probe's text as the template writes it, and as tokens give it back.
+// The marks, from what the template writes around probes, as tokens give it back.
 async function findMarks() {
-  const [one, two, three] = ["Zq7wlola1", "Zq7wlola2", "Zq7wlola3"];
-  const messages = [one, two, three].map((content, i) =>
-    ({ role: i === 1 ? "assistant" : "user", content }));
-  const { tokens } = await request("/tokenize", { messages, add_generation_prompt: false });
-  const text = await textOf(tokens);
-  const [before, toAnswer, toUser] = text.split(/Zq7wlola[123]/);
+  const [start, toAnswer, toUser] = await written("user", "assistant", "user");
   if (!toAnswer || !toUser || toAnswer === toUser) return null;
-  return { before, toAnswer, toUser };
+  // A template may know no system prompt.
+  const [system, toFirst] = await written("system", "user").catch(() => []);
+  return { start, toAnswer, toUser, system, toFirst };
+}
+
+// What the template writes before each message of these roles.
+async function written(...roles) {
+  const messages = roles.map((role) => ({ role, content: PROBE }));
+  const { tokens } = await request("/tokenize", { messages, add_generation_prompt: false });
+  return (await textOf(tokens)).split(PROBE);
 }
 
 const textOf = async (tokens) => (await request("/detokenize", { tokens })).prompt;
 
 // The messages of a session, [{ role, text }], from its tokens: the server keeps no others. The role
-// is "user", "assistant", or "" where the text cannot be divided.
+// is "system", "user", "assistant", or "" where the text cannot be divided.
 export async function messages(name) {
   const { tokens } = await request(path(name, "/tokens"));
   const tail = tokens.slice(-SHOWN);
@@ -92,10 +115,16 @@ export async function messages(name) {
 
 export function divide(text, found) {
   if (!found) return [{ role: "", text }];
-  const { before, toAnswer, toUser } = found;
-  let rest = text.startsWith(before) ? text.slice(before.length) : text;
+  const { start, toAnswer, toUser, system, toFirst } = found;
   const said = [];
-  let role = "";
+  let rest = text, role = "";
+  // A template may write a system prompt of its own, which nobody said: then `start` has all of it.
+  const own = text.startsWith(start);
+  const first = toFirst ? text.indexOf(toFirst) : -1;
+  if (text.startsWith(system ?? start) && first >= 0 && !(own && start.length > system.length)) {
+    said.push({ role: "system", text: text.slice(system.length, first) });
+    rest = text.slice(first + toFirst.length);
+  } else if (own) rest = text.slice(start.length);
   for (;;) {
     const [answer, user] = [toAnswer, toUser].map((mark) => {
       const at = rest.indexOf(mark);

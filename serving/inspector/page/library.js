@@ -2,20 +2,22 @@
 
 import { ServerError, events, request } from "./api.js";
 import { words } from "./memory.js";
+import { LIBRARIES, names, remember } from "./names.js";
 
 const PATH = "/v1/lola/libraries";
 const ANSWER_TOKENS = 256;
 
-// Fills a list of names to choose from. The names, or null where the server does not list them: a
-// name can be typed all the same.
+// Fills a list of names to choose from. The names, or null where the server does not list them: then
+// those that were asked in this browser are in the list, and another can be typed all the same.
 export async function listLibraries(list) {
   list.replaceChildren();
   let libraries;
   try {
     ({ libraries } = await request(PATH));
   } catch (error) {
-    if (error.status === 403) return null;
-    throw clear(error);
+    if (error.status !== 403) throw clear(error);
+    list.replaceChildren(...names(LIBRARIES).map((name) => new Option("asked here before", name)));
+    return null;
   }
   list.replaceChildren(...libraries.map(({ library, documents, tokens }) =>
     new Option(`${words(documents)} documents, ${words(tokens)} tokens`, library)));
@@ -40,6 +42,7 @@ export async function ask(library, question, grow, signal) {
   } catch (error) {
     throw clear(error);
   }
+  remember(LIBRARIES, library);
   return sources;
 }
 

@@ -201,7 +201,8 @@ $("session").addEventListener("change", () => listTurns($("session").value, $("t
 async function openLibraries() {
   const names = await libraries.listLibraries($("libraries"));
   if (names?.length && !$("library").value) $("library").value = names[0];
-  say(names === null ? "This server does not list its libraries. Type the name of one."
+  say(names === null ? "This server does not list its libraries. Type the name of one; those that " +
+      "were asked in this browser are offered."
     : names.length ? "" : "The server has no libraries. docs/library.md tells how to make one.");
 }
 

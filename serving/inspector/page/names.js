@@ -1,27 +1,23 @@
-// This browser's own chats: names of sessions, the last used first. Their text is on the server.
+// Names that this browser has used, the last used first: of chats and of libraries. A server without
+// API keys lists neither. What they hold is on the server.
 
-const KEY = "lola-chats";
+export const CHATS = "lola-chats", LIBRARIES = "lola-libraries";
 const MOST = 100;
 
-export function names() {
+export function names(kind) {
   try {
-    const found = JSON.parse(localStorage.getItem(KEY));
+    const found = JSON.parse(localStorage.getItem(kind));
     return Array.isArray(found) ? found.filter((name) => typeof name === "string") : [];
   } catch {
     return [];
   }
 }
 
-export function remember(name, instead = name) {
-  const others = names().filter((other) => other !== name && other !== instead);
-  localStorage.setItem(KEY, JSON.stringify([name, ...others].slice(0, MOST)));
+export function remember(kind, name, instead = name) {
+  const others = names(kind).filter((other) => other !== name && other !== instead);
+  localStorage.setItem(kind, JSON.stringify([name, ...others].slice(0, MOST)));
 }
 
-export function forget(name) {
-  localStorage.setItem(KEY, JSON.stringify(names().filter((other) => other !== name)));
-}
-
-export function fresh() {
-  const bytes = crypto.getRandomValues(new Uint8Array(4));
-  return `chat-${[...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
+export function forget(kind, name) {
+  localStorage.setItem(kind, JSON.stringify(names(kind).filter((other) => other !== name)));
 }

@@ -2,11 +2,19 @@
 // tokens give the same memory.
 
 import { request } from "./api.js";
+import { CHATS, names } from "./names.js";
 
 let sessions = [];
 
 export async function listSessions(select) {
-  ({ sessions } = await request("/v1/lola/sessions"));
+  try {
+    ({ sessions } = await request("/v1/lola/sessions"));
+  } catch (error) {
+    if (error.status !== 403) throw error;
+    const own = names(CHATS).map((name) => request(`/v1/lola/sessions/${name}`).catch(() => null));
+    sessions = (await Promise.all(own)).filter(Boolean); // this browser's chats, where none are listed
+    if (!sessions.length) throw error;
+  }
   const chosen = select.value;
   select.replaceChildren(...sessions.map(({ session, turn, tokens }) =>
     new Option(`${session} (turn ${turn}, ${tokens} tokens)`, session)));

@@ -241,6 +241,121 @@ def test_an_answer_is_stopped_and_the_chat_goes_on(browser, lola_server):
     browser.type("#max-tokens", "8")
     ask(browser, "Thank you.")
     assert session(lola_server, name)["turn"] == 2
+    # No empty answer stands between the two messages, neither for the model nor on the page.
+    text = text_of(lola_server, name)
+    assert text.count("<|im_start|>assistant") == 1 and text.count("<|im_start|>user") == 2
+    reload(browser)
+    assert said(browser, "article.user") == ["Tell me a long story.", "Thank you."]
+    assert len(said(browser, "article.assistant")) == 1
+
+
+def press(browser, label, which=-1):
+    """Press a button below a message."""
+    browser.run(
+        "[...document.querySelectorAll('.actions button')]"
+        ".filter((b) => b.textContent === arguments[0]).at(arguments[1]).click()",
+        label, which,
+    )  # fmt: skip
+
+
+def finished(browser, notes):
+    browser.wait(lambda: len(said(browser, ".note")) == notes and hidden(browser, "stop"))
+    assert browser.text("#status") == ""
+
+
+def text_of(server, name):
+    tokens = server.client.get(f"/v1/lola/sessions/{name}/tokens").json()["tokens"]
+    return server.client.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+
+
+def test_a_system_prompt_begins_a_chat(browser, lola_server):
+    name = new_chat(browser, most=4)
+    browser.click("#begin summary")
+    browser.type("#system", "You are a miller.")
+    ask(browser, "Who are you?")
+    assert said(browser, "article.system") == ["You are a miller."]
+    text = text_of(lola_server, name)
+    assert text.startswith("<|im_start|>system\nYou are a miller.<|im_end|>\n<|im_start|>user\nWho")
+    read_only = "return document.getElementById('system').readOnly"
+    assert browser.run(read_only)
+    ask(browser, "And who am I?")
+    assert text_of(lola_server, name).count("miller") == 1
+    before = said(browser, "article")
+    reload(browser)
+    assert said(browser, "article") == before and value(browser, "system") == "You are a miller."
+    new_chat(browser)
+    assert value(browser, "system") == "" and not browser.run(read_only)
+
+
+def test_a_message_is_edited_and_an_answer_made_again(browser, lola_server):
+    name = new_chat(browser, most=12)  # which are too few for an end of any answer
+    browser.type("#temperature", "0")
+    ask(browser, "Tell me of a cat.")
+    ask(browser, "Tell me of a dog.")
+    answers, notes = said(browser, "article.assistant"), len(said(browser, ".note"))
+    press(browser, "Regenerate")
+    finished(browser, notes)
+    assert said(browser, "article.assistant") == answers  # as it is greedy
+    assert session(lola_server, name)["turn"] >= 2
+    press(browser, "Edit")
+    assert value(browser, "message") == "Tell me of a dog." and not hidden(browser, "editing")
+    browser.click("#cancel")
+    assert hidden(browser, "editing") and len(said(browser, "article")) == 4
+    press(browser, "Edit")
+    send(browser, "Tell me of a horse.")
+    finished(browser, notes)
+    text = text_of(lola_server, name)
+    assert "horse" in text and "cat" in text and "dog" not in text
+    assert said(browser, "article.user") == ["Tell me of a cat.", "Tell me of a horse."]
+    # The page goes on from there, also after a reload.
+    reload(browser)
+    assert said(browser, "article.user") == ["Tell me of a cat.", "Tell me of a horse."]
+    press(browser, "Edit")
+    send(browser, "Tell me of a cow.")
+    browser.wait(lambda: said(browser, ".note") and hidden(browser, "stop"))
+    assert "horse" not in text_of(lola_server, name)
+    ask(browser, "Go on.")
+    text = text_of(lola_server, name)
+    assert "cat" in text and "cow" in text and text.count("<|im_start|>user") == 3
+
+
+def test_the_first_message_is_edited(browser, lola_server):
+    name = new_chat(browser, most=4)
+    ask(browser, "Tell me of a cat.")
+    ask(browser, "Tell me of a dog.")
+    press(browser, "Edit", 0)
+    send(browser, "Tell me of a horse.")
+    browser.wait(lambda: said(browser, "article.user") == ["Tell me of a horse."])
+    browser.wait(lambda: hidden(browser, "stop"))
+    assert session(lola_server, name)["turn"] == 1
+    assert not re.search("cat|dog", text_of(lola_server, name))
+
+
+def test_what_could_not_be_replaced_comes_back(browser, lola_server):
+    name = new_chat(browser, most=4)
+    ask(browser, "Tell me of a cat.")
+    ask(browser, "Tell me of a dog.")
+    before = said(browser, "article")
+    press(browser, "Edit")
+    assert lola_server.client.delete(f"/v1/lola/sessions/{name}@1").is_success
+    send(browser, "Tell me of a horse.")
+    browser.wait(lambda: "turn 1" in browser.text("#status"))  # the server's words
+    assert said(browser, "article") == before and value(browser, "message") == "Tell me of a horse."
+
+
+def test_the_memory_is_said_relative_to_the_crossing(browser, lola_server):
+    even = lola_server.client.get("/v1/lola/info").json()["memory"]["break_even_tokens"]
+    new_chat(browser, most=4)
+    ask(browser, "Hello.")
+    left = even - number(browser.text("#tokens"))
+    crossing = f"A full KV cache would be smaller up to {even:,} tokens: {left:,} to go."
+    assert left > 0 and browser.text("#crossing") == crossing
+    short = "return document.getElementById('short').textContent"
+    assert browser.run(short).endswith(f", smaller up to {even:,} tokens")
+    ask(browser, "The miller went to the river. " * (even // 6))
+    assert number(browser.text("#tokens")) > even
+    assert browser.text("#crossing") == f"A full KV cache would be larger from {even:,} tokens on."
+    assert browser.run(short).endswith(f", larger from {even:,} tokens")
 
 
 def test_shift_and_enter_breaks_the_line(browser):
@@ -296,6 +411,25 @@ def test_code_stands_in_blocks_and_nothing_is_read_as_html(browser):
     assert "&lt;b&gt;" in parts[2][2]
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Use `ls -l` or ``a`b``.", "Use <code>ls -l</code> or <code>a`b</code>."),
+        ("`<img src=x>`", "<code>&lt;img src=x&gt;</code>"),
+        ("`` `x` ``", "<code>`x`</code>"),
+        ("a ` b and ``` c", "a ` b and ``` c"),
+        ("one `line\nor` two", "one `line\nor` two"),
+    ],
+)
+def test_code_stands_in_lines(browser, text, shown):
+    html = browser.run(
+        "const done = arguments[0]; return import('./lola/chat/blocks.js').then(({ render }) =>"
+        " render(done).firstChild.innerHTML)",
+        text,
+    )
+    assert html == shown
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_it_fits_the_screen(browser, size, dark):
@@ -312,6 +446,9 @@ def test_it_fits_the_screen(browser, size, dark):
         assert findings(browser) == []
         if not opened:
             assert re.search(r"tokens in [\d.]+ MiB; full KV cache", browser.text("#short"))
+            browser.click("#begin summary")
+            assert browser.run(scrolls)[0] <= size[0] and findings(browser) == []
+            browser.click("#begin summary")
             browser.click("#memory summary")
             assert browser.run(scrolls)[0] <= size[0] and findings(browser) == []
         browser.picture(PICTURES / f"chat-{size[0]}x{size[1]}{'-dark' * dark}.png")

@@ -273,6 +273,35 @@ def test_what_goes_wrong_is_told(browser, listing, chat, at_first, in_the_end):
         server.shutdown()
 
 
+def test_names_that_were_used_here_are_offered_where_none_are_listed(browser):
+    said = 'data: {"choices": [{"delta": {"content": "It"}}], "sources": []}\n\ndata: [DONE]\n\n'
+    mine = {"session": "my-chat", "turn": 2, "turns": [1, 2], "tokens": 40}
+    answers = {
+        LIBRARIES: UNLISTED, f"{LIBRARIES}/some/chat": (200, said),
+        "/v1/lola/sessions": UNLISTED, "/v1/lola/sessions/my-chat": (200, json.dumps(mine)),
+        "/v1/lola/sessions/gone": (404, "{}"),
+    }  # fmt: skip
+    handler = type("Handler", (Answering,), {"answers": answers})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page, url = Page(browser), f"http://127.0.0.1:{server.server_port}{ROUTE}"
+        page.open(url)
+        choose(browser)
+        browser.wait(lambda: "does not list" in browser.text("#status"))
+        assert listed(browser) == []
+        page.set("#library", "some")
+        ask(page)
+        browser.wait(lambda: browser.text("#told-answer") == "It")
+        browser.run("localStorage.setItem('lola-chats', '[\"gone\", \"my-chat\"]')")
+        page.open(url)
+        choose(browser)
+        browser.wait(lambda: listed(browser) == ["some"])
+        browser.click("[name=kind][value=session]")
+        chosen = "return [...document.getElementById('session').options].map((o) => o.value)"
+        browser.wait(lambda: browser.run(chosen) == ["my-chat"])
+        server.shutdown()
+
+
 def test_the_local_page_passes_questions_on(shelf):
     with Inspector(shelf.url, 0) as inspector:
         threading.Thread(target=inspector.serve_forever, daemon=True).start()
