@@ -83,9 +83,7 @@ def compose(
     if not state.tiers:
         store.unlist(state)
         raise NotStored("the budgets have no room for another session")
-    sources = tuple(source.id for source in states)
-    store.order(
-        Compose(sources, tuple(lengths), header, text, MEMORY in state.tiers, DISK in state.tiers)
-    )
+    sources = tuple(source.header for source in states)
+    store.order(Compose(sources, header, text, MEMORY in state.tiers, DISK in state.tiers))
     store.counts["composed"] += 1
     return state

@@ -183,10 +183,10 @@ class StateDirectory:
         try:
             for header in headers:
                 for rank, path in reversed(list(enumerate(self.files(header.id)))):
-                    found = read_state(path, self.fingerprint, self.key)
+                    there = with_rank(header, rank)
+                    found = read_state(path, self.fingerprint, self.key, expected=there)
                     new = aside(path)
                     ready.append((new, path))
-                    there = with_rank(header, rank)
                     write_state(new, there, found.tokens, found.data, self.key)
             for new, path in ready:
                 new.replace(path)
@@ -270,7 +270,7 @@ class StateDirectory:
             stat = path.stat()
             if self._refused.get(path.name) == stat.st_mtime_ns:
                 return
-            header = self._checked(path, state)
+            header = self._checked(path)
         except StateFileError as error:
             if error.reason == "missing":
                 return
@@ -303,10 +303,8 @@ class StateDirectory:
                 names[0], more, self.path, reason, refused[names[0]][1],
             )  # fmt: skip
 
-    def _checked(self, path: Path, state: str) -> StateHeader:
+    def _checked(self, path: Path) -> StateHeader:
         header = read_header(path, self.key)
-        if (header.id, header.rank, header.ranks) != (state, 0, self.ranks):
-            raise StateFileError(path, "foreign", "it was renamed: the header has another id")
         difference = self.fingerprint.difference(header.fingerprint)
         if difference:
             raise StateFileError(path, "foreign", difference)

@@ -140,18 +140,22 @@ def write_state(
     return write_aside(path, _container(metadata, sections, cipher))
 
 
-def read_header(path: Path, key: StateKey | None = None) -> StateHeader:
+def read_header(
+    path: Path, key: StateKey | None = None, expected: StateHeader | None = None
+) -> StateHeader:
     """The header alone; tokens and pages are not looked at.
 
     Args:
         key: of the files here; a file that has another or none is refused, and where this is None,
             one that is encrypted.
+        expected: of the state that is asked for; a file of another state or rank is damaged. So is
+            one with a name of `file_name` that is not that of its own state and rank.
 
     Raises:
         StateFileError: the file is missing, unreadable, damaged, of another version or of another
             key.
     """
-    with _Opened(path, key) as file:
+    with _Opened(path, key, expected=expected) as file:
         return file.header
 
 
@@ -176,13 +180,18 @@ def _touch(path: Path) -> None:
             os.close(file)
 
 
-def read_tokens(path: Path, key: StateKey | None = None) -> Tokens:
-    """The tokens, compared with the header's key.
+def read_tokens(
+    path: Path, key: StateKey | None = None, expected: StateHeader | None = None
+) -> Tokens:
+    """The tokens, compared with the header's hashes.
+
+    Args:
+        key, expected: as in `read_header`.
 
     Raises:
         StateFileError: as `read_header`.
     """
-    with _Opened(path, key) as file:
+    with _Opened(path, key, expected=expected) as file:
         tokens: Tokens = file.get("tokens").view(np.int32)
         _check_tokens(path, file.header, tokens)
         return tokens
@@ -193,17 +202,18 @@ def read_state(
     fingerprint: Fingerprint | None = None,
     key: StateKey | None = None,
     plain: bool = False,
+    expected: StateHeader | None = None,
 ) -> State:
     """The whole file, compared with its checksum.
 
     Args:
-        fingerprint: of the model that asks; None: of any. key: as in `read_header`.
+        fingerprint: of the model that asks; None: of any. key, expected: as in `read_header`.
         plain: take a file that is not encrypted although there is a key.
 
     Raises:
         StateFileError: as `read_header`, or the file is of another model.
     """
-    with _Opened(path, key, plain) as file:
+    with _Opened(path, key, plain, expected) as file:
         header = file.header
         if fingerprint is not None:
             difference = fingerprint.difference(header.fingerprint)
@@ -226,11 +236,21 @@ def with_rank(header: StateHeader, rank: int) -> StateHeader:
 class _Opened:
     """An open file whose header has been checked.
 
+    Everybody who reads a state opens its file here, so here it is compared with the state that is
+    meant. Where it is encrypted, header, tokens and pages are sealed with one key of this file
+    alone, so a header that is compared answers for the rest.
+
     Attributes:
         cipher: None for a file that is not encrypted. text: of the header.
     """
 
-    def __init__(self, path: Path, key: StateKey | None, plain: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        key: StateKey | None,
+        plain: bool = False,
+        expected: StateHeader | None = None,
+    ) -> None:
         self.path = path
         try:
             if path.is_symlink():
@@ -256,6 +276,11 @@ class _Opened:
             self.header = StateHeader.from_json(self.text)
         except ValueError as error:
             raise StateFileError(path, "damaged", f"the header cannot be read: {error}") from None
+        own = (self.header.id, self.header.rank, self.header.ranks)
+        if parse_name(path.name) not in (None, own) or (
+            expected is not None and expected.identity != self.header.identity
+        ):
+            raise StateFileError(path, "damaged", "it holds another state than is looked for in it")
         self._check_shapes()
 
     def get(self, name: str) -> NDArray[np.uint8]:

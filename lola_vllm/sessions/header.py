@@ -79,6 +79,14 @@ class StateHeader:
     rank: _Rank = 0
     ranks: _Rank = 1
 
+    @property
+    def identity(self) -> tuple[str, str, str, int, int, int]:
+        """What a file and who reads it agree in: the state, its owner, its text, the rank. The
+        prefix hash covers model, adapter and salt too."""
+        return (
+            self.id, self.salt, self.prefix_hash, self.num_tokens, self.rank, self.ranks,
+        )  # fmt: skip
+
     def to_json(self) -> str:
         """As it is stored.
 

@@ -27,6 +27,7 @@ from lola_vllm.sessions.file import (
     read_ahead,
     read_header,
     read_state,
+    with_rank,
     write_state,
 )
 from lola_vllm.sessions.fingerprint import Fingerprint
@@ -202,13 +203,11 @@ class Inventory:
             state, _, ranks = parts
             files = rank_files(model, state, ranks)
             if all(path.name in names for path in files):  # else it is being written
-                there.append((state, ranks, files))
-        read_ahead([files[0] for _, _, files in there])
-        for state, ranks, files in there:
+                there.append(files)
+        read_ahead([files[0] for files in there])
+        for files in there:
             try:
                 header = read_header(files[0], self.key)
-                if (header.id, header.ranks) != (state, ranks):
-                    raise StateFileError(files[0], "foreign", "it was renamed")
                 fingerprint = Fingerprint(**header.fingerprint)
                 if model_directory(self.root, fingerprint) != model:
                     raise StateFileError(files[0], "foreign", "it is of another model")
@@ -225,7 +224,8 @@ class Inventory:
         """Write a state's files under another salt, the first rank's last."""
         for rank, path in reversed(list(enumerate(state.files))):
             to = state.model / file_name(new[state.header.id], rank, state.header.ranks)
-            found, stat = read_state(path, key=self.key), path.stat()
+            expected = with_rank(state.header, rank)
+            found, stat = read_state(path, key=self.key, expected=expected), path.stat()
             fingerprint, n = Fingerprint(**found.header.fingerprint), found.header.num_tokens
             before, hashes = (
                 PrefixHashes(

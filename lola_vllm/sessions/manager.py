@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lola_vllm.sessions.composing import compose
-from lola_vllm.sessions.file import StateFileError, read_state, read_tokens, write_state
+from lola_vllm.sessions.file import (
+    StateFileError,
+    read_header,
+    read_state,
+    read_tokens,
+    with_rank,
+    write_state,
+)
 from lola_vllm.sessions.libraries import (
     all_parts,
     describe_libraries,
@@ -32,7 +39,7 @@ from lola_vllm.sessions.names import (
     check_new_name,
     parse_reference,
 )
-from lola_vllm.sessions.orders import DISK, MEMORY, Copy
+from lola_vllm.sessions.orders import DISK, MEMORY, Copy, Outcome
 from lola_vllm.sessions.past import expiring_apart, is_of, segments_of, segments_under
 from lola_vllm.sessions.prefix_hash import PrefixHashes, Tokens, salt_hash
 from lola_vllm.sessions.shared_prefixes import orphaned_prefixes
@@ -386,6 +393,11 @@ class SessionManager:
             raise SessionError(
                 "unavailable", f"{reference} is not written yet; try again in a moment"
             )
+        for rank, path in enumerate(paths):
+            try:
+                read_header(path, directory.key, with_rank(state.header, rank))
+            except StateFileError as error:
+                raise self._refused(state, error) from None
         return describe_state(state) | {"files": [str(path) for path in paths]}
 
     def import_file(self, file: str, session: str, salt: str | None = None) -> Answer:
@@ -468,11 +480,21 @@ class SessionManager:
         return max(self._turn(reference, salt), key=lambda state: state.header.num_tokens)
 
     def _tokens(self, state: Stored) -> Tokens:
-        tokens = self.store.tokens(state)
-        if tokens is None and self.store.directory is not None:
+        try:
+            return self._tokens_there(state)
+        except StateFileError as error:
+            raise self._refused(state, error) from None
+
+    def _tokens_there(self, state: Stored) -> Tokens:
+        """The tokens of a state, from memory or its file.
+
+        Raises:
+            NotStored: they are in neither. StateFileError: the file cannot be used.
+        """
+        tokens, directory = self.store.tokens(state), self.store.directory
+        if tokens is None and directory is not None:
             try:
-                directory = self.store.directory
-                tokens = read_tokens(directory.files(state.id)[0], directory.key)
+                tokens = read_tokens(directory.files(state.id)[0], directory.key, state.header)
             except StateFileError as error:
                 if error.reason != "missing":
                     raise
@@ -480,13 +502,19 @@ class SessionManager:
             raise NotStored(f"the tokens of {state.header.session!r} are not kept")
         return tokens
 
+    def _refused(self, state: Stored, error: StateFileError) -> NotStored:
+        """What to raise for a state whose file cannot be used; it counts as on a rank."""
+        failed = Outcome(state.id, "read-failed", DISK, reason=error.text, fault=error.reason)
+        self.store.apply([(0, failed)])
+        return NotStored(f"the file of {state.header.session!r} cannot be used: {error.text}")
+
     def _text(self, states: Sequence[Stored]) -> PrefixHashes | None:
         """The longest of some states' texts; None where it cannot be read."""
         longest = max(states, key=lambda state: state.header.num_tokens)
         header = longest.header
         try:
             return self.store.prefix_hashes(
-                self._tokens(longest), header.adapter, header.salt, header.composed
+                self._tokens_there(longest), header.adapter, header.salt, header.composed
             )
         except (NotStored, StateFileError):
             return None

@@ -71,11 +71,10 @@ class Compose:
     """Compose states to one.
 
     Attributes:
-        sources: ids of the states, in the order of their documents. lengths: tokens of each.
+        sources: headers of the states, in the order of their documents.
     """
 
-    sources: tuple[str, ...]
-    lengths: tuple[int, ...]
+    sources: tuple[StateHeader, ...]
     header: StateHeader
     tokens: Tokens = field(repr=False)
     memory: bool
@@ -98,8 +97,8 @@ class Outcome:
     """What became of an order.
 
     Attributes:
-        event: "saved" or "loaded", each with the tier; "save-failed", "load-failed" or
-            "drop-failed".
+        event: "saved" or "loaded", each with the tier; "save-failed", "load-failed",
+            "drop-failed", or "read-failed": its file was read for another state, or for its keys.
         reason: why it failed, for people. fault: one of `FAULTS`, for counting.
         seconds: it took.
     """

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lola_vllm.sessions.cipher import StateKey
 from lola_vllm.sessions.file import (
+    State,
     StateFileError,
     StateHeader,
     file_name,
@@ -192,8 +194,15 @@ class TransferWorker:
         data = self._in_memory(state)
         if data is not None:
             return data.wait()
-        read = read_state(self._path(state), self.fingerprint, self._key)
-        return torch.from_numpy(read.data)
+        return torch.from_numpy(self._from_file(state).data)
+
+    def _from_file(self, state: str, expected: StateHeader | None = None) -> State:
+        """A state from its file. One that cannot be used is reported, and then not kept."""
+        try:
+            return read_state(self._path(state), self.fingerprint, self._key, expected=expected)
+        except StateFileError as error:
+            self._report(state, "read-failed", DISK, error)
+            raise
 
     def _load(self, order: Load) -> None:
         state = order.header.id
@@ -234,7 +243,7 @@ class TransferWorker:
 
     def _compose(self, order: Compose) -> None:
         state = order.header.id
-        sources = [self._in_memory(source) for source in order.sources]
+        sources = [self._in_memory(source.id) for source in order.sources]
         if order.memory:
             self._reading.add(state)
         self._copying.add(state)
@@ -311,8 +320,8 @@ class TransferWorker:
     def _copy_file(self, order: Copy) -> None:
         began = time.monotonic()
         try:
-            found = read_state(self._path(order.source), self.fingerprint, self._key)
-            header = with_rank(order.header, self.rank)
+            header = with_rank(order.header, self.rank)  # of the same text, for the same owner
+            found = self._from_file(order.source, replace(header, id=order.source))
             write_state(self._path(header.id), header, found.tokens, found.data, self._key)
             self._done(header.id, "saved", DISK, began)
         except Exception as error:
@@ -348,12 +357,12 @@ class TransferWorker:
             made = (self._in_memory(name) for name in order.sources)  # composed meanwhile
             sources = [data or other for data, other in zip(sources, made, strict=True)]
             rows = [
-                torch.from_numpy(read_state(self._path(name), self.fingerprint, self._key).data)
+                torch.from_numpy(self._from_file(source.id, with_rank(source, self.rank)).data)
                 if data is None
                 else data.wait()
-                for name, data in zip(order.sources, sources, strict=True)
+                for source, data in zip(order.sources, sources, strict=True)
             ]
-            row = self._composed(rows, order.lengths)
+            row = self._composed(rows, [source.num_tokens for source in order.sources])
             if header.id in self._reading:  # nobody has dropped it
                 self._reading.discard(header.id)
                 self._states[header.id] = HostCopy(row)
@@ -390,19 +399,12 @@ class TransferWorker:
                 with self._lock:
                     self._read.append((order, data, began))
                 return
-            found = read_state(self._path(order.header.id), self.fingerprint, self._key)
-            if (found.header.prefix_hash, found.header.rank) != (
-                order.header.prefix_hash,
-                self.rank,
-            ):
-                raise StateFileError(
-                    self._path(order.header.id), "damaged", "it holds another state"
-                )
+            path, expected = self._path(order.header.id), with_rank(order.header, self.rank)
+            found = read_state(path, self.fingerprint, self._key, expected=expected)
             if len(found.data) != self.pool.shape[1]:
                 raise StateFileError(
-                    self._path(order.header.id), "foreign",
-                    f"{len(found.data)} bytes of pages, {self.pool.shape[1]} here",
-                )  # fmt: skip
+                    path, "foreign", f"{len(found.data)} bytes of pages, {self.pool.shape[1]} here"
+                )
             with self._lock:
                 self._read.append((order, HostCopy(torch.from_numpy(found.data)), began))
         except Exception as error:

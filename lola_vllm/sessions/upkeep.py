@@ -204,7 +204,9 @@ class Upkeep:
                     store.counts["adopted"] += 1
 
     def _take_over(self, state: Stored, header: StateHeader) -> None:
-        """Another server gave a state another header."""
+        """Another server gave a state another header; one of another text is none of it."""
+        if header.identity != state.header.identity:
+            return
         theirs = {name: getattr(header, name) for name in _CHANGED}
         if any(getattr(state.header, name) != value for name, value in theirs.items()):
             self._store.change(state, **theirs)
