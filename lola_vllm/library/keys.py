@@ -32,7 +32,7 @@ READING_SHARE = 0.25
 READING_LAYERS = 2 / 3
 _PAIR_BYTES = 8  # of a pair's scale and position
 # Of a file: those of all heads, one behind the other. So one is opened in the time of a head.
-_TENSORS = {"num_tokens", "counts", "keys", "scale", "positions"}
+_TENSORS = {"num_tokens", "counts", "keys", "scale", "positions", "state"}
 
 
 class KeysError(ValueError):
@@ -185,11 +185,12 @@ class DocumentKeys:
             positions.append(where - (num_tokens - own))
         return cls(own, tuple(keys), tuple(positions))
 
-    def write(self, path: Path, key: StateKey | None = None) -> int:
+    def write(self, path: Path, key: StateKey | None = None, state: bytes = b"") -> int:
         """Write them to a file, which only its owner can read, and return its bytes.
 
         Args:
-            key: to encrypt it with; None: it is not encrypted.
+            key: to encrypt it with; None: it is not encrypted. state: what tells the state that
+                they are of from others, which `read` compares.
         """
         counts = [len(positions) for positions in self.positions]
         tensors = {
@@ -198,42 +199,47 @@ class DocumentKeys:
             "keys": torch.cat([keys.numbers for keys in self.keys]),
             "scale": torch.cat([keys.scale for keys in self.keys]),
             "positions": torch.cat(list(self.positions)).int(),
+            "state": torch.tensor(list(state), dtype=torch.uint8),
         }
         data = save(tensors)
         return write_aside(path, [data] if key is None else sealed_file(data, key))
 
     @classmethod
-    def read(cls, path: Path, key: StateKey | None = None) -> DocumentKeys:
+    def read(cls, path: Path, key: StateKey | None = None, state: bytes = b"") -> DocumentKeys:
         """Those of a file.
 
         One that is not encrypted is mapped into memory, and read head by head, when a head is
         looked at.
 
         Args:
-            key: that it was encrypted with; None: it was not.
+            key: that it was encrypted with; None: it was not. state: as it was written.
 
         Raises:
-            KeysError: it is none, or damaged, or has another key.
+            KeysError: it is none, or damaged, or of another state, or has another key.
         """
         try:
             if key is None:
                 file = safe_open(path, "pt")
-                return cls._of_tensors(set(file.keys()), file.get_tensor)
+                return cls._of_tensors(set(file.keys()), file.get_tensor, state)
             data = path.read_bytes()
             if not is_sealed(data):
                 raise KeysError(f"{path.name}: it is not encrypted, and files here are")
             tensors = load(open_file(data, key))
-            return cls._of_tensors(set(tensors), tensors.__getitem__)
+            return cls._of_tensors(set(tensors), tensors.__getitem__, state)
         except KeysError:
             raise
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise KeysError(f"{path.name}: not the keys of a document ({error})") from None
 
     @classmethod
-    def _of_tensors(cls, names: set[str], tensor: Callable[[str], Tensor]) -> DocumentKeys:
+    def _of_tensors(
+        cls, names: set[str], tensor: Callable[[str], Tensor], state: bytes
+    ) -> DocumentKeys:
         """Those of a file's tensors, which are taken when they are needed."""
         if names != _TENSORS:
             raise KeyError("other tensors than those of keys")
+        if bytes(tensor("state").tolist()) != state:
+            raise ValueError("they are of another state")
         counts: list[int] = tensor("counts").tolist()
         numbers, scales, positions = (
             tensor(name).split_with_sizes(counts) for name in ("keys", "scale", "positions")

@@ -3,7 +3,7 @@
 They are in a file beside that of the state, which is mapped into memory and stays open; what is
 encrypted is opened whole, and kept in memory where it was used last. Where a state has no file,
 its keys are in memory as long as it is. They can always be taken from the state
-again, so nothing is lost where a file is damaged or missing.
+again, so nothing is lost where a file is damaged, missing, or of another state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lola_vllm.library.keys import DocumentKeys, KeysError
 from lola_vllm.sessions.cipher import StateKey
-from lola_vllm.sessions.file import keys_file
+from lola_vllm.sessions.file import StateFileError, file_name, keys_file, read_header
 
 logger = logging.getLogger("vllm.lola")
 
@@ -55,14 +55,15 @@ class KeyShelf:
         """Take and keep the keys of a state.
 
         Args:
-            disk: whether the state has a file, or will have one; so have its keys then.
+            disk: whether the keys go into a file, where the state has one.
 
         Raises:
             KeysError: the document is longer than the trained length. OSError: of the file.
         """
         keys = self._of_state(row, num_tokens, None)
-        if disk and self._directory is not None:
-            keys.write(keys_file(self._directory, state), self._key)
+        name = self._name(state) if disk else None
+        if name is not None and self._directory is not None:
+            keys.write(keys_file(self._directory, state), self._key, name)
             if self._key is not None:  # else they are mapped when they are asked for
                 self._cache(state, keys)
         else:
@@ -82,13 +83,26 @@ class KeyShelf:
                 self._cached.move_to_end(state)
         if found is None and self._directory is not None:
             path = keys_file(self._directory, state)
+            name = self._name(state) if path.exists() else None
             try:
-                found = DocumentKeys.read(path, self._key) if path.exists() else None
+                found = DocumentKeys.read(path, self._key, name) if name is not None else None
             except KeysError as error:
                 logger.warning("LoLA: %s; the keys are taken from the state again", error)
             if found is not None:
                 self._cache(state, found)
         return found
+
+    def _name(self, state: str) -> bytes | None:
+        """What a file of keys says of its state: id and prefix hash, `[32]`, as the state's file
+        has them. None where there is no such file, or one that cannot be used."""
+        if self._directory is None:
+            return None
+        try:
+            # Libraries are of servers with one rank.
+            header = read_header(self._directory / file_name(state, 0, 1), self._key)
+        except StateFileError:
+            return None
+        return bytes.fromhex(header.id + header.prefix_hash)
 
     def drop(self, state: str) -> None:
         """Forget the keys of a state in memory."""

@@ -228,7 +228,7 @@ def test_aborts_while_a_state_is_loaded_or_saved(tiny, cold, tmp_path, monkeypat
         ask(llm, cold.text)
         ask(llm, [1, 2, 3])
         worker(llm)._writer.submit(int).result()
-        monkeypatch.setattr(transfer, "read_state", lambda *args: (gate.wait(20), read(*args))[1])
+        monkeypatch.setattr(transfer, "read_state", lambda *args, **more: (gate.wait(20), read(*args, **more))[1])
         core = llm.llm_engine
         add(core, "gone", whole + cold.tail)
         for _ in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from lola_vllm.library.keys import DocumentKeys, KeysError
 from lola_vllm.library.shelf import KeyShelf
 from lola_vllm.ops.int8 import quantize
 from lola_vllm.sessions.cipher import StateKey
-from lola_vllm.sessions.file import keys_file
+from lola_vllm.sessions.file import file_name, keys_file, write_state
+from tests.unit.sessions.test_file import ROW as PAGES
+from tests.unit.sessions.test_file import TOKENS, header
 
 ROW = torch.zeros(8, dtype=torch.uint8)
 
@@ -23,6 +26,14 @@ def keys_of(_row: Tensor, num_tokens: int, newest: int | None = None) -> Documen
     generator = torch.Generator().manual_seed(num_tokens)
     keys = quantize(torch.randn(num_tokens, 16, generator=generator))
     return DocumentKeys(num_tokens, (keys,), (torch.arange(num_tokens),))
+
+
+def with_states(directory: Path, key: StateKey | None = None) -> Path:
+    """A directory with the files of three states, which keys in files are of."""
+    for name in "abc":
+        told = replace(header(), id=name * 32)
+        write_state(directory / file_name(told.id, 0, 1), told, TOKENS, PAGES, key)
+    return directory
 
 
 def same(one: DocumentKeys | None, other: DocumentKeys) -> bool:
@@ -35,7 +46,7 @@ def same(one: DocumentKeys | None, other: DocumentKeys) -> bool:
 
 @pytest.mark.parametrize("key", [None, StateKey(b"k" * 32)], ids=["plain", "sealed"])
 def test_they_come_back_from_their_file(tmp_path: Path, key: StateKey | None) -> None:
-    KeyShelf(keys_of, tmp_path, key).add("a" * 32, ROW, 20, disk=True)
+    KeyShelf(keys_of, with_states(tmp_path, key), key).add("a" * 32, ROW, 20, disk=True)
     assert same(KeyShelf(keys_of, tmp_path, key).find("a" * 32), keys_of(ROW, 20))
     path = keys_file(tmp_path, "a" * 32)
     assert path.stat().st_mode & 0o777 == 0o600
@@ -65,12 +76,21 @@ def test_without_a_file_they_are_held_until_they_are_dropped(tmp_path: Path) -> 
     assert kept.find("a" * 32) is None
 
 
+def test_without_their_states_file_they_have_none(tmp_path: Path) -> None:
+    """It could not be written, or is gone: keys on the disk would outlive it."""
+    kept = KeyShelf(keys_of, tmp_path)
+    kept.add("a" * 32, ROW, 20, disk=True)
+    assert not list(tmp_path.iterdir())
+    assert same(kept.find("a" * 32), keys_of(ROW, 20))
+
+
 def test_those_with_a_file_leave_memory_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that had to be opened stay, as many as there is room for."""
     monkeypatch.setattr(module, "CACHE_BYTES", 2 * keys_of(ROW, 20).nbytes)
-    kept = KeyShelf(keys_of, tmp_path, StateKey(b"k" * 32))
+    key = StateKey(b"k" * 32)
+    kept = KeyShelf(keys_of, with_states(tmp_path, key), key)
     for name in "abc":
         kept.add(name * 32, ROW, 20, disk=True)
     for name in "abc":
@@ -82,7 +102,7 @@ def test_files_stay_open_until_they_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_OPEN", 2)
-    kept = KeyShelf(keys_of, tmp_path)
+    kept = KeyShelf(keys_of, with_states(tmp_path))
     for name in "abc":
         kept.add(name * 32, ROW, 20, disk=True)
         assert kept.find(name * 32) is kept.find(name * 32)
