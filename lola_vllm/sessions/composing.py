@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from lola_vllm.sessions.expiry import earliest
 from lola_vllm.sessions.file import StateHeader
 from lola_vllm.sessions.names import check_name
 from lola_vllm.sessions.orders import DISK, MEMORY, Compose
@@ -33,7 +34,8 @@ def compose(
 ) -> Stored:
     """Order the composition of states, as the first turn of a new session.
 
-    The result is kept no longer than any of the states would be.
+    The result is kept no longer than any of the states would be. It is in memory alone where a text
+    without a name is, if it is made of one.
 
     Args:
         tokens: of each state. salt: hash of the owner's. ttl: seconds.
@@ -57,8 +59,7 @@ def compose(
     hashes = store.prefix_hashes(text, states[0].header.adapter, salt, new)
     now = store.clock()
     ttl = store.settings.ttl if ttl is None else ttl
-    times = [state.header.expires for state in states] + [None if ttl is None else now + ttl]
-    ends_at = [time for time in times if time is not None]
+    until = earliest(state.header.expires for state in states)
     header = StateHeader(
         id=new,
         session=name,
@@ -71,14 +72,18 @@ def compose(
         adapter=states[0].header.adapter,
         salt=salt,
         created=now,
-        expires=min(ends_at, default=None),
+        expires=earliest([until, None if ttl is None else now + ttl]),
         composed=new,
         made_of=[f"{state.header.session}@{state.header.turn}" for state in states],
+        sources=[state.header.session_id for state in states],
+        until=until,
         ranks=store.ranks,
     )
     nbytes = store.state_bytes(n)
-    state = Stored(header, nbytes, now)
-    tiers = [tier for tier in store.tiers_for(name) if tier.fits(nbytes)]
+    may_write = store.settings.may_write
+    nameless = any(s.nameless or not may_write(s.header.session) for s in states)
+    state = Stored(header, nbytes, now, nameless=nameless)
+    tiers = [tier for tier in store.tiers_for(name, nameless) if tier.fits(nbytes)]
     store.add(state, tiers, text)
     if not state.tiers:
         store.unlist(state)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from lola_vllm.sessions.tiers import Stored
 
 # Entries of states that are gone or expire at another time, before the list is made anew.
 SPARE = 64
+
+
+def earliest(times: Iterable[float | None]) -> float | None:
+    """The first of times of which None is never; None: all are never."""
+    return min((time for time in times if time is not None), default=None)
 
 
 class Expiries:

@@ -25,6 +25,8 @@ _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _Shown = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=1024)]
 _Count = Annotated[int, Field(ge=0, le=_INT32)]
 _Rank = Annotated[int, Field(ge=0, le=9999)]  # as `file_name` writes it
+# Fields that files of before them do not have.
+_LATER = {"origin", "sources", "until"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class StateHeader:
         tail: tokens that were said after the n: the last one of an answer is sampled, and the model
             does not read it unless the text goes on.
         composed: id of the composed state that it is or goes on from; None: there is none.
-        made_of: the sessions and turns of which that was composed, in order.
+        made_of: the sessions and turns of which that was composed, in order, as they were called.
+        sources: of each of them, its `session_id`. until: when the first of them expires; what
+            goes on from it is kept no longer.
+        origin: id of the first state of its session; None: it is this one.
         library, document: of which it is a part; empty: of none. part, parts: which, of how many.
         rank, ranks: which part of the state the file has, of how many.
     """
@@ -72,6 +77,9 @@ class StateHeader:
     made_of: list[Annotated[str, Field(pattern=f"^{NAME.pattern}@[1-9][0-9]{{0,8}}$")]] = field(
         default_factory=list
     )
+    sources: list[_Digest] = field(default_factory=list)
+    until: float | None = None
+    origin: _Digest | None = None
     library: Annotated[str, Field(pattern=f"^({NAME.pattern})?$")] = ""
     document: _Shown = ""
     part: _Count = 0
@@ -86,6 +94,11 @@ class StateHeader:
         return (
             self.id, self.salt, self.prefix_hash, self.num_tokens, self.rank, self.ranks,
         )  # fmt: skip
+
+    @property
+    def session_id(self) -> str:
+        """What its session is known by, whatever it is called: the id of its first state."""
+        return self.origin or self.id
 
     def to_json(self) -> str:
         """As it is stored.
@@ -105,7 +118,7 @@ class StateHeader:
             ValueError: a field is missing or unknown, or its value is none that a state can have.
         """
         values = from_json(text, allow_inf_nan=False)
-        if not isinstance(values, dict) or set(values) != {f.name for f in fields(cls)}:
+        if not isinstance(values, dict) or set(values) | _LATER != {f.name for f in fields(cls)}:
             raise ValueError("the fields are not those of a state")
         try:
             header: StateHeader = _adapter().validate_json(text)

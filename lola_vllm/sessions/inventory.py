@@ -150,7 +150,7 @@ class Inventory:
             to = move_salt(salt, target)
             if to == salt:
                 continue
-            new = {state.header.id: _moved_id(state.header, to) for state in states}
+            new = {state.header.id: _moved_id(state.header.id, to) for state in states}
             there = {state.header.id for state in sessions.get((model, to, name), ())}
             # Of an earlier move that was interrupted: new files, or old ones that were not removed.
             if not (there <= set(new.values()) or set(new.values()) <= there):
@@ -246,6 +246,8 @@ class Inventory:
                 prefix_hash=hashes.prefix_hash(n).hex(),
                 block_hash=hashes.block_hash(n).hex(),
                 parent=None if parent is None else new.get(parent, parent),
+                origin=_moved_id(found.header.session_id, salt),
+                sources=[_moved_id(source, salt) for source in found.header.sources],
                 shared_prefix=shared,
             )
             write_state(to, header, found.tokens, found.data, self.key)
@@ -272,6 +274,6 @@ def model_directories(root: Path) -> list[Path]:
     ]
 
 
-def _moved_id(header: StateHeader, salt: str) -> str:
+def _moved_id(state: str, salt: str) -> str:
     """The id of a state under another salt: the same whenever it is asked for."""
-    return digest(b"lola moved", header.id.encode(), salt.encode()).hex()
+    return digest(b"lola moved", state.encode(), salt.encode()).hex()

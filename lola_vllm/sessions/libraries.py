@@ -108,12 +108,18 @@ def made_of_parts(
     store: SessionStore, salt: str, parts: Sequence[Stored]
 ) -> tuple[list[Stored], list[str]]:
     """What was composed of parts: states of sessions that the server made to answer questions, and
-    names of other sessions."""
+    names of other sessions. Whatever the parts were called then, it is known by their ids."""
     names = {state.header.session for state in parts}
+    ids = {state.header.session_id for state in parts}
     answers, others = [], set()
     for (owner, name), session in store.sessions.items():
         for state in session.states.values() if owner == salt else ():
-            if names.isdisjoint(source.partition("@")[0] for source in state.header.made_of):
+            header = state.header
+            if header.sources:
+                apart = ids.isdisjoint(header.sources)
+            else:  # of a file of before there were ids
+                apart = names.isdisjoint(source.partition("@")[0] for source in header.made_of)
+            if apart:
                 continue
             if name.startswith(LIBRARY):
                 answers.append(state)

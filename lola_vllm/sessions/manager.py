@@ -148,7 +148,7 @@ class SessionManager:
         store, name = self.store, check_new_name(to, "to")
         with store.lock:
             states = self._turn(reference, salt)
-            key = (salt_hash(salt), name)
+            key, origin = (salt_hash(salt), name), None
             if key in store.sessions:
                 raise SessionError("exists", f"to = {name!r}: there is such a session already")
             for state in states:
@@ -156,8 +156,10 @@ class SessionManager:
                 header = replace(
                     state.header, id=secrets.token_hex(16), session=name, turn=1, created=now,
                     parent=state.id, pinned=False, library="", document="", part=0, parts=0,
+                    origin=origin,
                 )  # fmt: skip
-                copy = Stored(header, state.nbytes, now)
+                origin = header.session_id
+                copy = Stored(header, state.nbytes, now, nameless=state.nameless)
                 tokens = self._tokens(state)  # the copy's file is not there yet
                 due = self._is_due(state, name)
                 tiers = [t for t in store.tiers_for(name) if t.name in state.tiers or (
@@ -309,7 +311,8 @@ class SessionManager:
         """Whether a state is to be written under a name: nobody had named it, so it was not."""
         settings = self.store.settings
         unwritten = DISK not in state.tiers and self.store.disk.fits(state.nbytes)
-        return unwritten and settings.may_write(name) > settings.may_write(state.header.session)
+        named = settings.may_write(name) > settings.may_write(state.header.session)
+        return unwritten and named and not state.nameless
 
     def pin(self, reference: str, pinned: bool = True, salt: str | None = None) -> Answer:
         """Keep the newest turn of a session, or the turn that is named, whatever is stored."""
@@ -429,7 +432,7 @@ class SessionManager:
         n = len(found.tokens)
         header = replace(
             found.header, id=secrets.token_hex(16), session=name, turn=1, created=now, salt=hashed,
-            expires=None, parent=None, shared_prefix=None, pinned=False,
+            expires=None, until=None, origin=None, parent=None, shared_prefix=None, pinned=False,
             library="", document="", part=0, parts=0,
             prefix_hash=hashes.prefix_hash(n).hex(), block_hash=hashes.block_hash(n).hex(),
             fingerprint=store.fingerprint.to_dict(),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from lola_vllm.sessions.directory import StateDirectory
 from lola_vllm.sessions.encrypting import KEY_FAULTS, plain_writer, unread_words
-from lola_vllm.sessions.expiry import Expiries
+from lola_vllm.sessions.expiry import Expiries, earliest
 from lola_vllm.sessions.failure_log import FailureLog
 from lola_vllm.sessions.file import StateHeader
 from lola_vllm.sessions.fingerprint import Fingerprint
@@ -64,6 +64,11 @@ class Session:
 
     states: dict[str, Stored] = field(default_factory=dict)
     last_turn: int = 0
+
+    @property
+    def id(self) -> str:
+        """As `StateHeader.session_id` of its states."""
+        return next(iter(self.states.values())).header.session_id
 
 
 class SessionStore:
@@ -268,7 +273,8 @@ class SessionStore:
                         self.rewrite([there], undo=False, kind=kind, tail=list(tail))
                     return there, False
             nbytes = self.state_bytes(num_tokens, part is not None)
-            tiers = [tier for tier in self.tiers_for(turn.session[1]) if tier.fits(nbytes)]
+            nameless = parent is not None and parent.nameless
+            tiers = [t for t in self.tiers_for(turn.session[1], nameless) if t.fits(nbytes)]
             if not tiers and self.disk.fits(nbytes):
                 raise NotStored(
                     "there is no room in memory, and texts without a session's name are not "
@@ -288,6 +294,8 @@ class SessionStore:
                     raise NotStored(slow)
             now = self.clock()
             ttl = self.settings.ttl if ttl is None else ttl
+            until = parent.header.until if parent else None
+            session = self.sessions.get(turn.session)
             expires = None if ttl is None else now + ttl
             if part is not None and part.library == PAST:
                 expires = self._newest((turn.session[0], part.document)).header.expires
@@ -303,16 +311,19 @@ class SessionStore:
                 adapter=adapter,
                 salt=turn.session[0],
                 created=now,
-                expires=expires,
+                expires=earliest([until, expires]),
                 parent=parent.id if parent else None,
                 shared_prefix=shared_prefix_of(parent),
                 tail=list(tail),
                 composed=parent.header.composed if parent else None,
                 made_of=list(parent.header.made_of) if parent else [],
+                sources=list(parent.header.sources) if parent else [],
+                until=until,
+                origin=session.id if session else None,
                 **({} if part is None else part._asdict()),
                 ranks=self.ranks,
             )
-            state = Stored(header, nbytes, now, unwritten=slow)
+            state = Stored(header, nbytes, now, unwritten=slow, nameless=nameless)
             tokens = hashes.tokens[:num_tokens]
             self.add(state, tiers, tokens)
             if not state.tiers:
@@ -338,9 +349,14 @@ class SessionStore:
                 keep = MEMORY in state.tiers
             self._orders.append(Load(state.header, state_index, request, keep))
 
-    def tiers_for(self, session: str) -> list[Tier]:
-        """Where states of a session may be: texts that nobody named stay in memory."""
-        return [self.memory, self.disk] if self.settings.may_write(session) else [self.memory]
+    def tiers_for(self, session: str, nameless: bool = False) -> list[Tier]:
+        """Where states of a session may be: texts that nobody named stay in memory.
+
+        Args:
+            nameless: as in `Stored`.
+        """
+        written = self.settings.may_write(session) and not nameless
+        return [self.memory, self.disk] if written else [self.memory]
 
     def state_bytes(self, num_tokens: int, document: bool = False) -> int:
         """Bytes of a state after n tokens: pages and token ids, of all ranks.

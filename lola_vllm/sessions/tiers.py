@@ -34,6 +34,7 @@ class Stored:
         superseded: whether its session has gone on from it.
         written: ranks whose files are complete. unwritten: why it has no file, where it should
             have one; None: it has, will have one, or should not.
+        nameless: whether it is composed of text that nobody named and that stays in memory.
     """
 
     header: StateHeader
@@ -43,6 +44,7 @@ class Stored:
     tiers: set[str] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
     unwritten: str | None = None
+    nameless: bool = False
 
     @property
     def id(self) -> str:

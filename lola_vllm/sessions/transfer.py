@@ -354,7 +354,7 @@ class TransferWorker:
         try:
             if self._composed is None:
                 raise ValueError("this rank composes no states")
-            made = (self._in_memory(name) for name in order.sources)  # composed meanwhile
+            made = (self._in_memory(source.id) for source in order.sources)  # composed meanwhile
             sources = [data or other for data, other in zip(sources, made, strict=True)]
             rows = [
                 torch.from_numpy(self._from_file(source.id, with_rank(source, self.rank)).data)

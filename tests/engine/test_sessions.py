@@ -228,7 +228,12 @@ def test_aborts_while_a_state_is_loaded_or_saved(tiny, cold, tmp_path, monkeypat
         ask(llm, cold.text)
         ask(llm, [1, 2, 3])
         worker(llm)._writer.submit(int).result()
-        monkeypatch.setattr(transfer, "read_state", lambda *args, **more: (gate.wait(20), read(*args, **more))[1])
+
+        def late(*args, **kwargs):
+            gate.wait(20)
+            return read(*args, **kwargs)
+
+        monkeypatch.setattr(transfer, "read_state", late)
         core = llm.llm_engine
         add(core, "gone", whole + cold.tail)
         for _ in range(3):

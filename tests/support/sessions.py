@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,12 @@ class Server:
         ranks: int = 1,
         pool_size: int = 4,
         fingerprint: Fingerprint = FINGERPRINT,
+        key_bytes: Callable[[int], int] = lambda _: 0,
         **settings: Any,
     ) -> None:
         self.clock = Clock()
         given = StoreSettings(memory, directory, disk, **{"store": "all", **settings})
-        self.store = SessionStore(fingerprint, ROW, given, ranks, self.clock)
+        self.store = SessionStore(fingerprint, ROW, given, ranks, self.clock, key_bytes)
         self.pools = [torch.zeros(pool_size, ROW, dtype=torch.uint8) for _ in range(ranks)]
         path = None if directory is None else self.store.directory.path
         self.workers = [

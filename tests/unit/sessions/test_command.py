@@ -157,6 +157,26 @@ def test_a_running_server_takes_part_in_a_move(directory):
     server.close()
 
 
+def test_what_was_composed_moves_with_its_sources(tmp_path):
+    server = Server(tmp_path)
+    server.say(TEXT[:100], "one")
+    server.say(TEXT[:40], "two")
+    server.settle()
+    server.say(TEXT[:120], "one")
+    made = server.ask("compose_parts", sources=["one", "two"])["session"]
+    server.settle()
+    server.close()
+    for source, target in (("none", "env:ONE"), ("env:ONE", "env:TWO")):
+        assert states(tmp_path, "move", "--from", source, "--to", target) == 0
+    server = Server(tmp_path)
+    mine = engine_salt(owner_of("two"), None)
+    assert server.ask("show", session=made, salt=mine)["made_of"] == ["one@2", "two@1"]
+    server.ask("rename", session="one", to="first", salt=mine)
+    assert server.ask("delete", reference="first", salt=mine) == {"deleted": 2}
+    assert server.ask("show", session=made, salt=mine)["kind"] == "not-found"
+    server.close()
+
+
 def test_a_session_whose_name_is_taken_stays(directory, capsys):
     server = Server(directory)
     server.say(TEXT[200:300], "plain", salt=salt("two"))

@@ -97,6 +97,151 @@ def test_what_was_composed_for_a_request_goes_with_its_sources(server: Server) -
         server.store.lookup(parse_reference(made))
 
 
+def say_on(server: Server, session: str, more: list[int], to: str | None = None, **kw: Any) -> Any:
+    """Another turn of a session, or what goes on from it under another name."""
+    parent = server.store.lookup(parse_reference(session))[-1]
+    tokens = server.ask("tokens", reference=session)["tokens"] + more
+    hashes = server.store.prefix_hashes(tokens, "", "", parent.header.composed)
+    turn = server.store.open_turn(to or session, parent)
+    server.pools[0][1] = row_of(tokens)
+    state, _ = server.store.save(turn, hashes, len(tokens), "answer", 1, parent=parent, **kw)
+    server.settle()
+    return state
+
+
+def names(server: Server) -> set[str]:
+    return {one["session"] for one in server.ask("sessions", everyone=True)}
+
+
+def test_what_was_composed_goes_with_its_source_under_another_name(server: Server) -> None:
+    made = server.ask("compose_parts", sources=["one", "two"])["session"]
+    server.ask("compose", sources=["one", "two"], to="both")
+    server.settle()
+    server.ask("rename", session="one", to="first")
+    server.say(ONE[:20], "one")  # another session, which nothing is made of
+    server.settle()
+    assert server.ask("delete", reference="one") == {"deleted": 1}
+    assert names(server) == {"first", "two", "both", made}
+    assert server.ask("delete", reference="first") == {"deleted": 1, "composed": ["both"]}
+    assert names(server) == {"two", "both"}
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_source_is_known_when_it_went_on(server: Server, restarted: bool, tmp_path: Path) -> None:
+    """The state that was composed may have left for others; the session is still the same."""
+    if restarted and server.store.directory is None:
+        pytest.skip("nothing is there after a start without a directory")
+    say_on(server, "one", [1])
+    made = server.ask("compose_parts", sources=["one", "two"])["session"]
+    server.settle()
+    say_on(server, "one", [2])
+    for state in server.store.lookup(parse_reference("one"))[:-1]:
+        server.store.forget(state)
+    server.settle()
+    if restarted:
+        server.close()
+        server.__init__(tmp_path)  # type: ignore[misc]
+    say_on(server, "one", [3])
+    assert made in names(server)
+    server.ask("rename", session="one", to="first")
+    server.ask("delete", reference="first")
+    assert names(server) == {"two"}
+
+
+def test_a_fork_is_another_source(server: Server) -> None:
+    server.say(ONE, "one", kind="prompt")
+    server.ask("fork", reference="one", to="twig")
+    made = server.ask("compose_parts", sources=["twig", "two"])["session"]
+    server.settle()
+    server.ask("delete", reference="one")
+    assert names(server) == {"twig", "two", made}
+    server.ask("delete", reference="twig")
+    assert names(server) == {"two"}
+
+
+def test_a_fork_of_several_states_is_one_session(server: Server) -> None:
+    hashes = server.store.prefix_hashes([*ONE, 5])
+    (state,) = server.store.lookup(parse_reference("one"))
+    turn = type(server.store.open_turn("one", state))(state.session, 1)
+    server.store.save(turn, hashes, len(ONE) + 1, "answer", 1, parent=state)
+    server.settle()
+    server.ask("fork", reference="one", to="twig")
+    states = server.store.lookup(parse_reference("twig"))
+    assert len(states) == 2 and len({state.header.session_id for state in states}) == 1
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_owners_are_told_apart_in_what_was_composed(server: Server, before: bool) -> None:
+    """Sessions of two owners have the same names. Files of before ids know sources by name."""
+    theirs = salt_hash("other")
+    for name, tokens in (("one", ONE), ("two", TWO)):
+        server.say(tokens, name, salt=theirs)
+    server.settle()
+    made = {salt: server.ask("compose_parts", sources=["one", "two"], salt=salt)["session"]
+            for salt in (None, "other")}  # fmt: skip
+    for salt in (None, "other"):
+        server.ask("compose", sources=["one"], to=f"of-{salt}", salt=salt)
+    server.settle()
+    if before:
+        for state in list(server.store.states.values()):
+            server.store.change(state, sources=[], origin=None, until=None)
+    assert server.ask("delete", reference="one") == {"deleted": 1, "composed": ["of-None"]}
+    assert names(server) == {"one", "two", "of-None", "of-other", made["other"]}
+    assert server.ask("show", session=made["other"], salt="other")["made_of"]
+
+
+@pytest.mark.parametrize("ttl", [None, 5000.0])
+def test_what_goes_on_from_it_does_not_outlive_its_parts(server: Server, ttl: float | None) -> None:
+    server.say([1, 2, 3, 4, 5, 6, 7, 8], "short", ttl=60.0)
+    server.settle()
+    end = server.store.lookup(parse_reference("short"))[0].header.expires
+    server.ask("compose", sources=["short", "two"], to="both")
+    server.settle()
+    server.ask("compose", sources=["both", "one"], to="more", ttl=20.0)
+    server.settle()
+    for session in ("both", "more"):
+        state = say_on(server, session, [7], ttl=ttl)
+        assert state.header.expires == say_on(server, session, [8], f"{session}-on").header.expires
+        assert state.header.expires == end  # and not that of the 20 seconds
+    assert say_on(server, "both", [9], ttl=5.0).header.expires < end
+    server.clock.now += 61
+    assert names(server) == {"one", "two"}
+
+
+def test_what_is_made_of_a_text_without_a_name_stays_in_memory(tmp_path: Path) -> None:
+    server = Server(tmp_path, store="named")
+    server.say(TWO, "two")
+    auto = server.say(ONE).header.session
+    server.settle()
+    assert auto.startswith("auto-")
+
+    def tiers(session: str) -> list[set[str]]:
+        return [state.tiers for state in server.store.lookup(parse_reference(session))]
+
+    server.ask("compose", sources=[auto, "two"], to="both")
+    made = server.ask("compose_parts", sources=["two", auto])["session"]
+    server.settle()
+    say_on(server, "both", [7])
+    server.ask("compose", sources=["both", "two"], to="more")
+    server.ask("fork", reference="both", to="twig")
+    unnamed = say_on(server, made, [8], "auto-0123").header.session
+    say_on(server, made, [9], "talk")
+    server.ask("rename", session=unnamed, to="named")
+    server.ask("rename", session="both", to="again")
+    server.ask("compose", sources=["two"], to="other")
+    server.settle()
+    for session in ("again", made, "more", "twig", "talk", "named"):
+        assert all(found == {"memory"} for found in tiers(session)), session
+    assert tiers("other") == tiers("two") == [{"memory", "disk"}]
+    assert len(list(server.store.directory.path.iterdir())) == 2
+    server.close()
+    server = Server(tmp_path / "all", store="all")
+    auto = server.say(ONE).header.session
+    server.ask("compose", sources=[auto], to="both")
+    assert tiers("both") == [{"memory", "disk"}]
+    server.close()
+
+
 def test_what_goes_on_from_it_remembers_it(server: Server) -> None:
     server.ask("compose", sources=["one", "two"], to="both")
     server.settle()

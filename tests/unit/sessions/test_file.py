@@ -292,6 +292,46 @@ def test_a_header_that_makes_no_sense_is_damaged_whatever_its_checksum_says(path
             assert reason(path, read) == "damaged", value
 
 
+LATER = {"origin": None, "sources": [], "until": None}
+
+
+def test_a_file_of_before_sessions_had_ids_is_read(path):
+    forged(path, **dict.fromkeys(LATER, ...))
+    assert read_header(path) == header() and read_header(path).session_id == header().id
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("origin", ["", "zz" * 16, 3]), ("until", ["never", True, [], float("nan")]),
+        ("sources", [None, "ab" * 16, [None], ["x"], [3]]),
+    ],
+)  # fmt: skip
+def test_later_fields_are_checked_where_they_are(path, field, values):
+    whole = path.read_bytes()
+    for value in values:
+        path.write_bytes(whole)
+        forged(path, **{field: value})
+        assert reason(path, read_header) == "damaged", value
+
+
+@pytest.mark.parametrize("read", [read_header, read_tokens, read_state])
+def test_a_file_holds_the_state_that_is_asked_for(path, read):
+    right = header()
+    read(path, expected=replace(right, session="agent-9", turn=5, pinned=True))
+    for other in (
+        {"id": "cd" * 16}, {"salt": "cd" * 16}, {"prefix_hash": "cd" * 16}, {"num_tokens": 299},
+        {"rank": 1, "ranks": 2}, {"ranks": 2},
+    ):  # fmt: skip
+        assert reason(path, read, expected=replace(right, **other)) == "damaged", other
+    for name in (file_name("cd" * 16, 0, 1), file_name("ab" * 16, 1, 2)):
+        other = path.with_name(name)
+        shutil.copy(path, other)
+        assert reason(other, read) == "damaged", name
+    shutil.copy(path, path.with_name("export.lola.safetensors"))  # as people call it
+    read(path.with_name("export.lola.safetensors"))
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", "[]", "null", "NaN", "[" * 100_000, '{"a": ' * 100_000, "\ud800", "1" * 5000]
 )

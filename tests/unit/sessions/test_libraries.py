@@ -14,7 +14,7 @@ from torch import Tensor
 from lola_vllm.sessions.file import KEYS_SUFFIX, StateFileError, keys_file
 from lola_vllm.sessions.names import Part, part_session
 from lola_vllm.sessions.prefix_hash import salt_hash
-from tests.support.sessions import ROW, Server, row_of
+from tests.support.sessions import ROW, Server, row_of, size_of
 
 ONE, TWO, THREE = list(range(100, 140)), list(range(500, 541)), list(range(700, 760))
 
@@ -151,6 +151,35 @@ def test_libraries_are_there_after_a_restart(tmp_path: Path) -> None:
     again = Server(tmp_path, memory=100 * ROW)
     (document,) = again.ask("library", library="pumps")["documents"]
     assert document["document"] == "Pümpe / 1" and document["complete"]
+    again.close()
+
+
+def test_keys_count_in_the_budgets(tmp_path: Path) -> None:
+    """Three sessions fit; three documents, each with keys beside its state, do not."""
+
+    def key_bytes(num_tokens: int) -> int:
+        return 4 * num_tokens
+
+    room = 3 * size_of(40) + 2 * key_bytes(40)
+    options = {"memory": room, "disk": room, "key_bytes": key_bytes}
+    server = Server(tmp_path / "sessions", **options)
+    for number in range(3):
+        server.say([number, *ONE[1:]], f"talk-{number}")
+    server.settle()
+    assert server.store.memory.nbytes == server.store.disk.nbytes == 3 * size_of(40)
+    server.close()
+    server = Server(tmp_path / "documents", **options)
+    for number in range(3):
+        read(server, f"library-{number}", [number, *ONE[1:]], Part("pumps", f"{number}.md"))
+    server.settle()
+    tiers = (server.store.memory, server.store.disk)
+    for tier in tiers:
+        assert tier.nbytes == 2 * (size_of(40) + key_bytes(40))
+        assert sorted(s.header.session for s in tier.states.values()) == ["library-1", "library-2"]
+    assert [server.store.counts[f"evicted-{tier.name}"] for tier in tiers] == [1, 1]
+    server.close()
+    again = Server(tmp_path / "documents", **options)
+    assert again.store.disk.nbytes == 2 * (size_of(40) + key_bytes(40))
     again.close()
 
 
