@@ -8,7 +8,8 @@ one that is kept where a context shift is due is the same whether or not the seq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -153,7 +154,7 @@ def shift_due(layers: Sequence[LayerState], state_indices: Tensor, num_tokens: T
 
 
 class Segment(NamedTuple):
-    """A part of a prefill that no context shift divides.
+    """A part of a prefill that nothing divides.
 
     Attributes:
         due: what is shifted before it.
@@ -166,19 +167,24 @@ class Segment(NamedTuple):
     spans: list[slice] | None
 
 
-def split_prefill(schedule: ShiftSchedule | None, batch: PrefillBatch) -> list[Segment]:
+def split_prefill(
+    schedule: ShiftSchedule | None,
+    batch: PrefillBatch,
+    stops: Mapping[int, Sequence[int]] | None = None,
+) -> list[Segment]:
     """A prefill as its context shifts divide it, the same for all layers.
 
     In order; one segment where no context shift comes.
 
     Rows without new tokens are shifted with their next one.
+
+    Args:
+        stops: by row, token counts of its page at which a segment ends too.
     """
-    if schedule is None:
+    if schedule is None and not stops:
         return [Segment(None, batch, None)]
-    contexts, starts = batch.context_lens.tolist(), batch.query_start_loc.tolist()
     lengths_of = [
-        schedule.segment_lengths(context, stop - start)
-        for context, start, stop in zip(contexts, starts, starts[1:], strict=False)
+        [b - a for a, b in pairwise(row)] for row in segment_bounds(schedule, batch, stops or {})
     ]
     segments = []
     for number in range(max(map(len, lengths_of), default=0)):
@@ -197,10 +203,27 @@ def split_prefill(schedule: ShiftSchedule | None, batch: PrefillBatch) -> list[S
             offsets.to(batch.query_start_loc.dtype),
             seen.to(batch.context_lens.dtype),
         )
-        segments.append(Segment(DueRows.of(schedule, state_indices, seen), segment, spans))
+        due = None if schedule is None else DueRows.of(schedule, state_indices, seen)
+        segments.append(Segment(due, segment, spans))
     if len(segments) < 2:  # as it came, so that nothing is copied
         return [Segment(segments[0].due if segments else None, batch, None)]
     return segments
+
+
+def segment_bounds(
+    schedule: ShiftSchedule | None, batch: PrefillBatch, stops: Mapping[int, Sequence[int]]
+) -> list[list[int]]:
+    """Of each row of a prefill, the token counts of its page before its first segment and after
+    each; arguments as for `split_prefill`."""
+    contexts, starts = batch.context_lens.tolist(), batch.query_start_loc.tolist()
+    bounds = []
+    for row, (context, (start, stop)) in enumerate(zip(contexts, pairwise(starts), strict=False)):
+        count = stop - start
+        whole = [count] if count else []
+        lengths = whole if schedule is None else schedule.segment_lengths(context, count)
+        inside = {n for n in stops.get(row, ()) if context < n < context + count}
+        bounds.append(sorted({*accumulate(lengths, initial=context), *inside}))
+    return bounds
 
 
 def prefill(
@@ -211,21 +234,28 @@ def prefill(
     v: Tensor,
     segments: Sequence[Segment],
     out: Tensor,
+    after: Callable[[int], None] | None = None,
 ) -> None:
     """A back end's prefill, and the context shifts between its segments; see
-    `contract.PrefillOp`."""
-    for due, batch, spans in segments:
+    `contract.PrefillOp`.
+
+    Args:
+        after: is told the number of each segment when it is done.
+    """
+    for number, (due, batch, spans) in enumerate(segments):
         if due is not None:
             shift_pages(layer, *due)
         if spans is None:
             op(layer, q, k, v, batch, out)
-            continue
-        answers = _take(out, spans)
-        op(layer, _take(q, spans), _take(k, spans), _take(v, spans), batch, answers)
-        if len(spans) > 1:
-            lengths = [span.stop - span.start for span in spans]
-            for span, part in zip(spans, answers.split(lengths), strict=True):
-                out[span] = part
+        else:
+            answers = _take(out, spans)
+            op(layer, _take(q, spans), _take(k, spans), _take(v, spans), batch, answers)
+            if len(spans) > 1:
+                lengths = [span.stop - span.start for span in spans]
+                for span, part in zip(spans, answers.split(lengths), strict=True):
+                    out[span] = part
+        if after is not None:
+            after(number)
 
 
 def _take(x: Tensor, spans: Sequence[slice]) -> Tensor:

@@ -7,6 +7,7 @@ which work in place on the pages -> output projection.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,7 +74,8 @@ class LolaAttention(nn.Module, MambaBase):
         self.trained_length = int(config.max_position_embeddings)
         tp_size = get_tensor_model_parallel_world_size()
         self.sequence = sequence_layout(vllm_config, get_tensor_model_parallel_rank())
-        self.layout = self.sequence.layers[extract_layer_index(prefix) - first_layer(vllm_config)]
+        self.index = extract_layer_index(prefix) - first_layer(vllm_config)  # on the rank
+        self.layout = self.sequence.layers[self.index]
         self.num_heads = num_heads // tp_size
         self.num_kv_heads = self.layout.num_kv_heads
         self.head_dim = head_dim(config)
@@ -176,7 +178,14 @@ class LolaAttention(nn.Module, MambaBase):
             stop = start + metadata.num_prefill_tokens
             rows = (q[start:stop], k[start:stop], v[start:stop], out[start:stop])
             segments = metadata.prefill_segments
-            context_shift.prefill(self.ops.prefill, self.state, *rows[:3], segments, rows[3])
+            after = functools.partial(self._copy, metadata) if metadata.waypoints else None
+            context_shift.prefill(self.ops.prefill, self.state, *rows[:3], segments, rows[3], after)
+
+    def _copy(self, metadata: LolaMetadata, segment: int) -> None:
+        """Copy the layer's pages at the waypoints that a segment ends at."""
+        assert self.state is not None
+        for waypoint in metadata.waypoints_after.get(segment, ()):
+            waypoint.copy(self.index, self.state.pages)
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Take the rank's blocks, give each layer its pages, and compile and check what they need.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ from lola_vllm.ops import Backend, DecodeBatch, PrefillBatch, choose_backend, co
 from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.cache import lola_hf_config
 from lola_vllm.plugin.compat import BACKEND_NAME
+from lola_vllm.plugin.waypoints import Waypoint
 
 GRAPHS_ENV = "LOLA_VLLM_CUDA_GRAPHS"
 
@@ -54,11 +57,13 @@ class LolaMetadata(ShortConvAttentionMetadata):
         query_start_loc_p_cpu: `[num_prefills + 1]`, offsets into the prefill tokens.
         context_lens_p_cpu: `[num_prefills]`, tokens already in each row's state.
         schedule: the model's; None where contexts do not shift.
+        waypoints: that prefills come past. Set before the first layer runs.
     """
 
     query_start_loc_p_cpu: torch.Tensor | None = None
     context_lens_p_cpu: torch.Tensor | None = None
     schedule: ShiftSchedule | None = None
+    waypoints: Sequence[Waypoint] = ()
 
     @functools.cached_property
     def decode_batch(self) -> DecodeBatch:
@@ -82,8 +87,31 @@ class LolaMetadata(ShortConvAttentionMetadata):
 
     @functools.cached_property
     def prefill_segments(self) -> list[context_shift.Segment]:
-        """`prefill_batch` as context shifts divide it."""
-        return context_shift.split_prefill(self.schedule, self.prefill_batch)
+        """`prefill_batch` as context shifts and waypoints divide it."""
+        return context_shift.split_prefill(self.schedule, self.prefill_batch, self._stops)
+
+    @functools.cached_property
+    def waypoints_after(self) -> dict[int, list[Waypoint]]:
+        """The waypoints at the end of each of `prefill_segments`, by its number."""
+        bounds = context_shift.segment_bounds(self.schedule, self.prefill_batch, self._stops)
+        found = defaultdict(list)
+        for row, waypoint in self._passed:
+            if waypoint.num_tokens in bounds[row]:
+                found[bounds[row].index(waypoint.num_tokens) - 1].append(waypoint)
+        return found
+
+    @functools.cached_property
+    def _passed(self) -> list[tuple[int, Waypoint]]:
+        """Waypoints, each with its row of `prefill_batch`. They alone wait for the device."""
+        rows = self.prefill_batch.state_indices.tolist() if self.waypoints else []
+        return [(rows.index(w.state_index), w) for w in self.waypoints if w.state_index in rows]
+
+    @functools.cached_property
+    def _stops(self) -> dict[int, list[int]]:
+        stops = defaultdict(list)
+        for row, waypoint in self._passed:
+            stops[row].append(waypoint.num_tokens)
+        return stops
 
 
 class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):

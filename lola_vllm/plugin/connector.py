@@ -9,6 +9,7 @@ each step's metadata, outcomes with its output.
 * The state at the end of a prompt is copied after the step that ran the prompt's last piece and
   before the next step, whose decode changes it. vLLM calls `wait_for_save` there, outside of CUDA
   graphs, and a copy on the device keeps the order of its stream.
+* The state at a waypoint, inside of a step, is copied by the layers themselves (`waypoints.py`).
 * The state at the end of a request is copied in the step after its last one; vLLM keeps its block
   until the copy is reported.
 """
@@ -31,6 +32,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
 from lola_vllm.library.keys import DocumentKeys, key_bytes
@@ -42,12 +44,14 @@ from lola_vllm.ops.rope_table import RopeTable
 from lola_vllm.ops.shift_schedule import MAX_LENGTH, ShiftSchedule
 from lola_vllm.plugin import compat
 from lola_vllm.plugin.attention import LolaAttention, composer_of, rope_of
+from lola_vllm.plugin.backend import LolaMetadata
 from lola_vllm.plugin.cache import layer_layouts, lola_hf_config, row_bytes, sequence_layout
 from lola_vllm.plugin.session_requests import SchedulerHalf
+from lola_vllm.plugin.waypoints import Waypoint, WaypointPlan
 from lola_vllm.sessions.directory import model_directory
 from lola_vllm.sessions.fingerprint import Fingerprint, model_fingerprint
 from lola_vllm.sessions.host_copy import staging_bytes
-from lola_vllm.sessions.orders import Order, Outcome
+from lola_vllm.sessions.orders import Order, Outcome, Save
 from lola_vllm.sessions.settings import StoreSettings
 from lola_vllm.sessions.store import SessionStore
 from lola_vllm.sessions.transfer import TransferWorker
@@ -95,6 +99,7 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
         self._arrived: set[str] = set()
         self._failed: set[str] = set()
         self._copied: set[str] = set()
+        self._waypoints: dict[str, Waypoint] = {}  # of the step, by the id of the state
         self._outcomes: list[Outcome] = []
         # Made when it is first needed, and anew when the layers took new weights into use.
         self._composer: Composer | None = None
@@ -102,8 +107,15 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
         self._rope: RopeTable | None = None
         if role == KVConnectorRole.SCHEDULER:
             block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-            trained = lola_hf_config(vllm_config).max_position_embeddings
-            self.half = SchedulerHalf(open_store(vllm_config), block_size, trained)
+            config = lola_hf_config(vllm_config)
+            # With prefix caching there are states at block boundaries.
+            plan = WaypointPlan(
+                sequence_layout(vllm_config).layouts[0].update_interval,
+                ShiftSchedule.of(config),
+                keeps=not vllm_config.cache_config.enable_prefix_caching,
+            )
+            trained = config.max_position_embeddings
+            self.half = SchedulerHalf(open_store(vllm_config), block_size, trained, plan)
             _local[0] = weakref.ref(self.half)
             compat.add_engine_method("lola_sessions", answer_engine)
 
@@ -164,6 +176,27 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
             self._bound, self._composer = bound, composer_of(layers)
         return self._composer.compose(states, lengths)[0]
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Take a step's orders, before it runs, and have the layers look out for its waypoints."""
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, SessionMetadata) and self.transfer is not None
+        pool = self.transfer.pool
+        self._waypoints = {
+            order.header.id: Waypoint(
+                order.state_index,
+                order.header.num_tokens,
+                torch.empty_like(pool[order.state_index]),
+                sequence_layout(self._vllm_config, get_tensor_model_parallel_rank()),
+            )
+            for order in connector_metadata.orders
+            if isinstance(order, Save) and order.within
+        }
+        if self._waypoints and is_forward_context_available():
+            metadata = get_forward_context().attn_metadata
+            for step in metadata.values() if isinstance(metadata, dict) else ():
+                assert isinstance(step, LolaMetadata)
+                step.waypoints = list(self._waypoints.values())
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing: loads are orders."""
 
@@ -194,7 +227,11 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
     def _execute(self, orders: Iterable[Order]) -> None:
         assert self.transfer is not None
         for order in orders:
-            self.transfer.execute(order)
+            row = None
+            if isinstance(order, Save) and order.within:
+                waypoint = self._waypoints.pop(order.header.id, None)
+                row = waypoint.row if waypoint is not None and waypoint.complete else None
+            self.transfer.execute(order, row)
         self.transfer.finish_loads()
         for outcome in self.transfer.take_outcomes():
             self._outcomes.append(outcome)

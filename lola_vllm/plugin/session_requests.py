@@ -11,11 +11,13 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.plugin.waypoints import WaypointPlan
 from lola_vllm.sessions.fingerprint import adapter_fingerprint
 from lola_vllm.sessions.manager import SessionManager
 from lola_vllm.sessions.orders import Outcome
 from lola_vllm.sessions.prefix_hash import salt_hash
 from lola_vllm.sessions.request import OWN_REQUESTS, RequestState, read_params
+from lola_vllm.sessions.shared_prefixes import Waypoints
 from lola_vllm.sessions.store import NotStored, SessionStore
 from lola_vllm.sessions.tiers import SessionKey, Stored
 
@@ -48,10 +50,19 @@ class SchedulerHalf:
     Args:
         store: of this engine. block_size: tokens between two blocks of a request.
         trained_length: tokens to which the model was trained.
+        plan: where prompts have waypoints; None: nowhere.
     """
 
-    def __init__(self, store: SessionStore, block_size: int, trained_length: int) -> None:
+    def __init__(
+        self,
+        store: SessionStore,
+        block_size: int,
+        trained_length: int,
+        plan: WaypointPlan | None = None,
+    ) -> None:
         self.store = store
+        self.plan = plan or WaypointPlan()
+        self._waypoints = Waypoints(store)
         self.trained_length = trained_length
         self.manager = SessionManager(store)
         self.block_size = block_size
@@ -114,25 +125,26 @@ class SchedulerHalf:
         found = req_state.found
         if found is None or not req_state.params.restore or request.skip_reading_prefix_cache:
             return 0
-        if found.header.num_tokens <= computed:
+        if req_state.covered <= computed:
             req_state.missed = (
                 f"the prefix cache has {computed} tokens, which is no less than stored"
             )
             return 0
-        return found.header.num_tokens - computed
+        return req_state.covered - computed
 
     def load(self, request: Request, state_index: int) -> None:
         """Order the load of the state that was found."""
         req_state = self.request_states[request.request_id]
         assert req_state.found is not None
-        req_state.restored = req_state.found.header.num_tokens
+        req_state.restored = req_state.covered
         self.store.load(req_state.found, state_index, request.request_id)
         self.store.counts["hits"] += 1
         self.store.counts["restored-tokens"] += req_state.restored
 
     @_harmless(None)
     def end_prompts(self, scheduled: dict[str, int], block_ids: Any) -> None:
-        """Store the states at the ends of prompts whose last piece runs in this step.
+        """Store the states at the ends of prompts whose last piece runs in this step, and at the
+        waypoints that it comes past.
 
         Args:
             scheduled: tokens of each request in the step. block_ids: of a request by its id.
@@ -140,6 +152,7 @@ class SchedulerHalf:
         for name in self._prompts.keys() & scheduled.keys():
             request = self._prompts[name]
             n = request.num_computed_tokens + scheduled[name]
+            self._pass(request, n, block_ids)
             if n >= request.num_prompt_tokens:
                 del self._prompts[name]
                 if n == request.num_prompt_tokens:
@@ -191,8 +204,10 @@ class SchedulerHalf:
         """Find the state to start from, and the conversation that the request goes on with."""
         req_state.version = self.store.version
         req_state.found = req_state.missed = None
-        longest = len(req_state.hashes) - 1
-        req_state.parent = self.store.find(req_state.hashes, longest)
+        n = len(req_state.hashes)
+        longest = n - 1  # a token is always computed
+        reach = n if self.plan.covers_one_less(n) else longest
+        req_state.parent = self.store.find(req_state.hashes, reach)
         source = req_state.params.source
         req_state.found = req_state.parent
         if req_state.found is None and req_state.params.restore:
@@ -206,6 +221,32 @@ class SchedulerHalf:
             req_state.parent, req_state.missed = req_state.found, None
         except NotStored as error:
             req_state.missed = str(error.args[0])
+
+    def _pass(self, request: Request, end: int, block_ids: Any) -> None:
+        """Order copies of the states at a prompt's waypoints in a step.
+
+        Args:
+            end: tokens after the step. block_ids: of a request by its id.
+        """
+        req_state, start = self.request_states[request.request_id], request.num_computed_tokens
+        params, parent = req_state.params, req_state.parent
+        if req_state.waypoints is None:
+            # What is only read is gone on with at its end, and what was composed by its name.
+            apart = not params.answer or (parent is not None and parent.header.composed is not None)
+            wanted = params.save and not apart
+            n = request.num_prompt_tokens
+            req_state.waypoints = self.plan.waypoints(start, n) if wanted else []
+        index = (end - 1) // self.block_size
+        for n in req_state.waypoints:
+            if not start < n <= end:
+                continue
+            blocks = block_ids(request.request_id)
+            if index >= len(blocks) or blocks[index] == 0:
+                return
+            self._waypoints.save(
+                req_state.hashes, n, blocks[index], n < end,
+                adapter=req_state.adapter, salt=req_state.salt, parent=parent, ttl=params.ttl,
+            )  # fmt: skip
 
     def _save(
         self,

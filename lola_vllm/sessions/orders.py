@@ -29,7 +29,8 @@ class Save:
 
     Attributes:
         state_index: of it in the pool. memory, disk: where to keep it. request: whose end it is;
-            empty while the request goes on.
+            empty while the request goes on. within: whether the step goes on after it, so that the
+            rank has copied it when the order is carried out.
     """
 
     header: StateHeader
@@ -38,6 +39,7 @@ class Save:
     memory: bool
     disk: bool
     request: str = ""
+    within: bool = False
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,7 @@ class RequestState:
         reasons: what else there is to say, once each.
         stored: its longest stored state. unsaved: why it has none.
         beyond: tokens that it has beyond the length to which the model was trained.
+        waypoints: token counts of its prompt at which states are kept; None: not known yet.
     """
 
     params: RequestParams
@@ -161,6 +162,14 @@ class RequestState:
     stored: Stored | None = None
     unsaved: str | None = None
     beyond: int = 0
+    waypoints: list[int] | None = None
+
+    @property
+    def covered(self) -> int:
+        """Tokens that need not be computed after the state that was found is restored: all but one
+        of the prompt, at most."""
+        tokens = 0 if self.found is None else self.found.header.num_tokens
+        return min(tokens, len(self.hashes) - 1)
 
     @property
     def session(self) -> SessionKey | None:

@@ -1,14 +1,16 @@
 """Shared prefixes: states that several conversations go on from.
 
-The server stores them where prompts part (`serving/sessions/prefix_sharing.py`). They hold
-somebody's text, so they are deleted with the last conversation that goes on from them. A state's
-header names the shared prefix of its text, because the states between the two may have left the
-store.
+The server stores them where prompts part (`serving/sessions/prefix_sharing.py`), and at waypoints
+(`plugin/waypoints.py`), where they may part. They hold somebody's text, so they are deleted with
+the last conversation that goes on from them. A state's header names the shared prefix of its text,
+because the states between the two may have left the store.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lola_vllm.sessions.names import SHARED
@@ -17,6 +19,50 @@ from lola_vllm.sessions.tiers import Stored
 
 if TYPE_CHECKING:
     from lola_vllm.sessions.store import SessionStore
+
+# The newest waypoints take so much of the memory at most; older ones leave before anything else.
+WAYPOINT_SHARE = 1 / 4
+
+
+class Waypoints:
+    """The states of a store that were kept inside of prompts. They are in memory only."""
+
+    def __init__(self, store: SessionStore) -> None:
+        self.store = store
+        self._newest: deque[Stored] = deque()
+
+    def save(
+        self,
+        hashes: PrefixHashes,
+        num_tokens: int,
+        state_index: int,
+        within: bool,
+        *,
+        adapter: str,
+        salt: str,
+        parent: Stored | None,
+        ttl: float | None,
+    ) -> None:
+        """Keep the state after the first `num_tokens` of a prompt, if there is room.
+
+        Args:
+            within: as in `Save`. The others: as for `SessionStore.save`; salt: a hash.
+        """
+        store, prefix_hash = self.store, hashes.prefix_hash(num_tokens)
+        with store.lock:
+            room = store.memory.budget * WAYPOINT_SHARE - store.state_bytes(num_tokens)
+            if room < 0 or store.index.with_hash(prefix_hash):
+                return
+            self._newest = deque(state for state in self._newest if state.tiers)
+            while sum(state.nbytes for state in self._newest) > room:
+                store.supersede(self._newest.popleft())
+            turn = store.open_turn(SHARED + prefix_hash.hex()[:16], parent, salt)
+            with suppress(LookupError):  # all that is stored is pinned
+                state, _ = store.save(
+                    turn, hashes, num_tokens, "prompt", state_index, adapter=adapter,
+                    parent=parent, ttl=ttl, within=within, tiers=(store.memory,),
+                )  # fmt: skip
+                self._newest.append(state)
 
 
 def shared_prefix_of(parent: Stored | None) -> str | None:

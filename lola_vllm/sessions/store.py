@@ -248,12 +248,15 @@ class SessionStore:
         request: str = "",
         tail: Sequence[int] = (),
         part: Part | None = None,
+        within: bool = False,
+        tiers: Sequence[Tier] | None = None,
     ) -> tuple[Stored, bool]:
         """Store a state of the pool, which covers the first `num_tokens` of a text.
 
         Args:
             kind: "prompt" or "answer". state_index: in the pool of every rank. ttl: seconds.
-            request: as in `Save`. tail: as in `StateHeader`. part: of a library's document.
+            request, within: as in `Save`. tail: as in `StateHeader`. part: of a library's document.
+            tiers: where it may be; None: as for others of its session.
 
         Returns:
             The state, and whether it is new: it is then copied in the step that takes the
@@ -274,7 +277,9 @@ class SessionStore:
                     return there, False
             nbytes = self.state_bytes(num_tokens, part is not None)
             nameless = parent is not None and parent.nameless
-            tiers = [t for t in self.tiers_for(turn.session[1], nameless) if t.fits(nbytes)]
+            if tiers is None:
+                tiers = self.tiers_for(turn.session[1], nameless)
+            tiers = [tier for tier in tiers if tier.fits(nbytes)]
             if not tiers and self.disk.fits(nbytes):
                 raise NotStored(
                     "there is no room in memory, and texts without a session's name are not "
@@ -330,7 +335,13 @@ class SessionStore:
                 raise NotStored("all that is stored is pinned, and the budgets are spent")
             self._orders.append(
                 Save(
-                    header, tokens, state_index, MEMORY in state.tiers, DISK in state.tiers, request
+                    header,
+                    tokens,
+                    state_index,
+                    MEMORY in state.tiers,
+                    DISK in state.tiers,
+                    request,
+                    within,
                 )
             )
             if DISK in state.tiers:
@@ -440,7 +451,7 @@ class SessionStore:
             if header.turn > session.last_turn:
                 session.last_turn = header.turn
                 for older in session.states.values():
-                    self._supersede(older)
+                    self.supersede(older)
             state.superseded = header.turn < session.last_turn
             session.states[state.id] = state
             self.states[state.id] = state
@@ -537,7 +548,8 @@ class SessionStore:
         if self.directory is not None and DISK in state.tiers:
             self.directory.use(state.id)
 
-    def _supersede(self, state: Stored) -> None:
+    def supersede(self, state: Stored) -> None:
+        """Let a state leave before those that are not superseded."""
         if not state.superseded:
             state.superseded = True
             for tier in (self.memory, self.disk):

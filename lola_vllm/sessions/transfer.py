@@ -111,11 +111,15 @@ class TransferWorker:
         """States that are yet to be written."""
         return len(self._writing)
 
-    def execute(self, order: Order) -> None:
-        """Carry out an order, or start to. Never raises: a failure is an outcome."""
+    def execute(self, order: Order, row: Tensor | None = None) -> None:
+        """Carry out an order, or start to. Never raises: a failure is an outcome.
+
+        Args:
+            row: `[rank_bytes]`, what was copied for a `Save.within`; None: nothing was.
+        """
         try:
             if isinstance(order, Save):
-                self._save(order)
+                self._save(order, row)
             elif isinstance(order, Load):
                 self._load(order)
             elif isinstance(order, Copy):
@@ -153,9 +157,13 @@ class TransferWorker:
         self._writer.shutdown(wait=True)
         self._states.clear()
 
-    def _save(self, order: Save) -> None:
+    def _save(self, order: Save, row: Tensor | None) -> None:
         began = time.monotonic()
-        data = copy_to_host(self.pool[order.state_index])
+        if not order.within:
+            row = self.pool[order.state_index]
+        if row is None:
+            raise ValueError(f"the step did not copy the state after {order.header.num_tokens}")
+        data = copy_to_host(row)
         state = order.header.id
         if order.memory:
             self._states[state] = data

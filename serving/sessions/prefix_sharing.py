@@ -65,15 +65,19 @@ class RecentPrompts:
         self._texts: OrderedDict[bytes, PrefixHashes] = OrderedDict()
         self._newest: dict[bytes, bytes] = {}  # block hash -> the newest text with this block
         self._branch_points = PrefixIndex()
+        self._read: set[bytes] = set()  # texts that were read to their end
         self._tokens = 0
 
     def observe(self, hashes: PrefixHashes) -> BranchPoint | None:
         """Take a prompt in, and say from which branch point a state is of use.
 
-        A new one pays if it saves `HASH_BLOCK` tokens or more.
+        A new one pays if it saves `HASH_BLOCK` tokens or more. A prompt that was read before has
+        none: the engine goes on from just before its end.
         """
         longest = min(self._common(hashes), len(hashes) - 1)
         known = next((int(n) for n in self._branch_points.prefixes(hashes, longest)), 0)
+        if hashes.prefix_hash(len(hashes)) in self._read:
+            known = longest
         point = None
         if longest - known >= HASH_BLOCK:
             self._add(hashes.prefix(longest))
@@ -82,6 +86,12 @@ class RecentPrompts:
             point = BranchPoint(known, hashes.prefix_hash(known), False)
         self._add(hashes)
         return point
+
+    def end(self, hashes: PrefixHashes) -> None:
+        """A prompt was read to its end."""
+        key = hashes.prefix_hash(len(hashes))
+        if key in self._texts:
+            self._read.add(key)
 
     def forget(self, hashes: PrefixHashes, above: int, upto: int) -> None:
         """States of a text with more than `above` and at most `upto` tokens are not stored."""
@@ -105,7 +115,10 @@ class RecentPrompts:
         if n < HASH_BLOCK:
             return
         key = hashes.prefix_hash(n)
+        read = key in self._read
         self._drop(key)
+        if read:
+            self._read.add(key)
         self._texts[key] = hashes
         self._tokens += n
         self._branch_points.add(hashes.block_hash(n), n, key, str(n))
@@ -118,6 +131,7 @@ class RecentPrompts:
         hashes = self._texts.pop(key, None)
         if hashes is None:
             return
+        self._read.discard(key)
         n = len(hashes)
         self._tokens -= n
         self._branch_points.remove(hashes.block_hash(n), n, key, str(n))
@@ -153,6 +167,8 @@ class PrefixSharing:
         outputs: Any = self._generate(prompt, sampling_params, request_id, **kwargs)
         async with aclosing(outputs):
             async for output in outputs:
+                if hashes:
+                    self._recent.end(hashes)
                 restored = told(output).get("restored_tokens")
                 if hashes and point and restored is not None and restored < point.num_tokens:
                     self._recent.forget(hashes, restored, point.num_tokens)

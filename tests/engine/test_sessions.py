@@ -437,3 +437,30 @@ def test_an_answer_that_stops_by_itself_is_stored_as_it_was_said(tiny, cold, opt
         tokens, told = ask(llm, whole + cold.tail)
         assert tokens == cold(whole + cold.tail)
         assert told["restored_tokens"] == covered
+
+
+@pytest.mark.parametrize("interval", [16, 1], ids=["updates-every-16", "updates-each-token"])
+@pytest.mark.parametrize("length", [600, 608])
+def test_the_same_long_prompt_and_one_that_ends_otherwise_go_on(tmp_path, interval, length):
+    model = make_tiny(tmp_path / "tiny", {**LOLA, "update_interval": interval})
+    (text, other, beside) = random_prompts([length, 40, 290], seed=7)
+    edited = text[:-30] + other
+    with engine(model, **BASE, max_model_len=1024) as llm:
+        cold = [ask(llm, prompt)[0] for prompt in (text, edited)]
+    # Steps of 64 tokens, so that waypoints lie inside of them, and one prompt beside another.
+    with engine(model, **BASE, max_model_len=1024, **store_options(store="named")) as llm:
+        extra = {"kv_transfer_params": {"lola": {}}}
+        params = SamplingParams(max_tokens=NEW, extra_args=extra, **GREEDY)
+        both = [TokensPrompt(prompt_token_ids=prompt) for prompt in (text, beside)]
+        first = llm.generate(both, params, use_tqdm=False)[0]
+        assert list(first.outputs[0].token_ids) == cold[0]
+        for prompt, expected, least in ((text, cold[0], length - 1), (edited, cold[1], 560)):
+            tokens, told = ask(llm, prompt)
+            assert tokens == expected
+            assert told["restored_tokens"] >= least, told
+        # They go with the conversation, as what they hold was said there.
+        assert manage(llm, "stats")["states"] > 3
+        for session in manage(llm, "sessions", everyone=True):
+            if session["session"].startswith("auto-"):
+                manage(llm, "delete", reference=session["session"])
+        assert manage(llm, "stats")["states"] == 0

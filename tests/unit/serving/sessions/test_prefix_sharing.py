@@ -57,11 +57,23 @@ def test_places_that_save_less_than_a_block_are_left():
     assert places(known.observe(hashes([*SHARED[: HASH_BLOCK + 40], 1003]))) == (HASH_BLOCK, False)
 
 
-def test_the_same_prompt_again_leaves_a_token_to_compute():
+def test_the_same_prompt_while_it_is_read_leaves_a_token_to_compute():
     known = RecentPrompts()
     known.observe(hashes(SHARED))
     assert places(known.observe(hashes(SHARED))) == (599, True)
     assert places(known.observe(hashes(SHARED))) == (599, False)
+
+
+def test_a_prompt_that_was_read_is_not_read_in_parts_again():
+    known = RecentPrompts()
+    for _ in range(3):
+        known.observe(hashes(SHARED))
+        known.end(hashes(SHARED))
+        assert places(known.observe(hashes(SHARED))) == (599, False)
+    assert places(known.observe(hashes(SHARED[:500]))) == (499, True)
+    known.max_tokens = 0
+    known.observe(hashes(text(1, 300)))
+    assert not known._read
 
 
 @pytest.mark.parametrize("other", [{"salt": "b"}, {"adapter": "b"}])

@@ -1,0 +1,65 @@
+"""What a default server computes of a long prompt that comes again, by the habits of clients."""
+
+import pytest
+
+from tests.serving.sessions.test_routes import ok, user
+
+FILE = " ".join(f"In hall {i} the pump starts at {i * 7 % 24} and stops later." for i in range(60))
+
+
+def ask(server, messages, name):
+    """Tokens of a prompt, those of them that were cached, and the answer."""
+    body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 6}
+    answer = ok(server.client.post("/v1/chat/completions", json={**body, "cache_salt": name}))
+    usage = answer["usage"]
+    cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0
+    return usage["prompt_tokens"], cached, answer["choices"][0]["message"]["content"]
+
+
+def test_a_history_that_is_sent_whole_each_turn(tiny):
+    messages = user(f"{FILE} When does the pump of hall 3 start?")
+    before, cached, said = ask(tiny, messages, "history")
+    assert before > 1000 and cached == 0
+    for question in ("And of hall 4?", "And of hall 5?"):
+        messages += [{"role": "assistant", "content": said}, *user(question)]
+        n, cached, said = ask(tiny, messages, "history")
+        assert before - 1 <= cached < n
+        before = n
+
+
+@pytest.mark.parametrize("more", range(3))  # some prompts end where an update follows
+def test_the_second_of_two_identical_requests(tiny, more):
+    messages = user(f"{FILE} When does the pump start{'?' * (1 + more)}")
+    n, cached, said = ask(tiny, messages, "same")
+    for _ in range(2):
+        assert ask(tiny, messages, "same") == (n, n - 1, said)
+
+
+def test_the_first_message_is_edited(tiny):
+    system = [{"role": "system", "content": FILE}]
+    n, cached, _ = ask(tiny, system + user("When does the pump of hall 3 start?"), "edit")
+    assert cached == 0
+    n, cached, _ = ask(tiny, system + user("Which hall is the first?"), "edit")
+    assert 0.9 * n < cached < n
+    n, cached, _ = ask(tiny, system + user("Name a hall."), "edit")
+    assert n - 40 < cached < n
+
+
+def test_another_question_about_the_same_file(tiny):
+    n, cached, _ = ask(tiny, user(f"{FILE} When does the pump of hall 3 start?"), "file")
+    assert cached == 0
+    n, cached, _ = ask(tiny, user(f"{FILE} Which hall is the first?"), "file")
+    assert 0.9 * n < cached < n  # of a waypoint: nobody knew where the question begins
+    n, cached, _ = ask(tiny, user(f"{FILE} Name a hall."), "file")
+    assert n - 40 < cached < n
+    # A longer question, the second of its file.
+    long = "Compare the halls, and say which pump starts before the others do. " * 8
+    file = FILE.replace("pump", "valve")
+    ask(tiny, user(f"{file} When?"), "file")
+    n, cached, _ = ask(tiny, user(f"{file} {long}"), "file")
+    assert 0.5 * n < cached < n
+
+
+def test_a_text_that_begins_otherwise_has_nothing_in_common(tiny):
+    ask(tiny, user(f"It is 10:01. {FILE}"), "time")
+    assert ask(tiny, user(f"It is 11:02. {FILE}"), "time")[1] == 0
