@@ -45,6 +45,13 @@ class LolaRoute(APIRoute):
                 message, field = refusal(error.errors())
                 answer = create_error_response(message, param=field)
                 return JSONResponse(answer.model_dump(), answer.error.code)
+            except HTTPException as error:
+                if not error.headers:
+                    raise
+                # vLLM's handler leaves headers out, such as the time to ask again.
+                status = HTTPStatus(error.status_code)
+                answer = create_error_response(error.detail, status.phrase, status)
+                return JSONResponse(answer.model_dump(), status, dict(error.headers))
 
         return bounded_handler
 

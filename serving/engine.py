@@ -24,6 +24,7 @@ from lola_vllm.ops.shift_schedule import ShiftSchedule
 from lola_vllm.plugin.cache import lola_hf_config, row_bytes, sequence_layout
 from lola_vllm.plugin.config_hook import WORKER_EXTENSION
 from lola_vllm.plugin.connectors import has_store
+from lola_vllm.serving.library.turns import Turns
 from lola_vllm.serving.protocol import (
     Head,
     InfoResponse,
@@ -73,6 +74,8 @@ class LolaEngine:
         self._store_id: str | None = None
         # One state at a time, because each copy takes memory outside of vLLM's pool.
         self._reading = asyncio.Lock()
+        self.questions = Turns()  # to libraries
+        self.hearing = asyncio.Lock()  # layers show their queries of one request at a time
         self._cleanups: set[asyncio.Task[Any]] = set()
         self.is_lola = getattr(self.config.model_config.hf_config, "model_type", "") == MODEL_TYPE
         if self.is_lola:

@@ -16,7 +16,7 @@ from lola_vllm.library.parts import sentence_at
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.adding import most_tokens
 from lola_vllm.serving.sessions.composed_start import COMPOSED_TTL
-from lola_vllm.serving.sessions.owners import owned
+from lola_vllm.serving.sessions.owners import caller, owned
 from lola_vllm.sessions.request import LIBRARY_REQUEST
 
 POLL_S = 0.02  # between two looks whether documents were found
@@ -43,8 +43,9 @@ async def find(
         salt: the caller's.
 
     Raises:
-        HTTPException: there is no such library, or the question is too long.
+        HTTPException: there is no such library, or the question is too long, or too many wait.
     """
+    engine.questions.check(caller())
     found = await engine.sessions("library", library=library, salt=owned(salt))
     parts = [
         KnownPart(document["document"], part["part"], len(document["parts"]), part["session"],
@@ -111,17 +112,19 @@ async def choose_among(
             "document",
         )
     name = f"question-{uuid.uuid4().hex}"
-    try:
-        await _hear(engine, name, anchor, asked, salt)
-        states = [(part.id, part.tokens) for part in parts]
-        await engine.ask_workers("lola_find", name, states, top, rest, newest)
-        answer: dict[str, Any] = {}
-        while "choices" not in answer:
-            await asyncio.sleep(POLL_S)
-            (answer,) = await engine.ask_workers("lola_found", name)
-    except BaseException:  # a disconnected client cancels this
-        engine.later(engine.ask_workers("lola_unhear", name))
-        raise
+    async with engine.questions.turn(caller()):
+        try:
+            async with engine.hearing:
+                await _hear(engine, name, anchor, asked, salt)
+            states = [(part.id, part.tokens) for part in parts]
+            await engine.ask_workers("lola_find", name, states, top, rest, newest)
+            answer: dict[str, Any] = {}
+            while "choices" not in answer:
+                await asyncio.sleep(POLL_S)
+                (answer,) = await engine.ask_workers("lola_found", name)
+        except BaseException:  # a disconnected client cancels this
+            engine.later(engine.ask_workers("lola_unhear", name))
+            raise
     choices: list[dict[str, Any]] = answer["choices"]
     return choices
 
@@ -162,7 +165,7 @@ async def _hear(
     said = await engine.sessions("tokens", reference=anchor.session, salt=owned(salt))
     before: list[int] = said["tokens"]
     prompt, request_id = before + tokens, f"{LIBRARY_REQUEST}{uuid.uuid4().hex}"
-    while True:  # layers show their queries of one request at a time
+    while True:  # another API process of this server may be listening
         (answer,) = await engine.ask_workers(
             "lola_hear", request_id, name, len(before), len(prompt)
         )

@@ -43,6 +43,7 @@ NO_KEY = (
 )
 
 _owner: ContextVar[str | None] = ContextVar("lola_owner", default=None)
+_address: ContextVar[str] = ContextVar("lola_address", default="")
 
 
 class Owners:
@@ -82,6 +83,7 @@ class OwnerMiddleware:
         owners: Owners | None = None
         if scope["type"] in ("http", "websocket"):
             owners = getattr(scope["app"].state, "lola_owners", None)
+            _address.set((scope.get("client") or ("",))[0])
         if owners is not None:
             _owner.set(owners.of(Headers(scope=scope).get("Authorization")))
         await self.app(scope, receive, send)
@@ -91,6 +93,11 @@ def owned(salt: str | None) -> str | None:
     """The salt that the engine sees, for the caller's own salt and the owner of this request."""
     owner = _owner.get()
     return plain_salt(salt) if owner is None else engine_salt(owner, salt)
+
+
+def caller() -> str:
+    """Who sent this request: the owner of its API key, or where there are no keys its address."""
+    return _owner.get() or _address.get()
 
 
 def with_owners(generate: Generate, stores: bool) -> Generate:

@@ -30,7 +30,7 @@ def test_a_history_that_is_sent_whole_each_turn(tiny):
 @pytest.mark.parametrize("more", range(3))  # some prompts end where an update follows
 def test_the_second_of_two_identical_requests(tiny, more):
     messages = user(f"{FILE} When does the pump start{'?' * (1 + more)}")
-    n, cached, said = ask(tiny, messages, "same")
+    n, _, said = ask(tiny, messages, "same")
     for _ in range(2):
         assert ask(tiny, messages, "same") == (n, n - 1, said)
 
