@@ -163,7 +163,7 @@ class TransferWorker:
             row = self.pool[order.state_index]
         if row is None:
             raise ValueError(f"the step did not copy the state after {order.header.num_tokens}")
-        data = copy_to_host(row)
+        data = HostCopy(row) if order.within and row.is_cpu else copy_to_host(row)
         state = order.header.id
         if order.memory:
             self._states[state] = data

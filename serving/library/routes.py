@@ -67,6 +67,7 @@ from lola_vllm.sessions.request import FIELD
 
 PREFIX = "/v1/lola/libraries"
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
+_ASKED: dict[int | str, dict[str, Any]] = {**REFUSALS, 429: {"model": ErrorResponse}}
 _DONE = "data: [DONE]"
 ANSWER_TOKENS = 512  # that there is room for after the parts, unless a request says
 
@@ -130,7 +131,13 @@ async def add(library: str, raw_request: Request, body: AddRequest) -> Any:
         return await _document(engine, name, body, addition)
 
 
-@router.post("/{library}/find", response_model=Found, responses=REFUSALS, dependencies=json_body)
+@router.post(
+    "/{library}/find",
+    response_model=None,
+    responses={**_ASKED, 200: {"model": Found}},
+    dependencies=json_body,
+)
+@with_cancellation
 async def find(library: str, raw_request: Request, body: FindRequest) -> Any:
     """What a question reads of a library, and nothing is generated."""
     engine = engine_of(raw_request)
@@ -139,13 +146,13 @@ async def find(library: str, raw_request: Request, body: FindRequest) -> Any:
     sources = await asking.find(
         engine, name_of(library, "library"), body.question, body.top, body.cache_salt
     )
-    return {"sources": sources}
+    return Found.model_validate({"sources": sources})
 
 
 @router.post(
     "/{library}/chat",
     response_model=None,
-    responses={**REFUSALS, 200: {"model": ChatCompletionResponse, **_STREAM}},
+    responses={**_ASKED, 200: {"model": ChatCompletionResponse, **_STREAM}},
     dependencies=json_body,
 )
 async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> Any:
@@ -167,7 +174,7 @@ async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> 
 @router.post(
     "/{library}/complete",
     response_model=None,
-    responses={**REFUSALS, 200: {"model": CompletionResponse, **_STREAM}},
+    responses={**_ASKED, 200: {"model": CompletionResponse, **_STREAM}},
     dependencies=json_body,
 )
 async def complete(library: str, raw_request: Request, body: LibraryCompletionRequest) -> Any:

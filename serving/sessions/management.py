@@ -43,7 +43,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         HTTPStatus.BAD_REQUEST,
         HTTPStatus.NOT_FOUND,
         HTTPStatus.CONFLICT,
-        HTTPStatus.TOO_MANY_REQUESTS,
         HTTPStatus.NOT_IMPLEMENTED,
         HTTPStatus.SERVICE_UNAVAILABLE,
     )
