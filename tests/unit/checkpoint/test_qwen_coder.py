@@ -15,7 +15,13 @@ from lola_vllm import cli
 from lola_vllm.checkpoint import CheckpointError, demo, expected_tensors
 from lola_vllm.checkpoint.calibration import load_calibration
 from lola_vllm.checkpoint.files import read_shapes
-from lola_vllm.checkpoint.qwen_coder import DISTILLED, PARTS, build_qwen_coder, join_parts
+from lola_vllm.checkpoint.qwen_coder import (
+    DISTILLED,
+    PARTS,
+    SAMPLING,
+    build_qwen_coder,
+    join_parts,
+)
 from lola_vllm.checkpoint.shipped import CALIBRATED
 from lola_vllm.config import LolaLlamaConfig, TensorFacts
 from lola_vllm.hf import LolaLlamaForCausalLM
@@ -96,6 +102,9 @@ def test_it_writes_code(tmp_path: Path) -> None:
     assert config.lola_config.items() >= {**sizes, **CALIBRATED}.items()
     plain = json.loads((base / "config.json").read_text())
     assert (plain["model_type"], plain["rms_norm_eps"]) == ("qwen2", 1e-6)
+    for written in (lola, base):
+        generation = json.loads((written / "generation_config.json").read_text())
+        assert generation.items() >= {"do_sample": True, **SAMPLING}.items()
     card = (base / "README.md").read_text()
     assert "Apache-2.0" in card and "carry no licence text" in card
     card = (lola / "README.md").read_text()
