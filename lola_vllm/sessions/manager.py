@@ -178,8 +178,8 @@ class SessionManager:
         other.
 
         Args:
-            sources: in the order of the texts. ttl: seconds for which it is kept; no longer than any of
-                the sources.
+            sources: in the order of the texts. ttl: seconds for which it is kept; no longer than
+                any of the sources.
         """
         store, name = self.store, check_new_name(to)
         if not 1 <= len(sources) <= MAX_SOURCES:
@@ -226,8 +226,8 @@ class SessionManager:
         texts. It is made once.
 
         Args:
-            sources: sessions, or turns of them. ttl: seconds for which it is kept, from now on where it
-                is made.
+            sources: sessions, or turns of them. ttl: seconds for which it is kept, from now on
+                where it is made.
         """
         store = self.store
         with store.lock:

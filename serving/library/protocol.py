@@ -88,7 +88,8 @@ class AddRequest(BaseModel):
     Attributes:
         document: its title. text: of it. part_tokens: of each part, at most; default: 2,000, or as
             many as the server's --max-model-len has room for.
-        ttl: seconds for which it is kept. cache_salt: as of requests. replace: a document of this title.
+        ttl: seconds for which it is kept. cache_salt: as of requests. replace: a document of this
+            title.
         stream: answer with an event for each part that was read.
     """
 
