@@ -158,12 +158,13 @@ def test_a_chat_goes_on_after_an_answer_that_loops_or_is_broken_off(tiny, capsys
     (restored,) = re.findall(r"turn 2: ([\d,]+) tokens restored, ", notes)
     assert int(restored) > 128
     assert "cut at 20 tokens" in talk("Hm.\n", LOOPS | {"max_tokens": 20})
+    third = tiny.client.get("/v1/lola/sessions/loops").json()["tokens"]
 
     monkeypatch.setattr("sys.stdout", Screen())
     endless = {"ignore_eos": True, "max_tokens": 1500, "repetition_detection": None}
     notes = talk("Go on.\nOn.\n", LOOPS | endless)
     monkeypatch.undo()
-    (tokens,) = re.findall(r"is not part of the memory, your message is: turn 4, ([\d,]+)", notes)
-    # From the end of the broken turn's prompt, and nothing of what was said.
-    assert re.search(rf"turn 5: {tokens} tokens restored, \d+ read", notes)
+    assert "the answer's text is not part of the memory, your message is: turn 4, " in notes
+    # From the end of the turn before, so that no empty answer stands between the two messages.
+    assert re.search(rf"turn 5: {third:,} tokens restored, \d+ read", notes)
     tiny.client.delete("/v1/lola/sessions/loops")
