@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lola_vllm.library.keys import DocumentKeys
 from lola_vllm.library.shelf import KeyShelf
 from lola_vllm.ops.int8 import quantize
 from lola_vllm.sessions import StateFileError, parse_reference
-from lola_vllm.sessions.file import keys_file
+from lola_vllm.sessions.file import keys_file, read_state, write_state
 from lola_vllm.sessions.inventory import Inventory, OwnerFilter
 from lola_vllm.sessions.names import Part
 from lola_vllm.sessions.prefix_hash import salt_hash
@@ -56,11 +57,26 @@ def exchange(one: Path, other: Path) -> None:
     aside.rename(other)
 
 
-def swap(server: Server, ranks: tuple[int, ...] = (0, 1)) -> None:
-    """Exchange the files of two owners' sessions."""
-    files = [server.store.directory.files(state_of(server, salt).id) for salt in TEXTS]
-    for rank in ranks:
-        exchange(files[0][rank], files[1][rank])
+Swap = Callable[..., None]
+
+
+@pytest.fixture(params=["names", "ids"])
+def swap(request: Any) -> Swap:
+    """Has her files hold his text: the names of two files are exchanged, or his is written under
+    her state's id."""
+
+    def swapped(server: Server, ranks: tuple[int, ...] = (0, 1)) -> None:
+        directory, states = server.store.directory, [state_of(server, salt) for salt in TEXTS]
+        hers, his = (directory.files(state.id) for state in states)
+        for rank in ranks:
+            if request.param == "names":
+                exchange(hers[rank], his[rank])
+            else:
+                found = read_state(his[rank], key=directory.key)
+                header = replace(found.header, id=states[0].id)
+                write_state(hers[rank], header, found.tokens, found.data, directory.key)
+
+    return swapped
 
 
 def is_refused(server: Server, caplog: pytest.LogCaptureFixture) -> None:
@@ -84,7 +100,11 @@ def is_refused(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 def test_who_asks_for_a_session_does_not_get_anothers(
-    server: Server, caplog: pytest.LogCaptureFixture, method: str, arguments: dict[str, Any]
+    server: Server,
+    swap: Swap,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    arguments: dict[str, Any],
 ) -> None:
     swap(server)
     answer = server.ask(method, **arguments, salt="alice")
@@ -95,7 +115,7 @@ def test_who_asks_for_a_session_does_not_get_anothers(
 
 @pytest.mark.parametrize("ranks", [(0,), (1,)])
 def test_an_export_is_refused_whichever_file_was_swapped(
-    server: Server, caplog: pytest.LogCaptureFixture, ranks: tuple[int, ...]
+    server: Server, swap: Swap, caplog: pytest.LogCaptureFixture, ranks: tuple[int, ...]
 ) -> None:
     swap(server, ranks)
     assert "error" in server.ask("files", reference="talk", salt="alice")
@@ -105,7 +125,7 @@ def test_an_export_is_refused_whichever_file_was_swapped(
 @pytest.mark.parametrize("ranks", [(0, 1), (1,)])
 @pytest.mark.parametrize("by", ["name", "tokens"])
 def test_a_request_does_not_start_from_anothers(
-    server: Server, caplog: pytest.LogCaptureFixture, by: str, ranks: tuple[int, ...]
+    server: Server, swap: Swap, caplog: pytest.LogCaptureFixture, by: str, ranks: tuple[int, ...]
 ) -> None:
     swap(server, ranks)
     prompt = [*HERS, 7]
@@ -132,6 +152,7 @@ def test_a_request_does_not_start_from_anothers(
 )
 def test_a_rank_makes_nothing_of_anothers(
     server: Server,
+    swap: Swap,
     caplog: pytest.LogCaptureFixture,
     method: str,
     arguments: dict[str, Any],
@@ -153,6 +174,7 @@ def test_a_rank_makes_nothing_of_anothers(
 )
 def test_a_file_of_anothers_is_not_rewritten(
     server: Server,
+    swap: Swap,
     caplog: pytest.LogCaptureFixture,
     method: str,
     arguments: dict[str, Any],
@@ -169,17 +191,19 @@ def test_a_file_of_anothers_is_not_rewritten(
 
 @pytest.mark.parametrize("ranks", [(0, 1), (1,)])
 def test_an_operator_moves_no_files_that_were_swapped(
-    server: Server, ranks: tuple[int, ...]
+    server: Server, swap: Swap, ranks: tuple[int, ...]
 ) -> None:
     directory = server.store.directory
     inventory = Inventory(directory.path.parent, directory.key)
     swap(server, ranks)
     told: list[str] = []
     failed = inventory.move(OwnerFilter("none", none=True), "ab" * 16, told.append)
-    assert len(failed) == 2 and all(line.startswith("talk: ") for line in failed)
-    assert told == ["more: 1 states moved"]
-    if 0 in ranks:
-        assert Inventory(directory.path.parent, directory.key).refused == {"damaged": 2}
+    # By their names, neither owner's files move; by their ids, his do.
+    assert failed and all("another state" in line for line in failed)
+    assert sorted([*told, *(line.partition(":")[0] for line in failed)]) in (
+        ["more: 1 states moved", "talk", "talk"],
+        ["more: 1 states moved", "talk", "talk: 1 states moved"],
+    )
 
 
 def test_a_header_of_another_text_is_not_taken_over(server: Server) -> None:
