@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import httpx
 import pytest
 
-from lola_vllm.sessions.prefix_hash import digest
 from tools.support.server_process import Server
 
 SESSIONS, PAST = "/v1/lola/sessions", "/v1/lola/libraries/library-past"
@@ -137,30 +135,6 @@ def test_segments_go_where_their_session_goes(tiny: Server, told: str) -> None:
     ok(tiny.client.post(f"{SESSIONS}/{told}/append", json={"prompt": other}))
     ok(ask(tiny, told))
     assert len(parts_of(tiny.client, told)) == 2
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_was_composed_for_an_answer_is_deleted(tiny: Server, told: str, stream: bool) -> None:
-    """A request that starts from the same two sessions keeps the same composition, for an hour."""
-    ok(ask(tiny, told))
-    (part, _) = parts_of(tiny.client, told)
-    turn = ok(tiny.client.get(f"{SESSIONS}/{told}"))["turn"]
-    sources = [f"{told}@{turn}", part["session"]]
-    ids = [
-        ok(tiny.client.get(f"{SESSIONS}/{name.partition('@')[0]}"))["states"][-1]["id"]
-        for name in sources
-    ]
-    name = f"library-answer-{digest(b'lola answer', *(one.encode() for one in ids)).hex()}"
-    lola = {"from": sources, "save": False}
-    body = {"model": "tiny", "prompt": QUESTION, "kv_transfer_params": {"lola": lola}, **GREEDY}
-    ok(tiny.client.post("/v1/completions", json=body))
-    made = ok(tiny.client.get(f"{SESSIONS}/{name}"))["made_of"]
-    assert made == [sources[0], f"{part['session']}@1"]
-    assert ask(tiny, told, stream=stream).status_code == 200
-    deadline = time.monotonic() + 20
-    while tiny.client.get(f"{SESSIONS}/{name}").status_code != 404:
-        assert time.monotonic() < deadline, "what was composed for the answer is still there"
-        time.sleep(0.1)
 
 
 def test_what_is_short_is_answered_as_ever(tiny: Server) -> None:
