@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -187,12 +185,15 @@ def sizes(server: Server, library: str, document: str = "one") -> list[int]:
     return [part["tokens"] for part in one["parts"]]
 
 
+# So long that it is still being read when the next request comes.
+LONG = {"document": "one", "text": GARDEN * 10, "part_tokens": 240, "replace": True, "stream": True}
+
+
 def test_a_document_stays_until_the_new_one_is_whole(tiny: Server) -> None:
     ok(add(tiny, "anew", "one", HARBOUR))
     before = sizes(tiny, "anew")
-    body = {"document": "one", "text": GARDEN, "part_tokens": 240, "replace": True, "stream": True}
     where = f"{BASE}/anew/documents"
-    with tiny.client.stream("POST", where, json=body) as stream:
+    with tiny.client.stream("POST", where, json=LONG) as stream:
         next(stream.iter_lines())
         assert sizes(tiny, "anew") == before  # and the client leaves
     deadline = time.monotonic() + 60
@@ -202,24 +203,19 @@ def test_a_document_stays_until_the_new_one_is_whole(tiny: Server) -> None:
         answer = add(tiny, "anew", "one", GARDEN)
     refused(answer, 409, '"replace": true')
     assert sizes(tiny, "anew") == before
-    with tiny.client.stream("POST", where, json=body) as stream:
+    with tiny.client.stream("POST", where, json=LONG) as stream:
         assert "[DONE]" in stream.read().decode()
     assert len(sizes(tiny, "anew")) > len(before)
 
 
 def test_two_requests_that_add_a_title_do_not_mix_their_parts(tiny: Server) -> None:
-    begin = threading.Barrier(2)
-
-    def one(text: str) -> httpx.Response:
-        begin.wait()
-        response: httpx.Response = add(tiny, "both", "one", text)
-        return response
-
-    with ThreadPoolExecutor(2) as threads:
-        answers = list(threads.map(one, (GARDEN, GARDEN[::-1])))
-    assert sorted(answer.status_code for answer in answers) == [200, 409]
-    (added,) = (answer.json() for answer in answers if answer.status_code == 200)
-    assert [part["tokens"] for part in added["parts"]] == sizes(tiny, "both")
+    with tiny.client.stream("POST", f"{BASE}/both/documents", json=LONG) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        refused(add(tiny, "both", "one", HARBOUR, replace=True), 409, "is adding it to 'both'")
+        *_, last = (json.loads(line[6:]) for line in lines if line.startswith("data: {"))
+    added = [part["tokens"] for part in last["parts"]]
+    assert len(added) > 10 and sizes(tiny, "both") == added
 
 
 def test_a_refused_question_leaves_no_session(shelf: Server) -> None:
