@@ -38,9 +38,9 @@ def read(client: Client, file: Path) -> None:
 class Typed(io.StringIO):
     """Lines that are printed when they are read, as a terminal shows what is typed."""
 
-    def readline(self, *args: int) -> str:  # type: ignore[override]
+    def readline(self, size: int = -1, /) -> str:
         """The next line, "" at the end."""
-        line = super().readline(*args)
+        line = super().readline(size)
         print(f"> {line}" if line else "", end="", flush=True)
         return line
 
