@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +20,29 @@ _TEXT = (
     ".txt", ".md", ".rst", ".adoc", ".org", ".tex", ".log", ".csv", ".json", ".toml", ".yaml",
     ".yml", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".sh", "",
 )  # fmt: skip
-# Parts of a page that say nothing of what it is about.
-_LEFT_OUT = ("script", "style", "nav", "noscript", "template", "svg", "head")
+# What of a page is its text, where it says so; and what is not: bars, headers and footers, by
+# HTML5, ARIA, and the classes of DocBook, mandoc, Sphinx and MkDocs.
+_MAIN = "main, [role=main]"
+_LEFT_OUT = (
+    "script, style, noscript, template, svg, head, nav, footer, aside, body > header, "
+    "[role=navigation], [role=banner], [role=contentinfo], [role=search], "
+    "div.header, div.footer, div#header, div#footer, div.navheader, div.navfooter, div.navbar, "
+    "div.sidebar, div.toc, div.menu, .breadcrumb, .breadcrumbs, table.head, table.foot, "
+    "div.related, div.sphinxsidebar, a.headerlink"
+)
 # Elements that begin a paragraph.
 _BLOCKS = (
     "p", "div", "section", "article", "li", "dt", "dd", "pre", "blockquote", "tr", "table", "h1",
     "h2", "h3", "h4", "h5", "h6", "hr", "figure",
 )  # fmt: skip
+
+
+# How terminals show bold and underlined letters: a letter struck over another, or a sequence.
+_STRUCK = re.compile(r"[^\n]\x08|\x1b\[[0-9;]*m")
+_MAN_HEADER = re.compile(r"\s*(\S+?\(\w+\)).*\s\1[ \t]*\n")
+# Of a justified text: a word that was cut at a line's end, and spaces that make lines equally long.
+_HYPHEN, _SPACES = re.compile(r"\u2010\n[ \t]*"), re.compile(r"(?<=\S) {2,3}(?=\S)")
+_NUMBER = re.compile(r"\d+")
 
 
 class FileText(NamedTuple):
@@ -80,12 +98,29 @@ def read_file(path: Path) -> str:
     """
     suffix = path.suffix.lower()
     text = _pdf(path) if suffix in _PDF else _decoded(path)
-    if suffix in _HTML:
-        text = _html(path, text)
+    text = _html(path, text) if suffix in _HTML else man_text(_STRUCK.sub("", text))
     if not text.strip():
         scanned = "; a scan has pictures of text, which are not read" if suffix in _PDF else ""
         raise ClientError(f"{path}: it has no text{scanned}")
     return text
+
+
+def man_text(text: str) -> str:
+    """A manual page as `man` prints it, without its headers and footers and with whole words; any
+    other text as it is."""
+    header = _MAN_HEADER.match(text)
+    if header is None:
+        return text
+    title = header[1]
+    running = re.compile(rf"(.*\s{{3,}})?{re.escape(title)}\s*")
+    lines = [line for line in text[header.end() :].splitlines() if not running.fullmatch(line)]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    # The footer of BSD's pages begins and ends with the name of the system.
+    fields = re.split(r"\s{3,}", lines[-1].strip()) if lines else []
+    if len(fields) > 1 and fields[0] == fields[-1]:
+        lines.pop()
+    return _SPACES.sub(" ", _HYPHEN.sub("", "\n".join(lines))).strip("\n")
 
 
 def _inside(folder: Path) -> Iterator[Path]:
@@ -114,9 +149,22 @@ def _pdf(path: Path) -> str:
     except ImportError:
         raise ClientError(f"{path}: PDF needs the package pypdf; {_EXTRA}") from None
     try:
-        return "\n\n".join(page.extract_text() for page in PdfReader(path).pages)
+        return without_running_lines([page.extract_text() for page in PdfReader(path).pages])
     except PyPdfError as error:
         raise ClientError(f"{path}: the PDF cannot be read ({error})") from None
+
+
+def without_running_lines(pages: Sequence[str]) -> str:
+    """Pages one behind the other, without the first and last lines that many share but for their
+    numbers: three pages or more, and a third of all."""
+    lines = [page.strip().splitlines() for page in pages]
+    for end in (0, -1):
+        found = [_NUMBER.sub("", page[end]).strip() if page else None for page in lines]
+        times, least = Counter(found), max(3, len(pages) / 3)
+        for page, line in zip(lines, found, strict=True):
+            if page and times[line] >= least:
+                del page[end]
+    return "\n\n".join("\n".join(page) for page in lines)
 
 
 def _html(path: Path, page: str) -> str:
@@ -126,10 +174,13 @@ def _html(path: Path, page: str) -> str:
         raise ClientError(f"{path}: HTML needs the package beautifulsoup4; {_EXTRA}") from None
     soup = BeautifulSoup(page, "html.parser")
     title = soup.title.get_text(" ", strip=True) if soup.title else ""
-    for element in soup.find_all(_LEFT_OUT):
+    for element in soup.select(_LEFT_OUT):
         element.decompose()
+    soup = soup.select_one(_MAIN) or soup
     for line in soup.find_all("br"):
         line.replace_with("\n")
+    for cell in soup.find_all(("td", "th")):
+        cell.insert_after(" ")
     for block in soup.find_all(_BLOCKS):
         block.insert_before("\n\n")
         block.insert_after("\n\n")
@@ -137,4 +188,5 @@ def _html(path: Path, page: str) -> str:
     paragraphs = "\n".join(kept)
     while "\n\n\n" in paragraphs:
         paragraphs = paragraphs.replace("\n\n\n", "\n\n")
-    return f"{title}\n\n{paragraphs.strip()}" if title else paragraphs.strip()
+    paragraphs = paragraphs.strip()
+    return paragraphs if paragraphs.startswith(title) else f"{title}\n\n{paragraphs}"
