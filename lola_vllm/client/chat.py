@@ -5,11 +5,11 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lola_vllm.client import ClientError
+from lola_vllm.client.answers import STREAM, print_answer
 from lola_vllm.client.server import Server, path
 from lola_vllm.client.sources import library_path, source_lines
 from lola_vllm.client.terminal import print
@@ -17,9 +17,6 @@ from lola_vllm.sessions.names import check_name
 
 # Tokens of an answer, unless told otherwise: without a bound, vLLM goes on to --max-model-len.
 MAX_TOKENS = 1024
-# vLLM ends an answer whose last tokens are 32 to 128 tokens four times over. A shorter loop is one
-# of 32 or more as well; a row of dashes or zeros is too short to be taken for a loop.
-REPETITION = {"min_pattern_size": 32, "max_pattern_size": 128, "min_count": 4}
 # How long the state at the end of a prompt is waited for after an answer was broken off.
 SETTLE_S = 2.0
 
@@ -43,15 +40,18 @@ def chat(
     At a terminal Ctrl-C ends an answer, and between answers the chat.
 
     Args:
-        session: a name; None: a new one. options: fields of a chat completion. library: which the
-            first message is asked of; the session goes on from what it reads of it. recall: whether
-            a segment of the chat's own text comes back for each other message.
+        session: a name; None: a new one. options: fields of a chat completion. library: which each
+            message is asked of; a new session goes on from what the first reads of it. recall:
+            whether a segment of the chat's own text comes back for each message.
 
     Raises:
-        ClientError: the server refuses, or cannot be reached, or the session that is to begin with
-            a library has begun.
+        ClientError: the server refuses, or cannot be reached, or both of library and recall.
         KeyboardInterrupt: Ctrl-C where messages do not come from a terminal.
     """
+    if library is not None and recall:
+        raise ClientError(
+            f"--recall with --library {library}: a message is asked of one of them; leave one out"
+        )
     name = f"chat-{secrets.token_hex(4)}" if session is None else check_name(session)
     people = sys.stdin.isatty()
     conversation = _Conversation(server, name, options, people, library, recall)
@@ -89,16 +89,13 @@ class _Conversation:
         recall: bool,
     ) -> None:
         self.server, self.name, self.options, self.people = server, name, options, people
-        self.recall = {"recall": "segments"} if recall else {}
-        self.library = library  # until it was asked
+        self.library = library
+        self.asks = {"recall": "segments"} if recall else {}
+        if library is not None:
+            self.asks = {"library": library}
         self.broken: Place | None = None  # before the turn whose answer was broken off
         found = server.find(name)
         self.at = Place(0, None) if found is None else Place(found["turn"], found["tokens"])
-        if library is not None and self.at.turn:
-            raise ClientError(
-                f"--library {library}: a library begins a session, and {name} is at turn "
-                f"{self.at.turn}; give a new --session"
-            )
         _note(
             f"{name}: goes on after turn {self.at.turn}, {self.at.tokens:,} tokens"
             if self.at.turn
@@ -111,55 +108,38 @@ class _Conversation:
             self._follow()  # the server may have read that message since
             self.broken = None
         before = self.at
-        where, place = path(self.name, "chat"), before._asdict() | self.recall
-        if self.library is not None:
+        where, place = path(self.name, "chat"), {**before._asdict(), **self.asks}
+        if self.library is not None and not before.turn:  # it begins the session
             where, place = library_path(self.library, "chat"), {"session": self.name}
         body = {
             "messages": [{"role": "user", "content": text}],
             # So that nobody else's turn, and no lost one, is gone on from unnoticed.
             **place,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "repetition_detection": REPETITION,
+            **STREAM,
             **self.options,
         }
-        began, first, ended = time.monotonic(), None, None
-        usage: dict[str, Any] = {}
-        told: dict[str, Any] = {}
-        sources: list[dict[str, Any]] = []
         try:
-            with closing(self.server.events(where, body)) as events:
-                for event in events:
-                    for choice in event.get("choices", ()):
-                        delta = choice["delta"]
-                        words = (delta.get("reasoning") or "") + (delta.get("content") or "")
-                        if words and first is None:
-                            first = time.monotonic() - began
-                        print(words, end="", flush=True)
-                        ended = choice.get("finish_reason") or ended
-                    usage = event.get("usage") or usage
-                    sources = event.get("sources", sources)
-                    told = (event.get("kv_transfer_params") or {}).get("lola") or told
+            answer = print_answer(self.server.events(where, body), _show)
         except KeyboardInterrupt:
             print()
             if not self.people:
                 raise
             self._broken_off()
             return
-        print()
+        told, usage = answer.told, answer.usage
         if not told.get("turn"):
             raise ClientError(
                 f"{self.name}: the turn is not stored: {told.get('unsaved') or 'no answer'}"
             )
-        self._say_why(ended, usage.get("completion_tokens", 0))
+        if cut := answer.cut(self.options.get("max_tokens", 0)):
+            _note(cut)
         if told.get("unsaved"):
             _note(f"the answer's text is not part of the memory: {told['unsaved']}")
         if told.get("unwritten"):
             _note(f"the turn is in the server's memory only: {told['unwritten']}")
-        self.library = None
-        for line in source_lines(sources):
-            _note(line)
         prompt, restored = usage.get("prompt_tokens", 0), told["restored_tokens"]
+        if answer.sources and before.turn:  # the part next to the question is none of the session
+            prompt -= answer.sources[0]["tokens"]
         if recalled := told.get("recalled"):
             first_token, last_token = recalled["first"], recalled["last"] - 1
             prompt -= recalled["last"] - recalled["first"]  # which is no part of the session
@@ -167,18 +147,9 @@ class _Conversation:
         reason = f" ({told['reason']})" if told["reason"] and before.turn else ""
         _note(
             f"turn {told['turn']}: {restored:,} tokens restored{reason}, {prompt - restored:,} "
-            f"read, first word after {first or 0:.2f} s"
+            f"read, first word after {answer.first:.2f} s"
         )
         self.at = Place(int(told["turn"]), int(told["tokens"]))
-
-    def _say_why(self, ended: str | None, tokens: int) -> None:
-        """Say why an answer has ended, where it has not come to its end."""
-        if ended == "repetition":
-            _note(f"ended at {tokens:,} tokens: the answer repeats itself")
-        elif ended == "length" and tokens < self.options.get("max_tokens", 0):
-            _note(f"cut at {tokens:,} tokens: the server's --max-model-len is used up")
-        elif ended == "length":
-            _note(f"cut at {tokens:,} tokens; --max-tokens N allows more")
 
     def _broken_off(self) -> None:
         """Say what is left of a turn whose answer was broken off.
@@ -187,19 +158,15 @@ class _Conversation:
         of an answer that it was still making.
         """
         self.broken, deadline = self.at, time.monotonic() + SETTLE_S
-        library, self.library = self.library, None
-        if library is not None:  # what is composed for the question is a turn before it
+        begins = self.library is not None and not self.at.turn
+        if begins:  # what is composed for the question is a turn before it
             self.broken = Place(self.at.turn + 1, None)
         kind = self._follow()
         while kind is None and time.monotonic() < deadline:
             time.sleep(0.05)
             kind = self._follow()
-        if kind is None and library is not None:
-            found = self.server.find(self.name)
-            if found is None:
-                self.library = library
-            else:
-                self.at = Place(found["turn"], found["tokens"])
+        if kind is None and begins and (found := self.server.find(self.name)) is not None:
+            self.at = Place(found["turn"], found["tokens"])
         if kind is None:
             _note("broken off; neither your message nor the answer is part of the memory")
             return
@@ -223,3 +190,8 @@ class _Conversation:
 def _note(text: str) -> None:
     """Something about the conversation: apart from it, so that answers can be piped."""
     print(f"[{text}]", file=sys.stderr, flush=True, dim=True)
+
+
+def _show(sources: Sequence[dict[str, Any]]) -> None:
+    for line in source_lines(sources):
+        _note(line)

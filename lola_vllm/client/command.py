@@ -91,7 +91,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--library", metavar="LIBRARY",
-        help="to ask the first message of; a new session goes on from what it reads",
+        help="to ask each message of; a new session goes on from what the first reads",
     )  # fmt: skip
     parser.add_argument(
         "--recall", action="store_true",

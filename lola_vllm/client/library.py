@@ -6,12 +6,14 @@ import argparse
 import json
 import sys
 import urllib.parse
+from collections.abc import Sequence
 from contextlib import closing
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.client import ClientError
+from lola_vllm.client.answers import STREAM, print_answer
 from lola_vllm.client.command import ago, mib, table
 from lola_vllm.client.documents import documents_of, files_of, read_file
 from lola_vllm.client.options import add_verbs
@@ -156,15 +158,14 @@ def _ask(server: Server, args: argparse.Namespace) -> int:
 
 
 def _stream(server: Server, library: str, body: dict[str, Any]) -> int:
-    """Print an answer as it comes, and its sources."""
-    sources: list[dict[str, Any]] = []
-    with closing(server.events(library_path(library, "chat"), {**body, "stream": True})) as events:
-        for event in events:
-            sources = event.get("sources", sources)
-            for choice in event["choices"]:
-                print(choice["delta"].get("content") or "", end="", flush=True)
-    print("\n")
-    print(*source_lines(sources), sep="\n")
+    """Print the sources of an answer, and below them the answer as it comes."""
+
+    def show(sources: Sequence[dict[str, Any]]) -> None:
+        print(*source_lines(sources), sep="\n", end="\n\n")
+
+    answer = print_answer(server.events(library_path(library, "chat"), {**body, **STREAM}), show)
+    if cut := answer.cut(body["max_tokens"]):
+        print(f"[{cut}]", file=sys.stderr)
     return 0
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lola_vllm.sessions.names import check_name
 
 LIBRARIES = "/v1/lola/libraries"
+_COLUMNS = 92  # of a passage in a terminal
 
 
 def library_path(library: str, verb: str = "") -> str:
@@ -20,8 +22,10 @@ def library_path(library: str, verb: str = "") -> str:
 
 
 def source_lines(sources: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Two lines for each source: what it is, and the sentence that is read most."""
+    """Of each source what it is, and below it the sentence that is read most, with its
+    neighbours."""
     for number, source in enumerate(sources, start=1):
         part = f", part {source['part']} of {source['parts']}" if source["parts"] > 1 else ""
         yield f"[{number}] {source['document']}{part} ({source['share']:.0%})"
-        yield f"    {source['sentence']}"
+        for line in textwrap.wrap(source["passage"], _COLUMNS):
+            yield f"    {line}"

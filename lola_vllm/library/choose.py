@@ -30,8 +30,8 @@ PLACES = 3  # of a document that are told
 CANDIDATES = 32
 SAMPLE = 8
 LEADING = 2
-FOUND = 3  # documents that an answer is made of, unless the first stands out
-STANDS_OUT = 0.7  # the first does where the second has less than this share of its score
+FEWEST_ASKED = 4  # tokens of a question, of which half are more than one
+FOUND = 3  # documents whose passages stand before a question
 
 
 class Place(NamedTuple):
@@ -106,7 +106,8 @@ def choose(
     documents = documents if isinstance(documents, Sequence) else list(documents)
     if not documents:
         raise ValueError("no documents to choose from; add some")
-    queries, count = [flat(q) for q in queries], queries[0].shape[:2].numel()
+    asked = queries[0].shape[:2]
+    queries, count = [flat(q) for q in queries], asked.numel()
     indices: Sequence[int] = range(len(documents))
     usual: Tensor | None = None
     if len(indices) > max(CANDIDATES, top):
@@ -122,7 +123,7 @@ def choose(
     for index in bounds.argsort(descending=True, stable=True).tolist():
         if len(found) >= top and float(bounds[index]) < found[top - 1][0]:
             break
-        found.append((_score(blocks[index], usual) / count, index))
+        found.append((_score(blocks[index], usual, asked) / count, index))
         found.sort(key=lambda scored: (-scored[0], scored[1]))
     del found[top:]
     total = sum(score for score, _ in found)
@@ -132,23 +133,19 @@ def choose(
         others = [found for i, found in newer.items() if i > indices[index]]
         if not others or not score:
             return 1.0
-        return _score(blocks[index], torch.stack([usual, *others]).amax(0)) / count / score
+        above = torch.stack([usual, *others]).amax(0)
+        return _score(blocks[index], above, asked) / count / score
 
     return [
         Choice(
             indices[index],
             score,
             score / total if total else 1 / len(found),
-            places(queries, usual, few[index], blocks[index]),
+            places(queries, usual, few[index], blocks[index], asked),
             own(score, index),
         )
         for score, index in found
     ]
-
-
-def stands_out(scores: Sequence[float]) -> bool:
-    """Whether the first of the documents that were chosen is the one to answer from, alone."""
-    return len(scores) < 2 or scores[1] < STANDS_OUT * scores[0]
 
 
 def _candidates(
@@ -198,26 +195,45 @@ def _own(blocks: Tensor) -> Tensor:
     return blocks.where(blocks.isfinite(), torch.nan).nanmean(1)
 
 
-def _score(blocks: Tensor, usual: Tensor) -> float:
+def _score(blocks: Tensor, usual: Tensor, asked: Sequence[int]) -> float:
     """Of the best place of a document, as a mean over heads and a sum over queries."""
     pairs = torch.maximum(blocks[:, 1:], blocks[:, :-1])
-    return float(_cubes(pairs.sub_(usual.unsqueeze(1))).sum((0, 2)).amax()) / len(blocks)
+    excess = _of_few(pairs.sub_(usual.unsqueeze(1)), asked)
+    return float(_cubes(excess).sum((0, 2)).amax()) / len(blocks)
+
+
+def _of_few(excess: Tensor, asked: Sequence[int]) -> Tensor:
+    """Excesses `[..., n]` above what half of a question's tokens have in the same place, of a query
+    head: that is no answer to any of them. Beginnings of documents have most of it.
+
+    Args:
+        asked: T tokens and G query heads, the first T G queries of n.
+    """
+    tokens, heads = asked
+    if tokens < FEWEST_ASKED:
+        return excess
+    own = excess[..., : tokens * heads].clamp(min=0).unflatten(-1, (tokens, heads))
+    return (own - own.median(-2, keepdim=True).values).flatten(-2)
 
 
 def places(
-    queries: Sequence[Tensor], usual: Tensor, keys: DocumentKeys, blocks: Tensor | None = None
+    queries: Sequence[Tensor],
+    usual: Tensor,
+    keys: DocumentKeys,
+    blocks: Tensor | None = None,
+    asked: Sequence[int] = (1, 1),
 ) -> tuple[Place, ...]:
     """The places of a document that a question reads more than it usually reads anything; where
     there are none, more than it reads the rest of the document.
 
     Args:
         queries: `flat`. usual: `[N, n]`, the largest logit of a document, as a mean over documents.
-        blocks: `_by_block`, where it is known.
+        blocks: `_by_block`, where it is known. asked: tokens and query heads of the question.
     """
     blocks = _by_block(queries, keys) if blocks is None else blocks
-    weights = _excesses(queries, usual, keys, blocks)
+    weights = _excesses(queries, usual, keys, blocks, asked)
     if not bool((weights > 0).any()):
-        weights = _excesses(queries, _own(blocks), keys, blocks)
+        weights = _excesses(queries, _own(blocks), keys, blocks, asked)
     whole = float(weights.sum())
     found: list[Place] = []
     while whole > 0 and len(found) < PLACES and bool((weights > 0).any()):
@@ -233,7 +249,11 @@ def places(
 
 
 def _excesses(
-    queries: Sequence[Tensor], usual: Tensor, keys: DocumentKeys, blocks: Tensor
+    queries: Sequence[Tensor],
+    usual: Tensor,
+    keys: DocumentKeys,
+    blocks: Tensor,
+    asked: Sequence[int],
 ) -> Tensor:
     """Cubes of excesses at each token of a document, `[num_tokens]`, summed over queries."""
     found = torch.zeros(keys.num_tokens, dtype=queries[0].dtype)
@@ -242,6 +262,6 @@ def _excesses(
         exceeds = (blocks[head] > usual[head]).any(1)  # few blocks do
         rows = exceeds[positions // BLOCK_TOKENS].nonzero().squeeze(1)
         few = Int8Rows(*(x.index_select(0, rows) for x in keys.keys[head]))
-        excess = _cubes((few.to(q.dtype) @ q.mT).sub_(usual[head])).sum(1)
+        excess = _cubes(_of_few((few.to(q.dtype) @ q.mT).sub_(usual[head]), asked)).sum(1)
         found.index_add_(0, positions.index_select(0, rows), excess)
     return found

@@ -1,4 +1,4 @@
-"""A text cut into parts that a state holds well, and the sentence at a place of a text."""
+"""A text cut into parts that a state holds well."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ SHARED_TOKENS = 40
 # Where a text may be cut, the best places first: behind paragraphs, lines, sentences and words.
 _BORDERS = [re.compile(one) for one in (r"\n\s*\n", r"\n", r"(?<=[.!?])\s+", r"\s+")]
 _WORD = re.compile(r"\S")
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
-MAX_SENTENCE = 500  # characters that are shown
 
 
 def split_text(text: str, most: int, count: Callable[[str], int]) -> list[str]:
@@ -88,19 +86,3 @@ def _end_of(part: str, count: Callable[[str], int]) -> str:
     if len(end) < len(part) and first is not None and count(end[first.end() :]) >= SHARED_TOKENS:
         return end[first.end() :]
     return end
-
-
-def sentence_at(text: str, at: int) -> str:
-    """The sentence of a text that has the character at `at`, on one line and cut to
-    `MAX_SENTENCE`."""
-    start, end = 0, len(text)
-    for found in _SENTENCE_END.finditer(text):
-        if found.end() <= at:
-            start = found.end()
-        elif found.start() >= at:
-            end = found.start()
-            break
-    if end - start > MAX_SENTENCE:
-        start = max(start, at - MAX_SENTENCE // 2)
-        end = min(end, start + MAX_SENTENCE)
-    return " ".join(text[start:end].split())

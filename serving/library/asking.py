@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from fastapi import HTTPException
 
-from lola_vllm.library.parts import sentence_at
+from lola_vllm.library.choose import CANDIDATES
+from lola_vllm.library.passage import Passage, before_question, passage_of
+from lola_vllm.library.words import fuse
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.adding import most_tokens
 from lola_vllm.serving.sessions.composed_start import COMPOSED_TTL
@@ -20,7 +22,10 @@ from lola_vllm.serving.sessions.owners import caller, owned
 from lola_vllm.sessions.request import LIBRARY_REQUEST
 
 POLL_S = 0.02  # between two looks whether documents were found
-MARGIN_CHARS = 400  # around what is read most, in which its sentence is looked for
+
+
+# Of a part that has a question's words, and that its heads did not find.
+_UNREAD: dict[str, Any] = {"score": 0.0, "share": 0.0, "places": []}
 
 
 class KnownPart(NamedTuple):
@@ -53,10 +58,19 @@ async def find(
         for document in found["documents"] for part in document["parts"]
     ]  # fmt: skip
     async with deleted_meanwhile(engine, library, {part.session for part in parts}, salt):
-        choices = await choose_among(engine, parts, question, top, salt)
-        return [
-            await source_of(engine, parts[choice["document"]], choice, salt) for choice in choices
+        by_heads, by_words = await asyncio.gather(
+            choose_among(engine, parts, question, max(top, CANDIDATES), salt),
+            engine.words.find(engine, library, parts, question, CANDIDATES, salt),
+        )
+        read = {choice["document"]: choice for choice in by_heads}
+        order = fuse([list(read), by_words])[:top]
+        found = [
+            await source_of(engine, parts[i], read.get(i, _UNREAD), question, salt) for i in order
         ]
+        total = sum(source["score"] for source in found)
+        for source in found:
+            source["share"] = source["score"] / total if total else 1 / len(found)
+        return found
 
 
 @asynccontextmanager
@@ -181,24 +195,25 @@ async def _hear(
 
 
 async def source_of(
-    engine: LolaEngine, part: KnownPart, choice: dict[str, Any], salt: str | None
+    engine: LolaEngine, part: KnownPart, choice: dict[str, Any], question: str, salt: str | None
 ) -> dict[str, Any]:
     """A part that was chosen, as `protocol.Source` has it."""
     said = await engine.sessions("tokens", reference=part.session, salt=owned(salt))
-    sentence, places = await asyncio.to_thread(
-        _texts, engine.client.renderer.tokenizer, said["tokens"], choice["places"]
+    passage, places = await asyncio.to_thread(
+        _texts, engine.client.renderer.tokenizer, said["tokens"], choice["places"], question
     )
     return {
         "document": part.document, "part": part.part, "parts": part.parts,
         "session": part.session, "tokens": part.tokens, "score": choice["score"],
-        "share": choice["share"], "sentence": sentence, "places": places,
+        "share": choice["share"], "sentence": passage.sentence, "passage": passage.text,
+        "places": places,
     }  # fmt: skip
 
 
 def _texts(
-    tokenizer: Any, tokens: list[int], places: list[list[Any]]
-) -> tuple[str, list[dict[str, Any]]]:
-    """The sentence that is read most, and the texts of places."""
+    tokenizer: Any, tokens: list[int], places: list[list[Any]], question: str
+) -> tuple[Passage, list[dict[str, Any]]]:
+    """The passage for the question, and the texts of places."""
 
     def decoded(ids: list[int]) -> str:
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
@@ -207,13 +222,24 @@ def _texts(
     shown = [
         {"text": decoded(tokens[first:last]), "share": share} for first, last, share, _ in places
     ]
-    if not places:
-        return "", shown
-    peak = int(places[0][3])
-    before, after = decoded(tokens[:peak]), decoded(tokens[peak : peak + 200])
-    if len(before) > MARGIN_CHARS:  # from a whole word on
-        before = before[-MARGIN_CHARS:].partition(" ")[2]
-    return sentence_at(before + after[:MARGIN_CHARS], len(before)), shown
+    read = [len(decoded(tokens[:peak])) for *_, peak in places]
+    return passage_of(decoded(tokens), read, question), shown
+
+
+def with_passages(sources: list[dict[str, Any]]) -> str:
+    """What stands before a question to these sources."""
+    return before_question([(one["document"], one["passage"]) for one in sources])
+
+
+def asked_with(messages: list[Any], before: str) -> list[Any]:
+    """Messages, the last of which begins with a text."""
+    if not before:
+        return messages
+    *others, last = messages
+    content = last["content"]
+    if isinstance(content, str):
+        return [*others, {**last, "content": f"{before}\n\n{content}"}]
+    return [*others, {**last, "content": [{"type": "text", "text": before}, *content]}]
 
 
 async def _encoded(engine: LolaEngine, text: str) -> list[int]:

@@ -136,8 +136,10 @@ class Source(BaseModel):
     """A part of a document that an answer is made of.
 
     Attributes:
-        part, parts: which, of how many. session: its state. score: that it was chosen by.
-        share: of the scores of all parts that were found. sentence: that is read most.
+        part, parts: which, of how many. session: its state. tokens: of it.
+        score: of what the question reads of it; 0 where its words alone were found. share: of the
+            scores of all parts that were found.
+        sentence: that the question is about. passage: it and its neighbours.
         places: that are read, the most first.
     """
 
@@ -145,9 +147,11 @@ class Source(BaseModel):
     part: int
     parts: int
     session: str
+    tokens: int
     score: float
     share: float
     sentence: str
+    passage: str
     places: list[SourcePlace]
 
 
@@ -188,7 +192,7 @@ class _Asks(BaseModel):
     )
     top: int | None = Field(
         default=None, ge=1, le=MAX_TOP,
-        description="Parts that are read; default: 3, or the first alone where it stands out.",
+        description="Parts that an answer is made of; default: the first alone.",
     )  # fmt: skip
     session: str | None = Field(
         default=None, description="A new session that goes on from the answer."
@@ -196,7 +200,7 @@ class _Asks(BaseModel):
 
     @model_validator(mode="after")
     def _new(self) -> Self:
-        for name in ("turn", "tokens", "recall"):
+        for name in ("turn", "tokens", "recall", "library"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: a question to a library begins a session; leave it out")
         if self.session is not None:

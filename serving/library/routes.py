@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -23,7 +21,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
-from lola_vllm.library.choose import FOUND, stands_out
+from lola_vllm.library.choose import FOUND
 from lola_vllm.library.parts import SHARED_TOKENS
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine
@@ -60,7 +58,7 @@ from lola_vllm.serving.sessions.management import (
     name_of,
 )
 from lola_vllm.serving.sessions.owners import owned
-from lola_vllm.serving.sessions.reporting import reported
+from lola_vllm.serving.sessions.reporting import event, reported
 from lola_vllm.serving.sessions.template_boundary import Transcript, continuation
 from lola_vllm.sessions.names import addition_of
 from lola_vllm.sessions.request import FIELD
@@ -91,19 +89,23 @@ async def show(library: str, raw_request: Request, salt: Salt = None) -> Any:
 @router.delete("/{library}", response_model=Removed, responses=REFUSALS)
 async def delete(library: str, raw_request: Request, salt: Salt = None) -> Any:
     """Delete a library with all of its documents."""
-    return await ask(raw_request, "remove_documents", salt, library=name_of(library, "library"))
+    answer = await ask(raw_request, "remove_documents", salt, library=name_of(library, "library"))
+    engine_of(raw_request).words.forget(library, salt)
+    return answer
 
 
 @router.delete("/{library}/documents/{document:path}", response_model=Removed, responses=REFUSALS)
 async def remove(library: str, document: str, raw_request: Request, salt: Salt = None) -> Any:
     """Delete a document, and what was composed of it to answer questions."""
-    return await ask(
+    answer = await ask(
         raw_request,
         "remove_documents",
         salt,
         library=name_of(library, "library"),
         document=document,
     )
+    engine_of(raw_request).words.forget(library, salt)
+    return answer
 
 
 @router.post(
@@ -159,16 +161,18 @@ async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> 
     """Answer messages from what they read of a library, and name the sources."""
     engine = engine_of(raw_request)
     question = body.question or asking.last_text(body.messages)
-    transcript, params, sources = await _read(engine, library, body, question)
+    asked = await _read(engine, library, body, question)
+    messages = asking.asked_with(body.messages, asked.before)
+    body = body.model_copy(update={"messages": messages})
     async with _kept_if_answered(engine, body) as answered:
-        tokens = await continuation(body, transcript, raw_request, special_ids(engine))
+        tokens = await continuation(body, asked.transcript, raw_request, special_ids(engine))
         check_length(tokens, engine)
         request = body.model_copy(
-            update={"kv_transfer_params": {FIELD: params, "prompt_token_ids": tokens}}
+            update={"kv_transfer_params": {FIELD: asked.params, "prompt_token_ids": tokens}}
         )
         report = reported()
         answer = answered(await create_chat_completion(request, raw_request))
-    return _with_sources(answer, sources, report, engine, "chat.completion.chunk")
+    return _with_sources(answer, asked.sources, report, engine, "chat.completion.chunk")
 
 
 @router.post(
@@ -184,14 +188,32 @@ async def complete(library: str, raw_request: Request, body: LibraryCompletionRe
         raise HTTPException(
             HTTPStatus.BAD_REQUEST, "prompt: must be a text, which is asked of the library"
         )
-    transcript, params, sources = await _read(engine, library, body, body.question or body.prompt)
+    asked = await _read(engine, library, body, body.question or body.prompt)
     async with _kept_if_answered(engine, body) as answered:
-        tokens = transcript.tokens + await text_tokens(body.prompt, raw_request)
+        tokens = asked.transcript.tokens + await text_tokens(
+            f"\n{asked.before}\n{body.prompt}", raw_request
+        )
         check_length(tokens, engine)
-        request = body.model_copy(update={"prompt": tokens, "kv_transfer_params": {FIELD: params}})
+        request = body.model_copy(
+            update={"prompt": tokens, "kv_transfer_params": {FIELD: asked.params}}
+        )
         report = reported()
         answer = answered(await create_completion(request, raw_request))
-    return _with_sources(answer, sources, report, engine, "text_completion")
+    return _with_sources(answer, asked.sources, report, engine, "text_completion")
+
+
+class _Asked(NamedTuple):
+    """What a question is asked of.
+
+    Attributes:
+        transcript: of what was composed. params: that are asked of the store. sources: whose
+            passages are `before` the question.
+    """
+
+    transcript: Transcript
+    params: dict[str, Any]
+    sources: list[dict[str, Any]]
+    before: str
 
 
 async def _read(
@@ -199,8 +221,8 @@ async def _read(
     library: str,
     body: LibraryChatRequest | LibraryCompletionRequest,
     question: str,
-) -> tuple[Transcript, dict[str, Any], list[dict[str, Any]]]:
-    """What was composed for a question, what is asked of the store, and the sources."""
+) -> _Asked:
+    """Find and compose what a question is asked of."""
     name, salt = name_of(library, "library"), body.cache_salt
     check_libraries(engine)
     validate_cache_salt(salt)
@@ -210,19 +232,20 @@ async def _read(
     except ValueError as error:
         raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
     sources = await asking.find(engine, name, question, body.top or FOUND, salt)
-    if body.top is None and stands_out([source["score"] for source in sources]):
-        del sources[1:]
+    before = asking.with_passages(sources)
     answer = getattr(body, "max_completion_tokens", None) or body.max_tokens or ANSWER_TOKENS
-    room = most_tokens(engine) - min(answer, ANSWER_TOKENS) - 2 * SHARED_TOKENS - len(question) // 2
-    read = {source["session"] for source in sources}
+    room = most_tokens(engine) - min(answer, ANSWER_TOKENS) - 2 * SHARED_TOKENS
+    room -= (len(question) + len(before)) // 2
+    made_of = sources[: body.top or 1]
+    read = {source["session"] for source in made_of}
     async with asking.deleted_meanwhile(engine, name, read, salt):
-        session = await asking.compose(engine, sources, room, salt, body.session, body.ttl)
+        session = await asking.compose(engine, made_of, room, salt, body.session, body.ttl)
     said = await engine.sessions("tokens", reference=session, salt=owned(salt))
     transcript = Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])
     params: dict[str, Any] = {"from": session, "save": body.session or False}
     if body.session and body.ttl is not None:
         params["ttl"] = body.ttl
-    return transcript, params, sources
+    return _Asked(transcript, params, sources, before)
 
 
 @asynccontextmanager
@@ -259,7 +282,8 @@ def _with_sources(
     engine: LolaEngine,
     kind: str,
 ) -> Response:
-    """vLLM's answer, with the sources: a field of it, or of the last event before the end."""
+    """vLLM's answer, with the sources: a field of it, or of the first event and of the last before
+    the end."""
     if isinstance(answer, StreamingResponse):
         answer.body_iterator = _stream(answer.body_iterator, sources, report, engine, kind)
     elif isinstance(answer, JSONResponse) and answer.status_code == HTTPStatus.OK:
@@ -274,16 +298,12 @@ async def _stream(
     engine: LolaEngine,
     kind: str,
 ) -> AsyncIterator[Any]:
-    async for event in events:
-        text = event if isinstance(event, str) else bytes(event).decode()
+    yield event(engine.model, kind, sources=sources)
+    async for said in events:
+        text = said if isinstance(said, str) else bytes(said).decode()
         if text.startswith(_DONE):
-            last = {
-                "id": f"lola-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
-                "model": engine.model, "choices": [], "sources": sources,
-                "kv_transfer_params": report,
-            }  # fmt: skip
-            yield f"data: {json.dumps(last)}\n\n"
-        yield event
+            yield event(engine.model, kind, sources=sources, kv_transfer_params=report)
+        yield said
 
 
 async def _events(

@@ -7,7 +7,6 @@ with all tokens as its prompt, of which the stored state covers all but the new 
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
@@ -28,7 +27,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_c
 
 from lola_vllm.serving.bodies import LolaRoute, refusal
 from lola_vllm.serving.engine import LolaEngine
-from lola_vllm.serving.library.asking import last_text
+from lola_vllm.serving.library.asking import asked_with, last_text
 from lola_vllm.serving.prompt import check_length, prompt_tokens, text_tokens
 from lola_vllm.serving.sessions.lock import lock_session
 from lola_vllm.serving.sessions.management import (
@@ -38,14 +37,14 @@ from lola_vllm.serving.sessions.management import (
     reference_of,
 )
 from lola_vllm.serving.sessions.owners import owned
-from lola_vllm.serving.sessions.past import Recalled, forget, recall
+from lola_vllm.serving.sessions.past import Recalled, forget, read_library, recall
 from lola_vllm.serving.sessions.protocol import (
     AppendRequest,
     AppendResponse,
     SessionChatRequest,
     SessionCompletionRequest,
 )
-from lola_vllm.serving.sessions.reporting import reported, spoken, told
+from lola_vllm.serving.sessions.reporting import event, reported, spoken, told
 from lola_vllm.serving.sessions.template_boundary import Transcript, continuation, ending
 from lola_vllm.sessions.request import FIELD
 
@@ -88,9 +87,10 @@ async def append(session: str, raw_request: Request, body: AppendRequest) -> Any
 async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> Any:
     """Answer new messages of a session, as /v1/chat/completions does with all of its messages."""
 
-    async def prompt(transcript: Transcript) -> list[int]:
+    async def prompt(transcript: Transcript, before: str = "") -> list[int]:
         special = special_ids(engine_of(raw_request))
-        return await continuation(body, transcript, raw_request, special)
+        asked = body.model_copy(update={"messages": asked_with(body.messages, before)})
+        return await continuation(asked, transcript, raw_request, special)
 
     async def generate(tokens: list[int] | None, lola: dict[str, Any]) -> Any:
         params: dict[str, Any] = {FIELD: lola}
@@ -114,8 +114,10 @@ async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> 
 async def complete(session: str, raw_request: Request, body: SessionCompletionRequest) -> Any:
     """Go on with new text of a session, as /v1/completions does with all of its text."""
 
-    async def prompt(transcript: Transcript) -> list[int]:
+    async def prompt(transcript: Transcript, before: str = "") -> list[int]:
         text = body.prompt
+        if before and isinstance(text, str):
+            text = f"\n{before}\n{text}"
         new = await text_tokens(text, raw_request) if isinstance(text, str) else text
         return transcript.before(special_ids(engine_of(raw_request))) + new
 
@@ -135,12 +137,12 @@ class _How(NamedTuple):
     """How a route answers.
 
     Attributes:
-        prompt: the tokens of a session and of what is new. generate: vLLM's answer to tokens, None
-            where the session is new, and to what is asked of the store. end: tokens that end an
-            answer. kind: of the objects in vLLM's stream.
+        prompt: the tokens of a session and of what is new, which a text may stand before.
+        generate: vLLM's answer to tokens, None where the session is new, and to what is asked of
+            the store. end: tokens that end an answer. kind: of the objects in vLLM's stream.
     """
 
-    prompt: Callable[[Transcript], Awaitable[list[int]]]
+    prompt: Callable[..., Awaitable[list[int]]]
     generate: Callable[[list[int] | None, dict[str, Any]], Awaitable[Any]]
     end: Callable[[], Awaitable[list[int]]]
     kind: str
@@ -164,8 +166,10 @@ async def _answer(
             finish = _Finish(engine, how, transcript, recalled, params, body.cache_salt, report)
             lock.callback(finish.forget)
             params = {"from": recalled.session, "save": False}
-        now = transcript if recalled is None else recalled.transcript
-        tokens = None if now is None else await how.prompt(now)
+        if recalled is not None:
+            tokens = await how.prompt(recalled.transcript, recalled.before)
+        else:
+            tokens = None if transcript is None else await how.prompt(transcript)
         if tokens is not None:
             check_length(tokens, engine)
         answer: Response = await how.generate(tokens, params)
@@ -178,7 +182,7 @@ async def _answer(
         if finish is not None and answer.status_code == HTTPStatus.OK:
             await finish()
             said = json.loads(bytes(answer.body)) | {"kv_transfer_params": report}
-            return JSONResponse(said)
+            return JSONResponse(said | finish.sources)
         return answer
 
 
@@ -188,23 +192,33 @@ async def _recalled(
     transcript: Transcript | None,
     body: SessionChatRequest | SessionCompletionRequest,
 ) -> Recalled | None:
-    """What a request that recalls is asked of, in place of the session; None: the session."""
-    if body.recall is None:
+    """What a request that recalls or names a library is asked of, in place of the session; None:
+    the session."""
+    if body.recall is None and body.library is None:
         return None
     if isinstance(body, SessionChatRequest):
         question = last_text(body.messages)
     elif isinstance(body.prompt, str):
         question = body.prompt
     else:
-        raise HTTPException(HTTPStatus.BAD_REQUEST, "recall: prompt must be a text")
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "recall, library: prompt must be a text")
+    name, salt = reference.session, body.cache_salt
+    if body.library is not None and transcript is None:
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST,
+            f"library = {body.library!r}: there is no session {name!r} yet; begin it with POST "
+            f"/v1/lola/libraries/{body.library}/chat and its field 'session'",
+        )
     if transcript is None:
         return None
-    return await recall(engine, reference.session, transcript, question, body.cache_salt)
+    if body.library is not None:
+        return await read_library(engine, name, transcript, body.library, question, salt)
+    return await recall(engine, name, transcript, question, salt)
 
 
 class _Finish:
     """Reads a question and its answer at the end of the session, which neither has seen: they were
-    said behind a segment that came back."""
+    said behind a segment that came back, or a library's part."""
 
     def __init__(
         self,
@@ -231,7 +245,12 @@ class _Finish:
         request_id = f"lola-append-{uuid.uuid4().hex}"
         final = await self._engine.read(tokens, request_id, params, self._salt)
         found = told(final) if final else {}
-        self._report[FIELD] = found | {"recalled": self._recalled.said}
+        self._report[FIELD] = found | self._recalled.said
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """What the answer tells of a library; empty where none was asked."""
+        return {"sources": self._recalled.sources} if self._recalled.sources else {}
 
     def forget(self) -> None:
         """Delete what was composed, in the background."""
@@ -341,19 +360,18 @@ async def _with_report(
 ) -> AsyncIterator[Any]:
     """A stream of events, with what the store says before its end, at which the session is free:
     a client that has read it may go on at once."""
-    async for event in events:
-        text = event if isinstance(event, str) else bytes(event).decode()
+    sources = {} if finish is None else finish.sources
+    if sources:
+        yield event(engine.model, kind, **sources)
+    async for said in events:
+        text = said if isinstance(said, str) else bytes(said).decode()
         if text.startswith(_DONE) and finish is not None:
             await finish()
         if text.startswith(_DONE) and report:
-            last = {
-                "id": f"lola-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
-                "model": engine.model, "choices": [], "kv_transfer_params": report,
-            }  # fmt: skip
-            yield f"data: {json.dumps(last)}\n\n"
+            yield event(engine.model, kind, kv_transfer_params=report, **sources)
         if text.startswith(_DONE):
             lock.close()
-        yield event
+        yield said
 
 
 class LockedStream(StreamingResponse):

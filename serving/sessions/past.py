@@ -1,4 +1,4 @@
-"""A session's own past: the segment of its text that a question reads comes back for the answer.
+"""What is read next to a question of a session: a segment of its own text, or a library's part.
 
 The text of a session is cut into segments, and each is read once more, apart, before the first
 question after its end. A question is asked of the present and, next to it, of the segment that it
@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastapi import HTTPException
 
+from lola_vllm.library.choose import FOUND
 from lola_vllm.library.parts import PART_TOKENS, SHARED_TOKENS
 from lola_vllm.library.past import TOP, Found, comes_back, newest
 from lola_vllm.serving.library.adding import check_libraries, most_tokens, read_part
-from lola_vllm.serving.library.asking import KnownPart, choose_among, source_of
+from lola_vllm.serving.library.asking import (
+    KnownPart,
+    choose_among,
+    find,
+    source_of,
+    with_passages,
+)
 from lola_vllm.serving.sessions.composed_start import compose_for_request
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.template_boundary import Transcript
@@ -32,13 +39,16 @@ class Recalled(NamedTuple):
     """What a question is asked of.
 
     Attributes:
-        session: the server's own, composed of the present and a segment. transcript: of it.
-        said: what the answer tells of the segment.
+        session: the server's own, composed of the present and what is read next to it.
+        transcript: of it. said: what the store's report tells of a segment. sources: parts of a
+            library, whose passages are `before` the question.
     """
 
     session: str
     transcript: Transcript
     said: dict[str, Any]
+    sources: list[dict[str, Any]]
+    before: str
 
 
 def segment_tokens(engine: LolaEngine) -> int:
@@ -99,17 +109,47 @@ async def recall(
     index = comes_back(read, len(parts))
     if index is None:
         return None
-    source = await source_of(engine, parts[choices[index]["document"]], choices[index], salt)
-    composed, said = await compose_for_request(engine, [present, source["session"]], owned(salt))
+    source = await source_of(
+        engine, parts[choices[index]["document"]], choices[index], question, salt
+    )
     first = (source["part"] - 1) * size
-    return Recalled(
-        composed,
-        Transcript(said["turn"], said["kind"], said["tokens"], said["tail"]),
-        {
-            "first": first, "last": first + size, "score": source["score"],
-            "sentence": source["sentence"],
-        },
-    )  # fmt: skip
+    said = {
+        "first": first, "last": first + size, "score": source["score"],
+        "sentence": source["sentence"],
+    }  # fmt: skip
+    composed = await _beside(engine, present, source, salt)
+    return Recalled(*composed, {"recalled": said}, [], "")
+
+
+async def read_library(
+    engine: LolaEngine,
+    session: str,
+    transcript: Transcript,
+    library: str,
+    question: str,
+    salt: str | None,
+) -> Recalled:
+    """What to ask a question of that is asked of a library: the session and, next to the
+    question, the part that it reads.
+
+    Args:
+        transcript: of the session. salt: the caller's.
+
+    Raises:
+        HTTPException: there is no such library, or there can be none here.
+    """
+    check_libraries(engine)
+    sources = await find(engine, library, question, FOUND, salt)
+    composed = await _beside(engine, f"{session}@{transcript.turn}", sources[0], salt)
+    return Recalled(*composed, {}, sources, with_passages(sources))
+
+
+async def _beside(
+    engine: LolaEngine, present: str, source: dict[str, Any], salt: str | None
+) -> tuple[str, Transcript]:
+    """The session that is composed of a present and a part next to the question."""
+    composed, said = await compose_for_request(engine, [present, source["session"]], owned(salt))
+    return composed, Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])
 
 
 async def forget(engine: LolaEngine, recalled: Recalled, salt: str | None) -> None:

@@ -11,6 +11,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from lola_vllm.serving.protocol import MAX_MESSAGES, Prompt, PromptRequest
 from lola_vllm.sessions import MAX_SOURCES, check_new_name, parse_reference
+from lola_vllm.sessions.names import check_name
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TurnNumber = Annotated[int, Field(ge=0, lt=10**9)]
@@ -260,6 +261,11 @@ class _Goes(BaseModel):
         description="Whether a segment of the session's own text comes back for the answer.",
     )
 
+    library: str | None = Field(
+        default=None,
+        description="A library, of which a part that the question reads is read for the answer.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _objects(cls, data: Any) -> Any:
@@ -285,6 +291,10 @@ class _Goes(BaseModel):
             value = getattr(self, name, only)
             if value not in (only, None) and value != []:
                 raise ValueError(f"{name} = {value!r:.80}: {why}")
+        if self.library is not None:
+            check_name(self.library, "library")
+            if self.recall is not None:
+                raise ValueError("library, recall: a question is asked of one of them")
         return self
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -34,6 +37,19 @@ def spoken() -> list[int]:
     found: list[int] = []
     _said.set(found)
     return found
+
+
+def event(model: str, kind: str, **fields: Any) -> str:
+    """An event of a stream, in the form of vLLM's.
+
+    Args:
+        kind: of the objects in the stream. fields: what it tells besides no words.
+    """
+    said = {
+        "id": f"lola-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
+        "model": model, "choices": [], **fields,
+    }  # fmt: skip
+    return f"data: {json.dumps(said)}\n\n"
 
 
 def with_report(generate: Generate) -> Generate:

@@ -108,11 +108,16 @@ class _Handler(BaseHTTPRequestHandler):
         name, _, verb = where.removeprefix(f"{SESSIONS}/").partition("/")
         if where.startswith(LIBRARIES):  # a session is composed, and then it is asked
             script.bodies.append(body)
-            script.sessions[body["session"]] = 1, 40, "prompt"
-            self._speak(body["session"], script.sources)
+            session = body.get("session", "")
+            script.sessions[session] = 1, 40, "prompt"
+            self._speak(session, script.sources)
         elif verb == "chat":
             script.bodies.append(body)
-            self._speak(name, recalled=script.recalled if body.get("recall") else None)
+            self._speak(
+                name,
+                script.sources if body.get("library") else None,
+                script.recalled if body.get("recall") else None,
+            )
         elif name not in script.sessions:
             self._refuse(404, f"nothing is stored under {name!r}")
         elif self.command == "DELETE":
@@ -154,7 +159,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif end != "unread":
             script.sessions[name] = (turn + 1, tokens + 10 + len(words), "answer")
         waits = end in ("hangs", "unread", "kept")
+        found = {} if sources is None else {"sources": sources}
         with suppress(ConnectionError):  # the client may leave in the middle of a word
+            if found:
+                self._event({"choices": [], **found})
             for word in words:
                 self._event({"choices": [{"delta": {"content": word}, "finish_reason": None}]})
             if waits:
@@ -166,12 +174,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._event({"choices": [{"delta": {"content": ""}, "finish_reason": end}]})
         again = recalled["last"] - recalled["first"] if recalled else 0
+        if sources and turn > 1:  # the first stands next to the question
+            again = sources[0]["tokens"]
         usage = {"prompt_tokens": again + tokens + 10, "completion_tokens": len(words)}
         self._event({"choices": [], "usage": usage})
         told = {"session": name, "turn": turn + 1, "tokens": tokens + 10 + len(words),
                 "restored_tokens": tokens, "reason": None,
                 **({"recalled": recalled} if recalled else {})}  # fmt: skip
-        found = {} if sources is None else {"sources": sources}
         self._event({"choices": [], "kv_transfer_params": {"lola": told}, **found})
         self._chunk(b"data: [DONE]\n\n")
         self.wfile.write(b"0\r\n\r\n")

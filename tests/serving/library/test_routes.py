@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from lola_vllm import cli
-from lola_vllm.library.choose import STANDS_OUT
 from tests.support.servers import KEY
 from tools.support.server_process import Server
 from tools.support.speaking import LOLA
@@ -73,11 +72,13 @@ def test_an_answer_names_its_sources(shelf: Server) -> None:
     answer = ok(shelf.client.post(f"{BASE}/shelf/chat", json={**question, "top": 2}))
     sources = answer["sources"]
     assert len(sources) == 2 and answer["choices"][0]["message"]["content"]
-    assert sources[0]["score"] >= sources[1]["score"]
+    assert sources[0]["document"] == "a path/harbour.txt"  # by its words
     for source in sources:
-        text = GARDEN if source["document"] == "garden.txt" else HARBOUR
-        assert source["sentence"] and source["sentence"] in " ".join(text.split())
-        assert 0 <= source["share"] <= 1 and source["places"][0]["share"] > 0
+        text = " ".join((GARDEN if source["document"] == "garden.txt" else HARBOUR).split())
+        assert source["sentence"] and source["sentence"] in source["passage"]
+        assert len(source["passage"]) > len(source["sentence"]) and source["passage"] in text
+        assert 0 <= source["share"] <= 1
+    assert any(source["places"] and source["places"][0]["share"] > 0 for source in sources)
     told = answer["kv_transfer_params"]["lola"]
     read = sum(source["tokens"] for source in sources)
     # A part but the last, which is the best one, counts up to a multiple of the update interval,
@@ -90,8 +91,11 @@ def test_an_answer_names_its_sources(shelf: Server) -> None:
     ) as stream:
         events = [line[6:] for line in stream.iter_lines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"
-    *words, last = map(json.loads, events[:-1])
-    assert last["sources"] == sources and last["kv_transfer_params"]["lola"]["reason"] is None
+    first, *words, last = map(json.loads, events[:-1])
+    assert (
+        first["sources"] == last["sources"] == sources
+        and last["kv_transfer_params"]["lola"]["reason"] is None
+    )
     said = "".join(w["choices"][0]["delta"].get("content") or "" for w in words if w["choices"])
     assert said == answer["choices"][0]["message"]["content"]
     found = ok(
@@ -102,17 +106,16 @@ def test_an_answer_names_its_sources(shelf: Server) -> None:
     assert [one["session"] for one in found["sources"]] == [one["session"] for one in sources]
 
 
-def test_a_part_that_stands_out_answers_alone(shelf: Server) -> None:
+def test_the_first_part_answers_with_the_passages_of_three(shelf: Server) -> None:
     question = {"prompt": "A sparse cache holds the pairs at the harbour", **GREEDY}
-    scores = [
-        source["score"]
-        for source in ok(
-            shelf.client.post(f"{BASE}/shelf/find", json={"question": question["prompt"]})
-        )["sources"]
-    ]
     answer = ok(shelf.client.post(f"{BASE}/shelf/complete", json=question))
-    assert len(scores) == 3
-    assert len(answer["sources"]) == (1 if scores[1] < STANDS_OUT * scores[0] else 3)
+    first, *others = answer["sources"]
+    assert len(others) == 2
+    assert answer["kv_transfer_params"]["lola"]["restored_tokens"] == first["tokens"]
+    read = answer["usage"]["prompt_tokens"] - first["tokens"]
+    alone = ok(shelf.client.post("/tokenize", json={"prompt": question["prompt"]}))["count"]
+    passages = sum(len(source["passage"].split()) for source in answer["sources"])
+    assert read > alone + passages
 
 
 def test_a_session_goes_on_from_an_answer(shelf: Server) -> None:
@@ -134,10 +137,20 @@ def test_a_chat_begins_with_a_library(
     words = ["chat", shelf.url, "--api-key", KEY, "--library", "shelf", "--session", "walk"]
     assert cli.main([*words, "--temperature", "0", "--max-tokens", "4"]) == 0
     answers, notes = capsys.readouterr()
-    assert answers.strip() and len(re.findall(r"^\[\[\d\] .*\(\d+%\)\]$", notes, re.M)) >= 2
+    assert answers.strip() and len(re.findall(r"^\[\[\d\] .*\(\d+%\)\]$", notes, re.M)) == 6
     assert re.search(r"turn 2: [\d,]+ tokens restored, .*turn 3: ", notes, re.S)
     shown = ok(shelf.client.get("/v1/lola/sessions/walk"))
     assert shown["turns"] == [1, 2, 3] and shown["made_of"]
+    # The second message read a part of the library, which is no part of the session.
+    added = shown["states"][-1]["tokens"] - shown["states"][-2]["tokens"]
+    assert 0 < added < 100
+    body = {"messages": [{"role": "user", "content": "So?"}], "library": "shelf", **GREEDY}
+    asked = ok(shelf.client.post("/v1/lola/sessions/walk/chat", json=body))
+    assert len(asked["sources"]) == 3 and asked["kv_transfer_params"]["lola"]["turn"] == 4
+    where = "/v1/lola/sessions/nobody/chat"
+    refused(shelf.client.post(where, json=body), 400, "begin it with POST")
+    body["recall"] = "segments"
+    refused(shelf.client.post("/v1/lola/sessions/walk/chat", json=body), 400, "one of them")
 
 
 def test_owners_have_libraries_of_their_own(shelf: Server) -> None:

@@ -76,21 +76,43 @@ def test_an_answer_whose_connection_breaks_is_no_traceback(script, say):
     assert "the answer broke off (its end is missing)" in notes and "Traceback" not in notes
 
 
-def test_the_first_message_is_asked_of_a_library(script, say):
-    script.answers = [(["a"], "stop"), (["b"], "stop")]
-    script.sources = [
-        {"document": "pump.md", "part": 2, "parts": 3, "share": 0.61, "sentence": "It is blue."},
-        {"document": "oil.md", "part": 1, "parts": 1, "share": 0.2, "sentence": "Oil is not."},
-    ]
+SOURCES = [
+    {
+        "document": "pump.md", "part": 2, "parts": 3, "share": 0.61, "tokens": 2000,
+        "sentence": "It is blue.", "passage": "The pump runs. It is blue. So is its door.",
+    },
+    {
+        "document": "oil.md", "part": 1, "parts": 1, "share": 0.2, "tokens": 90,
+        "sentence": "Oil is not.", "passage": "Oil is not.",
+    },
+]  # fmt: skip
+
+
+def test_each_message_is_asked_of_a_library(script, say):
+    script.answers = [(["a"], "stop"), (["b"], "stop"), (["c"], "stop")]
+    script.sources = SOURCES
     status, out, notes = say("x\ny\n", "--library", "manuals")
     assert status == 0 and out == "a\nb\n"
     first, second = script.bodies
-    assert first["session"] == "talk" and "turn" not in first
+    assert first["session"] == "talk" and "turn" not in first and "library" not in first
     assert (second["turn"], second["tokens"]) == (2, 51) and "session" not in second
-    assert "[[1] pump.md, part 2 of 3 (61%)]" in notes
-    assert "[    It is blue.]" in notes and notes.count("%)]") == 2
-    status, _, notes = say("z\n", "--library", "manuals")
-    assert status == 2 and "a library begins a session, and talk is at turn 3" in notes
+    assert second["library"] == "manuals"
+    assert notes.count("[[1] pump.md, part 2 of 3 (61%)]") == 2
+    assert "[    The pump runs. It is blue. So is its door.]" in notes
+    # What the second one read of the library is no part of the session.
+    assert "turn 3: 51 tokens restored, 10 read" in notes
+    assert say("z\n", "--library", "manuals")[0] == 0  # a session that has begun goes on
+    assert script.bodies[2]["library"] == "manuals" and script.bodies[2]["turn"] == 3
+
+
+def test_an_answer_of_a_library_is_ended_as_one_of_a_chat(script, capsys):
+    script.answers, script.sources = [(["a"] * 4, "repetition")], SOURCES
+    assert cli.main(["library", "ask", "manuals", "Which?", "--url", script.url]) == 0
+    out, notes = capsys.readouterr()
+    # The passages stand above the answer.
+    assert out.index("[1] pump.md") < out.index("It is blue.") < out.index("aaaa")
+    assert "[ended at 4 tokens: the answer repeats itself]" in notes
+    assert script.bodies[0]["repetition_detection"]["min_count"] >= 3
 
 
 def test_a_segment_that_comes_back_is_named_and_not_counted(script, say):
@@ -108,10 +130,9 @@ def test_a_segment_that_comes_back_is_named_and_not_counted(script, say):
     assert "recall" not in script.bodies[2]
 
 
-def test_a_library_that_begins_a_chat_is_not_recalled_from(script, say):
-    script.answers = [(["a"], "stop"), (["b"], "stop")]
-    assert say("x\ny\n", "--library", "manuals", "--recall")[0] == 0
-    assert ["recall" in body for body in script.bodies] == [False, True]
+def test_a_message_is_asked_of_a_library_or_of_the_past(script, say):
+    status, _, notes = say("x\n", "--library", "manuals", "--recall")
+    assert status == 2 and "leave one out" in notes and not script.bodies
 
 
 @pytest.mark.parametrize(

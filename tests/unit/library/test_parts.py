@@ -1,4 +1,4 @@
-"""Texts in parts, and sentences of them."""
+"""Texts in parts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lola_vllm.library.parts import SHARED_TOKENS, sentence_at, split_text
+from lola_vllm.library.parts import SHARED_TOKENS, split_text
 
 
 def count(text: str) -> int:
@@ -78,15 +78,3 @@ def test_the_work_is_bounded_by_the_length_whatever_stands_in_a_text(text: str, 
     assert calls <= 40 * (len(parts) + 1) and counted <= 20 * len(text)
     assert all(0 < tokens(part) <= most for part in parts)
     assert set("".join(parts)) >= {letter for letter in text if letter.strip()}
-
-
-def test_the_sentence_at_a_place() -> None:
-    text = "The roses stand. The gate\ncode is 44! Is it?\n\nA new paragraph"
-    for word, sentence in (
-        ("roses", "The roses stand."),
-        ("gate", "The gate code is 44!"), ("44", "The gate code is 44!"),
-        ("it", "Is it?"), ("new", "A new paragraph"),
-    ):  # fmt: skip
-        assert sentence_at(text, text.index(word)) == sentence
-    long = "word " * 1000
-    assert 0 < len(sentence_at(long, 2500)) <= 500
