@@ -38,7 +38,7 @@ def read(client: Client, file: Path) -> None:
 class Typed(io.StringIO):
     """Lines that are printed when they are read, as a terminal shows what is typed."""
 
-    def readline(self, size: int = -1, /) -> str:
+    def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
         """The next line, "" at the end."""
         line = super().readline(size)
         print(f"> {line}" if line else "", end="", flush=True)
