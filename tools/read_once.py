@@ -1,9 +1,9 @@
-"""A long file, read once: questions about it, and one more after a restart of the server.
+"""A file, read once: questions about it, and one more after a restart of the server.
 
-    python -m tools.read_once models/qwen-lola docs/sessions.md "What is this about?" "And why?"
+    python -m tools.read_once models/qwen-lola docs/privacy.md "What is stored?" "For how long?"
 
 Serves the model twice on one directory of states, and prints what it did. The last question is
-asked of the second server. README.md shows what this prints.
+asked of the second server.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="a LoLA model")
     parser.add_argument("file", type=Path, help="a text")
-    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="two or more")
+    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="the last one is for after the restart")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
