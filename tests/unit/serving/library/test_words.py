@@ -1,0 +1,89 @@
+"""Libraries' parts by their words, of an engine that has texts alone."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lola_vllm.serving.library import words as words_module
+from lola_vllm.serving.library.asking import KnownPart, asked_with, with_passages
+from lola_vllm.serving.library.words import LibraryWords
+from lola_vllm.serving.sessions.reporting import event
+
+TEXTS = ["The pump starts at noon.", "Netherby lost an ear.", "The pump is painted blue."]
+
+
+class Texts:
+    """Stands in for `LolaEngine`: a part's tokens are the letters of its text."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        tokenizer = SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode())
+        self.client = SimpleNamespace(renderer=SimpleNamespace(tokenizer=tokenizer))
+
+    async def sessions(self, method: str, reference: str, salt: str | None) -> Any:
+        assert method == "tokens"
+        self.asked.append(reference)
+        return {"tokens": list(TEXTS[int(reference)].encode())}
+
+
+def parts(*numbers: int) -> list[KnownPart]:
+    return [KnownPart(f"{i}.txt", 1, 1, str(i), f"id{i}", 9) for i in numbers]
+
+
+def find(words: LibraryWords, engine: Any, of: list[KnownPart], question: str) -> list[int]:
+    return asyncio.run(words.find(engine, "shelf", of, question, 3, None))
+
+
+def test_texts_are_read_once_and_again_where_documents_change() -> None:
+    words, engine = LibraryWords(), Texts()
+    assert find(words, engine, parts(0, 1), "What did Netherby lose?") == [1]
+    assert find(words, engine, parts(0, 1), "When does the pump start?")[0] == 0
+    assert engine.asked == ["0", "1"]
+    assert find(words, engine, parts(0, 2), "Which pump is blue?")[0] == 1
+    assert engine.asked == ["0", "1", "2"]  # and nothing is found of what is gone
+    assert find(words, engine, parts(0, 2), "Netherby") == []
+    words.forget("shelf", None)
+    find(words, engine, parts(0), "pump")
+    assert engine.asked == ["0", "1", "2", "0"]
+
+
+def test_what_is_held_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words_module, "MAX_TOKENS", 18)
+    words, engine = LibraryWords(), Texts()
+    assert find(words, engine, parts(0, 1, 2), "pump") == [] and not engine.asked
+    find(words, engine, parts(0, 1), "pump")
+    asyncio.run(words.find(engine, "other", parts(2), "pump", 3, None))  # type: ignore[arg-type]
+    find(words, engine, parts(0, 1), "pump")
+    assert engine.asked == ["0", "1", "2", "0", "1"]
+
+
+def test_passages_stand_before_the_question() -> None:
+    before = with_passages(
+        [{"document": "a.md", "passage": "One."}, {"document": "b.md", "passage": ""},
+         {"document": "c.md", "passage": "Three."}]
+    )  # fmt: skip
+    assert before == "c.md: Three.\n\na.md: One."
+    first = {"role": "user", "content": "So."}
+    (_, last) = asked_with([first, {"role": "user", "content": "Why?"}], before)
+    assert last["content"] == f"{before}\n\nWhy?"
+    listed = [{"type": "text", "text": "Why?"}]
+    (last,) = asked_with([{"role": "user", "content": listed}], before)
+    assert [part["text"] for part in last["content"]] == [before, "Why?"]
+    assert asked_with([first], "") == [first]
+
+
+def test_an_event_has_the_form_of_the_streams() -> None:
+    said = event("tiny", "chat.completion.chunk", sources=[])
+    assert said.startswith('data: {"id": "lola-') and said.endswith("}\n\n")
+    assert '"choices": [], "sources": []' in said
+
+
+def test_routes_are_there() -> None:
+    from lola_vllm.serving.library import routes
+    from lola_vllm.serving.sessions import generate
+
+    assert routes.router.routes and generate.router.routes
