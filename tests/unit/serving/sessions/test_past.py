@@ -37,7 +37,10 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         engine.newest = asked[-2:]
         return engine.choices
 
-    async def source(_engine: Any, part: Any, choice: dict[str, Any], _salt: Any) -> Any:
+    async def source(
+        _engine: Any, part: Any, choice: dict[str, Any], question: str, _salt: Any
+    ) -> Any:
+        assert question == "Which?"
         return {"session": part.session, "part": part.part, "score": choice["score"],
                 "sentence": "It is blue."}  # fmt: skip
 
@@ -66,7 +69,9 @@ def test_a_segment_stands_next_to_the_question_though_newer_text_is_read_more(en
     found = recall(engine, (3, 9.0, 1.0), (1, 8.0, OWN), (0, 7.0, 0.1))
     assert engine.order == ["s@7", "part-1"] and engine.newest == (("now", LENGTH, 10), 2)
     assert found is not None
-    assert (found.said["first"], found.said["last"]) == (SIZE, 2 * SIZE)
+    said = found.said["recalled"]
+    assert (said["first"], said["last"]) == (SIZE, 2 * SIZE)
+    assert found.sources == [] and found.before == ""
     # It ends in the middle of a text, and no answer is before the question.
     tokens = SESSION.tokens + list(range(SIZE, 2 * SIZE))
     assert found.transcript == Transcript(1, "prompt", tokens, [])
