@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="a LoLA model")
     parser.add_argument("file", type=Path, help="a text")
-    parser.add_argument("questions", nargs="+", metavar="QUESTION", help="the last one is for after the restart")
+    parser.add_argument(
+        "questions", nargs="+", metavar="QUESTION", help="the last one is for after the restart"
+    )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
