@@ -123,8 +123,8 @@ export function divide(text, found) {
   const first = toFirst ? text.indexOf(toFirst) : -1;
   if (text.startsWith(system ?? start) && first >= 0 && !(own && start.length > system.length)) {
     said.push({ role: "system", text: text.slice(system.length, first) });
-    rest = text.slice(first + toFirst.length);
-  } else if (own) rest = text.slice(start.length);
+    [rest, role] = [text.slice(first + toFirst.length), "user"];
+  } else if (own) [rest, role] = [text.slice(start.length), "user"];
   for (;;) {
     const [answer, user] = [toAnswer, toUser].map((mark) => {
       const at = rest.indexOf(mark);
