@@ -325,6 +325,8 @@ class _Opened:
             return text
         try:
             sealed = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+            if base64.b64encode(sealed).decode() != text:  # the last digit may have spare bits
+                raise ValueError("not as it was written")
             return self.cipher.open(HEADER, sealed).tobytes().decode()
         except ValueError as error:
             raise StateFileError(self.path, "damaged", f"header: {error}") from None
