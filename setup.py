@@ -145,7 +145,7 @@ setup(
     package_dir=folders,
     package_data={
         "lola_vllm": ["py.typed"],
-        "lola_vllm.checkpoint": ["smollm2/*", "qwen2_5_coder/*"],  # maps and adapters
+        "lola_vllm.models": ["smollm2/*", "qwen2_5_coder/*"],  # maps and adapters
         "lola_vllm.serving": DATA,
     },
     exclude_package_data={"": ["README.md"]},  # of a folder: for readers of the repository

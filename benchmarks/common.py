@@ -11,8 +11,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.eval import summary
-from lola_vllm.eval.results import fingerprint
+from lola_vllm.evaluation import summary
+from lola_vllm.evaluation.results import fingerprint
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20

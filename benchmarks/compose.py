@@ -18,7 +18,7 @@ import torch
 from common import ROOT, write_report
 from transformers import AutoModelForCausalLM
 
-from lola_vllm.hf import LolaCache
+from lola_vllm.engine.hf import LolaCache
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

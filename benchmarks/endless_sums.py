@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lola_vllm.config import default_context_shift
-from lola_vllm.eval import summary
-from lola_vllm.ops.constants import EXPONENT_BITS
-from lola_vllm.ops.dither import dither
+from lola_vllm.core.config import default_context_shift
+from lola_vllm.core.ops.constants import EXPONENT_BITS
+from lola_vllm.core.ops.dither import dither
+from lola_vllm.evaluation import summary
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import cpu_name
@@ -87,7 +87,7 @@ class Sample:
 def fold_block(
     sums: Array, power: Array, bits: Array, folds: Array, turns: Array
 ) -> None:  # pragma: no cover (compiled)
-    """Folds `[U, n]` into float32 sums `[n]`, as `ops/dither.py` rounds.
+    """Folds `[U, n]` into float32 sums `[n]`, as `core/ops/dither.py` rounds.
 
     Args:
         power, bits: one array of `[n]` as float32 and as int32, for the last places of sums.
@@ -216,12 +216,12 @@ def record(
     Raises:
         SystemExit: the text is shorter than P.
     """
-    from lola_vllm.eval.models import LocalTokenizer
-    from lola_vllm.eval.reader import Run as Sequence
-    from lola_vllm.eval.reader import load
-    from lola_vllm.eval.settings import Setting
-    from lola_vllm.eval.stream import StreamPlan
-    from lola_vllm.ops.reference import feature_map
+    from lola_vllm.core.ops.reference import feature_map
+    from lola_vllm.evaluation.models import LocalTokenizer
+    from lola_vllm.evaluation.reader import Run as Sequence
+    from lola_vllm.evaluation.reader import load
+    from lola_vllm.evaluation.settings import Setting
+    from lola_vllm.evaluation.stream import StreamPlan
 
     streams = list(StreamPlan(str(text), length, length // 2).streams(LocalTokenizer(model)))
     if not streams or len(streams[0].ids) < length:

@@ -71,7 +71,7 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    from lola_vllm.config import LolaLlamaConfig
+    from lola_vllm.core.config import LolaLlamaConfig
 
     longest = max(args.contexts) + args.steps + max(args.batches) + 16
     lola = args.worker == "lola"
@@ -142,7 +142,7 @@ def checkpoint(model: Path, weights: str | None) -> Path:
     """The model, or it in fewer bits: made beside it on first use."""
     if weights is None:
         return model
-    from lola_vllm.checkpoint.quantize import quantize_checkpoint
+    from lola_vllm.models.quantize import quantize_checkpoint
 
     quantized = model.with_name(f"{model.name}-{weights}")
     made_of = model / "model.safetensors"

@@ -29,7 +29,7 @@ import sys
 
 import torch
 
-from lola_vllm.ops import cpp
+from lola_vllm.core.ops import cpp
 
 if not torch.cuda.is_available():
     sys.exit("torch sees no CUDA device")
@@ -78,7 +78,7 @@ if [[ $PART == all || $PART == bench ]]; then
             --out "$OUT/engine_$graphs.json"
     done
     prefill_of=(triton)
-    choose='import torch; from lola_vllm.ops import choose_backend as c; c("cuda", torch.bfloat16)'
+    choose='import torch; from lola_vllm.core.ops import choose_backend as c; c("cuda", torch.bfloat16)'
     if LOLA_VLLM_OPS=xformers "$PYTHON" -c "$choose"; then
         prefill_of+=(xformers)
     else

@@ -9,8 +9,8 @@ documents, that which stands among the same 8, and so on. The first `--exact` of
 answered, each from
 
 - the document alone;
-- what `lola_vllm.library.choose` finds among `--exact-of` documents: the first, and the first three
-  composed;
+- what `lola_vllm.memory.documents.choose` finds among `--exact-of` documents: the first, and the
+  first three composed;
 - with `--in-a-row`, these three, read in a row anew;
 - with `--stock`, the text of the three that BM25 finds, which a stock model reads.
 
@@ -37,12 +37,12 @@ from common import ROOT, write_report
 from library_corpus import Corpus, Question, make
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from lola_vllm.cpu import preferred_dtype
-from lola_vllm.hf import LolaCache
-from lola_vllm.hf.question import queries_of
-from lola_vllm.library.choose import CANDIDATES, choose
-from lola_vllm.library.keys import DocumentKeys, Fetched, reading_heads
-from lola_vllm.library.words import WordIndex, fuse
+from lola_vllm.core.cpu import preferred_dtype
+from lola_vllm.engine.hf import LolaCache
+from lola_vllm.engine.hf.question import queries_of
+from lola_vllm.memory.documents.choose import CANDIDATES, choose
+from lola_vllm.memory.documents.keys import DocumentKeys, Fetched, reading_heads
+from lola_vllm.memory.documents.words import WordIndex, fuse
 
 TOP = 3
 ANSWER_TOKENS = {"needles": 9, "facts": 24}

@@ -141,7 +141,7 @@ def measure(args: Namespace) -> dict[str, Any]:
 @contextmanager
 def gguf_file(name: str) -> Iterator[Path]:
     """The demo model's base in one of llama.cpp's formats."""
-    from lola_vllm.checkpoint.demo import GGUF_NAME, extract_gguf
+    from lola_vllm.models.demo import GGUF_NAME, extract_gguf
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / GGUF_NAME

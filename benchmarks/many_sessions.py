@@ -47,14 +47,14 @@ import numpy as np
 import psutil
 from common import MIB, ROOT, write_report
 
-from lola_vllm.client import ClientError
-from lola_vllm.client.server import Server, path
-from lola_vllm.sessions import SessionStore, StoreSettings
-from lola_vllm.sessions.directory import StateDirectory
-from lola_vllm.sessions.file import StateHeader, write_state
-from lola_vllm.sessions.fingerprint import Fingerprint
-from lola_vllm.sessions.prefix_hash import PrefixHashes, namespace, token_array
-from lola_vllm.texts import read_documents
+from lola_vllm.command.client import ClientError
+from lola_vllm.command.client.server import Server, path
+from lola_vllm.memory.sessions import SessionStore, StoreSettings
+from lola_vllm.memory.sessions.directory import StateDirectory
+from lola_vllm.memory.sessions.file import StateHeader, write_state
+from lola_vllm.memory.sessions.fingerprint import Fingerprint
+from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace, token_array
+from lola_vllm.training.texts import read_documents
 
 SHORTEST, LONGEST = 500, 8000
 ANSWER = 16  # tokens

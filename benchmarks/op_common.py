@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import LolaWeights
-from lola_vllm.state import StateLayout
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import LolaWeights
+from lola_vllm.core.state import StateLayout
 
 TURNS = 5
 

@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 from op_common import add_layer_options, make_layer, medians_s
 
-from lola_vllm.eval import summary
-from lola_vllm.ops import DecodeBatch, LayerState, PrefillBatch, choose_backend
-from lola_vllm.state import LayerLayout
+from lola_vllm.core.ops import DecodeBatch, LayerState, PrefillBatch, choose_backend
+from lola_vllm.core.state import LayerLayout
+from lola_vllm.evaluation import summary
 
 POOL_BYTES = 192 * 2**20  # beyond the last-level cache of anything this is likely to run on
 FRESH = 64  # tokens per sequence until the same ones come again

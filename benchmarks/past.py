@@ -16,7 +16,7 @@ And later:
 - `present, kept`: with the state that the text had at the segment's end.
 
 Both times `found` is whether the question finds its segment among all, and `recalled` the answer of
-the present and what it finds, as `lola_vllm.hf.past` does it.
+the present and what it finds, as `lola_vllm.engine.hf.past` does it.
 
 `--dir` gets states and answers, and goes on where it was left when the same command is run again.
 Seeds 0, 10 and above chose the rule; others report.
@@ -37,9 +37,9 @@ from common import ROOT, write_report
 from library import Reader
 from library_corpus import DEVELOPMENT_NEEDLES, NEEDLE, WORDS, development
 
-from lola_vllm.hf import LolaCache
-from lola_vllm.hf.past import Past
-from lola_vllm.library.keys import DocumentKeys
+from lola_vllm.engine.hf import LolaCache
+from lola_vllm.engine.hf.past import Past
+from lola_vllm.memory.documents.keys import DocumentKeys
 
 
 class Question(NamedTuple):

@@ -12,8 +12,8 @@ asked for:
 - `past`: after that other thing, what the segment tells.
 
 Each is asked of the text alone (`alone`), of the segment that it finds behind the text (`behind`)
-and before it (`before`), as `lola_vllm.hf.past` does it (`recalled`), and of `past` of the segment
-alone (`apart`). Seeds 0, 3, 10 and above chose the rule; others report.
+and before it (`before`), as `lola_vllm.engine.hf.past` does it (`recalled`), and of `past` of the
+segment alone (`apart`). Seeds 0, 3, 10 and above chose the rule; others report.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from common import ROOT, write_report
 from library import Reader
 from library_corpus import DEVELOPMENT_NEEDLES, NEEDLE, WORDS, development
 
-from lola_vllm.eval.chat_facts import CHAT_TASKS, Form
-from lola_vllm.hf import LolaCache
-from lola_vllm.hf.past import Past
+from lola_vllm.engine.hf import LolaCache
+from lola_vllm.engine.hf.past import Past
+from lola_vllm.evaluation.chat_facts import CHAT_TASKS, Form
 
 SEGMENTS = 6
 REST = 800  # tokens

@@ -20,9 +20,9 @@ import torch
 from common import write_report
 from op_common import add_layer_options, make_layer, medians_s
 
-from lola_vllm.ops import Backend, LayerState, PrefillBatch, choose_backend
-from lola_vllm.ops.select import ENV
-from lola_vllm.state import LayerLayout
+from lola_vllm.core.ops import Backend, LayerState, PrefillBatch, choose_backend
+from lola_vllm.core.ops.select import ENV
+from lola_vllm.core.state import LayerLayout
 
 BACKENDS = {"cpu": ["cpp", "torch"], "cuda": ["triton", "xformers"]}
 

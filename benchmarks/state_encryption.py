@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from common import ROOT, print_result, run_worker, tokens, write_report
 
-from lola_vllm.sessions.cipher import StateKey
-from lola_vllm.sessions.file import read_header, read_state, write_state
+from lola_vllm.memory.sessions.cipher import StateKey
+from lola_vllm.memory.sessions.file import read_header, read_state, write_state
 
 WORKERS = ("plain", "encrypted")
 

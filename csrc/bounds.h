@@ -7,8 +7,8 @@
 
 namespace lola {
 
-// The rows of `bounds`, as in `BOUND_ROWS` of lola_vllm/state.py. kLow bounds the recall error from
-// below. The others are of when the error was computed last, with u the stored direction:
+// The rows of `bounds`, as in `BOUND_ROWS` of lola_vllm/core/state.py. kLow bounds the recall error
+// from below. The others are of when the error was computed last, with u the stored direction:
 enum BoundsRow {
   kLow,       // low: at most u . (v - p)
   kSum,       // z = phi . s + kRecallEps; it only grows

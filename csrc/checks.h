@@ -74,7 +74,7 @@ struct Layouts {
 };
 
 // The layout table of a call, after a look at the tensors that change from call to call. Layout,
-// pages and weights were checked against each other by `LayerState.bind` (lola_vllm/ops/
+// pages and weights were checked against each other by `LayerState.bind` (lola_vllm/core/ops/
 // contract.py). Throws, naming the argument.
 inline Layouts check_call(const LayerTensors& t, Device device) {
   using torch::headeronly::ScalarType;

@@ -1,6 +1,6 @@
 // Numeric constants of the algorithm and of its bounds; docs/bounds.md says why.
-// Their Python form is lola_vllm/ops/constants.py; a test compares the two. Free of torch: CPU and
-// CUDA kernels include it. A template parameter T is the type that a kernel computes in.
+// Their Python form is lola_vllm/core/ops/constants.py; a test compares the two. Free of torch: CPU
+// and CUDA kernels include it. A template parameter T is the type that a kernel computes in.
 #pragma once
 
 #include <cstdint>

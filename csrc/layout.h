@@ -1,5 +1,5 @@
 // The layout of a state page, and what a token count says is valid in it: the C++ form of
-// `StateLayout` (lola_vllm/state.py). Free of torch; CPU and CUDA kernels include it.
+// `StateLayout` (lola_vllm/core/state.py). Free of torch; CPU and CUDA kernels include it.
 #pragma once
 
 #include <cstdint>

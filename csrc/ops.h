@@ -1,5 +1,5 @@
 // Decode and prefill of LoLA attention in place on state pages, on torch's stable ABI. The contract
-// is `lola_vllm/ops/contract.py`; the page layout is `lola_vllm/state.py`.
+// is `lola_vllm/core/ops/contract.py`; the page layout is `lola_vllm/core/state.py`.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lola_vllm.core.state import LayerLayout, StateLayout
 from lola_vllm.kernels.candidates import set_at
 from lola_vllm.kernels.common import (
     absorb,
@@ -42,7 +43,6 @@ from lola_vllm.kernels.layer import (
     s_of,
     window_start,
 )
-from lola_vllm.state import LayerLayout, StateLayout
 
 MAX_BLOCK_M = 64  # queries attended at a time
 NUM_WARPS = 8  # four would spill registers at d = 128

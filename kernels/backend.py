@@ -1,4 +1,4 @@
-"""The Triton back end: `decode` and `prefill` as `lola_vllm.ops.contract` wants them.
+"""The Triton back end: `decode` and `prefill` as `lola_vllm.core.ops.contract` wants them.
 
 Both only launch kernels. What is due, empty or padding is decided on the device, so nothing waits
 for it; decode's launches depend on shapes alone, and a CUDA graph can replay them.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lola_vllm.core.ops.contract import DecodeBatch, LayerState, PrefillBatch
 from lola_vllm.kernels import decode as decode_kernels
 from lola_vllm.kernels import prefill as prefill_kernels
 from lola_vllm.kernels.layer import check
 from lola_vllm.kernels.prefill import SoftmaxPart
 from lola_vllm.kernels.splits import choose_splits
 from lola_vllm.kernels.update import scratch_buffers, update
-from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch
 
 
 def decode(

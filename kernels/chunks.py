@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lola_vllm.state import StateLayout
+from lola_vllm.core.state import StateLayout
 
 Ints = npt.NDArray[np.int64]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lola_vllm.ops import constants
+from lola_vllm.core.ops import constants
 
 FEATURE_BLOCK = tl.constexpr(16)
 
@@ -71,7 +71,7 @@ def clamped_exp(y, top, norm, feature_ok):
 
 @triton.jit
 def dither(update, f):
-    """Dither of rows f of H and s in an update, for sums from 1 to below 2 (`ops/dither.py`)."""
+    """Dither of rows f of H and s in an update, for sums of 1 to below 2 (`core/ops/dither.py`)."""
     place = update.to(tl.uint32) * DITHER_UPDATE + f.to(tl.uint32) * DITHER_ROW
     return place.to(tl.int32, bitcast=True).to(tl.float32) * DITHER_UNIT
 
@@ -144,7 +144,7 @@ def absorb_int8(
 
 @triton.jit
 def int8_scale(x):
-    """The scales `[M]` of rows x `[M, N]`, float32: `quantize` in `ops/int8.py`."""
+    """The scales `[M]` of rows x `[M, N]`, float32: `quantize` in `core/ops/int8.py`."""
     # The second sum is 0, or NaN where an entry is not finite.
     return tl.max(tl.abs(x), 1) * SCALE_STEP + tl.sum(x - x, 1)
 

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lola_vllm.core.ops.contract import DecodeBatch, LayerState
+from lola_vllm.core.state import LayerLayout
 from lola_vllm.kernels.candidates import set_at, set_of
 from lola_vllm.kernels.common import absorb, absorb_cached, features, mix, product
 from lola_vllm.kernels.layer import (
@@ -34,8 +36,6 @@ from lola_vllm.kernels.layer import (
     window_start,
 )
 from lola_vllm.kernels.splits import Parts
-from lola_vllm.ops.contract import DecodeBatch, LayerState
-from lola_vllm.state import LayerLayout
 
 NUM_WARPS = 4
 INDEX_ARGS = ("state_indices_ptr", "n_ptr")  # slices of vLLM's buffers: any alignment

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lola_vllm.ops.contract import LayerState
-from lola_vllm.state import NEVER, PART_ALIGNMENT, TABLE_FIELDS, LayerLayout
+from lola_vllm.core.ops.contract import LayerState
+from lola_vllm.core.state import NEVER, PART_ALIGNMENT, TABLE_FIELDS, LayerLayout
 
 MIN_DOT = 16  # smallest side of a tensor-core product
 TILE_BYTES = 16 * 1024  # of keys, and as much of values; two of each are in flight

@@ -28,6 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lola_vllm.core.ops.contract import LayerState, PrefillBatch
+from lola_vllm.core.state import LayerLayout
 from lola_vllm.kernels.attend import NUM_WARPS as ATTEND_WARPS
 from lola_vllm.kernels.attend import (
     Kept,
@@ -57,8 +59,6 @@ from lola_vllm.kernels.layer import (
 from lola_vllm.kernels.update import PRECISION as UPDATE_PRECISION
 from lola_vllm.kernels.update import fold_constants, score_block, scratch_buffers
 from lola_vllm.kernels.update_per_token import BLOCK_T, NUM_BOUNDS, score_bounded
-from lola_vllm.ops.contract import LayerState, PrefillBatch
-from lola_vllm.state import LayerLayout
 
 NUM_WARPS = 8  # four would spill registers in updates at d = 128
 

@@ -1,6 +1,6 @@
 """The context shift of pages in Triton: all layers of a model, their rows and heads in one launch.
 
-What it does to a page is `ops/context_shift.py`'s, which is the same in plain torch.
+What it does to a page is `core/ops/context_shift.py`'s, which is the same in plain torch.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,6 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lola_vllm.core.ops.contract import LayerState
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.state import PARTS, TABLE_FIELDS, LayerLayout
 from lola_vllm.kernels.candidates import INDEX_ARGS
 from lola_vllm.kernels.common import SCALE_STEP, int8_numbers
 from lola_vllm.kernels.layer import (
@@ -37,9 +40,6 @@ from lola_vllm.kernels.layer import (
     window_start,
 )
 from lola_vllm.kernels.update_per_token import LOW, bounds_of
-from lola_vllm.ops.contract import LayerState
-from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.state import PARTS, TABLE_FIELDS, LayerLayout
 
 BLOCK_N = 32  # keys rotated, or rows of H scaled, at a time
 NUM_PARTS = 8  # programs that share a head of a page

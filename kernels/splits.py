@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lola_vllm.core.state import LayerLayout
 from lola_vllm.kernels.common import mix
 from lola_vllm.kernels.layer import num_processors, pairs_per_tile
-from lola_vllm.state import LayerLayout
 
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until there are about this many
 MAX_SPLITS = 32

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lola_vllm.core.ops.contract import LayerState
+from lola_vllm.core.state import LayerLayout
 from lola_vllm.kernels.candidates import (
     BLOCK_R,
     COUNT_ARGS,
@@ -48,8 +50,6 @@ from lola_vllm.kernels.layer import (
 from lola_vllm.kernels.selection import BLOCK_A
 from lola_vllm.kernels.splits import MAX_SPLITS, Parts, join
 from lola_vllm.kernels.update_per_token import BLOCK_P, BLOCK_T, NUM_BOUNDS, score_bounded
-from lola_vllm.ops.contract import LayerState
-from lola_vllm.state import LayerLayout
 
 BLOCK_E = 32  # candidates scored, folded or replaced at a time, at most
 PROGRAMS_PER_PROCESSOR = 1  # the registers of one fill it, and idle ones should be one wave

@@ -9,7 +9,7 @@ Where the model has an importance, the bound is multiplied by it as the score is
 - `track_fold`, within `update.fold_kernel`, stores the incoming pair's bounds and lowers all
   others.
 
-The rows of `bounds` are `BOUND_ROWS` in `lola_vllm/state.py`.
+The rows of `bounds` are `BOUND_ROWS` in `lola_vllm/core/state.py`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lola_vllm.core.ops import constants
+from lola_vllm.core.state import BOUND_ROWS
 from lola_vllm.kernels.candidates import (
     candidate_importance,
     gather,
@@ -40,8 +42,6 @@ from lola_vllm.kernels.layer import (
     s_of,
     window_start,
 )
-from lola_vllm.ops import constants
-from lola_vllm.state import BOUND_ROWS
 
 LOW = tl.constexpr(BOUND_ROWS.index("low"))
 SUM = tl.constexpr(BOUND_ROWS.index("sum"))

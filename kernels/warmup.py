@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from lola_vllm.core.ops.contract import DecodeBatch, LayerState, PrefillBatch, PrefillOp
 from lola_vllm.kernels import backend
 from lola_vllm.kernels.attend import attends_apart
 from lola_vllm.kernels.layer import layer_shape
 from lola_vllm.kernels.shift import shift_layers
 from lola_vllm.kernels.splits import choose_splits
 from lola_vllm.kernels.update import has_bounds, has_scores
-from lola_vllm.ops.contract import DecodeBatch, LayerState, PrefillBatch, PrefillOp
 
 logger = logging.getLogger("vllm.lola")
 

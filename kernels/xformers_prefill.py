@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from xformers.ops import fmha
 
+from lola_vllm.core.ops.contract import LayerState, PrefillBatch
+from lola_vllm.core.state import StateLayout
 from lola_vllm.kernels import backend
 from lola_vllm.kernels.chunks import Ints, plan_chunks
 from lola_vllm.kernels.prefill import on_device
 from lola_vllm.kernels.warmup import warm_up as warm_up_with
-from lola_vllm.ops.contract import LayerState, PrefillBatch
-from lola_vllm.state import StateLayout
 
 logger = logging.getLogger("vllm.lola")
 

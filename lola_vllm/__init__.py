@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def _expected(error: Exception) -> bool:
-    from lola_vllm.plugin.compat import UnsupportedVllmError
+    from lola_vllm.engine.vllm.compat import UnsupportedVllmError
 
     return isinstance(error, UnsupportedVllmError)
 
@@ -38,14 +38,14 @@ def _register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from lola_vllm.config import ARCHITECTURE, MODEL_TYPE, LolaLlamaConfig
-    from lola_vllm.plugin import compat
-    from lola_vllm.plugin.config_hook import LolaModelConfig
+    from lola_vllm.core.config import ARCHITECTURE, MODEL_TYPE, LolaLlamaConfig
+    from lola_vllm.engine.vllm import compat
+    from lola_vllm.engine.vllm.config_hook import LolaModelConfig
 
     compat.check_vllm_version(vllm.__version__)
     AutoConfig.register(MODEL_TYPE, LolaLlamaConfig, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = LolaModelConfig
     compat.register_length()
     compat.look_at_wake_ups()
-    compat.register_mamba_backend("lola_vllm.plugin.backend.LolaAttentionBackend")
-    ModelRegistry.register_model(ARCHITECTURE, f"lola_vllm.plugin.model:{ARCHITECTURE}")
+    compat.register_mamba_backend("lola_vllm.engine.vllm.backend.LolaAttentionBackend")
+    ModelRegistry.register_model(ARCHITECTURE, f"lola_vllm.engine.vllm.model:{ARCHITECTURE}")

@@ -2,7 +2,7 @@
 
 import sys
 
-from lola_vllm.cli import main
+from lola_vllm.command.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from lola_vllm.sessions.settings import StoreSettings
+    from lola_vllm.memory.sessions.settings import StoreSettings
 
 GUARDED = ("/v1/lola", ROUTE)
 ANY = "*"

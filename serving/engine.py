@@ -18,12 +18,13 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from lola_vllm import __version__
-from lola_vllm.config import MODEL_TYPE
-from lola_vllm.estimate import Row
-from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.plugin.cache import lola_hf_config, row_bytes, sequence_layout
-from lola_vllm.plugin.config_hook import WORKER_EXTENSION
-from lola_vllm.plugin.connectors import has_store
+from lola_vllm.core.config import MODEL_TYPE
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
+from lola_vllm.engine.estimate import Row
+from lola_vllm.engine.vllm.cache import lola_hf_config, row_bytes, sequence_layout
+from lola_vllm.engine.vllm.config_hook import WORKER_EXTENSION
+from lola_vllm.engine.vllm.connectors import has_store
+from lola_vllm.memory.sessions.request import FIELD
 from lola_vllm.serving.library.turns import Turns
 from lola_vllm.serving.library.words import LibraryWords
 from lola_vllm.serving.protocol import (
@@ -33,13 +34,12 @@ from lola_vllm.serving.protocol import (
     Memory,
     States,
 )
-from lola_vllm.sessions.request import FIELD
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.outputs import RequestOutput
 
-    from lola_vllm.state import StateLayout
+    from lola_vllm.core.state import StateLayout
 
 # A worker answers between two steps, and a step may be a long prefill.
 ANSWER_LIMIT_S = 60

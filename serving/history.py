@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.ops import context_shift
-from lola_vllm.ops.contract import Backend, LayerState, PrefillBatch
+from lola_vllm.core.ops import context_shift
+from lola_vllm.core.ops.contract import Backend, LayerState, PrefillBatch
 from lola_vllm.serving.keys import Pairs
 
 # Stops along a prompt. Every update is one, unless there are more of them.

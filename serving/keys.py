@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 
-from lola_vllm.plugin.attention import LolaAttention
-from lola_vllm.plugin.backend import LolaMetadata
+from lola_vllm.engine.vllm.attention import LolaAttention
+from lola_vllm.engine.vllm.backend import LolaMetadata
 from lola_vllm.serving.pages import Row, all_rows
 
 logger = logging.getLogger("vllm.lola")

@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from lola_vllm import cpu
-from lola_vllm.checkpoint.files import CheckpointError, read_json, weight_files
-from lola_vllm.checkpoint.quantize import faster_weights
-from lola_vllm.config import MODEL_TYPE
-from lola_vllm.estimate import DTYPES, GIB, MIB, Row, estimate
+from lola_vllm.core import cpu
+from lola_vllm.core.config import MODEL_TYPE
+from lola_vllm.core.sizing import Pool, cpu_room, gpu_room, weight_bytes
+from lola_vllm.core.state import SequenceLayout
+from lola_vllm.engine.estimate import DTYPES, GIB, MIB, Row, estimate
+from lola_vllm.memory.sessions.settings import STORE_KEY
+from lola_vllm.models.files import CheckpointError, read_json, weight_files
+from lola_vllm.models.quantize import faster_weights
 from lola_vllm.serving import store_options
 from lola_vllm.serving.options import given_options, masked, number
-from lola_vllm.sessions.settings import STORE_KEY
-from lola_vllm.sizing import Pool, cpu_room, gpu_room, weight_bytes
-from lola_vllm.state import SequenceLayout
 
 PLUGIN = "lola"
 # Address to listen on without --host; the images set it.

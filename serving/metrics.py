@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 from prometheus_client.samples import Sample
 
-from lola_vllm.plugin.connectors import has_store
+from lola_vllm.engine.vllm.connectors import has_store
 from lola_vllm.serving.engine import LolaEngine, own_metric
 from lola_vllm.serving.session_metrics import SessionMetrics
 

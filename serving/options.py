@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.models.files import CheckpointError
 
 # Short forms of the options that matter here.
 _SHORT = {

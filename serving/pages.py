@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 
-from lola_vllm.plugin.attention import LolaAttention
-from lola_vllm.plugin.backend import LolaMetadata
+from lola_vllm.engine.vllm.attention import LolaAttention
+from lola_vllm.engine.vllm.backend import LolaMetadata
 
 logger = logging.getLogger("vllm.lola")
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import HTTPException
 from vllm import envs
 
-from lola_vllm.plugin.connectors import has_store
+from lola_vllm.engine.vllm.connectors import has_store
+from lola_vllm.memory.sessions.settings import STORE_KEY, StoreSettings
 from lola_vllm.serving.access import EVERYWHERE, Access, AccessMiddleware
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.inspector import ROUTE
@@ -24,7 +25,6 @@ from lola_vllm.serving.routes import page, router
 from lola_vllm.serving.sessions.owners import OwnerMiddleware, Owners
 from lola_vllm.serving.sessions.routing import routers
 from lola_vllm.serving.sessions.wrappers import wrap_generate
-from lola_vllm.sessions.settings import STORE_KEY, StoreSettings
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.ops import portable
-from lola_vllm.ops.contract import HeadGroup
-from lola_vllm.ops.int8 import rounded
+from lola_vllm.core.ops import portable
+from lola_vllm.core.ops.contract import HeadGroup
+from lola_vllm.core.ops.int8 import rounded
+from lola_vllm.core.state import StateLayout, StateViews
 from lola_vllm.serving.keys import Pairs
-from lola_vllm.state import StateLayout, StateViews
 
 # Pairs scored at once: bounds the memory that their features take.
 MAX_SCORED = 1024

@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-from lola_vllm.sessions.orders import DISK, FAULTS, MEMORY
+from lola_vllm.memory.sessions.orders import DISK, FAULTS, MEMORY
 
 Stats = dict[str, Any]
 

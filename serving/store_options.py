@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lola_vllm.checkpoint.files import CheckpointError
-from lola_vllm.sessions.settings import STORE_KEY, StoreSettings, StoreSettingsError
+from lola_vllm.memory.sessions.settings import STORE_KEY, StoreSettings, StoreSettingsError
+from lola_vllm.models.files import CheckpointError
 
 
 class Option(NamedTuple):

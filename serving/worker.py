@@ -19,10 +19,10 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
-from lola_vllm.ops.contract import HeadGroup
-from lola_vllm.plugin import compat
-from lola_vllm.plugin.attention import LolaAttention
-from lola_vllm.plugin.cache import lola_hf_config, num_kv_heads
+from lola_vllm.core.ops.contract import HeadGroup
+from lola_vllm.engine.vllm import compat
+from lola_vllm.engine.vllm.attention import LolaAttention
+from lola_vllm.engine.vllm.cache import lola_hf_config, num_kv_heads
 from lola_vllm.serving.history import Residency, residencies
 from lola_vllm.serving.keys import KeyRecorder, Pairs
 from lola_vllm.serving.library.librarian import Librarian

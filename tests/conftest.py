@@ -26,7 +26,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture
 def fresh_choice(monkeypatch):
     """The back end is chosen anew, by nothing in the environment, and again after the test."""
-    from lola_vllm.ops import choose_backend, select
+    from lola_vllm.core.ops import choose_backend, select
 
     monkeypatch.delenv("LOLA_VLLM_OPS", raising=False)
     monkeypatch.setattr(select, "_failed", set())

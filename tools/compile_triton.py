@@ -23,11 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lola_vllm.core.ops.shift_schedule import SCORE_DECAY, SCORE_DECAY_SHIFTS, ShiftSchedule
+from lola_vllm.core.state import LayerLayout, StateLayout
 from lola_vllm.kernels import attend, decode, prefill, shift, update
 from lola_vllm.kernels.candidates import BLOCK_R
 from lola_vllm.kernels.layer import layer_shape, precision
-from lola_vllm.ops.shift_schedule import SCORE_DECAY, SCORE_DECAY_SHIFTS, ShiftSchedule
-from lola_vllm.state import LayerLayout, StateLayout
 
 ARCHS = (80, 90, 100)
 # Bytes of shared memory that one program may have (CUDA programming guide, compute capabilities).

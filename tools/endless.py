@@ -26,14 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lola_vllm import cpu
-from lola_vllm.checkpoint.files import read_json
-from lola_vllm.eval import EvalError, summary
-from lola_vllm.eval.models import Tokenizer
-from lola_vllm.eval.reader import PIECE, Run, load
-from lola_vllm.eval.results import fingerprint
-from lola_vllm.eval.settings import Setting, check, with_positions
-from lola_vllm.eval.tasks import NEEDLE, NEEDLE_ANSWER, draw_key
+from lola_vllm.core import cpu
+from lola_vllm.evaluation import EvalError, summary
+from lola_vllm.evaluation.models import Tokenizer
+from lola_vllm.evaluation.reader import PIECE, Run, load
+from lola_vllm.evaluation.results import fingerprint
+from lola_vllm.evaluation.settings import Setting, check, with_positions
+from lola_vllm.evaluation.tasks import NEEDLE, NEEDLE_ANSWER, draw_key
+from lola_vllm.models.files import read_json
 from tools.long_text import compose
 from tools.support.memory import memory_mib
 
@@ -96,7 +96,7 @@ class Reading:
     """A text on its way through a model.
 
     Args:
-        model: of `lola_vllm.eval.reader.load`. ids: the text. args: of `parse`.
+        model: of `lola_vllm.evaluation.reader.load`. ids: the text. args: of `parse`.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """
     if not 0 < args.edge <= args.tokens // 2:
         raise EvalError(f"--edge {args.edge}: must be from 1 to half of --tokens {args.tokens}")
-    from lola_vllm.eval.models import LocalTokenizer
+    from lola_vllm.evaluation.models import LocalTokenizer
 
     tokenizer = LocalTokenizer(args.model)
     setting = Setting("endless", args.model, json.loads(args.lola_config))

@@ -29,9 +29,9 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
 
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from lola_vllm import cpu
-from lola_vllm.eval import summary
-from lola_vllm.eval.models import LocalTokenizer
+from lola_vllm.core import cpu
+from lola_vllm.evaluation import summary
+from lola_vllm.evaluation.models import LocalTokenizer
 from tools.long_text import compose
 from tools.support.memory import memory_mib
 from tools.support.tiny import make_tiny

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lola_vllm.eval import EvalError
-from lola_vllm.eval.models import Tokenizer
-from lola_vllm.eval.stream import in_turn
-from lola_vllm.texts import is_held_out, read_documents
+from lola_vllm.evaluation import EvalError
+from lola_vllm.evaluation.models import Tokenizer
+from lola_vllm.evaluation.stream import in_turn
+from lola_vllm.training.texts import is_held_out, read_documents
 
 
 class LongText(NamedTuple):

@@ -2,7 +2,7 @@
 """From runs of `lola-vllm distill` or `linearize` to the package data of a demo model.
 
     python tools/pack_demo_model.py WORK [WORK ...]
-    python tools/pack_demo_model.py --linearized MODEL --out lola_vllm/checkpoint/qwen2_5_coder
+    python tools/pack_demo_model.py --linearized MODEL --out lola_vllm/models/qwen2_5_coder
 
 MODEL is what `lola-vllm linearize` wrote, with its working directory beside it. Its last maps and
 adapters, its last calibration and the end of its card are packed.
@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lola_vllm.distill.state import default_work
-from lola_vllm.linearize.card import TITLE
-from lola_vllm.linearize.run import ON, SECOND
+from lola_vllm.command.linearize.card import TITLE
+from lola_vllm.command.linearize.run import ON, SECOND
+from lola_vllm.training.distill.state import default_work
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("works", type=Path, nargs="*", metavar="WORK", help="work directories")
     parser.add_argument("--linearized", type=Path, metavar="MODEL", help="instead of WORK")
-    parser.add_argument("--out", type=Path, default=ROOT / "lola_vllm/checkpoint/smollm2")
+    parser.add_argument("--out", type=Path, default=ROOT / "lola_vllm/models/smollm2")
     args = parser.parse_args()
     if bool(args.works) == bool(args.linearized):
         parser.error("give WORK or --linearized MODEL")

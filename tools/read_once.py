@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from lola_vllm.client.chat import chat
-from lola_vllm.client.server import SESSIONS
-from lola_vllm.client.server import Server as Client
+from lola_vllm.command.client.chat import chat
+from lola_vllm.command.client.server import SESSIONS
+from lola_vllm.command.client.server import Server as Client
 from tools.support.server_process import BIN, serving
 
 SESSION = "file"

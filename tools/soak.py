@@ -30,7 +30,7 @@ from typing import Any
 import httpx
 import psutil
 
-from lola_vllm.eval import summary
+from lola_vllm.evaluation import summary
 from tools.support.memory import memory_mib
 from tools.support.server_process import Server, serving
 from tools.support.speaking import make_speaking, serve_speaking

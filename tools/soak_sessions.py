@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from lola_vllm.eval import summary
+from lola_vllm.evaluation import summary
 from tools.soak import family_mib
 from tools.support.server_process import BIN, Server, serving
 from tools.support.speaking import make_speaking

@@ -1,6 +1,6 @@
 // Rows of int8 numbers with a scale each, as sparse pairs are kept where the layout has
 // int8_pairs() (docs/algorithm.md, section 6). All of it in float32, operation by operation as in
-// lola_vllm/ops/int8.py, so that every back end stores the same numbers and the same scale.
+// lola_vllm/core/ops/int8.py, so that every back end stores the same numbers and the same scale.
 #pragma once
 
 #include "cpu/call.h"

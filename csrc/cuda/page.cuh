@@ -1,6 +1,6 @@
 // The argument of the kernels, a layer and the rows of a call, and what a block takes of it: one
 // head group. Addresses within a page are formed here alone. The layout is that of csrc/layout.h
-// and lola_vllm/state.py; csrc/ops.h states the contract.
+// and lola_vllm/core/state.py; csrc/ops.h states the contract.
 #pragma once
 
 #include "bounds.h"

@@ -21,7 +21,7 @@ struct PairRow {
 };
 
 // A cached one of int8 numbers and a scale, or an evicted one with the scale that it is rounded
-// at. All in float32, operation by operation as in lola_vllm/ops/int8.py.
+// at. All in float32, operation by operation as in lola_vllm/core/ops/int8.py.
 template <typename T>
 struct PairRow<T, true> {
   const int8_t* numbers = nullptr;

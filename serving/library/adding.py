@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
 
-from lola_vllm.library.parts import PART_TOKENS, SHARED_TOKENS, split_text
+from lola_vllm.memory.documents.parts import PART_TOKENS, SHARED_TOKENS, split_text
+from lola_vllm.memory.sessions.names import MAX_PARTS, Part, part_session
+from lola_vllm.memory.sessions.request import LIBRARY_REQUEST
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.sessions.management import check_composing
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.reporting import told
-from lola_vllm.sessions.names import MAX_PARTS, Part, part_session
-from lola_vllm.sessions.request import LIBRARY_REQUEST
 
 if TYPE_CHECKING:
     from lola_vllm.serving.library.protocol import AddRequest

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 from fastapi import HTTPException
 
-from lola_vllm.library.choose import CANDIDATES
-from lola_vllm.library.passage import Passage, before_question, passage_of
-from lola_vllm.library.words import fuse
+from lola_vllm.memory.documents.choose import CANDIDATES
+from lola_vllm.memory.documents.passage import Passage, before_question, passage_of
+from lola_vllm.memory.documents.words import fuse
+from lola_vllm.memory.sessions.request import LIBRARY_REQUEST
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.adding import most_tokens
 from lola_vllm.serving.sessions.composed_start import COMPOSED_TTL
 from lola_vllm.serving.sessions.owners import caller, owned
-from lola_vllm.sessions.request import LIBRARY_REQUEST
 
 POLL_S = 0.02  # between two looks whether documents were found
 

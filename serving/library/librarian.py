@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from lola_vllm.library.choose import Choice, choose
-from lola_vllm.library.keys import DocumentKeys, Fetched, queries_in
-from lola_vllm.plugin.attention import LolaAttention, rope_of
-from lola_vllm.plugin.connector import LolaStateConnector
+from lola_vllm.engine.vllm.attention import LolaAttention, rope_of
+from lola_vllm.engine.vllm.connector import LolaStateConnector
+from lola_vllm.memory.documents.choose import Choice, choose
+from lola_vllm.memory.documents.keys import DocumentKeys, Fetched, queries_in
+from lola_vllm.memory.sessions.transfer import TransferWorker
 from lola_vllm.serving.library.queries import QueryRecorder
 from lola_vllm.serving.pages import Row
-from lola_vllm.sessions.transfer import TransferWorker
 
 # Questions that documents are found for at once, and whose queries are kept.
 MAX_AT_ONCE = 8

@@ -7,16 +7,16 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
-from lola_vllm.library.choose import FOUND
-from lola_vllm.library.parts import SHARED_TOKENS
+from lola_vllm.memory.documents.choose import FOUND
+from lola_vllm.memory.documents.parts import SHARED_TOKENS
+from lola_vllm.memory.sessions import check_new_name
+from lola_vllm.memory.sessions.names import check_title
 from lola_vllm.serving.protocol import MAX_PROMPT_CHARS, check_utf8
 from lola_vllm.serving.sessions.protocol import (
     Seconds,
     SessionChatRequest,
     SessionCompletionRequest,
 )
-from lola_vllm.sessions import check_new_name
-from lola_vllm.sessions.names import check_title
 
 MAX_TOP = 16  # parts that a question may read
 

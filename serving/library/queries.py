@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lola_vllm.library.keys import reading_heads
-from lola_vllm.plugin.attention import LolaAttention
+from lola_vllm.engine.vllm.attention import LolaAttention
+from lola_vllm.memory.documents.keys import reading_heads
 from lola_vllm.serving.keys import Span, span_of_step
 from lola_vllm.serving.pages import Row
 

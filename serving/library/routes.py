@@ -21,8 +21,10 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
-from lola_vllm.library.choose import FOUND
-from lola_vllm.library.parts import SHARED_TOKENS
+from lola_vllm.memory.documents.choose import FOUND
+from lola_vllm.memory.documents.parts import SHARED_TOKENS
+from lola_vllm.memory.sessions.names import addition_of
+from lola_vllm.memory.sessions.request import FIELD
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library import asking
@@ -60,8 +62,6 @@ from lola_vllm.serving.sessions.management import (
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.reporting import event, reported
 from lola_vllm.serving.sessions.template_boundary import Transcript, continuation
-from lola_vllm.sessions.names import addition_of
-from lola_vllm.sessions.request import FIELD
 
 PREFIX = "/v1/lola/libraries"
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lola_vllm.library.words import WordIndex
+from lola_vllm.memory.documents.words import WordIndex
 from lola_vllm.serving.sessions.owners import owned
 
 if TYPE_CHECKING:

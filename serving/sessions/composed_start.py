@@ -21,11 +21,11 @@ from fastapi import HTTPException
 from vllm import SamplingParams
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 
+from lola_vllm.memory.sessions.names import MAX_SOURCES, SessionNameError, parse_reference
+from lola_vllm.memory.sessions.request import FIELD
 from lola_vllm.serving.prompt import check_length
 from lola_vllm.serving.sessions.management import check_composing
 from lola_vllm.serving.sessions.request_params import check_params, transfer_params
-from lola_vllm.sessions.names import MAX_SOURCES, SessionNameError, parse_reference
-from lola_vllm.sessions.request import FIELD
 
 if TYPE_CHECKING:
     from lola_vllm.serving.engine import LolaEngine

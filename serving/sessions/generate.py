@@ -25,6 +25,7 @@ from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
+from lola_vllm.memory.sessions.request import FIELD
 from lola_vllm.serving.bodies import LolaRoute, refusal
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.asking import asked_with, last_text
@@ -46,13 +47,12 @@ from lola_vllm.serving.sessions.protocol import (
 )
 from lola_vllm.serving.sessions.reporting import event, reported, spoken, told
 from lola_vllm.serving.sessions.template_boundary import Transcript, continuation, ending
-from lola_vllm.sessions.request import FIELD
 
 if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
-    from lola_vllm.sessions import Reference
+    from lola_vllm.memory.sessions import Reference
 
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 _DONE = "data: [DONE]"
@@ -166,10 +166,11 @@ async def _answer(
             finish = _Finish(engine, how, transcript, recalled, params, body.cache_salt, report)
             lock.callback(finish.forget)
             params = {"from": recalled.session, "save": False}
+        tokens: list[int] | None = None
         if recalled is not None:
             tokens = await how.prompt(recalled.transcript, recalled.before)
-        else:
-            tokens = None if transcript is None else await how.prompt(transcript)
+        elif transcript is not None:
+            tokens = await how.prompt(transcript)
         if tokens is not None:
             check_length(tokens, engine)
         answer: Response = await how.generate(tokens, params)

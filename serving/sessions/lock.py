@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from fastapi import HTTPException
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 
+from lola_vllm.memory.sessions.prefix_hash import digest, salt_hash
 from lola_vllm.serving.sessions.owners import owned
-from lola_vllm.sessions.prefix_hash import digest, salt_hash
 
 if TYPE_CHECKING:
+    from lola_vllm.memory.sessions import Reference
     from lola_vllm.serving.engine import LolaEngine
-    from lola_vllm.sessions import Reference
 
 
 async def lock_session(

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 
+from lola_vllm.memory.sessions.owner import engine_salt, owner_of, plain_salt
+from lola_vllm.memory.sessions.request import FIELD
 from lola_vllm.serving.sessions.reporting import told
-from lola_vllm.sessions.owner import engine_salt, owner_of, plain_salt
-from lola_vllm.sessions.request import FIELD
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send

@@ -2,7 +2,7 @@
 
 The text of a session is cut into segments, and each is read once more, apart, before the first
 question after its end. A question is asked of the present and, next to it, of the segment that it
-reads most; where newer text has what it reads, of the present alone (`lola_vllm.library.past`).
+reads most; where newer text has what it reads, of the present alone (`memory/documents/past.py`).
 What came back is no part of the session: the question and its answer are read at its end
 (`docs/library.md`).
 """
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastapi import HTTPException
 
-from lola_vllm.library.choose import FOUND
-from lola_vllm.library.parts import PART_TOKENS, SHARED_TOKENS
-from lola_vllm.library.past import TOP, Found, comes_back, newest
+from lola_vllm.memory.documents.choose import FOUND
+from lola_vllm.memory.documents.parts import PART_TOKENS, SHARED_TOKENS
+from lola_vllm.memory.documents.past import TOP, Found, comes_back, newest
+from lola_vllm.memory.sessions.names import PAST, Part, part_session
 from lola_vllm.serving.library.adding import check_libraries, most_tokens, read_part
 from lola_vllm.serving.library.asking import (
     KnownPart,
@@ -29,7 +30,6 @@ from lola_vllm.serving.library.asking import (
 from lola_vllm.serving.sessions.composed_start import compose_for_request
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.template_boundary import Transcript
-from lola_vllm.sessions.names import PAST, Part, part_session
 
 if TYPE_CHECKING:
     from lola_vllm.serving.engine import LolaEngine

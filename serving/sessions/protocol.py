@@ -9,9 +9,9 @@ from typing_extensions import Self
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
+from lola_vllm.memory.sessions import MAX_SOURCES, check_new_name, parse_reference
+from lola_vllm.memory.sessions.names import check_name
 from lola_vllm.serving.protocol import MAX_MESSAGES, Prompt, PromptRequest
-from lola_vllm.sessions import MAX_SOURCES, check_new_name, parse_reference
-from lola_vllm.sessions.names import check_name
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TurnNumber = Annotated[int, Field(ge=0, lt=10**9)]

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from lola_vllm.sessions.request import FIELD
+from lola_vllm.memory.sessions.request import FIELD
 
 if TYPE_CHECKING:
     from lola_vllm.serving.sessions.wrappers import Generate

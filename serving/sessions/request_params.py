@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from lola_vllm.sessions.request import FIELD, OWN_REQUESTS, read_params
+from lola_vllm.memory.sessions.request import FIELD, OWN_REQUESTS, read_params
 
 if TYPE_CHECKING:
     from lola_vllm.serving.sessions.wrappers import Generate

@@ -18,7 +18,7 @@ MODELS = Path(__file__).parents[2] / "models"  # `make test` builds them
 def untrained(tmp_path_factory):
     """SmolLM2 with identity maps and its own weights: with a long window it is the stock model,
     which the demo model, whose weights were trained on, is not."""
-    from lola_vllm.checkpoint.init import init_checkpoint
+    from lola_vllm.models.init import init_checkpoint
 
     out = tmp_path_factory.mktemp("smollm2") / "untrained"
     init_checkpoint(MODELS / "smollm2-base", out, {"sparse_cache_size": 128, "sink_size": 4})

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
-from lola_vllm.hf import LolaCache
+from lola_vllm.engine.hf import LolaCache
 from tests.support.engine import GREEDY, engine, scheduler
 from tools.support.tiny import make_tiny, random_prompts
 

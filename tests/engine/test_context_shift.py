@@ -4,8 +4,8 @@ import pytest
 import torch
 from vllm import SamplingParams, TokensPrompt
 
-from lola_vllm.config import ENDLESS_LENGTH
-from lola_vllm.hf import LolaLlamaForCausalLM
+from lola_vllm.core.config import ENDLESS_LENGTH
+from lola_vllm.engine.hf import LolaLlamaForCausalLM
 from tests.support.engine import GREEDY, block_pool, engine, generate, metric, pages
 from tests.support.oracle import Oracle, assert_obeys
 from tools.support.tiny import make_tiny, random_prompts

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lola_vllm.plugin.backend import GRAPHS_ENV
+from lola_vllm.engine.vllm.backend import GRAPHS_ENV
 from tests.support.engine import engine, generate
 from tests.support.oracle import Oracle, assert_obeys
 from tools.support.tiny import make_tiny, random_prompts

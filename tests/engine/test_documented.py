@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lola_vllm import cli
-from lola_vllm.eval import engine
-from lola_vllm.texts import SEPARATOR
+from lola_vllm.command import cli
+from lola_vllm.evaluation import engine
+from lola_vllm.training.texts import SEPARATOR
 from tests.support.documented import ROOT, documented, programs
 from tests.support.families import make_base
 from tools.support.speaking import make_speaking

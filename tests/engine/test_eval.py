@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lola_vllm import cli
-from lola_vllm.eval.distance import PRECEDING, SPREAD
-from lola_vllm.texts import SEPARATOR
+from lola_vllm.command import cli
+from lola_vllm.evaluation.distance import PRECEDING, SPREAD
+from lola_vllm.training.texts import SEPARATOR
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "models"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lola_vllm.checkpoint.init import init_checkpoint
+from lola_vllm.models.init import init_checkpoint
 from tests.support.engine import engine, generate
 from tests.support.families import FAMILIES, make_base
 from tools.support.tiny import random_prompts

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
-import lola_vllm.hf
-from lola_vllm.checkpoint.init import init_checkpoint
+import lola_vllm.engine.hf
+from lola_vllm.models.init import init_checkpoint
 from tests.support.engine import engine
 from tests.support.families import FAMILIES, make_base
 from tools.support.tiny import random_prompts
@@ -25,7 +25,7 @@ def make_checkpoint(directory, family):
     make_base(directory / "base", family)
     init_checkpoint(directory / "base", directory / "init", LOLA, "query")
     model = AutoModelForCausalLM.from_pretrained(directory / "init").eval()
-    assert isinstance(model, lola_vllm.hf.LolaLlamaForCausalLM)
+    assert isinstance(model, lola_vllm.engine.hf.LolaLlamaForCausalLM)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "feature_map" in name:

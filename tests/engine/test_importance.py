@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
-import lola_vllm.hf
-from lola_vllm.checkpoint import CheckpointError
+import lola_vllm.engine.hf
+from lola_vllm.models import CheckpointError
 from tests.support.engine import engine, generate, metric
 from tests.support.oracle import Oracle, assert_obeys
 from tools.support.tiny import make_tiny, random_prompts
@@ -41,7 +41,7 @@ def test_tokens_obey_the_recompute_however_prompts_are_cut(tmp_path, lola, state
 def test_logprobs_are_those_of_transformers(tmp_path):
     model_dir = make_tiny(tmp_path, LOLA, importance=True)
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
-    assert isinstance(model, lola_vllm.hf.LolaLlamaForCausalLM)
+    assert isinstance(model, lola_vllm.engine.hf.LolaLlamaForCausalLM)
     prompts = random_prompts([33, 150], seed=6)
     params = SamplingParams(
         max_tokens=NEW, temperature=0.0, ignore_eos=True, logprobs=5, detokenize=False

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams, TokensPrompt
 
-import lola_vllm.hf  # noqa: F401  (makes transformers know LoLA models)
+import lola_vllm.engine.hf  # noqa: F401  (makes transformers know LoLA models)
 from tests.support.engine import GREEDY, engine, metric, prompt_logprobs
 from tools.support.tiny import make_tiny, random_prompts
 

@@ -3,8 +3,8 @@
 import pytest
 from vllm import SamplingParams, TokensPrompt
 
-from lola_vllm.ops.reference import feature_map, self_recall_error
-from lola_vllm.plugin.attention import LolaAttention
+from lola_vllm.core.ops.reference import feature_map, self_recall_error
+from lola_vllm.engine.vllm.attention import LolaAttention
 from lola_vllm.serving.engine import joined
 from tests.support import oracle as oracle_module
 from tests.support.engine import GREEDY, engine, metric, scheduler

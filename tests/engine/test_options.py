@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import EngineArgs
 
-from lola_vllm.config import LolaConfigError, LolaLlamaConfig, TensorFacts
-from lola_vllm.plugin import config_hook
-from lola_vllm.plugin.cache import describe_pool
-from lola_vllm.plugin.refusals import UnsupportedOptionError, check_parallel_heads
-from lola_vllm.sizing import GIB, RANK_BYTES, SERVER_BYTES
+from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig, TensorFacts
+from lola_vllm.core.sizing import GIB, RANK_BYTES, SERVER_BYTES
+from lola_vllm.engine.vllm import config_hook
+from lola_vllm.engine.vllm.cache import describe_pool
+from lola_vllm.engine.vllm.refusals import UnsupportedOptionError, check_parallel_heads
 from tests.support.engine import GREEDY, engine, generate, pages, state_manager
 from tools.support.tiny import make_tiny, random_prompts
 

@@ -13,7 +13,7 @@ from compressed_tensors.compressors import unpack_from_int32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lola_vllm.checkpoint.quantize import quantize_checkpoint
+from lola_vllm.models.quantize import quantize_checkpoint
 from tests.support.engine import engine, prompt_logprobs
 from tools.support.tiny import make_tiny, random_prompts
 

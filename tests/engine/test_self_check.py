@@ -2,7 +2,7 @@
 
 import pytest
 
-from lola_vllm.ops import choose_backend, cpp, self_check
+from lola_vllm.core.ops import choose_backend, cpp, self_check
 from tests.support.engine import engine, generate
 from tools.support.tiny import make_tiny, random_prompts
 

@@ -219,7 +219,7 @@ def test_two_requests_of_a_session_take_turns(tiny, cold):
 
 def test_aborts_while_a_state_is_loaded_or_saved(tiny, cold, tmp_path, monkeypatch):
     """A disk that answers when it is told to."""
-    from lola_vllm.sessions import transfer
+    from lola_vllm.memory.sessions import transfer
 
     gate = threading.Event()
     read = transfer.read_state
@@ -317,7 +317,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 from tests.engine.test_sessions import BASE, ask, store_options
 from tests.support.engine import engine
 from tools.support.tiny import random_prompts
-from lola_vllm.sessions import file
+from lola_vllm.memory.sessions import file
 replace = file.Path.replace
 def slow(self, *args):
     print("WRITING", flush=True)
@@ -385,8 +385,8 @@ def test_transformers_and_the_server_read_each_others_files(tiny, cold, tmp_path
     import torch
     from transformers import AutoConfig
 
-    from lola_vllm.hf import LolaCache, LolaLlamaForCausalLM
-    from lola_vllm.sessions import StateFileError
+    from lola_vllm.engine.hf import LolaCache, LolaLlamaForCausalLM
+    from lola_vllm.memory.sessions import StateFileError
 
     model = LolaLlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     whole = cold.text + cold.first

@@ -75,7 +75,7 @@ def test_the_library_registers_the_op(compiled):
     )
     check = f"""
 import ctypes, torch
-from lola_vllm.ops import cpp
+from lola_vllm.core.ops import cpp
 assert cpp.load()
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 assert not has("lola::decode", "CUDA"), "built in already"

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lola_vllm.ops.select import choose_backend
+from lola_vllm.core.ops.select import choose_backend
 
 pytestmark = pytest.mark.usefixtures("fresh_choice")
 
@@ -86,7 +86,7 @@ def test_xformers_that_is_not_installed_is_refused(monkeypatch):
 def test_xformers_is_not_even_imported_unasked():
     script = (
         "import sys, torch\n"
-        "from lola_vllm.ops import choose_backend\n"
+        "from lola_vllm.core.ops import choose_backend\n"
         "assert choose_backend('cuda', torch.bfloat16).name == 'triton'\n"
         "assert not any(name.startswith('xformers') for name in sys.modules)\n"
     )

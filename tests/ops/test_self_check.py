@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lola_vllm.ops import Backend, context_shift, cpp, portable, select, self_check
+from lola_vllm.core.ops import Backend, context_shift, cpp, portable, select, self_check
 from tests.support.layers import KINDS, bind, layer
 
 pytestmark = pytest.mark.usefixtures("fresh_choice")

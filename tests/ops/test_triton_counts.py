@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import DecodeBatch, LayerState, LolaWeights, PrefillBatch
-from lola_vllm.ops.key_rotation import KeyRotation
-from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.state import LayerLayout, SequenceLayout
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import DecodeBatch, LayerState, LolaWeights, PrefillBatch
+from lola_vllm.core.ops.key_rotation import KeyRotation
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.state import LayerLayout, SequenceLayout
 
 pytest.importorskip("triton")
 

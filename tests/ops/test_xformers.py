@@ -9,8 +9,8 @@ import re
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import PrefillBatch
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import PrefillBatch
 from tests.support.problem import make_problem
 
 pytest.importorskip("triton")

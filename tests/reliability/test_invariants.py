@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import DecodeBatch, LayerState, PrefillBatch, cpp, portable
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import DecodeBatch, LayerState, PrefillBatch, cpp, portable
+from lola_vllm.core.state import StateLayout, StateViews
 from tests.support.effort import cases
 from tests.support.problem import Problem, decode, make_problem, prefill
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from lola_vllm import cpu
+from lola_vllm.core import cpu
 from lola_vllm.serving.sessions.management import UPLOAD
 from tests.support.servers import KEY, MODEL
 from tools.support.server_process import BIN, Server, serving

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from lola_vllm import cli
-from lola_vllm.client.chat import chat
-from lola_vllm.client.server import Server
+from lola_vllm.command import cli
+from lola_vllm.command.client.chat import chat
+from lola_vllm.command.client.server import Server
 from tests.support.servers import KEY
 
 TEXT = "the hidden state of the window is read by the model "

@@ -13,8 +13,8 @@ import sys
 
 import pytest
 
-from lola_vllm import cli
-from lola_vllm.estimate import GIB, estimate
+from lola_vllm.command import cli
+from lola_vllm.engine.estimate import GIB, estimate
 from lola_vllm.serving import launch
 from tests.support.documented import ROOT, blocks, documented, programs
 from tests.support.servers import KEY

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lola_vllm.sessions.names import SHARED
-from lola_vllm.sessions.prefix_hash import PrefixHashes, namespace
+from lola_vllm.memory.sessions.names import SHARED
+from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace
 from tests.support.servers import MODEL
 from tools.support.server_process import BIN, Server, serving
 from tools.support.tiny import make_tiny, random_prompts

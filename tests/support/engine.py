@@ -102,7 +102,7 @@ def state_manager(llm: LLM) -> Any:
 
 def pages(llm: LLM) -> list[torch.Tensor]:
     """Every layer's raw pages `[num_blocks, page_bytes]`."""
-    from lola_vllm.plugin.attention import LolaAttention
+    from lola_vllm.engine.vllm.attention import LolaAttention
 
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
     return [m.state.pages for m in model.modules() if isinstance(m, LolaAttention)]

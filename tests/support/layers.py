@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import LayerState
-from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.state import LayerLayout
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import LayerState
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.state import LayerLayout
 from tests.support.problem import Problem, make_problem
 
 SIZES = (3, 0, 17)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lola_vllm.checkpoint.files import weight_files
+from lola_vllm.models.files import weight_files
 
 # head_dim differs from hidden_size / num_attention_heads on purpose, and F from head_dim
 TINY = {

@@ -8,10 +8,10 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import LayerState, portable
-from lola_vllm.ops.reference import feature_map
-from lola_vllm.state import StateLayout, StateViews
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import LayerState, portable
+from lola_vllm.core.ops.reference import feature_map
+from lola_vllm.core.state import StateLayout, StateViews
 from tests.support.problem import STATE_INDEX, Ops, Problem, decode, make_problem, prefill
 
 WARM = 400  # tokens that make the state which is scaled up

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lola_vllm.config import LolaLlamaConfig
-from lola_vllm.ops.key_rotation import KeyRotation
-from lola_vllm.ops.reference import lola_attention
-from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.ops.key_rotation import KeyRotation
+from lola_vllm.core.ops.reference import lola_attention
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 
 _MAPS = ("feature_map_q", "feature_map_k", "window_factors", "importance")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lola_vllm.ops.contract import LayerState
-from lola_vllm.ops.int8 import Int8Rows
-from lola_vllm.ops.reference import LolaState, feature_map
-from lola_vllm.state import StateViews
+from lola_vllm.core.ops.contract import LayerState
+from lola_vllm.core.ops.int8 import Int8Rows
+from lola_vllm.core.ops.reference import LolaState, feature_map
+from lola_vllm.core.state import StateViews
 from tests.support.problem import STATE_INDEX, Problem
 
 # How close keys of the reference are that context shifts have rotated.

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lola_vllm.config import LolaConfig, importance_size
-from lola_vllm.ops import context_shift
-from lola_vllm.ops.contract import (
+from lola_vllm.core.config import LolaConfig, importance_size
+from lola_vllm.core.ops import context_shift
+from lola_vllm.core.ops.contract import (
     DecodeBatch,
     DecodeOp,
     LayerState,
@@ -19,10 +19,10 @@ from lola_vllm.ops.contract import (
     PrefillBatch,
     PrefillOp,
 )
-from lola_vllm.ops.key_rotation import KeyRotation
-from lola_vllm.ops.reference import LolaState, lola_attention
-from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.state import LayerLayout, StateLayout
+from lola_vllm.core.ops.key_rotation import KeyRotation
+from lola_vllm.core.ops.reference import LolaState, lola_attention
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.state import LayerLayout, StateLayout
 
 STATE_INDEX = 2  # the page of a sequence that is alone
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from lola_vllm.sessions import SessionManager, SessionStore, StoreSettings, TransferWorker
-from lola_vllm.sessions.fingerprint import Fingerprint
-from lola_vllm.sessions.orders import Outcome
+from lola_vllm.memory.sessions import SessionManager, SessionStore, StoreSettings, TransferWorker
+from lola_vllm.memory.sessions.fingerprint import Fingerprint
+from lola_vllm.memory.sessions.orders import Outcome
 
 FINGERPRINT = Fingerprint(
     config="config", tensors="tensors", dtype="float32", quantization="", layout="l", ranks="1x1"

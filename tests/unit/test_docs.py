@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lola_vllm import cli
-from lola_vllm.config import LolaConfig
-from lola_vllm.plugin import config_hook, refusals
+from lola_vllm.command import cli
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.engine.vllm import config_hook, refusals
 from tools.site import config_table, front_tables, picture, result_tables
 from tools.site.summaries import BASE, SHIPPED, of_both
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lola_vllm import cli
-from lola_vllm.checkpoint.calibration import importance_tensors, save_calibration
-from lola_vllm.config import importance_size
+from lola_vllm.command import cli
+from lola_vllm.core.config import importance_size
+from lola_vllm.models.calibration import importance_tensors, save_calibration
 from tests.support.documented import COMMANDS, PAGES, ROOT, commands, documented, fate, programs
 from tests.support.families import make_base
 from tools.support.speaking import make_speaking

@@ -37,7 +37,7 @@ def test_stops_where_the_extension_is_required():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "package", ["lola_vllm", "lola_vllm.ops", "lola_vllm.kernels", "lola_vllm.serving"]
+    "package", ["lola_vllm", "lola_vllm.core.ops", "lola_vllm.kernels", "lola_vllm.serving"]
 )
 def test_packages_are_installed(package):
     check = f"import importlib; print(importlib.import_module({package!r}).__name__)"

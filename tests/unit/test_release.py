@@ -37,14 +37,14 @@ esac
 LOOK = """
 import importlib.metadata, pathlib
 import lola_vllm, lola_vllm.kernels, lola_vllm.serving.options
-from lola_vllm.ops import cpp
+from lola_vllm.core.ops import cpp
 here = pathlib.Path(lola_vllm.__file__).parents[1]
 assert cpp.load()
 for module in (cpp, lola_vllm.kernels, lola_vllm.serving.options):
     assert pathlib.Path(module.__file__).is_relative_to(here), module
 from lola_vllm.serving.inspector import page_files
 for name in ("smollm2", "qwen2_5_coder"):
-    maps = here / "lola_vllm/checkpoint" / name / "maps.safetensors"
+    maps = here / "lola_vllm/models" / name / "maps.safetensors"
     assert maps.stat().st_size > 10**6
 assert b"<html" in page_files()[""].body and "main.js" in page_files()
 from lola_vllm.serving import chat

@@ -38,6 +38,6 @@ def test_what_a_step_names_is_there(file, name):
         assert re.search(rf"^(?:[\w:]+ )+{name}\(", text, re.M)
 
 
-@pytest.mark.parametrize("file", re.findall(r"`((?:plugin|ops|sessions)/\w+\.py)`", PAGE))
+@pytest.mark.parametrize("file", re.findall(r"`((?:engine|core|memory)/[\w/]+\.py)`", PAGE))
 def test_a_file_alone_is_there(file):
     assert (ROOT / "lola_vllm" / file).is_file()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from lola_vllm import cli
+from lola_vllm.command import cli
 
 HEAD = """# Command line
 

@@ -31,58 +31,36 @@ class Box:
 
 # From the top: what is said of a band, and its boxes from the left.
 BANDS = (
-    ("the command line", (Box("lola_vllm/cli.py", "lola-vllm VERB", 20, 660),)),
-    ("several verbs in a row", (
-        Box("lola_vllm/linearize/", "a LoLA model of a base", 20, 660),
+    ("the command line", (
+        Box("lola_vllm/command/", "lola-vllm VERB: linearize, client, doctor", 20, 660),
     )),
     ("what the verbs do", (
-        Box("lola_vllm/client/", "asks a server", 20, 120),
-        Box("lola_vllm/doctor.py", "finds faults", 156, 120),
-        Box("lola_vllm/eval/", "measures", 292, 120),
-        Box("lola_vllm/calibrate/", "divides the pairs", 428, 140),
-        Box("lola_vllm/distill/", "trains", 600, 80),
+        Box("lola_vllm/evaluation/", "measures recall and perplexity", 20, 310),
+        Box("serving/", "HTTP: routes, sessions, libraries, pages", 350, 330),
+    )),
+    ("making models", (
+        Box("lola_vllm/training/", "texts, distillation, calibration", 20, 660),
     )),
     ("where models run", (
-        Box("serving/", "HTTP: routes, sessions, pages", 20, 230),
-        Box("lola_vllm/plugin/", "the model in vLLM", 282, 170),
-        Box("lola_vllm/hf/", "the model in transformers", 464, 216),
+        Box("lola_vllm/engine/", "the plugin of vLLM, the model in transformers", 20, 660),
     )),
-    ("many documents", (
-        Box("lola_vllm/library/", "finds those that a question reads", 20, 660),
+    ("what outlives a request", (
+        Box("lola_vllm/memory/", "sessions, and documents that a question finds", 20, 660),
     )),
-    ("files and sizes", (
-        Box("lola_vllm/sessions/", "stored states", 20, 108),
-        Box("lola_vllm/checkpoint/", "files of models", 152, 116),
-        Box("lola_vllm/estimate.py", "bytes of a sequence", 292, 200),
-        Box("lola_vllm/sizing.py", "memory of the pool", 516, 164),
+    ("files of models", (
+        Box("lola_vllm/models/", "checkpoints, and the models that ship", 20, 660),
     )),
     ("the method", (
         Box("kernels/", "Triton", 20, 150),
-        Box("lola_vllm/ops/", "reference, contract, plain torch", 202, 266),
+        Box("lola_vllm/core/", "parameters, state, ops, reference", 202, 266),
         Box("csrc/", "C++ and CUDA", 500, 180),
     )),
-    ("parameters, and the page", (
-        Box("lola_vllm/state.py", "every byte of a page", 20, 200),
-        Box("lola_vllm/config.py", "LolaConfig", 252, 200),
-        Box("lola_vllm/cli_options.py", "options of several verbs", 484, 196),
-    )),
-    ("what uses nothing else here", (
-        Box("lola_vllm/texts/", "English to train on", 20, 200),
-        Box("lola_vllm/compact_json.py", "the text of config.json", 252, 200),
-        Box("lola_vllm/cpu.py", "in which dtype a CPU is fast", 464, 216),
-    )),
 )  # fmt: skip
-# Who uses whom within a band. `ops/` loads the compiled `csrc/`; the others are imports.
+# Who uses whom within a band. `core/` loads the compiled `csrc/`; the others are imports.
 USES = (
-    ("lola_vllm/calibrate/", "lola_vllm/distill/"),
-    ("serving/", "lola_vllm/plugin/"),
-    ("lola_vllm/sessions/", "lola_vllm/checkpoint/"),
-    ("lola_vllm/estimate.py", "lola_vllm/checkpoint/"),
-    ("kernels/", "lola_vllm/ops/"),
-    ("lola_vllm/ops/", "kernels/"),
-    ("lola_vllm/ops/", "csrc/"),
-    ("lola_vllm/state.py", "lola_vllm/config.py"),
-    ("lola_vllm/cli_options.py", "lola_vllm/config.py"),
+    ("kernels/", "lola_vllm/core/"),
+    ("lola_vllm/core/", "kernels/"),
+    ("lola_vllm/core/", "csrc/"),
 )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lola_vllm.config import LolaConfig
+from lola_vllm.core.config import LolaConfig
 from tools.site.docstrings import entries, split
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"

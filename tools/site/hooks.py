@@ -25,8 +25,8 @@ FILES = {
     "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
     "SECURITY.md": "project/security.md",
-    "lola_vllm/checkpoint/smollm2/CARD.md": "project/demo-model.md",
-    "lola_vllm/checkpoint/qwen2_5_coder/CARD.md": "project/second-model.md",
+    "lola_vllm/models/smollm2/CARD.md": "project/demo-model.md",
+    "lola_vllm/models/qwen2_5_coder/CARD.md": "project/second-model.md",
 }
 # Of those that are a part of a model's card.
 TITLES = {"project/demo-model.md": "The demo model", "project/second-model.md": "The second model"}

@@ -19,18 +19,18 @@ query, KV and state heads, d is the size of a head, and F the columns of a featu
 # What programs may rely on. All else may change between two versions without a word.
 PUBLIC = {
     "lola_vllm": ["register"],
-    "lola_vllm.config": ["LolaConfig", "LolaLlamaConfig", "LolaConfigError"],
-    "lola_vllm.hf": ["LolaLlamaForCausalLM", "LolaCache"],
-    "lola_vllm.estimate": ["estimate", "Estimate"],
-    "lola_vllm.checkpoint.init": ["init_checkpoint"],
-    "lola_vllm.checkpoint.convert": ["convert_checkpoint"],
-    "lola_vllm.checkpoint.quantize": ["quantize_checkpoint"],
-    "lola_vllm.checkpoint.shipped": ["BuildOptions"],
-    "lola_vllm.checkpoint.demo": ["build_demo_model"],
-    "lola_vllm.checkpoint.qwen_coder": ["build_qwen_coder"],
-    "lola_vllm.distill.run": ["distill"],
-    "lola_vllm.state": ["StateLayout"],
-    "lola_vllm.ops.reference": None,  # all that the module defines
+    "lola_vllm.core.config": ["LolaConfig", "LolaLlamaConfig", "LolaConfigError"],
+    "lola_vllm.engine.hf": ["LolaLlamaForCausalLM", "LolaCache"],
+    "lola_vllm.engine.estimate": ["estimate", "Estimate"],
+    "lola_vllm.models.init": ["init_checkpoint"],
+    "lola_vllm.models.convert": ["convert_checkpoint"],
+    "lola_vllm.models.quantize": ["quantize_checkpoint"],
+    "lola_vllm.models.shipped": ["BuildOptions"],
+    "lola_vllm.models.demo": ["build_demo_model"],
+    "lola_vllm.models.qwen_coder": ["build_qwen_coder"],
+    "lola_vllm.training.distill.run": ["distill"],
+    "lola_vllm.core.state": ["StateLayout"],
+    "lola_vllm.core.ops.reference": None,  # all that the module defines
 }
 # Objects whose text is on another page.
 ELSEWHERE = {"LolaConfig": "[Its fields](../configuration.md#lola-parameters) have a table."}

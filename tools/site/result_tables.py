@@ -22,9 +22,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.eval import summary
-from lola_vllm.eval.results import wilson
-from lola_vllm.eval.tables import STREAM_COLUMNS
+from lola_vllm.evaluation import summary
+from lola_vllm.evaluation.results import wilson
+from lola_vllm.evaluation.tables import STREAM_COLUMNS
 from tools.site import (
     chat_tables,
     copy_tables,

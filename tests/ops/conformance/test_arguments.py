@@ -1,6 +1,6 @@
 """Wrong arguments of an op raise, and the message begins with the argument's name.
 
-`LayerState.bind` checks weights and pages (tests/unit/ops/test_contract.py).
+`LayerState.bind` checks weights and pages (tests/unit/core/ops/test_contract.py).
 """
 
 from dataclasses import replace
@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import DecodeBatch, PrefillBatch
-from lola_vllm.state import LayerLayout
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import DecodeBatch, PrefillBatch
+from lola_vllm.core.state import LayerLayout
 from tests.support.backends import only
 from tests.support.problem import make_problem
 

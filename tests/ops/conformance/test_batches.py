@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import DecodeBatch, PrefillBatch, portable
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import DecodeBatch, PrefillBatch, portable
 from tests.support.backends import fewer, only
 from tests.support.pages import assert_state_matches
 from tests.support.problem import make_problem, prefill

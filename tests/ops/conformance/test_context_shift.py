@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import DecodeBatch, PrefillBatch, context_shift
-from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import DecodeBatch, PrefillBatch, context_shift
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from tests.support.backends import fewer, only
 from tests.support.pages import assert_bounds_hold, assert_state_matches
 from tests.support.problem import STATE_INDEX, make_problem, prefill, run

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import DecodeBatch, LayerState, PrefillBatch
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import DecodeBatch, LayerState, PrefillBatch
 from tests.support.backends import only
 from tests.support.problem import feed, make_problem, prefill
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import DecodeBatch
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import DecodeBatch
 from tests.support.backends import only
 from tests.support.layers import KINDS, bind, layer
 from tests.support.problem import STATE_INDEX, decode, feed, make_problem, prefill

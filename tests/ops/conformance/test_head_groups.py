@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lola_vllm.ops import DecodeBatch
+from lola_vllm.core.ops import DecodeBatch
 from tests.support.backends import fewer, only
 from tests.support.layers import KINDS, T, bind, layer
 from tests.support.problem import feed

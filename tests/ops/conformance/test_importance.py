@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import DecodeBatch, PrefillBatch
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import DecodeBatch, PrefillBatch
 from tests.support.backends import fewer, only
 from tests.support.choices import (
     assert_a_prompt_chooses_as_single_steps,

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from lola_vllm.ops import cpp
+from lola_vllm.core.ops import cpp
 from tests.support.backends import run_suite
 
 
@@ -17,7 +17,7 @@ from tests.support.backends import run_suite
 @pytest.mark.parametrize("isa", cpp.ISA_NAMES[:-1])  # the outer run takes the machine's best
 def test_a_lower_instruction_set(isa):
     env = {"LOLA_VLLM_CPU_ISA": isa}
-    check = "from lola_vllm.ops import cpp; cpp.load(); print(cpp.cpu_isa())"
+    check = "from lola_vllm.core.ops import cpp; cpp.load(); print(cpp.cpu_isa())"
     command = [sys.executable, "-c", check]
     chosen = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     if chosen.stdout.strip() != isa:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import portable
-from lola_vllm.ops.int8 import quantize
-from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import portable
+from lola_vllm.core.ops.int8 import quantize
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from tests.support.backends import fewer, only
 from tests.support.choices import (
     assert_a_prompt_chooses_as_single_steps,

@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import portable
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import portable
 from tests.support.backends import fewer
 from tests.support.problem import STATE_INDEX, full_attention, make_problem, run
 

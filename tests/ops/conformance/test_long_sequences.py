@@ -2,7 +2,7 @@
 
 import pytest
 
-from lola_vllm.ops import portable
+from lola_vllm.core.ops import portable
 from tests.support.backends import BACKENDS, only
 from tests.support.long_run import gain, long_problem
 from tests.support.pages import assert_bounds_hold

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
+from lola_vllm.core.config import LolaConfig
 from tests.support.backends import fewer, only
 from tests.support.choices import assert_a_prompt_chooses_as_single_steps
 from tests.support.problem import STATE_INDEX, make_problem, with_a_trend

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import LayerState, PrefillBatch, context_shift, portable
-from lola_vllm.ops.shift_schedule import ShiftSchedule
-from lola_vllm.state import LayerLayout, SequenceLayout
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import LayerState, PrefillBatch, context_shift, portable
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.state import LayerLayout, SequenceLayout
 from tests.support import layers
 from tests.support.backends import fewer, only
 from tests.support.layers import BASE, SIZES

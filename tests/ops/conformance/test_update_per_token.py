@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import portable
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import portable
 from tests.support.backends import only
 from tests.support.choices import (
     assert_a_prompt_chooses_as_single_steps,

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lola_vllm import cli
+from lola_vllm.command import cli
 from tests.support.servers import KEY
 from tools.support.server_process import Server
 from tools.support.speaking import LOLA

@@ -8,7 +8,7 @@ import uuid
 import httpx
 import pytest
 
-from lola_vllm import cpu
+from lola_vllm.core import cpu
 from lola_vllm.serving.sessions.owners import NO_KEY
 
 TEXT = "the hidden state of the window is read by the model "

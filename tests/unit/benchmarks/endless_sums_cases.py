@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.endless_sums import Block, Run, simulate
-from lola_vllm.ops.dither import add_dithered, dither
+from lola_vllm.core.ops.dither import add_dithered, dither
 
 LENGTH, SIZE = 256, 64
 

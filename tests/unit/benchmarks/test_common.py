@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from lola_vllm.eval.results import fingerprint
+from lola_vllm.evaluation.results import fingerprint
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from common import write_report

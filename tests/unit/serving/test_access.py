@@ -6,11 +6,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from lola_vllm.memory.sessions.settings import StoreSettings
 from lola_vllm.serving.access import Access, AccessMiddleware
 from lola_vllm.serving.inspector import ROUTE
 from lola_vllm.serving.routes import page, router
 from lola_vllm.serving.sessions.routing import routers
-from lola_vllm.sessions.settings import StoreSettings
 
 SESSIONS = "/v1/lola/sessions"
 FOREIGN = ["evil.example", "evil.example:8000", "localhost.evil.example", "", "[::2]", "10.0.0.9"]

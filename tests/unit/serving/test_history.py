@@ -7,9 +7,9 @@ import pytest
 import torch
 from fastapi import HTTPException
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import portable
-from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import portable
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.serving import engine, history
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.history import residencies, stop_interval

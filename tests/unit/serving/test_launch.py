@@ -8,11 +8,11 @@ import sys
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lola_vllm import cli
-from lola_vllm.estimate import GIB, estimate
+from lola_vllm.command import cli
+from lola_vllm.core.sizing import RANK_BYTES, SERVER_BYTES
+from lola_vllm.engine.estimate import GIB, estimate
 from lola_vllm.serving import launch, store_options
 from lola_vllm.serving.launch import Machine, plan
-from lola_vllm.sizing import RANK_BYTES, SERVER_BYTES
 
 STORED = 64 * 78336  # states of the model below
 CPU = Machine("cpu", 2, 16 * GIB)
@@ -325,7 +325,7 @@ def test_vllm_gets_every_core_though_torch_leaves_this_process_fewer(model):
     code = (
         "import os, sys\n"
         "os.execve = lambda *args: print('cpus', os.sched_getaffinity(0))\n"
-        "from lola_vllm.cli import main\n"
+        "from lola_vllm.command.cli import main\n"
         "print('cpus', os.sched_getaffinity(0))\n"
         f"main(['serve', {str(model)!r}])\n"
     )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lola_vllm.checkpoint.files import CheckpointError
+from lola_vllm.models.files import CheckpointError
 from lola_vllm.serving.options import given_options, masked, number
 
 

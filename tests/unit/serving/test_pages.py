@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lola_vllm.plugin import compat
+from lola_vllm.engine.vllm import compat
 from lola_vllm.serving import pages
 from lola_vllm.serving.pages import MAX_WATCHES, PageWatch, Row, StateCopy, Unreadable
 

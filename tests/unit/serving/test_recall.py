@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from lola_vllm.config import LolaConfig
-from lola_vllm.ops import portable
-from lola_vllm.ops.int8 import rounded
-from lola_vllm.ops.reference import feature_map, pair_importance, self_recall_error
-from lola_vllm.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import portable
+from lola_vllm.core.ops.int8 import rounded
+from lola_vllm.core.ops.reference import feature_map, pair_importance, self_recall_error
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.serving import recall
 from lola_vllm.serving.keys import Pairs
 from lola_vllm.serving.recall import recalled, remembered

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lola_vllm.eval import EvalError
-from lola_vllm.texts import SEPARATOR, is_held_out
+from lola_vllm.evaluation import EvalError
+from lola_vllm.training.texts import SEPARATOR, is_held_out
 from tools import endless
 from tools.long_text import compose
 from tools.support.speaking import make_speaking

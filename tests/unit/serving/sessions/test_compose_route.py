@@ -10,9 +10,9 @@ import pytest
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
+from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.serving.engine import SESSION_STATUS
 from lola_vllm.serving.sessions.management import router
-from lola_vllm.sessions.prefix_hash import salt_hash
 from tests.support.sessions import Server
 
 

@@ -8,6 +8,9 @@ import pytest
 from fastapi import HTTPException
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 
+from lola_vllm.memory.sessions import Reference
+from lola_vllm.memory.sessions.owner import engine_salt, owner_of
+from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.serving import plugin
 from lola_vllm.serving.sessions import owners
 from lola_vllm.serving.sessions.lock import lock_session
@@ -19,9 +22,6 @@ from lola_vllm.serving.sessions.owners import (
 )
 from lola_vllm.serving.sessions.reporting import reported
 from lola_vllm.serving.sessions.wrappers import wrap_generate
-from lola_vllm.sessions import Reference
-from lola_vllm.sessions.owner import engine_salt, owner_of
-from lola_vllm.sessions.prefix_hash import salt_hash
 
 PARAMS = SimpleNamespace(extra_args=None)
 

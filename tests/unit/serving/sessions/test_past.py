@@ -12,7 +12,7 @@ import pytest
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.responses import Response
 
-from lola_vllm.library.past import OWN
+from lola_vllm.memory.documents.past import OWN
 from lola_vllm.serving.sessions import generate, past
 from lola_vllm.serving.sessions.template_boundary import Transcript
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 
+from lola_vllm.memory.sessions.prefix_hash import HASH_BLOCK, PrefixHashes, namespace
+from lola_vllm.memory.sessions.request import OWN_REQUEST
 from lola_vllm.serving.sessions.prefix_sharing import PrefixSharing, RecentPrompts
-from lola_vllm.sessions.prefix_hash import HASH_BLOCK, PrefixHashes, namespace
-from lola_vllm.sessions.request import OWN_REQUEST
 from tests.support.sessions import Server
 
 

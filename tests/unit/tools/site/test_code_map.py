@@ -13,7 +13,7 @@ from tools.site import code_map
 
 BOXES = {box.path: at for at, (_, row) in enumerate(code_map.BANDS) for box in row}
 CSRC = "csrc/"  # is loaded, not imported
-ENTRIES = ("__init__.py", "__main__.py")  # of lola_vllm: they lead to the plugin and to cli.py
+ENTRIES = ("__init__.py", "__main__.py")  # of lola_vllm: they lead to the plugin and the commands
 
 
 def module_path(module: str) -> str:
@@ -60,7 +60,7 @@ def test_every_module_is_in_the_picture():
 
 def test_imports_lead_down_or_along_an_arrow():
     found = uses()
-    assert len(found) > 30
+    assert len(found) > 15
     wrong = {pair for pair in found if BOXES[pair[0]] >= BOXES[pair[1]]} - set(code_map.USES)
     assert not wrong
     assert {pair for pair in code_map.USES if pair[1] != CSRC} <= found
@@ -105,7 +105,7 @@ def named(readme: Path) -> list[str]:
 
 
 def test_every_folder_of_code_has_a_readme():
-    folders = {file.parent for file in (ROOT / "lola_vllm").glob("*/__init__.py")}
+    folders = {file.parent for file in (ROOT / "lola_vllm").glob("*/**/__init__.py")}
     folders |= {ROOT / name for name in ("lola_vllm", "kernels", "serving", "benchmarks")}
     folders |= {ROOT / name for name in ("csrc", "csrc/cpu", "csrc/cuda", "tools", "tests")}
     assert {readme.parent for readme in READMES} == folders

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lola_vllm.eval import summary
-from lola_vllm.eval.results import wilson
+from lola_vllm.evaluation import summary
+from lola_vllm.evaluation.results import wilson
 from tools.site import library_tables, picture, result_tables
 from tools.site.summaries import RESULTS, ROOT, asked, of_both, pooled, together
 
@@ -44,7 +44,7 @@ def test_a_changed_summary_changes_the_page(monkeypatch):
 @files
 def test_a_summary_says_what_made_it_and_has_no_answers(file):
     runs = json.loads(file.read_text())
-    assert file.read_text() == summary.text(runs), "write it with lola_vllm.eval.summary.text"
+    assert file.read_text() == summary.text(runs), "write it with lola_vllm.evaluation.summary.text"
     for run in runs:
         assert run["made_by"] and re.fullmatch(r"20\d\d-\d\d-\d\d", run["date"])
         assert "answer" not in json.dumps(run).replace("answers_that_differ", "")

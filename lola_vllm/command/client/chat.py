@@ -1,0 +1,197 @@
+"""`lola-vllm chat`: a conversation in a terminal whose history only the server has."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lola_vllm.command.client import ClientError
+from lola_vllm.command.client.answers import STREAM, print_answer
+from lola_vllm.command.client.server import Server, path
+from lola_vllm.command.client.sources import library_path, source_lines
+from lola_vllm.command.client.terminal import print
+from lola_vllm.memory.sessions.names import check_name
+
+# Tokens of an answer, unless told otherwise: without a bound, vLLM goes on to --max-model-len.
+MAX_TOKENS = 1024
+# How long the state at the end of a prompt is waited for after an answer was broken off.
+SETTLE_S = 2.0
+
+
+class Place(NamedTuple):
+    """Where a session is: its last turn (0: it is new), and the tokens that this turn covers."""
+
+    turn: int
+    tokens: int | None
+
+
+def chat(
+    server: Server,
+    session: str | None,
+    options: Mapping[str, Any],
+    library: str | None = None,
+    recall: bool = False,
+) -> int:
+    """Read messages from standard input, one a line, and print the answers; until its end.
+
+    At a terminal Ctrl-C ends an answer, and between answers the chat.
+
+    Args:
+        session: a name; None: a new one. options: fields of a chat completion. library: which each
+            message is asked of; a new session goes on from what the first reads of it. recall:
+            whether a segment of the chat's own text comes back for each message.
+
+    Raises:
+        ClientError: the server refuses, or cannot be reached, or both of library and recall.
+        KeyboardInterrupt: Ctrl-C where messages do not come from a terminal.
+    """
+    if library is not None and recall:
+        raise ClientError(
+            f"--recall with --library {library}: a message is asked of one of them; leave one out"
+        )
+    name = f"chat-{secrets.token_hex(4)}" if session is None else check_name(session)
+    people = sys.stdin.isatty()
+    conversation = _Conversation(server, name, options, people, library, recall)
+    while True:
+        try:
+            if people:
+                print("> ", end="", flush=True)
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            if not people:
+                raise
+            line = ""
+        if not line:
+            if people:
+                print()
+            return 0
+        if line.strip():
+            conversation.say(line.rstrip("\n"))
+
+
+class _Conversation:
+    """A session and where it is.
+
+    Args:
+        people: whether Ctrl-C ends an answer only. library, recall: as of `chat`.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        name: str,
+        options: Mapping[str, Any],
+        people: bool,
+        library: str | None,
+        recall: bool,
+    ) -> None:
+        self.server, self.name, self.options, self.people = server, name, options, people
+        self.library = library
+        self.asks = {"recall": "segments"} if recall else {}
+        if library is not None:
+            self.asks = {"library": library}
+        self.broken: Place | None = None  # before the turn whose answer was broken off
+        found = server.find(name)
+        self.at = Place(0, None) if found is None else Place(found["turn"], found["tokens"])
+        _note(
+            f"{name}: goes on after turn {self.at.turn}, {self.at.tokens:,} tokens"
+            if self.at.turn
+            else f"{name}: a new session; --session {name} goes on with it later"
+        )
+
+    def say(self, text: str) -> None:
+        """Print the answer to a message."""
+        if self.broken is not None:
+            self._follow()  # the server may have read that message since
+            self.broken = None
+        before = self.at
+        where, place = path(self.name, "chat"), {**before._asdict(), **self.asks}
+        if self.library is not None and not before.turn:  # it begins the session
+            where, place = library_path(self.library, "chat"), {"session": self.name}
+        body = {
+            "messages": [{"role": "user", "content": text}],
+            # So that nobody else's turn, and no lost one, is gone on from unnoticed.
+            **place,
+            **STREAM,
+            **self.options,
+        }
+        try:
+            answer = print_answer(self.server.events(where, body), _show)
+        except KeyboardInterrupt:
+            print()
+            if not self.people:
+                raise
+            self._broken_off()
+            return
+        told, usage = answer.told, answer.usage
+        if not told.get("turn"):
+            raise ClientError(
+                f"{self.name}: the turn is not stored: {told.get('unsaved') or 'no answer'}"
+            )
+        if cut := answer.cut(self.options.get("max_tokens", 0)):
+            _note(cut)
+        if told.get("unsaved"):
+            _note(f"the answer's text is not part of the memory: {told['unsaved']}")
+        if told.get("unwritten"):
+            _note(f"the turn is in the server's memory only: {told['unwritten']}")
+        prompt, restored = usage.get("prompt_tokens", 0), told["restored_tokens"]
+        if answer.sources and before.turn:  # the part next to the question is none of the session
+            prompt -= answer.sources[0]["tokens"]
+        if recalled := told.get("recalled"):
+            first_token, last_token = recalled["first"], recalled["last"] - 1
+            prompt -= recalled["last"] - recalled["first"]  # which is no part of the session
+            _note(f"recalled tokens {first_token:,} to {last_token:,}: {recalled['sentence']}")
+        reason = f" ({told['reason']})" if told["reason"] and before.turn else ""
+        _note(
+            f"turn {told['turn']}: {restored:,} tokens restored{reason}, {prompt - restored:,} "
+            f"read, first word after {answer.first:.2f} s"
+        )
+        self.at = Place(int(told["turn"]), int(told["tokens"]))
+
+    def _broken_off(self) -> None:
+        """Say what is left of a turn whose answer was broken off.
+
+        Where the server has read the message, it has the state at the end of the prompt, and none
+        of an answer that it was still making.
+        """
+        self.broken, deadline = self.at, time.monotonic() + SETTLE_S
+        begins = self.library is not None and not self.at.turn
+        if begins:  # what is composed for the question is a turn before it
+            self.broken = Place(self.at.turn + 1, None)
+        kind = self._follow()
+        while kind is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            kind = self._follow()
+        if kind is None and begins and (found := self.server.find(self.name)) is not None:
+            self.at = Place(found["turn"], found["tokens"])
+        if kind is None:
+            _note("broken off; neither your message nor the answer is part of the memory")
+            return
+        text = "all of the answer is" if kind == "answer" else "the answer's text is not"
+        _note(
+            f"broken off; {text} part of the memory, your message is: turn {self.at.turn}, "
+            f"{self.at.tokens:,} tokens"
+        )
+
+    def _follow(self) -> str | None:
+        """Take the place of the turn that was broken off, if it is stored: where its last state
+        was taken. No other turn is taken: the server refuses to go on, and says why."""
+        assert self.broken is not None
+        found = self.server.find(self.name)
+        if found is None or found["turn"] != self.broken.turn + 1:
+            return None
+        self.at = Place(found["turn"], found["tokens"])
+        return str(found["states"][-1]["kind"])
+
+
+def _note(text: str) -> None:
+    """Something about the conversation: apart from it, so that answers can be piped."""
+    print(f"[{text}]", file=sys.stderr, flush=True, dim=True)
+
+
+def _show(sources: Sequence[dict[str, Any]]) -> None:
+    for line in source_lines(sources):
+        _note(line)

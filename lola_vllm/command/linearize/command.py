@@ -1,0 +1,83 @@
+"""The options of `lola-vllm linearize`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lola_vllm.core.cli_options import sparse_cache
+from lola_vllm.models.families import BASE_NAMES
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options to a parser and set its `run`."""
+    parser.add_argument(
+        "--base", type=Path, required=True, metavar="DIR",
+        help=f"a local {BASE_NAMES}, not quantized",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
+    parser.add_argument(
+        "--texts", type=Path, metavar="PATH",
+        help="a text file or a directory of them (default: those of 'lola-vllm texts', fetched)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hours", type=float, metavar="H",
+        help="for all of it on this machine, whose speed is measured; more hours train on more "
+        "text (default: as many tokens as the demo model was trained on)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory", type=float, metavar="MIB",
+        help="of a sequence of the model, whatever its length (default: 427 pairs in a KV head, or "
+        "one for 16 tokens of the trained length)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE",
+        help="JSON object of hyperparameters to set; the others follow from base, text and budget",
+    )  # fmt: skip
+    parser.add_argument(
+        "--work-dir", type=Path, metavar="DIR",
+        help="texts, training states, calibrations, results (default: OUT.training)",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --work-dir")
+    parser.add_argument("--force", action="store_true", help="replace a model at --out")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="print the plan: tokens, hours, memory, disk, and all hyperparameters",
+    )  # fmt: skip
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from lola_vllm.command.linearize.run import linearize
+
+    config = linearize(
+        args.base,
+        args.out,
+        texts=args.texts,
+        hours=args.hours,
+        memory_mib=args.memory,
+        overrides=None if args.recipe is None else _read(args.recipe),
+        work=args.work_dir,
+        resume=args.resume,
+        force=args.force,
+        dry_run=args.dry_run,
+    )
+    if config is not None:
+        print(f"{args.out}: a LoLA model with a sparse cache of {sparse_cache(config.lola)}")
+        print(f"next: lola-vllm serve {shlex.quote(str(args.out))}")
+    return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from lola_vllm.models.files import CheckpointError
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--recipe {path}: cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"--recipe {path}: must hold a JSON object")
+    return value

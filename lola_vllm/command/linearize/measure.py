@@ -1,0 +1,60 @@
+"""The evaluation of a new model beside its base, resumable like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lola_vllm.command.linearize.recipe import Recipe
+
+
+def measure(
+    base: Path, model: Path, texts: Path, recipe: Recipe, out: Path, batch: int
+) -> list[str]:
+    """Recall and perplexity, as far as the recipe has samples and windows.
+
+    Args:
+        texts: to hide needles in and to predict; held-out documents are read.
+        out: of the results, a directory for each evaluation. batch: sequences at once.
+
+    Returns:
+        A table of each evaluation.
+
+    Raises:
+        EvalError: a setting that fails, or texts without held-out documents.
+    """
+    from lola_vllm.evaluation.engine import run_directories
+    from lola_vllm.evaluation.perplexity import PerplexityPlan
+    from lola_vllm.evaluation.recall import RecallPlan
+    from lola_vllm.evaluation.results import Record, fingerprint
+    from lola_vllm.evaluation.session import Plan, Session
+    from lola_vllm.evaluation.settings import Setting, check
+
+    plans: list[Plan] = []
+    if recipe.evaluation_samples:
+        plans.append(
+            RecallPlan(
+                tasks=list(recipe.evaluation_tasks),
+                lengths=list(recipe.evaluation_lengths),
+                samples=recipe.evaluation_samples,
+                texts=str(texts),
+            )
+        )
+    if recipe.evaluation_windows:
+        plans.append(
+            PerplexityPlan(
+                texts=str(texts),
+                windows=recipe.evaluation_windows,
+                window_length=recipe.evaluation_window_length,
+            )
+        )
+    settings = [Setting("reference", base), Setting("model", model)]
+    prints = {setting.model: fingerprint(setting.model) for setting in settings}
+    tables = []
+    for plan in plans:
+        for setting in settings:
+            check(setting, plan.max_length)
+        records = [Record(setting, prints[setting.model]) for setting in settings]
+        session = Session(out / plan.name, plan, records, records[0], batch)
+        session.begin(resume=True, force=False)
+        tables.append(run_directories(session, batch, {}))
+    return tables

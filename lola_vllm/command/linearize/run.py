@@ -1,0 +1,361 @@
+"""`lola-vllm linearize`: from a base to a LoLA model, stage by stage, resumable at any point."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lola_vllm.command.linearize import plan, recipe
+from lola_vllm.command.linearize.plan import STAGES, Speed
+from lola_vllm.command.linearize.recipe import Recipe
+from lola_vllm.command.linearize.state import WorkState, open_state
+from lola_vllm.core import cpu
+from lola_vllm.models.base import parse_config, read_base_config
+from lola_vllm.models.files import CheckpointError, read_json
+from lola_vllm.models.staging import check_output, staged_directory
+from lola_vllm.training.distill.state import default_work
+
+if TYPE_CHECKING:
+    from lola_vllm.core.config import LolaLlamaConfig
+
+# What `lola-vllm texts` gets, for a plan before it has got it.
+TEXTS_BYTES, TEXTS_KINDS = 45_000_000, 8
+TEXTS, TRAINING, ON, RESULTS = "texts", "training", "training-on", "eval"
+FIRST, SECOND = "calibration-1.safetensors", "calibration-2.safetensors"
+# Checkpoints of stages, which go when the model is written.
+MAPPED, TRAINED, TRAINED_ON, CALIBRATED = "mapped", "trained", "trained-on", "calibrated"
+REPORT = "calibration.txt"
+BATCH = 4  # sequences at once in the evaluation
+
+
+def linearize(
+    base: Path,
+    out: Path,
+    *,
+    texts: Path | None = None,
+    hours: float | None = None,
+    memory_mib: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    work: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> LolaLlamaConfig | None:
+    """Make a LoLA model of a base.
+
+    Args:
+        base: a local Hugging Face directory (Llama, Mistral, Qwen2 or Qwen3).
+        out: where the model goes; it is written completely or not at all.
+        texts: a text file or a directory of them; None: those of `lola-vllm texts`.
+        hours: for all stages, by which the tokens that are trained on are scaled; None: those of
+            the demo model.
+        memory_mib: of a sequence of the model, in MiB; see `Recipe`.
+        overrides: fields of `Recipe` that replace what follows from the base.
+        work: keeps what is done; default: `out` with ".training" added.
+        resume: go on with the run in `work`; without it a `work` that holds something is refused.
+        force: replace a model that is already at `out`.
+        dry_run: say what would be done, and do nothing. The speed of the machine is measured.
+        say: is given lines for people.
+
+    Returns:
+        The config of the model; None after a dry run.
+
+    Raises:
+        CheckpointError: a base, texts, options or a directory that cannot be used.
+        DataError, TextsError: texts that cannot be read or fetched. EvalError: a failed evaluation.
+    """
+    if hours is not None and not hours > 0:
+        raise CheckpointError(f"--hours {hours:g}: must be above 0")
+    config = parse_config(base, read_base_config(base))
+    work = work or default_work(out)
+    check_output(out, force=force, inputs=[base, *([texts] if texts else [])])
+    if texts is not None and not texts.exists():
+        raise CheckpointError(f"--texts {texts}: no such file or directory")
+    inputs = {
+        "base": _print_of(base),
+        "texts": None if texts is None else texts.name,
+        "hours": hours,
+        "memory": memory_mib,
+        "recipe": dict(overrides or {}),
+    }
+    if dry_run:
+        state = WorkState(work, inputs)
+    else:
+        state = open_state(work, inputs, resume=resume)
+        state.save()
+    chosen = texts or work / TEXTS
+    if not dry_run:
+        _stage(state, "texts", say, lambda: _fetch(texts, work))
+    size, kinds = _size_of(chosen)
+    if not state.recipe:
+        made, speed = _plan(base, config, size, kinds, hours, memory_mib, overrides or {}, say)
+        state.recipe, state.speed = recipe.to_json(made), asdict(speed)
+        if not dry_run:
+            state.save()
+    made, speed = recipe.from_json(state.recipe), Speed(**state.speed)
+    _check_room(config, made, work, say)
+    say(plan.format_plan(base, config, made, speed, kinds))
+    if dry_run:
+        return None
+    run = _Run(base, chosen, out, made, work, state, force, say, kinds)
+    left = plan.stage_seconds(made, speed, kinds)
+    for name, action in run.actions().items():
+        rest = sum(left[later] for later in left if _after(later, name, state))
+        if name in left and name not in state.done:
+            hours_of, hours_left = left[name] / 3600, rest / 3600
+            say(f"{STAGES[name]}: about {hours_of:.2f} hours of {hours_left:.2f} that are left")
+        _stage(state, name, say, action)
+    _clean(work)
+    return parse_config(out, read_json(out / "config.json"))
+
+
+def _after(later: str, name: str, state: WorkState) -> bool:
+    order = list(STAGES)
+    return order.index(later) >= order.index(name) and later not in state.done
+
+
+def _stage(
+    state: WorkState, name: str, say: Callable[[str], None], action: Callable[[], None]
+) -> None:
+    """Run a stage unless it is done, and note its time also where it fails."""
+    if name in state.done:
+        return
+    started = time.monotonic()
+    try:
+        action()
+        state.done.append(name)
+    finally:
+        spent = state.seconds.get(name, 0.0) + time.monotonic() - started
+        state.seconds[name] = round(spent, 1)
+        state.save()
+    say(f"{STAGES[name]}: done after {spent / 3600:.2f} hours")
+
+
+def _plan(
+    base: Path,
+    config: LolaLlamaConfig,
+    text_bytes: int,
+    kinds: int,
+    hours: float | None,
+    memory_mib: float | None,
+    overrides: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> tuple[Recipe, Speed]:
+    """The recipe, scaled to the hours by the measured speed."""
+    from lola_vllm.command.linearize.stages import check
+    from lola_vllm.command.linearize.timing import measure_speed, measure_transfer
+
+    def derived(scale: float) -> Recipe:
+        made = recipe.derive(
+            base,
+            text_bytes=text_bytes,
+            memory_mib=memory_mib,
+            scale=scale,
+            dtype=_fast_dtype(base),
+            free_bytes=_free_memory(),
+        )
+        made = recipe.with_overrides(made, overrides)
+        check(made)
+        return made
+
+    made = derived(1.0)
+    say("timing a row of each kind")
+    speed = measure_speed(base, made)
+    if hours is None:
+        return made, speed
+
+    def scaled() -> Recipe:
+        def seconds_of(scale: float) -> float:
+            return sum(plan.stage_seconds(derived(scale), speed, kinds).values())
+
+        return derived(plan.scale_to(hours, seconds_of))
+
+    timed, made = made, scaled()
+    if made.transfer_row_length != timed.transfer_row_length:
+        say(f"timing rows of {made.transfer_row_length:,} tokens, whose tokens take less time")
+        speed = replace(speed, transfer=measure_transfer(base, made))
+        made = scaled()
+    return made, speed
+
+
+class _Run:
+    """The stages of one run, each of which goes on where it was interrupted."""
+
+    def __init__(
+        self,
+        base: Path,
+        texts: Path,
+        out: Path,
+        made: Recipe,
+        work: Path,
+        state: WorkState,
+        force: bool,
+        say: Callable[[str], None],
+        kinds: int,
+    ) -> None:
+        self.base, self.texts, self.out, self.recipe = base, texts, out, made
+        self.work, self.state, self.force, self.say, self.kinds = work, state, force, say, kinds
+
+    def actions(self) -> dict[str, Callable[[], None]]:
+        """By the names of `plan.STAGES`, in their order."""
+        return {
+            "transfer": self._transfer,
+            "lora": self._lora,
+            "calibrate": lambda: self._calibrate(self.work / TRAINED, FIRST),
+            "train-on": self._train_on,
+            "recalibrate": self._recalibrate,
+            "evaluate": self._evaluate,
+            "card": self._card,
+        }
+
+    def _transfer(self) -> None:
+        from lola_vllm.command.linearize.stages import transfer_options
+
+        self._distill(MAPPED, TRAINING, transfer_options(self.recipe))
+
+    def _lora(self) -> None:
+        from lola_vllm.command.linearize.stages import lora_options
+
+        self._distill(TRAINED, TRAINING, lora_options(self.recipe))
+        shutil.rmtree(self.work / MAPPED, ignore_errors=True)
+
+    def _train_on(self) -> None:
+        from lola_vllm.command.linearize.stages import on_options
+
+        self._distill(
+            TRAINED_ON,
+            ON,
+            on_options(self.recipe),
+            start=self.work / TRAINING,
+            calibration=self.work / FIRST,
+        )
+
+    def _distill(self, out: str, work: str, options: Any, **more: Path) -> None:
+        from lola_vllm.training.distill.run import distill
+
+        distill(
+            self.base, [str(self.texts)], self.work / out, options, work=self.work / work,
+            resume=True, force=True, **more,
+        )  # fmt: skip
+
+    def _calibrate(self, model: Path, name: str) -> None:
+        from lola_vllm.command.linearize.stages import calibrate_options
+        from lola_vllm.models.calibration import importance_tensors, save_calibration
+        from lola_vllm.training.calibrate.run import calibrate, report
+
+        found = calibrate(self.base, self.texts, calibrate_options(self.recipe), model)
+        sizes = {"sparse_cache_size": found.sizes, "recent_size": found.recent}
+        save_calibration(self.work / name, sizes, importance_tensors(found.importance))
+        (self.work / REPORT).write_text(report(found), encoding="utf-8")
+
+    def _recalibrate(self) -> None:
+        from lola_vllm.models.calibration import load_calibration, write_calibrated
+
+        self._calibrate(self.work / TRAINED_ON, SECOND)
+        sizes, importance = load_calibration(self.work / SECOND)
+        write_calibrated(
+            self.work / TRAINED_ON, self.work / CALIBRATED, sizes, importance, force=True
+        )
+
+    def _evaluate(self) -> None:
+        from lola_vllm.command.linearize.measure import measure
+
+        tables = measure(
+            self.base, self.work / CALIBRATED, self.texts, self.recipe, self.work / RESULTS, BATCH
+        )
+        for table in tables:
+            self.say(table)
+
+    def _card(self) -> None:
+        from lola_vllm.command.linearize.card import card_notes
+
+        tables = [path.read_text(encoding="utf-8") for path in self._results()]
+        summary = (self.work / REPORT).read_text(encoding="utf-8").splitlines()
+        held = next((line for line in summary if line.startswith("all heads hold")), "")
+        notes = card_notes(
+            self.recipe,
+            self.texts,
+            plan.stage_tokens(self.recipe, self.kinds),
+            self.state.seconds,
+            f"Of the long-range attention in prompts that it did not see, {held}." if held else "",
+            tables,
+        )
+        source = self.work / CALIBRATED
+        with staged_directory(self.out, force=self.force, inputs=[self.base]) as staging:
+            shutil.copytree(source, staging, dirs_exist_ok=True)
+            card = staging / "README.md"
+            card.write_text(f"{card.read_text(encoding='utf-8')}\n{notes}", encoding="utf-8")
+
+    def _results(self) -> list[Path]:
+        return sorted((self.work / RESULTS).glob("*/*.md"))
+
+
+def _fetch(texts: Path | None, work: Path) -> None:
+    if texts is None:
+        from lola_vllm.training.texts import fetch_texts
+
+        fetch_texts(work / TEXTS, report=lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _size_of(texts: Path) -> tuple[int, int]:
+    """Bytes of texts, and the number of kinds."""
+    if not texts.exists():
+        return TEXTS_BYTES, TEXTS_KINDS
+    files = [texts] if texts.is_file() else sorted(texts.glob("*.txt"))
+    if not files:
+        raise CheckpointError(f"--texts {texts}: no .txt file there")
+    return sum(file.stat().st_size for file in files), len(files)
+
+
+def _print_of(base: Path) -> str:
+    """Of a base's config and the sizes of its weights: another base has another one."""
+    digest = hashlib.sha256((base / "config.json").read_bytes())
+    for path in sorted(base.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _fast_dtype(base: Path) -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "bfloat16"
+    return cpu.preferred_dtype(read_json(base / "config.json")) or "float32"
+
+
+def _free_memory() -> int:
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _check_room(
+    config: LolaLlamaConfig, made: Recipe, work: Path, say: Callable[[str], None]
+) -> None:
+    """Say where memory or disk may not do."""
+    parent = next(path for path in [work, *work.resolve().parents] if path.exists())
+    for what, needed, free in (
+        ("memory", plan.peak_bytes(config, made), _free_memory()),
+        (f"disk at {work}", plan.disk_bytes(config, made), shutil.disk_usage(parent).free),
+    ):
+        if needed > free:
+            say(
+                f"warning: about {needed / plan.GIB:.1f} GiB of {what} are needed, and "
+                f"{free / plan.GIB:.1f} are free"
+            )
+
+
+def _clean(work: Path) -> None:
+    """Delete the checkpoints of stages; maps, adapters and calibrations stay."""
+    for name in (MAPPED, TRAINED, TRAINED_ON, CALIBRATED):
+        shutil.rmtree(work / name, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""How fast this machine trains a base: a row of each kind, timed."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lola_vllm.command.linearize.plan import Speed
+from lola_vllm.command.linearize.recipe import Recipe, unlike
+from lola_vllm.command.linearize.stages import lora_options, on_options, transfer_options
+from lola_vllm.training.distill.data import Rows
+from lola_vllm.training.distill.finetune import finetune
+from lola_vllm.training.distill.student import attach_maps, load_base
+from lola_vllm.training.distill.transfer import transfer
+
+_LAYERS = 2  # that stand for all in stage 1, whose layers are alike
+
+
+def measure_speed(base: Path, recipe: Recipe) -> Speed:
+    """Train on a row of random tokens as each stage does, in a temporary directory.
+
+    Raises:
+        CheckpointError: a base that cannot be loaded.
+    """
+    device = _device()
+    model = _model(base, recipe.dtype, device)
+    layers = model.config.num_hidden_layers
+    row = _row(model, recipe.on_row_length).tokens
+    with torch.no_grad():
+        forward = _seconds(lambda: model.model(row.long().to(device))) / row.shape[1]
+    mapped = _transfer_seconds(model, recipe)
+    sizes = unlike(model.config.num_key_value_heads, layers, recipe.pairs)
+    found = []
+    for options in (lora_options(recipe), on_options(recipe, {"sparse_cache_size": sizes})):
+        model = _model(base, recipe.dtype, device)
+        rows = _row(model, recipe.on_row_length)
+        one = replace(options, rows_per_step=1, average=0.0)
+        with tempfile.TemporaryDirectory() as work:
+            spent = _seconds(
+                lambda m=model, r=rows, o=one, w=work: finetune(  # type: ignore[misc]
+                    m, [r], Path(w), o, fingerprint="-"
+                )
+            )
+        found.append(spent / recipe.on_row_length)
+    return Speed(forward, mapped, *found)
+
+
+def measure_transfer(base: Path, recipe: Recipe) -> float:
+    """`Speed.transfer` alone, for another length of its rows.
+
+    Raises:
+        CheckpointError: a base that cannot be loaded.
+    """
+    return _transfer_seconds(_model(base, recipe.dtype, _device()), recipe)
+
+
+def _transfer_seconds(model: Any, recipe: Recipe) -> float:
+    """Of a token of a row of stage 1, in all layers."""
+    options, layers = transfer_options(recipe), model.config.num_hidden_layers
+    row = _row(model, recipe.transfer_row_length).tokens
+    with _first_layers(model), tempfile.TemporaryDirectory() as work:
+        spent = _seconds(lambda: transfer(model, row, Path(work), options, fingerprint="-"))
+    return spent / row.shape[1] * layers / min(_LAYERS, layers)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _model(base: Path, dtype: str, device: str) -> Any:
+    model = load_base(base, getattr(torch, dtype)).to(device)
+    attach_maps(model, model.config.num_key_value_heads)
+    return model
+
+
+def _row(model: Any, length: int) -> Rows:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    return Rows(tokens.int(), torch.zeros(1, length, dtype=torch.bool))
+
+
+@contextmanager
+def _first_layers(model: Any) -> Any:
+    """Within this context the model has its first layers alone."""
+    layers = model.model.layers
+    model.model.layers = layers[:_LAYERS]
+    try:
+        yield
+    finally:
+        model.model.layers = layers
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,1 @@
+"""Parameters, the state of a sequence, and the ops on it."""

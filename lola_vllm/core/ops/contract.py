@@ -1,0 +1,302 @@
+"""What every back end's ops take: a layer, and the rows of a call.
+
+A back end provides two functions that work in place on the pages of a `LayerState`:
+
+    decode(layer, q, k, v, batch, out)
+    prefill(layer, q, k, v, batch, out)
+
+Both see each new token, write its pair, answer its query and, at an update point, evict, rescore,
+select and fold. State index 0 is vLLM's null block: a row with 0 or less is padding, reads
+and writes no page, and its output is zero. An op reads of a page only what the row's token count
+says is valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from lola_vllm.core.config import importance_size
+from lola_vllm.core.ops.key_rotation import KeyRotation
+from lola_vllm.core.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.state import NEVER, LayerLayout, StateLayout, StateViews
+
+
+@dataclass(frozen=True)
+class LolaWeights:
+    """LoLA weights of a layer's heads on one rank, as ops take them.
+
+    Attributes:
+        feature_map_q: `[Hq, d, F]`.
+        key_maps: `[1 or 2, Hs, d, F]`, what ops map keys by: the feature map of keys, and where
+            contexts shift the rotated key map (`KeyRotation.rotated_map`), for pages that were
+            shifted.
+        log_gate: `[Hq]`, log g - log(weight of the linear part): logit(g) for mixing "lola",
+            log g for "lolcats" (section 4 of `docs/algorithm.md`).
+        subtract_max: the "lolcats" mixing weighs exact pairs relative to their largest logit.
+        importance: `[Hkv, d // 2 + d + 1]`, what `reference.pair_importance` takes; `[0, ...]`
+            where scores have no weights (`StateLayout.has_score_weights`).
+        rotation: of keys, by a context shift; None where contexts do not shift.
+            `core/ops/context_shift.py` does it between the ops.
+    """
+
+    feature_map_q: Tensor
+    key_maps: Tensor
+    log_gate: Tensor
+    subtract_max: bool
+    importance: Tensor
+    rotation: KeyRotation | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        feature_map_q: Tensor,
+        feature_map_k: Tensor,
+        window_factors: Tensor,
+        mixing: str,
+        num_kv_heads: int,
+        importance: Tensor | None = None,
+        rotation: KeyRotation | None = None,
+    ) -> LolaWeights:
+        """From checkpoint tensors.
+
+        Maps and importance are kept in float32 (float64 where the maps are that), in which they are
+        applied. Where contexts shift, all scores have weights: without an importance a pair's is
+        1 = exp(0) when it leaves the window.
+
+        Args:
+            feature_map_q, feature_map_k, importance: as the attributes; feature_map_k
+                `[Hs, d, F]`. window_factors: `[Hq]`, logits of the gate g.
+            mixing: "lola" or "lolcats". num_kv_heads: Hkv. rotation: as the attribute.
+        """
+        wide = torch.promote_types(feature_map_q.dtype, torch.float32)
+        factors = window_factors.to(torch.promote_types(window_factors.dtype, torch.float32))
+        lolcats = mixing == "lolcats"
+        log_gate = torch.nn.functional.logsigmoid(factors) if lolcats else factors
+        if importance is None:
+            weighed = num_kv_heads if rotation is not None else 0
+            importance = log_gate.new_zeros(weighed, importance_size(feature_map_k.shape[1]))
+        maps = feature_map_k.to(wide)[None]
+        if rotation is not None and rotation.schedule.fold_rotation:
+            maps = torch.cat([maps, rotation.rotated_map(maps[0])[None]])
+        return cls(feature_map_q.to(wide), maps, log_gate, lolcats, importance.to(wide), rotation)
+
+    def of_group(self, index: int, count: int) -> LolaWeights:
+        """The part of group `index` of so many, of equal numbers of heads."""
+
+        def part(x: Tensor, dim: int = 0) -> Tensor:
+            share = x.shape[dim] // count
+            return x.narrow(dim, index * share, share).contiguous()
+
+        return replace(
+            self,
+            feature_map_q=part(self.feature_map_q),
+            key_maps=part(self.key_maps, 1),
+            log_gate=part(self.log_gate),
+            importance=part(self.importance),
+        )
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads, Hq."""
+        return len(self.log_gate)
+
+    @property
+    def rotated_map_after(self) -> int:
+        """Pages with more tokens use the rotated key map; `NEVER`: none do."""
+        if self.rotation is None or len(self.key_maps) == 1:
+            return NEVER
+        return self.rotation.schedule.length
+
+    def maps_of(self, n: Tensor) -> Tensor:
+        """The key maps of pages that hold n tokens: `[Hs, d, F]`, or `[len(n), Hs, d, F]`."""
+        if len(self.key_maps) == 1:
+            return self.key_maps[0]
+        return self.key_maps[(n > self.rotated_map_after).long()]
+
+    def check(self, layout: LayerLayout, pages: Tensor) -> None:
+        """As `LayerState.bind`."""
+        page = layout.pages[0]
+        d, F = page.head_dim, page.feature_dim
+        Hq, Hs, Hkv = self.num_heads, layout.num_state_heads, layout.num_kv_heads
+        Hg = len(layout.sizes)
+        if Hq % Hs or Hs % Hg or Hg % Hkv:
+            raise ValueError(
+                f"feature_map_k: {Hs} state heads do not lie between the {Hq} query heads, the "
+                f"{Hg} sparse sets and the {Hkv} KV heads"
+            )
+        wide = torch.promote_types(page.kv_dtype, torch.float32)
+        if page.has_score_weights != (len(self.importance) > 0):
+            given = "given" if len(self.importance) else "none given"
+            raise ValueError(
+                f"importance: {given}, but the layout has has_score_weights = "
+                f"{page.has_score_weights}"
+            )
+        shapes: dict[str, tuple[int, ...]] = {
+            "feature_map_q": (Hq, d, F),
+            "key_maps": (len(self.key_maps), Hs, d, F),
+            "log_gate": (Hq,),
+            "importance": (Hkv if page.has_score_weights else 0, importance_size(d)),
+        }
+        for name, shape in shapes.items():
+            weight: Tensor = getattr(self, name)
+            if tuple(weight.shape) != shape:
+                raise ValueError(f"{name}: shape {list(weight.shape)}, expected {list(shape)}")
+            if weight.dtype != wide or not weight.is_contiguous():
+                raise ValueError(f"{name}: must be {wide} and contiguous, is {weight.dtype}")
+            if weight.device != pages.device:
+                raise ValueError(f"{name}: on {weight.device}, the pages on {pages.device}")
+        if self.rotation is not None:
+            self.rotation.check(d, wide, pages.device)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadGroup:
+    """KV heads of a layer that share a page: all of them, or each alone where their sparse caches
+    differ in size. KV heads do not see each other, so a kernel needs no more than a group.
+
+    Attributes:
+        weights: of these heads. layout: of every page.
+        pages: `[N, >= layout.page_bytes]`, bytes: the pool's rows for this group.
+        views: typed views of the same memory.
+    """
+
+    weights: LolaWeights
+    layout: StateLayout
+    pages: Tensor
+    views: StateViews
+
+    def alone(self, pages: Tensor) -> LayerState:
+        """A layer of these heads alone, with pages of its own, `[N, >= layout.page_bytes]`."""
+        return LayerState.bind(self.weights, LayerLayout((self.layout,)), pages)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """One layer's weights and pages on one rank, checked when they are bound.
+
+    Attributes:
+        weights: of all heads. layout: of the layer's bytes.
+        pages: `[N, >= layout.page_bytes]`, bytes; the pool's rows for this layer.
+        groups: its heads, in order, as those that share a page.
+        table: `[len(groups), len(TABLE_FIELDS)]` int64 in host memory: `layout` as the C++ and CUDA
+            ops read it (`PageLayout` in `csrc/layout.h`).
+        device_table: `table` on the device of the pages, for kernels that take all groups at once.
+    """
+
+    weights: LolaWeights
+    layout: LayerLayout
+    pages: Tensor
+    groups: tuple[HeadGroup, ...]
+    table: Tensor
+    device_table: Tensor
+
+    @classmethod
+    def bind(cls, weights: LolaWeights, layout: LayerLayout, pages: Tensor) -> LayerState:
+        """Check that weights, layout and pages fit each other.
+
+        Args:
+            pages: `[N, >= layout.page_bytes]` of a one-byte dtype; the row stride must be a
+                multiple of 8.
+
+        Raises:
+            ValueError: the rows of `pages` are too short, a weight or row of the rotation has
+                another shape, dtype or device than layout and pages ask for, or importance is there
+                and should not be, or the other way; names the argument.
+        """
+        parts = [
+            (page, own, page.views(own))
+            for page, own in zip(layout.pages, layout.split(pages), strict=True)
+        ]
+        weights.check(layout, pages)
+        groups = tuple(
+            HeadGroup(weights.of_group(i, len(parts)), *part) for i, part in enumerate(parts)
+        )
+        table = layout.table(weights.num_heads, weights.subtract_max, weights.rotated_map_after)
+        return cls(weights, layout, pages, groups, table, table.to(pages.device))
+
+    def with_weights(self, weights: LolaWeights) -> LayerState:
+        """The same pages with other weights of the same shapes, which are not checked again."""
+        count = len(self.groups)
+        groups = tuple(
+            replace(group, weights=weights.of_group(i, count))
+            for i, group in enumerate(self.groups)
+        )
+        return replace(self, weights=weights, groups=groups)
+
+    @property
+    def schedule(self) -> ShiftSchedule | None:
+        """Of its context shifts; None where contexts do not shift."""
+        return None if self.weights.rotation is None else self.weights.rotation.schedule
+
+
+class DecodeBatch(NamedTuple):
+    """The rows of a decode step: one new token each.
+
+    Attributes:
+        state_indices: `[B]` integer, each row's page.
+        seq_lens: `[B]` integer; they count the new token, whose position is `seq_lens - 1`.
+    """
+
+    state_indices: Tensor
+    seq_lens: Tensor
+
+
+class PrefillBatch(NamedTuple):
+    """The rows of a prefill step: a segment of new tokens each.
+
+    Attributes:
+        state_indices: `[R]` integer, each row's page.
+        query_start_loc: `[R + 1]` integer in host memory; row r has the tokens from entry r to
+            entry r + 1.
+        context_lens: `[R]` integer in host memory: tokens that are in each page already. Back ends
+            plan from host memory without waiting for the device.
+    """
+
+    state_indices: Tensor
+    query_start_loc: Tensor
+    context_lens: Tensor
+
+
+B = TypeVar("B", contravariant=True)  # the rows
+
+
+class Op(Protocol[B]):
+    """Decode, one new token per row, or prefill, a segment of new tokens per row, from an empty or
+    a live page."""
+
+    def __call__(
+        self, layer: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: B, out: Tensor, /
+    ) -> None:
+        """q and out `[T, Hq, d]`, k and v `[T, Hkv, d]` in the pages' dtype."""
+
+
+DecodeOp = Op[DecodeBatch]
+PrefillOp = Op[PrefillBatch]
+# The layers of a model, and the pages to shift with the tokens that each holds.
+ShiftOp = Callable[[Sequence["LayerState"], Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The ops chosen for a device.
+
+    Attributes:
+        name: for the log. decode, prefill: the ops.
+        warm_up: compiles what a layer's steps can ask for, before the first of them; it touches no
+            page.
+        shift: `context_shift.shift_layers` on the device; None: in plain torch.
+        capturable: `decode` launches the same kernels whatever the token counts and waits for
+            nothing, so that a CUDA graph can hold it.
+    """
+
+    name: str
+    decode: DecodeOp
+    prefill: PrefillOp
+    warm_up: Callable[[LayerState], None] | None = None
+    shift: ShiftOp | None = None
+    capturable: bool = False

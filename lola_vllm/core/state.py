@@ -1,0 +1,501 @@
+"""The state page: every byte that one layer keeps of one sequence, and what is valid in it.
+
+A page is a pure function of the token prefix. It holds no counter: how many entries are valid
+follows from n, the number of tokens the page has seen (`num_sparse`, `num_folded`), so a page never
+needs clearing and its leftover bytes are never read. Shapes are written here once; kernels and the
+vLLM spec read them from here. Imports nothing of vLLM.
+
+One page, in this order (each part starts at a multiple of 64 bytes):
+
+    H          [Hs, 2F, d]          state dtype    hidden state, sum of phi(k) v^T
+    s          [Hs, 2F]             state dtype    normalizer, sum of phi(k)
+    positions  [Hg, lam]            int32          position of each sparse pair (entries unordered)
+    score_weights  [Hg, lam]        float32        what multiplies the score of each sparse pair
+    sparse_k_scale  [Hg, lam]       float32        what multiplies the numbers of each sparse key
+    sparse_v_scale  [Hg, lam]       float32        and value
+    sparse_k   [Hg, lam, d]         model dtype    sparse cache; or int8
+    sparse_v   [Hg, lam, d]         model dtype
+    exact_k    [Hkv, sink + ring, d]  model dtype  pinned sinks, then the window ring
+    exact_v    [Hkv, sink + ring, d]  model dtype
+    bounds     [Hs, 6, lam]         float32        a lower bound on the recall error of each sparse
+                                                   pair, and the numbers it follows from
+    directions [Hs, lam, d]         int8           direction of v - p when the error was computed
+                                                   last, p being what H recalls
+
+`score_weights` is empty unless the model has an importance or contexts shift. A pair's is its
+importance when it leaves the window, or 1 without one. Only context shifts change it: scores decay.
+
+The scales are empty unless sparse pairs are int8 (`lola_vllm/core/ops/int8.py`).
+
+`bounds` and `directions` are empty unless C = 1 and no pair stays because it is recent. With them
+the kernels choose without computing every score at every token (Lemma 1, `docs/bounds.md`). The
+portable back end computes every score and does not touch them.
+
+The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
+ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).
+
+Symbols: Hkv `num_kv_heads`, Hs `num_state_heads`, Hg `num_sparse_heads`, d `head_dim`, F
+`feature_dim`, eta `window_size`, lam `sparse_cache_size`, C `update_interval`, sink `sink_size`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lola_vllm.core.config import LolaConfig
+
+PART_ALIGNMENT = 64  # bytes; a cache line, and a multiple of every vector width used
+PAGE_ALIGNMENT = 256  # bytes
+
+# The parts of a page, in its order.
+PARTS = (
+    "H", "s", "positions", "score_weights", "sparse_k_scale", "sparse_v_scale", "sparse_k",
+    "sparse_v", "exact_k", "exact_v", "bounds", "directions",
+)  # fmt: skip
+
+# The rows of `bounds`, as in csrc/bounds.h. `low` bounds the recall error from below. The others
+# are of when the error was computed last, with u the stored direction: z = phi.s + 1e-6, ||v||,
+# ||phi||, u.v, and 1 / length of u as it is stored.
+BOUND_ROWS = ("low", "sum", "value", "features", "along", "scale")
+
+# What a row of `LayerLayout.table` holds: the fields of `PageLayout` in csrc/layout.h, in its
+# order. A name of `PARTS` stands for the byte offset of that part in the layer's bytes.
+TABLE_FIELDS = (
+    "num_heads", "num_kv_heads", "num_state_heads", "num_sparse_heads", "head_dim", "feature_dim",
+    "window_size", "sparse_cache_size", "recent_size", "update_interval", "sink_size",
+    "subtract_max", "has_score_weights", "rotated_map_after", "kv_dtype", "sparse_dtype",
+    "state_dtype", "page_bytes", *PARTS,
+)  # fmt: skip
+
+NEVER = 2**62  # as many tokens no page has
+
+# Dtypes as the table names them: `DType` in csrc/layout.h.
+DTYPE_CODES = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int8: 4,
+}  # fmt: skip
+
+
+class StateViews(NamedTuple):
+    """Typed views of a pool of pages; dim 0 is the page, its stride is the page stride."""
+
+    H: Tensor
+    s: Tensor
+    positions: Tensor
+    score_weights: Tensor
+    sparse_k_scale: Tensor
+    sparse_v_scale: Tensor
+    sparse_k: Tensor
+    sparse_v: Tensor
+    exact_k: Tensor
+    exact_v: Tensor
+    bounds: Tensor
+    directions: Tensor
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Shapes, dtypes and byte offsets of one page.
+
+    Attributes:
+        window_size, sparse_cache_size, recent_size, update_interval, sink_size: as in `LolaConfig`.
+        num_kv_heads, num_state_heads, num_sparse_heads: Hkv, Hs, Hg of this rank.
+        head_dim: d. feature_dim: F.
+        kv_dtype: dtype of keys and values. state_dtype: dtype of H and s.
+        has_score_weights: scores are weighted by an importance or decay at context shifts; pages
+            keep the product of both per sparse pair.
+        int8_pairs: sparse pairs are rounded to int8, and pages keep their scales.
+    """
+
+    window_size: int
+    sparse_cache_size: int
+    update_interval: int
+    sink_size: int
+    num_kv_heads: int
+    num_state_heads: int
+    num_sparse_heads: int
+    head_dim: int
+    feature_dim: int
+    kv_dtype: torch.dtype
+    state_dtype: torch.dtype
+    has_score_weights: bool = False
+    int8_pairs: bool = False
+    recent_size: int = 0
+
+    @classmethod
+    def from_config(
+        cls,
+        config: LolaConfig,
+        num_kv_heads: int,
+        num_state_heads: int,
+        head_dim: int,
+        feature_dim: int,
+        kv_dtype: torch.dtype,
+        importance: bool = False,
+    ) -> StateLayout:
+        """Layout for the head counts of one rank.
+
+        Args:
+            config: of one layer or head. importance: whether the layer has importance weights.
+            The others: as the attributes. H and s are float64 where keys and values are.
+        """
+        return cls(
+            window_size=config.window_size,
+            sparse_cache_size=config.sparse_pairs,
+            update_interval=config.update_interval,
+            sink_size=config.sink_size,
+            num_kv_heads=num_kv_heads,
+            num_state_heads=num_state_heads,
+            num_sparse_heads=config.num_sparse_heads(num_state_heads, num_kv_heads),
+            head_dim=head_dim,
+            feature_dim=feature_dim,
+            kv_dtype=kv_dtype,
+            state_dtype=torch.promote_types(kv_dtype, torch.float32),
+            has_score_weights=importance or config.context_shift > 0,
+            int8_pairs=config.sparse_dtype == "int8",
+            recent_size=config.recent_pairs,
+        )
+
+    @property
+    def keeps_bounds(self) -> bool:
+        """Whether a page keeps bounds on recall errors: updates after each token need few."""
+        return self.update_interval == 1 and self.sparse_cache_size > 0 and not self.recent_size
+
+    @property
+    def ring_size(self) -> int:
+        """Rows of the window ring: eta + C."""
+        return self.window_size + self.update_interval
+
+    @property
+    def sparse_dtype(self) -> torch.dtype:
+        """Of the keys and values in the sparse cache."""
+        return torch.int8 if self.int8_pairs else self.kv_dtype
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> (shape, dtype) of each part, in page order (the fields of `StateViews`)."""
+        exact = (self.num_kv_heads, self.sink_size + self.ring_size, self.head_dim)
+        sparse = (self.num_sparse_heads, self.sparse_cache_size, self.head_dim)
+        features = 2 * self.feature_dim
+        bounded = self.sparse_cache_size if self.keeps_bounds else 0
+        scaled = self.sparse_cache_size if self.int8_pairs else 0
+        wide = torch.promote_types(self.kv_dtype, torch.float32)
+        return {
+            "H": ((self.num_state_heads, features, self.head_dim), self.state_dtype),
+            "s": ((self.num_state_heads, features), self.state_dtype),
+            "positions": (sparse[:2], torch.int32),
+            "score_weights": ((sparse[0], sparse[1] if self.has_score_weights else 0), wide),
+            "sparse_k_scale": ((sparse[0], scaled), torch.float32),
+            "sparse_v_scale": ((sparse[0], scaled), torch.float32),
+            "sparse_k": (sparse, self.sparse_dtype),
+            "sparse_v": (sparse, self.sparse_dtype),
+            "exact_k": (exact, self.kv_dtype),
+            "exact_v": (exact, self.kv_dtype),
+            "bounds": ((self.num_state_heads, len(BOUND_ROWS), bounded), wide),
+            "directions": ((self.num_state_heads, bounded, self.head_dim), torch.int8),
+        }
+
+    @cached_property
+    def part_bytes(self) -> dict[str, int]:
+        """Name -> bytes of each part, without alignment."""
+        return {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in self.parts.items()}
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Name -> byte offset of each part in the page."""
+        offsets, end = {}, 0
+        for name, nbytes in self.part_bytes.items():
+            offsets[name] = end
+            end = _align(end + nbytes, PART_ALIGNMENT)
+        return offsets
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: one sequence, one layer."""
+        last = list(self.parts)[-1]
+        return _align(self.offsets[last] + self.part_bytes[last], PAGE_ALIGNMENT)
+
+    @property
+    def full_kv_bytes_per_token(self) -> int:
+        """What one token takes in a full KV cache of the same layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
+
+    def views(self, pages: Tensor) -> StateViews:
+        """Typed views of raw pages.
+
+        Args:
+            pages: `[N, >= page_bytes]` of a one-byte dtype; the row stride must be a multiple of 8.
+
+        Raises:
+            ValueError: the rows are too short or not bytes.
+        """
+        _check_bytes(pages, self.page_bytes)
+        offsets, nbytes = self.offsets, self.part_bytes
+        views = {}
+        for name, (shape, dtype) in self.parts.items():
+            part = pages[:, offsets[name] : offsets[name] + nbytes[name]]
+            if nbytes[name]:
+                views[name] = part.view(dtype).unflatten(1, shape)
+            else:
+                views[name] = part.new_empty(pages.shape[0], *shape, dtype=dtype)
+        return StateViews(**views)
+
+    def table_row(
+        self, num_heads: int, subtract_max: bool, rotated_map_after: int, offset: int
+    ) -> list[int]:
+        """A row of `LayerLayout.table`: a number for each of `TABLE_FIELDS`.
+
+        Args:
+            num_heads: of the page. offset: of the page in the layer's bytes, which is in the parts'
+                offsets and in `page_bytes`, where the page ends.
+        """
+        numbers = {
+            **self.__dict__,
+            **{name: offset + start for name, start in self.offsets.items()},
+            "num_heads": num_heads,
+            "subtract_max": subtract_max,
+            "rotated_map_after": rotated_map_after,
+            "kv_dtype": DTYPE_CODES[self.kv_dtype],
+            "sparse_dtype": DTYPE_CODES[self.sparse_dtype],
+            "state_dtype": DTYPE_CODES[self.state_dtype],
+            "page_bytes": offset + self.page_bytes,
+        }
+        return [int(numbers[name]) for name in TABLE_FIELDS]
+
+    def row(self, position: Tensor) -> Tensor:
+        """Row of `exact_k` / `exact_v` that holds a position, any integer shape."""
+        ring = self.sink_size + position % self.ring_size
+        return torch.where(position < self.sink_size, position, ring)
+
+    def window_start(self, n: Tensor) -> Tensor:
+        """First position of the window after n tokens, pinned sinks aside."""
+        C = self.update_interval
+        return (n // C * C - self.window_size).clamp(min=self.sink_size)
+
+    def update_due(self, n: Tensor) -> Tensor:
+        """Whether the n-th token is followed by an update that evicts anything."""
+        C = self.update_interval
+        return (n % C == 0) & (self.window_start(n) > self.window_start(n - C))
+
+    def num_evicted(self, n: Tensor) -> Tensor:
+        """Pairs that left the window for the sparse cache or the hidden state after n tokens."""
+        return self.window_start(n) - self.sink_size
+
+    def num_sparse(self, n: Tensor) -> Tensor:
+        """Valid sparse entries after n tokens (entries 0 .. this - 1)."""
+        return self.num_evicted(n).clamp(max=self.sparse_cache_size)
+
+    def num_folded(self, n: Tensor) -> Tensor:
+        """Pairs in the hidden state after n tokens; 0 means H and s hold leftovers."""
+        return (self.num_evicted(n) - self.sparse_cache_size).clamp(min=0)
+
+    def valid_spans(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Bytes [first, last) of a page that are valid after `num_tokens` tokens, in order.
+
+        Plain numbers: a thread that asks for them holds up the engine's.
+        """
+        n = torch.tensor(num_tokens)
+        sparse = [(0, int(self.num_sparse(n)))]
+        whole = [(0, 2 * self.feature_dim)] if self.num_folded(n) > 0 else []
+        start = min(int(self.window_start(n)), num_tokens)
+        # The window's rows go on at the ring's start where they reach its end.
+        sink, end = self.sink_size, self.sink_size + self.ring_size
+        oldest = int(self.row(torch.tensor(start)))
+        newest = oldest + num_tokens - start
+        exact = [
+            (0, min(num_tokens, sink)),
+            (sink, sink + max(0, newest - end)),
+            (oldest, min(newest, end)),
+        ]
+        rows = {"H": whole, "s": whole, "exact_k": exact, "exact_v": exact}
+        spans, offsets = [], self.offsets
+        for name, (shape, dtype) in self.parts.items():
+            axis = 2 if name == "bounds" else 1  # of rows
+            if not shape[axis]:
+                continue  # some layouts lack some of these parts
+            row_bytes = prod(shape[axis + 1 :]) * dtype.itemsize
+            for i in range(prod(shape[:axis])):
+                at = offsets[name] + i * shape[axis] * row_bytes
+                spans += [
+                    (at + first * row_bytes, at + last * row_bytes)
+                    for first, last in rows.get(name, sparse)
+                    if last > first
+                ]
+        return spans
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """The state of one sequence in one layer of a rank: one page for all of its KV heads, or a page
+    for each of them, one after the other, where their sparse caches differ in size.
+
+    Attributes:
+        pages: one, or one per KV head in order. They differ in `sparse_cache_size` and
+            `recent_size` alone.
+    """
+
+    pages: tuple[StateLayout, ...]
+
+    @classmethod
+    def from_config(
+        cls,
+        config: LolaConfig,
+        num_kv_heads: int,
+        num_state_heads: int,
+        head_dim: int,
+        feature_dim: int,
+        kv_dtype: torch.dtype,
+        importance: bool = False,
+        first_kv_head: int = 0,
+    ) -> LayerLayout:
+        """Layout for the heads of one rank.
+
+        Args:
+            config: of one layer (`LolaConfig.for_layer`). first_kv_head: of the rank, in the model.
+            num_kv_heads and those after: as for `StateLayout.from_config`.
+        """
+        heads = config.for_heads()
+        own = heads[first_kv_head : first_kv_head + num_kv_heads] if len(heads) > 1 else heads
+        share = len(own)
+        return cls(
+            tuple(
+                StateLayout.from_config(
+                    head, num_kv_heads // share, num_state_heads // share, head_dim, feature_dim,
+                    kv_dtype, importance,
+                )
+                for head in own
+            )
+        )  # fmt: skip
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv of the rank."""
+        return sum(page.num_kv_heads for page in self.pages)
+
+    @property
+    def num_state_heads(self) -> int:
+        """Hs of the rank."""
+        return sum(page.num_state_heads for page in self.pages)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Pairs that each sparse set holds at most."""
+        return [page.sparse_cache_size for page in self.pages for _ in range(page.num_sparse_heads)]
+
+    @property
+    def offsets(self) -> list[int]:
+        """Byte offset of each page in the layer's bytes; multiples of `PAGE_ALIGNMENT`."""
+        return [0, *accumulate(page.page_bytes for page in self.pages)][:-1]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one sequence in the layer."""
+        return sum(page.page_bytes for page in self.pages)
+
+    @property
+    def full_kv_bytes_per_token(self) -> int:
+        """What one token takes in a full KV cache of the same layer."""
+        return sum(page.full_kv_bytes_per_token for page in self.pages)
+
+    def table(self, num_heads: int, subtract_max: bool, rotated_map_after: int = NEVER) -> Tensor:
+        """The layout as C++ and CUDA read it: int64 `[len(pages), len(TABLE_FIELDS)]`, with offsets
+        in the layer's bytes.
+
+        Args:
+            num_heads: Hq. subtract_max: as in `LolaWeights`. rotated_map_after: pages with more
+                tokens use the rotated key map; `NEVER`: none do.
+
+        Raises:
+            KeyError: keys and values, or H and s, have a dtype that is not in `DTYPE_CODES`.
+        """
+        own = num_heads // len(self.pages)
+        return torch.tensor(
+            [
+                page.table_row(own, subtract_max, rotated_map_after, offset)
+                for page, offset in zip(self.pages, self.offsets, strict=True)
+            ]
+        )
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """The bytes of each page `[..., page_bytes]`, views of `rows [..., >= page_bytes]`."""
+        return _cut(rows, self.pages)
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The state of one sequence on one rank: its layers' pages one after the other, in one row.
+
+    Attributes:
+        layers: the pages of each of the rank's layers, in the model's order.
+    """
+
+    layers: tuple[LayerLayout, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one state."""
+        return sum(layer.page_bytes for layer in self.layers)
+
+    @property
+    def full_kv_bytes_per_token(self) -> int:
+        """What one token takes in a full KV cache of the same layers."""
+        return sum(layer.full_kv_bytes_per_token for layer in self.layers)
+
+    @property
+    def layouts(self) -> list[StateLayout]:
+        """The pages of all layers, in order."""
+        return [page for layer in self.layers for page in layer.pages]
+
+    def break_even_tokens(self, states: int = 1) -> int:
+        """Context beyond which a full KV cache is larger than `states` states."""
+        return -(-states * self.row_bytes // self.full_kv_bytes_per_token)
+
+    def pages(self, rows: Tensor) -> list[Tensor]:
+        """Each layer's pages `[N, page_bytes]`, views of `rows [N, >= row_bytes]` of bytes."""
+        return _cut(rows, self.layers)
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """The bytes of each of `layouts`, views of `rows [..., >= row_bytes]`."""
+        return _cut(rows, self.layouts)
+
+    def cleaned(self, row: Tensor, num_tokens: int) -> Tensor:
+        """A copy of a state in which every byte that is not valid is zero.
+
+        A state is never cleared, so such bytes may be of another sequence's texts.
+
+        Args:
+            row: `[>= row_bytes]` uint8 on the CPU, after `num_tokens` tokens.
+        """
+        clean = torch.zeros_like(row)
+        stored, to = row.numpy(), clean.numpy()
+        page_at = 0
+        for page in self.layouts:
+            for first, last in page.valid_spans(num_tokens):
+                to[page_at + first : page_at + last] = stored[page_at + first : page_at + last]
+            page_at += page.page_bytes
+        return clean
+
+
+def _cut(rows: Tensor, parts: Sequence[StateLayout | LayerLayout]) -> list[Tensor]:
+    """Views of rows `[..., bytes]`, one for each of the parts, which lie one after the other."""
+    sizes = [part.page_bytes for part in parts]
+    _check_bytes(rows, sum(sizes))
+    return list(rows[..., : sum(sizes)].split(sizes, dim=-1))
+
+
+def _check_bytes(pages: Tensor, nbytes: int) -> None:
+    if pages.dtype.itemsize != 1 or pages.shape[-1] < nbytes:
+        raise ValueError(
+            f"pages {tuple(pages.shape)} of {pages.dtype}: need rows of at least {nbytes} bytes"
+        )
+
+
+def _align(nbytes: int, alignment: int) -> int:
+    return -(-nbytes // alignment) * alignment

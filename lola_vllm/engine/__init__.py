@@ -1,0 +1,1 @@
+"""Where LoLA models run: vLLM and transformers."""

@@ -1,0 +1,177 @@
+"""Options of vLLM that cannot be used with a LoLA model, refused before anything is allocated.
+
+Every refusal names the option, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lola_vllm.core.config import LolaLlamaConfig, heads_divide
+from lola_vllm.core.ops.shift_schedule import MAX_LENGTH
+from lola_vllm.engine.vllm import connectors
+from lola_vllm.engine.vllm.cache import num_kv_heads
+from lola_vllm.engine.vllm.connectors import has_store
+from lola_vllm.models.files import open_weights, weight_files
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class UnsupportedOptionError(ValueError):
+    """A vLLM option that cannot work with LoLA's state."""
+
+
+class Refusal(NamedTuple):
+    """An option, the value it was given, and why it cannot be."""
+
+    option: str
+    value: object
+    reason: str
+
+
+def refuse(vllm_config: VllmConfig) -> None:
+    """Raise `UnsupportedOptionError` for the first of `refusals`."""
+    for refusal in refusals(vllm_config):
+        raise UnsupportedOptionError(
+            f"{refusal.option} = {refusal.value!r} cannot be used with a LoLA model: "
+            f"{refusal.reason}"
+        )
+
+
+def refusals(vllm_config: VllmConfig) -> list[Refusal]:
+    """The options in use that do not know LoLA's state."""
+    found = []
+    if vllm_config.speculative_config is not None:
+        found.append(
+            Refusal(
+                "--speculative-config",
+                vllm_config.speculative_config.method,
+                "rejected draft tokens would stay in the state; remove the option",
+            )
+        )
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and not has_store(vllm_config):
+        reason = connectors.unfit(transfer.kv_connector, vllm_config)
+        if reason:
+            found.append(Refusal("--kv-transfer-config", transfer.kv_connector, reason))
+    offloaded = vllm_config.cache_config.kv_offloading_size
+    if offloaded is not None:
+        reason = connectors.unfit(connectors.offloading_connector(vllm_config), vllm_config)
+        if has_store(vllm_config):
+            reason = "LoLA's store is in the place of vLLM's connector; remove one of the two"
+        if reason:
+            found.append(Refusal("--kv-offloading-size", offloaded, reason))
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", "bfloat16"):
+        found.append(
+            Refusal(
+                "--kv-cache-dtype",
+                cache_dtype,
+                "keys and values are kept in the model's dtype, and the hidden state in float32; "
+                "use 'auto'",
+            )
+        )
+    length = vllm_config.model_config.max_model_len
+    if length > MAX_LENGTH:
+        found.append(
+            Refusal(
+                "--max-model-len",
+                length,
+                f"a page holds positions as 32-bit numbers; use at most {MAX_LENGTH}",
+            )
+        )
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1:
+        found.append(
+            Refusal(
+                "--decode-context-parallel-size",
+                parallel.decode_context_parallel_size,
+                "a state is not a list of tokens that could be split; use 1",
+            )
+        )
+    if parallel.enable_dbo:
+        found.append(
+            Refusal("--enable-dbo", True, "a step's rows are not cut in two; remove the option")
+        )
+    return found + cpu_refusals(vllm_config)
+
+
+def cpu_refusals(vllm_config: VllmConfig) -> list[Refusal]:
+    """Options with which vLLM 0.32 itself, on a CPU, fails later or answers wrongly."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return []
+    found = []
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1 and vllm_config.model_config.enforce_eager:
+        found.append(
+            Refusal(
+                "--pipeline-parallel-size",
+                stages,
+                "on a CPU, vLLM makes the tensors that stages hand over while it compiles, and "
+                "would fail at the first request; drop --enforce-eager",
+            )
+        )
+    lora = vllm_config.lora_config
+    if lora is not None and lora.max_loras == 1:
+        found.append(
+            Refusal(
+                "--max-loras",
+                lora.max_loras,
+                "on a CPU, vLLM applies the adapter in its last slot to requests for the base "
+                "model that share a batch with adapters; use one more than there are adapters",
+            )
+        )
+    return found
+
+
+def check_weight_files(vllm_config: VllmConfig) -> None:
+    """Raise `CheckpointError` for a damaged safetensors file of a local model.
+
+    vLLM would find it too, but not say which file it is.
+    """
+    model = Path(vllm_config.model_config.model)
+    if vllm_config.load_config.load_format in ("auto", "hf", "safetensors") and model.is_dir():
+        for path in weight_files(model):
+            with open_weights(path):
+                pass
+
+
+def check_parallel_heads(config: LolaLlamaConfig, tp_size: int) -> None:
+    """Raise unless the heads divide among the tensor-parallel ranks, with the same answers."""
+    heads, kv_heads = config.num_attention_heads, num_kv_heads(config)
+    state_heads = config.facts.num_state_heads
+    if not heads_divide(tp_size, heads, kv_heads, state_heads):
+        raise UnsupportedOptionError(
+            f"--tensor-parallel-size = {tp_size}: the model's {heads} query heads, {state_heads} "
+            f"state heads and {kv_heads} KV heads cannot be divided among {tp_size} ranks; use a "
+            f"divisor of {kv_heads}"
+        )
+    config.lola.check_ranks(tp_size, kv_heads, state_heads)
+
+
+def check_prefill_room(vllm_config: VllmConfig) -> None:
+    """Raise unless a step that is full of decodes has room for a block of a new prompt.
+
+    With prefix caching vLLM ends the pieces of a prompt at block boundaries. Where the decodes of
+    others leave less than a block of a step's budget, the prompt waits for as long as they run.
+    """
+    block_size = vllm_config.cache_config.block_size
+    scheduler = vllm_config.scheduler_config
+    option, budget = "--max-num-batched-tokens", scheduler.max_num_batched_tokens
+    scheduled = scheduler.max_num_scheduled_tokens  # what the scheduler goes by, where it is given
+    if scheduled is not None and scheduled <= budget:
+        option, budget = "--max-num-scheduled-tokens", scheduled
+    # Where no piece could be as long as a block, vLLM lets them end anywhere.
+    piece = min(budget, scheduler.long_prefill_token_threshold or budget)
+    enough = block_size + scheduler.max_num_seqs - 1
+    if block_size <= piece and budget < enough:
+        raise UnsupportedOptionError(
+            f"{option} = {budget}: with prefix caching in blocks of {block_size} "
+            f"tokens a prompt would wait while {scheduler.max_num_seqs - 1} others decode; "
+            f"use at least {enough}, or fewer than {block_size}, or a smaller --block-size or "
+            "--max-num-seqs"
+        )

@@ -1,0 +1,358 @@
+"""Whether a model in a long conversation still knows what was said so many tokens ago.
+
+A conversation is held-out documentation in the model's chat template: the assistant says it, and
+the user asks it to go on. In passing the user says something (`chat_facts.py`), and asks for it at
+the end. Every question is asked from the same state, so no question changes the next one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from lola_vllm.evaluation import EvalError
+from lola_vllm.evaluation.chat_facts import CHAT_TASKS
+from lola_vllm.evaluation.copy_texts import ASKS, CHAT, ChatTokenizer, Kinds
+from lola_vllm.evaluation.facts import Fact
+from lola_vllm.evaluation.models import Emit, Prediction
+
+PAUSE_TOKENS = 60  # from where one task asks to where the next does
+SPACE = 250  # tokens: the least distance, and the least difference of two
+TURN_TOKENS = 120  # of an answer, where nothing else ends it
+LEAST_TOKENS = 8  # of an answer
+ROOM = 160  # tokens for a question with its answer, and what a conversation is longer than planned
+
+
+class ChatModel(Protocol):
+    """A model that is asked several questions from one state.
+
+    Attributes:
+        tokenizer: the model's.
+    """
+
+    @property
+    def tokenizer(self) -> ChatTokenizer: ...
+
+    def answers(self, ids: list[int], pauses: Sequence[Pause]) -> list[list[list[Prediction]]]:
+        """How well right answers are predicted.
+
+        Args:
+            ids: of the conversation. pauses: ascending places in it, with their questions.
+
+        Returns:
+            Per pause and question a prediction of each token of the answer.
+        """
+
+
+class Pause(NamedTuple):
+    """A place of a conversation at which questions are asked.
+
+    Attributes:
+        at: tokens of the conversation before it.
+        questions: tokens up to where the answer begins, and of the right answer.
+    """
+
+    at: int
+    questions: list[tuple[list[int], list[int]]]
+
+
+def default_distances() -> list[int]:
+    """Tokens from what was said to the end of the conversation."""
+    return [250, 500, 1000, 2000, 4000]
+
+
+@dataclass(frozen=True)
+class ChatPlan:
+    """The conversations that every setting reads; JSON values only.
+
+    A cell is a task, a length and a distance.
+
+    Attributes:
+        tasks: of `CHAT_TASKS`. lengths: tokens of a conversation. distances: tokens from what was
+            said to the end of the conversation; one is asked for those that it holds.
+        texts: as `read_held_out` takes them, with documentation. samples: conversations of each
+            length. seed: of all choices.
+    """
+
+    name: ClassVar[str] = "chat"
+
+    tasks: list[str]
+    lengths: list[int]
+    distances: list[int]
+    texts: str
+    samples: int = 50
+    seed: int = 0
+
+    @property
+    def max_length(self) -> int:
+        """Longest conversation and answer, in tokens."""
+        return max(self.lengths) + ROOM
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all conversations."""
+        return sum(self.lengths) * self.samples
+
+    def cost(self, sample: dict[str, Any]) -> int:
+        """Tokens that a sample of `run` counts for in `tokens`."""
+        length = int(sample["length"])
+        return length // (len(self.tasks) * len(self.distances_in(length)))
+
+    def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
+        """Conversations that `run` need not read again, given samples of an earlier call."""
+        return {(row["length"], row["index"]) for row in samples}
+
+    def distances_in(self, length: int) -> list[int]:
+        """The distances that conversations of `length` tokens are asked for."""
+        before = PAUSE_TOKENS * len(self.tasks) + SPACE
+        return [distance for distance in sorted(self.distances) if distance + before <= length]
+
+    def check(self) -> None:
+        """Refuse lengths and distances that cannot be asked.
+
+        Raises:
+            EvalError: distances too near to each other or to the end, or a length that holds none.
+        """
+        distances = [0, *sorted(self.distances)]
+        for before, distance in itertools.pairwise(distances):
+            if distance - before < SPACE:
+                raise EvalError(
+                    f"--distances {distance}: must be at least {SPACE} more than {before}, as what "
+                    "users say would else stand side by side"
+                )
+        for length in self.lengths:
+            if not self.distances_in(length):
+                least = distances[1] + PAUSE_TOKENS * len(self.tasks) + SPACE
+                raise EvalError(
+                    f"--lengths {length}: holds none of the --distances "
+                    f"{', '.join(map(str, self.distances))}; a conversation for {distances[1]} has "
+                    f"at least {least} tokens"
+                )
+
+    def run(self, model: ChatModel, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
+        """Let `model` read all conversations, short ones first.
+
+        Args:
+            model: is asked. emit: is given `{"event": "samples", "samples": [...]}` after every
+                conversation. done: see the method of that name.
+
+        Raises:
+            EvalError: no chat template, or too little documentation.
+        """
+        kinds = Kinds.read(Path(self.texts), [CHAT], model.tokenizer.has_chat)
+        documents = [document for found in kinds.files[CHAT].values() for document in found]
+        for length in sorted(self.lengths):
+            for index in range(self.samples):
+                if (length, index) in done:
+                    continue
+                chat = self.chat(model.tokenizer, documents, length, index)
+                answers = model.answers(chat.ids, chat.pauses)
+                flat = [answer for of_pause in answers for answer in of_pause]
+                rows = [
+                    _row(asked, answer, length, index, len(chat.ids))
+                    for asked, answer in zip(chat.asked, flat, strict=True)
+                ]
+                emit({"event": "samples", "samples": rows})
+
+    def chat(self, tokenizer: ChatTokenizer, documents: list[str], length: int, index: int) -> Chat:
+        """A conversation, the same for every model of a tokenizer.
+
+        Args:
+            tokenizer: the model's. documents: that the assistant says. length: tokens, as near as
+                whole words come. index: of the conversation among those of its length.
+
+        Raises:
+            EvalError: too few documents.
+        """
+        rng = random.Random(f"{self.seed}/chat/{length}/{index}")
+        distances = self.distances_in(length)
+        # Each task asks last in as many conversations as the others.
+        tasks = [self.tasks[(index + i) % len(self.tasks)] for i in range(len(self.tasks))]
+        facts = {task: _draw(task, len(distances), rng) for task in tasks}
+        marks: list[tuple[int, Fact | None]] = []
+        for number, task in enumerate(tasks):
+            end = length - PAUSE_TOKENS * number
+            marks.append((end, None))
+            marks += [(end - d, fact) for d, fact in zip(distances, facts[task], strict=True)]
+        talk = _Talk(tokenizer, _words(tokenizer, documents, rng), rng)
+        ends = []
+        for place, fact in sorted(marks, key=lambda mark: mark[0]):
+            if fact is None:
+                talk.go_on(place)
+                ends.append(len(talk.messages))
+            else:
+                talk.say(fact.sentence, place)
+        text = tokenizer.conversation(talk.messages, begun=False)
+        said = _ends(text, talk.messages)
+        ids: list[int] = []
+        pauses, asked, at = [], [], 0
+        for task, count in zip(reversed(tasks), ends, strict=True):
+            end = said[count - 1]
+            ids += tokenizer.encode(text[at:end], special=False)
+            at = end
+            pauses.append(Pause(len(ids), [_question(tokenizer, fact) for fact in facts[task]]))
+            for distance, fact in zip(distances, facts[task], strict=True):
+                start = text.index(fact.sentence) + fact.sentence.rindex(fact.answer)
+                back = len(tokenizer.encode(text[start:end], special=False))
+                asked.append(Asked(task, distance, back, fact))
+        return Chat(ids, pauses, asked)
+
+
+class Asked(NamedTuple):
+    """A question of a conversation.
+
+    Attributes:
+        task: its name. aim: the distance that was asked for. distance: tokens from the answer in
+            what was said to the end of the conversation. fact: what was said.
+    """
+
+    task: str
+    aim: int
+    distance: int
+    fact: Fact
+
+
+class Chat(NamedTuple):
+    """A conversation.
+
+    Attributes:
+        ids: up to its last pause. pauses: where the assistant has answered.
+        asked: at all pauses, in their order.
+    """
+
+    ids: list[int]
+    pauses: list[Pause]
+    asked: list[Asked]
+
+
+def _draw(task: str, count: int, rng: random.Random) -> list[Fact]:
+    """`count` facts of different questions; the forms of the task take turns."""
+    forms = list(CHAT_TASKS[task].forms)
+    rng.shuffle(forms)
+    found: dict[str, Fact] = {}
+    while len(found) < count:
+        fact = forms[len(found) % len(forms)](rng)
+        found.setdefault(fact.question, fact)
+    return list(found.values())
+
+
+class _Talk:
+    """A conversation that grows, and the tokens that it has.
+
+    Args:
+        tokenizer: counts. words: that the assistant says. rng: chooses what the user asks.
+    """
+
+    def __init__(
+        self, tokenizer: ChatTokenizer, words: Iterator[tuple[str, int]], rng: random.Random
+    ) -> None:
+        self.messages: list[tuple[str, str]] = []
+        self._tokenizer, self._words, self._rng = tokenizer, words, rng
+        turn = [("user", ASKS[0]), ("assistant", ASKS[0])]
+        one, two = (self._count(tokenizer.conversation(turn * n, begun=False)) for n in (1, 2))
+        self._frame = two - one - 2 * self._count(ASKS[0])  # what the template writes around a turn
+        self._at = one - (two - one)
+        self._said = ""  # by the user, whose turn it is
+
+    def say(self, sentence: str, place: int) -> None:
+        """Go on, and let the user say `sentence` up to `place`, in tokens."""
+        self._fill(place - self._count(sentence))
+        self._said = f"{self._said} {sentence}".strip(" ")
+
+    def go_on(self, place: int) -> None:
+        """Go on up to `place`, which is the end of an answer."""
+        self._fill(place)
+        if self._said or not self.messages:
+            self._turn(LEAST_TOKENS)
+
+    def _fill(self, place: int) -> None:
+        least = self._frame + self._count(ASKS[0]) + LEAST_TOKENS
+        while (free := place - self._at - self._count(self._said)) >= least:
+            self._turn(free if free < TURN_TOKENS + 2 * least else TURN_TOKENS + least)
+
+    def _turn(self, tokens: int) -> None:
+        """A turn of so many tokens, without what the user says in passing."""
+        ask = self._rng.choice(ASKS)
+        user = f"{self._said} {ask}".lstrip(" ") if self._said[-1:] != "\n" else self._said + ask
+        tokens -= self._frame + self._count(ask)
+        words, found = "", 0
+        while found < max(tokens, LEAST_TOKENS):
+            word, size = next(self._words)
+            words, found = words + word, found + size
+        words = words.strip()
+        self.messages += [("user", user), ("assistant", words)]
+        self._at += self._frame + self._count(user) + self._count(words)
+        self._said = ""
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text, special=False)) if text else 0
+
+
+def _words(
+    tokenizer: ChatTokenizer, documents: list[str], rng: random.Random
+) -> Iterator[tuple[str, int]]:
+    """Words of documents with the white space before them, from a random document on.
+
+    Yields:
+        A word and its tokens.
+
+    Raises:
+        EvalError: all were said.
+    """
+    first = rng.randrange(len(documents))
+    for document in [*documents[first:], *documents[:first]]:
+        for word in re.findall(r"\s*\S+", f"\n\n{document}"):
+            yield word, len(tokenizer.encode(word, special=False))
+    raise EvalError(
+        "--lengths: the held-out documentation at --texts has not so many tokens; ask for shorter "
+        "conversations or give more text"
+    )
+
+
+def _ends(text: str, messages: list[tuple[str, str]]) -> list[int]:
+    """Where in a conversation's text the content of each message ends."""
+    found, at = [], 0
+    for _, content in messages:
+        at = text.index(content, at) + len(content)
+        found.append(at)
+    return found
+
+
+def _question(tokenizer: ChatTokenizer, fact: Fact) -> tuple[list[int], list[int]]:
+    """A question of a `Pause`: from the end of an answer to where the next one is begun."""
+    mark = "Well"
+    talk = [("user", ASKS[0]), ("assistant", mark), ("user", fact.question)]
+    text = tokenizer.conversation(talk, begun=True)
+    opened = tokenizer.encode(text.partition(mark)[2], special=False)
+    space = "" if fact.begun.endswith('"') else " "
+    begun = tokenizer.encode(fact.begun, special=False)
+    whole = tokenizer.encode(fact.begun + space + fact.answer, special=False)
+    # A tokenizer may join the end of what is begun with what follows.
+    given = next((i for i, id in enumerate(begun) if whole[i] != id), len(begun))
+    return opened + whole[:given], whole[given:]
+
+
+def _row(
+    asked: Asked, answer: list[Prediction], length: int, index: int, tokens: int
+) -> dict[str, Any]:
+    """A question's line in the results."""
+    first = [token.first for token in answer]
+    return {
+        "task": asked.task,
+        "length": length,
+        "aim": asked.aim,
+        "index": index,
+        "distance": asked.distance,
+        "prompt_tokens": tokens,
+        "question": asked.fact.question,
+        "expected": [asked.fact.answer],
+        "logprob": sum(token.logprob for token in answer),
+        "exact": all(first),
+        "match": float(all(first)),
+        "share": sum(first) / len(first),
+    }

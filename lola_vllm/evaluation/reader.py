@@ -1,0 +1,292 @@
+"""A model directory in transformers that reads a text in pieces, its state carried over.
+
+vLLM has one request per sequence and keeps what it says of every token of a prompt until the last
+one is read. Here a text of any length takes the memory of one piece, and several questions are
+asked from one state. The ops are those that serve (`lola_vllm.engine.hf`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lola_vllm.evaluation import EvalError
+from lola_vllm.evaluation.ablation import SCORES, CountedScore, leave_out, with_score
+from lola_vllm.evaluation.chats import Pause
+from lola_vllm.evaluation.copying import ASKED, FLOOR, Answers, Stop
+from lola_vllm.evaluation.models import LocalTokenizer, Prediction
+from lola_vllm.evaluation.settings import Setting
+
+PIECE = 512  # tokens of a forward; their logits take a row of the vocabulary each
+
+
+class Reader:
+    """See `stream.StreamModel`, `copying.CopyModel` and `chats.ChatModel`.
+
+    Args:
+        setting: model directory, LoLA parameters and score.
+        context: tokens that a softmax model sees before each block.
+        dtype: "float32", "bfloat16" and so on, or "auto" for the checkpoint's own.
+        batch: questions at once.
+
+    Attributes:
+        score: other than the self-recall error, by which pairs are kept; None for that.
+
+    Raises:
+        EvalError: the model cannot be loaded.
+    """
+
+    def __init__(self, setting: Setting, context: int, dtype: str, batch: int = 8) -> None:
+        self.tokenizer = LocalTokenizer(setting.model)
+        self.is_lola, self.context, self.batch = setting.is_lola, context, batch
+        self.score: CountedScore | None = None
+        if setting.score != "sre":
+            self.score = CountedScore(SCORES[setting.score])
+        self._model = load(setting, dtype)
+        if setting.without:
+            leave_out(self._model, setting.without)
+        self.dtype = str(self._model.dtype).removeprefix("torch.")
+
+    def read_blocks(
+        self, prefix: list[int], ids: list[int], block: int, wanted: Collection[int]
+    ) -> Iterator[tuple[int, list[Prediction]]]:
+        """See `stream.StreamModel.read_blocks`."""
+        run = Run(self._model)
+        run.read(prefix)
+        for index in range(max(wanted) + 1):
+            start, stop = index * block, (index + 1) * block
+            if not self.is_lola:
+                if index not in wanted:
+                    continue
+                run = Run(self._model)
+                run.read(prefix + ids[max(0, start - self.context) : start])
+            if index in wanted:
+                yield index, run.predict(ids[start:stop])
+            else:
+                run.read(ids[start:stop])
+
+    def ask(self, ids: list[int], stops: Sequence[Stop], longest: int) -> list[Answers]:
+        """See `copying.CopyModel.ask`.
+
+        A softmax model sees of a text as many tokens as its positions leave room for, the last.
+        """
+        at = 0
+        if not self.is_lola:
+            room = self._model.config.max_position_embeddings - longest
+            at = max(0, stops[-1].at - room)
+        run, begin = Run(self._model, self.score), at
+        found = []
+        for stop in stops:
+            run.read(ids[at : stop.at])
+            at = stop.at
+            floor = None
+            if not self.is_lola:
+                last = Run(self._model)
+                last.read(ids[max(0, at - FLOOR) : at])
+                floor = last.ask(stop.questions, ASKED, self.batch)
+            answers = run.ask(stop.questions, ASKED, self.batch)
+            found.append(Answers(answers, floor, at - begin))
+        return found
+
+    def answers(self, ids: list[int], pauses: Sequence[Pause]) -> list[list[list[Prediction]]]:
+        """See `chats.ChatModel.answers`."""
+        run, at, found = Run(self._model, self.score), 0, []
+        for pause in pauses:
+            run.read(ids[at : pause.at])
+            at = pause.at
+            asked = [(question + answer, len(answer)) for question, answer in pause.questions]
+            found.append([run.ask([whole], last, 1)[0] for whole, last in asked])
+        return found
+
+
+class Run:
+    """One sequence of a model, which goes on with every call.
+
+    Args:
+        model: of `load`. score: by which a LoLA model keeps pairs; None for the model's own.
+
+    Attributes:
+        cache: its LoLA state, or its keys and values. seen: tokens read.
+
+    Raises:
+        EvalError: a score, and another back end than torch.
+    """
+
+    def __init__(self, model: Any, score: CountedScore | None = None) -> None:
+        from transformers import DynamicCache
+
+        from lola_vllm.core.config import MODEL_TYPE
+        from lola_vllm.engine.hf import LolaCache
+
+        self._model = model
+        is_lola = model.config.model_type == MODEL_TYPE
+        self.cache: Any = LolaCache(model.config) if is_lola else DynamicCache()
+        self.is_lola = is_lola
+        if is_lola and score is not None:
+            _keep_by(self.cache, model, score)
+        self.seen = 0
+        self._next: Tensor | None = None  # [V], logits of the token that comes next
+
+    def read(self, ids: list[int]) -> None:
+        """Read tokens without saying how well they are predicted."""
+        for at in range(0, len(ids), PIECE):
+            self._next = self._forward(ids[at : at + PIECE], 1)[-1]
+
+    def predict(self, ids: list[int]) -> list[Prediction]:
+        """Read tokens; a prediction of each, but for the first one of a sequence."""
+        found: list[Prediction] = []
+        for at in range(0, len(ids), PIECE):
+            piece = ids[at : at + PIECE]
+            logits = self._forward(piece, 0)
+            before = logits[:-1]
+            targets = torch.tensor(piece[1:], device=logits.device)
+            if self._next is not None:
+                before = torch.cat([self._next[None], before])
+                targets = torch.tensor(piece, device=logits.device)
+            # A copy, or the next piece would keep all logits of this one.
+            self._next = logits[-1].clone()
+            found += _predictions(before.float(), targets)
+        return found
+
+    def copy(self) -> Run:
+        """Another sequence that has read the same so far."""
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
+
+    def ask(self, questions: list[list[int]], last: int, batch: int) -> list[list[Prediction]]:
+        """How well the last tokens of each question are predicted, if it came next.
+
+        The sequence stays as it is.
+
+        Args:
+            questions: of equally many tokens, more than `last`. last: tokens of each that are
+                predicted. batch: questions at once.
+
+        Returns:
+            `last` predictions per question.
+        """
+        found: list[list[Prediction]] = []
+        size = 1 if getattr(self._model.config, "sliding_window", None) else batch
+        for at in range(0, len(questions), size):
+            part = torch.tensor(questions[at : at + size], device=self._model.device)
+            logits = self._ask_rows(part, last) if self.is_lola else self._ask_tree(part, last)
+            for row, ids in zip(logits, part, strict=True):
+                found.append(_predictions(row.float(), ids[-last:]))
+        return found
+
+    @torch.no_grad()
+    def _ask_rows(self, questions: Tensor, last: int) -> Tensor:
+        """Logits `[B, last, V]` of questions `[B, Q]`, each with a copy of the state."""
+        cache = _fork(self.cache)
+        cache.batch_repeat_interleave(len(questions))
+        output = self._model(
+            questions, past_key_values=cache, use_cache=True, logits_to_keep=last + 1
+        )
+        logits: Tensor = output.logits[:, :-1]
+        return logits
+
+    @torch.no_grad()
+    def _ask_tree(self, questions: Tensor, last: int) -> Tensor:
+        """The same of a softmax model: all questions in one row, none of which sees another.
+
+        Keys and values of a long text are too large for a copy each.
+        """
+        count, length = questions.shape
+        device = questions.device
+        own = torch.block_diag(*[torch.ones(length, length, device=device).tril()] * count)
+        sees = torch.nn.functional.pad(own.bool(), (self.seen, 0), value=True)
+        dtype = self._model.dtype
+        mask = torch.zeros(sees.shape, dtype=dtype, device=device)
+        mask = mask.masked_fill(~sees, torch.finfo(dtype).min)
+        places = torch.arange(length, device=device) + self.seen
+        keep = torch.arange(count * length, device=device).view(count, length)[:, -last - 1 : -1]
+        output = self._model(
+            questions.reshape(1, -1),
+            # Alone a question needs no mask but the model's own, which knows of sliding windows.
+            attention_mask=mask[None, None] if count > 1 else None,
+            position_ids=places.repeat(count)[None],
+            past_key_values=_fork(self.cache),
+            use_cache=True,
+            logits_to_keep=keep.flatten(),
+        )
+        logits: Tensor = output.logits[0]
+        return logits.view(count, last, -1)
+
+    def answer(self, tokens: int) -> list[int]:
+        """The most likely `tokens` tokens from here on, which are read as well.
+
+        Raises:
+            ValueError: nothing was read.
+        """
+        if self._next is None:
+            raise ValueError("nothing was read that an answer could follow")
+        found: list[int] = []
+        for _ in range(tokens):
+            found.append(int(self._next.argmax()))
+            self.read(found[-1:])
+        return found
+
+    @torch.no_grad()
+    def _forward(self, ids: list[int], keep: int) -> Tensor:
+        """Logits `[len(ids) or keep, V]`."""
+        row = torch.tensor([ids], device=self._model.device)
+        output = self._model(row, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
+        self.seen += len(ids)
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+def _fork(cache: Any) -> Any:
+    """A cache that goes on by itself. What it has is shared with `cache`.
+
+    Forwards replace the keys and values of a softmax model. They write into LoLA's pages, which
+    `batch_repeat_interleave` replaces.
+    """
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
+
+
+def _keep_by(cache: Any, model: Any, score: CountedScore) -> None:
+    """Let an empty LoLA cache keep the pairs of largest `score`."""
+    heads, size = model.config.num_key_value_heads, model.config.head_dim
+    for layer in cache.layers:
+        layer.allocate(1, heads, size, model.dtype, model.device)
+        layer.ops = with_score(layer.ops, score)
+
+
+def _predictions(logits: Tensor, targets: Tensor) -> list[Prediction]:
+    logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+    first = logits.argmax(-1) == targets
+    return [Prediction(*pair) for pair in zip(logprobs.tolist(), first.tolist(), strict=True)]
+
+
+def load(setting: Setting, dtype: str) -> Any:
+    """A model with the setting's parameters, on the GPU if there is one.
+
+    Raises:
+        EvalError: it cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import lola_vllm.engine.hf  # noqa: F401  (makes transformers know LoLA models)
+
+    try:
+        config = AutoConfig.from_pretrained(
+            setting.model, local_files_only=True, trust_remote_code=False
+        )
+        if setting.lola_config:
+            config.lola_config = setting.lola_config
+        if setting.positions is not None:
+            config.max_position_embeddings = setting.positions
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            setting.model, config=config, dtype=dtype, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise EvalError(f"{setting.model}: transformers cannot load it ({error})") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

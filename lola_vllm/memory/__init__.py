@@ -1,0 +1,1 @@
+"""States that outlive a request: sessions, and documents that a question finds."""

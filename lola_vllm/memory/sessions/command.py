@@ -1,0 +1,244 @@
+"""`lola-vllm states VERB`: a state directory, without a server."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import itertools
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lola_vllm.memory.sessions.cipher import StateKey
+    from lola_vllm.memory.sessions.inventory import Entry, Inventory, OwnerFilter
+
+_WHO = "none, file:PATH, env:NAME, prompt"
+_KEYS = f"API keys: {_WHO}; a file or a variable may have several, one a line"
+_NAMES = 8  # of an owner, in the table
+_PROMPT = "API key: "
+
+
+def add_states(parser: argparse.ArgumentParser) -> None:
+    """Add the verbs of `lola-vllm states`."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--lola-state-dir", type=Path, required=True, metavar="DIR", help="as of the servers"
+    )
+    common.add_argument(
+        "--lola-state-key-file", type=Path, metavar="FILE",
+        help="the secret of encrypted files (default: LOLA_VLLM_STATE_KEY)",
+    )  # fmt: skip
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def add(
+        name: str, text: str, run: Callable[[argparse.Namespace], int]
+    ) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=text, description=text, parents=[common])
+        verb.set_defaults(run=run)
+        return verb
+
+    listing = add("list", "who has how many states, of which names, and when they were used", _list)
+    listing.add_argument(
+        "--keys", nargs="+", default=[], metavar="WHO", help=f"say what these reach. {_KEYS}"
+    )
+    listing.add_argument("--json", action="store_true", help="JSON instead of a table")
+    move = add("move", "give the states of one owner to another", _move)
+    move.add_argument(
+        "--from", dest="source", required=True, metavar="WHO",
+        help=f"whose they are: {_WHO}, or an owner as 'list' shows it",
+    )  # fmt: skip
+    move.add_argument(
+        "--to", required=True, metavar="WHO", help=f"whose they are to be: {_WHO}; one key"
+    )
+    add("encrypt", "encrypt the files that were written without a key, each at once", _encrypt)
+    remove = add("rm", "delete what no given key reaches, or all", _remove)
+    what = remove.add_mutually_exclusive_group(required=True)
+    what.add_argument("--keep", nargs="+", metavar="WHO", help=f"whose states stay. {_KEYS}")
+    what.add_argument("--all", action="store_true", help="no states stay")
+    remove.add_argument(
+        "--unread", action="store_true",
+        help="delete what cannot be read too, whoever's it is: of another key, or damaged",
+    )  # fmt: skip
+    remove.add_argument("--yes", action="store_true", help="do not ask before")
+
+
+def read_owners(text: str, option: str, shown: bool = False) -> OwnerFilter:
+    """Whose states are meant.
+
+    Args:
+        text: `none`; `file:PATH` or `env:NAME`, which have API keys; `prompt`, which asks for one.
+        option: what errors call it. shown: whether it may be an owner as `list` shows it.
+
+    Raises:
+        InventoryError: it is none of these, or there is no key. The text is not repeated, because
+        it
+            may be a key.
+    """
+    from lola_vllm.memory.sessions.inventory import InventoryError, OwnerFilter
+    from lola_vllm.memory.sessions.owner import SHOWN
+
+    if text == "none":
+        return OwnerFilter(text, none=True)
+    if shown and re.fullmatch(rf"[0-9a-f]{{{SHOWN}}}", text):
+        return OwnerFilter(text, (text,))
+    kind, _, place = text.partition(":")
+    if text == "prompt":
+        found = getpass.getpass(_PROMPT)
+    elif kind == "file" and place:
+        try:
+            found = Path(place).expanduser().read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InventoryError(f"{option} = {text}: the key cannot be read ({error})") from None
+    elif kind == "env" and place:
+        if place not in os.environ:
+            raise InventoryError(f"{option} = {text}: there is no such environment variable")
+        found = os.environ[place]
+    else:
+        owner = ", or an owner as 'list' shows it" if shown else ""
+        raise InventoryError(
+            f"{option}: must be {_WHO}{owner}. A key itself is not taken, because other users see "
+            "it in the list of processes"
+        )
+    keys = [line.strip() for line in found.splitlines() if line.strip()]
+    if not keys:
+        raise InventoryError(f"{option} = {text}: there is no key in it")
+    return OwnerFilter.of_keys(text, keys)
+
+
+def _key(args: argparse.Namespace) -> StateKey | None:
+    from lola_vllm.memory.sessions.cipher import KEY_VARIABLE
+    from lola_vllm.memory.sessions.settings import StoreSettings
+
+    variable = KEY_VARIABLE if KEY_VARIABLE in os.environ else None
+    return StoreSettings(key_file=args.lola_state_key_file, key_variable=variable).key()
+
+
+def _open(args: argparse.Namespace) -> Inventory:
+    """The states of the directory; what cannot be read is told."""
+    from lola_vllm.memory.sessions.encrypting import unread_words
+    from lola_vllm.memory.sessions.inventory import Inventory
+
+    key = _key(args)
+    inventory = Inventory(_root(args), key)
+    counts = {reason: len(files) for reason, files in inventory.unread.items()}
+    for line in unread_words(counts, key is not None, inventory.root):
+        print(f"lola-vllm: {line}", file=sys.stderr)
+    return inventory
+
+
+def _root(args: argparse.Namespace) -> Path:
+    root: Path = args.lola_state_dir.expanduser().absolute()
+    return root
+
+
+def _list(args: argparse.Namespace) -> int:
+    inventory = _open(args)
+    known = [read_owners(text, "--keys") for text in args.keys]
+    rows = []
+    for owner, states in inventory.owners().items():
+        row = _describe(owner, states)
+        if known:
+            row["reached"] = sum(any(one.has(s.header.salt) for one in known) for s in states)
+        rows.append(row)
+    if args.json:
+        print(json.dumps({"owners": rows}, indent=2))
+        return 0
+    if not rows:
+        print("no states that can be read" if inventory.unread else "no states")
+    for row in rows:
+        reached = f", {row['reached']} of them reached" if known else ""
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["used"]))
+        print(
+            f"{row['owner']}: {len(row['sessions'])} sessions, {row['states']} states{reached}, "
+            f"{row['bytes'] / 2**20:.1f} MiB, {row['salts']} salts, last used {used}"
+        )
+        names = row["sessions"][:_NAMES]
+        more = len(row["sessions"]) - len(names)
+        print(f"    {', '.join(names)}" + (f" and {more} more" if more else ""))
+    return 0
+
+
+def _describe(owner: str, states: Sequence[Entry]) -> dict[str, Any]:
+    used: dict[str, float] = {}
+    for state in states:
+        name = state.header.session
+        used[name] = max(used.get(name, 0.0), state.used)
+    return {
+        "owner": owner,
+        "sessions": sorted(used, key=lambda name: -used[name]),
+        "states": len(states),
+        "bytes": sum(state.nbytes for state in states),
+        "salts": len({state.header.salt for state in states}),
+        "used": max(used.values()),
+    }
+
+
+def _move(args: argparse.Namespace) -> int:
+    from lola_vllm.memory.sessions.inventory import InventoryError
+
+    inventory = _open(args)
+
+    source, target = read_owners(args.source, "--from", shown=True), read_owners(args.to, "--to")
+    if len(target.owners) > 1:
+        raise InventoryError(f"--to = {args.to}: it has {len(target.owners)} keys; give one")
+    failed = inventory.move(source, None if target.none else target.owners[0])
+    for text in failed:
+        print(f"lola-vllm: not moved: {text}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def _encrypt(args: argparse.Namespace) -> int:
+    from lola_vllm.memory.sessions.encrypting import encrypt
+    from lola_vllm.memory.sessions.inventory import InventoryError
+
+    key = _key(args)
+    if key is None:
+        raise InventoryError(
+            "no key to encrypt with: give --lola-state-key-file, a file that `openssl rand -hex "
+            "32` wrote, for example"
+        )
+    done = encrypt(_root(args), key)
+    for text in done.failed:
+        print(f"lola-vllm: not encrypted: {text}", file=sys.stderr)
+    print(f"{done.files} files encrypted; {done.before} were encrypted before")
+    return 2 if done.failed else 0
+
+
+def _remove(args: argparse.Namespace) -> int:
+    inventory = _open(args)
+    kept = inventory.of([read_owners(text, "--keep") for text in args.keep or ()])
+    stay = {(state.model, state.header.id) for state in kept}
+    leaving = [s for s in inventory.states if (s.model, s.header.id) not in stay]
+    unread = sorted(itertools.chain(*inventory.unread.values()))
+    for path in unread:
+        fate = "it goes too" if args.unread else "it stays; --unread deletes it too"
+        print(f"{path.relative_to(inventory.root)}: cannot be read; {fate}")
+    also = unread if args.unread else []
+    status = 2 if args.all and len(also) < len(unread) else 0
+    if not leaving and not also:
+        why = "no state can be read" if args.all else "the given keys reach all states"
+        print(f"nothing to delete: {why}")
+        return status
+    mib = sum(state.nbytes for state in leaving) / 2**20
+    names = sorted({state.header.session for state in leaving})
+    what = f"{len(leaving)} states of {len(names)} names, {mib:.1f} MiB"
+    what += f", and {len(also)} that cannot be read" if also else ""
+    print(f"{what}: {', '.join(names[:_NAMES])}" + (", ..." if len(names) > _NAMES else ""))
+    if not args.yes:
+        if not sys.stdin.isatty():
+            print("lola-vllm: nothing was deleted; --yes deletes without asking", file=sys.stderr)
+            return 2
+        if input(f"delete them, and keep {len(kept)} states? [y/N] ").strip().lower() != "y":
+            print("nothing was deleted")
+            return 0
+    inventory.delete(leaving)
+    if also:
+        inventory.delete_unread()
+    print(f"{len(leaving) + len(also)} states deleted")
+    return status

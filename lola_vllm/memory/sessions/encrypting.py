@@ -1,0 +1,174 @@
+"""A directory whose states were written without its key: what is said of it, and its encryption."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from lola_vllm.memory.sessions.cipher import KEY_VARIABLE, StateKey, is_sealed, sealed_file
+from lola_vllm.memory.sessions.directory import DELETED
+from lola_vllm.memory.sessions.file import (
+    KEYS_SUFFIX,
+    StateFileError,
+    parse_name,
+    read_header,
+    read_state,
+    write_state,
+)
+from lola_vllm.memory.sessions.inventory import InventoryError, model_directories
+from lola_vllm.memory.sessions.partial import remove_partials, write_aside
+
+KEY_FAULTS = ("plain", "key")  # reasons of `StateFileError` that the right key mends
+
+
+def unread_words(unread: Mapping[str, int], key: bool, root: Path) -> list[str]:
+    """What is not read in a directory, why, and the remedy: a sentence for each reason.
+
+    Args:
+        unread: states by the reason of `StateFileError`. key: whether a key was given. root: the
+            directory, as of `--lola-state-dir`.
+    """
+    option = f"--lola-state-key-file or {KEY_VARIABLE}"
+    why = {
+        "plain": "not encrypted, and a key is given; 'lola-vllm states encrypt --lola-state-dir "
+        f"{root} --lola-state-key-file FILE' encrypts them",
+        "key": f"encrypted with another key than the one of {option}; give the one that they were "
+        "written with"
+        if key
+        else f"encrypted, and no key is given; give it with {option}",
+    }
+    found = []
+    for reason, number in sorted(unread.items()):
+        states = "1 state is" if number == 1 else f"{number:,} states are"
+        found.append(f"{states} not read in {root}: {why.get(reason, reason)}")
+    return found
+
+
+class Encrypted(NamedTuple):
+    """What `encrypt` did: files that are encrypted now, that were before, and that cannot be, in
+    words."""
+
+    files: int
+    before: int
+    failed: list[str]
+
+
+def encrypt(root: Path, key: StateKey) -> Encrypted:
+    """Encrypt the files of a directory that are not, each at once: it is the old one or the new.
+
+    Servers with the key may run, and take up what is encrypted. What was interrupted goes on when
+    it is asked for again.
+
+    Raises:
+        InventoryError: there is no such directory, or a server without a key runs on it.
+        OSError: a file cannot be written.
+    """
+    files, before, failed = 0, 0, []
+    for model in model_directories(root):
+        try:
+            with _lock(model, fcntl.LOCK_EX) as handle:
+                found = _encrypt_model(model, key)
+                os.fsync(handle)
+        except BlockingIOError:
+            raise InventoryError(
+                f"{model}: a server without a key runs on it, and would write more that is not "
+                "encrypted; stop it, and start it again with the key"
+            ) from None
+        files, before = files + found.files, before + found.before
+        failed += found.failed
+    return Encrypted(files, before, failed)
+
+
+@contextmanager
+def plain_writer(model: Path) -> Iterator[None]:
+    """A server without a key has a model's directory: `encrypt` is refused meanwhile.
+
+    Raises:
+        PermissionError: it is being encrypted.
+    """
+    try:
+        with _lock(model, fcntl.LOCK_SH):
+            yield
+    except BlockingIOError:
+        raise PermissionError(
+            f"{model}: it is being encrypted; start the server with the key"
+        ) from None
+
+
+def _encrypt_model(model: Path, key: StateKey) -> Encrypted:
+    remove_partials(model)  # they are not encrypted either
+    names = sorted(os.listdir(model))
+    deleted = {name.removesuffix(DELETED) for name in names if name.endswith(DELETED)}
+    files, before, failed = 0, 0, []
+    for name in names:
+        if name.partition(".")[0] in deleted:  # a server is about to remove it
+            continue
+        path = model / name
+        try:
+            if parse_name(name) is not None:
+                new = _encrypt_state(path, key)
+            elif name.endswith(KEYS_SUFFIX):
+                new = _encrypt_keys(path, key)
+            else:
+                continue
+        except FileNotFoundError:  # it was deleted a moment ago
+            continue
+        except StateFileError as error:
+            failed.append(f"{model.name}/{error}")
+            continue
+        files, before = files + new, before + (not new)
+    return Encrypted(files, before, failed)
+
+
+def _encrypt_state(path: Path, key: StateKey) -> bool:
+    """Encrypt a file of a state; whether it was not."""
+    try:
+        read_header(path, key)
+        return False
+    except StateFileError as error:
+        if error.reason != "plain":
+            raise
+    found, stat = read_state(path, key=key, plain=True), path.stat()
+    write_state(path, found.header, found.tokens, found.data, key)
+    _used(path, stat)
+    return True
+
+
+def _encrypt_keys(path: Path, key: StateKey) -> bool:
+    """Encrypt the keys of a library's document; whether they were not."""
+    data, stat = path.read_bytes(), path.stat()
+    if is_sealed(data):
+        return False
+    write_aside(path, sealed_file(data, key))
+    _used(path, stat)
+    return True
+
+
+def _used(path: Path, stat: os.stat_result) -> None:
+    """Give a file the time of its last use, but for a nanosecond: a server that runs looks again at
+    a file that it could not read when its time is another one."""
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+@contextmanager
+def _lock(directory: Path, kind: int) -> Iterator[int]:
+    """A directory's lock, which ends with the process however it ends; its descriptor.
+
+    Raises:
+        BlockingIOError: somebody has it.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # of file systems without locks
+            pass
+        yield handle
+    finally:
+        os.close(handle)

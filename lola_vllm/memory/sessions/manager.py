@@ -1,0 +1,570 @@
+"""What people do with sessions: list, look, fork, rename, pin, delete, export and import.
+
+Answers are plain dicts and lists, because routes and commands ask from another process.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lola_vllm.memory.sessions.composing import compose
+from lola_vllm.memory.sessions.file import (
+    StateFileError,
+    read_header,
+    read_state,
+    read_tokens,
+    with_rank,
+    write_state,
+)
+from lola_vllm.memory.sessions.libraries import (
+    all_parts,
+    describe_libraries,
+    describe_library,
+    made_of_parts,
+    name_of_answer,
+    replaced_parts,
+)
+from lola_vllm.memory.sessions.names import (
+    LIBRARY,
+    MAX_SOURCES,
+    Reference,
+    SessionNameError,
+    addition_of,
+    check_name,
+    check_new_name,
+    parse_reference,
+)
+from lola_vllm.memory.sessions.orders import DISK, MEMORY, Copy, Outcome
+from lola_vllm.memory.sessions.past import expiring_apart, is_of, segments_of, segments_under
+from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, Tokens, salt_hash
+from lola_vllm.memory.sessions.shared_prefixes import orphaned_prefixes
+from lola_vllm.memory.sessions.store import NotStored, SessionStore
+from lola_vllm.memory.sessions.tiers import SessionKey, Stored
+from lola_vllm.memory.sessions.upkeep import Operation
+
+Answer = dict[str, Any]
+
+
+class SessionError(Exception):
+    """A request that cannot be met.
+
+    Attributes:
+        kind: "bad" (a wrong argument), "not-found", "exists" or "unavailable".
+    """
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class SessionManager:
+    """Sessions of one store.
+
+    `salt` is the cache salt of the caller, None for none: sessions of one salt do not exist for
+    another.
+    """
+
+    METHODS = (
+        "sessions", "show", "tokens", "fork", "compose", "rename", "pin", "delete", "clear",
+        "files", "import_file", "stats", "result", "libraries", "library", "compose_parts",
+        "remove_documents", "past",
+    )  # fmt: skip
+
+    def __init__(self, store: SessionStore) -> None:
+        self.store = store
+
+    def call(self, method: str, arguments: dict[str, Any]) -> Any:
+        """Call a method by name, for another process.
+
+        Returns:
+            What it returns, or `{"error": text, "kind": kind}` in place of an exception.
+        """
+        try:
+            if method not in self.METHODS:
+                raise SessionError("bad", f"{method}: no such method")
+            return getattr(self, method)(**arguments)
+        except SessionNameError as error:
+            return {"error": str(error), "kind": "bad"}
+        except NotStored as error:
+            return {"error": str(error.args[0]), "kind": "not-found"}
+        except SessionError as error:
+            return {"error": str(error), "kind": error.kind}
+        except StateFileError as error:
+            return {"error": str(error), "kind": "bad"}
+        except OSError as error:
+            return {"error": f"{type(error).__name__}: {error}", "kind": "unavailable"}
+
+    def result(self, operation: int) -> Any:
+        """What became of a rename, a pin or a deletion that was answered with its number.
+
+        Returns:
+            `{"operation": number}` while it is not over, else what the method answers.
+        """
+        found = self.store.upkeep.find(operation)
+        if found is None:
+            raise SessionError("not-found", f"operation = {operation}: there is none, or no longer")
+        return self._ended(found)
+
+    def sessions(self, salt: str | None = None, everyone: bool = False) -> list[Answer]:
+        """Sessions, the last used first; `everyone`: of all salts, for the operator.
+
+        An owner's libraries are listed by `libraries`.
+        """
+        store, hashed = self.store, salt_hash(salt)
+        with store.lock:
+            store.expire()
+            found = [
+                describe_session(store, key)
+                for key in store.sessions
+                if everyone or (key[0] == hashed and not key[1].startswith(LIBRARY))
+            ]
+        return sorted(found, key=lambda one: -one["used"])
+
+    def show(self, session: str, salt: str | None = None) -> Answer:
+        """A session with all of its states, oldest first."""
+        name = check_name(session)
+        with self.store.lock:
+            states = self.store.lookup(Reference(name), salt_hash(salt))
+            found = describe_session(self.store, (salt_hash(salt), name))
+            return found | {"states": [describe_state(state) for state in states]}
+
+    def tokens(self, reference: str, salt: str | None = None) -> Answer:
+        """Token ids of a session, or of a turn: what its longest state covers, and what was said
+        after it: `{"turn", "kind", "tokens", "tail"}`."""
+        state = self._longest(reference, salt)
+        header, tokens = state.header, self._tokens(state)
+        return {
+            "turn": header.turn, "kind": header.kind, "tokens": tokens.tolist(),
+            "tail": header.tail,
+        }  # fmt: skip
+
+    def fork(self, reference: str, to: str, salt: str | None = None) -> Answer:
+        """Another session that goes on from a session or one of its turns."""
+        store, name = self.store, check_new_name(to, "to")
+        with store.lock:
+            states = self._turn(reference, salt)
+            key, origin = (salt_hash(salt), name), None
+            if key in store.sessions:
+                raise SessionError("exists", f"to = {name!r}: there is such a session already")
+            for state in states:
+                now = store.clock()
+                header = replace(
+                    state.header, id=secrets.token_hex(16), session=name, turn=1, created=now,
+                    parent=state.id, pinned=False, library="", document="", part=0, parts=0,
+                    origin=origin,
+                )  # fmt: skip
+                origin = header.session_id
+                copy = Stored(header, state.nbytes, now, nameless=state.nameless)
+                tokens = self._tokens(state)  # the copy's file is not there yet
+                due = self._is_due(state, name)
+                tiers = [t for t in store.tiers_for(name) if t.name in state.tiers or (
+                    due and t is store.disk
+                )]  # fmt: skip
+                store.add(copy, tiers, tokens)
+                self._copy(state, copy, tokens)
+            if key not in store.sessions:
+                raise SessionError("unavailable", "the budgets have no room for another session")
+        return self.show(name, salt)
+
+    def compose(
+        self, sources: list[str], to: str, salt: str | None = None, ttl: float | None = None
+    ) -> Answer:
+        """A new session made of others, or of turns of them, as if their texts stood one behind the
+        other.
+
+        Args:
+            sources: in the order of the texts. ttl: seconds for which it is kept; no longer than
+                any of the sources.
+        """
+        store, name = self.store, check_new_name(to)
+        if not 1 <= len(sources) <= MAX_SOURCES:
+            raise SessionError(
+                "bad", f"from: {len(sources)} sessions; give 1 to {MAX_SOURCES} to compose"
+            )
+        with store.lock:
+            if (salt_hash(salt), name) in store.sessions:
+                raise SessionError("exists", f"session = {name!r}: there is such a session already")
+            self._compose(sources, name, salt, ttl)
+        return self.show(name, salt)
+
+    def _compose(
+        self, sources: Sequence[str], name: str, salt: str | None, ttl: float | None
+    ) -> None:
+        states = [self._longest(source, salt) for source in sources]
+        tokens = [self._tokens(state) for state in states]
+        try:
+            compose(self.store, states, tokens, name, salt_hash(salt), ttl)
+        except ValueError as error:
+            raise SessionError("bad", str(error)) from None
+
+    def libraries(self, salt: str | None = None) -> list[Answer]:
+        """The libraries of an owner, by name."""
+        return describe_libraries(self.store, salt_hash(salt))
+
+    def library(self, library: str, salt: str | None = None) -> Answer:
+        """A library, its documents by title, and the parts of each.
+
+        What newer additions have replaced is deleted.
+        """
+        store, hashed, name = self.store, salt_hash(salt), check_name(library, "library")
+        with store.lock:
+            replaced = replaced_parts(store, hashed, name)
+            if replaced:
+                answers, _ = made_of_parts(store, hashed, replaced)
+                store.delete(replaced + answers, dict)
+            return describe_library(store, hashed, name)
+
+    def compose_parts(
+        self, sources: list[str], salt: str | None = None, ttl: float | None = None
+    ) -> Answer:
+        """The session that the server composes of others for a request, in the order of their
+        texts. It is made once.
+
+        Args:
+            sources: sessions, or turns of them. ttl: seconds for which it is kept, from now on
+                where it is made.
+        """
+        store = self.store
+        with store.lock:
+            parts = [self._longest(source, salt) for source in sources]
+            name = name_of_answer(parts)
+            if (salt_hash(salt), name) not in store.sessions:
+                self._compose(sources, name, salt, ttl)
+        return self.show(name, salt)
+
+    def remove_documents(
+        self,
+        library: str,
+        document: str | None = None,
+        salt: str | None = None,
+        addition: str | None = None,
+    ) -> Answer:
+        """Delete a document of a library, or all of them, for good.
+
+        What was composed of its parts to answer questions goes too. Sessions that somebody composed
+        of them, or went on with, stay, and are named.
+
+        Args:
+            addition: 24 hex digits: its parts alone.
+        """
+        store, hashed = self.store, salt_hash(salt)
+        with store.lock:
+            leaving = all_parts(store, hashed, check_name(library, "library"), document)
+            if addition is not None:
+                leaving = [s for s in leaving if addition_of(s.header.session) == addition]
+            answers, others = made_of_parts(store, hashed, leaving)
+            answer = {"deleted": len(leaving), **({"composed": others} if others else {})}
+            return self._ended(store.delete(leaving + answers, lambda: answer))
+
+    def past(self, reference: str, size: int, salt: str | None = None) -> Answer:
+        """The state of a session, and the segments of its text that are kept, by number from 0 on.
+
+        They are kept as long as the session. Those of another text are deleted.
+
+        Args:
+            size: tokens of a segment.
+        """
+        store = self.store
+        with store.lock:
+            newest = self._longest(reference, salt)
+            if newest.header.adapter:  # segments are read without
+                raise SessionError(
+                    "bad", f"recall: {reference} has an adapter, and is asked alone; leave it out"
+                )
+            found = segments_of(store, newest, self._tokens(newest), size)
+            if found.stale:
+                store.delete(found.stale, dict)
+            due = expiring_apart(found, newest)
+            if due:
+                store.rewrite(due, undo=False, expires=newest.header.expires)
+            return {
+                "id": newest.id,
+                "tokens": newest.header.num_tokens,
+                "segments": [
+                    {"segment": number, "session": state.header.session, "id": state.id}
+                    for number, state in sorted(found.kept.items())
+                ],
+            }
+
+    def rename(self, session: str, to: str, salt: str | None = None) -> Answer:
+        """Another name for a session."""
+        store, old, new = self.store, check_name(session), check_new_name(to, "to")
+        with store.lock:
+            states = store.lookup(Reference(old), salt_hash(salt))
+            if (salt_hash(salt), new) in store.sessions:
+                raise SessionError("exists", f"to = {new!r}: there is such a session already")
+            due = [state for state in states if self._is_due(state, new)]
+            segments = segments_under(store, salt_hash(salt), old)
+            if segments:  # before their session: without one they are dropped at the next start
+                store.rewrite(segments, document=new)
+            operation = store.rewrite(states, answer=lambda: self.show(new, salt), session=new)
+            for state in due:
+                store.write(state)
+            return self._ended(operation)
+
+    def _is_due(self, state: Stored, name: str) -> bool:
+        """Whether a state is to be written under a name: nobody had named it, so it was not."""
+        settings = self.store.settings
+        unwritten = DISK not in state.tiers and self.store.disk.fits(state.nbytes)
+        named = settings.may_write(name) > settings.may_write(state.header.session)
+        return unwritten and named and not state.nameless
+
+    def pin(self, reference: str, pinned: bool = True, salt: str | None = None) -> Answer:
+        """Keep the newest turn of a session, or the turn that is named, whatever is stored."""
+        store, session = self.store, parse_reference(reference).session
+        with store.lock:
+            states = self._turn(reference, salt)
+            if pinned:
+                self._check_pin(states)
+            changing = [state for state in states if state.header.pinned != pinned]
+            return self._ended(
+                store.rewrite(changing, answer=lambda: self.show(session, salt), pinned=pinned)
+            )
+
+    def _check_pin(self, states: list[Stored]) -> None:
+        """Refuse a pin that would leave others no room.
+
+        Half of a budget can be pinned, and an owner may pin an equal share of this half.
+        """
+        owner = states[0].owner
+        for tier in (self.store.memory, self.store.disk):
+            new = sum(s.nbytes for s in states if not s.header.pinned and tier.needs(s))
+            everybody, own = tier.pinned() + new, tier.pinned(owner) + new
+            half = tier.budget // 2
+            share = half // max(1, tier.owners)
+            if new and (everybody > half or own > share):
+                raise SessionError(
+                    "unavailable",
+                    f"{everybody} bytes of {tier.name} would be pinned, {own} of them here; at "
+                    f"most half of {tier.budget} can be, and {share} here: unpin another, or "
+                    "raise the budget",
+                )
+
+    def delete(self, reference: str, salt: str | None = None) -> Answer:
+        """Delete a session, or one of its turns: from memory and from the disk.
+
+        The shared prefixes that nothing else goes on from go with it. It is over when the files
+        are gone. A file that cannot be removed stays listed. What the server composed of it for a
+        request goes too. Sessions that somebody composed of it stay, and are named.
+        """
+        with self.store.lock:
+            states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
+            name = states[0].header.session
+            segments = self._segments_without(name, salt_hash(salt), states)
+            answers, others = made_of_parts(self.store, salt_hash(salt), states + segments)
+            states += orphaned_prefixes(self.store, states, partial(self._text, tuple(states)))
+            states += segments
+            left = [other for other in others if other != name]
+            answer = {"deleted": len(states), **({"composed": left} if left else {})}
+            return self._ended(self.store.delete(states + answers, lambda: answer))
+
+    def _segments_without(self, session: str, salt: str, leaving: Sequence[Stored]) -> list[Stored]:
+        """The segments of a session that are not of the text that is left without some states."""
+        store, found = self.store, segments_under(self.store, salt, session)
+        left = [s for s in store.lookup(Reference(session), salt) if s not in leaving]
+        if not left or not found:
+            return found
+        try:
+            text = self._tokens(left[-1])
+        except (NotStored, StateFileError):
+            return found
+        return [segment for segment in found if not is_of(store, segment, text)]
+
+    def clear(self) -> Answer:
+        """Delete all sessions of this model, whoever they belong to, pinned ones too."""
+        with self.store.lock:
+            states = list(self.store.states.values())
+            for state in states:
+                self.store.forget(state)
+        return {"deleted": len(states)}
+
+    def files(self, reference: str, salt: str | None = None) -> Answer:
+        """Where the files of a session's longest state, or a turn's, are: to copy elsewhere."""
+        state, directory = self._longest(reference, salt), self.store.directory
+        if directory is None or DISK not in state.tiers:
+            raise SessionError(
+                "unavailable",
+                f"{reference} is in memory only; a server with a state directory writes files",
+            )
+        paths = directory.files(state.id)
+        if not all(path.exists() for path in paths):
+            raise SessionError(
+                "unavailable", f"{reference} is not written yet; try again in a moment"
+            )
+        for rank, path in enumerate(paths):
+            try:
+                read_header(path, directory.key, with_rank(state.header, rank))
+            except StateFileError as error:
+                raise self._refused(state, error) from None
+        return describe_state(state) | {"files": [str(path) for path in paths]}
+
+    def import_file(self, file: str, session: str, salt: str | None = None) -> Answer:
+        """Store a state from a file of the same model under a new session.
+
+        Args:
+            file: as `files` names it, or as `LolaCache.save` wrote it. It is checked completely. A
+                server with a key takes one that has the same key or none, and stores it encrypted.
+        """
+        store, name = self.store, check_new_name(session)
+        if store.directory is None or store.ranks != 1:
+            raise SessionError(
+                "unavailable",
+                "states are imported by servers with a state directory and one rank; this one has "
+                + ("no directory" if store.directory is None else f"{store.ranks} ranks"),
+            )
+        key = store.directory.key
+        found = read_state(Path(file), store.fingerprint, key, plain=True)
+        if len(found.data) != store.rank_bytes:
+            raise SessionError("bad", f"{len(found.data)} bytes of pages, not {store.rank_bytes}")
+        hashed = salt_hash(salt)
+        with store.lock:
+            if (hashed, name) in store.sessions:
+                raise SessionError("exists", f"session = {name!r}: there is such a session already")
+        now = store.clock()
+        hashes = store.prefix_hashes(
+            found.tokens, found.header.adapter, hashed, found.header.composed
+        )
+        n = len(found.tokens)
+        header = replace(
+            found.header, id=secrets.token_hex(16), session=name, turn=1, created=now, salt=hashed,
+            expires=None, until=None, origin=None, parent=None, shared_prefix=None, pinned=False,
+            library="", document="", part=0, parts=0,
+            prefix_hash=hashes.prefix_hash(n).hex(), block_hash=hashes.block_hash(n).hex(),
+            fingerprint=store.fingerprint.to_dict(),
+        )  # fmt: skip
+        write_state(store.directory.files(header.id)[0], header, found.tokens, found.data, key)
+        store.upkeep.refresh()
+        return self.show(name, salt)
+
+    def stats(self) -> Answer:
+        """Numbers for metrics; counters grow from 0 at the start."""
+        store = self.store
+        with store.lock:
+            return {
+                "store": store.id,
+                "sessions": len(store.sessions),
+                "states": len(store.states),
+                "state_bytes": store.rank_bytes * store.ranks,
+                "bytes": {MEMORY: store.memory.nbytes, DISK: store.disk.nbytes},
+                "budget": {MEMORY: store.memory.budget, DISK: store.disk.budget},
+                "counts": dict(store.counts),
+                "failures": dict(store.failures),
+                "seconds": {name: float(value) for name, value in store.seconds.items()},
+                "directory": None if store.directory is None else str(store.directory.path),
+                "unread": store.unread(),
+            }
+
+    def _ended(self, operation: Operation) -> Any:
+        """The answer of an operation, or its number while it is not over."""
+        if not operation.done:
+            return {"operation": operation.number}
+        if operation.error is not None:
+            raise SessionError(
+                "unavailable",
+                f"the directory cannot be changed, so all is as it was ({operation.error})"
+                if operation.before is not None
+                else f"what could not be removed is still listed ({operation.error})",
+            )
+        return operation.answer()
+
+    def _turn(self, reference: str, salt: str | None) -> list[Stored]:
+        """The states of a turn: the one that is named, else the newest."""
+        asked = parse_reference(reference, "session")
+        states = self.store.lookup(asked, salt_hash(salt))
+        newest = max(state.header.turn for state in states)
+        return [state for state in states if state.header.turn == newest]
+
+    def _longest(self, reference: str, salt: str | None) -> Stored:
+        return max(self._turn(reference, salt), key=lambda state: state.header.num_tokens)
+
+    def _tokens(self, state: Stored) -> Tokens:
+        try:
+            return self._tokens_there(state)
+        except StateFileError as error:
+            raise self._refused(state, error) from None
+
+    def _tokens_there(self, state: Stored) -> Tokens:
+        """The tokens of a state, from memory or its file.
+
+        Raises:
+            NotStored: they are in neither. StateFileError: the file cannot be used.
+        """
+        tokens, directory = self.store.tokens(state), self.store.directory
+        if tokens is None and directory is not None:
+            try:
+                tokens = read_tokens(directory.files(state.id)[0], directory.key, state.header)
+            except StateFileError as error:
+                if error.reason != "missing":
+                    raise
+        if tokens is None:
+            raise NotStored(f"the tokens of {state.header.session!r} are not kept")
+        return tokens
+
+    def _refused(self, state: Stored, error: StateFileError) -> NotStored:
+        """What to raise for a state whose file cannot be used; it counts as on a rank."""
+        failed = Outcome(state.id, "read-failed", DISK, reason=error.text, fault=error.reason)
+        self.store.apply([(0, failed)])
+        return NotStored(f"the file of {state.header.session!r} cannot be used: {error.text}")
+
+    def _text(self, states: Sequence[Stored]) -> PrefixHashes | None:
+        """The longest of some states' texts; None where it cannot be read."""
+        longest = max(states, key=lambda state: state.header.num_tokens)
+        header = longest.header
+        try:
+            return self.store.prefix_hashes(
+                self._tokens_there(longest), header.adapter, header.salt, header.composed
+            )
+        except (NotStored, StateFileError):
+            return None
+
+    def _copy(self, source: Stored, copy: Stored, tokens: Tokens | None) -> None:
+        memory, disk = MEMORY in copy.tiers, DISK in copy.tiers
+        if memory or disk:
+            self.store.order(Copy(source.id, copy.header, tokens, memory, disk))
+
+
+def describe_state(state: Stored) -> Answer:
+    """A state for people."""
+    header = state.header
+    return {
+        "id": header.id,
+        "turn": header.turn,
+        "kind": header.kind,
+        "tokens": header.num_tokens,
+        "bytes": state.nbytes,
+        "tiers": sorted(state.tiers),
+        "unwritten": state.unwritten,
+        "created": header.created,
+        "used": state.used,
+        "expires": header.expires,
+        "pinned": header.pinned,
+        "superseded": state.superseded,
+        "adapter": header.adapter.partition(":")[0],
+        "parent": header.parent,
+    }
+
+
+def describe_session(store: SessionStore, key: SessionKey) -> Answer:
+    """A session for people."""
+    session = store.sessions[key]
+    states, segments = list(session.states.values()), segments_under(store, *key)
+    return {
+        "session": key[1],
+        "turn": session.last_turn,
+        "turns": sorted({state.header.turn for state in states}),
+        "tokens": max(s.header.num_tokens for s in states if s.header.turn == max(
+            other.header.turn for other in states
+        )),
+        "bytes": sum(state.nbytes for state in states),
+        "made_of": next((s.header.made_of for s in states if s.header.made_of), []),
+        "created": min(state.header.created for state in states),
+        "used": max(state.used for state in states),
+        "pinned": any(state.header.pinned for state in states),
+        "segments": len(segments),
+        "segment_bytes": sum(state.nbytes for state in segments),
+    }  # fmt: skip

@@ -1,0 +1,82 @@
+"""Segments of a session's text that were read apart, to come back for a question.
+
+They are parts of documents of a library of the server's own, `names.PAST`: a session's document has
+its name, and its parts are numbered as the segments. So owners, budgets and encryption are those of
+libraries. A segment counts only while its tokens are the session's. It expires with the session,
+and goes with it however that goes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lola_vllm.memory.sessions.prefix_hash import Tokens
+from lola_vllm.memory.sessions.store import SessionStore
+from lola_vllm.memory.sessions.tiers import Stored
+
+TOLERANCE_S = 60.0  # of the time at which a session's segments expire
+
+
+class Segments(NamedTuple):
+    """Segments of a session: those that are kept, by number from 0 on, and stale ones, which are of
+    another text."""
+
+    kept: dict[int, Stored]
+    stale: list[Stored]
+
+
+def segments_under(store: SessionStore, salt: str, session: str) -> list[Stored]:
+    """All that are kept under a session's name.
+
+    Args:
+        salt: hash of the owner's.
+    """
+    with store.lock:
+        return list(store.segments.get((salt, session), {}).values())
+
+
+def is_of(store: SessionStore, segment: Stored, tokens: Tokens) -> bool:
+    """Whether a segment is of a text.
+
+    Args:
+        tokens: of the text.
+    """
+    header, n = segment.header, segment.header.num_tokens
+    own = tokens[(header.part - 1) * n : header.part * n]
+    if len(own) < n:
+        return False
+    hashes = store.prefix_hashes(own, header.adapter, header.salt)
+    return hashes.prefix_hash(n).hex() == header.prefix_hash
+
+
+def segments_of(store: SessionStore, newest: Stored, tokens: Tokens, size: int) -> Segments:
+    """The segments of a session's text.
+
+    Args:
+        newest: the state of the session. tokens: of it. size: tokens of a segment.
+    """
+    header = newest.header
+    kept: dict[int, Stored] = {}
+    stale: list[Stored] = []
+    for state in segments_under(store, header.salt, header.session):
+        number = state.header.part - 1
+        same = state.header.num_tokens == size and number not in kept
+        if same and is_of(store, state, tokens):
+            kept[number] = state
+        else:
+            stale.append(state)
+    return Segments(kept, stale)
+
+
+def expiring_apart(segments: Segments, newest: Stored) -> list[Stored]:
+    """Those that do not expire with their session."""
+    until, found = newest.header.expires, []
+    for state in segments.kept.values():
+        own = state.header.expires
+        if own is None or until is None:
+            differs = own is not until
+        else:
+            differs = abs(own - until) > TOLERANCE_S
+        if differs:
+            found.append(state)
+    return found

@@ -1,0 +1,192 @@
+"""How much is stored, and where."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lola_vllm.memory.sessions.cipher import StateKey, StateKeyError, read_key
+from lola_vllm.memory.sessions.names import is_unnamed
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+STORE_KEY = "lola"  # in vLLM's --additional-config
+KEYS = (
+    "state_ram", "state_dir", "state_disk", "state_ttl", "state_min_tokens", "state_key_file",
+    "state_key_variable", "store", "allowed_hosts", "list_sessions",
+)  # fmt: skip
+STORED = ("named", "all", "none")
+# A shorter text is computed again sooner than its state is read.
+MIN_TOKENS = 64
+DISK_BYTES = 20 * 2**30
+# States that wait to be written may take so much memory beside the budget, or a quarter of it.
+WAITING_BYTES = 256 * 2**20
+
+
+class StoreSettingsError(ValueError):
+    """A setting that cannot be used; names the setting, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """Settings of a store.
+
+    Attributes:
+        memory: bytes of states in memory, all ranks of an engine together; 0: none.
+        directory: where states outlive the process; None: nowhere.
+        disk: bytes of the files of one model there.
+        ttl: seconds for which a state is kept; None: until others need the room.
+        min_tokens: shortest text whose state is stored without being asked for.
+        key_file: of the key that encrypts files; key_variable: the environment variable that has
+            it instead. Both None: files are not encrypted. The key itself is in neither: each
+            process reads it.
+        store: "named": texts without a session's name are kept in memory only; "all": they are
+            written to the directory too; "none": nothing is kept.
+        allowed_hosts: names in a request's `Host` that the routes of a server without API keys
+            answer to, beside its own. list_sessions: whether such a server lists its sessions.
+    """
+
+    memory: int = 0
+    directory: Path | None = None
+    disk: int = DISK_BYTES
+    ttl: float | None = None
+    min_tokens: int = MIN_TOKENS
+    key_file: Path | None = None
+    key_variable: str | None = None
+    store: str = STORED[0]
+    allowed_hosts: tuple[str, ...] = ()
+    list_sessions: bool = False
+
+    def __post_init__(self) -> None:
+        if self.memory < 0 or self.disk < 0:
+            raise StoreSettingsError(
+                f"state_ram = {self.memory}, state_disk = {self.disk}: must not be negative"
+            )
+        if self.ttl is not None and not 0 < self.ttl < math.inf:
+            raise StoreSettingsError(
+                f"state_ttl = {self.ttl}: must be a finite number of seconds above 0"
+            )
+        if self.store not in STORED:
+            raise StoreSettingsError(
+                f"{STORE_KEY}.store = {self.store!r}: must be one of {', '.join(STORED)}"
+            )
+        if self.key_file is not None and self.key_variable is not None:
+            raise StoreSettingsError(
+                f"state_key_file = {self.key_file} and the variable {self.key_variable}: there can "
+                "be one key; remove the option or unset the variable"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything can be stored."""
+        there_is_room = self.memory > 0 or (self.directory is not None and self.disk > 0)
+        return there_is_room and self.store != "none"
+
+    def without(self, staging: int) -> StoreSettings:
+        """The same, less the bytes of memory that copies from a device pass through.
+
+        Raises:
+            StoreSettingsError: there is memory for states, and no more of it than that.
+        """
+        if 0 < self.memory <= staging:
+            raise StoreSettingsError(
+                f"state_ram = {self.memory}: copies from the device pass through {staging} bytes "
+                f"of it; give more than {staging}, or 0 to keep no states in memory"
+            )
+        return replace(self, memory=max(0, self.memory - staging))
+
+    def may_write(self, session: str) -> bool:
+        """Whether states of a session may be in the directory."""
+        return self.store == "all" or not is_unnamed(session)
+
+    def max_waiting(self, state_bytes: int) -> int:
+        """States that may wait to be written, so that a slow disk does not fill the memory.
+
+        Args:
+            state_bytes: of a state, all ranks together.
+        """
+        return max(4, max(WAITING_BYTES, self.memory // 4) // state_bytes)
+
+    def key(self) -> StateKey | None:
+        """The key that encrypts files, read anew; None where they are not encrypted.
+
+        Raises:
+            StoreSettingsError: it is not there, or it is no key.
+        """
+        try:
+            return read_key(self.key_file, self.key_variable)
+        except StateKeyError as error:
+            name = "state_key_file" if self.key_variable is None else "state_key_variable"
+            raise StoreSettingsError(f"{STORE_KEY}.{name} = {error}") from None
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any], where: str = "lola") -> StoreSettings:
+        """Read `{"state_ram": "2GiB", "state_dir": path, "state_disk": "20GiB", ...}`.
+
+        Args:
+            where: what errors call the mapping.
+
+        Raises:
+            StoreSettingsError: an unknown key, or a value that cannot be read.
+        """
+        for key in given:
+            if key not in KEYS:
+                raise StoreSettingsError(
+                    f"{where}.{key}: unknown setting; known: {', '.join(KEYS)}"
+                )
+        directory, key_file = given.get("state_dir"), given.get("state_key_file")
+        for key, value in (("state_dir", directory), ("state_key_file", key_file)):
+            if value is not None and (not isinstance(value, str) or not value):
+                raise StoreSettingsError(f"{where}.{key} = {value!r}: must be a path")
+        variable = given.get("state_key_variable")
+        if variable is not None and (not isinstance(variable, str) or not variable):
+            raise StoreSettingsError(
+                f"{where}.state_key_variable: must be the name of an environment variable"
+            )
+        hosts = given.get("allowed_hosts", ())
+        if isinstance(hosts, str):  # of the command line
+            hosts = [host for host in hosts.replace(",", " ").split() if host]
+        if not isinstance(hosts, list | tuple) or not all(isinstance(h, str) for h in hosts):
+            raise StoreSettingsError(
+                f"{where}.allowed_hosts = {hosts!r}: must be names of hosts, as lola.example.com"
+            )
+        listed = given.get("list_sessions", False)
+        if not isinstance(listed, bool):
+            raise StoreSettingsError(f"{where}.list_sessions = {listed!r}: must be true or false")
+        ttl = given.get("state_ttl")
+        minimum = given.get("state_min_tokens", MIN_TOKENS)
+        for key, value, kinds in (
+            ("state_ttl", ttl, (int, float, type(None))),
+            ("state_min_tokens", minimum, (int,)),
+        ):
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise StoreSettingsError(f"{where}.{key} = {value!r}: must be a number")
+        return cls(
+            memory=parse_bytes(given.get("state_ram", 0), f"{where}.state_ram"),
+            directory=None if directory is None else Path(directory).expanduser().absolute(),
+            key_file=None if key_file is None else Path(key_file).expanduser().absolute(),
+            key_variable=variable,
+            disk=parse_bytes(given.get("state_disk", DISK_BYTES), f"{where}.state_disk"),
+            ttl=ttl,
+            min_tokens=minimum,
+            store=given.get("store", STORED[0]),
+            allowed_hosts=tuple(hosts),
+            list_sessions=listed,
+        )
+
+
+def parse_bytes(text: object, field: str) -> int:
+    """Bytes: a number, or a text such as `512MiB`, `2G` or `1.5 GiB`. All units are of 1024.
+
+    Raises:
+        StoreSettingsError: it is none.
+    """
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(text), re.I)
+    if not isinstance(text, str) or match is None:
+        raise StoreSettingsError(f"{field} = {text!r}: must be bytes, such as 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

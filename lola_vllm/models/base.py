@@ -1,0 +1,176 @@
+"""The base of a checkpoint: a Hugging Face directory, read, checked and copied shard by shard."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lola_vllm.models.families import BASE_NAMES, llama_fields
+from lola_vllm.models.files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    CheckpointError,
+    open_weights,
+    read_json,
+    read_shapes,
+    weight_files,
+    write_json,
+)
+from lola_vllm.models.remote_code import AUTO_MAP, write_remote_code
+from lola_vllm.models.schema import LOLA_TENSORS, Shape, check_tensors
+from lola_vllm.core.config import (
+    ARCHITECTURE,
+    MODEL_TYPE,
+    LolaConfig,
+    LolaConfigError,
+    LolaLlamaConfig,
+    default_context_shift,
+    explain_field,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Files that a server needs besides config and weights, and files that the base's licence requires.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def read_base_config(base: Path) -> dict[str, Any]:
+    """The base's `config.json` in Llama's terms, with LoLA's model type and architecture.
+
+    Raises:
+        CheckpointError: no such directory, a model that is not supported, or quantized weights.
+    """
+    if not base.is_dir():
+        raise CheckpointError(f"{base}: no such directory; give a local {BASE_NAMES} directory")
+    path = base / "config.json"
+    raw = llama_fields(path, read_json(path))
+    if raw.get("quantization_config"):
+        raise CheckpointError(
+            f"{base}: quantized weights are not supported; use the model's full-precision weights"
+        )
+    return {**raw, "model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]}
+
+
+def parse_config(base: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
+    """`raw` as a config; faults are reported as those of the base's `config.json`."""
+    return config_of(base / "config.json", raw)
+
+
+def config_of(path: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
+    """`raw`, the content of the file at `path` in Llama's terms, as a config.
+
+    Raises:
+        CheckpointError: a field that transformers refuses; names file, field and value.
+        LolaConfigError: a `lola_config` that is not valid.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config = LolaLlamaConfig.from_dict({**raw, "model_type": MODEL_TYPE})
+    except LolaConfigError:
+        raise
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {explain_field(error)}") from error
+    assert isinstance(config, LolaLlamaConfig)
+    return config
+
+
+def with_context_shift(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys `lola_config` of a new checkpoint, and `context_shift` if it is not among them.
+
+    Raises:
+        LolaConfigError: one that does not suit the base's trained length.
+    """
+    length = base.max_position_embeddings
+    keys = {"context_shift": default_context_shift(length), **lola_config}
+    LolaConfig(**keys).check_context_shift(length)
+    return keys
+
+
+def check_base_weights(base: Path, expected: Mapping[str, Shape]) -> None:
+    """Check the base's tensors, all but LoLA's own, against `expected`, from the headers alone.
+
+    Raises:
+        CheckpointError: no safetensors files, or tensors that do not fit.
+    """
+    if not weight_files(base):
+        raise CheckpointError(
+            f"{base}: no safetensors files; convert other formats with save_pretrained first"
+        )
+    ours = {name: shape for name, shape in expected.items() if name.endswith(LOLA_TENSORS)}
+    check_tensors(expected, {**read_shapes(base), **ours})
+
+
+def write_config(out: Path, config_json: dict[str, Any]) -> None:
+    """Write `config.json`, and the file by which plain transformers finds LoLA's code."""
+    write_json(out / "config.json", {**config_json, "auto_map": AUTO_MAP})
+    write_remote_code(out)
+
+
+def copy_companions(base: Path, out: Path) -> None:
+    """Copy tokenizer, chat template, generation config and licence files."""
+    for pattern in _COMPANIONS:
+        for path in base.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, out / path.name)
+            else:
+                shutil.copyfile(path, out / path.name)
+
+
+def write_weights(
+    base: Path,
+    out: Path,
+    expected: Mapping[str, Shape],
+    layer_maps: Callable[[str, Tensor], dict[str, Tensor]],
+    change: Callable[[str, Tensor], Tensor] | None = None,
+) -> None:
+    """Copy the base's files one by one; a layer's maps go into the file with its `q_proj`.
+
+    Args:
+        expected: the tensors to take; others (buffers, a tied lm_head) are left out.
+        layer_maps: LoLA's tensors of a layer, from the prefix of their names and the `q_proj`.
+        change: from a name and a tensor of the base to the tensor to write; default: no change.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for path in weight_files(base):
+        with open_weights(path) as source:
+            tensors: dict[str, Tensor] = {}
+            for name in source.keys():  # noqa: SIM118 (safe_open has no __iter__)
+                if name not in expected:
+                    continue
+                tensor = source.get_tensor(name)
+                tensors[name] = change(name, tensor) if change else tensor
+                if name.endswith("self_attn.q_proj.weight"):
+                    tensors |= layer_maps(name.removesuffix("q_proj.weight"), tensor)
+            try:
+                save_file(tensors, str(out / path.name), metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk arrives as one of these
+                raise CheckpointError(f"cannot write {path.name}: {error}") from error
+        weight_map |= dict.fromkeys(tensors, path.name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    if set(weight_map.values()) != {SINGLE_NAME}:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(out / INDEX_NAME, index)

@@ -1,0 +1,106 @@
+"""A LoLA checkpoint from a base: the same weights plus untrained feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lola_vllm.models.base import (
+    check_base_weights,
+    copy_companions,
+    parse_config,
+    read_base_config,
+    with_context_shift,
+    write_config,
+    write_weights,
+)
+from lola_vllm.models.files import CheckpointError, read_shapes
+from lola_vllm.models.schema import (
+    WINDOW_FACTOR_INIT,
+    Shape,
+    check_tensors,
+    expected_tensors,
+)
+from lola_vllm.models.staging import staged_directory
+from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
+
+if TYPE_CHECKING:
+    import torch
+
+StateHeads = Literal["kv", "query"]
+
+
+def init_checkpoint(
+    base: Path,
+    out: Path,
+    config_overrides: Mapping[str, Any],
+    state_heads: StateHeads = "kv",
+    *,
+    force: bool = False,
+) -> LolaLlamaConfig:
+    """Write a LoLA checkpoint with the weights of a base and identity feature maps.
+
+    The maps are LoLCATs' starting point: `W = eye(d, F)` for every head, in the dtype of the
+    layer's `q_proj`, and window factors of -2.197 (g = 0.1) in float32. At most one safetensors
+    file of the base is held in memory.
+
+    Args:
+        base: a Llama, Mistral, Qwen2 or Qwen3 directory, sharded or not, embeddings tied or not.
+        out: where the checkpoint goes; it is written completely or not at all.
+        config_overrides: keys of `lola_config` to set; others keep LoLA's defaults, but for
+            `context_shift`, a quarter of the base's trained length.
+        state_heads: "kv": one key map per KV head (Hs = Hkv); "query": one per query head.
+        force: replace a model that is already at `out`.
+
+    Returns:
+        The config that was written.
+
+    Raises:
+        CheckpointError: a base that is missing, damaged or not supported, or an `out` that may not
+            be replaced.
+        LolaConfigError: overrides that are not valid.
+    """
+    config_json = _config_json(base, config_overrides, state_heads)
+    config = parse_config(base, config_json)
+    assert isinstance(config.head_dim, int) and isinstance(config.num_key_value_heads, int)
+    heads = config.num_key_value_heads if state_heads == "kv" else config.num_attention_heads
+    config.facts = TensorFacts(config.head_dim, heads)
+    expected = expected_tensors(config)
+    # The base is checked before gigabytes are copied, and the result before it is moved to `out`.
+    check_base_weights(base, expected)
+
+    def identity(prefix: str, q_proj: torch.Tensor) -> dict[str, torch.Tensor]:
+        return _identity_maps(prefix, expected, q_proj.dtype)
+
+    with staged_directory(out, force=force, inputs=[base]) as staging:
+        write_config(staging, config_json)
+        copy_companions(base, staging)
+        write_weights(base, staging, expected, identity)
+        check_tensors(expected, read_shapes(staging))
+    return config
+
+
+def _config_json(
+    base: Path, config_overrides: Mapping[str, Any], state_heads: StateHeads
+) -> dict[str, Any]:
+    """The base's `config.json`, field by field, with LoLA's three changes."""
+    if state_heads not in get_args(StateHeads):
+        raise CheckpointError(f"state_heads = {state_heads!r}: must be 'kv' or 'query'")
+    raw = read_base_config(base)
+    return {**raw, "lola_config": with_context_shift(parse_config(base, raw), config_overrides)}
+
+
+def _identity_maps(
+    prefix: str, expected: Mapping[str, Shape], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    import torch
+
+    tensors = {}
+    for kind in ("feature_map_q", "feature_map_k"):
+        heads, d, F = expected[prefix + kind]
+        # One copy per head: safetensors refuses tensors that share memory.
+        tensors[prefix + kind] = torch.eye(d, F, dtype=dtype).repeat(heads, 1, 1)
+    factors = expected[prefix + "window_factors"]
+    tensors[prefix + "window_factors"] = torch.full(factors, WINDOW_FACTOR_INIT)
+    return tensors

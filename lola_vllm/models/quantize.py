@@ -1,0 +1,203 @@
+"""A checkpoint with the weights of its linear layers in 8 or 4 bits, as vLLM reads it.
+
+The format is compressed-tensors. Weights are rounded to the nearest value, without calibration
+data. Feature maps, norms and embeddings are not changed. The output matrix gets 8 bits, because it
+is a fifth of what a small model reads for a token. If it was tied to the embeddings, it is stored
+separately.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lola_vllm.models.base import copy_companions
+from lola_vllm.models.files import (
+    INDEX_NAME,
+    CheckpointError,
+    open_weights,
+    read_json,
+    weight_files,
+    write_json,
+)
+from lola_vllm.models.staging import staged_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Weights = Literal["int8", "int4"]
+GROUP_SIZE = 32  # weights of a row that share a scale, for 4 bits
+_OF_LOLA = ("README.md", "modeling_lola.py")  # `copy_companions` does not copy these
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+_WEIGHTS = {"type": "int", "symmetric": True, "dynamic": False}
+_INT8 = {
+    "format": "int-quantized",
+    "weights": {**_WEIGHTS, "num_bits": 8, "strategy": "channel"},
+    "input_activations": {
+        "type": "int", "symmetric": True, "dynamic": True, "num_bits": 8, "strategy": "token",
+    },
+}  # fmt: skip
+_INT4 = {
+    "format": "pack-quantized",
+    "weights": {**_WEIGHTS, "num_bits": 4, "strategy": "group", "group_size": GROUP_SIZE},
+}
+
+
+def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: bool = False) -> None:
+    """Write a model directory again with its weights in fewer bits.
+
+    Args:
+        source: a LoLA or plain Llama directory, not quantized.
+        out: where the copy goes; it is written completely or not at all.
+        weights: "int8": one scale per row, and activations in 8 bits per token; "int4": one scale
+            per 32 weights of a row, activations as they are.
+        force: replace a model that is already at `out`.
+
+    Raises:
+        CheckpointError: a source that is missing, damaged or quantized already, a weight whose rows
+            cannot be cut into groups, or an `out` that may not be replaced.
+    """
+    from safetensors.torch import save_file
+
+    if weights not in get_args(Weights):
+        raise CheckpointError(f"weights = {weights!r}: must be 'int8' or 'int4'")
+    config = read_json(source / "config.json")
+    if "quantization_config" in config:
+        raise CheckpointError(f"{source}: quantized already; take the model it was made from")
+    pack = _int8 if weights == "int8" else _int4
+    weight_map: dict[str, str] = {}
+    with staged_directory(out, force=force, inputs=[source]) as staging:
+        copy_companions(source, staging)
+        for name in _OF_LOLA:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
+        for path in weight_files(source):
+            tensors: dict[str, Tensor] = {}
+            with open_weights(path) as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open has no __iter__)
+                    tensors |= _convert(name, file.get_tensor(name), pack, config)
+            save_file(tensors, staging / path.name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, path.name)
+        if (source / INDEX_NAME).is_file():
+            write_json(staging / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
+        write_json(staging / "config.json", _config(config, weights))
+
+
+def move_checkpoint(
+    source: Path, out: Path, weights: Weights | None = None, *, force: bool = False
+) -> None:
+    """Put a checkpoint that was made aside at `out`, completely or not at all.
+
+    Args:
+        source: a directory that is not needed afterwards. weights: of the linear layers, as in
+            `quantize_checkpoint`; None: as they are.
+        force: replace a model that is already at `out`.
+
+    Raises:
+        CheckpointError: `out` may not be replaced.
+    """
+    if weights:
+        quantize_checkpoint(source, out, weights, force=force)
+        return
+    with staged_directory(out, force=force) as staging:
+        for path in source.iterdir():
+            shutil.move(path, staging)
+
+
+def faster_weights(model: Path) -> Weights | None:
+    """The `weights` that would decode faster on this machine's CPU; None if none would.
+
+    vLLM's int8 products need VNNI with 512 bits: without it they took four times as long as those
+    of float32. Its int4 kernel took longer than bfloat16 wherever it was tried.
+    """
+    import torch
+
+    if "quantization_config" in read_json(model / "config.json"):
+        return None
+    return "int8" if torch.cpu.get_capabilities().get("avx512_vnni") else None
+
+
+def _config(config: dict[str, Any], weights: Weights) -> dict[str, Any]:
+    linear = _INT8 if weights == "int8" else _INT4
+    return {
+        **config,
+        "tie_word_embeddings": False,
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "mixed-precision" if weights == "int4" else linear["format"],
+            "quantization_status": "compressed",
+            "ignore": [],
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], **linear},
+                "group_1": {"targets": ["re:.*lm_head"], **_INT8},
+            },
+        },
+    }
+
+
+def _convert(
+    name: str,
+    tensor: Tensor,
+    pack: Callable[[str, Tensor], dict[str, Tensor]],
+    config: dict[str, Any],
+) -> dict[str, Tensor]:
+    """The tensors that the copy has in the place of a tensor of the source."""
+    if name.endswith("_proj.weight"):
+        return pack(name, tensor)
+    tied = config.get("tie_word_embeddings", False)
+    if name == EMBEDDING and tied:
+        return {name: tensor, **_int8(HEAD, tensor)}
+    if name == HEAD:
+        return {} if tied else _int8(name, tensor)
+    return {name: tensor}
+
+
+def _int8(name: str, weight: Tensor) -> dict[str, Tensor]:
+    import torch
+
+    values = weight.float()
+    scale = (values.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
+    packed = (values / scale).round().to(torch.int8)
+    return {name: packed, f"{name}_scale": scale}  # float32: bfloat16 would shift the largest
+
+
+def _int4(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Eight values of a row in an int32, the first one in its lowest bits."""
+    import torch
+
+    if weight.shape[1] % GROUP_SIZE:
+        raise CheckpointError(
+            f"{name}: rows of {weight.shape[1]} cannot be cut into groups of {GROUP_SIZE}; use int8"
+        )
+    groups = weight.float().unflatten(1, (-1, GROUP_SIZE))
+    scale = _best_scale(groups).to(weight.dtype)
+    values = (groups / scale.float()).round().clamp(-8, 7).flatten(1).to(torch.int64) + 8
+    words = (values.unflatten(1, (-1, 8)) << (4 * torch.arange(8))).sum(-1)
+    return {
+        f"{name}_packed": torch.where(words >= 2**31, words - 2**32, words).to(torch.int32),
+        f"{name}_scale": scale.squeeze(-1),
+        f"{name}_shape": torch.tensor(weight.shape),
+    }
+
+
+def _best_scale(groups: Tensor) -> Tensor:
+    """`[..., GROUP_SIZE]` -> `[..., 1]`: of some scales, the one with the smallest error.
+
+    The grid has one value more below zero than above, so the sign of a scale matters too.
+    """
+    import torch
+
+    at_most = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best, least = None, None
+    for steps in (-8.0, -7.5, -7.0, -6.5, -6.0, 7.0, 6.5, 6.0):
+        scale = torch.where(at_most == 0, 1.0, at_most / steps)
+        error = (((groups / scale).round().clamp(-8, 7) * scale - groups) ** 2).sum(-1, True)
+        if best is None or least is None:
+            best, least = scale, error
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    assert best is not None
+    return best

@@ -1,0 +1,1 @@
+"""Training of maps and adapters, and calibration of caches."""

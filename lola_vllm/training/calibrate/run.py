@@ -1,0 +1,285 @@
+"""`lola-vllm calibrate`: how many sparse pairs each KV head should have, and which it should keep.
+
+A model reads back what it has read before in a few of its heads. The others need few exact pairs.
+Calibration reads prompts with softmax attention, and notes what each head reads from far behind
+(`importance.py`). Plain text seldom asks for a detail from far back, so most prompts hide facts and
+ask for them (`prompts.py`).
+
+Which pairs a cache should hold depends on its size, and what a size adds on which pairs it
+holds. So importance is fitted twice: roughly to caches of one size, by which the pairs are divided
+among the heads (`sizes.py`), and then to caches of these sizes.
+
+With `--recent` some heads have recent pairs besides: those that go on with a passage word by word
+(`copying.py`). Divisions of them are tried (`trials.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lola_vllm.models.base import read_base_config
+from lola_vllm.models.calibration import Sizes
+from lola_vllm.models.files import CheckpointError, open_weights, weight_files
+from lola_vllm.training.calibrate.copying import (
+    ENOUGH,
+    LEAST_DISTANCE,
+    PASSAGE,
+    REPEATED,
+    CopyingAttention,
+    divide_recent,
+    repeat_passages,
+)
+from lola_vllm.training.calibrate.importance import (
+    EPOCHS,
+    JUDGED_ONE_IN,
+    LAST_TOKENS,
+    SKIPPED_TOKENS,
+    LongRangeAttention,
+    fit,
+    held,
+    parted,
+)
+from lola_vllm.training.calibrate.options import CalibrateOptions
+from lola_vllm.training.calibrate.prompts import draw_plain, draw_prompts
+from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
+from lola_vllm.training.calibrate.sizes import AttentionGains, divide_among
+from lola_vllm.training.calibrate.trials import (
+    RECENT_ATTENTION,
+    passage_log_probs,
+    recent_attention,
+)
+
+# Of the first fit, whose importance only serves to find sizes.
+FIRST_EPOCHS = EPOCHS // 3
+COPYING_PROMPTS = 8  # that find the heads which copy
+TRIED_PROMPTS = 4  # of them that divisions of recent pairs are tried with
+
+
+class Held(NamedTuple):
+    """How much of each KV head's long-range attention the caches of a layer would hold, in prompts
+    that the fit did not see.
+
+    Attributes:
+        total: `[Hkv]`, all of it, by prompt. alone: `[Hkv]`, what is held if the error alone
+            chooses. weighted: `[Hkv]`, with importance.
+    """
+
+    total: Tensor
+    alone: Tensor
+    weighted: Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    Attributes:
+        sizes: per layer, its pairs, or those of its KV heads: a `lola_config.sparse_cache_size`,
+            the recent ones included.
+        recent: per layer, or for each of its KV heads: a `lola_config.recent_size`.
+        importance: per layer `[Hkv, d // 2 + d + 1]`, its tensor `importance`.
+        held: per layer, what the pairs that are not recent would hold.
+    """
+
+    sizes: Sizes
+    recent: Sizes
+    importance: list[Tensor]
+    held: list[Held]
+
+
+def calibrate(
+    base: Path, texts: Path, options: CalibrateOptions, model: Path | None = None
+) -> Calibration:
+    """Read prompts with softmax attention, divide the pairs, and fit importance.
+
+    Args:
+        base: a local directory of the softmax model.
+        texts: a file or a directory of files. Held-out documents are not read, so that they stay
+            for measuring.
+        model: a LoLA model made of `base`. Importance is fitted to its keys, values and maps.
+            Without it, to the base's with identity maps. Its linear layers must not be quantized.
+
+    Raises:
+        CheckpointError: a model or options that cannot be used, or texts that are too short.
+        TextsError: files that cannot be read.
+    """
+    if options.pairs < options.least or options.least < 0:
+        raise CheckpointError(
+            f"--pairs = {options.pairs}: must be at least --least = {options.least}, and that 0"
+        )
+    if options.recent < 0:
+        raise CheckpointError(f"--recent = {options.recent}: must be at least 0")
+    if not 0 <= options.facts <= 1:
+        raise CheckpointError(f"--facts = {options.facts:g}: must be between 0 and 1")
+    if options.prompts < JUDGED_ONE_IN:
+        raise CheckpointError(f"--prompts = {options.prompts}: must be at least {JUDGED_ONE_IN}")
+    import transformers
+
+    read_base_config(base)  # refuses families that could not be served
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    prompts = draw_prompts(texts, tokenizer, options)
+    if min(len(prompt.ids) for prompt in prompts) <= SKIPPED_TOKENS + LAST_TOKENS:
+        raise CheckpointError(
+            f"--prompt-length = {options.prompt_length}: too short for anything to leave the "
+            "window; use prompts of 300 tokens or more"
+        )
+    transformers.AttentionInterface.register(ATTENTION, attention)
+    softmax = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=getattr(torch, options.dtype), attn_implementation=ATTENTION
+    ).eval()
+    maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
+    recent = _find_recent(softmax, tokenizer, texts, options)
+    # Beyond more recent pairs than this the prompts would show too little to fit to.
+    most = options.prompt_length // 2
+    by_layer = [_of_heads(sizes, 1) for sizes in recent]
+    near = [[min(size, most) for size in of_heads] for of_heads in by_layer]
+    # What heads that copy do not need goes to the pairs that scores choose.
+    mean = sum(map(sum, by_layer)) / sum(map(len, by_layer))
+    pairs = options.pairs + max(0, options.recent - math.ceil(mean))
+    recorder = LongRangeAttention(prompts, maps, near)
+    read(softmax, [prompt.ids for prompt in prompts], recorder, "reading")
+    parts = [parted(reads) for reads in recorder.reads]
+    gains = []
+    for fitted, _ in tqdm(parts, desc="sizes", unit="layer"):
+        alike = _of_heads(pairs, len(fitted[0].attention))
+        gains.append(AttentionGains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
+    sizes = divide_among(gains, pairs, options.least, options.per == "layer")
+    importance, shares = [], []
+    for layer, (fitted, judged) in enumerate(tqdm(parts, desc="importance", unit="layer")):
+        own = _of_heads(sizes[layer], len(fitted[0].attention))
+        importance.append(fit(fitted, own, options.seed))
+        alone, total = (x / len(judged) for x in held(judged, own, None))
+        weighted = held(judged, own, importance[-1])[0] / len(judged)
+        shares.append(Held(total, alone, weighted))
+    return Calibration(_added(sizes, recent), recent, importance, shares)
+
+
+def _find_recent(softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOptions) -> Sizes:
+    """Recent pairs of layers or heads."""
+    config = softmax.config
+    if not options.recent:
+        return [0] * config.num_hidden_layers
+    length = min(2 * options.prompt_length, config.max_position_embeddings - REPEATED)
+    if length <= LEAST_DISTANCE + PASSAGE:
+        raise CheckpointError(
+            f"--recent = {options.recent}: max_position_embeddings = "
+            f"{config.max_position_embeddings} of the base leaves no room to repeat passages; "
+            "use --recent 0"
+        )
+    rng = random.Random(f"{options.seed}/passages")
+    plain = draw_plain(texts, tokenizer, length, COPYING_PROMPTS, options.seed)
+    prompts = [repeat_passages(ids, rng) for ids in plain]
+    recorder = CopyingAttention([starts for _, starts in prompts], length, config.num_hidden_layers)
+    read(softmax, [ids for ids, _ in prompts], recorder, "heads that copy")
+    longest = length + REPEATED  # the last repeat stands after all the others
+    recent = _best_division(
+        softmax,
+        [ids for ids, _ in prompts[:TRIED_PROMPTS]],
+        [divide_recent(recorder.attention, options.recent, longest, share) for share in ENOUGH],
+    )
+    if options.per == "layer":
+        return [round(sum(heads) / len(heads)) for heads in recent]
+    return recent
+
+
+def _best_division(
+    softmax: Any, prompts: list[list[int]], divisions: list[list[list[int]]]
+) -> list[list[int]]:
+    """The division of recent pairs with which repeated passages are copied best."""
+    distinct = [x for i, x in enumerate(divisions) if x not in divisions[:i]]
+    if len(distinct) == 1:
+        return distinct[0]
+    import transformers
+
+    transformers.AttentionInterface.register(RECENT_ATTENTION, recent_attention)
+    softmax.set_attn_implementation(RECENT_ATTENTION)
+    found = passage_log_probs(softmax, prompts, distinct)
+    softmax.set_attn_implementation(ATTENTION)
+    return distinct[int(found.argmax())]
+
+
+def _added(sizes: Sizes, more: Sizes) -> Sizes:
+    """Sums by layer, or by layer and head where either has heads."""
+    pairs: list[Any] = list(zip(sizes, more, strict=True))
+    heads = max((len(x) for pair in pairs for x in pair if isinstance(x, list)), default=0)
+    if not heads:
+        return [one + other for one, other in pairs]
+    return [
+        [x + y for x, y in zip(_of_heads(one, heads), _of_heads(other, heads), strict=True)]
+        for one, other in pairs
+    ]
+
+
+def _of_heads(sizes: int | list[int], heads: int) -> list[int]:
+    return [sizes] * heads if isinstance(sizes, int) else sizes
+
+
+def _identity_maps(config: Any) -> list[Tensor]:
+    """A layer's key maps as `lola-vllm init` makes them."""
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [torch.eye(d).repeat(config.num_key_value_heads, 1, 1)] * config.num_hidden_layers
+
+
+def _load_weights(softmax: Any, model: Path) -> list[Tensor]:
+    """Give a softmax model the weights of a LoLA model; the key maps of its layers, in float32.
+
+    Raises:
+        CheckpointError: a model of other weights, or one whose linear layers are quantized.
+    """
+    own = dict(softmax.named_parameters())
+    missing, maps = set(own), dict[int, Tensor]()
+    for path in weight_files(model):
+        with open_weights(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.endswith(".feature_map_k"):
+                    maps[int(name.split(".")[2])] = file.get_tensor(name).float()
+            for name in missing & set(file.keys()):
+                tensor = file.get_tensor(name)
+                if tensor.shape != own[name].shape or not tensor.is_floating_point():
+                    raise CheckpointError(
+                        f"{model}: {name!r} is {tensor.dtype} {list(tensor.shape)}, the base's "
+                        f"{list(own[name].shape)}; calibrate the model before it is quantized"
+                    )
+                own[name].data.copy_(tensor)
+                missing.discard(name)
+    if missing:
+        raise CheckpointError(f"{model}: no tensor {min(missing)!r}; was it made of this base?")
+    if len(maps) != softmax.config.num_hidden_layers:
+        raise CheckpointError(
+            f"{model}: maps of {len(maps)} layers, and {softmax.config.num_hidden_layers} layers"
+        )
+    return [maps[layer] for layer in sorted(maps)]
+
+
+def report(found: Calibration) -> str:
+    """Per layer and KV head, the long-range attention in a prompt, what its cache holds of it with
+    the error alone and with importance, and its pairs; the sizes as JSON."""
+    lines = ["layer  KV head  pairs  recent  long-range attention  held by error  with importance"]
+    for layer, of_layer in enumerate(found.held):
+        count = len(of_layer.total)
+        sizes, recents = (_of_heads(x[layer], count) for x in (found.sizes, found.recent))
+        heads = zip(sizes, recents, *(x.tolist() for x in of_layer), strict=True)
+        for head, (pairs, recent, total, *kept) in enumerate(heads):
+            alone, weighted = _shares(total, *kept)
+            lines.append(
+                f"{layer:5}  {head:7}  {pairs:5}  {recent:6}  {total:20.2f}  {alone:13.0%}  "
+                f"{weighted:13.0%}"
+            )
+    of_all = (sum(float(x.sum()) for x in column) for column in zip(*found.held, strict=True))
+    alone, weighted = _shares(*of_all)
+    lines.append(f"all heads hold {alone:.0%} by error, {weighted:.0%} with importance")
+    keys = {"sparse_cache_size": found.sizes, "recent_size": found.recent}
+    return "\n".join([*lines, "", json.dumps(keys)])
+
+
+def _shares(total: float, alone: float, weighted: float) -> tuple[float, float]:
+    return alone / max(total, 1e-9), weighted / max(total, 1e-9)

@@ -1,0 +1,118 @@
+"""Which stage reads what an earlier one wrote, and which stages run after an interruption."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lola_vllm.command.linearize import recipe, run, stages
+from lola_vllm.command.linearize.plan import STAGES, Speed
+from tests.unit.training.distill.test_distill import write_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"), max_position_embeddings=1024)
+
+
+def test_training_on_is_for_the_first_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on from the first training, and the result is calibrated once more."""
+    done: list[Any] = []
+
+    def distill(
+        base: Path, texts: list[str], out: Path, options: Any, *, work: Path, **more: Any
+    ) -> None:
+        read = {key: more[key].name for key in ("start", "calibration") if key in more}
+        assert all(more[key].exists() for key in read), read
+        out.mkdir()
+        work.mkdir(exist_ok=True)
+        done.append((out.name, work.name, read))
+
+    def calibrate(base: Path, texts: Path, options: Any, model: Path) -> Any:
+        assert model.is_dir()
+        return SimpleNamespace(sizes=model.name, recent=[], importance={})
+
+    def save(path: Path, sizes: dict[str, Any], importance: Any) -> None:
+        path.write_text(sizes["sparse_cache_size"])
+        done.append((path.name, sizes["sparse_cache_size"]))
+
+    def write(model: Path, out: Path, sizes: Any, importance: Any, force: bool) -> None:
+        done.append((out.name, model.name, sizes))
+
+    for name in ("transfer_options", "lora_options", "on_options", "calibrate_options"):
+        monkeypatch.setattr(stages, name, lambda made: None)
+    monkeypatch.setattr("lola_vllm.training.distill.run.distill", distill)
+    monkeypatch.setattr("lola_vllm.training.calibrate.run.calibrate", calibrate)
+    monkeypatch.setattr("lola_vllm.training.calibrate.run.report", lambda found: "")
+    monkeypatch.setattr("lola_vllm.models.calibration.importance_tensors", lambda found: found)
+    monkeypatch.setattr("lola_vllm.models.calibration.save_calibration", save)
+    monkeypatch.setattr(
+        "lola_vllm.models.calibration.load_calibration", lambda path: (path.name, {})
+    )
+    monkeypatch.setattr("lola_vllm.models.calibration.write_calibrated", write)
+    nothing: Any = None
+    whole = run._Run(tmp_path, tmp_path, tmp_path, nothing, tmp_path, nothing, False, print, 1)
+    for name, action in whole.actions().items():
+        if name not in ("evaluate", "card"):
+            action()
+    assert done == [
+        ("mapped", "training", {}),
+        ("trained", "training", {}),
+        ("calibration-1.safetensors", "trained"),
+        (
+            "trained-on",
+            "training-on",
+            {"start": "training", "calibration": "calibration-1.safetensors"},
+        ),
+        ("calibration-2.safetensors", "trained-on"),
+        ("calibrated", "trained-on", "calibration-2.safetensors"),
+    ]
+
+
+def test_finished_stages_do_not_run_again(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def actions(self: run._Run) -> dict[str, Any]:
+        def stage(name: str) -> Any:
+            def action() -> None:
+                ran.append(name)
+                if name in ("lora", "train-on") and ran.count(name) == 1:
+                    raise KeyboardInterrupt
+                if name == "card":
+                    shutil.copytree(base, self.out)
+
+            return action
+
+        return {name: stage(name) for name in STAGES if name != "texts"}
+
+    def planned(*_: Any) -> Any:
+        ran.append("plan")
+        made = recipe.derive(
+            base, text_bytes=10**6, memory_mib=None, scale=1.0, dtype="float32", free_bytes=2**34
+        )
+        return made, Speed(1e-6, 1e-6, 1e-6, 1e-6)
+
+    monkeypatch.setattr(run._Run, "actions", actions)
+    monkeypatch.setattr(run, "_plan", planned)
+    monkeypatch.setattr(run, "_fetch", lambda *_: ran.append("texts"))
+    texts, said = tmp_path / "texts.txt", list[str]()
+    texts.write_text("words " * 1000)
+    for resume in (False, True, True):
+        try:
+            run.linearize(
+                base, tmp_path / "lola", texts=texts, resume=resume, say=said.append
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            said.append("interrupted")
+    order = ["texts", "plan", *(name for name in STAGES if name != "texts")]
+    for name in ("lora", "train-on"):
+        order.insert(order.index(name), name)
+    assert ran == order and said.count("interrupted") == 2

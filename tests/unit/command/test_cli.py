@@ -1,0 +1,186 @@
+"""The command line: exit statuses, messages and what is passed on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lola_vllm.command import cli
+from lola_vllm.core.config import TensorFacts
+from lola_vllm.models import read_facts
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = base.parent / "my lola"
+    lola = {
+        "window_size": 8,
+        "sparse_cache_size": 0,
+        "update_interval": 4,
+        "sink_size": 2,
+        "context_shift": 1024,
+        "mixing": "lolcats",
+        "sparse_sharing": "kv_head",
+    }
+    options = ["--state-heads", "query", "--lola-config", json.dumps(lola)]
+    status = cli.main(["init", "--base", str(base), "--out", str(out), *options])
+    assert status == 0
+    assert json.loads((out / "config.json").read_text())["lola_config"] == lola
+    assert read_facts(out) == TensorFacts(8, 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert str(out) in lines[0]
+    assert lines[1] == f"next: lola-vllm serve '{out}'"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--base", "nowhere"], "nowhere: no such directory"),
+        (["--lola-config", '{"window_size": 0}'], "lola_config.window_size = 0"),
+        (
+            ["--lola-config", '{"mixing": "both"}'],
+            "lola_config.mixing = 'both': must be 'lola' or 'lolcats'",
+        ),
+        (["--lola-config", '{"feature_dim": 8}'], "lola_config.feature_dim: unknown key"),
+    ],
+)
+def test_user_errors_are_one_message_and_status_2(
+    base: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    out = base.parent / "lola"
+    assert cli.main(["init", "--base", str(base), "--out", str(out), *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lola-vllm: error: ")
+    assert message in captured.err
+    assert captured.out == ""
+    assert not out.exists()
+
+
+def test_force(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["init", "--base", str(base), "--out", str(base.parent / "lola")]
+    assert cli.main(command) == 0
+    assert cli.main(command) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.main([*command, "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nonsense"],
+        ["init"],
+        ["init", "--base", "b", "--out", "o", "--lola-config", "x"],
+        ["demo-model"],
+    ],
+)
+def test_malformed_command_lines(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("init --base b --out o --lola-confg {}", "--lola-confg; did you mean --lola-config?"),
+        ("convert --distil=f --basse b --out o", "--basse; did you mean --base?"),
+        ("distill --dta x --base b --out o", "--dta; did you mean --data?"),
+        ("demo-model --out o --untraind", "--untraind; did you mean --untrained?"),
+        ("estimate m --memory-gb 3", "--memory-gb; did you mean --memory-gib?"),
+        ("eval recall --model m --lenghts 512", "--lenghts; did you mean --lengths?"),
+        ("texts --out o --zzz", "--zzz; see lola-vllm texts --help"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(
+    argv: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv.split())
+    assert stop.value.code == 2
+    assert f"unrecognized option: {message}" in capsys.readouterr().err
+
+
+def test_options_of_vllm_are_left_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    args = cli._parser().parse_args(["serve", "model", "--max-num-seqs", "3"])
+    assert args.options == ["--max-num-seqs", "3"]
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_ctrl_c_says_how_to_go_on(
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    resumable: bool,
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lola_vllm.models.init.init_checkpoint", interrupted)
+    monkeypatch.setattr("lola_vllm.training.distill.run.distill", interrupted)
+    argv = ["--base", str(base), "--out", str(base.parent / "lola")]
+    command = ["distill", "--data", "x"] if resumable else ["init"]
+    assert cli.main([*command, *argv]) == 130
+    error = capsys.readouterr().err
+    assert error.strip().startswith("lola-vllm: interrupted")
+    assert ("go on with the same command and --resume" in error) == resumable
+
+
+@pytest.mark.parametrize("lines", [1, 5000])  # fewer and more than a buffer holds
+def test_a_closed_pipe_ends_it_quietly(base: Path, lines: int) -> None:
+    code = (
+        "import sys, lola_vllm.command.doctor as doctor\n"
+        f"doctor.examine = lambda model: [doctor.Finding('ok', 'x', 'y')] * {lines}\n"
+        "from lola_vllm.command.cli import main; sys.exit(main(['doctor']))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_faults_of_ours_keep_their_traceback(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("lola_vllm.models.init.init_checkpoint", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["init", "--base", str(base), "--out", str(base.parent / "lola")])
+
+
+def test_demo_model_passes_its_options_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOLA_VLLM_CACHE", str(tmp_path))
+    wheel = tmp_path / "missing.whl"
+    argv = ["demo-model", "--out", str(tmp_path / "lola"), "--wheel", str(wheel)]
+    assert cli.main(argv) == 2
+    assert f"{wheel}: no such file" in capsys.readouterr().err
+
+
+def test_module_and_help() -> None:
+    command = [sys.executable, "-m", "lola_vllm"]
+    result = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    for name in cli.COMMANDS:
+        assert name in result.stdout

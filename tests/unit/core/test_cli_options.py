@@ -1,0 +1,156 @@
+"""Fields of a dataclass as options: what is given counts, and the default for what is not."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from lola_vllm.command import cli
+from lola_vllm.core.cli_options import add_fields, from_options, option
+from lola_vllm.evaluation.copying import CopyPlan
+from lola_vllm.evaluation.perplexity import PerplexityPlan
+from lola_vllm.evaluation.recall import RecallPlan
+from lola_vllm.evaluation.settings import Setting
+from lola_vllm.evaluation.stream import StreamPlan
+from lola_vllm.training.distill.options import DistillOptions
+
+
+@dataclass
+class Options:
+    needed: str = option("what it is")
+    number: int = option("how many", 0)
+    share: float = option("how much", 0.5)
+    kind: Literal["a", "b"] = option("a (the default) or b", "a")
+    switch: bool = option("on", False)
+    words: list[str] = option("several", ["x", "y"])
+    place: Path | None = option("where", None, type=Path, metavar="DIR")
+    other: int = option("of another part", 3, part="second")
+    inner: int = 4
+
+
+def parse(argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_fields(parser, Options)
+    add_fields(parser.add_argument_group("second"), Options, "second")
+    return parser.parse_args(argv.split())
+
+
+def test_fields_become_options() -> None:
+    args = parse("--needed a")
+    assert args.words == "x,y"
+    assert from_options(Options, args, words=["x", "y"]) == Options("a")
+    args = parse("--needed a --number 2 --share 1 --kind b --switch --place d --other 5")
+    assert from_options(Options, args, words=[], inner=6) == Options(
+        "a", 2, 1.0, "b", True, [], Path("d"), 5, 6
+    )
+    assert not hasattr(args, "inner")
+    for argv in ("--number 2", "--needed a --number x", "--needed a --kind c"):
+        with pytest.raises((argparse.ArgumentError, SystemExit)):
+            parse(argv)
+
+
+def test_the_help_tells_each_default_once() -> None:
+    parser = argparse.ArgumentParser()
+    add_fields(parser, Options)
+    text = {action.dest: action.help for action in parser._actions}
+    assert text == {
+        "help": text["help"],
+        "needed": "what it is",
+        "number": "how many (default: 0)",
+        "share": "how much (default: 0.5)",
+        "kind": "a (the default) or b",
+        "switch": "on",
+        "words": "several (default: x,y)",
+        "place": "where",
+    }
+
+
+class StopError(Exception):
+    pass
+
+
+def made_by(monkeypatch: pytest.MonkeyPatch, command: str, target: str, at: int) -> Any:
+    """What the command gives to the function `target` as its argument number `at`."""
+    found = []
+
+    def stop(*args: Any, **_: Any) -> None:
+        found.append(args[at])
+        raise StopError
+
+    monkeypatch.setattr(target, stop)
+    with pytest.raises(StopError):
+        cli.main(command.split())
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ("", DistillOptions()),
+        (
+            "--rows 3 --learning-rate 1 --lora-rank 2 --lora-loss next-token --dtype float32 "
+            "--gradient-checkpointing --train-windows 4,8 --state-heads query "
+            '--lola-config {"window_size":4}',
+            DistillOptions(
+                rows=3,
+                learning_rate=1.0,
+                lora_rank=2,
+                lora_loss="next-token",
+                dtype="float32",
+                gradient_checkpointing=True,
+                train_windows=(4, 8),
+                state_heads="query",
+                lola_config={"window_size": 4},
+            ),
+        ),
+    ],
+)
+def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOptions) -> None:
+    command = f"distill --base b --data d --out o {given}"
+    assert made_by(monkeypatch, command, "lola_vllm.training.distill.run.distill", 3) == options
+
+
+@pytest.mark.parametrize(
+    ("given", "plan"),
+    [
+        ("recall --texts t", RecallPlan(texts="t")),
+        (
+            "recall --tasks vt,passkey --lengths 64,32 --samples 2 --seed 3 --format chat",
+            RecallPlan(["vt", "passkey"], [32, 64], 2, 3, "chat"),
+        ),
+        (
+            "recall --tasks passkey --distances 200,100",
+            RecallPlan(["passkey"], [], distances=[100, 200]),
+        ),
+        (
+            "recall --tasks passkey --distances 100 --lengths 900,800",
+            RecallPlan(["passkey"], [800, 900], distances=[100]),
+        ),
+        ("copy --texts t", CopyPlan("t")),
+        (
+            "copy --texts t --kinds code,chat --lengths 900,800 --distances 300 --samples 2 "
+            "--stops 1 --passages 3 --seed 4",
+            CopyPlan("t", ["code", "chat"], [800, 900], [300], 2, 1, 3, 4),
+        ),
+        ("perplexity --texts t --stream", StreamPlan("t")),
+        (
+            "perplexity --texts t --stream --stream-length 64 --block 16 --context 8 --every 2 "
+            "--mixed",
+            StreamPlan("t", 64, 16, 8, every=2, mixed=True),
+        ),
+        ("perplexity --texts t", PerplexityPlan("t")),
+        (
+            "perplexity --texts t --windows 2 --window-length 8 --seed 3",
+            PerplexityPlan("t", 2, 8, 3),
+        ),
+    ],
+)
+def test_eval(monkeypatch: pytest.MonkeyPatch, given: str, plan: Any) -> None:
+    command = f"eval {given} --model m"
+    assert made_by(monkeypatch, command, "lola_vllm.evaluation.command._evaluate", 1) == plan
+    args = made_by(monkeypatch, command, "lola_vllm.evaluation.command._evaluate", 0)
+    assert args.score == Setting("model", Path("m")).score

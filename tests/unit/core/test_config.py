@@ -1,0 +1,206 @@
+"""`lola_config`: validated once, refused with the field, the value and the remedy."""
+
+import copy
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from lola_vllm.core.config import (
+    LolaConfig,
+    LolaConfigError,
+    LolaLlamaConfig,
+    TensorFacts,
+    default_context_shift,
+)
+
+
+def test_defaults_are_the_authors():
+    config = LolaConfig()
+    assert (config.window_size, config.update_interval, config.sink_size) == (64, 64, 0)
+    assert (config.mixing, config.sparse_sharing) == ("lola", "none")
+    assert config.sparse_dtype == "model"
+
+
+def test_the_interval_follows_the_window_unless_it_is_given():
+    assert LolaConfig(window_size=9).update_interval == 9
+    assert LolaConfig(window_size=9, update_interval=None).update_interval == 9
+    assert LolaConfig(window_size=9, update_interval=1).update_interval == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"windowsize": 3}, "lola_config.windowsize: unknown key; nearest valid name: 'window_siz"),
+        ({"sinks": 3}, "nearest valid name: 'sink_size'"),
+        ({"window_size": 0}, "lola_config.window_size = 0: must be greater than or equal to 1"),
+        ({"window_size": "64"}, "lola_config.window_size = '64': must be a valid integer"),
+        ({"window_size": True}, "lola_config.window_size = True"),
+        ({"sparse_cache_size": -1}, "lola_config.sparse_cache_size = -1"),
+        (
+            {"sparse_cache_size": [3, -1]},
+            r"sparse_cache_size = \[3, -1\]: must be an integer of at least 0, or a list",
+        ),
+        ({"sparse_cache_size": []}, "lola_config.sparse_cache_size = "),
+        ({"sparse_cache_size": [3, True]}, "lola_config.sparse_cache_size = "),
+        ({"update_interval": 0}, "lola_config.update_interval = 0"),
+        ({"context_shift": -1}, "lola_config.context_shift = -1: must be greater than or"),
+        ({"context_shift": 2.0}, "lola_config.context_shift = 2.0: must be a valid integer"),
+        ({"mixing": "half"}, "lola_config.mixing = 'half': must be 'lola' or 'lolcats'"),
+        ({"sparse_dtype": "int4"}, "lola_config.sparse_dtype = 'int4': must be 'model' or 'int8'"),
+    ],
+)
+def test_bad_values_are_named(fields, message):
+    with pytest.raises(LolaConfigError, match=message) as error:
+        LolaConfig(**fields)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_sparse_cache_may_have_a_size_per_layer():
+    config = LolaConfig(sparse_cache_size=[5, 0, 40])
+    assert [config.for_layer(i).sparse_pairs for i in range(3)] == [5, 0, 40]
+    assert LolaConfig(sparse_cache_size=7).for_layer(2).sparse_pairs == 7
+    config.check_layers(3, 1)
+    with pytest.raises(LolaConfigError, match="3 numbers for 4 layers; give one per layer"):
+        config.check_layers(4, 1)
+    with pytest.raises(LolaConfigError, match="use for_layer"):
+        config.sparse_pairs  # noqa: B018
+
+
+def test_nine_keys_do():
+    assert len(LolaConfig.model_fields) == 9
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"recent_size": [1, 2]}, "recent_size: 2 numbers for 3 layers"),
+        ({"recent_size": [1, [2], 3]}, "recent_size, layer 1: 1 numbers for 2 KV heads"),
+    ],
+)
+def test_recent_pairs_have_a_number_for_each_layer_or_head(fields, message):
+    with pytest.raises(LolaConfigError, match=message):
+        LolaConfig(**{"sparse_cache_size": 8, **fields}).check_layers(3, 2)
+
+
+def test_a_layer_has_recent_pairs_of_its_own():
+    config = LolaConfig(sparse_cache_size=[8, [8, 9]], recent_size=[[1, 2], 3])
+    layers = [config.for_layer(i).for_heads() for i in range(2)]
+    assert [[(x.sparse_pairs, x.recent_pairs) for x in heads] for heads in layers] == [
+        [(8, 1), (8, 2)],
+        [(8, 3), (9, 3)],
+    ]
+    small = LolaConfig(sparse_cache_size=[8, [8, 2]], recent_size=3)
+    assert [x.recent_pairs for x in small.for_layer(1).for_heads()] == [3, 2]
+    assert LolaConfig(sparse_cache_size=4, recent_size=[9, 1]).for_layer(0).recent_pairs == 4
+    alike = LolaConfig(sparse_cache_size=[8, [9, 9]], recent_size=[2, [3, 3]])
+    assert [alike.for_layer(i).recent_pairs for i in range(2)] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "length", "message"),
+    [
+        ({"context_shift": 3}, 8, "context_shift = 3: must divide max_position_embeddings = 8"),
+        ({"context_shift": 8}, 8, "context_shift = 8: must .* and be less; use 2, or 0"),
+        ({"context_shift": 16}, 8, "context_shift = 16"),
+        ({"context_shift": 2}, 7, "use 1, or 0 for contexts that end at 7 tokens"),
+        ({"context_shift": 2, "sink_size": 7}, 8, "sink_size = 7: .* use at most 6 sinks, or"),
+    ],
+)
+def test_context_shifts_suit_the_trained_length(fields, length, message):
+    with pytest.raises(LolaConfigError, match=message):
+        LolaConfig(**fields).check_context_shift(length)
+    LolaConfig(**{**fields, "context_shift": 0}).check_context_shift(length)
+    LolaConfig(context_shift=default_context_shift(length)).check_context_shift(length)
+
+
+def test_contexts_without_end_have_a_default_length():
+    config = LolaLlamaConfig(max_position_embeddings=8192)
+    assert (config.lola.context_shift, config.default_length) == (0, 8192)
+    config.lola_config = {"context_shift": 2048}
+    assert config.default_length == 131072
+    config.max_position_embeddings = 2**20
+    assert config.default_length == 2**20
+
+
+def test_every_fault_is_reported():
+    with pytest.raises(LolaConfigError) as error:
+        LolaConfig(sink_size=-2, mixing="x", foo=1)
+    assert [line.split()[0] for line in str(error.value).splitlines()] == [
+        "lola_config.sink_size",
+        "lola_config.mixing",
+        "lola_config.foo:",
+    ]
+
+
+def test_round_trip_through_transformers_keeps_llama_fields_and_the_object(tmp_path):
+    config = LolaLlamaConfig(lola_config={"sink_size": 4}, hidden_size=96, num_hidden_layers=3)
+    config.save_pretrained(tmp_path)
+    AutoConfig.register("lola_llama", LolaLlamaConfig, exist_ok=True)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.lola_config == {"sink_size": 4}
+    assert (loaded.hidden_size, loaded.num_hidden_layers) == (96, 3)
+    assert loaded.lola == LolaConfig(sink_size=4)
+
+
+def test_facts_of_tensors_are_no_part_of_the_file(tmp_path):
+    config = LolaLlamaConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
+    assert not config.has_facts and config.facts == TensorFacts(16, 2)
+    config.facts = TensorFacts(8, 6, True)
+    assert copy.deepcopy(config).facts == config.facts == TensorFacts(8, 6, True)
+    config.save_pretrained(tmp_path)
+    assert "facts" not in (tmp_path / "config.json").read_text()
+    assert not LolaLlamaConfig.from_pretrained(tmp_path).has_facts
+
+
+def test_sizes_of_all_heads_take_few_lines(tmp_path):
+    sizes = [[18, 400, 20 + i] for i in range(30)]
+    config = LolaLlamaConfig(lola_config={"sparse_cache_size": sizes, "sink_size": 4})
+    config.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert json.loads(text)["lola_config"]["sparse_cache_size"] == sizes
+    lines = [line for line in text.splitlines() if "400" in line]
+    assert len(lines) < 7 and max(map(len, lines)) <= 100
+    assert all(
+        line.strip(" ,").startswith("[") and line.strip(" ,").endswith("]") for line in lines
+    )
+
+
+def test_assignment_merges_and_is_checked():
+    config = LolaLlamaConfig(lola_config={"sink_size": 4, "window_size": 32})
+    config.lola_config = {"window_size": 16}
+    assert config.lola == LolaConfig(sink_size=4, window_size=16)
+    with pytest.raises(LolaConfigError, match="must be an object"):
+        config.lola_config = 7
+    with pytest.raises(LolaConfigError, match="window_size = 0"):
+        config.lola_config = {"window_size": 0}
+    assert config.lola == LolaConfig(sink_size=4, window_size=16)
+
+
+@pytest.mark.parametrize(("heads", "ok"), [(9, True), (3, True), (1, False), (6, False)])
+def test_state_heads_lie_between_kv_and_query_heads(heads, ok):
+    if ok:
+        LolaConfig().check_heads(9, 3, heads)
+    else:
+        with pytest.raises(LolaConfigError, match=f"feature_map_k has {heads} heads"):
+            LolaConfig().check_heads(9, 3, heads)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "state_heads", "sharing", "ok"),
+    [
+        (4, 32, "kv_head", True),
+        (8, 32, "kv_head", True),
+        (16, 32, "kv_head", False),
+        (16, 16, "kv_head", False),
+        (16, 8, "kv_head", True),  # a state head per KV head: nothing is shared
+        (16, 32, "none", True),
+    ],
+)
+def test_ranks_do_not_part_the_heads_that_share_a_sparse_set(ranks, state_heads, sharing, ok):
+    config = LolaConfig(sparse_sharing=sharing)
+    if ok:
+        config.check_ranks(ranks, 8, state_heads)
+    else:
+        with pytest.raises(LolaConfigError, match=rf"'kv_head'.*{ranks} tensor-parallel.*'none'"):
+            config.check_ranks(ranks, 8, state_heads)

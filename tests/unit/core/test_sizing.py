@@ -1,0 +1,51 @@
+"""How much of a machine's memory states may take, and how many sequences fit."""
+
+import pytest
+
+from lola_vllm.core.sizing import (
+    GIB,
+    GPU_BYTES,
+    RANK_BYTES,
+    SERVER_BYTES,
+    Pool,
+    cpu_room,
+    gpu_room,
+    weight_bytes,
+)
+
+
+def test_weights_grow_with_the_dtype():
+    assert weight_bytes(100, {"dtype": "bfloat16"}, "float32") == 200
+    assert weight_bytes(100, {"torch_dtype": "float32"}, "bfloat16") == 50
+    assert weight_bytes(100, {"dtype": "bfloat16"}, "float16") == 100
+    assert weight_bytes(100, {}, "float32") == 100
+    quantized = {"dtype": "bfloat16", "quantization_config": {}}
+    assert weight_bytes(100, quantized, "float32") == 100
+
+
+def test_all_ranks_together_take_half_of_what_is_left():
+    free, weights = 20 * GIB, GIB
+    assert cpu_room(free, weights) == 8 * GIB
+    for ranks in (2, 4):
+        left = free - weights - SERVER_BYTES - (ranks - 1) * RANK_BYTES
+        assert ranks * cpu_room(free, weights, ranks) == left // 2
+    assert cpu_room(GIB, weights) == 0
+
+
+def test_a_gpu_is_shared_with_the_weights_and_the_processes():
+    assert gpu_room(80 * GIB, 0.5, 10 * GIB) == 30 * GIB - GPU_BYTES
+    assert gpu_room(8 * GIB, 0.5, 10 * GIB) < 0
+
+
+@pytest.mark.parametrize(
+    ("device", "caching", "states"),
+    [("cpu", True, 3), ("cuda", True, 2), ("cpu", False, 1), ("cuda", False, 1)],
+)
+def test_sequences_that_fit_in_a_pool_take_no_more_than_its_bytes(device, caching, states):
+    pool = Pool.of(1000, device, caching)
+    assert pool.per_sequence == states
+    assert pool.bytes_for(5) == (5 * states + 1) * 1000
+    for spare in (0, states * 1000 - 1):
+        assert pool.sequences_in(pool.bytes_for(5) + spare) == 5
+    assert pool.sequences_in(pool.bytes_for(5) - 1) == 4
+    assert pool.sequences_in(pool.bytes_for(1) - 1) < 1 and pool.sequences_in(0) < 1

@@ -1,0 +1,205 @@
+"""The page: parts that do not overlap, aligned, and what the token count says of them."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.state import (
+    DTYPE_CODES,
+    NEVER,
+    PAGE_ALIGNMENT,
+    PART_ALIGNMENT,
+    PARTS,
+    TABLE_FIELDS,
+    LayerLayout,
+    SequenceLayout,
+    StateLayout,
+)
+
+HEADER = Path(__file__).parents[3] / "csrc" / "layout.h"
+
+
+def layout(lam=5, sink=3, interval=4, kv_dtype=torch.bfloat16, importance=False, **fields):
+    config = LolaConfig(
+        window_size=10, sparse_cache_size=lam, update_interval=interval, sink_size=sink,
+        **fields,
+    )  # fmt: skip
+    return StateLayout.from_config(config, 2, 6, 16, 6, kv_dtype, importance)
+
+
+@pytest.mark.parametrize("lam", [0, 1, 5])
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sharing", ["none", "kv_head"])
+@pytest.mark.parametrize("fields", [{}, {"context_shift": 4}, {"sparse_dtype": "int8"}])
+def test_parts_do_not_overlap_and_are_aligned(lam, kv_dtype, sharing, fields):
+    page = layout(lam, kv_dtype=kv_dtype, sparse_sharing=sharing, **fields)
+    pool = torch.zeros(3, page.page_bytes + 128, dtype=torch.uint8)
+    views = page.views(pool)
+    for i, view in enumerate(views):
+        assert view.shape[0] == 3
+        assert view.numel() == 0 or view.data_ptr() % PART_ALIGNMENT == pool.data_ptr() % 64
+        view[1] = i + 1
+    for i, view in enumerate(views):
+        assert (view[1] == i + 1).all()
+        assert (view[0] == 0).all() and (view[2] == 0).all()
+    assert page.page_bytes % PAGE_ALIGNMENT == 0
+    assert sum(page.part_bytes.values()) <= page.page_bytes
+    assert (pool[1, page.page_bytes :] == 0).all()
+
+
+def test_layers_of_a_sequence_lie_one_after_the_other():
+    sizes = [5, 0, 300]
+    sequence = SequenceLayout(tuple(LayerLayout((layout(lam),)) for lam in sizes))
+    rows = torch.zeros(3, sequence.row_bytes + 64, dtype=torch.uint8)
+    pages = sequence.pages(rows)
+    for i, (page, layer) in enumerate(zip(pages, sequence.layers, strict=True)):
+        assert page.shape == (3, layer.page_bytes)
+        for view in layer.pages[0].views(page):
+            view[1] = i + 1
+    for i, page in enumerate(pages):
+        assert set(page[1].unique().tolist()) > {0}
+        assert all((view[1] == i + 1).all() for view in sequence.layouts[i].views(page))
+    assert not rows[[0, 2]].any() and not rows[:, sequence.row_bytes :].any()
+    assert sequence.row_bytes == sum(layer.page_bytes for layer in sequence.layers)
+    token = 3 * 2 * 2 * 16 * 2  # three layers, keys and values, 2 KV heads, d 16, bfloat16
+    assert sequence.full_kv_bytes_per_token == token
+    assert sequence.break_even_tokens(2) == -(-2 * sequence.row_bytes // token)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float64])
+def test_an_importance_adds_a_number_per_sparse_pair_and_else_nothing(kv_dtype):
+    with_it = layout(kv_dtype=kv_dtype, importance=True)
+    without = layout(kv_dtype=kv_dtype)
+    assert without.part_bytes["score_weights"] == 0
+    wide = torch.promote_types(kv_dtype, torch.float32)
+    assert with_it.parts["score_weights"] == ((6, 5), wide)
+    names = [name for name in PARTS if name != "score_weights"]
+    offsets, end = [], 0
+    for name in names:
+        offsets.append(end)
+        end = -(-(end + without.part_bytes[name]) // PART_ALIGNMENT) * PART_ALIGNMENT
+    assert [without.offsets[name] for name in names] == offsets
+    parts = with_it.part_bytes
+    assert {name: parts[name] for name in names} == {n: without.part_bytes[n] for n in names}
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float64])
+def test_int8_pairs_take_a_byte_per_number_and_two_scales(kv_dtype):
+    page, plain = layout(kv_dtype=kv_dtype, sparse_dtype="int8"), layout(kv_dtype=kv_dtype)
+    for name in ("sparse_k", "sparse_v"):
+        assert page.parts[name] == ((6, 5, 16), torch.int8)
+        assert plain.parts[name] == ((6, 5, 16), kv_dtype)
+        assert page.parts[f"{name}_scale"] == ((6, 5), torch.float32)
+        assert plain.part_bytes[f"{name}_scale"] == 0
+        assert plain.offsets[f"{name}_scale"] == plain.offsets["sparse_k"]  # takes no room
+    others = [name for name in PARTS if not name.startswith("sparse")]
+    assert all(page.parts[name] == plain.parts[name] for name in others)
+
+
+def test_bytes_of_the_8b_layouts():
+    """MiB per sequence for Llama-3.1-8B at eta 64, lam 512 (32 layers, 32 and 8 heads, d 128)."""
+
+    def mib(state_heads, sharing):
+        config = LolaConfig(sparse_cache_size=512, sparse_sharing=sharing)
+        page = StateLayout.from_config(config, 8, state_heads, 128, 64, torch.bfloat16)
+        positions = page.part_bytes["positions"]
+        return 32 * (sum(page.part_bytes.values()) - positions) / 2**20
+
+    assert mib(32, "none") == pytest.approx(330, abs=8.5)
+    assert mib(32, "kv_head") == pytest.approx(137, abs=8.5)
+    assert mib(8, "none") == pytest.approx(89, abs=8.5)
+
+
+@pytest.mark.parametrize("interval", [1, 4, 10, 13])
+@pytest.mark.parametrize("sink", [0, 3, 12])
+def test_counts_follow_a_simulation(interval, sink):
+    page = layout(sink=sink, interval=interval)
+    window, gone = [], 0
+    for n in range(1, 60):
+        if n > sink:
+            window.append(n - 1)
+        evicted = len([p for p in window if p < n - 10]) if n % interval == 0 else 0
+        assert bool(page.update_due(torch.tensor(n))) == (evicted > 0)
+        if evicted:
+            gone += evicted
+            window = [p for p in window if p >= n - 10]
+        at = torch.tensor(n)
+        assert int(page.num_evicted(at)) == gone
+        assert int(page.num_sparse(at)) == min(gone, 5)
+        assert int(page.num_folded(at)) == max(0, gone - 5)
+        if window:
+            assert int(page.window_start(at)) <= window[0]
+            assert len(window) <= page.ring_size
+            rows = page.row(torch.tensor(window)).tolist()
+            assert len(set(rows)) == len(window)
+            assert min(rows) >= sink and max(rows) < sink + page.ring_size
+
+
+def test_short_pages_are_refused():
+    page = layout()
+    with pytest.raises(ValueError, match=f"at least {page.page_bytes} bytes"):
+        page.views(torch.zeros(2, page.page_bytes - 1, dtype=torch.uint8))
+
+
+def test_layout_is_a_value():
+    assert layout() == layout() and hash(layout()) == hash(layout())
+    assert dataclasses.replace(layout(), head_dim=8).page_bytes < layout().page_bytes
+
+
+def test_the_table_is_the_struct_of_the_header():
+    """Names and order of `PageLayout`'s fields, and what `DType` calls each dtype."""
+    header = re.sub(r"//.*", "", HEADER.read_text())
+    struct = re.search(r"struct PageLayout \{(.*?)LOLA_HOST_DEVICE", header, re.DOTALL)[1]
+    declared = re.findall(r"\b(?:int64_t|DType)\s+([\w\s,]+);", struct)
+    assert [x.strip() for names in declared for x in names.split(",")] == list(TABLE_FIELDS)
+    codes = re.search(r"enum class DType : int64_t \{(.*?)\}", header)[1].split(",")
+    short = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16",
+             torch.float64: "f64", torch.int8: "i8"}  # fmt: skip
+    assert {short[dtype]: code for dtype, code in DTYPE_CODES.items()} == {
+        name.strip(): code for code, name in enumerate(codes)
+    }
+
+
+def row(page, *told):
+    """The only row of the table of a layer with one page, by field."""
+    (numbers,) = LayerLayout((page,)).table(*told).tolist()
+    return dict(zip(TABLE_FIELDS, numbers, strict=True))
+
+
+def test_the_table_holds_the_layout():
+    page = layout(lam=5, sink=3, interval=4, sparse_sharing="kv_head", recent_size=2)
+    table = row(page, 12, True)
+    assert {name: table.pop(name) for name in PARTS} == page.offsets
+    assert table == {
+        "num_heads": 12, "num_kv_heads": 2, "num_state_heads": 6, "num_sparse_heads": 2,
+        "head_dim": 16, "feature_dim": 6, "window_size": 10, "sparse_cache_size": 5,
+        "recent_size": 2, "update_interval": 4, "sink_size": 3, "subtract_max": 1,
+        "has_score_weights": 0,
+        "rotated_map_after": NEVER, "kv_dtype": DTYPE_CODES[torch.bfloat16],
+        "sparse_dtype": DTYPE_CODES[torch.bfloat16],
+        "state_dtype": DTYPE_CODES[torch.float32], "page_bytes": page.page_bytes,
+    }  # fmt: skip
+    assert row(page, 12, True, 96) == {**row(page, 12, True), "rotated_map_after": 96}
+    weighted = layout(importance=True)
+    table = row(weighted, 12, True)
+    assert (
+        table["has_score_weights"] == 1
+        and table["score_weights"] == weighted.offsets["score_weights"]
+    )
+    small = layout(sparse_dtype="int8")
+    table = row(small, 12, True)
+    assert table["sparse_dtype"] == DTYPE_CODES[torch.int8]
+    assert table["sparse_v_scale"] == small.offsets["sparse_v_scale"]
+
+
+def test_the_table_of_a_layer_has_a_row_for_each_page():
+    pages = (layout(lam=5), layout(lam=9))
+    first, second = LayerLayout(pages).table(24, False).tolist()
+    assert first == list(row(pages[0], 12, False).values())
+    own = row(pages[1], 12, False)
+    moved = {name: pages[0].page_bytes + own[name] for name in ("page_bytes", *PARTS)}
+    assert dict(zip(TABLE_FIELDS, second, strict=True)) == own | moved

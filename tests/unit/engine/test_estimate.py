@@ -1,0 +1,382 @@
+"""`lola-vllm estimate`: numbers of the page layout, by hand for Llama-3.1-8B, and bad configs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lola_vllm.command import cli
+from lola_vllm.core.config import LolaConfig, LolaConfigError
+from lola_vllm.core.state import StateLayout
+from lola_vllm.engine.estimate import Estimate, Row, estimate, format_table
+from lola_vllm.models import CheckpointError
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+MIB = 2**20
+
+
+def write(path: Path, **changes: object) -> Path:
+    """A `config.json` and nothing else; None takes a key away."""
+    config = {k: v for k, v in {**LLAMA_8B, **changes}.items() if v is not None}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return path / "config.json"
+
+
+def chosen(result: Estimate) -> Row:
+    (row,) = [row for row in result.rows if row.chosen]
+    return row
+
+
+def test_llama_8b_by_hand(tmp_path: Path) -> None:
+    """eta 64, lam 512, F 64: K and V rows of 128 x 2 bytes, H of 128 x 128 x 4 bytes a head."""
+    lola = {"sparse_cache_size": 512, "context_shift": 0}
+    result = estimate(write(tmp_path), lola, state_heads="query", feature_dim=64)
+    window = 32 * 8 * 128 * 2 * 256 / MIB  # 64 pairs stay, and up to 64 more arrive
+    assert window == 16
+    by_hand = {
+        "32 state heads, one per query head": {
+            "sparse K/V": 32 * 32 * 512 * 2 * 256 / MIB,
+            "H": 32 * 32 * 128 * 128 * 4 / MIB,
+            "s": 32 * 32 * 128 * 4 / MIB,
+            "positions": 32 * 32 * 512 * 4 / MIB,
+        },
+        "32 state heads, one per query head, with one sparse cache per KV head": {
+            "sparse K/V": 32 * 8 * 512 * 2 * 256 / MIB,
+            "H": 32 * 32 * 128 * 128 * 4 / MIB,
+            "s": 32 * 32 * 128 * 4 / MIB,
+            "positions": 32 * 8 * 512 * 4 / MIB,
+        },
+        "8 state heads, one per KV head": {
+            "sparse K/V": 32 * 8 * 512 * 2 * 256 / MIB,
+            "H": 32 * 8 * 128 * 128 * 4 / MIB,
+            "s": 32 * 8 * 128 * 4 / MIB,
+            "positions": 32 * 8 * 512 * 4 / MIB,
+        },
+    }
+    assert [row.name for row in result.rows] == list(by_hand)
+    published = [330, 137, 89]  # these count the 64 pairs that stay, and no positions
+    for row, mib in zip(result.rows, published, strict=True):
+        expected = {"window": window, **by_hand[row.name]}
+        assert {n: size / MIB for n, size in row.parts.items() if size} == expected
+        assert row.bytes_per_sequence / MIB == sum(expected.values())
+        counted = row.bytes_per_sequence / MIB - window / 2 - expected["positions"]
+        assert counted == pytest.approx(mib, abs=1.6)
+    totals = [row.bytes_per_sequence / MIB for row in result.rows]
+    assert totals == [338.5, 145, 96.625]
+    assert result.full_kv_bytes == {4096: 512 * MIB, 32768: 4096 * MIB, 131072: 16384 * MIB}
+    # a token takes 128 KiB: 338.5 MiB / 128 KiB = 2708
+    assert [row.sequence.break_even_tokens() for row in result.rows] == [2708, 1160, 773]
+    assert chosen(result).name == "32 state heads, one per query head"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("ranks", [1, 2, 8, 16])
+@pytest.mark.parametrize("interval", [1, 5])
+@pytest.mark.parametrize("sink", [0, 3])
+def test_bytes_are_those_of_the_layout(
+    tmp_path: Path, dtype: str, ranks: int, interval: int, sink: int
+) -> None:
+    lola = {
+        "window_size": 7,
+        "sparse_cache_size": 9,
+        "update_interval": interval,
+        "sink_size": sink,
+        "context_shift": 0,
+    }
+    result = estimate(write(tmp_path), lola, feature_dim=5, dtype=dtype, tensor_parallel_size=ranks)
+    kv, torch_dtype = max(1, 8 // ranks), getattr(torch, dtype)
+    layouts = [(32, "none"), (32, "kv_head"), (8, "none")]
+    if ranks > 8:  # the heads that share a set would be parted
+        layouts.pop(1)
+    for row, (heads, sharing) in zip(result.rows, layouts, strict=True):
+        config = LolaConfig(**lola, sparse_sharing=sharing)
+        Hs = max(1, heads // ranks)
+        layout = StateLayout.from_config(config, kv, Hs, 128, 5, torch_dtype)
+        assert row.layout == layout
+        assert row.bytes_per_sequence == 32 * layout.page_bytes == sum(row.parts.values())
+        row_bytes = 32 * kv * 128 * 2 * torch_dtype.itemsize
+        assert row.parts["sinks"] == sink * row_bytes
+        assert row.parts["window"] == (7 + interval) * row_bytes
+        assert all(size >= 0 for size in row.parts.values())
+        rest = {name: 32 * size for name, size in layout.part_bytes.items()}
+        assert row.parts["sparse K/V"] == rest["sparse_k"] + rest["sparse_v"]
+        assert row.parts["H"] == rest["H"] and row.parts["s"] == rest["s"]
+    assert result.full_kv_bytes[4096] == 4096 * 32 * kv * 256 * torch_dtype.itemsize
+
+
+def test_int8_pairs_and_their_scales_are_the_sparse_cache(tmp_path: Path) -> None:
+    lola = {"sparse_cache_size": 512, "sparse_dtype": "int8"}
+    result = estimate(write(tmp_path), lola)
+    pairs = 32 * 8 * 512  # layers, sparse sets, pairs of each
+    assert chosen(result).parts["sparse K/V"] == pairs * 2 * (128 + 4)
+    assert chosen(result).bytes_per_sequence == sum(chosen(result).parts.values())
+    text = format_table(result)
+    assert "sparse cache 512 as int8" in text and "scale" not in text
+
+
+@pytest.mark.parametrize("memory", [0.1, 1, 24.5])
+def test_sequences_that_fit(tmp_path: Path, memory: float) -> None:
+    """As the server has it: one state is vLLM's null block, prefix caching needs two each."""
+    for row in estimate(write(tmp_path), memory_gib=memory).rows:
+        one, room = row.bytes_per_sequence, int(memory * 2**30)
+        states = row.sequences()
+        assert states is not None
+        if room >= one:
+            assert (states + 1) * one <= room < (states + 2) * one
+        else:
+            assert states == 0
+        assert row.sequences(2) == states // 2
+    assert chosen(estimate(write(tmp_path))).sequences() is None
+
+
+def test_break_even_is_where_a_full_cache_becomes_larger(tmp_path: Path) -> None:
+    result = estimate(write(tmp_path), {"sparse_cache_size": 77, "sink_size": 3})
+    for row in result.rows:
+        for states in (1, 2):
+            n, token = row.sequence.break_even_tokens(states), row.full_kv_bytes_per_token
+            assert (n - 1) * token < states * row.bytes_per_sequence <= n * token
+
+
+def test_a_size_per_layer_moves_bytes_between_layers(tmp_path: Path) -> None:
+    write(tmp_path)
+    same = chosen(estimate(tmp_path, {"sparse_cache_size": 128}))
+    moved = chosen(estimate(tmp_path, {"sparse_cache_size": [8, 248] * 16}))
+    assert moved.bytes_per_sequence == same.bytes_per_sequence == sum(moved.parts.values())
+    assert moved.sequence.break_even_tokens() == same.sequence.break_even_tokens()
+    assert "sparse cache 8 to 248 by layer (128 on average)" in format_table(
+        estimate(tmp_path, {"sparse_cache_size": [8, 248] * 16})
+    )
+    with pytest.raises(LolaConfigError, match="2 numbers for 32 layers"):
+        estimate(tmp_path, {"sparse_cache_size": [8, 248]})
+
+
+@pytest.mark.parametrize(
+    ("lola", "state_heads", "name"),
+    [
+        ({}, None, "8 state heads, one per KV head"),
+        ({}, "kv", "8 state heads, one per KV head"),
+        ({}, "query", "32 state heads, one per query head"),
+        (
+            {"sparse_sharing": "kv_head"},
+            "query",
+            "32 state heads, one per query head, with one sparse cache per KV head",
+        ),
+        ({"sparse_sharing": "kv_head"}, "kv", "8 state heads, one per KV head"),
+    ],
+)
+def test_the_layout_of_the_config_is_marked(
+    tmp_path: Path, lola: dict[str, object], state_heads: str | None, name: str
+) -> None:
+    path = write(tmp_path, model_type="lola_llama", lola_config=lola)
+    result = estimate(path, state_heads=state_heads)  # type: ignore[arg-type]
+    assert chosen(result).name == name
+    assert len(result.rows) == 3
+    assert f"{name} (this config)" in format_table(result)
+
+
+def test_without_groups_there_is_one_layout(tmp_path: Path) -> None:
+    result = estimate(write(tmp_path, num_key_value_heads=None))
+    assert [row.layout.num_kv_heads for row in result.rows] == [32]
+
+
+def test_state_heads_come_from_the_tensors_of_a_lola_model(tmp_path: Path) -> None:
+    write(tmp_path, model_type="lola_llama", lola_config={})
+    maps = {"model.layers.0.self_attn.feature_map_k": torch.zeros(16, 128, 64)}
+    save_file(maps, tmp_path / "model.safetensors")
+    for path in (tmp_path, tmp_path / "config.json"):
+        result = estimate(path)
+        assert chosen(result).name == "16 state heads" and len(result.rows) == 4
+        layout = chosen(result).layout
+        assert (layout.num_state_heads, layout.feature_dim) == (16, 64)
+        assert not layout.has_score_weights
+    maps |= {"model.layers.0.self_attn.importance": torch.zeros(8, 193)}
+    save_file(maps, tmp_path / "model.safetensors")
+    assert chosen(estimate(tmp_path)).layout.has_score_weights
+
+
+def test_the_weights_of_a_plain_llama_are_not_looked_at(tmp_path: Path) -> None:
+    write(tmp_path)
+    index = {"weight_map": {"model.norm.weight": "missing.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert chosen(estimate(tmp_path)).layout.num_state_heads == 8
+
+
+def test_a_base_is_shown_as_init_would_make_it(tmp_path: Path) -> None:
+    result = estimate(write(tmp_path))
+    assert chosen(result).name == "8 state heads, one per KV head"
+    assert result.config.facts.feature_dim == 128  # the head size
+    # window 16, cache 64/4, H 8 x 256 x 128 x 4, s 8 x 256 x 4, positions 8 x 128 x 4, and as many
+    # score weights, 32 layers
+    by_hand = 16 + 16 + 32 + 0.25 + 0.125 + 0.125
+    assert chosen(result).bytes_per_sequence / MIB == by_hand
+    table = format_table(result)
+    assert "\n  C: 8 state heads, one per KV head (as init makes it)\n" in table
+    assert "--state-heads query --feature-dim 64" in table
+    lolcats = format_table(estimate(tmp_path, state_heads="query", feature_dim=64))
+    assert "\n  A: 32 state heads, one per query head (these options)\n" in lolcats
+
+
+@pytest.mark.parametrize(
+    ("context", "fit"), [(None, {}), (100_000, {100_000: 1}), (8192, {8192: 23})]
+)
+def test_stock_sequences_in_the_same_memory(
+    tmp_path: Path, context: int | None, fit: dict[int, int]
+) -> None:
+    """24 GiB hold 12,288 blocks of 16 tokens, one of them vLLM's null block."""
+    result = estimate(write(tmp_path), memory_gib=24, context=context)
+    assert result.stock_sequences == {4096: 47, 32768: 5, 131072: 1, **fit}
+    assert list(result.full_kv_bytes) == sorted(result.stock_sequences)
+    assert result.to_json()["stock_sequences"]["4096"] == 47
+    assert "Sequences of stock vLLM in 24 GiB: 47 at 4K, " in format_table(result)
+    if context == 100_000:
+        assert ", 1 at 100,000, 1 at 128K." in format_table(result)
+        assert "12,500 at 100,000" in format_table(result)
+    without = estimate(write(tmp_path))
+    assert without.stock_sequences is None and without.to_json()["stock_sequences"] is None
+
+
+def test_options_replace_the_keys_of_the_config(tmp_path: Path) -> None:
+    lola = {"window_size": 10, "sink_size": 4}
+    path = write(tmp_path, model_type="lola_llama", lola_config=lola, head_dim=64)
+    result = estimate(path, {"window_size": 20})
+    assert (result.lola.window_size, result.lola.sink_size) == (20, 4)
+    assert result.rows[0].layout.head_dim == 64
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": None}, "model_type None is not supported; supported: lola_llama, llama"),
+        ({"model_type": "bert"}, "model_type 'bert'"),
+        ({"hidden_size": None}, "hidden_size = null: must be a positive integer"),
+        ({"num_hidden_layers": None}, "num_hidden_layers = null"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ({"num_attention_heads": "32"}, 'num_attention_heads = "32"'),
+        ({"num_key_value_heads": -8}, "num_key_value_heads = -8"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads = 5"),
+        ({"head_dim": 1.5}, "head_dim = 1.5"),
+        ({"hidden_act": 7}, "config.json: hidden_act = 7: must be of type str$"),
+        ({"lola_config": {"window_siz": 3}}, "window_siz.*'window_size'"),
+        ({"lola_config": {"num_state_heads": 3}}, "num_state_heads: unknown key"),
+        ({"lola_config": 3}, "lola_config = 3"),
+    ],
+)
+def test_bad_configs(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = write(tmp_path, **changes)
+    with pytest.raises((CheckpointError, LolaConfigError), match=rf"(?s){message}"):
+        estimate(path)
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json there"):
+        estimate(tmp_path)
+    with pytest.raises(CheckpointError, match="no nowhere there"):
+        estimate(tmp_path / "nowhere")
+    for content in (b"{", b"[1]", b"\xff\x00"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"config\.json: (not valid|must hold)"):
+            estimate(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype = 'int8': must be one of bfloat16, float16, float32"),
+        ({"memory_gib": 0.0}, "memory_gib = 0"),
+        ({"memory_gib": float("nan")}, "memory_gib = nan"),
+        ({"context": 0}, "context = 0: must be at least 1 token"),
+        ({"feature_dim": 0}, "feature_dim = 0: must be at least 1"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size = 0"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size = 3.*use a divisor of 8"),
+        ({"tensor_parallel_size": 64}, "tensor_parallel_size = 64"),
+        ({"overrides": {"window_size": 0}}, "window_size = 0"),
+    ],
+)
+def test_bad_options(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises((CheckpointError, LolaConfigError), match=message):
+        estimate(write(tmp_path), **options)  # type: ignore[arg-type]
+
+
+def test_state_heads_that_ranks_cannot_share(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 2}
+    path = write(tmp_path, **sizes)
+    assert estimate(path, tensor_parallel_size=4).rows[0].layout.num_state_heads == 3
+    shared = {"sparse_sharing": "kv_head"}
+    with pytest.raises(LolaConfigError, match=r"'kv_head': .*4 tensor-parallel ranks"):
+        estimate(path, shared, state_heads="query", tensor_parallel_size=4)
+    with pytest.raises(CheckpointError, match="12 query, 2 KV and 12 state heads"):
+        estimate(path, state_heads="query", tensor_parallel_size=8)
+
+
+# ---- the command
+
+
+def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lola = '{"sparse_cache_size": 512, "context_shift": 0}'
+    argv = ["estimate", str(write(tmp_path)), "--lola-config", lola, "--memory-gib", "24"]
+    argv += ["--feature-dim", "64"]
+    assert cli.main(argv) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for expected in (
+        "total 338.50 145.00 96.62",
+        "break-even, tokens 2,708 1,160 773",
+        "sequences in 24 GiB 71 168 253",
+        "with prefix caching 35 84 126",
+        "A full KV cache, MiB per sequence: 512 at 4K, 4,096 at 32K, 16,384 at 128K.",
+        "Sequences of stock vLLM in 24 GiB: 47 at 4K, 5 at 32K, 1 at 128K.",
+    ):
+        assert expected.split() in lines
+    assert not any(line[:1] == ["sinks"] for line in lines[3:])  # parts of no bytes are left out
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path)
+    lola = {"window_size": 32, "sink_size": 4}
+    options = "--json --tensor-parallel-size 4 --dtype float16 --state-heads kv --lola-config"
+    assert cli.main(["estimate", str(path), *options.split(), json.dumps(lola)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    result = estimate(
+        path, lola, state_heads="kv", tensor_parallel_size=4, dtype="float16", memory_gib=None
+    )
+    assert found == result.to_json()
+    (row,) = [row for row in found["layouts"] if row["chosen"]]
+    assert row["num_state_heads"] == 2 and row["sequences"] is None
+    assert row["bytes_per_sequence"] == 32 * row["page_bytes"] == sum(row["parts_bytes"].values())
+    assert row["mib_per_sequence"] == row["bytes_per_sequence"] / MIB
+
+
+def test_errors_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["estimate", str(write(tmp_path, model_type="bert"))]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lola-vllm: error: ") and captured.out == ""
+
+
+@pytest.mark.slow
+def test_vllm_is_not_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from lola_vllm.command.cli import main; "
+        "assert main(['estimate', sys.argv[1]]) == 0; print('vllm' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(write(tmp_path))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.splitlines()[-1] == "False"

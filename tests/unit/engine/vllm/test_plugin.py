@@ -1,0 +1,161 @@
+"""Registration: cheap, repeatable, never in the way of other models; dependencies point inwards."""
+
+import ast
+import logging
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zmq
+
+from lola_vllm.engine.vllm import compat
+from lola_vllm.engine.vllm.compat import SUPPORTED, UnsupportedVllmError, check_vllm_version
+
+PACKAGE = Path(__file__).parents[4] / "lola_vllm"
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    result = run(
+        "import sys, lola_vllm\n"
+        "print([m for m in ('torch', 'vllm', 'transformers', 'triton') if m in sys.modules])"
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.slow
+def test_registering_twice_does_no_harm_and_keeps_vllms_own_specs():
+    result = run(
+        "import lola_vllm\n"
+        "lola_vllm.register(); lola_vllm.register()\n"
+        "from vllm import ModelRegistry\n"
+        "from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum as E\n"
+        "from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST as specs\n"
+        "import lola_vllm.engine.vllm.cache\n"
+        "print('LolaLlamaForCausalLM' in ModelRegistry.get_supported_archs())\n"
+        "print('LOLA' in E.__members__)\n"
+        "names = {s.__name__ for s in specs}\n"
+        "print({'FullAttentionSpec', 'MambaSpec', 'LolaStateSpec'} <= names)\n"
+    )
+    assert result.stdout.split() == ["True", "True", "True"], result.stderr
+
+
+def test_a_busy_reader_of_vllms_queue_looks_at_its_wake_ups():
+    from vllm.distributed.device_communicators import shm_broadcast
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+    from vllm.utils.network_utils import get_open_zmq_ipc_path
+
+    if hasattr(shm_broadcast, "SHM_NOTIFY_POLL_INTERVAL_S"):
+        pytest.skip("this vLLM looks by itself")
+    compat.look_at_wake_ups()
+    compat.look_at_wake_ups()  # as a second `register()` does
+    path = get_open_zmq_ipc_path()
+    with zmq.Context() as mine, zmq.Context() as theirs:
+        writer = SpinCondition(False, theirs, path)
+        reader = SpinCondition(True, mine, path)
+        socket = reader.local_notify_socket
+        while not socket.poll(10):  # a wake-up sent before they are connected is lost
+            writer.notify()
+        while socket.poll(500):
+            socket.recv()
+        writer.notify()
+        # Its descriptor is readable while libzmq holds what the socket has not looked at.
+        assert select.select([socket.FD], [], [], 30)[0]
+        for _ in range(compat.READS_PER_LOOK - 1):
+            reader.record_read()
+        assert select.select([socket.FD], [], [], 0)[0]
+        reader.record_read()
+        assert not select.select([socket.FD], [], [], 0)[0]
+        reader.last_read -= 10  # idle: now the wake-up that it kept ends the wait
+        reader.wait(timeout_ms=None)
+        assert not socket.poll(0)
+        mine.destroy(linger=0)
+        theirs.destroy(linger=0)
+
+
+def test_vllm_finds_the_entry_point():
+    from importlib.metadata import entry_points
+
+    plugins = entry_points(group="vllm.general_plugins")
+    found = [(e.name, e.value) for e in plugins if e.value.startswith("lola_vllm")]
+    assert found == [("lola", "lola_vllm:register")]
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.33.0"])
+def test_supported_versions(version):
+    check_vllm_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "1.0"])
+def test_unsupported_versions_are_named_with_the_range(version):
+    with pytest.raises(UnsupportedVllmError) as error:
+        check_vllm_version(version)
+    assert version in str(error.value) and str(SUPPORTED) in str(error.value)
+
+
+def test_an_unsupported_version_is_logged_and_breaks_no_other_model(monkeypatch, caplog):
+    import vllm
+
+    import lola_vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    lola_vllm.register()
+    assert "lola-vllm is not active: lola-vllm supports vLLM" in caplog.text
+    assert "0.99.0" in caplog.text
+
+
+@pytest.mark.parametrize(("version", "warned"), [("0.32.1+cpu", False), ("0.33.0", True)])
+def test_an_untested_version_is_said_to_be_one(monkeypatch, caplog, version, warned):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    compat.warn_of_untested_vllm()
+    assert (f"vLLM {version} has not been tested with this lola-vllm" in caplog.text) == warned
+
+
+def test_a_vllm_that_looks_at_its_wake_ups_is_left_alone(monkeypatch):
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    class Reader:
+        def record_read(self):
+            pass
+
+    record_read = Reader.record_read
+    monkeypatch.setattr(shm_broadcast, "SpinCondition", Reader)
+    monkeypatch.setattr(shm_broadcast, "SHM_NOTIFY_POLL_INTERVAL_S", 2.0, raising=False)
+    compat.look_at_wake_ups()
+    assert Reader.record_read is record_read
+
+
+def imports(path):
+    """Modules imported anywhere in a file, type-checking blocks aside."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+INNER = [p for room in ("core", "models", "memory") for p in (PACKAGE / room).rglob("*.py")]
+
+
+@pytest.mark.parametrize("path", INNER, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_inner_rooms_know_nothing_of_vllm(path):
+    """`tests/unit/tools/site/test_code_map.py` checks what they import of ours."""
+    assert "vllm" not in {module.partition(".")[0] for module in imports(path)}

@@ -1,0 +1,196 @@
+"""Needles at a given distance: prompts, cells, table, picture and command line."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lola_vllm.command import cli
+from lola_vllm.evaluation import EvalError
+from lola_vllm.evaluation.curves import distance_cells, distance_json, lines_of
+from lola_vllm.evaluation.distance import LEAST_PRECEDING, PRECEDING, SPREAD, build_prompts_at, grid
+from lola_vllm.evaluation.prompts import Prompt
+from lola_vllm.evaluation.question import MAX_WORDS, Prose
+from lola_vllm.evaluation.recall import RecallPlan
+from lola_vllm.evaluation.results import Record
+from lola_vllm.evaluation.settings import Memory, Setting
+from lola_vllm.evaluation.tables import distance_table
+from lola_vllm.evaluation.tasks import TASKS
+from tests.unit.evaluation.test_tasks import IN_PROSE, Words, prose  # noqa: F401  (a fixture)
+
+ONE_PLACE = [name for name in IN_PROSE if not TASKS[name].several_places]
+UNIT = MAX_WORDS + 30  # tokens of a sentence or a line, at most
+TWO_UUIDS = 130  # of a needle with a UUID under a UUID, of which all of that task's text is
+
+
+def at(name: str, distance: int, text: Prose, samples: int = 4, **options: Any) -> list[Prompt]:
+    length = options.pop("length", distance + PRECEDING)
+    return build_prompts_at(
+        TASKS[name], distance, length, samples, 0, Words(), text=text, **options
+    )
+
+
+@pytest.mark.parametrize("format", ["completion", "chat"])
+@pytest.mark.parametrize("distance", [300, 2000])
+@pytest.mark.parametrize("name", ONE_PLACE)
+def test_the_needle_is_so_far_back_and_the_prompt_as_long_as_it_may(
+    name: str,
+    distance: int,
+    format: str,
+    prose: Prose,  # noqa: F811
+) -> None:
+    limit = distance + PRECEDING - TASKS[name].answer_room
+    unit = TWO_UUIDS if name == "multikey-3" else UNIT
+    for prompt in at(name, distance, prose, format=format):
+        assert abs(prompt.distance - distance) <= unit
+        assert limit - 2 * unit < len(prompt.ids) <= limit
+        assert (prompt.aim, prompt.length) == (distance, distance + PRECEDING)
+        tail = Words()
+        text = f"{prompt.question.text} {prompt.question.answer_prefix}"
+        (value,) = prompt.question.expected
+        assert len(tail.encode(text[text.rindex(value) :], special=False)) == prompt.distance
+
+
+def test_a_longer_prompt_has_more_before_the_needle_alone(prose: Prose) -> None:  # noqa: F811
+    short, long = (at("niah-2", 500, prose, length=n) for n in (1000, 3000))
+    for a, b in zip(short, long, strict=True):
+        assert abs(a.distance - b.distance) <= 2 * UNIT
+        assert len(b.ids) - len(a.ids) > 2000 - 2 * UNIT
+        assert b.question.depth > a.question.depth
+
+
+def test_prompts_of_a_cell_end_at_different_stages(prose: Prose) -> None:  # noqa: F811
+    room = TASKS["niah-1"].answer_room
+    longest = 500 + PRECEDING + 400
+    some, more = (at("niah-1", 500, prose, n, length=longest, spread=400) for n in (4, 9))
+    assert more[:4] == some and {prompt.length for prompt in more} == {longest}
+    assert all(abs(prompt.distance - 500) <= UNIT for prompt in more)
+    shorter = sorted(longest - room - len(prompt.ids) for prompt in more)
+    assert shorter[0] < 100 and 300 < shorter[-1] <= 400 + 2 * UNIT
+    assert all(0 <= b - a < 140 for a, b in pairwise(shorter))
+
+
+def test_the_seed_decides(prose: Prose) -> None:  # noqa: F811
+    first = at("niah-3", 500, prose)
+    assert first == at("niah-3", 500, prose)
+    assert len({prompt.question.expected for prompt in first}) == 4
+
+
+def test_no_room_and_too_little_prose(prose: Prose) -> None:  # noqa: F811
+    with pytest.raises(EvalError, match=r"--lengths 320: niah-1 with 300 tokens .* at least"):
+        at("niah-1", 300, prose, length=320)
+    with pytest.raises(EvalError, match=r"--distances 900: niah-2 takes .* which would be said"):
+        at("niah-2", 900, Prose(["One sentence. Another one. A third."]))
+    with pytest.raises(EvalError, match="needs real prose"):
+        build_prompts_at(TASKS["niah-2"], 100, 900, 1, 0, Words())
+
+
+def test_grid() -> None:
+    more = PRECEDING + SPREAD
+    assert grid([], [500, 100]) == [(100 + more, 100), (500 + more, 500)]
+    assert grid([2000, 1000], [100, 900]) == [(1000, 100), (2000, 100), (2000, 900)]
+    with pytest.raises(EvalError, match="--distances 900: the longest of --lengths is 1000"):
+        grid([1000], [900])
+    least = 900 + LEAST_PRECEDING
+    assert grid([least], [900]) == [(least, 900)]
+
+
+class Echo:
+    """A model that knows no answer."""
+
+    batch = 3
+
+    def __init__(self) -> None:
+        self.tokenizer, self.asked = Words(), 0
+
+    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
+        self.asked += len(prompts)
+        return ["nothing"] * len(prompts)
+
+
+def test_the_plan_asks_every_cell_once_and_goes_on() -> None:
+    plan = RecallPlan(["niah-1", "passkey"], [], 3, distances=[200, 100])
+    samples: list[dict[str, Any]] = []
+
+    def note(event: dict[str, Any]) -> None:
+        samples.extend(event["samples"])
+
+    plan.run(Echo(), note)  # type: ignore[arg-type]
+    assert [(s["task"], s["aim"], s["length"]) for s in samples[::3]] == [
+        ("niah-1", 100, 3172), ("passkey", 100, 3172),
+        ("niah-1", 200, 3272), ("passkey", 200, 3272),
+    ]  # fmt: skip
+    assert sum(plan.cost(sample) for sample in samples) == plan.tokens
+    assert plan.max_length == 3272
+    assert len({sample["prompt_tokens"] for sample in samples[:3]}) == 3
+    again = Echo()
+    plan.run(again, note, plan.done(samples[:7]))  # type: ignore[arg-type]
+    assert again.asked == 5 and samples[12:] == samples[7:12]
+
+
+def record(name: str, exact: int, lengths: list[int]) -> Record:
+    found = Record(Setting(name, Path("/somewhere") / name), memory=Memory(1024, 2**18, None))
+    found.samples = [
+        {"task": "niah-1", "length": n or d + 1024, "aim": d, "distance": d - 3, "exact": i < exact,
+         "match": float(i < exact), "share": 0.5}
+        for n in lengths for d in (1000, 4000) for i in range(4)
+    ]  # fmt: skip
+    return found
+
+
+def test_table_json_and_picture(tmp_path: Path) -> None:
+    records = [record("a", 4, [0]), record("b", 1, [0])]
+    table = distance_table(records)
+    head, _, full, _ = [line.split("|") for line in table.splitlines()[2:6]]
+    assert [cell.strip() for cell in head[1:-1]] == ["setting", "1,000", "4,000"]
+    assert [cell.strip() for cell in full[1:-1]] == ["a", *["100% [51%, 100%]"] * 2]
+    assert "25% [5%, 70%] parts 50%" in table and "Exact answers of 4 by" in table
+    rows = distance_json(records)
+    assert "somewhere" not in json.dumps(rows)
+    first = rows[1]["cells"][0]
+    assert (first["length"], first["distance"], first["exact"]) == (2024, 1000, 1)
+    assert first["bytes_per_sequence"] == 2**18
+    pytest.importorskip("matplotlib")
+    from lola_vllm.evaluation.plots import plot_distances
+
+    (picture,) = plot_distances(records, tmp_path)
+    assert picture.name == "recall-distance-niah-1.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_of_several_lengths() -> None:
+    cells = distance_cells(record("a", 2, [6000, 9000]).samples)
+    assert lines_of(cells, "niah-1") == {
+        6000: [(6000, 1000), (6000, 4000)],
+        9000: [(9000, 1000), (9000, 4000)],
+    }
+    assert "### niah-1, 9,000 tokens" in distance_table([record("a", 2, [6000, 9000])])
+    assert lines_of(distance_cells(record("a", 2, [0]).samples), "niah-1") == {
+        None: [(2024, 1000), (5024, 4000)]
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--distances", "1k"], "--distances 1k: must be whole numbers"),
+        (["--distances", "0"], "--distances 0: must be one or more positive"),
+        (["--distances", "900", "--lengths", "1000"], "--distances 900: the longest of --lengths"),
+        (["--distances", "100", "--tasks", "vt"], "--distances: vt hides its answer in several"),
+        (["--distances", "8000"], "11072 tokens: "),
+    ],
+)
+def test_command_line_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    from tests.unit.evaluation.test_settings import LOLA
+
+    (tmp_path / "config.json").write_text(json.dumps(LOLA))
+    argv = ["eval", "recall", "--model", str(tmp_path), "--tasks", "niah-1"]
+    assert cli.main([*argv, "--out", str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

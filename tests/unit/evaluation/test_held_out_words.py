@@ -1,0 +1,52 @@
+"""No key, name or value of the evaluation is a word of training or calibration.
+
+Both draw their prompts from `training/distill/retrieval_words.py`. What they share with RULER's
+tasks is the form alone: a value under a key, hidden in prose, and a question at the end.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from types import ModuleType
+
+import pytest
+
+from lola_vllm.evaluation import chat_facts, facts, tasks
+from lola_vllm.training.distill import retrieval_words
+
+TRAINED = {
+    word.lower()
+    for name in ("ADJECTIVES", "NOUNS", "FIRST_NAMES", "LAST_NAMES")
+    for word in getattr(retrieval_words, name)
+}
+
+
+@pytest.mark.parametrize("module", [tasks, facts, chat_facts], ids=lambda m: m.__name__)
+def test_lists_of_words(module: ModuleType) -> None:
+    lists = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, tuple) and value and all(isinstance(item, str) for item in value)
+    }
+    words = {word.lower() for value in lists.values() for word in value}
+    assert len(words) > 100
+    assert not words & TRAINED
+
+
+def test_keys_as_they_are_drawn() -> None:
+    rng = random.Random(3)
+    keys = {tasks.draw_key(rng) for _ in range(2000)}
+    assert len(keys) > 1500
+    assert not {part for key in keys for part in re.findall("[a-z]+", key)} & TRAINED
+
+
+def test_words_of_training_are_enough_and_different() -> None:
+    for name, least in (
+        ("ADJECTIVES", 100),
+        ("NOUNS", 150),
+        ("FIRST_NAMES", 50),
+        ("LAST_NAMES", 50),
+    ):
+        words = getattr(retrieval_words, name)
+        assert len(set(words)) == len(words) >= least

@@ -1,0 +1,125 @@
+"""Windows of text, and the pictures of recall."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lola_vllm.evaluation import EvalError
+from lola_vllm.evaluation.models import Prediction
+from lola_vllm.evaluation.perplexity import PerplexityPlan
+from lola_vllm.evaluation.results import Record
+from lola_vllm.evaluation.settings import Memory, Setting
+from lola_vllm.training.texts import SEPARATOR, is_held_out
+
+
+class Letters:
+    """A model whose tokens are letters and which finds every token half as likely as the last."""
+
+    batch = 3
+
+    def __init__(self, prefix: str = "") -> None:
+        self.tokenizer = self
+        self.prefix = prefix
+        self.seen: list[str] = []
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        return [ord(c) for c in (self.prefix if special else "") + text]
+
+    def chat(self, message: str) -> list[int]:
+        raise AssertionError
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
+        raise AssertionError
+
+    def predictions(self, windows: list[list[int]]) -> list[list[Prediction]]:
+        assert len(windows) <= self.batch
+        self.seen += map(self.decode, windows)
+        return [[Prediction(-float(i), i % 2 == 0) for i in range(1, len(w))] for w in windows]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    for kind in ("first", "second"):
+        documents = [f"{kind} {i}: " + "äb" * 60 for i in range(300)]
+        (tmp_path / f"{kind}.txt").write_text(SEPARATOR.join(documents), encoding="utf-8")
+    return tmp_path
+
+
+def read(plan: PerplexityPlan, model: Letters, done: Any = ()) -> list[dict[str, Any]]:
+    samples: list[dict[str, Any]] = []
+    plan.run(model, lambda event: samples.extend(event["samples"]), done)
+    return samples
+
+
+def held_out(texts: Path, kind: str) -> str:
+    documents = (texts / f"{kind}.txt").read_text(encoding="utf-8").split(SEPARATOR)
+    return "".join(f"{d.strip()}\n\n" for d in documents if is_held_out(d))
+
+
+def test_windows_are_disjoint_pieces_of_held_out_text(texts: Path) -> None:
+    plan, model = PerplexityPlan(str(texts), windows=10, window_length=50), Letters()
+    samples = read(plan, model)
+    assert [s["kind"] for s in samples] == ["first"] * 10 + ["second"] * 10
+    for sample, seen in zip(samples, model.seen, strict=True):
+        at = 50 * sample["index"]
+        assert seen == held_out(texts, sample["kind"])[at : at + 50]
+        # Nothing predicts the first token.
+        assert sample["tokens"] == 49
+        assert sample["bytes"] == len(seen[1:].encode("utf-8"))
+        assert sample["nats"] == sum(range(1, 50))
+    numbers = [s["index"] for s in samples[:10]]
+    assert numbers == sorted(set(numbers)) and numbers != list(range(10))
+    assert sum(plan.cost(sample) for sample in samples) == plan.tokens
+
+
+def test_what_opens_a_text_opens_every_window_and_is_not_counted(texts: Path) -> None:
+    model = Letters(prefix="^")
+    samples = read(PerplexityPlan(str(texts), windows=4, window_length=50), model)
+    assert all(len(seen) == 50 and seen[0] == "^" for seen in model.seen)
+    assert all(s["tokens"] == 49 and s["nats"] == sum(range(1, 50)) for s in samples)
+    text = held_out(texts, "first")
+    assert model.seen[0][1:] == text[49 * samples[0]["index"] :][:49]
+
+
+def test_the_seed_chooses_and_what_is_done_is_not_read_again(texts: Path) -> None:
+    plans = [PerplexityPlan(str(texts), 5, 50, seed) for seed in (1, 1, 2)]
+    first, same, other = (read(plan, Letters()) for plan in plans)
+    assert first == same != other
+    done = plans[0].done(first[:7])
+    assert read(plans[0], Letters(), done) == first[7:]
+
+
+def test_text_too_short_for_a_window(texts: Path) -> None:
+    plan = PerplexityPlan(str(texts), windows=2, window_length=100_000)
+    with pytest.raises(EvalError, match="--window-length 100000: no kind of text"):
+        read(plan, Letters())
+
+
+def test_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from lola_vllm.evaluation.plots import plot_recall
+
+    records = []
+    for name, state in (("soft max / plain", None), ("b", 1000), ("c", 2000), ("d", None)):
+        record = Record(Setting(name, tmp_path), memory=Memory(4, state, None))
+        record.samples = [
+            {"task": task, "length": n, "depth": i / 5, "exact": i > 1, "match": 1, "share": 1}
+            for task in ("niah-1", "vt")
+            for n in (512, 1024)
+            for i in range(5)
+        ]
+        records.append(record)
+    records[3].memory = None  # of a model whose size is not known
+    written = plot_recall(records, tmp_path)
+    kinds = ("length", "depth", "bytes")
+    names = {f"recall-{kind}-{task}.png" for kind in kinds for task in ("niah-1", "vt")}
+    assert {path.name for path in written} == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    (alone,) = [p for p in plot_recall(records[3:], tmp_path / ".") if "depth-vt" in p.name]
+    assert alone.is_file()

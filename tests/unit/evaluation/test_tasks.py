@@ -1,0 +1,441 @@
+"""Questions of `lola-vllm eval recall`: length, depth, needles, determinism, RULER's form."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from lola_vllm.evaluation import EvalError, tasks
+from lola_vllm.evaluation.counting import (
+    LONG_FORM,
+    SHORT_FORM,
+    coded_text,
+    common_question,
+    frequent_question,
+)
+from lola_vllm.evaluation.prompts import Prompt, build_prompts
+from lola_vllm.evaluation.question import MAX_WORDS, Prose, hide, split_sentences
+from lola_vllm.evaluation.tasks import (
+    TASKS,
+    VARIABLES,
+    chain_question,
+    chain_text,
+    find_tasks,
+    needle_question,
+    needles_question,
+    num_units,
+)
+
+SAMPLES = 20
+COUNTING = ("cwe", "fwe")  # whose answer is no needle
+IN_PROSE = [name for name, task in TASKS.items() if task.needs in (None, Prose)]
+
+
+class Words:
+    """A tokenizer of words, digits and marks, with a special token at the front."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.numbers: dict[str, int] = {}
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        ids = []
+        for word in re.findall(r"\s*(?:[A-Za-z]+|\d|[^\w\s]|_)|\s+", text):
+            if word not in self.numbers:
+                self.numbers[word] = len(self.words)
+                self.words.append(word)
+            ids.append(self.numbers[word])
+        return [-1, *ids] if special else ids
+
+    def chat(self, message: str) -> list[int]:
+        return self.encode(f"<user>{message}<model>", special=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.words[i] for i in ids if i >= 0)
+
+
+@pytest.fixture(scope="module")
+def prose() -> Prose:
+    rng = random.Random(5)
+    syllables = ["ba", "do", "fi", "gu", "ke", "lo", "mi", "na", "ru"]
+    vocabulary = ["".join(parts) for parts in itertools.product(syllables, repeat=3)]
+    documents = []
+    for _ in range(4):
+        sentences = [
+            " ".join(["The", *rng.choices(vocabulary, k=rng.randint(3, 30))]) for _ in range(200)
+        ]
+        documents.append(". ".join(sentences) + ".")
+    return Prose(documents)
+
+
+def prompts(name: str, length: int, prose: Prose, seed: int = 0, **options: str) -> list[Prompt]:
+    return build_prompts(
+        TASKS[name], length, SAMPLES, seed, Words(), options.get("format", "completion"), prose
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("format", ["completion", "chat"])
+@pytest.mark.parametrize("length", [768, 2048])
+@pytest.mark.parametrize("name", IN_PROSE)
+def test_prompt_and_answer_fill_the_length_and_never_exceed_it(
+    name: str, length: int, format: str, prose: Prose
+) -> None:
+    limit = length - TASKS[name].answer_room
+    # A sentence or a line, with the largest needle that may move past it.
+    unit = 110 if name == "multikey-3" else MAX_WORDS + 30
+    for prompt in prompts(name, length, prose, format=format):
+        assert limit - unit < len(prompt.ids) <= limit
+
+
+@pytest.mark.parametrize("name", IN_PROSE)
+def test_answers_are_in_the_text_once_and_begin_is_in_the_prompt(name: str, prose: Prose) -> None:
+    tokenizer = Words()
+    for prompt in build_prompts(TASKS[name], 768, SAMPLES, 0, tokenizer, "completion", prose):
+        question = prompt.question
+        text = tokenizer.decode(prompt.ids)
+        assert text == f"{question.text} {question.answer_prefix}"
+        for expected in question.expected:
+            occurrences = len(re.findall(rf"\b{expected}\b", text))
+            # The pass key is said twice; all but the last name of a chain are assigned on.
+            if name == "passkey":
+                assert occurrences == 2
+            elif name in COUNTING:
+                assert occurrences > 1
+            elif name == "vt":
+                assert occurrences == (1 if expected == question.expected[-1] else 2)
+            else:
+                assert occurrences == 1
+            assert expected not in question.answer_prefix
+
+
+@pytest.mark.parametrize("name", IN_PROSE)
+def test_questions_differ_from_sample_to_sample_and_from_length_to_length(
+    name: str, prose: Prose
+) -> None:
+    found = [p.question.expected for n in (768, 1024) for p in prompts(name, n, prose)]
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("name", IN_PROSE)
+def test_the_seed_decides_everything(name: str, prose: Prose) -> None:
+    assert prompts(name, 768, prose, seed=3) == prompts(name, 768, prose, seed=3)
+    assert prompts(name, 768, prose, seed=3) != prompts(name, 768, prose, seed=4)
+
+
+@pytest.mark.parametrize("name", [name for name in IN_PROSE if name not in COUNTING])
+def test_depths_cover_the_haystack_evenly_in_mixed_order(name: str, prose: Prose) -> None:
+    depths = [prompt.question.depth for prompt in prompts(name, 4096, prose)]
+    assert all(0 <= depth < 1 for depth in depths)
+    # One needle per slice, up to the size of a line that it may be moved by.
+    for i, depth in enumerate(sorted(depths)):
+        assert i / SAMPLES - 0.05 <= depth <= (i + 1) / SAMPLES
+    assert depths != sorted(depths)
+
+
+def test_depth_is_where_the_needle_is() -> None:
+    tokenizer = Words()
+    for prompt in build_prompts(TASKS["niah-1"], 2048, SAMPLES, 0, tokenizer):
+        lines = prompt.question.text.split("\n")[1:-1]
+        (at,) = (i for i, line in enumerate(lines) if line != tasks.NOISE_LINE)
+        assert prompt.question.depth == at / (len(lines) - 1)
+
+
+@pytest.mark.parametrize("name", IN_PROSE)
+def test_distance_is_how_far_back_the_whole_answer_lies(name: str, prose: Prose) -> None:
+    tokenizer = Words()
+    for prompt in build_prompts(TASKS[name], 768, SAMPLES, 0, tokenizer, text=prose):
+        ids, distance = prompt.ids, prompt.distance
+        near, far = tokenizer.decode(ids[-distance + 1 :]), tokenizer.decode(ids[-distance:])
+        assert all(expected in far for expected in prompt.question.expected)
+        assert not all(expected in near for expected in prompt.question.expected)
+
+
+def test_multikey_hides_four_different_keys_and_asks_for_one(prose: Prose) -> None:
+    asked = Counter()
+    for prompt in prompts("multikey", 1024, prose):
+        text = prompt.question.text
+        needles = re.findall(r"magic numbers for (\S+) is: (\d+)\.", text)
+        assert len(dict(needles)) == 4
+        (key,) = re.findall(r"magic number for (\S+) mentioned", text)
+        assert dict(needles)[key] == prompt.question.expected[0]
+        asked[[k for k, _ in needles].index(key)] += 1
+    assert len(asked) == 4  # the one asked for is not always the first
+
+
+def needles_of(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"magic numbers for (\S+) is: (\d+)\.", text)
+
+
+def test_multivalue_asks_for_all_values_of_one_key(prose: Prose) -> None:
+    for prompt in prompts("multivalue", 1024, prose):
+        needles = needles_of(prompt.question.text)
+        assert len(needles) == 4 and len({key for key, _ in needles}) == 1
+        assert {value for _, value in needles} == set(prompt.question.expected)
+        assert prompt.question.text.endswith(
+            f"What are all the special magic numbers for {needles[0][0]} mentioned in the provided "
+            "text?"
+        )
+
+
+def test_multiquery_asks_for_the_values_of_four_keys(prose: Prose) -> None:
+    for prompt in prompts("multiquery", 1024, prose):
+        needles = dict(needles_of(prompt.question.text))
+        (asked,) = re.findall(r"numbers for ([^\n]+) mentioned", prompt.question.text)
+        keys = asked.replace(", and ", ", ").split(", ")
+        assert len(keys) == 4 and [needles[key] for key in keys] == list(prompt.question.expected)
+
+
+def test_multikey_3_hides_a_uuid_among_uuids(prose: Prose) -> None:
+    uuid = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    for prompt in prompts("multikey-3", 2048, prose):
+        lines = prompt.question.text.split("\n")[1:-1]
+        form = rf"One of the special magic uuids for ({uuid}) is: ({uuid})\."
+        pairs = dict(re.fullmatch(form, line).groups() for line in lines)  # type: ignore[union-attr]
+        assert len(pairs) == len(lines) > 10
+        (key,) = re.findall(rf"magic uuid for ({uuid}) mentioned", prompt.question.text)
+        assert (pairs[key],) == prompt.question.expected
+
+
+@pytest.mark.parametrize("length, times", [(2048, (6, 1)), (6144, (30, 3))])
+def test_ten_words_of_a_list_are_the_most_common(
+    length: int, times: tuple[int, int], prose: Prose
+) -> None:
+    for prompt in build_prompts(TASKS["cwe"], length, 2, 0, Words(), text=prose):
+        whole = prompt.question.text
+        example, text = whole[: whole.rindex("Below is")], whole[whole.rindex("Below is") :]
+        assert example.startswith("Below is a numbered list") and example.endswith("\n")
+        listed = re.findall(r"\d+\. ([a-z]+)", text)
+        counts = Counter(listed)
+        most = {word for word, _ in counts.most_common(10)}
+        assert most == set(prompt.question.expected)
+        assert {counts[word] for word in most} == {times[0]}
+        assert {n for word, n in counts.items() if word not in most} == {times[1]}
+        # The example is solved.
+        solved = re.findall(r"\d+\. ([a-z]+)", example.partition("Answer:")[2])
+        shown = Counter(re.findall(r"\d+\. ([a-z]+)", example.partition("Answer:")[0]))
+        assert set(solved) == {word for word, _ in shown.most_common(10)}
+
+
+def test_a_list_needs_more_words_than_there_are() -> None:
+    few = Prose(["The house sees a road. A tree stands there."])
+    with pytest.raises(
+        EvalError, match=r"cwe: .* 20 different words, and the held-out prose has 6;"
+    ):
+        build_prompts(TASKS["cwe"], 1024, 1, 0, Words(), text=few)
+
+
+@pytest.mark.parametrize("length", [512, 2048, 8192])
+def test_three_coded_words_are_the_most_frequent_but_for_the_dots(length: int) -> None:
+    for prompt in build_prompts(TASKS["fwe"], length, 3, 0, Words()):
+        text = prompt.question.text.split("coded words. ")[1].split("\nQuestion:")[0]
+        ranked = Counter(text.split()).most_common()
+        assert ranked[0][0] == "..."
+        assert [word for word, _ in ranked[1:4]] == list(prompt.question.expected)
+        assert ranked[3][1] > ranked[4][1]
+        assert all(re.fullmatch("[a-z]{6}", word) for word, _ in ranked[1:])
+
+
+def test_values_look_as_in_ruler(prose: Prose) -> None:
+    for name, pattern in (
+        ("niah-1", r"[1-9]\d{6}"),
+        ("niah-3", r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"),
+        ("passkey", r"[1-9]\d{4}"),
+        ("vt", r"[A-Z]{5}"),
+    ):
+        for prompt in prompts(name, 768, prose):
+            assert all(re.fullmatch(pattern, text) for text in prompt.question.expected)
+
+
+def test_too_short_a_length_names_what_is_needed(prose: Prose) -> None:
+    with pytest.raises(EvalError, match=r"--lengths 64: niah-1 needs at least (\d+) tokens") as e:
+        prompts("niah-1", 64, prose)
+    least = int(re.findall(r"least (\d+)", str(e.value))[0])
+    assert build_prompts(TASKS["niah-1"], least, 1, 0, Words())
+
+
+def test_prose_is_asked_for() -> None:
+    with pytest.raises(EvalError, match="niah-2: needs real prose; give --texts"):
+        build_prompts(TASKS["niah-2"], 512, 1, 0, Words())
+
+
+def test_unknown_tasks_are_named_and_doubles_dropped() -> None:
+    with pytest.raises(EvalError, match="'niah-9' is no task; choose from niah-1"):
+        find_tasks(["niah-1", "niah-9"])
+    with pytest.raises(EvalError, match="at least one"):
+        find_tasks([])
+    assert [task.name for task in find_tasks(["vt", "niah-1", "vt"])] == ["vt", "niah-1"]
+
+
+def test_sentences() -> None:
+    text = 'He said "Stop!" She ran.  It is 3.5 m.\n\nSee e.g. this. (Or that?) Yes'
+    assert split_sentences(text) == [
+        'He said "Stop!"',
+        "She ran.",
+        "It is 3.5 m.",
+        "See e.g. this.",
+        "(Or that?)",
+        "Yes",
+    ]
+    table = " ".join(["cell"] * (2 * MAX_WORDS + 1))
+    assert [len(piece.split()) for piece in split_sentences(table)] == [MAX_WORDS, MAX_WORDS, 1]
+    assert split_sentences(" \n ") == []
+
+
+def test_prose_reads_on_through_documents_and_begins_again() -> None:
+    prose = Prose(["A one. A two.", " ", "B one."])
+    assert prose.read((0, 1), 4) == ["A two.", "B one.", "A one.", "A two."]
+    with pytest.raises(EvalError, match="hold no prose"):
+        Prose(["  "])
+
+
+def test_hide_keeps_the_order_of_needles() -> None:
+    mixed, depths = hide(list("abcd"), [(0.9, "late"), (0.0, "first"), (0.99, "last")])
+    assert mixed == ["first", "a", "b", "c", "late", "last", "d"]
+    assert depths == [0.75, 0.0, 0.75]
+
+
+class TestAgainstLmEval:
+    """The same words, places and values give the same text as lm-eval's own RULER tasks.
+
+    Its other needle tasks need a data set and a sentence splitter from the network.
+    """
+
+    @pytest.fixture
+    def tokenizer(self) -> object:
+        class Encoded:
+            def __init__(self, ids: list[int]) -> None:
+                self.input_ids = ids
+
+        words = Words()
+        return lambda text: Encoded(words.encode(text, special=True))
+
+    @staticmethod
+    def _import(name: str) -> object:
+        for package in ("lm_eval", "wonderwords", "nltk"):
+            pytest.importorskip(package)
+        import nltk
+
+        download, nltk.download = nltk.download, lambda *_, **__: False
+        try:  # it downloads when imported; the tasks below need nothing of that
+            return pytest.importorskip(f"lm_eval.tasks.ruler.{name}")
+        finally:
+            nltk.download = download
+
+    @pytest.mark.parametrize("haystack", ["repeat", "needle"])
+    def test_needles(self, tokenizer: object, haystack: str) -> None:
+        niah = self._import("niah_utils")
+        samples = niah.generate_samples(
+            niah.get_haystack(type_haystack=haystack), max_seq_length=1024, template=niah.TEMPLATE,
+            type_haystack=haystack, type_needle_k="words", type_needle_v="numbers",
+            num_samples=5, TOKENIZER=tokenizer,
+        )  # fmt: skip
+        for sample in samples:
+            (value,) = sample["outputs"]
+            (key,) = re.findall(rf"magic numbers for (.+) is: {value}", sample["input"])
+            needle = tasks.NEEDLE.format(kind="number", key=key, value=value)
+            lines = sample["input"].split("\n")[1:-1]
+            at = lines.index(needle)
+            others = lines[:at] + lines[at + 1 :]
+            mixed, _ = hide(others, [(at / len(others), needle)])
+            if haystack == "repeat":
+                assert others == [tasks.NOISE_LINE] * len(others)
+            else:
+                # Some of its words are two.
+                form = tasks.NEEDLE.format(kind="number", key=r"[a-z' -]+", value=r"\d{7}")
+                assert all(re.fullmatch(form, line) for line in others)
+            ours = needle_question("\n".join(mixed), "number", key, value, depth=0)
+            assert ours.text == sample["input"]
+            assert ours.answer_prefix == sample["gen_prefix"]
+            assert list(ours.expected) == sample["outputs"]
+
+    @pytest.mark.parametrize("options", [{"num_needle_v": 4}, {"num_needle_q": 4}])
+    def test_several_needles(self, tokenizer: object, options: dict[str, int]) -> None:
+        """In noise, as their essays are not there."""
+        niah = self._import("niah_utils")
+        samples = niah.generate_samples(
+            niah.get_haystack(type_haystack="repeat"), max_seq_length=1024, template=niah.TEMPLATE,
+            type_haystack="repeat", type_needle_k="words", type_needle_v="numbers",
+            num_samples=5, TOKENIZER=tokenizer, **options,
+        )  # fmt: skip
+        for sample in samples:
+            found = re.findall(r"magic numbers for (.+) is: (\d+)\.", sample["input"])
+            keys = list(dict.fromkeys(
+                next(key for key, value in found if value == wanted) for wanted in sample["outputs"]
+            ))  # fmt: skip
+            context = sample["input"].partition("\n")[2].rpartition("\n")[0]
+            ours = needles_question(context, "number", keys, sample["outputs"], depth=0)
+            assert ours.text == sample["input"]
+            assert ours.answer_prefix == sample["gen_prefix"]
+            assert list(ours.expected) == sample["outputs"]
+
+    @pytest.mark.parametrize("length", [2048, 4096])
+    def test_common_words(self, tokenizer: object, length: int) -> None:
+        cwe = self._import("cwe_utils")
+        example, text, common = cwe.generate_input_output(60, length)
+        (times, others), (few, rest), size = LONG_FORM if length >= 4096 else SHORT_FORM
+        for whole, of_common, of_other, number in (
+            (text, times, others, 60),
+            (example, few, rest, size),
+        ):
+            context = whole.split("often.\n")[-1].split("\nQuestion")[0]
+            listed = re.findall(r"\d+\. (.+?)(?= \d+\. |$)", context)
+            counts = Counter(listed)
+            assert sorted(counts.values()) == [of_other] * (number - 10) + [of_common] * 10
+        listed = re.findall(r"\d+\. (.+?)(?= \d+\. |\nQuestion)", text.split("often.\n")[-1])
+        ours = common_question(listed, common)
+        assert f"{ours.text} {ours.answer_prefix}" == text
+        assert list(ours.expected) == common
+
+    def test_frequent_words(self, tokenizer: object) -> None:
+        fwe = self._import("fwe_utils")
+        text, answer, size = fwe.generate_input_output(1024, tokenizer, vocab_size=40)
+        words = text.split("coded words. ")[1].split("\nQuestion:")[0].split()
+        vocabulary = [word for word, _ in Counter(words).most_common()]
+        ours = frequent_question(words, ["...", *answer, *vocabulary])
+        assert f"{ours.text} {ours.answer_prefix}" == text
+        assert list(ours.expected) == answer
+        counts = sorted(Counter(words).values(), reverse=True)
+        known = Counter(coded_text([str(rank) for rank in range(40)], size))
+        assert counts == sorted(known.values(), reverse=True)
+
+    def test_chains(self, tokenizer: object) -> None:
+        vt = self._import("vt_utils")
+        make = vt.sys_vartrack_w_noise_random
+        example = make(tokenizer=tokenizer, num_samples=1, max_seq_length=500, incremental=5)[0]
+        for sample in make(
+            tokenizer=tokenizer, num_samples=5, max_seq_length=2048, icl_example=example
+        ):
+            names = sample["outputs"]
+            assert len(names) == VARIABLES
+            start = tasks.CHAIN_PROMPT.split("{")[0]
+            solved, main = sample["input"].split(start)[1:]
+            (value,) = re.findall(r"assigned the value (\d+)", main)
+            context = main.split("\nQuestion:")[0]
+            lines = context.count(tasks.NOISE[0])
+            # Units of noise before each assignment, to hide ours in the same places.
+            places = [context[: context.index(f"VAR {n} =")].count(tasks.NOISE[0]) for n in names]
+            assert num_units(lines) == lines
+            ours = chain_question(chain_text(names, int(value), lines, places), names, int(value))
+            assert ours.text == start + main
+            assert ours.answer_prefix == sample["gen_prefix"]
+            # The solved example has the form of the question with its answer.
+            solved_names = solved.split(":")[-1].split()
+            (value,) = re.findall(r"assigned the value (\d+)", solved)
+            end = tasks.CHAIN_ANSWER.format(count=VARIABLES, value=value)
+            assert solved.split(" Answer:")[1].split() == [*end.split()[1:], *solved_names]
+
+    def test_scores(self) -> None:
+        common = self._import("common_utils")
+        from lola_vllm.evaluation.recall import judge
+
+        for expected, answer in (
+            (["123"], " 123."),
+            (["ABC", "DEF"], "abc and so on"),
+            (["123"], "12 3"),
+        ):
+            theirs = common.string_match_all([answer], [expected])
+            assert judge(expected, answer).match == theirs

@@ -1,0 +1,204 @@
+"""Segments of a session's text in the store: which are its own, and where they go with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lola_vllm.memory.sessions import NotStored
+from lola_vllm.memory.sessions.names import PAST, Part, Reference
+from lola_vllm.memory.sessions.past import TOLERANCE_S
+from lola_vllm.memory.sessions.prefix_hash import salt_hash
+from tests.support.sessions import ROW, Server, size_of
+
+TEXT, SIZE = list(range(100, 190)), 40
+
+
+@pytest.fixture(params=["memory", "both"])
+def server(request: Any, tmp_path: Path) -> Iterator[Server]:
+    server = Server(None if request.param == "memory" else tmp_path, memory=100 * ROW)
+    server.say(TEXT, "chat")
+    for number in (0, 1):
+        keep(server, number, TEXT[number * SIZE : (number + 1) * SIZE])
+    server.settle()
+    yield server
+    server.close()
+
+
+def keep(server: Server, number: int, tokens: list[int], session: str = "chat", **more: Any) -> Any:
+    part = Part(PAST, session, number + 1, number + 1)
+    name = f"library-{session}-{number}-{len(server.store.states)}"
+    return server.say(tokens, name, kind="prompt", part=part, **more)
+
+
+def eventually(server: Server, what: Callable[[], bool]) -> bool:
+    """Whether it is so soon: files are removed by a thread."""
+    deadline = time.monotonic() + 20
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.01)
+        server.step()
+    return what()
+
+
+def segments(server: Server, session: str = "chat", **more: Any) -> list[int]:
+    found = server.ask("past", reference=session, size=SIZE, **more)
+    server.settle()
+    return [segment["segment"] for segment in found["segments"]]
+
+
+def test_a_session_has_its_segments(server: Server) -> None:
+    found = server.ask("past", reference="chat", size=SIZE)
+    assert found["tokens"] == len(TEXT) and found["id"] in server.store.states
+    assert [one["session"] for one in found["segments"]] == ["library-chat-0-1", "library-chat-1-2"]
+    assert server.ask("libraries") == []
+    assert server.ask("past", reference="none", size=SIZE)["kind"] == "not-found"
+    server.say(TEXT, "chat", salt=salt_hash("other"))
+    assert segments(server, salt="other") == []
+
+
+def test_a_session_with_an_adapter_has_none(server: Server) -> None:
+    server.say(TEXT, "tuned", adapter="tone:1")
+    found = server.ask("past", reference="tuned", size=SIZE)
+    assert found["kind"] == "bad" and "tuned has an adapter" in found["error"]
+
+
+def test_segments_of_another_text_are_deleted(server: Server) -> None:
+    keep(server, 1, TEXT[1 : SIZE + 1])  # of no segment
+    keep(server, 2, TEXT[-SIZE:])  # one that is not complete
+    keep(server, 0, TEXT[: SIZE - 8])
+    count = len(server.store.states)
+    assert segments(server) == [0, 1]
+    assert eventually(server, lambda: len(server.store.states) == count - 3)
+    server.say([7, *TEXT], "chat")  # the session says something else now
+    assert segments(server) == []
+    assert eventually(
+        server, lambda: all(s.header.library != PAST for s in server.store.states.values())
+    )
+
+
+@pytest.mark.parametrize("ttl", [None, 50.0, 5000.0])
+def test_segments_expire_with_their_session(server: Server, ttl: float | None) -> None:
+    server.clock.tick = 0  # a slow disk has the store look more often
+    server.say([*TEXT, 1], "chat", ttl=ttl)
+    assert segments(server) == [0, 1]
+    (until,) = {s.header.expires for s in server.store.lookup(Reference("chat"))[1:]}
+    own = {s.header.expires for s in server.store.states.values() if s.header.library == PAST}
+    assert own == {until}
+    if ttl is None:
+        return
+    server.clock.now += ttl - 1
+    assert segments(server) == [0, 1]
+    server.say([*TEXT, 1, 2], "chat", ttl=ttl + TOLERANCE_S)
+    assert segments(server) == [0, 1]
+    server.clock.now += 2
+    server.store.expire()
+    assert segments(server) == [0, 1]
+
+
+@pytest.mark.parametrize("ttl", [None, 50.0])
+def test_a_segment_is_born_with_the_time_of_its_session(server: Server, ttl: float | None) -> None:
+    """A server that is killed before the next look leaves none that stays."""
+    session = server.say([*TEXT, 1], "brief", ttl=ttl)
+    segment = keep(server, 0, TEXT[:SIZE], session="brief")
+    assert segment.header.expires == session.header.expires
+    with pytest.raises(NotStored, match="nothing is stored under 'gone'"):
+        keep(server, 0, TEXT[:SIZE], session="gone")
+
+
+def test_segments_go_when_their_session_is_evicted(tmp_path: Path) -> None:
+    server = Server(memory=size_of(len(TEXT)) + 2 * size_of(SIZE))
+    server.say(TEXT, "chat")
+    keep(server, 0, TEXT[:SIZE])
+    keep(server, 1, TEXT[SIZE : 2 * SIZE])
+    server.say(TEXT[::-1], "other")  # takes the place of the session that was used least
+    assert {state.header.session for state in server.store.states.values()} == {"other"}
+    server.settle()
+    assert server.workers[0].num_states == 1
+    server.close()
+
+
+def test_segments_go_when_their_session_expires(server: Server) -> None:
+    server.say(TEXT[::-1], "brief", ttl=50)
+    keep(server, 0, TEXT[::-1][:SIZE], session="brief")
+    server.say([7, *TEXT[::-1]], "brief", ttl=20)  # ends before the turn that it goes on from
+    server.settle()
+    server.clock.now += 60
+    server.store.expire()
+    server.settle()
+    assert segments(server) == [0, 1]
+    left = {state.header.document for state in server.store.states.values()}
+    assert left == {"", "chat"}
+
+
+def test_a_killed_server_leaves_no_segment_without_its_session(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    session = server.say(TEXT, "chat")
+    segment = keep(server, 0, TEXT[:SIZE])
+    server.settle()
+    server.close()
+    (file,), directory = server.store.directory.files(session.id), server.store.directory
+    file.unlink()  # what it had done of a deletion, or of an eviction
+    again = Server(tmp_path)
+    assert not again.store.states
+    again.settle()
+    assert directory.gone(segment.id)
+    again.close()
+
+
+def test_another_server_learns_that_segments_were_renamed(tmp_path: Path) -> None:
+    server, other = Server(tmp_path), Server(tmp_path)
+    server.say(TEXT, "chat")
+    keep(server, 0, TEXT[:SIZE])
+    server.settle()
+    other.store.upkeep.refresh()
+    assert segments(other) == [0]
+    server.ask("rename", session="chat", to="talk")
+    server.settle()
+    other.store.upkeep.refresh()
+    assert segments(other, "talk") == [0] and segments(server, "talk") == [0]
+    server.close()
+    other.close()
+
+
+def test_segments_of_a_deleted_turn_go(server: Server) -> None:
+    server.say([*TEXT, *range(900, 950)], "chat")
+    keep(server, 2, [*TEXT[2 * SIZE :], *range(900, 930)])
+    assert segments(server) == [0, 1, 2]
+    assert server.ask("delete", reference="chat@2") == {"deleted": 2}
+    assert segments(server) == [0, 1]
+
+
+def test_their_owner_sees_that_they_exist(server: Server) -> None:
+    nbytes = 2 * server.store.state_bytes(SIZE, True)
+    (listed,) = server.ask("sessions")
+    shown = server.ask("show", session="chat")
+    for one in (listed, shown):
+        assert (one["segments"], one["segment_bytes"]) == (2, nbytes)
+    assert server.ask("sessions", salt="other") == []
+
+
+def test_segments_are_renamed_and_deleted_with_their_session(server: Server) -> None:
+    made = server.ask("compose_parts", sources=["chat", "library-chat-0-1"])["session"]
+    server.say(TEXT[:-1], "other")
+    other = keep(server, 0, TEXT[:SIZE], session="other").header.session
+    server.ask("rename", session="chat", to="talk")
+    server.settle()
+    assert segments(server, "talk") == [0, 1]
+    server.say([*TEXT, 1], "talk")
+    server.ask("delete", reference="talk@1")  # one of two turns
+    server.settle()
+    assert segments(server, "talk") == [0, 1]
+    answer = server.ask("delete", reference="talk")
+    assert answer == {"deleted": 3}  # a turn and two segments
+    left = {one["session"] for one in server.ask("sessions", everyone=True)}
+    assert left == {"other", other} and made not in left
+
+
+def test_a_fork_has_none_yet(server: Server) -> None:
+    server.ask("fork", reference="chat", to="fork")
+    server.settle()
+    assert segments(server, "fork") == [] and segments(server) == [0, 1]

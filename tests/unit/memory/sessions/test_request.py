@@ -1,0 +1,228 @@
+"""What requests ask of the store: read in bounded time, and refused in words."""
+
+import re
+import time
+from types import SimpleNamespace
+
+import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+from lola_vllm.engine.vllm.session_requests import SchedulerHalf
+from lola_vllm.memory.sessions.request import MAX_FAULTS, OWN_REQUEST, RequestState, read_params
+from lola_vllm.memory.sessions.settings import StoreSettings, StoreSettingsError
+from lola_vllm.serving.sessions.request_params import check_params
+from tests.support.sessions import Server
+
+LONG = "x" * 3_000_000
+MANY = {f"{n:06}": 0 for n in range(200_000)}
+
+
+def parsed(**lola):
+    return read_params({"lola": lola})
+
+
+@pytest.mark.parametrize(
+    "lola",
+    [
+        MANY,
+        {LONG: 0},
+        list(MANY),
+        LONG,
+        10**4000,
+        {"from": LONG},
+        {"from": MANY},
+        {"from": f"a@{LONG}"},
+        {"save": LONG},
+        {"save": list(MANY)},
+        {"ttl": LONG},
+        {"ttl": MANY},
+        {"answer": MANY},
+        {"answer": LONG, "ttl": LONG, "save": LONG, "from": LONG},
+    ],
+    ids=str.format("{}", "keys key list text number from object turn save names ttl ttls "
+                   "answer all").split(),
+)  # fmt: skip
+def test_parameters_of_megabytes_are_read_at_once_and_shortly_refused(lola):
+    begin = time.thread_time()
+    found = read_params({"lola": lola})
+    req_state = RequestState(found, "", "", None)
+    for fault in found.faults:
+        req_state.explain(fault)
+    text = req_state.answer()["lola"]["reason"]
+    assert time.thread_time() - begin < 0.05
+    assert 1 <= len(found.faults) <= MAX_FAULTS and len(text) < 600
+    assert not found.restore and not found.save
+
+
+def test_a_request_state_says_a_thing_once_however_often_it_happens():
+    req_state = RequestState(parsed(), "", "", None)
+    begin = time.thread_time()
+    for n in range(200_000):
+        req_state.explain(str(n % 100_000))
+    assert time.thread_time() - begin < 1
+    assert len(req_state.reasons) == 100_000
+
+
+@pytest.mark.parametrize(
+    "ttl", [float("nan"), float("inf"), -float("inf"), 0, -1, True, "1", 10**400]
+)
+def test_times_that_never_end_are_refused(ttl):
+    (fault,) = parsed(ttl=ttl).faults
+    assert "ttl = " in fault and "a finite number of seconds above 0" in fault
+    if isinstance(ttl, float):
+        with pytest.raises(StoreSettingsError, match="finite number of seconds"):
+            StoreSettings(memory=1, directory=None, disk=0, ttl=ttl)
+
+
+def test_times_that_end_are_taken():
+    assert parsed(ttl=3).ttl == 3.0 and parsed(ttl=0.5).ttl == 0.5 and parsed().ttl is None
+
+
+@pytest.mark.parametrize("name", ["auto-1234", "shared-1234"])
+def test_names_of_the_server_are_not_given_by_users(name, tmp_path):
+    words = "given by the server; take another"
+    assert words in parsed(save=name).faults[0]
+    assert words in read_params(None, name).faults[0]
+    assert not parsed(**{"from": name}).faults  # what is stored under it may be gone on from
+    assert read_params({"lola": {"save": name}}, own=True).session == name
+    server = Server(tmp_path)
+    server.say([1] * 100, "mine")
+    server.settle()
+    for method, arguments in (
+        ("fork", {"reference": "mine", "to": name}),
+        ("rename", {"session": "mine", "to": name}),
+        ("import_file", {"file": "x", "session": name}),
+    ):
+        answer = server.manager.call(method, arguments)
+        assert answer["kind"] == "bad" and words in answer["error"]
+    server.close()
+
+
+def params(n=1, **lola):
+    return SamplingParams(n=n, extra_args={"kv_transfer_params": {"lola": lola}})
+
+
+@pytest.mark.parametrize(
+    ("given", "session_id", "words"),
+    [
+        (params(save="../x"), None, "kv_transfer_params.lola.save = '../x'"),
+        (params(), "../x", "session_id = '../x'"),
+        (params(form="a"), None, "nearest valid name: 'from'"),
+        (params(n=2, save="a"), None, "n = 2: a session goes on with one answer"),
+        (params(n=3), "a", "goes on with 'a'; fork it"),
+    ],
+)
+def test_a_request_that_would_lose_its_conversation_is_refused(given, session_id, words):
+    with pytest.raises(VLLMValidationError, match=re.escape(words)):
+        check_params(given, session_id)
+
+
+def test_other_requests_are_left_alone():
+    for given, session_id in (
+        (params(), None), (params(), "a"), (params(n=2), None), (params(n=2, save=False), "a"),
+        (SamplingParams(), None), (object(), "../x"),
+    ):  # fmt: skip
+        check_params(given, session_id)
+
+
+def request(name, tokens, session=None, **fields):
+    """A request as vLLM's scheduler has it."""
+    return SimpleNamespace(
+        request_id=name, kv_transfer_params=fields.pop("params", None), session_id=session,
+        lora_request=None, prompt_token_ids=tokens, cache_salt=None, num_prompt_tokens=len(tokens),
+        skip_reading_prefix_cache=fields.pop("logprobs", False), num_computed_tokens=len(tokens),
+        num_tokens=len(tokens) + 1, all_token_ids=[*tokens, 5], **fields,
+    )  # fmt: skip
+
+
+TEXT = list(range(100, 400))
+
+
+@pytest.fixture
+def half():
+    server = Server()
+    half = SchedulerHalf(server.store, block_size=1000, trained_length=256)
+    yield half
+    server.close()
+
+
+def finish(half, asked):
+    from vllm.v1.request import RequestStatus
+
+    asked.status = RequestStatus.FINISHED_STOPPED
+    return half.finish(asked, [1])[1]["lola"]
+
+
+def test_requests_of_a_session_that_wait_are_told_so(half):
+    first, second = request("1", TEXT, "agent"), request("2", TEXT, "agent")
+    for asked in (first, second):
+        half.arrive(asked)
+    assert half.match(second, 0) is None and half.match(first, 0) == 0
+    assert "waited" not in (finish(half, first)["reason"] or "")
+    assert half.match(second, 0) is not None
+    assert finish(half, second)["reason"].startswith(
+        "waited for another request of session 'agent': one at a time"
+    )
+
+
+def test_requests_of_other_owners_do_not_wait(half):
+    first, second = request("1", TEXT, "agent"), request("2", TEXT, "agent")
+    second.cache_salt = "other"
+    for asked in (first, second):
+        half.arrive(asked)
+        assert half.match(asked, 0) == 0
+
+
+def test_beyond_the_trained_length_the_client_is_told_how_far(half):
+    long, short = request("1", TEXT), request("2", TEXT[:200])
+    for asked, beyond in ((long, 301 - 256), (short, 0)):
+        half.arrive(asked)
+        assert finish(half, asked)["beyond_trained_length"] == beyond
+
+
+def test_a_turn_that_a_slow_disk_does_not_take_is_in_memory_and_says_so(tmp_path):
+    server = Server(tmp_path)
+    half = SchedulerHalf(server.store, block_size=1000, trained_length=256)
+    for number, limit in ((1, 4), (2, 0)):
+        server.store.max_waiting = limit
+        asked = request(str(number), [number, *TEXT], "agent")
+        half.arrive(asked)
+        told = finish(half, asked)
+        assert told["turn"] == number and "unsaved" not in told
+        assert told.get("unwritten", "").endswith("the disk is too slow") == (limit == 0)
+    first, second = server.ask("show", session="agent")["states"]
+    assert first["unwritten"] is None and second["unwritten"] == told["unwritten"]
+    assert second["tiers"] == ["memory"]
+    server.close()
+
+
+def test_log_probabilities_of_a_prompt_start_from_no_state(half):
+    first = request("1", TEXT)
+    half.arrive(first)
+    finish(half, first)
+    plain = request("2", [*TEXT, 7])
+    half.arrive(plain)
+    assert half.match(plain, 0) == len(TEXT)
+    asked = request("3", [*TEXT, 7], logprobs=True)
+    half.arrive(asked)
+    assert half.match(asked, 0) == 0
+    told = finish(half, asked)
+    assert told["restored_tokens"] == 0 and "log-probabilities" in told["reason"]
+
+
+def test_only_the_servers_own_requests_store_shared_prefixes(half):
+    lola = {"lola": {"save": "shared-1", "answer": False}}
+    own = request(f"{OWN_REQUEST}1", TEXT, params=lola)
+    theirs = request("cmpl-1", TEXT, params=lola)
+    for asked in (own, theirs):
+        half.arrive(asked)
+        asked.num_computed_tokens = 0
+        half.end_prompts({asked.request_id: len(TEXT)}, lambda _: [1])
+        asked.num_computed_tokens = len(TEXT)
+        told = finish(half, asked)
+        assert (told["session"] == "shared-1") == (asked is own)
+        assert bool(told.get("unsaved")) == (asked is theirs)
+    # The state of the prompt alone: what was generated belongs to nobody.
+    (state,) = half.store.states.values()
+    assert (state.header.kind, state.header.num_tokens) == ("prompt", len(TEXT))

@@ -1,0 +1,219 @@
+"""Budgets: what counts, who leaves, and what one owner may take of the others."""
+
+import threading
+
+import pytest
+import torch
+
+from lola_vllm.memory.sessions import host_copy
+from lola_vllm.memory.sessions.expiry import SPARE
+from lola_vllm.memory.sessions.owner import engine_salt, owner_of
+from lola_vllm.memory.sessions.prefix_hash import salt_hash
+from lola_vllm.memory.sessions.settings import StoreSettings, StoreSettingsError
+from lola_vllm.memory.sessions.tiers import IDLE_S
+from tests.support.sessions import ROW, Server, size_of
+
+ALICE, BOB, CAROL = map(salt_hash, ("alice", "bob", "carol"))
+
+
+def sessions(server, salt):
+    return {name for owner, name in server.store.sessions if owner == salt}
+
+
+def test_budgets_count_token_ids():
+    server = Server(memory=10 * size_of(1000), ranks=2)
+    state = server.say(list(range(1000)))
+    assert state.nbytes == 2 * (ROW + 4 * 1000) == server.store.memory.nbytes
+    for n in range(9):
+        server.say([n, *range(999)])
+    assert server.store.memory.nbytes <= 10 * size_of(1000)
+    assert len(server.store.states) == 5
+    server.close()
+
+
+def test_files_take_no_more_than_is_counted(tmp_path):
+    """But for a header of about a kilobyte."""
+    server = Server(tmp_path, memory=0)
+    state = server.say(list(range(3000)), "agent-7")
+    server.settle()
+    (file,) = server.store.directory.files(state.id)
+    assert 0 <= file.stat().st_size - state.nbytes < 2048
+    server.close()
+
+
+def test_one_owner_does_not_push_the_others_out():
+    server = Server(memory=12 * size_of(10))
+    for n in range(3):
+        server.say([n] * 10, f"bob-{n}", salt=BOB)
+    server.say([9] * 10, "carol", salt=CAROL)
+    for n in range(50):
+        server.say([n] * 10, f"alice-{n}", salt=ALICE)
+    assert len(sessions(server, BOB)) == 3 and len(sessions(server, CAROL)) == 1
+    assert sessions(server, ALICE) == {f"alice-{n}" for n in range(42, 50)}
+    for n in range(3, 50):  # an equal share for each of three is four states
+        server.say([n] * 10, f"bob-{n}", salt=BOB)
+    assert len(sessions(server, CAROL)) == 1
+    assert len(sessions(server, ALICE)) >= 4 and len(sessions(server, BOB)) >= 4
+    server.close()
+
+
+def test_a_key_with_many_salts_is_one_owner():
+    server = Server(memory=12 * size_of(10))
+    for n in range(6):
+        server.say([n] * 10, f"bob-{n}", salt=salt_hash(engine_salt(owner_of("bob"), None)))
+    salts = [salt_hash(engine_salt(owner_of("alice"), f"salt-{n}")) for n in range(50)]
+    for n, salt in enumerate(salts):
+        server.say([n] * 10, f"alice-{n}", salt=salt)
+    assert server.store.memory.owners == 2
+    kept = [name for _, name in server.store.sessions]
+    assert kept == [*(f"bob-{n}" for n in range(6)), *(f"alice-{n}" for n in range(44, 50))]
+    # Nor can a key pin more than its share of what can be pinned, which is three states.
+    for n in range(44, 50):
+        salt = engine_salt(owner_of("alice"), f"salt-{n}")
+        answer = server.ask("pin", reference=f"alice-{n}", salt=salt)
+        assert ("error" in answer) == (n >= 47), n
+    server.close()
+
+
+def test_an_owner_who_was_idle_for_a_day_makes_room():
+    server = Server(memory=4 * size_of(10))
+    server.say([9] * 10, "bob", salt=BOB)
+    for n in range(8):
+        server.say([n] * 10, f"alice-{n}", salt=ALICE)
+    assert sessions(server, BOB) == {"bob"}
+    server.clock.now += IDLE_S
+    for n in range(8):
+        server.say([n] * 10, f"alice-{n}", salt=ALICE)
+    server.say([20] * 10, "alice-20", salt=ALICE)
+    assert sessions(server, BOB) == set() and len(sessions(server, ALICE)) == 4
+    server.close()
+
+
+def test_owners_share_what_can_be_pinned():
+    server = Server(memory=16 * size_of(10))
+    for owner, name in ((ALICE, "alice"), (BOB, "bob")):
+        for n in range(6):
+            server.say([n] * 10, f"{name}-{n}", salt=owner)
+    for name in ("alice", "bob"):  # half of the budget is eight states
+        for n in range(6):
+            answer = server.ask("pin", reference=f"{name}-{n}", salt=name)
+            assert ("error" in answer) == (n >= 4), (name, n)
+    assert "at most half" in answer["error"] and answer["kind"] == "unavailable"
+    server.close()
+
+
+def test_pinned_sessions_leave_a_small_memory_for_their_files(tmp_path):
+    server = Server(tmp_path, memory=2 * size_of(10))
+    for n in range(6):
+        server.say([n] * 10, f"s{n}")
+        assert "error" not in server.ask("pin", reference=f"s{n}")
+        assert server.store.memory.nbytes <= server.store.memory.budget
+    server.settle()
+    assert server.workers[0].num_states == 2
+    for n in range(6):
+        assert server.restore([*([n] * 10), 1]) == 10
+        assert server.store.memory.nbytes <= server.store.memory.budget
+    server.close()
+
+
+def test_times_of_expiry_do_not_pile_up():
+    server = Server()
+    states = [server.say([n] * 10, f"s{n}", ttl=100) for n in range(10)]
+    for _ in range(200):
+        for state in states:
+            server.store.change(state, pinned=not state.header.pinned)
+    assert len(server.store._expiries) <= 2 * len(states) + SPARE + 1
+    server.clock.now += 200
+    assert server.manager.sessions() == []
+    server.close()
+
+
+class Copied(threading.Event):
+    """An event of a device."""
+
+    def synchronize(self):
+        assert self.wait(20)
+
+
+class FakeDevice(host_copy.Staging):
+    """Copies to buffers that count as pinned, complete when the test says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.pinned, self.copies = 0, []
+
+    def _pinned(self, block):
+        self.pinned += 1
+        return torch.empty_like(block)
+
+    def _fill(self, buffer, block):
+        buffer.copy_(block)
+        self.copies.append(Copied())
+        return self.copies[-1]
+
+
+def test_states_stay_in_ordinary_memory_of_their_own_size():
+    """Pinned buffers are rounded up to powers of two, so only a few are used."""
+    device = FakeDevice()
+    blocks = [torch.full((ROW + 3,), n, dtype=torch.uint8) for n in range(40)]
+    rows = []
+    for block in blocks:
+        for copy in device.copies:
+            copy.set()
+        rows.append(device.copy(block))
+    for copy in device.copies:
+        copy.set()
+    for block, row in zip(blocks, rows, strict=True):
+        assert row.wait().equal(block)
+        assert row.wait().untyped_storage().nbytes() == ROW + 3
+        assert row.wait().data_ptr() not in {b.data_ptr() for b in device._free}
+    assert device.pinned == len(device._free) == host_copy.MAX_STAGED
+
+
+def test_what_is_pinned_does_not_grow_with_what_is_stored(monkeypatch):
+    """Counted at torch's allocator, which rounds what is pinned up to a power of two."""
+    pinned, real = [], torch.empty
+
+    def empty(*args, pin_memory=False, **options):
+        made = real(*args, **options)
+        if pin_memory:
+            pinned.append(1 << (made.nbytes - 1).bit_length())
+        return made
+
+    class Device(FakeDevice):
+        _pinned = host_copy.Staging._pinned
+
+    monkeypatch.setattr(torch, "empty", empty)
+    device, rows = Device(), []
+    for n in range(60):
+        rows.append(device.copy(torch.full((ROW + 3,), n, dtype=torch.uint8)))
+        device.copies[-1].set()
+    held = [row.wait() for row in rows]
+    assert sum(pinned) == host_copy.staging_bytes(ROW + 3)
+    assert sum(x.untyped_storage().nbytes() for x in held) == 60 * (ROW + 3)  # what is budgeted
+
+
+def test_staging_is_part_of_the_memory_for_states():
+    size = ROW + 3
+    staging = host_copy.staging_bytes(size)
+    assert staging == host_copy.MAX_STAGED * 2 ** (size - 1).bit_length()
+    given = StoreSettings(memory=staging + 5 * size)
+    assert given.without(staging).memory == 5 * size
+    assert StoreSettings().without(staging).memory == 0
+    with pytest.raises(StoreSettingsError, match=f"state_ram = {staging}: .* more than {staging}"):
+        StoreSettings(memory=staging).without(staging)
+
+
+@pytest.mark.parametrize("waiting", [1, 2])
+def test_a_row_may_be_waited_for_by_several_threads(waiting):
+    device = FakeDevice()
+    row = device.copy(torch.arange(50, dtype=torch.uint8))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(row.wait())) for _ in range(waiting)]
+    for thread in threads:
+        thread.start()
+    device.copies[0].set()
+    for thread in threads:
+        thread.join()
+    assert all(one.equal(torch.arange(50, dtype=torch.uint8)) for one in found)
+    assert len(device._free) == 1

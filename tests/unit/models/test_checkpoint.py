@@ -1,0 +1,484 @@
+"""Checkpoints: the schema, `init` from tiny random Llamas, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lola_vllm.models import (
+    CheckpointError,
+    check_tensors,
+    expected_tensors,
+    read_facts,
+)
+from lola_vllm.models.files import read_shapes, weight_files
+from lola_vllm.models.init import init_checkpoint
+from lola_vllm.models.remote_code import AUTO_MAP
+from lola_vllm.models.schema import settle_facts
+from lola_vllm.models.staging import staged_directory
+from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig, TensorFacts
+
+# head_dim differs from hidden_size / num_attention_heads on purpose
+TINY = {
+    "vocab_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": False,
+}
+FACTS = TensorFacts(8, 2)
+
+
+def make_llama(path: Path, *, sharded: bool = False, **changes: object) -> Path:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).to(torch.bfloat16)
+    model.save_pretrained(path, max_shard_size="8KB" if sharded else "1GB")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
+        (path / name).write_text(f"{name} of the base")
+    return path
+
+
+def edit_config(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in weight_files(path) for name, t in load_file(file).items()}
+
+
+def listing(path: Path) -> set[str]:
+    return {str(entry.relative_to(path)) for entry in path.rglob("*")}
+
+
+# ---- schema
+
+
+def test_import_loads_neither_torch_nor_vllm() -> None:
+    code = "import lola_vllm.models, sys; print({'torch', 'vllm'} & {*sys.modules})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("attention_bias", [True, False])
+@pytest.mark.parametrize("mlp_bias", [True, False])
+def test_schema_is_llama_plus_three_tensors_a_layer(
+    tied: bool, attention_bias: bool, mlp_bias: bool
+) -> None:
+    fields = {
+        **TINY,
+        "tie_word_embeddings": tied,
+        "attention_bias": attention_bias,
+        "mlp_bias": mlp_bias,
+    }
+    llama = LlamaForCausalLM(LlamaConfig(**fields))
+    plain = {name: tuple(t.shape) for name, t in llama.state_dict().items()}
+    if tied:
+        del plain["lm_head.weight"]
+    config = LolaLlamaConfig(**fields)
+    config.facts = FACTS
+    expected = expected_tensors(config)
+    added = {name: shape for name, shape in expected.items() if name not in plain}
+    assert plain.items() <= expected.items()
+    assert added == {
+        f"model.layers.{i}.self_attn.{name}": shape
+        for i in range(2)
+        for name, shape in {
+            "feature_map_q": (4, 8, 8),
+            "feature_map_k": (2, 8, 8),
+            "window_factors": (4,),
+        }.items()
+    }
+
+
+def test_an_importance_is_expected_where_there_is_one() -> None:
+    expected = schema(TensorFacts(8, 2, importance=True))
+    names = [f"model.layers.{i}.self_attn.importance" for i in range(2)]
+    assert {name: expected.pop(name) for name in names} == dict.fromkeys(names, (2, 4 + 8 + 1))
+    assert expected == schema()
+    with_it = {**schema(), **dict.fromkeys(names, (2, 13))}
+    with pytest.raises(CheckpointError, match=r"(?s)missing.*\[2, 13\]; other layers have theirs"):
+        check_tensors(with_it, schema())
+    with pytest.raises(CheckpointError, match=r"found \[4, 13\], expected \[2, 13\]"):
+        check_tensors(with_it, {**with_it, names[0]: (4, 13)})
+
+
+def test_schema_refuses_heads_that_do_not_divide() -> None:
+    with pytest.raises(LolaConfigError, match="feature_map_k has 3 heads"):
+        schema(TensorFacts(8, 3))
+
+
+def schema(facts: TensorFacts = FACTS) -> dict[str, tuple[int, ...]]:
+    config = LolaLlamaConfig(**TINY)
+    config.facts = facts
+    return expected_tensors(config)
+
+
+def test_exact_tensors_pass_and_known_extras_are_ignored() -> None:
+    check_tensors(schema(), schema())
+    check_tensors(schema(), {**schema(), "model.layers.0.self_attn.rotary_emb.inv_freq": (4,)})
+    tied = schema()
+    del tied["lm_head.weight"]
+    check_tensors(tied, {**tied, "lm_head.weight": (48, 24)})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "remedy"),
+    [
+        ("feature_map_k", (4, 8, 8), "another number of state heads"),
+        ("feature_map_k", (2, 8, 16), "as many columns"),
+        ("feature_map_q", (4, 8, 16), "as many columns"),
+        ("feature_map_q", (2, 8, 8), "one head per query head"),
+        ("feature_map_q", (4, 16, 8), "head_dim = 8"),
+        ("window_factors", (1, 4, 1, 1), "another model"),
+    ],
+)
+def test_wrong_shape_names_both_shapes_and_the_remedy(
+    name: str, shape: tuple[int, ...], remedy: str
+) -> None:
+    name = f"model.layers.1.self_attn.{name}"
+    with pytest.raises(CheckpointError) as error:
+        check_tensors(schema(), {**schema(), name: shape})
+    assert f"{name}: found {list(shape)}, expected {list(schema()[name])}" in str(error.value)
+    assert remedy in str(error.value)
+
+
+def test_missing_and_unexpected_tensors_are_named() -> None:
+    found = schema()
+    del found["model.layers.0.self_attn.feature_map_q"], found["lm_head.weight"]
+    found["model.layers.0.self_attn.window_factor"] = (4,)
+    found["model.layers.0.self_attn.q_proj.bias"] = (32,)
+    with pytest.raises(CheckpointError) as error:
+        check_tensors(schema(), found)
+    message = str(error.value)
+    assert "missing (2):" in message and "unexpected (2):" in message
+    assert "feature_map_q [4, 8, 8]; a plain Llama gets these from `lola-vllm init`" in message
+    assert "tie_word_embeddings" in message
+    assert "nearest valid name: 'model.layers.0.self_attn.window_factors'" in message
+    assert "q_proj.bias; set qkv_bias to true" in message
+
+
+def test_long_lists_are_cut() -> None:
+    with pytest.raises(CheckpointError, match=r"and 17 more") as error:
+        check_tensors(schema(), {f"x.{i}": (1,) for i in range(12)})
+    assert "and 2 more" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1 + 2 * 12
+
+
+# ---- init
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_init_keeps_the_base_and_adds_identity_maps(
+    tmp_path: Path, sharded: bool, tied: bool
+) -> None:
+    base = make_llama(tmp_path / "base", sharded=sharded, tie_word_embeddings=tied)
+    out = tmp_path / "deep" / "lola"
+    init_checkpoint(base, out, {"window_size": 16, "sink_size": 4})
+
+    assert len(weight_files(out)) == len(weight_files(base)) > (1 if sharded else 0)
+    assert (out / "model.safetensors.index.json").exists() == sharded
+    before, after = read_tensors(base), read_tensors(out)
+    for name, tensor in before.items():
+        assert torch.equal(after.pop(name), tensor)
+    assert ("lm_head.weight" in before) != tied
+    for i in range(2):
+        prefix = f"model.layers.{i}.self_attn."
+        for kind, heads in (("feature_map_q", 4), ("feature_map_k", 2)):
+            weight = after.pop(prefix + kind)
+            assert weight.dtype == torch.bfloat16
+            assert torch.equal(weight, torch.eye(8, dtype=torch.bfloat16).expand(heads, 8, 8))
+        factors = after.pop(prefix + "window_factors")
+        assert factors.dtype == torch.float32 and factors.shape == (4,)
+        torch.testing.assert_close(factors.sigmoid(), torch.full((4,), 0.1))
+    assert not after
+
+    old, new = (json.loads((path / "config.json").read_text()) for path in (base, out))
+    changed = {
+        "model_type": "lola_llama",
+        "architectures": ["LolaLlamaForCausalLM"],
+        "lola_config": {
+            "window_size": 16,
+            "sink_size": 4,
+            "context_shift": old["max_position_embeddings"] // 4,
+        },
+        "auto_map": AUTO_MAP,
+    }
+    assert new == {**old, **changed}
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert listing(tmp_path / "deep") - {f"lola/{name}" for name in listing(out)} == {"lola"}
+
+
+def test_index_covers_every_tensor(tmp_path: Path) -> None:
+    out = tmp_path / "lola"
+    init_checkpoint(make_llama(tmp_path / "base", sharded=True), out, {})
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(read_tensors(out))
+    for name, file in index["weight_map"].items():
+        with safe_open(out / file, "pt") as weights:
+            assert name in weights.keys()  # noqa: SIM118
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in read_tensors(out).values())
+
+
+def test_biases_and_query_heads(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", attention_bias=True, mlp_bias=True)
+    config = init_checkpoint(base, tmp_path / "lola", {}, "query")
+    assert config.facts == TensorFacts(8, 4) == read_facts(tmp_path / "lola")
+    assert read_shapes(tmp_path / "lola") == expected_tensors(config)
+
+
+def test_superfluous_tensors_of_the_base_are_dropped(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", tie_word_embeddings=True)
+    tensors = read_tensors(base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, base / "model.safetensors")
+    config = init_checkpoint(base, tmp_path / "lola", {})
+    assert read_shapes(tmp_path / "lola") == expected_tensors(config)
+
+
+def test_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        init_checkpoint(make_llama(tmp_path / "base"), tmp_path / "lola", {})
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "lola").stat().st_mode) == 0o755
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "lola").iterdir()}
+    assert modes == {0o644}
+
+
+# ---- refusals: nothing is left behind
+
+
+def _truncate(base: Path) -> None:
+    path = weight_files(base)[-1]
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _empty(base: Path) -> None:
+    os.truncate(weight_files(base)[0], 0)
+
+
+def _drop_tensor(base: Path) -> None:
+    tensors = read_tensors(base)
+    del tensors["model.norm.weight"]
+    save_file(tensors, base / "model.safetensors")
+
+
+def _outside(base: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _no_shard(base: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-9.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "base: no such directory"),
+        (lambda base: (base / "config.json").unlink(), "no config.json"),
+        (lambda base: (base / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (lambda base: (base / "model.safetensors").unlink(), "no safetensors files"),
+        (
+            lambda base: edit_config(base, model_type="gpt2"),
+            "config.json: model_type 'gpt2'.*supported: llama, mistral, qwen2, qwen3",
+        ),
+        (lambda base: edit_config(base, quantization_config={"bits": 4}), "quantized"),
+        (lambda base: edit_config(base, hidden_size="wide"), "config.json: .*hidden_size"),
+        (lambda base: edit_config(base, num_hidden_layers=3), r"layers\.2\..*a file is missing"),
+        (_truncate, "model.safetensors: not a complete safetensors file"),
+        (_empty, "model.safetensors: not a complete safetensors file"),
+        (_drop_tensor, "missing .1.:\n  model.norm.weight"),
+        (_outside, "weight_map"),
+        (_no_shard, "'model-9.safetensors', which is missing"),
+    ],
+)
+def test_bad_bases_are_refused(tmp_path: Path, damage: object, message: str) -> None:
+    base = make_llama(tmp_path / "base")
+    assert callable(damage)
+    damage(base)
+    before = listing(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"(?s){message}"):
+        init_checkpoint(base, tmp_path / "new" / "lola", {})
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("byte", ["first", "middle", "last"])
+def test_a_truncated_shard_is_named(tmp_path: Path, byte: str) -> None:
+    base = make_llama(tmp_path / "base", sharded=True)
+    path = weight_files(base)[1]
+    size = path.stat().st_size
+    os.truncate(path, {"first": 1, "middle": size // 2, "last": size - 1}[byte])
+    with pytest.raises(CheckpointError, match=path.name):
+        init_checkpoint(base, tmp_path / "lola", {})
+    assert not (tmp_path / "lola").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "state_heads", "message"),
+    [
+        ({"feature_dim": 16}, "kv", "feature_dim: unknown key"),
+        ({"window_siz": 16}, "kv", "window_siz.*'window_size'"),
+        ({"window_size": 0}, "kv", "window_size = 0"),
+        ({}, "heads", "state_heads = 'heads'"),
+    ],
+)
+def test_bad_options_are_refused(
+    tmp_path: Path, overrides: dict[str, int], state_heads: str, message: str
+) -> None:
+    base = make_llama(tmp_path / "base")
+    with pytest.raises((CheckpointError, LolaConfigError), match=message):
+        init_checkpoint(base, tmp_path / "lola", overrides, state_heads)  # type: ignore[arg-type]
+    assert not (tmp_path / "lola").exists()
+
+
+def test_existing_output_needs_force(tmp_path: Path) -> None:
+    base, out = make_llama(tmp_path / "base"), tmp_path / "lola"
+    out.mkdir()
+    init_checkpoint(base, out, {"window_size": 8})  # an empty directory is no obstacle
+    (out / "mine").touch()
+    with pytest.raises(CheckpointError, match="--force"):
+        init_checkpoint(base, out, {"window_size": 9})
+    assert (out / "mine").exists()
+    init_checkpoint(base, out, {"window_size": 9}, force=True)
+    assert not (out / "mine").exists()
+    assert json.loads((out / "config.json").read_text())["lola_config"]["window_size"] == 9
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "lola"}
+
+
+def test_force_never_deletes_the_base_or_what_is_no_model(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "models" / "base")
+    (tmp_path / "models" / "config.json").touch()
+    for out in (base, base.parent):
+        with pytest.raises(CheckpointError, match="would replace"):
+            init_checkpoint(base, out, {}, force=True)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "letter").touch()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        init_checkpoint(base, home, {}, force=True)
+    with pytest.raises(CheckpointError, match="not a directory"):
+        init_checkpoint(base, home / "letter", {}, force=True)
+
+
+def test_a_failure_while_writing_leaves_the_old_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = make_llama(tmp_path / "base", sharded=True), tmp_path / "lola"
+    init_checkpoint(base, out, {"window_size": 8})
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    calls = []
+
+    def full_disk(*args: object, **kwargs: object) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save_file(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        init_checkpoint(base, out, {"window_size": 9}, force=True)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "lola"}
+
+
+def test_a_failed_swap_puts_the_old_model_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise PermissionError("not now")
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", refuse)
+    with pytest.raises(PermissionError), staged_directory(out, force=True) as staging:
+        (staging / "config.json").write_text("new")
+    assert (out / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---- what tensors say
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_facts_come_from_the_headers(tmp_path: Path, sharded: bool) -> None:
+    out = tmp_path / "lola"
+    init_checkpoint(make_llama(tmp_path / "base", sharded=sharded), out, {})
+    assert read_facts(out) == read_facts(str(out)) == FACTS
+    config = LolaLlamaConfig.from_pretrained(out)
+    settle_facts(config, out)
+    assert config.has_facts and config.facts == FACTS
+    config.facts = TensorFacts(8, 4)
+    settle_facts(config, out)  # somebody has read them
+    assert config.facts.num_state_heads == 4
+
+
+def test_without_maps_facts_are_those_of_init(tmp_path: Path) -> None:
+    config = LolaLlamaConfig(**TINY)
+    for model in (tmp_path, make_llama(tmp_path / "base")):
+        assert read_facts(model) is None
+        settle_facts(config, model)
+        assert not config.has_facts and config.facts == FACTS
+
+
+def test_facts_of_a_hub_model_come_from_its_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+
+    out = tmp_path / "lola"
+    init_checkpoint(make_llama(tmp_path / "base", sharded=True), out, {})
+    asked = []
+
+    def metadata(name: str, *, revision: str | None) -> SafetensorsRepoMetadata:
+        asked.append((name, revision))
+        files = {}
+        for path in weight_files(out):
+            with safe_open(path, "pt") as file:
+                infos = {
+                    tensor: TensorInfo("F32", file.get_slice(tensor).get_shape(), (0, 0))
+                    for tensor in file.keys()  # noqa: SIM118
+                }
+            files[path.name] = SafetensorsFileMetadata({}, infos)
+        return SafetensorsRepoMetadata(None, True, {}, files)
+
+    def nothing(*_: object, **__: object) -> None:
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+    assert read_facts("someone/model", "main") == FACTS and asked == [("someone/model", "main")]
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", nothing)
+    with pytest.raises(CheckpointError, match=r"someone/model: .*download the model and give its"):
+        read_facts("someone/model")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(out))
+    assert read_facts("someone/model") == FACTS  # of the cache

@@ -1,0 +1,396 @@
+"""`lola-vllm convert`: every naming, the merge, the card, the command line, and memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig
+
+from lola_vllm.command import cli
+from lola_vllm.models import expected_tensors
+from lola_vllm.models.convert import convert_checkpoint
+from lola_vllm.models.files import read_shapes, weight_files
+from lola_vllm.models.remote_code import AUTO_MAP
+from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
+from lola_vllm.core.ops.reference import lola_attention
+from tests.support.lolcats_files import (
+    ROWS,
+    F,
+    distill_tensors,
+    lora_tensors,
+    make_base,
+    one_file_tensors,
+    read_tensors,
+    renamed,
+    save,
+)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "base")
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_maps_are_added_to_the_base(tmp_path: Path, sharded: bool, tied: bool) -> None:
+    base = make_base(tmp_path / "base", sharded=sharded, tie_word_embeddings=tied)
+    tensors = distill_tensors()
+    distill, out = save(tmp_path / "distill.pt", tensors), tmp_path / "lola"
+    config = convert_checkpoint(base, distill, out, {"window_size": 16})
+
+    assert len(weight_files(out)) == len(weight_files(base)) > (1 if sharded else 0)
+    after = read_tensors(out)
+    for name, tensor in read_tensors(base).items():
+        assert torch.equal(after.pop(name), tensor)
+    for i in range(2):
+        attn = f"model.layers.{i}.self_attn."
+        for kind in ("feature_map_q", "feature_map_k"):
+            weight = after.pop(attn + kind)
+            assert weight.dtype == torch.bfloat16
+            assert torch.equal(weight, tensors[f"{attn}{kind}.mlp.layer"])
+        factors = after.pop(f"{attn}window_factors")
+        assert factors.dtype == torch.float32
+        assert torch.equal(factors, tensors[f"{attn}window_factors"].flatten().float())
+    assert not after
+    assert config.facts == TensorFacts(F, 4)
+    assert read_shapes(out) == expected_tensors(config)
+    assert not config.tie_word_embeddings or "lm_head.weight" not in read_shapes(out)
+
+    old, new = (json.loads((path / "config.json").read_text()) for path in (base, out))
+    lola_config = {"mixing": "lola", "window_size": 16}
+    lola_config |= {"context_shift": old["max_position_embeddings"] // 4}
+    changed = {"model_type": "lola_llama", "architectures": ["LolaLlamaForCausalLM"]}
+    assert new == {**old, **changed, "lola_config": lola_config, "auto_map": AUTO_MAP}
+    assert (out / "modeling_lola.py").is_file()
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    if sharded:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"]) == set(read_shapes(out))
+        size = sum(t.nbytes for t in read_tensors(out).values())
+        assert index["metadata"]["total_size"] == size
+
+
+PREFIXES = ["", "model.", "model.model.", "base_model.model.model."]
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "suffix"), [(False, "pt"), (True, "pt"), (False, "safetensors")]
+)
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("old_names", [True, False])
+def test_every_naming_gives_the_same_checkpoint(
+    base: Path, tmp_path: Path, prefix: str, old_names: bool, wrapped: bool, suffix: str
+) -> None:
+    plain = (save(tmp_path / "d.pt", distill_tensors()), save(tmp_path / "l.pt", lora_tensors()))
+    convert_checkpoint(base, plain[0], tmp_path / "plain", {}, plain[1])
+
+    maps = renamed(distill_tensors(), "model.layers", f"{prefix}layers")
+    lora = renamed(lora_tensors(), "base_model.model.model.layers", f"{prefix}layers")
+    if old_names:
+        maps = renamed(maps, "window_factors", "window_factor")
+        maps = {n: t.flatten() if "factor" in n else t for n, t in maps.items()}
+        lora = renamed(lora, ".default", "")
+    files = []
+    for role, tensors in (("distill", maps), ("lora", lora)):
+        content = {"model_state_dict": tensors, "step": 7} if wrapped else tensors
+        files.append(save(tmp_path / f"{role}.{suffix}", content))
+    convert_checkpoint(base, files[0], tmp_path / "lola", {}, files[1])
+
+    expected, found = (read_tensors(tmp_path / name) for name in ("plain", "lola"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_file_of_the_old_pickle_format_is_read(base: Path, tmp_path: Path) -> None:
+    distill = tmp_path / "d.pt"
+    torch.save(distill_tensors(), distill, _use_new_zipfile_serialization=False)
+    convert_checkpoint(base, distill, tmp_path / "lola", {})
+    name = "model.layers.1.self_attn.feature_map_k"
+    expected = distill_tensors()[f"{name}.mlp.layer"]
+    assert torch.equal(read_tensors(tmp_path / "lola")[name], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_lora_is_merged_in_float32(tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
+    base = make_base(tmp_path / "base", sharded=sharded, dtype=dtype)
+    lora = lora_tensors(r=8)
+    distill = save(tmp_path / "d.pt", distill_tensors())
+    convert_checkpoint(base, distill, tmp_path / "lola", {}, save(tmp_path / "l.pt", lora))
+    before, after = read_tensors(base), read_tensors(tmp_path / "lola")
+    changed = 0
+    for name, weight in before.items():
+        key = f"base_model.model.{name.removesuffix('weight')}lora_%s.default.weight"
+        if key % "A" in lora:
+            product = lora[key % "B"].float() @ lora[key % "A"].float()
+            weight = (weight.float() + 2 * product).to(dtype)
+            assert not torch.equal(weight, before[name])
+            changed += 1
+        assert after[name].dtype == dtype
+        assert torch.equal(after[name], weight)
+    assert changed == 8
+
+
+def test_alpha_rank_and_a_subset_of_the_linears(base: Path, tmp_path: Path) -> None:
+    rows = {name: ROWS[name] for name in ("q_proj", "v_proj")}
+    lora = lora_tensors(rows=rows, r=4)
+    files = save(tmp_path / "d.pt", distill_tensors()), save(tmp_path / "l.pt", lora)
+    convert_checkpoint(base, files[0], tmp_path / "lola", {}, files[1], lora_alpha=2)
+    before, after = read_tensors(base), read_tensors(tmp_path / "lola")
+    for linear in ROWS:
+        name = f"model.layers.1.self_attn.{linear}."
+        weight = before[f"{name}weight"]
+        if linear in rows:
+            A, B = (lora[f"base_model.model.{name}lora_{x}.default.weight"].float() for x in "AB")
+            weight = (weight.float() + 0.5 * (B @ A)).bfloat16()
+        assert torch.equal(after[f"{name}weight"], weight)
+
+
+@pytest.mark.parametrize("wrapper", [None, "model"])  # as LoLCATs' sharded training saves it
+@pytest.mark.parametrize("rank", [8, 4])  # of LoLCATs' 70B and of its 405B
+@pytest.mark.parametrize("lora_option", [False, True])
+def test_one_file_may_hold_maps_and_adapters(
+    base: Path, tmp_path: Path, lora_option: bool, rank: int, wrapper: str | None
+) -> None:
+    tensors = one_file_tensors(r=rank)
+    both = save(tmp_path / "maps_and_lora.bin", {wrapper: tensors} if wrapper else tensors)
+    convert_checkpoint(base, both, tmp_path / "lola", {}, both if lora_option else None)
+    apart = (
+        save(tmp_path / "d.pt", distill_tensors()),
+        save(tmp_path / "l.pt", lora_tensors(r=rank)),
+    )
+    # LoLCATs' 70B was trained with alpha 16, its 405B with alpha 8: twice the rank.
+    convert_checkpoint(base, apart[0], tmp_path / "two", {}, apart[1], lora_alpha=2 * rank)
+    expected, found = (read_tensors(tmp_path / name) for name in ("two", "lola"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert not torch.equal(found[name], read_tensors(base)[name])
+    card = (tmp_path / "lola" / "README.md").read_text()
+    assert f"--distill maps_and_lora.bin --lora-alpha {2 * rank} --out DIR" in card
+
+
+def test_missing_window_factors_mean_a_tenth(base: Path, tmp_path: Path) -> None:
+    tensors = {n: t for n, t in distill_tensors().items() if "window" not in n}
+    convert_checkpoint(base, save(tmp_path / "d.pt", tensors), tmp_path / "lola", {})
+    factors = read_tensors(tmp_path / "lola")["model.layers.0.self_attn.window_factors"]
+    assert factors.dtype == torch.float32 and factors.shape == (4,)
+    torch.testing.assert_close(factors.sigmoid(), torch.full((4,), 0.1))
+
+
+def test_maps_of_the_second_stage_replace_those_of_the_first(base: Path, tmp_path: Path) -> None:
+    tuned = renamed(distill_tensors(), "model.layers", "base_model.model.model.layers")
+    tuned = {name: tensor + 1 for name, tensor in tuned.items() if "feature_map_k" not in name}
+    lora = save(tmp_path / "l.pt", {**lora_tensors(), **tuned})
+    distill = save(tmp_path / "d.pt", distill_tensors())
+    convert_checkpoint(base, distill, tmp_path / "lola", {}, lora)
+    after, first = read_tensors(tmp_path / "lola"), distill_tensors()
+    attn = "model.layers.1.self_attn."
+    layer = f"{attn}feature_map_q.mlp.layer"
+    assert torch.equal(after[f"{attn}feature_map_q"], first[layer] + 1)
+    layer = f"{attn}feature_map_k.mlp.layer"
+    assert torch.equal(after[f"{attn}feature_map_k"], first[layer])
+    factors = (first[f"{attn}window_factors"] + 1).flatten().float()
+    assert torch.equal(after[f"{attn}window_factors"], factors)
+
+
+def test_state_heads_follow_from_the_file_and_wide_maps_are_cast(
+    base: Path, tmp_path: Path
+) -> None:
+    tensors = {name: t.float() for name, t in distill_tensors(Hs=2).items()}
+    config = convert_checkpoint(base, save(tmp_path / "d.pt", tensors), tmp_path / "lola", {})
+    assert config.facts.num_state_heads == 2
+    assert read_shapes(tmp_path / "lola") == expected_tensors(config)
+    dtypes = {t.dtype for n, t in read_tensors(tmp_path / "lola").items() if "feature" in n}
+    assert dtypes == {torch.bfloat16}
+
+
+def test_maps_that_share_memory_are_written_apart(base: Path, tmp_path: Path) -> None:
+    tensors = distill_tensors()
+    for i in range(2):
+        attn = f"model.layers.{i}.self_attn.feature_map_"
+        tensors[f"{attn}k.mlp.layer"] = tensors[f"{attn}q.mlp.layer"]
+    convert_checkpoint(base, save(tmp_path / "d.pt", tensors), tmp_path / "lola", {})
+    after = read_tensors(tmp_path / "lola")
+    attn = "model.layers.0.self_attn.feature_map_"
+    assert torch.equal(after[f"{attn}q"], after[f"{attn}k"])
+
+
+def test_the_converted_maps_compute_lolcats(base: Path, tmp_path: Path) -> None:
+    """arXiv 2410.10254 eq. 6 written out with the tensors of the LoLCATs file itself."""
+    tensors = distill_tensors()
+    options = {"window_size": 4, "sparse_cache_size": 0, "mixing": "lolcats"}
+    out = tmp_path / "lola"
+    config = convert_checkpoint(base, save(tmp_path / "d.pt", tensors), out, options)
+    attn, T = "model.layers.1.self_attn.", 11
+    g = torch.Generator().manual_seed(3)
+    q = torch.randn(T, 4, 8, generator=g, dtype=torch.float64)
+    k, v = torch.randn(2, T, 2, 8, generator=g, dtype=torch.float64)
+    after = read_tensors(out)
+    maps = [after[attn + kind] for kind in ("feature_map_q", "feature_map_k", "window_factors")]
+    found, _ = lola_attention(q, k, v, *maps, config.lola)
+
+    W_q, W_k = (tensors[f"{attn}feature_map_{x}.mlp.layer"].double() for x in "qk")
+    gates = tensors[f"{attn}window_factors"].double().sigmoid().flatten()
+    for t in range(T):
+        start = max(0, (t // 4 - 1) * 4)  # the terraced window: this block of 4 and the one before
+        for h in range(4):
+            z = k[start : t + 1, h // 2] @ q[t, h] / 8**0.5
+            soft = gates[h] * (z - z.max()).exp()
+            x, y = q[t, h] @ W_q[h], k[:start, h // 2] @ W_k[h]
+            phi_q = torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+            phi_k = torch.cat([y.softmax(-1), (-y).softmax(-1)], -1)
+            linear = phi_k @ phi_q
+            total = soft @ v[start : t + 1, h // 2] + linear @ v[:start, h // 2]
+            expected = total / (soft.sum() + linear.sum())
+            torch.testing.assert_close(found[t, h], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_model_card_says_what_went_in(base: Path, tmp_path: Path) -> None:
+    (base / "README.md").write_text("---\nlicense: llama3.1\nlicense_name: L\n---\n# Base\n")
+    distill = save(tmp_path / "my distill.pt", distill_tensors())
+    lora = save(tmp_path / "lora.safetensors", lora_tensors())
+    convert_checkpoint(base, distill, tmp_path / "lola", {"sink_size": 4}, lora)
+    card = (tmp_path / "lola" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    for path in (base / "model.safetensors", distill, lora):
+        assert f"`{path.name}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}`" in card
+    assert (
+        "lola-vllm convert --base base --distill 'my distill.pt' --lora lora.safetensors "
+        "--lola-config '{\"sink_size\": 4}' --lora-alpha 6 --out DIR" in card
+    )
+    assert '"sink_size": 4' in card and '"mixing": "lola"' in card
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["license"] == "llama3.1" and metadata["license_name"] == "L"
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "text"),
+    [
+        (None, {}, "Licence of the base: not stated"),
+        ("---\nlicense: [\n---\n", {}, "Licence of the base: not stated"),
+        (None, {"license": "apache-2.0"}, "Licence of the base: apache-2.0."),
+        ("---\nlicense: mit\n---\n", {"license": "other"}, "Licence of the base: mit."),
+    ],
+)
+def test_the_licence_comes_from_card_or_config(
+    base: Path, tmp_path: Path, card: str | None, config: dict[str, str], text: str
+) -> None:
+    if card is not None:
+        (base / "README.md").write_text(card)
+    raw = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**raw, **config}))
+    convert_checkpoint(base, save(tmp_path / "d.pt", distill_tensors()), tmp_path / "lola", {})
+    assert text in (tmp_path / "lola" / "README.md").read_text()
+
+
+# ---- the command
+
+
+def test_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    distill = save(tmp_path / "d.pt", distill_tensors())
+    lora = save(tmp_path / "l.pt", lora_tensors())
+    out = tmp_path / "lola"
+    argv = ["convert", "--base", str(base), "--distill", str(distill), "--out", str(out)]
+    lola = {
+        "window_size": 8,
+        "sparse_cache_size": 0,
+        "update_interval": 4,
+        "sink_size": 2,
+        "mixing": "lolcats",
+        "sparse_sharing": "kv_head",
+        "context_shift": 0,
+    }
+    options = ["--lora-alpha", "32", "--lola-config", json.dumps(lola)]
+    assert cli.main([*argv, "--lora", str(lora), *options]) == 0
+    assert json.loads((out / "config.json").read_text())["lola_config"] == lola
+    lines = capsys.readouterr().out.splitlines()
+    assert "LoLCATs feature maps" in lines[0] and "LoRA merged" in lines[0]
+    assert cli.main(argv) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.main([*argv, "--force"]) == 0
+    assert "LoRA" not in capsys.readouterr().out
+    argv[4] = str(save(tmp_path / "both.bin", one_file_tensors()))
+    assert cli.main([*argv, "--force"]) == 0
+    assert "LoRA merged" in capsys.readouterr().out
+
+
+# ---- memory
+
+
+def save_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
+    """A bfloat16 safetensors file of zeros that takes no room on a disk; its size."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+    return path.stat().st_size
+
+
+@pytest.mark.slow
+def test_memory_stays_within_two_shards_of_the_8b_layout(tmp_path: Path) -> None:
+    """Llama-3.1-8B's shapes, 3 layers, one a shard. In a process of its own: peaks stay."""
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    }
+    base, out = tmp_path / "base", tmp_path / "lola"
+    base.mkdir()
+    LlamaConfig(**sizes).save_pretrained(base)
+    model = LolaLlamaConfig(**sizes)
+    model.facts = TensorFacts(64, 32)
+    shapes = expected_tensors(model)
+    weight_map, shard_bytes = {}, 0
+    for i in range(3):
+        names = [n for n in shapes if f"layers.{i}." in n or (i == 0 and "layers" not in n)]
+        names = [n for n in names if "feature_map" not in n and "window_factors" not in n]
+        size = save_zeros(base / f"model-{i}.safetensors", {n: shapes[n] for n in names})
+        weight_map |= dict.fromkeys(names, f"model-{i}.safetensors")
+        shard_bytes = max(shard_bytes, size)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    rows = {"q_proj": (4096, 4096), "k_proj": (1024, 4096)}
+    rows |= {"v_proj": (1024, 4096), "o_proj": (4096, 4096)}
+    save(tmp_path / "d.pt", distill_tensors(layers=3, Hq=32, Hs=32, d=128, F=64))
+    save(tmp_path / "l.pt", lora_tensors(layers=3, rows=rows, r=8))
+    code = """
+import resource, sys
+from pathlib import Path
+import torch, transformers, safetensors.torch
+from lola_vllm.models.convert import convert_checkpoint
+work = Path(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert_checkpoint(work / "base", work / "d.pt", work / "lola", {}, work / "l.pt")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        )
+        assert read_shapes(out) == shapes
+    finally:
+        shutil.rmtree(out, ignore_errors=True)  # 1.3 GB
+    assert shard_bytes > 400e6
+    assert int(result.stdout) < 2 * shard_bytes, (int(result.stdout), shard_bytes)

@@ -1,0 +1,490 @@
+"""Sizes of the sparse caches, and importance, measured on text."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lola_vllm.command import cli
+from lola_vllm.core.ops.reference import feature_map, pair_importance, self_recall_error
+from lola_vllm.engine.hf.modeling import LolaLlamaForCausalLM
+from lola_vllm.models import read_facts
+from lola_vllm.models.calibration import (
+    importance_tensors,
+    load_calibration,
+    write_calibrated,
+)
+from lola_vllm.models.files import CheckpointError, open_weights
+from lola_vllm.training.calibrate.importance import (
+    LAST_TOKENS,
+    PLAIN,
+    SKIPPED_TOKENS,
+    LongRangeAttention,
+    PromptReads,
+    errors_of_others,
+    far_attention,
+    features,
+    fit,
+    held,
+    parted,
+)
+from lola_vllm.training.calibrate.options import CalibrateOptions
+from lola_vllm.training.calibrate.prompts import AFTER, BEFORE, Prompt, asked_for, draw_prompts
+from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
+from lola_vllm.training.calibrate.sizes import AttentionGains, divide, divide_among
+from lola_vllm.training.texts import SEPARATOR, is_held_out
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A random Llama with grouped heads whose tokens are letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    out = tmp_path / "base"
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
+        )
+    ).save_pretrained(out)  # fmt: skip
+    letters = {chr(33 + i): i for i in range(64)}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="!"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
+    return out
+
+
+def test_the_next_pair_of_each_cache_adds_the_same() -> None:
+    falling = torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0])
+    slow = torch.tensor([4.5, 4.2, 3.9, 3.5, 3.1, 0, 0, 0, 0, 0])
+    # 9 to 5 of one and 4.5, 4.2 of the other are the largest seven, but each has one at least.
+    assert divide([falling, slow], 7, 1) == [5, 2]
+    assert divide([falling, torch.zeros(10)], 8, 2) == [6, 2]
+
+
+def test_pairs_are_as_good_as_any_other_choice() -> None:
+    generator = torch.Generator().manual_seed(8)
+    attention = [torch.rand(8, generator=generator).sort(descending=True).values for _ in range(3)]
+    for total in range(6, 20):
+        sizes = divide(attention, total, 2)
+        assert sum(sizes) == total and min(sizes) >= 2
+        found = sum(float(x[:n].sum()) for x, n in zip(attention, sizes, strict=True))
+        best = max(
+            sum(float(x[:n].sum()) for x, n in zip(attention, other, strict=True))
+            for other in itertools.product(range(2, total + 1), repeat=3)
+            if sum(other) == total
+        )
+        assert found == pytest.approx(best)
+
+
+def test_pairs_that_lead_to_better_ones_are_taken_with_them() -> None:
+    late = torch.tensor([0.0, 0, 0, 12])  # 3 a pair for all four, or nothing
+    early = torch.tensor([2.0, 2, 2, 2])
+    assert divide([late, early], 6, 0) == [4, 2]
+    assert divide([late, early * 2], 6, 0) == [2, 4]  # no room for the fourth
+
+
+def test_what_adds_nothing_goes_to_all_alike() -> None:
+    assert divide([torch.tensor([1.0, 0]), torch.zeros(3), torch.zeros(2)], 12, 1) == [4, 4, 4]
+    assert divide([torch.tensor([1.0, 1]), torch.zeros(3), torch.zeros(2)], 12, 1) == [5, 4, 3]
+    assert divide([torch.zeros(0)] * 3, 8, 1) == [3, 3, 2]
+    with pytest.raises(ValueError, match="30 pairs for 4 caches of 10 or more"):
+        divide([torch.ones(9)] * 4, 30, 10)
+
+
+def _gains(facts: list[list[float]], plain: list[list[float]]) -> AttentionGains:
+    """Of prompts whose errors say in which order tokens are kept: as they stand."""
+
+    def read(attention: list[list[float]], of_facts: bool) -> PromptReads:
+        x = torch.tensor(attention)
+        errors = -torch.arange(x.shape[1]) * torch.ones(x.shape)
+        return PromptReads(torch.zeros(*x.shape, 3), errors, x, of_facts)
+
+    return AttentionGains([read(facts, True), read(plain, False), read(facts, True)], None)
+
+
+def test_gains_are_the_attention_by_rank() -> None:
+    generator = torch.Generator().manual_seed(9)
+    reads = [
+        PromptReads(torch.randn(2, n, 3, generator=generator).half(),
+             torch.randn(2, n, generator=generator), torch.rand(2, n, generator=generator), facts)
+        for n, facts in ((7, True), (5, True), (6, False))
+    ]  # fmt: skip
+    weights = torch.randn(2, 4, generator=generator)
+    gains = AttentionGains(reads, weights)
+    assert gains.facts.shape == (2, 7) and gains.plain.shape == (2, 6)
+    for kind, of_kind in ((gains.facts, reads[:2]), (gains.plain, reads[2:])):
+        for pairs in (1, 3, 5):
+            kept, _ = held(of_kind, [pairs, pairs], weights)
+            torch.testing.assert_close(kind[:, :pairs].sum(1).float(), kept)
+
+
+def test_sizes_are_of_heads_or_of_layers() -> None:
+    first = _gains([[8.0, 3, 2, 0], [0, 0, 0, 0]], [[0.0, 0, 0, 0]] * 2)
+    second = _gains([[1.0, 1, 0, 0], [6.0, 5, 4, 3]], [[0.0, 0, 0, 0]] * 2)
+    assert divide_among([first, second], 2, 0) == [[3, 0], [1, 4]]
+    assert divide_among([first, second], 2, 1) == [[2, 1], [1, 4]]
+    assert divide_among([first, second], 2, 0, per_layer=True) == [1, 3]
+
+
+def test_facts_and_plain_text_count_whatever_their_number_is() -> None:
+    gains = _gains([[1.0, 0, 0], [0.1, 0.1, 0.1]], [[0.0, 0, 0], [70.0, 20, 10]])
+    # Facts count 1 in sum and plain text half of it: 0.38 once, then 0.39, 0.14, 0.09.
+    assert divide_among([gains], 1, 0) == [[1, 1]]
+    assert divide_among([_gains([[1.0, 0, 0], [0, 0, 0]], [[0.0, 0, 0]] * 2)], 1, 0) == [[2, 0]]
+
+
+def test_plain_text_weighs_less_than_facts_among_sizes() -> None:
+    """Both sum to one; the second head's first pair adds 0.7 of plain text, halved."""
+    gains = _gains([[6.0, 4, 0], [0, 0, 0]], [[0.0, 0, 0], [7.0, 3, 0]])
+    assert PLAIN < 1 and divide_among([gains], 1, 0) == [[2, 0]]
+
+
+def test_plain_text_weighs_less_than_facts_in_the_fit() -> None:
+    """What facts and what plain text ask for are opposites: facts win."""
+    reads = []
+    for i, one in enumerate(_reads(40)):
+        x, of_facts = one.features[:, :, 1], bool(i % 2)
+        attention = ((x > 4) if of_facts else (x < -2)).float() / 2  # the features' mean is 1
+        reads.append(one._replace(attention=attention, of_facts=of_facts))
+    slopes = fit(reads, [40, 40])[:, 1]
+    swapped = fit([x._replace(of_facts=not x.of_facts) for x in reads], [40, 40])[:, 1]
+    assert (slopes > 0.01).all() and (swapped < -0.01).all()
+
+
+def test_held_out_documents_are_not_read(tmp_path: Path, base: Path) -> None:
+    """They are for measuring. Here they are of one letter, and all others of other letters."""
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.randint(1, 64, (40, 400), generator=generator).tolist()
+    read = ["".join(chr(33 + code) for code in codes) for codes in drawn]
+    read = [text for text in read if not is_held_out(text)][:10]
+    kept = [text for text in ("!" * n for n in range(400, 1000)) if is_held_out(text)][:10]
+    mixed = [text for pair in zip(read, kept, strict=True) for text in pair]
+    path = tmp_path / "mixed.txt"
+    path.write_text(SEPARATOR.join(mixed), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    options = CalibrateOptions(prompts=40, prompt_length=300, facts=0)
+    prompts = draw_prompts(path, tokenizer, options)
+    assert len(prompts) == 40 and not any(0 in prompt.ids for prompt in prompts)
+    path.write_text(SEPARATOR.join(kept), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="not held out"):
+        draw_prompts(path, tokenizer, options)
+
+
+def test_attention_is_what_transformers_reports(base: Path) -> None:
+    import transformers
+
+    class Kept:
+        def begin(self, ids: list[int]) -> torch.Tensor:
+            self.weights: list[torch.Tensor] = []
+            return torch.tensor([3, 50, 69])
+
+        def add(self, layer: int, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor) -> None:
+            assert layer == len(self.weights) and k.shape == v.shape == (2, 70, 8)
+            self.weights.append(weights.clone())
+
+    ids = torch.randint(64, (70,), generator=torch.Generator().manual_seed(1)).tolist()
+    plain = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    with torch.no_grad():
+        attentions = plain(torch.tensor([ids]), output_attentions=True).attentions
+    transformers.AttentionInterface.register(ATTENTION, attention)
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ATTENTION).eval()
+    kept = Kept()
+    read(model, [ids], kept, "reading")
+    for found, expected in zip(kept.weights, attentions, strict=True):
+        torch.testing.assert_close(found, expected[0, :, [3, 50, 69]], rtol=1e-4, atol=1e-6)
+
+
+def test_far_attention_is_the_largest_from_far_behind() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.rand(4, 150, 150, generator=generator)
+    queries = torch.tensor([5, 130, 140, 149])
+    near = [128, 100]
+    found = far_attention(weights[:, queries], queries, torch.tensor(near))
+    for head, token in ((0, 0), (0, 11), (0, 12), (1, 3), (1, 21), (1, 40), (1, 49), (0, 149)):
+        far = [q for q in queries.tolist() if q - token > near[head]]
+        of_group = weights[2 * head : 2 * head + 2, far, token]
+        assert found[head, token] == (of_group.max() if far else 0)
+
+
+@pytest.mark.parametrize("state_heads", [2, 4])
+def test_errors_are_those_in_a_state_of_all_other_pairs(state_heads: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    k, v = torch.randn(2, 2, 9, 8, generator=generator, dtype=torch.float64)
+    maps = torch.randn(state_heads, 8, 5, generator=generator, dtype=torch.float64)
+    found = errors_of_others(k, v, maps)
+    assert found.shape == (2, 9)
+    group = state_heads // 2
+    for head in range(2):
+        for token in (0, 4, 8):
+            others = [t for t in range(9) if t != token]
+            errors = []
+            for state_head in range(group * head, group * (head + 1)):
+                phi = feature_map(k[head : head + 1], maps[state_head : state_head + 1])[0]
+                H, s = phi[others].T @ v[head, others], phi[others].sum(0)
+                sre = self_recall_error(phi[token : token + 1], v[head, token : token + 1], H, s)
+                errors.append(sre[0] / (v[head, token].norm() if group > 1 else 1))
+            expected = sum(errors) / len(errors)
+            torch.testing.assert_close(found[head, token], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_tokens_of_facts_that_are_asked_for() -> None:
+    text = [*range(100, 140), 7, 8, 9, *range(140, 200)]
+    ids = [*text, 50, 7, 8, 9, 51, 60, 61]
+    marks = [False] * (len(text) + 1) + [True] * 3 + [False] + [True] * 2
+    asked = asked_for(ids, marks)
+    assert [i for i, x in enumerate(asked) if x] == list(range(40 - BEFORE, 43 + AFTER))
+    # The first token of a value may be another one where the text says it.
+    assert asked_for([*text[:40], 6, *text[41:], *ids[len(text) :]], marks)[41]
+    assert not any(asked_for(ids, [False] * len(ids)))
+
+
+def test_features_do_not_depend_on_the_position() -> None:
+    generator = torch.Generator().manual_seed(4)
+    k, v = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
+    angle = torch.rand(5, 4, generator=generator, dtype=torch.float64) * 100
+    a, b = k[:, :4], k[:, 4:]
+    turned = torch.cat(
+        [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=1
+    )
+    torch.testing.assert_close(features(turned, v), features(k, v))
+    assert features(k[:, :7], v[:, :7]).shape == (5, 3 + 7)
+
+
+def _reads(number: int, heads: int = 2, tokens: int = 400) -> list[PromptReads]:
+    """Prompts whose attention follows feature 1 in head 0, and feature 2, reversed, in head 1."""
+    generator = torch.Generator().manual_seed(7)
+    found = []
+    for i in range(number):
+        x = torch.randn(heads, tokens, 6, generator=generator)
+        told = torch.stack([x[0, :, 1], -x[1, :, 2]])
+        attention = (told > 1.5).float() * torch.rand(heads, tokens, generator=generator)
+        log_errors = 0.2 * torch.randn(heads, tokens, generator=generator)
+        found.append(PromptReads(x.half() * 3 + 1, log_errors, attention, bool(i % 4)))
+    return found
+
+
+def test_the_fit_finds_what_is_read() -> None:
+    fitted, judged = parted(_reads(50))
+    assert (len(fitted), len(judged)) == (40, 10)
+    sizes = [40, 12]
+    weights = fit(fitted, sizes)
+    assert weights.shape == (2, 7) and weights.dtype == torch.float32
+    assert weights[0].argmax() == 1 and weights[1, :-1].argmin() == 2
+    kept, total = held(judged, sizes, weights)
+    alone, _ = held(judged, sizes, None)
+    oracle = sum(r.attention.sort(-1, descending=True).values[1, :12].sum() for r in judged)
+    # By chance a tenth is held, as the errors say nothing here.
+    assert (alone / total < 0.25).all()
+    assert kept[0] / total[0] > 0.9 and kept[1] / oracle > 0.6
+    # The mean of the log is 0, and what is served is what was fitted.
+    x = torch.cat([r.features for r in fitted], dim=1).float()
+    log = (x * weights[:, None, :-1]).sum(-1) + weights[:, None, -1]
+    assert log.mean(-1).abs().max() < 1e-4
+    k, v = x[..., :4], x[..., 2:]
+    k = torch.cat([k[..., :2].abs(), torch.zeros_like(k[..., :2])], dim=-1)
+    served = pair_importance(k, v, weights[:, None]).log()
+    expected = (features(k, v) * weights[:, None, :-1]).sum(-1) + weights[:, None, -1]
+    torch.testing.assert_close(served, expected)
+    assert fit(fitted, sizes).equal(weights) and not fit(fitted, sizes, 1).equal(weights)
+
+
+def test_a_head_with_nothing_to_choose_has_no_importance() -> None:
+    weights = fit(_reads(6), [0, 4000])
+    assert not weights.any()
+    kept, total = held(_reads(2), [0, 4000], weights)
+    assert kept[0] == 0 and kept[1] == total[1]
+
+
+def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> None:
+    import transformers
+
+    transformers.AttentionInterface.register(ATTENTION, attention)
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ATTENTION).eval()
+    ids = torch.randint(64, (320,), generator=torch.Generator().manual_seed(1)).tolist()
+    near = [40 <= i < 60 for i in range(320)]
+    prompts = [Prompt(ids, None), Prompt(ids, near)]
+    maps = [torch.eye(8).repeat(2, 1, 1)] * 3
+    recorder = LongRangeAttention(prompts, maps, [[0], [150], [0, 250]])
+    read(model, [prompt.ids for prompt in prompts], recorder, "reading")
+    for plain, facts in recorder.reads:
+        assert plain.features.shape == (2, 320 - SKIPPED_TOKENS - LAST_TOKENS, 12)
+        assert not plain.of_facts and facts.of_facts
+        inside = torch.tensor(near)[SKIPPED_TOKENS:-LAST_TOKENS]
+        torch.testing.assert_close(facts.attention, plain.attention * inside)
+    assert sum(float(facts.attention.sum()) for _, facts in recorder.reads) > 0
+    # What the recent pairs of a head serve does not count: the last tokens are 250 behind token 69.
+    of_all = [plain.attention for plain, _ in recorder.reads]
+    assert (of_all[0][:, 160 - SKIPPED_TOKENS :] > 0).any()
+    assert (of_all[2][1, 70 - SKIPPED_TOKENS :] == 0).all()
+    assert (of_all[2][0, 70 - SKIPPED_TOKENS :] > 0).any()
+    assert (of_all[1][:, 170 - SKIPPED_TOKENS :] == 0).all()
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Documents that say a third of themselves twice."""
+    generator = torch.Generator().manual_seed(2)
+    documents = []
+    for _ in range(60):
+        codes = torch.randint(64, (200,), generator=generator).tolist()
+        text = "".join(chr(33 + code) for code in codes)
+        documents.append(text + text[:100])
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(SEPARATOR.join(documents), encoding="utf-8")
+    return folder
+
+
+def _importance(model: Path) -> list[torch.Tensor]:
+    with open_weights(model / "model.safetensors") as file:
+        return [file.get_tensor(f"model.layers.{i}.self_attn.importance") for i in range(3)]
+
+
+def test_command_writes_sizes_and_importance(
+    base: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, model = tmp_path / "lola", tmp_path / "calibrated"
+    assert cli.main(["init", "--base", str(base), "--out", str(source)]) == 0
+    argv = ["calibrate", "--base", str(base), "--texts", str(texts)]
+    argv += ["--pairs", "40", "--least", "8", "--recent", "106", "--prompts", "8"]
+    argv += ["--prompt-length", "300", "--facts", "0.2"]
+    argv += ["--model", str(source), "--out", str(model)]
+    argv += ["--save", str(tmp_path / "found.safetensors")]
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    assert cli.main(argv) == 0
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    assert {path.name for path in model.iterdir()} == set(before)
+    out = capsys.readouterr().out
+    lola = json.loads((model / "config.json").read_text())["lola_config"]
+    sizes = lola["sparse_cache_size"]
+    assert [len(heads) for heads in sizes] == [2, 2, 2] and read_facts(model).importance
+    flat = [size for heads in sizes for size in heads]
+    recent = [size for heads in lola["recent_size"] for size in heads]
+    # Not all of 6 * 106 reach to the end of a class of distances. The scored pairs have the others.
+    assert sum(recent) in (300, 600) and min(recent) == 0
+    flat = [size - newest for size, newest in zip(flat, recent, strict=True)]
+    assert sum(flat) == 6 * (40 + 106 - sum(recent) // 6) and min(flat) >= 8 and len(set(flat)) > 1
+    assert json.dumps(sizes) in out and json.dumps(lola["recent_size"]) in out
+    assert "long-range attention" in out
+    first = _importance(model)
+    assert all(x.shape == (2, 4 + 8 + 1) and x.dtype == torch.float32 for x in first)
+    assert cli.main(argv) == 2  # there is a model at --out
+    assert "not empty" in capsys.readouterr().err
+    assert cli.main([*argv, "--force"]) == 0  # once more: the same again
+    assert json.loads((model / "config.json").read_text())["lola_config"] == lola
+    for x, y in zip(first, _importance(model), strict=True):
+        assert x.equal(y)
+    saved, tensors = load_calibration(tmp_path / "found.safetensors")
+    assert saved == {key: lola[key] for key in ("sparse_cache_size", "recent_size")}
+    assert sorted(tensors) == sorted(importance_tensors(first))
+    assert tensors["model.layers.2.self_attn.importance"].equal(first[2])
+    served = LolaLlamaForCausalLM.from_pretrained(model)
+    assert served.model.layers[1].self_attn.importance.equal(first[1])
+
+
+def test_out_is_refused_before_anything_is_read(
+    base: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, model = str(tmp_path / "out"), str(base)
+    argv = ["calibrate", "--base", str(base), "--texts", str(texts), "--out"]
+    for more, message in (
+        ([out], f"--out {out}: there is no --model to copy; give one, or --save FILE"),
+        ([model, "--model", model, "--force"], "would replace"),
+        ([str(texts), "--model", model, "--force"], "would replace"),
+    ):
+        assert cli.main([*argv, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert (base / "config.json").is_file() and texts.is_dir() and not Path(out).exists()
+
+
+def test_a_copy_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    for folder, kind in ((plain, "llama"), (out, "lola_llama")):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(CheckpointError, match="'llama' is no LoLA model"):
+        write_calibrated(plain, out, {"sparse_cache_size": [8]}, {}, force=True)
+    assert json.loads((out / "config.json").read_text()) == {"model_type": "lola_llama"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain"]
+
+
+def test_the_card_of_a_calibrated_model_has_its_sizes_once(base: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    assert cli.main(["init", "--base", str(base), "--out", str(plain)]) == 0
+    card = plain / "README.md"
+    card.write_text("# A model\n\n## lola_config\n\nnothing\n", encoding="utf-8")
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    layers = json.loads((plain / "config.json").read_text())["num_hidden_layers"]
+    write_calibrated(plain, once, {"sparse_cache_size": [7] * layers}, {})
+    first = (once / "README.md").read_text(encoding="utf-8")
+    assert first.startswith(card.read_text(encoding="utf-8"))
+    assert f'{{"sparse_cache_size": {[7] * layers}}}' in first
+    # Of a model with further sections, only what an earlier calibration found is replaced.
+    (once / "README.md").write_text(f"{first}\n## Measured\n\nwell\n", encoding="utf-8")
+    write_calibrated(once, twice, {"sparse_cache_size": [9] * layers}, {})
+    second = (twice / "README.md").read_text(encoding="utf-8")
+    assert second.count("## Calibration") == 1 and "## Measured\n\nwell" in second
+    assert f"{[9] * layers}" in second and f"{[7] * layers}" not in second
+
+
+def test_importance_is_fitted_to_the_models_own_pairs(
+    base: Path, texts: Path, tmp_path: Path
+) -> None:
+    from lola_vllm.training.calibrate.run import calibrate
+
+    other, lola = tmp_path / "other", tmp_path / "lola"
+    model = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight *= 2
+            layer.self_attn.o_proj.weight /= 2  # so that nothing else changes
+    model.save_pretrained(other)
+    assert cli.main(["init", "--base", str(other), "--out", str(lola)]) == 0
+    options = CalibrateOptions(pairs=40, least=8, prompts=8, prompt_length=300, facts=0)
+    of_base, of_other = (calibrate(base, texts, options, x) for x in (None, lola))
+    for of_layer in of_base.held:
+        assert (of_layer.alone <= of_layer.total).all()
+        assert (of_layer.weighted <= of_layer.total * (1 + 1e-6)).all()
+    assert any(x.any() for x in of_base.importance)
+    assert of_base.sizes == of_other.sizes
+    in_bfloat16 = calibrate(base, texts, dataclasses.replace(options, dtype="bfloat16"))
+    for x, y in zip(in_bfloat16.held, of_base.held, strict=True):
+        torch.testing.assert_close(x.total, y.total, rtol=0.05, atol=0.05)
+    assert all(x.dtype == torch.float32 for x in in_bfloat16.importance)
+    for x, y in zip(of_base.importance, of_other.importance, strict=True):
+        torch.testing.assert_close(x[:, :4], y[:, :4], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(x[:, 4:-1], 2 * y[:, 4:-1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pairs", "4"], "--pairs = 4: must be at least --least = 16"),
+        (["--recent", "-1"], "--recent = -1: must be at least 0"),
+        (["--prompts", "4"], "--prompts = 4: must be at least 5"),
+        (["--facts", "2"], "--facts = 2: must be between 0 and 1"),
+        (
+            ["--facts", "0", "--prompt-length", "80"],
+            "--prompt-length = 80: too short for anything to leave the window",
+        ),
+        (["--facts", "0"], "hardly a document of"),
+    ],
+)
+def test_bad_options_are_named(
+    base: Path,
+    texts: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    assert cli.main(["calibrate", "--base", str(base), "--texts", str(texts), *options]) == 2
+    assert message in capsys.readouterr().err
