@@ -224,6 +224,8 @@ def test_what_is_made_of_a_text_without_a_name_stays_in_memory(tmp_path: Path) -
     say_on(server, "both", [7])
     server.ask("compose", sources=["both", "two"], to="more")
     server.ask("fork", reference="both", to="twig")
+    server.settle()
+    say_on(server, "twig", [6])
     unnamed = say_on(server, made, [8], "auto-0123").header.session
     say_on(server, made, [9], "talk")
     server.ask("rename", session=unnamed, to="named")
