@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import httpx
 import pytest
 
+from lola_vllm.sessions.prefix_hash import digest
 from tools.support.server_process import Server
 
 SESSIONS, PAST = "/v1/lola/sessions", "/v1/lola/libraries/library-past"
@@ -135,6 +137,24 @@ def test_segments_go_where_their_session_goes(tiny: Server, told: str) -> None:
     ok(tiny.client.post(f"{SESSIONS}/{told}/append", json={"prompt": other}))
     ok(ask(tiny, told))
     assert len(parts_of(tiny.client, told)) == 2
+
+
+def test_what_was_composed_for_an_answer_is_deleted(tiny: Server, told: str) -> None:
+    before = ok(tiny.client.get(f"{SESSIONS}/{told}"))
+    assert ok(ask(tiny, told))["kv_transfer_params"]["lola"]["recalled"]["first"] == 0
+    (part, _) = parts_of(tiny.client, told)
+    segment = ok(tiny.client.get(f"{SESSIONS}/{part['session']}"))
+    ids = [found["states"][-1]["id"].encode() for found in (before, segment)]
+    composed = f"{SESSIONS}/library-answer-{digest(b'lola answer', *ids).hex()}"
+    deadline = time.monotonic() + 30
+    while tiny.client.get(composed).status_code != 404:
+        assert time.monotonic() < deadline, "what was composed for the answer is still there"
+        time.sleep(0.1)
+    # A request that starts from the same two states is kept under this name.
+    lola = {"from": [f"{told}@{before['turn']}", part["session"]], "save": False}
+    body = {"model": "tiny", "prompt": QUESTION, "kv_transfer_params": {"lola": lola}, **GREEDY}
+    ok(tiny.client.post("/v1/completions", json=body))
+    assert ok(tiny.client.get(composed))["made_of"][0] == lola["from"][0]
 
 
 def test_what_is_short_is_answered_as_ever(tiny: Server) -> None:
