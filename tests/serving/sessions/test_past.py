@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lola_vllm.sessions.prefix_hash import digest
+from lola_vllm.memory.sessions.prefix_hash import digest
 from tools.support.server_process import Server
 
 SESSIONS, PAST = "/v1/lola/sessions", "/v1/lola/libraries/library-past"
