@@ -177,7 +177,8 @@ def test_restored_requests_are_preempted_and_answer_the_same(tiny, options):
         assert [list(o.outputs[0].token_ids) for o in outputs] == expected
         for text, output in zip(whole, outputs, strict=True):
             told = output.kv_transfer_params["lola"]
-            assert told["restored_tokens"] == len(text) - 3 or told["reason"]
+            # What was kept of it before it was preempted may reach further.
+            assert told["restored_tokens"] >= len(text) - 3 or told["reason"]
         assert half(llm).store.counts["hits"] >= 4
 
 
@@ -300,12 +301,12 @@ def test_states_of_another_model_dtype_or_adapter_are_not_found(tiny, cold, tmp_
 
 def test_each_rank_stores_its_part(tiny, cold, tmp_path):
     whole = cold.text + cold.first
-    for _ in range(2):
+    for known in (whole, whole + cold.tail):  # the second time the same text comes again
         with engine(tiny, **BASE, tensor_parallel_size=2, **store_options(tmp_path)) as llm:
             ask(llm, cold.text)
             tokens, told = ask(llm, whole + cold.tail)
             assert tokens == cold(whole + cold.tail)
-            assert told["restored_tokens"] == len(whole) - 1
+            assert told["restored_tokens"] == len(known) - 1
     names = [path.name.split(".")[1] for path in tmp_path.rglob("*.safetensors")]
     assert set(names) == {"0of2", "1of2"} and names.count("0of2") == names.count("1of2")
 

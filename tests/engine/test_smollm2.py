@@ -20,7 +20,7 @@ NEW = 16
 # than this is a tie that either engine may break.
 TIE = 1e-3
 
-README = MODELS.parent / "README.md"
+PAGE = MODELS.parent / "docs" / "howto" / "python.md"
 TEXT = (MODELS.parent / "docs" / "algorithm.md").read_text()
 
 
@@ -56,19 +56,19 @@ def test_large_window_reproduces_stock_vllm(prompts, untrained):
     assert exact >= len(LENGTHS) - 1
 
 
-def test_the_readmes_program_answers_its_question(monkeypatch, capsys):
-    """The demo model with its small window, as the README's Python asks it."""
-    (program,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
+def test_the_program_of_the_python_page_answers_its_question(monkeypatch, capsys):
+    """The demo model with its small window, as the page asks it."""
+    (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
     started = []
     with contextlib.ExitStack() as stack:
 
-        def start(model, **options):  # this folder's start of an engine, with the README's options
+        def start(model, **options):  # this folder's start of an engine, with the page's options
             started.append((model, options))
             options |= {"skip_tokenizer_init": False, "kv_cache_memory_bytes": 2**28}
-            return stack.enter_context(engine(README.parent / model, **options))
+            return stack.enter_context(engine(MODELS.parent / model, **options))
 
         monkeypatch.setattr("vllm.LLM", start)
-        exec(compile(program, str(README), "exec"), {"__name__": "__main__"})
+        exec(compile(program, str(PAGE), "exec"), {"__name__": "__main__"})
     ((model, _),) = started
     assert model == "models/smollm2-lola"
     answer = capsys.readouterr().out
