@@ -296,7 +296,8 @@ def test_parameters_can_be_changed_at_loading(tiny: Path) -> None:
 
 def test_misuse_is_refused_with_the_remedy(model: Any) -> None:
     ids = torch.tensor(random_prompts([20, 20]))
-    with pytest.raises(LolaModelError, match=r"a DynamicCache: .*use a lola_vllm\.hf\.LolaCache"):
+    ours = r"a DynamicCache: .*use a lola_vllm\.engine\.hf\.LolaCache"
+    with pytest.raises(LolaModelError, match=ours):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(LolaModelError, match=r"attention_mask of shape \[2, 1, 20, 20\]"):
         model(ids, attention_mask=torch.ones(2, 1, 20, 20))
