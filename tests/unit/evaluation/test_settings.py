@@ -232,9 +232,9 @@ def test_on_a_cpu_the_dtype_is_the_fast_one(tmp_path, monkeypatch):
     config = tmp_path / "config.json"
     config.write_text('{"dtype": "bfloat16"}')
     monkeypatch.setenv("LOLA_VLLM_CPU_ISA", "avx2")
-    assert engine.dtype_of(Setting("a", tmp_path)) == "float32"
+    assert engine.dtype_of(Setting("a", tmp_path), {}) == "float32"
     config.write_text('{"dtype": "bfloat16", "quantization_config": {}}')
-    assert engine.dtype_of(Setting("a", tmp_path)) == "auto"
+    assert engine.dtype_of(Setting("a", tmp_path), {}) == "auto"
 
 
 def test_a_child_does_not_outlive_its_parent() -> None:

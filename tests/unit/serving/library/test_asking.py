@@ -35,8 +35,15 @@ def test_it_is_told_that_a_document_is_gone(
             documents = [] if deleted == "a document" else None  # type: ignore[assignment]
         raise HTTPException(status, "something is missing")
 
+    async def words(*_: Any) -> list[int]:
+        return []
+
     monkeypatch.setattr(asking, "choose_among", choose)
-    engine: Any = SimpleNamespace(sessions=sessions)
+    engine: Any = SimpleNamespace(
+        sessions=sessions,
+        questions=SimpleNamespace(check=lambda _: None),
+        words=SimpleNamespace(find=words),
+    )
     with pytest.raises(HTTPException) as refused:
         asyncio.run(asking.find(engine, "pumps", "When?", 3, None))
     if deleted == "nothing":

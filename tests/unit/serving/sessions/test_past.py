@@ -114,7 +114,7 @@ def test_what_was_composed_for_an_answer_is_deleted_at_its_end(
 
         return give
 
-    recalled = past.Recalled("composed", SESSION, {"first": 0})
+    recalled = past.Recalled("composed", SESSION, {"first": 0}, [], "")
     engine.sessions, engine.store_id = sessions, given(f"past-{answer}")
     tasks: list[asyncio.Task[Any]] = []
     engine.later = lambda work: tasks.append(asyncio.ensure_future(work))
