@@ -85,6 +85,7 @@ def test_the_sample_of_the_start_is_what_is_printed(monkeypatch):
     """For the demo model on the machine that the sample names."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(launch.cpu, "_flags", lambda: frozenset({"avx2", "avx512_bf16"}))
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_vnni": True})
     machine = launch.Machine("cpu", 2, int(17.7 * GIB))
     printed = [line.strip() for line in str(launch.plan(DEMO, [], machine, {})).splitlines()]
     shown = sample("docs/serving.md", f"{DEMO}: ").splitlines()

@@ -16,7 +16,7 @@ import lola_vllm
 ROOT = Path(__file__).parents[2]
 SOURCES = ("benchmarks", "csrc", "docs", "kernels", "lola_vllm", "serving", "tests", "tools")
 UNWANTED = shutil.ignore_patterns(
-    ".git", ".venv", "models", "build", "dist", "__pycache__", "*.egg-info", "*.so", ".*_cache",
+    ".git", ".venv", "build", "dist", "__pycache__", "*.egg-info", "*.so", ".*_cache",
     ".hypothesis", "eval-results",
 )  # fmt: skip
 # In place of a C++ compiler: objects are empty, and the library is the one that this checkout has
@@ -58,13 +58,18 @@ print(here)
 """
 
 
+def _unwanted(folder: str, names: list[str]) -> set[str]:
+    """What is no source; `models` at the root alone, as the package has such a folder."""
+    return UNWANTED(folder, names) | ({"models"} if Path(folder) == ROOT else set())
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory with the sdist of a copy of this checkout, and the wheel of that sdist."""
     extension = ROOT / "lola_vllm" / "_C.abi3.so"
     assert extension.is_file(), f"{extension} is not built: make setup"
     place = tmp_path_factory.mktemp("release")
-    shutil.copytree(ROOT, place / "source", ignore=UNWANTED)
+    shutil.copytree(ROOT, place / "source", ignore=_unwanted)
     compiler = place / "c++"
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
