@@ -168,7 +168,8 @@ def test_what_is_short_is_answered_as_ever(tiny: Server) -> None:
 
 def test_what_cannot_recall_is_refused(tiny: Server, told: str) -> None:
     for body, words in (
-        ({"recall": "all"}, "recall"), ({"prompt": [5, 6]}, "recall, library: prompt must be a text"),
+        ({"recall": "all"}, "recall"),
+        ({"prompt": [5, 6]}, "recall, library: prompt must be a text"),
     ):  # fmt: skip
         refused = ask(tiny, told, **body)
         assert refused.status_code == 400 and words in refused.json()["error"]["message"]
