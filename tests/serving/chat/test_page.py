@@ -279,7 +279,7 @@ def test_a_system_prompt_begins_a_chat(browser, lola_server):
     read_only = "return document.getElementById('system').readOnly"
     assert browser.run(read_only)
     ask(browser, "And who am I?")
-    assert text_of(lola_server, name).count("miller") == 1
+    assert text_of(lola_server, name).count("You are a miller.") == 1
     before = said(browser, "article")
     reload(browser)
     assert said(browser, "article") == before and value(browser, "system") == "You are a miller."
