@@ -7,6 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lola_vllm.core.config import (
+    ARCHITECTURE,
+    MODEL_TYPE,
+    LolaConfig,
+    LolaConfigError,
+    LolaLlamaConfig,
+    default_context_shift,
+    explain_field,
+)
 from lola_vllm.models.families import BASE_NAMES, llama_fields
 from lola_vllm.models.files import (
     INDEX_NAME,
@@ -20,15 +29,6 @@ from lola_vllm.models.files import (
 )
 from lola_vllm.models.remote_code import AUTO_MAP, write_remote_code
 from lola_vllm.models.schema import LOLA_TENSORS, Shape, check_tensors
-from lola_vllm.core.config import (
-    ARCHITECTURE,
-    MODEL_TYPE,
-    LolaConfig,
-    LolaConfigError,
-    LolaLlamaConfig,
-    default_context_shift,
-    explain_field,
-)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lola_vllm.core.config import MODEL_TYPE, LolaLlamaConfig
 from lola_vllm.models.files import (
     INDEX_NAME,
     CheckpointError,
@@ -18,7 +19,6 @@ from lola_vllm.models.files import (
 )
 from lola_vllm.models.schema import settle_facts
 from lola_vllm.models.staging import staged_directory
-from lola_vllm.core.config import MODEL_TYPE, LolaLlamaConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

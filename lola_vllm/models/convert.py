@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lola_vllm.core.compact_json import compact_lists
+from lola_vllm.core.config import LolaConfig, LolaLlamaConfig, TensorFacts
 from lola_vllm.models.base import (
     check_base_weights,
     copy_companions,
@@ -35,8 +37,6 @@ from lola_vllm.models.schema import (
     expected_tensors,
 )
 from lola_vllm.models.staging import check_output, staged_directory
-from lola_vllm.core.compact_json import compact_lists
-from lola_vllm.core.config import LolaConfig, LolaLlamaConfig, TensorFacts
 
 if TYPE_CHECKING:
     from torch import Tensor

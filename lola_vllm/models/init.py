@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
 from lola_vllm.models.base import (
     check_base_weights,
     copy_companions,
@@ -23,7 +24,6 @@ from lola_vllm.models.schema import (
     expected_tensors,
 )
 from lola_vllm.models.staging import staged_directory
-from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
 
 if TYPE_CHECKING:
     import torch

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lola_vllm.core.config import LolaLlamaConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.models.gguf import read_gguf
 from lola_vllm.models.hub import PinnedModel, write_hub_base
 from lola_vllm.models.shipped import BuildOptions, build_shipped
 from lola_vllm.models.wheels import PinnedWheel, cached_wheel
-from lola_vllm.core.config import LolaLlamaConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

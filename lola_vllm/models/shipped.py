@@ -13,13 +13,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
+from lola_vllm.core.config import LolaLlamaConfig
 from lola_vllm.models.calibration import apply_calibration, load_calibration
 from lola_vllm.models.convert import convert_checkpoint
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.models.init import StateHeads, init_checkpoint
 from lola_vllm.models.quantize import Weights, move_checkpoint
 from lola_vllm.models.staging import check_output, staged_directory
-from lola_vllm.core.config import LolaLlamaConfig
 
 # Without a calibration.
 UNCALIBRATED = {"window_size": 64, "sparse_cache_size": 128, "sink_size": 4}

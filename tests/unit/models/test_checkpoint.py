@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig, TensorFacts
 from lola_vllm.models import (
     CheckpointError,
     check_tensors,
@@ -27,7 +28,6 @@ from lola_vllm.models.init import init_checkpoint
 from lola_vllm.models.remote_code import AUTO_MAP
 from lola_vllm.models.schema import settle_facts
 from lola_vllm.models.staging import staged_directory
-from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig, TensorFacts
 
 # head_dim differs from hidden_size / num_attention_heads on purpose
 TINY = {

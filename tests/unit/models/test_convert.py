@@ -17,12 +17,12 @@ import yaml
 from transformers import LlamaConfig
 
 from lola_vllm.command import cli
+from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
+from lola_vllm.core.ops.reference import lola_attention
 from lola_vllm.models import expected_tensors
 from lola_vllm.models.convert import convert_checkpoint
 from lola_vllm.models.files import read_shapes, weight_files
 from lola_vllm.models.remote_code import AUTO_MAP
-from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
-from lola_vllm.core.ops.reference import lola_attention
 from tests.support.lolcats_files import (
     ROWS,
     F,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lola_vllm.core.config import LolaConfigError
 from lola_vllm.models import CheckpointError
 from lola_vllm.models.convert import convert_checkpoint
-from lola_vllm.core.config import LolaConfigError
 from tests.support.lolcats_files import (
     State,
     distill_tensors,

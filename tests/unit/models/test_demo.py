@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lola_vllm.core.config import LolaConfig, LolaLlamaConfig, TensorFacts
+from lola_vllm.core.state import LayerLayout
 from lola_vllm.models import CheckpointError, expected_tensors, read_facts
 from lola_vllm.models.calibration import load_calibration
 from lola_vllm.models.demo import DISTILLED, HUB, SAMPLING, WHEEL, build_demo_model
 from lola_vllm.models.files import read_shapes
-from lola_vllm.core.config import LolaConfig, LolaLlamaConfig, TensorFacts
-from lola_vllm.core.state import LayerLayout
 from tests.support.families import make_base
 from tools.support.speaking import make_speaking
 from tools.support.tiny import VOCAB

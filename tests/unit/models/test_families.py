@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig
+from lola_vllm.engine.estimate import estimate
 from lola_vllm.models import CheckpointError, check_tensors, expected_tensors
 from lola_vllm.models.convert import convert_checkpoint
 from lola_vllm.models.families import BASE_MODEL_TYPES, llama_fields
 from lola_vllm.models.files import read_shapes
 from lola_vllm.models.init import init_checkpoint
-from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig
-from lola_vllm.engine.estimate import estimate
 from tests.support.families import FAMILIES, make_base
 from tests.support.lolcats_files import distill_tensors, lora_tensors, save
 

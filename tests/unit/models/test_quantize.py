@@ -7,9 +7,9 @@ import torch
 from compressed_tensors.compressors import unpack_from_int32
 from safetensors.torch import load_file, save_file
 
+from lola_vllm.command.cli import main
 from lola_vllm.models import CheckpointError
 from lola_vllm.models.quantize import GROUP_SIZE, faster_weights, quantize_checkpoint
-from lola_vllm.command.cli import main
 
 LAYER = "model.layers.0.mlp.down_proj.weight"
 MAP = "model.layers.0.self_attn.feature_map_q"

@@ -12,6 +12,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.command import cli
+from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
+from lola_vllm.engine.hf import LolaLlamaForCausalLM
 from lola_vllm.models import CheckpointError, demo, expected_tensors
 from lola_vllm.models.calibration import load_calibration
 from lola_vllm.models.files import read_shapes
@@ -23,8 +25,6 @@ from lola_vllm.models.qwen_coder import (
     join_parts,
 )
 from lola_vllm.models.shipped import CALIBRATED
-from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
-from lola_vllm.engine.hf import LolaLlamaForCausalLM
 
 
 def write_part(folder: Path, number: int, data: bytes, inside: int | None = None) -> Path:
