@@ -235,12 +235,16 @@ class Upkeep:
         store, directory = self._store, self._store.directory
         assert directory is not None
         if operation.before is None:
+            leaving = operation.states
             try:
-                directory.delete([state.id for state in operation.states])
+                directory.delete([state.id for state in leaving])
+            except OSError:
+                leaving = [state for state in leaving if directory.gone(state.id)]
+                raise
             finally:
-                for state in operation.states:
-                    if directory.gone(state.id):
-                        store.forget(state)
+                # Also what is being written at this moment: its mark and a `Drop` remove the file.
+                for state in leaving:
+                    store.forget(state)
                 store.wake()
             return
         for state in operation.states:

@@ -20,7 +20,7 @@ GARDEN = "The hidden state of the window is read by the model in the garden. " *
 # A sentence that a line break parts: the page finds it all the same, with all that has a meaning in
 # patterns.
 BOATS = "The cache (of [pairs]) *holds*\n  the score + 1 at the harbour? "
-HARBOUR = GARDEN.replace("garden", "window")[:900] + ".\n" + BOATS + GARDEN[:600]
+HARBOUR = GARDEN.replace("garden", "window")[:600] + ".\n" + BOATS + GARDEN[:600]
 QUESTION = "The cache (of [pairs]) *holds* the score + 1 at the harbour?"
 
 
@@ -98,7 +98,6 @@ def test_the_answer_and_its_sources_are_those_of_the_server(page, shelf):
     assert hidden(browser, "result")
 
 
-@pytest.mark.xfail(reason="known fault: the chosen sentence since passages are chosen by words too")
 def test_the_sentence_is_chosen_in_the_text_of_its_part(page, shelf):
     browser = page.browser
     ask(page)

@@ -231,9 +231,6 @@ def test_two_requests_that_add_a_title_do_not_mix_their_parts(tiny: Server) -> N
     assert len(added) > 10 and sizes(tiny, "both") == added
 
 
-@pytest.mark.xfail(
-    reason="known fault: a refused chat leaves its session since passages are asked with"
-)
 def test_a_refused_question_leaves_no_session(shelf: Server) -> None:
     ask = {"prompt": "The harbour is", "session": "refused", "top": 1, **GREEDY}
     chat = {"messages": [{"role": "user", "content": "Where?"}], "session": "refused", **GREEDY}

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lola_vllm.memory.sessions import directory, read_state, transfer, upkeep
-from lola_vllm.memory.sessions.directory import DELETED
+from lola_vllm.memory.sessions.directory import DELETED, StateDirectory
 from lola_vllm.memory.sessions.file import read_header
 from lola_vllm.memory.sessions.orders import MEMORY
 from tests.support.sessions import Server, row_of
@@ -165,24 +165,34 @@ def test_many_forks_at_once_are_all_written(tmp_path, monkeypatch):
     again.close()
 
 
-def test_a_write_under_way_does_not_bring_a_deleted_state_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("ends", ["before the answer", "after it"])
+def test_a_write_under_way_does_not_bring_a_deleted_state_back(tmp_path, monkeypatch, ends):
     server, gate, began = Server(tmp_path, memory=0), threading.Event(), threading.Event()
-    write = transfer.write_state
+    write, unlink = transfer.write_state, StateDirectory.unlink
 
     def slow(*args):
         began.set()
         gate.wait(20)
         return write(*args)
 
+    def end_write(directory, states):
+        unlink(directory, states)
+        gate.set()
+        server.workers[0]._writer.submit(int).result()
+
     monkeypatch.setattr(transfer, "write_state", slow)
+    if ends == "before the answer":
+        monkeypatch.setattr(StateDirectory, "unlink", end_write)
     server.say(TEXT[:100], "agent-7")
     began.wait(20)
     answer = server.manager.delete("agent-7")
     while "operation" in answer:
         time.sleep(0.005)
         answer = server.manager.call("result", answer)
+    assert answer == {"deleted": 1} and server.store.states == {}
     gate.set()
     server.workers[0]._writer.submit(int).result()
+    monkeypatch.setattr(StateDirectory, "unlink", unlink)
     other = after_a_start(server, tmp_path)  # the server was killed before its next step
     assert other.store.states == {}
     other.close(), server.close()
