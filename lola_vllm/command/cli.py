@@ -236,22 +236,6 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _inspector(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=8001, help="to open the page at (default: %(default)s)"
-    )
-
-    def run(args: argparse.Namespace) -> int:
-        from lola_vllm.serving.inspector.local import inspect
-
-        return inspect(args.url, args.port)
-
-    parser.set_defaults(run=run)
-
-
 def _calibrate(parser: argparse.ArgumentParser) -> None:
     from lola_vllm.training.calibrate.options import CalibrateOptions
 
@@ -395,7 +379,6 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "doctor": (_doctor, "look for what is wrong with an installation; exit status 1 if there is"),
     "estimate": (_estimate, "memory per sequence, from config.json alone"),
     "eval": (_eval, "measure recall in long prompts, or perplexity on held-out text"),
-    "inspector": (_inspector, "the memory inspector, for a server whose own page cannot be opened"),
     "calibrate": (_calibrate, "measure how many sparse pairs each layer should have"),
     "quantize": (_quantize, "copy a model with the weights of its linear layers in 8 or 4 bits"),
     "serve": (

@@ -154,7 +154,6 @@ COMMANDS: dict[str, Fate] = {
         "vllm", why="starts a server", test="tests/engine/test_parallel.py"
     ),
     r"lola-vllm doctor ": Fate(why="of this machine", test="tests/unit/command/test_doctor.py"),
-    r"lola-vllm inspector ": Fate(why="serves a page", test="tests/serving/inspector/test_page.py"),
     r"curl ": Fate("http"),
     r"lola-vllm library ": Fate(
         why="reads long texts", test="tests/serving/library/test_routes.py"

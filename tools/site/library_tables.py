@@ -43,34 +43,6 @@ SECONDS = {
     f"first token {STOCK}": "first token of the stock model, reading three documents",
 }
 
-# Of a text's own past: what is asked, and its names at once and later.
-PAST = {
-    "the segment read apart, alone": ("apart", ""),
-    "the text as it is then": ("at once", "present"),
-    "the segment, and behind it the text": ("", "apart, present"),
-    "the text, and behind it the segment": ("", "present, apart"),
-    "the text, and behind it its state at the segment's end": ("", "present, kept"),
-    "the text, and behind it another segment with a number": ("beside another", ""),
-    "**as it ships: the text and what the question finds**": ("recalled", "recalled"),
-    "found: the right segment of all so far": ("found", "found"),
-}
-
-
-# And what is asked where newer text tells something in the same words.
-NEWER = {
-    "past": "what the segment tells; newer text tells another thing",
-    "update": "what newer text tells anew",
-    "present": "what only newer text tells",
-}
-OF = {"number": "a number", "fact": "a fact"}
-NEWER_HOW = {
-    "alone": "the text alone",
-    "behind": "the text, and behind it the segment",
-    "before": "the segment, and behind it the text",
-    "recalled": "**as it ships**",
-    "apart": "the segment alone",
-}
-
 
 def _results(runs: Runs, name: str) -> list[dict[str, float]]:
     """What the runs of a summary found, which count together.
@@ -152,37 +124,6 @@ def seconds(runs: Runs) -> str:
     return table(lines)
 
 
-def past(runs: Runs) -> str:
-    """Exact answers from a text's own past; all seeds together."""
-    results = _results(runs, "past")
-    asked = _sum(results, "questions")
-    names = [name.rsplit(", ", 1) for one in results for name in one if name.endswith(" back")]
-    backs = sorted({int(back.removesuffix(" back")) for _, back in names})
-    heads = ("at once" if not back else f"{back:,} tokens later" for back in backs)
-    lines = [["asked of", *heads]]
-    for label, (at_once, later) in PAST.items():
-        cells = []
-        for back in backs:
-            name = later if back else at_once
-            cells.append(f"{_sum(results, f'{name}, {back} back')} of {asked}" if name else "")
-        lines.append([label, *cells])
-    return table(lines)
-
-
-def newer(runs: Runs) -> str:
-    """Exact answers where newer text tells something in the same words; all seeds together."""
-    results = _results(runs, "past-newer")
-    lines = [["asked for", "", *NEWER_HOW.values()]]
-    for kind, label in NEWER.items():
-        for of, what in OF.items():
-            about = f"{kind}, {of}"
-            cells = [_right(results, f"{about}, {how}", about) for how in NEWER_HOW]
-            lines.append([label, what, *cells])
-            label = ""
-    return table(lines)
-
-
 TABLES = {
     "library-found": found, "library-exact": exact, "library-seconds": seconds,
-    "library-past": past, "library-past-newer": newer,
 }  # fmt: skip

@@ -5,11 +5,9 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import pytest
 
 from lola_vllm.serving.inspector import ROUTE, page_file
-from lola_vllm.serving.inspector.local import PAGE, Inspector
 from tests.support.axe import findings
 from tests.support.browser import chromium
 from tests.support.inspector import TAB, Page
@@ -302,21 +300,25 @@ def test_names_that_were_used_here_are_offered_where_none_are_listed(browser):
         server.shutdown()
 
 
-def test_the_local_page_passes_questions_on(shelf):
-    with Inspector(shelf.url, 0) as inspector:
-        threading.Thread(target=inspector.serve_forever, daemon=True).start()
-        base = inspector.url.removesuffix(PAGE)
-        key = {"Authorization": f"Bearer {KEY}"}
-        assert httpx.get(f"{base}{LIBRARIES}").status_code == 401
-        assert "inspected" in httpx.get(f"{base}{LIBRARIES}", headers=key).text
-        body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4}
-        asked = f"{base}{LIBRARIES}/inspected/chat"
-        answer = httpx.post(asked, json=body, headers=key, timeout=60)
-        assert answer.json()["sources"]
-        # It reads and asks, and adds or deletes nothing.
-        assert httpx.get(f"{base}{LIBRARIES}/inspected", headers=key).status_code == 302
-        added = {"document": "x", "text": "y"}
-        documents = f"{base}{LIBRARIES}/inspected/documents"
-        assert httpx.post(documents, json=added, headers=key).status_code == 400
-        assert httpx.delete(documents, headers=key).status_code == 501
-        inspector.shutdown()
+def test_the_page_asks_where_it_came_from(browser):
+    """As from a server without a key, under a path that a proxy added."""
+    asked = []
+
+    class Proxy(Answering):
+        def do_GET(self):
+            self.path = self.path.removeprefix("/proxy").split("?")[0]
+            super().do_GET() if page_file(self.path) else self.do_POST()
+
+        def do_POST(self):
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_error(503)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.open(f"http://127.0.0.1:{server.server_port}/proxy/lola/inspector?x=1")
+        browser.wait(lambda: "Service Unavailable" in browser.text("#status"))
+        browser.type("#prompt", "x")
+        browser.click("#run")
+        browser.wait(lambda: len(asked) > 1)
+        server.shutdown()
+    assert asked == [("/proxy/v1/lola/info", None), ("/proxy/v1/lola/memory", None)]

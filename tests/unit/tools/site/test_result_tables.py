@@ -168,9 +168,9 @@ def test_no_question_counts_twice_and_no_other_model(seed, fingerprint, message)
 
 def test_libraries_of_two_models_do_not_count_together():
     def runs(*models):
-        results = {"questions": 6, "found, 0 back": 5}
+        results = {"needles questions": 6, "needles first of 8": 5}
         return lambda name: [{"results": results, "models": {"model": of}} for of in models]
 
-    assert "10 of 12" in library_tables.past(runs("f", "f"))
-    with pytest.raises(ValueError, match="past, --model: of the models f, g"):
-        library_tables.past(runs("f", "g"))
+    assert "10 of 12" in library_tables.found(runs("f", "f"))
+    with pytest.raises(ValueError, match="library, --model: of the models f, g"):
+        library_tables.found(runs("f", "g"))
