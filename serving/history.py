@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lola_vllm.core.ops import context_shift
 from lola_vllm.core.ops.contract import Backend, LayerState, PrefillBatch
-from lola_vllm.serving.keys import Pairs
+from lola_vllm.serving.keys import PromptPairs
 
 # Stops along a prompt. Every update is one, unless there are more of them.
 MAX_STOPS = 256
@@ -39,7 +39,7 @@ def stop_interval(update_interval: int, num_tokens: int) -> int:
     return update_interval * max(1, -(-num_tokens // (MAX_STOPS * update_interval)))
 
 
-def residencies(ops: Backend, layer: LayerState, pairs: Pairs) -> list[list[Residency]]:
+def residencies(ops: Backend, layer: LayerState, pairs: PromptPairs) -> list[list[Residency]]:
     """Per sparse set, when tokens were in its cache, of all that are there at a stop, by position.
 
     Args:

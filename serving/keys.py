@@ -18,12 +18,12 @@ from vllm.forward_context import get_forward_context
 
 from lola_vllm.engine.vllm.attention import LolaAttention
 from lola_vllm.engine.vllm.backend import LolaMetadata
-from lola_vllm.serving.pages import Row, all_rows
+from lola_vllm.serving.pages import StepRow, all_rows
 
 logger = logging.getLogger("vllm.lola")
 
 
-class Pairs(NamedTuple):
+class PromptPairs(NamedTuple):
     """What a layer saw of a prompt, in host memory.
 
     Attributes:
@@ -57,18 +57,18 @@ class KeyRecorder:
         model: nn.Module,
         layers: Sequence[LolaAttention],
         num_tokens: int,
-        mine: Callable[[Row], bool],
+        mine: Callable[[StepRow], bool],
     ) -> None:
         self._layers = layers
         self._mine = mine
         self._span: Span | None = None
         self._seen = torch.zeros(num_tokens, dtype=torch.bool)
         self._fault: str | None = None
-        self._pairs: list[Pairs] = []
+        self._pairs: list[PromptPairs] = []
         for layer in layers:
             shape = (num_tokens, layer.num_kv_heads, layer.head_dim)
             k, v = (torch.empty(shape, dtype=layer.layout.pages[0].kv_dtype) for _ in range(2))
-            self._pairs.append(Pairs(k, v))
+            self._pairs.append(PromptPairs(k, v))
         self._hook: Any = model.register_forward_pre_hook(self._before_step)
 
     def stop(self) -> None:
@@ -76,7 +76,7 @@ class KeyRecorder:
         self._hook.remove()
         self._show(None)
 
-    def pairs(self) -> list[Pairs]:
+    def pairs(self) -> list[PromptPairs]:
         """What each layer saw.
 
         Raises:
@@ -107,7 +107,7 @@ class KeyRecorder:
         for layer, pairs in zip(self._layers, self._pairs, strict=True):
             layer.kv_hook = None if span is None else self._writer(span, pairs)
 
-    def _writer(self, span: Span, pairs: Pairs) -> Callable[[Tensor, Tensor], None]:
+    def _writer(self, span: Span, pairs: PromptPairs) -> Callable[[Tensor, Tensor], None]:
         last = pairs is self._pairs[-1]
 
         def write(k: Tensor, v: Tensor) -> None:
@@ -119,7 +119,9 @@ class KeyRecorder:
         return write
 
 
-def span_of_step(layer: LolaAttention, num_tokens: int, mine: Callable[[Row], bool]) -> Span | None:
+def span_of_step(
+    layer: LolaAttention, num_tokens: int, mine: Callable[[StepRow], bool]
+) -> Span | None:
     """The tokens of the running step that belong to a prompt; None: there are none.
 
     Args:

@@ -66,7 +66,7 @@ class Machine(NamedTuple):
     host: int | None = None
 
 
-class Choice(NamedTuple):
+class ChosenOption(NamedTuple):
     """An option or environment variable that was chosen, its value, and why."""
 
     name: str
@@ -84,8 +84,8 @@ class Launch:
     """
 
     command: list[str]
-    options: list[Choice]
-    env: list[Choice]
+    options: list[ChosenOption]
+    env: list[ChosenOption]
     notes: list[str]
 
     def __str__(self) -> str:
@@ -138,7 +138,7 @@ def plan(
         name = directory.resolve().name
         if "served-model-name" not in given and name:
             reason = "the directory's name, for requests and metrics"
-            chosen.insert(0, Choice("--served-model-name", name, reason))
+            chosen.insert(0, ChosenOption("--served-model-name", name, reason))
         weights = weight_bytes(
             sum(file.stat().st_size for file in weight_files(directory)), config, dtype
         )
@@ -149,7 +149,7 @@ def plan(
                 "the store keeps states at any token, and a running sequence takes half the memory;"
                 "\n      --enable-prefix-caching has both"
             )
-            chosen.append(Choice("--no-enable-prefix-caching", "", reason))
+            chosen.append(ChosenOption("--no-enable-prefix-caching", "", reason))
         chosen += quick + _numbers(config, row, weights, given, machine, env, store.memory or 0)
         chosen += stored
     else:
@@ -198,18 +198,18 @@ def _ranks(given: Mapping[str, str]) -> _Ranks:
     )
 
 
-def _front(given: Mapping[str, str], env: Mapping[str, str]) -> list[Choice]:
+def _front(given: Mapping[str, str], env: Mapping[str, str]) -> list[ChosenOption]:
     """The options that clients notice: name, address and details of answers."""
     chosen = []
     if not {"host", "uds"} & set(given):
         if HOST_ENV in env:
-            chosen.append(Choice("--host", env[HOST_ENV], HOST_ENV))
+            chosen.append(ChosenOption("--host", env[HOST_ENV], HOST_ENV))
         else:
             reason = "this machine only; --host 0.0.0.0 is for all that can reach it"
-            chosen.append(Choice("--host", "127.0.0.1", reason))
+            chosen.append(ChosenOption("--host", "127.0.0.1", reason))
     if not _is_set(given, "enable-prompt-tokens-details"):
         reason = "answers tell how many tokens of a prompt came from cached states"
-        chosen.append(Choice("--enable-prompt-tokens-details", "", reason))
+        chosen.append(ChosenOption("--enable-prompt-tokens-details", "", reason))
     return chosen
 
 
@@ -231,7 +231,7 @@ def _config(model: Path) -> dict[str, Any]:
 
 def _quick(
     config: Mapping[str, Any], given: Mapping[str, str], machine: Machine, env: Mapping[str, str]
-) -> tuple[str, list[Choice]]:
+) -> tuple[str, list[ChosenOption]]:
     """The dtype that the model will have, and the options for speed on a CPU."""
     # Without an option, vLLM takes a dtype of two bytes, also for a float32 model.
     stored = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
@@ -249,7 +249,7 @@ def _quick(
             reason = f"this CPU multiplies it fast ({flag})"
             if flag is None:
                 reason = "this CPU has no bfloat16 instructions, and is several times faster so"
-            chosen.append(Choice("--dtype", dtype, reason))
+            chosen.append(ChosenOption("--dtype", dtype, reason))
     compiling = {"compilation-config", "optimization-level"} & set(given)
     # vLLM's stages on a CPU need torch.compile, see config_hook.
     staged = _ranks(given).pipeline > 1
@@ -258,7 +258,7 @@ def _quick(
             "torch.compile costs a minute at the start and then decodes up to a fifth faster;\n"
             "      --no-enforce-eager has it"
         )
-        chosen.append(Choice("--enforce-eager", "", reason))
+        chosen.append(ChosenOption("--enforce-eager", "", reason))
     return dtype, chosen
 
 
@@ -281,7 +281,7 @@ def _numbers(
     machine: Machine,
     env: Mapping[str, str],
     stored: int = 0,
-) -> list[Choice]:
+) -> list[ChosenOption]:
     caching = "no-enable-prefix-caching" not in given and given.get(
         "enable-prefix-caching", ""
     ).lower() not in ("false", "0")
@@ -311,13 +311,13 @@ def _numbers(
         if wanted == limit:
             per_core = f"{SEQUENCES_PER_CORE} per core; " if machine.device == "cpu" else ""
             reason = f"{per_core}more would only wait for each other"
-        chosen.append(Choice("--max-num-seqs", str(wanted), reason))
+        chosen.append(ChosenOption("--max-num-seqs", str(wanted), reason))
     if caching and "block-size" not in given:
         chosen.append(_block_size(config, row, given))
     if machine.device == "cpu" and not sized and wanted:
         of = f"{pool.per_sequence} states" if pool.per_sequence > 1 else "one state"
         chosen.append(
-            Choice(
+            ChosenOption(
                 "--kv-cache-memory-bytes",
                 str(pool.bytes_for(min(wanted, fits))),
                 f"{of} for each of {min(wanted, fits)} sequences, and vLLM's null block",
@@ -332,7 +332,7 @@ def _stored(
     weights: int,
     given: Mapping[str, str],
     machine: Machine,
-) -> list[Choice]:
+) -> list[ChosenOption]:
     """The store of states: in memory, unless the user says more or takes its place in vLLM."""
     ranks = _ranks(given)
     ram = None
@@ -360,7 +360,7 @@ def _stored(
             "it\n      stopped; --lola-state-dir keeps those with a name for the next start, "
             "--lola-store none\n      keeps nothing"
         )
-    return [Choice(store_options.ADDITIONAL, value, reason)]
+    return [ChosenOption(store_options.ADDITIONAL, value, reason)]
 
 
 def _may_replace(given: Mapping[str, str]) -> bool:
@@ -389,7 +389,7 @@ def _room(
     return room, f"{utilization:.0%} of the GPU"
 
 
-def _block_size(config: Mapping[str, Any], row: Row, given: Mapping[str, str]) -> Choice:
+def _block_size(config: Mapping[str, Any], row: Row, given: Mapping[str, str]) -> ChosenOption:
     even = row.sequence.break_even_tokens()
     length = number(given.get("max-model-len")) or int(
         config.get("max_position_embeddings", MAX_BLOCK_SIZE)
@@ -399,21 +399,21 @@ def _block_size(config: Mapping[str, Any], row: Row, given: Mapping[str, str]) -
         size *= 2
     while size > max(16, length // 2):
         size //= 2
-    return Choice(
+    return ChosenOption(
         "--block-size",
         str(size),
         f"tokens between two cached states; one costs as much as {even:,} tokens of a full cache",
     )
 
 
-def _environment(machine: Machine, env: Mapping[str, str]) -> list[Choice]:
+def _environment(machine: Machine, env: Mapping[str, str]) -> list[ChosenOption]:
     chosen = []
     if "VLLM_PLUGINS" not in env:
         # Without this variable, vLLM loads all plugins except those that add routes. With it, vLLM
         # loads only the named ones, so all are named.
         names = {e.name for g in _PLUGIN_GROUPS for e in entry_points(group=f"vllm.{g}_plugins")}
         plugins = ",".join([PLUGIN, *sorted(names - {PLUGIN})])
-        chosen.append(Choice("VLLM_PLUGINS", plugins, "routes /v1/lola and metrics lola:*"))
+        chosen.append(ChosenOption("VLLM_PLUGINS", plugins, "routes /v1/lola and metrics lola:*"))
     elif PLUGIN not in env["VLLM_PLUGINS"].split(","):
         raise CheckpointError(
             f"VLLM_PLUGINS = {env['VLLM_PLUGINS']!r} leaves LoLA out; add {PLUGIN!r} or unset it"
@@ -421,10 +421,10 @@ def _environment(machine: Machine, env: Mapping[str, str]) -> list[Choice]:
     if machine.device == "cpu":
         if "OMP_WAIT_POLICY" not in env:
             why = "threads that spin while they wait slow each other down"
-            chosen.append(Choice("OMP_WAIT_POLICY", "PASSIVE", why))
+            chosen.append(ChosenOption("OMP_WAIT_POLICY", "PASSIVE", why))
         if "VLLM_CPU_OMP_THREADS_BIND" not in env:
             why = "two servers would bind to the same cores"
-            chosen.append(Choice("VLLM_CPU_OMP_THREADS_BIND", "nobind", why))
+            chosen.append(ChosenOption("VLLM_CPU_OMP_THREADS_BIND", "nobind", why))
     return chosen
 
 

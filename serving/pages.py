@@ -24,7 +24,7 @@ logger = logging.getLogger("vllm.lola")
 MAX_WATCHES = 4
 
 
-class Row(NamedTuple):
+class StepRow(NamedTuple):
     """A sequence of a step: its state index, and the tokens its state has seen after the step."""
 
     state_index: int
@@ -40,7 +40,7 @@ class StateCopy(NamedTuple):
 
     num_tokens: int
     pages: list[Tensor]
-    rows: list[Row]
+    rows: list[StepRow]
 
 
 class Unreadable(NamedTuple):
@@ -49,7 +49,7 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-Choose = Callable[[list[Row]], Row | None]
+Choose = Callable[[list[StepRow]], StepRow | None]
 
 
 class PageWatch:
@@ -108,22 +108,22 @@ class PageWatch:
             self._hook = None
 
 
-def step_rows(metadata: LolaMetadata) -> list[Row]:
+def step_rows(metadata: LolaMetadata) -> list[StepRow]:
     """The sequences of a step, decodes first; padding left out. Waits for the device."""
     return [row for row in all_rows(metadata) if row.state_index > 0]
 
 
-def all_rows(metadata: LolaMetadata) -> list[Row]:
+def all_rows(metadata: LolaMetadata) -> list[StepRow]:
     """As `step_rows`, with padding, so that rows can be told from their place in the step."""
-    rows: list[Row] = []
+    rows: list[StepRow] = []
     if metadata.num_decodes:
         assert metadata.state_indices_tensor_d is not None
         state_indices = metadata.state_indices_tensor_d[: metadata.num_decodes, 0].tolist()
-        rows += map(Row, state_indices, metadata.seq_lens[: metadata.num_decodes].tolist())
+        rows += map(StepRow, state_indices, metadata.seq_lens[: metadata.num_decodes].tolist())
     if metadata.num_prefills:
         assert metadata.state_indices_tensor_p is not None
         assert metadata.query_start_loc_p_cpu is not None
         assert metadata.context_lens_p_cpu is not None
         tokens = metadata.context_lens_p_cpu + metadata.query_start_loc_p_cpu.diff()
-        rows += map(Row, metadata.state_indices_tensor_p.tolist(), tokens.tolist())
+        rows += map(StepRow, metadata.state_indices_tensor_p.tolist(), tokens.tolist())
     return rows

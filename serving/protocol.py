@@ -101,7 +101,7 @@ Prompt = Annotated[
 
 
 @with_config(ConfigDict(extra="allow"))
-class Part(TypedDict):
+class MessagePart(TypedDict):
     """A part of a message, with the fields that are checked here."""
 
     type: str
@@ -110,7 +110,7 @@ class Part(TypedDict):
 
 Content = Annotated[
     Annotated[str, Tag("(text)")]
-    | Annotated[list[Part], Field(max_length=MAX_MESSAGES, fail_fast=True), Tag("(list)")],
+    | Annotated[list[MessagePart], Field(max_length=MAX_MESSAGES, fail_fast=True), Tag("(list)")],
     _text_or_list("parts"),
 ]
 

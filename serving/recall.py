@@ -14,7 +14,7 @@ from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.contract import HeadGroup
 from lola_vllm.core.ops.int8 import rounded
 from lola_vllm.core.state import StateLayout, StateViews
-from lola_vllm.serving.keys import Pairs
+from lola_vllm.serving.keys import PromptPairs
 
 # Pairs scored at once: bounds the memory that their features take.
 MAX_SCORED = 1024
@@ -53,7 +53,7 @@ def remembered(group: HeadGroup, page: Tensor, n: int) -> Remembered:
     return Remembered(positions.gather(-1, order), errors.gather(-1, order), score_weights)
 
 
-def recalled(group: HeadGroup, page: Tensor, n: int, pairs: Pairs) -> Tensor:
+def recalled(group: HeadGroup, page: Tensor, n: int, pairs: PromptPairs) -> Tensor:
     """Recall errors of all tokens that left the window: `[Hg, E]`, of positions from sinks to the
     window. Those of the sparse cache are as in `remembered`.
 

@@ -24,9 +24,9 @@ from lola_vllm.engine.vllm import compat
 from lola_vllm.engine.vllm.attention import LolaAttention
 from lola_vllm.engine.vllm.cache import lola_hf_config, num_kv_heads
 from lola_vllm.serving.history import Residency, residencies
-from lola_vllm.serving.keys import KeyRecorder, Pairs
+from lola_vllm.serving.keys import KeyRecorder, PromptPairs
 from lola_vllm.serving.library.librarian import Librarian
-from lola_vllm.serving.pages import PageWatch, Row, StateCopy, Unreadable
+from lola_vllm.serving.pages import PageWatch, StateCopy, StepRow, Unreadable
 from lola_vllm.serving.protocol import Head
 from lola_vllm.serving.recall import recalled, remembered
 
@@ -71,9 +71,9 @@ class LolaWorkerExtension:
                 a request must not start from a cached state.
         """
 
-        def choose(rows: list[Row]) -> Row | None:
+        def choose(rows: list[StepRow]) -> StepRow | None:
             found = self._state_index(request_id, num_tokens)
-            row = None if found is None else Row(found, num_tokens)
+            row = None if found is None else StepRow(found, num_tokens)
             return row if row in rows else None
 
         modules, watch = self._lola()
@@ -199,7 +199,7 @@ class LolaWorkerExtension:
         blocks = compat.request_blocks(self.model_runner, request_id)
         return None if blocks is None or len(blocks) <= index else blocks[index]
 
-    def _is_of(self, request_id: str, row: Row) -> bool:
+    def _is_of(self, request_id: str, row: StepRow) -> bool:
         """Whether a row of a step is a request's."""
         return self._state_index(request_id, row.num_tokens) == row.state_index
 
@@ -240,22 +240,22 @@ class LolaWorkerExtension:
 
 
 def _parts_of(
-    module: LolaAttention, page: Tensor, pairs: Pairs | None
-) -> Iterator[tuple[HeadGroup, Tensor, Pairs | None]]:
+    module: LolaAttention, page: Tensor, pairs: PromptPairs | None
+) -> Iterator[tuple[HeadGroup, Tensor, PromptPairs | None]]:
     """The head groups of a layer, each with its part of the layer's bytes and what it saw."""
     assert module.state is not None
     groups, parts = module.state.groups, module.layout.split(page)
     share = module.num_kv_heads // len(groups)
     for i, (group, part) in enumerate(zip(groups, parts, strict=True)):
         own = slice(i * share, (i + 1) * share)
-        yield group, part, None if pairs is None else Pairs(pairs.k[:, own], pairs.v[:, own])
+        yield group, part, None if pairs is None else PromptPairs(pairs.k[:, own], pairs.v[:, own])
 
 
 def _heads(
     module: LolaAttention,
     page: Tensor,
     num_tokens: int,
-    pairs: Pairs | None,
+    pairs: PromptPairs | None,
     forgotten: bool,
     history: bool,
 ) -> list[Answer]:
@@ -309,5 +309,5 @@ def _add_history(head: Head, ever: list[Residency]) -> None:
     head.gone = [(stay.position, stay.entered, stay.left) for stay in ever if stay.left is not None]
 
 
-def _any_row(rows: list[Row]) -> Row | None:
+def _any_row(rows: list[StepRow]) -> StepRow | None:
     return random.choice(rows) if rows else None

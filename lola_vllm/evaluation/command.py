@@ -226,7 +226,7 @@ def _refuse_server(args: argparse.Namespace) -> None:
 def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
     from lola_vllm.evaluation.engine import dtype_of, run_directories
     from lola_vllm.evaluation.results import Record, fingerprint
-    from lola_vllm.evaluation.session import Session
+    from lola_vllm.evaluation.session import EvaluationSession
 
     engine_args = _json_object("--engine-args", args.engine_args)
     settings = parse_settings(
@@ -243,7 +243,7 @@ def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
     prints = {model: fingerprint(model) for model in {setting.model for setting in settings}}
     records = [Record(setting, prints[setting.model]) for setting in settings]
     reference = records[0] if args.reference else None
-    session = Session(args.out, plan, records, reference, args.batch)
+    session = EvaluationSession(args.out, plan, records, reference, args.batch)
     session.begin(resume=args.resume, force=args.force)
     models = ", ".join(dict.fromkeys(setting.model.name for setting in settings))
     dtypes = " and ".join(dict.fromkeys(dtype_of(s, engine_args) for s in settings))
@@ -255,7 +255,7 @@ def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
 def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
     from lola_vllm.evaluation.results import Record
     from lola_vllm.evaluation.server import ServerModel, run_server
-    from lola_vllm.evaluation.session import Session
+    from lola_vllm.evaluation.session import EvaluationSession
 
     for option in ("lola_config", "sweep", "reference", "untrained_positions", "without"):
         if getattr(args, option):
@@ -268,7 +268,7 @@ def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
     key = args.api_key or os.environ.get("OPENAI_API_KEY")
     model = ServerModel(args.model, args.served_model, key, args.tokenizer, args.batch)
     record = Record(Setting(model.name, Path(model.name)))
-    session = Session(args.out, plan, [record], None, args.batch)
+    session = EvaluationSession(args.out, plan, [record], None, args.batch)
     session.begin(resume=args.resume, force=args.force)
     _say(f"{model.name} at {args.model}", plan, 1)
     return run_server(session, model)

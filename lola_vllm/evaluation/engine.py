@@ -32,7 +32,7 @@ from lola_vllm.evaluation.chats import ChatPlan
 from lola_vllm.evaluation.copying import CopyPlan
 from lola_vllm.evaluation.models import Emit, LocalTokenizer, Prediction, Tokenizer
 from lola_vllm.evaluation.results import Record
-from lola_vllm.evaluation.session import PLANS, Plan, Session
+from lola_vllm.evaluation.session import PLANS, EvaluationSession, Plan
 from lola_vllm.evaluation.settings import Setting, measure
 from lola_vllm.evaluation.stream import StreamPlan
 from lola_vllm.models.files import read_json
@@ -316,7 +316,7 @@ def run_setting(
         raise EvalError(f"setting {setting.name!r}: {failure}")
 
 
-def run_directories(session: Session, batch: int, engine_args: Mapping[str, Any]) -> str:
+def run_directories(session: EvaluationSession, batch: int, engine_args: Mapping[str, Any]) -> str:
     """Evaluate every setting of a session, each in a process of its own.
 
     Args:

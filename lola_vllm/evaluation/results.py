@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.settings import Memory, Setting
+from lola_vllm.evaluation.settings import SequenceMemory, Setting
 
 # --- records: the results of one setting, as a file keeps them
 
@@ -34,7 +34,7 @@ class Record:
 
     setting: Setting
     fingerprint: str | None = None
-    memory: Memory | None = None
+    memory: SequenceMemory | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
     dtype: str | None = None
     seconds: float = 0.0

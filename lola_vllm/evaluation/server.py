@@ -12,7 +12,7 @@ from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.chats import ChatPlan
 from lola_vllm.evaluation.copying import CopyPlan
 from lola_vllm.evaluation.models import LocalTokenizer, Prediction, Tokenizer
-from lola_vllm.evaluation.session import Session
+from lola_vllm.evaluation.session import EvaluationSession
 
 CONNECT_TIMEOUT_S = 10.0
 # Enough for a long prompt on a small machine, after other requests.
@@ -237,7 +237,7 @@ class ServerModel:
             return list(pool.map(ask, prompts))
 
 
-def run_server(session: Session, model: ServerModel) -> str:
+def run_server(session: EvaluationSession, model: ServerModel) -> str:
     """Evaluate a served model. The memory of a sequence on the server is not known.
 
     Args:

@@ -41,7 +41,7 @@ PLANS: dict[str, type[Plan]] = {
 COMMANDS = {StreamPlan.name: "perplexity --stream", ChatPlan.name: "recall"}
 
 
-class Session:
+class EvaluationSession:
     """Records of all settings, in files of one directory.
 
     Args:

@@ -45,7 +45,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Memory:
+class SequenceMemory:
     """Bytes that one sequence takes in the server's pool, prefix caching off.
 
     Attributes:
@@ -84,7 +84,7 @@ def read_model_config(model: Path) -> dict[str, Any]:
     return config
 
 
-def measure(setting: Setting, dtype: str) -> Memory | None:
+def measure(setting: Setting, dtype: str) -> SequenceMemory | None:
     """What a sequence costs; None for models that `lola-vllm estimate` does not know.
 
     Args:
@@ -104,8 +104,10 @@ def measure(setting: Setting, dtype: str) -> Memory | None:
         return None
     row = next(row for row in result.rows if row.chosen)
     if not setting.is_lola:
-        return Memory(row.full_kv_bytes_per_token, None, None)
-    return Memory(row.full_kv_bytes_per_token, row.bytes_per_sequence, result.lola.model_dump())
+        return SequenceMemory(row.full_kv_bytes_per_token, None, None)
+    return SequenceMemory(
+        row.full_kv_bytes_per_token, row.bytes_per_sequence, result.lola.model_dump()
+    )
 
 
 def check(setting: Setting, max_length: int) -> None:

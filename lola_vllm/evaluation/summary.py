@@ -19,7 +19,7 @@ def summarize(report: Mapping[str, Any], made_by: str) -> dict[str, Any]:
     needles beyond the window say.
 
     Args:
-        report: of `session.Session`, or of a program in benchmarks/ or tools/. made_by: its name.
+        report: of `EvaluationSession`, or of a program in benchmarks/ or tools/. made_by: its name.
     """
     kept = {key: value for key, value in report.items() if key != "asked"}
     if isinstance(kept.get("settings"), list):

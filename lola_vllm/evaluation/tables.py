@@ -15,7 +15,7 @@ from lola_vllm.evaluation.results import (
     readings_of,
     recall_cells,
 )
-from lola_vllm.evaluation.settings import Memory
+from lola_vllm.evaluation.settings import SequenceMemory
 from lola_vllm.evaluation.stream import StreamPlan
 
 
@@ -236,7 +236,7 @@ def _show(cell: Cell | None) -> str:
     return text if cell.exact == cell.samples else f"{text} parts {cell.share:.0%}"
 
 
-def _show_memory(memory: Memory | None, length: int) -> str:
+def _show_memory(memory: SequenceMemory | None, length: int) -> str:
     if memory is None:
         return "?"
     return f"{memory.bytes_at(length) / MIB:.1f}, {memory.saving_at(length):.1f}x"

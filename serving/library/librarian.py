@@ -21,7 +21,7 @@ from lola_vllm.memory.documents.choose import Choice, choose
 from lola_vllm.memory.documents.keys import DocumentKeys, Fetched, queries_in
 from lola_vllm.memory.sessions.transfer import TransferWorker
 from lola_vllm.serving.library.queries import QueryRecorder
-from lola_vllm.serving.pages import Row
+from lola_vllm.serving.pages import StepRow
 
 # Questions that documents are found for at once, and whose queries are kept.
 MAX_AT_ONCE = 8
@@ -60,7 +60,7 @@ class Librarian:
         name: str,
         first: int,
         num_tokens: int,
-        mine: Callable[[Row], bool],
+        mine: Callable[[StepRow], bool],
     ) -> Answer:
         """Record the queries of a request's tokens from `first` on; call before it is sent.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lola_vllm.engine.vllm.attention import LolaAttention
 from lola_vllm.memory.documents.keys import reading_heads
 from lola_vllm.serving.keys import Span, span_of_step
-from lola_vllm.serving.pages import Row
+from lola_vllm.serving.pages import StepRow
 
 logger = logging.getLogger("vllm.lola")
 
@@ -37,7 +37,7 @@ class QueryRecorder:
         layers: Sequence[LolaAttention],
         first: int,
         num_tokens: int,
-        mine: Callable[[Row], bool],
+        mine: Callable[[StepRow], bool],
     ) -> None:
         self._layers = {
             index: layers[index]

@@ -17,7 +17,7 @@ from fastapi import HTTPException
 
 from lola_vllm.memory.documents.choose import FOUND
 from lola_vllm.memory.documents.parts import PART_TOKENS, SHARED_TOKENS
-from lola_vllm.memory.documents.past import TOP, Found, comes_back, newest
+from lola_vllm.memory.documents.past import TOP, FoundSegment, comes_back, newest
 from lola_vllm.memory.sessions.names import PAST, Part, part_session
 from lola_vllm.serving.library.adding import check_libraries, most_tokens, read_part
 from lola_vllm.serving.library.asking import (
@@ -105,7 +105,7 @@ async def recall(
         return None
     rest = (found["id"], found["tokens"], left) if left else None
     choices = await choose_among(engine, parts, question, TOP, salt, rest, newest(left > 0))
-    read = [Found(choice["document"], choice["score"], choice["own"]) for choice in choices]
+    read = [FoundSegment(choice["document"], choice["score"], choice["own"]) for choice in choices]
     index = comes_back(read, len(parts))
     if index is None:
         return None

@@ -21,7 +21,7 @@ MAX_TOKENS = 1024
 SETTLE_S = 2.0
 
 
-class Place(NamedTuple):
+class SessionPlace(NamedTuple):
     """Where a session is: its last turn (0: it is new), and the tokens that this turn covers."""
 
     turn: int
@@ -93,9 +93,11 @@ class _Conversation:
         self.asks = {"recall": "segments"} if recall else {}
         if library is not None:
             self.asks = {"library": library}
-        self.broken: Place | None = None  # before the turn whose answer was broken off
+        self.broken: SessionPlace | None = None  # before the turn whose answer was broken off
         found = server.find(name)
-        self.at = Place(0, None) if found is None else Place(found["turn"], found["tokens"])
+        self.at = (
+            SessionPlace(0, None) if found is None else SessionPlace(found["turn"], found["tokens"])
+        )
         _note(
             f"{name}: goes on after turn {self.at.turn}, {self.at.tokens:,} tokens"
             if self.at.turn
@@ -149,7 +151,7 @@ class _Conversation:
             f"turn {told['turn']}: {restored:,} tokens restored{reason}, {prompt - restored:,} "
             f"read, first word after {answer.first:.2f} s"
         )
-        self.at = Place(int(told["turn"]), int(told["tokens"]))
+        self.at = SessionPlace(int(told["turn"]), int(told["tokens"]))
 
     def _broken_off(self) -> None:
         """Say what is left of a turn whose answer was broken off.
@@ -160,13 +162,13 @@ class _Conversation:
         self.broken, deadline = self.at, time.monotonic() + SETTLE_S
         begins = self.library is not None and not self.at.turn
         if begins:  # what is composed for the question is a turn before it
-            self.broken = Place(self.at.turn + 1, None)
+            self.broken = SessionPlace(self.at.turn + 1, None)
         kind = self._follow()
         while kind is None and time.monotonic() < deadline:
             time.sleep(0.05)
             kind = self._follow()
         if kind is None and begins and (found := self.server.find(self.name)) is not None:
-            self.at = Place(found["turn"], found["tokens"])
+            self.at = SessionPlace(found["turn"], found["tokens"])
         if kind is None:
             _note("broken off; neither your message nor the answer is part of the memory")
             return
@@ -183,7 +185,7 @@ class _Conversation:
         found = self.server.find(self.name)
         if found is None or found["turn"] != self.broken.turn + 1:
             return None
-        self.at = Place(found["turn"], found["tokens"])
+        self.at = SessionPlace(found["turn"], found["tokens"])
         return str(found["states"][-1]["kind"])
 
 

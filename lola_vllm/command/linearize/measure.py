@@ -26,7 +26,7 @@ def measure(
     from lola_vllm.evaluation.perplexity import PerplexityPlan
     from lola_vllm.evaluation.recall import RecallPlan
     from lola_vllm.evaluation.results import Record, fingerprint
-    from lola_vllm.evaluation.session import Plan, Session
+    from lola_vllm.evaluation.session import EvaluationSession, Plan
     from lola_vllm.evaluation.settings import Setting, check
 
     plans: list[Plan] = []
@@ -54,7 +54,7 @@ def measure(
         for setting in settings:
             check(setting, plan.max_length)
         records = [Record(setting, prints[setting.model]) for setting in settings]
-        session = Session(out / plan.name, plan, records, records[0], batch)
+        session = EvaluationSession(out / plan.name, plan, records, records[0], batch)
         session.begin(resume=True, force=False)
         tables.append(run_directories(session, batch, {}))
     return tables

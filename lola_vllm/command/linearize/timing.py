@@ -15,7 +15,7 @@ import torch
 from lola_vllm.command.linearize.plan import Speed
 from lola_vllm.command.linearize.recipe import Recipe, unlike
 from lola_vllm.command.linearize.stages import lora_options, on_options, transfer_options
-from lola_vllm.training.distill.data import Rows
+from lola_vllm.training.distill.data import TrainingRows
 from lola_vllm.training.distill.finetune import finetune
 from lola_vllm.training.distill.student import attach_maps, load_base
 from lola_vllm.training.distill.transfer import transfer
@@ -80,10 +80,10 @@ def _model(base: Path, dtype: str, device: str) -> Any:
     return model
 
 
-def _row(model: Any, length: int) -> Rows:
+def _row(model: Any, length: int) -> TrainingRows:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
-    return Rows(tokens.int(), torch.zeros(1, length, dtype=torch.bool))
+    return TrainingRows(tokens.int(), torch.zeros(1, length, dtype=torch.bool))
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class Pairs(NamedTuple):
         return self.each(lambda rows: rows.index_select(0, chosen) if len(rows) else rows)
 
 
-class Run(NamedTuple):
+class SetBatch(NamedTuple):
     """Sparse sets that are composed together, because the same is to be done to all of them.
 
     Attributes:
@@ -177,10 +177,10 @@ class Composer:
         found = Pairs(kept_k, kept_v, labels.expand(len(k), -1), w)
         return found.each(lambda x: x.repeat_interleave(self._per_kv, dim=0))
 
-    def _runs(self, composition: Composition) -> Iterator[Run]:
+    def _runs(self, composition: Composition) -> Iterator[SetBatch]:
         """All sparse sets: small ones together, large ones alone."""
         leaving = sum(len(rows.labels) for rows in composition.pooled)
-        open_runs: dict[tuple[bool, bool], Run] = {}
+        open_runs: dict[tuple[bool, bool], SetBatch] = {}
         for index, lam in enumerate(self._lam):
             room = min(composition.num_evicted, lam)
             size = leaving + sum(min(n, lam) for n in composition.evicted)
@@ -190,7 +190,7 @@ class Composer:
             if run is not None and sum(run.sizes) + size > RUN_PAIRS:
                 yield run
                 run = None
-            run = Run([], [], [], *kind) if run is None else run
+            run = SetBatch([], [], [], *kind) if run is None else run
             for numbers, number in zip(run[:3], (index, size, room), strict=True):
                 numbers.append(number)
             open_runs[kind] = run
@@ -199,7 +199,7 @@ class Composer:
     def _sparse_sets(
         self,
         composition: Composition,
-        run: Run,
+        run: SetBatch,
         rows: Sequence[Bytes],
         evicted: Pairs,
         out: Bytes,
@@ -280,7 +280,7 @@ class Composer:
         )
 
     def _sums(
-        self, composition: Composition, run: Run, rows: Sequence[Bytes], heads: list[int]
+        self, composition: Composition, run: SetBatch, rows: Sequence[Bytes], heads: list[int]
     ) -> tuple[Tensor, Tensor]:
         """H `[heads, 2F, d]` and s `[heads, 2F]` of documents in which something was folded, added
         up."""
@@ -308,7 +308,7 @@ class Composer:
     def _choose(
         self,
         composition: Composition,
-        run: Run,
+        run: SetBatch,
         pool: Pairs,
         heads: list[int],
         hidden: tuple[Tensor, Tensor] | None,
@@ -403,7 +403,7 @@ def _lengths(x: Tensor) -> Tensor:
     return torch.linalg.vecdot(x, x).sqrt_()
 
 
-def _largest(scores: Tensor, run: Run) -> np.ndarray:
+def _largest(scores: Tensor, run: SetBatch) -> np.ndarray:
     """A mask `[m]` of the pairs of largest score, as many as there is room for in each set. Equal
     ones in their order."""
     stays = np.zeros(len(scores), dtype=bool)

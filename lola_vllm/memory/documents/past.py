@@ -18,7 +18,7 @@ OWN = 0.4
 OUTDOES = 2.0
 
 
-class Found(NamedTuple):
+class FoundSegment(NamedTuple):
     """A document of a text that a question reads, as `choose.Choice` has it.
 
     Attributes:
@@ -36,7 +36,7 @@ def newest(rest: bool) -> int:
     return 2 if rest else 1
 
 
-def comes_back(found: Sequence[Found], segments: int) -> int | None:
+def comes_back(found: Sequence[FoundSegment], segments: int) -> int | None:
     """The index in what was found of the segment that comes back; None: none does.
 
     Args:

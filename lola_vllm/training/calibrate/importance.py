@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lola_vllm.core.ops.constants import RECALL_EPS
 from lola_vllm.core.ops.reference import feature_map
-from lola_vllm.training.calibrate.prompts import Prompt
+from lola_vllm.training.calibrate.prompts import CalibrationPrompt
 
 # First tokens draw attention whatever they are, and the last are in the window.
 SKIPPED_TOKENS = 4
@@ -114,7 +114,7 @@ class LongRangeAttention:
 
     def __init__(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Iterable[CalibrationPrompt],
         maps: Sequence[Tensor],
         near: Sequence[Sequence[int]],
     ) -> None:

@@ -20,14 +20,14 @@ BEFORE, AFTER = 18, 12
 _TRIES = 200
 
 
-class Prompt(NamedTuple):
+class CalibrationPrompt(NamedTuple):
     """Token ids, and which of them are of facts that are asked for; None in plain text."""
 
     ids: list[int]
     asked: list[bool] | None
 
 
-def draw_prompts(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list[Prompt]:
+def draw_prompts(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list[CalibrationPrompt]:
     """Prompts of text that is not held out, in an order that mixes kinds and lengths.
 
     Raises:
@@ -39,13 +39,13 @@ def draw_prompts(texts: Path, tokenizer: Any, options: CalibrateOptions) -> list
     for number in range(options.prompts):
         length = options.prompt_length // (1 if number // 4 % 2 else 2)
         if int((number + 1) * options.facts) == int(number * options.facts):
-            found.append(Prompt(_plain(text, tokenizer, length, texts), None))
+            found.append(CalibrationPrompt(_plain(text, tokenizer, length, texts), None))
             continue
         try:
             row = retrieval_row(tokenizer, length, rng, text)
         except RetrievalError as error:
             raise CheckpointError(f"--facts = {options.facts:g}: {error}") from None
-        found.append(Prompt(row.tokens, asked_for(row.tokens, row.answers)))
+        found.append(CalibrationPrompt(row.tokens, asked_for(row.tokens, row.answers)))
     return found
 
 

@@ -61,7 +61,7 @@ class RowOptions:
             raise DataError(f"row_length = {self.row_length}: must be at least {least}{also}")
 
 
-class Rows(NamedTuple):
+class TrainingRows(NamedTuple):
     """Training rows.
 
     Attributes:
@@ -86,7 +86,7 @@ class _Source:
 
 def training_rows(
     sources: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, options: RowOptions
-) -> Rows:
+) -> TrainingRows:
     """Turn sources into rows of token ids.
 
     Documents of a source are shuffled, joined with the end-of-sequence token and cut into rows.
@@ -129,7 +129,7 @@ def training_rows(
         else:
             ids = next(texts)
         tokens[at] = torch.tensor(ids, dtype=torch.int32)
-    return Rows(tokens, answers)
+    return TrainingRows(tokens, answers)
 
 
 # --- rows of text

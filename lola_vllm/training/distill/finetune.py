@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lola_vllm.core.config import LolaConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.distill.average import RunningMean
-from lola_vllm.training.distill.data import Rows
+from lola_vllm.training.distill.data import TrainingRows
 from lola_vllm.training.distill.loss import token_loss
 from lola_vllm.training.distill.options import DistillOptions
 from lola_vllm.training.distill.state import read_state, write_state
@@ -54,7 +54,7 @@ class Finetuned(NamedTuple):
 
 def finetune(
     model: Any,
-    parts: Sequence[Rows],
+    parts: Sequence[TrainingRows],
     work: Path,
     options: DistillOptions,
     *,
@@ -170,7 +170,7 @@ def _share(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _in_order(parts: Sequence[Rows], seed: int) -> list[tuple[Tensor, Tensor]]:
+def _in_order(parts: Sequence[TrainingRows], seed: int) -> list[tuple[Tensor, Tensor]]:
     """Tokens and answers of each row, `[T]`, in the order of training."""
     found = []
     for part in parts:

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from lola_vllm.training.distill.retrieval_facts import Turn, draw_asked
+from lola_vllm.training.distill.retrieval_facts import Exchange, draw_asked
 from lola_vllm.training.distill.retrieval_words import SENTENCES
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class RetrievalRow(NamedTuple):
     answers: list[bool]
 
 
-class _Text(NamedTuple):
+class _AnsweredText(NamedTuple):
     """A prompt, and where in it the answered values are, as (start, end) in characters."""
 
     text: str
@@ -111,7 +111,7 @@ def _haystack(rng: random.Random, length: int, real_text: Callable[[int], str] |
 class _Frame(NamedTuple):
     """A prompt without its haystack: how it begins, facts as sentences, and what comes after."""
 
-    finish: Callable[[str], _Text]
+    finish: Callable[[str], _AnsweredText]
     statements: list[str]
 
 
@@ -125,16 +125,16 @@ def _draw_frame(tokenizer: PreTrainedTokenizerBase, rng: random.Random, few: boo
     return _Frame(lambda text: _plain(introduction + text, turns, gap), statements)
 
 
-def _plain(text: str, turns: list[Turn], gap: str) -> _Text:
+def _plain(text: str, turns: list[Exchange], gap: str) -> _AnsweredText:
     text, spans = text.rstrip() + "\n\n", []
     for question, lead, values, parts in turns:
         text += question + lead
         spans += [(len(text) + start, len(text) + end) for start, end in parts]
         text += values + gap
-    return _Text(text.rstrip(), spans, False)
+    return _AnsweredText(text.rstrip(), spans, False)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, text: str, turns: list[Turn]) -> _Text:
+def _chat(tokenizer: PreTrainedTokenizerBase, text: str, turns: list[Exchange]) -> _AnsweredText:
     messages = []
     for at, (question, answer, values, _) in enumerate(turns):
         asked = question if at else f"{text.strip()}\n\n{question}"
@@ -152,7 +152,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: str, turns: list[Turn]) -> _
             f"the chat template does not render a plain conversation ({error}); "
             "set retrieval_fraction to 0"
         ) from error
-    return _Text(rendered, spans, True)
+    return _AnsweredText(rendered, spans, True)
 
 
 def _fit(
@@ -190,7 +190,7 @@ def _fit(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompt: _Text
+    tokenizer: PreTrainedTokenizerBase, prompt: _AnsweredText
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids and their places; a chat template writes its special tokens itself."""
     encoding = tokenizer(
@@ -204,7 +204,7 @@ def _encode(
 
 def _sentence_ends(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[int]:
     """How many tokens the first one, two, three ... sentences have together."""
-    text = _Text("".join(sentences), [], True)
+    text = _AnsweredText("".join(sentences), [], True)
     starts = [start for start, _ in _encode(tokenizer, text)[1]]
     ends, characters = [], 0
     for sentence in sentences:

@@ -132,7 +132,7 @@ _CHAIN_CHAT_ANSWERS = (
 )
 
 
-class Turn(NamedTuple):
+class Exchange(NamedTuple):
     """A question and its answer: what leads to the values, or a text with `{value}` for them.
 
     `values` are as the answer joins them, and `spans` where each is in that, in characters.
@@ -144,7 +144,7 @@ class Turn(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-class Asked(NamedTuple):
+class HiddenFacts(NamedTuple):
     """What a prompt hides, as sentences in their order, and the questions for it.
 
     `label` names a value of it.
@@ -152,7 +152,7 @@ class Asked(NamedTuple):
 
     label: str
     statements: list[str]
-    turns: list[Turn]
+    turns: list[Exchange]
 
 
 class _Fact(NamedTuple):
@@ -162,7 +162,7 @@ class _Fact(NamedTuple):
     value: str
 
 
-def draw_asked(rng: random.Random, *, is_chat: bool, few: bool) -> Asked:
+def draw_asked(rng: random.Random, *, is_chat: bool, few: bool) -> HiddenFacts:
     """Draw what a prompt hides and asks for.
 
     Args:
@@ -190,17 +190,17 @@ def draw_asked(rng: random.Random, *, is_chat: bool, few: bool) -> Asked:
             templates = rng.choice(questions), answers[several]
         names = {"key": _join(keys)[0], "label": asked[0].label}
         turns.append(_turn([fact.value for fact in asked], templates, names))
-    return Asked(facts[0].label, statements, turns)
+    return HiddenFacts(facts[0].label, statements, turns)
 
 
 def _weighted(rng: random.Random, weights: Mapping[str, float]) -> str:
     return rng.choices(tuple(weights), tuple(weights.values()))[0]
 
 
-def _turn(values: Sequence[str], templates: tuple[str, str], names: dict[str, Any]) -> Turn:
+def _turn(values: Sequence[str], templates: tuple[str, str], names: dict[str, Any]) -> Exchange:
     """A question and an answer, filled with all names but the values."""
     question, answer = (template.format(**names, value="{value}") for template in templates)
-    return Turn(question, answer, *_join(values))
+    return Exchange(question, answer, *_join(values))
 
 
 def _join(items: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
@@ -267,7 +267,7 @@ def _draw_questions(rng: random.Random, facts: list[_Fact], form: str) -> list[l
 # --- chains
 
 
-def _draw_chain(rng: random.Random, is_chat: bool) -> Asked:
+def _draw_chain(rng: random.Random, is_chat: bool) -> HiddenFacts:
     """A chain, and sometimes a second one between its sentences, which is not asked for."""
     key_of = rng.choice((_pair_of_words, _name, _code, _letters))
     label = rng.choice(LABELS["digits"])
@@ -292,7 +292,7 @@ def _draw_chain(rng: random.Random, is_chat: bool) -> Asked:
     if is_chat:
         templates = rng.choice(_CHAIN_CHAT_QUESTIONS), rng.choice(_CHAIN_CHAT_ANSWERS)
     about = {"label": label, "number": number, "count": count}
-    return Asked(label, statements, [_turn(names[:count], templates, about)])
+    return HiddenFacts(label, statements, [_turn(names[:count], templates, about)])
 
 
 def _chain(form: tuple[str, str], label: str, names: Sequence[str], number: str) -> list[str]:

@@ -17,7 +17,7 @@ from lola_vllm.training.distill.state import default_work, open_work, read_state
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lola_vllm.training.distill.data import Rows
+    from lola_vllm.training.distill.data import TrainingRows
 
 MAPS_NAME = "maps.safetensors"
 LORA_NAME = "lora.safetensors"
@@ -105,7 +105,7 @@ def distill(
     load_importance(model, importance)
     tokenizer = AutoTokenizer.from_pretrained(base)
 
-    def rows(length: int, number: int, seed: int) -> Rows:
+    def rows(length: int, number: int, seed: int) -> TrainingRows:
         return training_rows(
             data,
             tokenizer,

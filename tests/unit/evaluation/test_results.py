@@ -24,7 +24,7 @@ from lola_vllm.evaluation.results import (
     wilson,
     write,
 )
-from lola_vllm.evaluation.settings import Memory, Setting
+from lola_vllm.evaluation.settings import SequenceMemory, Setting
 from lola_vllm.evaluation.tables import markdown, perplexity_table, recall_table
 
 UUID = "438584a2-6a23-48b8-a21e-b6c15e265f5a"
@@ -147,9 +147,11 @@ def test_another_tokenizers_windows_do_not_compare() -> None:
 
 
 def records() -> list[Record]:
-    plain = Record(Setting("base", Path("/somewhere/base")), memory=Memory(1024, None, None))
+    plain = Record(
+        Setting("base", Path("/somewhere/base")), memory=SequenceMemory(1024, None, None)
+    )
     lola = Record(Setting("small", Path("/somewhere/lola"), {"window_size": 8}, "random"))
-    lola.memory = Memory(1024, 2**18, {"window_size": 8, "update_interval": 2})
+    lola.memory = SequenceMemory(1024, 2**18, {"window_size": 8, "update_interval": 2})
     plain.finished = True
     plain.samples = [sample(True, length=n) for n in (512, 1024) for _ in range(4)]
     lola.samples = [sample(i > 0, distance=10 - i % 2) for i in range(4)]

@@ -13,7 +13,7 @@ from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.serving import engine, history
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.history import residencies, stop_interval
-from lola_vllm.serving.keys import Pairs
+from lola_vllm.serving.keys import PromptPairs
 from tests.support.problem import with_a_trend
 
 CONFIGS = {
@@ -35,7 +35,7 @@ def test_residencies_are_the_references_choices(kind, schedule, stops, monkeypat
     problem = with_a_trend(n, config, F=6, importance=kind == "importance", schedule=schedule)
     state = problem.state()
     untouched = state.pages.clone()
-    found = residencies(portable, state, Pairs(problem.k, problem.v))
+    found = residencies(portable, state, PromptPairs(problem.k, problem.v))
     assert torch.equal(state.pages, untouched)
     step = stop_interval(config.update_interval, n)
     assert step % config.update_interval == 0 and n / step <= stops

@@ -5,7 +5,7 @@ import torch
 
 from lola_vllm.engine.vllm import compat
 from lola_vllm.serving import pages
-from lola_vllm.serving.pages import MAX_WATCHES, PageWatch, Row, StateCopy, Unreadable
+from lola_vllm.serving.pages import MAX_WATCHES, PageWatch, StateCopy, StepRow, Unreadable
 
 
 class Halves:
@@ -66,11 +66,11 @@ def test_a_copy_is_taken_once_and_the_hook_goes(model, watch, step):
     assert not model._forward_hooks
     assert watch.add("a", longest)
     assert len(model._forward_hooks) == 1
-    step([Row(1, 5), Row(2, 9)])
+    step([StepRow(1, 5), StepRow(2, 9)])
     assert not model._forward_hooks
     watch._layers[0].kv_cache[0].zero_()  # what happens to the page later does not matter
     copy = watch.take("a")
-    assert copy.num_tokens == 9 and copy.rows == [Row(1, 5), Row(2, 9)]
+    assert copy.num_tokens == 9 and copy.rows == [StepRow(1, 5), StepRow(2, 9)]
     assert [int(page[0]) for page in copy.pages] == [100, 101]
     assert watch.take("a") is None
 
@@ -78,9 +78,9 @@ def test_a_copy_is_taken_once_and_the_hook_goes(model, watch, step):
 def test_it_waits_for_its_sequence_and_for_a_real_step(model, watch, step):
     watch.add("a", lambda rows: next((row for row in rows if row.num_tokens == 7), None))
     step(None)  # profiling
-    step([Row(1, 6)])
+    step([StepRow(1, 6)])
     assert model._forward_hooks
-    step([Row(1, 7)])
+    step([StepRow(1, 7)])
     assert isinstance(watch.take("a"), StateCopy)
 
 
@@ -93,7 +93,7 @@ def test_giving_up_removes_the_hook(model, watch, step):
 def test_waiting_and_untaken_copies_are_bounded(watch, step):
     for i in range(MAX_WATCHES - 1):
         assert watch.add(str(i), longest)
-    step([Row(1, 1)])
+    step([StepRow(1, 1)])
     assert watch.add("last", longest)
     assert not watch.add("one more", longest)
     assert watch.add("last", longest)  # already among them
@@ -106,7 +106,7 @@ def test_an_error_is_told_to_who_asked_and_the_step_goes_on(model, watch, step):
         raise RuntimeError("no memory")
 
     watch.add("a", broken)
-    step([Row(1, 1)])
+    step([StepRow(1, 1)])
     assert watch.take("a") == Unreadable("RuntimeError: no memory")
     assert not model._forward_hooks
 

@@ -9,7 +9,7 @@ from lola_vllm.core.ops.int8 import rounded
 from lola_vllm.core.ops.reference import feature_map, pair_importance, self_recall_error
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.serving import recall
-from lola_vllm.serving.keys import Pairs
+from lola_vllm.serving.keys import PromptPairs
 from lola_vllm.serving.recall import recalled, remembered
 from tests.support.problem import STATE_INDEX, make_problem, prefill
 
@@ -84,7 +84,7 @@ def test_recalled_is_the_references_error_of_every_token_that_left_the_window(
     problem = problem_of(n, CONFIGS[kind], Hs=Hs, importance=kind in WEIGHTED)
     page, group = page_after(problem, n)
     layout = group.layout
-    errors = recalled(group, page, n, Pairs(problem.k, problem.v))
+    errors = recalled(group, page, n, PromptPairs(problem.k, problem.v))
     _, state = problem.reference()
     left = list(range(layout.sink_size, int(layout.window_start(torch.tensor(n)))))
     assert errors.shape == (Hs, len(left)) and len(left) > 50

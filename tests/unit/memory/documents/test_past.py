@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lola_vllm.memory.documents.past import OUTDOES, OWN, Found, comes_back
+from lola_vllm.memory.documents.past import OUTDOES, OWN, FoundSegment, comes_back
 
 LITTLE = OWN / 2
 
@@ -26,4 +26,4 @@ LITTLE = OWN / 2
 def test_a_segment_comes_back_where_newer_text_has_not_the_same(
     found: list[tuple[int, float, float]], index: int | None
 ) -> None:
-    assert comes_back([Found(*one) for one in found], 5) == index
+    assert comes_back([FoundSegment(*one) for one in found], 5) == index

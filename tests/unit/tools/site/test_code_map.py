@@ -3,6 +3,7 @@
 import ast
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def test_imports_lead_down_or_along_an_arrow():
     wrong = {pair for pair in found if BOXES[pair[0]] >= BOXES[pair[1]]} - set(code_map.USES)
     assert not wrong
     assert {pair for pair in code_map.USES if pair[1] != CSRC} <= found
+
+
+def test_a_class_name_means_one_thing():
+    """But for the models, which transformers and vLLM know by the same name."""
+    names = Counter(
+        node.name
+        for file in modules()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    twice = {name for name, count in names.items() if count > 1}
+    assert twice == {"LolaLlamaForCausalLM", "LolaLlamaModel"}
 
 
 @pytest.mark.parametrize("theme", code_map.COLORS)

