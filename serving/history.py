@@ -62,7 +62,8 @@ def residencies(ops: Backend, layer: LayerState, pairs: PromptPairs) -> list[lis
         tokens = slice(start, stop)
         segments = context_shift.split_prefill(own.schedule, batch)
         out = torch.empty_like(q[tokens])
-        context_shift.prefill(ops.prefill, own, q[tokens], k[tokens], v[tokens], segments, out)
+        rows = (q[tokens], k[tokens], v[tokens])
+        context_shift.prefill(ops.prefill, own, *rows, segments, out, shift=ops.shift)
         now = _held(own, stop, n)
         entered[now & ~held] = stop
         left[held & ~now] = stop

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import HTTPException
 
@@ -18,6 +18,7 @@ from lola_vllm.memory.documents.words import fuse
 from lola_vllm.memory.sessions.request import LIBRARY_REQUEST
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.adding import most_tokens
+from lola_vllm.serving.library.words import KnownPart
 from lola_vllm.serving.sessions.composed_start import COMPOSED_TTL
 from lola_vllm.serving.sessions.owners import caller, owned
 
@@ -26,17 +27,6 @@ POLL_S = 0.02  # between two looks whether documents were found
 
 # Of a part that has a question's words, and that its heads did not find.
 _UNREAD: dict[str, Any] = {"score": 0.0, "share": 0.0, "places": []}
-
-
-class KnownPart(NamedTuple):
-    """A part of a library: as `protocol.DocumentPart`, with the id of its state."""
-
-    document: str
-    part: int
-    parts: int
-    session: str
-    id: str
-    tokens: int
 
 
 async def find(
@@ -57,10 +47,18 @@ async def find(
                   part["id"], part["tokens"])
         for document in found["documents"] for part in document["parts"]
     ]  # fmt: skip
+
+    async def texts(new: list[KnownPart]) -> list[str]:
+        ids = [await _tokens(engine, part, salt) for part in new]
+        decode = engine.client.renderer.tokenizer.decode  # type: ignore[union-attr]
+        return await asyncio.to_thread(
+            lambda: [decode(each, skip_special_tokens=True) for each in ids]
+        )
+
     async with deleted_meanwhile(engine, library, {part.session for part in parts}, salt):
         by_heads, by_words = await asyncio.gather(
             choose_among(engine, parts, question, max(top, CANDIDATES), salt),
-            engine.words.find(engine, library, parts, question, CANDIDATES, salt),
+            engine.words.find(owned(salt), library, parts, question, CANDIDATES, texts),
         )
         read = {choice["document"]: choice for choice in by_heads}
         order = fuse([list(read), by_words])[:top]
@@ -176,8 +174,7 @@ async def _hear(
     engine: LolaEngine, name: str, anchor: KnownPart, tokens: list[int], salt: str | None
 ) -> None:
     """Read tokens behind a part, and keep their queries under a name."""
-    said = await engine.sessions("tokens", reference=anchor.session, salt=owned(salt))
-    before: list[int] = said["tokens"]
+    before = await _tokens(engine, anchor, salt)
     prompt, request_id = before + tokens, f"{LIBRARY_REQUEST}{uuid.uuid4().hex}"
     while True:  # another API process of this server may be listening
         (answer,) = await engine.ask_workers(
@@ -198,9 +195,9 @@ async def source_of(
     engine: LolaEngine, part: KnownPart, choice: dict[str, Any], question: str, salt: str | None
 ) -> dict[str, Any]:
     """A part that was chosen, as `protocol.Source` has it."""
-    said = await engine.sessions("tokens", reference=part.session, salt=owned(salt))
+    tokens = await _tokens(engine, part, salt)
     passage, places = await asyncio.to_thread(
-        _texts, engine.client.renderer.tokenizer, said["tokens"], choice["places"], question
+        _texts, engine.client.renderer.tokenizer, tokens, choice["places"], question
     )
     return {
         "document": part.document, "part": part.part, "parts": part.parts,
@@ -240,6 +237,12 @@ def asked_with(messages: list[Any], before: str) -> list[Any]:
     if isinstance(content, str):
         return [*others, {**last, "content": f"{before}\n\n{content}"}]
     return [*others, {**last, "content": [{"type": "text", "text": before}, *content]}]
+
+
+async def _tokens(engine: LolaEngine, part: KnownPart, salt: str | None) -> list[int]:
+    said = await engine.sessions("tokens", reference=part.session, salt=owned(salt))
+    tokens: list[int] = said["tokens"]
+    return tokens
 
 
 async def _encoded(engine: LolaEngine, text: str) -> list[int]:

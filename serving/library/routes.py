@@ -90,7 +90,7 @@ async def show(library: str, raw_request: Request, salt: Salt = None) -> Any:
 async def delete(library: str, raw_request: Request, salt: Salt = None) -> Any:
     """Delete a library with all of its documents."""
     answer = await ask(raw_request, "remove_documents", salt, library=name_of(library, "library"))
-    engine_of(raw_request).words.forget(library, salt)
+    engine_of(raw_request).words.forget(owned(salt), library)
     return answer
 
 
@@ -104,7 +104,7 @@ async def remove(library: str, document: str, raw_request: Request, salt: Salt =
         library=name_of(library, "library"),
         document=document,
     )
-    engine_of(raw_request).words.forget(library, salt)
+    engine_of(raw_request).words.forget(owned(salt), library)
     return answer
 
 

@@ -29,7 +29,7 @@ from lola_vllm.serving.sessions.request_params import check_params, transfer_par
 
 if TYPE_CHECKING:
     from lola_vllm.serving.engine import LolaEngine
-    from lola_vllm.serving.sessions.wrappers import Generate
+    from lola_vllm.serving.sessions.reporting import Generate
 
 _FROM = f"kv_transfer_params.{FIELD}.from"
 # What was composed is kept so long, for the next request that names the same turns.

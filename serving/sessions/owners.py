@@ -34,7 +34,7 @@ from lola_vllm.serving.sessions.reporting import told
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from lola_vllm.serving.sessions.wrappers import Generate
+    from lola_vllm.serving.sessions.reporting import Generate
 
 NOBODY = "nobody"  # a request without a key, where there are keys
 NO_KEY = (

@@ -21,12 +21,12 @@ from lola_vllm.memory.documents.past import TOP, FoundSegment, comes_back, newes
 from lola_vllm.memory.sessions.names import PAST, Part, part_session
 from lola_vllm.serving.library.adding import check_libraries, most_tokens, read_part
 from lola_vllm.serving.library.asking import (
-    KnownPart,
     choose_among,
     find,
     source_of,
     with_passages,
 )
+from lola_vllm.serving.library.words import KnownPart
 from lola_vllm.serving.sessions.composed_start import compose_for_request
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.template_boundary import Transcript

@@ -32,7 +32,7 @@ from lola_vllm.serving.sessions.reporting import told
 from lola_vllm.serving.sessions.request_params import transfer_params
 
 if TYPE_CHECKING:
-    from lola_vllm.serving.sessions.wrappers import Generate
+    from lola_vllm.serving.sessions.reporting import Generate
 
 logger = logging.getLogger("vllm.lola")
 

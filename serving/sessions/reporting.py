@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lola_vllm.memory.sessions.request import FIELD
 
-if TYPE_CHECKING:
-    from lola_vllm.serving.sessions.wrappers import Generate
+# The engine client's: (prompt, sampling params, request id, ...) -> outputs
+Generate = Callable[..., AsyncIterator[Any]]
 
 _report: ContextVar[dict[str, Any] | None] = ContextVar("lola_report", default=None)
 _said: ContextVar[list[int] | None] = ContextVar("lola_said", default=None)

@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from lola_vllm.memory.sessions.request import FIELD, OWN_REQUESTS, read_params
 
 if TYPE_CHECKING:
-    from lola_vllm.serving.sessions.wrappers import Generate
+    from lola_vllm.serving.sessions.reporting import Generate
 
 
 def checking_params(generate: Generate) -> Generate:

@@ -3,22 +3,18 @@ generate call."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lola_vllm.serving.sessions.composed_start import composing
 from lola_vllm.serving.sessions.owners import with_owners
 from lola_vllm.serving.sessions.prefix_sharing import PrefixSharing
-from lola_vllm.serving.sessions.reporting import with_report
+from lola_vllm.serving.sessions.reporting import Generate, with_report
 from lola_vllm.serving.sessions.request_params import checking_params
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
     from lola_vllm.serving.engine import LolaEngine
-
-# (prompt, sampling params, request id, ...) -> outputs
-Generate = Callable[..., AsyncIterator[Any]]
 
 
 def wrap_generate(

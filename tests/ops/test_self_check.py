@@ -191,11 +191,11 @@ def test_a_wrong_choice_of_pairs_is_named(backend):
 
 def test_a_wrong_context_shift_is_named(backend):
     def shift(states, state_indices, num_tokens):
-        context_shift.shift_in_torch(states, state_indices, num_tokens)
+        context_shift.shift_layers(states, state_indices, num_tokens)
         states[0].groups[1].views.s[state_indices] *= 1.1
 
     state = bind(layer("as the demo model")[0])
-    assert not faults(replace(backend, shift=context_shift.shift_in_torch), state)
+    assert not faults(replace(backend, shift=context_shift.shift_layers), state)
     named = list(map(str, faults(replace(backend, shift=shift), state)))
     assert any(text.startswith("context shift: s of KV head 1 differs") for text in named), named
 

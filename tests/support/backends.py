@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lola_vllm.core.ops import DecodeBatch, LayerState, cpp, portable
-from lola_vllm.core.ops.contract import DecodeOp, PrefillOp
+from lola_vllm.core.ops.contract import DecodeOp, PrefillOp, ShiftOp
 from lola_vllm.core.ops.reference import LolaState
 from tests.support.pages import assert_state_matches
 from tests.support.problem import Problem, run
@@ -58,6 +58,7 @@ class Backend:
     on_gpu: bool = False
     decode: DecodeOp = portable.decode
     prefill: PrefillOp = portable.prefill
+    shift: ShiftOp | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,7 +199,10 @@ def open_backend(name: str, emulation: Callable[[], Path]) -> Backend:
     from lola_vllm.kernels import backend as kernels
 
     if name == "triton":
-        return replace(backend, decode=kernels.decode, prefill=kernels.prefill)
+        from lola_vllm.kernels.shift import shift_layers
+
+        ops = {"decode": kernels.decode, "prefill": kernels.prefill, "shift": shift_layers}
+        return replace(backend, **ops)
     from tests.support import interpreter
 
     interpreter.install()

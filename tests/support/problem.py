@@ -232,9 +232,9 @@ def prefill(
         torch.tensor([start + skipped]),
     )
     out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
-    context_shift.prefill(
-        ops.prefill, state, q, k, v, context_shift.split_prefill(problem.schedule, batch), out
-    )
+    segments = context_shift.split_prefill(problem.schedule, batch)
+    shift = getattr(ops, "shift", None)
+    context_shift.prefill(ops.prefill, state, q, k, v, segments, out, shift=shift)
     return out
 
 
@@ -253,7 +253,8 @@ def decode(
         torch.tensor([position + 1 + skipped], dtype=torch.int32, device=q.device),
     )
     out = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
-    context_shift.shift_due([state], batch.state_indices, torch.tensor([position + skipped]))
+    held = torch.tensor([position + skipped])
+    context_shift.shift_due([state], batch.state_indices, held, getattr(ops, "shift", None))
     ops.decode(state, q, k, v, batch, out)
     return out
 

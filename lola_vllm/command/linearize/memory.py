@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from lola_vllm.core.config import LolaLlamaConfig
 
-if TYPE_CHECKING:
-    from lola_vllm.command.linearize.recipe import Recipe
+
+class TrainedRow(NamedTuple):
+    """A row of stage 2: its tokens, the exact pairs of a query outside the window, and the tokens
+    from one update to the next."""
+
+    length: int
+    exact: int
+    interval: int
 
 
 def parameters(config: LolaLlamaConfig) -> int:
@@ -20,23 +27,22 @@ def parameters(config: LolaLlamaConfig) -> int:
     return config.num_hidden_layers * layer + embeddings
 
 
-def activation_bytes(config: LolaLlamaConfig, recipe: Recipe, *, whole: bool) -> int:
-    """What the gradient of the longest row of stage 2 needs, about.
+def activation_bytes(
+    config: LolaLlamaConfig, rows: Iterable[TrainedRow], *, window: int, width: int, whole: bool
+) -> int:
+    """What the gradient of the largest row needs, about.
 
     Args:
+        window: tokens. width: bytes of a number of the base.
         whole: all layers at once, or one and the inputs of the others (gradient checkpointing).
     """
     d, D, layers = int(config.head_dim or 0), config.hidden_size, config.num_hidden_layers
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads or heads
-    width = 2 if recipe.dtype == "bfloat16" else 4
     plain = (8 * D + 4 * config.intermediate_size + 4 * heads * d) * width
     found = 0
-    for length, exact, interval in (
-        (recipe.lora_last_row_length, max(recipe.train_sparse_caches), recipe.window_size),
-        (recipe.on_row_length, recipe.pairs, recipe.update_interval),
-    ):
-        seen = min(length, exact + 2 * recipe.window_size)
+    for length, exact, interval in rows:
+        seen = min(length, exact + 2 * window)
         listed = 16 * kv_heads * seen / interval  # where the pairs of each chunk are, int64
         # Queries, keys, values, features and answers in float32, and H of each chunk.
         features = 56 * d * (heads + kv_heads) + 16 * d * d * kv_heads / interval

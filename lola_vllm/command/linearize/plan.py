@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lola_vllm.command.linearize.memory import activation_bytes, parameters
+from lola_vllm.command.linearize.memory import parameters
 from lola_vllm.command.linearize.recipe import Recipe, state_bytes, to_json
 from lola_vllm.core.config import LolaLlamaConfig
 from lola_vllm.models.files import CheckpointError
@@ -128,8 +128,8 @@ def peak_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
     row = recipe.transfer_row_length
     transfer = weights * width + 4 * 4 * row * d * (heads + kv_heads)
     transfer += 12 * recipe.transfer_queries * heads * (row + 4 * d)
-    lora = weights * width + activation_bytes(
-        config, recipe, whole=not recipe.gradient_checkpointing
+    lora = weights * width + recipe.activation_bytes(
+        config, whole=not recipe.gradient_checkpointing
     )
     pair = 3 * d + 8  # features of a key and a value in float16, error and attention in float32
     read = _recorded_tokens(recipe) * config.num_hidden_layers * kv_heads * pair

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.command.linearize.memory import activation_bytes
-from lola_vllm.core.config import LolaConfig
+from lola_vllm.command.linearize.memory import TrainedRow, activation_bytes
+from lola_vllm.core.config import LolaConfig, LolaLlamaConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.copying import LEAST_DISTANCE, PASSAGE, REPEATED
 
@@ -163,6 +163,16 @@ class Recipe:
         """Of a KV head, on average."""
         return self.scored_pairs + self.recent_pairs
 
+    def activation_bytes(self, config: LolaLlamaConfig, *, whole: bool) -> int:
+        """As `memory.activation_bytes`, of the rows of stage 2."""
+        exact = max(self.train_sparse_caches)
+        rows = (
+            TrainedRow(self.lora_last_row_length, exact, self.window_size),
+            TrainedRow(self.on_row_length, self.pairs, self.update_interval),
+        )
+        width = 2 if self.dtype == "bfloat16" else 4
+        return activation_bytes(config, rows, window=self.window_size, width=width, whole=whole)
+
 
 def derive(
     base: Path,
@@ -269,7 +279,7 @@ def derive(
         evaluation_windows=fewer(WINDOWS, LEAST_WINDOWS),
         evaluation_window_length=min(2048, length // 2),
     )
-    crowded = 2 * activation_bytes(config, recipe, whole=True) > free_bytes
+    crowded = 2 * recipe.activation_bytes(config, whole=True) > free_bytes
     return replace(recipe, gradient_checkpointing=crowded)
 
 

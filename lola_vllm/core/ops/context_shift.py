@@ -15,15 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lola_vllm.core.ops import select
-from lola_vllm.core.ops.contract import HeadGroup, LayerState, PrefillBatch, PrefillOp
+from lola_vllm.core.ops.contract import HeadGroup, LayerState, PrefillBatch, PrefillOp, ShiftOp
 from lola_vllm.core.ops.int8 import Int8Rows, quantize
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.core.state import BOUND_ROWS, StateViews
 
 
-def shift_pages(layer: LayerState, state_indices: Tensor, num_tokens: Tensor) -> None:
+def shift_pages(
+    layer: LayerState, state_indices: Tensor, num_tokens: Tensor, shift: ShiftOp | None = None
+) -> None:
     """Shift the context of pages by D positions, in place (`docs/algorithm.md`, section 6).
 
     Exact keys outside the bucket of old keys are rotated towards it by D positions. H, s and the
@@ -33,23 +34,25 @@ def shift_pages(layer: LayerState, state_indices: Tensor, num_tokens: Tensor) ->
         layer: one whose contexts shift.
         state_indices: `[R]` integer on the pages' device; 0 or less is padding.
         num_tokens: `[R]` integer, tokens that each page holds; for all of them `ShiftSchedule.due`.
+        shift: as in `shift_layers`.
     """
-    shift_layers([layer], state_indices, num_tokens)
+    shift_layers([layer], state_indices, num_tokens, shift)
 
 
-def shift_layers(layers: Sequence[LayerState], state_indices: Tensor, num_tokens: Tensor) -> None:
-    """`shift_pages` in all layers of a model; num_tokens on the pages' device."""
-    first = layers[0]
-    if first.pages.is_cuda:
-        ops = select.choose_backend("cuda", first.layout.pages[0].kv_dtype)
-        if ops.shift is not None:
-            ops.shift(layers, state_indices, num_tokens.to(first.pages.device))
-            return
-    shift_in_torch(layers, state_indices, num_tokens)
+def shift_layers(
+    layers: Sequence[LayerState],
+    state_indices: Tensor,
+    num_tokens: Tensor,
+    shift: ShiftOp | None = None,
+) -> None:
+    """`shift_pages` in all layers of a model.
 
-
-def shift_in_torch(layers: Sequence[LayerState], state_indices: Tensor, num_tokens: Tensor) -> None:
-    """`shift_layers` whatever the back end."""
+    Args:
+        shift: the back end's; None: in plain torch.
+    """
+    if shift is not None:
+        shift(layers, state_indices, num_tokens.to(layers[0].pages.device))
+        return
     for layer in layers:
         for group in layer.groups:
             _shift_group(group, state_indices, num_tokens)
@@ -140,17 +143,23 @@ class DueRows(NamedTuple):
         )
 
 
-def shift_due(layers: Sequence[LayerState], state_indices: Tensor, num_tokens: Tensor) -> None:
+def shift_due(
+    layers: Sequence[LayerState],
+    state_indices: Tensor,
+    num_tokens: Tensor,
+    shift: ShiftOp | None = None,
+) -> None:
     """Shift the pages whose next token needs it: what comes before a decode.
 
     Args:
         layers: of one model. state_indices: `[R]` integer on the pages' device.
         num_tokens: `[R]` integer in host memory, without the new tokens.
+        shift: as in `shift_layers`.
     """
     schedule = layers[0].schedule
     due = None if schedule is None else DueRows.of(schedule, state_indices, num_tokens)
     if due is not None:
-        shift_layers(layers, *due)
+        shift_layers(layers, *due, shift)
 
 
 class Segment(NamedTuple):
@@ -235,16 +244,17 @@ def prefill(
     segments: Sequence[Segment],
     out: Tensor,
     after: Callable[[int], None] | None = None,
+    shift: ShiftOp | None = None,
 ) -> None:
     """A back end's prefill, and the context shifts between its segments; see
     `contract.PrefillOp`.
 
     Args:
-        after: is told the number of each segment when it is done.
+        after: is told the number of each segment when it is done. shift: as in `shift_layers`.
     """
     for number, (due, batch, spans) in enumerate(segments):
         if due is not None:
-            shift_pages(layer, *due)
+            shift_pages(layer, *due, shift)
         if spans is None:
             op(layer, q, k, v, batch, out)
         else:

@@ -285,7 +285,8 @@ class _Problem:
         if schedule is not None:
 
             def shift(ops: Backend, state: LayerState) -> None:
-                _shift_due(ops, state, torch.tensor([LIVE], device=state.pages.device), [n])
+                live = torch.tensor([LIVE], device=state.pages.device)
+                context_shift.shift_due([state], live, torch.tensor([n]), ops.shift)
 
             yield _Step("context shift", shift, {LIVE: n})
         yield _Step("decode", self._decode([LIVE], [n]), {LIVE: n + 1})
@@ -313,7 +314,7 @@ class _Problem:
                 )
             )
             out = torch.full_like(q, torch.nan)
-            _shift_due(ops, state, batch.state_indices, held)
+            context_shift.shift_due([state], batch.state_indices, torch.tensor(held), ops.shift)
             ops.decode(state, q, k, v, batch, out)
             return out
 
@@ -331,26 +332,11 @@ class _Problem:
                 torch.tensor(held),
             )
             out = torch.full_like(q, torch.nan)
-            for segment in context_shift.split_prefill(state.schedule, batch):
-                if segment.due is not None:
-                    _shift(ops, state, segment.due)
-                alone = [segment._replace(due=None)]
-                context_shift.prefill(ops.prefill, state, q, k, v, alone, out)
+            segments = context_shift.split_prefill(state.schedule, batch)
+            context_shift.prefill(ops.prefill, state, q, k, v, segments, out, shift=ops.shift)
             return out
 
         return run
-
-
-def _shift_due(ops: Backend, state: LayerState, pages: Tensor, held: list[int]) -> None:
-    """What comes before a decode: the shift of pages that hold so many tokens, where it is due."""
-    if state.schedule is not None:
-        due = context_shift.DueRows.of(state.schedule, pages, torch.tensor(held))
-        if due is not None:
-            _shift(ops, state, due)
-
-
-def _shift(ops: Backend, state: LayerState, due: context_shift.DueRows) -> None:
-    (ops.shift or context_shift.shift_in_torch)([state], *due)
 
 
 def _trimmed(page: StateLayout, index: int) -> StateLayout:

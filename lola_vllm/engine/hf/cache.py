@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,12 @@ from lola_vllm.memory.sessions.names import check_name
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace, token_array
 from lola_vllm.models.schema import settle_facts
 
-if TYPE_CHECKING:
-    from lola_vllm.engine.hf.modeling import LolaLlamaForCausalLM
+
+class ComposingModel(Protocol):
+    """What `LolaCache.compose` asks of a model: its config, and a body that has `composer`."""
+
+    config: LolaLlamaConfig
+    model: Any
 
 
 class LolaCacheLayer(CacheLayerMixin):
@@ -123,14 +127,16 @@ class LolaCacheLayer(CacheLayerMixin):
         rows_q, rows_k, rows_v = (tokens.pack(x).to(dtype).contiguous() for x in (q, k, v))
         out = torch.empty_like(rows_q)
         if q.shape[1] == 1 and tokens.mask is None:
-            context_shift.shift_due([layer], state_indices, seen)
+            context_shift.shift_due([layer], state_indices, seen, self.ops.shift)
             batch = DecodeBatch(state_indices, self.num_tokens.to(q.device, torch.int32))
             self.ops.decode(layer, rows_q, rows_k, rows_v, batch, out)
         else:
             starts = torch.nn.functional.pad(tokens.lengths.cumsum(0), (1, 0)).int()
             prompt = PrefillBatch(state_indices, starts, seen.int())
             segments = context_shift.split_prefill(layer.schedule, prompt)
-            context_shift.prefill(self.ops.prefill, layer, rows_q, rows_k, rows_v, segments, out)
+            rows = (rows_q, rows_k, rows_v)
+            ops = self.ops
+            context_shift.prefill(ops.prefill, layer, *rows, segments, out, shift=ops.shift)
         return tokens.unpack(out.to(q.dtype), q)
 
     def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -221,7 +227,7 @@ class LolaCache(Cache):
         return layer.num_tokens
 
     @classmethod
-    def compose(cls, caches: Sequence[LolaCache], model: LolaLlamaForCausalLM) -> LolaCache:
+    def compose(cls, caches: Sequence[LolaCache], model: ComposingModel) -> LolaCache:
         """One cache of documents that were read apart, as if they stood one behind the other.
 
         `docs/algorithm.md`, section 8, says what is exact. The caches stay as they are.

@@ -179,7 +179,9 @@ class LolaAttention(nn.Module, MambaBase):
             rows = (q[start:stop], k[start:stop], v[start:stop], out[start:stop])
             segments = metadata.prefill_segments
             after = functools.partial(self._copy, metadata) if metadata.waypoints else None
-            context_shift.prefill(self.ops.prefill, self.state, *rows[:3], segments, rows[3], after)
+            context_shift.prefill(
+                self.ops.prefill, self.state, *rows[:3], segments, rows[3], after, self.ops.shift
+            )
 
     def _copy(self, metadata: LolaMetadata, segment: int) -> None:
         """Copy the layer's pages at the waypoints that a segment ends at."""

@@ -195,7 +195,9 @@ class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
         rows = metadata.num_decodes
         first = self.compilation_config.static_forward_context[self.layer_names[0]]
         layers = [layer.state for layer in first.sharing]
-        context_shift.shift_due(layers, state_indices[:rows, 0], seq_lens[:rows] - 1)
+        context_shift.shift_due(
+            layers, state_indices[:rows, 0], seq_lens[:rows] - 1, first.ops.shift
+        )
 
 
 class LolaAttentionBackend(AttentionBackend):

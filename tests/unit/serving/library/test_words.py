@@ -1,64 +1,61 @@
-"""Libraries' parts by their words, of an engine that has texts alone."""
+"""Libraries' parts by their words."""
 
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from lola_vllm.serving.library import words as words_module
-from lola_vllm.serving.library.asking import KnownPart, asked_with, with_passages
-from lola_vllm.serving.library.words import LibraryWords
+from lola_vllm.serving.library.asking import asked_with, with_passages
+from lola_vllm.serving.library.words import KnownPart, LibraryWords
 from lola_vllm.serving.sessions.reporting import event
 
 TEXTS = ["The pump starts at noon.", "Netherby lost an ear.", "The pump is painted blue."]
 
 
 class Texts:
-    """Stands in for `LolaEngine`: a part's tokens are the letters of its text."""
+    """Reads the texts of parts, and notes which."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        tokenizer = SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode())
-        self.client = SimpleNamespace(renderer=SimpleNamespace(tokenizer=tokenizer))
 
-    async def sessions(self, method: str, reference: str, salt: str | None) -> Any:
-        assert method == "tokens"
-        self.asked.append(reference)
-        return {"tokens": list(TEXTS[int(reference)].encode())}
+    async def __call__(self, new: list[KnownPart]) -> list[str]:
+        self.asked += [part.session for part in new]
+        return [TEXTS[int(part.session)] for part in new]
 
 
 def parts(*numbers: int) -> list[KnownPart]:
     return [KnownPart(f"{i}.txt", 1, 1, str(i), f"id{i}", 9) for i in numbers]
 
 
-def find(words: LibraryWords, engine: Any, of: list[KnownPart], question: str) -> list[int]:
-    return asyncio.run(words.find(engine, "shelf", of, question, 3, None))
+def find(
+    words: LibraryWords, read: Texts, of: list[KnownPart], question: str, library: str = "shelf"
+) -> list[int]:
+    return asyncio.run(words.find(None, library, of, question, 3, read))
 
 
 def test_texts_are_read_once_and_again_where_documents_change() -> None:
-    words, engine = LibraryWords(), Texts()
-    assert find(words, engine, parts(0, 1), "What did Netherby lose?") == [1]
-    assert find(words, engine, parts(0, 1), "When does the pump start?")[0] == 0
-    assert engine.asked == ["0", "1"]
-    assert find(words, engine, parts(0, 2), "Which pump is blue?")[0] == 1
-    assert engine.asked == ["0", "1", "2"]  # and nothing is found of what is gone
-    assert find(words, engine, parts(0, 2), "Netherby") == []
-    words.forget("shelf", None)
-    find(words, engine, parts(0), "pump")
-    assert engine.asked == ["0", "1", "2", "0"]
+    words, read = LibraryWords(), Texts()
+    assert find(words, read, parts(0, 1), "What did Netherby lose?") == [1]
+    assert find(words, read, parts(0, 1), "When does the pump start?")[0] == 0
+    assert read.asked == ["0", "1"]
+    assert find(words, read, parts(0, 2), "Which pump is blue?")[0] == 1
+    assert read.asked == ["0", "1", "2"]  # and nothing is found of what is gone
+    assert find(words, read, parts(0, 2), "Netherby") == []
+    words.forget(None, "shelf")
+    find(words, read, parts(0), "pump")
+    assert read.asked == ["0", "1", "2", "0"]
 
 
 def test_what_is_held_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words_module, "MAX_TOKENS", 18)
-    words, engine = LibraryWords(), Texts()
-    assert find(words, engine, parts(0, 1, 2), "pump") == [] and not engine.asked
-    find(words, engine, parts(0, 1), "pump")
-    asyncio.run(words.find(engine, "other", parts(2), "pump", 3, None))  # type: ignore[arg-type]
-    find(words, engine, parts(0, 1), "pump")
-    assert engine.asked == ["0", "1", "2", "0", "1"]
+    words, read = LibraryWords(), Texts()
+    assert find(words, read, parts(0, 1, 2), "pump") == [] and not read.asked
+    find(words, read, parts(0, 1), "pump")
+    find(words, read, parts(2), "pump", "other")
+    find(words, read, parts(0, 1), "pump")
+    assert read.asked == ["0", "1", "2", "0", "1"]
 
 
 def test_passages_stand_before_the_question() -> None:
