@@ -19,8 +19,8 @@ constexpr T kRecallEps = T(1e-6);
 template <typename T>
 constexpr T kMaxLogImportance = T(20.0);
 
-// Rounding errors that bounds on recall errors allow for (Lemmas 1 and 2): a share of the lengths
-// in a recall error, when a bound is set;
+// Rounding errors that bounds on recall errors allow for (Lemma 1): a share of the lengths in a
+// recall error, when a bound is set;
 template <typename T>
 constexpr T kBoundSlack = T(2e-5);
 
@@ -36,13 +36,10 @@ constexpr T kDistanceSlack = T(1e-6);
 template <typename T>
 constexpr T kCancellationSlack = T(1e-5);
 
-// Largest entry of a direction that is stored as int8.
-constexpr int kDirectionMax = 127;
-
-// And of a sparse pair that is.
+// Largest entry of a sparse pair that is kept as int8.
 constexpr int kPairMax = 127;
 
-// The dither of folds (Lemma 4). Row f of H, and s[f], add place * kDitherUnit of their power of
+// The dither of folds (Lemma 3). Row f of H, and s[f], add place * kDitherUnit of their power of
 // two in update number m, with place = kDitherUpdate * m + kDitherRow * f modulo 2^32 as a signed
 // number: 2^32 over the golden and over the plastic ratio.
 constexpr uint32_t kDitherUpdate = 0x9E3779B9u;

@@ -19,7 +19,7 @@ LOLA_HOST_DEVICE constexpr int64_t size_of(DType t) {
 }
 
 // A row of the table that `LayerLayout.table` makes, field by field (`TABLE_FIELDS`). The last
-// twelve fields are byte offsets of the parts in the layer's bytes; every part is contiguous.
+// ten fields are byte offsets of the parts in the layer's bytes; every part is contiguous.
 struct PageLayout {
   int64_t num_heads, num_kv_heads, num_state_heads, num_sparse_heads, head_dim, feature_dim;
   int64_t window_size, sparse_cache_size, recent_size, update_interval, sink_size;
@@ -31,7 +31,7 @@ struct PageLayout {
   DType state_dtype;          // of H and s
   int64_t page_bytes;         // where the page ends in the layer's bytes
   int64_t H, s, positions, score_weights, sparse_k_scale, sparse_v_scale, sparse_k, sparse_v;
-  int64_t exact_k, exact_v, bounds, directions;
+  int64_t exact_k, exact_v;
 
   // Heads of one kind for each of another. They are grouped in order: query head h has the hidden
   // state h / heads_per_state(), for instance.
@@ -88,14 +88,9 @@ struct PageLayout {
   LOLA_HOST_DEVICE int64_t step_work() const {
     return exact_size() + sparse_cache_size + 2 * feature_dim;
   }
-
-  // Whether a page keeps bounds on recall errors (docs/bounds.md).
-  LOLA_HOST_DEVICE bool keeps_bounds() const {
-    return update_interval == 1 && sparse_cache_size > 0 && recent_size == 0;
-  }
 };
 
-constexpr int64_t kTableFields = 30;
+constexpr int64_t kTableFields = 28;
 static_assert(sizeof(PageLayout) == kTableFields * sizeof(int64_t));
 
 }  // namespace lola

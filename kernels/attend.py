@@ -177,7 +177,7 @@ def attend_block(
             h_at, s_at = h_of(page_at, group_at, own, SHAPE), s_of(page_at, group_at, own, SHAPE)
         else:
             h_at, s_at = kept_at[1], kept_at[2]
-        y_lin, z, _ = read_state(
+        y_lin, z = read_state(
             q, map_of(wq_ptr, head, SHAPE), h_at, s_at, cols, SHAPE.FEATURE_DIM, SHAPE, PRECISION,
             by_head,
         )  # fmt: skip

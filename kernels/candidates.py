@@ -188,14 +188,12 @@ def recall_error(
     k, v, value, w_ptr, h_ptr, s_ptr, cols, num_features, SHAPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """v - p `[M, BLOCK_D]`, its length, phi(k) s + 1e-6 and ||phi(k)||^2 `[M]` of one head.
+    """||v - p|| `[M]` of one head.
 
     value: ||v||. Pointers and num_features: as in `read_state`.
     """
-    predicted, z, square = read_state(k, w_ptr, h_ptr, s_ptr, cols, num_features, SHAPE, PRECISION)
-    z += RECALL_EPS
-    error = v - predicted / z[:, None]
+    predicted, z = read_state(k, w_ptr, h_ptr, s_ptr, cols, num_features, SHAPE, PRECISION)
+    error = v - predicted / (z + RECALL_EPS)[:, None]
     # Against an empty state the error is the norm, and ratios of the two must tie exactly: so one
     # sum serves both, and they are divided as divisions should round.
-    size = tl.where(num_features > 0, tl.sqrt_rn(tl.sum(error * error, 1)), value)
-    return error, size, z, square
+    return tl.where(num_features > 0, tl.sqrt_rn(tl.sum(error * error, 1)), value)

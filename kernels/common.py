@@ -78,7 +78,7 @@ def dither(update, f):
 
 @triton.jit
 def add_dithered(total, added, dither):
-    """total + added, rounded with a dither (Lemma 4, `docs/bounds.md`)."""
+    """total + added, rounded with a dither (Lemma 3, `docs/bounds.md`)."""
     power = (total.to(tl.int32, bitcast=True) & EXPONENT_BITS).to(tl.float32, bitcast=True)
     return total + (added + power * dither)
 
@@ -187,7 +187,7 @@ def read_state(
     x, w_ptr, h_ptr, s_ptr, cols, num_features, SHAPE: tl.constexpr, PRECISION: tl.constexpr,
     by_head=None,
 ):  # fmt: skip
-    """phi(x) H `[M, BLOCK_D]`, phi(x) s and ||phi(x)||^2 `[M]` of a state head, x `[M, BLOCK_D]`.
+    """phi(x) H `[M, BLOCK_D]` and phi(x) s `[M]` of a state head, x `[M, BLOCK_D]`.
 
     Pointers are the head's. num_features is F, or 0 to count the state as zero and not read it.
     W and H are read in blocks of features, as whole ones would not fit the registers as operands.
@@ -214,7 +214,6 @@ def read_state(
 
     acc = tl.zeros([x.shape[0], cols.shape[0]], tl.float32)
     z = tl.zeros([x.shape[0]], tl.float32)
-    square = z
     for f in tl.range(0, num_features, FEATURE_BLOCK, num_stages=1):
         block = f + tl.arange(0, FEATURE_BLOCK)
         ok = block < F
@@ -231,8 +230,7 @@ def read_state(
         acc = product(down, h, acc, PRECISION)
         s = tl.load(s_ptr + F + block, mask=ok, other=0.0)
         z += tl.sum(down * s[None, :], 1)
-        square += tl.sum(up * up + down * down, 1)
-    return acc, z, square
+    return acc, z
 
 
 @triton.jit

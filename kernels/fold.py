@@ -42,7 +42,6 @@ from lola_vllm.kernels.layer import (
     window_start,
 )
 from lola_vllm.kernels.selection import choose, list_older
-from lola_vllm.kernels.update_per_token import track_fold
 
 
 @triton.jit
@@ -75,7 +74,7 @@ def score_tile(
     for i in range(SHAPE.STATES_PER_SET):
         own = own_set * SHAPE.STATES_PER_SET + i
         w_at = map_of(wk_ptr, first_map + sparse_head * SHAPE.STATES_PER_SET + i, SHAPE)
-        _, size, _, _ = recall_error(
+        size = recall_error(
             k, v, norm, w_at, h_of(page_at, group_at, own, SHAPE),
             s_of(page_at, group_at, own, SHAPE), cols, num_features, SHAPE, PRECISION,
         )  # fmt: skip
@@ -144,14 +143,13 @@ def put(sparse_at, scale_at, exact_at, e, entry, ok, start, lam, cols, SHAPE: tl
 @triton.jit
 def fold_set(
     wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head, n, scores_at,
-    lists_at, fresh_at, SHAPE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCK_P: tl.constexpr, KEEPS_BOUNDS: tl.constexpr, PRECISION: tl.constexpr, kept_at=None,
+    lists_at, SHAPE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr,
+    PRECISION: tl.constexpr, kept_at=None,
 ):  # fmt: skip
     """Choose, fold and replace in a set at an update point. Heads as of `score_tile`.
 
-    Pointers `*_at` but the page's are the set's part of the scratch (`update.Scratch`): scores,
-    lists `[3, C]` of the candidates to fold, the incoming pairs to keep and the free entries, and
-    where KEEPS_BOUNDS what `score_bounded` left for sets with bounds.
+    Pointers `*_at` but the page's are the set's part of the scratch (`update.Scratch`): scores, and
+    lists `[3, C]` of the candidates to fold, the incoming pairs to keep and the free entries.
 
     kept_at: None, or where H and s of the set's state heads are stored besides.
     """
@@ -214,12 +212,6 @@ def fold_set(
             tl.store(kept_h_at + to, h, mask=tile_ok)
             tl.store(kept_s_at + half * F + feats, s, mask=feat_ok)
 
-    if KEEPS_BOUNDS:  # noqa: SIM102 (a constant, and a number of run time)
-        if (lam > 0) & (recent == 0):  # `StateLayout.keeps_bounds`
-            track_fold(
-                page_at, group_at, fresh_at, pairs_at, folded_at, free_at, num_folded, num_new,
-                start, own_set, lam, cols, SHAPE, BLOCK_P,
-            )  # fmt: skip
     tl.debug_barrier()  # the folded pairs are read: their entries may go
     k_at, v_at, k_scale_at, v_scale_at, exact_k_at, exact_v_at = pairs_at
     for c in tl.range(0, num_new, BLOCK_E, num_stages=1):

@@ -44,8 +44,6 @@ SPARSE_K = tl.constexpr(TABLE_FIELDS.index("sparse_k"))
 SPARSE_V = tl.constexpr(TABLE_FIELDS.index("sparse_v"))
 EXACT_K = tl.constexpr(TABLE_FIELDS.index("exact_k"))
 EXACT_V = tl.constexpr(TABLE_FIELDS.index("exact_v"))
-BOUNDS = tl.constexpr(TABLE_FIELDS.index("bounds"))
-DIRECTIONS = tl.constexpr(TABLE_FIELDS.index("directions"))
 
 
 class LayerShape(NamedTuple):

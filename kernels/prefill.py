@@ -45,7 +45,6 @@ from lola_vllm.kernels.layer import (
     EXACT_K,
     EXACT_V,
     POSITIONS,
-    RECENT_SIZE,
     exact_of,
     exact_row,
     group_of,
@@ -58,7 +57,6 @@ from lola_vllm.kernels.layer import (
 )
 from lola_vllm.kernels.update import PRECISION as UPDATE_PRECISION
 from lola_vllm.kernels.update import fold_constants, score_block, scratch_buffers
-from lola_vllm.kernels.update_per_token import BLOCK_T, NUM_BOUNDS, score_bounded
 
 NUM_WARPS = 8  # four would spill registers in updates at d = 128
 
@@ -115,7 +113,6 @@ def prefill_kernel(
     scores_ptr,
     lists_ptr,
     listed_ptr,
-    fresh_ptr,
     kept_h_ptr,
     kept_s_ptr,
     kept_positions_ptr,
@@ -144,9 +141,6 @@ def prefill_kernel(
     SCORE_BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_A: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    KEEPS_BOUNDS: tl.constexpr,
     UPDATE_PRECISION: tl.constexpr,
     APART: tl.constexpr,
 ):
@@ -154,8 +148,8 @@ def prefill_kernel(
 
     PARTIAL: soft and lse hold a `SoftmaxPart`'s results, and only the sparse cache and the hidden
     state are left to add; else neither is read. most: entries of the largest set. BLOCK_M and
-    TILE_HEADS: of `tile_of`. SCORE_BLOCK: candidates scored at a time; BLOCK_E and those after it
-    as in `update.fold_kernel`.
+    TILE_HEADS: of `tile_of`. SCORE_BLOCK: candidates scored at a time; BLOCK_E and BLOCK_A as in
+    `update.fold_kernel`.
 
     APART: nothing is attended, and kept, of `attend.Kept` with per_row chunks for each row, is
     written. Else it is not used.
@@ -189,7 +183,6 @@ def prefill_kernel(
 
     group_at, own_kv_head = group_of(table_ptr, kv_head)
     lam = num_entries(group_at)
-    recent = tl.load(group_at + RECENT_SIZE)
     page_at = pages_ptr + page * page_stride
     exact_k_at = exact_of(page_at, group_at, EXACT_K, own_kv_head, SHAPE)
     exact_v_at = exact_of(page_at, group_at, EXACT_V, own_kv_head, SHAPE)
@@ -236,23 +229,12 @@ def prefill_kernel(
                 own_set = own_kv_head * SHAPE.SETS_PER_KV_HEAD + i
                 scratch = (row * SHAPE.NUM_SPARSE_HEADS + sparse_head).to(tl.int64)
                 scores_at = scores_ptr + scratch * (most + C)
-                listed_at = listed_ptr + scratch * (most + C)
-                fresh_at = fresh_ptr + scratch * SHAPE.STATES_PER_SET * (NUM_BOUNDS + D)
                 overflow = window_start(stop, SHAPE) - SHAPE.SINK_SIZE > lam
-                scored = overflow & (lam > 0)
-                if KEEPS_BOUNDS:
-                    if scored & (recent == 0):
-                        score_bounded(
-                            wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
-                            own_kv_head, stop, scores_at, listed_at, fresh_at, SHAPE, BLOCK_P,
-                            BLOCK_T, UPDATE_PRECISION,
-                        )  # fmt: skip
-                    scored = scored & (recent > 0)
-                if scored:
+                if overflow & (lam > 0):
                     score_set(
                         wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
-                        own_kv_head, stop, scores_at, listed_at, SHAPE, SCORE_BLOCK, BLOCK_A,
-                        UPDATE_PRECISION,
+                        own_kv_head, stop, scores_at, listed_ptr + scratch * (most + C), SHAPE,
+                        SCORE_BLOCK, BLOCK_A, UPDATE_PRECISION,
                     )  # fmt: skip
                 tl.debug_barrier()  # scores are read by other threads than wrote them
                 if APART:  # what the next chunk meets
@@ -264,8 +246,8 @@ def prefill_kernel(
                     kept_states_at: tl.constexpr = None  # type: ignore[no-redef]
                 fold_set(
                     wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set, own_kv_head,
-                    stop, scores_at, lists_ptr + scratch * 3 * C, fresh_at, SHAPE, BLOCK_E, BLOCK_A,
-                    BLOCK_P, KEEPS_BOUNDS, UPDATE_PRECISION, kept_states_at,
+                    stop, scores_at, lists_ptr + scratch * 3 * C, SHAPE, BLOCK_E, BLOCK_A,
+                    UPDATE_PRECISION, kept_states_at,
                 )  # fmt: skip
         tl.debug_barrier()  # what the next chunk reads is written, and what it overwrites is read
         token += length
@@ -364,7 +346,6 @@ def prefill_constants(
         "SHAPE": layer_shape(layout, Hq, rotated_map_after),
         "PARTIAL": partial,
         "SCORE_BLOCK": score_block(layout),
-        "BLOCK_T": BLOCK_T,
         "UPDATE_PRECISION": UPDATE_PRECISION,
         "APART": apart,
         **fold_constants(layout),

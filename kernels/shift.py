@@ -25,7 +25,6 @@ from lola_vllm.kernels.layer import (
     EXACT_K,
     NUM_FIELDS,
     POSITIONS,
-    RECENT_SIZE,
     SCORE_WEIGHTS,
     SPARSE_K,
     SPARSE_K_SCALE,
@@ -39,7 +38,6 @@ from lola_vllm.kernels.layer import (
     s_of,
     window_start,
 )
-from lola_vllm.kernels.update_per_token import LOW, bounds_of
 
 BLOCK_N = 32  # keys rotated, or rows of H scaled, at a time
 NUM_PARTS = 8  # programs that share a head of a page
@@ -149,7 +147,6 @@ def shift_kernel(
     score_decay,
     SHAPE: tl.constexpr,
     SCHEDULE: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Shift a share of a KV head of a page. Grid (layers * Hkv, rows, any).
@@ -214,13 +211,6 @@ def shift_kernel(
             at = h_at + f[:, None] * D + cols[None, :]
             tl.store(at, tl.load(at, mask=ok, other=0.0) * decay, mask=ok)
             tl.store(s_at + f, tl.load(s_at + f, mask=f < 2 * F, other=0.0) * decay, mask=f < 2 * F)
-        if HAS_BOUNDS:
-            # Lemma 1 needs sums that only grow. Every score is computed anew at the next update.
-            at = bounds_of(page_at, group_at, head, lam) + LOW * lam
-            bounded = tl.where(tl.load(group_at + RECENT_SIZE) == 0, lam, 0)
-            for first in tl.range(begin, bounded, step, num_stages=1):
-                e = first + lanes
-                tl.store(at + e, tl.full([BLOCK_N], float("-inf"), tl.float32), mask=e < lam)
 
 
 def shift_layers(layers: Sequence[LayerState], state_indices: Tensor, num_tokens: Tensor) -> None:
@@ -246,7 +236,6 @@ def shift_layers(layers: Sequence[LayerState], state_indices: Tensor, num_tokens
         pages, table, state_indices, num_tokens, rotation.cos, rotation.sin, pages.stride(0),
         state_indices.stride(0), num_tokens.stride(0), schedule.decay, schedule.score_decay_factor,
         SHAPE=shape, SCHEDULE=shift_shape(schedule, len(rotation.cos), page.head_dim),
-        HAS_BOUNDS=any(page.keeps_bounds for layer in layers for page in layer.layout.pages),
         BLOCK_N=BLOCK_N, num_warps=NUM_WARPS,
     )  # fmt: skip
 

@@ -9,9 +9,6 @@ has due is known on the device only; the grid does not depend on it. Both take a
   kept incoming pairs into the free entries. One program per row and set, because folding reads the
   entries that replacing overwrites. It also joins the parts of answers where attention was split:
   in a launch that a step has in any case, that costs no other.
-
-With interval 1 the scores come from update_per_token.py, which computes few of them. Sets of a
-layer with recent pairs have all of theirs computed, in the same launch.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -49,7 +46,6 @@ from lola_vllm.kernels.layer import (
 )
 from lola_vllm.kernels.selection import BLOCK_A
 from lola_vllm.kernels.splits import MAX_SPLITS, Parts, join
-from lola_vllm.kernels.update_per_token import BLOCK_P, BLOCK_T, NUM_BOUNDS, score_bounded
 
 BLOCK_E = 32  # candidates scored, folded or replaced at a time, at most
 PROGRAMS_PER_PROCESSOR = 1  # the registers of one fill it, and idle ones should be one wave
@@ -67,8 +63,6 @@ def score_kernel(
     state_indices_ptr,
     n_ptr,
     scores_ptr,
-    listed_ptr,
-    fresh_ptr,
     page_stride,
     state_indices_stride,
     n_stride,
@@ -79,17 +73,12 @@ def score_kernel(
     SHAPE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    KEEPS_BOUNDS: tl.constexpr,
-    KEEPS_NONE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Scores `[num_rows, Hg, most + C]`, float32, of the sets whose cache overflows now. Any grid.
 
     most, least: entries of the largest and of the smallest set. blocks: programs' work that a set
-    is cut into. KEEPS_BOUNDS, KEEPS_NONE: some sets have bounds on scores, which one program takes
-    (`score_bounded`), and some have none.
+    is cut into.
     """
     C: tl.constexpr = SHAPE.UPDATE_INTERVAL
     for base in range(0, num_rows, BLOCK_R):
@@ -99,10 +88,7 @@ def score_kernel(
         )
         rank = tl.cumsum(due.to(tl.int32), 0)
         items = tl.sum(due.to(tl.int32), 0) * (SHAPE.NUM_SPARSE_HEADS * blocks)
-        # Where sets of both kinds are scored, neither hoists what the other has no registers for.
-        for item in tl.range(
-            tl.program_id(0), items, tl.num_programs(0), disable_licm=KEEPS_BOUNDS and KEEPS_NONE
-        ):
+        for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
             row = nth_row(due, rank, rows, item // (SHAPE.NUM_SPARSE_HEADS * blocks)).to(tl.int64)
             sparse_head, first = item // blocks % SHAPE.NUM_SPARSE_HEADS, item % blocks * BLOCK_E
             group_at, kv_head, own_kv_head, own_set = set_of(table_ptr, sparse_head, SHAPE)
@@ -115,27 +101,17 @@ def score_kernel(
             scratch = row * SHAPE.NUM_SPARSE_HEADS + sparse_head
             scores_at = scores_ptr + scratch * (most + C)
             recent = tl.load(group_at + RECENT_SIZE).to(tl.int32)
-            if KEEPS_BOUNDS:
-                if here & (recent == 0) & (first == 0):
-                    known = SHAPE.STATES_PER_SET * (NUM_BOUNDS + SHAPE.HEAD_DIM)
-                    score_bounded(
+            if here:
+                positions_at = part_of(page_at, group_at, POSITIONS, tl.int32) + own_set * lam
+                e = first + tl.arange(0, BLOCK_E)
+                start = window_start(n - C, SHAPE)
+                ok, position = position_of(positions_at, e, start, stop, lam, SHAPE)
+                # Recent pairs stay whatever their scores are: a tile of them is left out.
+                if tl.sum((ok & (position < stop - recent)).to(tl.int32), 0) > 0:
+                    score_tile(
                         wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
-                        own_kv_head, n, scores_at, listed_ptr + scratch * (most + C),
-                        fresh_ptr + scratch * known, SHAPE, BLOCK_P, BLOCK_T, PRECISION,
+                        own_kv_head, n, e, ok, scores_at, SHAPE, PRECISION,
                     )  # fmt: skip
-                here = here & (recent > 0)
-            if KEEPS_NONE:  # noqa: SIM102 (a constant, and a number of run time)
-                if here:
-                    positions_at = part_of(page_at, group_at, POSITIONS, tl.int32) + own_set * lam
-                    e = first + tl.arange(0, BLOCK_E)
-                    start = window_start(n - C, SHAPE)
-                    ok, position = position_of(positions_at, e, start, stop, lam, SHAPE)
-                    # Recent pairs stay whatever their scores are: a tile of them is left out.
-                    if tl.sum((ok & (position < stop - recent)).to(tl.int32), 0) > 0:
-                        score_tile(
-                            wk_ptr, ws_ptr, page_at, group_at, sparse_head, kv_head, own_set,
-                            own_kv_head, n, e, ok, scores_at, SHAPE, PRECISION,
-                        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNT_ARGS, do_not_specialize_on_alignment=INDEX_ARGS)
@@ -148,7 +124,6 @@ def fold_kernel(
     n_ptr,
     scores_ptr,
     lists_ptr,
-    fresh_ptr,
     out_ptr,
     gate_ptr,
     partial_ptr,
@@ -165,16 +140,13 @@ def fold_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_A: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    KEEPS_BOUNDS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     SUBTRACT_MAX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Select, fold and replace in the rows that are due, and join the parts of answers. Any grid.
 
-    most: entries of the largest set. KEEPS_BOUNDS: scores of sets without recent pairs are of
-    `score_bounded`, which left `fresh`. out and those after it: of `splits.Parts`.
+    most: entries of the largest set. out and those after it: of `splits.Parts`.
     """
     C: tl.constexpr = SHAPE.UPDATE_INTERVAL
     # From the last program on, as folds are the first programs' work.
@@ -204,12 +176,10 @@ def fold_kernel(
             page = tl.load(state_indices_ptr + row * state_indices_stride).to(tl.int64)
             n = tl.load(n_ptr + row * n_stride).to(tl.int32)
             scratch = row * SHAPE.NUM_SPARSE_HEADS + sparse_head
-            known = SHAPE.STATES_PER_SET * (NUM_BOUNDS + SHAPE.HEAD_DIM)
             fold_set(
                 wk_ptr, ws_ptr, pages_ptr + page * page_stride, group_at, sparse_head, kv_head,
                 own_set, own_kv_head, n, scores_ptr + scratch * (most + C),
-                lists_ptr + scratch * 3 * C, fresh_ptr + scratch * known, SHAPE, BLOCK_E, BLOCK_A,
-                BLOCK_P, KEEPS_BOUNDS, PRECISION,
+                lists_ptr + scratch * 3 * C, SHAPE, BLOCK_E, BLOCK_A, PRECISION,
             )  # fmt: skip
 
 
@@ -217,15 +187,13 @@ class Scratch(NamedTuple):
     """What kernels of an update leave for the next one, for `num_rows` rows.
 
     scores `[num_rows, Hg, most + C]`, float32, with `most` entries in the largest set. lists
-    `[num_rows, Hg, 3, C]`, int32. Where scores are bounded fresh `[num_rows, Hs, NUM_BOUNDS + d]`,
-    float32. Where they are, or some pairs are recent, listed `[num_rows, Hg, most + C]`, int32: the
-    candidates that are scored in one program. Else both are empty.
+    `[num_rows, Hg, 3, C]`, int32. Where some pairs are recent, listed `[num_rows, Hg, most + C]`,
+    int32: the candidates that prefill scores. Else it is empty.
     """
 
     scores: Tensor
     lists: Tensor
     listed: Tensor
-    fresh: Tensor
 
 
 def update(
@@ -248,45 +216,28 @@ def update(
         seq_lens, scratch.scores,
     )  # fmt: skip
     strides = layer.pages.stride(0), state_indices.stride(0), seq_lens.stride(0), num_rows
-    if has_bounds(layout) or has_scores(layout):
-        tiles = triton.cdiv(max(sizes) + own.UPDATE_INTERVAL, score_block(layout))
-        blocks = tiles if has_scores(layout) else 1
+    if has_scores(layout):
+        blocks = triton.cdiv(max(sizes) + own.UPDATE_INTERVAL, score_block(layout))
         score_kernel[(min(most, num_rows * len(sizes) * blocks),)](
-            *common, scratch.listed, scratch.fresh, *strides, max(sizes), min(sizes), blocks,
-            **shape, **score_constants(layout), num_warps=SCORE_WARPS,
+            *common, *strides, max(sizes), min(sizes), blocks, **shape,
+            BLOCK_E=score_block(layout), num_warps=SCORE_WARPS,
         )  # fmt: skip
     joins = num_rows * own.NUM_HEADS if parts.splits > 1 else 0
     fold_kernel[(min(most, num_rows * len(sizes) + joins),)](
-        *common, scratch.lists, scratch.fresh, *parts[:-1], *strides, max(sizes),
+        *common, scratch.lists, *parts[:-1], *strides, max(sizes),
         parts.out.stride(0), parts.out.stride(1), parts.splits, **shape, **fold_constants(layout),
         **join_constants(weights.subtract_max), num_warps=FOLD_WARPS,
     )  # fmt: skip
 
 
-def has_bounds(layout: LayerLayout) -> bool:
-    """Whether scores of some sets are bounded."""
-    return any(page.keeps_bounds for page in layout.pages)
-
-
 def has_scores(layout: LayerLayout) -> bool:
-    """Whether all scores of some sets are computed; sets without entries fold all that leaves."""
-    return any(page.sparse_cache_size and not page.keeps_bounds for page in layout.pages)
+    """Whether scores are computed: sets without entries fold all that leaves."""
+    return any(page.sparse_cache_size for page in layout.pages)
 
 
 def score_block(layout: LayerLayout) -> int:
     """Candidates scored at a time: 32 spill registers at d = 128."""
     return MIN_DOT if layout.pages[0].head_dim > 64 else BLOCK_E
-
-
-def score_constants(layout: LayerLayout) -> dict[str, int]:
-    """`score_kernel`'s compile-time arguments beside SHAPE, BLOCK_R and PRECISION."""
-    return {
-        "BLOCK_E": score_block(layout),
-        "BLOCK_P": BLOCK_P,
-        "BLOCK_T": BLOCK_T,
-        "KEEPS_BOUNDS": has_bounds(layout),
-        "KEEPS_NONE": has_scores(layout),
-    }
 
 
 def join_constants(subtract_max: bool) -> dict[str, int]:
@@ -302,8 +253,6 @@ def fold_constants(layout: LayerLayout) -> dict[str, int]:
     return {
         "BLOCK_E": min(most, max(MIN_DOT, triton.next_power_of_2(interval))),
         "BLOCK_A": BLOCK_A,
-        "BLOCK_P": BLOCK_P,
-        "KEEPS_BOUNDS": has_bounds(layout),
     }
 
 
@@ -311,12 +260,9 @@ def scratch_buffers(layout: LayerLayout, num_rows: int, device: torch.device) ->
     """Scratch of updates of up to `num_rows` rows."""
     page, sizes = layout.pages[0], layout.sizes
     Hg, most, C = len(sizes), max(sizes), page.update_interval
-    rows = num_rows if has_bounds(layout) else 0
-    listed = num_rows if any(page.recent_size for page in layout.pages) else rows
-    known = NUM_BOUNDS.value + page.head_dim
+    listed = num_rows if any(page.recent_size for page in layout.pages) else 0
     return Scratch(
         torch.empty(num_rows, Hg, most + C, dtype=torch.float32, device=device),
         torch.empty(num_rows, Hg, 3, C, dtype=torch.int32, device=device),
         torch.empty(listed, Hg, most + C, dtype=torch.int32, device=device),
-        torch.empty(rows, layout.num_state_heads, known, dtype=torch.float32, device=device),
     )

@@ -14,7 +14,7 @@ from lola_vllm.kernels.attend import attends_apart
 from lola_vllm.kernels.layer import layer_shape
 from lola_vllm.kernels.shift import shift_layers
 from lola_vllm.kernels.splits import choose_splits
-from lola_vllm.kernels.update import has_bounds, has_scores
+from lola_vllm.kernels.update import has_scores
 
 logger = logging.getLogger("vllm.lola")
 
@@ -36,7 +36,7 @@ def warm_up(layer: LayerState, prefill: PrefillOp = backend.prefill) -> None:
     apart = attends_apart(layout, 1, 2, device)
     variants = (
         prefill, weights.subtract_max, layer_shape(layout, num_heads, weights.rotated_map_after),
-        splits > 1, apart, has_bounds(layout), has_scores(layout), device,
+        splits > 1, apart, has_scores(layout), device,
     )  # fmt: skip
     if variants in _compiled:
         return

@@ -110,7 +110,6 @@ def kernels(layout: LayerLayout, Hq: int = 32) -> list[Kernel]:
         constants = {
             "SHAPE": layer_shape(own, Hq, ROTATED_MAP_AFTER),
             "SCHEDULE": shift.shift_shape(schedule, d // 2, d),
-            "HAS_BOUNDS": update.has_bounds(own),
             "BLOCK_N": shift.BLOCK_N,
         }
         return Kernel("shift" + note, shift.shift_kernel, constants, shift.NUM_WARPS)
@@ -122,7 +121,6 @@ def kernels(layout: LayerLayout, Hq: int = 32) -> list[Kernel]:
         reading(layout, True, ", partial"),
         reading(layout, False, ", apart", True),
         attending(layout, ""),
-        reading(_with(layout, update_interval=1), False, ", per token"),
         *update_kernels(layout, Hq),
         *update_kernels(weighted, Hq, ", weighted"),
         decoding(small, False, ", int8"),
@@ -136,31 +134,18 @@ def kernels(layout: LayerLayout, Hq: int = 32) -> list[Kernel]:
 
 
 def update_kernels(layout: LayerLayout, Hq: int, note: str = "") -> list[Kernel]:
-    """Those of an update, whatever the interval; `note` ends their names."""
-    each = _with(layout, update_interval=1)  # an update after every token
-    found = []
-    for own, kind in ((layout, ""), (each, ", per token"), (_halves(each), ", some per token")):
-        shape = {
-            "SHAPE": layer_shape(own, Hq, ROTATED_MAP_AFTER),
-            "BLOCK_R": BLOCK_R,
-            "PRECISION": update.PRECISION,
-        }
-        scores = {**shape, **update.score_constants(own)}
-        found.append(Kernel("score" + kind + note, update.score_kernel, scores, update.SCORE_WARPS))
-        if len(own.pages) == 1:  # folds of sets with bounds serve all
-            folds = {**shape, **update.fold_constants(own), **update.join_constants(False)}
-            found.append(Kernel("fold" + kind + note, update.fold_kernel, folds, update.FOLD_WARPS))
-    return found
-
-
-def _halves(layout: LayerLayout) -> LayerLayout:
-    """The layout in two pages, of which one keeps recent pairs."""
-    (page,) = layout.pages
-    half = replace(
-        page, num_kv_heads=page.num_kv_heads // 2, num_state_heads=page.num_state_heads // 2,
-        num_sparse_heads=page.num_sparse_heads // 2,
-    )  # fmt: skip
-    return LayerLayout((half, replace(half, recent_size=half.sparse_cache_size // 4)))
+    """Those of an update; `note` ends their names."""
+    shape = {
+        "SHAPE": layer_shape(layout, Hq, ROTATED_MAP_AFTER),
+        "BLOCK_R": BLOCK_R,
+        "PRECISION": update.PRECISION,
+    }
+    scores = {**shape, "BLOCK_E": update.score_block(layout)}
+    folds = {**shape, **update.fold_constants(layout), **update.join_constants(False)}
+    return [
+        Kernel("score" + note, update.score_kernel, scores, update.SCORE_WARPS),
+        Kernel("fold" + note, update.fold_kernel, folds, update.FOLD_WARPS),
+    ]
 
 
 def _with(layout: LayerLayout, **fields: Any) -> LayerLayout:

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "bounds.h"
 #include "layout.h"
 
 namespace lola {
@@ -30,17 +29,6 @@ struct TokenRows {
   char* row(int64_t token, int64_t head) const {
     return data + token * token_stride + head * head_stride;
   }
-};
-
-// What a page knows of the recall errors of the sparse pairs of one state head: number r of pair i
-// is rows[r * stride + i] (`BoundsRow` in csrc/bounds.h), its direction directions[i * d ..].
-template <typename T>
-struct ErrorBounds {
-  T* rows;
-  int64_t stride;
-  int8_t* directions;
-
-  T* row(BoundsRow r) const { return rows + r * stride; }
 };
 
 // One state page; `csrc/layout.h` says what it holds. T is the dtype of H and s.
@@ -80,14 +68,6 @@ struct Page {
   template <typename T>
   T* s(int64_t state_head) const {
     return reinterpret_cast<T*>(data + layout->s) + state_head * 2 * layout->feature_dim;
-  }
-
-  // Only where layout->keeps_bounds().
-  template <typename T>
-  ErrorBounds<T> bounds(int64_t state_head) const {
-    const int64_t size = layout->sparse_cache_size, first = state_head * size;
-    return {reinterpret_cast<T*>(data + layout->bounds) + first * kBounds, size,
-            reinterpret_cast<int8_t*>(data + layout->directions) + first * layout->head_dim};
   }
 
  private:

@@ -1,6 +1,6 @@
 // Bounds on scores that are carried from update to update, so that an update computes anew only
-// those that can decide it (Lemmas 2 and 3 of docs/bounds.md): updates of prefill,
-// where the interval is above 1.
+// those that can decide it (Lemmas 1 and 2 of docs/bounds.md): updates of prefill, where it goes
+// chunk by chunk.
 //
 // A fold adds dH and ds to H and s. The estimate q of a pair's prediction p follows it with
 //   q' = (z q + S m + a s^T D) / (z + S),  S = phi . ds,  D = dH - ds m^T,
@@ -10,6 +10,7 @@
 // matter when bounds were set.
 #pragma once
 
+#include "constants.h"
 #include "cpu/candidates.h"
 #include "cpu/workspace.h"
 
@@ -84,10 +85,8 @@ struct CarriedBounds {
   }
 };
 
-// Whether scores can be bounded so: one state head per set, and no bounds in the page.
-inline bool carries_bounds(const PageLayout& layout) {
-  return !layout.keeps_bounds() && layout.states_per_set() == 1;
-}
+// Whether scores can be bounded so: one state head per set.
+inline bool carries_bounds(const PageLayout& layout) { return layout.states_per_set() == 1; }
 
 // What a fold adds, and what it meets.
 template <typename T>

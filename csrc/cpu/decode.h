@@ -55,7 +55,7 @@ struct DecodeWorkspace {
 
   DecodeWorkspace(const PageLayout& layout, Workspace& memory)
       : scaled_q(memory.take<T>(layout.heads_per_set() * round_up<T>(layout.head_dim))),
-        update(layout, memory) {
+        update(layout, false, memory) {
     const int64_t heads = layout.heads_per_set(), dp = round_up<T>(layout.head_dim);
     const int64_t F2 = 2 * layout.feature_dim, Fp = round_up<T>(layout.feature_dim);
     z = memory.take<T>(heads * round_up<T>(layout.exact_size() + layout.sparse_cache_size + 1));
@@ -134,15 +134,7 @@ int64_t push_reads(const Call& call, const DecodeItem& item, Prefetcher& prefetc
   const int64_t F2 = 2 * layout.feature_dim, d = layout.head_dim;
   const auto size = static_cast<int64_t>(sizeof(T));
   bytes += prefetcher.push(item.page.H<T>(first), states * F2 * d * size);
-  bytes += prefetcher.push(item.page.s<T>(first), states * F2 * size);
-  if (!layout.keeps_bounds()) return bytes;
-  if (layout.has_score_weights) {
-    bytes += prefetcher.push(item.page.score_weights<T>(item.set), layout.sparse_cache_size * size);
-  }
-  const ErrorBounds<T> bounds = item.page.bounds<T>(first);
-  const int64_t pairs = states * layout.sparse_cache_size;
-  bytes += prefetcher.push(bounds.rows, pairs * kBounds * size);
-  return bytes + prefetcher.push(bounds.directions, pairs * d);
+  return bytes + prefetcher.push(item.page.s<T>(first), states * F2 * size);
 }
 
 // Where map_queries leaves the features of an item's queries, one row per head.
@@ -331,7 +323,7 @@ void decode_item(const Call& call, const DecodeItem& item, const T* phi, DecodeW
     copy_bytes(item.page.exact_v(kv, row), fresh.v, fresh.row_bytes);
   }
   if (layout.update_due(item.n)) {
-    update<T>(call, {item.page, item.set, item.n}, x.update, &x.prefetcher);
+    update<T>(call, {item.page, item.set, item.n}, x.update);
   }
 }
 

@@ -1,4 +1,4 @@
-// Rounding of the sums H and s (Lemma 4 of docs/bounds.md): what a fold adds to a
+// Rounding of the sums H and s (Lemma 3 of docs/bounds.md): what a fold adds to a
 // large float32 sum is rounded with a dither, up or down by turns, so that it arrives on average,
 // where rounding to nearest would lose it or round it the same way each time.
 #pragma once

@@ -2,6 +2,7 @@
 // leaves the window, and kept in the page.
 #pragma once
 
+#include "constants.h"
 #include "cpu/call.h"
 #include "cpu/rows.h"
 

@@ -3,6 +3,7 @@
 // lola_vllm/core/ops/int8.py, so that every back end stores the same numbers and the same scale.
 #pragma once
 
+#include "constants.h"
 #include "cpu/call.h"
 #include "cpu/rows.h"
 

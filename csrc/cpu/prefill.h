@@ -11,7 +11,7 @@
 #include "cpu/mix.h"
 #include "cpu/query_block.h"
 #include "cpu/recall.h"
-#include "cpu/update_interval.h"
+#include "cpu/update.h"
 #include "cpu/workspace.h"
 #if LOLA_BF16_DOTS
 #include "cpu/bf16/prefill_attend.h"
@@ -231,9 +231,9 @@ template <typename T>
 int64_t open_updates(const Call& call, char* memory) {
   Workspace workspace(memory);
   const int64_t sets = call.layout.sets_per_kv_head();
-  auto* const updates = workspace.take<IntervalUpdate<T>>(sets);
+  auto* const updates = workspace.take<UpdateWorkspace<T>>(sets);
   for (int64_t i = 0; i < sets; ++i) {
-    const IntervalUpdate<T> x(call.layout, true, workspace);
+    const UpdateWorkspace<T> x(call.layout, true, workspace);
     if (memory != nullptr) updates[i] = x;
   }
   return workspace.bytes();
@@ -242,7 +242,7 @@ int64_t open_updates(const Call& call, char* memory) {
 // The update that a chunk ends with, of one set.
 template <typename T>
 void decide_chunk(const Call& call, const NewTokens& chunk, int64_t set, char* memory) {
-  auto* const updates = reinterpret_cast<IntervalUpdate<T>*>(memory);
+  auto* const updates = reinterpret_cast<UpdateWorkspace<T>*>(memory);
   decide_update(call, {call.page(chunk.state_index), set, chunk.position + chunk.count},
                 updates[set % call.layout.sets_per_kv_head()]);
 }
@@ -250,7 +250,7 @@ void decide_chunk(const Call& call, const NewTokens& chunk, int64_t set, char* m
 // The same of all sets of the KV head.
 template <typename T>
 void commit_chunk(const Call& call, const NewTokens& chunk, int64_t kv_head, char* memory) {
-  auto* const updates = reinterpret_cast<IntervalUpdate<T>*>(memory);
+  auto* const updates = reinterpret_cast<UpdateWorkspace<T>*>(memory);
   const int64_t sets = call.layout.sets_per_kv_head();
   for (int64_t i = 0; i < sets; ++i) {
     const UpdatePoint at = {call.page(chunk.state_index), kv_head * sets + i,

@@ -5,6 +5,7 @@
 // loop.
 #pragma once
 
+#include "constants.h"
 #include "cpu/call.h"
 #include "cpu/gemm.h"
 #include "cpu/rows.h"

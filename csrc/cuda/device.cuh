@@ -195,15 +195,6 @@ LOLA_DEVICE float reduce(float x) {
   return x;
 }
 
-LOLA_DEVICE int reduce_max(int x) {
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int other = __shfl_xor_sync(kAllLanes, x, offset);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
 // phi[0 .. 2F) = max(concat(softmax(y), softmax(-y)), kFeatureFloor) by one warp; phi may start at
 // y.
 LOLA_DEVICE void feature_map(const float* y, int F, float* phi, int lane) {

@@ -185,10 +185,6 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
   using namespace lola::emulate;
   return bits_of<float>(exchange(bits_of<uint32_t>(x), threadIdx.x % 32 ^ mask));
 }
-inline int __shfl_xor_sync(unsigned, int x, int mask) {
-  using namespace lola::emulate;
-  return bits_of<int>(exchange(bits_of<uint32_t>(x), threadIdx.x % 32 ^ mask));
-}
 inline int __shfl_up_sync(unsigned, int x, unsigned by) {
   using namespace lola::emulate;
   const unsigned lane = threadIdx.x % 32;

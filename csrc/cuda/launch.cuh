@@ -22,9 +22,5 @@ constexpr int kScoreBatch = 32;
 template <typename T>
 void launch_update(const Params& p, cudaStream_t stream);
 
-// The same of the groups that `updates_per_token`, to which the launch before does nothing.
-template <typename T>
-void launch_update_per_token(const Params& p, cudaStream_t stream);
-
 }  // namespace cuda
 }  // namespace lola

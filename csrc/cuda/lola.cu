@@ -47,7 +47,6 @@ constexpr int64_t kBlocksPerProcessor = 2;  // fewer leave processors idle: spli
 constexpr int64_t kSplitRows = 64;          // keys and rows of H that are worth a block
 constexpr int64_t kMaxSplits = 32;
 constexpr int64_t kMaxScoreBlocks = 4096;  // most leave at once, which is not free
-constexpr int64_t kSharedList = 8192;      // longer lists of an update per token lie in memory
 
 TokenView tokens(const Tensor& t, const char* name) {
   LOLA_CHECK(t.size(2) <= 1 || t.stride(2) == 1, name,
@@ -99,36 +98,22 @@ void plan_scores(Params& p, int64_t candidates) {
 }
 
 template <typename T>
-void run(Params p, bool vectors, bool per_token, bool per_interval, cudaStream_t stream) {
+void run(const Params& p, bool vectors, cudaStream_t stream) {
   launch_features(p, stream);
   launch_decode<T>(p, vectors, stream);
-  p.merging = p.splits > 1 ? static_cast<int>(p.num_rows) * p.layer_heads() : 0;
-  if (per_interval) {
-    launch_update<T>(p, stream);
-    p.merging = 0;
-  }
-  if (per_token) launch_update_per_token<T>(p, stream);
+  launch_update<T>(p, stream);
 }
 
 // The answers and updates of a layer. `q` says where scratch is allocated.
 void decode_layer(Params p, const Layouts& layouts, const Tensor& q) {
   const PageLayout& x = p.layout;
   int64_t pairs = 0, candidates = 0;
-  bool per_token = false, per_interval = false;
-  p.list_stride = p.shared_list = 0;
+  p.list_stride = 0;
   for (int64_t i = 0; i < layouts.count; ++i) {
     const PageLayout& group = layouts.first[i];
     pairs = std::max(pairs, group.exact_size() + group.sparse_cache_size);
-    if (updates_per_token(group)) {
-      const int64_t list = 2 * group.sparse_cache_size;
-      (list <= kSharedList ? p.shared_list : p.list_stride) =
-          std::max(list <= kSharedList ? p.shared_list : p.list_stride, list);
-      per_token = true;
-    } else {
-      candidates = std::max(candidates, group.sparse_cache_size + group.update_interval);
-      p.list_stride = std::max(p.list_stride, UpdateScratch::size(group));
-      per_interval = true;
-    }
+    candidates = std::max(candidates, group.sparse_cache_size + group.update_interval);
+    p.list_stride = std::max(p.list_stride, UpdateScratch::size(group));
   }
   // Blocks, keys and scratch per block are counted in 32 bits; page offsets are not.
   constexpr int64_t kMost = int64_t{1} << 30;
@@ -138,16 +123,15 @@ void decode_layer(Params p, const Layouts& layouts, const Tensor& q) {
 
   // Parts of a page start at multiples of 64 bytes.
   const int64_t pair_bytes = size_of(x.kv_dtype);
-  const bool pages_aligned = aligned(p.pages, {p.page_stride});
   const auto view_aligned = [&](const TokenView& view) {
     return aligned(view.data, {view.row_stride * pair_bytes, view.head_stride * pair_bytes});
   };
-  const bool vectors =
-      pages_aligned && x.head_dim * pair_bytes % 16 == 0 && view_aligned(p.k) && view_aligned(p.v);
-  p.direction_words = pages_aligned && x.head_dim % 16 == 0;
+  const bool vectors = aligned(p.pages, {p.page_stride}) && x.head_dim * pair_bytes % 16 == 0 &&
+                       view_aligned(p.k) && view_aligned(p.v);
 
   plan_splits(p, layouts);
   plan_scores(p, candidates);
+  p.merging = p.splits > 1 ? static_cast<int>(p.num_rows) * p.layer_heads() : 0;
   const int64_t sets = p.layer_sets();
   const Tensor phi = torch::stable::new_empty(q, {p.num_rows, p.layer_heads(), 2 * p.feature_dim()},
                                               ScalarType::Float);
@@ -165,11 +149,11 @@ void decode_layer(Params p, const Layouts& layouts, const Tensor& q) {
 #endif
   const cudaStream_t stream = current_stream(q.get_device_index());
   if (x.kv_dtype == DType::bf16) {
-    run<Bf16>(p, vectors, per_token, per_interval, stream);
+    run<Bf16>(p, vectors, stream);
   } else if (x.kv_dtype == DType::f16) {
-    run<F16>(p, vectors, per_token, per_interval, stream);
+    run<F16>(p, vectors, stream);
   } else {
-    run<float>(p, vectors, per_token, per_interval, stream);
+    run<float>(p, vectors, stream);
   }
 }
 

@@ -1,4 +1,4 @@
-// Joins the partial answers of the splits, in blocks of the first launch that waits for them.
+// Joins the partial answers of the splits, in blocks of the launch of updates.
 #pragma once
 
 #include "cuda/answer.cuh"

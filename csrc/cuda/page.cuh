@@ -3,7 +3,7 @@
 // and lola_vllm/core/state.py; csrc/ops.h states the contract.
 #pragma once
 
-#include "bounds.h"
+#include "constants.h"
 #include "cuda/device.cuh"
 #include "layout.h"
 
@@ -36,12 +36,6 @@ struct Indices {
   }
 };
 
-// Whether update_per_token.cu does the updates of a group: its pages keep bounds, or it has no
-// cache.
-__host__ __device__ constexpr bool updates_per_token(const PageLayout& x) {
-  return x.update_interval == 1 && x.recent_size == 0;
-}
-
 // The argument of every kernel, passed by value: a captured graph holds all of it but the table,
 // which lies in device memory because a layer may have any number of groups.
 struct Params {
@@ -63,14 +57,11 @@ struct Params {
   int* lists;      // [num_rows, layer_sets, list_stride], scratch of updates
   int* arrivals;   // [num_rows, layer_sets], scratch: blocks that have computed their scores
   int64_t list_stride;
-  int64_t
-      shared_list;  // entries of the longest list of an update per token that shared memory holds
   int64_t num_pages, num_rows;
-  int splits;            // blocks that a row and set is divided among, at most
-  int split_work;        // keys and rows of H for each of them
-  int score_parts;       // blocks that share the scores of a row and set
-  int merging;           // blocks of a launch of updates that join the partial answers
-  bool direction_words;  // rows of directions start at multiples of 16 bytes
+  int splits;       // blocks that a row and set is divided among, at most
+  int split_work;   // keys and rows of H for each of them
+  int score_parts;  // blocks that share the scores of a row and set
+  int merging;      // blocks of the launch of updates that join the partial answers
 
   // Counts, which `decode` in lola.cu checks to fit 32 bits.
   __host__ __device__ int num_heads() const { return static_cast<int>(layout.num_heads); }
@@ -211,14 +202,6 @@ struct Group : Params {
   LOLA_DEVICE T* exact_v(int64_t page, int kv_head, int64_t row = 0) const {
     return part<T>(page, &PageLayout::exact_v) + (first_exact(kv_head) + row) * head_dim();
   }
-  // float32 [kBounds, sparse_cache_size], only where the layout keeps_bounds().
-  LOLA_DEVICE float* bounds(int64_t page, int state) const {
-    return part<float>(page, &PageLayout::bounds) + kBounds * first_entry(state);
-  }
-  // int8 [sparse_cache_size, head_dim], only where the layout keeps_bounds().
-  LOLA_DEVICE int8_t* directions(int64_t page, int state, int64_t entry) const {
-    return part<int8_t>(page, &PageLayout::directions) + (first_entry(state) + entry) * head_dim();
-  }
 
   // --- what a token count says ---
 
@@ -230,14 +213,14 @@ struct Group : Params {
   LOLA_DEVICE T* part(int64_t page, int64_t PageLayout::* offset) const {
     return reinterpret_cast<T*>(pages + page * page_stride + number(offset));
   }
-  // Entries of the sets, or of the state heads, before this one.
-  LOLA_DEVICE int64_t first_entry(int head) const {
-    return static_cast<int64_t>(head) * sparse_cache_size();
+  // Entries of the sets before this one.
+  LOLA_DEVICE int64_t first_entry(int set) const {
+    return static_cast<int64_t>(set) * sparse_cache_size();
   }
   LOLA_DEVICE int64_t first_exact(int kv_head) const {
     return kv_head * (layout.sink_size + layout.ring_size());
   }
-  // A field of this group. A plain load, which stays where it is used: 12 offsets would take 24
+  // A field of this group. A plain load, which stays where it is used: 10 offsets would take 20
   // registers, and loads that the compiler may move made kernels spill.
   LOLA_DEVICE int64_t number(int64_t PageLayout::* field) const { return own->*field; }
   LOLA_DEVICE static void skip(TokenView& view, DType type, int heads) {
@@ -246,7 +229,7 @@ struct Group : Params {
 };
 
 // sum + added, rounded with the dither of row f of H, or of s[f], in update number `update`
-// (Lemma 4, docs/bounds.md). An update that is added in several parts gives each part rows of
+// (Lemma 3, docs/bounds.md). An update that is added in several parts gives each part rows of
 // its own.
 LOLA_DEVICE float add_dithered(float sum, float added, int64_t update, int f) {
   const unsigned place =

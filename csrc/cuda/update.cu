@@ -216,7 +216,6 @@ template <typename T, bool INT8>
 LOLA_DEVICE bool scored(const Params& params, char* memory) {
   const Share x(params);
   const Group p(params, x.layer_set / params.num_sparse_heads());
-  if (updates_per_token(p.layout)) return false;
   if (!p.live(x.row) || !p.layout.update_due(p.seq_lens[x.row])) return false;
   const int set = x.layer_set % p.num_sparse_heads();
   const Candidates<T, INT8> c(p, p.state_indices[x.row], set, p.seq_lens[x.row]);

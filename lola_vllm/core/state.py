@@ -17,19 +17,11 @@ One page, in this order (each part starts at a multiple of 64 bytes):
     sparse_v   [Hg, lam, d]         model dtype
     exact_k    [Hkv, sink + ring, d]  model dtype  pinned sinks, then the window ring
     exact_v    [Hkv, sink + ring, d]  model dtype
-    bounds     [Hs, 6, lam]         float32        a lower bound on the recall error of each sparse
-                                                   pair, and the numbers it follows from
-    directions [Hs, lam, d]         int8           direction of v - p when the error was computed
-                                                   last, p being what H recalls
 
 `score_weights` is empty unless the model has an importance or contexts shift. A pair's is its
 importance when it leaves the window, or 1 without one. Only context shifts change it: scores decay.
 
 The scales are empty unless sparse pairs are int8 (`lola_vllm/core/ops/int8.py`).
-
-`bounds` and `directions` are empty unless C = 1 and no pair stays because it is recent. With them
-the kernels choose without computing every score at every token (Lemma 1, `docs/bounds.md`). The
-portable back end computes every score and does not touch them.
 
 The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
 ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).
@@ -58,13 +50,8 @@ PAGE_ALIGNMENT = 256  # bytes
 # The parts of a page, in its order.
 PARTS = (
     "H", "s", "positions", "score_weights", "sparse_k_scale", "sparse_v_scale", "sparse_k",
-    "sparse_v", "exact_k", "exact_v", "bounds", "directions",
+    "sparse_v", "exact_k", "exact_v",
 )  # fmt: skip
-
-# The rows of `bounds`, as in csrc/bounds.h. `low` bounds the recall error from below. The others
-# are of when the error was computed last, with u the stored direction: z = phi.s + 1e-6, ||v||,
-# ||phi||, u.v, and 1 / length of u as it is stored.
-BOUND_ROWS = ("low", "sum", "value", "features", "along", "scale")
 
 # What a row of `LayerLayout.table` holds: the fields of `PageLayout` in csrc/layout.h, in its
 # order. A name of `PARTS` stands for the byte offset of that part in the layer's bytes.
@@ -96,8 +83,6 @@ class StateViews(NamedTuple):
     sparse_v: Tensor
     exact_k: Tensor
     exact_v: Tensor
-    bounds: Tensor
-    directions: Tensor
 
 
 @dataclass(frozen=True)
@@ -164,11 +149,6 @@ class StateLayout:
         )
 
     @property
-    def keeps_bounds(self) -> bool:
-        """Whether a page keeps bounds on recall errors: updates after each token need few."""
-        return self.update_interval == 1 and self.sparse_cache_size > 0 and not self.recent_size
-
-    @property
     def ring_size(self) -> int:
         """Rows of the window ring: eta + C."""
         return self.window_size + self.update_interval
@@ -184,7 +164,6 @@ class StateLayout:
         exact = (self.num_kv_heads, self.sink_size + self.ring_size, self.head_dim)
         sparse = (self.num_sparse_heads, self.sparse_cache_size, self.head_dim)
         features = 2 * self.feature_dim
-        bounded = self.sparse_cache_size if self.keeps_bounds else 0
         scaled = self.sparse_cache_size if self.int8_pairs else 0
         wide = torch.promote_types(self.kv_dtype, torch.float32)
         return {
@@ -198,8 +177,6 @@ class StateLayout:
             "sparse_v": (sparse, self.sparse_dtype),
             "exact_k": (exact, self.kv_dtype),
             "exact_v": (exact, self.kv_dtype),
-            "bounds": ((self.num_state_heads, len(BOUND_ROWS), bounded), wide),
-            "directions": ((self.num_state_heads, bounded, self.head_dim), torch.int8),
         }
 
     @cached_property
@@ -317,12 +294,12 @@ class StateLayout:
         rows = {"H": whole, "s": whole, "exact_k": exact, "exact_v": exact}
         spans, offsets = [], self.offsets
         for name, (shape, dtype) in self.parts.items():
-            axis = 2 if name == "bounds" else 1  # of rows
-            if not shape[axis]:
+            heads, num_rows = shape[:2]
+            if not num_rows:
                 continue  # some layouts lack some of these parts
-            row_bytes = prod(shape[axis + 1 :]) * dtype.itemsize
-            for i in range(prod(shape[:axis])):
-                at = offsets[name] + i * shape[axis] * row_bytes
+            row_bytes = prod(shape[2:]) * dtype.itemsize
+            for i in range(heads):
+                at = offsets[name] + i * num_rows * row_bytes
                 spans += [
                     (at + first * row_bytes, at + last * row_bytes)
                     for first, last in rows.get(name, sparse)

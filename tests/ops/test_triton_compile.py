@@ -11,18 +11,8 @@ SPILLED = {
     # Between the phases of a chunk, what one of them needs waits for the others.
     "prefill": (16, 0, 0),
     "prefill, apart": (32, 40, 72),  # beside that, pointers to what is kept
-    "prefill, per token": (48, 80, 112),
     "prefill, int8": (40, 64, 128),
     "prefill, apart, int8": (8, 40, 72),
-    "fold, per token": (8, 0, 0),
-    "fold, per token, weighted": (8, 0, 0),
-    "score, per token": (48, 56, 96),
-    "score, per token, weighted": (72, 56, 112),
-    "score, per token, int8": (112, 72, 96),
-    # Sets of both kinds in one launch, which is worth more than what it puts aside.
-    "score, some per token": (48, 64, 96),
-    "score, some per token, weighted": (80, 184, 128),
-    "score, some per token, int8": (128, 192, 160),
     "shift, int8": (0, 8, 0),
 }
 ARCHS = (80, 90, 100)

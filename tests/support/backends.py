@@ -155,7 +155,6 @@ def has_case(item: pytest.Item) -> bool:
         in (
             "test_arguments",
             "test_int8_pairs",
-            "test_update_per_token",
             "test_long_sequences",
             "test_importance",
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.core.config import LolaConfig
-from lola_vllm.core.ops import LayerState, portable
+from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.reference import feature_map
 from lola_vllm.core.state import StateLayout, StateViews
 from tests.support.problem import STATE_INDEX, Ops, Problem, decode, make_problem, prefill
@@ -26,23 +26,21 @@ class Arrived:
         H: `[Hs]`, the part of H's exact gain that is in its gain, less 1.
         error: `[Hs]`, mean relative error of predictions that came in meanwhile.
         folded: pairs folded meanwhile.
-        state: its page STATE_INDEX, in host memory.
     """
 
     s: Tensor
     H: Tensor
     error: Tensor
     folded: int
-    state: LayerState
 
     def error_at(self, folded: float) -> float:
         """The error of a sequence that long: those of folds are independent, so of its root."""
         return float(self.error.max()) * (folded / self.folded) ** 0.5
 
 
-def long_problem(interval: int, tokens: int, Hkv: int = 2, lam: int = 5) -> Problem:
+def long_problem(interval: int, tokens: int, Hkv: int = 2) -> Problem:
     """A problem of WARM + tokens tokens whose values have a mean."""
-    config = LolaConfig(window_size=8, sparse_cache_size=lam, update_interval=interval)
+    config = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=interval)
     problem = make_problem(WARM + tokens, config, Hkv=Hkv, group=1, d=16, F=16, dtype=torch.float32)
     gen = torch.Generator().manual_seed(1)
     problem.v += torch.randn(Hkv, 16, generator=gen)
@@ -78,10 +76,8 @@ def gain(
         prefill(ops, problem, state, WARM, middle, skipped=skipped)
     for position in range(middle, T):
         decode(ops, problem, state, position, skipped=skipped)
-    pages = state.pages.cpu()
+    views = layout.views(state.pages.cpu())
     problem = problem.to(torch.device("cpu"))
-    state = problem.bind(pages)
-    views = state.groups[0].views
     after = folded_of(problem, layout, views, T, skipped)
 
     result: dict[str, list[Tensor]] = {"s": [], "H": [], "error": []}
@@ -98,7 +94,7 @@ def gain(
         q = (phi @ (H[head] + exact)) / (phi @ (s[head] + phi.sum(0)))[:, None]
         result["error"].append(((p - q).norm(dim=-1) / q.norm(dim=-1)).mean())
     parts = {name: torch.stack(values) for name, values in result.items()}
-    return Arrived(**parts, folded=len(after[0]) - len(before[0]), state=state)
+    return Arrived(**parts, folded=len(after[0]) - len(before[0]))
 
 
 def folded_of(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lola_vllm.core.ops.contract import LayerState
 from lola_vllm.core.ops.int8 import Int8Rows
-from lola_vllm.core.ops.reference import LolaState, feature_map
+from lola_vllm.core.ops.reference import LolaState
 from lola_vllm.core.state import StateViews
 from tests.support.problem import STATE_INDEX, Problem
 
@@ -92,15 +92,6 @@ def scales(views: StateViews) -> tuple[Tensor, Tensor]:
     return views.sparse_k_scale, views.sparse_v_scale
 
 
-def sparse_pairs(views: StateViews) -> tuple[Tensor, Tensor]:
-    """Keys and values `[N, Hg, lam, d]` of the sparse cache in float64, leftovers included."""
-    pairs = views.sparse_k, views.sparse_v
-    if views.sparse_k_scale.numel():
-        k, v = (Int8Rows(x, s).to(torch.float64) for x, s in zip(pairs, scales(views), strict=True))
-        return k, v
-    return pairs[0].double(), pairs[1].double()
-
-
 def assert_int8(
     problem: Problem, scale: list[Tensor], numbers: list[Tensor], exact: list[Tensor]
 ) -> None:
@@ -124,43 +115,3 @@ def assert_unrecallable_stay(problem: Problem, state: LayerState) -> None:
     positions = [sorted(row) for row in state.groups[0].views.positions[STATE_INDEX].tolist()]
     assert positions == problem.reference()[1].sparse_positions[::share]
     assert positions[0] == [7, 9, 14]
-
-
-def assert_same_choices(state: LayerState, other: LayerState) -> None:
-    """Two states of a sequence hold the same exact pairs in the same entries; H and score weights
-    but for rounding."""
-    names = ("positions", "sparse_k_scale", "sparse_v_scale", "sparse_k", "sparse_v")
-    for name in (*names, "exact_k", "exact_v"):
-        one, two = (getattr(x.groups[0].views, name)[STATE_INDEX] for x in (state, other))
-        assert torch.equal(one, two), name
-    for name in ("H", "score_weights"):
-        one, two = (getattr(x.groups[0].views, name)[STATE_INDEX] for x in (state, other))
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
-
-
-def assert_bounds_hold(problem: Problem, state: LayerState, state_index: int = STATE_INDEX) -> None:
-    """What a page of interval 1 keeps of each sparse pair bounds its recall error, and closely.
-
-    After a few hundred folded pairs: most errors must not have been computed at the last update.
-    """
-    layout, views = state.groups[0].layout, state.groups[0].views
-    Hs, lam = layout.num_state_heads, layout.sparse_cache_size
-    share = Hs // layout.num_sparse_heads
-    assert layout.parts["bounds"][0] == (Hs, 6, lam)
-    k, v = (x[state_index].repeat_interleave(share, dim=0) for x in sparse_pairs(views))
-    phi = feature_map(k, problem.feature_map_k.double())
-    H, s = views.H[state_index].double(), views.s[state_index].double().unsqueeze(-1)
-    p = phi @ H / (phi @ s)
-    now = (v - p).norm(dim=-1)
-    low, z, value, length, along, scale = views.bounds[state_index].double().unbind(1)
-    u = views.directions[state_index].double() * scale.unsqueeze(-1)
-    torch.testing.assert_close(u.norm(dim=-1), torch.ones_like(scale), rtol=1e-5, atol=0)
-    torch.testing.assert_close((u * v).sum(-1), along, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(value, v.norm(dim=-1), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(length, phi.norm(dim=-1), rtol=1e-4, atol=1e-4)
-    total = (phi @ s).squeeze(-1)
-    assert (z <= total * 1.0001).all()
-    assert (z < total * 0.99999).float().mean() > 0.5  # most are not of the last update
-    assert (low < now).all()
-    assert (low <= (u * (v - p)).sum(-1)).all()  # what it bounds, which is less than the error
-    assert (low > 0.5 * now).float().mean() > 0.9  # and closely

@@ -26,7 +26,7 @@ from lola_vllm.core.ops.reference import pair_importance
 from lola_vllm.core.ops.rope_table import RopeTable
 from lola_vllm.core.ops.shift_schedule import MAX_LENGTH
 from lola_vllm.core.ops.state_parts import Bytes, StateParts
-from lola_vllm.core.state import BOUND_ROWS, SequenceLayout
+from lola_vllm.core.state import SequenceLayout
 
 __all__ = ["ComposeError", "Composer", "Composition"]
 
@@ -134,7 +134,6 @@ class Composer:
         evicted = self._exact_store(composition, rows, out.numpy())
         for run in self._runs(composition):
             self._sparse_sets(composition, run, rows, evicted, out.numpy())
-        self._forget_bounds(composition, out)
         return out, composition.num_tokens
 
     def _exact_store(self, composition: Composition, rows: Sequence[Bytes], out: Bytes) -> Pairs:
@@ -359,14 +358,6 @@ class Composer:
                     H[i].addmm_(features.mT, values)
                     s[i] += features.sum(0)
         return pool.of(kept), hidden
-
-    def _forget_bounds(self, composition: Composition, out: Tensor) -> None:
-        """Nothing is known of errors: every score is computed anew at the next update."""
-        pages = self.sequence.layouts
-        for page, own in zip(pages, self.sequence.split(out[None]), strict=True):
-            if page.keeps_bounds:
-                room = min(composition.num_evicted, page.sparse_cache_size)
-                page.views(own).bounds[:, :, BOUND_ROWS.index("low"), :room] = -torch.inf
 
 
 def _features(k: Tensor, sizes: list[int], maps: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from lola_vllm.core.ops.contract import HeadGroup, LayerState, PrefillBatch, Pre
 from lola_vllm.core.ops.int8 import Int8Rows, quantize
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
-from lola_vllm.core.state import BOUND_ROWS, StateViews
+from lola_vllm.core.state import StateViews
 
 
 def shift_pages(
@@ -88,12 +88,6 @@ def _shift_group(group: HeadGroup, state_indices: Tensor, num_tokens: Tensor) ->
             views.positions[state_indices].long(), n[..., None]
         ).to(w.dtype)
         views.score_weights[state_indices] = torch.where(live[:, None, None], w * factors, w)
-    if views.bounds.numel():
-        # Lemma 1 needs sums that only grow. Every score is computed anew at the next update.
-        low = views.bounds[state_indices, :, BOUND_ROWS.index("low")]
-        views.bounds[state_indices, :, BOUND_ROWS.index("low")] = torch.where(
-            live[:, None, None], -torch.inf, low
-        )
 
 
 def _rotate(rotation: KeyRotation, keys: Tensor, state_indices: Tensor, steps: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Dithered rounding of the sums H and s (Lemma 4, `docs/bounds.md`).
+"""Dithered rounding of the sums H and s (Lemma 3, `docs/bounds.md`).
 
 With an update interval of 1, what a pair adds to a large float32 sum soon is below half of the
 sum's last place. Rounding to nearest then loses it, or rounds it the same way at every fold. A

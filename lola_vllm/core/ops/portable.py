@@ -432,8 +432,3 @@ def _replace(
         views.score_weights[state_indices[b], g, target] = w[b, g, source].to(
             views.score_weights.dtype
         )
-    if views.bounds.numel():
-        # This back end scores every pair. What the page's last owner left must not be stored as
-        # this one's.
-        views.bounds[state_indices] = 0
-        views.directions[state_indices] = 0

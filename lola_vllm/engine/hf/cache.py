@@ -375,5 +375,4 @@ class LolaCache(Cache):
             first.config,
             str(first.config._name_or_path),
             self.sequence.layouts,
-            keeps_bounds=first.ops.name != "torch",
         )

@@ -35,7 +35,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
-from lola_vllm.core.ops import LayerState, choose_backend
+from lola_vllm.core.ops import LayerState
 from lola_vllm.core.ops.compose import Composer
 from lola_vllm.core.ops.composition import Composition
 from lola_vllm.core.ops.rope_table import RopeTable
@@ -401,7 +401,6 @@ def fingerprint_of(vllm_config: VllmConfig) -> Fingerprint:
     config = lola_hf_config(vllm_config)
     stored_so = getattr(config, "quantization_config", None) is not None
     pages = SequenceLayout(layer_layouts(vllm_config)).layouts
-    backend = choose_backend(vllm_config.device_config.device_type, pages[0].kv_dtype)
     return model_fingerprint(
         config,
         model.model,
@@ -409,5 +408,4 @@ def fingerprint_of(vllm_config: VllmConfig) -> Fingerprint:
         tensor_parallel=parallel.tensor_parallel_size,
         pipeline_parallel=parallel.pipeline_parallel_size,
         quantization=None if stored_so or model.quantization is None else str(model.quantization),
-        keeps_bounds=backend.name != "torch",
     )

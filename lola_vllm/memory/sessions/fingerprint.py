@@ -92,15 +92,12 @@ def model_fingerprint(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     quantization: str | None = None,
-    keeps_bounds: bool = True,
 ) -> Fingerprint:
     """The fingerprint of a model as it runs.
 
     Args:
         config: with overrides. model: its directory, or the name under which Hugging Face's cache
             has it. pages: of every layer, one rank.
-        keeps_bounds: whether the ops keep bounds in the pages. It matters at an update interval of
-            1 only, where other ops start from them.
 
     Raises:
         CheckpointError: the directory holds no readable weights.
@@ -111,17 +108,20 @@ def model_fingerprint(
     numbers["lola"] = config.lola.model_dump()
     if config.lola.context_shift:
         numbers["trained_length"] = config.max_position_embeddings
-    layout: list[Any] = [
+    layout = [
         [
             [name, list(shape), str(dtype)]
             for name, (shape, dtype) in page.parts.items()
             if page.int8_pairs or name not in ("sparse_k_scale", "sparse_v_scale")
         ]
+        # Of two parts that pages had and that were empty: states from then stay of this layout.
+        + [
+            ["bounds", [page.num_state_heads, 6, 0], str(page.state_dtype)],
+            ["directions", [page.num_state_heads, 0, page.head_dim], "torch.int8"],
+        ]
         + [page.window_size, page.recent_size, page.update_interval, page.sink_size]
         for page in pages
     ]
-    if any(page.keeps_bounds for page in pages):
-        layout.append(keeps_bounds)
     return Fingerprint(
         config=_short(numbers),
         tensors=tensor_digest(directory) if directory.is_dir() else _cached(model),

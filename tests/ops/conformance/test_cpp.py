@@ -6,7 +6,8 @@ import torch
 from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.ops import DecodeBatch, LayerState, PrefillBatch
 from tests.support.backends import only
-from tests.support.problem import feed, make_problem, prefill
+from tests.support.choices import assert_a_prompt_chooses_as_single_steps
+from tests.support.problem import feed, make_problem, prefill, with_a_trend
 
 ETA = 10
 
@@ -74,3 +75,13 @@ def test_page_offsets_are_64_bit(backend):
     far = LayerState.bind(problem.weights(), near.layout, pages)
     assert torch.equal(feed(backend, problem, far, [17], state_index=1), out)
     assert torch.equal(far.groups[0].views.H[1], near.groups[0].views.H[1])
+
+
+@only("cpp")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [32, 20])
+def test_a_prompt_makes_the_choices_of_single_steps(backend, dtype, d):
+    """C++ prefill bounds scores; its steps compute them all."""
+    config = LolaConfig(window_size=16, sparse_cache_size=96)
+    problem = with_a_trend(2000, config, dtype=dtype, d=d, F=16, group=1)
+    assert_a_prompt_chooses_as_single_steps(backend, problem)

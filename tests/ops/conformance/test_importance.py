@@ -10,19 +10,13 @@ import torch
 from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.ops import DecodeBatch, PrefillBatch
 from tests.support.backends import fewer, only
-from tests.support.choices import (
-    assert_a_prompt_chooses_as_single_steps,
-    assert_bounds_choose_as_scores,
-    per_token_problem,
-)
+from tests.support.choices import assert_a_prompt_chooses_as_single_steps
 from tests.support.pages import (
     assert_state_matches,
     assert_unrecallable_stay,
 )
 from tests.support.problem import STATE_INDEX, make_problem, unrecallable, with_a_trend
 
-# Back ends that bound scores.
-BOUNDING = only("cpp", "cuda-emulated", "cuda", "triton", "triton-interpreted")
 ETA = 10
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -140,30 +134,6 @@ def test_rows_are_independent_however_their_prompts_are_cut(backend, interval):
         torch.testing.assert_close(found.double(), expected, **backend.close)
         assert_state_matches(rows[i], state, state_index=state_index, expected=final, **CLOSE)
     assert all((pages[page] == 0xFF).all() for page in (0, 2, 4, 6))
-
-
-@BOUNDING
-@pytest.mark.parametrize(
-    "dtype, d, F, lam, sharing",
-    [
-        (torch.float32, 16, 16, 32, "none"),
-        (torch.float64, 20, 16, 33, "none"),
-        (torch.bfloat16, 20, 16, 70, "none"),
-        (torch.float64, 16, 16, 33, "kv_head"),
-        (torch.float16, 12, 40, 33, "kv_head"),
-    ],
-)
-@fewer("interpreted", lam=[32])
-def test_bounds_make_the_choices_of_all_scores(backend, dtype, d, F, lam, sharing):
-    """At an interval of 1, long enough for most scores to be bounded."""
-    T = {"full": 400 if backend.on_gpu else 2000, "emulated": 400, "interpreted": 100}[backend.pace]
-    config = config_of(
-        window_size=8, sparse_cache_size=lam, update_interval=1,
-        sparse_sharing=sharing,
-    )  # fmt: skip
-    problem = per_token_problem(backend, T, config, dtype, d, F=F, importance=True)
-    problem.importance *= 0.3  # so that errors and importance both decide
-    assert_bounds_choose_as_scores(backend, problem)
 
 
 @only("cpp")

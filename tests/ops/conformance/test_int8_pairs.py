@@ -8,17 +8,12 @@ from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.int8 import quantize
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from tests.support.backends import fewer, only
-from tests.support.choices import (
-    assert_a_prompt_chooses_as_single_steps,
-    assert_bounds_choose_as_scores,
-    per_token_problem,
-)
+from tests.support.choices import assert_a_prompt_chooses_as_single_steps
 from tests.support.pages import (
     assert_unrecallable_stay,
 )
 from tests.support.problem import STATE_INDEX, make_problem, run, unrecallable, with_a_trend
 
-BOUNDING = only("cpp", "cuda-emulated", "cuda", "triton", "triton-interpreted")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -140,28 +135,6 @@ def test_context_shifts_round_turned_keys_again(backend, lam, interval):
     truth = problem.reference()
     for decode_from in (39, 40, 61):
         backend.check(problem, [15], decode_from=decode_from, truth=truth)
-
-
-@BOUNDING
-@pytest.mark.parametrize(
-    "dtype, d, lam, sharing",
-    [
-        (torch.float32, 16, 32, "none"),
-        (torch.float64, 20, 33, "none"),
-        (torch.bfloat16, 20, 70, "none"),
-        (torch.float16, 12, 33, "kv_head"),
-    ],
-)
-@fewer("interpreted", lam=[32])
-def test_bounds_make_the_choices_of_all_scores(backend, dtype, d, lam, sharing):
-    """At an interval of 1, long enough for most scores to be bounded."""
-    T = {"full": 400 if backend.on_gpu else 1500, "emulated": 400, "interpreted": 100}[backend.pace]
-    config = config_of(
-        window_size=8, sparse_cache_size=lam, update_interval=1,
-        sparse_sharing=sharing,
-    )  # fmt: skip
-    problem = per_token_problem(backend, T, config, dtype, d, F=16)
-    assert_bounds_choose_as_scores(backend, problem)
 
 
 @only("cpp")

@@ -161,8 +161,8 @@ def test_a_context_shift_of_all_layers_is_one_launch_and_that_of_torch(backend, 
 
 @only("triton-interpreted")
 @pytest.mark.parametrize("parts", [1, 4])
-def test_one_launch_scores_sets_with_and_without_bounds(backend, parts):
-    """Of interval 1, where some heads keep recent pairs; and the last launch joins the parts."""
+def test_one_launch_scores_sets_with_and_without_recent_pairs(backend, parts):
+    """At every token; and the last launch joins the parts."""
     problem, _ = layers.layer("every token, recent pairs")
     state, other = layers.bind(problem), layers.bind(problem)
     feed(portable, dataclasses.replace(problem, q=problem.q[:80]), state)

@@ -276,7 +276,6 @@ def test_nothing_folded_is_attention_to_all_pairs(recent: int) -> None:
 
 @pytest.mark.parametrize("interval", [1, 4])
 def test_the_backends_go_on_alike_from_it(interval: int) -> None:
-    """Bounds on errors, which the C++ ops keep at an interval of 1, are forgotten."""
     config = LolaConfig(
         window_size=8, sparse_cache_size=12, update_interval=interval, sink_size=2,
     )  # fmt: skip

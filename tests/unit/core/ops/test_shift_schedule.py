@@ -1,4 +1,4 @@
-"""RoPE positions, and keys after context shifts: RoPE of these positions (Lemma 5)."""
+"""RoPE positions, and keys after context shifts: RoPE of these positions (Lemma 4)."""
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def test_exact_keys_are_rope_of_their_rope_positions(P, D, start, sink, window):
 
 @pytest.mark.parametrize(("D", "further", "start"), [(1, 8, 6), (2, 4, 6), (4, 2, 6), (8, 1, 0)])
 def test_the_schedule_of_a_model_follows_from_its_length(D, further, start):
-    """Lemma 5 asks for room before the RoPE positions of new tokens, and m < P / D."""
+    """Lemma 4 asks for room before the RoPE positions of new tokens, and m < P / D."""
     config = LolaLlamaConfig(max_position_embeddings=16, lola_config={"context_shift": D})
     schedule = ShiftSchedule.of(config)
     assert schedule == ShiftSchedule(16, D, SCORE_DECAY, SCORE_DECAY_SHIFTS, further, start)
@@ -93,7 +93,7 @@ def test_the_schedule_of_a_model_follows_from_its_length(D, further, start):
 
 
 def test_the_mass_of_the_hidden_state_stays_below_that_of_the_trained_length():
-    """Lemma 6: C divides D, and C does not."""
+    """Lemma 5: C divides D, and C does not."""
     for interval, bound in ((4, 1.0), (5, 1 + 5 / 8)):
         config = LolaConfig(window_size=4, sparse_cache_size=0, update_interval=interval)
         problem = make_problem(400, config, schedule=ShiftSchedule(32, 8))

@@ -34,8 +34,8 @@ from lola_vllm.memory.sessions.partial import _HOST, PARTIAL_AGE_S, is_partial, 
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace
 from tests.support.sessions import FINGERPRINT, Server
 
-# Parts with one number for each entry of the sparse cache, or as `bounds` several rows of them.
-PER_PAIR = ("positions", "score_weights", "sparse_k_scale", "sparse_v_scale", "bounds")
+# Parts with one number for each entry of the sparse cache.
+PER_PAIR = ("positions", "score_weights", "sparse_k_scale", "sparse_v_scale")
 
 TOKENS = np.arange(300, dtype=np.int32)
 ROW = np.random.default_rng(0).integers(0, 256, 4096, dtype=np.uint8)

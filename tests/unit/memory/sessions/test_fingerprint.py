@@ -117,12 +117,6 @@ def test_every_compared_part_parts_states(name: str) -> None:
     assert one.key == told.key and one.difference(told.to_dict()) is None
 
 
-def test_bounds_count_where_ops_start_from_them(model: Path) -> None:
-    every: dict[str, object] = {**LOLA, "update_interval": 1}
-    assert of(model, lola=every, keeps_bounds=True) != of(model, lola=every, keeps_bounds=False)
-    assert of(model, keeps_bounds=True) == of(model, keeps_bounds=False)
-
-
 def edited(model: Path, out: Path, first: float, share: float) -> Path:
     """A copy whose large tensor is another one from `first` of its bytes on, for a share."""
     shutil.copytree(model, out)
