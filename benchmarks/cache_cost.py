@@ -5,10 +5,8 @@
 Prefill: the time to the first token of one prompt, with and without a sparse cache. Decode: steps
 of a batch whose sequences all reach their update points at once, so that a step either rescores
 every sequence or none. An interval's average step, over a step that rescores nothing, is the cost
-of rescoring; with an update after every token (interval 1) there is no such step, and those of
-interval 2 stand in, whose keys are the same: another engine makes them, in the same process and in
-turns. Interval 1 is measured at several lengths: the more pairs are folded, the fewer scores can
-change their order in a step.
+of rescoring. Intervals are of 2 tokens or more: with an update after every token there is no such
+step.
 
 Every case runs in a process of its own, one after the other; the order is repeated `--rounds`
 times, and the best time of each case counts.
@@ -38,7 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=4096, help="tokens")
     parser.add_argument("--repeats", type=int, default=4, help="prompts per process")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--intervals", type=int, nargs="+", default=[64, 1])
+    parser.add_argument("--intervals", type=int, nargs="+", default=[64])
     parser.add_argument(
         "--contexts",
         type=int,
@@ -111,33 +109,28 @@ def prefill(args: argparse.Namespace, lam: int) -> dict[str, float]:
 
 def decode(args: argparse.Namespace, interval: int, batch: int, length: int) -> dict[str, float]:
     """Milliseconds of a step at an update point and of one between two of them."""
-    intervals = (interval,) if interval > 1 else (1, 2)
-    engines = []
-    for each in intervals:
-        config = {
-            "sparse_cache_size": args.sparse_cache_size,
-            "window_size": WINDOW,
-            "update_interval": each,
-        }
-        llm = engine(args, config, batch * length, batch)
-        for i in range(batch):
-            submit(args, llm, f"{i}", length, args.steps + 2)
-        llm.step()  # all prompts at once: every sequence is as long as the others from here on
-        engines.append(llm)
-    times: dict[tuple[str, int], list[float]] = {}
+    config = {
+        "sparse_cache_size": args.sparse_cache_size,
+        "window_size": WINDOW,
+        "update_interval": interval,
+    }
+    llm = engine(args, config, batch * length, batch)
+    for i in range(batch):
+        submit(args, llm, f"{i}", length, args.steps + 2)
+    llm.step()  # all prompts at once: every sequence is as long as the others from here on
+    times: dict[str, list[float]] = {}
     for step in range(1, args.steps + 1):
-        for each, llm in zip(intervals, engines, strict=True):
-            begin = time.perf_counter()
-            outputs = llm.step()
-            took = (time.perf_counter() - begin) * 1e3
-            if [len(o.outputs[0].token_ids) for o in outputs] != [step + 1] * batch:
-                raise SystemExit(f"sequences of different length in step {step}")
-            # The step brings the token that the one before chose into the state.
-            kind = "update" if (length + step) % each == 0 else "quiet"
-            times.setdefault((kind, each), []).append(took)
+        begin = time.perf_counter()
+        outputs = llm.step()
+        took = (time.perf_counter() - begin) * 1e3
+        if [len(o.outputs[0].token_ids) for o in outputs] != [step + 1] * batch:
+            raise SystemExit(f"sequences of different length in step {step}")
+        # The step brings the token that the one before chose into the state.
+        kind = "update" if (length + step) % interval == 0 else "quiet"
+        times.setdefault(kind, []).append(took)
     return {
-        f"{kind}_ms/interval {each}/batch {batch}/context {length}": statistics.median(took)
-        for (kind, each), took in times.items()
+        f"{kind}_ms/interval {interval}/batch {batch}/context {length}": statistics.median(took)
+        for kind, took in times.items()
     }
 
 
@@ -159,7 +152,7 @@ def ratios(args: argparse.Namespace, best: dict[str, float]) -> dict[str, float]
     for interval, batch, context in itertools.product(args.intervals, args.batches, args.contexts):
         case = f"batch {batch}/context {context}"
         update = best[f"update_ms/interval {interval}/{case}"]
-        quiet = best[f"quiet_ms/interval {max(2, interval)}/{case}"]
+        quiet = best[f"quiet_ms/interval {interval}/{case}"]
         step = (update + (interval - 1) * quiet) / interval
         found[f"step, rescoring / none, interval {interval}/{case}"] = step / quiet
     return found

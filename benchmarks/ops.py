@@ -10,9 +10,9 @@ d 64), pages in bfloat16.
 
 A step must read the live window, sinks and sparse pairs, H and s: `mib_read`. `frozen` is the same
 step on pages that never reach an update point; the ratio to it is what rescoring costs. Pages are
-those of a sequence of random keys and values. With an update at every token every step brings other
-ones; `update_of_direct` compares the update with one that computes all scores anew, that of
-interval 2. On a GPU steps are replayed from CUDA graphs, as a served model's are.
+those of a sequence of random keys and values. Intervals are of 2 tokens or more: with an update at
+every token there is no step without one. On a GPU steps are replayed from CUDA graphs, as a served
+model's are.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from lola_vllm.core.state import LayerLayout
 from lola_vllm.evaluation import summary
 
 POOL_BYTES = 192 * 2**20  # beyond the last-level cache of anything this is likely to run on
-FRESH = 64  # tokens per sequence until the same ones come again
 GRAPH_TURNS = 16  # tokens per sequence of one CUDA graph
 
 
@@ -53,7 +52,7 @@ class Case:
         # A full cache and a hidden state in use, at the start of an interval.
         least = 4 * (self.layout.window_size + lam + interval)
         self.start = -(-max(least, args.context) // interval) * interval
-        tokens = max(self.start, batch * FRESH)
+        tokens = max(self.start, batch)
         self.q, self.k, self.v = (
             torch.randn(tokens, h, d, generator=gen).to(device, dtype) for h in (Hq, Hkv, Hkv)
         )
@@ -70,11 +69,7 @@ class Case:
 
         groups = torch.arange(1, pages, dtype=torch.int32, device=device).split(batch)
         self.groups = [g for g in groups if len(g) == batch]
-        # Made before the clock runs: a model has them anyway.
-        self.inputs = [
-            [x[row * batch : (row + 1) * batch] for x in (self.q, self.k, self.v, self.out)]
-            for row in range(FRESH)
-        ]
+        self.inputs = [x[:batch] for x in (self.q, self.k, self.v, self.out)]
         self.lengths: dict[int, torch.Tensor] = {}
 
     def reset(self) -> None:
@@ -84,15 +79,7 @@ class Case:
 
     def step(self, n: int) -> None:
         """One decode step of the next batch of pages, in which each reaches n tokens."""
-        self._decode(n, 0)
-
-    def advance(self) -> None:
-        """One decode step of the next batch of pages; each turn of the pool brings one token."""
-        turn = self.calls // len(self.groups)
-        self._decode(self.start + 1 + turn, turn % FRESH)
-
-    def _decode(self, n: int, row: int) -> None:
-        q, k, v, out = self.inputs[row]
+        q, k, v, out = self.inputs
         lengths = self.lengths.get(n)
         if lengths is None:
             lengths = torch.full((self.batch,), n, dtype=torch.int32, device=q.device)
@@ -135,37 +122,30 @@ def graphed(case: Case, step: Callable[[], object]) -> tuple[Callable[[], object
 def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> dict[str, float]:
     """One row of the table."""
     case = Case(args, batch, lam, interval)
-    # Half-way through an interval: the average window, and no update. With an update at every
-    # token there is no such step; interval 2 has one with the same keys.
-    idle = Case(args, batch, lam, 2) if interval == 1 else case
-    quiet = idle.start + max(1, interval // 2)
-    update = case.advance if interval == 1 else lambda: case.step(case.start + interval)
-    bytes_read = idle.bytes_read(quiet)
+    # Half-way through an interval: the average window, and no update.
+    quiet = case.start + interval // 2
+    bytes_read = case.bytes_read(quiet)
     floats = bytes_read // torch.float32.itemsize
     large = torch.ones(max(64 * 2**20, floats), device=args.device)
     other = torch.empty_like(large)
     runs: dict[str, Callable[[], object]] = {
-        "frozen": lambda: idle.step(quiet),
-        "update": update,
+        "frozen": lambda: case.step(quiet),
+        "update": lambda: case.step(case.start + interval),
         "read": large.sum,
         "copy": lambda: other.copy_(large),
     }
-    if idle is not case:
-        runs["direct"] = lambda: idle.step(idle.start + 2)
     if args.device == "cpu":
         pieces = itertools.cycle(large.split(floats)[: large.numel() // floats])
         runs["short read"] = lambda: next(pieces).sum()
     steps = dict.fromkeys(runs, 1)
     if args.device == "cuda":
-        cases = {"frozen": idle, "update": case, "direct": idle}
-        for name in runs.keys() & cases.keys():
-            runs[name], steps[name] = graphed(cases[name], runs[name])
+        for name in ("frozen", "update"):
+            runs[name], steps[name] = graphed(case, runs[name])
     found = medians_s(runs, args.seconds, args.device)
     found = {name: took / steps[name] for name, took in found.items()}
     frozen_s, update_s = found["frozen"], found["update"]
     step_s = frozen_s + (update_s - frozen_s) / interval
     speed = bytes_read / frozen_s
-    direct_s = found.get("direct", update_s)
     read, copy = large.nbytes / found["read"], 2 * large.nbytes / found["copy"]
     row = {
         "batch": batch,
@@ -176,7 +156,6 @@ def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> di
         "update_us": update_s * 1e6,
         "step_us": step_s * 1e6,
         "step_over_frozen": step_s / frozen_s,
-        "update_of_direct": (update_s - frozen_s) / (direct_s - frozen_s),
         "gb_per_s": speed / 1e9,
         "of_read": speed / read,
         "of_copy": speed / copy,
@@ -193,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--lams", type=int, nargs="+", default=[0, 128, 512, 768])
-    parser.add_argument("--intervals", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--intervals", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--context", type=int, default=4096, help="tokens that pages have seen")
     add_layer_options(parser, heads=9, kv_heads=3, state_heads=3, head_dim=64)
     parser.add_argument("--device", default="cpu")

@@ -111,9 +111,6 @@ OPS = (
     (32, 0, 64),
     (32, 128, 64),
     (32, 512, 64),
-    (8, 128, 1),
-    (8, 512, 1),
-    (32, 512, 1),
 )
 
 
@@ -127,7 +124,6 @@ def ops(runs: Runs) -> str:
             "C",
             "step, us",
             "over the same step without rescoring",
-            "update / direct",
             "GB/s read",
             "of a read as long",
             "of a large read",
@@ -136,13 +132,11 @@ def ops(runs: Runs) -> str:
     ]
     for key in OPS:
         row = found[key]
-        direct = f"{row['update_of_direct']:.2f}" if key[2] == 1 else ""
         lines.append(
             [
                 *map(str, key),
                 f"{row['step_us']:.0f}",
                 f"{row['step_over_frozen']:.2f}",
-                direct,
                 f"{row['gb_per_s']:.1f}",
                 *_ratios(row),
             ]
