@@ -4,7 +4,6 @@
 # make recall  measure recall and perplexity of the demo model, as docs/recall.md shows them
 # make recall-qwen        the same of the second model, as docs/linearize.md shows it
 # make recall-remade      make the demo model anew by one command, and measure both
-# make endless measure perplexity along long texts, recall over distance, and sums over 10^8 tokens
 # make choices train small models that differ in one choice each, and measure their recall
 # make docs    the documentation as a site, in build/site
 # make lint    formatting, lint and type checks
@@ -25,8 +24,8 @@ WORKERS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup serve test quick docs recall recall-qwen recall-remade endless choices lint tidy \
-	sanitize compile_commands format clean
+.PHONY: setup serve test quick docs recall recall-qwen recall-remade choices lint tidy sanitize \
+	compile_commands format clean
 
 setup: $(VENV)/.ready
 
@@ -79,9 +78,6 @@ recall-qwen: $(VENV)/.ready | models/qwen-lola
 
 recall-remade: $(VENV)/.ready | models/smollm2-lola
 	benchmarks/remade.sh
-
-endless: $(VENV)/.ready | models/smollm2-lola
-	benchmarks/endless.sh
 
 choices: $(VENV)/.ready | models/smollm2-lola
 	benchmarks/choices.sh

@@ -53,7 +53,7 @@ def print_table(results: dict[str, dict[str, float]]) -> None:
         print("".join(f"{ratio:16.2f}" if ratio else f"{'':16}" for ratio in ratios))
 
 
-def write_report(args: Namespace, results: dict[str, Any]) -> None:
+def write_report(args: Namespace, results: Any) -> None:
     """A summary of settings, models, machine and results, at `args.out` if that is given.
 
     Options that name a model directory are told by its fingerprint too, as `lola-vllm eval` does.

@@ -68,9 +68,10 @@ if [[ $PART == all || $PART == sanitize ]]; then
 fi
 
 if [[ $PART == all || $PART == bench ]]; then
-    for ops in triton cuda; do # Llama-3.1-8B's layer, both back ends
-        LOLA_VLLM_OPS=$ops "$PYTHON" benchmarks/ops.py --device cuda --batches 1 8 64 256 \
-            --heads 32 --kv-heads 8 --state-heads 8 --head-dim 128 --out "$OUT/ops_$ops.json"
+    llama=(--device cuda --heads 32 --kv-heads 8 --state-heads 8 --head-dim 128) # 8B's layer
+    for ops in triton cuda; do
+        LOLA_VLLM_OPS=$ops "$PYTHON" benchmarks/ops.py "${llama[@]}" --batches 1 8 64 256 \
+            --out "$OUT/ops_$ops.json"
     done
     "$PYTHON" benchmarks/engine.py --out "$OUT/engine.json"
     for graphs in piecewise full; do
@@ -84,6 +85,6 @@ if [[ $PART == all || $PART == bench ]]; then
     else
         echo "gpu.sh: xformers cannot serve, see above: Triton's prefill alone is measured" >&2
     fi
-    "$PYTHON" benchmarks/prefill.py --device cuda --backends "${prefill_of[@]}" \
-        --out "$OUT/prefill.json"
+    "$PYTHON" benchmarks/ops.py "${llama[@]}" --prefill "${prefill_of[@]}" --batches 1 8 \
+        --lams 512 --intervals 64 --out "$OUT/prefill.json"
 fi

@@ -1,6 +1,7 @@
 """The ops against the memory bus: bytes moved, bandwidth reached, ratio to a plain read.
 
     python benchmarks/ops.py --out eval-results/ops.json
+    python benchmarks/ops.py --prefill cpp torch --batches 1 8 --lams 512 --intervals 64
 
 Each case cycles through more pages than the caches hold, as a model's layers do. The ceilings are
 a multi-threaded read and a copy (bytes read and written) of a large buffer and, on a CPU, reads of
@@ -13,25 +14,81 @@ step on pages that never reach an update point; the ratio to it is what rescorin
 those of a sequence of random keys and values. Intervals are of 2 tokens or more: with an update at
 every token there is no step without one. On a GPU steps are replayed from CUDA graphs, as a served
 model's are.
+
+With `--prefill` the prefill ops of several back ends are timed in turns instead: batches of prompts
+of `--prompts` tokens that start from empty pages, or continue sequences of `--after` tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from op_common import add_layer_options, make_layer, medians_s
+from common import write_report
 
-from lola_vllm.core.ops import DecodeBatch, LayerState, PrefillBatch, choose_backend
-from lola_vllm.core.state import LayerLayout
-from lola_vllm.evaluation import summary
+from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import (
+    Backend,
+    DecodeBatch,
+    LayerState,
+    LolaWeights,
+    PrefillBatch,
+    choose_backend,
+)
+from lola_vllm.core.ops.select import ENV
+from lola_vllm.core.state import LayerLayout, StateLayout
 
+TURNS = 5  # of all that a row compares
 POOL_BYTES = 192 * 2**20  # beyond the last-level cache of anything this is likely to run on
 GRAPH_TURNS = 16  # tokens per sequence of one CUDA graph
+
+
+def make_layer(
+    args: argparse.Namespace, lam: int, interval: int, gen: torch.Generator
+) -> tuple[StateLayout, LolaWeights]:
+    """A layer's page layout, and random weights on `args.device`."""
+    config = LolaConfig(
+        window_size=args.window,
+        sparse_cache_size=lam,
+        update_interval=interval,
+    )
+    Hq, Hs, d = args.heads, args.state_heads, args.head_dim
+    layout = StateLayout.from_config(
+        config, args.kv_heads, Hs, d, args.feature_dim, getattr(torch, args.dtype)
+    )
+    maps = [torch.randn(h, d, args.feature_dim, generator=gen) * 0.3 for h in (Hq, Hs)]
+    weights = LolaWeights.prepare(
+        *(m.to(args.device) for m in maps),
+        torch.full((Hq,), -2.2, device=args.device),
+        "lola",
+        args.kv_heads,
+    )
+    return layout, weights
+
+
+def medians_s(
+    runs: dict[str, Callable[[], object]], seconds: float, device: str
+) -> dict[str, float]:
+    """Median time of a call of each, over so many seconds of it, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(TURNS):
+        for name, run in runs.items():
+            run()
+            until = time.perf_counter() + seconds / TURNS
+            while time.perf_counter() < until:
+                begin = time.perf_counter()
+                run()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 class Case:
@@ -167,30 +224,108 @@ def measure(args: argparse.Namespace, batch: int, lam: int, interval: int) -> di
     return row
 
 
+def forced(name: str, device: str, dtype: torch.dtype) -> Backend:
+    """The back end of a name, which `LOLA_VLLM_OPS` would choose."""
+    os.environ[ENV] = name
+    choose_backend.cache_clear()
+    return choose_backend(device, dtype)
+
+
+def prompts(
+    args: argparse.Namespace, rows: int, lam: int, interval: int, tokens: int, context: int
+) -> Callable[[Backend], None]:
+    """A call of prefill on `rows` prompts of `tokens` tokens after `context` others, the same at
+    every call: pages are as they were then, which takes a copy of them."""
+    gen = torch.Generator().manual_seed(0)
+    layout, weights = make_layer(args, lam, interval, gen)
+    Hq, Hkv, d = args.heads, args.kv_heads, args.head_dim
+    dtype, device = layout.kv_dtype, torch.device(args.device)
+    pool = torch.zeros(rows + 1, layout.page_bytes, dtype=torch.uint8, device=device)
+    state = LayerState.bind(weights, LayerLayout((layout,)), pool)
+    # As in the model, queries, keys and values are parts of one product's rows.
+    most = rows * max(tokens, context)
+    product = torch.randn(most, Hq + 2 * Hkv, d, generator=gen).to(device, dtype)
+    out = torch.empty(most, Hq, d, dtype=dtype, device=device)
+
+    def read(backend: Backend, length: int, after: int) -> None:
+        q, k, v = product[: rows * length].split([Hq, Hkv, Hkv], dim=1)
+        batch = PrefillBatch(
+            torch.arange(1, rows + 1, dtype=torch.int32, device=device),
+            torch.arange(rows + 1, dtype=torch.int32) * length,
+            torch.full((rows,), after, dtype=torch.int32),
+        )
+        backend.prefill(state, q, k, v, batch, out[: rows * length])
+
+    before: dict[str, torch.Tensor] = {}
+
+    def call(backend: Backend) -> None:
+        if context and backend.name not in before:
+            pool.zero_()
+            read(backend, context, 0)
+            before[backend.name] = pool.clone()
+        if context:
+            pool.copy_(before[backend.name])
+        read(backend, tokens, context)
+
+    return call
+
+
+def measure_prefill(
+    args: argparse.Namespace, rows: int, lam: int, interval: int, tokens: int, context: int
+) -> dict[str, float]:
+    """Tokens per second of each back end, the median of its turns, and its part of the first's."""
+    call = prompts(args, rows, lam, interval, tokens, context)
+    dtype = getattr(torch, args.dtype)
+    backends = {name: forced(name, args.device, dtype) for name in args.prefill}
+    runs = {name: functools.partial(call, backend) for name, backend in backends.items()}
+    found = medians_s(runs, args.seconds, args.device)
+    speed = {name: rows * tokens / took for name, took in found.items()}
+    first, *others = speed
+    return {
+        "batch": rows,
+        "lam": lam,
+        "interval": interval,
+        "tokens": tokens,
+        "context": context,
+        **{f"{name}_tokens_per_s": value for name, value in speed.items()},
+        **{f"{name}_of_{first}": speed[name] / speed[first] for name in others},
+    }
+
+
 def main() -> None:
     """Print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--lams", type=int, nargs="+", default=[0, 128, 512, 768])
     parser.add_argument("--intervals", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--context", type=int, default=4096, help="tokens that pages have seen")
-    add_layer_options(parser, heads=9, kv_heads=3, state_heads=3, head_dim=64)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prefill", nargs="+", metavar="BACKEND", help="prefill, of these")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[2048, 8192], metavar="TOKENS")
+    parser.add_argument("--after", type=int, nargs="+", default=[0, 4096], metavar="TOKENS")
+    parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--kv-heads", type=int, default=3)
+    parser.add_argument("--state-heads", type=int, default=3)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--feature-dim", type=int, default=64)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    sizes: list[Iterable[int]] = [args.batches, args.lams, args.intervals]
+    row_of: Callable[..., dict[str, float]] = measure
+    if args.prefill:
+        sizes += [args.prompts, args.after]
+        row_of = measure_prefill
     rows = []
-    for batch, lam, interval in itertools.product(args.batches, args.lams, args.intervals):
-        row = measure(args, batch, lam, interval)
-        rows.append(row)
+    for each in itertools.product(*sizes):
+        rows.append(row_of(args, *each))
         if len(rows) == 1:
-            print("".join(f"{key:>17}" for key in row))
-        print("".join(f"{value:17.2f}" for value in row.values()), flush=True)
-    if args.out:
-        settings = {k: str(v) for k, v in vars(args).items() if k != "out"}
-        machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        report = {"settings": settings, "machine": machine, "results": rows}
-        summary.write(args.out, report, "benchmarks/ops.py")
+            print("".join(f"{key:>24}" for key in rows[0]))
+        print("".join(f"{value:24.2f}" for value in rows[-1].values()), flush=True)
+    args.threads = torch.get_num_threads()
+    write_report(args, rows)
 
 
 if __name__ == "__main__":

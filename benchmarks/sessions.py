@@ -11,6 +11,7 @@ token, on engines that have the conversation in another way each:
     stock            the base model with a full KV cache and prefix caching
     llama.cpp        the base model in llama.cpp, whose cache has the conversation (with `--llama`)
     llama.cpp, new process    it loads the conversation from a file, as its server's slots do
+    file, encrypted file      the state is in a file alone, as the store has no memory
 
 Each is timed in turns with the turn's tokens alone on the same engine, which is the least that it
 can take, and once with everything computed from nothing, which is what an engine without the state
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import statistics
 import tempfile
 import time
@@ -33,10 +35,11 @@ from typing import Any
 import llamacpp
 from common import ROOT, print_result, run_worker, tokens, write_report
 
-WORKERS = ("same process", "new process", "prefix caching", "stock", "chat")
+FILES = ("file", "encrypted file")
+WORKERS = ("same process", "new process", "prefix caching", "stock", "chat", *FILES)
 LLAMA = ("llama.cpp", "llama.cpp, new process")
 DECODING = ("store on", "store off")
-STORED = ("same process", "new process", "chat", "store on")  # those that have a store
+STORED = ("same process", "new process", "chat", "store on", *FILES)  # those that have a store
 NEW = 16  # tokens of an answer
 
 # (prompts, new tokens, what kv_transfer_params say) -> seconds, the requests' outputs
@@ -66,12 +69,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def worker(args: argparse.Namespace) -> dict[str, float]:
-    """Measure one engine in this process."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    """Measure one engine, in this process if it reads no files while it serves."""
+    # A server's engine sleeps while a state is read. In the caller's process it would not, and
+    # would hold the lock that decryption needs.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if args.worker in FILES else "0"
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    has_store = args.worker in STORED
-    stored = {"lola": {"state_ram": "1GiB", "state_dir": os.environ["LOLA_BENCH_STATES"]}}
+    has_store, states = args.worker in STORED, directory_of(args.worker)
+    store = {"state_ram": 0 if args.worker in FILES else "1GiB", "state_dir": str(states)}
+    if args.worker == "encrypted file":
+        key = states.with_name("key")
+        key.write_text(secrets.token_hex(32))
+        key.chmod(0o600)
+        store["state_key_file"] = str(key)
     llm = LLM(
         str(args.stock if args.worker == "stock" else args.model),
         dtype=args.dtype,
@@ -80,7 +90,7 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
         max_num_seqs=args.batch,
         kv_cache_memory_bytes=2**30,
         enable_prefix_caching=args.worker in ("prefix caching", "stock"),
-        additional_config=stored if has_store else {},
+        additional_config={"lola": store} if has_store else {},
     )
 
     def ask(prompts: list[list[int]], new: int = 1, **lola: Any) -> tuple[float, Any]:
@@ -98,6 +108,11 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
     return result
 
 
+def directory_of(worker: str) -> Path:
+    """Where an engine's states lie: those in files alone apart from the others."""
+    return Path(os.environ["LOLA_BENCH_STATES"]) / (worker if worker in FILES else "states")
+
+
 def turns(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
     """A turn after a long text, its tokens alone, and everything from nothing, in milliseconds."""
     text = tokens(2, args.before)
@@ -108,6 +123,9 @@ def turns(args: argparse.Namespace, ask: Ask) -> dict[str, float]:
     if args.worker != "new process":
         ask([text], NEW, save="chat")
         ask([tokens(3, 40)])  # the step that copies the state
+    if args.worker in FILES:
+        while not list(directory_of(args.worker).rglob("*.safetensors")):
+            time.sleep(0.1)
     for run in range(args.runs):
         turn = tokens(10 + run, args.turn)
         seconds, (output,) = ask([text + turn], save=False)

@@ -12,26 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from lola_vllm.evaluation import summary
 from lola_vllm.evaluation.results import wilson
-from lola_vllm.evaluation.tables import STREAM_COLUMNS
 from tools.site import (
-    chat_tables,
     copy_tables,
     front_tables,
     library_tables,
     speed_tables,
-    store_tables,
 )
 from tools.site.summaries import (
     BASE,
@@ -53,11 +47,9 @@ PAGES = (
     "README.md",
     "docs/recall.md",
     "docs/choices.md",
-    "docs/endless.md",
     "docs/library.md",
     "docs/linearize.md",
     "docs/performance.md",
-    "docs/reliability.md",
 )
 
 BEFORE = "without recent pairs"
@@ -229,178 +221,7 @@ def choices() -> str:
     return table(lines)
 
 
-# --- contexts without end
-
-
-def stream() -> str:
-    """Perplexity along one text, beside the base's."""
-    by_name = {
-        row["name"]: points(row["streams"]["anarchism_faq"]) for row in settings("endless-stream")
-    }
-    lines = [["tokens", *(f"{point['stop']:,}" for point in by_name[BASE])]]
-    for name, found in by_name.items():
-        label = f"**{name}**" if name == SHIPPED else name
-        lines.append([label, *(_point(point, name != BASE) for point in found)])
-    return table(lines)
-
-
-def points(kind: dict[str, Any]) -> list[dict[str, Any]]:
-    """A curve in at most `STREAM_COLUMNS` points of equally many blocks."""
-    found, rows = [], kind["points"]
-    size = -(-len(rows) // STREAM_COLUMNS)
-    for part in (rows[at : at + size] for at in range(0, len(rows), size)):
-        tokens = sum(point["tokens"] for point in part)
-        means = {
-            key: math.exp(sum(p["tokens"] * math.log(p[key]) for p in part) / tokens)
-            for key in ("perplexity", "ratio")
-            if part[0].get(key)
-        }
-        found.append({"stop": part[-1]["stop"], **means})
-    return found
-
-
-def _point(point: dict[str, Any], ratio: bool) -> str:
-    value = point["perplexity"]
-    text = f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
-    if not ratio:
-        return text
-    times = point["ratio"]
-    return f"{text}, {times:.2f}x" if times < 10 else f"{text}, {times:,.0f}x"
-
-
-def streams() -> str:
-    """Ratios to the base along several kinds of text."""
-    (row,) = (row for row in settings("endless-streams") if row["name"] != BASE)
-    curves = {kind: points(found) for kind, found in row["streams"].items()}
-    stops = max(curves.values(), key=len)
-    lines = [["tokens", *(f"{point['stop']:,}" for point in stops)]]
-    for kind, curve in curves.items():
-        ratios = [f"{point['ratio']:.2f}x" for point in curve]
-        label = "together" if kind == "all" else kind.replace("_", " ")
-        lines.append([label, *ratios, *[""] * (len(stops) - len(ratios))])
-    return table(lines)
-
-
-def distance() -> str:
-    """Recall by the tokens between needle and question."""
-    found = {name: cells("endless-distance", name) for name in (SHIPPED, BEFORE)}
-    asked = sorted({key for row in found.values() for key in row})
-    lines = [["tokens from needle to question", *(f"{n:,}" for _, n in asked)]]
-    for name, row in found.items():
-        lines.append([ROWS[name], *(share(row[key], 10) if key in row else "" for key in asked)])
-    return table(lines)
-
-
-def depths() -> str:
-    """Needles at random depths, in prompts that end at two stages of a span."""
-    interval = next(row for row in settings("endless-depths"))["lola_config"]["context_shift"]
-    names = {BEFORE: BEFORE, "bucket_start 0": "bucket of old keys at 0"}
-    found = [cells("endless-depths", name) for name in names]
-    lines = [["prompt", "tokens after the last context shift", *names.values()]]
-    for key in sorted(found[0]):
-        after = (key[1] - 1) % interval + 1
-        both = [f"{cell[key]['exact']} of {cell[key]['samples']}" for cell in found]
-        lines.append([f"{key[1]:,}", f"{after:,}", *both])
-    return table(lines)
-
-
-def text() -> str:
-    """A text of a million tokens."""
-    (row,) = runs("endless-text")
-    said, times, needles = row["perplexity"], row["samples"], row["needles"]
-    edge, half = row["settings"]["edge"], len(times) // 2
-
-    def time(part: list[dict[str, float]]) -> str:
-        return f"{statistics.median(sample['us_per_token'] for sample in part) / 1000:.2f} ms"
-
-    cost = 100 * (said["last_over_afresh"] - 1)
-    found = [f"{needles[n]['exact']} of {needles[n]['asked']}" for n in needles]
-    return table(
-        [
-            ["", ""],
-            [f"perplexity of the first {edge:,} tokens", f"{said['first']:.2f}"],
-            [f"perplexity of the last {edge:,} tokens", f"{said['last']:.2f}"],
-            [
-                "the same with a new state",
-                f"{said['last_afresh']:.2f}, so the carried state costs {cost:.1f} %",
-            ],
-            [
-                "memory",
-                f"{times[0]['memory_mib']:.0f} MiB at {times[0]['tokens']:,} tokens, "
-                f"{times[9]['memory_mib']:.0f} at {times[9]['tokens']:,}, "
-                f"{times[-1]['memory_mib']:.0f} at the end",
-            ],
-            [
-                "time per token on one core",
-                f"{time(times[:half])} in the first half, {time(times[half:])} in the second",
-            ],
-            *([f"needles after {int(n):,} tokens", f] for n, f in zip(needles, found, strict=True)),
-        ]
-    )
-
-
-def needles() -> str:
-    """Needles in running text, and what a carried state costs."""
-    (row,) = runs("endless-needles")
-    found, said = row["needles"], row["perplexity"]
-    edge = row["settings"]["edge"]
-    after = [f"{int(n):,}" for n in found]
-    return table(
-        [
-            [
-                "",
-                f"needles after {after[0]} tokens",
-                *after[1:],
-                f"perplexity of the last {edge:,} tokens",
-                "over a new state's",
-            ],
-            [
-                "before it had recent pairs",
-                *(f"{cell['exact']} of {cell['asked']}" for cell in found.values()),
-                f"{said['last']:.2f}",
-                f"{said['last_over_afresh']:.3f}x",
-            ],
-        ]
-    )
-
-
-def sums() -> str:
-    """Rounding of the sums H and s, at each trained length."""
-    report = runs("endless-sums")[0]
-    results = [{"length": report["length"], **row} for row in report["results"]]
-    lengths = list(dict.fromkeys(row["length"] for row in results))
-    intervals = list(dict.fromkeys(row["interval"] for row in results))
-    lines = [["", *(f"update interval {c}" for c in intervals), "pairs in s"]]
-    for length, shifted, dithered in product(lengths, (True, False), (True, False)):
-        found = [
-            row["samples"][-1]
-            for c in intervals
-            for row in results
-            if (row["length"], row["interval"], row["dithered"]) == (length, c, dithered)
-            and (row["decay"] < 1) == shifted
-        ]
-        label = "shifted" if shifted else "not shifted"
-        label += ", with a dither" if dithered else ", rounded to nearest"
-        label += f", P = {length:,}" if len(lengths) > 1 else ""
-        masses = dict.fromkeys(f"{sample['mass']:,.0f}" for sample in found)
-        errors = [f"{sample['error']:.0e}".replace("e-0", "e-") for sample in found]
-        lines.append([label, *errors, ", ".join(masses)])
-    return table(lines)
-
-
-def follow() -> str:
-    """How soon the sums follow another text."""
-    results = runs("endless-sums")[0]["results"]
-    found = {row["decay"]: row["away_from_the_new_text"] for row in reversed(results)}
-    stops = [point["tokens"] for point in found[1.0]]
-    lines = [["tokens of the new text", *(f"{n:,}" for n in stops)]]
-    for decay, points in sorted(found.items()):
-        label = "shifted" if decay < 1 else "not shifted"
-        lines.append([label, *(f"{point['relative']:.3f}" for point in points)])
-    return table(lines)
-
-
-PARTS = (chat_tables, copy_tables, front_tables, library_tables, speed_tables, store_tables)
+PARTS = (copy_tables, front_tables, library_tables, speed_tables)
 TABLES: dict[str, Callable[[], str]] = {
     "recall-tasks": demo,
     "recall-facts": partial(
@@ -412,14 +233,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "second-parts": partial(by_setting, "second-recall", SEVERAL, 4096, PARTS_ROWS, 9),
     "remade-recall": partial(by_task, "remade-recall", TASKS | FACTS, LENGTHS[:3], REMADE_ROWS, 12),
     "choices": choices,
-    "endless-stream": stream,
-    "endless-streams": streams,
-    "endless-distance": distance,
-    "endless-depths": depths,
-    "endless-text": text,
-    "endless-needles": needles,
-    "endless-sums": sums,
-    "endless-follow": follow,
     **{name: partial(make, runs) for part in PARTS for name, make in part.TABLES.items()},
 }
 

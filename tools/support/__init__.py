@@ -1,1 +1,1 @@
-"""What the tools and the tests share: tiny models, a server in a process of its own, memory."""
+"""What the tools and the tests share: tiny models, a server in a process of its own."""

@@ -11,7 +11,7 @@ from lola_vllm.evaluation.results import wilson
 from tools.site import library_tables, picture, result_tables
 from tools.site.summaries import RESULTS, ROOT, asked, of_both, pooled, together
 
-MOST_LINES = 4400
+MOST_LINES = 2700
 files = pytest.mark.parametrize("file", sorted(RESULTS.iterdir()), ids=lambda path: path.stem)
 
 
