@@ -157,5 +157,5 @@ INNER = [p for room in ("core", "models", "memory") for p in (PACKAGE / room).rg
 
 @pytest.mark.parametrize("path", INNER, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_inner_rooms_know_nothing_of_vllm(path):
-    """`tests/unit/tools/site/test_code_map.py` checks what they import of ours."""
+    """`tests/unit/test_code_map.py` checks what they import of ours."""
     assert "vllm" not in {module.partition(".")[0] for module in imports(path)}

@@ -1,8 +1,7 @@
-"""The picture of the code is that of its imports, and each folder's README names its files."""
+"""docs/design.md says who imports whom, and each folder's README names its files."""
 
 import ast
 import graphlib
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -11,10 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.support.documented import ROOT
-from tools.site import code_map
 
-BOXES = {box.path: at for at, (_, row) in enumerate(code_map.BANDS) for box in row}
-CSRC = "csrc/"  # is loaded, not imported
+TABLE = re.search(
+    r"^## The code\n.*?((?:^\|.*\n)+)", (ROOT / "docs/design.md").read_text(), re.M | re.S
+)
+PARTS = {  # of the table -> its row
+    path: at
+    for at, row in enumerate(TABLE[1].splitlines())
+    for path in re.findall(r"`([\w/]+/)`:", row)
+}
+BOTH_WAYS = {("kernels/", "lola_vllm/core/"), ("lola_vllm/core/", "kernels/")}
 ENTRIES = ("__init__.py", "__main__.py")  # of lola_vllm: they lead to the plugin and the commands
 
 
@@ -25,11 +30,10 @@ def module_path(module: str) -> str:
     return inside if inside.startswith(("kernels", "serving")) else path
 
 
-def box_of(path: str) -> str | None:
-    """The box that a file or the path of a module is in."""
+def part_of(path: str) -> str | None:
+    """The part that a file or the path of a module is in."""
     stem = f"{path.removesuffix('.py')}/"
-    holds = [box for box in BOXES if stem.startswith(f"{box.removesuffix('.py').rstrip('/')}/")]
-    return holds[0] if holds else None
+    return next((part for part in PARTS if stem.startswith(part)), None)
 
 
 def modules() -> Iterator[Path]:
@@ -38,10 +42,10 @@ def modules() -> Iterator[Path]:
 
 
 def uses() -> set[tuple[str, str]]:
-    """Which boxes import which, anywhere in their files."""
+    """Which parts import which, anywhere in their files."""
     found = set()
     for file in modules():
-        user = box_of(file.relative_to(ROOT).as_posix())
+        user = part_of(file.relative_to(ROOT).as_posix())
         for node in ast.walk(ast.parse(file.read_text())):
             names = []
             if isinstance(node, ast.Import):
@@ -49,23 +53,22 @@ def uses() -> set[tuple[str, str]]:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 assert node.level == 0, f"{file} imports relatively"
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
-            used = {box_of(module_path(name)) for name in names if name.startswith("lola_vllm.")}
-            found |= {(user, box) for box in used if user and box and box != user}
+            used = {part_of(module_path(name)) for name in names if name.startswith("lola_vllm.")}
+            found |= {(user, part) for part in used if user and part and part != user}
     return found
 
 
-def test_every_module_is_in_the_picture():
+def test_every_module_is_in_a_part():
+    assert (ROOT / "csrc").is_dir() and PARTS["csrc/"] == PARTS["kernels/"]
     files = {file.relative_to(ROOT).as_posix() for file in modules()}
-    outside = {file for file in files if box_of(file) is None}
+    outside = {file for file in files if part_of(file) is None}
     assert outside == {f"lola_vllm/{name}" for name in ENTRIES}
 
 
-def test_imports_lead_down_or_along_an_arrow():
+def test_imports_lead_to_a_row_below():
     found = uses()
     assert len(found) > 15
-    wrong = {pair for pair in found if BOXES[pair[0]] >= BOXES[pair[1]]} - set(code_map.USES)
-    assert not wrong
-    assert {pair for pair in code_map.USES if pair[1] != CSRC} <= found
+    assert {pair for pair in found if PARTS[pair[0]] >= PARTS[pair[1]]} == BOTH_WAYS
 
 
 def test_no_imports_go_in_a_circle():
@@ -94,26 +97,6 @@ def test_a_class_name_means_one_thing():
     )
     twice = {name for name, count in names.items() if count > 1}
     assert twice == {"LolaLlamaForCausalLM", "LolaLlamaModel"}
-
-
-@pytest.mark.parametrize("theme", code_map.COLORS)
-def test_the_picture_is_drawn_anew(theme):
-    drawn = (code_map.IMAGES / f"code-{theme}.svg").read_text()
-    assert code_map.svg(theme) == drawn, "run python -m tools.site.code_map"
-
-
-@pytest.mark.parametrize("row", [row for _, row in code_map.BANDS], ids=lambda row: row[0].path)
-def test_boxes_have_room(row):
-    """Words are at most as wide as their box, and arrows lead to the next box."""
-    for box in row:
-        name = box.path.removeprefix("lola_vllm/")
-        assert max(8.6 * len(name), 7 * len(box.words)) <= box.width, box.path
-    assert all(a.x + a.width < b.x for a, b in itertools.pairwise(row))
-    assert row[-1].x + row[-1].width <= code_map.WIDTH - 20
-    order = [box.path for box in row]
-    for user, used in code_map.USES:
-        if user in order:
-            assert abs(order.index(user) - order.index(used)) == 1
 
 
 # --- the README of each folder
