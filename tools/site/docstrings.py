@@ -1,4 +1,4 @@
-"""Docstrings in Google's form as Markdown."""
+"""Sections of docstrings in Google's form."""
 
 from __future__ import annotations
 
@@ -34,16 +34,3 @@ def entries(section: str) -> dict[str, str]:
             raise ValueError(f"a section begins without a name: {line!r}")
         found[name].append(line.strip())
     return {name: " ".join(lines) for name, lines in found.items()}
-
-
-def markdown(text: str) -> str:
-    """A docstring as Markdown: its prose, and a list for each section."""
-    parts = split(text)
-    blocks = [parts.pop("")]
-    for name, section in parts.items():
-        if name in ("Returns", "Yields"):
-            blocks.append(f"**{name}:** {' '.join(section.split())}")
-        else:
-            items = [f"- `{entry}`: {words}" for entry, words in entries(section).items()]
-            blocks.append("\n".join([f"**{name}:**", "", *items]))
-    return "\n\n".join(blocks)

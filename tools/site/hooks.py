@@ -12,13 +12,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from tools.site import cli_page, http_page, python_page
+from tools.site import cli_page, http_page
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = {
     "reference/cli.md": cli_page.page,
     "reference/http.md": http_page.page,
-    "reference/python.md": python_page.page,
 }
 # Files of the repository that are pages of the site too.
 FILES = {
