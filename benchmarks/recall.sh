@@ -28,7 +28,6 @@ for seed in 1 2 3; do
         --tasks niah-2,multikey,multivalue --lengths 2048,4096 --samples 4
 done
 parts perplexity perplexity-parts "$SEED" --windows 2 --window-length 2048
-recall held-out shipped fact-name,fact-date,fact-code,fact-place 1024,2048
 lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \
     --sweep benchmarks/recall/shipped.json --texts models/texts \
     --windows 4 --window-length 2048 --out "$OUT/perplexity" --resume
@@ -47,11 +46,6 @@ copy prose models/texts 2000,7000 250,500,1000,2000,3000,4000,6000 --kinds prose
 copy kinds models/texts 7000 250,500,1000,2000,3000,4000 --kinds documentation,chat --samples 3
 copy code models/other 7000 250,500,1000,2000,3000,4000 --kinds code --samples 3
 copy long models/texts 100000 250,500,1000,2000,4000 --kinds prose
-# Which pairs stay: sizes and recent pairs, with the importance that ships.
-lola eval copy --model models/smollm2-lola --reference models/smollm2-base --texts models/texts \
-    --lengths 7000 --distances 250,500,1000,2000,4500 --kinds prose --samples 3 --stops 2 \
-    --passages 6 --sweep benchmarks/recall/recent.json --batch 28 \
-    --engine-args '{"dtype": "float32"}' --out "$OUT/copy-recent" --resume
 # What was said in a conversation.
 chat() { # LENGTH SAMPLES [OPTION...]
     lola eval recall --model models/smollm2-lola --texts models/texts \

@@ -11,16 +11,15 @@ Runs = Callable[[str], list[dict[str, Any]]]
 Cells = dict[tuple[str, int, int], dict[str, Any]]
 
 NAME = "recall-copy"
-RECENT = "recall-recent"
-REFERENCE, SHIPPED, BEFORE = "reference", "as it ships", "without recent pairs"
+REFERENCE, SHIPPED = "reference", "as it ships"
 PROSE, ALL = "prose", "all"
 
 
-def cells(runs: Runs, setting: str, name: str = NAME) -> Cells:
+def cells(runs: Runs, setting: str) -> Cells:
     """A setting's cells of all runs by kind, length and distance."""
     return {
         (cell["kind"], cell["length"], cell["distance"]): cell
-        for run in runs(name)
+        for run in runs(NAME)
         for row in run["settings"]
         if row["name"] == setting
         for cell in row["cells"]
@@ -58,7 +57,7 @@ def columns(distances: list[int]) -> list[str]:
 
 def prose(runs: Runs) -> str:
     """Base, LoLA, floor and share of the gain in prose, by length of text."""
-    base, lola, before = (cells(runs, name) for name in (REFERENCE, SHIPPED, BEFORE))
+    base, lola = (cells(runs, name) for name in (REFERENCE, SHIPPED))
     distances = sorted({distance for kind, _, distance in lola if kind == PROSE})
     lines = [["text", "", *columns(distances)]]
     for length in sorted({length for kind, length, _ in lola if kind == PROSE}):
@@ -68,7 +67,6 @@ def prose(runs: Runs) -> str:
             "**as it ships**": [exact(lola.get(key)) for key in keys],
             "floor, not read": [exact(base.get(key), "floor_") for key in keys],
             "**share of the base's gain**": [gain(lola.get(key)) for key in keys],
-            "share without recent pairs": [gain(before.get(key)) for key in keys],
         }
         for label, shown in rows.items():
             if not any(shown):
@@ -79,31 +77,14 @@ def prose(runs: Runs) -> str:
 
 
 def kinds(runs: Runs) -> str:
-    """Share of the base's gain by kind and length of text; not of all kinds that a run asked."""
-    found = {name: cells(runs, name) for name in (SHIPPED, BEFORE)}
-    cells_of = [item for of_one in found.values() for item in of_one.items()]
-    keys = [key for key, cell in cells_of if gain(cell) and key[0] != ALL]
+    """Share of the base's gain by kind and length of other texts than prose."""
+    found = cells(runs, SHIPPED)
+    keys = sorted(key for key, cell in found.items() if gain(cell) and key[0] not in (ALL, PROSE))
     distances = sorted({distance for _, _, distance in keys})
-    lines = [["text", "tokens", "", *columns(distances)]]
-    for kind, length in sorted({key[:2] for key in keys}, key=lambda key: (key[0] != PROSE, key)):
-        title = [kind, f"{length:,}"]
-        for name, of_one in found.items():
-            shown = [gain(of_one.get((kind, length, distance))) for distance in distances]
-            if any(shown):
-                lines.append([*title, f"**{name}**" if name == SHIPPED else name, *shown])
-                title = ["", ""]
-    return table(lines)
-
-
-def recent(runs: Runs) -> str:
-    """Share of the base's gain in prose by setting: which pairs are kept."""
-    names = [row["name"] for run in runs(RECENT) for row in run["settings"]]
-    found = {name: cells(runs, name, RECENT) for name in names if name != REFERENCE}
-    distances = sorted({distance for of_one in found.values() for _, _, distance in of_one})
-    lines = [["pairs that stay", *columns(distances)]]
-    for name, of_one in found.items():
-        by_distance = {distance: cell for (_, _, distance), cell in of_one.items()}
-        lines.append([name, *(gain(by_distance.get(distance)) for distance in distances)])
+    lines = [["text", "tokens", *columns(distances)]]
+    for kind, length in dict.fromkeys(key[:2] for key in keys):
+        shown = [gain(found.get((kind, length, distance))) for distance in distances]
+        lines.append([kind, f"{length:,}", *shown])
     return table(lines)
 
 
@@ -143,6 +124,5 @@ def said(runs: Runs) -> str:
 TABLES: dict[str, Callable[[Runs], str]] = {
     NAME: prose,
     f"{NAME}-kinds": kinds,
-    RECENT: recent,
     CHAT: said,
 }

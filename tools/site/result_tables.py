@@ -1,7 +1,7 @@
 """The tables of results on the pages, from the summaries in benchmarks/results/.
 
     python -m tools.site.result_tables                           # after a change of a summary
-    python -m tools.site.result_tables recall-facts eval-results/held-out/recall.summary.json
+    python -m tools.site.result_tables recall-chat eval-results/chat-2000/chat.summary.json
 
 The second form makes a table's file of one or several summaries first: what `lola-vllm eval` and
 the programs of benchmarks/ and tools/ write. Recall that was asked with several seeds counts
@@ -87,17 +87,13 @@ DEMO_PARTS_ROWS = {
     "the paper's form": "the paper's form, 233 pairs in every head",
 }
 DEMO_PARTS = {name: SECOND[name] for name in ("niah-2", "multikey", "multivalue")}
-REMADE_ROWS = {
-    BASE: ROWS[BASE],
-    SHIPPED: "as it ships",
-    "made by the command": "**made by the command**",
-}
 FACTS = {
     "fact-name": "a person's name",
     "fact-date": "a day",
     "fact-code": "a constant of a program",
     "fact-place": "where a thing lies",
 }
+FACTS_ROWS = {BASE: BASE, SHIPPED: "**as it ships**"}
 
 
 def runs(name: str) -> list[dict[str, Any]]:
@@ -189,24 +185,17 @@ def perplexity() -> str:
         value, low, high = (f"{x:.{digits}f}" for x in of)
         return f"{value}x [{low}, {high}]"
 
-    names = (SHIPPED, BEFORE)
-    lines = [["text", "base", "as it ships, 9.99 MiB", "without recent pairs, 8.61 MiB"]]
+    lines = [["text", "base", "as it ships, 9.99 MiB"]]
     for kind, reading in by_name[BASE].items():
-        every = [ratio(by_name[name][kind]["ratio"]) for name in names]
-        lines.append([kind.replace("_", " "), f"{reading['perplexity'][0]:.1f}", *every])
-    again = {name: by_name[name]["all"]["repeats"] for name in (BASE, *names)}
-    lines.append(
-        [
-            "all, repeated 3-grams",
-            f"{again[BASE]['perplexity'][0]:.1f}",
-            *(ratio(again[name]["ratio"]) for name in names),
-        ]
-    )
+        over = ratio(by_name[SHIPPED][kind]["ratio"])
+        lines.append([kind.replace("_", " "), f"{reading['perplexity'][0]:.1f}", over])
+    base, ships = (by_name[name]["all"]["repeats"] for name in (BASE, SHIPPED))
+    lines.append(["all, repeated 3-grams", f"{base['perplexity'][0]:.1f}", ratio(ships["ratio"])])
     lines.append(
         [
             "all, last words that stood before, predicted whole",
-            f"{100 * again[BASE]['cloze'][0]:.0f} %",
-            *(ratio(again[name]["cloze_ratio"], 2) for name in names),
+            f"{100 * base['cloze'][0]:.0f} %",
+            ratio(ships["cloze_ratio"], 2),
         ]
     )
     return table(lines)
@@ -224,14 +213,11 @@ def choices() -> str:
 PARTS = (copy_tables, front_tables, library_tables, speed_tables)
 TABLES: dict[str, Callable[[], str]] = {
     "recall-tasks": demo,
-    "recall-facts": partial(
-        by_task, "recall-facts", FACTS, LENGTHS[:2], {BASE: BASE, BEFORE: BEFORE}, 10
-    ),
+    "recall-facts": partial(by_task, "remade-recall", FACTS, LENGTHS[:2], FACTS_ROWS, 6),
     "recall-parts": partial(by_task, "recall-parts", DEMO_PARTS, LENGTHS[1:3], DEMO_PARTS_ROWS, 12),
     "recall-perplexity": perplexity,
     "second-recall": partial(by_task, "second-recall", SECOND, (4096, 8192, 16384), SECOND_ROWS, 9),
     "second-parts": partial(by_setting, "second-recall", SEVERAL, 4096, PARTS_ROWS, 9),
-    "remade-recall": partial(by_task, "remade-recall", TASKS | FACTS, LENGTHS[:3], REMADE_ROWS, 12),
     "choices": choices,
     **{name: partial(make, runs) for part in PARTS for name, make in part.TABLES.items()},
 }
