@@ -306,8 +306,12 @@ def test_the_page_asks_where_it_came_from(browser):
 
     class Proxy(Answering):
         def do_GET(self):
-            self.path = self.path.removeprefix("/proxy").split("?")[0]
-            super().do_GET() if page_file(self.path) else self.do_POST()
+            asked_for, self.path = self.path, self.path.removeprefix("/proxy").split("?")[0]
+            if page_file(self.path):
+                super().do_GET()
+            else:
+                self.path = asked_for
+                self.do_POST()
 
         def do_POST(self):
             asked.append((self.path, self.headers.get("Authorization")))

@@ -60,7 +60,7 @@ def test_what_cannot_be_captured_is_refused(monkeypatch, wanted, ops, device, wo
 
 
 def builder(mode, interval=0, state=None):
-    layer = SimpleNamespace(state=state)
+    layer = SimpleNamespace(state=state, ops=SimpleNamespace(shift=None))
     layer.sharing = [layer]
     hf_config = LolaLlamaConfig(max_position_embeddings=64, lola_config={"context_shift": interval})
     config = SimpleNamespace(
