@@ -8,7 +8,7 @@ import torch
 from fastapi import HTTPException
 
 from lola_vllm.core.config import LolaConfig
-from lola_vllm.core.ops import portable
+from lola_vllm.core.ops import Backend, portable
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.serving import engine, history
 from lola_vllm.serving.engine import LolaEngine
@@ -35,7 +35,8 @@ def test_residencies_are_the_references_choices(kind, schedule, stops, monkeypat
     problem = with_a_trend(n, config, F=6, importance=kind == "importance", schedule=schedule)
     state = problem.state()
     untouched = state.pages.clone()
-    found = residencies(portable, state, PromptPairs(problem.k, problem.v))
+    ops = Backend("torch", portable.decode, portable.prefill)
+    found = residencies(ops, state, PromptPairs(problem.k, problem.v))
     assert torch.equal(state.pages, untouched)
     step = stop_interval(config.update_interval, n)
     assert step % config.update_interval == 0 and n / step <= stops
