@@ -68,7 +68,7 @@ def restored(answer: dict[str, Any]) -> int:
 def test_answers_tell_of_cached_tokens(eager: Server) -> None:
     (prompt,) = random_prompts([300], seed=1)
     cached = [restored(complete(eager, prompt)) for _ in range(3)]
-    assert cached == [0, 0, 299]  # the second reads what later ones start from
+    assert cached == [0, 299, 299]
 
 
 def test_prompts_with_a_common_prefix_share_a_state(eager: Server) -> None:
@@ -115,7 +115,9 @@ def test_many_at_once_wait_for_one_to_read_what_they_share(eager: Server) -> Non
     prompts = [shared + tail for tail in random_prompts([9] * 6, seed=5)]
     with ThreadPoolExecutor(len(prompts)) as pool:
         answers = list(pool.map(lambda prompt: complete(eager, prompt), prompts))
-    assert sorted(map(restored, answers)) == [0, 0, *[280] * 4]
+    first, second, *others = sorted(map(restored, answers))
+    assert first == 0 and second in (0, 256)  # it may start from a waypoint of the first
+    assert others == [280] * 4
 
 
 def test_the_last_word_is_the_inspectors_address(eager: Server) -> None:
