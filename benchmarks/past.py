@@ -13,16 +13,14 @@ import argparse
 import random
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import httpx
 from common import ROOT, write_report
 from library_corpus import NEEDLE, WORDS
 
-from tools.support.server_process import BIN, Server, serving
+from lola_vllm.command.client.server import SESSIONS, Server
+from tools.support.server_process import BIN, serving
 
 SEGMENT = 2000  # tokens; as servers cut
-SESSIONS = "/v1/lola/sessions"
 PART = 40_000  # characters of one request
 
 
@@ -56,26 +54,18 @@ def told(text: str, questions: int, back: int, seed: int) -> tuple[str, dict[str
     return "".join(parts) + text[questions * size :], numbers
 
 
-def ok(answer: httpx.Response) -> dict[str, Any]:
-    """The body of an answer that is none of an error."""
-    if answer.status_code != 200:
-        raise SystemExit(answer.text)
-    body: dict[str, Any] = answer.json()
-    return body
-
-
-def asked(server: Server, numbers: dict[str, str], recall: bool) -> dict[str, int]:
+def asked(client: Server, numbers: dict[str, str], recall: bool) -> dict[str, int]:
     """How many questions were answered, and for how many a segment came back."""
     right = back = 0
     for key, number in numbers.items():
         body = {"prompt": NEEDLE[1].format(key=key), "max_tokens": 16, "temperature": 0}
         if recall:
             body["recall"] = "segments"
-        answer = ok(server.client.post(f"{SESSIONS}/text/complete", json=body, timeout=None))
+        answer = client.json("POST", f"{SESSIONS}/text/complete", body)
         lola = answer["kv_transfer_params"]["lola"]
         right += number in answer["choices"][0]["text"]
         back += "recalled" in lola
-        ok(server.client.delete(f"{SESSIONS}/text@{lola['turn']}"))
+        client.json("DELETE", f"{SESSIONS}/text@{lola['turn']}")
     return {"right": right, "came back": back}
 
 
@@ -86,15 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     text, numbers = told(text, args.questions, args.back, args.seed)
     with tempfile.TemporaryDirectory() as folder:
         command = [str(BIN / "lola-vllm"), "serve", str(args.model)]
-        with serving(Path(folder) / "log.txt", command) as server:
+        with serving(Path(folder) / "log.txt", command) as running:
+            client = Server(running.url)
             for at in range(0, len(text), PART):
                 body = {"prompt": text[at : at + PART]}
-                path = f"{SESSIONS}/text/append"
-                tokens = ok(server.client.post(path, json=body, timeout=None))["tokens"]
+                tokens = client.json("POST", f"{SESSIONS}/text/append", body)["tokens"]
             result = {
                 f"{what}, {how}": float(count)
                 for how, recall in (("with recall", True), ("without", False))
-                for what, count in asked(server, numbers, recall).items()
+                for what, count in asked(client, numbers, recall).items()
             }
     result |= {"questions": float(len(numbers)), "tokens": float(tokens)}
     for name, value in result.items():

@@ -214,7 +214,7 @@ def shift_kernel(
 
 
 def shift_layers(layers: Sequence[LayerState], state_indices: Tensor, num_tokens: Tensor) -> None:
-    """Shift the context of pages in all layers of a model; see `context_shift.shift_pages`.
+    """Shift the context of pages in all layers of a model; see `context_shift.shift_layers`.
 
     Args:
         layers: of one model: they have in common all but the sizes of sparse sets. One launch

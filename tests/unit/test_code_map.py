@@ -41,20 +41,26 @@ def modules() -> Iterator[Path]:
         yield from (ROOT / folder).rglob("*.py")
 
 
+def imports(file: Path) -> set[str]:
+    """The full names of what a file imports anywhere in it, for type checkers too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{file} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
 def uses() -> set[tuple[str, str]]:
     """Which parts import which, anywhere in their files."""
     found = set()
     for file in modules():
         user = part_of(file.relative_to(ROOT).as_posix())
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                assert node.level == 0, f"{file} imports relatively"
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            used = {part_of(module_path(name)) for name in names if name.startswith("lola_vllm.")}
-            found |= {(user, part) for part in used if user and part and part != user}
+        names = (name for name in imports(file) if name.startswith("lola_vllm."))
+        used = {part_of(module_path(name)) for name in names}
+        found |= {(user, part) for part in used if user and part and part != user}
     return found
 
 
@@ -78,11 +84,9 @@ def test_no_imports_go_in_a_circle():
     files = {file.relative_to(ROOT).as_posix().removesuffix(".py"): file for file in modules()}
     uses: dict[str, set[str]] = {}
     for user, file in files.items():
-        found = set()
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                module = module_path(node.module)
-                found |= {f"{module}/{alias.name}" for alias in node.names} | {module}
+        names = imports(file)
+        names |= {name.rpartition(".")[0] for name in names}  # of whom a name is imported
+        found = set(map(module_path, names))
         uses[user] = found & files.keys() - ({store} if user in above else set())
     graphlib.TopologicalSorter(uses).prepare()  # raises for a circle
 

@@ -22,32 +22,21 @@ from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.core.state import StateViews
 
 
-def shift_pages(
-    layer: LayerState, state_indices: Tensor, num_tokens: Tensor, shift: ShiftOp | None = None
-) -> None:
-    """Shift the context of pages by D positions, in place (`docs/algorithm.md`, section 6).
-
-    Exact keys outside the bucket of old keys are rotated towards it by D positions. H, s and the
-    weights of sparse pairs' scores decay. Bounds on recall errors are forgotten.
-
-    Args:
-        layer: one whose contexts shift.
-        state_indices: `[R]` integer on the pages' device; 0 or less is padding.
-        num_tokens: `[R]` integer, tokens that each page holds; for all of them `ShiftSchedule.due`.
-        shift: as in `shift_layers`.
-    """
-    shift_layers([layer], state_indices, num_tokens, shift)
-
-
 def shift_layers(
     layers: Sequence[LayerState],
     state_indices: Tensor,
     num_tokens: Tensor,
     shift: ShiftOp | None = None,
 ) -> None:
-    """`shift_pages` in all layers of a model.
+    """Shift the context of pages by D positions, in place (`docs/algorithm.md`, section 6).
+
+    Exact keys outside the bucket of old keys are rotated towards it by D positions. H, s and the
+    weights of sparse pairs' scores decay.
 
     Args:
+        layers: of one model, or some of them; their contexts shift.
+        state_indices: `[R]` integer on the pages' device; 0 or less is padding.
+        num_tokens: `[R]` integer, tokens that each page holds; for all of them `ShiftSchedule.due`.
         shift: the back end's; None: in plain torch.
     """
     if shift is not None:
@@ -248,7 +237,7 @@ def prefill(
     """
     for number, (due, batch, spans) in enumerate(segments):
         if due is not None:
-            shift_pages(layer, *due, shift)
+            shift_layers([layer], *due, shift)
         if spans is None:
             op(layer, q, k, v, batch, out)
         else:

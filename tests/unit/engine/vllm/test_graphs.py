@@ -145,7 +145,7 @@ def test_decodes_that_are_due_are_shifted_before_a_graph_replays(mode):
     expected = state.pages.clone()
     for state_index, count in ((5, 64), (6, 80)):
         other = problem.bind(expected)
-        context_shift.shift_pages(other, torch.tensor([state_index]), torch.tensor([count]))
+        context_shift.shift_layers([other], torch.tensor([state_index]), torch.tensor([count]))
     b = builder(mode, 16, state)
     b.build(0, step([NULL] * 4, [1] * 4, [64] * 4))  # as a capture has it
     assert torch.equal(state.pages, before)
