@@ -1,24 +1,24 @@
 """How often a session's own past answers a question, with `recall` and without.
 
+    lola-vllm serve models/smollm2-lola
     python benchmarks/past.py --seed 3 --text postgres_docs
 
-Serves the model and reads a text into a session, `--back` tokens and a number in each of the
+A server of the model reads a text into a session, `--back` tokens and a number in each of the
 `--questions` segments before them. After each question its turn is deleted, so that no question
-sees another.
+sees another, and the session at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import tempfile
+import uuid
 from pathlib import Path
 
 from common import ROOT, write_report
 from library_corpus import NEEDLE, WORDS
 
 from lola_vllm.command.client.server import SESSIONS, Server
-from tools.support.server_process import BIN, serving
 
 SEGMENT = 2000  # tokens; as servers cut
 PART = 40_000  # characters of one request
@@ -28,6 +28,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "models/smollm2-lola")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of a server of the model")
     parser.add_argument("--text", default="postgres_docs", help="a file of models/texts")
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--back", type=int, default=16_000, help="tokens")
@@ -54,18 +55,18 @@ def told(text: str, questions: int, back: int, seed: int) -> tuple[str, dict[str
     return "".join(parts) + text[questions * size :], numbers
 
 
-def asked(client: Server, numbers: dict[str, str], recall: bool) -> dict[str, int]:
+def asked(client: Server, session: str, numbers: dict[str, str], recall: bool) -> dict[str, int]:
     """How many questions were answered, and for how many a segment came back."""
     right = back = 0
     for key, number in numbers.items():
         body = {"prompt": NEEDLE[1].format(key=key), "max_tokens": 16, "temperature": 0}
         if recall:
             body["recall"] = "segments"
-        answer = client.json("POST", f"{SESSIONS}/text/complete", body)
+        answer = client.json("POST", f"{session}/complete", body)
         lola = answer["kv_transfer_params"]["lola"]
         right += number in answer["choices"][0]["text"]
         back += "recalled" in lola
-        client.json("DELETE", f"{SESSIONS}/text@{lola['turn']}")
+        client.json("DELETE", f"{session}@{lola['turn']}")
     return {"right": right, "came back": back}
 
 
@@ -74,19 +75,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     text = (ROOT / f"models/texts/{args.text}.txt").read_text()
     text, numbers = told(text, args.questions, args.back, args.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [str(BIN / "lola-vllm"), "serve", str(args.model)]
-        with serving(Path(folder) / "log.txt", command) as running:
-            client = Server(running.url)
-            for at in range(0, len(text), PART):
-                body = {"prompt": text[at : at + PART]}
-                tokens = client.json("POST", f"{SESSIONS}/text/append", body)["tokens"]
-            result = {
-                f"{what}, {how}": float(count)
-                for how, recall in (("with recall", True), ("without", False))
-                for what, count in asked(client, numbers, recall).items()
-            }
-    result |= {"questions": float(len(numbers)), "tokens": float(tokens)}
+    client, session = Server(args.url), f"{SESSIONS}/past-{uuid.uuid4().hex}"
+    for at in range(0, len(text), PART):
+        read = client.json("POST", f"{session}/append", {"prompt": text[at : at + PART]})
+    result = {
+        f"{what}, {how}": float(count)
+        for how, recall in (("with recall", True), ("without", False))
+        for what, count in asked(client, session, numbers, recall).items()
+    }
+    client.json("DELETE", session)
+    result |= {"questions": float(len(numbers)), "tokens": float(read["tokens"])}
     for name, value in result.items():
         print(f"{name:40} {value:7.0f}")
     write_report(args, result)
