@@ -288,7 +288,8 @@ class LolaEngine:
                 "to do",
             ) from None
         if isinstance(answer, dict) and "error" in answer:
-            raise HTTPException(SESSION_STATUS[answer["kind"]], answer["error"])
+            status = SESSION_STATUS[answer.get("kind", "unavailable")]
+            raise HTTPException(status, answer["error"])
         return answer
 
     async def store_id(self) -> str:

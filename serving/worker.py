@@ -149,38 +149,25 @@ class LolaWorkerExtension:
         return answer
 
     @_answering
-    def lola_hear(self, request_id: str, name: str, first: int, num_tokens: int) -> Answer:
-        """As `Librarian.hear`."""
-        return self._librarian().hear(
-            request_id, name, first, num_tokens, lambda row: self._is_of(request_id, row)
-        )
-
-    @_answering
-    def lola_heard(self, request_id: str) -> Answer:
-        """As `Librarian.heard`."""
-        return self._librarian().heard(request_id)
-
-    @_answering
-    def lola_find(
-        self,
-        question: str,
-        documents: list[tuple[str, int]],
-        top: int,
-        rest: tuple[str, int, int] | None = None,
-        newest: int = 0,
+    def lola_hear(
+        self, request_id: str, first: int, asked: int, top: int, segments: dict[str, Any]
     ) -> Answer:
-        """As `Librarian.find`."""
-        return self._librarian().find(question, documents, top, rest, newest)
+        """As `Librarian.hear`."""
+
+        def mine(row: StepRow) -> bool:
+            return self._is_of(request_id, row)
+
+        return self._librarian().hear(request_id, first, asked, mine, top, **segments)
 
     @_answering
-    def lola_found(self, question: str) -> Answer:
+    def lola_found(self, request_id: str) -> Answer:
         """As `Librarian.found`."""
-        return self._librarian().found(question)
+        return self._librarian().found(request_id)
 
     @_answering
-    def lola_unhear(self, name: str) -> Answer:
+    def lola_unhear(self, request_id: str) -> Answer:
         """As `Librarian.drop`."""
-        self._librarian().drop(name)
+        self._librarian().drop(request_id)
         return {}
 
     def _librarian(self) -> Librarian:

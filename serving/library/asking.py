@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import uuid
 from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager, suppress
@@ -14,61 +13,157 @@ from fastapi import HTTPException
 
 from lola_vllm.memory.documents.choose import CANDIDATES
 from lola_vllm.memory.documents.passage import Passage, before_question, passage_of
-from lola_vllm.memory.documents.words import fuse
 from lola_vllm.memory.sessions.request import LIBRARY_REQUEST
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library.adding import most_tokens
 from lola_vllm.serving.library.words import KnownPart
-from lola_vllm.serving.sessions.composed_start import COMPOSED_TTL
 from lola_vllm.serving.sessions.owners import caller, owned
 
 POLL_S = 0.02  # between two looks whether documents were found
+# Texts of parts whose words are indexed: more would keep the engine from its steps.
+TEXTS_AT_ONCE = 16
 
-
-# Of a part that has a question's words, and that its heads did not find.
-_UNREAD: dict[str, Any] = {"score": 0.0, "share": 0.0, "places": []}
+Answer = dict[str, Any]
 
 
 async def find(
-    engine: LolaEngine, library: str, question: str, top: int, salt: str | None
-) -> list[dict[str, Any]]:
-    """The parts that a question reads, the most first, as `protocol.Source` has them.
+    engine: LolaEngine,
+    library: str,
+    question: str,
+    top: int,
+    salt: str | None,
+    made: Answer | None = None,
+) -> tuple[list[Answer], Answer]:
+    """The parts that a question reads, the most first, as `protocol.Source` has them, and what an
+    answer goes on from.
 
     Args:
-        salt: the caller's.
+        salt: the caller's. made: as of `Questions.found`, whose `transcript` is the second part of
+            the answer; None: it is empty.
 
     Raises:
         HTTPException: there is no such library, or the question is too long, or too many wait.
     """
-    engine.questions.check(caller())
-    found = await engine.sessions("library", library=library, salt=owned(salt))
-    parts = [
-        KnownPart(document["document"], part["part"], len(document["parts"]), part["session"],
-                  part["id"], part["tokens"])
-        for document in found["documents"] for part in document["parts"]
-    ]  # fmt: skip
+    asked, owner = await _encoded(engine, f"\n{question.strip()}"), owned(salt)
 
     async def texts(new: list[KnownPart]) -> list[str]:
-        ids = [await _tokens(engine, part, salt) for part in new]
         decode = engine.client.renderer.tokenizer.decode  # type: ignore[union-attr]
-        return await asyncio.to_thread(
-            lambda: [decode(each, skip_special_tokens=True) for each in ids]
-        )
+        read: list[str] = []
+        for first in range(0, len(new), TEXTS_AT_ONCE):
+            names = [part.session for part in new[first : first + TEXTS_AT_ONCE]]
+            for ids in await engine.sessions("texts", sessions=names, salt=owner):
+                read.append(await asyncio.to_thread(decode, ids, skip_special_tokens=True))
+        return read
 
-    async with deleted_meanwhile(engine, library, {part.session for part in parts}, salt):
-        by_heads, by_words = await asyncio.gather(
-            choose_among(engine, parts, question, max(top, CANDIDATES), salt),
-            engine.words.find(owned(salt), library, parts, question, CANDIDATES, texts),
+    async with _question(engine) as request:
+        async with engine.hearing:
+            listed = await _hear(
+                engine, request=request, asked=len(asked), top=top,
+                library={"library": library, "salt": owner},
+            )  # fmt: skip
+            parts = [
+                KnownPart(document["document"], part["part"], len(document["parts"]),
+                          part["session"], part["id"], part["tokens"])
+                for document in listed["documents"] for part in document["parts"]
+            ]  # fmt: skip
+            sessions = {part.session for part in parts}
+            async with deleted_meanwhile(engine, library, sessions, salt):
+                await _read(engine, request, listed["anchor"], listed["before"], asked, salt)
+        async with deleted_meanwhile(engine, library, sessions, salt):
+            words = await engine.words.find(owner, library, parts, question, CANDIDATES, texts)
+            answer = await _found(
+                engine, request=request, parts=[(part.session, part.tokens) for part in parts],
+                top=top, salt=owner, by_words=words, made=made,
+            )  # fmt: skip
+    found = [await source_of(engine, parts, one, question) for one in answer["found"]]
+    total = sum(source["score"] for source in found)
+    for source in found:
+        source["share"] = source["score"] / total if total else 1 / len(found)
+    return found, answer.get("transcript", {})
+
+
+async def choose_among(
+    engine: LolaEngine,
+    parts: list[KnownPart],
+    before: list[int],
+    question: str,
+    top: int,
+    salt: str | None,
+    **newer: Any,
+) -> list[Answer]:
+    """What a question reads of parts that are known, the most first, as `Questions.found` has it.
+
+    Args:
+        before: tokens of the first part, after which the question is read; no part is longer.
+        newer: `rest` and `newest`, as `Librarian.hear` takes them.
+    """
+    asked = await _encoded(engine, f"\n{question.strip()}")
+    segments = {"parts": [(part.id, part.tokens) for part in parts], **newer}
+    async with _question(engine) as request:
+        async with engine.hearing:
+            await _hear(engine, request=request, asked=len(asked), top=top, segments=segments)
+            await _read(engine, request, parts[0].session, before, asked, salt)
+        answer = await _found(
+            engine, request=request, parts=[(part.session, part.tokens) for part in parts],
+            top=top, salt=owned(salt),
+        )  # fmt: skip
+    choices: list[Answer] = answer["found"]
+    return choices
+
+
+@asynccontextmanager
+async def _question(engine: LolaEngine) -> AsyncIterator[str]:
+    """A turn to ask, and the id of the request that is heard in it."""
+    request_id = f"{LIBRARY_REQUEST}{uuid.uuid4().hex}"
+    async with engine.questions.turn(caller()):
+        try:
+            yield request_id
+        except BaseException:  # a disconnected client cancels this
+            engine.later(engine.ask_workers("lola_unhear", request_id))
+            raise
+
+
+async def _hear(engine: LolaEngine, **asked: Any) -> Answer:
+    """As `Questions.hear`, when no other API process of this server is listening any more."""
+    while True:
+        answer: Answer = await engine.sessions("hear", **asked)
+        if not answer.get("busy"):
+            return answer
+        await asyncio.sleep(POLL_S)
+
+
+async def _found(engine: LolaEngine, **asked: Any) -> Answer:
+    """As `Questions.found`, when it is found."""
+    while True:
+        answer: Answer = await engine.sessions("found", **asked)
+        if answer:
+            return answer
+        await asyncio.sleep(POLL_S)
+
+
+async def _read(
+    engine: LolaEngine,
+    request_id: str,
+    session: str,
+    before: list[int],
+    asked: list[int],
+    salt: str | None,
+) -> None:
+    """Read a question after a document, as it is when it follows one.
+
+    Args:
+        session: the document's. before, asked: tokens of the document and of the question.
+
+    Raises:
+        HTTPException: both together are too long.
+    """
+    room = most_tokens(engine) - len(before)
+    if len(asked) > room:
+        raise HTTPException(
+            HTTPStatus.BAD_REQUEST,
+            f"question: {len(asked)} tokens; at most {room} can be read after a document",
         )
-        read = {choice["document"]: choice for choice in by_heads}
-        order = fuse([list(read), by_words])[:top]
-        found = [
-            await source_of(engine, parts[i], read.get(i, _UNREAD), question, salt) for i in order
-        ]
-        total = sum(source["score"] for source in found)
-        for source in found:
-            source["share"] = source["score"] / total if total else 1 / len(found)
-        return found
+    await engine.read(before + asked, request_id, {"from": session, "save": False}, salt)
 
 
 @asynccontextmanager
@@ -99,105 +194,13 @@ async def deleted_meanwhile(
         ) from error
 
 
-async def choose_among(
-    engine: LolaEngine,
-    parts: list[KnownPart],
-    question: str,
-    top: int,
-    salt: str | None,
-    rest: tuple[str, int, int] | None = None,
-    newest: int = 0,
-) -> list[dict[str, Any]]:
-    """What a question reads of parts that are known, the most first, as `Librarian.found` has it.
-
-    Args:
-        rest, newest: as `Librarian.find` takes them.
-    """
-    room = most_tokens(engine)
-    asked = await _encoded(engine, f"\n{question.strip()}")
-    # A question is read after a document, as it is when it follows one.
-    anchor = max(parts, key=lambda part: part.tokens)  # the first of several
-    if anchor.tokens + len(asked) > room:
-        raise HTTPException(
-            HTTPStatus.BAD_REQUEST,
-            f"question: {len(asked)} tokens; at most {room - anchor.tokens} can be read after a "
-            "document",
-        )
-    name = f"question-{uuid.uuid4().hex}"
-    async with engine.questions.turn(caller()):
-        try:
-            async with engine.hearing:
-                await _hear(engine, name, anchor, asked, salt)
-            states = [(part.id, part.tokens) for part in parts]
-            await engine.ask_workers("lola_find", name, states, top, rest, newest)
-            answer: dict[str, Any] = {}
-            while "choices" not in answer:
-                await asyncio.sleep(POLL_S)
-                (answer,) = await engine.ask_workers("lola_found", name)
-        except BaseException:  # a disconnected client cancels this
-            engine.later(engine.ask_workers("lola_unhear", name))
-            raise
-    choices: list[dict[str, Any]] = answer["choices"]
-    return choices
-
-
-async def compose(
-    engine: LolaEngine,
-    sources: list[dict[str, Any]],
-    room: int,
-    salt: str | None,
-    session: str | None = None,
-    ttl: float | None = None,
-) -> str:
-    """The session of the parts that a question reads; what is read most comes last, nearest to it.
-
-    Args:
-        sources: of `find`; those that there is no room for are removed. room: for tokens.
-        session: its name; None: the server's, for parts that are asked again.
-        ttl: seconds for which it is kept.
-    """
-    ends = list(itertools.accumulate(source["tokens"] for source in sources))
-    while len(ends) > 1 and ends[-1] > room:
-        ends.pop()
-        sources.pop()
-    names = [source["session"] for source in reversed(sources)]
-    given: dict[str, Any] = {"sources": names, "salt": owned(salt)}
-    if session is None:
-        ttl = COMPOSED_TTL if ttl is None else ttl
-        made = await engine.sessions("compose_parts", **given, ttl=ttl)
-    else:
-        made = await engine.sessions("compose", **given, to=session, ttl=ttl)
-    return str(made["session"])
-
-
-async def _hear(
-    engine: LolaEngine, name: str, anchor: KnownPart, tokens: list[int], salt: str | None
-) -> None:
-    """Read tokens behind a part, and keep their queries under a name."""
-    before = await _tokens(engine, anchor, salt)
-    prompt, request_id = before + tokens, f"{LIBRARY_REQUEST}{uuid.uuid4().hex}"
-    while True:  # another API process of this server may be listening
-        (answer,) = await engine.ask_workers(
-            "lola_hear", request_id, name, len(before), len(prompt)
-        )
-        if not answer.get("busy"):
-            break
-        await asyncio.sleep(POLL_S)
-    try:
-        await engine.read(prompt, request_id, {"from": anchor.session, "save": False}, salt)
-        await engine.ask_workers("lola_heard", request_id)
-    except BaseException:
-        engine.later(engine.ask_workers("lola_unhear", request_id))
-        raise
-
-
 async def source_of(
-    engine: LolaEngine, part: KnownPart, choice: dict[str, Any], question: str, salt: str | None
-) -> dict[str, Any]:
+    engine: LolaEngine, parts: list[KnownPart], choice: Answer, question: str
+) -> Answer:
     """A part that was chosen, as `protocol.Source` has it."""
-    tokens = await _tokens(engine, part, salt)
+    part = parts[choice["document"]]
     passage, places = await asyncio.to_thread(
-        _texts, engine.client.renderer.tokenizer, tokens, choice["places"], question
+        _texts, engine.client.renderer.tokenizer, choice["tokens"], choice["places"], question
     )
     return {
         "document": part.document, "part": part.part, "parts": part.parts,
@@ -237,12 +240,6 @@ def asked_with(messages: list[Any], before: str) -> list[Any]:
     if isinstance(content, str):
         return [*others, {**last, "content": f"{before}\n\n{content}"}]
     return [*others, {**last, "content": [{"type": "text", "text": before}, *content]}]
-
-
-async def _tokens(engine: LolaEngine, part: KnownPart, salt: str | None) -> list[int]:
-    said = await engine.sessions("tokens", reference=part.session, salt=owned(salt))
-    tokens: list[int] = said["tokens"]
-    return tokens
 
 
 async def _encoded(engine: LolaEngine, text: str) -> list[int]:

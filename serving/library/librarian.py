@@ -1,18 +1,19 @@
 """What a worker does for libraries: it hears a question, and finds the documents that it reads.
 
-Finding takes a while and needs no device, so it runs in a thread, and who asks looks again until it
-is over.
+A question is heard while it is read as a request. Finding takes a while and needs no device, so it
+runs in a thread, from the moment at which the question is known. Who asks looks again until it is
+over.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from lola_vllm.engine.vllm.attention import LolaAttention, rope_of
@@ -23,20 +24,17 @@ from lola_vllm.memory.sessions.transfer import TransferWorker
 from lola_vllm.serving.library.queries import QueryRecorder
 from lola_vllm.serving.pages import StepRow
 
-# Questions that documents are found for at once, and whose queries are kept.
-MAX_AT_ONCE = 8
-MAX_HEARD = 64
-# No question is listened to for longer.
-LISTEN_S = 120.0
+# A question that nobody has asked about for so long is forgotten: who asked it is gone.
+KEPT_S = 120.0
 
 Answer = dict[str, Any]
 
 
-class _Listening(NamedTuple):
+@dataclass
+class _Question:
     recorder: QueryRecorder
-    name: str
-    first: int
     since: float
+    search: Future[list[Choice]] | None = None  # from the moment at which it is known
 
 
 class Librarian:
@@ -49,80 +47,70 @@ class Librarian:
     def __init__(self, model: nn.Module, layers: Sequence[LolaAttention]) -> None:
         self._model, self._layers = model, layers
         self._rope = rope_of(layers[0])
-        self._listening: dict[str, _Listening] = {}
-        self._heard: OrderedDict[str, list[Tensor]] = OrderedDict()
-        self._finding: dict[str, Future[list[Choice]]] = {}
+        self._questions: dict[str, _Question] = {}  # by request
         self._thread = ThreadPoolExecutor(1, "lola-library")
 
     def hear(
         self,
         request_id: str,
-        name: str,
         first: int,
-        num_tokens: int,
+        asked: int,
         mine: Callable[[StepRow], bool],
-    ) -> Answer:
-        """Record the queries of a request's tokens from `first` on; call before it is sent.
-
-        Args:
-            name: under which they are kept. mine: whether a row of a step is the request's.
-        """
-        for other, listening in list(self._listening.items()):
-            if time.monotonic() - listening.since > LISTEN_S:  # who asked for it is gone
-                self.drop(other)
-        if self._listening:  # layers show their queries to one at a time
-            return {"busy": True}
-        recorder = QueryRecorder(self._model, self._layers, first, num_tokens, mine)
-        self._listening[request_id] = _Listening(recorder, name, first, time.monotonic())
-        return {}
-
-    def heard(self, request_id: str) -> Answer:
-        """Keep the queries of a request that is over."""
-        listening = self._listening.pop(request_id, None)
-        if listening is None:
-            return {"error": f"{request_id} was not listened to"}
-        recorder, name, first, _ = listening
-        recorder.stop()
-        sequence = self._layers[0].sequence
-        self._heard[name] = queries_in(sequence, recorder.queries(), first, self._rope)
-        while len(self._heard) > MAX_HEARD:
-            self._heard.popitem(last=False)
-        return {}
-
-    def find(
-        self,
-        question: str,
-        documents: Sequence[tuple[str, int]],
         top: int,
-        rest: tuple[str, int, int] | None = None,
-        newest: int = 0,
+        parts: Sequence[tuple[str, int]],
+        rest: tuple[str, int, int] | None,
+        newest: int,
     ) -> Answer:
-        """Start to look for the documents that a question reads.
+        """Record the queries of a request's last tokens, and look for the documents that they read;
+        call before it is sent.
 
         Args:
-            question: name of queries that are kept. documents: id of the state and tokens of each
-                part. top: how many to find. rest: one more document: id of a state, its tokens,
-                and how many of the newest of these. newest: so many documents at the end are newer
-                than the others.
+            first, asked: tokens before the question, and of it. mine: whether a row of a step is
+                the request's.
+            top: how many documents to find. parts: id of the state and tokens of each.
+            rest: one more document: id of a state, its tokens, and how many of the newest of these.
+            newest: so many documents at the end are newer than the others.
+
+        Returns:
+            `{"busy": True}` while another question is heard, else `{}`.
         """
-        if len(self._finding) >= MAX_AT_ONCE:
-            return {"error": "too many questions are asked at once; try again"}
-        asked = self._heard.pop(question, None)
-        if asked is None:
-            return {"error": "the question was not heard; ask again"}
-        shelf = _fetched(documents, rest)
-        self._finding[question] = self._thread.submit(choose, asked, shelf, top, newest)
+        for other, question in list(self._questions.items()):
+            if time.monotonic() - question.since > KEPT_S:
+                self.drop(other)
+        if any(question.search is None for question in self._questions.values()):
+            return {"busy": True}  # layers show their queries to one at a time
+
+        def search() -> list[Choice]:
+            queries = queries_in(self._layers[0].sequence, recorder.queries(), first, self._rope)
+            return choose(queries, _fetched(parts, rest), top, newest)
+
+        def begin() -> None:
+            question.search = self._thread.submit(search)
+
+        recorder = QueryRecorder(self._model, self._layers, first, first + asked, mine, begin)
+        question = self._questions[request_id] = _Question(recorder, time.monotonic())
         return {}
 
-    def found(self, question: str) -> Answer:
-        """`{}` while it is looked for, else `{"choices": [...]}`, the most read first: `document`
-        (its index), `score`, `share`, `own` and `places`, each first, last, share and peak."""
-        future = self._finding.get(question)
-        if future is None:
-            return {"error": "nothing is looked for"}
-        if not future.done():
+    def found(self, request_id: str) -> Answer:
+        """What is read by a question whose request is over.
+
+        Returns:
+            `{}` while it is looked for, else `{"choices": [...]}`, the most read first: `document`
+            (its index), `score`, `share`, `own` and `places`, each first, last, share and peak.
+
+        Raises:
+            LookupError: it was not heard, or is forgotten. ValueError: not all of it was heard.
+        """
+        question = self._questions.get(request_id)
+        if question is None:
+            raise LookupError("the question was not heard; ask again")
+        if question.search is None:
+            self.drop(request_id)
+            question.recorder.queries()  # says why
+            raise ValueError("the question was not heard; ask again")
+        if not question.search.done():
             return {}
-        del self._finding[question]
+        self.drop(request_id)
         choices = [
             {
                 "document": choice.document,
@@ -131,19 +119,17 @@ class Librarian:
                 "own": choice.own,
                 "places": [list(place) for place in choice.places],
             }
-            for choice in future.result()
+            for choice in question.search.result()
         ]
         return {"choices": choices}
 
-    def drop(self, name: str) -> None:
-        """Forget a request that is listened to, or a question that was heard."""
-        listening = self._listening.pop(name, None)
-        if listening is not None:
-            listening.recorder.stop()
-        self._heard.pop(name, None)
-        future = self._finding.pop(name, None)
-        if future is not None:
-            future.cancel()
+    def drop(self, request_id: str) -> None:
+        """Forget a question."""
+        question = self._questions.pop(request_id, None)
+        if question is not None:
+            question.recorder.stop()
+            if question.search is not None:
+                question.search.cancel()
 
 
 def _fetched(

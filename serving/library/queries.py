@@ -28,7 +28,7 @@ class QueryRecorder:
         model: its steps are watched from now until `stop`.
         layers: of the model on this rank.
         first, num_tokens: positions of the tokens, and the prompt's length.
-        mine: as for `keys.KeyRecorder`.
+        mine: as for `keys.KeyRecorder`. complete: called once, when all are recorded.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class QueryRecorder:
         first: int,
         num_tokens: int,
         mine: Callable[[StepRow], bool],
+        complete: Callable[[], object],
     ) -> None:
         self._layers = {
             index: layers[index]
@@ -50,6 +51,7 @@ class QueryRecorder:
             index: torch.empty(num_tokens - first, layer.num_heads, layer.head_dim)
             for index, layer in self._layers.items()
         }
+        self._complete = complete
         self._hook: Any = model.register_forward_pre_hook(self._before_step)
 
     def stop(self) -> None:
@@ -72,6 +74,9 @@ class QueryRecorder:
 
     def _before_step(self, *_: Any) -> None:
         # An exception here would end the engine, and a failed record must not fail any request.
+        if self._seen.all():
+            self.stop()
+            return
         try:
             span = span_of_step(next(iter(self._layers.values())), self._num_tokens, self._mine)
             self._show(None if span is None else self._asked(span))
@@ -100,5 +105,7 @@ class QueryRecorder:
             queries[span.positions] = q[span.step].to(queries)
             if last:
                 self._seen[span.positions] = True
+                if self._seen.all():
+                    self._complete()
 
         return write

@@ -23,6 +23,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_c
 
 from lola_vllm.memory.documents.choose import FOUND
 from lola_vllm.memory.documents.parts import SHARED_TOKENS
+from lola_vllm.memory.documents.passage import PASSAGE_CHARS
 from lola_vllm.memory.sessions.names import addition_of
 from lola_vllm.memory.sessions.request import FIELD
 from lola_vllm.serving.bodies import LolaRoute
@@ -49,6 +50,7 @@ from lola_vllm.serving.library.protocol import (
 )
 from lola_vllm.serving.prompt import check_length, text_tokens
 from lola_vllm.serving.protocol import check_utf8
+from lola_vllm.serving.sessions.composed_start import COMPOSED_TTL
 from lola_vllm.serving.sessions.generate import LockedStream, special_ids
 from lola_vllm.serving.sessions.lock import lock_document
 from lola_vllm.serving.sessions.management import (
@@ -145,7 +147,7 @@ async def find(library: str, raw_request: Request, body: FindRequest) -> Any:
     engine = engine_of(raw_request)
     check_libraries(engine)
     validate_cache_salt(body.cache_salt)
-    sources = await asking.find(
+    sources, _ = await asking.find(
         engine, name_of(library, "library"), body.question, body.top, body.cache_salt
     )
     return Found.model_validate({"sources": sources})
@@ -231,16 +233,16 @@ async def _read(
         check_utf8("cache_salt", salt or "")
     except ValueError as error:
         raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
-    sources = await asking.find(engine, name, question, body.top or FOUND, salt)
-    before = asking.with_passages(sources)
     answer = getattr(body, "max_completion_tokens", None) or body.max_tokens or ANSWER_TOKENS
     room = most_tokens(engine) - min(answer, ANSWER_TOKENS) - 2 * SHARED_TOKENS
-    room -= (len(question) + len(before)) // 2
-    made_of = sources[: body.top or 1]
-    read = {source["session"] for source in made_of}
-    async with asking.deleted_meanwhile(engine, name, read, salt):
-        session = await asking.compose(engine, made_of, room, salt, body.session, body.ttl)
-    said = await engine.sessions("tokens", reference=session, salt=owned(salt))
+    top = body.top or FOUND
+    room -= (len(question) + top * PASSAGE_CHARS) // 2
+    made = {
+        "count": body.top or 1, "room": room, "session": body.session,
+        "ttl": COMPOSED_TTL if body.session is None else body.ttl,
+    }  # fmt: skip
+    sources, said = await asking.find(engine, name, question, top, salt, made)
+    before, session = asking.with_passages(sources), said["session"]
     transcript = Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])
     params: dict[str, Any] = {"from": session, "save": body.session or False}
     if body.session and body.ttl is not None:

@@ -104,14 +104,15 @@ async def recall(
     if not parts:
         return None
     rest = (found["id"], found["tokens"], left) if left else None
-    choices = await choose_among(engine, parts, question, TOP, salt, rest, newest(left > 0))
+    before = transcript.tokens[(parts[0].part - 1) * size :][:size]
+    choices = await choose_among(
+        engine, parts, before, question, TOP, salt, rest=rest, newest=newest(left > 0)
+    )
     read = [FoundSegment(choice["document"], choice["score"], choice["own"]) for choice in choices]
     index = comes_back(read, len(parts))
     if index is None:
         return None
-    source = await source_of(
-        engine, parts[choices[index]["document"]], choices[index], question, salt
-    )
+    source = await source_of(engine, parts, choices[index], question)
     first = (source["part"] - 1) * size
     said = {
         "first": first, "last": first + size, "score": source["score"],
@@ -139,7 +140,7 @@ async def read_library(
         HTTPException: there is no such library, or there can be none here.
     """
     check_libraries(engine)
-    sources = await find(engine, library, question, FOUND, salt)
+    sources, _ = await find(engine, library, question, FOUND, salt)
     composed = await _beside(engine, f"{session}@{transcript.turn}", sources[0], salt)
     return Recalled(*composed, {}, sources, with_passages(sources))
 

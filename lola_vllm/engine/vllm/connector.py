@@ -45,6 +45,7 @@ from lola_vllm.engine.vllm import compat
 from lola_vllm.engine.vllm.attention import LolaAttention, composer_of, rope_of
 from lola_vllm.engine.vllm.backend import LolaMetadata
 from lola_vllm.engine.vllm.cache import layer_layouts, lola_hf_config, row_bytes, sequence_layout
+from lola_vllm.engine.vllm.questions import Questions
 from lola_vllm.engine.vllm.session_requests import SchedulerHalf
 from lola_vllm.engine.vllm.waypoints import Waypoint, WaypointPlan
 from lola_vllm.memory.documents.keys import DocumentKeys, key_bytes
@@ -318,7 +319,7 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def answer_engine(engine: Any, method: str, arguments: dict[str, Any]) -> Any:
-    """The method `lola_sessions` of vLLM's engine core: a call of `SessionManager`.
+    """The method `lola_sessions` of vLLM's engine core: a call of `SessionManager` or `Questions`.
 
     Routes in the API server's process call it as a utility of the engine. The first call, which
     `serving/plugin.py` makes at the start, also tells the store how to wake this engine.
@@ -327,7 +328,15 @@ def answer_engine(engine: Any, method: str, arguments: dict[str, Any]) -> Any:
     if not isinstance(connector, LolaStateConnector):
         return {"error": "no states are stored", "kind": "unavailable"}
     connector.scheduling.store.wake = functools.partial(compat.wake, engine)
-    return connector.scheduling.manager.call(method, arguments)
+    manager = connector.scheduling.manager
+    if method not in Questions.METHODS:
+        return manager.call(method, arguments)
+
+    def ask_worker(name: str, *args: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = engine.model_executor.collective_rpc(name, args=args)[0]
+        return answer
+
+    return getattr(Questions(manager, ask_worker), method)(**arguments)
 
 
 # The scheduler's half, where it is in the same process as a worker's.

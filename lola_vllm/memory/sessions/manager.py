@@ -71,7 +71,8 @@ class SessionManager:
 
     METHODS = (
         "sessions", "show", "tokens", "fork", "compose", "rename", "pin", "delete", "clear",
-        "files", "import_file", "stats", "result", "libraries", "library", "compose_parts",
+        "files", "import_file", "stats", "result", "libraries", "library", "texts",
+        "compose_parts",
         "remove_documents", "past",
     )  # fmt: skip
 
@@ -219,11 +220,15 @@ class SessionManager:
                 store.delete(replaced + answers, dict)
             return describe_library(store, hashed, name)
 
+    def texts(self, sessions: list[str], salt: str | None = None) -> list[list[int]]:
+        """Token ids of sessions, each that of its longest state."""
+        return [self._tokens(self._longest(session, salt)).tolist() for session in sessions]
+
     def compose_parts(
         self, sources: list[str], salt: str | None = None, ttl: float | None = None
     ) -> Answer:
         """The session that the server composes of others for a request, in the order of their
-        texts. It is made once.
+        texts, and what `tokens` tells of it. It is made once.
 
         Args:
             sources: sessions, or turns of them. ttl: seconds for which it is kept, from now on
@@ -235,7 +240,7 @@ class SessionManager:
             name = name_of_answer(parts)
             if (salt_hash(salt), name) not in store.sessions:
                 self._compose(sources, name, salt, ttl)
-        return self.show(name, salt)
+        return {"session": name, **self.tokens(name, salt)}
 
     def remove_documents(
         self,

@@ -51,14 +51,13 @@ def test_a_library_is_its_parts(server: Server) -> None:
 
 def test_parts_are_composed_once(server: Server) -> None:
     made = server.ask("compose_parts", sources=["library-1", "library-3"])
-    assert made["made_of"] == ["library-1@1", "library-3@1"]
-    assert (
-        server.ask("compose_parts", sources=["library-1", "library-3"])["session"]
-        == made["session"]
-    )
+    assert server.ask("show", session=made["session"])["made_of"] == ["library-1@1", "library-3@1"]
+    assert made["tokens"] == sum(server.ask("texts", sessions=["library-1", "library-3"]), [])
+    assert server.ask("compose_parts", sources=["library-1", "library-3"]) == made
     assert server.store.counts["composed"] == 1
     turned = server.ask("compose_parts", sources=["library-3", "library-1"], ttl=60)
-    assert turned["session"] != made["session"] and turned["states"][0]["expires"]
+    assert turned["session"] != made["session"]
+    assert server.ask("show", session=turned["session"])["states"][0]["expires"]
 
 
 def test_a_deleted_document_takes_the_answers_along(server: Server) -> None:

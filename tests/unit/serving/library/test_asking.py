@@ -11,8 +11,16 @@ import pytest
 from fastapi import HTTPException
 
 from lola_vllm.serving.library import asking
+from lola_vllm.serving.library.turns import Turns
 
 PART = {"part": 1, "session": "library-1", "id": "1" * 32, "tokens": 40}
+
+
+async def asked(engine: Any) -> None:
+    try:
+        await asking.find(engine, "pumps", "When?", 3, None)
+    finally:
+        await asyncio.sleep(0)  # what is done later
 
 
 @pytest.mark.parametrize("status", [HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE])
@@ -21,33 +29,39 @@ def test_it_is_told_that_a_document_is_gone(
     monkeypatch: pytest.MonkeyPatch, status: HTTPStatus, deleted: str
 ) -> None:
     """Whatever notices first; what fails for another reason is told as it is."""
-    documents: list[Any] = [{"document": "a.md", "parts": [PART]}]
+    documents: list[Any] | None = [{"document": "a.md", "parts": [PART]}]
 
     async def sessions(method: str, **arguments: Any) -> Any:
+        nonlocal documents
+        if method == "hear":
+            return {"documents": documents, "anchor": PART["session"], "before": [5] * 40}
+        if method == "found":
+            if deleted != "nothing":
+                documents = [] if deleted == "a document" else None
+            raise HTTPException(status, "something is missing")
         assert (method, arguments["library"]) == ("library", "pumps")
         if documents is None:
             raise HTTPException(HTTPStatus.NOT_FOUND, "there is no library 'pumps'")
         return {"documents": documents}
 
-    async def choose(*_: Any) -> Any:
-        nonlocal documents
-        if deleted != "nothing":
-            documents = [] if deleted == "a document" else None  # type: ignore[assignment]
-        raise HTTPException(status, "something is missing")
+    async def workers(method: str, *_: Any) -> None:
+        forgotten.append(method)
 
-    async def words(*_: Any) -> list[int]:
+    async def nothing(*_: Any) -> list[int]:
         return []
 
-    monkeypatch.setattr(asking, "choose_among", choose)
+    forgotten: list[str] = []
+    monkeypatch.setattr(asking, "_encoded", nothing)
+    monkeypatch.setattr(asking, "most_tokens", lambda _: 100)
     engine: Any = SimpleNamespace(
-        sessions=sessions,
-        questions=SimpleNamespace(check=lambda _: None),
-        words=SimpleNamespace(find=words),
-    )
+        sessions=sessions, ask_workers=workers, read=nothing, later=asyncio.ensure_future,
+        hearing=asyncio.Lock(), questions=Turns(), words=SimpleNamespace(find=nothing),
+    )  # fmt: skip
     with pytest.raises(HTTPException) as refused:
-        asyncio.run(asking.find(engine, "pumps", "When?", 3, None))
+        asyncio.run(asked(engine))
     if deleted == "nothing":
         assert refused.value.status_code == status
     else:
         assert refused.value.status_code == HTTPStatus.CONFLICT
         assert "deleted or replaced" in refused.value.detail
+    assert forgotten == ["lola_unhear"]

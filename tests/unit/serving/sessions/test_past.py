@@ -33,14 +33,14 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         segments = [{"segment": i, "session": f"part-{i}", "id": f"id-{i}"} for i in range(3)]
         return {"segments": segments, "id": "now", "tokens": LENGTH}
 
-    async def choose(*asked: Any) -> list[dict[str, Any]]:
-        engine.newest = asked[-2:]
+    async def choose(_engine: Any, _parts: Any, before: Any, *_: Any, **newer: Any) -> Any:
+        assert before == SESSION.tokens[:SIZE]
+        engine.newest = newer
         return engine.choices
 
-    async def source(
-        _engine: Any, part: Any, choice: dict[str, Any], question: str, _salt: Any
-    ) -> Any:
+    async def source(_engine: Any, parts: Any, choice: dict[str, Any], question: str) -> Any:
         assert question == "Which?"
+        part = parts[choice["document"]]
         return {"session": part.session, "part": part.part, "score": choice["score"],
                 "sentence": "It is blue."}  # fmt: skip
 
@@ -67,7 +67,9 @@ def recall(engine: Any, *read: tuple[int, float, float]) -> past.Recalled | None
 
 def test_a_segment_stands_next_to_the_question_though_newer_text_is_read_more(engine: Any) -> None:
     found = recall(engine, (3, 9.0, 1.0), (1, 8.0, OWN), (0, 7.0, 0.1))
-    assert engine.order == ["s@7", "part-1"] and engine.newest == (("now", LENGTH, 10), 2)
+    assert engine.order == ["s@7", "part-1"] and engine.newest == {
+        "rest": ("now", LENGTH, 10), "newest": 2
+    }  # fmt: skip
     assert found is not None
     said = found.said["recalled"]
     assert (said["first"], said["last"]) == (SIZE, 2 * SIZE)

@@ -1,0 +1,143 @@
+"""Questions to documents, in the engine's process: a library is listed, the worker that hears a
+question is told, and what it finds is composed.
+
+An API server asks twice for each question (`serving/library/asking.py`): before it sends the
+question as a request, and when that is over. The worker's half is `serving/library/librarian.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lola_vllm.memory.documents.choose import CANDIDATES
+from lola_vllm.memory.documents.words import fuse
+from lola_vllm.memory.sessions.manager import SessionManager
+
+Answer = dict[str, Any]
+# Of a part that has a question's words, and that the model's heads did not find.
+_UNREAD: Answer = {"score": 0.0, "share": 0.0, "own": 0.0, "places": []}
+
+
+class Questions:
+    """Questions to the documents of an engine.
+
+    Args:
+        manager: of its sessions. ask_worker: calls a method of its only worker.
+    """
+
+    METHODS = ("hear", "found")
+
+    def __init__(self, manager: SessionManager, ask_worker: Callable[..., Answer]) -> None:
+        self._ask, self._ask_worker = manager.call, ask_worker
+
+    def hear(
+        self,
+        request: str,
+        asked: int,
+        top: int,
+        library: Answer | None = None,
+        segments: Answer | None = None,
+    ) -> Answer:
+        """Have a question heard that follows the longest of the documents; call before it is sent.
+
+        Args:
+            request: id of its request. asked: tokens of it. top: documents to find in it.
+            library: arguments of `SessionManager.library`, of what is asked.
+            segments: or `parts`, `rest` and `newest`, as `Librarian.hear` takes them.
+
+        Returns:
+            With a library: what is told of it, the session of its longest part (`anchor`), and the
+            tokens of that (`before`). `{"busy": True}`: another question is heard.
+        """
+        listed: Answer = {}
+        if library is not None:
+            listed = self._ask("library", library)
+            if "error" in listed:
+                return listed
+            parts = [part for document in listed["documents"] for part in document["parts"]]
+            anchor = max(parts, key=lambda part: part["tokens"])["session"]  # the first of several
+            texts = self._ask("texts", {"sessions": [anchor], "salt": library["salt"]})
+            if isinstance(texts, dict):
+                return texts
+            listed |= {"anchor": anchor, "before": texts[0]}
+            states = [(part["id"], part["tokens"]) for part in parts]
+            segments = {"parts": states, "rest": None, "newest": 0}
+            top = max(top, CANDIDATES)
+        assert segments is not None
+        first = max(tokens for _, tokens in segments["parts"])
+        return listed | self._ask_worker("lola_hear", request, first, asked, top, segments)
+
+    def found(
+        self,
+        request: str,
+        parts: Sequence[tuple[str, int]],
+        top: int,
+        salt: str | None,
+        by_words: Sequence[int] | None = None,
+        made: Answer | None = None,
+    ) -> Answer:
+        """What a question reads that was heard with a request that is over.
+
+        Args:
+            parts: session and tokens of each that it was asked of. top: how many to tell.
+            salt: of their owner.
+            by_words: the parts that have words of the question, the best first; None: those that
+                the model's heads find alone.
+            made: `count` of the parts that are found to compose, `room` for their tokens, `session`
+                of what is composed, or None, and its `ttl`; None: nothing is.
+
+        Returns:
+            `found`, the most read first: as `Librarian.found` has it, and the `tokens` of each.
+            With `made` also `transcript`: what an answer goes on from, as `SessionManager.tokens`
+            has it with its `session`. `{}` while it is looked for.
+        """
+        answer = self._ask_worker("lola_found", request)
+        if "choices" not in answer:
+            return answer
+        read = {choice["document"]: choice for choice in answer["choices"]}
+        order = list(read) if by_words is None else fuse([list(read), by_words])[:top]
+        names = [parts[i][0] for i in order if i < len(parts)]
+        texts = self._ask("texts", {"sessions": names, "salt": salt})
+        if isinstance(texts, dict):
+            return texts
+        told = iter(texts)
+        found = [
+            {
+                **read.get(i, _UNREAD),
+                "document": i,
+                "tokens": next(told) if i < len(parts) else [],
+            }
+            for i in order
+        ]
+        if made is None:
+            return {"found": found}
+        transcript = self._composed([parts[i] for i in order], salt, **made)
+        return transcript if "error" in transcript else {"found": found, "transcript": transcript}
+
+    def _composed(
+        self,
+        parts: Sequence[tuple[str, int]],
+        salt: str | None,
+        count: int,
+        room: int,
+        session: str | None,
+        ttl: float | None,
+    ) -> Answer:
+        """What an answer goes on from: the first parts that there is room for, the one that is read
+        most next to the question."""
+        ends = itertools.accumulate(tokens for _, tokens in parts[:count])
+        kept = max(1, sum(end <= room for end in ends))
+        sources = [name for name, _ in reversed(parts[:kept])]
+        given: Answer = {"sources": sources, "ttl": ttl, "salt": salt}
+        if session is not None:
+            made = self._ask("compose", {**given, "to": session})
+        elif kept > 1:
+            made = self._ask("compose_parts", given)
+        else:  # it goes on from the part itself
+            made = {"session": sources[0]}
+        if "error" in made:
+            return dict(made)
+        name = made["session"]
+        return {"session": name, **self._ask("tokens", {"reference": name, "salt": salt})}
