@@ -54,7 +54,7 @@ class Gather:
 
 
 def plan_gather(query_start_loc: Ints, context_lens: Ints, layout: StateLayout) -> Gather:
-    """From counts alone; query_start_loc `[R + 1]`, context_lens `[R]`."""
+    """Plan it from counts alone; query_start_loc `[R + 1]`, context_lens `[R]`."""
     token, position, length, row = plan_chunks(query_start_loc, context_lens, layout)
     start = layout.window_start(torch.from_numpy(position)).numpy()
     window = np.minimum(start, position)  # where it starts

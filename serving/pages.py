@@ -114,7 +114,7 @@ def step_rows(metadata: LolaMetadata) -> list[StepRow]:
 
 
 def all_rows(metadata: LolaMetadata) -> list[StepRow]:
-    """As `step_rows`, with padding, so that rows can be told from their place in the step."""
+    """The rows of `step_rows` with padding: rows can be told from their place in the step."""
     rows: list[StepRow] = []
     if metadata.num_decodes:
         assert metadata.state_indices_tensor_d is not None

@@ -152,7 +152,7 @@ class LolaWorkerExtension:
     def lola_hear(
         self, request_id: str, first: int, asked: int, top: int, segments: dict[str, Any]
     ) -> Answer:
-        """As `Librarian.hear`."""
+        """Call `Librarian.hear`."""
 
         def mine(row: StepRow) -> bool:
             return self._is_of(request_id, row)
@@ -161,12 +161,12 @@ class LolaWorkerExtension:
 
     @_answering
     def lola_found(self, request_id: str) -> Answer:
-        """As `Librarian.found`."""
+        """Call `Librarian.found`."""
         return self._librarian().found(request_id)
 
     @_answering
     def lola_unhear(self, request_id: str) -> Answer:
-        """As `Librarian.drop`."""
+        """Call `Librarian.drop`."""
         self._librarian().drop(request_id)
         return {}
 

@@ -32,7 +32,7 @@ Sizes = int | tuple[int | tuple[int, ...], ...]
 
 
 def _sizes(value: Any) -> Sizes:
-    """As `LolaConfig.sparse_cache_size` has it; lists become tuples."""
+    """Sizes as `LolaConfig.sparse_cache_size` has them; lists become tuples."""
 
     def is_size(x: Any) -> bool:
         return type(x) is int and x >= 0
@@ -161,8 +161,8 @@ class LolaConfig(BaseModel):
         return self.model_copy(update={"sparse_cache_size": size, "recent_size": recent})
 
     def for_heads(self) -> tuple[LolaConfig, ...]:
-        """Of the parameters of one layer (`for_layer`) those of its KV heads, where they differ in
-        their sizes; else only itself, which is for all heads."""
+        """The parameters of each KV head of one layer (`for_layer`), where they differ in their
+        sizes; else only itself, which is for all heads."""
         both = self.sparse_cache_size, self.recent_size
         if all(isinstance(x, int) for x in both):
             return (self,)
@@ -175,7 +175,7 @@ class LolaConfig(BaseModel):
         )
 
     def of_sets(self, num_sparse_heads: int) -> list[LolaConfig]:
-        """Of the parameters of one layer, those of each of so many sparse sets."""
+        """The parameters of each of so many sparse sets of one layer."""
         heads = self.for_heads()
         return [head for head in heads for _ in range(num_sparse_heads // len(heads))]
 
@@ -397,7 +397,7 @@ class LolaLlamaConfig(LlamaConfig):
         return _FACTS in self.__dict__
 
     def to_dict(self) -> dict[str, Any]:
-        """As `config.json` has it."""
+        """The parameters as `config.json` has them."""
         return {key: value for key, value in super().to_dict().items() if key != _FACTS}
 
     def to_json_string(self, use_diff: bool = True) -> str:

@@ -155,7 +155,7 @@ class StateLayout:
 
     @property
     def sparse_dtype(self) -> torch.dtype:
-        """Of the keys and values in the sparse cache."""
+        """The dtype of the keys and values in the sparse cache."""
         return torch.int8 if self.int8_pairs else self.kv_dtype
 
     @cached_property

@@ -26,7 +26,7 @@ class PinnedWheel:
 
     @property
     def name(self) -> str:
-        """Of the file."""
+        """The file's name."""
         return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 

@@ -124,7 +124,7 @@ async def _question(engine: LolaEngine) -> AsyncIterator[str]:
 
 
 async def _hear(engine: LolaEngine, **asked: Any) -> Answer:
-    """As `Questions.hear`, when no other API process of this server is listening any more."""
+    """Call `Questions.hear`, when no other API process of this server is listening any more."""
     while True:
         answer: Answer = await engine.sessions("hear", **asked)
         if not answer.get("busy"):
@@ -133,7 +133,7 @@ async def _hear(engine: LolaEngine, **asked: Any) -> Answer:
 
 
 async def _found(engine: LolaEngine, **asked: Any) -> Answer:
-    """As `Questions.found`, when it is found."""
+    """Call `Questions.found`, until it is found."""
     while True:
         answer: Answer = await engine.sessions("found", **asked)
         if answer:

@@ -38,7 +38,7 @@ class _Question:
 
 
 class Librarian:
-    """Of a model's only rank.
+    """The librarian of a model's only rank.
 
     Args:
         model, layers: of the worker.

@@ -60,7 +60,8 @@ class QueryRecorder:
         self._show(None)
 
     def queries(self) -> dict[int, Tensor]:
-        """Of each layer with reading heads, `[T, Hq, d]` float32 on the CPU, after RoPE.
+        """The queries of each layer with reading heads, `[T, Hq, d]` float32 on the CPU, after
+        RoPE.
 
         Raises:
             ValueError: a token was not seen.

@@ -156,7 +156,7 @@ class PrefixSharing:
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
     ) -> AsyncIterator[Any]:
-        """As the engine client's method, with the common part read before."""
+        """Call the engine client's method, with the common part read before."""
         hashes = _prompt_hashes(prompt, sampling_params, kwargs.get("lora_request"))
         point = None if hashes is None else self._recent.observe(hashes)
         computed = 0  # for this request alone, so it is none that others had computed

@@ -22,7 +22,7 @@ def library_path(library: str, verb: str = "") -> str:
 
 
 def source_lines(sources: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Of each source what it is, and below it the sentence that is read most, with its
+    """What each source is, and below it the sentence that is read most, with its
     neighbours."""
     for number, source in enumerate(sources, start=1):
         part = f", part {source['part']} of {source['parts']}" if source["parts"] > 1 else ""

@@ -55,7 +55,7 @@ class Pairs(NamedTuple):
         return Pairs(k, v, change(self.labels), change(self.w))
 
     def of(self, chosen: Tensor) -> Pairs:
-        """Those at indices `[n]`."""
+        """The entries at indices `[n]`."""
         return self.each(lambda rows: rows.index_select(0, chosen) if len(rows) else rows)
 
 
@@ -390,7 +390,7 @@ def _recalled(phi: Tensor, sizes: list[int], H: Tensor, s: Tensor) -> Tensor:
 
 
 def _lengths(x: Tensor) -> Tensor:
-    """Of rows `[m, d]`."""
+    """Lengths of rows `[m, d]`."""
     return torch.linalg.vecdot(x, x).sqrt_()
 
 

@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     labels: Tensor
 
     def of(self, chosen: Tensor) -> Rows:
-        """Those of a mask `[m]`."""
+        """The entries of a mask `[m]`."""
         return Rows(*(x[chosen] for x in self))
 
 
@@ -122,8 +122,8 @@ class Composition:
         )  # fmt: skip
 
     def moves(self, index: int, positions: Tensor, labels: Tensor) -> Tensor:
-        """By how many RoPE positions exact keys of a document go on, int64: `[]` where all go on by
-        the same number, else as `positions`.
+        """The number of RoPE positions by which exact keys of a document go on, int64: `[]` where
+        all go on by the same number, else as `positions`.
 
         Args:
             index: of the document. positions: of the keys in it, any shape. labels: in the

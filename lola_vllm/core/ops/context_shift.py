@@ -205,7 +205,7 @@ def split_prefill(
 def segment_bounds(
     schedule: ShiftSchedule | None, batch: PrefillBatch, stops: Mapping[int, Sequence[int]]
 ) -> list[list[int]]:
-    """Of each row of a prefill, the token counts of its page before its first segment and after
+    """The token counts of the page of each row of a prefill, before its first segment and after
     each; arguments as for `split_prefill`."""
     contexts, starts = batch.context_lens.tolist(), batch.query_start_loc.tolist()
     bounds = []

@@ -62,7 +62,7 @@ class LolaWeights:
         importance: Tensor | None = None,
         rotation: KeyRotation | None = None,
     ) -> LolaWeights:
-        """From checkpoint tensors.
+        """Make the weights of a layer from checkpoint tensors.
 
         Maps and importance are kept in float32 (float64 where the maps are that), in which they are
         applied. Where contexts shift, all scores have weights: without an importance a pair's is
@@ -119,7 +119,7 @@ class LolaWeights:
         return self.key_maps[(n > self.rotated_map_after).long()]
 
     def check(self, layout: LayerLayout, pages: Tensor) -> None:
-        """As `LayerState.bind`."""
+        """Raise what `LayerState.bind` raises."""
         page = layout.pages[0]
         d, F = page.head_dim, page.feature_dim
         Hq, Hs, Hkv = self.num_heads, layout.num_state_heads, layout.num_kv_heads
@@ -230,7 +230,7 @@ class LayerState:
 
     @property
     def schedule(self) -> ShiftSchedule | None:
-        """Of its context shifts; None where contexts do not shift."""
+        """The schedule of its context shifts; None where contexts do not shift."""
         return None if self.weights.rotation is None else self.weights.rotation.schedule
 
 

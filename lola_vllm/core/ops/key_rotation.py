@@ -27,7 +27,7 @@ class KeyRotation:
 
     @classmethod
     def of_table(cls, schedule: ShiftSchedule, cos: Tensor, sin: Tensor) -> KeyRotation:
-        """From a model's own table.
+        """Rotations by a model's own table.
 
         Args:
             cos, sin: `[2, R / 2]`, its rows of positions 0 and D. Tables may hold a factor

@@ -22,7 +22,7 @@ class RopeTable:
 
     @classmethod
     def of_rows(cls, cos: Tensor, sin: Tensor) -> RopeTable:
-        """From a model's own rows of positions 0 to P - 1, which may hold a factor (YaRN's)."""
+        """A table of a model's rows of positions 0 to P - 1, which may hold a factor (YaRN's)."""
         scale = cos[0]
         return cls((cos / scale).contiguous(), (sin / scale).contiguous())
 

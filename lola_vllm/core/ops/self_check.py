@@ -199,7 +199,7 @@ def examine_all(device: torch.device, dtype: torch.dtype) -> dict[str, list[Line
 
 
 def device_name(device: torch.device) -> str:
-    """As its maker calls it."""
+    """The device's name, as its maker calls it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
 
 
@@ -418,7 +418,7 @@ def _parts(
 
 
 def _largest(part: str, expected: Tensor, found: Tensor, allowed: float, first: int = 0) -> Line:
-    """Of `[KV heads, ...]`, the first of which has the number `first`."""
+    """The largest of `[KV heads, ...]`, the first of which has the number `first`."""
     if not expected.numel():
         return Line("", part, -1, 0.0, allowed)
     x, y = (z.flatten(1).double() for z in (expected, found))

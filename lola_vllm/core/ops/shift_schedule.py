@@ -114,11 +114,11 @@ class ShiftSchedule:
         return factors.masked_fill(met > self.score_decay_shifts, 1.0)
 
     def shifted_by(self, num_tokens: int) -> int:
-        """By how many positions a context of so many tokens, 1 or more, has been shifted."""
+        """The number of positions by which a context of 1 token or more has been shifted."""
         return self.interval * int(self.num_shifts(torch.tensor(num_tokens - 1)))
 
     def rotation_steps(self, position: Tensor, num_tokens: Tensor) -> Tensor:
-        """By how many D positions the context shift of pages rotates exact keys back, towards the
+        """The number of D positions by which a context shift rotates exact keys back, towards the
         bucket of old keys.
 
         Args:

@@ -202,7 +202,7 @@ class LolaLlamaModel(LolaLlamaPreTrainedModel, LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As `LlamaModel.forward`, with four differences.
+        """Run `LlamaModel.forward` with four differences.
 
         Padding (zeros in `attention_mask [B, seen + Q]`, on any side) is left out of the state, and
         positions count tokens only unless `position_ids` says otherwise. The cache is a

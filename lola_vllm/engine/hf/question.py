@@ -49,7 +49,7 @@ def queries_of(
         def record(q: Tensor) -> None:
             seen[layer] = q[0].cpu()  # [T, Hq, d]
             if layer == last:
-                raise _Heard
+                raise _AllSeen
 
         return record
 
@@ -61,10 +61,10 @@ def queries_of(
     for layer in {head.layer for head in heads}:
         cache.layers[layer].query_hook = recorder(layer)
     ids = torch.tensor([list(question)], device=model.device)
-    with suppress(_Heard):
+    with suppress(_AllSeen):
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return queries_in(after.sequence, seen, n, model.model.rope_table())
 
 
-class _Heard(Exception):
+class _AllSeen(Exception):
     """All queries have been seen: the layers behind are not needed."""

@@ -26,7 +26,7 @@ class NewTokens:
 
     @classmethod
     def of(cls, attention_mask: Tensor | None, batch: int, columns: int) -> NewTokens:
-        """From transformers' mask.
+        """The tokens that transformers' mask names.
 
         Args:
             attention_mask: `[B, seen + Q]`, nonzero for tokens; its last Q columns count. None:

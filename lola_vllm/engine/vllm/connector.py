@@ -83,7 +83,7 @@ class SessionOutcomes(KVConnectorWorkerMetadata):
     outcomes: list[tuple[int, Outcome]]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> SessionOutcomes:
-        """Those of two ranks."""
+        """Join the outcomes of two ranks."""
         assert isinstance(other, SessionOutcomes)
         return SessionOutcomes(self.outcomes + other.outcomes)
 
@@ -305,7 +305,7 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """As above."""
+        """Store and answer, where there is one group of blocks."""
         return self.scheduling.finish(request, block_ids)
 
     def has_pending_push_work(self) -> bool:

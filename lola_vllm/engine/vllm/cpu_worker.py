@@ -42,7 +42,7 @@ class LolaCPUWorker(CPUWorker):
     """A CPU worker with that runner."""
 
     def init_device(self) -> None:
-        """As vLLM does, which names the runner's class in here."""
+        """Start as vLLM's worker does, which names the runner's class in here."""
         super().init_device()
         if not self.use_v2_model_runner:  # the second runner draws without generators
             self.model_runner.__class__ = LolaCPUModelRunner

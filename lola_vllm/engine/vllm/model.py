@@ -70,7 +70,7 @@ class LolaLlamaModel(LlamaModel):
         inputs_embeds: torch.Tensor | None = None,
         **extra_layer_kwargs: Any,
     ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
-        """As `LlamaModel.forward`; compiled with it."""
+        """Run `LlamaModel.forward`; compiled with it."""
         if self.schedule is not None:
             positions = self.schedule.rope_position(positions)
         return super().forward(

@@ -196,7 +196,7 @@ def _own(blocks: Tensor) -> Tensor:
 
 
 def _score(blocks: Tensor, usual: Tensor, asked: Sequence[int]) -> float:
-    """Of the best place of a document, as a mean over heads and a sum over queries."""
+    """The score of the best place of a document, as a mean over heads and a sum over queries."""
     pairs = torch.maximum(blocks[:, 1:], blocks[:, :-1])
     excess = _of_few(pairs.sub_(usual.unsqueeze(1)), asked)
     return float(_cubes(excess).sum((0, 2)).amax()) / len(blocks)

@@ -206,7 +206,7 @@ class DocumentKeys:
 
     @classmethod
     def read(cls, path: Path, key: StateKey | None = None, state: bytes = b"") -> DocumentKeys:
-        """Those of a file.
+        """Read the keys of a file.
 
         One that is not encrypted is mapped into memory, and read head by head, when a head is
         looked at.
@@ -235,7 +235,7 @@ class DocumentKeys:
     def _of_tensors(
         cls, names: set[str], tensor: Callable[[str], Tensor], state: bytes
     ) -> DocumentKeys:
-        """Those of a file's tensors, which are taken when they are needed."""
+        """The keys of a file's tensors, which are taken when they are needed."""
         if names != _TENSORS:
             raise KeyError("other tensors than those of keys")
         if bytes(tensor("state").tolist()) != state:
