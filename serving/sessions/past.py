@@ -92,7 +92,7 @@ async def recall(
     found = await engine.sessions("past", **asked)
     there = {segment["segment"] for segment in found["segments"]}
     for number in sorted(set(range(count)) - there):
-        part = Part(PAST, session, number + 1, number + 1)
+        part = Part(PAST, found["session_id"], number + 1, number + 1)
         tokens = transcript.tokens[number * size : (number + 1) * size]
         await read_part(engine, part, part_session(secrets.token_hex(12)), tokens, None, salt)
     if len(there) < count:

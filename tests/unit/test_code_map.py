@@ -78,16 +78,13 @@ def test_imports_lead_to_a_row_below():
 
 
 def test_no_imports_go_in_a_circle():
-    """Those for type checkers count. The catalog of the store is yet to be parted from its work."""
-    store = "lola_vllm/memory/sessions/store"
-    above = {"lola_vllm/memory/sessions/upkeep", "lola_vllm/memory/sessions/shared_prefixes"}
+    """Those for type checkers count."""
     files = {file.relative_to(ROOT).as_posix().removesuffix(".py"): file for file in modules()}
     uses: dict[str, set[str]] = {}
     for user, file in files.items():
         names = imports(file)
         names |= {name.rpartition(".")[0] for name in names}  # of whom a name is imported
-        found = set(map(module_path, names))
-        uses[user] = found & files.keys() - ({store} if user in above else set())
+        uses[user] = set(map(module_path, names)) & files.keys()
     graphlib.TopologicalSorter(uses).prepare()  # raises for a circle
 
 

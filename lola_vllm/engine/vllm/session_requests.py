@@ -11,13 +11,14 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from lola_vllm.engine.vllm.waypoints import WaypointPlan
+from lola_vllm.memory.sessions.catalog import NotStored
 from lola_vllm.memory.sessions.fingerprint import adapter_fingerprint
 from lola_vllm.memory.sessions.manager import SessionManager
 from lola_vllm.memory.sessions.orders import Outcome
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.memory.sessions.request import OWN_REQUESTS, RequestState, read_params
 from lola_vllm.memory.sessions.shared_prefixes import Waypoints
-from lola_vllm.memory.sessions.store import NotStored, SessionStore
+from lola_vllm.memory.sessions.store import SessionStore
 from lola_vllm.memory.sessions.tiers import SessionKey, Stored
 from lola_vllm.models.files import CheckpointError
 

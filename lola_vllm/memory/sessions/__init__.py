@@ -21,10 +21,12 @@ from lola_vllm.memory.sessions.names import (
 from lola_vllm.memory.sessions.settings import StoreSettings, StoreSettingsError
 
 if TYPE_CHECKING:
+    from lola_vllm.memory.sessions.answers import SessionError
+    from lola_vllm.memory.sessions.catalog import NotStored
     from lola_vllm.memory.sessions.cipher import StateKey, StateKeyError
     from lola_vllm.memory.sessions.file import StateFileError, StateHeader, read_state, write_state
-    from lola_vllm.memory.sessions.manager import SessionError, SessionManager
-    from lola_vllm.memory.sessions.store import NotStored, SessionStore, Turn
+    from lola_vllm.memory.sessions.manager import SessionManager
+    from lola_vllm.memory.sessions.store import SessionStore, Turn
     from lola_vllm.memory.sessions.transfer import TransferWorker
 
 __all__ = [
@@ -50,10 +52,12 @@ __all__ = [
     "write_state",
 ]
 _MODULES = {
+    "answers": ("SessionError",),
+    "catalog": ("NotStored",),
     "cipher": ("StateKey", "StateKeyError"),
     "file": ("StateFileError", "StateHeader", "read_state", "write_state"),
-    "manager": ("SessionError", "SessionManager"),
-    "store": ("NotStored", "SessionStore", "Turn"),
+    "manager": ("SessionManager",),
+    "store": ("SessionStore", "Turn"),
     "transfer": ("TransferWorker",),
 }
 

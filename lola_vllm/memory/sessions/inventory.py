@@ -31,6 +31,7 @@ from lola_vllm.memory.sessions.file import (
     write_state,
 )
 from lola_vllm.memory.sessions.fingerprint import Fingerprint
+from lola_vllm.memory.sessions.names import PAST
 from lola_vllm.memory.sessions.owner import move_salt, owner_of, salt_owner, shown
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, digest, namespace
 
@@ -247,6 +248,9 @@ class Inventory:
                 block_hash=hashes.block_hash(n).hex(),
                 parent=None if parent is None else new.get(parent, parent),
                 origin=_moved_id(found.header.session_id, salt),
+                document=_moved_id(found.header.document, salt)
+                if found.header.library == PAST
+                else found.header.document,
                 sources=[_moved_id(source, salt) for source in found.header.sources],
                 shared_prefix=shared,
             )

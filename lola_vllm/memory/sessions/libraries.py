@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+from lola_vllm.memory.sessions.catalog import Catalog, NotStored
 from lola_vllm.memory.sessions.names import LIBRARY, PAST, addition_of
 from lola_vllm.memory.sessions.prefix_hash import digest
-from lola_vllm.memory.sessions.store import NotStored, SessionStore
 from lola_vllm.memory.sessions.tiers import Stored
 
 
-def parts_of(store: SessionStore, salt: str, library: str) -> list[Stored]:
+def parts_of(store: Catalog, salt: str, library: str) -> list[Stored]:
     """The parts of a library's documents, by title and part.
 
     Args:
@@ -33,7 +33,7 @@ def parts_of(store: SessionStore, salt: str, library: str) -> list[Stored]:
     return _current(all_parts(store, salt, library))
 
 
-def replaced_parts(store: SessionStore, salt: str, library: str) -> list[Stored]:
+def replaced_parts(store: Catalog, salt: str, library: str) -> list[Stored]:
     """The parts of documents of which a newer addition is complete."""
     found = list[Stored]()
     for newest, *others in _additions(_parts(store, salt, library)):
@@ -42,9 +42,7 @@ def replaced_parts(store: SessionStore, salt: str, library: str) -> list[Stored]
     return found
 
 
-def all_parts(
-    store: SessionStore, salt: str, library: str, document: str | None = None
-) -> list[Stored]:
+def all_parts(store: Catalog, salt: str, library: str, document: str | None = None) -> list[Stored]:
     """The parts of a library or a document, of all additions.
 
     Raises:
@@ -59,14 +57,14 @@ def all_parts(
     return found
 
 
-def describe_libraries(store: SessionStore, salt: str) -> list[dict[str, Any]]:
+def describe_libraries(store: Catalog, salt: str) -> list[dict[str, Any]]:
     """The libraries of an owner, by name; sessions' own segments are in none of these."""
     parts = [state for state in _current(_parts(store, salt)) if state.header.library != PAST]
     by_name = groupby(parts, key=lambda state: state.header.library)
     return [_summary(name, list(states)) for name, states in by_name]
 
 
-def describe_library(store: SessionStore, salt: str, library: str) -> dict[str, Any]:
+def describe_library(store: Catalog, salt: str, library: str) -> dict[str, Any]:
     """A library with its documents and their parts.
 
     Raises:
@@ -105,30 +103,17 @@ def name_of_answer(parts: Sequence[Stored]) -> str:
 
 
 def made_of_parts(
-    store: SessionStore, salt: str, parts: Sequence[Stored]
+    store: Catalog, salt: str, parts: Sequence[Stored]
 ) -> tuple[list[Stored], list[str]]:
     """What was composed of parts: states of sessions that the server made to answer questions, and
-    names of other sessions. Whatever the parts were called then, it is known by their ids."""
-    names = {state.header.session for state in parts}
-    ids = {state.header.session_id for state in parts}
-    answers, others = [], set()
-    for (owner, name), session in store.sessions.items():
-        for state in session.states.values() if owner == salt else ():
-            header = state.header
-            if header.sources:
-                apart = ids.isdisjoint(header.sources)
-            else:  # of a file of before there were ids
-                apart = names.isdisjoint(source.partition("@")[0] for source in header.made_of)
-            if apart:
-                continue
-            if name.startswith(LIBRARY):
-                answers.append(state)
-            else:
-                others.add(name)
-    return answers, sorted(others)
+    names of other sessions."""
+    made = store.made_of({state.header.session_id for state in parts})
+    own = [state for state in made if state.header.salt == salt]
+    answers = [state for state in own if state.header.session.startswith(LIBRARY)]
+    return answers, sorted({state.header.session for state in own if state not in answers})
 
 
-def _parts(store: SessionStore, salt: str, library: str | None = None) -> list[Stored]:
+def _parts(store: Catalog, salt: str, library: str | None = None) -> list[Stored]:
     with store.lock:
         store.expire()
         found = [

@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.memory.sessions.composing import compose
-from lola_vllm.memory.sessions.file import (
-    StateFileError,
-    read_header,
-    read_state,
-    read_tokens,
-    with_rank,
-    write_state,
+from lola_vllm.memory.sessions.answers import (
+    Answer,
+    SessionError,
+    describe_session,
+    describe_state,
 )
+from lola_vllm.memory.sessions.catalog import NotStored
+from lola_vllm.memory.sessions.composing import compose
+from lola_vllm.memory.sessions.file import StateFileError
 from lola_vllm.memory.sessions.libraries import (
     all_parts,
     describe_libraries,
@@ -39,27 +39,19 @@ from lola_vllm.memory.sessions.names import (
     check_new_name,
     parse_reference,
 )
-from lola_vllm.memory.sessions.orders import DISK, MEMORY, Copy, Outcome
-from lola_vllm.memory.sessions.past import expiring_apart, is_of, segments_of, segments_under
-from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, Tokens, salt_hash
+from lola_vllm.memory.sessions.orders import DISK, MEMORY, Copy
+from lola_vllm.memory.sessions.past import expiring_apart, is_of, segments_of, segments_with
+from lola_vllm.memory.sessions.prefix_hash import Tokens, salt_hash
 from lola_vllm.memory.sessions.shared_prefixes import orphaned_prefixes
-from lola_vllm.memory.sessions.store import NotStored, SessionStore
-from lola_vllm.memory.sessions.tiers import SessionKey, Stored
+from lola_vllm.memory.sessions.state_files import (
+    import_state,
+    longest_text,
+    tokens_of,
+    written_files,
+)
+from lola_vllm.memory.sessions.store import SessionStore
+from lola_vllm.memory.sessions.tiers import Stored
 from lola_vllm.memory.sessions.upkeep import Operation
-
-Answer = dict[str, Any]
-
-
-class SessionError(Exception):
-    """A request that cannot be met.
-
-    Attributes:
-        kind: "bad" (a wrong argument), "not-found", "exists" or "unavailable".
-    """
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
 
 
 class SessionManager:
@@ -138,7 +130,7 @@ class SessionManager:
         """Token ids of a session, or of a turn: what its longest state covers, and what was said
         after it: `{"turn", "kind", "tokens", "tail"}`."""
         state = self._longest(reference, salt)
-        header, tokens = state.header, self._tokens(state)
+        header, tokens = state.header, tokens_of(self.store, state)
         return {
             "turn": header.turn, "kind": header.kind, "tokens": tokens.tolist(),
             "tail": header.tail,
@@ -161,7 +153,7 @@ class SessionManager:
                 )  # fmt: skip
                 origin = header.session_id
                 copy = Stored(header, state.nbytes, now, nameless=state.nameless)
-                tokens = self._tokens(state)  # the copy's file is not there yet
+                tokens = tokens_of(self.store, state)  # the copy's file is not there yet
                 due = self._is_due(state, name)
                 tiers = [t for t in store.tiers_for(name) if t.name in state.tiers or (
                     due and t is store.disk
@@ -197,7 +189,7 @@ class SessionManager:
         self, sources: Sequence[str], name: str, salt: str | None, ttl: float | None
     ) -> None:
         states = [self._longest(source, salt) for source in sources]
-        tokens = [self._tokens(state) for state in states]
+        tokens = [tokens_of(self.store, state) for state in states]
         try:
             compose(self.store, states, tokens, name, salt_hash(salt), ttl)
         except ValueError as error:
@@ -217,7 +209,7 @@ class SessionManager:
             replaced = replaced_parts(store, hashed, name)
             if replaced:
                 answers, _ = made_of_parts(store, hashed, replaced)
-                store.delete(replaced + answers, dict)
+                store.upkeep.delete(replaced + answers)
             return describe_library(store, hashed, name)
 
     def texts(self, sessions: list[str], salt: str | None = None) -> list[list[int]]:
@@ -264,7 +256,7 @@ class SessionManager:
                 leaving = [s for s in leaving if addition_of(s.header.session) == addition]
             answers, others = made_of_parts(store, hashed, leaving)
             answer = {"deleted": len(leaving), **({"composed": others} if others else {})}
-            return self._ended(store.delete(leaving + answers, lambda: answer))
+            return self._ended(store.upkeep.delete(leaving + answers, lambda: answer))
 
     def past(self, reference: str, size: int, salt: str | None = None) -> Answer:
         """The state of a session, and the segments of its text that are kept, by number from 0 on.
@@ -273,6 +265,10 @@ class SessionManager:
 
         Args:
             size: tokens of a segment.
+
+        Returns:
+            The newest state's `id` and `tokens`, the `session_id`, which is the `document` of the
+            session's segments, and the `segments`.
         """
         store = self.store
         with store.lock:
@@ -281,14 +277,15 @@ class SessionManager:
                 raise SessionError(
                     "bad", f"recall: {reference} has an adapter, and is asked alone; leave it out"
                 )
-            found = segments_of(store, newest, self._tokens(newest), size)
+            found = segments_of(store, newest, tokens_of(self.store, newest), size)
             if found.stale:
-                store.delete(found.stale, dict)
+                store.upkeep.delete(found.stale)
             due = expiring_apart(found, newest)
             if due:
-                store.rewrite(due, undo=False, expires=newest.header.expires)
+                store.upkeep.rewrite(due, undo=False, expires=newest.header.expires)
             return {
                 "id": newest.id,
+                "session_id": newest.header.session_id,
                 "tokens": newest.header.num_tokens,
                 "segments": [
                     {"segment": number, "session": state.header.session, "id": state.id}
@@ -304,10 +301,9 @@ class SessionManager:
             if (salt_hash(salt), new) in store.sessions:
                 raise SessionError("exists", f"to = {new!r}: there is such a session already")
             due = [state for state in states if self._is_due(state, new)]
-            segments = segments_under(store, salt_hash(salt), old)
-            if segments:  # before their session: without one they are dropped at the next start
-                store.rewrite(segments, document=new)
-            operation = store.rewrite(states, answer=lambda: self.show(new, salt), session=new)
+            operation = store.upkeep.rewrite(
+                states, answer=lambda: self.show(new, salt), session=new
+            )
             for state in due:
                 store.write(state)
             return self._ended(operation)
@@ -327,9 +323,10 @@ class SessionManager:
             if pinned:
                 self._check_pin(states)
             changing = [state for state in states if state.header.pinned != pinned]
-            return self._ended(
-                store.rewrite(changing, answer=lambda: self.show(session, salt), pinned=pinned)
+            operation = store.upkeep.rewrite(
+                changing, answer=lambda: self.show(session, salt), pinned=pinned
             )
+            return self._ended(operation)
 
     def _check_pin(self, states: list[Stored]) -> None:
         """Refuse a pin that would leave others no room.
@@ -360,22 +357,25 @@ class SessionManager:
         with self.store.lock:
             states = self.store.lookup(parse_reference(reference, "session"), salt_hash(salt))
             name = states[0].header.session
-            segments = self._segments_without(name, salt_hash(salt), states)
+            segments = self._segments_without(states)
             answers, others = made_of_parts(self.store, salt_hash(salt), states + segments)
-            states += orphaned_prefixes(self.store, states, partial(self._text, tuple(states)))
+            text = partial(longest_text, self.store, tuple(states))
+            states += orphaned_prefixes(self.store, states, text)
             states += segments
             left = [other for other in others if other != name]
             answer = {"deleted": len(states), **({"composed": left} if left else {})}
-            return self._ended(self.store.delete(states + answers, lambda: answer))
+            return self._ended(self.store.upkeep.delete(states + answers, lambda: answer))
 
-    def _segments_without(self, session: str, salt: str, leaving: Sequence[Stored]) -> list[Stored]:
+    def _segments_without(self, leaving: Sequence[Stored]) -> list[Stored]:
         """The segments of a session that are not of the text that is left without some states."""
-        store, found = self.store, segments_under(self.store, salt, session)
-        left = [s for s in store.lookup(Reference(session), salt) if s not in leaving]
+        store, found = self.store, segments_with(self.store, leaving)
+        sessions = {state.header.session_id for state in leaving}
+        left = [s for one in sessions for s in store.members[one].values() if s not in leaving]
         if not left or not found:
             return found
+        newest = max(left, key=lambda s: (s.header.turn, s.header.num_tokens))
         try:
-            text = self._tokens(left[-1])
+            text = tokens_of(store, newest)
         except (NotStored, StateFileError):
             return found
         return [segment for segment in found if not is_of(store, segment, text)]
@@ -390,23 +390,9 @@ class SessionManager:
 
     def files(self, reference: str, salt: str | None = None) -> Answer:
         """Where the files of a session's longest state, or a turn's, are: to copy elsewhere."""
-        state, directory = self._longest(reference, salt), self.store.directory
-        if directory is None or DISK not in state.tiers:
-            raise SessionError(
-                "unavailable",
-                f"{reference} is in memory only; a server with a state directory writes files",
-            )
-        paths = directory.files(state.id)
-        if not all(path.exists() for path in paths):
-            raise SessionError(
-                "unavailable", f"{reference} is not written yet; try again in a moment"
-            )
-        for rank, path in enumerate(paths):
-            try:
-                read_header(path, directory.key, with_rank(state.header, rank))
-            except StateFileError as error:
-                raise self._refused(state, error) from None
-        return describe_state(state) | {"files": [str(path) for path in paths]}
+        state = self._longest(reference, salt)
+        paths = written_files(self.store, state, reference)
+        return describe_state(state) | {"files": list(map(str, paths))}
 
     def import_file(self, file: str, session: str, salt: str | None = None) -> Answer:
         """Store a state from a file of the same model under a new session.
@@ -415,35 +401,8 @@ class SessionManager:
             file: as `files` names it, or as `LolaCache.save` wrote it. It is checked completely. A
                 server with a key takes one that has the same key or none, and stores it encrypted.
         """
-        store, name = self.store, check_new_name(session)
-        if store.directory is None or store.ranks != 1:
-            raise SessionError(
-                "unavailable",
-                "states are imported by servers with a state directory and one rank; this one has "
-                + ("no directory" if store.directory is None else f"{store.ranks} ranks"),
-            )
-        key = store.directory.key
-        found = read_state(Path(file), store.fingerprint, key, plain=True)
-        if len(found.data) != store.rank_bytes:
-            raise SessionError("bad", f"{len(found.data)} bytes of pages, not {store.rank_bytes}")
-        hashed = salt_hash(salt)
-        with store.lock:
-            if (hashed, name) in store.sessions:
-                raise SessionError("exists", f"session = {name!r}: there is such a session already")
-        now = store.clock()
-        hashes = store.prefix_hashes(
-            found.tokens, found.header.adapter, hashed, found.header.composed
-        )
-        n = len(found.tokens)
-        header = replace(
-            found.header, id=secrets.token_hex(16), session=name, turn=1, created=now, salt=hashed,
-            expires=None, until=None, origin=None, parent=None, shared_prefix=None, pinned=False,
-            library="", document="", part=0, parts=0,
-            prefix_hash=hashes.prefix_hash(n).hex(), block_hash=hashes.block_hash(n).hex(),
-            fingerprint=store.fingerprint.to_dict(),
-        )  # fmt: skip
-        write_state(store.directory.files(header.id)[0], header, found.tokens, found.data, key)
-        store.upkeep.refresh()
+        name = check_new_name(session)
+        import_state(self.store, Path(file), name, salt_hash(salt))
         return self.show(name, salt)
 
     def stats(self) -> Answer:
@@ -487,89 +446,7 @@ class SessionManager:
     def _longest(self, reference: str, salt: str | None) -> Stored:
         return max(self._turn(reference, salt), key=lambda state: state.header.num_tokens)
 
-    def _tokens(self, state: Stored) -> Tokens:
-        try:
-            return self._tokens_there(state)
-        except StateFileError as error:
-            raise self._refused(state, error) from None
-
-    def _tokens_there(self, state: Stored) -> Tokens:
-        """The tokens of a state, from memory or its file.
-
-        Raises:
-            NotStored: they are in neither. StateFileError: the file cannot be used.
-        """
-        tokens, directory = self.store.tokens(state), self.store.directory
-        if tokens is None and directory is not None:
-            try:
-                tokens = read_tokens(directory.files(state.id)[0], directory.key, state.header)
-            except StateFileError as error:
-                if error.reason != "missing":
-                    raise
-        if tokens is None:
-            raise NotStored(f"the tokens of {state.header.session!r} are not kept")
-        return tokens
-
-    def _refused(self, state: Stored, error: StateFileError) -> NotStored:
-        """What to raise for a state whose file cannot be used; it counts as on a rank."""
-        failed = Outcome(state.id, "read-failed", DISK, reason=error.text, fault=error.reason)
-        self.store.apply([(0, failed)])
-        return NotStored(f"the file of {state.header.session!r} cannot be used: {error.text}")
-
-    def _text(self, states: Sequence[Stored]) -> PrefixHashes | None:
-        """The longest of some states' texts; None where it cannot be read."""
-        longest = max(states, key=lambda state: state.header.num_tokens)
-        header = longest.header
-        try:
-            return self.store.prefix_hashes(
-                self._tokens_there(longest), header.adapter, header.salt, header.composed
-            )
-        except (NotStored, StateFileError):
-            return None
-
     def _copy(self, source: Stored, copy: Stored, tokens: Tokens | None) -> None:
         memory, disk = MEMORY in copy.tiers, DISK in copy.tiers
         if memory or disk:
             self.store.order(Copy(source.id, copy.header, tokens, memory, disk))
-
-
-def describe_state(state: Stored) -> Answer:
-    """A state for people."""
-    header = state.header
-    return {
-        "id": header.id,
-        "turn": header.turn,
-        "kind": header.kind,
-        "tokens": header.num_tokens,
-        "bytes": state.nbytes,
-        "tiers": sorted(state.tiers),
-        "unwritten": state.unwritten,
-        "created": header.created,
-        "used": state.used,
-        "expires": header.expires,
-        "pinned": header.pinned,
-        "superseded": state.superseded,
-        "adapter": header.adapter.partition(":")[0],
-        "parent": header.parent,
-    }
-
-
-def describe_session(store: SessionStore, key: SessionKey) -> Answer:
-    """A session for people."""
-    session = store.sessions[key]
-    states, segments = list(session.states.values()), segments_under(store, *key)
-    return {
-        "session": key[1],
-        "turn": session.last_turn,
-        "turns": sorted({state.header.turn for state in states}),
-        "tokens": max(s.header.num_tokens for s in states if s.header.turn == max(
-            other.header.turn for other in states
-        )),
-        "bytes": sum(state.nbytes for state in states),
-        "made_of": next((s.header.made_of for s in states if s.header.made_of), []),
-        "created": min(state.header.created for state in states),
-        "used": max(state.used for state in states),
-        "pinned": any(state.header.pinned for state in states),
-        "segments": len(segments),
-        "segment_bytes": sum(state.nbytes for state in segments),
-    }  # fmt: skip

@@ -11,7 +11,7 @@ NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 AUTOMATIC = "auto-"
 SHARED = "shared-"
 LIBRARY = "library-"
-PAST = f"{LIBRARY}past"  # the library of sessions' own segments, each session's a document
+PAST = f"{LIBRARY}past"  # the library of sessions' own segments, each session's id a document
 # Names that begin so are the server's own: conversations without a name, and shared prefixes.
 UNNAMED = (AUTOMATIC, SHARED)
 # So are the parts of a library's documents, and what is composed of them to answer a question.

@@ -1,17 +1,19 @@
 """Segments of a session's text that were read apart, to come back for a question.
 
 They are parts of documents of a library of the server's own, `names.PAST`: a session's document has
-its name, and its parts are numbered as the segments. So owners, budgets and encryption are those of
-libraries. A segment counts only while its tokens are the session's. It expires with the session,
-and goes with it however that goes.
+its id, which stays when the session is renamed, and its parts are numbered as the segments. So
+owners, budgets and encryption are those of libraries. A segment counts only while its tokens are
+the session's. It expires with the session, goes with it however that goes, and has a file only
+while the session has one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from lola_vllm.memory.sessions.catalog import Catalog
 from lola_vllm.memory.sessions.prefix_hash import Tokens
-from lola_vllm.memory.sessions.store import SessionStore
 from lola_vllm.memory.sessions.tiers import Stored
 
 TOLERANCE_S = 60.0  # of the time at which a session's segments expire
@@ -25,17 +27,12 @@ class Segments(NamedTuple):
     stale: list[Stored]
 
 
-def segments_under(store: SessionStore, salt: str, session: str) -> list[Stored]:
-    """All that are kept under a session's name.
-
-    Args:
-        salt: hash of the owner's.
-    """
-    with store.lock:
-        return list(store.segments.get((salt, session), {}).values())
+def segments_with(store: Catalog, states: Iterable[Stored]) -> list[Stored]:
+    """All that are kept of the sessions that some states are of."""
+    return store.segments_of({state.header.session_id for state in states})
 
 
-def is_of(store: SessionStore, segment: Stored, tokens: Tokens) -> bool:
+def is_of(store: Catalog, segment: Stored, tokens: Tokens) -> bool:
     """Whether a segment is of a text.
 
     Args:
@@ -49,16 +46,16 @@ def is_of(store: SessionStore, segment: Stored, tokens: Tokens) -> bool:
     return hashes.prefix_hash(n).hex() == header.prefix_hash
 
 
-def segments_of(store: SessionStore, newest: Stored, tokens: Tokens, size: int) -> Segments:
+def segments_of(store: Catalog, newest: Stored, tokens: Tokens, size: int) -> Segments:
     """The segments of a session's text.
 
     Args:
         newest: the state of the session. tokens: of it. size: tokens of a segment.
     """
-    header = newest.header
+    own = store.sessions[newest.session].states.values()
     kept: dict[int, Stored] = {}
     stale: list[Stored] = []
-    for state in segments_under(store, header.salt, header.session):
+    for state in segments_with(store, own):
         number = state.header.part - 1
         same = state.header.num_tokens == size and number not in kept
         if same and is_of(store, state, tokens):

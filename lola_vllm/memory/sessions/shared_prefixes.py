@@ -11,14 +11,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from lola_vllm.memory.sessions.names import SHARED
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes
+from lola_vllm.memory.sessions.store import SessionStore
 from lola_vllm.memory.sessions.tiers import Stored
-
-if TYPE_CHECKING:
-    from lola_vllm.memory.sessions.store import SessionStore
 
 # The newest waypoints take so much of the memory at most; older ones leave before anything else.
 WAYPOINT_SHARE = 1 / 4
@@ -63,14 +60,6 @@ class Waypoints:
                     parent=parent, ttl=ttl, within=within, tiers=(store.memory,),
                 )  # fmt: skip
                 self._newest.append(state)
-
-
-def shared_prefix_of(parent: Stored | None) -> str | None:
-    """The hash of the shared prefix of a state that goes on from another one; None: none."""
-    if parent is None:
-        return None
-    header = parent.header
-    return header.prefix_hash if header.session.startswith(SHARED) else header.shared_prefix
 
 
 def orphaned_prefixes(

@@ -1,24 +1,21 @@
-"""What is stored: sessions, their turns, and where the state of each is.
+"""The store: a catalog of states, what requests need of it, and what goes to and from the ranks.
 
-The store knows everything about states but their bytes. It decides what is kept and gives orders to
-the ranks (`orders.py`), which have the bytes (`transfer.py`). It is safe to use from several
-threads.
+It decides what is kept and gives orders to the ranks (`orders.py`), which have the bytes
+(`transfer.py`).
 """
 
 from __future__ import annotations
 
 import secrets
-import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from lola_vllm.memory.sessions.directory import StateDirectory
+from lola_vllm.memory.sessions.catalog import Catalog, NotStored
 from lola_vllm.memory.sessions.encrypting import KEY_FAULTS, plain_writer, unread_words
-from lola_vllm.memory.sessions.expiry import Expiries, earliest
+from lola_vllm.memory.sessions.expiry import earliest
 from lola_vllm.memory.sessions.failure_log import FailureLog
 from lola_vllm.memory.sessions.file import StateHeader
 from lola_vllm.memory.sessions.fingerprint import Fingerprint
@@ -28,23 +25,15 @@ from lola_vllm.memory.sessions.orders import (
     MEMORY,
     Compose,
     Copy,
-    Drop,
     Load,
     Order,
     Outcome,
     Save,
 )
-from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, PrefixIndex, Tokens, namespace
+from lola_vllm.memory.sessions.prefix_hash import PrefixHashes
 from lola_vllm.memory.sessions.settings import StoreSettings
-from lola_vllm.memory.sessions.shared_prefixes import shared_prefix_of
 from lola_vllm.memory.sessions.tiers import SessionKey, Stored, Tier
-from lola_vllm.memory.sessions.upkeep import Operation, Upkeep
-
-TOKEN_BYTES = 4  # of a token id, in memory and in files
-
-
-class NotStored(LookupError):
-    """Why a state that was asked for is not there, in words."""
+from lola_vllm.memory.sessions.upkeep import Upkeep
 
 
 class Turn(NamedTuple):
@@ -58,26 +47,11 @@ def _no_composing(_lengths: Sequence[int]) -> Sequence[int]:
     raise ValueError("the states of this store are not composed")
 
 
-@dataclass(eq=False)
-class Session:
-    """A conversation: its states, by id, and the number of its last turn."""
-
-    states: dict[str, Stored] = field(default_factory=dict)
-    last_turn: int = 0
-
-    @property
-    def id(self) -> str:
-        """As `StateHeader.session_id` of its states."""
-        return next(iter(self.states.values())).header.session_id
-
-
-class SessionStore:
-    """States by session and by the tokens that they cover.
+class SessionStore(Catalog):
+    """What is stored for requests.
 
     Args:
-        fingerprint: of the model. rank_bytes: of a state on one rank. ranks: how many share it.
-        settings: budgets and the directory. clock: seconds since 1970.
-        key_bytes: of the keys of a document of so many tokens (`memory/documents/keys.py`).
+        As for `Catalog`.
 
     Raises:
         OSError: the directory cannot be used.
@@ -93,43 +67,15 @@ class SessionStore:
         clock: Callable[[], float] = time.time,
         key_bytes: Callable[[int], int] = lambda _: 0,
     ) -> None:
-        self.fingerprint = fingerprint
-        self.settings = settings
-        self.ranks = ranks
-        self.rank_bytes = rank_bytes
+        super().__init__(fingerprint, rank_bytes, settings, ranks, clock, key_bytes)
         self.max_waiting = settings.max_waiting(rank_bytes * ranks)
-        self.clock = clock
-        self.key_bytes = key_bytes
-        self.lock = threading.RLock()
-        self.memory = Tier(MEMORY, settings.memory)
-        on_disk = settings.directory is not None
-        self.disk = Tier(DISK, settings.disk if on_disk else 0)
-        self.states: dict[str, Stored] = {}
-        self.sessions: dict[SessionKey, Session] = {}
-        # Of a session, by id: segments of its text (`past.py`), which go with it.
-        self.segments: dict[SessionKey, dict[str, Stored]] = defaultdict(dict)
-        self.counts: Counter[str] = Counter()
-        self.failures: Counter[str] = Counter()
         self._failure_log = FailureLog()
         self.seconds: dict[str, float] = defaultdict(float)
-        self.version = 0  # of what can be found
-        self.id = secrets.token_hex(8)  # of this store, among those of a machine
-        self._tokens: dict[str, Tokens] = {}
-        self.index = PrefixIndex()
-        self._orders: list[Order] = []
-        self._expiries = Expiries(self.states)
-        self._waiting: set[str] = set()  # states that are yet to be written by a rank
-        self.dropped: set[str] = set()  # whose files are about to go
-        self._asked = False  # for outcomes
-        self.wake: Callable[[], object] = lambda: None  # has an idle engine take the orders
         # Where documents of so many tokens begin when they are composed (`composing.py`).
         self.offsets: Callable[[Sequence[int]], Sequence[int]] = _no_composing
-        self.directory: StateDirectory | None = None
         self._held = ExitStack()  # until the store is closed
-        if settings.directory is not None:
-            self.directory = StateDirectory(settings.directory, fingerprint, ranks, settings.key())
-            if self.directory.key is None:
-                self._held.enter_context(plain_writer(self.directory.path))
+        if self.directory is not None and self.directory.key is None:
+            self._held.enter_context(plain_writer(self.directory.path))
         self.upkeep = Upkeep(self)
 
     def close(self) -> None:
@@ -145,24 +91,6 @@ class SessionStore:
         return unread_words(counts, self.directory.key is not None, self.settings.directory)
 
     # What a request needs.
-
-    def prefix_hashes(
-        self,
-        tokens: Sequence[int] | Tokens,
-        adapter: str = "",
-        salt: str = "",
-        composed: str | None = None,
-    ) -> PrefixHashes:
-        """The hashes of a text, for an adapter, the hash of a salt, and a composed state."""
-        return PrefixHashes(namespace(self.fingerprint.key, adapter, salt, composed), tokens)
-
-    def find(self, hashes: PrefixHashes, longest: int) -> Stored | None:
-        """The stored state that covers most of the first `longest` tokens of a text."""
-        with self.lock:
-            self.expire()
-            for state in self.index.prefixes(hashes, longest):
-                return self.states[state]
-        return None
 
     def resolve(
         self,
@@ -196,26 +124,6 @@ class SessionStore:
                     f"{reference} covers {fewest} tokens, and the prompt has only {longest + 1}"
                 )
             raise NotStored(f"the prompt does not begin with the {fewest} tokens of {reference}")
-
-    def lookup(self, reference: Reference, salt: str = "") -> list[Stored]:
-        """The states of a session, or of one of its turns, oldest first.
-
-        Raises:
-            NotStored: there is no such session or turn.
-        """
-        with self.lock:
-            self.expire()
-            session = self.sessions.get((salt, reference.session))
-            if session is None:
-                raise NotStored(f"nothing is stored under {reference.session!r}")
-            found = [s for s in session.states.values() if reference.turn in (None, s.header.turn)]
-            if not found:
-                kept = sorted({s.header.turn for s in session.states.values()})
-                raise NotStored(
-                    f"turn {reference.turn} of {reference.session!r} is not kept, these are: "
-                    f"{', '.join(map(str, kept))}"
-                )
-            return sorted(found, key=lambda s: (s.header.turn, s.header.num_tokens))
 
     def open_turn(self, name: str | None, parent: Stored | None, salt: str = "") -> Turn:
         """Where a request's states go: the next turn of a session.
@@ -273,12 +181,14 @@ class SessionStore:
                     self._use(there)
                     if tail and there.session == turn.session:
                         # What was said is so, also where the file cannot be told of it.
-                        self.rewrite([there], undo=False, kind=kind, tail=list(tail))
+                        self.upkeep.rewrite([there], undo=False, kind=kind, tail=list(tail))
                     return there, False
             nbytes = self.state_bytes(num_tokens, part is not None)
             nameless = parent is not None and parent.nameless
             if tiers is None:
                 tiers = self.tiers_for(turn.session[1], nameless)
+            if part is not None and part.library == PAST and not self.on_disk(part.document):
+                tiers = [self.memory]  # a session's text is nowhere that the session is not
             tiers = [tier for tier in tiers if tier.fits(nbytes)]
             if not tiers and self.disk.fits(nbytes):
                 raise NotStored(
@@ -303,7 +213,7 @@ class SessionStore:
             session = self.sessions.get(turn.session)
             expires = None if ttl is None else now + ttl
             if part is not None and part.library == PAST:
-                expires = self._newest((turn.session[0], part.document)).header.expires
+                expires = self.newest(part.document, turn.session[0]).header.expires
             header = StateHeader(
                 id=secrets.token_hex(16),
                 session=turn.session[1],
@@ -318,7 +228,7 @@ class SessionStore:
                 created=now,
                 expires=earliest([until, expires]),
                 parent=parent.id if parent else None,
-                shared_prefix=shared_prefix_of(parent),
+                shared_prefix=parent.prefix_for_others if parent else None,
                 tail=list(tail),
                 composed=parent.header.composed if parent else None,
                 made_of=list(parent.header.made_of) if parent else [],
@@ -360,40 +270,7 @@ class SessionStore:
                 keep = MEMORY in state.tiers
             self._orders.append(Load(state.header, state_index, request, keep))
 
-    def tiers_for(self, session: str, nameless: bool = False) -> list[Tier]:
-        """Where states of a session may be: texts that nobody named stay in memory.
-
-        Args:
-            nameless: as in `Stored`.
-        """
-        written = self.settings.may_write(session) and not nameless
-        return [self.memory, self.disk] if written else [self.memory]
-
-    def state_bytes(self, num_tokens: int, document: bool = False) -> int:
-        """Bytes of a state after n tokens: pages and token ids, of all ranks.
-
-        Args:
-            document: whether it is of a library, whose keys are kept beside it.
-        """
-        keys = self.key_bytes(num_tokens) if document else 0
-        return self.ranks * (self.rank_bytes + TOKEN_BYTES * num_tokens) + keys
-
     # Between the store and the ranks.
-
-    @property
-    def has_orders(self) -> bool:
-        """Whether orders wait for the ranks, or their outcomes are asked for."""
-        return bool(self._orders) or self._asked
-
-    @property
-    def waits_for_disk(self) -> bool:
-        """Whether a state is yet to be written, as far as the ranks have reported."""
-        return bool(self._waiting)
-
-    def ask_for_outcomes(self) -> None:
-        """Have the ranks report soon, though there is nothing else to do."""
-        self._asked = True
-        self.wake()
 
     def take_orders(self) -> list[Order]:
         """The orders since the last call, for every rank to carry out in this order."""
@@ -443,63 +320,6 @@ class SessionStore:
 
     # Changes.
 
-    def add(self, state: Stored, tiers: Sequence[Tier], tokens: Tokens | None = None) -> None:
-        """Make a state known, and let others leave for it. It may have no place afterwards."""
-        header = state.header
-        with self.lock:
-            session = self.sessions.setdefault(state.session, Session())
-            if header.turn > session.last_turn:
-                session.last_turn = header.turn
-                for older in session.states.values():
-                    self.supersede(older)
-            state.superseded = header.turn < session.last_turn
-            session.states[state.id] = state
-            self.states[state.id] = state
-            if header.library == PAST:
-                self.segments[(header.salt, header.document)][state.id] = state
-            if tokens is not None:
-                self._tokens[state.id] = tokens
-            self.index.add(
-                bytes.fromhex(header.block_hash), header.num_tokens,
-                bytes.fromhex(header.prefix_hash), state.id,
-            )  # fmt: skip
-            self._expiries.add(state)
-            self.version += 1
-            for tier in tiers:
-                tier.add(state)
-            for tier in tiers:
-                self._make_room(tier, state.session)
-
-    def change(self, state: Stored, **fields: object) -> None:
-        """Give a state another header, keeping its place among the others."""
-        with self.lock:
-            tokens = self._tokens.get(state.id)
-            tiers = [tier for tier in (self.memory, self.disk) if tier.remove(state)]
-            self._unlist(state)
-            state.header = replace(state.header, **fields)  # type: ignore[arg-type]
-            self.add(state, tiers, tokens)
-
-    def rewrite(
-        self,
-        states: list[Stored],
-        undo: bool = True,
-        answer: Callable[[], object] = dict,
-        **fields: object,
-    ) -> Operation:
-        """`change`, also in the states' files, soon.
-
-        Args:
-            undo: whether a change that the files cannot take is taken back.
-            answer: what is to be told at the end.
-        """
-        with self.lock:
-            before = {state.id: state.header for state in states}
-            operation = Operation(states, answer, before, dict(fields), undo)
-            for state in states:
-                self.change(state, **fields)
-            self.upkeep.submit(operation, any(DISK in state.tiers for state in states))
-            return operation
-
     def write(self, state: Stored) -> None:
         """Write a state that is in memory only to the directory too, soon."""
         with self.lock:
@@ -508,130 +328,3 @@ class SessionStore:
             if DISK in state.tiers:
                 tokens = self._tokens.get(state.id)
                 self.order(Copy(state.id, state.header, tokens, memory=False, disk=True))
-
-    def delete(self, states: list[Stored], answer: Callable[[], object]) -> Operation:
-        """Drop states everywhere and for good, those with files once these are gone."""
-        with self.lock:
-            there = [state for state in states if DISK in state.tiers]
-            for state in states:
-                if DISK not in state.tiers:
-                    self.forget(state)
-            operation = Operation(there, answer)
-            self.upkeep.submit(operation, bool(there))
-            return operation
-
-    def forget(self, state: Stored, keep_file: bool = False) -> None:
-        """Drop a state everywhere."""
-        with self.lock:
-            for tier in (self.memory, self.disk):
-                if state.id in tier.states:
-                    if tier is self.disk and keep_file:
-                        tier.remove(state)
-                    else:
-                        self._leave(state, tier, last=False)
-            self._waiting.discard(state.id)
-            self.unlist(state)
-
-    def tokens(self, state: Stored) -> Tokens | None:
-        """The tokens of a state that is not yet in a file; None where only its file has them."""
-        return self._tokens.get(state.id)
-
-    def count_failure(self, fault: str) -> None:
-        """Count a failure that no outcome tells of."""
-        with self.lock:
-            self.failures[fault] += 1
-
-    def _use(self, state: Stored) -> None:
-        state.used = self.clock()
-        for tier in (self.memory, self.disk):
-            tier.touch(state)
-        if self.directory is not None and DISK in state.tiers:
-            self.directory.use(state.id)
-
-    def supersede(self, state: Stored) -> None:
-        """Let a state leave before those that are not superseded."""
-        if not state.superseded:
-            state.superseded = True
-            for tier in (self.memory, self.disk):
-                if state.id in tier.states:
-                    tier.touch(state)
-
-    def _make_room(self, tier: Tier, keep: SessionKey) -> None:
-        for leaving in tier.excess(keep):
-            self.counts[f"evicted-{tier.name}"] += 1
-            self._leave(leaving, tier)
-
-    def _leave(self, state: Stored, tier: Tier, last: bool = True) -> None:
-        """A state leaves a tier, and the store if it has no other place."""
-        if tier.remove(state):
-            self._orders.append(Drop(state.id, tier.name))
-            if tier is self.disk:
-                self.dropped.add(state.id)
-                self._waiting.discard(state.id)
-        if last and not state.tiers:
-            self.unlist(state)
-        else:
-            self._release_tokens(state)
-
-    def _release_tokens(self, state: Stored) -> None:
-        if MEMORY not in state.tiers and len(state.written) == self.ranks:
-            self._tokens.pop(state.id, None)
-
-    def unlist(self, state: Stored) -> None:
-        """A state has no place any more. With the last one of a session its segments go."""
-        self._unlist(state)
-        if state.session not in self.sessions:
-            self._forget_segments(state.session)
-
-    def forget_orphans(self) -> None:
-        """Drop segments that a killed server left without their session."""
-        with self.lock:
-            for key in [key for key in self.segments if key not in self.sessions]:
-                self._forget_segments(key)
-
-    def _forget_segments(self, session: SessionKey) -> None:
-        for segment in list(self.segments.get(session, {}).values()):
-            self.forget(segment)
-
-    def _newest(self, key: SessionKey) -> Stored:
-        """The longest state of a session's last turn.
-
-        Raises:
-            NotStored: there is no such session.
-        """
-        if key not in self.sessions:
-            raise NotStored(f"nothing is stored under {key[1]!r}")
-        states = self.sessions[key].states.values()
-        return max(states, key=lambda s: (s.header.turn, s.header.num_tokens))
-
-    def _unlist(self, state: Stored) -> None:
-        if self.states.pop(state.id, None) is None:
-            return
-        header = state.header
-        self._tokens.pop(state.id, None)
-        self.index.remove(
-            bytes.fromhex(header.block_hash),
-            header.num_tokens,
-            bytes.fromhex(header.prefix_hash),
-            state.id,
-        )
-        if header.library == PAST:
-            own = self.segments[(header.salt, header.document)]
-            del own[state.id]
-            if not own:
-                del self.segments[(header.salt, header.document)]
-        session = self.sessions[state.session]
-        del session.states[state.id]
-        if not session.states:
-            del self.sessions[state.session]
-        self.version += 1
-
-    def expire(self) -> list[str]:
-        """Let states go whose time is over; those of them that had a file."""
-        with self.lock:
-            over = self._expiries.take(self.clock())
-            with_file = [state.id for state in over if DISK in state.tiers]
-            for state in over:
-                self.counts["expired"] += 1
-                self.forget(state)
-            return with_file

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lola_vllm.memory.sessions.file import StateHeader
+from lola_vllm.memory.sessions.names import SHARED
 from lola_vllm.memory.sessions.orders import DISK, MEMORY
 from lola_vllm.memory.sessions.owner import salt_owner
 
@@ -55,6 +56,12 @@ class Stored:
     def owner(self) -> str:
         """Whose share of a budget it takes."""
         return salt_owner(self.header.salt)
+
+    @property
+    def prefix_for_others(self) -> str | None:
+        """The hash of the shared prefix of a state that goes on from it; None: none."""
+        shared = self.header.session.startswith(SHARED)
+        return self.header.prefix_hash if shared else self.header.shared_prefix
 
     @property
     def session(self) -> SessionKey:

@@ -12,17 +12,16 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lola_vllm.memory.sessions.catalog import Catalog
 from lola_vllm.memory.sessions.directory import RESCAN_S
 from lola_vllm.memory.sessions.file import StateFileError, StateHeader
+from lola_vllm.memory.sessions.names import LIBRARY
 from lola_vllm.memory.sessions.orders import DISK
 from lola_vllm.memory.sessions.tiers import Stored
-
-if TYPE_CHECKING:
-    from lola_vllm.memory.sessions.store import SessionStore
 
 logger = logging.getLogger("vllm.lola")
 
@@ -34,7 +33,7 @@ MAX_OPERATIONS = 1000
 # A file that could not be removed is tried again after so long.
 RETRY_S = 60.0
 # Fields of a header that servers change in a file.
-_CHANGED = ("session", "document", "turn", "kind", "tail", "pinned", "expires")
+_CHANGED = ("session", "turn", "kind", "tail", "pinned", "expires")
 
 
 @dataclass(eq=False)
@@ -59,9 +58,9 @@ class Operation:
 
 
 class Upkeep:
-    """The thread of a store."""
+    """The thread of a store, which looks after its catalog."""
 
-    def __init__(self, store: SessionStore) -> None:
+    def __init__(self, store: Catalog) -> None:
         self._store = store
         self._waiting: deque[Operation] = deque()
         self._known: OrderedDict[int, Operation] = OrderedDict()
@@ -87,12 +86,42 @@ class Upkeep:
         with self._store.lock:
             return {s.id for op in self._known.values() if not op.done for s in op.states}
 
-    def submit(self, operation: Operation, needed: bool = True) -> None:
-        """Carry out an operation.
+    def rewrite(
+        self,
+        states: list[Stored],
+        undo: bool = True,
+        answer: Callable[[], object] = dict,
+        **fields: object,
+    ) -> Operation:
+        """Give states other headers, now, and in their files, soon.
 
         Args:
-            needed: whether any of its states has a file. If none has, the operation is over.
+            undo: whether a change that the files cannot take is taken back.
+            answer: what is to be told at the end.
         """
+        with self._store.lock:
+            before = {state.id: state.header for state in states}
+            operation = Operation(states, answer, before, dict(fields), undo)
+            for state in states:
+                self._store.change(state, **fields)
+            self._submit(operation, any(DISK in state.tiers for state in states))
+            return operation
+
+    def delete(self, states: Sequence[Stored], answer: Callable[[], object] = dict) -> Operation:
+        """Drop states everywhere and for good: those that have a file, or had one that another
+        server may have read, once the files are gone and that is told to the others."""
+        with self._store.lock:
+            here = [state for state in states if not (DISK in state.tiers or state.written)]
+            there = [state for state in states if state not in here]
+            for state in here:
+                self._store.forget(state)
+            operation = Operation(there, answer)
+            self._submit(operation, bool(there))
+            return operation
+
+    def _submit(self, operation: Operation, needed: bool) -> None:
+        """Carry out an operation; one that is not needed is over, as none of its states has a
+        file."""
         store = self._store
         with store.lock:
             if not needed:
@@ -183,16 +212,15 @@ class Upkeep:
                 store.count_failure(reason)
             if scan.partials:
                 store.failures["partial"] += scan.partials
-            for deleted in scan.deleted & store.states.keys():
-                store.forget(store.states[deleted])
+            self._forget_deleted([store.states[i] for i in scan.deleted & store.states.keys()])
             for header in scan.changed:
                 state = store.states.get(header.id)
                 if state is not None and state.header is before.get(header.id):
                     self._take_over(state, header)
             for gone in settled - scan.there:
                 state = store.states.get(gone)
-                if state is not None and store.disk.remove(state) and not state.tiers:
-                    store.unlist(state)
+                if state is not None:
+                    store.lose_file(state)
             store.dropped &= scan.there
             for header, used in sorted(scan.new, key=lambda found: found[1]):
                 if header.id not in store.states and header.id not in store.dropped:
@@ -202,6 +230,13 @@ class Upkeep:
                     state.written.update(range(store.ranks))
                     store.add(state, [store.disk])
                     store.counts["adopted"] += 1
+
+    def _forget_deleted(self, states: Sequence[Stored]) -> None:
+        """Another server deleted states. What was composed of them here for a request goes too."""
+        made = self._store.made_of({state.header.session_id for state in states})
+        for state in states:
+            self._store.forget(state)
+        self.delete([state for state in made if state.header.session.startswith(LIBRARY)])
 
     def _take_over(self, state: Stored, header: StateHeader) -> None:
         """Another server gave a state another header; one of another text is none of it."""

@@ -8,6 +8,7 @@ import pytest
 
 from lola_vllm.command import cli
 from lola_vllm.memory.sessions import inventory, parse_reference
+from lola_vllm.memory.sessions.names import PAST, Part
 from lola_vllm.memory.sessions.owner import engine_salt, owner_of
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from tests.support.sessions import Server
@@ -157,13 +158,15 @@ def test_a_running_server_takes_part_in_a_move(directory):
     server.close()
 
 
-def test_what_was_composed_moves_with_its_sources(tmp_path):
+def test_what_was_composed_and_segments_move_with_their_session(tmp_path):
     server = Server(tmp_path)
     server.say(TEXT[:100], "one")
     server.say(TEXT[:40], "two")
     server.settle()
     server.say(TEXT[:120], "one")
     made = server.ask("compose_parts", sources=["one", "two"])["session"]
+    session = server.ask("past", reference="one", size=40)["session_id"]
+    server.say(TEXT[:40], "library-0", kind="prompt", part=Part(PAST, session))
     server.store.forget(server.store.lookup(parse_reference("one"))[0])  # for others
     server.settle()
     server.close()
@@ -172,8 +175,9 @@ def test_what_was_composed_moves_with_its_sources(tmp_path):
     server = Server(tmp_path)
     mine = engine_salt(owner_of("two"), None)
     assert server.ask("show", session=made, salt=mine)["made_of"] == ["one@2", "two@1"]
+    assert len(server.ask("past", reference="one", size=40, salt=mine)["segments"]) == 1
     server.ask("rename", session="one", to="first", salt=mine)
-    assert server.ask("delete", reference="first", salt=mine) == {"deleted": 1}
+    assert server.ask("delete", reference="first", salt=mine) == {"deleted": 2}
     assert server.ask("show", session=made, salt=mine)["kind"] == "not-found"
     server.close()
 

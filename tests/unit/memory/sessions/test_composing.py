@@ -170,9 +170,8 @@ def test_a_fork_of_several_states_is_one_session(server: Server) -> None:
     assert len(states) == 2 and len({state.header.session_id for state in states}) == 1
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_owners_are_told_apart_in_what_was_composed(server: Server, before: bool) -> None:
-    """Sessions of two owners have the same names. Files of before ids know sources by name."""
+def test_owners_are_told_apart_in_what_was_composed(server: Server) -> None:
+    """Sessions of two owners have the same names."""
     theirs = salt_hash("other")
     for name, tokens in (("one", ONE), ("two", TWO)):
         server.say(tokens, name, salt=theirs)
@@ -182,9 +181,6 @@ def test_owners_are_told_apart_in_what_was_composed(server: Server, before: bool
     for salt in (None, "other"):
         server.ask("compose", sources=["one"], to=f"of-{salt}", salt=salt)
     server.settle()
-    if before:
-        for state in list(server.store.states.values()):
-            server.store.change(state, sources=[], origin=None, until=None)
     assert server.ask("delete", reference="one") == {"deleted": 1, "composed": ["of-None"]}
     assert names(server) == {"one", "two", "of-None", "of-other", made["other"]}
     assert server.ask("show", session=made["other"], salt="other")["made_of"]

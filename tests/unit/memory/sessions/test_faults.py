@@ -242,6 +242,30 @@ def test_what_is_deleted_leaves_the_memory_of_other_servers(tmp_path):
     one.close(), two.close()
 
 
+@pytest.mark.parametrize("composed", [False, True])
+def test_what_two_servers_have_in_memory_alone_is_deleted_from_both(tmp_path, composed):
+    """And what one of them composed of it for a request."""
+    one, two = Server(tmp_path), Server(tmp_path)
+    state = one.say(TEXT[:100], "agent-7")
+    one.settle()
+    two.store.upkeep.refresh()
+    assert two.restore(TEXT) == 100
+    if composed:
+        two.ask("compose_parts", sources=["agent-7"])
+        two.ask("compose", sources=["agent-7"], to="mine")
+    one.store._leave(state, one.store.disk)
+    one.settle(), two.settle()
+    two.store.upkeep.refresh()
+    assert two.restore(TEXT) == 100
+    one.ask("rename", session="agent-7", to="agent-8")
+    assert one.ask("delete", reference="agent-8")["deleted"] == 1
+    two.store.upkeep.refresh()
+    two.settle()
+    left = {one["session"] for one in two.manager.sessions(everyone=True)}
+    assert left == ({"mine"} if composed else set())
+    one.close(), two.close()
+
+
 def test_a_server_keeps_in_memory_what_another_had_no_room_for(tmp_path):
     """A budget of another server is no deletion."""
     one, two = Server(tmp_path), Server(tmp_path)

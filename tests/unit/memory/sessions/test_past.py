@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lola_vllm.memory.sessions import NotStored
+from lola_vllm.memory.sessions import NotStored, directory
 from lola_vllm.memory.sessions.names import PAST, Part, Reference
 from lola_vllm.memory.sessions.past import TOLERANCE_S
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
@@ -30,7 +32,8 @@ def server(request: Any, tmp_path: Path) -> Iterator[Server]:
 
 
 def keep(server: Server, number: int, tokens: list[int], session: str = "chat", **more: Any) -> Any:
-    part = Part(PAST, session, number + 1, number + 1)
+    found = server.store.lookup(Reference(session), more.get("salt", ""))
+    part = Part(PAST, found[-1].header.session_id, number + 1, number + 1)
     name = f"library-{session}-{number}-{len(server.store.states)}"
     return server.say(tokens, name, kind="prompt", part=part, **more)
 
@@ -105,8 +108,8 @@ def test_a_segment_is_born_with_the_time_of_its_session(server: Server, ttl: flo
     session = server.say([*TEXT, 1], "brief", ttl=ttl)
     segment = keep(server, 0, TEXT[:SIZE], session="brief")
     assert segment.header.expires == session.header.expires
-    with pytest.raises(NotStored, match="nothing is stored under 'gone'"):
-        keep(server, 0, TEXT[:SIZE], session="gone")
+    with pytest.raises(NotStored, match=f"the session {'0' * 32} is not kept"):
+        server.say(TEXT[:SIZE], "library-gone", part=Part(PAST, "0" * 32))
 
 
 def test_segments_go_when_their_session_is_evicted(tmp_path: Path) -> None:
@@ -130,8 +133,8 @@ def test_segments_go_when_their_session_expires(server: Server) -> None:
     server.store.expire()
     server.settle()
     assert segments(server) == [0, 1]
-    left = {state.header.document for state in server.store.states.values()}
-    assert left == {"", "chat"}
+    left = {state.header.session for state in server.store.states.values()}
+    assert left == {"chat", "library-chat-0-1", "library-chat-1-2"}
 
 
 def test_a_killed_server_leaves_no_segment_without_its_session(tmp_path: Path) -> None:
@@ -149,19 +152,87 @@ def test_a_killed_server_leaves_no_segment_without_its_session(tmp_path: Path) -
     again.close()
 
 
-def test_another_server_learns_that_segments_were_renamed(tmp_path: Path) -> None:
-    server, other = Server(tmp_path), Server(tmp_path)
-    server.say(TEXT, "chat")
-    keep(server, 0, TEXT[:SIZE])
-    server.settle()
-    other.store.upkeep.refresh()
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[tuple[Server, Server]]:
+    """Two servers on a directory, of which both know a session and a segment of it."""
+    servers = Server(tmp_path), Server(tmp_path)
+    servers[0].say(TEXT, "chat")
+    keep(servers[0], 0, TEXT[:SIZE])
+    servers[0].settle()
+    servers[1].store.upkeep.refresh()
+    yield servers
+    for server in servers:
+        server.close()
+
+
+def test_another_server_learns_that_a_session_with_segments_was_renamed(two: Any) -> None:
+    server, other = two
     assert segments(other) == [0]
     server.ask("rename", session="chat", to="talk")
-    server.settle()
+    assert segments(other) == [0]  # it has not looked yet
     other.store.upkeep.refresh()
     assert segments(other, "talk") == [0] and segments(server, "talk") == [0]
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_rename_that_the_disk_has_no_room_for_leaves_all_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    server, count = Server(tmp_path), itertools.count()
+    server.say(TEXT, "chat")
+    server.say([*TEXT, 1], "chat")
+    keep(server, 0, TEXT[:SIZE])
+    server.settle()
+    write = directory.write_state
+
+    def full(*args: Any) -> int:
+        if next(count) >= written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*args)
+
+    monkeypatch.setattr(directory, "write_state", full)
+    answer = server.ask("rename", session="chat", to="talk")
+    assert segments(server, "chat" if "error" in answer else "talk") == [0]
+    monkeypatch.undo()
     server.close()
-    other.close()
+    again = Server(tmp_path)
+    assert segments(again, "chat" if "error" in answer else "talk") == [0]
+    assert len(again.ask("sessions", everyone=True)) == 2
+    again.close()
+
+
+def test_segments_are_in_the_directory_only_while_their_session_is(two: Any) -> None:
+    """A server that starts drops those whose session it does not know."""
+    server, other = two
+    (session,) = server.store.lookup(Reference("chat"))
+    server.store._leave(session, server.store.disk)  # for others
+    server.settle()
+    assert list(server.store.directory.path.iterdir()) == []
+    other.store.upkeep.refresh()
+    assert not other.store.states
+    keep(server, 1, TEXT[SIZE : 2 * SIZE])
+    server.settle()
+    assert segments(server) == [0, 1] and list(server.store.directory.path.iterdir()) == []
+
+
+def test_segments_leave_the_directory_when_another_server_takes_their_session_out(two: Any) -> None:
+    server, other = two
+    (session,) = other.store.lookup(Reference("chat"))
+    other.store.directory.unlink([session.id])
+    server.store.upkeep.refresh()
+    server.settle()
+    assert segments(server) == [0] and list(server.store.directory.path.iterdir()) == []
+
+
+def test_segments_of_what_nobody_named_are_not_written(tmp_path: Path) -> None:
+    server = Server(tmp_path, store="named")
+    unnamed = server.say(TEXT).header.session
+    server.ask("compose", sources=[unnamed], to="chat")
+    keep(server, 0, TEXT[:SIZE])
+    keep(server, 0, TEXT[:SIZE], session=unnamed)
+    server.settle()
+    assert list(server.store.directory.path.iterdir()) == [] and segments(server) == [0]
+    server.close()
 
 
 def test_segments_of_a_deleted_turn_go(server: Server) -> None:
