@@ -1,8 +1,5 @@
 """Stored states in the engine: what is restored, and that nothing it changes is an answer."""
 
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -98,13 +95,9 @@ def test_names_forks_salts_and_what_is_said(tiny, cold):
         # What is asked for by a name that does not fit is found by its tokens all the same.
         for found, salt, lola, words in (
             (True, None, {"from_": "agent-9"}, "nothing is stored under 'agent-9'"),
-            (True, None, {"from_": "agent-7@9"}, "turn 9 of 'agent-7' is not kept"),
-            (True, None, {"from_": "agent-8"}, "the prompt has only"),
             (True, None, {}, ""),
             (False, None, {"from_": False}, "not asked for"),
             (False, None, {"save": "a/b"}, "kv_transfer_params.lola.save = 'a/b'"),
-            (False, None, {"form": "agent-7"}, "nearest valid name: 'from'"),
-            (False, None, {"ttl": -1}, "ttl = -1"),
             (False, "alice", {"save": False}, "no stored state"),
             (False, "alice", {"from_": "agent-7"}, "nothing is stored under 'agent-7'"),
         ):
@@ -112,9 +105,6 @@ def test_names_forks_salts_and_what_is_said(tiny, cold):
             assert tokens == cold(whole + cold.other), lola
             assert told["restored_tokens"] == found * (len(whole) - 1), (lola, told)
             assert words in (told["reason"] or "") and bool(words) == bool(told["reason"]), told
-        assert told_of(llm, [5, *cold.text], from_="agent-7")["reason"].startswith(
-            "the prompt does"
-        )
         assert told_of(llm, cold.text[:9], save=False)["unsaved"] == "not asked for"
         assert "computed again sooner" in told_of(llm, cold.text[:9])["unsaved"]
 
@@ -257,7 +247,7 @@ def test_aborts_while_a_state_is_loaded_or_saved(tiny, cold, tmp_path, monkeypat
         assert not scheduler(llm).requests
 
 
-@pytest.mark.parametrize("damage", ["flip", "tear", "remove", "vanish"])
+@pytest.mark.parametrize("damage", ["flip", "vanish"])
 def test_a_state_that_cannot_be_read_is_computed_again(tiny, cold, tmp_path, damage):
     whole = cold.text + cold.first
     with engine(tiny, **BASE, **store_options(tmp_path, ram="0")) as llm:
@@ -265,13 +255,8 @@ def test_a_state_that_cannot_be_read_is_computed_again(tiny, cold, tmp_path, dam
     with engine(tiny, **BASE, **store_options(tmp_path, ram="0")) as llm:
         for path in tmp_path.rglob("*.safetensors"):
             data = bytearray(path.read_bytes())
-            if damage == "flip":
-                data[-100] ^= 16
-                path.write_bytes(data)
-            elif damage == "tear":
-                path.write_bytes(data[: len(data) // 2])
-            elif damage == "remove":
-                path.unlink()
+            data[-100] ^= damage == "flip"
+            path.write_bytes(data)
         if damage == "vanish":
             half(llm).store.directory.path.rename(tmp_path / "elsewhere")
         tokens, told = ask(llm, whole + cold.tail)
@@ -309,45 +294,6 @@ def test_each_rank_stores_its_part(tiny, cold, tmp_path):
             assert told["restored_tokens"] == len(known) - 1
     names = [path.name.split(".")[1] for path in tmp_path.rglob("*.safetensors")]
     assert set(names) == {"0of2", "1of2"} and names.count("0of2") == names.count("1of2")
-
-
-KILLED = """
-import os, sys, threading, time
-sys.path[:0] = [{root!r}]
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-from tests.engine.test_sessions import BASE, ask, store_options
-from tests.support.engine import engine
-from tools.support.tiny import random_prompts
-from lola_vllm.memory.sessions import file
-replace = file.Path.replace
-def slow(self, *args):
-    print("WRITING", flush=True)
-    time.sleep(60)
-with engine({model!r}, **BASE, **store_options({store!r})) as llm:
-    ask(llm, random_prompts([203], seed=4)[0])
-    ask(llm, [1, 2, 3])
-    time.sleep(1)
-    file.Path.replace = slow
-    ask(llm, random_prompts([150], seed=5)[0])
-    ask(llm, [1, 2, 3])
-    time.sleep(60)
-"""
-
-
-def test_a_process_killed_while_it_writes_leaves_whole_states_only(tiny, cold, tmp_path):
-    code = KILLED.format(root=os.getcwd(), model=str(tiny), store=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "WRITING" in line:
-            break
-    process.kill()
-    process.wait()
-    assert len(list(tmp_path.rglob(".*.partial"))) == 1
-    with engine(tiny, **BASE, **store_options(tmp_path)) as llm:
-        assert not list(tmp_path.rglob(".*.partial"))
-        assert manage(llm, "stats")["states"] == 2
-        assert told_of(llm, cold.text + cold.first + cold.tail)["restored_tokens"] == 214
-        assert told_of(llm, [*random_prompts([150], seed=5)[0], 4])["restored_tokens"] == 0
 
 
 def test_another_connector_beside_the_store_is_refused(tiny):

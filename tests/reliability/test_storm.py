@@ -125,23 +125,3 @@ def test_an_abort_leaves_a_prefix_that_a_retry_may_start_from(tiny, prompts, exp
             assert state_manager(llm).num_states_in_use == 0
         assert hits == sorted(hits) and hits[-1] == (len(prompt) - 1) // 32 * 32
         assert len(set(hits)) > 3
-
-
-def test_old_states_change_no_bit_of_the_logprobs(tiny, prompts):
-    """Blocks of a fresh pool against the same blocks after they have served others."""
-    params = SamplingParams(max_tokens=4, prompt_logprobs=0, logprobs=3, **GREEDY)
-
-    def numbers(llm):
-        found = []
-        for prompt in prompts[3:9]:  # one at a time: a batch of another size may round otherwise
-            (output,) = llm.generate(
-                [TokensPrompt(prompt_token_ids=prompt)], params, use_tqdm=False
-            )
-            rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-            found.append([[entry.logprob for entry in row.values()] for row in rows])
-        return found
-
-    with engine(tiny, max_num_batched_tokens=64, max_num_seqs=4, num_gpu_blocks_override=4) as llm:
-        fresh = numbers(llm)
-        generate(llm, prompts[::-1], 8)
-        assert numbers(llm) == fresh

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +17,7 @@ FINGERPRINT = Fingerprint(
     config="config", tensors="tensors", dtype="float32", quantization="", layout="l", ranks="1x1"
 )
 ROW = 512
+SECRET = "0123456789abcdef" * 4  # from which keys of files are derived
 
 
 class Clock:
@@ -37,7 +38,13 @@ class Clock:
 
 
 class Server:
-    """A store with one or more ranks, each with a pool of states."""
+    """A store with one or more ranks, each with a pool of states.
+
+    Attributes:
+        running: those that are not closed yet.
+    """
+
+    running: ClassVar[list[Server]] = []
 
     def __init__(
         self,
@@ -63,6 +70,7 @@ class Server:
         ]
         self.store.offsets = offsets
         self.manager = SessionManager(self.store)
+        self.running.append(self)
 
     def step(self) -> list[Outcome]:
         """Deliver the orders, and return what the ranks have to say by now."""
@@ -140,6 +148,13 @@ class Server:
         for worker in self.workers:
             worker.close()
         self.store.close()
+        if self in self.running:
+            self.running.remove(self)
+
+
+def names(server: Server) -> set[str]:
+    """The sessions of all owners."""
+    return {one["session"] for one in server.manager.sessions(everyone=True)}
 
 
 def offsets(lengths: Sequence[int]) -> list[int]:

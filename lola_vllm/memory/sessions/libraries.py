@@ -110,7 +110,8 @@ def made_of_parts(
     made = store.made_of({state.header.session_id for state in parts})
     own = [state for state in made if state.header.salt == salt]
     answers = [state for state in own if state.header.session.startswith(LIBRARY)]
-    return answers, sorted({state.header.session for state in own if state not in answers})
+    names = {state.header.session for state in own}
+    return answers, sorted(name for name in names if not name.startswith(LIBRARY))
 
 
 def _parts(store: Catalog, salt: str, library: str | None = None) -> list[Stored]:

@@ -111,10 +111,10 @@ class Upkeep:
         """Drop states everywhere and for good: those that have a file, or had one that another
         server may have read, once the files are gone and that is told to the others."""
         with self._store.lock:
-            here = [state for state in states if not (DISK in state.tiers or state.written)]
-            there = [state for state in states if state not in here]
-            for state in here:
-                self._store.forget(state)
+            there = [state for state in states if DISK in state.tiers or state.written]
+            for state in states:
+                if not (DISK in state.tiers or state.written):
+                    self._store.forget(state)
             operation = Operation(there, answer)
             self._submit(operation, bool(there))
             return operation
@@ -233,9 +233,9 @@ class Upkeep:
 
     def _forget_deleted(self, states: Sequence[Stored]) -> None:
         """Another server deleted states. What was composed of them here for a request goes too."""
-        made = self._store.made_of({state.header.session_id for state in states})
         for state in states:
             self._store.forget(state)
+        made = self._store.made_of({state.header.session_id for state in states})
         self.delete([state for state in made if state.header.session.startswith(LIBRARY)])
 
     def _take_over(self, state: Stored, header: StateHeader) -> None:

@@ -1,7 +1,5 @@
 """What a default server computes of a long prompt that comes again, by the habits of clients."""
 
-import pytest
-
 from tests.serving.sessions.test_routes import ok, user
 
 FILE = " ".join(f"In hall {i} the pump starts at {i * 7 % 24} and stops later." for i in range(60))
@@ -25,14 +23,6 @@ def test_a_history_that_is_sent_whole_each_turn(tiny):
         n, cached, said = ask(tiny, messages, "history")
         assert 0.9 * before < cached < n  # this tokenizer joins what meets at a message's end
         before = n
-
-
-@pytest.mark.parametrize("more", range(3))  # some prompts end where an update follows
-def test_the_second_of_two_identical_requests(tiny, more):
-    messages = user(f"{FILE} When does the pump start{'?' * (1 + more)}")
-    n, _, said = ask(tiny, messages, "same")
-    for _ in range(2):
-        assert ask(tiny, messages, "same") == (n, n - 1, said)
 
 
 def test_the_first_message_is_edited(tiny):
@@ -60,8 +50,3 @@ def test_another_question_about_the_same_file(tiny):
     ask(tiny, user(f"{file} When?"), "file")
     n, cached, _ = ask(tiny, user(f"{file} {long}"), "file")
     assert 0.5 * n < cached < n
-
-
-def test_a_text_that_begins_otherwise_has_nothing_in_common(tiny):
-    ask(tiny, user(f"It is 10:01. {FILE}"), "time")
-    assert ask(tiny, user(f"It is 11:02. {FILE}"), "time")[1] == 0

@@ -39,23 +39,13 @@ def test_a_session_goes_on_by_its_header(lola_server):
     assert cold["kv_transfer_params"]["lola"]["reason"] == "not asked for"
 
 
-def test_salts_and_wrong_wishes(lola_server):
-    complete(lola_server, 5 * TEXT + "Salted.", cache_salt="alice")
-    other = complete(lola_server, 5 * TEXT + "Salted. Yes.", cache_salt="bob")
-    assert other["kv_transfer_params"]["lola"]["restored_tokens"] == 0
-    same = complete(lola_server, 5 * TEXT + "Salted. Yes.", cache_salt="alice")
-    assert same["kv_transfer_params"]["lola"]["restored_tokens"] > 0
-
-
 @pytest.mark.parametrize(
     ("fields", "headers", "words"),
     [
         ({"kv_transfer_params": {"lola": {"save": "../x"}}}, {}, "lola.save = '../x'"),
-        ({"kv_transfer_params": {"lola": {"ttl": 0}}}, {}, "lola.ttl = 0: must be a finite"),
         ({}, {"X-Session-ID": "a b"}, "session_id = 'a b'"),
         ({"session_id": "auto-1"}, {}, "given by the server"),
         ({"n": 2}, {"X-Session-ID": "http-3"}, "n = 2: a session goes on with one answer"),
-        ({"n": 2, "stream": True}, {"X-Session-ID": "http-3"}, "n = 2"),
     ],
 )
 @pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])

@@ -10,9 +10,10 @@ import httpx
 import pytest
 
 from lola_vllm.memory.sessions.prefix_hash import digest
+from tests.serving.sessions.test_routes import BASE, ok, said
 from tools.support.server_process import Server
 
-SESSIONS, PAST = "/v1/lola/sessions", "/v1/lola/libraries/library-past"
+PAST = "/v1/lola/libraries/library-past"
 SEGMENT = 496  # of this server's --max-model-len
 TEXT = (
     "The hidden state of the window is read by the model in the garden. " * 21
@@ -22,23 +23,13 @@ GREEDY = {"temperature": 0, "max_tokens": 6}
 QUESTION = "The hidden state of the window is read by the model"
 
 
-def ok(response: httpx.Response) -> Any:
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def tokens_of(server: Server, session: str) -> list[int]:
-    tokens: list[int] = ok(server.client.get(f"{SESSIONS}/{session}/tokens"))["tokens"]
-    return tokens
-
-
 def ask(server: Server, session: str, question: str = QUESTION, **more: Any) -> Any:
     body = {"prompt": question, "recall": "segments", **GREEDY, **more}
-    return server.client.post(f"{SESSIONS}/{session}/complete", json=body)
+    return server.client.post(f"{BASE}/{session}/complete", json=body)
 
 
 def parts_of(client: httpx.Client, session: str) -> list[dict[str, Any]]:
-    shown, past = client.get(f"{SESSIONS}/{session}"), client.get(PAST)
+    shown, past = client.get(f"{BASE}/{session}"), client.get(PAST)
     if 404 in (shown.status_code, past.status_code):
         return []
     first = shown.json()["states"][0]["id"]  # which the session is known by
@@ -50,24 +41,24 @@ def parts_of(client: httpx.Client, session: str) -> list[dict[str, Any]]:
 def told(tiny: Server, request: pytest.FixtureRequest) -> Any:
     """A session that has read the text, of two segments and a rest."""
     name = f"past-{request.node.name.removeprefix('test_')[:40]}"
-    ok(tiny.client.post(f"{SESSIONS}/{name}/append", json={"prompt": TEXT}))
-    assert 2 * SEGMENT < len(tokens_of(tiny, name)) < 3 * SEGMENT
+    ok(tiny.client.post(f"{BASE}/{name}/append", json={"prompt": TEXT}))
+    assert 2 * SEGMENT < len(said(tiny, name)) < 3 * SEGMENT
     yield name
-    tiny.client.delete(f"{SESSIONS}/{name}")
+    tiny.client.delete(f"{BASE}/{name}")
 
 
 def test_a_segment_comes_back_and_is_no_part_of_the_session(tiny: Server, told: str) -> None:
-    before = tokens_of(tiny, told)
+    before = said(tiny, told)
     answer = ok(ask(tiny, told))
     lola = answer["kv_transfer_params"]["lola"]
     assert lola["recalled"]["first"] == 0 and lola["recalled"]["last"] == SEGMENT
     assert lola["recalled"]["sentence"] in TEXT and lola["recalled"]["score"] > 0
-    after = tokens_of(tiny, told)
+    after = said(tiny, told)
     assert after[: len(before)] == before and lola["tokens"] == len(after)
-    said = answer["usage"]["completion_tokens"]
+    count = answer["usage"]["completion_tokens"]
     question = ok(tiny.client.post("/tokenize", json={"model": "tiny", "prompt": QUESTION}))
     assert after[len(before) :][: question["count"]] == question["tokens"]
-    assert len(after) == len(before) + question["count"] + said
+    assert len(after) == len(before) + question["count"] + count
     # Each segment is read once, and in no list of libraries or sessions.
     parts = parts_of(tiny.client, told)
     assert [part["tokens"] for part in parts] == [SEGMENT, SEGMENT]
@@ -75,7 +66,7 @@ def test_a_segment_comes_back_and_is_no_part_of_the_session(tiny: Server, told: 
     assert parts_of(tiny.client, told) == parts
     libraries = ok(tiny.client.get("/v1/lola/libraries"))["libraries"]
     assert "library-past" not in {one["library"] for one in libraries}
-    sessions = ok(tiny.client.get(SESSIONS))["sessions"]
+    sessions = ok(tiny.client.get(BASE))["sessions"]
     assert not [one for one in sessions if one["session"].startswith("library-")]
     assert parts_of(tiny.other, told) == []
 
@@ -83,20 +74,20 @@ def test_a_segment_comes_back_and_is_no_part_of_the_session(tiny: Server, told: 
 def test_the_answer_is_that_of_the_present_and_the_segment(tiny: Server, told: str) -> None:
     answer = ok(ask(tiny, told))
     (part, _) = parts_of(tiny.client, told)
-    turn = ok(tiny.client.get(f"{SESSIONS}/{told}"))["turn"]
+    turn = ok(tiny.client.get(f"{BASE}/{told}"))["turn"]
     body = {"from": [f"{told}@{turn - 1}", part["session"]]}
-    ok(tiny.client.post(f"{SESSIONS}/{told}-by-hand/compose", json=body))
+    ok(tiny.client.post(f"{BASE}/{told}-by-hand/compose", json=body))
     body = {"prompt": QUESTION, **GREEDY}
-    expected = ok(tiny.client.post(f"{SESSIONS}/{told}-by-hand/complete", json=body))
+    expected = ok(tiny.client.post(f"{BASE}/{told}-by-hand/complete", json=body))
     assert answer["choices"][0]["text"] == expected["choices"][0]["text"]
-    tiny.client.delete(f"{SESSIONS}/{told}-by-hand")
+    tiny.client.delete(f"{BASE}/{told}-by-hand")
 
 
 def test_a_stream_says_the_same(tiny: Server, told: str) -> None:
-    ok(tiny.client.post(f"{SESSIONS}/{told}/fork", json={"to": f"{told}-2"}))
+    ok(tiny.client.post(f"{BASE}/{told}/fork", json={"to": f"{told}-2"}))
     answer = ok(ask(tiny, told))
     body = {"prompt": QUESTION, "recall": "segments", "stream": True, **GREEDY}
-    with tiny.client.stream("POST", f"{SESSIONS}/{told}-2/complete", json=body) as stream:
+    with tiny.client.stream("POST", f"{BASE}/{told}-2/complete", json=body) as stream:
         events = [line[6:] for line in stream.iter_lines() if line.startswith("data: ")]
     *words, last = map(json.loads, events[:-1])
     assert events[-1] == "[DONE]"
@@ -104,22 +95,22 @@ def test_a_stream_says_the_same(tiny: Server, told: str) -> None:
     assert text == answer["choices"][0]["text"]
     one, other = answer["kv_transfer_params"]["lola"], last["kv_transfer_params"]["lola"]
     assert other["recalled"] == one["recalled"] and other["tokens"] == one["tokens"]
-    assert tokens_of(tiny, f"{told}-2") == tokens_of(tiny, told)
-    tiny.client.delete(f"{SESSIONS}/{told}-2")
+    assert said(tiny, f"{told}-2") == said(tiny, told)
+    tiny.client.delete(f"{BASE}/{told}-2")
 
 
 def test_a_chat_goes_on_after_what_came_back(tiny: Server, told: str) -> None:
     message = {"messages": [{"role": "user", "content": QUESTION}], **GREEDY}
-    answer = ok(tiny.client.post(f"{SESSIONS}/{told}/chat", json={**message, "recall": "segments"}))
+    answer = ok(tiny.client.post(f"{BASE}/{told}/chat", json={**message, "recall": "segments"}))
     assert answer["kv_transfer_params"]["lola"]["recalled"]["first"] == 0
-    again = ok(tiny.client.post(f"{SESSIONS}/{told}/chat", json=message))
+    again = ok(tiny.client.post(f"{BASE}/{told}/chat", json=message))
     assert "recalled" not in again["kv_transfer_params"]["lola"]
-    ids = tokens_of(tiny, told)
+    ids = said(tiny, told)
     body = {"model": "tiny", "tokens": ids}
     text = ok(tiny.client.post("/detokenize", json=body))["prompt"]
-    said = answer["choices"][0]["message"]["content"]
+    content = answer["choices"][0]["message"]["content"]
     rest = text.removeprefix(TEXT)
-    assert rest.count(f"user: {QUESTION}\n") == 2 and said in rest
+    assert rest.count(f"user: {QUESTION}\n") == 2 and content in rest
 
 
 def test_segments_go_where_their_session_goes(tiny: Server, told: str) -> None:
@@ -129,26 +120,26 @@ def test_segments_go_where_their_session_goes(tiny: Server, told: str) -> None:
     ok(ask(tiny, told, ttl=5000))  # its time is that of the session as it was found
     (document,) = (d for d in ok(tiny.client.get(PAST))["documents"] if d["parts"] == parts)
     assert document["expires"] is not None
-    ok(tiny.client.patch(f"{SESSIONS}/{told}", json={"session": f"{told}-new"}))
+    ok(tiny.client.patch(f"{BASE}/{told}", json={"session": f"{told}-new"}))
     assert not parts_of(tiny.client, told) and parts_of(tiny.client, f"{told}-new") == parts
-    ok(tiny.client.delete(f"{SESSIONS}/{told}-new"))
+    ok(tiny.client.delete(f"{BASE}/{told}-new"))
     assert not parts_of(tiny.client, f"{told}-new")
-    gone = tiny.client.get(f"{SESSIONS}/{parts[0]['session']}")
+    gone = tiny.client.get(f"{BASE}/{parts[0]['session']}")
     assert gone.status_code == 404
     # The same name with another text has segments of its own.
     other = "A sparse cache holds the pairs. " + TEXT
-    ok(tiny.client.post(f"{SESSIONS}/{told}/append", json={"prompt": other}))
+    ok(tiny.client.post(f"{BASE}/{told}/append", json={"prompt": other}))
     ok(ask(tiny, told))
     assert len(parts_of(tiny.client, told)) == 2
 
 
 def test_what_was_composed_for_an_answer_is_deleted(tiny: Server, told: str) -> None:
-    before = ok(tiny.client.get(f"{SESSIONS}/{told}"))
+    before = ok(tiny.client.get(f"{BASE}/{told}"))
     assert ok(ask(tiny, told))["kv_transfer_params"]["lola"]["recalled"]["first"] == 0
     (part, _) = parts_of(tiny.client, told)
-    segment = ok(tiny.client.get(f"{SESSIONS}/{part['session']}"))
+    segment = ok(tiny.client.get(f"{BASE}/{part['session']}"))
     ids = [found["states"][-1]["id"].encode() for found in (before, segment)]
-    composed = f"{SESSIONS}/library-answer-{digest(b'lola answer', *ids).hex()}"
+    composed = f"{BASE}/library-answer-{digest(b'lola answer', *ids).hex()}"
     deadline = time.monotonic() + 30
     while tiny.client.get(composed).status_code != 404:
         assert time.monotonic() < deadline, "what was composed for the answer is still there"
@@ -161,7 +152,7 @@ def test_what_was_composed_for_an_answer_is_deleted(tiny: Server, told: str) -> 
 
 
 def test_what_is_short_is_answered_as_ever(tiny: Server) -> None:
-    ok(tiny.client.post(f"{SESSIONS}/past-short/append", json={"prompt": TEXT[:300]}))
+    ok(tiny.client.post(f"{BASE}/past-short/append", json={"prompt": TEXT[:300]}))
     answer = ok(ask(tiny, "past-short"))
     assert "recalled" not in answer["kv_transfer_params"]["lola"]
     assert not parts_of(tiny.client, "past-short")

@@ -31,11 +31,10 @@ from lola_vllm.memory.sessions import cipher as ciphers
 from lola_vllm.memory.sessions.cipher import STATE, TOKENS, read_key, sealed_size
 from lola_vllm.memory.sessions.file import file_name, read_header, read_tokens
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace
-from tests.support.sessions import FINGERPRINT, Server
+from tests.support.sessions import FINGERPRINT, SECRET, Server
 from tests.unit.memory.sessions.test_file import header as plain_header
 from tests.unit.memory.sessions.test_file import reason
 
-SECRET = "0123456789abcdef" * 4
 KEY, OTHER = StateKey(SECRET.encode()), StateKey(b"another secret of 32 characters!")
 PIECE = 256
 # Several pieces of each section; token ids whose bytes are found if they are there.
@@ -55,14 +54,6 @@ def path(tmp_path: Path) -> Path:
     """An encrypted file."""
     path = tmp_path / file_name("ab" * 16, 0, 1)
     write_state(path, header(), TOKENS_IN, ROW, KEY)
-    return path
-
-
-@pytest.fixture
-def key_file(tmp_path: Path) -> Path:
-    """A file with the key, as openssl makes it."""
-    path = tmp_path / "key"
-    path.write_text(SECRET + "\n")
     return path
 
 
@@ -290,7 +281,6 @@ def test_a_server_with_a_key_keeps_its_states_over_a_restart(tmp_path, key_file)
     server = Server(tmp_path / "states", memory=0, ranks=2, key_file=key_file)
     assert server.restore(TEXT) == 100 and server.manager.show("agent-7")["pinned"]
     assert not server.store.failures
-    server.close()
 
 
 def test_files_of_another_key_and_of_none_are_counted_and_neither_used_nor_deleted(
@@ -334,7 +324,6 @@ def test_a_file_that_is_another_keys_by_now_is_kept(tmp_path, key_file):
     assert server.restore(TEXT) == 0
     server.settle()
     assert server.store.failures == {"key": 1} and path.exists()
-    server.close()
 
 
 def test_files_leave_encrypted_and_come_with_the_same_key_or_plain(tmp_path, key_file):
@@ -354,8 +343,6 @@ def test_files_leave_encrypted_and_come_with_the_same_key_or_plain(tmp_path, key
     none = Server(tmp_path / "three")
     answer = none.manager.call("import_file", {"file": sealed, "session": "b"})
     assert answer["kind"] == "bad" and "encrypted" in answer["error"]
-    for one in (server, same, none):
-        one.close()
 
 
 def test_keys_are_read_from_a_file_or_a_variable(key_file, monkeypatch):

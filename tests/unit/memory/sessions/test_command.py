@@ -14,7 +14,6 @@ from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from tests.support.sessions import Server
 
 TEXT = list(range(1000, 1400))
-SECRET = "0123456789abcdef" * 4
 
 
 def salt(key, own=None):
@@ -23,7 +22,6 @@ def salt(key, own=None):
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch):
-    monkeypatch.delenv("LOLA_VLLM_STATE_KEY", raising=False)
     for name in ("one", "two"):
         monkeypatch.setenv(name.upper(), name)
 
@@ -78,16 +76,12 @@ def test_states_are_listed_by_owner(directory, capsys):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("secret", [None, SECRET])
+@pytest.mark.parametrize("sealed", [False, True])
 def test_states_of_no_key_move_to_a_key_and_from_key_to_key(
-    tmp_path, capsys, ranks, secret, monkeypatch
+    tmp_path, capsys, ranks, sealed, key_file
 ):
-    settings = {"ranks": ranks}
-    words = []
-    if secret:
-        (tmp_path / "secret").write_text(secret)
-        settings["key_file"] = tmp_path / "secret"
-        words = ["--lola-state-key-file", str(tmp_path / "secret")]
+    settings = {"ranks": ranks, **({"key_file": key_file} if sealed else {})}
+    words = ["--lola-state-key-file", str(key_file)] if sealed else []
     root = tmp_path / "states"
     server = Server(root, **settings)
     for n in (100, 200):
@@ -113,7 +107,7 @@ def test_states_of_no_key_move_to_a_key_and_from_key_to_key(
         server.close()
         assert [s["turn"] for s in after["states"]] == [s["turn"] for s in before["states"]]
         assert after["pinned"] and after["states"][1]["parent"] == after["states"][0]["id"]
-    if secret:
+    if sealed:
         assert states(root, "list") == 0
         told = capsys.readouterr()
         assert "3 states are not read" in told.err and "give it with --lola-state-key" in told.err
@@ -144,7 +138,6 @@ def test_a_shared_beginning_is_deleted_with_the_last_session_that_was_moved(tmp_
     assert server.ask("delete", reference="agent", salt=mine) == {"deleted": 1}
     assert server.ask("delete", reference="agent-2", salt=mine) == {"deleted": 2}
     assert list(tmp_path.rglob("*.safetensors")) == []
-    server.close()
 
 
 def test_a_running_server_takes_part_in_a_move(directory):
@@ -155,7 +148,6 @@ def test_a_running_server_takes_part_in_a_move(directory):
     server.settle()
     assert server.restore(TEXT[:210]) == 0
     assert server.restore(TEXT[:210], salt=salt("two")) == 200
-    server.close()
 
 
 def test_what_was_composed_and_segments_move_with_their_session(tmp_path):
@@ -179,7 +171,6 @@ def test_what_was_composed_and_segments_move_with_their_session(tmp_path):
     server.ask("rename", session="one", to="first", salt=mine)
     assert server.ask("delete", reference="first", salt=mine) == {"deleted": 2}
     assert server.ask("show", session=made, salt=mine)["kind"] == "not-found"
-    server.close()
 
 
 def test_a_session_whose_name_is_taken_stays(directory, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,20 @@ import pytest
 from lola_vllm.memory.sessions import NotStored, parse_reference
 from lola_vllm.memory.sessions.file import read_state
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
-from tests.support.sessions import ROW, Server, composed_row, row_of
+from tests.support.sessions import ROW, Server, composed_row, names, row_of
 
 ONE, TWO = list(range(100, 130)), list(range(500, 541))
 BOTH = ONE[:24] + TWO  # a document begins at a multiple of 8
 
 
 @pytest.fixture(params=["memory", "disk", "both"])
-def server(request: Any, tmp_path: Path) -> Iterator[Server]:
+def server(request: Any, tmp_path: Path) -> Server:
     directory = None if request.param == "memory" else tmp_path
     server = Server(directory, memory=0 if request.param == "disk" else 100 * ROW)
     server.say(ONE, "one")
     server.say(TWO, "two")
     server.settle()
-    yield server
-    server.close()
+    return server
 
 
 def loaded(server: Server, session: str, prompt: list[int], salt: str = "") -> Any:
@@ -86,17 +84,6 @@ def test_no_other_text_finds_it(server: Server) -> None:
         loaded(server, "both", [0, *BOTH])
 
 
-def test_what_was_composed_for_a_request_goes_with_its_sources(server: Server) -> None:
-    made = server.ask("compose_parts", sources=["one", "two@1"])["session"]
-    server.ask("compose", sources=["one", "two"], to="both")
-    server.settle()
-    assert made not in {one["session"] for one in server.ask("sessions")}
-    gone = server.ask("delete", reference="two")
-    assert gone["composed"] == ["both"]
-    with pytest.raises(NotStored):
-        server.store.lookup(parse_reference(made))
-
-
 def say_on(server: Server, session: str, more: list[int], to: str | None = None, **kw: Any) -> Any:
     """Another turn of a session, or what goes on from it under another name."""
     parent = server.store.lookup(parse_reference(session))[-1]
@@ -109,14 +96,11 @@ def say_on(server: Server, session: str, more: list[int], to: str | None = None,
     return state
 
 
-def names(server: Server) -> set[str]:
-    return {one["session"] for one in server.ask("sessions", everyone=True)}
-
-
 def test_what_was_composed_goes_with_its_source_under_another_name(server: Server) -> None:
     made = server.ask("compose_parts", sources=["one", "two"])["session"]
     server.ask("compose", sources=["one", "two"], to="both")
     server.settle()
+    assert made not in {one["session"] for one in server.ask("sessions")}
     server.ask("rename", session="one", to="first")
     server.say(ONE[:20], "one")  # another session, which nothing is made of
     server.settle()
@@ -180,9 +164,13 @@ def test_owners_are_told_apart_in_what_was_composed(server: Server) -> None:
             for salt in (None, "other")}  # fmt: skip
     for salt in (None, "other"):
         server.ask("compose", sources=["one"], to=f"of-{salt}", salt=salt)
+    (mine,), (hers,) = (server.store.lookup(parse_reference("one"), salt) for salt in ("", theirs))
+    server.say([9] * 40, "import", salt=theirs)  # which may come with sources of others
+    (brought,) = server.store.lookup(parse_reference("import"), theirs)
+    server.store.change(brought, sources=[mine.id, hers.id])
     server.settle()
     assert server.ask("delete", reference="one") == {"deleted": 1, "composed": ["of-None"]}
-    assert names(server) == {"one", "two", "of-None", "of-other", made["other"]}
+    assert names(server) == {"one", "two", "of-None", "of-other", "import", made["other"]}
     assert server.ask("show", session=made["other"], salt="other")["made_of"]
 
 
@@ -237,7 +225,6 @@ def test_what_is_made_of_a_text_without_a_name_stays_in_memory(tmp_path: Path) -
     auto = server.say(ONE).header.session
     server.ask("compose", sources=[auto], to="both")
     assert tiers("both") == [{"memory", "disk"}]
-    server.close()
 
 
 def test_what_goes_on_from_it_remembers_it(server: Server) -> None:
@@ -256,27 +243,6 @@ def test_what_goes_on_from_it_remembers_it(server: Server) -> None:
     assert loaded(server, "twig", [*longer, 1])[1] == len(longer)
     server.ask("compose", sources=["both", "one"], to="more")
     assert server.ask("show", session="more")["made_of"] == ["both@2", "one@1"]
-
-
-def test_a_session_is_named_when_what_it_was_made_of_goes(server: Server) -> None:
-    server.ask("compose", sources=["one", "two"], to="both")
-    server.settle()
-    assert server.ask("delete", reference="one") == {"deleted": 1, "composed": ["both"]}
-    assert loaded(server, "both", [*BOTH, 7])[1] == len(BOTH)
-    assert server.ask("delete", reference="both") == {"deleted": 1}
-
-
-def test_it_is_kept_no_longer_than_its_parts(server: Server) -> None:
-    server.say([1, 2, 3, 4, 5, 6, 7, 8], "short", ttl=60.0)
-    server.settle()
-    server.ask("compose", sources=["short", "two"], to="both")
-    server.ask("compose", sources=["one", "two"], to="soon", ttl=30.0)
-    server.settle()
-    server.clock.now += 31
-    assert "error" in server.ask("show", session="soon")
-    assert "error" not in server.ask("show", session="both")
-    server.clock.now += 31
-    assert "error" in server.ask("show", session="both")
 
 
 def test_what_cannot_be_composed_is_refused(server: Server) -> None:
@@ -317,8 +283,6 @@ def test_a_file_of_it_is_one_of_a_composed_state(tmp_path: Path) -> None:
     assert loaded(other, "copy", [*BOTH, 7])[1] == len(BOTH)
     again = Server(tmp_path / "a")  # after a restart
     assert loaded(again, "both", [*BOTH, 7])[1] == len(BOTH)
-    for each in (server, other, again):
-        each.close()
 
 
 def test_a_composition_that_fails_is_gone(tmp_path: Path) -> None:
@@ -331,4 +295,3 @@ def test_a_composition_that_fails_is_gone(tmp_path: Path) -> None:
     events = {outcome.event: outcome.reason for outcome in server.settle()}
     assert "composes no states" in events["save-failed"]
     assert "error" in server.ask("show", session="both")
-    server.close()

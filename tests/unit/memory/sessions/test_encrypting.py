@@ -18,19 +18,6 @@ from tests.unit.memory.documents.test_shelf import ROW, keys_of, same
 
 TEXT = list(range(1000, 1400))
 LENGTHS = (100, 150, 200)
-SECRET = "0123456789abcdef" * 4
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch):
-    monkeypatch.delenv("LOLA_VLLM_STATE_KEY", raising=False)
-
-
-@pytest.fixture
-def key_file(tmp_path):
-    file = tmp_path / "secret"
-    file.write_text(SECRET)
-    return file
 
 
 @pytest.fixture(params=[1, 2], ids=["one rank", "two ranks"])
@@ -152,7 +139,6 @@ def test_a_server_with_the_key_takes_up_what_is_encrypted(root, key_file):
     assert encrypt(root, key_file) == 0
     server.store.upkeep.refresh()
     assert server.restore(TEXT) == 200
-    server.close()
 
 
 @pytest.mark.parametrize("root", [1], indirect=True)
@@ -187,7 +173,6 @@ def test_what_has_another_key_stays_and_is_named(root, key_file, tmp_path, capsy
     assert "3 states deleted" in capsys.readouterr().out and files(root) == []
     server.store.upkeep.refresh()
     assert not server.store.states
-    server.close()
 
 
 def test_without_a_key_nothing_is_encrypted(root, capsys):

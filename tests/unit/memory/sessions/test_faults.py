@@ -14,14 +14,10 @@ from hypothesis import strategies as st
 from lola_vllm.memory.sessions import directory, read_state, transfer, upkeep
 from lola_vllm.memory.sessions.directory import DELETED, StateDirectory
 from lola_vllm.memory.sessions.file import read_header
-from lola_vllm.memory.sessions.orders import MEMORY
-from tests.support.sessions import Server, row_of
+from lola_vllm.memory.sessions.names import PAST, Part
+from tests.support.sessions import Server, names, row_of
 
 TEXT = list(range(1000, 1700))
-
-
-def names(server):
-    return {one["session"] for one in server.manager.sessions()}
 
 
 def full(*_, **__):
@@ -31,8 +27,7 @@ def full(*_, **__):
 @pytest.fixture(params=["files", "both"])
 def server(request, tmp_path):
     server = Server(tmp_path) if request.param == "both" else Server(tmp_path, memory=0)
-    yield server
-    server.close()
+    return server
 
 
 def break_rewrites(server, monkeypatch, fault):
@@ -68,7 +63,6 @@ def test_a_change_that_is_not_written_leaves_the_file_and_the_header(
     other = after_a_start(server, tmp_path)
     assert names(other) == {"agent-7"} and other.restore(TEXT) == 100
     assert not other.manager.show("agent-7")["pinned"]
-    other.close()
 
 
 @pytest.mark.parametrize("fault", ["full", "slow"])
@@ -87,13 +81,14 @@ def test_an_answer_of_one_token_that_is_not_written_leaves_the_file(
     monkeypatch.undo()
     other = after_a_start(server, tmp_path)
     assert other.restore(TEXT) == 100 and other.manager.tokens("agent-7")["kind"] == "prompt"
-    other.close()
 
 
 def test_a_rename_takes_all_states_of_a_session_or_none(tmp_path, monkeypatch):
     server = Server(tmp_path, memory=0)
     for n in (100, 200, 300):
-        server.say(TEXT[:n], "agent-7")
+        state = server.say(TEXT[:n], "agent-7")
+    segment = Part(PAST, state.header.session_id)
+    server.say(TEXT[:40], "library-0", kind="prompt", part=segment)
     server.settle()
     write, calls = directory.write_state, []
 
@@ -104,10 +99,11 @@ def test_a_rename_takes_all_states_of_a_session_or_none(tmp_path, monkeypatch):
     monkeypatch.setattr(directory, "write_state", third_fails)
     assert server.ask("rename", session="agent-7", to="agent-8")["kind"] == "unavailable"
     files = [server.store.directory.files(s)[0] for s in server.store.states]
-    assert {read_header(file).session for file in files} == {"agent-7"}
-    assert names(server) == {"agent-7"}
+    assert {read_header(file).session for file in files} == {"agent-7", "library-0"}
+    assert names(server) == {"agent-7", "library-0"}
     assert sorted(os.listdir(server.store.directory.path)) == sorted(f.name for f in files)
-    server.close()
+    for one in (server, after_a_start(server, tmp_path)):
+        assert len(one.ask("past", reference="agent-7", size=40)["segments"]) == 1
 
 
 def test_a_change_waits_for_a_state_that_is_being_written(tmp_path, monkeypatch):
@@ -123,7 +119,6 @@ def test_a_change_waits_for_a_state_that_is_being_written(tmp_path, monkeypatch)
     server.settle()
     assert server.manager.result(**answer)["session"] == "agent-8"
     assert read_header(server.store.directory.files(state.id)[0]).session == "agent-8"
-    server.close()
 
 
 def test_a_deletion_is_answered_when_the_files_are_gone(server, tmp_path):
@@ -138,7 +133,6 @@ def test_a_deletion_is_answered_when_the_files_are_gone(server, tmp_path):
     assert answer == {"deleted": 2}
     other = after_a_start(server, tmp_path)
     assert other.store.states == {} and other.restore(TEXT) == 0
-    other.close()
 
 
 def test_many_forks_at_once_are_all_written(tmp_path, monkeypatch):
@@ -162,7 +156,6 @@ def test_many_forks_at_once_are_all_written(tmp_path, monkeypatch):
     monkeypatch.undo()
     again = Server(tmp_path)
     assert names(again) == {"agent-7", "after", *(f"fork-{n}" for n in range(10))}
-    again.close()
 
 
 @pytest.mark.parametrize("ends", ["before the answer", "after it"])
@@ -195,7 +188,6 @@ def test_a_write_under_way_does_not_bring_a_deleted_state_back(tmp_path, monkeyp
     monkeypatch.setattr(StateDirectory, "unlink", unlink)
     other = after_a_start(server, tmp_path)  # the server was killed before its next step
     assert other.store.states == {}
-    other.close(), server.close()
 
 
 @pytest.mark.parametrize("reference", ["agent-7", "agent-7@2"])
@@ -225,26 +217,12 @@ def test_a_file_that_cannot_be_removed_is_counted_and_stays_listed(
     server.settle()
     other = after_a_start(server, tmp_path)
     assert len(other.store.states) == (0 if reference == "agent-7" else 1)
-    other.close()
 
 
-def test_what_is_deleted_leaves_the_memory_of_other_servers(tmp_path):
-    one, two = Server(tmp_path), Server(tmp_path)
-    one.say(TEXT[:100], "agent-7")
-    one.settle()
-    two.store.upkeep.refresh()
-    assert two.restore(TEXT) == 100 and two.workers[0].num_states == 1
-    one.ask("delete", reference="agent-7")
-    two.store.upkeep.refresh()
-    two.settle()
-    assert two.store.states == {} and two.workers[0].num_states == 0
-    assert two.restore(TEXT) == 0 and not two.store.failures
-    one.close(), two.close()
-
-
+@pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("composed", [False, True])
-def test_what_two_servers_have_in_memory_alone_is_deleted_from_both(tmp_path, composed):
-    """And what one of them composed of it for a request."""
+def test_what_is_deleted_leaves_the_memory_of_other_servers(tmp_path, composed, on_disk):
+    """And what one of them composed of it for a request, though it was renamed meanwhile."""
     one, two = Server(tmp_path), Server(tmp_path)
     state = one.say(TEXT[:100], "agent-7")
     one.settle()
@@ -253,7 +231,8 @@ def test_what_two_servers_have_in_memory_alone_is_deleted_from_both(tmp_path, co
     if composed:
         two.ask("compose_parts", sources=["agent-7"])
         two.ask("compose", sources=["agent-7"], to="mine")
-    one.store._leave(state, one.store.disk)
+    if not on_disk:
+        one.store._leave(state, one.store.disk)
     one.settle(), two.settle()
     two.store.upkeep.refresh()
     assert two.restore(TEXT) == 100
@@ -263,7 +242,7 @@ def test_what_two_servers_have_in_memory_alone_is_deleted_from_both(tmp_path, co
     two.settle()
     left = {one["session"] for one in two.manager.sessions(everyone=True)}
     assert left == ({"mine"} if composed else set())
-    one.close(), two.close()
+    assert two.workers[0].num_states == len(left) and not two.store.failures
 
 
 def test_a_server_keeps_in_memory_what_another_had_no_room_for(tmp_path):
@@ -277,7 +256,6 @@ def test_a_server_keeps_in_memory_what_another_had_no_room_for(tmp_path):
     one.settle()
     two.store.upkeep.refresh()
     assert two.restore(TEXT) == 100
-    one.close(), two.close()
 
 
 def test_marks_of_deletions_do_not_pile_up(tmp_path, monkeypatch):
@@ -291,7 +269,6 @@ def test_marks_of_deletions_do_not_pile_up(tmp_path, monkeypatch):
     os.utime(mark, (0, 0))
     server.store.upkeep.refresh()
     assert not mark.exists()
-    server.close()
 
 
 def test_states_expire_on_a_server_without_requests(server):
@@ -319,7 +296,6 @@ def test_an_expired_session_is_not_listed():
     server.say(TEXT[:100], "agent-7", ttl=50)
     server.clock.now += 100
     assert names(server) == set()
-    server.close()
 
 
 @pytest.mark.parametrize("change", ["rename", "pin", "tail"])
@@ -344,7 +320,6 @@ def test_servers_share_names_pins_and_tails(tmp_path, change):
             two.settle()
         assert "agent-7" in names(two)
         assert one.store.directory.files(state.id)[0].exists()
-    one.close(), two.close()
 
 
 def test_a_servers_own_change_is_not_undone_by_what_it_reads(tmp_path):
@@ -359,7 +334,6 @@ def test_a_servers_own_change_is_not_undone_by_what_it_reads(tmp_path):
     server.store.upkeep.refresh()
     assert names(server) == {"c"}
     assert read_header(server.store.directory.files(state.id)[0]).session == "c"
-    server.close()
 
 
 def test_the_thread_survives_whatever_it_finds(tmp_path, monkeypatch):
@@ -379,7 +353,6 @@ def test_the_thread_survives_whatever_it_finds(tmp_path, monkeypatch):
     server.settle()
     assert server.ask("rename", session="agent-7", to="agent-8")["session"] == "agent-8"
     assert server.store.failures["damaged"] >= 1
-    server.close()
 
 
 @pytest.mark.parametrize("wrong", ["unreadable", "renamed", "damaged"])
@@ -406,7 +379,6 @@ def test_files_that_are_not_ours_are_neither_used_nor_deleted(tmp_path, wrong):
     assert again.store.failures == {reason: 1}
     again.settle()
     assert file.is_symlink() or file.exists()
-    again.close()
 
 
 def test_a_file_that_cannot_be_read_now_is_not_deleted(tmp_path, monkeypatch):
@@ -424,18 +396,6 @@ def test_a_file_that_cannot_be_read_now_is_not_deleted(tmp_path, monkeypatch):
     assert server.store.directory.files(state.id)[0].exists()
     again = after_a_start(server, tmp_path)
     assert again.restore(TEXT) == 100
-    again.close(), server.close()
-
-
-def test_a_row_that_was_dropped_is_not_in_memory(tmp_path):
-    server = Server(tmp_path)
-    state = server.say(TEXT[:100], "agent-7")
-    server.settle()
-    assert server.workers[0].num_states == 1
-    server.store._leave(state, server.store.memory)
-    server.step()
-    assert server.workers[0].num_states == 0 and MEMORY not in state.tiers
-    server.close()
 
 
 VERBS = ("say", "tail", "rename", "pin", "delete", "fork", "restart")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,14 @@ ONE, TWO, THREE = list(range(100, 140)), list(range(500, 541)), list(range(700, 
 
 
 @pytest.fixture(params=["memory", "both"])
-def server(request: Any, tmp_path: Path) -> Iterator[Server]:
+def server(request: Any, tmp_path: Path) -> Server:
     directory = None if request.param == "memory" else tmp_path
     server = Server(directory, memory=100 * ROW)
     read(server, "library-1", ONE, Part("pumps", "a.md", 1, 2))
     read(server, "library-2", TWO, Part("pumps", "a.md", 2, 2))
     read(server, "library-3", THREE, Part("pumps", "b.md"))
     server.settle()
-    yield server
-    server.close()
+    return server
 
 
 def read(server: Server, session: str, tokens: list[int], part: Part, **options: Any) -> None:
@@ -151,7 +149,6 @@ def test_libraries_are_there_after_a_restart(tmp_path: Path) -> None:
     again = Server(tmp_path, memory=100 * ROW)
     (document,) = again.ask("library", library="pumps")["documents"]
     assert document["document"] == "Pümpe / 1" and document["complete"]
-    again.close()
 
 
 def test_keys_count_in_the_budgets(tmp_path: Path) -> None:
@@ -180,7 +177,6 @@ def test_keys_count_in_the_budgets(tmp_path: Path) -> None:
     server.close()
     again = Server(tmp_path / "documents", **options)
     assert again.store.disk.nbytes == 2 * (size_of(40) + key_bytes(40))
-    again.close()
 
 
 class Keys:
@@ -240,4 +236,3 @@ def test_keys_without_a_state_are_removed_after_a_while(tmp_path: Path) -> None:
     os.utime(old, (1, 1))
     server.store.directory.scan(set())
     assert not old.exists() and new.exists()
-    server.close()

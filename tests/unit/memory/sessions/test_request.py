@@ -96,7 +96,6 @@ def test_names_of_the_server_are_not_given_by_users(name, tmp_path):
     ):
         answer = server.manager.call(method, arguments)
         assert answer["kind"] == "bad" and words in answer["error"]
-    server.close()
 
 
 def params(n=1, **lola):
@@ -143,8 +142,7 @@ TEXT = list(range(100, 400))
 def half():
     server = Server()
     half = SchedulerHalf(server.store, block_size=1000, trained_length=256)
-    yield half
-    server.close()
+    return half
 
 
 def finish(half, asked):
@@ -194,7 +192,6 @@ def test_a_turn_that_a_slow_disk_does_not_take_is_in_memory_and_says_so(tmp_path
     first, second = server.ask("show", session="agent")["states"]
     assert first["unwritten"] is None and second["unwritten"] == told["unwritten"]
     assert second["tiers"] == ["memory"]
-    server.close()
 
 
 def test_log_probabilities_of_a_prompt_start_from_no_state(half):

@@ -28,8 +28,7 @@ TEXT = list(range(1000, 1700))
 def server(request, tmp_path):
     directory = None if request.param == "memory" else tmp_path
     server = Server(directory, memory=0 if request.param == "disk" else 100 * ROW)
-    yield server
-    server.close()
+    return server
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,6 @@ def test_a_fork_of_a_file_is_restored_before_its_own_file_is_there(tmp_path):
     assert ("loaded", twig.id) in events and "load-failed" not in dict(events)
     assert server.pools[0][2].equal(row_of(TEXT[:100]))
     assert not server.workers[0]._copying
-    server.close()
 
 
 def test_names_turns_forks_and_deletion(server):
@@ -188,7 +186,6 @@ def test_ten_thousand_sessions_through_a_budget_of_a_hundred(tmp_path, memory, d
     server.manager.clear()
     server.settle()
     assert_empty(server)
-    server.close()
 
 
 def test_superseded_turns_leave_before_whole_sessions_and_pins_stay():
@@ -231,7 +228,6 @@ def test_states_expire(tmp_path):
     server.step()
     server.settle()
     assert_empty(server)
-    server.close()
 
 
 def test_a_restart_finds_what_was_written(tmp_path):
@@ -249,7 +245,6 @@ def test_a_restart_finds_what_was_written(tmp_path):
     server.close()
     other = Server(tmp_path, fingerprint=replace(FINGERPRINT, tensors="other"))
     assert other.restore(TEXT) == 0 and not other.store.states
-    other.close()
 
 
 def test_two_servers_share_a_directory(tmp_path):
@@ -266,7 +261,6 @@ def test_two_servers_share_a_directory(tmp_path):
     two.ask("delete", reference="a")
     one.store.upkeep.refresh()
     assert one.store.states == {}
-    one.close(), two.close()
 
 
 def test_a_directory_over_budget_loses_what_no_server_used(tmp_path):
@@ -283,7 +277,6 @@ def test_a_directory_over_budget_loses_what_no_server_used(tmp_path):
     one.store.upkeep.refresh()
     assert len(one.store.states) == 3
     assert one.restore([4] * 11) == one.restore([1] * 11) == 10
-    one.close(), two.close()
 
 
 @pytest.mark.parametrize("damage", ["flip", "tear", "remove", "swap"])
@@ -313,7 +306,6 @@ def test_a_damaged_file_is_counted_and_computed_again(tmp_path, damage):
     assert not path.exists()
     server.say(TEXT[:100])
     assert server.restore(TEXT) == 100
-    server.close()
 
 
 def test_a_directory_that_vanishes_loses_nothing_in_memory(tmp_path):
@@ -333,7 +325,6 @@ def test_a_directory_that_vanishes_loses_nothing_in_memory(tmp_path):
     server.settle()
     assert server.restore(TEXT) == 300
     assert len(os.listdir(server.store.directory.path)) == 2
-    server.close()
 
 
 def test_a_slow_disk_does_not_fill_the_memory(tmp_path, monkeypatch):
@@ -358,7 +349,6 @@ def test_a_slow_disk_does_not_fill_the_memory(tmp_path, monkeypatch):
     assert not server.say([20] * 10).unwritten and not server.store.failures["io"]
     server.settle()
     assert not server.store.waits_for_disk
-    server.close()
 
 
 def test_all_ranks_or_none(tmp_path):
@@ -376,7 +366,6 @@ def test_all_ranks_or_none(tmp_path):
     server.settle()
     assert server.restore([3] * 31) == 30
     assert len(os.listdir(server.store.directory.path)) == 2  # of the other state
-    server.close()
 
 
 def test_threads_use_a_store_at_once(tmp_path):
@@ -407,7 +396,6 @@ def test_threads_use_a_store_at_once(tmp_path):
     server.manager.clear()
     server.settle()
     assert_empty(server)
-    server.close()
 
 
 def test_bringing_and_taking_away_files(tmp_path):
@@ -424,8 +412,6 @@ def test_bringing_and_taking_away_files(tmp_path):
     foreign = Server(tmp_path / "three", fingerprint=replace(FINGERPRINT, dtype="bfloat16"))
     answer = foreign.manager.call("import_file", {"file": path, "session": "b"})
     assert answer["kind"] == "bad" and "dtype" in answer["error"]
-    for one in (server, other, foreign):
-        one.close()
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", "a b", "a@1", "x" * 65, "é", 7, None, "a\n"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,14 @@ def started(root: Path, sealed: bool, **settings: Any) -> Server:
 
 
 @pytest.fixture(params=["plain", "encrypted"])
-def server(request: Any, tmp_path: Path) -> Iterator[Server]:
+def server(request: Any, tmp_path: Path) -> Server:
     """One with two ranks, with a session of each owner in files alone."""
     server = started(tmp_path, request.param == "encrypted", ranks=2)
     for salt, tokens in TEXTS.items():
         server.say(tokens, "talk", salt=salt_hash(salt))
     server.say([1, 2, 3], "more", salt=salt_hash("alice"))
     server.settle()
-    yield server
-    server.close()
+    return server
 
 
 def state_of(server: Server, salt: str, session: str = "talk") -> Stored:
@@ -216,7 +215,7 @@ def test_a_header_of_another_text_is_not_taken_over(server: Server) -> None:
 
 
 @pytest.fixture(params=["plain", "encrypted"])
-def library(request: Any, tmp_path: Path) -> Iterator[Server]:
+def library(request: Any, tmp_path: Path) -> Server:
     """One with a document of each owner, and its keys."""
     server = started(tmp_path, request.param == "encrypted")
     (worker,) = server.workers
@@ -225,8 +224,7 @@ def library(request: Any, tmp_path: Path) -> Iterator[Server]:
         part = Part("pumps", "a.md")
         server.say(tokens, f"library-{salt}", kind="prompt", salt=salt_hash(salt), part=part)
     server.settle()
-    yield server
-    server.close()
+    return server
 
 
 def shelf(server: Server) -> KeyShelf:
@@ -267,28 +265,23 @@ def test_keys_come_from_the_file_of_their_state(
     assert are_of(keys_here(library, "alice"), HERS) and are_of(keys_here(library, "bob"), HIS)
 
 
+@pytest.mark.parametrize("kept", ["", "hash", "id", "neither"])
 def test_keys_of_another_state_are_made_anew(
-    library: Server, caplog: pytest.LogCaptureFixture
-) -> None:
-    exchange(*key_files(library))
-    assert are_of(keys_here(library, "alice"), HERS)
-    assert "of another state" in caplog.text and "taken from the state again" in caplog.text
-    caplog.clear()
-    assert are_of(keys_here(library, "alice"), HERS) and not caplog.text  # they were written
-    assert are_of(keys_here(library, "bob"), HIS)
-
-
-@pytest.mark.parametrize("kept", ["", "hash", "id"])
-def test_keys_of_another_time_are_made_anew(
     library: Server, caplog: pytest.LogCaptureFixture, kept: str
 ) -> None:
     """A file of the same name that says nothing of its state, or of another text, or id."""
     state, (path, _) = state_of(library, "alice", "library-alice"), key_files(library)
     names = {"id": state.id + "00" * 16, "hash": "00" * 16 + state.header.prefix_hash, "": ""}
     key = library.store.directory.key
-    keys_of(row_of(HIS), len(HIS)).write(path, key, bytes.fromhex(names[kept]))
+    if kept == "neither":
+        exchange(*key_files(library))
+    else:
+        keys_of(row_of(HIS), len(HIS)).write(path, key, bytes.fromhex(names[kept]))
     assert are_of(keys_here(library, "alice"), HERS)
-    assert "of another state" in caplog.text
+    assert "of another state" in caplog.text and "taken from the state again" in caplog.text
+    caplog.clear()
+    assert are_of(keys_here(library, "alice"), HERS) and not caplog.text  # they were written
+    assert are_of(keys_here(library, "bob"), HIS)
 
 
 @pytest.mark.parametrize("with_keys", [False, True])

@@ -30,7 +30,6 @@ def test_a_text_that_nobody_named_does_not_reach_the_disk(tmp_path, name):
     server = Server(tmp_path, memory=0, store="named")
     with pytest.raises(NotStored, match="give a name, or start the server with --lola-store all"):
         server.say(TEXT[:100], name)
-    server.close()
 
 
 @pytest.mark.parametrize("name", UNNAMED)
@@ -48,7 +47,6 @@ def test_a_text_that_gets_a_name_reaches_the_disk(tmp_path, verb, name):
     server = Server(tmp_path, store="named", ranks=2)
     assert server.restore(TEXT[:110]) == 100
     assert "error" in server.ask("show", session=auto)
-    server.close()
 
 
 def test_a_text_that_gets_no_name_stays_in_memory(tmp_path):
@@ -58,4 +56,3 @@ def test_a_text_that_gets_no_name_stays_in_memory(tmp_path):
     server.ask("rename", session="auto-2", to="auto-3")
     server.settle()
     assert files(tmp_path) == []
-    server.close()
