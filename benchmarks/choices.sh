@@ -9,8 +9,7 @@ train() { # NAME SINKS MIXING OPTIONS: stage 1 only, 32,768 tokens
     [ -d "models/small-$1" ] || lola distill --base models/smollm2-base --data models/texts \
         --out "models/small-$1" --work-dir "models/small-$1.training" --resume \
         --lola-config "{\"sink_size\": $2, \"mixing\": \"$3\"}" --train-sparse-caches 0,128 \
-        --rows 16 --row-length 2048 --steps-per-row 6 --queries-per-step 512 --learning-rate 3e-2 \
-        --retrieval-fraction 0.25 --lora-rows 0 "${@:4}"
+        --rows 16 --row-length 2048 --steps-per-row 6 --lora-rows 0 "${@:4}"
 }
 train kv 4 lola
 train query 4 lola --state-heads query

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from lola_vllm.command.linearize.plan import STAGES
-from lola_vllm.command.linearize.recipe import Recipe, to_json
+from lola_vllm.command.linearize.recipe import Recipe
 from lola_vllm.training.texts import MANIFEST
 
 TITLE = "## How it was made"
@@ -36,8 +37,8 @@ def card_notes(
     return f"""{TITLE}
 
 `lola-vllm linearize` trained feature maps, window factors and LoRA adapters (rank
-{recipe.lora_rank}, on q, k, v and o). The teacher is the base itself, so nothing of another model
-is in them.
+{recipe.train.lora_rank}, on q, k, v and o). The teacher is the base itself, so nothing of another
+model is in them.
 
 | stage | tokens | hours |
 |---|---|---|
@@ -56,7 +57,7 @@ On text that was not trained on. The questions may have been asked while the rec
 
 ## Recipe
 
-    {json.dumps(to_json(recipe))}
+    {json.dumps(asdict(recipe))}
 """
 
 

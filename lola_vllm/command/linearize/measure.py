@@ -30,21 +30,22 @@ def measure(
     from lola_vllm.evaluation.settings import Setting, check
 
     plans: list[Plan] = []
-    if recipe.evaluation_samples:
+    asked = recipe.evaluate
+    if asked.samples:
         plans.append(
             RecallPlan(
-                tasks=list(recipe.evaluation_tasks),
-                lengths=list(recipe.evaluation_lengths),
-                samples=recipe.evaluation_samples,
+                tasks=list(asked.tasks),
+                lengths=list(asked.lengths),
+                samples=asked.samples,
                 texts=str(texts),
             )
         )
-    if recipe.evaluation_windows:
+    if asked.windows:
         plans.append(
             PerplexityPlan(
                 texts=str(texts),
-                windows=recipe.evaluation_windows,
-                window_length=recipe.evaluation_window_length,
+                windows=asked.windows,
+                window_length=asked.window_length,
             )
         )
     settings = [Setting("reference", base), Setting("model", model)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lola_vllm.command.linearize.memory import parameters
-from lola_vllm.command.linearize.recipe import Recipe, state_bytes, to_json
+from lola_vllm.command.linearize.recipe import Recipe, state_bytes
 from lola_vllm.core.config import LolaLlamaConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.copying import ENOUGH, REPEATED
@@ -56,17 +56,17 @@ def stage_tokens(recipe: Recipe, kinds: int) -> dict[str, int]:
         kinds: of text, each of which is measured.
     """
     calibration = _recorded_tokens(recipe)
-    if recipe.recent_pairs:  # to try divisions of them
-        calibration += TRIED_PROMPTS * 2 * recipe.calibration_prompt_length
+    if recipe.calibrate.recent:  # to try divisions of them
+        calibration += TRIED_PROMPTS * 2 * recipe.calibrate.prompt_length
         calibration += TRIED_PROMPTS * len(ENOUGH) * REPEATED
-    recall = len(recipe.evaluation_tasks) * recipe.evaluation_samples
-    evaluation = recall * sum(recipe.evaluation_lengths)
-    evaluation += kinds * recipe.evaluation_windows * recipe.evaluation_window_length
+    asked = recipe.evaluate
+    evaluation = len(asked.tasks) * asked.samples * sum(asked.lengths)
+    evaluation += kinds * asked.windows * asked.window_length
     return {
-        "transfer": recipe.transfer_tokens,
-        "lora": recipe.lora_tokens,
+        "transfer": recipe.train.rows * recipe.train.row_length,
+        "lora": recipe.train.lora_tokens,
         "calibrate": calibration,
-        "train-on": recipe.on_tokens,
+        "train-on": recipe.train_on.lora_tokens,
         "recalibrate": calibration,
         "evaluate": 2 * evaluation,  # the base and the model
     }
@@ -74,9 +74,9 @@ def stage_tokens(recipe: Recipe, kinds: int) -> dict[str, int]:
 
 def _recorded_tokens(recipe: Recipe) -> int:
     """Tokens that a calibration reads to record what attention looks back to."""
-    tokens = int(recipe.calibration_prompts * recipe.calibration_prompt_length * 0.75)
-    if recipe.recent_pairs:  # to find the heads that copy
-        tokens += COPYING_PROMPTS * 2 * recipe.calibration_prompt_length
+    tokens = int(recipe.calibrate.prompts * recipe.calibrate.prompt_length * 0.75)
+    if recipe.calibrate.recent:  # to find the heads that copy
+        tokens += COPYING_PROMPTS * 2 * recipe.calibrate.prompt_length
     return tokens
 
 
@@ -124,13 +124,12 @@ def peak_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
     d, heads = int(config.head_dim or 0), config.num_attention_heads
     kv_heads = config.num_key_value_heads or heads
     weights = parameters(config)
-    width = 2 if recipe.dtype == "bfloat16" else 4
-    row = recipe.transfer_row_length
+    train = recipe.train
+    width = 2 if train.dtype == "bfloat16" else 4
+    row = train.row_length
     transfer = weights * width + 4 * 4 * row * d * (heads + kv_heads)
-    transfer += 12 * recipe.transfer_queries * heads * (row + 4 * d)
-    lora = weights * width + recipe.activation_bytes(
-        config, whole=not recipe.gradient_checkpointing
-    )
+    transfer += 12 * train.queries_per_step * heads * (row + 4 * d)
+    lora = weights * width + recipe.activation_bytes(config, whole=not train.gradient_checkpointing)
     pair = 3 * d + 8  # features of a key and a value in float16, error and attention in float32
     read = _recorded_tokens(recipe) * config.num_hidden_layers * kv_heads * pair
     return max(transfer, lora, 4 * weights + read)
@@ -138,8 +137,8 @@ def peak_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
 
 def disk_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
     """What the working directory takes at most, and the model, about."""
-    hidden = 2 * recipe.transfer_tokens * config.hidden_size
-    hidden *= 2 if recipe.dtype == "bfloat16" else 4
+    hidden = 2 * recipe.train.rows * recipe.train.row_length * config.hidden_size
+    hidden *= 2 if recipe.train.dtype == "bfloat16" else 4
     return hidden + 4 * 2 * parameters(config)  # models of stages, in bfloat16
 
 
@@ -154,14 +153,15 @@ def format_plan(
             lines.append(f"{title:26}  {tokens[name]:10,}  {seconds[name] / 3600:6.2f}")
     total = sum(tokens.values())
     lines.append(f"{'all':26}  {total:10,}  {sum(seconds.values()) / 3600:6.2f}")
-    state = state_bytes(base, recipe.served(), recipe.pairs)
+    state = state_bytes(base, recipe.train_on.lola_config, recipe.pairs)
     lines += [
         "",
         f"a sequence of the model takes {state / MIB:.2f} MiB whatever its length: "
-        f"{recipe.scored_pairs} pairs of a KV head by score and {recipe.recent_pairs} recent ones",
+        f"{recipe.calibrate.pairs} pairs of a KV head by score and {recipe.calibrate.recent} "
+        "recent ones",
         f"training needs about {peak_bytes(config, recipe) / GIB:.1f} GiB of memory and "
         f"{disk_bytes(config, recipe) / GIB:.1f} GiB of disk",
         "",
-        json.dumps(to_json(recipe)),
+        json.dumps(asdict(recipe)),
     ]
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""Every hyperparameter of `lola-vllm linearize`, and the rule by which it follows from the base.
+"""What `lola-vllm linearize` does in numbers, and the rules by which they follow from the base.
 
-The constants are those of the demo model, SmolLM2-135M-Instruct. What depends on a model follows
-from its trained length P, from the memory of a sequence, from the text, and from the time given.
+The defaults of `DistillOptions` and `CalibrateOptions` are those of the demo model,
+SmolLM2-135M-Instruct. What depends on a model follows from its trained length P, from the memory of
+a sequence, from the text, and from the time given.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast, get_type_hints
 
 from lola_vllm.command.linearize.memory import TrainedRow, activation_bytes
 from lola_vllm.core.config import LolaConfig, LolaLlamaConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.copying import LEAST_DISTANCE, PASSAGE, REPEATED
+from lola_vllm.training.calibrate.options import CalibrateOptions
+from lola_vllm.training.distill.options import DistillOptions
 
+T = TypeVar("T")
 # Of the demo model: pairs of a KV head, on average, that scores choose, and newest ones.
 SCORED, RECENT = 49, 378
 # A pair for so many tokens of the trained length: a cache that holds most of it is no cache.
@@ -26,152 +30,68 @@ LENGTH_PER_PAIR = 16
 MOST_FEW = 128
 # Tokens that the stages of the demo model read.
 TRANSFER_TOKENS, LORA_TOKENS, ON_TOKENS = 393_216, 393_216, 225_280
-# Rows of attention transfer are as long as the trained length, while there are so many of them.
+# Rows of attention transfer are as long as the trained length, while there are so many of them:
+# maps of shorter rows answer wrongly beyond them.
 LEAST_ROWS, LONGEST_ROW = 6, 32_768
-# Prompts of a calibration, needles of a cell, windows of a text: of the demo model, and at least.
-PROMPTS, LEAST_PROMPTS = 56, 24
+# Least prompts of a calibration; needles of a cell and windows of a text, and the least of them.
+LEAST_PROMPTS = 24
 SAMPLES, LEAST_SAMPLES = 10, 4
 WINDOWS, LEAST_WINDOWS = 4, 2
 BYTES_PER_TOKEN = 4  # of English, about
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What `lola-vllm linearize` does, in numbers. Lengths are in tokens.
+class EvaluateOptions:
+    """What is asked of the model and of its base. Lengths are in tokens.
 
     Attributes:
-        window_size, sink_size, update_interval, sparse_dtype: keys of `lola_config`. 64 (an eighth
-            of P if that is less), 4, 16 (at most the window) and "int8".
-        scored_pairs, recent_pairs: of a KV head, on average: chosen by score, and the newest. As
-            many as `--memory` has room for, in the proportion of the demo model, 49 to 378;
-            without it 427 together, or P / 16 if that is less. No recent ones where P has no room
-            for the prompts that find the heads which copy (750 tokens).
-        seed: of all that is drawn.
-        dtype: of the base's weights: the one in which the machine is fast. Maps and adapters are
-            float32.
-        retrieval_fraction: share of rows that hide facts and ask for them, in the first two stages.
-        window_factor_rate: 10. Learning rate of the window factors, over that of the feature maps.
-
-        transfer_tokens: of stage 1, attention transfer: 393,216 times the scale that `--hours`
-            gives, at most as many as the texts have.
-        transfer_row_length: the largest power of two of which there are 6 rows, at most P and
-            32,768: maps of shorter rows answer wrongly beyond them.
-        transfer_steps_per_row, transfer_queries, transfer_learning_rate: 7, 512 and 0.03.
-
-        train_windows: what stages 1 and 2 train for: the window, and twice that.
-        train_sparse_caches: 0, the power of two that is nearest to a third of all pairs, at most
-            128, and four times that. So maps are used to much and to little in the hidden state,
-            and rows need not be long to fold something, however much memory there is.
-
-        lora_tokens: of stage 2: 393,216, scaled likewise.
-        lora_row_length, lora_last_row_length: the least power of two in which all of these fold
-            something, and four times that, at most P. Rows grow from the one to the other: short
-            ones are cheap, long ones mend what is read from far back.
-        lora_rank, lora_learning_rate, map_learning_rate, answer_weight, rows_per_step: 16, 0.002,
-            0.003, 4 and 2.
-        lora_average: share of the steps whose weights are averaged: 0.5.
-        gradient_checkpointing: activations are computed twice. True where those of the longest row
-            would take more than half of the free memory.
-
-        calibration_prompts, calibration_prompt_length, calibration_facts: 56 prompts of 4,096
-            tokens or half of it, at most P; 0.75 of them ask for facts. Less time scales the number
-            too, to 24 at least.
-        calibration_least: pairs of any KV head, 16 or half of `scored_pairs` if that is less.
-
-        on_tokens: of training on for the calibration: 225,280, scaled likewise.
-        on_row_length: twice `lora_row_length`, at most P.
-        on_retrieval_fraction, on_answer_weight, on_loss_tokens, on_learning_rate,
-            on_map_learning_rate: 0.6, 8, 384, 0.0008 and 0.001.
-        on_average: 1, the mean of all steps: it lies between the weights before and after.
-        on_lora_kept: 0.5. Share of what all training adds to the projections that the model keeps:
-            a model between the base and the fine-tuned one (WiSE-FT, arXiv 2109.01903, section 3).
-
-        evaluation_tasks, evaluation_lengths, evaluation_samples: needles in noise and in prose, at
-            1,024, 2,048 and 4,096 tokens as far as P reaches, 10 each (4 in little time); 0 samples
-            leave them out.
-        evaluation_windows, evaluation_window_length: of held-out text for perplexity, of each kind:
-            4 of 2,048 tokens (2 in little time), at most half of P; 0 windows leave it out.
+        tasks, lengths, samples: of needles; 0 samples leave them out.
+        windows, window_length: of held-out text of each kind; 0 windows leave perplexity out.
     """
 
-    window_size: int
-    sink_size: int
-    update_interval: int
-    sparse_dtype: str
-    scored_pairs: int
-    recent_pairs: int
-    seed: int
-    dtype: str
-    retrieval_fraction: float
-    window_factor_rate: float
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    samples: int
+    windows: int
+    window_length: int
 
-    transfer_tokens: int
-    transfer_row_length: int
-    transfer_steps_per_row: int
-    transfer_queries: int
-    transfer_learning_rate: float
 
-    train_windows: tuple[int, ...]
-    train_sparse_caches: tuple[int, ...]
+@dataclass(frozen=True)
+class Recipe:
+    """The options of all stages.
 
-    lora_tokens: int
-    lora_row_length: int
-    lora_last_row_length: int
-    lora_rank: int
-    lora_learning_rate: float
-    map_learning_rate: float
-    answer_weight: float
-    rows_per_step: int
-    lora_average: float
-    gradient_checkpointing: bool
+    Attributes:
+        train: of attention transfer and LoRA.
+        calibrate: of both calibrations.
+        train_on: of training on for the first calibration. Its `lola_config` is the model's,
+            without the sizes that calibrations find.
+        evaluate: of the evaluation.
+    """
 
-    calibration_prompts: int
-    calibration_prompt_length: int
-    calibration_facts: float
-    calibration_least: int
-
-    on_tokens: int
-    on_row_length: int
-    on_retrieval_fraction: float
-    on_answer_weight: float
-    on_loss_tokens: int
-    on_learning_rate: float
-    on_map_learning_rate: float
-    on_average: float
-    on_lora_kept: float
-
-    evaluation_tasks: tuple[str, ...]
-    evaluation_lengths: tuple[int, ...]
-    evaluation_samples: int
-    evaluation_windows: int
-    evaluation_window_length: int
-
-    def served(self) -> dict[str, Any]:
-        """Keys of `lola_config` of the model, without the sizes that calibration finds."""
-        return {
-            "window_size": self.window_size,
-            "sink_size": self.sink_size,
-            "update_interval": self.update_interval,
-            "sparse_dtype": self.sparse_dtype,
-        }
-
-    def trained(self) -> dict[str, Any]:
-        """Keys of `lola_config` in the first two stages. An update every window is the cheapest."""
-        return {"window_size": self.window_size, "sink_size": self.sink_size}
+    train: DistillOptions
+    calibrate: CalibrateOptions
+    train_on: DistillOptions
+    evaluate: EvaluateOptions
 
     @property
     def pairs(self) -> int:
         """Of a KV head, on average."""
-        return self.scored_pairs + self.recent_pairs
+        return self.calibrate.pairs + self.calibrate.recent
 
     def activation_bytes(self, config: LolaLlamaConfig, *, whole: bool) -> int:
-        """As `memory.activation_bytes`, of the rows of stage 2."""
-        exact = max(self.train_sparse_caches)
+        """Return what `memory.activation_bytes` says of the rows of stage 2."""
+        window = self.train_on.lola_config["window_size"]
+        last = self.train.lora_last_row_length or self.train.lora_row_length
         rows = (
-            TrainedRow(self.lora_last_row_length, exact, self.window_size),
-            TrainedRow(self.on_row_length, self.pairs, self.update_interval),
+            TrainedRow(last, max(self.train.train_sparse_caches), window),
+            TrainedRow(
+                self.train_on.lora_row_length,
+                self.pairs,
+                self.train_on.lola_config["update_interval"],
+            ),
         )
-        width = 2 if self.dtype == "bfloat16" else 4
-        return activation_bytes(config, rows, window=self.window_size, width=width, whole=whole)
+        width = 2 if self.train.dtype == "bfloat16" else 4
+        return activation_bytes(config, rows, window=window, width=width, whole=whole)
 
 
 def derive(
@@ -182,6 +102,7 @@ def derive(
     scale: float = 1.0,
     dtype: str = "bfloat16",
     free_bytes: int = 2**62,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe for a base.
 
@@ -193,13 +114,18 @@ def derive(
             calibrations and the questions of the evaluation.
         dtype: in which the machine is fast: "bfloat16" or "float32".
         free_bytes: memory of the machine or the GPU that is free.
+        overrides: options to set, by part of the recipe and name. What a later part takes from an
+            earlier one, such as the rank of the adapters, it takes with its overrides.
 
     Raises:
-        CheckpointError: a base that is not supported, one with too short a trained length, or too
-            little memory for any pair.
+        CheckpointError: a base that is not supported, one with too short a trained length, too
+            little memory for any pair, or an override that is none.
     """
     from lola_vllm.models.base import parse_config, read_base_config
 
+    given = dict(overrides or {})
+    for key in given.keys() - _names().keys():
+        raise _unknown(key, [f"{part}.{name}" for part, own in _names().items() for name in own])
     config = parse_config(base, read_base_config(base))
     length = config.max_position_embeddings
     if length < 256:
@@ -208,22 +134,20 @@ def derive(
             "length of 256 tokens or more is needed"
         )
     window = min(64, length // 8)
-    served: dict[str, Any] = {
-        "window_size": window,
-        "sink_size": 4,
-        "update_interval": min(16, window),
-        "sparse_dtype": "int8",
-    }
+    of_updates = {"update_interval": min(16, window), "sparse_dtype": "int8"}
     pairs = min(SCORED + RECENT, length // LENGTH_PER_PAIR)
     if memory_mib is not None:
+        served = {"window_size": window, "sink_size": 4, **of_updates}
         pairs = pairs_in(base, served, memory_mib)
     scored = max(1, round(pairs * SCORED / (SCORED + RECENT)))
-    if length <= LEAST_DISTANCE + PASSAGE + REPEATED:
+    if length <= LEAST_DISTANCE + PASSAGE + REPEATED:  # no room to find the heads that copy
         scored = pairs
+    # Maps are used to much and to little in the hidden state, and rows need not be long to fold
+    # something, however much memory there is.
     few = min(MOST_FEW, 1 << round(math.log2(max(1, pairs / 3))))
-    caches = (0, few, 4 * few)
     folding = 4 * window + 4 * few + 4  # two windows, two intervals, cache and sinks
     first = min(length, _power_above(folding))
+    last, later = _grown(first, 4, length), _grown(first, 2, length)
     at_most = text_bytes // BYTES_PER_TOKEN
 
     def tokens(number: int, least: int) -> int:
@@ -232,80 +156,140 @@ def derive(
     def fewer(number: int, least: int) -> int:
         return max(least, round(number * min(1.0, scale)))
 
+    def settled(part: str, options: T) -> T:
+        return _with(options, given.get(part, {}), part)
+
     transfer = tokens(TRANSFER_TOKENS, 2 * first)
     row = _power_below(min(length, LONGEST_ROW, max(2 * first, transfer // LEAST_ROWS)))
-    prompt = min(4096, length)
-    recipe = Recipe(
-        **served,
-        scored_pairs=scored,
-        recent_pairs=pairs - scored,
-        seed=0,
-        dtype=dtype,
-        retrieval_fraction=0.25,
-        window_factor_rate=10.0,
-        transfer_tokens=max(transfer, row),
-        transfer_row_length=row,
-        transfer_steps_per_row=7,
-        transfer_queries=512,
-        transfer_learning_rate=3e-2,
-        train_windows=(window, 2 * window),
-        train_sparse_caches=caches,
-        lora_tokens=tokens(LORA_TOKENS, 12 * first),
-        lora_row_length=first,
-        lora_last_row_length=_grown(first, 4, length),
-        lora_rank=16,
-        lora_learning_rate=2e-3,
-        map_learning_rate=3e-3,
-        answer_weight=4.0,
-        rows_per_step=2,
-        lora_average=0.5,
-        gradient_checkpointing=False,
-        calibration_prompts=fewer(PROMPTS, LEAST_PROMPTS),
-        calibration_prompt_length=prompt,
-        calibration_facts=0.75,
-        calibration_least=min(16, max(1, scored // 2)),
-        on_tokens=tokens(ON_TOKENS, 4 * first),
-        on_row_length=_grown(first, 2, length),
-        on_retrieval_fraction=0.6,
-        on_answer_weight=8.0,
-        on_loss_tokens=384,
-        on_learning_rate=8e-4,
-        on_map_learning_rate=1e-3,
-        on_average=1.0,
-        on_lora_kept=0.5,
-        evaluation_tasks=("niah-1", "niah-2"),
-        evaluation_lengths=tuple(n for n in (1024, 2048, 4096) if n <= length) or (length,),
-        evaluation_samples=fewer(SAMPLES, LEAST_SAMPLES),
-        evaluation_windows=fewer(WINDOWS, LEAST_WINDOWS),
-        evaluation_window_length=min(2048, length // 2),
-    )
+
+    def made(gradient_checkpointing: bool) -> Recipe:
+        train = DistillOptions(
+            dtype=cast(Any, dtype),
+            rows=max(1, transfer // row),
+            row_length=row,
+            # Short rows are cheap, long ones mend what is read from far back.
+            lora_rows=growing_rows(tokens(LORA_TOKENS, 12 * first), first, last),
+            lora_row_length=first,
+            lora_last_row_length=last,
+            gradient_checkpointing=gradient_checkpointing,
+            # An update every window is the cheapest.
+            lola_config={"window_size": window, "sink_size": 4},
+            train_windows=(window, 2 * window),
+            train_sparse_caches=(0, few, 4 * few),
+        )
+        train = settled("train", train)
+        calibrate = CalibrateOptions(
+            pairs=scored,
+            least=min(CalibrateOptions.least, max(1, scored // 2)),
+            recent=pairs - scored,
+            prompts=fewer(CalibrateOptions.prompts, LEAST_PROMPTS),
+            prompt_length=min(CalibrateOptions.prompt_length, length),
+            dtype=train.dtype,
+            seed=train.seed,
+        )
+        train_on = replace(
+            train,
+            retrieval_fraction=0.6,
+            seed=train.seed + 1,
+            lora_rows=max(train.rows_per_step, tokens(ON_TOKENS, 4 * first) // later),
+            lora_row_length=later,
+            lora_last_row_length=0,
+            lora_learning_rate=8e-4,
+            map_learning_rate=1e-3,
+            answer_weight=8.0,
+            loss_tokens=384,
+            average=1.0,  # the mean lies between the weights before and after
+            lora_kept=0.5,  # between the base and the fine-tuned model (WiSE-FT, arXiv 2109.01903)
+            lola_config={**train.lola_config, **of_updates},
+            train_windows=(),
+            train_sparse_caches=(),
+        )
+        evaluate = EvaluateOptions(
+            tasks=("niah-1", "niah-2"),
+            lengths=tuple(n for n in (1024, 2048, 4096) if n <= length) or (length,),
+            samples=fewer(SAMPLES, LEAST_SAMPLES),
+            windows=fewer(WINDOWS, LEAST_WINDOWS),
+            window_length=min(2048, length // 2),
+        )
+        return Recipe(
+            train,
+            settled("calibrate", calibrate),
+            settled("train_on", train_on),
+            settled("evaluate", evaluate),
+        )
+
+    recipe = made(False)
     crowded = 2 * recipe.activation_bytes(config, whole=True) > free_bytes
-    return replace(recipe, gradient_checkpointing=crowded)
+    return made(True) if crowded else recipe
 
 
-def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe with values that a user wrote; others stay as they were derived.
+def check(recipe: Recipe) -> None:
+    """Refuse a recipe with rows in which nothing is folded, or with two ranks.
 
     Raises:
-        CheckpointError: a key that is none, or a value of another type.
+        CheckpointError: names the option, its value and the least one that does.
+        LolaConfigError: a `lola_config` that is not valid.
     """
-    known = {item.name: getattr(recipe, item.name) for item in fields(Recipe)}
-    chosen: dict[str, Any] = {}
-    for key, value in overrides.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise CheckpointError(
-                f"--recipe: unknown key {key!r}; did you mean {near[0]!r}? 'lola-vllm linearize "
-                "--dry-run' prints all"
-            )
-        chosen[key] = _like(key, known[key], value)
-    return replace(recipe, **chosen)
+    from lola_vllm.training.distill.transfer import check_row_length
+
+    train, rank = recipe.train, recipe.train_on.lora_rank
+    check_row_length("train.row_length", train.row_length, train.configs())
+    check_row_length("train.lora_row_length", train.lora_row_length, train.configs())
+    train.lora_lengths()
+    on = with_sizes(recipe.train_on, recipe.calibrate.least)
+    check_row_length("train_on.lora_row_length", on.lora_row_length, on.configs())
+    if rank != train.lora_rank:
+        raise CheckpointError(
+            f"--recipe: train_on.lora_rank = {rank}: must be that of train, {train.lora_rank}"
+        )
 
 
-def _like(key: str, own: Any, value: Any) -> Any:
-    """`value` if it is of the type of a field's own value."""
+def with_sizes(options: DistillOptions, sizes: Any) -> DistillOptions:
+    """Options of training on with a `sparse_cache_size`, where there is no calibration yet."""
+    return replace(options, lola_config={**options.lola_config, "sparse_cache_size": sizes})
+
+
+def growing_rows(tokens: int, first: int, last: int) -> int:
+    """Rows that have so many tokens together, as many of each length from `first` to `last`."""
+    lengths = [first << i for i in range((last // first).bit_length())]
+    each = tokens / len(lengths)
+    return max(2 ** len(lengths) - 1, round(sum(each / length for length in lengths)))
+
+
+def _names() -> dict[str, set[str]]:
+    """Names of the options by part."""
+    parts = get_type_hints(Recipe).items()
+    return {part: {item.name for item in fields(kind)} for part, kind in parts}
+
+
+def _with(options: T, given: Any, name: str) -> T:
+    """The options with values that a user wrote; others stay as they were derived."""
+    own = {item.name: getattr(options, item.name) for item in fields(cast(Any, options))}
+    return type(options)(**own | _chosen(own, given, name))
+
+
+def _chosen(own: Mapping[str, Any], given: Any, name: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"--recipe: {name} = {given!r}: must be an object")
+    for key in given.keys() - own.keys():
+        raise _unknown(f"{name}.{key}", [f"{name}.{known}" for known in own])
+    return {key: _like(f"{name}.{key}", own[key], value) for key, value in given.items()}
+
+
+def _unknown(name: str, known: list[str]) -> CheckpointError:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return CheckpointError(
+        f"--recipe: unknown key {name!r}; did you mean {near[0]!r}? 'lola-vllm linearize "
+        "--dry-run' prints all"
+    )
+
+
+def _like(name: str, own: Any, value: Any) -> Any:
+    """`value` if it is of the type of an option's own value."""
+    if isinstance(own, Mapping):
+        return {**own, **_chosen(own, value, name)}
     if isinstance(own, tuple):
-        kind = type(own[0])
+        kind = type(own[0]) if own else int
         if isinstance(value, list | tuple) and value and all(type(x) is kind for x in value):
             return tuple(value)
     elif isinstance(own, float):
@@ -313,31 +297,24 @@ def _like(key: str, own: Any, value: Any) -> Any:
             return float(value)
     elif type(value) is type(own) and not (type(value) is int and value < 0):
         return value
-    raise CheckpointError(f"--recipe: {key} = {value!r}: must be of the kind of {own!r}")
-
-
-def to_json(recipe: Recipe) -> dict[str, Any]:
-    """All values by name, as JSON has them."""
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in asdict(recipe).items()
-    }
+    raise CheckpointError(f"--recipe: {name} = {value!r}: must be of the kind of {own!r}")
 
 
 def from_json(values: Mapping[str, Any]) -> Recipe:
-    """What `to_json` gave.
+    """The recipe that `dataclasses.asdict` gave as `values`, perhaps by way of JSON.
 
     Raises:
-        CheckpointError: of a version whose recipe has other fields.
+        CheckpointError: of a version whose recipe has other options.
     """
-    other = sorted({item.name for item in fields(Recipe)} ^ values.keys())
-    if other:
+    names = _names()
+    if values.keys() != names.keys() or any(values[part].keys() != names[part] for part in names):
         raise CheckpointError(
-            f"the run was begun by another version, whose recipe differs in {', '.join(other)}; go "
-            "on with that version, or begin anew with another --work-dir"
+            "the run was begun by another version, whose recipe has other options; go on with that "
+            "version, or begin anew with another --work-dir"
         )
     made: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        part: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[part].items()})
+        for part, kind in get_type_hints(Recipe).items()
     }
     return Recipe(**made)
 

@@ -23,6 +23,7 @@ from lola_vllm.training.distill.state import default_work
 
 if TYPE_CHECKING:
     from lola_vllm.core.config import LolaLlamaConfig
+    from lola_vllm.training.distill.options import DistillOptions
 
 # What `lola-vllm texts` gets, for a plan before it has got it.
 TEXTS_BYTES, TEXTS_KINDS = 45_000_000, 8
@@ -57,7 +58,7 @@ def linearize(
         hours: for all stages, by which the tokens that are trained on are scaled; None: those of
             the demo model.
         memory_mib: of a sequence of the model, in MiB; see `Recipe`.
-        overrides: fields of `Recipe` that replace what follows from the base.
+        overrides: options that replace what follows from the base, by part of `Recipe` and name.
         work: keeps what is done; default: `out` with ".training" added.
         resume: go on with the run in `work`; without it a `work` that holds something is refused.
         force: replace a model that is already at `out`.
@@ -96,7 +97,7 @@ def linearize(
     size, kinds = _size_of(chosen)
     if not state.recipe:
         made, speed = _plan(base, config, size, kinds, hours, memory_mib, overrides or {}, say)
-        state.recipe, state.speed = recipe.to_json(made), asdict(speed)
+        state.recipe, state.speed = asdict(made), asdict(speed)
         if not dry_run:
             state.save()
     made, speed = recipe.from_json(state.recipe), Speed(**state.speed)
@@ -149,7 +150,6 @@ def _plan(
     say: Callable[[str], None],
 ) -> tuple[Recipe, Speed]:
     """The recipe, scaled to the hours by the measured speed."""
-    from lola_vllm.command.linearize.stages import check
     from lola_vllm.command.linearize.timing import measure_speed, measure_transfer
 
     def derived(scale: float) -> Recipe:
@@ -160,9 +160,9 @@ def _plan(
             scale=scale,
             dtype=_fast_dtype(base),
             free_bytes=_free_memory(),
+            overrides=overrides,
         )
-        made = recipe.with_overrides(made, overrides)
-        check(made)
+        recipe.check(made)
         return made
 
     made = derived(1.0)
@@ -178,8 +178,8 @@ def _plan(
         return derived(plan.scale_to(hours, seconds_of))
 
     timed, made = made, scaled()
-    if made.transfer_row_length != timed.transfer_row_length:
-        say(f"timing rows of {made.transfer_row_length:,} tokens, whose tokens take less time")
+    if made.train.row_length != timed.train.row_length:
+        say(f"timing rows of {made.train.row_length:,} tokens, whose tokens take less time")
         speed = replace(speed, transfer=measure_transfer(base, made))
         made = scaled()
     return made, speed
@@ -216,28 +216,22 @@ class _Run:
         }
 
     def _transfer(self) -> None:
-        from lola_vllm.command.linearize.stages import transfer_options
-
-        self._distill(MAPPED, TRAINING, transfer_options(self.recipe))
+        self._distill(MAPPED, TRAINING, replace(self.recipe.train, lora_rows=0))
 
     def _lora(self) -> None:
-        from lola_vllm.command.linearize.stages import lora_options
-
-        self._distill(TRAINED, TRAINING, lora_options(self.recipe))
+        self._distill(TRAINED, TRAINING, self.recipe.train)
         shutil.rmtree(self.work / MAPPED, ignore_errors=True)
 
     def _train_on(self) -> None:
-        from lola_vllm.command.linearize.stages import on_options
-
         self._distill(
             TRAINED_ON,
             ON,
-            on_options(self.recipe),
+            self.recipe.train_on,
             start=self.work / TRAINING,
             calibration=self.work / FIRST,
         )
 
-    def _distill(self, out: str, work: str, options: Any, **more: Path) -> None:
+    def _distill(self, out: str, work: str, options: DistillOptions, **more: Path) -> None:
         from lola_vllm.training.distill.run import distill
 
         distill(
@@ -246,11 +240,10 @@ class _Run:
         )  # fmt: skip
 
     def _calibrate(self, model: Path, name: str) -> None:
-        from lola_vllm.command.linearize.stages import calibrate_options
         from lola_vllm.models.calibration import importance_tensors, save_calibration
         from lola_vllm.training.calibrate.run import calibrate, report
 
-        found = calibrate(self.base, self.texts, calibrate_options(self.recipe), model)
+        found = calibrate(self.base, self.texts, self.recipe.calibrate, model)
         sizes = {"sparse_cache_size": found.sizes, "recent_size": found.recent}
         save_calibration(self.work / name, sizes, importance_tensors(found.importance))
         (self.work / REPORT).write_text(report(found), encoding="utf-8")

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from lola_vllm.command.linearize.plan import Speed
-from lola_vllm.command.linearize.recipe import Recipe, unlike
-from lola_vllm.command.linearize.stages import lora_options, on_options, transfer_options
+from lola_vllm.command.linearize.recipe import Recipe, unlike, with_sizes
 from lola_vllm.training.distill.data import TrainingRows
 from lola_vllm.training.distill.finetune import finetune
 from lola_vllm.training.distill.student import attach_maps, load_base
@@ -30,17 +29,17 @@ def measure_speed(base: Path, recipe: Recipe) -> Speed:
         CheckpointError: a base that cannot be loaded.
     """
     device = _device()
-    model = _model(base, recipe.dtype, device)
+    model = _model(base, recipe.train.dtype, device)
     layers = model.config.num_hidden_layers
-    row = _row(model, recipe.on_row_length).tokens
+    row = _row(model, recipe.train_on.lora_row_length).tokens
     with torch.no_grad():
         forward = _seconds(lambda: model.model(row.long().to(device))) / row.shape[1]
     mapped = _transfer_seconds(model, recipe)
     sizes = unlike(model.config.num_key_value_heads, layers, recipe.pairs)
     found = []
-    for options in (lora_options(recipe), on_options(recipe, {"sparse_cache_size": sizes})):
-        model = _model(base, recipe.dtype, device)
-        rows = _row(model, recipe.on_row_length)
+    for options in (recipe.train, with_sizes(recipe.train_on, sizes)):
+        model = _model(base, recipe.train.dtype, device)
+        rows = _row(model, recipe.train_on.lora_row_length)
         one = replace(options, rows_per_step=1, average=0.0)
         with tempfile.TemporaryDirectory() as work:
             spent = _seconds(
@@ -48,7 +47,7 @@ def measure_speed(base: Path, recipe: Recipe) -> Speed:
                     m, [r], Path(w), o, fingerprint="-"
                 )
             )
-        found.append(spent / recipe.on_row_length)
+        found.append(spent / recipe.train_on.lora_row_length)
     return Speed(forward, mapped, *found)
 
 
@@ -58,13 +57,13 @@ def measure_transfer(base: Path, recipe: Recipe) -> float:
     Raises:
         CheckpointError: a base that cannot be loaded.
     """
-    return _transfer_seconds(_model(base, recipe.dtype, _device()), recipe)
+    return _transfer_seconds(_model(base, recipe.train.dtype, _device()), recipe)
 
 
 def _transfer_seconds(model: Any, recipe: Recipe) -> float:
     """Of a token of a row of stage 1, in all layers."""
-    options, layers = transfer_options(recipe), model.config.num_hidden_layers
-    row = _row(model, recipe.transfer_row_length).tokens
+    options, layers = recipe.train, model.config.num_hidden_layers
+    row = _row(model, options.row_length).tokens
     with _first_layers(model), tempfile.TemporaryDirectory() as work:
         spent = _seconds(lambda: transfer(model, row, Path(work), options, fingerprint="-"))
     return spent / row.shape[1] * layers / min(_LAYERS, layers)

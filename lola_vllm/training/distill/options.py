@@ -31,7 +31,7 @@ class DistillOptions:
             it, for every setting trained for.
     """
 
-    retrieval_fraction: float = option("share of rows that are synthetic retrieval prompts", 0.2)
+    retrieval_fraction: float = option("share of rows that are synthetic retrieval prompts", 0.25)
     seed: int = option("of the order of rows and all else that is drawn", 0)
     dtype: Literal["bfloat16", "float32"] = option(
         "of the base's weights while training", "bfloat16"
@@ -45,9 +45,9 @@ class DistillOptions:
     )
     row_length: int = option("tokens of a row", 2048, part=TRANSFER)
     learning_rate: float = option(
-        "AdamW's, falling to zero along half a cosine within each layer", 1e-2, part=TRANSFER
+        "AdamW's, falling to zero along half a cosine within each layer", 3e-2, part=TRANSFER
     )
-    steps_per_row: int = option("optimizer steps on each row", 2, part=TRANSFER)
+    steps_per_row: int = option("optimizer steps on each row", 7, part=TRANSFER)
     queries_per_step: int = option("query tokens that a step compares", 512, part=TRANSFER)
 
     lora_rows: int = option("rows of tokens; 0 leaves the stage out", 512, part=FINETUNE)
@@ -58,14 +58,14 @@ class DistillOptions:
         0,
         part=FINETUNE,
     )
-    lora_rank: int = option("rank of the adapters on q, k, v and o", 8, part=FINETUNE)
+    lora_rank: int = option("rank of the adapters on q, k, v and o", 16, part=FINETUNE)
     lora_learning_rate: float = option(
-        "AdamW's for the adapters, after a warm-up falling to a tenth", 1e-3, part=FINETUNE
+        "AdamW's for the adapters, after a warm-up falling to a tenth", 2e-3, part=FINETUNE
     )
     map_learning_rate: float = option(
-        "for the maps, which are trained on; 0 freezes them", 1e-3, part=FINETUNE
+        "for the maps, which are trained on; 0 freezes them", 3e-3, part=FINETUNE
     )
-    answer_weight: float = option("weight of the tokens of synthetic answers", 1.0, part=FINETUNE)
+    answer_weight: float = option("weight of the tokens of synthetic answers", 4.0, part=FINETUNE)
     loss_tokens: int = option(
         "tokens of a row, drawn at random, whose predictions are compared, besides those of "
         "synthetic answers; 0: all",
@@ -75,13 +75,13 @@ class DistillOptions:
     average: float = option(
         "share of the steps, the last ones, after which the weights are taken; their mean is the "
         "result. 0: the weights after the last step",
-        0.0,
+        0.5,
         part=FINETUNE,
     )
     lora_kept: float = option(
         "share of what the adapters add to the weights that the result keeps", 1.0, part=FINETUNE
     )
-    rows_per_step: int = option("rows whose gradients make a step", 4, part=FINETUNE)
+    rows_per_step: int = option("rows whose gradients make a step", 2, part=FINETUNE)
     lora_loss: Literal["teacher", "next-token"] = option(
         "divergence from the base model's distribution (default), or LoLCATs' own loss",
         "teacher",
@@ -139,6 +139,11 @@ class DistillOptions:
             )
         counts[0] += self.lora_rows - sum(counts)
         return [(length << i, count) for i, count in enumerate(counts)]
+
+    @property
+    def lora_tokens(self) -> int:
+        """Tokens that stage 2 reads."""
+        return sum(length * number for length, number in self.lora_lengths())
 
     def configs(self) -> list[LolaConfig]:
         """The settings to train for."""

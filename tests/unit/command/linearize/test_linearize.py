@@ -16,19 +16,17 @@ from tests.unit.training.distill.test_distill import write_base
 
 # A tokenizer of characters has no room for facts in rows that a test can afford.
 FAST = {
-    "retrieval_fraction": 0.0,
-    "on_retrieval_fraction": 0.0,
-    "calibration_facts": 0.0,
-    "calibration_prompts": 6,
-    "calibration_prompt_length": 512,
-    "dtype": "bfloat16",  # training on is in float32, in the same process
-    "transfer_tokens": 1024,
-    "transfer_row_length": 512,
-    "lora_tokens": 2048,
-    "on_tokens": 1024,
-    "lora_rank": 2,
-    "evaluation_samples": 0,
-    "evaluation_windows": 0,
+    "train": {
+        "retrieval_fraction": 0.0,
+        "dtype": "bfloat16",  # training on is in float32, in the same process
+        "rows": 2,
+        "row_length": 512,
+        "lora_rows": 3,
+        "lora_rank": 2,
+    },
+    "calibrate": {"facts": 0.0, "prompts": 6, "prompt_length": 512},
+    "train_on": {"retrieval_fraction": 0.0, "lora_rows": 2},
+    "evaluate": {"samples": 0, "windows": 0},
 }
 
 
@@ -86,7 +84,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_one_that_is_not(
     sizes = [size for layer in config["sparse_cache_size"] for size in layer]
     recipe = state["recipe"]
     # Recent pairs are rounded in each head.
-    assert recipe["scored_pairs"] + recipe["recent_pairs"] == 64
+    assert recipe["calibrate"]["pairs"] + recipe["calibrate"]["recent"] == 64
     assert sum(sizes) / len(sizes) == pytest.approx(64, abs=0.5)
     card = (tmp_path / "lola" / "README.md").read_text()
     assert "one (CC0-1.0)" in card and "| attention transfer | 1,024 |" in card
@@ -163,7 +161,7 @@ def test_refusals(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     short = tmp_path / "short.json"
-    short.write_text(json.dumps({"transfer_row_length": 256}))
+    short.write_text(json.dumps({"train": {"row_length": 256}}))
     assert cli.main([*command, *[option.format(short=short) for option in options]]) == 2
     assert message in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lola_vllm.command.linearize import recipe, run, stages
+from lola_vllm.command.linearize import recipe, run
 from lola_vllm.command.linearize.plan import STAGES, Speed
 from tests.unit.training.distill.test_distill import write_base
 
@@ -20,7 +20,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_on_is_for_the_first_calibration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on from the first training, and the result is calibrated once more."""
     done: list[Any] = []
@@ -45,8 +45,6 @@ def test_training_on_is_for_the_first_calibration(
     def write(model: Path, out: Path, sizes: Any, importance: Any, force: bool) -> None:
         done.append((out.name, model.name, sizes))
 
-    for name in ("transfer_options", "lora_options", "on_options", "calibrate_options"):
-        monkeypatch.setattr(stages, name, lambda made: None)
     monkeypatch.setattr("lola_vllm.training.distill.run.distill", distill)
     monkeypatch.setattr("lola_vllm.training.calibrate.run.calibrate", calibrate)
     monkeypatch.setattr("lola_vllm.training.calibrate.run.report", lambda found: "")
@@ -56,8 +54,8 @@ def test_training_on_is_for_the_first_calibration(
         "lola_vllm.models.calibration.load_calibration", lambda path: (path.name, {})
     )
     monkeypatch.setattr("lola_vllm.models.calibration.write_calibrated", write)
-    nothing: Any = None
-    whole = run._Run(tmp_path, tmp_path, tmp_path, nothing, tmp_path, nothing, False, print, 1)
+    made, state = recipe.derive(base, text_bytes=10**6), run.WorkState(tmp_path, {})
+    whole = run._Run(tmp_path, tmp_path, tmp_path, made, tmp_path, state, False, print, 1)
     for name, action in whole.actions().items():
         if name not in ("evaluate", "card"):
             action()

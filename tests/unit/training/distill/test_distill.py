@@ -252,7 +252,7 @@ def test_ctrl_c_and_going_on_by_the_command(
     monkeypatch.undo()
     assert cli.main([*argv, "--resume"]) == 0
     losses = json.loads((tmp_path / "lola.training" / "distill.json").read_text())["losses"]
-    assert [len(curve) for curve in losses["transfer"]] == [4, 4]
+    assert [len(curve) for curve in losses["transfer"]] == [14, 14]
 
 
 SIZES = [[4, 90], [2, 4]]
