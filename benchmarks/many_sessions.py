@@ -1,6 +1,6 @@
 """Thousands of stored conversations on one machine: turns of random ones, a kill, a full disk.
 
-    lola-vllm texts --out models/texts
+    python -m tools.texts --out models/texts
     python benchmarks/many_sessions.py --sessions 10000 --minutes 30 --out build/many_sessions.json
 
 A server with a directory of states reads `--read` conversations of 500 to 8,000 tokens of real

@@ -7,7 +7,7 @@
 
 # The texts of its training, of which other documents are asked for.
 [ -d models/qwen-texts ] || cp -r models/texts models/qwen-texts
-[ -f models/qwen-texts/python_code.txt ] || lola texts --out models/qwen-texts --only python_code
+[ -f models/qwen-texts/python_code.txt ] || texts --out models/qwen-texts --only python_code
 
 recall() { # NAME SWEEP SAMPLES TASKS LENGTHS OPTION...: with seeds 1 to 3
     for seed in 1 2 3; do
@@ -29,7 +29,7 @@ lola eval perplexity --model models/qwen-lola --reference models/qwen-base \
     --texts models/qwen-texts --seed "$SEED" \
     --windows 1 --window-length 4096 --out "$OUT/qwen-perplexity" --resume
 # Another language than the English that it was trained on.
-[ -f models/other/debian_handbook_fr.txt ] || lola texts --out models/other --only debian_handbook_fr
+[ -f models/other/debian_handbook_fr.txt ] || texts --out models/other --only debian_handbook_fr
 lola eval perplexity --model models/qwen-lola --reference models/qwen-base \
     --lola-config 'as it ships={}' --texts models/other/debian_handbook_fr.txt --seed "$SEED" \
     --windows 4 --window-length 4096 --out "$OUT/qwen-perplexity-other" --resume

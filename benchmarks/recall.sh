@@ -32,7 +32,7 @@ lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base
     --sweep benchmarks/recall/shipped.json --texts models/texts \
     --windows 4 --window-length 2048 --out "$OUT/perplexity" --resume
 # Text unlike what it was trained on: code, and another language.
-lola texts --out models/other --only python_code debian_handbook_fr
+texts --out models/other --only python_code debian_handbook_fr
 lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \
     --lola-config 'as it ships={}' --texts models/other \
     --windows 4 --window-length 2048 --out "$OUT/perplexity-other" --resume

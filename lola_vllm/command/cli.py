@@ -244,7 +244,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--texts", type=Path, required=True, metavar="PATH",
-        help="a directory of texts, as 'lola-vllm texts' writes it, or one file; held-out "
+        help="a text file or a directory of them; held-out "
         "documents are not read",
     )  # fmt: skip
     parser.add_argument(
@@ -345,24 +345,6 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _texts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="one file a text")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        help="some of them (default: all but python_code and debian_handbook_fr)",
-    )
-
-    def run(args: argparse.Namespace) -> int:
-        from lola_vllm.training.texts import fetch_texts
-
-        fetch_texts(args.out, args.only, report=lambda line: print(line, flush=True))
-        return 0
-
-    parser.set_defaults(run=run)
-
-
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "init": (_init, "make a LoLA checkpoint from a base, with untrained identity feature maps"),
     "convert": (_convert, "make a LoLA checkpoint from a base and what LoLCATs trained for it"),
@@ -396,7 +378,6 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
         "documents that a server reads once, and questions to all of them: add, list, ask, remove",
     ),
     "chat": (add_chat, "talk to a server that keeps the conversation"),
-    "texts": (_texts, "get texts to train and measure on, from Debian packages and PyPI"),
 }
 
 

@@ -93,7 +93,7 @@ class Kinds:
                 needs = f"{kind} needs {DOCUMENTATION}{chat}; " if kind == CHAT else ""
                 raise EvalError(
                     f"--kinds {kind}: --texts {texts} has {', '.join(found)} in the files "
-                    f"{', '.join(documents)}; {needs}'lola-vllm texts --help' says what there is"
+                    f"{', '.join(documents)}; {needs}give other texts"
                 )
             found[kind] = {kind: documents[kind]}
         return cls({kind: found[kind] for kind in wanted or found})

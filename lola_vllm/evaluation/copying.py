@@ -101,8 +101,7 @@ class CopyPlan:
     name: ClassVar[str] = "copy"
 
     texts: str = option(
-        "a directory of texts, as 'lola-vllm texts' writes it, or one file; held-out documents are "
-        "read",
+        "a text file or a directory of them; held-out documents are read",
         type=Path,
         metavar="PATH",
     )

@@ -23,8 +23,7 @@ class PerplexityPlan:
     name: ClassVar[str] = "perplexity"
 
     texts: str = option(
-        "a directory of texts, each a kind, as 'lola-vllm texts' writes it, or one file; held-out "
-        "documents are read",
+        "a text file or a directory of them, each a kind; held-out documents are read",
         type=Path,
         metavar="PATH",
     )

@@ -181,7 +181,7 @@ class RecallPlan:
             if not documents:
                 raise EvalError(
                     f"--texts {self.texts}: has no {kind.what}, only {', '.join(of_files)}; "
-                    "'lola-vllm texts --help' says what there is"
+                    "give others"
                 )
             texts[kind] = kind(documents)
         return texts

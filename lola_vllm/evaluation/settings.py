@@ -240,7 +240,7 @@ def read_held_out(path: Path) -> dict[str, list[str]]:
     """Held-out documents at `path`.
 
     Args:
-        path: a text file, or a directory of them, as `lola-vllm texts` writes it.
+        path: a text file, or a directory of them.
 
     Returns:
         Per file, by its name without ending, its held-out documents in order; files without any
@@ -253,10 +253,7 @@ def read_held_out(path: Path) -> dict[str, list[str]]:
     from lola_vllm.training.texts import is_held_out, read_documents
 
     if not path.exists():
-        raise EvalError(
-            f"--texts {path}: no such file or directory; 'lola-vllm texts --help' says how to get "
-            "some"
-        )
+        raise EvalError(f"--texts {path}: no such file or directory")
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise EvalError(f"--texts {path}: no .txt file there")

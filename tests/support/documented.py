@@ -116,9 +116,6 @@ COMMANDS: dict[str, Fate] = {
     r"lola-vllm demo-model ": Fate(
         why="needs a wheel of 90 MB", test="tests/unit/models/test_demo.py"
     ),
-    r"lola-vllm texts ": Fate(
-        why="downloads 45 MB of packages", test="tests/unit/training/texts/test_texts.py"
-    ),
     r"lola-vllm calibrate ": Fate(
         why="56 prompts of 2,048 and 4,096 tokens",
         test="tests/unit/training/calibrate/test_calibrate.py",
@@ -144,6 +141,9 @@ COMMANDS: dict[str, Fate] = {
     r"LOLA_VLLM_LONG=1 ": Fate(why=IDLE, test="tests/reliability/test_storm.py"),
     r"(?:\.venv/bin/)?python -m tools\.read_once ": Fate(
         why="with the demo model and a short file", test="tests/serving/test_read_once.py"
+    ),
+    r"python -m tools\.texts ": Fate(
+        why="downloads 45 MB of packages", test="tests/unit/tools/texts/test_texts.py"
     ),
     r"(?:\.venv/bin/)?python -m tools\.": Fate(why=IDLE),
     # To serve.

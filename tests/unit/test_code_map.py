@@ -136,7 +136,7 @@ def test_a_readme_names_every_file_of_its_folder(readme):
         assert {f"{name}/" for name in below} <= set(words)
     nearest = [next(up for up in file.parents if (up / "README.md").is_file()) for file in files]
     for file, owner in zip(files, nearest, strict=True):
-        if owner == folder and (file.name != "__init__.py" or folder.name == "texts"):
+        if owner == folder and file.name != "__init__.py":
             assert file.relative_to(folder).as_posix() in words, file
 
 

@@ -20,8 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="LoLA checkpoint")
     parser.add_argument(
-        "--texts", type=Path, metavar="PATH",
-        help="a text file or a directory of them (default: those of 'lola-vllm texts', fetched)",
+        "--texts", type=Path, required=True, metavar="PATH",
+        help="a text file or a directory of them: what the model should be good at",
     )  # fmt: skip
     parser.add_argument(
         "--hours", type=float, metavar="H",
@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--work-dir", type=Path, metavar="DIR",
-        help="texts, training states, calibrations, results (default: OUT.training)",
+        help="training states, calibrations, results (default: OUT.training)",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with the run in --work-dir")
     parser.add_argument("--force", action="store_true", help="replace a model at --out")
@@ -55,8 +55,8 @@ def _run(args: argparse.Namespace) -> int:
 
     config = linearize(
         args.base,
+        args.texts,
         args.out,
-        texts=args.texts,
         hours=args.hours,
         memory_mib=args.memory,
         overrides=None if args.recipe is None else _read(args.recipe),

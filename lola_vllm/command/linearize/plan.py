@@ -23,7 +23,6 @@ GIB, MIB = 2**30, 2**20
 
 # Stages in their order, with the words of the plan.
 STAGES: dict[str, str] = {
-    "texts": "texts",
     "transfer": "attention transfer",
     "lora": "LoRA",
     "calibrate": "calibration",

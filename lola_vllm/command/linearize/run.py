@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from lola_vllm.core.config import LolaLlamaConfig
     from lola_vllm.training.distill.options import DistillOptions
 
-# What `lola-vllm texts` gets, for a plan before it has got it.
-TEXTS_BYTES, TEXTS_KINDS = 45_000_000, 8
-TEXTS, TRAINING, ON, RESULTS = "texts", "training", "training-on", "eval"
+TRAINING, ON, RESULTS = "training", "training-on", "eval"
 FIRST, SECOND = "calibration-1.safetensors", "calibration-2.safetensors"
 # Checkpoints of stages, which go when the model is written.
 MAPPED, TRAINED, TRAINED_ON, CALIBRATED = "mapped", "trained", "trained-on", "calibrated"
@@ -37,9 +35,9 @@ BATCH = 4  # sequences at once in the evaluation
 
 def linearize(
     base: Path,
+    texts: Path,
     out: Path,
     *,
-    texts: Path | None = None,
     hours: float | None = None,
     memory_mib: float | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -53,8 +51,8 @@ def linearize(
 
     Args:
         base: a local Hugging Face directory (Llama, Mistral, Qwen2 or Qwen3).
+        texts: a text file or a directory of them.
         out: where the model goes; it is written completely or not at all.
-        texts: a text file or a directory of them; None: those of `lola-vllm texts`.
         hours: for all stages, by which the tokens that are trained on are scaled; None: those of
             the demo model.
         memory_mib: of a sequence of the model, in MiB; see `Recipe`.
@@ -70,18 +68,17 @@ def linearize(
 
     Raises:
         CheckpointError: a base, texts, options or a directory that cannot be used.
-        DataError, TextsError: texts that cannot be read or fetched. EvalError: a failed evaluation.
+        DataError, TextsError: texts that cannot be read. EvalError: a failed evaluation.
     """
     if hours is not None and not hours > 0:
         raise CheckpointError(f"--hours {hours:g}: must be above 0")
     config = parse_config(base, read_base_config(base))
     work = work or default_work(out)
-    check_output(out, force=force, inputs=[base, *([texts] if texts else [])])
-    if texts is not None and not texts.exists():
-        raise CheckpointError(f"--texts {texts}: no such file or directory")
+    check_output(out, force=force, inputs=[base, texts])
+    size, kinds = _size_of(texts)
     inputs = {
         "base": _print_of(base),
-        "texts": None if texts is None else texts.name,
+        "texts": texts.name,
         "hours": hours,
         "memory": memory_mib,
         "recipe": dict(overrides or {}),
@@ -91,10 +88,6 @@ def linearize(
     else:
         state = open_state(work, inputs, resume=resume)
         state.save()
-    chosen = texts or work / TEXTS
-    if not dry_run:
-        _stage(state, "texts", say, lambda: _fetch(texts, work))
-    size, kinds = _size_of(chosen)
     if not state.recipe:
         made, speed = _plan(base, config, size, kinds, hours, memory_mib, overrides or {}, say)
         state.recipe, state.speed = asdict(made), asdict(speed)
@@ -105,7 +98,7 @@ def linearize(
     say(plan.format_plan(base, config, made, speed, kinds))
     if dry_run:
         return None
-    run = _Run(base, chosen, out, made, work, state, force, say, kinds)
+    run = _Run(base, texts, out, made, work, state, force, say, kinds)
     left = plan.stage_seconds(made, speed, kinds)
     for name, action in run.actions().items():
         rest = sum(left[later] for later in left if _after(later, name, state))
@@ -290,17 +283,10 @@ class _Run:
         return sorted((self.work / RESULTS).glob("*/*.md"))
 
 
-def _fetch(texts: Path | None, work: Path) -> None:
-    if texts is None:
-        from lola_vllm.training.texts import fetch_texts
-
-        fetch_texts(work / TEXTS, report=lambda line: print(line, file=sys.stderr, flush=True))
-
-
 def _size_of(texts: Path) -> tuple[int, int]:
     """Bytes of texts, and the number of kinds."""
     if not texts.exists():
-        return TEXTS_BYTES, TEXTS_KINDS
+        raise CheckpointError(f"--texts {texts}: no such file or directory")
     files = [texts] if texts.is_file() else sorted(texts.glob("*.txt"))
     if not files:
         raise CheckpointError(f"--texts {texts}: no .txt file there")

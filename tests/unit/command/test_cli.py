@@ -109,7 +109,7 @@ def test_malformed_command_lines(argv: list[str]) -> None:
         ("demo-model --out o --untraind", "--untraind; did you mean --untrained?"),
         ("estimate m --memory-gb 3", "--memory-gb; did you mean --memory-gib?"),
         ("eval recall --model m --lenghts 512", "--lenghts; did you mean --lengths?"),
-        ("texts --out o --zzz", "--zzz; see lola-vllm texts --help"),
+        ("quantize --out o --zzz", "--zzz; see lola-vllm quantize --help"),
     ],
 )
 def test_an_unknown_option_names_the_nearest(

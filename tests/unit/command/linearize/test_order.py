@@ -89,7 +89,7 @@ def test_finished_stages_do_not_run_again(
 
             return action
 
-        return {name: stage(name) for name in STAGES if name != "texts"}
+        return {name: stage(name) for name in STAGES}
 
     def planned(*_: Any) -> Any:
         ran.append("plan")
@@ -100,17 +100,14 @@ def test_finished_stages_do_not_run_again(
 
     monkeypatch.setattr(run._Run, "actions", actions)
     monkeypatch.setattr(run, "_plan", planned)
-    monkeypatch.setattr(run, "_fetch", lambda *_: ran.append("texts"))
     texts, said = tmp_path / "texts.txt", list[str]()
     texts.write_text("words " * 1000)
     for resume in (False, True, True):
         try:
-            run.linearize(
-                base, tmp_path / "lola", texts=texts, resume=resume, say=said.append
-            )  # fmt: skip
+            run.linearize(base, texts, tmp_path / "lola", resume=resume, say=said.append)
         except KeyboardInterrupt:
             said.append("interrupted")
-    order = ["texts", "plan", *(name for name in STAGES if name != "texts")]
+    order = ["plan", *STAGES]
     for name in ("lora", "train-on"):
         order.insert(order.index(name), name)
     assert ran == order and said.count("interrupted") == 2

