@@ -1,10 +1,9 @@
-"""Command lines of `vllm serve`: the options that they set, and printing them without secrets."""
+"""The options that a command line of `vllm serve` names."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -13,73 +12,29 @@ from lola_vllm.models.files import CheckpointError
 
 # Short forms of the options that matter here.
 _SHORT = {
-    "-tp": "tensor-parallel-size",
     "-pp": "pipeline-parallel-size",
     "-dp": "data-parallel-size",
     "-dpl": "data-parallel-size-local",
-    "-n": "nnodes",
     "-q": "quantization",
     "-cc": "compilation-config",
     "-O": "optimization-level",
 }
-# Options whose values vLLM's own log hides.
-SECRETS = ("api-key", "hf-token", "watermark-config")
-MASK = "***"
-_LONG = re.compile(r"--[A-Za-z][\w.+-]*")
 
 
-def given_options(options: Sequence[str]) -> dict[str, str]:
-    """What a command line of `vllm serve` sets: long name without dashes -> value, "" for flags.
+def named_options(options: Sequence[str]) -> set[str]:
+    """The options that a command line of `vllm serve` names, by their long names without dashes.
 
-    Options of a `--config` file are included. The command line takes precedence over it, as in
-    vLLM. The name of a dotted option such as `-cc.mode` is the part before the dot.
+    Those of a `--config` file are among them, whatever it says of them. The name of a dotted option
+    such as `-cc.mode` is the part before the dot.
 
     Raises:
         CheckpointError: a `--config` file that cannot be read.
     """
-    given: dict[str, str] = {}
-    name = None
-    for part in options:
-        option = _name(part)
-        if option is not None:
-            given[option] = part.partition("=")[2]
-            name = None if "=" in part else option
-        elif name is not None:
-            given[name] = part
-            name = None
-    if "config" in given:
-        given = {**_config_file(Path(given["config"])), **given}
-    return given
-
-
-def masked(options: Sequence[str]) -> list[str]:
-    """The command line with the values of secret options hidden, to be printed.
-
-    vLLM accepts abbreviated options, underscores, `=`, and several keys after one option. All
-    arguments after a secret option are hidden up to one with two dashes. One dash is not enough,
-    because a key may begin with it.
-    """
-    shown = []
-    secret = False
-    for part in options:
-        head, equals, _ = part.partition("=")
-        if _LONG.fullmatch(head):
-            secret = _is_secret(head)
-            shown.append(f"{head}={MASK}" if secret and equals else part)
-        else:
-            shown.append(MASK if secret else part)
-    return shown
-
-
-def number(text: str | None) -> int | None:
-    """An integer as vLLM reads it (k, m, g for thousands, K, M, G for 1024), None if it is none."""
-    units = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
-    try:
-        if text and text[-1] in units:
-            return int(float(text[:-1]) * units[text[-1]])
-        return int(text) if text else None
-    except ValueError:
-        return None
+    named = {name for part in options if (name := _name(part)) is not None}
+    for part, following in pairwise([*options, ""]):
+        if _name(part) == "config":
+            named |= _config_file(Path(part.partition("=")[2] or following))
+    return named
 
 
 def _name(part: str) -> str | None:
@@ -93,13 +48,7 @@ def _name(part: str) -> str | None:
     return head[2:].replace("_", "-") if head.startswith("--") else None
 
 
-def _is_secret(head: str) -> bool:
-    """Whether an option is secret, or may be the abbreviation of a secret one."""
-    name = _name(head)
-    return name is not None and any(secret.startswith(name) for secret in SECRETS)
-
-
-def _config_file(path: Path) -> dict[str, str]:
+def _config_file(path: Path) -> set[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -110,12 +59,4 @@ def _config_file(path: Path) -> dict[str, str]:
         raise CheckpointError(f"--config {path}: not valid YAML{where}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"--config {path}: must hold option names and their values")
-    given = {}
-    for key, value in content.items():
-        name = str(key).replace("_", "-")
-        if value is False:  # as vLLM reads it
-            name, value = f"no-{name}", True
-        given[name] = (
-            "" if value is True else value if isinstance(value, str) else json.dumps(value)
-        )
-    return given
+    return {str(key).replace("_", "-") for key in content}

@@ -2,166 +2,174 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from lola_vllm.memory.sessions.settings import STORE_KEY, StoreSettings, StoreSettingsError
+from lola_vllm.memory.sessions.settings import (
+    AUTO,
+    STORE_KEY,
+    StoreSettings,
+    StoreSettingsError,
+)
 from lola_vllm.models.files import CheckpointError
 
-
-class Option(NamedTuple):
-    """An option of `lola-vllm serve`.
-
-    Attributes:
-        setting: its name in `--additional-config`. metavar, help: as `--help` shows them; a flag,
-            which is true where it is given, has no metavar.
-    """
-
-    setting: str
-    metavar: str | None
-    help: str
-
-
-OPTIONS = {
-    "--lola-state-ram": Option(
-        "state_ram", "BYTES",
+ADDITIONAL = "--additional-config"
+# Settings of the store by their names there: value and help of their options. A flag has no value.
+_OPTIONS = {
+    "state_ram": (
+        "BYTES",
         "memory for stored states, as 2GiB; 0: none (default: 64 states, in a quarter of what "
         "running states may take)",
     ),
-    "--lola-state-dir": Option(
-        "state_dir", "DIR",
+    "state_dir": (
+        "DIR",
         "where states are kept for the next start: whoever can read it can read what was said "
         "(default: in memory only)",
     ),
-    "--lola-state-disk": Option(
-        "state_disk", "BYTES", "of the files of one model there (default: 20GiB)"
-    ),
-    "--lola-state-key-file": Option(
-        "state_key_file", "FILE",
+    "state_disk": ("BYTES", "of the files of one model there (default: 20GiB)"),
+    "state_key_file": (
+        "FILE",
         "a secret that encrypts the files (default: LOLA_VLLM_STATE_KEY, else they are plain)",
     ),
-    "--lola-store": Option(
-        "store", "WHAT",
+    "store": (
+        "WHAT",
         "named: texts without a session's name are kept in memory only, and never in the "
         "directory; all: there too; none: nothing is kept (default: named)",
     ),
-    "--lola-allowed-hosts": Option(
-        "allowed_hosts", "NAMES",
+    "allowed_hosts": (
+        "NAMES",
         "hosts, separated by commas, whose requests a server without API keys answers under "
         "/v1/lola; *: all (default: this machine, and what --host says)",
     ),
-    "--lola-list-sessions": Option(
-        "list_sessions", None,
+    "list_sessions": (
+        None,
         "let everybody list the sessions of a server without API keys; by its name a session is "
         "found without it",
     ),
-}  # fmt: skip
-ADDITIONAL = "--additional-config"
-# Without an option: the states of so many conversations, in a quarter of what the pool may take.
-STATES = 64
-SHARE = 4
+}
 
 
 class StoreOptions(NamedTuple):
-    """What a command line says of the store.
+    """What a command line of `lola-vllm serve` says of the store, and the rest of it.
 
     Attributes:
-        given: settings by their names in `--additional-config`. rest: the other options.
-        additional: the user's `--additional-config`, which is no longer in `rest`; None: none.
+        given: settings by their names in `--additional-config`.
+        rest: the options of `vllm serve`, in their order.
+        additional: the user's `--additional-config`, which is not in `rest`; None: none.
+        dry_run: whether to start nothing.
     """
 
     given: dict[str, str | bool]
     rest: list[str]
-    additional: dict[str, Any] | None
+    additional: dict[str, Any] | None = None
+    dry_run: bool = False
+
+    @classmethod
+    def parse(cls, options: Sequence[str], before: Mapping[str, Any] | None = None) -> StoreOptions:
+        """Take the options of this command out of a command line.
+
+        Args:
+            options: what follows the model. before: values of options that stand before it.
+
+        Raises:
+            CheckpointError: an option without a value, or an `--additional-config` that is no
+                object.
+        """
+        parser = _Parser(add_help=False, allow_abbrev=False)
+        add_options(parser)
+        parser.add_argument(ADDITIONAL)
+        found, rest = parser.parse_known_args(
+            [_dashed(part) for part in options], argparse.Namespace(**before or {})
+        )
+        given = {name: value for name, value in vars(found).items() if name in _OPTIONS}
+        text = found.additional_config
+        return cls(given, rest, None if text is None else _object(text), found.dry_run)
 
     @property
-    def memory(self) -> int | None:
-        """Bytes of memory that the user gives to the store; None: not said."""
-        settings = {**(self.additional or {}).get(STORE_KEY, {}), **self.given}
-        if settings.get("store") == "none":
-            return 0
-        return read(settings).memory if "state_ram" in settings else None
+    def settings(self) -> dict[str, Any]:
+        """The settings of the store, from both."""
+        return {**(self.additional or {}).get(STORE_KEY, {}), **self.given}
 
-    def value(self, ram: int | None) -> str | None:
+    def value(self, default: bool) -> str | None:
         """The value of `--additional-config`; None where it is not needed.
 
         Args:
-            ram: bytes to use where the user says nothing about memory; None: do not.
+            default: whether states are kept in memory where the user says nothing of it.
+
+        Raises:
+            CheckpointError: a setting that cannot be used; names the option.
         """
-        theirs = dict((self.additional or {}).get(STORE_KEY, {}))
-        settings: dict[str, Any] = {**theirs, **self.given}
-        if ram and "state_ram" not in settings:
-            settings["state_ram"] = ram
-        if not settings:
-            return None if self.additional is None else json.dumps(self.additional)
-        read(settings)
+        settings = self.settings
+        if default and settings.get("store") != "none":
+            settings.setdefault("state_ram", AUTO)
+        if not settings and self.additional is None:
+            return None
+        try:
+            StoreSettings.from_mapping(settings, STORE_KEY).key()
+        except StoreSettingsError as error:
+            text = str(error)
+            for setting in _OPTIONS:
+                text = text.replace(f"{STORE_KEY}.{setting}", _option(setting))
+            raise CheckpointError(text) from None
         return json.dumps({**(self.additional or {}), STORE_KEY: settings})
 
+    @property
+    def keeps(self) -> bool:
+        """Whether any state is kept, where the user's memory has room for it."""
+        settings = self.settings
+        if settings.get("state_ram", AUTO) == AUTO:
+            return settings.get("store") != "none"
+        return StoreSettings.from_mapping(settings, STORE_KEY).enabled
 
-def split(options: Sequence[str]) -> StoreOptions:
-    """Take the store's options out of a command line of `vllm serve`.
-
-    Raises:
-        CheckpointError: an option without a value, or an `--additional-config` that is no object.
-    """
-    given: dict[str, str | bool] = {}
-    rest: list[str] = []
-    additional: dict[str, Any] | None = None
-    left = iter(options)
-    for part in left:
-        name, equals, value = part.partition("=")
-        name = name.replace("_", "-") if name.startswith("--") else name
-        if name not in OPTIONS and name != ADDITIONAL:
-            rest.append(part)
-            continue
-        if name in OPTIONS and OPTIONS[name].metavar is None:
-            if equals:
-                raise CheckpointError(f"{name} = {value!r}: it takes no value; leave the value out")
-            given[OPTIONS[name].setting] = True
-            continue
-        if not equals:
-            following = next(left, None)
-            if following is None or following.startswith("--"):
-                raise CheckpointError(f"{name}: expects a value")
-            value = following
-        if name == ADDITIONAL:
-            additional = _object(value)
-        else:
-            given[OPTIONS[name].setting] = value
-    return StoreOptions(given, rest, additional)
+    @property
+    def reason(self) -> str:
+        """In words for the user, what is kept."""
+        settings = self.settings
+        if not self.keeps:
+            return "nothing is stored, as you say"
+        if settings.keys() <= {"allowed_hosts", "list_sessions"}:
+            return (
+                "states are stored, in memory only: a conversation goes on where it stopped;\n"
+                "      --lola-state-dir keeps those with a name for the next start,\n"
+                "      --lola-store none keeps nothing"
+            )
+        what = "" if settings.get("store") == "all" else "with a name "
+        where = settings.get("state_dir")
+        also = f": those of conversations {what}also in {where}" if where else ""
+        return (
+            f"states outlive their requests, as you say{also};\n"
+            "      --lola-store none keeps nothing (docs/privacy.md)"
+        )
 
 
-def read(settings: Mapping[str, Any]) -> StoreSettings:
-    """Check settings.
-
-    Raises:
-        CheckpointError: names the option.
-    """
-    try:
-        found = StoreSettings.from_mapping(settings, STORE_KEY)
-        found.key()
-        return found
-    except StoreSettingsError as error:
-        text = str(error)
-        for option, row in OPTIONS.items():
-            text = text.replace(f"{STORE_KEY}.{row.setting}", option)
-        raise CheckpointError(text) from None
+def add_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options of this command that may stand before the model and after it."""
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be run, and stop there"
+    )
+    for setting, (metavar, text) in _OPTIONS.items():
+        how: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_true"}
+        parser.add_argument(
+            _option(setting), dest=setting, default=argparse.SUPPRESS, help=text, **how
+        )
 
 
-def stores(additional: str) -> bool:
-    """Whether a value of `--additional-config` makes a store of states."""
-    return read(json.loads(additional).get(STORE_KEY, {})).enabled
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CheckpointError(message.removeprefix("argument "))
 
 
-def default_memory(room: int, state: int) -> int:
-    """Bytes of memory for stored states: 0 where a turn's two states do not fit.
+def _option(setting: str) -> str:
+    return f"--lola-{setting.replace('_', '-')}"
 
-    Args:
-        room: bytes that the pool may take. state: bytes of a state, all ranks together.
-    """
-    states = min(STATES, room // SHARE // state)
-    return states * state if states >= 2 else 0
+
+def _dashed(part: str) -> str:
+    """An option of this command with dashes for underscores; anything else as it is."""
+    head, equals, value = part.partition("=")
+    name = head.replace("_", "-")
+    return name + equals + value if name in (ADDITIONAL, *map(_option, _OPTIONS)) else part
 
 
 def _object(text: str) -> dict[str, Any]:

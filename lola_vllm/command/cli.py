@@ -305,12 +305,8 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(parser: argparse.ArgumentParser) -> None:
-    from lola_vllm.serving.store_options import OPTIONS
+    from lola_vllm.serving.store_options import add_options
 
-    dry_run = "--dry-run"
-    parser.add_argument(
-        dry_run, action="store_true", help="print what would be run, and stop there"
-    )
     parser.add_argument(
         "model", metavar="MODEL", help="directory of a LoLA model, or a name for vLLM to look up"
     )
@@ -320,27 +316,15 @@ def _serve(parser: argparse.ArgumentParser) -> None:
         metavar="OPTIONS",
         help="any of 'vllm serve --help=all'; what is given here is not chosen",
     )
-    stored = parser.add_argument_group("stored states", "docs/sessions.md says what is kept")
-    for name, option in OPTIONS.items():
-        if option.metavar is None:
-            stored.add_argument(name, action="store_const", const="", help=option.help)
-        else:
-            stored.add_argument(name, metavar=option.metavar, help=option.help)
+    add_options(parser.add_argument_group("of this command", "docs/sessions.md says what is kept"))
 
     def run(args: argparse.Namespace) -> int:
         cpus = os.sched_getaffinity(0)  # before torch is imported
         from lola_vllm.serving.launch import serve
 
-        # argparse leaves all that follows the model alone.
-        options = [part for part in args.options if part != dry_run]
-        dry = args.dry_run or len(options) < len(args.options)
-        before = {name: getattr(args, name[2:].replace("-", "_")) for name in OPTIONS}
-        given = [
-            name if OPTIONS[name].metavar is None else f"{name}={value}"
-            for name, value in before.items()
-            if value is not None
-        ]
-        return serve(args.model, [*given, *options], cpus, dry_run=dry)
+        given = vars(args)
+        model, options = given.pop("model"), given.pop("options")
+        return serve(model, options, given, cpus)
 
     parser.set_defaults(run=run)
 

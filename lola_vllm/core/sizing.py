@@ -1,7 +1,6 @@
 """How much of a machine's memory states may take, and how many sequences fit in it.
 
-`lola-vllm serve` asks before vLLM starts, and the config hook within vLLM. Imports neither torch
-nor vLLM.
+The config hook asks when vLLM starts. Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations

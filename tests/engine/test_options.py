@@ -9,7 +9,7 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import EngineArgs
 
 from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig, TensorFacts
-from lola_vllm.core.sizing import GIB, RANK_BYTES, SERVER_BYTES
+from lola_vllm.core.sizing import GIB, GPU_BYTES, RANK_BYTES, SERVER_BYTES
 from lola_vllm.engine.vllm import config_hook
 from lola_vllm.engine.vllm.cache import describe_pool
 from lola_vllm.engine.vllm.refusals import UnsupportedOptionError, check_parallel_heads
@@ -113,6 +113,40 @@ def test_on_a_cpu_the_ranks_share_half_of_the_free_memory(tiny, monkeypatch, ran
     needed = weights + SERVER_BYTES + (ranks - 1) * RANK_BYTES
     assert pool(needed + 200 * state * ranks) == 100 * state
     assert pool(0) == 4 * state  # one sequence; vLLM says what is missing
+
+
+def test_stored_states_take_a_share_of_the_room(tiny, monkeypatch):
+    """64 of them where no number is given, fewer in little memory, none without room for two."""
+
+    def stored(free, **options):
+        memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=free))
+        monkeypatch.setattr(config_hook, "psutil", memory)
+        store = {"lola": {"state_ram": "auto"}}
+        transfer = config_of(
+            tiny, dtype="float32", additional_config=store, **options
+        ).kv_transfer_config
+        return transfer and transfer.kv_connector_extra_config["state_ram"]
+
+    state = stored(100 * GIB) // 64
+    needed = (tiny / "model.safetensors").stat().st_size + SERVER_BYTES
+    assert stored(needed + 2 * 40 * state) == 10 * state
+    assert stored(needed + 2 * 7 * state) is None
+    assert stored(100 * GIB, pipeline_parallel_size=2, enforce_eager=False) is None
+    assert stored(100 * GIB, tensor_parallel_size=2) > 64 * state
+
+
+def test_on_a_gpu_no_more_sequences_run_than_have_room(tiny, monkeypatch):
+    config = config_of(tiny, dtype="float32", max_num_seqs=256, enable_prefix_caching=False)
+    state = config.cache_config.kv_cache_memory_bytes // 257
+    config.cache_config.kv_cache_memory_bytes = None
+    config.cache_config.gpu_memory_utilization = 1.0
+    weights = (tiny / "model.safetensors").stat().st_size
+    for room, sequences in ((2000, 256), (101, 100), (0, 100)):  # vLLM says what is missing
+        memory = weights + GPU_BYTES + room * state
+        platform = SimpleNamespace(is_cuda=lambda: True, get_device_total_memory=lambda m=memory: m)
+        monkeypatch.setattr("vllm.platforms.current_platform", platform)
+        config_hook.settle_gpu_sequences(config)
+        assert config.scheduler_config.max_num_seqs == sequences
 
 
 def test_a_cpu_without_bfloat16_is_warned_of(tiny, monkeypatch):

@@ -14,8 +14,9 @@ import sys
 import pytest
 
 from lola_vllm.command import cli
-from lola_vllm.engine.estimate import GIB, estimate
+from lola_vllm.engine.estimate import estimate
 from lola_vllm.serving import launch
+from lola_vllm.serving.store_options import StoreOptions
 from tests.support.documented import ROOT, blocks, documented, programs
 from tests.support.servers import KEY
 
@@ -86,8 +87,9 @@ def test_the_sample_of_the_start_is_what_is_printed(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(launch.cpu, "_flags", lambda: frozenset({"avx2", "avx512_bf16"}))
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_vnni": True})
-    machine = launch.Machine("cpu", 2, int(17.7 * GIB))
-    printed = [line.strip() for line in str(launch.plan(DEMO, [], machine, {})).splitlines()]
+    machine = launch.Machine("cpu", 2)
+    plan = launch.plan(DEMO, StoreOptions.parse([]), machine, {})
+    printed = [line.strip() for line in str(plan).splitlines()]
     shown = sample("docs/serving.md", f"{DEMO}: ").splitlines()
     assert len(shown) > 20
     assert [line for line in shown if "..." not in line and line.strip() not in printed] == []

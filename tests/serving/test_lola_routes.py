@@ -86,9 +86,9 @@ def test_plain_vllm_serve_has_no_such_routes(server):
 def test_serve_says_what_it_chose(lola_server):
     log = lola_server.log.read_text()
     assert re.search(r"--max-num-seqs \d+\n +\d+ per core", log)
-    assert "--kv-cache-memory-bytes" in log
+    assert "LoLA state pool: " in log
     chosen, running = log.split("running: ", 1)
-    assert "--block-size" not in chosen and "--block-size 256" in running.splitlines()[0]
+    assert "--block-size" not in chosen and "and your options" in running.splitlines()[0]
 
 
 def test_info(lola_server):

@@ -13,7 +13,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from lola_vllm.core import cpu
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
-from lola_vllm.core.sizing import Pool, cpu_room, weight_bytes
+from lola_vllm.core.sizing import Pool, cpu_room, gpu_room, weight_bytes
 from lola_vllm.engine.vllm import compat
 from lola_vllm.engine.vllm.cache import lola_hf_config, row_bytes
 from lola_vllm.engine.vllm.connectors import CONNECTOR, CONNECTOR_MODULE, has_store
@@ -25,7 +25,12 @@ from lola_vllm.engine.vllm.refusals import (
     refuse,
 )
 from lola_vllm.memory.sessions.cipher import KEY_VARIABLE
-from lola_vllm.memory.sessions.settings import STORE_KEY, StoreSettings, StoreSettingsError
+from lola_vllm.memory.sessions.settings import (
+    AUTO,
+    STORE_KEY,
+    StoreSettings,
+    StoreSettingsError,
+)
 from lola_vllm.models.files import weight_files
 from lola_vllm.models.schema import settle_facts
 
@@ -37,6 +42,9 @@ logger = init_logger("vllm.lola")
 # Tokens between two cached states. A state is as large as hundreds of tokens of a full KV cache,
 # so a finer grain than this would cost more than it saves.
 PREFIX_CACHE_BLOCK_SIZE = 1024
+
+# States that are stored where no number is given, in a part of what running states may take.
+STATES, SHARE = 64, 4
 
 # vLLM's CPU worker, with seeds that survive prompts in pieces. A name, as below.
 CPU_WORKER = "lola_vllm.engine.vllm.cpu_worker.LolaCPUWorker"
@@ -50,18 +58,19 @@ class LolaModelConfig(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Check the options, then read what the tensors say and settle the block size."""
+        """Read what the tensors say, check the options, and settle sizes."""
         compat.warn_of_untested_vllm()
-        settle_sessions(vllm_config)
-        refuse(vllm_config)
         check_weight_files(vllm_config)
         hf_config = lola_hf_config(vllm_config)
         model = vllm_config.model_config
         settle_facts(hf_config, model.model, model.revision)
-        announce_context_shift(vllm_config)
         check_parallel_heads(hf_config, vllm_config.parallel_config.tensor_parallel_size)
+        settle_sessions(vllm_config)
+        refuse(vllm_config)
+        announce_context_shift(vllm_config)
         settle_block_size(vllm_config)
         settle_cpu_memory(vllm_config)
+        settle_gpu_sequences(vllm_config)
         warn_of_slow_dtype(vllm_config)
         warn_of_cpu_adapters(vllm_config)
         settle_cpu_worker(vllm_config)
@@ -81,14 +90,16 @@ def settle_sessions(vllm_config: VllmConfig) -> None:
     given = additional.get(STORE_KEY) if isinstance(additional, dict) else None
     transfer = vllm_config.kv_transfer_config
     named = transfer is not None and transfer.kv_connector == CONNECTOR
-    if given is None and not named:
-        return
-    if given is None:
+    if named:  # by the user, or by an earlier call
         assert transfer is not None
         given = transfer.kv_connector_extra_config
+    if given is None:
+        return
     try:
         if not isinstance(given, dict):
             raise StoreSettingsError(f"{STORE_KEY} = {given!r}: must be an object")
+        if given.get("state_ram") == AUTO:
+            given = {**given, "state_ram": default_memory(vllm_config)}
         if KEY_VARIABLE in os.environ and "state_key_variable" not in given:
             given = {**given, "state_key_variable": KEY_VARIABLE}  # its name, for each rank
         settings = StoreSettings.from_mapping(given, STORE_KEY)
@@ -120,6 +131,22 @@ def settle_sessions(vllm_config: VllmConfig) -> None:
         kv_load_failure_policy="recompute",
         kv_connector_extra_config=dict(given),
     )
+
+
+def default_memory(vllm_config: VllmConfig) -> int:
+    """Bytes of memory for stored states where the user gives none: the states of `STATES`
+    conversations, in a share of what running states may take. 0 where a turn's two states do not
+    fit, or where nothing can be stored."""
+    parallel = vllm_config.parallel_config
+    taken = vllm_config.kv_transfer_config or vllm_config.cache_config.kv_offloading_size
+    if taken or parallel.pipeline_parallel_size > 1:
+        return 0
+    if vllm_config.model_config.runner_type == "pooling":
+        return 0
+    state = row_bytes(vllm_config) * parallel.world_size
+    room = _cpu_room(vllm_config) * parallel.world_size
+    states = min(STATES, room // SHARE // state)
+    return states * state if states >= 2 else 0
 
 
 def settle_block_size(vllm_config: VllmConfig) -> None:
@@ -177,13 +204,12 @@ def settle_cpu_memory(vllm_config: VllmConfig) -> None:
 
 
 def _cpu_room(vllm_config: VllmConfig) -> int:
-    """Bytes that a rank's states may take, by the weights and the ranks on this machine."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    """Bytes that a rank's states may take in the machine's own memory."""
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
     workers = max(1, parallel.data_parallel_size_local) * parallel.local_world_size
-    path = Path(model.model)
-    files = sum(f.stat().st_size for f in weight_files(path)) if path.is_dir() else 0
-    dtype = str(model.dtype).removeprefix("torch.")
-    weights = weight_bytes(files, model.hf_config.to_dict(), dtype)
+    weights = _weights(vllm_config) if current_platform.is_cpu() else 0
     free = psutil.virtual_memory().available
     stored = 0
     if has_store(vllm_config):
@@ -192,6 +218,41 @@ def _cpu_room(vllm_config: VllmConfig) -> int:
         engines = max(1, parallel.data_parallel_size_local)
         stored = engines * StoreSettings.from_mapping(given).memory
     return cpu_room(free, workers * weights // parallel.world_size, workers, stored)
+
+
+def _weights(vllm_config: VllmConfig) -> int:
+    """Bytes of the weights, all ranks together; 0 where they are not on this machine yet."""
+    model = vllm_config.model_config
+    path = Path(model.model)
+    files = sum(f.stat().st_size for f in weight_files(path)) if path.is_dir() else 0
+    dtype = str(model.dtype).removeprefix("torch.")
+    return weight_bytes(files, model.hf_config.to_dict(), dtype)
+
+
+def settle_gpu_sequences(vllm_config: VllmConfig) -> None:
+    """On a GPU, run no more sequences at once than there is memory for, by the weights.
+
+    vLLM would end at the capture of CUDA graphs, which takes a state for each sequence.
+    """
+    from vllm.platforms import current_platform
+
+    cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+    if not current_platform.is_cuda() or cache.kv_cache_memory_bytes is not None:
+        return
+    weights = _weights(vllm_config) // vllm_config.parallel_config.world_size
+    memory = current_platform.get_device_total_memory()
+    room = gpu_room(memory, cache.gpu_memory_utilization, weights)
+    pool = Pool.of(row_bytes(vllm_config), "cuda", bool(cache.enable_prefix_caching))
+    fits = pool.sequences_in(room)
+    if 1 <= fits < scheduler.max_num_seqs:
+        logger.warning(
+            "--max-num-seqs = %d: %.0f%% of the GPU has room for the states of %d sequences beside "
+            "the weights, so no more run at once",
+            scheduler.max_num_seqs,
+            100 * cache.gpu_memory_utilization,
+            fits,
+        )
+        scheduler.max_num_seqs = fits
 
 
 def warn_of_slow_dtype(vllm_config: VllmConfig) -> None:

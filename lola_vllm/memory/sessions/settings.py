@@ -19,6 +19,7 @@ KEYS = (
     "state_key_variable", "store", "allowed_hosts", "list_sessions",
 )  # fmt: skip
 STORED = ("named", "all", "none")
+AUTO = "auto"  # a `state_ram` that the config hook settles
 # A shorter text is computed again sooner than its state is read.
 MIN_TOKENS = 64
 DISK_BYTES = 20 * 2**30
@@ -126,6 +127,8 @@ class StoreSettings:
     def from_mapping(cls, given: Mapping[str, Any], where: str = "lola") -> StoreSettings:
         """Read `{"state_ram": "2GiB", "state_dir": path, "state_disk": "20GiB", ...}`.
 
+        A `state_ram` of "auto" counts as none until it is settled.
+
         Args:
             where: what errors call the mapping.
 
@@ -156,6 +159,7 @@ class StoreSettings:
         listed = given.get("list_sessions", False)
         if not isinstance(listed, bool):
             raise StoreSettingsError(f"{where}.list_sessions = {listed!r}: must be true or false")
+        ram = given.get("state_ram", 0)
         ttl = given.get("state_ttl")
         minimum = given.get("state_min_tokens", MIN_TOKENS)
         for key, value, kinds in (
@@ -165,7 +169,7 @@ class StoreSettings:
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise StoreSettingsError(f"{where}.{key} = {value!r}: must be a number")
         return cls(
-            memory=parse_bytes(given.get("state_ram", 0), f"{where}.state_ram"),
+            memory=parse_bytes(0 if ram == AUTO else ram, f"{where}.state_ram"),
             directory=None if directory is None else Path(directory).expanduser().absolute(),
             key_file=None if key_file is None else Path(key_file).expanduser().absolute(),
             key_variable=variable,
