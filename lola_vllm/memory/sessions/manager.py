@@ -214,7 +214,7 @@ class SessionManager:
 
     def texts(self, sessions: list[str], salt: str | None = None) -> list[list[int]]:
         """Token ids of sessions, each that of its longest state."""
-        return [self._tokens(self._longest(session, salt)).tolist() for session in sessions]
+        return [tokens_of(self.store, self._longest(one, salt)).tolist() for one in sessions]
 
     def compose_parts(
         self, sources: list[str], salt: str | None = None, ttl: float | None = None
