@@ -17,9 +17,6 @@ class CalibrateOptions:
     recent: int = option(
         "more pairs of a KV head, on average, for its newest tokens; heads that copy share them", 0
     )
-    per: Literal["head", "layer"] = option(
-        "a size for each KV head, or one for all heads of a layer", "head"
-    )
     prompts: int = option("to read", 56)
     prompt_length: int = option("of every other four, in tokens; the rest have half of it", 4096)
     facts: float = option(

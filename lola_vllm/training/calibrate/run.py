@@ -27,7 +27,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lola_vllm.models.base import read_base_config
-from lola_vllm.models.calibration import Sizes
 from lola_vllm.models.files import CheckpointError, open_weights, weight_files
 from lola_vllm.training.calibrate.copying import (
     ENOUGH,
@@ -83,15 +82,15 @@ class Calibration:
     """What `calibrate` found.
 
     Attributes:
-        sizes: per layer, its pairs, or those of its KV heads: a `lola_config.sparse_cache_size`,
-            the recent ones included.
-        recent: per layer, or for each of its KV heads: a `lola_config.recent_size`.
+        sizes: pairs per layer and KV head: a `lola_config.sparse_cache_size`, the recent ones
+            included.
+        recent: likewise: a `lola_config.recent_size`.
         importance: per layer `[Hkv, d // 2 + d + 1]`, its tensor `importance`.
         held: per layer, what the pairs that are not recent would hold.
     """
 
-    sizes: Sizes
-    recent: Sizes
+    sizes: list[list[int]]
+    recent: list[list[int]]
     importance: list[Tensor]
     held: list[Held]
 
@@ -140,34 +139,39 @@ def calibrate(
     recent = _find_recent(softmax, tokenizer, texts, options)
     # Beyond more recent pairs than this the prompts would show too little to fit to.
     most = options.prompt_length // 2
-    by_layer = [_of_heads(sizes, 1) for sizes in recent]
-    near = [[min(size, most) for size in of_heads] for of_heads in by_layer]
+    near = [[min(size, most) for size in of_heads] for of_heads in recent]
     # What heads that copy do not need goes to the pairs that scores choose.
-    mean = sum(map(sum, by_layer)) / sum(map(len, by_layer))
+    mean = sum(map(sum, recent)) / sum(map(len, recent))
     pairs = options.pairs + max(0, options.recent - math.ceil(mean))
     recorder = LongRangeAttention(prompts, maps, near)
     read(softmax, [prompt.ids for prompt in prompts], recorder, "reading")
     parts = [parted(reads) for reads in recorder.reads]
     gains = []
     for fitted, _ in tqdm(parts, desc="sizes", unit="layer"):
-        alike = _of_heads(pairs, len(fitted[0].attention))
+        alike = [pairs] * len(fitted[0].attention)
         gains.append(AttentionGains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
-    sizes = divide_among(gains, pairs, options.least, options.per == "layer")
+    sizes = divide_among(gains, pairs, options.least)
     importance, shares = [], []
     for layer, (fitted, judged) in enumerate(tqdm(parts, desc="importance", unit="layer")):
-        own = _of_heads(sizes[layer], len(fitted[0].attention))
+        own = sizes[layer]
         importance.append(fit(fitted, own, options.seed))
         alone, total = (x / len(judged) for x in held(judged, own, None))
         weighted = held(judged, own, importance[-1])[0] / len(judged)
         shares.append(Held(total, alone, weighted))
-    return Calibration(_added(sizes, recent), recent, importance, shares)
+    both = [
+        [x + y for x, y in zip(*of_layer, strict=True)]
+        for of_layer in zip(sizes, recent, strict=True)
+    ]
+    return Calibration(both, recent, importance, shares)
 
 
-def _find_recent(softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOptions) -> Sizes:
-    """Recent pairs of layers or heads."""
+def _find_recent(
+    softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOptions
+) -> list[list[int]]:
+    """Recent pairs per layer and KV head."""
     config = softmax.config
     if not options.recent:
-        return [0] * config.num_hidden_layers
+        return [[0] * config.num_key_value_heads for _ in range(config.num_hidden_layers)]
     length = min(2 * options.prompt_length, config.max_position_embeddings - REPEATED)
     if length <= LEAST_DISTANCE + PASSAGE:
         raise CheckpointError(
@@ -181,14 +185,11 @@ def _find_recent(softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOp
     recorder = CopyingAttention([starts for _, starts in prompts], length, config.num_hidden_layers)
     read(softmax, [ids for ids, _ in prompts], recorder, "heads that copy")
     longest = length + REPEATED  # the last repeat stands after all the others
-    recent = _best_division(
+    return _best_division(
         softmax,
         [ids for ids, _ in prompts[:TRIED_PROMPTS]],
         [divide_recent(recorder.attention, options.recent, longest, share) for share in ENOUGH],
     )
-    if options.per == "layer":
-        return [round(sum(heads) / len(heads)) for heads in recent]
-    return recent
 
 
 def _best_division(
@@ -205,22 +206,6 @@ def _best_division(
     found = passage_log_probs(softmax, prompts, distinct)
     softmax.set_attn_implementation(ATTENTION)
     return distinct[int(found.argmax())]
-
-
-def _added(sizes: Sizes, more: Sizes) -> Sizes:
-    """Sums by layer, or by layer and head where either has heads."""
-    pairs: list[Any] = list(zip(sizes, more, strict=True))
-    heads = max((len(x) for pair in pairs for x in pair if isinstance(x, list)), default=0)
-    if not heads:
-        return [one + other for one, other in pairs]
-    return [
-        [x + y for x, y in zip(_of_heads(one, heads), _of_heads(other, heads), strict=True)]
-        for one, other in pairs
-    ]
-
-
-def _of_heads(sizes: int | list[int], heads: int) -> list[int]:
-    return [sizes] * heads if isinstance(sizes, int) else sizes
 
 
 def _identity_maps(config: Any) -> list[Tensor]:
@@ -265,9 +250,8 @@ def report(found: Calibration) -> str:
     the error alone and with importance, and its pairs; the sizes as JSON."""
     lines = ["layer  KV head  pairs  recent  long-range attention  held by error  with importance"]
     for layer, of_layer in enumerate(found.held):
-        count = len(of_layer.total)
-        sizes, recents = (_of_heads(x[layer], count) for x in (found.sizes, found.recent))
-        heads = zip(sizes, recents, *(x.tolist() for x in of_layer), strict=True)
+        columns = (found.sizes[layer], found.recent[layer], *(x.tolist() for x in of_layer))
+        heads = zip(*columns, strict=True)
         for head, (pairs, recent, total, *kept) in enumerate(heads):
             alone, weighted = _shares(total, *kept)
             lines.append(

@@ -36,10 +36,8 @@ class AttentionGains:
                 self.plain = _add(self.plain, ranked.double())
 
 
-def divide_among(
-    layers: Sequence[AttentionGains], pairs: int, least: int, per_layer: bool = False
-) -> list[int] | list[list[int]]:
-    """Sizes per layer and KV head, or per layer alone.
+def divide_among(layers: Sequence[AttentionGains], pairs: int, least: int) -> list[list[int]]:
+    """Sizes per layer and KV head.
 
     Args:
         pairs: of a head, on average. least: of any head.
@@ -51,10 +49,8 @@ def divide_among(
     gains_of = []
     for gains in layers:
         total = _add(gains.facts / max(facts, 1e-9), PLAIN * gains.plain / max(plain, 1e-9))
-        gains_of += [total.sum(0)] if per_layer else list(total)
+        gains_of += list(total)
     sizes = divide(gains_of, pairs * len(gains_of), least)
-    if per_layer:
-        return sizes
     heads = len(sizes) // len(layers)
     return [sizes[i : i + heads] for i in range(0, len(sizes), heads)]
 

@@ -1,8 +1,8 @@
 """Stage 2: train LoRA adapters and the maps, so that the whole model answers as its teacher.
 
-LoLCATs (arXiv 2410.10254, section 3.2) fine-tunes with the next-token loss. The default here is the
-divergence from the teacher's distribution, which has far more information per token. The
-next-token loss is an option. The teacher is the same model with adapters and LoLA switched off.
+LoLCATs (arXiv 2410.10254, section 3.2) fine-tunes with the next-token loss. The loss here is the
+divergence from the teacher's distribution, which has far more information per token. The teacher is
+the same model with adapters and LoLA switched off.
 """
 
 from __future__ import annotations
@@ -201,15 +201,12 @@ def _loss(
     ids = row.long()[None]
     base = model.get_base_model()
     with torch.no_grad(), model.disable_adapter(), _autocast(base):
-        wanted = base.model(ids).last_hidden_state[0] if options.lora_loss == "teacher" else None
+        wanted = base.model(ids).last_hidden_state[0]
     with _autocast(base), lola_attention(model, config):
         hidden = base.model(ids).last_hidden_state[0]
         compared = compared.to(hidden.device)
         weights = 1 + (options.answer_weight - 1) * answers.to(hidden.device)[compared + 1].float()
-        total = token_loss(
-            base.lm_head, hidden[compared], None if wanted is None else wanted[compared],
-            ids[0, compared + 1], weights,
-        )  # fmt: skip
+        total = token_loss(base.lm_head, hidden[compared], wanted[compared], weights)
     return total / weights.sum()
 
 

@@ -15,25 +15,17 @@ from torch import Tensor, nn
 LOSS_BLOCK = 256  # tokens whose logits exist at once
 
 
-def token_loss(
-    head: nn.Linear,
-    hidden: Tensor,
-    teacher: Tensor | None,
-    targets: Tensor,
-    weights: Tensor,
-) -> Tensor:
-    """Weighted sum over tokens of KL(teacher || student), or of the next tokens' negative
-    log-likelihood (LoLCATs, arXiv 2410.10254, section 3.2).
+def token_loss(head: nn.Linear, hidden: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum over tokens of KL(teacher || student).
 
     Args:
         head: the LM head, which is not trained. Products are made in its dtype.
-        hidden: `[n, hidden_size]`, the student's. teacher: likewise; None: the targets count.
-        targets: `[n]` int64. weights: `[n]` float32.
+        hidden: `[n, hidden_size]`, the student's. teacher: likewise. weights: `[n]` float32.
 
     Returns:
         Float32 scalar (float64 for a float64 head), with a gradient to `hidden` alone.
     """
-    total: Tensor = _TokenLoss.apply(hidden, head.weight, head.bias, teacher, targets, weights)
+    total: Tensor = _TokenLoss.apply(hidden, head.weight, head.bias, teacher, weights)
     return total
 
 
@@ -44,8 +36,7 @@ class _TokenLoss(torch.autograd.Function):
         hidden: Tensor,
         matrix: Tensor,
         bias: Tensor | None,
-        teacher: Tensor | None,
-        targets: Tensor,
+        teacher: Tensor,
         weights: Tensor,
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
@@ -61,16 +52,10 @@ class _TokenLoss(torch.autograd.Function):
             for first in range(0, len(hidden), LOSS_BLOCK):
                 at = slice(first, first + LOSS_BLOCK)
                 said, weight = log_probabilities(hidden[at]), weights[at].to(wide)
-                if teacher is None:
-                    index = targets[at, None]
-                    total -= said.gather(1, index)[:, 0] @ weight
-                    of_logits = said.exp_()
-                    of_logits.scatter_add_(1, index, -torch.ones_like(index, dtype=wide))
-                else:
-                    wanted = log_probabilities(teacher[at])
-                    p = wanted.exp()
-                    total += wanted.sub_(said).mul_(p).sum(-1) @ weight
-                    of_logits = said.exp_().sub_(p)
+                wanted = log_probabilities(teacher[at])
+                p = wanted.exp()
+                total += wanted.sub_(said).mul_(p).sum(-1) @ weight
+                of_logits = said.exp_().sub_(p)
                 of_logits.mul_(weight[:, None])
                 gradient[at] = of_logits.to(matrix.dtype) @ matrix
         ctx.save_for_backward(gradient)
@@ -79,4 +64,4 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *of_total: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * of_total[0].to(gradient.dtype), None, None, None, None, None
+        return gradient * of_total[0].to(gradient.dtype), None, None, None, None

@@ -82,11 +82,6 @@ class DistillOptions:
         "share of what the adapters add to the weights that the result keeps", 1.0, part=FINETUNE
     )
     rows_per_step: int = option("rows whose gradients make a step", 2, part=FINETUNE)
-    lora_loss: Literal["teacher", "next-token"] = option(
-        "divergence from the base model's distribution (default), or LoLCATs' own loss",
-        "teacher",
-        part=FINETUNE,
-    )
     gradient_checkpointing: bool = option(
         "compute activations twice, for less memory", False, part=FINETUNE
     )

@@ -133,12 +133,11 @@ def test_gains_are_the_attention_by_rank() -> None:
             torch.testing.assert_close(kind[:, :pairs].sum(1).float(), kept)
 
 
-def test_sizes_are_of_heads_or_of_layers() -> None:
+def test_sizes_are_of_heads() -> None:
     first = _gains([[8.0, 3, 2, 0], [0, 0, 0, 0]], [[0.0, 0, 0, 0]] * 2)
     second = _gains([[1.0, 1, 0, 0], [6.0, 5, 4, 3]], [[0.0, 0, 0, 0]] * 2)
     assert divide_among([first, second], 2, 0) == [[3, 0], [1, 4]]
     assert divide_among([first, second], 2, 1) == [[2, 1], [1, 4]]
-    assert divide_among([first, second], 2, 0, per_layer=True) == [1, 3]
 
 
 def test_facts_and_plain_text_count_whatever_their_number_is() -> None:
