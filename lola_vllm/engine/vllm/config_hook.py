@@ -99,7 +99,8 @@ def settle_sessions(vllm_config: VllmConfig) -> None:
         if not isinstance(given, dict):
             raise StoreSettingsError(f"{STORE_KEY} = {given!r}: must be an object")
         if given.get("state_ram") == AUTO:
-            given = {**given, "state_ram": default_memory(vllm_config)}
+            # In place: API processes that start later read the same options, in less free memory.
+            given["state_ram"] = default_memory(vllm_config)
         if KEY_VARIABLE in os.environ and "state_key_variable" not in given:
             given = {**given, "state_key_variable": KEY_VARIABLE}  # its name, for each rank
         settings = StoreSettings.from_mapping(given, STORE_KEY)
