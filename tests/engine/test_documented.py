@@ -1,20 +1,15 @@
 """What the documentation does with vLLM in one process, on tiny models: programs, evaluations."""
 
-import io
 import json
 import shlex
-import shutil
-from types import SimpleNamespace
 
 import pytest
 
 from lola_vllm.command import cli
-from lola_vllm.evaluation import engine
 from lola_vllm.training.texts import SEPARATOR
 from tests.support.documented import ROOT, documented, programs
-from tests.support.families import make_base
+from tests.support.evaluations import in_this_process, make_pair
 from tools.support.speaking import make_speaking
-from tools.support.tiny import VOCAB
 
 
 def test_program_answers(tmp_path, monkeypatch, capsys):
@@ -31,44 +26,11 @@ def test_program_answers(tmp_path, monkeypatch, capsys):
     assert "'session': 'physics', 'turn': 2" in told and "'restored_tokens'" in told
 
 
-class Child:
-    """In place of an evaluation's process for a setting: its job runs in this one, where vLLM is
-    imported. tests/engine/test_eval.py has the process."""
-
-    def __init__(self, command, **_):
-        assert command[1:] == ["-m", engine.__name__]
-        self.stdin = self
-        self.job = ""
-        self.stdout = self.lines()
-
-    def write(self, text):
-        self.job += text
-
-    def flush(self):
-        pass
-
-    close = flush
-
-    def lines(self):
-        out = io.StringIO()
-        engine._run(json.loads(self.job), lambda event: out.write(json.dumps(event) + "\n"))
-        yield from io.StringIO(out.getvalue())
-
-    def wait(self):
-        return 0
-
-    poll = wait
-
-
 @pytest.fixture(scope="module")
 def tutorial(tmp_path_factory):
     """What the tutorial has when it measures: a model, its base and texts."""
     place = tmp_path_factory.mktemp("tutorial")
-    lola = make_speaking(place / "models/my-lola")
-    base = place / "models/smollm2-base"
-    make_base(base, "llama", vocab_size=VOCAB, head_dim=32)  # the least that vLLM has on CPUs
-    for file in lola.glob("*token*"):
-        shutil.copy(file, base)
+    make_pair(place / "models/my-lola", place / "models/smollm2-base")
     words = "".join((ROOT / f"docs/{name}.md").read_text() for name in ("algorithm", "bounds"))
     words = words.split("\n\n")
     (place / "models/texts").mkdir()
@@ -79,7 +41,7 @@ def tutorial(tmp_path_factory):
 @pytest.mark.parametrize(("page", "command"), documented("engine"))
 def test_evaluation(page, command, tutorial, monkeypatch):
     monkeypatch.chdir(tutorial)
-    monkeypatch.setattr(engine, "subprocess", SimpleNamespace(Popen=Child, PIPE=None))
+    in_this_process(monkeypatch)
     _, *words = shlex.split(command)
     fewer = ["--engine-args", '{"dtype": "float32"}']
     if words[1] == "recall":
