@@ -9,7 +9,6 @@
 
 [ -d models/smollm2-uncalibrated ] ||
     lola demo-model --uncalibrated --out models/smollm2-uncalibrated
-[ -d models/smollm2-untrained ] || lola demo-model --untrained --out models/smollm2-untrained
 
 recall() { # NAME SWEEP TASKS LENGTHS: the settings of benchmarks/recall/SWEEP.json
     lola eval recall --model models/smollm2-lola --sweep "benchmarks/recall/$2.json" \
@@ -55,6 +54,5 @@ chat() { # LENGTH SAMPLES [OPTION...]
 chat 2000 20 --reference models/smollm2-base
 chat 7000 20 --reference models/smollm2-base
 chat 30000 6 # more than the base can read
-# The picture of the front page, and the first row of docs/choices.md.
+# The picture of the front page.
 recall memory memory niah-1 1024,2048,4096,8192
-recall ablations ablations niah-1 1024

@@ -159,8 +159,8 @@ def _options(parser: argparse.ArgumentParser, plan: type[Plan]) -> None:
     )  # fmt: skip
     add_fields(parser, plan)
     parser.add_argument(
-        "--out", type=Path, default=Path("eval-results"), metavar="DIR", help="for JSON, Markdown "
-        "and pictures (default: %(default)s)"
+        "--out", type=Path, default=Path("eval-results"), metavar="DIR", help="for JSON and "
+        "Markdown (default: %(default)s)"
     )  # fmt: skip
     parser.add_argument(
         "--resume", action="store_true", help="go on with an interrupted run at --out"
@@ -176,7 +176,7 @@ def _options(parser: argparse.ArgumentParser, plan: type[Plan]) -> None:
     )  # fmt: skip
     group.add_argument(
         "--sweep", type=Path, metavar="FILE", help="JSON list of rows: name, and optionally model, "
-        "lola_config, score, without"
+        "lola_config, without"
     )  # fmt: skip
     group.add_argument(
         "--reference", type=Path, metavar="DIR", help="a model to compare with, such as the plain "
@@ -230,16 +230,14 @@ def _evaluate_directories(args: argparse.Namespace, plan: Plan) -> str:
 
     engine_args = _json_object("--engine-args", args.engine_args)
     settings = parse_settings(
-        Path(args.model), args.lola_config, args.sweep, args.score, args.reference, args.without
+        Path(args.model), args.lola_config, args.sweep, args.reference, args.without
     )
     if args.untrained_positions:
         settings = [with_positions(setting, plan.max_length) for setting in settings]
     for setting in settings:
         check(setting, _longest(plan, setting))
-        if isinstance(plan, StreamPlan):
-            check_reader(setting, engine_args)
-        elif isinstance(plan, CopyPlan | ChatPlan):
-            check_reader(setting, engine_args, scores=True)
+        if isinstance(plan, StreamPlan | CopyPlan | ChatPlan):
+            check_reader(engine_args)
     prints = {model: fingerprint(model) for model in {setting.model for setting in settings}}
     records = [Record(setting, prints[setting.model]) for setting in settings]
     reference = records[0] if args.reference else None
@@ -263,8 +261,8 @@ def _evaluate_server(args: argparse.Namespace, plan: Plan) -> str:
                 f"--{option.replace('_', '-')}: a running server cannot be changed; start it "
                 "with --hf-overrides, or give --model a directory"
             )
-    if args.score != Setting.score or args.engine_args != "{}":
-        raise EvalError("--score and --engine-args: for model directories, not for a server")
+    if args.engine_args != "{}":
+        raise EvalError("--engine-args: for model directories, not for a server")
     key = args.api_key or os.environ.get("OPENAI_API_KEY")
     model = ServerModel(args.model, args.served_model, key, args.tokenizer, args.batch)
     record = Record(Setting(model.name, Path(model.name)))

@@ -99,22 +99,11 @@ class EngineModel:
             enable_prefix_caching=False,
             **args,
         )
-        self._score = None
-        if setting.score != "sre":
-            from lola_vllm.evaluation.ablation import SCORES, CountedScore, use_score
-
-            self._score = CountedScore(SCORES[setting.score])
-            self._llm.apply_model(partial(use_score, score=self._score))
         if setting.without:
             from lola_vllm.evaluation.ablation import leave_out
 
             self._llm.apply_model(partial(leave_out, without=setting.without))
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
-
-    @property
-    def selections_by_other_score(self) -> int:
-        """How often another score than the self-recall error chose, over all layers."""
-        return self._score.selections if self._score else 0
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
         """See `models.Model.complete`."""
@@ -224,13 +213,10 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
         reader = Reader(setting, context, dtype, job["batch"])
         emit({"event": "ready", "dtype": reader.dtype})
         plan.run(reader, emit, done)
-        selections = reader.score.selections if reader.score else 0
-        emit({"event": "done", "selections_by_other_score": selections})
         return
     model = EngineModel(setting, plan.max_length, job["batch"], job["engine_args"])
     emit({"event": "ready", "dtype": model.dtype})
     plan.run(model, emit, done)
-    emit({"event": "done", "selections_by_other_score": model.selections_by_other_score})
 
 
 # --- in the parent
@@ -263,8 +249,7 @@ def run_setting(
     Args:
         plan: what to ask. record: of the setting to ask; its samples are not asked again.
         batch: sequences at once. engine_args: more arguments of `vllm.LLM`.
-        emit: is given the plan's events, `{"event": "ready", "dtype": name}` before them and
-            `{"event": "done", "selections_by_other_score": n}` after.
+        emit: is given the plan's events, and `{"event": "ready", "dtype": name}` before them.
 
     Raises:
         EvalError: the setting failed; has the child's message or its exit status.
@@ -272,8 +257,6 @@ def run_setting(
     setting = record.setting
     job = make_job(plan, record, batch, engine_args)
     environment = dict(os.environ)
-    if setting.score != "sre":
-        environment["LOLA_VLLM_OPS"] = "torch"  # the back end whose score can be changed
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     failure = None
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:

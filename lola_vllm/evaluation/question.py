@@ -19,8 +19,6 @@ MAX_WORDS = 40
 # stand between two sentences most of the time.
 _QUOTES = "\"'\u2018\u2019\u201c\u201d"
 _SENTENCE_END = re.compile(rf"(?<=[.!?])[{_QUOTES})\]]*\s+(?=[{_QUOTES}(\[]?[A-Z0-9])")
-# A word in small letters, of a length that most have, which is no part of another one.
-_WORD = re.compile(r"(?<![\w'-])[a-z]{4,10}(?![\w'-])")
 
 
 def split_sentences(document: str) -> list[str]:
@@ -88,23 +86,9 @@ class Prose(RealText):
 
     what = "prose"
 
-    def __init__(self, documents: list[str]) -> None:
-        super().__init__(documents)
-        self._words: list[str] = []  # found when first asked for
-
     def split(self, document: str) -> list[str]:
         """See `RealText`."""
         return split_sentences(document)
-
-    def words(self) -> list[str]:
-        """The different words of all documents in small letters, 4 to 10 of them, sorted."""
-        if not self._words:
-            found: set[str] = set()
-            for sentences in self._documents:
-                for sentence in sentences:
-                    found.update(_WORD.findall(sentence))
-            self._words = sorted(found)
-        return self._words
 
 
 # --- what all tasks share

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.ablation import SCORES, CountedScore, leave_out, with_score
+from lola_vllm.evaluation.ablation import leave_out
 from lola_vllm.evaluation.chats import Pause
 from lola_vllm.evaluation.copying import ASKED, FLOOR, Answers, Stop
 from lola_vllm.evaluation.models import LocalTokenizer, Prediction
@@ -28,13 +28,10 @@ class Reader:
     """See `stream.StreamModel`, `copying.CopyModel` and `chats.ChatModel`.
 
     Args:
-        setting: model directory, LoLA parameters and score.
+        setting: model directory and LoLA parameters.
         context: tokens that a softmax model sees before each block.
         dtype: "float32", "bfloat16" and so on, or "auto" for the checkpoint's own.
         batch: questions at once.
-
-    Attributes:
-        score: other than the self-recall error, by which pairs are kept; None for that.
 
     Raises:
         EvalError: the model cannot be loaded.
@@ -43,9 +40,6 @@ class Reader:
     def __init__(self, setting: Setting, context: int, dtype: str, batch: int = 8) -> None:
         self.tokenizer = LocalTokenizer(setting.model)
         self.is_lola, self.context, self.batch = setting.is_lola, context, batch
-        self.score: CountedScore | None = None
-        if setting.score != "sre":
-            self.score = CountedScore(SCORES[setting.score])
         self._model = load(setting, dtype)
         if setting.without:
             leave_out(self._model, setting.without)
@@ -78,7 +72,7 @@ class Reader:
         if not self.is_lola:
             room = self._model.config.max_position_embeddings - longest
             at = max(0, stops[-1].at - room)
-        run, begin = Run(self._model, self.score), at
+        run, begin = Run(self._model), at
         found = []
         for stop in stops:
             run.read(ids[at : stop.at])
@@ -94,7 +88,7 @@ class Reader:
 
     def answers(self, ids: list[int], pauses: Sequence[Pause]) -> list[list[list[Prediction]]]:
         """See `chats.ChatModel.answers`."""
-        run, at, found = Run(self._model, self.score), 0, []
+        run, at, found = Run(self._model), 0, []
         for pause in pauses:
             run.read(ids[at : pause.at])
             at = pause.at
@@ -107,16 +101,13 @@ class Run:
     """One sequence of a model, which goes on with every call.
 
     Args:
-        model: of `load`. score: by which a LoLA model keeps pairs; None for the model's own.
+        model: of `load`.
 
     Attributes:
         cache: its LoLA state, or its keys and values. seen: tokens read.
-
-    Raises:
-        EvalError: a score, and another back end than torch.
     """
 
-    def __init__(self, model: Any, score: CountedScore | None = None) -> None:
+    def __init__(self, model: Any) -> None:
         from transformers import DynamicCache
 
         from lola_vllm.core.config import MODEL_TYPE
@@ -126,8 +117,6 @@ class Run:
         is_lola = model.config.model_type == MODEL_TYPE
         self.cache: Any = LolaCache(model.config) if is_lola else DynamicCache()
         self.is_lola = is_lola
-        if is_lola and score is not None:
-            _keep_by(self.cache, model, score)
         self.seen = 0
         self._next: Tensor | None = None  # [V], logits of the token that comes next
 
@@ -250,14 +239,6 @@ def _fork(cache: Any) -> Any:
     fork = copy.copy(cache)
     fork.layers = [copy.copy(layer) for layer in cache.layers]
     return fork
-
-
-def _keep_by(cache: Any, model: Any, score: CountedScore) -> None:
-    """Let an empty LoLA cache keep the pairs of largest `score`."""
-    heads, size = model.config.num_key_value_heads, model.config.head_dim
-    for layer in cache.layers:
-        layer.allocate(1, heads, size, model.dtype, model.device)
-        layer.ops = with_score(layer.ops, score)
 
 
 def _predictions(logits: Tensor, targets: Tensor) -> list[Prediction]:

@@ -28,7 +28,6 @@ class Record:
         memory: what a sequence costs, None if unknown.
         samples: rows of the plan that was run. dtype: the model's, None if unknown.
         seconds: time that the samples took, with starts of engines.
-        selections: made by another score than the self-recall error, over all layers.
         finished: whether the plan has no more samples.
     """
 
@@ -38,7 +37,6 @@ class Record:
     samples: list[dict[str, Any]] = field(default_factory=list)
     dtype: str | None = None
     seconds: float = 0.0
-    selections: int = 0
     finished: bool = False
 
     @property
@@ -49,7 +47,6 @@ class Record:
             "model": self.setting.model.name,
             "fingerprint": self.fingerprint,
             "overrides": self.setting.lola_config,
-            "score": self.setting.score,
             "without": self.setting.without or None,
             "positions": self.setting.positions,
         }
@@ -60,7 +57,6 @@ class Record:
         return {
             **self.identity,
             "lola_config": memory.lola_config if memory else None,
-            "selections_by_other_score": self.selections,
             "dtype": self.dtype,
             "state_bytes": memory.state_bytes if memory else None,
             "full_kv_bytes_per_token": memory.full_kv_bytes_per_token if memory else None,
@@ -72,7 +68,7 @@ class Record:
         """A record from the values of `to_json` and its samples."""
         self.samples = list(row["samples"])
         self.dtype, self.seconds = row["dtype"], row["seconds"]
-        self.selections, self.finished = row["selections_by_other_score"], row["finished"]
+        self.finished = row["finished"]
 
 
 def fingerprint(model: Path) -> str:
@@ -170,8 +166,6 @@ def share(
 
 # --- summaries: from samples to the numbers of a table
 
-DEPTH_BINS = 5
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -231,11 +225,6 @@ def beyond_window(
     """
     span = lola_config["window_size"] + lola_config["update_interval"]  # the most it ever holds
     return [sample for sample in samples if sample.get("distance", 0) >= span]
-
-
-def depth_bin(depth: float) -> int:
-    """The bin of a depth, 0 to `DEPTH_BINS` - 1."""
-    return min(DEPTH_BINS - 1, int(depth * DEPTH_BINS))
 
 
 @dataclass(frozen=True)

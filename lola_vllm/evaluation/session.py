@@ -118,7 +118,7 @@ class EvaluationSession:
 
         Args:
             ask: gets a record and a function for events: those of the plan, and optionally "ready"
-                before and "done" after them (see `engine.run_setting`).
+                before them (see `engine.run_setting`).
 
         Returns:
             The table.
@@ -132,8 +132,6 @@ class EvaluationSession:
                     if event["event"] == "ready":
                         record.dtype = event["dtype"]
                         record.memory = measure(record.setting, event["dtype"])
-                    elif event["event"] == "done":
-                        record.selections += event["selections_by_other_score"]
                     else:
                         record.samples += event["samples"]
                         if bar is not None:
@@ -190,7 +188,7 @@ class EvaluationSession:
         return {**self._head, "settings": rows}
 
     def report(self) -> str:
-        """Write JSON, summary, Markdown and pictures of what there is; returns the Markdown."""
+        """Write JSON, summary and Markdown of what there is; returns the Markdown."""
         self.save()
         name = COMMANDS.get(self.plan.name, self.plan.name)
         path = self.out / f"{self.plan.name}.summary.json"
@@ -205,33 +203,12 @@ class EvaluationSession:
             table = tables.distance_table(self._begun)
         else:
             table = tables.recall_table(self._begun)
-        self._draw()
         (self.out / f"{self.plan.name}.md").write_text(table + "\n", encoding="utf-8")
         return table
 
     @property
     def _begun(self) -> list[Record]:
         return [record for record in self.records if record.samples]
-
-    def _draw(self) -> None:
-        if isinstance(self.plan, PerplexityPlan):
-            return
-        from lola_vllm.evaluation import plots
-
-        try:
-            if isinstance(self.plan, StreamPlan):
-                plots.plot_stream(self._begun, self.reference, self.out)
-            elif isinstance(self.plan, CopyPlan):
-                plots.plot_copies(self._begun, self.reference, self.out)
-            elif self.plan.distances:
-                plots.plot_distances(self._begun, self.out)
-            else:
-                plots.plot_recall(self._begun, self.out)
-        except ImportError as error:
-            print(
-                f"no pictures: {error}; 'pip install matplotlib' or lola-vllm[eval] brings them",
-                file=sys.stderr,
-            )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:

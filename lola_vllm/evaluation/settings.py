@@ -11,7 +11,7 @@ from typing import Any
 from lola_vllm.core.cli_options import option
 from lola_vllm.evaluation import EvalError
 
-_KEYS = ("name", "model", "lola_config", "score", "without")
+_KEYS = ("name", "model", "lola_config", "without")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,6 @@ class Setting:
 
     Attributes:
         name: of the row. model: its directory. lola_config: keys that replace the checkpoint's.
-        score: which evicted pairs stay exact; see `evaluation/ablation.py` for all but "sre".
         without: parts that are left out; see `lola_vllm.evaluation.ablation.leave_out`.
         positions: that the model is said to take; None: as many as its config says.
     """
@@ -28,11 +27,6 @@ class Setting:
     name: str
     model: Path
     lola_config: dict[str, Any] = field(default_factory=dict)
-    score: str = option(
-        "ablation: keep pairs by sre (LoLA, the default), random, newest or norm of the value; all "
-        "but sre run on the torch back end",
-        "sre",
-    )
     without: str = option("ablation: leave out hidden-state, importance, or both with a comma", "")
     positions: int | None = None
 
@@ -114,16 +108,14 @@ def check(setting: Setting, max_length: int) -> None:
     """Refuse settings that an engine would refuse only after its start.
 
     Raises:
-        EvalError: LoLA parameters for a model without LoLA, an unknown score, or a length beyond
-            the model's context. LolaConfigError: parameters that are not valid.
+        EvalError: LoLA parameters for a model without LoLA, or a length beyond the model's
+            context. LolaConfigError: parameters that are not valid.
     """
-    from lola_vllm.evaluation.ablation import SCORES, parts_of
+    from lola_vllm.evaluation.ablation import parts_of
 
     parts = parts_of(setting.without)
-    if setting.score not in ("sre", *SCORES):
-        raise EvalError(f"score = {setting.score!r}: must be one of sre, {', '.join(SCORES)}")
     config = read_model_config(setting.model)
-    if not setting.is_lola and (setting.lola_config or setting.score != "sre" or parts):
+    if not setting.is_lola and (setting.lola_config or parts):
         raise EvalError(
             f"setting {setting.name!r}: {setting.model} is a {config.get('model_type')} model, "
             "which has no lola_config and no sparse cache; make a LoLA checkpoint with "
@@ -158,7 +150,6 @@ def parse_settings(
     model: Path,
     configs: Sequence[str],
     sweep: Path | None,
-    score: str,
     reference: Path | None,
     without: str = "",
 ) -> list[Setting]:
@@ -166,8 +157,8 @@ def parse_settings(
 
     Args:
         model: of `--model`. configs: values of `--lola-config`, `JSON` or `NAME=JSON`.
-        sweep: a JSON file of settings. score: of `--score`. reference: a model for a row
-            "reference", which comes first.
+        sweep: a JSON file of settings. reference: a model for a row "reference", which comes
+            first. without: of `--without`.
 
     Returns:
         At least one setting, with different names.
@@ -176,11 +167,11 @@ def parse_settings(
         EvalError: an option or a file that cannot be read, or names that repeat.
     """
     settings = [] if reference is None else [Setting("reference", reference)]
-    settings += [_parse_config(model, text, score, without) for text in configs]
+    settings += [_parse_config(model, text, without) for text in configs]
     if sweep is not None:
-        settings += _read_sweep(sweep, model, score, without)
+        settings += _read_sweep(sweep, model, without)
     if not configs and sweep is None:
-        settings.append(Setting("model", model, {}, score, without))
+        settings.append(Setting("model", model, {}, without))
     names = [setting.name for setting in settings]
     for name in names:
         if names.count(name) > 1:
@@ -190,7 +181,7 @@ def parse_settings(
     return settings
 
 
-def _parse_config(model: Path, text: str, score: str, without: str) -> Setting:
+def _parse_config(model: Path, text: str, without: str) -> Setting:
     # "=" may occur in the name, and inside the object.
     head, brace, rest = text.partition("{")
     name, equals, start = head.rpartition("=")
@@ -204,10 +195,10 @@ def _parse_config(model: Path, text: str, score: str, without: str) -> Setting:
         ) from None
     if not isinstance(config, dict):
         raise EvalError(f"--lola-config {text!r}: must be a JSON object")
-    return Setting(name, model, config, score, without)
+    return Setting(name, model, config, without)
 
 
-def _read_sweep(path: Path, model: Path, score: str, without: str) -> list[Setting]:
+def _read_sweep(path: Path, model: Path, without: str) -> list[Setting]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -229,7 +220,6 @@ def _read_sweep(path: Path, model: Path, score: str, without: str) -> list[Setti
                 name,
                 Path(row.get("model", model)),
                 config,
-                row.get("score", score),
                 str(row.get("without", without)),
             )
         )

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from lola_vllm.core.cli_options import option
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.models import Emit, Prediction, Tokenizer, prefix_of
-from lola_vllm.evaluation.settings import Setting, read_held_out
+from lola_vllm.evaluation.settings import read_held_out
 
 LEAST_BLOCKS = 2  # one block has no curve
 MIXED = "mixed"
@@ -47,20 +47,12 @@ class StreamModel(Protocol):
         """
 
 
-def check_reader(setting: Setting, engine_args: Mapping[str, Any], *, scores: bool = False) -> None:
+def check_reader(engine_args: Mapping[str, Any]) -> None:
     """Refuse what vLLM's engine takes and `reader.py` does not.
 
-    Args:
-        setting, engine_args: of the command line. scores: whether other scores are possible.
-
     Raises:
-        EvalError: another score than the self-recall error, or arguments other than dtype.
+        EvalError: arguments other than dtype.
     """
-    if setting.score != "sre" and not scores:
-        raise EvalError(
-            f"--score {setting.score}: a stream is read with sre alone; leave it out, or measure "
-            "windows without --stream"
-        )
     for name in engine_args:
         if name != "dtype":
             raise EvalError(

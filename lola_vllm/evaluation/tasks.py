@@ -18,14 +18,6 @@ from typing import Literal
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.chat_facts import CHAT_TASKS
 from lola_vllm.evaluation.code_calls import CALL_ROOM, CallDraw, Code
-from lola_vllm.evaluation.counting import (
-    COMMON_ROOM,
-    COMMON_WORDS,
-    FREQUENT_ROOM,
-    LEAST_FREQUENT,
-    draw_common_words,
-    draw_frequent_words,
-)
 from lola_vllm.evaluation.facts import (
     FactDraw,
     date_of_opening,
@@ -385,23 +377,6 @@ TASKS = {
             NeedleDraw("prose", keys=4, queries=4),
             _NUMBERS_ROOM,
             needs=Prose,
-            several_places=True,
-        ),
-        Task(
-            "cwe",
-            "RULER common words extraction: the ten words that stand most often in a list",
-            draw_common_words,
-            COMMON_ROOM,
-            minimum_units=COMMON_WORDS + 1,
-            needs=Prose,
-            several_places=True,
-        ),
-        Task(
-            "fwe",
-            "RULER frequent words extraction: the three most frequent of coded words",
-            draw_frequent_words,
-            FREQUENT_ROOM,
-            minimum_units=LEAST_FREQUENT,
             several_places=True,
         ),
         *(

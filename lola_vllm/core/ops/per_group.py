@@ -7,37 +7,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
 from lola_vllm.core.ops.contract import HeadGroup, LayerState
 
 B = TypeVar("B")  # the rows
-Options = ParamSpec("Options")
 
-GroupOp: TypeAlias = Callable[
-    Concatenate[HeadGroup, Tensor, Tensor, Tensor, B, Tensor, Options], None
-]
-LayerOp: TypeAlias = Callable[
-    Concatenate[LayerState, Tensor, Tensor, Tensor, B, Tensor, Options], None
-]
+GroupOp: TypeAlias = Callable[[HeadGroup, Tensor, Tensor, Tensor, B, Tensor], None]
+LayerOp: TypeAlias = Callable[[LayerState, Tensor, Tensor, Tensor, B, Tensor], None]
 
 
-def per_group(op: GroupOp[B, Options]) -> LayerOp[B, Options]:
+def per_group(op: GroupOp[B]) -> LayerOp[B]:
     """The op of a layer that calls `op` for each of its groups, with their heads of the tokens."""
 
     @functools.wraps(op)
-    def each(
-        layer: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: B, out: Tensor, /,
-        *args: Options.args, **options: Options.kwargs,
-    ) -> None:  # fmt: skip
+    def each(layer: LayerState, q: Tensor, k: Tensor, v: Tensor, batch: B, out: Tensor, /) -> None:
         if len(layer.groups) == 1:  # nothing to slice
-            return op(layer.groups[0], q, k, v, batch, out, *args, **options)
+            return op(layer.groups[0], q, k, v, batch, out)
         queries, pairs = (x.shape[1] // len(layer.groups) for x in (q, k))
         for i, group in enumerate(layer.groups):
             own = slice(i * queries, (i + 1) * queries)
             kv = slice(i * pairs, (i + 1) * pairs)
-            op(group, q[:, own], k[:, kv], v[:, kv], batch, out[:, own], *args, **options)
+            op(group, q[:, own], k[:, kv], v[:, kv], batch, out[:, own])
 
     return each

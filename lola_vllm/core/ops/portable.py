@@ -9,7 +9,6 @@ Symbols: B rows; L tokens of a chunk; Hq, Hkv, Hs, Hg query, KV and state heads 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +21,6 @@ from lola_vllm.core.ops.int8 import Int8Rows, quantize
 from lola_vllm.core.ops.per_group import per_group
 from lola_vllm.core.ops.reference import feature_map, pair_importance
 from lola_vllm.core.state import StateLayout, StateViews
-
-# A score in place of the self-recall error and the importance, for ablations. Takes values
-# `[B, Hg, E, d]` and positions `[B, Hg, E]` of candidates; returns `[B, Hg, E]`. The candidates of
-# largest score stay exact.
-Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def recall_errors(
@@ -66,38 +60,26 @@ def recall_errors(
 
 @per_group
 def decode(
-    group: HeadGroup,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    batch: DecodeBatch,
-    out: Tensor,
-    score: Score | None = None,
+    group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, batch: DecodeBatch, out: Tensor
 ) -> None:
     """One new token per row; see `contract.DecodeOp`."""
     positions, ones = batch.seq_lens - 1, torch.ones_like(batch.seq_lens)
     rows = (batch.state_indices > 0).nonzero().squeeze(1)
     if len(rows) == len(batch.state_indices):
         chunk = Chunk(batch.state_indices, positions, ones)
-        _step(group, q[:, None], k[:, None], v[:, None], chunk, out[:, None], score)
+        _step(group, q[:, None], k[:, None], v[:, None], chunk, out[:, None])
         return
     live = torch.zeros_like(out[rows])  # padding: compute on the live rows only
     if len(rows):
         chunk = Chunk(batch.state_indices[rows], positions[rows], ones[rows])
-        _step(group, q[rows, None], k[rows, None], v[rows, None], chunk, live[:, None], score)
+        _step(group, q[rows, None], k[rows, None], v[rows, None], chunk, live[:, None])
     out.zero_()
     out[rows] = live
 
 
 @per_group
 def prefill(
-    group: HeadGroup,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    batch: PrefillBatch,
-    out: Tensor,
-    score: Score | None = None,
+    group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, out: Tensor
 ) -> None:
     """A segment of new tokens per row; see `contract.PrefillOp`.
 
@@ -126,7 +108,7 @@ def prefill(
         tokens = torch.where(valid, first[:, None] + columns, first[:, None])  # [B, L]
         answers = torch.empty_like(q[tokens])
         chunk = Chunk(batch.state_indices[rows], positions, lengths)
-        _step(group, q[tokens], k[tokens], v[tokens], chunk, answers, score)
+        _step(group, q[tokens], k[tokens], v[tokens], chunk, answers)
         out[tokens[valid]] = answers[valid]
 
 
@@ -168,15 +150,7 @@ class Chunk:
         return self.positions + self.lengths
 
 
-def _step(
-    group: HeadGroup,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    chunk: Chunk,
-    out: Tensor,
-    score: Score | None,
-) -> None:
+def _step(group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, out: Tensor) -> None:
     """One chunk per row: write, attend, update where it is due.
 
     Args:
@@ -190,7 +164,7 @@ def _step(
     n = chunk.seq_lens
     due = group.layout.update_due(n).nonzero().squeeze(1)
     if len(due):
-        _update(group, chunk.state_indices[due], n[due], score)
+        _update(group, chunk.state_indices[due], n[due])
 
 
 def _write(group: HeadGroup, k: Tensor, v: Tensor, chunk: Chunk, query_positions: Tensor) -> None:
@@ -299,7 +273,7 @@ def _gather_state(
     return H_rows, s_rows
 
 
-def _update(group: HeadGroup, state_indices: Tensor, n: Tensor, score: Score | None) -> None:
+def _update(group: HeadGroup, state_indices: Tensor, n: Tensor) -> None:
     """Evict, rescore, select, fold (paper section 3.3) in pages that just reached n tokens.
 
     Every page loses at least one pair from its window. All cached and evicted pairs are scored
@@ -341,13 +315,10 @@ def _update(group: HeadGroup, state_indices: Tensor, n: Tensor, score: Score | N
     empty = layout.num_folded(n - C) == 0
     keep = ok
     if bool((layout.num_folded(n) > 0).any()):  # else every candidate fits, whatever its score
-        if score is None:
-            maps = group.weights.maps_of(n)
-            scores = recall_errors(k, v, maps, views.H, views.s, state_indices, empty)
-            if w is not None:
-                scores = scores * w
-        else:
-            scores = score(v, at)
+        maps = group.weights.maps_of(n)
+        scores = recall_errors(k, v, maps, views.H, views.s, state_indices, empty)
+        if w is not None:
+            scores = scores * w
         recent = at >= (stop - layout.recent_size)[:, None, None]
         scores = scores.masked_fill(recent, torch.inf)
         keep = _largest(scores, at, ok, lam)

@@ -152,4 +152,4 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, given: str, plan: Any) -> None:
     command = f"eval {given} --model m"
     assert made_by(monkeypatch, command, "lola_vllm.evaluation.command._evaluate", 1) == plan
     args = made_by(monkeypatch, command, "lola_vllm.evaluation.command._evaluate", 0)
-    assert args.score == Setting("model", Path("m")).score
+    assert args.without == Setting("model", Path("m")).without

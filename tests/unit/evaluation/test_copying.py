@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lola_vllm.command import cli
-from lola_vllm.core.ops import select
 from lola_vllm.evaluation import EvalError, engine
 from lola_vllm.evaluation.copied import copy_cells, copy_json
 from lola_vllm.evaluation.copy_texts import AGAIN, ASKS, Kinds
@@ -227,7 +226,7 @@ def test_no_share_where_the_reference_saw_nothing_or_gains_nothing() -> None:
         copy_cells(lola, other)
 
 
-def test_table_json_and_picture(tmp_path: Path) -> None:
+def test_table_and_json() -> None:
     base, lola = Record(Setting("reference", Path("/x/a"))), Record(Setting("lola", Path("b")))
     base.samples = [
         sample(i, 48.0 + i, 40, floor_exact=10, floor_nats=148.0 + i) for i in range(3)
@@ -243,13 +242,6 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     assert "### all, 500 tokens" in table and "4 texts, 16 to 16 passages" in table
     found = json.loads(json.dumps(copy_json([base, lola], base)))
     assert found[1]["cells"][0]["gain"][0] == pytest.approx(0.5)
-    pytest.importorskip("matplotlib")
-    from lola_vllm.evaluation.plots import plot_copies
-
-    for reference in (base, None):
-        written = plot_copies([base, lola], reference, tmp_path)
-        assert [path.name for path in written] == [f"copy-{k}-500.png" for k in ("a", "b", "all")]
-        assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
 # --- tiny models
@@ -332,29 +324,6 @@ def test_questions_of_a_model_with_a_sliding_window(tmp_path: Path) -> None:
     run = Run(model)
     run.read(ids)
     check(run.ask(questions, ASKED, 5), [expected(model, ids, q) for q in questions])
-
-
-def test_with_another_score_the_cache_is_a_longer_window(
-    lola: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (ids,) = random_prompts([160])
-    stops, _ = stops_of(160)
-    cached = {"sparse_cache_size": 32, "update_interval": 16}
-    window = {"window_size": 48, "sparse_cache_size": 0, "update_interval": 16}
-    newest = Setting("newest", lola, cached, "newest")
-    with pytest.raises(EvalError, match="knows no other score than sre"):
-        Reader(newest, 0, "float32").ask(ids, stops, PASSAGE + 1)
-    monkeypatch.setenv(select.ENV, "torch")
-    fresh = select.choose_backend.__wrapped__
-    monkeypatch.setattr("lola_vllm.engine.hf.cache.choose_backend", fresh)
-    found = []
-    for setting in (newest, Setting("window", lola, window), Setting("sre", lola, cached)):
-        reader = Reader(setting, 0, "float32")
-        (answers,) = reader.ask(ids, stops, PASSAGE + 1)
-        found.append([value.logprob for answer in answers.read for value in answer])
-        assert (reader.score is not None and reader.score.selections > 0) == (setting is newest)
-    assert found[0] == pytest.approx(found[1], abs=1e-4)
-    assert found[0] != pytest.approx(found[2], abs=1e-2)
 
 
 # --- the command

@@ -1,4 +1,4 @@
-"""Windows of text, and the pictures of recall."""
+"""Windows of text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import pytest
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.models import Prediction
 from lola_vllm.evaluation.perplexity import PerplexityPlan
-from lola_vllm.evaluation.results import Record
-from lola_vllm.evaluation.settings import SequenceMemory, Setting
 from lola_vllm.training.texts import SEPARATOR, is_held_out
 
 
@@ -99,27 +97,3 @@ def test_text_too_short_for_a_window(texts: Path) -> None:
     plan = PerplexityPlan(str(texts), windows=2, window_length=100_000)
     with pytest.raises(EvalError, match="--window-length 100000: no kind of text"):
         read(plan, Letters())
-
-
-def test_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from lola_vllm.evaluation.plots import plot_recall
-
-    records = []
-    for name, state in (("soft max / plain", None), ("b", 1000), ("c", 2000), ("d", None)):
-        record = Record(Setting(name, tmp_path), memory=SequenceMemory(4, state, None))
-        record.samples = [
-            {"task": task, "length": n, "depth": i / 5, "exact": i > 1, "match": 1, "share": 1}
-            for task in ("niah-1", "vt")
-            for n in (512, 1024)
-            for i in range(5)
-        ]
-        records.append(record)
-    records[3].memory = None  # of a model whose size is not known
-    written = plot_recall(records, tmp_path)
-    kinds = ("length", "depth", "bytes")
-    names = {f"recall-{kind}-{task}.png" for kind in kinds for task in ("niah-1", "vt")}
-    assert {path.name for path in written} == names
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-    (alone,) = [p for p in plot_recall(records[3:], tmp_path / ".") if "depth-vt" in p.name]
-    assert alone.is_file()

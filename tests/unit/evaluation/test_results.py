@@ -14,7 +14,6 @@ from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.recall import judge
 from lola_vllm.evaluation.results import (
     Record,
-    depth_bin,
     exp_mean,
     readings,
     recall_cell,
@@ -111,10 +110,6 @@ def test_cells() -> None:
     assert list(cells) == [("niah-1", 512), ("niah-1", 1024), ("vt", 512)]
 
 
-def test_depth_bins() -> None:
-    assert [depth_bin(d) for d in (0.0, 0.19, 0.2, 0.5, 0.999)] == [0, 0, 1, 2, 4]
-
-
 def window(kind: str, index: int, nats: float, checksum: int = 7) -> dict[str, Any]:
     return {
         "kind": kind,
@@ -150,7 +145,7 @@ def records() -> list[Record]:
     plain = Record(
         Setting("base", Path("/somewhere/base")), memory=SequenceMemory(1024, None, None)
     )
-    lola = Record(Setting("small", Path("/somewhere/lola"), {"window_size": 8}, "random"))
+    lola = Record(Setting("small", Path("/somewhere/lola"), {"window_size": 8}))
     lola.memory = SequenceMemory(1024, 2**18, {"window_size": 8, "update_interval": 2})
     plain.finished = True
     plain.samples = [sample(True, length=n) for n in (512, 1024) for _ in range(4)]
@@ -168,7 +163,7 @@ def test_recall_table_and_json() -> None:
     rows = recall_json(records())
     text = json.dumps(rows)
     assert "somewhere" not in text  # results may be published
-    assert rows[1]["model"] == "lola" and rows[1]["score"] == "random"
+    assert rows[1]["model"] == "lola"
     (cell,) = rows[1]["cells"]
     assert (cell["beyond_window"]["samples"], cell["beyond_window"]["exact"]) == (2, 1)
     assert "| - beyond the window |  50% [9%, 91%] parts 75% |" in table

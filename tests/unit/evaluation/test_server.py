@@ -258,7 +258,6 @@ def test_a_length_beyond_the_server_is_refused_before_it_is_asked(
         "--lola-config={}",
         "--sweep=x.json",
         "--reference=x",
-        "--score=newest",
         "--engine-args={ }",
         "--untrained-positions",
     ],

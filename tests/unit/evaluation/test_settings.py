@@ -47,8 +47,7 @@ def parse(models: Path, *configs: str, sweep: Any = None, **options: Any) -> lis
     if sweep is not None:
         path = models / "sweep.json"
         path.write_text(sweep if isinstance(sweep, str) else json.dumps(sweep))
-    score, reference = options.get("score", "sre"), options.get("reference")
-    return parse_settings(models / "lola", configs, path, score, reference)
+    return parse_settings(models / "lola", configs, path, options.get("reference"))
 
 
 def test_settings(models: Path) -> None:
@@ -60,16 +59,15 @@ def test_settings(models: Path) -> None:
         models,
         'w8={"window_size": 8}',
         "as is={}",
-        sweep=[{"name": "kv", "model": "elsewhere", "score": "norm"}, {"name": "last"}],
+        sweep=[{"name": "kv", "model": "elsewhere"}, {"name": "last"}],
         reference=models / "llama",
-        score="newest",
     )
     assert found == [
         Setting("reference", models / "llama"),
-        Setting("w8", lola, {"window_size": 8}, "newest"),
-        Setting("as is", lola, {}, "newest"),
-        Setting("kv", Path("elsewhere"), {}, "norm"),
-        Setting("last", lola, {}, "newest"),
+        Setting("w8", lola, {"window_size": 8}),
+        Setting("as is", lola),
+        Setting("kv", Path("elsewhere")),
+        Setting("last", lola),
     ]
     found = parse(models, "as is={}", sweep=[{"name": "H off", "without": "hidden-state"}])
     assert [setting.without for setting in found] == ["", "hidden-state"]
@@ -124,13 +122,12 @@ def test_memory(models: Path) -> None:
 
 
 def test_what_no_engine_would_take_is_refused_at_once(models: Path) -> None:
-    check(Setting("a", models / "lola", {"window_size": 8}, "norm"), 4096)
+    check(Setting("a", models / "lola", {"window_size": 8}), 4096)
     check(Setting("a", models / "gpt"), 10**6)  # its config does not say
     for setting, length, message in (
         (Setting("a", models / "lola"), 4097, "4097 tokens: .* takes 4096"),
         (Setting("a", models / "llama", {"window_size": 8}), 64, "is a llama model, which has no"),
-        (Setting("a", models / "llama", {}, "newest"), 64, "make a LoLA checkpoint with"),
-        (Setting("a", models / "lola", {}, "best"), 64, "'best': must be one of sre, random"),
+        (Setting("a", models / "llama", {}, "importance"), 64, "make a LoLA checkpoint with"),
         (Setting("a", models / "nowhere"), 64, "no such directory, and no http"),
     ):
         with pytest.raises(EvalError, match=message):
@@ -185,7 +182,6 @@ def test_held_out_documents_alone_are_read(tmp_path: Path) -> None:
         (["--engine-args", "{"], "--engine-args '{': not JSON"),
         (["--lola-config", '{"window_size": 0}'], "lola_config.window_size = 0"),
         (["--reference", "nowhere"], "nowhere: no such directory"),
-        (["--score", "best"], "score = 'best': must be one of"),
         (["--lengths", "8192"], "8192 tokens"),
     ],
 )

@@ -1,4 +1,4 @@
-"""One long text: streams of documents, blocks, curves and their trend, table and picture."""
+"""One long text: streams of documents, blocks, curves and their trend, and the table."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_another_tokenizers_blocks_do_not_compare() -> None:
             curves(rows("a", [1.0] * 3), other)
 
 
-def test_table_json_and_picture(tmp_path: Path) -> None:
+def test_table_and_json() -> None:
     plan = StreamPlan("t", 1600, 100, 50)
     base, lola = Record(Setting("base", Path("/somewhere/a"))), Record(Setting("lola", Path("b")))
     base.samples, lola.samples = rows("a", [1.0] * 16), rows("a", [1.5] * 16)
@@ -207,12 +207,6 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     found = json.loads(json.dumps(stream_json([base, lola], base)))
     assert found[1]["streams"]["a"]["points"][15]["ratio"] == pytest.approx(math.exp(0.5))
     assert "somewhere" not in json.dumps(found)
-    pytest.importorskip("matplotlib")
-    from lola_vllm.evaluation.plots import plot_stream
-
-    for reference in (base, None):
-        (picture,) = plot_stream([base, lola], reference, tmp_path)
-        assert picture.name == "stream-a.png" and picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_model_whose_positions_end_goes_on_where_it_is_told_to(tmp_path: Path) -> None:
@@ -235,7 +229,6 @@ def test_a_model_whose_positions_end_goes_on_where_it_is_told_to(tmp_path: Path)
         (["--block", "4"], "--block 4: must be at least 8"),
         (["--stream-length", "100"], "--stream-length 100: must be at least 4000"),
         (["--context", "0"], "--context 0: must be at least 1"),
-        (["--score", "norm"], "--score norm: a stream is read with sre alone"),
         (["--engine-args", '{"seed": 1}'], "--engine-args: seed is of vLLM's engine"),
         (["--stream-length", "5000"], "5001 tokens: "),
     ],

@@ -10,13 +10,6 @@ from collections import Counter
 import pytest
 
 from lola_vllm.evaluation import EvalError, tasks
-from lola_vllm.evaluation.counting import (
-    LONG_FORM,
-    SHORT_FORM,
-    coded_text,
-    common_question,
-    frequent_question,
-)
 from lola_vllm.evaluation.prompts import Prompt, build_prompts
 from lola_vllm.evaluation.question import MAX_WORDS, Prose, hide, split_sentences
 from lola_vllm.evaluation.tasks import (
@@ -31,7 +24,6 @@ from lola_vllm.evaluation.tasks import (
 )
 
 SAMPLES = 20
-COUNTING = ("cwe", "fwe")  # whose answer is no needle
 IN_PROSE = [name for name, task in TASKS.items() if task.needs in (None, Prose)]
 
 
@@ -103,8 +95,6 @@ def test_answers_are_in_the_text_once_and_begin_is_in_the_prompt(name: str, pros
             # The pass key is said twice; all but the last name of a chain are assigned on.
             if name == "passkey":
                 assert occurrences == 2
-            elif name in COUNTING:
-                assert occurrences > 1
             elif name == "vt":
                 assert occurrences == (1 if expected == question.expected[-1] else 2)
             else:
@@ -126,7 +116,7 @@ def test_the_seed_decides_everything(name: str, prose: Prose) -> None:
     assert prompts(name, 768, prose, seed=3) != prompts(name, 768, prose, seed=4)
 
 
-@pytest.mark.parametrize("name", [name for name in IN_PROSE if name not in COUNTING])
+@pytest.mark.parametrize("name", IN_PROSE)
 def test_depths_cover_the_haystack_evenly_in_mixed_order(name: str, prose: Prose) -> None:
     depths = [prompt.question.depth for prompt in prompts(name, 4096, prose)]
     assert all(0 <= depth < 1 for depth in depths)
@@ -198,45 +188,6 @@ def test_multikey_3_hides_a_uuid_among_uuids(prose: Prose) -> None:
         assert len(pairs) == len(lines) > 10
         (key,) = re.findall(rf"magic uuid for ({uuid}) mentioned", prompt.question.text)
         assert (pairs[key],) == prompt.question.expected
-
-
-@pytest.mark.parametrize("length, times", [(2048, (6, 1)), (6144, (30, 3))])
-def test_ten_words_of_a_list_are_the_most_common(
-    length: int, times: tuple[int, int], prose: Prose
-) -> None:
-    for prompt in build_prompts(TASKS["cwe"], length, 2, 0, Words(), text=prose):
-        whole = prompt.question.text
-        example, text = whole[: whole.rindex("Below is")], whole[whole.rindex("Below is") :]
-        assert example.startswith("Below is a numbered list") and example.endswith("\n")
-        listed = re.findall(r"\d+\. ([a-z]+)", text)
-        counts = Counter(listed)
-        most = {word for word, _ in counts.most_common(10)}
-        assert most == set(prompt.question.expected)
-        assert {counts[word] for word in most} == {times[0]}
-        assert {n for word, n in counts.items() if word not in most} == {times[1]}
-        # The example is solved.
-        solved = re.findall(r"\d+\. ([a-z]+)", example.partition("Answer:")[2])
-        shown = Counter(re.findall(r"\d+\. ([a-z]+)", example.partition("Answer:")[0]))
-        assert set(solved) == {word for word, _ in shown.most_common(10)}
-
-
-def test_a_list_needs_more_words_than_there_are() -> None:
-    few = Prose(["The house sees a road. A tree stands there."])
-    with pytest.raises(
-        EvalError, match=r"cwe: .* 20 different words, and the held-out prose has 6;"
-    ):
-        build_prompts(TASKS["cwe"], 1024, 1, 0, Words(), text=few)
-
-
-@pytest.mark.parametrize("length", [512, 2048, 8192])
-def test_three_coded_words_are_the_most_frequent_but_for_the_dots(length: int) -> None:
-    for prompt in build_prompts(TASKS["fwe"], length, 3, 0, Words()):
-        text = prompt.question.text.split("coded words. ")[1].split("\nQuestion:")[0]
-        ranked = Counter(text.split()).most_common()
-        assert ranked[0][0] == "..."
-        assert [word for word, _ in ranked[1:4]] == list(prompt.question.expected)
-        assert ranked[3][1] > ranked[4][1]
-        assert all(re.fullmatch("[a-z]{6}", word) for word, _ in ranked[1:])
 
 
 def test_values_look_as_in_ruler(prose: Prose) -> None:
@@ -371,36 +322,6 @@ class TestAgainstLmEval:
             assert ours.text == sample["input"]
             assert ours.answer_prefix == sample["gen_prefix"]
             assert list(ours.expected) == sample["outputs"]
-
-    @pytest.mark.parametrize("length", [2048, 4096])
-    def test_common_words(self, tokenizer: object, length: int) -> None:
-        cwe = self._import("cwe_utils")
-        example, text, common = cwe.generate_input_output(60, length)
-        (times, others), (few, rest), size = LONG_FORM if length >= 4096 else SHORT_FORM
-        for whole, of_common, of_other, number in (
-            (text, times, others, 60),
-            (example, few, rest, size),
-        ):
-            context = whole.split("often.\n")[-1].split("\nQuestion")[0]
-            listed = re.findall(r"\d+\. (.+?)(?= \d+\. |$)", context)
-            counts = Counter(listed)
-            assert sorted(counts.values()) == [of_other] * (number - 10) + [of_common] * 10
-        listed = re.findall(r"\d+\. (.+?)(?= \d+\. |\nQuestion)", text.split("often.\n")[-1])
-        ours = common_question(listed, common)
-        assert f"{ours.text} {ours.answer_prefix}" == text
-        assert list(ours.expected) == common
-
-    def test_frequent_words(self, tokenizer: object) -> None:
-        fwe = self._import("fwe_utils")
-        text, answer, size = fwe.generate_input_output(1024, tokenizer, vocab_size=40)
-        words = text.split("coded words. ")[1].split("\nQuestion:")[0].split()
-        vocabulary = [word for word, _ in Counter(words).most_common()]
-        ours = frequent_question(words, ["...", *answer, *vocabulary])
-        assert f"{ours.text} {ours.answer_prefix}" == text
-        assert list(ours.expected) == answer
-        counts = sorted(Counter(words).values(), reverse=True)
-        known = Counter(coded_text([str(rank) for rank in range(40)], size))
-        assert counts == sorted(known.values(), reverse=True)
 
     def test_chains(self, tokenizer: object) -> None:
         vt = self._import("vt_utils")
