@@ -102,7 +102,7 @@ def add_lola_config(parser: argparse._ActionsContainer) -> None:
     """`--lola-config`; its keys and values are checked in `LolaConfig`, not here."""
     parser.add_argument(
         "--lola-config",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help='keys of lola_config to set, such as \'{"window_size": 64, "sink_size": 4}\'; '
@@ -110,7 +110,8 @@ def add_lola_config(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """A value of an option that is a JSON object; `ArgumentTypeError` for others."""
     try:
         value = json.loads(text)
     except ValueError as error:

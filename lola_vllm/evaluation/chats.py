@@ -1,7 +1,7 @@
 """Whether a model in a long conversation still knows what was said so many tokens ago.
 
 A conversation is held-out documentation in the model's chat template: the assistant says it, and
-the user asks it to go on. In passing the user says something (`chat_facts.py`), and asks for it at
+the user asks it to go on. In passing the user says something (`facts.py`), and asks for it at
 the end. Every question is asked from the same state, so no question changes the next one.
 """
 
@@ -13,13 +13,18 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.chat_facts import CHAT_TASKS
-from lola_vllm.evaluation.copy_texts import ASKS, CHAT, ChatTokenizer, Kinds
-from lola_vllm.evaluation.facts import Fact
-from lola_vllm.evaluation.models import Emit, Prediction
+from lola_vllm.evaluation.copy_texts import ASKS, CHAT, Kinds, answer_to
+from lola_vllm.evaluation.facts import CHAT_FORMS, Fact
+from lola_vllm.evaluation.models import Emit, LocalTokenizer, Prediction, Stop
+from lola_vllm.evaluation.plan import Plan
+from lola_vllm.evaluation.recall import recall_numbers, recall_table
+from lola_vllm.evaluation.results import Record, Row
+
+if TYPE_CHECKING:
+    from lola_vllm.evaluation.reader import Reader
 
 PAUSE_TOKENS = 60  # from where one task asks to where the next does
 SPACE = 250  # tokens: the least distance, and the least difference of two
@@ -28,84 +33,56 @@ LEAST_TOKENS = 8  # of an answer
 ROOM = 160  # tokens for a question with its answer, and what a conversation is longer than planned
 
 
-class ChatModel(Protocol):
-    """A model that is asked several questions from one state.
-
-    Attributes:
-        tokenizer: the model's.
-    """
-
-    @property
-    def tokenizer(self) -> ChatTokenizer: ...
-
-    def answers(self, ids: list[int], pauses: Sequence[Pause]) -> list[list[list[Prediction]]]:
-        """How well right answers are predicted.
-
-        Args:
-            ids: of the conversation. pauses: ascending places in it, with their questions.
-
-        Returns:
-            Per pause and question a prediction of each token of the answer.
-        """
-
-
-class Pause(NamedTuple):
-    """A place of a conversation at which questions are asked.
-
-    Attributes:
-        at: tokens of the conversation before it.
-        questions: tokens up to where the answer begins, and of the right answer.
-    """
-
-    at: int
-    questions: list[tuple[list[int], list[int]]]
-
-
 def default_distances() -> list[int]:
     """Tokens from what was said to the end of the conversation."""
     return [250, 500, 1000, 2000, 4000]
 
 
 @dataclass(frozen=True)
-class ChatPlan:
+class ChatPlan(Plan):
     """The conversations that every setting reads; JSON values only.
 
     A cell is a task, a length and a distance.
 
     Attributes:
-        tasks: of `CHAT_TASKS`. lengths: tokens of a conversation. distances: tokens from what was
+        tasks: of `CHAT_FORMS`. lengths: tokens of a conversation. distances: tokens from what was
             said to the end of the conversation; one is asked for those that it holds.
         texts: as `read_held_out` takes them, with documentation. samples: conversations of each
             length. seed: of all choices.
     """
 
     name: ClassVar[str] = "chat"
+    command: ClassVar[str | None] = "recall"
+    keys: ClassVar[tuple[str, ...]] = ("length", "index")
+    read_in_pieces: ClassVar[bool] = True
 
     tasks: list[str]
     lengths: list[int]
     distances: list[int]
-    texts: str
+    texts: str | None
     samples: int = 50
     seed: int = 0
 
     @property
+    def asked(self) -> str:
+        """See `Plan`."""
+        lengths = ", ".join(f"{length:,}" for length in self.lengths)
+        return f"{self.samples} conversations of each length ({lengths} tokens)"
+
+    @property
     def max_length(self) -> int:
-        """Longest conversation and answer, in tokens."""
+        """See `Plan`."""
         return max(self.lengths) + ROOM
 
     @property
     def tokens(self) -> int:
-        """Tokens of all conversations."""
+        """See `Plan`."""
         return sum(self.lengths) * self.samples
 
-    def cost(self, sample: dict[str, Any]) -> int:
-        """Tokens that a sample of `run` counts for in `tokens`."""
+    def cost(self, sample: Row) -> int:
+        """See `Plan`."""
         length = int(sample["length"])
         return length // (len(self.tasks) * len(self.distances_in(length)))
-
-    def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-        """Conversations that `run` need not read again, given samples of an earlier call."""
-        return {(row["length"], row["index"]) for row in samples}
 
     def distances_in(self, length: int) -> list[int]:
         """The distances that conversations of `length` tokens are asked for."""
@@ -113,11 +90,15 @@ class ChatPlan:
         return [distance for distance in sorted(self.distances) if distance + before <= length]
 
     def check(self) -> None:
-        """Refuse lengths and distances that cannot be asked.
-
-        Raises:
-            EvalError: distances too near to each other or to the end, or a length that holds none.
-        """
+        """See `Plan`."""
+        others = [task for task in self.tasks if task not in CHAT_FORMS]
+        if others:
+            raise EvalError(
+                f"--tasks {', '.join(others)}: the tasks of conversations are "
+                f"{', '.join(CHAT_FORMS)}, which share their text; give others a call of their own"
+            )
+        if self.texts is None:
+            raise EvalError(f"--tasks {self.tasks[0]}: needs real text; give --texts")
         distances = [0, *sorted(self.distances)]
         for before, distance in itertools.pairwise(distances):
             if distance - before < SPACE:
@@ -134,32 +115,26 @@ class ChatPlan:
                     f"at least {least} tokens"
                 )
 
-    def run(self, model: ChatModel, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
-        """Let `model` read all conversations, short ones first.
-
-        Args:
-            model: is asked. emit: is given `{"event": "samples", "samples": [...]}` after every
-                conversation. done: see the method of that name.
-
-        Raises:
-            EvalError: no chat template, or too little documentation.
-        """
-        kinds = Kinds.read(Path(self.texts), [CHAT], model.tokenizer.has_chat)
+    def run(self, model: Reader, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
+        """Let `model` read all conversations, short ones first; see `Plan`."""
+        kinds = Kinds.read(Path(str(self.texts)), [CHAT], model.tokenizer.has_chat)
         documents = [document for found in kinds.files[CHAT].values() for document in found]
         for length in sorted(self.lengths):
             for index in range(self.samples):
                 if (length, index) in done:
                     continue
                 chat = self.chat(model.tokenizer, documents, length, index)
-                answers = model.answers(chat.ids, chat.pauses)
-                flat = [answer for of_pause in answers for answer in of_pause]
+                answers = model.ask(chat.ids, chat.pauses)
+                flat = [answer for of_pause in answers for answer in of_pause.read]
                 rows = [
                     _row(asked, answer, length, index, len(chat.ids))
                     for asked, answer in zip(chat.asked, flat, strict=True)
                 ]
                 emit({"event": "samples", "samples": rows})
 
-    def chat(self, tokenizer: ChatTokenizer, documents: list[str], length: int, index: int) -> Chat:
+    def chat(
+        self, tokenizer: LocalTokenizer, documents: list[str], length: int, index: int
+    ) -> Chat:
         """A conversation, the same for every model of a tokenizer.
 
         Args:
@@ -195,12 +170,20 @@ class ChatPlan:
             end = said[count - 1]
             ids += tokenizer.encode(text[at:end], special=False)
             at = end
-            pauses.append(Pause(len(ids), [_question(tokenizer, fact) for fact in facts[task]]))
+            pauses.append(Stop(len(ids), [_question(tokenizer, fact) for fact in facts[task]]))
             for distance, fact in zip(distances, facts[task], strict=True):
                 start = text.index(fact.sentence) + fact.sentence.rindex(fact.answer)
                 back = len(tokenizer.encode(text[start:end], special=False))
                 asked.append(Asked(task, distance, back, fact))
         return Chat(ids, pauses, asked)
+
+    def numbers(self, record: Record, reference: Record | None) -> Row:
+        """See `Plan`."""
+        return recall_numbers(record)
+
+    def table(self, records: Sequence[Record], reference: Record | None) -> str:
+        """See `Plan`."""
+        return recall_table(records)
 
 
 class Asked(NamedTuple):
@@ -226,17 +209,17 @@ class Chat(NamedTuple):
     """
 
     ids: list[int]
-    pauses: list[Pause]
+    pauses: list[Stop]
     asked: list[Asked]
 
 
 def _draw(task: str, count: int, rng: random.Random) -> list[Fact]:
     """`count` facts of different questions; the forms of the task take turns."""
-    forms = list(CHAT_TASKS[task].forms)
+    forms = list(CHAT_FORMS[task])
     rng.shuffle(forms)
     found: dict[str, Fact] = {}
     while len(found) < count:
-        fact = forms[len(found) % len(forms)](rng)
+        fact = forms[len(found) % len(forms)].draw(rng)
         found.setdefault(fact.question, fact)
     return list(found.values())
 
@@ -249,7 +232,7 @@ class _Talk:
     """
 
     def __init__(
-        self, tokenizer: ChatTokenizer, words: Iterator[tuple[str, int]], rng: random.Random
+        self, tokenizer: LocalTokenizer, words: Iterator[tuple[str, int]], rng: random.Random
     ) -> None:
         self.messages: list[tuple[str, str]] = []
         self._tokenizer, self._words, self._rng = tokenizer, words, rng
@@ -294,7 +277,7 @@ class _Talk:
 
 
 def _words(
-    tokenizer: ChatTokenizer, documents: list[str], rng: random.Random
+    tokenizer: LocalTokenizer, documents: list[str], rng: random.Random
 ) -> Iterator[tuple[str, int]]:
     """Words of documents with the white space before them, from a random document on.
 
@@ -323,23 +306,18 @@ def _ends(text: str, messages: list[tuple[str, str]]) -> list[int]:
     return found
 
 
-def _question(tokenizer: ChatTokenizer, fact: Fact) -> tuple[list[int], list[int]]:
-    """A question of a `Pause`: from the end of an answer to where the next one is begun."""
-    mark = "Well"
-    talk = [("user", ASKS[0]), ("assistant", mark), ("user", fact.question)]
-    text = tokenizer.conversation(talk, begun=True)
-    opened = tokenizer.encode(text.partition(mark)[2], special=False)
+def _question(tokenizer: LocalTokenizer, fact: Fact) -> tuple[list[int], int]:
+    """A question of a `Stop`: from the end of an answer to where the next one is begun."""
+    opened = answer_to(tokenizer, fact.question)
     space = "" if fact.begun.endswith('"') else " "
     begun = tokenizer.encode(fact.begun, special=False)
     whole = tokenizer.encode(fact.begun + space + fact.answer, special=False)
     # A tokenizer may join the end of what is begun with what follows.
     given = next((i for i, id in enumerate(begun) if whole[i] != id), len(begun))
-    return opened + whole[:given], whole[given:]
+    return opened + whole, len(whole) - given
 
 
-def _row(
-    asked: Asked, answer: list[Prediction], length: int, index: int, tokens: int
-) -> dict[str, Any]:
+def _row(asked: Asked, answer: list[Prediction], length: int, index: int, tokens: int) -> Row:
     """A question's line in the results."""
     first = [token.first for token in answer]
     return {

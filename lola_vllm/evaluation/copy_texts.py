@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.models import Tokenizer, prefix_of
+from lola_vllm.evaluation.models import LocalTokenizer, prefix_of
 from lola_vllm.evaluation.settings import read_held_out
 from lola_vllm.training.texts import kind_of
 
@@ -18,25 +18,6 @@ CHAT, DOCUMENTATION = "chat", "documentation"
 ASKS = ("Please go on.", "What else is there to know?", "Tell me more.", "And then?", "Next?")
 AGAIN = "Please say that again, word for word."
 TURN_WORDS = 80  # of an answer, at least, where its document has so many
-
-
-class ChatTokenizer(Tokenizer, Protocol):
-    """A tokenizer that may know a chat template.
-
-    Attributes:
-        special: ids of tokens that no text contains.
-        has_chat: whether there is a chat template.
-    """
-
-    special: frozenset[int]
-    has_chat: bool
-
-    def conversation(self, messages: list[tuple[str, str]], *, begun: bool) -> str:
-        """A conversation as the chat template writes it, special tokens as text.
-
-        Args:
-            messages: role and content of each. begun: open the assistant's next turn.
-        """
 
 
 class Text(NamedTuple):
@@ -99,7 +80,7 @@ class Kinds:
         return cls({kind: found[kind] for kind in wanted or found})
 
     def texts(
-        self, tokenizer: ChatTokenizer, kind: str, length: int, samples: int, seed: int
+        self, tokenizer: LocalTokenizer, kind: str, length: int, samples: int, seed: int
     ) -> Iterator[Text]:
         """Up to `samples` texts of `length` tokens that share none, the same for every model.
 
@@ -123,11 +104,11 @@ class Kinds:
             yield Text(kind, name, index, prefix + piece, len(prefix), bridge)
 
     def _chats(
-        self, tokenizer: ChatTokenizer, length: int, samples: int, rng: random.Random
+        self, tokenizer: LocalTokenizer, length: int, samples: int, rng: random.Random
     ) -> Iterator[Text]:
         documents = [(n, d) for n, found in self.files[CHAT].items() for d in found]
         rng.shuffle(documents)
-        index, bridge = 0, _bridge(tokenizer)
+        index, bridge = 0, answer_to(tokenizer, AGAIN)
         messages: list[tuple[str, str]] = []
         source = ""
         for name, document in documents:
@@ -155,10 +136,10 @@ def _turns(document: str) -> Iterator[str]:
         yield "\n\n".join(turn)
 
 
-def _bridge(tokenizer: ChatTokenizer) -> list[int]:
-    """Tokens from where an answer is cut to where the assistant says it again."""
+def answer_to(tokenizer: LocalTokenizer, request: str) -> list[int]:
+    """Tokens from where an answer is cut, a request after it, to where the next answer begins."""
     mark = "Well"
-    talk = [("user", ASKS[0]), ("assistant", mark), ("user", AGAIN)]
+    talk = [("user", ASKS[0]), ("assistant", mark), ("user", request)]
     text = tokenizer.conversation(talk, begun=True)
     return tokenizer.encode(text.partition(mark)[2], special=False)
 

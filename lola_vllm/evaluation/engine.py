@@ -28,13 +28,11 @@ from pydantic import ValidationError
 
 from lola_vllm.core import cpu
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.chats import ChatPlan
-from lola_vllm.evaluation.copying import CopyPlan
 from lola_vllm.evaluation.models import Emit, LocalTokenizer, Prediction, Tokenizer
+from lola_vllm.evaluation.plan import Plan
 from lola_vllm.evaluation.results import Record
-from lola_vllm.evaluation.session import PLANS, EvaluationSession, Plan
+from lola_vllm.evaluation.session import PLANS, EvaluationSession
 from lola_vllm.evaluation.settings import Setting, measure
-from lola_vllm.evaluation.stream import StreamPlan
 from lola_vllm.models.files import read_json
 
 # Tokens of one step. Log-probabilities of a prompt take a row of the vocabulary per token.
@@ -205,16 +203,14 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     plan = PLANS[job["plan"]](**job["fields"])
     setting = Setting(**{**job["setting"], "model": Path(job["setting"]["model"])})
     done = {tuple(key) for key in job["done"]}
-    if isinstance(plan, StreamPlan | CopyPlan | ChatPlan):
+    model: Any
+    if plan.read_in_pieces:
         from lola_vllm.evaluation.reader import Reader
 
         dtype = dtype_of(setting, job["engine_args"])
-        context = plan.context if isinstance(plan, StreamPlan) else 0
-        reader = Reader(setting, context, dtype, job["batch"])
-        emit({"event": "ready", "dtype": reader.dtype})
-        plan.run(reader, emit, done)
-        return
-    model = EngineModel(setting, plan.max_length, job["batch"], job["engine_args"])
+        model = Reader(setting, job["fields"].get("context", 0), dtype, job["batch"])
+    else:
+        model = EngineModel(setting, plan.max_length, job["batch"], job["engine_args"])
     emit({"event": "ready", "dtype": model.dtype})
     plan.run(model, emit, done)
 

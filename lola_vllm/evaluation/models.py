@@ -77,7 +77,11 @@ class LocalTokenizer:
         return self.encode(text, special=False)  # the template writes the special tokens
 
     def conversation(self, messages: list[tuple[str, str]], *, begun: bool) -> str:
-        """See `copy_texts.ChatTokenizer.conversation`."""
+        """A conversation as the chat template writes it, special tokens as text.
+
+        Args:
+            messages: role and content of each. begun: open the assistant's next turn.
+        """
         made = [{"role": role, "content": content} for role, content in messages]
         return str(
             self._tokenizer.apply_chat_template(made, tokenize=False, add_generation_prompt=begun)
@@ -125,3 +129,28 @@ class Model(Protocol):
         Returns:
             Per window of n tokens n - 1 predictions: the first token has none.
         """
+
+
+class Stop(NamedTuple):
+    """A place of a text at which questions are asked, all from the state after it.
+
+    Attributes:
+        at: tokens of the text before it.
+        questions: tokens of each with its right answer, and how many the answer has.
+    """
+
+    at: int
+    questions: list[tuple[list[int], int]]
+
+
+class Answers(NamedTuple):
+    """What a model expects at a stop; both hold a prediction of each token of each answer.
+
+    Attributes:
+        read: after the text. floor: after its last tokens alone; None for a LoLA model.
+        reach: tokens before the stop that the model could see.
+    """
+
+    read: list[list[Prediction]]
+    floor: list[list[Prediction]] | None
+    reach: int

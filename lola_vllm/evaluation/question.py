@@ -140,7 +140,7 @@ class Task:
 
     Attributes:
         name: on the command line. about: one line for people.
-        draw: see `Draw`. minimum_units: smallest haystack.
+        draw: see `Draw`.
         answer_room: tokens left free for the answer within the prompt's length.
         needs: the kind of real text that `draw` must be given; None: none.
         several_places: whether the answer is hidden in more than one place.
@@ -150,18 +150,8 @@ class Task:
     about: str
     draw: Draw
     answer_room: int
-    minimum_units: int = 1
     needs: type[RealText] | None = None
     several_places: bool = False
-
-    def check(self, text: RealText | None) -> None:
-        """Refuse text of another kind than `needs`.
-
-        Raises:
-            EvalError: it is missing, or of another kind.
-        """
-        if self.needs is not None and not isinstance(text, self.needs):
-            raise EvalError(f"--tasks {self.name}: needs real {self.needs.what}; give --texts DIR")
 
 
 def hide(haystack: list[str], needles: list[tuple[float, str]]) -> tuple[list[str], list[float]]:

@@ -8,6 +8,7 @@ asked from one state. The ops are those that serve (`lola_vllm.engine.hf`).
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -16,16 +17,14 @@ from torch import Tensor
 
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.ablation import leave_out
-from lola_vllm.evaluation.chats import Pause
-from lola_vllm.evaluation.copying import ASKED, FLOOR, Answers, Stop
-from lola_vllm.evaluation.models import LocalTokenizer, Prediction
+from lola_vllm.evaluation.models import Answers, LocalTokenizer, Prediction, Stop
 from lola_vllm.evaluation.settings import Setting
 
 PIECE = 512  # tokens of a forward; their logits take a row of the vocabulary each
 
 
 class Reader:
-    """See `stream.StreamModel`, `copying.CopyModel` and `chats.ChatModel`.
+    """A model that reads streams, and that is asked several questions from one state.
 
     Args:
         setting: model directory and LoLA parameters.
@@ -48,7 +47,16 @@ class Reader:
     def read_blocks(
         self, prefix: list[int], ids: list[int], block: int, wanted: Collection[int]
     ) -> Iterator[tuple[int, list[Prediction]]]:
-        """See `stream.StreamModel.read_blocks`."""
+        """How well the tokens of some blocks of a stream are predicted.
+
+        Args:
+            prefix: tokens before the stream, which are not predicted.
+            ids: of the stream, a multiple of `block` tokens. wanted: numbers of blocks.
+
+        Yields:
+            Each wanted block's number and a prediction per token, in order. Without a prefix the
+            stream's first token has none.
+        """
         run = Run(self._model)
         run.read(prefix)
         for index in range(max(wanted) + 1):
@@ -63,37 +71,30 @@ class Reader:
             else:
                 run.read(ids[start:stop])
 
-    def ask(self, ids: list[int], stops: Sequence[Stop], longest: int) -> list[Answers]:
-        """See `copying.CopyModel.ask`.
+    def ask(self, ids: list[int], stops: Sequence[Stop], floor: int = 0) -> list[Answers]:
+        """How well right answers are predicted, stop by stop.
 
         A softmax model sees of a text as many tokens as its positions leave room for, the last.
+
+        Args:
+            ids: of the text. stops: ascending places in it, with their questions.
+            floor: tokens before a stop after which a softmax model is asked too; 0: it is not.
         """
         at = 0
         if not self.is_lola:
-            room = self._model.config.max_position_embeddings - longest
-            at = max(0, stops[-1].at - room)
+            longest = max((len(q) for stop in stops for q, _ in stop.questions), default=0)
+            at = max(0, stops[-1].at - self._model.config.max_position_embeddings + longest)
         run, begin = Run(self._model), at
         found = []
         for stop in stops:
             run.read(ids[at : stop.at])
             at = stop.at
-            floor = None
-            if not self.is_lola:
+            alone = None
+            if floor and not self.is_lola:
                 last = Run(self._model)
-                last.read(ids[max(0, at - FLOOR) : at])
-                floor = last.ask(stop.questions, ASKED, self.batch)
-            answers = run.ask(stop.questions, ASKED, self.batch)
-            found.append(Answers(answers, floor, at - begin))
-        return found
-
-    def answers(self, ids: list[int], pauses: Sequence[Pause]) -> list[list[list[Prediction]]]:
-        """See `chats.ChatModel.answers`."""
-        run, at, found = Run(self._model), 0, []
-        for pause in pauses:
-            run.read(ids[at : pause.at])
-            at = pause.at
-            asked = [(question + answer, len(answer)) for question, answer in pause.questions]
-            found.append([run.ask([whole], last, 1)[0] for whole, last in asked])
+                last.read(ids[max(0, at - floor) : at])
+                alone = last.ask(stop.questions, self.batch)
+            found.append(Answers(run.ask(stop.questions, self.batch), alone, at - begin))
         return found
 
 
@@ -141,31 +142,23 @@ class Run:
             found += _predictions(before.float(), targets)
         return found
 
-    def copy(self) -> Run:
-        """Another sequence that has read the same so far."""
-        other = copy.copy(self)
-        other.cache = copy.deepcopy(self.cache)
-        return other
-
-    def ask(self, questions: list[list[int]], last: int, batch: int) -> list[list[Prediction]]:
-        """How well the last tokens of each question are predicted, if it came next.
+    def ask(self, questions: list[tuple[list[int], int]], batch: int) -> list[list[Prediction]]:
+        """How well the answer at the end of each question is predicted, if it came next.
 
         The sequence stays as it is.
 
         Args:
-            questions: of equally many tokens, more than `last`. last: tokens of each that are
-                predicted. batch: questions at once.
-
-        Returns:
-            `last` predictions per question.
+            questions: see `Stop`. batch: questions of equally many tokens at once.
         """
         found: list[list[Prediction]] = []
         size = 1 if getattr(self._model.config, "sliding_window", None) else batch
-        for at in range(0, len(questions), size):
-            part = torch.tensor(questions[at : at + size], device=self._model.device)
-            logits = self._ask_rows(part, last) if self.is_lola else self._ask_tree(part, last)
-            for row, ids in zip(logits, part, strict=True):
-                found.append(_predictions(row.float(), ids[-last:]))
+        for (_, last), same in itertools.groupby(questions, lambda one: (len(one[0]), one[1])):
+            rows = [ids for ids, _ in same]
+            for at in range(0, len(rows), size):
+                part = torch.tensor(rows[at : at + size], device=self._model.device)
+                logits = self._ask_rows(part, last) if self.is_lola else self._ask_tree(part, last)
+                for row, ids in zip(logits, part, strict=True):
+                    found.append(_predictions(row.float(), ids[-last:]))
         return found
 
     @torch.no_grad()
@@ -205,20 +198,6 @@ class Run:
         )
         logits: Tensor = output.logits[0]
         return logits.view(count, last, -1)
-
-    def answer(self, tokens: int) -> list[int]:
-        """The most likely `tokens` tokens from here on, which are read as well.
-
-        Raises:
-            ValueError: nothing was read.
-        """
-        if self._next is None:
-            raise ValueError("nothing was read that an answer could follow")
-        found: list[int] = []
-        for _ in range(tokens):
-            found.append(int(self._next.argmax()))
-            self.read(found[-1:])
-        return found
 
     @torch.no_grad()
     def _forward(self, ids: list[int], keep: int) -> Tensor:

@@ -3,53 +3,47 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from lola_vllm.core.cli_options import option
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.chat_facts import CHAT_TASKS
-from lola_vllm.evaluation.distance import PRECEDING, SPREAD, build_prompts_at, grid
+from lola_vllm.evaluation.facts import CHAT_FORMS
 from lola_vllm.evaluation.models import Emit, Model
-from lola_vllm.evaluation.prompts import Format, Prompt, build_prompts
+from lola_vllm.evaluation.plan import Plan, at_least, numbers, words
+from lola_vllm.evaluation.prompts import PRECEDING, SPREAD, Format, Prompt, build_prompts, grid
 from lola_vllm.evaluation.question import RealText
+from lola_vllm.evaluation.results import Record, Row, memory_table, table_of, wilson
 from lola_vllm.evaluation.settings import read_held_out
 from lola_vllm.evaluation.tasks import TASKS, find_tasks
 
 # --- scores: RULER's string match, and the right share of an answer that is partly right
 
 
-@dataclass(frozen=True)
-class Score:
-    """How right an answer is.
+def judge(expected: Sequence[str], answer: str, begins: bool = False) -> dict[str, Any]:
+    """Score the model's `answer` against the strings it should hold, or begin with.
 
-    Attributes:
-        match: share of the expected strings that occur in the answer, letter case aside: RULER's
-            `string_match_all` (arXiv 2404.06654).
-        exact: all of them do.
-        share: mean over the expected strings of the characters that are right in their place, 1
-            where the string occurs. Guessed digits score about 0.1.
+    Returns:
+        exact: whether it holds all of them. match: share of them that occur in the answer, letter
+        case aside, which is RULER's `string_match_all` (arXiv 2404.06654). share: mean over them of
+        the characters that are right in their place, 1 where the string occurs. Guessed digits
+        score about 0.1.
     """
-
-    match: float
-    exact: bool
-    share: float
-
-
-def judge(expected: Sequence[str], answer: str, begins: bool = False) -> Score:
-    """Score the model's `answer` against the strings it should hold, or begin with."""
     answer = answer.lower().lstrip()
     found = [
         answer.startswith(text.lower()) if begins else text.lower() in answer for text in expected
     ]
-    match = sum(found) / len(expected)
     shares = [
         1.0 if hit else _best_share(text.lower(), answer)
         for text, hit in zip(expected, found, strict=True)
     ]
-    return Score(match, all(found), sum(shares) / len(shares))
+    return {
+        "exact": all(found),
+        "match": sum(found) / len(expected),
+        "share": sum(shares) / len(shares),
+    }
 
 
 def _best_share(text: str, answer: str) -> float:
@@ -60,10 +54,80 @@ def _best_share(text: str, answer: str) -> float:
         runs = re.findall(r"[0-9a-f-]+", answer)
     else:  # a name is right or wrong: its letters are random, so a part of it has no meaning
         return 0.0
-    best = 0
-    for run in runs:
-        best = max(best, sum(a == b for a, b in zip(text, run, strict=False)))
-    return best / len(text)
+    return max((sum(map(str.__eq__, text, run)) for run in runs), default=0) / len(text)
+
+
+# --- numbers and table, of conversations too
+
+# A task, tokens of prompt and answer, and from the needle to the question; 0: a random depth.
+Cell: TypeAlias = tuple[str, int, int]
+
+
+def recall_cells(samples: Iterable[Row]) -> dict[Cell, Row]:
+    """Counts of exact answers with Wilson's interval, and means of the other scores."""
+    groups: dict[Cell, list[Row]] = {}
+    for row in samples:
+        groups.setdefault((row["task"], row["length"], row.get("aim", 0)), []).append(row)
+    found = {}
+    for key, rows in groups.items():
+        n, exact = len(rows), sum(row["exact"] for row in rows)
+        low, high = wilson(exact, n)
+        means = {name: sum(row[name] for row in rows) / n for name in ("match", "share")}
+        found[key] = {"samples": n, "exact": exact, "low": low, "high": high, **means}
+        found[key]["rate"] = exact / n
+    return found
+
+
+def recall_numbers(record: Record) -> Row:
+    """The cells of a record, for its JSON."""
+    cells = []
+    for (task, length, distance), cell in recall_cells(record.samples).items():
+        at = {"distance": distance} if distance else {}
+        memory = record.bytes_json(length)
+        cells.append({"task": task, "length": length, **at, **cell, **memory})
+    return {"cells": cells}
+
+
+def lines_of(keys: Iterable[Cell]) -> dict[str, dict[Cell, str]]:
+    """The tables of a task: columns of each, by its title.
+
+    One table has lengths, or distances that have a length of their own. Else each length has one.
+    """
+    keys = sorted(set(keys))
+    lengths, distances = (sorted({key[i] for key in keys}) for i in (1, 2))
+    task = keys[0][0]
+    if distances == [0]:
+        return {task: {key: f"{key[1]:,}" for key in keys}}
+    if len(lengths) == len(distances) == len(keys):
+        return {task: {key: f"{key[2]:,}" for key in keys}}
+    return {
+        f"{task}, {length:,} tokens": {key: f"{key[2]:,}" for key in keys if key[1] == length}
+        for length in lengths
+    }
+
+
+def recall_table(records: Sequence[Record]) -> str:
+    """Tables of each task, settings by lengths or distances, and one of the memory they take."""
+    found = [recall_cells(record.samples) for record in records]
+    keys = list(dict.fromkeys(key for cells in found for key in cells))
+    blocks = []
+    for task in dict.fromkeys(key[0] for key in keys):
+        for title, columns in lines_of(key for key in keys if key[0] == task).items():
+            blocks.append(f"### {title}\n\n{table_of(records, found, columns, _show)}")
+    counts = sorted({cell["samples"] for cells in found for cell in cells.values()})
+    by = "tokens of prompt and answer"
+    if any(distance for _, _, distance in keys):
+        by = "tokens from the needle to the prompt's end, as near as whole sentences come"
+    blocks.append(
+        f"Exact answers of {' or '.join(map(str, counts))} by {by}, Wilson's 95 % interval in "
+        "brackets; parts: share of characters right (vt: of names)."
+    )
+    return "\n\n".join([*blocks, *memory_table(records, sorted({key[1] for key in keys}))])
+
+
+def _show(cell: Row) -> str:
+    text = f"{cell['rate']:.0%} [{cell['low']:.0%}, {cell['high']:.0%}]"
+    return text if cell["exact"] == cell["samples"] else f"{text} parts {cell['share']:.0%}"
 
 
 # --- the plan
@@ -75,7 +139,7 @@ def default_lengths() -> list[int]:
 
 
 @dataclass(frozen=True)
-class RecallPlan:
+class RecallPlan(Plan):
     """The questions to every setting; JSON values only.
 
     A cell is a task at one length, or, with distances, at one length and distance. Without lengths
@@ -83,13 +147,17 @@ class RecallPlan:
     """
 
     name: ClassVar[str] = "recall"
+    keys: ClassVar[tuple[str, ...]] = ("task", "length", "aim", "index")
 
     tasks: list[str] = option(
-        f"of {', '.join([*TASKS, *CHAT_TASKS])}",
-        ["niah-1", "niah-2", "niah-3", "passkey", "multikey", "vt"],
+        f"of {', '.join([*TASKS, *CHAT_FORMS])}",
+        ["niah-1", "niah-2", "niah-3", "multikey", "vt"],
+        type=words,
     )
-    lengths: list[int] = option("tokens of prompt and answer together", default_lengths())
-    samples: int = option("per task and length", 50)
+    lengths: list[int] = option(
+        "tokens of prompt and answer together", default_lengths(), type=numbers
+    )
+    samples: int = option("per task and length", 50, type=at_least(1))
     seed: int = option("of all choices", 0)
     format: Format = option(
         "plain text, or the model's chat template with the answer begun", "completion"
@@ -98,7 +166,6 @@ class RecallPlan:
         "real text, for tasks that hide something in prose or code: a directory that 'lola-vllm "
         "texts' wrote, or a file",
         None,
-        type=Path,
         metavar="PATH",
     )
     distances: list[int] = option(
@@ -106,6 +173,7 @@ class RecallPlan:
         f"has its distance and {PRECEDING:,} to {PRECEDING + SPREAD:,} tokens more, or each of "
         "--lengths that holds it",
         [],
+        type=numbers,
     )
 
     @property
@@ -116,33 +184,43 @@ class RecallPlan:
         return [(length, 0) for length in sorted(self.lengths)]
 
     @property
+    def asked(self) -> str:
+        """See `Plan`."""
+        questions = len(self.cells) * len(self.tasks) * self.samples
+        lengths = ", ".join(f"{length:,}" for length, _ in self.cells)
+        return f"{questions:,} questions ({lengths} tokens)"
+
+    @property
     def max_length(self) -> int:
         """Longest prompt and answer, in tokens."""
         return max(length for length, _ in self.cells)
 
     @property
     def tokens(self) -> int:
-        """Tokens that a setting costs, at most."""
+        """See `Plan`."""
         return sum(length for length, _ in self.cells) * self.samples * len(self.tasks)
 
-    def cost(self, sample: dict[str, Any]) -> int:
-        """Tokens that a sample of `run` counts for in `tokens`."""
+    def check(self) -> None:
+        """See `Plan`."""
+        if self.distances:
+            grid(self.lengths, self.distances)
+        for task in find_tasks(self.tasks):
+            if task.needs is not None and self.texts is None:
+                raise EvalError(
+                    f"--tasks {task.name}: needs real text; give --texts, or other tasks"
+                )
+            if self.distances and task.several_places:
+                raise EvalError(
+                    f"--distances: {task.name} hides its answer in several places, which have no "
+                    "one distance; leave it out of --tasks"
+                )
+
+    def cost(self, sample: Row) -> int:
+        """See `Plan`."""
         return int(sample["length"])
 
-    def done(self, samples: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-        """Questions that `run` need not ask again, given samples of an earlier call."""
-        return {(row["task"], row["length"], row.get("aim", 0), row["index"]) for row in samples}
-
     def run(self, model: Model, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
-        """Ask `model` all questions, short prompts first.
-
-        Args:
-            model: answers. emit: is given `{"event": "samples", "samples": [...]}` as often as
-                `model.batch` questions are answered. done: see the method of that name.
-
-        Raises:
-            EvalError: a length without room for a question, or no text where it is needed.
-        """
+        """Ask `model` all questions, short prompts first, `model.batch` at once; see `Plan`."""
         for prompts, room in self._cells(model):
             todo = [p for p in prompts if (p.task, p.length, p.aim, p.index) not in done]
             for at in range(0, len(todo), model.batch):
@@ -158,50 +236,44 @@ class RecallPlan:
         for length, distance in self.cells:
             for task in tasks:
                 text = texts.get(task.needs) if task.needs is not None else None
-                rest = (self.samples, self.seed, model.tokenizer, self.format, text)
-                if distance:
-                    spread = 0 if self.lengths else SPREAD
-                    prompts = build_prompts_at(task, distance, length, *rest, spread)
-                    yield prompts, task.answer_room
-                else:
-                    yield build_prompts(task, length, *rest), task.answer_room
+                rest = (self.samples, self.seed, model.tokenizer, self.format, text, distance)
+                spread = 0 if self.lengths else SPREAD
+                yield build_prompts(task, length, *rest, spread), task.answer_room
 
     def _texts(self, needed: Collection[type[RealText]]) -> dict[type[RealText], RealText]:
         """Held-out text by its kind, of the files that each kind takes."""
-        assert self.texts is not None
-        of_files = read_held_out(Path(self.texts)) if needed else {}
+        of_files = read_held_out(Path(str(self.texts))) if needed else {}
         texts: dict[type[RealText], RealText] = {}
         for kind in needed:
-            documents = [
-                document
-                for name, documents in of_files.items()
-                for document in documents
-                if kind.takes(name)
-            ]
-            if not documents:
+            taken = [text for name in of_files if kind.takes(name) for text in of_files[name]]
+            if not taken:
                 raise EvalError(
                     f"--texts {self.texts}: has no {kind.what}, only {', '.join(of_files)}; "
                     "give others"
                 )
-            texts[kind] = kind(documents)
+            texts[kind] = kind(taken)
         return texts
 
+    def numbers(self, record: Record, reference: Record | None) -> Row:
+        """See `Plan`."""
+        return recall_numbers(record)
 
-def _row(prompt: Prompt, answer: str) -> dict[str, Any]:
+    def table(self, records: Sequence[Record], reference: Record | None) -> str:
+        """See `Plan`."""
+        return recall_table(records)
+
+
+def _row(prompt: Prompt, answer: str) -> Row:
     """A sample's line in the results."""
-    score = judge(prompt.question.expected, answer, prompt.question.begins)
-    aim = {"aim": prompt.aim} if prompt.aim else {}
     return {
         "task": prompt.task,
         "length": prompt.length,
-        **aim,
+        **({"aim": prompt.aim} if prompt.aim else {}),
         "index": prompt.index,
         "depth": round(prompt.question.depth, 4),
         "distance": prompt.distance,
         "prompt_tokens": len(prompt.ids),
         "expected": list(prompt.question.expected),
         "answer": answer,
-        "exact": score.exact,
-        "match": score.match,
-        "share": score.share,
+        **judge(prompt.question.expected, answer, prompt.question.begins),
     }

@@ -1,20 +1,27 @@
-"""Results of an evaluation: one record per setting, its numbers, and JSON for machines."""
+"""What results of all evaluations share: records of settings, intervals, pairs, and tables."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.settings import SequenceMemory, Setting
+
+Row: TypeAlias = dict[str, Any]  # of JSON values
+Triple: TypeAlias = tuple[float, float, float]  # a value and its 95 % interval
+Key = TypeVar("Key")
+
+MIB = 2**20
+
 
 # --- records: the results of one setting, as a file keeps them
 
@@ -34,13 +41,13 @@ class Record:
     setting: Setting
     fingerprint: str | None = None
     memory: SequenceMemory | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
     dtype: str | None = None
     seconds: float = 0.0
     finished: bool = False
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Row:
         """The values that must agree for samples of two runs to be comparable. Models by name."""
         return {
             "name": self.setting.name,
@@ -51,7 +58,7 @@ class Record:
             "positions": self.setting.positions,
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Row:
         """Everything but the samples."""
         memory = self.memory
         return {
@@ -64,11 +71,18 @@ class Record:
             "finished": self.finished,
         }
 
-    def take_up(self, row: dict[str, Any]) -> None:
+    def take_up(self, row: Row) -> None:
         """A record from the values of `to_json` and its samples."""
         self.samples = list(row["samples"])
-        self.dtype, self.seconds = row["dtype"], row["seconds"]
-        self.finished = row["finished"]
+        self.dtype, self.seconds, self.finished = row["dtype"], row["seconds"], row["finished"]
+
+    def bytes_json(self, length: int) -> dict[str, float | None]:
+        """What a sequence of `length` tokens takes, None where that is not known."""
+        memory = self.memory
+        return {
+            "bytes_per_sequence": memory.bytes_at(length) if memory else None,
+            "full_kv_over_bytes": memory.saving_at(length) if memory else None,
+        }
 
 
 def fingerprint(model: Path) -> str:
@@ -89,7 +103,14 @@ def fingerprint(model: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- confidence intervals: of a share of successes, and of perplexities and their ratio
+def write(path: Path, value: Row) -> None:
+    """Write JSON in one step, so that an interrupted run leaves the last complete file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+# --- intervals: of a share of successes, of shares of sums, and of perplexities and their ratio
 
 Z_95 = 1.959963984540054
 RESAMPLES = 2000
@@ -115,48 +136,19 @@ def wilson(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
     return low, high
 
 
-def exp_mean(
-    nats: NDArray[np.float64], tokens: NDArray[np.float64], seed: int = 0
-) -> tuple[float, float, float]:
-    """exp(sum of nats / sum of tokens) over windows, with a bootstrap interval.
-
-    With negative log-likelihoods this is perplexity. With differences of them, taken window by
-    window, it is a ratio of perplexities, and the pairing removes the variation between texts.
+def share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> Triple:
+    """sum of part / sum of whole over windows, with a bootstrap interval over windows.
 
     Args:
-        nats: `[W]`, one sum per window. tokens: `[W]`, tokens that were summed.
-        seed: of the resampling over windows.
+        part, whole: `[W]`, one number per window.
 
     Returns:
-        Value, and the 2.5 and 97.5 percentiles of resampled values.
-
-    Raises:
-        ValueError: no window, or arrays of different lengths.
-    """
-    if len(nats) == 0 or nats.shape != tokens.shape:
-        raise ValueError(f"{nats.shape} sums for {tokens.shape} counts of tokens")
-    value = math.exp(nats.sum() / tokens.sum())
-    picks = np.random.default_rng(seed).integers(0, len(nats), size=(RESAMPLES, len(nats)))
-    means = nats[picks].sum(axis=1) / tokens[picks].sum(axis=1)
-    low, high = np.exp(np.percentile(means, [2.5, 97.5]))
-    return value, float(low), float(high)
-
-
-def share(
-    part: NDArray[np.float64], whole: NDArray[np.float64], seed: int = 0
-) -> tuple[float, float, float]:
-    """sum of part / sum of whole over windows, with a bootstrap interval as `exp_mean` has it.
-
-    Args:
-        part, whole: `[W]`, one number per window. seed: of the resampling over windows.
-
-    Returns:
-        Value, and the 2.5 and 97.5 percentiles; NaN where the sum of `whole` is 0, and an infinite
-        percentile where it is 0 in many resamples.
+        Value, and the 2.5 and 97.5 percentiles of resampled values. NaN where the sum of `whole`
+        is 0, and an infinite percentile where it is 0 in many resamples.
     """
     if not whole.sum():
         return math.nan, math.nan, math.nan
-    picks = np.random.default_rng(seed).integers(0, len(part), size=(RESAMPLES, len(part)))
+    picks = np.random.default_rng(0).integers(0, len(part), size=(RESAMPLES, len(part)))
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample may ask for nothing
         shares = part[picks].sum(axis=1) / whole[picks].sum(axis=1)
     # Between two infinite shares, linear interpolation would give NaN.
@@ -164,256 +156,111 @@ def share(
     return float(part.sum() / whole.sum()), float(low), float(high)
 
 
-# --- summaries: from samples to the numbers of a table
+def exp_mean(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> Triple:
+    """exp(sum of nats / sum of tokens) over windows, with an interval as `share` has it.
 
-
-@dataclass(frozen=True)
-class Cell:
-    """Recall of one task at one length, or of a part of its samples.
-
-    Attributes:
-        samples: their number. exact: how many were answered exactly.
-        low, high: Wilson's 95 % interval of the share of exact answers.
-        match: mean share of expected strings that were found (RULER's score).
-        share: mean share of characters that were right.
+    With negative log-likelihoods this is perplexity. With differences of them, taken window by
+    window, it is a ratio of perplexities, and the pairing removes the variation between texts.
     """
-
-    samples: int
-    exact: int
-    low: float
-    high: float
-    match: float
-    share: float
-
-    @property
-    def rate(self) -> float:
-        """Share of exact answers."""
-        return self.exact / self.samples
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields and the rate."""
-        return {**vars(self), "rate": self.rate}
+    value, low, high = map(math.exp, share(nats, tokens))
+    return value, low, high
 
 
-def recall_cell(samples: Sequence[dict[str, Any]]) -> Cell:
-    """Summarize at least one sample of `recall.RecallPlan`."""
-    n = len(samples)
-    exact = sum(sample["exact"] for sample in samples)
-    low, high = wilson(exact, n)
-    match, share = (sum(sample[key] for sample in samples) / n for key in ("match", "share"))
-    return Cell(n, exact, low, high, match, share)
+def column(rows: Iterable[Mapping[str, Any]], key: str) -> NDArray[np.float64]:
+    """`[N]`, a value of each row."""
+    return np.array([row[key] for row in rows], dtype=np.float64)
 
 
-def recall_cells(samples: Iterable[dict[str, Any]]) -> dict[tuple[str, int], Cell]:
-    """Cells by task and length, in the order of their first samples."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for sample in samples:
-        groups.setdefault((sample["task"], sample["length"]), []).append(sample)
-    return {key: recall_cell(group) for key, group in groups.items()}
+# --- samples of a setting beside those of the reference
 
 
-def beyond_window(
-    samples: Iterable[dict[str, Any]], lola_config: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """The samples whose needle no sliding window can hold when the answer begins.
+def paired(
+    record: Record, reference: Record | None, keys: Sequence[str]
+) -> list[tuple[Row, Row | None]]:
+    """A record's samples, each with the reference's of the same `keys`.
 
-    Softmax attention over the window reads a needle among the last lines, also without a sparse
-    cache. So only these samples show what the rest of the state recalls.
-
-    Args:
-        samples: of `recall.RecallPlan`. lola_config: the setting's parameters, all of them.
-    """
-    span = lola_config["window_size"] + lola_config["update_interval"]  # the most it ever holds
-    return [sample for sample in samples if sample.get("distance", 0) >= span]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Perplexity on one kind of text; triples are a value and its 95 % bootstrap interval.
-
-    Attributes:
-        windows, tokens: read and predicted. perplexity: per token.
-        bits_per_byte: of the text in UTF-8; comparable between tokenizers.
-        ratio: perplexity over the reference's on the same windows, paired; None without one.
-        repeats: what the text says again (`repeats.py`); None where it says nothing again.
-    """
-
-    windows: int
-    tokens: int
-    perplexity: tuple[float, float, float]
-    bits_per_byte: float
-    ratio: tuple[float, float, float] | None
-    repeats: Recurrence | None
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return {**vars(self), "repeats": vars(self.repeats) if self.repeats else None}
-
-
-@dataclass(frozen=True)
-class Recurrence:
-    """How well repeats are predicted; triples as in `Reading`, ratios over the reference's.
-
-    Attributes:
-        words: last words of sentences that were asked for. cloze: share that was predicted whole.
-        cloze_ratio: that share over the reference's.
-        tokens: that complete a repeated n-gram. perplexity: of these.
-        first: share of these that are the first choice.
-        ratio: perplexity over the reference's.
-    """
-
-    words: int
-    cloze: tuple[float, float, float]
-    cloze_ratio: tuple[float, float, float] | None
-    tokens: int
-    perplexity: tuple[float, float, float]
-    first: float
-    ratio: tuple[float, float, float] | None
-
-
-def readings(
-    samples: Sequence[dict[str, Any]],
-    reference: Sequence[dict[str, Any]] | None,
-    seed: int = 0,
-) -> dict[str, Reading]:
-    """Perplexities by kind of text, and of all kinds together as "all".
-
-    Args:
-        samples: of `perplexity.PerplexityPlan`. reference: of the reference model, same windows.
-        seed: of the bootstrap.
+    The reference's are None until it has read everything, and for the reference itself.
 
     Raises:
         EvalError: the reference read other tokens: its tokenizer is another one.
     """
-    by_window = {(row["kind"], row["index"]): row for row in reference or ()}
-    kinds = list(dict.fromkeys(sample["kind"] for sample in samples))
-    result = {}
-    for kind in [*kinds, *(["all"] if len(kinds) > 1 else [])]:
-        rows = [sample for sample in samples if kind in ("all", sample["kind"])]
-        nats, tokens, size = (_column(rows, key) for key in ("nats", "tokens", "bytes"))
-        ratio, paired = None, None
-        if reference is not None:
-            others = [by_window.get((row["kind"], row["index"])) for row in rows]
-            if any(
-                o is None or o["checksum"] != r["checksum"]
-                for o, r in zip(others, rows, strict=True)
-            ):
-                raise EvalError(
-                    "--reference: its windows hold other tokens; perplexities compare only "
-                    "between models of one tokenizer (bits per byte compare always)"
-                )
-            paired = [other for other in others if other]
-            ratio = exp_mean(nats - _column(paired, "nats"), tokens, seed)
-        result[kind] = Reading(
-            windows=len(rows),
-            tokens=int(tokens.sum()),
-            perplexity=exp_mean(nats, tokens, seed),
-            bits_per_byte=float(nats.sum() / math.log(2) / size.sum()),
-            ratio=ratio,
-            repeats=recurrence(rows, paired, seed),
-        )
-    return result
+    if reference is None or reference is record or not reference.finished:
+        return [(row, None) for row in record.samples]
+    others = {tuple(row[key] for key in keys): row for row in reference.samples}
+    found: list[tuple[Row, Row | None]] = []
+    for row in record.samples:
+        other = others.get(tuple(row[key] for key in keys))
+        if other is None or other["checksum"] != row["checksum"]:
+            raise EvalError(
+                "--reference: it read other tokens; these results compare only between models of "
+                "one tokenizer (bits per byte compare always)"
+            )
+        found.append((row, other))
+    return found
 
 
-def recurrence(
-    rows: Sequence[dict[str, Any]], paired: Sequence[dict[str, Any]] | None, seed: int
-) -> Recurrence | None:
-    """What windows say again; `paired` are the reference's, window by window.
+# --- tables
 
-    None where the windows say nothing again, or were read before this was measured.
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose columns also line up as plain text; the first row is the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(cells: list[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [f"{'-' * widths[0]}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    return "\n".join([line(rows[0]), f"| {' | '.join(rule)} |", *map(line, rows[1:])])
+
+
+def table_of(
+    records: Sequence[Record],
+    found: Sequence[Mapping[Key, Any]],
+    columns: Mapping[Key, str],
+    show: Callable[[Any], str],
+) -> str:
+    """A Markdown table of settings by columns.
+
+    Args:
+        found: values of each record by key. columns: heads by key. show: a value in words; where
+            there is none the cell is empty.
     """
-    if not all("cloze" in row for row in [*rows, *(paired or ())]):
-        return None
-    columns = {
-        key: _column(rows, key)
-        for key in ("cloze", "cloze_exact", "repeated", "repeated_nats", "repeated_first")
-    }
-    tokens = columns["repeated"]
-    if not tokens.sum() or not columns["cloze"].sum():
-        return None
-    ratios: dict[str, tuple[float, float, float] | None] = {"cloze": None, "nats": None}
-    if paired is not None:
-        ratios["cloze"] = share(columns["cloze_exact"], _column(paired, "cloze_exact"), seed)
-        nats = columns["repeated_nats"] - _column(paired, "repeated_nats")
-        ratios["nats"] = exp_mean(nats, tokens, seed)
-    return Recurrence(
-        words=int(columns["cloze"].sum()),
-        cloze=share(columns["cloze_exact"], columns["cloze"], seed),
-        cloze_ratio=ratios["cloze"],
-        tokens=int(tokens.sum()),
-        perplexity=exp_mean(columns["repeated_nats"], tokens, seed),
-        first=float(columns["repeated_first"].sum() / tokens.sum()),
-        ratio=ratios["nats"],
-    )
+    rows = [["setting", *columns.values()]]
+    for record, values in zip(records, found, strict=True):
+        shown = [show(values[key]) if key in values else "" for key in columns]
+        rows.append([record.setting.name, *shown])
+    return markdown(rows)
 
 
-def _column(rows: Sequence[dict[str, Any]], key: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.array([row[key] for row in rows], dtype=np.float64)
-
-
-# --- JSON
-
-MIB = 2**20
-
-
-def recall_json(records: list[Record]) -> list[dict[str, Any]]:
-    """Per setting: its record, its cells, its samples."""
-    rows = []
-    for record in records:
-        beyond = cells_beyond_window(record)
-        cells = [
-            {
-                "task": task,
-                "length": length,
-                **cell.to_json(),
-                "beyond_window": beyond[task, length].to_json()
-                if (task, length) in beyond
-                else None,
-                **bytes_json(record, length),
-            }
-            for (task, length), cell in recall_cells(record.samples).items()
-        ]
-        rows.append({**record.to_json(), "cells": cells, "samples": record.samples})
-    return rows
-
-
-def bytes_json(record: Record, length: int) -> dict[str, float | None]:
-    """What a sequence of `length` tokens takes, None where that is not known."""
-    memory = record.memory
-    return {
-        "bytes_per_sequence": memory.bytes_at(length) if memory else None,
-        "full_kv_over_bytes": memory.saving_at(length) if memory else None,
-    }
-
-
-def perplexity_json(records: list[Record], reference: Record | None) -> list[dict[str, Any]]:
-    """Per setting: its record, perplexities by kind, its windows."""
+def memory_table(records: Sequence[Record], lengths: Sequence[int]) -> list[str]:
+    """A table of what a sequence takes, and its note; nothing where no memory is known."""
+    if not any(record.memory for record in records):
+        return []
+    found = [{length: record.memory for length in lengths} for record in records]
+    rows = [["setting", *(f"{length:,}" for length in lengths)]]
+    for record, memory in zip(records, found, strict=True):
+        shown = [_show_memory(memory[length], length) for length in lengths]
+        rows.append([record.setting.name, *shown])
     return [
-        {
-            **record.to_json(),
-            "kinds": {kind: r.to_json() for kind, r in readings_of(record, reference).items()},
-            "samples": record.samples,
-        }
-        for record in records
+        f"### Memory per sequence\n\n{markdown(rows)}",
+        "By tokens of prompt and answer: MiB, and how many times larger a full KV cache is.",
     ]
 
 
-def cells_beyond_window(record: Record) -> dict[tuple[str, int], Cell]:
-    """Cells of `beyond_window`; none where the setting is no LoLA model."""
-    if record.memory is None or record.memory.lola_config is None:
-        return {}
-    return recall_cells(beyond_window(record.samples, record.memory.lola_config))
+def _show_memory(memory: SequenceMemory | None, length: int) -> str:
+    if memory is None:
+        return "?"
+    return f"{memory.bytes_at(length) / MIB:.1f}, {memory.saving_at(length):.1f}x"
 
 
-def readings_of(record: Record, reference: Record | None) -> dict[str, Reading]:
-    """A record's `readings`, beside the reference's once that has read everything."""
-    if reference is None or reference is record or not reference.finished:
-        return readings(record.samples, None)
-    return readings(record.samples, reference.samples)
+def times(ratio: Triple | None, digits: int, windows: int) -> str:
+    """ ", 1.05x [1.04, 1.06]", or nothing for None.
 
-
-def write(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON in one step, so that an interrupted run leaves the last complete file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    An interval says nothing where one window alone can be resampled.
+    """
+    if ratio is None:
+        return ""
+    value, low, high = (f"{number:.{digits}f}" for number in ratio)
+    return f", {value}x [{low}, {high}]" if windows > 1 else f", {value}x [-]"

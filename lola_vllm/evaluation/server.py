@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.chats import ChatPlan
-from lola_vllm.evaluation.copying import CopyPlan
 from lola_vllm.evaluation.models import LocalTokenizer, Prediction, Tokenizer
 from lola_vllm.evaluation.session import EvaluationSession
 
@@ -44,23 +42,18 @@ class Connection:
         timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         self._client = httpx.Client(headers=headers, timeout=timeout)
 
-    def get(self, path: str) -> Any:
-        """The JSON at `path`; raises `EvalError` as `post` does."""
-        return self._request("GET", path, None)
-
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON that answers `body`.
+    def ask(self, path: str, key: str, body: Mapping[str, Any] | None = None) -> Any:
+        """What the JSON at `path`, or that answers `body`, says at `key`.
 
         Raises:
-            EvalError: no server, no access, an unknown path or model, or a refused request.
+            EvalError: no server, no access, an unknown path or model, a refused request, or no
+                such key.
         """
-        return self._request("POST", path, body)
-
-    def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
         import httpx
 
         for attempt in range(RETRIES + 1):
             try:
+                method = "GET" if body is None else "POST"
                 response = self._client.request(method, self.url + path, json=body)
             except httpx.TimeoutException as error:
                 raise EvalError(
@@ -88,10 +81,10 @@ class Connection:
                 f"{_message(response.text)}"
             )
         try:
-            return response.json()
-        except ValueError:
+            return response.json()[key]
+        except (ValueError, KeyError, TypeError):
             raise EvalError(
-                f"{self.url}{path}: the answer is no JSON; is this an OpenAI-compatible server?"
+                f"{self.url}{path}: the answer has no {key!r}; is this an OpenAI-compatible server?"
             ) from None
 
 
@@ -114,14 +107,8 @@ class ServerTokenizer:
         self._connection, self._model = connection, model
 
     def _ids(self, **fields: Any) -> list[int]:
-        try:
-            answer = self._connection.post("/tokenize", {"model": self._model, **fields})
-            return [int(token) for token in answer["tokens"]]
-        except (KeyError, TypeError):
-            raise EvalError(
-                f"{self._connection.url}/tokenize: no tokens in the answer; give the model's "
-                "tokenizer with --tokenizer DIR"
-            ) from None
+        fields["model"] = self._model
+        return [int(token) for token in self._connection.ask("/tokenize", "tokens", fields)]
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -135,7 +122,7 @@ class ServerTokenizer:
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer.decode`."""
         body = {"model": self._model, "tokens": ids}
-        return str(self._connection.post("/detokenize", body).get("prompt", ""))
+        return str(self._connection.ask("/detokenize", "prompt", body))
 
 
 class ServerModel:
@@ -162,14 +149,8 @@ class ServerModel:
 
     def _find(self, name: str | None) -> tuple[str, int | None]:
         """Name and longest context of the model, as far as the server says."""
-        served = self._connection.get("/v1/models")
-        try:
-            models = {str(entry["id"]): entry.get("max_model_len") for entry in served["data"]}
-        except (KeyError, TypeError, AttributeError):
-            raise EvalError(
-                f"{self._connection.url}/v1/models: no list of models; is this an "
-                "OpenAI-compatible server?"
-            ) from None
+        served = self._connection.ask("/v1/models", "data")
+        models = {str(entry["id"]): entry.get("max_model_len") for entry in served}
         if name is None and len(models) == 1:
             name = next(iter(models))
         if name not in models:
@@ -208,29 +189,8 @@ class ServerModel:
 
         return self._each(ask, windows)
 
-    def read_blocks(
-        self, prefix: list[int], ids: list[int], block: int, wanted: Collection[int]
-    ) -> Iterator[tuple[int, list[Prediction]]]:
-        """See `stream.StreamModel.read_blocks`.
-
-        The stream up to the last block is one request, as a state lives no longer. The server keeps
-        what it says of each token until the last one is read.
-        """
-        (values,) = self.predictions([prefix + ids[: (max(wanted) + 1) * block]])
-        values = values[len(values) - (max(wanted) + 1) * block :] if prefix else values
-        first = 0 if prefix else 1  # the stream's first token has no prediction without one
-        for index in sorted(wanted):
-            start, stop = max(0, index * block - first), (index + 1) * block - first
-            yield index, values[start:stop]
-
     def _choice(self, body: Mapping[str, Any]) -> Any:
-        answer = self._connection.post("/v1/completions", {"model": self.name, **body})
-        try:
-            return answer["choices"][0]
-        except (KeyError, IndexError, TypeError):
-            raise EvalError(
-                f"{self._connection.url}/v1/completions: no choice in the answer"
-            ) from None
+        return self._connection.ask("/v1/completions", "choices", {"model": self.name, **body})[0]
 
     def _each(self, ask: Callable[[list[int]], T], prompts: list[list[int]]) -> list[T]:
         with ThreadPoolExecutor(self.batch) as pool:
@@ -250,7 +210,6 @@ def run_server(session: EvaluationSession, model: ServerModel) -> str:
         EvalError: lengths that the server does not take, or a request that failed.
     """
     plan = session.plan
-    assert not isinstance(plan, CopyPlan | ChatPlan)  # the command refuses it
     if model.max_length is not None and plan.max_length > model.max_length:
         raise EvalError(
             f"a length of {plan.max_length} tokens: the server takes {model.max_length} "

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from lola_vllm.evaluation import EvalError, copied, curves, results, summary, tables
+from lola_vllm.evaluation import EvalError, results, summary
 from lola_vllm.evaluation.chats import ChatPlan
 from lola_vllm.evaluation.copying import CopyPlan
 from lola_vllm.evaluation.models import Emit
 from lola_vllm.evaluation.perplexity import PerplexityPlan
+from lola_vllm.evaluation.plan import Plan
 from lola_vllm.evaluation.recall import RecallPlan
 from lola_vllm.evaluation.results import Record
 from lola_vllm.evaluation.settings import measure
@@ -26,19 +27,9 @@ from lola_vllm.evaluation.stream import StreamPlan
 SAVE_EVERY_S = 30.0
 # Of the progress bar, in a terminal and in a file.
 REFRESH_S, REFRESH_FILE_S = 0.5, 60.0
-# What every setting is asked, by name.
-Plan: TypeAlias = RecallPlan | PerplexityPlan | StreamPlan | CopyPlan | ChatPlan
 PLANS: dict[str, type[Plan]] = {
-    RecallPlan.name: RecallPlan,
-    PerplexityPlan.name: PerplexityPlan,
-    StreamPlan.name: StreamPlan,
-    CopyPlan.name: CopyPlan,
-    ChatPlan.name: ChatPlan,
+    plan.name: plan for plan in (RecallPlan, PerplexityPlan, StreamPlan, CopyPlan, ChatPlan)
 }
-
-
-# Of `lola-vllm eval`, where it is not the plan's name.
-COMMANDS = {StreamPlan.name: "perplexity --stream", ChatPlan.name: "recall"}
 
 
 class EvaluationSession:
@@ -58,10 +49,11 @@ class EvaluationSession:
     ) -> None:
         self.out, self.plan, self.records, self.reference = out, plan, records, reference
         # Names, without paths of this machine.
-        texts = Path(plan.texts).name if plan.texts else None
+        fields = vars(plan)
+        texts = Path(fields["texts"]).name if fields["texts"] else None
         self._head: dict[str, Any] = {
             "evaluation": plan.name,
-            "plan": {**vars(plan), "texts": texts},
+            "plan": {**fields, "texts": texts},
             "batch": batch,
             "machine": describe_machine(),
         }
@@ -175,34 +167,23 @@ class EvaluationSession:
 
     def _report(self) -> dict[str, Any]:
         """What the JSON says now."""
-        if isinstance(self.plan, StreamPlan):
-            rows = curves.stream_json(self._begun, self.reference)
-        elif isinstance(self.plan, PerplexityPlan):
-            rows = results.perplexity_json(self._begun, self.reference)
-        elif isinstance(self.plan, CopyPlan):
-            rows = copied.copy_json(self._begun, self.reference)
-        elif self.plan.distances:
-            rows = curves.distance_json(self._begun)
-        else:
-            rows = results.recall_json(self._begun)
+        rows = [
+            {
+                **record.to_json(),
+                **self.plan.numbers(record, self.reference),
+                "samples": record.samples,
+            }
+            for record in self._begun
+        ]
         return {**self._head, "settings": rows}
 
     def report(self) -> str:
         """Write JSON, summary and Markdown of what there is; returns the Markdown."""
         self.save()
-        name = COMMANDS.get(self.plan.name, self.plan.name)
+        name = self.plan.command or self.plan.name
         path = self.out / f"{self.plan.name}.summary.json"
         summary.write(path, self._report(), f"lola-vllm eval {name}")
-        if isinstance(self.plan, StreamPlan):
-            table = tables.stream_table(self._begun, self.reference, self.plan)
-        elif isinstance(self.plan, PerplexityPlan):
-            table = tables.perplexity_table(self._begun, self.reference)
-        elif isinstance(self.plan, CopyPlan):
-            table = tables.copy_table(self._begun, self.reference)
-        elif self.plan.distances:
-            table = tables.distance_table(self._begun)
-        else:
-            table = tables.recall_table(self._begun)
+        table = self.plan.table(self._begun, self.reference)
         (self.out / f"{self.plan.name}.md").write_text(table + "\n", encoding="utf-8")
         return table
 

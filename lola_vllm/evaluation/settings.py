@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
 from lola_vllm.core.cli_options import option
 from lola_vllm.evaluation import EvalError
-
-_KEYS = ("name", "model", "lola_config", "without")
 
 
 @dataclass(frozen=True)
@@ -198,32 +198,36 @@ def _parse_config(model: Path, text: str, without: str) -> Setting:
     return Setting(name, model, config, without)
 
 
+class _Row(BaseModel, extra="forbid"):
+    """A row of a sweep; what it leaves out is that of the command line."""
+
+    name: str = Field(min_length=1)
+    model: Path | None = None
+    lola_config: dict[str, Any] = {}
+    without: str | None = None
+
+
 def _read_sweep(path: Path, model: Path, without: str) -> list[Setting]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        rows = TypeAdapter(list[_Row]).validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
         raise EvalError(f"--sweep {path}: cannot be read ({error})") from None
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise EvalError(f"--sweep {path}: must hold a list of objects with {', '.join(_KEYS)}")
-    settings = []
-    for row in rows:
-        for key in row:
-            if key not in _KEYS:
-                raise EvalError(f"--sweep {path}: unknown key {key!r}; known: {', '.join(_KEYS)}")
-        name, config = row.get("name"), row.get("lola_config", {})
-        if not isinstance(name, str) or not name:
-            raise EvalError(f"--sweep {path}: name = {name!r}: every setting needs a name")
-        if not isinstance(config, dict):
-            raise EvalError(f"--sweep {path}: {name}: lola_config = {config!r}: must be an object")
-        settings.append(
-            Setting(
-                name,
-                Path(row.get("model", model)),
-                config,
-                str(row.get("without", without)),
-            )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        known = ", ".join(_Row.model_fields)
+        raise EvalError(
+            f"--sweep {path}: {where}: {first['msg']}; must be a list of objects with {known}"
+        ) from None
+    return [
+        Setting(
+            row.name,
+            row.model or model,
+            row.lola_config,
+            without if row.without is None else row.without,
         )
-    return settings
+        for row in rows
+    ]
 
 
 def read_held_out(path: Path) -> dict[str, list[str]]:

@@ -1,8 +1,7 @@
 """The recall tasks: what is hidden in how much text, and which question asks for it.
 
 The sentences are word for word as published, so that results compare. Needle tasks and variable
-tracking: RULER (arXiv 2404.06654), its odd spelling included. Pass key: landmark attention (arXiv
-2305.16300). The keys' words are our own.
+tracking: RULER (arXiv 2404.06654), its odd spelling included. The keys' words are our own.
 """
 
 from __future__ import annotations
@@ -16,15 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.chat_facts import CHAT_TASKS
 from lola_vllm.evaluation.code_calls import CALL_ROOM, CallDraw, Code
-from lola_vllm.evaluation.facts import (
-    FactDraw,
-    date_of_opening,
-    name_of_keeper,
-    place_of_thing,
-    value_in_code,
-)
+from lola_vllm.evaluation.facts import CHAT_FORMS, PROSE_FORMS, FactDraw
 from lola_vllm.evaluation.question import Draft, Prose, Question, RealText, Task, hide
 
 # --- wording
@@ -53,14 +45,6 @@ NEEDLES_PROMPT = (
     "What are all the special magic {kind}s for {key} mentioned in the provided text?"
 )
 NEEDLES_ANSWER = "The special magic {kind}s for {key} mentioned in the provided text are"
-
-PASS_KEY = "The pass key is {key}. Remember it. {key} is the pass key."
-PASS_KEY_PROMPT = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
-    "them. I will quiz you about the important information there.\n{context}\n"
-    "What is the pass key?"
-)
-PASS_KEY_ANSWER = "The pass key is"
 
 CHAIN_PROMPT = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
@@ -96,7 +80,7 @@ ADJECTIVES = tuple(_ADJECTIVES.split())
 NOUNS = tuple(_NOUNS.split())
 
 
-# --- needles in a haystack, and the older pass key
+# --- needles in a haystack
 
 
 @dataclass(frozen=True)
@@ -154,9 +138,7 @@ class NeedleDraw:
             mixed, found = hide(lines(units), needles)
             separator = " " if self.haystack == "prose" else "\n"
             context = separator.join(mixed)
-            if len(values) == 1:
-                return needle_question(context, self.value, keys[0], values[0], depth=found[0])
-            return needles_question(context, self.value, asked, values, depth=found[0])
+            return needle_question(context, self.value, asked, values, depth=found[0])
 
         return draft
 
@@ -180,48 +162,24 @@ def draw_uuid(rng: random.Random) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def needle_question(context: str, kind: str, key: str, value: str, *, depth: float) -> Question:
-    """The question for the value of `key`, given the text that hides it."""
-    return Question(
-        text=NEEDLE_PROMPT.format(kind=kind, context=context, key=key),
-        answer_prefix=NEEDLE_ANSWER.format(kind=kind, key=key),
-        expected=(value,),
-        depth=depth,
-    )
-
-
-def needles_question(
+def needle_question(
     context: str, kind: str, keys: Sequence[str], values: Sequence[str], *, depth: float
 ) -> Question:
-    """The question for all values of one or more keys, given the text that hides them."""
+    """The question for the value of a key, or for all values of one or more keys.
+
+    Args:
+        context: the text that hides them.
+    """
+    alone = len(values) == 1
+    text = NEEDLE_PROMPT if alone else NEEDLES_PROMPT
+    begun = NEEDLE_ANSWER if alone else NEEDLES_ANSWER
     key = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
     return Question(
-        text=NEEDLES_PROMPT.format(kind=kind, context=context, key=key),
-        answer_prefix=NEEDLES_ANSWER.format(kind=kind, key=key),
+        text=text.format(kind=kind, context=context, key=key),
+        answer_prefix=begun.format(kind=kind, key=key),
         expected=tuple(values),
         depth=depth,
     )
-
-
-def draw_pass_key(rng: random.Random, depth: float, length: int, text: RealText | None) -> Draft:
-    """The pass key of 5 digits in repeated noise (arXiv 2305.16300); see `Draw`."""
-    key = str(rng.randint(10**4, 10**5 - 1))
-
-    def draft(units: int) -> Question:
-        before = int(depth * units)
-        parts = [
-            " ".join([NOISE_LINE] * before),
-            PASS_KEY.format(key=key),
-            " ".join([NOISE_LINE] * (units - before)),
-        ]
-        return Question(
-            text=PASS_KEY_PROMPT.format(context="\n".join(filter(None, parts))),
-            answer_prefix=PASS_KEY_ANSWER,
-            expected=(key,),
-            depth=before / units,
-        )
-
-    return draft
 
 
 # --- variable tracking: follow assignments through noise
@@ -320,96 +278,74 @@ _NUMBER_ROOM, _UUID_ROOM, _CHAIN_ROOM, _FACT_ROOM = 24, 56, 48, 24
 # Four numbers, which models that repeat the keys need; the keys of `multiquery` are long.
 _NUMBERS_ROOM = 96
 
-TASKS = {
-    task.name: task
-    for task in (
+# RULER's needles: name, about, how a question is drawn, and room for the answer.
+_NEEDLES = (
+    ("niah-1", "S-NIAH-1: a 7-digit number in repeated noise", NeedleDraw("noise"), _NUMBER_ROOM),
+    ("niah-2", "S-NIAH-2: a 7-digit number in real prose", NeedleDraw("prose"), _NUMBER_ROOM),
+    ("niah-3", "S-NIAH-3: a uuid in real prose", NeedleDraw("prose", value="uuid"), _UUID_ROOM),
+    (
+        "multikey",
+        "MK-NIAH-1: one of four 7-digit numbers in real prose",
+        NeedleDraw("prose", keys=4),
+        _NUMBER_ROOM,
+    ),
+    (
+        "multikey-2",
+        "MK-NIAH-2: one number in a text of nothing but such needles",
+        NeedleDraw("needles"),
+        _NUMBER_ROOM,
+    ),
+    (
+        "multikey-3",
+        "MK-NIAH-3: one uuid under a uuid in a text of nothing but such needles",
+        NeedleDraw("needles", value="uuid", key="uuid"),
+        _UUID_ROOM,
+    ),
+    (
+        "multivalue",
+        "MV-NIAH: four 7-digit numbers of one key in real prose",
+        NeedleDraw("prose", values=4),
+        _NUMBERS_ROOM,
+    ),
+    (
+        "multiquery",
+        "MQ-NIAH: the 7-digit numbers of four keys in real prose",
+        NeedleDraw("prose", keys=4, queries=4),
+        _NUMBERS_ROOM,
+    ),
+)
+_ALL = (
+    *(
         Task(
-            "niah-1",
-            "RULER S-NIAH-1: a 7-digit number in repeated noise",
-            NeedleDraw("noise"),
-            _NUMBER_ROOM,
-        ),
-        Task(
-            "niah-2",
-            "RULER S-NIAH-2: a 7-digit number in real prose",
-            NeedleDraw("prose"),
-            _NUMBER_ROOM,
-            needs=Prose,
-        ),
-        Task(
-            "niah-3",
-            "RULER S-NIAH-3: a uuid in real prose",
-            NeedleDraw("prose", value="uuid"),
-            _UUID_ROOM,
-            needs=Prose,
-        ),
-        Task("passkey", "a 5-digit pass key in repeated noise", draw_pass_key, _NUMBER_ROOM),
-        Task(
-            "multikey",
-            "RULER MK-NIAH-1: one of four 7-digit numbers in real prose",
-            NeedleDraw("prose", keys=4),
-            _NUMBER_ROOM,
-            needs=Prose,
-        ),
-        Task(
-            "multikey-2",
-            "RULER MK-NIAH-2: one number in a text of nothing but such needles",
-            NeedleDraw("needles"),
-            _NUMBER_ROOM,
-        ),
-        Task(
-            "multikey-3",
-            "RULER MK-NIAH-3: one uuid under a uuid in a text of nothing but such needles",
-            NeedleDraw("needles", value="uuid", key="uuid"),
-            _UUID_ROOM,
-        ),
-        Task(
-            "multivalue",
-            "RULER MV-NIAH: four 7-digit numbers of one key in real prose",
-            NeedleDraw("prose", values=4),
-            _NUMBERS_ROOM,
-            needs=Prose,
-            several_places=True,
-        ),
-        Task(
-            "multiquery",
-            "RULER MQ-NIAH: the 7-digit numbers of four keys in real prose",
-            NeedleDraw("prose", keys=4, queries=4),
-            _NUMBERS_ROOM,
-            needs=Prose,
-            several_places=True,
-        ),
-        *(
-            Task(
-                f"fact-{name}",
-                f"held out: {about} in real prose",
-                FactDraw(fact),
-                _FACT_ROOM,
-                needs=Prose,
-            )
-            for name, about, fact in (
-                ("name", "a person's name", name_of_keeper),
-                ("date", "a day, a month and a year", date_of_opening),
-                ("code", "a constant of a program", value_in_code),
-                ("place", "where a thing was hidden", place_of_thing),
-            )
-        ),
-        Task(
-            "code-call",
-            "a call in held-out code, by the names of parameters that its definition has",
-            CallDraw(draw_key),
-            CALL_ROOM,
-            needs=Code,
-        ),
-        Task(
-            "vt",
-            "RULER variable tracking: a chain of five variables",
-            draw_chain,
-            _CHAIN_ROOM,
-            several_places=True,
-        ),
-    )
-}
+            name,
+            f"RULER {about}",
+            draw,
+            room,
+            needs=Prose if draw.haystack == "prose" else None,
+            several_places=room == _NUMBERS_ROOM,
+        )
+        for name, about, draw, room in _NEEDLES
+    ),
+    *(
+        Task(name, "held out: a fact in real prose", FactDraw(form), _FACT_ROOM, needs=Prose)
+        for name, form in PROSE_FORMS.items()
+    ),
+    Task(
+        "code-call",
+        "a call in held-out code, by the names of parameters that its definition has",
+        CallDraw(draw_key),
+        CALL_ROOM,
+        needs=Code,
+    ),
+    Task(
+        "vt",
+        "RULER variable tracking: a chain of five variables",
+        draw_chain,
+        _CHAIN_ROOM,
+        several_places=True,
+    ),
+)
+TASKS = {task.name: task for task in _ALL}
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:
@@ -420,7 +356,7 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
     """
     for name in names:
         if name not in TASKS:
-            known = ", ".join([*TASKS, *CHAT_TASKS])
+            known = ", ".join([*TASKS, *CHAT_FORMS])
             raise EvalError(f"--tasks: {name!r} is no task; choose from {known}")
     if not names:
         raise EvalError(f"--tasks: name at least one of {', '.join(TASKS)}")

@@ -22,20 +22,21 @@ FLOAT32 = ["--engine-args", '{"dtype": "float32"}']
 def test_what_a_real_model_recalls_at_a_distance(tmp_path: Path) -> None:
     """Each setting in a process of its own."""
     argv = ["eval", "recall", "--model", str(MODELS / "smollm2-lola"), "--out", str(tmp_path)]
-    argv += ["--reference", str(MODELS / "smollm2-base"), "--tasks", "niah-1", "--samples", "2"]
-    argv += ["--distances", "32,600", "--lengths", "1024", *FLOAT32]
-    argv += ["--lola-config", "all={}", "--lola-config", 'none={"sparse_cache_size": 0}']
+    argv += ["--tasks", "niah-1", "--samples", "2", "--distances", "32,600", "--lengths", "900"]
+    argv += ["--lola-config", "all={}", "--lola-config", 'none={"sparse_cache_size": 0}', *FLOAT32]
     assert cli.main(argv) == 0
     settings = json.loads((tmp_path / "recall.json").read_text())["settings"]
-    assert [row["name"] for row in settings] == ["reference", "all", "none"]
-    assert {row["dtype"] for row in settings} == {"float32"}
+    assert [(row["name"], row["dtype"]) for row in settings] == [
+        ("all", "float32"),
+        ("none", "float32"),
+    ]
     questions = [[(s["expected"], s["distance"]) for s in row["samples"]] for row in settings]
-    assert questions[0] == questions[1] == questions[2]
+    assert questions[0] == questions[1]
     # The window of 64 holds the near needle; without a cache nothing holds the far one.
     exact = [[cell["exact"] for cell in row["cells"]] for row in settings]
-    assert exact == [[2, 2], [2, 2], [2, 0]]
-    stock, shipped, bare = settings
-    assert bare["state_bytes"] < shipped["state_bytes"] < 1024 * stock["full_kv_bytes_per_token"]
+    assert exact == [[2, 2], [2, 0]]
+    shipped, bare = settings
+    assert bare["state_bytes"] < shipped["state_bytes"] < 900 * shipped["full_kv_bytes_per_token"]
     table = (tmp_path / "recall.md").read_text().splitlines()
     saving = f"{shipped['state_bytes'] / 2**20:.1f}, "
     saving += f"{shipped['cells'][0]['full_kv_over_bytes']:.1f}x"

@@ -24,9 +24,10 @@ def measure(
     """
     from lola_vllm.evaluation.engine import run_directories
     from lola_vllm.evaluation.perplexity import PerplexityPlan
+    from lola_vllm.evaluation.plan import Plan
     from lola_vllm.evaluation.recall import RecallPlan
     from lola_vllm.evaluation.results import Record, fingerprint
-    from lola_vllm.evaluation.session import EvaluationSession, Plan
+    from lola_vllm.evaluation.session import EvaluationSession
     from lola_vllm.evaluation.settings import Setting, check
 
     plans: list[Plan] = []

@@ -118,16 +118,16 @@ def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOp
     [
         ("recall --texts t", RecallPlan(texts="t")),
         (
-            "recall --tasks vt,passkey --lengths 64,32 --samples 2 --seed 3 --format chat",
-            RecallPlan(["vt", "passkey"], [32, 64], 2, 3, "chat"),
+            "recall --tasks vt,niah-3 --lengths 64,32 --samples 2 --seed 3 --format chat",
+            RecallPlan(["vt", "niah-3"], [32, 64], 2, 3, "chat"),
         ),
         (
-            "recall --tasks passkey --distances 200,100",
-            RecallPlan(["passkey"], [], distances=[100, 200]),
+            "recall --tasks niah-3 --distances 200,100",
+            RecallPlan(["niah-3"], [], distances=[100, 200]),
         ),
         (
-            "recall --tasks passkey --distances 100 --lengths 900,800",
-            RecallPlan(["passkey"], [800, 900], distances=[100]),
+            "recall --tasks niah-3 --distances 100 --lengths 900,800",
+            RecallPlan(["niah-3"], [800, 900], distances=[100]),
         ),
         ("copy --texts t", CopyPlan("t")),
         (
@@ -137,9 +137,8 @@ def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOp
         ),
         ("perplexity --texts t --stream", StreamPlan("t")),
         (
-            "perplexity --texts t --stream --stream-length 64 --block 16 --context 8 --every 2 "
-            "--mixed",
-            StreamPlan("t", 64, 16, 8, every=2, mixed=True),
+            "perplexity --texts t --stream --stream-length 64 --block 16 --context 8 --every 2",
+            StreamPlan("t", 64, 16, 8, every=2),
         ),
         ("perplexity --texts t", PerplexityPlan("t")),
         (

@@ -8,68 +8,53 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from lola_vllm.command import cli
-from lola_vllm.evaluation import EvalError, chat_facts, engine
-from lola_vllm.evaluation.chat_facts import CHAT_TASKS
-from lola_vllm.evaluation.chats import PAUSE_TOKENS, Chat, ChatPlan, Pause
+from lola_vllm.evaluation import EvalError, facts
+from lola_vllm.evaluation.chats import PAUSE_TOKENS, Chat, ChatPlan
 from lola_vllm.evaluation.copy_texts import ASKS, CHAT, Kinds
-from lola_vllm.evaluation.curves import distance_cells
-from lola_vllm.evaluation.models import Prediction
+from lola_vllm.evaluation.facts import CHAT_FORMS
+from lola_vllm.evaluation.models import Answers, Prediction, Stop
 from lola_vllm.evaluation.reader import Reader, load
-from lola_vllm.evaluation.results import Record
+from lola_vllm.evaluation.recall import recall_cells
 from lola_vllm.evaluation.settings import Setting
 from lola_vllm.training.distill import retrieval, retrieval_facts
 from lola_vllm.training.distill.retrieval import retrieval_row
 from lola_vllm.training.texts import SEPARATOR, is_held_out
-from tests.support.families import make_base
+from tests.support.evaluations import Words, in_this_process, rows_of
 from tools.support.speaking import make_speaking
 from tools.support.tiny import random_prompts
 
 END = "<end>"
-TASKS = list(CHAT_TASKS)
+TASKS = list(CHAT_FORMS)
 DISTANCES = [250, 500, 1000]
 
 
-class Words:
-    """A model whose tokens are words. It knows what was said within `reach` tokens, and no more."""
-
-    has_chat = True
-    special: frozenset[int] = frozenset()
+class Talking(Words):
+    """It knows what was said within `reach` tokens, and no more."""
 
     def __init__(self, reach: int = 0) -> None:
+        super().__init__()
         self.tokenizer, self.reach, self.read = self, reach, 0
-        self.words: list[str] = []
-        self.numbers: dict[str, int] = {}
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        found = re.findall(rf"{END}|\s*(?:[A-Za-z]+|\d|[^\w\s]|_)|\s+", text)
-        for word in found:
-            if word not in self.numbers:
-                self.numbers[word] = len(self.words)
-                self.words.append(word)
-        return [self.numbers[word] for word in found]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(self.words[i] for i in ids)
 
     def conversation(self, messages: list[tuple[str, str]], *, begun: bool) -> str:
         said = "".join(f"{role}: {content}{END}\n" for role, content in messages)
         return f"system: Be kind.{END}\n{said}" + ("assistant: " if begun else "")
 
-    def answers(self, ids: list[int], pauses: Sequence[Pause]) -> list[list[list[Prediction]]]:
+    def ask(self, ids: list[int], stops: Sequence[Stop]) -> list[Answers]:
         self.read += 1
         found = []
-        for at, questions in pauses:
+        for at, questions in stops:
             seen = self.decode(ids[max(0, at - self.reach) : at])
-            known = [self.decode(answer).strip() in seen for _, answer in questions]
-            sizes = [len(answer) for _, answer in questions]
-            found.append([[Prediction(-1.0, k)] * n for k, n in zip(known, sizes, strict=True)])
+            read = [
+                [Prediction(-1.0, self.decode(question[-size:]).strip() in seen)] * size
+                for question, size in questions
+            ]
+            found.append(Answers(read, None, at))
         return found
 
 
@@ -87,16 +72,10 @@ def documents_of(texts: Path) -> list[str]:
     return [d for found in Kinds.read(texts, [CHAT]).files[CHAT].values() for d in found]
 
 
-def rows_of(plan: ChatPlan, model: Words, done: Any = ()) -> list[dict[str, Any]]:
-    samples: list[dict[str, Any]] = []
-    plan.run(model, lambda event: samples.extend(event["samples"]), done)
-    return samples
-
-
 @pytest.mark.parametrize("index", range(4))
 def test_what_is_said_lies_at_its_distance_and_is_asked_once(texts: Path, index: int) -> None:
     plan = ChatPlan(TASKS, [3000], DISTANCES, str(texts))
-    model = Words()
+    model = Talking()
     chat = plan.chat(model, documents_of(texts), 3000, index)
     text = model.decode(chat.ids)
     assert len(chat.ids) == pytest.approx(3000, abs=20) and not text.endswith(END)
@@ -106,8 +85,8 @@ def test_what_is_said_lies_at_its_distance_and_is_asked_once(texts: Path, index:
         (TASKS[(index + i) % 4], distance) for i in (3, 2, 1, 0) for distance in DISTANCES
     ]
     questions = [(pause.at, *question) for pause in chat.pauses for question in pause.questions]
-    for asked, (end, question, answer) in zip(chat.asked, questions, strict=True):
-        fact = asked.fact
+    for asked, (end, whole, size) in zip(chat.asked, questions, strict=True):
+        fact, question, answer = asked.fact, whole[:-size], whole[-size:]
         assert asked.distance == pytest.approx(asked.aim, abs=30)
         since = model.decode(chat.ids[end - asked.distance : end])
         assert since.strip().startswith(fact.answer)
@@ -119,7 +98,7 @@ def test_what_is_said_lies_at_its_distance_and_is_asked_once(texts: Path, index:
 
 
 def test_the_rest_is_documentation_that_the_user_asks_to_go_on(texts: Path) -> None:
-    model, held = Words(), documents_of(texts)
+    model, held = Talking(), documents_of(texts)
     chat = ChatPlan(TASKS, [3000], DISTANCES, str(texts)).chat(model, held, 3000, 0)
     turns = model.decode(chat.ids).split(f"{END}\n")[1:]
     said = {f"{a.fact.sentence}" for a in chat.asked}
@@ -139,7 +118,7 @@ def test_seed_and_index_decide_and_tasks_ask_last_in_turn(texts: Path) -> None:
 
     def chat(index: int, seed: int = 0) -> Chat:
         plan = ChatPlan(TASKS, [2000], [250, 500], str(texts), seed=seed)
-        return plan.chat(Words(), held, 2000, index)
+        return plan.chat(Talking(), held, 2000, index)
 
     assert chat(0) == chat(0)
     assert len({tuple(chat(*other).ids) for other in ((0, 0), (1, 0), (0, 1))}) == 3
@@ -148,8 +127,8 @@ def test_seed_and_index_decide_and_tasks_ask_last_in_turn(texts: Path) -> None:
 
 def test_answers_count_by_distance_and_what_is_done_is_not_read_again(texts: Path) -> None:
     plan = ChatPlan(["chat-name", "chat-code"], [1200, 2500], DISTANCES, str(texts), samples=3)
-    rows = rows_of(plan, Words(reach=600))
-    cells = {key: cell.exact for key, cell in distance_cells(rows).items()}
+    rows = rows_of(plan, Talking(reach=600))
+    cells = {key: cell["exact"] for key, cell in recall_cells(rows).items()}
     assert cells == {
         (task, length, distance): 3 if distance < 600 else 0
         for length in (1200, 2500)
@@ -157,7 +136,7 @@ def test_answers_count_by_distance_and_what_is_done_is_not_read_again(texts: Pat
         for distance in (DISTANCES if length == 2500 else DISTANCES[:2])
     }
     assert sum(map(plan.cost, rows)) == pytest.approx(plan.tokens, rel=0.01)
-    again = Words(reach=600)
+    again = Talking(reach=600)
     first = [row for row in rows if (row["length"], row["index"]) != (2500, 1)]
     assert rows_of(plan, again, plan.done(first)) == [r for r in rows if r not in first]
     assert again.read == 1
@@ -165,13 +144,10 @@ def test_answers_count_by_distance_and_what_is_done_is_not_read_again(texts: Pat
 
 def test_too_little_text(texts: Path) -> None:
     with pytest.raises(EvalError, match="--lengths: the held-out documentation"):
-        rows_of(ChatPlan(TASKS, [900_000], [250], str(texts), samples=1), Words())
+        rows_of(ChatPlan(TASKS, [900_000], [250], str(texts), samples=1), Talking())
 
 
 # --- held out from training
-
-
-LISTS = [value for value in vars(chat_facts).values() if isinstance(value, tuple)]
 
 
 def runs(text: str, size: int = 4) -> set[tuple[str, ...]]:
@@ -182,14 +158,13 @@ def runs(text: str, size: int = 4) -> set[tuple[str, ...]]:
 
 def test_no_sentence_names_a_label_of_training() -> None:
     """`test_held_out_words.py` compares the words of names and values."""
-    assert len(LISTS) == 8
-    for words in LISTS:
-        assert len(words) == len(set(words)) >= 6
+    for words in facts.VALUES.values():
+        assert len(words) == len(set(words)) >= 5
     labels = {label for labels in retrieval_facts.LABELS.values() for label in labels}
     rng = random.Random(1)
-    for task in CHAT_TASKS.values():
-        for form in task.forms:
-            fact = form(rng)
+    for forms in CHAT_FORMS.values():
+        for form in forms:
+            fact = form.draw(rng)
             said = f"{fact.sentence} {fact.question} {fact.begun}".lower()
             assert not [label for label in labels if re.search(rf"\b{label.lower()}\b", said)]
 
@@ -211,29 +186,15 @@ def test_no_wording_is_one_of_training_and_calibration(texts: Path, tmp_path: Pa
     trained += [tokenizer.decode(retrieval_row(tokenizer, 700, rng).tokens) for _ in range(60)]
     known = set().union(*map(runs, trained))
     assert len(known) > 500
-    for task in CHAT_TASKS.values():
-        for form in task.forms:
+    for forms in CHAT_FORMS.values():
+        for form in forms:
             for _ in range(20):
-                fact = form(rng)
+                fact = form.draw(rng)
                 parts = (fact.sentence, fact.question, fact.begun)
                 assert not set().union(*map(runs, parts)) & known
 
 
 # --- tiny models
-
-
-@pytest.fixture(scope="module")
-def lola(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_speaking(tmp_path_factory.mktemp("chats") / "lola")
-
-
-@pytest.fixture(scope="module")
-def llama(lola: Path) -> Path:
-    out = lola.parent / "llama"
-    make_base(out, "llama")
-    for file in [*lola.glob("tokenizer*"), *lola.glob("*.jinja")]:
-        (out / file.name).write_bytes(file.read_bytes())
-    return out
 
 
 @pytest.mark.parametrize("kind", ["lola", "llama"])
@@ -242,14 +203,15 @@ def test_every_question_is_asked_from_the_state_of_its_pause(
 ) -> None:
     setting = Setting("a", request.getfixturevalue(kind))
     ids, *parts = [[i % 300 for i in part] for part in random_prompts([120, 7, 3, 9, 1], seed=4)]
-    questions = [(parts[0], parts[1]), (parts[2], parts[3])]
-    pauses = [Pause(80, questions), Pause(120, questions[::-1])]
-    found = Reader(setting, 0, "float32").answers(ids, pauses)
+    questions = [(parts[0] + parts[1], 3), (parts[2] + parts[3], 1)]
+    pauses = [Stop(80, questions), Stop(120, questions[::-1])]
+    found = Reader(setting, 0, "float32").ask(ids, pauses)
     whole = load(setting, "float32")
     for (at, asked), answers in zip(pauses, found, strict=True):
-        for (question, answer), predictions in zip(asked, answers, strict=True):
+        for (question, size), predictions in zip(asked, answers.read, strict=True):
+            answer = question[-size:]
             with torch.no_grad():
-                row = torch.tensor([ids[:at] + question + answer])
+                row = torch.tensor([ids[:at] + question])
                 logits = whole(row, use_cache=False).logits[0, -len(answer) - 1 : -1].float()
             wanted = logits.log_softmax(-1)[range(len(answer)), answer]
             assert [p.logprob for p in predictions] == pytest.approx(wanted.tolist(), abs=1e-4)
@@ -261,12 +223,7 @@ def test_the_command_compares_settings(
     lola: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process; that settings run in one of their own is tested with the other tasks."""
-
-    def here(plan: Any, record: Record, batch: int, engine_args: Any, emit: Any) -> None:
-        job = engine.make_job(plan, record, batch, engine_args)
-        engine._run(json.loads(json.dumps(job)), emit)
-
-    monkeypatch.setattr(engine, "run_setting", here)
+    in_this_process(monkeypatch)
     pages = sorted((Path(__file__).parents[3] / "docs").glob("*.md"))
     paragraphs = [part for page in pages for part in page.read_text().split("\n\n")]
     (tmp_path / "perl_docs.txt").write_text(SEPARATOR.join(paragraphs), encoding="utf-8")
@@ -288,34 +245,3 @@ def test_the_command_compares_settings(
     summary = json.loads((out / "chat.summary.json").read_text())
     assert summary["made_by"] == "lola-vllm eval recall" and "samples" not in summary["settings"][0]
     assert "### chat-code, 1,000 tokens" in (out / "chat.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--distances", "200"], "--distances 200: must be at least 250 more than 0"),
-        (["--distances", "300,500"], "--distances 500: must be at least 250 more than 300"),
-        (["--lengths", "500"], "holds none of the --distances 250, 500, 1000, 2000, 4000"),
-        (["--tasks", "chat-fact,niah-1"], "--tasks niah-1: the tasks of conversations are"),
-        (["--model", "http://localhost"], "a server reads a text anew for every question"),
-        (["--engine-args", '{"seed": 1}'], "--engine-args: seed is of vLLM's engine"),
-        (["--samples", "0"], "--samples 0: must be at least 1"),
-    ],
-)
-def test_command_line_errors(
-    lola: Path,
-    texts: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
-) -> None:
-    argv = ["eval", "recall", "--model", str(lola), "--tasks", "chat-fact", "--texts", str(texts)]
-    argv += ["--lengths", "2000", "--out", str(tmp_path / "out")]
-    assert cli.main([*argv, *options]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_conversations_need_text(lola: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["eval", "recall", "--model", str(lola), "--tasks", "chat-fact"]) == 2
-    assert "--tasks chat-fact: needs real text; give --texts" in capsys.readouterr().err

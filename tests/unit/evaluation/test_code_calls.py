@@ -12,12 +12,10 @@ import pytest
 
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.code_calls import PIECE_LINES, Code, definitions
-from lola_vllm.evaluation.distance import build_prompts_at
 from lola_vllm.evaluation.prompts import build_prompts
-from lola_vllm.evaluation.question import Prose
 from lola_vllm.evaluation.recall import RecallPlan, judge
 from lola_vllm.evaluation.tasks import TASKS
-from tests.unit.evaluation.test_tasks import Words
+from tests.support.evaluations import Words, rows_of
 
 TASK = TASKS["code-call"]
 CLASS = '''class Road{i}:
@@ -106,16 +104,16 @@ def test_a_definition_stands_as_deep_in_the_code_as_what_follows_it(code: Code) 
 def test_prompts_fill_their_length_and_distances_are_met(code: Code) -> None:
     for prompt in build_prompts(TASK, 2048, 6, 0, Words(), "completion", code):
         assert 2048 - TASK.answer_room - 200 < len(prompt.ids) <= 2048 - TASK.answer_room
-    for prompt in build_prompts_at(TASK, 1000, 2048, 6, 0, Words(), text=code):
+    for prompt in build_prompts(TASK, 2048, 6, 0, Words(), text=code, distance=1000):
         assert abs(prompt.distance - 1000) < 120
 
 
 def test_an_answer_must_name_all_parameters_in_order() -> None:
     expected = ("left=left, right=right)",)
-    assert judge(expected, " left=left, right=right)\n\nmore", begins=True).exact
-    assert not judge(expected, "right=right, left=left)", begins=True).exact
-    assert not judge(expected, "left=left, right=1)", begins=True).exact
-    assert not judge(expected, "up=up, left=left, right=right)", begins=True).exact
+    assert judge(expected, " left=left, right=right)\n\nmore", begins=True)["exact"]
+    assert not judge(expected, "right=right, left=left)", begins=True)["exact"]
+    assert not judge(expected, "left=left, right=1)", begins=True)["exact"]
+    assert not judge(expected, "up=up, left=left, right=right)", begins=True)["exact"]
 
 
 def test_code_is_cut_into_pieces_between_empty_lines() -> None:
@@ -125,12 +123,6 @@ def test_code_is_cut_into_pieces_between_empty_lines() -> None:
     assert len(second.split("\n")) == PIECE_LINES and third == f"line{PIECE_LINES}"
     with pytest.raises(EvalError, match="defines no function of 3 to 6 parameters"):
         Code(["x = 1"])
-
-
-def test_prose_is_no_code(code: Code) -> None:
-    with pytest.raises(EvalError, match="code-call: needs real code; give --texts"):
-        build_prompts(TASK, 1024, 1, 0, Words(), "completion", Prose(["One. Two."]))
-    assert build_prompts(TASKS["niah-2"], 512, 1, 0, Words(), text=Prose(["One. Two."] * 3))
 
 
 def test_a_plan_takes_the_code_of_its_texts(
@@ -148,9 +140,7 @@ def test_a_plan_takes_the_code_of_its_texts(
     model: Any = SimpleNamespace(tokenizer=words, batch=2, complete=complete)
     plan = RecallPlan(tasks=["code-call"], lengths=[1024], samples=2, texts=str(tmp_path))
     with pytest.raises(EvalError, match="has no code, only novel"):
-        plan.run(model, lambda event: None)
+        rows_of(plan, model)
     (tmp_path / "python_code.txt").write_text(DOCUMENT, encoding="utf-8")
-    rows: list[dict[str, Any]] = []
-    plan.run(model, lambda event: rows.extend(event["samples"]))
-    assert [row["exact"] for row in rows] == [False, False]
+    assert [row["exact"] for row in rows_of(plan, model)] == [False, False]
     assert all("The house slept" not in words.decode(ids) for ids in asked)

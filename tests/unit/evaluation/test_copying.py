@@ -11,54 +11,53 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from lola_vllm.command import cli
-from lola_vllm.evaluation import EvalError, engine
-from lola_vllm.evaluation.copied import copy_cells, copy_json
+from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.copy_texts import AGAIN, ASKS, Kinds
-from lola_vllm.evaluation.copying import ASKED, BAND, GIVEN, PASSAGE, Answers, CopyPlan, Stop
-from lola_vllm.evaluation.models import Prediction
+from lola_vllm.evaluation.copying import (
+    ASKED,
+    BAND,
+    FLOOR,
+    GIVEN,
+    PASSAGE,
+    CopyPlan,
+    copy_cells,
+)
+from lola_vllm.evaluation.models import Answers, Prediction, Stop
 from lola_vllm.evaluation.reader import Reader, Run, load
 from lola_vllm.evaluation.results import Record
 from lola_vllm.evaluation.settings import Setting
-from lola_vllm.evaluation.tables import copy_table
 from lola_vllm.training.texts import SEPARATOR, is_held_out
+from tests.support.evaluations import Letters, in_this_process, record_of, rows_of
 from tests.support.families import make_base
-from tools.support.speaking import make_speaking
 from tools.support.tiny import random_prompts
 
 END = "\x03"
 
 
-class Letters:
-    """A model whose tokens are letters. It has every passage within `reach`, and no other."""
+class Knowing(Letters):
+    """It has every passage within `reach`, and no other."""
 
     special = frozenset([ord(END)])
-    has_chat = True
 
     def __init__(self, reach: int, floor: bool = False) -> None:
-        self.tokenizer, self.reach, self.floor = self, reach, floor
+        super().__init__()
+        self.reach, self.floor = reach, floor
         self.asked: list[tuple[str, list[Stop]]] = []
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        return [ord(c) for c in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
 
     def conversation(self, messages: list[tuple[str, str]], *, begun: bool) -> str:
         said = "".join(f"{role}:{content}{END}" for role, content in messages)
         return said + ("assistant:" if begun else "")
 
-    def ask(self, ids: list[int], stops: Sequence[Stop], longest: int) -> list[Answers]:
+    def ask(self, ids: list[int], stops: Sequence[Stop], floor: int) -> list[Answers]:
         text = self.decode(ids)
         self.asked.append((text, list(stops)))
         found = []
         for at, questions in stops:
-            assert {len(question) for question in questions} == {longest}
+            assert {size for _, size in questions} == {ASKED}
             read = []
-            for question in questions:
+            for question, _ in questions:
                 place = text.index(self.decode(question[-PASSAGE:]))
                 known = at - place <= self.reach
                 read.append([Prediction(-1.0 if known else -3.0, known)] * ASKED)
@@ -81,15 +80,9 @@ def texts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def rows_of(plan: CopyPlan, model: Any, done: Any = ()) -> list[dict[str, Any]]:
-    samples: list[dict[str, Any]] = []
-    plan.run(model, lambda event: samples.extend(event["samples"]), done)
-    return samples
-
-
 def test_passages_lie_at_their_distance_and_no_token_is_asked_twice(texts: Path) -> None:
     plan = CopyPlan(str(texts), ["prose"], [1500], [250, 500, 1000], samples=2)
-    model = Letters(10**6)
+    model = Knowing(10**6)
     rows = rows_of(plan, model)
     assert [row["source"] for row in rows] == ["jane_austen"] * 2 and len(model.asked) == 2
     for text, stops in model.asked:
@@ -98,7 +91,7 @@ def test_passages_lie_at_their_distance_and_no_token_is_asked_twice(texts: Path)
         asked: set[int] = set()
         for stop in stops:
             backs = []
-            for question in stop.questions:
+            for question, _ in stop.questions:
                 assert question[0] == ord("\n") and len(question) == 1 + PASSAGE
                 passage = "".join(map(chr, question[1:]))
                 assert passage_starts[passage[:GIVEN]] == 1
@@ -117,7 +110,7 @@ def test_passages_lie_at_their_distance_and_no_token_is_asked_twice(texts: Path)
 
 def test_seeds_ask_other_passages_and_models_the_same(texts: Path) -> None:
     plans = [CopyPlan(str(texts), ["prose"], [1500], [250], 1, seed=seed) for seed in (0, 0, 1)]
-    found = [rows_of(plan, Letters(n * 1000))[0] for n, plan in enumerate(plans)]
+    found = [rows_of(plan, Knowing(n * 1000))[0] for n, plan in enumerate(plans)]
     assert found[0]["checksum"] == found[1]["checksum"] != found[2]["checksum"]
 
 
@@ -127,15 +120,15 @@ def test_what_occurs_twice_is_not_asked(tmp_path: Path) -> None:
     fresh = ["".join(rng.choice("abcdefghijkl") for _ in range(40)) for _ in range(20_000)]
     documents = [f"{line} {other}" for other in fresh]
     (tmp_path / "t.txt").write_text(SEPARATOR.join(documents), encoding="utf-8")
-    model = Letters(10**6)
+    model = Knowing(10**6)
     rows_of(CopyPlan(str(tmp_path), [], [3000], [500, 2000], 2, passages=9), model)
-    questions = [q for _, stops in model.asked for stop in stops for q in stop.questions]
+    questions = [q for _, stops in model.asked for stop in stops for q, _ in stop.questions]
     givens = ["".join(map(chr, question[1 : 1 + GIVEN])) for question in questions]
     assert len(givens) > 20 and not any(given in line for given in givens)
 
 
 def test_kinds_take_their_files_in_turn_and_chats_are_made_of_documentation(texts: Path) -> None:
-    model = Letters(0)
+    model = Knowing(0)
     (texts / "web_bible.txt").write_text((texts / "jane_austen.txt").read_text() + " x")
     kinds = Kinds.read(texts, [])
     assert set(kinds.files) == {"prose", "documentation", "mine", "chat"}
@@ -157,7 +150,7 @@ def test_kinds_take_their_files_in_turn_and_chats_are_made_of_documentation(text
         assert model.decode(chat.bridge) == f"{END}user:{AGAIN}{END}assistant:"
     plan = CopyPlan(str(texts), ["chat"], [1200], [300], 3)
     rows_of(plan, model)
-    questions = [q for _, stops in model.asked for stop in stops for q in stop.questions]
+    questions = [q for _, stops in model.asked for stop in stops for q, _ in stop.questions]
     assert questions and not any(END in model.decode(q[-PASSAGE:]) for q in questions)
     assert set(Kinds.read(texts, [], has_chat=False).files) == {"prose", "documentation", "mine"}
     assert set(Kinds.read(texts, ["python_docs"]).files) == {"python_docs"}
@@ -167,8 +160,8 @@ def test_kinds_take_their_files_in_turn_and_chats_are_made_of_documentation(text
 
 def test_what_is_done_is_not_read_again(texts: Path) -> None:
     plan = CopyPlan(str(texts), ["prose", "mine"], [800], [250], 2)
-    rows = rows_of(plan, Letters(0))
-    again = Letters(0)
+    rows = rows_of(plan, Knowing(0))
+    again = Knowing(0)
     assert rows_of(plan, again, plan.done(rows[:3])) == rows[3:]
     assert len(again.asked) == len(rows) - 3 == 1
     assert sum(map(plan.cost, rows)) == plan.tokens
@@ -176,14 +169,14 @@ def test_what_is_done_is_not_read_again(texts: Path) -> None:
 
 def test_too_little_text(texts: Path) -> None:
     with pytest.raises(EvalError, match="--lengths 900000: no kind of text"):
-        rows_of(CopyPlan(str(texts), ["mine"], [900_000]), Letters(0))
+        rows_of(CopyPlan(str(texts), ["mine"], [900_000]), Knowing(0))
 
 
 # --- numbers
 
 
 def sample(index: int, nats: float, exact: int, **others: Any) -> dict[str, Any]:
-    cell = {"distance": 250, "passages": 4, "tokens": 48, "exact": exact, "whole": 1, "nats": nats}
+    cell = {"distance": 250, "passages": 4, "tokens": 48, "exact": exact, "nats": nats}
     cell |= {"seen": True, **others}
     return {
         "kind": "a",
@@ -202,28 +195,25 @@ def test_shares_are_of_means_and_paired_by_text() -> None:
         sample(1, 48.0, 44, floor_exact=4, floor_nats=248.0),
     ]
     lola = [sample(0, 98.0, 25), sample(1, 148.0, 24)]
-    cell = copy_cells(lola, base)["a", 500, 250]
-    assert cell.gain == pytest.approx((0.5, 0.5, 0.5))
-    assert cell.gain_exact == pytest.approx((0.5, 0.5, 0.5))
-    assert cell.exact[0] == pytest.approx(49 / 96) and cell.exact[1] < cell.exact[2]
-    assert cell.logprob[0] == pytest.approx(-246 / 96)
-    assert (cell.texts, cell.passages, cell.whole) == (2, 8, 2 / 8)
-    assert cell.floor_exact is None
-    own = copy_cells(base, None)["a", 500, 250]
-    assert own.gain is None and own.floor_exact is not None
-    assert own.floor_exact[0] == pytest.approx(14 / 96)
-    assert own.floor_logprob is not None and own.floor_logprob[0] == pytest.approx(-396 / 96)
+    cell = copy_cells(record_of(lola), record_of(base))["a", 500, 250]
+    assert cell["gain"] == pytest.approx((0.5, 0.5, 0.5))
+    assert cell["exact"][0] == pytest.approx(49 / 96) and cell["exact"][1] < cell["exact"][2]
+    assert cell["logprob"][0] == pytest.approx(-246 / 96)
+    assert (cell["texts"], cell["passages"], cell["floor_exact"]) == (2, 8, None)
+    own = copy_cells(record_of(base), None)["a", 500, 250]
+    assert own["gain"] is None
+    assert own["floor_exact"][0] == pytest.approx(14 / 96)
+    assert own["floor_logprob"][0] == pytest.approx(-396 / 96)
 
 
 def test_no_share_where_the_reference_saw_nothing_or_gains_nothing() -> None:
     lola = [sample(0, 98.0, 25)]
     for changes in ({"seen": False}, {"floor_nats": 48.0, "floor_exact": 40}):
         base = [sample(0, 48.0, 40, **{"floor_exact": 10, "floor_nats": 148.0, **changes})]
-        cell = copy_cells(lola, base)["a", 500, 250]
-        assert cell.gain is None and cell.gain_exact is None
+        assert copy_cells(record_of(lola), record_of(base))["a", 500, 250]["gain"] is None
     other = [{**base[0], "checksum": 2}]
-    with pytest.raises(EvalError, match="other passages"):
-        copy_cells(lola, other)
+    with pytest.raises(EvalError, match="other tokens"):
+        copy_cells(record_of(lola), record_of(other))
 
 
 def test_table_and_json() -> None:
@@ -234,42 +224,17 @@ def test_table_and_json() -> None:
     lola.samples = [sample(i, 98.0 + i, 25) for i in range(3)]
     lola.samples.append({**sample(0, 123.0, 25), "kind": "b"})
     base.finished = True
-    table = copy_table([base, lola], base)
+    plan = CopyPlan("t")
+    table = plan.table([base, lola], base)
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()]
     assert ["- not read", "21% (-3.10)"] in lines
     assert ["lola", "52% (-2.06), 0.50x [0.50, 0.50]"] in lines
     assert ["lola", "52% (-2.56), 0.25x [-]"] in lines
     assert "### all, 500 tokens" in table and "4 texts, 16 to 16 passages" in table
-    found = json.loads(json.dumps(copy_json([base, lola], base)))
-    assert found[1]["cells"][0]["gain"][0] == pytest.approx(0.5)
+    assert plan.numbers(lola, base)["cells"][0]["gain"][0] == pytest.approx(0.5)
 
 
 # --- tiny models
-
-
-@pytest.fixture(scope="module")
-def lola(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_speaking(tmp_path_factory.mktemp("copy") / "lola")
-
-
-@pytest.fixture(scope="module")
-def base(lola: Path) -> Path:
-    """The same weights with softmax attention, and positions for 400 tokens."""
-    out = lola.parent / "base"
-    out.mkdir()
-    for file in lola.iterdir():
-        if file.name.startswith("tokenizer") or file.suffix == ".jinja":
-            (out / file.name).write_bytes(file.read_bytes())
-    fields = json.loads((lola / "config.json").read_text())
-    del fields["lola_config"]
-    fields |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    fields["max_position_embeddings"] = 400
-    (out / "config.json").write_text(json.dumps(fields))
-    tensors = load_file(lola / "model.safetensors")
-    own = ("feature_map", "window_factors")
-    tensors = {n: t for n, t in tensors.items() if not any(part in n for part in own)}
-    save_file(tensors, out / "model.safetensors")
-    return out
 
 
 def expected(model: Any, seen: list[int], question: list[int]) -> list[float]:
@@ -288,26 +253,26 @@ def check(answers: list[list[Prediction]], wanted: list[list[float]]) -> None:
 
 def stops_of(*places: int) -> tuple[list[Stop], list[list[int]]]:
     questions = random_prompts([PASSAGE + 1] * 5, seed=9)
-    return [Stop(at, questions) for at in places], questions
+    return [Stop(at, [(ids, ASKED) for ids in questions]) for at in places], questions
 
 
 def test_every_question_is_asked_from_the_state_after_the_text(lola: Path) -> None:
     (ids,) = random_prompts([160])
     stops, questions = stops_of(100, 160)
     reader = Reader(Setting("a", lola), 0, "float32", batch=3)
-    found = reader.ask(ids, stops, PASSAGE + 1)
+    found = reader.ask(ids, stops, FLOOR)
     whole = load(Setting("a", lola), "float32")
     for answers, stop in zip(found, stops, strict=True):
         assert answers.floor is None and answers.reach == stop.at
         check(answers.read, [expected(whole, ids[: stop.at], q) for q in questions])
 
 
-def test_a_softmax_model_sees_its_last_positions_and_the_floor_200(base: Path) -> None:
+def test_a_softmax_model_sees_its_last_positions_and_the_floor_200(llama: Path) -> None:
     (ids,) = random_prompts([500])
     stops, questions = stops_of(480, 500)
-    reader = Reader(Setting("a", base), 0, "float32", batch=3)
-    found = reader.ask(ids, stops, PASSAGE + 1)
-    whole = load(Setting("a", base), "float32")
+    reader = Reader(Setting("a", llama), 0, "float32", batch=3)
+    found = reader.ask(ids, stops, FLOOR)
+    whole = load(Setting("a", llama), "float32")
     begin = 500 - (400 - PASSAGE - 1)
     for answers, stop in zip(found, stops, strict=True):
         assert answers.reach == stop.at - begin and answers.floor is not None
@@ -323,7 +288,10 @@ def test_questions_of_a_model_with_a_sliding_window(tmp_path: Path) -> None:
     ids, questions = [i % 300 for i in ids], [[i % 300 for i in q] for q in questions]
     run = Run(model)
     run.read(ids)
-    check(run.ask(questions, ASKED, 5), [expected(model, ids, q) for q in questions])
+    check(
+        run.ask([(ids, ASKED) for ids in questions], 5),
+        [expected(model, ids, q) for q in questions],
+    )
 
 
 # --- the command
@@ -331,34 +299,28 @@ def test_questions_of_a_model_with_a_sliding_window(tmp_path: Path) -> None:
 
 def test_the_command_compares_settings_and_goes_on(
     lola: Path,
-    base: Path,
+    llama: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In this process; that settings run in one of their own is tested with the other tasks."""
-    ran = []
-
-    def here(plan: Any, record: Record, batch: int, engine_args: Any, emit: Any) -> None:
-        job = engine.make_job(plan, record, batch, engine_args)
-        ran.append(job["setting"]["name"])
-        engine._run(json.loads(json.dumps(job)), emit)
-
-    monkeypatch.setattr(engine, "run_setting", here)
+    jobs = in_this_process(monkeypatch)
     pages = sorted((Path(__file__).parents[3] / "docs").glob("*.md"))
     paragraphs = [part for page in pages for part in page.read_text().split("\n\n")]
     (tmp_path / "perl_docs.txt").write_text(SEPARATOR.join(paragraphs), encoding="utf-8")
-    argv = ["eval", "copy", "--model", str(lola), "--reference", str(base), "--texts"]
+    argv = ["eval", "copy", "--model", str(lola), "--reference", str(llama), "--texts"]
     argv += [str(tmp_path), "--out", str(tmp_path / "out"), "--engine-args", '{"dtype": "float32"}']
     argv += ["--lengths", "300,500", "--distances", "250,450", "--stops", "1", "--samples", "1"]
     argv += ["--kinds", "chat"]
     argv += ["--lola-config", 'all={"window_size": 512}']
     assert cli.main(argv) == 0
-    models = f"{base.name}, {lola.name} on the CPU in float32, each loaded before its bar moves"
+    models = f"{llama.name}, {lola.name} on the CPU in float32, each loaded before its bar moves"
     texts = "up to 1 texts of each kind and length (300, 500 tokens) for each of 2 settings"
     assert capsys.readouterr().err.startswith(f"{models}: {texts}, about 0 minutes")
     assert cli.main([*argv, "--lola-config", "as it is={}", "--resume"]) == 0
-    assert ran == ["reference", "all", "as it is"]  # what was asked before is not asked again
+    ran = [job["setting"]["name"] for job in jobs]  # what was asked before is not asked again
+    assert ran == ["reference", "all", "as it is"]
     found = json.loads((tmp_path / "out" / "copy.json").read_text())["settings"]
     for row in found:
         keys = [(cell["kind"], cell["length"], cell["distance"]) for cell in row["cells"]]
@@ -373,25 +335,3 @@ def test_the_command_compares_settings_and_goes_on(
     summary = json.loads((tmp_path / "out" / "copy.summary.json").read_text())
     assert summary["made_by"] == "lola-vllm eval copy" and "samples" not in summary["settings"][0]
     assert "### chat, 500 tokens" in (tmp_path / "out" / "copy.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--distances", "200"], "--distances 200: must be at least 250"),
-        (["--lengths", "600"], "holds none of the --distances 250, 500, 1000"),
-        (["--passages", "0"], "--passages 0: must be at least 1"),
-        (["--model", "http://localhost"], "a server reads a text anew for every question"),
-        (["--engine-args", '{"seed": 1}'], "--engine-args: seed is of vLLM's engine"),
-        (["--kinds", "poetry"], "--kinds poetry: "),
-    ],
-)
-def test_command_line_errors(
-    lola: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
-    documents = [f"A document {i}." for i in range(99)]
-    (tmp_path / "t.txt").write_text(SEPARATOR.join(documents), encoding="utf-8")
-    argv = ["eval", "copy", "--model", str(lola), "--texts", str(tmp_path)]
-    argv += ["--lengths", "2000"]
-    assert cli.main([*argv, "--out", str(tmp_path / "out"), *options]) == 2
-    assert message in capsys.readouterr().err

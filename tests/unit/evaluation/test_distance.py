@@ -1,26 +1,29 @@
-"""Needles at a given distance: prompts, cells, table, picture and command line."""
+"""Needles at a given distance: prompts, cells and table."""
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lola_vllm.command import cli
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.curves import distance_cells, distance_json, lines_of
-from lola_vllm.evaluation.distance import LEAST_PRECEDING, PRECEDING, SPREAD, build_prompts_at, grid
-from lola_vllm.evaluation.prompts import Prompt
+from lola_vllm.evaluation.prompts import (
+    LEAST_PRECEDING,
+    PRECEDING,
+    SPREAD,
+    Prompt,
+    build_prompts,
+    grid,
+)
 from lola_vllm.evaluation.question import MAX_WORDS, Prose
-from lola_vllm.evaluation.recall import RecallPlan
+from lola_vllm.evaluation.recall import RecallPlan, lines_of, recall_cells
 from lola_vllm.evaluation.results import Record
 from lola_vllm.evaluation.settings import SequenceMemory, Setting
-from lola_vllm.evaluation.tables import distance_table
 from lola_vllm.evaluation.tasks import TASKS
-from tests.unit.evaluation.test_tasks import IN_PROSE, Words, prose  # noqa: F401  (a fixture)
+from tests.support.evaluations import Words, rows_of
+from tests.unit.evaluation.test_tasks import IN_PROSE
 
 ONE_PLACE = [name for name in IN_PROSE if not TASKS[name].several_places]
 UNIT = MAX_WORDS + 30  # tokens of a sentence or a line, at most
@@ -29,9 +32,8 @@ TWO_UUIDS = 130  # of a needle with a UUID under a UUID, of which all of that ta
 
 def at(name: str, distance: int, text: Prose, samples: int = 4, **options: Any) -> list[Prompt]:
     length = options.pop("length", distance + PRECEDING)
-    return build_prompts_at(
-        TASKS[name], distance, length, samples, 0, Words(), text=text, **options
-    )
+    task = TASKS[name]
+    return build_prompts(task, length, samples, 0, Words(), text=text, distance=distance, **options)
 
 
 @pytest.mark.parametrize("format", ["completion", "chat"])
@@ -41,7 +43,7 @@ def test_the_needle_is_so_far_back_and_the_prompt_as_long_as_it_may(
     name: str,
     distance: int,
     format: str,
-    prose: Prose,  # noqa: F811
+    prose: Prose,
 ) -> None:
     limit = distance + PRECEDING - TASKS[name].answer_room
     unit = TWO_UUIDS if name == "multikey-3" else UNIT
@@ -55,7 +57,7 @@ def test_the_needle_is_so_far_back_and_the_prompt_as_long_as_it_may(
         assert len(tail.encode(text[text.rindex(value) :], special=False)) == prompt.distance
 
 
-def test_a_longer_prompt_has_more_before_the_needle_alone(prose: Prose) -> None:  # noqa: F811
+def test_a_longer_prompt_has_more_before_the_needle_alone(prose: Prose) -> None:
     short, long = (at("niah-2", 500, prose, length=n) for n in (1000, 3000))
     for a, b in zip(short, long, strict=True):
         assert abs(a.distance - b.distance) <= 2 * UNIT
@@ -63,7 +65,7 @@ def test_a_longer_prompt_has_more_before_the_needle_alone(prose: Prose) -> None:
         assert b.question.depth > a.question.depth
 
 
-def test_prompts_of_a_cell_end_at_different_stages(prose: Prose) -> None:  # noqa: F811
+def test_prompts_of_a_cell_end_at_different_stages(prose: Prose) -> None:
     room = TASKS["niah-1"].answer_room
     longest = 500 + PRECEDING + 400
     some, more = (at("niah-1", 500, prose, n, length=longest, spread=400) for n in (4, 9))
@@ -74,19 +76,17 @@ def test_prompts_of_a_cell_end_at_different_stages(prose: Prose) -> None:  # noq
     assert all(0 <= b - a < 140 for a, b in pairwise(shorter))
 
 
-def test_the_seed_decides(prose: Prose) -> None:  # noqa: F811
+def test_the_seed_decides(prose: Prose) -> None:
     first = at("niah-3", 500, prose)
     assert first == at("niah-3", 500, prose)
     assert len({prompt.question.expected for prompt in first}) == 4
 
 
-def test_no_room_and_too_little_prose(prose: Prose) -> None:  # noqa: F811
+def test_no_room_and_too_little_prose(prose: Prose) -> None:
     with pytest.raises(EvalError, match=r"--lengths 320: niah-1 with 300 tokens .* at least"):
         at("niah-1", 300, prose, length=320)
     with pytest.raises(EvalError, match=r"--distances 900: niah-2 takes .* which would be said"):
         at("niah-2", 900, Prose(["One sentence. Another one. A third."]))
-    with pytest.raises(EvalError, match="needs real prose"):
-        build_prompts_at(TASKS["niah-2"], 100, 900, 1, 0, Words())
 
 
 def test_grid() -> None:
@@ -113,23 +113,18 @@ class Echo:
 
 
 def test_the_plan_asks_every_cell_once_and_goes_on() -> None:
-    plan = RecallPlan(["niah-1", "passkey"], [], 3, distances=[200, 100])
-    samples: list[dict[str, Any]] = []
-
-    def note(event: dict[str, Any]) -> None:
-        samples.extend(event["samples"])
-
-    plan.run(Echo(), note)  # type: ignore[arg-type]
+    plan = RecallPlan(["niah-1", "multikey-2"], [], 3, distances=[200, 100])
+    samples = rows_of(plan, Echo())
     assert [(s["task"], s["aim"], s["length"]) for s in samples[::3]] == [
-        ("niah-1", 100, 3172), ("passkey", 100, 3172),
-        ("niah-1", 200, 3272), ("passkey", 200, 3272),
+        ("niah-1", 100, 3172), ("multikey-2", 100, 3172),
+        ("niah-1", 200, 3272), ("multikey-2", 200, 3272),
     ]  # fmt: skip
     assert sum(plan.cost(sample) for sample in samples) == plan.tokens
     assert plan.max_length == 3272
     assert len({sample["prompt_tokens"] for sample in samples[:3]}) == 3
     again = Echo()
-    plan.run(again, note, plan.done(samples[:7]))  # type: ignore[arg-type]
-    assert again.asked == 5 and samples[12:] == samples[7:12]
+    assert rows_of(plan, again, plan.done(samples[:7])) == samples[7:]
+    assert again.asked == 5
 
 
 def record(name: str, exact: int, lengths: list[int]) -> Record:
@@ -145,48 +140,25 @@ def record(name: str, exact: int, lengths: list[int]) -> Record:
 
 
 def test_table_and_json() -> None:
+    plan = RecallPlan(["niah-1"], [], 4, distances=[1000, 4000])
     records = [record("a", 4, [0]), record("b", 1, [0])]
-    table = distance_table(records)
+    table = plan.table(records, None)
     head, _, full, _ = [line.split("|") for line in table.splitlines()[2:6]]
     assert [cell.strip() for cell in head[1:-1]] == ["setting", "1,000", "4,000"]
     assert [cell.strip() for cell in full[1:-1]] == ["a", *["100% [51%, 100%]"] * 2]
     assert "25% [5%, 70%] parts 50%" in table and "Exact answers of 4 by" in table
-    rows = distance_json(records)
-    assert "somewhere" not in json.dumps(rows)
-    first = rows[1]["cells"][0]
+    first = plan.numbers(records[1], None)["cells"][0]
     assert (first["length"], first["distance"], first["exact"]) == (2024, 1000, 1)
     assert first["bytes_per_sequence"] == 2**18
+    assert "### niah-1, 9,000 tokens" in plan.table([record("a", 2, [6000, 9000])], None)
 
 
 def test_lines_of_several_lengths() -> None:
-    cells = distance_cells(record("a", 2, [6000, 9000]).samples)
-    assert lines_of(cells, "niah-1") == {
-        6000: [(6000, 1000), (6000, 4000)],
-        9000: [(9000, 1000), (9000, 4000)],
+    heads = {1000: "1,000", 4000: "4,000"}
+    assert lines_of(recall_cells(record("a", 2, [6000, 9000]).samples)) == {
+        f"niah-1, {n:,} tokens": {("niah-1", n, d): text for d, text in heads.items()}
+        for n in (6000, 9000)
     }
-    assert "### niah-1, 9,000 tokens" in distance_table([record("a", 2, [6000, 9000])])
-    assert lines_of(distance_cells(record("a", 2, [0]).samples), "niah-1") == {
-        None: [(2024, 1000), (5024, 4000)]
+    assert lines_of(recall_cells(record("a", 2, [0]).samples)) == {
+        "niah-1": {("niah-1", d + 1024, d): text for d, text in heads.items()}
     }
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--distances", "1k"], "--distances 1k: must be whole numbers"),
-        (["--distances", "0"], "--distances 0: must be one or more positive"),
-        (["--distances", "900", "--lengths", "1000"], "--distances 900: the longest of --lengths"),
-        (["--distances", "100", "--tasks", "vt"], "--distances: vt hides its answer in several"),
-        (["--distances", "8000"], "11072 tokens: "),
-    ],
-)
-def test_command_line_errors(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
-    from tests.unit.evaluation.test_settings import LOLA
-
-    (tmp_path / "config.json").write_text(json.dumps(LOLA))
-    argv = ["eval", "recall", "--model", str(tmp_path), "--tasks", "niah-1"]
-    assert cli.main([*argv, "--out", str(tmp_path / "out"), *options]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.models import Prediction
 from lola_vllm.evaluation.perplexity import PerplexityPlan
-from lola_vllm.training.texts import SEPARATOR, is_held_out
+from lola_vllm.training.texts import SEPARATOR
+from tests.support.evaluations import Letters, held_out, rows_of
 
 
-class Letters:
-    """A model whose tokens are letters and which finds every token half as likely as the last."""
+class Reading(Letters):
+    """Finds every token half as likely as the last."""
 
     batch = 3
 
     def __init__(self, prefix: str = "") -> None:
-        self.tokenizer = self
-        self.prefix = prefix
+        super().__init__(prefix)
         self.seen: list[str] = []
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        return [ord(c) for c in (self.prefix if special else "") + text]
-
-    def chat(self, message: str) -> list[int]:
-        raise AssertionError
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
-
-    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
-        raise AssertionError
 
     def predictions(self, windows: list[list[int]]) -> list[list[Prediction]]:
         assert len(windows) <= self.batch
@@ -49,24 +36,13 @@ def texts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(plan: PerplexityPlan, model: Letters, done: Any = ()) -> list[dict[str, Any]]:
-    samples: list[dict[str, Any]] = []
-    plan.run(model, lambda event: samples.extend(event["samples"]), done)
-    return samples
-
-
-def held_out(texts: Path, kind: str) -> str:
-    documents = (texts / f"{kind}.txt").read_text(encoding="utf-8").split(SEPARATOR)
-    return "".join(f"{d.strip()}\n\n" for d in documents if is_held_out(d))
-
-
 def test_windows_are_disjoint_pieces_of_held_out_text(texts: Path) -> None:
-    plan, model = PerplexityPlan(str(texts), windows=10, window_length=50), Letters()
-    samples = read(plan, model)
+    plan, model = PerplexityPlan(str(texts), windows=10, window_length=50), Reading()
+    samples = rows_of(plan, model)
     assert [s["kind"] for s in samples] == ["first"] * 10 + ["second"] * 10
     for sample, seen in zip(samples, model.seen, strict=True):
         at = 50 * sample["index"]
-        assert seen == held_out(texts, sample["kind"])[at : at + 50]
+        assert seen == "".join(held_out(texts, sample["kind"]))[at : at + 50]
         # Nothing predicts the first token.
         assert sample["tokens"] == 49
         assert sample["bytes"] == len(seen[1:].encode("utf-8"))
@@ -77,23 +53,23 @@ def test_windows_are_disjoint_pieces_of_held_out_text(texts: Path) -> None:
 
 
 def test_what_opens_a_text_opens_every_window_and_is_not_counted(texts: Path) -> None:
-    model = Letters(prefix="^")
-    samples = read(PerplexityPlan(str(texts), windows=4, window_length=50), model)
+    model = Reading(prefix="^")
+    samples = rows_of(PerplexityPlan(str(texts), windows=4, window_length=50), model)
     assert all(len(seen) == 50 and seen[0] == "^" for seen in model.seen)
     assert all(s["tokens"] == 49 and s["nats"] == sum(range(1, 50)) for s in samples)
-    text = held_out(texts, "first")
+    text = "".join(held_out(texts, "first"))
     assert model.seen[0][1:] == text[49 * samples[0]["index"] :][:49]
 
 
 def test_the_seed_chooses_and_what_is_done_is_not_read_again(texts: Path) -> None:
     plans = [PerplexityPlan(str(texts), 5, 50, seed) for seed in (1, 1, 2)]
-    first, same, other = (read(plan, Letters()) for plan in plans)
+    first, same, other = (rows_of(plan, Reading()) for plan in plans)
     assert first == same != other
     done = plans[0].done(first[:7])
-    assert read(plans[0], Letters(), done) == first[7:]
+    assert rows_of(plans[0], Reading(), done) == first[7:]
 
 
 def test_text_too_short_for_a_window(texts: Path) -> None:
     plan = PerplexityPlan(str(texts), windows=2, window_length=100_000)
     with pytest.raises(EvalError, match="--window-length 100000: no kind of text"):
-        read(plan, Letters())
+        rows_of(plan, Reading())

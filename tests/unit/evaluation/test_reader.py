@@ -9,35 +9,11 @@ import pytest
 import torch
 
 from lola_vllm.evaluation import EvalError, reader
-from lola_vllm.evaluation.reader import Reader, Run, load
+from lola_vllm.evaluation.reader import Reader, load
 from lola_vllm.evaluation.settings import Setting
-from tools.support.speaking import make_speaking
-from tools.support.tiny import VOCAB, random_prompts
+from tools.support.tiny import random_prompts
 
 BLOCK = 60
-
-
-@pytest.fixture(scope="module")
-def lola(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_speaking(tmp_path_factory.mktemp("reader") / "lola")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    out = tmp_path_factory.mktemp("reader") / "llama"
-    speaking = make_speaking(out)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, initializer_range=0.15,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(speaking)
-    LlamaForCausalLM(config).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return out
 
 
 def at_once(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
@@ -82,18 +58,6 @@ def test_a_softmax_model_sees_the_context_before_each_block_alone(llama: Path) -
         seen = at_once(whole, [5, *ids[start : (index + 1) * BLOCK]])
         torch.testing.assert_close(logprobs(values), seen[-BLOCK:], rtol=1e-4, atol=1e-4)
         assert len(values) == BLOCK
-
-
-def test_an_answer_is_the_greedy_one(lola: Path) -> None:
-    model = load(Setting("a", lola), "float32")
-    (ids,) = random_prompts([50], seed=3)
-    run = Run(model)
-    with pytest.raises(ValueError, match="nothing was read"):
-        run.answer(1)
-    run.read(ids)
-    expected = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, 50:]
-    assert run.answer(6) == expected.tolist()
-    assert run.seen == 56
 
 
 def test_positions_are_raised_where_a_setting_says_so(lola: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -12,30 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lola_vllm.command import cli
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.curves import Curve, curves, stream_json
 from lola_vllm.evaluation.models import Prediction
 from lola_vllm.evaluation.results import Record
 from lola_vllm.evaluation.settings import Setting, check, with_positions
-from lola_vllm.evaluation.stream import MIXED, StreamPlan
-from lola_vllm.evaluation.tables import stream_table
-from lola_vllm.training.texts import SEPARATOR, is_held_out
-from tests.unit.evaluation.test_settings import LLAMA, LOLA
+from lola_vllm.evaluation.stream import StreamPlan, curves
+from lola_vllm.training.texts import SEPARATOR
+from tests.support.evaluations import Letters, held_out, record_of, rows_of
 
 
-class Letters:
-    """A model whose tokens are letters; how likely one is depends on its place alone."""
+class Reading(Letters):
+    """How likely a token is depends on its place alone."""
 
     def __init__(self, prefix: str = "") -> None:
-        self.tokenizer, self.prefix = self, prefix
+        super().__init__(prefix)
         self.asked: list[tuple[str, list[int]]] = []
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        return [ord(c) for c in (self.prefix if special else "") + text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
 
     def read_blocks(
         self, prefix: list[int], ids: list[int], block: int, wanted: Collection[int]
@@ -57,21 +47,10 @@ def texts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def held_out(texts: Path, kind: str) -> list[str]:
-    documents = (texts / f"{kind}.txt").read_text(encoding="utf-8").split(SEPARATOR)
-    return [f"{d.strip()}\n\n" for d in documents if is_held_out(d)]
-
-
-def read(plan: StreamPlan, model: Any, done: Any = ()) -> list[dict[str, Any]]:
-    samples: list[dict[str, Any]] = []
-    plan.run(model, lambda event: samples.extend(event["samples"]), done)
-    return samples
-
-
 def test_one_block_of_so_many_is_measured_and_the_stream_ends_with_one(texts: Path) -> None:
     plan, all_blocks = (StreamPlan(str(texts), 1050, 100, 50, every=n) for n in (3, 1))
-    model = Letters()
-    samples, whole = read(plan, model), read(all_blocks, Letters())
+    model = Reading()
+    samples, whole = rows_of(plan, model), rows_of(all_blocks, Reading())
     assert model.asked[0][1] == [2, 5, 8] and len(model.asked[0][0]) == 900
     assert model.asked[1][1] == [2, 5] and len(model.asked[1][0]) == 600
     assert [s["index"] for s in samples] == [2, 5, 8, 2, 5]
@@ -79,15 +58,15 @@ def test_one_block_of_so_many_is_measured_and_the_stream_ends_with_one(texts: Pa
     assert all(s["nats"] == found[s["kind"], s["index"]]["nats"] for s in samples)
     assert all(s["checksum"] == found[s["kind"], s["index"]]["checksum"] for s in samples)
     assert plan.cost(samples[0]) * len(samples) == 1500
-    assert curves(samples, None)["first"].block == 100
-    again = Letters()
-    read(plan, again, plan.done(samples[:1]))
+    assert curves(record_of(samples), None)["first"].block == 100
+    again = Reading()
+    rows_of(plan, again, plan.done(samples[:1]))
     assert again.asked[0][1] == [5, 8]
 
 
 def test_a_stream_is_whole_blocks_of_documents_one_after_the_other(texts: Path) -> None:
-    plan, model = StreamPlan(str(texts), 1000, 100, 50), Letters()
-    samples = read(plan, model)
+    plan, model = StreamPlan(str(texts), 1000, 100, 50), Reading()
+    samples = rows_of(plan, model)
     documents = held_out(texts, "first")
     assert model.asked[0] == ("".join(documents)[:1000], list(range(10)))
     # The second kind has less than a whole stream, the third no two blocks.
@@ -104,36 +83,24 @@ def test_a_stream_is_whole_blocks_of_documents_one_after_the_other(texts: Path) 
 
 
 def test_what_opens_a_text_opens_the_stream_alone(texts: Path) -> None:
-    model = Letters(prefix="^")
-    samples = read(StreamPlan(str(texts), 300, 100, 50), model)
+    model = Reading(prefix="^")
+    samples = rows_of(StreamPlan(str(texts), 300, 100, 50), model)
     assert [s["tokens"] for s in samples[:3]] == [100] * 3
     assert not any("^" in text for text, _ in model.asked)
 
 
-def test_kinds_in_turn_make_one_stream(texts: Path) -> None:
-    model = Letters()
-    plan = StreamPlan(str(texts), 2000, 100, 50, mixed=True)
-    samples = read(plan, model)
-    kinds = [held_out(texts, kind) for kind in ("first", "second", "tiny")]
-    expected = "".join(d[i] for i in range(20) for d in kinds if i < len(d))
-    ((text, _),) = model.asked
-    assert expected.startswith(text) and len(text) % 100 == 0
-    assert {s["kind"] for s in samples} == {MIXED}
-    assert plan.tokens == 2000
-
-
 def test_what_is_done_is_not_measured_again(texts: Path) -> None:
     plan = StreamPlan(str(texts), 1000, 100, 50)
-    samples = read(plan, Letters())
-    model = Letters()
-    assert read(plan, model, plan.done(samples[:4])) == samples[4:]
+    samples = rows_of(plan, Reading())
+    model = Reading()
+    assert rows_of(plan, model, plan.done(samples[:4])) == samples[4:]
     assert model.asked[0][1] == [4, 5, 6, 7, 8, 9]
     assert len(model.asked[0][0]) == 1000  # a state must see all of it
 
 
 def test_too_little_text(texts: Path) -> None:
     with pytest.raises(EvalError, match=r"--block 90000: no kind of text .* the 180000 held-out"):
-        read(StreamPlan(str(texts), 10**6, 90_000, 50), Letters())
+        rows_of(StreamPlan(str(texts), 10**6, 90_000, 50), Reading())
 
 
 def rows(kind: str, levels: list[float], **changes: Any) -> list[dict[str, Any]]:
@@ -148,18 +115,19 @@ def test_a_curve_and_its_trend_are_of_the_ratio_where_there_is_a_reference() -> 
     hard = [2.0, 4.0, 3.0, 1.0, 5.0, 2.0, 2.0, 3.0]  # of the text
     extra = [0.1 * math.log2(100 * i + 50) for i in range(8)]  # of the length
     ours = rows("a", [x + y for x, y in zip(hard, extra, strict=True)])
-    curve = curves(ours, rows("a", hard))["a"]
-    assert [point.ratio for point in curve.points()] == pytest.approx([math.exp(x) for x in extra])
+    curve = curves(record_of(ours), record_of(rows("a", hard)))["a"]
+    ratios = [point["ratio"] for point in curve.points()]
+    assert ratios == pytest.approx([math.exp(x) for x in extra])
     trend = curve.trend()
-    assert trend.per_doubling == pytest.approx(math.exp(0.1))
-    assert trend.change == pytest.approx(math.exp(sum(extra[-2:]) / 2 - sum(extra[:2]) / 2))
-    assert trend.low is None  # two blocks tell no interval
+    assert trend["per_doubling"] == pytest.approx(math.exp(0.1))
+    assert trend["change"] == pytest.approx(math.exp(sum(extra[-2:]) / 2 - sum(extra[:2]) / 2))
+    assert trend["low"] is None  # two blocks tell no interval
     two, *_ = curve.points(4)
-    assert (two.stop, two.tokens) == (200, 200)
-    assert two.perplexity == pytest.approx(math.exp((ours[0]["nats"] + ours[1]["nats"]) / 200))
-    alone = curves(ours, None)["a"]
-    assert alone.points()[0].ratio is None
-    assert alone.trend().change == pytest.approx(
+    assert (two["stop"], two["tokens"]) == (200, 200)
+    assert two["perplexity"] == pytest.approx(math.exp((ours[0]["nats"] + ours[1]["nats"]) / 200))
+    alone = curves(record_of(ours), None)["a"]
+    assert alone.points()[0]["ratio"] is None
+    assert alone.trend()["change"] == pytest.approx(
         math.exp(2.5 + sum(extra[-2:]) / 2 - 3 - sum(extra[:2]) / 2)
     )
 
@@ -167,26 +135,26 @@ def test_a_curve_and_its_trend_are_of_the_ratio_where_there_is_a_reference() -> 
 def test_the_trend_of_a_flat_curve_has_an_interval_around_1() -> None:
     rng = np.random.default_rng(0)
     levels = (3 + 0.1 * rng.standard_normal(64)).tolist()
-    trend = curves(rows("a", levels), None)["a"].trend()
-    assert trend.low is not None and trend.high is not None
-    assert trend.low < trend.change < trend.high and trend.low < 1 < trend.high
-    steep = curves(rows("a", [x + i / 64 for i, x in enumerate(levels)]), None)["a"].trend()
-    assert steep.low is not None and steep.low > 1
+    trend = curves(record_of(rows("a", levels)), None)["a"].trend()
+    assert trend["low"] < trend["change"] < trend["high"] and trend["low"] < 1 < trend["high"]
+    steep = rows("a", [x + i / 64 for i, x in enumerate(levels)])
+    assert curves(record_of(steep), None)["a"].trend()["low"] > 1
 
 
 def test_the_longest_streams_are_also_one(tmp_path: Path) -> None:
     samples = rows("a", [1.0] * 4) + rows("b", [3.0] * 4) + rows("short", [9.0] * 3)
-    together = curves(samples, None)["all"]
-    assert isinstance(together, Curve) and together.documents == 6
-    assert [point.perplexity for point in together.points()] == pytest.approx([math.exp(2)] * 4)
-    assert "all" not in curves(rows("a", [1.0] * 4) + rows("short", [1.0] * 3), None)
-    assert curves(rows("a", [1.0]), None) == {}
+    together = curves(record_of(samples), None)["all"]
+    assert together.documents == 6
+    levels = [point["perplexity"] for point in together.points()]
+    assert levels == pytest.approx([math.exp(2)] * 4)
+    assert "all" not in curves(record_of(rows("a", [1.0] * 4) + rows("short", [1.0] * 3)), None)
+    assert curves(record_of(rows("a", [1.0])), None) == {}
 
 
 def test_another_tokenizers_blocks_do_not_compare() -> None:
     for other in (rows("a", [1.0] * 3, checksum=9), rows("a", [1.0] * 2)):
         with pytest.raises(EvalError, match="other tokens"):
-            curves(rows("a", [1.0] * 3), other)
+            curves(record_of(rows("a", [1.0] * 3)), record_of(other))
 
 
 def test_table_and_json() -> None:
@@ -194,7 +162,7 @@ def test_table_and_json() -> None:
     base, lola = Record(Setting("base", Path("/somewhere/a"))), Record(Setting("lola", Path("b")))
     base.samples, lola.samples = rows("a", [1.0] * 16), rows("a", [1.5] * 16)
     base.finished = True
-    table = stream_table([base, lola], base, plan)
+    table = plan.table([base, lola], base)
     head = [cell.strip() for cell in table.splitlines()[2].split("|")[2:-1]]
     assert head == [
         *(f"{n:,}" for n in range(200, 1601, 200)),
@@ -204,16 +172,12 @@ def test_table_and_json() -> None:
     assert table.count("4.5, 1.649x") == 8 and "1.000x [1.000, 1.000]" in table
     assert "Composed of 3 documents" in table
     assert "sees the 50 tokens before each block" in table
-    found = json.loads(json.dumps(stream_json([base, lola], base)))
-    assert found[1]["streams"]["a"]["points"][15]["ratio"] == pytest.approx(math.exp(0.5))
-    assert "somewhere" not in json.dumps(found)
+    found = plan.numbers(lola, base)["streams"]["a"]["points"]
+    assert found[15]["ratio"] == pytest.approx(math.exp(0.5))
 
 
-def test_a_model_whose_positions_end_goes_on_where_it_is_told_to(tmp_path: Path) -> None:
-    for name, config in (("llama", LLAMA), ("lola", LOLA)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-    lola, llama = Setting("a", tmp_path / "lola"), Setting("b", tmp_path / "llama")
+def test_a_model_whose_positions_end_goes_on_where_it_is_told_to(models: Path) -> None:
+    lola, llama = Setting("a", models / "lola"), Setting("b", models / "llama")
     with pytest.raises(EvalError, match=r"takes 4096 .*or for --untrained-positions"):
         check(lola, 5000)
     check(with_positions(lola, 5000), 5000)
@@ -221,24 +185,3 @@ def test_a_model_whose_positions_end_goes_on_where_it_is_told_to(tmp_path: Path)
     assert with_positions(lola, 50).positions == 4096
     assert with_positions(llama, 5000) == llama
     assert Record(lola).identity != Record(with_positions(lola, 5000)).identity
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--block", "4"], "--block 4: must be at least 8"),
-        (["--stream-length", "100"], "--stream-length 100: must be at least 4000"),
-        (["--context", "0"], "--context 0: must be at least 1"),
-        (["--engine-args", '{"seed": 1}'], "--engine-args: seed is of vLLM's engine"),
-        (["--stream-length", "5000"], "5001 tokens: "),
-    ],
-)
-def test_command_line_errors(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LOLA))
-    (tmp_path / "t.txt").write_text(SEPARATOR.join(f"A document {i}." for i in range(99)))
-    argv = ["eval", "perplexity", "--model", str(tmp_path), "--texts", str(tmp_path), "--stream"]
-    argv += ["--stream-length", "4000", "--block", "2000", "--out", str(tmp_path / "out")]
-    assert cli.main([*argv, *options]) == 2
-    assert message in capsys.readouterr().err

@@ -83,7 +83,7 @@ def test_each_summary_is_shown_and_they_stay_short(monkeypatch):
 
 
 def test_a_summary_leaves_out_answers_only(tmp_path):
-    cell = {"task": "niah-1", "exact": 1, "samples": 3, "low": 0.12345678912, "beyond_window": {}}
+    cell = {"task": "niah-1", "exact": 1, "samples": 3, "low": 0.12345678912}
     setting = {"name": "a", "cells": [cell], "samples": [{"answer": "7"}], "sizes": [[1, 2], [3]]}
     report = {"settings": [setting], "asked": [{"answer": "8"}], "samples": [{"tokens": 9}]}
     path = tmp_path / "made" / "recall.summary.json"
