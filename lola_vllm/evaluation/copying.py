@@ -287,13 +287,12 @@ def _sums(answers: list[list[Prediction]]) -> dict[str, Any]:
 
 # --- numbers
 
-TOGETHER = "all"
 # A kind of text, tokens of a text, tokens back.
 Cell: TypeAlias = tuple[str, int, int]
 
 
 def copy_cells(record: Record, reference: Record | None) -> dict[Cell, Row]:
-    """Cells by kind, length and distance; kind "all" as well if there are several.
+    """Cells by kind, length and distance.
 
     Returns:
         Of `_cell`.
@@ -301,15 +300,12 @@ def copy_cells(record: Record, reference: Record | None) -> dict[Cell, Row]:
     Raises:
         EvalError: as `paired`.
     """
-    pairs = paired(record, reference, CopyPlan.keys)
-    several = len({row["kind"] for row, _ in pairs}) > 1
     found: dict[Cell, list[tuple[Row, Row | None]]] = {}
-    for together in (False, True) if several else (False,):
-        for row, other in pairs:
-            for i, cell in enumerate(row["cells"]):
-                if cell["passages"]:
-                    key = TOGETHER if together else row["kind"], row["length"], cell["distance"]
-                    found.setdefault(key, []).append((cell, other["cells"][i] if other else None))
+    for row, other in paired(record, reference, CopyPlan.keys):
+        for i, cell in enumerate(row["cells"]):
+            if cell["passages"]:
+                key = row["kind"], row["length"], cell["distance"]
+                found.setdefault(key, []).append((cell, other["cells"][i] if other else None))
     return {key: _cell(cells) for key, cells in found.items()}
 
 

@@ -218,21 +218,6 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
 # --- in the parent
 
 
-def make_job(
-    plan: Plan, record: Record, batch: int, engine_args: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a child is told, JSON values only; arguments as of `run_setting`."""
-    setting = record.setting
-    return {
-        "plan": plan.name,
-        "fields": vars(plan),
-        "setting": {**vars(setting), "model": str(setting.model)},
-        "done": sorted(plan.done(record.samples)),
-        "batch": batch,
-        "engine_args": dict(engine_args),
-    }
-
-
 def run_setting(
     plan: Plan,
     record: Record,
@@ -251,7 +236,14 @@ def run_setting(
         EvalError: the setting failed; has the child's message or its exit status.
     """
     setting = record.setting
-    job = make_job(plan, record, batch, engine_args)
+    job = {
+        "plan": plan.name,
+        "fields": vars(plan),
+        "setting": {**vars(setting), "model": str(setting.model)},
+        "done": sorted(plan.done(record.samples)),
+        "batch": batch,
+        "engine_args": dict(engine_args),
+    }
     environment = dict(os.environ)
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     failure = None

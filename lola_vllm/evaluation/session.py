@@ -193,7 +193,8 @@ class EvaluationSession:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    # What is off or empty may be missing: earlier versions had other fields.
+    keys = [key for key in {**old, **new} if (old.get(key) or None) != (new.get(key) or None)]
     return ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys)
 
 

@@ -15,8 +15,7 @@ DIGITS = 9  # significant ones
 def summarize(report: Mapping[str, Any], made_by: str) -> dict[str, Any]:
     """A report's counts, intervals and settings, with today's date.
 
-    Left out are answers, windows and blocks (`samples` of a setting, `asked`), and what only the
-    needles beyond the window say.
+    Left out are answers, windows and blocks (`samples` of a setting, `asked`).
 
     Args:
         report: of `EvaluationSession`, or of a program in benchmarks/ or tools/. made_by: its name.
@@ -24,21 +23,10 @@ def summarize(report: Mapping[str, Any], made_by: str) -> dict[str, Any]:
     kept = {key: value for key, value in report.items() if key != "asked"}
     if isinstance(kept.get("settings"), list):
         kept["settings"] = [
-            {key: _without_parts(value) for key, value in setting.items() if key != "samples"}
+            {key: value for key, value in setting.items() if key != "samples"}
             for setting in kept["settings"]
         ]
     return {"made_by": made_by, "date": date.today().isoformat(), **kept}
-
-
-def _without_parts(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    return [
-        {key: v for key, v in row.items() if key != "beyond_window"}
-        if isinstance(row, dict)
-        else row
-        for row in value
-    ]
 
 
 def text(value: Any) -> str:

@@ -230,7 +230,7 @@ def test_table_and_json() -> None:
     assert ["- not read", "21% (-3.10)"] in lines
     assert ["lola", "52% (-2.06), 0.50x [0.50, 0.50]"] in lines
     assert ["lola", "52% (-2.56), 0.25x [-]"] in lines
-    assert "### all, 500 tokens" in table and "4 texts, 16 to 16 passages" in table
+    assert "### b, 500 tokens" in table and "3 texts, 12 to 12 passages" in table
     assert plan.numbers(lola, base)["cells"][0]["gain"][0] == pytest.approx(0.5)
 
 
@@ -288,10 +288,8 @@ def test_questions_of_a_model_with_a_sliding_window(tmp_path: Path) -> None:
     ids, questions = [i % 300 for i in ids], [[i % 300 for i in q] for q in questions]
     run = Run(model)
     run.read(ids)
-    check(
-        run.ask([(ids, ASKED) for ids in questions], 5),
-        [expected(model, ids, q) for q in questions],
-    )
+    found = run.ask([(question, ASKED) for question in questions], 5)
+    check(found, [expected(model, ids, question) for question in questions])
 
 
 # --- the command
