@@ -30,7 +30,7 @@ def make_base(path: Path, *, sharded: bool = False, dtype=torch.bfloat16, **chan
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).to(dtype)
     model.save_pretrained(path, max_shard_size="8KB" if sharded else "1GB")
-    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
         (path / name).write_text(f"{name} of the base")
     return path
 

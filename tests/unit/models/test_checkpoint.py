@@ -8,12 +8,13 @@ import shutil
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig, TensorFacts
@@ -28,41 +29,14 @@ from lola_vllm.models.init import init_checkpoint
 from lola_vllm.models.remote_code import AUTO_MAP
 from lola_vllm.models.schema import settle_facts
 from lola_vllm.models.staging import staged_directory
+from tests.support.lolcats_files import TINY, listing, make_base, read_tensors
 
-# head_dim differs from hidden_size / num_attention_heads on purpose
-TINY = {
-    "vocab_size": 48,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "tie_word_embeddings": False,
-}
 FACTS = TensorFacts(8, 2)
-
-
-def make_llama(path: Path, *, sharded: bool = False, **changes: object) -> Path:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).to(torch.bfloat16)
-    model.save_pretrained(path, max_shard_size="8KB" if sharded else "1GB")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
-        (path / name).write_text(f"{name} of the base")
-    return path
 
 
 def edit_config(path: Path, **changes: object) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in weight_files(path) for name, t in load_file(file).items()}
-
-
-def listing(path: Path) -> set[str]:
-    return {str(entry.relative_to(path)) for entry in path.rglob("*")}
 
 
 # ---- schema
@@ -190,7 +164,7 @@ def test_long_lists_are_cut() -> None:
 def test_init_keeps_the_base_and_adds_identity_maps(
     tmp_path: Path, sharded: bool, tied: bool
 ) -> None:
-    base = make_llama(tmp_path / "base", sharded=sharded, tie_word_embeddings=tied)
+    base = make_base(tmp_path / "base", sharded=sharded, tie_word_embeddings=tied)
     out = tmp_path / "deep" / "lola"
     init_checkpoint(base, out, {"window_size": 16, "sink_size": 4})
 
@@ -230,7 +204,7 @@ def test_init_keeps_the_base_and_adds_identity_maps(
 
 def test_index_covers_every_tensor(tmp_path: Path) -> None:
     out = tmp_path / "lola"
-    init_checkpoint(make_llama(tmp_path / "base", sharded=True), out, {})
+    init_checkpoint(make_base(tmp_path / "base", sharded=True), out, {})
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(read_tensors(out))
     for name, file in index["weight_map"].items():
@@ -240,14 +214,14 @@ def test_index_covers_every_tensor(tmp_path: Path) -> None:
 
 
 def test_biases_and_query_heads(tmp_path: Path) -> None:
-    base = make_llama(tmp_path / "base", attention_bias=True, mlp_bias=True)
+    base = make_base(tmp_path / "base", attention_bias=True, mlp_bias=True)
     config = init_checkpoint(base, tmp_path / "lola", {}, "query")
     assert config.facts == TensorFacts(8, 4) == read_facts(tmp_path / "lola")
     assert read_shapes(tmp_path / "lola") == expected_tensors(config)
 
 
 def test_superfluous_tensors_of_the_base_are_dropped(tmp_path: Path) -> None:
-    base = make_llama(tmp_path / "base", tie_word_embeddings=True)
+    base = make_base(tmp_path / "base", tie_word_embeddings=True)
     tensors = read_tensors(base)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -259,7 +233,7 @@ def test_superfluous_tensors_of_the_base_are_dropped(tmp_path: Path) -> None:
 def test_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:
     old = os.umask(0o022)
     try:
-        init_checkpoint(make_llama(tmp_path / "base"), tmp_path / "lola", {})
+        init_checkpoint(make_base(tmp_path / "base"), tmp_path / "lola", {})
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "lola").stat().st_mode) == 0o755
@@ -270,13 +244,9 @@ def test_files_are_readable_as_the_umask_says(tmp_path: Path) -> None:
 # ---- refusals: nothing is left behind
 
 
-def _truncate(base: Path) -> None:
-    path = weight_files(base)[-1]
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def _empty(base: Path) -> None:
-    os.truncate(weight_files(base)[0], 0)
+def _truncate(base: Path, kept: float) -> None:
+    (path,) = weight_files(base)
+    os.truncate(path, int(kept * (path.stat().st_size - 1)))
 
 
 def _drop_tensor(base: Path) -> None:
@@ -309,32 +279,23 @@ def _no_shard(base: Path) -> None:
         (lambda base: edit_config(base, quantization_config={"bits": 4}), "quantized"),
         (lambda base: edit_config(base, hidden_size="wide"), "config.json: .*hidden_size"),
         (lambda base: edit_config(base, num_hidden_layers=3), r"layers\.2\..*a file is missing"),
-        (_truncate, "model.safetensors: not a complete safetensors file"),
-        (_empty, "model.safetensors: not a complete safetensors file"),
+        *(
+            (partial(_truncate, kept=kept), "model.safetensors: not a complete safetensors file")
+            for kept in (0.0, 0.001, 0.5, 1.0)
+        ),
         (_drop_tensor, "missing .1.:\n  model.norm.weight"),
         (_outside, "weight_map"),
         (_no_shard, "'model-9.safetensors', which is missing"),
     ],
 )
 def test_bad_bases_are_refused(tmp_path: Path, damage: object, message: str) -> None:
-    base = make_llama(tmp_path / "base")
+    base = make_base(tmp_path / "base")
     assert callable(damage)
     damage(base)
     before = listing(tmp_path)
     with pytest.raises(CheckpointError, match=rf"(?s){message}"):
         init_checkpoint(base, tmp_path / "new" / "lola", {})
     assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize("byte", ["first", "middle", "last"])
-def test_a_truncated_shard_is_named(tmp_path: Path, byte: str) -> None:
-    base = make_llama(tmp_path / "base", sharded=True)
-    path = weight_files(base)[1]
-    size = path.stat().st_size
-    os.truncate(path, {"first": 1, "middle": size // 2, "last": size - 1}[byte])
-    with pytest.raises(CheckpointError, match=path.name):
-        init_checkpoint(base, tmp_path / "lola", {})
-    assert not (tmp_path / "lola").exists()
 
 
 @pytest.mark.parametrize(
@@ -349,14 +310,14 @@ def test_a_truncated_shard_is_named(tmp_path: Path, byte: str) -> None:
 def test_bad_options_are_refused(
     tmp_path: Path, overrides: dict[str, int], state_heads: str, message: str
 ) -> None:
-    base = make_llama(tmp_path / "base")
+    base = make_base(tmp_path / "base")
     with pytest.raises((CheckpointError, LolaConfigError), match=message):
         init_checkpoint(base, tmp_path / "lola", overrides, state_heads)  # type: ignore[arg-type]
     assert not (tmp_path / "lola").exists()
 
 
 def test_existing_output_needs_force(tmp_path: Path) -> None:
-    base, out = make_llama(tmp_path / "base"), tmp_path / "lola"
+    base, out = make_base(tmp_path / "base"), tmp_path / "lola"
     out.mkdir()
     init_checkpoint(base, out, {"window_size": 8})  # an empty directory is no obstacle
     (out / "mine").touch()
@@ -370,7 +331,7 @@ def test_existing_output_needs_force(tmp_path: Path) -> None:
 
 
 def test_force_never_deletes_the_base_or_what_is_no_model(tmp_path: Path) -> None:
-    base = make_llama(tmp_path / "models" / "base")
+    base = make_base(tmp_path / "models" / "base")
     (tmp_path / "models" / "config.json").touch()
     for out in (base, base.parent):
         with pytest.raises(CheckpointError, match="would replace"):
@@ -387,7 +348,7 @@ def test_force_never_deletes_the_base_or_what_is_no_model(tmp_path: Path) -> Non
 def test_a_failure_while_writing_leaves_the_old_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, out = make_llama(tmp_path / "base", sharded=True), tmp_path / "lola"
+    base, out = make_base(tmp_path / "base", sharded=True), tmp_path / "lola"
     init_checkpoint(base, out, {"window_size": 8})
     before = {path: path.read_bytes() for path in out.iterdir()}
     calls = []
@@ -431,7 +392,7 @@ def test_a_failed_swap_puts_the_old_model_back(
 @pytest.mark.parametrize("sharded", [True, False])
 def test_facts_come_from_the_headers(tmp_path: Path, sharded: bool) -> None:
     out = tmp_path / "lola"
-    init_checkpoint(make_llama(tmp_path / "base", sharded=sharded), out, {})
+    init_checkpoint(make_base(tmp_path / "base", sharded=sharded), out, {})
     assert read_facts(out) == read_facts(str(out)) == FACTS
     config = LolaLlamaConfig.from_pretrained(out)
     settle_facts(config, out)
@@ -443,7 +404,7 @@ def test_facts_come_from_the_headers(tmp_path: Path, sharded: bool) -> None:
 
 def test_without_maps_facts_are_those_of_init(tmp_path: Path) -> None:
     config = LolaLlamaConfig(**TINY)
-    for model in (tmp_path, make_llama(tmp_path / "base")):
+    for model in (tmp_path, make_base(tmp_path / "base")):
         assert read_facts(model) is None
         settle_facts(config, model)
         assert not config.has_facts and config.facts == FACTS
@@ -456,7 +417,7 @@ def test_facts_of_a_hub_model_come_from_its_headers(
     from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 
     out = tmp_path / "lola"
-    init_checkpoint(make_llama(tmp_path / "base", sharded=True), out, {})
+    init_checkpoint(make_base(tmp_path / "base", sharded=True), out, {})
     asked = []
 
     def metadata(name: str, *, revision: str | None) -> SafetensorsRepoMetadata:
