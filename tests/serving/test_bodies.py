@@ -58,6 +58,7 @@ def words(n, text="user"):
 
 BAD = {
     "no-prompt": ({}, "give one of 'prompt'", None),
+    "both": ({"prompt": "x", "messages": [{"role": "user"}]}, "give one of 'prompt'", None),
     "null": (b"null", "the body: Field required", None),
     "a-list": ([1, 2], "the body = [1, 2]: Input should be", None),
     "broken": (b'{"prompt": ', "the body is no JSON: Expecting value at character 11", None),
@@ -120,6 +121,13 @@ def test_refusals_name_field_value_and_remedy(client, body, said, field):
     assert error["param"] == field
     assert len(error["message"]) < 300
     assert "'loc'" not in error["message"] and "[type=" not in error["message"]  # of pydantic
+
+
+def test_what_is_not_said_to_be_json_is_refused(client):
+    headers = {"Content-Type": "text/plain"}
+    assert (
+        400 <= client.post("/memory", content=b'{"prompt": "x"}', headers=headers).status_code < 500
+    )
 
 
 def test_a_body_of_too_many_bytes_is_not_read(client):

@@ -187,26 +187,18 @@ def test_texts_of_characters_that_take_several_tokens(lola_server):
 
 
 BAD = {
-    "nothing": ({}, 400, "'prompt'"),
-    "both": ({"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, 400, "'prompt'"),
     "empty": ({"prompt": ""}, 400, "empty"),
     "no-ids": ({"prompt": []}, 400, "empty"),
     "no-messages": ({"messages": []}, 400, "messages"),
-    "not-a-message": ({"messages": [{"content": "x"}]}, 400, "role"),
     "too-long": ({"prompt": STORY * 8}, 400, "from 1 to 2047"),
     "huge": ({"prompt": "a" * 1_000_001}, 400, "1000000"),
     "huge-chat": ({"messages": [{"role": "user", "content": "a" * 900_000}]}, 400, "characters"),
+    "no-content": ({"messages": [{"role": "user", "content": None}]}, 400, "0.content = null"),
     "long-chat": (
         {"messages": [{"role": "user", "content": STORY}] * 8},
         400,
         "from 1 to 2047 tokens can be read",
     ),
-    "parts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 1_001}]},
-        400,
-        "at most 1000",
-    ),
-    "no-content": ({"messages": [{"role": "user", "content": None}]}, 400, "0.content = null"),
     "no-text": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "0.text: "),
     "image": (
         {
@@ -220,18 +212,15 @@ BAD = {
         400,
         "not a multimodal model",
     ),
-    "half-a-character": ({"prompt": "x", "cache_salt": "\ud800"}, 400, "surrogate pair"),
     "no-salt": ({"prompt": "x", "cache_salt": ""}, 400, "cache_salt"),
     "salt": ({"prompt": "x", "cache_salt": "a" * 129}, 400, "cache_salt"),
     "just-too-long": ({"prompt": [5] * 2048}, 400, "from 1 to 2047"),
     "id-too-large": ({"prompt": [1, 49152]}, 400, "token id 49152 is none of 0 to 49151"),
     "id-negative": ({"prompt": [-1]}, 400, "token id -1"),
-    "id-no-number": ({"prompt": [1.5]}, 400, "prompt"),
     "layer": ({"prompt": "x", "layers": [30]}, 400, "30 is none of 0 to 29"),
     "no-layers": ({"prompt": "x", "layers": []}, 400, "layers"),
     "model": ({"prompt": "x", "model": "other"}, 404, "'other' is not served"),
     "model-of-ids": ({"prompt": [1], "model": "other"}, 404, "'other' is not served"),
-    "unknown-field": ({"prompt": "x", "layer": 3}, 400, "layer"),
 }
 
 
@@ -243,17 +232,6 @@ def test_bad_requests_are_refused(lola_server, body, status, words):
     assert response.status_code == status, response.text
     message = response.json()["error"]["message"]
     assert words in message and "[type=" not in message  # as pydantic writes
-
-
-def test_a_chat_of_20_megabytes_is_refused_at_once(lola_server):
-    """To tokenize it would take most of a minute and a gigabyte."""
-    begin = time.monotonic()
-    response = lola_server.client.post(
-        "/v1/lola/memory", json={"messages": [{"role": "user", "content": "word " * 4_000_000}]}
-    )
-    assert response.status_code == 413
-    assert "more than 4194304 bytes" in response.json()["error"]["message"]
-    assert time.monotonic() - begin < 10
 
 
 def test_cached_prefixes_are_shared_within_a_salt_only(lola_server):
@@ -269,14 +247,6 @@ def test_cached_prefixes_are_shared_within_a_salt_only(lola_server):
         read(lola_server, prompt=prompt, layers=[0], **fields)
         found.append(hits() - before >= 256)
     assert found == [False, False, True, False, True, True]
-
-
-def test_what_is_no_json_is_refused(lola_server):
-    for content, kind in ((b"{", "application/json"), (b'{"prompt": "x"}', "text/plain")):
-        response = lola_server.client.post(
-            "/v1/lola/memory", content=content, headers={"Content-Type": kind}
-        )
-        assert 400 <= response.status_code < 500
 
 
 class Silent:
