@@ -72,7 +72,7 @@ def test_a_phone_folds_what_is_not_looked_at(page):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_it_fits_the_screen_and_controls_stay_in_view(page, size, dark):
+def test_it_fits_the_screen_controls_stay_in_view_and_axe_finds_nothing(page, size, dark):
     browser = page.browser
     browser.resize(*size, dark=dark)
     name = f"{size[0]}x{size[1]}{'-dark' if dark else ''}"
@@ -85,18 +85,11 @@ def test_it_fits_the_screen_and_controls_stay_in_view(page, size, dark):
         assert in_view(browser, selector), selector
     browser.hover("#find")  # and not a token, whose tip would hide others
     browser.picture(PICTURES / f"inspector-{name}.png")
-
-
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_axe_finds_nothing(page, size, dark):
-    browser = page.browser
-    browser.resize(*size, dark=dark)
     browser.run("scrollTo(0, 0)")
     assert findings(browser) == []
     browser.run("document.getElementById('keep').click()")  # it may be folded
     page.time(9)
-    browser.picture(PICTURES / f"inspector-two-sides-{size[0]}x{size[1]}{'-dark' * dark}.png")
+    browser.picture(PICTURES / f"inspector-two-sides-{name}.png")
     found = findings(browser)
     browser.run("document.getElementById('alone').click()")
     page.time(99)
