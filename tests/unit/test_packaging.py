@@ -48,6 +48,26 @@ def test_packages_are_installed(package):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("lola_vllm", "torch vllm transformers triton"),
+        ("lola_vllm.models", "torch vllm"),
+        ("lola_vllm.engine.hf", "vllm"),
+        ("lola_vllm.command.doctor", "torch vllm psutil"),
+        (
+            "lola_vllm.command.cli, lola_vllm.command.client.chat, lola_vllm.serving.store_options",
+            "torch vllm transformers",
+        ),
+    ],
+)
+def test_importing_loads_nothing_heavy(modules, absent):
+    check = f"import sys, {modules}; print([m for m in {absent.split()} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+@pytest.mark.slow
 def test_every_data_file_of_serving_is_part_of_a_build(tmp_path):
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
     subprocess.run(

@@ -269,13 +269,3 @@ def test_ctrl_c_at_a_terminal(script):
         os.close(ours)
     assert [body["messages"][0]["content"] for body in script.bodies] == ["hello", "again"]
     assert re.search("Traceback|interrupted", seen) is None
-
-
-def test_commands_that_ask_a_server_start_without_torch():
-    code = (
-        "import sys, lola_vllm.command.cli, lola_vllm.command.client.chat\n"
-        "import lola_vllm.serving.store_options\n"
-        "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

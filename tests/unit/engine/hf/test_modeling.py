@@ -488,26 +488,26 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 """
-TOKENIZE = NOT_INSTALLED + (
-    "from transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
-    "tokenizer = LOAD\n"
+LOADS = (
+    "AutoTokenizer.from_pretrained(sys.argv[1])",  # asks, gets no answer, and goes on
+    "AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)",
+    "AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)",  # as lm-eval does
+    "PreTrainedTokenizerFast.from_pretrained(sys.argv[1])",
+)
+TOKENIZE = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast\n"
+    f"tokenizers = [{', '.join(LOADS)}]\n"
     "print()\n"
-    "print(isinstance(tokenizer, PreTrainedTokenizerFast), tokenizer('one two').input_ids)\n"
+    "for tokenizer in tokenizers:\n"
+    "    ids = tokenizer('one two').input_ids\n"
+    "    print(isinstance(tokenizer, PreTrainedTokenizerFast), ids, flush=True)\n"
+    "AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "load",
-    [
-        "AutoTokenizer.from_pretrained(sys.argv[1])",  # asks, gets no answer, and goes on
-        "AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)",
-        "AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)",  # as lm-eval does
-        "PreTrainedTokenizerFast.from_pretrained(sys.argv[1])",
-    ],
-)
-def test_the_tokenizer_needs_no_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: str
+def test_without_the_package_there_is_a_tokenizer_and_the_model_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -518,28 +518,10 @@ def test_the_tokenizer_needs_no_package(
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "base")
     init_checkpoint(tmp_path / "base", tmp_path / "lola", LOLA)
-    result = run(TOKENIZE.replace("LOAD", load), tmp_path / "lola")
-    assert result.stdout.splitlines()[-1:] == ["True [0, 1]"], result.stderr
-
-
-@pytest.mark.slow
-def test_the_model_without_the_package_says_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    make_base(tmp_path / "base", "llama")
-    init_checkpoint(tmp_path / "base", tmp_path / "lola", LOLA)
-    code = "from transformers import AutoModelForCausalLM\n"
-    code += "AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-    result = run(NOT_INSTALLED + code, tmp_path / "lola")
+    result = run(NOT_INSTALLED + TOKENIZE, tmp_path / "lola")
+    assert result.stdout.splitlines()[-4:] == ["True [0, 1]"] * 4, result.stderr
     assert result.returncode and "requires the following packages" in result.stderr
     assert "lola_vllm" in result.stderr.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_importing_it_needs_no_vllm() -> None:
-    result = run("import sys, lola_vllm.engine.hf; print('vllm' in sys.modules)")
-    assert result.stdout.strip() == "False", result.stderr
 
 
 # ---- contexts without end
