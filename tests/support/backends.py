@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,13 @@ def has_case(item: pytest.Item) -> bool:
         return False
     if params.get("parts", 1) not in backend.parts:
         return False
+    if (
+        backend.pace == "interpreted"
+        and params.get("interval") == 1
+        and not any(mark.kwargs.get("interval") == [1] for mark in item.iter_markers("fewer"))
+        and item.path.stem not in ("test_lengths", "test_numbers")
+    ):  # an update at every token: the same kernels, and many times as long
+        return False
     # Of xformers' back end the softmax part of prefill alone is not Triton's.
     if backend.name.startswith("xformers") and (
         item.path.stem
@@ -172,6 +180,34 @@ def has_case(item: pytest.Item) -> bool:
         if mark.args == (backend.pace,)
         for name, values in mark.kwargs.items()
     )
+
+
+def one_of_each(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """What is left in the interpreter: of a test, cases with a value that none before them has.
+
+    They are gone through in steps of about 0.6 of their number, so that values mix.
+    """
+    tests: dict[object, list[pytest.Item]] = {}
+    kept = []
+    for case in cases:
+        params = case.callspec.params  # type: ignore[attr-defined]
+        if BACKENDS[params["backend"]].pace == "interpreted":
+            name = case.nodeid.partition("[")[0], params["backend"]
+            tests.setdefault(name, []).append(case)
+        else:
+            kept.append(case)
+    for same in tests.values():
+        step = next(
+            n for n in range(round(0.618 * len(same)) or 1, 0, -1) if gcd(n, len(same)) == 1
+        )
+        seen: set[tuple[str, str]] = set()
+        for i in range(len(same)):
+            case = same[i * step % len(same)]
+            values = {(name, repr(v)) for name, v in case.callspec.params.items()}  # type: ignore[attr-defined]
+            if not values <= seen:
+                kept.append(case)
+            seen |= values
+    return kept
 
 
 def open_backend(name: str, emulation: Callable[[], Path]) -> Backend:

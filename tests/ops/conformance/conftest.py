@@ -24,7 +24,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.support.backends import BACKENDS, IN_PROCESS, build_emulation, has_case, open_backend
+from tests.support.backends import (
+    BACKENDS,
+    IN_PROCESS,
+    build_emulation,
+    has_case,
+    one_of_each,
+    open_backend,
+)
 
 HERE = Path(__file__).parent
 
@@ -43,7 +50,8 @@ def pytest_make_parametrize_id(val):
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what is no case of a back end; with `--backend`, what asks for none, and all
-    but each `--every`-th case. Tests of other folders stay."""
+    but each `--every`-th case; in the interpreter, cases that show nothing new. Tests of other
+    folders stay."""
 
     def is_case(item):
         if "backend" not in item.fixturenames:
@@ -51,7 +59,8 @@ def pytest_collection_modifyitems(config, items):
         return has_case(item)
 
     suite = [item for item in items if item.path.is_relative_to(HERE)]
-    left_out = set(suite) - set([*filter(is_case, suite)][:: config.getoption("--every")])
+    cases = one_of_each([*filter(is_case, suite)])
+    left_out = set(suite) - set(cases[:: config.getoption("--every")])
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 

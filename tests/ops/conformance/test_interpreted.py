@@ -16,6 +16,6 @@ def test_interpreted(name):
     every = 1
     if name.startswith("xformers"):
         pytest.importorskip("xformers")
-        every = 3  # of it the softmax part of prefill alone is not Triton's
+        every = 2  # of it the softmax part of prefill alone is not Triton's
     passed = run_suite(name, every, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    assert passed > 100 // every
+    assert passed > 60 // every
