@@ -9,24 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lola_vllm.command import cli
 from lola_vllm.core.config import TensorFacts
 from lola_vllm.models import read_facts
+from tests.support.families import make_base
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    make_base(tmp_path / "base", "llama")
     return tmp_path / "base"
 
 
@@ -45,7 +37,7 @@ def test_init_writes_the_options_given(base: Path, capsys: pytest.CaptureFixture
     status = cli.main(["init", "--base", str(base), "--out", str(out), *options])
     assert status == 0
     assert json.loads((out / "config.json").read_text())["lola_config"] == lola
-    assert read_facts(out) == TensorFacts(8, 4)
+    assert read_facts(out) == TensorFacts(16, 4)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert str(out) in lines[0]
