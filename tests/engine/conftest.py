@@ -14,6 +14,14 @@ os.environ.setdefault("VLLM_CACHE_ROOT", tempfile.mkdtemp(prefix="lola-vllm-test
 MODELS = Path(__file__).parents[2] / "models"  # `make test` builds them
 
 
+@pytest.fixture(scope="module")
+def tiny(request, tmp_path_factory):
+    """A tiny model with the `LOLA` of the test's module."""
+    from tools.support.tiny import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny"), request.module.LOLA)
+
+
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory):
     """SmolLM2 with identity maps and its own weights: with a long window it is the stock model,

@@ -11,7 +11,7 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 
 from tests.support.engine import GREEDY, engine, generate, metric
-from tools.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 8}
 TARGETS = [f"self_attn.{x}_proj" for x in "qkvo"]
@@ -43,11 +43,6 @@ def make_adapter(base: Path, out: Path, seed: int) -> Path:
     shutil.copy(base / "config.json", out / "merged")
     save_file(merged, out / "merged" / "model.safetensors")
     return out
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"), LOLA)
 
 
 @pytest.fixture(scope="module")

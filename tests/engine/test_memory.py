@@ -9,15 +9,10 @@ from lola_vllm.serving.engine import joined
 from tests.support import oracle as oracle_module
 from tests.support.engine import GREEDY, engine, metric, scheduler
 from tests.support.oracle import Oracle
-from tools.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import random_prompts
 
 # The heads of the first layer have a page each.
 LOLA = {"window_size": 16, "sparse_cache_size": [[24, 10], 24], "sink_size": 2}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"), LOLA)
 
 
 @pytest.fixture
@@ -68,51 +63,54 @@ def read(llm, name, layers=None):
     return [[head["positions"] for head in found[layer].values()] for layer in sorted(found)]
 
 
-OPTIONS = [
-    {},
-    {"max_num_batched_tokens": 40},
-    {"enable_prefix_caching": True, "block_size": 32},
-    {"enable_prefix_caching": True, "block_size": 32, "num_gpu_blocks_override": 7},
-]
-IDS = ["plain", "chunked", "prefix-caching", "preempting"]
+SERVED = {
+    "plain": {},
+    "chunked": {"max_num_batched_tokens": 40},
+    "prefix-caching": {"enable_prefix_caching": True, "block_size": 32},
+    "preempting": {"enable_prefix_caching": True, "block_size": 32, "num_gpu_blocks_override": 7},
+}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
-def test_states_are_those_of_the_recompute(tiny, truth, options):
+@pytest.mark.parametrize("name", SERVED)
+def test_states_are_those_of_the_recompute(tiny, truth, name):
+    with engine(tiny, max_num_seqs=6, **SERVED[name]) as llm:
+        check_positions(llm, truth)
+        if "prefix" in name:
+            assert metric(llm, "vllm:prefix_cache_hits") > 0
+        if name == "preempting":
+            assert metric(llm, "vllm:num_preemptions") > 0
+        check_what_was_forgotten(llm, truth)
+
+
+def check_positions(llm, truth):
+    """Whoever else runs; the second time from the cache, where there is one."""
     shared, *others = random_prompts([64, 33, 100, 130, 41], seed=3)
     prompts = [shared + tail for tail in random_prompts([1, 30, 64, 96], seed=4)]
-    with engine(tiny, max_num_seqs=6, **options) as llm:
-        for round_ in range(2):  # the second time from the cache, where there is one
-            for i, prompt in enumerate(prompts):
-                name = f"memory-{round_}-{i}"
-                ask(llm, "lola_watch", name, len(prompt))
-                for j, other in enumerate(others):
-                    send(llm, f"other-{round_}-{i}-{j}", other, max_tokens=20)
-                send(llm, name, prompt)
-                run(llm)
-                assert read(llm, name) == truth(prompt)
-        if options.get("enable_prefix_caching"):
-            assert metric(llm, "vllm:prefix_cache_hits") > 0
-        if "num_gpu_blocks_override" in options:
-            assert metric(llm, "vllm:num_preemptions") > 0
+    for round_ in range(2):
+        for i, prompt in enumerate(prompts):
+            name = f"memory-{round_}-{i}"
+            ask(llm, "lola_watch", name, len(prompt))
+            for j, other in enumerate(others):
+                send(llm, f"other-{round_}-{i}-{j}", other, max_tokens=20)
+            send(llm, name, prompt)
+            run(llm)
+            assert read(llm, name) == truth(prompt)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
-def test_what_was_forgotten_and_when(tiny, truth, options):
+def check_what_was_forgotten(llm, truth):
     """Errors of folded tokens and stays in the caches are those of the recompute."""
     (prompt,) = random_prompts([149], seed=5)
     others = random_prompts([33, 100, 130, 41], seed=3)
-    with engine(tiny, max_num_seqs=6, **options) as llm:
-        for round_ in range(2):
-            name = f"memory-{round_}"
-            ask(llm, "lola_watch", name, len(prompt), True)
-            (busy,) = llm.collective_rpc("lola_watch", args=("other", 5, True))
-            assert "another prompt" in busy["error"]
-            for j, other in enumerate(others):
-                send(llm, f"other-{round_}-{j}", other, max_tokens=20)
-            send(llm, name, prompt, skip_reading_prefix_cache=True)
-            run(llm)
-            found = ask(llm, "lola_memory", name, None, True, True)["layers"]
+    for round_ in range(2):
+        name = f"forgotten-{round_}"
+        ask(llm, "lola_watch", name, len(prompt), True)
+        (busy,) = llm.collective_rpc("lola_watch", args=("other", 5, True))
+        assert "another prompt" in busy["error"]
+        for j, other in enumerate(others):
+            send(llm, f"beside-{round_}-{j}", other, max_tokens=20)
+        send(llm, name, prompt, skip_reading_prefix_cache=True)
+        run(llm)
+        found = ask(llm, "lola_memory", name, None, True, True)["layers"]
     expected = {stop: truth(prompt[:stop]) for stop in [*range(16, 149, 16), 149]}
     states = truth.states
     for layer, state in enumerate(states):
@@ -152,20 +150,11 @@ def test_keys_that_were_not_seen_are_missed(tiny):
         assert layers and all(layer.kv_hook is None for layer in layers)
 
 
-def test_several_at_once_and_single_layers(tiny, truth):
-    prompts = random_prompts([50, 50, 90], seed=9)
-    with engine(tiny, max_num_seqs=6) as llm:
-        for i, prompt in enumerate(prompts):
-            ask(llm, "lola_watch", f"m{i}", len(prompt))
-            send(llm, f"m{i}", prompt)
-        run(llm)
-        for i, prompt in enumerate(prompts):
-            assert read(llm, f"m{i}", [1]) == truth(prompt)[1:]
-
-
-def test_watching_changes_no_answer_and_leaves_nothing_behind(tiny):
+def test_what_else_is_asked(tiny, truth):
+    """Several at once, single layers; nothing changes an answer, and what is wrong is answered."""
     (prompt,) = random_prompts([70], seed=6)
-    with engine(tiny, max_num_seqs=4) as llm:
+    several = random_prompts([50, 50, 90], seed=9)
+    with engine(tiny, max_num_seqs=6) as llm:
         params = SamplingParams(max_tokens=30, **GREEDY)
         request = TokensPrompt(prompt_token_ids=prompt)
 
@@ -183,10 +172,12 @@ def test_watching_changes_no_answer_and_leaves_nothing_behind(tiny):
         assert sample["sequences"] == 1
         assert 0 < sample["sparse_fill"] <= 1
         assert scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks() == free
-
-
-def test_what_is_wrong_is_answered_not_raised(tiny):
-    with engine(tiny, max_num_seqs=4) as llm:
+        for i, one in enumerate(several):
+            ask(llm, "lola_watch", f"m{i}", len(one))
+            send(llm, f"m{i}", one)
+        run(llm)
+        for i, one in enumerate(several):
+            assert read(llm, f"m{i}", [1]) == truth(one)[1:]
         (answer,) = llm.collective_rpc("lola_memory", args=("unknown", None))
         assert "could not be read: no step of it was seen" in answer["error"]
         for i in range(9):
@@ -194,27 +185,6 @@ def test_what_is_wrong_is_answered_not_raised(tiny):
         assert "too many states" in answer["error"]
         (answer,) = llm.collective_rpc("lola_watch", args=())
         assert "TypeError" in answer["error"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2, "enforce_eager": False}],
-    ids=["heads-on-two-ranks", "layers-on-two-stages-compiled"],
-)
-def test_answers_of_several_workers_make_one(tiny, truth, options):
-    (prompt,) = random_prompts([90], seed=7)
-    with engine(tiny, max_num_seqs=4, **options) as llm:
-        assert llm.collective_rpc("lola_watch", args=("m", len(prompt))) == [{}, {}]
-        send(llm, "m", prompt)
-        run(llm)
-        answers = llm.collective_rpc("lola_memory", args=("m", None))
-        layers = joined([answer["layers"] for answer in answers])
-    assert [layer.layer for layer in layers] == [0, 1]
-    assert [[head.positions for head in layer.heads] for layer in layers] == truth(prompt)
-    left = 90 // 16 * 16 - 16 - 2
-    heads = [head for layer in layers for head in layer.heads]
-    assert all(head.folded == left - head.sparse_cache_size > 0 for head in heads)
 
 
 def test_ranks_that_share_a_head_tell_of_it_once():

@@ -49,7 +49,7 @@ def tiny(tmp_path):
         ({"hf_overrides": {"lola_config": {"windw_size": 4}}}, "nearest valid name: 'window_size'"),
         ({"hf_overrides": {"lola_config": {"mixing": "half"}}}, "lola_config.mixing = 'half'"),
         ({"hf_overrides": {"lola_config": {"feature_dim": 8}}}, "feature_dim: unknown key"),
-        (CACHED | {"max_num_batched_tokens": 36}, "--max-num-batched-tokens = 36"),
+        (CACHED | {"max_num_batched_tokens": 32}, "--max-num-batched-tokens = 32"),
         (CACHED | {"max_num_scheduled_tokens": 36}, "--max-num-scheduled-tokens = 36"),
         (CACHED | {"max_num_scheduled_tokens": 64, "max_num_batched_tokens": 38},
          "--max-num-batched-tokens = 38"),
@@ -69,11 +69,12 @@ def test_refused_with_a_reason(tiny, options, words, capfd):
     [
         {"max_num_scheduled_tokens": 39},
         {"max_num_batched_tokens": 39},
+        {"max_num_batched_tokens": 31},
         # No piece is as long as a block, so pieces may end anywhere.
         {"max_num_scheduled_tokens": 36, "long_prefill_token_threshold": 16},
         {"max_num_scheduled_tokens": 24},
     ],
-    ids=["scheduled", "batched", "short-pieces", "below-a-block"],
+    ids=["scheduled", "batched", "batched-below-a-block", "short-pieces", "below-a-block"],
 )
 def test_a_late_prompt_does_not_wait_for_the_others_to_end(tiny, options):
     *early, late = random_prompts([5] * 7 + [100])

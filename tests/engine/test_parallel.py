@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm import SamplingParams, TokensPrompt
 
-from tests.support.engine import engine, prompt_logprobs, state_manager
+from lola_vllm.serving.engine import joined
+from tests.support.engine import GREEDY, engine, prompt_logprobs, state_manager
 from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 8, "context_shift": 16}
@@ -22,17 +24,32 @@ PROMPTS = random_prompts([3, 33, 90, 170], seed=3)
 
 
 def answers(model, **options):
-    """Greedy tokens and prompt log-probabilities, and what the block manager says of a page."""
+    """Greedy tokens and prompt log-probabilities, what the block manager says of a page, and what
+    the workers hold of a prompt, joined."""
     with engine(model, max_num_batched_tokens=64, max_num_seqs=8, **options) as llm:
         tokens, logprobs = prompt_logprobs(llm, PROMPTS, NEW)
-        return tokens, logprobs, state_manager(llm).spec
+        for watching in llm.collective_rpc("lola_watch", args=("m", 90)):
+            assert watching == {}
+        params = SamplingParams(max_tokens=1, **GREEDY)
+        core = llm.llm_engine
+        core.add_request("m", TokensPrompt(prompt_token_ids=PROMPTS[2]), params)
+        while core.has_unfinished_requests():
+            core.step()
+        found = llm.collective_rpc("lola_memory", args=("m", None))
+        return tokens, logprobs, state_manager(llm).spec, joined([x["layers"] for x in found])
 
 
 def assert_same(one, several):
-    tokens, logprobs, _ = one
+    tokens, logprobs, _, held = one
     assert several[0] == tokens
     for a, b in zip(logprobs, several[1], strict=True):
         assert b == pytest.approx(a, abs=1e-4)  # sums over ranks round in another order
+    assert len(held) == len(several[3]) > 1
+    for a, b in zip(held, several[3], strict=True):
+        assert (a.layer, len(a.heads)) == (b.layer, len(b.heads))
+        for x, y in zip(a.heads, b.heads, strict=True):
+            assert (x.positions, x.folded) == (y.positions, y.folded)
+            assert x.folded > 0
 
 
 def assert_half_a_page(one, two):

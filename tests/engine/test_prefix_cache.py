@@ -1,10 +1,9 @@
 """Prefix caching: what is hit, what is missed, and that a hit never changes a token."""
 
-import pytest
 from vllm import SamplingParams, TokensPrompt
 
 from tests.support.engine import GREEDY, block_pool, engine, generate, metric, state_manager
-from tools.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}
 BLOCK, NEW = 32, 20
@@ -14,11 +13,6 @@ CACHED = {
     "max_num_batched_tokens": 128,
     "max_num_seqs": 8,
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"), LOLA)
 
 
 def conversation(llm):
@@ -76,35 +70,6 @@ def test_prompts_with_a_common_prefix_share_what_was_kept(tiny):
                 answers += generate(llm, [prompt], NEW)
                 found.append(hits(llm) - before)
             assert (found, answers) == (kept, expected)
-
-
-@pytest.mark.parametrize("budget", [31, 39])
-def test_a_prompt_gets_in_while_others_decode(tiny, budget):
-    """Seven others, the most there can be; a budget under a block goes forward in less."""
-    others = random_prompts([5] * 7, seed=8)
-    (late,) = random_prompts([100], seed=9)
-    with engine(tiny, **CACHED | {"max_num_batched_tokens": budget}) as llm:
-        core = llm.llm_engine
-        for i, prompt in enumerate(others):
-            params = SamplingParams(max_tokens=60, **GREEDY)
-            core.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), params)
-        for _ in range(4):
-            core.step()
-        params = SamplingParams(max_tokens=1, **GREEDY)
-        core.add_request("late", TokensPrompt(prompt_token_ids=late), params)
-        finished = []
-        while core.has_unfinished_requests():
-            finished += [o.request_id for o in core.step() if o.finished]
-        assert finished[0] == "late"
-
-
-def test_a_budget_with_which_prompts_would_wait_for_ever_is_refused(tiny):
-    for budget in (32, 38):
-        with (
-            pytest.raises(Exception, match=f"--max-num-batched-tokens = {budget}.*at least 39"),
-            engine(tiny, **CACHED | {"max_num_batched_tokens": budget}),
-        ):
-            pass
 
 
 def test_eviction_forgets_prefixes_and_changes_nothing(tiny):

@@ -10,17 +10,12 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.support.engine import GREEDY, engine, prompt_logprobs, state_manager
 from tests.support.oracle import Oracle
-from tools.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import random_prompts
 
 LOLA = {"window_size": 16, "sparse_cache_size": 24}
 PROMPTS = random_prompts([1, 16, 45, 130, 222], seed=8)
 SEEDED = {"temperature": 1.0, "seed": 5}
 SMOLLM2 = Path(__file__).parents[2] / "models" / "smollm2-lola"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"), LOLA)
 
 
 @pytest.fixture(scope="module")

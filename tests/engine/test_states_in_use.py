@@ -4,14 +4,10 @@ import pytest
 from vllm import SamplingParams, TokensPrompt
 
 from tests.support.engine import GREEDY, engine, metric, state_manager
-from tools.support.tiny import make_tiny, random_prompts
+from tools.support.tiny import random_prompts
 
 BLOCK = 32
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"), {"window_size": 16, "sparse_cache_size": 24})
+LOLA = {"window_size": 16, "sparse_cache_size": 24}
 
 
 @pytest.mark.parametrize(

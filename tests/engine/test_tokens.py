@@ -1,10 +1,14 @@
-"""Answers do not depend on how prompts are split, on the batch, on preemption or on old bytes."""
+"""Answers obey the float64 recompute, whatever a model has and however its prompts are served:
+cut, batched, preempted, from a cached state, among old bytes."""
+
+from functools import cache
 
 import pytest
 import torch
 from vllm import SamplingParams, TokensPrompt
 
 from tests.support.engine import (
+    GREEDY,
     block_pool,
     engine,
     generate,
@@ -18,156 +22,191 @@ from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 32, "sparse_cache_size": 48}
 LENGTHS = [1, 2, 31, 32, 33, 64, 65, 100, 128, 150, 257, 300]
+# A context shift every 16 tokens from 64 on: prompts around, across none, one and many.
+SHIFTING = {"window_size": 8, "sparse_cache_size": 20, "sink_size": 3, "context_shift": 16}
+SHIFTED_LENGTHS = [1, 50, 63, 64, 65, 79, 80, 81, 96, 130, 200]
+SHORT = {"max_position_embeddings": 64}
+WEIGHTED = {"importance": True}
 NEW = 24
+MODELS = {
+    "plain": (LOLA, {}),
+    "paper, sinks": (LOLA | {"update_interval": 1, "sink_size": 4}, {"state_heads": 4}),
+    "interval 7, lolcats": (LOLA | {"update_interval": 7, "mixing": "lolcats"}, {}),
+    "no cache": (LOLA | {"sparse_cache_size": 0}, {"state_heads": 4}),
+    "a size per layer": (LOLA | {"sparse_cache_size": [90, 5]}, {}),
+    "shifting": (SHIFTING, SHORT),
+    "shifting, 1": (SHIFTING | {"update_interval": 1}, SHORT),
+    "shifting, 7": (SHIFTING | {"update_interval": 7}, SHORT),
+    "two shifts a length": (SHIFTING | {"context_shift": 32}, SHORT),
+    "importance": ({"window_size": 16, "sparse_cache_size": 24, "sink_size": 2}, WEIGHTED),
+    "importance, 1": (LOLA | {"window_size": 16, "update_interval": 1}, WEIGHTED),
+    "importance, shared": (
+        LOLA | {"window_size": 16, "update_interval": 7, "sparse_sharing": "kv_head"},
+        WEIGHTED | {"state_heads": 4},
+    ),
+    "int8, shifting": (
+        SHIFTING | {"window_size": 16, "update_interval": 4, "sparse_dtype": "int8"},
+        SHORT,
+    ),
+}
+# Rounding to 8 bits is a step function: keys that differ in their last bit may be stored one step
+# apart, 1/127 of the largest. So is a choice between two scores that are nearly equal. Such steps
+# stay below the margin, and other pairs do not.
+MARGIN = 0.05
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny"), LOLA)
+def make(tmp_path_factory):
+    """The directory of a model of `MODELS`, by its name."""
+
+    @cache
+    def made(name):
+        lola, fields = MODELS[name]
+        return make_tiny(tmp_path_factory.mktemp("tiny"), lola, **fields)
+
+    return made
+
+
+def prompts_of(name):
+    return random_prompts(SHIFTED_LENGTHS if "shift" in name else LENGTHS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_obey_the_recompute(make, name):
+    """All at once, in pieces; the second time from cached states."""
+    oracle, prompts = Oracle(make(name)), random_prompts([3, 40, 130, 222], seed=5)
+    close = MARGIN if "int8" in name or "importance" in name else 1e-4
+    params = SamplingParams(max_tokens=NEW, logprobs=5, **GREEDY)
+    requests = [TokensPrompt(prompt_token_ids=p) for p in prompts]
+    options = {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 64}
+    with engine(make(name), max_num_seqs=8, **options) as llm:
+        rounds = [llm.generate(requests, params, use_tqdm=False) for _ in range(2)]
+        assert metric(llm, "vllm:prefix_cache_hits") > 300
+    for cold, warm in zip(*rounds, strict=True):
+        prompt, answers = cold.prompt_token_ids, [cold.outputs[0], warm.outputs[0]]
+        one, two = (list(answer.token_ids) for answer in answers)
+        truth = oracle.logprobs([*prompt, *one][:-1])[len(prompt) - 1 :]
+        for answer in answers if one == two else answers[:1]:
+            for row, entries in zip(truth, answer.logprobs, strict=True):
+                got = torch.tensor([e.logprob for e in entries.values()], dtype=torch.float64)
+                torch.testing.assert_close(got, row[list(entries)], rtol=0, atol=close)
+        if "int8" not in name:
+            assert one == two
+            assert_obeys(oracle, prompt, one)
+
+
+def test_what_the_recompute_would_not_see(make, tmp_path):
+    """It knows of context shifts, and other pairs are outside of the margin of 8 bits."""
+    oracle = Oracle(make("int8, shifting"))
+    assert [oracle.rope_position(p) for p in (63, 64, 79, 80)] == [63, 48, 63, 48]
+    (prompt,) = random_prompts([200])
+    own = oracle.logprobs(prompt)  # before another one replaces its attention
+    lola, fields = MODELS["int8, shifting"]
+    other = Oracle(make_tiny(tmp_path, lola | {"sparse_cache_size": 2}, **fields))
+    assert (own - other.logprobs(prompt)).abs().max() > 2 * MARGIN
+
+
+# ---- however they are served
+
+WHOLE = pytest.mark.parametrize("name", ["plain", "shifting"])
 
 
 @pytest.fixture(scope="module")
-def prompts():
-    return random_prompts(LENGTHS)
+def expected(make):
+    """Each prompt alone, prefilled at once, and the prompt with its answer gone on with."""
+
+    @cache
+    def answers(name):
+        with engine(make(name), max_num_batched_tokens=2048, max_num_seqs=8) as llm:
+            prompts = prompts_of(name)
+            tokens = [generate(llm, [p], NEW)[0] for p in prompts]
+            longer = [p + new for p, new in zip(prompts, tokens, strict=True)]
+            return tokens, [generate(llm, [p], NEW)[0] for p in longer]
+
+    return answers
 
 
-@pytest.fixture(scope="module")
-def expected(tiny, prompts):
-    """Each prompt alone, prefilled at once."""
-    with engine(tiny, max_num_batched_tokens=2048, max_num_seqs=8) as llm:
-        return [generate(llm, [p], NEW)[0] for p in prompts]
-
-
-def test_tokens_are_those_of_the_float64_recompute(tiny, prompts, expected):
-    oracle = Oracle(tiny)
-    for prompt, tokens in zip(prompts, expected, strict=True):
-        assert_obeys(oracle, prompt, tokens)
-    assert len({tuple(t) for t in expected}) == len(expected)  # not one constant answer
-
-
-@pytest.mark.parametrize(
-    "lola",
-    [
-        {"update_interval": 1, "sink_size": 4},
-        {"update_interval": 7, "mixing": "lolcats"},
-        {"sparse_cache_size": 0},
-        {"sparse_cache_size": [90, 5]},
-    ],
-    ids=["paper-sinks", "interval-7-lolcats", "no-cache", "a-size-per-layer"],
-)
-@pytest.mark.parametrize("state_heads", [2, 4])
-def test_configurations_obey_the_recompute(tmp_path, lola, state_heads):
-    model = make_tiny(tmp_path, {**LOLA, **lola}, state_heads=state_heads)
-    prompts = random_prompts([3, 40, 130, 222], seed=5)
-    with engine(model, max_num_batched_tokens=64, max_num_seqs=8) as llm:
-        tokens = generate(llm, prompts, NEW)
-    oracle = Oracle(model)
-    for prompt, answer in zip(prompts, tokens, strict=True):
+@WHOLE
+def test_expected_answers_obey_the_recompute(make, expected, name):
+    oracle, (tokens, _) = Oracle(make(name)), expected(name)
+    for prompt, answer in zip(prompts_of(name), tokens, strict=True):
         assert_obeys(oracle, prompt, answer)
+    assert len({tuple(answer) for answer in tokens}) == len(tokens)  # not one constant answer
 
 
-@pytest.mark.parametrize("budget", [16, 37, 64])
-def test_scheduler_chunks_change_nothing(tiny, prompts, expected, budget):
-    with engine(
-        tiny, max_num_batched_tokens=budget, max_num_seqs=8, enable_chunked_prefill=True
-    ) as llm:
-        assert [generate(llm, [p], NEW)[0] for p in prompts] == expected
-        assert generate(llm, prompts, NEW) == expected
+CACHED = {"enable_prefix_caching": True, "max_num_seqs": 12, "max_num_batched_tokens": 64}
+HITS, PREEMPTIONS = "vllm:prefix_cache_hits", "vllm:num_preemptions"
 
 
-def test_company_changes_nothing(tiny, prompts, expected):
-    """Among 24 others that come and go, with fewer states than requests."""
+@WHOLE
+@pytest.mark.parametrize(
+    ("options", "happens"),
+    [
+        ({"max_num_batched_tokens": 16, "max_num_seqs": 6}, None),
+        ({"max_num_batched_tokens": 37, "max_num_seqs": 8}, None),
+        (CACHED | {"block_size": 32, "num_gpu_blocks_override": 7}, PREEMPTIONS),
+        (CACHED | {"block_size": 24}, HITS),  # blocks end at context shifts and between them
+        (CACHED | {"block_size": 16}, HITS),
+    ],
+    ids=["pieces-16", "pieces-37", "preempted", "cached-24", "cached-16"],
+)
+def test_serving_changes_nothing(make, expected, name, options, happens):
+    """Alone, all at once, and both with what was answered."""
+    prompts, (tokens, after) = prompts_of(name), expected(name)
+    longer = [p + new for p, new in zip(prompts, tokens, strict=True)]
+    with engine(make(name), **options) as llm:
+        assert generate(llm, prompts, NEW) == tokens
+        assert [generate(llm, [p], NEW)[0] for p in prompts] == tokens
+        assert generate(llm, longer, NEW) == after
+        assert happens is None or metric(llm, happens) > (500 if happens == HITS else 0)
+
+
+@WHOLE
+def test_few_states_serve_everyone_twice(make, expected, name):
+    prompts, (tokens, _) = prompts_of(name), expected(name)
+    options = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 3}
+    with engine(make(name), **options) as llm:
+        for _ in range(2):
+            assert generate(llm, prompts, NEW) == tokens
+        assert state_manager(llm).num_states == 2
+        assert scheduler(llm).get_num_unfinished_requests() == 0
+
+
+@WHOLE
+def test_company_in_a_poisoned_pool_changes_nothing(make, expected, name):
+    """Among 24 others that come and go, with fewer states than requests; every page that no running
+    request holds is NaN before every step."""
     others = random_prompts([5 + 13 * i for i in range(24)], seed=9)
-    with engine(tiny, max_num_batched_tokens=128, max_num_seqs=12) as llm:
-        core = llm.llm_engine
-        answers = {}
+    prompts, (tokens, _) = prompts_of(name), expected(name)
+    with engine(make(name), max_num_batched_tokens=128, max_num_seqs=12) as llm:
+        core, pool = llm.llm_engine, block_pool(llm)
+        answers, step, poisoned = {}, 0, 0
         queue = [(f"p{i}", p, NEW) for i, p in enumerate(prompts)]
         for i, other in enumerate(others):
             queue.insert(2 * i % len(queue), (f"o{i}", other, 3 + 5 * i % 40))
-        step = 0
         while queue or core.has_unfinished_requests():
             for _ in range(3 if step % 4 == 0 else 0):
                 if queue:
-                    name, prompt, count = queue.pop(0)
-                    params = SamplingParams(
-                        max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False
-                    )
-                    core.add_request(name, TokensPrompt(prompt_token_ids=prompt), params)
+                    request, prompt, count = queue.pop(0)
+                    params = SamplingParams(max_tokens=count, **GREEDY)
+                    core.add_request(request, TokensPrompt(prompt_token_ids=prompt), params)
             if step == 9:
                 core.abort_request(["o3", "o6"])
-            for output in core.step():
-                if output.finished:
-                    answers[output.request_id] = list(output.outputs[0].token_ids)
-            step += 1
-        assert [answers[f"p{i}"] for i in range(len(prompts))] == expected
-        assert state_manager(llm).num_states_in_use == 0
-
-
-def test_forced_preemption_changes_nothing(tiny, prompts, expected):
-    with engine(
-        tiny,
-        max_num_batched_tokens=64,
-        max_num_seqs=12,
-        enable_prefix_caching=True,
-        block_size=32,
-        num_gpu_blocks_override=7,
-    ) as llm:
-        assert generate(llm, prompts, NEW) == expected
-        assert metric(llm, "vllm:num_preemptions") > 0
-
-
-def test_prefix_hits_change_nothing(tiny, prompts, expected):
-    with engine(
-        tiny, max_num_batched_tokens=128, max_num_seqs=8, enable_prefix_caching=True, block_size=32
-    ) as llm:
-        for _ in range(2):
-            assert [generate(llm, [p], NEW)[0] for p in prompts] == expected
-        assert metric(llm, "vllm:prefix_cache_hits") > 500
-
-
-def test_a_poisoned_pool_changes_nothing(tiny, prompts, expected):
-    """Every page that no running request holds is NaN before every step."""
-    with engine(tiny, max_num_batched_tokens=64, max_num_seqs=6) as llm:
-        core, pool = llm.llm_engine, block_pool(llm)
-        for i, prompt in enumerate(prompts):
-            params = SamplingParams(
-                max_tokens=NEW, temperature=0.0, ignore_eos=True, detokenize=False
-            )
-            core.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), params)
-        answers, poisoned = {}, 0
-        while core.has_unfinished_requests():
             free = [b.block_id for b in pool.blocks if b.ref_cnt == 0 or b.is_null]
             for layer_pages in pages(llm):
                 layer_pages[free] = -1  # all bits set: NaN in every float type
             poisoned += len(free)
             for output in core.step():
                 if output.finished:
-                    answers[int(output.request_id)] = list(output.outputs[0].token_ids)
+                    answers[output.request_id] = list(output.outputs[0].token_ids)
+            step += 1
         assert poisoned
-        assert [answers[i] for i in range(len(prompts))] == expected
+        assert [answers[f"p{i}"] for i in range(len(prompts))] == tokens
+        assert state_manager(llm).num_states_in_use == 0
 
 
-def test_reused_states_equal_fresh_ones(tiny, prompts, expected):
-    """The same few states serve everyone, twice over."""
-    with engine(tiny, max_num_batched_tokens=64, max_num_seqs=8, num_gpu_blocks_override=3) as llm:
-        for _ in range(2):
-            assert generate(llm, prompts, NEW) == expected
-        assert state_manager(llm).num_states == 2
-        assert scheduler(llm).get_num_unfinished_requests() == 0
-
-
-def test_logprobs_are_close_to_the_recompute(tiny, prompts):
-    oracle = Oracle(tiny)
-    with engine(tiny, max_num_batched_tokens=64, max_num_seqs=8) as llm:
-        params = SamplingParams(
-            max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=5, detokenize=False
-        )
-        for output in llm.generate(
-            [TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False
-        ):
-            answer = output.outputs[0]
-            tokens = list(output.prompt_token_ids) + list(answer.token_ids)
-            truth = oracle.logprobs(tokens[:-1])[len(output.prompt_token_ids) - 1 :]
-            for row, entries in zip(truth, answer.logprobs, strict=True):
-                got = torch.tensor([e.logprob for e in entries.values()], dtype=torch.float64)
-                torch.testing.assert_close(got, row[list(entries)], rtol=0, atol=1e-4)
+@pytest.mark.slow
+def test_a_compiled_model_does_the_same(make, expected):
+    options = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "enforce_eager": False}
+    with engine(make("shifting"), **options) as llm:
+        assert generate(llm, prompts_of("shifting"), NEW) == expected("shifting")[0]
