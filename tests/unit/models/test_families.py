@@ -161,23 +161,10 @@ def test_one_sentence_says_why_and_what_is_nearest(raw: dict[str, Any], why: str
     assert raw.get("model_type") in (None, 3) or " works" in sentence
 
 
-def test_estimate_says_why_too(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
-    with pytest.raises(CheckpointError, match="several matrices in one tensor"):
-        estimate(tmp_path, {})
-
-
 def test_windows_that_no_layer_uses_are_no_obstacle() -> None:
     """Qwen's switch may be on while its first windowed layer lies beyond the last."""
     raw = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}
     assert "sliding_window" not in llama_fields(PATH, {**raw, "num_hidden_layers": 28})
-
-
-def test_a_refused_base_leaves_nothing_behind(tmp_path: Path) -> None:
-    make_base(tmp_path / "base", "mistral", sliding_window=128)
-    with pytest.raises(CheckpointError, match="sliding_window = 128"):
-        init_checkpoint(tmp_path / "base", tmp_path / "lola", {})
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_biases_and_norms_that_the_config_denies_are_named(tmp_path: Path) -> None:
