@@ -1,4 +1,7 @@
-"""What the documentation does with vLLM in one process, on tiny models: programs, evaluations."""
+"""Evaluations of the documentation with vLLM in one process, on tiny models.
+
+The program of docs/howto/python.md: tests/engine/test_smollm2.py.
+"""
 
 import json
 import shlex
@@ -7,23 +10,8 @@ import pytest
 
 from lola_vllm.command import cli
 from lola_vllm.training.texts import SEPARATOR
-from tests.support.documented import ROOT, documented, programs
+from tests.support.documented import ROOT, documented
 from tests.support.evaluations import in_this_process, make_pair
-from tools.support.speaking import make_speaking
-
-
-def test_program_answers(tmp_path, monkeypatch, capsys):
-    page = "docs/howto/python.md"
-    make_speaking(tmp_path / "models" / "smollm2-lola")
-    monkeypatch.chdir(tmp_path)
-    (program,) = [text for text in programs(ROOT / page) if "LLM(" in text]
-    model = '"models/smollm2-lola",'
-    program = program.replace(model, f"{model} max_model_len=1024, dtype='float32',")
-    exec(compile(program, page, "exec"), {"__name__": "__main__"})
-    printed = capsys.readouterr().out
-    (told,) = [line for line in printed.splitlines() if line.startswith("{'session'")]
-    # Whether tokens are restored depends on where a tokenizer parts the answer from the chat.
-    assert "'session': 'physics', 'turn': 2" in told and "'restored_tokens'" in told
 
 
 @pytest.fixture(scope="module")

@@ -73,3 +73,6 @@ def test_the_program_of_the_python_page_answers_its_question(monkeypatch, capsys
     assert model == "models/smollm2-lola"
     answer = capsys.readouterr().out
     assert "fundamental" in answer and "physics" in answer
+    (told,) = [line for line in answer.splitlines() if line.startswith("{'session'")]
+    # Whether tokens are restored depends on where a tokenizer parts the answer from the chat.
+    assert "'session': 'physics', 'turn': 2" in told and "'restored_tokens'" in told
