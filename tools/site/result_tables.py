@@ -21,12 +21,7 @@ from typing import Any
 
 from lola_vllm.evaluation import summary
 from lola_vllm.evaluation.results import wilson
-from tools.site import (
-    copy_tables,
-    front_tables,
-    library_tables,
-    speed_tables,
-)
+from tools.site import copy_tables, front_tables, speed_tables
 from tools.site.summaries import (
     BASE,
     RESULTS,
@@ -47,7 +42,6 @@ PAGES = (
     "README.md",
     "docs/recall.md",
     "docs/choices.md",
-    "docs/library.md",
     "docs/linearize.md",
     "docs/performance.md",
 )
@@ -210,7 +204,7 @@ def choices() -> str:
     return table(lines)
 
 
-PARTS = (copy_tables, front_tables, library_tables, speed_tables)
+PARTS = (copy_tables, front_tables, speed_tables)
 TABLES: dict[str, Callable[[], str]] = {
     "recall-tasks": demo,
     "recall-facts": partial(by_task, "remade-recall", FACTS, LENGTHS[:2], FACTS_ROWS, 6),

@@ -8,7 +8,7 @@ import pytest
 
 from lola_vllm.evaluation import summary
 from lola_vllm.evaluation.results import wilson
-from tools.site import library_tables, picture, result_tables
+from tools.site import picture, result_tables
 from tools.site.summaries import RESULTS, ROOT, asked, of_both, pooled, together
 
 MOST_LINES = 2700
@@ -164,13 +164,3 @@ def test_no_question_counts_twice_and_no_other_model(seed, fingerprint, message)
         run["settings"][0]["cells"][0]["length"] = 2048
     with pytest.raises(ValueError, match=message):
         together(asked(runs, "a"))
-
-
-def test_libraries_of_two_models_do_not_count_together():
-    def runs(*models):
-        results = {"needles questions": 6, "needles first of 8": 5}
-        return lambda name: [{"results": results, "models": {"model": of}} for of in models]
-
-    assert "10 of 12" in library_tables.found(runs("f", "f"))
-    with pytest.raises(ValueError, match="library, --model: of the models f, g"):
-        library_tables.found(runs("f", "g"))
