@@ -1,19 +1,20 @@
-"""Servers for all HTTP tests: plain `vllm serve` and LoLA's own front with the demo model, and one
-of a tiny model with several API keys."""
+"""Servers for all HTTP tests: plain `vllm serve` and LoLA's own front with the demo model, and two
+of tiny models, with several API keys and with none."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 from lola_vllm.core import cpu
 from lola_vllm.serving.sessions.management import UPLOAD
-from tests.support.servers import KEY, MODEL
+from tests.support.servers import KEY, MODEL, keyless_serving
 from tools.support.server_process import BIN, Server, serving
-from tools.support.speaking import make_speaking, serve_speaking
+from tools.support.speaking import LOLA, make_speaking, serve_speaking
 
 # Switches of other routes, so that these are tested on the same servers. The parser of reasoning
 # knows its parts by words, for which no tokenizer needs tokens of its own.
@@ -50,6 +51,22 @@ def lola_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         running.events = events
         running.client.headers["Authorization"] = f"Bearer {KEY}"
         yield running
+
+
+@pytest.fixture(scope="session")
+def shifting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that was trained on 256 positions, which shift by 64 beyond them."""
+    return make_speaking(
+        tmp_path_factory.mktemp("keyless") / "tiny",
+        max_position_embeddings=256, lola_config=LOLA | {"context_shift": 64},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def keyless(shifting: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of that model as anybody starts one: without keys, eager where there is no GPU."""
+    with keyless_serving(shifting, tmp_path_factory.mktemp("keyless-server") / "log.txt") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

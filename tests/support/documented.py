@@ -140,7 +140,7 @@ COMMANDS: dict[str, Fate] = {
     r"(?:OMP_PROC_BIND=true )?python benchmarks/": Fate(why=IDLE),
     r"LOLA_VLLM_LONG=1 ": Fate(why=IDLE, test="tests/reliability/test_storm.py"),
     r"(?:\.venv/bin/)?python -m tools\.read_once ": Fate(
-        why="with the demo model and a short file", test="tests/serving/test_read_once.py"
+        why="with a tiny model and a short file", test="tests/serving/test_read_once.py"
     ),
     r"python -m tools\.texts ": Fate(
         why="downloads 45 MB of packages", test="tests/unit/tools/texts/test_texts.py"

@@ -1,11 +1,14 @@
-"""The model and the API key of the servers that tests share."""
+"""The model and the API key of the servers that tests share, and a server as anybody starts it."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
+
+from tools.support.server_process import BIN, Server, serving
 
 ROOT = Path(__file__).parents[2]
 # Sizes by layer that fit pages in the model's dtype and an update for every window, 126 on average.
@@ -43,3 +46,11 @@ def _plain_pairs(demo: Path) -> Path:
 
 MODEL = _plain_pairs(ROOT / "models" / "smollm2-lola")
 KEY = "a-secret-key"  # of the server that wants one
+
+
+def keyless_serving(model: Path, log: Path, *options: str) -> AbstractContextManager[Server]:
+    """`lola-vllm serve` of a tiny model, without keys, compiled where `options` say so."""
+    command = [str(BIN / "lola-vllm"), "serve", str(model), "--dtype", "float32",
+               "--max-num-seqs", "16", "--max-num-batched-tokens", "256",
+               "--max-model-len", "2048", *options]  # fmt: skip
+    return serving(log, command, VLLM_CACHE_ROOT=str(log.with_suffix(".cache")))

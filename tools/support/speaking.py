@@ -20,9 +20,9 @@ TEMPLATE = (
 )
 
 
-def make_speaking(out: Path, **fields: Any) -> Path:
+def make_speaking(out: Path, lola_config: dict[str, Any] = LOLA, **fields: Any) -> Path:
     """`make_tiny`, with byte-level tokens learnt from this project's own words."""
-    make_tiny(out, LOLA, **fields)
+    make_tiny(out, lola_config, **fields)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

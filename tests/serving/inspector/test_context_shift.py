@@ -1,31 +1,14 @@
 """Memory of prompts beyond the trained length, where RoPE positions differ from positions."""
 
-import json
-
 import pytest
 
 from lola_vllm.serving.inspector import ROUTE
 from tests.support.browser import chromium
 from tests.support.inspector import Page
-from tools.support.server_process import serving
-from tools.support.speaking import make_speaking, serve_speaking
 from tools.support.tiny import random_prompts
 
 LENGTH, INTERVAL, SINKS = 256, 64, 2
 BUCKET = 3 * LENGTH // 8  # where the bucket of old keys starts
-
-
-@pytest.fixture(scope="module")
-def shifting(tmp_path_factory):
-    """A server of a tiny model that was trained on 256 positions."""
-    directory = tmp_path_factory.mktemp("shifting")
-    model = make_speaking(directory / "tiny", max_position_embeddings=LENGTH)
-    file = model / "config.json"
-    config = json.loads(file.read_text())
-    config["lola_config"]["context_shift"] = INTERVAL
-    file.write_text(json.dumps(config))
-    with serving(directory / "log.txt", serve_speaking(model, "tiny")) as running:
-        yield running
 
 
 def ask(server, n, **options):
@@ -45,8 +28,8 @@ def _exact(position, shifted_by):
 @pytest.mark.parametrize(
     ("n", "shifted_by"), [(256, 0), (257, 64), (320, 64), (321, 128), (700, 448)]
 )
-def test_rope_positions_are_told_once_they_differ(shifting, n, shifted_by):
-    answer = ask(shifting, n).json()
+def test_rope_positions_are_told_once_they_differ(keyless, n, shifted_by):
+    answer = ask(keyless, n).json()
     assert answer["shifted_by"] == shifted_by
     if shifted_by == 0:
         assert answer["rope_positions"] is None
@@ -55,19 +38,19 @@ def test_rope_positions_are_told_once_they_differ(shifting, n, shifted_by):
     assert max(answer["rope_positions"]) == answer["rope_positions"][-1] < LENGTH
 
 
-def test_history_goes_through_context_shifts_and_forgotten_stops_at_them(shifting):
-    refused = ask(shifting, 400, forgotten=True)
+def test_history_goes_through_context_shifts_and_forgotten_stops_at_them(keyless):
+    refused = ask(keyless, 400, forgotten=True)
     assert refused.status_code == 400
     message = refused.json()["error"]["message"]
     assert message.startswith("forgotten = true: the prompt has 400 tokens, ")
     assert "max_position_embeddings = 256 " in message
     assert message.endswith("leave forgotten out, or give a shorter prompt")
-    whole = ask(shifting, 400, history=True).json()
+    whole = ask(keyless, 400, history=True).json()
     assert whole["history_interval"] == 16
     for read in (240, 272, 336, 400):
         (prompt,) = random_prompts([400], seed=8)
         body = {"prompt": prompt[:read]}
-        then = shifting.client.post("/v1/lola/memory", json=body).json()
+        then = keyless.client.post("/v1/lola/memory", json=body).json()
         for layer, short in zip(whole["layers"], then["layers"], strict=True):
             for head, told in zip(layer["heads"], short["heads"], strict=True):
                 stays = zip(head["positions"], head["entered"], strict=True)
@@ -76,10 +59,10 @@ def test_history_goes_through_context_shifts_and_forgotten_stops_at_them(shiftin
                 assert sorted(held) == told["positions"]
 
 
-def test_the_page_tells_of_rope_positions_and_of_what_it_cannot_show(shifting):
+def test_the_page_tells_of_rope_positions_and_of_what_it_cannot_show(keyless):
     with chromium() as browser:
         page = Page(browser)
-        page.open(shifting.url + ROUTE)
+        page.open(keyless.url + ROUTE)
         page.prompt("the hidden state of a page " * 40)
         browser.click("#run")
         browser.wait(lambda: "A part is left out. forgotten = true: " in browser.text("#status"))
@@ -89,7 +72,7 @@ def test_the_page_tells_of_rope_positions_and_of_what_it_cannot_show(shifting):
         browser.wait(lambda: browser.run(
             "return !document.querySelector('[data-part=time-row]').hidden"
         ))  # fmt: skip
-        answer = shifting.client.post(
+        answer = keyless.client.post(
             "/v1/lola/memory", json={"prompt": "the hidden state of a page " * 40}
         ).json()
         assert answer["shifted_by"] > 0
