@@ -54,7 +54,7 @@ def add_library(parser: argparse.ArgumentParser) -> None:
         "--top",
         type=int,
         metavar="N",
-        help="parts that are read (default: 3, or one that stands out)",
+        help="parts whose states are read (default: the first alone)",
     )
     ask.add_argument("--session", metavar="NAME", help="a new one, to go on with in chat")
     ask.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N",
