@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.serving.chat.test_page import ask, said, session, value
-from tests.serving.sessions.test_past import QUESTION, SEGMENT, SESSIONS, TEXT, ok
+from tests.serving.sessions.test_past import QUESTION, SEGMENT, TEXT, ok
 from tests.support.browser import chromium
 from tests.support.inspector import TAB
 from tests.support.servers import KEY
 
+SESSIONS = "/v1/lola/sessions"
 NAME = "recalled-on-the-page"
 
 
