@@ -22,6 +22,8 @@ OpenAI's: `{"error": {"message": ..., "type": ..., "param": ..., "code": 400}}`.
 EXTENDED = {
     "SessionChatRequest": ("ChatCompletionRequest", "/v1/chat/completions"),
     "SessionCompletionRequest": ("CompletionRequest", "/v1/completions"),
+    "LibraryChatRequest": ("ChatCompletionRequest", "/v1/chat/completions"),
+    "LibraryCompletionRequest": ("CompletionRequest", "/v1/completions"),
 }
 
 
@@ -31,11 +33,12 @@ def openapi() -> dict[str, Any]:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
+    from lola_vllm.serving.library.routes import router as libraries
     from lola_vllm.serving.routes import router
     from lola_vllm.serving.sessions.routing import routers
 
     app = FastAPI()
-    for routes in (router, *routers):
+    for routes in (router, *routers, libraries):
         app.include_router(routes)
     document = app.openapi()
     for model in (ChatCompletionRequest, CompletionRequest):  # to tell what is vLLM's
@@ -104,7 +107,8 @@ def _schema(name: str, schemas: dict[str, Any], used: list[str]) -> Iterator[str
     for field, how in fields.items():
         required = field in schema.get("required", ())
         default = "required" if required else f"`{json.dumps(how.get('default'))}`"
-        yield f"| `{field}` | {_type(how, used)} | {default} | {words.get(field, '')} |"
+        said = words.get(field) or how.get("description", "")
+        yield f"| `{field}` | {_type(how, used)} | {default} | {said} |"
     yield ""
 
 
@@ -114,9 +118,10 @@ def _words(name: str, fields: dict[str, Any]) -> dict[str, str]:
     There several fields may share a line: "total: in the pool. used: held now."
     """
     from lola_vllm.serving import protocol
-    from lola_vllm.serving.sessions import protocol as sessions_protocol
+    from lola_vllm.serving.library import protocol as libraries
+    from lola_vllm.serving.sessions import protocol as sessions
 
-    kind = getattr(sessions_protocol, name, None) or getattr(protocol, name)
+    kind = next(getattr(m, name) for m in (libraries, sessions, protocol) if hasattr(m, name))
     found: dict[str, str] = {}
     for base in getattr(kind, "__mro__", ()):
         section = split(base.__dict__.get("__doc__") or "").get("Attributes", "")
