@@ -1,5 +1,7 @@
 """Contexts beyond the base's trained length: how long a request may be, and what is refused."""
 
+import logging
+
 import pytest
 
 from lola_vllm.core.config import ENDLESS_LENGTH
@@ -14,12 +16,14 @@ def tiny(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny"), LOLA, max_position_embeddings=64)
 
 
-def test_a_request_may_be_longer_than_the_base(tiny, caplog):
+def test_a_request_may_be_longer_than_the_base(tiny, caplog, monkeypatch):
+    with engine(tiny, max_model_len=200_000, max_num_seqs=2) as llm:
+        assert llm.llm_engine.model_config.max_model_len == 200_000
+    # The first engine of a process has vLLM settle its loggers, which then tell `caplog` nothing.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level("INFO", logger="vllm.lola"), engine(tiny, max_model_len=None) as llm:
         assert llm.llm_engine.model_config.max_model_len == ENDLESS_LENGTH
     assert "contexts without end: from 64 tokens on, they shift by 16" in caplog.text
-    with engine(tiny, max_model_len=200_000, max_num_seqs=2) as llm:
-        assert llm.llm_engine.model_config.max_model_len == 200_000
 
 
 @pytest.mark.parametrize(
