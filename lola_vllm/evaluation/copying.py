@@ -71,7 +71,6 @@ class CopyPlan(Plan):
 
     texts: str = option(
         "a text file or a directory of them; held-out documents are read",
-        type=Path,
         metavar="PATH",
     )
     kinds: list[str] = option(

@@ -37,7 +37,6 @@ class PerplexityPlan(Plan):
 
     texts: str = option(
         "a text file or a directory of them, each a kind; held-out documents are read",
-        type=Path,
         metavar="PATH",
     )
     windows: int = option("per kind of text, at most", 16, type=at_least(1))
