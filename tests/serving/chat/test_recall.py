@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.serving.chat.test_page import ask, said, session, value
@@ -43,7 +45,9 @@ def test_what_came_back_is_named_and_not_counted(browser, tiny):
     browser.click("#recall")
     before, notes = session(tiny, NAME)["tokens"], notes_of(browser, QUESTION)
     recalled = next(note for note in notes if note.startswith("recalled"))
-    assert recalled.startswith(f"recalled tokens 0 to {SEGMENT - 1}: ")
+    # Which of the two it is, a model of random weights decides.
+    first, last = map(int, re.findall(r"\d+", recalled.partition(": ")[0]))
+    assert first in (0, SEGMENT) and last == first + SEGMENT - 1
     assert recalled.partition(": ")[2] in TEXT
     found = session(tiny, NAME)
     assert found["turn"] == 3 and found["tokens"] > before > covered
