@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tools.support.server_process import BIN
@@ -21,20 +21,12 @@ TEMPLATE = (
 
 
 def make_speaking(out: Path, lola_config: dict[str, Any] = LOLA, **fields: Any) -> Path:
-    """`make_tiny`, with byte-level tokens learnt from this project's own words."""
+    """`make_tiny`, with byte-level tokens that were learnt from this project's own words.
+
+    They lie in a file, as an answer of random weights is another one with other tokens.
+    """
     make_tiny(out, lola_config, **fields)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    docs = Path(__file__).parents[2] / "docs"
-    words = [(docs / name).read_text() for name in ("algorithm.md", "bounds.md")]
-    tokenizer.train_from_iterator(words, trainer)
+    tokenizer = Tokenizer.from_file(str(Path(__file__).with_suffix(".json")))
     assert tokenizer.get_vocab_size() == VOCAB
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, chat_template=TEMPLATE
