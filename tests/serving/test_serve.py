@@ -81,7 +81,7 @@ def test_without_a_key_nobody_lists_what_others_said(keyless: Server) -> None:
 
 def test_the_start_says_what_is_kept(keyless: Server) -> None:
     log = keyless.log.read_text()
-    assert "of stored states, in memory only" in log
+    assert "states are stored, in memory only" in log
     (line,) = (part for part in log.splitlines() if "LoLA sessions: states of" in part)
     assert "are kept: of all conversations in" in line and "nothing for the next start" in line
     assert "--lola-store none keeps nothing" in line
