@@ -7,18 +7,18 @@ import re
 import pytest
 
 from tests.serving.chat.test_page import ask, said, session, value
-from tests.serving.sessions.test_past import QUESTION, SEGMENT, TEXT, ok
+from tests.serving.sessions.test_past import QUESTION, SEGMENT, TEXT
+from tests.serving.sessions.test_routes import BASE, ok
 from tests.support.browser import chromium
 from tests.support.inspector import TAB
 from tests.support.servers import KEY
 
-SESSIONS = "/v1/lola/sessions"
 NAME = "recalled-on-the-page"
 
 
 @pytest.fixture
 def browser(tiny):
-    ok(tiny.client.post(f"{SESSIONS}/{NAME}/append", json={"prompt": TEXT}))
+    ok(tiny.client.post(f"{BASE}/{NAME}/append", json={"prompt": TEXT}))
     with chromium() as running:
         running.open(f"{tiny.url}/#{NAME}")
         running.type("#key", KEY)
@@ -28,7 +28,7 @@ def browser(tiny):
         running.type("#max-tokens", "4")
         running.type("#temperature", "0")
         yield running
-    tiny.client.delete(f"{SESSIONS}/{NAME}")
+    tiny.client.delete(f"{BASE}/{NAME}")
 
 
 def notes_of(browser, text):
