@@ -1,11 +1,7 @@
 """The deployment files fit each other and the repository. Their metrics: tests/serving."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -146,66 +142,7 @@ def test_grafana_finds_prometheus_and_the_dashboard(compose, dashboard):
     assert dashboard["title"] == "LoLA"
 
 
-def test_panels_have_queries_names_and_places_of_their_own(dashboard):
-    panels = dashboard["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels) >= 10
-    assert len({panel["title"] for panel in panels}) == len(panels)
-    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
-    for panel in panels:
-        assert panel["datasource"]["uid"] == "${datasource}"
-        refs = [target["refId"] for target in panel["targets"]]
-        assert len(set(refs)) == len(refs) > 0
-        for target in panel["targets"]:
-            used = set(re.findall(r"\$\{?(\w+)", target["expr"])) - {"__rate_interval"}
-            assert used <= variables
-            assert target["expr"].count("(") == target["expr"].count(")")
-    for one, other in combinations((panel["gridPos"] for panel in panels), 2):
-        apart = (
-            one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
-            or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
-        )  # fmt: skip
-        assert apart and one["x"] + one["w"] <= 24
-
-
-# Series of a healthy server, by minutes for 26 hours, and of servers of which one alert tells.
-MINUTES = 26 * 60
-SERVER = 'instance="server:8000", model_name="lola"'
-HEALTHY = {
-    'up{job="lola", instance="server:8000"}': f"1x{MINUTES}",
-    f"lola:states_total{{{SERVER}}}": f"192x{MINUTES}",
-    f"lola:states_used{{{SERVER}}}": f"20x{MINUTES}",
-    f"vllm:num_requests_waiting{{{SERVER}}}": f"0x{MINUTES}",
-    f"vllm:num_preemptions_total{{{SERVER}}}": f"0x{MINUTES}",
-    f'vllm:time_to_first_token_seconds_bucket{{{SERVER}, le="1"}}': f"0+9x{MINUTES}",
-    f'vllm:time_to_first_token_seconds_bucket{{{SERVER}, le="40"}}': f"0+10x{MINUTES}",
-    f'vllm:time_to_first_token_seconds_bucket{{{SERVER}, le="+Inf"}}': f"0+10x{MINUTES}",
-    f'lola:session_failures_total{{{SERVER}, reason="foreign"}}': f"0+1x{MINUTES}",
-    f'lola:session_failures_total{{{SERVER}, reason="io"}}': f"0x{MINUTES}",
-}
-LATE = MINUTES - 60
-TROUBLES = {
-    "none": ({}, []),
-    "down": ({"up": f"1x{LATE} 0x59"}, ["LolaServerDown"]),
-    "without the plugin": ({"lola:states_total": "_"}, ["LolaMetricsMissing"]),
-    "full": (
-        {"lola:states_used": f"190x{MINUTES}", "vllm:num_requests_waiting": f"3x{MINUTES}"},
-        ["LolaStatesFull"],
-    ),
-    "full, but nobody waits": ({"lola:states_used": f"190x{MINUTES}"}, []),
-    "preempting": ({"vllm:num_preemptions_total": f"0+2x{MINUTES}"}, ["LolaPreemptions"]),
-    "slow": ({'_bucket{instance="server:8000", model_name="lola", le="1"': f"0+5x{MINUTES}"},
-             ["LolaFirstTokenSlow"]),
-    "full disk": ({'reason="io"': f"0x{LATE} 0+1x59"}, ["LolaStatesNotStored"]),
-}  # fmt: skip
-
-
-def promtool(*arguments):
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool is not installed: apt-get install prometheus")
-    return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
-
-
-def test_prometheus_accepts_its_configuration_and_finds_the_alerts(compose):
+def test_prometheus_finds_its_configuration_and_the_alerts(compose):
     (mounted,) = (
         {host_path(v): v.split(":")[1] for v in service["volumes"]}
         for name, service in compose["services"].items()
@@ -214,46 +151,3 @@ def test_prometheus_accepts_its_configuration_and_finds_the_alerts(compose):
     assert load("prometheus.yml")["rule_files"] == ["alerts.yml"]  # beside the configuration
     assert mounted["./prometheus.yml"] == "/etc/prometheus/prometheus.yml"
     assert mounted["./alerts.yml"] == "/etc/prometheus/alerts.yml"
-    checked = promtool("check", "config", DEPLOY / "prometheus.yml")
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-
-
-def test_every_alert_has_its_trouble():
-    (group,) = load("alerts.yml")["groups"]
-    names = [rule["alert"] for rule in group["rules"]]
-    assert sorted(names) == sorted(name for _, fired in TROUBLES.values() for name in fired)
-    for rule in group["rules"]:
-        assert rule["labels"]["severity"] in ("critical", "warning", "info")
-        assert rule["annotations"]["summary"] and rule["annotations"]["description"]
-
-
-@pytest.mark.parametrize(("trouble", "fired"), TROUBLES.values(), ids=TROUBLES)
-def test_alerts_tell_of_their_trouble_and_of_nothing_else(tmp_path, trouble, fired):
-    assert all(any(part in series for series in HEALTHY) for part in trouble)
-    series = [
-        {"series": name, "values": next((v for part, v in trouble.items() if part in name), usual)}
-        for name, usual in HEALTHY.items()
-    ]
-    asked = {
-        "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
-        "eval_time": f"{MINUTES - 5}m",
-        "exp_samples": [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in fired],
-    }
-    test = {"interval": "1m", "input_series": series, "promql_expr_test": [asked]}
-    file = tmp_path / "test.yml"
-    rules = [str(DEPLOY / "alerts.yml")]
-    file.write_text(json.dumps({"rule_files": rules, "tests": [test]}))
-    ran = promtool("test", "rules", file)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-
-
-@pytest.mark.parametrize("files", [["compose.yaml"], ["compose.yaml", "compose.gpu.yaml"]])
-def test_compose_itself_accepts_the_files(files):
-    if (
-        shutil.which("docker") is None
-        or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
-    ):
-        pytest.skip("docker with its compose plugin is not installed")
-    options = [part for name in files for part in ("-f", str(DEPLOY / name))]
-    env = {**os.environ, "GRAFANA_PASSWORD": "x"}
-    subprocess.run(["docker", "compose", *options, "config", "--quiet"], check=True, env=env)

@@ -42,24 +42,6 @@ def test_a_client_with_one_question_does_not_wait_for_all_of_another_one():
     assert turns.waiting == 0 and turns._running == 0
 
 
-def test_no_more_have_a_turn_than_may():
-    async def run():
-        turns, running, most = Turns(at_once=2), 0, 0
-
-        async def question(client):
-            nonlocal running, most
-            async with turns.turn(client):
-                running += 1
-                most = max(most, running)
-                await asyncio.sleep(0.001)
-                running -= 1
-
-        await asyncio.gather(*(question(str(i % 3)) for i in range(30)))
-        return most
-
-    assert asyncio.run(run()) == 2
-
-
 def test_who_would_wait_too_long_is_told_when_to_come_again():
     async def run():
         turns, order, go = Turns(at_once=1, wait_s=8), [], asyncio.Event()

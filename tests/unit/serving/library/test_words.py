@@ -77,10 +77,3 @@ def test_an_event_has_the_form_of_the_streams() -> None:
     said = event("tiny", "chat.completion.chunk", sources=[])
     assert said.startswith('data: {"id": "lola-') and said.endswith("}\n\n")
     assert '"choices": [], "sources": []' in said
-
-
-def test_routes_are_there() -> None:
-    from lola_vllm.serving.library import routes
-    from lola_vllm.serving.sessions import generate
-
-    assert routes.router.routes and generate.router.routes
