@@ -11,6 +11,7 @@ import pytest
 
 from lola_vllm.command import cli
 from lola_vllm.core.cli_options import add_fields, from_options, option
+from lola_vllm.evaluation.chats import ChatPlan
 from lola_vllm.evaluation.copying import CopyPlan
 from lola_vllm.evaluation.perplexity import PerplexityPlan
 from lola_vllm.evaluation.recall import RecallPlan
@@ -51,22 +52,6 @@ def test_fields_become_options() -> None:
     for argv in ("--number 2", "--needed a --number x", "--needed a --kind c"):
         with pytest.raises((argparse.ArgumentError, SystemExit)):
             parse(argv)
-
-
-def test_the_help_tells_each_default_once() -> None:
-    parser = argparse.ArgumentParser()
-    add_fields(parser, Options)
-    text = {action.dest: action.help for action in parser._actions}
-    assert text == {
-        "help": text["help"],
-        "needed": "what it is",
-        "number": "how many (default: 0)",
-        "share": "how much (default: 0.5)",
-        "kind": "a (the default) or b",
-        "switch": "on",
-        "words": "several (default: x,y)",
-        "place": "where",
-    }
 
 
 class StopError(Exception):
@@ -128,6 +113,10 @@ def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOp
         (
             "recall --tasks niah-3 --distances 100 --lengths 900,800",
             RecallPlan(["niah-3"], [800, 900], distances=[100]),
+        ),
+        (
+            "recall --tasks chat-fact --texts t --lengths 900 --distances 300",
+            ChatPlan(["chat-fact"], [900], [300], "t"),
         ),
         ("copy --texts t", CopyPlan("t")),
         (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import Counter
@@ -13,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lola_vllm.command import cli
 from lola_vllm.evaluation import EvalError, facts
 from lola_vllm.evaluation.chats import PAUSE_TOKENS, Chat, ChatPlan
 from lola_vllm.evaluation.copy_texts import ASKS, CHAT, Kinds
@@ -25,7 +23,7 @@ from lola_vllm.evaluation.settings import Setting
 from lola_vllm.training.distill import retrieval, retrieval_facts
 from lola_vllm.training.distill.retrieval import retrieval_row
 from lola_vllm.training.texts import SEPARATOR, is_held_out
-from tests.support.evaluations import Words, in_this_process, rows_of
+from tests.support.evaluations import Words, rows_of
 from tools.support.speaking import make_speaking
 from tools.support.tiny import random_prompts
 
@@ -208,6 +206,7 @@ def test_every_question_is_asked_from_the_state_of_its_pause(
     found = Reader(setting, 0, "float32").ask(ids, pauses)
     whole = load(setting, "float32")
     for (at, asked), answers in zip(pauses, found, strict=True):
+        assert answers.floor is None and answers.reach == at
         for (question, size), predictions in zip(asked, answers.read, strict=True):
             answer = question[-size:]
             with torch.no_grad():
@@ -217,31 +216,3 @@ def test_every_question_is_asked_from_the_state_of_its_pause(
             assert [p.logprob for p in predictions] == pytest.approx(wanted.tolist(), abs=1e-4)
             first = logits.argmax(-1) == torch.tensor(answer)
             assert [p.first for p in predictions] == first.tolist()
-
-
-def test_the_command_compares_settings(
-    lola: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In this process; that settings run in one of their own is tested with the other tasks."""
-    in_this_process(monkeypatch)
-    pages = sorted((Path(__file__).parents[3] / "docs").glob("*.md"))
-    paragraphs = [part for page in pages for part in page.read_text().split("\n\n")]
-    (tmp_path / "perl_docs.txt").write_text(SEPARATOR.join(paragraphs), encoding="utf-8")
-    out = tmp_path / "out"
-    argv = ["eval", "recall", "--model", str(lola), "--tasks", "chat-fact,chat-code", "--texts"]
-    argv += [str(tmp_path), "--out", str(out), "--engine-args", '{"dtype": "float32"}']
-    argv += ["--lengths", "700,1000", "--distances", "250,600", "--samples", "1"]
-    assert cli.main([*argv, "--lola-config", "as it is={}"]) == 0
-    window = ["--lola-config", 'all={"window_size": 1200}', "--resume"]
-    assert cli.main([*argv, "--lola-config", "as it is={}", *window]) == 0
-    found = json.loads((out / "chat.json").read_text())["settings"]
-    assert [row["name"] for row in found] == ["as it is", "all"]
-    for row in found:
-        keys = {(cell["task"], cell["length"], cell["distance"]) for cell in row["cells"]}
-        both = ((700, 250), (1000, 250), (1000, 600))
-        assert keys == {(task, *cell) for task in ("chat-fact", "chat-code") for cell in both}
-    asked = [[row["question"] for row in setting["samples"]] for setting in found]
-    assert asked[0] == asked[1]
-    summary = json.loads((out / "chat.summary.json").read_text())
-    assert summary["made_by"] == "lola-vllm eval recall" and "samples" not in summary["settings"][0]
-    assert "### chat-code, 1,000 tokens" in (out / "chat.md").read_text()

@@ -256,17 +256,6 @@ def stops_of(*places: int) -> tuple[list[Stop], list[list[int]]]:
     return [Stop(at, [(ids, ASKED) for ids in questions]) for at in places], questions
 
 
-def test_every_question_is_asked_from_the_state_after_the_text(lola: Path) -> None:
-    (ids,) = random_prompts([160])
-    stops, questions = stops_of(100, 160)
-    reader = Reader(Setting("a", lola), 0, "float32", batch=3)
-    found = reader.ask(ids, stops, FLOOR)
-    whole = load(Setting("a", lola), "float32")
-    for answers, stop in zip(found, stops, strict=True):
-        assert answers.floor is None and answers.reach == stop.at
-        check(answers.read, [expected(whole, ids[: stop.at], q) for q in questions])
-
-
 def test_a_softmax_model_sees_its_last_positions_and_the_floor_200(llama: Path) -> None:
     (ids,) = random_prompts([500])
     stops, questions = stops_of(480, 500)

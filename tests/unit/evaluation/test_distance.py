@@ -18,7 +18,7 @@ from lola_vllm.evaluation.prompts import (
     grid,
 )
 from lola_vllm.evaluation.question import MAX_WORDS, Prose
-from lola_vllm.evaluation.recall import RecallPlan, lines_of, recall_cells
+from lola_vllm.evaluation.recall import RecallPlan
 from lola_vllm.evaluation.results import Record
 from lola_vllm.evaluation.settings import SequenceMemory, Setting
 from lola_vllm.evaluation.tasks import TASKS
@@ -74,12 +74,6 @@ def test_prompts_of_a_cell_end_at_different_stages(prose: Prose) -> None:
     shorter = sorted(longest - room - len(prompt.ids) for prompt in more)
     assert shorter[0] < 100 and 300 < shorter[-1] <= 400 + 2 * UNIT
     assert all(0 <= b - a < 140 for a, b in pairwise(shorter))
-
-
-def test_the_seed_decides(prose: Prose) -> None:
-    first = at("niah-3", 500, prose)
-    assert first == at("niah-3", 500, prose)
-    assert len({prompt.question.expected for prompt in first}) == 4
 
 
 def test_no_room_and_too_little_prose(prose: Prose) -> None:
@@ -151,14 +145,3 @@ def test_table_and_json() -> None:
     assert (first["length"], first["distance"], first["exact"]) == (2024, 1000, 1)
     assert first["bytes_per_sequence"] == 2**18
     assert "### niah-1, 9,000 tokens" in plan.table([record("a", 2, [6000, 9000])], None)
-
-
-def test_lines_of_several_lengths() -> None:
-    heads = {1000: "1,000", 4000: "4,000"}
-    assert lines_of(recall_cells(record("a", 2, [6000, 9000]).samples)) == {
-        f"niah-1, {n:,} tokens": {("niah-1", n, d): text for d, text in heads.items()}
-        for n in (6000, 9000)
-    }
-    assert lines_of(recall_cells(record("a", 2, [0]).samples)) == {
-        "niah-1": {("niah-1", d + 1024, d): text for d, text in heads.items()}
-    }

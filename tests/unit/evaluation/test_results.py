@@ -13,7 +13,7 @@ import pytest
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.perplexity import PerplexityPlan, readings
 from lola_vllm.evaluation.recall import judge, recall_cells, recall_numbers, recall_table
-from lola_vllm.evaluation.results import Record, exp_mean, markdown, share, wilson, write
+from lola_vllm.evaluation.results import Record, exp_mean, share, wilson, write
 from lola_vllm.evaluation.settings import SequenceMemory, Setting
 from tests.support.evaluations import record_of
 
@@ -219,14 +219,6 @@ def test_share_of_sums_and_its_interval() -> None:
 def test_a_share_of_what_resamples_lack_has_no_upper_bound() -> None:
     value, low, high = share(np.array([1.0, 1.0]), np.array([0.0, 1.0]))
     assert (value, low, high) == (2.0, 1.0, math.inf)
-
-
-def test_markdown_lines_up() -> None:
-    assert markdown([["a", "bcd"], ["long name", "1"]]).splitlines() == [
-        "| a         | bcd |",
-        "| --------- | --: |",
-        "| long name |   1 |",
-    ]
 
 
 def test_write_replaces_whole_files(tmp_path: Path) -> None:

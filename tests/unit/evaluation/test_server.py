@@ -252,16 +252,7 @@ def test_a_length_beyond_the_server_is_refused_before_it_is_asked(
     assert not [path for path, _ in server.requests if path == "/v1/completions"]
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "--lola-config={}",
-        "--sweep=x.json",
-        "--reference=x",
-        '--engine-args={"a": 1}',
-        "--untrained-positions",
-    ],
-)
+@pytest.mark.parametrize("option", ['--engine-args={"a": 1}', "--untrained-positions"])
 def test_options_of_directories_are_refused(
     server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
