@@ -96,10 +96,7 @@ def test_malformed_command_lines(argv: list[str]) -> None:
     ("argv", "message"),
     [
         ("init --base b --out o --lola-confg {}", "--lola-confg; did you mean --lola-config?"),
-        ("convert --distil=f --basse b --out o", "--basse; did you mean --base?"),
-        ("distill --dta x --base b --out o", "--dta; did you mean --data?"),
-        ("demo-model --out o --untraind", "--untraind; did you mean --untrained?"),
-        ("estimate m --memory-gb 3", "--memory-gb; did you mean --memory-gib?"),
+        ("distill --data=x --basse b --out o", "--basse; did you mean --base?"),
         ("eval recall --model m --lenghts 512", "--lenghts; did you mean --lengths?"),
         ("quantize --out o --zzz", "--zzz; see lola-vllm quantize --help"),
     ],
@@ -125,13 +122,14 @@ def test_ctrl_c_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str],
     resumable: bool,
 ) -> None:
-    def interrupted(*args: object, **kwargs: object) -> None:
+    def interrupted(*args: object, resume: bool = False, **kwargs: object) -> None:
+        assert resume == resumable
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lola_vllm.models.init.init_checkpoint", interrupted)
     monkeypatch.setattr("lola_vllm.training.distill.run.distill", interrupted)
     argv = ["--base", str(base), "--out", str(base.parent / "lola")]
-    command = ["distill", "--data", "x"] if resumable else ["init"]
+    command = ["distill", "--data", "x", "--resume"] if resumable else ["init"]
     assert cli.main([*command, *argv]) == 130
     error = capsys.readouterr().err
     assert error.strip().startswith("lola-vllm: interrupted")

@@ -3,14 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import pty
-import re
-import select
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -227,45 +219,11 @@ def test_in_a_pipe_ctrl_c_ends_all(script, say, monkeypatch):
     assert len(script.bodies) == 1
 
 
-def test_ctrl_c_at_a_terminal(script):
-    """Ends the answer, and at the prompt the chat."""
-    script.answers = [(["one ", "two "], "hangs"), (["three"], "stop")]
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "lola_vllm", "chat", script.url, "--session", "talk"]
-    environment = {**os.environ, "TERM": "dumb"}
-    running = subprocess.Popen(
-        ["setsid", "--ctty", "--wait", *command],
-        stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
-        # Tests that run in the background ignore it, and so would their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    os.close(theirs)
-    seen = ""
+def test_at_the_prompt_ctrl_c_ends_the_chat(script, say, monkeypatch):
+    class Left(Keyboard):
+        def readline(self):
+            raise KeyboardInterrupt
 
-    def until(words):
-        nonlocal seen
-        deadline = time.monotonic() + LIMIT_S
-        while words not in seen:
-            ready, _, _ = select.select([ours], [], [], max(0, deadline - time.monotonic()))
-            assert ready, seen
-            seen += os.read(ours, 4096).decode()
-        _, seen = seen.split(words, 1)
-
-    try:
-        until("> ")
-        os.write(ours, b"hello\n")
-        until("two ")
-        os.write(ours, b"\x03")
-        until("[broken off; the answer's text is not part of the memory, your message is: turn 1")
-        until("> ")
-        os.write(ours, b"again\n")
-        until("three")
-        until("turn 2: 10 tokens restored")
-        until("> ")
-        os.write(ours, b"\x03")
-        assert running.wait(LIMIT_S) == 0
-    finally:
-        running.kill()
-        os.close(ours)
-    assert [body["messages"][0]["content"] for body in script.bodies] == ["hello", "again"]
-    assert re.search("Traceback|interrupted", seen) is None
+    monkeypatch.setattr("io.StringIO", Left)
+    assert say("")[0] == 0
+    assert not script.bodies

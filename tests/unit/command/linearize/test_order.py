@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 
 from lola_vllm.command.linearize import recipe, run
-from lola_vllm.command.linearize.plan import STAGES, Speed
 from tests.unit.training.distill.test_distill import write_base
 
 
@@ -71,43 +69,3 @@ def test_training_on_is_for_the_first_calibration(
         ("calibration-2.safetensors", "trained-on"),
         ("calibrated", "trained-on", "calibration-2.safetensors"),
     ]
-
-
-def test_finished_stages_do_not_run_again(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ran: list[str] = []
-
-    def actions(self: run._Run) -> dict[str, Any]:
-        def stage(name: str) -> Any:
-            def action() -> None:
-                ran.append(name)
-                if name in ("lora", "train-on") and ran.count(name) == 1:
-                    raise KeyboardInterrupt
-                if name == "card":
-                    shutil.copytree(base, self.out)
-
-            return action
-
-        return {name: stage(name) for name in STAGES}
-
-    def planned(*_: Any) -> Any:
-        ran.append("plan")
-        made = recipe.derive(
-            base, text_bytes=10**6, memory_mib=None, scale=1.0, dtype="float32", free_bytes=2**34
-        )
-        return made, Speed(1e-6, 1e-6, 1e-6, 1e-6)
-
-    monkeypatch.setattr(run._Run, "actions", actions)
-    monkeypatch.setattr(run, "_plan", planned)
-    texts, said = tmp_path / "texts.txt", list[str]()
-    texts.write_text("words " * 1000)
-    for resume in (False, True, True):
-        try:
-            run.linearize(base, texts, tmp_path / "lola", resume=resume, say=said.append)
-        except KeyboardInterrupt:
-            said.append("interrupted")
-    order = ["plan", *STAGES]
-    for name in ("lora", "train-on"):
-        order.insert(order.index(name), name)
-    assert ran == order and said.count("interrupted") == 2
