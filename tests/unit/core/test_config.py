@@ -67,10 +67,6 @@ def test_a_sparse_cache_may_have_a_size_per_layer():
         config.sparse_pairs  # noqa: B018
 
 
-def test_nine_keys_do():
-    assert len(LolaConfig.model_fields) == 9
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

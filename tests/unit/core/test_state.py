@@ -1,6 +1,5 @@
 """The page: parts that do not overlap, aligned, and what the token count says of them."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -143,11 +142,6 @@ def test_short_pages_are_refused():
     page = layout()
     with pytest.raises(ValueError, match=f"at least {page.page_bytes} bytes"):
         page.views(torch.zeros(2, page.page_bytes - 1, dtype=torch.uint8))
-
-
-def test_layout_is_a_value():
-    assert layout() == layout() and hash(layout()) == hash(layout())
-    assert dataclasses.replace(layout(), head_dim=8).page_bytes < layout().page_bytes
 
 
 def test_the_table_is_the_struct_of_the_header():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.core.config import LolaConfig
-from lola_vllm.core.ops import choose_backend, portable
+from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.compose import ComposeError, Composer, Composition
 from lola_vllm.core.ops.int8 import rounded
 from lola_vllm.core.ops.reference import LolaState, feature_map, pair_importance, self_recall_error
@@ -244,17 +244,6 @@ def test_one_document_is_itself() -> None:
         assert torch.equal(found, sequence.cleaned(page, 59))
 
 
-def test_every_token_is_in_one_place() -> None:
-    config = LolaConfig(window_size=8, sparse_cache_size=12, update_interval=4, sink_size=2)
-    problems = documents([48, 64, 39], config)
-    page, n = compose(problems)
-    layout = problems[0].layout()
-    folded = layout.views(page[None]).s[0].sum(-1) / 2
-    torch.testing.assert_close(
-        folded, torch.full((2,), float(layout.num_folded(torch.tensor(n)))).double()
-    )
-
-
 @pytest.mark.parametrize("recent", [0, 20])
 def test_nothing_folded_is_attention_to_all_pairs(recent: int) -> None:
     config = LolaConfig(
@@ -272,32 +261,6 @@ def test_nothing_folded_is_attention_to_all_pairs(recent: int) -> None:
     v = torch.cat([problem.v for problem in [*problems, new]]).repeat_interleave(3, 1)
     p = (torch.einsum("hd,thd->ht", new.q[0], k) / D**0.5).softmax(-1)
     torch.testing.assert_close(out[0], torch.einsum("ht,thd->hd", p, v))
-
-
-@pytest.mark.parametrize("interval", [1, 4])
-def test_the_backends_go_on_alike_from_it(interval: int) -> None:
-    config = LolaConfig(
-        window_size=8, sparse_cache_size=12, update_interval=interval, sink_size=2,
-    )  # fmt: skip
-    problems = documents([48, 64], config, dtype=torch.float32, importance=True)
-    page, n = compose(problems, choose_backend("cpu", torch.float32))
-    more = make_problem(40, config, seed=7, dtype=torch.float32, importance=True)
-    more = more.of_layer(problems[0])
-    answers, pages = [], []
-    for ops in (portable, choose_backend("cpu", torch.float32)):
-        state = more.state()
-        state.pages[STATE_INDEX] = page
-        out = torch.empty_like(more.q)
-        batch = portable.PrefillBatch(
-            torch.tensor([STATE_INDEX], dtype=torch.int32),
-            torch.tensor([0, 40], dtype=torch.int32),
-            torch.tensor([n], dtype=torch.int32),
-        )
-        ops.prefill(state, more.q, more.k, more.v, batch, out)
-        answers.append(out)
-        pages.append(state.groups[0].views.positions[STATE_INDEX].sort(-1).values)
-    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
-    assert torch.equal(*pages)
 
 
 @pytest.mark.parametrize("sizes", [(12, 12), (20, 3)])

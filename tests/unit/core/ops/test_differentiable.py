@@ -7,9 +7,8 @@ import torch
 
 from lola_vllm.core.config import LolaConfig, importance_size
 from lola_vllm.core.ops import exact_attention
-from lola_vllm.core.ops.differentiable import lola_attention_parallel, plan_memory
-from lola_vllm.core.ops.int8 import rounded
-from lola_vllm.core.ops.reference import feature_map, lola_attention, pair_importance
+from lola_vllm.core.ops.differentiable import lola_attention_parallel
+from lola_vllm.core.ops.reference import lola_attention
 
 D, F = 6, 5
 CASES = [
@@ -73,34 +72,6 @@ def test_equals_the_reference(T: int, Hq: int, Hkv: int, Hs: int, keys: dict) ->
     for row in range(2):
         expected, _ = lola_attention(q[row], k[row], v[row], *weights, config, importance)
         torch.testing.assert_close(out[row], expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(("T", "Hq", "Hkv", "Hs", "keys"), CASES)
-def test_plan_leaves_the_state_of_the_reference(
-    T: int, Hq: int, Hkv: int, Hs: int, keys: dict
-) -> None:
-    config, importance = split(keys, Hkv)
-    q, k, v, fq, fk, factors = problem(T, Hq, Hkv, Hs)
-    keys_s = k.transpose(1, 2).repeat_interleave(Hs // Hkv, dim=1)
-    v_s = v.transpose(1, 2).repeat_interleave(Hs // Hkv, dim=1)
-    Hg = config.num_sparse_heads(Hs, Hkv)
-    w = None
-    if config.sparse_dtype == "int8":
-        keys_s, v_s = rounded(keys_s), rounded(v_s)
-    if importance is not None:
-        pairs = (rounded(k), rounded(v)) if config.sparse_dtype == "int8" else (k, v)
-        w = pair_importance(*pairs, importance).transpose(1, 2).repeat_interleave(Hg // Hkv, dim=1)
-    plan = plan_memory(feature_map(keys_s, fk), v_s, config, Hg, w)
-    # What the last chunk sees is the state of the tokens before it.
-    n = (T - 1) // config.update_interval * config.update_interval
-    for row in range(2):
-        tokens = (q[row, :n], k[row, :n], v[row, :n])
-        _, state = lola_attention(*tokens, fq, fk, factors, config, importance)
-        for head in range(Hs):
-            cached = plan.sparse[row, head // (Hs // Hg), -1]
-            assert cached[cached >= 0].tolist() == state.sparse_positions[head]
-        folded = plan.folded[row]
-        assert int((folded >= 0).sum()) * (Hs // Hg) == round(float(state.s.sum()) / 2)
 
 
 def test_chosen_chunks_are_those_of_the_whole() -> None:

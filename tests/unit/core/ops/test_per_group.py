@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig, LolaConfigError
+from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.ops import DecodeBatch, portable
 from lola_vllm.core.ops.differentiable import lola_attention_parallel
 from lola_vllm.core.state import LayerLayout, SequenceLayout
 from tests.support.backends import TOLERANCE
 from tests.support.layers import BASE, T, bind, layer
-from tests.support.problem import feed, make_problem
+from tests.support.problem import feed
 
 
 @pytest.mark.parametrize("kind", ["plain", "as the demo model", "shared sets"])
@@ -69,34 +69,3 @@ def test_only_what_is_valid_of_a_state_is_copied():
         portable.decode(one, q, k, v, DecodeBatch(torch.tensor([2]), torch.tensor([T + 1])), out)
         outs.append(out)
     assert torch.equal(*outs)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "words"),
-    [
-        ([[1, 2], 3, 4], r"layer 0: 2 numbers for 3 KV heads; give one per KV head"),
-        ([1, [1, 2, 3]], r"2 numbers for 3 layers; give one per layer"),
-    ],
-)
-def test_sizes_that_do_not_fit_the_model(sizes, words):
-    with pytest.raises(LolaConfigError, match=words):
-        LolaConfig(sparse_cache_size=sizes).check_layers(3, 3)
-
-
-@pytest.mark.parametrize("sizes", [[], [[]], [[1, -1]], [[1, 2.5]], [[1, [2]]], [True], -1, "8"])
-def test_sizes_that_are_none(sizes):
-    with pytest.raises(LolaConfigError, match="must be an integer of at least 0, or a list"):
-        LolaConfig(sparse_cache_size=sizes)
-
-
-def test_a_stored_state_holds_nothing_of_who_had_its_page_before():
-    config = LolaConfig(**BASE, sparse_cache_size=5)
-    problem = make_problem(T, config, F=6)
-    rows = []
-    for byte in (0, 0x3C):
-        state = problem.state()
-        state.pages.fill_(byte)
-        feed(portable, problem, state)
-        sequence = SequenceLayout((state.layout,))
-        rows.append(sequence.cleaned(state.pages[2], T))
-    assert torch.equal(*rows)
