@@ -188,21 +188,6 @@ def test_the_document_that_a_question_reads_is_first_and_its_place_is_told() -> 
     assert sum(choice.share for choice in best) == pytest.approx(1)
 
 
-def test_what_draws_every_question_does_not_count() -> None:
-    documents = [made({200: DRAWS, 100: ONE / 3}), made({80: DRAWS, 100: ONE / 2})]
-    assert choose(asked(ONE / 2, DRAWS), documents, top=1)[0].document == 1
-
-
-def test_a_beginning_that_all_tokens_read_does_not_count() -> None:
-    """One document begins with what each token of a question reads, as the first pages of a site
-    do; another has what one token asks for."""
-    question = asked(ONE + DRAWS, *[DRAWS] * 4)
-    documents = [made({3: DRAWS}), made({100: 0.9 * ONE}), made({})]
-    best = choose(question, documents, top=2)
-    assert best[0].document == 1 and best[0].places[0].peak == 100
-    assert choose([q[:3] for q in question], documents)[0].document == 0  # too few to tell
-
-
 @pytest.mark.parametrize("many", [0, CANDIDATES])
 def test_scores_are_those_of_the_definition(many: int) -> None:
     """Of one head, and of few documents or many. Only those that may be among the first are looked

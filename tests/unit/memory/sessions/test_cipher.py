@@ -7,14 +7,11 @@ import hashlib
 import json
 import os
 import pickle
-import struct
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -148,27 +145,6 @@ def test_another_key_and_no_key_are_told_as_such(path, read, tmp_path):
     assert read_state(tmp_path / "plain", key=KEY, plain=True).header.session == "agent-7"
 
 
-@pytest.mark.slow
-def test_a_flipped_bit_of_any_byte_is_found(path):
-    """Where it is in the container's own words, the file may be foreign or of another version."""
-    whole = path.read_bytes()
-    start = 8 + struct.unpack("<Q", whole[:8])[0]
-    told = metadata(path)
-    for at in range(8, len(whole), 1 if len(whole) < 5000 else 3):
-        data = bytearray(whole)
-        data[at] ^= 1 << at % 8
-        path.write_bytes(data)
-        try:
-            found = read_state(path, FINGERPRINT, KEY)
-        except StateFileError as error:
-            assert at < start or error.reason == "damaged"
-            assert error.reason in ("damaged", "foreign", "version", "key", "plain")
-        else:  # hex digits in capitals, and what pads the container's own JSON, say the same
-            same = {name: text.lower() for name, text in metadata(path).items()}
-            assert at < start and (found.data == ROW).all()
-            assert same == {name: text.lower() for name, text in told.items()}
-
-
 def changed(path, tensors=None, **fields):
     """The file with other metadata or other sealed bytes."""
     told, sealed = metadata(path), load_file(path)
@@ -209,12 +185,13 @@ STEP = PIECE + 16
         lambda one, two: one[:STEP],
         lambda one, two: one[: len(one) // STEP * STEP],
         lambda one, two: one[:-1],
+        lambda one, two: np.concatenate([one[:-1], one[-1:] ^ 4]),
         lambda one, two: one[:0],
         lambda one, two: np.concatenate([one, one[:STEP]]),
         lambda one, two: two,
         lambda one, two: np.concatenate([one[:STEP], two[STEP:]]),
     ],
-    ids=["swapped", "twice", "cut", "cut at a piece", "cut by a byte", "empty", "longer",
+    ids=["swapped", "twice", "cut", "cut at a piece", "cut by a byte", "flipped", "empty", "longer",
          "of another file", "half of another file"],
 )  # fmt: skip
 def test_pieces_that_are_swapped_cut_or_of_other_files_are_found(path, tmp_path, section, tamper):
@@ -241,19 +218,6 @@ def test_sections_and_headers_do_not_change_places(path, tmp_path):
     sealed = np.frombuffer(b"".join(cipher.seal(TOKENS, ROW)), np.uint8)
     with pytest.raises(ValueError, match="piece 0"):
         cipher.open(STATE, sealed)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.dictionaries(st.sampled_from(["salt", "header", "cipher", "key", "version"]), st.text()))
-def test_whatever_the_metadata_say_it_is_read_or_refused(tmp_path_factory, fields):
-    path = tmp_path_factory.mktemp("files") / file_name("ab" * 16, 0, 1)
-    write_state(path, header(), TOKENS_IN, ROW, KEY)
-    changed(path, **fields)
-    for key in (KEY, None):
-        try:
-            read_state(path, key=key)
-        except StateFileError as error:
-            assert error.reason in ("damaged", "version", "key")
 
 
 def test_a_header_with_a_right_seal_is_checked_too(path):

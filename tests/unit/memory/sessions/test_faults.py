@@ -121,20 +121,6 @@ def test_a_change_waits_for_a_state_that_is_being_written(tmp_path, monkeypatch)
     assert read_header(server.store.directory.files(state.id)[0]).session == "agent-8"
 
 
-def test_a_deletion_is_answered_when_the_files_are_gone(server, tmp_path):
-    for n in (100, 200):
-        server.say(TEXT[:n], "agent-7")
-    server.settle()
-    # As a kill -9 right after the answer would have it: no order was carried out.
-    answer = server.manager.delete("agent-7")
-    while "operation" in answer:
-        time.sleep(0.005)
-        answer = server.manager.call("result", answer)
-    assert answer == {"deleted": 2}
-    other = after_a_start(server, tmp_path)
-    assert other.store.states == {} and other.restore(TEXT) == 0
-
-
 def test_many_forks_at_once_are_all_written(tmp_path, monkeypatch):
     """Also more than may wait to be written: they would be lost when they leave the memory."""
     server = Server(tmp_path)
@@ -288,14 +274,6 @@ def test_states_expire_on_a_server_without_requests(server):
     assert names(server) == {"agent-8"}
     server.step()
     assert server.workers[0].num_states == (1 if server.store.memory.budget else 0)
-
-
-def test_an_expired_session_is_not_listed():
-    server = Server()
-    server.store.upkeep.close()
-    server.say(TEXT[:100], "agent-7", ttl=50)
-    server.clock.now += 100
-    assert names(server) == set()
 
 
 @pytest.mark.parametrize("change", ["rename", "pin", "tail"])

@@ -141,16 +141,6 @@ def test_a_fork_of_a_part_is_no_part(server: Server) -> None:
     assert [one["session"] for one in server.ask("sessions")] == ["mine"]
 
 
-def test_libraries_are_there_after_a_restart(tmp_path: Path) -> None:
-    server = Server(tmp_path, memory=100 * ROW)
-    read(server, "library-1", ONE, Part("pumps", "Pümpe / 1"))
-    server.settle()
-    server.close()
-    again = Server(tmp_path, memory=100 * ROW)
-    (document,) = again.ask("library", library="pumps")["documents"]
-    assert document["document"] == "Pümpe / 1" and document["complete"]
-
-
 def test_keys_count_in_the_budgets(tmp_path: Path) -> None:
     """Three sessions fit; three documents, each with keys beside its state, do not."""
 

@@ -247,22 +247,6 @@ def test_a_restart_finds_what_was_written(tmp_path):
     assert other.restore(TEXT) == 0 and not other.store.states
 
 
-def test_two_servers_share_a_directory(tmp_path):
-    one, two = Server(tmp_path, memory=0), Server(tmp_path, memory=0)
-    one.say(TEXT[:100], "a")
-    two.say(TEXT[:200], "b")
-    one.settle(), two.settle()
-    one.store.upkeep.refresh(), two.store.upkeep.refresh()
-    assert one.restore(TEXT) == two.restore(TEXT) == 200
-    one.ask("delete", reference="b")
-    assert two.restore(TEXT) == 0  # the file is gone, which costs one look
-    assert two.store.failures == {"missing": 1}
-    assert two.restore(TEXT) == 100
-    two.ask("delete", reference="a")
-    one.store.upkeep.refresh()
-    assert one.store.states == {}
-
-
 def test_a_directory_over_budget_loses_what_no_server_used(tmp_path):
     one, two = (Server(tmp_path, memory=0, disk=3 * size_of(10)) for _ in range(2))
     for n in (1, 2, 3):

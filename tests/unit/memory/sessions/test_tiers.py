@@ -30,15 +30,6 @@ def test_budgets_count_token_ids():
     assert len(server.store.states) == 5
 
 
-def test_files_take_no_more_than_is_counted(tmp_path):
-    """But for a header of about a kilobyte."""
-    server = Server(tmp_path, memory=0)
-    state = server.say(list(range(3000)), "agent-7")
-    server.settle()
-    (file,) = server.store.directory.files(state.id)
-    assert 0 <= file.stat().st_size - state.nbytes < 2048
-
-
 def test_one_owner_does_not_push_the_others_out():
     server = Server(memory=12 * size_of(10))
     for n in range(3):

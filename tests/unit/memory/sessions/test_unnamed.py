@@ -47,12 +47,3 @@ def test_a_text_that_gets_a_name_reaches_the_disk(tmp_path, verb, name):
     server = Server(tmp_path, store="named", ranks=2)
     assert server.restore(TEXT[:110]) == 100
     assert "error" in server.ask("show", session=auto)
-
-
-def test_a_text_that_gets_no_name_stays_in_memory(tmp_path):
-    server = Server(tmp_path, store="named")
-    state = server.say(TEXT[:100])
-    server.ask("fork", reference=state.header.session, to="auto-2")
-    server.ask("rename", session="auto-2", to="auto-3")
-    server.settle()
-    assert files(tmp_path) == []
