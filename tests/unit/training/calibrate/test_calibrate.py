@@ -68,14 +68,6 @@ def base(tmp_path: Path) -> Path:
     return out
 
 
-def test_the_next_pair_of_each_cache_adds_the_same() -> None:
-    falling = torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0])
-    slow = torch.tensor([4.5, 4.2, 3.9, 3.5, 3.1, 0, 0, 0, 0, 0])
-    # 9 to 5 of one and 4.5, 4.2 of the other are the largest seven, but each has one at least.
-    assert divide([falling, slow], 7, 1) == [5, 2]
-    assert divide([falling, torch.zeros(10)], 8, 2) == [6, 2]
-
-
 def test_pairs_are_as_good_as_any_other_choice() -> None:
     generator = torch.Generator().manual_seed(8)
     attention = [torch.rand(8, generator=generator).sort(descending=True).values for _ in range(3)]

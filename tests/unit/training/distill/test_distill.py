@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lola_vllm.command import cli
 from lola_vllm.core.config import LolaConfig, LolaConfigError, TensorFacts, importance_size
 from lola_vllm.core.state import StateLayout
 from lola_vllm.models.calibration import importance_tensors, save_calibration
@@ -223,36 +222,6 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
-
-
-def test_ctrl_c_and_going_on_by_the_command(
-    base: Path,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    from lola_vllm.training.distill import transfer
-
-    options = "--rows 2 --row-length 32 --lora-rows 0 --retrieval-fraction 0 --dtype float32 "
-    options += '--lola-config {"window_size":8,"sparse_cache_size":4}'
-    argv = ["distill", "--base", str(base), "--data", str(text), "--out", str(tmp_path / "lola")]
-    argv += options.split()
-    train_layer = transfer._train_layer
-
-    def interrupted(model: object, index: int, *args: object) -> object:
-        if index == 1:
-            raise KeyboardInterrupt
-        return train_layer(model, index, *args)
-
-    monkeypatch.setattr(transfer, "_train_layer", interrupted)
-    assert cli.main(argv) == 130
-    assert "interrupted; go on with the same command and --resume" in capsys.readouterr().err
-    assert not (tmp_path / "lola").exists()
-    monkeypatch.undo()
-    assert cli.main([*argv, "--resume"]) == 0
-    losses = json.loads((tmp_path / "lola.training" / "distill.json").read_text())["losses"]
-    assert [len(curve) for curve in losses["transfer"]] == [14, 14]
 
 
 SIZES = [[4, 90], [2, 4]]
