@@ -23,7 +23,7 @@ from lola_vllm.evaluation.settings import Setting
 from lola_vllm.training.distill import retrieval, retrieval_facts
 from lola_vllm.training.distill.retrieval import retrieval_row
 from lola_vllm.training.texts import SEPARATOR, is_held_out
-from tests.support.evaluations import Words, rows_of
+from tests.support.evaluations import Words, record_of, rows_of
 from tools.support.speaking import make_speaking
 from tools.support.tiny import random_prompts
 
@@ -134,6 +134,10 @@ def test_answers_count_by_distance_and_what_is_done_is_not_read_again(texts: Pat
         for distance in (DISTANCES if length == 2500 else DISTANCES[:2])
     }
     assert sum(map(plan.cost, rows)) == pytest.approx(plan.tokens, rel=0.01)
+    record = record_of(rows)
+    assert (plan.name, plan.command) == ("chat", "recall")  # of its files, and of what made them
+    assert "### chat-code, 2,500 tokens" in plan.table([record], None)
+    assert {cell["task"] for cell in plan.numbers(record, None)["cells"]} == {*plan.tasks}
     again = Talking(reach=600)
     first = [row for row in rows if (row["length"], row["index"]) != (2500, 1)]
     assert rows_of(plan, again, plan.done(first)) == [r for r in rows if r not in first]
