@@ -49,6 +49,11 @@ def test_fields_become_options() -> None:
         "a", 2, 1.0, "b", True, [], Path("d"), 5, 6
     )
     assert not hasattr(args, "inner")
+    parser = argparse.ArgumentParser()
+    add_fields(parser, Options)
+    told = {action.dest: action.help for action in parser._actions}
+    assert told["number"] == "how many (default: 0)" and told["place"] == "where"
+    assert told["kind"] == "a (the default) or b" and told["switch"] == "on"
     for argv in ("--number 2", "--needed a --number x", "--needed a --kind c"):
         with pytest.raises((argparse.ArgumentError, SystemExit)):
             parse(argv)
