@@ -1,9 +1,18 @@
-"""Shared settings: quiet threads (a busy neighbour slows spinning ones tenfold)."""
+"""Shared settings: quiet threads (a busy neighbour slows spinning ones tenfold), and bytecode."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# A hundred processes import torch and vLLM, which takes twice as long where Python has to compile
+# them. Who wants no bytecode beside sources has it elsewhere.
+if sys.dont_write_bytecode:
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / "build" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 from typing import Any
 
 import pytest
