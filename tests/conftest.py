@@ -1,9 +1,26 @@
-"""Shared settings: quiet threads (a busy neighbour slows spinning ones tenfold)."""
+"""Shared settings: quiet threads (a busy neighbour slows spinning ones tenfold), and caches."""
 
+import atexit
 import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# A hundred processes import torch and vLLM, which takes twice as long where Python has to compile
+# them. Who wants no bytecode beside sources has it elsewhere.
+if sys.dont_write_bytecode:
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / "build" / "bytecode")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+# vLLM remembers a model's flags by the hash of one file: a stale memory must not decide a test, and
+# what one process of this run looked up, which starts another, the next one knows.
+if "VLLM_CACHE_ROOT" not in os.environ:
+    os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="lola-vllm-test-")
+    atexit.register(shutil.rmtree, os.environ["VLLM_CACHE_ROOT"], ignore_errors=True)
 from typing import Any
 
 import pytest

@@ -1,15 +1,12 @@
-"""Engines run inside the test process, with a cache of their own."""
+"""Engines run inside the test process."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# vLLM remembers a model's flags by the hash of one file; a stale memory must not decide a test.
-os.environ.setdefault("VLLM_CACHE_ROOT", tempfile.mkdtemp(prefix="lola-vllm-test-"))
 
 MODELS = Path(__file__).parents[2] / "models"  # `make test` builds them
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from lola_vllm.command import cli
 from lola_vllm.models.init import init_checkpoint
 from lola_vllm.training.texts import SEPARATOR
+from tests.support.engine import not_compiled, replace_kernels_once
 from tests.support.evaluations import in_this_process, make_pair
 
 ROOT = Path(__file__).parents[2]
@@ -19,8 +21,10 @@ FLOAT32 = ["--engine-args", '{"dtype": "float32"}']
 
 
 @pytest.mark.slow
-def test_what_a_real_model_recalls_at_a_distance(tmp_path: Path) -> None:
-    """Each setting in a process of its own."""
+def test_what_a_real_model_recalls_at_a_distance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
     argv = ["eval", "recall", "--model", str(MODELS / "smollm2-lola"), "--out", str(tmp_path)]
     argv += ["--tasks", "niah-1", "--samples", "2", "--distances", "32,600", "--lengths", "900"]
     argv += ["--lola-config", "all={}", "--lola-config", 'none={"sparse_cache_size": 0}', *FLOAT32]
@@ -44,16 +48,12 @@ def test_what_a_real_model_recalls_at_a_distance(tmp_path: Path) -> None:
     assert [line.split("|")[-2].strip() for line in table if "| all" in line][1] == saving
 
 
-@pytest.mark.slow
-def test_vllms_refusal_reaches_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["eval", "recall", "--model", str(MODELS / "smollm2-lola"), "--out", str(tmp_path)]
-    argv += ["--tasks", "niah-1", "--lengths", "512", "--samples", "1"]
-    assert cli.main([*argv, "--engine-args", '{"kv_cache_dtype": "fp8"}']) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "lola-vllm: error: setting 'model': " in message and "fp8" in message
-
-
-# --- tiny models, in this process
+@pytest.fixture(scope="module", autouse=True)
+def quick_starts() -> Iterator[None]:
+    """Of the engines that an evaluation starts in this process."""
+    replace_kernels_once()
+    with not_compiled():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,24 @@ def evaluate(place: Path, out: Path, verb: str, *options: str) -> list[dict[str,
     (found,) = [file for file in out.glob("*.json") if "summary" not in file.name]
     settings: list[dict[str, Any]] = json.loads(found.read_text())["settings"]
     return settings
+
+
+@pytest.mark.slow
+def test_a_setting_has_a_process_and_its_refusal_reaches_the_user(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["eval", "recall", "--model", str(place / "lola"), "--tasks", "niah-1"]
+    argv += ["--lengths", "512", "--samples", "1", "--out"]
+    refused = [*argv, str(tmp_path / "refused")]
+    assert cli.main([*refused, "--engine-args", '{"kv_cache_dtype": "fp8"}']) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "lola-vllm: error: setting 'model': " in message and "fp8" in message
+    assert cli.main([*argv, str(tmp_path), *FLOAT32]) == 0
+    (row,) = json.loads((tmp_path / "recall.json").read_text())["settings"]
+    assert row["dtype"] == "float32" and len(row["samples"]) == 1
+
+
+# --- in this process
 
 
 def test_equal_models_answer_equally(

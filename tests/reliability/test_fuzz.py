@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 
 from tests.support.effort import cases
+from tests.support.servers import NOT_COMPILED
 from tools.support.server_process import Server, serving
 from tools.support.speaking import make_speaking, serve_speaking
 
@@ -65,7 +66,7 @@ NAMES = ["a", "b", "a@1", "b@1", "a@999"]  # of sessions, so that some are there
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("fuzz")
     model = make_speaking(directory / "tiny")
-    with serving(directory / "log.txt", serve_speaking(model, NAME)) as running:
+    with serving(directory / "log.txt", serve_speaking(model, NAME), **NOT_COMPILED) as running:
         yield running
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from lola_vllm.core import cpu
 from lola_vllm.serving.sessions.management import UPLOAD
-from tests.support.servers import KEY, MODEL, keyless_serving
+from tests.support.servers import KEY, MODEL, NOT_COMPILED, keyless_serving
 from tools.support.server_process import BIN, Server, serving
 from tools.support.speaking import LOLA, make_speaking, serve_speaking
 
@@ -46,8 +46,8 @@ def lola_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command += ["--kv-events-config", json.dumps(
         {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": events}
     )]  # fmt: skip
-    stored = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-    with serving(log, [*command, *TOOLS, "--api-key", KEY], **stored) as running:
+    environment = NOT_COMPILED | {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    with serving(log, [*command, *TOOLS, "--api-key", KEY], **environment) as running:
         running.events = events
         running.client.headers["Authorization"] = f"Bearer {KEY}"
         yield running
@@ -76,7 +76,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     model = make_speaking(directory / "tiny")
     command = [*serve_speaking(model, "tiny"), "--lola-state-dir", str(directory / "states")]
     keys = (KEY, f"not-{KEY}")
-    with serving(directory / "log.txt", [*command, "--api-key", *keys], **{UPLOAD: "1"}) as running:
+    command += ["--api-key", *keys]
+    with serving(directory / "log.txt", command, **{UPLOAD: "1"}, **NOT_COMPILED) as running:
         running.client.headers["Authorization"] = f"Bearer {keys[0]}"
         running.other = httpx.Client(
             base_url=running.url, timeout=120, headers={"Authorization": f"Bearer {keys[1]}"}

