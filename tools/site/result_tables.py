@@ -46,13 +46,11 @@ PAGES = (
     "docs/performance.md",
 )
 
-BEFORE = "without recent pairs"
 ROWS = {
     BASE: "softmax base, full KV cache",
     SHIPPED: "**as it ships, 9.99 MiB**",
-    BEFORE: "without recent pairs, 8.61 MiB",
 }
-LENGTHS = (1024, 2048, 4096, 8192)
+LENGTHS = (1024, 2048, 4096)
 TASKS = {
     "niah-1": "S-NIAH-1, a number in noise",
     "niah-2": "S-NIAH-2, a number in prose",
@@ -64,11 +62,14 @@ SEVERAL = {
     "multiquery": "multiquery, the numbers of four keys",
     "vt": "variable tracking",
 }
-SECOND = TASKS | SEVERAL  # of docs/linearize.md: what the second model was asked
+# Of docs/linearize.md: the second model.
+SECOND = {task: TASKS[task] for task in ("niah-3", "multikey")} | SEVERAL
 LORA = "the base with the same LoRA"
-SECOND_ROWS = {BASE: ROWS[BASE], LORA: LORA, SHIPPED: "**as it ships, 9.59 MiB**"}
+SECOND_ROWS = {BASE: ROWS[BASE], SHIPPED: "**as it ships, 9.59 MiB**"}
 PARTS_ROWS = {
-    **SECOND_ROWS,
+    BASE: ROWS[BASE],
+    LORA: LORA,
+    SHIPPED: SECOND_ROWS[SHIPPED],
     "the paper's form": "the paper's form, 547 pairs in every head",
     "hidden state off": "hidden state off",
     "sparse cache off": "sparse cache off",
@@ -80,14 +81,7 @@ DEMO_PARTS_ROWS = {
     SHIPPED: ROWS[SHIPPED],
     "the paper's form": "the paper's form, 233 pairs in every head",
 }
-DEMO_PARTS = {name: SECOND[name] for name in ("niah-2", "multikey", "multivalue")}
-FACTS = {
-    "fact-name": "a person's name",
-    "fact-date": "a day",
-    "fact-code": "a constant of a program",
-    "fact-place": "where a thing lies",
-}
-FACTS_ROWS = {BASE: BASE, SHIPPED: "**as it ships**"}
+DEMO_PARTS = {task: TASKS[task] for task in ("niah-2", "multikey")}
 
 
 def runs(name: str) -> list[dict[str, Any]]:
@@ -152,12 +146,9 @@ def below(
 
 
 def demo() -> str:
-    """The demo model and its base: what both were asked, and what one of them was asked alone."""
-    names = (BASE, SHIPPED)
-    both, alone = of_both([run for name in front_tables.DEMO for run in runs(name)], names)
-    rows = {ROWS[name]: both[name] for name in names}
-    rows |= {f"{name}, other questions": alone[name] for name in names}
-    return below(rows, TASKS, LENGTHS, 12)
+    """The demo model and its base: what both were asked."""
+    both, _ = of_both([run for name in front_tables.DEMO for run in runs(name)], tuple(ROWS))
+    return below({label: both[name] for name, label in ROWS.items()}, TASKS, LENGTHS, 12)
 
 
 def by_setting(
@@ -172,7 +163,7 @@ def by_setting(
 
 
 def perplexity() -> str:
-    """Perplexity by kind of text, and what texts say again."""
+    """Perplexity of all texts, and of what they say again."""
     by_name = {row["name"]: row["kinds"] for row in settings("recall-perplexity")}
 
     def ratio(of: list[float], digits: int = 3) -> str:
@@ -180,10 +171,9 @@ def perplexity() -> str:
         return f"{value}x [{low}, {high}]"
 
     lines = [["text", "base", "as it ships, 9.99 MiB"]]
-    for kind, reading in by_name[BASE].items():
-        over = ratio(by_name[SHIPPED][kind]["ratio"])
-        lines.append([kind.replace("_", " "), f"{reading['perplexity'][0]:.1f}", over])
-    base, ships = (by_name[name]["all"]["repeats"] for name in (BASE, SHIPPED))
+    whole, over = (by_name[name]["all"] for name in (BASE, SHIPPED))
+    lines.append(["all", f"{whole['perplexity'][0]:.1f}", ratio(over["ratio"])])
+    base, ships = whole["repeats"], over["repeats"]
     lines.append(["all, repeated 3-grams", f"{base['perplexity'][0]:.1f}", ratio(ships["ratio"])])
     lines.append(
         [
@@ -207,10 +197,9 @@ def choices() -> str:
 PARTS = (copy_tables, front_tables, speed_tables)
 TABLES: dict[str, Callable[[], str]] = {
     "recall-tasks": demo,
-    "recall-facts": partial(by_task, "remade-recall", FACTS, LENGTHS[:2], FACTS_ROWS, 6),
-    "recall-parts": partial(by_task, "recall-parts", DEMO_PARTS, LENGTHS[1:3], DEMO_PARTS_ROWS, 12),
+    "recall-parts": partial(by_task, "recall-parts", DEMO_PARTS, LENGTHS[1:], DEMO_PARTS_ROWS, 12),
     "recall-perplexity": perplexity,
-    "second-recall": partial(by_task, "second-recall", SECOND, (4096, 8192, 16384), SECOND_ROWS, 9),
+    "second-recall": partial(by_task, "second-recall", SECOND, (4096, 8192), SECOND_ROWS, 9),
     "second-parts": partial(by_setting, "second-recall", SEVERAL, 4096, PARTS_ROWS, 9),
     "choices": choices,
     **{name: partial(make, runs) for part in PARTS for name, make in part.TABLES.items()},
