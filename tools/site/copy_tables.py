@@ -1,4 +1,4 @@
-"""Tables of passages that are begun again, and of conversations: docs/recall.md."""
+"""The table of passages that are begun again: docs/recall.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Cells = dict[tuple[str, int, int], dict[str, Any]]
 NAME = "recall-copy"
 REFERENCE, SHIPPED = "reference", "as it ships"
 PROSE = "prose"
-LENGTH = 7000  # of the texts and conversations that are shown
+LENGTH = 7000  # of the texts that are shown
 
 
 def cells(runs: Runs, setting: str) -> Cells:
@@ -63,37 +63,4 @@ def prose(runs: Runs) -> str:
     return table([*lines, *([label, *shown] for label, shown in rows.items())])
 
 
-CHAT = "recall-chat"
-# Task -> what a user said.
-TASKS = {
-    "chat-fact": "about themselves",
-    "chat-name": "about somebody by name",
-    "chat-instruction": "how to do something from now on",
-    "chat-code": "a block of code",
-}
-CHAT_SETTINGS = {"reference": "softmax base", "as it ships": "**as it ships**"}
-
-
-def said(runs: Runs) -> str:
-    """Exact answers in conversations of `LENGTH` tokens, by task and tokens since it was said."""
-    found = {
-        (row["name"], cell["task"], cell["distance"]): cell
-        for run in runs(CHAT)
-        for row in run["settings"]
-        for cell in row["cells"]
-        if cell["length"] == LENGTH
-    }
-    distances = sorted({key[2] for key in found})
-    lines = [["what was said", "", *(f"{x:,} back" for x in distances)]]
-    for task, what in TASKS.items():
-        for name, label in CHAT_SETTINGS.items():
-            shown = (found[name, task, x] for x in distances)
-            lines.append([what, label, *(f"{x['exact']} of {x['samples']}" for x in shown)])
-            what = ""
-    return table(lines)
-
-
-TABLES: dict[str, Callable[[Runs], str]] = {
-    NAME: prose,
-    CHAT: said,
-}
+TABLES: dict[str, Callable[[Runs], str]] = {NAME: prose}

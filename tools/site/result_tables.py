@@ -1,7 +1,7 @@
 """The tables of results on the pages, from the summaries in benchmarks/results/.
 
     python -m tools.site.result_tables                           # after a change of a summary
-    python -m tools.site.result_tables recall-chat eval-results/chat-2000/chat.summary.json
+    python -m tools.site.result_tables recall-copy eval-results/copy-7000/copy.summary.json
 
 The second form makes a table's file of one or several summaries first: what `lola-vllm eval` and
 the programs of benchmarks/ and tools/ write. Recall that was asked with several seeds counts
@@ -62,8 +62,6 @@ SEVERAL = {
     "multiquery": "multiquery, the numbers of four keys",
     "vt": "variable tracking",
 }
-# Of docs/linearize.md: the second model.
-SECOND = {task: TASKS[task] for task in ("niah-3", "multikey")} | SEVERAL
 LORA = "the base with the same LoRA"
 SECOND_ROWS = {BASE: ROWS[BASE], SHIPPED: "**as it ships, 9.59 MiB**"}
 PARTS_ROWS = {
@@ -199,7 +197,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall-tasks": demo,
     "recall-parts": partial(by_task, "recall-parts", DEMO_PARTS, LENGTHS[1:], DEMO_PARTS_ROWS, 12),
     "recall-perplexity": perplexity,
-    "second-recall": partial(by_task, "second-recall", SECOND, (4096, 8192), SECOND_ROWS, 9),
+    "second-recall": partial(by_task, "second-recall", SEVERAL, (4096, 8192), SECOND_ROWS, 9),
     "second-parts": partial(by_setting, "second-recall", SEVERAL, 4096, PARTS_ROWS, 9),
     "choices": choices,
     **{name: partial(make, runs) for part in PARTS for name, make in part.TABLES.items()},

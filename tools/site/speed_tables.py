@@ -105,7 +105,6 @@ def llamacpp(runs: Runs) -> str:
 MANY = {
     ("kill", "sessions before"): ("conversations", "{:,.0f}"),
     ("turns", "bytes on disk, GiB"): ("GiB on the disk", "{:.1f}"),
-    ("turns", "turns"): ("turns of random ones", "{:,.0f}"),
     ("turns", "tokens computed over new, most"): (
         "tokens computed over new ones, the most of all turns",
         "{:.2f}",
@@ -119,8 +118,6 @@ MANY = {
         "{:,.0f}",
     ),
     ("turns", "memory at last, MiB"): ("after all", "{:,.0f}"),
-    ("start", "with no file, s"): ("start without files, s", "{:.1f}"),
-    ("start", "with all files, s"): ("start with all", "{:.1f}"),
     ("kill", "sessions lost"): ("conversations missing after `kill -9` in a turn", "{:.0f}"),
     ("kill", "sessions behind, but for the one that was killed"): (
         "behind what was answered",
