@@ -64,20 +64,15 @@ SEVERAL = {
 }
 LORA = "the base with the same LoRA"
 SECOND_ROWS = {BASE: ROWS[BASE], SHIPPED: "**as it ships, 9.59 MiB**"}
-PARTS_ROWS = {
+# Of docs/recall.md: the demo model without its parts.
+DEMO_PARTS_ROWS = {
     BASE: ROWS[BASE],
     LORA: LORA,
-    SHIPPED: SECOND_ROWS[SHIPPED],
-    "the paper's form": "the paper's form, 547 pairs in every head",
+    SHIPPED: ROWS[SHIPPED],
+    "the paper's form": "the paper's form, 233 pairs in every head",
     "hidden state off": "hidden state off",
     "sparse cache off": "sparse cache off",
     "window alone": "window alone",
-}
-# Of docs/recall.md: the demo model without its parts.
-DEMO_PARTS_ROWS = {
-    **PARTS_ROWS,
-    SHIPPED: ROWS[SHIPPED],
-    "the paper's form": "the paper's form, 233 pairs in every head",
 }
 DEMO_PARTS = {"niah-2": TASKS["niah-2"]}
 
@@ -149,17 +144,6 @@ def demo() -> str:
     return below({label: both[name] for name, label in ROWS.items()}, TASKS, LENGTHS, 12)
 
 
-def by_setting(
-    name: str, tasks: dict[str, str], length: int, rows: dict[str, str], usual: int
-) -> str:
-    """Settings below, tasks of one length beside each other."""
-    lines = [["", *tasks.values()]]
-    for setting, label in rows.items():
-        found = cells(name, setting)
-        lines.append([label, *(share(found.get((task, length)), usual) for task in tasks)])
-    return table(lines)
-
-
 def perplexity() -> str:
     """Perplexity of all texts, and of what they say again."""
     by_name = {row["name"]: row["kinds"] for row in settings("recall-perplexity")}
@@ -198,7 +182,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall-parts": partial(by_task, "recall-parts", DEMO_PARTS, LENGTHS[1:], DEMO_PARTS_ROWS, 12),
     "recall-perplexity": perplexity,
     "second-recall": partial(by_task, "second-recall", SEVERAL, (4096, 8192), SECOND_ROWS, 9),
-    "second-parts": partial(by_setting, "second-recall", SEVERAL, 4096, PARTS_ROWS, 9),
     "choices": choices,
     **{name: partial(make, runs) for part in PARTS for name, make in part.TABLES.items()},
 }
