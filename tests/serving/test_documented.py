@@ -14,7 +14,6 @@ import sys
 import pytest
 
 from lola_vllm.command import cli
-from lola_vllm.engine.estimate import estimate
 from lola_vllm.serving import launch
 from lola_vllm.serving.store_options import StoreOptions
 from tests.support.documented import ROOT, blocks, documented, programs
@@ -95,19 +94,6 @@ def test_the_sample_of_the_start_is_what_is_printed(monkeypatch):
     assert [line for line in shown if "..." not in line and line.strip() not in printed] == []
     left_out = [line for line in printed if line not in [part.strip() for part in shown]]
     assert len(left_out) <= 6  # where the sample has dots
-
-
-def test_the_sample_of_info_is_an_answer(lola_server):
-    """The same fields, and the demo model's own numbers."""
-    shown = json.loads(sample("docs/serving.md", '"bytes_per_state"'))
-    answer = lola_server.client.get("/v1/lola/info").json()
-    assert set(shown) == set(answer) and set(shown["states"]) == set(answer["states"])
-    assert set(shown["memory"]) == set(answer["memory"])
-    assert set(shown["memory"]["parts"]) == set(answer["memory"]["parts"])
-    assert set(shown["versions"]) == set(answer["versions"])
-    row = next(row for row in estimate(ROOT / DEMO, dtype="bfloat16").rows if row.chosen)
-    assert shown["memory"]["bytes_per_state"] == row.bytes_per_sequence
-    assert sum(shown["memory"]["parts"].values()) == row.bytes_per_sequence
 
 
 def test_the_programs_for_the_openai_client(tiny, monkeypatch, capsys):

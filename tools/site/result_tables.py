@@ -1,7 +1,7 @@
 """The tables of results on the pages, from the summaries in benchmarks/results/.
 
     python -m tools.site.result_tables                           # after a change of a summary
-    python -m tools.site.result_tables recall-chat eval-results/chat-2000/chat.summary.json
+    python -m tools.site.result_tables recall-copy eval-results/copy-7000/copy.summary.json
 
 The second form makes a table's file of one or several summaries first: what `lola-vllm eval` and
 the programs of benchmarks/ and tools/ write. Recall that was asked with several seeds counts
@@ -46,13 +46,11 @@ PAGES = (
     "docs/performance.md",
 )
 
-BEFORE = "without recent pairs"
 ROWS = {
     BASE: "softmax base, full KV cache",
     SHIPPED: "**as it ships, 9.99 MiB**",
-    BEFORE: "without recent pairs, 8.61 MiB",
 }
-LENGTHS = (1024, 2048, 4096, 8192)
+LENGTHS = (1024, 2048, 4096)
 TASKS = {
     "niah-1": "S-NIAH-1, a number in noise",
     "niah-2": "S-NIAH-2, a number in prose",
@@ -64,30 +62,19 @@ SEVERAL = {
     "multiquery": "multiquery, the numbers of four keys",
     "vt": "variable tracking",
 }
-SECOND = TASKS | SEVERAL  # of docs/linearize.md: what the second model was asked
 LORA = "the base with the same LoRA"
-SECOND_ROWS = {BASE: ROWS[BASE], LORA: LORA, SHIPPED: "**as it ships, 9.59 MiB**"}
-PARTS_ROWS = {
-    **SECOND_ROWS,
-    "the paper's form": "the paper's form, 547 pairs in every head",
+SECOND_ROWS = {BASE: ROWS[BASE], SHIPPED: "**as it ships, 9.59 MiB**"}
+# Of docs/recall.md: the demo model without its parts.
+DEMO_PARTS_ROWS = {
+    BASE: ROWS[BASE],
+    LORA: LORA,
+    SHIPPED: ROWS[SHIPPED],
+    "the paper's form": "the paper's form, 233 pairs in every head",
     "hidden state off": "hidden state off",
     "sparse cache off": "sparse cache off",
     "window alone": "window alone",
 }
-# Of docs/recall.md: the demo model without its parts.
-DEMO_PARTS_ROWS = {
-    **PARTS_ROWS,
-    SHIPPED: ROWS[SHIPPED],
-    "the paper's form": "the paper's form, 233 pairs in every head",
-}
-DEMO_PARTS = {name: SECOND[name] for name in ("niah-2", "multikey", "multivalue")}
-FACTS = {
-    "fact-name": "a person's name",
-    "fact-date": "a day",
-    "fact-code": "a constant of a program",
-    "fact-place": "where a thing lies",
-}
-FACTS_ROWS = {BASE: BASE, SHIPPED: "**as it ships**"}
+DEMO_PARTS = {"niah-2": TASKS["niah-2"]}
 
 
 def runs(name: str) -> list[dict[str, Any]]:
@@ -152,27 +139,13 @@ def below(
 
 
 def demo() -> str:
-    """The demo model and its base: what both were asked, and what one of them was asked alone."""
-    names = (BASE, SHIPPED)
-    both, alone = of_both([run for name in front_tables.DEMO for run in runs(name)], names)
-    rows = {ROWS[name]: both[name] for name in names}
-    rows |= {f"{name}, other questions": alone[name] for name in names}
-    return below(rows, TASKS, LENGTHS, 12)
-
-
-def by_setting(
-    name: str, tasks: dict[str, str], length: int, rows: dict[str, str], usual: int
-) -> str:
-    """Settings below, tasks of one length beside each other."""
-    lines = [["", *tasks.values()]]
-    for setting, label in rows.items():
-        found = cells(name, setting)
-        lines.append([label, *(share(found.get((task, length)), usual) for task in tasks)])
-    return table(lines)
+    """The demo model and its base: what both were asked."""
+    both, _ = of_both([run for name in front_tables.DEMO for run in runs(name)], tuple(ROWS))
+    return below({label: both[name] for name, label in ROWS.items()}, TASKS, LENGTHS, 12)
 
 
 def perplexity() -> str:
-    """Perplexity by kind of text, and what texts say again."""
+    """Perplexity of all texts, and of what they say again."""
     by_name = {row["name"]: row["kinds"] for row in settings("recall-perplexity")}
 
     def ratio(of: list[float], digits: int = 3) -> str:
@@ -180,10 +153,9 @@ def perplexity() -> str:
         return f"{value}x [{low}, {high}]"
 
     lines = [["text", "base", "as it ships, 9.99 MiB"]]
-    for kind, reading in by_name[BASE].items():
-        over = ratio(by_name[SHIPPED][kind]["ratio"])
-        lines.append([kind.replace("_", " "), f"{reading['perplexity'][0]:.1f}", over])
-    base, ships = (by_name[name]["all"]["repeats"] for name in (BASE, SHIPPED))
+    whole, over = (by_name[name]["all"] for name in (BASE, SHIPPED))
+    lines.append(["all", f"{whole['perplexity'][0]:.1f}", ratio(over["ratio"])])
+    base, ships = whole["repeats"], over["repeats"]
     lines.append(["all, repeated 3-grams", f"{base['perplexity'][0]:.1f}", ratio(ships["ratio"])])
     lines.append(
         [
@@ -207,11 +179,9 @@ def choices() -> str:
 PARTS = (copy_tables, front_tables, speed_tables)
 TABLES: dict[str, Callable[[], str]] = {
     "recall-tasks": demo,
-    "recall-facts": partial(by_task, "remade-recall", FACTS, LENGTHS[:2], FACTS_ROWS, 6),
-    "recall-parts": partial(by_task, "recall-parts", DEMO_PARTS, LENGTHS[1:3], DEMO_PARTS_ROWS, 12),
+    "recall-parts": partial(by_task, "recall-parts", DEMO_PARTS, LENGTHS[1:], DEMO_PARTS_ROWS, 12),
     "recall-perplexity": perplexity,
-    "second-recall": partial(by_task, "second-recall", SECOND, (4096, 8192, 16384), SECOND_ROWS, 9),
-    "second-parts": partial(by_setting, "second-recall", SEVERAL, 4096, PARTS_ROWS, 9),
+    "second-recall": partial(by_task, "second-recall", SEVERAL, (4096, 8192), SECOND_ROWS, 9),
     "choices": choices,
     **{name: partial(make, runs) for part in PARTS for name, make in part.TABLES.items()},
 }
