@@ -71,12 +71,12 @@ def worker(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    from lola_vllm.core.config import LolaLlamaConfig
+    from lola_vllm.core.config import DecoderConfig
 
     longest = max(args.contexts) + args.steps + max(args.batches) + 16
     lola = args.worker == "lola"
     overrides: dict[str, Any] = {"lola_config": args.lola_config} if lola else {}
-    endless = lola and LolaLlamaConfig.from_pretrained(args.lola).lola.context_shift
+    endless = lola and DecoderConfig.from_pretrained(args.lola).lola.context_shift
     if longest > stock_config(args)["max_position_embeddings"] and not endless:
         overrides["max_position_embeddings"] = longest  # speed is asked, not sense
     llm = LLM(

@@ -129,7 +129,7 @@ class Shelf(Fetched[DocumentKeys]):
         # Files stay open, as those of a server do.
         opened = functools.cache(lambda index: DocumentKeys.read(directory / f"{index}.keys"))
         super().__init__(len(corpus.documents), opened)
-        self.rope = reader.model.model.rope_table()
+        self.rope = reader.model.rope_table()
 
     def state(self, index: int) -> LolaCache:
         """That of a document."""

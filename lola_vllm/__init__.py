@@ -34,18 +34,18 @@ def _expected(error: Exception) -> bool:
 
 def _register() -> None:
     import vllm
-    from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from lola_vllm.core.config import ARCHITECTURE, MODEL_TYPE, LolaLlamaConfig
+    from lola_vllm.core.config import ARCHITECTURES, DecoderConfig
     from lola_vllm.engine.vllm import compat
     from lola_vllm.engine.vllm.config_hook import LolaModelConfig
 
     compat.check_vllm_version(vllm.__version__)
-    AutoConfig.register(MODEL_TYPE, LolaLlamaConfig, exist_ok=True)
-    MODELS_CONFIG_MAP[ARCHITECTURE] = LolaModelConfig
+    DecoderConfig.register()
+    MODELS_CONFIG_MAP.update(dict.fromkeys(ARCHITECTURES, LolaModelConfig))
     compat.register_length()
     compat.look_at_wake_ups()
     compat.register_mamba_backend("lola_vllm.engine.vllm.backend.LolaAttentionBackend")
-    ModelRegistry.register_model(ARCHITECTURE, f"lola_vllm.engine.vllm.model:{ARCHITECTURE}")
+    for name, module in ARCHITECTURES.items():
+        ModelRegistry.register_model(name, f"lola_vllm.engine.vllm.{module}:{name}")

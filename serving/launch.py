@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lola_vllm.core import cpu
-from lola_vllm.core.config import MODEL_TYPE
+from lola_vllm.core.config import LOLA_TYPES
 from lola_vllm.models.files import CheckpointError, read_json
 from lola_vllm.models.quantize import faster_weights
 from lola_vllm.serving.options import named_options
@@ -188,9 +188,9 @@ def _front(directory: Path, named: Set[str], env: Mapping[str, str]) -> list[Cho
 def _config(model: Path) -> dict[str, Any]:
     """The `config.json` of a LoLA model."""
     config = read_json(model / "config.json")
-    if config.get("model_type") != MODEL_TYPE:
+    if config.get("model_type") not in LOLA_TYPES:
         raise CheckpointError(
-            f"{model}: not a LoLA model (model_type is not {MODEL_TYPE!r}); make one with "
+            f"{model}: not a LoLA model (model_type is not {LOLA_TYPES[0]!r}); make one with "
             "lola-vllm init, convert or distill, or use 'vllm serve' for this one"
         )
     return config

@@ -22,7 +22,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from lola_vllm.core.ops.contract import HeadGroup
 from lola_vllm.engine.vllm import compat
 from lola_vllm.engine.vllm.attention import LolaAttention
-from lola_vllm.engine.vllm.cache import lola_hf_config, num_kv_heads
+from lola_vllm.engine.vllm.cache import lola_hf_config
 from lola_vllm.serving.history import Residency, residencies
 from lola_vllm.serving.keys import KeyRecorder, PromptPairs
 from lola_vllm.serving.library.librarian import Librarian
@@ -221,7 +221,7 @@ class LolaWorkerExtension:
         """Index in the whole model of this rank's first sparse set."""
         config = lola_hf_config(self.vllm_config)
         heads = config.facts.num_state_heads
-        total = config.lola.num_sparse_heads(heads, num_kv_heads(config))
+        total = config.lola.num_sparse_heads(heads, config.num_key_value_heads)
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
         return get_tensor_model_parallel_rank() * total // ranks
 

@@ -360,12 +360,13 @@ def _look_at_model(model: Path) -> int:
     Raises:
         _ModelFault: it is not.
     """
-    from lola_vllm.core.config import MODEL_TYPE
+    from lola_vllm.core.config import LOLA_TYPES
     from lola_vllm.models.base import parse_config
-    from lola_vllm.models.families import BASE_MODEL_TYPES, BASE_NAMES
+    from lola_vllm.models.families import BASE_NAMES, why_not
     from lola_vllm.models.files import read_json, read_shapes, weight_files
     from lola_vllm.models.schema import (
         LOLA_TENSORS,
+        base_left_out,
         check_tensors,
         expected_tensors,
         settle_facts,
@@ -381,14 +382,14 @@ def _look_at_model(model: Path) -> int:
     try:
         raw = read_json(model / "config.json")
         model_type = raw.get("model_type")
-        if model_type != MODEL_TYPE:
+        if model_type not in LOLA_TYPES:
             remedy = f"give a LoLA model, made of a {BASE_NAMES}"
-            if model_type in BASE_MODEL_TYPES:
+            if why_not(model / "config.json", raw) is None:
                 remedy = (
                     f"make a LoLA model of it: lola-vllm init --base {shlex.quote(str(model))} "
                     "--out DIR (untrained maps), or lola-vllm convert or distill"
                 )
-            text = f"{model}: model_type is {model_type!r}, not {MODEL_TYPE!r}"
+            text = f"{model}: model_type is {model_type!r}, not {LOLA_TYPES[0]!r}"
             raise _ModelFault(text, remedy)
         config = parse_config(model, raw)
     except (ValueError, OSError) as error:
@@ -399,15 +400,15 @@ def _look_at_model(model: Path) -> int:
         if not weight_files(model):
             raise _ModelFault(f"{model}: no safetensors files there", again)
         settle_facts(config, model)
-        expected = expected_tensors(config)
-        found = read_shapes(model)
+        expected, shapes = expected_tensors(config), read_shapes(model)
+        found = dict(base_left_out(config, shapes))
         if "quantization_config" in raw:  # packed weights have names and shapes of their own
             expected = {k: v for k, v in expected.items() if k.endswith(LOLA_TENSORS)}
             found = {k: v for k, v in found.items() if k.endswith(LOLA_TENSORS)}
         check_tensors(expected, found)
     except (ValueError, OSError) as error:
         raise _ModelFault(_of_model(model, error), again) from error
-    return len(found)
+    return len(shapes)
 
 
 def _of_model(model: Path, error: Exception) -> str:

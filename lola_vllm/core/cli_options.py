@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
-    from lola_vllm.core.config import LolaConfig, LolaLlamaConfig
+    from lola_vllm.core.config import DecoderConfig, LolaConfig
 
 
 T = TypeVar("T")
@@ -142,7 +142,7 @@ def sparse_cache(lola: LolaConfig) -> str:
     return f"{min(sizes)} to {max(sizes)} by {what} ({mean:.0f} on average){as_int8}"
 
 
-def summarize(out: Path, config: LolaLlamaConfig, maps: str, also: str = "") -> None:
+def summarize(out: Path, config: DecoderConfig, maps: str, also: str = "") -> None:
     """Say what was written and what to do next."""
     lola = config.lola
     print(

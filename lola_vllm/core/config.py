@@ -1,27 +1,40 @@
 """The parameters of LoLA attention, named once for JSON, Python, C++ and the docs.
 
 Two classes: `LolaConfig` (pydantic) is the `lola_config` object of a checkpoint's `config.json`;
-`LolaLlamaConfig` is the Hugging Face config around it. Neither imports vLLM.
+`DecoderConfig` is the Hugging Face config around it. Neither imports vLLM.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError, model_validator
 from pydantic import Field as PydanticField
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from lola_vllm.core.compact_json import compact_lists
 
-MODEL_TYPE = "lola_llama"
-ARCHITECTURE = "LolaLlamaForCausalLM"
+MODEL_TYPE = "lola"
+OLD_MODEL_TYPE = "lola_llama"  # of before other decoders; files load as they are
+LOLA_TYPES = (MODEL_TYPE, OLD_MODEL_TYPE)
+# vLLM's classes: any decoder, one with experts, and the four that vLLM's own Llama runs.
+ARCHITECTURE, MOE_ARCHITECTURE = "LolaForCausalLM", "LolaMoEForCausalLM"
+LLAMA_ARCHITECTURE = "LolaLlamaForCausalLM"
+ARCHITECTURES = {  # and the modules of `engine/vllm` that have them
+    ARCHITECTURE: "any_decoder",
+    MOE_ARCHITECTURE: "any_decoder",
+    LLAMA_ARCHITECTURE: "model",
+}
+LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ENDLESS_LENGTH = 131_072  # tokens; 160 MiB of token ids for vLLM's 256 sequences
 
 _FACTS = "_lola_facts"  # name of the attribute
+_DERIVED = ("model_type", "qkv_bias", "qk_norm")  # of a file; the class says what they say
 
 
 class LolaConfigError(ValueError):
@@ -338,12 +351,14 @@ class TensorFacts:
     importance: bool = False
 
 
-class LolaLlamaConfig(LlamaConfig):
-    """`config.json` of a LoLA model: Llama's fields unchanged plus three.
+class DecoderConfig(PreTrainedConfig):
+    """`config.json` of a LoLA model: all fields of its base, which keep their names and defaults,
+    with three changes. `model_type` is "lola", `base_model_type` is the base's, and `lola_config`
+    has the parameters of the attention.
 
-    `lola_config`: the parameters of the attention. `qkv_bias`: whether the q, k and v projections
-    have biases (Qwen2); None: as `attention_bias` says, which is of all four. `qk_norm`: whether
-    each head's q and k are RMS-normalized before RoPE (Qwen3).
+    It is read as a subclass of the base's own config class (`config_class`), so whatever is true of
+    a base's config is true of its LoLA model's. Its own `model_type` makes a program that does not
+    know LoLA refuse the model. By the base's it would run softmax attention, and say nothing.
 
     Assigning `lola_config` merges into what is there, so `--hf-overrides
     '{"lola_config": {"window_size": 32}}'` changes one parameter and keeps the others.
@@ -352,19 +367,52 @@ class LolaLlamaConfig(LlamaConfig):
     """
 
     model_type = MODEL_TYPE
+    base_class: type[PreTrainedConfig]  # of the subclasses that `config_class` makes
+
+    if TYPE_CHECKING:  # fields of every base; here alone, as transformers makes fields of what it
+        # sees in a class
+        base_model_type: str
+        lola_config: dict[str, Any]
+        vocab_size: int
+        hidden_size: int
+        intermediate_size: int
+        num_hidden_layers: int
+        num_attention_heads: int
+        num_key_value_heads: int
+        head_dim: int
+        max_position_embeddings: int
+        tie_word_embeddings: bool
+        rms_norm_eps: float
 
     def __init__(
         self,
         lola_config: dict[str, Any] | None = None,
-        qkv_bias: bool | None = None,
-        qk_norm: bool = False,
+        base_model_type: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.lola_config = dict(lola_config or {})
-        super().__init__(**kwargs)
-        # vLLM's Llama reads this name, and prefers it to attention_bias.
-        self.qkv_bias = self.attention_bias if qkv_bias is None else qkv_bias
-        self.qk_norm = qk_norm
+        super().__init__(**{key: x for key, x in kwargs.items() if key not in _DERIVED})
+        self.base_model_type = self.base_class.model_type
+        heads = self.num_attention_heads
+        if not getattr(self, "num_key_value_heads", None):
+            self.num_key_value_heads = heads
+        if not getattr(self, "head_dim", None):
+            self.head_dim = self.hidden_size // heads
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config that `config.json` holds, of the class that suits its base.
+
+        Raises:
+            LolaConfigError: transformers knows no such base, or `lola_config` is not valid.
+        """
+        if cls.__dict__.get("base_class") is None:
+            return config_class(base_type_of(config_dict)).from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies in other processes: the class is made there again."""
+        return _restore, (self.base_class.model_type, dict(self.__dict__))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "lola_config":
@@ -372,18 +420,37 @@ class LolaLlamaConfig(LlamaConfig):
                 raise LolaConfigError(f"lola_config = {value!r}: must be an object")
             value = {**self.__dict__.get("lola_config", {}), **value}
             LolaConfig(**value)  # refuse bad values here, where the user's input is known
-        elif name in ("qkv_bias", "qk_norm") and not isinstance(value, bool):
-            raise LolaConfigError(f"{name} = {value!r}: must be true or false")
         super().__setattr__(name, value)
+
+    @property
+    def base_config(self) -> PreTrainedConfig:
+        """The config of the base, of its own class."""
+        own = ("lola_config", "base_model_type", "model_type", "architectures", "auto_map")
+        fields = {key: value for key, value in self.to_dict().items() if key not in own}
+        return self.base_class(**fields)
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether the base is a Llama but for biases of q, k, v or for norms of q and k."""
+        return self.base_model_type in LLAMA_TYPES
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Of a Llama (`is_llama`): whether the projections of q, k and v have biases. vLLM's Llama
+        reads this name, and prefers it to `attention_bias`."""
+        return self.base_model_type == "qwen2" or getattr(self, "attention_bias", False)
+
+    @property
+    def qk_norm(self) -> bool:
+        """Of a Llama (`is_llama`): whether each head's q and k are normalized before RoPE."""
+        return self.base_model_type == "qwen3"
 
     @property
     def facts(self) -> TensorFacts:
         """What the tensors say; until they are read, what `lola-vllm init` would write."""
         found = self.__dict__.get(_FACTS)
         if found is None:
-            kv_heads, d = self.num_key_value_heads, self.head_dim
-            assert isinstance(kv_heads, int) and isinstance(d, int)  # LlamaConfig fills both in
-            return TensorFacts(d, kv_heads)
+            return TensorFacts(self.head_dim, self.num_key_value_heads)
         assert isinstance(found, TensorFacts)
         return found
 
@@ -397,12 +464,21 @@ class LolaLlamaConfig(LlamaConfig):
         return _FACTS in self.__dict__
 
     def to_dict(self) -> dict[str, Any]:
-        """The parameters as `config.json` has them."""
-        return {key: value for key, value in super().to_dict().items() if key != _FACTS}
+        """The parameters as `config.json` has them; `architectures` names vLLM's class."""
+        fields = {key: value for key, value in super().to_dict().items() if key != _FACTS}
+        return {**fields, "architectures": [architecture_of(self, self.base_class.model_type)]}
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """The text of `config.json`."""
         return compact_lists(super().to_json_string(use_diff))
+
+    @classmethod
+    def register(cls) -> None:
+        """Let transformers read LoLA models' configs."""
+        from transformers import CONFIG_MAPPING
+
+        for model_type in LOLA_TYPES:
+            CONFIG_MAPPING.register(model_type, cls, exist_ok=True)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -411,8 +487,7 @@ class LolaLlamaConfig(LlamaConfig):
 
     def check_sizes(self) -> None:
         """Raise `LolaConfigError` unless lists of sizes fit the model's layers and KV heads."""
-        kv_heads = self.num_key_value_heads or self.num_attention_heads
-        self.lola.check_layers(self.num_hidden_layers, kv_heads)
+        self.lola.check_layers(self.num_hidden_layers, self.num_key_value_heads)
 
     @property
     def default_length(self) -> int:
@@ -421,10 +496,67 @@ class LolaLlamaConfig(LlamaConfig):
         vLLM keeps five bytes for each token of `--max-model-len` times `--max-num-seqs`, used or
         not. So contexts without end have a default that is long, but costs little.
         """
-        length: int = self.max_position_embeddings
+        length = self.max_position_embeddings
         return max(length, ENDLESS_LENGTH) if self.lola.context_shift else length
 
     @property
     def lola(self) -> LolaConfig:
         """The validated parameters."""
         return LolaConfig(**self.lola_config)
+
+
+@functools.cache
+def config_class(base_model_type: str) -> type[DecoderConfig]:
+    """The class of LoLA configs of a base: the base's own config class, and `DecoderConfig`.
+
+    Raises:
+        LolaConfigError: transformers knows no such base.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if base_model_type not in CONFIG_MAPPING:
+        raise LolaConfigError(
+            f"base_model_type = {base_model_type!r}: transformers knows no such model; a newer one "
+            "may, and a LoLA model is made by lola-vllm init, convert or linearize"
+        )
+    base = CONFIG_MAPPING[base_model_type]
+    members = {
+        "__init__": DecoderConfig.__init__,  # else transformers would make one of the fields
+        "__module__": __name__,
+        "base_class": base,
+        "model_type": MODEL_TYPE,
+    }
+    made: type[DecoderConfig] = type(f"Lola{base.__name__}", (DecoderConfig, base), members)
+    for use in CLASS_HOOKS:
+        use(made)
+    return made
+
+
+# What is called with every class that `config_class` makes: a model for transformers to load.
+CLASS_HOOKS: list[Callable[[type[DecoderConfig]], None]] = []
+
+
+def architecture_of(config: Any, base_model_type: str) -> str:
+    """The name of vLLM's class for a base, by the base's config or by that of its LoLA model."""
+    if base_model_type in LLAMA_TYPES:
+        return LLAMA_ARCHITECTURE
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    return MOE_ARCHITECTURE if any(getattr(config, x, None) for x in experts) else ARCHITECTURE
+
+
+def base_type_of(raw: Mapping[str, Any]) -> str:
+    """The base's model type that a LoLA model's `config.json` names.
+
+    Files of before other decoders than these had switches, and the model type "lola_llama".
+    """
+    if raw.get("model_type") == OLD_MODEL_TYPE:
+        bias = raw.get("qkv_bias") and not raw.get("attention_bias")
+        return "qwen3" if raw.get("qk_norm") else "qwen2" if bias else "llama"
+    return str(raw.get("base_model_type"))
+
+
+def _restore(base_model_type: str, fields: dict[str, Any]) -> DecoderConfig:
+    cls = config_class(base_model_type)
+    config = cls.__new__(cls)
+    config.__dict__.update(fields)
+    return config

@@ -16,15 +16,15 @@ import torch
 
 from lola_vllm.core.cli_options import sparse_cache
 from lola_vllm.core.config import (
-    MODEL_TYPE,
+    LOLA_TYPES,
+    DecoderConfig,
     LolaConfig,
-    LolaLlamaConfig,
     default_context_shift,
     heads_divide,
 )
 from lola_vllm.core.state import LayerLayout, SequenceLayout, StateLayout
-from lola_vllm.models.base import config_of
-from lola_vllm.models.families import BASE_MODEL_TYPES, llama_fields, why_not
+from lola_vllm.models.base import config_of, lola_fields
+from lola_vllm.models.families import check_base
 from lola_vllm.models.files import CheckpointError, read_json
 from lola_vllm.models.schema import settle_facts
 
@@ -126,7 +126,7 @@ class Estimate:
     """
 
     model: Path
-    config: LolaLlamaConfig
+    config: DecoderConfig
     lola: LolaConfig
     dtype: str
     tensor_parallel_size: int
@@ -211,7 +211,6 @@ def estimate(
     config, is_lola = _read_config(model / "config.json" if model.is_dir() else model)
     config.lola_config = dict(overrides or {})  # merges
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    assert isinstance(kv_heads, int)  # LlamaConfig fills it in
     if is_lola:
         settle_facts(config, model if model.is_dir() else model.parent)
     else:  # as `init` makes it
@@ -330,7 +329,7 @@ def format_table(result: Estimate) -> str:
     return "\n".join(lines)
 
 
-def _contexts(config: LolaLlamaConfig) -> str:
+def _contexts(config: DecoderConfig) -> str:
     """How long a context may be."""
     interval = config.lola.context_shift
     if not interval:
@@ -356,15 +355,10 @@ def _letter(i: int) -> str:
     return "ABCD"[i]
 
 
-def _read_config(path: Path) -> tuple[LolaLlamaConfig, bool]:
+def _read_config(path: Path) -> tuple[DecoderConfig, bool]:
     """The config, and whether it is a LoLA model's rather than a base's."""
     raw = read_json(path)
-    supported = (MODEL_TYPE, *BASE_MODEL_TYPES)
-    if raw.get("model_type") not in supported:
-        raise CheckpointError(
-            f"{path}: model_type {raw.get('model_type')!r} is not supported; "
-            f"supported: {', '.join(supported)}. {why_not(raw)}"
-        )
+    is_lola = raw.get("model_type") in LOLA_TYPES
     for key in (*_REQUIRED, "num_key_value_heads", "head_dim"):
         value = raw.get(key)
         if value is None and key not in _REQUIRED:
@@ -375,8 +369,9 @@ def _read_config(path: Path) -> tuple[LolaLlamaConfig, bool]:
             )
     if not isinstance(raw.get("lola_config", {}), dict):
         raise CheckpointError(f"{path}: lola_config = {raw['lola_config']!r}: must be an object")
-    fields = raw if raw["model_type"] == MODEL_TYPE else llama_fields(path, raw)
-    return config_of(path, fields), raw["model_type"] == MODEL_TYPE
+    if not is_lola:
+        check_base(path, raw)
+    return config_of(path, raw if is_lola else lola_fields(raw)), is_lola
 
 
 def _check_ranks(ranks: int, heads: int, kv_heads: int, num_state_heads: int) -> None:

@@ -33,9 +33,9 @@ class Setting:
     @property
     def is_lola(self) -> bool:
         """Whether the model is a LoLA checkpoint."""
-        from lola_vllm.core.config import MODEL_TYPE
+        from lola_vllm.core.config import LOLA_TYPES
 
-        return read_model_config(self.model).get("model_type") == MODEL_TYPE
+        return read_model_config(self.model).get("model_type") in LOLA_TYPES
 
 
 @dataclass(frozen=True)

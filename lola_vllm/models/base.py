@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.core.config import (
-    ARCHITECTURE,
     MODEL_TYPE,
+    DecoderConfig,
     LolaConfig,
     LolaConfigError,
-    LolaLlamaConfig,
+    architecture_of,
     default_context_shift,
     explain_field,
 )
-from lola_vllm.models.families import BASE_NAMES, llama_fields
+from lola_vllm.models.families import BASE_NAMES, check_base
 from lola_vllm.models.files import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -31,7 +32,11 @@ from lola_vllm.models.remote_code import AUTO_MAP, write_remote_code
 from lola_vllm.models.schema import LOLA_TENSORS, Shape, check_tensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+# The weight of a layer's output projection, which every family has under one of these names.
+_OUTPUT = re.compile(r"(.*\.self_attn\.)(?:o_proj|dense|out_proj)\.weight")
 
 # Files that a server needs besides config and weights, and files that the base's licence requires.
 _COMPANIONS = (
@@ -51,7 +56,7 @@ _COMPANIONS = (
 
 
 def read_base_config(base: Path) -> dict[str, Any]:
-    """The base's `config.json` in Llama's terms, with LoLA's model type and architecture.
+    """The base's `config.json` with LoLA's model type and architecture, all else as it is.
 
     Raises:
         CheckpointError: no such directory, a model that is not supported, or quantized weights.
@@ -59,21 +64,37 @@ def read_base_config(base: Path) -> dict[str, Any]:
     if not base.is_dir():
         raise CheckpointError(f"{base}: no such directory; give a local {BASE_NAMES} directory")
     path = base / "config.json"
-    raw = llama_fields(path, read_json(path))
+    raw = read_json(path)
+    check_base(path, raw)
     if raw.get("quantization_config"):
         raise CheckpointError(
             f"{base}: quantized weights are not supported; use the model's full-precision weights"
         )
-    return {**raw, "model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]}
+    return lola_fields(raw)
 
 
-def parse_config(base: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
+def lola_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A base's `config.json`, which `check_base` has seen, as that of a LoLA model; `lola_config`
+    is not in it yet."""
+    from transformers import CONFIG_MAPPING
+
+    kind = raw["model_type"]
+    own = CONFIG_MAPPING[kind].from_dict(dict(raw))
+    return {
+        **raw,
+        "model_type": MODEL_TYPE,
+        "base_model_type": kind,
+        "architectures": [architecture_of(own, kind)],
+    }
+
+
+def parse_config(base: Path, raw: dict[str, Any]) -> DecoderConfig:
     """`raw` as a config; faults are reported as those of the base's `config.json`."""
     return config_of(base / "config.json", raw)
 
 
-def config_of(path: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
-    """`raw`, the content of the file at `path` in Llama's terms, as a config.
+def config_of(path: Path, raw: dict[str, Any]) -> DecoderConfig:
+    """`raw`, a LoLA model's `config.json` at `path`, as a config.
 
     Raises:
         CheckpointError: a field that transformers refuses; names file, field and value.
@@ -82,23 +103,26 @@ def config_of(path: Path, raw: dict[str, Any]) -> LolaLlamaConfig:
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        config = LolaLlamaConfig.from_dict({**raw, "model_type": MODEL_TYPE})
+        config = DecoderConfig.from_dict(dict(raw))
     except LolaConfigError:
         raise
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {explain_field(error)}") from error
-    assert isinstance(config, LolaLlamaConfig)
+    assert isinstance(config, DecoderConfig)
     return config
 
 
-def with_context_shift(base: LolaLlamaConfig, lola_config: Mapping[str, Any]) -> dict[str, Any]:
+def with_context_shift(base: DecoderConfig, lola_config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys `lola_config` of a new checkpoint, and `context_shift` if it is not among them.
 
     Raises:
         LolaConfigError: one that does not suit the base's trained length.
     """
     length = base.max_position_embeddings
-    keys = {"context_shift": default_context_shift(length), **lola_config}
+    rope = (getattr(base, "rope_parameters", None) or {}).get("rope_type", "default")
+    # Keys cannot be rotated from one table of angles to another.
+    shift = 0 if rope in ("dynamic", "longrope") else default_context_shift(length)
+    keys = {"context_shift": shift, **lola_config}
     LolaConfig(**keys).check_context_shift(length)
     return keys
 
@@ -114,6 +138,8 @@ def check_base_weights(base: Path, expected: Mapping[str, Shape]) -> None:
             f"{base}: no safetensors files; convert other formats with save_pretrained first"
         )
     ours = {name: shape for name, shape in expected.items() if name.endswith(LOLA_TENSORS)}
+    if len(ours) == len(expected):  # the base's own tensors are its loader's to check
+        return
     check_tensors(expected, {**read_shapes(base), **ours})
 
 
@@ -137,14 +163,15 @@ def write_weights(
     base: Path,
     out: Path,
     expected: Mapping[str, Shape],
-    layer_maps: Callable[[str, Tensor], dict[str, Tensor]],
+    layer_maps: Callable[[str, torch.dtype], dict[str, Tensor]],
     change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
-    """Copy the base's files one by one; a layer's maps go into the file with its `q_proj`.
+    """Copy the base's files one by one; a layer's maps go into the file with its output projection.
 
     Args:
-        expected: the tensors to take; others (buffers, a tied lm_head) are left out.
-        layer_maps: LoLA's tensors of a layer, from the prefix of their names and the `q_proj`.
+        expected: of a Llama: the tensors to take; others (buffers, a tied lm_head) are left out.
+            Of other bases: LoLA's tensors, and all of the base's are taken.
+        layer_maps: LoLA's tensors of a layer, from the prefix of their names and a dtype.
         change: from a name and a tensor of the base to the tensor to write; default: no change.
 
     Raises:
@@ -155,16 +182,17 @@ def write_weights(
 
     weight_map: dict[str, str] = {}
     total_size = 0
+    everything = all(name.endswith(LOLA_TENSORS) for name in expected)
     for path in weight_files(base):
         with open_weights(path) as source:
             tensors: dict[str, Tensor] = {}
             for name in source.keys():  # noqa: SIM118 (safe_open has no __iter__)
-                if name not in expected:
+                if not everything and name not in expected:
                     continue
                 tensor = source.get_tensor(name)
                 tensors[name] = change(name, tensor) if change else tensor
-                if name.endswith("self_attn.q_proj.weight"):
-                    tensors |= layer_maps(name.removesuffix("q_proj.weight"), tensor)
+                if output := _OUTPUT.fullmatch(name):
+                    tensors |= layer_maps(output[1], tensor.dtype)
             try:
                 save_file(tensors, str(out / path.name), metadata={"format": "pt"})
             except SafetensorError as error:  # a full disk arrives as one of these

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lola_vllm.core.config import MODEL_TYPE, LolaLlamaConfig
+from lola_vllm.core.config import LOLA_TYPES, DecoderConfig
 from lola_vllm.models.files import (
     INDEX_NAME,
     CheckpointError,
@@ -70,7 +70,7 @@ def write_calibrated(
     *,
     force: bool = False,
     inputs: Iterable[Path] = (),
-) -> LolaLlamaConfig:
+) -> DecoderConfig:
     """Write a copy of a LoLA model that has a calibration, completely or not at all.
 
     Args:
@@ -95,7 +95,7 @@ def write_calibrated(
 
 def apply_calibration(
     model: Path, keys: Mapping[str, Any], importance: Mapping[str, Tensor]
-) -> LolaLlamaConfig:
+) -> DecoderConfig:
     """Put a calibration into a LoLA model that is being written.
 
     Args:
@@ -110,10 +110,10 @@ def apply_calibration(
     """
     path = model / "config.json"
     raw = read_json(path)
-    if raw.get("model_type") != MODEL_TYPE:
+    if raw.get("model_type") not in LOLA_TYPES:
         raise CheckpointError(f"{path}: model_type {raw.get('model_type')!r} is no LoLA model")
     raw["lola_config"] = {**raw.get("lola_config", {}), **keys}
-    config = LolaLlamaConfig(**raw)
+    config: DecoderConfig = DecoderConfig.from_dict(dict(raw))
     config.check_sizes()
     if importance:
         _write_tensors(model, importance)

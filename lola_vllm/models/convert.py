@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.core.compact_json import compact_lists
-from lola_vllm.core.config import LolaConfig, LolaLlamaConfig, TensorFacts
+from lola_vllm.core.config import DecoderConfig, LolaConfig, TensorFacts
 from lola_vllm.models.base import (
     check_base_weights,
     copy_companions,
@@ -33,12 +33,14 @@ from lola_vllm.models.schema import (
     LOLA_TENSORS,
     WINDOW_FACTOR_INIT,
     Shape,
+    base_left_out,
     check_tensors,
     expected_tensors,
 )
 from lola_vllm.models.staging import check_output, staged_directory
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Default of alpha / r, which LoRA files do not have: LoLCATs trained 16 / 8, and 8 / 4 for 405B.
@@ -55,15 +57,15 @@ def convert_checkpoint(
     lora_alpha: float | None = None,
     notes: str = "",
     force: bool = False,
-) -> LolaLlamaConfig:
+) -> DecoderConfig:
     """Write a LoLA checkpoint: the base's weights, LoRA merged in, and LoLCATs' feature maps.
 
     `W' = W + (alpha / r) B A` is computed in float32 and cast to the dtype of W. Maps are cast to
-    the dtype of the layer's `q_proj`, window factors to float32; missing window factors become
-    -2.197 (g = 0.1). At most one safetensors file of the base is held in memory.
+    the dtype of the layer's output projection, window factors to float32; missing window factors
+    become -2.197 (g = 0.1). At most one safetensors file of the base is held in memory.
 
     Args:
-        base: a Llama, Mistral, Qwen2 or Qwen3 directory, sharded or not, embeddings tied or not.
+        base: the directory of a decoder (`families.py`), sharded or not, embeddings tied or not.
         distill: LoLCATs' first stage, feature maps and window factors. Adapters may be in the
             same file; they are merged if so.
         out: where the checkpoint goes; it is written completely or not at all.
@@ -91,11 +93,11 @@ def convert_checkpoint(
     check_output(out, force=force, inputs=inputs)  # before files are read
 
     raw = read_base_config(base)
-    llama = parse_config(base, raw)
-    lola_config = with_context_shift(llama, lola_config)
-    maps = read_distill(distill, llama)
+    plain = parse_config(base, raw)
+    lola_config = with_context_shift(plain, lola_config)
+    maps = read_distill(distill, plain)
     lora = _lora_file(distill, maps, lora, lora_alpha)
-    adapters = read_lora(lora, llama, maps) if lora else Lora({}, {}, 0)
+    adapters = read_lora(lora, plain, maps, read_shapes(base)) if lora else Lora({}, {}, 0)
     alpha = LORA_SCALE * adapters.rank if lora_alpha is None else lora_alpha
     raw["lola_config"] = lola_config
     config = parse_config(base, raw)
@@ -104,8 +106,8 @@ def convert_checkpoint(
     check_base_weights(base, expected)
     trained = {**maps.tensors, **adapters.maps}
 
-    def layer_maps(prefix: str, q_proj: Tensor) -> dict[str, Tensor]:
-        return _layer_maps(prefix, trained, expected, q_proj)
+    def layer_maps(prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        return _layer_maps(prefix, trained, expected, dtype)
 
     def merged(name: str, weight: Tensor) -> Tensor:
         return _merged(name, weight, adapters, alpha)
@@ -114,7 +116,7 @@ def convert_checkpoint(
         write_config(staging, raw)
         copy_companions(base, staging)
         write_weights(base, staging, expected, layer_maps, merged)
-        check_tensors(expected, read_shapes(staging))
+        check_tensors(expected, base_left_out(config, read_shapes(staging)))
         options: dict[str, str] = {}
         if config_overrides:
             options["lola_config"] = json.dumps(dict(config_overrides))
@@ -167,9 +169,9 @@ def _merged(name: str, weight: Tensor, lora: Lora, alpha: float) -> Tensor:
 
 
 def _layer_maps(
-    prefix: str, trained: Mapping[str, Tensor], expected: Mapping[str, Shape], like: Tensor
+    prefix: str, trained: Mapping[str, Tensor], expected: Mapping[str, Shape], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The three LoLA tensors of the layer at `prefix`, maps in the dtype of `like`."""
+    """The three LoLA tensors of the layer at `prefix`, maps in `dtype`."""
     import torch
 
     tensors = {}
@@ -177,8 +179,8 @@ def _layer_maps(
         name = prefix + kind
         # Copies: safetensors refuses strides, and tensors that share memory (tied maps do).
         if name in trained:
-            dtype = torch.float32 if kind == "window_factors" else like.dtype
-            tensors[name] = trained[name].to(dtype, copy=True).contiguous()
+            own = torch.float32 if kind == "window_factors" else dtype
+            tensors[name] = trained[name].to(own, copy=True).contiguous()
         else:
             tensors[name] = torch.full(expected[name], WINDOW_FACTOR_INIT)
     return tensors

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.models.gguf import read_gguf
 from lola_vllm.models.hub import PinnedModel, write_hub_base
@@ -55,7 +55,7 @@ def build_demo_model(
     dtype: str = "bfloat16",
     hub: bool = False,
     **options: Unpack[BuildOptions],
-) -> LolaLlamaConfig:
+) -> DecoderConfig:
     """Download SmolLM2-135M-Instruct and write it as a LoLA checkpoint.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
+from lola_vllm.core.config import DecoderConfig, TensorFacts
 from lola_vllm.models.base import (
     check_base_weights,
     copy_companions,
@@ -20,6 +20,7 @@ from lola_vllm.models.files import CheckpointError, read_shapes
 from lola_vllm.models.schema import (
     WINDOW_FACTOR_INIT,
     Shape,
+    base_left_out,
     check_tensors,
     expected_tensors,
 )
@@ -38,15 +39,15 @@ def init_checkpoint(
     state_heads: StateHeads = "kv",
     *,
     force: bool = False,
-) -> LolaLlamaConfig:
+) -> DecoderConfig:
     """Write a LoLA checkpoint with the weights of a base and identity feature maps.
 
     The maps are LoLCATs' starting point: `W = eye(d, F)` for every head, in the dtype of the
-    layer's `q_proj`, and window factors of -2.197 (g = 0.1) in float32. At most one safetensors
-    file of the base is held in memory.
+    layer's output projection, and window factors of -2.197 (g = 0.1) in float32. At most one
+    safetensors file of the base is held in memory.
 
     Args:
-        base: a Llama, Mistral, Qwen2 or Qwen3 directory, sharded or not, embeddings tied or not.
+        base: the directory of a decoder (`families.py`), sharded or not, embeddings tied or not.
         out: where the checkpoint goes; it is written completely or not at all.
         config_overrides: keys of `lola_config` to set; others keep LoLA's defaults, but for
             `context_shift`, a quarter of the base's trained length.
@@ -63,21 +64,20 @@ def init_checkpoint(
     """
     config_json = _config_json(base, config_overrides, state_heads)
     config = parse_config(base, config_json)
-    assert isinstance(config.head_dim, int) and isinstance(config.num_key_value_heads, int)
     heads = config.num_key_value_heads if state_heads == "kv" else config.num_attention_heads
     config.facts = TensorFacts(config.head_dim, heads)
     expected = expected_tensors(config)
     # The base is checked before gigabytes are copied, and the result before it is moved to `out`.
     check_base_weights(base, expected)
 
-    def identity(prefix: str, q_proj: torch.Tensor) -> dict[str, torch.Tensor]:
-        return _identity_maps(prefix, expected, q_proj.dtype)
+    def identity(prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return _identity_maps(prefix, expected, dtype)
 
     with staged_directory(out, force=force, inputs=[base]) as staging:
         write_config(staging, config_json)
         copy_companions(base, staging)
         write_weights(base, staging, expected, identity)
-        check_tensors(expected, read_shapes(staging))
+        check_tensors(expected, base_left_out(config, read_shapes(staging)))
     return config
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_vllm.models.files import CheckpointError, open_weights
-from lola_vllm.models.schema import Shape, expected_tensors
+from lola_vllm.models.schema import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lola_vllm.core.config import LolaLlamaConfig
+    from lola_vllm.core.config import DecoderConfig
 
 MAP_Q = "self_attn.feature_map_q"
 MAP_K = "self_attn.feature_map_k"
@@ -34,7 +34,8 @@ _NAME = re.compile(r"(?:|model\.|model\.model\.|base_model\.model\.model\.)layer
 _MAP = re.compile(r"(self_attn\.feature_map_[qk])(?:\.mlp\.layer)?")
 _FACTORS = re.compile(r"self_attn\.window_factors?")
 _LORA = re.compile(
-    r"((?:self_attn\.[qkvo]|mlp\.(?:gate|up|down))_proj\.lora_[AB])(?:\.default)?\.weight"
+    r"((?:self_attn\.(?:(?:[qkvo]|qkv|out)_proj|dense)|mlp\.(?:gate|up|down)_proj)\.lora_[AB])"
+    r"(?:\.default)?\.weight"
 )
 
 
@@ -101,7 +102,7 @@ class Lora:
     rank: int
 
 
-def read_distill(path: Path, config: LolaLlamaConfig) -> Maps:
+def read_distill(path: Path, config: DecoderConfig) -> Maps:
     """Read a LoLCATs distill file and check it against a base model.
 
     The file may hold adapters as well, as LoLCATs publishes its 70B and 405B. They are left to
@@ -130,7 +131,7 @@ def read_distill(path: Path, config: LolaLlamaConfig) -> Maps:
     return Maps(_canonical(file, kinds), F, Hs, has_lora=_has_lora(whole))
 
 
-def read_lora(path: Path, config: LolaLlamaConfig, maps: Maps) -> Lora:
+def read_lora(path: Path, config: DecoderConfig, maps: Maps, linears: Mapping[str, Shape]) -> Lora:
     """Read a LoRA file and check it against a base model.
 
     Feature maps in it (LoLCATs can go on training them in the second stage) must have the shapes
@@ -138,7 +139,7 @@ def read_lora(path: Path, config: LolaLlamaConfig, maps: Maps) -> Lora:
 
     Args:
         path: `.safetensors`, else a `torch.save` file.
-        config: the base's. maps: what `read_distill` returned.
+        config: the base's. maps: what `read_distill` returned. linears: shapes of its weights.
 
     Raises:
         CheckpointError: as `read_distill`.
@@ -147,9 +148,11 @@ def read_lora(path: Path, config: LolaLlamaConfig, maps: Maps) -> Lora:
     # Any linear may have an adapter, but a linear that has one must have one in every layer.
     modules = list(dict.fromkeys(k.rpartition(".")[0] for k in file.kinds if ".lora_" in k))
     shapes: dict[str, Shape] = {}
-    linears = expected_tensors(config)
     for module in modules:
-        out_size, in_size = linears[f"model.layers.0.{module}.weight"]
+        weight = linears.get(f"model.layers.0.{module}.weight")
+        if weight is None:
+            raise CheckpointError(f"{path}: adapters of {module}, and the base has no such layer")
+        out_size, in_size = weight
         rank = _rank(file, module)
         shapes[f"{module}.lora_A"] = (rank, in_size)
         shapes[f"{module}.lora_B"] = (out_size, rank)
@@ -257,13 +260,13 @@ def _key(name: str) -> tuple[int, str] | None:
     return (layer, FACTORS) if _FACTORS.fullmatch(rest) else None
 
 
-def _map_shapes(config: LolaLlamaConfig, Hs: int, F: int) -> dict[str, Shape]:
+def _map_shapes(config: DecoderConfig, Hs: int, F: int) -> dict[str, Shape]:
     Hq, d = config.num_attention_heads, config.head_dim
     assert isinstance(d, int)
     return {MAP_Q: (Hq, d, F), MAP_K: (Hs, d, F), FACTORS: (Hq,)}
 
 
-def _is_head_count(Hs: int, config: LolaLlamaConfig) -> bool:
+def _is_head_count(Hs: int, config: DecoderConfig) -> bool:
     """Whether key maps can have so many heads; see `LolaConfig.check_heads`."""
     Hq, Hkv = config.num_attention_heads, config.num_key_value_heads
     return Hs > 0 and Hq % Hs == 0 and Hs % (Hkv or Hq) == 0
@@ -296,7 +299,7 @@ def _canonical(file: LayerTensors, kinds: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _check(
-    file: LayerTensors, shapes: Mapping[str, Shape], config: LolaLlamaConfig, hint: str = ""
+    file: LayerTensors, shapes: Mapping[str, Shape], config: DecoderConfig, hint: str = ""
 ) -> None:
     """Raise unless the file has each kind, in its shape and finite, for each layer, and no more."""
     layers = range(config.num_hidden_layers)
@@ -361,7 +364,7 @@ def _fitting_model(file: LayerTensors) -> str:
     return f"it fits a model with {', '.join([f'{file.num_layers} layers', *facts])}"
 
 
-def _describe_base(config: LolaLlamaConfig) -> str:
+def _describe_base(config: DecoderConfig) -> str:
     return (
         f"the base has {config.num_hidden_layers} layers, {config.num_attention_heads} query heads "
         f"of size {config.head_dim}, {config.num_key_value_heads} KV heads, hidden size "

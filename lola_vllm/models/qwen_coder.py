@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.models.gguf import read_gguf
 from lola_vllm.models.hub import PinnedModel, write_hub_base
@@ -65,7 +65,7 @@ def build_qwen_coder(
     out: Path,
     hub: bool = False,
     **options: Unpack[BuildOptions],
-) -> LolaLlamaConfig:
+) -> DecoderConfig:
     """Download Qwen2.5-Coder-0.5B-Instruct and write it as a LoLA checkpoint.
 
     Args:

@@ -11,30 +11,30 @@ from pathlib import Path
 
 _CONFIG, _MODEL = "configuration_lola", "modeling_lola"
 AUTO_MAP = {
-    "AutoConfig": f"{_CONFIG}.LolaLlamaConfig",
-    "AutoModelForCausalLM": f"{_MODEL}.LolaLlamaForCausalLM",
+    "AutoConfig": f"{_CONFIG}.DecoderConfig",
+    "AutoModelForCausalLM": f"{_MODEL}.LolaForCausalLM",
 }
 _SOURCES = {
     _CONFIG: '''"""LoLA's config for transformers: that of the package lola-vllm, if it is there."""
 
 try:
-    from lola_vllm.core.config import LolaLlamaConfig
+    from lola_vllm.core.config import DecoderConfig
 except ImportError:  # enough for a tokenizer; the model needs the package
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig
 
-    class LolaLlamaConfig(LlamaConfig):
-        """A Llama's config with `lola_config` as it stands in the file."""
+    class DecoderConfig(PreTrainedConfig):
+        """The fields as they stand in the file."""
 
-        model_type = "lola_llama"
+        model_type = "lola"
 
 
-__all__ = ["LolaLlamaConfig"]
+__all__ = ["DecoderConfig"]
 ''',
     _MODEL: '''"""LoLA attention for transformers: the code is in the package lola-vllm."""
 
-from lola_vllm.engine.hf import LolaLlamaForCausalLM
+from lola_vllm.engine.hf import LolaForCausalLM
 
-__all__ = ["LolaLlamaForCausalLM"]
+__all__ = ["LolaForCausalLM"]
 ''',
 }
 

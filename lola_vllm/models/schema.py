@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from lola_vllm.models.files import CheckpointError, read_shapes, weight_files
 
 if TYPE_CHECKING:
-    from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
+    from lola_vllm.core.config import DecoderConfig, TensorFacts
 
 LOLA_TENSORS = ("feature_map_q", "feature_map_k", "window_factors")
 WINDOW_FACTOR_INIT = -2.1972245773362196  # sigmoid of it is 0.1, where LoLCATs starts training
@@ -32,8 +32,9 @@ _QK_NORMS = (".self_attn.q_norm.weight", ".self_attn.k_norm.weight")
 Shape = tuple[int, ...]
 
 
-def expected_tensors(config: LolaLlamaConfig) -> dict[str, Shape]:
-    """Every tensor that a checkpoint of this config must have, in the order of the layers.
+def expected_tensors(config: DecoderConfig) -> dict[str, Shape]:
+    """Every tensor that a checkpoint of this config must have, in the order of the layers; of a
+    base that is no Llama (`DecoderConfig.is_llama`) LoLA's own tensors.
 
     Args:
         config: the whole `config.json`; `head_dim` counts, not `hidden_size / num_attention_heads`.
@@ -50,17 +51,29 @@ def expected_tensors(config: LolaLlamaConfig) -> dict[str, Shape]:
     facts = config.facts
     hidden, inner, d = config.hidden_size, config.intermediate_size, config.head_dim
     Hq, Hkv, F = config.num_attention_heads, config.num_key_value_heads, facts.feature_dim
-    assert isinstance(d, int) and isinstance(Hkv, int)  # LlamaConfig fills both in
     config.lola.check_heads(Hq, Hkv, facts.num_state_heads)
+    maps: dict[str, Shape] = {
+        "self_attn.feature_map_q": (Hq, d, F),
+        "self_attn.feature_map_k": (facts.num_state_heads, d, F),
+        "self_attn.window_factors": (Hq,),
+        **({"self_attn.importance": (Hkv, importance_size(d))} if facts.importance else {}),
+    }
+    if not config.is_llama:
+        return {
+            f"model.layers.{i}.{name}": shape
+            for i in range(config.num_hidden_layers)
+            for name, shape in maps.items()
+        }
 
+    mlp_bias = getattr(config, "mlp_bias", False)
     linears = {
         "self_attn.q_proj": ((Hq * d, hidden), config.qkv_bias),
         "self_attn.k_proj": ((Hkv * d, hidden), config.qkv_bias),
         "self_attn.v_proj": ((Hkv * d, hidden), config.qkv_bias),
-        "self_attn.o_proj": ((hidden, Hq * d), config.attention_bias),
-        "mlp.gate_proj": ((inner, hidden), config.mlp_bias),
-        "mlp.up_proj": ((inner, hidden), config.mlp_bias),
-        "mlp.down_proj": ((hidden, inner), config.mlp_bias),
+        "self_attn.o_proj": ((hidden, Hq * d), getattr(config, "attention_bias", False)),
+        "mlp.gate_proj": ((inner, hidden), mlp_bias),
+        "mlp.up_proj": ((inner, hidden), mlp_bias),
+        "mlp.down_proj": ((hidden, inner), mlp_bias),
     }
     layer: dict[str, Shape] = {}
     for name, (shape, has_bias) in linears.items():
@@ -70,10 +83,7 @@ def expected_tensors(config: LolaLlamaConfig) -> dict[str, Shape]:
     if config.qk_norm:
         layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
     layer |= {
-        "self_attn.feature_map_q": (Hq, d, F),
-        "self_attn.feature_map_k": (facts.num_state_heads, d, F),
-        "self_attn.window_factors": (Hq,),
-        **({"self_attn.importance": (Hkv, importance_size(d))} if facts.importance else {}),
+        **maps,
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
@@ -115,7 +125,7 @@ def facts_of(shapes: Mapping[str, Sequence[int]]) -> TensorFacts | None:
     return None
 
 
-def settle_facts(config: LolaLlamaConfig, model: str | Path, revision: str | None = None) -> None:
+def settle_facts(config: DecoderConfig, model: str | Path, revision: str | None = None) -> None:
     """Set `config.facts` from a model's tensors, unless somebody has; see `read_facts`."""
     if not config.has_facts:
         found = read_facts(model, revision)
@@ -146,6 +156,16 @@ def _hub_shapes(name: str | Path, revision: str | None) -> dict[str, tuple[int, 
         for file in found.files_metadata.values()
         for tensor, info in file.tensors.items()
     }
+
+
+def base_left_out(
+    config: DecoderConfig, found: Mapping[str, Sequence[int]]
+) -> Mapping[str, Sequence[int]]:
+    """The tensors that `expected_tensors` speaks of: all of a Llama, else LoLA's own."""
+    if config.is_llama:
+        return found
+    ours = (*LOLA_TENSORS, IMPORTANCE)
+    return {name: shape for name, shape in found.items() if name.endswith(ours)}
 
 
 def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[int]]) -> None:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.models.calibration import apply_calibration, load_calibration
 from lola_vllm.models.convert import convert_checkpoint
 from lola_vllm.models.files import CheckpointError
@@ -65,7 +65,7 @@ def build_shipped(
     calibrated: bool = True,
     weights: Weights | None = None,
     force: bool = False,
-) -> LolaLlamaConfig:
+) -> DecoderConfig:
     """Unpack a base and write it as a LoLA checkpoint.
 
     Args:

@@ -25,7 +25,7 @@ def make_checkpoint(directory, family):
     make_base(directory / "base", family)
     init_checkpoint(directory / "base", directory / "init", LOLA, "query")
     model = AutoModelForCausalLM.from_pretrained(directory / "init").eval()
-    assert isinstance(model, lola_vllm.engine.hf.LolaLlamaForCausalLM)
+    assert isinstance(model, lola_vllm.engine.hf.LolaForCausalLM)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "feature_map" in name:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import EngineArgs
 
-from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig, TensorFacts
+from lola_vllm.core.config import LolaConfigError, TensorFacts, config_class
 from lola_vllm.core.sizing import GIB, GPU_BYTES, RANK_BYTES, SERVER_BYTES
 from lola_vllm.engine.vllm import config_hook
 from lola_vllm.engine.vllm.cache import describe_pool
@@ -248,7 +248,7 @@ def test_a_bfloat16_model_runs(tiny):
     ],
 )
 def test_heads_must_divide_among_the_ranks(heads, kv_heads, state_heads, tp_size, ok):
-    config = LolaLlamaConfig(
+    config = config_class("llama")(
         hidden_size=16 * heads, num_attention_heads=heads, num_key_value_heads=kv_heads
     )  # fmt: skip
     config.facts = TensorFacts(16, state_heads)
@@ -260,7 +260,7 @@ def test_heads_must_divide_among_the_ranks(heads, kv_heads, state_heads, tp_size
 
 
 def test_ranks_must_not_part_a_shared_sparse_set():
-    config = LolaLlamaConfig(
+    config = config_class("llama")(
         hidden_size=512, num_attention_heads=32, num_key_value_heads=8,
         lola_config={"sparse_sharing": "kv_head"},
     )  # fmt: skip

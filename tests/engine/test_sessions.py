@@ -332,10 +332,10 @@ def test_transformers_and_the_server_read_each_others_files(tiny, cold, tmp_path
     import torch
     from transformers import AutoConfig
 
-    from lola_vllm.engine.hf import LolaCache, LolaLlamaForCausalLM
+    from lola_vllm.engine.hf import LolaCache, LolaForCausalLM
     from lola_vllm.memory.sessions import StateFileError
 
-    model = LolaLlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = LolaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     whole = cold.text + cold.first
     with engine(tiny, **BASE, **store_options(tmp_path)) as llm, torch.no_grad():
         ask(llm, cold.text, save="here")

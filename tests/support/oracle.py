@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.reference import lola_attention
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
@@ -27,7 +27,7 @@ class Oracle:
     """log-probabilities `[T, vocab]` of a LoLA checkpoint directory, in float64."""
 
     def __init__(self, directory: Path) -> None:
-        config = LolaLlamaConfig.from_pretrained(directory)
+        config = DecoderConfig.from_pretrained(directory)
         fields = {
             k: v for k, v in config.to_dict().items() if k not in ("lola_config", "model_type")
         }

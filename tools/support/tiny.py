@@ -43,7 +43,6 @@ def make_tiny(
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
-        architectures=["LolaLlamaForCausalLM"],
     )
     tensors = LlamaForCausalLM(config).state_dict()
     for i in range(layers):
@@ -55,7 +54,9 @@ def make_tiny(
             tensors[f"{attn}.importance"] = torch.randn(kv_heads, importance_size(head_dim)) * 0.3
     out.mkdir(parents=True, exist_ok=True)
     fields = config.to_dict() | {
-        "model_type": "lola_llama",
+        "model_type": "lola",
+        "base_model_type": "llama",
+        "architectures": ["LolaLlamaForCausalLM"],
         "lola_config": lola_config,
     }
     (out / "config.json").write_text(json.dumps(fields, indent=1))

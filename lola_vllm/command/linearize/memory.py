@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 
 
 class TrainedRow(NamedTuple):
@@ -17,7 +17,7 @@ class TrainedRow(NamedTuple):
     interval: int
 
 
-def parameters(config: LolaLlamaConfig) -> int:
+def parameters(config: DecoderConfig) -> int:
     """Of the base."""
     d, D = int(config.head_dim or 0), config.hidden_size
     kv_heads = config.num_key_value_heads or config.num_attention_heads
@@ -28,7 +28,7 @@ def parameters(config: LolaLlamaConfig) -> int:
 
 
 def activation_bytes(
-    config: LolaLlamaConfig, rows: Iterable[TrainedRow], *, window: int, width: int, whole: bool
+    config: DecoderConfig, rows: Iterable[TrainedRow], *, window: int, width: int, whole: bool
 ) -> int:
     """What the gradient of the largest row needs, about.
 

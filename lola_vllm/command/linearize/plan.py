@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lola_vllm.command.linearize.memory import parameters
 from lola_vllm.command.linearize.recipe import Recipe, state_bytes
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.copying import ENOUGH, REPEATED
 from lola_vllm.training.calibrate.run import COPYING_PROMPTS, TRIED_PROMPTS
@@ -118,7 +118,7 @@ def scale_to(hours: float, seconds_of: Callable[[float], float]) -> float:
     return low
 
 
-def peak_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
+def peak_bytes(config: DecoderConfig, recipe: Recipe) -> int:
     """Memory of the largest stage, about."""
     d, heads = int(config.head_dim or 0), config.num_attention_heads
     kv_heads = config.num_key_value_heads or heads
@@ -134,16 +134,14 @@ def peak_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
     return max(transfer, lora, 4 * weights + read)
 
 
-def disk_bytes(config: LolaLlamaConfig, recipe: Recipe) -> int:
+def disk_bytes(config: DecoderConfig, recipe: Recipe) -> int:
     """What the working directory takes at most, and the model, about."""
     hidden = 2 * recipe.train.rows * recipe.train.row_length * config.hidden_size
     hidden *= 2 if recipe.train.dtype == "bfloat16" else 4
     return hidden + 4 * 2 * parameters(config)  # models of stages, in bfloat16
 
 
-def format_plan(
-    base: Path, config: LolaLlamaConfig, recipe: Recipe, speed: Speed, kinds: int
-) -> str:
+def format_plan(base: Path, config: DecoderConfig, recipe: Recipe, speed: Speed, kinds: int) -> str:
     """The text that `--dry-run` prints."""
     tokens, seconds = stage_tokens(recipe, kinds), stage_seconds(recipe, speed, kinds)
     lines = [f"{'stage':26}  {'tokens':>10}  {'hours':>6}"]

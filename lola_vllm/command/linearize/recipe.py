@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from lola_vllm.command.linearize.memory import TrainedRow, activation_bytes
-from lola_vllm.core.config import LolaConfig, LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig, LolaConfig
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.copying import LEAST_DISTANCE, PASSAGE, REPEATED
 from lola_vllm.training.calibrate.options import CalibrateOptions
@@ -78,7 +78,7 @@ class Recipe:
         """Of a KV head, on average."""
         return self.calibrate.pairs + self.calibrate.recent
 
-    def activation_bytes(self, config: LolaLlamaConfig, *, whole: bool) -> int:
+    def activation_bytes(self, config: DecoderConfig, *, whole: bool) -> int:
         """Return what `memory.activation_bytes` says of the rows of stage 2."""
         window = self.train_on.lola_config["window_size"]
         last = self.train.lora_last_row_length or self.train.lora_row_length

@@ -22,7 +22,7 @@ from lola_vllm.models.staging import check_output, staged_directory
 from lola_vllm.training.distill.state import default_work
 
 if TYPE_CHECKING:
-    from lola_vllm.core.config import LolaLlamaConfig
+    from lola_vllm.core.config import DecoderConfig
     from lola_vllm.training.distill.options import DistillOptions
 
 TRAINING, ON, RESULTS = "training", "training-on", "eval"
@@ -46,7 +46,7 @@ def linearize(
     force: bool = False,
     dry_run: bool = False,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
-) -> LolaLlamaConfig | None:
+) -> DecoderConfig | None:
     """Make a LoLA model of a base.
 
     Args:
@@ -134,7 +134,7 @@ def _stage(
 
 def _plan(
     base: Path,
-    config: LolaLlamaConfig,
+    config: DecoderConfig,
     text_bytes: int,
     kinds: int,
     hours: float | None,
@@ -319,7 +319,7 @@ def _free_memory() -> int:
 
 
 def _check_room(
-    config: LolaLlamaConfig, made: Recipe, work: Path, say: Callable[[str], None]
+    config: DecoderConfig, made: Recipe, work: Path, say: Callable[[str], None]
 ) -> None:
     """Say where memory or disk may not do."""
     parent = next(path for path in [work, *work.resolve().parents] if path.exists())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lola_vllm.core.config import LolaLlamaConfig
+    from lola_vllm.core.config import DecoderConfig
 
 # Tokens of a sequence: pages and ops count positions in 32 bits.
 MAX_LENGTH = 2**31 - 1
@@ -48,7 +48,7 @@ class ShiftSchedule:
     bucket_start: int = 0
 
     @classmethod
-    def of(cls, config: LolaLlamaConfig) -> ShiftSchedule | None:
+    def of(cls, config: DecoderConfig) -> ShiftSchedule | None:
         """That of a model; None where contexts do not shift.
 
         Keys are rotated by half of the trained length before they are folded, and the bucket of old

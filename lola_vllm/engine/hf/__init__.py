@@ -5,20 +5,11 @@ with a cache runs the serving ops on state pages. A forward without a cache runs
 `lola_vllm.core.ops.differentiable`, which has gradients and computes the same.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from lola_vllm.core.config import MODEL_TYPE, LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.engine.hf.cache import LolaCache
-from lola_vllm.engine.hf.modeling import LolaLlamaForCausalLM, LolaLlamaModel
+from lola_vllm.engine.hf.modeling import LolaForCausalLM
 from lola_vllm.engine.hf.tokens import LolaModelError
 
-AutoConfig.register(MODEL_TYPE, LolaLlamaConfig, exist_ok=True)
-AutoModelForCausalLM.register(LolaLlamaConfig, LolaLlamaForCausalLM, exist_ok=True)
+DecoderConfig.register()
 
-__all__ = [
-    "LolaCache",
-    "LolaLlamaConfig",
-    "LolaLlamaForCausalLM",
-    "LolaLlamaModel",
-    "LolaModelError",
-]
+__all__ = ["DecoderConfig", "LolaCache", "LolaForCausalLM", "LolaModelError"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.core.ops import (
     DecodeBatch,
     LayerState,
@@ -21,7 +21,7 @@ from lola_vllm.core.ops import (
     choose_backend,
     context_shift,
 )
-from lola_vllm.core.ops.compose import ComposeError
+from lola_vllm.core.ops.compose import ComposeError, Composer
 from lola_vllm.core.state import LayerLayout, SequenceLayout
 from lola_vllm.engine.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.memory.sessions.cipher import StateKey
@@ -33,10 +33,12 @@ from lola_vllm.models.schema import settle_facts
 
 
 class ComposingModel(Protocol):
-    """What `LolaCache.compose` asks of a model: its config, and a body that has `composer`."""
+    """What `LolaCache.compose` asks of a model."""
 
-    config: LolaLlamaConfig
-    model: Any
+    config: DecoderConfig
+
+    def composer(self, sequence: SequenceLayout) -> Composer:
+        """What composes its states."""
 
 
 class LolaCacheLayer(CacheLayerMixin):
@@ -45,16 +47,18 @@ class LolaCacheLayer(CacheLayerMixin):
     Attributes:
         num_tokens: `[B]` int64 in host memory, tokens that each page has seen.
         num_columns: columns that each row has seen, padding included: transformers' length.
+        is_read: whether a LoLA model's forward runs with this cache.
         query_hook: sees the queries of each forward, `[B, Q, Hq, d]` after RoPE; None: nobody does.
     """
 
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, config: LolaLlamaConfig, index: int) -> None:
+    def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         self.config = config
         self.lola = config.lola.for_layer(index)
+        self.is_read = False
         self.query_hook: Callable[[Tensor], None] | None = None
         self.reset()
 
@@ -139,13 +143,19 @@ class LolaCacheLayer(CacheLayerMixin):
             context_shift.prefill(ops.prefill, layer, *rows, segments, out, shift=ops.shift)
         return tokens.unpack(out.to(q.dtype), q)
 
-    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Not supported, because a page is not a list of keys and values.
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """transformers' call before attention: the new pairs alone, which `attend` writes.
 
         Raises:
-            LolaModelError: always.
+            LolaModelError: no LoLA model calls. Its attention would see the new pairs alone.
         """
-        raise LolaModelError("LolaCache serves LoLA models only; other models need a DynamicCache")
+        if not self.is_read:
+            raise LolaModelError(
+                "LolaCache serves LoLA models only; other models need a DynamicCache"
+            )
+        return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(columns of a mask over everything seen and the new ones, 0)."""
@@ -203,7 +213,7 @@ class LolaCache(Cache):
 
     layers: list[LolaCacheLayer]  # type: ignore[assignment]  # narrower than transformers'
 
-    def __init__(self, config: LolaLlamaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         if config.name_or_path:
             settle_facts(config, config.name_or_path)  # a config that no model has seen
         layers = range(config.num_hidden_layers)
@@ -263,7 +273,7 @@ class LolaCache(Cache):
         composed.composed = len(read) > 1 or read[0].composed
         rows = [cache.rows()[0] for cache in read]
         lengths = [int(cache.layers[0].num_tokens) for cache in read]
-        row, n = model.model.composer(sequence).compose(rows, lengths)
+        row, n = model.composer(sequence).compose(rows, lengths)
         for layer, like, page in zip(
             composed.layers, read[0].layers, sequence.pages(row[None]), strict=True
         ):
@@ -325,7 +335,7 @@ class LolaCache(Cache):
     def load(
         cls,
         path: str | Path,
-        config: LolaLlamaConfig,
+        config: DecoderConfig,
         device: torch.device | str = "cpu",
         key: StateKey | None = None,
     ) -> tuple[LolaCache, Tensor]:
@@ -343,9 +353,7 @@ class LolaCache(Cache):
         found = read_state(Path(path), key=key)
         cache = cls(config)
         cache.composed = found.header.composed is not None
-        heads = config.num_key_value_heads
-        assert heads is not None  # LlamaConfig fills it in
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, size = config.num_key_value_heads, config.head_dim
         # A dtype that torch has not is told as another one than the model's.
         dtype = getattr(torch, found.header.fingerprint.get("dtype", ""), torch.float32)
         for layer in cache.layers:

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from lola_vllm.engine.hf.cache import LolaCache
-from lola_vllm.engine.hf.modeling import LolaLlamaForCausalLM
+from lola_vllm.engine.hf.modeling import LolaForCausalLM
 from lola_vllm.memory.documents.keys import queries_in, reading_heads
 
 
 @torch.no_grad()
-def queries_of(
-    model: LolaLlamaForCausalLM, after: LolaCache, question: Sequence[int]
-) -> list[Tensor]:
+def queries_of(model: LolaForCausalLM, after: LolaCache, question: Sequence[int]) -> list[Tensor]:
     """What a question asks with in each reading head, as if its first token stood at position 0.
 
     Args:
@@ -63,7 +61,7 @@ def queries_of(
     ids = torch.tensor([list(question)], device=model.device)
     with suppress(_AllSeen):
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return queries_in(after.sequence, seen, n, model.model.rope_table())
+    return queries_in(after.sequence, seen, n, model.rope_table())
 
 
 class _AllSeen(Exception):

@@ -1,15 +1,14 @@
 """The attention layer of a LoLA model in vLLM: owns weights and page views, and calls the ops.
 
-One decode step, top to bottom: qkv projection and RoPE (compiled with the rest of the model) ->
-`torch.ops.lola.attention`, where vLLM splits its graph -> the back end's decode and prefill ops,
-which work in place on the pages -> output projection.
+One decode step, top to bottom: projections and RoPE, which are the decoder's own (compiled with the
+rest of the model) -> `torch.ops.lola.attention`, where vLLM splits its graph -> the back end's
+decode and prefill ops, which work in place on the pages -> output projection.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +18,14 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.model_executor.layers.quantization import QuantizationConfig
-from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
-from lola_vllm.core.config import LolaLlamaConfig, importance_size
+from lola_vllm.core.config import importance_size
 from lola_vllm.core.ops import Backend, LayerState, LolaWeights, choose_backend, context_shift
 from lola_vllm.core.ops.compose import Composer
 from lola_vllm.core.ops.key_rotation import KeyRotation
@@ -38,86 +33,54 @@ from lola_vllm.core.ops.rope_table import RopeTable
 from lola_vllm.core.ops.self_check import serving_backend
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.engine.vllm.backend import LolaMetadata, check_capture
-from lola_vllm.engine.vllm.cache import first_layer, head_dim, sequence_layout, state_spec
-from lola_vllm.engine.vllm.compat import BACKEND_NAME, rope_rows
+from lola_vllm.engine.vllm.cache import (
+    first_layer,
+    lola_hf_config,
+    sequence_layout,
+    state_spec,
+)
+from lola_vllm.engine.vllm.compat import BACKEND_NAME
+from lola_vllm.models import rope
 
 OP = "lola::attention"
 
 
 class LolaAttention(nn.Module, MambaBase):
-    """Multi-head LoLA attention with the interface of vLLM's `LlamaAttention`.
+    """LoLA attention behind a decoder's projections, norms and RoPE.
 
-    Parameters (this rank's heads): `qkv_proj`, `o_proj`, `feature_map_q [Hq, d, F]`,
-    `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (float32, before the sigmoid); `q_norm` and
-    `k_norm` where the config has `qk_norm`; `importance [Hkv, d // 2 + d + 1]` (float32) where
-    the checkpoint has it, else None.
+    Parameters (this rank's heads): `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and
+    `window_factors [Hq]` (float32, before the sigmoid); `importance [Hkv, d // 2 + d + 1]`
+    (float32) where the checkpoint has it, else None.
     """
 
-    def __init__(
-        self,
-        config: LolaLlamaConfig,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        max_position_embeddings: int = 8192,
-        quant_config: QuantizationConfig | None = None,
-        bias: bool = False,
-        bias_o_proj: bool = False,
-        prefix: str = "",
-        **_: Any,  # cache_config and attn_type: vLLM's own caches, which this layer has none of
-    ) -> None:
+    def __init__(self, prefix: str) -> None:
         super().__init__()
         vllm_config = get_current_vllm_config()
+        config = lola_hf_config(vllm_config)
         self.prefix = prefix
         self.lola = config.lola
         self.schedule = ShiftSchedule.of(config)
         self.trained_length = int(config.max_position_embeddings)
-        tp_size = get_tensor_model_parallel_world_size()
         self.sequence = sequence_layout(vllm_config, get_tensor_model_parallel_rank())
         self.index = extract_layer_index(prefix) - first_layer(vllm_config)  # on the rank
         self.layout = self.sequence.layers[self.index]
-        self.num_heads = num_heads // tp_size
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.num_heads = heads // get_tensor_model_parallel_world_size()
         self.num_kv_heads = self.layout.num_kv_heads
-        self.head_dim = head_dim(config)
-
-        self.qkv_proj = QKVParallelLinear(
-            hidden_size=hidden_size,
-            head_size=self.head_dim,
-            total_num_heads=num_heads,
-            total_num_kv_heads=num_kv_heads,
-            bias=bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.qkv_proj",
-        )
-        self.o_proj = RowParallelLinear(
-            input_size=num_heads * self.head_dim,
-            output_size=hidden_size,
-            bias=bias_o_proj,
-            quant_config=quant_config,
-            prefix=f"{prefix}.o_proj",
-        )
-        self.qk_norm = config.qk_norm
-        if self.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.rotary_emb = get_rope(
-            self.head_dim,
-            max_position=max_position_embeddings,
-            rope_parameters=getattr(config, "rope_parameters", None),
-            is_neox_style=True,
-        )
+        self.head_dim = config.head_dim
         facts = config.facts
         map_shape = (self.head_dim, facts.feature_dim)
-        self.feature_map_q = _head_parameter(self.num_heads, map_shape, num_heads)
+        self.feature_map_q = _head_parameter(self.num_heads, map_shape, heads)
         self.feature_map_k = _head_parameter(
             self.layout.num_state_heads, map_shape, facts.num_state_heads
         )
-        self.window_factors = _head_parameter(self.num_heads, (), num_heads, torch.float32)
+        self.window_factors = _head_parameter(self.num_heads, (), heads, torch.float32)
         self.importance: nn.Parameter | None = None
         if facts.importance:
             shape = (importance_size(self.head_dim),)
-            self.importance = _head_parameter(self.num_kv_heads, shape, num_kv_heads, torch.float32)
+            self.importance = _head_parameter(self.num_kv_heads, shape, kv_heads, torch.float32)
 
+        self.has_rope = True
         self.kv_cache = (torch.tensor([]),)
         self.state: LayerState | None = None
         self.ops: Backend  # with the state
@@ -142,19 +105,19 @@ class LolaAttention(nn.Module, MambaBase):
         if compilation.splitting_ops is not None and OP not in compilation.splitting_ops:
             compilation.splitting_ops.append(OP)
 
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """positions `[T]`, hidden_states `[T, hidden_size]` -> `[T, hidden_size]`."""
-        qkv, _ = self.qkv_proj(hidden_states)
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
-        if self.qk_norm:
-            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-        q, k = self.rotary_emb(positions, q, k)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q `[T, Hq * d]`, k and v `[T, Hkv * d]`, q and k after RoPE -> `[T, Hq * d]`."""
         attended = torch.empty_like(q)
         torch.ops.lola.attention(q, k, v, attended, self.prefix)
-        output, _ = self.o_proj(attended)
-        return output
+        return attended
+
+    def rope_rows(self, positions: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin `[n, R / 2]` of RoPE at positions, as `KeyRotation.of_table` has them.
+
+        Raises:
+            LolaConfigError: RoPE has several tables, by the length of a context.
+        """
+        raise NotImplementedError
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, metadata: LolaMetadata) -> None:
         """Run a step's decodes and prefills: q, out `[T, Hq * d]`, k, v `[T, Hkv * d]`."""
@@ -219,8 +182,10 @@ class LolaAttention(nn.Module, MambaBase):
         rotation = None
         if self.schedule is not None:
             wide = torch.promote_types(self.layout.pages[0].kv_dtype, torch.float32)
-            table = rope_rows(self.rotary_emb, (0, self.schedule.interval)).to(pages.device, wide)
-            rotation = KeyRotation.of_table(self.schedule, *table.chunk(2, dim=-1))
+            cos, sin = self.rope_rows((0, self.schedule.interval), wide)
+            rotation = KeyRotation.of_table(
+                self.schedule, cos.to(pages.device), sin.to(pages.device)
+            )
         weights = LolaWeights.prepare(
             self.feature_map_q.data,
             self.feature_map_k.data,
@@ -264,7 +229,7 @@ def composer_of(layers: Sequence[LolaAttention]) -> Composer:
     """What composes states of a rank's layers, in host memory.
 
     Raises:
-        LolaConfigError: RoPE's table depends on the length of a context.
+        LolaConfigError: RoPE's table depends on the length of a context, or on the layer.
     """
     weights = [layer.state.weights for layer in layers if layer.state is not None]
     return Composer(layers[0].sequence, weights, rope_of(layers[0]))
@@ -274,11 +239,12 @@ def rope_of(layer: LolaAttention) -> RopeTable:
     """RoPE's angles in the trained length, in host memory and in the dtype of sums.
 
     Raises:
-        LolaConfigError: the table depends on the length of a context.
+        LolaConfigError: as `composer_of`.
     """
     wide = torch.promote_types(layer.layout.pages[0].kv_dtype, torch.float32)
-    table = rope_rows(layer.rotary_emb, range(layer.trained_length)).to("cpu", wide)
-    return RopeTable.of_rows(*table.chunk(2, dim=-1))
+    rows = layer.rope_rows(range(layer.trained_length), wide)
+    rope.check_one(len({x.has_rope for x in layer.sharing or [layer]}))
+    return RopeTable.of_rows(*(x.cpu() for x in rows))
 
 
 def _head_parameter(

@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.core.state import LayerLayout, SequenceLayout
 from lola_vllm.engine.vllm import compat
 
@@ -121,7 +121,7 @@ def row_bytes(vllm_config: VllmConfig) -> int:
 def layer_layouts(vllm_config: VllmConfig, tp_rank: int = 0) -> tuple[LayerLayout, ...]:
     """The pages of every layer of the model on one tensor-parallel rank."""
     config = lola_hf_config(vllm_config)
-    kv_heads = num_kv_heads(config)
+    kv_heads = config.num_key_value_heads
     kv_dtype = vllm_config.model_config.dtype
     assert isinstance(kv_dtype, torch.dtype)  # vLLM has resolved "auto" and other names
     tp_size = vllm_config.parallel_config.tensor_parallel_size
@@ -134,7 +134,7 @@ def layer_layouts(vllm_config: VllmConfig, tp_rank: int = 0) -> tuple[LayerLayou
             lola.for_layer(index),
             num_kv_heads=max(1, kv_heads // tp_size),
             num_state_heads=max(1, facts.num_state_heads // tp_size),
-            head_dim=head_dim(config),
+            head_dim=config.head_dim,
             feature_dim=facts.feature_dim,
             kv_dtype=kv_dtype,
             importance=facts.importance,
@@ -144,21 +144,9 @@ def layer_layouts(vllm_config: VllmConfig, tp_rank: int = 0) -> tuple[LayerLayou
     )
 
 
-def lola_hf_config(vllm_config: VllmConfig) -> LolaLlamaConfig:
+def lola_hf_config(vllm_config: VllmConfig) -> DecoderConfig:
     """The model's Hugging Face config, which is ours by its `model_type`."""
-    return cast(LolaLlamaConfig, vllm_config.model_config.hf_config)
-
-
-def num_kv_heads(config: LolaLlamaConfig) -> int:
-    """KV heads of the whole model."""
-    heads = config.num_key_value_heads
-    assert heads is not None  # LlamaConfig fills it in
-    return heads
-
-
-def head_dim(config: LolaLlamaConfig) -> int:
-    """Size of a head, stated or derived as Llama does."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return cast(DecoderConfig, vllm_config.model_config.hf_config)
 
 
 def state_spec(vllm_config: VllmConfig, **mamba_fields: Any) -> LolaStateSpec:

@@ -100,6 +100,8 @@ def register_length() -> None:
         def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
             """The default `--max-model-len`, and the field that it follows from."""
             config = self.hf_config
+            # vLLM takes a model whose layers are all called "full_attention" for no hybrid.
+            config.layer_types = None
             if not config.lola.context_shift:
                 return super().derive_max_model_len_and_key()
             # Up to this a user may go beyond the default. The config hook knows the limit.

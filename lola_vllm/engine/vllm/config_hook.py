@@ -54,7 +54,7 @@ WORKER_EXTENSION = "lola_vllm.serving.worker.LolaWorkerExtension"
 
 
 class LolaModelConfig(VerifyAndUpdateConfig):
-    """vLLM's hook for the architecture `LolaLlamaForCausalLM`."""
+    """vLLM's hook for LoLA's architectures."""
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:

@@ -1,4 +1,7 @@
-"""LolaLlamaForCausalLM: vLLM's Llama with its attention swapped for LoLA's.
+"""LolaLlamaForCausalLM: vLLM's own Llama with its attention swapped for LoLA's.
+
+It serves what `any_decoder.py` serves too, for the four families that are Llamas but for a bias or
+a norm: an eager decode step takes less time than through transformers' modules.
 
 Embedding, MLP, norms, head, tensor and pipeline parallelism, LoRA and quantized linears are
 vLLM's own. The class and its flags stay in this file: vLLM caches what it learns of a model by
@@ -7,22 +10,17 @@ the hash of the file that is named at registration.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import LlamaConfig
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
-from vllm.model_executor.layers.mamba.mamba_utils import (
-    MambaStateCopyFunc,
-    get_temporal_copy_spec,
-)
-from vllm.model_executor.models.interfaces import (
-    HasInnerState,
-    IsHybrid,
-    SupportsMambaPrefixCaching,
-)
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
@@ -30,23 +28,87 @@ from vllm.model_executor.models.llama import (
 )
 from vllm.sequence import IntermediateTensors
 
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
+from lola_vllm.engine.vllm import compat
 from lola_vllm.engine.vllm.attention import LolaAttention
-from lola_vllm.engine.vllm.cache import row_bytes
-from lola_vllm.models.files import CheckpointError
-from lola_vllm.models.schema import check_tensors, expected_tensors
+from lola_vllm.engine.vllm.interface import HasLolaState, Named, load_strictly
 
-logger = init_logger("vllm.lola")
+
+class LolaLlamaAttention(LolaAttention):
+    """LoLA attention with the projections and the interface of vLLM's `LlamaAttention`.
+
+    Parameters beside LoLA's: `qkv_proj`, `o_proj`; `q_norm` and `k_norm` where the config has
+    `qk_norm`.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        max_position_embeddings: int = 8192,
+        quant_config: QuantizationConfig | None = None,
+        bias: bool = False,
+        bias_o_proj: bool = False,
+        prefix: str = "",
+        **_: Any,  # cache_config and attn_type: vLLM's own caches, which this layer has none of
+    ) -> None:
+        super().__init__(prefix)
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size=hidden_size,
+            head_size=self.head_dim,
+            total_num_heads=num_heads,
+            total_num_kv_heads=num_kv_heads,
+            bias=bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            input_size=num_heads * self.head_dim,
+            output_size=hidden_size,
+            bias=bias_o_proj,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.rotary_emb = get_rope(
+            self.head_dim,
+            max_position=max_position_embeddings,
+            rope_parameters=getattr(config, "rope_parameters", None),
+            is_neox_style=True,
+        )
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """positions `[T]`, hidden_states `[T, hidden_size]` -> `[T, hidden_size]`."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
+        if self.qk_norm:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.o_proj(super().forward(q, k, v))
+        return output
+
+    def rope_rows(self, positions: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `LolaAttention.rope_rows`, from vLLM's own table."""
+        cos, sin = compat.rope_rows(self.rotary_emb, tuple(positions)).to(dtype).chunk(2, dim=-1)
+        return cos, sin
 
 
 class LolaDecoderLayer(LlamaDecoderLayer):
     """A Llama layer with LoLA attention."""
 
     def __init__(
-        self, vllm_config: VllmConfig, prefix: str = "", config: LolaLlamaConfig | None = None
+        self, vllm_config: VllmConfig, prefix: str = "", config: DecoderConfig | None = None
     ) -> None:
-        super().__init__(vllm_config, prefix, config, attn_layer_type=LolaAttention)
+        llama = cast(LlamaConfig, config)  # one of the four that vLLM's Llama takes
+        super().__init__(vllm_config, prefix, llama, attn_layer_type=LolaLlamaAttention)
 
 
 class LolaLlamaModel(LlamaModel):
@@ -60,7 +122,7 @@ class LolaLlamaModel(LlamaModel):
         layer_type: type[nn.Module] = LolaDecoderLayer,
     ) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
-        self.schedule = ShiftSchedule.of(cast(LolaLlamaConfig, self.config))
+        self.schedule = ShiftSchedule.of(cast(DecoderConfig, self.config))
 
     def forward(
         self,
@@ -78,13 +140,12 @@ class LolaLlamaModel(LlamaModel):
         )
 
 
-class LolaLlamaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
-    """A LoLA model. `IsHybrid` although no layer has per-token blocks: vLLM then keeps the state
-    right across prefix hits, and would under speculative decoding."""
+class LolaLlamaForCausalLM(LlamaForCausalLM, HasLolaState):
+    """A LoLA model whose base is a Llama but for biases of q, k, v or for norms of q and k."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=LolaDecoderLayer)
-        self.quantized = vllm_config.quant_config is not None
+        self.vllm_config = vllm_config
 
     def _init_model(
         self,
@@ -95,75 +156,6 @@ class LolaLlamaForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid, SupportsMa
         """vLLM's hook for another decoder."""
         return LolaLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
 
-    # vLLM types this by the states of its own models, which all have two or three dimensions; it
-    # only takes their product.
-    @classmethod
-    def get_mamba_state_shape_from_config(  # type: ignore[override]
-        cls, vllm_config: VllmConfig
-    ) -> tuple[tuple[int, ...], ...]:
-        """Shape of a state: one packed row with the pages of all layers."""
-        return ((row_bytes(vllm_config),),)
-
-    @classmethod
-    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        """Bytes."""
-        return (torch.uint8,)
-
-    @classmethod
-    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
-        """How vLLM copies a state at a block boundary: the whole row."""
-        return (get_temporal_copy_spec,)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load strictly.
-
-        Raises:
-            CheckpointError: tensors missing, unexpected, of the wrong shape, or not finite.
-        """
-        config = cast(LolaLlamaConfig, self.config)
-        expected = expected_tensors(config)
-        found: dict[str, tuple[int, ...]] = {}
-        packed: set[str] = set()
-        loaded = super().load_weights(
-            _good_tensors(weights, expected, found, packed if self.quantized else None)
-        )
-        check_tensors(
-            {n: s for n, s in expected.items() if not _is_packed(n, found, packed)}, found
-        )
-        if self.quantized and (unset := dict(self.named_parameters()).keys() - loaded):
-            # Some formats leave parameters at their defaults, so this alone is no fault.
-            logger.warning("The quantized checkpoint does not set: %s", ", ".join(sorted(unset)))
-        for module in self.modules():
-            if isinstance(module, LolaAttention):
-                module.weights_changed()
-        return loaded
-
-
-def _is_packed(name: str, found: dict[str, tuple[int, ...]], packed: set[str]) -> bool:
-    """Whether a quantized checkpoint has this weight in another form."""
-    return name not in found and name.endswith(".weight") and name.rpartition(".")[0] in packed
-
-
-def _good_tensors(
-    weights: Iterable[tuple[str, torch.Tensor]],
-    expected: dict[str, tuple[int, ...]],
-    found: dict[str, tuple[int, ...]],
-    packed: set[str] | None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass on what can be loaded; refuse what is not finite at once.
-
-    Notes in `found` every shape, so that all faults of a checkpoint are reported together. A
-    quantized checkpoint has tensors of names and shapes of its own, which vLLM checks: `packed`
-    takes the names of their modules.
-    """
-    for name, tensor in weights:
-        values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 cannot be asked
-        if tensor.is_floating_point() and not bool(values.isfinite().all()):
-            raise CheckpointError(f"{name}: holds values that are not finite (NaN or infinity)")
-        if packed is not None and (name not in expected or not tensor.is_floating_point()):
-            packed.add(name.rpartition(".")[0])
-            yield name, tensor
-            continue
-        found[name] = tuple(tensor.shape)
-        if expected.get(name) == found[name]:
-            yield name, tensor
+    def load_weights(self, weights: Iterable[Named]) -> set[str]:
+        """See `load_strictly`."""
+        return load_strictly(self, super().load_weights, weights, self.vllm_config)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lola_vllm.core.config import LolaLlamaConfig, heads_divide
+from lola_vllm.core.config import DecoderConfig, heads_divide
 from lola_vllm.core.ops.shift_schedule import MAX_LENGTH
 from lola_vllm.engine.vllm import connectors
-from lola_vllm.engine.vllm.cache import num_kv_heads
 from lola_vllm.engine.vllm.connectors import has_store
 from lola_vllm.models.files import open_weights, weight_files
 
@@ -140,9 +139,9 @@ def check_weight_files(vllm_config: VllmConfig) -> None:
                 pass
 
 
-def check_parallel_heads(config: LolaLlamaConfig, tp_size: int) -> None:
+def check_parallel_heads(config: DecoderConfig, tp_size: int) -> None:
     """Raise unless the heads divide among the tensor-parallel ranks, with the same answers."""
-    heads, kv_heads = config.num_attention_heads, num_kv_heads(config)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     state_heads = config.facts.num_state_heads
     if not heads_divide(tp_size, heads, kv_heads, state_heads):
         raise UnsupportedOptionError(

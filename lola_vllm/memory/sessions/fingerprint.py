@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.core.state import StateLayout
 from lola_vllm.models.files import CheckpointError, weight_files
 
@@ -25,6 +25,7 @@ _CONFIG_FIELDS = (
     "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters",
     "attention_bias", "mlp_bias", "qkv_bias", "qk_norm", "tie_word_embeddings",
 )  # fmt: skip
+_UNSAID = {"attention_bias": False, "mlp_bias": False}  # of a Llama that has no such field
 # A checkpoint up to this size is read whole, in a second. Of a larger one, which may take minutes,
 # each tensor shows so many pieces at even distances: a change of more than 1/256 of it in one place
 # is seen, and scattered changes of single rows may not be.
@@ -85,7 +86,7 @@ _WORDS = {
 
 
 def model_fingerprint(
-    config: LolaLlamaConfig,
+    config: DecoderConfig,
     model: str,
     pages: Sequence[StateLayout],
     *,
@@ -103,7 +104,9 @@ def model_fingerprint(
         CheckpointError: the directory holds no readable weights.
     """
     directory = Path(model)
-    numbers = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
+    numbers = {name: getattr(config, name, _UNSAID.get(name)) for name in _CONFIG_FIELDS}
+    if not config.is_llama:  # whatever else the family's layers go by
+        numbers |= {"base": config.base_config.to_diff_dict()}
     numbers["head_dim"] = pages[0].head_dim
     numbers["lola"] = config.lola.model_dump()
     if config.lola.context_shift:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
+from lola_vllm.engine.hf.attention import in_form
+
 ATTENTION = "lola_calibration"
 
 
@@ -33,7 +35,8 @@ class _Window(NamedTuple):
 def read(
     model: Any, windows: Sequence[Sequence[int]], recorder: AttentionRecorder, what: str
 ) -> None:
-    """Read windows with a model whose attention is `attention`, which must be registered.
+    """Read windows with a model whose attention is `attention`, which must be registered, and
+    whose heads `order_heads` has seen.
 
     Args:
         what: is read, for the progress bar.
@@ -49,10 +52,13 @@ def attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    scaling: float | None = None,
+    *,
     lola_window: _Window,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Softmax attention, `[1, H, T, d]` in and `[1, T, Hq, d]` out, recorded."""
+    q, k = in_form(module, q, k, scaling)
     group = q.shape[1] // k.shape[1]
     wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     out = scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lola_vllm.engine.hf.attention import order_heads
 from lola_vllm.models.base import read_base_config
 from lola_vllm.models.files import CheckpointError, open_weights, weight_files
 from lola_vllm.training.calibrate.copying import (
@@ -135,6 +136,7 @@ def calibrate(
     softmax = transformers.AutoModelForCausalLM.from_pretrained(
         base, dtype=getattr(torch, options.dtype), attn_implementation=ATTENTION
     ).eval()
+    order_heads(softmax)
     maps = _identity_maps(softmax.config) if model is None else _load_weights(softmax, model)
     recent = _find_recent(softmax, tokenizer, texts, options)
     # Beyond more recent pairs than this the prompts would show too little to fit to.

@@ -63,6 +63,7 @@ def recent_attention(
     v: Tensor,
     mask: Tensor | None,
     lola_recent: Sequence[Sequence[int]] | None = None,
+    scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Softmax attention, q `[1, Hq, n, d]`, k and v `[1, Hkv, T, d]` in and `[1, n, Hq, d]` out.
@@ -73,7 +74,7 @@ def recent_attention(
     group, n, T = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     if lola_recent is None:
         wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        out = scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)
+        out = scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True, scale=scaling)
         return out.transpose(1, 2), None
     at, outs = torch.arange(T - n, T)[:, None], []
     for head, size in enumerate(lola_recent[module.layer_idx]):
@@ -82,5 +83,7 @@ def recent_attention(
         allowed = (seen <= at) & ((seen < SINKS) | (seen > at - WINDOW - size))
         own_k, own_v = (x[:, head, None, seen].expand(-1, group, -1, -1) for x in (k, v))
         own_q = q[:, head * group : (head + 1) * group]
-        outs.append(scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=allowed))
+        outs.append(
+            scaled_dot_product_attention(own_q, own_k, own_v, attn_mask=allowed, scale=scaling)
+        )
     return torch.cat(outs, dim=1).transpose(1, 2), None

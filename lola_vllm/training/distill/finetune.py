@@ -33,7 +33,6 @@ from lola_vllm.training.distill.student import (
 )
 
 STATE = "finetune"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 SAVE_EVERY = 10  # steps between two training states
 
 
@@ -87,7 +86,7 @@ def finetune(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_dropout=0.0,
-        target_modules=list(TARGETS),
+        target_modules=_targets(model),
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
@@ -160,6 +159,12 @@ def finetune(
     result = mean.of({name: value.detach().float().cpu() for name, value in adapters.items()})
     kept = {n: x * options.lora_kept if ".lora_B." in n else x for n, x in result.items()}
     return Finetuned(kept, mean.of(all_maps(model)), losses)
+
+
+def _targets(model: Any) -> list[str]:
+    """The linear layers of a decoder's attention: q, k, v and output, in one matrix or in four."""
+    attention = decoder_layers(model)[0].self_attn
+    return [name for name, part in attention.named_children() if isinstance(part, nn.Linear)]
 
 
 def _share(step: int, steps: int) -> float:

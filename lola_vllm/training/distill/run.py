@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import DecoderConfig
 from lola_vllm.models.files import CheckpointError, open_weights
 from lola_vllm.training.distill.options import FINETUNE, DistillOptions
 from lola_vllm.training.distill.state import default_work, open_work, read_state, write_state
@@ -34,7 +34,7 @@ def distill(
     work: Path | None = None,
     resume: bool = False,
     force: bool = False,
-) -> LolaLlamaConfig:
+) -> DecoderConfig:
     """Train feature maps and adapters for a base model and write the LoLA checkpoint.
 
     Args:
@@ -217,7 +217,7 @@ def _write(
     options: DistillOptions,
     importance: Mapping[str, Tensor],
     force: bool,
-) -> LolaLlamaConfig:
+) -> DecoderConfig:
     """The checkpoint, with the calibration that it was trained for."""
     from lola_vllm.models.calibration import KEYS, apply_calibration
     from lola_vllm.models.convert import convert_checkpoint

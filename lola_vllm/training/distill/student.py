@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.ops.differentiable import lola_attention_parallel
+from lola_vllm.engine.hf.attention import in_form, order_heads
 from lola_vllm.models.base import read_base_config
 
 ATTENTION = "lola_training"
@@ -26,12 +27,11 @@ def load_base(path: Path, dtype: torch.dtype) -> Any:
     """Load a base model for distillation, its weights frozen.
 
     Args:
-        path: a local Hugging Face directory of a Llama, Mistral, Qwen2 or Qwen3 decoder.
+        path: a local Hugging Face directory of a decoder (`models/families.py`).
         dtype: of the weights.
 
     Raises:
-        CheckpointError: no such directory, a family that is not supported, or layers that attend
-            to a window only.
+        CheckpointError: no such directory, or a decoder that cannot be a base.
     """
     import transformers
 
@@ -41,6 +41,7 @@ def load_base(path: Path, dtype: torch.dtype) -> Any:
         path, dtype=dtype, attn_implementation=ATTENTION
     )
     model.requires_grad_(False)
+    order_heads(model)
     model.config.use_cache = False
     return model.eval()
 
@@ -62,7 +63,7 @@ def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None
     F = feature_dim or d
     for layer in decoder_layers(model):
         attention = layer.self_attn
-        device = attention.q_proj.weight.device
+        device = next(attention.parameters()).device
         for name, heads in (
             ("feature_map_q", config.num_attention_heads),
             ("feature_map_k", num_state_heads),
@@ -74,6 +75,15 @@ def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None
         attention.register_parameter("window_factors", nn.Parameter(factors, requires_grad=False))
         attention.register_buffer("importance", None, persistent=False)
         attention.lola_config = None
+
+
+def output_projection(attention: Any) -> Tensor:
+    """The weight of an attention's output projection, whatever the family calls it."""
+    names = ("o_proj", "dense", "out_proj")
+    weight: Tensor = next(
+        getattr(attention, name) for name in names if hasattr(attention, name)
+    ).weight
+    return weight
 
 
 def layer_maps(layer: Any) -> dict[str, nn.Parameter]:
@@ -134,7 +144,7 @@ def load_importance(model: Any, tensors: Mapping[str, Tensor]) -> None:
     for i, layer in enumerate(decoder_layers(model)):
         weights = tensors.get(f"model.layers.{i}.self_attn.importance")
         if weights is not None:
-            layer.self_attn.importance = weights.to(layer.self_attn.q_proj.weight.device)
+            layer.self_attn.importance = weights.to(layer.self_attn.feature_map_q.device)
 
 
 @contextmanager
@@ -158,12 +168,19 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function: `[B, H, T, d]` in, `[B, T, Hq, d]` out.
 
     Rows are whole sequences without padding, so there is no mask to look at.
     """
+    query, key = in_form(module, query, key, scaling)
     if module.lola_config is None:
         out = softmax_attention(query, key, value).transpose(1, 2)
         if getattr(module, "capture", None) is not None:

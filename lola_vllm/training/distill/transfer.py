@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lola_vllm.training.distill.student import (
     layer_maps,
     load_maps,
     map_groups,
+    output_projection,
     scale_rates,
 )
 
@@ -94,8 +96,8 @@ def _train_layer(
     """Train one layer's maps and write the teacher's output, the next layer's input."""
     layer = decoder_layers(model)[index]
     maps, configs = layer_maps(layer), options.configs()
-    device = layer.self_attn.q_proj.weight.device
-    dtype = layer.self_attn.q_proj.weight.dtype
+    weight = output_projection(layer.self_attn)
+    device, dtype = weight.device, weight.dtype
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + index)
     total = len(hidden) * options.steps_per_row
     groups = map_groups([layer], options.learning_rate, options.window_factor_rate)
@@ -151,7 +153,7 @@ def _error(attention: Any, config: LolaConfig, chunks: Tensor) -> Tensor:
     positions = positions[real]
     wanted = teacher[:, positions].float()
     difference = (y[:, real] - wanted).flatten(2)
-    weight = attention.o_proj.weight.float()
+    weight = output_projection(attention).float()
     return (difference @ weight.T).square().mean() / (wanted.flatten(2) @ weight.T).square().mean()
 
 
@@ -216,9 +218,25 @@ def _hidden_file(model: Any, rows: Tensor, path: Path, mode: Any) -> np.memmap[A
 @torch.no_grad()
 def _embed(model: Any, rows: Tensor, path: Path) -> None:
     out = _hidden_file(model, rows, path, "w+")
+
+    seen: list[Tensor] = []
+
+    def keep(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[:] = args or [kwargs["hidden_states"]]
+        raise _Embedded
+
+    # Some decoders scale embeddings: what the first layer gets is asked of the decoder itself.
+    hook = decoder_layers(model)[0].register_forward_pre_hook(keep, with_kwargs=True)
     for i, row in enumerate(rows):
-        out[i] = _to_file(model.model.embed_tokens(row.long().to(model.device)))
+        with suppress(_Embedded):
+            model.model(row.long().to(model.device)[None], use_cache=False)
+        out[i] = _to_file(seen[0][0])
+    hook.remove()
     out.flush()
+
+
+class _Embedded(Exception):
+    """The first layer's input is known: the layers are not needed."""
 
 
 def _to_file(x: Tensor) -> np.ndarray[Any, Any]:

@@ -229,7 +229,11 @@ def spoil(model, **changes):
             "not valid JSON",
             "correct {m}/config.json",
         ),
-        (lambda m: spoil(m, model_type="bert"), "model_type is 'bert'", "made of a Llama, Mistral"),
+        (
+            lambda m: spoil(m, model_type="bert"),
+            "model_type is 'bert'",
+            "made of a decoder of transformers",
+        ),
         (
             lambda m: spoil(m, vocab_size="x"),
             "vocab_size = 'x': must be of type int",

@@ -7,10 +7,11 @@ import pytest
 from transformers import AutoConfig
 
 from lola_vllm.core.config import (
+    DecoderConfig,
     LolaConfig,
     LolaConfigError,
-    LolaLlamaConfig,
     TensorFacts,
+    config_class,
     default_context_shift,
 )
 
@@ -114,7 +115,7 @@ def test_context_shifts_suit_the_trained_length(fields, length, message):
 
 
 def test_contexts_without_end_have_a_default_length():
-    config = LolaLlamaConfig(max_position_embeddings=8192)
+    config = config_class("llama")(max_position_embeddings=8192)
     assert (config.lola.context_shift, config.default_length) == (0, 8192)
     config.lola_config = {"context_shift": 2048}
     assert config.default_length == 131072
@@ -133,9 +134,11 @@ def test_every_fault_is_reported():
 
 
 def test_round_trip_through_transformers_keeps_llama_fields_and_the_object(tmp_path):
-    config = LolaLlamaConfig(lola_config={"sink_size": 4}, hidden_size=96, num_hidden_layers=3)
+    config = config_class("llama")(
+        lola_config={"sink_size": 4}, hidden_size=96, num_hidden_layers=3
+    )
     config.save_pretrained(tmp_path)
-    AutoConfig.register("lola_llama", LolaLlamaConfig, exist_ok=True)
+    DecoderConfig.register()
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert loaded.lola_config == {"sink_size": 4}
     assert (loaded.hidden_size, loaded.num_hidden_layers) == (96, 3)
@@ -143,18 +146,18 @@ def test_round_trip_through_transformers_keeps_llama_fields_and_the_object(tmp_p
 
 
 def test_facts_of_tensors_are_no_part_of_the_file(tmp_path):
-    config = LolaLlamaConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
+    config = config_class("llama")(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
     assert not config.has_facts and config.facts == TensorFacts(16, 2)
     config.facts = TensorFacts(8, 6, True)
     assert copy.deepcopy(config).facts == config.facts == TensorFacts(8, 6, True)
     config.save_pretrained(tmp_path)
     assert "facts" not in (tmp_path / "config.json").read_text()
-    assert not LolaLlamaConfig.from_pretrained(tmp_path).has_facts
+    assert not DecoderConfig.from_pretrained(tmp_path).has_facts
 
 
 def test_sizes_of_all_heads_take_few_lines(tmp_path):
     sizes = [[18, 400, 20 + i] for i in range(30)]
-    config = LolaLlamaConfig(lola_config={"sparse_cache_size": sizes, "sink_size": 4})
+    config = config_class("llama")(lola_config={"sparse_cache_size": sizes, "sink_size": 4})
     config.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
     assert json.loads(text)["lola_config"]["sparse_cache_size"] == sizes
@@ -166,7 +169,7 @@ def test_sizes_of_all_heads_take_few_lines(tmp_path):
 
 
 def test_assignment_merges_and_is_checked():
-    config = LolaLlamaConfig(lola_config={"sink_size": 4, "window_size": 32})
+    config = config_class("llama")(lola_config={"sink_size": 4, "window_size": 32})
     config.lola_config = {"window_size": 16}
     assert config.lola == LolaConfig(sink_size=4, window_size=16)
     with pytest.raises(LolaConfigError, match="must be an object"):

@@ -262,8 +262,8 @@ def test_options_replace_the_keys_of_the_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": None}, "model_type None is not supported; supported: lola_llama, llama"),
-        ({"model_type": "bert"}, "model_type 'bert'"),
+        ({"model_type": None}, "config.json has no model_type"),
+        ({"model_type": "bert"}, "a model of type 'bert' cannot be the base"),
         ({"hidden_size": None}, "hidden_size = null: must be a positive integer"),
         ({"num_hidden_layers": None}, "num_hidden_layers = null"),
         ({"num_attention_heads": 0}, "num_attention_heads = 0"),

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig, TensorFacts
+from lola_vllm.core.config import DecoderConfig, LolaConfigError, TensorFacts, config_class
 from lola_vllm.models import (
     CheckpointError,
     check_tensors,
@@ -56,7 +56,7 @@ def test_schema_is_llama_plus_three_tensors_a_layer(
     plain = {name: tuple(t.shape) for name, t in llama.state_dict().items()}
     if tied:
         del plain["lm_head.weight"]
-    config = LolaLlamaConfig(**fields)
+    config = config_class("llama")(**fields)
     config.facts = FACTS
     expected = expected_tensors(config)
     added = {name: shape for name, shape in expected.items() if name not in plain}
@@ -90,7 +90,7 @@ def test_schema_refuses_heads_that_do_not_divide() -> None:
 
 
 def schema(facts: TensorFacts = FACTS) -> dict[str, tuple[int, ...]]:
-    config = LolaLlamaConfig(**TINY)
+    config = config_class("llama")(**TINY)
     config.facts = facts
     return expected_tensors(config)
 
@@ -177,7 +177,8 @@ def test_init_keeps_the_base_and_adds_identity_maps(
 
     old, new = (json.loads((path / "config.json").read_text()) for path in (base, out))
     changed = {
-        "model_type": "lola_llama",
+        "model_type": "lola",
+        "base_model_type": "llama",
         "architectures": ["LolaLlamaForCausalLM"],
         "lola_config": {
             "window_size": 16,
@@ -264,7 +265,7 @@ def _no_shard(base: Path) -> None:
         (lambda base: (base / "model.safetensors").unlink(), "no safetensors files"),
         (
             lambda base: edit_config(base, model_type="gpt2"),
-            "config.json: model_type 'gpt2'.*supported: llama, mistral, qwen2, qwen3",
+            "config.json: a model of type 'gpt2' cannot be the base",
         ),
         (lambda base: edit_config(base, quantization_config={"bits": 4}), "quantized"),
         (lambda base: edit_config(base, hidden_size="wide"), "config.json: .*hidden_size"),
@@ -384,7 +385,7 @@ def test_facts_come_from_the_headers(tmp_path: Path, sharded: bool) -> None:
     out = tmp_path / "lola"
     init_checkpoint(make_base(tmp_path / "base", sharded=sharded), out, {})
     assert read_facts(out) == read_facts(str(out)) == FACTS
-    config = LolaLlamaConfig.from_pretrained(out)
+    config = DecoderConfig.from_pretrained(out)
     settle_facts(config, out)
     assert config.has_facts and config.facts == FACTS
     config.facts = TensorFacts(8, 4)
@@ -393,7 +394,7 @@ def test_facts_come_from_the_headers(tmp_path: Path, sharded: bool) -> None:
 
 
 def test_without_maps_facts_are_those_of_init(tmp_path: Path) -> None:
-    config = LolaLlamaConfig(**TINY)
+    config = config_class("llama")(**TINY)
     for model in (tmp_path, make_base(tmp_path / "base")):
         assert read_facts(model) is None
         settle_facts(config, model)

@@ -17,7 +17,7 @@ import yaml
 from transformers import LlamaConfig
 
 from lola_vllm.command import cli
-from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
+from lola_vllm.core.config import TensorFacts, config_class
 from lola_vllm.core.ops.reference import lola_attention
 from lola_vllm.models import expected_tensors
 from lola_vllm.models.convert import convert_checkpoint
@@ -73,7 +73,11 @@ def test_maps_are_added_to_the_base(tmp_path: Path, sharded: bool, tied: bool) -
     old, new = (json.loads((path / "config.json").read_text()) for path in (base, out))
     lola_config = {"mixing": "lola", "window_size": 16}
     lola_config |= {"context_shift": old["max_position_embeddings"] // 4}
-    changed = {"model_type": "lola_llama", "architectures": ["LolaLlamaForCausalLM"]}
+    changed = {
+        "model_type": "lola",
+        "base_model_type": "llama",
+        "architectures": ["LolaLlamaForCausalLM"],
+    }
     assert new == {**old, **changed, "lola_config": lola_config, "auto_map": AUTO_MAP}
     assert (out / "modeling_lola.py").is_file()
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"):
@@ -360,7 +364,7 @@ def test_memory_stays_within_two_shards_of_the_8b_layout(tmp_path: Path) -> None
     base, out = tmp_path / "base", tmp_path / "lola"
     base.mkdir()
     LlamaConfig(**sizes).save_pretrained(base)
-    model = LolaLlamaConfig(**sizes)
+    model = config_class("llama")(**sizes)
     model.facts = TensorFacts(64, 32)
     shapes = expected_tensors(model)
     weight_map, shard_bytes = {}, 0

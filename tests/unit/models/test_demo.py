@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lola_vllm.core.config import LolaConfig, LolaLlamaConfig, TensorFacts
+from lola_vllm.core.config import DecoderConfig, LolaConfig, TensorFacts
 from lola_vllm.core.state import LayerLayout
 from lola_vllm.models import CheckpointError, expected_tensors, read_facts
 from lola_vllm.models import demo as demo_model
@@ -57,7 +57,7 @@ def demo(unpacked: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_demo_model_is_a_lola_checkpoint(demo: Path) -> None:
-    config = LolaLlamaConfig.from_pretrained(demo / "lola")
+    config = DecoderConfig.from_pretrained(demo / "lola")
     config.facts = TensorFacts(64, 3, importance=True)
     assert read_shapes(demo / "lola") == expected_tensors(config)
     sizes, importance = load_calibration(DISTILLED / "calibration.safetensors")

@@ -1,4 +1,4 @@
-"""Bases that are no Llama: what their config.json becomes, which tensors there are, refusals."""
+"""Decoders of any family as bases: what becomes of their files, and why some cannot be one."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig
+import lola_vllm.engine.hf  # noqa: F401  (makes transformers know LoLA models)
+from lola_vllm.core.config import DecoderConfig, LolaConfigError, config_class
 from lola_vllm.engine.estimate import estimate
+from lola_vllm.engine.hf import LolaCache
 from lola_vllm.models import CheckpointError, check_tensors, expected_tensors
+from lola_vllm.models.base import lola_fields
 from lola_vllm.models.convert import convert_checkpoint
-from lola_vllm.models.families import BASE_MODEL_TYPES, llama_fields
+from lola_vllm.models.families import check_base
 from lola_vllm.models.files import read_shapes
 from lola_vllm.models.init import init_checkpoint
-from tests.support.families import FAMILIES, make_base
+from tests.support.families import FAMILIES, OTHERS, make_base
 from tests.support.lolcats_files import distill_tensors, lora_tensors, save
 
 PATH = Path("base/config.json")
@@ -25,7 +29,7 @@ PATH = Path("base/config.json")
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_schema_is_the_stock_model_and_its_maps(
+def test_the_schema_of_a_llama_is_the_stock_model_and_its_maps(
     tmp_path: Path, family: str, tied: bool
 ) -> None:
     stock = make_base(tmp_path / "base", family, tie_word_embeddings=tied).state_dict()
@@ -40,26 +44,86 @@ def test_the_schema_is_the_stock_model_and_its_maps(
     assert set(stock) == ({"lm_head.weight"} if tied else set())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_field_of_the_base_is_lost_but_those_of_sliding_windows(
-    tmp_path: Path, family: str
-) -> None:
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_no_field_and_no_tensor_of_the_base_is_lost(tmp_path: Path, family: str) -> None:
     make_base(tmp_path / "base", family)
-    init_checkpoint(tmp_path / "base", tmp_path / "lola", {})
+    config = init_checkpoint(tmp_path / "base", tmp_path / "lola", {})
     before, after = (
         json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "lola")
     )
-    gone = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
-    assert {key for key in before if key not in after} <= gone
-    assert not gone & set(after)
-    same = set(before) - gone - {"model_type", "architectures"}
+    same = set(before) - {"model_type", "architectures"}
     assert {key: after[key] for key in same} == {key: before[key] for key in same}
+    assert (after["model_type"], after["base_model_type"]) == ("lola", family)
+    base, lola = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "lola"))
+    assert base.keys() < lola.keys()
+    assert all(torch.equal(lola[name], tensor) for name, tensor in base.items())
+    assert estimate(tmp_path / "base").config.facts == config.facts
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=[*FAMILIES, *OTHERS])
+def both(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PreTrainedModel, Path]:
+    """A base of each family, and the directory of a LoLA model of it whose contexts shift."""
+    out = tmp_path_factory.mktemp(request.param)
+    base = make_base(out / "base", request.param, max_position_embeddings=128)
+    small = {"window_size": 8, "sparse_cache_size": 8, "sink_size": 2}
+    init_checkpoint(out / "base", out / "lola", small)
+    return base, out / "lola"
+
+
+@torch.no_grad()
+def test_a_window_longer_than_the_text_gives_the_base(both: tuple[PreTrainedModel, Path]) -> None:
+    base, directory = both
+    wide = DecoderConfig.from_pretrained(directory)
+    wide.lola_config = {"window_size": 100, "update_interval": 8}
+    model = AutoModelForCausalLM.from_pretrained(directory, config=wide).eval()
+    ids = torch.randint(0, 300, (2, 70), generator=torch.Generator().manual_seed(0))
+    wanted = base(ids, use_cache=False).logits
+    torch.testing.assert_close(model(ids, use_cache=False).logits, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_folds_and_shifts_do_not_depend_on_how_a_text_is_split(
+    both: tuple[PreTrainedModel, Path],
+) -> None:
+    """Past two context shifts; within the trained length pages and whole sequences agree."""
+    model = AutoModelForCausalLM.from_pretrained(both[1]).eval()
+    ids = torch.randint(0, 300, (1, 180), generator=torch.Generator().manual_seed(1))
+    cache, pieces = LolaCache(model.config), []
+    for piece in ids.split([1, 70, 30, 79], dim=1):
+        pieces.append(model(piece, past_key_values=cache).logits)
+    at_once = LolaCache(model.config)
+    whole = model(ids, past_key_values=at_once).logits
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-4, rtol=1e-4)
+    plain = model(ids[:, :120], use_cache=False).logits
+    torch.testing.assert_close(whole[:, :120], plain, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_shift_moves_keys_to_where_rope_would_have_put_them(
+    both: tuple[PreTrainedModel, Path],
+) -> None:
+    """The keys of the window, after the first shift: RoPE of D positions less, by the decoder."""
+    model = AutoModelForCausalLM.from_pretrained(both[1]).eval()
+    attention, rotary = model.model.layers[0].self_attn, model.model.rotary_emb
+    rotation = model.key_rotations(torch.device("cpu"))[0]
+    order = attention.lola_order
+    k, R = torch.randn(1, 16), order.width
+    from lola_vllm.models.rope import _apply, angles  # the decoder's own function
+
+    def turned(position: int) -> torch.Tensor:
+        cos, sin = angles(rotary, torch.tensor([position]), torch.float32)
+        return order(torch.cat([_apply(attention, k[:, :R], cos, sin), k[:, R:]], dim=1))
+
+    torch.testing.assert_close(rotation.rotate_back(turned(40)), turned(8), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "granite"])
 def test_convert_merges_into_every_family(tmp_path: Path, family: str) -> None:
     """Biases and norms stay, and the linears get what a LoRA file says."""
-    stock = make_base(tmp_path / "base", family).state_dict()
+    stock = make_base(tmp_path / "base", family)
     rows = {"q_proj": (64, 64), "v_proj": (32, 64)}
     adapters = lora_tensors(rows=rows, r=4)
     config = convert_checkpoint(
@@ -70,8 +134,9 @@ def test_convert_merges_into_every_family(tmp_path: Path, family: str) -> None:
         save(tmp_path / "lora.pt", adapters),
     )
     written = load_file(tmp_path / "lola" / "model.safetensors")
-    assert {name: tuple(t.shape) for name, t in written.items()} == expected_tensors(config)
-    for name, tensor in stock.items():
+    shapes = {name: tuple(t.shape) for name, t in written.items()}
+    assert expected_tensors(config).items() <= shapes.items()
+    for name, tensor in stock.state_dict().items():
         linear = name.split(".")[-2]
         if linear in rows and name.endswith("weight"):
             prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
@@ -86,111 +151,84 @@ def test_convert_merges_into_every_family(tmp_path: Path, family: str) -> None:
         ("mistral", {"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32}),
         ("qwen2", {"num_key_value_heads": 32, "max_position_embeddings": 32768}),
         ("qwen3", {"head_dim": 128, "eos_token_id": None}),
+        ("phi", {"num_key_value_heads": 64, "head_dim": 32}),
     ],
 )
 def test_what_a_file_leaves_out_is_the_familys_default(
     family: str, defaults: dict[str, object]
 ) -> None:
     raw = {"model_type": family, "sliding_window": None, "num_attention_heads": 64}
-    fields = llama_fields(PATH, raw)
-    config = LolaLlamaConfig.from_dict({**fields, "model_type": "lola_llama"})
+    check_base(PATH, raw)
+    config = DecoderConfig.from_dict(lola_fields(raw))
     assert {key: getattr(config, key) for key in defaults} == defaults
     assert config.num_attention_heads == 64
 
 
-def test_rope_of_old_files_is_kept() -> None:
-    fields = llama_fields(PATH, {"model_type": "qwen2", "rope_theta": 1e6})
-    config = LolaLlamaConfig.from_dict({**fields, "model_type": "lola_llama"})
+@pytest.mark.parametrize(
+    ("old", "base"),
+    [
+        ({}, "llama"),
+        ({"qkv_bias": True}, "qwen2"),
+        ({"qk_norm": True}, "qwen3"),
+        ({"attention_bias": True, "qkv_bias": True}, "llama"),
+    ],
+)
+def test_files_of_before_other_families_load_as_they_are(old: dict[str, Any], base: str) -> None:
+    raw = {"model_type": "lola_llama", "rope_theta": 1e6, "lola_config": {"sink_size": 4}, **old}
+    config = DecoderConfig.from_dict(raw)
+    assert (config.model_type, config.base_model_type, config.lola.sink_size) == ("lola", base, 4)
     assert config.rope_parameters["rope_theta"] == 1e6
 
 
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window = 4096: .*to null"),
-        ({"model_type": "mistral"}, r"sliding_window = 4096 \(the default\)"),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 3},
-            "sliding_window = 4096: .*use_sliding_window to false",
-        ),
-        (
-            {"model_type": "qwen3", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
-            "sliding_window = None: .*sees? a window only",
-        ),
-        ({"model_type": "qwen3", "hidden_size": "wide"}, "base/config.json: .*hidden_size"),
-        ({"model_type": "qwen3_moe"}, "'qwen3_moe' is not supported; supported: llama, mistral"),
-        ({}, "model_type None is not supported"),
-    ],
-)
-def test_bases_that_cannot_be_are_refused(raw: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        llama_fields(PATH, raw)
+def test_a_base_that_transformers_does_not_know_is_named() -> None:
+    with pytest.raises(LolaConfigError, match="base_model_type = 'of-next-year'"):
+        config_class("of-next-year")
 
 
 @pytest.mark.parametrize(
     ("raw", "why"),
     [
-        ({"model_type": "lola_llama"}, "a LoLA model already"),
-        ({"model_type": "gemma"}, "Gemma scales its embeddings"),
-        ({"model_type": "gemma3_text"}, "from Gemma 2 on with sliding windows"),
-        ({"model_type": "gemma3", "vision_config": {}}, "Gemma scales its embeddings"),
-        ({"model_type": "phi"}, "LayerNorm where a Llama has RMSNorm"),
-        ({"model_type": "phi3"}, "several matrices in one tensor"),
-        ({"model_type": "qwen3_moe"}, "choose among experts"),
-        ({"model_type": "mixtral"}, "choose among experts"),
+        ({"model_type": "mistral", "sliding_window": 4096}, r"sliding_window = 4096.*to null"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 3},
+            "use_sliding_window to false",
+        ),
+        ({"model_type": "gemma3_text"}, "see a window only"),
+        ({"model_type": "gpt_oss"}, "see a window only"),
+        ({"model_type": "gemma3", "vision_config": {}}, "reads more than text"),
         ({"model_type": "deepseek_v3"}, "latent attention"),
-        ({"model_type": "qwen3_next"}, "recurrent already"),
-        ({"model_type": "mamba2"}, "recurrent already"),
-        ({"model_type": "gpt2"}, "no RoPE"),
-        ({"model_type": "smollm3"}, "no RoPE; SmolLM2, which is a Llama, works"),
-        ({"model_type": "olmo2"}, "norms come after"),
-        ({"model_type": "granite"}, "scales embeddings"),
-        ({"model_type": "qwen2_5_vl", "vision_config": {}}, "reads more than text"),
-        ({"model_type": "t5", "is_encoder_decoder": True}, "has an encoder"),
-        ({"model_type": "of-next-year"}, "not known to be a Llama's"),
+        ({"model_type": "qwen3_next"}, "linear_attention"),
+        ({"model_type": "mamba2"}, "linear_attention|no decoder layers"),
+        ({"model_type": "gpt2"}, "no decoder layers with attention"),
+        ({"model_type": "t5"}, "has an encoder"),
+        ({"model_type": "bert"}, "no decoder layers"),
+        ({"model_type": "lola"}, "a LoLA model already"),
+        ({"model_type": "of-next-year"}, "knows no such model"),
         ({"model_type": 3}, "config.json has no model_type"),
         ({}, "config.json has no model_type"),
+        ({"model_type": "qwen3", "hidden_size": "wide"}, "hidden_size"),
     ],
     ids=lambda value: str(value.get("model_type")) if isinstance(value, dict) else "",
 )
-def test_one_sentence_says_why_and_what_is_nearest(raw: dict[str, Any], why: str) -> None:
-    with pytest.raises(CheckpointError) as error:
-        llama_fields(PATH, raw)
-    sentence = str(error.value).partition("supported: llama, mistral, qwen2, qwen3. ")[2]
-    assert why in sentence and sentence.count(".") == 1 + sentence.count("config.json")
-    assert raw.get("model_type") in (None, 3) or " works" in sentence
+def test_one_sentence_says_why_a_base_cannot_be(raw: dict[str, Any], why: str) -> None:
+    with pytest.raises(CheckpointError, match=f"base/config.json: .*(?:{why})"):
+        check_base(PATH, raw)
 
 
 def test_windows_that_no_layer_uses_are_no_obstacle() -> None:
     """Qwen's switch may be on while its first windowed layer lies beyond the last."""
     raw = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}
-    assert "sliding_window" not in llama_fields(PATH, {**raw, "num_hidden_layers": 28})
+    check_base(PATH, {**raw, "num_hidden_layers": 28})
 
 
-def test_biases_and_norms_that_the_config_denies_are_named(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     make_base(tmp_path / "base", "qwen3")
     config = init_checkpoint(tmp_path / "base", tmp_path / "lola", {})
     found = read_shapes(tmp_path / "lola")
-    config.qk_norm, config.qkv_bias = False, True
-    with pytest.raises(CheckpointError) as error:
+    del (
+        found["model.layers.1.self_attn.k_norm.weight"],
+        found["model.layers.0.self_attn.q_proj.weight"],
+    )
+    with pytest.raises(CheckpointError, match=r"missing \(2\)") as error:
         check_tensors(expected_tensors(config), found)
-    assert "self_attn.q_norm.weight; set qk_norm to true" in str(error.value)
-    assert "self_attn.v_proj.bias [32]; set qkv_bias to false" in str(error.value)
-
-
-@pytest.mark.parametrize("field", ["qkv_bias", "qk_norm"])
-def test_switches_must_be_booleans(field: str) -> None:
-    with pytest.raises(LolaConfigError, match=f"{field} = 'yes': must be true or false"):
-        LolaLlamaConfig(**{field: "yes"})
-
-
-def test_qkv_bias_follows_attention_bias_unless_it_is_given() -> None:
-    assert LolaLlamaConfig(attention_bias=True).qkv_bias is True
-    assert LolaLlamaConfig(attention_bias=True, qkv_bias=False).qkv_bias is False
-    assert LolaLlamaConfig().qkv_bias is False
-
-
-@pytest.mark.parametrize("family", BASE_MODEL_TYPES)
-def test_estimate_takes_every_family(tmp_path: Path, family: str) -> None:
-    make_base(tmp_path, family)
-    assert estimate(tmp_path, {}).config.head_dim == 16
+    assert "k_norm.weight" in str(error.value)

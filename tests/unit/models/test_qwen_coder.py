@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_vllm.command import cli
-from lola_vllm.core.config import LolaLlamaConfig, TensorFacts
-from lola_vllm.engine.hf import LolaLlamaForCausalLM
+from lola_vllm.core.config import DecoderConfig, TensorFacts
+from lola_vllm.engine.hf import LolaForCausalLM
 from lola_vllm.models import CheckpointError, demo, expected_tensors
 from lola_vllm.models.calibration import load_calibration
 from lola_vllm.models.files import read_shapes
@@ -93,7 +93,7 @@ def test_it_writes_code(tmp_path: Path) -> None:
     lola, base = tmp_path / "lola", tmp_path / "base"
     argv = ["demo-model", "--base", "qwen2.5-coder-0.5b", "--out", str(lola)]
     assert cli.main([*argv, "--base-out", str(base)]) == 0
-    config = LolaLlamaConfig.from_pretrained(lola)
+    config = DecoderConfig.from_pretrained(lola)
     assert config.qkv_bias and config.num_key_value_heads == 2
     assert config.max_position_embeddings == 32768
     assert config.rope_parameters["rope_theta"] == 1e6
@@ -113,7 +113,7 @@ def test_it_writes_code(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert tokenizer("<|im_end|>").input_ids == [tokenizer.eos_token_id]
     assert "<|im_start|>" in tokenizer.chat_template and "tools" in tokenizer.chat_template
-    for kind, path in ((AutoModelForCausalLM, base), (LolaLlamaForCausalLM, lola)):
+    for kind, path in ((AutoModelForCausalLM, base), (LolaForCausalLM, lola)):
         model = kind.from_pretrained(path)
         prompt = tokenizer("def fibonacci(n):\n", return_tensors="pt")
         written = model.generate(**prompt, max_new_tokens=8, do_sample=False)

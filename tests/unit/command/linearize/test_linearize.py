@@ -123,7 +123,8 @@ def test_a_model_with_biases_is_made_and_served(command: list[str], tmp_path: Pa
     qwen = write_base(tmp_path / "qwen", "qwen2", max_position_embeddings=1024)
     command[command.index("--base") + 1] = str(qwen)
     assert cli.main(command) == 0
-    assert json.loads((tmp_path / "lola" / "config.json").read_text())["qkv_bias"]
+    made = json.loads((tmp_path / "lola" / "config.json").read_text())
+    assert made["base_model_type"] == "qwen2"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "lola", dtype=torch.float32)
     ids = torch.randint(256, (1, 200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

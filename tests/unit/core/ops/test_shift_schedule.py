@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lola_vllm.core.config import LolaConfig, LolaLlamaConfig
+from lola_vllm.core.config import LolaConfig, config_class
 from lola_vllm.core.ops import portable
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.shift_schedule import SCORE_DECAY, SCORE_DECAY_SHIFTS, ShiftSchedule
@@ -84,7 +84,7 @@ def test_exact_keys_are_rope_of_their_rope_positions(P, D, start, sink, window):
 @pytest.mark.parametrize(("D", "further", "start"), [(1, 8, 6), (2, 4, 6), (4, 2, 6), (8, 1, 0)])
 def test_the_schedule_of_a_model_follows_from_its_length(D, further, start):
     """Lemma 4 asks for room before the RoPE positions of new tokens, and m < P / D."""
-    config = LolaLlamaConfig(max_position_embeddings=16, lola_config={"context_shift": D})
+    config = config_class("llama")(max_position_embeddings=16, lola_config={"context_shift": D})
     schedule = ShiftSchedule.of(config)
     assert schedule == ShiftSchedule(16, D, SCORE_DECAY, SCORE_DECAY_SHIFTS, further, start)
     assert schedule.bucket_start <= 16 - 2 * D and schedule.fold_rotation < 16 // D

@@ -9,7 +9,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from lola_vllm.core.config import LolaConfig, LolaLlamaConfig
+from lola_vllm.core.config import LolaConfig, config_class
 from lola_vllm.core.ops import context_shift, portable
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.engine.vllm.backend import GRAPHS_ENV, LolaMetadataBuilder
@@ -62,7 +62,9 @@ def test_what_cannot_be_captured_is_refused(monkeypatch, wanted, ops, device, wo
 def builder(mode, interval=0, state=None):
     layer = SimpleNamespace(state=state, ops=SimpleNamespace(shift=None))
     layer.sharing = [layer]
-    hf_config = LolaLlamaConfig(max_position_embeddings=64, lola_config={"context_shift": interval})
+    hf_config = config_class("llama")(
+        max_position_embeddings=64, lola_config={"context_shift": interval}
+    )
     config = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=hf_config),
         speculative_config=None,

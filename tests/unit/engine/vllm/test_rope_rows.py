@@ -6,7 +6,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from lola_vllm.core.config import LolaConfigError, LolaLlamaConfig
+from lola_vllm.core.config import LolaConfigError, config_class
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
 from lola_vllm.engine.vllm.compat import rope_rows
@@ -53,7 +53,7 @@ def test_keys_turn_as_the_table_of_vllm_has_them(name, dtype):
 
 @pytest.mark.parametrize("name", ["default", "llama3", "yarn"])
 def test_both_runtimes_turn_alike(name):
-    config = LolaLlamaConfig(
+    config = config_class("llama")(
         hidden_size=128, num_attention_heads=2, head_dim=64, rope_parameters=ROPES[name],
         max_position_embeddings=SCHEDULE.length,
     )  # fmt: skip

@@ -52,7 +52,7 @@ def read(model: Any, ids: Sequence[int]) -> LolaCache:
 
 def keys_of(model: Any, cache: LolaCache) -> DocumentKeys:
     n = cache.get_seq_length()
-    return DocumentKeys.of_state(cache.sequence, cache.rows()[0], n, model.model.rope_table())
+    return DocumentKeys.of_state(cache.sequence, cache.rows()[0], n, model.rope_table())
 
 
 def test_heads_that_hold_many_pairs_are_kept(model: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lola_vllm.core.config import LolaLlamaConfig
+from lola_vllm.core.config import config_class
 from lola_vllm.core.state import LayerLayout
 from lola_vllm.memory.sessions import fingerprint
 from lola_vllm.memory.sessions.fingerprint import (
@@ -51,10 +51,11 @@ def of(
     fields: dict[str, object] | None = None,
     lola: dict[str, object] | None = None,
     dtype: torch.dtype = torch.float32,
+    base: str = "llama",
     **options: object,
 ) -> Fingerprint:
     """The fingerprint of a model of some config fields."""
-    config = LolaLlamaConfig(**{**MODEL, **(fields or {})}, lola_config=lola or LOLA)
+    config = config_class(base)(**{**MODEL, **(fields or {})}, lola_config=lola or LOLA)
     layout = LayerLayout.from_config(
         config.lola, config.num_key_value_heads, config.num_attention_heads,
         getattr(config, "head_dim", None) or 8, 8, dtype,
@@ -76,8 +77,9 @@ def rope(**fields: object) -> dict[str, object]:
         ("config", {"fields": rope(rope_type="linear", factor=2.0)}),
         ("config", {"lola": ENDLESS}),
         ("config", {"fields": {"rms_norm_eps": 1e-3}}),
-        ("config", {"fields": {"qk_norm": True}}),
-        ("config", {"fields": {"qkv_bias": True}}),
+        ("config", {"base": "qwen2"}),
+        ("config", {"base": "qwen3"}),
+        ("config", {"base": "granite"}),
         ("config", {"lola": {**LOLA, "mixing": "lolcats"}}),
         ("dtype", {"dtype": torch.bfloat16}),
         ("quantization", {"quantization": "fp8"}),

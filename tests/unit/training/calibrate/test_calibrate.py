@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from lola_vllm.command import cli
 from lola_vllm.core.ops.reference import feature_map, pair_importance, self_recall_error
-from lola_vllm.engine.hf.modeling import LolaLlamaForCausalLM
+from lola_vllm.engine.hf.attention import order_heads
+from lola_vllm.engine.hf.modeling import LolaForCausalLM
 from lola_vllm.models import read_facts
 from lola_vllm.models.calibration import (
     importance_tensors,
@@ -194,6 +195,7 @@ def test_attention_is_what_transformers_reports(base: Path) -> None:
         attentions = plain(torch.tensor([ids]), output_attentions=True).attentions
     transformers.AttentionInterface.register(ATTENTION, attention)
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ATTENTION).eval()
+    order_heads(model)
     kept = Kept()
     read(model, [ids], kept, "reading")
     for found, expected in zip(kept.weights, attentions, strict=True):
@@ -306,6 +308,7 @@ def test_plain_text_is_read_anywhere_and_facts_where_they_are(base: Path) -> Non
 
     transformers.AttentionInterface.register(ATTENTION, attention)
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=ATTENTION).eval()
+    order_heads(model)
     ids = torch.randint(64, (320,), generator=torch.Generator().manual_seed(1)).tolist()
     near = [40 <= i < 60 for i in range(320)]
     prompts = [CalibrationPrompt(ids, None), CalibrationPrompt(ids, near)]
@@ -384,7 +387,7 @@ def test_command_writes_sizes_and_importance(
     assert saved == {key: lola[key] for key in ("sparse_cache_size", "recent_size")}
     assert sorted(tensors) == sorted(importance_tensors(first))
     assert tensors["model.layers.2.self_attn.importance"].equal(first[2])
-    served = LolaLlamaForCausalLM.from_pretrained(model)
+    served = LolaForCausalLM.from_pretrained(model)
     assert served.model.layers[1].self_attn.importance.equal(first[1])
 
 

@@ -382,7 +382,7 @@ def test_refusals(base: Path, text: Path, trained: Path, tmp_path: Path) -> None
         options=DistillOptions(lora_row_length=512, train_sparse_caches=(0, 512)),
     )
     other = write_base(tmp_path / "gpt", "gpt2", n_positions=64)
-    refused("model_type 'gpt2' is not supported", base=other)
+    refused("a model of type 'gpt2' cannot be the base", base=other)
     sliding = write_base(tmp_path / "mistral", "mistral", sliding_window=16)
     refused("sliding_window = 16", base=sliding)
     work = trained.with_name("lola.training")

@@ -1,0 +1,130 @@
+"""RoPE of any decoder of transformers, asked of the decoder's own functions.
+
+LoLA's ops take heads whose numbers i and i + d / 2 turn together. Families differ: some turn a part
+of a head only, some turn neighbours, and some layers turn nothing. A permutation of the numbers of
+queries and keys brings all to the one form, and changes no product of a query and a key. Numbers
+that do not turn have an angle of 0.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lola_vllm.core.config import LolaConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOrder:
+    """How the heads of a layer come to the form that LoLA's ops take.
+
+    Attributes:
+        order: `[d]` int64, which number of a head is at each place; None: they are in order.
+        width: R, how many numbers turn; 0 in a layer without RoPE.
+        interleaved: whether neighbours turn together, and not i and i + R / 2.
+    """
+
+    order: Tensor | None
+    width: int
+    interleaved: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Queries or keys `[..., d]` in that form."""
+        return x if self.order is None else x[..., self.order.to(x.device)]
+
+
+def head_order(attention: nn.Module, rotary: nn.Module, head_dim: int) -> HeadOrder:
+    """How a layer turns its heads, by a trial on unit vectors.
+
+    Args:
+        attention: a layer's attention, `model.layers[i].self_attn`. rotary: the model's RoPE,
+            `model.rotary_emb`.
+    """
+    if not turns(attention):
+        return HeadOrder(None, 0, False)
+    cos, sin = angles(rotary, torch.tensor([1]), torch.float32)
+    width = cos.shape[-1]
+    unit = torch.zeros(width)
+    unit[0] = 1
+    turned = _apply(attention, unit.expand(1, -1), cos, sin)[0]
+    interleaved = width > 2 and bool(turned[1] != 0)
+    if width == head_dim and not interleaved:
+        return HeadOrder(None, width, False)
+    numbers = torch.arange(head_dim)
+    one, two = _pairs(width, interleaved)
+    rest = numbers[width:]
+    half = len(rest) // 2
+    return HeadOrder(torch.cat([one, rest[:half], two, rest[half:]]), width, interleaved)
+
+
+def turns(attention: nn.Module) -> bool:
+    """Whether a layer has RoPE (every fourth of SmolLM3 has none)."""
+    return bool(getattr(attention, "use_rope", True))
+
+
+def table(
+    attention: nn.Module,
+    rotary: nn.Module,
+    order: HeadOrder,
+    head_dim: int,
+    positions: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin `[n, d / 2]` of a layer's heads in LoLA's form, for `KeyRotation.of_table`.
+
+    Raises:
+        LolaConfigError: RoPE has several tables, by the length of a context.
+    """
+    if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
+        raise LolaConfigError(
+            f"lola_config.context_shift: rope_type {rotary.rope_type!r} has several tables, by the "
+            "length of a context, and keys cannot be rotated from one to another; set it to 0"
+        )
+    n, half = len(positions), head_dim // 2
+    found = torch.ones(n, half, dtype=dtype), torch.zeros(n, half, dtype=dtype)
+    if order.width:
+        cos, sin = angles(rotary, torch.tensor(list(positions)), dtype)
+        one, two = _pairs(order.width, order.interleaved)
+        unit = torch.zeros(n, order.width, dtype=dtype)
+        unit[:, one] = 1
+        turned = _apply(attention, unit, cos, sin)
+        found[0][:, : len(one)], found[1][:, : len(one)] = turned[:, one], turned[:, two]
+    return found
+
+
+def check_one(tables: int) -> None:
+    """Raise `LolaConfigError` where layers of a model turn keys by several tables."""
+    if tables > 1:
+        raise LolaConfigError(
+            "some layers of this model have RoPE and some have none: its states are not composed, "
+            "and it has no library; read documents in a row"
+        )
+
+
+def angles(rotary: nn.Module, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin `[n, R]` as the model's RoPE gives them for positions `[n]`, in host memory."""
+    buffers = [b for b in rotary.buffers() if not b.is_meta]
+    device = buffers[0].device if buffers else torch.device("cpu")
+    like = torch.empty(1, dtype=dtype, device=device)
+    cos, sin = rotary(like, positions[None].to(device))
+    return cos[0].cpu(), sin[0].cpu()
+
+
+def _pairs(width: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second number of each pair that turns together."""
+    numbers = torch.arange(width)
+    both = (numbers[::2], numbers[1::2]) if interleaved else numbers.chunk(2)
+    return both[0], both[1]
+
+
+def _apply(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Vectors `[n, R]` as the family turns them by cos and sin `[n, R]`."""
+    apply: Any = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    heads = x[None, None]
+    turned: Tensor = apply(heads, heads, cos[None], sin[None])[0][0, 0]
+    return turned

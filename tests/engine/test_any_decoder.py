@@ -1,0 +1,60 @@
+"""Decoders that are no Llama, served: the answers are those of transformers and of its stock model.
+
+Llama, Mistral, Qwen2 and Qwen3 have `test_hf_logprobs.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams, TokensPrompt
+
+import lola_vllm.engine.hf  # noqa: F401  (makes transformers know LoLA models)
+from lola_vllm.models.init import init_checkpoint
+from tests.support.engine import engine
+from tests.support.families import OTHERS, make_base
+
+LENGTH, NEW = 170, 12  # past the first context shift, at 128 tokens, and the second
+# One of a kind for the compiler too: a part of a head, neighbours, experts, a layer without RoPE.
+COMPILED = ("glm", "mixtral", "smollm3")
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@torch.no_grad()
+def test_answers_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    base = make_base(tmp_path / "base", family, max_position_embeddings=128)
+    small = {"window_size": 8, "sparse_cache_size": 8, "sink_size": 2}
+    init_checkpoint(tmp_path / "base", tmp_path / "lola", small)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "lola").eval()
+    prompt = torch.randint(0, 300, (LENGTH,), generator=torch.Generator().manual_seed(1)).tolist()
+    prompts = [prompt[:5], prompt]
+    # Before the engine starts: it makes the decoder's class compile, in this process for good.
+    stock = base(torch.tensor([prompts[0]])).logits[0, -1].log_softmax(-1)
+    wanted = [_greedy(model, ids) for ids in prompts]
+    params = SamplingParams(
+        max_tokens=NEW, temperature=0.0, ignore_eos=True, logprobs=5, detokenize=False
+    )
+    compiled = {"enforce_eager": False} if family in COMPILED else {}
+    with engine(tmp_path / "lola", max_num_batched_tokens=64, max_num_seqs=8, **compiled) as llm:
+        requests = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+        outputs = llm.generate(requests, params, use_tqdm=False)
+    for (tokens, rows), output in zip(wanted, outputs, strict=True):
+        answer = output.outputs[0]
+        assert list(answer.token_ids) == tokens
+        for row, entries in zip(rows, answer.logprobs, strict=True):
+            got = torch.tensor([entry.logprob for entry in entries.values()])
+            torch.testing.assert_close(got, row[list(entries)], rtol=0, atol=1e-4)
+    first = outputs[0].outputs[0].logprobs[0]  # the window sees the whole of a short prompt
+    got = torch.tensor([entry.logprob for entry in first.values()])
+    torch.testing.assert_close(got, stock[list(first)], rtol=0, atol=1e-4)
+
+
+def _greedy(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    """The tokens of a greedy answer, and the log-probabilities `[NEW, vocabulary]` at each."""
+    made = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)
+    rows = model(made[:, :-1]).logits[0, len(prompt) - 1 :].log_softmax(-1)
+    return made[0, len(prompt) :].tolist(), rows
