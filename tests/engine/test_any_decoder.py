@@ -15,6 +15,7 @@ from vllm import SamplingParams, TokensPrompt
 
 import lola_vllm.engine.hf  # noqa: F401  (makes transformers know LoLA models)
 from lola_vllm.models.init import init_checkpoint
+from tests.engine.test_sessions import ask, store_options
 from tests.support.engine import engine
 from tests.support.families import OTHERS, make_base
 
@@ -53,6 +54,29 @@ def test_answers_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(got, stock[list(first)], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", COMPILED)
+def test_a_new_process_goes_on_where_the_old_one_stopped(tmp_path: Path, family: str) -> None:
+    make_base(tmp_path / "base", family, max_position_embeddings=128)
+    small = {"window_size": 8, "sparse_cache_size": 8, "sink_size": 2}
+    init_checkpoint(tmp_path / "base", tmp_path / "lola", small)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "lola").eval()
+    ids = torch.randint(0, 300, (LENGTH + 20,), generator=torch.Generator().manual_seed(2)).tolist()
+    prompt, tail = ids[:LENGTH], ids[LENGTH:]
+    first, _ = _greedy(model, prompt)
+    then, _ = _greedy(model, prompt + first + tail)
+    options = {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 128}
+    for read, wanted, restored in (
+        (prompt, first, 0),
+        (prompt + first + tail, then, LENGTH + NEW - 1),
+    ):
+        stored = store_options(tmp_path / "states")
+        with engine(tmp_path / "lola", max_num_seqs=8, **options, **stored) as llm:
+            tokens, told = ask(llm, read, new=NEW)
+        assert tokens == wanted
+        assert told["restored_tokens"] == restored
+
+
+@torch.no_grad()
 def _greedy(model: Any, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     """The tokens of a greedy answer, and the log-probabilities `[NEW, vocabulary]` at each."""
     made = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)
