@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lola_vllm.core.config import LLAMA_TYPES, LOLA_TYPES, base_type_of
 from lola_vllm.models.base import copy_companions
 from lola_vllm.models.files import (
     INDEX_NAME,
@@ -57,8 +58,9 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
         force: replace a model that is already at `out`.
 
     Raises:
-        CheckpointError: a source that is missing, damaged or quantized already, a weight whose rows
-            cannot be cut into groups, or an `out` that may not be replaced.
+        CheckpointError: a source that is missing, damaged, quantized already or no Llama
+            (`LLAMA_TYPES`), a weight whose rows cannot be cut into groups, or an `out` that may not
+            be replaced.
     """
     from safetensors.torch import save_file
 
@@ -67,6 +69,13 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
     config = read_json(source / "config.json")
     if "quantization_config" in config:
         raise CheckpointError(f"{source}: quantized already; take the model it was made from")
+    kind = config.get("model_type")
+    kind = base_type_of(config) if kind in LOLA_TYPES else kind
+    if kind not in LLAMA_TYPES:
+        raise CheckpointError(
+            f"{source}: a model of type {kind!r}: quantize knows the layers of "
+            f"{', '.join(LLAMA_TYPES)}; llm-compressor quantizes others"
+        )
     pack = _int8 if weights == "int8" else _int4
     weight_map: dict[str, str] = {}
     with staged_directory(out, force=force, inputs=[source]) as staging:
