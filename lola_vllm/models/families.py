@@ -10,7 +10,6 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from lola_vllm.core.config import LLAMA_TYPES, LOLA_TYPES
 from lola_vllm.models.files import CheckpointError
 
 BASE_NAMES = "decoder of transformers with full attention"
@@ -37,6 +36,8 @@ def why_not(path: Path, raw: dict[str, Any]) -> str | None:
     """Why LoLA cannot stand in for a decoder's attention, with what works; None: it can."""
     from transformers import CONFIG_MAPPING
 
+    from lola_vllm.core.config import LLAMA_TYPES, LOLA_TYPES
+
     kind = raw.get("model_type")
     if not isinstance(kind, str):
         return "config.json has no model_type; give the directory of a model in Hugging Face's form"
@@ -53,7 +54,7 @@ def _own_config(path: Path, raw: dict[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
-    from lola_vllm.core.config import explain_field  # here: it loads transformers
+    from lola_vllm.core.config import explain_field
 
     try:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))

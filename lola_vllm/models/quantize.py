@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lola_vllm.core.config import LLAMA_TYPES, LOLA_TYPES, base_type_of
 from lola_vllm.models.base import copy_companions
 from lola_vllm.models.files import (
     INDEX_NAME,
@@ -63,6 +62,8 @@ def quantize_checkpoint(source: Path, out: Path, weights: Weights, *, force: boo
             be replaced.
     """
     from safetensors.torch import save_file
+
+    from lola_vllm.core.config import LLAMA_TYPES, LOLA_TYPES, base_type_of  # loads transformers
 
     if weights not in get_args(Weights):
         raise CheckpointError(f"weights = {weights!r}: must be 'int8' or 'int4'")

@@ -128,5 +128,5 @@ def test_what_cannot_be_quantized_is_refused(tmp_path):
         quantize_checkpoint(tmp_path / "out", tmp_path / "again", "int8")
     other = {"model_type": "lola", "base_model_type": "granite"}
     (tmp_path / "odd" / "config.json").write_text(json.dumps(other))
-    with pytest.raises(CheckpointError, match="a model of type 'granite': .*llm-compressor"):
+    with pytest.raises(CheckpointError, match=r"a model of type 'granite': .*llm-compressor"):
         quantize_checkpoint(tmp_path / "odd", tmp_path / "again", "int8")
