@@ -34,7 +34,9 @@ LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ENDLESS_LENGTH = 131_072  # tokens; 160 MiB of token ids for vLLM's 256 sequences
 
 _FACTS = "_lola_facts"  # name of the attribute
-_DERIVED = ("model_type", "qkv_bias", "qk_norm")  # of a file; the class says what they say
+# Of a file; the class says what they say.
+_DERIVED = ("model_type", "base_model_type", "qkv_bias", "qk_norm")
+SEVERAL_TABLES = ("dynamic", "longrope")  # types of RoPE with a table by the length of a context
 
 
 class LolaConfigError(ValueError):
@@ -310,6 +312,14 @@ def heads_divide(ranks: int, num_heads: int, num_kv_heads: int, num_state_heads:
     )
 
 
+def no_one_table(rope: str) -> LolaConfigError:
+    """The error for a RoPE, described in words, that has several tables (`SEVERAL_TABLES`)."""
+    return LolaConfigError(
+        f"lola_config.context_shift: {rope} has several tables, by the length of a context, and "
+        "keys cannot be rotated from one to another; set it to 0"
+    )
+
+
 def _explain(error: ValidationError) -> str:
     """One line per fault: field, value, and the nearest valid name or the allowed values."""
     fields = LolaConfig.model_fields
@@ -384,12 +394,7 @@ class DecoderConfig(PreTrainedConfig):
         tie_word_embeddings: bool
         rms_norm_eps: float
 
-    def __init__(
-        self,
-        lola_config: dict[str, Any] | None = None,
-        base_model_type: str | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, lola_config: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.lola_config = dict(lola_config or {})
         super().__init__(**{key: x for key, x in kwargs.items() if key not in _DERIVED})
         self.base_model_type = self.base_class.model_type

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lola_vllm.core.config import (
     MODEL_TYPE,
+    SEVERAL_TABLES,
     DecoderConfig,
     LolaConfig,
     LolaConfigError,
@@ -29,14 +30,14 @@ from lola_vllm.models.files import (
     write_json,
 )
 from lola_vllm.models.remote_code import AUTO_MAP, write_remote_code
-from lola_vllm.models.schema import LOLA_TENSORS, Shape, check_tensors
+from lola_vllm.models.schema import OUTPUT_PROJECTIONS, Shape, check_tensors, is_ours
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# The weight of a layer's output projection, which every family has under one of these names.
-_OUTPUT = re.compile(r"(.*\.self_attn\.)(?:o_proj|dense|out_proj)\.weight")
+# The weight of a layer's output projection.
+_OUTPUT = re.compile(rf"(.*\.self_attn\.)(?:{'|'.join(OUTPUT_PROJECTIONS)})\.weight")
 
 # Files that a server needs besides config and weights, and files that the base's licence requires.
 _COMPANIONS = (
@@ -120,8 +121,7 @@ def with_context_shift(base: DecoderConfig, lola_config: Mapping[str, Any]) -> d
     """
     length = base.max_position_embeddings
     rope = (getattr(base, "rope_parameters", None) or {}).get("rope_type", "default")
-    # Keys cannot be rotated from one table of angles to another.
-    shift = 0 if rope in ("dynamic", "longrope") else default_context_shift(length)
+    shift = 0 if rope in SEVERAL_TABLES else default_context_shift(length)
     keys = {"context_shift": shift, **lola_config}
     LolaConfig(**keys).check_context_shift(length)
     return keys
@@ -137,7 +137,7 @@ def check_base_weights(base: Path, expected: Mapping[str, Shape]) -> None:
         raise CheckpointError(
             f"{base}: no safetensors files; convert other formats with save_pretrained first"
         )
-    ours = {name: shape for name, shape in expected.items() if name.endswith(LOLA_TENSORS)}
+    ours = {name: shape for name, shape in expected.items() if is_ours(name)}
     if len(ours) == len(expected):  # the base's own tensors are its loader's to check
         return
     check_tensors(expected, {**read_shapes(base), **ours})
@@ -182,7 +182,7 @@ def write_weights(
 
     weight_map: dict[str, str] = {}
     total_size = 0
-    everything = all(name.endswith(LOLA_TENSORS) for name in expected)
+    everything = all(map(is_ours, expected))
     for path in weight_files(base):
         with open_weights(path) as source:
             tensors: dict[str, Tensor] = {}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lola_vllm.core.config import LolaConfigError
+from lola_vllm.core.config import SEVERAL_TABLES, LolaConfigError, no_one_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,28 @@ class HeadOrder:
         return x if self.order is None else x[..., self.order.to(x.device)]
 
 
+def on_host(rotary: nn.Module, config: Any) -> nn.Module:
+    """A decoder's RoPE made again in host memory: its own may be without numbers yet.
+
+    Args:
+        config: of the decoder.
+    """
+    with torch.device("cpu"):
+        made: nn.Module = type(rotary)(config)
+    return made
+
+
+def head_orders(
+    attentions: Sequence[nn.Module], rotary: nn.Module, head_dim: int
+) -> list[HeadOrder]:
+    """`head_order` of each of a decoder's layers; those that turn alike share one."""
+    known: dict[bool, HeadOrder] = {}
+    for attention in attentions:
+        if turns(attention) not in known:
+            known[turns(attention)] = head_order(attention, rotary, head_dim)
+    return [known[turns(attention)] for attention in attentions]
+
+
 def head_order(attention: nn.Module, rotary: nn.Module, head_dim: int) -> HeadOrder:
     """How a layer turns its heads, by a trial on unit vectors.
 
@@ -47,19 +69,19 @@ def head_order(attention: nn.Module, rotary: nn.Module, head_dim: int) -> HeadOr
     """
     if not turns(attention):
         return HeadOrder(None, 0, False)
-    cos, sin = angles(rotary, torch.tensor([1]), torch.float32)
-    width = cos.shape[-1]
-    unit = torch.zeros(width)
-    unit[0] = 1
-    turned = _apply(attention, unit.expand(1, -1), cos, sin)[0]
-    interleaved = width > 2 and bool(turned[1] != 0)
-    if width == head_dim and not interleaved:
-        return HeadOrder(None, width, False)
-    numbers = torch.arange(head_dim)
-    one, two = _pairs(width, interleaved)
-    rest = numbers[width:]
-    half = len(rest) // 2
-    return HeadOrder(torch.cat([one, rest[:half], two, rest[half:]]), width, interleaved)
+    with torch.device("cpu"):
+        cos, sin = angles(rotary, torch.tensor([1]), torch.float32)
+        width = cos.shape[-1]
+        unit = torch.zeros(width)
+        unit[0] = 1
+        turned = _apply(attention, unit.expand(1, -1), cos, sin)[0]
+        interleaved = width > 2 and bool(turned[1] != 0)
+        if width == head_dim and not interleaved:
+            return HeadOrder(None, width, False)
+        one, two = _pairs(width, interleaved)
+        rest = torch.arange(width, head_dim)
+        half = len(rest) // 2
+        return HeadOrder(torch.cat([one, rest[:half], two, rest[half:]]), width, interleaved)
 
 
 def turns(attention: nn.Module) -> bool:
@@ -80,11 +102,8 @@ def table(
     Raises:
         LolaConfigError: RoPE has several tables, by the length of a context.
     """
-    if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
-        raise LolaConfigError(
-            f"lola_config.context_shift: rope_type {rotary.rope_type!r} has several tables, by the "
-            "length of a context, and keys cannot be rotated from one to another; set it to 0"
-        )
+    if getattr(rotary, "rope_type", "default") in SEVERAL_TABLES:
+        raise no_one_table(f"rope_type {rotary.rope_type!r}")
     n, half = len(positions), head_dim // 2
     found = torch.ones(n, half, dtype=dtype), torch.zeros(n, half, dtype=dtype)
     if order.width:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lola_vllm.core.config import DecoderConfig, TensorFacts
 
 LOLA_TENSORS = ("feature_map_q", "feature_map_k", "window_factors")
+OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj")  # what families call it in `self_attn`
 WINDOW_FACTOR_INIT = -2.1972245773362196  # sigmoid of it is 0.1, where LoLCATs starts training
 
 _SHOWN = 10  # faults of a kind that a message lists
@@ -158,14 +159,18 @@ def _hub_shapes(name: str | Path, revision: str | None) -> dict[str, tuple[int, 
     }
 
 
+def is_ours(name: str) -> bool:
+    """Whether a tensor of a checkpoint is LoLA's, and not the base's."""
+    return name.endswith((*LOLA_TENSORS, IMPORTANCE))
+
+
 def base_left_out(
     config: DecoderConfig, found: Mapping[str, Sequence[int]]
 ) -> Mapping[str, Sequence[int]]:
     """The tensors that `expected_tensors` speaks of: all of a Llama, else LoLA's own."""
     if config.is_llama:
         return found
-    ours = (*LOLA_TENSORS, IMPORTANCE)
-    return {name: shape for name, shape in found.items() if name.endswith(ours)}
+    return {name: shape for name, shape in found.items() if is_ours(name)}
 
 
 def check_tensors(expected: Mapping[str, Shape], found: Mapping[str, Sequence[int]]) -> None:

@@ -17,7 +17,7 @@ from lola_vllm.core.ops import LolaWeights
 from lola_vllm.core.ops.differentiable import lola_attention_parallel
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.engine.hf.tokens import LolaModelError, NewTokens
-from lola_vllm.models.rope import HeadOrder, head_order, turns
+from lola_vllm.models import rope
 
 if TYPE_CHECKING:
     from lola_vllm.engine.hf.cache import LolaCache
@@ -46,16 +46,13 @@ def attentions(model: Any) -> list[Any]:
 def order_heads(model: Any) -> None:
     """Find out how each layer of a decoder turns its heads, as `in_form` needs it.
 
-    Adds `lola_order` to each attention; layers that turn alike share one.
+    Adds `lola_order` to each attention.
     """
-    known: dict[bool, HeadOrder] = {}
-    with torch.device("cpu"):  # the model, and its own RoPE, may be without numbers yet
-        rotary = type(model.model.rotary_emb)(model.config)
-        for attention in attentions(model):
-            has_rope = turns(attention)
-            if has_rope not in known:
-                known[has_rope] = head_order(attention, rotary, attention.head_dim)
-            attention.lola_order = known[has_rope]
+    layers = attentions(model)
+    rotary = rope.on_host(model.model.rotary_emb, model.config)
+    orders = rope.head_orders(layers, rotary, layers[0].head_dim)
+    for attention, order in zip(layers, orders, strict=True):
+        attention.lola_order = order
 
 
 def in_form(module: Any, q: Tensor, k: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,6 @@ class LolaCacheLayer(CacheLayerMixin):
     Attributes:
         num_tokens: `[B]` int64 in host memory, tokens that each page has seen.
         num_columns: columns that each row has seen, padding included: transformers' length.
-        is_read: whether a LoLA model's forward runs with this cache.
         query_hook: sees the queries of each forward, `[B, Q, Hq, d]` after RoPE; None: nobody does.
     """
 
@@ -58,7 +57,6 @@ class LolaCacheLayer(CacheLayerMixin):
         super().__init__()
         self.config = config
         self.lola = config.lola.for_layer(index)
-        self.is_read = False
         self.query_hook: Callable[[Tensor], None] | None = None
         self.reset()
 
@@ -146,15 +144,7 @@ class LolaCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """transformers' call before attention: the new pairs alone, which `attend` writes.
-
-        Raises:
-            LolaModelError: no LoLA model calls. Its attention would see the new pairs alone.
-        """
-        if not self.is_read:
-            raise LolaModelError(
-                "LolaCache serves LoLA models only; other models need a DynamicCache"
-            )
+        """transformers' call before attention: the new pairs alone, which `attend` writes."""
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -219,6 +209,21 @@ class LolaCache(Cache):
         layers = range(config.num_hidden_layers)
         super().__init__(layers=[LolaCacheLayer(config, index) for index in layers])
         self.composed = False  # of documents read apart: not the state of reading its tokens
+        self.is_read = False  # whether a LoLA model's forward runs with it
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """transformers' call before a layer's attention; see `LolaCacheLayer.update`.
+
+        Raises:
+            LolaModelError: no LoLA model calls. Its attention would see the new pairs alone.
+        """
+        if not self.is_read:
+            raise LolaModelError(
+                "LolaCache serves LoLA models only; other models need a DynamicCache"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def num_tokens(self, batch: int) -> Tensor:
         """Tokens that each of `batch` rows has seen, `[batch]` int64 in host memory.

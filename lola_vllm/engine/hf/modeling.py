@@ -174,8 +174,8 @@ class LolaForCausalLM(_Base):
             positions = self.schedule.rope_position(positions)
             rotations = self.key_rotations(inputs.device)
         self._forward[0] = Forward(tokens, cache, rotations)
-        for layer in cache.layers if cache is not None else ():
-            layer.is_read = True
+        if cache is not None:
+            cache.is_read = True
         return (), {
             **kwargs,
             "attention_mask": None,
@@ -189,8 +189,7 @@ class LolaForCausalLM(_Base):
         """Let go of the cache. A backward pass with checkpoints runs layers once more."""
         forward = self._forward[0]
         if forward is not None and forward.cache is not None:
-            for layer in forward.cache.layers:
-                layer.is_read = False
+            forward.cache.is_read = False
             self._forward[0] = None
 
     @torch.compiler.disable

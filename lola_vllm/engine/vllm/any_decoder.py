@@ -6,7 +6,7 @@ vLLM's own, and asks one method for the class of its attention. That method give
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from lola_vllm.engine.vllm.attention import LolaAttention
 from lola_vllm.engine.vllm.cache import lola_hf_config
 from lola_vllm.engine.vllm.interface import HasLolaState, Named, load_strictly
 from lola_vllm.models import rope
-from lola_vllm.models.schema import LOLA_TENSORS
+from lola_vllm.models.schema import is_ours
 
 
 class LolaDecoderAttention(LolaAttention):
@@ -56,20 +56,21 @@ class LolaDecoderAttention(LolaAttention):
         own = self.head_dim**-0.5
         self.q_factor = None if scale == own else scale / own
 
-    def attach(self, attention: nn.Module, rotary: nn.Module) -> None:
+    def attach(self, attention: nn.Module, rotary: nn.Module, order: rope.HeadOrder) -> None:
         """Take the order of a head's numbers, and RoPE, from the decoder itself.
 
         Args:
-            attention: the decoder's own, whose heads come here. rotary: the decoder's RoPE.
+            attention: the decoder's own, whose heads come here. rotary: the decoder's RoPE, in host
+                memory. order: of the heads.
         """
-        order = rope.head_order(attention, rotary, self.head_dim)
         self.has_rope = order.width > 0
         places = None if order.order is None else order.order.to(self.feature_map_q.device)
         self.register_buffer("order", places, persistent=False)
-        # A function, for a module would become a part of this one.
-        self.rope_rows = lambda positions, dtype: rope.table(  # type: ignore[method-assign]
-            attention, rotary, order, self.head_dim, positions, dtype
-        )
+        self.decoder = attention, rotary, order  # together, or they would become parts of this one
+
+    def rope_rows(self, positions: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As `LolaAttention.rope_rows`, by the decoder's own function."""
+        return rope.table(*self.decoder, self.head_dim, positions, dtype)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `LolaAttention.forward`, of heads in the decoder's own order and scale."""
@@ -99,14 +100,15 @@ class _AnyDecoder(_Base):
         divisor = getattr(config, "logits_scaling", None)  # Granite's, which vLLM's backend leaves
         if divisor and self.pp_group.is_last_rank:
             self.logits_processor.scale = 1 / divisor
-        with torch.device(
-            "cpu"
-        ):  # its numbers in the model are on the device, in the model's dtype
-            rotary = type(self.model.rotary_emb)(self._from_config_kwargs["config"])
-        for module in list(self.model.modules()):
-            own = getattr(module, "attn", None)
-            if isinstance(own, LolaDecoderAttention):
-                own.attach(module, rotary)
+        rotary = rope.on_host(self.model.rotary_emb, self._from_config_kwargs["config"])
+        layers = [
+            module
+            for module in self.model.modules()
+            if isinstance(getattr(module, "attn", None), LolaDecoderAttention)
+        ]
+        orders = rope.head_orders(layers, rotary, config.head_dim)
+        for module, order in zip(layers, orders, strict=True):
+            module.attn.attach(module, rotary, order)
 
     @cached_property
     def _from_config_kwargs(self) -> dict[str, Any]:
@@ -149,7 +151,7 @@ class _AnyDecoder(_Base):
 
 def _placed(name: str) -> str:
     head, _, last = name.rpartition(".")
-    return f"{head}.attn.{last}" if last in (*LOLA_TENSORS, "importance") else name
+    return f"{head}.attn.{last}" if is_ours(name) else name
 
 
 class LolaForCausalLM(_AnyDecoder, TransformersForCausalLM, HasLolaState):  # type: ignore[misc]

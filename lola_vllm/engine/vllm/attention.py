@@ -8,6 +8,7 @@ decode and prefill ops, which work in place on the pages -> output projection.
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -111,13 +112,13 @@ class LolaAttention(nn.Module, MambaBase):
         torch.ops.lola.attention(q, k, v, attended, self.prefix)
         return attended
 
+    @abstractmethod
     def rope_rows(self, positions: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin `[n, R / 2]` of RoPE at positions, as `KeyRotation.of_table` has them.
 
         Raises:
             LolaConfigError: RoPE has several tables, by the length of a context.
         """
-        raise NotImplementedError
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, metadata: LolaMetadata) -> None:
         """Run a step's decodes and prefills: q, out `[T, Hq * d]`, k, v `[T, Hkv * d]`."""

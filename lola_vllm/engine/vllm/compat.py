@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from lola_vllm.core.config import MODEL_TYPE, LolaConfigError
+from lola_vllm.core.config import MODEL_TYPE, no_one_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,10 +119,7 @@ def rope_rows(rope: Any, positions: Sequence[int]) -> Tensor:
         LolaConfigError: a RoPE without one table.
     """
     if not hasattr(rope, "_compute_cos_sin_cache"):
-        raise LolaConfigError(
-            f"lola_config.context_shift: {type(rope).__name__} has several tables, by the "
-            "length of a context, and keys cannot be rotated from one to another; set it to 0"
-        )
+        raise no_one_table(type(rope).__name__)
     table: Tensor = rope._compute_cos_sin_cache()
     return table[list(positions)]
 

@@ -21,12 +21,11 @@ from vllm.model_executor.models.interfaces import (
 from lola_vllm.engine.vllm.attention import LolaAttention
 from lola_vllm.engine.vllm.cache import lola_hf_config, row_bytes
 from lola_vllm.models.files import CheckpointError
-from lola_vllm.models.schema import LOLA_TENSORS, check_tensors, expected_tensors
+from lola_vllm.models.schema import check_tensors, expected_tensors, is_ours
 
 logger = init_logger("vllm.lola")
 
 Named = tuple[str, torch.Tensor]
-_OURS = (*LOLA_TENSORS, "importance")
 
 
 class HasLolaState(HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
@@ -100,12 +99,12 @@ def _good_tensors(
     quantized checkpoint has tensors of names and shapes of its own, which vLLM checks: `packed`
     takes the names of their modules.
     """
-    only_ours = all(name.endswith(_OURS) for name in expected)
+    only_ours = all(map(is_ours, expected))
     for name, tensor in weights:
         values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 cannot be asked
         if tensor.is_floating_point() and not bool(values.isfinite().all()):
             raise CheckpointError(f"{name}: holds values that are not finite (NaN or infinity)")
-        if only_ours and not name.endswith(_OURS):
+        if only_ours and not is_ours(name):
             yield name, tensor
             continue
         if packed is not None and (name not in expected or not tensor.is_floating_point()):

@@ -18,6 +18,7 @@ from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.ops.differentiable import lola_attention_parallel
 from lola_vllm.engine.hf.attention import in_form, order_heads
 from lola_vllm.models.base import read_base_config
+from lola_vllm.models.schema import OUTPUT_PROJECTIONS
 
 ATTENTION = "lola_training"
 MAP_NAMES = ("feature_map_q", "feature_map_k", "window_factors")
@@ -79,10 +80,8 @@ def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None
 
 def output_projection(attention: Any) -> Tensor:
     """The weight of an attention's output projection, whatever the family calls it."""
-    names = ("o_proj", "dense", "out_proj")
-    weight: Tensor = next(
-        getattr(attention, name) for name in names if hasattr(attention, name)
-    ).weight
+    name = next(name for name in OUTPUT_PROJECTIONS if hasattr(attention, name))
+    weight: Tensor = getattr(attention, name).weight
     return weight
 
 

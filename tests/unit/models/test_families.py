@@ -21,6 +21,7 @@ from lola_vllm.models.convert import convert_checkpoint
 from lola_vllm.models.families import check_base
 from lola_vllm.models.files import read_shapes
 from lola_vllm.models.init import init_checkpoint
+from lola_vllm.models.rope import _apply, angles
 from tests.support.families import FAMILIES, OTHERS, make_base
 from tests.support.lolcats_files import distill_tensors, lora_tensors, save
 
@@ -111,7 +112,6 @@ def test_a_shift_moves_keys_to_where_rope_would_have_put_them(
     rotation = model.key_rotations(torch.device("cpu"))[0]
     order = attention.lola_order
     k, R = torch.randn(1, 16), order.width
-    from lola_vllm.models.rope import _apply, angles  # the decoder's own function
 
     def turned(position: int) -> torch.Tensor:
         cos, sin = angles(rotary, torch.tensor([position]), torch.float32)
