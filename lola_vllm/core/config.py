@@ -31,6 +31,7 @@ ARCHITECTURES = {  # and the modules of `engine/vllm` that have them
     LLAMA_ARCHITECTURE: "model",
 }
 LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"  # in `layer_types`
 ENDLESS_LENGTH = 131_072  # tokens; 160 MiB of token ids for vLLM's 256 sequences
 
 _FACTS = "_lola_facts"  # name of the attribute
@@ -432,12 +433,14 @@ class DecoderConfig(PreTrainedConfig):
         """The config of the base, of its own class."""
         own = ("lola_config", "base_model_type", "model_type", "architectures", "auto_map")
         fields = {key: value for key, value in self.to_dict().items() if key not in own}
+        if types := fields.get("layer_types"):  # vLLM's side renames some
+            fields["layer_types"] = [FULL_ATTENTION if x == MODEL_TYPE else x for x in types]
         return self.base_class(**fields)
 
     @property
     def is_llama(self) -> bool:
         """Whether the base is a Llama but for biases of q, k, v or for norms of q and k."""
-        return self.base_model_type in LLAMA_TYPES
+        return self.base_model_type in LLAMA_TYPES and not any(self.windows)
 
     @property
     def qkv_bias(self) -> bool:
@@ -449,6 +452,24 @@ class DecoderConfig(PreTrainedConfig):
     def qk_norm(self) -> bool:
         """Of a Llama (`is_llama`): whether each head's q and k are normalized before RoPE."""
         return self.base_model_type == "qwen3"
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Tokens that each layer's softmax attention sees, the query's own included; None: all."""
+        return windows_of(self)
+
+    def for_layer(self, index: int) -> tuple[LolaConfig, TensorFacts]:
+        """The parameters of layer `index` alone, and what its tensors say.
+
+        A sliding layer is a window that moves with each token, without sinks, sparse cache and
+        hidden state (F = 0).
+        """
+        window = self.windows[index]
+        if window is None:
+            return self.lola.for_layer(index), self.facts
+        own = {"window_size": window - 1, "update_interval": 1}  # the query's own pair is one more
+        own |= {"sink_size": 0, "sparse_cache_size": 0, "recent_size": 0}
+        return self.lola.model_copy(update=own), TensorFacts(0, self.num_key_value_heads)
 
     @property
     def facts(self) -> TensorFacts:
@@ -541,9 +562,17 @@ def config_class(base_model_type: str) -> type[DecoderConfig]:
 CLASS_HOOKS: list[Callable[[type[DecoderConfig]], None]] = []
 
 
+def windows_of(config: Any) -> tuple[int | None, ...]:
+    """`DecoderConfig.windows` of a decoder's config, a base's or a LoLA model's."""
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not types:
+        return (window or None,) * config.num_hidden_layers
+    return tuple(window if kind == SLIDING_ATTENTION else None for kind in types)
+
+
 def architecture_of(config: Any, base_model_type: str) -> str:
     """The name of vLLM's class for a base, by the base's config or by that of its LoLA model."""
-    if base_model_type in LLAMA_TYPES:
+    if base_model_type in LLAMA_TYPES and not any(windows_of(config)):
         return LLAMA_ARCHITECTURE
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     return MOE_ARCHITECTURE if any(getattr(config, x, None) for x in experts) else ARCHITECTURE

@@ -26,6 +26,8 @@ The scales are empty unless sparse pairs are int8 (`lola_vllm/core/ops/int8.py`)
 The ring has eta + C rows: an update follows each C-th token at once, so no more pairs than that are
 ever in the window. Position p lies in row p while p < sink, else in row sink + p mod (eta + C).
 
+A page without a hidden state (F = 0, as a sliding layer's) drops the pairs that leave its window.
+
 Symbols: Hkv `num_kv_heads`, Hs `num_state_heads`, Hg `num_sparse_heads`, d `head_dim`, F
 `feature_dim`, eta `window_size`, lam `sparse_cache_size`, C `update_interval`, sink `sink_size`.
 """
@@ -148,6 +150,10 @@ class StateLayout:
             recent_size=config.recent_pairs,
         )
 
+    def __post_init__(self) -> None:
+        if self.feature_dim == 0 and self.sparse_cache_size:
+            raise ValueError("feature_dim = 0: pairs without a hidden state have no scores to keep")
+
     @property
     def ring_size(self) -> int:
         """Rows of the window ring: eta + C."""
@@ -259,7 +265,8 @@ class StateLayout:
     def update_due(self, n: Tensor) -> Tensor:
         """Whether the n-th token is followed by an update that evicts anything."""
         C = self.update_interval
-        return (n % C == 0) & (self.window_start(n) > self.window_start(n - C))
+        moves = (n % C == 0) & (self.window_start(n) > self.window_start(n - C))
+        return moves & (self.feature_dim > 0)
 
     def num_evicted(self, n: Tensor) -> Tensor:
         """Pairs that left the window for the sparse cache or the hidden state after n tokens."""
@@ -271,7 +278,8 @@ class StateLayout:
 
     def num_folded(self, n: Tensor) -> Tensor:
         """Pairs in the hidden state after n tokens; 0 means H and s hold leftovers."""
-        return (self.num_evicted(n) - self.sparse_cache_size).clamp(min=0)
+        folded = self.num_evicted(n) - self.sparse_cache_size
+        return folded.clamp(min=0) * (self.feature_dim > 0)
 
     def valid_spans(self, num_tokens: int) -> list[tuple[int, int]]:
         """Bytes [first, last) of a page that are valid after `num_tokens` tokens, in order.
@@ -360,6 +368,11 @@ class LayerLayout:
     def num_state_heads(self) -> int:
         """Hs of the rank."""
         return sum(page.num_state_heads for page in self.pages)
+
+    @property
+    def slides(self) -> bool:
+        """Whether this is a sliding layer: a window alone."""
+        return self.pages[0].feature_dim == 0
 
     @property
     def sizes(self) -> list[int]:

@@ -240,18 +240,18 @@ def estimate(
         if shared and kv_heads % tensor_parallel_size:  # see LolaConfig.check_ranks
             continue
         name = f"{Hs} state heads{names.get(Hs, '')}"
-        parameters = lola.model_copy(update={"sparse_sharing": "kv_head" if shared else "none"})
+        sharing = {"sparse_sharing": "kv_head" if shared else "none"}
         pages = (
             LayerLayout.from_config(
-                parameters.for_layer(index),
+                parameters.model_copy(update=sharing),
                 num_kv_heads=max(1, kv_heads // tensor_parallel_size),
                 num_state_heads=max(1, Hs // tensor_parallel_size),
                 head_dim=int(config.head_dim or 0),
-                feature_dim=config.facts.feature_dim,
+                feature_dim=facts.feature_dim,
                 kv_dtype=DTYPES[dtype],
-                importance=config.facts.importance,
+                importance=facts.importance,
             )
-            for index in range(config.num_hidden_layers)
+            for parameters, facts in map(config.for_layer, range(config.num_hidden_layers))
         )
         rows.append(
             Row(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +27,12 @@ KEYS = ("sparse_cache_size", "recent_size")  # in the file's metadata, as JSON
 # As `lola_config.sparse_cache_size` has them.
 Sizes = list[int] | list[list[int]]
 _CARD_TITLE = "\n## Calibration"
-_FIRST_MAP = "model.layers.0.self_attn.feature_map_k"
+_MAP = ".self_attn.feature_map_k"
 
 
-def importance_tensors(importance: Sequence[Tensor]) -> dict[str, Tensor]:
+def importance_tensors(importance: Mapping[int, Tensor]) -> dict[str, Tensor]:
     """Each layer's `[Hkv, d // 2 + d + 1]` by its name in a checkpoint."""
-    return {
-        f"model.layers.{i}.self_attn.importance": weights for i, weights in enumerate(importance)
-    }
+    return {f"model.layers.{i}.self_attn.importance": own for i, own in importance.items()}
 
 
 def save_calibration(
@@ -140,13 +138,13 @@ def _write_card(card: Path, sizes: Mapping[str, Sizes]) -> None:
 
 
 def _write_tensors(model: Path, added: Mapping[str, Tensor]) -> None:
-    """Add tensors to the weight file that has the first layer's maps, or replace them there."""
+    """Add tensors to a weight file that has maps, or replace them there."""
     from safetensors.torch import save_file
 
     for path in weight_files(model):
         with open_weights(path) as file:
             names, metadata = set(file.keys()), file.metadata()
-            if _FIRST_MAP not in names:
+            if not any(name.endswith(_MAP) for name in names):
                 continue
             tensors = {name: file.get_tensor(name) for name in names}
         written = path.with_name(path.name + ".partial")  # `tensors` may be views of `path`
@@ -157,4 +155,4 @@ def _write_tensors(model: Path, added: Mapping[str, Tensor]) -> None:
             index["weight_map"].update(dict.fromkeys(added, path.name))
             write_json(model / INDEX_NAME, index)
         return
-    raise CheckpointError(f"{model}: no weight file has the first layer's maps")
+    raise CheckpointError(f"{model}: no weight file has maps")

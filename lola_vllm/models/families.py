@@ -63,6 +63,8 @@ def _own_config(path: Path, raw: dict[str, Any]) -> Any:
 
 
 def _of_config(config: Any) -> str | None:
+    from lola_vllm.core.config import FULL_ATTENTION, SLIDING_ATTENTION, windows_of
+
     if config.get_text_config() is not config:
         return "it reads more than text; a model of its text_config alone may work"
     if getattr(config, "is_encoder_decoder", False):
@@ -74,16 +76,14 @@ def _of_config(config: Any) -> str | None:
         )
     if getattr(config, "num_kv_shared_layers", None):
         return "some of its layers use the keys and values of others, and LoLA's state is per layer"
-    window = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or ())
-    if "sliding_attention" in types or (window and not types):
+    if all(windows_of(config)):
         return (
-            f"layers of it see a window only (sliding_window = {window}), and LoLA stands in for "
-            "full attention; use a base without sliding windows, or switch them off in its "
-            "config.json (sliding_window to null, or use_sliding_window to false) if it was "
-            "trained without"
+            f"all its layers see a window only (sliding_window = {config.sliding_window}), so its "
+            "memory does not grow; switch that off in its config.json (sliding_window to null, or "
+            "use_sliding_window to false) if it was trained without"
         )
-    if types - {"full_attention"}:
+    if types - {FULL_ATTENTION, SLIDING_ATTENTION}:
         return (
             f"its layers are {', '.join(sorted(types))}, and LoLA stands in for softmax attention "
             "over all tokens"

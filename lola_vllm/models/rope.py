@@ -8,6 +8,8 @@ that do not turn have an angle of 0.
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,11 +55,12 @@ def head_orders(
     attentions: Sequence[nn.Module], rotary: nn.Module, head_dim: int
 ) -> list[HeadOrder]:
     """`head_order` of each of a decoder's layers; those that turn alike share one."""
-    known: dict[bool, HeadOrder] = {}
-    for attention in attentions:
-        if turns(attention) not in known:
-            known[turns(attention)] = head_order(attention, rotary, head_dim)
-    return [known[turns(attention)] for attention in attentions]
+    known: dict[tuple[bool, str | None], HeadOrder] = {}
+    kinds = [(turns(attention), _layer_type(attention, rotary)) for attention in attentions]
+    for attention, kind in zip(attentions, kinds, strict=True):
+        if kind not in known:
+            known[kind] = head_order(attention, rotary, head_dim)
+    return [known[kind] for kind in kinds]
 
 
 def head_order(attention: nn.Module, rotary: nn.Module, head_dim: int) -> HeadOrder:
@@ -70,7 +73,7 @@ def head_order(attention: nn.Module, rotary: nn.Module, head_dim: int) -> HeadOr
     if not turns(attention):
         return HeadOrder(None, 0, False)
     with torch.device("cpu"):
-        cos, sin = angles(rotary, torch.tensor([1]), torch.float32)
+        cos, sin = angles(attention, rotary, torch.tensor([1]), torch.float32)
         width = cos.shape[-1]
         unit = torch.zeros(width)
         unit[0] = 1
@@ -85,8 +88,19 @@ def head_order(attention: nn.Module, rotary: nn.Module, head_dim: int) -> HeadOr
 
 
 def turns(attention: nn.Module) -> bool:
-    """Whether a layer has RoPE (every fourth of SmolLM3 has none)."""
-    return bool(getattr(attention, "use_rope", True))
+    """Whether a layer has RoPE. Some layers of SmolLM3 and of Cohere 2 have none: there a condition
+    stands before the call, which the layer itself answers."""
+    source = inspect.getsource(type(attention).forward)
+    found = re.search(r"if (.+):\n\s+query_states, key_states = apply_rotary_pos_emb", source)
+    return found is None or bool(eval(found[1], {"self": attention}))
+
+
+def _layer_type(attention: nn.Module, rotary: nn.Module) -> str | None:
+    """What a decoder's RoPE is told of a layer; None where it is the same for all."""
+    if not hasattr(rotary, "layer_types"):
+        return None
+    config: Any = attention.config
+    return str(config.layer_types[attention.layer_idx])
 
 
 def table(
@@ -102,12 +116,15 @@ def table(
     Raises:
         LolaConfigError: RoPE has several tables, by the length of a context.
     """
-    if getattr(rotary, "rope_type", "default") in SEVERAL_TABLES:
-        raise no_one_table(f"rope_type {rotary.rope_type!r}")
+    kind: Any = getattr(rotary, "rope_type", "default")
+    if isinstance(kind, dict):
+        kind = kind[_layer_type(attention, rotary)]
+    if kind in SEVERAL_TABLES:
+        raise no_one_table(f"rope_type {kind!r}")
     n, half = len(positions), head_dim // 2
     found = torch.ones(n, half, dtype=dtype), torch.zeros(n, half, dtype=dtype)
     if order.width:
-        cos, sin = angles(rotary, torch.tensor(list(positions)), dtype)
+        cos, sin = angles(attention, rotary, torch.tensor(list(positions)), dtype)
         one, two = _pairs(order.width, order.interleaved)
         unit = torch.zeros(n, order.width, dtype=dtype)
         unit[:, one] = 1
@@ -120,18 +137,34 @@ def check_one(tables: int) -> None:
     """Raise `LolaConfigError` where layers of a model turn keys by several tables."""
     if tables > 1:
         raise LolaConfigError(
-            "some layers of this model have RoPE and some have none: its states are not composed, "
-            "and it has no library; read documents in a row"
+            "RoPE differs from layer to layer in this model: its states are not composed, and it "
+            "has no library; read documents in a row"
         )
 
 
-def angles(rotary: nn.Module, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin `[n, R]` as the model's RoPE gives them for positions `[n]`, in host memory."""
+def angles(
+    attention: nn.Module, rotary: nn.Module, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin `[n, R]` as the model's RoPE gives them to a layer for positions `[n]`, in host
+    memory."""
     buffers = [b for b in rotary.buffers() if not b.is_meta]
     device = buffers[0].device if buffers else torch.device("cpu")
     like = torch.empty(1, dtype=dtype, device=device)
-    cos, sin = rotary(like, positions[None].to(device))
+    cos, sin = embeddings(attention, rotary, like, positions[None].to(device))
     return cos[0].cpu(), sin[0].cpu()
+
+
+def embeddings(
+    attention: nn.Module, rotary: nn.Module, x: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a decoder gives a layer beside its input x: cos and sin `[B, n, R]` in x's dtype.
+
+    Args:
+        positions: `[B, n]`.
+    """
+    kind = _layer_type(attention, rotary)
+    made: tuple[Tensor, Tensor] = rotary(x, positions, *([] if kind is None else [kind]))
+    return made
 
 
 def _pairs(width: int, interleaved: bool) -> tuple[Tensor, Tensor]:

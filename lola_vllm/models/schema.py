@@ -35,7 +35,8 @@ Shape = tuple[int, ...]
 
 def expected_tensors(config: DecoderConfig) -> dict[str, Shape]:
     """Every tensor that a checkpoint of this config must have, in the order of the layers; of a
-    base that is no Llama (`DecoderConfig.is_llama`) LoLA's own tensors.
+    base that is no Llama (`DecoderConfig.is_llama`) LoLA's own tensors, which sliding layers have
+    none of.
 
     Args:
         config: the whole `config.json`; `head_dim` counts, not `hidden_size / num_attention_heads`.
@@ -62,8 +63,9 @@ def expected_tensors(config: DecoderConfig) -> dict[str, Shape]:
     if not config.is_llama:
         return {
             f"model.layers.{i}.{name}": shape
-            for i in range(config.num_hidden_layers)
+            for i, window in enumerate(config.windows)
             for name, shape in maps.items()
+            if window is None
         }
 
     mlp_bias = getattr(config, "mlp_bias", False)

@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 # The four that vLLM's own Llama serves as LoLA models.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
 # Others, by the feature that a Llama lacks, with fields that show it.
 OTHERS: dict[str, dict[str, Any]] = {
     "apertus": {},  # norms of q and k, another feed-forward
@@ -39,6 +40,17 @@ OTHERS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
     },
     "seed_oss": {},  # biases
+    "cohere2": {"sliding_window": 24, **SLIDING},  # sliding layers alone have RoPE
+    "gemma3_text": {  # sliding layers with a RoPE of their own
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 32,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1_000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 50_000.0},
+        },
+        **SLIDING,
+    },
+    "olmo3": {"sliding_window": 24, **SLIDING},  # sliding layers, norms of q and k
     "smollm3": {"no_rope_layers": [1, 0]},  # a layer without RoPE
     "stablelm": {"rope_parameters": {"partial_rotary_factor": 0.25}},  # a quarter of a head
     "starcoder2": {},  # LayerNorm and biases
@@ -69,7 +81,9 @@ def make_base(out: Path, family: str, **changes: Any) -> PreTrainedModel:
         "sliding_window": None,
     }
     own = dict(OTHERS.get(family, {}))
-    rope = {"rope_type": "default", "rope_theta": 50_000.0, **own.pop("rope_parameters", {})}
+    rope = own.pop("rope_parameters", {})
+    if "full_attention" not in rope:
+        rope = {"rope_type": "default", "rope_theta": 50_000.0, **rope}
     kind = CONFIG_MAPPING[family]
     known = {key: x for key, x in fields.items() if key in kind.__dataclass_fields__}
     config = kind(**{**known, "rope_parameters": rope, **own, **changes})

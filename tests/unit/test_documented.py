@@ -100,7 +100,7 @@ def write_calibration(path: Path, base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     heads, size = config["num_key_value_heads"], importance_size(config["head_dim"])
     layers = range(config["num_hidden_layers"])
-    importance = importance_tensors([torch.zeros(heads, size) for _ in layers])
+    importance = importance_tensors({i: torch.zeros(heads, size) for i in layers})
     sizes = [[8 + i for i in range(heads)] for _ in layers]
     recent = [[i for i in range(heads)] for _ in layers]
     save_calibration(path, {"sparse_cache_size": sizes, "recent_size": recent}, importance)

@@ -40,8 +40,10 @@ def shift_layers(
         shift: the back end's; None: in plain torch.
     """
     if shift is not None:
-        shift(layers, state_indices, num_tokens.to(layers[0].pages.device))
-        return
+        own = [layer for layer in layers if not layer.layout.slides]
+        if own:
+            shift(own, state_indices, num_tokens.to(own[0].pages.device))
+        layers = [layer for layer in layers if layer.layout.slides]
     for layer in layers:
         for group in layer.groups:
             _shift_group(group, state_indices, num_tokens)

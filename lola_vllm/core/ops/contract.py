@@ -85,6 +85,31 @@ class LolaWeights:
             maps = torch.cat([maps, rotation.rotated_map(maps[0])[None]])
         return cls(feature_map_q.to(wide), maps, log_gate, lolcats, importance.to(wide), rotation)
 
+    @classmethod
+    def of_window(
+        cls,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        mixing: str,
+        like: Tensor,
+        rotation: KeyRotation | None,
+    ) -> LolaWeights:
+        """The weights of a sliding layer, which has no maps: F = 0, and a state head per KV head.
+
+        Args:
+            like: of the model's dtype, on its device.
+        """
+        none = like.new_empty(0)
+        return cls.prepare(
+            none.expand(num_heads, head_dim, 0),
+            none.expand(num_kv_heads, head_dim, 0),
+            like.new_zeros(num_heads),
+            mixing,
+            num_kv_heads,
+            rotation=rotation,
+        )
+
     def of_group(self, index: int, count: int) -> LolaWeights:
         """The part of group `index` of so many, of equal numbers of heads."""
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from lola_vllm.core.config import LolaConfig
-from lola_vllm.core.ops import LolaWeights
+from lola_vllm.core.config import LolaConfig, windows_of
+from lola_vllm.core.ops import LolaWeights, sliding
 from lola_vllm.core.ops.differentiable import lola_attention_parallel
 from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.engine.hf.tokens import LolaModelError, NewTokens
@@ -46,13 +46,17 @@ def attentions(model: Any) -> list[Any]:
 def order_heads(model: Any) -> None:
     """Find out how each layer of a decoder turns its heads, as `in_form` needs it.
 
-    Adds `lola_order` to each attention.
+    Adds `lola_order` to each attention, `lola_window`, the tokens that a sliding layer sees (None
+    for others), and `lola_number`, which it is of those that do not slide.
     """
     layers = attentions(model)
     rotary = rope.on_host(model.model.rotary_emb, model.config)
     orders = rope.head_orders(layers, rotary, layers[0].head_dim)
-    for attention, order in zip(layers, orders, strict=True):
-        attention.lola_order = order
+    number = 0
+    for attention, order, window in zip(layers, orders, windows_of(model.config), strict=True):
+        attention.lola_order, attention.lola_window = order, window
+        attention.lola_number = number
+        number += window is None
 
 
 def in_form(module: Any, q: Tensor, k: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
@@ -69,6 +73,10 @@ def in_form(module: Any, q: Tensor, k: Tensor, scaling: float | None) -> tuple[T
 
 def lola_weights(module: Any, lola: LolaConfig, rotation: KeyRotation | None) -> LolaWeights:
     """A layer's weights as ops take them, without gradients."""
+    if module.lola_window is not None:
+        config = module.config
+        sizes = config.num_attention_heads, config.num_key_value_heads, module.head_dim
+        return LolaWeights.of_window(*sizes, lola.mixing, module.o_proj.weight, rotation)
     importance = module.importance
     return LolaWeights.prepare(
         module.feature_map_q.detach(),
@@ -117,12 +125,16 @@ def _attend_whole(module: Any, q: Tensor, k: Tensor, v: Tensor, tokens: NewToken
     dropout = getattr(module, "attention_dropout", 0)
     if module.training and dropout:
         raise LolaModelError(f"attention_dropout = {dropout}: LoLA has none; set it to 0")
-    lola = module.config.lola.for_layer(module.layer_idx)
-    weights = (module.feature_map_q, module.feature_map_k, module.window_factors)
     order = tokens.tokens_first(q.device)
     if order is not None:
         q, k, v = (_columns(x, order) for x in (q, k, v))
-    out = lola_attention_parallel(q, k, v, *weights, lola, importance=module.importance)
+    if module.lola_window is not None:
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        out = sliding.attend(*heads, module.lola_window).transpose(1, 2)
+    else:
+        lola, _ = module.config.for_layer(module.layer_idx)
+        weights = (module.feature_map_q, module.feature_map_k, module.window_factors)
+        out = lola_attention_parallel(q, k, v, *weights, lola, importance=module.importance)
     return out if order is None else _columns(out, order.argsort(1))
 
 

@@ -22,6 +22,7 @@ from lola_vllm.core.ops import (
     context_shift,
 )
 from lola_vllm.core.ops.compose import ComposeError, Composer
+from lola_vllm.core.ops.sliding import ops_of
 from lola_vllm.core.state import LayerLayout, SequenceLayout
 from lola_vllm.engine.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.memory.sessions.cipher import StateKey
@@ -56,7 +57,7 @@ class LolaCacheLayer(CacheLayerMixin):
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         self.config = config
-        self.lola = config.lola.for_layer(index)
+        self.lola, self.facts = config.for_layer(index)
         self.query_hook: Callable[[Tensor], None] | None = None
         self.reset()
 
@@ -77,7 +78,7 @@ class LolaCacheLayer(CacheLayerMixin):
         self, batch: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Allocate a page per row, for keys and values `[num_kv_heads, head_dim]` of `dtype`."""
-        facts = self.config.facts
+        facts = self.facts
         self.layout = LayerLayout.from_config(
             self.lola,
             num_kv_heads=num_kv_heads,
@@ -87,7 +88,7 @@ class LolaCacheLayer(CacheLayerMixin):
             kv_dtype=dtype,
             importance=facts.importance,
         )
-        self.ops = choose_backend(device.type, dtype)
+        self.ops = ops_of(self.layout, choose_backend(device.type, dtype), device.type)
         self.num_tokens = torch.zeros(batch, dtype=torch.int64)
         self.pages = torch.empty(
             batch + 1, self.layout.page_bytes, dtype=torch.uint8, device=device

@@ -47,7 +47,7 @@ class LolaForCausalLM(_Base):
     that suits the base (`model_class`). Each layer's attention has the parameters `feature_map_q
     [Hq, d, F]`, `feature_map_k [Hs, d, F]` and `window_factors [Hq]` (before the sigmoid) beside
     the base's own, and `importance [Hkv, d // 2 + d + 1]` (float32, no gradient) where the
-    checkpoint has it, else None.
+    checkpoint has it, else None. Sliding layers have none of them.
 
     A forward differs from the base's in four things. Padding (zeros in `attention_mask
     [B, seen + Q]`, on any side) is left out of the state, and positions count tokens only unless
@@ -90,6 +90,8 @@ class LolaForCausalLM(_Base):
         heads, d, facts = config.num_attention_heads, config.head_dim, config.facts
         for attention in attentions(self):
             attention.lola_forward = self._forward
+            if attention.lola_window is not None:
+                continue
             attention._is_hf_initialized = False  # new parameters; transformers looks at modules
             attention.feature_map_q = nn.Parameter(torch.empty(heads, d, facts.feature_dim))
             maps_k = torch.empty(facts.num_state_heads, d, facts.feature_dim)

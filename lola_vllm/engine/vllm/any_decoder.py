@@ -31,8 +31,8 @@ class LolaDecoderAttention(LolaAttention):
     """LoLA attention as vLLM's Transformers backend makes and calls attention.
 
     Raises:
-        ValueError: the decoder asks for what LoLA's attention has not: a cap of logits, a window,
-            or sinks.
+        ValueError: the decoder asks for what LoLA's attention has not: a cap of logits, sinks, or
+            another window than its config says.
     """
 
     def __init__(
@@ -45,14 +45,15 @@ class LolaDecoderAttention(LolaAttention):
         sinks: Tensor | None = None,
         **_: Any,  # sizes, which the config says too, and vLLM's own caches
     ) -> None:
-        for name, value in (
-            ("attn_logit_softcapping", logits_soft_cap),
-            ("sliding_window", per_layer_sliding_window),
-            ("sinks", sinks),
-        ):
-            if value is not None:
-                raise ValueError(f"{prefix}: {name} = {value!r}: LoLA attention has no such thing")
         super().__init__(prefix)
+        window = self.layout.pages[0].ring_size if self.layout.slides else None
+        for name, value, known in (
+            ("attn_logit_softcapping", logits_soft_cap, None),
+            ("sliding_window", per_layer_sliding_window, window),
+            ("sinks", sinks, None),
+        ):
+            if value is not known and value != known:
+                raise ValueError(f"{prefix}: {name} = {value!r}: LoLA attention has {known}")
         own = self.head_dim**-0.5
         self.q_factor = None if scale == own else scale / own
 
@@ -64,7 +65,8 @@ class LolaDecoderAttention(LolaAttention):
                 memory. order: of the heads.
         """
         self.has_rope = order.width > 0
-        places = None if order.order is None else order.order.to(self.feature_map_q.device)
+        device = next(attention.parameters()).device
+        places = None if order.order is None else order.order.to(device)
         self.register_buffer("order", places, persistent=False)
         self.decoder = attention, rotary, order  # together, or they would become parts of this one
 

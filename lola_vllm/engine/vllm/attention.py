@@ -33,6 +33,7 @@ from lola_vllm.core.ops.key_rotation import KeyRotation
 from lola_vllm.core.ops.rope_table import RopeTable
 from lola_vllm.core.ops.self_check import serving_backend
 from lola_vllm.core.ops.shift_schedule import ShiftSchedule
+from lola_vllm.core.ops.sliding import ops_of
 from lola_vllm.engine.vllm.backend import LolaMetadata, check_capture
 from lola_vllm.engine.vllm.cache import (
     first_layer,
@@ -51,7 +52,7 @@ class LolaAttention(nn.Module, MambaBase):
 
     Parameters (this rank's heads): `feature_map_q [Hq, d, F]`, `feature_map_k [Hs, d, F]` and
     `window_factors [Hq]` (float32, before the sigmoid); `importance [Hkv, d // 2 + d + 1]`
-    (float32) where the checkpoint has it, else None.
+    (float32) where the checkpoint has it, else None. Sliding layers have none of them.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -70,16 +71,17 @@ class LolaAttention(nn.Module, MambaBase):
         self.num_kv_heads = self.layout.num_kv_heads
         self.head_dim = config.head_dim
         facts = config.facts
-        map_shape = (self.head_dim, facts.feature_dim)
-        self.feature_map_q = _head_parameter(self.num_heads, map_shape, heads)
-        self.feature_map_k = _head_parameter(
-            self.layout.num_state_heads, map_shape, facts.num_state_heads
-        )
-        self.window_factors = _head_parameter(self.num_heads, (), heads, torch.float32)
         self.importance: nn.Parameter | None = None
-        if facts.importance:
-            shape = (importance_size(self.head_dim),)
-            self.importance = _head_parameter(self.num_kv_heads, shape, kv_heads, torch.float32)
+        if not self.layout.slides:
+            map_shape = (self.head_dim, facts.feature_dim)
+            self.feature_map_q = _head_parameter(self.num_heads, map_shape, heads)
+            self.feature_map_k = _head_parameter(
+                self.layout.num_state_heads, map_shape, facts.num_state_heads
+            )
+            self.window_factors = _head_parameter(self.num_heads, (), heads, torch.float32)
+            if facts.importance:
+                shape = (importance_size(self.head_dim),)
+                self.importance = _head_parameter(self.num_kv_heads, shape, kv_heads, torch.float32)
 
         self.has_rope = True
         self.kv_cache = (torch.tensor([]),)
@@ -168,11 +170,12 @@ class LolaAttention(nn.Module, MambaBase):
             layer.state = layer._bind(pages)
             states.append(layer.state)
         ops = serving_backend(
-            choose_backend(rows.device.type, self.layout.pages[0].kv_dtype), states
+            choose_backend(rows.device.type, self.layout.pages[0].kv_dtype),
+            [state for state in states if not state.layout.slides],
         )
         check_capture(ops, rows.device.type)  # another one may have to serve
         for layer in self.sharing:
-            layer.ops = ops
+            layer.ops = ops_of(layer.layout, ops, rows.device.type)
 
     def weights_changed(self) -> None:
         """Take new parameters into use; before the pages are there, nothing is to be done."""
@@ -187,15 +190,20 @@ class LolaAttention(nn.Module, MambaBase):
             rotation = KeyRotation.of_table(
                 self.schedule, cos.to(pages.device), sin.to(pages.device)
             )
-        weights = LolaWeights.prepare(
-            self.feature_map_q.data,
-            self.feature_map_k.data,
-            self.window_factors.data,
-            self.lola.mixing,
-            self.num_kv_heads,
-            None if self.importance is None else self.importance.data,
-            rotation,
-        )
+        if self.layout.slides:
+            sizes = self.num_heads, self.num_kv_heads, self.head_dim
+            like = torch.empty(0, dtype=self.layout.pages[0].kv_dtype, device=pages.device)
+            weights = LolaWeights.of_window(*sizes, self.lola.mixing, like, rotation)
+        else:
+            weights = LolaWeights.prepare(
+                self.feature_map_q.data,
+                self.feature_map_k.data,
+                self.window_factors.data,
+                self.lola.mixing,
+                self.num_kv_heads,
+                None if self.importance is None else self.importance.data,
+                rotation,
+            )
         return LayerState.bind(weights, self.layout, pages)
 
     @property

@@ -125,13 +125,11 @@ def layer_layouts(vllm_config: VllmConfig, tp_rank: int = 0) -> tuple[LayerLayou
     kv_dtype = vllm_config.model_config.dtype
     assert isinstance(kv_dtype, torch.dtype)  # vLLM has resolved "auto" and other names
     tp_size = vllm_config.parallel_config.tensor_parallel_size
-    lola = config.lola
-    facts = config.facts
-    lola.check_heads(config.num_attention_heads, kv_heads, facts.num_state_heads)
+    config.lola.check_heads(config.num_attention_heads, kv_heads, config.facts.num_state_heads)
     config.check_sizes()
     return tuple(
         LayerLayout.from_config(
-            lola.for_layer(index),
+            lola,
             num_kv_heads=max(1, kv_heads // tp_size),
             num_state_heads=max(1, facts.num_state_heads // tp_size),
             head_dim=config.head_dim,
@@ -140,7 +138,7 @@ def layer_layouts(vllm_config: VllmConfig, tp_rank: int = 0) -> tuple[LayerLayou
             importance=facts.importance,
             first_kv_head=tp_rank * kv_heads // tp_size,
         )
-        for index in range(config.num_hidden_layers)
+        for lola, facts in map(config.for_layer, range(config.num_hidden_layers))
     )
 
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from lola_vllm.core.config import MODEL_TYPE, no_one_table
+from lola_vllm.core.config import FULL_ATTENTION, MODEL_TYPE, no_one_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,8 +100,9 @@ def register_length() -> None:
         def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
             """The default `--max-model-len`, and the field that it follows from."""
             config = self.hf_config
-            # vLLM takes a model whose layers are all called "full_attention" for no hybrid.
-            config.layer_types = None
+            if types := getattr(config, "layer_types", None):
+                # vLLM takes a model whose layers are all called "full_attention" for no hybrid.
+                config.layer_types = [MODEL_TYPE if x == FULL_ATTENTION else x for x in types]
             if not config.lola.context_shift:
                 return super().derive_max_model_len_and_key()
             # Up to this a user may go beyond the default. The config hook knows the limit.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
+from lola_vllm.core.ops import sliding
 from lola_vllm.engine.hf.attention import in_form
 
 ATTENTION = "lola_calibration"
@@ -23,7 +24,7 @@ class AttentionRecorder(Protocol):
 
     def add(self, layer: int, k: Tensor, v: Tensor, weights: Tensor) -> None:
         """A layer's k (after RoPE) and v `[Hkv, T, d]` and softmax weights `[Hq, n, T]` of the
-        tokens that `begin` named, all float32."""
+        tokens that `begin` named, all float32. Sliding layers are left out and not counted."""
 
 
 class _Window(NamedTuple):
@@ -59,6 +60,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Softmax attention, `[1, H, T, d]` in and `[1, T, Hq, d]` out, recorded."""
     q, k = in_form(module, q, k, scaling)
+    if module.lola_window is not None:
+        return sliding.attend(q, k, v, module.lola_window).transpose(1, 2), None
     group = q.shape[1] // k.shape[1]
     wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     out = scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True)
@@ -66,5 +69,5 @@ def attention(
     logits = q[0, :, queries].float() @ wide_k[0].float().mT * q.shape[-1] ** -0.5
     later = torch.arange(q.shape[2]) > queries[:, None]
     weights = logits.masked_fill_(later, -torch.inf).softmax(-1)  # [Hq, n, T]
-    lola_window.recorder.add(module.layer_idx, k[0].float(), v[0].float(), weights)
+    lola_window.recorder.add(module.lola_number, k[0].float(), v[0].float(), weights)
     return out.transpose(1, 2), None

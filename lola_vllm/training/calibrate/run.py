@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lola_vllm.core.config import windows_of
 from lola_vllm.engine.hf.attention import order_heads
 from lola_vllm.models.base import read_base_config
 from lola_vllm.models.files import CheckpointError, open_weights, weight_files
@@ -84,16 +85,16 @@ class Calibration:
 
     Attributes:
         sizes: pairs per layer and KV head: a `lola_config.sparse_cache_size`, the recent ones
-            included.
+            included. Sliding layers have none.
         recent: likewise: a `lola_config.recent_size`.
-        importance: per layer `[Hkv, d // 2 + d + 1]`, its tensor `importance`.
-        held: per layer, what the pairs that are not recent would hold.
+        importance: by layer that does not slide `[Hkv, d // 2 + d + 1]`, its tensor `importance`.
+        held: likewise, what the pairs that are not recent would hold.
     """
 
     sizes: list[list[int]]
     recent: list[list[int]]
-    importance: list[Tensor]
-    held: list[Held]
+    importance: dict[int, Tensor]
+    held: dict[int, Held]
 
 
 def calibrate(
@@ -153,27 +154,35 @@ def calibrate(
         alike = [pairs] * len(fitted[0].attention)
         gains.append(AttentionGains(fitted, fit(fitted, alike, options.seed, FIRST_EPOCHS)))
     sizes = divide_among(gains, pairs, options.least)
-    importance, shares = [], []
-    for layer, (fitted, judged) in enumerate(tqdm(parts, desc="importance", unit="layer")):
-        own = sizes[layer]
-        importance.append(fit(fitted, own, options.seed))
+    config = softmax.config
+    found = Calibration([], [], {}, {})
+    for _ in range(config.num_hidden_layers):
+        for of_layers in (found.sizes, found.recent):
+            of_layers.append([0] * config.num_key_value_heads)
+    fits = zip(_full_layers(config), parts, sizes, recent, strict=True)
+    for layer, (fitted, judged), own, newest in tqdm(list(fits), desc="importance", unit="layer"):
+        found.importance[layer] = weights = fit(fitted, own, options.seed)
         alone, total = (x / len(judged) for x in held(judged, own, None))
-        weighted = held(judged, own, importance[-1])[0] / len(judged)
-        shares.append(Held(total, alone, weighted))
-    both = [
-        [x + y for x, y in zip(*of_layer, strict=True)]
-        for of_layer in zip(sizes, recent, strict=True)
-    ]
-    return Calibration(both, recent, importance, shares)
+        weighted = held(judged, own, weights)[0] / len(judged)
+        found.held[layer] = Held(total, alone, weighted)
+        found.sizes[layer] = [x + y for x, y in zip(own, newest, strict=True)]
+        found.recent[layer] = newest
+    return found
+
+
+def _full_layers(config: Any) -> list[int]:
+    """The layers that do not slide."""
+    return [layer for layer, window in enumerate(windows_of(config)) if window is None]
 
 
 def _find_recent(
     softmax: Any, tokenizer: Any, texts: Path, options: CalibrateOptions
 ) -> list[list[int]]:
-    """Recent pairs per layer and KV head."""
+    """Recent pairs per layer that does not slide, and KV head."""
     config = softmax.config
+    layers = len(_full_layers(config))
     if not options.recent:
-        return [[0] * config.num_key_value_heads for _ in range(config.num_hidden_layers)]
+        return [[0] * config.num_key_value_heads for _ in range(layers)]
     length = min(2 * options.prompt_length, config.max_position_embeddings - REPEATED)
     if length <= LEAST_DISTANCE + PASSAGE:
         raise CheckpointError(
@@ -184,7 +193,7 @@ def _find_recent(
     rng = random.Random(f"{options.seed}/passages")
     plain = draw_plain(texts, tokenizer, length, COPYING_PROMPTS, options.seed)
     prompts = [repeat_passages(ids, rng) for ids in plain]
-    recorder = CopyingAttention([starts for _, starts in prompts], length, config.num_hidden_layers)
+    recorder = CopyingAttention([starts for _, starts in prompts], length, layers)
     read(softmax, [ids for ids, _ in prompts], recorder, "heads that copy")
     longest = length + REPEATED  # the last repeat stands after all the others
     return _best_division(
@@ -211,9 +220,9 @@ def _best_division(
 
 
 def _identity_maps(config: Any) -> list[Tensor]:
-    """A layer's key maps as `lola-vllm init` makes them."""
+    """Key maps of the layers that do not slide, as `lola-vllm init` makes them."""
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [torch.eye(d).repeat(config.num_key_value_heads, 1, 1)] * config.num_hidden_layers
+    return [torch.eye(d).repeat(config.num_key_value_heads, 1, 1)] * len(_full_layers(config))
 
 
 def _load_weights(softmax: Any, model: Path) -> list[Tensor]:
@@ -240,9 +249,9 @@ def _load_weights(softmax: Any, model: Path) -> list[Tensor]:
                 missing.discard(name)
     if missing:
         raise CheckpointError(f"{model}: no tensor {min(missing)!r}; was it made of this base?")
-    if len(maps) != softmax.config.num_hidden_layers:
+    if sorted(maps) != (layers := _full_layers(softmax.config)):
         raise CheckpointError(
-            f"{model}: maps of {len(maps)} layers, and {softmax.config.num_hidden_layers} layers"
+            f"{model}: maps of the layers {sorted(maps)}, but those that need them are {layers}"
         )
     return [maps[layer] for layer in sorted(maps)]
 
@@ -251,7 +260,7 @@ def report(found: Calibration) -> str:
     """Per layer and KV head, the long-range attention in a prompt, what its cache holds of it with
     the error alone and with importance, and its pairs; the sizes as JSON."""
     lines = ["layer  KV head  pairs  recent  long-range attention  held by error  with importance"]
-    for layer, of_layer in enumerate(found.held):
+    for layer, of_layer in found.held.items():
         columns = (found.sizes[layer], found.recent[layer], *(x.tolist() for x in of_layer))
         heads = zip(*columns, strict=True)
         for head, (pairs, recent, total, *kept) in enumerate(heads):
@@ -260,7 +269,9 @@ def report(found: Calibration) -> str:
                 f"{layer:5}  {head:7}  {pairs:5}  {recent:6}  {total:20.2f}  {alone:13.0%}  "
                 f"{weighted:13.0%}"
             )
-    of_all = (sum(float(x.sum()) for x in column) for column in zip(*found.held, strict=True))
+    of_all = (
+        sum(float(x.sum()) for x in column) for column in zip(*found.held.values(), strict=True)
+    )
     alone, weighted = _shares(*of_all)
     lines.append(f"all heads hold {alone:.0%} by error, {weighted:.0%} with importance")
     keys = {"sparse_cache_size": found.sizes, "recent_size": found.recent}

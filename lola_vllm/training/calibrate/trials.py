@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
+from transformers import DynamicCache
 
+from lola_vllm.core.ops import sliding
 from lola_vllm.training.calibrate.copying import REPEATED, counted_tokens
 
 RECENT_ATTENTION = "lola_calibration_recent"
@@ -33,7 +35,7 @@ def passage_log_probs(
         model: a causal LM of transformers whose attention is `recent_attention`, registered as
             `RECENT_ATTENTION`.
         prompts: token ids, as `repeat_passages` makes them.
-        divisions: each the recent pairs by layer and KV head.
+        divisions: each the recent pairs by layer, sliding ones left out, and KV head.
 
     Returns:
         `[divisions]` float64, the mean log-probability of the passages' `counted_tokens`.
@@ -43,7 +45,8 @@ def passage_log_probs(
     for ids in tqdm(prompts, desc="recent pairs", unit="prompt"):
         length = len(ids) - REPEATED
         text, passages = torch.tensor([list(ids)]).split([length, REPEATED], dim=1)
-        cache = model.model(text, use_cache=True).past_key_values
+        cache = DynamicCache()  # not by the config: of sliding layers too it keeps everything
+        model.model(text, use_cache=True, past_key_values=cache)
         positions = torch.arange(length, len(ids))[None]
         for i, division in enumerate(divisions):
             hidden = model.model(
@@ -69,15 +72,18 @@ def recent_attention(
     """Softmax attention, q `[1, Hq, n, d]`, k and v `[1, Hkv, T, d]` in and `[1, n, Hq, d]` out.
 
     The queries are the newest n of T tokens. With `lola_recent`, the pairs by layer and KV head, a
-    query sees no others than sinks, the window, and those recent pairs before it.
+    query sees no others than sinks, the window, and those recent pairs before it. Sliding layers
+    are what they are.
     """
     group, n, T = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    if module.lola_window is not None:
+        return sliding.attend(q, k, v, module.lola_window, scaling).transpose(1, 2), None
     if lola_recent is None:
         wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         out = scaled_dot_product_attention(q, wide_k, wide_v, is_causal=True, scale=scaling)
         return out.transpose(1, 2), None
     at, outs = torch.arange(T - n, T)[:, None], []
-    for head, size in enumerate(lola_recent[module.layer_idx]):
+    for head, size in enumerate(lola_recent[module.lola_number]):
         seen = torch.arange(T)  # by any query
         seen = seen[(seen < SINKS) | (seen > T - n - WINDOW - size)]
         allowed = (seen <= at) & ((seen < SINKS) | (seen > at - WINDOW - size))

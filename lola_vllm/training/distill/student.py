@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_vllm.core.config import LolaConfig
+from lola_vllm.core.ops import sliding
 from lola_vllm.core.ops.differentiable import lola_attention_parallel
 from lola_vllm.engine.hf.attention import in_form, order_heads
 from lola_vllm.models.base import read_base_config
@@ -55,6 +56,7 @@ def decoder_layers(model: Any) -> list[Any]:
 
 def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None) -> None:
     """Give every layer a starting point: LoLCATs' identity maps, and logits of window factors of 0.
+    Sliding layers have no maps.
 
     They become float32 parameters of `self_attn`: `feature_map_q [Hq, d, F]`,
     `feature_map_k [Hs, d, F]` and `window_factors [Hq]`.
@@ -64,6 +66,9 @@ def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None
     F = feature_dim or d
     for layer in decoder_layers(model):
         attention = layer.self_attn
+        attention.lola_config = None
+        if attention.lola_window is not None:
+            continue
         device = next(attention.parameters()).device
         for name, heads in (
             ("feature_map_q", config.num_attention_heads),
@@ -75,7 +80,6 @@ def attach_maps(model: Any, num_state_heads: int, feature_dim: int | None = None
         factors = torch.zeros(config.num_attention_heads, device=device)
         attention.register_parameter("window_factors", nn.Parameter(factors, requires_grad=False))
         attention.register_buffer("importance", None, persistent=False)
-        attention.lola_config = None
 
 
 def output_projection(attention: Any) -> Tensor:
@@ -86,7 +90,9 @@ def output_projection(attention: Any) -> Tensor:
 
 
 def layer_maps(layer: Any) -> dict[str, nn.Parameter]:
-    """The three trainable tensors of a layer, by name."""
+    """The three trainable tensors of a layer, by name; none of a sliding one."""
+    if layer.self_attn.lola_window is not None:
+        return {}
     return {name: getattr(layer.self_attn, name) for name in MAP_NAMES}
 
 
@@ -104,9 +110,9 @@ def map_groups(
     """
     maps, factors = [], []
     for layer in layers:
-        attention = layer.self_attn
-        maps += [attention.feature_map_q, attention.feature_map_k]
-        factors.append(attention.window_factors)
+        *of_layer, own_factors = layer_maps(layer).values() or [None]
+        maps += of_layer
+        factors += [own_factors] if of_layer else []
     return [
         {"params": maps, "lr": learning_rate},
         {"params": factors, "lr": learning_rate * window_factor_rate},
@@ -180,6 +186,8 @@ def _attention(
     Rows are whole sequences without padding, so there is no mask to look at.
     """
     query, key = in_form(module, query, key, scaling)
+    if module.lola_window is not None:
+        return sliding.attend(query, key, value, module.lola_window).transpose(1, 2), None
     if module.lola_config is None:
         out = softmax_attention(query, key, value).transpose(1, 2)
         if getattr(module, "capture", None) is not None:

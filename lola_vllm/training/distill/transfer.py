@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.ops.differentiable import lola_attention_parallel
+from lola_vllm.models import rope
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.distill.options import DistillOptions
 from lola_vllm.training.distill.state import read_state, write_state
@@ -56,7 +57,8 @@ def transfer(
         fingerprint: of everything that the result depends on; a state of another run is refused.
 
     Returns:
-        Per layer, the relative error of each step: ||(y - y*) W_o||^2 / ||y* W_o||^2.
+        Per layer, the relative error of each step: ||(y - y*) W_o||^2 / ||y* W_o||^2. Sliding
+        layers have no steps.
 
     Raises:
         CheckpointError: a training state that is of another run, or `work` cannot be written.
@@ -93,45 +95,49 @@ def _train_layer(
     options: DistillOptions,
     bar: tqdm[Any],
 ) -> list[float]:
-    """Train one layer's maps and write the teacher's output, the next layer's input."""
+    """Train one layer's maps, if it has any, and write the teacher's output, the next layer's
+    input."""
     layer = decoder_layers(model)[index]
     maps, configs = layer_maps(layer), options.configs()
-    weight = output_projection(layer.self_attn)
+    attention = layer.self_attn
+    weight = output_projection(attention)
     device, dtype = weight.device, weight.dtype
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + index)
     total = len(hidden) * options.steps_per_row
     groups = map_groups([layer], options.learning_rate, options.window_factor_rate)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0) if maps else None
     for value in maps.values():
         value.requires_grad_(True)
-    layer.self_attn.capture = []
+    attention.capture = []
     losses: list[float] = []
     for row in torch.randperm(len(hidden), generator=generator).tolist():
         x = _from_file(hidden[row], dtype).to(device)[None]
         with torch.no_grad():
             position_ids = torch.arange(x.shape[1], device=device)[None]
-            embeddings = model.model.rotary_emb(x, position_ids=position_ids)
+            embeddings = rope.embeddings(attention, model.model.rotary_emb, x, position_ids)
             y = layer(x, position_embeddings=embeddings, position_ids=position_ids)
             y = y[0] if isinstance(y, tuple) else y
         target[row] = _to_file(y[0])
-        for _ in range(options.steps_per_row):
+        for _ in range(options.steps_per_row if optimizer else 0):
             config = _draw(configs, generator).for_layer(index)
             chunks = _draw_chunks(x.shape[1], config, options.queries_per_step, generator)
-            loss = _error(layer.self_attn, config, chunks.to(device))
+            loss = _error(attention, config, chunks.to(device))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(maps.values(), 1.0)
             scale_rates(optimizer, 0.5 * (1 + math.cos(math.pi * len(losses) / total)))
             optimizer.step()
             losses.append(loss.item())
+        bar.update()
+        if not losses:  # a sliding layer
+            continue
         if not math.isfinite(losses[-1]):
             raise CheckpointError(
                 f"layer {index}: the loss is {losses[-1]} after {len(losses)} steps; "
                 "try a smaller learning rate"
             )
         bar.set_postfix(layer=index, loss=f"{losses[-1]:.4f}", refresh=False)
-        bar.update()
-    layer.self_attn.capture = None
+    attention.capture = None
     for value in maps.values():
         value.requires_grad_(False)
     return losses

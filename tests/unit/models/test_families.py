@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +109,20 @@ def test_a_shift_moves_keys_to_where_rope_would_have_put_them(
 ) -> None:
     """The keys of the window, after the first shift: RoPE of D positions less, by the decoder."""
     model = AutoModelForCausalLM.from_pretrained(both[1]).eval()
-    attention, rotary = model.model.layers[0].self_attn, model.model.rotary_emb
-    rotation = model.key_rotations(torch.device("cpu"))[0]
-    order = attention.lola_order
-    k, R = torch.randn(1, 16), order.width
+    rotary, rotations = model.model.rotary_emb, model.key_rotations(torch.device("cpu"))
+    k = torch.randn(1, 16)
 
-    def turned(position: int) -> torch.Tensor:
-        cos, sin = angles(rotary, torch.tensor([position]), torch.float32)
+    def turned(attention: Any, position: int) -> torch.Tensor:
+        order, R = attention.lola_order, attention.lola_order.width
+        if R == 0:
+            return order(k)
+        cos, sin = angles(attention, rotary, torch.tensor([position]), torch.float32)
         return order(torch.cat([_apply(attention, k[:, :R], cos, sin), k[:, R:]], dim=1))
 
-    torch.testing.assert_close(rotation.rotate_back(turned(40)), turned(8), atol=1e-4, rtol=1e-4)
+    for layer, rotation in zip(model.model.layers, rotations, strict=True):
+        moved = rotation.rotate_back(turned(layer.self_attn, 40))
+        wanted = turned(layer.self_attn, 8)
+        torch.testing.assert_close(moved, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "granite"])
@@ -164,6 +169,17 @@ def test_what_a_file_leaves_out_is_the_familys_default(
     assert config.num_attention_heads == 64
 
 
+def test_the_page_names_the_families_that_are_tested() -> None:
+    page = (Path(__file__).parents[3] / "docs/checkpoints.md").read_text()
+    _, section = page.split("\n## Bases\n")
+    rows = re.findall(r"^\| .*? \| (`.*`) \|$", section.split("\n## ")[0], re.MULTILINE)
+    llamas, others, experts, sliding = (re.findall(r"`(.*?)`", row) for row in rows)
+    assert llamas == list(FAMILIES)
+    assert sorted(others + experts + sliding) == sorted(OTHERS)
+    assert all("layer_types" in OTHERS[family] for family in sliding)
+    assert all(any("experts" in key for key in OTHERS[family]) for family in experts)
+
+
 @pytest.mark.parametrize(
     ("old", "base"),
     [
@@ -190,11 +206,11 @@ def test_a_base_that_transformers_does_not_know_is_named() -> None:
     [
         ({"model_type": "mistral", "sliding_window": 4096}, r"sliding_window = 4096.*to null"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 3},
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
             "use_sliding_window to false",
         ),
-        ({"model_type": "gemma3_text"}, "see a window only"),
-        ({"model_type": "gpt_oss"}, "see a window only"),
+        ({"model_type": "gemma2"}, "caps the logits"),
+        ({"model_type": "gpt_oss"}, "learned sinks"),
         ({"model_type": "gemma3", "vision_config": {}}, "reads more than text"),
         ({"model_type": "deepseek_v3"}, "latent attention"),
         ({"model_type": "qwen3_next"}, "linear_attention"),

@@ -385,7 +385,7 @@ def test_command_writes_sizes_and_importance(
         assert x.equal(y)
     saved, tensors = load_calibration(tmp_path / "found.safetensors")
     assert saved == {key: lola[key] for key in ("sparse_cache_size", "recent_size")}
-    assert sorted(tensors) == sorted(importance_tensors(first))
+    assert sorted(tensors) == sorted(importance_tensors(dict(enumerate(first))))
     assert tensors["model.layers.2.self_attn.importance"].equal(first[2])
     served = LolaForCausalLM.from_pretrained(model)
     assert served.model.layers[1].self_attn.importance.equal(first[1])
@@ -451,16 +451,17 @@ def test_importance_is_fitted_to_the_models_own_pairs(
     assert cli.main(["init", "--base", str(other), "--out", str(lola)]) == 0
     options = CalibrateOptions(pairs=40, least=8, prompts=8, prompt_length=300, facts=0)
     of_base, of_other = (calibrate(base, texts, options, x) for x in (None, lola))
-    for of_layer in of_base.held:
+    for of_layer in of_base.held.values():
         assert (of_layer.alone <= of_layer.total).all()
         assert (of_layer.weighted <= of_layer.total * (1 + 1e-6)).all()
-    assert any(x.any() for x in of_base.importance)
+    assert any(x.any() for x in of_base.importance.values())
     assert of_base.sizes == of_other.sizes
     in_bfloat16 = calibrate(base, texts, dataclasses.replace(options, dtype="bfloat16"))
-    for x, y in zip(in_bfloat16.held, of_base.held, strict=True):
+    for x, y in zip(in_bfloat16.held.values(), of_base.held.values(), strict=True):
         torch.testing.assert_close(x.total, y.total, rtol=0.05, atol=0.05)
-    assert all(x.dtype == torch.float32 for x in in_bfloat16.importance)
-    for x, y in zip(of_base.importance, of_other.importance, strict=True):
+    assert all(x.dtype == torch.float32 for x in in_bfloat16.importance.values())
+    for layer, x in of_base.importance.items():
+        y = of_other.importance[layer]
         torch.testing.assert_close(x[:, :4], y[:, :4], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(x[:, 4:-1], 2 * y[:, 4:-1], rtol=1e-3, atol=1e-5)
 
