@@ -171,13 +171,15 @@ def _merged(name: str, weight: Tensor, lora: Lora, alpha: float) -> Tensor:
 def _layer_maps(
     prefix: str, trained: Mapping[str, Tensor], expected: Mapping[str, Shape], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The three LoLA tensors of the layer at `prefix`, maps in `dtype`."""
+    """The three LoLA tensors of the layer at `prefix`, maps in `dtype`; none if it slides."""
     import torch
 
     tensors = {}
     for kind in LOLA_TENSORS:
         name = prefix + kind
         # Copies: safetensors refuses strides, and tensors that share memory (tied maps do).
+        if name not in expected:
+            continue  # of a sliding layer
         if name in trained:
             own = torch.float32 if kind == "window_factors" else dtype
             tensors[name] = trained[name].to(own, copy=True).contiguous()

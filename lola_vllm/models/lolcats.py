@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MAP_Q = "self_attn.feature_map_q"
 MAP_K = "self_attn.feature_map_k"
 FACTORS = "self_attn.window_factors"
+MAPS = (MAP_Q, MAP_K, FACTORS)
 
 _SHOWN = 10  # faults of a kind that a message lists
 # Plain, inside LlamaForCausalLM, inside one more wrapper, inside a PEFT model.
@@ -301,13 +302,15 @@ def _canonical(file: LayerTensors, kinds: Iterable[str]) -> dict[str, Tensor]:
 def _check(
     file: LayerTensors, shapes: Mapping[str, Shape], config: DecoderConfig, hint: str = ""
 ) -> None:
-    """Raise unless the file has each kind, in its shape and finite, for each layer, and no more."""
+    """Raise unless the file has each kind, in its shape and finite, for each layer, and no more;
+    maps for those that do not slide."""
     layers = range(config.num_hidden_layers)
+    sliding = {layer for layer, window in enumerate(config.windows) if window is not None}
     missing = [
         f"model.layers.{layer}.{kind} {list(shape)}"
         for layer in layers
         for kind, shape in shapes.items()
-        if (layer, kind) not in file.tensors
+        if (layer, kind) not in file.tensors and not (layer in sliding and kind in MAPS)
     ]
     unexpected = list(file.unknown)
     wrong = []
@@ -315,6 +318,8 @@ def _check(
         name, shape = file.names[key], shapes.get(key[1])
         if key[0] not in layers or shape is None:
             unexpected.append(name)
+        elif key[0] in sliding and key[1] in MAPS:
+            unexpected.append(f"{name} of a sliding layer")
         elif not _fits(key[1], tuple(tensor.shape), shape):
             wrong.append(f"{name}: found {list(tensor.shape)}, expected {list(shape)}")
         elif not tensor.is_floating_point():

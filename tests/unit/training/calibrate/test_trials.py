@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lola_vllm.engine.hf.attention import order_heads
 from lola_vllm.training.calibrate.copying import GIVEN, PASSAGE, PASSAGES
 from lola_vllm.training.calibrate.trials import (
     RECENT_ATTENTION,
@@ -33,7 +34,9 @@ def inputs(n: int, T: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("sizes", [[0, 0], [17, 1000], [0, 90]])
 def test_a_head_sees_sinks_window_and_recent_pairs(n: int, T: int, sizes: list[int]) -> None:
     q, k, v = inputs(n, T)
-    out, _ = recent_attention(SimpleNamespace(layer_idx=1), q, k, v, None, [[5, 5], sizes])
+    out, _ = recent_attention(
+        SimpleNamespace(lola_number=1, lola_window=None), q, k, v, None, [[5, 5], sizes]
+    )
     for head in range(HEADS * GROUP):
         of = head // GROUP
         for i in range(n):
@@ -45,7 +48,7 @@ def test_a_head_sees_sinks_window_and_recent_pairs(n: int, T: int, sizes: list[i
 
 def test_without_sizes_a_head_sees_all() -> None:
     q, k, v = inputs(70, 70)
-    module = SimpleNamespace(layer_idx=0)
+    module = SimpleNamespace(lola_number=0, lola_window=None)
     out, _ = recent_attention(module, q, k, v, None)
     torch.testing.assert_close(out, recent_attention(module, q, k, v, None, [[99, 99]])[0])
 
@@ -69,6 +72,7 @@ def test_log_probs_of_passages_by_division() -> None:
     model = transformers.LlamaForCausalLM(config).eval().double()
     for parameter in model.parameters():
         parameter.data *= 3
+    order_heads(model)
     prompts = [torch.randint(50, (300 + PASSAGES * PASSAGE,)).tolist() for _ in range(2)]
     everything, nothing, some = [[2000] * 2] * 2, [[0] * 2] * 2, [[0, 200], [100, 0]]
     found = passage_log_probs(model, prompts, [nothing, everything, some, nothing])

@@ -237,7 +237,8 @@ GO_ON = dataclasses.replace(
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(5)
-    importance = [torch.randn(2, importance_size(6), generator=generator) for _ in SIZES]
+    size = importance_size(6)
+    importance = {i: torch.randn(2, size, generator=generator) for i in range(len(SIZES))}
     path = tmp_path_factory.mktemp("calibration") / "calibration.safetensors"
     sizes = {"sparse_cache_size": SIZES, "recent_size": RECENT}
     save_calibration(path, sizes, importance_tensors(importance))
