@@ -14,6 +14,7 @@ import torch
 
 from lola_vllm.command.linearize.plan import Speed
 from lola_vllm.command.linearize.recipe import Recipe, unlike, with_sizes
+from lola_vllm.core.config import windows_of
 from lola_vllm.training.distill.data import TrainingRows
 from lola_vllm.training.distill.finetune import finetune
 from lola_vllm.training.distill.student import attach_maps, load_base
@@ -62,7 +63,8 @@ def measure_transfer(base: Path, recipe: Recipe) -> float:
 
 def _transfer_seconds(model: Any, recipe: Recipe) -> float:
     """Of a token of a row of stage 1, in all layers."""
-    options, layers = recipe.train, model.config.num_hidden_layers
+    options = recipe.train
+    layers = windows_of(model.config).count(None)  # sliding ones have nothing to train
     row = _row(model, options.row_length).tokens
     with _first_layers(model), tempfile.TemporaryDirectory() as work:
         spent = _seconds(lambda: transfer(model, row, Path(work), options, fingerprint="-"))
@@ -87,9 +89,10 @@ def _row(model: Any, length: int) -> TrainingRows:
 
 @contextmanager
 def _first_layers(model: Any) -> Any:
-    """Within this context the model has its first layers alone."""
+    """Within this context the model has its first layers alone that do not slide."""
     layers = model.model.layers
-    model.model.layers = layers[:_LAYERS]
+    full = [layer for layer in layers if layer.self_attn.lola_window is None]
+    model.model.layers = torch.nn.ModuleList(full[:_LAYERS])
     try:
         yield
     finally:

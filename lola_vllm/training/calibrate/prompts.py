@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.training.calibrate.options import CalibrateOptions
+from lola_vllm.training.distill.data import start_tokens
 from lola_vllm.training.distill.retrieval import RetrievalError, retrieval_row
 from lola_vllm.training.texts import is_held_out, read_documents
 
@@ -58,7 +59,7 @@ def draw_plain(texts: Path, tokenizer: Any, length: int, count: int, seed: int) 
     text = _source(texts, random.Random(f"{seed}/plain"))
     found = []
     for _ in range(count):
-        ids: list[int] = []
+        ids = start_tokens(tokenizer)
         while len(ids) < length:  # few documents are as long as this
             ids += tokenizer.encode(text(16 * length), add_special_tokens=False)
         found.append(ids[:length])
@@ -82,11 +83,12 @@ def _source(texts: Path, rng: random.Random) -> Callable[[int], str]:
 
 
 def _plain(text: Callable[[int], str], tokenizer: Any, length: int, texts: Path) -> list[int]:
+    start = start_tokens(tokenizer)
     for _ in range(_TRIES):
         # A token has two characters or more on average, so this is enough of a long text.
-        ids: list[int] = tokenizer.encode(text(16 * length), add_special_tokens=False)[:length]
-        if len(ids) == length:
-            return ids
+        ids = start + tokenizer.encode(text(16 * length), add_special_tokens=False)
+        if len(ids) >= length:
+            return ids[:length]
     raise CheckpointError(
         f"--prompt-length: --texts {texts} has hardly a document of {length} tokens; use shorter "
         "prompts or longer texts"

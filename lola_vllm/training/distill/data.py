@@ -151,7 +151,7 @@ class _Stream:
         # By number, not by name, so that the rows do not depend on the path.
         self._rng = random.Random(f"{options.seed} source {number}")
         # If the model expects a first token, every row has it, because attention is drawn to it.
-        self._start = _start_tokens(tokenizer)
+        self._start = start_tokens(tokenizer)
         self._rest: list[int] = []  # tokens left over from the last row
 
     def epoch(self) -> Iterator[list[int]]:
@@ -205,7 +205,7 @@ def _take_turns(streams: Sequence[_Stream], options: RowOptions) -> Iterator[lis
             )
 
 
-def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The beginning-of-sequence token, if the tokenizer puts one before a text."""
     ids = list(tokenizer("a")["input_ids"])
     return ids[:1] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else []
