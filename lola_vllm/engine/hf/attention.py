@@ -129,8 +129,8 @@ def _attend_whole(module: Any, q: Tensor, k: Tensor, v: Tensor, tokens: NewToken
     if order is not None:
         q, k, v = (_columns(x, order) for x in (q, k, v))
     if module.lola_window is not None:
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        out = sliding.attend(*heads, module.lola_window).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = sliding.attend(q, k, v, module.lola_window).transpose(1, 2)
     else:
         lola, _ = module.config.for_layer(module.layer_idx)
         weights = (module.feature_map_q, module.feature_map_k, module.window_factors)

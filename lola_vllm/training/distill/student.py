@@ -109,10 +109,10 @@ def map_groups(
         window_factor_rate: times that is the learning rate of the window factors.
     """
     maps, factors = [], []
-    for layer in layers:
-        *of_layer, own_factors = layer_maps(layer).values() or [None]
-        maps += of_layer
-        factors += [own_factors] if of_layer else []
+    for of_layer in filter(None, map(layer_maps, layers)):
+        *both, own_factors = of_layer.values()
+        maps += both
+        factors.append(own_factors)
     return [
         {"params": maps, "lr": learning_rate},
         {"params": factors, "lr": learning_rate * window_factor_rate},

@@ -103,9 +103,10 @@ def _train_layer(
     weight = output_projection(attention)
     device, dtype = weight.device, weight.dtype
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + index)
-    total = len(hidden) * options.steps_per_row
+    steps = options.steps_per_row if maps else 0
+    total = len(hidden) * steps
     groups = map_groups([layer], options.learning_rate, options.window_factor_rate)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0) if maps else None
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for value in maps.values():
         value.requires_grad_(True)
     attention.capture = []
@@ -118,7 +119,7 @@ def _train_layer(
             y = layer(x, position_embeddings=embeddings, position_ids=position_ids)
             y = y[0] if isinstance(y, tuple) else y
         target[row] = _to_file(y[0])
-        for _ in range(options.steps_per_row if optimizer else 0):
+        for _ in range(steps):
             config = _draw(configs, generator).for_layer(index)
             chunks = _draw_chunks(x.shape[1], config, options.queries_per_step, generator)
             loss = _error(attention, config, chunks.to(device))
