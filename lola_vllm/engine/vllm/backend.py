@@ -1,8 +1,8 @@
 """The attention backend that vLLM asks for by name, and the metadata of a step.
 
-vLLM's metadata for short-convolution layers already says what LoLA needs: which rows decode and
-which prefill, their state indices, lengths and query offsets. This adds the host-side copies from
-which a prefill is planned without waiting for the device.
+vLLM's metadata for Mamba layers already says what LoLA needs: which rows decode and which prefill,
+their state indices, lengths and query offsets. This adds the host-side copies from which a prefill
+is planned without waiting for the device.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from vllm.v1.attention.backend import (
     AttentionCGSupport,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.short_conv_attn import (
-    ShortConvAttentionMetadata,
-    ShortConvAttentionMetadataBuilder,
+from vllm.v1.attention.backends.mamba_attn import (
+    BaseMambaAttentionMetadata,
+    BaseMambaAttentionMetadataBuilder,
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
@@ -50,7 +50,7 @@ def check_capture(backend: Backend, device: str) -> None:
 
 
 @dataclass
-class LolaMetadata(ShortConvAttentionMetadata):
+class LolaMetadata(BaseMambaAttentionMetadata):
     """A step's rows: decodes first, then prefills.
 
     Attributes:
@@ -114,11 +114,11 @@ class LolaMetadata(ShortConvAttentionMetadata):
         return stops
 
 
-class LolaMetadataBuilder(ShortConvAttentionMetadataBuilder):
+class LolaMetadataBuilder(BaseMambaAttentionMetadataBuilder[LolaMetadata]):
     """Builds `LolaMetadata`.
 
-    A subclass of the short-convolution builder because the model runners look for it by type when
-    they hand over what a hybrid model needs.
+    The model runners know the builders of vLLM's own layers by type, and hand those the counts of
+    accepted drafts. LoLA's needs none: a row of several tokens is a prefill to it.
     """
 
     metadata_cls = LolaMetadata

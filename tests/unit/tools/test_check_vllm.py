@@ -18,7 +18,7 @@ CHANGES = {
 }
 EXPECTED = [
     "missing: vllm.model_executor.models.llama.LlamaDecoderLayer",
-    "missing: vllm.v1.attention.backends.short_conv_attn.ShortConvAttentionMetadataBuilder."
+    "missing: vllm.v1.attention.backends.mamba_attn.BaseMambaAttentionMetadataBuilder."
     "_prefill_cpu_metadata",
     "changed: vllm.v1.attention.backends.registry.register_backend(",
     "missing: vllm.config.CacheConfig.user_specified_block_size",
