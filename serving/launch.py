@@ -21,6 +21,7 @@ import torch
 
 from lola_vllm.core import cpu
 from lola_vllm.core.config import LOLA_TYPES
+from lola_vllm.engine.vllm import compat
 from lola_vllm.models.files import CheckpointError, read_json
 from lola_vllm.models.quantize import faster_weights
 from lola_vllm.serving.options import named_options
@@ -126,7 +127,8 @@ def plan(
         model: as for `vllm serve`. store: the command line, taken apart.
 
     Raises:
-        CheckpointError: a directory that holds no LoLA model, or options that cannot be read.
+        CheckpointError: a directory that holds no LoLA model, options that cannot be read, or an
+            environment without LoLA's routes.
     """
     named = named_options(store.rest)
     directory = Path(model)
@@ -227,6 +229,10 @@ def _sequences(machine: Machine) -> ChosenOption:
 
 
 def _environment(machine: Machine, env: Mapping[str, str]) -> list[ChosenOption]:
+    if (rust := compat.rust_frontend(env)) is not None:
+        raise CheckpointError(
+            f"{compat.RUST_FRONTEND} = {rust}: {compat.NOT_IN_RUST}, or do without by 'vllm serve'"
+        )
     chosen = []
     if "VLLM_PLUGINS" not in env:
         # Without this variable, vLLM loads all plugins except those that add routes. With it, vLLM

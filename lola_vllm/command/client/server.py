@@ -225,10 +225,10 @@ class Server:
             text = str(found.get("message") or found.get("detail") or found)
         except (ValueError, AttributeError):
             pass
-        if error.code == HTTPStatus.NOT_FOUND and text == "Not Found":
+        if error.code == HTTPStatus.NOT_FOUND and text in ("Not Found", ""):  # "": vLLM's in Rust
             return ClientError(
                 f"{self.url} has no {where}; start it with 'lola-vllm serve', or with "
-                "VLLM_PLUGINS=lola"
+                "VLLM_PLUGINS=lola and without VLLM_USE_RUST_FRONTEND"
             )
         text = text[:1000] or f"{self.url}{where}: the server answered {error.code}"
         return ClientError(text, error.code)

@@ -21,13 +21,17 @@
   its reader looks at only after a second without one. Until it looks, libzmq keeps up to 64 bytes
   for each (libzmq issue 3171, and the note to ZMQ_CONFLATE in its manual), in both processes: a
   server that never rests grows without end. vLLM's own reader looks from 0.33 on; can go with 0.32.
+* `rust_frontend`: with this variable `vllm serve` has its HTTP server in Rust, which knows no
+  endpoint plugin. The variable is all there is to see: that server runs no code of ours. Can go
+  when it takes the routes of plugins.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
@@ -43,6 +47,12 @@ if TYPE_CHECKING:
 SUPPORTED = SpecifierSet(">=0.32.0,<0.34")
 TESTED = SpecifierSet(">=0.32.0,<0.33")
 BACKEND_NAME = "LOLA"
+RUST_FRONTEND = "VLLM_USE_RUST_FRONTEND"
+NOT_IN_RUST = (
+    "vLLM's HTTP server in Rust takes no routes of plugins, so the routes under /v1/lola, the "
+    "pages / and /lola/inspector and the metrics lola:* are missing, and API keys do not part "
+    f"stored states; unset {RUST_FRONTEND} to have all that"
+)
 READS_PER_LOOK = 128  # a look takes a microsecond; what waits for one is 8 KiB at most
 
 
@@ -70,6 +80,20 @@ def warn_of_untested_vllm() -> None:
             f"vLLM {version} has not been tested with this lola-vllm, vLLM {TESTED} has; please "
             "report what goes wrong, with the output of 'lola-vllm doctor'"
         )
+
+
+def rust_frontend(env: Mapping[str, str] = os.environ) -> str | None:
+    """What the variable says, where it asks `vllm serve` for the server in Rust; else None."""
+    value = env.get(RUST_FRONTEND, "0")
+    return None if value.strip() in ("", "0") else value
+
+
+def warn_of_rust_frontend() -> None:
+    """Say which routes a server in Rust lacks."""
+    from vllm.logger import init_logger
+
+    if (value := rust_frontend()) is not None:
+        init_logger("vllm.lola").warning_once(f"{RUST_FRONTEND} = {value}: {NOT_IN_RUST}")
 
 
 def register_mamba_backend(class_path: str) -> None:

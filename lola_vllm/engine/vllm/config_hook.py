@@ -60,6 +60,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Read what the tensors say, check the options, and settle sizes."""
         compat.warn_of_untested_vllm()
+        compat.warn_of_rust_frontend()
         check_weight_files(vllm_config)
         hf_config = lola_hf_config(vllm_config)
         model = vllm_config.model_config

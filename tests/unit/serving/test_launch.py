@@ -152,6 +152,9 @@ def test_what_is_no_directory_is_left_to_vllm():
 def test_models_and_plugins_without_lola_are_refused(model):
     with pytest.raises(ValueError, match="VLLM_PLUGINS = 'other' leaves LoLA out"):
         plan(model, env={"VLLM_PLUGINS": "other"})
+    with pytest.raises(ValueError, match=r"RUST_FRONTEND = 1: .* /v1/lola.* unset VLLM_USE_RUST"):
+        plan(model, env={"VLLM_USE_RUST_FRONTEND": "1"})
+    assert plan(model, env={"VLLM_USE_RUST_FRONTEND": "0"}).env
     with pytest.raises(ValueError, match="not a LoLA model"):
         plan(model.parent / "base")
 

@@ -14,6 +14,7 @@ from lola_vllm.command.client import ClientError
 from lola_vllm.command.client.server import Server
 
 REFUSAL = b'{"error": {"message": "set LOLA_VLLM_STATE_UPLOAD=1 to take states from files"}}'
+NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n"
 HEAD = b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
@@ -61,3 +62,12 @@ def test_only_a_refused_connection_is_no_server():
         Server(f"http://127.0.0.1:{free}").sessions()
     with pytest.raises(ClientError, match=r"was not answered .*address is right"):
         Server("http://no-such-host.invalid").sessions()
+
+
+@pytest.mark.parametrize("body", [b'{"detail":"Not Found"}', b""])
+def test_a_server_without_the_routes_is_not_one_without_the_session(body):
+    """vLLM's HTTP server in Rust answers with nothing where Python's has a text."""
+    with answering(NOT_FOUND % len(body) + body) as url, pytest.raises(
+        ClientError, match=f"{url} has no /v1/lola/sessions/agent; start it"
+    ):  # fmt: skip
+        Server(url).find("agent")

@@ -112,6 +112,14 @@ def test_an_untested_version_is_said_to_be_one(monkeypatch, caplog, version, war
     assert (f"vLLM {version} has not been tested with this lola-vllm" in caplog.text) == warned
 
 
+@pytest.mark.parametrize(("value", "warned"), [("0", False), ("1", True)])
+def test_a_server_in_rust_is_said_to_lack_the_routes(monkeypatch, caplog, value, warned):
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", value)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    compat.warn_of_rust_frontend()
+    assert ("so the routes under /v1/lola" in caplog.text) == warned
+
+
 def test_a_vllm_that_looks_at_its_wake_ups_is_left_alone(monkeypatch):
     from vllm.distributed.device_communicators import shm_broadcast
 
