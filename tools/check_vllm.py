@@ -1,4 +1,4 @@
-"""Whether another release of vLLM has what the plugin uses, from its sources alone.
+"""Whether another release of vLLM has what the plugin and its tests use, from its sources alone.
 
     pip download --no-deps --only-binary=:all: vllm==0.33.0 -d wheels
     python tools/check_vllm.py wheels/vllm-0.33.0-*.whl
@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PLUGIN = ("lola_vllm", "kernels", "serving", "benchmarks")
+USERS = ("lola_vllm", "kernels", "serving", "benchmarks", "tools", "tests")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Classes of objects that the plugin is handed, and whose names it never imports.
@@ -155,7 +155,7 @@ def main() -> int:
     if (spec := find_spec("vllm")) is None or spec.origin is None:
         sys.exit("no vLLM is installed here to compare with")
     installed = Sources(Path(spec.origin).parents[1])
-    wanted = {u for d in PLUGIN for file in (ROOT / d).rglob("*.py") for u in uses(file)}
+    wanted = {u for d in USERS for file in (ROOT / d).rglob("*.py") for u in uses(file)}
     found = list(compare(installed, Sources(Path(sys.argv[1])), wanted))
     print("\n".join(found) or "no difference")
     return int(any(line.startswith("missing") for line in found))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm import SamplingParams, TokensPrompt
 
+from lola_vllm.engine.vllm.attention import OP
 from tests.support.engine import (
     GREEDY,
     block_pool,
@@ -209,4 +210,5 @@ def test_company_in_a_poisoned_pool_changes_nothing(make, expected, name):
 def test_a_compiled_model_does_the_same(make, expected):
     options = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "enforce_eager": False}
     with engine(make("shifting"), **options) as llm:
+        assert OP in llm.llm_engine.vllm_config.compilation_config.splitting_ops
         assert generate(llm, prompts_of("shifting"), NEW) == expected("shifting")[0]

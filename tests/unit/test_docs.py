@@ -10,6 +10,7 @@ import pytest
 
 from lola_vllm.command import cli
 from lola_vllm.engine.vllm import config_hook, refusals
+from lola_vllm.engine.vllm.compat import SUPPORTED, TESTED
 from tools.site import config_table, front_tables, picture, result_tables
 from tools.site.summaries import BASE, SHIPPED, of_both
 
@@ -114,6 +115,24 @@ def test_every_refusal_is_documented():
     assert {"--speculative-config", "--tensor-parallel-size", "--max-num-batched-tokens"} <= options
     table = section("docs/features.md", "Refused at start-up")
     assert not {option for option in options if f"`{option}" not in table}
+
+
+def test_the_hooks_of_vllm_are_where_the_page_says():
+    """The first name of a row is in its file, and its test exists."""
+    for hook, (file, test) in rows("docs/vllm.md", "Hooks").items():
+        name = file.strip("`")
+        path = ROOT / (name if "/" in name else f"lola_vllm/engine/vllm/{name}")
+        names = re.findall(r"`(\w+)[\w.]*`", hook.partition(":")[0])
+        assert names and not [n for n in names if n not in path.read_text()], hook
+        assert (ROOT / "tests" / test.strip("`")).is_file(), test
+
+
+def test_the_releases_of_vllm_are_those_that_are_supported():
+    table = section("docs/vllm.md", "Releases")
+    found = re.findall(r"^\| [\d.]+ \| ([\d.]+) \|.*\| (.*) \|$", table, re.M)
+    supported = [v for v in (f"0.{n}" for n in range(100)) if SUPPORTED.contains(f"{v}.0")]
+    said = {version: "not tested" not in state for version, state in found}
+    assert said == {v: TESTED.contains(f"{v}.0") for v in supported}
 
 
 def commands(text: str) -> list[str]:

@@ -158,7 +158,7 @@ def test_command(page, command, models, trained, tmp_path, monkeypatch, capsys):
 
 @page_and_command("vllm")
 def test_vllm_knows_the_options(page, command, models, tmp_path, monkeypatch):
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.cli.serve import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     furnish(tmp_path, models)

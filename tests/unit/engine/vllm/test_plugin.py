@@ -1,11 +1,14 @@
 """Registration: cheap, repeatable, never in the way of other models; dependencies point inwards."""
 
 import ast
+import inspect
 import logging
+import queue
 import select
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zmq
@@ -118,6 +121,18 @@ def test_a_server_in_rust_is_said_to_lack_the_routes(monkeypatch, caplog, value,
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     compat.warn_of_rust_frontend()
     assert ("so the routes under /v1/lola" in caplog.text) == warned
+
+
+def test_an_idle_engine_is_woken_by_a_message():
+    """In vLLM's own queue; an engine in this process has none, and looks by itself."""
+    from vllm.v1.engine import EngineCoreRequestType
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    assert "self.input_queue = queue.Queue" in inspect.getsource(EngineCoreProc.__init__)
+    engine = SimpleNamespace(input_queue=queue.Queue())
+    compat.wake(engine)
+    assert engine.input_queue.get_nowait() == (EngineCoreRequestType.WAKEUP, None)
+    compat.wake(object.__new__(EngineCore))
 
 
 def test_a_vllm_that_looks_at_its_wake_ups_is_left_alone(monkeypatch):
