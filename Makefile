@@ -20,8 +20,8 @@ PORT ?= 8000
 WORKERS ?= 2
 
 # Threads that spin while they wait slow each other down when the machine has other work, and
-# pinning would put two engines on the same core.
-export OMP_WAIT_POLICY ?= PASSIVE
+# pinning would put two engines on the same core. `lola-vllm serve` chooses by itself.
+test quick recall recall-qwen recall-remade choices sanitize: export OMP_WAIT_POLICY ?= PASSIVE
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
 .PHONY: setup serve test quick docs recall recall-qwen recall-remade choices lint tidy sanitize \

@@ -288,12 +288,13 @@ def check_environment(probe: Probe, env: Mapping[str, str]) -> Iterator[Finding]
     """What makes a server on a CPU slow: variables, and a dtype without fast instructions."""
     if probe.facts.get("device") != "cpu":
         return
-    if env.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+    if env.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE" and "GOMP_SPINCOUNT" not in env:
         yield Finding(
             "note",
             "OMP_WAIT_POLICY",
             "threads spin while they wait, and slow each other down on a machine with other work",
-            "export OMP_WAIT_POLICY=PASSIVE ('lola-vllm serve' and make do)",
+            "export OMP_WAIT_POLICY=PASSIVE, or GOMP_SPINCOUNT=20000 on a machine without "
+            "('lola-vllm serve' chooses)",
         )
     if env.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == "auto":
         yield Finding(

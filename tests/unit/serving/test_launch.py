@@ -48,16 +48,23 @@ def chosen(model, *options, machine=CPU, env=None):
 def test_on_a_cpu(model):
     found = chosen(model)
     assert found["--max-num-seqs"] == "64"  # 32 per core
-    assert found["OMP_WAIT_POLICY"] == "PASSIVE"
     assert found["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert found["VLLM_PLUGINS"].split(",")[0] == "lola"
     assert "--max-num-seqs" not in chosen(model, "--max_num_seqs=7")
 
 
+def test_threads_spin_on_an_idle_machine_alone(model):
+    assert chosen(model)["GOMP_SPINCOUNT"] == "20000"
+    busy = chosen(model, machine=Machine("cpu", 2, busy=0.5))
+    assert busy["OMP_WAIT_POLICY"] == "PASSIVE" and "GOMP_SPINCOUNT" not in busy
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(chosen(model, env={name: "1"}))
+
+
 def test_on_a_gpu(model):
     found = chosen(model, machine=GPU)
     assert found["--max-num-seqs"] == "256"
-    assert "OMP_WAIT_POLICY" not in found and "VLLM_PLUGINS" in found
+    assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(found) and "VLLM_PLUGINS" in found
 
 
 # What says that prefix caching is wanted, or leaves no store to take its place.
@@ -160,7 +167,7 @@ def test_models_and_plugins_without_lola_are_refused(model):
 
 
 def test_dry_run_prints_every_choice_with_its_reason(model, capsys, monkeypatch):
-    monkeypatch.setattr(launch, "this_machine", lambda cores: CPU)
+    monkeypatch.setattr(launch, "this_machine", lambda cpus: CPU)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert cli.main(["serve", "--dry-run", str(model), "--port", "80"]) == 0
     out = capsys.readouterr().out
@@ -175,7 +182,7 @@ def test_dry_run_prints_every_choice_with_its_reason(model, capsys, monkeypatch)
 @pytest.mark.parametrize("last", [True, False])
 def test_dry_run_starts_nothing_wherever_it_stands(model, named, last, capsys, monkeypatch):
     monkeypatch.setattr(launch.os, "execve", lambda *args: pytest.fail("vLLM was started"))
-    monkeypatch.setattr(launch, "this_machine", lambda cores: CPU)
+    monkeypatch.setattr(launch, "this_machine", lambda cpus: CPU)
     name = named if "/" in named else str(model)
     words = [name, "--port", "80", "--dry-run"] if last else ["--dry-run", name, "--port", "80"]
     assert cli.main(["serve", *words]) == 0
@@ -184,7 +191,7 @@ def test_dry_run_starts_nothing_wherever_it_stands(model, named, last, capsys, m
 
 
 def test_options_of_the_store_may_stand_before_the_model(model, capsys, monkeypatch):
-    monkeypatch.setattr(launch, "this_machine", lambda cores: CPU)
+    monkeypatch.setattr(launch, "this_machine", lambda cpus: CPU)
     words = ["--lola-state-ram", "1GiB", "--lola-list-sessions", "--dry-run", str(model)]
     assert cli.main(["serve", *words, "--lola-state-dir", "/x"]) == 0
     given = '{"lola": {"state_ram": "1GiB", "list_sessions": true, "state_dir": "/x"}}'
@@ -194,7 +201,7 @@ def test_options_of_the_store_may_stand_before_the_model(model, capsys, monkeypa
 def test_keys_are_not_printed_but_passed_on(model, capsys, monkeypatch):
     called = []
     monkeypatch.setattr(launch.os, "execve", lambda *args: called.append(args))
-    monkeypatch.setattr(launch, "this_machine", lambda cores: CPU)
+    monkeypatch.setattr(launch, "this_machine", lambda cpus: CPU)
     cli.main(["serve", str(model), "--api-key", "secret-1", "secret-2", "--hf_token=secret-3"])
     printed = capsys.readouterr()
     assert "secret" not in printed.out + printed.err

@@ -1,0 +1,173 @@
+"""LoLA beside stock vLLM over HTTP, each started as its users start it.
+
+    python benchmarks/served.py --out eval-results/served.json
+
+Each server is a command line, run in an environment without variables of OpenMP and of vLLM's CPU
+workers. vLLM's own client, `vllm bench serve`, asks each of them for every context and batch. The
+order of servers is repeated `--rounds` times and the best round of a cell is kept, since a shared
+machine only ever makes a server slower. Read the ratios.
+
+A start is timed to its first answer, twice: with an empty cache of compiled code, and with the one
+that the first start left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from common import ROOT, print_table, write_report
+
+from lola_vllm.core import cpu
+
+BIN = Path(sys.executable).parent
+PORT = 8131
+# Variables that `make` and tests set, and that a user's shell has not.
+NOT_A_USERS = ("OMP_", "GOMP_", "KMP_", "VLLM_CPU_", "VLLM_CACHE_ROOT")
+
+
+def commands(args: argparse.Namespace) -> dict[str, str]:
+    """The servers to ask: name -> variables, program and options, as in a shell."""
+    dtype = cpu.preferred_dtype({}) or "auto"
+    stock = f"vllm serve {args.stock}"
+    found = {
+        "stock": stock,
+        "stock tuned": f"VLLM_CPU_OMP_THREADS_BIND=nobind {stock} --dtype {dtype}",
+        "lola": f"lola-vllm serve {args.lola}",
+    }
+    for text in args.server:
+        name, _, command = text.partition(": ")
+        found[name] = command.format(stock=stock, lola=found["lola"])
+    return {name: found[name] for name in args.only or found}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lola", type=Path, default=ROOT / "models/smollm2-lola")
+    parser.add_argument("--stock", type=Path, default=ROOT / "models/smollm2-base")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 2000, 8000])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=96, help="of each answer")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--starts", action="store_true", help="time the first and second start")
+    parser.add_argument(
+        "--server",
+        action="append",
+        default=[],
+        metavar="NAME: [VAR=VALUE ...] COMMAND",
+        help="one more; {stock} and {lola} in it are the commands of these",
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the servers, in this order")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+class Server:
+    """A server of a command line, from its start to the end of the block."""
+
+    def __init__(self, command: str, log: Path, cache: Path | None = None) -> None:
+        """Args: command: as in a shell. log: of its output. cache: of vLLM's compiled code."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith(NOT_A_USERS)}
+        words = shlex.split(command)
+        while "=" in words[0]:
+            name, _, value = words.pop(0).partition("=")
+            env[name] = value
+        if cache:
+            env["VLLM_CACHE_ROOT"] = str(cache)
+        self._log = log.open("w")
+        begin = time.perf_counter()
+        self._process = subprocess.Popen(
+            [str(BIN / words[0]), *words[1:], "--port", str(PORT)],
+            env=env,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+        while not self._answers():
+            if self._process.poll() is not None:
+                sys.exit(f"{command}: ended at its start:\n{log.read_text()[-4000:]}")
+            time.sleep(0.2)
+        self.start_s = time.perf_counter() - begin
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+        self._log.close()
+
+    def _answers(self) -> bool:
+        url = f"http://127.0.0.1:{PORT}/v1"
+        try:
+            with urllib.request.urlopen(f"{url}/models") as answer:
+                self.name = json.load(answer)["data"][0]["id"]
+            body = {"model": self.name, "prompt": "The capital", "max_tokens": 1}
+            request = urllib.request.Request(
+                f"{url}/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request):
+                return True
+        except OSError:
+            return False
+
+
+def ask(
+    server: Server, args: argparse.Namespace, context: int, batch: int, seed: int
+) -> dict[str, float]:
+    """What vLLM's client measures of a batch of prompts: milliseconds and tokens per second."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [
+            *(str(BIN / "vllm"), "bench", "serve", "--backend", "openai"),
+            *("--model", server.name, "--tokenizer", str(args.stock), "--port", str(PORT)),
+            *("--dataset-name", "random", "--random-input-len", str(context)),
+            *("--random-output-len", str(args.tokens), "--ignore-eos", "--seed", str(seed)),
+            *("--num-prompts", str(max(2, batch)), "--max-concurrency", str(batch)),
+            *("--temperature", "0", "--disable-tqdm", "--save-result", "--result-dir", directory),
+        ]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = list(Path(directory).iterdir())
+        if not files:
+            sys.exit(f"vllm bench serve failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
+        found = json.loads(files[0].read_text())
+    return {
+        f"decode_tokens_per_s/{context}/{batch}": batch / found["median_itl_ms"] * 1e3,
+        f"first_token_ms/{context}/{batch}": found["median_ttft_ms"],
+    }
+
+
+def main() -> None:
+    """Ask all servers, print the table, write the JSON."""
+    args = parse()
+    servers = commands(args)
+    best: dict[str, dict[str, float]] = {name: {} for name in servers}
+    with tempfile.TemporaryDirectory() as directory:
+        logs = Path(directory)
+        for name, command in servers.items() if args.starts else ():
+            for start in ("first", "second"):
+                with Server(command, logs / "log", logs / name) as server:
+                    best[name][f"start_s/{start}"] = server.start_s
+        for seed in range(args.rounds):
+            for name, command in servers.items():
+                with Server(command, logs / "log") as server:
+                    for context in args.contexts:
+                        for batch in args.batches:
+                            for key, value in ask(server, args, context, batch, seed).items():
+                                pick = max if key.startswith("decode") else min
+                                best[name][key] = pick(value, best[name].get(key, value))
+                print_table(best)
+    write_report(args, best)
+
+
+if __name__ == "__main__":
+    main()
