@@ -221,7 +221,7 @@ def _quick(
         chosen.append(ChosenOption("--dtype", dtype, reason))
     if not named & _OF_COMPILING:
         reason = (
-            "torch.compile takes 1 to 3 minutes at the first start, seconds at later ones, and then\n"
+            "torch.compile takes 1 to 3 minutes at the first start, seconds at later ones, then\n"
             "      decodes a quarter faster, a batch of 8 by two fifths; --no-enforce-eager has it"
         )
         chosen.append(ChosenOption("--enforce-eager", "", reason))
