@@ -1,18 +1,23 @@
-"""vLLM's CPU worker, with seeded sampling of prompts that are prefilled in pieces.
+"""vLLM's CPU worker, with seeded sampling of prompts that are prefilled in pieces, and C++ norms.
 
 A row whose prompt is not at its end is sampled all the same, and vLLM 0.32 then takes the random
 numbers back by the generator's offset. Generators of a CPU have none: the engine dies of `CPU
 Generator does not use offset`. Any client could bring that about with a seed and a long prompt,
 with prefix caching one longer than a block. Here the generator's state is put back instead. Can go
-when vLLM does the same. `config_hook` chooses this class, as `--worker-cls` would.
+when vLLM does the same.
+
+`config_hook` chooses this class, as `--worker-cls` would.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+from lola_vllm.engine.vllm.cpu_norms import prefer_cpp_norms
 
 
 class LolaCPUModelRunner(CPUModelRunner):
@@ -39,7 +44,12 @@ class LolaCPUModelRunner(CPUModelRunner):
 
 
 class LolaCPUWorker(CPUWorker):
-    """A CPU worker with that runner."""
+    """A CPU worker with that runner and those norms."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        if vllm_config.model_config.enforce_eager:
+            prefer_cpp_norms(vllm_config.kernel_config.ir_op_priority)
+        super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:
         """Start as vLLM's worker does, which names the runner's class in here."""
