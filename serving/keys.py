@@ -131,8 +131,10 @@ def span_of_step(
     if not isinstance(metadata, dict):  # profiling, or a batch cut in two
         return None
     step = cast(LolaMetadata, metadata[layer.pool_layer])
-    starts = list(range(step.num_decodes))
-    lengths = [1] * step.num_decodes
+    decodes = step.query_start_loc_d_cpu
+    if decodes is None:
+        decodes = torch.arange(step.num_decodes + 1)
+    starts, lengths = decodes[:-1].tolist(), decodes.diff().tolist()
     if step.num_prefills:
         assert step.query_start_loc_p_cpu is not None
         offsets = step.query_start_loc_p_cpu

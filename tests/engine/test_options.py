@@ -13,7 +13,10 @@ from lola_vllm.core.sizing import GIB, GPU_BYTES, RANK_BYTES, SERVER_BYTES
 from lola_vllm.engine.vllm import config_hook
 from lola_vllm.engine.vllm.cache import describe_pool
 from lola_vllm.engine.vllm.refusals import UnsupportedOptionError, check_parallel_heads
+from lola_vllm.models.init import init_checkpoint
+from tests.support.drafts import NGRAM
 from tests.support.engine import GREEDY, engine, generate, pages, state_manager
+from tests.support.families import make_base
 from tools.support.tiny import make_tiny, random_prompts
 
 LOLA = {"window_size": 8, "sparse_cache_size": 4}
@@ -30,10 +33,17 @@ def tiny(tmp_path):
     ("options", "words"),
     [
         (
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
-                                    "prompt_lookup_max": 3}},
-            "--speculative-config = 'ngram'",
+            {"speculative_config": NGRAM, "hf_overrides": {"lola_config": {"update_interval": 1}}},
+            "--speculative-config = 'ngram' cannot be used with a LoLA model: with an "
+            "update_interval of 1",
         ),
+        ({"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
+         "--speculative-config = 'ngram_gpu'"),
+        ({"speculative_config": NGRAM, "scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+         "--scheduler-cls = 'vllm.v1.core.sched.scheduler.Scheduler'"),
+        ({"speculative_config": NGRAM, "async_scheduling": True}, "--async-scheduling = True"),
+        ({"speculative_config": NGRAM, "worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+         "--worker-cls = 'vllm.v1.worker.cpu_worker.CPUWorker'"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype = 'fp8'"),
         (
             {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
@@ -53,10 +63,14 @@ def tiny(tmp_path):
         (CACHED | {"max_num_scheduled_tokens": 36}, "--max-num-scheduled-tokens = 36"),
         (CACHED | {"max_num_scheduled_tokens": 64, "max_num_batched_tokens": 38},
          "--max-num-batched-tokens = 38"),
+        (CACHED | {"max_num_batched_tokens": 80, "speculative_config": NGRAM},
+         "--max-num-batched-tokens = 80"),
     ],
-    ids=["speculation", "fp8-cache", "connector", "offloading", "two-batches", "context-parallel",
+    ids=["drafts-beside-updates", "drafts-on-a-gpu", "drafts-scheduler", "drafts-ahead",
+         "drafts-worker", "fp8-cache", "connector", "offloading", "two-batches", "context-parallel",
          "eager-stages", "heads", "sleep", "unknown-key", "bad-value", "bad-heads",
-         "batched-tokens", "scheduled-tokens", "fewer-batched-tokens"],
+         "batched-tokens", "scheduled-tokens", "fewer-batched-tokens",
+         "batched-tokens-of-drafts"],
 )  # fmt: skip
 def test_refused_with_a_reason(tiny, options, words, capfd):
     with pytest.raises(Exception) as error, engine(tiny, **options):
@@ -95,6 +109,13 @@ def test_a_late_prompt_does_not_wait_for_the_others_to_end(tiny, options):
 def config_of(model, **options):
     """What vLLM would start with, without starting it."""
     return EngineArgs(str(model), skip_tokenizer_init=True, **options).create_engine_config()
+
+
+def test_drafts_beside_sliding_layers_are_refused(tmp_path):
+    make_base(tmp_path / "base", "olmo3")
+    init_checkpoint(tmp_path / "base", tmp_path / "lola", LOLA)
+    with pytest.raises(ValueError, match=r"'ngram' cannot be used .*: the ring of a sliding layer"):
+        config_of(tmp_path / "lola", speculative_config=NGRAM)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -85,6 +85,10 @@ class ShiftSchedule:
         """Whether a page of so many tokens is shifted before its next token; bool, or a tensor."""
         return (num_tokens >= self.length) & ((num_tokens - self.length) % self.interval == 0)
 
+    def next_due(self, num_tokens: int) -> int:
+        """The least count of at least `num_tokens` that is `due`."""
+        return self.length + max(0, -(-(num_tokens - self.length) // self.interval)) * self.interval
+
     def num_shifts(self, position: Tensor) -> Tensor:
         """How many context shifts come before the tokens at positions (any integer shape)."""
         return ((position - self.length) // self.interval + 1).clamp(min=0)
@@ -146,9 +150,6 @@ class ShiftSchedule:
         shift divides."""
         lengths, stop = [], context + count
         while context < stop:
-            left = self.length - context
-            if left <= 0:
-                left = self.interval - (context - self.length) % self.interval
-            lengths.append(min(left, stop - context))
+            lengths.append(min(self.next_due(context + 1), stop) - context)
             context += lengths[-1]
         return lengths

@@ -31,6 +31,7 @@ from lola_vllm.engine.hf.attention import (
     order_heads,
 )
 from lola_vllm.engine.hf.cache import LolaCache
+from lola_vllm.engine.hf.candidates import Candidates
 from lola_vllm.engine.hf.tokens import LolaModelError, NewTokens
 from lola_vllm.models import rope
 from lola_vllm.models.remote_code import AUTO_MAP, write_remote_code
@@ -65,7 +66,6 @@ class LolaForCausalLM(_Base):
 
     # There is one implementation of attention, so attn_implementation has no choice.
     _can_compile_fullgraph = False
-    _is_stateful = True  # tokens cannot be removed from a state, so no assisted decoding
 
     def __new__(cls, config: DecoderConfig, *args: Any, **kwargs: Any) -> Any:
         """An instance of the subclass that suits the base."""
@@ -265,6 +265,20 @@ class LolaForCausalLM(_Base):
         given = model_kwargs.get("past_key_values")
         if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LolaCache(self.config)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' hook of assisted decoding: candidates that the state takes back."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if isinstance(getattr(generator, "assistant_model", None), LolaForCausalLM):
+            raise LolaModelError(
+                "assistant_model: a LoLA model's own candidates cannot be taken back across an "
+                "update; use a stock model, or prompt_lookup_num_tokens"
+            )
+        mask = kwargs["model_kwargs"].get("attention_mask")
+        padding = 0 if mask is None else int((mask == 0).sum())
+        layers = map(self.config.for_layer, range(self.config.num_hidden_layers))
+        interval = min(lola.update_interval for lola, _ in layers)  # 1 of sliding layers: none
+        return Candidates(generator, interval, self.schedule, padding)
 
 
 @functools.cache

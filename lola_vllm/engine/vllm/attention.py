@@ -132,7 +132,13 @@ class LolaAttention(nn.Module, MambaBase):
             self.kv_hook(k, v)
         if self.query_hook is not None:
             self.query_hook(q)
-        if metadata.num_decodes:
+        if metadata.query_start_loc_d_cpu is not None:
+            for tokens, batch in metadata.decode_rounds:
+                answers = out[tokens]
+                self.ops.decode(self.state, q[tokens], k[tokens], v[tokens], batch, answers)
+                if not isinstance(tokens, slice):
+                    out[tokens] = answers
+        elif metadata.num_decodes:
             batch = metadata.decode_batch
             rows = (q, k, v, out)
             if len(batch.state_indices) < len(q):  # prefills follow
@@ -231,6 +237,7 @@ class LolaAttention(nn.Module, MambaBase):
             page_size_padded=base.page_size_padded,
             mamba_type=base.mamba_type,
             mamba_cache_mode=base.mamba_cache_mode,
+            num_speculative_blocks=0,  # rejected drafts are a smaller count of the same state
         )
 
 

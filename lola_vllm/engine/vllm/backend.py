@@ -51,15 +51,18 @@ def check_capture(backend: Backend, device: str) -> None:
 
 @dataclass
 class LolaMetadata(BaseMambaAttentionMetadata):
-    """A step's rows: decodes first, then prefills.
+    """A step's rows: decodes first, each with its drafts, then prefills.
 
     Attributes:
+        query_start_loc_d_cpu: `[num_decodes + 1]`, offsets into the decodes' tokens; None: each row
+            has one, and no draft.
         query_start_loc_p_cpu: `[num_prefills + 1]`, offsets into the prefill tokens.
         context_lens_p_cpu: `[num_prefills]`, tokens already in each row's state.
         schedule: the model's; None where contexts do not shift.
         waypoints: that prefills come past. Set before the first layer runs.
     """
 
+    query_start_loc_d_cpu: torch.Tensor | None = None
     query_start_loc_p_cpu: torch.Tensor | None = None
     context_lens_p_cpu: torch.Tensor | None = None
     schedule: ShiftSchedule | None = None
@@ -74,6 +77,30 @@ class LolaMetadata(BaseMambaAttentionMetadata):
         assert self.state_indices_tensor_d is not None
         state_indices = self.state_indices_tensor_d[:, 0]
         return DecodeBatch(state_indices, self.seq_lens[: len(state_indices)])
+
+    @functools.cached_property
+    def decode_rounds(self) -> list[tuple[torch.Tensor | slice, DecodeBatch]]:
+        """A step with drafts: where the first token of each row lies and the rows, then the second
+        of those that have one, and so on.
+
+        As decodes they are answered to the last bit as without drafts, which a prefill rounds
+        otherwise.
+        """
+        starts = self.query_start_loc_d_cpu
+        assert starts is not None
+        (state_indices, seq_lens), lengths = self.decode_batch, starts.diff()
+        rounds: list[tuple[torch.Tensor | slice, DecodeBatch]] = []
+        for at in range(int(lengths.max())):
+            rows = (lengths > at).nonzero().squeeze(1)
+            tokens, left = starts[rows] + at, lengths[rows] - at - 1
+            if len(rows) == 1:  # a view
+                rows_d: torch.Tensor | slice = slice(int(rows), int(rows) + 1)
+                tokens_d: torch.Tensor | slice = slice(int(tokens), int(tokens) + 1)
+            else:
+                rows_d, tokens_d = rows.to(seq_lens.device), tokens.long().to(seq_lens.device)
+            batch = DecodeBatch(state_indices[rows_d], seq_lens[rows_d] - left.to(seq_lens))
+            rounds.append((tokens_d, batch))
+        return rounds
 
     @functools.cached_property
     def prefill_batch(self) -> PrefillBatch:
@@ -118,11 +145,16 @@ class LolaMetadataBuilder(BaseMambaAttentionMetadataBuilder[LolaMetadata]):
     """Builds `LolaMetadata`.
 
     The model runners know the builders of vLLM's own layers by type, and hand those the counts of
-    accepted drafts. LoLA's needs none: a row of several tokens is a prefill to it.
+    accepted drafts. LoLA's needs none: they are in the token counts.
     """
 
     metadata_cls = LolaMetadata
     needs_causal_conv1d_metadata = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A state takes drafts back by its count: no row has a state per draft.
+        self.state_indices_tensor_d = self.state_indices_tensor_d[:, :1].contiguous()
 
     @functools.cached_property
     def schedule(self) -> ShiftSchedule | None:
@@ -156,6 +188,8 @@ class LolaMetadataBuilder(BaseMambaAttentionMetadataBuilder[LolaMetadata]):
         **kwargs: Any,
     ) -> LolaMetadata:
         """vLLM's metadata plus the host-side prefill plan."""
+        if self.use_spec_decode:  # else rows of several tokens would be prompts
+            kwargs["num_accepted_tokens"] = torch.ones_like(common_attn_metadata.seq_lens)
         if (
             self.compilation_config.cudagraph_mode.has_full_cudagraphs()
             and common_attn_metadata.max_query_len == 1
@@ -177,6 +211,9 @@ class LolaMetadataBuilder(BaseMambaAttentionMetadataBuilder[LolaMetadata]):
             )
             metadata.context_lens_p_cpu = context_lens
             metadata.query_start_loc_p_cpu = query_start_loc
+        if metadata.num_decode_tokens > metadata.num_decodes:
+            starts = common_attn_metadata.query_start_loc_cpu[: metadata.num_decodes + 1]
+            metadata.query_start_loc_d_cpu = starts
         metadata.schedule = self.schedule
         if self.schedule is not None and metadata.num_decodes:
             self._shift_decodes(metadata, common_attn_metadata)
@@ -188,16 +225,13 @@ class LolaMetadataBuilder(BaseMambaAttentionMetadataBuilder[LolaMetadata]):
         Here and not in the layers, as a CUDA graph may replay these. vLLM has copied states across
         block boundaries before it builds metadata.
         """
-        # Without rejected drafts the upper bound is what a row has.
-        assert self.vllm_config.speculative_config is None, "a state takes no token back"
         seq_lens, state_indices = common.seq_lens_cpu_upper_bound, metadata.state_indices_tensor_d
         assert seq_lens is not None and state_indices is not None
         rows = metadata.num_decodes
+        seq_lens = seq_lens[:rows] - common.query_start_loc_cpu[: rows + 1].diff()
         first = self.compilation_config.static_forward_context[self.layer_names[0]]
         layers = [layer.state for layer in first.sharing]
-        context_shift.shift_due(
-            layers, state_indices[:rows, 0], seq_lens[:rows] - 1, first.ops.shift
-        )
+        context_shift.shift_due(layers, state_indices[:rows, 0], seq_lens, first.ops.shift)
 
 
 class LolaAttentionBackend(AttentionBackend):

@@ -17,6 +17,9 @@
 * `add_engine_method`: what the engine's process knows, such as its scheduler, is asked through
   methods of `EngineCore` by name; `collective_rpc` reaches workers only. A method is added, none is
   replaced. Can go when an engine can be extended as workers can.
+* `drafts.LolaScheduler` overrides two methods of vLLM's scheduler, whose interface is not public:
+  `update_draft_token_ids`, where a step's drafts arrive, and `_update_request_with_output`, where a
+  request ends. Can go when a model can say how many drafts a request may have.
 * `look_at_wake_ups`: the queue between engine and worker sends a wake-up with every message, which
   its reader looks at only after a second without one. Until it looks, libzmq keeps up to 64 bytes
   for each (libzmq issue 3171, and the note to ZMQ_CONFLATE in its manual), in both processes: a

@@ -18,6 +18,8 @@ from lola_vllm.engine.vllm import compat
 from lola_vllm.engine.vllm.cache import lola_hf_config, row_bytes
 from lola_vllm.engine.vllm.connectors import CONNECTOR, CONNECTOR_MODULE, has_store
 from lola_vllm.engine.vllm.refusals import (
+    CPU_WORKER,
+    SCHEDULER,
     UnsupportedOptionError,
     check_parallel_heads,
     check_prefill_room,
@@ -46,9 +48,6 @@ PREFIX_CACHE_BLOCK_SIZE = 1024
 # States that are stored where no number is given, in a part of what running states may take.
 STATES, SHARE = 64, 4
 
-# vLLM's CPU worker, with seeds that survive prompts in pieces. A name, as below.
-CPU_WORKER = "lola_vllm.engine.vllm.cpu_worker.LolaCPUWorker"
-
 # What the routes under /v1/lola ask of the workers. A name, for vLLM imports it in each of them.
 WORKER_EXTENSION = "lola_vllm.serving.worker.LolaWorkerExtension"
 
@@ -68,6 +67,7 @@ class LolaModelConfig(VerifyAndUpdateConfig):
         check_parallel_heads(hf_config, vllm_config.parallel_config.tensor_parallel_size)
         settle_sessions(vllm_config)
         refuse(vllm_config)
+        settle_drafts(vllm_config)
         announce_context_shift(vllm_config)
         settle_block_size(vllm_config)
         settle_cpu_memory(vllm_config)
@@ -133,6 +133,13 @@ def settle_sessions(vllm_config: VllmConfig) -> None:
         kv_load_failure_policy="recompute",
         kv_connector_extra_config=dict(given),
     )
+
+
+def settle_drafts(vllm_config: VllmConfig) -> None:
+    """Where there are drafts, have a scheduler cut them that knows what the step before brought."""
+    if vllm_config.speculative_config is not None:
+        vllm_config.scheduler_config.async_scheduling = False
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
 
 
 def default_memory(vllm_config: VllmConfig) -> int:

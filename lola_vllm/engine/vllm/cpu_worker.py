@@ -1,12 +1,14 @@
-"""vLLM's CPU worker, with seeded sampling of prompts that are prefilled in pieces, and C++ norms.
+"""vLLM's CPU worker, with seeded sampling of prompts that are prefilled in pieces, and drafts.
 
 A row whose prompt is not at its end is sampled all the same, and vLLM 0.32 then takes the random
 numbers back by the generator's offset. Generators of a CPU have none: the engine dies of `CPU
 Generator does not use offset`. Any client could bring that about with a seed and a long prompt,
 with prefix caching one longer than a block. Here the generator's state is put back instead. Can go
-when vLLM does the same.
+when vLLM does the same. `config_hook` chooses this class, as `--worker-cls` would.
 
-`config_hook` chooses this class, as `--worker-cls` would.
+With prefix caching vLLM 0.32 moves the states of accepted drafts by Triton kernels, which a CPU
+lacks. A LoLA state needs no moves. vLLM's n-grams run in numba, whose OpenMP layer would change how
+many threads torch has.
 """
 
 from __future__ import annotations
@@ -21,7 +23,18 @@ from lola_vllm.engine.vllm.cpu_norms import prefer_cpp_norms
 
 
 class LolaCPUModelRunner(CPUModelRunner):
-    """Rewinds CPU generators by their state."""
+    """Rewinds CPU generators by their state, and leaves a state where its drafts were accepted."""
+
+    def _update_states_after_model_execute(self, *_: Any) -> None:
+        """Nothing: what was accepted is in the token counts."""
+
+    def _get_mamba_bufs(self) -> Any:
+        """vLLM's own, which without drafts copies states at block boundaries and does no more."""
+        drafts, self.speculative_config = self.speculative_config, None
+        try:
+            return super()._get_mamba_bufs()
+        finally:
+            self.speculative_config = drafts
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         """Sample; rows whose prompt goes on get their random numbers back."""
@@ -53,6 +66,10 @@ class LolaCPUWorker(CPUWorker):
 
     def init_device(self) -> None:
         """Start as vLLM's worker does, which names the runner's class in here."""
+        if self.vllm_config.speculative_config is not None:
+            import numba  # takes a second
+
+            numba.config.THREADING_LAYER = "workqueue"
         super().init_device()
         if not self.use_v2_model_runner:  # the second runner draws without generators
             self.model_runner.__class__ = LolaCPUModelRunner

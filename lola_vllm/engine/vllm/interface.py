@@ -30,7 +30,7 @@ Named = tuple[str, torch.Tensor]
 
 class HasLolaState(HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
     """The state of a LoLA model in vLLM's terms. `IsHybrid` although no layer has per-token blocks:
-    vLLM then keeps the state right across prefix hits, and would under speculative decoding."""
+    vLLM then keeps the state right across prefix hits."""
 
     # vLLM types this by the states of its own models, which all have two or three dimensions; it
     # only takes their product.

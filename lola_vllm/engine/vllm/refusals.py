@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, NamedTuple
 from lola_vllm.core.config import DecoderConfig, heads_divide
 from lola_vllm.core.ops.shift_schedule import MAX_LENGTH
 from lola_vllm.engine.vllm import connectors
+from lola_vllm.engine.vllm.cache import sequence_layout
 from lola_vllm.engine.vllm.connectors import has_store
 from lola_vllm.models.files import open_weights, weight_files
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+# Methods that make drafts of tokens alone.
+DRAFTS = ("ngram", "suffix", "custom_class")
+
+# The scheduler and the worker of a CPU that take drafts. Names, for vLLM imports them.
+SCHEDULER = "lola_vllm.engine.vllm.drafts.LolaScheduler"
+CPU_WORKER = "lola_vllm.engine.vllm.cpu_worker.LolaCPUWorker"
 
 
 class UnsupportedOptionError(ValueError):
@@ -41,15 +50,7 @@ def refuse(vllm_config: VllmConfig) -> None:
 
 def refusals(vllm_config: VllmConfig) -> list[Refusal]:
     """The options in use that do not know LoLA's state."""
-    found = []
-    if vllm_config.speculative_config is not None:
-        found.append(
-            Refusal(
-                "--speculative-config",
-                vllm_config.speculative_config.method,
-                "rejected draft tokens would stay in the state; remove the option",
-            )
-        )
+    found = draft_refusals(vllm_config)
     transfer = vllm_config.kv_transfer_config
     if transfer is not None and not has_store(vllm_config):
         reason = connectors.unfit(transfer.kv_connector, vllm_config)
@@ -95,6 +96,64 @@ def refusals(vllm_config: VllmConfig) -> list[Refusal]:
             Refusal("--enable-dbo", True, "a step's rows are not cut in two; remove the option")
         )
     return found + cpu_refusals(vllm_config)
+
+
+def draft_refusals(vllm_config: VllmConfig) -> list[Refusal]:
+    """Drafts that a state cannot take back, by who makes them, by the layers, or by options."""
+    from vllm.platforms import current_platform
+
+    speculative, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+    if speculative is None:
+        return []
+    method, found = speculative.method, []
+
+    def no_drafts(reason: str) -> None:
+        found.append(Refusal("--speculative-config", method, reason))
+
+    if method not in DRAFTS:
+        no_drafts(
+            "vLLM lays out the layers of a draft model one by one, in blocks as large as a state, "
+            "which its drafter refuses, and drafts on a GPU are made ahead of results; use 'ngram'"
+        )
+    sequence = sequence_layout(vllm_config)
+    intervals = sorted({layout.update_interval for layout in sequence.layouts})
+    if any(layer.slides for layer in sequence.layers):
+        no_drafts("the ring of a sliding layer has no row for a draft; remove the option")
+    elif intervals[0] == 1:
+        no_drafts(
+            "with an update_interval of 1 an update follows every token, and cannot be undone; "
+            "remove the option"
+        )
+    elif len(intervals) > 1:
+        no_drafts(f"the layers are updated every {intervals} tokens; remove the option")
+    if vllm_config.use_v2_model_runner:
+        no_drafts(
+            "vLLM's second model runner does not take drafts back so; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+    if scheduler.async_scheduling:
+        found.append(
+            Refusal(
+                "--async-scheduling",
+                True,
+                "a step with drafts is planned when the one before is known; remove the option",
+            )
+        )
+    if scheduler.scheduler_cls not in (None, SCHEDULER):
+        found.append(
+            Refusal(
+                "--scheduler-cls",
+                scheduler.scheduler_cls,
+                "with --speculative-config the scheduler cuts drafts at updates; remove one of the "
+                "two",
+            )
+        )
+    worker = vllm_config.parallel_config.worker_cls
+    if current_platform.is_cpu() and worker not in ("auto", CPU_WORKER):
+        found.append(
+            Refusal("--worker-cls", worker, "drafts need LoLA's own on a CPU; remove the option")
+        )
+    return found
 
 
 def cpu_refusals(vllm_config: VllmConfig) -> list[Refusal]:
@@ -166,11 +225,12 @@ def check_prefill_room(vllm_config: VllmConfig) -> None:
         option, budget = "--max-num-scheduled-tokens", scheduled
     # Where no piece could be as long as a block, vLLM lets them end anywhere.
     piece = min(budget, scheduler.long_prefill_token_threshold or budget)
-    enough = block_size + scheduler.max_num_seqs - 1
+    others = scheduler.max_num_seqs - 1
+    enough = block_size + others * (1 + vllm_config.num_speculative_tokens)
     if block_size <= piece and budget < enough:
         raise UnsupportedOptionError(
             f"{option} = {budget}: with prefix caching in blocks of {block_size} "
-            f"tokens a prompt would wait while {scheduler.max_num_seqs - 1} others decode; "
+            f"tokens a prompt would wait while {others} others decode; "
             f"use at least {enough}, or fewer than {block_size}, or a smaller --block-size or "
             "--max-num-seqs"
         )

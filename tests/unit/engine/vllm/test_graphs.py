@@ -59,7 +59,7 @@ def test_what_cannot_be_captured_is_refused(monkeypatch, wanted, ops, device, wo
         support(device)
 
 
-def builder(mode, interval=0, state=None):
+def builder(mode, interval=0, state=None, drafts=0):
     layer = SimpleNamespace(state=state, ops=SimpleNamespace(shift=None))
     layer.sharing = [layer]
     hf_config = config_class("llama")(
@@ -67,8 +67,10 @@ def builder(mode, interval=0, state=None):
     )
     config = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=hf_config),
-        speculative_config=None,
-        num_speculative_tokens=0,
+        speculative_config=SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False)
+        if drafts
+        else None,
+        num_speculative_tokens=drafts,
         compilation_config=SimpleNamespace(
             cudagraph_mode=mode,
             max_cudagraph_capture_size=8,
@@ -170,3 +172,30 @@ def test_longer_prompts_are_prefilled(mode):
 def test_without_graphs_a_prompt_of_one_token_is_prefilled():
     m = builder(CUDAGraphMode.NONE).build(0, step([3, 6], [1, 1], [701, 0]))
     assert (m.num_decodes, m.num_prefills) == (1, 1)
+
+
+def test_drafts_are_decoded_one_behind_the_other():
+    b = builder(CUDAGraphMode.NONE, drafts=3)
+    m = b.build(0, step([3, 6, 5, 7], [1, 4, 2, 9], [701, 30, 9, 0]))
+    assert (m.num_decodes, m.num_prefills, m.num_prefill_tokens) == (3, 1, 9)
+    found = [(tokens, *map(torch.Tensor.tolist, batch)) for tokens, batch in m.decode_rounds]
+    assert found[0][0].tolist() == [0, 1, 5] and found[0][1:] == ([3, 6, 5], [702, 31, 10])
+    assert found[1][0].tolist() == [2, 6] and found[1][1:] == ([6, 5], [32, 11])
+    assert found[2:] == [(slice(3, 4), [6], [33]), (slice(4, 5), [6], [34])]
+    assert m.prefill_batch.query_start_loc.tolist() == [0, 9]
+    assert m.prefill_batch.context_lens.tolist() == [0]
+    without = b.build(0, step([3, 6], [1, 1], [701, 30]))
+    assert without.query_start_loc_d_cpu is None and without.num_decodes == 2
+
+
+def test_a_row_with_drafts_is_shifted_once_before_its_known_token():
+    config = LolaConfig(window_size=8, sparse_cache_size=5, update_interval=4)
+    problem = make_problem(80, config, schedule=ShiftSchedule(64, 16))
+    state = problem.state(num_pages=8)
+    for state_index, count in ((5, 64), (3, 63)):
+        prefill(portable, problem, state, 0, count, state_index)
+    expected = state.pages.clone()
+    other = problem.bind(expected)
+    context_shift.shift_layers([other], torch.tensor([5]), torch.tensor([64]))
+    builder(CUDAGraphMode.NONE, 16, state, drafts=2).build(0, step([5, 3], [3, 2], [64, 63]))
+    assert torch.equal(state.pages, expected)
