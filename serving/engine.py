@@ -91,8 +91,8 @@ class LolaEngine:
 
     @property
     def page(self) -> StateLayout:
-        """The first page of the first rank; others differ in their sparse sets alone."""
-        return self.sequence.layouts[0]
+        """Of the first rank; see `SequenceLayout.page`."""
+        return self.sequence.page
 
     @property
     def num_states(self) -> int:

@@ -391,8 +391,9 @@ class LayerLayout:
 
     @property
     def full_kv_bytes_per_token(self) -> int:
-        """What one token takes in a full KV cache of the same layer."""
-        return sum(page.full_kv_bytes_per_token for page in self.pages)
+        """What one token takes in a full KV cache of the same layer; 0 in a sliding one, which
+        keeps its window."""
+        return sum(page.full_kv_bytes_per_token for page in self.pages) * (not self.slides)
 
     def table(self, num_heads: int, subtract_max: bool, rotated_map_after: int = NEVER) -> Tensor:
         """The layout as C++ and CUDA read it: int64 `[len(pages), len(TABLE_FIELDS)]`, with offsets
@@ -443,9 +444,25 @@ class SequenceLayout:
         """The pages of all layers, in order."""
         return [page for layer in self.layers for page in layer.pages]
 
+    @property
+    def layer(self) -> LayerLayout:
+        """The first layer of those that do not slide. They differ in their sparse sets alone."""
+        return next(layer for layer in self.layers if not layer.slides)
+
+    @property
+    def page(self) -> StateLayout:
+        """The first page of `layer`."""
+        return self.layer.pages[0]
+
+    @property
+    def sliding_bytes(self) -> int:
+        """Bytes of the windows of sliding layers, which a full KV cache has too."""
+        return sum(layer.page_bytes for layer in self.layers if layer.slides)
+
     def break_even_tokens(self, states: int = 1) -> int:
         """Context beyond which a full KV cache is larger than `states` states."""
-        return -(-states * self.row_bytes // self.full_kv_bytes_per_token)
+        more = states * self.row_bytes - self.sliding_bytes
+        return -(-more // self.full_kv_bytes_per_token)
 
     def pages(self, rows: Tensor) -> list[Tensor]:
         """Each layer's pages `[N, page_bytes]`, views of `rows [N, >= row_bytes]` of bytes."""

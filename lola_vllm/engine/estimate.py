@@ -59,11 +59,12 @@ class Row:
     @property
     def parts(self) -> dict[str, int]:
         """Bytes per sequence of each part, all layers; they sum to `bytes_per_sequence`."""
-        layout, sizes = self.layout, Counter[str]()
+        sizes, exact, sinks = Counter[str](), 0, 0
         for page in self.sequence.layouts:
             sizes.update(page.part_bytes)
-        exact = sum(sizes[name] for name in _EXACT)
-        sinks = exact * layout.sink_size // (layout.sink_size + layout.ring_size)
+            of_page = sum(page.part_bytes[name] for name in _EXACT)
+            exact += of_page
+            sinks += of_page * page.sink_size // (page.sink_size + page.ring_size)
         parts = {
             "window": exact - sinks,
             "sinks": sinks,
@@ -75,8 +76,8 @@ class Row:
 
     @property
     def layout(self) -> StateLayout:
-        """The first page; others differ in their sparse sets alone."""
-        return self.sequence.layouts[0]
+        """See `SequenceLayout.page`."""
+        return self.sequence.page
 
     @property
     def bytes_per_sequence(self) -> int:
@@ -99,8 +100,8 @@ class Row:
         return {
             "name": self.name,
             "chosen": self.chosen,
-            "num_state_heads": self.sequence.layers[0].num_state_heads,
-            "num_sparse_heads": len(self.sequence.layers[0].sizes),
+            "num_state_heads": self.sequence.layer.num_state_heads,
+            "num_sparse_heads": len(self.sequence.layer.sizes),
             "parts_bytes": self.parts,
             "page_bytes": max(layer.page_bytes for layer in self.sequence.layers),
             "bytes_per_sequence": self.bytes_per_sequence,
@@ -138,7 +139,9 @@ class Estimate:
     @property
     def full_kv_bytes(self) -> dict[int, int]:
         """Bytes of a full KV cache of one sequence on one rank, per context length."""
-        return {tokens: tokens * self.rows[0].full_kv_bytes_per_token for tokens in self.contexts}
+        row = self.rows[0]
+        windows = row.sequence.sliding_bytes
+        return {n: n * row.full_kv_bytes_per_token + windows for n in self.contexts}
 
     @property
     def stock_sequences(self) -> dict[int, int] | None:

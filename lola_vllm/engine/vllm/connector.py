@@ -111,7 +111,7 @@ class LolaStateConnector(KVConnectorBase_V1, SupportsHMA):
             config = lola_hf_config(vllm_config)
             # With prefix caching there are states at block boundaries.
             plan = WaypointPlan(
-                sequence_layout(vllm_config).layouts[0].update_interval,
+                sequence_layout(vllm_config).page.update_interval,
                 ShiftSchedule.of(config),
                 keeps=not vllm_config.cache_config.enable_prefix_caching,
             )
@@ -371,7 +371,7 @@ def open_store(vllm_config: VllmConfig) -> SessionStore:
         ranks,
         key_bytes=functools.partial(key_bytes, sequence),
     )
-    config, page = lola_hf_config(vllm_config), sequence.layouts[0]
+    config, page = lola_hf_config(vllm_config), sequence.page
     schedule = ShiftSchedule.of(config)
     longest = MAX_LENGTH if schedule is not None else config.max_position_embeddings
 

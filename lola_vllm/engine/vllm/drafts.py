@@ -64,7 +64,7 @@ def longest_of(vllm_config: VllmConfig) -> Callable[[int], int]:
     cache = vllm_config.cache_config
     return functools.partial(
         longest_draft,
-        interval=sequence_layout(vllm_config).layouts[0].update_interval,  # that of all layers
+        interval=sequence_layout(vllm_config).page.update_interval,  # that of all layers
         schedule=ShiftSchedule.of(lola_hf_config(vllm_config)),
         block_size=cache.mamba_block_size if cache.enable_prefix_caching else None,
     )

@@ -82,6 +82,25 @@ def test_llama_8b_by_hand(tmp_path: Path) -> None:
     assert chosen(result).name == "32 state heads, one per query head"
 
 
+def test_windows_of_sliding_layers_are_in_both_caches(tmp_path: Path) -> None:
+    """Gemma 3 270M: 15 layers of windows of 512 tokens, and 3 that grow by 1 KiB a token each."""
+    config = write(
+        tmp_path,
+        **{"model_type": "gemma3_text", "num_hidden_layers": 18, "hidden_size": 640},
+        **{"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256},
+        **{"sliding_window": 512, "sliding_window_pattern": 6},
+    )
+    result = estimate(config, {"sparse_cache_size": 100, "sink_size": 4})
+    row = chosen(result)
+    windows = 15 * 512 * 1024
+    assert row.full_kv_bytes_per_token == 3 * 1024
+    assert result.full_kv_bytes[4096] == windows + 4096 * 3 * 1024
+    growing = row.bytes_per_sequence - windows
+    assert row.sequence.break_even_tokens() == -(-growing // (3 * 1024))
+    assert row.parts["sinks"] == 3 * 4 * 1024
+    assert row.parts["window"] == windows + 3 * 128 * 1024
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("ranks", [1, 2, 8, 16])
 @pytest.mark.parametrize("interval", [1, 5])
