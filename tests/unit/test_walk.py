@@ -36,8 +36,3 @@ def test_what_a_step_names_is_there(file, name):
         assert name in definitions(ast.parse(text).body)
     else:
         assert re.search(rf"^(?:[\w:]+ )+{name}\(", text, re.M)
-
-
-@pytest.mark.parametrize("file", re.findall(r"`((?:engine|core|memory)/[\w/]+\.py)`", PAGE))
-def test_a_file_alone_is_there(file):
-    assert (ROOT / "lola_vllm" / file).is_file()
