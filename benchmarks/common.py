@@ -1,13 +1,20 @@
-"""What the benchmarks of engines share: a process per engine, and the machine's name."""
+"""What benchmarks share: a process per engine, a server, and the machine's name."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +40,40 @@ def run_worker(name: str) -> dict[str, float]:
 def tokens(seed: int, count: int) -> list[int]:
     """Token ids that no other seed begins with."""
     return [(31 * seed + 7 * i) % 40000 + 100 for i in range(count)]
+
+
+@contextmanager
+def serving(
+    command: list[str], env: dict[str, str]
+) -> Iterator[tuple[str, subprocess.Popen[bytes], float]]:
+    """A running server: its address, its process, and the seconds until it answered.
+
+    Args:
+        command: without a port. env: the server's whole environment.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - closed below
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [*command, "--port", str(port)], stdout=log, stderr=log, start_new_session=True, env=env
+    )
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                if process.poll() is not None:
+                    sys.exit(f"the server ended:\n{Path(log.name).read_text()[-3000:]}")
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", process, time.monotonic() - began
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(120)
+        log.close()
 
 
 def print_result(result: dict[str, float]) -> None:

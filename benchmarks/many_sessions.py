@@ -31,21 +31,19 @@ import random
 import secrets
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-from common import MIB, ROOT, write_report
+from common import MIB, ROOT, serving, write_report
 
 from lola_vllm.command.client import ClientError
 from lola_vllm.command.client.server import Server, path
@@ -58,6 +56,7 @@ from lola_vllm.training.texts import read_documents
 
 SHORTEST, LONGEST = 500, 8000
 ANSWER = 16  # tokens
+QUIET = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # of a server beside its clients
 RESTORE_EVERY = 10
 SCAN_ROW, SCANS = 65_536, 3  # bytes of a state, and how often the directory is opened
 
@@ -107,35 +106,6 @@ class Texts:
             self._at = 0
         self._at += count
         return self.tokens[self._at - count : self._at]
-
-
-@contextmanager
-def serving(command: list[str], env: dict[str, str]) -> Iterator[tuple[Server, Any, float]]:
-    """A running server, its process, and the seconds until it answered."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - closed below
-    began = time.monotonic()
-    process = subprocess.Popen(
-        [*command, "--port", str(port)], stdout=log, stderr=log, start_new_session=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **env},
-    )  # fmt: skip
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                if process.poll() is not None:
-                    sys.exit(f"the server ended:\n{Path(log.name).read_text()[-3000:]}")
-                time.sleep(0.1)
-        yield Server(f"http://127.0.0.1:{port}"), process, time.monotonic() - began
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(120)
-        log.close()
 
 
 def lola_command(args: argparse.Namespace, directory: Path, disk: int) -> list[str]:
@@ -250,7 +220,8 @@ def lola(args: argparse.Namespace, directory: Path, texts: Texts, results: Resul
     """All measurements of the LoLA server."""
     results["start"] = {}
     command = lola_command(args, directory, 2**50)
-    with serving(command, {}) as (server, process, seconds):
+    with serving(command, QUIET) as (url, process, seconds):
+        server = Server(url)
         results["start"]["with no file, s"] = seconds
         began = time.monotonic()
         said = fill(server, args, texts)
@@ -264,14 +235,16 @@ def lola(args: argparse.Namespace, directory: Path, texts: Texts, results: Resul
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 break
-    with serving(command, {}) as (server, _, seconds):
+    with serving(command, QUIET) as (url, _, seconds):
+        server = Server(url)
         results["start"] |= {"with all files, s": seconds, "files": len(list(_files(directory)))}
         results["kill"] = after_kill(server, said, killed)
         results["turns"]["bytes on disk, GiB"] = bytes_in(directory) / 2**30
         found = turn(server, killed, texts.take(args.turn), ANSWER)
         results["kill"]["tokens the killed session computes"] = found["computed"]
     budget = bytes_in(directory) // 2
-    with serving(lola_command(args, directory, budget), {}) as (server, _, _):
+    with serving(lola_command(args, directory, budget), QUIET) as (url, _, _):
+        server = Server(url)
         turn(server, server.sessions()[0]["session"], texts.take(args.turn), ANSWER)
         deadline = time.monotonic() + 300
         while bytes_in(directory) > 1.01 * budget and time.monotonic() < deadline:
@@ -346,7 +319,8 @@ def stock(args: argparse.Namespace, texts: Texts) -> dict[str, float]:
     ]  # fmt: skip
     draw = random.Random(args.seed)
     firsts, computed = [], []
-    with serving(command, {"VLLM_CPU_KVCACHE_SPACE": "1"}) as (server, _, _):
+    with serving(command, {**QUIET, "VLLM_CPU_KVCACHE_SPACE": "1"}) as (url, _, _):
+        server = Server(url)
         for _ in range(args.sample):
             count = round(SHORTEST * (LONGEST / SHORTEST) ** draw.random())
             body = {

@@ -21,15 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from common import ROOT, print_table, write_report
+import httpx
+from common import ROOT, print_table, serving, write_report
 
 from lola_vllm.core import cpu
 
 BIN = Path(sys.executable).parent
-PORT = 8131
 # Variables that `make` and tests set, and that a user's shell has not.
 NOT_A_USERS = ("OMP_", "GOMP_", "KMP_", "VLLM_CPU_", "VLLM_CACHE_ROOT")
 
@@ -71,65 +72,36 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Server:
-    """A server of a command line, from its start to the end of the block."""
+@contextmanager
+def served(command: str, cache: Path | None = None) -> Iterator[tuple[str, str, float]]:
+    """The server of a command line: its address, its model, and seconds to its first answer.
 
-    def __init__(self, command: str, log: Path, cache: Path | None = None) -> None:
-        """Args: command: as in a shell. log: of its output. cache: of vLLM's compiled code."""
-        env = {k: v for k, v in os.environ.items() if not k.startswith(NOT_A_USERS)}
-        words = shlex.split(command)
-        while "=" in words[0]:
-            name, _, value = words.pop(0).partition("=")
-            env[name] = value
-        if cache:
-            env["VLLM_CACHE_ROOT"] = str(cache)
-        self._log = log.open("w")
-        begin = time.perf_counter()
-        self._process = subprocess.Popen(
-            [str(BIN / words[0]), *words[1:], "--port", str(PORT)],
-            env=env,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
-        while not self._answers():
-            if self._process.poll() is not None:
-                sys.exit(f"{command}: ended at its start:\n{log.read_text()[-4000:]}")
-            time.sleep(0.2)
-        self.start_s = time.perf_counter() - begin
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(60)
-        self._log.close()
-
-    def _answers(self) -> bool:
-        url = f"http://127.0.0.1:{PORT}/v1"
-        try:
-            with urllib.request.urlopen(f"{url}/models") as answer:
-                self.name = json.load(answer)["data"][0]["id"]
-            body = {"model": self.name, "prompt": "The capital", "max_tokens": 1}
-            request = urllib.request.Request(
-                f"{url}/completions",
-                json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
-            )
-            with urllib.request.urlopen(request):
-                return True
-        except OSError:
-            return False
+    Args:
+        command: as in a shell. cache: of vLLM's compiled code.
+    """
+    env = {k: v for k, v in os.environ.items() if not k.startswith(NOT_A_USERS)}
+    words = shlex.split(command)
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        env[name] = value
+    if cache:
+        env["VLLM_CACHE_ROOT"] = str(cache)
+    began = time.monotonic()
+    with serving([str(BIN / words[0]), *words[1:]], env) as (url, _, _):
+        model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+        body = {"model": model, "prompt": "The capital", "max_tokens": 1}
+        httpx.post(f"{url}/v1/completions", json=body, timeout=600).raise_for_status()
+        yield url, model, time.monotonic() - began
 
 
 def ask(
-    server: Server, args: argparse.Namespace, context: int, batch: int, seed: int
+    url: str, model: str, args: argparse.Namespace, context: int, batch: int, seed: int
 ) -> dict[str, float]:
     """What vLLM's client measures of a batch of prompts: milliseconds and tokens per second."""
     with tempfile.TemporaryDirectory() as directory:
         command = [
             *(str(BIN / "vllm"), "bench", "serve", "--backend", "openai"),
-            *("--model", server.name, "--tokenizer", str(args.stock), "--port", str(PORT)),
+            *("--model", model, "--tokenizer", str(args.stock), "--base-url", url),
             *("--dataset-name", "random", "--random-input-len", str(context)),
             *("--random-output-len", str(args.tokens), "--ignore-eos", "--seed", str(seed)),
             *("--num-prompts", str(max(2, batch)), "--max-concurrency", str(batch)),
@@ -152,17 +124,17 @@ def main() -> None:
     servers = commands(args)
     best: dict[str, dict[str, float]] = {name: {} for name in servers}
     with tempfile.TemporaryDirectory() as directory:
-        logs = Path(directory)
         for name, command in servers.items() if args.starts else ():
             for start in ("first", "second"):
-                with Server(command, logs / "log", logs / name) as server:
-                    best[name][f"start_s/{start}"] = server.start_s
+                with served(command, Path(directory) / name) as (_, _, seconds):
+                    best[name][f"start_s/{start}"] = seconds
         for seed in range(args.rounds):
             for name, command in servers.items():
-                with Server(command, logs / "log") as server:
+                with served(command) as (url, model, _):
                     for context in args.contexts:
                         for batch in args.batches:
-                            for key, value in ask(server, args, context, batch, seed).items():
+                            found = ask(url, model, args, context, batch, seed)
+                            for key, value in found.items():
                                 pick = max if key.startswith("decode") else min
                                 best[name][key] = pick(value, best[name].get(key, value))
                 print_table(best)

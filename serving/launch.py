@@ -121,10 +121,12 @@ class Launch:
 
 
 def this_machine(cpus: Set[int]) -> Machine:
-    """The machine, of which vLLM may use `cpus`. Looks at them for half a second."""
+    """The machine, of which vLLM may use `cpus`. Without a GPU it looks at them for half a
+    second."""
+    if torch.cuda.is_available():
+        return Machine("cuda", len(cpus))
     used = psutil.cpu_percent(interval=0.5, percpu=True)
-    busy = sum(used[cpu] for cpu in cpus if cpu < len(used)) / 100
-    return Machine("cuda" if torch.cuda.is_available() else "cpu", len(cpus), busy)
+    return Machine("cpu", len(cpus), sum(used[cpu] for cpu in cpus if cpu < len(used)) / 100)
 
 
 def plan(

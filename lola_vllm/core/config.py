@@ -440,7 +440,7 @@ class DecoderConfig(PreTrainedConfig):
     @property
     def is_llama(self) -> bool:
         """Whether the base is a Llama but for biases of q, k, v or for norms of q and k."""
-        return self.base_model_type in LLAMA_TYPES and not any(self.windows)
+        return architecture_of(self, self.base_model_type) == LLAMA_ARCHITECTURE
 
     @property
     def qkv_bias(self) -> bool:

@@ -8,6 +8,7 @@ that do not turn have an angle of 0.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -90,9 +91,16 @@ def head_order(attention: nn.Module, rotary: nn.Module, head_dim: int) -> HeadOr
 def turns(attention: nn.Module) -> bool:
     """Whether a layer has RoPE. Some layers of SmolLM3 and of Cohere 2 have none: there a condition
     stands before the call, which the layer itself answers."""
-    source = inspect.getsource(type(attention).forward)
+    kind: Any = type(attention)
+    condition = _condition(kind)
+    return condition is None or bool(eval(condition, {"self": attention}))
+
+
+@functools.cache  # reading a source takes a millisecond
+def _condition(kind: Any) -> str | None:
+    source = inspect.getsource(kind.forward)
     found = re.search(r"if (.+):\n\s+query_states, key_states = apply_rotary_pos_emb", source)
-    return found is None or bool(eval(found[1], {"self": attention}))
+    return found and found[1]
 
 
 def _layer_type(attention: nn.Module, rotary: nn.Module) -> str | None:

@@ -76,7 +76,7 @@ def lola_weights(module: Any, lola: LolaConfig, rotation: KeyRotation | None) ->
     if module.lola_window is not None:
         config = module.config
         sizes = config.num_attention_heads, config.num_key_value_heads, module.head_dim
-        return LolaWeights.of_window(*sizes, lola.mixing, module.o_proj.weight, rotation)
+        return LolaWeights.of_window(*sizes, lola.mixing, next(module.parameters()), rotation)
     importance = module.importance
     return LolaWeights.prepare(
         module.feature_map_q.detach(),
