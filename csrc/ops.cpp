@@ -1,6 +1,7 @@
 #include "ops.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
@@ -133,6 +134,38 @@ void prefill(const Tensor& pages, const Tensor& layout, const Tensor&, const Ten
   if (rows > 0) prefill_cpu(calls, rows, starts, context);
 }
 
+Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias) {
+  const int64_t dim = x.dim();
+  LOLA_CHECK(dim > 0, "x: shape ", shape_string(x), ", expected [.., K]");
+  const int64_t K = x.size(dim - 1);
+  check_shape(panels, "panels", "[N / 32, K, 32]", {-1, K, kPanel});
+  check_float(x, "x", {DType::f32});
+  check_float(panels, "panels", {DType::bf16});
+  LOLA_CHECK(x.is_cpu() && panels.is_contiguous(),
+             "x and panels: must be CPU tensors, and panels "
+             "contiguous");
+  const int64_t N = panels.size(0) * kPanel;
+  if (bias) {
+    check_shape(*bias, "bias", "[N]", {N});
+    check_float(*bias, "bias", {DType::f32});
+    LOLA_CHECK(bias->is_contiguous(), "bias: must be contiguous");
+  }
+  std::vector<int64_t> sizes;
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < dim; ++i) {
+    sizes.push_back(x.size(i));
+    rows *= x.size(i);
+  }
+  sizes.push_back(N);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  const Tensor from = torch::stable::contiguous(x);
+  linear_cpu({static_cast<const float*>(from.data_ptr()),
+              static_cast<const uint16_t*>(panels.data_ptr()),
+              bias ? static_cast<const float*>(bias->data_ptr()) : nullptr,
+              static_cast<float*>(y.data_ptr()), rows, K, N});
+  return y;
+}
+
 int64_t cpu_isa_level() { return static_cast<int64_t>(cpu_isa()); }
 
 }  // namespace lola
@@ -140,12 +173,14 @@ int64_t cpu_isa_level() { return static_cast<int64_t>(cpu_isa()); }
 STABLE_TORCH_LIBRARY(lola, m) {
   m.def(LOLA_DECODE_SCHEMA);
   m.def(LOLA_PREFILL_SCHEMA);
+  m.def(LOLA_LINEAR_SCHEMA);
   m.def("cpu_isa_level() -> int");  // as in cpu/isa.h
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lola, CPU, m) {
   m.impl("decode", TORCH_BOX(&lola::decode));
   m.impl("prefill", TORCH_BOX(&lola::prefill));
+  m.impl("linear", TORCH_BOX(&lola::linear));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lola, CompositeExplicitAutograd, m) {

@@ -1,10 +1,12 @@
-// Decode and prefill of LoLA attention in place on state pages, on torch's stable ABI. The contract
-// is `lola_vllm/core/ops/contract.py`; the page layout is `lola_vllm/core/state.py`.
+// Decode and prefill of LoLA attention in place on state pages, and a product, on torch's stable
+// ABI. The contract is `lola_vllm/core/ops/contract.py`; the page layout is
+// `lola_vllm/core/state.py`.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 
 // The ops' arguments as torch is told them.
 #define LOLA_LAYER_SCHEMA                                                                    \
@@ -16,6 +18,7 @@
   "prefill(" LOLA_LAYER_SCHEMA                                       \
   "Tensor query_start_loc, Tensor context_lens, Tensor(b!) out) -> " \
   "()"
+#define LOLA_LINEAR_SCHEMA "linear(Tensor x, Tensor panels, Tensor? bias) -> Tensor"
 
 namespace lola {
 
@@ -57,5 +60,11 @@ void prefill(const torch::stable::Tensor& pages, const torch::stable::Tensor& la
              const torch::stable::Tensor& state_indices,
              const torch::stable::Tensor& query_start_loc,
              const torch::stable::Tensor& context_lens, const torch::stable::Tensor& out);
+
+// y = x W^T + b in float32, with weights that are bfloat16: x [.., K] float32, panels [N / 32, K,
+// 32] bfloat16, bias [N] float32 -> [.., N] float32. A row's numbers do not depend on the rows
+// beside it. Throws, naming the argument, on a wrong shape or dtype.
+torch::stable::Tensor linear(const torch::stable::Tensor& x, const torch::stable::Tensor& panels,
+                             const std::optional<torch::stable::Tensor>& bias);
 
 }  // namespace lola

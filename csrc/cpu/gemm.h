@@ -17,9 +17,29 @@ constexpr int kTileRows = 6, kTileVecs = 2;
 constexpr int kTileRows = 4, kTileVecs = 2;
 #endif
 
-// a(i, p) lies at a[i * row + p * col].
-template <typename T, int R, int V>
-LOLA_INLINE void gemm_tile(const T* a, int64_t row, int64_t col, const T* b, int64_t ldb, int64_t K,
+template <int V, typename T>
+LOLA_INLINE void load_vectors(Vec<T>* x, const T* p) {
+#pragma GCC unroll 8
+  for (int j = 0; j < V; ++j) x[j] = load(p + j * kLanes<T>);
+}
+
+// Of bfloat16 the numbers of two vectors lie in turn (`kPanel` in cpu/kernels.h): each is widened
+// by one operation, and none moves to another lane.
+template <int V, typename T>
+LOLA_INLINE void load_vectors(Vec<T>* x, const uint16_t* p) {
+#pragma GCC unroll 8
+  for (int j = 0; j < V; j += 2) {
+    Words pairs;
+    __builtin_memcpy(&pairs, p + j * kLanes<T>, sizeof pairs);
+    x[j] = bits<Vec<T>>(pairs << 16);
+    x[j + 1] = bits<Vec<T>>(pairs & 0xffff0000u);
+  }
+}
+
+// a(i, p) lies at a[i * row + p * col]. B: T, or uint16_t for bfloat16, of which
+// V is even.
+template <typename T, int R, int V, typename B>
+LOLA_INLINE void gemm_tile(const T* a, int64_t row, int64_t col, const B* b, int64_t ldb, int64_t K,
                            T* c, int64_t ldc) {
   Vec<T> acc[R][V];
 #pragma GCC unroll 8
@@ -29,8 +49,7 @@ LOLA_INLINE void gemm_tile(const T* a, int64_t row, int64_t col, const T* b, int
   }
   for (int64_t p = 0; p < K; ++p, b += ldb) {
     Vec<T> x[V];
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) x[j] = load(b + j * kLanes<T>);
+    load_vectors<V, T>(x, b);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       const Vec<T> y = splat(a[i * row + p * col]);
@@ -45,15 +64,18 @@ LOLA_INLINE void gemm_tile(const T* a, int64_t row, int64_t col, const T* b, int
   }
 }
 
-template <typename T, int V>
-LOLA_INLINE void gemm_columns(const T* a, int64_t row, int64_t col, const T* b, int64_t ldb, T* c,
+template <typename T, int V, typename B>
+LOLA_INLINE void gemm_columns(const T* a, int64_t row, int64_t col, const B* b, int64_t ldb, T* c,
                               int64_t ldc, int64_t M, int64_t K) {
   int64_t i = 0;
   for (; i + kTileRows <= M; i += kTileRows) {
     gemm_tile<T, kTileRows, V>(a + i * row, row, col, b, ldb, K, c + i * ldc, ldc);
   }
   // What is left in at most two tiles: b streams from memory where M is the heads of a group.
-  if (M - i >= 3) {
+  if (M - i == 4) {
+    gemm_tile<T, 4, V>(a + i * row, row, col, b, ldb, K, c + i * ldc, ldc);
+    i += 4;
+  } else if (M - i >= 3) {
     gemm_tile<T, 3, V>(a + i * row, row, col, b, ldb, K, c + i * ldc, ldc);
     i += 3;
   }

@@ -9,6 +9,20 @@
 
 namespace lola {
 
+// y = x W^T + bias, with W in bfloat16 and all else in float32, see cpu/linear.h.
+struct Linear {
+  const float* x;          // [rows, K]
+  const uint16_t* panels;  // [N / kPanel, K, kPanel]
+  const float* bias;       // [N], or null
+  float* y;                // [rows, N]
+  int64_t rows, K, N;
+};
+
+// Columns of a panel. Those of two vectors lie in turn: with L floats in a vector, column c of each
+// 2 L is at 2 (c mod L) + c / L.
+constexpr int64_t kPanel = 32;
+constexpr int64_t kRowBlock = 72;  // rows of x that stay in a cache beside a panel
+
 // Entry points for one instruction set and one dtype of keys and values; kernels_impl.h makes them.
 // A workspace is memory of at least the bytes that the function beside says.
 struct Kernels {
@@ -31,6 +45,9 @@ struct Kernels {
   void (*open)(const Call&, char* workspace);
   void (*decide)(const Call&, const NewTokens& chunk, int64_t set, char* workspace);
   void (*commit)(const Call&, const NewTokens& chunk, int64_t kv_head, char* workspace);
+
+  // Items [begin, end) of blocks of rows by panels, whatever the dtype of keys and values.
+  void (*multiply)(const Linear&, int64_t begin, int64_t end);
 };
 
 // For the instruction set that this process uses (cpu/isa.h).

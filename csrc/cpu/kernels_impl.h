@@ -4,6 +4,7 @@
 
 #include "cpu/decode.h"
 #include "cpu/kernels.h"
+#include "cpu/linear.h"
 #include "cpu/prefill.h"
 #include "cpu/target.h"
 
@@ -40,7 +41,7 @@ template <DType D>
 constexpr Kernels kKernels = {
     decode_bytes<D>,          decode_items<D>,          decode_tokens<D>, max_block,
     attend_bytes<D>,          attend_block<Compute<D>>, update_bytes<D>,  open<D>,
-    decide_chunk<Compute<D>>, commit_chunk<Compute<D>>};
+    decide_chunk<Compute<D>>, commit_chunk<Compute<D>>, multiply};
 
 }  // namespace
 

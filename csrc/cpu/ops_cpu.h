@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/call.h"
+#include "cpu/kernels.h"
 
 namespace lola {
 
@@ -17,5 +18,7 @@ void decode_cpu(const std::vector<Call>& calls, int64_t rows, const Indices& seq
 // Row r holds the tokens query_start_loc[r] .. query_start_loc[r + 1], after context_lens[r].
 void prefill_cpu(const std::vector<Call>& calls, int64_t rows, const Indices& query_start_loc,
                  const Indices& context_lens);
+
+void linear_cpu(const Linear& call);
 
 }  // namespace lola

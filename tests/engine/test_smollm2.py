@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from vllm import SamplingParams, TokensPrompt
 
 from tests.support.engine import engine
@@ -39,12 +40,19 @@ def answers(model, prompts, **options):
         model, skip_tokenizer_init=False, kv_cache_memory_bytes=2**30, max_num_seqs=8, **options
     ) as llm:
         requests = [TokensPrompt(prompt_token_ids=p) for p in prompts]
-        return [o.outputs[0] for o in llm.generate(requests, params, use_tqdm=False)]
+        (dtypes,) = llm.apply_model(dtypes_of_projections)
+        return dtypes, [o.outputs[0] for o in llm.generate(requests, params, use_tqdm=False)]
+
+
+def dtypes_of_projections(model):
+    return {x.dtype for name, x in model.named_parameters() if "proj" in name and x.numel()}
 
 
 def test_large_window_reproduces_stock_vllm(prompts, untrained):
-    stock = answers(MODELS / "smollm2-base", prompts)
-    lola = answers(untrained, prompts, hf_overrides={"lola_config": {"window_size": 1024}})
+    _, stock = answers(MODELS / "smollm2-base", prompts)
+    window = {"lola_config": {"window_size": 1024}}
+    dtypes, lola = answers(untrained, prompts, hf_overrides=window)
+    assert dtypes == {torch.bfloat16}  # as they were stored, while all else is float32
     exact = 0
     for a, b in zip(stock, lola, strict=True):
         if a.token_ids == b.token_ids:

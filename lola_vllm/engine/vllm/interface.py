@@ -17,9 +17,11 @@ from vllm.model_executor.models.interfaces import (
     IsHybrid,
     SupportsMambaPrefixCaching,
 )
+from vllm.platforms import current_platform
 
 from lola_vllm.engine.vllm.attention import LolaAttention
 from lola_vllm.engine.vllm.cache import lola_hf_config, row_bytes
+from lola_vllm.engine.vllm.cpu_linear import keep_bfloat16
 from lola_vllm.models.files import CheckpointError
 from lola_vllm.models.schema import check_tensors, expected_tensors, is_ours
 
@@ -76,6 +78,8 @@ def load_strictly(
     if quantized and (unset := dict(model.named_parameters()).keys() - loaded):
         # Some formats leave parameters at their defaults, so this alone is no fault.
         logger.warning("The quantized checkpoint does not set: %s", ", ".join(sorted(unset)))
+    if current_platform.is_cpu() and vllm_config.model_config.dtype == torch.float32:
+        keep_bfloat16(model)
     for module in model.modules():
         if isinstance(module, LolaAttention):
             module.weights_changed()

@@ -1,0 +1,54 @@
+// y = x W^T + b, with W in bfloat16 and all else in float32.
+//
+// W lies in panels [N / kPanel, K, kPanel], so that it is read in one stream: a product of few rows
+// takes the time of that. An element is one sum in the order of K, whatever the rows beside it.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+
+LOLA_BEGIN_TARGET();
+namespace lola {
+namespace LOLA_ISA {
+namespace {
+
+constexpr int kLinearVecs = static_cast<int>(kPanel / kLanes<float>);
+constexpr int kPassVecs = kLinearVecs < kTileVecs ? kLinearVecs : kTileVecs;
+
+// Rows [0, rows) of x with one panel.
+inline void multiply_panel(const Linear& call, int64_t panel, const float* x, int64_t rows,
+                           float* y) {
+  const uint16_t* w = call.panels + panel * call.K * kPanel;
+  const int64_t lanes = kLanes<float>;
+  if (rows == 1) {  // more accumulators, so that none waits for the one before
+    gemm_tile<float, 1, kLinearVecs>(x, call.K, 1, w, kPanel, call.K, y, call.N);
+  } else {
+    for (int64_t j = 0; j < kPanel; j += kPassVecs * lanes) {
+      gemm_columns<float, kPassVecs>(x, call.K, 1, w + j, kPanel, y + j, call.N, rows, call.K);
+    }
+  }
+  if (call.bias == nullptr) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < kPanel; j += lanes) {
+      float* at = y + i * call.N + j;
+      store<float>(at, load(at) + load(call.bias + panel * kPanel + j));
+    }
+  }
+}
+
+// Items are blocks of rows by panels; the panels of a block come one after the other, as its rows
+// stay in the cache.
+void multiply(const Linear& call, int64_t begin, int64_t end) {
+  const int64_t panels = call.N / kPanel;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = item / panels * kRowBlock, panel = item % panels;
+    const int64_t left = call.rows - row, rows = left < kRowBlock ? left : kRowBlock;
+    multiply_panel(call, panel, call.x + row * call.K, rows,
+                   call.y + row * call.N + panel * kPanel);
+  }
+}
+
+}  // namespace
+}  // namespace LOLA_ISA
+}  // namespace lola
+LOLA_END_TARGET();

@@ -1,0 +1,48 @@
+"""Products with weights that stay bfloat16 while all else is float32, on CPUs.
+
+On a CPU without products of bfloat16 a model runs in float32. Weights that were trained and stored
+in bfloat16 lose nothing if they stay so in memory: each is widened where it is multiplied. They
+take half the room, and a product of few rows, which takes the time of reading them, half the time.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from lola_vllm.core.ops import cpp
+
+PANEL = 32  # columns of the result; `kPanel` in csrc/cpu/kernels.h
+_LANES = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
+
+
+def panels_of(weight: Tensor) -> Tensor | None:
+    """A weight as `torch.ops.lola.linear(x, panels, bias)` takes it.
+
+    Args:
+        weight: `[N, K]`, float32 or bfloat16, in host memory.
+
+    Returns:
+        `[N / 32, K, 32]` bfloat16, in an order of columns that suits this CPU. None where the C++
+        kernels are not there, 32 does not divide N, or a number is no bfloat16.
+    """
+    if weight.dim() != 2 or weight.shape[0] % PANEL or not weight.numel() or not cpp.load():
+        return None
+    narrow = weight.bfloat16()
+    if not torch.equal(narrow.to(weight.dtype), weight):
+        return None
+    _register_fake()
+    lanes = _LANES[cpp.cpu_isa()]
+    order = torch.arange(PANEL).view(-1, 2, lanes).mT.flatten()
+    return narrow.view(-1, PANEL, weight.shape[1])[:, order].mT.contiguous()
+
+
+@functools.cache
+def _register_fake() -> None:
+    """Tell torch.compile the shape of a product."""
+
+    @torch.library.register_fake("lola::linear")
+    def fake(x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_empty(*x.shape[:-1], panels.shape[0] * PANEL)

@@ -1,0 +1,64 @@
+"""vLLM's linears and embeddings with weights that stay bfloat16 where a CPU runs in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
+
+from lola_vllm.core.ops import linear
+
+
+def keep_bfloat16(model: nn.Module) -> None:
+    """Have vLLM's own linears, head and embedding hold their weights in bfloat16.
+
+    Call it between loading and vLLM's `process_weights_after_loading`. A weight that float32 alone
+    can hold is left to vLLM.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if type(method) is UnquantizedLinearMethod:
+            module.quant_method = _Linear()
+        elif type(method) is UnquantizedEmbeddingMethod:
+            module.quant_method = _Head() if isinstance(module, ParallelLMHead) else _Embedding()
+
+
+def _to_panels(layer: Any) -> bool:
+    panels = linear.panels_of(layer.weight.data)
+    if panels is None:
+        return False
+    # vLLM hands `cpu_linear` the weight, and reads a layer's size elsewhere.
+    layer.weight = nn.Parameter(panels, requires_grad=False)
+    layer.cpu_linear = torch.ops.lola.linear
+    return True
+
+
+class _Linear(UnquantizedLinearMethod):
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if not _to_panels(layer):
+            super().process_weights_after_loading(layer)
+
+
+class _Head(UnquantizedEmbeddingMethod):
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if not _to_panels(layer):
+            super().process_weights_after_loading(layer)
+
+
+class _Embedding(UnquantizedEmbeddingMethod):
+    """An embedding whose rows are widened when they are looked up."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        narrow = layer.weight.bfloat16()
+        if torch.equal(narrow.to(layer.weight.dtype), layer.weight):
+            layer.weight = nn.Parameter(narrow, requires_grad=False)
+
+    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+        return functional.embedding(input_, layer.weight).float()
