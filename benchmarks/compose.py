@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     caches = [read(model, args.tokens) for _ in range(args.documents)]
     reading = time.process_time() - began
     rows = [cache.rows()[0] for cache in caches]
-    composer = model.model.composer(caches[0].sequence)
+    composer = model.composer(caches[0].sequence)
     lengths, clock, processor = [args.tokens] * args.documents, [], []
     for run in range(args.runs + 2):
         start = time.perf_counter(), time.process_time()
