@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_vllm.evaluation import summary
+from lola_vllm.evaluation.comparison import describe_machine
 from lola_vllm.evaluation.results import fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -111,14 +111,7 @@ def write_report(args: Namespace, results: Any) -> None:
         for k, v in vars(args).items()
         if isinstance(v, Path) and (v / "config.json").is_file()
     }
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-    report = {"settings": settings, "models": models, "machine": machine, "results": results}
+    report = {
+        "settings": settings, "models": models, "machine": describe_machine(), "results": results,
+    }  # fmt: skip
     summary.write(args.out, report, f"benchmarks/{Path(sys.argv[0]).name}")
-
-
-def cpu_name() -> str:
-    """The processor's own name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()

@@ -35,14 +35,14 @@ texts --out models/other --only python_code debian_handbook_fr
 lola eval perplexity --model models/smollm2-lola --reference models/smollm2-base \
     --lola-config 'as it ships={}' --texts models/other \
     --windows 4 --window-length 2048 --out "$OUT/perplexity-other" --resume
-# Passages, word by word: conversations are made of the documentation.
+# Passages, word by word.
 copy() { # NAME TEXTS LENGTHS DISTANCES OPTIONS...
     lola eval copy --model models/smollm2-lola --reference models/smollm2-base --texts "$2" \
         --lengths "$3" --distances "$4" --lola-config 'as it ships={}' --batch 28 --seed "$SEED" \
         --engine-args '{"dtype": "float32"}' --out "$OUT/copy-$1" --resume "${@:5}"
 }
 copy prose models/texts 2000,7000 250,500,1000,2000,3000,4000,6000 --kinds prose --samples 5
-copy kinds models/texts 7000 250,500,1000,2000,3000,4000 --kinds documentation,chat --samples 3
+copy kinds models/texts 7000 250,500,1000,2000,3000,4000 --kinds documentation --samples 3
 copy code models/other 7000 250,500,1000,2000,3000,4000 --kinds code --samples 3
 copy long models/texts 100000 250,500,1000,2000,4000 --kinds prose
 # What was said in a conversation.

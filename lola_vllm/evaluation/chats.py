@@ -10,22 +10,23 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.copy_texts import ASKS, CHAT, Kinds, answer_to
 from lola_vllm.evaluation.facts import CHAT_FORMS, Fact
-from lola_vllm.evaluation.models import Emit, LocalTokenizer, Prediction, Stop
-from lola_vllm.evaluation.plan import Plan
-from lola_vllm.evaluation.recall import recall_numbers, recall_table
-from lola_vllm.evaluation.results import Record, Row
+from lola_vllm.evaluation.held_out import read_kinds
+from lola_vllm.evaluation.models import Prediction, Stop, Tokenizer
+from lola_vllm.evaluation.recall import RecallRows
+from lola_vllm.evaluation.results import Row
 
 if TYPE_CHECKING:
     from lola_vllm.evaluation.reader import Reader
 
+# What the user of a conversation says: nothing that the documents contain, and nothing to recall.
+ASKS = ("Please go on.", "What else is there to know?", "Tell me more.", "And then?", "Next?")
 PAUSE_TOKENS = 60  # from where one task asks to where the next does
 SPACE = 250  # tokens: the least distance, and the least difference of two
 TURN_TOKENS = 120  # of an answer, where nothing else ends it
@@ -33,14 +34,13 @@ LEAST_TOKENS = 8  # of an answer
 ROOM = 160  # tokens for a question with its answer, and what a conversation is longer than planned
 
 
-def default_distances() -> list[int]:
-    """Tokens from what was said to the end of the conversation."""
-    return [250, 500, 1000, 2000, 4000]
+LENGTHS = [2000, 7000]
+DISTANCES = [250, 500, 1000, 2000, 4000]
 
 
 @dataclass(frozen=True)
-class ChatPlan(Plan):
-    """The conversations that every setting reads; JSON values only.
+class ChatPlan(RecallRows):
+    """The conversations that every setting reads.
 
     A cell is a task, a length and a distance.
 
@@ -52,7 +52,6 @@ class ChatPlan(Plan):
     """
 
     name: ClassVar[str] = "chat"
-    command: ClassVar[str | None] = "recall"
     keys: ClassVar[tuple[str, ...]] = ("length", "index")
     read_in_pieces: ClassVar[bool] = True
 
@@ -64,25 +63,8 @@ class ChatPlan(Plan):
     seed: int = 0
 
     @property
-    def asked(self) -> str:
-        """See `Plan`."""
-        lengths = ", ".join(f"{length:,}" for length in self.lengths)
-        return f"{self.samples} conversations of each length ({lengths} tokens)"
-
-    @property
     def max_length(self) -> int:
-        """See `Plan`."""
         return max(self.lengths) + ROOM
-
-    @property
-    def tokens(self) -> int:
-        """See `Plan`."""
-        return sum(self.lengths) * self.samples
-
-    def cost(self, sample: Row) -> int:
-        """See `Plan`."""
-        length = int(sample["length"])
-        return length // (len(self.tasks) * len(self.distances_in(length)))
 
     def distances_in(self, length: int) -> list[int]:
         """The distances that conversations of `length` tokens are asked for."""
@@ -90,7 +72,6 @@ class ChatPlan(Plan):
         return [distance for distance in sorted(self.distances) if distance + before <= length]
 
     def check(self) -> None:
-        """See `Plan`."""
         others = [task for task in self.tasks if task not in CHAT_FORMS]
         if others:
             raise EvalError(
@@ -115,10 +96,10 @@ class ChatPlan(Plan):
                     f"at least {least} tokens"
                 )
 
-    def run(self, model: Reader, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
+    def run(self, model: Reader, done: Collection[tuple[Any, ...]] = ()) -> Iterator[list[Row]]:
         """Let `model` read all conversations, short ones first; see `Plan`."""
-        kinds = Kinds.read(Path(str(self.texts)), [CHAT], model.tokenizer.has_chat)
-        documents = [document for found in kinds.files[CHAT].values() for document in found]
+        files = read_kinds(Path(str(self.texts)), ["documentation"])["documentation"]
+        documents = [document for of_file in files.values() for document in of_file]
         for length in sorted(self.lengths):
             for index in range(self.samples):
                 if (length, index) in done:
@@ -126,15 +107,12 @@ class ChatPlan(Plan):
                 chat = self.chat(model.tokenizer, documents, length, index)
                 answers = model.ask(chat.ids, chat.pauses)
                 flat = [answer for of_pause in answers for answer in of_pause.read]
-                rows = [
+                yield [
                     _row(asked, answer, length, index, len(chat.ids))
                     for asked, answer in zip(chat.asked, flat, strict=True)
                 ]
-                emit({"event": "samples", "samples": rows})
 
-    def chat(
-        self, tokenizer: LocalTokenizer, documents: list[str], length: int, index: int
-    ) -> Chat:
+    def chat(self, tokenizer: Tokenizer, documents: list[str], length: int, index: int) -> Chat:
         """A conversation, the same for every model of a tokenizer.
 
         Args:
@@ -176,14 +154,6 @@ class ChatPlan(Plan):
                 back = len(tokenizer.encode(text[start:end], special=False))
                 asked.append(Asked(task, distance, back, fact))
         return Chat(ids, pauses, asked)
-
-    def numbers(self, record: Record, reference: Record | None) -> Row:
-        """See `Plan`."""
-        return recall_numbers(record)
-
-    def table(self, records: Sequence[Record], reference: Record | None) -> str:
-        """See `Plan`."""
-        return recall_table(records)
 
 
 class Asked(NamedTuple):
@@ -232,7 +202,7 @@ class _Talk:
     """
 
     def __init__(
-        self, tokenizer: LocalTokenizer, words: Iterator[tuple[str, int]], rng: random.Random
+        self, tokenizer: Tokenizer, words: Iterator[tuple[str, int]], rng: random.Random
     ) -> None:
         self.messages: list[tuple[str, str]] = []
         self._tokenizer, self._words, self._rng = tokenizer, words, rng
@@ -277,7 +247,7 @@ class _Talk:
 
 
 def _words(
-    tokenizer: LocalTokenizer, documents: list[str], rng: random.Random
+    tokenizer: Tokenizer, documents: list[str], rng: random.Random
 ) -> Iterator[tuple[str, int]]:
     """Words of documents with the white space before them, from a random document on.
 
@@ -306,9 +276,12 @@ def _ends(text: str, messages: list[tuple[str, str]]) -> list[int]:
     return found
 
 
-def _question(tokenizer: LocalTokenizer, fact: Fact) -> tuple[list[int], int]:
+def _question(tokenizer: Tokenizer, fact: Fact) -> tuple[list[int], int]:
     """A question of a `Stop`: from the end of an answer to where the next one is begun."""
-    opened = answer_to(tokenizer, fact.question)
+    mark = "Well"
+    talk = [("user", ASKS[0]), ("assistant", mark), ("user", fact.question)]
+    text = tokenizer.conversation(talk, begun=True)
+    opened = tokenizer.encode(text.partition(mark)[2], special=False)
     space = "" if fact.begun.endswith('"') else " "
     begun = tokenizer.encode(fact.begun, special=False)
     whole = tokenizer.encode(fact.begun + space + fact.answer, special=False)
@@ -332,5 +305,4 @@ def _row(asked: Asked, answer: list[Prediction], length: int, index: int, tokens
         "logprob": sum(token.logprob for token in answer),
         "exact": all(first),
         "match": float(all(first)),
-        "share": sum(first) / len(first),
     }

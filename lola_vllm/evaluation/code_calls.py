@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.question import Draft, Question, RealText, hide
-from lola_vllm.training.texts import kind_of
 
 # Parameters and lines of a function that is asked for.
 LEAST_PARAMETERS, MOST_PARAMETERS, MOST_LINES = 3, 6, 24
@@ -79,11 +78,6 @@ class Code(RealText):
                 f"{LEAST_PARAMETERS} to {MOST_PARAMETERS} parameters; give more Python"
             )
 
-    @classmethod
-    def takes(cls, name: str) -> bool:
-        """See `RealText`."""
-        return kind_of(name) == cls.what
-
     def split(self, document: str) -> list[str]:
         """What stands between empty lines, at most `PIECE_LINES` long."""
         pieces = []
@@ -125,7 +119,7 @@ def definitions(document: str) -> list[Definition]:
 
 @dataclass(frozen=True)
 class CallDraw:
-    """Draws a function, and asks for a call of it; see `Draw`.
+    """Draws a function, and asks for a call of it; see `Task.draw`.
 
     Attributes:
         key: draws its new name, in which a hyphen is none of Python's.

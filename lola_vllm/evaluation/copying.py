@@ -15,15 +15,15 @@ import math
 import random
 import zlib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from lola_vllm.core.cli_options import option
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.copy_texts import Kinds, Text
-from lola_vllm.evaluation.models import Emit, Prediction, Stop
+from lola_vllm.evaluation.held_out import read_kinds
+from lola_vllm.evaluation.models import Prediction, Stop, Tokenizer, prefix_of
 from lola_vllm.evaluation.plan import Plan, at_least, numbers, words
 from lola_vllm.evaluation.results import (
     Record,
@@ -45,28 +45,38 @@ FLOOR = 200  # tokens before a question that the floor sees
 BAND = 1.1  # passages for a distance d begin d / BAND to d * BAND tokens before the stop
 STOP_TOKENS = 128  # between two places of a text at which passages are asked
 LEAST_DISTANCE = 250  # a nearer passage could be among the tokens that the floor sees
-ROOM = 128  # tokens for a prefix and a question, with what a chat template writes around it
+ROOM = 128  # tokens for a prefix and a question
+LENGTHS = [2000, 7000]  # one that fits in the demo model's state, and one that does not
+DISTANCES = [250, 500, 1000, 2000, 3000, 4500, 6000]
 
 
-def default_lengths() -> list[int]:
-    """Of texts: one that fits in the demo model's state, and one that does not."""
-    return [2000, 7000]
+class Text(NamedTuple):
+    """What is read before passages of it are asked for.
 
+    Attributes:
+        kind: of text. source: file that it comes from. number: among those of its kind.
+        ids: `prefix` and exactly as many tokens as its length says.
+        prefix: number of leading ids that no document contains.
+    """
 
-def default_distances() -> list[int]:
-    """Tokens from the beginning of a passage to the question."""
-    return [250, 500, 1000, 2000, 3000, 4500, 6000]
+    kind: str
+    source: str
+    number: int
+    ids: list[int]
+    prefix: int
 
 
 @dataclass(frozen=True)
 class CopyPlan(Plan):
-    """The passages that every setting is asked for; JSON values only.
+    """The passages that every setting is asked for.
 
-    A cell is a kind of text, a length of texts and a distance.
+    A cell is a kind of text, a length of texts and a distance. Attributes beside the options are
+    `stops`, the places at the end of a text at which passages are asked, and `passages`, how many
+    are asked at most per distance and stop.
     """
 
     name: ClassVar[str] = "copy"
-    keys: ClassVar[tuple[str, ...]] = ("kind", "length", "index")
+    keys: ClassVar[tuple[str, ...]] = ("kind", "length", "index", "distance")
     read_in_pieces: ClassVar[bool] = True
 
     texts: str = option(
@@ -74,63 +84,35 @@ class CopyPlan(Plan):
         metavar="PATH",
     )
     kinds: list[str] = option(
-        "of prose, documentation, code and chat, or names of files (default: all that the texts "
-        "have)",
+        "of prose, documentation and code, or names of files (default: all that the texts have)",
         [],
         type=words,
     )
-    lengths: list[int] = option("tokens of a text", default_lengths(), type=numbers)
+    lengths: list[int] = option("tokens of a text", LENGTHS, type=numbers)
     distances: list[int] = option(
         "tokens from a passage to the end of what was read, within a tenth; a text is asked for "
         "those that it holds",
-        default_distances(),
+        DISTANCES,
         type=numbers,
     )
     samples: int = option("texts of each kind and length, at most", 4, type=at_least(1))
-    stops: int = option(
-        f"places at the end of a text at which passages are asked, {STOP_TOKENS} tokens apart",
-        4,
-        type=at_least(1),
-    )
-    passages: int = option("per distance and stop, at most", 4, type=at_least(1))
     seed: int = option("of all choices", 0)
-
-    @property
-    def asked(self) -> str:
-        """See `Plan`."""
-        lengths = ", ".join(f"{length:,}" for length in self.lengths)
-        return f"up to {self.samples} texts of each kind and length ({lengths} tokens)"
+    stops: int = 4
+    passages: int = 4
 
     @property
     def max_length(self) -> int:
-        """See `Plan`."""
         return max(self.lengths) + ROOM
 
     @property
     def softmax_length(self) -> int:
-        """See `Plan`; of longer texts a softmax model sees the last tokens."""
-        return FLOOR + ROOM
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all texts and of the passages that are begun again, at most."""
-        kinds = Kinds.read(Path(self.texts), self.kinds).files
-        return len(kinds) * self.samples * sum(map(self._tokens_of, self.lengths))
-
-    def cost(self, sample: Row) -> int:
-        """See `Plan`."""
-        return self._tokens_of(sample["length"])
-
-    def _tokens_of(self, length: int) -> int:
-        passages = self.stops * len(self.distances_in(length)) * self.passages
-        return length + passages * PASSAGE
+        return FLOOR + ROOM  # of longer texts a softmax model sees the last tokens
 
     def distances_in(self, length: int) -> list[int]:
         """The distances that texts of `length` tokens are asked for: those that each stop holds."""
         return [d for d in self.distances if d <= length - (self.stops - 1) * STOP_TOKENS]
 
     def check(self) -> None:
-        """See `Plan`."""
         if min(self.distances) < LEAST_DISTANCE:
             raise EvalError(
                 f"--distances {min(self.distances)}: must be at least {LEAST_DISTANCE}, as the "
@@ -142,37 +124,67 @@ class CopyPlan(Plan):
                 raise EvalError(
                     f"--lengths {length}: holds none of the --distances "
                     f"{', '.join(map(str, self.distances))}, which must be at most "
-                    f"{max(0, length - before)}; ask for longer texts, shorter distances or fewer "
-                    f"--stops than {self.stops}"
+                    f"{max(0, length - before)}; ask for longer texts or shorter distances"
                 )
 
-    def run(self, model: Reader, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
+    def run(self, model: Reader, done: Collection[tuple[Any, ...]] = ()) -> Iterator[list[Row]]:
         """Let `model` read all texts; see `Plan`."""
-        kinds = Kinds.read(Path(self.texts), self.kinds, model.tokenizer.has_chat)
+        kinds = read_kinds(Path(self.texts), self.kinds)
         for length in self.lengths:
             found = 0
-            for kind in kinds.files:
-                for text in kinds.texts(model.tokenizer, kind, length, self.samples, self.seed):
+            for kind, files in kinds.items():
+                for text in self._texts(model.tokenizer, kind, files, length):
                     found += 1
-                    if (kind, length, text.number) not in done:
-                        row = self._row(model, text, length)
-                        emit({"event": "samples", "samples": [row]})
+                    if (kind, length, text.number, self.distances_in(length)[0]) not in done:
+                        yield self._rows(model, text, length)
             if not found:
                 raise EvalError(
                     f"--lengths {length}: no kind of text at --texts {self.texts} has so many "
                     "held-out tokens; ask for shorter texts or give more text"
                 )
 
-    def _row(self, model: Reader, text: Text, length: int) -> Row:
-        """Ask for a text's passages: its line in the results."""
+    def _texts(
+        self, tokenizer: Tokenizer, kind: str, files: dict[str, list[str]], length: int
+    ) -> Iterator[Text]:
+        """Up to `samples` texts of `length` tokens that share none, the same for every model.
+
+        Files of a kind take turns. A text is held-out documents one after the other, an empty line
+        between them, and may begin and end amid a document.
+        """
+        rng = random.Random(f"{self.seed}/{kind}/{length}")
+        prefix = prefix_of(tokenizer)
+        of_file = []
+        for name, documents in files.items():
+            ids = tokenizer.encode("\n\n".join(documents) + "\n\n", special=False)
+            pieces = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+            rng.shuffle(pieces)
+            of_file.append([(name, piece) for piece in pieces])
+        rng.shuffle(of_file)
+        most = max(map(len, of_file), default=0)
+        in_turn = [pieces[i] for i in range(most) for pieces in of_file if i < len(pieces)]
+        for number, (name, piece) in enumerate(in_turn[: self.samples]):
+            yield Text(kind, name, number, prefix + piece, len(prefix))
+
+    def _rows(self, model: Reader, text: Text, length: int) -> list[Row]:
+        """Ask for a text's passages: a row for each distance."""
         rng = random.Random(f"{self.seed}/{text.kind}/{length}/{text.number}")
         passages = self._draw(text, length, model.tokenizer.special, rng)
+        bridge = model.tokenizer.encode("\n", special=False)
         stops = [
-            Stop(at, [(text.bridge + text.ids[p : p + PASSAGE], ASKED) for _, p in places])
+            Stop(at, [(bridge + text.ids[p : p + PASSAGE], ASKED) for _, p in places])
             for at, places in passages.items()
         ]
         answers = model.ask(text.ids, stops, FLOOR)
-        cells = []
+        asked = [f"Stop(at={at}, questions={[ids for ids, _ in of]})" for at, of in stops]
+        of_text = {
+            "kind": text.kind,
+            "source": text.source,
+            "length": length,
+            "index": text.number,
+            # Settings are compared passage by passage: they must be the same.
+            "checksum": zlib.crc32(f"[{', '.join(asked)}]".encode()),
+        }
+        rows = []
         for distance in self.distances_in(length):
             of_distance = [
                 (answer, i, stop - p)
@@ -180,22 +192,13 @@ class CopyPlan(Plan):
                 for i, (of, p) in enumerate(places)
                 if of == distance
             ]
-            cell = {"distance": distance, **_sums([answer.read[i] for answer, i, _ in of_distance])}
+            row = {"distance": distance, **_sums([answer.read[i] for answer, i, _ in of_distance])}
             floor = [answer.floor[i] for answer, i, _ in of_distance if answer.floor is not None]
             if floor:
-                cell |= {f"floor_{key}": value for key, value in _sums(floor).items()}
-            cell["seen"] = all(answer.reach >= back for answer, _, back in of_distance)
-            cells.append(cell)
-        asked = [f"Stop(at={at}, questions={[ids for ids, _ in of]})" for at, of in stops]
-        return {
-            "kind": text.kind,
-            "source": text.source,
-            "length": length,
-            "index": text.number,
-            # Settings are compared passage by passage: they must be the same.
-            "checksum": zlib.crc32(f"[{', '.join(asked)}]".encode()),
-            "cells": cells,
-        }
+                row |= {f"floor_{key}": value for key, value in _sums(floor).items()}
+            row["seen"] = all(answer.reach >= back for answer, _, back in of_distance)
+            rows.append(of_text | row)
+        return rows
 
     def _draw(
         self, text: Text, length: int, special: Collection[int], rng: random.Random
@@ -230,16 +233,9 @@ class CopyPlan(Plan):
         return found
 
     def numbers(self, record: Record, reference: Record | None) -> Row:
-        """See `Plan`."""
         return {
             "cells": [
-                {
-                    "kind": kind,
-                    "length": length,
-                    "distance": distance,
-                    **cell,
-                    **record.bytes_json(length),
-                }
+                {"kind": kind, "length": length, "distance": distance, **cell}
                 for (kind, length, distance), cell in copy_cells(record, reference).items()
             ]
         }
@@ -301,10 +297,9 @@ def copy_cells(record: Record, reference: Record | None) -> dict[Cell, Row]:
     """
     found: dict[Cell, list[tuple[Row, Row | None]]] = {}
     for row, other in paired(record, reference, CopyPlan.keys):
-        for i, cell in enumerate(row["cells"]):
-            if cell["passages"]:
-                key = row["kind"], row["length"], cell["distance"]
-                found.setdefault(key, []).append((cell, other["cells"][i] if other else None))
+        if row["passages"]:
+            key = row["kind"], row["length"], row["distance"]
+            found.setdefault(key, []).append((row, other))
     return {key: _cell(cells) for key, cells in found.items()}
 
 

@@ -4,10 +4,10 @@ Streams, conversations and texts of which passages are asked are read in transfo
 in such a process too.
 
 A separate process returns all memory when it ends, and can have environment variables that are
-read only at start-up. `python -m lola_vllm.evaluation.engine` reads a job, one line of JSON, on its
-standard input and answers with lines on its standard output, each a JSON object. It ends when its
-input does, as it does when its parent is killed. vLLM's output is kept apart. It is shown if the
-child fails without a message of this package.
+read only at start-up. `python -m lola_vllm.evaluation.engine` reads the arguments of `answers`,
+pickled, on its standard input and answers with lines on its standard output, each a JSON object. It
+ends when its input does, as it does when its parent is killed. vLLM's output is kept apart. It is
+shown if the child fails without a message of this package.
 """
 
 from __future__ import annotations
@@ -15,25 +15,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from lola_vllm.core import cpu
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.models import Emit, LocalTokenizer, Prediction, Tokenizer
+from lola_vllm.evaluation.models import Prediction, Tokenizer
 from lola_vllm.evaluation.plan import Plan
-from lola_vllm.evaluation.results import Record
-from lola_vllm.evaluation.session import PLANS, EvaluationSession
 from lola_vllm.evaluation.settings import Setting, measure
-from lola_vllm.models.files import read_json
 
 # Tokens of one step. Log-probabilities of a prompt take a row of the vocabulary per token.
 STEP_TOKENS = 2048
@@ -42,12 +39,14 @@ FIXED_ARGS = ("model", "hf_overrides", "max_model_len", "max_num_seqs", "enable_
 LAST_LINES = 30  # of a child's output, shown if it fails
 USER_ERROR = 2  # exit status if the message explains the failure
 
+Event = dict[str, Any]
+
 
 # --- in the child
 
 
 class EngineModel:
-    """vLLM in this process; see `models.Model`.
+    """vLLM in this process.
 
     Args:
         setting: model directory and LoLA parameters.
@@ -55,8 +54,11 @@ class EngineModel:
         batch: sequences that run at once.
         engine_args: more arguments of `vllm.LLM`.
 
+    Attributes:
+        tokenizer: the model's. batch: number of prompts to give in one call. dtype: the model's.
+
     Raises:
-        EvalError: memory for not even one sequence, or an argument that is fixed.
+        EvalError: an argument that is fixed.
     """
 
     def __init__(
@@ -73,13 +75,7 @@ class EngineModel:
         from vllm import LLM
 
         dtype = dtype_of(setting, engine_args)
-        self.batch = batch
-        self.tokenizer: Tokenizer = LocalTokenizer(setting.model)
-        overrides: dict[str, Any] = {}
-        if setting.lola_config:
-            overrides["lola_config"] = setting.lola_config
-        if setting.positions is not None:
-            overrides["max_position_embeddings"] = setting.positions
+        self.tokenizer, self.batch = Tokenizer(setting.model), batch
         args: dict[str, Any] = {
             "enforce_eager": True,  # compiling takes longer than it saves here
             "max_num_batched_tokens": max(STEP_TOKENS, batch),
@@ -89,7 +85,7 @@ class EngineModel:
         }
         self._llm = LLM(
             str(setting.model),
-            hf_overrides=overrides,
+            hf_overrides={"lola_config": setting.lola_config} if setting.lola_config else {},
             max_model_len=max_length,
             max_num_seqs=batch,
             # A hit would skip the prompt whose recall or likelihood is measured, and a sequence
@@ -104,14 +100,18 @@ class EngineModel:
         self.dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
-        """See `models.Model.complete`."""
+        """Greedy continuations, at most `max_tokens` tokens each, without special tokens."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         return [output.outputs[0].text for output in self._generate(prompts, params)]
 
     def predictions(self, windows: list[list[int]]) -> list[list[Prediction]]:
-        """See `models.Model.predictions`."""
+        """How well every token of each window is predicted from those before it.
+
+        Returns:
+            Per window of n tokens n - 1 predictions: the first token has none.
+        """
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
@@ -140,7 +140,7 @@ def dtype_of(setting: Setting, engine_args: Mapping[str, Any]) -> str:
         return str(engine_args["dtype"])
     if torch.cuda.is_available():
         return "auto"
-    return cpu.preferred_dtype(read_json(setting.model / "config.json")) or "auto"
+    return cpu.preferred_dtype(setting.config) or "auto"
 
 
 def _cache_args(setting: Setting, max_length: int, batch: int, dtype: str) -> dict[str, int]:
@@ -158,13 +158,29 @@ def _cache_args(setting: Setting, max_length: int, batch: int, dtype: str) -> di
     room = psutil.virtual_memory().available // 2
     if memory is None:
         return {"kv_cache_memory_bytes": min(room, 4 * 2**30)}
-    one = memory.bytes_at(max_length + 256)  # more, for a partly filled block and the null block
-    if one > room:
-        raise EvalError(
-            f"a KV cache of {max_length} tokens takes {one / 2**30:.1f} GiB, and half of the free "
-            f"memory is {room / 2**30:.1f} GiB; ask for shorter lengths"
-        )
+    # More tokens, for a partly filled block and the null block.
+    one = memory.full_kv_bytes_per_token * (max_length + 256)
     return {"kv_cache_memory_bytes": min(room, one * batch)}
+
+
+def answers(
+    plan: Plan,
+    setting: Setting,
+    done: Collection[tuple[Any, ...]],
+    batch: int,
+    engine_args: Mapping[str, Any],
+) -> Iterator[Event]:
+    """Ask a setting in this process; see `ask`."""
+    model: Any
+    if plan.read_in_pieces:
+        from lola_vllm.evaluation.reader import Reader
+
+        model = Reader(setting, dtype_of(setting, engine_args), batch)
+    else:
+        model = EngineModel(setting, plan.max_length, batch, engine_args)
+    yield {"dtype": model.dtype}
+    for rows in plan.run(model, done):
+        yield {"rows": rows}
 
 
 def main() -> int:
@@ -173,22 +189,23 @@ def main() -> int:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
 
-        def emit(event: dict[str, Any]) -> None:
+        def emit(event: Event) -> None:
             out.write(json.dumps(event) + "\n")
             out.flush()
 
         try:
-            job = json.loads(sys.stdin.readline())
+            job = pickle.load(sys.stdin.buffer)
             threading.Thread(target=_end_with_input, daemon=True).start()
-            _run(job, emit)
+            for event in answers(*job):
+                emit(event)
         except EvalError as error:
-            emit({"event": "error", "message": str(error)})
+            emit({"error": str(error)})
             return USER_ERROR
         except ValidationError as error:  # vLLM's refusal of an option
-            emit({"event": "error", "message": "; ".join(e["msg"] for e in error.errors())})
+            emit({"error": "; ".join(e["msg"] for e in error.errors())})
             return USER_ERROR
         except Exception as error:
-            emit({"event": "error", "message": f"{type(error).__name__}: {error}"})
+            emit({"error": f"{type(error).__name__}: {error}"})
             raise
     return 0
 
@@ -199,53 +216,29 @@ def _end_with_input() -> None:
     os._exit(USER_ERROR)  # nobody is left to answer
 
 
-def _run(job: dict[str, Any], emit: Emit) -> None:
-    plan = PLANS[job["plan"]](**job["fields"])
-    setting = Setting(**{**job["setting"], "model": Path(job["setting"]["model"])})
-    done = {tuple(key) for key in job["done"]}
-    model: Any
-    if plan.read_in_pieces:
-        from lola_vllm.evaluation.reader import Reader
-
-        dtype = dtype_of(setting, job["engine_args"])
-        model = Reader(setting, job["fields"].get("context", 0), dtype, job["batch"])
-    else:
-        model = EngineModel(setting, plan.max_length, job["batch"], job["engine_args"])
-    emit({"event": "ready", "dtype": model.dtype})
-    plan.run(model, emit, done)
-
-
 # --- in the parent
 
 
-def run_setting(
+def ask(
     plan: Plan,
-    record: Record,
+    setting: Setting,
+    done: Collection[tuple[Any, ...]],
     batch: int,
     engine_args: Mapping[str, Any],
-    emit: Emit,
-) -> None:
-    """Evaluate one setting in a child process.
+) -> Iterator[Event]:
+    """Ask a setting in a child process.
 
     Args:
-        plan: what to ask. record: of the setting to ask; its samples are not asked again.
+        plan: what to ask. setting: of the row. done: what is not asked, see `Plan.done`.
         batch: sequences at once. engine_args: more arguments of `vllm.LLM`.
-        emit: is given the plan's events, and `{"event": "ready", "dtype": name}` before them.
+
+    Yields:
+        `{"dtype": name}`, then `{"rows": rows}` after every few questions.
 
     Raises:
         EvalError: the setting failed; has the child's message or its exit status.
     """
-    setting = record.setting
-    job = {
-        "plan": plan.name,
-        "fields": vars(plan),
-        "setting": {**vars(setting), "model": str(setting.model)},
-        "done": sorted(plan.done(record.samples)),
-        "batch": batch,
-        "engine_args": dict(engine_args),
-    }
-    environment = dict(os.environ)
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     failure = None
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(
@@ -253,23 +246,20 @@ def run_setting(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            text=True,
-            encoding="utf-8",
             env=environment,
         )
         assert child.stdin and child.stdout
         try:
             with contextlib.suppress(BrokenPipeError):  # the exit status of the child says more
-                child.stdin.write(json.dumps(job) + "\n")
+                child.stdin.write(pickle.dumps((plan, setting, done, batch, engine_args)))
                 child.stdin.flush()
             for line in child.stdout:
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     break  # the child died while writing
                 event = json.loads(line)
-                if event["event"] == "error":
-                    failure = event["message"]
-                else:
-                    emit(event)
+                failure = event.get("error")
+                if failure is None:
+                    yield event
             status = child.wait()
         finally:
             if child.poll() is None:
@@ -285,26 +275,6 @@ def run_setting(
         failure = f"its process {how}; if memory ran out, lower --batch or --lengths"
     if failure is not None:
         raise EvalError(f"setting {setting.name!r}: {failure}")
-
-
-def run_directories(session: EvaluationSession, batch: int, engine_args: Mapping[str, Any]) -> str:
-    """Evaluate every setting of a session, each in a process of its own.
-
-    Args:
-        session: has the plan and the settings, and keeps results. Its results are not asked again.
-        batch: sequences at once. engine_args: more arguments of `vllm.LLM`.
-
-    Returns:
-        The table.
-
-    Raises:
-        EvalError: a setting failed; what was measured before is in the session's files.
-    """
-    for record in session.records:
-        record.memory = measure(record.setting, record.dtype or "bfloat16")
-    return session.run(
-        lambda record, note: run_setting(session.plan, record, batch, engine_args, note)
-    )
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ CHAT_FORMS = {
 
 @dataclass(frozen=True)
 class FactDraw:
-    """Draws a fact, hides it in prose, and asks for it at the end; see `Draw`.
+    """Draws a fact, hides it in prose, and asks for it at the end; see `Task.draw`.
 
     The instruction comes last, as it does when a person asks about a text.
     """

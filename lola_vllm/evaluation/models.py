@@ -1,37 +1,19 @@
-"""The interfaces of models and tokenizers that evaluations use, in process or on a server."""
+"""The tokenizer of a model, what a model is asked, and what it expects."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from lola_vllm.evaluation import EvalError
 
-# A function that gets an event, {"event": ..., ...} of JSON values.
-Emit = Callable[[dict[str, Any]], None]
 
-
-class Tokenizer(Protocol):
-    """A tokenizer as evaluations use it, in process or on a server."""
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        """Tokens of `text`; with `special`, those the model expects around a prompt as well."""
-
-    def chat(self, message: str) -> list[int]:
-        """Tokens of a chat in which the user said `message`, up to where the answer begins."""
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of some tokens."""
-
-
-class LocalTokenizer:
+class Tokenizer:
     """The tokenizer of a model directory.
 
     Attributes:
         special: ids of tokens that no text contains.
-        has_chat: whether there is a chat template.
 
     Raises:
         EvalError: there is none that transformers can load.
@@ -42,8 +24,6 @@ class LocalTokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from transformers import AutoTokenizer
 
-        if not path.is_dir():
-            raise EvalError(f"{path}: no such directory; give one that holds a tokenizer")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
@@ -52,44 +32,35 @@ class LocalTokenizer:
             raise EvalError(f"{path}: its tokenizer cannot be loaded ({error})") from error
         if not self._tokenizer.encode("The quick brown fox"):
             raise EvalError(f"{path}: its tokenizer gives no tokens; copy tokenizer.json there")
-        self._name = path
+        self._path = path
         self.special = frozenset(self._tokenizer.all_special_ids)
-        self.has_chat = bool(self._tokenizer.chat_template)
         # Prompts beyond the context length that the tokenizer states are measured on purpose.
         self._tokenizer.model_max_length = 2**62
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """See `Tokenizer.encode`."""
+        """Tokens of `text`; with `special`, those the model expects around a prompt as well."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         return ids
 
-    def chat(self, message: str) -> list[int]:
-        """See `Tokenizer.chat`.
-
-        Raises:
-            EvalError: the model has no chat template.
-        """
-        if not self.has_chat:
-            raise EvalError(
-                f"--format chat: {self._name} has no chat template; use --format completion"
-            )
-        text = self.conversation([("user", message)], begun=True)
-        return self.encode(text, special=False)  # the template writes the special tokens
+    def decode(self, ids: list[int]) -> str:
+        """The text of some tokens."""
+        return str(self._tokenizer.decode(ids))
 
     def conversation(self, messages: list[tuple[str, str]], *, begun: bool) -> str:
         """A conversation as the chat template writes it, special tokens as text.
 
         Args:
             messages: role and content of each. begun: open the assistant's next turn.
+
+        Raises:
+            EvalError: the model has no chat template.
         """
+        if not self._tokenizer.chat_template:
+            raise EvalError(f"{self._path}: has no chat template, which conversations need")
         made = [{"role": role, "content": content} for role, content in messages]
         return str(
             self._tokenizer.apply_chat_template(made, tokenize=False, add_generation_prompt=begun)
         )
-
-    def decode(self, ids: list[int]) -> str:
-        """See `Tokenizer.decode`."""
-        return str(self._tokenizer.decode(ids))
 
 
 def prefix_of(tokenizer: Tokenizer) -> list[int]:
@@ -108,27 +79,6 @@ class Prediction(NamedTuple):
 
     logprob: float
     first: bool
-
-
-class Model(Protocol):
-    """A model that answers several prompts at once.
-
-    Attributes:
-        tokenizer: the model's. batch: number of prompts to give in one call.
-    """
-
-    tokenizer: Tokenizer
-    batch: int
-
-    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
-        """Greedy continuations, at most `max_tokens` tokens each, without special tokens."""
-
-    def predictions(self, windows: list[list[int]]) -> list[list[Prediction]]:
-        """How well every token of each window is predicted from those before it.
-
-        Returns:
-            Per window of n tokens n - 1 predictions: the first token has none.
-        """
 
 
 class Stop(NamedTuple):

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lola_vllm.core.cli_options import option
 from lola_vllm.evaluation import EvalError
-from lola_vllm.evaluation.models import Emit, Model, Prediction, Tokenizer, prefix_of
+from lola_vllm.evaluation.held_out import read_held_out
+from lola_vllm.evaluation.models import Prediction, Tokenizer, prefix_of
 from lola_vllm.evaluation.plan import Plan, at_least
-from lola_vllm.evaluation.repeats import DISTANCE, NGRAM, Repeats, find_repeats
 from lola_vllm.evaluation.results import (
     Record,
     Row,
@@ -23,15 +22,16 @@ from lola_vllm.evaluation.results import (
     exp_mean,
     markdown,
     paired,
-    share,
     times,
 )
-from lola_vllm.evaluation.settings import read_held_out
+
+if TYPE_CHECKING:
+    from lola_vllm.evaluation.engine import EngineModel
 
 
 @dataclass(frozen=True)
 class PerplexityPlan(Plan):
-    """The text that every setting reads; JSON values only."""
+    """The text that every setting reads."""
 
     name: ClassVar[str] = "perplexity"
 
@@ -44,53 +44,29 @@ class PerplexityPlan(Plan):
     seed: int = option("of all choices", 0)
 
     @property
-    def asked(self) -> str:
-        """See `Plan`."""
-        return f"up to {self.windows} windows of each text ({self.window_length:,} tokens)"
-
-    @property
     def max_length(self) -> int:
-        """See `Plan`; engines insist on generating a token after the window."""
-        return self.window_length + 1
+        return self.window_length + 1  # engines insist on generating a token after the window
 
-    @property
-    def tokens(self) -> int:
-        """See `Plan`."""
-        return len(read_held_out(Path(self.texts))) * self.windows * self.window_length
-
-    def cost(self, sample: Row) -> int:
-        """See `Plan`."""
-        return self.window_length
-
-    def run(self, model: Model, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
+    def run(
+        self, model: EngineModel, done: Collection[tuple[Any, ...]] = ()
+    ) -> Iterator[list[Row]]:
         """Let `model` read all windows, `model.batch` at once; see `Plan`."""
-        prefix = prefix_of(model.tokenizer)
-        piece = cache(lambda token: model.tokenizer.decode([token]))
+        tokenizer = model.tokenizer
+        prefix = prefix_of(tokenizer)
         found = 0
         for kind, documents in read_held_out(Path(self.texts)).items():
-            windows = self._windows(kind, documents, model.tokenizer, len(prefix))
+            windows = self._windows(kind, documents, tokenizer, len(prefix))
             found += len(windows)
             windows = [(index, ids) for index, ids in windows if (kind, index) not in done]
             for at in range(0, len(windows), model.batch):
                 batch = windows[at : at + model.batch]
                 predictions = model.predictions([prefix + ids for _, ids in batch])
-                rows = []
-                for (index, ids), values in zip(batch, predictions, strict=True):
-                    # Tokens that open the text are not counted. Without them the first token is
-                    # given, not predicted.
-                    scored = ids if prefix else ids[1:]
-                    row = {
-                        "kind": kind,
-                        "index": index,
-                        "tokens": len(scored),
-                        "bytes": len(model.tokenizer.decode(scored).encode("utf-8")),
-                        "nats": -sum(value.logprob for value in values[-len(scored) :]),
-                        # Settings are compared window by window: they must be the same.
-                        "checksum": zlib.crc32(repr(ids).encode()),
-                    }
-                    repeats = find_repeats(ids, [piece(token) for token in ids])
-                    rows.append(row | _recalled(repeats, len(ids), values))
-                emit({"event": "samples", "samples": rows})
+                # Tokens that open the text are not counted. Without them the first token is given,
+                # not predicted.
+                yield [
+                    reading(kind, index, ids, values[-len(ids if prefix else ids[1:]) :], tokenizer)
+                    for (index, ids), values in zip(batch, predictions, strict=True)
+                ]
         if not found:
             raise EvalError(
                 f"--window-length {self.window_length}: no kind of text at --texts {self.texts} "
@@ -116,56 +92,32 @@ class PerplexityPlan(Plan):
         return [(number, ids[number * size : (number + 1) * size]) for number in numbers]
 
     def numbers(self, record: Record, reference: Record | None) -> Row:
-        """See `Plan`."""
         return {"kinds": readings(record, reference)}
 
     def table(self, records: Sequence[Record], reference: Record | None) -> str:
-        """A table of kinds of text by settings, and one of what they say again."""
+        """A table of kinds of text by settings."""
         found = [readings(record, reference) for record in records]
-        names = [record.setting.name for record in records]
-        rows, again = [["text", "windows", *names]], [["said again", "places", *names]]
+        rows = [["text", "windows", *(record.setting.name for record in records)]]
         for kind in dict.fromkeys(kind for by_kind in found for kind in by_kind):
             of_kind = [by_kind.get(kind) for by_kind in found]
-            windows = max(reading["windows"] for reading in of_kind if reading)
-            rows.append([kind, f"{windows}", *map(_show_reading, of_kind)])
-            repeats = [reading["repeats"] if reading else None for reading in of_kind]
-            first = next(filter(None, repeats), None)
-            if first:
-                cloze, ngrams = [], []
-                for one in repeats:
-                    cloze.append(_show_cloze(one, windows) if one else "")
-                    ngrams.append(_show_ngrams(one, windows) if one else "")
-                again.append([f"{kind}: cloze", f"{first['words']}", *cloze])
-                again.append([f"{kind}: repeated", f"{first['tokens']}", *ngrams])
+            windows = max(row["windows"] for row in of_kind if row)
+            rows.append([kind, f"{windows}", *map(_show, of_kind)])
         over = "" if reference is None else ", and times the reference's with a 95 % interval"
-        blocks = [markdown(rows), f"Perplexity per token, bits per byte (b/B){over}."]
-        if len(again) > 1:
-            blocks.append(markdown(again))
-            blocks.append(
-                f"Places whose last time lies more than {DISTANCE} tokens back. Cloze: share of "
-                "last words of sentences predicted whole. Repeated: perplexity of tokens that "
-                f"complete a repeated {NGRAM}-gram. Both with times the reference's."
-            )
-        return "\n\n".join(blocks)
+        return f"{markdown(rows)}\n\nPerplexity per token, bits per byte (b/B){over}."
 
 
-def _recalled(repeats: Repeats, length: int, values: list[Prediction]) -> dict[str, float]:
-    """What a window's row says of its repeats.
-
-    Args:
-        length: tokens of the window. values: predictions, the last of them of its last token.
-    """
-    # Counted from the end, as predictions of tokens that open the text may come first.
-    again = [values[at - length] for at in repeats.ngrams]
-    words = [
-        all(values[at - length].first for at in range(first, stop)) for first, stop in repeats.words
-    ]
+def reading(
+    kind: str, index: int, ids: list[int], values: list[Prediction], tokenizer: Tokenizer
+) -> Row:
+    """The row of a window or a block, of which the tokens of the last `values` are predicted."""
     return {
-        "repeated": len(again),
-        "repeated_nats": -sum(value.logprob for value in again),
-        "repeated_first": sum(value.first for value in again),
-        "cloze": len(words),
-        "cloze_exact": sum(words),
+        "kind": kind,
+        "index": index,
+        "tokens": len(values),
+        "bytes": len(tokenizer.decode(ids[-len(values) :]).encode("utf-8")),
+        "nats": -sum(value.logprob for value in values),
+        # Settings are compared window by window: they must be the same.
+        "checksum": zlib.crc32(repr(ids).encode()),
     }
 
 
@@ -175,7 +127,7 @@ def readings(record: Record, reference: Record | None) -> dict[str, Row]:
     Returns:
         windows, tokens: read and predicted. perplexity: per token. bits_per_byte: of the text in
         UTF-8; comparable between tokenizers. ratio: perplexity over the reference's on the same
-        windows; None without one. repeats: of `_repeats`. Triples are a value and its interval.
+        windows; None without one. Triples are a value and its interval.
 
     Raises:
         EvalError: as `paired`.
@@ -194,53 +146,12 @@ def readings(record: Record, reference: Record | None) -> dict[str, Row]:
             "perplexity": exp_mean(nats, tokens),
             "bits_per_byte": bits,
             "ratio": exp_mean(nats - column(others, "nats"), tokens) if others else None,
-            "repeats": _repeats(rows, others),
         }
     return result
 
 
-def _repeats(rows: list[Row], others: list[Row]) -> Row | None:
-    """How well windows predict what they say again; `others` are the reference's, if any.
-
-    Returns:
-        words: last words of sentences that were asked for. cloze: share that was predicted whole.
-        cloze_ratio: that share over the reference's. tokens: that complete a repeated n-gram.
-        perplexity, first, ratio: of these, the share that is the first choice, and over the
-        reference's. None where the windows say nothing again, or were read before this was
-        measured.
-    """
-    if not all("cloze" in row for row in [*rows, *others]):
-        return None
-    words, exact, tokens, nats = (
-        column(rows, key) for key in ("cloze", "cloze_exact", "repeated", "repeated_nats")
-    )
-    if not tokens.sum() or not words.sum():
-        return None
-    cloze_ratio = ratio = None
-    if others:
-        cloze_ratio = share(exact, column(others, "cloze_exact"))
-        ratio = exp_mean(nats - column(others, "repeated_nats"), tokens)
-    return {
-        "words": int(words.sum()),
-        "cloze": share(exact, words),
-        "cloze_ratio": cloze_ratio,
-        "tokens": int(tokens.sum()),
-        "perplexity": exp_mean(nats, tokens),
-        "first": float(column(rows, "repeated_first").sum() / tokens.sum()),
-        "ratio": ratio,
-    }
-
-
-def _show_reading(reading: Row | None) -> str:
-    if reading is None:
+def _show(row: Row | None) -> str:
+    if row is None:
         return ""
-    text = f"{reading['perplexity'][0]:.2f}, {reading['bits_per_byte']:.3f} b/B"
-    return text + times(reading["ratio"], 3, reading["windows"])
-
-
-def _show_cloze(repeats: Row, windows: int) -> str:
-    return f"{repeats['cloze'][0]:.1%}{times(repeats['cloze_ratio'], 2, windows)}"
-
-
-def _show_ngrams(repeats: Row, windows: int) -> str:
-    return f"{repeats['perplexity'][0]:.2f}{times(repeats['ratio'], 3, windows)}"
+    text = f"{row['perplexity'][0]:.2f}, {row['bits_per_byte']:.3f} b/B"
+    return text + times(row["ratio"], 3, row["windows"])

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lola_vllm.evaluation.models import Emit
 from lola_vllm.evaluation.results import Record, Row
 
 
 @dataclass(frozen=True)
 class Plan(ABC):
-    """An evaluation; its fields are JSON values.
+    """An evaluation.
 
     Attributes:
-        name: of its files. command: the words after `lola-vllm eval`, where not the name.
+        name: of its files.
         keys: fields of a row that no other one has the same, and settings are paired by.
-        read_in_pieces: whether `reader.Reader` is asked, not vLLM's engine, and no server.
+        read_in_pieces: whether `reader.Reader` is asked, not vLLM's engine.
     """
 
     name: ClassVar[str]
-    command: ClassVar[str | None] = None
     keys: ClassVar[tuple[str, ...]] = ("kind", "index")
     read_in_pieces: ClassVar[bool] = False
-
-    @property
-    @abstractmethod
-    def asked(self) -> str:
-        """What a setting is asked, in words."""
 
     @property
     @abstractmethod
@@ -42,15 +35,6 @@ class Plan(ABC):
         """Fewest tokens that a softmax model must take."""
         return self.max_length
 
-    @property
-    @abstractmethod
-    def tokens(self) -> int:
-        """Tokens that a setting costs, at most."""
-
-    @abstractmethod
-    def cost(self, sample: Row) -> int:
-        """Tokens that a sample of `run` counts for in `tokens`."""
-
     def check(self) -> None:  # noqa: B027  (most have nothing to refuse)
         """Refuse what cannot be asked.
 
@@ -58,18 +42,20 @@ class Plan(ABC):
             EvalError: says what and why.
         """
 
-    def done(self, samples: list[Row]) -> set[tuple[Any, ...]]:
-        """What `run` need not ask again, given samples of an earlier call."""
-        return {tuple(row.get(key, 0) for key in self.keys) for row in samples}
+    def done(self, rows: list[Row]) -> set[tuple[Any, ...]]:
+        """What `run` need not ask again, given rows of an earlier call."""
+        return {tuple(row.get(key, 0) for key in self.keys) for row in rows}
 
     @abstractmethod
-    def run(self, model: Any, emit: Emit, done: Collection[tuple[Any, ...]] = ()) -> None:
+    def run(self, model: Any, done: Collection[tuple[Any, ...]] = ()) -> Iterator[list[Row]]:
         """Ask a model everything.
 
         Args:
-            model: a `models.Model`, or a `reader.Reader` where the plan is read in pieces.
-            emit: is given `{"event": "samples", "samples": [...]}` after every few questions.
+            model: an `engine.EngineModel`, or a `reader.Reader` where the plan is read in pieces.
             done: see the method of that name.
+
+        Yields:
+            The rows of every few questions, which are JSON objects.
 
         Raises:
             EvalError: texts or lengths that have no room for a question.
@@ -77,7 +63,7 @@ class Plan(ABC):
 
     @abstractmethod
     def numbers(self, record: Record, reference: Record | None) -> Row:
-        """What the samples of a record say, for its JSON."""
+        """What the rows of a record say, for its JSON."""
 
     @abstractmethod
     def table(self, records: Sequence[Record], reference: Record | None) -> str:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.models import Tokenizer
 from lola_vllm.evaluation.question import Draft, Question, RealText, Task
-
-Format = Literal["completion", "chat"]
 
 # Tokens of a prompt that are not its distance, where --lengths does not say: what stands before the
 # needle, and room for the answer. More than a sparse cache of usual size holds.
@@ -37,8 +34,7 @@ class Prompt:
     Attributes:
         task: its name. length: tokens of prompt and answer room together, at most.
         index: of the sample in its cell. ids: the prompt. question: what it asks.
-        distance: tokens from the earliest needed mention to the prompt's end, without the tokens
-            that a chat template puts there.
+        distance: tokens from the earliest needed mention to the prompt's end.
         aim: the distance that was asked for; 0: none, the needle lies at a random depth.
     """
 
@@ -84,7 +80,6 @@ def build_prompts(
     samples: int,
     seed: int,
     tokenizer: Tokenizer,
-    format: Format = "completion",
     text: RealText | None = None,
     distance: int = 0,
     spread: int = 0,
@@ -98,8 +93,7 @@ def build_prompts(
     Args:
         task: of the cell. length: tokens, of the longest prompts. samples: their number.
         seed: with task, length, distance, samples and tokenizer it determines every prompt.
-        tokenizer: counts the tokens. format: plain text, or the model's chat template with the
-            answer begun.
+        tokenizer: counts the tokens.
         text: of the kind that the task needs, if it needs any.
         distance: tokens from the needle's value to the prompt's end, as near as whole sentences
             or lines come. A prompt's own is in `Prompt.distance`.
@@ -113,7 +107,7 @@ def build_prompts(
     if distance:
         for index in range(samples):
             own = length - spread + int(spread * (index * GOLDEN % 1))
-            prompt = _at_distance(task, distance, own, index, seed, tokenizer, format, text)
+            prompt = _at_distance(task, distance, own, index, seed, tokenizer, text)
             prompts.append(replace(prompt, length=length))
         return prompts
     slices = list(range(samples))
@@ -123,7 +117,7 @@ def build_prompts(
         rng = random.Random(f"{seed}/{task.name}/{length}/{index}")
         depth = (slices[index] + rng.random()) / samples
         draft = task.draw(rng, depth, length, text)
-        question, ids = _longest(task, draft, length, tokenizer, format)
+        question, ids = _longest(task, draft, length, tokenizer)
         back = distance_of(question, tokenizer)
         prompts.append(Prompt(task.name, length, index, ids, question, back))
     return prompts
@@ -137,13 +131,13 @@ def distance_of(question: Question, tokenizer: Tokenizer) -> int:
 
 
 def _longest(
-    task: Task, draft: Draft, length: int, tokenizer: Tokenizer, format: Format
+    task: Task, draft: Draft, length: int, tokenizer: Tokenizer
 ) -> tuple[Question, list[int]]:
     """The question with the most units of haystack that leaves the answer its room."""
     limit = length - task.answer_room
     fits = 1
     question = draft(fits)
-    ids = encode(question, tokenizer, format)
+    ids = encode(question, tokenizer)
     if len(ids) > limit:
         raise EvalError(
             f"--lengths {length}: {task.name} needs at least {len(ids) + task.answer_room} tokens"
@@ -158,7 +152,7 @@ def _longest(
             step = min(step, max(1, (too_many - fits) // 2))
         units = fits + step
         candidate = draft(units)
-        candidate_ids = encode(candidate, tokenizer, format)
+        candidate_ids = encode(candidate, tokenizer)
         grown = len(candidate_ids) - len(ids)
         if grown > 0:
             per_unit = grown / step
@@ -176,7 +170,6 @@ def _at_distance(
     index: int,
     seed: int,
     tokenizer: Tokenizer,
-    format: Format,
     text: RealText | None,
 ) -> Prompt:
     limit = length - task.answer_room
@@ -200,7 +193,7 @@ def _at_distance(
     least = length
     for _ in range(ROUNDS):
         question = draft(before, after)
-        ids = encode(question, tokenizer, format)
+        ids = encode(question, tokenizer)
         found = distance_of(question, tokenizer)
         per_unit = len(ids) / (before + after) if before + after > 20 else TOKENS_PER_UNIT
         missing, free = distance - found, limit - len(ids)
@@ -228,9 +221,6 @@ def _at_distance(
     return best[1]
 
 
-def encode(question: Question, tokenizer: Tokenizer, format: Format) -> list[int]:
+def encode(question: Question, tokenizer: Tokenizer) -> list[int]:
     """Tokens of a prompt, its answer begun."""
-    if format == "chat":
-        opened = tokenizer.chat(question.text)
-        return opened + tokenizer.encode(question.answer_prefix, special=False)
     return tokenizer.encode(f"{question.text} {question.answer_prefix}", special=True)

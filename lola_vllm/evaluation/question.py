@@ -7,7 +7,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from lola_vllm.evaluation import EvalError
 
@@ -52,11 +51,6 @@ class RealText(ABC):
         if not self._documents:
             raise EvalError(f"--texts: the documents hold no {self.what}; give some")
         self._weights = [len(units) for units in self._documents]
-
-    @classmethod
-    def takes(cls, name: str) -> bool:
-        """Whether the documents of a file of this name, without ending, are text of this kind."""
-        return True
 
     @abstractmethod
     def split(self, document: str) -> list[str]:
@@ -119,36 +113,22 @@ class Question:
 Draft = Callable[[int], Question]
 
 
-class Draw(Protocol):
-    """Draws everything random about one question.
-
-    Args:
-        rng: its only source of randomness.
-        depth: where the needle that is asked for should lie, 0 <= depth < 1.
-        length: tokens of the whole prompt, for tasks that scale more than the haystack.
-        text: real text of the kind that the task says it needs.
-    """
-
-    def __call__(
-        self, rng: random.Random, depth: float, length: int, text: RealText | None
-    ) -> Draft: ...
-
-
 @dataclass(frozen=True)
 class Task:
     """A kind of question.
 
     Attributes:
-        name: on the command line. about: one line for people.
-        draw: see `Draw`.
+        name: on the command line.
+        draw: everything random about one question, given the only source of randomness; where the
+            needle that is asked for should lie, 0 <= depth < 1; tokens of the whole prompt, for
+            tasks that scale more than the haystack; real text of the kind that the task needs.
         answer_room: tokens left free for the answer within the prompt's length.
         needs: the kind of real text that `draw` must be given; None: none.
         several_places: whether the answer is hidden in more than one place.
     """
 
     name: str
-    about: str
-    draw: Draw
+    draw: Callable[[random.Random, float, int, RealText | None], Draft]
     answer_room: int
     needs: type[RealText] | None = None
     several_places: bool = False

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lola_vllm.evaluation import EvalError
 from lola_vllm.evaluation.ablation import leave_out
-from lola_vllm.evaluation.models import Answers, LocalTokenizer, Prediction, Stop
+from lola_vllm.evaluation.models import Answers, Prediction, Stop, Tokenizer
 from lola_vllm.evaluation.settings import Setting
 
 PIECE = 512  # tokens of a forward; their logits take a row of the vocabulary each
@@ -28,30 +28,33 @@ class Reader:
 
     Args:
         setting: model directory and LoLA parameters.
-        context: tokens that a softmax model sees before each block.
         dtype: "float32", "bfloat16" and so on, or "auto" for the checkpoint's own.
         batch: questions at once.
+
+    Attributes:
+        tokenizer, dtype: the model's.
 
     Raises:
         EvalError: the model cannot be loaded.
     """
 
-    def __init__(self, setting: Setting, context: int, dtype: str, batch: int = 8) -> None:
-        self.tokenizer = LocalTokenizer(setting.model)
-        self.is_lola, self.context, self.batch = setting.is_lola, context, batch
+    def __init__(self, setting: Setting, dtype: str, batch: int = 8) -> None:
+        self.tokenizer = Tokenizer(setting.model)
+        self.is_lola, self.batch = setting.is_lola, batch
         self._model = load(setting, dtype)
         if setting.without:
             leave_out(self._model, setting.without)
         self.dtype = str(self._model.dtype).removeprefix("torch.")
 
     def read_blocks(
-        self, prefix: list[int], ids: list[int], block: int, wanted: Collection[int]
+        self, prefix: list[int], ids: list[int], block: int, context: int, wanted: Collection[int]
     ) -> Iterator[tuple[int, list[Prediction]]]:
         """How well the tokens of some blocks of a stream are predicted.
 
         Args:
             prefix: tokens before the stream, which are not predicted.
-            ids: of the stream, a multiple of `block` tokens. wanted: numbers of blocks.
+            ids: of the stream, a multiple of `block` tokens.
+            context: tokens that a softmax model sees before each block. wanted: numbers of blocks.
 
         Yields:
             Each wanted block's number and a prediction per token, in order. Without a prefix the
@@ -65,7 +68,7 @@ class Reader:
                 if index not in wanted:
                     continue
                 run = Run(self._model)
-                run.read(prefix + ids[max(0, start - self.context) : start])
+                run.read(prefix + ids[max(0, start - context) : start])
             if index in wanted:
                 yield index, run.predict(ids[start:stop])
             else:
@@ -105,7 +108,7 @@ class Run:
         model: of `load`.
 
     Attributes:
-        cache: its LoLA state, or its keys and values. seen: tokens read.
+        cache: its LoLA state, or its keys and values.
     """
 
     def __init__(self, model: Any) -> None:
@@ -117,8 +120,8 @@ class Run:
         self._model = model
         is_lola = model.config.model_type == MODEL_TYPE
         self.cache: Any = LolaCache(model.config) if is_lola else DynamicCache()
-        self.is_lola = is_lola
-        self.seen = 0
+        # A softmax model is asked alone: keys and values of a long text are too large for copies.
+        self._forks = is_lola
         self._next: Tensor | None = None  # [V], logits of the token that comes next
 
     def read(self, ids: list[int]) -> None:
@@ -151,73 +154,37 @@ class Run:
             questions: see `Stop`. batch: questions of equally many tokens at once.
         """
         found: list[list[Prediction]] = []
-        size = 1 if getattr(self._model.config, "sliding_window", None) else batch
+        size = batch if self._forks else 1
         for (_, last), same in itertools.groupby(questions, lambda one: (len(one[0]), one[1])):
             rows = [ids for ids, _ in same]
             for at in range(0, len(rows), size):
                 part = torch.tensor(rows[at : at + size], device=self._model.device)
-                logits = self._ask_rows(part, last) if self.is_lola else self._ask_tree(part, last)
-                for row, ids in zip(logits, part, strict=True):
-                    found.append(_predictions(row.float(), ids[-last:]))
+                for logits, ids in zip(self._ask_rows(part, last), part, strict=True):
+                    found.append(_predictions(logits.float(), ids[-last:]))
         return found
 
     @torch.no_grad()
     def _ask_rows(self, questions: Tensor, last: int) -> Tensor:
         """Logits `[B, last, V]` of questions `[B, Q]`, each with a copy of the state."""
-        cache = _fork(self.cache)
-        cache.batch_repeat_interleave(len(questions))
+        # What a fork has is shared. Forwards replace the keys and values of a softmax model. They
+        # write into LoLA's pages, which `batch_repeat_interleave` replaces.
+        fork = copy.copy(self.cache)
+        fork.layers = [copy.copy(layer) for layer in self.cache.layers]
+        if self._forks:
+            fork.batch_repeat_interleave(len(questions))
         output = self._model(
-            questions, past_key_values=cache, use_cache=True, logits_to_keep=last + 1
+            questions, past_key_values=fork, use_cache=True, logits_to_keep=last + 1
         )
         logits: Tensor = output.logits[:, :-1]
         return logits
-
-    @torch.no_grad()
-    def _ask_tree(self, questions: Tensor, last: int) -> Tensor:
-        """The same of a softmax model: all questions in one row, none of which sees another.
-
-        Keys and values of a long text are too large for a copy each.
-        """
-        count, length = questions.shape
-        device = questions.device
-        own = torch.block_diag(*[torch.ones(length, length, device=device).tril()] * count)
-        sees = torch.nn.functional.pad(own.bool(), (self.seen, 0), value=True)
-        dtype = self._model.dtype
-        mask = torch.zeros(sees.shape, dtype=dtype, device=device)
-        mask = mask.masked_fill(~sees, torch.finfo(dtype).min)
-        places = torch.arange(length, device=device) + self.seen
-        keep = torch.arange(count * length, device=device).view(count, length)[:, -last - 1 : -1]
-        output = self._model(
-            questions.reshape(1, -1),
-            # Alone a question needs no mask but the model's own, which knows of sliding windows.
-            attention_mask=mask[None, None] if count > 1 else None,
-            position_ids=places.repeat(count)[None],
-            past_key_values=_fork(self.cache),
-            use_cache=True,
-            logits_to_keep=keep.flatten(),
-        )
-        logits: Tensor = output.logits[0]
-        return logits.view(count, last, -1)
 
     @torch.no_grad()
     def _forward(self, ids: list[int], keep: int) -> Tensor:
         """Logits `[len(ids) or keep, V]`."""
         row = torch.tensor([ids], device=self._model.device)
         output = self._model(row, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
-        self.seen += len(ids)
         logits: Tensor = output.logits[0]
         return logits
-
-
-def _fork(cache: Any) -> Any:
-    """A cache that goes on by itself. What it has is shared with `cache`.
-
-    Forwards replace the keys and values of a softmax model. They write into LoLA's pages, which
-    `batch_repeat_interleave` replaces.
-    """
-    fork = copy.copy(cache)
-    fork.layers = [copy.copy(layer) for layer in cache.layers]
-    return fork
 
 
 def _predictions(logits: Tensor, targets: Tensor) -> list[Prediction]:
@@ -242,8 +209,6 @@ def load(setting: Setting, dtype: str) -> Any:
         )
         if setting.lola_config:
             config.lola_config = setting.lola_config
-        if setting.positions is not None:
-            config.max_position_embeddings = setting.positions
         model: Any = AutoModelForCausalLM.from_pretrained(
             setting.model, config=config, dtype=dtype, local_files_only=True
         )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +17,6 @@ from lola_vllm.evaluation.settings import SequenceMemory, Setting
 
 Row: TypeAlias = dict[str, Any]  # of JSON values
 Triple: TypeAlias = tuple[float, float, float]  # a value and its 95 % interval
-Key = TypeVar("Key")
-
-MIB = 2**20
 
 
 # --- records: the results of one setting, as a file keeps them
@@ -31,7 +27,7 @@ class Record:
     """Samples of one setting, and the conditions of their measurement.
 
     Attributes:
-        setting: that was measured. fingerprint: of the model's files; None for a server.
+        setting: that was measured. fingerprint: of the model's files.
         memory: what a sequence costs, None if unknown.
         samples: rows of the plan that was run. dtype: the model's, None if unknown.
         seconds: time that the samples took, with starts of engines.
@@ -55,7 +51,6 @@ class Record:
             "fingerprint": self.fingerprint,
             "overrides": self.setting.lola_config,
             "without": self.setting.without or None,
-            "positions": self.setting.positions,
         }
 
     def to_json(self) -> Row:
@@ -72,17 +67,9 @@ class Record:
         }
 
     def take_up(self, row: Row) -> None:
-        """A record from the values of `to_json` and its samples."""
+        """Go on with the values of `to_json` and their samples."""
         self.samples = list(row["samples"])
         self.dtype, self.seconds, self.finished = row["dtype"], row["seconds"], row["finished"]
-
-    def bytes_json(self, length: int) -> dict[str, float | None]:
-        """What a sequence of `length` tokens takes, None where that is not known."""
-        memory = self.memory
-        return {
-            "bytes_per_sequence": memory.bytes_at(length) if memory else None,
-            "full_kv_over_bytes": memory.saving_at(length) if memory else None,
-        }
 
 
 def fingerprint(model: Path) -> str:
@@ -101,13 +88,6 @@ def fingerprint(model: Path) -> str:
             while block := file.read(2**22):
                 digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def write(path: Path, value: Row) -> None:
-    """Write JSON in one step, so that an interrupted run leaves the last complete file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 # --- intervals: of a share of successes, of shares of sums, and of perplexities and their ratio
@@ -140,14 +120,12 @@ def share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> Triple:
     """sum of part / sum of whole over windows, with a bootstrap interval over windows.
 
     Args:
-        part, whole: `[W]`, one number per window.
+        part, whole: `[W]`, one number per window. The sum of `whole` is not 0.
 
     Returns:
-        Value, and the 2.5 and 97.5 percentiles of resampled values. NaN where the sum of `whole`
-        is 0, and an infinite percentile where it is 0 in many resamples.
+        Value, and the 2.5 and 97.5 percentiles of resampled values, an infinite one where the sum
+        of `whole` is 0 in many resamples.
     """
-    if not whole.sum():
-        return math.nan, math.nan, math.nan
     picks = np.random.default_rng(0).integers(0, len(part), size=(RESAMPLES, len(part)))
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample may ask for nothing
         shares = part[picks].sum(axis=1) / whole[picks].sum(axis=1)
@@ -213,46 +191,6 @@ def markdown(rows: list[list[str]]) -> str:
 
     rule = [f"{'-' * widths[0]}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
     return "\n".join([line(rows[0]), f"| {' | '.join(rule)} |", *map(line, rows[1:])])
-
-
-def table_of(
-    records: Sequence[Record],
-    found: Sequence[Mapping[Key, Any]],
-    columns: Mapping[Key, str],
-    show: Callable[[Any], str],
-) -> str:
-    """A Markdown table of settings by columns.
-
-    Args:
-        found: values of each record by key. columns: heads by key. show: a value in words; where
-            there is none the cell is empty.
-    """
-    rows = [["setting", *columns.values()]]
-    for record, values in zip(records, found, strict=True):
-        shown = [show(values[key]) if key in values else "" for key in columns]
-        rows.append([record.setting.name, *shown])
-    return markdown(rows)
-
-
-def memory_table(records: Sequence[Record], lengths: Sequence[int]) -> list[str]:
-    """A table of what a sequence takes, and its note; nothing where no memory is known."""
-    if not any(record.memory for record in records):
-        return []
-    found = [{length: record.memory for length in lengths} for record in records]
-    rows = [["setting", *(f"{length:,}" for length in lengths)]]
-    for record, memory in zip(records, found, strict=True):
-        shown = [_show_memory(memory[length], length) for length in lengths]
-        rows.append([record.setting.name, *shown])
-    return [
-        f"### Memory per sequence\n\n{markdown(rows)}",
-        "By tokens of prompt and answer: MiB, and how many times larger a full KV cache is.",
-    ]
-
-
-def _show_memory(memory: SequenceMemory | None, length: int) -> str:
-    if memory is None:
-        return "?"
-    return f"{memory.bytes_at(length) / MIB:.1f}, {memory.saving_at(length):.1f}x"
 
 
 def times(ratio: Triple | None, digits: int, windows: int) -> str:

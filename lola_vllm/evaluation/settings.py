@@ -1,17 +1,21 @@
-"""What is compared, and on what: models with their LoLA parameters and memory, held-out texts."""
+"""What is compared: models with their LoLA parameters, and what a sequence of each takes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lola_vllm.core.cli_options import option
 from lola_vllm.evaluation import EvalError
+from lola_vllm.models.files import CheckpointError, read_json
+
+# The name of the row that `--reference` makes, with which others are compared.
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -21,21 +25,26 @@ class Setting:
     Attributes:
         name: of the row. model: its directory. lola_config: keys that replace the checkpoint's.
         without: parts that are left out; see `lola_vllm.evaluation.ablation.leave_out`.
-        positions: that the model is said to take; None: as many as its config says.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # rows of a sweep
 
     name: str
     model: Path
     lola_config: dict[str, Any] = field(default_factory=dict)
     without: str = option("ablation: leave out hidden-state, importance, or both with a comma", "")
-    positions: int | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`config.json` of the model; `CheckpointError` where there is none that can be read."""
+        return read_json(self.model / "config.json")
 
     @property
     def is_lola(self) -> bool:
         """Whether the model is a LoLA checkpoint."""
         from lola_vllm.core.config import LOLA_TYPES
 
-        return read_model_config(self.model).get("model_type") in LOLA_TYPES
+        return self.config.get("model_type") in LOLA_TYPES
 
 
 @dataclass(frozen=True)
@@ -52,31 +61,6 @@ class SequenceMemory:
     state_bytes: int | None
     lola_config: dict[str, Any] | None
 
-    def bytes_at(self, length: int) -> int:
-        """Bytes of a sequence of `length` tokens."""
-        return self.state_bytes or self.full_kv_bytes_per_token * length
-
-    def saving_at(self, length: int) -> float:
-        """How many times smaller that is than a full KV cache."""
-        return self.full_kv_bytes_per_token * length / self.bytes_at(length)
-
-
-def read_model_config(model: Path) -> dict[str, Any]:
-    """`config.json` of a model directory.
-
-    Raises:
-        EvalError: there is no such directory, or no readable config in it.
-    """
-    if not model.is_dir():
-        raise EvalError(f"{model}: no such directory, and no http:// or https:// URL either")
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvalError(f"{model}: its config.json cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise EvalError(f"{model}: its config.json must hold a JSON object")
-    return config
-
 
 def measure(setting: Setting, dtype: str) -> SequenceMemory | None:
     """What a sequence costs; None for models that `lola-vllm estimate` does not know.
@@ -88,7 +72,6 @@ def measure(setting: Setting, dtype: str) -> SequenceMemory | None:
         LolaConfigError: the setting's parameters are not valid for the model.
     """
     from lola_vllm.engine.estimate import estimate
-    from lola_vllm.models.files import CheckpointError
 
     try:
         result = estimate(setting.model, setting.lola_config, dtype=dtype)
@@ -109,12 +92,12 @@ def check(setting: Setting, max_length: int) -> None:
 
     Raises:
         EvalError: LoLA parameters for a model without LoLA, or a length beyond the model's
-            context. LolaConfigError: parameters that are not valid.
+            context. CheckpointError: no readable config. LolaConfigError: parameters that are not
+            valid.
     """
     from lola_vllm.evaluation.ablation import parts_of
 
-    parts = parts_of(setting.without)
-    config = read_model_config(setting.model)
+    parts, config = parts_of(setting.without), setting.config
     if not setting.is_lola and (setting.lola_config or parts):
         raise EvalError(
             f"setting {setting.name!r}: {setting.model} is a {config.get('model_type')} model, "
@@ -124,26 +107,12 @@ def check(setting: Setting, max_length: int) -> None:
     memory = measure(setting, "bfloat16")  # for its errors as well
     if memory and memory.lola_config and memory.lola_config.get("context_shift"):
         return  # its positions do not end
-    context = setting.positions or config.get("max_position_embeddings")
+    context = config.get("max_position_embeddings")
     if isinstance(context, int) and max_length > context:
-        more = ", or for --untrained-positions" if setting.is_lola else ""
         raise EvalError(
             f"a length of {max_length} tokens: {setting.model} takes {context} "
-            f"(max_position_embeddings); ask for shorter ones{more}"
+            "(max_position_embeddings); ask for shorter ones"
         )
-
-
-def with_positions(setting: Setting, length: int) -> Setting:
-    """The setting, a LoLA model without end of positions being said to take `length` tokens.
-
-    Its base was not trained on them, which is what this is to show. A setting whose positions are
-    shifted takes any length as it is, and its base's length decides how.
-    """
-    config = read_model_config(setting.model)
-    lola = {**config.get("lola_config", {}), **setting.lola_config}
-    if not setting.is_lola or lola.get("context_shift"):
-        return setting
-    return replace(setting, positions=max(length, config.get("max_position_embeddings") or 0))
 
 
 def parse_settings(
@@ -157,8 +126,8 @@ def parse_settings(
 
     Args:
         model: of `--model`. configs: values of `--lola-config`, `JSON` or `NAME=JSON`.
-        sweep: a JSON file of settings. reference: a model for a row "reference", which comes
-            first. without: of `--without`.
+        sweep: a JSON file of settings. reference: a model for a row `REFERENCE`, which comes first.
+        without: of `--without`.
 
     Returns:
         At least one setting, with different names.
@@ -166,7 +135,7 @@ def parse_settings(
     Raises:
         EvalError: an option or a file that cannot be read, or names that repeat.
     """
-    settings = [] if reference is None else [Setting("reference", reference)]
+    settings = [] if reference is None else [Setting(REFERENCE, reference)]
     settings += [_parse_config(model, text, without) for text in configs]
     if sweep is not None:
         settings += _read_sweep(sweep, model, without)
@@ -198,64 +167,20 @@ def _parse_config(model: Path, text: str, without: str) -> Setting:
     return Setting(name, model, config, without)
 
 
-class _Row(BaseModel, extra="forbid"):
-    """A row of a sweep; what it leaves out is that of the command line."""
-
-    name: str = Field(min_length=1)
-    model: Path | None = None
-    lola_config: dict[str, Any] = {}
-    without: str | None = None
-
-
 def _read_sweep(path: Path, model: Path, without: str) -> list[Setting]:
+    """The rows of a file; what one leaves out is that of the command line."""
     try:
-        rows = TypeAdapter(list[_Row]).validate_json(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not rows:
+            raise ValueError("no row")
+        rows = [{"model": model, "without": without, **row} for row in rows]
+        return TypeAdapter(list[Setting]).validate_python(rows)
     except OSError as error:
         raise EvalError(f"--sweep {path}: cannot be read ({error})") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        known = ", ".join(_Row.model_fields)
-        raise EvalError(
-            f"--sweep {path}: {where}: {first['msg']}; must be a list of objects with {known}"
-        ) from None
-    return [
-        Setting(
-            row.name,
-            row.model or model,
-            row.lola_config,
-            without if row.without is None else row.without,
-        )
-        for row in rows
-    ]
-
-
-def read_held_out(path: Path) -> dict[str, list[str]]:
-    """Held-out documents at `path`.
-
-    Args:
-        path: a text file, or a directory of them.
-
-    Returns:
-        Per file, by its name without ending, its held-out documents in order; files without any
-        are left out.
-
-    Raises:
-        EvalError: no such path, no text file, or nothing held out.
-        TextsError: a file that is not UTF-8 or has no text.
-    """
-    from lola_vllm.training.texts import is_held_out, read_documents
-
-    if not path.exists():
-        raise EvalError(f"--texts {path}: no such file or directory")
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise EvalError(f"--texts {path}: no .txt file there")
-    kinds = {file.stem: list(filter(is_held_out, read_documents(file))) for file in files}
-    found = {kind: documents for kind, documents in kinds.items() if documents}
-    if not found:
-        raise EvalError(
-            f"--texts {path}: no document is held out from training, which about one in twenty "
-            "is; give more text"
-        )
-    return found
+    except (ValueError, TypeError) as error:
+        what = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        known = ", ".join(item.name for item in fields(Setting))
+        raise EvalError(f"--sweep {path}: {what}; must be a list of objects with {known}") from None

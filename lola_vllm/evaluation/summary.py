@@ -18,7 +18,7 @@ def summarize(report: Mapping[str, Any], made_by: str) -> dict[str, Any]:
     Left out are answers, windows and blocks (`samples` of a setting, `asked`).
 
     Args:
-        report: of `EvaluationSession`, or of a program in benchmarks/ or tools/. made_by: its name.
+        report: of `Comparison`, or of a program in benchmarks/ or tools/. made_by: its name.
     """
     kept = {key: value for key, value in report.items() if key != "asked"}
     if isinstance(kept.get("settings"), list):

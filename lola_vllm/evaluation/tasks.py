@@ -85,7 +85,7 @@ NOUNS = tuple(_NOUNS.split())
 
 @dataclass(frozen=True)
 class NeedleDraw:
-    """Draws one of RULER's `niah` questions; see `Draw`.
+    """Draws one of RULER's `niah` questions; see `Task.draw`.
 
     Attributes:
         haystack: "noise": one line of five sentences, repeated; "prose": real text; "needles":
@@ -251,7 +251,7 @@ def solved_example(rng: random.Random, lines: int) -> str:
 
 
 def draw_chain(rng: random.Random, depth: float, length: int, text: RealText | None) -> Draft:
-    """Draw a chain; see `Draw`. `depth` is where its first assignment stands.
+    """Draw a chain; see `Task.draw`. `depth` is where its first assignment stands.
 
     The others follow at random places after it.
     """
@@ -278,72 +278,25 @@ _NUMBER_ROOM, _UUID_ROOM, _CHAIN_ROOM, _FACT_ROOM = 24, 56, 48, 24
 # Four numbers, which models that repeat the keys need; the keys of `multiquery` are long.
 _NUMBERS_ROOM = 96
 
-# RULER's needles: name, about, how a question is drawn, and room for the answer.
-_NEEDLES = (
-    ("niah-1", "S-NIAH-1: a 7-digit number in repeated noise", NeedleDraw("noise"), _NUMBER_ROOM),
-    ("niah-2", "S-NIAH-2: a 7-digit number in real prose", NeedleDraw("prose"), _NUMBER_ROOM),
-    ("niah-3", "S-NIAH-3: a uuid in real prose", NeedleDraw("prose", value="uuid"), _UUID_ROOM),
-    (
-        "multikey",
-        "MK-NIAH-1: one of four 7-digit numbers in real prose",
-        NeedleDraw("prose", keys=4),
-        _NUMBER_ROOM,
-    ),
-    (
-        "multikey-2",
-        "MK-NIAH-2: one number in a text of nothing but such needles",
-        NeedleDraw("needles"),
-        _NUMBER_ROOM,
-    ),
-    (
-        "multikey-3",
-        "MK-NIAH-3: one uuid under a uuid in a text of nothing but such needles",
-        NeedleDraw("needles", value="uuid", key="uuid"),
-        _UUID_ROOM,
-    ),
-    (
-        "multivalue",
-        "MV-NIAH: four 7-digit numbers of one key in real prose",
-        NeedleDraw("prose", values=4),
-        _NUMBERS_ROOM,
-    ),
-    (
-        "multiquery",
-        "MQ-NIAH: the 7-digit numbers of four keys in real prose",
-        NeedleDraw("prose", keys=4, queries=4),
-        _NUMBERS_ROOM,
-    ),
-)
+# RULER's needles, how a question is drawn, and room for the answer.
+_NEEDLES = {
+    "niah-1": (NeedleDraw("noise"), _NUMBER_ROOM),  # S-NIAH-1
+    "niah-2": (NeedleDraw("prose"), _NUMBER_ROOM),  # S-NIAH-2
+    "niah-3": (NeedleDraw("prose", value="uuid"), _UUID_ROOM),  # S-NIAH-3
+    "multikey": (NeedleDraw("prose", keys=4), _NUMBER_ROOM),  # MK-NIAH-1
+    "multikey-2": (NeedleDraw("needles"), _NUMBER_ROOM),  # MK-NIAH-2
+    "multikey-3": (NeedleDraw("needles", value="uuid", key="uuid"), _UUID_ROOM),  # MK-NIAH-3
+    "multivalue": (NeedleDraw("prose", values=4), _NUMBERS_ROOM),  # MV-NIAH
+    "multiquery": (NeedleDraw("prose", keys=4, queries=4), _NUMBERS_ROOM),  # MQ-NIAH
+}
 _ALL = (
     *(
-        Task(
-            name,
-            f"RULER {about}",
-            draw,
-            room,
-            needs=Prose if draw.haystack == "prose" else None,
-            several_places=room == _NUMBERS_ROOM,
-        )
-        for name, about, draw, room in _NEEDLES
+        Task(name, draw, room, Prose if draw.haystack == "prose" else None, room == _NUMBERS_ROOM)
+        for name, (draw, room) in _NEEDLES.items()
     ),
-    *(
-        Task(name, "held out: a fact in real prose", FactDraw(form), _FACT_ROOM, needs=Prose)
-        for name, form in PROSE_FORMS.items()
-    ),
-    Task(
-        "code-call",
-        "a call in held-out code, by the names of parameters that its definition has",
-        CallDraw(draw_key),
-        CALL_ROOM,
-        needs=Code,
-    ),
-    Task(
-        "vt",
-        "RULER variable tracking: a chain of five variables",
-        draw_chain,
-        _CHAIN_ROOM,
-        several_places=True,
-    ),
+    *(Task(name, FactDraw(form), _FACT_ROOM, Prose) for name, form in PROSE_FORMS.items()),
+    Task("code-call", CallDraw(draw_key), CALL_ROOM, Code),
+    Task("vt", draw_chain, _CHAIN_ROOM, several_places=True),
 )
 TASKS = {task.name: task for task in _ALL}
 

@@ -124,9 +124,6 @@ COMMANDS: dict[str, Fate] = {
         why="needs a directory of a server", test="tests/unit/memory/sessions/test_command.py"
     ),
     # To measure.
-    r"lola-vllm eval .*--model http": Fate(
-        why="minutes to hours", test="tests/unit/evaluation/test_server.py"
-    ),
     r"lola-vllm eval copy ": Fate(
         why="minutes to hours", test="tests/unit/evaluation/test_copying.py"
     ),

@@ -1,16 +1,15 @@
 """Evaluations in this process: tiny models, tokenizers that can be read, and what plans emit."""
 
-import io
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lola_vllm.evaluation import engine
+from lola_vllm.evaluation import EvalError, engine
 from lola_vllm.evaluation.plan import Plan
 from lola_vllm.evaluation.results import Record, Row
 from lola_vllm.evaluation.settings import Setting
@@ -20,43 +19,20 @@ from tools.support.speaking import make_speaking
 from tools.support.tiny import VOCAB
 
 
-class Child:
-    """In place of an evaluation's process for a setting: its job runs in this one, where vLLM is
-    imported. tests/engine/test_eval.py has the process."""
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let settings run in this process, where vLLM is imported; the names of those that ran.
 
-    jobs: list[dict[str, Any]]
+    tests/engine/test_eval.py has the process that is theirs.
+    """
+    ran: list[str] = []
 
-    def __init__(self, command, **_):
-        assert command[1:] == ["-m", engine.__name__]
-        self.stdin = self
-        self.job = ""
-        self.stdout = self.lines()
+    def ask(plan: Plan, setting: Setting, *others: Any) -> Iterator[dict[str, Any]]:
+        ran.append(setting.name)
+        for event in engine.answers(plan, setting, *others):
+            yield json.loads(json.dumps(event))
 
-    def write(self, text):
-        self.job += text
-
-    def flush(self):
-        pass
-
-    close = flush
-
-    def lines(self):
-        out = io.StringIO()
-        self.jobs.append(json.loads(self.job))
-        engine._run(self.jobs[-1], lambda event: out.write(json.dumps(event) + "\n"))
-        yield from io.StringIO(out.getvalue())
-
-    def wait(self):
-        return 0
-
-    poll = wait
-
-
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Let settings run in this process, one after the other; the jobs that they have."""
-    monkeypatch.setattr(Child, "jobs", [], raising=False)
-    monkeypatch.setattr(engine, "subprocess", SimpleNamespace(Popen=Child, PIPE=None))
-    return Child.jobs
+    monkeypatch.setattr(engine, "ask", ask)
+    return ran
 
 
 def make_pair(lola: Path, base: Path) -> None:
@@ -69,9 +45,7 @@ def make_pair(lola: Path, base: Path) -> None:
 
 def rows_of(plan: Plan, model: Any, done: Any = ()) -> list[Row]:
     """The rows that a plan emits."""
-    samples: list[Row] = []
-    plan.run(model, lambda event: samples.extend(event["samples"]), done)
-    return samples
+    return [row for rows in plan.run(model, done) for row in rows]
 
 
 def record_of(samples: list[Row], finished: bool = True) -> Record:
@@ -93,7 +67,6 @@ class Letters:
     """
 
     special: frozenset[int] = frozenset()
-    has_chat = True
 
     def __init__(self, prefix: str = "") -> None:
         self.tokenizer, self.prefix = self, prefix
@@ -109,7 +82,6 @@ class Words:
     """A tokenizer of words, digits and marks, and of `<end>`, with a special token at the front."""
 
     special: frozenset[int] = frozenset()
-    has_chat = True
 
     def __init__(self) -> None:
         self.words: list[str] = []
@@ -124,8 +96,21 @@ class Words:
             ids.append(self.numbers[word])
         return [-1, *ids] if special else ids
 
-    def chat(self, message: str) -> list[int]:
-        return self.encode(f"<user>{message}<model>", special=False)
-
     def decode(self, ids: list[int]) -> str:
         return "".join(self.words[i] for i in ids if i >= 0)
+
+
+class Finding:
+    """A model that finds the number of a needle, in `left` questions: then it fails."""
+
+    batch = 3
+
+    def __init__(self, left: int = 10**6) -> None:
+        self.tokenizer, self.left, self.asked = Words(), left, 0
+
+    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
+        self.left -= len(prompts)
+        if self.left < 0:
+            raise EvalError("out of order")
+        self.asked += len(prompts)
+        return [re.findall(r"is: (\w+)", self.tokenizer.decode(ids))[0] for ids in prompts]

@@ -145,25 +145,14 @@ def demo() -> str:
 
 
 def perplexity() -> str:
-    """Perplexity of all texts, and of what they say again."""
+    """Perplexity by kind of text, and of all together."""
     by_name = {row["name"]: row["kinds"] for row in settings("recall-perplexity")}
-
-    def ratio(of: list[float], digits: int = 3) -> str:
-        value, low, high = (f"{x:.{digits}f}" for x in of)
-        return f"{value}x [{low}, {high}]"
-
+    base, ships = by_name[BASE], by_name[SHIPPED]
     lines = [["text", "base", "as it ships, 9.99 MiB"]]
-    whole, over = (by_name[name]["all"] for name in (BASE, SHIPPED))
-    lines.append(["all", f"{whole['perplexity'][0]:.1f}", ratio(over["ratio"])])
-    base, ships = whole["repeats"], over["repeats"]
-    lines.append(["all, repeated 3-grams", f"{base['perplexity'][0]:.1f}", ratio(ships["ratio"])])
-    lines.append(
-        [
-            "all, last words that stood before, predicted whole",
-            f"{100 * base['cloze'][0]:.0f} %",
-            ratio(ships["cloze_ratio"], 2),
-        ]
-    )
+    for kind, of_base in base.items():
+        ratio, low, high = (f"{x:.3f}" for x in ships[kind]["ratio"])
+        name = kind if kind == "all" else f"`{kind}`"
+        lines.append([name, f"{of_base['perplexity'][0]:.1f}", f"{ratio}x [{low}, {high}]"])
     return table(lines)
 
 

@@ -165,5 +165,6 @@ def pool_cells(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     means = {
         key: sum(cell[key] * cell["samples"] for cell in cells) / samples
         for key in ("match", "share", "rate")
+        if key in cells[0]  # earlier results have shares
     }
     return {**cells[0], "samples": samples, "exact": exact, "low": low, "high": high, **means}

@@ -22,13 +22,11 @@ def measure(
     Raises:
         EvalError: a setting that fails, or texts without held-out documents.
     """
-    from lola_vllm.evaluation.engine import run_directories
+    from lola_vllm.evaluation.comparison import evaluate
     from lola_vllm.evaluation.perplexity import PerplexityPlan
     from lola_vllm.evaluation.plan import Plan
     from lola_vllm.evaluation.recall import RecallPlan
-    from lola_vllm.evaluation.results import Record, fingerprint
-    from lola_vllm.evaluation.session import EvaluationSession
-    from lola_vllm.evaluation.settings import Setting, check
+    from lola_vllm.evaluation.settings import REFERENCE, Setting
 
     plans: list[Plan] = []
     asked = recipe.evaluate
@@ -49,14 +47,5 @@ def measure(
                 window_length=asked.window_length,
             )
         )
-    settings = [Setting("reference", base), Setting("model", model)]
-    prints = {setting.model: fingerprint(setting.model) for setting in settings}
-    tables = []
-    for plan in plans:
-        for setting in settings:
-            check(setting, plan.max_length)
-        records = [Record(setting, prints[setting.model]) for setting in settings]
-        session = EvaluationSession(out / plan.name, plan, records, records[0], batch)
-        session.begin(resume=True, force=False)
-        tables.append(run_directories(session, batch, {}))
-    return tables
+    settings = [Setting(REFERENCE, base), Setting("model", model)]
+    return [evaluate(plan, settings, out / plan.name, batch=batch, resume=True) for plan in plans]

@@ -108,8 +108,8 @@ def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOp
     [
         ("recall --texts t", RecallPlan(texts="t")),
         (
-            "recall --tasks vt,niah-3 --lengths 64,32 --samples 2 --seed 3 --format chat",
-            RecallPlan(["vt", "niah-3"], [32, 64], 2, 3, "chat"),
+            "recall --tasks vt,niah-3 --lengths 64,32 --samples 2 --seed 3",
+            RecallPlan(["vt", "niah-3"], [32, 64], 2, 3),
         ),
         (
             "recall --tasks niah-3 --distances 200,100",
@@ -125,15 +125,11 @@ def test_distill(monkeypatch: pytest.MonkeyPatch, given: str, options: DistillOp
         ),
         ("copy --texts t", CopyPlan("t")),
         (
-            "copy --texts t --kinds code,chat --lengths 900,800 --distances 300 --samples 2 "
-            "--stops 1 --passages 3 --seed 4",
-            CopyPlan("t", ["code", "chat"], [800, 900], [300], 2, 1, 3, 4),
+            "copy --texts t --kinds code,prose --lengths 900,800 --distances 300 --samples 2 "
+            "--seed 4",
+            CopyPlan("t", ["code", "prose"], [800, 900], [300], 2, 4),
         ),
-        ("perplexity --texts t --stream", StreamPlan("t")),
-        (
-            "perplexity --texts t --stream --stream-length 64 --block 16 --context 8 --every 2",
-            StreamPlan("t", 64, 16, 8, every=2),
-        ),
+        ("perplexity --texts t --stream 64 --every 2", StreamPlan("t", 64, 2)),
         ("perplexity --texts t", PerplexityPlan("t")),
         (
             "perplexity --texts t --windows 2 --window-length 8 --seed 3",

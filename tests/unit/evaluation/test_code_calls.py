@@ -73,7 +73,7 @@ class Form:
 
 def test_a_question_calls_a_function_of_the_text_whose_name_stands_there_once(code: Code) -> None:
     names = set()
-    for prompt in build_prompts(TASK, 1500, 12, 0, Words(), "completion", code):
+    for prompt in build_prompts(TASK, 1500, 12, 0, Words(), code):
         question = prompt.question
         name, _, begun = question.answer_prefix.partition("(")
         (defined,) = re.findall(rf"def {name}\(([^)]*)\)", question.text)
@@ -92,7 +92,7 @@ def test_a_question_calls_a_function_of_the_text_whose_name_stands_there_once(co
 
 def test_a_definition_stands_as_deep_in_the_code_as_what_follows_it(code: Code) -> None:
     depths = set()
-    for prompt in build_prompts(TASK, 1500, 20, 1, Words(), "completion", code):
+    for prompt in build_prompts(TASK, 1500, 20, 1, Words(), code):
         (needle,) = prompt.question.needed
         indent = len(needle) - len(needle.lstrip(" "))
         after = prompt.question.text.partition(needle)[2].lstrip("\n")
@@ -102,7 +102,7 @@ def test_a_definition_stands_as_deep_in_the_code_as_what_follows_it(code: Code) 
 
 
 def test_prompts_fill_their_length_and_distances_are_met(code: Code) -> None:
-    for prompt in build_prompts(TASK, 2048, 6, 0, Words(), "completion", code):
+    for prompt in build_prompts(TASK, 2048, 6, 0, Words(), code):
         assert 2048 - TASK.answer_room - 200 < len(prompt.ids) <= 2048 - TASK.answer_room
     for prompt in build_prompts(TASK, 2048, 6, 0, Words(), text=code, distance=1000):
         assert abs(prompt.distance - 1000) < 120
@@ -128,7 +128,7 @@ def test_code_is_cut_into_pieces_between_empty_lines() -> None:
 def test_a_plan_takes_the_code_of_its_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lola_vllm.training.texts.is_held_out", lambda text: True)
+    monkeypatch.setattr("lola_vllm.evaluation.held_out.is_held_out", lambda text: True)
     (tmp_path / "novel.txt").write_text("It was late. The house slept.", encoding="utf-8")
     asked: list[list[int]] = []
     words = Words()

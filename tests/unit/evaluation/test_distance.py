@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +18,8 @@ from lola_vllm.evaluation.prompts import (
 )
 from lola_vllm.evaluation.question import MAX_WORDS, Prose
 from lola_vllm.evaluation.recall import RecallPlan
-from lola_vllm.evaluation.results import Record
-from lola_vllm.evaluation.settings import SequenceMemory, Setting
 from lola_vllm.evaluation.tasks import TASKS
-from tests.support.evaluations import Words, rows_of
+from tests.support.evaluations import Finding, Words, rows_of
 from tests.unit.evaluation.test_tasks import IN_PROSE
 
 ONE_PLACE = [name for name in IN_PROSE if not TASKS[name].several_places]
@@ -36,18 +33,14 @@ def at(name: str, distance: int, text: Prose, samples: int = 4, **options: Any) 
     return build_prompts(task, length, samples, 0, Words(), text=text, distance=distance, **options)
 
 
-@pytest.mark.parametrize("format", ["completion", "chat"])
 @pytest.mark.parametrize("distance", [300, 2000])
 @pytest.mark.parametrize("name", ONE_PLACE)
 def test_the_needle_is_so_far_back_and_the_prompt_as_long_as_it_may(
-    name: str,
-    distance: int,
-    format: str,
-    prose: Prose,
+    name: str, distance: int, prose: Prose
 ) -> None:
     limit = distance + PRECEDING - TASKS[name].answer_room
     unit = TWO_UUIDS if name == "multikey-3" else UNIT
-    for prompt in at(name, distance, prose, format=format):
+    for prompt in at(name, distance, prose):
         assert abs(prompt.distance - distance) <= unit
         assert limit - 2 * unit < len(prompt.ids) <= limit
         assert (prompt.aim, prompt.length) == (distance, distance + PRECEDING)
@@ -93,55 +86,15 @@ def test_grid() -> None:
     assert grid([least], [900]) == [(least, 900)]
 
 
-class Echo:
-    """A model that knows no answer."""
-
-    batch = 3
-
-    def __init__(self) -> None:
-        self.tokenizer, self.asked = Words(), 0
-
-    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[str]:
-        self.asked += len(prompts)
-        return ["nothing"] * len(prompts)
-
-
 def test_the_plan_asks_every_cell_once_and_goes_on() -> None:
     plan = RecallPlan(["niah-1", "multikey-2"], [], 3, distances=[200, 100])
-    samples = rows_of(plan, Echo())
+    samples = rows_of(plan, Finding())
     assert [(s["task"], s["aim"], s["length"]) for s in samples[::3]] == [
         ("niah-1", 100, 3172), ("multikey-2", 100, 3172),
         ("niah-1", 200, 3272), ("multikey-2", 200, 3272),
     ]  # fmt: skip
-    assert sum(plan.cost(sample) for sample in samples) == plan.tokens
     assert plan.max_length == 3272
     assert len({sample["prompt_tokens"] for sample in samples[:3]}) == 3
-    again = Echo()
+    again = Finding()
     assert rows_of(plan, again, plan.done(samples[:7])) == samples[7:]
     assert again.asked == 5
-
-
-def record(name: str, exact: int, lengths: list[int]) -> Record:
-    found = Record(
-        Setting(name, Path("/somewhere") / name), memory=SequenceMemory(1024, 2**18, None)
-    )
-    found.samples = [
-        {"task": "niah-1", "length": n or d + 1024, "aim": d, "distance": d - 3, "exact": i < exact,
-         "match": float(i < exact), "share": 0.5}
-        for n in lengths for d in (1000, 4000) for i in range(4)
-    ]  # fmt: skip
-    return found
-
-
-def test_table_and_json() -> None:
-    plan = RecallPlan(["niah-1"], [], 4, distances=[1000, 4000])
-    records = [record("a", 4, [0]), record("b", 1, [0])]
-    table = plan.table(records, None)
-    head, _, full, _ = [line.split("|") for line in table.splitlines()[2:6]]
-    assert [cell.strip() for cell in head[1:-1]] == ["setting", "1,000", "4,000"]
-    assert [cell.strip() for cell in full[1:-1]] == ["a", *["100% [51%, 100%]"] * 2]
-    assert "25% [5%, 70%] parts 50%" in table and "Exact answers of 4 by" in table
-    first = plan.numbers(records[1], None)["cells"][0]
-    assert (first["length"], first["distance"], first["exact"]) == (2024, 1000, 1)
-    assert first["bytes_per_sequence"] == 2**18
-    assert "### niah-1, 9,000 tokens" in plan.table([record("a", 2, [6000, 9000])], None)
