@@ -32,8 +32,6 @@ SPACE = 250  # tokens: the least distance, and the least difference of two
 TURN_TOKENS = 120  # of an answer, where nothing else ends it
 LEAST_TOKENS = 8  # of an answer
 ROOM = 160  # tokens for a question with its answer, and what a conversation is longer than planned
-
-
 LENGTHS = [2000, 7000]
 DISTANCES = [250, 500, 1000, 2000, 4000]
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,19 +30,6 @@ LEAST_BLOCKS = 2  # one block has no curve
 COLUMNS = 8  # of a table, at most
 QUARTER = 4
 LEAST_RESAMPLED = 4  # blocks; an interval from fewer would say little
-
-
-class Stream(NamedTuple):
-    """A long text.
-
-    Attributes:
-        kind: of text. ids: tokens, whole blocks.
-        begins: where in `ids` each of its documents begins, ascending.
-    """
-
-    kind: str
-    ids: list[int]
-    begins: list[int]
 
 
 @dataclass(frozen=True)
@@ -85,43 +72,42 @@ class StreamPlan(Plan):
     def run(self, model: Reader, done: Collection[tuple[Any, ...]] = ()) -> Iterator[list[Row]]:
         """Let `model` read all streams; see `Plan`. A state sees what is done all the same."""
         prefix = prefix_of(model.tokenizer)
-        streams = list(self.streams(model.tokenizer))
+        streams = self.streams(model.tokenizer)
         if not streams:
             raise EvalError(
                 f"--stream {self.length}: no kind of text at --texts {self.texts} has the "
                 f"{LEAST_BLOCKS * self._stride} held-out tokens of {LEAST_BLOCKS} measured blocks; "
                 "give more text"
             )
-        for stream in streams:
-            blocks = range(self.every - 1, len(stream.ids) // self.block, self.every)
-            wanted = [index for index in blocks if (stream.kind, index) not in done]
+        for kind, ids in streams.items():
+            blocks = range(self.every - 1, len(ids) // self.block, self.every)
+            wanted = [index for index in blocks if (kind, index) not in done]
             if not wanted:
                 continue
-            read = model.read_blocks(prefix, stream.ids, self.block, self.context, wanted)
+            read = model.read_blocks(prefix, ids, self.block, self.context, wanted)
             for index, values in read:
                 stop = (index + 1) * self.block
-                ids = stream.ids[stop - self.block : stop]
-                row = reading(stream.kind, index, ids, values, model.tokenizer)
-                yield [row | {"stop": stop, "documents": sum(b < stop for b in stream.begins)}]
+                of_block = ids[stop - self.block : stop]
+                row = reading(kind, index, of_block, values, model.tokenizer)
+                yield [row | {"stop": stop}]
 
-    def streams(self, tokenizer: Tokenizer) -> Iterator[Stream]:
-        """Each kind's held-out documents one after the other, an empty line between them.
+    def streams(self, tokenizer: Tokenizer) -> dict[str, list[int]]:
+        """Tokens by kind: its held-out documents one after the other, an empty line between them.
 
         A stream ends with a measured block. Kinds with less than `LEAST_BLOCKS` of them are left
         out.
         """
+        found = {}
         for kind, documents in read_held_out(Path(self.texts)).items():
             ids: list[int] = []
-            begins = []
             for document in documents:
                 if len(ids) >= self.length:
                     break
-                begins.append(len(ids))
                 ids += tokenizer.encode(document + "\n\n", special=False)
             blocks = min(len(ids), self.length) // self._stride
             if blocks >= LEAST_BLOCKS:
-                ids = ids[: blocks * self._stride]
-                yield Stream(kind, ids, [begin for begin in begins if begin < len(ids)])
+                found[kind] = ids[: blocks * self._stride]
+        return found
 
     def numbers(self, record: Record, reference: Record | None) -> Row:
         return {"streams": curves(record, reference)}
@@ -161,9 +147,9 @@ def curves(record: Record, reference: Record | None) -> dict[str, Row]:
     """What a setting makes of each kind's stream. One without its second block has no curve yet.
 
     Returns:
-        documents: that the stream is composed of. change: of `_change`. points: a block each, with
-        stop: tokens of the stream up to its end. tokens: that were predicted. perplexity: per
-        token. ratio: over the reference's on the same tokens; None without one.
+        change: of `_change`. points: a block each, with stop: tokens of the stream up to its end.
+        tokens: that were predicted. perplexity: per token. ratio: over the reference's on the same
+        tokens; None without one.
 
     Raises:
         EvalError: as `paired`.
@@ -186,8 +172,7 @@ def curves(record: Record, reference: Record | None) -> dict[str, Row]:
             }
             for row, level in zip(rows, levels.tolist(), strict=True)
         ]
-        change = _change(levels)
-        found[kind] = {"documents": rows[-1]["documents"], "change": change, "points": points}
+        found[kind] = {"change": _change(levels), "points": points}
     return found
 
 

@@ -35,6 +35,13 @@ def test_judge(expected: list[str], answer: str, exact: bool, match: float) -> N
     assert judge(expected, answer) == {"exact": exact, "match": match}
 
 
+def test_an_answer_that_must_begin_with_what_is_expected() -> None:
+    expected = ("left=left, right=right)",)
+    assert judge(expected, " left=left, right=right)\n\nmore", begins=True)["exact"]
+    for answer in ("right=right, left=left)", "left=left, right=1)", f"a=a, {expected[0]}"):
+        assert not judge(expected, answer, begins=True)["exact"]
+
+
 @pytest.mark.parametrize(
     ("successes", "trials", "low", "high"),
     [  # computed with scipy.stats.binomtest(...).proportion_ci(method="wilson")
