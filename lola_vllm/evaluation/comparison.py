@@ -141,6 +141,13 @@ class Comparison:
         """Ask a setting what its record has not, and save the answers as they come."""
         began = saved = time.monotonic()
         before, done, batch = record.seconds, self.plan.done(record.samples), self._head["batch"]
+
+        def keep() -> None:
+            record.seconds = before + time.monotonic() - began
+            self.save()
+            rows, seconds = len(record.samples), record.seconds
+            print(f"{record.setting.name}: {rows} rows after {seconds:,.0f} s", file=sys.stderr)
+
         try:
             if not record.finished:
                 for event in engine.ask(self.plan, record.setting, done, batch, engine_args):
@@ -149,14 +156,11 @@ class Comparison:
                         record.memory = measure(record.setting, event["dtype"])
                     record.samples += event.get("rows", [])
                     if time.monotonic() - saved > SAVE_EVERY_S:
+                        keep()
                         saved = time.monotonic()
-                        self.save()
             record.finished = True
         finally:
-            record.seconds = before + time.monotonic() - began
-            self.save()
-            rows, seconds = len(record.samples), record.seconds
-            print(f"{record.setting.name}: {rows} rows after {seconds:,.0f} s", file=sys.stderr)
+            keep()
         self.table()
 
     def save(self) -> None:
