@@ -47,11 +47,12 @@ from common import MIB, ROOT, serving, write_report
 
 from lola_vllm.command.client import ClientError
 from lola_vllm.command.client.server import Server, path
-from lola_vllm.memory.sessions import SessionStore, StoreSettings
 from lola_vllm.memory.sessions.directory import StateDirectory
 from lola_vllm.memory.sessions.file import StateHeader, write_state
 from lola_vllm.memory.sessions.fingerprint import Fingerprint
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace, token_array
+from lola_vllm.memory.sessions.settings import StoreSettings
+from lola_vllm.memory.sessions.store import SessionStore
 from lola_vllm.training.texts import read_documents
 
 SHORTEST, LONGEST = 500, 8000

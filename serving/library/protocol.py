@@ -9,8 +9,7 @@ from typing_extensions import Self
 
 from lola_vllm.memory.documents.choose import FOUND
 from lola_vllm.memory.documents.parts import SHARED_TOKENS
-from lola_vllm.memory.sessions import check_new_name
-from lola_vllm.memory.sessions.names import check_title
+from lola_vllm.memory.sessions.names import check_new_name, check_title
 from lola_vllm.serving.protocol import MAX_PROMPT_CHARS, check_utf8
 from lola_vllm.serving.sessions.protocol import (
     Seconds,

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
-    from lola_vllm.memory.sessions import Reference
+    from lola_vllm.memory.sessions.names import Reference
 
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
 _DONE = "data: [DONE]"

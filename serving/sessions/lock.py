@@ -20,7 +20,7 @@ from lola_vllm.memory.sessions.prefix_hash import digest, salt_hash
 from lola_vllm.serving.sessions.owners import owned
 
 if TYPE_CHECKING:
-    from lola_vllm.memory.sessions import Reference
+    from lola_vllm.memory.sessions.names import Reference
     from lola_vllm.serving.engine import LolaEngine
 
 

@@ -15,7 +15,7 @@ from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from lola_vllm.memory.sessions import Reference, SessionNameError, check_name, parse_reference
+from lola_vllm.memory.sessions.names import Reference, SessionNameError, check_name, parse_reference
 from lola_vllm.serving.access import Access
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine

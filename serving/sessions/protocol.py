@@ -9,8 +9,7 @@ from typing_extensions import Self
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from lola_vllm.memory.sessions import MAX_SOURCES, check_new_name, parse_reference
-from lola_vllm.memory.sessions.names import check_name
+from lola_vllm.memory.sessions.names import MAX_SOURCES, check_name, check_new_name, parse_reference
 from lola_vllm.serving.protocol import MAX_MESSAGES, Prompt, PromptRequest
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

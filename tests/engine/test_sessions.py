@@ -333,7 +333,7 @@ def test_transformers_and_the_server_read_each_others_files(tiny, cold, tmp_path
     from transformers import AutoConfig
 
     from lola_vllm.engine.hf import LolaCache, LolaForCausalLM
-    from lola_vllm.memory.sessions import StateFileError
+    from lola_vllm.memory.sessions.file import StateFileError
 
     model = LolaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     whole = cold.text + cold.first

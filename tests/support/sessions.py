@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from lola_vllm.memory.sessions import SessionManager, SessionStore, StoreSettings, TransferWorker
 from lola_vllm.memory.sessions.fingerprint import Fingerprint
+from lola_vllm.memory.sessions.manager import SessionManager
 from lola_vllm.memory.sessions.orders import Outcome
+from lola_vllm.memory.sessions.settings import StoreSettings
+from lola_vllm.memory.sessions.store import SessionStore
+from lola_vllm.memory.sessions.transfer import TransferWorker
 
 FINGERPRINT = Fingerprint(
     config="config", tensors="tensors", dtype="float32", quantization="", layout="l", ranks="1x1"
@@ -59,7 +62,7 @@ class Server:
     ) -> None:
         self.clock = Clock()
         given = StoreSettings(memory, directory, disk, **{"store": "all", **settings})
-        self.store = SessionStore(fingerprint, ROW, given, ranks, self.clock, key_bytes)
+        self.store = SessionStore(fingerprint, ROW, given, ranks, self.clock, key_bytes, offsets)
         self.pools = [torch.zeros(pool_size, ROW, dtype=torch.uint8) for _ in range(ranks)]
         path = None if directory is None else self.store.directory.path
         self.workers = [
@@ -68,7 +71,6 @@ class Server:
             )
             for rank, pool in enumerate(self.pools)
         ]
-        self.store.offsets = offsets
         self.manager = SessionManager(self.store)
         self.running.append(self)
 

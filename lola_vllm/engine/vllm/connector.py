@@ -364,13 +364,6 @@ def open_store(vllm_config: VllmConfig) -> SessionStore:
     if vllm_config.device_config.device_type != "cpu":
         settings = settings.without(ranks * staging_bytes(size))
     sequence = sequence_layout(vllm_config)
-    store = SessionStore(
-        fingerprint_of(vllm_config),
-        size,
-        settings,
-        ranks,
-        key_bytes=functools.partial(key_bytes, sequence),
-    )
     config, page = lola_hf_config(vllm_config), sequence.page
     schedule = ShiftSchedule.of(config)
     longest = MAX_LENGTH if schedule is not None else config.max_position_embeddings
@@ -378,7 +371,14 @@ def open_store(vllm_config: VllmConfig) -> SessionStore:
     def offsets(lengths: Sequence[int]) -> Sequence[int]:
         return Composition.of(page, lengths, schedule, longest).offsets
 
-    store.offsets = offsets
+    store = SessionStore(
+        fingerprint_of(vllm_config),
+        size,
+        settings,
+        ranks,
+        key_bytes=functools.partial(key_bytes, sequence),
+        offsets=offsets,
+    )
     logger.info("LoLA sessions: %s", describe_store(store))
     return store
 

@@ -7,14 +7,15 @@ several threads.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from lola_vllm.memory.sessions.directory import StateDirectory
-from lola_vllm.memory.sessions.expiry import Expiries
 from lola_vllm.memory.sessions.fingerprint import Fingerprint
 from lola_vllm.memory.sessions.names import PAST, Reference
 from lola_vllm.memory.sessions.orders import DISK, MEMORY, Drop, Order
@@ -27,6 +28,15 @@ TOKEN_BYTES = 4  # of a token id, in memory and in files
 
 class NotStored(LookupError):
     """Why a state that was asked for is not there, in words."""
+
+
+def earliest(times: Iterable[float | None]) -> float | None:
+    """The first of times of which None is never; None: all are never."""
+    return min((time for time in times if time is not None), default=None)
+
+
+def _no_composing(_lengths: Sequence[int]) -> Sequence[int]:
+    raise ValueError("the states of this store are not composed")
 
 
 @dataclass(eq=False)
@@ -42,34 +52,31 @@ class Session:
         return next(iter(self.states.values())).header.session_id
 
 
+@dataclass(eq=False)
 class Catalog:
     """States by session and by the tokens that they cover.
 
-    Args:
+    Attributes:
         fingerprint: of the model. rank_bytes: of a state on one rank. ranks: how many share it.
         settings: budgets and the directory. clock: seconds since 1970.
         key_bytes: of the keys of a document of so many tokens (`memory/documents/keys.py`).
+        offsets: where documents of so many tokens begin when they are composed (`composing.py`).
 
     Raises:
         OSError: the directory cannot be used.
         StoreSettingsError: the key cannot be read.
     """
 
-    def __init__(
-        self,
-        fingerprint: Fingerprint,
-        rank_bytes: int,
-        settings: StoreSettings,
-        ranks: int,
-        clock: Callable[[], float],
-        key_bytes: Callable[[int], int],
-    ) -> None:
-        self.fingerprint = fingerprint
-        self.settings = settings
-        self.ranks = ranks
-        self.rank_bytes = rank_bytes
-        self.clock = clock
-        self.key_bytes = key_bytes
+    fingerprint: Fingerprint
+    rank_bytes: int
+    settings: StoreSettings
+    ranks: int = 1
+    clock: Callable[[], float] = time.time
+    key_bytes: Callable[[int], int] = lambda _: 0
+    offsets: Callable[[Sequence[int]], Sequence[int]] = _no_composing
+
+    def __post_init__(self) -> None:
+        settings = self.settings
         self.lock = threading.RLock()
         self.memory = Tier(MEMORY, settings.memory)
         on_disk = settings.directory is not None
@@ -87,14 +94,16 @@ class Catalog:
         self._tokens: dict[str, Tokens] = {}
         self.index = PrefixIndex()
         self._orders: list[Order] = []
-        self._expiries = Expiries(self.states)
+        self._expires = math.inf  # no state does before
         self._waiting: set[str] = set()  # states that are yet to be written by a rank
         self.dropped: set[str] = set()  # whose files are about to go
         self._asked = False  # for outcomes
         self.wake: Callable[[], object] = lambda: None  # has an idle engine take the orders
         self.directory: StateDirectory | None = None
         if settings.directory is not None:
-            self.directory = StateDirectory(settings.directory, fingerprint, ranks, settings.key())
+            self.directory = StateDirectory(
+                settings.directory, self.fingerprint, self.ranks, settings.key()
+            )
 
     # What is there.
 
@@ -220,7 +229,8 @@ class Catalog:
                 bytes.fromhex(header.block_hash), header.num_tokens,
                 bytes.fromhex(header.prefix_hash), state.id,
             )  # fmt: skip
-            self._expiries.add(state)
+            if header.expires is not None:
+                self._expires = min(self._expires, header.expires)
             self.version += 1
             for tier in tiers:
                 tier.add(state)
@@ -268,7 +278,13 @@ class Catalog:
     def expire(self) -> list[str]:
         """Let states go whose time is over; those of them that had a file."""
         with self.lock:
-            over = self._expiries.take(self.clock())
+            now = self.clock()
+            if now < self._expires:
+                return []
+            ends = [(s.header.expires, s) for s in self.states.values()]
+            over = [state for end, state in ends if end is not None and end <= now]
+            later = earliest(end for end, _ in ends if end is not None and end > now)
+            self._expires = math.inf if later is None else later
             with_file = [state.id for state in over if DISK in state.tiers]
             for state in over:
                 self.counts["expired"] += 1

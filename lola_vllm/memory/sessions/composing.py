@@ -7,22 +7,17 @@ whose tokens, and until when the result may be kept.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from lola_vllm.memory.sessions.catalog import NotStored
-from lola_vllm.memory.sessions.expiry import earliest
+from lola_vllm.memory.sessions.catalog import NotStored, earliest
 from lola_vllm.memory.sessions.file import StateHeader
 from lola_vllm.memory.sessions.names import check_name
 from lola_vllm.memory.sessions.orders import DISK, MEMORY, Compose
 from lola_vllm.memory.sessions.prefix_hash import Tokens
 from lola_vllm.memory.sessions.store import SessionStore
 from lola_vllm.memory.sessions.tiers import Stored
-
-# The position of each document's first token, for their numbers of tokens; ValueError: they cannot
-# be composed.
-Offsets = Callable[[Sequence[int]], Sequence[int]]
 
 
 def compose(

@@ -6,19 +6,17 @@ It decides what is kept and gives orders to the ranks (`orders.py`), which have 
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from lola_vllm.memory.sessions.catalog import Catalog, NotStored
+from lola_vllm.memory.sessions.catalog import Catalog, NotStored, earliest
 from lola_vllm.memory.sessions.encrypting import KEY_FAULTS, plain_writer, unread_words
-from lola_vllm.memory.sessions.expiry import earliest
-from lola_vllm.memory.sessions.failure_log import FailureLog
 from lola_vllm.memory.sessions.file import StateHeader
-from lola_vllm.memory.sessions.fingerprint import Fingerprint
 from lola_vllm.memory.sessions.names import AUTOMATIC, PAST, Part, Reference, automatic_name
 from lola_vllm.memory.sessions.orders import (
     DISK,
@@ -31,9 +29,12 @@ from lola_vllm.memory.sessions.orders import (
     Save,
 )
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes
-from lola_vllm.memory.sessions.settings import StoreSettings
 from lola_vllm.memory.sessions.tiers import SessionKey, Stored, Tier
 from lola_vllm.memory.sessions.upkeep import Upkeep
+
+logger = logging.getLogger("vllm.lola")
+
+WARN_S = 60.0  # between two lines about one kind of failure; the metrics count all of it
 
 
 class Turn(NamedTuple):
@@ -43,36 +44,14 @@ class Turn(NamedTuple):
     number: int
 
 
-def _no_composing(_lengths: Sequence[int]) -> Sequence[int]:
-    raise ValueError("the states of this store are not composed")
-
-
 class SessionStore(Catalog):
-    """What is stored for requests.
+    """What is stored for requests. It is made as its `Catalog`."""
 
-    Args:
-        As for `Catalog`.
-
-    Raises:
-        OSError: the directory cannot be used.
-        StoreSettingsError: the key cannot be read.
-    """
-
-    def __init__(
-        self,
-        fingerprint: Fingerprint,
-        rank_bytes: int,
-        settings: StoreSettings,
-        ranks: int = 1,
-        clock: Callable[[], float] = time.time,
-        key_bytes: Callable[[int], int] = lambda _: 0,
-    ) -> None:
-        super().__init__(fingerprint, rank_bytes, settings, ranks, clock, key_bytes)
-        self.max_waiting = settings.max_waiting(rank_bytes * ranks)
-        self._failure_log = FailureLog()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.max_waiting = self.settings.max_waiting(self.rank_bytes * self.ranks)
+        self._warned: dict[str, float] = {}  # when, by fault
         self.seconds: dict[str, float] = defaultdict(float)
-        # Where documents of so many tokens begin when they are composed (`composing.py`).
-        self.offsets: Callable[[Sequence[int]], Sequence[int]] = _no_composing
         self._held = ExitStack()  # until the store is closed
         if self.directory is not None and self.directory.key is None:
             self._held.enter_context(plain_writer(self.directory.path))
@@ -305,7 +284,7 @@ class SessionStore(Catalog):
                         self._release_tokens(state)
                     continue
                 self.failures[outcome.fault] += 1
-                self._failure_log.take(outcome)
+                self._warn(outcome)
                 if outcome.event == "drop-failed":
                     self.upkeep.remove_later(outcome.state)
                 elif state is None:
@@ -317,6 +296,16 @@ class SessionStore(Catalog):
                     # A file that cannot be read may be another server's business, or come back.
                     keep_file = outcome.fault not in ("damaged", "missing")
                     self.forget(state, keep_file=keep_file)
+
+    def _warn(self, outcome: Outcome) -> None:
+        now = time.monotonic()
+        if now - self._warned.get(outcome.fault, -WARN_S) < WARN_S:
+            return
+        self._warned[outcome.fault] = now
+        logger.warning(
+            "LoLA sessions: %s of state %s (%s): %s",
+            outcome.event, outcome.state, outcome.tier, outcome.reason,
+        )  # fmt: skip
 
     # Changes.
 

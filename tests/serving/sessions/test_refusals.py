@@ -75,7 +75,7 @@ HOLD = """
 import asyncio, sys
 from types import SimpleNamespace
 from lola_vllm.serving.sessions.lock import lock_session
-from lola_vllm.memory.sessions import Reference
+from lola_vllm.memory.sessions.names import Reference
 
 async def store_id():
     return "of-these-tests"

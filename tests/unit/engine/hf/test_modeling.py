@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 from lola_vllm.core.config import DecoderConfig, LolaConfigError, TensorFacts
 from lola_vllm.core.ops.compose import ComposeError
 from lola_vllm.engine.hf import LolaCache, LolaForCausalLM, LolaModelError
-from lola_vllm.memory.sessions import StateFileError
+from lola_vllm.memory.sessions.file import StateFileError
 from lola_vllm.models.init import init_checkpoint
 from tests.support.families import FAMILIES, make_base
 from tests.support.oracle import Oracle

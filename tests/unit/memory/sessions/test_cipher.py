@@ -15,19 +15,25 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lola_vllm.memory.sessions import (
-    StateFileError,
+from lola_vllm.memory.sessions import cipher as ciphers
+from lola_vllm.memory.sessions.cipher import (
+    STATE,
+    TOKENS,
     StateKey,
     StateKeyError,
-    StoreSettings,
-    StoreSettingsError,
+    read_key,
+    sealed_size,
+)
+from lola_vllm.memory.sessions.file import (
+    StateFileError,
+    file_name,
+    read_header,
     read_state,
+    read_tokens,
     write_state,
 )
-from lola_vllm.memory.sessions import cipher as ciphers
-from lola_vllm.memory.sessions.cipher import STATE, TOKENS, read_key, sealed_size
-from lola_vllm.memory.sessions.file import file_name, read_header, read_tokens
 from lola_vllm.memory.sessions.prefix_hash import PrefixHashes, namespace
+from lola_vllm.memory.sessions.settings import StoreSettings, StoreSettingsError
 from tests.support.sessions import FINGERPRINT, SECRET, Server
 from tests.unit.memory.sessions.test_file import header as plain_header
 from tests.unit.memory.sessions.test_file import reason

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from lola_vllm.command import cli
-from lola_vllm.memory.sessions import inventory, parse_reference
-from lola_vllm.memory.sessions.names import PAST, Part
+from lola_vllm.memory.sessions import inventory
+from lola_vllm.memory.sessions.names import PAST, Part, parse_reference
 from lola_vllm.memory.sessions.owner import engine_salt, owner_of
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from tests.support.sessions import Server

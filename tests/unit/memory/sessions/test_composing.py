@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lola_vllm.memory.sessions import NotStored, parse_reference
+from lola_vllm.memory.sessions.catalog import NotStored
 from lola_vllm.memory.sessions.file import read_state
+from lola_vllm.memory.sessions.names import parse_reference
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from tests.support.sessions import ROW, Server, composed_row, names, row_of
 

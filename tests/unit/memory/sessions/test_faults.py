@@ -11,9 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lola_vllm.memory.sessions import directory, read_state, transfer, upkeep
+from lola_vllm.memory.sessions import directory, transfer, upkeep
 from lola_vllm.memory.sessions.directory import DELETED, StateDirectory
-from lola_vllm.memory.sessions.file import read_header
+from lola_vllm.memory.sessions.file import read_header, read_state
 from lola_vllm.memory.sessions.names import PAST, Part
 from tests.support.sessions import Server, names, row_of
 

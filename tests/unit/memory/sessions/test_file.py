@@ -21,13 +21,16 @@ from safetensors.numpy import load_file, save_file
 
 from lola_vllm.core.config import LolaConfig
 from lola_vllm.core.state import LayerLayout, SequenceLayout, StateLayout
-from lola_vllm.memory.sessions import StateFileError, StateHeader, read_state, write_state
 from lola_vllm.memory.sessions.file import (
+    StateFileError,
+    StateHeader,
     _checksum,
     file_name,
     parse_name,
     read_header,
+    read_state,
     read_tokens,
+    write_state,
 )
 from lola_vllm.memory.sessions.partial import (
     _HOST,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lola_vllm.memory.sessions import NotStored
+from lola_vllm.memory.sessions.catalog import NotStored
 from lola_vllm.memory.sessions.names import PAST, Part, Reference
 from lola_vllm.memory.sessions.past import TOLERANCE_S
 from lola_vllm.memory.sessions.prefix_hash import salt_hash

@@ -6,19 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from lola_vllm.memory.sessions import (
-    NotStored,
-    SessionNameError,
-    StoreSettings,
-    StoreSettingsError,
-    check_name,
-    parse_reference,
-)
+from lola_vllm.memory.sessions.catalog import NotStored
 from lola_vllm.memory.sessions.directory import DELETED
 from lola_vllm.memory.sessions.file import read_header
+from lola_vllm.memory.sessions.names import SessionNameError, check_name, parse_reference
 from lola_vllm.memory.sessions.orders import DISK
 from lola_vllm.memory.sessions.prefix_hash import HASH_BLOCK, salt_hash
-from lola_vllm.memory.sessions.settings import parse_bytes
+from lola_vllm.memory.sessions.settings import StoreSettings, StoreSettingsError, parse_bytes
 from tests.support.sessions import FINGERPRINT, ROW, Server, row_of, size_of
 
 TEXT = list(range(1000, 1700))

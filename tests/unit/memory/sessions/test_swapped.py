@@ -14,10 +14,9 @@ from torch import Tensor
 from lola_vllm.core.ops.int8 import quantize
 from lola_vllm.memory.documents.keys import DocumentKeys
 from lola_vllm.memory.documents.shelf import KeyShelf
-from lola_vllm.memory.sessions import StateFileError, parse_reference
-from lola_vllm.memory.sessions.file import keys_file, read_state, write_state
+from lola_vllm.memory.sessions.file import StateFileError, keys_file, read_state, write_state
 from lola_vllm.memory.sessions.inventory import Inventory, OwnerFilter
-from lola_vllm.memory.sessions.names import Part
+from lola_vllm.memory.sessions.names import Part, parse_reference
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.memory.sessions.tiers import Stored
 from tests.support.sessions import ROW, Server, row_of

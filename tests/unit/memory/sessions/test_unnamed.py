@@ -2,7 +2,7 @@
 
 import pytest
 
-from lola_vllm.memory.sessions import NotStored
+from lola_vllm.memory.sessions.catalog import NotStored
 from lola_vllm.memory.sessions.file import read_header
 from tests.support.sessions import Server
 

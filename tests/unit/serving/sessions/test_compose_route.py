@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lola_vllm.memory.sessions import Reference
+from lola_vllm.memory.sessions.names import Reference
 from lola_vllm.serving.sessions import management
 from lola_vllm.serving.sessions.protocol import ComposeRequest
 

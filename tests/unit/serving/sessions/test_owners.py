@@ -8,7 +8,7 @@ import pytest
 from fastapi import HTTPException
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 
-from lola_vllm.memory.sessions import Reference
+from lola_vllm.memory.sessions.names import Reference
 from lola_vllm.memory.sessions.owner import engine_salt, owner_of
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.serving import plugin
