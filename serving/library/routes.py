@@ -50,7 +50,6 @@ from lola_vllm.serving.library.protocol import (
 )
 from lola_vllm.serving.prompt import check_length, text_tokens
 from lola_vllm.serving.protocol import check_utf8
-from lola_vllm.serving.sessions.composed_start import COMPOSED_TTL
 from lola_vllm.serving.sessions.generate import LockedStream, special_ids
 from lola_vllm.serving.sessions.lock import lock_document
 from lola_vllm.serving.sessions.management import (
@@ -238,8 +237,7 @@ async def _read(
     top = body.top or FOUND
     room -= (len(question) + top * PASSAGE_CHARS) // 2
     made = {
-        "count": body.top or 1, "room": room, "session": body.session,
-        "ttl": COMPOSED_TTL if body.session is None else body.ttl,
+        "count": body.top or 1, "room": room, "session": body.session, "ttl": body.ttl,
     }  # fmt: skip
     sources, said = await asking.find(engine, name, question, top, salt, made)
     before, session = asking.with_passages(sources), said["session"]

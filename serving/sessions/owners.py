@@ -12,29 +12,22 @@ vLLM checks the key on some of its routes only. A request on another one, such a
 may come without a key where there are keys. It is nobody's: it neither restores nor stores.
 
 A middleware notes the key, because vLLM passes no key on to the code that handles a request. The
-engine client's `generate` is the one method that all routes which generate call, so the salt is put
-in there.
+salt is put in in front of the engine client's `generate` (`wrappers.py`).
 """
 
 from __future__ import annotations
 
-import copy
 import hmac
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 
 from lola_vllm.memory.sessions.owner import engine_salt, owner_of, plain_salt
-from lola_vllm.memory.sessions.request import FIELD
-from lola_vllm.serving.sessions.reporting import told
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
-
-    from lola_vllm.serving.sessions.reporting import Generate
 
 NOBODY = "nobody"  # a request without a key, where there are keys
 NO_KEY = (
@@ -100,25 +93,17 @@ def caller() -> str:
     return _owner.get() or _address.get()
 
 
-def with_owners(generate: Generate, stores: bool) -> Generate:
-    """The engine client's `generate`, with the owner's salt.
+def is_nobody() -> bool:
+    """Whether this request has none of the server's keys, where there are keys."""
+    return _owner.get() == NOBODY
 
-    Args:
-        stores: whether there is a store, which requests without a key must not reach.
+
+def salted(prompt: Any) -> Any:
+    """A prompt with the owner's salt.
+
+    Raises:
+        ValueError: it has no place for one.
     """
-
-    def generate_owned(
-        prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
-    ) -> AsyncIterator[Any]:
-        if not stores or _owner.get() != NOBODY:
-            return generate(_salted(prompt), sampling_params, *args, **kwargs)
-        sampling_params = _without_states(sampling_params)
-        return _telling_why(generate(_salted(prompt), sampling_params, *args, **kwargs))
-
-    return generate_owned
-
-
-def _salted(prompt: Any) -> Any:
     if _owner.get() is None and not _names_an_owner(prompt):
         return prompt
     if isinstance(prompt, str):
@@ -138,21 +123,3 @@ def _names_an_owner(prompt: Any) -> bool:
     found = prompt.get("cache_salt") if isinstance(prompt, dict) else None
     found = found or getattr(prompt, "cache_salt", None)
     return plain_salt(found) != found
-
-
-def _without_states(params: Any) -> Any:
-    """Sampling parameters with which nothing is restored and nothing stored."""
-    lola = {"kv_transfer_params": {FIELD: {"from": False, "save": False}}}
-    params = copy.copy(params)
-    params.extra_args = {**(params.extra_args or {}), **lola}
-    return params
-
-
-async def _telling_why(outputs: Any) -> AsyncIterator[Any]:
-    """The outputs of a request without a key, which say why it has no states."""
-    async with aclosing(outputs):
-        async for output in outputs:
-            if said := told(output):
-                said = {**said, "reason": NO_KEY, "unsaved": NO_KEY}
-                output.kv_transfer_params = {FIELD: said}
-            yield output

@@ -27,7 +27,6 @@ from lola_vllm.serving.library.asking import (
     with_passages,
 )
 from lola_vllm.serving.library.words import KnownPart
-from lola_vllm.serving.sessions.composed_start import compose_for_request
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.template_boundary import Transcript
 
@@ -149,8 +148,9 @@ async def _beside(
     engine: LolaEngine, present: str, source: dict[str, Any], salt: str | None
 ) -> tuple[str, Transcript]:
     """The session that is composed of a present and a part next to the question."""
-    composed, said = await compose_for_request(engine, [present, source["session"]], owned(salt))
-    return composed, Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])
+    sources = [present, source["session"]]
+    said = await engine.sessions("compose_parts", sources=sources, salt=owned(salt))
+    return said["session"], Transcript(said["turn"], said["kind"], said["tokens"], said["tail"])
 
 
 async def forget(engine: LolaEngine, recalled: Recalled, salt: str | None) -> None:

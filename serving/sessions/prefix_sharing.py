@@ -28,8 +28,7 @@ from vllm.sampling_params import RequestOutputKind
 from lola_vllm.memory.sessions.names import SHARED
 from lola_vllm.memory.sessions.prefix_hash import HASH_BLOCK, PrefixHashes, PrefixIndex, namespace
 from lola_vllm.memory.sessions.request import FIELD, OWN_REQUEST, read_params
-from lola_vllm.serving.sessions.reporting import told
-from lola_vllm.serving.sessions.request_params import transfer_params
+from lola_vllm.serving.sessions.reporting import told, transfer_params
 
 if TYPE_CHECKING:
     from lola_vllm.serving.sessions.reporting import Generate

@@ -1,4 +1,5 @@
-"""What the store says of a request, for the route that asked: vLLM leaves it out of streams."""
+"""What a request asks of the store, and what the store says of it, for the route that asked: vLLM
+leaves it out of streams."""
 
 from __future__ import annotations
 
@@ -6,17 +7,24 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lola_vllm.memory.sessions.request import FIELD
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 # The engine client's: (prompt, sampling params, request id, ...) -> outputs
 Generate = Callable[..., AsyncIterator[Any]]
 
 _report: ContextVar[dict[str, Any] | None] = ContextVar("lola_report", default=None)
 _said: ContextVar[list[int] | None] = ContextVar("lola_said", default=None)
+
+
+def transfer_params(params: SamplingParams) -> Any:
+    """The `kv_transfer_params` of a request, as they were sent."""
+    return (params.extra_args or {}).get("kv_transfer_params")
 
 
 def told(output: Any) -> dict[str, Any]:
@@ -39,6 +47,14 @@ def spoken() -> list[int]:
     return found
 
 
+def take_report() -> tuple[dict[str, Any] | None, list[int] | None]:
+    """What gets the parameters of this request's answer, and its tokens. These are those of the
+    first request alone that a route makes."""
+    found = _report.get(), _said.get()
+    _said.set(None)
+    return found
+
+
 def event(model: str, kind: str, **fields: Any) -> str:
     """An event of a stream, in the form of vLLM's.
 
@@ -50,26 +66,3 @@ def event(model: str, kind: str, **fields: Any) -> str:
         "model": model, "choices": [], **fields,
     }  # fmt: skip
     return f"data: {json.dumps(said)}\n\n"
-
-
-def with_report(generate: Generate) -> Generate:
-    """The engine client's `generate`, which fills the dict of `reported`."""
-
-    def generate_reporting(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        outputs = generate(*args, **kwargs)
-        report, said = _report.get(), _said.get()
-        _said.set(None)  # of the first request alone
-        return outputs if report is None else _reporting(outputs, report, said)
-
-    return generate_reporting
-
-
-async def _reporting(
-    outputs: Any, report: dict[str, Any], said: list[int] | None
-) -> AsyncIterator[Any]:
-    async with aclosing(outputs):
-        async for output in outputs:
-            report.update(output.kv_transfer_params or {})
-            if said is not None and output.outputs:
-                said += output.outputs[0].token_ids
-            yield output

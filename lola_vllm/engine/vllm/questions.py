@@ -85,8 +85,8 @@ class Questions:
             salt: of their owner.
             by_words: the parts that have words of the question, the best first; None: those that
                 the model's heads find alone.
-            made: `count` of the parts that are found to compose, `room` for their tokens, `session`
-                of what is composed, or None, and its `ttl`; None: nothing is.
+            made: `count` of the parts that are found to compose, `room` for their tokens, and the
+                `session` that is made of them and its `ttl`, both or none; None: nothing is.
 
         Returns:
             `found`, the most read first: as `Librarian.found` has it, and the `tokens` of each.
@@ -130,9 +130,9 @@ class Questions:
         ends = itertools.accumulate(tokens for _, tokens in parts[:count])
         kept = max(1, sum(end <= room for end in ends))
         sources = [name for name, _ in reversed(parts[:kept])]
-        given: Answer = {"sources": sources, "ttl": ttl, "salt": salt}
+        given: Answer = {"sources": sources, "salt": salt}
         if session is not None:
-            made = self._ask("compose", {**given, "to": session})
+            made = self._ask("compose", {**given, "to": session, "ttl": ttl})
         elif kept > 1:
             made = self._ask("compose_parts", given)
         else:  # it goes on from the part itself

@@ -53,6 +53,10 @@ from lola_vllm.memory.sessions.store import SessionStore
 from lola_vllm.memory.sessions.tiers import Stored
 from lola_vllm.memory.sessions.upkeep import Operation
 
+# Seconds for which the server keeps what it composed for a request, for the next that names the
+# same turns.
+COMPOSED_TTL = 3600.0
+
 
 class SessionManager:
     """Sessions of one store.
@@ -216,22 +220,19 @@ class SessionManager:
         """Token ids of sessions, each that of its longest state."""
         return [tokens_of(self.store, self._longest(one, salt)).tolist() for one in sessions]
 
-    def compose_parts(
-        self, sources: list[str], salt: str | None = None, ttl: float | None = None
-    ) -> Answer:
+    def compose_parts(self, sources: list[str], salt: str | None = None) -> Answer:
         """The session that the server composes of others for a request, in the order of their
-        texts, and what `tokens` tells of it. It is made once.
+        texts, and what `tokens` tells of it. It is made once, and kept for `COMPOSED_TTL`.
 
         Args:
-            sources: sessions, or turns of them. ttl: seconds for which it is kept, from now on
-                where it is made.
+            sources: sessions, or turns of them.
         """
         store = self.store
         with store.lock:
             parts = [self._longest(source, salt) for source in sources]
             name = name_of_answer(parts)
             if (salt_hash(salt), name) not in store.sessions:
-                self._compose(sources, name, salt, ttl)
+                self._compose(sources, name, salt, COMPOSED_TTL)
         return {"session": name, **self.tokens(name, salt)}
 
     def remove_documents(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lola_vllm.memory.sessions.file import KEYS_SUFFIX, StateFileError, keys_file
+from lola_vllm.memory.sessions.manager import COMPOSED_TTL
 from lola_vllm.memory.sessions.names import Part, part_session
 from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from tests.support.sessions import ROW, Server, row_of, size_of
@@ -54,9 +55,10 @@ def test_parts_are_composed_once(server: Server) -> None:
     assert made["tokens"] == one + two
     assert server.ask("compose_parts", sources=["library-1", "library-3"]) == made
     assert server.store.counts["composed"] == 1
-    turned = server.ask("compose_parts", sources=["library-3", "library-1"], ttl=60)
+    turned = server.ask("compose_parts", sources=["library-3", "library-1"])
     assert turned["session"] != made["session"]
-    assert server.ask("show", session=turned["session"])["states"][0]["expires"]
+    (state,) = server.ask("show", session=turned["session"])["states"]
+    assert 0 < state["expires"] - server.clock.now <= COMPOSED_TTL
 
 
 def test_a_deleted_document_takes_the_answers_along(server: Server) -> None:

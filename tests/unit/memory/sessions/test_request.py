@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from lola_vllm.engine.vllm.session_requests import SchedulerHalf
 from lola_vllm.memory.sessions.request import MAX_FAULTS, OWN_REQUEST, RequestState, read_params
 from lola_vllm.memory.sessions.settings import StoreSettings, StoreSettingsError
-from lola_vllm.serving.sessions.request_params import check_params
+from lola_vllm.serving.sessions.wrappers import check_params
 from tests.support.sessions import Server
 
 LONG = "x" * 3_000_000

@@ -105,7 +105,7 @@ def test_a_request_without_a_key_has_no_states_where_there_are_keys(keys, header
     asked = {"from": "agent-7", "save": "agent-7"}
     params = SimpleNamespace(extra_args={"kv_transfer_params": {"lola": asked}, "more": 1})
     client = Client()
-    wrap_generate(client, stores=True)
+    wrap_generate(client, SimpleNamespace())
     found = []
 
     async def app(scope, receive, send):

@@ -29,6 +29,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
 
     async def sessions(method: str, **arguments: Any) -> Any:
+        if method == "compose_parts":
+            engine.order = arguments["sources"]
+            tokens = {"s@7": SESSION.tokens, "part-1": list(range(SIZE, 2 * SIZE))}
+            text = [token for name in engine.order for token in tokens[name]]
+            return {"session": "made", "turn": 1, "kind": "prompt", "tokens": text, "tail": []}
         assert (method, arguments["reference"]) == ("past", "s@7")
         segments = [{"segment": i, "session": f"part-{i}", "id": f"id-{i}"} for i in range(3)]
         return {"segments": segments, "id": "now", "tokens": LENGTH}
@@ -44,19 +49,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         return {"session": part.session, "part": part.part, "score": choice["score"],
                 "sentence": "It is blue."}  # fmt: skip
 
-    async def compose(_engine: Any, sources: list[str], _salt: Any) -> Any:
-        engine.order = sources
-        tokens = {"s@7": SESSION.tokens, "part-1": list(range(SIZE, 2 * SIZE))}
-        text = [token for name in sources for token in tokens[name]]
-        return "composed", {"turn": 1, "kind": "prompt", "tokens": text, "tail": []}
-
     engine.sessions = sessions
     monkeypatch.setattr(past, "check_libraries", lambda _: None)
     monkeypatch.setattr(past, "segment_tokens", lambda _: SIZE)
-    for name, stand_in in (
-        ("choose_among", choose), ("source_of", source), ("compose_for_request", compose),
-    ):  # fmt: skip
-        monkeypatch.setattr(past, name, stand_in)
+    monkeypatch.setattr(past, "choose_among", choose)
+    monkeypatch.setattr(past, "source_of", source)
     return engine
 
 
