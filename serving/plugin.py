@@ -22,8 +22,9 @@ from lola_vllm.serving.inspector import ROUTE
 from lola_vllm.serving.library.routes import router as library_router
 from lola_vllm.serving.metrics import LolaMetrics, RefreshMetrics
 from lola_vllm.serving.routes import page, router
+from lola_vllm.serving.sessions.generate import router as generate_router
+from lola_vllm.serving.sessions.management import router as session_router
 from lola_vllm.serving.sessions.owners import OwnerMiddleware, Owners
-from lola_vllm.serving.sessions.routing import routers
 from lola_vllm.serving.sessions.wrappers import wrap_generate
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.lola")
 
+ROUTERS = (router, session_router, generate_router, library_router)
+
 
 class LolaEndpoints:
     """vLLM's `EndpointPlugin` for LoLA. It logs nothing if another model is served."""
@@ -46,7 +49,7 @@ class LolaEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, the middleware that they need, and the line that names the pages."""
-        for routes in (router, page, *routers, library_router):
+        for routes in (page, *ROUTERS):
             app.include_router(routes)
         app.add_middleware(RefreshMetrics)
         app.add_middleware(OwnerMiddleware)

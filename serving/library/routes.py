@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -14,9 +14,7 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.responses import Response
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
-from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
-from vllm.entrypoints.openai.completion.api_router import create_completion
 from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
@@ -25,7 +23,6 @@ from lola_vllm.memory.documents.choose import FOUND
 from lola_vllm.memory.documents.parts import SHARED_TOKENS
 from lola_vllm.memory.documents.passage import PASSAGE_CHARS
 from lola_vllm.memory.sessions.names import addition_of
-from lola_vllm.memory.sessions.request import FIELD
 from lola_vllm.serving.bodies import LolaRoute
 from lola_vllm.serving.engine import LolaEngine
 from lola_vllm.serving.library import asking
@@ -48,9 +45,15 @@ from lola_vllm.serving.library.protocol import (
     LibraryList,
     Removed,
 )
-from lola_vllm.serving.prompt import check_length, text_tokens
+from lola_vllm.serving.prompt import check_length
 from lola_vllm.serving.protocol import check_utf8
-from lola_vllm.serving.sessions.generate import LockedStream, special_ids
+from lola_vllm.serving.sessions.generate import (
+    LockedStream,
+    Way,
+    chat_way,
+    completion_way,
+    with_report,
+)
 from lola_vllm.serving.sessions.lock import lock_document
 from lola_vllm.serving.sessions.management import (
     REFUSALS,
@@ -61,8 +64,8 @@ from lola_vllm.serving.sessions.management import (
     name_of,
 )
 from lola_vllm.serving.sessions.owners import owned
-from lola_vllm.serving.sessions.reporting import event, reported
-from lola_vllm.serving.sessions.template_boundary import Transcript, continuation
+from lola_vllm.serving.sessions.reporting import reported
+from lola_vllm.serving.sessions.template_boundary import Transcript
 
 PREFIX = "/v1/lola/libraries"
 _STREAM: dict[str, Any] = {"content": {"text/event-stream": {}}}
@@ -160,20 +163,8 @@ async def find(library: str, raw_request: Request, body: FindRequest) -> Any:
 )
 async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> Any:
     """Answer messages from what they read of a library, and name the sources."""
-    engine = engine_of(raw_request)
     question = body.question or asking.last_text(body.messages)
-    asked = await _read(engine, library, body, question)
-    messages = asking.asked_with(body.messages, asked.before)
-    body = body.model_copy(update={"messages": messages})
-    async with _kept_if_answered(engine, body) as answered:
-        tokens = await continuation(body, asked.transcript, raw_request, special_ids(engine))
-        check_length(tokens, engine)
-        request = body.model_copy(
-            update={"kv_transfer_params": {FIELD: asked.params, "prompt_token_ids": tokens}}
-        )
-        report = reported()
-        answer = answered(await create_chat_completion(request, raw_request))
-    return _with_sources(answer, asked.sources, report, engine, "chat.completion.chunk")
+    return await _answer(library, raw_request, body, question, chat_way(raw_request, body))
 
 
 @router.post(
@@ -184,23 +175,46 @@ async def chat(library: str, raw_request: Request, body: LibraryChatRequest) -> 
 )
 async def complete(library: str, raw_request: Request, body: LibraryCompletionRequest) -> Any:
     """Go on with a text from what it reads of a library, and name the sources."""
-    engine = engine_of(raw_request)
     if not isinstance(body.prompt, str) or not body.prompt.strip():
         raise HTTPException(
             HTTPStatus.BAD_REQUEST, "prompt: must be a text, which is asked of the library"
         )
-    asked = await _read(engine, library, body, body.question or body.prompt)
-    async with _kept_if_answered(engine, body) as answered:
-        tokens = asked.transcript.tokens + await text_tokens(
-            f"\n{asked.before}\n{body.prompt}", raw_request
-        )
+    question = body.question or body.prompt
+    return await _answer(library, raw_request, body, question, completion_way(raw_request, body))
+
+
+async def _answer(
+    library: str,
+    raw_request: Request,
+    body: LibraryChatRequest | LibraryCompletionRequest,
+    question: str,
+    how: Way,
+) -> Response:
+    """vLLM's answer, with the sources: a field of it, or of the first event and of the last before
+    the end. The session that was made for a question goes where that is refused."""
+    engine = engine_of(raw_request)
+    asked = await _read(engine, library, body, question)
+    kept = False
+    try:
+        tokens = await how.prompt(asked.transcript, asked.before)
         check_length(tokens, engine)
-        request = body.model_copy(
-            update={"prompt": tokens, "kv_transfer_params": {FIELD: asked.params}}
-        )
         report = reported()
-        answer = answered(await create_completion(request, raw_request))
-    return _with_sources(answer, asked.sources, report, engine, "text_completion")
+        answer: Response = await how.generate(tokens, asked.params)
+        kept = answer is None or answer.status_code == HTTPStatus.OK  # None: nobody waits
+    except asyncio.CancelledError:  # the client has left, and may go on later
+        kept = True
+        raise
+    finally:
+        if not kept and body.session is not None:
+            with suppress(HTTPException):
+                await engine.sessions("delete", reference=body.session, salt=owned(body.cache_salt))
+    sources = {"sources": asked.sources}
+    if isinstance(answer, StreamingResponse):
+        events = answer.body_iterator
+        answer.body_iterator = with_report(events, engine, how.kind, report, sources)
+    elif isinstance(answer, JSONResponse) and answer.status_code == HTTPStatus.OK:
+        return JSONResponse(json.loads(bytes(answer.body)) | sources)
+    return answer
 
 
 class _Asked(NamedTuple):
@@ -246,64 +260,6 @@ async def _read(
     if body.session and body.ttl is not None:
         params["ttl"] = body.ttl
     return _Asked(transcript, params, sources, before)
-
-
-@asynccontextmanager
-async def _kept_if_answered(
-    engine: LolaEngine, body: LibraryChatRequest | LibraryCompletionRequest
-) -> AsyncIterator[Callable[[Response], Response]]:
-    """Delete the session that was made for a question where that is refused.
-
-    Yields:
-        What takes vLLM's answer, and gives it back.
-    """
-    refused = True
-
-    def answered(answer: Response) -> Response:
-        nonlocal refused
-        refused = answer is not None and answer.status_code != HTTPStatus.OK  # None: nobody waits
-        return answer
-
-    try:
-        yield answered
-    except asyncio.CancelledError:  # the client has left, and may go on later
-        refused = False
-        raise
-    finally:
-        if refused and body.session is not None:
-            with suppress(HTTPException):
-                await engine.sessions("delete", reference=body.session, salt=owned(body.cache_salt))
-
-
-def _with_sources(
-    answer: Response,
-    sources: list[dict[str, Any]],
-    report: dict[str, Any],
-    engine: LolaEngine,
-    kind: str,
-) -> Response:
-    """vLLM's answer, with the sources: a field of it, or of the first event and of the last before
-    the end."""
-    if isinstance(answer, StreamingResponse):
-        answer.body_iterator = _stream(answer.body_iterator, sources, report, engine, kind)
-    elif isinstance(answer, JSONResponse) and answer.status_code == HTTPStatus.OK:
-        return JSONResponse(json.loads(bytes(answer.body)) | {"sources": sources})
-    return answer
-
-
-async def _stream(
-    events: Any,
-    sources: list[dict[str, Any]],
-    report: dict[str, Any],
-    engine: LolaEngine,
-    kind: str,
-) -> AsyncIterator[Any]:
-    yield event(engine.model, kind, sources=sources)
-    async for said in events:
-        text = said if isinstance(said, str) else bytes(said).decode()
-        if text.startswith(_DONE):
-            yield event(engine.model, kind, sources=sources, kv_transfer_params=report)
-        yield said
 
 
 async def _events(

@@ -86,6 +86,38 @@ async def append(session: str, raw_request: Request, body: AppendRequest) -> Any
 )
 async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> Any:
     """Answer new messages of a session, as /v1/chat/completions does with all of its messages."""
+    return await _answer(session, raw_request, body, chat_way(raw_request, body))
+
+
+@router.post(
+    "/{session}/complete",
+    response_model=None,
+    responses={**REFUSALS, 200: {"model": CompletionResponse, **_STREAM}},
+)
+async def complete(session: str, raw_request: Request, body: SessionCompletionRequest) -> Any:
+    """Go on with new text of a session, as /v1/completions does with all of its text."""
+    if not body.prompt:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, "prompt is empty; give text or token ids")
+    return await _answer(session, raw_request, body, completion_way(raw_request, body))
+
+
+class Way(NamedTuple):
+    """How a route answers.
+
+    Attributes:
+        prompt: the tokens of a session and of what is new, which a text may stand before.
+        generate: vLLM's answer to tokens, None where the session is new, and to what is asked of
+            the store. end: tokens that end an answer. kind: of the objects in vLLM's stream.
+    """
+
+    prompt: Callable[..., Awaitable[list[int]]]
+    generate: Callable[[list[int] | None, dict[str, Any]], Awaitable[Any]]
+    end: Callable[[], Awaitable[list[int]]]
+    kind: str
+
+
+def chat_way(raw_request: Request, body: SessionChatRequest) -> Way:
+    """Answer messages."""
 
     async def prompt(transcript: Transcript, before: str = "") -> list[int]:
         special = special_ids(engine_of(raw_request))
@@ -102,17 +134,11 @@ async def chat(session: str, raw_request: Request, body: SessionChatRequest) -> 
     async def end() -> list[int]:
         return await ending(body, raw_request)
 
-    how = _How(prompt, generate, end, "chat.completion.chunk")
-    return await _answer(session, raw_request, body, how)
+    return Way(prompt, generate, end, "chat.completion.chunk")
 
 
-@router.post(
-    "/{session}/complete",
-    response_model=None,
-    responses={**REFUSALS, 200: {"model": CompletionResponse, **_STREAM}},
-)
-async def complete(session: str, raw_request: Request, body: SessionCompletionRequest) -> Any:
-    """Go on with new text of a session, as /v1/completions does with all of its text."""
+def completion_way(raw_request: Request, body: SessionCompletionRequest) -> Way:
+    """Go on with a text, or with token ids."""
 
     async def prompt(transcript: Transcript, before: str = "") -> list[int]:
         text = body.prompt
@@ -128,31 +154,14 @@ async def complete(session: str, raw_request: Request, body: SessionCompletionRe
     async def end() -> list[int]:
         return []
 
-    if not body.prompt:
-        raise HTTPException(HTTPStatus.BAD_REQUEST, "prompt is empty; give text or token ids")
-    return await _answer(session, raw_request, body, _How(prompt, generate, end, "text_completion"))
-
-
-class _How(NamedTuple):
-    """How a route answers.
-
-    Attributes:
-        prompt: the tokens of a session and of what is new, which a text may stand before.
-        generate: vLLM's answer to tokens, None where the session is new, and to what is asked of
-            the store. end: tokens that end an answer. kind: of the objects in vLLM's stream.
-    """
-
-    prompt: Callable[..., Awaitable[list[int]]]
-    generate: Callable[[list[int] | None, dict[str, Any]], Awaitable[Any]]
-    end: Callable[[], Awaitable[list[int]]]
-    kind: str
+    return Way(prompt, generate, end, "text_completion")
 
 
 async def _answer(
     session: str,
     raw_request: Request,
     body: SessionChatRequest | SessionCompletionRequest,
-    how: _How,
+    how: Way,
 ) -> Response:
     """Lock the session, and let vLLM answer."""
     reference, engine = reference_of(session), engine_of(raw_request)
@@ -176,9 +185,10 @@ async def _answer(
         answer: Response = await how.generate(tokens, params)
         if isinstance(answer, StreamingResponse):
             still = lock.pop_all()
-            answer.body_iterator = _with_report(
-                answer.body_iterator, report, engine, how.kind, still, finish
-            )
+            answer.body_iterator = with_report(
+                answer.body_iterator, engine, how.kind, report,
+                {} if finish is None else finish.sources, finish, still,
+            )  # fmt: skip
             return LockedStream(answer, still)
         if finish is not None and answer.status_code == HTTPStatus.OK:
             await finish()
@@ -224,7 +234,7 @@ class _Finish:
     def __init__(
         self,
         engine: LolaEngine,
-        how: _How,
+        how: Way,
         transcript: Transcript,
         recalled: Recalled,
         params: dict[str, Any],
@@ -351,27 +361,33 @@ def special_ids(engine: LolaEngine) -> list[int]:
     return [] if tokenizer is None else list(tokenizer.all_special_ids)
 
 
-async def _with_report(
+async def with_report(
     events: Any,
-    report: dict[str, Any],
     engine: LolaEngine,
     kind: str,
-    lock: ExitStack,
-    finish: _Finish | None,
+    report: dict[str, Any],
+    sources: dict[str, Any],
+    finish: _Finish | None = None,
+    lock: ExitStack | None = None,
 ) -> AsyncIterator[Any]:
-    """A stream of events, with what the store says before its end, at which the session is free:
-    a client that has read it may go on at once."""
-    sources = {} if finish is None else finish.sources
+    """A stream of events, with the sources at its begin and, before its end, what the store says.
+    At that the session is free: a client that has read it may go on at once.
+
+    Args:
+        kind: of the objects in the stream. report: of `reported`. sources: `{"sources": list}`, or
+            empty. finish: what is done before the end.
+    """
     if sources:
         yield event(engine.model, kind, **sources)
     async for said in events:
         text = said if isinstance(said, str) else bytes(said).decode()
-        if text.startswith(_DONE) and finish is not None:
-            await finish()
-        if text.startswith(_DONE) and report:
-            yield event(engine.model, kind, kv_transfer_params=report, **sources)
         if text.startswith(_DONE):
-            lock.close()
+            if finish is not None:
+                await finish()
+            if report or sources:
+                yield event(engine.model, kind, kv_transfer_params=report, **sources)
+            if lock is not None:
+                lock.close()
         yield said
 
 

@@ -33,12 +33,10 @@ def openapi() -> dict[str, Any]:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-    from lola_vllm.serving.library.routes import router as libraries
-    from lola_vllm.serving.routes import router
-    from lola_vllm.serving.sessions.routing import routers
+    from lola_vllm.serving.plugin import ROUTERS
 
     app = FastAPI()
-    for routes in (router, *routers, libraries):
+    for routes in ROUTERS:
         app.include_router(routes)
     document = app.openapi()
     for model in (ChatCompletionRequest, CompletionRequest):  # to tell what is vLLM's

@@ -9,8 +9,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from lola_vllm.serving.engine import LolaEngine
+from lola_vllm.serving.plugin import ROUTERS
 from lola_vllm.serving.sessions.management import UPLOAD
-from lola_vllm.serving.sessions.routing import routers
 
 BASE = "/v1/lola/sessions"
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -24,7 +24,7 @@ def client():
     engine.config = SimpleNamespace(kv_transfer_config=None)
     engine._store_id = "of-these-tests"
     app = FastAPI()
-    for router in routers:
+    for router in ROUTERS:
         app.include_router(router)
     app.state.lola_engine = engine
     with TestClient(app) as running:

@@ -9,8 +9,8 @@ from fastapi.testclient import TestClient
 from lola_vllm.memory.sessions.settings import StoreSettings
 from lola_vllm.serving.access import Access, AccessMiddleware
 from lola_vllm.serving.inspector import ROUTE
-from lola_vllm.serving.routes import page, router
-from lola_vllm.serving.sessions.routing import routers
+from lola_vllm.serving.plugin import ROUTERS
+from lola_vllm.serving.routes import page
 
 SESSIONS = "/v1/lola/sessions"
 FOREIGN = ["evil.example", "evil.example:8000", "localhost.evil.example", "", "[::2]", "10.0.0.9"]
@@ -57,7 +57,7 @@ def test_a_server_on_all_addresses_answers_to_addresses_and_not_to_names(host):
 
 def client(found, **options):
     app = FastAPI()
-    for routes in (router, page, *routers):
+    for routes in (page, *ROUTERS):
         app.include_router(routes)
     app.add_middleware(AccessMiddleware)
 
