@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import uuid
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any
@@ -34,47 +35,17 @@ async def find(
     salt: str | None,
     made: Answer | None = None,
 ) -> tuple[list[Answer], Answer]:
-    """The parts that a question reads, the most first, as `protocol.Source` has them, and what an
-    answer goes on from.
+    """The parts of a library that a question reads, the most first, as `protocol.Source` has them,
+    and what an answer goes on from.
 
     Args:
-        salt: the caller's. made: as of `Questions.found`, whose `transcript` is the second part of
-            the answer; None: it is empty.
+        made: as of `Questions.found`, whose `transcript` is the second part of the answer; None: it
+            is empty. The others: as for `ask_parts`.
 
     Raises:
         HTTPException: there is no such library, or the question is too long, or too many wait.
     """
-    asked, owner = await _encoded(engine, f"\n{question.strip()}"), owned(salt)
-
-    async def texts(new: list[KnownPart]) -> list[str]:
-        decode = engine.client.renderer.tokenizer.decode  # type: ignore[union-attr]
-        read: list[str] = []
-        for first in range(0, len(new), TEXTS_AT_ONCE):
-            names = [part.session for part in new[first : first + TEXTS_AT_ONCE]]
-            for ids in await engine.sessions("texts", sessions=names, salt=owner):
-                read.append(await asyncio.to_thread(decode, ids, skip_special_tokens=True))
-        return read
-
-    async with _question(engine) as request:
-        async with engine.hearing:
-            listed = await _hear(
-                engine, request=request, asked=len(asked), top=top,
-                library={"library": library, "salt": owner},
-            )  # fmt: skip
-            parts = [
-                KnownPart(document["document"], part["part"], len(document["parts"]),
-                          part["session"], part["id"], part["tokens"])
-                for document in listed["documents"] for part in document["parts"]
-            ]  # fmt: skip
-            sessions = {part.session for part in parts}
-            async with deleted_meanwhile(engine, library, sessions, salt):
-                await _read(engine, request, listed["anchor"], listed["before"], asked, salt)
-        async with deleted_meanwhile(engine, library, sessions, salt):
-            words = await engine.words.find(owner, library, parts, question, CANDIDATES, texts)
-            answer = await _found(
-                engine, request=request, parts=[(part.session, part.tokens) for part in parts],
-                top=top, salt=owner, by_words=words, made=made,
-            )  # fmt: skip
+    parts, answer = await ask_parts(engine, question, top, salt, library, made=made)
     found = [await source_of(engine, parts, one, question) for one in answer["found"]]
     total = sum(source["score"] for source in found)
     for source in found:
@@ -82,33 +53,50 @@ async def find(
     return found, answer.get("transcript", {})
 
 
-async def choose_among(
+async def ask_parts(
     engine: LolaEngine,
-    parts: list[KnownPart],
-    before: list[int],
     question: str,
     top: int,
     salt: str | None,
-    **newer: Any,
-) -> list[Answer]:
-    """What a question reads of parts that are known, the most first, as `Questions.found` has it.
+    library: str | None = None,
+    segments: Answer | None = None,
+    made: Answer | None = None,
+) -> tuple[list[KnownPart], Answer]:
+    """The parts that a question is asked of, and what it reads of them: `Questions.found`.
 
     Args:
-        before: tokens of the first part, after which the question is read; no part is longer.
-        newer: `rest` and `newest`, as `Librarian.hear` takes them.
+        salt: the caller's. library, segments: as for `Questions.hear`.
     """
-    asked = await _encoded(engine, f"\n{question.strip()}")
-    segments = {"parts": [(part.id, part.tokens) for part in parts], **newer}
+    asked, owner = await _encoded(engine, f"\n{question.strip()}"), owned(salt)
     async with _question(engine) as request:
         async with engine.hearing:
-            await _hear(engine, request=request, asked=len(asked), top=top, segments=segments)
-            await _read(engine, request, parts[0].session, before, asked, salt)
-        answer = await _found(
-            engine, request=request, parts=[(part.session, part.tokens) for part in parts],
-            top=top, salt=owned(salt),
-        )  # fmt: skip
-    choices: list[Answer] = answer["found"]
-    return choices
+            heard = await _hear(
+                engine, request=request, asked=len(asked), top=top, salt=owner, library=library,
+                segments=segments,
+            )  # fmt: skip
+            parts = [KnownPart(*part) for part in heard["parts"]]
+            async with _deleted_meanwhile(engine, library, parts, owner):
+                await _read(engine, request, heard["anchor"], heard["before"], asked, salt)
+        async with _deleted_meanwhile(engine, library, parts, owner):
+            words = None
+            if library is not None:
+                read = functools.partial(_texts_of, engine, owner)
+                words = await engine.words.find(owner, library, parts, question, CANDIDATES, read)
+            answer = await _found(
+                engine, request=request, parts=[(part.session, part.tokens) for part in parts],
+                top=top, salt=owner, by_words=words, made=made,
+            )  # fmt: skip
+    return parts, answer
+
+
+async def _texts_of(engine: LolaEngine, owner: str | None, parts: list[KnownPart]) -> list[str]:
+    decode = engine.client.renderer.tokenizer.decode  # type: ignore[union-attr]
+    read: list[str] = []
+    for first in range(0, len(parts), TEXTS_AT_ONCE):
+        names = [part.session for part in parts[first : first + TEXTS_AT_ONCE]]
+        for ids in await engine.sessions("texts", sessions=names, salt=owner):
+            read.append(await asyncio.to_thread(decode, ids, skip_special_tokens=True))
+    return read
 
 
 @asynccontextmanager
@@ -167,13 +155,10 @@ async def _read(
 
 
 @asynccontextmanager
-async def deleted_meanwhile(
-    engine: LolaEngine, library: str, sessions: Set[str], salt: str | None
+async def _deleted_meanwhile(
+    engine: LolaEngine, library: str | None, parts: list[KnownPart], owner: str | None
 ) -> AsyncIterator[None]:
-    """Say so where a question fails because a part that it reads is gone.
-
-    Args:
-        sessions: of the parts.
+    """Say so where a question to a library fails because a part that it reads is gone.
 
     Raises:
         HTTPException: 409.
@@ -182,11 +167,13 @@ async def deleted_meanwhile(
         yield
     except HTTPException as error:
         documents: list[dict[str, Any]] = []
-        with suppress(HTTPException):  # the library is gone too
-            documents = (await engine.sessions("library", library=library, salt=owned(salt)))[
-                "documents"
-            ]
-        if sessions <= {part["session"] for one in documents for part in one["parts"]}:
+        if library is not None:
+            with suppress(HTTPException):  # the library is gone too
+                documents = (await engine.sessions("library", library=library, salt=owner))[
+                    "documents"
+                ]
+        there = {part["session"] for one in documents for part in one["parts"]}
+        if library is None or {part.session for part in parts} <= there:
             raise
         raise HTTPException(
             HTTPStatus.CONFLICT,

@@ -20,12 +20,7 @@ from lola_vllm.memory.documents.parts import PART_TOKENS, SHARED_TOKENS
 from lola_vllm.memory.documents.past import TOP, FoundSegment, comes_back, newest
 from lola_vllm.memory.sessions.names import PAST, Part, part_session
 from lola_vllm.serving.library.adding import check_libraries, most_tokens, read_part
-from lola_vllm.serving.library.asking import (
-    choose_among,
-    find,
-    source_of,
-    with_passages,
-)
+from lola_vllm.serving.library.asking import ask_parts, find, source_of, with_passages
 from lola_vllm.serving.library.words import KnownPart
 from lola_vllm.serving.sessions.owners import owned
 from lola_vllm.serving.sessions.template_boundary import Transcript
@@ -103,10 +98,9 @@ async def recall(
     if not parts:
         return None
     rest = (found["id"], found["tokens"], left) if left else None
-    before = transcript.tokens[(parts[0].part - 1) * size :][:size]
-    choices = await choose_among(
-        engine, parts, before, question, TOP, salt, rest=rest, newest=newest(left > 0)
-    )
+    segments = {"parts": [list(part) for part in parts], "rest": rest, "newest": newest(left > 0)}
+    _, answer = await ask_parts(engine, question, TOP, salt, segments=segments)
+    choices = answer["found"]
     read = [FoundSegment(choice["document"], choice["score"], choice["own"]) for choice in choices]
     index = comes_back(read, len(parts))
     if index is None:

@@ -16,6 +16,7 @@ from lola_vllm.memory.documents.words import fuse
 from lola_vllm.memory.sessions.manager import SessionManager
 
 Answer = dict[str, Any]
+_OF_PART = ("session", "id", "tokens")
 # Of a part that has a question's words, and that the model's heads did not find.
 _UNREAD: Answer = {"score": 0.0, "share": 0.0, "own": 0.0, "places": []}
 
@@ -37,37 +38,43 @@ class Questions:
         request: str,
         asked: int,
         top: int,
-        library: Answer | None = None,
+        salt: str | None,
+        library: str | None = None,
         segments: Answer | None = None,
     ) -> Answer:
         """Have a question heard that follows the longest of the documents; call before it is sent.
 
         Args:
             request: id of its request. asked: tokens of it. top: documents to find in it.
-            library: arguments of `SessionManager.library`, of what is asked.
-            segments: or `parts`, `rest` and `newest`, as `Librarian.hear` takes them.
+            salt: of the owner. library: what is asked.
+            segments: or `parts`, as they are answered, with `rest` and `newest` as
+                `Librarian.hear` takes them.
 
         Returns:
-            With a library: what is told of it, the session of its longest part (`anchor`), and the
-            tokens of that (`before`). `{"busy": True}`: another question is heard.
+            The `parts`: title, part, how many parts the document has, session, id of the state and
+            tokens of each; the session of the longest (`anchor`) and the tokens of that (`before`).
+            `{"busy": True}`: another question is heard.
         """
-        listed: Answer = {}
         if library is not None:
-            listed = self._ask("library", library)
+            listed = self._ask("library", {"library": library, "salt": salt})
             if "error" in listed:
-                return listed
-            parts = [part for document in listed["documents"] for part in document["parts"]]
-            anchor = max(parts, key=lambda part: part["tokens"])["session"]  # the first of several
-            texts = self._ask("texts", {"sessions": [anchor], "salt": library["salt"]})
-            if isinstance(texts, dict):
-                return texts
-            listed |= {"anchor": anchor, "before": texts[0]}
-            states = [(part["id"], part["tokens"]) for part in parts]
-            segments = {"parts": states, "rest": None, "newest": 0}
+                return dict(listed)
+            parts = [
+                [one["document"], part["part"], len(one["parts"]), *map(part.get, _OF_PART)]
+                for one in listed["documents"]
+                for part in one["parts"]
+            ]
+            segments = {"parts": parts, "rest": None, "newest": 0}
             top = max(top, CANDIDATES)
         assert segments is not None
-        first = max(tokens for _, tokens in segments["parts"])
-        return listed | self._ask_worker("lola_hear", request, first, asked, top, segments)
+        parts = segments["parts"]
+        anchor = max(parts, key=lambda part: part[-1])[-3]  # the first of several
+        texts = self._ask("texts", {"sessions": [anchor], "salt": salt})
+        if isinstance(texts, dict):
+            return texts
+        states = {**segments, "parts": [part[-2:] for part in parts]}
+        heard = self._ask_worker("lola_hear", request, len(texts[0]), asked, top, states)
+        return {"parts": parts, "anchor": anchor, "before": texts[0], **heard}
 
     def found(
         self,

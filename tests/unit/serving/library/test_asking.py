@@ -14,6 +14,9 @@ from lola_vllm.serving.library import asking
 from lola_vllm.serving.library.turns import Turns
 
 PART = {"part": 1, "session": "library-1", "id": "1" * 32, "tokens": 40}
+HEARD = {
+    "parts": [["a.md", 1, 1, *list(PART.values())[1:]]], "anchor": "library-1", "before": [5] * 40
+}  # fmt: skip
 
 
 async def asked(engine: Any) -> None:
@@ -34,7 +37,7 @@ def test_it_is_told_that_a_document_is_gone(
     async def sessions(method: str, **arguments: Any) -> Any:
         nonlocal documents
         if method == "hear":
-            return {"documents": documents, "anchor": PART["session"], "before": [5] * 40}
+            return HEARD
         if method == "found":
             if deleted != "nothing":
                 documents = [] if deleted == "a document" else None
@@ -83,8 +86,7 @@ def test_a_question_crosses_to_the_engine_three_times(monkeypatch: pytest.Monkey
     async def sessions(method: str, **arguments: Any) -> Any:
         calls.append(method)
         if method == "hear":
-            documents = [{"document": "a.md", "parts": [PART]}]
-            return {"documents": documents, "anchor": PART["session"], "before": [5] * 40}
+            return HEARD
         assert arguments["made"] == made and arguments["by_words"] == [0]
         choice = {"document": 0, "score": 2.0, "share": 0.5, "places": [[0, 9, 1.0, 3]]}
         return {"found": [{**choice, "tokens": [5] * 40}], "transcript": transcript}

@@ -38,10 +38,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         segments = [{"segment": i, "session": f"part-{i}", "id": f"id-{i}"} for i in range(3)]
         return {"segments": segments, "id": "now", "tokens": LENGTH}
 
-    async def choose(_engine: Any, _parts: Any, before: Any, *_: Any, **newer: Any) -> Any:
-        assert before == SESSION.tokens[:SIZE]
-        engine.newest = newer
-        return engine.choices
+    async def ask(_engine: Any, *_: Any, segments: dict[str, Any]) -> Any:
+        assert [part[3:] for part in segments.pop("parts")] == [
+            [f"part-{i}", f"id-{i}", SIZE] for i in range(3)
+        ]
+        engine.newest = segments
+        return None, {"found": engine.choices}
 
     async def source(_engine: Any, parts: Any, choice: dict[str, Any], question: str) -> Any:
         assert question == "Which?"
@@ -52,7 +54,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     engine.sessions = sessions
     monkeypatch.setattr(past, "check_libraries", lambda _: None)
     monkeypatch.setattr(past, "segment_tokens", lambda _: SIZE)
-    monkeypatch.setattr(past, "choose_among", choose)
+    monkeypatch.setattr(past, "ask_parts", ask)
     monkeypatch.setattr(past, "source_of", source)
     return engine
 
