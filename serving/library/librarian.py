@@ -20,7 +20,6 @@ from lola_vllm.engine.vllm.attention import LolaAttention, rope_of
 from lola_vllm.engine.vllm.connector import LolaStateConnector
 from lola_vllm.memory.documents.choose import Choice, choose
 from lola_vllm.memory.documents.keys import DocumentKeys, Fetched, queries_in
-from lola_vllm.memory.sessions.transfer import TransferWorker
 from lola_vllm.serving.library.queries import QueryRecorder
 from lola_vllm.serving.pages import StepRow
 
@@ -138,14 +137,11 @@ def _fetched(
     """Keys of documents, fetched one at a time; the last of a text's newest tokens."""
     connector = get_kv_transfer_group()
     assert isinstance(connector, LolaStateConnector) and connector.transfer is not None
-    transfer: TransferWorker = connector.transfer
+    transfer = connector.transfer
 
     def keys(index: int) -> DocumentKeys:
         if index == len(parts) and rest is not None:
-            found = transfer.newest_keys(*rest)
-        else:
-            found = transfer.document_keys(*parts[index])
-        assert isinstance(found, DocumentKeys)
-        return found
+            return transfer.newest_keys(*rest)
+        return transfer.document_keys(*parts[index])
 
     return Fetched(len(parts) + (rest is not None), keys)

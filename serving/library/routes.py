@@ -54,7 +54,7 @@ from lola_vllm.serving.sessions.generate import (
     completion_way,
     with_report,
 )
-from lola_vllm.serving.sessions.lock import lock_document
+from lola_vllm.serving.sessions.lock import lock
 from lola_vllm.serving.sessions.management import (
     REFUSALS,
     Salt,
@@ -123,15 +123,20 @@ async def add(library: str, raw_request: Request, body: AddRequest) -> Any:
     """Read a document, in parts, and keep what was read. A library begins with its first."""
     name, engine = name_of(library, "library"), engine_of(raw_request)
     check_libraries(engine)
-    with ExitStack() as lock:
-        lock.enter_context(await lock_document(engine, name, body.document, body.cache_salt))
+    with ExitStack() as held:
+        adding = (
+            f"document = {body.document!r}: another request is adding it to {name!r}; wait for its "
+            "answer, or take another title"
+        )
+        document = f"{name}/{body.document}"
+        held.enter_context(await lock(engine, document, body.cache_salt, adding))
         await check_place(engine, name, body)
         parts = await cut(engine, body)
         addition = secrets.token_hex(12)
         if body.stream:
             events = _events(engine, name, body, parts, addition)
             stream = StreamingResponse(events, media_type="text/event-stream")
-            return LockedStream(stream, lock.pop_all())
+            return LockedStream(stream, held.pop_all())
         async for _ in read_parts(engine, name, body, parts, addition):
             pass
         return await _document(engine, name, body, addition)

@@ -27,15 +27,8 @@ if TYPE_CHECKING:
 async def lock_session(
     engine: LolaEngine, reference: Reference, salt: str | None
 ) -> AbstractContextManager[object]:
-    """Lock a session until the context ends.
-
-    Args:
-        salt: the caller's.
-
-    Raises:
-        HTTPException: another request has the lock, or there is no store.
-    """
-    return await _lock(
+    """Lock a session, as `lock` does."""
+    return await lock(
         engine,
         reference.session,
         salt,
@@ -44,31 +37,26 @@ async def lock_session(
     )
 
 
-async def lock_document(
-    engine: LolaEngine, library: str, document: str, salt: str | None
-) -> AbstractContextManager[object]:
-    """Lock a title of a library, as `lock_session` does."""
-    return await _lock(
-        engine,
-        f"{library}/{document}",
-        salt,
-        f"document = {document!r}: another request is adding it to {library!r}; wait for its "
-        "answer, or take another title",
-    )
-
-
-async def _lock(
+async def lock(
     engine: LolaEngine, name: str, salt: str | None, refusal: str
 ) -> AbstractContextManager[object]:
+    """Lock a name until the context ends.
+
+    Args:
+        salt: the caller's.
+
+    Raises:
+        HTTPException: another request has the lock, or there is no store.
+    """
     validate_cache_salt(salt)
     store = await engine.store_id()
     key = digest(salt_hash(owned(salt)).encode(), name.encode())
-    lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        lock.bind(f"\0lola-vllm/{store}/{key.hex()}")
+        bound.bind(f"\0lola-vllm/{store}/{key.hex()}")
     except OSError as error:
-        lock.close()
+        bound.close()
         if error.errno != errno.EADDRINUSE:
             raise
         raise HTTPException(HTTPStatus.CONFLICT, refusal) from None
-    return closing(lock)
+    return closing(bound)

@@ -2,7 +2,7 @@
 
 The text of a session is cut into segments, and each is read once more, apart, before the first
 question after its end. A question is asked of the present and, next to it, of the segment that it
-reads most; where newer text has what it reads, of the present alone (`memory/documents/past.py`).
+reads most; where newer text has what it reads, of the present alone (`comes_back`).
 What came back is no part of the session: the question and its answer are read at its end
 (`docs/library.md`).
 """
@@ -10,6 +10,7 @@ What came back is no part of the session: the question and its answer are read a
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,6 @@ from fastapi import HTTPException
 
 from lola_vllm.memory.documents.choose import FOUND
 from lola_vllm.memory.documents.parts import PART_TOKENS, SHARED_TOKENS
-from lola_vllm.memory.documents.past import TOP, FoundSegment, comes_back, newest
 from lola_vllm.memory.sessions.names import PAST, Part, part_session
 from lola_vllm.serving.library.adding import check_libraries, most_tokens, read_part
 from lola_vllm.serving.library.asking import ask_parts, find, source_of, with_passages
@@ -27,6 +27,13 @@ from lola_vllm.serving.sessions.template_boundary import Transcript
 
 if TYPE_CHECKING:
     from lola_vllm.serving.engine import LolaEngine
+
+
+TOP = 4  # documents that are looked for
+# A segment comes back where so much of its score is its own: else newer text has the same.
+OWN = 0.4
+# None does where newer text has so many times its score.
+OUTDOES = 2.0
 
 
 class Recalled(NamedTuple):
@@ -98,14 +105,13 @@ async def recall(
     if not parts:
         return None
     rest = (found["id"], found["tokens"], left) if left else None
-    segments = {"parts": [list(part) for part in parts], "rest": rest, "newest": newest(left > 0)}
+    newest = 2 if left else 1  # the last segment, and what follows it
+    segments = {"parts": [list(part) for part in parts], "rest": rest, "newest": newest}
     _, answer = await ask_parts(engine, question, TOP, salt, segments=segments)
-    choices = answer["found"]
-    read = [FoundSegment(choice["document"], choice["score"], choice["own"]) for choice in choices]
-    index = comes_back(read, len(parts))
-    if index is None:
+    choice = comes_back(answer["found"], len(parts))
+    if choice is None:
         return None
-    source = await source_of(engine, parts, choices[index], question)
+    source = await source_of(engine, parts, choice, question)
     first = (source["part"] - 1) * size
     said = {
         "first": first, "last": first + size, "score": source["score"],
@@ -113,6 +119,23 @@ async def recall(
     }  # fmt: skip
     composed = await _beside(engine, present, source, salt)
     return Recalled(*composed, {"recalled": said}, [], "")
+
+
+def comes_back(found: Sequence[dict[str, Any]], segments: int) -> dict[str, Any] | None:
+    """The segment that comes back; None: none does.
+
+    It stands next to the question, and what stands there wins where two texts answer it. What is
+    newer should: it may have another word on what an old segment tells.
+
+    Args:
+        found: as of `ask_parts`, one a segment or more; the last one's number and more are newer
+            text. segments: how many there are.
+    """
+    one = next(one for one in found if one["document"] < segments)
+    after = max(one["document"], segments - 2)
+    newer = [other["score"] for other in found if other["document"] > after]
+    outdone = max(newer, default=0.0) >= OUTDOES * one["score"]
+    return None if outdone or one["own"] < OWN else one
 
 
 async def read_library(

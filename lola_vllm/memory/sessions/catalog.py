@@ -287,7 +287,6 @@ class Catalog:
             self._expires = math.inf if later is None else later
             with_file = [state.id for state in over if DISK in state.tiers]
             for state in over:
-                self.counts["expired"] += 1
                 self.forget(state)
             return with_file
 

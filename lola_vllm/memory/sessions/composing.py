@@ -14,7 +14,7 @@ import numpy as np
 from lola_vllm.memory.sessions.catalog import NotStored, earliest
 from lola_vllm.memory.sessions.file import StateHeader
 from lola_vllm.memory.sessions.names import check_name
-from lola_vllm.memory.sessions.orders import DISK, MEMORY, Compose
+from lola_vllm.memory.sessions.orders import DISK, MEMORY, Make
 from lola_vllm.memory.sessions.prefix_hash import Tokens
 from lola_vllm.memory.sessions.store import SessionStore
 from lola_vllm.memory.sessions.tiers import Stored
@@ -85,6 +85,5 @@ def compose(
         store.unlist(state)
         raise NotStored("the budgets have no room for another session")
     sources = tuple(source.header for source in states)
-    store.order(Compose(sources, header, text, MEMORY in state.tiers, DISK in state.tiers))
-    store.counts["composed"] += 1
+    store.order(Make(sources, header, text, MEMORY in state.tiers, DISK in state.tiers))
     return state

@@ -39,9 +39,9 @@ from lola_vllm.memory.sessions.names import (
     check_new_name,
     parse_reference,
 )
-from lola_vllm.memory.sessions.orders import DISK, MEMORY, Copy
+from lola_vllm.memory.sessions.orders import DISK, MEMORY, Make
 from lola_vllm.memory.sessions.past import expiring_apart, is_of, segments_of, segments_with
-from lola_vllm.memory.sessions.prefix_hash import Tokens, salt_hash
+from lola_vllm.memory.sessions.prefix_hash import salt_hash
 from lola_vllm.memory.sessions.shared_prefixes import orphaned_prefixes
 from lola_vllm.memory.sessions.state_files import (
     import_state,
@@ -163,7 +163,9 @@ class SessionManager:
                     due and t is store.disk
                 )]  # fmt: skip
                 store.add(copy, tiers, tokens)
-                self._copy(state, copy, tokens)
+                memory, disk = MEMORY in copy.tiers, DISK in copy.tiers
+                if memory or disk:
+                    store.order(Make((state.header,), header, tokens, memory, disk))
             if key not in store.sessions:
                 raise SessionError("unavailable", "the budgets have no room for another session")
         return self.show(name, salt)
@@ -446,8 +448,3 @@ class SessionManager:
 
     def _longest(self, reference: str, salt: str | None) -> Stored:
         return max(self._turn(reference, salt), key=lambda state: state.header.num_tokens)
-
-    def _copy(self, source: Stored, copy: Stored, tokens: Tokens | None) -> None:
-        memory, disk = MEMORY in copy.tiers, DISK in copy.tiers
-        if memory or disk:
-            self.store.order(Copy(source.id, copy.header, tokens, memory, disk))

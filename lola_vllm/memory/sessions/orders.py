@@ -58,19 +58,8 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Copy:
-    """Keep a state under another header too: a fork."""
-
-    source: str
-    header: StateHeader
-    tokens: Tokens | None = field(repr=False)
-    memory: bool
-    disk: bool
-
-
-@dataclass(frozen=True)
-class Compose:
-    """Compose states to one.
+class Make:
+    """Make a state of others: compose them, or keep one under another header too, as a fork does.
 
     Attributes:
         sources: headers of the states, in the order of their documents.
@@ -82,6 +71,11 @@ class Compose:
     memory: bool
     disk: bool
 
+    @property
+    def composes(self) -> bool:
+        """Whether the states are composed; else there is one, which is copied."""
+        return self.header.composed == self.header.id != self.sources[0].id
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -91,7 +85,7 @@ class Drop:
     tier: str
 
 
-Order = Save | Load | Copy | Compose | Drop
+Order = Save | Load | Make | Drop
 
 
 @dataclass(frozen=True)

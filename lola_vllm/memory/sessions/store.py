@@ -21,9 +21,8 @@ from lola_vllm.memory.sessions.names import AUTOMATIC, PAST, Part, Reference, au
 from lola_vllm.memory.sessions.orders import (
     DISK,
     MEMORY,
-    Compose,
-    Copy,
     Load,
+    Make,
     Order,
     Outcome,
     Save,
@@ -235,7 +234,6 @@ class SessionStore(Catalog):
             )
             if DISK in state.tiers:
                 self._waiting.add(state.id)
-            self.counts["saved"] += 1
             return state, True
 
     def load(self, state: Stored, state_index: int, request: str) -> None:
@@ -265,7 +263,7 @@ class SessionStore(Catalog):
             self._orders.append(order)
             # Above the limit the ranks copy the source's file, which takes no memory meanwhile.
             room = len(self._waiting) < self.max_waiting
-            if isinstance(order, Copy | Compose) and order.disk and room:
+            if isinstance(order, Make) and order.disk and room:
                 self._waiting.add(order.header.id)
 
     def apply(self, outcomes: Iterable[tuple[int, Outcome]]) -> None:
@@ -312,8 +310,10 @@ class SessionStore(Catalog):
     def write(self, state: Stored) -> None:
         """Write a state that is in memory only to the directory too, soon."""
         with self.lock:
+            header, tokens = state.header, self._tokens.get(state.id)
+            if tokens is None:  # only a file had them, which is gone
+                return
             self.disk.add(state)
             self._make_room(self.disk, state.session)
             if DISK in state.tiers:
-                tokens = self._tokens.get(state.id)
-                self.order(Copy(state.id, state.header, tokens, memory=False, disk=True))
+                self.order(Make((header,), header, tokens, memory=False, disk=True))

@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lola_vllm.memory.documents.keys import DocumentKeys
+from lola_vllm.memory.documents.shelf import KeyShelf
 from lola_vllm.memory.sessions.cipher import StateKey
 from lola_vllm.memory.sessions.file import (
     State,
@@ -30,10 +30,9 @@ from lola_vllm.memory.sessions.host_copy import HostCopy, copy_to_host
 from lola_vllm.memory.sessions.orders import (
     DISK,
     MEMORY,
-    Compose,
-    Copy,
     Drop,
     Load,
+    Make,
     Order,
     Outcome,
     Save,
@@ -45,21 +44,8 @@ logger = logging.getLogger("vllm.lola")
 _FAILED: dict[type, str] = {Load: "load-failed", Drop: "drop-failed"}
 
 
-class Shelf(Protocol):
-    """Where the keys of documents are kept (`memory/documents/shelf.py`). Used by several
-    threads."""
-
-    def add(self, state: str, row: Tensor, num_tokens: int, disk: bool) -> object:
-        """Take those of a state `[rank_bytes]` after so many tokens; in a file where it has one."""
-
-    def newest(self, row: Tensor, num_tokens: int, count: int) -> object:
-        """Those of so many tokens at the end of a text."""
-
-    def find(self, state: str) -> object | None:
-        """Those of a state; None where they are not kept."""
-
-    def drop(self, state: str) -> None:
-        """Forget what is in memory."""
+def _no_composing(_rows: Sequence[Tensor], _lengths: Sequence[int]) -> Tensor:
+    raise ValueError("this rank composes no states")
 
 
 class TransferWorker:
@@ -86,11 +72,11 @@ class TransferWorker:
         directory: Path | None = None,
         rank: int = 0,
         ranks: int = 1,
-        clean: Callable[[Tensor, int], Tensor] | None = None,
+        clean: Callable[[Tensor, int], Tensor] = lambda row, _: row,
         max_waiting: int = 64,
         key: StateKey | None = None,
-        compose: Callable[[Sequence[Tensor], Sequence[int]], Tensor] | None = None,
-        shelf: Shelf | None = None,
+        compose: Callable[[Sequence[Tensor], Sequence[int]], Tensor] = _no_composing,
+        shelf: KeyShelf | None = None,
     ) -> None:
         self.pool = pool.view(torch.uint8)
         self.fingerprint = fingerprint
@@ -103,8 +89,8 @@ class TransferWorker:
         self._shelf = shelf
         self._states: dict[str, HostCopy] = {}
         self._writing: dict[str, list[HostCopy]] = {}  # an entry per write that waits
-        self._copying: set[str] = set()  # states whose file is yet to be made of another
-        self._reading: set[str] = set()  # states to keep in memory once they are read
+        self._making: set[str] = set()  # states that are yet to be made of others
+        self._reading: set[str] = set()  # states to keep in memory once they are read or made
         self._read: list[tuple[Load, HostCopy, float]] = []
         self._outcomes: list[Outcome] = []
         self._lock = threading.Lock()
@@ -132,10 +118,8 @@ class TransferWorker:
                 self._save(order, row)
             elif isinstance(order, Load):
                 self._load(order)
-            elif isinstance(order, Copy):
-                self._copy(order)
-            elif isinstance(order, Compose):
-                self._compose(order)
+            elif isinstance(order, Make):
+                self._make(order)
             else:
                 self._drop(order)
         except Exception as error:  # of the device or of a file system
@@ -183,7 +167,7 @@ class TransferWorker:
         if order.header.library and self._shelf is not None:
             self._writer.submit(self._take_keys, order.header, data, order.disk)
 
-    def document_keys(self, state: str, num_tokens: int) -> object:
+    def document_keys(self, state: str, num_tokens: int) -> DocumentKeys:
         """The keys of a library's document: kept, or taken from its state once more.
 
         Any thread may ask.
@@ -201,7 +185,7 @@ class TransferWorker:
             found = self._shelf.add(state, self._row(state), num_tokens, on_disk)
         return found
 
-    def newest_keys(self, state: str, num_tokens: int, count: int) -> object:
+    def newest_keys(self, state: str, num_tokens: int, count: int) -> DocumentKeys:
         """The keys of so many tokens at the end of what a state has seen; as `document_keys`."""
         if self._shelf is None:
             raise FileNotFoundError("the keys of documents are not kept here")
@@ -227,55 +211,38 @@ class TransferWorker:
         data = self._in_memory(state)
         if data is not None:
             self._put(order, data, MEMORY, time.monotonic())
-        elif self.directory is None and state not in self._copying:
+        elif self.directory is None and state not in self._making:
             self._report(state, "load-failed", MEMORY, None, "it is no longer kept", order.request)
         else:
             if order.keep:
                 self._reading.add(state)
             # A file that is yet to be made is read after it is.
-            thread = self._writer if state in self._copying else self._reader
+            thread = self._writer if state in self._making else self._reader
             thread.submit(self._read_file, order)
 
     def _put(self, order: Load, data: HostCopy, tier: str, began: float) -> None:
         data.copy_into(self.pool[order.state_index])
         self._done(order.header.id, "loaded", tier, began, order.request)
 
-    def _copy(self, order: Copy) -> None:
+    def _make(self, order: Make) -> None:
+        """Make a state in the writer's thread, where its sources are written or made before. A copy
+        of what is in memory is there at once."""
         state = order.header.id
-        if order.source in self._copying:  # in the writer's thread, where it is made before
+        data = [self._in_memory(source.id) for source in order.sources]
+        if not order.composes and data[0] is not None:
             if order.memory:
-                self._reading.add(state)
-            self._copying.add(state)
-            self._writer.submit(self._copy_made, order)
-            return
-        data = self._in_memory(order.source)
-        if data is not None:
-            if order.memory:
-                self._states[state] = data
-            if order.disk and order.tokens is not None and not self._better_from_file(order):
-                self._write(order.header, order.tokens, data)
+                self._states[state] = data[0]
+            if not order.disk:
                 return
-        if order.disk:  # read and written in the order of the writes before it
-            self._copying.add(state)
-            self._writer.submit(self._copy_file, order)
-
-    def _compose(self, order: Compose) -> None:
-        state = order.header.id
-        sources = [self._in_memory(source.id) for source in order.sources]
-        if order.memory:
+            if len(self._writing) + len(self._making) >= self.max_waiting:
+                data = [None]  # a copy of the file takes no memory while it waits
+        elif order.memory:
             self._reading.add(state)
-        self._copying.add(state)
-        self._writer.submit(self._compose_states, order, sources)
-
-    def _better_from_file(self, order: Copy) -> bool:
-        """Whether too many wait to be written, and the source has a file, or will by then: a copy
-        of it takes no memory while it waits."""
-        if len(self._writing) < self.max_waiting:
-            return False
-        return order.source in self._writing or self._path(order.source).exists()
+        self._making.add(state)
+        self._writer.submit(self._make_state, order, data)
 
     def _drop(self, order: Drop) -> None:
-        if order.tier == MEMORY and order.state in self._copying:
+        if order.tier == MEMORY and order.state in self._making:
             # After what is made of it, in the same thread.
             self._writer.submit(self._forget, order.state)
             return
@@ -313,11 +280,7 @@ class TransferWorker:
         data = waiting[0]
         began = time.monotonic()
         try:
-            host = data.wait()
-            if self._clean is not None:
-                host = self._clean(host, header.num_tokens)
-            path, header = self._path(header.id), with_rank(header, self.rank)
-            write_state(path, header, tokens, host.numpy(), self._key)
+            self._write_row(header, tokens, data.wait())
             self._done(header.id, "saved", DISK, began)
         except Exception as error:
             self._report(header.id, "save-failed", DISK, error)
@@ -335,67 +298,39 @@ class TransferWorker:
         except Exception as error:  # they are taken again when a question needs them
             logger.warning("LoLA sessions: the keys of a document were not kept: %s", error)
 
-    def _copy_file(self, order: Copy) -> None:
-        began = time.monotonic()
+    def _make_state(self, order: Make, held: Sequence[HostCopy | None]) -> None:
+        began, state = time.monotonic(), order.header.id
         try:
-            header = with_rank(order.header, self.rank)  # of the same text, for the same owner
-            found = self._from_file(order.source, replace(header, id=order.source))
-            write_state(self._path(header.id), header, found.tokens, found.data, self._key)
-            self._done(header.id, "saved", DISK, began)
-        except Exception as error:
-            self._report(order.header.id, "save-failed", DISK, error)
-        finally:
-            self._copying.discard(order.header.id)
-
-    def _copy_made(self, order: Copy) -> None:
-        """Copy a state that was made in this thread."""
-        state, data = order.header.id, self._in_memory(order.source)
-        try:
-            if data is not None and order.memory and state in self._reading:
-                self._states[state] = data
-            if data is not None and order.disk and order.tokens is not None:
-                with self._lock:
-                    self._writing.setdefault(state, []).append(data)
-                self._write_file(order.header, order.tokens)
-            elif order.disk:
-                self._copy_file(order)
-            elif data is None:
-                text = "what it is a copy of could not be made"
-                self._report(state, "save-failed", MEMORY, None, text)
-        finally:
-            self._reading.discard(state)
-            self._copying.discard(state)
-
-    def _compose_states(self, order: Compose, sources: Sequence[HostCopy | None]) -> None:
-        began = time.monotonic()
-        header = with_rank(order.header, self.rank)
-        try:
-            if self._composed is None:
-                raise ValueError("this rank composes no states")
-            made = (self._in_memory(source.id) for source in order.sources)  # composed meanwhile
-            sources = [data or other for data, other in zip(sources, made, strict=True)]
-            rows = [
-                torch.from_numpy(self._from_file(source.id, with_rank(source, self.rank)).data)
-                if data is None
-                else data.wait()
-                for source, data in zip(order.sources, sources, strict=True)
-            ]
-            row = self._composed(rows, [source.num_tokens for source in order.sources])
-            if header.id in self._reading:  # nobody has dropped it
-                self._reading.discard(header.id)
-                self._states[header.id] = HostCopy(row)
-                self._done(header.id, "saved", MEMORY, began)
-            if order.disk:
-                write_state(self._path(header.id), header, order.tokens, row.numpy(), self._key)
-                self._done(header.id, "saved", DISK, began)
-        except Exception as error:
-            self._reading.discard(header.id)
-            if order.disk and header.id in self._states:
-                self._report(header.id, "save-failed", DISK, error)
+            rows = []
+            for source, data in zip(order.sources, held, strict=True):
+                data = data or self._in_memory(source.id)  # it was made meanwhile
+                if data is not None:
+                    rows.append(data.wait())
+                else:
+                    found = self._from_file(source.id, with_rank(source, self.rank))
+                    rows.append(torch.from_numpy(found.data))
+            if order.composes:
+                row = self._composed(rows, [source.num_tokens for source in order.sources])
             else:
-                self._report(header.id, "save-failed", MEMORY, error)
+                (row,) = rows
+            if state in self._reading:  # nobody has dropped it
+                self._reading.discard(state)
+                self._states[state] = HostCopy(row)
+                self._done(state, "saved", MEMORY, began)
+            if order.disk:
+                self._write_row(order.header, order.tokens, row)
+                self._done(state, "saved", DISK, began)
+        except Exception as error:
+            self._reading.discard(state)
+            only_the_file = order.disk and (state in self._states or not order.memory)
+            self._report(state, "save-failed", DISK if only_the_file else MEMORY, error)
         finally:
-            self._copying.discard(header.id)
+            self._making.discard(state)
+
+    def _write_row(self, header: StateHeader, tokens: Tokens, row: Tensor) -> None:
+        row = self._clean(row, header.num_tokens)
+        header = with_rank(header, self.rank)
+        write_state(self._path(header.id), header, tokens, row.numpy(), self._key)
 
     def _unlink(self, state: str) -> None:
         try:

@@ -229,7 +229,6 @@ class Upkeep:
                     )
                     state.written.update(range(store.ranks))
                     store.add(state, [store.disk])
-                    store.counts["adopted"] += 1
 
     def _forget_deleted(self, states: Sequence[Stored]) -> None:
         """Another server deleted states. What was composed of them here for a request goes too."""
@@ -245,7 +244,6 @@ class Upkeep:
         theirs = {name: getattr(header, name) for name in _CHANGED}
         if any(getattr(state.header, name) != value for name, value in theirs.items()):
             self._store.change(state, **theirs)
-            self._store.counts["taken-over"] += 1
 
     def _operate(self) -> None:
         while True:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lola_vllm.memory.sessions import transfer
 from lola_vllm.memory.sessions.catalog import NotStored
 from lola_vllm.memory.sessions.file import read_state
 from lola_vllm.memory.sessions.names import parse_reference
@@ -69,7 +70,7 @@ def test_what_is_made_of_a_composition_waits_for_it(server: Server, deleted: boo
     assert n == len(BOTH) and row.equal(made)
     row, n = loaded(server, "three", [*BOTH[:64], *ONE, 7])
     assert n == 94 and row.equal(composed_row([made, row_of(ONE)], [65, 30]))
-    assert not server.workers[0]._copying and not server.workers[0]._reading
+    assert not server.workers[0]._making and not server.workers[0]._reading
 
 
 def test_no_other_text_finds_it(server: Server) -> None:
@@ -291,7 +292,7 @@ def test_a_composition_that_fails_is_gone(tmp_path: Path) -> None:
     server.say(ONE, "one")
     server.say(TWO, "two")
     server.settle()
-    server.workers[0]._composed = None
+    server.workers[0]._composed = transfer._no_composing
     server.ask("compose", sources=["one", "two"], to="both")
     events = {outcome.event: outcome.reason for outcome in server.settle()}
     assert "composes no states" in events["save-failed"]

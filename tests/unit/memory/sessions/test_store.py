@@ -90,7 +90,7 @@ def test_a_fork_of_a_file_is_restored_before_its_own_file_is_there(tmp_path):
     events = [(outcome.event, outcome.state) for outcome in server.settle()]
     assert ("loaded", twig.id) in events and "load-failed" not in dict(events)
     assert server.pools[0][2].equal(row_of(TEXT[:100]))
-    assert not server.workers[0]._copying
+    assert not server.workers[0]._making
 
 
 def test_names_turns_forks_and_deletion(server):

@@ -12,8 +12,8 @@ import pytest
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.responses import Response
 
-from lola_vllm.memory.documents.past import OWN
 from lola_vllm.serving.sessions import generate, past
+from lola_vllm.serving.sessions.past import OUTDOES, OWN
 from lola_vllm.serving.sessions.template_boundary import Transcript
 
 SIZE, LENGTH = 64, 3 * 64 + 10
@@ -85,6 +85,28 @@ def test_the_session_is_asked_alone_where_newer_text_has_what_is_asked(
     engine: Any, read: list[tuple[int, float, float]]
 ) -> None:
     assert recall(engine, *read) is None and engine.order is None
+
+
+@pytest.mark.parametrize(
+    ("found", "index"),
+    [
+        ([(2, 8.0, OWN), (1, 7.9, 1.0), (5, 1.9, 1.0)], 0),
+        ([(2, 8.0, OWN / 2), (5, 4.0, 1.0)], None),  # newer text has the same
+        ([(5, 8.0, 1.0), (1, 7.0, OWN)], 1),  # it has more, and not the same
+        ([(5, 8.0, 1.0), (1, 7.0, OWN / 2)], None),
+        ([(5, 8.0, 1.0), (1, 8.0 / OUTDOES, 1.0)], None),  # it has most by far
+        ([(4, 8.0, 1.0), (1, 8.0 / OUTDOES, 1.0)], 0),  # the last segment does, and comes back
+        ([(5, 8.0, 1.0), (4, 7.9, OWN / 2), (1, 0.5, 1.0)], None),
+        ([(3, 8.0, 1.0), (2, 7.9, OWN / 2)], 0),
+        ([(0, 0.0, 1.0), (1, 0.0, 1.0)], None),  # nothing has anything
+    ],
+)
+def test_a_segment_comes_back_where_newer_text_has_not_the_same(
+    found: list[tuple[int, float, float]], index: int | None
+) -> None:
+    names = ("document", "score", "own")
+    choices = [dict(zip(names, one, strict=True)) for one in found]
+    assert past.comes_back(choices, 5) == (None if index is None else choices[index])
 
 
 @pytest.mark.parametrize("answer", ["whole", "stream", "refused", "broken"])
