@@ -203,11 +203,11 @@ def _encrypt(args: argparse.Namespace) -> int:
             "no key to encrypt with: give --lola-state-key-file, a file that `openssl rand -hex "
             "32` wrote, for example"
         )
-    done = encrypt(_root(args), key)
-    for text in done.failed:
+    files, before, failed = encrypt(_root(args), key)
+    for text in failed:
         print(f"lola-vllm: not encrypted: {text}", file=sys.stderr)
-    print(f"{done.files} files encrypted; {done.before} were encrypted before")
-    return 2 if done.failed else 0
+    print(f"{files} files encrypted; {before} were encrypted before")
+    return 2 if failed else 0
 
 
 def _remove(args: argparse.Namespace) -> int:

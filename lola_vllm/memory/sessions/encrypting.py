@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from lola_vllm.memory.sessions.cipher import KEY_VARIABLE, StateKey, is_sealed, sealed_file
 from lola_vllm.memory.sessions.directory import DELETED
@@ -48,39 +48,38 @@ def unread_words(unread: Mapping[str, int], key: bool, root: Path) -> list[str]:
     return found
 
 
-class Encrypted(NamedTuple):
-    """What `encrypt` did: files that are encrypted now, that were before, and that cannot be, in
-    words."""
-
-    files: int
-    before: int
-    failed: list[str]
-
-
-def encrypt(root: Path, key: StateKey) -> Encrypted:
+def encrypt(root: Path, key: StateKey) -> tuple[int, int, list[str]]:
     """Encrypt the files of a directory that are not, each at once: it is the old one or the new.
 
     Servers with the key may run, and take up what is encrypted. What was interrupted goes on when
     it is asked for again.
 
+    Returns:
+        How many files are encrypted now, how many were before, and which cannot be, in words.
+
     Raises:
         InventoryError: there is no such directory, or a server without a key runs on it.
         OSError: a file cannot be written.
     """
-    files, before, failed = 0, 0, []
+    done, failed = Counter[bool](), list[str]()
     for model in model_directories(root):
         try:
             with _lock(model, fcntl.LOCK_EX) as handle:
-                found = _encrypt_model(model, key)
+                remove_partials(model)  # they are not encrypted either
+                for name in _files(model):
+                    try:
+                        done[_encrypt_file(model / name, key)] += 1
+                    except FileNotFoundError:  # it was deleted a moment ago
+                        continue
+                    except StateFileError as error:
+                        failed.append(f"{model.name}/{error}")
                 os.fsync(handle)
         except BlockingIOError:
             raise InventoryError(
                 f"{model}: a server without a key runs on it, and would write more that is not "
                 "encrypted; stop it, and start it again with the key"
             ) from None
-        files, before = files + found.files, before + found.before
-        failed += found.failed
-    return Encrypted(files, before, failed)
+    return done[True], done[False], failed
 
 
 @contextmanager
@@ -99,59 +98,34 @@ def plain_writer(model: Path) -> Iterator[None]:
         ) from None
 
 
-def _encrypt_model(model: Path, key: StateKey) -> Encrypted:
-    remove_partials(model)  # they are not encrypted either
+def _files(model: Path) -> list[str]:
+    """The files of states and of documents' keys that no server is about to remove."""
     names = sorted(os.listdir(model))
     deleted = {name.removesuffix(DELETED) for name in names if name.endswith(DELETED)}
-    files, before, failed = 0, 0, []
-    for name in names:
-        if name.partition(".")[0] in deleted:  # a server is about to remove it
-            continue
-        path = model / name
+    ours = [name for name in names if parse_name(name) or name.endswith(KEYS_SUFFIX)]
+    return [name for name in ours if name.partition(".")[0] not in deleted]
+
+
+def _encrypt_file(path: Path, key: StateKey) -> bool:
+    """Encrypt a file of a state, or of a document's keys; whether it was not encrypted."""
+    stat = path.stat()
+    if path.name.endswith(KEYS_SUFFIX):
+        data = path.read_bytes()
+        if is_sealed(data):
+            return False
+        write_aside(path, sealed_file(data, key))
+    else:
         try:
-            if parse_name(name) is not None:
-                new = _encrypt_state(path, key)
-            elif name.endswith(KEYS_SUFFIX):
-                new = _encrypt_keys(path, key)
-            else:
-                continue
-        except FileNotFoundError:  # it was deleted a moment ago
-            continue
+            read_header(path, key)
+            return False
         except StateFileError as error:
-            failed.append(f"{model.name}/{error}")
-            continue
-        files, before = files + new, before + (not new)
-    return Encrypted(files, before, failed)
-
-
-def _encrypt_state(path: Path, key: StateKey) -> bool:
-    """Encrypt a file of a state; whether it was not."""
-    try:
-        read_header(path, key)
-        return False
-    except StateFileError as error:
-        if error.reason != "plain":
-            raise
-    found, stat = read_state(path, key=key, plain=True), path.stat()
-    write_state(path, found.header, found.tokens, found.data, key)
-    _used(path, stat)
-    return True
-
-
-def _encrypt_keys(path: Path, key: StateKey) -> bool:
-    """Encrypt the keys of a library's document; whether they were not."""
-    data, stat = path.read_bytes(), path.stat()
-    if is_sealed(data):
-        return False
-    write_aside(path, sealed_file(data, key))
-    _used(path, stat)
-    return True
-
-
-def _used(path: Path, stat: os.stat_result) -> None:
-    """Give a file the time of its last use, but for a nanosecond: a server that runs looks again at
-    a file that it could not read when its time is another one."""
+            if error.reason != "plain":
+                raise
+        write_state(path, *read_state(path, key=key, plain=True), key)
+    # The time of its last use, but for a nanosecond: a server that runs looks again at a file that
+    # it could not read when its time is another one.
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    return True
 
 
 @contextmanager
