@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.lola")
 
+MIN_TOKENS = 64  # a shorter text that nobody named is computed again sooner than it is read
+
 
 def _harmless(default: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A method whose exceptions are logged: in the scheduler they would end the engine."""
@@ -262,7 +264,7 @@ class SchedulerHalf:
         if not req_state.params.save:
             req_state.unsaved = req_state.unsaved or "not asked for"
             return False
-        if req_state.params.session is None and n < self.store.settings.min_tokens:
+        if req_state.params.session is None and n < MIN_TOKENS:
             req_state.unsaved = f"{n} tokens are computed again sooner than they are read"
             return False
         index = (n - 1) // self.block_size

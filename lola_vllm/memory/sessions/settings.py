@@ -15,13 +15,11 @@ from lola_vllm.memory.sessions.names import is_unnamed
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 STORE_KEY = "lola"  # in vLLM's --additional-config
 KEYS = (
-    "state_ram", "state_dir", "state_disk", "state_ttl", "state_min_tokens", "state_key_file",
-    "state_key_variable", "store", "allowed_hosts", "list_sessions",
+    "state_ram", "state_dir", "state_disk", "state_ttl", "state_key_file", "state_key_variable",
+    "store", "allowed_hosts", "list_sessions",
 )  # fmt: skip
 STORED = ("named", "all", "none")
 AUTO = "auto"  # a `state_ram` that the config hook settles
-# A shorter text is computed again sooner than its state is read.
-MIN_TOKENS = 64
 DISK_BYTES = 20 * 2**30
 # States that wait to be written may take so much memory beside the budget, or a quarter of it.
 WAITING_BYTES = 256 * 2**20
@@ -40,7 +38,6 @@ class StoreSettings:
         directory: where states outlive the process; None: nowhere.
         disk: bytes of the files of one model there.
         ttl: seconds for which a state is kept; None: until others need the room.
-        min_tokens: shortest text whose state is stored without being asked for.
         key_file: of the key that encrypts files; key_variable: the environment variable that has
             it instead. Both None: files are not encrypted. The key itself is in neither: each
             process reads it.
@@ -54,7 +51,6 @@ class StoreSettings:
     directory: Path | None = None
     disk: int = DISK_BYTES
     ttl: float | None = None
-    min_tokens: int = MIN_TOKENS
     key_file: Path | None = None
     key_variable: str | None = None
     store: str = STORED[0]
@@ -161,13 +157,8 @@ class StoreSettings:
             raise StoreSettingsError(f"{where}.list_sessions = {listed!r}: must be true or false")
         ram = given.get("state_ram", 0)
         ttl = given.get("state_ttl")
-        minimum = given.get("state_min_tokens", MIN_TOKENS)
-        for key, value, kinds in (
-            ("state_ttl", ttl, (int, float, type(None))),
-            ("state_min_tokens", minimum, (int,)),
-        ):
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                raise StoreSettingsError(f"{where}.{key} = {value!r}: must be a number")
+        if not isinstance(ttl, int | float | None) or isinstance(ttl, bool):
+            raise StoreSettingsError(f"{where}.state_ttl = {ttl!r}: must be a number")
         return cls(
             memory=parse_bytes(0 if ram == AUTO else ram, f"{where}.state_ram"),
             directory=None if directory is None else Path(directory).expanduser().absolute(),
@@ -175,7 +166,6 @@ class StoreSettings:
             key_variable=variable,
             disk=parse_bytes(given.get("state_disk", DISK_BYTES), f"{where}.state_disk"),
             ttl=ttl,
-            min_tokens=minimum,
             store=given.get("store", STORED[0]),
             allowed_hosts=tuple(hosts),
             list_sessions=listed,

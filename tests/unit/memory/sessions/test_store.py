@@ -408,7 +408,7 @@ def test_references_and_settings():
     assert settings.memory == 2**31 and settings.enabled
     for key, value in (
         ("state_ram", "much"), ("state_disk", -1), ("state_dir", 3), ("state_ttl", 0),
-        ("state_tll", 4), ("state_min_tokens", "x"),
+        ("state_tll", 4),
     ):  # fmt: skip
         with pytest.raises(StoreSettingsError, match=key):
             StoreSettings.from_mapping({key: value})
