@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import reprlib
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -123,8 +125,8 @@ class Message(TypedDict):
     content: NotRequired[Content | None]
 
 
-def check_utf8(field: str, text: str) -> None:
-    """Refuse a text that cannot be written as UTF-8.
+def check_utf8(field: str, text: str) -> str:
+    """A text, unless it cannot be written as UTF-8.
 
     Raises:
         ValueError: names the field and the character.
@@ -136,6 +138,15 @@ def check_utf8(field: str, text: str) -> None:
             f"{field}: character {error.start} is half of a surrogate pair; send text that can be "
             "written as UTF-8"
         ) from None
+    return text
+
+
+def utf8(field: str) -> AfterValidator:
+    """What checks a field with `check_utf8`."""
+    return AfterValidator(functools.partial(check_utf8, field))
+
+
+CacheSalt = Annotated[str, utf8("cache_salt")]
 
 
 class PromptRequest(BaseModel):
@@ -155,7 +166,7 @@ class PromptRequest(BaseModel):
     messages: list[Message] | None = Field(
         default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True
     )
-    cache_salt: str | None = None
+    cache_salt: CacheSalt | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -183,7 +194,6 @@ class PromptRequest(BaseModel):
             raise ValueError(f"messages: {parts} parts; at most {MAX_MESSAGES} are read")
         for text in self._texts():
             check_utf8(self.source, text)
-        check_utf8("cache_salt", self.cache_salt or "")
         characters = sum(map(len, self._texts()))
         if characters > MAX_PROMPT_CHARS:
             raise ValueError(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 
 from lola_vllm.memory.documents.choose import FOUND
 from lola_vllm.memory.documents.parts import SHARED_TOKENS
-from lola_vllm.memory.sessions.names import check_new_name, check_title
-from lola_vllm.serving.protocol import MAX_PROMPT_CHARS, check_utf8
+from lola_vllm.memory.sessions.names import check_title
+from lola_vllm.serving.protocol import MAX_PROMPT_CHARS, CacheSalt, utf8
 from lola_vllm.serving.sessions.protocol import (
+    NewSession,
     Seconds,
     SessionChatRequest,
     SessionCompletionRequest,
@@ -20,7 +21,16 @@ from lola_vllm.serving.sessions.protocol import (
 MAX_TOP = 16  # parts that a question may read
 
 
-class LibrarySummary(BaseModel):
+class _Library(BaseModel):
+    library: str
+    parts: int
+    tokens: int
+    bytes: int
+    created: float
+    used: float
+
+
+class LibrarySummary(_Library):
     """A library.
 
     Attributes:
@@ -28,13 +38,7 @@ class LibrarySummary(BaseModel):
         created, used: seconds since 1970.
     """
 
-    library: str
     documents: int
-    parts: int
-    tokens: int
-    bytes: int
-    created: float
-    used: float
 
 
 class LibraryList(BaseModel):
@@ -69,16 +73,10 @@ class Document(BaseModel):
     parts: list[DocumentPart]
 
 
-class LibraryDetail(BaseModel):
+class LibraryDetail(_Library):
     """A library with its documents, by title; the rest as in `LibrarySummary`."""
 
-    library: str
     documents: list[Document]
-    parts: int
-    tokens: int
-    bytes: int
-    created: float
-    used: float
 
 
 class AddRequest(BaseModel):
@@ -97,31 +95,13 @@ class AddRequest(BaseModel):
         json_schema_extra={"examples": [{"document": "pump.md", "text": "The pump of hall 2 ..."}]},
     )
 
-    document: str
-    text: str = Field(min_length=1, max_length=MAX_PROMPT_CHARS)
+    document: Annotated[str, AfterValidator(check_title)]
+    text: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARS), utf8("text")]
     part_tokens: int | None = Field(default=None, ge=4 * SHARED_TOKENS)
     ttl: Seconds | None = None
-    cache_salt: str | None = None
+    cache_salt: CacheSalt | None = None
     replace: bool = False
     stream: bool = False
-
-    @model_validator(mode="after")
-    def _readable(self) -> Self:
-        check_title(self.document)
-        check_utf8("text", self.text)
-        check_utf8("cache_salt", self.cache_salt or "")
-        return self
-
-
-class Removed(BaseModel):
-    """What a deletion answers.
-
-    Attributes:
-        deleted: parts that are gone. composed: sessions that were composed of some, and stay.
-    """
-
-    deleted: int
-    composed: list[str] = []
 
 
 class SourcePlace(BaseModel):
@@ -172,15 +152,9 @@ class FindRequest(BaseModel):
         json_schema_extra={"examples": [{"question": "When does the pump start?"}]},
     )
 
-    question: str = Field(min_length=1, max_length=10_000)
+    question: Annotated[str, Field(min_length=1, max_length=10_000), utf8("question")]
     top: int = Field(default=FOUND, ge=1, le=MAX_TOP)
-    cache_salt: str | None = None
-
-    @model_validator(mode="after")
-    def _readable(self) -> Self:
-        check_utf8("question", self.question)
-        check_utf8("cache_salt", self.cache_salt or "")
-        return self
+    cache_salt: CacheSalt | None = None
 
 
 class _Asks(BaseModel):
@@ -193,7 +167,7 @@ class _Asks(BaseModel):
         default=None, ge=1, le=MAX_TOP,
         description="Parts that an answer is made of; default: the first alone.",
     )  # fmt: skip
-    session: str | None = Field(
+    session: NewSession | None = Field(
         default=None, description="A new session that goes on from the answer."
     )
 
@@ -202,8 +176,6 @@ class _Asks(BaseModel):
         for name in ("turn", "tokens", "recall", "library"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: a question to a library begins a session; leave it out")
-        if self.session is not None:
-            check_new_name(self.session, "session")
         return self
 
 

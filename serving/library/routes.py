@@ -43,7 +43,6 @@ from lola_vllm.serving.library.protocol import (
     LibraryCompletionRequest,
     LibraryDetail,
     LibraryList,
-    Removed,
 )
 from lola_vllm.serving.prompt import check_length
 from lola_vllm.serving.protocol import check_utf8
@@ -64,6 +63,7 @@ from lola_vllm.serving.sessions.management import (
     name_of,
 )
 from lola_vllm.serving.sessions.owners import owned
+from lola_vllm.serving.sessions.protocol import Deleted
 from lola_vllm.serving.sessions.reporting import reported
 from lola_vllm.serving.sessions.template_boundary import Transcript
 
@@ -90,7 +90,7 @@ async def show(library: str, raw_request: Request, salt: Salt = None) -> Any:
     return await ask(raw_request, "library", salt, library=name_of(library, "library"))
 
 
-@router.delete("/{library}", response_model=Removed, responses=REFUSALS)
+@router.delete("/{library}", response_model=Deleted, responses=REFUSALS)
 async def delete(library: str, raw_request: Request, salt: Salt = None) -> Any:
     """Delete a library with all of its documents."""
     answer = await ask(raw_request, "remove_documents", salt, library=name_of(library, "library"))
@@ -98,7 +98,7 @@ async def delete(library: str, raw_request: Request, salt: Salt = None) -> Any:
     return answer
 
 
-@router.delete("/{library}/documents/{document:path}", response_model=Removed, responses=REFUSALS)
+@router.delete("/{library}/documents/{document:path}", response_model=Deleted, responses=REFUSALS)
 async def remove(library: str, document: str, raw_request: Request, salt: Salt = None) -> Any:
     """Delete a document, and what was composed of it to answer questions."""
     answer = await ask(

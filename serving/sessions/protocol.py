@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -15,6 +15,7 @@ from lola_vllm.serving.protocol import MAX_MESSAGES, Prompt, PromptRequest
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TurnNumber = Annotated[int, Field(ge=0, lt=10**9)]
 TurnTokens = Annotated[int, Field(ge=1, lt=2**31)]
+NewSession = Annotated[str, AfterValidator(check_new_name)]
 
 
 class SessionSummary(BaseModel):
@@ -126,15 +127,13 @@ class ChangeRequest(BaseModel):
         json_schema_extra={"examples": [{"session": "agent-8"}, {"pinned": True}]},
     )
 
-    session: str | None = None
+    session: NewSession | None = None
     pinned: bool | None = None
 
     @model_validator(mode="after")
     def _something(self) -> Self:
         if self.session is None and self.pinned is None:
             raise ValueError("give 'session' (another name), 'pinned', or both")
-        if self.session is not None:
-            check_new_name(self.session, "session")
         return self
 
 
@@ -149,12 +148,7 @@ class ForkRequest(BaseModel):
         extra="forbid", json_schema_extra={"examples": [{"to": "agent-7-plan-b"}]}
     )
 
-    to: str
-
-    @model_validator(mode="after")
-    def _name(self) -> Self:
-        check_new_name(self.to, "to")
-        return self
+    to: Annotated[str, AfterValidator(lambda name: check_new_name(name, "to"))]
 
 
 class ComposeRequest(BaseModel):
@@ -170,14 +164,10 @@ class ComposeRequest(BaseModel):
         json_schema_extra={"examples": [{"from": ["manual", "faq@2", "changes"]}]},
     )
 
-    sources: list[str] = Field(alias="from", min_length=1, max_length=MAX_SOURCES)
+    sources: list[Annotated[str, AfterValidator(lambda name: str(parse_reference(name)))]] = Field(
+        alias="from", min_length=1, max_length=MAX_SOURCES
+    )
     ttl: Seconds | None = None
-
-    @model_validator(mode="after")
-    def _references(self) -> Self:
-        for source in self.sources:
-            parse_reference(source, "from")
-        return self
 
 
 class AppendRequest(PromptRequest):

@@ -102,7 +102,11 @@ BAD = {
         "prompt: character 2 is half of a surrogate pair",
         None,
     ),
-    "half-a-character-of-salt": ({"prompt": "x", "cache_salt": "\ud800"}, "cache_salt: char", None),
+    "half-a-character-of-salt": (
+        {"prompt": "x", "cache_salt": "\ud800"},
+        "cache_salt: character 0 is half of a surrogate pair",
+        "cache_salt",
+    ),
     "calls": (
         {"messages": [{"role": "assistant", "tool_calls": [{}] * 1_001}]},
         "messages: 1001 parts; at most 1000",
